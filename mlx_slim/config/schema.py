@@ -1,0 +1,248 @@
+"""The recipe: every key, its one default and its range.
+
+Invariant: a default or a bound stands here and nowhere else; unknown keys are errors. The sections
+mirror the YAML (``adapter``, ``quantize``, ``data``, ``train``, ``memory``), and each is the only
+configuration object of the component that reads it. Try it:
+``mlx-slim train smollm2-lora train.steps=3 --dry-run -o /tmp/run``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Method = Literal["full", "lora", "qlora", "dora"]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+
+DEFAULT_ALPHA = 16.0
+
+
+class Section(BaseModel):
+    """A frozen group of keys that knows no others."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class AdapterConfig(Section):
+    """The low-rank adapter of ``lora``, ``qlora`` and ``dora`` (arXiv 2106.09685, 2402.09353).
+
+    Attributes:
+        rank: r, columns of A and rows of B.
+        alpha: ΔW = alpha/r · BA (alpha/√r with rslora, arXiv 2312.03732).
+        scale: The factor itself instead of ``alpha``: ΔW = scale · BA, as mlx-lm stores it.
+        dropout: Share of the adapter's inputs dropped in training.
+        targets: ``all-linear``, or module names (``q_proj``, ``self_attn.q_proj``), or
+            ``re:PATTERN`` matched against the whole path inside a block.
+        layers: ``all``, the last N blocks, or a list of block indices.
+        scaling: ``standard`` (alpha/r) or ``rslora`` (alpha/√r).
+        init: ``standard`` (A uniform, B zero) or ``pissa`` (top-r SVD of W, arXiv 2404.02948).
+        lora_plus_ratio: lr(B) / lr(A) (LoRA+, arXiv 2402.12354).
+    """
+
+    rank: PositiveInt = 8
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    scale: Annotated[float, Field(gt=0)] | None = None
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    targets: str | list[str] = "all-linear"
+    layers: Literal["all"] | PositiveInt | list[Annotated[int, Field(ge=0)]] = "all"
+    scaling: Literal["standard", "rslora"] = "standard"
+    init: Literal["standard", "pissa"] = "standard"
+    lora_plus_ratio: Annotated[float, Field(ge=1.0)] = 1.0
+
+    @model_validator(mode="after")
+    def _one_of_alpha_and_scale(self) -> AdapterConfig:
+        if self.alpha is not None and self.scale is not None:
+            raise ValueError(
+                f"alpha={self.alpha} and scale={self.scale} are both set: give one, "
+                "the other follows from the rank"
+            )
+        return self
+
+    @property
+    def _per_alpha(self) -> float:
+        return 1.0 / (self.rank**0.5 if self.scaling == "rslora" else self.rank)
+
+    @property
+    def resolved_scale(self) -> float:
+        """The factor s in ΔW = s · BA."""
+        if self.scale is not None:
+            return self.scale
+        return (self.alpha if self.alpha is not None else DEFAULT_ALPHA) * self._per_alpha
+
+    @property
+    def resolved_alpha(self) -> float:
+        """The alpha that gives ``resolved_scale`` at this rank and scaling."""
+        return self.resolved_scale / self._per_alpha
+
+
+class QuantizeConfig(Section):
+    """How ``qlora`` quantizes a base that is not quantized yet, and ``mlx-slim quantize``.
+
+    Attributes:
+        bits: Bits per code.
+        group_size: Weights that share a scale.
+        mode: ``affine`` (scale and bias), or a float format of the OCP MX or NVFP4 family.
+    """
+
+    bits: Literal[2, 3, 4, 5, 6, 8] = 4
+    group_size: Literal[16, 32, 64, 128] = 64
+    mode: Literal["affine", "mxfp4", "mxfp8", "nvfp4"] = "affine"
+
+    @model_validator(mode="after")
+    def _known_combination(self) -> QuantizeConfig:
+        fixed = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+        if self.mode in fixed and (self.bits, self.group_size) != fixed[self.mode]:
+            bits, group = fixed[self.mode]
+            raise ValueError(
+                f"mode {self.mode} has bits={bits} and group_size={group}, "
+                f"not bits={self.bits} and group_size={self.group_size}"
+            )
+        if self.mode == "affine" and self.group_size == 16:
+            raise ValueError("mode affine has group_size 32, 64 or 128, not 16")
+        return self
+
+
+class SourceConfig(Section):
+    """One source of training rows.
+
+    Attributes:
+        path: Hub data set id, ``.jsonl``/``.json``/``.parquet``/``.txt`` file, or a folder of them.
+        weight: How often its rows come in an epoch: 2 is twice, 0.5 a seeded half.
+        format: Row schema; None takes ``data.format``.
+        split: Split of a hub data set or mirror folder.
+    """
+
+    path: str
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    format: Literal["auto", "alpaca", "chat", "completions", "text"] | None = None
+    split: str = "train"
+
+
+class DataConfig(Section):
+    """Rows, and how they become token ids with a supervised mask.
+
+    Attributes:
+        path: A source, or a list of weighted sources.
+        format: Row schema; ``auto`` decides per row from its keys.
+        template: ``auto`` (the model's chat template, else Alpaca for Alpaca rows, else plain),
+            ``model``, ``alpaca``, ``plain``, ``chatml``, or the path of a Jinja file.
+        mask_prompt: Supervise answers only; false supervises every token.
+        truncation: What to do with rows longer than ``train.max_length``.
+        validation: Share of rows (below 1), number of rows, or the path of a validation file.
+        system: System message for rows that bring none.
+        columns: Renames, ours to the file's: ``{prompt: question, completion: answer}``.
+        max_rows: Use only the first N rows of the mix, for trying.
+    """
+
+    path: str | list[SourceConfig] = "tatsu-lab/alpaca"
+    format: Literal["auto", "alpaca", "chat", "completions", "text"] = "auto"
+    template: str = "auto"
+    mask_prompt: bool = True
+    truncation: Literal["error", "drop", "left", "right"] = "drop"
+    validation: Annotated[float, Field(ge=0.0)] | str = 0.02
+    system: str | None = None
+    columns: dict[str, str] = Field(default_factory=dict)
+    max_rows: PositiveInt | None = None
+
+    @property
+    def sources(self) -> list[SourceConfig]:
+        """``path`` as a list of sources, each with its format filled in."""
+        given = [SourceConfig(path=self.path)] if isinstance(self.path, str) else self.path
+        return [s if s.format else s.model_copy(update={"format": self.format}) for s in given]
+
+
+class TrainConfig(Section):
+    """The loop.
+
+    Attributes:
+        epochs: Passes over the rows (a fraction is allowed); ``steps`` wins when given.
+        steps: Optimizer steps.
+        batch_tokens: Computed tokens of one micro-batch (padding counted), the memory knob.
+        max_length: Longest row, tokens.
+        batching: ``grouped`` (rows of like length, padded right), ``packed`` (rows share a
+            sequence, isolated), or ``auto``: whichever costs less.
+        accumulate: Micro-batches per optimizer step and rank.
+        learning_rate: Peak rate.
+        schedule: ``constant``, ``linear``, ``cosine`` or ``wsd`` (warm-up, stable, decay).
+        warmup: Warm-up steps, or their share when below 1.
+        decay: Share of the steps that ``wsd`` decays in.
+        min_lr_ratio: Final rate / peak rate.
+        optimizer: From mlx; Adam and AdamW are bias-corrected.
+        weight_decay: Decoupled where the optimizer has it.
+        clip: Largest gradient L2 norm; 0 turns clipping off.
+        grad_checkpoint: Recompute each block in the backward pass.
+        dtype: ``auto`` is bfloat16 on a GPU, float32 on a CPU.
+        seed: Of everything random.
+        log_every: Steps between reports of a step.
+        validate_every: Steps between validations (one more at the end).
+        save_every: Steps between checkpoints (one more at the end).
+        keep: Newest checkpoints kept; the best one is kept besides.
+        early_stopping: Stop after this many validations without a new best; None never.
+        loss_chunk: Supervised positions whose logits exist at one time; None chooses.
+    """
+
+    epochs: Annotated[float, Field(gt=0)] = 3
+    steps: PositiveInt | None = None
+    batch_tokens: Annotated[int, Field(ge=8)] = 4096
+    max_length: Annotated[int, Field(ge=8)] = 512
+    batching: Literal["auto", "grouped", "packed"] = "auto"
+    accumulate: PositiveInt = 1
+    learning_rate: Annotated[float, Field(gt=0, lt=10)] = 2.0e-4
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    warmup: Annotated[float, Field(ge=0)] = 0.03
+    decay: Fraction = 0.2
+    min_lr_ratio: Fraction = 0.0
+    optimizer: Literal["adamw", "adam", "adafactor", "lion", "muon", "sgd"] = "adamw"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    grad_checkpoint: bool = False
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    log_every: PositiveInt = 1
+    validate_every: PositiveInt = 200
+    save_every: PositiveInt = 200
+    keep: PositiveInt = 3
+    early_stopping: PositiveInt | None = None
+    loss_chunk: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _a_row_fits_a_batch(self) -> TrainConfig:
+        if self.batch_tokens < self.max_length:
+            raise ValueError(
+                f"batch_tokens={self.batch_tokens} is below max_length={self.max_length}: "
+                "a full row must fit a batch"
+            )
+        return self
+
+
+class MemoryConfig(Section):
+    """The memory guard.
+
+    Attributes:
+        budget: ``auto`` (what the device can hold), bytes, or a size such as ``16GB``.
+    """
+
+    budget: str | PositiveInt = "auto"
+
+
+class Recipe(Section):
+    """A whole fine-tune: one model, one method, one mix of data.
+
+    Attributes:
+        model: Hub id or folder.
+        revision: Commit or tag of a hub model.
+        method: ``full``, ``lora``, ``qlora`` or ``dora``.
+        report_to: Trackers besides ``metrics.jsonl`` (each its own extra).
+    """
+
+    model: str
+    revision: str | None = None
+    method: Method = "lora"
+    adapter: AdapterConfig = AdapterConfig()
+    quantize: QuantizeConfig = QuantizeConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    memory: MemoryConfig = MemoryConfig()
+    report_to: list[Literal["tensorboard", "wandb"]] = []

@@ -1,0 +1,51 @@
+"""Errors that a user can act on.
+
+Invariant: every failure that the user's input or machine can cause leaves the program as a
+``SlimError``: one line that says the value seen, the value expected and what to do. The command
+line prints it without a traceback and exits with ``exit_code``; anything else is our bug and keeps
+its traceback. Try it: ``mlx-slim train no-such-recipe -o /tmp/run``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SlimError(Exception):
+    """The user's input cannot be used: nothing was written.
+
+    Args:
+        message: One line: the value seen and the value expected.
+        hint: What to do about it, one line; empty when the message already says it.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        """Return message and hint in one line."""
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
+
+class ResourceError(SlimError):
+    """Not enough memory or disk: said before anything starts."""
+
+    exit_code = 3
+
+
+class Interrupted(SlimError):
+    """The user stopped the run; its state is saved and ``hint`` is the command that resumes it."""
+
+    exit_code = 130
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """Return a hint for a mistyped ``word``: the closest of ``choices``, else all of them."""
+    known = list(choices)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"

@@ -1,0 +1,157 @@
+"""What a loop reports, and who listens.
+
+Invariant: loops build these records and call ``Observer.notify``; they never print and never import
+a console library. An event's ``as_record`` is exactly its line in ``metrics.jsonl``, whose field
+names other programs read (``schema_version`` in ``run.json`` covers them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Protocol
+
+
+@dataclass(frozen=True)
+class Event:
+    """Base of every event; ``name`` is the ``event`` field of its record."""
+
+    name: ClassVar[str] = ""
+
+    def as_record(self) -> dict[str, Any]:
+        """Return the JSON object of this event, ``event`` first, unset fields left out."""
+        fields = {key: value for key, value in asdict(self).items() if value is not None}
+        return {"event": self.name, **fields}
+
+
+@dataclass(frozen=True)
+class Started(Event):
+    """The loop is about to take its first step.
+
+    Attributes:
+        total_steps: Optimizer steps of the whole run.
+        total_epochs: Passes over the training rows (may be a fraction).
+        budget_bytes: Memory that the run may use, bytes.
+        first_step: Steps already done (more than 0 after a resume).
+    """
+
+    name: ClassVar[str] = "started"
+    total_steps: int
+    total_epochs: float
+    budget_bytes: int
+    first_step: int = 0
+
+
+@dataclass(frozen=True)
+class StepDone(Event):
+    """One optimizer step.
+
+    Attributes:
+        step: Optimizer steps done, counted from 1.
+        epoch: Passes over the training rows so far (a fraction).
+        loss: Σ token NLL / Σ supervised tokens over the whole step, nats per token.
+        tokens: Real (non-padding) tokens of the step, over all ranks.
+        computed_tokens: Tokens computed, padding included.
+        supervised_tokens: Tokens that the loss counted.
+        tokens_per_second: Real tokens per second of wall time.
+        learning_rate: The rate that this step used.
+        grad_norm: L2 norm of the gradient before clipping.
+        active_memory_bytes: MLX memory in use after the step, bytes.
+        peak_memory_bytes: MLX peak since the run began, bytes.
+    """
+
+    name: ClassVar[str] = "step"
+    step: int
+    epoch: float
+    loss: float
+    tokens: int
+    computed_tokens: int
+    supervised_tokens: int
+    tokens_per_second: float
+    learning_rate: float
+    grad_norm: float
+    active_memory_bytes: int
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class ValidationDone(Event):
+    """The fixed validation split was scored after ``step``; ``best`` if it is the lowest so far."""
+
+    name: ClassVar[str] = "validation"
+    step: int
+    loss: float
+    supervised_tokens: int
+    seconds: float
+    best: bool
+
+
+@dataclass(frozen=True)
+class Saved(Event):
+    """A checkpoint is complete on disk; ``path`` is relative to the run folder."""
+
+    name: ClassVar[str] = "saved"
+    step: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Resumed(Event):
+    """Training goes on from the checkpoint at ``path`` (relative to the run folder)."""
+
+    name: ClassVar[str] = "resumed"
+    step: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Notice(Event):
+    """Something the user should know, one line (``level`` is ``info`` or ``warning``)."""
+
+    name: ClassVar[str] = "notice"
+    message: str
+    level: str = "info"
+
+
+@dataclass(frozen=True)
+class Done(Event):
+    """The loop ended.
+
+    Attributes:
+        step: Optimizer steps done.
+        reason: ``complete``, ``early_stopping``, ``interrupted`` or ``non_finite_loss``.
+        tokens: Real tokens trained on, this run and the runs it resumed.
+        seconds: Wall time of the training steps, seconds.
+        best_validation: Lowest validation loss, nats per token; None without a validation split.
+        best_step: The step it was reached at.
+        peak_memory_bytes: MLX peak, bytes.
+    """
+
+    name: ClassVar[str] = "done"
+    step: int
+    reason: str
+    tokens: int
+    seconds: float
+    peak_memory_bytes: int
+    best_validation: float | None = None
+    best_step: int | None = None
+
+
+class Observer(Protocol):
+    """Anything that wants to hear of events: console, ``metrics.jsonl``, TensorBoard, tests."""
+
+    def notify(self, event: Event) -> None:
+        """Take one event; must not raise for an event it does not know."""
+        ...
+
+
+class Broadcast:
+    """One observer that passes every event on to many, in order."""
+
+    def __init__(self, observers: Iterable[Observer]) -> None:
+        self.observers = list(observers)
+
+    def notify(self, event: Event) -> None:
+        """Pass ``event`` on to each observer."""
+        for observer in self.observers:
+            observer.notify(event)

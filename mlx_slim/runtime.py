@@ -1,0 +1,101 @@
+"""The machine: device, default dtype, memory counters and limits, ranks.
+
+Invariant: nothing above this floor asks MLX what it runs on. Sizes are bytes. Try it:
+``mlx-slim doctor``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from functools import lru_cache
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_slim.errors import SlimError
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+_UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def on_gpu() -> bool:
+    """Return whether MLX computes on a GPU (Metal or CUDA)."""
+    return mx.default_device().type == mx.DeviceType.gpu
+
+
+def resolve_dtype(name: str) -> mx.Dtype:
+    """Return the dtype of a recipe's ``auto`` (bfloat16 on a GPU, float32 on a CPU) or its name."""
+    if name == "auto":
+        return mx.bfloat16 if on_gpu() else mx.float32
+    return DTYPES[name]
+
+
+def dtype_name(dtype: mx.Dtype) -> str:
+    """Return ``float32`` for ``mx.float32``."""
+    return str(dtype).rsplit(".", 1)[-1]
+
+
+@lru_cache(maxsize=1)
+def world() -> mx.distributed.Group:
+    """Return the group of ranks (one rank unless started by ``mlx.launch``)."""
+    return mx.distributed.init()
+
+
+def _linux_memory() -> int:
+    """Bytes this process may use: available memory, less where a cgroup allows less."""
+    available = 0
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limit = Path(name).read_text().strip()
+        except OSError:
+            continue
+        if limit.isdigit():
+            available = min(available, int(limit))
+    return available
+
+
+def device_memory() -> int:
+    """Return the bytes that MLX can hold on the default device.
+
+    Metal: the recommended working set. CUDA: the card's memory. CPU: available memory.
+    """
+    if on_gpu():
+        info = mx.device_info()
+        size = info.get("max_recommended_working_set_size") or info.get("memory_size")
+        if size:
+            return int(size)
+    if Path("/proc/meminfo").exists():
+        return _linux_memory()
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def parse_size(text: str | int) -> int:
+    """Return the bytes of ``16GB``, ``16GiB``, ``500MB`` or a number.
+
+    Raises:
+        SlimError: If ``text`` is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?b?)\s*", str(text).lower())
+    if not match or match[2] not in _UNITS:
+        raise SlimError(f"memory size {text!r} is not understood", "write it as 16GB or 16GiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def memory_budget(setting: str | int) -> int:
+    """Return the budget in bytes of a recipe's ``memory.budget``: ``auto`` is 90% of the device."""
+    if setting == "auto":
+        return int(device_memory() * 0.9)
+    return parse_size(setting)
+
+
+def human_bytes(size: float) -> str:
+    """Return ``1.23 GB`` (decimal units, three significant figures)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size) < 1000 or unit == "GB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
+        size /= 1000
+    raise AssertionError("unreachable")

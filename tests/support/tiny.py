@@ -1,0 +1,124 @@
+"""Random models of the real architectures, small enough to train in a second, in Hugging Face format.
+
+``tiny_model(folder, "llama")`` writes ``config.json``, sharded safetensors with an index and a real
+``tokenizer.json`` (bytes as tokens), the way a hub download looks.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.utils import _get_classes
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+VOCAB = 256 + len(SPECIALS) + 5  # five spare ids: a real head is wider than its tokenizer
+
+_LLAMA = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 512,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", **_LLAMA},  # grouped-query attention
+    "llama-mha": {"model_type": "llama", **_LLAMA, "num_key_value_heads": 4},
+    "llama-tied": {"model_type": "llama", **_LLAMA, "tie_word_embeddings": True},
+    "mistral": {"model_type": "mistral", **_LLAMA},
+    "qwen2": {"model_type": "qwen2", **_LLAMA, "tie_word_embeddings": True},
+    "phi": {
+        "model_type": "phi",
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "partial_rotary_factor": 0.5,
+        "layer_norm_eps": 1e-5,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 512,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+def byte_tokenizer(folder: Path, *, chat_template: str | None = CHATML, bos: bool = False) -> None:
+    """Write ``tokenizer.json`` and ``tokenizer_config.json``: one token a byte, three specials."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {character: index for index, character in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIALS)
+    if bos:
+        from tokenizers.processors import TemplateProcessing
+
+        tokenizer.post_processor = TemplateProcessing(
+            single=f"{SPECIALS[1]} $A",
+            special_tokens=[(SPECIALS[1], tokenizer.token_to_id(SPECIALS[1]))],
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": SPECIALS[1],
+        "eos_token": SPECIALS[2] if chat_template else SPECIALS[0],
+        "pad_token": SPECIALS[0],
+        "model_max_length": 512,
+    }
+    if chat_template:
+        config["chat_template"] = chat_template
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def tiny_model(
+    folder: Path,
+    architecture: str = "llama",
+    *,
+    seed: int = 0,
+    shards: int = 2,
+    chat_template: str | None = CHATML,
+    bos: bool = False,
+    dtype: mx.Dtype = mx.float32,
+    **changes: Any,
+) -> Path:
+    """Write a random model of ``architecture`` (a key of ``ARCHITECTURES``) and return its folder."""
+    config = {**ARCHITECTURES[architecture], **changes}
+    model_class, args_class = _get_classes(config)
+    state = mx.random.state[0]
+    mx.random.seed(seed)
+    model = model_class(args_class.from_dict(config))
+    mx.eval(model.parameters())
+    mx.random.state[0] = state
+    weights = {key: value.astype(dtype) for key, value in tree_flatten(model.parameters())}
+    byte_tokenizer(folder, chat_template=chat_template, bos=bos)
+    names = sorted(weights)
+    index: dict[str, str] = {}
+    for shard in range(shards):
+        name = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        part = {key: weights[key] for key in names[shard::shards]}
+        mx.save_safetensors(str(folder / name), part, metadata={"format": "pt"})
+        index.update(dict.fromkeys(part, name))
+    total = sum(value.nbytes for value in weights.values())
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": index})
+    )
+    (folder / "config.json").write_text(
+        json.dumps({**config, "architectures": ["Tiny"], "torch_dtype": "float32"}, indent=1)
+    )
+    return folder
