@@ -53,7 +53,7 @@ def _fsync(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that replaces it on success, and is removed on failure.
+    """Yield a temporary path beside ``path``: it replaces ``path`` on success, else is removed.
 
     Raises:
         ResourceError: If the disk is full.

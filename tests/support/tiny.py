@@ -1,4 +1,4 @@
-"""Random models of the real architectures, small enough to train in a second, in Hugging Face format.
+"""Random models of the real architectures in Hugging Face format, trained in a second.
 
 ``tiny_model(folder, "llama")`` writes ``config.json``, sharded safetensors with an index and a real
 ``tokenizer.json`` (bytes as tokens), the way a hub download looks.
@@ -97,14 +97,12 @@ def tiny_model(
     dtype: mx.Dtype = mx.float32,
     **changes: Any,
 ) -> Path:
-    """Write a random model of ``architecture`` (a key of ``ARCHITECTURES``) and return its folder."""
+    """Write a random model of ``architecture`` (a key of ``ARCHITECTURES``); return its folder."""
     config = {**ARCHITECTURES[architecture], **changes}
     model_class, args_class = _get_classes(config)
-    state = mx.random.state[0]
     mx.random.seed(seed)
     model = model_class(args_class.from_dict(config))
     mx.eval(model.parameters())
-    mx.random.state[0] = state
     weights = {key: value.astype(dtype) for key, value in tree_flatten(model.parameters())}
     byte_tokenizer(folder, chat_template=chat_template, bos=bos)
     names = sorted(weights)
