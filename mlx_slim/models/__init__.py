@@ -1,1 +1,1 @@
-"""TBD."""
+"""Models: loading, conversion, saving, and the one place that knows how they are built."""

@@ -1,0 +1,168 @@
+"""Where a model keeps its blocks, its body and its head: the only file that knows attribute names.
+
+Invariant: a split into body and head is used only after ``head(body(x))`` was compared with
+``model(x)`` on real tokens, so a soft cap or a scale that lives between them can never be lost;
+models that do not split are trained through their full logits. Legend: B rows, T positions,
+D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_slim.errors import SlimError
+
+_HEADS = ("lm_head", "output", "head", "embed_out")
+_EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "word_embeddings", "embedding")
+_WRAPPERS = ("language_model", "text_model")
+_BODIES = ("model", "transformer", "backbone", "gpt_neox")
+LINEAR_TYPES = (nn.Linear, nn.QuantizedLinear)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The map from hidden states to logits.
+
+    Attributes:
+        module: A linear layer, or the embedding that a tied model uses as one.
+        tied: Whether ``module`` is the embedding.
+    """
+
+    module: nn.Module
+    tied: bool
+
+    def __call__(self, hidden: mx.array) -> mx.array:
+        """Return logits (..., V) of hidden states (..., D)."""
+        return self.module.as_linear(hidden) if self.tied else self.module(hidden)
+
+
+@dataclass(frozen=True)
+class Split:
+    """A model as body and head.
+
+    Attributes:
+        body: tokens_BT, cache -> hidden_BTD, after the last norm.
+        head: hidden -> logits.
+    """
+
+    body: Callable[..., mx.array]
+    head: Head
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the transformer blocks, first to last.
+
+    Raises:
+        SlimError: If the model does not expose them.
+    """
+    layers = getattr(model, "layers", None)
+    if not isinstance(layers, list) or not layers:
+        raise SlimError(
+            f"{type(model).__module__} has no list of blocks called 'layers'",
+            "this architecture cannot be tuned here",
+        )
+    return layers
+
+
+def blocks_path(model: nn.Module) -> str:
+    """Return the parameter path of the list of blocks, such as ``model.layers``."""
+    first = blocks(model)[0]
+    for path, module in model.named_modules():
+        if module is first:
+            return path.rsplit(".", 1)[0]
+    raise SlimError(f"{type(model).__module__} hides its blocks from named_modules")
+
+
+def linear_names(block: nn.Module) -> list[str]:
+    """Return the paths of the linear layers inside one block, sorted."""
+    return sorted(
+        path for path, module in block.named_modules() if isinstance(module, LINEAR_TYPES)
+    )
+
+
+def _candidates(model: nn.Module) -> list[Split]:
+    """Return the ways ``model`` might split; a probe decides which one is right."""
+    found: list[Split] = []
+    outer = next((model[name] for name in _WRAPPERS if name in model), model)
+    for name in _BODIES:
+        if name not in outer:
+            continue
+        body = outer[name]
+        for owner in (outer, body):
+            found += [Split(body, Head(owner[key], tied=False)) for key in _HEADS if key in owner]
+        found += [Split(body, Head(body[key], tied=True)) for key in _EMBEDDINGS if key in body]
+    return found
+
+
+def split(model: nn.Module, vocabulary: int = 8) -> Split | None:
+    """Return body and head of ``model``, or None if no split reproduces its logits.
+
+    Args:
+        model: A model whose parameters are loaded.
+        vocabulary: Token ids below this are used for the probe.
+    """
+    tokens_BT = mx.arange(8)[None] % max(2, vocabulary)
+    expected = model(tokens_BT).astype(mx.float32)
+    scale = mx.abs(expected).max().item()
+    for candidate in _candidates(model):
+        try:
+            logits = candidate.head(candidate.body(tokens_BT, None)).astype(mx.float32)
+            same = logits.shape == expected.shape
+        except (TypeError, ValueError, AttributeError):
+            continue  # a body that wants other arguments, a head of another width
+        if same and mx.abs(logits - expected).max().item() <= 1e-3 * scale + 1e-6:
+            return candidate
+    return None
+
+
+class SegmentCache:
+    """Packed rows kept apart, in the shape of a key-value cache that models already ask for a mask.
+
+    Attention is causal inside a segment and blind across segments; rotary positions need no reset
+    because attention is relative. One instance serves all blocks.
+    """
+
+    offset = 0
+
+    def __init__(self, segments_BT: mx.array) -> None:
+        same = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
+        positions = mx.arange(segments_BT.shape[1])
+        self._distance = positions[:, None] - positions[None]
+        self._mask = same & (self._distance >= 0)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Return keys and values unchanged: nothing is remembered between calls."""
+        return keys, values
+
+    def make_mask(
+        self, N: int, return_array: bool = False, window_size: int | None = None, **_: Any
+    ) -> mx.array:
+        """Return the boolean mask (B, 1, T, T): causal, same segment, inside the window."""
+        if window_size is None:
+            return self._mask
+        return self._mask & (self._distance < window_size)
+
+
+def packs(model: nn.Module) -> bool:
+    """Return whether packed segments stay apart in this model, checked on a probe.
+
+    The second of two packed rows must see the same logits as alone. Recurrent layers and learned
+    absolute positions fail this and are trained row by row.
+    """
+    tokens_BT = mx.arange(12)[None] % 7
+    segments_BT = mx.array([[0] * 5 + [1] * 7])
+    try:
+        cache = SegmentCache(segments_BT)
+        packed = model(tokens_BT, [cache] * len(blocks(model)))[:, 5:]
+        alone = model(tokens_BT[:, 5:])
+    except (TypeError, ValueError, AttributeError):
+        return False
+    # In 16 bits rotary embeddings at other absolute positions round differently.
+    tolerance = 1e-3 if packed.dtype == mx.float32 else 5e-2
+    difference = mx.abs(packed.astype(mx.float32) - alone.astype(mx.float32)).max()
+    return difference.item() <= tolerance * mx.abs(alone).max().item()
