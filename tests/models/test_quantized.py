@@ -1,0 +1,192 @@
+"""The CPU forward of quantized layers: same numbers and parameters, no dense weight kept."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
+
+from mlx_slim.models import quantized
+from mlx_slim.runtime import on_gpu
+
+pytestmark = pytest.mark.skipif(on_gpu(), reason="nothing is replaced on a GPU")
+
+FORMATS = [("affine", bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
+FORMATS += [("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)]
+
+
+def _layer(mode: str, bits: int, group: int, *, bias: bool = True, dtype=mx.float32):
+    mx.random.seed(bits)
+    dense = nn.Linear(128, 96, bias=bias)
+    dense.set_dtype(dtype)
+    return nn.QuantizedLinear.from_linear(dense, group, bits, mode)
+
+
+def _close(a: mx.array, b: mx.array, tolerance: float = 1e-5) -> bool:
+    scale = mx.abs(b.astype(mx.float32)).max().item()
+    gap = mx.abs(a.astype(mx.float32) - b.astype(mx.float32)).max().item()
+    return gap <= tolerance * scale
+
+
+@pytest.mark.parametrize(("mode", "bits", "group"), FORMATS)
+def test_same_output_and_gradient(mode: str, bits: int, group: int):
+    layer = _layer(mode, bits, group)
+    x = mx.random.normal((2, 9, 128))
+    plain = layer(x)
+    slow_gradient = mx.grad(lambda x: mx.sin(layer(x)).sum())(x)
+    assert quantized.use_fast_matmul(layer) == 1
+    assert quantized.use_fast_matmul(layer) == 0
+    assert isinstance(layer, nn.QuantizedLinear)
+    fast = layer(x)
+    assert fast.dtype == plain.dtype and fast.shape == plain.shape
+    assert _close(fast, plain)
+    assert _close(mx.grad(lambda x: mx.sin(layer(x)).sum())(x), slow_gradient)
+    assert _close(layer(x[:1, :1]), plain[:1, :1])
+
+
+@pytest.mark.parametrize(("mode", "bits", "group"), FORMATS)
+def test_dense_weight_is_that_of_mlx(mode: str, bits: int, group: int):
+    layer = _layer(mode, bits, group)
+    expected = mx.dequantize(
+        layer.weight,
+        layer.scales,
+        layer.get("biases"),
+        group_size=group,
+        bits=bits,
+        mode=mode,
+        dtype=mx.float32,
+    )
+    dense = quantized.dequantize_weight(layer)
+    assert dense.dtype == mx.float32 and dense.shape == (96, 128)
+    assert mx.array_equal(dense, expected)
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_sixteen_bit_activations(dtype: mx.Dtype):
+    layer = _layer("affine", 4, 64, dtype=dtype)
+    x = mx.random.normal((8, 128)).astype(dtype)
+    plain = layer(x)
+    quantized.use_fast_matmul(layer)
+    assert layer(x).dtype == plain.dtype == dtype
+    assert _close(layer(x), plain, 2e-2)
+
+
+def test_embedding_head_and_tied_gradient():
+    embedding = nn.QuantizedEmbedding(96, 128)
+    x = mx.random.normal((7, 128))
+    head, rows = embedding.as_linear(x), embedding(mx.array([3, 5]))
+    gradient = mx.grad(lambda x: mx.sin(embedding.as_linear(x)).sum())(x)
+    assert quantized.use_fast_matmul(embedding) == 1
+    assert _close(embedding.as_linear(x), head)
+    assert mx.array_equal(embedding(mx.array([3, 5])), rows)
+    assert _close(mx.grad(lambda x: mx.sin(embedding.as_linear(x)).sum())(x), gradient)
+    assert _close(x @ quantized.dequantize_weight(embedding).T, head)
+
+
+def test_parameters_and_adapters_are_unchanged():
+    layer, embedding = _layer("affine", 4, 64), nn.QuantizedEmbedding(96, 128)
+    before = {key: value.shape for key, value in tree_flatten(layer.parameters())}
+    trainable = [key for key, _ in tree_flatten(layer.trainable_parameters())]
+    quantized.use_fast_matmul(layer)
+    quantized.use_fast_matmul(embedding)
+    assert {key: value.shape for key, value in tree_flatten(layer.parameters())} == before
+    assert [key for key, _ in tree_flatten(layer.trainable_parameters())] == trainable
+    adapter = LoRALinear.from_base(layer, r=4)
+    assert adapter.lora_a.shape == (128, 4) and adapter.lora_b.shape == (4, 96)
+    x = mx.random.normal((5, 128))
+    assert mx.array_equal(adapter(x), layer(x))
+    assert isinstance(adapter.fuse(), nn.QuantizedLinear)
+    assert LoRAEmbedding.from_base(embedding, r=4).lora_b.shape == (4, 128)
+
+
+def test_classes_are_left_alone():
+    forward = nn.QuantizedLinear.__call__
+    layer, other = _layer("affine", 4, 64), _layer("affine", 4, 64)
+    quantized.use_fast_matmul(layer)
+    assert nn.QuantizedLinear.__call__ is forward
+    assert type(other) is nn.QuantizedLinear
+
+
+class _Stack(nn.Module):
+    def __init__(self, depth: int, width: int):
+        super().__init__()
+        self.first = nn.Linear(width, 1)
+        self.layers = [nn.QuantizedLinear(width, width, bias=False) for _ in range(depth)]
+        for layer in self.layers:
+            layer.freeze()
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = x + self.first(x)
+        for layer in self.layers:
+            x = nn.tanh(layer(x))
+        return x
+
+
+def _stack(depth: int, width: int = 256) -> _Stack:
+    mx.random.seed(0)
+    stack = _Stack(depth, width)
+    mx.eval(stack.parameters())
+    return stack
+
+
+def test_no_dense_weight_is_kept():
+    """The peak of a training step must not grow by a dense weight for each layer."""
+
+    def peak(depth: int) -> int:
+        width = 512
+        stack = _stack(depth, width)
+        assert quantized.use_fast_matmul(stack) == depth
+        x = mx.random.normal((4, width))
+        mx.eval(x)
+        step = nn.value_and_grad(stack, lambda x: stack(x).sum())
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(step(x))
+        return mx.get_peak_memory() - before
+
+    dense = 4 * 512 * 512
+    assert peak(24) - peak(6) < 2 * dense
+
+
+def test_checkpointed_step_agrees():
+    stack = _stack(3)
+    x = mx.random.normal((6, 256))
+    step = nn.value_and_grad(stack, lambda x: mx.square(stack(x)).sum())
+    _, expected = step(x)
+    quantized.use_fast_matmul(stack)
+    _, plain = step(x)
+
+    def remat(x: mx.array) -> mx.array:
+        def run(parameters: dict, x: mx.array) -> mx.array:
+            stack.update(parameters)
+            return stack(x)
+
+        return mx.square(mx.checkpoint(run)(stack.trainable_parameters(), x)).sum()
+
+    _, checkpointed = nn.value_and_grad(stack, remat)(x)
+    for gradients in (plain, checkpointed):
+        assert _close(gradients["first"]["weight"], expected["first"]["weight"], 1e-4)
+
+
+def test_densify_gives_the_same_outputs():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.QuantizedEmbedding(96, 128)
+            self.layer = _layer("affine", 4, 64)
+            self.norm = nn.RMSNorm(128)
+
+        def __call__(self, x):
+            return self.layer(self.norm(self.embed(x)))
+
+    model = Model()
+    tokens = mx.array([[1, 2, 3, 4]])
+    before = model(tokens)
+    assert quantized.is_quantized(model)
+    assert quantized.densify(model) == 2
+    assert not quantized.is_quantized(model)
+    assert type(model.layer) is nn.Linear and type(model.embed) is nn.Embedding
+    assert _close(model(tokens), before)
+    assert "bias" in model.layer and "weight" in model.embed
