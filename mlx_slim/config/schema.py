@@ -22,7 +22,9 @@ DEFAULT_ALPHA = 16.0
 class Section(BaseModel):
     """A frozen group of keys that knows no others."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class AdapterConfig(Section):

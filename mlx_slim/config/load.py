@@ -1,0 +1,246 @@
+"""From a recipe's name and the command line to one checked recipe that knows its origins.
+
+Invariant: layers are applied in order (schema defaults, files named by ``extends``, the file, the
+command line), the later one wins, and nothing is ignored: every unknown key and every wrong value
+is reported, all in one error, with the file and line (or "command line") it came from. Relative
+paths in a recipe (``model``, ``data.path``, a template) mean the current directory, not the
+recipe's folder. Try it: ``mlx-slim train tinyllama-lora train.steps=3 --dry-run -o /tmp/run``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from mlx_slim.config import library
+from mlx_slim.config.problems import Keys, Origins, explain, kinds_at, screen
+from mlx_slim.config.read import parse_scalar, read_mapping
+from mlx_slim.config.schema import Recipe, Section
+from mlx_slim.errors import SlimError
+
+COMMAND_LINE = "command line"
+DEFAULT = "default"
+# Two ways to say one thing: whichever is said later wins.
+_RIVALS: dict[Keys, Keys] = {
+    ("adapter", "alpha"): ("adapter", "scale"),
+    ("adapter", "scale"): ("adapter", "alpha"),
+    ("train", "steps"): ("train", "epochs"),
+    ("train", "epochs"): ("train", "steps"),
+}
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A recipe that is ready to run.
+
+    Attributes:
+        recipe: Checked and frozen.
+        origins: Dotted key -> ``default``, a file (with its line) or ``command line``, all keys.
+        name: The recipe's name, or the stem of its file.
+    """
+
+    recipe: Recipe
+    origins: dict[str, str]
+    name: str
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Resolved:
+    """Return the recipe of that name or ``.yaml`` path with ``key=value`` overrides applied.
+
+    Args:
+        name_or_path: A shipped recipe's name, or the path of a ``.yaml`` file.
+        overrides: Dotted assignments, values in YAML: ``train.steps=3``, ``data.path=./x.jsonl``.
+
+    Raises:
+        SlimError: Unknown recipe, unreadable file, or any number of wrong keys and values: the
+            first line counts them, then one line each.
+    """
+    text = str(name_or_path)
+    if text.endswith((".yaml", ".yml")) or "/" in text:
+        file = Path(text)
+    else:
+        file = library.find("recipes", text)
+    values: dict[str, Any] = {}
+    origins: Origins = {}
+    _apply_file(file, values, origins, ())
+    problems = _apply_overrides(overrides, values, origins)
+    return _check(values, origins, problems, file.stem, text)
+
+
+def from_values(values: dict[str, Any], name: str, origin: str) -> Resolved:
+    """Return the recipe made of ``values`` (nested), all of them from ``origin``.
+
+    Raises:
+        SlimError: As ``load_recipe``.
+    """
+    merged: dict[str, Any] = {}
+    origins: Origins = {}
+    _merge(values, (), merged, origins, lambda _: origin)
+    return _check(merged, origins, [], name, name)
+
+
+def _check(
+    values: dict[str, Any], origins: Origins, problems: list[str], name: str, title: str
+) -> Resolved:
+    known, found = screen(values, origins)
+    problems = problems + found
+    try:
+        recipe = Recipe.model_validate(known)
+    except ValidationError as error:
+        problems += explain(error, known, origins)
+        recipe = None
+    if problems or recipe is None:
+        count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
+        raise SlimError("\n".join([f"recipe {title}: {count}", *(f"  {p}" for p in problems)]))
+    return Resolved(recipe, _all_origins(recipe, origins), name)
+
+
+def _apply_file(
+    file: Path, values: dict[str, Any], origins: Origins, chain: tuple[Path, ...]
+) -> None:
+    file = file.resolve() if chain else file
+    if file.resolve() in chain:
+        names = " -> ".join(p.name for p in (*chain, file))
+        raise SlimError(f"recipes extend each other in a circle: {names}", "remove one `extends`")
+    content, lines = read_mapping(file)
+    parents = content.pop("extends", [])
+    parents = [parents] if isinstance(parents, str) else parents
+    if not isinstance(parents, list) or not all(isinstance(p, str) for p in parents):
+        raise SlimError(
+            f"{file}, line {lines[('extends',)]}: extends is {parents!r}",
+            "give a recipe's name, or a list of names",
+        )
+    for parent in parents:
+        _apply_file(_parent(file, parent), values, origins, (*chain, file.resolve()))
+    _merge(content, (), values, origins, lambda path: f"{file.name}:{lines.get(path, 1)}")
+
+
+def _parent(file: Path, name: str) -> Path:
+    """The file that ``extends: name`` means: beside ``file`` first, then a shipped recipe."""
+    beside = file.parent / (name if name.endswith((".yaml", ".yml")) else f"{name}.yaml")
+    if beside.is_file() or name.endswith((".yaml", ".yml")):
+        return beside
+    return library.find("recipes", name)
+
+
+def _override_value(path: Keys, text: str) -> Any:
+    kinds = kinds_at(path)
+    if {"string"} <= kinds <= {"string", "null"}:
+        return None if text in ("null", "~") else text
+    value = parse_scalar(text)
+    number = isinstance(value, int | float)
+    return text if number and "string" in kinds and not kinds & {"integer", "number"} else value
+
+
+def _apply_overrides(
+    overrides: Sequence[str], values: dict[str, Any], origins: Origins
+) -> list[str]:
+    problems: list[str] = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        parts = tuple(key.strip().split("."))
+        if not equals or not all(parts):
+            problems.append(f"{override!r} ({COMMAND_LINE}) is no override: write key=value")
+            continue
+        if parts[0] == "extends":
+            problems.append(f"extends ({COMMAND_LINE}): only a recipe file can extend another")
+            continue
+        try:
+            value = _override_value(parts, text)
+        except SlimError as error:
+            problems.append(f"{key} ({COMMAND_LINE}): {error.message}")
+            continue
+        nested: Any = value
+        for part in reversed(parts):
+            nested = {part: nested}
+        _merge(nested, (), values, origins, lambda _: COMMAND_LINE)
+    return problems
+
+
+def _merge(new: dict[str, Any], path: Keys, into: dict[str, Any], origins: Origins, origin) -> None:
+    """Lay ``new`` over ``into`` at ``path``: mappings merge, everything else replaces."""
+    for key, value in new.items():
+        here = (*path, key)
+        if isinstance(value, dict) and value:
+            if not isinstance(into.get(key), dict):
+                into[key] = {}
+            origins.setdefault(here, origin(here))
+            _merge(value, here, into[key], origins, origin)
+            continue
+        rival = _RIVALS.get(here)
+        if rival and value is not None and rival[1] not in new:
+            into.pop(rival[1], None)
+            origins.pop(rival, None)
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            continue  # an empty section changes nothing
+        into[key] = value
+        for stale in [k for k in origins if k[: len(here)] == here]:
+            del origins[stale]
+        origins[here] = origin(here)  # re-inserted: the newest stands last
+
+
+def _leaves(section: Section, path: Keys = ()) -> list[tuple[Keys, Any]]:
+    found: list[tuple[Keys, Any]] = []
+    for key in type(section).model_fields:
+        value = getattr(section, key)
+        here = (*path, key)
+        found += _leaves(value, here) if isinstance(value, Section) else [(here, value)]
+    return found
+
+
+def _all_origins(recipe: Recipe, origins: Origins) -> dict[str, str]:
+    result = {}
+    for path, value in _leaves(recipe):
+        deeper = [v for k, v in origins.items() if k[: len(path)] == path and len(k) > len(path)]
+        latest = deeper[-1] if deeper and isinstance(value, dict) else DEFAULT
+        result[".".join(path)] = origins.get(path, latest) if not deeper else latest
+    return result
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Section):
+        return {k: v for k, v in value.model_dump().items() if v is not None}
+    return [_plain(v) for v in value] if isinstance(value, list) else value
+
+
+def _text(value: Any) -> str:
+    value = _plain(value)
+    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+
+
+def render(resolved: Resolved) -> str:
+    """Return the recipe as YAML-like lines, each with the origin of its value, aligned.
+
+    The one of ``adapter.alpha`` and ``adapter.scale`` that is not given is computed and shown.
+    """
+    recipe, origins = resolved.recipe, resolved.origins
+    unused = {
+        "adapter": recipe.method == "full",
+        "quantize": recipe.method != "qlora",
+    }
+    rows: list[tuple[str, str]] = []
+    section = ""
+    for path, value in _leaves(recipe):
+        key = ".".join(path)
+        text, origin = _text(value), origins[key]
+        if key in ("adapter.alpha", "adapter.scale"):
+            other = "scale" if path[1] == "alpha" else "alpha"
+            if value is None:
+                attribute = getattr(recipe.adapter, f"resolved_{path[1]}")
+                text = f"{attribute:g}"
+                given = getattr(recipe.adapter, other) is not None
+                origin = f"follows from {other}" if given or path[1] == "scale" else DEFAULT
+        elif key == "train.epochs" and recipe.train.steps is not None:
+            origin += ", steps wins"
+        if len(path) > 1 and path[0] != section:
+            note = f"not used by {recipe.method}" if unused.get(path[0]) else ""
+            rows.append((f"{path[0]}:", note))
+        section = path[0] if len(path) > 1 else ""
+        rows.append((f"{'  ' if len(path) > 1 else ''}{key.rsplit('.')[-1]}: {text}", origin))
+    width = min(max(len(left) for left, _ in rows), 60)
+    return "\n".join(f"{left:<{width}}  # {note}" if note else left for left, note in rows)
