@@ -1,0 +1,219 @@
+"""From rows to micro-batches under a token budget, the same for every rank and every resume.
+
+Invariant: a plan is a pure function of (row lengths, settings, seed, epoch); every row is in it
+exactly once, and no micro-batch computes more than ``batch_tokens`` tokens, padding counted. So the
+whole position of a run is two integers: the epoch and the micro-batches already taken.
+Legend: B sequences, T positions, N supervised positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from mlx_slim.data.pack import pack_rows
+
+BUCKET = 8  # rows whose lengths differ by less are shuffled together: at most 7 padded positions
+
+
+class Rows(Protocol):
+    """What a token store offers: see ``data/store.py``."""
+
+    lengths: np.ndarray
+    supervised: np.ndarray
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        ...
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return token ids int32 (T,) and the supervised mask bool (T,)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: inputs, and where and what the loss asks.
+
+    A row of ids 0..L-1 is fed without its last id, and position t predicts id t+1::
+
+        ids      a b c d        supervised  - - x x
+        inputs   a b c          positions   1 2      (of c and d, the ids they predict)
+        targets                             c d
+
+    Positions after the last supervised target cannot change the loss and are not computed.
+
+    Attributes:
+        tokens_BT: int32 inputs, zero where padded.
+        positions_N: int32 indices into the flattened (B·T) positions.
+        targets_N: int32 ids that those positions predict.
+        segments_BT: int32 segment numbers of packed rows (padding is −1), or None: one row each.
+        real_tokens: Ids of the rows, the unit of every tokens/s here.
+        rows: How many rows are inside.
+    """
+
+    tokens_BT: np.ndarray
+    positions_N: np.ndarray
+    targets_N: np.ndarray
+    segments_BT: np.ndarray | None
+    real_tokens: int
+    rows: int
+
+    @property
+    def computed_tokens(self) -> int:
+        """Positions computed, padding counted."""
+        return int(self.tokens_BT.size)
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Targets that the loss counts."""
+        return len(self.targets_N)
+
+
+def collate(rows: Rows, groups: Sequence[Sequence[int]], *, isolate: bool) -> Batch:
+    """Build a micro-batch.
+
+    Args:
+        rows: Where token ids come from.
+        groups: Row numbers of each sequence; several in one sequence are packed.
+        isolate: Whether sequences are packed, so that segments are needed.
+    """
+    parts: list[list[tuple[np.ndarray, np.ndarray]]] = []
+    real = 0
+    for group in groups:
+        sequence = []
+        for index in group:
+            ids, supervised = rows.row(index)
+            real += len(ids)
+            last = int(np.flatnonzero(supervised)[-1])
+            sequence.append((ids[: last + 1], supervised[: last + 1]))
+        parts.append(sequence)
+    width = max(sum(len(ids) - 1 for ids, _ in sequence) for sequence in parts)
+    tokens_BT = np.zeros((len(parts), width), dtype=np.int32)
+    segments_BT = np.full((len(parts), width), -1, dtype=np.int32)
+    positions: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    for b, sequence in enumerate(parts):
+        start = 0
+        for number, (ids, supervised) in enumerate(sequence):
+            stop = start + len(ids) - 1
+            tokens_BT[b, start:stop] = ids[:-1]
+            segments_BT[b, start:stop] = number
+            where = np.flatnonzero(supervised[1:])
+            positions.append((b * width + start + where).astype(np.int32))
+            targets.append(ids[1:][where].astype(np.int32))
+            start = stop
+    return Batch(
+        tokens_BT=tokens_BT,
+        positions_N=np.concatenate(positions),
+        targets_N=np.concatenate(targets),
+        segments_BT=segments_BT if isolate else None,
+        real_tokens=real,
+        rows=sum(len(group) for group in groups),
+    )
+
+
+def _shuffled_by_length(lengths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return row numbers, longest first; rows of one bucket of lengths in random order."""
+    order = rng.permutation(len(lengths))
+    return order[np.argsort(-(lengths[order] // BUCKET), kind="stable")]
+
+
+def _grouped(lengths: np.ndarray, budget: int, rng: np.random.Generator) -> list[list[list[int]]]:
+    """Return micro-batches of rows of like length, padded area within the budget."""
+    order = _shuffled_by_length(lengths, rng)
+    # Within a bucket the longest row may come late: the bucket's bound decides how many fit.
+    batches: list[list[list[int]]] = []
+    start = 0
+    while start < len(order):
+        bound = int(lengths[order[start]] // BUCKET + 1) * BUCKET - 1
+        count = max(1, budget // bound)
+        batches.append([[int(i)] for i in order[start : start + count]])
+        start += count
+    return batches
+
+
+def _packed(
+    lengths: np.ndarray, budget: int, capacity: int, rng: np.random.Generator
+) -> list[list[list[int]]]:
+    """Return micro-batches of sequences, each filled with several rows up to ``capacity``."""
+    order = _shuffled_by_length(lengths, rng)
+    sequences = pack_rows(lengths, order, capacity)
+    rng.shuffle(sequences)
+    count = max(1, budget // capacity)
+    return [sequences[i : i + count] for i in range(0, len(sequences), count)]
+
+
+@dataclass(frozen=True)
+class Batcher:
+    """Plans epochs over one store.
+
+    Attributes:
+        rows: The store.
+        batch_tokens: Largest B·T of a micro-batch.
+        max_length: Longest row, ids; also the length of packed sequences.
+        mode: ``grouped`` or ``packed``.
+        seed: Of the shuffles.
+    """
+
+    rows: Rows
+    batch_tokens: int
+    max_length: int
+    mode: Literal["grouped", "packed"]
+    seed: int
+
+    @property
+    def _lengths(self) -> np.ndarray:
+        return np.maximum(self.rows.lengths - 1, 1)  # the last id is only a target
+
+    def plan(self, epoch: int) -> list[list[list[int]]]:
+        """Return the micro-batches of an epoch, as row numbers per sequence, in order."""
+        rng = np.random.default_rng([self.seed, epoch])
+        if self.mode == "packed":
+            batches = _packed(self._lengths, self.batch_tokens, self.max_length, rng)
+        else:
+            batches = _grouped(self._lengths, self.batch_tokens, rng)
+        order = rng.permutation(len(batches))
+        return [batches[i] for i in order]
+
+    def batch(self, groups: Sequence[Sequence[int]]) -> Batch:
+        """Build one micro-batch of a plan."""
+        return collate(self.rows, groups, isolate=self.mode == "packed")
+
+    def worst(self) -> Batch:
+        """Build the micro-batch that needs the most memory: most positions, then longest rows."""
+
+        def area(groups: list[list[int]]) -> tuple[int, int]:
+            widths = [sum(int(self._lengths[i]) for i in group) for group in groups]
+            return len(groups) * max(widths), max(widths)
+
+        return self.batch(max(self.plan(0), key=area))
+
+    def computed(self, epoch: int = 0) -> tuple[int, float]:
+        """Return the positions computed in an epoch, and Σ B·T² (what attention costs)."""
+        total, squares = 0, 0.0
+        for groups in self.plan(epoch):
+            width = max(sum(int(self._lengths[i]) for i in group) for group in groups)
+            total += len(groups) * width
+            squares += len(groups) * float(width) ** 2
+        return total, squares
+
+
+def choose_mode(rows: Rows, batch_tokens: int, max_length: int, seed: int, balance: float) -> str:
+    """Return ``grouped`` or ``packed``, whichever costs less for these rows.
+
+    Args:
+        rows: The store.
+        batch_tokens: Largest B·T of a micro-batch.
+        max_length: Length of packed sequences.
+        seed: Of the shuffles.
+        balance: The length T at which a token's attention costs as much as all else in it.
+    """
+    costs = {}
+    for mode in ("grouped", "packed"):
+        total, squares = Batcher(rows, batch_tokens, max_length, mode, seed).computed()
+        costs[mode] = total + squares / balance
+    return min(costs, key=lambda mode: costs[mode])
