@@ -12,6 +12,8 @@ Shapes: M rows, I input width, O output width, Q packed input width.
 
 from __future__ import annotations
 
+from typing import cast
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
@@ -40,8 +42,8 @@ def dequantize_weight(module: nn.Module) -> mx.array:
 def _dense(
     module: nn.Module, dtype: mx.Dtype | None, weight_OQ: mx.array | None = None
 ) -> mx.array:
-    scales, biases = module["scales"], module.get("biases")
-    if module.mode == "affine" and dtype is not None:
+    scales, biases, mode = module["scales"], module.get("biases"), str(module.mode)
+    if biases is not None and dtype is not None:
         scales, biases = scales.astype(dtype), biases.astype(dtype)
     return mx.dequantize(
         module["weight"] if weight_OQ is None else weight_OQ,
@@ -49,7 +51,7 @@ def _dense(
         biases,
         group_size=module.group_size,
         bits=module.bits,
-        mode=module.mode,
+        mode=mode,
         dtype=dtype,
     )
 
@@ -60,15 +62,15 @@ def _matmul(module: nn.Module, x_MI: mx.array) -> mx.array:
     if module.mode == "affine":
         dtype = mx.result_type(dtype, module["scales"].dtype)
 
-    @mx.custom_function
-    def multiply(x: mx.array) -> mx.array:
-        return x @ _dense_after(module, x).T
+    def forward(x_MI: mx.array) -> mx.array:
+        return x_MI @ _dense_after(module, x_MI).T
 
-    @multiply.vjp
-    def _backward(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
-        return cotangent @ _dense_after(module, cotangent)
+    def backward(_x: mx.array, cotangent_MO: mx.array, _y: mx.array) -> mx.array:
+        return cotangent_MO @ _dense_after(module, cotangent_MO)
 
-    return multiply(x_MI.astype(mx.float32)).astype(dtype)
+    multiply = mx.custom_function(forward)
+    multiply.vjp(backward)
+    return cast(mx.array, multiply(x_MI.astype(mx.float32))).astype(dtype)
 
 
 def _dense_after(module: nn.Module, x: mx.array) -> mx.array:

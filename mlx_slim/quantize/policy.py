@@ -1,0 +1,138 @@
+"""Which layer gets which bits, and why the others get none.
+
+Invariant: every module that holds parameters is either quantized with known parameters or listed
+with a reason; mlx-lm leaves layers out without a word. Try it:
+``mlx-slim quantize MODEL -o DIR --group-size 128``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_slim.config.schema import QuantizeConfig
+from mlx_slim.errors import SlimError, did_you_mean
+
+MixedRecipe = Literal["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"]
+RECIPES: tuple[str, ...] = get_args(MixedRecipe)
+
+Decision = bool | dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A layer left as it is.
+
+    Attributes:
+        path: Dotted path inside the model.
+        reason: Why, in words.
+        parameters: Numbers that it holds.
+    """
+
+    path: str
+    reason: str
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The decision for every layer of one model.
+
+    Attributes:
+        chosen: Path -> ``{"bits", "group_size", "mode"}`` of each layer to quantize.
+        skipped: The layers left as they are.
+    """
+
+    chosen: dict[str, dict[str, Any]]
+    skipped: list[Skipped]
+
+
+def make_policy(model: nn.Module, config: QuantizeConfig, recipe: str | None = None) -> Policy:
+    """Decide for every layer of ``model``.
+
+    Args:
+        model: A dense model.
+        config: Bits, group size and mode of a layer that no recipe speaks of.
+        recipe: One of ``RECIPES`` (mlx-lm's mixed precision, affine only), or None.
+
+    Raises:
+        SlimError: If the recipe is unknown or does not fit the model, or no layer fits.
+    """
+    decide = _decider(model, config, recipe)
+    base = {"group_size": config.group_size, "bits": config.bits, "mode": config.mode}
+    chosen: dict[str, dict[str, Any]] = {}
+    skipped: list[Skipped] = []
+    for path, module in leaves(model):
+        parameters = count(module)
+        if not parameters:
+            continue
+        reason = _unfit(module, config.group_size)
+        if not reason:
+            decision = decide(path, module)
+            if decision:
+                chosen[path] = decision if isinstance(decision, dict) else dict(base)
+                continue
+            reason = "the model's own policy keeps it in full precision"
+        skipped.append(Skipped(path, reason, parameters))
+    if not chosen:
+        widths = sorted({m["weight"].shape[-1] for _, m in leaves(model) if _is_matrix(m)})
+        raise SlimError(
+            f"no layer can be quantized with group_size={config.group_size}: "
+            f"the input widths are {', '.join(map(str, widths)) or 'none'}",
+            "choose a group size that divides them",
+        )
+    return Policy(chosen, skipped)
+
+
+def count(module: nn.Module) -> int:
+    """Return the numbers that a dense ``module`` holds."""
+    return sum(value.size for _, value in tree_flatten(module.parameters()))  # pyright: ignore
+
+
+def leaves(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return (path, module) of every module without children, in the order of the model."""
+    return tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)  # pyright: ignore
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    return hasattr(module, "to_quantized") and "weight" in module
+
+
+def _unfit(module: nn.Module, group_size: int) -> str:
+    """Return why ``module`` cannot be quantized, or an empty string."""
+    if not _is_matrix(module):
+        kind = type(module).__name__
+        is_norm = "norm" in kind.lower()
+        return f"a norm ({kind})" if is_norm else f"{kind} has no quantized form"
+    width = module["weight"].shape[-1]
+    if width % group_size:
+        return f"input width {width} is not divisible by group_size={group_size}"
+    return ""
+
+
+def _decider(
+    model: nn.Module, config: QuantizeConfig, recipe: str | None
+) -> Callable[[str, nn.Module], Decision]:
+    if recipe is None:
+        own: Callable[[str, nn.Module], Decision] | None = getattr(model, "quant_predicate", None)
+        return own or (lambda path, module: True)
+    if recipe not in RECIPES:
+        raise SlimError(f"unknown recipe {recipe!r}", did_you_mean(recipe, RECIPES))
+    if config.mode != "affine":
+        raise SlimError(
+            f"recipe {recipe} needs mode affine, not {config.mode}", "drop --mode or the recipe"
+        )
+    from mlx_lm.convert import mixed_quant_predicate_builder
+
+    try:
+        return mixed_quant_predicate_builder(recipe, model, config.group_size)  # pyright: ignore
+    except ValueError as error:
+        raise SlimError(
+            f"recipe {recipe} does not fit {type(model).__module__.rsplit('.', 1)[-1]}: "
+            "it looks for layers named down_proj",
+            "use --bits without a recipe, or --method dynamic",
+        ) from error
