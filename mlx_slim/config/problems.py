@@ -45,7 +45,7 @@ def _choices(schema: dict[str, Any]) -> list[dict[str, Any]]:
     return [schema]
 
 
-def _at(path: Keys) -> dict[str, Any] | None:
+def _at(path: tuple[str, ...]) -> dict[str, Any] | None:
     """Return the JSON schema of the key at ``path``, None for an unknown one."""
     schemas = [_root()]
     for part in path:
@@ -67,7 +67,7 @@ def _kinds(schema: dict[str, Any]) -> set[str]:
     return {str(choice.get("type")) for choice in _choices(schema)}
 
 
-def kinds_at(path: Keys) -> set[str]:
+def kinds_at(path: tuple[str, ...]) -> set[str]:
     """Return the JSON types that the key may hold (``string``, ``integer``…); none if unknown."""
     return _kinds(_at(path) or {})
 
@@ -144,10 +144,9 @@ def _unknown(path: Keys, origins: Origins) -> str:
     elif elsewhere:
         hint = f"did you mean {elsewhere[0]!r}?"
     else:
-        hint = did_you_mean(dotted, siblings if siblings and len(path) > 1 else every)
-        hint = (
-            hint if hint.startswith("did") or siblings else did_you_mean(path[0], _known_keys(()))
-        )
+        hint = did_you_mean(dotted, every)
+        if not hint.startswith("did you mean"):
+            hint = f"known: {', '.join(sorted(siblings or _known_keys(())))}"
     return f"{dotted} ({_origin(path, origins)}) is no key: {hint}"
 
 
