@@ -175,6 +175,7 @@ class TrainConfig(Section):
         weight_decay: Decoupled where the optimizer has it.
         clip: Largest gradient L2 norm; 0 turns clipping off.
         grad_checkpoint: Recompute each block in the backward pass.
+        compile: Fuse the step with ``mx.compile``; ``auto`` does on a GPU.
         dtype: ``auto`` is bfloat16 on a GPU, float32 on a CPU.
         seed: Of everything random.
         log_every: Steps between reports of a step.
@@ -200,6 +201,7 @@ class TrainConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: Annotated[float, Field(ge=0)] = 1.0
     grad_checkpoint: bool = False
+    compile: Literal["auto"] | bool = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     log_every: PositiveInt = 1
@@ -208,6 +210,14 @@ class TrainConfig(Section):
     keep: PositiveInt = 3
     early_stopping: PositiveInt | None = None
     loss_chunk: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _decay_has_an_effect(self) -> TrainConfig:
+        if self.optimizer == "adam" and self.weight_decay > 0:
+            raise ValueError(
+                f"optimizer=adam ignores weight_decay={self.weight_decay}: use adamw, or 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _a_row_fits_a_batch(self) -> TrainConfig:

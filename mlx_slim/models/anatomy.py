@@ -36,6 +36,14 @@ class Head:
     module: nn.Module
     tied: bool
 
+    @property
+    def vocabulary(self) -> int:
+        """V, the number of logits."""
+        layer = self.module
+        while "weight" not in layer:  # an adapter around the layer
+            layer = layer["linear"] if "linear" in layer else layer["embedding"]
+        return layer["weight"].shape[0]
+
     def __call__(self, hidden: mx.array) -> mx.array:
         """Return logits (..., V) of hidden states (..., D)."""
         return self.module.as_linear(hidden) if self.tied else self.module(hidden)

@@ -90,7 +90,11 @@ def _fused(
         _, d_hidden, d_weight, d_bias = outputs
         hidden, weight, bias = primals
         if not head_trains:
-            return [(scale * d_hidden).astype(hidden.dtype), mx.zeros_like(weight), mx.zeros_like(bias)]
+            return [
+                (scale * d_hidden).astype(hidden.dtype),
+                mx.zeros_like(weight),
+                mx.zeros_like(bias),
+            ]
         return [
             (scale * d_hidden).astype(hidden.dtype),
             (scale * d_weight).astype(weight.dtype),

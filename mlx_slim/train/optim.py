@@ -1,0 +1,174 @@
+"""Optimizers and schedules: mlx's own, bias-corrected, over float32 masters where needed.
+
+Invariant: every optimizer computes in float32. Parameters kept in 16 bits get a float32 master
+copy, because 0.02 − 1e-5 rounds back to 0.02 in bfloat16. The learning rate is a plain function of
+the step, so a resumed run has it exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as mlx_optim
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_slim.config.schema import TrainConfig
+
+Schedule = Callable[[int], float]
+
+
+def warmup_steps(config: TrainConfig, total_steps: int) -> int:
+    """Return the warm-up in steps: a share of the run when below 1, else a count."""
+    count = config.warmup * total_steps if config.warmup < 1 else config.warmup
+    return min(math.ceil(count), max(total_steps - 1, 0))
+
+
+def schedule(config: TrainConfig, total_steps: int) -> Schedule:
+    """Return the learning rate of each optimizer step, the first being step 0.
+
+    Warm-up rises linearly from peak/W to the peak. Then ``constant`` stays, ``linear`` and
+    ``cosine`` fall to ``min_lr_ratio`` · peak at the last step, and ``wsd`` stays until the last
+    ``decay`` share of the steps and falls linearly there (arXiv 2404.06395).
+    """
+    peak, floor = config.learning_rate, config.learning_rate * config.min_lr_ratio
+    warmup = warmup_steps(config, total_steps)
+    decaying = max(1, total_steps - 1 - warmup)
+
+    def rate(step: int) -> float:
+        if step < warmup:
+            return peak * (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / decaying)
+        if config.schedule == "cosine":
+            return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+        if config.schedule == "linear":
+            return peak + (floor - peak) * progress
+        if config.schedule == "wsd":
+            share = max(config.decay, 1 / decaying)
+            return peak + (floor - peak) * min(1.0, max(0.0, (progress - 1) / share + 1))
+        return peak
+
+    return rate
+
+
+def _build(name: str, weight_decay: float) -> mlx_optim.Optimizer:
+    if name == "adamw":
+        return mlx_optim.AdamW(0.0, weight_decay=weight_decay, bias_correction=True)
+    if name == "adam":
+        return mlx_optim.Adam(0.0, bias_correction=True)
+    if name == "adafactor":
+        return mlx_optim.Adafactor(
+            0.0, relative_step=False, scale_parameter=False, weight_decay=weight_decay
+        )
+    if name == "lion":
+        return mlx_optim.Lion(0.0, weight_decay=weight_decay)
+    if name == "muon":
+        return mlx_optim.Muon(0.0, weight_decay=weight_decay)
+    return mlx_optim.SGD(0.0, momentum=0.9, weight_decay=weight_decay)
+
+
+def _is_hidden_matrix(path: str, parameter: mx.array) -> bool:
+    """Return whether Muon suits a parameter: a matrix that is neither embedding nor head."""
+    return parameter.ndim == 2 and not any(
+        word in path for word in ("embed", "wte", "lm_head", "output.weight")
+    )
+
+
+def trainable(model: nn.Module) -> dict[str, mx.array]:
+    """Return the trainable parameters, flat: path -> array."""
+    return dict(tree_flatten(model.trainable_parameters()))
+
+
+def set_trainable(model: nn.Module, values: dict[str, mx.array]) -> None:
+    """Put flat ``values`` back into ``model``."""
+    model.update(tree_unflatten(list(values.items())))
+
+
+class Optimizer:
+    """Groups of parameters, each with its own mlx optimizer and multiple of the learning rate.
+
+    Trees are flat here, ``path -> array``, so that any subset of parameters is a tree.
+
+    Args:
+        model: Its trainable parameters are what is optimized.
+        config: Optimizer name and weight decay.
+        rate_scale: path -> multiple of the learning rate (LoRA+).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        rate_scale: Callable[[str], float] = lambda path: 1.0,
+    ) -> None:
+        self.model = model
+        parameters = trainable(model)
+        self.masters = {
+            path: value.astype(mx.float32)
+            for path, value in parameters.items()
+            if value.dtype in (mx.bfloat16, mx.float16)
+        }
+        self._groups: dict[tuple[str, float], list[str]] = {}
+        for path, value in parameters.items():
+            name: str = config.optimizer
+            if name == "muon" and not _is_hidden_matrix(path, value):
+                name = "adamw"
+            self._groups.setdefault((name, rate_scale(path)), []).append(path)
+        self._optimizers = {group: _build(group[0], config.weight_decay) for group in self._groups}
+        values = {**parameters, **self.masters}
+        for group, optimizer in self._optimizers.items():
+            optimizer.init({path: values[path] for path in self._groups[group]})
+
+    def update(self, gradients: dict[str, mx.array], learning_rate: float) -> None:
+        """Take one step.
+
+        Args:
+            gradients: path -> float32 gradient, one for each trainable parameter.
+            learning_rate: Of this step.
+        """
+        current = trainable(self.model)
+        values = {**current, **self.masters}
+        updated: dict[str, mx.array] = {}
+        for group, optimizer in self._optimizers.items():
+            paths = self._groups[group]
+            optimizer.learning_rate = learning_rate * group[1]
+            updated |= optimizer.apply_gradients(
+                {path: gradients[path] for path in paths}, {path: values[path] for path in paths}
+            )
+        self.masters = {path: updated[path] for path in self.masters}
+        set_trainable(
+            self.model, {path: value.astype(current[path].dtype) for path, value in updated.items()}
+        )
+
+    def arrays(self) -> list[Any]:
+        """Return all that an update changes, for ``mx.eval``."""
+        return [trainable(self.model), self.state()]
+
+    def state(self) -> dict[str, mx.array]:
+        """Return moments, counters and masters as flat named arrays, for a checkpoint."""
+        flat = {f"master/{path}": value for path, value in self.masters.items()}
+        for (name, scale), optimizer in self._optimizers.items():
+            for path, value in optimizer.state.items():
+                leaves = value if isinstance(value, dict) else {"": value}
+                flat |= {f"{name}@{scale!r}/{path}/{leaf}": x for leaf, x in leaves.items()}
+        return flat
+
+    def load_state(self, flat: dict[str, mx.array]) -> None:
+        """Take back what ``state`` returned.
+
+        Raises:
+            KeyError: If the arrays belong to another optimizer or to other parameters.
+        """
+        if difference := set(flat) ^ set(self.state()):
+            raise KeyError(min(difference))
+        self.masters = {path: flat[f"master/{path}"] for path in self.masters}
+        for (name, scale), optimizer in self._optimizers.items():
+            for path, value in optimizer.state.items():
+                prefix = f"{name}@{scale!r}/{path}/"
+                if isinstance(value, dict):
+                    optimizer.state[path] = {leaf: flat[prefix + leaf] for leaf in value}
+                else:
+                    optimizer.state[path] = flat[prefix]

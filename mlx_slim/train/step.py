@@ -1,0 +1,179 @@
+"""One optimizer step: micro-batches in, an exact token-mean gradient out.
+
+Invariant: the step's loss is Σ NLL / Σ supervised tokens over all micro-batches and all ranks,
+never a mean of means; so cutting the same rows into other micro-batches or onto other ranks gives
+the same gradient up to rounding. Nothing is updated when the loss is not finite.
+Legend: B sequences, T positions, N supervised positions, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_slim.data.batches import Batch
+from mlx_slim.models import anatomy
+from mlx_slim.runtime import world
+from mlx_slim.train.losses import chunk_size, cross_entropy_sum, linear_cross_entropy
+from mlx_slim.train.optim import set_trainable, trainable
+
+
+class Objective(Protocol):
+    """What a loop minimises: Σ loss over the supervised positions of a batch, in nats."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        tokens_BT: mx.array,
+        positions_N: mx.array,
+        targets_N: mx.array,
+        segments_BT: mx.array | None,
+        *,
+        gradient: bool,
+    ) -> mx.array:
+        """Return a float32 scalar; ``gradient`` says whether it will be differentiated."""
+        ...
+
+
+class CrossEntropy:
+    """Next-token cross-entropy, with head rows only where tokens are supervised.
+
+    Args:
+        model: Decides once whether it splits into body and head.
+        chunk: Positions whose logits exist at one time; None chooses.
+        vocabulary: Token ids below this may be used for the probe.
+    """
+
+    def __init__(self, model: nn.Module, chunk: int | None = None, vocabulary: int = 8) -> None:
+        self.split = anatomy.split(model, vocabulary)
+        self._chunk = chunk
+
+    def __call__(
+        self,
+        model: nn.Module,
+        tokens_BT: mx.array,
+        positions_N: mx.array,
+        targets_N: mx.array,
+        segments_BT: mx.array | None,
+        *,
+        gradient: bool,
+    ) -> mx.array:
+        """Return Σ NLL of ``targets_N``, float32, nats."""
+        cache = None
+        if segments_BT is not None:
+            cache = [anatomy.SegmentCache(segments_BT)] * len(anatomy.blocks(model))
+        if self.split is None:
+            logits = model(tokens_BT, cache)
+            return cross_entropy_sum(logits.reshape(-1, logits.shape[-1])[positions_N], targets_N)
+        hidden_BTD = self.split.body(tokens_BT, cache)
+        hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[positions_N]
+        chunk = chunk_size(self.split.head.vocabulary, self._chunk)
+        return linear_cross_entropy(
+            hidden_ND, targets_N, self.split.head, chunk=chunk, gradient=gradient
+        )
+
+
+def batch_arrays(batch: Batch) -> tuple[mx.array, mx.array, mx.array, mx.array | None]:
+    """Return tokens_BT, positions_N, targets_N and segments_BT (or None) as mlx arrays."""
+    segments = None if batch.segments_BT is None else mx.array(batch.segments_BT)
+    return (
+        mx.array(batch.tokens_BT),
+        mx.array(batch.positions_N),
+        mx.array(batch.targets_N),
+        segments,
+    )
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step measured, summed over all ranks.
+
+    Attributes:
+        loss: Σ NLL / Σ supervised tokens, nats.
+        gradients: path -> float32 gradient of that loss.
+        supervised: Σ supervised tokens.
+        tokens: Σ real tokens.
+        computed: Σ positions computed.
+    """
+
+    loss: float
+    gradients: dict[str, mx.array]
+    supervised: int
+    tokens: int
+    computed: int
+
+
+class Stepper:
+    """Turns the micro-batches of a step into one gradient.
+
+    Args:
+        model: Its trainable parameters are differentiated.
+        objective: Summed loss of a batch.
+        compiled: Fuse forward and backward pass with ``mx.compile``.
+    """
+
+    def __init__(self, model: nn.Module, objective: Objective, *, compiled: bool = False) -> None:
+        self.model = model
+        self.objective = objective
+
+        def loss(
+            parameters: dict[str, mx.array],
+            tokens_BT: mx.array,
+            positions_N: mx.array,
+            targets_N: mx.array,
+            segments_BT: mx.array | None,
+        ) -> mx.array:
+            set_trainable(model, parameters)
+            return objective(model, tokens_BT, positions_N, targets_N, segments_BT, gradient=True)
+
+        self._value_and_grad: Callable = mx.value_and_grad(loss)
+        if compiled:
+            # Frozen weights are constants of the graph; dropout draws from the global random state.
+            state = [mx.random.state]
+            self._value_and_grad = mx.compile(self._value_and_grad, inputs=state, outputs=state)
+
+    def micro(self, batch: Batch) -> tuple[mx.array, dict[str, mx.array]]:
+        """Return the summed NLL of one micro-batch and its gradient, evaluated."""
+        parameters = trainable(self.model)
+        nll, gradients = self._value_and_grad(parameters, *batch_arrays(batch))
+        set_trainable(self.model, parameters)
+        mx.eval(nll, gradients)
+        return nll, gradients
+
+    def step(self, batches: Iterable[Batch]) -> StepResult:
+        """Return loss and gradient over ``batches`` (this rank's share; it may be empty)."""
+        gradients: dict[str, mx.array] = {}
+        nll = mx.zeros((), dtype=mx.float32)
+        supervised = tokens = computed = 0
+        for batch in batches:
+            part, values = self.micro(batch)
+            nll = nll + part
+            for path, value in values.items():
+                value32 = value.astype(mx.float32)
+                gradients[path] = gradients[path] + value32 if path in gradients else value32
+            mx.eval(nll, gradients)
+            supervised += batch.supervised_tokens
+            tokens += batch.real_tokens
+            computed += batch.computed_tokens
+        group = world()
+        if group.size() > 1:
+            for path, value in trainable(self.model).items():
+                gradients.setdefault(path, mx.zeros(value.shape, dtype=mx.float32))
+            # Ranks must ask for the same sums in the same order.
+            gradients = nn.average_gradients(dict(sorted(gradients.items())), group=group)
+            gradients = {path: value * group.size() for path, value in gradients.items()}
+            nll = mx.distributed.all_sum(nll, group=group)
+            counts = mx.array([supervised, tokens, computed])
+            counts = mx.distributed.all_sum(counts, group=group)
+            supervised, tokens, computed = (int(n) for n in counts.tolist())
+        return StepResult(
+            loss=nll.item() / supervised,
+            gradients={path: value / supervised for path, value in gradients.items()},
+            supervised=supervised,
+            tokens=tokens,
+            computed=computed,
+        )
