@@ -1,0 +1,263 @@
+"""A folder or hub id becomes a model, a tokenizer and a config, or one clear error.
+
+Invariant: what loads computes the logits its author meant: the config traps are mended
+(``normalize_config``), and every tensor of the files is in the model and the other way round.
+Try it: ``mlx-slim generate HuggingFaceTB/SmolLM2-135M-Instruct --prompt Hello``.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map_with_path
+
+from mlx_slim.artifacts import read_json
+from mlx_slim.errors import SlimError
+from mlx_slim.models.hub import resolve, resolve_config
+from mlx_slim.models.normalize import Normalized, normalize_config
+from mlx_slim.models.tensors import INDEX, WEIGHTS, Tensor, few, folder_tensors
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+__all__ = ["Loaded", "cast", "load", "read_config", "resolve"]
+
+# What mlx-lm and the model classes raise on a config or weights that do not fit.
+_MISFIT = (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to compute.
+
+    Attributes:
+        model: Evaluated weights, in evaluation mode.
+        tokenizer: mlx-lm's wrapper around the Hugging Face tokenizer.
+        config: The normalised ``config.json``.
+        path: The local folder it came from.
+        source: What the user gave: a folder or a hub id.
+        revision: Commit of a hub snapshot; None for a folder.
+        notes: What ``normalize_config`` had to change.
+    """
+
+    model: nn.Module
+    tokenizer: TokenizerWrapper
+    config: dict[str, Any]
+    path: Path
+    source: str
+    revision: str | None
+    notes: list[str] = field(default_factory=list)
+
+
+def load(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: mx.Dtype | None = None,
+    trust_remote_code: bool = False,
+) -> Loaded:
+    """Load an MLX or Hugging Face folder, or a hub id.
+
+    Args:
+        source: Folder, or ``owner/name`` on the hub.
+        revision: Branch, tag or commit of a hub id.
+        dtype: Floating weights are cast to it, scales and biases of quantized layers too, so that
+            the whole model computes in one dtype; None keeps what is stored.
+        trust_remote_code: Run Python files that the repository brings.
+
+    Raises:
+        SlimError: If the source is absent, incomplete or corrupt, its type unknown, or its tensors
+            are not exactly those of the model.
+    """
+    folder = resolve(source, revision, trust_remote_code=trust_remote_code)
+    raw = _raw_config(folder)
+    tensors = folder_tensors(folder)
+    normalized = normalize_config(raw, _names(raw, tensors))
+    model, config = _build(folder, normalized, trust_remote_code)
+    if dtype is not None:
+        cast(model, dtype)
+    try:
+        mx.eval(model.parameters())
+    except RuntimeError as error:
+        raise SlimError(f"{folder}: its weights cannot be read: {_line(error)}") from error
+    return Loaded(
+        model=model,
+        tokenizer=_load_tokenizer(folder, config, trust_remote_code),
+        config=config,
+        path=folder,
+        source=str(source),
+        revision=folder.name if folder.parent.name == "snapshots" else revision,
+        notes=normalized.notes,
+    )
+
+
+def read_config(source: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """Return the normalised config of a folder or hub id, without fetching or reading weights.
+
+    Raises:
+        SlimError: As ``load`` does for the same reasons.
+    """
+    folder = resolve_config(source, revision)
+    raw = _raw_config(folder)
+    names: set[str] | None = None
+    if any(folder.glob(WEIGHTS)):
+        names = _names(raw, folder_tensors(folder))
+    elif (folder / INDEX).exists():
+        names = set(read_json(folder / INDEX).get("weight_map", {}))
+    return normalize_config(raw, names).config
+
+
+def cast(model: nn.Module, dtype: mx.Dtype) -> None:
+    """Cast the floating parameters of ``model`` in place, but those its class keeps in float32.
+
+    Integer codes stay; the float32 tensor scale of nvfp4 layers stays.
+    """
+    wanted = getattr(model, "cast_predicate", None) or (lambda path: True)
+
+    def one(path: str, value: Any) -> Any:
+        if not mx.issubdtype(value.dtype, mx.floating) or path.endswith("global_scale"):
+            return value
+        return value.astype(dtype) if wanted(path) else value
+
+    model.update(tree_map_with_path(one, model.parameters()))
+
+
+def _raw_config(folder: Path) -> dict[str, Any]:
+    from mlx_lm.utils import load_config
+
+    path = folder / "config.json"
+    if not path.exists():
+        raise SlimError(
+            f"{folder} has no config.json",
+            "give the folder of a model; adapters are given beside it, with --adapter",
+        )
+    if not isinstance(read_json(path), dict):  # a clear line before mlx-lm reads it
+        raise SlimError(f"{path} is no JSON object", "download or copy it again")
+    return load_config(folder)
+
+
+def _names(config: dict[str, Any], tensors: dict[str, Tensor]) -> set[str]:
+    """Names of the tensors, less an ``lm_head`` that repeats the embedding of a tied model."""
+    names = set(tensors)
+    if config.get("tie_word_embeddings") is not True:
+        return names
+    heads = [name for name in names if name.endswith("lm_head.weight")]
+    embeddings = [name for name in names if name.endswith("embed_tokens.weight")]
+    if len(heads) == len(embeddings) == 1 and _equal(tensors, heads[0], embeddings[0]):
+        names.remove(heads[0])
+    return names
+
+
+def _equal(tensors: dict[str, Tensor], one: str, other: str) -> bool:
+    a, b = tensors[one], tensors[other]
+    if (a.shape, a.dtype) != (b.shape, b.dtype) or not a.dtype.startswith(("F", "BF")):
+        return False
+    return bool(mx.array_equal(_read(a, one), _read(b, other)).item())
+
+
+def _read(tensor: Tensor, name: str) -> mx.array:
+    loaded = mx.load(str(tensor.file))
+    assert isinstance(loaded, dict)
+    return loaded[name]
+
+
+def _line(error: BaseException) -> str:
+    """An error in one line, with its type where the text alone says little (``KeyError 'x'``)."""
+    text = " ".join(str(error).split())[:300]
+    return (
+        text if isinstance(error, (ValueError, RuntimeError)) else f"{type(error).__name__} {text}"
+    )
+
+
+def _build(folder: Path, normalized: Normalized, trust: bool) -> tuple[nn.Module, dict[str, Any]]:
+    from mlx_lm.utils import _get_classes, load_model
+
+    def classes(config: dict[str, Any]) -> tuple[Any, Any]:
+        model_class, args_class = _get_classes(config)
+
+        def build(args: Any) -> nn.Module:
+            model = model_class(args)
+            # All that does not fit in one error: the stock check stops at the first kind.
+            object.__setattr__(
+                model, "load_weights", lambda weights, strict=True: _fill(model, folder, weights)
+            )
+            return model
+
+        return build, args_class
+
+    try:
+        model, config = load_model(
+            folder,
+            lazy=True,
+            model_config=normalized.config,
+            get_model_classes=classes,
+            trust_remote_code=trust,
+        )
+    except SlimError:
+        raise
+    except _MISFIT as error:
+        if "trust_remote_code" in str(error):
+            raise SlimError(
+                f"{folder} brings its own model code, which is not run unless you say so",
+                "read it, then pass --trust-remote-code",
+            ) from error
+        kind = normalized.config["model_type"]
+        raise SlimError(
+            f"{folder} does not fit mlx-lm's model class {kind!r}: {_line(error)}",
+            "its config.json or its weights are not what that model type needs",
+        ) from error
+    except RuntimeError as error:
+        raise SlimError(
+            f"{folder}: its weights cannot be read: {_line(error)}", "download or copy it again"
+        ) from error
+    model.__dict__.pop("load_weights", None)
+    return model, config
+
+
+def _fill(model: nn.Module, folder: Path, weights: list[tuple[str, mx.array]]) -> nn.Module:
+    """Put ``weights`` into ``model`` if they are exactly its parameters, else say what is off."""
+    given = dict(weights)
+    wanted = dict(tree_flatten(model.parameters()))
+    problems = []
+    if missing := sorted(wanted.keys() - given.keys()):
+        problems.append(f"{len(missing)} missing tensors ({few(missing)})")
+    if extra := sorted(given.keys() - wanted.keys()):
+        problems.append(f"{len(extra)} unexpected tensors ({few(extra)})")
+    shapes = [
+        f"{name} is {list(given[name].shape)}, expected {list(wanted[name].shape)}"
+        for name in sorted(wanted.keys() & given.keys())
+        if given[name].shape != wanted[name].shape
+    ]
+    if shapes:
+        problems.append(f"{len(shapes)} wrong shapes ({few(shapes)})")
+    if problems:
+        raise SlimError(
+            f"{folder}: weights and config.json disagree: {'; '.join(problems)}",
+            "config.json and the weights must come from the same model",
+        )
+    return nn.Module.load_weights(model, list(given.items()), strict=False)
+
+
+def _load_tokenizer(folder: Path, config: dict[str, Any], trust: bool) -> TokenizerWrapper:
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from mlx_lm.utils import load_tokenizer
+
+    try:
+        return load_tokenizer(
+            folder, {"trust_remote_code": trust}, eos_token_ids=config.get("eos_token_id")
+        )
+    except Exception as error:  # tokenizers raises bare Exception; transformers many kinds
+        names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+        if not any((folder / name).exists() for name in names):
+            raise SlimError(
+                f"{folder} has no tokenizer files", "copy tokenizer.json from the original model"
+            ) from error
+        raise SlimError(
+            f"the tokenizer of {folder} cannot be loaded: {_line(error)}",
+            "download or copy its tokenizer files again",
+        ) from error

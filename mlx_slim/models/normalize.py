@@ -1,0 +1,257 @@
+"""The model configuration as the mlx-lm model classes read it.
+
+Invariant: a config that comes out of ``normalize_config`` builds the model that its author saved,
+or it is refused: no setting that changes logits is silently dropped. Used by loading, conversion
+and planning alike. Try it: ``mlx-slim convert FOLDER -o OUT`` prints what it had to change.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Collection
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mlx_slim.errors import SlimError
+
+_BASE_THETA = 10000.0
+# Classes that rotate this part of the head without asking the config.
+_FIXED_ROTARY_PART = {"glm": 0.5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalized:
+    """A configuration ready for mlx-lm.
+
+    Attributes:
+        config: A copy of what was given, with the keys that the model class reads.
+        notes: What was changed and why, a line each.
+    """
+
+    config: dict[str, Any]
+    notes: list[str]
+
+
+def normalize_config(
+    config: dict[str, Any], tensor_names: Collection[str] | None = None
+) -> Normalized:
+    """Return ``config`` with RoPE, tied embeddings and dtype where mlx-lm looks for them.
+
+    * ``rope_parameters`` (transformers >= 5) becomes ``rope_theta``, ``rope_scaling`` and
+      ``partial_rotary_factor``, unless the model class reads ``rope_parameters`` itself;
+    * ``tie_word_embeddings`` follows from the presence of ``lm_head.weight``;
+    * ``torch_dtype`` is set from ``dtype``.
+
+    Args:
+        config: The parsed ``config.json``.
+        tensor_names: Names of the tensors on disk; None leaves ``tie_word_embeddings`` alone.
+
+    Raises:
+        SlimError: If the model type is unknown, or the class cannot do what the config asks.
+    """
+    config = copy.deepcopy(config)
+    notes: list[str] = []
+    module = model_module(config)
+    _flatten_rope(config, module, notes, strict=True)
+    _tie(config, module, tensor_names, notes)
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        inner = _import(str(text.get("model_type", ""))) or module
+        _flatten_rope(text, inner, notes, strict=False)
+        _tie(text, inner, tensor_names, notes)
+    if "torch_dtype" not in config and isinstance(config.get("dtype"), str):
+        config["torch_dtype"] = config["dtype"]
+    return Normalized(config, notes)
+
+
+def model_module(config: dict[str, Any]) -> ModuleType:
+    """Return the module of ``mlx_lm.models`` that implements ``config["model_type"]``.
+
+    A config that brings its own ``model_file`` is checked by the loader, not here.
+
+    Raises:
+        SlimError: If the type is absent or unknown; with the closest known one.
+    """
+    from mlx_lm.utils import MODEL_REMAPPING, _get_classes
+
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or not model_type:
+        raise SlimError(
+            "config.json has no model_type", "give the folder of a language model saved for HF"
+        )
+    if config.get("model_file"):
+        return importlib.import_module("mlx_lm.models.base")
+    try:
+        model_class, _ = _get_classes(config)
+    except (ValueError, AttributeError, SystemExit) as error:
+        known = {*architectures(), *MODEL_REMAPPING}
+        close = difflib.get_close_matches(model_type, sorted(known), n=1, cutoff=0.6)
+        version = metadata.version("mlx-lm")
+        hint = f"did you mean {close[0]!r}?" if close and close[0] != model_type else ""
+        raise SlimError(
+            f"unknown model type {model_type!r}: not among the {len(known)} of mlx-lm {version}",
+            hint or "a newer mlx-lm may know it",
+        ) from error
+    return importlib.import_module(model_class.__module__)
+
+
+def architectures() -> list[str]:
+    """Return the model types that mlx-lm implements, by name of their module."""
+    import mlx_lm.models as package
+
+    names = []
+    for root in package.__path__:
+        for entry in pkgutil.iter_modules([root]):
+            source = Path(root) / f"{entry.name}.py"
+            if source.exists() and "class ModelArgs" in source.read_text(encoding="utf-8"):
+                names.append(entry.name)
+    return sorted(names)
+
+
+def _import(model_type: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(f"mlx_lm.models.{model_type}") if model_type else None
+    except (ImportError, SystemExit):
+        return None
+
+
+def _fields(module: ModuleType) -> set[str]:
+    args = getattr(module, "ModelArgs", None)
+    return {f.name for f in dataclasses.fields(args)} if dataclasses.is_dataclass(args) else set()
+
+
+def _tie(
+    config: dict[str, Any],
+    module: ModuleType,
+    tensor_names: Collection[str] | None,
+    notes: list[str],
+) -> None:
+    if not tensor_names or "tie_word_embeddings" not in _fields(module):
+        return
+    tied = not any(n.endswith(("lm_head.weight", "lm_head.qweight")) for n in tensor_names)
+    if config.get("tie_word_embeddings") is not tied:
+        was = config.get("tie_word_embeddings", "absent")
+        state = "absent: tied" if tied else "present: not tied"
+        notes.append(f"lm_head.weight is {state} (tie_word_embeddings was {was})")
+    config["tie_word_embeddings"] = tied
+
+
+def _flatten_rope(
+    config: dict[str, Any], module: ModuleType, notes: list[str], *, strict: bool
+) -> None:
+    fields = _fields(module)
+    given = config.get("rope_parameters")
+    if isinstance(given, dict) and "rope_parameters" not in fields:
+        if given and all(isinstance(value, dict) for value in given.values()):
+            given = _one_rope(config, given, fields, notes)
+        _lift_rope(config, given, fields, notes)
+        del config["rope_parameters"]
+    scaling = config.get("rope_scaling")
+    if isinstance(scaling, dict) and "rope_parameters" not in fields:
+        kind = scaling.get("rope_type") or scaling.get("type")
+        if kind:  # older classes read "type", newer ones "rope_type"
+            scaling.setdefault("type", kind)
+            scaling.setdefault("rope_type", kind)
+        if strict and fields:
+            _check_rope_type(config, str(kind or "default"), module, fields)
+    if strict and fields and "rope_parameters" not in fields:
+        _check_rope_values(config, fields)
+
+
+def _one_rope(
+    config: dict[str, Any], given: dict[str, Any], fields: set[str], notes: list[str]
+) -> dict[str, Any]:
+    """Return the main entry of per-layer-type parameters; the sliding one goes to its own key."""
+    main = given.get("full_attention") or next(iter(given.values()))
+    for local in ("rope_local_base_freq", "swa_rope_theta"):
+        if local in fields and "sliding_attention" in given:
+            sliding = given["sliding_attention"]
+            if sliding.get("rope_type", "default") == "default" and "rope_theta" in sliding:
+                config[local] = sliding["rope_theta"]
+                notes.append(f"{local} {config[local]:g} taken from rope_parameters")
+                return main
+    if any(value != main for value in given.values()):
+        raise SlimError(
+            f"rope_parameters differ by layer type ({', '.join(sorted(given))}), which the mlx-lm "
+            f"class of {config.get('model_type')!r} cannot express",
+            "loading it would give wrong logits; a newer mlx-lm may know it",
+        )
+    return main
+
+
+def _lift_rope(
+    config: dict[str, Any], given: dict[str, Any], fields: set[str], notes: list[str]
+) -> None:
+    given = dict(given)
+    theta = given.pop("rope_theta", None)
+    part = given.pop("partial_rotary_factor", None)
+    if theta is not None:
+        config["rope_theta"] = theta
+        if "rotary_emb_base" in fields:
+            config["rotary_emb_base"] = theta
+        notes.append(f"rope_theta {theta:g} taken from rope_parameters")
+    if part is not None:
+        config["partial_rotary_factor"] = part
+        if "rotary_pct" in fields:
+            config["rotary_pct"] = part
+        notes.append(f"partial_rotary_factor {part:g} taken from rope_parameters")
+    kind = given.get("rope_type") or given.get("type") or "default"
+    if kind == "default":
+        config["rope_scaling"] = None
+        return
+    config["rope_scaling"] = given
+    original = given.get("original_max_position_embeddings")
+    if original is not None and "original_max_position_embeddings" in fields:
+        config.setdefault("original_max_position_embeddings", original)
+    notes.append(f"rope_scaling {kind} taken from rope_parameters")
+
+
+def _check_rope_type(
+    config: dict[str, Any], kind: str, module: ModuleType, fields: set[str]
+) -> None:
+    """Refuse a RoPE type that the class would ignore or misread."""
+    if kind == "default":
+        return
+    from mlx_lm.models import rope_utils
+
+    source = inspect.getsource(module)
+    if "rope_scaling" not in fields or source.count("rope_scaling") == 1:
+        known = False
+    elif "initialize_rope(" in source:
+        known = f'"{kind}"' in inspect.getsource(rope_utils.initialize_rope)
+    else:  # a class that compares no names takes its one type unconditionally
+        known = '"linear"' not in source or f'"{kind}"' in source
+    if not known:
+        raise SlimError(
+            f"RoPE type {kind!r} is unknown to the mlx-lm class of {config['model_type']!r}",
+            "loading it would give wrong logits; a newer mlx-lm may know it",
+        )
+
+
+def _check_rope_values(config: dict[str, Any], fields: set[str]) -> None:
+    """Refuse a theta or a rotated part that the class has no field for."""
+    name = config["model_type"]
+    if "text_config" in fields or isinstance(config.get("text_config"), dict):
+        return
+    theta = config.get("rope_theta")
+    has_theta = fields & {"rope_theta", "rotary_emb_base", "layer_rope_theta"}
+    if isinstance(theta, (int, float)) and theta != _BASE_THETA and not has_theta:
+        raise SlimError(
+            f"rope_theta {theta:g} cannot be given to the mlx-lm class of {name!r}",
+            "loading it would give wrong logits; a newer mlx-lm may know it",
+        )
+    part = config.get("partial_rotary_factor")
+    has_part = fields & {"partial_rotary_factor", "rotary_pct", "rotary_dim"}
+    fixed = _FIXED_ROTARY_PART.get(name, 1.0)
+    if isinstance(part, (int, float)) and part != fixed and not has_part:
+        raise SlimError(
+            f"partial_rotary_factor {part:g} cannot be given to the mlx-lm class of {name!r}",
+            "loading it would give wrong logits; a newer mlx-lm may know it",
+        )

@@ -1,0 +1,115 @@
+"""A live model becomes an MLX folder that stock ``mlx_lm.load`` reads.
+
+Invariant: the folder appears whole or not at all, the live weights stay as they are, and
+``config.json`` says what the weights are (dtype and quantization are read off the model). Try it:
+``mlx-slim quantize MODEL -o DIR``.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_slim.artifacts import atomic_folder
+from mlx_slim.errors import ResourceError, SlimError
+from mlx_slim.runtime import dtype_name, human_bytes
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+_SLACK = 32_000_000  # tokenizer, index and file system
+
+
+def save_model(
+    folder: Path,
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    config: dict[str, Any],
+    *,
+    code_from: Path | None = None,
+) -> None:
+    """Write ``model`` as sharded safetensors with config, index, tokenizer and chat template.
+
+    Args:
+        folder: Must not exist.
+        model: Plain or quantized layers; its weights are not touched.
+        tokenizer: Saved with its chat template.
+        config: The config it was loaded with; not changed.
+        code_from: Folder whose ``*.py`` and ``generation_config.json`` go along.
+
+    Raises:
+        ResourceError: If the disk is too small.
+        SlimError: If the folder exists or cannot be written.
+    """
+    from mlx_lm.utils import save_config
+    from mlx_lm.utils import save_model as write_weights
+
+    needed = sum(value.nbytes for value in _arrays(model)) + _SLACK
+    with atomic_folder(folder) as temporary:
+        free = shutil.disk_usage(temporary).free
+        if free < needed:
+            raise ResourceError(
+                f"{folder} needs {human_bytes(needed)}, the disk has {human_bytes(free)} left",
+                "free some space or choose another output",
+            )
+        try:
+            write_weights(temporary, model, donate_model=False)
+        except RuntimeError as error:  # MLX's writer names no errno
+            raise SlimError(
+                f"cannot write the weights to {folder}: {' '.join(str(error).split())}",
+                "check the disk's free space and that it is writable",
+            ) from error
+        save_config(saved_config(model, config), temporary / "config.json")
+        tokenizer.save_pretrained(temporary)
+        if code_from is not None:
+            for file in [*code_from.glob("*.py"), *code_from.glob("generation_config.json")]:
+                shutil.copy(file, temporary)
+
+
+def _arrays(model: nn.Module) -> list[Any]:
+    return [value for _, value in tree_flatten(model.parameters())]
+
+
+def saved_config(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
+    """Return ``config`` with the dtype and quantization that ``model`` really has."""
+    config = copy.deepcopy(config)
+    bytes_of: Counter[str] = Counter()
+    for value in _arrays(model):
+        if mx.issubdtype(value.dtype, mx.floating):
+            bytes_of[dtype_name(value.dtype)] += value.nbytes
+    if bytes_of:
+        config["dtype"] = config["torch_dtype"] = bytes_of.most_common(1)[0][0]
+    config.pop("quantization_config", None)
+    config.pop("quantization", None)
+    if quantization := quantization_of(model):
+        config["quantization"] = quantization
+    return config
+
+
+def quantization_of(model: nn.Module) -> dict[str, Any] | None:
+    """Return the ``quantization`` entry of a config: the commonest setting, others by path.
+
+    None if no layer is quantized.
+    """
+    settings = {
+        path: (module.group_size, module.bits, getattr(module, "mode", "affine"))
+        for path, module in model.named_modules()
+        if hasattr(module, "bits") and hasattr(module, "group_size") and "scales" in module
+    }
+    if not settings:
+        return None
+    keys = ("group_size", "bits", "mode")
+    common = Counter(settings.values()).most_common(1)[0][0]
+    overrides = {
+        path: dict(zip(keys, setting, strict=True))
+        for path, setting in settings.items()
+        if setting != common
+    }
+    return {**dict(zip(keys, common, strict=True)), **dict(sorted(overrides.items()))}

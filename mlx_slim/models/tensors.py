@@ -1,0 +1,124 @@
+"""What a model folder's safetensors files hold, read from their headers.
+
+Invariant: a file that is truncated, corrupt or missing is found here, before MLX maps it; nothing
+but headers is read. Try it: ``mlx-slim plan RECIPE`` reads shapes this way.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_slim.artifacts import read_json
+from mlx_slim.errors import SlimError
+
+WEIGHTS = "model*.safetensors"
+INDEX = "model.safetensors.index.json"
+_MAX_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor on disk: its safetensors dtype (``BF16``), shape, bytes and file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    file: Path
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of one safetensors file, its size checked against its header.
+
+    Raises:
+        SlimError: If the file is truncated or is no safetensors file.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            if size < 8 or length > min(_MAX_HEADER, size - 8):
+                raise ValueError(f"its header would take {length} of {size} bytes")
+            header = json.loads(handle.read(length))
+        header.pop("__metadata__", None)
+        tensors = {
+            name: Tensor(
+                entry["dtype"],
+                tuple(entry["shape"]),
+                entry["data_offsets"][1] - entry["data_offsets"][0],
+                path,
+            )
+            for name, entry in header.items()
+        }
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise SlimError(
+            f"{path} is corrupt or no safetensors file: {error}", "download or copy it again"
+        ) from error
+    if end != size - 8 - length:
+        raise SlimError(
+            f"{path} is truncated or corrupt: {size} bytes, its header says {end + 8 + length}",
+            "download or copy it again",
+        )
+    return tensors
+
+
+def folder_tensors(folder: Path) -> dict[str, Tensor]:
+    """Return every tensor of a model folder, by name.
+
+    Raises:
+        SlimError: If there are no safetensors, a shard of the index is absent, a file is corrupt,
+            or two files hold the same tensor.
+    """
+    files = sorted(folder.glob(WEIGHTS))
+    promised: dict[str, str] = {}
+    if (folder / INDEX).exists():
+        promised = read_json(folder / INDEX).get("weight_map", {})
+        absent = sorted({name for name in promised.values() if not (folder / name).exists()})
+        if absent:
+            raise SlimError(
+                f"{folder} lacks {few(absent)}: named in {INDEX}", "download or copy it again"
+            )
+    if not files:
+        raise _no_weights(folder)
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        found = read_header(file)
+        twice = sorted(found.keys() & tensors.keys())
+        if twice:
+            raise SlimError(
+                f"{file.name} and {tensors[twice[0]].file.name} of {folder} both hold {few(twice)}",
+                "keep the files of one model only",
+            )
+        tensors.update(found)
+    missing = sorted(promised.keys() - tensors.keys())
+    if missing:
+        raise SlimError(
+            f"{folder} lacks {few(missing)}: named in {INDEX} but in no file",
+            "download or copy it again",
+        )
+    return tensors
+
+
+def _no_weights(folder: Path) -> SlimError:
+    pickles = [p.name for kind in ("*.bin", "*.pt", "*.pth") for p in sorted(folder.glob(kind))]
+    if pickles:
+        return SlimError(
+            f"{folder} has its weights only as pickle ({few(pickles)}), which can run code when "
+            "read and is refused",
+            "load it with transformers and save_pretrained() it: that writes safetensors",
+        )
+    others = sorted(p.name for p in folder.glob("*.gguf"))
+    if others:
+        return SlimError(
+            f"{folder} holds GGUF files, no {WEIGHTS}",
+            f"import one first: mlx-slim convert {folder / others[0]} -o DIR",
+        )
+    return SlimError(f"{folder} has no {WEIGHTS}", "give the folder of a complete model")
+
+
+def few(names: list[str], limit: int = 3) -> str:
+    """Return the first names and how many more there are: ``a, b, c and 7 more``."""
+    shown = ", ".join(names[:limit])
+    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown

@@ -1,0 +1,90 @@
+"""Saved folders: stock mlx-lm reads them, the live model keeps its weights."""
+
+from __future__ import annotations
+
+import json
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_slim.errors import ResourceError, SlimError
+from mlx_slim.models import save
+from mlx_slim.models.load import load
+from mlx_slim.models.save import quantization_of, save_model
+
+IDS = mx.array([[5, 9, 200, 31, 77]])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "mistral", "qwen2", "phi"])
+def test_saved_model_loads_in_stock_mlx_lm(tiny, tmp_path, architecture):
+    ours = load(tiny(architecture))
+    before = dict(tree_flatten(ours.model.parameters()))
+    save_model(tmp_path / "out", ours.model, ours.tokenizer, ours.config)
+    after = dict(tree_flatten(ours.model.parameters()))
+    assert all(mx.array_equal(before[name], after[name]) for name in before)
+    model, tokenizer = mlx_lm.load(str(tmp_path / "out"))
+    assert mx.array_equal(model(IDS), ours.model(IDS))
+    messages = [{"role": "user", "content": "hé"}]
+    assert tokenizer.apply_chat_template(messages) == ours.tokenizer.apply_chat_template(messages)
+    assert tokenizer.eos_token_ids == ours.tokenizer.eos_token_ids
+
+
+def test_mixed_quantization_is_read_off_the_model(tiny, tmp_path):
+    ours = load(tiny("llama"))
+    nn.quantize(
+        ours.model,
+        class_predicate=lambda path, module: (
+            {"group_size": 32, "bits": 8}
+            if path.endswith("lm_head")
+            else {"group_size": 64, "bits": 4}
+            if path.endswith(("q_proj", "v_proj"))
+            else False
+        ),
+    )
+    save_model(tmp_path / "out", ours.model, ours.tokenizer, ours.config)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization"]["bits"] == 4
+    assert config["quantization"]["lm_head"] == {"group_size": 32, "bits": 8, "mode": "affine"}
+    assert config["dtype"] == "float32"
+    for model in (mlx_lm.load(str(tmp_path / "out"))[0], load(tmp_path / "out").model):
+        assert quantization_of(model) == quantization_of(ours.model)
+        assert mx.array_equal(model(IDS), ours.model(IDS))
+
+
+def test_plain_model_loses_a_stale_quantization_entry(tiny, tmp_path):
+    ours = load(tiny("llama"))
+    stale = {**ours.config, "quantization": {"group_size": 64, "bits": 4}}
+    save_model(tmp_path / "out", ours.model, ours.tokenizer, stale)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization" not in config
+    assert "quantization" in stale
+
+
+def test_existing_output_is_refused(tiny, tmp_path):
+    ours = load(tiny("llama"))
+    with pytest.raises(SlimError, match="exists already"):
+        save_model(tmp_path, ours.model, ours.tokenizer, ours.config)
+
+
+def test_full_disk_is_said_before_writing(tiny, tmp_path, monkeypatch):
+    ours = load(tiny("llama"))
+    usage = save.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(save.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(ResourceError, match="the disk has 1 kB left"):
+        save_model(tmp_path / "out", ours.model, ours.tokenizer, ours.config)
+    assert not list(tmp_path.iterdir())
+
+
+def test_failing_writer_leaves_nothing(tiny, tmp_path, monkeypatch):
+    ours = load(tiny("llama"))
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("[write] Unable to write 10 bytes\nto file.")
+
+    monkeypatch.setattr("mlx_lm.utils.save_model", fail)
+    with pytest.raises(SlimError, match=r"cannot write the weights .* Unable to write 10 bytes to"):
+        save_model(tmp_path / "out", ours.model, ours.tokenizer, ours.config)
+    assert not list(tmp_path.iterdir())
