@@ -1,0 +1,238 @@
+"""Put adapters on the chosen layers of a model.
+
+Invariant: afterwards everything is frozen but the adapters' own parameters, the output is the
+base's, and every target of the recipe was found: one that matches nothing is an error. Adapters are
+made in the model's order, so one ``mx.random.seed`` gives one set of parameters.
+
+Try it: ``python -m pytest tests/adapters/test_inject.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from mlx_slim.adapters.dora import DoRALinear
+from mlx_slim.adapters.lora import Adapter, LoRAEmbedding, LoRALinear, dimensions
+from mlx_slim.adapters.variants import start_pissa
+from mlx_slim.config.schema import AdapterConfig
+from mlx_slim.errors import SlimError, did_you_mean
+
+_LINEAR = (nn.Linear, nn.QuantizedLinear)
+_EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
+
+
+@dataclass(frozen=True)
+class Injected:
+    """What ``inject`` did.
+
+    Attributes:
+        paths: Adapted modules, full paths in the model's order.
+        scale: s in ΔW = s · BA.
+        alpha: The alpha that gives s at this rank and scaling.
+        parameters: Trainable numbers.
+    """
+
+    paths: list[str]
+    scale: float
+    alpha: float
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Site:
+    """A layer that could carry an adapter: its block (None outside the blocks), paths, module."""
+
+    block: int | None
+    inside: str
+    path: str
+    module: nn.Module
+
+
+def sites(model: Any) -> list[Site]:
+    """Return every linear, embedding and expert layer, in the model's order.
+
+    A layer that carries an adapter already stands there as itself, under its own path.
+    """
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    wanted = (*_LINEAR, *_EMBEDDING, SwitchLinear, QuantizedSwitchLinear)
+    blocks = {id(block): index for index, block in enumerate(model.layers)}
+    names = {id(module): path for path, module in model.named_modules() if id(module) in blocks}
+    prefixes = sorted(((names[key] + ".", index) for key, index in blocks.items()), reverse=True)
+    carried = {id(adapter.base): path for path, adapter in adapters_of(model)}
+    found = []
+    for path, module in in_order(model):
+        if isinstance(module, wanted):
+            path = carried.get(id(module), path)
+            prefix, block = next((p for p in prefixes if path.startswith(p[0])), ("", None))
+            found.append(Site(block, path[len(prefix) :], path, module))
+    return found
+
+
+def in_order(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return (path, module) with the leaves in the order of their definition.
+
+    mlx lists modules from a stack, the last one first.
+    """
+    return list(reversed(model.named_modules()))
+
+
+def adapters_of(model: nn.Module) -> list[tuple[str, Adapter]]:
+    """Return (path, adapter) of every adapter in ``model``."""
+    return [(path, module) for path, module in in_order(model) if isinstance(module, Adapter)]
+
+
+def _chosen_blocks(layers: Any, count: int) -> set[int]:
+    if layers == "all":
+        return set(range(count))
+    if isinstance(layers, int):
+        if layers > count:
+            raise SlimError(
+                f"adapter.layers={layers}: the model has only {count} blocks",
+                f"give at most {count}, or all",
+            )
+        return set(range(count - layers, count))
+    wrong = [index for index in layers if index >= count]
+    if wrong or not layers:
+        raise SlimError(
+            f"adapter.layers={list(layers)} names no block {wrong or ''} of a model with {count}"
+            if wrong
+            else "adapter.layers is an empty list",
+            f"block indices go from 0 to {count - 1}",
+        )
+    return set(layers)
+
+
+def _ends_with(path: str, name: str) -> bool:
+    return path == name or path.endswith("." + name)
+
+
+def _matches(target: str, candidates: Iterable[Site]) -> list[Site]:
+    if target == "all-linear":
+        return [
+            s for s in candidates if s.block is not None and not isinstance(s.module, _EMBEDDING)
+        ]
+    if target.startswith("re:"):
+        try:
+            pattern = re.compile(target[3:])
+        except re.error as error:
+            raise SlimError(
+                f"adapter.targets: {target!r} is no regular expression: {error}"
+            ) from error
+        return [s for s in candidates if s.block is not None and pattern.search(s.inside)]
+    return [s for s in candidates if _ends_with(s.inside, target)]
+
+
+def choose(model: Any, config: AdapterConfig) -> list[Site]:
+    """Return the layers that ``config`` selects, in the model's order.
+
+    Raises:
+        SlimError: If a target matches nothing, or a block index is out of range.
+    """
+    chosen = _chosen_blocks(config.layers, len(model.layers))
+    everything = sites(model)
+    candidates = [s for s in everything if s.block is None or s.block in chosen]
+    targets = [config.targets] if isinstance(config.targets, str) else config.targets
+    selected: set[str] = set()
+    for target in targets:
+        matched = _matches(target, candidates)
+        if not matched:
+            names = {s.inside.rsplit(".", 1)[-1] for s in everything} | {"all-linear"}
+            hint = did_you_mean(target.rsplit(".", 1)[-1], names)
+            raise SlimError(f"adapter.targets: {target!r} matches no layer of this model", hint)
+        selected.update(s.path for s in matched)
+    if not selected:
+        raise SlimError("adapter.targets is empty", "name layers, or say all-linear")
+    return [s for s in everything if s.path in selected]
+
+
+def _check(site: Site, rank: int, dora: bool) -> None:
+    if not isinstance(site.module, _LINEAR + _EMBEDDING):
+        raise SlimError(
+            f"{site.path} is an expert layer ({type(site.module).__name__}): adapters on experts "
+            "are not supported",
+            "name other layers in adapter.targets, e.g. [q_proj, k_proj, v_proj, o_proj]",
+        )
+    if dora and isinstance(site.module, _EMBEDDING):
+        raise SlimError(
+            f"{site.path} is an embedding: DoRA works on linear layers",
+            "use method: lora, or leave it out of adapter.targets",
+        )
+    smallest = min(dimensions(site.module))
+    if rank > smallest:
+        raise SlimError(
+            f"adapter.rank={rank} is above the smaller side of {site.path}, {smallest}",
+            f"use a rank of at most {smallest}",
+        )
+
+
+def place(
+    model: nn.Module, chosen: list[Site], rank: int, scale: float, dropout: float, *, dora: bool
+) -> list[tuple[str, Adapter]]:
+    """Freeze ``model``, wrap the ``chosen`` layers, leave only the adapters trainable.
+
+    Raises:
+        SlimError: If a layer cannot carry the adapter, or the model has adapters already.
+    """
+    if adapters_of(model):
+        raise SlimError("this model has adapters already", "load the base again, or merge first")
+    for site in chosen:
+        _check(site, rank, dora)
+    model.freeze()
+    placed: list[tuple[str, Adapter]] = []
+    for site in chosen:
+        if isinstance(site.module, _EMBEDDING):
+            kind: type[LoRALinear] | type[LoRAEmbedding] = LoRAEmbedding
+        else:
+            kind = DoRALinear if dora else LoRALinear
+        placed.append((site.path, kind(site.module, rank, scale, dropout)))
+    model.update_modules(tree_unflatten(placed))
+    return placed
+
+
+def summary(placed: list[tuple[str, Adapter]], scale: float, alpha: float) -> Injected:
+    """Return what stands in the model now."""
+    parameters = sum(adapter[name].size for _, adapter in placed for name in adapter.trainable)
+    return Injected([path for path, _ in placed], scale, alpha, parameters)
+
+
+def inject(model: nn.Module, config: AdapterConfig, *, dora: bool) -> Injected:
+    """Freeze ``model`` and put trainable adapters on the layers that ``config`` selects.
+
+    Args:
+        model: Any mlx-lm model, dense or quantized; changed in place.
+        config: Rank, scale, targets, layers, start.
+        dora: DoRA instead of LoRA.
+
+    Raises:
+        SlimError: A target that matches nothing, a block out of range, a rank above a layer's size,
+            an expert layer, an embedding with DoRA, a model that has adapters already.
+    """
+    scale = config.resolved_scale
+    chosen = choose(model, config)
+    placed = place(model, chosen, config.rank, scale, config.dropout, dora=dora)
+    if config.init == "pissa":
+        for _, adapter in placed:
+            start_pissa(adapter)
+    return summary(placed, scale, config.resolved_alpha)
+
+
+def adapter_state(model: nn.Module) -> dict[str, mx.array]:
+    """Return every tensor of the adapters by full path: what a checkpoint has to hold.
+
+    PiSSA's frozen start is in it, so that a resumed run has it to the last bit.
+    """
+    names = ("start_a", "start_b")
+    return {
+        f"{path}.{name}": adapter[name]
+        for path, adapter in adapters_of(model)
+        for name in (*adapter.trainable, *names)
+        if name in adapter
+    }

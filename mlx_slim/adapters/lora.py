@@ -1,0 +1,164 @@
+"""LoRA over linear and embedding layers, dense or quantized (arXiv 2106.09685).
+
+Invariant: the base layer is never changed, and a fresh adapter (B = 0) returns the base's output
+bit for bit. Parameters have mlx-lm's names and shapes (``lora_a``, ``lora_b``, ``linear`` or
+``embedding``), so that saved tensors load there; they stay float32 whatever the base is, and only
+the products are computed in the dtype of the activations.
+
+Shapes: N rows of activations (any leading axes), I inputs, O outputs, V vocabulary, D width,
+R rank (twice the rank when a frozen start pair is subtracted, see ``variants``).
+
+Try it: ``python -m pytest tests/adapters/test_lora.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+def dimensions(module: Any) -> tuple[int, int]:
+    """Return (inputs, outputs) of a linear layer, or (vocabulary, width) of an embedding.
+
+    Quantized weights are packed: their width is counted in scales, right for every bit width.
+    """
+    rows, width = module.weight.shape
+    if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+        width = module.scales.shape[-1] * module.group_size
+    return (width, rows) if isinstance(module, nn.Linear | nn.QuantizedLinear) else (rows, width)
+
+
+def dense_weight(module: Any) -> mx.array:
+    """Return the float weight (O, I) or (V, D) of a layer, dequantized where it is quantized."""
+    if not isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+        return module.weight
+    return mx.dequantize(
+        module.weight,
+        module.scales,
+        module.get("biases"),
+        group_size=module.group_size,
+        bits=module.bits,
+        mode=module.mode,
+    )
+
+
+class Adapter(nn.Module):
+    """The two factors, and what all adapters share.
+
+    Args:
+        shape: (I, O) of a linear layer, (V, D) of an embedding.
+        rank: R.
+        scale: s in ΔWᵀ = s · A B.
+        dropout: Share of the adapter's inputs dropped in training.
+
+    Attributes:
+        lora_a: A (I, R), float32, uniform in ±1/√I.
+        lora_b: B (R, O), float32, zero.
+        start_a, start_b: Frozen factors whose product is subtracted (PiSSA); absent otherwise.
+    """
+
+    base_name = "linear"
+    trainable = ("lora_a", "lora_b")
+
+    def __init__(self, shape: tuple[int, int], rank: int, scale: float, dropout: float) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.scale = float(scale)
+        self.rank = rank
+        bound = 1 / math.sqrt(shape[0])
+        self.lora_a = mx.random.uniform(-bound, bound, (shape[0], rank))
+        self.lora_b = mx.zeros((rank, shape[1]))
+
+    @property
+    def base(self) -> nn.Module:
+        """The layer that is adapted, as it was."""
+        return self[self.base_name]
+
+    def start_from(self, a_IR: mx.array, b_RO: mx.array) -> None:
+        """Begin at these factors, and subtract their product from the update for ever after."""
+        self.lora_a, self.lora_b = a_IR, b_RO
+        self.start_a, self.start_b = mx.array(a_IR), mx.array(b_RO)
+        self.freeze(keys=["start_a", "start_b"], recurse=False)
+
+    def factors(self) -> tuple[mx.array, mx.array]:
+        """Return (A, B) of the whole update ΔWᵀ = s · A B relative to the base, start included."""
+        if "start_a" not in self:
+            return self.lora_a, self.lora_b
+        return (
+            mx.concatenate([self.lora_a, self.start_a], axis=1),
+            mx.concatenate([self.lora_b, -self.start_b], axis=0),
+        )
+
+    def merged_weight(self) -> mx.array:
+        """Return the adapted weight, laid out as the base's, in float32."""
+        raise NotImplementedError
+
+    def _add_update(self, y_NO: mx.array, x_NI: mx.array) -> mx.array:
+        """Return y + s · dropout(x) A B in the dtype of y: one pass over y, no temporary of it."""
+        a_IR, b_RO = self.factors()
+        # s goes into the smallest operand, so that no pass over the rows is spent on it.
+        z_NR = self.dropout(x_NI) @ (self.scale * a_IR).astype(x_NI.dtype)
+        return mx.addmm(y_NO, z_NR.astype(y_NO.dtype), b_RO.astype(y_NO.dtype))
+
+
+class LoRALinear(Adapter):
+    """y = linear(x) + s · dropout(x) A B.
+
+    Args:
+        linear: ``nn.Linear`` or ``nn.QuantizedLinear`` (or a subclass), with or without a bias.
+        rank: R.
+        scale: s.
+        dropout: Share of the adapter's inputs dropped in training.
+    """
+
+    def __init__(self, linear: Any, rank: int, scale: float, dropout: float = 0.0) -> None:
+        super().__init__(dimensions(linear), rank, scale, dropout)
+        self.linear = linear
+
+    def __call__(self, x_NI: mx.array) -> mx.array:
+        """Return (N, O) in the dtype of the base's output."""
+        return self._add_update(self.linear(x_NI), x_NI)
+
+    def merged_weight(self) -> mx.array:
+        """Return W + ΔW (O, I), float32."""
+        a_IR, b_RO = self.factors()
+        return dense_weight(self.linear).astype(mx.float32) + (self.scale * b_RO).T @ a_IR.T
+
+
+class LoRAEmbedding(Adapter):
+    """y = embedding(ids) + s · A[ids] B, and the same update where it serves as a tied head.
+
+    Args:
+        embedding: ``nn.Embedding`` or ``nn.QuantizedEmbedding`` (or a subclass).
+        rank: R.
+        scale: s.
+        dropout: Share of the update's inputs dropped in training.
+    """
+
+    base_name = "embedding"
+
+    def __init__(self, embedding: Any, rank: int, scale: float, dropout: float = 0.0) -> None:
+        super().__init__(dimensions(embedding), rank, scale, dropout)
+        self.embedding = embedding
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        """Return (*ids.shape, D) in the embedding's dtype."""
+        y_ND = self.embedding(ids)
+        a_VR, b_RD = self.factors()
+        z_NR = self.dropout(self.scale * a_VR[ids]).astype(y_ND.dtype)
+        return mx.addmm(y_ND, z_NR, b_RD.astype(y_ND.dtype))
+
+    def as_linear(self, x_ND: mx.array) -> mx.array:
+        """Return logits (N, V) of the tied head, the update included."""
+        y_NV = self.embedding.as_linear(x_ND)
+        a_VR, b_RD = self.factors()
+        z_NR = self.dropout(x_ND) @ (self.scale * b_RD).T.astype(x_ND.dtype)
+        return mx.addmm(y_NV, z_NR.astype(y_NV.dtype), a_VR.T.astype(y_NV.dtype))
+
+    def merged_weight(self) -> mx.array:
+        """Return W + s · A B (V, D), float32."""
+        a_VR, b_RD = self.factors()
+        return dense_weight(self.embedding).astype(mx.float32) + a_VR @ (self.scale * b_RD)

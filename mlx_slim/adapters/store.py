@@ -1,0 +1,266 @@
+"""Adapter folders: ``adapters.safetensors`` and ``adapter_config.json`` in mlx-lm's format.
+
+Invariant: stock mlx-lm (``mlx_lm.generate --adapter-path``) loads what is written here and gives
+the same logits; what is loaded here matches its config tensor by tensor: missing, extra and wrongly
+shaped tensors, and a base that the adapter was not trained on, are errors. PiSSA is written as a
+plain adapter of twice the rank on the unmodified base.
+
+Try it: ``python -m pytest tests/adapters/test_store.py``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_slim.adapters.inject import (
+    Injected,
+    Site,
+    adapter_state,
+    adapters_of,
+    in_order,
+    place,
+    sites,
+    summary,
+)
+from mlx_slim.adapters.lora import dimensions
+from mlx_slim.artifacts import SCHEMA_VERSION, atomic_folder, read_json, write_json
+from mlx_slim.config.schema import AdapterConfig
+from mlx_slim.errors import SlimError
+
+WEIGHTS = "adapters.safetensors"
+CONFIG = "adapter_config.json"
+_SAMPLES = 64
+
+
+def base_sample(model: nn.Module) -> list[float]:
+    """Return 64 numbers of the input embedding at fixed places: which base is this?
+
+    They survive a cast and (within a few percent) quantization, so the same model in another format
+    is recognised. Empty for a model without an embedding.
+    """
+    for _, module in in_order(model):
+        if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)):
+            rows = mx.arange(_SAMPLES) * 7 % module.weight.shape[0]
+            some_RD = module(rows).astype(mx.float32)
+            columns = mx.arange(_SAMPLES) * 37 % some_RD.shape[1]
+            return some_RD[mx.arange(_SAMPLES), columns].tolist()
+    return []
+
+
+def _same_base(ours: list[float], theirs: list[float]) -> bool:
+    a, b = np.array(ours), np.array(theirs)
+    if a.shape != b.shape:
+        return False
+    lengths = np.linalg.norm(a) * np.linalg.norm(b)
+    return bool(lengths == 0 or a @ b / lengths > 0.8)
+
+
+def _stock_selection(model: Any, paths: list[str]) -> tuple[int, list[str]]:
+    """Return mlx-lm's (num_layers, keys) that select exactly ``paths``.
+
+    mlx-lm wraps a key in the last ``num_layers`` blocks when it is a path inside the block, and
+    anywhere when it is a full path. The last N blocks with the same layers in each take the short
+    form; any other choice is spelled out in full paths.
+    """
+    by_path = {site.path: site for site in sites(model)}
+    chosen = [by_path[path] for path in paths]
+    blocks = sorted({site.block for site in chosen if site.block is not None})
+    inside = {block: {s.inside for s in chosen if s.block == block} for block in blocks}
+    count = len(model.layers)
+    uniform = len({frozenset(names) for names in inside.values()}) == 1
+    if blocks and uniform and blocks == list(range(count - len(blocks), count)):
+        keys = [s.inside for s in chosen if s.block in (None, blocks[-1])]
+        if _selected(model, len(blocks), keys) == set(paths):
+            return len(blocks), keys
+    return 1, list(paths)
+
+
+def _selected(model: Any, num_layers: int, keys: list[str] | None) -> set[str]:
+    """Return the full paths that mlx-lm wraps for this (num_layers, keys)."""
+    everything = sites(model)
+    if keys is None:
+        keys = sorted({site.inside for site in everything if site.block is not None})
+    first = len(model.layers) - num_layers if num_layers > 0 else 0
+    wanted = set(keys)
+    return {
+        s.path
+        for s in everything
+        if s.path in wanted or (s.block is not None and s.block >= first and s.inside in wanted)
+    }
+
+
+def save_adapter(
+    folder: Path,
+    model: nn.Module,
+    config: AdapterConfig,
+    injected: Injected,
+    *,
+    dora: bool,
+    base: str,
+) -> None:
+    """Write the adapters of ``model`` to ``folder``, whole or not at all; replaces a former one.
+
+    Args:
+        folder: The adapter folder.
+        model: A model that ``inject`` or ``load_adapter`` prepared; not changed.
+        config: The recipe's adapter section.
+        injected: What ``inject`` returned.
+        dora: Whether the adapters are DoRA.
+        base: Name or path of the base, for people and for error messages.
+
+    Raises:
+        ResourceError: If the disk is full.
+        SlimError: If the folder cannot be written.
+    """
+    tensors: dict[str, mx.array] = {}
+    rank = config.rank
+    for path, adapter in adapters_of(model):
+        a_IR, b_RO = adapter.factors()
+        rank = a_IR.shape[1]
+        tensors |= {f"{path}.lora_a": a_IR, f"{path}.lora_b": b_RO}
+        if dora:
+            tensors[f"{path}.m"] = adapter.m
+    num_layers, keys = _stock_selection(model, injected.paths)
+    description = {
+        "fine_tune_type": "dora" if dora else "lora",
+        "num_layers": num_layers,
+        "lora_parameters": {
+            "rank": rank,
+            "scale": injected.scale,
+            "dropout": config.dropout,
+            "keys": keys,
+        },
+        "model": base,
+        "schema_version": SCHEMA_VERSION,
+        "alpha": injected.scale * rank,
+        "trained_with": config.model_dump(),
+        "paths": injected.paths,
+        "parameters": injected.parameters,
+        "base_sample": base_sample(model),
+    }
+    with atomic_folder(folder, replace=True) as temporary:
+        mx.save_safetensors(str(temporary / WEIGHTS), tensors, metadata={"format": "mlx"})
+        write_json(temporary / CONFIG, description)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
+    if not folder.is_dir():
+        raise SlimError(f"{folder} is no adapter folder", f"it should hold {WEIGHTS} and {CONFIG}")
+    config = read_json(folder / CONFIG)
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise SlimError(f"{file} does not exist", "the adapter folder is not complete")
+    try:
+        tensors = mx.load(str(file))
+        assert isinstance(tensors, dict)
+        mx.eval(tensors)
+    except Exception as error:
+        raise SlimError(
+            f"{file} is no readable safetensors file: {error}", "copy or train it again"
+        ) from error
+    return config, tensors
+
+
+def _settings(config: Any, folder: Path) -> tuple[bool, int, float, float, int, list[str] | None]:
+    """Return (dora, rank, scale, dropout, num_layers, keys) of a config, ours or mlx-lm's."""
+    where = folder / CONFIG
+    if not isinstance(config, dict) or not isinstance(config.get("lora_parameters"), dict):
+        raise SlimError(
+            f"{where} has no lora_parameters", "expected the adapter config of mlx-slim or mlx-lm"
+        )
+    kind = config.get("fine_tune_type", "lora")
+    if kind not in ("lora", "dora"):
+        raise SlimError(
+            f"{where}: fine_tune_type is {kind!r}, expected lora or dora",
+            "full fine-tunes are whole models: load the folder that holds the model",
+        )
+    lora = config["lora_parameters"]
+    try:
+        rank, scale = int(lora["rank"]), float(lora["scale"])
+        dropout, num_layers = float(lora.get("dropout", 0.0)), int(config["num_layers"])
+        keys = lora.get("keys")
+        keys = None if keys is None else [str(key) for key in keys]
+    except (KeyError, TypeError, ValueError) as error:
+        raise SlimError(f"{where} cannot be used: {type(error).__name__} {error}") from error
+    return kind == "dora", rank, scale, dropout, num_layers, keys
+
+
+def _listed(problems: list[str], limit: int = 12) -> str:
+    more = len(problems) - limit
+    return "; ".join(problems[:limit]) + (f"; and {more} more" if more > 0 else "")
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> Injected:
+    """Put the adapters of ``folder`` on ``model``, strictly; ours and mlx-lm's folders alike.
+
+    Args:
+        model: The base, without adapters; changed in place, frozen but for the adapters.
+        folder: A folder that ``save_adapter`` or ``mlx_lm.lora`` wrote.
+
+    Raises:
+        SlimError: Files absent or corrupt, a full fine-tune, tensors that are missing, extra or
+            wrongly shaped (all of them, with shapes), or another base. ``model`` is unchanged then.
+    """
+    folder = Path(folder)
+    config, tensors = _read(folder)
+    dora, rank, scale, dropout, num_layers, keys = _settings(config, folder)
+    made_for = f"the adapter was made for {config['model']}" if config.get("model") else ""
+    selected = _selected(model, num_layers, keys)
+    chosen = [site for site in sites(model) if site.path in selected]
+    problems = _differences(chosen, tensors, rank, dora)
+    if problems:
+        raise SlimError(f"{folder} does not fit this model: {_listed(problems)}", made_for)
+    ours, theirs = base_sample(model), config.get("base_sample")
+    if theirs and not _same_base(ours, theirs):
+        raise SlimError(
+            f"{folder} was trained on another base of the same shape",
+            f"{made_for}: load that base" if made_for else "load the base it was trained on",
+        )
+    placed = place(model, chosen, rank, scale, dropout, dora=dora)
+    model.load_weights(list(tensors.items()), strict=False)
+    mx.eval([adapter.parameters() for _, adapter in placed])
+    return summary(placed, scale, scale * rank)
+
+
+def _differences(
+    chosen: list[Site], tensors: dict[str, mx.array], rank: int, dora: bool
+) -> list[str]:
+    """Return what the file lacks, has too much, or has in another shape."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for site in chosen:
+        inputs, outputs = dimensions(site.module)
+        expected |= {f"{site.path}.lora_a": (inputs, rank), f"{site.path}.lora_b": (rank, outputs)}
+        if dora:
+            expected[f"{site.path}.m"] = (outputs,)
+    missing = [f"missing {name} {shape}" for name, shape in expected.items() if name not in tensors]
+    extra = [
+        f"not in the model {name} {tensor.shape}"
+        for name, tensor in tensors.items()
+        if name not in expected
+    ]
+    wrong = [
+        f"{name} is {tensors[name].shape}, expected {shape}"
+        for name, shape in expected.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    return missing + extra + wrong
+
+
+def load_adapter_state(model: nn.Module, state: dict[str, mx.array]) -> None:
+    """Put what ``adapter_state`` returned back into the adapters of ``model``, strictly.
+
+    Raises:
+        SlimError: If names or shapes differ from the adapters in ``model``.
+    """
+    expected = {name: value.shape for name, value in adapter_state(model).items()}
+    given = {name: value.shape for name, value in state.items()}
+    if expected != given:
+        names = sorted(k for k in expected.keys() | given.keys() if expected.get(k) != given.get(k))
+        problems = [f"{n}: expected {expected.get(n)}, found {given.get(n)}" for n in names]
+        raise SlimError(f"the checkpoint has other adapters: {_listed(problems)}")
+    model.load_weights(list(state.items()), strict=False)
