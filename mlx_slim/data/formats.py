@@ -1,0 +1,225 @@
+"""What a row says: Alpaca, chat, completions or text become one normal form.
+
+Invariant: a row either becomes an ``Example`` (messages whose assistant turns are the answers, or a
+prompt and a completion, or bare text), or is dropped with a reason (``Dropped``), or is wrong and
+raises one line that names the place, the columns seen and the columns expected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_slim.data.sources import RawRow
+from mlx_slim.errors import SlimError, did_you_mean
+
+EXPECTED = {
+    "alpaca": "instruction, output (and input, system)",
+    "chat": "messages [{role, content}] or conversations [{from, value}]",
+    "completions": "prompt, completion",
+    "text": "text",
+}
+COLUMNS = (
+    *("instruction", "input", "output", "system"),
+    *("messages", "conversations", "tools", "prompt", "completion", "text"),
+)
+_SHAREGPT = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant"}
+_ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython"}
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row in normal form.
+
+    Attributes:
+        kind: ``alpaca``, ``chat``, ``completions`` or ``text``.
+        messages: The row as a chat (empty for ``text``); every assistant turn is an answer.
+        fields: The row's own strings, by our column names, for templates that name them.
+        extras: What chat templates understand besides (``tools``).
+        cut_turns: Turns after the last answer, left out because nothing is learned from them.
+    """
+
+    kind: str
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    fields: dict[str, str] = field(default_factory=dict)
+    extras: dict[str, Any] = field(default_factory=dict)
+    cut_turns: int = 0
+
+    @property
+    def texts(self) -> list[str]:
+        """Every string of the row, for comparing it with other texts."""
+        if self.kind == "text":
+            return [self.fields["text"]]
+        return [message["content"] for message in self.messages]
+
+
+class Dropped(Exception):
+    """The row cannot be learned from; ``reason`` is its line in the ledger."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def check_columns(columns: Mapping[str, str]) -> None:
+    """Refuse renames of columns that no format has.
+
+    Raises:
+        SlimError: With the closest known name.
+    """
+    for ours in columns:
+        if ours not in COLUMNS:
+            raise SlimError(
+                f"data.columns: {ours!r} is no column of any format", did_you_mean(ours, COLUMNS)
+            )
+
+
+def read_example(
+    row: RawRow, format: str, *, columns: Mapping[str, str], system: str | None
+) -> Example:
+    """Return the normal form of a row.
+
+    Args:
+        row: The raw row.
+        format: ``auto`` (decided from this row's own columns), or the format's name.
+        columns: Renames, ours to the file's.
+        system: System message where the row has none.
+
+    Raises:
+        Dropped: If the row has no answer to learn.
+        SlimError: If columns are missing or hold the wrong type.
+    """
+    renamed = dict(row.value)
+    for ours, theirs in columns.items():
+        if theirs in renamed:
+            renamed[ours] = renamed.pop(theirs)
+    value = {key: item for key, item in renamed.items() if item is not None}
+    kind = _kind(value) if format == "auto" else format
+    if kind == "chat":
+        return _chat(row, value, system)
+    wanted = {
+        "alpaca": ("instruction", "input", "output", "system"),
+        "completions": ("prompt", "completion"),
+        "text": ("text",),
+    }
+    needed = {"alpaca": {"instruction", "output"}, "completions": {"prompt", "completion"}}
+    if kind is None or not needed.get(kind, {"text"}) <= renamed.keys():
+        raise _wrong_columns(row, format)
+    fields = {name: _string(row, value, name) for name in wanted[kind] if name in value}
+    if kind == "text":
+        _need(fields, "text", "empty text")
+        return Example(kind, [], fields)
+    system = fields.get("system") or system
+    if kind == "completions":
+        _need(fields, "completion", "empty answer")
+        prompt, answer = fields.get("prompt", ""), fields["completion"]
+    else:
+        _need(fields, "instruction", "empty instruction")
+        _need(fields, "output", "empty answer")
+        parts = (fields["instruction"], fields.get("input", ""))
+        prompt, answer = "\n\n".join(part for part in parts if part), fields["output"]
+    fields |= {"prompt": prompt, "completion": answer, "system": system or ""}
+    return Example(kind, _turns(system, prompt, answer), fields)
+
+
+def _kind(value: Mapping[str, Any]) -> str | None:
+    """Decide the format from the columns, in this order: the hub's Alpaca has ``text`` too."""
+    if "messages" in value or "conversations" in value:
+        return "chat"
+    if "instruction" in value and "output" in value:
+        return "alpaca"
+    if "prompt" in value and "completion" in value:
+        return "completions"
+    if "text" in value:
+        return "text"
+    if "instruction" in value:
+        return "alpaca"
+    return "completions" if "prompt" in value else None
+
+
+def _wrong_columns(row: RawRow, format: str) -> SlimError:
+    seen = ", ".join(row.value) or "none"
+    if format == "auto":
+        expected = "; or ".join(f"{text} ({name})" for name, text in EXPECTED.items())
+    else:
+        expected = f"{EXPECTED[format]} ({format})"
+    names = list(row.value)[:2]
+    first, second = [*names, "question", "answer"][:2]
+    example = f"{{prompt: {first}, completion: {second}}}"
+    return SlimError(
+        f"{row.place}: columns seen: {seen}; expected: {expected}",
+        f"rename columns with data.columns, as in {example}",
+    )
+
+
+def _string(row: RawRow, value: Mapping[str, Any], name: str) -> str:
+    text = value[name]
+    if not isinstance(text, str):
+        raise SlimError(
+            f"{row.place}: {name!r} is {type(text).__name__} {str(text)[:40]!r}, expected a string"
+        )
+    return text
+
+
+def _need(fields: Mapping[str, str], name: str, reason: str) -> None:
+    if not fields.get(name, "").strip():
+        raise Dropped(reason)
+
+
+def _turns(system: str | None, prompt: str, answer: str) -> list[dict[str, Any]]:
+    first = [{"role": "system", "content": system}] if system else []
+    return [
+        *first,
+        {"role": "user", "content": prompt},
+        {"role": "assistant", "content": answer},
+    ]
+
+
+def _chat(row: RawRow, value: Mapping[str, Any], system: str | None) -> Example:
+    turns = value.get("messages", value.get("conversations"))
+    if turns is None:
+        raise _wrong_columns(row, "chat")
+    if not isinstance(turns, list):
+        raise SlimError(f"{row.place}: the turns are {type(turns).__name__}, expected a list")
+    messages = [_message(row, index, turn) for index, turn in enumerate(turns, 1)]
+    system = value["system"] if isinstance(value.get("system"), str) else system
+    if system and not (messages and messages[0]["role"] in ("system", "developer")):
+        messages.insert(0, {"role": "system", "content": system})
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
+        raise Dropped("no assistant turn")
+    for index in answers:
+        if not messages[index]["content"].strip() and not messages[index].get("tool_calls"):
+            raise Dropped("empty answer")
+    kept = messages[: answers[-1] + 1]
+    extras = {"tools": value["tools"]} if isinstance(value.get("tools"), list) else {}
+    return Example("chat", kept, {}, extras, cut_turns=len(messages) - len(kept))
+
+
+def _message(row: RawRow, index: int, turn: Any) -> dict[str, Any]:
+    """Return one turn as ``{role, content, …}``, whichever of the two dialects it is in."""
+    if not isinstance(turn, dict):
+        raise SlimError(f"{row.place}, turn {index}: {type(turn).__name__}, expected an object")
+    rest = {k: v for k, v in turn.items() if k not in ("from", "value") and v is not None}
+    role = turn.get("role", turn.get("from"))
+    content = turn.get("content", turn.get("value"))
+    role = _SHAREGPT.get(role, role) if isinstance(role, str) else role
+    if role not in _ROLES:
+        seen = f"role {role!r}" if role is not None else f"keys {', '.join(turn) or 'none'}"
+        raise SlimError(
+            f"{row.place}, turn {index}: {seen}, expected {{role, content}} or {{from, value}}",
+            "roles: system, user, assistant, tool (human and gpt with from/value)",
+        )
+    if isinstance(content, list):  # the parts of the OpenAI API
+        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+        content = "".join(parts) if all(isinstance(part, str) for part in parts) else content
+    if content is None and turn.get("tool_calls"):
+        content = ""
+    if content is None:
+        content = ""
+    if not isinstance(content, str):
+        raise SlimError(
+            f"{row.place}, turn {index}: content is {type(content).__name__}, expected a string"
+        )
+    return {**rest, "role": role, "content": content}

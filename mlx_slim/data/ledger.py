@@ -1,0 +1,124 @@
+"""The ledger: what became of every row, and why.
+
+Invariant: for each source, rows given = rows used + rows dropped; every reason has its count and
+the first places where it struck.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mlx_slim.data.formats import Example
+from mlx_slim.data.sources import RawRow
+from mlx_slim.data.tokenize import Tokens
+
+_FIRST = 5  # places named for each reason
+
+
+@dataclass
+class Tally:
+    """A count, and the first places that it counted."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, raw: RawRow) -> None:
+        """Count one row."""
+        self.count += 1
+        if len(self.first) < _FIRST:
+            self.first.append(raw.place)
+
+
+@dataclass
+class SourceLedger:
+    """What became of the rows of one source (``given``: rows; ``tokens``: tokens used)."""
+
+    path: str
+    kind: str
+    weight: float
+    ignored_files: list[str]
+    given: int = 0
+    used: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    blank_lines: int = 0
+    cut_turns: int = 0
+    cut_tokens: int = 0
+    truncated: Tally = field(default_factory=Tally)
+    dropped: dict[str, Tally] = field(default_factory=dict)
+    formats: dict[str, int] = field(default_factory=dict)
+
+    def drop(self, reason: str, raw: RawRow) -> None:
+        """Count a row that is not used."""
+        self.dropped.setdefault(reason, Tally()).add(raw)
+
+    def truncate(self, raw: RawRow, tokens: int) -> None:
+        """Count a row that lost ``tokens`` tokens."""
+        self.truncated.add(raw)
+        self.cut_tokens += tokens
+
+    def read(self, example: Example) -> None:
+        """Count a row's format and the turns left out after its last answer."""
+        self.formats[example.kind] = self.formats.get(example.kind, 0) + 1
+        self.cut_turns += example.cut_turns
+
+    def use(self, tokens: Tokens) -> None:
+        """Count a row that is used."""
+        self.used += 1
+        self.tokens += len(tokens.ids_T)
+        self.supervised_tokens += int(tokens.supervised_T.sum())
+
+    def reasons(self) -> list[str]:
+        """Return ``12 empty answer`` for each reason."""
+        return [f"{tally.count:,} {reason}" for reason, tally in self.dropped.items()]
+
+    def as_record(self) -> dict[str, Any]:
+        """Return the JSON object of this source."""
+        return {
+            "path": self.path,
+            "kind": self.kind,
+            "weight": self.weight,
+            "formats": self.formats,
+            "rows_given": self.given,
+            "rows_used": self.used,
+            "rows_truncated": {"count": self.truncated.count, "first": self.truncated.first},
+            "tokens_cut": self.cut_tokens,
+            "rows_dropped": {
+                reason: {"count": tally.count, "first": tally.first}
+                for reason, tally in self.dropped.items()
+            },
+            "turns_cut_after_last_answer": self.cut_turns,
+            "blank_lines_skipped": self.blank_lines,
+            "files_ignored": self.ignored_files,
+            "tokens": self.tokens,
+            "supervised_tokens": self.supervised_tokens,
+        }
+
+
+def totals(ledgers: list[SourceLedger], hashes: np.ndarray) -> dict[str, Any]:
+    """Return the sums over all sources; ``hashes`` (uint64, one a used row) give duplicates."""
+    return {
+        "rows_given": sum(ledger.given for ledger in ledgers),
+        "rows_used": sum(ledger.used for ledger in ledgers),
+        "rows_truncated": sum(ledger.truncated.count for ledger in ledgers),
+        "rows_dropped": sum(t.count for ledger in ledgers for t in ledger.dropped.values()),
+        "tokens": sum(ledger.tokens for ledger in ledgers),
+        "supervised_tokens": sum(ledger.supervised_tokens for ledger in ledgers),
+        "exact_duplicates": len(hashes) - len(np.unique(hashes)),
+    }
+
+
+def split_ledger(
+    setting: float | str, train: np.ndarray, validation: np.ndarray, leaked: int
+) -> dict[str, Any]:
+    """Return how the rows were split; weights count (a row taken twice counts twice)."""
+    return {
+        "validation": setting,
+        "train_rows": len(train),
+        "train_rows_distinct": len(np.unique(train)),
+        "validation_rows": len(validation),
+        "removed_from_train_as_duplicates_of_validation": leaked,
+    }

@@ -1,0 +1,380 @@
+"""Data configuration in, tokenised rows and their ledger out.
+
+Invariant: every row given is used, or stands in the ledger with a reason; the same sources and
+settings give the same rows in the same order, whatever the batches look like later. What is on disk
+already under the same fingerprint is reused. Try it: ``mlx-slim data preview smollm2-lora``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_slim.artifacts import atomic_folder, hash_json, read_json, write_json
+from mlx_slim.config.schema import DataConfig, SourceConfig
+from mlx_slim.data import overlap, sources
+from mlx_slim.data.formats import Dropped, Example, check_columns, read_example
+from mlx_slim.data.ledger import SourceLedger, split_ledger, totals
+from mlx_slim.data.sources import RawRow, Source
+from mlx_slim.data.store import TokenStore, TokenWriter
+from mlx_slim.data.templates import Rendered, Template, load_template
+from mlx_slim.data.tokenize import Encoder, Tokens, unwrap
+from mlx_slim.errors import SlimError
+
+LEDGER_FILE = "data_ledger.json"
+_VERSION = 1  # of the stored rows: raise it when the same settings would give other rows
+_ENCODE_ROWS = 256  # rows tokenised at once
+_ENCODE_CHARACTERS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What training reads.
+
+    Attributes:
+        train: Training rows, sources in order, weights applied.
+        validation: Held-out rows, or None.
+        ledger: Every row accounted for (also in ``data_ledger.json``).
+        fingerprint: What the rows were made from; compare with ``fingerprint_difference``.
+    """
+
+    train: TokenStore
+    validation: TokenStore | None
+    ledger: dict[str, Any]
+    fingerprint: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PreparedRow:
+    """One row on its way to disk: where it stood, what it said, how it reads, its tokens."""
+
+    raw: RawRow
+    example: Example
+    rendered: Rendered
+    tokens: Tokens
+    length: int  # tokens before truncation
+
+
+class Pipeline:
+    """Source → tokens, row by row; used by ``prepare`` and by the preview.
+
+    Raises:
+        SlimError: If the settings or the tokenizer cannot be used.
+    """
+
+    def __init__(self, config: DataConfig, tokenizer: Any, *, max_length: int) -> None:
+        check_columns(config.columns)
+        self.config, self.max_length = config, max_length
+        self.template: Template = load_template(config.template, unwrap(tokenizer))
+        self.encoder = Encoder(tokenizer, mask_prompt=config.mask_prompt)
+
+    def rows(
+        self, source: Source, config: SourceConfig, ledger: SourceLedger, limit: int | None = None
+    ) -> Iterator[PreparedRow]:
+        """Yield the usable rows of a source in order; count the others in ``ledger``."""
+        waiting: list[tuple[RawRow, Example, Rendered]] = []
+        characters = 0
+        for raw in source:
+            if limit is not None and ledger.given >= limit:
+                break
+            ledger.given += 1
+            try:
+                example = read_example(
+                    raw,
+                    config.format or self.config.format,
+                    columns=self.config.columns,
+                    system=self.config.system,
+                )
+            except Dropped as dropped:
+                ledger.drop(dropped.reason, raw)
+                continue
+            rendered = self._render(raw, example)
+            ledger.read(example)
+            waiting.append((raw, example, rendered))
+            characters += len(rendered.text)
+            if len(waiting) >= _ENCODE_ROWS or characters >= _ENCODE_CHARACTERS:
+                yield from self._encode(waiting, ledger)
+                waiting, characters = [], 0
+        yield from self._encode(waiting, ledger)
+        ledger.blank_lines = source.blank_lines
+
+    def _render(self, raw: RawRow, example: Example) -> Rendered:
+        try:
+            return self.template.render(example)
+        except SlimError as error:
+            raise SlimError(f"{raw.place}: {error.message}", error.hint) from error
+
+    def _encode(
+        self, waiting: list[tuple[RawRow, Example, Rendered]], ledger: SourceLedger
+    ) -> Iterator[PreparedRow]:
+        encoded = self.encoder.encode([rendered for _, _, rendered in waiting])
+        for (raw, example, rendered), whole in zip(waiting, encoded, strict=True):
+            tokens = self._fit(raw, whole, ledger)
+            if tokens is None:
+                continue
+            if not tokens.supervised_T.any():
+                ledger.drop("no supervised token left", raw)
+                continue
+            length = len(whole.ids_T)
+            if length > len(tokens.ids_T):
+                ledger.truncate(raw, length - len(tokens.ids_T))
+            yield PreparedRow(raw, example, rendered, tokens, length)
+
+    def _fit(self, raw: RawRow, row: Tokens, ledger: SourceLedger) -> Tokens | None:
+        """Apply the truncation policy to a row."""
+        length, limit = len(row.ids_T), self.max_length
+        if length <= limit:
+            return row
+        policy = self.config.truncation
+        if policy == "error":
+            raise SlimError(
+                f"{raw.place}: {length:,} tokens, longer than train.max_length={limit}",
+                "raise train.max_length, or choose data.truncation=drop, left or right",
+            )
+        if policy == "drop":
+            ledger.drop(f"longer than {limit} tokens", raw)
+            return None
+        cut = slice(-limit, None) if policy == "left" else slice(None, limit)
+        supervised = row.supervised_T[cut].copy()
+        supervised[:1] = False
+        return Tokens(row.ids_T[cut], supervised)
+
+
+# ---------------------------------------------------------------------------- the whole
+
+
+def prepare(
+    config: DataConfig, tokenizer: Any, *, max_length: int, seed: int, folder: Path
+) -> Prepared:
+    """Tokenise the rows of a recipe into ``folder/tokens`` and write ``folder/data_ledger.json``.
+
+    Args:
+        config: The ``data`` section.
+        tokenizer: mlx-lm's ``TokenizerWrapper``, or a fast Hugging Face tokenizer.
+        max_length: Longest row, tokens.
+        seed: Decides the validation split and fractional weights, nothing else.
+        folder: Where rows and ledger go; rows of the same fingerprint there are reused.
+
+    Raises:
+        SlimError: On unusable sources or rows, each named with file and line.
+        ResourceError: If the disk is full.
+    """
+    pipeline = Pipeline(config, tokenizer, max_length=max_length)
+    found = [(sources.find(source), source) for source in config.sources]
+    held_out = _validation_source(config)
+    wanted = {
+        "version": _VERSION,
+        "sources": [_source_print(*pair) for pair in found],
+        "validation": _source_print(*held_out) if held_out else config.validation,
+        "template": {"name": pipeline.template.name, "sha256": pipeline.template.key},
+        "tokenizer": pipeline.encoder.fingerprint(),
+        "settings": {
+            "max_length": max_length,
+            "seed": seed,
+            **config.model_dump(include={"mask_prompt", "truncation", "system", "columns"}),
+            "max_rows": config.max_rows,
+        },
+    }
+    tokens = folder / "tokens"
+    state = tokens / "prepared.json"
+    if state.is_file():
+        known = read_json(state)
+        if _without_rows(known["fingerprint"]) == wanted:
+            ledger = known["ledger"]
+            if not (folder / LEDGER_FILE).is_file():
+                write_json(folder / LEDGER_FILE, ledger)
+            return _open(tokens, known["fingerprint"], ledger)
+    with atomic_folder(tokens, replace=True) as temporary:
+        fingerprint, ledger = _write(
+            pipeline, found, held_out, wanted, temporary, config=config, seed=seed
+        )
+        write_json(temporary / "prepared.json", {"fingerprint": fingerprint, "ledger": ledger})
+    write_json(folder / LEDGER_FILE, ledger)
+    return _open(tokens, fingerprint, ledger)
+
+
+def _validation_source(config: DataConfig) -> tuple[Source, SourceConfig] | None:
+    if not isinstance(config.validation, str):
+        return None
+    source = SourceConfig(path=config.validation, format=config.format, split="validation")
+    return sources.find(source), source
+
+
+def _source_print(source: Source, config: SourceConfig) -> dict[str, Any]:
+    return {
+        **source.fingerprint(),
+        "format": config.format,
+        "split": config.split,
+        "weight": config.weight,
+    }
+
+
+def _without_rows(fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """The fingerprint as it is known before the rows are read."""
+    stripped = [{k: v for k, v in s.items() if k != "rows"} for s in fingerprint["sources"]]
+    return {**fingerprint, "sources": stripped}
+
+
+def _open(tokens: Path, fingerprint: dict[str, Any], ledger: dict[str, Any]) -> Prepared:
+    key = hash_json(fingerprint)
+    train = TokenStore(
+        tokens / "rows", index=np.load(tokens / "train.npy"), fingerprint=f"{key}:train"
+    )
+    name = "held_out" if (tokens / "held_out").is_dir() else "rows"
+    chosen = np.load(tokens / "validation.npy")
+    validation = None
+    if len(chosen):
+        validation = TokenStore(tokens / name, index=chosen, fingerprint=f"{key}:validation")
+    return Prepared(train, validation, ledger, fingerprint)
+
+
+def _write(
+    pipeline: Pipeline,
+    found: list[tuple[Source, SourceConfig]],
+    held_out: tuple[Source, SourceConfig] | None,
+    wanted: dict[str, Any],
+    folder: Path,
+    *,
+    config: DataConfig,
+    seed: int,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read, tokenise, split; return the full fingerprint and the ledger."""
+    checker = overlap.Checker.from_mirror()
+    writer = TokenWriter(folder / "rows")
+    ledgers: list[SourceLedger] = []
+    shares = _quotas(config, [source.weight for _, source in found])
+    bounds = [0]
+    for (source, source_config), quota in zip(found, shares, strict=True):
+        ledger = SourceLedger(source.name, source.kind, source_config.weight, source.ignored)
+        ledgers.append(ledger)
+        for row in pipeline.rows(source, source_config, ledger, quota):
+            writer.add(row.tokens)
+            ledger.use(row.tokens)
+            checker.add(row.raw, row.example.texts)
+        bounds.append(len(writer))
+    hashes = writer.close()
+    if not len(hashes):
+        reasons = "; ".join(text for ledger in ledgers for text in ledger.reasons())
+        raise SlimError(
+            f"no row can be used: {sum(ledger.given for ledger in ledgers):,} given, {reasons}",
+            "raise train.max_length or look at data_ledger rules with: mlx-slim data preview",
+        )
+    validation_ledger = None
+    if held_out:
+        validation_ledger = SourceLedger(held_out[0].name, held_out[0].kind, 1.0, [])
+        held_writer = TokenWriter(folder / "held_out")
+        for row in pipeline.rows(*held_out, validation_ledger):
+            held_writer.add(row.tokens)
+            validation_ledger.use(row.tokens)
+        held_hashes = held_writer.close()
+        if not len(held_hashes):
+            raise SlimError(f"no row of the validation file {held_out[0].name} can be used")
+        validation, candidates = np.arange(len(held_hashes)), np.arange(len(hashes))
+    else:
+        validation = _choose_validation(config.validation, len(hashes), seed)
+        held_hashes = hashes[validation]
+        candidates = np.setdiff1d(np.arange(len(hashes)), validation)
+    leaked = np.isin(hashes[candidates], held_hashes)
+    kept = candidates[~leaked]
+    if not len(kept):
+        raise SlimError(
+            f"no training row is left: all {len(candidates):,} stand in the validation set too",
+            "set data.validation=0, or give other rows",
+        )
+    train = _weighted(kept, bounds, [source.weight for _, source in found], seed)
+    np.save(folder / "train.npy", train)
+    np.save(folder / "validation.npy", validation)
+    fingerprint = {
+        **wanted,
+        "sources": [
+            {**source, "rows": ledger.given}
+            for source, ledger in zip(wanted["sources"], ledgers, strict=True)
+        ],
+    }
+    ledger = {
+        "schema_version": 1,
+        "template": pipeline.template.name,
+        "max_length": pipeline.max_length,
+        "truncation": config.truncation,
+        "sources": [ledger.as_record() for ledger in ledgers],
+        "totals": totals(ledgers, hashes),
+        "split": split_ledger(config.validation, train, validation, int(leaked.sum())),
+        "evaluation_overlap": checker.report(),
+    }
+    if validation_ledger:
+        ledger["validation_source"] = validation_ledger.as_record()
+    return fingerprint, ledger
+
+
+def _quotas(config: DataConfig, weights: list[float]) -> list[int | None]:
+    """Return how many rows each source may give (``max_rows`` shared by weight), None for all."""
+    if config.max_rows is None:
+        return [None] * len(weights)
+    edges = np.round(np.cumsum([0.0, *weights]) / sum(weights) * config.max_rows).astype(int)
+    return [int(n) for n in np.diff(edges)]
+
+
+def _choose_validation(setting: float | str, rows: int, seed: int) -> np.ndarray:
+    """Return the sorted indices of the held-out rows: a share below 1, else a count."""
+    share = float(setting)
+    count = round(share * rows) if share < 1 else int(share)
+    if share >= 1 and count >= rows:
+        raise SlimError(
+            f"data.validation={count} rows, but only {rows} rows are usable",
+            "hold out fewer rows, or set data.validation=0",
+        )
+    count = min(count, rows - 1)
+    return np.sort(np.random.default_rng([seed, 1]).permutation(rows)[:count])
+
+
+def _weighted(kept: np.ndarray, bounds: list[int], weights: list[float], seed: int) -> np.ndarray:
+    """Return the training index: each source's rows as often as its weight says."""
+    parts: list[np.ndarray] = []
+    for number, weight in enumerate(weights):
+        rows = kept[(kept >= bounds[number]) & (kept < bounds[number + 1])]
+        whole, rest = int(weight), weight - int(weight)
+        generator = np.random.default_rng([seed, 2, number])
+        some = np.sort(generator.permutation(rows)[: round(rest * len(rows))])
+        parts += [rows] * whole + [some]
+    train = np.concatenate(parts)
+    if not len(train):
+        raise SlimError(f"weights {weights} leave no training row", "raise data.path weights")
+    return train
+
+
+# ---------------------------------------------------------------------------- comparing
+
+
+def fingerprint_difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Return one readable line for each thing that differs between two fingerprints."""
+    lines: list[str] = []
+    _compare("data", old, new, lines)
+    return lines
+
+
+def _compare(path: str, old: Any, new: Any, lines: list[str]) -> None:
+    if old == new:
+        return
+    if isinstance(old, dict) and isinstance(new, dict):
+        if "path" in old and old.get("path") == new.get("path"):
+            path = f"{path} ({old['path']})"
+        for key in [*old, *(key for key in new if key not in old)]:
+            _compare(f"{path}.{key}", old.get(key), new.get(key), lines)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for number, (before, after) in enumerate(zip(old, new, strict=True)):
+            _compare(f"{path}[{number}]", before, after, lines)
+    else:
+        lines.append(f"{path}: {_short(old)} → {_short(new)}")
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, str) and len(value) == 64:
+        return value[:12]
+    if isinstance(value, list):
+        names = [item.get("path", item) if isinstance(item, dict) else item for item in value]
+        return f"[{', '.join(map(str, names))}]"
+    return repr(value)

@@ -1,0 +1,137 @@
+"""Text to token ids, with an exact supervised flag for every token.
+
+Invariant: the ids are the tokenization of the whole text (never of its parts), BOS stands once, and
+the last answer ends in EOS. A token is supervised when its first non-space character lies in an
+answer: a token that straddles the border counts for the side that its word is on, whichever way a
+tokenizer reports offsets (byte-level ones trim the space, others do not). ``supervised[0]`` is
+always False: nothing stands before it to predict it from.
+
+Legend: T tokens of a row.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mlx_slim.artifacts import hash_bytes
+from mlx_slim.data.templates import Rendered
+from mlx_slim.errors import SlimError
+
+
+class Tokens(NamedTuple):
+    """One row: ``ids_T`` int32 and ``supervised_T`` bool (token t is learned from ``ids[:t]``)."""
+
+    ids_T: np.ndarray
+    supervised_T: np.ndarray
+
+
+def unwrap(tokenizer: Any) -> Any:
+    """Return the Hugging Face tokenizer inside mlx-lm's wrapper (or the tokenizer itself).
+
+    The wrapper injects ``enable_thinking`` into every chat template; training must not.
+    """
+    inner = getattr(tokenizer, "_tokenizer", None)
+    return inner if hasattr(inner, "apply_chat_template") else tokenizer
+
+
+class Encoder:
+    """Tokenizes rendered rows.
+
+    Args:
+        tokenizer: mlx-lm's ``TokenizerWrapper`` or a fast Hugging Face tokenizer.
+        mask_prompt: Supervise answers only; False supervises every token but the first.
+
+    Raises:
+        SlimError: If the tokenizer cannot say which characters a token covers.
+    """
+
+    def __init__(self, tokenizer: Any, *, mask_prompt: bool) -> None:
+        self.tokenizer = unwrap(tokenizer)
+        self.mask_prompt = mask_prompt
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise SlimError(
+                f"the tokenizer {type(self.tokenizer).__name__} gives no character offsets, so "
+                "answers cannot be told from prompts",
+                "use a model with a tokenizer.json",
+            )
+        self.bos: int | None = self.tokenizer.bos_token_id
+        self.eos: int | None = self.tokenizer.eos_token_id
+        ends = getattr(tokenizer, "eos_token_ids", None)
+        more = [] if ends is None or isinstance(ends, int) else list(ends)
+        self.ends = {int(end) for end in [self.eos, *more] if end is not None}
+        first = self.tokenizer("a").input_ids
+        self.adds_bos = self.bos is not None and bool(first) and first[0] == self.bos
+
+    def fingerprint(self) -> str:
+        """Return a hash of the vocabulary, the merges and the special tokens."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        text = backend.to_str() if backend is not None else str(self.tokenizer.get_vocab())
+        return hash_bytes(f"{self.bos} {sorted(self.ends)} {text}".encode())
+
+    def encode(self, rows: list[Rendered]) -> list[Tokens]:
+        """Tokenize many rows at once (the library uses every core)."""
+        if not rows:
+            return []
+        batch = self.tokenizer(
+            [row.text for row in rows],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            truncation=False,
+            verbose=False,
+        )
+        return [
+            self._row(row, ids, offsets)
+            for row, ids, offsets in zip(
+                rows, batch["input_ids"], batch["offset_mapping"], strict=True
+            )
+        ]
+
+    def _row(self, row: Rendered, ids: list[int], offsets: list[tuple[int, int]]) -> Tokens:
+        ids_T = np.asarray(ids, np.int32)
+        supervised_T = np.ones(len(ids_T), bool)
+        if self.mask_prompt and len(ids_T):
+            begin_T = _first_characters(row.text, np.asarray(offsets, np.int64).reshape(-1, 2))
+            supervised_T[:] = False
+            for start, end in row.spans:
+                supervised_T |= (begin_T >= start) & (begin_T < end)
+        if self.adds_bos and not row.own_bos and (not len(ids_T) or ids_T[0] != self.bos):
+            ids_T = np.insert(ids_T, 0, np.int32(self.bos or 0))
+            supervised_T = np.insert(supervised_T, 0, False)
+        if self.eos is not None and not self._closed(row.text, ids_T):
+            ids_T = np.append(ids_T, np.int32(self.eos))
+            supervised_T = np.append(supervised_T, True)
+        supervised_T[:1] = False
+        return Tokens(ids_T, supervised_T)
+
+    def _closed(self, text: str, ids_T: np.ndarray) -> bool:
+        """Whether the row ends in an EOS, white space after it allowed (ChatML's newline)."""
+        trailing = len(text) - len(text.rstrip())
+        tail = ids_T[-(trailing + 1) :].tolist()  # white space is at most a token a character
+        for token in reversed(tail):
+            if token in self.ends:
+                return True
+            if self.tokenizer.decode([token]).strip():
+                return False
+        return False
+
+
+def _first_characters(text: str, offsets_T2: np.ndarray) -> np.ndarray:
+    """Return the character that each token begins at, its leading space aside.
+
+    Args:
+        text: The text that was tokenized.
+        offsets_T2: Start and end character of each token. Byte-level tokenizers trim spaces, which
+            leaves a token of spaces empty at its end: it begins where the one before it ended.
+    """
+    start_T, end_T = offsets_T2[:, 0], offsets_T2[:, 1]
+    before_T = np.concatenate([[0], np.maximum.accumulate(end_T)[:-1]])
+    begin_T = np.where(start_T == end_T, np.minimum(before_T, start_T), start_T)
+    for token in np.flatnonzero(end_T - start_T > 1):
+        piece = text[start_T[token] : end_T[token]]
+        if piece[0].isspace() and piece.strip():
+            begin_T[token] += len(piece) - len(piece.lstrip())
+    return begin_T
