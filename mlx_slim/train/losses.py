@@ -73,7 +73,7 @@ def _fused(
             part = hidden[start : start + chunk]
             targets = targets_N[start : start + chunk]
             if gradients:  # chunks one after the other, or their logits would live together
-                part = mx.depends([part], [gradients[-1], d_weight])[0]
+                part = mx.depends([part], [nll, gradients[-1], d_weight])[0]
             used_bias = None if bias_V is None else bias
             part_nll, gradient, softmax = _nll_and_gradient(part, weight, used_bias, targets)
             nll = nll + part_nll

@@ -1,0 +1,120 @@
+"""However rows are cut into batches, packed, accumulated, checkpointed or compiled: one gradient."""
+
+from __future__ import annotations
+
+import contextlib
+
+import mlx.core as mx
+import pytest
+from mlx_lm import load
+
+from mlx_slim.data.batches import Batcher, collate
+from mlx_slim.models import anatomy
+from mlx_slim.train.optim import trainable
+from mlx_slim.train.remat import checkpointed
+from mlx_slim.train.step import CrossEntropy, Stepper, StepResult
+from tests.support.rows import MemoryRows
+
+LENGTHS = [5, 9, 17, 3, 30, 12, 2, 25, 8, 31]
+ROWS = MemoryRows(LENGTHS)
+SEPARATE = [[[i]] for i in range(len(LENGTHS))]
+PACKED = [[[0, 4], [1, 2, 3]], [[5, 6, 7], [8, 9]]]
+GROUPED = [[[0], [1], [2]], [[3], [4], [5], [6]], [[7], [8], [9]]]
+
+
+def _result(folder, plan, *, isolate=False, checkpoint=False, compiled=False) -> StepResult:
+    model, _ = load(str(folder))
+    stepper = Stepper(model, CrossEntropy(model, chunk=16), compiled=compiled)
+    with checkpointed(anatomy.blocks(model), checkpoint):
+        return stepper.step(collate(ROWS, groups, isolate=isolate) for groups in plan)
+
+
+def _assert_same(ours: StepResult, plain: StepResult) -> None:
+    assert ours.supervised == plain.supervised
+    assert ours.loss == pytest.approx(plain.loss, rel=1e-5)
+    for path, value in plain.gradients.items():
+        scale = mx.abs(value).max().item() + 1e-6
+        assert mx.abs(ours.gradients[path] - value).max().item() < 1e-3 * scale, path
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "mistral", "phi", "qwen2"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"plan": GROUPED},
+        {"plan": [[[i] for i in range(len(LENGTHS))]]},
+        {"plan": PACKED, "isolate": True},
+        {"plan": GROUPED, "checkpoint": True},
+        {"plan": PACKED, "isolate": True, "checkpoint": True},
+    ],
+    ids=["accumulated", "one-batch", "packed", "checkpointed", "packed-checkpointed"],
+)
+def test_every_way_gives_the_gradient_of_separate_rows(tiny, architecture: str, way: dict) -> None:
+    folder = tiny(architecture)
+    _assert_same(_result(folder, **way), _result(folder, SEPARATE))
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_compiled_equals_eager(tiny, isolate: bool) -> None:
+    plan = PACKED if isolate else GROUPED
+    eager = _result(tiny("llama"), plan, isolate=isolate)
+    _assert_same(_result(tiny("llama"), plan, isolate=isolate, compiled=True), eager)
+
+
+def test_loss_is_the_token_mean_not_a_mean_of_means(tiny) -> None:
+    model, _ = load(str(tiny("llama")))
+    parts = [Stepper(model, CrossEntropy(model)).step([collate(ROWS, g, isolate=False)]) for g in GROUPED]
+    whole = _result(tiny("llama"), GROUPED)
+    total = sum(p.loss * p.supervised for p in parts) / sum(p.supervised for p in parts)
+    assert whole.loss == pytest.approx(total, rel=1e-6)
+    assert whole.supervised == int(ROWS.supervised.sum())
+    assert whole.tokens == sum(LENGTHS)
+
+
+def test_checkpointing_is_undone_and_touches_no_other_instance(tiny) -> None:
+    model, _ = load(str(tiny("llama")))
+    other, _ = load(str(tiny("llama")))
+    before = [type(block) for block in anatomy.blocks(model)]
+    names = set(trainable(model))
+    with contextlib.suppress(RuntimeError), checkpointed(anatomy.blocks(model)):
+        assert type(anatomy.blocks(model)[0]) is not before[0]
+        assert type(anatomy.blocks(other)[0]) is before[0]
+        assert set(trainable(model)) == names
+        raise RuntimeError
+    assert [type(block) for block in anatomy.blocks(model)] == before
+
+
+def test_checkpointing_saves_memory(tiny) -> None:
+    def peak(checkpoint: bool) -> int:
+        model, _ = load(str(tiny("llama")))
+        model.freeze()
+        model.model.layers[0].self_attn.q_proj.unfreeze()
+        rows = MemoryRows([200] * 8)
+        stepper = Stepper(model, CrossEntropy(model, chunk=16))
+        with checkpointed(anatomy.blocks(model), checkpoint):
+            mx.reset_peak_memory()
+            stepper.micro(collate(rows, [[i] for i in range(8)], isolate=False))
+        return mx.get_peak_memory()
+
+    assert peak(True) < 0.7 * peak(False)
+
+
+def test_models_that_do_not_split_use_full_logits(tiny) -> None:
+    model, _ = load(str(tiny("llama")))
+    objective = CrossEntropy(model, chunk=16)
+    assert objective.split is not None
+    plain = CrossEntropy(model, chunk=16)
+    plain.split = None
+    batches = [collate(ROWS, groups, isolate=True) for groups in PACKED]
+    _assert_same(Stepper(model, objective).step(batches), Stepper(model, plain).step(batches))
+
+
+def test_the_batcher_feeds_every_row_once(tiny) -> None:
+    for mode in ("grouped", "packed"):
+        batcher = Batcher(ROWS, batch_tokens=64, max_length=32, mode=mode, seed=3)
+        seen = sorted(i for batch in batcher.plan(1) for group in batch for i in group)
+        assert seen == list(range(len(LENGTHS)))
+        result = Stepper(load(str(tiny("llama")))[0], CrossEntropy(load(str(tiny("llama")))[0])).step(
+            batcher.batch(groups) for groups in batcher.plan(1)
+        )
+        assert result.tokens == sum(LENGTHS)
