@@ -17,7 +17,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_slim.adapters.lora import LoRALinear, dense_weight
+from mlx_slim.adapters.lora import LoRALinear
+from mlx_slim.models.quantized import dequantize_weight
 
 _TINY = 1e-30  # keeps an all-zero row (a pruned neuron) at 0 instead of 0/0
 
@@ -42,7 +43,7 @@ class DoRALinear(LoRALinear):
 
     def __init__(self, linear: Any, rank: int, scale: float, dropout: float = 0.0) -> None:
         super().__init__(linear, rank, scale, dropout)
-        self._base_norm2_O = dense_weight(linear).astype(mx.float32).square().sum(axis=1)
+        self._base_norm2_O = dequantize_weight(linear).astype(mx.float32).square().sum(axis=1)
         self.m = self.norm()
         # Evaluated here, one layer at a time: a dequantized W must not outlive this line.
         mx.eval(self._base_norm2_O, self.m)

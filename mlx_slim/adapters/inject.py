@@ -23,8 +23,8 @@ from mlx_slim.adapters.lora import Adapter, LoRAEmbedding, LoRALinear, dimension
 from mlx_slim.adapters.variants import start_pissa
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError, did_you_mean
+from mlx_slim.models.anatomy import LINEAR_TYPES, blocks
 
-_LINEAR = (nn.Linear, nn.QuantizedLinear)
 _EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
 
 
@@ -62,10 +62,11 @@ def sites(model: Any) -> list[Site]:
     """
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-    wanted = (*_LINEAR, *_EMBEDDING, SwitchLinear, QuantizedSwitchLinear)
-    blocks = {id(block): index for index, block in enumerate(model.layers)}
-    names = {id(module): path for path, module in model.named_modules() if id(module) in blocks}
-    prefixes = sorted(((names[key] + ".", index) for key, index in blocks.items()), reverse=True)
+    wanted = (*LINEAR_TYPES, *_EMBEDDING, SwitchLinear, QuantizedSwitchLinear)
+    transformer = blocks(model)
+    indices = {id(block): index for index, block in enumerate(transformer)}
+    names = {id(module): path for path, module in model.named_modules() if id(module) in indices}
+    prefixes = sorted(((names[key] + ".", index) for key, index in indices.items()), reverse=True)
     carried = {id(adapter.base): path for path, adapter in adapters_of(model)}
     found = []
     for path, module in in_order(model):
@@ -136,7 +137,7 @@ def choose(model: Any, config: AdapterConfig) -> list[Site]:
     Raises:
         SlimError: If a target matches nothing, or a block index is out of range.
     """
-    chosen = _chosen_blocks(config.layers, len(model.layers))
+    chosen = _chosen_blocks(config.layers, len(blocks(model)))
     everything = sites(model)
     candidates = [s for s in everything if s.block is None or s.block in chosen]
     targets = [config.targets] if isinstance(config.targets, str) else config.targets
@@ -154,7 +155,7 @@ def choose(model: Any, config: AdapterConfig) -> list[Site]:
 
 
 def _check(site: Site, rank: int, dora: bool) -> None:
-    if not isinstance(site.module, _LINEAR + _EMBEDDING):
+    if not isinstance(site.module, LINEAR_TYPES + _EMBEDDING):
         raise SlimError(
             f"{site.path} is an expert layer ({type(site.module).__name__}): adapters on experts "
             "are not supported",

@@ -19,6 +19,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_slim.models.quantized import dequantize_weight
+
 
 def dimensions(module: Any) -> tuple[int, int]:
     """Return (inputs, outputs) of a linear layer, or (vocabulary, width) of an embedding.
@@ -29,20 +31,6 @@ def dimensions(module: Any) -> tuple[int, int]:
     if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
         width = module.scales.shape[-1] * module.group_size
     return (width, rows) if isinstance(module, nn.Linear | nn.QuantizedLinear) else (rows, width)
-
-
-def dense_weight(module: Any) -> mx.array:
-    """Return the float weight (O, I) or (V, D) of a layer, dequantized where it is quantized."""
-    if not isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
-        return module.weight
-    return mx.dequantize(
-        module.weight,
-        module.scales,
-        module.get("biases"),
-        group_size=module.group_size,
-        bits=module.bits,
-        mode=module.mode,
-    )
 
 
 class Adapter(nn.Module):
@@ -125,7 +113,7 @@ class LoRALinear(Adapter):
     def merged_weight(self) -> mx.array:
         """Return W + ΔW (O, I), float32."""
         a_IR, b_RO = self.factors()
-        return dense_weight(self.linear).astype(mx.float32) + (self.scale * b_RO).T @ a_IR.T
+        return dequantize_weight(self.linear).astype(mx.float32) + (self.scale * b_RO).T @ a_IR.T
 
 
 class LoRAEmbedding(Adapter):
@@ -161,4 +149,4 @@ class LoRAEmbedding(Adapter):
     def merged_weight(self) -> mx.array:
         """Return W + s · A B (V, D), float32."""
         a_VR, b_RD = self.factors()
-        return dense_weight(self.embedding).astype(mx.float32) + a_VR @ (self.scale * b_RD)
+        return dequantize_weight(self.embedding).astype(mx.float32) + a_VR @ (self.scale * b_RD)

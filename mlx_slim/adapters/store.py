@@ -31,6 +31,7 @@ from mlx_slim.adapters.lora import dimensions
 from mlx_slim.artifacts import SCHEMA_VERSION, atomic_folder, read_json, write_json
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError
+from mlx_slim.models.anatomy import blocks
 
 WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
@@ -48,7 +49,7 @@ def base_sample(model: nn.Module) -> list[float]:
             rows = mx.arange(_SAMPLES) * 7 % module.weight.shape[0]
             some_RD = module(rows).astype(mx.float32)
             columns = mx.arange(_SAMPLES) * 37 % some_RD.shape[1]
-            return some_RD[mx.arange(_SAMPLES), columns].tolist()
+            return np.array(some_RD[mx.arange(_SAMPLES), columns]).tolist()
     return []
 
 
@@ -69,14 +70,14 @@ def _stock_selection(model: Any, paths: list[str]) -> tuple[int, list[str]]:
     """
     by_path = {site.path: site for site in sites(model)}
     chosen = [by_path[path] for path in paths]
-    blocks = sorted({site.block for site in chosen if site.block is not None})
-    inside = {block: {s.inside for s in chosen if s.block == block} for block in blocks}
-    count = len(model.layers)
+    tuned = sorted({site.block for site in chosen if site.block is not None})
+    inside = {block: {s.inside for s in chosen if s.block == block} for block in tuned}
+    count = len(blocks(model))
     uniform = len({frozenset(names) for names in inside.values()}) == 1
-    if blocks and uniform and blocks == list(range(count - len(blocks), count)):
-        keys = [s.inside for s in chosen if s.block in (None, blocks[-1])]
-        if _selected(model, len(blocks), keys) == set(paths):
-            return len(blocks), keys
+    if tuned and uniform and tuned == list(range(count - len(tuned), count)):
+        keys = [s.inside for s in chosen if s.block in (None, tuned[-1])]
+        if _selected(model, len(tuned), keys) == set(paths):
+            return len(tuned), keys
     return 1, list(paths)
 
 
@@ -85,7 +86,7 @@ def _selected(model: Any, num_layers: int, keys: list[str] | None) -> set[str]:
     everything = sites(model)
     if keys is None:
         keys = sorted({site.inside for site in everything if site.block is not None})
-    first = len(model.layers) - num_layers if num_layers > 0 else 0
+    first = len(blocks(model)) - num_layers if num_layers > 0 else 0
     wanted = set(keys)
     return {
         s.path
@@ -124,7 +125,7 @@ def save_adapter(
         rank = a_IR.shape[1]
         tensors |= {f"{path}.lora_a": a_IR, f"{path}.lora_b": b_RO}
         if dora:
-            tensors[f"{path}.m"] = adapter.m
+            tensors[f"{path}.m"] = adapter["m"]
     num_layers, keys = _stock_selection(model, injected.paths)
     description = {
         "fine_tune_type": "dora" if dora else "lora",

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_slim.adapters.lora import Adapter, LoRAEmbedding, dense_weight
+from mlx_slim.adapters.lora import Adapter, LoRAEmbedding
 from mlx_slim.config.schema import AdapterConfig
+from mlx_slim.models.quantized import dequantize_weight
 
 _OVERSAMPLE = 8
 _ITERATIONS = 8  # subspace iterations; the error of rank R is then within 0.1% of the best one
@@ -55,7 +56,7 @@ def principal_factors(weight_IO: mx.array, rank: int, scale: float) -> tuple[mx.
 
 def start_pissa(adapter: Adapter) -> None:
     """Start ``adapter`` at the principal factors of its own base weight, subtracted from it."""
-    weight = dense_weight(adapter.base)
+    weight = dequantize_weight(adapter.base)
     weight_IO = weight if isinstance(adapter, LoRAEmbedding) else weight.T
     a_IR, b_RO = principal_factors(weight_IO, adapter.rank, adapter.scale)
     mx.eval(a_IR, b_RO)
