@@ -63,7 +63,9 @@ def test_compiled_equals_eager(tiny, isolate: bool) -> None:
 
 def test_loss_is_the_token_mean_not_a_mean_of_means(tiny) -> None:
     model, _ = load(str(tiny("llama")))
-    parts = [Stepper(model, CrossEntropy(model)).step([collate(ROWS, g, isolate=False)]) for g in GROUPED]
+    parts = [
+        Stepper(model, CrossEntropy(model)).step([collate(ROWS, g, isolate=False)]) for g in GROUPED
+    ]
     whole = _result(tiny("llama"), GROUPED)
     total = sum(p.loss * p.supervised for p in parts) / sum(p.supervised for p in parts)
     assert whole.loss == pytest.approx(total, rel=1e-6)
@@ -114,7 +116,7 @@ def test_the_batcher_feeds_every_row_once(tiny) -> None:
         batcher = Batcher(ROWS, batch_tokens=64, max_length=32, mode=mode, seed=3)
         seen = sorted(i for batch in batcher.plan(1) for group in batch for i in group)
         assert seen == list(range(len(LENGTHS)))
-        result = Stepper(load(str(tiny("llama")))[0], CrossEntropy(load(str(tiny("llama")))[0])).step(
-            batcher.batch(groups) for groups in batcher.plan(1)
-        )
+        result = Stepper(
+            load(str(tiny("llama")))[0], CrossEntropy(load(str(tiny("llama")))[0])
+        ).step(batcher.batch(groups) for groups in batcher.plan(1))
         assert result.tokens == sum(LENGTHS)

@@ -1,0 +1,120 @@
+"""Everything a run needs to go on exactly, in one folder that is whole or absent.
+
+Invariant: ``checkpoints/step-N`` is renamed into place after all its files are on disk, and holds
+trainable weights, optimizer state (moments, float32 masters, step) and the loop's position. Nothing
+else has state: shuffles and dropout are functions of (seed, epoch, step), the learning rate of the
+step, and checkpoints are taken between optimizer steps, when nothing is accumulated.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_slim.artifacts import atomic_folder, read_json, write_json
+from mlx_slim.errors import SlimError
+from mlx_slim.train.optim import Optimizer, set_trainable, trainable
+
+
+@dataclass
+class Position:
+    """Where a run stands.
+
+    Attributes:
+        step: Optimizer steps done.
+        epoch: Epoch that the next micro-batch belongs to.
+        taken: Micro-batches of that epoch already used, over all ranks.
+        tokens: Real tokens trained on.
+        seconds: Wall time of training steps.
+        best_loss: Lowest validation loss so far, nats per token.
+        best_step: Step it was reached at.
+        since_best: Validations since then.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    taken: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best_loss: float | None = None
+    best_step: int | None = None
+    since_best: int = 0
+
+
+def _steps(folder: Path) -> list[int]:
+    names = (path.name for path in folder.glob("step-*") if (path / "state.json").exists())
+    return sorted(int(name[5:]) for name in names if name[5:].isdigit())
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Return the folder of the checkpoint after ``step``."""
+    return folder / f"step-{step}"
+
+
+def latest(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint under ``folder``, or None."""
+    steps = _steps(folder)
+    return path_of(folder, steps[-1]) if steps else None
+
+
+def save(folder: Path, position: Position, model: nn.Module, optimizer: Optimizer) -> Path:
+    """Write the checkpoint of ``position`` under ``folder`` and return its path.
+
+    Raises:
+        ResourceError: If the disk is full; older checkpoints stay.
+    """
+    target = path_of(folder, position.step)
+    with atomic_folder(target, replace=True) as temporary:
+        mx.save_safetensors(str(temporary / "weights.safetensors"), trainable(model))
+        mx.save_safetensors(str(temporary / "optimizer.safetensors"), optimizer.state())
+        write_json(temporary / "state.json", asdict(position))
+    return target
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Put the trainable weights of the checkpoint at ``path`` into ``model``.
+
+    Raises:
+        SlimError: If names or shapes are not those of the model.
+    """
+    values = dict(mx.load(str(path / "weights.safetensors")).items())
+    expected = {name: value.shape for name, value in trainable(model).items()}
+    if {name: value.shape for name, value in values.items()} != expected:
+        raise SlimError(
+            f"{path} was made for other trainable weights "
+            f"({len(values)} tensors, this recipe trains {len(expected)})",
+            "resume with the recipe that started the run",
+        )
+    set_trainable(model, values)
+    mx.eval(model.parameters())
+
+
+def load(path: Path, model: nn.Module, optimizer: Optimizer) -> Position:
+    """Put the checkpoint at ``path`` back and return its position.
+
+    Raises:
+        SlimError: If it belongs to another model or optimizer.
+    """
+    load_weights(path, model)
+    try:
+        optimizer.load_state(dict(mx.load(str(path / "optimizer.safetensors")).items()))
+    except KeyError as error:
+        raise SlimError(
+            f"{path} was made with another optimizer: {error} is in one of the two only",
+            "resume with the recipe that started the run",
+        ) from error
+    mx.eval(optimizer.arrays())
+    return Position(**read_json(path / "state.json"))
+
+
+def rotate(folder: Path, keep: int, best_step: int | None) -> None:
+    """Remove all but the newest ``keep`` checkpoints and the best one, and what a kill left."""
+    for step in _steps(folder)[:-keep]:
+        if step != best_step:
+            shutil.rmtree(path_of(folder, step))
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)

@@ -1,0 +1,277 @@
+"""The one training loop: full, LoRA, QLoRA, DoRA and distillation differ in model and objective.
+
+Invariant: the trajectory is a function of (weights, rows, configuration). Killing the process at
+any moment and resuming repeats it bit for bit; the loop's whole memory is ``Position`` plus what
+``checkpoint`` stores. It reports through events and knows no console.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_slim import events
+from mlx_slim.config.schema import TrainConfig
+from mlx_slim.data.batches import Batch, Batcher
+from mlx_slim.errors import SlimError
+from mlx_slim.runtime import world
+from mlx_slim.train import checkpoint
+from mlx_slim.train.checkpoint import Position
+from mlx_slim.train.optim import Optimizer, schedule
+from mlx_slim.train.step import Objective, Stepper, batch_arrays
+
+
+def steps_of_epoch(micro_batches: int, accumulate: int) -> int:
+    """Return the optimizer steps of an epoch; the last may have fewer micro-batches."""
+    return -(-micro_batches // (accumulate * world().size()))
+
+
+def total_steps(config: TrainConfig, batcher: Batcher) -> tuple[int, float]:
+    """Return the optimizer steps of the run and the epochs they make."""
+    if config.steps is not None:
+        per_epoch = steps_of_epoch(len(batcher.plan(0)), config.accumulate)
+        return config.steps, config.steps / per_epoch
+    whole, part = int(config.epochs), config.epochs - int(config.epochs)
+    count = [steps_of_epoch(len(batcher.plan(epoch)), config.accumulate) for epoch in range(whole)]
+    if part:
+        rest = steps_of_epoch(len(batcher.plan(whole)), config.accumulate)
+        count.append(max(1, round(part * rest)))
+    return sum(count), config.epochs
+
+
+def gradient_norm(gradients: dict[str, mx.array]) -> mx.array:
+    """Return the L2 norm over all gradients, a float32 scalar."""
+    return mx.sqrt(sum((mx.square(value).sum() for value in gradients.values()), mx.array(0.0)))
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM end the run after the current step; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, object] = {}
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def seen_by_any_rank(self) -> bool:
+        """Return whether any rank was asked to stop, the same answer on all."""
+        if world().size() == 1:
+            return self.requested
+        return mx.distributed.all_sum(mx.array(int(self.requested)), group=world()).item() > 0
+
+
+@dataclass
+class Loop:
+    """A training run over one model.
+
+    Attributes:
+        model: Its trainable parameters are tuned.
+        objective: Summed loss of a batch.
+        config: The ``train`` section.
+        batcher: Training rows.
+        validation: Held-out rows, or None.
+        observer: Hears of every event.
+        checkpoints: Folder of checkpoints.
+        rate_scale: path -> multiple of the learning rate.
+        budget_bytes: Memory budget, reported with the start.
+    """
+
+    model: nn.Module
+    objective: Objective
+    config: TrainConfig
+    batcher: Batcher
+    validation: Batcher | None
+    observer: events.Observer
+    checkpoints: Path
+    rate_scale: Callable[[str], float] = lambda path: 1.0
+    budget_bytes: int = 0
+    compiled: bool = False
+    position: Position = field(default_factory=Position)
+
+    def __post_init__(self) -> None:
+        """Build the optimizer and the schedule."""
+        self.optimizer = Optimizer(self.model, self.config, self.rate_scale)
+        self.stepper = Stepper(self.model, self.objective, compiled=self.compiled)
+        self.total, self.epochs = total_steps(self.config, self.batcher)
+        self.rate = schedule(self.config, self.total)
+
+    def preflight(self) -> int:
+        """Run forward and backward pass of the largest micro-batch; return the peak in bytes."""
+        self.model.train()
+        mx.eval(self.optimizer.arrays())
+        mx.reset_peak_memory()
+        self.stepper.micro(self.batcher.worst())
+        return mx.get_peak_memory()
+
+    def resume(self, path: Path) -> None:
+        """Continue from the checkpoint at ``path``."""
+        self.position = checkpoint.load(path, self.model, self.optimizer)
+        name = f"{path.parent.name}/{path.name}"
+        self.observer.notify(events.Resumed(step=self.position.step, path=name))
+
+    def run(self) -> events.Done:
+        """Train to the end and return how it ended.
+
+        Raises:
+            SlimError: If loss or gradient is not finite; nothing was updated with it.
+        """
+        at = self.position
+        self.observer.notify(
+            events.Started(self.total, self.epochs, self.budget_bytes, first_step=at.step)
+        )
+        reason = "complete"
+        with StopRequest() as stop:
+            for epoch, share, plan in self._steps():
+                self._step(epoch, share, plan)
+                last = at.step == self.total
+                improved = (
+                    self._validate() if self._due(self.config.validate_every, last) else False
+                )
+                stopping = stop.seen_by_any_rank()
+                patience = self.config.early_stopping
+                exhausted = patience is not None and at.since_best >= patience
+                if improved or stopping or exhausted or self._due(self.config.save_every, last):
+                    self._save()
+                if stopping or exhausted:
+                    reason = "interrupted" if stopping and not last else "early_stopping"
+                    reason = "complete" if last else reason
+                    break
+        done = events.Done(
+            step=at.step,
+            reason=reason,
+            tokens=at.tokens,
+            seconds=at.seconds,
+            peak_memory_bytes=mx.get_peak_memory(),
+            best_validation=at.best_loss,
+            best_step=at.best_step,
+        )
+        self.observer.notify(done)
+        return done
+
+    def _due(self, every: int, last: bool) -> bool:
+        return last or self.position.step % every == 0
+
+    def _steps(self) -> Iterator[tuple[int, float, list[list[list[int]]]]]:
+        """Yield epoch, share of it done after the step, and the step's plan over all ranks."""
+        at = self.position
+        width = self.config.accumulate * world().size()
+        while at.step < self.total:
+            plan = self.batcher.plan(at.epoch)
+            while at.taken < len(plan) and at.step < self.total:
+                share = plan[at.taken : at.taken + width]
+                at.taken += len(share)
+                yield at.epoch, at.taken / len(plan), share
+            if at.taken >= len(plan):
+                at.epoch, at.taken = at.epoch + 1, 0
+
+    def _batches(self, plan: list[list[list[int]]]) -> Iterator[Batch]:
+        """Yield this rank's micro-batches, each with its own random state for dropout."""
+        for index in range(world().rank(), len(plan), world().size()):
+            entropy = [self.config.seed, self.position.step, index]
+            mx.random.seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+            yield self.batcher.batch(plan[index])
+
+    def _step(self, epoch: int, share: float, plan: list[list[list[int]]]) -> None:
+        at = self.position
+        began = time.perf_counter()
+        self.model.train()
+        result = self.stepper.step(self._batches(plan))
+        norm = gradient_norm(result.gradients).item()
+        if not (math.isfinite(result.loss) and math.isfinite(norm)):
+            newest = checkpoint.latest(self.checkpoints)
+            raise SlimError(
+                f"step {at.step + 1}: loss {result.loss} with gradient norm {norm}; not updated",
+                f"lower train.learning_rate; the last good state is "
+                f"{f'{newest.parent.name}/{newest.name}' if newest else 'the base model'}",
+            )
+        gradients = result.gradients
+        if self.config.clip and norm > self.config.clip:
+            factor = self.config.clip / (norm + 1e-6)
+            gradients = {path: value * factor for path, value in gradients.items()}
+        learning_rate = self.rate(at.step)
+        self.optimizer.update(gradients, learning_rate)
+        mx.eval(self.optimizer.arrays())
+        seconds = time.perf_counter() - began
+        at.step += 1
+        at.tokens += result.tokens
+        at.seconds += seconds
+        if at.step % self.config.log_every == 0 or at.step == self.total:
+            self.observer.notify(
+                events.StepDone(
+                    step=at.step,
+                    epoch=round(epoch + share, 4),
+                    loss=result.loss,
+                    tokens=result.tokens,
+                    computed_tokens=result.computed,
+                    supervised_tokens=result.supervised,
+                    tokens_per_second=result.tokens / seconds,
+                    learning_rate=learning_rate,
+                    grad_norm=norm,
+                    active_memory_bytes=mx.get_active_memory(),
+                    peak_memory_bytes=mx.get_peak_memory(),
+                )
+            )
+
+    def _validate(self) -> bool:
+        """Score the validation rows; return whether this is the best so far."""
+        if self.validation is None:
+            return False
+        at = self.position
+        began = time.perf_counter()
+        loss, supervised = validation_loss(self.model, self.objective, self.validation)
+        best = math.isfinite(loss) and (at.best_loss is None or loss < at.best_loss)
+        if best:
+            at.best_loss, at.best_step, at.since_best = loss, at.step, 0
+        else:
+            at.since_best += 1
+        seconds = time.perf_counter() - began
+        self.observer.notify(events.ValidationDone(at.step, loss, supervised, seconds, best))
+        return best
+
+    def _save(self) -> None:
+        """Write a checkpoint on rank 0."""
+        if world().rank() == 0:
+            path = checkpoint.save(self.checkpoints, self.position, self.model, self.optimizer)
+            checkpoint.rotate(self.checkpoints, self.config.keep, self.position.best_step)
+            name = f"{path.parent.name}/{path.name}"
+            self.observer.notify(events.Saved(self.position.step, name))
+
+
+def validation_loss(model: nn.Module, objective: Objective, batcher: Batcher) -> tuple[float, int]:
+    """Return Σ NLL / Σ supervised tokens of all rows (nats), and the supervised tokens.
+
+    The rows and their order are fixed; ranks share the micro-batches.
+    """
+    model.eval()
+    sums = [0.0, 0.0]
+    for groups in batcher.plan(0)[world().rank() :: world().size()]:
+        batch = batcher.batch(groups)
+        sums[0] += objective(model, *batch_arrays(batch), gradient=False).item()
+        sums[1] += batch.supervised_tokens
+    model.train()
+    if world().size() > 1:
+        sums = mx.distributed.all_sum(mx.array(sums), group=world()).tolist()
+    return sums[0] / sums[1], int(sums[1])

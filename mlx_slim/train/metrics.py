@@ -1,0 +1,41 @@
+"""``metrics.jsonl``: one event a line, in order, also after a kill and a resume.
+
+Invariant: the file never holds two lines for one step; resuming from step N drops what came after
+N, because those steps are about to be taken again.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from mlx_slim.artifacts import disk_errors, write_text
+from mlx_slim.events import Event
+
+
+class MetricsFile:
+    """An observer that appends every event's record to a file, flushed at once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines of steps after ``step``, and a line that a kill cut short."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break
+            if record.get("step", 0) > step:
+                break
+            if record.get("event") not in ("started", "done"):
+                kept.append(line)
+        write_text(self.path, "".join(line + "\n" for line in kept))
+
+    def notify(self, event: Event) -> None:
+        """Append one line."""
+        with disk_errors(self.path), self.path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(event.as_record()) + "\n")
