@@ -12,16 +12,18 @@ Shapes: M rows, I input width, O output width, Q packed input width.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from mlx_slim.models.unpack import unpack
 from mlx_slim.runtime import on_gpu
 
-# Rows from which rebuilding the weight pays: measured for 576 x 1536 at 4 bits on two cores.
-MIN_ROWS = 3
+# Rows from which rebuilding the weight pays. Measured on two cores: 2 rows for 576 x 1536 affine,
+# 4 for mxfp4 and nvfp4 (whose quantized matmul is twice as fast), 5 for 4096 x 4096.
+MIN_ROWS = 4
 
 
 def dequantize_weight(module: nn.Module) -> mx.array:
@@ -31,29 +33,25 @@ def dequantize_weight(module: nn.Module) -> mx.array:
         module: ``nn.QuantizedLinear``, ``nn.QuantizedEmbedding`` or their dense counterparts.
 
     Returns:
-        The weight (O, I): float32 on a CPU, the dtype of the scales on a GPU (mxfp modes:
+        The weight (O, I): float32 on a CPU, the dtype of the scales on a GPU (float formats:
         bfloat16); a dense module's own weight as it is.
     """
     if not isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
         return module["weight"]
-    return _dense(module, None if on_gpu() else mx.float32)
-
-
-def _dense(
-    module: nn.Module, dtype: mx.Dtype | None, weight_OQ: mx.array | None = None
-) -> mx.array:
-    scales, biases, mode = module["scales"], module.get("biases"), str(module.mode)
-    if biases is not None and dtype is not None:
-        scales, biases = scales.astype(dtype), biases.astype(dtype)
+    if not on_gpu():
+        return _dense(module, module["weight"])
     return mx.dequantize(
-        module["weight"] if weight_OQ is None else weight_OQ,
-        scales,
-        biases,
-        group_size=module.group_size,
-        bits=module.bits,
-        mode=mode,
-        dtype=dtype,
+        module["weight"], module["scales"], module.get("biases"), **_format(module)
     )
+
+
+def _dense(module: nn.Module, weight_OQ: mx.array) -> mx.array:
+    """Return the float32 weight of a quantized ``module`` whose packed weight is ``weight_OQ``."""
+    return unpack(weight_OQ, module["scales"], module.get("biases"), **_format(module))
+
+
+def _format(module: nn.Module) -> dict[str, Any]:
+    return {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
 
 
 def _matmul(module: nn.Module, x_MI: mx.array) -> mx.array:
@@ -79,7 +77,7 @@ def _dense_after(module: nn.Module, x: mx.array) -> mx.array:
     Without the dependency the scheduler is free to make the weights of all layers at once.
     """
     (weight_OQ,) = mx.depends([module["weight"]], [x])
-    return _dense(module, mx.float32, weight_OQ)
+    return _dense(module, weight_OQ)
 
 
 class FastQuantizedLinear(nn.QuantizedLinear):
@@ -139,7 +137,7 @@ def densify(model: nn.Module) -> int:
     for path, module in model.named_modules():
         if not isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
             continue
-        weight = _dense(module, mx.float32)
+        weight = _dense(module, module["weight"])
         if isinstance(module, nn.QuantizedEmbedding):
             dense: nn.Module = nn.Embedding(1, 1)
         else:

@@ -9,6 +9,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 
 from mlx_slim.models import quantized
+from mlx_slim.models.unpack import unpack
 from mlx_slim.runtime import on_gpu
 
 pytestmark = pytest.mark.skipif(on_gpu(), reason="nothing is replaced on a GPU")
@@ -61,6 +62,20 @@ def test_dense_weight_is_that_of_mlx(mode: str, bits: int, group: int):
     dense = quantized.dequantize_weight(layer)
     assert dense.dtype == mx.float32 and dense.shape == (96, 128)
     assert mx.array_equal(dense, expected)
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
+def test_every_code_of_a_float_format(mode: str):
+    bits, group = (8, 32) if mode == "mxfp8" else (4, 16 if mode == "nvfp4" else 32)
+    codes = [code for code in range(256) if bits == 4 or code & 127 != 127]  # 127 is NaN
+    codes += codes[: -len(codes) % 128]
+    weight = mx.array(codes, mx.uint8).view(mx.uint32)[None]
+    groups = weight.size * 32 // bits // group
+    for scale in (1, 40, 126 if mode == "nvfp4" else 130):
+        options = {"group_size": group, "bits": bits, "mode": mode}
+        scales = mx.full((1, groups), scale, mx.uint8)
+        expected = mx.dequantize(weight, scales, dtype=mx.float32, **options)
+        assert mx.array_equal(unpack(weight, scales, None, **options), expected)
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
