@@ -118,7 +118,7 @@ def read_example(
         _need(fields, "instruction", "empty instruction")
         _need(fields, "output", "empty answer")
         parts = (fields["instruction"], fields.get("input", ""))
-        prompt, answer = "\n\n".join(part for part in parts if part), fields["output"]
+        prompt, answer = "\n".join(part for part in parts if part), fields["output"]
     fields |= {"prompt": prompt, "completion": answer, "system": system or ""}
     return Example(kind, _turns(system, prompt, answer), fields)
 
