@@ -99,3 +99,10 @@ def human_bytes(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
         size /= 1000
     raise AssertionError("unreachable")
+
+
+def human_seconds(seconds: float) -> str:
+    """Return ``0:42``, ``12:03`` or ``3:04:05`` (hours, minutes, seconds)."""
+    minutes, second = divmod(max(0, round(seconds)), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

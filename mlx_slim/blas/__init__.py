@@ -77,7 +77,7 @@ def bound_library() -> str | None:
         span, _, _, _, _, *path = line.split(maxsplit=5)
         low, high = (int(end, 16) for end in span.split("-"))
         if low <= address < high and path:
-            return path[0]
+            return path[0].removesuffix(" (deleted)")  # another process made the copy again
     return None
 
 
