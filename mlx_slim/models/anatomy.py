@@ -21,6 +21,7 @@ _HEADS = ("lm_head", "output", "head", "embed_out")
 _EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "word_embeddings", "embedding")
 _WRAPPERS = ("language_model", "text_model")
 _BODIES = ("model", "transformer", "backbone", "gpt_neox")
+CPU_ATTENTION = 0.3  # measured: bench/LOG.md
 LINEAR_TYPES = (nn.Linear, nn.QuantizedLinear)
 
 
@@ -126,6 +127,25 @@ def split(model: nn.Module, vocabulary: int = 8) -> Split | None:
         if same and mx.abs(logits - expected).max().item() <= 1e-3 * scale + 1e-6:
             return candidate
     return None
+
+
+def attention_balance(model: nn.Module, gpu: bool) -> float:
+    """Return the length T at which attention over T positions costs as much as a block's matmuls.
+
+    A token costs 2·P operations in the P weights of a block's linear layers and 4·D·T in unfused
+    attention. On a CPU the exponentials of the softmax weigh more than their count.
+    """
+    linears = [m for m in blocks(model)[0].modules() if isinstance(m, LINEAR_TYPES)]
+    shapes = [(m.weight.shape[0], _input_width(m)) for m in linears]
+    width = min(size for _, size in shapes)
+    weights = sum(outputs * inputs for outputs, inputs in shapes)
+    return weights / (2 * width) * (1.0 if gpu else CPU_ATTENTION)
+
+
+def _input_width(linear: nn.Module) -> int:
+    if isinstance(linear, nn.QuantizedLinear):
+        return linear["scales"].shape[-1] * linear.group_size
+    return linear["weight"].shape[-1]
 
 
 class SegmentCache:

@@ -1,0 +1,363 @@
+"""Fine-tune: prepare → run → save → verify.
+
+Invariant: the run folder appears only when a run can start, holds at every moment what ``resume``
+needs, and gets ``run.json`` last, after the saved weights were loaded again and gave the same
+logits. Bad input leaves no folder behind. Try it: ``mlx-slim train smollm2-lora -o runs/try``.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.utils import get_total_parameters
+
+from mlx_slim import events
+from mlx_slim.adapters.inject import Injected, inject
+from mlx_slim.adapters.store import load_adapter, save_adapter
+from mlx_slim.adapters.variants import learning_rate_scale
+from mlx_slim.analyze.memory import Prediction, predict
+from mlx_slim.artifacts import SCHEMA_VERSION, provenance, read_json, write_json
+from mlx_slim.config.load import Resolved
+from mlx_slim.config.schema import Recipe
+from mlx_slim.data.batches import Batcher, choose_mode
+from mlx_slim.data.prepare import Prepared, prepare
+from mlx_slim.errors import Interrupted, ResourceError, SlimError
+from mlx_slim.models import anatomy
+from mlx_slim.models.load import Loaded, load
+from mlx_slim.models.quantized import is_quantized
+from mlx_slim.models.save import save_model
+from mlx_slim.quantize.apply import quantize_model
+from mlx_slim.runtime import dtype_name, human_bytes, memory_budget, on_gpu, resolve_dtype, world
+from mlx_slim.train import checkpoint
+from mlx_slim.train.loop import Loop
+from mlx_slim.train.metrics import MetricsFile
+from mlx_slim.train.optim import trainable
+from mlx_slim.train.remat import checkpointed
+from mlx_slim.train.step import CrossEntropy
+from mlx_slim.workflows.run_folder import STATE_FILE, claim, fresh, state_record
+
+_CACHE_SHARE = 8  # MLX may keep 1/8 of the budget as free buffers
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a fine-tune ended.
+
+    Attributes:
+        out: The run folder.
+        done: The loop's last event.
+        artifact: ``adapters`` or ``model`` inside the run folder.
+        trainable: Trainable parameters.
+        total: All parameters (of the dense model).
+        predicted_peak_bytes: What the planner said.
+        ledger: Rows given, used, cut and dropped.
+    """
+
+    out: Path
+    done: events.Done
+    artifact: str
+    trainable: int
+    total: int
+    predicted_peak_bytes: int
+    ledger: dict[str, Any]
+
+
+@dataclass
+class Tuned:
+    """A model ready to be tuned.
+
+    Attributes:
+        loaded: As it came from disk; ``loaded.model`` was changed in place.
+        config: Its configuration, with ``quantization`` if it was quantized here.
+        injected: The adapters, or None for full tuning.
+        total: Parameters of the base, counted as dense.
+    """
+
+    loaded: Loaded
+    config: dict[str, Any]
+    injected: Injected | None
+    total: int
+
+    @property
+    def model(self) -> nn.Module:
+        """The model."""
+        return self.loaded.model
+
+
+def prepare_base(recipe: Recipe) -> tuple[Loaded, dict[str, Any]]:
+    """Load the base of ``recipe``, quantized where the method wants it; return it and its config.
+
+    Raises:
+        SlimError: If the model cannot be loaded, or does not fit the method.
+    """
+    loaded = load(recipe.model, revision=recipe.revision, dtype=resolve_dtype(recipe.train.dtype))
+    quantized = is_quantized(loaded.model)
+    if recipe.method == "full" and quantized:
+        raise SlimError(
+            f"{recipe.model} is quantized, and method=full trains every weight",
+            "use method=qlora, or dequantize it first: mlx-slim convert MODEL -o DIR --dequantize",
+        )
+    config = loaded.config
+    if recipe.method == "qlora" and not quantized:
+        config = quantize_model(loaded.model, config, recipe.quantize).config
+    mx.eval(loaded.model.parameters())
+    return loaded, config
+
+
+def prepare_model(recipe: Recipe) -> Tuned:
+    """Return the base of ``recipe`` with its trainable parameters chosen: adapters, or all."""
+    loaded, config = prepare_base(recipe)
+    total = get_total_parameters(loaded.model)
+    mx.random.seed(recipe.train.seed)
+    injected = None
+    if recipe.method == "full":
+        loaded.model.unfreeze()
+    else:
+        injected = inject(loaded.model, recipe.adapter, dora=recipe.method == "dora")
+    mx.eval(loaded.model.parameters())
+    return Tuned(loaded, config, injected, total)
+
+
+def finetune(
+    resolved: Resolved, out: Path, *, observer: events.Observer, resume: bool = False
+) -> Result:
+    """Run a recipe into the folder ``out``.
+
+    Args:
+        resolved: The recipe and where its values come from.
+        out: The run folder; must be new unless ``resume``.
+        observer: Hears of every event.
+        resume: Go on from the newest checkpoint, exactly.
+
+    Raises:
+        SlimError: Bad input, or a resume with another recipe or other data.
+        ResourceError: Over the memory budget or out of disk, before training.
+        Interrupted: Ctrl-C; the state is saved.
+    """
+    recipe = resolved.recipe
+    started = claim(out, recipe, resume)
+    if (out / "run.json").exists():
+        return _finished(out, observer)
+    budget = memory_budget(recipe.memory.budget)
+    mx.set_cache_limit(budget // _CACHE_SHARE)
+    with fresh(out, keep=started):
+        tuned = prepare_model(recipe)
+        data = _prepare_data(recipe, tuned, out, started)
+        prediction = predict(tuned.config, recipe, lengths=data.train.lengths)
+        metrics = MetricsFile(out / "metrics.jsonl")
+        listeners = [metrics, observer] if world().rank() == 0 else []
+        loop = _loop(recipe, tuned, data, out, events.Broadcast(listeners), budget)
+        blocks = anatomy.blocks(tuned.model)
+        with checkpointed(blocks, recipe.train.grad_checkpoint):
+            _preflight(loop, prediction, budget)
+            if not started and world().rank() == 0:
+                write_json(out / STATE_FILE, state_record(resolved, data))
+            newest = checkpoint.latest(out / "checkpoints") if started else None
+            metrics.rewind(0 if newest is None else int(newest.name[5:]))
+            if newest is not None:
+                loop.resume(newest)
+    with checkpointed(blocks, recipe.train.grad_checkpoint):
+        done = loop.run()
+    if done.reason == "interrupted":
+        raise Interrupted(
+            f"stopped after step {done.step} of {loop.total}; the state is saved",
+            f"resume with: mlx-slim train {resolved.name} -o {out} --resume",
+        )
+    result = Result(
+        out=out,
+        done=done,
+        artifact="model" if tuned.injected is None else "adapters",
+        trainable=sum(value.size for value in trainable(tuned.model).values()),
+        total=tuned.total,
+        predicted_peak_bytes=prediction.predicted_peak_bytes,
+        ledger=data.ledger,
+    )
+    if world().rank() == 0:
+        _save(recipe, tuned, result)
+        _verify(recipe, tuned, result)
+        write_json(out / "run.json", _record(resolved, tuned, result, budget))
+    return result
+
+
+def _finished(out: Path, observer: events.Observer) -> Result:
+    """Return the result of a run that is complete."""
+    record = read_json(out / "run.json")
+    observer.notify(events.Notice(f"{out} is complete: nothing to do"))
+    fields = record["result"]
+    return Result(
+        out=out,
+        done=events.Done(**fields["done"]),
+        ledger=read_json(out / "data_ledger.json"),
+        **{key: value for key, value in fields.items() if key != "done"},
+    )
+
+
+# ------------------------------------------------------------------------------------- preparing
+
+
+def _prepare_data(recipe: Recipe, tuned: Tuned, out: Path, started: bool) -> Prepared:
+    """Tokenise the rows on rank 0, then open them on every rank."""
+
+    def rows() -> Prepared:
+        return prepare(
+            recipe.data,
+            tuned.loaded.tokenizer,
+            max_length=recipe.train.max_length,
+            seed=recipe.train.seed,
+            folder=out,
+            unchanged=started,
+        )
+
+    if world().rank() == 0:
+        prepared = rows()
+    if world().size() > 1:
+        mx.eval(mx.distributed.all_sum(mx.array(1), group=world()))
+        prepared = rows()
+    return prepared
+
+
+def _loop(
+    recipe: Recipe,
+    tuned: Tuned,
+    data: Prepared,
+    out: Path,
+    observer: events.Observer,
+    budget: int,
+) -> Loop:
+    config = recipe.train
+    model = tuned.model
+    mode = config.batching
+    if mode != "grouped" and not anatomy.packs(model):
+        if mode == "packed":
+            raise SlimError(
+                f"rows packed into one sequence do not stay apart in {tuned.config['model_type']}",
+                "set train.batching=grouped",
+            )
+        mode = "grouped"
+    if mode == "auto":
+        balance = anatomy.attention_balance(model, on_gpu())
+        mode = choose_mode(data.train, config.batch_tokens, config.max_length, config.seed, balance)
+    objective = CrossEntropy(model, config.loss_chunk, tuned.config.get("vocab_size", 8))
+    if objective.split is None:
+        text = f"{tuned.config['model_type']}: body and head do not split; full logits are computed"
+        observer.notify(events.Notice(text, level="warning"))
+
+    def batcher(rows: Any, mode: Any) -> Batcher:
+        return Batcher(rows, config.batch_tokens, config.max_length, mode, config.seed)
+
+    return Loop(
+        model=model,
+        objective=objective,
+        config=config,
+        batcher=batcher(data.train, mode),
+        validation=batcher(data.validation, "grouped") if data.validation else None,
+        observer=observer,
+        checkpoints=out / "checkpoints",
+        rate_scale=lambda path: learning_rate_scale(path, recipe.adapter),
+        budget_bytes=budget,
+        compiled=on_gpu() if config.compile == "auto" else config.compile,
+    )
+
+
+def _preflight(loop: Loop, prediction: Prediction, budget: int) -> None:
+    """Run the largest micro-batch; refuse to start over the budget.
+
+    A prediction of twice the budget is believed without a try, which could exhaust the machine.
+    """
+    over = prediction.predicted_peak_bytes > 2 * budget
+    peak = prediction.predicted_peak_bytes if over else loop.preflight()
+    if peak > budget:
+        raise ResourceError(
+            f"this run needs {human_bytes(peak)} ({'predicted' if over else 'measured'}), "
+            f"the budget is {human_bytes(budget)}",
+            _cheapest_fit(prediction, peak, budget),
+        )
+
+
+def _cheapest_fit(prediction: Prediction, peak: int, budget: int) -> str:
+    """Return the cheapest suggestion that fits once corrected by what was measured."""
+    correction = peak / prediction.predicted_peak_bytes
+    for suggestion in prediction.suggestions:
+        size = suggestion.predicted_peak_bytes * correction
+        if size <= budget:
+            return f"fits with {suggestion.set} (about {human_bytes(size)})"
+    return "no single change fits: try a smaller model, or see mlx-slim plan"
+
+
+# ---------------------------------------------------------------------------------------- saving
+
+
+def _save(recipe: Recipe, tuned: Tuned, result: Result) -> None:
+    """Write the best weights (the last ones without a validation split)."""
+    done = result.done
+    if done.best_step is not None and done.best_step != done.step:
+        best = checkpoint.path_of(result.out / "checkpoints", done.best_step)
+        checkpoint.load_weights(best, tuned.model)
+    target = result.out / result.artifact
+    if tuned.injected is not None:
+        save_adapter(
+            target,
+            tuned.model,
+            recipe.adapter,
+            tuned.injected,
+            dora=recipe.method == "dora",
+            base=recipe.model,
+        )
+    else:
+        shutil.rmtree(target, ignore_errors=True)
+        save_model(target, tuned.model, tuned.loaded.tokenizer, tuned.config)
+
+
+def _verify(recipe: Recipe, tuned: Tuned, result: Result) -> None:
+    """Load what was saved as a user would, and compare logits.
+
+    Raises:
+        SlimError: If they differ.
+    """
+    tokens_BT = mx.arange(16)[None] % max(2, tuned.config.get("vocab_size", 16))
+    tuned.model.eval()
+    expected = tuned.model(tokens_BT).astype(mx.float32)
+    mx.eval(expected)
+    tuned.loaded = None  # type: ignore[assignment]  # free it before the second copy comes
+    target = result.out / result.artifact
+    if result.artifact == "adapters":
+        again = prepare_base(recipe)[0].model
+        load_adapter(again, target)
+    else:
+        again = load(target).model
+    again.eval()
+    worst = mx.abs(again(tokens_BT).astype(mx.float32) - expected).max().item()
+    scale = mx.abs(expected).max().item()
+    tolerance = 1e-3 if resolve_dtype(recipe.train.dtype) == mx.float32 else 3e-2
+    if not worst <= tolerance * scale:
+        raise SlimError(
+            f"{target}: reloaded logits differ by {worst:.3g} (largest logit {scale:.3g})",
+            "this is a bug: please report it with run.json",
+        )
+
+
+def _record(resolved: Resolved, tuned: Tuned, result: Result, budget: int) -> dict[str, Any]:
+    """Return ``run.json``."""
+    files = [p for p in (result.out / result.artifact).rglob("*") if p.is_file()]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "status": "complete",
+        "recipe": resolved.recipe.model_dump(mode="json"),
+        "origins": resolved.origins,
+        "dtype": dtype_name(resolve_dtype(resolved.recipe.train.dtype)),
+        "provenance": provenance(),
+        "budget_bytes": budget,
+        "artifact_bytes": sum(path.stat().st_size for path in files),
+        "result": {
+            "done": asdict(result.done),
+            "artifact": result.artifact,
+            "trainable": result.trainable,
+            "total": result.total,
+            "predicted_peak_bytes": result.predicted_peak_bytes,
+        },
+    }

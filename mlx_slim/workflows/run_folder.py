@@ -1,0 +1,89 @@
+"""The folder of a fine-tune: who may start in it, who may go on, and what it says at the end.
+
+Invariant: a folder that cannot start a run is left as it was; a resume needs the same recipe (and,
+in ``data/prepare.py``, the same rows); ``run.json`` means complete. Files: ``recipe.json`` (at the
+start), ``metrics.jsonl``, ``tokens/``, ``data_ledger.json``, ``checkpoints/``, then ``adapters/``
+or ``model/``, then ``run.json``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mlx_slim.artifacts import SCHEMA_VERSION, read_json
+from mlx_slim.config.load import Resolved
+from mlx_slim.config.schema import Recipe
+from mlx_slim.data.prepare import Prepared
+from mlx_slim.errors import SlimError
+from mlx_slim.runtime import world
+
+STATE_FILE = "recipe.json"
+# Changing these on a resume cannot change the trajectory.
+_FREE_ON_RESUME = ("memory", "report_to", "train.log_every", "train.save_every", "train.keep")
+
+
+def claim(out: Path, recipe: Recipe, resume: bool) -> bool:
+    """Return whether ``out`` holds a run that was started; refuse what would lose or mix runs."""
+    if out.exists() and not out.is_dir():
+        raise SlimError(f"{out} is a file", "choose a folder for the run")
+    state = out / STATE_FILE
+    if not out.exists() or not any(out.iterdir()):
+        if resume:
+            raise SlimError(f"{out} holds no run to resume", "start it without --resume")
+        return False
+    if not state.exists():
+        raise SlimError(f"{out} is not empty and holds no run", "choose another output folder")
+    if not resume:
+        raise SlimError(
+            f"{out} holds a run already", "go on with --resume, or choose another output folder"
+        )
+    different = _differences(read_json(state)["recipe"], recipe.model_dump(mode="json"))
+    if different:
+        raise SlimError(
+            f"{out} was started with another recipe: {'; '.join(different)}",
+            "resume with the same values, or start a new run",
+        )
+    return True
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return ``key: old → new`` for each value that a resume may not change."""
+    lines: list[str] = []
+    for key in sorted(set(old) | set(new)):
+        path = f"{prefix}{key}"
+        before, after = old.get(key), new.get(key)
+        if before == after or path in _FREE_ON_RESUME:
+            continue
+        if isinstance(before, dict) and isinstance(after, dict) and prefix == "":
+            lines += _differences(before, after, f"{path}.")
+        else:
+            lines.append(f"{path}: {before!r} → {after!r}")
+    return lines
+
+
+@contextlib.contextmanager
+def fresh(out: Path, *, keep: bool) -> Iterator[None]:
+    """Remove a folder that this run created if it cannot start."""
+    existed = out.exists()
+    try:
+        yield
+    except BaseException:
+        if not keep and world().rank() == 0:
+            for path in out.glob("*") if existed else [out]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        raise
+
+
+def state_record(resolved: Resolved, data: Prepared) -> dict[str, Any]:
+    """Return ``recipe.json``: what a resume must match."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "name": resolved.name,
+        "recipe": resolved.recipe.model_dump(mode="json"),
+        "origins": resolved.origins,
+        "data": data.fingerprint,
+    }
