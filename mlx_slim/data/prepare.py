@@ -148,7 +148,13 @@ class Pipeline:
 
 
 def prepare(
-    config: DataConfig, tokenizer: Any, *, max_length: int, seed: int, folder: Path
+    config: DataConfig,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    seed: int,
+    folder: Path,
+    unchanged: bool = False,
 ) -> Prepared:
     """Tokenise the rows of a recipe into ``folder/tokens`` and write ``folder/data_ledger.json``.
 
@@ -158,6 +164,7 @@ def prepare(
         max_length: Longest row, tokens.
         seed: Decides the validation split and fractional weights, nothing else.
         folder: Where rows and ledger go; rows of the same fingerprint there are reused.
+        unchanged: Refuse, and leave the folder alone, if its rows have another fingerprint.
 
     Raises:
         SlimError: On unusable sources or rows, each named with file and line.
@@ -188,6 +195,12 @@ def prepare(
             if not (folder / LEDGER_FILE).is_file():
                 write_json(folder / LEDGER_FILE, ledger)
             return _open(tokens, known["fingerprint"], ledger)
+        if unchanged:
+            lines = fingerprint_difference(_without_rows(known["fingerprint"]), wanted)
+            raise SlimError(
+                f"the data of {folder} changed since it was started: {'; '.join(lines)}",
+                "resume with the same data, or start a new run",
+            )
     with atomic_folder(tokens, replace=True) as temporary:
         fingerprint, ledger = _write(
             pipeline, found, held_out, wanted, temporary, config=config, seed=seed
