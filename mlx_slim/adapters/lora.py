@@ -13,7 +13,9 @@ Try it: ``python -m pytest tests/adapters/test_lora.py``.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -31,6 +33,35 @@ def dimensions(module: Any) -> tuple[int, int]:
     if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
         width = module.scales.shape[-1] * module.group_size
     return (width, rows) if isinstance(module, nn.Linear | nn.QuantizedLinear) else (rows, width)
+
+
+_keys: list[mx.array] = []
+
+
+def draw_key() -> mx.array:
+    """Return a fresh random key (2,) from the global state."""
+    return mx.stop_gradient(mx.random.randint(0, 2**31 - 1, (2,), dtype=mx.uint32))
+
+
+@contextlib.contextmanager
+def dropout_from(key: mx.array) -> Iterator[None]:
+    """Draw dropout masks from ``key`` inside the context instead of from the global state.
+
+    A block that is recomputed in the backward pass must see the masks of its forward pass, or the
+    gradient is that of another function: draw a key outside, pass it in as an argument.
+    """
+    _keys.append(mx.stop_gradient(key))
+    try:
+        yield
+    finally:
+        _keys.pop()
+
+
+def _mask(keep: float, shape: tuple[int, ...]) -> mx.array:
+    key = None
+    if _keys:
+        key, _keys[-1] = mx.random.split(_keys[-1])
+    return mx.random.bernoulli(keep, shape, key=key)
 
 
 class Adapter(nn.Module):
@@ -53,7 +84,7 @@ class Adapter(nn.Module):
 
     def __init__(self, shape: tuple[int, int], rank: int, scale: float, dropout: float) -> None:
         super().__init__()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         self.scale = float(scale)
         self.rank = rank
         bound = 1 / math.sqrt(shape[0])
@@ -84,11 +115,19 @@ class Adapter(nn.Module):
         """Return the adapted weight, laid out as the base's, in float32."""
         raise NotImplementedError
 
+    def _dropped(self, x: mx.array) -> tuple[mx.array, float]:
+        """Return x with its dropped elements zero, and s with the rest's compensation in it."""
+        if not self.training or self.dropout == 0:
+            return x, self.scale
+        keep = 1 - self.dropout
+        return mx.where(_mask(keep, x.shape), x, mx.zeros((), x.dtype)), self.scale / keep
+
     def _add_update(self, y_NO: mx.array, x_NI: mx.array) -> mx.array:
         """Return y + s · dropout(x) A B in the dtype of y: one pass over y, no temporary of it."""
         a_IR, b_RO = self.factors()
+        x_NI, scale = self._dropped(x_NI)
         # s goes into the smallest operand, so that no pass over the rows is spent on it.
-        z_NR = self.dropout(x_NI) @ (self.scale * a_IR).astype(x_NI.dtype)
+        z_NR = x_NI @ (scale * a_IR).astype(x_NI.dtype)
         return mx.addmm(y_NO, z_NR.astype(y_NO.dtype), b_RO.astype(y_NO.dtype))
 
 
@@ -136,14 +175,15 @@ class LoRAEmbedding(Adapter):
         """Return (*ids.shape, D) in the embedding's dtype."""
         y_ND = self.embedding(ids)
         a_VR, b_RD = self.factors()
-        z_NR = self.dropout(self.scale * a_VR[ids]).astype(y_ND.dtype)
-        return mx.addmm(y_ND, z_NR, b_RD.astype(y_ND.dtype))
+        z_NR, scale = self._dropped(a_VR[ids])
+        return mx.addmm(y_ND, (scale * z_NR).astype(y_ND.dtype), b_RD.astype(y_ND.dtype))
 
     def as_linear(self, x_ND: mx.array) -> mx.array:
         """Return logits (N, V) of the tied head, the update included."""
         y_NV = self.embedding.as_linear(x_ND)
         a_VR, b_RD = self.factors()
-        z_NR = self.dropout(x_ND) @ (self.scale * b_RD).T.astype(x_ND.dtype)
+        x_ND, scale = self._dropped(x_ND)
+        z_NR = x_ND @ (scale * b_RD).T.astype(x_ND.dtype)
         return mx.addmm(y_NV, z_NR.astype(y_NV.dtype), a_VR.T.astype(y_NV.dtype))
 
     def merged_weight(self) -> mx.array:

@@ -14,6 +14,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_slim.adapters.lora import draw_key, dropout_from
+
 
 def _checkpointed_class(original: type) -> type:
     class Checkpointed(original):  # type: ignore[misc, valid-type]
@@ -22,12 +24,14 @@ def _checkpointed_class(original: type) -> type:
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             parameters = self.trainable_parameters()
 
-            def forward(parameters: dict, *args: Any, **kwargs: Any) -> Any:
+            def forward(parameters: dict, key: mx.array, *args: Any, **kwargs: Any) -> Any:
                 self.update(parameters)
-                return original.__call__(self, *args, **kwargs)
+                with dropout_from(key):
+                    return original.__call__(self, *args, **kwargs)
 
-            # Trainable parameters are arguments: captured, they would get no gradient.
-            output = mx.checkpoint(forward)(parameters, *args, **kwargs)
+            # Trainable parameters are arguments: captured, they would get no gradient. So is the
+            # random key: the second forward pass must drop what the first one dropped.
+            output = mx.checkpoint(forward)(parameters, draw_key(), *args, **kwargs)
             self.update(parameters)
             return output
 
