@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+import time
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -106,3 +108,28 @@ def human_seconds(seconds: float) -> str:
     minutes, second = divmod(max(0, round(seconds)), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def _best_seconds(work: Callable[[], mx.array], rounds: int) -> float:
+    """Return the shortest of ``rounds`` timings after a warm-up: other programs only add to it."""
+    mx.eval(work())
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        mx.eval(work())
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def matmul_gflops(dtype: mx.Dtype = mx.float32, size: int = 1024, rounds: int = 8) -> float:
+    """Return the rate of a square matmul on the default device, 1e9 operations a second."""
+    x_NN = mx.random.normal((size, size)).astype(dtype)
+    mx.eval(x_NN)
+    return 2 * size**3 / _best_seconds(lambda: x_NN @ x_NN, rounds) / 1e9
+
+
+def exp_nanoseconds(count: int = 1 << 19, rounds: int = 4) -> float:
+    """Return the nanoseconds that one exponential costs (what dominates a loss on a CPU)."""
+    x_N = mx.random.normal((count,))
+    mx.eval(x_N)
+    return _best_seconds(lambda: mx.exp(x_N), rounds) / count * 1e9

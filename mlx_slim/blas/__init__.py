@@ -162,12 +162,9 @@ def _scipy_openblas() -> Path | None:
 
 
 def _cache_folders() -> Iterator[Path]:
-    if chosen := os.environ.get("MLX_SLIM_CACHE"):
-        yield Path(chosen).expanduser() / "blas"
-    else:
-        with contextlib.suppress(RuntimeError):  # no home folder
-            base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-            yield Path(base) / "mlx-slim" / "blas"
+    with contextlib.suppress(RuntimeError):  # no home folder
+        cache = os.environ.get("MLX_SLIM_CACHE") or "~/.cache/mlx-slim"
+        yield Path(cache).expanduser() / "blas"
     yield Path(tempfile.gettempdir()) / f"mlx-slim-{os.getuid()}"
 
 

@@ -1,0 +1,193 @@
+"""``mlx-slim doctor``: what this machine is, how fast it is, and what to mend.
+
+Invariant: it reads and measures for a few seconds and writes nothing; every warning comes with what
+to do. ``--json`` has the same facts under stable names. Try it: ``mlx-slim doctor``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+SLOW_GFLOPS = 25.0  # float32 on a CPU: the reference BLAS gives 2-5, OpenBLAS 50 and more a core
+HUB_TIMEOUT = 3.0  # seconds
+
+
+def speed() -> dict[str, Any]:
+    """Return the measured rates; bfloat16 on a CPU is tried on a small product, it is slow."""
+    import mlx.core as mx
+
+    from mlx_slim import runtime
+
+    small = 1024 if runtime.on_gpu() else 256
+    return {
+        "matmul_float32_gflops": round(runtime.matmul_gflops(), 1),
+        "matmul_bfloat16_gflops": round(runtime.matmul_gflops(mx.bfloat16, small, 4), 1),
+        "exp_ns": round(runtime.exp_nanoseconds(), 2),
+    }
+
+
+def hub() -> dict[str, Any]:
+    """Return whether the hub answers: ``reachable``, ``unreachable`` or ``offline by choice``."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    answer: dict[str, Any] = {"endpoint": constants.ENDPOINT}
+    if constants.is_offline_mode():
+        return {**answer, "state": "offline by choice"}
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
+    except Exception as error:  # the client's errors differ from version to version
+        return {**answer, "state": "unreachable", "why": f"{type(error).__name__}: {error}"}
+    return {**answer, "state": "reachable"}
+
+
+def data_mirror() -> dict[str, Any]:
+    """Return the folder of ``MLX_SLIM_DATA`` and its data sets (``<name>/<split>.jsonl``)."""
+    value = os.environ.get("MLX_SLIM_DATA", "")
+    folder = Path(value).expanduser()
+    found = value != "" and folder.is_dir()
+    names = sorted({file.parent.name for file in folder.glob("*/*.jsonl*")}) if found else []
+    return {"folder": value or None, "found": found, "datasets": names}
+
+
+def compiler() -> dict[str, Any]:
+    """Return the C++ compiler that ``mx.compile`` calls on a Linux CPU."""
+    needed = sys.platform.startswith("linux")
+    return {"needed": needed, "path": shutil.which("g++") if needed else None}
+
+
+def examine() -> dict[str, Any]:
+    """Return all facts, and ``warnings`` as a list of ``problem`` and ``mend``."""
+    import mlx.core as mx
+
+    from mlx_slim import artifacts, blas, runtime
+
+    info = mx.device_info()
+    status = blas.status()
+    facts: dict[str, Any] = {
+        "schema_version": artifacts.SCHEMA_VERSION,
+        "device": {
+            "type": "gpu" if runtime.on_gpu() else "cpu",
+            "name": str(info.get("device_name") or platform.processor() or platform.machine()),
+            "cores": os.cpu_count(),
+            "dtype": runtime.dtype_name(runtime.resolve_dtype("auto")),
+        },
+        "memory": {
+            "total_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "available_bytes": runtime.device_memory(),
+            "budget_bytes": runtime.memory_budget("auto"),
+        },
+        **artifacts.provenance(),
+        "blas": {"source": status.source, "library": status.path, "note": status.note},
+        "speed": speed(),
+        "compiler": compiler(),
+        "hub": hub(),
+        "data": data_mirror(),
+    }
+    facts["warnings"] = [{"problem": problem, "mend": mend} for problem, mend in _warnings(facts)]
+    return facts
+
+
+def _warnings(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return (problem, what to do) of everything that is worth mending."""
+    found = []
+    rate, blas = facts["speed"]["matmul_float32_gflops"], facts["blas"]
+    if facts["device"]["type"] == "cpu" and rate < SLOW_GFLOPS:
+        mend = {
+            "off": "unset MLX_SLIM_BLAS",
+            "late": blas["note"],
+            "none": blas["note"] if "cannot" in blas["note"] else "pip install scipy-openblas32",
+        }.get(blas["source"], "see whether other programs keep the cores busy (uptime)")
+        found.append((f"float32 matmul runs at {rate:g} GFLOP/s, which is slow", mend))
+    elif blas["note"] and blas["source"] not in ("off", "platform"):
+        found.append(("the fast BLAS is not the usual one", blas["note"]))
+    if facts["compiler"]["needed"] and facts["compiler"]["path"] is None:
+        found.append(("no g++: compiled functions run uncompiled", "install g++ (build-essential)"))
+    if facts["hub"]["state"] == "unreachable":
+        mend = "give local folders as models, or set HF_ENDPOINT; HF_HUB_OFFLINE=1 stops the tries"
+        found.append((f"{facts['hub']['endpoint']} does not answer", mend))
+    if facts["data"]["folder"] and not facts["data"]["found"]:
+        problem = f"MLX_SLIM_DATA={facts['data']['folder']} is no folder"
+        found.append((problem, "name a folder that holds <dataset>/<split>.jsonl"))
+    return found
+
+
+def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return (name, value) lines for people."""
+    from mlx_slim.runtime import human_bytes
+
+    device, memory, rates = facts["device"], facts["memory"], facts["speed"]
+    hub_line = f"{facts['hub']['endpoint']}: {facts['hub']['state']}"
+    mirror = facts["data"]
+    rows = [
+        ("device", f"{device['type']}, {device['name']}, {device['cores']} cores"),
+        ("system", f"{facts['system']}, Python {facts['python']}"),
+        (
+            "memory",
+            f"{human_bytes(memory['total_bytes'])}, free for MLX "
+            f"{human_bytes(memory['available_bytes'])}, "
+            f"default budget {human_bytes(memory['budget_bytes'])}",
+        ),
+        ("default dtype", device["dtype"]),
+        ("matmul float32", f"{rates['matmul_float32_gflops']:,g} GFLOP/s"),
+        ("matmul bfloat16", f"{rates['matmul_bfloat16_gflops']:,g} GFLOP/s"),
+        ("exponential", f"{rates['exp_ns']:g} ns an element"),
+        ("BLAS", _blas_line(facts["blas"])),
+        ("hub", hub_line),
+        (
+            "data mirror",
+            f"{mirror['folder']}: {', '.join(mirror['datasets']) or 'no data sets'}"
+            if mirror["found"]
+            else "none (MLX_SLIM_DATA)",
+        ),
+        ("versions", ", ".join(f"{name} {v}" for name, v in facts["versions"].items())),
+    ]
+    if facts["compiler"]["needed"]:
+        rows.insert(-3, ("compiler", facts["compiler"]["path"] or "none"))
+    return rows
+
+
+def _blas_line(blas: dict[str, Any]) -> str:
+    if blas["library"]:
+        return f"{blas['source']}: {blas['library']}"
+    if blas["source"] == "platform":
+        return "MLX's own (Accelerate, Metal)"
+    return f"MLX's own ({blas['note']})"
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+def command(as_json: bool) -> None:
+    """Check this machine: device, memory, speed, hub; how to mend it."""
+    facts = examine()
+    if as_json:
+        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in _rows(facts):
+        if console.is_terminal:
+            table.add_row(name, Text(value))
+        else:
+            click.echo(f"{name}: {value}")
+    if console.is_terminal:
+        console.print(table)
+    for warning in facts["warnings"]:
+        line = Text.assemble(("warning: ", "yellow"), warning["problem"])
+        console.print(line.append("\n  mend: ", "green").append(warning["mend"]), soft_wrap=True)
+    if not facts["warnings"]:
+        console.print(Text("all is well", style="green"))
