@@ -1,1 +1,1 @@
-"""TBD."""
+"""What was done to a model, in numbers: memory, fidelity."""

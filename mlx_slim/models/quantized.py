@@ -55,10 +55,17 @@ def _format(module: nn.Module) -> dict[str, Any]:
 
 
 def _matmul(module: nn.Module, x_MI: mx.array) -> mx.array:
-    """Return x Wᵀ (M, O) through a float32 weight that lives for one matmul."""
+    """Return x Wᵀ (M, O) through a float32 weight that lives for one matmul.
+
+    Gradients flow to x, and to scales and biases that are unfrozen.
+    """
     dtype = x_MI.dtype
     if module.mode == "affine":
         dtype = mx.result_type(dtype, module["scales"].dtype)
+
+    if "scales" not in module._no_grad:  # scales that learn: plain autodiff keeps the weight
+        dense_OI = _dense(module, module["weight"])
+        return (x_MI.astype(mx.float32) @ dense_OI.T).astype(dtype)
 
     def forward(x_MI: mx.array) -> mx.array:
         return x_MI @ _dense_after(module, x_MI).T

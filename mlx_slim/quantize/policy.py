@@ -70,7 +70,7 @@ def make_policy(model: nn.Module, config: QuantizeConfig, recipe: str | None = N
         parameters = count(module)
         if not parameters:
             continue
-        reason = _unfit(module, config.group_size)
+        reason = skip_reason(module, config.group_size)
         if not reason:
             decision = decide(path, module)
             if decision:
@@ -102,8 +102,8 @@ def _is_matrix(module: nn.Module) -> bool:
     return hasattr(module, "to_quantized") and "weight" in module
 
 
-def _unfit(module: nn.Module, group_size: int) -> str:
-    """Return why ``module`` cannot be quantized, or an empty string."""
+def skip_reason(module: nn.Module, group_size: int) -> str:
+    """Return why ``module`` cannot be quantized with ``group_size``, or an empty string."""
     if not _is_matrix(module):
         kind = type(module).__name__
         is_norm = "norm" in kind.lower()

@@ -1,0 +1,82 @@
+"""Calibration text: token ids that quantization may look at, and others that it may not.
+
+Invariant: nothing is fetched but what the user named; the held-out rows are never seen by the
+method that they judge. Try it: ``mlx-slim quantize MODEL -o DIR --calibration notes.txt``.
+
+Shapes: N rows, T tokens a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_slim.config.schema import DataConfig
+from mlx_slim.errors import SlimError
+
+DEFAULT_SOURCE = "tatsu-lab/alpaca"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Two disjoint sets of rows.
+
+    Attributes:
+        seen_NT: For the method, int32; may be empty.
+        held_out_NT: For judging it, int32; at least one row.
+    """
+
+    seen_NT: mx.array
+    held_out_NT: mx.array
+
+
+def read_calibration(
+    source: str, tokenizer: Any, *, length: int, seen: int, held_out: int
+) -> Calibration:
+    """Read ``source`` through the model's own template and cut the stream into rows.
+
+    Args:
+        source: A data file (``.txt``, ``.jsonl``, …), a mirror's name, or a hub data set.
+        tokenizer: The model's.
+        length: T, tokens a row.
+        seen: Rows for the method, at most.
+        held_out: Rows for judging, at most.
+
+    Raises:
+        SlimError: If the source cannot be read or has too few tokens.
+    """
+    needed = (seen + held_out) * length
+    ids = np.fromiter(_stream(source, tokenizer, needed), np.int32)
+    rows = len(ids) // length
+    least = 2 if seen else 1
+    if rows < least:
+        raise SlimError(
+            f"{source} gives {len(ids):,} tokens, {least * length:,} are needed",
+            f"give more text, or rows shorter than --calibration-length {length}",
+        )
+    # Held-out rows come first, so that they stay the same whatever the method asks for.
+    judged = min(held_out, rows - min(seen, rows // 2))
+    ids_NT = mx.array(ids[: rows * length].reshape(rows, length))
+    return Calibration(ids_NT[judged : judged + seen], ids_NT[:judged])
+
+
+def _stream(source: str, tokenizer: Any, needed: int) -> Iterator[int]:
+    """Yield the token ids of the rows one after the other, ``needed`` at most."""
+    from mlx_slim.data.ledger import SourceLedger
+    from mlx_slim.data.prepare import Pipeline
+    from mlx_slim.data.sources import find
+
+    config = DataConfig(path=source, mask_prompt=False, truncation="right")
+    pipeline = Pipeline(config, tokenizer, max_length=max(needed, 8))
+    found = find(config.sources[0])
+    given = 0
+    for row in pipeline.rows(found, config.sources[0], SourceLedger(source, found.kind, 1.0, [])):
+        ids = row.tokens.ids_T[: needed - given]
+        given += len(ids)
+        yield from ids.tolist()
+        if given >= needed:
+            return
