@@ -20,6 +20,7 @@ from mlx_slim.artifacts import read_json
 from mlx_slim.errors import SlimError
 from mlx_slim.models.hub import resolve, resolve_config
 from mlx_slim.models.normalize import Normalized, normalize_config
+from mlx_slim.models.quantized import use_fast_matmul
 from mlx_slim.models.tensors import INDEX, WEIGHTS, Tensor, few, folder_tensors
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def load(
     model, config = _build(folder, normalized, trust_remote_code)
     if dtype is not None:
         cast(model, dtype)
+    use_fast_matmul(model)
     try:
         mx.eval(model.parameters())
     except RuntimeError as error:
@@ -184,7 +186,9 @@ def _build(folder: Path, normalized: Normalized, trust: bool) -> tuple[nn.Module
             model = model_class(args)
             # All that does not fit in one error: the stock check stops at the first kind.
             object.__setattr__(
-                model, "load_weights", lambda weights, strict=True: _fill(model, folder, weights)
+                model,
+                "load_weights",
+                lambda weights, strict=True: fill(model, folder, dict(weights)),
             )
             return model
 
@@ -219,9 +223,8 @@ def _build(folder: Path, normalized: Normalized, trust: bool) -> tuple[nn.Module
     return model, config
 
 
-def _fill(model: nn.Module, folder: Path, weights: list[tuple[str, mx.array]]) -> nn.Module:
-    """Put ``weights`` into ``model`` if they are exactly its parameters, else say what is off."""
-    given = dict(weights)
+def fill(model: nn.Module, folder: Path, given: dict[str, mx.array]) -> nn.Module:
+    """Put ``given`` into ``model`` if they are exactly its parameters, else say all that is off."""
     wanted = dict(tree_flatten(model.parameters()))
     problems = []
     if missing := sorted(wanted.keys() - given.keys()):

@@ -1,0 +1,224 @@
+"""The GGUF container: metadata and tensors, read straight from the file.
+
+Invariant: every length is checked against the file before it is believed, so a truncated or foreign
+file is one clear error and never a crash; Q4_0, Q4_1, Q8_0, F16, BF16 and F32 come out exactly as
+stored, other block formats are dequantized. Try it: ``mlx-slim convert model.gguf -o DIR``.
+
+Shapes: R rows, C columns, G = C/32 groups.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_slim.errors import SlimError
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"}
+_SCALARS[12] = "d"
+_STRING, _ARRAY = 8, 9
+_GROUP = 32
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """Where one tensor lies: type name (``Q4_1``), shape outermost first, byte offset and size."""
+
+    kind: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """A parsed GGUF file: metadata as Python values (numeric arrays as numpy) and its tensors."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, GGUFTensor]
+
+    def read(self, name: str) -> dict[str, mx.array]:
+        """Return tensor ``name`` as MLX arrays.
+
+        Returns:
+            ``{"weight": (R, C)}`` for dense tensors (K-quants and the like in float16), or
+            ``weight`` (R, C·bits/32) uint32 with ``scales`` and ``biases`` (R, G) float16.
+
+        Raises:
+            SlimError: If the block format cannot be dequantized.
+        """
+        tensor = self.tensors[name]
+        data = np.memmap(self.path, np.uint8, "r", tensor.offset, (tensor.nbytes,))
+        if tensor.kind in _PACKED:
+            raw = np.asarray(data).reshape(tensor.shape[0], tensor.shape[1] // _GROUP, -1)
+            weight, scales, biases = _PACKED[tensor.kind](raw)
+            return {
+                "weight": mx.array(weight),
+                "scales": mx.array(scales),
+                "biases": mx.array(biases),
+            }
+        if tensor.kind in ("F32", "F16"):
+            dtype = np.dtype("<f4" if tensor.kind == "F32" else "<f2")
+            return {"weight": mx.array(data.view(dtype).reshape(tensor.shape))}
+        if tensor.kind == "BF16":
+            bits = mx.array(data.view("<u2").reshape(tensor.shape))
+            return {"weight": bits.view(mx.bfloat16)}
+        return {"weight": mx.array(self._dequantize(name, tensor, data))}
+
+    def _dequantize(self, name: str, tensor: GGUFTensor, data: np.ndarray) -> np.ndarray:
+        from gguf import GGMLQuantizationType, dequantize
+
+        rows = np.asarray(data).reshape(*tensor.shape[:-1], -1)
+        try:
+            values = dequantize(rows, GGMLQuantizationType[tensor.kind])
+        except (NotImplementedError, ValueError) as error:
+            raise SlimError(
+                f"{self.path}: tensor {name} has the block format {tensor.kind}, which cannot be "
+                "dequantized",
+                "take a Q4_0, Q4_1, Q8_0, K-quant, F16 or F32 file of the model",
+            ) from error
+        return values.reshape(tensor.shape).astype(np.float16)
+
+
+def _pack4(codes_RC: np.ndarray) -> np.ndarray:
+    pairs = codes_RC[:, 0::2] | (codes_RC[:, 1::2] << 4)
+    return np.ascontiguousarray(pairs).view("<u4")
+
+
+def _nibbles(quants_RGB: np.ndarray) -> np.ndarray:
+    """Sixteen bytes hold 32 codes: the low nibbles first, then the high ones."""
+    codes = np.concatenate([quants_RGB & 0xF, quants_RGB >> 4], axis=-1)
+    return codes.reshape(codes.shape[0], -1)
+
+
+def _half(raw_RGB: np.ndarray, start: int) -> np.ndarray:
+    return np.ascontiguousarray(raw_RGB[..., start : start + 2]).view("<f2")[..., 0]
+
+
+def _q4_0(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    scales = _half(raw, 0)  # w = d (q - 8)
+    return _pack4(_nibbles(raw[..., 2:])), scales, scales * np.float16(-8)
+
+
+def _q4_1(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return _pack4(_nibbles(raw[..., 4:])), _half(raw, 0), _half(raw, 2)  # w = d q + m
+
+
+def _q8_0(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    scales = _half(raw, 0)  # w = d q with q signed; MLX codes are unsigned
+    codes = np.ascontiguousarray(raw[..., 2:] ^ 0x80).reshape(raw.shape[0], -1)
+    return codes.view("<u4"), scales, scales * np.float16(-128)
+
+
+_PACKED = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q8_0": _q8_0}
+BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
+
+
+class _Cursor:
+    """Reads little-endian values from a buffer, never past its end."""
+
+    def __init__(self, buffer: np.memmap, path: Path) -> None:
+        self.buffer, self.path, self.at = buffer, path, 0
+
+    def take(self, size: int) -> bytes:
+        if size < 0 or self.at + size > len(self.buffer):
+            raise SlimError(
+                f"{self.path} is truncated: {len(self.buffer)} bytes end inside its header",
+                "download or copy it again",
+            )
+        self.at += size
+        return self.buffer[self.at - size : self.at].tobytes()
+
+    def scalar(self, code: str) -> Any:
+        return struct.unpack("<" + code, self.take(struct.calcsize(code)))[0]
+
+    def string(self) -> str:
+        return self.take(self.scalar("Q")).decode("utf-8", errors="replace")
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind in _SCALARS:
+            return self.scalar(_SCALARS[kind])
+        if kind != _ARRAY:
+            raise SlimError(
+                f"{self.path} is corrupt: metadata type {kind} does not exist",
+                "download or copy it again",
+            )
+        inner, count = self.scalar("I"), self.scalar("Q")
+        if inner in _SCALARS:
+            dtype = np.dtype("<" + _SCALARS[inner])
+            return np.frombuffer(self.take(count * dtype.itemsize), dtype).copy()
+        if count > len(self.buffer):
+            self.take(count)
+        return [self.value(inner) for _ in range(count)]
+
+
+def read_gguf(path: Path) -> GGUFFile:
+    """Parse a GGUF file, versions 2 and 3.
+
+    Raises:
+        SlimError: If it is absent, no GGUF file, truncated, split or of an unknown block format.
+    """
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    if not path.is_file():
+        raise SlimError(f"{path} does not exist", "give the path of a .gguf file")
+    size = path.stat().st_size
+    with path.open("rb") as handle:
+        head = handle.read(8)
+    version = int.from_bytes(head[4:8], "little")
+    if head[:4] != b"GGUF" or size < 24:
+        raise SlimError(f"{path} is no GGUF file: it starts with {head[:4]!r}, not b'GGUF'")
+    if version not in (2, 3):
+        raise SlimError(
+            f"{path} is GGUF version {version}, expected 2 or 3 (little-endian)",
+            "convert it with a newer llama.cpp",
+        )
+    cursor = _Cursor(np.memmap(path, np.uint8, "r"), path)
+    cursor.take(8)
+    tensor_count, value_count = cursor.scalar("Q"), cursor.scalar("Q")
+    metadata: dict[str, Any] = {}
+    for _ in range(value_count):
+        key = cursor.string()
+        metadata[key] = cursor.value(cursor.scalar("I"))
+    if metadata.get("split.count", 1) > 1:
+        raise SlimError(
+            f"{path} is one of {metadata['split.count']} parts of a split GGUF",
+            "join them first: llama-gguf-split --merge",
+        )
+    found: list[tuple[str, str, tuple[int, ...], int, int]] = []
+    for _ in range(tensor_count):
+        name = cursor.string()
+        shape = tuple(cursor.scalar("Q") for _ in range(cursor.scalar("I")))[::-1]
+        kind, offset = cursor.scalar("I"), cursor.scalar("Q")
+        try:
+            quantization = GGMLQuantizationType(kind)
+            block, block_bytes = GGML_QUANT_SIZES[quantization]
+        except (ValueError, KeyError) as error:
+            raise SlimError(
+                f"{path}: tensor {name} has the unknown block format {kind}",
+                "a newer gguf package may know it",
+            ) from error
+        nbytes = math.prod(shape) // block * block_bytes
+        found.append((name, quantization.name, shape, offset, nbytes))
+    align = int(metadata.get("general.alignment", 32)) or 32
+    start = (cursor.at + align - 1) // align * align
+    end = max((start + offset + nbytes for *_, offset, nbytes in found), default=start)
+    if end > size:
+        raise SlimError(
+            f"{path} is truncated: {size} bytes, its header promises {end}",
+            "download or copy it again",
+        )
+    tensors = {
+        name: GGUFTensor(kind, shape, start + offset, nbytes)
+        for name, kind, shape, offset, nbytes in found
+    }
+    return GGUFFile(path, metadata, tensors)
