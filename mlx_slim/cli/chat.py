@@ -1,0 +1,83 @@
+"""``mlx-slim chat``: talk with a model, turn by turn.
+
+Invariant: the whole conversation is the prompt of every turn, computed only where it is new; Ctrl-C
+stops an answer and not the conversation. Try it: ``mlx-slim chat MODEL --adapter run/adapters``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+
+import click
+
+from mlx_slim.errors import SlimError, did_you_mean
+
+_COMMANDS = {"/reset": "forget the conversation", "/exit": "leave (also Ctrl-D)"}
+
+
+@click.command()
+@click.argument("model")
+@click.option("--adapter", metavar="DIR", help="Adapter folder to put on the model.")
+@click.option("--system", metavar="TEXT", help="System message.")
+@click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True)
+@click.option("--temp", type=click.FloatRange(0), default=0.7, show_default=True, help="0: greedy.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling.")
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python files of the model repository.")
+def command(
+    model: str,
+    adapter: str | None,
+    system: str | None,
+    max_tokens: int,
+    temp: float,
+    seed: int,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> None:
+    """Talk with MODEL (a folder or a hub id). /reset forgets, /exit or Ctrl-D leaves."""
+    import mlx.core as mx
+
+    from mlx_slim.workflows.talk import open_speaker
+
+    speaker = open_speaker(model, adapter, revision=revision, trust_remote_code=trust_remote_code)
+    mx.random.seed(seed)
+    start = [{"role": "system", "content": system}] if system else []
+    speaker.chat_ids([*start, {"role": "user", "content": "hello"}])  # refuse before the first turn
+    messages = list(start)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        with contextlib.suppress(ImportError):  # line editing and recall, where Python has it
+            import readline  # noqa: F401
+        click.echo("; ".join(f"{name}: {what}" for name, what in _COMMANDS.items()), err=True)
+    while True:
+        try:
+            said = input("> " if interactive else "").strip()
+        except EOFError:
+            break
+        if not said:
+            continue
+        if said.startswith("/"):
+            if said == "/exit":
+                break
+            if said == "/reset":
+                messages = list(start)
+                click.echo("forgotten", err=True)
+            else:
+                click.echo(f"no command {said!r}: {did_you_mean(said, _COMMANDS)}", err=True)
+            continue
+        messages.append({"role": "user", "content": said})
+        pieces: list[str] = []
+        try:
+            ids = speaker.chat_ids(messages)
+            for piece in speaker.stream(ids, max_tokens=max_tokens, temperature=temp):
+                pieces.append(piece)
+                click.echo(piece, nl=False)
+        except KeyboardInterrupt:
+            click.echo(" …", nl=False)
+        except SlimError as error:  # of this turn only: the conversation goes on without it
+            click.echo(f"error: {error}", err=True)
+            messages.pop()
+            continue
+        click.echo()
+        messages.append({"role": "assistant", "content": "".join(pieces)})

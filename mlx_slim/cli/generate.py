@@ -1,0 +1,70 @@
+"""``mlx-slim generate``: one prompt, one answer.
+
+Invariant: standard output holds the answer and nothing else; how it went is a line on standard
+error. Try it: ``mlx-slim generate MODEL --prompt "Name three fruits." --max-tokens 40``.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from mlx_slim.errors import SlimError
+
+
+@click.command()
+@click.argument("model")
+@click.option("--adapter", metavar="DIR", help="Adapter folder to put on the model.")
+@click.option("--prompt", required=True, metavar="TEXT", help="What to say; - reads it from stdin.")
+@click.option("--system", metavar="TEXT", help="System message (needs a chat template).")
+@click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True)
+@click.option("--temp", type=click.FloatRange(0), default=0.0, show_default=True, help="0: greedy.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling.")
+@click.option("--no-chat-template", is_flag=True, help="Continue the prompt as it stands.")
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python files of the model repository.")
+def command(
+    model: str,
+    adapter: str | None,
+    prompt: str,
+    system: str | None,
+    max_tokens: int,
+    temp: float,
+    seed: int,
+    no_chat_template: bool,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> None:
+    """Complete one prompt with MODEL (a folder or a hub id).
+
+    An instruct model answers in its chat template; a base model continues the text.
+    """
+    if system is not None and no_chat_template:
+        raise SlimError("--system needs the chat template", "leave --no-chat-template out")
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
+        raise SlimError("the prompt is empty", "give it some text")
+    import mlx.core as mx
+
+    from mlx_slim.runtime import human_bytes
+    from mlx_slim.workflows.talk import open_speaker
+
+    speaker = open_speaker(model, adapter, revision=revision, trust_remote_code=trust_remote_code)
+    mx.random.seed(seed)
+    as_chat = not no_chat_template and speaker.tokenizer.has_chat_template
+    if as_chat or system is not None:
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        ids = speaker.chat_ids([*messages, {"role": "user", "content": text}])
+    else:
+        ids = speaker.text_ids(text)
+    for piece in speaker.stream(ids, max_tokens=max_tokens, temperature=temp):
+        click.echo(piece, nl=False)
+    click.echo()
+    if reply := speaker.last:
+        click.echo(
+            f"{reply.prompt_tokens} prompt tokens, {reply.tokens} tokens "
+            f"at {reply.tokens_per_second:.1f} tokens/s, "
+            f"peak memory {human_bytes(reply.peak_memory_bytes)}, end: {reply.stop_reason}",
+            err=True,
+        )

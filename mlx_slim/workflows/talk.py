@@ -1,0 +1,180 @@
+"""A model that answers: load it with its adapter, and stream what it says.
+
+Invariant: what was already computed is never computed again. A turn keeps the longest prefix of the
+cached tokens that the new prompt shares, whatever the chat template did to the turns before.
+Try it: ``mlx-slim generate HuggingFaceTB/SmolLM2-135M-Instruct --prompt "Name three fruits."``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_slim import runtime
+from mlx_slim.adapters.store import load_adapter
+from mlx_slim.errors import SlimError
+from mlx_slim.models.load import load
+from mlx_slim.models.quantized import densify, is_quantized
+
+_DENSE_SHARE = 0.5  # of the memory, that a dequantized model may take
+
+
+@dataclass(frozen=True)
+class Reply:
+    """How an answer went.
+
+    Attributes:
+        prompt_tokens: Tokens of the whole prompt.
+        cached_tokens: Those of them that an earlier turn had computed.
+        tokens: Tokens of the answer.
+        tokens_per_second: Of the answer, the prompt's time left out.
+        peak_memory_bytes: MLX peak, bytes.
+        stop_reason: ``stop`` (the model ended) or ``length`` (``max_tokens`` was reached).
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    tokens: int
+    tokens_per_second: float
+    peak_memory_bytes: int
+    stop_reason: str
+
+
+@dataclass
+class Speaker:
+    """A model and what it holds in its cache; ``open_speaker`` makes one.
+
+    Attributes:
+        model: The model, with its adapter.
+        tokenizer: mlx-lm's wrapper.
+        last: How the last answer went; None before the first.
+    """
+
+    model: Any
+    tokenizer: Any
+    last: Reply | None = None
+    _cache: list[Any] | None = None
+    _cached_ids: list[int] = field(default_factory=list)
+
+    def chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        """Return the prompt of a conversation (``role``, ``content``) in the model's template.
+
+        Raises:
+            SlimError: If the model has no chat template, or it refuses these messages.
+        """
+        if not self.tokenizer.has_chat_template:
+            raise SlimError(
+                "this model has no chat template",
+                "it is a base model: mlx-slim generate MODEL --prompt TEXT continues a text",
+            )
+        try:
+            return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+        except Exception as error:  # Jinja's errors, and whatever a template raises
+            roles = ", ".join(message["role"] for message in messages)
+            raise SlimError(f"the chat template refuses roles {roles}: {error}") from error
+
+    def text_ids(self, text: str) -> list[int]:
+        """Return the tokens of ``text`` as it stands, special tokens at its start included."""
+        bos = self.tokenizer.bos_token
+        special = bos is None or not text.startswith(bos)
+        return list(self.tokenizer.encode(text, add_special_tokens=special))
+
+    def stream(self, ids: list[int], *, max_tokens: int, temperature: float) -> Iterator[str]:
+        """Yield the answer to the prompt ``ids`` in pieces; ``last`` is set as it grows.
+
+        Raises:
+            SlimError: If the prompt is empty.
+        """
+        from mlx_lm.generate import stream_generate
+        from mlx_lm.sample_utils import make_sampler
+
+        if not ids:
+            raise SlimError("the prompt is empty", "give it some text")
+        cached = self._keep_prefix(ids)
+        said: list[int] = []
+        try:
+            for response in stream_generate(
+                self.model,
+                self.tokenizer,
+                mx.array(ids[cached:]),
+                max_tokens=max_tokens,
+                sampler=make_sampler(temp=temperature),
+                prompt_cache=self._cache,
+            ):
+                said.append(response.token)
+                self.last = Reply(
+                    prompt_tokens=len(ids),
+                    cached_tokens=cached,
+                    tokens=response.generation_tokens,
+                    tokens_per_second=response.generation_tps,
+                    peak_memory_bytes=mx.get_peak_memory(),
+                    stop_reason=response.finish_reason or "interrupted",
+                )
+                yield response.text
+        finally:
+            self._cached_ids = ids + said
+
+    def _keep_prefix(self, ids: list[int]) -> int:
+        """Cut the cache to what ``ids`` begins with; return its tokens (at least one is left)."""
+        from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+
+        if self._cache is not None:
+            held = getattr(self._cache[0], "offset", None)
+            if isinstance(held, int) and can_trim_prompt_cache(self._cache):
+                known = self._cached_ids[:held]
+                same = _shared(known, ids[:-1])
+                extra = held - same
+                if held == len(known) and trim_prompt_cache(self._cache, extra) == extra:
+                    return same
+        self._cache = make_prompt_cache(self.model)
+        return 0
+
+
+def _shared(one: list[int], other: list[int]) -> int:
+    """Return how many elements both begin with."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def open_speaker(
+    source: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Speaker:
+    """Load a model to talk with.
+
+    On a CPU it computes in float32 and, memory allowing, on dequantized weights: a decoding step
+    has one row, so rebuilding a quantized weight in every step costs more than the step.
+
+    Args:
+        source: Folder or hub id.
+        adapter: Adapter folder, ours or mlx-lm's.
+        revision: Branch, tag or commit of a hub id.
+        trust_remote_code: Run Python files that the repository brings.
+
+    Raises:
+        SlimError: If the model or the adapter cannot be used.
+    """
+    on_cpu = not runtime.on_gpu()
+    loaded = load(
+        source,
+        revision=revision,
+        dtype=mx.float32 if on_cpu else None,
+        trust_remote_code=trust_remote_code,
+    )
+    if on_cpu and is_quantized(loaded.model):
+        from mlx_lm.utils import get_total_parameters
+
+        dense_bytes = 4 * get_total_parameters(loaded.model)
+        if dense_bytes < _DENSE_SHARE * runtime.device_memory():
+            densify(loaded.model)
+    if adapter is not None:
+        load_adapter(loaded.model, adapter)
+    loaded.model.eval()
+    return Speaker(loaded.model, loaded.tokenizer)

@@ -1,0 +1,104 @@
+"""``generate`` and ``chat`` from the command line."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from mlx_slim.cli.main import run
+from tests.support.tiny import tiny_model
+
+
+def test_generate_prints_the_answer_alone(tiny, capsys):
+    words = ["generate", str(tiny("llama")), "--prompt", "hello", "--max-tokens", "5"]
+    assert run(words) == 0
+    first = capsys.readouterr()
+    assert "prompt tokens" in first.err
+    assert "prompt tokens" not in first.out
+    assert run(words) == 0
+    assert capsys.readouterr().out == first.out
+
+
+def test_a_seed_decides_what_is_sampled(tiny, capsys):
+    words = [
+        "generate",
+        str(tiny("llama")),
+        "--prompt",
+        "hello",
+        "--max-tokens",
+        "8",
+        "--temp",
+        "2",
+    ]
+    outputs = []
+    for seed in ("1", "1", "2"):
+        assert run([*words, "--seed", seed]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] != outputs[2]
+
+
+def test_generate_reads_standard_input(tiny, capsys, monkeypatch):
+    words = ["generate", str(tiny("llama")), "--max-tokens", "5", "--prompt"]
+    assert run([*words, "hello"]) == 0
+    typed = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello"))
+    assert run([*words, "-"]) == 0
+    assert capsys.readouterr().out == typed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prompt", " "], "the prompt is empty"),
+        (["--prompt", "x", "--system", "y", "--no-chat-template"], "--system needs"),
+        (["--prompt", "x", "--max-tokens", "0"], "--max-tokens"),
+        (["--prompt", "x", "--temp", "-1"], "--temp"),
+        (["--prompt", "x", "--adapter", "no-such-folder"], "no-such-folder"),
+        ([], "--prompt"),
+    ],
+)
+def test_bad_input_of_generate_is_one_line(words, message, tiny, capsys):
+    assert run(["generate", str(tiny("llama")), *words]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("error: ")
+    assert captured.out == ""
+
+
+def test_an_absent_model_is_one_line(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert run(["generate", str(tmp_path / "absent"), "--prompt", "x"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_base_model_continues_but_takes_no_system_message(tmp_path, capsys):
+    folder = str(tiny_model(tmp_path / "base", "llama", chat_template=None))
+    assert run(["generate", folder, "--prompt", "once", "--max-tokens", "3"]) == 0
+    assert run(["generate", folder, "--prompt", "once", "--system", "be brief"]) == 2
+    assert "no chat template" in capsys.readouterr().err
+
+
+def test_chat_holds_a_conversation_and_its_commands(tiny, capsys, monkeypatch):
+    lines = "hello\n/reset\nhello\n/rest\n\n/exit\nnever read\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    words = ["chat", str(tiny("llama")), "--max-tokens", "6", "--temp", "0"]
+    assert run(words) == 0
+    captured = capsys.readouterr()
+    assert "forgotten" in captured.err
+    assert "did you mean '/reset'?" in captured.err
+    half = len(captured.out) // 2
+    assert captured.out[:half] == captured.out[half:]  # after /reset the answer is the same
+    assert captured.out
+
+
+def test_chat_ends_with_its_input(tiny, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello"))
+    assert run(["chat", str(tiny("llama")), "--max-tokens", "3", "--system", "be brief"]) == 0
+    assert capsys.readouterr().out
+
+
+def test_a_base_model_does_not_chat(tmp_path, capsys):
+    folder = str(tiny_model(tmp_path / "base", "llama", chat_template=None))
+    assert run(["chat", folder]) == 2
+    assert "hint: it is a base model" in capsys.readouterr().err
