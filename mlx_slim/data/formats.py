@@ -213,7 +213,8 @@ def _message(row: RawRow, index: int, turn: Any) -> dict[str, Any]:
         )
     if isinstance(content, list):  # the parts of the OpenAI API
         parts = [part.get("text") if isinstance(part, dict) else part for part in content]
-        content = "".join(parts) if all(isinstance(part, str) for part in parts) else content
+        texts = [part for part in parts if isinstance(part, str)]
+        content = "".join(texts) if len(texts) == len(parts) else content
     if content is None and turn.get("tool_calls"):
         content = ""
     if content is None:

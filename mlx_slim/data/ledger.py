@@ -47,6 +47,7 @@ class SourceLedger:
     blank_lines: int = 0
     cut_turns: int = 0
     cut_tokens: int = 0
+    cut_characters: int = 0  # of texts cut before they were tokenised
     truncated: Tally = field(default_factory=Tally)
     dropped: dict[str, Tally] = field(default_factory=dict)
     formats: dict[str, int] = field(default_factory=dict)
@@ -86,6 +87,7 @@ class SourceLedger:
             "rows_used": self.used,
             "rows_truncated": {"count": self.truncated.count, "first": self.truncated.first},
             "tokens_cut": self.cut_tokens,
+            "characters_cut_before_tokenising": self.cut_characters,
             "rows_dropped": {
                 reason: {"count": tally.count, "first": tally.first}
                 for reason, tally in self.dropped.items()

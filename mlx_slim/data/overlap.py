@@ -11,21 +11,23 @@ Legend: W words of a text, G hashed runs (n-grams).
 
 from __future__ import annotations
 
-import json
 import os
 import re
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlx_slim.data.sources import MIRROR_VARIABLE, RawRow
+from mlx_slim.data.sources import MIRROR_VARIABLE, RawRow, Source
 
 LONG, SHORT = 13, 8
 _FIRST = 5
+_BLOCK = 1 << 16  # words hashed at once
 _WORD = re.compile(r"\w+")
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 # Data set of a mirror, its scored split, and the fields that hold the question.
@@ -52,6 +54,10 @@ def _runs(words_W: np.ndarray, n: int) -> np.ndarray:
     return hashes_G
 
 
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.lower())
+
+
 @dataclass(frozen=True)
 class Index:
     """The runs of all questions: ``hashes_G`` sorted uint64, ``owners_G`` their questions."""
@@ -60,53 +66,51 @@ class Index:
     hashes_G: np.ndarray
     owners_G: np.ndarray
     datasets: list[str]
-    first_question: np.ndarray  # of each data set, and the end: where a question number belongs
-    too_short: dict[str, int]
-
-    def codes(self, text: str) -> np.ndarray:
-        """Return the code of each word; a word of no question is 0, which matches nothing."""
-        get = self.vocabulary.get
-        return np.array([get(word, 0) for word in _WORD.findall(text.lower())], np.uint64)
+    edges: np.ndarray  # first question of each data set, and the end
+    too_short: list[int]  # questions of each data set that are not checked
 
 
 @lru_cache(maxsize=2)
 def build_index(mirror: Path) -> Index:
-    """Hash the questions of a mirror's scored splits (a few seconds for 25 MB)."""
+    """Hash the questions of a mirror's scored splits (a second or two for 25 MB).
+
+    Raises:
+        SlimError: If a file of the mirror cannot be read.
+    """
     vocabulary: dict[str, int] = {}
-    datasets: list[str] = []
-    first, too_short = [0], {}
-    hashes: list[np.ndarray] = []
-    owners: list[np.ndarray] = []
-    question = 0
+    datasets, edges = [], [0]
+    codes, lengths = array("Q"), array("q")
     for name, (split, columns) in EVALUATIONS.items():
         file = mirror / name / f"{split}.jsonl"
         if not file.is_file():
             continue
-        datasets.append(name)
-        too_short[name] = 0
         for text in _questions(file, columns):
-            words = _WORD.findall(text.lower())
-            codes = [vocabulary.setdefault(word, len(vocabulary) + 1) for word in words]
-            runs = _runs(np.array(codes, np.uint64), LONG if len(codes) >= LONG else SHORT)
-            if len(runs):
-                hashes.append(runs)
-                owners.append(np.full(len(runs), question, np.int32))
-            else:
-                too_short[name] += 1
-            question += 1
-        first.append(question)
-    every = np.concatenate(hashes) if hashes else np.empty(0, np.uint64)
+            words = _words(text)
+            codes.extend([vocabulary.setdefault(word, len(vocabulary) + 1) for word in words])
+            lengths.append(len(words))
+        datasets.append(name)
+        edges.append(len(lengths))
+    codes_W, length_Q = np.array(codes, np.uint64), np.array(lengths, np.int64)
+    owner_W = np.repeat(np.arange(len(length_Q), dtype=np.int32), length_Q)
+    left_W = np.repeat(np.cumsum(length_Q), length_Q) - np.arange(len(codes_W))  # words to its end
+    hashes: list[np.ndarray] = []
+    owners: list[np.ndarray] = []
+    for n, wanted_Q in ((LONG, length_Q >= LONG), (SHORT, length_Q < LONG)):
+        runs_G = _runs(codes_W, n)
+        whole_G = ((left_W >= n) & wanted_Q[owner_W])[: len(runs_G)]
+        hashes.append(runs_G[whole_G])
+        owners.append(owner_W[: len(runs_G)][whole_G])
+    every = np.concatenate(hashes)
     order = np.argsort(every, kind="stable")
-    owned = np.concatenate(owners)[order] if owners else np.empty(0, np.int32)
-    return Index(vocabulary, every[order], owned, datasets, np.array(first), too_short)
+    short = [int((length_Q[a:b] < SHORT).sum()) for a, b in pairwise(edges)]
+    return Index(
+        vocabulary, every[order], np.concatenate(owners)[order], datasets, np.array(edges), short
+    )
 
 
 def _questions(file: Path, columns: tuple[str, ...]) -> Iterator[str]:
-    with file.open(encoding="utf-8") as handle:
-        for line in handle:
-            if line.strip():
-                row = json.loads(line)
-                yield " ".join(str(row.get(column, "")) for column in columns)
+    for row in Source(str(file), "file", [file]):
+        yield " ".join(str(row.value.get(column, "")) for column in columns)
 
 
 @dataclass
@@ -117,6 +121,9 @@ class Checker:
     rows: int = 0
     overlapping: int = 0
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _waiting: list[str] = field(default_factory=list)  # their places
+    _codes: array[int] = field(default_factory=lambda: array("Q"))
+    _ends: list[int] = field(default_factory=list)
 
     @classmethod
     def from_mirror(cls, mirror: str | Path | None = None) -> Checker:
@@ -128,46 +135,68 @@ class Checker:
         return cls(index if index.datasets else None)
 
     def add(self, raw: RawRow, texts: Iterable[str]) -> None:
-        """Check one training row."""
+        """Check one training row (in blocks, so that the work is numpy's)."""
         if self.index is None:
             return
-        self.rows += 1
-        codes_W = self.index.codes(" ".join(texts))
-        seen: set[int] = set()
+        get = self.index.vocabulary.get
+        self._codes.extend([get(word, 0) for word in _words(" ".join(texts))])
+        self._codes.append(0)  # a word of no question: no run reaches into the next row
+        self._waiting.append(raw.place)
+        self._ends.append(len(self._codes))
+        if len(self._codes) >= _BLOCK:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self.index is None or not self._waiting:
+            return
+        codes_W = np.array(self._codes, np.uint64)
+        pairs: list[np.ndarray] = []
         for n in (LONG, SHORT):
             runs_G = _runs(codes_W, n)
-            if len(runs_G) and len(self.index.hashes_G):
-                low = np.searchsorted(self.index.hashes_G, runs_G, "left")
-                high = np.searchsorted(self.index.hashes_G, runs_G, "right")
-                for hit in np.flatnonzero(high > low):
-                    seen.update(self.index.owners_G[low[hit] : high[hit]].tolist())
-        if not seen:
-            return
-        self.overlapping += 1
-        for dataset in {self._dataset(question) for question in seen}:
-            self.found.setdefault(dataset, {"rows": 0, "questions": set(), "first": []})
-            entry = self.found[dataset]
-            entry["rows"] += 1
-            entry["questions"] |= {q for q in seen if self._dataset(q) == dataset}
-            if len(entry["first"]) < _FIRST:
-                entry["first"].append(raw.place)
+            known_G = np.convolve(codes_W == 0, np.ones(n), "valid")[: len(runs_G)] < 0.5
+            at_G = np.flatnonzero(known_G) if len(runs_G) else np.empty(0, np.int64)
+            low = np.searchsorted(self.index.hashes_G, runs_G[at_G], "left")
+            high = np.searchsorted(self.index.hashes_G, runs_G[at_G], "right")
+            row = np.searchsorted(self._ends, at_G, "right")
+            times = high - low  # questions that share the run
+            first = np.cumsum(times) - times
+            inside = np.arange(times.sum()) - np.repeat(first, times)
+            owners = self.index.owners_G[np.repeat(low, times) + inside].astype(np.int64)
+            pairs.append(np.repeat(row, times) * self.index.edges[-1] + owners)
+        pairs_P = np.unique(np.concatenate(pairs))
+        if len(pairs_P):
+            self._count(pairs_P // self.index.edges[-1], pairs_P % self.index.edges[-1])
+        self.rows += len(self._waiting)
+        self._codes, self._waiting, self._ends = array("Q"), [], []
 
-    def _dataset(self, question: int) -> str:
+    def _count(self, rows_P: np.ndarray, questions_P: np.ndarray) -> None:
+        """Count the distinct (row, question) pairs of a block."""
         assert self.index is not None
-        number = int(np.searchsorted(self.index.first_question, question, "right")) - 1
-        return self.index.datasets[number]
+        self.overlapping += len(np.unique(rows_P))
+        datasets_P = np.searchsorted(self.index.edges, questions_P, "right") - 1
+        for number in np.unique(datasets_P):
+            mine = datasets_P == number
+            entry = self.found.setdefault(
+                self.index.datasets[number], {"rows": 0, "questions": set(), "first": []}
+            )
+            rows = np.unique(rows_P[mine])
+            entry["rows"] += len(rows)
+            entry["questions"].update(questions_P[mine].tolist())
+            room = _FIRST - len(entry["first"])
+            entry["first"] += [self._waiting[row] for row in rows[:room]]
 
     def report(self) -> dict[str, Any]:
         """Return the ledger's section: per data set the rows and questions that overlap."""
+        self._flush()
         if self.index is None:
             return {"checked": False, "why": f"no evaluation data under {MIRROR_VARIABLE}"}
         datasets = {}
         for number, name in enumerate(self.index.datasets):
             entry = self.found.get(name, {"rows": 0, "questions": set(), "first": []})
-            edges = self.index.first_question
+            edges = self.index.edges
             datasets[name] = {
                 "questions": int(edges[number + 1] - edges[number]),
-                "questions_too_short_to_check": self.index.too_short[name],
+                "questions_too_short_to_check": self.index.too_short[number],
                 "questions_found": len(entry["questions"]),
                 "rows_overlapping": entry["rows"],
                 "first": entry["first"],

@@ -92,7 +92,9 @@ class Pipeline:
             except Dropped as dropped:
                 ledger.drop(dropped.reason, raw)
                 continue
-            rendered = self._render(raw, example)
+            rendered = self._clip(raw, self._render(raw, example), ledger)
+            if rendered is None:
+                continue
             ledger.read(example)
             waiting.append((raw, example, rendered))
             characters += len(rendered.text)
@@ -107,6 +109,34 @@ class Pipeline:
             return self.template.render(example)
         except SlimError as error:
             raise SlimError(f"{raw.place}: {error.message}", error.hint) from error
+
+    def _clip(self, raw: RawRow, row: Rendered, ledger: SourceLedger) -> Rendered | None:
+        """Apply the truncation policy to a text that is too long whatever its tokens are.
+
+        Tokenising 10 MB to keep 512 tokens would take seconds and gigabytes.
+        """
+        most = self.max_length * self.encoder.most_characters
+        if len(row.text) <= most:
+            return row
+        if self.config.truncation == "error":
+            raise self._too_long(raw, f"{len(row.text):,} characters")
+        if self.config.truncation == "drop":
+            ledger.drop(self._reason, raw)
+            return None
+        ledger.cut_characters += len(row.text) - most
+        if self.config.truncation == "left":
+            return row.cut(len(row.text) - most, len(row.text))
+        return row.cut(0, most)
+
+    @property
+    def _reason(self) -> str:
+        return f"longer than {self.max_length} tokens"
+
+    def _too_long(self, raw: RawRow, size: str) -> SlimError:
+        return SlimError(
+            f"{raw.place}: {size}, longer than train.max_length={self.max_length} tokens",
+            "raise train.max_length, or choose data.truncation=drop, left or right",
+        )
 
     def _encode(
         self, waiting: list[tuple[RawRow, Example, Rendered]], ledger: SourceLedger
@@ -131,12 +161,9 @@ class Pipeline:
             return row
         policy = self.config.truncation
         if policy == "error":
-            raise SlimError(
-                f"{raw.place}: {length:,} tokens, longer than train.max_length={limit}",
-                "raise train.max_length, or choose data.truncation=drop, left or right",
-            )
+            raise self._too_long(raw, f"{length:,} tokens")
         if policy == "drop":
-            ledger.drop(f"longer than {limit} tokens", raw)
+            ledger.drop(self._reason, raw)
             return None
         cut = slice(-limit, None) if policy == "left" else slice(None, limit)
         supervised = row.supervised_T[cut].copy()

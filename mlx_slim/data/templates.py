@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,11 @@ class Rendered:
     text: str
     spans: list[tuple[int, int]]
     own_bos: bool = False
+
+    def cut(self, start: int, end: int) -> Rendered:
+        """Return the characters [start, end) and the spans in them."""
+        inside = [(max(a, start) - start, min(b, end) - start) for a, b in self.spans]
+        return replace(self, text=self.text[start:end], spans=[(a, b) for a, b in inside if a < b])
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ def load_template(setting: str, tokenizer: Any) -> Template:
             )
         source = tokenizer.get_chat_template()
         special = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
-        renderer = _ChatTemplate(_hub_render(source, special), source, _eos_texts(tokenizer), eos)
+        renderer = _ChatTemplate(_hub_render(source, special), source, _eos_texts(tokenizer))
         return Template("model", hash_bytes(f"model 1 {special} {source}".encode()), renderer)
     return _custom(setting, tokenizer)
 
@@ -218,9 +223,9 @@ class _ChatTemplate:
     (templates that rewrite earlier turns), the turn ends with the EOS after its content.
     """
 
-    def __init__(self, render: _Render, source: str, eos_texts: list[str], eos: str) -> None:
+    def __init__(self, render: _Render, source: str, eos_texts: list[str]) -> None:
         self._render, self._marked = render, bool(_GENERATION.search(source))
-        self._eos_texts, self._eos = eos_texts, eos
+        self._eos_texts = eos_texts
 
     def __call__(self, example: Example) -> Rendered:
         if example.kind == "text":
@@ -336,7 +341,6 @@ def _custom(setting: str, tokenizer: Any) -> Template:
         _hub_render(source, special) if marked else render,
         source,
         _eos_texts(tokenizer),
-        special["eos_token"],
     )
 
     def row(example: Example) -> Rendered:

@@ -64,6 +64,9 @@ class Encoder:
         first = self.tokenizer("a").input_ids
         self.adds_bos = self.bos is not None and bool(first) and first[0] == self.bos
 
+        longest = max(map(len, self.tokenizer.get_vocab()), default=1)
+        self.most_characters = 4 * longest  # of a token: four times, for normalizers that shorten
+
     def fingerprint(self) -> str:
         """Return a hash of the vocabulary, the merges and the special tokens."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
