@@ -145,8 +145,10 @@ def choose(model: Any, config: AdapterConfig) -> list[Site]:
     for target in targets:
         matched = _matches(target, candidates)
         if not matched:
-            names = {s.inside.rsplit(".", 1)[-1] for s in everything} | {"all-linear"}
-            hint = did_you_mean(target.rsplit(".", 1)[-1], names)
+            known = {s.inside for s in everything}
+            if "." not in target:
+                known = {name.rsplit(".", 1)[-1] for name in known}
+            hint = did_you_mean(target, known | {"all-linear"})
             raise SlimError(f"adapter.targets: {target!r} matches no layer of this model", hint)
         selected.update(s.path for s in matched)
     if not selected:
@@ -154,7 +156,19 @@ def choose(model: Any, config: AdapterConfig) -> list[Site]:
     return [s for s in everything if s.path in selected]
 
 
-def _check(site: Site, rank: int, dora: bool) -> None:
+def _check(chosen: list[Site], rank: int, dora: bool) -> None:
+    for site in chosen:
+        _check_kind(site, dora)
+    for site in chosen:
+        smallest = min(dimensions(site.module))
+        if rank > smallest:
+            raise SlimError(
+                f"adapter.rank={rank} is above the smaller side of {site.path}, {smallest}",
+                f"use a rank of at most {smallest}",
+            )
+
+
+def _check_kind(site: Site, dora: bool) -> None:
     if not isinstance(site.module, LINEAR_TYPES + _EMBEDDING):
         raise SlimError(
             f"{site.path} is an expert layer ({type(site.module).__name__}): adapters on experts "
@@ -165,12 +179,6 @@ def _check(site: Site, rank: int, dora: bool) -> None:
         raise SlimError(
             f"{site.path} is an embedding: DoRA works on linear layers",
             "use method: lora, or leave it out of adapter.targets",
-        )
-    smallest = min(dimensions(site.module))
-    if rank > smallest:
-        raise SlimError(
-            f"adapter.rank={rank} is above the smaller side of {site.path}, {smallest}",
-            f"use a rank of at most {smallest}",
         )
 
 
@@ -184,8 +192,7 @@ def place(
     """
     if adapters_of(model):
         raise SlimError("this model has adapters already", "load the base again, or merge first")
-    for site in chosen:
-        _check(site, rank, dora)
+    _check(chosen, rank, dora)
     model.freeze()
     placed: list[tuple[str, Adapter]] = []
     for site in chosen:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import mlx_lm
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm import load as stock_load
-from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
 from mlx_slim.adapters.inject import adapter_state, inject
 from mlx_slim.adapters.store import load_adapter, load_adapter_state, save_adapter
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError
-
-IDS = mx.array([[1, 5, 9, 70, 200, 31, 8, 8, 2, 100]])
+from tests.adapters.support import IDS, shake, stock_model
+from tests.support.tiny import tiny_model
 
 CASES = {
     "lora": ("llama", {}, False),
@@ -40,63 +42,36 @@ CASES = {
 }
 
 
-def base(folder: Path, bits: int | None = None):
-    """The model at ``folder`` by stock mlx-lm, quantized in memory when ``bits`` are given."""
-    model, _ = stock_load(str(folder))
-    return quantized(model, bits)
-
-
-def quantized(model, bits: int | None):
-    if bits:
-        from mlx import nn
-
-        nn.quantize(model, group_size=32, bits=bits)
-    return model
-
-
-def shake(model) -> None:
-    """Move every trainable parameter away from its start, as training would."""
-    mx.random.seed(7)
-    moved = [
-        (name, value + 0.05 * mx.random.normal(value.shape))
-        for name, value in tree_flatten(model.trainable_parameters())
-    ]
-    model.load_weights(moved, strict=False)
-
-
 def trained(folder: Path, config: AdapterConfig, dora: bool = False, bits: int | None = None):
-    model = base(folder, bits)
+    model = stock_model(folder, bits)
     injected = inject(model, config, dora=dora)
     shake(model)
     return model, injected
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_stock_mlx_lm_and_we_read_the_same_logits(case, tiny, tmp_path, monkeypatch):
+def test_stock_mlx_lm_and_we_read_the_same_logits(case, tiny, tmp_path):
     architecture, settings, dora, *bits = CASES[case]
     bits = bits[0] if bits else None
     config = AdapterConfig(rank=4, alpha=8, **settings)
     model, injected = trained(tiny(architecture), config, dora, bits)
     expected = model(IDS)
-    untouched = base(tiny(architecture), bits)(IDS)
+    untouched = stock_model(tiny(architecture), bits)(IDS)
     assert mx.abs(expected - untouched).max().item() > 1e-3
 
     folder = tmp_path / "adapters"
     save_adapter(folder, model, config, injected, dora=dora, base="tiny")
     assert mx.array_equal(model(IDS), expected)
 
-    from mlx_lm import utils
-    from mlx_lm.tuner.utils import load_adapters
-
-    stock = base(tiny(architecture), bits)
+    stock = stock_model(tiny(architecture), bits)
     load_adapters(stock, str(folder))
     stock.eval()
     assert mx.allclose(stock(IDS), expected, rtol=1e-4, atol=1e-5)
     if bits is None:
-        whole, _ = utils.load(str(tiny(architecture)), adapter_path=str(folder))
+        whole, _ = mlx_lm.load(str(tiny(architecture)), adapter_path=str(folder))
         assert mx.allclose(whole(IDS), expected, rtol=1e-4, atol=1e-5)
 
-    again = base(tiny(architecture), bits)
+    again = stock_model(tiny(architecture), bits)
     loaded = load_adapter(again, folder)
     assert loaded.paths == injected.paths
     assert loaded.scale == injected.scale
@@ -104,3 +79,190 @@ def test_stock_mlx_lm_and_we_read_the_same_logits(case, tiny, tmp_path, monkeypa
     if config.init == "standard":
         assert mx.array_equal(again(IDS), expected)
         assert loaded.parameters == injected.parameters
+
+
+def test_the_config_tells_people_and_tools_what_it_is(tiny, tmp_path):
+    config = AdapterConfig(rank=4, alpha=8, targets=["v_proj", "q_proj"], layers=2)
+    model, injected = trained(tiny("llama"), config)
+    save_adapter(tmp_path / "a", model, config, injected, dora=False, base="org/base")
+    written = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert written["fine_tune_type"] == "lora"
+    assert written["num_layers"] == 2
+    assert written["lora_parameters"] == {
+        "rank": 4,
+        "scale": 2.0,
+        "dropout": 0.0,
+        "keys": ["self_attn.q_proj", "self_attn.v_proj"],
+    }
+    assert written["model"] == "org/base"
+    assert written["alpha"] == 8
+    assert written["schema_version"] == 1
+    assert written["paths"] == injected.paths
+    assert sorted(file.name for file in (tmp_path / "a").iterdir()) == [
+        "adapter_config.json",
+        "adapters.safetensors",
+    ]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a"]
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_layers": -1},
+        {"num_layers": 2},
+        {"num_layers": 16},
+        {"num_layers": 2, "keys": ["self_attn.q_proj"]},
+        {"num_layers": 1, "keys": ["self_attn.q_proj", "lm_head"]},
+    ],
+)
+def test_adapters_of_stock_mlx_lm_load_here(settings, dora, tiny, tmp_path):
+    stock = stock_model(tiny("llama"))
+    stock.freeze()
+    parameters: dict[str, Any] = {"rank": 4, "scale": 20.0, "dropout": 0.0}
+    if "keys" in settings:
+        parameters["keys"] = settings["keys"]
+    linear_to_lora_layers(stock, settings["num_layers"], parameters, use_dora=dora)
+    shake(stock)
+    tensors = dict(tree_flatten(stock.trainable_parameters()))
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), tensors)
+    config = {
+        "fine_tune_type": "dora" if dora else "lora",
+        "num_layers": settings["num_layers"],
+        "lora_parameters": parameters,
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    model = stock_model(tiny("llama"))
+    loaded = load_adapter(model, tmp_path)
+    assert loaded.scale == 20.0
+    assert loaded.parameters == sum(tensor.size for tensor in tensors.values())
+    assert mx.allclose(model(IDS), stock(IDS), rtol=1e-4, atol=1e-4)
+
+
+def test_the_same_base_in_another_format_is_the_same_base(tiny, tmp_path):
+    config = AdapterConfig(rank=4)
+    model, injected = trained(tiny("llama"), config)
+    save_adapter(tmp_path / "a", model, config, injected, dora=False, base="tiny")
+    for bits in (2, 3, 4, 8):
+        load_adapter(stock_model(tiny("llama"), bits), tmp_path / "a")
+    half = stock_model(tiny("llama"))
+    half.set_dtype(mx.bfloat16)
+    load_adapter(half, tmp_path / "a")
+    assert half(IDS).dtype == mx.bfloat16
+
+
+@pytest.fixture
+def stored(tiny, tmp_path) -> Path:
+    config = AdapterConfig(rank=4, targets=["q_proj", "v_proj"])
+    model, injected = trained(tiny("llama"), config)
+    save_adapter(tmp_path / "a", model, config, injected, dora=False, base="org/right")
+    return tmp_path / "a"
+
+
+def refused(folder: Path, model: Any) -> SlimError:
+    names = [name for name, _ in tree_flatten(model.parameters())]
+    with pytest.raises(SlimError) as caught:
+        load_adapter(model, folder)
+    assert "\n" not in str(caught.value)
+    assert [name for name, _ in tree_flatten(model.parameters())] == names
+    return caught.value
+
+
+def change(folder: Path, edit) -> None:
+    tensors = mx.load(str(folder / "adapters.safetensors"))
+    edit(tensors)
+    mx.eval(tensors)
+    mx.save_safetensors(str(folder / "adapters.safetensors"), tensors)
+
+
+def test_missing_extra_and_wrongly_shaped_tensors_come_in_one_error(stored, tiny):
+    q, v = "model.layers.0.self_attn.q_proj", "model.layers.2.self_attn.v_proj"
+
+    def edit(tensors):
+        del tensors[f"{q}.lora_b"]
+        tensors["model.layers.9.mlp.up_proj.lora_a"] = mx.zeros((3, 2))
+        tensors[f"{v}.lora_a"] = mx.zeros((64, 5))
+
+    change(stored, edit)
+    message = refused(stored, stock_model(tiny("llama"))).message
+    assert f"missing {q}.lora_b (4, 64)" in message
+    assert "not in the model model.layers.9.mlp.up_proj.lora_a (3, 2)" in message
+    assert f"{v}.lora_a is (64, 5), expected (64, 4)" in message
+
+
+def test_another_base_is_named(stored, tiny, tmp_path):
+    error = refused(stored, stock_model(tiny("llama-mha")))
+    assert "v_proj.lora_b is (4, 32), expected (4, 64)" in error.message
+    assert "org/right" in error.hint
+    other = tiny_model(tmp_path / "other", "llama", seed=1)
+    error = refused(stored, stock_model(other))
+    assert "another base of the same shape" in error.message
+    assert "org/right" in error.hint
+
+
+def test_unusable_folders(stored, tiny, tmp_path):
+    model = stock_model(tiny("llama"))
+    assert "no adapter folder" in refused(tmp_path / "nowhere", model).message
+
+    def broken(name: str) -> Path:
+        shutil.copytree(stored, tmp_path / name)
+        return tmp_path / name
+
+    folder = broken("no-weights")
+    (folder / "adapters.safetensors").unlink()
+    assert "adapters.safetensors does not exist" in refused(folder, model).message
+    folder = broken("cut")
+    file = folder / "adapters.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "no readable safetensors" in refused(folder, model).message
+    folder = broken("no-config")
+    (folder / "adapter_config.json").unlink()
+    assert "adapter_config.json does not exist" in refused(folder, model).message
+    folder = broken("config")
+    for text, expected in {
+        "{": "cannot be read as JSON",
+        "[]": "no lora_parameters",
+        '{"r": 8, "lora_alpha": 16}': "no lora_parameters",
+        '{"lora_parameters": {"rank": 4}, "num_layers": 1}': "'scale'",
+        '{"lora_parameters": {"rank": "x", "scale": 1}, "num_layers": 1}': "cannot be used",
+        '{"lora_parameters": {"rank": 4, "scale": 1}}': "num_layers",
+        '{"fine_tune_type": "full", "lora_parameters": {}}': "fine_tune_type is 'full'",
+    }.items():
+        (folder / "adapter_config.json").write_text(text)
+        assert expected in refused(folder, model).message
+
+
+def test_saving_again_replaces_the_folder(stored, tiny):
+    config = AdapterConfig(rank=2)
+    model, injected = trained(tiny("llama"), config)
+    save_adapter(stored, model, config, injected, dora=False, base="tiny")
+    again = stock_model(tiny("llama"))
+    assert load_adapter(again, stored).parameters == injected.parameters
+    assert [entry.name for entry in stored.parent.iterdir()] == ["a"]
+
+
+def test_an_unwritable_place_is_one_line(tiny, tmp_path):
+    config = AdapterConfig(rank=2)
+    model, injected = trained(tiny("llama"), config)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SlimError, match="cannot write"):
+        save_adapter(tmp_path / "file" / "a", model, config, injected, dora=False, base="tiny")
+
+
+@pytest.mark.parametrize("init", ["standard", "pissa"])
+def test_a_checkpoint_brings_the_adapter_back_to_the_bit(init, tiny):
+    config = AdapterConfig(rank=4, init=init)
+    model, _ = trained(tiny("llama"), config)
+    state = adapter_state(model)
+    again = stock_model(tiny("llama"))
+    inject(again, config, dora=False)
+    load_adapter_state(again, state)
+    assert mx.array_equal(again(IDS), model(IDS))
+    with pytest.raises(
+        SlimError, match=r"other adapters: .*lora_a: expected \(64, 4\), found None"
+    ):
+        load_adapter_state(again, dict(list(state.items())[1:]))
+    other = stock_model(tiny("llama"))
+    inject(other, AdapterConfig(rank=2, init=init), dora=False)
+    with pytest.raises(SlimError, match=r"expected \(64, 2\), found \(64, 4\)"):
+        load_adapter_state(other, state)

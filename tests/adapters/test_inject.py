@@ -1,0 +1,170 @@
+"""Injection: which layers, what is trainable, and every way a recipe can be wrong."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.utils import _get_classes
+
+from mlx_slim.adapters.inject import adapter_state, inject
+from mlx_slim.config.schema import AdapterConfig
+from mlx_slim.errors import SlimError
+from tests.adapters.support import IDS, stock_model
+
+# r=8: (config, parameters of q,v, parameters of all linears), counted by hand from the shapes.
+LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
+REAL = {
+    "TinyLlama-1.1B": (
+        LLAMA
+        | {"hidden_size": 2048, "num_hidden_layers": 22, "intermediate_size": 5632}
+        | {"num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32000},
+        1_126_400,
+        6_307_840,
+    ),
+    "Phi-2": (
+        {"model_type": "phi", "hidden_size": 2560, "num_hidden_layers": 32}
+        | {"intermediate_size": 10240, "num_attention_heads": 32, "vocab_size": 51200},
+        2_621_440,
+        11_796_480,
+    ),
+    "Mistral-7B": (
+        LLAMA
+        | {"model_type": "mistral", "hidden_size": 4096, "num_hidden_layers": 32}
+        | {"intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+        | {"vocab_size": 32000},
+        3_407_872,
+        20_971_520,
+    ),
+    "LLaMA-2-7B": (
+        LLAMA
+        | {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 11008}
+        | {"num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000},
+        4_194_304,
+        19_988_480,
+    ),
+    "SmolLM2-135M": (
+        LLAMA
+        | {"hidden_size": 576, "num_hidden_layers": 30, "intermediate_size": 1536}
+        | {"num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152}
+        | {"tie_word_embeddings": True},
+        460_800,
+        2_442_240,
+    ),
+}
+
+
+def unallocated(config: dict):
+    """A model of the real size whose random weights are never computed."""
+    if config["model_type"] == "mistral":
+        config = config | {"model_type": "llama"}  # what mlx-lm maps it to
+    model_class, args_class = _get_classes(config)
+    return model_class(args_class.from_dict(config))
+
+
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"])
+def test_parameter_counts_of_the_real_shapes(name, targets):
+    config, query_value, everything = REAL[name]
+    model = unallocated(config)
+    injected = inject(model, AdapterConfig(rank=8, targets=targets), dora=False)
+    assert injected.parameters == (everything if targets == "all-linear" else query_value)
+    trainable = tree_flatten(model.trainable_parameters())
+    assert sum(value.size for _, value in trainable) == injected.parameters
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "phi", "mistral", "qwen2"])
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_logits_at_the_start_are_the_base_s(architecture, dora, bits, tiny):
+    model = stock_model(tiny(architecture), bits)
+    expected = model(IDS)
+    injected = inject(model, AdapterConfig(rank=4), dora=dora)
+    assert mx.array_equal(model(IDS), expected)
+    names = [name for name, _ in tree_flatten(model.trainable_parameters())]
+    leaves = ("lora_a", "lora_b", "m") if dora else ("lora_a", "lora_b")
+    assert set(names) == {f"{path}.{leaf}" for path in injected.paths for leaf in leaves}
+    assert set(adapter_state(model)) == set(names)
+    assert not any("embed" in path or "head" in path for path in injected.paths)
+    assert injected.scale == 4.0
+    assert injected.alpha == 16.0
+
+
+def paths(model, **settings) -> list[str]:
+    return inject(model, AdapterConfig(rank=4, **settings), dora=False).paths
+
+
+def test_choosing_targets_and_layers(tiny):
+    def fresh():
+        return stock_model(tiny("llama"))
+
+    q = [f"model.layers.{i}.self_attn.q_proj" for i in range(3)]
+    assert paths(fresh(), targets="q_proj") == q
+    assert paths(fresh(), targets=["self_attn.q_proj"], layers=2) == q[1:]
+    assert paths(fresh(), targets=r"re:attn\.q_", layers=[2, 0]) == [q[0], q[2]]
+    assert paths(fresh(), targets=["q_proj", "lm_head"], layers=[1]) == [q[1], "lm_head"]
+    assert paths(fresh(), targets=["embed_tokens"]) == ["model.embed_tokens"]
+    first = "model.layers.0."
+    assert paths(fresh(), layers=[0]) == [
+        first + name
+        for name in (
+            *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+            *("mlp.gate_proj", "mlp.down_proj", "mlp.up_proj"),
+        )
+    ]
+
+
+def test_one_seed_gives_one_adapter(tiny):
+    states = []
+    for seed in (5, 5, 6):
+        model = stock_model(tiny("llama"))
+        mx.random.seed(seed)
+        inject(model, AdapterConfig(rank=4), dora=False)
+        states.append(adapter_state(model)["model.layers.1.mlp.up_proj.lora_a"])
+    assert mx.array_equal(states[0], states[1])
+    assert not mx.array_equal(states[0], states[2])
+
+
+WRONG = {
+    "typo": ({"targets": "q_porj"}, "'q_porj' matches no layer", "did you mean 'q_proj'"),
+    "typo-dotted": ({"targets": ["self_attn.k_prj"]}, "matches no layer", "'self_attn.k_proj'"),
+    "half-a-name": ({"targets": ["proj"]}, "'proj' matches no layer", ""),
+    "regex-nothing": ({"targets": "re:nothing"}, "matches no layer", "all-linear"),
+    "regex-broken": ({"targets": "re:("}, "no regular expression", ""),
+    "no-targets": ({"targets": []}, "targets is empty", "all-linear"),
+    "no-layers": ({"layers": []}, "empty list", "0 to 2"),
+    "layer-index": ({"layers": [0, 3, 7]}, "[3, 7]", "0 to 2"),
+    "layer-count": ({"layers": 4}, "only 3 blocks", "at most 3"),
+    "rank": ({"rank": 40}, "rank=40 is above the smaller side of", "at most 32"),
+    "dora-embedding": ({"targets": "embed_tokens"}, "is an embedding", "method: lora"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_errors_change_nothing(case, tiny):
+    settings, message, hint = WRONG[case]
+    model = stock_model(tiny("llama"))
+    before = [name for name, _ in tree_flatten(model.parameters())]
+    with pytest.raises(SlimError) as caught:
+        inject(model, AdapterConfig(**settings), dora=case.startswith("dora"))
+    assert message in caught.value.message
+    assert hint in caught.value.hint
+    assert "\n" not in str(caught.value)
+    assert [name for name, _ in tree_flatten(model.parameters())] == before
+
+
+def test_twice_is_an_error(tiny):
+    model = stock_model(tiny("llama"))
+    inject(model, AdapterConfig(), dora=False)
+    with pytest.raises(SlimError, match="adapters already"):
+        inject(model, AdapterConfig(), dora=False)
+
+
+def test_experts_are_refused_by_name_of_the_layer():
+    config = LLAMA | {"model_type": "mixtral", "hidden_size": 64, "num_hidden_layers": 1}
+    config |= {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config |= {"vocab_size": 64, "num_local_experts": 2, "num_experts_per_tok": 1}
+    model = unallocated(config)
+    with pytest.raises(SlimError, match="expert layer"):
+        inject(model, AdapterConfig(), dora=False)
+    assert len(inject(model, AdapterConfig(targets=["q_proj", "o_proj"]), dora=False).paths) == 2
