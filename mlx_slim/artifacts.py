@@ -36,7 +36,7 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise ResourceError(
                 f"the disk is full while writing {path}", "free some space; nothing was replaced"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             raise SlimError(
                 f"cannot write {path}: {error.strerror}", "choose a writable output folder"
             ) from error
@@ -126,6 +126,30 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` to ``path`` atomically, as indented JSON with a last newline."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def save_tensors(path: Path, tensors: dict[str, Any]) -> None:
+    """Write arrays (float or integer, evaluated here) as safetensors; not atomic by itself.
+
+    Raises:
+        ResourceError: If the disk is full.
+        SlimError: If the file cannot be written.
+    """
+    import mlx.core as mx
+
+    try:
+        mx.save_safetensors(str(path), tensors, metadata={"format": "mlx"})
+    except RuntimeError as error:  # MLX's writer names no errno
+        needed = sum(value.nbytes for value in tensors.values())
+        if shutil.disk_usage(path.parent).free < needed:
+            raise ResourceError(
+                f"the disk is full while writing {path.name} ({needed} bytes)",
+                "free some space; nothing was replaced",
+            ) from error
+        raise SlimError(
+            f"cannot write {path.name}: {' '.join(str(error).split())}",
+            "check the disk's free space and that it is writable",
+        ) from error
 
 
 def read_json(path: Path) -> Any:

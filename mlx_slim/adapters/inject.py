@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
@@ -230,17 +229,3 @@ def inject(model: nn.Module, config: AdapterConfig, *, dora: bool) -> Injected:
         for _, adapter in placed:
             start_pissa(adapter)
     return summary(placed, scale, config.resolved_alpha)
-
-
-def adapter_state(model: nn.Module) -> dict[str, mx.array]:
-    """Return every tensor of the adapters by full path: what a checkpoint has to hold.
-
-    PiSSA's frozen start is in it, so that a resumed run has it to the last bit.
-    """
-    names = ("start_a", "start_b")
-    return {
-        f"{path}.{name}": adapter[name]
-        for path, adapter in adapters_of(model)
-        for name in (*adapter.trainable, *names)
-        if name in adapter
-    }

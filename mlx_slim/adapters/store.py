@@ -20,7 +20,6 @@ import numpy as np
 from mlx_slim.adapters.inject import (
     Injected,
     Site,
-    adapter_state,
     adapters_of,
     in_order,
     place,
@@ -28,7 +27,7 @@ from mlx_slim.adapters.inject import (
     summary,
 )
 from mlx_slim.adapters.lora import dimensions
-from mlx_slim.artifacts import SCHEMA_VERSION, atomic_folder, read_json, write_json
+from mlx_slim.artifacts import SCHEMA_VERSION, atomic_folder, read_json, save_tensors, write_json
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError
 from mlx_slim.models.anatomy import blocks
@@ -145,7 +144,7 @@ def save_adapter(
         "base_sample": base_sample(model),
     }
     with atomic_folder(folder, replace=True) as temporary:
-        mx.save_safetensors(str(temporary / WEIGHTS), tensors, metadata={"format": "mlx"})
+        save_tensors(temporary / WEIGHTS, tensors)
         write_json(temporary / CONFIG, description)
 
 
@@ -250,18 +249,3 @@ def _differences(
         if name in tensors and tensors[name].shape != shape
     ]
     return missing + extra + wrong
-
-
-def load_adapter_state(model: nn.Module, state: dict[str, mx.array]) -> None:
-    """Put what ``adapter_state`` returned back into the adapters of ``model``, strictly.
-
-    Raises:
-        SlimError: If names or shapes differ from the adapters in ``model``.
-    """
-    expected = {name: value.shape for name, value in adapter_state(model).items()}
-    given = {name: value.shape for name, value in state.items()}
-    if expected != given:
-        names = sorted(k for k in expected.keys() | given.keys() if expected.get(k) != given.get(k))
-        problems = [f"{n}: expected {expected.get(n)}, found {given.get(n)}" for n in names]
-        raise SlimError(f"the checkpoint has other adapters: {_listed(problems)}")
-    model.load_weights(list(state.items()), strict=False)

@@ -15,7 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_slim.artifacts import atomic_folder, read_json, write_json
+from mlx_slim.artifacts import atomic_folder, read_json, save_tensors, write_json
 from mlx_slim.errors import SlimError
 from mlx_slim.train.optim import Optimizer, set_trainable, trainable
 
@@ -69,8 +69,8 @@ def save(folder: Path, position: Position, model: nn.Module, optimizer: Optimize
     """
     target = path_of(folder, position.step)
     with atomic_folder(target, replace=True) as temporary:
-        mx.save_safetensors(str(temporary / "weights.safetensors"), trainable(model))
-        mx.save_safetensors(str(temporary / "optimizer.safetensors"), optimizer.state())
+        save_tensors(temporary / "weights.safetensors", trainable(model))
+        save_tensors(temporary / "optimizer.safetensors", optimizer.state())
         write_json(temporary / "state.json", asdict(position))
     return target
 

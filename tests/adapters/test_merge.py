@@ -48,6 +48,7 @@ def test_the_sum_is_made_in_float32_and_cast_last(size):
     mx.random.seed(0)
     base = nn.Linear(256, 256, bias=False)
     base.set_dtype(mx.bfloat16)
+    base.freeze()
     weight = base["weight"].astype(mx.float32)
     adapter = LoRALinear(base, 8, 1.0)
     shake(adapter)
