@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+from pydantic import ValidationError
 
 from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import SlimError, did_you_mean
@@ -21,6 +22,42 @@ MixedRecipe = Literal["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"]
 RECIPES: tuple[str, ...] = get_args(MixedRecipe)
 
 Decision = bool | dict[str, Any]
+
+
+_DEFAULTS = {"affine": (4, 64), "mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+
+
+def quantize_config(
+    bits: int | None = None, group_size: int | None = None, mode: str = "affine"
+) -> QuantizeConfig:
+    """Return a checked config; what is None takes the default of ``mode``.
+
+    Raises:
+        SlimError: If the mode is unknown or does not have these bits and this group size.
+    """
+    if mode not in _DEFAULTS:
+        raise SlimError(f"unknown mode {mode!r}", did_you_mean(mode, _DEFAULTS))
+    default_bits, default_group = _DEFAULTS[mode]
+    given = {
+        "bits": default_bits if bits is None else bits,
+        "group_size": default_group if group_size is None else group_size,
+        "mode": mode,
+    }
+    try:
+        return QuantizeConfig.model_validate(given)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, problem['loc']))}={given[str(problem['loc'][0])]}: "
+            f"{problem['msg'][0].lower()}{problem['msg'][1:]}"
+            if problem["loc"]
+            else problem["msg"].removeprefix("Value error, ")
+            for problem in error.errors()
+        ]
+        raise SlimError(
+            "; ".join(problems),
+            "affine has 2, 3, 4, 5, 6 or 8 bits and groups of 32, 64 or 128; "
+            "mxfp4, mxfp8 and nvfp4 have one setting each: leave --bits and --group-size out",
+        ) from error
 
 
 @dataclass(frozen=True)

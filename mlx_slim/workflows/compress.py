@@ -1,0 +1,295 @@
+"""A dense model in, a smaller folder out: load, quantize, measure, save, reload and compare.
+
+Invariant: the output folder appears only when what it holds computes exactly what was measured; a
+failure leaves nothing behind. Try it: ``mlx-slim quantize MODEL -o DIR --bits 4``.
+
+Shapes: N rows, T tokens a row.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_slim.analyze import fidelity
+from mlx_slim.artifacts import SCHEMA_VERSION, atomic_folder
+from mlx_slim.config.schema import QuantizeConfig
+from mlx_slim.errors import SlimError
+from mlx_slim.events import Notice, Observer
+from mlx_slim.models.load import Loaded, cast, load, read_config
+from mlx_slim.models.save import save_model
+from mlx_slim.models.tensors import Tensor, folder_tensors
+from mlx_slim.quantize.apply import (
+    QuantizeReport,
+    parameter_bytes,
+    quantize_model,
+    refuse_quantized,
+)
+from mlx_slim.quantize.calibration import DEFAULT_SOURCE, Calibration, read_calibration
+from mlx_slim.quantize.methods import check_method, quantize_with
+from mlx_slim.runtime import human_bytes, on_gpu
+
+_STORED = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+_PROBE = 16  # tokens on which the saved model is compared
+
+
+@dataclass(frozen=True)
+class CompressOptions:
+    """How to quantize and how to judge it.
+
+    Attributes:
+        quantize: Bits, group size and mode.
+        method: ``rtn`` (rounding to nearest) or a calibrated method of ``quantize.methods``.
+        recipe: A mixed recipe of mlx-lm, with ``rtn`` only.
+        calibration: Text or data set to calibrate and judge on; None is the Alpaca mirror.
+        samples: Calibration rows, at most.
+        length: Tokens of a calibration row.
+        fidelity_samples: Held-out rows that the result is judged on; 0 leaves the judging out.
+        revision: Commit or tag of a hub model.
+    """
+
+    quantize: QuantizeConfig
+    method: str = "rtn"
+    recipe: str | None = None
+    calibration: str | None = None
+    samples: int = 32
+    length: int = 256
+    fidelity_samples: int = 8
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What came out.
+
+    Attributes:
+        path: The folder.
+        report: Sizes, layers quantized and layers left out.
+        fidelity: Distance from the source on held-out text; None if there was no text.
+        method_seconds: Wall time of the quantization itself, seconds.
+        seconds: Wall time of everything, seconds.
+        peak_memory_bytes: MLX peak, bytes.
+    """
+
+    path: Path
+    report: QuantizeReport
+    fidelity: fidelity.Fidelity | None
+    method_seconds: float
+    seconds: float
+    peak_memory_bytes: int
+
+    def as_record(self) -> dict[str, Any]:
+        """Return what ``--json`` prints."""
+        record = asdict(self.report)
+        del record["config"]
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "path": str(self.path),
+            **record,
+            "fidelity": asdict(self.fidelity) if self.fidelity else None,
+            "method_seconds": self.method_seconds,
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+
+    def lines(self) -> list[str]:
+        """Return what a person reads, one fact a line."""
+        report, found = self.report, self.fidelity
+        ratio = report.bytes_before / report.bytes_after
+        lines = [
+            f"{self.path}: {report.bits_per_weight:.3f} bits per weight",
+            f"size       {human_bytes(report.bytes_before)} -> {human_bytes(report.bytes_after)} "
+            f"({ratio:.2f} x smaller)",
+        ]
+        lines += [f"quantized  {n} layers: {kind}" for kind, n in report.quantized.items()]
+        by_reason: dict[str, list[str]] = {}
+        for skip in report.skipped:
+            by_reason.setdefault(skip.reason, []).append(skip.path)
+        for reason, paths in by_reason.items():
+            lines.append(f"left out   {len(paths)} layers: {reason}: {', '.join(_short(paths))}")
+        if found is not None:
+            lines.append(
+                f"fidelity   KL {found.kl:.4f} nats, same top-1 token {found.top1:.1%}, perplexity "
+                f"{math.exp(found.nll_source):.2f} -> {math.exp(found.nll_model):.2f} "
+                f"({found.tokens:,} held-out tokens)"
+            )
+        lines.append(
+            f"took       {self.seconds:.1f} s ({report.method} {self.method_seconds:.1f} s), "
+            f"peak memory {human_bytes(self.peak_memory_bytes)}"
+        )
+        return lines
+
+
+def _short(paths: list[str]) -> list[str]:
+    """Return paths with block numbers merged: ``layers.*.mlp.down_proj``, each once."""
+    return list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", path) for path in paths))
+
+
+def compress(
+    source: str | Path, out: Path, options: CompressOptions, observer: Observer | None = None
+) -> Compressed:
+    """Quantize ``source`` into the new folder ``out``.
+
+    Args:
+        source: MLX or Hugging Face folder, or hub id, of a dense model.
+        out: Must not exist.
+        options: See ``CompressOptions``.
+        observer: Hears a ``Notice`` for each stage.
+
+    Raises:
+        ResourceError: If memory or disk do not suffice.
+        SlimError: If anything given cannot be used, or the saved model is not the measured one.
+    """
+
+    def say(message: str, level: str = "info") -> None:
+        if observer is not None:
+            observer.notify(Notice(message, level))
+
+    start = time.perf_counter()
+    if out.exists():
+        raise SlimError(f"{out} exists already", "choose another output, or remove it first")
+    check_method(options.method, options.quantize, options.recipe)
+    config = read_config(source, options.revision)  # refuse what cannot work before the weights
+    check_method(options.method, options.quantize, options.recipe, config.get("model_type"))
+    if "quantization" in config:
+        refuse_quantized(nn.Module(), config)
+    mx.reset_peak_memory()
+    say(f"loading {source}")
+    loaded = load(source, revision=options.revision, dtype=_compute_dtype())
+    refuse_quantized(loaded.model, loaded.config)
+    tensors = folder_tensors(loaded.path)
+    stored = _stored_dtype(tensors)
+    calibration = _calibration(loaded, options, say)
+
+    say(f"quantizing: {options.method}, {_format(options)}")
+    dense = copy.deepcopy(loaded.model)  # shares the weights
+    tic = time.perf_counter()
+    if options.method == "rtn":
+        report = quantize_model(loaded.model, loaded.config, options.quantize, options.recipe)
+    else:
+        assert calibration is not None
+        report = quantize_with(
+            loaded.model, loaded.config, options.quantize, options.method, calibration.seen_NT
+        )
+    method_seconds = time.perf_counter() - tic
+    cast(loaded.model, stored)  # what is measured below is what will be stored
+    report = _sizes(loaded.model, report, sum(tensor.nbytes for tensor in tensors.values()))
+    if not on_gpu():
+        cast(loaded.model, mx.float32)
+
+    measured = None
+    if calibration is not None:
+        say(f"comparing with the source on {calibration.held_out_NT.size:,} held-out tokens")
+        measured = fidelity.compare(dense, loaded.model, calibration.held_out_NT)
+    del dense
+    say(f"saving {out} and reading it back")
+    _save_and_verify(out, loaded, report.config, stored)
+    return Compressed(
+        path=out,
+        report=report,
+        fidelity=measured,
+        method_seconds=method_seconds,
+        seconds=time.perf_counter() - start,
+        peak_memory_bytes=mx.get_peak_memory(),
+    )
+
+
+def _compute_dtype() -> mx.Dtype | None:
+    """Return float32 on a CPU, where only that is fast; None is the stored dtype."""
+    return None if on_gpu() else mx.float32
+
+
+def _format(options: CompressOptions) -> str:
+    if options.recipe:
+        return options.recipe
+    quantize = options.quantize
+    return f"{quantize.bits}-bit {quantize.mode}, group {quantize.group_size}"
+
+
+def _calibration(loaded: Loaded, options: CompressOptions, say: Any) -> Calibration | None:
+    """Return calibration rows; None if nothing needs them, or the default is not to be had."""
+    seen = 0 if options.method == "rtn" else options.samples
+    if not seen and not options.fidelity_samples:
+        return None
+    source = options.calibration or DEFAULT_SOURCE
+    try:
+        return read_calibration(
+            source,
+            loaded.tokenizer,
+            length=options.length,
+            seen=seen,
+            held_out=max(1, options.fidelity_samples),
+        )
+    except SlimError as error:
+        if options.calibration is None and not seen:
+            say(f"fidelity is not measured: {error.message}; give --calibration FILE", "warning")
+            return None
+        raise
+
+
+def _stored_dtype(tensors: dict[str, Tensor]) -> mx.Dtype:
+    """Return the dtype that most floating bytes of the source are stored in."""
+    bytes_of: Counter[str] = Counter()
+    for tensor in tensors.values():
+        if tensor.dtype in _STORED:
+            bytes_of[tensor.dtype] += tensor.nbytes
+    return _STORED[bytes_of.most_common(1)[0][0]] if bytes_of else mx.float32
+
+
+def _sizes(model: nn.Module, report: QuantizeReport, bytes_before: int) -> QuantizeReport:
+    """Return ``report`` with the sizes of ``model`` as it will be stored."""
+    from mlx_lm.utils import compute_bits_per_weight
+
+    return replace(
+        report,
+        bytes_before=bytes_before,
+        bytes_after=parameter_bytes(model),
+        bits_per_weight=float(compute_bits_per_weight(model)),
+    )
+
+
+def _save_and_verify(out: Path, loaded: Loaded, config: dict[str, Any], stored: mx.Dtype) -> None:
+    """Save the model; let the folder appear only if what is read back equals what was measured."""
+    compute = _compute_dtype()
+    cast(loaded.model, stored)
+    with atomic_folder(out) as temporary:
+        folder = temporary / "model"
+        save_model(folder, loaded.model, loaded.tokenizer, config, code_from=loaded.path)
+        again = load(folder, dtype=compute).model
+        if compute is not None:
+            cast(loaded.model, compute)
+        _same(loaded.model, again, out)
+        for file in list(folder.iterdir()):
+            file.rename(temporary / file.name)
+        folder.rmdir()
+
+
+def _same(model: nn.Module, again: nn.Module, out: Path) -> None:
+    """Raise unless both models hold the same parameters and compute the same logits."""
+    ours, theirs = (dict(tree_flatten(m.parameters())) for m in (model, again))
+    differing = [
+        name
+        for name in sorted(ours.keys() | theirs.keys())
+        if name not in ours
+        or name not in theirs
+        or not mx.array_equal(ours[name], theirs[name], equal_nan=True)  # pyright: ignore
+    ]
+    probe_1T = mx.arange(_PROBE)[None]
+    logits, expected = (m(probe_1T).astype(mx.float32) for m in (again, model))
+    gap = (mx.abs(logits - expected).max() / mx.abs(expected).max()).tolist()
+    if differing or not gap <= 1e-4:  # pyright: ignore
+        raise SlimError(
+            f"{out}: the saved model is not the one that was measured: relative difference of the "
+            f"logits {gap:.2g}, {len(differing)} tensors differ {differing[:3]}; it was not kept",
+            "the disk may be failing; else please report it",
+        )
