@@ -171,16 +171,17 @@ class _View:
         wide = width >= 76
         epochs = f" of {p.started.total_epochs:g}" if p.started else ""
         validation = f"{p.validation.loss:.4f}" if p.validation else "–"
-        best = f"  best {p.best.loss:.4f} at {p.best.step}" if p.best else ""
+        best = f"{p.best.loss:.4f} at step {p.best.step}" if p.best else "–"
         curve = sparkline(p.losses, max(0, width // 2 - 40 if wide else width - 40))
         cells = [
             ("loss", f"{p.smoothed:.4f}  last {step.loss:.4f}  {curve}" if step else "–"),
-            ("validation", validation + best),
+            ("validation", validation),
             ("epoch", f"{step.epoch:.2f}{epochs}" if step else "–"),
-            ("learning rate", f"{step.learning_rate:.2e}" if step else "–"),
+            ("best", best),
             ("tokens/s", f"{step.tokens_per_second:,.0f}" if step else "–"),
-            ("gradient norm", f"{step.grad_norm:.3f}" if step else "–"),
+            ("learning rate", f"{step.learning_rate:.2e}" if step else "–"),
             ("saved", p.saved.path if p.saved else "–"),
+            ("gradient norm", f"{step.grad_norm:.3f}" if step else "–"),
         ]
         per_row = 2 if wide else 1
         table = Table.grid(expand=True, padding=(0, 1))
