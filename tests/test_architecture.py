@@ -1,0 +1,241 @@
+"""The house plan, held by a test: floors, small files, docstrings, and a README that is true.
+
+Every failure lists all offenders, so that one run is enough to mend them.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pip brings it to Python 3.10 along with pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "mlx_slim"
+FLOORS = (
+    {"errors"},
+    {"artifacts", "events"},
+    {"config", "runtime", "blas"},
+    {"data", "models"},
+    {"adapters", "quantize"},
+    {"train", "evaluate"},
+    {"analyze", "distill", "prune"},
+    {"workflows"},
+    {"console", "trackers", "compare", "bench"},
+    {"cli"},
+)
+FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}
+MOST_LINES = 400
+HEAVY = {"mlx", "mlx_lm", "transformers", "datasets", "numpy", "matplotlib", "huggingface_hub"}
+MARKER = "<!-- tree -->"
+# imported name -> distribution, where they differ
+DISTRIBUTION = {"yaml": "pyyaml", "huggingface_hub": "huggingface-hub", "mlx_lm": "mlx-lm"}
+# What a declared dependency cannot be without, in a version that suits it: mlx-lm's, datasets'.
+BROUGHT_ALONG = {"transformers", "tokenizers", "pyarrow"}
+HOME = re.compile(r"(?<![\w.$}~])/(?:home|Users|root|work|opt|mnt)/\w+")
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def sources() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def short(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def part_of(path: Path) -> str:
+    """Return the package or module directly under ``mlx_slim`` that a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path, *, top_level: bool = False) -> Iterator[tuple[int, str]]:
+    """Yield (line, dotted name) of every import; ``from a import b`` gives ``a.b``."""
+    tree = tree_of(path)
+    package = (*path.relative_to(ROOT).parent.parts,)
+    for node in tree.body if top_level else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                yield node.lineno, name.name
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            for name in node.names:
+                yield node.lineno, f"{module}.{name.name}"
+
+
+def report(offences: list[str]) -> None:
+    assert not offences, "\n" + "\n".join(offences)
+
+
+def test_imports_go_downward_only():
+    offences = []
+    for path in sources():
+        part = part_of(path)
+        if part in ("__init__", "__main__"):  # the package itself, and the way into the cli
+            continue
+        if part not in FLOOR:
+            offences.append(f"{short(path)}: {part!r} stands on no floor; add it to FLOORS")
+            continue
+        for line, name in imports(path):
+            root, _, rest = name.partition(".")
+            target = rest.split(".")[0]
+            if root != "mlx_slim" or target not in FLOOR or target == part:
+                continue
+            if FLOOR[target] >= FLOOR[part]:
+                offences.append(f"{short(path)}:{line}: {part} may not import {target}")
+    report(offences)
+
+
+def test_only_the_console_and_the_cli_talk_to_the_terminal():
+    offences = []
+    for path in sources():
+        if path.name == "__main__.py" or FLOOR.get(part_of(path), 0) >= FLOOR["console"]:
+            continue
+        for line, name in imports(path):
+            if name.split(".")[0] in ("rich", "click"):
+                offences.append(f"{short(path)}:{line}: {name} below the console")
+        offences += [
+            f"{short(path)}:{node.lineno}: print; notify an observer instead"
+            for node in ast.walk(tree_of(path))
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"
+        ]
+    report(offences)
+
+
+def test_a_command_imports_what_is_heavy_inside_its_function():
+    offences = [
+        f"{short(path)}:{line}: {name} at the top slows every start"
+        for path in sources()
+        if part_of(path) == "cli"
+        for line, name in imports(path, top_level=True)
+        if name.split(".")[0] in HEAVY
+    ]
+    report(offences)
+
+
+def test_every_module_says_what_it_is_for():
+    offences = []
+    for path in sources():
+        text = ast.get_docstring(tree_of(path)) or ""
+        if len(text) < 20 or "TBD" in text:
+            offences.append(f"{short(path)}: a docstring that says what it is for")
+    offences += [
+        f"{short(path)}: a module docstring"
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        if not ast.get_docstring(tree_of(path))
+    ]
+    report(offences)
+
+
+def test_files_are_small():
+    offences = []
+    for path in [*sources(), *sorted((ROOT / "tests").rglob("*.py"))]:
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        if lines >= MOST_LINES:
+            offences.append(f"{short(path)}: {lines} lines, under {MOST_LINES} wanted")
+    report(offences)
+
+
+def test_nothing_names_a_place_on_one_machine():
+    files = [*sources(), *sorted((ROOT / "tests").rglob("*.py"))]
+    files += [*ROOT.glob("recipes/**/*.yaml"), *ROOT.glob("evals/**/*.yaml")]
+    files += [ROOT / name for name in ("Makefile", "README.md", "pyproject.toml", "CHANGELOG.md")]
+    offences = [
+        f"{short(path)}:{number}: {found[0]}"
+        for path in files
+        if path.exists() and path != Path(__file__)
+        for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if (found := HOME.search(text))
+    ]
+    report(offences)
+
+
+def _requirements(lines: list[str]) -> set[str]:
+    return {re.split(r"[^A-Za-z0-9_-]", line)[0].lower() for line in lines}
+
+
+def test_what_is_imported_is_declared_and_extras_stay_optional():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needed = _requirements(project["dependencies"])
+    optional = set().union(*map(_requirements, project["optional-dependencies"].values()))
+    offences = []
+    for path in sources():
+        always = {line for line, _ in imports(path, top_level=True)}
+        for line, name in imports(path):
+            root = name.split(".")[0]
+            if root in sys.stdlib_module_names or root in {"mlx_slim", *BROUGHT_ALONG}:
+                continue
+            wanted = DISTRIBUTION.get(root, root).lower()
+            if wanted in needed:
+                continue
+            if wanted not in optional:
+                offences.append(f"{short(path)}:{line}: {root} is not in pyproject.toml")
+            elif line in always:
+                offences.append(f"{short(path)}:{line}: {root} is an extra: import it when used")
+    report(offences)
+
+
+def readme_tree(text: str) -> list[tuple[int, str, str]]:
+    """Return (column, name, what it says) of each line of the block after ``MARKER``."""
+    block = re.search(re.escape(MARKER) + r"\s*```\w*\n(.*?)```", text, re.DOTALL)
+    assert block, (
+        f"README.md needs the line {MARKER} followed by a fenced block: a line `mlx_slim/`, then "
+        "one indented line for each package (`train/`) and module (`errors.py`) directly in it, "
+        "each with two spaces and what it is for; other top-level entries stand unindented"
+    )
+    entries = []
+    for line in block[1].splitlines():
+        plain = re.sub(r"[│├└─]", " ", line)
+        if found := re.match(r"(\s*)(\S+)(?:\s+(.*))?$", plain):
+            entries.append((len(found[1]), found[2], (found[3] or "").strip()))
+    return entries
+
+
+def test_the_tree_in_the_readme_is_the_tree_on_disk():
+    readme = ROOT / "README.md"
+    assert readme.exists(), f"README.md is missing: it holds the annotated tree after {MARKER}"
+    entries = readme_tree(readme.read_text(encoding="utf-8"))
+    start = next((i for i, (_, name, _) in enumerate(entries) if name == "mlx_slim/"), None)
+    assert start is not None, "the tree has no line `mlx_slim/`"
+    base = entries[start][0]
+    inside = []
+    for entry in entries[start + 1 :]:
+        if entry[0] <= base:
+            break
+        inside.append(entry)
+    first = min((column for column, _, _ in inside), default=0)
+    children = {name: says for column, name, says in inside if column == first}
+    on_disk = {f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
+    on_disk |= {path.name for path in PACKAGE.glob("*.py") if not path.name.startswith("__")}
+    offences = [f"mlx_slim/{name} is not in the README's tree" for name in on_disk - set(children)]
+    offences += [f"the README's tree names mlx_slim/{name}" for name in set(children) - on_disk]
+    offences += [
+        f"mlx_slim/{name}: the tree does not say what" for name, s in children.items() if not s
+    ]
+    for column, name, _ in entries:
+        if column == base and not (ROOT / name).exists():
+            offences.append(f"the README's tree names {name}, which is not on disk")
+    report(sorted(offences))
+
+
+@pytest.mark.parametrize("folder", ["recipes", "evals"])
+def test_what_ships_in_the_wheel_exists(folder: str):
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    included = tomllib.loads(text)["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    assert (ROOT / folder).is_dir() == (folder in included), (
+        f"{folder}/ and pyproject.toml disagree"
+    )
