@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
-# How text is cut before merging, by tokenizer.ggml.pre. "digits": every digit alone, then GPT-2.
+# How text is cut before merging, by tokenizer.ggml.pre.
 _GPT2 = "gpt2"
-_DIGITS = "digits"
+_DIGITS = "digits, then gpt2"
+# Digits alone here too, but cut last: "\n\n2" gives "\n" "\n" "2" and not "\n\n" "2". So do the
+# PyTorch reference ids that this import is checked against; nothing else differs.
+_SMOLLM = "gpt2, then digits"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST
@@ -28,7 +31,7 @@ PRE_TOKENIZERS = {
     "default": _GPT2,
     "gpt-2": _GPT2,
     "phi-2": _GPT2,
-    "smollm": _DIGITS,
+    "smollm": _SMOLLM,
     "starcoder": _DIGITS,
     "refact": _DIGITS,
     "llama-bpe": _LLAMA3,
@@ -99,9 +102,15 @@ def _bpe(metadata: dict[str, Any], tokens: list[str], notes: list[str]) -> Token
     if cut is _QWEN2:
         tokenizer.normalizer = normalizers.NFC()
     space = bool(metadata.get("tokenizer.ggml.add_space_prefix", False))
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=space, use_regex=cut in (_GPT2, _DIGITS))
+    byte_level = pre_tokenizers.ByteLevel(
+        add_prefix_space=space, use_regex=cut in (_GPT2, _DIGITS, _SMOLLM)
+    )
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    steps: list[Any]
     if cut is _DIGITS:
-        steps = [pre_tokenizers.Digits(individual_digits=True), byte_level]
+        steps = [digits, byte_level]
+    elif cut is _SMOLLM:
+        steps = [byte_level, digits]
     elif cut is _GPT2:
         steps = [byte_level]
     else:
