@@ -1,0 +1,88 @@
+"""Shapes of the models that the shipped recipes name, so that planning never waits for a hub.
+
+Invariant: these are the shape keys of each model's public ``config.json``, nothing else; a plan
+made from them needs no network and says so. Try it: ``mlx-slim plan mistral-qlora``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlx_slim.config.schema import Recipe
+from mlx_slim.models.load import read_config
+
+_LLAMA_1_2 = {
+    "model_type": "llama",
+    "max_position_embeddings": 4096,
+    "num_attention_heads": 32,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 32000,
+}
+
+KNOWN: dict[str, dict[str, Any]] = {
+    "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T": {
+        **_LLAMA_1_2,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "max_position_embeddings": 2048,
+        "num_hidden_layers": 22,
+        "num_key_value_heads": 4,
+    },
+    "meta-llama/Llama-2-7b-hf": {
+        **_LLAMA_1_2,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 32,
+    },
+    "mistralai/Mistral-7B-v0.1": {
+        **_LLAMA_1_2,
+        "model_type": "mistral",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
+    "microsoft/phi-2": {
+        "model_type": "phi",
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "layer_norm_eps": 1e-5,
+        "max_position_embeddings": 2048,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 32,
+        "partial_rotary_factor": 0.4,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "vocab_size": 51200,
+    },
+    "HuggingFaceTB/SmolLM2-135M-Instruct": {
+        "model_type": "llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "max_position_embeddings": 8192,
+        "num_attention_heads": 9,
+        "num_hidden_layers": 30,
+        "num_key_value_heads": 3,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 100000.0,
+        "tie_word_embeddings": True,
+        "vocab_size": 49152,
+    },
+}
+
+
+def model_config(recipe: Recipe) -> tuple[dict[str, Any], str]:
+    """Return the config of the recipe's model, and in words where it is from.
+
+    Raises:
+        SlimError: If the model is neither known, a folder, nor to be had from the hub.
+    """
+    if recipe.model in KNOWN:
+        return KNOWN[recipe.model], "shapes from the table shipped with mlx-slim"
+    return read_config(recipe.model, recipe.revision), "shapes from the model's config.json"

@@ -1,0 +1,259 @@
+"""What a recipe puts in memory before the first step, counted from shapes alone.
+
+Invariant: nothing is evaluated and no weights are read. The model is built, cast, quantized and
+searched for adapter targets by the code that trains it, over arrays that MLX never computes; so
+counts and bytes are exact. Try it: ``mlx-slim plan tinyllama-qlora --json``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
+
+from mlx_slim.adapters.inject import Site, choose, sites
+from mlx_slim.adapters.lora import dimensions
+from mlx_slim.config.schema import Recipe
+from mlx_slim.errors import SlimError
+from mlx_slim.models.quantized import is_quantized
+from mlx_slim.quantize.policy import make_policy
+from mlx_slim.train.optim import Optimizer
+
+FULL_PRECISION_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block: numbers per token of the things that activations are made of.
+
+    Attributes:
+        width: d, the residual stream.
+        norms: Normalisation layers.
+        queries: All query heads together.
+        keys: All key heads together (values are as many).
+        heads: Query heads.
+        inner: The widest layer, f; of a mixture of experts, those of the experts that one token
+            meets.
+        inputs: Σ inputs of the adapted layers.
+        outputs: Σ outputs of the adapted layers.
+        largest: Numbers of the largest weight matrix.
+        linear: Numbers of all weight matrices.
+    """
+
+    width: int
+    norms: int
+    queries: int
+    keys: int
+    heads: int
+    inner: int
+    inputs: int
+    outputs: int
+    largest: int
+    linear: int
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A model and what a recipe adds to it.
+
+    Attributes:
+        parameters: Numbers of the dense base model.
+        quantized: Whether the base is quantized when training starts.
+        base_bytes: The base as it lies in memory.
+        adapter_bytes: Adapter parameters and their frozen companions, bytes.
+        trainable: Path -> shape.
+        trainable_bytes: One copy of the trainable parameters, in the dtype that they are kept in.
+        gradient_bytes: One float32 gradient of them.
+        optimizer_bytes: Moments, counters and float32 masters.
+        blocks: First to last.
+        vocabulary: V.
+        width: d.
+        head_trains: Whether the head's own weight is trained.
+    """
+
+    parameters: int
+    quantized: bool
+    base_bytes: int
+    adapter_bytes: int
+    trainable: dict[str, tuple[int, ...]] = field(repr=False)
+    trainable_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    blocks: list[Block] = field(repr=False)
+    vocabulary: int
+    width: int
+    head_trains: bool
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Trainable numbers."""
+        return self.gradient_bytes // FULL_PRECISION_BYTES
+
+
+def _leaves(model: nn.Module) -> list[tuple[str, mx.array]]:
+    return tree_flatten(model.parameters())  # pyright: ignore[reportReturnType]
+
+
+def build(config: dict[str, Any]) -> nn.Module:
+    """Return the model of ``config``, quantized where the config says so, without evaluating it.
+
+    Raises:
+        SlimError: If mlx-lm does not know the model type, or the config does not fit it.
+    """
+    from mlx_lm.utils import _get_classes
+
+    high, low = (int(word) for word in mx.random.state[0].tolist())  # building draws numbers
+    try:
+        model_class, args_class = _get_classes(config)
+        model = model_class(args_class.from_dict(config))
+    except (TypeError, ValueError, KeyError, ZeroDivisionError, AssertionError) as error:
+        kind = config.get("model_type")
+        raise SlimError(
+            f"no model can be built from this config (model_type {kind!r}): {error}",
+            "the config.json must be that of a model that mlx-lm knows",
+        ) from error
+    finally:
+        mx.random.seed(high << 32 | low)  # a key is its seed in two words: the caller's, as it was
+    if quantization := config.get("quantization"):
+        base = {k: quantization[k] for k in ("group_size", "bits", "mode") if k in quantization}
+
+        def decide(path: str, module: nn.Module) -> bool | dict[str, Any]:
+            if path in quantization:
+                return quantization[path]
+            width = getattr(module, "weight", mx.zeros((1, 1))).shape[-1]
+            return hasattr(module, "to_quantized") and width % base["group_size"] == 0
+
+        nn.quantize(model, **base, class_predicate=decide)
+    return model
+
+
+def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
+    def one(value: mx.array) -> mx.array:
+        return value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value
+
+    model.update(tree_map(one, model.parameters()))
+
+
+def _first(config: dict[str, Any], *keys: str, default: int) -> int:
+    return next((int(config[key]) for key in keys if config.get(key)), default)
+
+
+def _blocks(model: Any, config: dict[str, Any], chosen: list[Site], width: int) -> list[Block]:
+    config = {**config, **(config.get("text_config") or {})}
+    heads = _first(config, "num_attention_heads", "n_head", "n_heads", default=max(1, width // 64))
+    kv_heads = _first(config, "num_key_value_heads", "n_kv_heads", default=heads)
+    head_dim = _first(config, "head_dim", default=max(1, width // heads))
+    experts = _first(config, "num_experts_per_tok", default=1)
+    everything = sites(model)
+    result = []
+    for index, block in enumerate(model.layers):
+        inside = [s for s in everything if s.block == index]
+        sides = [_sides(s.module) for s in inside]
+        ours = [_sides(s.module)[-2:] for s in chosen if s.block == index]
+        mixed = any(len(side) == 3 for side in sides)
+        result.append(
+            Block(
+                width=width,
+                norms=sum("norm" in type(m).__name__.lower() for m in block.modules()),
+                queries=heads * head_dim,
+                keys=kv_heads * head_dim,
+                heads=heads,
+                inner=max((max(s[-2:]) for s in sides), default=width) * (experts if mixed else 1),
+                inputs=sum(i for i, _ in ours),
+                outputs=sum(o for _, o in ours),
+                largest=max((s[-1] * s[-2] for s in sides), default=0),
+                linear=sum(s[-1] * s[-2] * (experts if len(s) == 3 else 1) for s in sides),
+            )
+        )
+    return result
+
+
+def _sides(module: Any) -> tuple[int, ...]:
+    """(inputs, outputs) of a linear layer; (experts, inputs, outputs) of an expert layer."""
+    if module.weight.ndim == 3:
+        experts, outputs, inputs = module.weight.shape
+        if "scales" in module:
+            inputs = module.scales.shape[-1] * module.group_size
+        return experts, inputs, outputs
+    return dimensions(module)
+
+
+def shapes(config: dict[str, Any], recipe: Recipe, dtype: mx.Dtype) -> Shapes:
+    """Return what ``recipe`` holds in memory over the model of ``config``.
+
+    Args:
+        config: ``config.json``, normalised.
+        recipe: Method, adapter, quantization and optimizer.
+        dtype: Of the base's floating weights.
+
+    Raises:
+        SlimError: If the model cannot be built, a target matches nothing, or full fine-tuning is
+            asked of a quantized model.
+    """
+    model = build(config)
+    dense = build({**config, "quantization": None}) if is_quantized(model) else model
+    parameters = sum(value.size for _, value in _leaves(dense))
+    _cast(model, dtype)
+    if recipe.method == "full" and is_quantized(model):
+        raise SlimError(
+            "full fine-tuning needs float weights and this model is quantized",
+            "use method=qlora, or the model that it was quantized from",
+        )
+    if recipe.method == "qlora" and not is_quantized(model):
+        policy = make_policy(model, recipe.quantize)
+        settings = recipe.quantize
+        nn.quantize(
+            model,
+            group_size=settings.group_size,
+            bits=settings.bits,
+            mode=settings.mode,
+            class_predicate=lambda path, module: policy.chosen.get(path, False),
+        )
+    base_bytes = sum(value.nbytes for _, value in _leaves(model))
+    chosen: list[Site] = []
+    companions = 0
+    if recipe.method == "full":
+        trainable = {path: (value.shape, value.dtype) for path, value in _leaves(model)}
+    else:
+        chosen = choose(model, recipe.adapter)
+        trainable, rank = {}, recipe.adapter.rank
+        for site in chosen:
+            inputs, outputs = _sides(site.module)[-2:]
+            trainable[f"{site.path}.lora_a"] = ((inputs, rank), mx.float32)
+            trainable[f"{site.path}.lora_b"] = ((rank, outputs), mx.float32)
+            if recipe.adapter.init == "pissa":
+                companions += (inputs + outputs) * rank * FULL_PRECISION_BYTES
+            if recipe.method == "dora":
+                trainable[f"{site.path}.m"] = ((outputs,), mx.float32)
+                companions += outputs * FULL_PRECISION_BYTES  # the cached row norms of W
+    bag = nn.Module()
+    for path, (shape, kind) in trainable.items():
+        bag[path] = mx.zeros(shape, dtype=kind)
+    one_copy = sum(value.nbytes for _, value in _leaves(bag))
+    numbers = sum(value.size for _, value in _leaves(bag))
+    state = Optimizer(bag, recipe.train).state()
+    embeddings = [s for s in sites(model) if s.block is None]
+    vocabulary, width = max((_table(s) for s in embeddings), default=(1, 1))
+    return Shapes(
+        parameters=parameters,
+        quantized=is_quantized(model),
+        base_bytes=base_bytes,
+        adapter_bytes=0 if recipe.method == "full" else one_copy + companions,
+        trainable={path: shape for path, (shape, _) in trainable.items()},
+        trainable_bytes=one_copy,
+        gradient_bytes=numbers * FULL_PRECISION_BYTES,
+        optimizer_bytes=sum(value.nbytes for value in state.values()),
+        blocks=_blocks(model, config, chosen, width),
+        vocabulary=vocabulary,
+        width=width,
+        head_trains=recipe.method == "full",
+    )
+
+
+def _table(site: Site) -> tuple[int, int]:
+    """(vocabulary, width) of an embedding or of a head outside the blocks."""
+    one, other = _sides(site.module)[-2:]
+    return max(one, other), min(one, other)

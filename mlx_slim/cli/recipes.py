@@ -1,0 +1,75 @@
+"""``mlx-slim recipes``: the shipped run configurations.
+
+Invariant: what is shown is the file that ``train`` reads; a copy is a complete recipe that depends
+on no other file. Try it: ``mlx-slim recipes tinyllama-lora``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mlx_slim.errors import SlimError
+
+
+def _list() -> None:
+    from mlx_slim.cli.plan import on_a_mac
+    from mlx_slim.config import library
+    from mlx_slim.config.load import load_recipe
+    from mlx_slim.runtime import human_bytes
+
+    rows = [("recipe", "method", "memory", "model")]
+    for name in library.names("recipes"):
+        recipe = load_recipe(name).recipe
+        peak = human_bytes(on_a_mac(name).predicted_peak_bytes)
+        rows.append((name, recipe.method, peak, recipe.model))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        click.echo("  ".join(cells).rstrip())
+    click.echo(
+        "\nmemory: predicted peak on a Mac (bfloat16); for this machine: mlx-slim plan RECIPE"
+    )
+
+
+def _copy(name: str, path: Path) -> None:
+    """Write the recipe with the parts that it extends to ``path``.
+
+    Raises:
+        SlimError: If ``path`` exists, or is no ``.yaml``.
+    """
+    import yaml
+
+    from mlx_slim.artifacts import write_text
+    from mlx_slim.config import library
+    from mlx_slim.config.load import load_recipe
+
+    if path.suffix not in (".yaml", ".yml"):
+        raise SlimError(f"{path} is no .yaml file", f"try --copy {path}.yaml")
+    if path.exists():
+        raise SlimError(f"{path} exists already", "choose another name")
+    recipe = load_recipe(name).recipe
+    source = library.find("recipes", name).read_text(encoding="utf-8")
+    header = [line for line in source.splitlines() if line.startswith("#")]
+    values = recipe.model_dump(exclude_unset=True)
+    body = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+    write_text(path, "\n".join(header) + "\n" + body)
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("--copy", "path", type=click.Path(path_type=Path), help="Write it to a .yaml file.")
+def command(name: str | None, path: Path | None) -> None:
+    """List the recipes; show recipe NAME, or copy it to a file of your own."""
+    from mlx_slim.config import library
+
+    if name is None:
+        if path is not None:
+            raise SlimError("--copy needs the name of a recipe", "mlx-slim recipes lists them")
+        _list()
+    elif path is not None:
+        _copy(name, path)
+        click.echo(f"{path}: change it, then mlx-slim train {path} -o RUN")
+    else:
+        click.echo(library.find("recipes", name).read_text(encoding="utf-8").rstrip())
