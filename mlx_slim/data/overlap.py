@@ -156,8 +156,13 @@ class Checker:
             known_G = np.convolve(codes_W == 0, np.ones(n), "valid")[: len(runs_G)] < 0.5
             at_G = np.flatnonzero(known_G) if len(runs_G) else np.empty(0, np.int64)
             low = np.searchsorted(self.index.hashes_G, runs_G[at_G], "left")
+            last = len(self.index.hashes_G) - 1
+            hit = (
+                self.index.hashes_G[np.minimum(low, last)] == runs_G[at_G] if last >= 0 else low < 0
+            )
+            at_G, low = at_G[hit], low[hit]
             high = np.searchsorted(self.index.hashes_G, runs_G[at_G], "right")
-            row = np.searchsorted(self._ends, at_G, "right")
+            row = np.searchsorted(np.asarray(self._ends), at_G, "right")
             times = high - low  # questions that share the run
             first = np.cumsum(times) - times
             inside = np.arange(times.sum()) - np.repeat(first, times)

@@ -17,13 +17,17 @@ import numpy as np
 from mlx_slim.artifacts import atomic_folder, hash_json, read_json, write_json
 from mlx_slim.config.schema import DataConfig, SourceConfig
 from mlx_slim.data import overlap, sources
+from mlx_slim.data.fingerprint import fingerprint_difference, source_print, without_rows
 from mlx_slim.data.formats import Dropped, Example, check_columns, read_example
 from mlx_slim.data.ledger import SourceLedger, split_ledger, totals
 from mlx_slim.data.sources import RawRow, Source
+from mlx_slim.data.split import choose_validation, quotas, weighted
 from mlx_slim.data.store import TokenStore, TokenWriter
 from mlx_slim.data.templates import Rendered, Template, load_template
 from mlx_slim.data.tokenize import Encoder, Tokens, unwrap
 from mlx_slim.errors import SlimError
+
+__all__ = ["Pipeline", "Prepared", "PreparedRow", "fingerprint_difference", "prepare"]
 
 LEDGER_FILE = "data_ledger.json"
 _VERSION = 1  # of the stored rows: raise it when the same settings would give other rows
@@ -202,8 +206,8 @@ def prepare(
     held_out = _validation_source(config)
     wanted = {
         "version": _VERSION,
-        "sources": [_source_print(*pair) for pair in found],
-        "validation": _source_print(*held_out) if held_out else config.validation,
+        "sources": [source_print(*pair) for pair in found],
+        "validation": source_print(*held_out) if held_out else config.validation,
         "template": {"name": pipeline.template.name, "sha256": pipeline.template.key},
         "tokenizer": pipeline.encoder.fingerprint(),
         "settings": {
@@ -217,13 +221,13 @@ def prepare(
     state = tokens / "prepared.json"
     if state.is_file():
         known = read_json(state)
-        if _without_rows(known["fingerprint"]) == wanted:
+        if without_rows(known["fingerprint"]) == wanted:
             ledger = known["ledger"]
             if not (folder / LEDGER_FILE).is_file():
                 write_json(folder / LEDGER_FILE, ledger)
             return _open(tokens, known["fingerprint"], ledger)
         if unchanged:
-            lines = fingerprint_difference(_without_rows(known["fingerprint"]), wanted)
+            lines = fingerprint_difference(without_rows(known["fingerprint"]), wanted)
             raise SlimError(
                 f"the data of {folder} changed since it was started: {'; '.join(lines)}",
                 "resume with the same data, or start a new run",
@@ -242,21 +246,6 @@ def _validation_source(config: DataConfig) -> tuple[Source, SourceConfig] | None
         return None
     source = SourceConfig(path=config.validation, format=config.format, split="validation")
     return sources.find(source), source
-
-
-def _source_print(source: Source, config: SourceConfig) -> dict[str, Any]:
-    return {
-        **source.fingerprint(),
-        "format": config.format,
-        "split": config.split,
-        "weight": config.weight,
-    }
-
-
-def _without_rows(fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """The fingerprint as it is known before the rows are read."""
-    stripped = [{k: v for k, v in s.items() if k != "rows"} for s in fingerprint["sources"]]
-    return {**fingerprint, "sources": stripped}
 
 
 def _open(tokens: Path, fingerprint: dict[str, Any], ledger: dict[str, Any]) -> Prepared:
@@ -286,7 +275,7 @@ def _write(
     checker = overlap.Checker.from_mirror()
     writer = TokenWriter(folder / "rows")
     ledgers: list[SourceLedger] = []
-    shares = _quotas(config, [source.weight for _, source in found])
+    shares = quotas(config.max_rows, [source.weight for _, source in found])
     bounds = [0]
     for (source, source_config), quota in zip(found, shares, strict=True):
         ledger = SourceLedger(source.name, source.kind, source_config.weight, source.ignored)
@@ -315,7 +304,7 @@ def _write(
             raise SlimError(f"no row of the validation file {held_out[0].name} can be used")
         validation, candidates = np.arange(len(held_hashes)), np.arange(len(hashes))
     else:
-        validation = _choose_validation(config.validation, len(hashes), seed)
+        validation = choose_validation(config.validation, len(hashes), seed)
         held_hashes = hashes[validation]
         candidates = np.setdiff1d(np.arange(len(hashes)), validation)
     leaked = np.isin(hashes[candidates], held_hashes)
@@ -325,7 +314,7 @@ def _write(
             f"no training row is left: all {len(candidates):,} stand in the validation set too",
             "set data.validation=0, or give other rows",
         )
-    train = _weighted(kept, bounds, [source.weight for _, source in found], seed)
+    train = weighted(kept, bounds, [source.weight for _, source in found], seed)
     np.save(folder / "train.npy", train)
     np.save(folder / "validation.npy", validation)
     fingerprint = {
@@ -348,73 +337,3 @@ def _write(
     if validation_ledger:
         ledger["validation_source"] = validation_ledger.as_record()
     return fingerprint, ledger
-
-
-def _quotas(config: DataConfig, weights: list[float]) -> list[int | None]:
-    """Return how many rows each source may give (``max_rows`` shared by weight), None for all."""
-    if config.max_rows is None:
-        return [None] * len(weights)
-    edges = np.round(np.cumsum([0.0, *weights]) / sum(weights) * config.max_rows).astype(int)
-    return [int(n) for n in np.diff(edges)]
-
-
-def _choose_validation(setting: float | str, rows: int, seed: int) -> np.ndarray:
-    """Return the sorted indices of the held-out rows: a share below 1, else a count."""
-    share = float(setting)
-    count = round(share * rows) if share < 1 else int(share)
-    if share >= 1 and count >= rows:
-        raise SlimError(
-            f"data.validation={count} rows, but only {rows} rows are usable",
-            "hold out fewer rows, or set data.validation=0",
-        )
-    count = min(count, rows - 1)
-    return np.sort(np.random.default_rng([seed, 1]).permutation(rows)[:count])
-
-
-def _weighted(kept: np.ndarray, bounds: list[int], weights: list[float], seed: int) -> np.ndarray:
-    """Return the training index: each source's rows as often as its weight says."""
-    parts: list[np.ndarray] = []
-    for number, weight in enumerate(weights):
-        rows = kept[(kept >= bounds[number]) & (kept < bounds[number + 1])]
-        whole, rest = int(weight), weight - int(weight)
-        generator = np.random.default_rng([seed, 2, number])
-        some = np.sort(generator.permutation(rows)[: round(rest * len(rows))])
-        parts += [rows] * whole + [some]
-    train = np.concatenate(parts)
-    if not len(train):
-        raise SlimError(f"weights {weights} leave no training row", "raise data.path weights")
-    return train
-
-
-# ---------------------------------------------------------------------------- comparing
-
-
-def fingerprint_difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return one readable line for each thing that differs between two fingerprints."""
-    lines: list[str] = []
-    _compare("data", old, new, lines)
-    return lines
-
-
-def _compare(path: str, old: Any, new: Any, lines: list[str]) -> None:
-    if old == new:
-        return
-    if isinstance(old, dict) and isinstance(new, dict):
-        if "path" in old and old.get("path") == new.get("path"):
-            path = f"{path} ({old['path']})"
-        for key in [*old, *(key for key in new if key not in old)]:
-            _compare(f"{path}.{key}", old.get(key), new.get(key), lines)
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for number, (before, after) in enumerate(zip(old, new, strict=True)):
-            _compare(f"{path}[{number}]", before, after, lines)
-    else:
-        lines.append(f"{path}: {_short(old)} → {_short(new)}")
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, str) and len(value) == 64:
-        return value[:12]
-    if isinstance(value, list):
-        names = [item.get("path", item) if isinstance(item, dict) else item for item in value]
-        return f"[{', '.join(map(str, names))}]"
-    return repr(value)

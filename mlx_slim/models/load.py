@@ -26,7 +26,7 @@ from mlx_slim.models.tensors import INDEX, WEIGHTS, Tensor, few, folder_tensors
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-__all__ = ["Loaded", "cast", "load", "read_config", "resolve"]
+__all__ = ["Loaded", "cast", "load", "load_tokenizer", "read_config", "resolve"]
 
 # What mlx-lm and the model classes raise on a config or weights that do not fit.
 _MISFIT = (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
@@ -96,6 +96,16 @@ def load(
         revision=folder.name if folder.parent.name == "snapshots" else revision,
         notes=normalized.notes,
     )
+
+
+def load_tokenizer(source: str | Path, *, revision: str | None = None) -> TokenizerWrapper:
+    """Return the tokenizer of a folder or hub id, weights unread.
+
+    Raises:
+        SlimError: As ``load`` does for the same reasons.
+    """
+    folder = resolve(source, revision)
+    return _load_tokenizer(folder, normalize_config(_raw_config(folder), None).config, False)
 
 
 def read_config(source: str | Path, revision: str | None = None) -> dict[str, Any]:

@@ -1,0 +1,178 @@
+"""``mlx-slim data``: look at data as the training loop will see it.
+
+Invariant: what ``preview`` shows went through the very pipeline that training uses; nothing is
+written. Try it: ``mlx-slim data preview smollm2-lora --rows 2``, ``mlx-slim data overlap a.jsonl``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import islice, pairwise
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_slim.errors import SlimError
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from mlx_slim.config.schema import DataConfig
+    from mlx_slim.data.prepare import PreparedRow
+
+
+@click.group()
+def command() -> None:
+    """Look at data as the training loop will see it."""
+
+
+@command.command()
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--rows", type=click.IntRange(1), default=3, show_default=True, help="Rows to show.")
+def preview(recipe: str, overrides: tuple[str, ...], rows: int) -> None:
+    """Show the first rows of RECIPE with the supervised tokens coloured."""
+    from rich.console import Console
+
+    from mlx_slim.config.load import load_recipe
+    from mlx_slim.data import sources
+    from mlx_slim.data.ledger import SourceLedger
+    from mlx_slim.data.prepare import Pipeline
+    from mlx_slim.data.tokenize import unwrap
+    from mlx_slim.models.load import load_tokenizer
+
+    resolved = load_recipe(recipe, overrides).recipe
+    tokenizer = load_tokenizer(resolved.model, revision=resolved.revision)
+    pipeline = Pipeline(resolved.data, tokenizer, max_length=resolved.train.max_length)
+    console = Console(highlight=False, soft_wrap=True)
+    marks = ("", "") if console.color_system else ("⟦", "⟧")
+    console.print(
+        f"template: {pipeline.template.name}; at most {pipeline.max_length} tokens, "
+        f"longer rows: {resolved.data.truncation}",
+        markup=False,
+    )
+    console.print(_legend(*marks))
+    for config in resolved.data.sources:
+        source = sources.find(config)
+        ledger = SourceLedger(source.name, source.kind, config.weight, source.ignored)
+        console.rule(f"{source.name} ({source.kind}, weight {config.weight:g})")
+        for row in islice(pipeline.rows(source, config, ledger), rows):
+            console.print(_row(row, unwrap(tokenizer), *marks))
+        read = f"{ledger.given:,} rows read"
+        dropped = "; ".join(ledger.reasons()) or "none"
+        console.print(f"{read}; dropped: {dropped}", style="dim", markup=False)
+
+
+def _legend(opening: str, closing: str) -> Text:
+    from rich.text import Text
+
+    return Text.assemble(
+        ("dim text: read, not learned", "dim"),
+        "; ",
+        (f"{opening}supervised: the loss counts these tokens{closing}", "bold green"),
+    )
+
+
+def _row(row: PreparedRow, tokenizer: Any, opening: str, closing: str) -> Text:
+    """One row: a heading with its counts, then its text in runs of equal supervision."""
+    import numpy as np
+    from rich.text import Text
+
+    ids, supervised = row.tokens
+    heading = f"\n{row.raw.place} · {row.example.kind} · {len(ids)} tokens"
+    heading += f", {int(supervised.sum())} supervised"
+    if row.length > len(ids):
+        heading += f" · TRUNCATED from {row.length}"
+    text = Text(heading + "\n", style="")
+    edges = [0, *(np.flatnonzero(np.diff(supervised)) + 1).tolist(), len(ids)]
+    for start, end in pairwise(edges):
+        piece = tokenizer.decode(ids[start:end].tolist(), clean_up_tokenization_spaces=False)
+        if supervised[start]:
+            text.append(f"{opening}{piece}{closing}", style="bold green")
+        else:
+            text.append(piece, style="dim")
+    return text
+
+
+@command.command()
+@click.argument("source", metavar="RECIPE_OR_FILE")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--data-dir", metavar="DIR", help="Evaluation data (default: MLX_SLIM_DATA).")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def overlap(source: str, overrides: tuple[str, ...], data_dir: str | None, as_json: bool) -> None:
+    """Count the rows that hold questions of the evaluation data."""
+    from mlx_slim.data.overlap import Checker
+
+    config = _data_config(source, overrides)
+    checker = Checker.from_mirror(data_dir)
+    if checker.index is None:
+        raise SlimError(
+            f"no evaluation data in {data_dir or 'MLX_SLIM_DATA'}",
+            "name the data mirror with --data-dir or MLX_SLIM_DATA",
+        )
+    for place, texts in _texts(config):
+        checker.add(place, texts)
+    report = checker.report()
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+        return
+    _print_report(report)
+
+
+def _data_config(source: str, overrides: tuple[str, ...]) -> DataConfig:
+    """Return the data section of a recipe, or one that names the file."""
+    from pathlib import Path
+
+    from mlx_slim.config.load import load_recipe
+    from mlx_slim.config.schema import DataConfig
+    from mlx_slim.data.sources import READERS
+
+    path = Path(source).expanduser()
+    if path.suffix.lower() in READERS or path.is_dir():
+        if overrides:
+            raise SlimError(f"{source} is data: KEY=VALUE is for recipes", "leave them out")
+        return DataConfig(path=source)
+    return load_recipe(source, overrides).recipe.data
+
+
+def _texts(config: DataConfig) -> Iterator[tuple[Any, list[str]]]:
+    from mlx_slim.data import sources
+    from mlx_slim.data.formats import Dropped, check_columns, read_example
+
+    check_columns(config.columns)
+    for source_config in config.sources:
+        for raw in sources.find(source_config):
+            try:
+                example = read_example(
+                    raw,
+                    source_config.format or config.format,
+                    columns=config.columns,
+                    system=config.system,
+                )
+            except Dropped:
+                continue
+            yield raw, example.texts
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    words = report["words_in_a_row"]
+    table = Table(
+        title=f"{report['rows_overlapping']:,} of {report['rows_checked']:,} rows share "
+        f"{words['long']} words in a row ({words['short']} for short questions) with a question"
+    )
+    for heading in ("data set", "questions", "too short", "found", "rows", "first"):
+        table.add_column(heading, justify="left" if heading in ("data set", "first") else "right")
+    for name, entry in report["datasets"].items():
+        table.add_row(
+            name,
+            f"{entry['questions']:,}",
+            f"{entry['questions_too_short_to_check']:,}",
+            f"{entry['questions_found']:,}",
+            f"{entry['rows_overlapping']:,}",
+            entry["first"][0] if entry["first"] else "",
+        )
+    Console(highlight=False).print(table)
