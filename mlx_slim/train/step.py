@@ -14,6 +14,7 @@ from typing import Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mlx_slim.data.batches import Batch
 from mlx_slim.models import anatomy
@@ -164,8 +165,8 @@ class Stepper:
             for path, value in trainable(self.model).items():
                 gradients.setdefault(path, mx.zeros(value.shape, dtype=mx.float32))
             # Ranks must ask for the same sums in the same order.
-            gradients = nn.average_gradients(dict(sorted(gradients.items())), group=group)
-            gradients = {path: value * group.size() for path, value in gradients.items()}
+            averaged = nn.average_gradients(dict(sorted(gradients.items())), group=group)
+            gradients = {path: value * group.size() for path, value in tree_flatten(averaged)}
             nll = mx.distributed.all_sum(nll, group=group)
             counts = mx.array([supervised, tokens, computed])
             counts = mx.distributed.all_sum(counts, group=group)

@@ -1,0 +1,54 @@
+"""``mlx-slim train``: run a recipe, or go on with one."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import click
+
+from mlx_slim.config.load import load_recipe, render
+
+
+@click.command("train")
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Run folder [runs/RECIPE].")
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint, exactly.")
+@click.option("--dry-run", is_flag=True, help="Print the resolved recipe and write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="One event a line, as JSON.")
+@click.option("--quiet", is_flag=True, help="Warnings and the end only.")
+def command(
+    recipe: str,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    resume: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Fine-tune as RECIPE says: a shipped recipe's name or a YAML file.
+
+    Any key can be set: mlx-slim train smollm2-lora train.steps=50 data.path=rows.jsonl -o runs/a
+    """
+    if as_json and quiet:
+        raise click.UsageError("--json and --quiet exclude each other")
+    resolved = load_recipe(recipe, overrides)
+    if dry_run:
+        click.echo(render(resolved))
+        return
+    from mlx_slim import events
+    from mlx_slim.console import Console
+    from mlx_slim.trackers import open_trackers
+    from mlx_slim.workflows.finetune import finetune, summary_rows
+
+    folder = out or Path("runs") / resolved.name
+    with contextlib.ExitStack() as stack:
+        mode = "json" if as_json else "quiet" if quiet else "auto"
+        console = stack.enter_context(Console(mode, title=f"{resolved.name} → {folder}"))
+        trackers = open_trackers(resolved.recipe, folder)
+        for tracker in trackers:
+            stack.callback(tracker.close)
+        observer = events.Broadcast([console, *trackers])
+        result = finetune(resolved, folder, observer=observer, resume=resume)
+        console.summary(f"{resolved.name}: done", summary_rows(result))

@@ -1,0 +1,125 @@
+"""Small fine-tunes for tests: rows, recipes, observers, and a process that kills itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from mlx_slim.config.load import Resolved, from_values
+from mlx_slim.events import Event
+
+WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa".split()
+
+
+def write_rows(path: Path, count: int = 24) -> Path:
+    """Write ``count`` completion rows of different lengths."""
+    rows = [
+        {
+            "prompt": f"{i}: {' '.join(WORDS[: 1 + i % 7])}",
+            "completion": WORDS[i % 10] * (1 + i % 3),
+        }
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def recipe(model: Path, data: Path, method: str = "lora", **train: Any) -> Resolved:
+    """Return a recipe of ten small steps over two epochs."""
+    values = {
+        "model": str(model),
+        "method": method,
+        "adapter": {"dropout": 0.1},
+        "quantize": {"group_size": 32},
+        "data": {"path": str(data), "validation": 4},
+        "train": {
+            "steps": 10,
+            "batch_tokens": 256,
+            "max_length": 128,
+            "save_every": 2,
+            "validate_every": 4,
+            "learning_rate": 1e-3,
+            **train,
+        },
+    }
+    return from_values(values, "small", "test")
+
+
+class Recorder:
+    """An observer that keeps every event."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def notify(self, event: Event) -> None:
+        self.events.append(event)
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Return step -> loss of a run's ``metrics.jsonl``; every step may stand there once."""
+    found: dict[int, float] = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if record["event"] == "step":
+            assert record["step"] not in found
+            found[record["step"]] = record["loss"]
+    return found
+
+
+KILLER = """
+import os, signal, sys
+from pathlib import Path
+import mlx.core as mx
+from mlx_slim.workflows.finetune import finetune
+from tests.support.runs import recipe
+
+model, data, out, method, moment, count, resume = sys.argv[1:8]
+count = int(count)
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+class Observer:
+    def notify(self, event):
+        if moment == "step" and getattr(event, "step", 0) == count and event.name == "step":
+            die()
+
+if moment == "save":
+    write = mx.save_safetensors
+    calls = []
+    def save(path, *args, **kwargs):
+        calls.append(path)
+        write(path, *args, **kwargs)
+        if len(calls) == count:
+            with open(path, "r+b") as handle:
+                handle.truncate(20)
+            die()
+    mx.save_safetensors = save
+finetune(recipe(Path(model), Path(data), method), Path(out), observer=Observer(), resume=resume == "1")
+"""
+
+
+def run_and_kill(
+    model: Path, data: Path, out: Path, method: str, moment: str, count: int, *, resume: bool
+) -> None:
+    """Run the small recipe in a process that kills itself at a moment.
+
+    Args:
+        moment: ``step`` (right after the event of step ``count``) or ``save`` (in the middle of
+            the ``count``-th tensor file of a checkpoint).
+    """
+    arguments = [model, data, out, method, moment, count, int(resume)]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, *map(str, arguments)],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr

@@ -1,0 +1,99 @@
+"""A killed run, resumed, repeats the uninterrupted one bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlx_slim.errors import Interrupted, SlimError
+from mlx_slim.events import StepDone
+from mlx_slim.workflows.finetune import finetune
+from tests.support.runs import Recorder, losses, recipe, run_and_kill, write_rows
+
+KILLS = {
+    # moment, count: step 10 is in the second epoch; file 6 is the optimizer of the third checkpoint
+    "lora": [("step", 3), ("save", 1), ("step", 7), ("save", 2)],
+    "qlora": [("save", 4)],
+    "full": [("step", 5)],
+    "dora": [("save", 3)],
+}
+
+
+@pytest.mark.parametrize("method", list(KILLS))
+def test_killed_and_resumed_equals_uninterrupted(tiny, tmp_path: Path, method: str) -> None:
+    model, data = tiny("llama"), write_rows(tmp_path / "rows.jsonl")
+    straight = tmp_path / "straight"
+    finetune(recipe(model, data, method), straight, observer=Recorder())
+    out = tmp_path / "killed"
+    for number, (moment, count) in enumerate(KILLS[method]):
+        run_and_kill(model, data, out, method, moment, count, resume=number > 0)
+        assert not (out / "run.json").exists()
+    finetune(recipe(model, data, method), out, observer=Recorder(), resume=True)
+    assert losses(out) == losses(straight)
+    artifact = "model" if method == "full" else "adapters"
+    for file in (straight / artifact).glob("*.safetensors"):
+        ours, theirs = mx.load(str(file)), mx.load(str(out / artifact / file.name))
+        assert all(mx.array_equal(ours[key], theirs[key]).item() for key in ours)
+
+
+class CtrlC(Recorder):
+    """Sends this process SIGINT after a step."""
+
+    def notify(self, event) -> None:
+        super().notify(event)
+        if isinstance(event, StepDone) and event.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_saves_and_prints_the_resume_command(tiny, tmp_path: Path) -> None:
+    model, data = tiny("llama"), write_rows(tmp_path / "rows.jsonl")
+    out = tmp_path / "run"
+    with pytest.raises(Interrupted, match="after step 3 of 10") as caught:
+        finetune(recipe(model, data), out, observer=CtrlC())
+    assert caught.value.exit_code == 130
+    assert f"-o {out} --resume" in caught.value.hint
+    assert (out / "checkpoints" / "step-3" / "state.json").exists()
+    finetune(recipe(model, data), out, observer=Recorder(), resume=True)
+    assert sorted(losses(out)) == list(range(1, 11))
+
+
+def test_another_recipe_or_other_data_is_refused_with_the_difference(tiny, tmp_path: Path) -> None:
+    model, data = tiny("llama"), write_rows(tmp_path / "rows.jsonl")
+    out = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        finetune(recipe(model, data), out, observer=CtrlC())
+    with pytest.raises(SlimError, match=r"train.learning_rate: 0.001 → 0.002"):
+        finetune(recipe(model, data, learning_rate=2e-3), out, observer=Recorder(), resume=True)
+    original = data.read_text()
+    write_rows(data, 23)
+    with pytest.raises(SlimError, match="changed"):
+        finetune(recipe(model, data), out, observer=Recorder(), resume=True)
+    data.write_text(original)
+    finetune(recipe(model, data, save_every=5), out, observer=Recorder(), resume=True)
+    assert json.loads((out / "run.json").read_text())["status"] == "complete"
+
+
+def test_a_finished_run_is_left_alone(tiny, tmp_path: Path) -> None:
+    model, data = tiny("llama"), write_rows(tmp_path / "rows.jsonl")
+    out = tmp_path / "run"
+    first = finetune(recipe(model, data, steps=2), out, observer=Recorder())
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    again = finetune(recipe(model, data, steps=2), out, observer=Recorder(), resume=True)
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+    assert again.done == first.done
+    with pytest.raises(SlimError, match="holds a run already"):
+        finetune(recipe(model, data, steps=2), out, observer=Recorder())
+
+
+def test_a_run_that_cannot_start_leaves_no_folder(tiny, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl")
+    data.write_text(data.read_text() + "{broken\n")
+    out = tmp_path / "deep" / "run"
+    with pytest.raises(SlimError, match="line 25"):
+        finetune(recipe(tiny("llama"), data), out, observer=Recorder())
+    assert not out.exists()
