@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import mlx_slim  # noqa: F401  # first: it puts the fast BLAS under MLX, as every command does
 from tests.support.tiny import tiny_model
 
 

@@ -74,12 +74,13 @@ def losses(run: Path) -> dict[int, float]:
 KILLER = """
 import os, signal, sys
 from pathlib import Path
-import mlx.core as mx
 from mlx_slim.workflows.finetune import finetune
 from tests.support.runs import recipe
 
 model, data, out, method, moment, count, resume = sys.argv[1:8]
 count = int(count)
+
+import mlx.core as mx
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
