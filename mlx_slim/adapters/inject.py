@@ -199,7 +199,8 @@ def place(
             kind: type[LoRALinear] | type[LoRAEmbedding] = LoRAEmbedding
         else:
             kind = DoRALinear if dora else LoRALinear
-        placed.append((site.path, kind(site.module, rank, scale, dropout)))
+        adapter = kind(site.module, rank, scale, dropout)
+        placed.append((site.path, adapter.train(model.training)))
     model.update_modules(tree_unflatten(placed))
     return placed
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_slim.adapters.lora import draw_key, dropout_from
 from mlx_slim.models.anatomy import Head
 from mlx_slim.models.quantized import dequantize_weight
 from mlx_slim.runtime import on_gpu
@@ -109,19 +110,21 @@ def _recomputed(hidden_ND: mx.array, targets_N: mx.array, head: Head, chunk: int
     """Return the NLL sum of a head with parts of its own (an adapter), recomputed chunk by chunk.
 
     The head's parameters travel as arguments: captured by a closure, ``mx.checkpoint`` would give
-    them a silent zero gradient.
+    them a silent zero gradient; so does the random key, or the two passes would drop differently.
     """
 
-    def part(parameters: dict, hidden_CD: mx.array, targets_C: mx.array) -> mx.array:
+    def part(parameters: dict, key: mx.array, hidden_CD: mx.array, targets_C: mx.array) -> mx.array:
         head.module.update(parameters)
-        return cross_entropy_sum(head(hidden_CD), mx.stop_gradient(targets_C))
+        with dropout_from(key):
+            return cross_entropy_sum(head(hidden_CD), mx.stop_gradient(targets_C))
 
     parameters = head.module.trainable_parameters()
     recomputed = mx.checkpoint(part)
     nll = mx.zeros((), dtype=mx.float32)
     for start in range(0, hidden_ND.shape[0], chunk):
         hidden_CD = hidden_ND[start : start + chunk]
-        nll = nll + recomputed(parameters, hidden_CD, targets_N[start : start + chunk])
+        targets_C = targets_N[start : start + chunk]
+        nll = nll + recomputed(parameters, draw_key(), hidden_CD, targets_C)
     head.module.update(parameters)
     return nll
 

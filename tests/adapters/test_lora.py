@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from mlx_slim.adapters.lora import Adapter, LoRAEmbedding, LoRALinear, dimensions
+from mlx_slim.models.anatomy import Head
+from mlx_slim.train.losses import linear_cross_entropy
 from mlx_slim.train.remat import checkpointed
 from tests.adapters.support import dense, linear, relative_error, shake
 
@@ -112,6 +114,24 @@ def test_dropout_only_in_training_and_unbiased():
     adapter.train()
     mean = mx.mean(mx.stack([adapter(x) - base(x) for _ in range(2000)]), axis=0)
     assert relative_error(mean, plain - base(x)) < 0.05
+
+
+def test_the_chunked_loss_through_a_head_with_dropout_has_its_own_gradient():
+    base = linear(32, 40, bias=False, bits=None)
+    head = LoRALinear(base, 4, 2.0, dropout=0.5)
+    shake(head)
+    hidden, targets = mx.random.normal((10, 32)), mx.arange(10)
+    start = head.lora_a
+
+    def loss(a: mx.array) -> mx.array:
+        head.lora_a = a
+        mx.random.seed(3)
+        return linear_cross_entropy(hidden, targets, Head(head, tied=False), chunk=4)
+
+    grad = mx.grad(loss)(start)
+    direction = grad / mx.linalg.norm(grad)
+    slope = (loss(start + 1e-2 * direction) - loss(start - 1e-2 * direction)).item() / 2e-2
+    assert slope == pytest.approx(mx.linalg.norm(grad).item(), rel=0.02)
 
 
 class Block(nn.Module):

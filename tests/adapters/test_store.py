@@ -151,6 +151,18 @@ def test_the_same_base_in_another_format_is_the_same_base(tiny, tmp_path):
     assert half(IDS).dtype == mx.bfloat16
 
 
+def test_dropout_sleeps_in_a_model_that_is_loaded_to_be_used(tiny, tmp_path):
+    config = AdapterConfig(rank=4, dropout=0.5)
+    model, injected = trained(tiny("llama"), config)
+    save_adapter(tmp_path / "a", model, config, injected, dora=False, base="tiny")
+    again = stock_model(tiny("llama"))
+    again.eval()
+    load_adapter(again, tmp_path / "a")
+    assert mx.array_equal(again(IDS), again(IDS))
+    again.train()
+    assert not mx.array_equal(again(IDS), again(IDS))
+
+
 @pytest.fixture
 def stored(tiny, tmp_path) -> Path:
     config = AdapterConfig(rank=4, targets=["q_proj", "v_proj"])
