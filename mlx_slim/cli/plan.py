@@ -40,16 +40,17 @@ def on_a_mac(name: str) -> Prediction:
     return predict(model_config(recipe)[0], recipe, gpu=True, budget=0, suggest=False)
 
 
-def cost_line(name: str) -> str:
-    """Return the line that stands in the header of a shipped recipe."""
+def cost_header(name: str) -> str:
+    """Return the two lines that stand in the header of a shipped recipe."""
     from mlx_slim.analyze.macs import smallest_that_fits
 
     found = on_a_mac(name)
     smallest = smallest_that_fits(found.predicted_peak_bytes)
     fits = f"fits a Mac with {smallest} GB" if smallest else "fits no Mac in the table"
     return (
-        f"# Predicted on a Mac (bfloat16): peak memory {_gb(found.predicted_peak_bytes)}, {fits}; "
-        f"run folder {_gb(found.disk_bytes)}, model download {_gb(found.download_bytes)}."
+        f"# Predicted on a Mac (bfloat16): peak memory {_gb(found.predicted_peak_bytes)}, {fits}.\n"
+        f"# On disk: run folder up to {_gb(found.disk_bytes)}, "
+        f"model download {_gb(found.download_bytes)}."
     )
 
 
