@@ -18,18 +18,21 @@ class SlimError(Exception):
     Args:
         message: One line: the value seen and the value expected.
         hint: What to do about it, one line; empty when the message already says it.
+        details: All that is wrong, one line each, where ``message`` counts several problems.
     """
 
     exit_code = 2
 
-    def __init__(self, message: str, hint: str = "") -> None:
+    def __init__(self, message: str, hint: str = "", details: Iterable[str] = ()) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.details = list(details)
 
     def __str__(self) -> str:
-        """Return message and hint in one line."""
-        return f"{self.message} ({self.hint})" if self.hint else self.message
+        """Return message and hint in one line, then the details."""
+        first = f"{self.message} ({self.hint})" if self.hint else self.message
+        return "\n  ".join([first, *self.details])
 
 
 class ResourceError(SlimError):

@@ -103,10 +103,11 @@ def command(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-def _fail(message: str, hint: str, code: int) -> int:
-    """Print the two lines of a failure; return the exit code."""
-    one_line = " ".join(message.split())
-    click.echo(f"error: {one_line}", err=True)
+def _fail(message: str, hint: str, code: int, details: Sequence[str] = ()) -> int:
+    """Print the two lines of a failure, and its details between them; return the exit code."""
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    for line in details:
+        click.echo(f"  {' '.join(line.split())}", err=True)
     if hint:
         click.echo(f"hint: {' '.join(hint.split())}", err=True)
     return code
@@ -136,7 +137,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except SlimError as error:
         if os.environ.get("MLX_SLIM_DEBUG", "0") not in ("", "0"):
             raise
-        return _fail(error.message, error.hint, error.exit_code)
+        return _fail(error.message, error.hint, error.exit_code, error.details)
     except click.NoSuchOption as error:
         return _fail(f"no option {error.option_name!r}", _usage_hint(error), 2)
     except click.UsageError as error:

@@ -57,8 +57,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Resolved:
         overrides: Dotted assignments, values in YAML: ``train.steps=3``, ``data.path=./x.jsonl``.
 
     Raises:
-        SlimError: Unknown recipe, unreadable file, or any number of wrong keys and values: the
-            first line counts them, then one line each.
+        SlimError: Unknown recipe, unreadable file, or wrong keys and values: with several of them
+            the message counts them and ``details`` has one line each.
     """
     text = str(name_or_path)
     if text.endswith((".yaml", ".yml")) or "/" in text:
@@ -95,8 +95,9 @@ def _check(
         problems += explain(error, known, origins)
         recipe = None
     if problems or recipe is None:
-        count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
-        raise SlimError("\n".join([f"recipe {title}: {count}", *(f"  {p}" for p in problems)]))
+        if len(problems) == 1:
+            raise SlimError(f"recipe {title}: {problems[0]}")
+        raise SlimError(f"recipe {title}: {len(problems)} problems", details=problems)
     return Resolved(recipe, _all_origins(recipe, origins), name)
 
 
