@@ -200,7 +200,8 @@ def place(
         else:
             kind = DoRALinear if dora else LoRALinear
         adapter = kind(site.module, rank, scale, dropout)
-        placed.append((site.path, adapter.train(model.training)))
+        adapter.train(model.training)
+        placed.append((site.path, adapter))
     model.update_modules(tree_unflatten(placed))
     return placed
 

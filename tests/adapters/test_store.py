@@ -139,6 +139,18 @@ def test_adapters_of_stock_mlx_lm_load_here(settings, dora, tiny, tmp_path):
     assert mx.allclose(model(IDS), stock(IDS), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("bits", [3, 5, 6])
+def test_dora_over_3_5_and_6_bits_loads_here_where_mlx_lm_miscounts(bits, tiny, tmp_path):
+    config = AdapterConfig(rank=4)
+    model, injected = trained(tiny("llama"), config, dora=True, bits=bits)
+    save_adapter(tmp_path / "a", model, config, injected, dora=True, base="tiny")
+    with pytest.raises(ValueError, match="incompatible tensors"):
+        load_adapters(stock_model(tiny("llama"), bits), str(tmp_path / "a"))
+    again = stock_model(tiny("llama"), bits)
+    load_adapter(again, tmp_path / "a")
+    assert mx.array_equal(again(IDS), model(IDS))
+
+
 def test_the_same_base_in_another_format_is_the_same_base(tiny, tmp_path):
     config = AdapterConfig(rank=4)
     model, injected = trained(tiny("llama"), config)
