@@ -157,7 +157,7 @@ def _string(row: RawRow, value: Mapping[str, Any], name: str) -> str:
     text = value[name]
     if not isinstance(text, str):
         raise SlimError(
-            f"{row.place}: {name!r} is {type(text).__name__} {str(text)[:40]!r}, expected a string"
+            f"{row.place}: {name!r} is {type(text).__name__} {repr(text)[:40]}, expected a string"
         )
     return text
 

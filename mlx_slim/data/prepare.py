@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,7 @@ class Pipeline:
         """Yield the usable rows of a source in order; count the others in ``ledger``."""
         waiting: list[tuple[RawRow, Example, Rendered]] = []
         characters = 0
-        for raw in source:
-            if limit is not None and ledger.given >= limit:
-                break
+        for raw in islice(source, limit):
             ledger.given += 1
             try:
                 example = read_example(

@@ -57,6 +57,7 @@ def make(tmp_path, tokens):
             folder=tmp_path / "prepared",
         )
 
+    go.tokenizer = tokens  # type: ignore[attr-defined]
     return go
 
 

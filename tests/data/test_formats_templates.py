@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
 from mlx_slim.errors import SlimError
+from mlx_slim.models.load import load_tokenizer
 from tests.data.conftest import learned, load_bytes
 from tests.support.tiny import CHATML
 
@@ -87,7 +90,7 @@ def test_a_template_that_hides_its_prompt_is_refused(make, tmp_path):
 def test_a_template_that_refuses_the_row(make, tmp_path):
     template = "{{ raise_exception('roles must alternate') }}"
     tokenizer = load_bytes(tmp_path / "refuses", chat_template=template)
-    with pytest.raises(SlimError, match="rows.jsonl, line 1: .*roles must alternate"):
+    with pytest.raises(SlimError, match=r"rows.jsonl, line 1: .*roles must alternate"):
         make([CHAT], tokenizer=tokenizer)
 
 
@@ -254,16 +257,10 @@ def test_unlearnable_rows_are_dropped_and_counted(make):
     assert record["rows_dropped"]["no assistant turn"]["first"] == ["rows.jsonl, line 5"]
 
 
-def test_reference_ids_and_spans(make, references, monkeypatch, request, tmp_path):
+def test_reference_ids_and_spans(make, data_mirror, references, smollm2):
     """Token ids and supervised spans of 16 Alpaca rows, as the PyTorch reference has them."""
-    import json
-    import os
-
-    from mlx_slim.models.load import load_tokenizer
-
-    mirror = os.environ.get("MLX_SLIM_DATA") or request.getfixturevalue("data_mirror")
-    model = request.getfixturevalue("smollm2")
-    prepared = make(f"{mirror}/alpaca/train.jsonl", tokenizer=load_tokenizer(model))
+    rows = data_mirror / "alpaca" / "train.jsonl"
+    prepared = make(rows, tokenizer=load_tokenizer(smollm2))
     expected = json.loads((references / "alpaca_loss_and_gradients.json").read_text())
     assert len(prepared.train) == 999
     for row in expected["rows"]:

@@ -1,0 +1,396 @@
+"""Files, folders, mirrors and the hub; truncation, splits, weights, the ledger and the store."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlx_slim.config.schema import DataConfig, SourceConfig
+from mlx_slim.data import sources
+from mlx_slim.data.overlap import Checker, build_index
+from mlx_slim.data.prepare import fingerprint_difference, prepare
+from mlx_slim.data.sources import RawRow
+from mlx_slim.data.store import TokenStore
+from mlx_slim.errors import SlimError
+
+ROWS = [{"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(40)]
+
+
+def read(path, **settings):
+    return [row.value for row in sources.find(SourceConfig(path=str(path), **settings))]
+
+
+def jsonl(path: Path, rows) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+# ------------------------------------------------------------------ sources
+
+
+def test_every_kind_of_file_gives_the_same_rows(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    jsonl(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "b.json").write_text(json.dumps(ROWS, indent=2))
+    (tmp_path / "c.json").write_text("\ufeff" + "\n".join(map(json.dumps, ROWS)))
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(ROWS), tmp_path / "d.parquet", row_group_size=7
+    )
+    for name in ("a.jsonl", "b.json", "c.json", "d.parquet"):
+        assert read(tmp_path / name) == ROWS, name
+
+
+def test_text_files_give_paragraphs(tmp_path):
+    (tmp_path / "a.txt").write_text("one\nline\n\n\n\ntwo\r\n\nthree")
+    source = sources.find(SourceConfig(path=str(tmp_path / "a.txt")))
+    rows = list(source)
+    assert [row.value["text"] for row in rows] == ["one\nline", "two", "three"]
+    assert [row.number for row in rows] == [1, 6, 8]
+
+
+def test_folders_take_the_split_or_all(tmp_path):
+    jsonl(tmp_path / "all" / "b.jsonl", ROWS[2:])
+    jsonl(tmp_path / "all" / "a.jsonl", ROWS[:2])
+    (tmp_path / "all" / "README.md").write_text("x")
+    source = sources.find(SourceConfig(path=str(tmp_path / "all")))
+    assert [row.value for row in source] == ROWS
+    assert source.ignored == ["README.md"]
+    jsonl(tmp_path / "split" / "train-0.jsonl", ROWS[:3])
+    jsonl(tmp_path / "split" / "test.jsonl", ROWS[3:])
+    assert read(tmp_path / "split") == ROWS[:3]
+    assert read(tmp_path / "split", split="test") == ROWS[3:]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SlimError, match="holds no data file"):
+        read(tmp_path / "empty")
+
+
+def test_a_mirror_stands_for_the_hub_and_a_path_before_it(tmp_path, monkeypatch):
+    jsonl(tmp_path / "mirror" / "alpaca" / "train.jsonl", ROWS)
+    monkeypatch.setenv("MLX_SLIM_DATA", str(tmp_path / "mirror"))
+    monkeypatch.chdir(tmp_path)
+    assert read("tatsu-lab/alpaca") == read("alpaca") == ROWS
+    with pytest.raises(SlimError, match="no split 'trian'") as error:
+        read("tatsu-lab/alpaca", split="trian")
+    assert "train" in error.value.hint
+    jsonl(tmp_path / "tatsu-lab" / "alpaca" / "train.jsonl", ROWS[:1])
+    assert read("tatsu-lab/alpaca") == ROWS[:1]
+
+
+def test_offline_never_asks_the_hub(tmp_path):
+    import subprocess
+    import sys
+
+    code = (
+        "import socket\n"
+        "def no(*a, **k): raise SystemExit('network touched')\n"
+        "socket.socket.connect = no\nsocket.getaddrinfo = no\n"
+        "from mlx_slim.config.schema import SourceConfig\n"
+        "from mlx_slim.data import sources\n"
+        "from mlx_slim.errors import SlimError\n"
+        "try: sources.find(SourceConfig(path='nobody/nothing'))\n"
+        "except SlimError as error: print(error)\n"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert "HF_HUB_OFFLINE is set" in done.stdout, done.stderr
+    assert "network touched" not in done.stderr
+    assert done.stdout.count("\n") == 1
+
+
+def test_a_hub_data_set_is_pinned_and_streams(tmp_path, monkeypatch):
+    import datasets
+
+    asked = {}
+
+    def load_dataset(name, config, **rest):
+        asked.update(name=name, config=config, **rest)
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read("some/set:main@abc123", split="test") == ROWS
+    assert asked == {"name": "some/set", "config": "main", "split": "test", "revision": "abc123"}
+    source = sources.find(SourceConfig(path="some/set"))
+    assert source.fingerprint()["sha256"] == source.fingerprint()["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', "a.jsonl, line 3, column .*malformed JSON"),
+        ("a.jsonl", b"", "empty"),
+        ("a.jsonl", b"\n \n", "empty"),
+        ("a.jsonl", b'{"text": "a"}\n[1]\n', "line 2: a row is a JSON object, not list"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', "line 2: byte 0xe9 at byte offset 24 is"),
+        ("a.json", b'[{"text": "a"},\n{"text": }]', "a.json, line 2: malformed JSON"),
+        ("a.json", b'[{"text": "a"}\n{"text": "b"}]', "line 2: malformed JSON: expected ','"),
+        ("a.json", b'[{"text": "a"}', "line 1: malformed JSON: expected ',' or ']', found 'the en"),
+        ("a.json", b'[{"text": "a"}] x', "text after the array"),
+        ("a.json", b"[]", "empty"),
+        ("a.json", b'[{"text": "a"},\n3]', "row 2: a row is a JSON object, not int"),
+        ("a.json", b'[{"text": "a"},\n{"text": "\xe9"}]', "line 2: byte 0xe9 at byte offset 26 is"),
+        ("a.parquet", b"nonsense", "a.parquet is no readable Parquet"),
+        ("a.csv", b"a,b", "unknown extension '.csv'"),
+        ("a.txt", b"ok\n\xff", "a.txt, line 2: byte 0xff at byte offset 3"),
+    ],
+)
+def test_bad_files_are_one_clear_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SlimError, match=message) as error:
+        read(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_and_unreadable_files(tmp_path):
+    path = jsonl(tmp_path / "rows.jsonl", ROWS)
+    with pytest.raises(SlimError, match="does not exist") as error:
+        read(tmp_path / "row.jsonl")
+    assert "rows.jsonl" in error.value.hint
+    with pytest.raises(SlimError, match="does not exist"):
+        read(tmp_path / "nowhere" / "row.jsonl")
+    if os.geteuid() != 0:
+        path.chmod(0)
+        with pytest.raises(SlimError, match="Permission denied"):
+            read(path)
+
+
+def test_blank_lines_are_skipped_and_counted(make, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('\n{"text": "a"}\n\n  \n{"text": "b"}\n')
+    record = make(path).ledger["sources"][0]
+    assert (record["rows_used"], record["blank_lines_skipped"]) == (2, 3)
+
+
+@pytest.mark.parametrize("policy", ["drop", "left", "right"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_a_ten_megabyte_line(make, tmp_path, policy, suffix):
+    rows = [{"prompt": "a", "completion": "x" * 10_000_000}, ROWS[0]]
+    path = jsonl(tmp_path / "big.jsonl", rows)
+    if suffix == ".json":
+        path = tmp_path / "big.json"
+        path.write_text(json.dumps(rows))
+    start = time.perf_counter()
+    prepared = make(path, truncation=policy, max_length=64)
+    assert time.perf_counter() - start < 20
+    record = prepared.ledger["sources"][0]
+    assert record["rows_given"] == 2
+    dropped = sum(entry["count"] for entry in record["rows_dropped"].values())
+    assert record["rows_used"] + dropped == 2
+    assert dropped == (policy == "drop")
+
+
+# ------------------------------------------------------------------ truncation
+
+
+def test_truncation_policies(make, tokens):
+    rows = [{"prompt": "p" * 20, "completion": "c" * 30}, {"prompt": "a", "completion": "b"}]
+    whole = make(rows).train.row(0)[0]
+    limit = 60
+    assert len(whole) > limit
+    with pytest.raises(SlimError, match=r"rows.jsonl, line 1: \d+ tokens, longer than") as error:
+        make(rows, truncation="error", max_length=limit)
+    assert "drop" in error.value.hint
+    dropped = make(rows, truncation="drop", max_length=limit)
+    assert len(dropped.train) == 1
+    assert dropped.ledger["sources"][0]["rows_dropped"]["longer than 60 tokens"]["count"] == 1
+    right = make(rows, truncation="right", max_length=limit)
+    assert right.train.row(0)[0].tolist() == whole[:limit].tolist()
+    left = make(rows, truncation="left", max_length=limit)
+    assert left.train.row(0)[0].tolist() == whole[-limit:].tolist()
+    record = left.ledger["sources"][0]
+    assert record["rows_truncated"] == {"count": 1, "first": ["rows.jsonl, line 1"]}
+    assert record["tokens_cut"] == len(whole) - limit
+    cut = make([{"prompt": "p" * 90, "completion": "c"}, *rows], truncation="right", max_length=60)
+    assert cut.ledger["sources"][0]["rows_dropped"]["no supervised token left"]["count"] == 1
+
+
+def test_nothing_usable_says_why(make):
+    with pytest.raises(SlimError, match="no row can be used: 40 given, 40 longer than 8 tokens"):
+        make(ROWS, max_length=8)
+
+
+# ------------------------------------------------------------------ split, weights, duplicates
+
+
+def texts(store: TokenStore):
+    return [bytes(store.row(i)[0].astype(np.uint16)) for i in range(len(store))]
+
+
+def test_validation_share_count_and_path(make, tmp_path):
+    share = make(ROWS, validation=0.1)
+    assert (len(share.train), len(share.validation)) == (36, 4)
+    assert not set(texts(share.train)) & set(texts(share.validation))
+    assert sorted(texts(share.train) + texts(share.validation)) == sorted(texts(make(ROWS).train))
+    count = make(ROWS, validation=7)
+    assert (len(count.train), len(count.validation)) == (33, 7)
+    path = jsonl(tmp_path / "held.jsonl", ROWS[:3])
+    file = make(ROWS, validation=str(path))
+    assert (len(file.train), len(file.validation)) == (37, 3)
+    assert file.ledger["split"]["removed_from_train_as_duplicates_of_validation"] == 3
+    with pytest.raises(SlimError, match="validation=40 rows, but only 40"):
+        make(ROWS, validation=40)
+    with pytest.raises(SlimError, match="no training row is left"):
+        make(ROWS[:3], validation=str(path))
+
+
+def test_the_split_depends_on_the_seed_alone(tmp_path, tokens):
+    path = jsonl(tmp_path / "rows.jsonl", ROWS)
+    config = DataConfig(path=str(path), validation=0.2)
+
+    def split(seed, name):
+        made = prepare(config, tokens, max_length=512, seed=seed, folder=tmp_path / name)
+        assert made.validation is not None
+        return texts(made.validation)
+
+    assert split(0, "a") == split(0, "b") != split(1, "c")
+
+
+def test_one_row_and_an_empty_share(make):
+    for rows in (ROWS[:1], ROWS[:5]):
+        prepared = make(rows, validation=0.02)
+        assert len(prepared.train) == len(rows)
+        assert prepared.validation is None
+
+
+def test_duplicates_are_counted_and_never_on_both_sides(make):
+    rows = ROWS + ROWS
+    prepared = make(rows, validation=10)
+    assert prepared.ledger["totals"]["exact_duplicates"] == 40
+    assert not set(texts(prepared.train)) & set(texts(prepared.validation))
+    assert prepared.ledger["split"]["removed_from_train_as_duplicates_of_validation"] > 0
+
+
+def test_weights_repeat_and_halve(make, tmp_path):
+    a, b = jsonl(tmp_path / "a.jsonl", ROWS[:10]), jsonl(tmp_path / "b.jsonl", ROWS[10:30])
+    mix = [{"path": str(a), "weight": 2.5}, {"path": str(b), "weight": 0.5}]
+
+    def go(**settings):
+        return prepare(
+            DataConfig(path=mix, validation=0, **settings), make.tokenizer, max_length=512,
+            seed=3, folder=tmp_path / "mix",
+        )  # fmt: skip
+
+    prepared = go()
+    assert len(prepared.train) == 25 + 10
+    assert len(set(texts(prepared.train))) == 20
+    assert prepared.ledger["split"]["train_rows_distinct"] == 20
+    assert texts(go().train) == texts(prepared.train)
+    small = go(max_rows=6)
+    assert [s["rows_given"] for s in small.ledger["sources"]] == [5, 1]
+
+
+def test_max_rows_reads_no_further(make, tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", ROWS[:5])
+    path.write_text(path.read_text() + "broken\n")
+    assert len(make(path, max_rows=5).train) == 5
+
+
+# ------------------------------------------------------------------ store, cache, fingerprint
+
+
+def test_rows_of_the_same_fingerprint_are_reused(make, tmp_path):
+    first = make(ROWS, validation=3)
+    state = tmp_path / "prepared" / "tokens" / "prepared.json"
+    before = state.stat().st_mtime_ns
+    again = make(ROWS, validation=3)
+    assert state.stat().st_mtime_ns == before
+    assert again.ledger == first.ledger
+    assert again.fingerprint == first.fingerprint
+    assert again.train.fingerprint == first.train.fingerprint
+    assert texts(again.train) == texts(first.train)
+    assert json.loads((tmp_path / "prepared" / "data_ledger.json").read_text()) == first.ledger
+
+
+def test_differences_are_said_in_words(make):
+    first = make(ROWS).fingerprint
+    other = make(ROWS[:-1], max_length=100, mask_prompt=False).fingerprint
+    lines = fingerprint_difference(first, other)
+    assert any("sha256" in line and "rows.jsonl" in line for line in lines)
+    assert "data.settings.max_length: 4096 → 100" in lines
+    assert "data.settings.mask_prompt: True → False" in lines
+    assert any(".rows: 40 → 39" in line for line in lines)
+    assert fingerprint_difference(first, first) == []
+
+
+def test_the_store_says_what_it_holds(make):
+    store = make(ROWS).train
+    rows = [store.row(i) for i in range(len(store))]
+    assert store.lengths.tolist() == [len(ids) for ids, _ in rows]
+    assert store.supervised.tolist() == [mask.sum() for _, mask in rows]
+    assert rows[0][0].dtype == np.int32
+    assert rows[0][1].dtype == np.bool_
+    with pytest.raises(ValueError, match="read-only"):
+        rows[0][0][0] = 1
+
+
+def test_a_damaged_store_is_refused(make):
+    folder = make(ROWS).train.folder
+    with (folder / "ids.bin").open("r+b") as file:
+        file.truncate(40)
+    with pytest.raises(SlimError, match="damaged"):
+        TokenStore(folder)
+    (folder / "ids.bin").unlink()
+    with pytest.raises(SlimError, match="cannot be read"):
+        TokenStore(folder)
+
+
+def test_nothing_is_left_after_a_failure(make, tmp_path):
+    with pytest.raises(SlimError):
+        make([*ROWS, {"x": "y"}])
+    assert not list((tmp_path / "prepared").iterdir())
+
+
+# ------------------------------------------------------------------ overlap
+
+QUESTION = "How many of the nine brown hens that live in the old red barn lay eggs?"
+
+
+@pytest.fixture
+def mirror(tmp_path):
+    jsonl(tmp_path / "mirror" / "gsm8k" / "test.jsonl", [
+        {"question": QUESTION, "answer": "3"}, {"question": "Too short.", "answer": "1"},
+    ])  # fmt: skip
+    short = {"question": "Which gas do green plants take from the air?"}
+    jsonl(tmp_path / "mirror" / "arc_easy" / "test.jsonl", [short])
+    build_index.cache_clear()
+    return tmp_path / "mirror"
+
+
+def test_overlap_is_found_whatever_the_case_and_punctuation(mirror):
+    checker = Checker.from_mirror(mirror)
+    rows = [
+        f"Please answer: {QUESTION.upper().replace(' ', ', ')} Thanks",
+        "which GAS do green plants take from the air",
+        QUESTION[:40],
+        "Too short.",
+        " ".join(reversed(QUESTION.split())),
+        *["filler words that mean nothing at all"] * 20_000,
+        QUESTION,
+    ]
+    for number, text in enumerate(rows, 1):
+        checker.add(RawRow("a.jsonl", number, {}), [text])
+    report = checker.report()
+    assert report["rows_checked"] == len(rows)
+    assert report["rows_overlapping"] == 3
+    gsm8k = report["datasets"]["gsm8k"]
+    assert (gsm8k["questions"], gsm8k["questions_found"], gsm8k["rows_overlapping"]) == (2, 1, 2)
+    assert gsm8k["questions_too_short_to_check"] == 1
+    assert gsm8k["first"] == ["a.jsonl, line 1", f"a.jsonl, line {len(rows)}"]
+    assert report["datasets"]["arc_easy"]["rows_overlapping"] == 1
+
+
+def test_the_ledger_says_whether_overlap_was_checked(make, mirror, monkeypatch):
+    assert make(ROWS).ledger["evaluation_overlap"]["checked"] is False
+    monkeypatch.setenv("MLX_SLIM_DATA", str(mirror))
+    rows = [*ROWS, {"prompt": QUESTION, "completion": "3"}]
+    report = make(rows).ledger["evaluation_overlap"]
+    assert report["rows_overlapping"] == 1
