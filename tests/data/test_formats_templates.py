@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from mlx_slim.errors import SlimError
-from mlx_slim.models.load import load_tokenizer
+from mlx_slim.models.gguf_file import read_gguf
+from mlx_slim.models.gguf_tokenizer import build_tokenizer
 from tests.data.conftest import learned, load_bytes
 from tests.support.tiny import CHATML
 
@@ -257,10 +258,11 @@ def test_unlearnable_rows_are_dropped_and_counted(make):
     assert record["rows_dropped"]["no assistant turn"]["first"] == ["rows.jsonl, line 5"]
 
 
-def test_reference_ids_and_spans(make, data_mirror, references, smollm2):
+def test_reference_ids_and_spans(make, data_mirror, references, smollm2_gguf):
     """Token ids and supervised spans of 16 Alpaca rows, as the PyTorch reference has them."""
+    tokenizer = build_tokenizer(read_gguf(smollm2_gguf).metadata, [])
     rows = data_mirror / "alpaca" / "train.jsonl"
-    prepared = make(rows, tokenizer=load_tokenizer(smollm2))
+    prepared = make(rows, tokenizer=tokenizer)
     expected = json.loads((references / "alpaca_loss_and_gradients.json").read_text())
     assert len(prepared.train) == 999
     for row in expected["rows"]:
