@@ -59,9 +59,9 @@ def preview(recipe: str, overrides: tuple[str, ...], rows: int) -> None:
         console.rule(f"{source.name} ({source.kind}, weight {config.weight:g})")
         for row in islice(pipeline.rows(source, config, ledger), rows):
             console.print(_row(row, unwrap(tokenizer), *marks))
-        read = f"{ledger.given:,} rows read"
+        read = f"of the first {ledger.given:,} rows"
         dropped = "; ".join(ledger.reasons()) or "none"
-        console.print(f"{read}; dropped: {dropped}", style="dim", markup=False)
+        console.print(f"{read}, dropped: {dropped}", style="dim", markup=False)
 
 
 def _legend(opening: str, closing: str) -> Text:

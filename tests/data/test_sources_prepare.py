@@ -394,3 +394,21 @@ def test_the_ledger_says_whether_overlap_was_checked(make, mirror, monkeypatch):
     rows = [*ROWS, {"prompt": QUESTION, "completion": "3"}]
     report = make(rows).ledger["evaluation_overlap"]
     assert report["rows_overlapping"] == 1
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_reading_streams(tmp_path, suffix):
+    import tracemalloc
+
+    rows = [{"text": "x" * 1000}] * 20_000
+    path = jsonl(tmp_path / "a.jsonl", rows)
+    if suffix == ".json":
+        path = tmp_path / "a.json"
+        path.write_text(json.dumps(rows))
+    assert path.stat().st_size > 20e6
+    tracemalloc.start()
+    count = sum(1 for _ in sources.find(SourceConfig(path=str(path))))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 20_000
+    assert peak < 8e6
