@@ -237,3 +237,15 @@ def test_soname_differs_from_the_original(original: Path):
     name = data[tags[elf._DT_STRTAB] + tags[elf._DT_SONAME] :].split(b"\0", 1)[0]
     assert name == b"openblas.so"
     assert elf._DT_GNU_HASH not in tags
+
+
+def test_threads_are_the_physical_cores_unless_the_user_says_otherwise(original: Path):
+    code = (
+        "import ctypes, mlx_slim; print(ctypes.CDLL(None).openblas_get_num_threads(), "
+        "mlx_slim.blas._physical_cores())"
+    )
+    threads = dict.fromkeys(blas._THREADS, "")
+    chosen, cores = python("-c", code, **threads).stdout.split()
+    assert chosen == cores
+    assert 1 <= int(cores) <= len(os.sched_getaffinity(0))
+    assert python("-c", code, **threads | {"OPENBLAS_NUM_THREADS": "1"}).stdout.split()[0] == "1"
