@@ -12,9 +12,7 @@ import pytest
 
 from mlx_slim.config.schema import DataConfig, SourceConfig
 from mlx_slim.data import sources
-from mlx_slim.data.overlap import Checker, build_index
 from mlx_slim.data.prepare import fingerprint_difference, prepare
-from mlx_slim.data.sources import RawRow
 from mlx_slim.data.store import TokenStore
 from mlx_slim.errors import SlimError
 
@@ -347,53 +345,6 @@ def test_nothing_is_left_after_a_failure(make, tmp_path):
     with pytest.raises(SlimError):
         make([*ROWS, {"x": "y"}])
     assert not list((tmp_path / "prepared").iterdir())
-
-
-# ------------------------------------------------------------------ overlap
-
-QUESTION = "How many of the nine brown hens that live in the old red barn lay eggs?"
-
-
-@pytest.fixture
-def mirror(tmp_path):
-    jsonl(tmp_path / "mirror" / "gsm8k" / "test.jsonl", [
-        {"question": QUESTION, "answer": "3"}, {"question": "Too short.", "answer": "1"},
-    ])  # fmt: skip
-    short = {"question": "Which gas do green plants take from the air?"}
-    jsonl(tmp_path / "mirror" / "arc_easy" / "test.jsonl", [short])
-    build_index.cache_clear()
-    return tmp_path / "mirror"
-
-
-def test_overlap_is_found_whatever_the_case_and_punctuation(mirror):
-    checker = Checker.from_mirror(mirror)
-    rows = [
-        f"Please answer: {QUESTION.upper().replace(' ', ', ')} Thanks",
-        "which GAS do green plants take from the air",
-        QUESTION[:40],
-        "Too short.",
-        " ".join(reversed(QUESTION.split())),
-        *["filler words that mean nothing at all"] * 20_000,
-        QUESTION,
-    ]
-    for number, text in enumerate(rows, 1):
-        checker.add(RawRow("a.jsonl", number, {}), [text])
-    report = checker.report()
-    assert report["rows_checked"] == len(rows)
-    assert report["rows_overlapping"] == 3
-    gsm8k = report["datasets"]["gsm8k"]
-    assert (gsm8k["questions"], gsm8k["questions_found"], gsm8k["rows_overlapping"]) == (2, 1, 2)
-    assert gsm8k["questions_too_short_to_check"] == 1
-    assert gsm8k["first"] == ["a.jsonl, line 1", f"a.jsonl, line {len(rows)}"]
-    assert report["datasets"]["arc_easy"]["rows_overlapping"] == 1
-
-
-def test_the_ledger_says_whether_overlap_was_checked(make, mirror, monkeypatch):
-    assert make(ROWS).ledger["evaluation_overlap"]["checked"] is False
-    monkeypatch.setenv("MLX_SLIM_DATA", str(mirror))
-    rows = [*ROWS, {"prompt": QUESTION, "completion": "3"}]
-    report = make(rows).ledger["evaluation_overlap"]
-    assert report["rows_overlapping"] == 1
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
