@@ -37,7 +37,7 @@ _RECIPES = "mixed_2_6, mixed_3_4, mixed_3_6 or mixed_4_6"
 @click.option(
     "--fidelity-samples",
     type=click.IntRange(0),
-    default=8,
+    default=4,
     show_default=True,
     help="Held-out rows that the result is compared with its source on; 0: not at all.",
 )

@@ -64,7 +64,7 @@ class CompressOptions:
     calibration: str | None = None
     samples: int = 32
     length: int = 256
-    fidelity_samples: int = 8
+    fidelity_samples: int = 4
     revision: str | None = None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -183,6 +185,31 @@ def test_checkpointed_step_agrees():
     _, checkpointed = nn.value_and_grad(stack, remat)(x)
     for gradients in (plain, checkpointed):
         assert _close(gradients["first"]["weight"], expected["first"]["weight"], 1e-4)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="mx.compile needs a C++ compiler on a CPU")
+def test_compiled_step_agrees():
+    stack = _stack(3)
+    quantized.use_fast_matmul(stack)
+    step = nn.value_and_grad(stack, lambda x: mx.square(stack(x)).sum())
+    compiled = mx.compile(step)
+    for key in (1, 2):  # the second call reuses the trace
+        x = mx.random.normal((6, 256), key=mx.random.key(key))
+        (loss, gradients), (expected, plain) = compiled(x), step(x)
+        assert _close(loss, expected)
+        assert _close(gradients["first"]["weight"], plain["first"]["weight"])
+
+
+def test_scales_that_learn_get_gradients():
+    layer = _layer("affine", 4, 64)
+    x = mx.random.normal((5, 128))
+    layer.unfreeze(keys=["scales", "biases"])
+    expected = nn.value_and_grad(layer, lambda x: mx.sin(layer(x)).sum())(x)[1]
+    quantized.use_fast_matmul(layer)
+    gradients = nn.value_and_grad(layer, lambda x: mx.sin(layer(x)).sum())(x)[1]
+    assert set(gradients) == {"scales", "biases", "bias"}
+    for name, value in gradients.items():
+        assert _close(value, expected[name], 1e-4)
 
 
 def test_densify_gives_the_same_outputs():
