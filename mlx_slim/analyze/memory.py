@@ -141,9 +141,20 @@ def _shapes(config: dict[str, Any], recipe: Recipe, gpu: bool) -> Shapes:
     return shapes(config, recipe, _dtype(recipe, gpu))
 
 
-def _longest(recipe: Recipe, lengths: Sequence[int] | None) -> int:
-    longest = recipe.train.max_length
-    return longest if lengths is None else min(longest, max(lengths, default=longest))
+def _largest_batch(recipe: Recipe, lengths: Sequence[int] | None) -> tuple[int, int]:
+    """(row length, tokens) of the largest micro-batch, padding counted.
+
+    Packed sequences are as long as ``max_length``, however short the rows.
+    """
+    train = recipe.train
+    if lengths is None:
+        return train.max_length, train.batch_tokens // train.max_length * train.max_length
+    longest = min(max(lengths, default=train.max_length), train.max_length)
+    rows = len(lengths) * longest
+    if train.batching != "grouped":
+        longest = min(train.max_length, sum(lengths))
+    tokens = max(1, train.batch_tokens // longest) * longest
+    return longest, max(1, min(tokens, rows))
 
 
 def _numbers(block: Block, factors: dict[str, float], length: int) -> float:
@@ -179,8 +190,7 @@ def _breakdown(
     gradients on the way), its end (all parameter gradients and one block).
     """
     train, size = recipe.train, _dtype(recipe, gpu).size
-    length = _longest(recipe, lengths)
-    tokens = max(1, train.batch_tokens // length) * length
+    length, tokens = _largest_batch(recipe, lengths)
     full = recipe.method == "full"
     widest = max(found.blocks, key=lambda block: _kept(block, recipe, length))
     if train.grad_checkpoint:

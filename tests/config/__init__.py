@@ -1,0 +1,1 @@
+"""Tests of recipes: loading, layers, errors."""

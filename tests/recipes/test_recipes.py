@@ -1,0 +1,164 @@
+"""Every shipped recipe: true to its header, and it trains a tiny model of its architecture."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from mlx_slim.analyze.known_models import KNOWN, model_config
+from mlx_slim.analyze.memory import predict
+from mlx_slim.cli import plan, recipes
+from mlx_slim.config import library
+from mlx_slim.config.load import load_recipe
+
+ROOT = Path(__file__).parents[2]
+NAMES = library.names("recipes")
+ARCHITECTURE = {
+    "tinyllama": "llama",
+    "llama2": "llama-mha",
+    "phi2": "phi",
+    "mistral": "mistral",
+    "smollm2": "llama-tied",
+}
+
+
+def test_the_promised_recipes_exist():
+    methods = {
+        "tinyllama": "full lora qlora",
+        "phi2": "full lora qlora",
+        "mistral": "lora qlora",
+        "llama2": "lora qlora",
+        "smollm2": "full lora qlora dora",
+    }
+    assert sorted(f"{m}-{k}" for m, kinds in methods.items() for k in kinds.split()) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_header_and_planner_agree(name: str):
+    text = library.find("recipes", name).read_text(encoding="utf-8")
+    assert plan.cost_header(name) in text, f"the header should say:\n{plan.cost_header(name)}"
+    assert f"mlx-slim train {name}" in text
+    assert text.startswith("# ")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pinned_named_and_known(name: str):
+    recipe = load_recipe(name).recipe
+    assert recipe.method == name.rsplit("-", 1)[1]
+    assert re.fullmatch(r"[0-9a-f]{40}", recipe.revision or "")
+    assert recipe.model in KNOWN
+
+
+def test_all_recipes_see_the_same_rows_in_steps_of_the_same_size():
+    found = [load_recipe(name).recipe for name in NAMES]
+    first = found[0]
+    for recipe in found:
+        assert recipe.data == first.data
+        assert recipe.train.max_length == first.train.max_length
+        assert recipe.train.epochs == first.train.epochs
+        assert recipe.train.seed == first.train.seed
+        assert recipe.train.batch_tokens * recipe.train.accumulate == 16_384
+        if recipe.method != "full":
+            assert recipe.adapter == load_recipe("smollm2-lora").recipe.adapter
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "alpaca.jsonl"
+    words = ["red", "green", "blue", "one", "two", "three"]
+    with path.open("w") as handle:
+        for i in range(24):
+            word = words[i % len(words)]
+            row = {
+                "instruction": f"Say {word}.",
+                "input": word * (i % 2),
+                "output": word * (i % 3 + 1),
+            }
+            handle.write(json.dumps(row) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_three_steps_end_to_end(name: str, tiny, rows: Path, tmp_path: Path):
+    from mlx_lm import load
+
+    from mlx_slim.cli import train
+
+    model = tiny(ARCHITECTURE[name.split("-")[0]])
+    out = tmp_path / "run"
+    overrides = [
+        f"model={model}",
+        f"data.path={rows}",
+        "train.steps=3",
+        "train.batch_tokens=768",
+        "train.accumulate=2",
+        "data.validation=4",
+    ]
+    done = CliRunner().invoke(
+        train.command, [name, *overrides, "-o", str(out), "--quiet"], catch_exceptions=False
+    )
+    assert done.exit_code == 0, done.output
+    record = json.loads((out / "run.json").read_text())
+    assert record["status"] == "complete"
+    events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [event for event in events if event["event"] == "step"]
+    assert [event["step"] for event in steps] == [1, 2, 3]
+    if name.endswith("full"):
+        load(str(out / "model"))
+    else:
+        load(str(model), adapter_path=str(out / "adapters"))
+
+
+def test_list_show_and_copy(tmp_path: Path):
+    run = CliRunner().invoke
+    listed = run(recipes.command, [])
+    assert all(name in listed.output for name in NAMES)
+    assert "_alpaca" not in listed.output
+    assert "extends:" in run(recipes.command, ["phi2-lora"]).output
+    path = tmp_path / "mine.yaml"
+    assert run(recipes.command, ["phi2-lora", "--copy", str(path)]).exit_code == 0
+    assert load_recipe(str(path)).recipe == load_recipe("phi2-lora").recipe
+    assert path.read_text().startswith("# LoRA of Phi-2")
+    assert "exists already" in str(
+        run(recipes.command, ["phi2-lora", "--copy", str(path)]).exception
+    )
+    assert "no .yaml" in str(run(recipes.command, ["phi2-lora", "--copy", "x"]).exception)
+    assert run(recipes.command, ["--copy", str(path)]).exit_code != 0
+
+
+def test_plan_prints_fits_and_the_cheapest_knob():
+    run = CliRunner().invoke
+    result = run(plan.command, ["tinyllama-lora", "train.dtype=bfloat16", "--json"])
+    found = json.loads(result.output)
+    assert set(found) >= {
+        *("predicted_peak_bytes", "budget_bytes", "fits", "predicted_seconds", "disk_bytes"),
+        *("breakdown", "suggestions"),
+    }
+    assert set(found["breakdown"]) == {
+        *("weights", "gradients", "optimizer", "activations", "logits"),
+    }
+    assert sum(found["breakdown"].values()) == found["predicted_peak_bytes"]
+    result = run(plan.command, ["tinyllama-lora", "--budget", "7GB"])
+    assert "does NOT fit in 7 GB" in result.output
+    assert "to make it fit, cheapest first" in result.output
+    assert "no recipe is named" in str(run(plan.command, []).exception)
+
+
+def test_a_suggestion_is_an_override_that_keeps_its_promise():
+    recipe = load_recipe("tinyllama-lora").recipe
+    config, _ = model_config(recipe)
+    found = predict(config, recipe, gpu=True, budget=int(4e9))
+    assert not found.fits
+    assert found.suggestions[0].predicted_peak_bytes <= 4e9
+    for suggestion in found.suggestions[:3]:
+        changed = load_recipe("tinyllama-lora", suggestion.set.split()).recipe
+        again = predict(config, changed, gpu=True, budget=int(4e9), suggest=False)
+        assert again.predicted_peak_bytes == suggestion.predicted_peak_bytes
+
+
+def test_the_readme_has_the_planners_table():
+    assert plan.table() in (ROOT / "README.md").read_text(encoding="utf-8")
