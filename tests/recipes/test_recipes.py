@@ -86,7 +86,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_three_steps_end_to_end(name: str, tiny, rows: Path, tmp_path: Path):
     from mlx_lm import load
 
-    from mlx_slim.cli import train
+    from mlx_slim.events import Broadcast
+    from mlx_slim.workflows.finetune import finetune
 
     model = tiny(ARCHITECTURE[name.split("-")[0]])
     out = tmp_path / "run"
@@ -98,10 +99,7 @@ def test_three_steps_end_to_end(name: str, tiny, rows: Path, tmp_path: Path):
         "train.accumulate=2",
         "data.validation=4",
     ]
-    done = CliRunner().invoke(
-        train.command, [name, *overrides, "-o", str(out), "--quiet"], catch_exceptions=False
-    )
-    assert done.exit_code == 0, done.output
+    finetune(load_recipe(name, overrides), out, observer=Broadcast([]))
     record = json.loads((out / "run.json").read_text())
     assert record["status"] == "complete"
     events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
