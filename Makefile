@@ -1,0 +1,84 @@
+# Two commands on a fresh machine: `make demo` and `make test`. `make` lists the others.
+# Works with GNU make 3.81 (macOS) and newer; needs Python 3.10 or newer and a package index.
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format setup clean
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+METHODS ?= qlora
+# Test processes side by side, each with one BLAS thread.
+JOBS ?= 2
+
+RECIPES := tinyllama-full tinyllama-lora tinyllama-qlora \
+	phi2-full phi2-lora phi2-qlora \
+	mistral-lora mistral-qlora llama2-lora llama2-qlora \
+	smollm2-full smollm2-lora smollm2-qlora smollm2-dora
+.PHONY: $(RECIPES)
+
+help:
+	@echo "make demo                fine-tune a real model on bundled data, score before and after"
+	@echo "     MODEL=...           another model: hub id or folder"
+	@echo "     METHODS=\"lora full\" other methods: lora qlora dora full"
+	@echo "make RECIPE              fine-tune into runs/RECIPE; go on with it if it was stopped"
+	@echo "     MODEL=... ARGS=\"train.steps=100 data.path=rows.jsonl\" change it"
+	@for recipe in $(RECIPES); do echo "     $$recipe"; done
+	@echo "make test                set up and run the tests"
+	@echo "make check               formatting, lint and types"
+	@echo "make format              mend formatting and imports"
+	@echo "make setup               create $(VENV) with everything the tests and checks need"
+	@echo "make clean               remove $(VENV) and caches; runs/ stays"
+
+demo: $(VENV)/.base
+	@$(BIN)/mlx-slim demo --methods "$(METHODS)" $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+
+$(RECIPES): $(VENV)/.base
+	@$(BIN)/mlx-slim train $@ -o "runs/$@" $(if $(wildcard runs/$@/recipe.json),--resume) \
+		$(if $(MODEL),"model=$(MODEL)") $(ARGS)
+
+test: $(VENV)/.dev
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+setup: $(VENV)/.dev
+
+clean:
+	rm -rf "$(VENV)" build dist .pytest_cache .ruff_cache
+	find mlx_slim tests evals -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ---------------------------------------------------------------------------- the environment
+
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	--constraint tests/requirements.lock
+
+$(VENV)/.base: pyproject.toml tests/requirements.lock | $(BIN)/python
+	@echo "installing mlx-slim into $(VENV) (about a minute)"
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml tests/requirements.lock | $(BIN)/python
+	@echo "installing mlx-slim with its test and check tools into $(VENV) (a minute or two)"
+	@$(PIP) --editable ".[test,check]"
+	@touch $(VENV)/.base $@
+
+# The first Python that is new enough: macOS has an old python3 of its own. PYTHON=... wins.
+$(BIN)/python:
+	@for python in $(if $(PYTHON),"$(PYTHON)",python3 python3.13 python3.12 python3.11 python3.10); do \
+		command -v "$$python" >/dev/null 2>&1 || continue; \
+		"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || continue; \
+		"$$python" -c 'import ensurepip, venv' 2>/dev/null || { \
+			echo "error: $$python cannot make virtual environments; install its venv package" \
+				"(Debian: apt-get install python3-venv)" >&2; exit 1; }; \
+		"$$python" -m venv "$(VENV)" && exit 0; \
+		rm -rf "$(VENV)"; exit 1; \
+	done; \
+	echo "error: no Python 3.10 or newer found; install one, or say make PYTHON=/path/to/python3" >&2; \
+	exit 1

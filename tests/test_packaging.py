@@ -1,0 +1,84 @@
+"""The wheel: what is in it, and that it works away from the checkout."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the wheel with the backend that pyproject.toml names."""
+    pytest.importorskip("hatchling", reason="hatchling builds the wheel: make setup installs it")
+    folder = tmp_path_factory.mktemp("wheel")
+    build = f"from hatchling.build import build_wheel; print(build_wheel({str(folder)!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", build], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return next(folder.glob("*.whl"))
+
+
+def test_holds_the_package_the_recipes_and_the_evals(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for kind in ("recipes", "evals"):
+        ours = [path for path in (ROOT / kind).rglob("*") if path.is_file()]
+        wanted = {
+            f"mlx_slim/{path.relative_to(ROOT)}" for path in ours if "__pycache__" not in str(path)
+        }
+        assert wanted and wanted <= names
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "mlx_slim").rglob("*.py")}
+    assert modules <= names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert not [name for name in names if name.startswith("tests/") or "__pycache__" in name]
+
+
+def test_works_away_from_the_checkout(wheel, tmp_path):
+    """Installed without dependencies, which the running interpreter lends."""
+    target = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(target)
+    environment = {**os.environ, "PYTHONPATH": str(target)}
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "mlx_slim", *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    where = [sys.executable, "-c", "import mlx_slim; print(mlx_slim.__file__)"]
+    origin = subprocess.check_output(where, cwd=tmp_path, env=environment, text=True)
+    assert Path(origin.strip()).is_relative_to(target)
+    assert "0.1.0" in run("--version")
+    assert "smollm2-lora" in run("recipes")
+    dry = run("train", "smollm2-lora", "train.steps=3", "--dry-run", "-o", str(tmp_path / "run"))
+    assert "train.steps" in dry or "steps" in dry
+
+
+def test_the_lock_covers_every_dependency():
+    if sys.version_info < (3, 11):
+        pytest.skip("tomllib came with Python 3.11")
+    import re
+
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    needed = {re.split(r"[\[<>=;~! ]", line)[0].lower() for group in groups for line in group}
+    lines = (ROOT / "tests" / "requirements.lock").read_text().splitlines()
+    locked = {line.split("==")[0].lower() for line in lines if not line.startswith("#")}
+    assert needed <= locked
+    assert "torch" not in locked
+    assert not [line for line in lines if "://" in line or line.startswith("-")]

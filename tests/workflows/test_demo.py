@@ -1,0 +1,102 @@
+"""The demo end to end on a tiny model, twice: the second run reuses everything."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from mlx_slim.cli.main import command
+from mlx_slim.errors import SlimError
+from mlx_slim.events import Notice
+from mlx_slim.workflows import demo as workflow
+from tests.support.runs import Recorder
+
+# The byte tokenizer makes long rows.
+SMALL = ("train.steps=2", "train.max_length=512", "train.batch_tokens=1024", "data.max_rows=20")
+
+
+class _Heard(Recorder):
+    def watch(self, title: str):
+        return contextlib.nullcontext(self)
+
+    @property
+    def notices(self) -> list[str]:
+        return [event.message for event in self.events if isinstance(event, Notice)]
+
+
+def test_all_methods_then_nothing_left_to_do(tiny, tmp_path):
+    out = tmp_path / "demo"
+    methods = ["qlora", "lora", "dora", "full"]
+    first, again = _Heard(), _Heard()
+    arguments = {"model": str(tiny()), "limit": 3, "overrides": SMALL}
+    rows = workflow.demo(out, methods, watch=first.watch, **arguments)
+    assert [row.method for row in rows] == methods
+    for row in rows:
+        assert row.before.n == row.after.n == 3
+        assert row.tokens_per_second > 0 and row.peak_memory_bytes > 0 and row.tuned_bytes > 0
+    by_method = {row.method: row for row in rows}
+    assert by_method["full"].trainable == by_method["full"].total
+    assert by_method["qlora"].base_bytes < by_method["lora"].base_bytes
+    assert by_method["lora"].before == by_method["dora"].before
+    written = json.loads((out / "results.json").read_text())
+    assert list(written["methods"]) == methods
+    report = (out / "report.md").read_text()
+    assert all(f"| {method} |" in report for method in methods)
+    answers = (out / "scores" / "qlora" / "samples_demo.jsonl").read_text().splitlines()
+    assert [json.loads(line)["doc_id"] for line in answers] == [0, 1, 2]
+
+    files = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    assert workflow.demo(out, methods, watch=again.watch, **arguments) == rows
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == files
+    assert sum("reused" in line for line in again.notices) >= 5
+
+
+def test_prompts_are_the_training_prompts(tiny):
+    from mlx_slim.models.load import load
+
+    tokenizer = load(tiny()).tokenizer
+    resolved = workflow.demo_recipe("lora", tiny(), SMALL)
+    rows = workflow.questions(resolved.recipe, tokenizer)
+    assert len(rows) == 120
+    text = tokenizer.decode(rows[0].prompt_ids)
+    assert resolved.recipe.data.system in text
+    assert text.rstrip().endswith("assistant")
+    assert json.loads(rows[0].answer)["item"] in str(workflow.data_files()[1].read_text())
+
+
+def test_what_a_kill_left_before_the_start_is_no_obstacle(tiny, tmp_path):
+    (tmp_path / "runs" / "lora" / "tokens").mkdir(parents=True)
+    heard = _Heard()
+    (row,) = workflow.demo(
+        tmp_path, ["lora"], model=str(tiny()), limit=2, overrides=SMALL, watch=heard.watch
+    )
+    assert row.after.n == 2
+
+
+def test_a_changed_recipe_is_refused_over_an_old_run(tiny, tmp_path):
+    heard = _Heard()
+    arguments = {"model": str(tiny()), "limit": 2, "watch": heard.watch}
+    workflow.demo(tmp_path, ["lora"], overrides=SMALL, **arguments)
+    with pytest.raises(SlimError, match=r"train\.learning_rate"):
+        workflow.demo(
+            tmp_path, ["lora"], overrides=(*SMALL, "train.learning_rate=0.1"), **arguments
+        )
+
+
+def test_unknown_method_writes_nothing(tmp_path):
+    with pytest.raises(SlimError, match="no method 'qlra'") as caught:
+        workflow.demo(tmp_path / "demo", ["qlra"], watch=_Heard().watch)
+    assert "qlora" in caught.value.hint
+    assert not (tmp_path / "demo").exists()
+
+
+def test_command_prints_the_table(tiny, tmp_path):
+    words = ["demo", "--model", str(tiny()), "--methods", "lora", "--limit", "2", "--quiet"]
+    done = CliRunner().invoke(command, [*words, "-o", str(tmp_path / "demo"), *SMALL])
+    assert done.exit_code == 0, done.output
+    for heading in workflow.HEADINGS[1:]:
+        assert heading in done.output
+    assert "report.md" in done.output
