@@ -95,7 +95,8 @@ def test_three_steps_end_to_end(name: str, tiny, rows: Path, tmp_path: Path):
         f"model={model}",
         f"data.path={rows}",
         "train.steps=3",
-        "train.batch_tokens=768",
+        "train.max_length=256",
+        "train.batch_tokens=256",
         "train.accumulate=2",
         "data.validation=4",
     ]

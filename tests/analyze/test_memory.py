@@ -1,0 +1,234 @@
+"""The planner against published counts, against the real allocator, and against itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.utils import _get_classes
+
+from mlx_slim.adapters.inject import inject
+from mlx_slim.analyze.known_models import KNOWN
+from mlx_slim.analyze.macs import SIZES, smallest_that_fits, working_set
+from mlx_slim.analyze.memory import predict
+from mlx_slim.analyze.shapes import shapes
+from mlx_slim.analyze.work import Speed, expected_work
+from mlx_slim.config.schema import Recipe
+from mlx_slim.data.batches import Batch
+from mlx_slim.errors import SlimError
+from mlx_slim.models import anatomy
+from mlx_slim.quantize.apply import quantize_model
+from mlx_slim.train.optim import Optimizer
+from mlx_slim.train.remat import checkpointed
+from mlx_slim.train.step import CrossEntropy, Stepper
+from tests.support.tiny import ARCHITECTURES
+
+# model: parameters, LoRA r8 on q and v, LoRA r8 on all linears, 4-bit bytes / 1e9
+PUBLISHED = {
+    "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T": (
+        *(1_100_048_384, 1_126_400, 6_307_840, 0.619),
+    ),
+    "microsoft/phi-2": (2_779_683_840, 2_621_440, 11_796_480, 1.565),
+    "mistralai/Mistral-7B-v0.1": (7_241_732_096, 3_407_872, 20_971_520, 4.074),
+    "meta-llama/Llama-2-7b-hf": (6_738_415_616, 4_194_304, 19_988_480, 3.791),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": (134_515_008, 460_800, 2_442_240, 0.076),
+}
+
+
+def recipe(method: str = "lora", **sections: Any) -> Recipe:
+    return Recipe(model="x", method=method, **sections)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_counts_are_the_published_ones(model: str):
+    parameters, q_and_v, all_linear, four_bit = PUBLISHED[model]
+    config = KNOWN[model]
+    found = shapes(config, recipe("qlora"), mx.bfloat16)
+    assert found.parameters == parameters
+    assert found.trainable_parameters == all_linear
+    assert found.base_bytes / 1e9 == pytest.approx(four_bit, abs=5e-4)
+    targets = {"targets": ["q_proj", "v_proj"]}
+    found = shapes(config, recipe(adapter=targets), mx.bfloat16)
+    assert found.trainable_parameters == q_and_v
+    assert found.base_bytes == 2 * parameters
+
+
+def build(config: dict[str, Any], plan: Recipe) -> Any:
+    model_class, args_class = _get_classes(config)
+    model = model_class(args_class.from_dict(config))
+    mx.eval(model.parameters())
+    if plan.method == "qlora":
+        quantize_model(model, config, plan.quantize)
+    if plan.method != "full":
+        inject(model, plan.adapter, dora=plan.method == "dora")
+    mx.eval(model.parameters())
+    return model
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("method", ["full", "lora", "qlora", "dora"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+def test_static_bytes_are_exact(architecture: str, method: str, optimizer: str):
+    config = ARCHITECTURES[architecture]
+    plan = recipe(method, train={"optimizer": optimizer})
+    model = build(config, plan)
+    real = Optimizer(model, plan.train)
+    found = shapes(config, plan, mx.float32)
+    arrays = dict(tree_flatten(model.parameters()))
+    cached = [v for k, v in arrays.items() if "_base_norm2" in k]
+    assert found.base_bytes + found.adapter_bytes == sum(v.nbytes for v in arrays.values()) + (
+        0 if cached or method != "dora" else sum(m._base_norm2_O.nbytes for m in _doras(model))
+    )
+    assert found.optimizer_bytes == sum(value.nbytes for value in real.state().values())
+    assert found.trainable == {
+        path: value.shape for path, value in tree_flatten(model.trainable_parameters())
+    }
+
+
+def _doras(model: Any) -> list[Any]:
+    return [module for module in model.modules() if hasattr(module, "_base_norm2_O")]
+
+
+def config_of(**changes: Any) -> dict[str, Any]:
+    base = {
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "intermediate_size": 768,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+        "vocab_size": 1024,
+    }
+    return {**ARCHITECTURES["llama"], **base, **changes}
+
+
+@pytest.mark.parametrize(
+    ("plan", "batch"),
+    [
+        (recipe(train={"batch_tokens": 512, "max_length": 128}), (4, 128)),
+        (recipe(train={"batch_tokens": 512, "max_length": 256}), (2, 256)),
+        (
+            recipe(train={"batch_tokens": 512, "max_length": 128, "grad_checkpoint": True}),
+            (4, 128),
+        ),
+        (recipe("qlora", train={"batch_tokens": 512, "max_length": 128}), (4, 128)),
+        (recipe("dora", train={"batch_tokens": 512, "max_length": 128}), (4, 128)),
+        (recipe("full", train={"batch_tokens": 512, "max_length": 128}), (4, 128)),
+    ],
+    ids=["lora", "lora-long", "lora-checkpointed", "qlora", "dora", "full"],
+)
+def test_prediction_is_within_a_fifth_of_the_measured_peak(plan: Recipe, batch: tuple[int, int]):
+    if mx.default_device().type == mx.DeviceType.gpu:
+        pytest.skip("fitted to the unfused CPU kernels")
+    config = config_of()
+    model = build(config, plan)
+    optimizer = Optimizer(model, plan.train)
+    rng = np.random.default_rng(0)
+    count = batch[0] * batch[1]
+    positions = np.sort(rng.permutation(count)[: count * 2 // 3]).astype(np.int32)
+    rows = Batch(
+        rng.integers(0, 1024, batch).astype(np.int32),
+        positions,
+        rng.integers(0, 1024, len(positions)).astype(np.int32),
+        None,
+        count,
+        batch[0],
+    )
+    stepper = Stepper(model, CrossEntropy(model))
+    with checkpointed(anatomy.blocks(model), plan.train.grad_checkpoint):
+        mx.eval(optimizer.arrays())
+        mx.clear_cache()
+        held = sum(v.nbytes for _, v in tree_flatten(model.parameters()))
+        before = mx.get_active_memory()  # other tests' models may still be alive
+        mx.reset_peak_memory()
+        stepper.micro(rows)
+        measured = mx.get_peak_memory() - before
+    found = predict(config, plan, gpu=False, budget=1, suggest=False)
+    parts = found.breakdown
+    moving = parts["activations"] + parts["logits"] + parts["gradients"]
+    assert held <= parts["weights"]
+    assert moving == pytest.approx(measured, rel=0.2)
+
+
+def test_every_knob_turns_the_right_way():
+    config = KNOWN["TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"]
+
+    def peak(method: str = "lora", gpu: bool = True, **train: Any) -> int:
+        plan = recipe(method, train=train)
+        return predict(config, plan, gpu=gpu, budget=1, suggest=False).predicted_peak_bytes
+
+    base = peak()
+    static = peak(batch_tokens=512) - (peak(batch_tokens=1024) - peak(batch_tokens=512))
+    assert peak(batch_tokens=2048) - static == pytest.approx((base - static) / 2, rel=0.05)
+    assert peak(grad_checkpoint=True) < 0.5 * base
+    assert peak(max_length=256) < base
+    assert peak("qlora") < base < peak("dora") < peak("full")
+    assert peak("full", optimizer="adafactor") < peak("full", optimizer="sgd") < peak("full")
+    assert peak(gpu=False) > base  # float32 where a GPU has bfloat16
+
+
+def test_lengths_known_beat_lengths_allowed():
+    plan = recipe(train={"batching": "grouped"})
+    short = predict(config_of(), plan, lengths=[64] * 1000, gpu=False, budget=1)
+    few = predict(config_of(), plan, lengths=[64] * 4, gpu=False, budget=1)
+    blind = predict(config_of(), plan, gpu=False, budget=1)
+    assert few.predicted_peak_bytes < short.predicted_peak_bytes < blind.predicted_peak_bytes
+    assert short.tokens == 3 * 64 * 1000
+
+
+def test_time_needs_a_speed_and_rows(tmp_path):
+    config = config_of()
+    speed = Speed(flops=1e11, exponential=3e-8, element=3e-10)
+    plan = recipe(data={"path": "nobody/nothing"})
+    assert predict(config, plan, gpu=False, budget=1, speed=speed).predicted_seconds is None
+    steps = recipe(data={"path": "nobody/nothing"}, train={"steps": 10})
+    seconds = predict(config, steps, gpu=False, budget=1, speed=speed).predicted_seconds
+    again = recipe(data={"path": "nobody/nothing"}, train={"steps": 20, "grad_checkpoint": True})
+    longer = predict(config, again, gpu=False, budget=1, speed=speed).predicted_seconds
+    assert seconds is not None and longer is not None
+    assert 2 * seconds < longer < 4 * seconds
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a b c d", "completion": "e f g h"}\n' * 50)
+    work = expected_work(recipe(data={"path": str(rows)}), None)
+    assert work is not None
+    assert "50 rows" in work.basis
+
+
+def test_a_quantized_config_counts_as_quantized():
+    config = config_of()
+    packed = {**config, "quantization": {"group_size": 64, "bits": 4, "mode": "affine"}}
+    fresh = shapes(config, recipe("qlora"), mx.float32)
+    stored = shapes(packed, recipe("qlora"), mx.float32)
+    assert stored.base_bytes == fresh.base_bytes
+    assert stored.parameters == fresh.parameters
+    with pytest.raises(SlimError, match="quantized"):
+        shapes(packed, recipe("full"), mx.float32)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"model_type": "nonsense"}, {"model_type": "llama"}, config_of(num_attention_heads=0)],
+)
+def test_a_config_that_fits_no_model_is_one_clear_line(config: dict[str, Any]):
+    with pytest.raises(SlimError, match="no model can be built"):
+        shapes(config, recipe(), mx.float32)
+
+
+def test_planning_leaves_the_random_numbers_alone():
+    mx.random.seed(3)
+    expected = mx.random.uniform(shape=(4,)).tolist()
+    mx.random.seed(3)
+    shapes(config_of(), recipe(), mx.float32)
+    assert mx.random.uniform(shape=(4,)).tolist() == expected
+
+
+def test_macs():
+    assert working_set(16) == pytest.approx(16 * 2**30 * 2 / 3, rel=1e-6)
+    assert working_set(64) == 48 * 2**30
+    assert smallest_that_fits(1) == 8
+    assert smallest_that_fits(10**12) is None
+    limits = [working_set(size) for size in SIZES]
+    assert limits == sorted(limits)
