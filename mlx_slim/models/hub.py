@@ -102,6 +102,8 @@ def _snapshot(repository: str, revision: str | None, patterns: list[str]) -> Pat
         RevisionNotFoundError,
     )
 
+    # The base class is the HTTP library's own, which changes between versions of the hub package.
+    transport: tuple[type[BaseException], ...] = (OSError, *HfHubHTTPError.__bases__)
     close = _close(Path(repository))
     path_hint = f"did you mean the folder {close[0]}? else " if close else ""
     where = f"{repository} at revision {revision}" if revision else repository
@@ -131,7 +133,7 @@ def _snapshot(repository: str, revision: str | None, patterns: list[str]) -> Pat
         raise SlimError(
             f"{where} is not on this disk and {why}", path_hint + _GIVE_A_PATH
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except transport as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SlimError(
             f"{where} cannot be downloaded: {reason[:200]}", path_hint + _GIVE_A_PATH

@@ -51,7 +51,7 @@ def test_mixed_quantization_is_read_off_the_model(tiny, tmp_path):
     assert config["dtype"] == "float32"
     for model in (mlx_lm.load(str(tmp_path / "out"))[0], load(tmp_path / "out").model):
         assert quantization_of(model) == quantization_of(ours.model)
-        assert mx.array_equal(model(IDS), ours.model(IDS))
+        assert mx.allclose(model(IDS), ours.model(IDS), atol=1e-4)  # ours multiplies through BLAS
 
 
 def test_plain_model_loses_a_stale_quantization_entry(tiny, tmp_path):

