@@ -16,6 +16,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import cast
 
 from mlx_slim.artifacts import atomic_file, hash_file
 from mlx_slim.errors import SlimError
@@ -103,7 +104,7 @@ def _snapshot(repository: str, revision: str | None, patterns: list[str]) -> Pat
     )
 
     # The base class is the HTTP library's own, which changes between versions of the hub package.
-    transport: tuple[type[BaseException], ...] = (OSError, *HfHubHTTPError.__bases__)
+    transport = cast(tuple[type[Exception], ...], (OSError, *HfHubHTTPError.__bases__))
     close = _close(Path(repository))
     path_hint = f"did you mean the folder {close[0]}? else " if close else ""
     where = f"{repository} at revision {revision}" if revision else repository
