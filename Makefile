@@ -34,7 +34,7 @@ demo: $(VENV)/.base
 
 $(RECIPES): $(VENV)/.base
 	@$(BIN)/mlx-slim train $@ -o "runs/$@" $(if $(wildcard runs/$@/recipe.json),--resume) \
-		$(if $(MODEL),"model=$(MODEL)") $(ARGS)
+		$(if $(MODEL),"model=$(MODEL)" revision=null) $(ARGS)
 
 test: $(VENV)/.dev
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)

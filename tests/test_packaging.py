@@ -82,3 +82,19 @@ def test_the_lock_covers_every_dependency():
     assert needed <= locked
     assert "torch" not in locked
     assert not [line for line in lines if "://" in line or line.startswith("-")]
+
+
+def test_the_readme_shows_what_the_planner_predicts():
+    from mlx_slim.cli.plan import table
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = readme.split("<!-- plan -->\n", 1)[1].split("\n\n", 1)[0]
+    assert shown == table(), "paste what `mlx-slim plan --table` prints into the README"
+
+
+def test_every_recipe_has_a_make_target():
+    from mlx_slim.config import library
+
+    text = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    line = next(line for line in text.splitlines() if line.startswith("RECIPES :="))
+    assert sorted(line.split()[2:]) == library.names("recipes")
