@@ -92,6 +92,7 @@ def predict(
     budget: int | None = None,
     gpu: bool | None = None,
     speed: Speed | None = None,
+    work: Work | None = None,
     suggest: bool = True,
 ) -> Prediction:
     """Predict what ``recipe`` costs over the model of ``config``.
@@ -103,6 +104,7 @@ def predict(
         budget: Bytes; None takes ``memory.budget``.
         gpu: Plan for a GPU (True), a CPU (False) or this machine (None).
         speed: Of the device; None leaves ``predicted_seconds`` out.
+        work: Tokens of the run; None estimates them from the recipe's sources.
         suggest: Look for cheaper settings.
 
     Raises:
@@ -113,7 +115,7 @@ def predict(
     found = _shapes(config, recipe, gpu)
     breakdown = _breakdown(found, recipe, lengths, gpu)
     peak = sum(breakdown.values())
-    work = expected_work(recipe, lengths)
+    work = work or expected_work(recipe, lengths)
     seconds = predicted_seconds(found, recipe, work, speed, gpu=gpu) if speed and work else None
     return Prediction(
         predicted_peak_bytes=peak,

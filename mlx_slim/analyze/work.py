@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from mlx_slim.analyze.shapes import Shapes
 from mlx_slim.config.schema import Recipe
-from mlx_slim.data.sources import find
+from mlx_slim.data.sources import find_local
 from mlx_slim.errors import SlimError
 from mlx_slim.runtime import exp_nanoseconds, matmul_gflops, on_gpu
 
@@ -79,28 +79,32 @@ def measure_speed(dtype: mx.Dtype) -> Speed:
     return Speed(matmul_gflops(dtype, size, 4) * 1e9, exp_nanoseconds() * 1e-9, element)
 
 
-def _rows(recipe: Recipe) -> tuple[int, int, str] | None:
-    """(tokens of an epoch, typical length, basis) of the recipe's sources, or None."""
+def _rows(recipe: Recipe, local: bool) -> tuple[int, int, str] | None:
+    """(tokens of an epoch, typical length, basis) of the recipe's sources, or None.
+
+    Never touches the network.
+    """
     total, weighted, bases = 0.0, 0.0, []
     limit = recipe.train.max_length
     for source in recipe.data.sources:
         known = HUB_ROWS.get(source.path)
         try:
-            files = [] if known else find(source).files
+            found = find_local(source) if local else None
         except SlimError:
             return None
-        if known:
-            rows, length = known
-        elif files and all(file.suffix in (".jsonl", ".json", ".txt") for file in files):
+        files = found.files if found else []
+        if files and all(file.suffix in (".jsonl", ".json", ".txt") for file in files):
             rows = 0
             for file in files:
                 with file.open("rb") as handle:
                     rows += sum(1 for line in handle if line.strip())
             characters = sum(file.stat().st_size for file in files)
             length = int(characters / CHARACTERS_PER_TOKEN / max(1, rows)) + TEMPLATE_TOKENS
+        elif known and not files:
+            rows, length = known
         else:
             return None
-        length = min(length, limit)
+        rows, length = min(rows, recipe.data.max_rows or rows), min(length, limit)
         tokens = rows * source.weight * length
         total += tokens
         weighted += tokens * length
@@ -110,19 +114,22 @@ def _rows(recipe: Recipe) -> tuple[int, int, str] | None:
     return int(total), int(weighted / total), "; ".join(bases)
 
 
-def expected_work(recipe: Recipe, lengths: Sequence[int] | None) -> Work | None:
+def expected_work(
+    recipe: Recipe, lengths: Sequence[int] | None = None, *, local: bool = True
+) -> Work | None:
     """Return the tokens that ``recipe`` will train on, or None where they cannot be guessed.
 
     Args:
         recipe: Its sources, epochs and steps.
         lengths: Tokens of each training row, where known.
+        local: Look at files and the mirror on this machine; else what the hub has is meant.
     """
     train = recipe.train
     if lengths is not None:
         used = [min(length, train.max_length) for length in lengths]
         known = (sum(used), int(sum(used) / max(1, len(used))), f"{len(used):,} rows, counted")
     else:
-        known = _rows(recipe)
+        known = _rows(recipe, local)
     if train.steps is not None:
         tokens = int(train.steps * train.accumulate * train.batch_tokens * FILLED)
         length = known[1] if known else train.max_length

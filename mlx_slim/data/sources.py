@@ -110,6 +110,20 @@ def find(config: SourceConfig) -> Source:
     Raises:
         SlimError: If it is nowhere, has an unknown extension, or the hub cannot be reached.
     """
+    local = find_local(config)
+    if local is not None:
+        return local
+    match = _HUB_ID.fullmatch(config.path)
+    assert match is not None  # else find_local has raised
+    return Source(config.path, "hub", _hub=_load_hub(match, config))
+
+
+def find_local(config: SourceConfig) -> Source | None:
+    """Find a source without touching the network; None for one that only a hub can have.
+
+    Raises:
+        SlimError: If it is a path and not there, or has an unknown extension.
+    """
     path = Path(config.path).expanduser()
     if path.exists():
         files, ignored = _data_files(path, config.split)
@@ -130,7 +144,7 @@ def find(config: SourceConfig) -> Source:
                     did_you_mean(config.split, splits),
                 )
             return Source(config.path, "mirror", [file])
-    return Source(config.path, "hub", _hub=_load_hub(match, config))
+    return None
 
 
 def _neighbour(path: Path) -> str:
