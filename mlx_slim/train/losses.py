@@ -13,6 +13,7 @@ import mlx.nn as nn
 
 from mlx_slim.adapters.lora import draw_key, dropout_from
 from mlx_slim.models.anatomy import Head
+from mlx_slim.models.logits import row_sums, token_nll
 from mlx_slim.models.quantized import dequantize_weight
 from mlx_slim.runtime import on_gpu
 
@@ -26,7 +27,7 @@ def chunk_size(vocabulary: int, setting: int | None) -> int:
 
 def cross_entropy_sum(logits_NV: mx.array, targets_N: mx.array) -> mx.array:
     """Return Σ −log softmax(logits)[target], a float32 scalar in nats."""
-    return nn.losses.cross_entropy(logits_NV.astype(mx.float32), targets_N, reduction="sum")
+    return token_nll(logits_NV, targets_N).sum()
 
 
 def _nll_and_gradient(
@@ -41,7 +42,7 @@ def _nll_and_gradient(
     target_C1 = mx.take_along_axis(logits_CV, targets_C[:, None], axis=-1)
     peak_C1 = logits_CV.max(axis=-1, keepdims=True)
     exp_CV = mx.exp(logits_CV - peak_C1)
-    total_C1 = exp_CV.sum(axis=-1, keepdims=True)
+    total_C1 = row_sums(exp_CV)
     nll = (mx.log(total_C1) + peak_C1 - target_C1).sum()
     share_CV = exp_CV.astype(weight_VD.dtype)
     pull_CD = (share_CV @ weight_VD).astype(mx.float32) / total_C1
