@@ -19,7 +19,7 @@ from typing import Any
 from mlx_slim import runtime
 from mlx_slim.artifacts import write_text
 from mlx_slim.errors import SlimError, did_you_mean
-from mlx_slim.events import Done, Event, Saved, StepDone, ValidationDone
+from mlx_slim.events import Done, Event, Saved, Started, StepDone, ValidationDone
 
 
 def _package(module: str, extra: str) -> Any:
@@ -168,16 +168,22 @@ class Trackers:
             "tensorboard": lambda: TensorBoard(folder / "tensorboard"),
             "wandb": lambda: WeightsAndBiases(folder, name or folder.name, config or {}),
         }
+        self.observers: list[TensorBoard | WeightsAndBiases] = []
         wanted = list(names)
         for one in wanted:
             if one not in makers:
                 raise SlimError(f"report_to names {one!r}", did_you_mean(one, makers))
         if (runtime.world().rank() if rank is None else rank) != 0:
             wanted = []
-        self.observers: list[TensorBoard | WeightsAndBiases] = [makers[one]() for one in wanted]
+        for one in wanted:
+            _package(one, one)
+        self._waiting = [makers[one] for one in wanted]
 
     def notify(self, event: Event) -> None:
-        """Pass ``event`` on to each tracker."""
+        """Pass ``event`` on to each tracker; they begin, and write, only when a loop starts."""
+        if isinstance(event, Started):
+            self.observers += [make() for make in self._waiting]
+            self._waiting = []
         for observer in self.observers:
             observer.notify(event)
 

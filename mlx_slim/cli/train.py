@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 import click
@@ -39,16 +38,17 @@ def command(
         return
     from mlx_slim import events
     from mlx_slim.console import Console
-    from mlx_slim.trackers import open_trackers
-    from mlx_slim.workflows.finetune import finetune, summary_rows
+    from mlx_slim.trackers import Trackers
+    from mlx_slim.workflows.finetune import finetune
+    from mlx_slim.workflows.run_folder import summary_rows
 
     folder = out or Path("runs") / resolved.name
-    with contextlib.ExitStack() as stack:
-        mode = "json" if as_json else "quiet" if quiet else "auto"
-        console = stack.enter_context(Console(mode, title=f"{resolved.name} → {folder}"))
-        trackers = open_trackers(resolved.recipe, folder)
-        for tracker in trackers:
-            stack.callback(tracker.close)
-        observer = events.Broadcast([console, *trackers])
+    values = resolved.recipe.model_dump(mode="json")
+    mode = "json" if as_json else "quiet" if quiet else "auto"
+    with (
+        Console(mode, title=f"{resolved.name} → {folder}") as console,
+        Trackers(resolved.recipe.report_to, folder, name=resolved.name, config=values) as trackers,
+    ):
+        observer = events.Broadcast([console, trackers])
         result = finetune(resolved, folder, observer=observer, resume=resume)
         console.summary(f"{resolved.name}: done", summary_rows(result))

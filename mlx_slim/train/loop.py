@@ -50,8 +50,12 @@ def total_steps(config: TrainConfig, batcher: Batcher) -> tuple[int, float]:
 
 
 def gradient_norm(gradients: dict[str, mx.array]) -> mx.array:
-    """Return the L2 norm over all gradients, a float32 scalar."""
-    return mx.sqrt(sum((mx.square(value).sum() for value in gradients.values()), mx.array(0.0)))
+    """Return the L2 norm over all gradients, a float32 scalar.
+
+    Dot products, not ``square().sum()``: see ``models/logits.py`` for what that loses on a CPU.
+    """
+    flat = (value.reshape(-1) for value in gradients.values())
+    return mx.sqrt(sum((value @ value for value in flat), mx.array(0.0)))
 
 
 class StopRequest:

@@ -31,8 +31,8 @@ def schedule(config: TrainConfig, total_steps: int) -> Schedule:
     """Return the learning rate of each optimizer step, the first being step 0.
 
     Warm-up rises linearly from peak/W to the peak. Then ``constant`` stays, ``linear`` and
-    ``cosine`` fall to ``min_lr_ratio`` · peak, reached right after the last step, and ``wsd`` stays until the last
-    ``decay`` share of the steps and falls linearly there (arXiv 2404.06395).
+    ``cosine`` fall to ``min_lr_ratio`` · peak, reached right after the last step, and ``wsd`` stays
+    until the last ``decay`` share of the steps and falls linearly there (arXiv 2404.06395).
     """
     peak, floor = config.learning_rate, config.learning_rate * config.min_lr_ratio
     warmup = warmup_steps(config, total_steps)

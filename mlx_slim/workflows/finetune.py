@@ -32,39 +32,23 @@ from mlx_slim.models.load import Loaded, load
 from mlx_slim.models.quantized import is_quantized
 from mlx_slim.models.save import save_model
 from mlx_slim.quantize.apply import quantize_model
-from mlx_slim.runtime import dtype_name, human_bytes, memory_budget, on_gpu, resolve_dtype, world
+from mlx_slim.runtime import (
+    dtype_name,
+    human_bytes,
+    memory_budget,
+    on_gpu,
+    resolve_dtype,
+    world,
+)
 from mlx_slim.train import checkpoint
 from mlx_slim.train.loop import Loop
 from mlx_slim.train.metrics import MetricsFile
 from mlx_slim.train.optim import trainable
 from mlx_slim.train.remat import checkpointed
 from mlx_slim.train.step import CrossEntropy
-from mlx_slim.workflows.run_folder import STATE_FILE, claim, fresh, state_record
+from mlx_slim.workflows.run_folder import STATE_FILE, Result, claim, fresh, state_record
 
 _CACHE_SHARE = 8  # MLX may keep 1/8 of the budget as free buffers
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a fine-tune ended.
-
-    Attributes:
-        out: The run folder.
-        done: The loop's last event.
-        artifact: ``adapters`` or ``model`` inside the run folder.
-        trainable: Trainable parameters.
-        total: All parameters (of the dense model).
-        predicted_peak_bytes: What the planner said.
-        ledger: Rows given, used, cut and dropped.
-    """
-
-    out: Path
-    done: events.Done
-    artifact: str
-    trainable: int
-    total: int
-    predicted_peak_bytes: int
-    ledger: dict[str, Any]
 
 
 @dataclass
@@ -171,6 +155,7 @@ def finetune(
     result = Result(
         out=out,
         done=done,
+        model=recipe.model,
         artifact="model" if tuned.injected is None else "adapters",
         trainable=sum(value.size for value in trainable(tuned.model).values()),
         total=tuned.total,
@@ -355,6 +340,7 @@ def _record(resolved: Resolved, tuned: Tuned, result: Result, budget: int) -> di
         "artifact_bytes": sum(path.stat().st_size for path in files),
         "result": {
             "done": asdict(result.done),
+            "model": result.model,
             "artifact": result.artifact,
             "trainable": result.trainable,
             "total": result.total,

@@ -11,19 +11,46 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_slim import events
 from mlx_slim.artifacts import SCHEMA_VERSION, read_json
 from mlx_slim.config.load import Resolved
 from mlx_slim.config.schema import Recipe
 from mlx_slim.data.prepare import Prepared
 from mlx_slim.errors import SlimError
-from mlx_slim.runtime import world
+from mlx_slim.runtime import human_bytes, human_seconds, world
 
 STATE_FILE = "recipe.json"
 # Changing these on a resume cannot change the trajectory.
 _FREE_ON_RESUME = ("memory", "report_to", "train.log_every", "train.save_every", "train.keep")
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a fine-tune ended.
+
+    Attributes:
+        out: The run folder.
+        done: The loop's last event.
+        model: Hub id or folder of the base.
+        artifact: ``adapters`` or ``model`` inside the run folder.
+        trainable: Trainable parameters.
+        total: All parameters (of the dense model).
+        predicted_peak_bytes: What the planner said.
+        ledger: Rows given, used, cut and dropped.
+    """
+
+    out: Path
+    done: events.Done
+    model: str
+    artifact: str
+    trainable: int
+    total: int
+    predicted_peak_bytes: int
+    ledger: dict[str, Any]
 
 
 def claim(out: Path, recipe: Recipe, resume: bool) -> bool:
@@ -87,3 +114,26 @@ def state_record(resolved: Resolved, data: Prepared) -> dict[str, Any]:
         "origins": resolved.origins,
         "data": data.fingerprint,
     }
+
+
+def summary_rows(result: Result) -> dict[str, str]:
+    """Return the closing summary as name -> text."""
+    done, totals = result.done, result.ledger["totals"]
+    rows = {
+        "rows": f"{totals['rows_used']:,} used of {totals['rows_given']:,} given"
+        f" ({totals['rows_dropped']:,} dropped, {totals['rows_truncated']:,} cut)",
+        "steps": f"{done.step:,} ({done.reason.replace('_', ' ')})",
+        "tokens": f"{done.tokens:,} at {done.tokens / max(done.seconds, 1e-9):,.0f} tokens/s",
+        "time": human_seconds(done.seconds),
+        "trained": f"{result.trainable:,} of {result.total:,} parameters "
+        f"({result.trainable / result.total:.2%})",
+        "peak memory": f"{human_bytes(done.peak_memory_bytes)} measured, "
+        f"{human_bytes(result.predicted_peak_bytes)} predicted",
+        "saved": f"{result.out / result.artifact} (reloaded, same logits)",
+        "try it": f"mlx-slim generate {result.model} --adapter {result.out / result.artifact}"
+        if result.artifact == "adapters"
+        else f"mlx-slim generate {result.out / result.artifact}",
+    }
+    if done.best_validation is not None:
+        rows["best validation"] = f"{done.best_validation:.4f} nats/token at step {done.best_step}"
+    return rows
