@@ -56,7 +56,8 @@ clean:
 
 # ---------------------------------------------------------------------------- the environment
 
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+# Modules are compiled when they are first imported: compiling all of them takes half a minute.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
 	--constraint tests/requirements.lock
 
 $(VENV)/.base: pyproject.toml tests/requirements.lock | $(BIN)/python

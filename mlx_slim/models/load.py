@@ -7,6 +7,7 @@ Try it: ``mlx-slim generate HuggingFaceTB/SmolLM2-135M-Instruct --prompt Hello``
 
 from __future__ import annotations
 
+import inspect
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -204,22 +205,24 @@ def _build(folder: Path, normalized: Normalized, trust: bool) -> tuple[nn.Module
 
         return build, args_class
 
+    if normalized.config.get("model_file") and not trust:
+        raise SlimError(
+            f"{folder} brings its own model code, which is not run unless you say so",
+            "read it, then pass --trust-remote-code",
+        )
+    # mlx-lm 0.31, the last for Python 3.10, runs such code without being told to.
+    asks = "trust_remote_code" in inspect.signature(load_model).parameters
     try:
         model, config = load_model(
             folder,
             lazy=True,
             model_config=normalized.config,
             get_model_classes=classes,
-            trust_remote_code=trust,
+            **({"trust_remote_code": trust} if asks else {}),
         )
     except SlimError:
         raise
     except _MISFIT as error:
-        if "trust_remote_code" in str(error):
-            raise SlimError(
-                f"{folder} brings its own model code, which is not run unless you say so",
-                "read it, then pass --trust-remote-code",
-            ) from error
         kind = normalized.config["model_type"]
         raise SlimError(
             f"{folder} does not fit mlx-lm's model class {kind!r}: {_line(error)}",
