@@ -106,7 +106,7 @@ def test_chat_template_gives_the_reference_token_ids(loaded, data_mirror, refere
     rows = _rows(data_mirror / "alpaca" / "train.jsonl")
     for expected in reference["rows"]:
         row = rows[expected["row"]]
-        user = row["instruction"] + (f"\n\n{row['input']}" if row["input"] else "")
+        user = row["instruction"] + (f"\n{row['input']}" if row["input"] else "")
         messages = [
             {"role": "user", "content": user},
             {"role": "assistant", "content": row["output"]},
