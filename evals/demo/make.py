@@ -16,7 +16,7 @@ from typing import TypeVar
 
 SEED = 20250
 TRAIN_ROWS = 720
-TEST_ROWS = 120
+TEST_ROWS = 100
 
 T = TypeVar("T")
 
@@ -63,10 +63,14 @@ DAYS = {
 TRAIN_NAMES = words(
     """
     Maria Tom Aisha Ken Olga Pedro Lena Sam Nina Omar Julia Ravi Emma Luca Chloe Ivan Sofia Ben
-    Mei Paul Anna Hugo Zara Felix Clara Yusuf Laura Max Rosa David
+    Mei Paul Anna Hugo Zara Felix Clara Yusuf Laura Max Rosa David Peter Fatima Liam Hana Carlos
+    Ingrid Noah Leila Oscar Yuki Martin Elena Jack Amina Simon Grace Mateo Ella Karim Sarah
+    Viktor Lucia Adam Nadia Leo Tessa Rahul Eva Daniel Ada Mark Isabel Tariq Helen Bruno Lily
+    Kofi Marta Eric Jade Nils Carmen Dev Monica Theo Salma Robert Ines Kai Wanda Louis Petra
+    Arjun Molly
     """
 )
-TEST_NAMES = words("Greta Amir Holly Jonas Priya Marco Ruth Diego Alice Stefan Noor Victor")
+TEST_NAMES = words("Hannah Amir Holly Jonas Priya Marco Ruth Diego Alice Stefan Noor Victor")
 
 # {w} is the companion with its "with", {d} the day; either may be absent.
 TRAIN_PATTERNS = [
@@ -137,15 +141,14 @@ def money(rng: random.Random, currency: str) -> tuple[str, str]:
 
 
 def typo(rng: random.Random, text: str) -> str:
-    """Swap, drop or double one letter inside a word of ``text``."""
-    places = [k for k in range(2, len(text) - 2) if text[k - 2 : k + 2].isalpha()]
+    """Swap two letters of ``text`` or double one, past the third letter of a word."""
+    places = [k for k in range(3, len(text) - 1) if text[k - 3 : k + 2].isalpha()]
     if not places:
         return text
     k = pick(rng, places)
-    kind = int(rng.random() * 3)
-    if kind == 0:
+    if rng.random() < 0.5:
         return text[:k] + text[k + 1] + text[k] + text[k + 2 :]
-    return text[:k] + text[k + 1 :] if kind == 1 else text[:k] + text[k] + text[k:]
+    return text[:k] + text[k] + text[k:]
 
 
 def make_row(rng: random.Random, patterns: Sequence[str], names: Sequence[str]) -> dict[str, str]:
@@ -157,16 +160,16 @@ def make_row(rng: random.Random, patterns: Sequence[str], names: Sequence[str]) 
     who = pick(rng, names) if rng.random() < 0.6 else None
     day = pick(rng, list(DAYS)) if rng.random() < 0.7 else None
     message = pick(rng, patterns).format(
-        i=typo(rng, item) if rng.random() < 0.12 else item,
+        i=typo(rng, item) if rng.random() < 0.15 else item,
         a=spelled,
         w=f"{pick(rng, ['with', 'with', 'w/'])} {who}" if who else "",
         d=pick(rng, DAYS[day]) if day else "",
     )
     message = " ".join(message.replace(" ,", ",").split()).strip(" ,:-")
     style = rng.random()
-    if style < 0.3:
+    if style < 0.25:
         message = message.lower()
-    elif style < 0.36:
+    elif style < 0.28:
         message = message.upper()
     elif style < 0.6:
         message = message[0].upper() + message[1:]

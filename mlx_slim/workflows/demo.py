@@ -45,7 +45,6 @@ from mlx_slim.workflows.finetune import finetune
 from mlx_slim.workflows.run_folder import STATE_FILE
 
 METHODS: tuple[str, ...] = get_args(Method)
-MAX_ANSWER = 56  # tokens; the longest right answer has 37 with SmolLM2's tokenizer
 _FULL_RATE = 2.0e-4  # full tuning moves every weight: a tenth of the adapters' rate
 
 
@@ -97,10 +96,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Question:
-    """A held-out row: the prompt as training would see it, and the right answer."""
+    """A held-out row: the prompt as training would see it, and the right answer.
+
+    Attributes:
+        prompt_ids: Token ids, up to where the answer begins.
+        answer: The right answer.
+        answer_tokens: Its length in tokens, with what closes it.
+    """
 
     prompt_ids: list[int]
     answer: str
+    answer_tokens: int
 
 
 def demo(
@@ -132,6 +138,8 @@ def demo(
     if unknown := [name for name in methods if name not in METHODS]:
         raise SlimError(f"no method {unknown[0]!r}", did_you_mean(unknown[0], METHODS))
     methods = list(dict.fromkeys(methods))
+    for method in methods:
+        demo_recipe(method, out, overrides)  # a mistyped key is said before any work
     with watch("demo: the model") as observer:
         dense = _dense(out / "model", model, observer)
         small = _quantized(dense, out / "model-4bit", observer) if "qlora" in methods else dense
@@ -242,7 +250,10 @@ def _score(
     rows = questions(recipe, loaded.tokenizer)[:limit]
     began = time.monotonic()
     answers = generate_batch(
-        loaded.model, loaded.tokenizer, [row.prompt_ids for row in rows], MAX_ANSWER
+        loaded.model,
+        loaded.tokenizer,
+        [row.prompt_ids for row in rows],
+        max_tokens=max(row.answer_tokens for row in rows) + 1,  # no longer answer can be right
     )
     seconds = time.monotonic() - began
     result = score(answers, [row.answer for row in rows])
@@ -266,6 +277,7 @@ def questions(recipe: Recipe, tokenizer: Any) -> list[Question]:
         Question(
             row.tokens.ids_T[: int(np.argmax(row.tokens.supervised_T))].tolist(),
             row.example.fields["completion"],
+            int(row.tokens.supervised_T.sum()),
         )
         for row in pipeline.rows(source, config, ledger)
     ]

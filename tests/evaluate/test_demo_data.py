@@ -55,3 +55,10 @@ def test_answers_are_canonical_and_learnable(make):
     for key in ("item", "currency", "category", "day"):
         seen = {json.loads(row["completion"])[key] for row in train}
         assert {json.loads(row["completion"])[key] for row in test} <= seen
+
+
+def test_the_readme_shows_a_held_out_row():
+    readme = (FOLDER.parents[1] / "README.md").read_text(encoding="utf-8")
+    assert any(
+        f"`{row['prompt']}`" in readme and row["completion"] in readme for row in _read("test")
+    )

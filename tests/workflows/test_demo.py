@@ -60,7 +60,7 @@ def test_prompts_are_the_training_prompts(tiny):
     tokenizer = load(tiny()).tokenizer
     resolved = workflow.demo_recipe("lora", tiny(), SMALL)
     rows = workflow.questions(resolved.recipe, tokenizer)
-    assert len(rows) == 120
+    assert len(rows) == 100
     text = tokenizer.decode(rows[0].prompt_ids)
     assert resolved.recipe.data.system in text
     assert text.rstrip().endswith("assistant")
@@ -90,6 +90,12 @@ def test_unknown_method_writes_nothing(tmp_path):
     with pytest.raises(SlimError, match="no method 'qlra'") as caught:
         workflow.demo(tmp_path / "demo", ["qlra"], watch=_Heard().watch)
     assert "qlora" in caught.value.hint
+    assert not (tmp_path / "demo").exists()
+
+
+def test_mistyped_key_writes_nothing(tmp_path):
+    with pytest.raises(SlimError, match=r"train\.stepz"):
+        workflow.demo(tmp_path / "demo", overrides=["train.stepz=3"], watch=_Heard().watch)
     assert not (tmp_path / "demo").exists()
 
 
