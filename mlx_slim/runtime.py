@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 
@@ -92,6 +93,11 @@ def memory_budget(setting: str | int) -> int:
     if setting == "auto":
         return int(device_memory() * 0.9)
     return parse_size(setting)
+
+
+def number(scalar: mx.array) -> float:
+    """Return the value of a scalar array that is not complex."""
+    return float(cast(float, scalar.item()))
 
 
 def human_bytes(size: float) -> str:

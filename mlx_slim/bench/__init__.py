@@ -1,1 +1,1 @@
-"""TBD."""
+"""Side-by-side benchmarks against mlx-lm, each side in its own process."""

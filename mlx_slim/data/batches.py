@@ -29,7 +29,7 @@ class Rows(Protocol):
         """Return the number of rows."""
         ...
 
-    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def row(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Return token ids int32 (T,) and the supervised mask bool (T,)."""
         ...
 

@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_slim.errors import SlimError
+from mlx_slim.runtime import number
 
 _HEADS = ("lm_head", "output", "head", "embed_out")
 _EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "word_embeddings", "embedding")
@@ -117,14 +118,14 @@ def split(model: nn.Module, vocabulary: int = 8) -> Split | None:
     """
     tokens_BT = mx.arange(8)[None] % max(2, vocabulary)
     expected = model(tokens_BT).astype(mx.float32)
-    scale = mx.abs(expected).max().item()
+    scale = number(mx.abs(expected).max())
     for candidate in _candidates(model):
         try:
             logits = candidate.head(candidate.body(tokens_BT, None)).astype(mx.float32)
             same = logits.shape == expected.shape
         except (TypeError, ValueError, AttributeError):
             continue  # a body that wants other arguments, a head of another width
-        if same and mx.abs(logits - expected).max().item() <= 1e-3 * scale + 1e-6:
+        if same and number(mx.abs(logits - expected).max()) <= 1e-3 * scale + 1e-6:
             return candidate
     return None
 
@@ -193,4 +194,4 @@ def packs(model: nn.Module) -> bool:
     # In 16 bits rotary embeddings at other absolute positions round differently.
     tolerance = 1e-3 if packed.dtype == mx.float32 else 5e-2
     difference = mx.abs(packed.astype(mx.float32) - alone.astype(mx.float32)).max()
-    return difference.item() <= tolerance * mx.abs(alone).max().item()
+    return number(difference) <= tolerance * number(mx.abs(alone).max())

@@ -2,9 +2,9 @@
 
 Invariant: one mechanism for every log-softmax in training and scoring. On a CPU, MLX adds up a row
 one element after the other: over 49,152 exponentials the small ones are lost and the sum comes out
-5e-5 too low (``mx.sum``, ``mx.logsumexp`` and ``mx.softmax`` alike), which shifts a loss and, behind
-massive activations, some gradients by almost 1%. BLAS keeps many partial sums: a product with ones
-is 300 times as exact and faster. Legend: N positions, V vocabulary.
+5e-5 too low (``mx.sum``, ``mx.logsumexp`` and ``mx.softmax`` alike), which shifts a loss and,
+behind massive activations, some gradients by almost 1%. BLAS keeps many partial sums: a product
+with ones is 300 times as exact and faster. Legend: N positions, V vocabulary.
 """
 
 from __future__ import annotations

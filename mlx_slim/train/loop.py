@@ -24,7 +24,7 @@ from mlx_slim import events
 from mlx_slim.config.schema import TrainConfig
 from mlx_slim.data.batches import Batch, Batcher
 from mlx_slim.errors import SlimError
-from mlx_slim.runtime import world
+from mlx_slim.runtime import number, world
 from mlx_slim.train import checkpoint
 from mlx_slim.train.checkpoint import Position
 from mlx_slim.train.optim import Optimizer, schedule
@@ -65,26 +65,26 @@ class StopRequest:
         self.requested = False
         self._previous: dict[int, object] = {}
 
-    def _handle(self, number: int, _: FrameType | None) -> None:
+    def _handle(self, signum: int, _: FrameType | None) -> None:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._previous[signum] = signal.signal(signum, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)  # type: ignore[arg-type]
 
     def seen_by_any_rank(self) -> bool:
         """Return whether any rank was asked to stop, the same answer on all."""
         if world().size() == 1:
             return self.requested
-        return mx.distributed.all_sum(mx.array(int(self.requested)), group=world()).item() > 0
+        return number(mx.distributed.all_sum(mx.array(int(self.requested)), group=world())) > 0
 
 
 @dataclass
@@ -203,7 +203,7 @@ class Loop:
         began = time.perf_counter()
         self.model.train()
         result = self.stepper.step(self._batches(plan))
-        norm = gradient_norm(result.gradients).item()
+        norm = number(gradient_norm(result.gradients))
         if not (math.isfinite(result.loss) and math.isfinite(norm)):
             newest = checkpoint.latest(self.checkpoints)
             raise SlimError(
@@ -270,12 +270,13 @@ def validation_loss(model: nn.Module, objective: Objective, batcher: Batcher) ->
     The rows and their order are fixed; ranks share the micro-batches.
     """
     model.eval()
-    sums = [0.0, 0.0]
+    nll, supervised = 0.0, 0
     for groups in batcher.plan(0)[world().rank() :: world().size()]:
         batch = batcher.batch(groups)
-        sums[0] += objective(model, *batch_arrays(batch), gradient=False).item()
-        sums[1] += batch.supervised_tokens
+        nll += number(objective(model, *batch_arrays(batch), gradient=False))
+        supervised += batch.supervised_tokens
     model.train()
     if world().size() > 1:
-        sums = mx.distributed.all_sum(mx.array(sums), group=world()).tolist()
-    return sums[0] / sums[1], int(sums[1])
+        nll = number(mx.distributed.all_sum(mx.array(nll), group=world()))
+        supervised = int(number(mx.distributed.all_sum(mx.array(supervised), group=world())))
+    return nll / supervised, supervised

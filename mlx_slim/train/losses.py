@@ -87,7 +87,9 @@ def _fused(
         return [nll, mx.concatenate(gradients), d_weight, d_bias]
 
     @forward.vjp
-    def backward(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
+    def backward(
+        primals: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]
+    ) -> list[mx.array]:
         scale = cotangents[0]
         _, d_hidden, d_weight, d_bias = outputs
         hidden, weight, bias = primals
@@ -165,7 +167,7 @@ def linear_cross_entropy(
     if quantized and not on_gpu():
         weight_VD = dequantize_weight(module)
     elif type(module) in (nn.Linear, nn.Embedding):
-        weight_VD = module.weight
+        weight_VD = module["weight"]
     else:
         return _recomputed(hidden_ND, targets_N, head, chunk)
     trains = "weight" in module.trainable_parameters()

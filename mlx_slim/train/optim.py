@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -166,9 +166,10 @@ class Optimizer:
             raise KeyError(min(difference))
         self.masters = {path: flat[f"master/{path}"] for path in self.masters}
         for (name, scale), optimizer in self._optimizers.items():
-            for path, value in optimizer.state.items():
+            state = cast(dict[str, Any], optimizer.state)
+            for path, value in state.items():
                 prefix = f"{name}@{scale!r}/{path}/"
                 if isinstance(value, dict):
-                    optimizer.state[path] = {leaf: flat[prefix + leaf] for leaf in value}
+                    state[path] = {leaf: flat[prefix + leaf] for leaf in value}
                 else:
-                    optimizer.state[path] = flat[prefix]
+                    state[path] = flat[prefix]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 
 from mlx_slim.data.batches import Batch
 from mlx_slim.models import anatomy
-from mlx_slim.runtime import world
+from mlx_slim.runtime import number, world
 from mlx_slim.train.losses import chunk_size, cross_entropy_sum, linear_cross_entropy
 from mlx_slim.train.optim import set_trainable, trainable
 
@@ -166,13 +166,15 @@ class Stepper:
                 gradients.setdefault(path, mx.zeros(value.shape, dtype=mx.float32))
             # Ranks must ask for the same sums in the same order.
             averaged = nn.average_gradients(dict(sorted(gradients.items())), group=group)
-            gradients = {path: value * group.size() for path, value in tree_flatten(averaged)}
+            flat = cast(list[tuple[str, mx.array]], tree_flatten(averaged))
+            gradients = {path: value * group.size() for path, value in flat}
             nll = mx.distributed.all_sum(nll, group=group)
-            counts = mx.array([supervised, tokens, computed])
-            counts = mx.distributed.all_sum(counts, group=group)
-            supervised, tokens, computed = (int(n) for n in counts.tolist())
+            supervised, tokens, computed = (
+                int(number(mx.distributed.all_sum(mx.array(count), group=group)))
+                for count in (supervised, tokens, computed)
+            )
         return StepResult(
-            loss=nll.item() / supervised,
+            loss=number(nll) / supervised,
             gradients={path: value / supervised for path, value in gradients.items()},
             supervised=supervised,
             tokens=tokens,

@@ -36,6 +36,7 @@ from mlx_slim.runtime import (
     dtype_name,
     human_bytes,
     memory_budget,
+    number,
     on_gpu,
     resolve_dtype,
     world,
@@ -132,7 +133,7 @@ def finetune(
     with fresh(out, keep=started):
         tuned = prepare_model(recipe)
         data = _prepare_data(recipe, tuned, out, started)
-        prediction = predict(tuned.config, recipe, lengths=data.train.lengths)
+        prediction = predict(tuned.config, recipe, lengths=data.train.lengths.tolist())
         metrics = MetricsFile(out / "metrics.jsonl")
         listeners = [metrics, observer] if world().rank() == 0 else []
         loop = _loop(recipe, tuned, data, out, events.Broadcast(listeners), budget)
@@ -316,8 +317,8 @@ def _verify(recipe: Recipe, tuned: Tuned, result: Result) -> None:
     else:
         again = load(target).model
     again.eval()
-    worst = mx.abs(again(tokens_BT).astype(mx.float32) - expected).max().item()
-    scale = mx.abs(expected).max().item()
+    worst = number(mx.abs(again(tokens_BT).astype(mx.float32) - expected).max())
+    scale = number(mx.abs(expected).max())
     tolerance = 1e-3 if resolve_dtype(recipe.train.dtype) == mx.float32 else 3e-2
     if not worst <= tolerance * scale:
         raise SlimError(

@@ -13,7 +13,7 @@ from typing import Any
 from mlx_slim.config.load import Resolved, from_values
 from mlx_slim.events import Event
 
-WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa".split()
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
 
 
 def write_rows(path: Path, count: int = 24) -> Path:
@@ -101,7 +101,8 @@ if moment == "save":
                 handle.truncate(20)
             die()
     mx.save_safetensors = save
-finetune(recipe(Path(model), Path(data), method), Path(out), observer=Observer(), resume=resume == "1")
+small = recipe(Path(model), Path(data), method)
+finetune(small, Path(out), observer=Observer(), resume=resume == "1")
 """
 
 
@@ -111,8 +112,14 @@ def run_and_kill(
     """Run the small recipe in a process that kills itself at a moment.
 
     Args:
+        model: Folder of the base.
+        data: File of rows.
+        out: Run folder.
+        method: Of the recipe.
         moment: ``step`` (right after the event of step ``count``) or ``save`` (in the middle of
             the ``count``-th tensor file of a checkpoint).
+        count: See ``moment``.
+        resume: Go on with the run in ``out``.
     """
     arguments = [model, data, out, method, moment, count, int(resume)]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Chunked linear cross-entropy equals the plain one, value and gradients, for every kind of head."""
+"""Chunked linear cross-entropy equals the plain one, value and gradients, for any head."""
 
 from __future__ import annotations
 

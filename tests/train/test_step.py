@@ -1,4 +1,4 @@
-"""However rows are cut into batches, packed, accumulated, checkpointed or compiled: one gradient."""
+"""However rows are batched, packed, accumulated, checkpointed or compiled: one gradient."""
 
 from __future__ import annotations
 
