@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mlx_slim.errors import ResourceError, SlimError
 
@@ -150,6 +150,21 @@ def save_tensors(path: Path, tensors: dict[str, Any]) -> None:
             f"cannot write {path.name}: {' '.join(str(error).split())}",
             "check the disk's free space and that it is writable",
         ) from error
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    """Return the arrays of a safetensors file that this package wrote.
+
+    Raises:
+        SlimError: If the file is missing or damaged.
+    """
+    import mlx.core as mx
+
+    try:
+        return cast(dict[str, Any], mx.load(str(path)))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise SlimError(f"{path} is missing or damaged: {reason}") from error
 
 
 def read_json(path: Path) -> Any:

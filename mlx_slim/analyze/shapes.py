@@ -8,7 +8,7 @@ counts and bytes are exact. Try it: ``mlx-slim plan tinyllama-qlora --json``.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -105,7 +105,8 @@ def build(config: dict[str, Any]) -> nn.Module:
     """
     from mlx_lm.utils import _get_classes
 
-    high, low = (int(word) for word in mx.random.state[0].tolist())  # building draws numbers
+    state = cast(list[mx.array], mx.random.state)
+    high, low = cast(list[int], state[0].tolist())  # building draws numbers
     try:
         model_class, args_class = _get_classes(config)
         model = model_class(args_class.from_dict(config))

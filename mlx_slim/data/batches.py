@@ -73,13 +73,14 @@ class Batch:
         return len(self.targets_N)
 
 
-def collate(rows: Rows, groups: Sequence[Sequence[int]], *, isolate: bool) -> Batch:
+def collate(rows: Rows, groups: Sequence[Sequence[int]], *, isolate: bool, width: int = 0) -> Batch:
     """Build a micro-batch.
 
     Args:
         rows: Where token ids come from.
         groups: Row numbers of each sequence; several in one sequence are packed.
         isolate: Whether sequences are packed, so that segments are needed.
+        width: Fewest positions of a sequence.
     """
     parts: list[list[tuple[np.ndarray, np.ndarray]]] = []
     real = 0
@@ -91,7 +92,7 @@ def collate(rows: Rows, groups: Sequence[Sequence[int]], *, isolate: bool) -> Ba
             last = int(np.flatnonzero(supervised)[-1])
             sequence.append((ids[: last + 1], supervised[: last + 1]))
         parts.append(sequence)
-    width = max(sum(len(ids) - 1 for ids, _ in sequence) for sequence in parts)
+    width = max(width, *(sum(len(ids) - 1 for ids, _ in sequence) for sequence in parts))
     tokens_BT = np.zeros((len(parts), width), dtype=np.int32)
     segments_BT = np.full((len(parts), width), -1, dtype=np.int32)
     positions: list[np.ndarray] = []
@@ -122,15 +123,24 @@ def _shuffled_by_length(lengths: np.ndarray, rng: np.random.Generator) -> np.nda
     return order[np.argsort(-(lengths[order] // BUCKET), kind="stable")]
 
 
+def _tallest(lengths: np.ndarray) -> np.ndarray:
+    """Return, for each row, the greatest length in its bucket."""
+    bucket = lengths // BUCKET
+    tallest = np.zeros(int(bucket.max()) + 1, dtype=np.int64)
+    np.maximum.at(tallest, bucket, lengths)
+    return tallest[bucket]
+
+
 def _grouped(lengths: np.ndarray, budget: int, rng: np.random.Generator) -> list[list[list[int]]]:
     """Return micro-batches of rows of like length, padded area within the budget."""
     order = _shuffled_by_length(lengths, rng)
-    # Within a bucket the longest row may come late: the bucket's bound decides how many fit.
+    # Within a bucket the longest row may come late: it decides how many fit, so that the number of
+    # rows in each micro-batch is the same in every epoch.
+    tallest = _tallest(lengths)
     batches: list[list[list[int]]] = []
     start = 0
     while start < len(order):
-        bound = int(lengths[order[start]] // BUCKET + 1) * BUCKET - 1
-        count = max(1, budget // bound)
+        count = max(1, budget // int(tallest[order[start]]))
         batches.append([[int(i)] for i in order[start : start + count]])
         start += count
     return batches
@@ -184,13 +194,32 @@ class Batcher:
         return collate(self.rows, groups, isolate=self.mode == "packed")
 
     def worst(self) -> Batch:
-        """Build the micro-batch that needs the most memory: most positions, then longest rows."""
+        """Build a micro-batch that no epoch's are larger than: most positions, then longest rows.
 
-        def area(groups: list[list[int]]) -> tuple[int, int]:
-            widths = [sum(int(self._lengths[i]) for i in group) for group in groups]
-            return len(groups) * max(widths), max(widths)
+        Grouped micro-batches have as many rows in every epoch, so only the width can differ, up to
+        the longest row of the bucket. Packed sequences are filled differently in each epoch: they
+        are taken as full, and as many as best-fit can leave (any two together exceed the capacity).
+        """
+        lengths, plan = self._lengths, self.plan(0)
+        if self.mode == "grouped":
+            tallest = _tallest(lengths)
 
-        return self.batch(max(self.plan(0), key=area))
+            def bound(groups: list[list[int]]) -> tuple[int, int]:
+                width = max(int(tallest[i]) for group in groups for i in group)
+                return len(groups) * width, width
+
+            groups = max(plan, key=bound)
+            return collate(self.rows, groups, isolate=False, width=bound(groups)[1])
+        total = int(lengths.sum())
+        sequences = sorted(
+            (group for groups in plan for group in groups),
+            key=lambda group: int(lengths[group].sum()),
+            reverse=True,
+        )
+        most = max(1, -(-2 * total // self.max_length) - 1)
+        count = min(max(1, self.batch_tokens // self.max_length), most)
+        groups = [sequences[i % len(sequences)] for i in range(count)]
+        return collate(self.rows, groups, isolate=True, width=min(total, self.max_length))
 
     def computed(self, epoch: int = 0) -> tuple[int, float]:
         """Return the positions computed in an epoch, and Σ B·T² (what attention costs)."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,6 +18,7 @@ import mlx.nn as nn
 from mlx_slim.errors import SlimError
 from mlx_slim.runtime import number
 
+_Map = Callable[[mx.array], mx.array]
 _HEADS = ("lm_head", "output", "head", "embed_out")
 _EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "word_embeddings", "embedding")
 _WRAPPERS = ("language_model", "text_model")
@@ -48,7 +49,8 @@ class Head:
 
     def __call__(self, hidden: mx.array) -> mx.array:
         """Return logits (..., V) of hidden states (..., D)."""
-        return self.module.as_linear(hidden) if self.tied else self.module(hidden)
+        apply = cast(_Map, self.module.as_linear if self.tied else self.module)
+        return apply(hidden)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_slim.artifacts import atomic_folder, read_json, save_tensors, write_json
+from mlx_slim.artifacts import atomic_folder, load_tensors, read_json, save_tensors, write_json
 from mlx_slim.errors import SlimError
 from mlx_slim.train.optim import Optimizer, set_trainable, trainable
 
@@ -81,7 +81,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
     Raises:
         SlimError: If names or shapes are not those of the model.
     """
-    values = dict(mx.load(str(path / "weights.safetensors")).items())
+    values = load_tensors(path / "weights.safetensors")
     expected = {name: value.shape for name, value in trainable(model).items()}
     if {name: value.shape for name, value in values.items()} != expected:
         raise SlimError(
@@ -101,7 +101,7 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer) -> Position:
     """
     load_weights(path, model)
     try:
-        optimizer.load_state(dict(mx.load(str(path / "optimizer.safetensors")).items()))
+        optimizer.load_state(load_tensors(path / "optimizer.safetensors"))
     except KeyError as error:
         raise SlimError(
             f"{path} was made with another optimizer: {error} is in one of the two only",

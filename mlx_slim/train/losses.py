@@ -8,6 +8,8 @@ Legend: N supervised positions, C positions of one chunk, D width, V vocabulary.
 
 from __future__ import annotations
 
+from typing import cast
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -106,7 +108,7 @@ def _fused(
         ]
 
     bias = mx.zeros((weight_VD.shape[0],)) if bias_V is None else bias_V
-    return forward(hidden_ND, weight_VD, bias)[0]
+    return cast(list[mx.array], forward(hidden_ND, weight_VD, bias))[0]
 
 
 def _recomputed(hidden_ND: mx.array, targets_N: mx.array, head: Head, chunk: int) -> mx.array:

@@ -25,5 +25,5 @@ class MemoryRows:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        return self._rows[index]
+    def row(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        return self._rows[i]
