@@ -16,6 +16,7 @@ from typing import cast
 
 import mlx.core as mx
 
+from mlx_slim import blas
 from mlx_slim.errors import SlimError
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -25,6 +26,14 @@ _UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2
 def on_gpu() -> bool:
     """Return whether MLX computes on a GPU (Metal or CUDA)."""
     return mx.default_device().type == mx.DeviceType.gpu
+
+
+def cpu_lanes() -> int:
+    """Return how many parts of a batch to compute side by side: one a core, at most four.
+
+    Without a GPU, MLX runs everything but matrix products on one thread per stream.
+    """
+    return 1 if on_gpu() else min(4, blas.physical_cores())
 
 
 def resolve_dtype(name: str) -> mx.Dtype:

@@ -116,12 +116,28 @@ def _load(path: str) -> str | None:
         return "it does not export cblas_sgemm"
     if not any(os.environ.get(name) for name in _THREADS):
         with contextlib.suppress(AttributeError):
-            library.openblas_set_num_threads(_physical_cores())
+            library.openblas_set_num_threads(physical_cores())
     return None
 
 
-def _physical_cores() -> int:
-    """Cores this process may use: a second hardware thread a core only slows matmul down."""
+@contextlib.contextmanager
+def single_threaded() -> Iterator[None]:
+    """Let OpenBLAS use one thread inside: for callers that keep every core busy themselves."""
+    library = ctypes.CDLL(None)
+    try:
+        before = library.openblas_get_num_threads()
+        library.openblas_set_num_threads(1)
+    except AttributeError:  # no OpenBLAS here
+        yield
+        return
+    try:
+        yield
+    finally:
+        library.openblas_set_num_threads(before)
+
+
+def physical_cores() -> int:
+    """Return the cores this process may use: a second hardware thread a core only slows matmul down."""
     cpus = os.sched_getaffinity(0)
     cores: set[str] = set()
     for cpu in cpus:

@@ -62,6 +62,29 @@ class Batch:
     real_tokens: int
     rows: int
 
+    def lanes(self, count: int) -> list[Batch]:
+        """Return up to ``count`` batches of neighbouring sequences that make up this one."""
+        batch, width = self.tokens_BT.shape
+        count = min(count, batch)
+        if count <= 1:
+            return [self]
+        parts = []
+        for rows in np.array_split(np.arange(batch), count):
+            here = np.isin(self.positions_N // width, rows)
+            positions = self.positions_N[here] - rows[0] * width
+            used = int((positions % width).max()) + 1  # later positions predict nothing
+            segments = None if self.segments_BT is None else self.segments_BT[rows, :used]
+            part = Batch(
+                tokens_BT=self.tokens_BT[rows, :used],
+                positions_N=(positions // width * used + positions % width).astype(np.int32),
+                targets_N=self.targets_N[here],
+                segments_BT=segments,
+                real_tokens=round(self.real_tokens * len(rows) / batch),
+                rows=round(self.rows * len(rows) / batch),
+            )
+            parts.append(part)
+        return parts
+
     @property
     def computed_tokens(self) -> int:
         """Positions computed, padding counted."""

@@ -101,6 +101,8 @@ class Loop:
         checkpoints: Folder of checkpoints.
         rate_scale: path -> multiple of the learning rate.
         budget_bytes: Memory budget, reported with the start.
+        compiled: Fuse the step with ``mx.compile``.
+        lanes: Parts of a micro-batch computed side by side on a CPU.
     """
 
     model: nn.Module
@@ -113,12 +115,13 @@ class Loop:
     rate_scale: Callable[[str], float] = lambda path: 1.0
     budget_bytes: int = 0
     compiled: bool = False
+    lanes: int = 1
     position: Position = field(default_factory=Position)
 
     def __post_init__(self) -> None:
         """Build the optimizer and the schedule."""
         self.optimizer = Optimizer(self.model, self.config, self.rate_scale)
-        self.stepper = Stepper(self.model, self.objective, compiled=self.compiled)
+        self.stepper = Stepper(self.model, self.objective, compiled=self.compiled, lanes=self.lanes)
         self.total, self.epochs = total_steps(self.config, self.batcher)
         self.rate = schedule(self.config, self.total)
 

@@ -19,11 +19,11 @@ from mlx_slim.models.logits import row_sums, token_nll
 from mlx_slim.models.quantized import dequantize_weight
 from mlx_slim.runtime import on_gpu
 
-CHUNK_LOGITS = 1 << 24  # 16.8 M float32 logits: 67 MB alive in one chunk
+CHUNK_LOGITS = 1 << 23  # 8.4 M float32 logits: 34 MB each time a chunk of them is held
 
 
 def chunk_size(vocabulary: int, setting: int | None) -> int:
-    """Return how many positions get logits at one time: ``setting``, or about 67 MB of them."""
+    """Return how many positions get logits at one time: ``setting``, or about 34 MB of them."""
     return setting or max(32, CHUNK_LOGITS // vocabulary)
 
 

@@ -8,6 +8,7 @@ Legend: B sequences, T positions, N supervised positions, D width.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol, cast
@@ -16,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_slim import blas
 from mlx_slim.data.batches import Batch
 from mlx_slim.models import anatomy
 from mlx_slim.runtime import number, world
@@ -115,11 +117,15 @@ class Stepper:
         model: Its trainable parameters are differentiated.
         objective: Summed loss of a batch.
         compiled: Fuse forward and backward pass with ``mx.compile``.
+        lanes: Parts of a micro-batch computed side by side, each on a CPU stream of its own.
     """
 
-    def __init__(self, model: nn.Module, objective: Objective, *, compiled: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, objective: Objective, *, compiled: bool = False, lanes: int = 1
+    ) -> None:
         self.model = model
         self.objective = objective
+        self._streams = [mx.new_stream(mx.cpu) for _ in range(lanes)] if lanes > 1 else []
 
         def loss(
             parameters: dict[str, mx.array],
@@ -140,8 +146,22 @@ class Stepper:
     def micro(self, batch: Batch) -> tuple[mx.array, dict[str, mx.array]]:
         """Return the summed NLL of one micro-batch and its gradient, evaluated."""
         parameters = trainable(self.model)
-        nll, gradients = self._value_and_grad(parameters, *batch_arrays(batch))
-        set_trainable(self.model, parameters)
+        if not self._streams:
+            nll, gradients = self._value_and_grad(parameters, *batch_arrays(batch))
+            set_trainable(self.model, parameters)
+            mx.eval(nll, gradients)
+            return nll, gradients
+        parts = []
+        for lane, stream in zip(batch.lanes(len(self._streams)), self._streams, strict=False):
+            with mx.stream(stream):
+                parts.append(self._value_and_grad(parameters, *batch_arrays(lane)))
+            set_trainable(self.model, parameters)
+        with blas.single_threaded() if len(parts) > 1 else contextlib.nullcontext():
+            mx.eval(parts)
+        nll = sum((part for part, _ in parts[1:]), parts[0][0])
+        gradients = {
+            path: sum((g[path] for _, g in parts[1:]), parts[0][1][path]) for path in parameters
+        }
         mx.eval(nll, gradients)
         return nll, gradients
 

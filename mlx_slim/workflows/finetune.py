@@ -247,6 +247,8 @@ def _loop(
         rate_scale=lambda path: learning_rate_scale(path, recipe.adapter),
         budget_bytes=budget,
         compiled=on_gpu() if config.compile == "auto" else config.compile,
+        # Each lane sums gradients of its own: cheap for adapters, a second model for full tuning.
+        lanes=1 if recipe.method == "full" else cpu_lanes(),
     )
 
 

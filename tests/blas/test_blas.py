@@ -242,7 +242,7 @@ def test_soname_differs_from_the_original(original: Path):
 def test_threads_are_the_physical_cores_unless_the_user_says_otherwise(original: Path):
     code = (
         "import ctypes, mlx_slim; print(ctypes.CDLL(None).openblas_get_num_threads(), "
-        "mlx_slim.blas._physical_cores())"
+        "mlx_slim.blas.physical_cores())"
     )
     threads = dict.fromkeys(blas._THREADS, "")
     chosen, cores = python("-c", code, **threads).stdout.split()

@@ -22,9 +22,11 @@ PACKED = [[[0, 4], [1, 2, 3]], [[5, 6, 7], [8, 9]]]
 GROUPED = [[[0], [1], [2]], [[3], [4], [5], [6]], [[7], [8], [9]]]
 
 
-def _result(folder, plan, *, isolate=False, checkpoint=False, compiled=False) -> StepResult:
+def _result(
+    folder, plan, *, isolate=False, checkpoint=False, compiled=False, lanes=1
+) -> StepResult:
     model, _ = load(str(folder))
-    stepper = Stepper(model, CrossEntropy(model, chunk=16), compiled=compiled)
+    stepper = Stepper(model, CrossEntropy(model, chunk=16), compiled=compiled, lanes=lanes)
     with checkpointed(anatomy.blocks(model), checkpoint):
         return stepper.step(collate(ROWS, groups, isolate=isolate) for groups in plan)
 
@@ -46,8 +48,18 @@ def _assert_same(ours: StepResult, plain: StepResult) -> None:
         {"plan": PACKED, "isolate": True},
         {"plan": GROUPED, "checkpoint": True},
         {"plan": PACKED, "isolate": True, "checkpoint": True},
+        {"plan": GROUPED, "lanes": 2},
+        {"plan": PACKED, "isolate": True, "checkpoint": True, "lanes": 3},
     ],
-    ids=["accumulated", "one-batch", "packed", "checkpointed", "packed-checkpointed"],
+    ids=[
+        "accumulated",
+        "one-batch",
+        "packed",
+        "checkpointed",
+        "packed-checkpointed",
+        "lanes",
+        "lanes-packed-checkpointed",
+    ],
 )
 def test_every_way_gives_the_gradient_of_separate_rows(tiny, architecture: str, way: dict) -> None:
     folder = tiny(architecture)
