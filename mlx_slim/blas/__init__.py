@@ -137,7 +137,7 @@ def single_threaded() -> Iterator[None]:
 
 
 def physical_cores() -> int:
-    """Return the cores this process may use: a second hardware thread a core only slows matmul down."""
+    """Return the cores this process may use: a second thread a core only slows matmul down."""
     cpus = os.sched_getaffinity(0)
     cores: set[str] = set()
     for cpu in cpus:

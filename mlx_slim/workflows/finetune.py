@@ -33,6 +33,7 @@ from mlx_slim.models.quantized import is_quantized
 from mlx_slim.models.save import save_model
 from mlx_slim.quantize.apply import quantize_model
 from mlx_slim.runtime import (
+    cpu_lanes,
     dtype_name,
     human_bytes,
     memory_budget,
@@ -132,11 +133,11 @@ def finetune(
     mx.set_cache_limit(budget // _CACHE_SHARE)
     with fresh(out, keep=started):
         tuned = prepare_model(recipe)
-        data = _prepare_data(recipe, tuned, out, started)
+        data = prepare_data(recipe, tuned, out, unchanged=started)
         prediction = predict(tuned.config, recipe, lengths=data.train.lengths.tolist())
         metrics = MetricsFile(out / "metrics.jsonl")
         listeners = [metrics, observer] if world().rank() == 0 else []
-        loop = _loop(recipe, tuned, data, out, events.Broadcast(listeners), budget)
+        loop = build_loop(recipe, tuned, data, out, events.Broadcast(listeners), budget)
         blocks = anatomy.blocks(tuned.model)
         with checkpointed(blocks, recipe.train.grad_checkpoint):
             _preflight(loop, prediction, budget)
@@ -186,7 +187,7 @@ def _finished(out: Path, observer: events.Observer) -> Result:
 # ------------------------------------------------------------------------------------- preparing
 
 
-def _prepare_data(recipe: Recipe, tuned: Tuned, out: Path, started: bool) -> Prepared:
+def prepare_data(recipe: Recipe, tuned: Tuned, out: Path, *, unchanged: bool) -> Prepared:
     """Tokenise the rows on rank 0, then open them on every rank."""
 
     def rows() -> Prepared:
@@ -196,7 +197,7 @@ def _prepare_data(recipe: Recipe, tuned: Tuned, out: Path, started: bool) -> Pre
             max_length=recipe.train.max_length,
             seed=recipe.train.seed,
             folder=out,
-            unchanged=started,
+            unchanged=unchanged,
         )
 
     if world().rank() == 0:
@@ -207,7 +208,7 @@ def _prepare_data(recipe: Recipe, tuned: Tuned, out: Path, started: bool) -> Pre
     return prepared
 
 
-def _loop(
+def build_loop(
     recipe: Recipe,
     tuned: Tuned,
     data: Prepared,
@@ -215,6 +216,11 @@ def _loop(
     observer: events.Observer,
     budget: int,
 ) -> Loop:
+    """Return the loop of ``recipe``: batches, objective, lanes.
+
+    Raises:
+        SlimError: If packing is demanded of a model whose packed rows do not stay apart.
+    """
     config = recipe.train
     model = tuned.model
     mode = config.batching

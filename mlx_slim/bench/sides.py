@@ -1,0 +1,145 @@
+"""One side of a training benchmark, in a process of its own: ours, or mlx-lm's trainer.
+
+Invariant: both sides see the same rows, model, dtype, adapter shape and BLAS; real tokens are the
+ids of the rows, padding not counted; the first steps (compilation, caches) are not timed, and the
+peak is counted from the moment the model is ready. Run by ``bench/train.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import mlx_slim  # noqa: F401  # before mlx.core: both sides get the same BLAS
+
+import mlx.core as mx  # isort: skip
+
+WARMUP_STEPS = 2
+RANK, SCALE = 8, 2.0
+
+
+def _summary(timed: list[tuple[int, float]], setup: dict[str, Any]) -> dict[str, Any]:
+    """Return tokens/s over the timed (tokens, seconds) of each step, and the peak."""
+    rest = timed[WARMUP_STEPS:]
+    tokens, seconds = sum(t for t, _ in rest), sum(s for _, s in rest)
+    return {
+        "tokens_per_second": tokens / seconds,
+        "tokens": tokens,
+        "seconds": seconds,
+        "steps": len(rest),
+        "peak_memory_bytes": mx.get_peak_memory(),
+        **setup,
+    }
+
+
+def ours(work: dict[str, Any]) -> dict[str, Any]:
+    """Train one epoch with our loop."""
+    from mlx_slim import events
+    from mlx_slim.config.load import from_values
+    from mlx_slim.workflows.finetune import build_loop, prepare_data, prepare_model
+
+    values = {
+        "model": work["model"],
+        "method": work["method"],
+        "adapter": {"rank": RANK, "scale": SCALE},
+        "data": {"path": work["rows"], "validation": 0},
+        "train": {
+            "epochs": 1,
+            "batch_tokens": work["batch"] * work["max_length"],
+            "max_length": work["max_length"],
+            "save_every": 10**9,
+            "dtype": work["dtype"],
+        },
+    }
+    recipe = from_values(values, "bench", "bench").recipe
+    timed: list[tuple[int, float]] = []
+    computed = 0
+
+    class Timer:
+        def notify(self, event: events.Event) -> None:
+            nonlocal computed
+            if isinstance(event, events.StepDone):
+                timed.append((event.tokens, event.tokens / event.tokens_per_second))
+                computed += event.computed_tokens
+
+    with tempfile.TemporaryDirectory() as folder:
+        tuned = prepare_model(recipe)
+        data = prepare_data(recipe, tuned, Path(folder), unchanged=False)
+        loop = build_loop(recipe, tuned, data, Path(folder), Timer(), budget=0)
+        mx.reset_peak_memory()
+        loop.run()
+    return _summary(timed, {"computed_tokens": computed, "batching": loop.batcher.mode})
+
+
+def mlx_lm(work: dict[str, Any]) -> dict[str, Any]:
+    """Train one epoch with mlx-lm's own trainer, data sets and adapters."""
+    import mlx.optimizers as optim
+    from mlx_lm.tuner.datasets import CacheDataset, ChatDataset
+    from mlx_lm.tuner.trainer import TrainingArgs, TrainingCallback, train
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    from mlx_slim.models.load import load
+    from mlx_slim.runtime import resolve_dtype
+
+    loaded = load(work["model"], dtype=resolve_dtype(work["dtype"]))
+    loaded.model.freeze()
+    settings = {"rank": RANK, "scale": SCALE, "dropout": 0.0}
+    linear_to_lora_layers(loaded.model, -1, settings, use_dora=work["method"] == "dora")
+    rows = [json.loads(line) for line in Path(work["rows"]).read_text().splitlines()]
+    lengths: list[int] = []
+
+    class Recording(CacheDataset):
+        def __getitem__(self, index: int) -> Any:
+            item = super().__getitem__(index)
+            lengths.append(len(item[0]))
+            return item
+
+    steps = len(rows) // work["batch"]
+    moments = [0.0]
+
+    class Clock(TrainingCallback):
+        def on_train_loss_report(self, train_info: dict) -> None:
+            moments.append(time.perf_counter())
+
+    data = Recording(ChatDataset(rows, loaded.tokenizer, mask_prompt=True))
+    mx.eval(loaded.model.parameters())
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArgs(
+            batch_size=work["batch"],
+            iters=steps,
+            steps_per_report=1,
+            steps_per_save=10**9,
+            max_seq_length=work["max_length"],
+            adapter_file=str(Path(folder) / "adapters.safetensors"),
+        )
+        mx.reset_peak_memory()
+        moments[0] = time.perf_counter()
+        train(
+            loaded.model,
+            optim.AdamW(learning_rate=2e-4),
+            data,
+            args=arguments,
+            training_callback=Clock(),
+        )
+    batch = work["batch"]
+    tokens = [sum(lengths[i * batch : (i + 1) * batch]) for i in range(steps)]
+    seconds = [after - before for before, after in itertools.pairwise(moments)]
+    return _summary(list(zip(tokens, seconds, strict=True)), {})
+
+
+def main() -> None:
+    """Run the side named first with the work given as JSON; print one line of JSON."""
+    name, work = sys.argv[1], json.loads(sys.argv[2])
+    with contextlib.redirect_stdout(sys.stderr):
+        result = {"ours": ours, "mlx-lm": mlx_lm}[name](work)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

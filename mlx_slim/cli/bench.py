@@ -1,0 +1,57 @@
+"""``mlx-slim bench``: measure side by side, quote ratios."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+
+@click.group("bench")
+def command() -> None:
+    """Measure speed and memory side by side with mlx-lm, each side in its own process."""
+
+
+@command.command("train")
+@click.argument("model")
+@click.option("--data", default="tatsu-lab/alpaca", show_default=True, help="Alpaca rows.")
+@click.option("--method", type=click.Choice(["lora", "qlora", "dora", "full"]), default="lora")
+@click.option(
+    "--against",
+    type=click.Choice(["mlx-lm", "lora", "qlora", "dora", "full"]),
+    default="mlx-lm",
+    show_default=True,
+    help="mlx-lm's trainer, or another method of ours.",
+)
+@click.option("--rows", type=click.IntRange(12), default=48, show_default=True)
+@click.option("--batch", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--max-length", type=click.IntRange(16), default=512, show_default=True)
+@click.option(
+    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto"
+)
+@click.option("--rounds", type=click.IntRange(1), default=2, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the whole record as JSON.")
+def train(model: str, against: str, as_json: bool, **work: Any) -> None:
+    """Train one epoch of the same rows on both sides, alternating, and compare."""
+    if against == work["method"]:
+        raise click.UsageError(f"--against {against} is the method itself")
+    from mlx_slim.bench.train import bench_train
+    from mlx_slim.runtime import human_bytes
+
+    def progress(line: str) -> None:
+        click.echo(line, err=True)
+
+    record = bench_train(model, against=against, progress=progress, **work)
+    if as_json:
+        click.echo(json.dumps(record, indent=2))
+        return
+    other = "mlx_lm" if against == "mlx-lm" else against
+    for side in ("ours", other):
+        numbers = record[side]
+        click.echo(
+            f"{side:8} {numbers['tokens_per_second']:8.1f} tokens/s   "
+            f"peak {human_bytes(numbers['peak_memory_bytes'])}"
+        )
+    ratio = record["ratio"]
+    click.echo(f"ratio    {ratio['speed']:.2f} x speed, {ratio['peak_memory']:.2f} x peak memory")
