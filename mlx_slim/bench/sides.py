@@ -20,7 +20,7 @@ import mlx_slim  # noqa: F401  # before mlx.core: both sides get the same BLAS
 
 import mlx.core as mx  # isort: skip
 
-WARMUP_STEPS = 2
+WARMUP_STEPS = 1
 RANK, SCALE = 8, 2.0
 
 

@@ -78,7 +78,7 @@ def bench_train(
         data: Alpaca rows: hub id, mirror or file.
         method: ``lora``, ``qlora``, ``dora`` or ``full``.
         against: ``mlx-lm``, or another method.
-        rows: Rows of the epoch (the first two steps are not timed).
+        rows: Rows of the epoch (the first step is not timed).
         batch: mlx-lm's rows per step; ours gets the token budget ``batch`` · ``max_length``.
         max_length: Longest row, tokens.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
