@@ -43,6 +43,39 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
+def first_missing(path: Path) -> Path | None:
+    """Return the topmost folder that making ``path`` would create; None if it exists."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    return missing[-1] if missing else None
+
+
+def check_output(path: Path) -> None:
+    """Refuse, before any work is done, an output folder that exists or could not be written.
+
+    Raises:
+        SlimError: Says which.
+    """
+    if path.exists():
+        raise SlimError(f"{path} exists already", "choose another output, or remove it first")
+    check_writable(path)
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a folder that exists and cannot be written, or that cannot be made.
+
+    Raises:
+        SlimError: Says why.
+    """
+    parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not parent.is_dir():
+        raise SlimError(f"cannot write {path}: {parent} is a file", "choose another output folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise SlimError(
+            f"cannot write {path}: {parent} is read-only or not yours",
+            "choose a writable output folder",
+        )
+
+
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -77,6 +110,23 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def _parent_of(path: Path) -> Iterator[None]:
+    """Make the folder that ``path`` will lie in; remove what was made if the work fails."""
+    made = first_missing(path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        if made is not None:
+            folder = path.parent
+            with contextlib.suppress(OSError):  # not empty: somebody else's
+                while folder != made.parent:
+                    folder.rmdir()
+                    folder = folder.parent
+        raise
+
+
+@contextlib.contextmanager
 def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``path`` on success, and is removed on failure.
 
@@ -90,8 +140,7 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     if path.exists() and not replace:
         raise SlimError(f"{path} exists already", "choose another output, or remove it first")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(path), _parent_of(path):
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
         try:
             yield temporary

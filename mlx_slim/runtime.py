@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 import time
 from collections.abc import Callable
 from functools import lru_cache
@@ -19,6 +20,7 @@ import mlx.core as mx
 from mlx_slim import blas
 from mlx_slim.errors import SlimError
 
+HUB_SECONDS = 3.0
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -102,6 +104,35 @@ def memory_budget(setting: str | int) -> int:
     if setting == "auto":
         return int(device_memory() * 0.9)
     return parse_size(setting)
+
+
+def hub_offline() -> bool:
+    """Return whether the user forbids the network (``HF_HUB_OFFLINE``)."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def hub_trouble() -> str:
+    """Return why the hub does not answer, in one line; empty when it does.
+
+    One short request: the hub's own clients try again for half a minute before they give up.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    answer: list[str] = []
+
+    def ask() -> None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+            answer.append("")
+        except Exception as error:  # the client's errors differ from version to version
+            answer.append(" ".join(f"{type(error).__name__}: {error}".split())[:200])
+
+    # In a thread, because looking up a name obeys no timeout.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(HUB_SECONDS + 1)
+    return answer[0] if answer else f"no answer in {HUB_SECONDS:.0f} s"
 
 
 def number(scalar: mx.array) -> float:

@@ -17,7 +17,6 @@ from typing import Any
 import click
 
 SLOW_GFLOPS = 25.0  # float32 on a CPU: the reference BLAS gives 2-5, OpenBLAS 50 and more a core
-HUB_TIMEOUT = 3.0  # seconds
 
 
 def speed() -> dict[str, Any]:
@@ -37,15 +36,14 @@ def speed() -> dict[str, Any]:
 def hub() -> dict[str, Any]:
     """Return whether the hub answers: ``reachable``, ``unreachable`` or ``offline by choice``."""
     from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+
+    from mlx_slim import runtime
 
     answer: dict[str, Any] = {"endpoint": constants.ENDPOINT}
     if constants.is_offline_mode():
         return {**answer, "state": "offline by choice"}
-    try:
-        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
-    except Exception as error:  # the client's errors differ from version to version
-        return {**answer, "state": "unreachable", "why": f"{type(error).__name__}: {error}"}
+    if trouble := runtime.hub_trouble():
+        return {**answer, "state": "unreachable", "why": trouble}
     return {**answer, "state": "reachable"}
 
 

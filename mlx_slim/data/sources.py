@@ -13,6 +13,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -20,6 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 from mlx_slim.artifacts import hash_bytes, hash_file
 from mlx_slim.config.schema import SourceConfig
 from mlx_slim.errors import SlimError, did_you_mean
+from mlx_slim.runtime import hub_offline, hub_trouble
 
 MIRROR_VARIABLE = "MLX_SLIM_DATA"
 _HUB_ID = re.compile(
@@ -180,20 +182,35 @@ def _data_files(path: Path, split: str) -> tuple[list[Path], list[str]]:
     return chosen, [str(p.relative_to(path)) for p in every if p not in chosen]
 
 
+@contextmanager
+def _cache_only() -> Iterator[None]:
+    """Let ``datasets`` look at its cache only: both libraries read the variable at import."""
+    import datasets
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
 def _load_hub(match: re.Match[str], config: SourceConfig) -> Any:
     """Load a hub data set through ``datasets``: downloaded once, then memory-mapped Arrow."""
     import datasets
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"}
+    trouble = "HF_HUB_OFFLINE is set" if hub_offline() else hub_trouble()
     hint = f"give a local path, or a mirror through {MIRROR_VARIABLE}=<folder>"
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(
-            match["id"], match["config"], split=config.split, revision=match["rev"]
-        )
+        with _cache_only() if trouble else nullcontext():
+            return datasets.load_dataset(
+                match["id"], match["config"], split=config.split, revision=match["rev"]
+            )
     except (OfflineModeIsEnabled, ConnectionError, HfHubHTTPError, OSError) as error:
-        why = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else _one_line(error)
+        why = f"it is not in the cache, and {trouble}" if trouble else _one_line(error)
         raise SlimError(
             f"data set {config.path!r} is no local path and cannot be had from the hub: {why}", hint
         ) from error

@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_slim.artifacts import atomic_folder
+from mlx_slim.artifacts import atomic_folder, check_output
 from mlx_slim.errors import SlimError
 from mlx_slim.models.gguf import import_gguf
 from mlx_slim.models.load import cast, load
@@ -83,8 +83,7 @@ def convert(
             the source's logits (nothing is left behind then).
         ResourceError: If the disk is too small.
     """
-    if out.exists():
-        raise SlimError(f"{out} exists already", "choose another output, or remove it first")
+    check_output(out)
     # Built beside the output and moved into place only after the check.
     with atomic_folder(out) as temporary:
         staged = temporary / "model"

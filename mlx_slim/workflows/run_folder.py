@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_slim import events
-from mlx_slim.artifacts import SCHEMA_VERSION, read_json
+from mlx_slim.artifacts import SCHEMA_VERSION, check_writable, first_missing, read_json
 from mlx_slim.config.load import Resolved
 from mlx_slim.config.schema import Recipe
 from mlx_slim.data.prepare import Prepared
@@ -57,6 +57,7 @@ def claim(out: Path, recipe: Recipe, resume: bool) -> bool:
     """Return whether ``out`` holds a run that was started; refuse what would lose or mix runs."""
     if out.exists() and not out.is_dir():
         raise SlimError(f"{out} is a file", "choose a folder for the run")
+    check_writable(out)
     state = out / STATE_FILE
     if not out.exists() or not any(out.iterdir()):
         if resume:
@@ -95,13 +96,17 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
 @contextlib.contextmanager
 def fresh(out: Path, *, keep: bool) -> Iterator[None]:
     """Remove a folder that this run created if it cannot start."""
-    existed = out.exists()
+    made = first_missing(out)
     try:
         yield
     except BaseException:
         if not keep and world().rank() == 0:
-            for path in out.glob("*") if existed else [out]:
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            for path in out.glob("*") if made is None else [made]:
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    with contextlib.suppress(OSError):
+                        path.unlink()
         raise
 
 

@@ -1,0 +1,90 @@
+"""An output that cannot be written: one clear line, said early, and nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mlx_slim.cli.main import run
+
+
+def test_output_that_exists(fails, small, tiny, tmp_path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep me")
+    assert "not empty" in fails("train", small, "-o", out)
+    assert "exists" in fails("quantize", tiny("llama"), "-o", out)
+    assert "exists" in fails("convert", tiny("llama"), "-o", out)
+    assert (out / "mine.txt").read_text() == "keep me"
+
+
+def test_output_under_a_file(fails, small, rows, tiny) -> None:
+    for words in (
+        ["train", small, "-o", rows / "run"],
+        ["quantize", tiny("llama"), "-o", rows / "out"],
+        ["convert", tiny("llama"), "-o", rows / "out"],
+    ):
+        text = fails(*words)
+        assert "rows.jsonl" in text
+
+
+def test_output_that_is_a_file(fails, small, rows, tiny) -> None:
+    for words in (
+        ["train", small, "-o", rows],
+        ["quantize", tiny("llama"), "-o", rows],
+        ["convert", tiny("llama"), "-o", rows],
+    ):
+        assert "rows.jsonl" in fails(*words)
+
+
+def test_output_in_new_folders(small, tmp_path, capfd) -> None:
+    """A missing parent is made, not refused."""
+    assert run(["train", str(small), "--quiet", "-o", str(tmp_path / "a" / "b" / "run")]) == 0
+    assert (tmp_path / "a" / "b" / "run" / "run.json").is_file()
+    capfd.readouterr()
+
+
+@contextlib.contextmanager
+def _mounted(folder: Path, options: str) -> Iterator[Path]:
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("no mount command")
+    if done.returncode:
+        pytest.skip(f"cannot mount a file system here: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture(params=["train", "quantize", "convert"])
+def writing(request: pytest.FixtureRequest, small: Path, tiny, tmp_path: Path) -> list[object]:
+    """A command line that would write; its last word, the output, is missing."""
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog.\n\n" * 200)
+    words: dict[str, list[object]] = {
+        "train": ["train", small],
+        "quantize": ["quantize", tiny("llama"), "--calibration", text],
+        "convert": ["convert", tiny("llama")],
+    }
+    return [*words[request.param], "-o"]
+
+
+def test_a_read_only_file_system(fails, writing, tmp_path) -> None:
+    with _mounted(tmp_path / "disk", "ro") as disk:
+        assert "cannot write" in fails(*writing, disk / "a" / "out")
+
+
+@pytest.mark.parametrize("size", ["4k", "64k"])
+def test_a_full_disk(fails, writing, tmp_path, size) -> None:
+    with _mounted(tmp_path / "disk", f"size={size}") as disk:
+        text = fails(*writing, disk / "a" / "out", code=3)
+        assert "disk" in text
+        assert list(disk.iterdir()) == []
