@@ -185,15 +185,15 @@ def _data_files(path: Path, split: str) -> tuple[list[Path], list[str]]:
 @contextmanager
 def _cache_only() -> Iterator[None]:
     """Let ``datasets`` look at its cache only: both libraries read the variable at import."""
-    import datasets
+    from datasets import config
     from huggingface_hub import constants
 
-    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    before = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+        constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = before
 
 
 def _load_hub(match: re.Match[str], config: SourceConfig) -> Any:

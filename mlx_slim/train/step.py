@@ -151,7 +151,7 @@ class Stepper:
             set_trainable(self.model, parameters)
             mx.eval(nll, gradients)
             return nll, gradients
-        parts = []
+        parts: list[tuple[mx.array, dict[str, mx.array]]] = []
         for lane, stream in zip(batch.lanes(len(self._streams)), self._streams, strict=False):
             with mx.stream(stream):
                 parts.append(self._value_and_grad(parameters, *batch_arrays(lane)))
