@@ -24,7 +24,8 @@ PACKAGE = ROOT / "mlx_slim"
 FLOORS = (
     {"errors"},
     {"artifacts", "events"},
-    {"config", "runtime", "blas"},
+    {"blas"},
+    {"config", "runtime"},
     {"data", "models"},
     {"adapters", "quantize"},
     {"train", "evaluate"},

@@ -9,7 +9,7 @@ Legend: B sequences, T positions, N supervised positions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -140,6 +140,14 @@ def collate(rows: Rows, groups: Sequence[Sequence[int]], *, isolate: bool, width
     )
 
 
+def _to_the_end(batch: Batch) -> Batch:
+    """Return a batch for measuring: every sequence has a target at its end, so none is cut."""
+    count, width = batch.tokens_BT.shape
+    ends = np.arange(1, count + 1) * width - 1
+    positions_N = np.union1d(batch.positions_N, ends).astype(np.int32)
+    return replace(batch, positions_N=positions_N, targets_N=np.zeros_like(positions_N))
+
+
 def _shuffled_by_length(lengths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return row numbers, longest first; rows of one bucket of lengths in random order."""
     order = rng.permutation(len(lengths))
@@ -217,7 +225,7 @@ class Batcher:
         return collate(self.rows, groups, isolate=self.mode == "packed")
 
     def worst(self) -> Batch:
-        """Build a micro-batch that no epoch's are larger than: most positions, then longest rows.
+        """Build a micro-batch, for measuring only, as large as the largest of any epoch.
 
         Grouped micro-batches have as many rows in every epoch, so only the width can differ, up to
         the longest row of the bucket. Packed sequences are filled differently in each epoch: they
@@ -232,7 +240,7 @@ class Batcher:
                 return len(groups) * width, width
 
             groups = max(plan, key=bound)
-            return collate(self.rows, groups, isolate=False, width=bound(groups)[1])
+            return _to_the_end(collate(self.rows, groups, isolate=False, width=bound(groups)[1]))
         total = int(lengths.sum())
         sequences = sorted(
             (group for groups in plan for group in groups),
@@ -242,7 +250,8 @@ class Batcher:
         most = max(1, -(-2 * total // self.max_length) - 1)
         count = min(max(1, self.batch_tokens // self.max_length), most)
         groups = [sequences[i % len(sequences)] for i in range(count)]
-        return collate(self.rows, groups, isolate=True, width=min(total, self.max_length))
+        width = min(total, self.max_length)
+        return _to_the_end(collate(self.rows, groups, isolate=True, width=width))
 
     def computed(self, epoch: int = 0) -> tuple[int, float]:
         """Return the positions computed in an epoch, and Σ B·T² (what attention costs)."""
