@@ -17,8 +17,9 @@ import mlx.core as mx
 from mlx_slim.analyze.shapes import Block, Shapes, shapes
 from mlx_slim.analyze.work import Speed, Work, expected_work, predicted_seconds
 from mlx_slim.config.schema import Recipe
-from mlx_slim.runtime import dtype_name, memory_budget, on_gpu, resolve_dtype
+from mlx_slim.runtime import cpu_lanes, dtype_name, memory_budget, on_gpu, resolve_dtype
 from mlx_slim.train.losses import chunk_size
+from mlx_slim.train.step import part_count
 
 # Numbers that stay alive for each token of a block, per number of the quantity named: fitted to
 # 290 measured peaks of random llama and phi models (width 128-512, 2-8 blocks, 256-512 tokens,
@@ -194,6 +195,11 @@ def _breakdown(
     train, size = recipe.train, _dtype(recipe, gpu).size
     length, tokens = _largest_batch(recipe, lengths)
     full = recipe.method == "full"
+    # On a CPU threads hold a part of the batch each (train/step.py), with logits of its own.
+    lanes = 1 if gpu or full else cpu_lanes()
+    parts = min(part_count(lanes, tokens), max(1, tokens // length))
+    lanes = min(lanes, parts)
+    tokens = -(-tokens // (parts * length)) * length * lanes
     widest = max(found.blocks, key=lambda block: _kept(block, recipe, length))
     if train.grad_checkpoint:
         kept = sum(KEPT_CHECKPOINTED * block.width for block in found.blocks)
@@ -203,14 +209,14 @@ def _breakdown(
         passing = 0.0
     kept_bytes = kept * tokens * size
     passing_bytes = (passing + _numbers(widest, PASSING, length)) * tokens * size
-    chunk = min(chunk_size(found.vocabulary, train.loss_chunk), tokens)
-    logits = LOGITS * 4 * chunk * found.vocabulary
+    chunk = min(chunk_size(found.vocabulary, train.loss_chunk), tokens // lanes)
+    logits = LOGITS * 4 * chunk * found.vocabulary * lanes
     head = 4 * found.vocabulary * found.width
     if found.head_trains:
         kept_bytes += HEAD_GRADIENT * head
     if found.quantized and not gpu:
-        logits += DENSE_HEAD * head
-        passing_bytes += DENSE_LAYER * 4 * widest.largest
+        logits += DENSE_HEAD * head * lanes
+        passing_bytes += DENSE_LAYER * 4 * widest.largest * lanes
     fresh = found.trainable_bytes if full else 0
     moments = {
         "loss": (kept_bytes, logits, 0),

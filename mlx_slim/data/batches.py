@@ -62,7 +62,7 @@ class Batch:
     real_tokens: int
     rows: int
 
-    def lanes(self, count: int) -> list[Batch]:
+    def parts(self, count: int) -> list[Batch]:
         """Return up to ``count`` batches of neighbouring sequences that make up this one."""
         batch, width = self.tokens_BT.shape
         count = min(count, batch)

@@ -8,8 +8,9 @@ Legend: B sequences, T positions, N supervised positions, D width.
 
 from __future__ import annotations
 
-import contextlib
+import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -23,6 +24,16 @@ from mlx_slim.models import anatomy
 from mlx_slim.runtime import number, world
 from mlx_slim.train.losses import chunk_size, cross_entropy_sum, linear_cross_entropy
 from mlx_slim.train.optim import set_trainable, trainable
+
+PART_TOKENS = 256  # below this a part of a batch is not worth its overhead
+
+
+def part_count(lanes: int, tokens: int) -> int:
+    """Return into how many parts ``lanes`` threads cut a batch of ``tokens`` positions.
+
+    Two parts a thread, where they are worth it: then half of the batch is in memory at a time.
+    """
+    return 1 if lanes == 1 else min(2 * lanes, max(lanes, tokens // PART_TOKENS))
 
 
 class Objective(Protocol):
@@ -117,7 +128,7 @@ class Stepper:
         model: Its trainable parameters are differentiated.
         objective: Summed loss of a batch.
         compiled: Fuse forward and backward pass with ``mx.compile``.
-        lanes: Parts of a micro-batch computed side by side, each on a CPU stream of its own.
+        lanes: Parts of a micro-batch computed side by side on a CPU, each in a thread of its own.
     """
 
     def __init__(
@@ -125,7 +136,9 @@ class Stepper:
     ) -> None:
         self.model = model
         self.objective = objective
-        self._streams = [mx.new_stream(mx.cpu) for _ in range(lanes)] if lanes > 1 else []
+        self._lanes = lanes
+        self._pool = ThreadPoolExecutor(lanes) if lanes > 1 else None
+        self._building = threading.Lock()
 
         def loss(
             parameters: dict[str, mx.array],
@@ -145,23 +158,28 @@ class Stepper:
 
     def micro(self, batch: Batch) -> tuple[mx.array, dict[str, mx.array]]:
         """Return the summed NLL of one micro-batch and its gradient, evaluated."""
-        parameters = trainable(self.model)
-        if not self._streams:
+        parts = batch.parts(part_count(self._lanes, batch.computed_tokens))
+        if self._pool is None or len(parts) == 1:
+            return self._part(batch, None)
+        # A thread draws its dropout from a seed of its own part, whichever part is built first.
+        seeds = mx.random.randint(0, 2**31 - 1, (len(parts),)).tolist()
+        with blas.single_threaded():
+            results = list(self._pool.map(self._part, parts, seeds))
+        nll, gradients = results[0]
+        for part_nll, part_gradients in results[1:]:
+            nll = nll + part_nll
+            gradients = {path: value + part_gradients[path] for path, value in gradients.items()}
+        mx.eval(nll, gradients)
+        return nll, gradients
+
+    def _part(self, batch: Batch, seed: int | None) -> tuple[mx.array, dict[str, mx.array]]:
+        """Build the graph of a batch, one thread at a time, and evaluate it."""
+        with self._building:  # building writes parameters into the shared model
+            if seed is not None:
+                mx.random.seed(seed)
+            parameters = trainable(self.model)
             nll, gradients = self._value_and_grad(parameters, *batch_arrays(batch))
             set_trainable(self.model, parameters)
-            mx.eval(nll, gradients)
-            return nll, gradients
-        parts: list[tuple[mx.array, dict[str, mx.array]]] = []
-        for lane, stream in zip(batch.lanes(len(self._streams)), self._streams, strict=False):
-            with mx.stream(stream):
-                parts.append(self._value_and_grad(parameters, *batch_arrays(lane)))
-            set_trainable(self.model, parameters)
-        with blas.single_threaded() if len(parts) > 1 else contextlib.nullcontext():
-            mx.eval(parts)
-        nll = sum((part for part, _ in parts[1:]), parts[0][0])
-        gradients = {
-            path: sum((g[path] for _, g in parts[1:]), parts[0][1][path]) for path in parameters
-        }
         mx.eval(nll, gradients)
         return nll, gradients
 

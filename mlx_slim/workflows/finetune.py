@@ -241,6 +241,8 @@ def build_loop(
         text = f"{tuned.config['model_type']}: body and head do not split; full logits are computed"
         observer.notify(events.Notice(text, level="warning"))
 
+    compiled = on_gpu() if config.compile == "auto" else config.compile
+
     def batcher(rows: Any, mode: Any) -> Batcher:
         return Batcher(rows, config.batch_tokens, config.max_length, mode, config.seed)
 
@@ -254,9 +256,9 @@ def build_loop(
         checkpoints=out / "checkpoints",
         rate_scale=lambda path: learning_rate_scale(path, recipe.adapter),
         budget_bytes=budget,
-        compiled=on_gpu() if config.compile == "auto" else config.compile,
-        # Each lane sums gradients of its own: cheap for adapters, a second model for full tuning.
-        lanes=1 if recipe.method == "full" else cpu_lanes(),
+        compiled=compiled,
+        # Each part has gradients of its own: cheap for adapters, a second model for full tuning.
+        lanes=1 if recipe.method == "full" or compiled else cpu_lanes(),
     )
 
 

@@ -94,7 +94,7 @@ def test_worst_bounds_every_epoch(mode: Mode, seed: int) -> None:
     worst = batcher.worst()
     areas = [_area(batcher, groups) for epoch in range(40) for groups in batcher.plan(epoch)]
     assert max(areas) <= worst.computed_tokens <= budget
-    assert sum(lane.computed_tokens for lane in worst.lanes(2)) == worst.computed_tokens
+    assert sum(lane.computed_tokens for lane in worst.parts(2)) == worst.computed_tokens
     if mode == "grouped":  # and it is no larger than a bucket makes it
         rows = len(worst.tokens_BT)
         assert worst.computed_tokens < max(areas) + rows * BUCKET
