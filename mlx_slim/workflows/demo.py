@@ -142,7 +142,10 @@ def demo(
         demo_recipe(method, out, overrides)  # a mistyped key is said before any work
     with watch("demo: the model") as observer:
         dense = _dense(out / "model", model, observer)
-        small = _quantized(dense, out / "model-4bit", observer) if "qlora" in methods else dense
+        small = dense
+        if "qlora" in methods:
+            settings = demo_recipe("qlora", dense, overrides).recipe.quantize
+            small = _quantized(dense, out / "model-4bit", settings, observer)
     rows: list[Row] = []
     for method in methods:
         base = small if method == "qlora" else dense
@@ -177,13 +180,13 @@ def _dense(folder: Path, model: str | None, observer: Observer) -> Path:
     return folder
 
 
-def _quantized(dense: Path, folder: Path, observer: Observer) -> Path:
+def _quantized(dense: Path, folder: Path, settings: QuantizeConfig, observer: Observer) -> Path:
     """Return a 4-bit copy of ``dense``, or ``dense`` itself if it is quantized already."""
     if "quantization" in read_config(dense):
         return dense
     if not _reused(folder, observer):
         loaded = load(dense)
-        report = quantize_model(loaded.model, loaded.config, QuantizeConfig())
+        report = quantize_model(loaded.model, loaded.config, settings)
         save_model(folder, loaded.model, loaded.tokenizer, report.config, code_from=dense)
         sizes = f"{human_bytes(report.bytes_before)} → {human_bytes(report.bytes_after)}"
         observer.notify(Notice(f"quantized: {report.bits_per_weight:.2f} bits a weight, {sizes}"))
