@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx_slim  # noqa: F401  # before mlx.core: both sides get the same BLAS
 
@@ -80,8 +80,9 @@ def ours(work: dict[str, Any]) -> dict[str, Any]:
 def mlx_lm(work: dict[str, Any]) -> dict[str, Any]:
     """Train one epoch with mlx-lm's own trainer, data sets and adapters."""
     import mlx.optimizers as optim
+    from mlx_lm.tuner.callbacks import TrainingCallback
     from mlx_lm.tuner.datasets import CacheDataset, ChatDataset
-    from mlx_lm.tuner.trainer import TrainingArgs, TrainingCallback, train
+    from mlx_lm.tuner.trainer import TrainingArgs, train
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     from mlx_slim.models.load import load
@@ -96,7 +97,7 @@ def mlx_lm(work: dict[str, Any]) -> dict[str, Any]:
 
     class Recording(CacheDataset):
         def __getitem__(self, index: int) -> Any:
-            item = super().__getitem__(index)
+            item: Any = super().__getitem__(index)
             lengths.append(len(item[0]))
             return item
 
@@ -107,7 +108,7 @@ def mlx_lm(work: dict[str, Any]) -> dict[str, Any]:
         def on_train_loss_report(self, train_info: dict) -> None:
             moments.append(time.perf_counter())
 
-    data = Recording(ChatDataset(rows, loaded.tokenizer, mask_prompt=True))
+    data = Recording(ChatDataset(rows, cast(Any, loaded.tokenizer), mask_prompt=True))
     mx.eval(loaded.model.parameters())
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArgs(

@@ -21,7 +21,13 @@ import click
     type=click.Path(path_type=Path, file_okay=False),
     help="The demo's folder. Default: runs/demo, or runs/demo-MODEL.",
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Score only the first N held-out rows.")
+@click.option(
+    "--limit",
+    type=click.IntRange(1, 100),
+    default=64,  # one batch of answers
+    show_default=True,
+    help="Score the first N of 100 held-out rows.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Events and results as JSON lines.")
 @click.option("--quiet", is_flag=True, help="Only warnings and the table.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
@@ -29,7 +35,7 @@ def command(
     model: str | None,
     methods: str,
     output: Path | None,
-    limit: int | None,
+    limit: int,
     as_json: bool,
     quiet: bool,
     overrides: tuple[str, ...],

@@ -162,7 +162,7 @@ class Stepper:
         if self._pool is None or len(parts) == 1:
             return self._part(batch, None)
         # A thread draws its dropout from a seed of its own part, whichever part is built first.
-        seeds = mx.random.randint(0, 2**31 - 1, (len(parts),)).tolist()
+        seeds = [int(number(mx.random.randint(0, 2**31 - 1))) for _ in parts]
         with blas.single_threaded():
             results = list(self._pool.map(self._part, parts, seeds))
         nll, gradients = results[0]
