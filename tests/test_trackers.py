@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 
 from mlx_slim.errors import SlimError
-from mlx_slim.events import Done, Notice, Saved, ValidationDone
+from mlx_slim.events import Done, Notice, Saved, Started, ValidationDone
 from mlx_slim.trackers import Trackers, scalars
 from tests.test_console import step
 
+START = Started(total_steps=2, total_epochs=1.0, budget_bytes=1)
 EVENTS = [
     Notice("hello"),
     step(1, 2.5),
@@ -50,10 +51,11 @@ def wandb(monkeypatch):
 
 
 def test_wandb_gets_the_numbers_and_a_resumed_run_keeps_its_id(wandb, tmp_path):
-    for _ in range(2):
+    for number in range(2):
         config = {"model": "tiny"}
         with Trackers(["wandb"], tmp_path, name="try", config=config, rank=0) as trackers:
-            for event in [*EVENTS, DONE]:
+            assert len(wandb.calls) == number  # nothing begins before the loop does
+            for event in [START, *EVENTS, DONE]:
                 trackers.notify(event)
             trackers.notify(step(3))  # after the end: ignored
     first, second = wandb.calls
@@ -72,8 +74,9 @@ def test_wandb_that_refuses_is_one_line(wandb, tmp_path):
         raise RuntimeError("no API key")
 
     wandb.init = refuse
+    trackers = Trackers(["wandb"], tmp_path, rank=0)
     with pytest.raises(SlimError, match="no API key") as caught:
-        Trackers(["wandb"], tmp_path, rank=0)
+        trackers.notify(START)
     assert "WANDB_MODE=offline" in caught.value.hint
 
 

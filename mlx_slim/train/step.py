@@ -163,6 +163,7 @@ class Stepper:
             return self._part(batch, None)
         # A thread draws its dropout from a seed of its own part, whichever part is built first.
         seeds = [int(number(mx.random.randint(0, 2**31 - 1))) for _ in parts]
+        mx.eval(self.model.parameters())  # a thread cannot evaluate what another one began
         with blas.single_threaded():
             results = list(self._pool.map(self._part, parts, seeds))
         nll, gradients = results[0]
