@@ -8,11 +8,13 @@ Legend: B sequences, T positions, N supervised positions, D width.
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -34,6 +36,35 @@ def part_count(lanes: int, tokens: int) -> int:
     Two parts a thread, where they are worth it: then half of the batch is in memory at a time.
     """
     return 1 if lanes == 1 else min(2 * lanes, max(lanes, tokens // PART_TOKENS))
+
+
+def side_by_side(function: Callable, work: Sequence[tuple], threads: int) -> list:
+    """Return ``function(*arguments)`` for each of ``work``, in order, computed by ``threads``.
+
+    An MLX stream belongs to its thread, and a thread that ends with a stream open aborts the
+    process (mlx 0.32.4): the threads live for one call and close theirs.
+    """
+    waiting = queue.SimpleQueue()
+    for item in enumerate(work):
+        waiting.put(item)
+
+    def drain() -> dict[int, Any]:
+        done: dict[int, Any] = {}
+        try:
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    index, arguments = waiting.get_nowait()
+                    done[index] = function(*arguments)
+            return done
+        finally:
+            mx.clear_streams()
+
+    # As many tasks as threads, and each waits for work that others leave: one task a thread.
+    together = threading.Barrier(threads)
+    with ThreadPoolExecutor(threads) as pool:
+        parts = [pool.submit(lambda: (together.wait(), drain())[1]) for _ in range(threads)]
+        results = {index: value for part in parts for index, value in part.result().items()}
+    return [results[index] for index in range(len(work))]
 
 
 class Objective(Protocol):
@@ -137,7 +168,6 @@ class Stepper:
         self.model = model
         self.objective = objective
         self._lanes = lanes
-        self._pool = ThreadPoolExecutor(lanes) if lanes > 1 else None
         self._building = threading.Lock()
 
         def loss(
@@ -159,13 +189,13 @@ class Stepper:
     def micro(self, batch: Batch) -> tuple[mx.array, dict[str, mx.array]]:
         """Return the summed NLL of one micro-batch and its gradient, evaluated."""
         parts = batch.parts(part_count(self._lanes, batch.computed_tokens))
-        if self._pool is None or len(parts) == 1:
+        if len(parts) == 1:
             return self._part(batch, None)
         # A thread draws its dropout from a seed of its own part, whichever part is built first.
-        seeds = [int(number(mx.random.randint(0, 2**31 - 1))) for _ in parts]
+        work = [(part, int(number(mx.random.randint(0, 2**31 - 1)))) for part in parts]
         mx.eval(self.model.parameters())  # a thread cannot evaluate what another one began
         with blas.single_threaded():
-            results = list(self._pool.map(self._part, parts, seeds))
+            results = side_by_side(self._part, work, self._lanes)
         nll, gradients = results[0]
         for part_nll, part_gradients in results[1:]:
             nll = nll + part_nll
