@@ -48,7 +48,14 @@ from mlx_slim.train.metrics import MetricsFile
 from mlx_slim.train.optim import trainable
 from mlx_slim.train.remat import checkpointed
 from mlx_slim.train.step import CrossEntropy
-from mlx_slim.workflows.run_folder import STATE_FILE, Result, claim, fresh, state_record
+from mlx_slim.workflows.run_folder import (
+    STATE_FILE,
+    Result,
+    claim,
+    fresh,
+    resume_command,
+    state_record,
+)
 
 _CACHE_SHARE = 8  # MLX may keep 1/8 of the budget as free buffers
 
@@ -154,7 +161,7 @@ def finetune(
     if done.reason == "interrupted":
         raise Interrupted(
             f"stopped after step {done.step} of {loop.total}; the state is saved",
-            f"resume with: mlx-slim train {resolved.name} -o {out} --resume",
+            f"resume with: {resume_command(resolved, out)}",
         )
     result = Result(
         out=out,

@@ -9,6 +9,8 @@ or ``model/``, then ``run.json``.
 from __future__ import annotations
 
 import contextlib
+import json
+import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -119,6 +121,18 @@ def state_record(resolved: Resolved, data: Prepared) -> dict[str, Any]:
         "origins": resolved.origins,
         "data": data.fingerprint,
     }
+
+
+def resume_command(resolved: Resolved, out: Path) -> str:
+    """Return the command that goes on with a run, with the overrides that it was started with."""
+    words = ["mlx-slim", "train", resolved.name]
+    for key, origin in resolved.origins.items():
+        if origin == "command line":
+            value: Any = resolved.recipe.model_dump(mode="json")
+            for part in key.split("."):
+                value = value[part]
+            words.append(f"{key}={value if isinstance(value, str) else json.dumps(value)}")
+    return shlex.join([*words, "-o", str(out), "--resume"])
 
 
 def summary_rows(result: Result) -> dict[str, str]:
