@@ -15,7 +15,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any, Literal
 
 from rich.console import Console as RichConsole
@@ -29,6 +28,7 @@ from rich.text import Text
 
 from mlx_slim import runtime
 from mlx_slim.events import (
+    Closing,
     Done,
     Event,
     Notice,
@@ -260,7 +260,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class Console:
+class Console(Closing):
     """The observer that shows a loop to its user; use it as a context manager.
 
     Args:
@@ -291,21 +291,8 @@ class Console:
             view = _View(self.progress, title)
             self._live = Live(view, console=self._output, refresh_per_second=8)
 
-    def __enter__(self) -> Console:
-        """Return the console. The live view appears with the first event of a loop."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Stop the live view, leave its last state on the screen, and show the cursor."""
-        self.close()
-
     def close(self) -> None:
-        """Stop the live view; safe to call twice."""
+        """Stop the live view, leave its last state, show the cursor; safe to call twice."""
         if self._live is not None and self._live.is_started:
             self._live.stop()
 

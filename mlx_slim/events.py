@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,24 @@ class Observer(Protocol):
     def notify(self, event: Event) -> None:
         """Take one event; must not raise for an event it does not know."""
         ...
+
+
+_Self = TypeVar("_Self", bound="Closing")
+
+
+class Closing:
+    """An observer that ``with`` closes, however the block ends."""
+
+    def close(self) -> None:
+        """Let go of what the observer holds; safe to call twice."""
+
+    def __enter__(self: _Self) -> _Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+        self.close()
 
 
 class Broadcast:

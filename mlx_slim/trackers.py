@@ -13,13 +13,12 @@ import time
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from mlx_slim import runtime
 from mlx_slim.artifacts import write_text
 from mlx_slim.errors import SlimError, did_you_mean
-from mlx_slim.events import Done, Event, Saved, Started, StepDone, ValidationDone
+from mlx_slim.events import Closing, Done, Event, Saved, Started, StepDone, ValidationDone
 
 
 def _package(module: str, extra: str) -> Any:
@@ -141,7 +140,7 @@ class WeightsAndBiases:
             self._run = None
 
 
-class Trackers:
+class Trackers(Closing):
     """The trackers of ``report_to`` as one observer; a context manager that closes them.
 
     Args:
@@ -187,16 +186,7 @@ class Trackers:
         for observer in self.observers:
             observer.notify(event)
 
-    def __enter__(self) -> Trackers:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Write what is left, however the loop ended."""
+    def close(self) -> None:
+        """Write what is left; safe to call twice."""
         for observer in self.observers:
             observer.close()

@@ -78,8 +78,8 @@ def imports(path: Path, *, top_level: bool = False) -> Iterator[tuple[int, str]]
                 yield node.lineno, f"{module}.{name.name}"
 
 
-def report(offences: list[str]) -> None:
-    assert not offences, "\n" + "\n".join(offences)
+def listed(offences: list[str]) -> str:
+    return "\n" + "\n".join(offences)
 
 
 def test_imports_go_downward_only():
@@ -98,7 +98,7 @@ def test_imports_go_downward_only():
                 continue
             if FLOOR[target] >= FLOOR[part]:
                 offences.append(f"{short(path)}:{line}: {part} may not import {target}")
-    report(offences)
+    assert not offences, listed(offences)
 
 
 def test_only_the_console_and_the_cli_talk_to_the_terminal():
@@ -114,7 +114,7 @@ def test_only_the_console_and_the_cli_talk_to_the_terminal():
             for node in ast.walk(tree_of(path))
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"
         ]
-    report(offences)
+    assert not offences, listed(offences)
 
 
 def test_a_command_imports_what_is_heavy_inside_its_function():
@@ -125,7 +125,7 @@ def test_a_command_imports_what_is_heavy_inside_its_function():
         for line, name in imports(path, top_level=True)
         if name.split(".")[0] in HEAVY
     ]
-    report(offences)
+    assert not offences, listed(offences)
 
 
 def test_every_module_says_what_it_is_for():
@@ -139,7 +139,7 @@ def test_every_module_says_what_it_is_for():
         for path in sorted((ROOT / "tests").rglob("*.py"))
         if path.stat().st_size and not ast.get_docstring(tree_of(path))
     ]
-    report(offences)
+    assert not offences, listed(offences)
 
 
 def test_files_are_small():
@@ -148,7 +148,7 @@ def test_files_are_small():
         lines = len(path.read_text(encoding="utf-8").splitlines())
         if lines >= MOST_LINES:
             offences.append(f"{short(path)}: {lines} lines, under {MOST_LINES} wanted")
-    report(offences)
+    assert not offences, listed(offences)
 
 
 def test_nothing_names_a_place_on_one_machine():
@@ -162,7 +162,7 @@ def test_nothing_names_a_place_on_one_machine():
         for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
         if (found := HOME.search(text))
     ]
-    report(offences)
+    assert not offences, listed(offences)
 
 
 def _requirements(lines: list[str]) -> set[str]:
@@ -187,7 +187,7 @@ def test_what_is_imported_is_declared_and_extras_stay_optional():
                 offences.append(f"{short(path)}:{line}: {root} is not in pyproject.toml")
             elif line in always:
                 offences.append(f"{short(path)}:{line}: {root} is an extra: import it when used")
-    report(offences)
+    assert not offences, listed(offences)
 
 
 def readme_tree(text: str) -> list[tuple[int, str, str]]:
@@ -230,7 +230,7 @@ def test_the_tree_in_the_readme_is_the_tree_on_disk():
     for column, name, _ in entries:
         if column == base and not (ROOT / name).exists():
             offences.append(f"the README's tree names {name}, which is not on disk")
-    report(sorted(offences))
+    assert not offences, listed(sorted(offences))
 
 
 @pytest.mark.parametrize("folder", ["recipes", "evals"])

@@ -133,8 +133,12 @@ def test_an_unknown_event_is_no_error():
     class Other(Event):
         name = "other"
 
-    for mode in ("live", "plain", "json", "quiet"):
-        show(mode, story=[Other()], terminal=mode == "live")
+    for mode in ("live", "plain", "quiet"):
+        terminal = mode == "live"
+        assert show(mode, story=[Other()], terminal=terminal) == show(
+            mode, story=[], terminal=terminal
+        )
+    assert json.loads(show("json", story=[Other()]).splitlines()[0]) == {"event": "other"}
 
 
 def test_remaining_time_follows_the_recent_steps():

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_slim.errors import SlimError
+from mlx_slim.models.logits import kl_divergence, token_nll
 
 CHUNK = 64  # positions whose probabilities exist at one time
 
@@ -87,14 +88,8 @@ def _compare(p_CV: mx.array, q_CV: mx.array, next_C: mx.array) -> mx.array:
 
     next_C[i] is the token that position i predicts; the row's last position has none.
     """
-    p_CV, q_CV = p_CV.astype(mx.float32), q_CV.astype(mx.float32)
-    log_p_CV = p_CV - mx.logsumexp(p_CV, -1, keepdims=True)
-    log_q_CV = q_CV - mx.logsumexp(q_CV, -1, keepdims=True)
-    kl = (mx.exp(log_p_CV) * (log_p_CV - log_q_CV)).sum()
+    kl = kl_divergence(p_CV, q_CV).sum()
     agree = (p_CV.argmax(-1) == q_CV.argmax(-1)).sum().astype(mx.float32)
-    index_C1 = next_C[:, None]
-    losses = [
-        -mx.take_along_axis(log_CV[: len(next_C)], index_C1, -1).sum()
-        for log_CV in (log_p_CV, log_q_CV)
-    ]
+    count = len(next_C)
+    losses = [token_nll(x_CV[:count], next_C).sum() for x_CV in (p_CV, q_CV)]
     return mx.stack([kl, agree, *losses])

@@ -42,11 +42,13 @@ class Resolved:
         recipe: Checked and frozen.
         origins: Dotted key -> ``default``, a file (with its line) or ``command line``, all keys.
         name: The recipe's name, or the stem of its file.
+        given: What the user wrote: the recipe's name, or the path of its file.
     """
 
     recipe: Recipe
     origins: dict[str, str]
     name: str
+    given: str
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Resolved:
@@ -98,7 +100,7 @@ def _check(
         if len(problems) == 1:
             raise SlimError(f"recipe {title}: {problems[0]}")
         raise SlimError(f"recipe {title}: {len(problems)} problems", details=problems)
-    return Resolved(recipe, _all_origins(recipe, origins), name)
+    return Resolved(recipe, _all_origins(recipe, origins), name, title)
 
 
 def _apply_file(

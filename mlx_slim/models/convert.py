@@ -14,16 +14,16 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_slim.artifacts import atomic_folder, check_output
 from mlx_slim.errors import SlimError
 from mlx_slim.models.gguf import import_gguf
 from mlx_slim.models.load import cast, load
+from mlx_slim.models.logits import kl_divergence
 from mlx_slim.models.quantized import densify, is_quantized, use_fast_matmul
 from mlx_slim.models.save import save_model, saved_config
-from mlx_slim.runtime import dtype_name
+from mlx_slim.runtime import dtype_name, number
 
 # Largest KL divergence (nats a token) between source and output: rounding to bfloat16 costs 0.01 on
 # SmolLM2-135M, a wrong tensor whole nats.
@@ -195,6 +195,5 @@ def _probe(model: nn.Module, config: dict[str, Any]) -> mx.array:
 def _compare(expected_LV: mx.array, found_LV: mx.array) -> tuple[float, bool]:
     """Return KL(expected ‖ found) in nats a token, and whether the logits are equal."""
     exact = bool(mx.array_equal(expected_LV, found_LV, equal_nan=True).item())
-    log_p, log_q = (np.array(nn.log_softmax(x_LV)) for x_LV in (expected_LV, found_LV))
-    kl = float(np.mean(np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)))
+    kl = number(kl_divergence(expected_LV, found_LV).mean())
     return (0.0 if exact else abs(kl)), exact

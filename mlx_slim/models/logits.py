@@ -32,3 +32,10 @@ def token_nll(logits_NV: mx.array, targets_N: mx.array) -> mx.array:
     """Return −log softmax(logits)[target] of each row (N,), float32, nats."""
     target_N1 = mx.take_along_axis(logits_NV, targets_N[:, None], axis=-1)
     return (logsumexp(logits_NV) - target_N1.astype(mx.float32))[:, 0]
+
+
+def kl_divergence(p_NV: mx.array, q_NV: mx.array) -> mx.array:
+    """Return KL(softmax p ‖ softmax q) of each row (N,), float32, nats; p and q are logits."""
+    log_p_NV = p_NV.astype(mx.float32) - logsumexp(p_NV)
+    log_q_NV = q_NV.astype(mx.float32) - logsumexp(q_NV)
+    return row_sums(mx.exp(log_p_NV) * (log_p_NV - log_q_NV))[:, 0]

@@ -125,7 +125,7 @@ def state_record(resolved: Resolved, data: Prepared) -> dict[str, Any]:
 
 def resume_command(resolved: Resolved, out: Path) -> str:
     """Return the command that goes on with a run, with the overrides that it was started with."""
-    words = ["mlx-slim", "train", resolved.name]
+    words = ["mlx-slim", "train", resolved.given]
     for key, origin in resolved.origins.items():
         if origin == "command line":
             value: Any = resolved.recipe.model_dump(mode="json")

@@ -217,26 +217,26 @@ def test_converted_tiny_model_keeps_codes_under_a_dtype(tiny, tmp_path):
 # what is refused
 
 
-def one_line(path: Path, *words: str) -> None:
+def one_line(path: Path) -> str:
+    """What importing ``path`` fails with."""
     with pytest.raises(SlimError) as caught:
         import_gguf(path)
     assert "\n" not in str(caught.value)
-    for word in words:
-        assert word in str(caught.value)
+    return str(caught.value)
 
 
 def test_foreign_and_truncated_files(tiny, tmp_path):
     path = tmp_path / "m.gguf"
-    one_line(path, "does not exist")
+    assert "does not exist" in one_line(path)
     path.write_bytes(b"PK\x03\x04 not this" * 9)
-    one_line(path, "no GGUF file")
+    assert "no GGUF file" in one_line(path)
     path.write_bytes(b"GGUF" + (9).to_bytes(4, "little") + bytes(64))
-    one_line(path, "version 9")
+    assert "version 9" in one_line(path)
     write_gguf(path, tiny("llama"), "llama")
     whole = path.read_bytes()
     for size in (30, 200, 2000, len(whole) // 2, len(whole) - 4096):
         path.write_bytes(whole[:size])
-        one_line(path, "truncated")
+        assert "truncated" in one_line(path)
 
 
 def test_unknown_architecture_and_pre_tokenizer(tiny, tmp_path):
@@ -245,9 +245,10 @@ def test_unknown_architecture_and_pre_tokenizer(tiny, tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    one_line(tmp_path / "a.gguf", "architecture 'lama'", "did you mean 'llama'?")
+    text = one_line(tmp_path / "a.gguf")
+    assert "architecture 'lama'" in text and "did you mean 'llama'?" in text
     write_gguf(tmp_path / "b.gguf", tiny("llama"), "llama", pre="qwen3-odd")
-    one_line(tmp_path / "b.gguf", "pre-tokenizer 'qwen3-odd'")
+    assert "pre-tokenizer 'qwen3-odd'" in one_line(tmp_path / "b.gguf")
 
 
 @pytest.mark.parametrize(
@@ -261,7 +262,7 @@ def test_unknown_architecture_and_pre_tokenizer(tiny, tmp_path):
 )
 def test_what_the_class_cannot_do_is_refused(tiny, tmp_path, meta, word):
     write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama", **meta)
-    one_line(tmp_path / "m.gguf", word)
+    assert word in one_line(tmp_path / "m.gguf")
 
 
 # the tokenizers

@@ -35,13 +35,12 @@ def edit(folder: Path, *remove: str, **changes) -> Path:
     return folder
 
 
-def refused(source, *words: str) -> str:
+def refused(source) -> str:
+    """The one line that loading ``source`` fails with."""
     with pytest.raises(SlimError) as caught:
         load(source)
     text = str(caught.value)
     assert "\n" not in text
-    for word in words:
-        assert word in text
     return text
 
 
@@ -122,12 +121,13 @@ def test_tied_head_that_repeats_the_embedding_stays_tied(tmp_path):
 )
 def test_rope_that_the_class_cannot_do_is_refused(tiny, tmp_path, architecture, rope, word):
     folder = Path(shutil.copytree(tiny(architecture), tmp_path / "m"))
-    refused(edit(folder, rope_parameters=rope), word, "wrong logits")
+    text = refused(edit(folder, rope_parameters=rope))
+    assert word in text and "wrong logits" in text
 
 
 def test_old_style_scaling_that_the_class_ignores_is_refused(tiny, tmp_path):
     folder = Path(shutil.copytree(tiny("phi"), tmp_path / "m"))
-    refused(edit(folder, rope_scaling={"type": "linear", "factor": 2.0}), "'linear'")
+    assert "'linear'" in refused(edit(folder, rope_scaling={"type": "linear", "factor": 2.0}))
 
 
 def test_classes_that_read_rope_parameters_keep_them():
@@ -187,28 +187,32 @@ def test_read_config_needs_no_weights(broken):
 
 
 def test_unknown_model_type_suggests_a_close_one(broken):
-    refused(edit(broken, model_type="llamma"), "unknown model type 'llamma'", "'llama'")
+    text = refused(edit(broken, model_type="llamma"))
+    assert "unknown model type 'llamma'" in text and "'llama'" in text
 
 
 def test_absent_model_type(broken):
-    refused(edit(broken, "model_type"), "no model_type")
+    assert "no model_type" in refused(edit(broken, "model_type"))
 
 
 def test_config_that_is_no_json(broken):
     (broken / "config.json").write_text("{")
-    refused(broken, "config.json", "JSON")
+    text = refused(broken)
+    assert "config.json" in text and "JSON" in text
 
 
 def test_folder_without_config(tmp_path):
-    refused(tmp_path, "has no config.json")
+    assert "has no config.json" in refused(tmp_path)
 
 
 def test_config_that_lacks_a_key(broken):
-    refused(edit(broken, "hidden_size"), "does not fit", "hidden_size")
+    text = refused(edit(broken, "hidden_size"))
+    assert "does not fit" in text and "hidden_size" in text
 
 
 def test_config_that_disagrees_with_the_shapes(broken):
-    refused(edit(broken, intermediate_size=96), "wrong shapes", "expected [96, 64]", "and 6 more")
+    text = refused(edit(broken, intermediate_size=96))
+    assert "wrong shapes" in text and "expected [96, 64]" in text and "and 6 more" in text
 
 
 def test_missing_and_extra_tensors_are_listed_together(broken):
@@ -219,37 +223,38 @@ def test_missing_and_extra_tensors_are_listed_together(broken):
     name = next(name for name in weights if "down_proj" in name)
     weights["model.stray.weight"] = weights.pop(name)
     mx.save_safetensors(str(file), weights)
-    text = refused(broken, f"1 missing tensors ({name})")
+    text = refused(broken)
+    assert f"1 missing tensors ({name})" in text
     assert "1 unexpected tensors (model.stray.weight)" in text
 
 
 def test_absent_shard(broken):
     (broken / "model-00002-of-00002.safetensors").unlink()
-    refused(broken, "lacks model-00002-of-00002.safetensors")
+    assert "lacks model-00002-of-00002.safetensors" in refused(broken)
 
 
 def test_tensor_promised_by_the_index_but_in_no_file(broken):
     index = json.loads((broken / "model.safetensors.index.json").read_text())
     index["weight_map"]["model.ghost"] = "model-00001-of-00002.safetensors"
     (broken / "model.safetensors.index.json").write_text(json.dumps(index))
-    refused(broken, "lacks model.ghost")
+    assert "lacks model.ghost" in refused(broken)
 
 
 def test_tensor_in_two_files(broken):
     shutil.copy(broken / "model-00001-of-00002.safetensors", broken / "model.safetensors")
-    refused(broken, "both hold")
+    assert "both hold" in refused(broken)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -10])
 def test_truncated_safetensors(broken, keep):
     file = broken / "model-00001-of-00002.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    refused(broken, "model-00001-of-00002.safetensors is")
+    assert "model-00001-of-00002.safetensors is" in refused(broken)
 
 
 def test_garbage_instead_of_safetensors(broken):
     (broken / "model-00001-of-00002.safetensors").write_bytes(b"<html>not found</html>" * 50)
-    refused(broken, "corrupt")
+    assert "corrupt" in refused(broken)
 
 
 def test_header_shapes_are_read_without_weights(tiny):
@@ -262,29 +267,31 @@ def test_pickled_weights_are_refused(broken):
     for file in broken.glob("model*"):
         file.unlink()
     (broken / "pytorch_model.bin").write_bytes(b"x")
-    refused(broken, "pickle", "save_pretrained")
+    text = refused(broken)
+    assert "pickle" in text and "save_pretrained" in text
 
 
 def test_no_weights_at_all(broken):
     for file in broken.glob("model*"):
         file.unlink()
-    refused(broken, "has no model*.safetensors")
+    assert "has no model*.safetensors" in refused(broken)
 
 
 def test_no_tokenizer(broken):
     (broken / "tokenizer.json").unlink()
     (broken / "tokenizer_config.json").unlink()
-    refused(broken, "no tokenizer files")
+    assert "no tokenizer files" in refused(broken)
 
 
 def test_broken_tokenizer(broken):
     (broken / "tokenizer.json").write_text("{")
-    refused(broken, "tokenizer")
+    assert "tokenizer" in refused(broken)
 
 
 def test_own_code_is_not_run_unasked(broken, tmp_path):
     (broken / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    refused(edit(broken, model_file="evil.py"), "own model code", "--trust-remote-code")
+    text = refused(edit(broken, model_file="evil.py"))
+    assert "own model code" in text and "--trust-remote-code" in text
     assert not (tmp_path / "ran").exists()
 
 
@@ -292,20 +299,23 @@ def test_own_code_is_not_run_unasked(broken, tmp_path):
 
 
 def test_folder_typo_suggests_the_neighbour(broken):
-    refused(broken.parent / "modle", "does not exist", "did you mean", "model?")
-    refused(str(broken.parent / "modle"), "did you mean")
+    text = refused(broken.parent / "modle")
+    assert "does not exist" in text and "did you mean" in text and "model?" in text
+    assert "did you mean" in refused(str(broken.parent / "modle"))
 
 
 def test_file_instead_of_folder(broken):
-    refused(broken / "config.json", "is a file", "folder")
+    text = refused(broken / "config.json")
+    assert "is a file" in text and "folder" in text
     (broken / "a.gguf").write_bytes(b"GGUF")
-    refused(broken / "a.gguf", "mlx-slim convert")
+    assert "mlx-slim convert" in refused(broken / "a.gguf")
 
 
 def test_offline_hub_id(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
-    refused("someone/no-such-model-here", "HF_HUB_OFFLINE is set", "give the folder")
+    text = refused("someone/no-such-model-here")
+    assert "HF_HUB_OFFLINE is set" in text and "give the folder" in text
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from mlx_slim.models.logits import logsumexp, token_nll
+from mlx_slim.models.logits import kl_divergence, logsumexp, token_nll
 
 
 def test_logsumexp_of_a_wide_peaked_row_is_exact() -> None:
@@ -27,3 +27,15 @@ def test_gradient_is_softmax_minus_one_hot() -> None:
     gradient = mx.grad(lambda x: token_nll(x, targets).sum())(logits)
     expected = mx.softmax(logits, axis=-1) - (mx.arange(50)[None] == targets[:, None])
     assert mx.allclose(gradient, expected, atol=1e-6)
+
+
+def test_kl_divergence_of_wide_rows_is_exact() -> None:
+    rng = np.random.default_rng(1)
+    p, q = ((rng.normal(size=(4, 49152)) * 2.5).astype(np.float32) for _ in range(2))
+    wide_p, wide_q = (
+        x - np.log(np.exp(x.astype(np.float64)).sum(-1, keepdims=True)) for x in (p, q)
+    )
+    exact = (np.exp(wide_p) * (wide_p - wide_q)).sum(-1)
+    ours = np.array(kl_divergence(mx.array(p), mx.array(q)))
+    assert np.abs(ours / exact - 1).max() < 1e-5
+    assert np.abs(np.array(kl_divergence(mx.array(p), mx.array(p)))).max() < 1e-6

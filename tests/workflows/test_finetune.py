@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,7 +16,6 @@ from mlx_lm import load as stock_load
 from mlx_slim import events
 from mlx_slim.errors import ResourceError, SlimError
 from mlx_slim.train.loop import Loop
-from mlx_slim.workflows import finetune as workflow
 from mlx_slim.workflows.finetune import finetune
 from tests.support.runs import Recorder, losses, recipe, write_rows
 
@@ -85,9 +85,7 @@ def test_over_budget_is_refused_before_training_with_what_fits(tiny, tmp_path: P
     data, out = write_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
     small = recipe(tiny("llama"), data)
     memory = small.recipe.memory.model_copy(update={"budget": "300kB"})
-    tight = workflow.Resolved(
-        small.recipe.model_copy(update={"memory": memory}), small.origins, small.name
-    )
+    tight = replace(small, recipe=small.recipe.model_copy(update={"memory": memory}))
     with pytest.raises(ResourceError, match="budget is 300 kB") as caught:
         finetune(tight, out, observer=Recorder())
     assert caught.value.exit_code == 3

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
+from mlx_slim.config.load import load_recipe
 from mlx_slim.errors import Interrupted, SlimError
 from mlx_slim.events import StepDone
 from mlx_slim.workflows.finetune import finetune
@@ -60,6 +64,40 @@ def test_ctrl_c_saves_and_prints_the_resume_command(tiny, tmp_path: Path) -> Non
     assert (out / "checkpoints" / "step-3" / "state.json").exists()
     finetune(recipe(model, data), out, observer=Recorder(), resume=True)
     assert sorted(losses(out)) == list(range(1, 11))
+
+
+def test_the_printed_resume_command_goes_on_as_it_stands(tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "my runs"
+    folder.mkdir()
+    data = write_rows(folder / "rows.jsonl")
+    own = folder / "small.yaml"
+    own.write_text(f"model: {tiny('llama')}\ndata: {{path: nowhere.jsonl, validation: 0}}\n")
+    overrides = [
+        f"data.path={data}",
+        "adapter.targets=[q_proj, v_proj]",
+        "train.steps=6",
+        "train.max_length=128",
+        "train.learning_rate=1e-3",
+    ]
+    out = folder / "run"
+    with pytest.raises(Interrupted) as caught:
+        finetune(load_recipe(str(own), overrides), out, observer=CtrlC())
+    program = tmp_path / "bin" / "mlx-slim"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m mlx_slim "$@"\n')
+    program.chmod(0o755)
+    done = subprocess.run(
+        caught.value.hint.removeprefix("resume with: "),
+        shell=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(losses(out)) == list(range(1, 7))
+    assert str(own) in shlex.split(caught.value.hint)
 
 
 def test_another_recipe_or_other_data_is_refused_with_the_difference(tiny, tmp_path: Path) -> None:
