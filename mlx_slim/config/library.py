@@ -2,7 +2,8 @@
 
 Invariant: a checkout uses its top-level ``recipes/`` and ``evals/``, an installed wheel the copy
 inside the package; callers see names only. Files that begin with an underscore are shared parts:
-found by name (``extends: _alpaca``), never listed. Try it: ``mlx-slim recipes``.
+found by name (``extends: _alpaca``), never listed; matrices lie among the recipes, and their names
+begin with ``matrix-``. Try it: ``mlx-slim recipes``.
 """
 
 from __future__ import annotations
@@ -12,9 +13,15 @@ from typing import Literal
 
 from mlx_slim.errors import SlimError, did_you_mean
 
-Kind = Literal["recipes", "evals"]
-_SINGULAR = {"recipes": "recipe", "evals": "task"}
-_LIST_COMMAND = {"recipes": "mlx-slim recipes", "evals": "mlx-slim tasks"}
+Kind = Literal["recipes", "evals", "matrices"]
+_SINGULAR = {"recipes": "recipe", "evals": "task", "matrices": "matrix"}
+_LIST_COMMAND = {
+    "recipes": "mlx-slim recipes",
+    "evals": "mlx-slim tasks",
+    "matrices": "mlx-slim compare",
+}
+_FOLDER = {"matrices": "recipes"}
+_MATRIX = "matrix-"
 
 
 def folder(kind: Kind) -> Path:
@@ -23,18 +30,24 @@ def folder(kind: Kind) -> Path:
     Raises:
         SlimError: If neither exists (a broken installation).
     """
+    name = _FOLDER.get(kind, kind)
     package = Path(__file__).resolve().parents[1]
-    if (package / kind).is_dir():
-        return package / kind
+    if (package / name).is_dir():
+        return package / name
     checkout = package.parent
-    if (checkout / "pyproject.toml").is_file() and (checkout / kind).is_dir():
-        return checkout / kind
-    raise SlimError(f"the installed mlx-slim has no {kind}/ folder", "install it again")
+    if (checkout / "pyproject.toml").is_file() and (checkout / name).is_dir():
+        return checkout / name
+    raise SlimError(f"the installed mlx-slim has no {name}/ folder", "install it again")
 
 
 def names(kind: Kind) -> list[str]:
     """Return the names of ``kind``, sorted, without the shared parts."""
-    return sorted(p.stem for p in folder(kind).glob("*.yaml") if not p.name.startswith("_"))
+    stems = (path.stem for path in folder(kind).glob("*.yaml"))
+    return sorted(stem for stem in stems if stem[0] != "_" and _is_of(kind, stem))
+
+
+def _is_of(kind: Kind, name: str) -> bool:
+    return kind == "evals" or name.startswith(_MATRIX) == (kind == "matrices")
 
 
 def find(kind: Kind, name: str) -> Path:
@@ -44,7 +57,7 @@ def find(kind: Kind, name: str) -> Path:
         SlimError: If there is none; the hint names the closest.
     """
     path = folder(kind) / f"{name}.yaml"
-    if Path(name).name == name and path.is_file():
+    if Path(name).name == name and path.is_file() and _is_of(kind, name):
         return path
     raise SlimError(
         f"no {_SINGULAR[kind]} is called {name!r}",

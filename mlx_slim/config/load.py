@@ -13,12 +13,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from mlx_slim.config import library
-from mlx_slim.config.problems import Keys, Origins, explain, kinds_at, screen
+from mlx_slim.config.problems import Keys, Origins, Words, words_for
 from mlx_slim.config.read import parse_scalar, read_mapping
 from mlx_slim.config.schema import Recipe, Section
 from mlx_slim.errors import SlimError
@@ -63,15 +63,36 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Resolved:
             the message counts them and ``details`` has one line each.
     """
     text = str(name_or_path)
-    if text.endswith((".yaml", ".yml")) or "/" in text:
-        file = Path(text)
+    values, origins, file, problems = read_layers(text, overrides, Recipe, "recipes")
+    return _check(values, origins, problems, file.stem, text)
+
+
+def read_layers(
+    name_or_path: str, overrides: Sequence[str], schema: type[Section], kind: library.Kind
+) -> tuple[dict[str, Any], Origins, Path, list[str]]:
+    """Return the values of a file and the command line, unchecked.
+
+    Args:
+        name_or_path: A shipped file's name, or the path of a ``.yaml`` file.
+        overrides: Dotted assignments.
+        schema: What the values are meant for.
+        kind: Which shipped files are meant.
+
+    Returns:
+        Nested values, their origins, the file, and one line for each override that cannot be read.
+
+    Raises:
+        SlimError: Unknown name or unreadable file.
+    """
+    if name_or_path.endswith((".yaml", ".yml")) or "/" in name_or_path:
+        file = Path(name_or_path)
     else:
-        file = library.find("recipes", text)
+        file = library.find(kind, name_or_path)
     values: dict[str, Any] = {}
     origins: Origins = {}
     _apply_file(file, values, origins, ())
-    problems = _apply_overrides(overrides, values, origins)
-    return _check(values, origins, problems, file.stem, text)
+    problems = _apply_overrides(overrides, values, origins, words_for(schema))
+    return values, origins, file, problems
 
 
 def from_values(values: dict[str, Any], name: str, origin: str) -> Resolved:
@@ -80,27 +101,68 @@ def from_values(values: dict[str, Any], name: str, origin: str) -> Resolved:
     Raises:
         SlimError: As ``load_recipe``.
     """
+    return from_layers([(values, origin)], name)
+
+
+def from_layers(layers: Sequence[tuple[dict[str, Any] | str, str]], name: str) -> Resolved:
+    """Return the recipe made of layers, the later one wins.
+
+    Args:
+        layers: Nested values and where they are from; or the name of a shipped recipe or part
+            (its lines are the origins then).
+        name: Of the recipe.
+
+    Raises:
+        SlimError: As ``load_recipe``.
+    """
     merged: dict[str, Any] = {}
     origins: Origins = {}
-    _merge(values, (), merged, origins, lambda _: origin)
+    for values, origin in layers:
+        if isinstance(values, str):
+            _apply_file(library.find("recipes", values), merged, origins, ())
+        else:
+            _merge(values, (), merged, origins, lambda _, origin=origin: origin)
     return _check(merged, origins, [], name, name)
 
 
 def _check(
     values: dict[str, Any], origins: Origins, problems: list[str], name: str, title: str
 ) -> Resolved:
-    known, found = screen(values, origins)
-    problems = problems + found
-    try:
-        recipe = Recipe.model_validate(known)
-    except ValidationError as error:
-        problems += explain(error, known, origins)
-        recipe = None
-    if problems or recipe is None:
-        if len(problems) == 1:
-            raise SlimError(f"recipe {title}: {problems[0]}")
-        raise SlimError(f"recipe {title}: {len(problems)} problems", details=problems)
+    recipe = checked(Recipe, values, origins, problems, f"recipe {title}")
     return Resolved(recipe, _all_origins(recipe, origins), name, title)
+
+
+Checked = TypeVar("Checked", bound=Section)
+
+
+def checked(
+    schema: type[Checked], values: dict[str, Any], origins: Origins, problems: list[str], what: str
+) -> Checked:
+    """Return ``values`` as ``schema``, or raise one error with all ``problems`` and more.
+
+    Args:
+        schema: What they must fit.
+        values: Nested.
+        origins: Where each value came from.
+        problems: Found so far, one line each.
+        what: What it is, for the message: ``recipe NAME``.
+
+    Raises:
+        SlimError: With several problems the message counts them and ``details`` lists them.
+    """
+    words = words_for(schema)
+    known, found = words.screen(values, origins)
+    problems = problems + found
+    result = None
+    try:
+        result = schema.model_validate(known)
+    except ValidationError as error:
+        problems += words.explain(error, known, origins)
+    if problems or result is None:
+        if len(problems) == 1:
+            raise SlimError(f"{what}: {problems[0]}")
+        raise SlimError(f"{what}: {len(problems)} problems", details=problems)
+    return result
 
 
 def _apply_file(
@@ -131,8 +193,8 @@ def _parent(file: Path, name: str) -> Path:
     return library.find("recipes", name)
 
 
-def _override_value(path: Keys, text: str) -> Any:
-    kinds = kinds_at(path)
+def _override_value(path: Keys, text: str, words: Words) -> Any:
+    kinds = words.kinds_at(path)
     if {"string"} <= kinds <= {"string", "null"}:
         return None if text in ("null", "~") else text
     value = parse_scalar(text)
@@ -141,7 +203,7 @@ def _override_value(path: Keys, text: str) -> Any:
 
 
 def _apply_overrides(
-    overrides: Sequence[str], values: dict[str, Any], origins: Origins
+    overrides: Sequence[str], values: dict[str, Any], origins: Origins, words: Words
 ) -> list[str]:
     problems: list[str] = []
     for override in overrides:
@@ -154,7 +216,7 @@ def _apply_overrides(
             problems.append(f"extends ({COMMAND_LINE}): only a recipe file can extend another")
             continue
         try:
-            value = _override_value(parts, text)
+            value = _override_value(parts, text, words)
         except SlimError as error:
             problems.append(f"{key} ({COMMAND_LINE}): {error.message}")
             continue

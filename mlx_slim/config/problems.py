@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, in the words of its keys.
+"""What is wrong with a configuration file, in the words of its keys.
 
 Invariant: every message names the full dotted key, the value seen, what is allowed and where the
 value came from; the allowed range is read from the schema, so it cannot drift. Try it:
@@ -12,9 +12,8 @@ import json
 from functools import lru_cache
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import did_you_mean
 
 Keys = tuple[str, ...]
@@ -25,51 +24,6 @@ _TYPES = {
     "null": "null",
     "object": "a section of `key: value`",
 }
-
-
-@lru_cache(maxsize=1)
-def _root() -> dict[str, Any]:
-    return Recipe.model_json_schema()
-
-
-def _follow(schema: dict[str, Any]) -> dict[str, Any]:
-    while "$ref" in schema:
-        schema = _root()["$defs"][schema["$ref"].rsplit("/", 1)[-1]]
-    return schema
-
-
-def _choices(schema: dict[str, Any]) -> list[dict[str, Any]]:
-    schema = _follow(schema)
-    if "anyOf" in schema:
-        return [choice for part in schema["anyOf"] for choice in _choices(part)]
-    return [schema]
-
-
-def _at(path: tuple[str, ...]) -> dict[str, Any] | None:
-    """Return the JSON schema of the key at ``path``, None for an unknown one."""
-    schemas = [_root()]
-    for part in path:
-        inner: list[dict[str, Any]] = []
-        for schema in schemas:
-            if part in schema.get("properties", {}):
-                inner += _choices(schema["properties"][part])
-            elif isinstance(schema.get("additionalProperties"), dict):
-                inner += _choices(schema["additionalProperties"])
-            elif schema.get("type") == "array" and part.isdigit():
-                inner += _choices(schema["items"])
-        if not inner:
-            return None
-        schemas = inner
-    return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
-
-
-def _kinds(schema: dict[str, Any]) -> set[str]:
-    return {str(choice.get("type")) for choice in _choices(schema)}
-
-
-def kinds_at(path: tuple[str, ...]) -> set[str]:
-    """Return the JSON types that the key may hold (``string``, ``integer``…); none if unknown."""
-    return _kinds(_at(path) or {})
 
 
 def _number(schema: dict[str, Any]) -> str:
@@ -87,23 +41,6 @@ def _number(schema: dict[str, Any]) -> str:
     return f"{words} ({' and '.join(bounds)})" if bounds else words
 
 
-def _allowed(schema: dict[str, Any]) -> str:
-    parts: list[str] = []
-    for choice in _choices(schema):
-        if "enum" in choice:
-            parts.append("one of " + ", ".join(str(value) for value in choice["enum"]))
-        elif "const" in choice:
-            parts.append(str(choice["const"]))
-        elif choice.get("type") in ("integer", "number"):
-            parts.append(_number(choice))
-        elif choice.get("type") == "array":
-            item = _allowed(choice["items"])
-            parts.append(f"a list, each {item}")
-        else:
-            parts.append(_TYPES.get(choice.get("type", ""), "a value"))
-    return " or ".join(dict.fromkeys(parts))
-
-
 def _origin(path: Keys, origins: Origins) -> str:
     """Where the value at ``path`` was last touched, else where the section around it was."""
     inner = [origin for key, origin in origins.items() if key[: len(path)] == path]
@@ -111,73 +48,6 @@ def _origin(path: Keys, origins: Origins) -> str:
         path = path[:-1]
         inner = [origins[path]] if path in origins else []
     return inner[-1] if inner else "recipe"
-
-
-def _wrong(path: Keys, value: Any, origins: Origins) -> str:
-    seen = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    seen = repr(seen) if isinstance(value, str) else seen
-    seen = seen if len(seen) <= 80 else f"{seen[:77]}…"
-    allowed = _allowed(_at(path) or {})
-    return f"{'.'.join(path)} ({_origin(path, origins)}) is {seen}: expected {allowed}"
-
-
-def _known_keys(path: Keys) -> list[str]:
-    return [key for c in _choices(_at(path) or {}) for key in c.get("properties", {})]
-
-
-def _every_key(schema: dict[str, Any], path: Keys = ()) -> list[Keys]:
-    found: list[Keys] = []
-    for key, value in schema.get("properties", {}).items():
-        here = (*path, key)
-        found += [here, *_every_key(_follow(value), here)]
-    return found
-
-
-def _unknown(path: Keys, origins: Origins) -> str:
-    siblings = _known_keys(path[:-1])
-    every = [".".join(key) for key in _every_key(_root())]
-    close = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.6)
-    elsewhere = [key for key in every if key.rsplit(".", 1)[-1] == path[-1]]
-    dotted = ".".join(path)
-    if close:
-        hint = f"did you mean {'.'.join((*path[:-1], close[0]))!r}?"
-    elif elsewhere:
-        hint = f"did you mean {elsewhere[0]!r}?"
-    else:
-        hint = did_you_mean(dotted, every)
-        if not hint.startswith("did you mean"):
-            hint = f"known: {', '.join(sorted(siblings or _known_keys(())))}"
-    return f"{dotted} ({_origin(path, origins)}) is no key: {hint}"
-
-
-def screen(values: dict[str, Any], origins: Origins) -> tuple[dict[str, Any], list[str]]:
-    """Return ``values`` without what the schema's types let slip, and a message for each.
-
-    These are unknown keys at any depth, and true or false where a number belongs.
-    """
-    problems: list[str] = []
-
-    def walk(value: Any, path: Keys) -> Any:
-        if isinstance(value, list):
-            return [walk(item, (*path, str(index))) for index, item in enumerate(value)]
-        if not isinstance(value, dict):
-            return value
-        schema = _at(path)
-        if schema is None or not any(c.get("type") == "object" for c in _choices(schema)):
-            return value  # a section where a value belongs: the type check says so
-        known = {}
-        for key, item in value.items():
-            here = (*path, key)
-            inner = _at(here)
-            if inner is None:
-                problems.extend(_unknown(leaf, origins) for leaf in _leaf_paths(item, here))
-            elif isinstance(item, bool) and "boolean" not in _kinds(inner):
-                problems.append(_wrong(here, item, origins))
-            else:
-                known[key] = walk(item, here)
-        return known
-
-    return walk(values, ()), problems
 
 
 def _leaf_paths(value: Any, path: Keys) -> list[Keys]:
@@ -200,24 +70,160 @@ def _locate(location: tuple[Any, ...], values: Any) -> tuple[Keys, Any]:
     return tuple(path), values
 
 
-def explain(error: ValidationError, values: dict[str, Any], origins: Origins) -> list[str]:
-    """Return one line for each key that failed validation."""
-    lines: dict[Keys, str] = {}
-    for item in error.errors(include_url=False):
-        if item["type"] == "missing":
-            path = tuple(str(part) for part in item["loc"])
-            example = " (a hub id or a folder)" if path == ("model",) else ""
-            lines[path] = f"{'.'.join(path)} is missing: give {'.'.join(path)}=…{example}"
-            continue
-        path, value = _locate(item["loc"], values)
-        if item["type"] == "value_error":
-            reason = item["msg"].removeprefix("Value error, ")
-            lines[path] = f"{'.'.join(path)} ({_origin(path, origins)}): {reason}"
+class Words:
+    """The words for what is wrong with values of one schema.
+
+    Args:
+        model: The schema; unknown keys are errors at every depth.
+    """
+
+    def __init__(self, model: type[BaseModel]) -> None:
+        self.model = model
+        self.root = model.model_json_schema()
+
+    def _follow(self, schema: dict[str, Any]) -> dict[str, Any]:
+        while "$ref" in schema:
+            schema = self.root["$defs"][schema["$ref"].rsplit("/", 1)[-1]]
+        return schema
+
+    def _choices(self, schema: dict[str, Any]) -> list[dict[str, Any]]:
+        schema = self._follow(schema)
+        if "anyOf" in schema:
+            return [choice for part in schema["anyOf"] for choice in self._choices(part)]
+        return [schema]
+
+    def _at(self, path: tuple[str, ...]) -> dict[str, Any] | None:
+        """Return the JSON schema of the key at ``path``, None for an unknown one."""
+        schemas = [self.root]
+        for part in path:
+            inner: list[dict[str, Any]] = []
+            for schema in schemas:
+                if part in schema.get("properties", {}):
+                    inner += self._choices(schema["properties"][part])
+                elif isinstance(schema.get("additionalProperties"), dict):
+                    inner += self._choices(schema["additionalProperties"])
+                elif schema.get("additionalProperties") is True:
+                    inner.append({})  # anything: checked by whoever reads it
+                elif schema.get("type") == "array" and part.isdigit():
+                    inner += self._choices(schema["items"])
+            if not inner:
+                return None
+            schemas = inner
+        return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+
+    def _kinds(self, schema: dict[str, Any]) -> set[str]:
+        return {str(choice.get("type")) for choice in self._choices(schema)}
+
+    def kinds_at(self, path: tuple[str, ...]) -> set[str]:
+        """Return the JSON types that the key may hold (``string``…); none if unknown."""
+        return self._kinds(self._at(path) or {})
+
+    def _allowed(self, schema: dict[str, Any]) -> str:
+        parts: list[str] = []
+        for choice in self._choices(schema):
+            if "enum" in choice:
+                parts.append("one of " + ", ".join(str(value) for value in choice["enum"]))
+            elif "const" in choice:
+                parts.append(str(choice["const"]))
+            elif choice.get("type") in ("integer", "number"):
+                parts.append(_number(choice))
+            elif choice.get("type") == "array":
+                item = self._allowed(choice["items"])
+                parts.append(f"a list, each {item}")
+            else:
+                parts.append(_TYPES.get(choice.get("type", ""), "a value"))
+        return " or ".join(dict.fromkeys(parts))
+
+    def _wrong(self, path: Keys, value: Any, origins: Origins) -> str:
+        seen = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        seen = repr(seen) if isinstance(value, str) else seen
+        seen = seen if len(seen) <= 80 else f"{seen[:77]}…"
+        allowed = self._allowed(self._at(path) or {})
+        return f"{'.'.join(path)} ({_origin(path, origins)}) is {seen}: expected {allowed}"
+
+    def _known_keys(self, path: Keys) -> list[str]:
+        return [key for c in self._choices(self._at(path) or {}) for key in c.get("properties", {})]
+
+    def _every_key(self, schema: dict[str, Any], path: Keys = ()) -> list[Keys]:
+        found: list[Keys] = []
+        for key, value in schema.get("properties", {}).items():
+            here = (*path, key)
+            found += [here, *self._every_key(self._follow(value), here)]
+        return found
+
+    def _unknown(self, path: Keys, origins: Origins) -> str:
+        siblings = self._known_keys(path[:-1])
+        every = [".".join(key) for key in self._every_key(self.root)]
+        close = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.6)
+        elsewhere = [key for key in every if key.rsplit(".", 1)[-1] == path[-1]]
+        dotted = ".".join(path)
+        if close:
+            hint = f"did you mean {'.'.join((*path[:-1], close[0]))!r}?"
+        elif elsewhere:
+            hint = f"did you mean {elsewhere[0]!r}?"
         else:
-            lines[path] = _wrong(path, value, origins)
-    # A list whose element is wrong also "is no text": keep the innermost complaint only.
-    return [
-        line
-        for path, line in lines.items()
-        if not any(other != path and other[: len(path)] == path for other in lines)
-    ]
+            hint = did_you_mean(dotted, every)
+            if not hint.startswith("did you mean"):
+                hint = f"known: {', '.join(sorted(siblings or self._known_keys(())))}"
+        return f"{dotted} ({_origin(path, origins)}) is no key: {hint}"
+
+    def screen(self, values: dict[str, Any], origins: Origins) -> tuple[dict[str, Any], list[str]]:
+        """Return ``values`` without what the schema's types let slip, and a message for each.
+
+        These are unknown keys at any depth, and true or false where a number belongs.
+        """
+        problems: list[str] = []
+
+        def walk(value: Any, path: Keys) -> Any:
+            if isinstance(value, list):
+                return [walk(item, (*path, str(index))) for index, item in enumerate(value)]
+            if not isinstance(value, dict):
+                return value
+            schema = self._at(path)
+            if schema is None or not any(c.get("type") == "object" for c in self._choices(schema)):
+                return value  # a section where a value belongs: the type check says so
+            known = {}
+            for key, item in value.items():
+                here = (*path, key)
+                inner = self._at(here)
+                if inner is None:
+                    problems.extend(
+                        self._unknown(leaf, origins) for leaf in _leaf_paths(item, here)
+                    )
+                elif isinstance(item, bool) and "boolean" not in self._kinds(inner):
+                    problems.append(self._wrong(here, item, origins))
+                else:
+                    known[key] = walk(item, here)
+            return known
+
+        return walk(values, ()), problems
+
+    def explain(
+        self, error: ValidationError, values: dict[str, Any], origins: Origins
+    ) -> list[str]:
+        """Return one line for each key that failed validation."""
+        lines: dict[Keys, str] = {}
+        for item in error.errors(include_url=False):
+            if item["type"] == "missing":
+                path = tuple(str(part) for part in item["loc"])
+                example = " (a hub id or a folder)" if path == ("model",) else ""
+                lines[path] = f"{'.'.join(path)} is missing: give {'.'.join(path)}=…{example}"
+                continue
+            path, value = _locate(item["loc"], values)
+            if item["type"] == "value_error":
+                reason = item["msg"].removeprefix("Value error, ")
+                lines[path] = f"{'.'.join(path)} ({_origin(path, origins)}): {reason}"
+            else:
+                lines[path] = self._wrong(path, value, origins)
+        # A list whose element is wrong also "is no text": keep the innermost complaint only.
+        return [
+            line
+            for path, line in lines.items()
+            if not any(other != path and other[: len(path)] == path for other in lines)
+        ]
+
+
+@lru_cache(maxsize=8)
+def words_for(model: type[BaseModel]) -> Words:
+    """Return the words of a schema, made once."""
+    return Words(model)
