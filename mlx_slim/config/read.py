@@ -97,9 +97,7 @@ def read_mapping(file: Path) -> tuple[dict[str, Any], Lines]:
             f"{file} is not UTF-8 (byte {error.start})", "save it as UTF-8 text"
         ) from error
     except FileNotFoundError as error:
-        raise SlimError(f"{file} does not exist", "mlx-slim recipes lists the shipped ones") from (
-            error
-        )
+        raise SlimError(f"{file} does not exist", "check the path") from error
     except OSError as error:
         raise SlimError(f"{file} cannot be read: {error.strerror}") from error
     lines: Lines = {}
@@ -114,8 +112,11 @@ def read_mapping(file: Path) -> tuple[dict[str, Any], Lines]:
         reason = _where(error) if isinstance(error, yaml.YAMLError) else "an alias contains itself"
         raise SlimError(f"{file} is no valid YAML: {reason}") from error
     if value is None:
-        raise SlimError(f"{file} is empty", "a recipe needs at least `model: HUB-ID-OR-FOLDER`")
+        raise SlimError(f"{file} is empty", "it should hold `key: value` lines")
     if not isinstance(value, dict):
         kind = "a list" if isinstance(value, list) else "a single value"
-        raise SlimError(f"{file} holds {kind}, not `key: value` lines", "see mlx-slim recipes NAME")
+        raise SlimError(
+            f"{file} holds {kind}, not `key: value` lines",
+            "see mlx-slim recipes NAME, mlx-slim tasks NAME",
+        )
     return value, lines

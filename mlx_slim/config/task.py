@@ -1,0 +1,234 @@
+"""An evaluation task: every key of its YAML file, its one default and what it may be.
+
+Invariant: a task is data, no code: where its rows lie, what they must hold, how a row becomes a
+prompt, and which figures are kept. Templates and patterns are compiled when the file is read, so a
+file that loads has no syntax error left; unknown keys are errors. Try it: ``mlx-slim tasks gsm8k``.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from mlx_slim.config.expressions import compile_text, compile_value
+from mlx_slim.config.load import checked
+from mlx_slim.config.read import read_mapping
+from mlx_slim.config.schema import PositiveInt, Section
+
+FieldType = Literal["text", "texts", "integer", "number", "list", "object"]
+MOST_SHOTS = 100
+_CHOICE_METRICS = ("acc", "acc_norm", "macro_f1")
+_WHOLE_METRICS = ("exact_match", "json_match")
+_GENERATION_KEYS = {"until", "max_tokens", "filters", "ignore", "ignore_case"}
+
+
+class TaskData(Section):
+    """Where the rows lie.
+
+    Attributes:
+        path: Hub data set id, or a ``.jsonl``/``.json``/``.parquet`` file (beside the task's file).
+        config: Configuration of a hub data set.
+        revision: Commit of a hub data set.
+        split: The scored split; in a data mirror, the file ``<mirror>/<split>.jsonl``.
+        shots: Split (or file) that few-shot examples are the first rows of.
+        hub_splits: What the hub calls a split, where that differs.
+        mirror: Folder in the data mirror; the task's name unless given.
+        records: Key of a list in a JSON file whose entries are the rows.
+        where: Expression that picks rows: ``"{{ type == 'yesno' }}"``.
+        missing: What to do when the rows are nowhere, one line.
+    """
+
+    path: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    split: str = "test"
+    shots: str | None = None
+    hub_splits: dict[str, str] = Field(default_factory=dict)
+    mirror: str | None = None
+    records: str | None = None
+    where: str | None = None
+    missing: str = ""
+
+    @field_validator("where")
+    @classmethod
+    def _is_an_expression(cls, value: str | None) -> str | None:
+        if value is not None:
+            compile_value(value)
+        return value
+
+
+class Filter(Section):
+    """How an answer is read out of a generated text.
+
+    Attributes:
+        pattern: Regular expression; its first group that matched is the answer.
+        take: Which match counts.
+    """
+
+    pattern: str
+    take: Literal["first", "last"] = "first"
+
+    @field_validator("pattern")
+    @classmethod
+    def _is_a_pattern(cls, value: str) -> str:
+        return _pattern(value)
+
+
+class Subgroups(Section):
+    """Parts of a task that are scored apart, each with its own few-shot examples.
+
+    Attributes:
+        field: The row's field that names its part.
+        categories: Category -> its parts; a row of any other part is an error.
+    """
+
+    field: str
+    categories: dict[str, list[str]]
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Part -> its category."""
+        return {part: name for name, parts in self.categories.items() for part in parts}
+
+
+class TaskSpec(Section):
+    """One evaluation task.
+
+    Attributes:
+        name: What ``--task`` calls it; the file's name unless given.
+        version: Raised whenever the same model could get another score.
+        kind: ``multiple_choice`` (the likeliest continuation wins) or ``generation``.
+        about: What it asks, one line.
+        licence: Of the rows.
+        source: The paper.
+        data: Where the rows lie.
+        fields: What a row must hold: ``field: type`` (dots reach into objects), or its values.
+        overlap: Fields that hold the question, for ``mlx-slim data overlap``.
+        subgroups: Parts scored apart.
+        num_fewshot: Examples before the question unless ``--num-fewshot`` says otherwise.
+        description: Before everything; the system message where a chat template is used.
+        prompt: The question.
+        choices: Continuations of multiple choice: templates, or one expression that gives a list.
+        target: The right answer: a choice's place or text; for generation the text.
+        delimiter: Between prompt and answer.
+        separator: Between examples.
+        metrics: The figures kept; the kind's own unless given.
+        chat: The prompt goes through the model's chat template, asked for or not.
+        until: Texts that end an answer.
+        max_tokens: Longest answer, tokens.
+        filters: Name -> how an answer is read out of the text; gives the metric ``<name>_match``.
+        ignore: Patterns removed from answer and target before they are compared.
+        ignore_case: Case does not count.
+    """
+
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+    version: PositiveInt = 1
+    kind: Literal["multiple_choice", "generation"]
+    about: str = ""
+    licence: str = ""
+    source: str = ""
+    data: TaskData = TaskData()
+    fields: dict[str, FieldType | list[str]] = Field(default_factory=dict)
+    overlap: list[str] = Field(default_factory=list)
+    subgroups: Subgroups | None = None
+    num_fewshot: Annotated[int, Field(ge=0, le=MOST_SHOTS)] = 0
+    description: str = ""
+    prompt: str
+    choices: str | list[str] | None = None
+    target: str
+    delimiter: str = " "
+    separator: str = "\n\n"
+    metrics: list[str] = Field(default_factory=list)
+    chat: bool = False
+    until: list[str] = Field(default_factory=list)
+    max_tokens: PositiveInt = 256
+    filters: dict[str, Filter] = Field(default_factory=dict)
+    ignore: list[str] = Field(default_factory=list)
+    ignore_case: bool = False
+
+    @field_validator("description", "prompt")
+    @classmethod
+    def _is_a_template(cls, value: str) -> str:
+        compile_text(value)
+        return value
+
+    @field_validator("target", "choices")
+    @classmethod
+    def _is_an_expression(cls, value: str | list[str] | None) -> str | list[str] | None:
+        for source in [value] if isinstance(value, str) else value or []:
+            compile_value(source)
+        return value
+
+    @field_validator("ignore")
+    @classmethod
+    def _are_patterns(cls, value: list[str]) -> list[str]:
+        return [_pattern(pattern) for pattern in value]
+
+    @model_validator(mode="after")
+    def _keys_suit_the_kind(self) -> TaskSpec:
+        if self.kind == "multiple_choice":
+            if not self.choices:
+                raise ValueError("kind multiple_choice needs choices: templates, or an expression")
+            if idle := sorted(_GENERATION_KEYS & self.model_fields_set):
+                raise ValueError(f"kind multiple_choice does not use {', '.join(idle)}")
+        elif self.choices:
+            raise ValueError("kind generation does not use choices")
+        known = self._known_metrics
+        if unknown := [name for name in self.metrics if name not in known]:
+            raise ValueError(
+                f"no metric {unknown[0]!r} for {self.kind}: known are {', '.join(known)}"
+            )
+        if self.num_fewshot and not self.data.shots:
+            raise ValueError(
+                f"num_fewshot={self.num_fewshot}, but data.shots names no split to take them from"
+            )
+        return self
+
+    @property
+    def _known_metrics(self) -> tuple[str, ...]:
+        if self.kind == "multiple_choice":
+            return _CHOICE_METRICS
+        return (*(f"{name}_match" for name in self.filters), *_WHOLE_METRICS)
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """``metrics``, or the kind's own: acc and acc_norm; every filter's; exact_match."""
+        if self.metrics:
+            return tuple(dict.fromkeys(self.metrics))
+        if self.kind == "multiple_choice":
+            return ("acc", "acc_norm")
+        return tuple(f"{name}_match" for name in self.filters) or ("exact_match",)
+
+
+def _pattern(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"{value!r} is no regular expression: {error}") from error
+    return value
+
+
+def read_task(file: Path) -> TaskSpec:
+    """Return the task of a YAML file.
+
+    Raises:
+        SlimError: Unreadable file, or wrong keys and values, all of them with file and line.
+    """
+    values, lines = read_mapping(file)
+    origins = {path: f"{file.name}:{line}" for path, line in lines.items()}
+    values.setdefault("name", file.stem)
+    return checked(TaskSpec, _texts(values), origins, [], f"task {file}")
+
+
+def _texts(values: dict[str, Any]) -> dict[str, Any]:
+    """Let templates be written as YAML numbers or words: ``choices: [1, 2]`` are texts."""
+    choices = values.get("choices")
+    if isinstance(choices, list):
+        scalar = (int, float)
+        as_text = [str(c) if isinstance(c, scalar) and not isinstance(c, bool) else c
+                   for c in choices]  # fmt: skip
+        return {**values, "choices": as_text}
+    return values

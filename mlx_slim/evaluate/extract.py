@@ -1,0 +1,49 @@
+"""Answers read out of generated text, and compared as lm-evaluation-harness compares them.
+
+Invariant: a filter gives the first or the last match of its pattern, of that match the first group
+that caught something, ends stripped; a text without a match gives ``NO_ANSWER``, which is never
+right. What ``ignore`` names is removed from both sides, in order, before they are compared. Try it:
+``mlx-slim eval MODEL --task gsm8k --limit 10 -o out``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+from mlx_slim.config.task import Filter, TaskSpec
+
+NO_ANSWER = "[invalid]"
+
+
+def extract(rule: Filter, text: str) -> str:
+    """Return the answer that ``rule`` reads out of ``text``, or ``NO_ANSWER``."""
+    found = None
+    for found in re.finditer(rule.pattern, text):  # noqa: B007 (the last match is wanted too)
+        if rule.take == "first":
+            break
+    if found is None:
+        return NO_ANSWER
+    groups = found.groups() or (found[0],)
+    answer = next((group for group in groups if group), "")
+    return answer.strip() or NO_ANSWER
+
+
+def normalize(spec: TaskSpec, text: str) -> str:
+    """Return ``text`` as it is compared: without what the task ignores, ends stripped."""
+    for pattern in spec.ignore:
+        text = re.sub(pattern, "", text)
+    text = text.strip()
+    return text.lower() if spec.ignore_case else text
+
+
+def same_json(text: str, target: str) -> bool:
+    """Return whether both are JSON of the same value (``1`` is not ``"1"``)."""
+    return _canonical(text) == _canonical(target) is not None
+
+
+def _canonical(text: str) -> str | None:
+    try:
+        return json.dumps(json.loads(text), sort_keys=True)
+    except (ValueError, RecursionError):
+        return None

@@ -1,0 +1,223 @@
+"""Rows become questions: the whole prompt, the continuations, the right answer.
+
+Invariant: the text is what lm-evaluation-harness builds: description, examples parted by
+``separator``, the question, and a ``delimiter`` before an answer that belongs to the answer. The
+examples are the first rows of the task's few-shot split (of the question's own part, where a task
+has parts), and a question is never among its own examples. Try it: ``mlx-slim tasks mmlu_anatomy``.
+
+    description + (prompt + delimiter + answer + separator) × shots + prompt | delimiter + choice
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mlx_slim.config.expressions import compile_text, compile_value
+from mlx_slim.data.formats import Example
+from mlx_slim.errors import SlimError
+from mlx_slim.evaluate.rows import TaskRows
+from mlx_slim.evaluate.spec import Task
+
+if TYPE_CHECKING:
+    from mlx_slim.data.templates import Template
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question, ready to be encoded.
+
+    Attributes:
+        doc_id: Its row's number in the task's own rows, from 0.
+        subject: Its part of the task, None where a task has none.
+        context: The whole prompt, without a delimiter at the end.
+        choices: Continuations as scored, delimiter included; none for generation.
+        lengths: Characters of each choice without its delimiter.
+        target: Place of the right choice, or the right text.
+    """
+
+    doc_id: int
+    subject: str | None
+    context: str
+    choices: tuple[str, ...]
+    lengths: tuple[int, ...]
+    target: int | str
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A chat template over a description and a question.
+
+    Attributes:
+        template: From ``data.templates.load_template``.
+        own_bos: What it renders brings its own special tokens.
+    """
+
+    template: Template
+    own_bos: bool
+
+    @classmethod
+    def of(cls, template: Template) -> Chat:
+        """Wrap a template."""
+        return cls(template, _render(template, "", "?").own_bos)
+
+    def render(self, system: str, user: str) -> str:
+        """Return the prompt up to where the answer begins."""
+        rendered = _render(self.template, system, user)
+        return rendered.text[: rendered.spans[0][0]]
+
+
+def _render(template: Template, system: str, user: str) -> Any:
+    """Render a chat with an answer in its place, as training does."""
+    messages = [{"role": "system", "content": system}] if system else []
+    messages += [{"role": "user", "content": user}, {"role": "assistant", "content": "answer"}]
+    fields = {"prompt": user, "completion": "answer", "system": system}
+    return template.render(Example("completions", messages, fields))
+
+
+def build_questions(
+    task: Task,
+    task_rows: TaskRows,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    *,
+    chat: Chat | None = None,
+) -> list[Question]:
+    """Return the questions of a task, in row order.
+
+    Args:
+        task: The task.
+        task_rows: Its rows.
+        num_fewshot: Examples before each question; None takes the task's own number.
+        limit: Only the first ``limit`` rows, of each part where the task has parts.
+        chat: Put description and prompt through a chat template; no delimiter then.
+
+    Raises:
+        SlimError: A row without a field that a template names (the row and the field are named),
+            a target that is no choice, or fewer few-shot rows than asked for.
+    """
+    shots = task.num_fewshot if num_fewshot is None else num_fewshot
+    writer = _Writer(task, task_rows, shots, chat)
+    field = task.spec.subgroups.field if task.spec.subgroups else None
+    taken: dict[str | None, int] = {}
+    questions: list[Question] = []
+    for doc_id, row in enumerate(task_rows.rows):
+        part = row[field] if field else None
+        taken[part] = taken.get(part, 0) + 1
+        if limit is None or taken[part] <= limit:
+            questions.append(writer.question(doc_id, row, part))
+    return questions
+
+
+class _Writer:
+    """Renders the rows of one task."""
+
+    def __init__(self, task: Task, task_rows: TaskRows, shots: int, chat: Chat | None) -> None:
+        spec = task.spec
+        self._task, self._rows, self._count, self._chat = task, task_rows, shots, chat
+        self._description = compile_text(spec.description)
+        self._prompt, self._target = compile_text(spec.prompt), compile_value(spec.target)
+        choices = spec.choices or []
+        self._one = compile_value(choices) if isinstance(choices, str) else None
+        self._each = [] if isinstance(choices, str) else [compile_text(text) for text in choices]
+        self._delimiter = "" if chat else spec.delimiter
+        self._field = spec.subgroups.field if spec.subgroups else None
+        # Examples out of the scored rows themselves differ from question to question.
+        self._own_split = spec.data.shots == spec.data.split
+        self._prefixes: dict[str | None, str] = {}
+        self._examples: dict[int, str] = {}
+
+    def question(self, doc_id: int, row: Mapping[str, Any], part: str | None) -> Question:
+        place = self._rows.place(doc_id)
+        description = self._run(self._description, "description", row, place)
+        prompt = self._prefix(part, row) + self._run(self._prompt, "prompt", row, place)
+        context = self._chat.render(description, prompt) if self._chat else description + prompt
+        choices = self._choices(row, place)
+        return Question(
+            doc_id=doc_id,
+            subject=part,
+            context=context,
+            choices=tuple(self._delimiter + choice for choice in choices),
+            lengths=tuple(len(choice) for choice in choices),
+            target=self._answer(row, choices, place),
+        )
+
+    def _prefix(self, part: str | None, row: Mapping[str, Any]) -> str:
+        """Return the examples before a question, each with the separator after it."""
+        if not self._count:
+            return ""
+        if self._own_split:
+            return self._joined(part, row)
+        if part not in self._prefixes:
+            self._prefixes[part] = self._joined(part, None)
+        return self._prefixes[part]
+
+    def _joined(self, part: str | None, besides: Mapping[str, Any] | None) -> str:
+        chosen: list[str] = []
+        for index, row in enumerate(self._rows.shots):
+            if len(chosen) == self._count:
+                break
+            if (self._field and row[self._field] != part) or row == besides:
+                continue
+            if index not in self._examples:
+                self._examples[index] = self._example(index, row)
+            chosen.append(self._examples[index])
+        if len(chosen) < self._count:
+            of = f" of {part}" if part else ""
+            split = self._task.spec.data.shots
+            raise SlimError(
+                f"task {self._task.name}: {self._count} shots asked for, but its split {split!r} "
+                f"has {len(chosen)} rows{of} for them",
+                "ask for fewer with --num-fewshot",
+            )
+        return "".join(chosen)
+
+    def _example(self, index: int, row: Mapping[str, Any]) -> str:
+        spec = self._task.spec
+        place = f"few-shot row {index + 1} of split {spec.data.shots!r}"
+        prompt = self._run(self._prompt, "prompt", row, place)
+        choices = self._choices(row, place)
+        answer = self._answer(row, choices, place)
+        text = choices[answer] if isinstance(answer, int) else answer
+        return f"{prompt}{spec.delimiter}{text}{spec.separator}"
+
+    def _choices(self, row: Mapping[str, Any], place: str) -> list[str]:
+        if self._one is None:
+            return [self._run(text, "choices", row, place) for text in self._each]
+        value = self._run(self._one, "choices", row, place)
+        if not isinstance(value, list | tuple) or not value:
+            raise self._error(place, f"choices is {value!r:.60}: expected a list of texts")
+        choices = [str(choice) for choice in value]
+        if "acc_norm" in self._task.metrics and not all(choices):
+            raise self._error(place, "a choice is empty: acc_norm divides by its length")
+        return choices
+
+    def _answer(self, row: Mapping[str, Any], choices: list[str], place: str) -> int | str:
+        value = self._run(self._target, "target", row, place)
+        if self._task.kind == "generation":
+            return str(value)
+        if isinstance(value, str):
+            if value in choices:
+                return choices.index(value)
+            value = int(value) if value.isdecimal() else value
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(choices):
+            raise self._error(
+                place,
+                f"the target is {value!r:.60}: expected a choice, or its place from 0 to "
+                f"{len(choices) - 1}",
+            )
+        return value
+
+    def _run(
+        self, template: Callable[[Any], Any], key: str, row: Mapping[str, Any], place: str
+    ) -> Any:
+        try:
+            return template(row)
+        except Exception as error:  # a template can raise anything
+            problem = f"{key}: {error or type(error).__name__}"
+            hint = f"the row has {', '.join(row) or 'no field'}"
+            raise self._error(place, problem, hint) from error
+
+    def _error(self, place: str, problem: str, hint: str = "") -> SlimError:
+        return SlimError(f"task {self._task.name}: {place}: {problem}", hint)

@@ -1,0 +1,165 @@
+"""Which tasks there are, by name: shipped ones, their parts, suites, and a user's own file.
+
+Invariant: a name means one task with one definition; a part of a task (``mmlu_anatomy``) is made
+from the whole one's file. ``-`` and ``_`` are the same in a name. Try it: ``mlx-slim tasks``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from mlx_slim.config import library
+from mlx_slim.config.read import read_mapping
+from mlx_slim.config.task import MOST_SHOTS, TaskSpec, read_task
+from mlx_slim.errors import SlimError, did_you_mean
+
+__all__ = ["Selection", "Task", "TaskSpec", "expand", "find_task", "list_tasks", "suites"]
+
+_SUITES = "_suites"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task that can be scored.
+
+    Attributes:
+        spec: Its definition.
+        folder: Where its file lies; data files are looked for there first.
+        part: The one part that is scored (``anatomy`` of MMLU), None for all.
+    """
+
+    spec: TaskSpec
+    folder: Path
+    part: str | None = None
+
+    @property
+    def name(self) -> str:
+        """``mmlu``, ``mmlu_anatomy``."""
+        return self.spec.name if self.part is None else f"{self.spec.name}_{self.part}"
+
+    @property
+    def version(self) -> int:
+        """Of the definition."""
+        return self.spec.version
+
+    @property
+    def kind(self) -> str:
+        """``multiple_choice`` or ``generation``."""
+        return self.spec.kind
+
+    @property
+    def num_fewshot(self) -> int:
+        """Examples before the question, unless asked for otherwise."""
+        return self.spec.num_fewshot
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The figures kept."""
+        return self.spec.scores
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that this task's figures are pooled from; none for a plain task."""
+        grouped = self.spec.subgroups is not None and self.part is None
+        return tuple(self.spec.subgroups.parts) if grouped and self.spec.subgroups else ()
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A task and the number of examples to score it with."""
+
+    task: Task
+    num_fewshot: int
+
+
+def list_tasks() -> list[Task]:
+    """Return the shipped tasks by name, without their parts."""
+    return [_shipped(name) for name in library.names("evals")]
+
+
+@lru_cache(maxsize=64)
+def _shipped(name: str) -> Task:
+    file = library.find("evals", name)
+    return Task(read_task(file), file.parent)
+
+
+def suites() -> dict[str, dict[str, int]]:
+    """Return suite -> task -> its number of shots."""
+    content: dict[str, Any] = read_mapping(library.find("evals", _SUITES))[0]
+    return content
+
+
+def find_task(name: str | Path) -> Task:
+    """Return the task of that name, or of that ``.yaml`` file.
+
+    Raises:
+        SlimError: If there is none (the hint names the closest), or its file is wrong.
+    """
+    text = str(name)
+    if text.endswith((".yaml", ".yml")) or "/" in text:
+        file = Path(text).expanduser()
+        return Task(read_task(file), file.parent)
+    wanted = text.replace("-", "_")
+    shipped = library.names("evals")
+    if wanted in shipped:
+        return _shipped(wanted)
+    every = [*shipped, *suites()]
+    for whole in shipped:
+        if wanted.startswith(f"{whole}_") and (parts := _shipped(whole).parts):
+            if (part := wanted.removeprefix(f"{whole}_")) in parts:
+                return Task(_shipped(whole).spec, _shipped(whole).folder, part)
+            every += [f"{whole}_{part}" for part in parts]
+    if text in suites():
+        names = ", ".join(suites()[text])
+        raise SlimError(f"{text} is a suite, not a task", f"its tasks are {names}")
+    raise SlimError(
+        f"no task is called {text!r}",
+        f"{did_you_mean(text, every)} (mlx-slim tasks lists them; a file of your own ends in "
+        ".yaml)",
+    )
+
+
+def expand(names: Sequence[str], num_fewshot: int | None = None) -> list[Selection]:
+    """Return the tasks that ``names`` mean, in order, each once.
+
+    Args:
+        names: Tasks, suites and files; commas part them too.
+        num_fewshot: Examples for every task; None takes each task's own. Suites have their own.
+
+    Raises:
+        SlimError: Unknown name, no name, one task with two numbers of shots, two tasks of one
+            name, or ``num_fewshot`` with a suite or out of range.
+    """
+    if num_fewshot is not None and not 0 <= num_fewshot <= MOST_SHOTS:
+        raise SlimError(
+            f"num_fewshot is {num_fewshot}: expected a whole number from 0 to {MOST_SHOTS}"
+        )
+    known = suites()
+    chosen: dict[str, Selection] = {}
+    for name in (part.strip() for text in names for part in str(text).split(",")):
+        if not name:
+            continue
+        if name in known:
+            if num_fewshot is not None:
+                raise SlimError(
+                    f"the suite {name} has its own shots, but num_fewshot={num_fewshot} is given",
+                    f"leave it out, or name the tasks: {','.join(known[name])}",
+                )
+            found = [Selection(find_task(task), shots) for task, shots in known[name].items()]
+        else:
+            task = find_task(name)
+            found = [Selection(task, task.num_fewshot if num_fewshot is None else num_fewshot)]
+        for selection in found:
+            other = chosen.setdefault(selection.task.name, selection)
+            if other != selection:
+                raise SlimError(
+                    f"the task {other.task.name} is asked for twice, in different ways",
+                    "score it in two runs, each with its own -o",
+                )
+    if not chosen:
+        raise SlimError("no task is named", "give --task NAME (mlx-slim tasks lists them)")
+    return list(chosen.values())
