@@ -13,9 +13,11 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
@@ -247,6 +249,20 @@ def hash_file(path: Path) -> str:
         while block := handle.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def hash_files(paths: Iterable[Path]) -> str:
+    """Return one SHA-256 over names and contents; a hub blob's name tells its hash unread."""
+
+    def one(path: Path) -> str:
+        name = path.resolve().name if path.is_symlink() else ""
+        return name if re.fullmatch(r"[0-9a-f]{64}", name) else hash_file(path)
+
+    files = sorted(paths)
+    with ThreadPoolExecutor() as pool:
+        return hash_json(
+            dict(zip((path.name for path in files), pool.map(one, files), strict=True))
+        )
 
 
 def provenance() -> dict[str, Any]:

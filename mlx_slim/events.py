@@ -137,6 +137,91 @@ class Done(Event):
     best_step: int | None = None
 
 
+@dataclass(frozen=True)
+class EvalStarted(Event):
+    """A model is loaded, and its questions are about to be asked.
+
+    Attributes:
+        model: Hub id or folder.
+        adapter: Adapter folder, or None.
+        tasks: Names of the tasks, in order.
+        questions: Questions of all tasks.
+        answered: Those that an earlier run had answered.
+        budget_bytes: Memory of the device, bytes.
+    """
+
+    name: ClassVar[str] = "eval_started"
+    model: str
+    tasks: tuple[str, ...]
+    questions: int
+    answered: int
+    budget_bytes: int
+    adapter: str | None = None
+
+
+@dataclass(frozen=True)
+class EvalProgress(Event):
+    """More questions of a task are answered, and on disk.
+
+    Attributes:
+        task: The task.
+        answered: Its questions answered so far.
+        questions: All its questions.
+        metric: The task's first metric.
+        value: That metric over the questions answered so far.
+        share: Part of the whole evaluation's work that is done, 0 … 1.
+        tokens_per_second: Tokens computed per second of this process, recently.
+        active_memory_bytes: MLX memory in use, bytes.
+        peak_memory_bytes: MLX peak since the model was loaded, bytes.
+    """
+
+    name: ClassVar[str] = "eval_progress"
+    task: str
+    answered: int
+    questions: int
+    metric: str
+    value: float
+    share: float
+    tokens_per_second: float
+    active_memory_bytes: int
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class TaskDone(Event):
+    """A task is scored.
+
+    Attributes:
+        task: The task.
+        num_fewshot: Solved examples before each question.
+        n: Questions.
+        metrics: Name -> ``value``, ``stderr`` and ``k``, as in ``results.json``.
+        seconds: Wall time of its chunks, those of an interrupted run included.
+        tokens_per_second: Tokens computed per second.
+        peak_memory_bytes: MLX peak, bytes.
+    """
+
+    name: ClassVar[str] = "task"
+    task: str
+    num_fewshot: int | None
+    n: int
+    metrics: dict[str, Any]
+    seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class EvalDone(Event):
+    """All tasks of a model are scored and ``results.json`` is written in ``path``."""
+
+    name: ClassVar[str] = "eval_done"
+    model: str
+    path: str
+    seconds: float
+    peak_memory_bytes: int
+
+
 class Observer(Protocol):
     """Anything that wants to hear of events: console, ``metrics.jsonl``, TensorBoard, tests."""
 

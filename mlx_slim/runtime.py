@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import cast
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_slim import blas
 from mlx_slim.errors import SlimError
@@ -54,6 +55,19 @@ def dtype_name(dtype: mx.Dtype) -> str:
 def world() -> mx.distributed.Group:
     """Return the group of ranks (one rank unless started by ``mlx.launch``)."""
     return mx.distributed.init()
+
+
+def share(data: bytes) -> list[bytes]:
+    """Return what every rank gave, in the order of ranks; all ranks must call it together."""
+    group = world()
+    if group.size() == 1:
+        return [data]
+    lengths = np.array(mx.distributed.all_gather(mx.array([len(data)]), group=group, stream=mx.cpu))
+    padded = np.zeros(max(1, int(lengths.max())), dtype=np.uint8)
+    padded[: len(data)] = np.frombuffer(data, dtype=np.uint8)
+    gathered = mx.distributed.all_gather(mx.array(padded), group=group, stream=mx.cpu)
+    rows = np.array(gathered).reshape(group.size(), -1)
+    return [row[:length].tobytes() for row, length in zip(rows, lengths.tolist(), strict=True)]
 
 
 def _linux_memory() -> int:

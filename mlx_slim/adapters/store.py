@@ -191,6 +191,16 @@ def _settings(config: Any, folder: Path) -> tuple[bool, int, float, float, int, 
     return kind == "dora", rank, scale, dropout, num_layers, keys
 
 
+def check_adapter(folder: str | Path) -> None:
+    """Refuse, without a model, a folder that ``load_adapter`` could not read.
+
+    Raises:
+        SlimError: Files absent or corrupt, or a full fine-tune.
+    """
+    folder = Path(folder)
+    _settings(_read(folder)[0], folder)
+
+
 def _listed(problems: list[str], limit: int = 12) -> str:
     more = len(problems) - limit
     return "; ".join(problems[:limit]) + (f"; and {more} more" if more > 0 else "")

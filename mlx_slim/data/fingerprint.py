@@ -27,10 +27,12 @@ def without_rows(fingerprint: dict[str, Any]) -> dict[str, Any]:
     return {**fingerprint, "sources": stripped}
 
 
-def fingerprint_difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return one readable line for each thing that differs between two fingerprints."""
+def fingerprint_difference(
+    old: dict[str, Any], new: dict[str, Any], path: str = "data"
+) -> list[str]:
+    """Return one readable line for each thing that differs; ``path`` is how the lines begin."""
     lines: list[str] = []
-    _compare("data", old, new, lines)
+    _compare(path, old, new, lines)
     return lines
 
 
@@ -41,7 +43,7 @@ def _compare(path: str, old: Any, new: Any, lines: list[str]) -> None:
         if "path" in old and old.get("path") == new.get("path"):
             path = f"{path} ({old['path']})"
         for key in [*old, *(key for key in new if key not in old)]:
-            _compare(f"{path}.{key}", old.get(key), new.get(key), lines)
+            _compare(f"{path}.{key}".lstrip("."), old.get(key), new.get(key), lines)
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         for number, (before, after) in enumerate(zip(old, new, strict=True)):
             _compare(f"{path}[{number}]", before, after, lines)

@@ -99,14 +99,17 @@ def load(
     )
 
 
-def load_tokenizer(source: str | Path, *, revision: str | None = None) -> TokenizerWrapper:
+def load_tokenizer(
+    source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> TokenizerWrapper:
     """Return the tokenizer of a folder or hub id, weights unread.
 
     Raises:
         SlimError: As ``load`` does for the same reasons.
     """
-    folder = resolve(source, revision)
-    return _load_tokenizer(folder, normalize_config(_raw_config(folder), None).config, False)
+    folder = resolve(source, revision, trust_remote_code=trust_remote_code)
+    config = normalize_config(_raw_config(folder), None).config
+    return _load_tokenizer(folder, config, trust_remote_code)
 
 
 def read_config(source: str | Path, revision: str | None = None) -> dict[str, Any]:

@@ -19,11 +19,12 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_slim.models.unpack import unpack
-from mlx_slim.runtime import on_gpu
+from mlx_slim.runtime import device_memory, on_gpu
 
 # Rows from which rebuilding the weight pays. Measured on two cores: 2 rows for 576 x 1536 affine,
 # 4 for mxfp4 and nvfp4 (whose quantized matmul is twice as fast), 5 for 4096 x 4096.
 MIN_ROWS = 4
+DENSE_SHARE = 0.5  # of the memory, that a dequantized model may take
 
 
 def dequantize_weight(module: nn.Module) -> mx.array:
@@ -159,6 +160,15 @@ def densify(model: nn.Module) -> int:
     if replaced:
         model.update_modules(tree_unflatten(replaced))
     return len(replaced)
+
+
+def densify_pays(model: nn.Module) -> bool:
+    """Return whether ``model`` would answer faster dense: quantized, no GPU, and memory allows."""
+    if on_gpu() or not is_quantized(model):
+        return False
+    from mlx_lm.utils import get_total_parameters
+
+    return 4 * get_total_parameters(model) < DENSE_SHARE * device_memory()
 
 
 def is_quantized(model: nn.Module) -> bool:

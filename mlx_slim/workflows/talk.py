@@ -18,9 +18,7 @@ from mlx_slim import runtime
 from mlx_slim.adapters.store import load_adapter
 from mlx_slim.errors import SlimError
 from mlx_slim.models.load import load
-from mlx_slim.models.quantized import densify, is_quantized
-
-_DENSE_SHARE = 0.5  # of the memory, that a dequantized model may take
+from mlx_slim.models.quantized import densify, densify_pays
 
 
 @dataclass(frozen=True)
@@ -168,12 +166,8 @@ def open_speaker(
         dtype=mx.float32 if on_cpu else None,
         trust_remote_code=trust_remote_code,
     )
-    if on_cpu and is_quantized(loaded.model):
-        from mlx_lm.utils import get_total_parameters
-
-        dense_bytes = 4 * get_total_parameters(loaded.model)
-        if dense_bytes < _DENSE_SHARE * runtime.device_memory():
-            densify(loaded.model)
+    if densify_pays(loaded.model):
+        densify(loaded.model)
     if adapter is not None:
         load_adapter(loaded.model, adapter)
     loaded.model.eval()

@@ -1,25 +1,18 @@
-"""What a user sees of a loop: a live view, plain lines, JSON lines, or next to nothing.
+"""What a user sees of a fine-tune: loss, speed, memory, remaining time.
 
-Invariant: the loop never waits for the console and never learns of it; only rank 0 shows anything;
-the terminal's cursor comes back however the loop ends (``with Console() as console``). Standard
-output holds JSON lines and nothing else in ``json`` mode. Try it:
-``mlx-slim train smollm2-lora -o run``, and the same piped into ``cat``.
+Invariant: the live view has the same number of rows at every moment, so nothing jumps. Try it:
+``mlx-slim train smollm2-lora -o run``.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import sys
-import time
 from collections import deque
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, Group, RenderResult
-from rich.live import Live
 from rich.markup import escape
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
@@ -27,19 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_slim import runtime
-from mlx_slim.events import (
-    Closing,
-    Done,
-    Event,
-    Notice,
-    Resumed,
-    Saved,
-    Started,
-    StepDone,
-    ValidationDone,
-)
+from mlx_slim.events import Done, Event, Resumed, Saved, Started, StepDone, ValidationDone
 
-Mode = Literal["auto", "live", "plain", "json", "quiet"]
 _BARS = "▁▂▃▄▅▆▇█"
 _SMOOTHING = 0.9  # of the running mean of the loss, a step
 _RECENT_STEPS = 30  # that the remaining time is judged by: a slow first step is soon forgotten
@@ -65,6 +47,8 @@ def sparkline(values: list[float], width: int) -> str:
 
 class Progress:
     """The state of a loop, gathered from its events; ``None`` where nothing was reported yet."""
+
+    first, last = Started, Done
 
     def __init__(self) -> None:
         self.started: Started | None = None
@@ -126,12 +110,53 @@ class Progress:
             return None
         return (now - begun) / (last - first) * max(0, self.total_steps - last)
 
+    def plain(self, event: Event) -> str | None:
+        """Return the line of ``event`` for a pipe or a file, without colour; None for no line."""
+        match event:
+            case Started():
+                resumed = f", from step {event.first_step}" if event.first_step else ""
+                budget = runtime.human_bytes(event.budget_bytes)
+                return (
+                    f"training {event.total_steps} steps, {event.total_epochs:g} epochs{resumed}, "
+                    f"memory budget {budget}"
+                )
+            case StepDone():
+                left = self.remaining_seconds()
+                eta = "–" if left is None else runtime.human_seconds(left)
+                return (
+                    f"step {event.step}/{self.total_steps or '–'} epoch {event.epoch:.2f} "
+                    f"loss {event.loss:.4f} lr {event.learning_rate:.2e} "
+                    f"{event.tokens_per_second:.0f} tok/s grad {event.grad_norm:.3f} "
+                    f"mem {runtime.human_bytes(event.active_memory_bytes)} "
+                    f"peak {runtime.human_bytes(event.peak_memory_bytes)} eta {eta}"
+                )
+            case ValidationDone():
+                mark = " (best)" if event.best else ""
+                return f"validation at step {event.step}: loss {event.loss:.4f}{mark}"
+            case Saved():
+                return f"saved {event.path}"
+            case Resumed():
+                return f"resumed at step {event.step} from {event.path}"
+            case Done():
+                reason = _REASONS.get(event.reason, event.reason)
+                return (
+                    f"{reason} after {event.step} steps, {event.tokens:,} tokens, "
+                    f"{runtime.human_seconds(event.seconds)}, "
+                    f"peak memory {runtime.human_bytes(event.peak_memory_bytes)}"
+                )
+        return None
 
-def _share_style(share: float) -> str:
+    def view(self, title: str) -> View:
+        """Return the live view."""
+        return View(self, title)
+
+
+def share_style(share: float) -> str:
+    """Return the colour of a part of the memory budget."""
     return "green" if share < 0.75 else "yellow" if share < 0.9 else "red"
 
 
-class _View:
+class View:
     """The live view: the same number of rows at every moment, so nothing jumps."""
 
     def __init__(self, progress: Progress, title: str) -> None:
@@ -204,7 +229,7 @@ class _View:
         active = step.active_memory_bytes if step else 0
         peak = step.peak_memory_bytes if step else 0
         budget = started.budget_bytes if started else 0
-        style = _share_style(peak / budget if budget else 0.0)
+        style = share_style(peak / budget if budget else 0.0)
         row.add_row(
             "memory",
             ProgressBar(total=max(budget, 1), completed=active, complete_style=style),
@@ -214,139 +239,3 @@ class _View:
             ),
         )
         return row
-
-
-def _plain(event: Event, progress: Progress) -> str | None:
-    """Return the line of ``event`` for a pipe or a file, without colour; None for no line."""
-    match event:
-        case Started():
-            resumed = f", from step {event.first_step}" if event.first_step else ""
-            budget = runtime.human_bytes(event.budget_bytes)
-            return (
-                f"training {event.total_steps} steps, {event.total_epochs:g} epochs{resumed}, "
-                f"memory budget {budget}"
-            )
-        case StepDone():
-            left = progress.remaining_seconds()
-            eta = "–" if left is None else runtime.human_seconds(left)
-            return (
-                f"step {event.step}/{progress.total_steps or '–'} epoch {event.epoch:.2f} "
-                f"loss {event.loss:.4f} lr {event.learning_rate:.2e} "
-                f"{event.tokens_per_second:.0f} tok/s grad {event.grad_norm:.3f} "
-                f"mem {runtime.human_bytes(event.active_memory_bytes)} "
-                f"peak {runtime.human_bytes(event.peak_memory_bytes)} eta {eta}"
-            )
-        case ValidationDone():
-            mark = " (best)" if event.best else ""
-            return f"validation at step {event.step}: loss {event.loss:.4f}{mark}"
-        case Saved():
-            return f"saved {event.path}"
-        case Resumed():
-            return f"resumed at step {event.step} from {event.path}"
-        case Notice():
-            return f"warning: {event.message}" if event.level == "warning" else event.message
-        case Done():
-            reason = _REASONS.get(event.reason, event.reason)
-            return (
-                f"{reason} after {event.step} steps, {event.tokens:,} tokens, "
-                f"{runtime.human_seconds(event.seconds)}, "
-                f"peak memory {runtime.human_bytes(event.peak_memory_bytes)}"
-            )
-    return None
-
-
-def _finite(value: Any) -> Any:
-    """Return ``value`` with numbers that JSON does not know (NaN, infinities) as null."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class Console(Closing):
-    """The observer that shows a loop to its user; use it as a context manager.
-
-    Args:
-        mode: ``live`` (a terminal's default), ``plain`` (the default otherwise), ``json`` (one
-            event a line) or ``quiet`` (warnings, the end and the summary).
-        title: What runs, one line: it heads the live view.
-        rank: This process's rank; every rank but 0 is silent. Default: ``runtime.world``'s.
-        output: Where to write, for tests; standard output by default.
-    """
-
-    def __init__(
-        self,
-        mode: Mode = "auto",
-        *,
-        title: str = "",
-        rank: int | None = None,
-        output: RichConsole | None = None,
-    ) -> None:
-        self._output = output or RichConsole(highlight=False)
-        if mode == "auto":
-            terminal = self._output.is_terminal and not self._output.is_dumb_terminal
-            mode = "live" if terminal else "plain"
-        self.mode = mode
-        self.progress = Progress()
-        self._silent = (runtime.world().rank() if rank is None else rank) != 0
-        self._live: Live | None = None
-        if mode == "live" and not self._silent:
-            view = _View(self.progress, title)
-            self._live = Live(view, console=self._output, refresh_per_second=8)
-
-    def close(self) -> None:
-        """Stop the live view, leave its last state, show the cursor; safe to call twice."""
-        if self._live is not None and self._live.is_started:
-            self._live.stop()
-
-    def notify(self, event: Event) -> None:
-        """Show one event."""
-        if self._silent:
-            return
-        self.progress.update(event, time.monotonic())
-        if self.mode == "json":
-            record = {key: _finite(value) for key, value in event.as_record().items()}
-            self._line(json.dumps(record, ensure_ascii=False))
-        elif self._live is not None:
-            self._notify_live(event, self._live)
-        elif self.mode == "plain" or isinstance(event, Done):
-            if (line := _plain(event, self.progress)) is not None:
-                self._line(line)
-        elif isinstance(event, Notice) and event.level == "warning":
-            print(f"warning: {event.message}", file=sys.stderr, flush=True)
-
-    def _notify_live(self, event: Event, live: Live) -> None:
-        if isinstance(event, Notice):  # stays above the view, in the scroll-back
-            style = "yellow" if event.level == "warning" else "dim"
-            line = _plain(event, self.progress) or ""
-            self._output.print(Text(line, style=style), soft_wrap=True)
-        elif isinstance(event, Started) and not live.is_started:
-            live.start()
-        elif isinstance(event, Done):
-            live.refresh()
-            live.stop()
-
-    def _line(self, line: str) -> None:
-        """Write one line as it is: no colour, no wrapping."""
-        self._output.file.write(line + "\n")
-        self._output.file.flush()
-
-    def summary(self, title: str, rows: Mapping[str, str]) -> None:
-        """Show the final panel: ``rows`` of name and value, in order; an event in ``json`` mode."""
-        self.close()
-        if self._silent:
-            return
-        if self.mode == "json":
-            record = {"event": "summary", "title": title, "rows": dict(rows)}
-            self._line(json.dumps(record, ensure_ascii=False))
-        elif self._live is not None or (self.mode == "quiet" and self._output.is_terminal):
-            table = Table.grid(padding=(0, 2))
-            table.add_column(style="dim", no_wrap=True)
-            table.add_column(overflow="fold")
-            for name, value in rows.items():
-                table.add_row(name, Text(value))
-            heading = f"[bold]{escape(title)}[/]"
-            self._output.print(
-                Panel(table, title=heading, title_align="left", border_style="green")
-            )
-        else:
-            width = max((len(name) for name in rows), default=0)
-            for line in (title, *(f"  {name:<{width}}  {value}" for name, value in rows.items())):
-                self._line(line)
