@@ -133,6 +133,27 @@ def use_fast_matmul(model: nn.Module) -> int:
     return changed
 
 
+class _FastToBe(nn.Linear):
+    """``nn.Linear`` that is quantized into a layer with the CPU forward."""
+
+    def to_quantized(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Return a ``FastQuantizedLinear``."""
+        layer: Any = super().to_quantized(*args, **kwargs)
+        layer.__class__ = FastQuantizedLinear
+        return layer
+
+
+def quantize_into_fast(model: nn.Module) -> None:
+    """Let the dense linear layers of ``model`` become fast ones when they are quantized.
+
+    For code that quantizes layers and runs them at once; nothing on a GPU.
+    """
+    if not on_gpu():
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = _FastToBe
+
+
 def densify(model: nn.Module) -> int:
     """Replace quantized layers by dense float32 ones with the same outputs, in place.
 

@@ -23,7 +23,7 @@ import mlx.nn as nn
 
 from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import ResourceError, SlimError, did_you_mean
-from mlx_slim.models.quantized import use_fast_matmul
+from mlx_slim.models.quantized import quantize_into_fast, use_fast_matmul
 from mlx_slim.models.save import quantization_of
 from mlx_slim.quantize.apply import (
     QuantizeReport,
@@ -176,6 +176,7 @@ def _awq(
 ) -> None:
     from mlx_lm.quant.awq import AWQ_MODEL_CONFIGS, awq_quantize
 
+    quantize_into_fast(model)  # every block runs twice in its quantized form
     awq_quantize(
         model,
         tokens_NT,

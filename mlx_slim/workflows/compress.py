@@ -12,23 +12,20 @@ import copy
 import math
 import re
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlx_slim.analyze import fidelity
-from mlx_slim.artifacts import SCHEMA_VERSION, atomic_folder, check_output
+from mlx_slim.artifacts import SCHEMA_VERSION, check_output
 from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import SlimError
 from mlx_slim.events import Notice, Observer
 from mlx_slim.models.load import Loaded, cast, load, read_config
-from mlx_slim.models.save import save_model
-from mlx_slim.models.tensors import Tensor, folder_tensors
+from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.quantize.apply import (
     QuantizeReport,
     parameter_bytes,
@@ -38,9 +35,7 @@ from mlx_slim.quantize.apply import (
 from mlx_slim.quantize.calibration import DEFAULT_SOURCE, Calibration, read_calibration
 from mlx_slim.quantize.methods import check_method, quantize_with
 from mlx_slim.runtime import human_bytes, on_gpu
-
-_STORED = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
-_PROBE = 16  # tokens on which the saved model is compared
+from mlx_slim.workflows.checked_save import compute_dtype, save_checked, stored_dtype
 
 
 @dataclass(frozen=True)
@@ -164,10 +159,10 @@ def compress(
         refuse_quantized(nn.Module(), config)
     mx.reset_peak_memory()
     say(f"loading {source}")
-    loaded = load(source, revision=options.revision, dtype=_compute_dtype())
+    loaded = load(source, revision=options.revision, dtype=compute_dtype())
     refuse_quantized(loaded.model, loaded.config)
     tensors = folder_tensors(loaded.path)
-    stored = _stored_dtype(tensors)
+    stored = stored_dtype(tensors)
     calibration = _calibration(loaded, options, say)
 
     say(f"quantizing: {options.method}, {_format(options)}")
@@ -192,7 +187,7 @@ def compress(
         measured = fidelity.compare(dense, loaded.model, calibration.held_out_NT)
     del dense
     say(f"saving {out} and reading it back")
-    _save_and_verify(out, loaded, report.config, stored)
+    save_checked(out, loaded, report.config, stored)
     return Compressed(
         path=out,
         report=report,
@@ -201,11 +196,6 @@ def compress(
         seconds=time.perf_counter() - start,
         peak_memory_bytes=mx.get_peak_memory(),
     )
-
-
-def _compute_dtype() -> mx.Dtype | None:
-    """Return float32 on a CPU, where only that is fast; None is the stored dtype."""
-    return None if on_gpu() else mx.float32
 
 
 def _format(options: CompressOptions) -> str:
@@ -236,15 +226,6 @@ def _calibration(loaded: Loaded, options: CompressOptions, say: Any) -> Calibrat
         raise
 
 
-def _stored_dtype(tensors: dict[str, Tensor]) -> mx.Dtype:
-    """Return the dtype that most floating bytes of the source are stored in."""
-    bytes_of: Counter[str] = Counter()
-    for tensor in tensors.values():
-        if tensor.dtype in _STORED:
-            bytes_of[tensor.dtype] += tensor.nbytes
-    return _STORED[bytes_of.most_common(1)[0][0]] if bytes_of else mx.float32
-
-
 def _sizes(model: nn.Module, report: QuantizeReport, bytes_before: int) -> QuantizeReport:
     """Return ``report`` with the sizes of ``model`` as it will be stored."""
     from mlx_lm.utils import compute_bits_per_weight
@@ -255,40 +236,3 @@ def _sizes(model: nn.Module, report: QuantizeReport, bytes_before: int) -> Quant
         bytes_after=parameter_bytes(model),
         bits_per_weight=float(compute_bits_per_weight(model)),
     )
-
-
-def _save_and_verify(out: Path, loaded: Loaded, config: dict[str, Any], stored: mx.Dtype) -> None:
-    """Save the model; let the folder appear only if what is read back equals what was measured."""
-    compute = _compute_dtype()
-    cast(loaded.model, stored)
-    with atomic_folder(out) as temporary:
-        folder = temporary / "model"
-        save_model(folder, loaded.model, loaded.tokenizer, config, code_from=loaded.path)
-        again = load(folder, dtype=compute).model
-        if compute is not None:
-            cast(loaded.model, compute)
-        _same(loaded.model, again, out)
-        for file in list(folder.iterdir()):
-            file.rename(temporary / file.name)
-        folder.rmdir()
-
-
-def _same(model: nn.Module, again: nn.Module, out: Path) -> None:
-    """Raise unless both models hold the same parameters and compute the same logits."""
-    ours, theirs = (dict(tree_flatten(m.parameters())) for m in (model, again))
-    differing = [
-        name
-        for name in sorted(ours.keys() | theirs.keys())
-        if name not in ours
-        or name not in theirs
-        or not mx.array_equal(ours[name], theirs[name], equal_nan=True)  # pyright: ignore
-    ]
-    probe_1T = mx.arange(_PROBE)[None]
-    logits, expected = (m(probe_1T).astype(mx.float32) for m in (again, model))
-    gap = (mx.abs(logits - expected).max() / mx.abs(expected).max()).tolist()
-    if differing or not gap <= 1e-4:  # pyright: ignore
-        raise SlimError(
-            f"{out}: the saved model is not the one that was measured: relative difference of the "
-            f"logits {gap:.2g}, {len(differing)} tensors differ {differing[:3]}; it was not kept",
-            "the disk may be failing; else please report it",
-        )

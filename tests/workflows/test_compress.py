@@ -15,6 +15,7 @@ from mlx_slim.errors import SlimError
 from mlx_slim.events import Event, Notice
 from mlx_slim.models import quantized
 from mlx_slim.quantize.policy import quantize_config
+from mlx_slim.workflows import checked_save
 from mlx_slim.workflows import compress as module
 from mlx_slim.workflows.compress import CompressOptions, compress
 from tests.support.tiny import tiny_model
@@ -113,7 +114,7 @@ def test_refusals_leave_nothing_behind(tiny, tmp_path, text):
 
 
 def test_a_saved_model_that_differs_is_not_kept(tiny, tmp_path, text, monkeypatch):
-    honest = module.load
+    honest = checked_save.load
 
     def damaged(source, **options):
         loaded = honest(source, **options)
@@ -122,7 +123,7 @@ def test_a_saved_model_that_differs_is_not_kept(tiny, tmp_path, text, monkeypatc
             norm.weight = norm.weight * 1.5
         return loaded
 
-    monkeypatch.setattr(module, "load", damaged)
+    monkeypatch.setattr(checked_save, "load", damaged)
     with pytest.raises(SlimError, match="not the one that was measured"):
         compress(tiny(), tmp_path / "out", _options(text))
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -1,0 +1,57 @@
+"""``mlx-slim fuse``: an adapter folded into its model, and the proof that the tune is still there.
+
+Try it: ``mlx-slim fuse MODEL --adapter runs/mine/adapters -o fused``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command(name="fuse")
+@click.argument("model")
+@click.option(
+    "--adapter", required=True, type=click.Path(path_type=Path), help="Adapter or run folder."
+)
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="New folder.")
+@click.option("--keep", "mode", flag_value="keep", help="Base and adapter in one folder.")
+@click.option("--dequantize", "mode", flag_value="dequantize", help="A dense model.")
+@click.option(
+    "--requantize", "mode", flag_value="requantize", help="Each layer in the format it had."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of the weights on disk; default the base's.",
+)
+@click.option("--force", is_flag=True, help="Write it even if the tune is lost.")
+@click.option("--calibration", help="Text file or data set to compare on; default Alpaca.")
+@click.option("--samples", type=click.IntRange(1), default=4, show_default=True, help="Its rows.")
+@click.option(
+    "--length", type=click.IntRange(8), default=256, show_default=True, help="Tokens of a row."
+)
+@click.option("--revision", help="Commit or tag of a hub model.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+def command(
+    model: str, adapter: Path, output: Path, mode: str | None, as_json: bool, **settings: Any
+) -> None:
+    """Fold an adapter into MODEL (a folder or hub id) and write a new folder.
+
+    A dense base is merged; a quantized one becomes dense unless --requantize (which is refused
+    where it rounds the tune away) or --keep.
+    """
+    from rich.console import Console as RichConsole
+
+    from mlx_slim.console import Console
+    from mlx_slim.workflows.fuse import FuseOptions, fuse
+
+    options = FuseOptions(mode=mode or "auto", **settings)  # pyright: ignore
+    notices = RichConsole(highlight=False, stderr=as_json)
+    with Console("quiet" if as_json else "plain", output=notices) as console:
+        result = fuse(model, adapter, output, options, console)
+    for line in [json.dumps(result.as_record())] if as_json else result.lines():
+        click.echo(line)
