@@ -212,7 +212,8 @@ class Words:
             path, value = _locate(item["loc"], values)
             if item["type"] == "value_error":
                 reason = item["msg"].removeprefix("Value error, ")
-                lines[path] = f"{'.'.join(path)} ({_origin(path, origins)}): {reason}"
+                place = f"{'.'.join(path)} ({_origin(path, origins)}): " if path else ""
+                lines[path] = place + reason
             else:
                 lines[path] = self._wrong(path, value, origins)
         # A list whose element is wrong also "is no text": keep the innermost complaint only.

@@ -12,16 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlx_slim.config.expressions import compile_text, compile_value
 from mlx_slim.data.formats import Example
+from mlx_slim.data.templates import Rendered, Template, load_template
+from mlx_slim.data.tokenize import unwrap
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluate.rows import TaskRows
 from mlx_slim.evaluate.spec import Task
 
-if TYPE_CHECKING:
-    from mlx_slim.data.templates import Template
+_STAND_IN = "answer"  # what comes before an answer does not depend on it
 
 
 @dataclass(frozen=True)
@@ -47,33 +48,56 @@ class Question:
 
 @dataclass(frozen=True)
 class Chat:
-    """A chat template over a description and a question.
+    """A chat template around description and prompt.
 
     Attributes:
-        template: From ``data.templates.load_template``.
+        render: (system, user) -> the prompt, up to where the answer begins.
         own_bos: What it renders brings its own special tokens.
     """
 
-    template: Template
-    own_bos: bool
+    render: Callable[[str, str], str]
+    own_bos: bool = False
 
     @classmethod
     def of(cls, template: Template) -> Chat:
-        """Wrap a template."""
-        return cls(template, _render(template, "", "?").own_bos)
+        """Return the prompts of a training template, cut where it lets an answer begin."""
 
-    def render(self, system: str, user: str) -> str:
-        """Return the prompt up to where the answer begins."""
-        rendered = _render(self.template, system, user)
-        return rendered.text[: rendered.spans[0][0]]
+        def rendered(system: str, user: str) -> Rendered:
+            messages = [{"role": "system", "content": system}] if system else []
+            messages += [{"role": "user", "content": user}]
+            messages += [{"role": "assistant", "content": _STAND_IN}]
+            fields = {"prompt": user, "completion": _STAND_IN, "system": system}
+            return template.render(Example("completions", messages, fields))
+
+        def render(system: str, user: str) -> str:
+            whole = rendered(system, user)
+            return whole.text[: whole.spans[0][0]]
+
+        return cls(render, rendered("", "?").own_bos)
 
 
-def _render(template: Template, system: str, user: str) -> Any:
-    """Render a chat with an answer in its place, as training does."""
-    messages = [{"role": "system", "content": system}] if system else []
-    messages += [{"role": "user", "content": user}, {"role": "assistant", "content": "answer"}]
-    fields = {"prompt": user, "completion": "answer", "system": system}
-    return template.render(Example("completions", messages, fields))
+def chat_for(task: Task, tokenizer: Any, asked: bool) -> Chat | None:
+    """Return how the prompts of ``task`` go through a chat template; None if they do not.
+
+    Args:
+        task: The task; one with ``chat: true`` is templated as training rows are.
+        tokenizer: The model's.
+        asked: ``--apply-chat-template`` was given.
+
+    Raises:
+        SlimError: If it was, and the model has no chat template.
+    """
+    if not (asked or task.spec.chat):
+        return None
+    setting = "model" if asked else "auto"
+    try:
+        return Chat.of(load_template(setting, unwrap(tokenizer)))
+    except SlimError as error:
+        if asked:
+            raise SlimError(
+                "the model has no chat template", "leave out --apply-chat-template"
+            ) from error
+        raise
 
 
 def build_questions(
@@ -91,12 +115,14 @@ def build_questions(
         task_rows: Its rows.
         num_fewshot: Examples before each question; None takes the task's own number.
         limit: Only the first ``limit`` rows, of each part where the task has parts.
-        chat: Put description and prompt through a chat template; no delimiter then.
+        chat: From ``chat_for``; the choices have no delimiter then, as in the harness.
 
     Raises:
         SlimError: A row without a field that a template names (the row and the field are named),
             a target that is no choice, or fewer few-shot rows than asked for.
     """
+    if task.spec.chat and chat is None:
+        raise ValueError(f"task {task.name} needs the chat of chat_for")
     shots = task.num_fewshot if num_fewshot is None else num_fewshot
     writer = _Writer(task, task_rows, shots, chat)
     field = task.spec.subgroups.field if task.spec.subgroups else None

@@ -72,6 +72,21 @@ class _Shots(Sequence[dict[str, Any]]):
         return self._loaded()[index]
 
 
+def count_rows(task: Task, data_dir: str | Path | None = None) -> int | None:
+    """Return the number of scored rows on this machine; None if only the hub can have them.
+
+    Raises:
+        SlimError: If they should lie here and do not, or cannot be read.
+    """
+    source, _ = _local(task, task.spec.data.split, _mirror(data_dir))
+    if source is None:
+        return None
+    if task.part or task.spec.data.where or source.files[0].suffix != ".jsonl":
+        return sum(1 for _ in _read(task, source))
+    with source.files[0].open("rb") as file:
+        return sum(1 for line in file if line.strip())
+
+
 def load_rows(task: Task, data_dir: str | Path | None = None) -> TaskRows:
     """Find, read and check the rows of a task.
 
@@ -139,11 +154,17 @@ def _mirror(data_dir: str | Path | None) -> Path | None:
 
 def _find(task: Task, split: str, mirror: Path | None) -> Source:
     """Find a split: a file of the task's own, then the mirror, then the hub."""
+    found, looked = _local(task, split, mirror)
+    return found or _on_hub(task, split, looked)
+
+
+def _local(task: Task, split: str, mirror: Path | None) -> tuple[Source | None, list[Path]]:
+    """Return the split's source on this machine, else where it was looked for."""
     data = task.spec.data
     own = split if Path(split).suffix in READERS else data.path
     if own and Path(own).suffix in READERS:
-        return _own_file(task, own, split)
-    looked = []
+        return _own_file(task, own, split), []
+    looked: list[Path] = []
     if mirror:
         names = [data.mirror or task.spec.name]
         if data.path:
@@ -152,38 +173,39 @@ def _find(task: Task, split: str, mirror: Path | None) -> Source:
             folder = mirror / name
             files = [folder / f"{split}{suffix}" for suffix in _SUFFIXES]
             if found := next((file for file in files if file.is_file()), None):
-                return Source(str(found), "mirror", [found])
+                return Source(str(found), "mirror", [found]), []
             looked.append(files[0])
             if folder.is_dir():
-                there = sorted(path.stem for path in folder.iterdir() if path.suffix in READERS)
+                there = sorted(path.name for path in folder.iterdir() if path.suffix in READERS)
                 raise SlimError(
                     f"{files[0]} does not exist",
                     data.missing or f"put the rows there; the folder has {', '.join(there) or '-'}",
                 )
-    return _on_hub(task, split, looked)
+    return None, looked
 
 
 def _own_file(task: Task, name: str, split: str) -> Source:
     """Find a file beside the task's own file, else from the current directory."""
-    for path in (task.folder / Path(name).expanduser(), Path(name).expanduser()):
+    for path in (task.file.parent / Path(name).expanduser(), Path(name).expanduser()):
         if path.is_file():
             found = sources.find_local(SourceConfig(path=str(path), split=split))
             assert found is not None  # it exists
             return found
     raise SlimError(
-        f"task {task.name}: {task.folder / name} does not exist",
+        f"task {task.name}: {task.file.parent / name} does not exist",
         task.spec.data.missing or "data.path is looked for beside the task's file",
     )
 
 
 def _on_hub(task: Task, split: str, looked: list[Path]) -> Source:
     data = task.spec.data
-    nowhere = "; ".join(f"{path} does not exist" for path in looked[:1])
-    nowhere = nowhere or f"neither --data-dir nor {MIRROR_VARIABLE} names a data mirror"
-    place = f"<mirror>/{data.mirror or task.spec.name}/{split}.jsonl"
-    hint = data.missing or f"put the rows into {looked[0] if looked else place}"
+    place = looked[0] if looked else f"<mirror>/{data.mirror or task.spec.name}/{split}.jsonl"
+    nowhere = f"{place} does not exist"
+    if not looked:
+        nowhere = f"neither --data-dir nor {MIRROR_VARIABLE} names a data mirror ({place})"
+    hint = data.missing or f"put the rows into {place}"
     if not data.path:
-        raise SlimError(f"task {task.name} has no rows: {nowhere}", f"{hint}: {place}")
+        raise SlimError(f"task {task.name} has no rows: {nowhere}", hint)
     name = data.path + (f":{data.config}" if data.config else "")
     name += f"@{data.revision}" if data.revision else ""
     try:
@@ -289,7 +311,7 @@ class _Check:
             good = isinstance(value, str) and value in self._values
         else:
             good = isinstance(value, _CLASSES[str(self._kind)]) and not isinstance(value, bool)
-            if good and self._kind == "texts":
+            if self._kind == "texts" and isinstance(value, list):
                 good = bool(value) and all(isinstance(item, str) for item in value)
         if good:
             return ""

@@ -7,7 +7,7 @@ from the whole one's file. ``-`` and ``_`` are the same in a name. Try it: ``mlx
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,12 @@ class Task:
 
     Attributes:
         spec: Its definition.
-        folder: Where its file lies; data files are looked for there first.
+        file: Where that stands; data files are looked for beside it first.
         part: The one part that is scored (``anatomy`` of MMLU), None for all.
     """
 
     spec: TaskSpec
-    folder: Path
+    file: Path
     part: str | None = None
 
     @property
@@ -84,7 +84,7 @@ def list_tasks() -> list[Task]:
 @lru_cache(maxsize=64)
 def _shipped(name: str) -> Task:
     file = library.find("evals", name)
-    return Task(read_task(file), file.parent)
+    return Task(read_task(file), file)
 
 
 def suites() -> dict[str, dict[str, int]]:
@@ -102,7 +102,7 @@ def find_task(name: str | Path) -> Task:
     text = str(name)
     if text.endswith((".yaml", ".yml")) or "/" in text:
         file = Path(text).expanduser()
-        return Task(read_task(file), file.parent)
+        return Task(read_task(file), file)
     wanted = text.replace("-", "_")
     shipped = library.names("evals")
     if wanted in shipped:
@@ -111,7 +111,7 @@ def find_task(name: str | Path) -> Task:
     for whole in shipped:
         if wanted.startswith(f"{whole}_") and (parts := _shipped(whole).parts):
             if (part := wanted.removeprefix(f"{whole}_")) in parts:
-                return Task(_shipped(whole).spec, _shipped(whole).folder, part)
+                return replace(_shipped(whole), part=part)
             every += [f"{whole}_{part}" for part in parts]
     if text in suites():
         names = ", ".join(suites()[text])

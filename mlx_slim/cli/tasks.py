@@ -1,0 +1,160 @@
+"""``mlx-slim tasks``: the evaluation tasks, and a task's first prompt as a model will read it.
+
+Invariant: what is shown is built by the code that scores; nothing is written, and missing rows are
+said, not hidden. Try it: ``mlx-slim tasks``, ``mlx-slim tasks mmlu_anatomy --num-fewshot 1``.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_slim.errors import SlimError
+
+if TYPE_CHECKING:
+    from mlx_slim.evaluate.prompts import Chat, Question
+    from mlx_slim.evaluate.spec import Task
+
+
+def _rows(task: Task, data_dir: str | None) -> int | None:
+    """Return the number of rows on this machine; None without them."""
+    from mlx_slim.evaluate.rows import count_rows
+
+    try:
+        return count_rows(task, data_dir)
+    except SlimError:
+        return None  # `tasks NAME` says why
+
+
+def _list(data_dir: str | None, as_json: bool) -> None:
+    from mlx_slim.evaluate.spec import list_tasks, suites
+
+    tasks = list_tasks()
+    if as_json:
+        records = [{**_record(task), "rows": _rows(task, data_dir)} for task in tasks]
+        result = {"schema_version": 1, "tasks": records, "suites": suites()}
+        click.echo(json.dumps(result, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for heading in ("task", "version", "kind", "rows", "shots", "metrics", "licence"):
+        right = heading in ("version", "rows", "shots")
+        table.add_column(heading, justify="right" if right else "left", no_wrap=True)
+    for task in tasks:
+        rows = _rows(task, data_dir)
+        table.add_row(
+            task.name,
+            str(task.version),
+            task.kind.replace("multiple_", ""),
+            "absent" if rows is None else f"{rows:,}",
+            str(task.num_fewshot),
+            "\n".join(task.metrics),
+            task.spec.licence,
+        )
+    Console(highlight=False).print(table)
+    for name, members in suites().items():
+        shots = ", ".join(f"{task} {number}-shot" for task, number in members.items())
+        click.echo(f"suite {name}: {shots}")
+    for task in tasks:
+        if task.parts:
+            click.echo(
+                f"{task.name} has {len(task.parts)} parts, each a task: "
+                f"{task.name}_{task.parts[0]} … {task.name}_{task.parts[-1]}"
+            )
+    click.echo("a task of your own is one YAML file: mlx-slim tasks mine.yaml")
+
+
+def _record(task: Task) -> dict[str, Any]:
+    spec = task.spec.model_dump(exclude_defaults=True, mode="json")
+    known = {"name": task.name, "version": task.version, "kind": task.kind}
+    known |= {"num_fewshot": task.num_fewshot, "metrics": list(task.metrics)}
+    return {**spec, **known, "parts": list(task.parts)}
+
+
+def _show(task: Task, data_dir: str | None, num_fewshot: int | None, as_json: bool) -> None:
+    from mlx_slim.evaluate.prompts import build_questions
+    from mlx_slim.evaluate.rows import load_rows
+
+    shots = task.num_fewshot if num_fewshot is None else num_fewshot
+    missing: list[str] = []
+    found, question = None, None
+    try:
+        found = load_rows(task, data_dir)
+        try:
+            question = build_questions(task, found, shots, 1, chat=_roles(task))[0]
+        except SlimError as error:
+            if not shots:
+                raise
+            missing.append(str(error))
+            shots = 0
+            question = build_questions(task, found, shots, 1, chat=_roles(task))[0]
+    except SlimError as error:
+        missing.append(str(error))
+    if as_json:
+        record = {"schema_version": 1, **_record(task)}
+        if found:
+            record |= {"found": found.source, "rows": len(found.rows), "checksum": found.checksum}
+        first = _first(question, shots) if question else None
+        click.echo(json.dumps({**record, "first": first, "missing": missing}, indent=2))
+        return
+    click.echo(task.file.read_text(encoding="utf-8").rstrip() + "\n")
+    part = f", the part {task.part} of {task.spec.name}" if task.part else ""
+    click.echo(f"task      {task.name}{part}, version {task.version}")
+    click.echo(f"metrics   {', '.join(task.metrics)}")
+    click.echo(f"shots     {task.num_fewshot}, unless --num-fewshot says otherwise")
+    if found:
+        click.echo(f"rows      {len(found.rows):,} in {found.source}")
+        click.echo(f"checksum  {found.checksum}")
+    for line in missing:
+        click.echo(f"missing   {line}")
+    if question:
+        _print_question(question, shots)
+
+
+def _roles(task: Task) -> Chat | None:
+    """Stand in for the chat template of a model that is not known yet."""
+    from mlx_slim.evaluate.prompts import Chat
+
+    if not task.spec.chat:
+        return None
+    return Chat(lambda system, user: f"<system>\n{system}\n<user>\n{user}\n<assistant>")
+
+
+def _first(question: Question, shots: int) -> dict[str, Any]:
+    return {
+        "num_fewshot": shots,
+        "context": question.context,
+        "choices": list(question.choices),
+        "target": question.target,
+    }
+
+
+def _print_question(question: Question, shots: int) -> None:
+    click.echo(f"\n--- first prompt, {shots} shots ---\n{question.context}")
+    if question.choices:
+        click.echo("--- continuations (* is right) ---")
+        for index, choice in enumerate(question.choices):
+            click.echo(f"{'*' if index == question.target else ' '} {choice!r}")
+    else:
+        click.echo(f"--- right answer ---\n{question.target}")
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("--data-dir", metavar="DIR", help="Evaluation data (default: MLX_SLIM_DATA).")
+@click.option("--num-fewshot", type=click.IntRange(0), help="Examples in the prompt shown.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def command(name: str | None, data_dir: str | None, num_fewshot: int | None, as_json: bool) -> None:
+    """List the evaluation tasks; show task NAME (or a .yaml file) with its first prompt."""
+    if name is None:
+        if num_fewshot is not None:
+            raise SlimError("--num-fewshot needs the name of a task", "mlx-slim tasks lists them")
+        _list(data_dir, as_json)
+        return
+    from mlx_slim.evaluate.spec import find_task
+
+    _show(find_task(name), data_dir, num_fewshot, as_json)
