@@ -6,14 +6,17 @@ Invariant: nothing above this floor asks MLX what it runs on. Sizes are bytes. T
 
 from __future__ import annotations
 
+import contextlib
 import os
+import queue
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -37,6 +40,35 @@ def cpu_lanes() -> int:
     Without a GPU, MLX runs everything but matrix products on one thread per stream.
     """
     return 1 if on_gpu() else min(4, blas.physical_cores())
+
+
+def side_by_side(function: Callable, work: Sequence[tuple], threads: int) -> list:
+    """Return ``function(*arguments)`` for each of ``work``, in order, computed by ``threads``.
+
+    An MLX stream belongs to its thread, and a thread that ends with a stream open aborts the
+    process (mlx 0.32.4): the threads live for one call and close theirs.
+    """
+    waiting = queue.SimpleQueue()
+    for item in enumerate(work):
+        waiting.put(item)
+
+    def drain() -> dict[int, Any]:
+        done: dict[int, Any] = {}
+        try:
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    index, arguments = waiting.get_nowait()
+                    done[index] = function(*arguments)
+            return done
+        finally:
+            mx.clear_streams()
+
+    # As many tasks as threads, and each waits for work that others leave: one task a thread.
+    together = threading.Barrier(threads)
+    with ThreadPoolExecutor(threads) as pool:
+        parts = [pool.submit(lambda: (together.wait(), drain())[1]) for _ in range(threads)]
+        results = {index: value for part in parts for index, value in part.result().items()}
+    return [results[index] for index in range(len(work))]
 
 
 def resolve_dtype(name: str) -> mx.Dtype:

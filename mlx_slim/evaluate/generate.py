@@ -30,14 +30,15 @@ class Generation:
     """One answer.
 
     Attributes:
-        text: The answer without its stop token.
-        ids: Its token ids, without the stop token.
-        stop_reason: ``eos`` (a stop token came) or ``length`` (``max_tokens`` was reached).
+        text: The answer without its stop token, cut before a stop string.
+        ids: Its token ids, without the stop token; with those of a stop string.
+        stop_reason: ``eos`` (a stop token came), ``until`` (a stop string came) or ``length``
+            (``max_tokens`` was reached).
     """
 
     text: str
     ids: list[int]
-    stop_reason: Literal["eos", "length"]
+    stop_reason: Literal["eos", "until", "length"]
 
 
 def generate_batch(
@@ -47,6 +48,7 @@ def generate_batch(
     max_tokens: int,
     stop_ids: Collection[int] | None = None,
     *,
+    stops: Sequence[str] = (),
     batch_size: int = 64,
 ) -> list[Generation]:
     """Return the greedy answer to each prompt, in order.
@@ -57,6 +59,8 @@ def generate_batch(
         prompts: Token ids, special tokens included, at least one each.
         max_tokens: Longest answer, tokens.
         stop_ids: Tokens that end an answer; None takes the tokenizer's own.
+        stops: Strings that end an answer, however the tokens cut them; the row leaves the batch
+            at once.
         batch_size: Answers that grow side by side.
 
     Raises:
@@ -67,19 +71,20 @@ def generate_batch(
     for index, prompt in enumerate(prompts):
         if not len(prompt):
             raise SlimError(f"prompt {index} has no tokens", "every prompt needs at least one")
-    stops = set(tokenizer.eos_token_ids if stop_ids is None else stop_ids)
+    ends = set(tokenizer.eos_token_ids if stop_ids is None else stop_ids)
+    until = _Until(tokenizer, stops)
     # Longest first: memory peaks at once, and prompts of one batch are of like length.
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     shared = _shared_prefix(prompts)
     prefix = _prefill(model, list(prompts[0][:shared])) if shared else None
     generator = BatchGenerator(
         model,
-        stop_tokens=[[stop] for stop in stops],
+        stop_tokens=[[end] for end in ends],
         completion_batch_size=batch_size,
         prefill_batch_size=batch_size,
     )
     ids: dict[int, list[int]] = {}
-    reasons: dict[int, Literal["eos", "length"]] = {}
+    reasons: dict[int, Literal["eos", "until", "length"]] = {}
     try:
         uids = generator.insert(
             [list(prompts[index][shared:]) for index in order],
@@ -89,20 +94,50 @@ def generate_batch(
         row_of = dict(zip(uids, order, strict=True))
         ids = {index: [] for index in order}
         while responses := generator.next_generated():
+            stopped: list[int] = []
             for response in responses:
                 index = row_of[response.uid]
                 if response.finish_reason == "stop":
                     reasons[index] = "eos"
                     continue
                 ids[index].append(response.token)
-                if response.finish_reason == "length":
+                if until.reached(ids[index]):
+                    reasons[index] = "until"
+                    if response.finish_reason is None:
+                        stopped.append(response.uid)
+                elif response.finish_reason == "length":
                     reasons[index] = "length"
+            if stopped:
+                generator.remove(stopped)
     finally:
         generator.close()
     return [
-        Generation(tokenizer.decode(ids[index]), ids[index], reasons[index])
+        Generation(until.cut(ids[index]), ids[index], reasons[index])
         for index in range(len(prompts))
     ]
+
+
+class _Until:
+    """Finds stop strings in growing answers."""
+
+    def __init__(self, tokenizer: TokenizerWrapper, stops: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._stops = [stop for stop in stops if stop]
+        # A token is at least a byte: a stop lies in its last so many tokens, and two for a
+        # character that is cut at the front.
+        self._window = max((len(stop.encode()) for stop in self._stops), default=0) + 2
+
+    def reached(self, ids: list[int]) -> bool:
+        """Return whether a stop string is complete with the last token."""
+        if not self._stops:
+            return False
+        tail = self._tokenizer.decode(ids[-self._window :])
+        return any(stop in tail for stop in self._stops)
+
+    def cut(self, ids: list[int]) -> str:
+        """Return the text before the first stop string."""
+        text = self._tokenizer.decode(ids)
+        return text[: min((at for s in self._stops if (at := text.find(s)) >= 0), default=None)]
 
 
 def _shared_prefix(prompts: Sequence[Sequence[int]]) -> int:

@@ -8,13 +8,10 @@ Legend: B sequences, T positions, N supervised positions, D width.
 
 from __future__ import annotations
 
-import contextlib
-import queue
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,7 +20,7 @@ from mlx.utils import tree_flatten
 from mlx_slim import blas
 from mlx_slim.data.batches import Batch
 from mlx_slim.models import anatomy
-from mlx_slim.runtime import number, world
+from mlx_slim.runtime import number, side_by_side, world
 from mlx_slim.train.losses import chunk_size, cross_entropy_sum, linear_cross_entropy
 from mlx_slim.train.optim import set_trainable, trainable
 
@@ -36,35 +33,6 @@ def part_count(lanes: int, tokens: int) -> int:
     Two parts a thread, where they are worth it: then half of the batch is in memory at a time.
     """
     return 1 if lanes == 1 else min(2 * lanes, max(lanes, tokens // PART_TOKENS))
-
-
-def side_by_side(function: Callable, work: Sequence[tuple], threads: int) -> list:
-    """Return ``function(*arguments)`` for each of ``work``, in order, computed by ``threads``.
-
-    An MLX stream belongs to its thread, and a thread that ends with a stream open aborts the
-    process (mlx 0.32.4): the threads live for one call and close theirs.
-    """
-    waiting = queue.SimpleQueue()
-    for item in enumerate(work):
-        waiting.put(item)
-
-    def drain() -> dict[int, Any]:
-        done: dict[int, Any] = {}
-        try:
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    index, arguments = waiting.get_nowait()
-                    done[index] = function(*arguments)
-            return done
-        finally:
-            mx.clear_streams()
-
-    # As many tasks as threads, and each waits for work that others leave: one task a thread.
-    together = threading.Barrier(threads)
-    with ThreadPoolExecutor(threads) as pool:
-        parts = [pool.submit(lambda: (together.wait(), drain())[1]) for _ in range(threads)]
-        results = {index: value for part in parts for index, value in part.result().items()}
-    return [results[index] for index in range(len(work))]
 
 
 class Objective(Protocol):

@@ -1,0 +1,211 @@
+"""Rows of a batch that go on from different places of a tree of prefixes.
+
+Models ask a key-value cache for a mask, for an offset and for the keys to attend to; the caches
+here answer for every row by itself, so one batch may hold branches of many prefixes of many
+lengths. Invariant: a row sees its own path and nothing else, at the positions it would have alone.
+Keys and values live once, in a pool of positions; rotating windows are kept by the mask.
+Legend: R rows, T positions of a row, L positions before it, P positions of the pool, H heads, D
+width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_slim.runtime import number, on_gpu
+
+Pool = list[tuple[mx.array, mx.array]]  # of each layer: keys and values (P, H, D)
+_PROBE = (7, 4, 5)  # where two rows branch off, and how many positions they go on
+
+
+class _Masks:
+    """The mask of a batch, made once for all layers of one window size."""
+
+    def __init__(self, offsets_R: np.ndarray, length: int, dtype: mx.Dtype) -> None:
+        self._offsets_R, self._length, self._dtype = offsets_R, length, dtype
+        self._made: dict[int | None, mx.array] = {}
+
+    def __call__(self, window: int | None) -> mx.array:
+        if window not in self._made:
+            self._made[window] = self._make(window)
+        return self._made[window]
+
+    def _make(self, window: int | None) -> mx.array:
+        """Return (R, 1, T, L + T): the columns are the padded path, then the row itself."""
+        before = int(self._offsets_R.max(initial=0))
+        own = np.arange(self._length)
+        queries_RT = self._offsets_R[:, None] + own
+        path_RL = np.broadcast_to(np.arange(before), (len(self._offsets_R), before))
+        keys_RS = np.concatenate([path_RL, queries_RT], axis=1)
+        real_RS = np.concatenate(
+            [path_RL < self._offsets_R[:, None], np.ones_like(queries_RT, dtype=bool)], axis=1
+        )
+        distance_RTS = queries_RT[:, :, None] - keys_RS[:, None, :]
+        seen_RTS = (distance_RTS >= 0) & real_RS[:, None, :]
+        if window is not None:
+            seen_RTS &= distance_RTS < window
+        mask = mx.array(seen_RTS[:, None].view(np.uint8)).astype(mx.bool_)
+        if on_gpu():  # what the fused kernel likes; on a CPU adding is cheaper than choosing
+            return mask
+        return mx.where(mask, 0.0, mx.finfo(self._dtype).min).astype(self._dtype)
+
+
+class BranchCache:
+    """One layer's keys and values for a batch of branches, in the shape of a key-value cache.
+
+    Args:
+        past: Pool of this layer and the (R, L) places of each row's path in it; None for roots.
+        offset: Positions before each row: an array (R,), or one number if all are the same.
+        masks: The mask of the batch.
+    """
+
+    def __init__(
+        self,
+        past: tuple[mx.array, mx.array, mx.array] | None,
+        offset: mx.array | int,
+        masks: _Masks,
+    ) -> None:
+        self.offset = offset
+        self._past, self._masks = past, masks
+        self.keys: mx.array | None = None  # of the batch itself (R, H, T, D), after the forward
+        self.values: mx.array | None = None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Return the keys and values (R, H, L + T, D) that the rows may look at."""
+        self.keys, self.values = keys, values
+        if self._past is None:
+            return keys, values
+        keys_PHD, values_PHD, path_RL = self._past
+        return _behind(keys_PHD, path_RL, keys), _behind(values_PHD, path_RL, values)
+
+    def make_mask(
+        self, N: int, return_array: bool = False, window_size: int | None = None, **_: Any
+    ) -> mx.array:
+        """Return the mask (R, 1, T, L + T): causal, own path only, inside the window."""
+        return self._masks(window_size)
+
+
+def _behind(pool_PHD: mx.array, path_RL: mx.array, own_RHTD: mx.array) -> mx.array:
+    past_RLHD = mx.take(pool_PHD, path_RL, axis=0)
+    return mx.concatenate([past_RLHD.transpose(0, 2, 1, 3), own_RHTD], axis=2)
+
+
+def branch_caches(
+    layers: int, paths: Sequence[np.ndarray], length: int, pool: Pool, dtype: mx.Dtype
+) -> list[BranchCache]:
+    """Return the caches of a batch, one a layer.
+
+    Args:
+        layers: Caches that the model asks for.
+        paths: For each row the places in ``pool`` of the positions before it.
+        length: T, positions of a row, padding included.
+        pool: Keys and values computed so far; empty if no row has a path.
+        dtype: What attention computes in.
+    """
+    offsets_R = np.array([len(path) for path in paths])
+    masks = _Masks(offsets_R, length, dtype)
+    same = bool((offsets_R == offsets_R[0]).all())
+    offset = int(offsets_R[0]) if same else mx.array(offsets_R.astype(np.int32))
+    before = int(offsets_R.max())
+    if not before:
+        return [BranchCache(None, 0, masks) for _ in range(layers)]
+    path_RL = np.zeros((len(paths), before), dtype=np.int32)
+    for row, path in enumerate(paths):
+        path_RL[row, : len(path)] = path
+    places = mx.array(path_RL)
+    return [BranchCache((keys, values, places), offset, masks) for keys, values in pool]
+
+
+def kept(caches: Sequence[BranchCache], real: np.ndarray) -> Pool:
+    """Return the keys and values of a batch, padding removed, as further positions of the pool.
+
+    Args:
+        caches: After the forward pass.
+        real: Flat indices into (R, T) of the positions to keep, in order.
+    """
+    places = mx.array(real.astype(np.int32))
+
+    def flat(own_RHTD: mx.array | None) -> mx.array:
+        assert own_RHTD is not None
+        R, H, T, D = own_RHTD.shape
+        return mx.take(own_RHTD.transpose(0, 2, 1, 3).reshape(R * T, H, D), places, axis=0)
+
+    return [(flat(cache.keys), flat(cache.values)) for cache in caches]
+
+
+def grown(pool: Pool, parts: Sequence[Pool]) -> Pool:
+    """Return ``pool`` with ``parts`` behind it, evaluated layer by layer."""
+    sources = [source for source in (pool, *parts) if source]
+    if len(sources) == 1:
+        return sources[0]
+    result: Pool = []
+    for layer in zip(*sources, strict=True):
+        keys = mx.concatenate([keys for keys, _ in layer])
+        values = mx.concatenate([values for _, values in layer])
+        mx.eval(keys, values)
+        result.append((keys, values))
+    return result
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Whether and how a model's prefixes can be shared.
+
+    Attributes:
+        reason: Why they cannot; empty if they can.
+        layers: Caches that the model asks for.
+        position_bytes: Bytes of keys and values of one position.
+        dtype: What the hidden states and the masks are in.
+    """
+
+    reason: str
+    layers: int
+    position_bytes: int
+    dtype: mx.Dtype
+
+
+def probe(model: nn.Module, body: Callable[..., mx.array]) -> Sharing:
+    """Return whether two rows that branch off at different places get the states they have alone.
+
+    Args:
+        model: Asked for the caches it makes: only plain and rotating keys and values are shared.
+        body: tokens (R, T), caches -> hidden states or logits (R, T, …).
+    """
+    from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+
+    made = make_prompt_cache(model)
+    first, second, more = _PROBE
+    tokens_RT = mx.array(
+        [[5, 3, 1, 2, 6, 4, 0, 2, 1, 5, 3, 6], [1, 4, 6, 3, 3, 0, 5, 2, 4, 6, 1, 2]]
+    )
+    alone = body(tokens_RT, None)
+    refused = Sharing("", len(made), 0, alone.dtype)
+    if not all(isinstance(cache, (KVCache, RotatingKVCache)) for cache in made):
+        kinds = " and a ".join(sorted({type(cache).__name__ for cache in made}))
+        return replace(refused, reason=f"its cache is a {kinds}")
+    try:
+        empty = np.zeros(0, dtype=np.int32)
+        roots = branch_caches(len(made), [empty, empty], first, [], alone.dtype)
+        body(tokens_RT[:, :first], roots)
+        pool = kept(roots, np.arange(2 * first))
+        paths = [np.arange(first), first + np.arange(second)]
+        branches = branch_caches(len(made), paths, more, pool, alone.dtype)
+        rows = [tokens_RT[0, first : first + more], tokens_RT[1, second : second + more]]
+        branched = body(mx.stack(rows), branches)
+    except (TypeError, ValueError, AttributeError, AssertionError) as error:
+        reason = f"it refuses a shared cache ({' '.join(str(error).split())[:120]})"
+        return replace(refused, reason=reason)
+    expected = mx.stack([alone[0, first : first + more], alone[1, second : second + more]])
+    difference = mx.abs(branched.astype(mx.float32) - expected.astype(mx.float32)).max()
+    scale = number(mx.abs(expected.astype(mx.float32)).max())
+    # In 16 bits other shapes round differently.
+    if number(difference) > (1e-3 if alone.dtype == mx.float32 else 5e-2) * scale:
+        return replace(refused, reason="with a shared cache its hidden states differ")
+    size = sum(keys.nbytes + values.nbytes for keys, values in pool) // (2 * first)
+    return replace(refused, position_bytes=size)

@@ -1,0 +1,174 @@
+r"""Text becomes token ids, exactly as the reference harness cuts it.
+
+Invariant: ``ids`` is one tokenization of context and continuation together, and its first
+``start`` ids are as many as the context alone has; spaces that end a context belong to the
+continuation; BOS comes once, and only from a tokenizer that adds it. What does not fit is cut on
+the left and counted. Try it: ``mlx-slim eval MODEL --task hellaswag --limit 100 -o out``.
+
+    context "Question: …\nAnswer:"      continuation " Paris"
+    ids     Q  :  …  Answer  :   | Paris          targets = ids[start:]
+    inputs  Q  :  …  Answer  :                    ids[start - 1] predicts ids[start]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mlx_slim.errors import SlimError
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+DEFAULT_LENGTH = 2048  # positions, where neither config nor tokenizer names a longest input
+_LENGTH_KEYS = ("n_positions", "max_position_embeddings", "n_ctx", "max_seq_len")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A continuation to score after its context.
+
+    Attributes:
+        ids: Token ids of context and continuation.
+        start: Index of the first scored id, at least 1; ``ids[start:]`` are the targets.
+    """
+
+    ids: tuple[int, ...]
+    start: int
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """The ids that the model must read: all but the last."""
+        return self.ids[:-1]
+
+
+def max_length(config: dict[str, Any], tokenizer: TokenizerWrapper) -> int:
+    """Return the most ids that the model may read at once.
+
+    Args:
+        config: The model's ``config.json``.
+        tokenizer: Asked when the config does not say.
+    """
+    text = config.get("text_config")
+    for source in (config, text if isinstance(text, dict) else {}):
+        for key in _LENGTH_KEYS:
+            if isinstance(source.get(key), int) and source[key] > 0:
+                return source[key]
+    length = getattr(tokenizer, "model_max_length", None)
+    return length if isinstance(length, int) and 0 < length < 10**9 else DEFAULT_LENGTH
+
+
+def common_prefix(requests: Sequence[Request]) -> tuple[int, ...]:
+    """Return the longest run of ids that begins the inputs of every request."""
+    if not requests:
+        return ()
+    # Enough to look at two: tuples are compared lexicographically.
+    first = min(request.inputs for request in requests)
+    last = max(request.inputs for request in requests)
+    return first[: shared_length(first, last)]
+
+
+def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many leading ids two sequences share."""
+    length = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        length += 1
+    return length
+
+
+class Encoder:
+    """Encodes requests and prompts for one model.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        max_length: Most ids that the model may read at once.
+        chat: The texts come out of a chat template, which brings its own special tokens.
+
+    Attributes:
+        truncated: Requests and prompts that were cut on the left so far.
+    """
+
+    def __init__(self, tokenizer: TokenizerWrapper, max_length: int, *, chat: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._special = not chat
+        self.max_length = max_length
+        self.truncated = 0
+        # Some tokenizers close every text with EOS: it is no part of the text.
+        probe = self._ids("a")
+        bare = tokenizer.encode("a", add_special_tokens=False)
+        self._closing = len(probe) - len(bare) if probe[: len(bare)] == bare else 0
+        if not self._closing and probe[-1] != bare[-1]:
+            self._closing = 1
+
+    def request(self, context: str, continuation: str) -> Request:
+        """Return the request of one choice.
+
+        Raises:
+            SlimError: If the continuation is empty, or longer than the model can read.
+        """
+        text = context.rstrip()
+        continuation = context[len(text) :] + continuation
+        if not text:
+            prefix = self._prefix()
+            bare = tuple(self._tokenizer.encode(continuation, add_special_tokens=False))
+            ids = bare if bare[:1] == (prefix,) and len(bare) > 1 else (prefix, *bare)
+            start = 1
+        else:
+            ids = self.encode(text + continuation)
+            # The harness cuts by length, also where the last token of the context merged with the
+            # first of the continuation. At least one id is left to score.
+            start = min(len(self.encode(text)), len(ids) - 1)
+        if start < 1 or len(ids) < 2:
+            raise SlimError(
+                f"the continuation {continuation!r} of {context[-40:]!r} has no tokens to score",
+                "every choice needs some text",
+            )
+        excess = len(ids) - 1 - self.max_length
+        if excess > 0:
+            if start - excess < 1:
+                raise SlimError(
+                    f"a continuation has {len(ids) - start} tokens, "
+                    f"the model reads {self.max_length} at most",
+                    "shorten the choice, or take a model with a longer context",
+                )
+            ids, start = ids[excess:], start - excess
+            self.truncated += 1
+        return Request(ids, start)
+
+    def prompt(self, context: str, reserve: int) -> list[int]:
+        """Return the ids of a prompt, cut on the left to leave room for ``reserve`` new ids.
+
+        Raises:
+            SlimError: If the model has no room for that many.
+        """
+        room = self.max_length - reserve
+        if room < 1:
+            raise SlimError(
+                f"{reserve} new tokens leave no room for a prompt in {self.max_length} positions",
+                "ask for fewer new tokens",
+            )
+        ids = list(self.encode(context)) or [self._prefix()]
+        if len(ids) > room:
+            self.truncated += 1
+        return ids[-room:]
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Return the ids of ``text``, with BOS where the tokenizer adds it, without EOS."""
+        ids = self._ids(text)
+        return tuple(ids[: len(ids) - self._closing])
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=self._special))
+
+    def _prefix(self) -> int:
+        """Return the id that stands for an empty context: BOS, else EOS."""
+        for token in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        raise SlimError(
+            "an empty context needs a BOS or EOS token, and the tokenizer has neither",
+            "give every question some context",
+        )
