@@ -23,6 +23,7 @@ _HEADS = ("lm_head", "output", "head", "embed_out")
 _EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "word_embeddings", "embedding")
 _WRAPPERS = ("language_model", "text_model")
 _BODIES = ("model", "transformer", "backbone", "gpt_neox")
+GATED_MLP = ("gate_proj", "up_proj", "down_proj")
 CPU_ATTENTION = 0.26  # measured: bench/LOG.md
 LINEAR_TYPES = (nn.Linear, nn.QuantizedLinear)
 

@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_slim.artifacts import atomic_folder, check_output
 from mlx_slim.errors import SlimError
+from mlx_slim.models.activations import use_fast_swiglu
 from mlx_slim.models.gguf import import_gguf
 from mlx_slim.models.load import cast, load
 from mlx_slim.models.logits import kl_divergence
@@ -127,6 +128,7 @@ def _write(
         model, tokenizer, config = imported.model, imported.tokenizer, imported.config
         notes, code_from = list(imported.notes), None
         use_fast_matmul(model)
+        use_fast_swiglu(model)
     else:
         loaded = load(source, revision=revision, trust_remote_code=trust)
         model, tokenizer, config = loaded.model, loaded.tokenizer, loaded.config

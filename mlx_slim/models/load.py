@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_slim.artifacts import read_json
 from mlx_slim.errors import SlimError
+from mlx_slim.models.activations import use_fast_swiglu
 from mlx_slim.models.hub import resolve, resolve_config
 from mlx_slim.models.normalize import Normalized, normalize_config
 from mlx_slim.models.quantized import use_fast_matmul
@@ -84,6 +85,7 @@ def load(
     if dtype is not None:
         cast(model, dtype)
     use_fast_matmul(model)
+    use_fast_swiglu(model)
     try:
         mx.eval(model.parameters())
     except RuntimeError as error:

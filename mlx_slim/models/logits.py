@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from mlx_slim.models.activations import exp
 from mlx_slim.runtime import on_gpu
 
 
@@ -25,7 +26,7 @@ def logsumexp(logits_NV: mx.array) -> mx.array:
     """Return log Σ exp of each row (N, 1), float32, differentiable."""
     logits_NV = logits_NV.astype(mx.float32)
     peak_N1 = mx.stop_gradient(logits_NV.max(axis=-1, keepdims=True))
-    return mx.log(row_sums(mx.exp(logits_NV - peak_N1))) + peak_N1
+    return mx.log(row_sums(exp(logits_NV - peak_N1))) + peak_N1
 
 
 def token_nll(logits_NV: mx.array, targets_N: mx.array) -> mx.array:

@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_slim.adapters.lora import draw_key, dropout_from
+from mlx_slim.models.activations import exp
 from mlx_slim.models.anatomy import Head
 from mlx_slim.models.logits import row_sums, token_nll
 from mlx_slim.models.quantized import dequantize_weight
@@ -43,7 +44,7 @@ def _nll_and_gradient(
     logits_CV = _logits(hidden_CD, weight_VD, bias_V)
     target_C1 = mx.take_along_axis(logits_CV, targets_C[:, None], axis=-1)
     peak_C1 = logits_CV.max(axis=-1, keepdims=True)
-    exp_CV = mx.exp(logits_CV - peak_C1)
+    exp_CV = exp(logits_CV - peak_C1)
     total_C1 = row_sums(exp_CV)
     nll = (mx.log(total_C1) + peak_C1 - target_C1).sum()
     share_CV = exp_CV.astype(weight_VD.dtype)

@@ -1,0 +1,105 @@
+"""The gated activation of llama-like blocks, three times as fast on a CPU.
+
+MLX evaluates an exponential in 15-20 ns on a CPU and a power of two in 6; SwiGLU is one exponential
+an element and was a third of a forward pass beside the matmuls. ``use_fast_swiglu`` gives each
+gated MLP a forward through ``exp``. Invariant: parameters, attributes and base classes stay, and a
+class is changed only after its own forward was compared on real weights. Nothing changes on a GPU.
+Try it: ``mlx-slim bench train MODEL``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_slim.models.anatomy import GATED_MLP
+from mlx_slim.runtime import number, on_gpu
+
+_LOG2_E = 1.4426950408889634
+
+
+def exp(x: mx.array) -> mx.array:
+    """Return e^x of float32 ``x``, to 1e-6 relative; on a CPU as a power of two.
+
+    Do not differentiate where ``x`` may exceed 88: infinity times zero is no gradient.
+    """
+    return mx.exp(x) if on_gpu() else mx.power(2.0, x * _LOG2_E)
+
+
+def _sigmoid(x: mx.array) -> mx.array:
+    return 1.0 / (1.0 + exp(-x))
+
+
+@mx.custom_function
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """Return gate · sigmoid(gate) · up, computed in float32, in the dtype of ``gate``."""
+    gate32 = gate.astype(mx.float32)
+    return (gate32 * _sigmoid(gate32) * up.astype(mx.float32)).astype(gate.dtype)
+
+
+@swiglu.vjp
+def _swiglu_vjp(
+    primals: list[mx.array], cotangent: mx.array, _output: mx.array
+) -> tuple[mx.array, mx.array]:
+    gate, up = (value.astype(mx.float32) for value in primals)
+    share = _sigmoid(gate)
+    silu = gate * share
+    slope = share + silu * (1.0 - share)
+    return (
+        (cotangent * up * slope).astype(primals[0].dtype),
+        (cotangent * silu).astype(primals[1].dtype),
+    )
+
+
+def _forward(self: Any, x: mx.array) -> mx.array:
+    gate, up, down = (getattr(self, name) for name in GATED_MLP)
+    return down(cast(Any, swiglu)(gate(x), up(x)))
+
+
+def use_fast_swiglu(model: nn.Module) -> int:
+    """Give every gated MLP of ``model`` the CPU forward, in place; nothing on a GPU.
+
+    Returns:
+        The number of modules changed (0 on a GPU, and on a second call).
+    """
+    if on_gpu():
+        return 0
+    fast: dict[type, type | None] = {}
+    changed = 0
+    for module in model.modules():
+        kind = type(module)
+        if not all(name in module for name in GATED_MLP) or getattr(kind, "fast_swiglu", False):
+            continue
+        if kind not in fast:
+            fast[kind] = _fast_class(module)
+        faster = fast[kind]
+        if faster is not None:
+            module.__class__ = faster
+            changed += 1
+    return changed
+
+
+def _fast_class(module: nn.Module) -> type | None:
+    """Return a subclass of the class of ``module`` with our forward, if it computes the same."""
+    gate = getattr(module, GATED_MLP[0])
+    width = gate["weight"].shape[-1]
+    if "scales" in gate:
+        width = gate["scales"].shape[-1] * gate.group_size
+    x = mx.random.normal((2, width), key=mx.random.key(0))
+    # Wide enough to tell SiLU from GELU: both are x / 2 near zero.
+    x = x * (4.0 / max(number(mx.abs(gate(x)).max()), 1e-6))
+    try:
+        expected, ours = cast(Any, module)(x), _forward(module, x)
+    except (TypeError, ValueError, AttributeError):  # wants more than one input
+        return None
+    if expected.shape != ours.shape:
+        return None
+    difference = mx.abs(expected.astype(mx.float32) - ours.astype(mx.float32)).max()
+    scale = number(mx.abs(expected.astype(mx.float32)).max())
+    tolerance = 1e-4 if expected.dtype == mx.float32 else 2e-2
+    if not number(difference) <= tolerance * scale:
+        return None
+    kind = type(module)
+    return type(f"Fast{kind.__name__}", (kind,), {"__call__": _forward, "fast_swiglu": True})
