@@ -114,12 +114,14 @@ class SourceConfig(Section):
         weight: How often its rows come in an epoch: 2 is twice, 0.5 a seeded half.
         format: Row schema; None takes ``data.format``.
         split: Split of a hub data set or mirror folder.
+        system: System message for its rows that bring none; None takes ``data.system``.
     """
 
     path: str
     weight: Annotated[float, Field(gt=0)] = 1.0
     format: Literal["auto", "alpaca", "chat", "completions", "text"] | None = None
     split: str = "train"
+    system: str | None = None
 
 
 class DataConfig(Section):

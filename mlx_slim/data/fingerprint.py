@@ -18,6 +18,7 @@ def source_print(source: Source, config: SourceConfig) -> dict[str, Any]:
         "format": config.format,
         "split": config.split,
         "weight": config.weight,
+        **({"system": config.system} if config.system else {}),
     }
 
 

@@ -90,7 +90,7 @@ class Pipeline:
                     raw,
                     config.format or self.config.format,
                     columns=self.config.columns,
-                    system=self.config.system,
+                    system=config.system or self.config.system,
                 )
             except Dropped as dropped:
                 ledger.drop(dropped.reason, raw)

@@ -1,0 +1,277 @@
+"""What stands beside the scores: published figures, curves, flips, failures, settings.
+
+Invariant: nothing here is chosen by its outcome: flips are the first of each kind in row order,
+every cell's curve is shown, and published figures stand beside ours only where task, shots and
+metric agree (a part of the rows is said to be one). Try it: ``mlx-slim report DIR``.
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_slim.artifacts import read_json
+from mlx_slim.compare.store import Stored, StoredCell, samples_of
+
+FLIPS = 2  # of each direction, cell and task
+TEXT = 1_200  # characters of a prompt or answer that are shown
+CURVE_POINTS = 400
+
+# Published scores in percent: source -> (task, shots, metric) -> value. Open LLM Leaderboard v1,
+# the model cards, and the 0-shot figures of the TinyLlama and SmolLM2 reports.
+PUBLISHED: dict[str, dict[tuple[str, int, str], float]] = {
+    "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T": {
+        ("arc_challenge", 25, "acc_norm"): 33.87,
+        ("hellaswag", 10, "acc_norm"): 60.31,
+        ("mmlu", 5, "acc"): 26.04,
+        ("gsm8k", 5, "strict_match"): 1.44,
+        ("hellaswag", 0, "acc_norm"): 59.20,
+        ("openbookqa", 0, "acc_norm"): 36.0,
+        ("arc_challenge", 0, "acc_norm"): 30.12,
+        ("arc_easy", 0, "acc_norm"): 55.25,
+    },
+    "microsoft/phi-2": {
+        ("arc_challenge", 25, "acc_norm"): 61.09,
+        ("hellaswag", 10, "acc_norm"): 75.11,
+        ("mmlu", 5, "acc"): 58.11,
+        ("gsm8k", 5, "strict_match"): 54.81,
+    },
+    "mistralai/Mistral-7B-v0.1": {
+        ("arc_challenge", 25, "acc_norm"): 59.98,
+        ("hellaswag", 10, "acc_norm"): 83.31,
+        ("mmlu", 5, "acc"): 64.16,
+        ("gsm8k", 5, "strict_match"): 37.83,
+    },
+    "meta-llama/Llama-2-7b-hf": {
+        ("arc_challenge", 25, "acc_norm"): 53.07,
+        ("hellaswag", 10, "acc_norm"): 78.59,
+        ("mmlu", 5, "acc"): 46.87,
+        ("gsm8k", 5, "strict_match"): 14.48,
+    },
+    "HuggingFaceTB/SmolLM2-135M-Instruct": {
+        ("hellaswag", 0, "acc_norm"): 42.99,
+        ("arc_challenge", 0, "acc_norm"): 27.73,
+    },
+}
+ROWS = {"hellaswag": 10_042, "mmlu": 14_042, "gsm8k": 1_319, "arc_easy": 2_376}
+ROWS |= {"arc_challenge": 1_172, "openbookqa": 500}
+
+
+def published(stored: Stored, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return our base scores beside published ones of the same task, shots and metric."""
+    found = []
+    for row in rows:
+        if row["kind"] != "base":
+            continue
+        model = stored.record["models"][row["model"]]
+        figures = PUBLISHED.get(model.get("known_as") or model["source"], {})
+        cell = next(cell for cell in stored.cells if cell.name == row["name"])
+        for (task, shots, metric), value in figures.items():
+            answers = cell.answers.get(task)
+            if answers is None or answers.section.get("num_fewshot") != shots:
+                continue
+            right_N = answers.right_N.get(metric)
+            if right_N is None:
+                continue
+            ours, n = float(right_N.mean()), len(right_N)
+            error = (ours * (1 - ours) / max(1, n - 1)) ** 0.5
+            found.append(
+                {
+                    "model": row["model"],
+                    "task": task,
+                    "num_fewshot": shots,
+                    "metric": metric,
+                    "published": value / 100,
+                    "ours": ours,
+                    "stderr": error,
+                    "n": n,
+                    "all_rows": n == ROWS[task],
+                    "rows": ROWS[task],
+                    "within": abs(ours - value / 100) <= 1.96 * error,
+                }
+            )
+    return found
+
+
+def curves(cell: StoredCell) -> dict[str, Any] | None:
+    """Return the training and validation loss of a cell: ``[[step, loss], …]`` each."""
+    file = cell.folder / "run" / "metrics.jsonl"
+    if not file.is_file():
+        return None
+    train: list[list[float]] = []
+    validation: list[list[float]] = []
+    with file.open(encoding="utf-8") as handle:
+        for line in handle:
+            record = json.loads(line)
+            if record["event"] == "step":
+                train.append([record["step"], record["loss"]])
+            elif record["event"] == "validation":
+                validation.append([record["step"], record["loss"]])
+    every = max(1, len(train) // CURVE_POINTS)
+    return {"cell": cell.name, "train": train[::every], "validation": validation}
+
+
+def extraction(stored: Stored) -> list[dict[str, Any]]:
+    """Return, for generated answers, in how many no number was found, and how they ended."""
+    return [
+        {
+            "cell": cell.name,
+            "task": task,
+            "n": answers.n,
+            "unextracted": answers.unextracted,
+            "stopped": answers.stopped,
+        }
+        for cell in stored.cells
+        for task, answers in cell.answers.items()
+        if answers.unextracted
+    ]
+
+
+# ------------------------------------------------------------------------------------- flips
+
+
+def flips(stored: Stored, tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return questions to read: the first that each cell gained and lost against its base."""
+    found: list[dict[str, Any]] = []
+    for task in tasks:
+        questions = _Questions(stored.folder / "questions" / f"{task['task']}.jsonl")
+        for cell in stored.cells:
+            base = next(
+                (c for c in stored.cells if c.model == cell.model and c.kind == "base"), None
+            )
+            if base is None or base is cell or cell.kind == "fused":
+                continue
+            found += _flips(base, cell, task, questions)
+    return found
+
+
+class _Questions:
+    """What was asked, by position; empty if it was not stored."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def at(self, wanted: set[int]) -> dict[int, dict[str, Any]]:
+        """Return the questions at the positions ``wanted``."""
+        if not wanted or not self.path.is_file():
+            return {}
+        rows = enumerate(islice(samples_of(self.path), max(wanted) + 1))
+        return {i: row for i, row in rows if i in wanted}
+
+
+def _flips(
+    base: StoredCell, cell: StoredCell, task: dict[str, Any], questions: _Questions
+) -> list[dict[str, Any]]:
+    name, metric = task["task"], task["metric"]
+    a, b = base.answers.get(name), cell.answers.get(name)
+    if a is None or b is None or not np.array_equal(a.doc_ids_N, b.doc_ids_N):
+        return []
+    before_N, after_N = a.right_N[metric].astype(int), b.right_N[metric].astype(int)
+    chosen = {
+        "gained": np.flatnonzero(after_N > before_N)[:FLIPS].tolist(),
+        "lost": np.flatnonzero(after_N < before_N)[:FLIPS].tolist(),
+    }
+    wanted = {index for indices in chosen.values() for index in indices}
+    asked = questions.at(wanted)
+    ours, theirs = (_records(answers.samples, wanted) for answers in (a, b))
+    return [
+        {
+            "cell": cell.name,
+            "base": base.name,
+            "task": name,
+            "direction": direction,
+            "doc_id": ours[index]["doc_id"],
+            "prompt": _cut(asked[index]["prompt"], end=True) if index in asked else None,
+            "target": _shown(ours[index]["target"], asked.get(index)),
+            "before": _answer(ours[index], asked.get(index), metric),
+            "after": _answer(theirs[index], asked.get(index), metric),
+        }
+        for direction, indices in chosen.items()
+        for index in indices
+    ]
+
+
+def _records(path: Path, wanted: set[int]) -> dict[int, dict[str, Any]]:
+    if not wanted:
+        return {}
+    rows = enumerate(islice(samples_of(path), max(wanted) + 1))
+    return {i: row for i, row in rows if i in wanted}
+
+
+def _answer(record: dict[str, Any], question: dict[str, Any] | None, metric: str) -> str:
+    """Return what a model answered: its text, or the ending that it found likeliest."""
+    if "generation" in record:
+        return _cut(record["generation"])
+    if metric == "acc_norm" and question and question.get("lengths"):
+        scores = [
+            score / max(1, length)
+            for score, length in zip(record["loglikelihoods"], question["lengths"], strict=True)
+        ]
+        return _shown(int(np.argmax(scores)), question)
+    return _shown(record["prediction"], question)
+
+
+def _shown(value: Any, question: dict[str, Any] | None) -> str:
+    """Return a choice's text for its number."""
+    choices = question.get("choices") if question else None
+    if choices and isinstance(value, int) and 0 <= value < len(choices):
+        return _cut(str(choices[value]).strip())
+    return _cut(str(value))
+
+
+def _cut(text: str, *, end: bool = False) -> str:
+    if len(text) <= TEXT:
+        return text
+    return f"… {text[-TEXT:]}" if end else f"{text[:TEXT]} …"
+
+
+# ------------------------------------------------------------------------------------- settings
+
+
+def differences(stored: Stored) -> dict[str, Any]:
+    """Return what all tuned cells have in common and what each has of its own, by recipe key."""
+    flat = {
+        cell.name: _flat(cell.manifest["recipe"]) for cell in stored.cells if cell.kind == "tuned"
+    }
+    if not flat:
+        return {"common": {}, "own": {}}
+    keys = list(dict.fromkeys(key for values in flat.values() for key in values))
+    first = next(iter(flat.values()))
+    same = {key for key in keys if all(v.get(key) == first.get(key) for v in flat.values())}
+    return {
+        "common": {key: first.get(key) for key in keys if key in same},
+        "own": {
+            key: {name: values.get(key) for name, values in flat.items()}
+            for key in keys
+            if key not in same
+        },
+    }
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            found |= _flat(value, f"{prefix}{key}.")
+        elif key != "report_to":
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def machine_of(stored: Stored) -> dict[str, Any]:
+    """Return provenance: the matrix's own, and a line for each cell made elsewhere."""
+    own = stored.record["provenance"]
+    others = [
+        cell.name for cell in stored.cells if cell.manifest.get("provenance") not in (None, own)
+    ]
+    return {**own, "cells_made_elsewhere": others}
+
+
+def ledger(cell: StoredCell) -> dict[str, Any] | None:
+    """Return rows given, used, cut and dropped by a cell's training."""
+    file = cell.folder / "run" / "data_ledger.json"
+    return read_json(file)["totals"] if file.is_file() else None

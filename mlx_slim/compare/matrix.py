@@ -1,0 +1,327 @@
+"""The matrix of experiments: models × methods × tasks, as a file says them.
+
+Invariant: all cells share one data set, template, order and truncation (``recipe.data`` stands in
+one place, and a model or method that changes it is refused); a cell that cannot be made is named
+with its reason, and the others stay. Try it: ``mlx-slim compare matrix-tiny --dry-run``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from mlx_slim.config import library
+from mlx_slim.config.load import Resolved, checked, from_layers, read_layers
+from mlx_slim.config.schema import PositiveInt, Section
+from mlx_slim.errors import SlimError, did_you_mean
+
+Kind = Literal["base", "quantized", "tuned", "fused"]
+Rate = Annotated[float, Field(gt=0, lt=10)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class ModelEntry(Section):
+    """A model of the matrix.
+
+    Attributes:
+        source: Hub id, folder, ``.gguf`` file, or the package that carries SmolLM2.
+        revision: Commit or tag of a hub model.
+        recipe: Recipe keys for this model alone, such as ``train.batch_tokens``.
+        methods: Which methods; None is all of them.
+    """
+
+    source: str
+    revision: str | None = None
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    methods: list[str] | None = None
+
+
+class MethodEntry(Section):
+    """A method: a way to make a cell out of a model.
+
+    Attributes:
+        kind: ``base`` (as it is), ``quantized`` (rounded, untrained), ``tuned`` (a recipe), or
+            ``fused`` (the adapters of ``of`` merged, the model dequantized).
+        extends: Shipped recipe or part that a tuned method starts from.
+        recipe: Recipe keys for this method alone.
+        learning_rates: Tried on validation loss, when there are several; the best one is used.
+        of: The tuned method that a fused one merges.
+    """
+
+    kind: Kind = "tuned"
+    extends: str | None = None
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    learning_rates: list[Rate] = Field(default_factory=list)
+    of: str | None = None
+
+
+class TaskEntry(Section):
+    """A task: ``limit`` questions of it (None: all), ``num_fewshot`` examples (None: its own)."""
+
+    task: str
+    limit: PositiveInt | None = None
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+
+
+class SweepEntry(Section):
+    """The learning-rate sweep: ``steps`` of each candidate (None: a whole run), one ``seed``."""
+
+    steps: PositiveInt | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class HeldOutEntry(Section):
+    """Text to measure forgetting on: the first ``rows`` of a text file, JSON lines or a task."""
+
+    path: str | None = None
+    task: str | None = None
+    rows: PositiveInt | None = None
+
+
+class OmitEntry(Section):
+    """A cell that is left out on purpose, and why."""
+
+    model: str
+    method: str
+    why: str
+
+
+class Matrix(Section):
+    """A whole comparison.
+
+    Attributes:
+        title: Of the report.
+        note: A sentence or two under the title: what the reader should know of the setting.
+        recipe: Recipe keys that all cells share; ``recipe.data`` stands here only.
+        models: Name -> model.
+        methods: Name -> method, in the order of the tables.
+        tasks: What every cell is scored on.
+        seeds: Each tuned cell is trained once with each.
+        sweep: How learning rates are chosen.
+        held_out: Text for forgetting; None leaves it out.
+        omit: Cells left out on purpose.
+        intruders: Count intruder dimensions of tuned cells.
+        budget: Memory a cell may use; one that is predicted to need more is omitted.
+    """
+
+    title: str
+    note: str = ""
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    models: Annotated[dict[str, ModelEntry], Field(min_length=1)]
+    methods: Annotated[dict[str, MethodEntry], Field(min_length=1)]
+    tasks: Annotated[list[TaskEntry], Field(min_length=1)]
+    seeds: list[Seed] = Field(default_factory=lambda: [0], min_length=1)
+    sweep: SweepEntry = SweepEntry()
+    held_out: HeldOutEntry | None = None
+    omit: list[OmitEntry] = Field(default_factory=list)
+    intruders: bool = True
+    budget: str | PositiveInt = "auto"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One experiment.
+
+    Attributes:
+        name: Its folder's name.
+        model: Key of ``Matrix.models``.
+        method: Key of ``Matrix.methods``.
+        kind: Of the method.
+        seed: Of training; None where nothing is trained.
+        recipe: Of tuned cells, and what ``quantized`` ones are quantized with. The model is its
+            source still: preparing replaces it by a folder.
+        rates: Learning rates to choose from; empty where the recipe's own holds.
+        parent: The cell whose adapters a fused one merges.
+    """
+
+    name: str
+    model: str
+    method: str
+    kind: Kind
+    seed: int | None
+    recipe: Resolved
+    rates: tuple[float, ...] = ()
+    parent: str | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The cells of a matrix in the order to run them, and those that cannot be.
+
+    Attributes:
+        matrix: As read.
+        name: Of the file.
+        cells: A parent stands before its children.
+        omitted: (model, method, why): left out on purpose.
+        refused: (cell, why): wrong in the file; the others go on.
+    """
+
+    matrix: Matrix
+    name: str
+    cells: list[Cell]
+    omitted: list[tuple[str, str, str]] = field(default_factory=list)
+    refused: list[tuple[str, str]] = field(default_factory=list)
+
+
+def load_matrix(
+    name_or_path: str, overrides: Sequence[str] = (), *, limit: int | None = None
+) -> Layout:
+    """Return the cells that a file asks for.
+
+    Args:
+        name_or_path: A shipped matrix's name, or the path of a ``.yaml`` file.
+        overrides: Dotted assignments: ``recipe.train.steps=2``, ``seeds=[0]``.
+        limit: Questions of each task at most, for trying.
+
+    Raises:
+        SlimError: If the file cannot be read, or has wrong keys or values.
+    """
+    text = str(name_or_path)
+    values, origins, file, problems = read_layers(text, overrides, Matrix, "matrices")
+    matrix = checked(Matrix, values, origins, problems, f"matrix {text}")
+    if limit is not None:
+        tasks = [t.model_copy(update={"limit": min(limit, t.limit or limit)}) for t in matrix.tasks]
+        matrix = matrix.model_copy(update={"tasks": tasks})
+    _check(matrix, text)
+    return _expand(matrix, file.stem)
+
+
+def _check(matrix: Matrix, text: str) -> None:
+    """Refuse what concerns the whole matrix: names, data in two places, a task asked twice."""
+    problems = [
+        f"{what}.{name}: a name has letters, digits, '.', '_' and '-' only"
+        for what in ("models", "methods")
+        for name in getattr(matrix, what)
+        if not _NAME.fullmatch(name)
+    ]
+    for what in ("models", "methods"):
+        problems += [
+            f"{what}.{name}.recipe.data: all cells share one data set; set recipe.data instead"
+            for name, entry in getattr(matrix, what).items()
+            if "data" in entry.recipe
+        ]
+    tasks = [entry.task for entry in matrix.tasks]
+    problems += [
+        f"tasks: {t} is asked for twice" for t in dict.fromkeys(tasks) if tasks.count(t) > 1
+    ]
+    for entry in matrix.omit:
+        for key, known in (("model", matrix.models), ("method", matrix.methods)):
+            if (name := getattr(entry, key)) not in known:
+                problems.append(f"omit: no {key} {name!r}: {did_you_mean(name, known)}")
+    if len(problems) == 1:
+        raise SlimError(f"matrix {text}: {problems[0]}")
+    if problems:
+        raise SlimError(f"matrix {text}: {len(problems)} problems", details=problems)
+
+
+def _expand(matrix: Matrix, name: str) -> Layout:
+    layout = Layout(matrix, name, [])
+    skipped = {(entry.model, entry.method): entry.why for entry in matrix.omit}
+    for model, entry in matrix.models.items():
+        wanted = list(matrix.methods) if entry.methods is None else entry.methods
+        for method in dict.fromkeys(wanted):
+            if method not in matrix.methods:
+                hint = did_you_mean(method, matrix.methods)
+                layout.refused.append((f"{model}-{method}", f"no method {method!r}: {hint}"))
+            elif (model, method) in skipped:
+                layout.omitted.append((model, method, skipped[model, method]))
+            else:
+                _add(layout, model, method)
+    return layout
+
+
+def _add(layout: Layout, model: str, method: str) -> None:
+    """Add the cells of a model and a method: one a seed, or one."""
+    matrix, entry = layout.matrix, layout.matrix.methods[method]
+    for seed in matrix.seeds if entry.kind in ("tuned", "fused") else [None]:
+        name = f"{model}-{method}" + ("" if seed is None else f"-s{seed}")
+        if any(cell.name == name for cell in layout.cells):
+            layout.refused.append((name, "two cells have this name: rename a model or a method"))
+            continue
+        try:
+            layout.cells.append(_cell(layout, model, method, seed, name))
+        except SlimError as error:
+            why = "; ".join([error.message, *error.details])
+            layout.refused.append((name, why + (f" ({error.hint})" if error.hint else "")))
+
+
+def _cell(layout: Layout, model: str, method: str, seed: int | None, name: str) -> Cell:
+    matrix, entry = layout.matrix, layout.matrix.methods[method]
+    parent = None
+    if entry.kind == "fused":
+        tuned = {cell.method: cell for cell in layout.cells if cell.model == model}
+        if entry.of is None or matrix.methods.get(entry.of) is None:
+            known = [key for key, other in matrix.methods.items() if other.kind == "tuned"]
+            hint = did_you_mean(entry.of or "", known)
+            raise SlimError(f"methods.{method}.of is {entry.of!r}, no tuned method", hint)
+        parent = f"{model}-{entry.of}-s{seed}"
+        if entry.of not in tuned or tuned[entry.of].kind != "tuned":
+            raise SlimError(f"there is no cell {parent} to fuse")
+        if tuned[entry.of].recipe.recipe.method == "full":
+            raise SlimError(f"{parent} is tuned in full: it has no adapters to fuse")
+    recipe = cell_recipe(matrix, model, method, seed, name)
+    rates = tuple(dict.fromkeys(entry.learning_rates)) if entry.kind == "tuned" else ()
+    return Cell(name, model, method, entry.kind, seed, recipe, rates, parent)
+
+
+def cell_recipe(
+    matrix: Matrix,
+    model: str,
+    method: str,
+    seed: int | None,
+    name: str,
+    changes: dict[str, Any] | None = None,
+) -> Resolved:
+    """Return the recipe of a cell: method's part, what all share, the method, the model, the seed.
+
+    Args:
+        matrix: The matrix.
+        model: Key of its models.
+        method: Key of its methods.
+        seed: Of training, None where nothing is trained.
+        name: Of the recipe.
+        changes: Laid over everything, such as the chosen learning rate.
+
+    Raises:
+        SlimError: If a key or value is wrong.
+    """
+    entry, way = matrix.models[model], matrix.methods[method]
+    layers: list[tuple[dict[str, Any] | str, str]] = []
+    if way.extends is not None:
+        layers.append((way.extends, way.extends))
+    layers.append((located(matrix.recipe), "recipe"))
+    layers.append((way.recipe, f"methods.{method}.recipe"))
+    layers.append((entry.recipe, f"models.{model}.recipe"))
+    layers.append(({"model": entry.source, "revision": entry.revision}, f"models.{model}"))
+    if seed is not None:
+        layers.append(({"train": {"seed": seed}}, "seeds"))
+    if len(way.learning_rates) == 1:
+        rate = {"train": {"learning_rate": way.learning_rates[0]}}
+        layers.append((rate, f"methods.{method}.learning_rates"))
+    if changes:
+        layers.append((changes, "compare"))
+    return from_layers(layers, name)
+
+
+def located(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return recipe values with ``evals/…`` data paths pointing at the shipped files."""
+    data = recipe.get("data")
+    if not isinstance(data, dict):
+        return recipe
+
+    def place(path: Any) -> Any:
+        if isinstance(path, list):
+            return [
+                {**item, "path": place(item.get("path"))} if isinstance(item, dict) else item
+                for item in path
+            ]
+        shipped = isinstance(path, str) and path.startswith("evals/") and not Path(path).exists()
+        return str(library.folder("evals").parent / path) if shipped else path
+
+    return {**recipe, "data": {**data, "path": place(data.get("path", "tatsu-lab/alpaca"))}}

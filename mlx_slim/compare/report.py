@@ -1,0 +1,284 @@
+"""One page that shows a matrix and its evidence; the same in Markdown and as JSON.
+
+Invariant: everything is made from what is stored, by one function (``build``), and the three files
+are three views of its result; the page needs no network and no script, and every text that a model
+or a data set wrote is escaped. Try it: ``mlx-slim report DIR``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from mlx_slim.artifacts import SCHEMA_VERSION, write_json, write_text
+from mlx_slim.compare import evidence, plots, store, tables
+from mlx_slim.errors import SlimError
+from mlx_slim.runtime import human_bytes, human_seconds
+
+FEW = 30  # cells that a plot names one by one
+_TEMPLATES = Path(__file__).with_name("templates")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written.
+
+    Attributes:
+        folder: Of the matrix.
+        results: ``results.json``.
+    """
+
+    folder: Path
+    results: dict[str, Any]
+
+    @property
+    def page(self) -> Path:
+        """``report.html``."""
+        return self.folder / "report.html"
+
+
+def report(folder: Path) -> Report:
+    """Write ``results.json``, ``report.md`` and ``report.html`` from what is stored.
+
+    Raises:
+        SlimError: If the folder holds no matrix, or none of its cells is complete.
+    """
+    stored = store.load(folder)
+    if not stored.cells:
+        reasons = [f"{name}: {why}" for name, why in stored.failed]
+        raise SlimError(f"{folder} has no complete cell to report", details=reasons)
+    results = build(stored)
+    write_json(folder / "results.json", results)
+    curves = [curve for cell in stored.cells if (curve := evidence.curves(cell))]
+    values = {**results, "plots": drawings(results, curves)}
+    environment = _environment()
+    write_text(folder / "report.md", environment.get_template("report.md.j2").render(values))
+    write_text(folder / "report.html", environment.get_template("report.html.j2").render(values))
+    return Report(folder, results)
+
+
+def build(stored: store.Stored) -> dict[str, Any]:
+    """Return everything that the report says, as one JSON object."""
+    tasks = tables.tasks_of(stored)
+    rows = [tables.row_of(cell, tasks) for cell in stored.cells]
+    found, notes = tables.contrasts(stored, tasks)
+    record = stored.record
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "title": record["title"],
+        "note": record.get("note", ""),
+        "headline": tables.headline(rows, found, tasks),
+        "models": record["models"],
+        "tasks": tasks,
+        "rows": rows,
+        "seeds": tables.seeds_of(rows, tasks),
+        "contrasts": found,
+        "notes": notes,
+        "published": evidence.published(stored, rows),
+        "sweeps": stored.sweeps,
+        "held_out": record.get("held_out"),
+        "extraction": evidence.extraction(stored),
+        "flips": evidence.flips(stored, tasks),
+        "settings": evidence.differences(stored),
+        "ledgers": {cell.name: lines for cell in stored.cells if (lines := evidence.ledger(cell))},
+        "omitted": record["omitted"],
+        "failed": [{"cell": name, "why": why} for name, why in stored.failed],
+        "code": record.get("code"),
+        "provenance": evidence.machine_of(stored),
+    }
+
+
+# ------------------------------------------------------------------------------------- drawings
+
+
+def drawings(results: dict[str, Any], curves: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the plots of the page: name -> SVG, ``losses`` a list of (model, SVG)."""
+    rows = results["rows"]
+    series = _series(rows)
+    label = _labels(rows)
+    named = [{**row, "label": label[row["name"]], "series": series(row)} for row in rows]
+    trained = [row for row in named if row["train"]]
+    made: dict[str, Any] = {"pareto": _paretos(named, trained)}
+    of_cell = {row["name"]: row for row in named}
+    made["losses"] = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = [
+            {**curve, "label": of_cell[curve["cell"]]["label"], "series": i}
+            for i, curve in enumerate(c for c in curves if of_cell[c["cell"]]["model"] == model)
+        ]
+        if own and sum(len(curve["train"]) for curve in own):
+            made["losses"].append((model, plots.losses(own, model)))
+    memory = [
+        {**row, "predicted": predicted, "measured": row["train"]["peak_memory_bytes"]}
+        for row in trained
+        if (predicted := row["train"].get("predicted_peak_bytes"))
+    ]
+    made["memory"] = _predicted(memory, "memory", "peak memory of training, GB", 1e9)
+    time = [
+        {**row, "predicted": predicted / 60, "measured": row["train"]["seconds"] / 60}
+        for row in trained
+        if (predicted := row["train"].get("predicted_seconds"))
+    ]
+    made["time"] = _predicted(time, "time", "training time, minutes", 1)
+    made["forgetting"] = _forgetting(named)
+    made["forest"] = _forest(results, named)
+    return {key: _markup(value) for key, value in made.items()}
+
+
+def _markup(value: Any) -> Any:
+    if isinstance(value, list):
+        return [(name, Markup(svg)) for name, svg in value]
+    return Markup(value) if value else None
+
+
+def _labels(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Return a short name for each cell: what all have in common is left out."""
+    models = {row["model"] for row in rows}
+    seeds = {row["seed"] for row in rows if row["seed"] is not None}
+    return {
+        row["name"]: " ".join(
+            part
+            for part in (
+                row["model"] if len(models) > 1 else "",
+                row["method"],
+                f"s{row['seed']}" if len(seeds) > 1 and row["seed"] is not None else "",
+            )
+            if part
+        )
+        for row in rows
+    }
+
+
+def _series(rows: list[dict[str, Any]]) -> Callable[[dict[str, Any]], int]:
+    """Return the color of a row: by method for one model, else by model."""
+    key = "model" if len({row["model"] for row in rows}) > 1 else "method"
+    order = list(dict.fromkeys(row[key] for row in rows))
+    return lambda row: order.index(row[key])
+
+
+def _paretos(named: list[dict[str, Any]], trained: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    one = len({row["model"] for row in named}) == 1
+    lines = [
+        {"y": row["mean"], "label": row["label"]}
+        for row in named
+        if one and row["kind"] in ("base", "quantized") and row["mean"] is not None
+    ]
+
+    def points(rows: list[dict[str, Any]], x: Callable[[dict[str, Any]], float]) -> list[dict]:
+        return [
+            {"x": x(row), "y": row["mean"], "label": row["label"], "series": row["series"]}
+            for row in rows
+            if row["mean"] is not None
+        ]
+
+    found = []
+    if trained:
+        peak = points(trained, lambda row: row["train"]["peak_memory_bytes"])
+        axis = {"name": "memory", "label": "peak memory of training, GB", "unit": 1e9, "less": True}
+        found.append(("Score against memory", plots.pareto(peak, lines, axis)))
+        speed = points(trained, lambda row: row["train"]["tokens_per_second"])
+        axis = {"name": "speed", "label": "tokens/s in training", "unit": 1, "less": False}
+        found.append(("Score against speed", plots.pareto(speed, lines, axis)))
+    stored = points([row for row in named if row["disk"]], lambda row: sum(row["disk"].values()))
+    if stored:
+        axis = {"name": "disk", "label": "model and adapter on disk, MB", "unit": 1e6, "less": True}
+        found.append(("Score against size", plots.pareto(stored, [], axis)))
+    return found
+
+
+def _predicted(rows: list[dict[str, Any]], name: str, label: str, unit: float) -> str | None:
+    if not rows:
+        return None
+    if len(rows) > FEW:
+        return plots.agreement(rows, name, label, unit)
+    return plots.dumbbells(rows, name, label, unit)
+
+
+def _forgetting(named: list[dict[str, Any]]) -> str | None:
+    rows = [{**row, "value": row["bits_per_byte"]} for row in named if row["bits_per_byte"]]
+    if not rows or len(rows) > FEW:
+        return None
+    bases = [row for row in rows if row["kind"] == "base"]
+    level = bases[0]["value"] if len(bases) == 1 else None
+    return plots.dots(rows, "forgetting", "bits per byte of held-out text (less is better)", level)
+
+
+def _forest(results: dict[str, Any], named: list[dict[str, Any]]) -> str | None:
+    against = {
+        (row["second"], row["task"]): row
+        for row in results["contrasts"]
+        if row["why"] == "against the base"
+    }
+    rows = [row for row in named if any(second == row["name"] for second, _ in against)]
+    if not rows or len(rows) > FEW:
+        return None
+    panels = []
+    for task in results["tasks"]:
+        lines: list[dict[str, Any] | None] = []
+        for row in rows:
+            found = against.get((row["name"], task["task"]))
+            lines.append(
+                found
+                and {
+                    "delta": found["delta"],
+                    "low": found["interval"][0],
+                    "high": found["interval"][1],
+                    "series": row["series"],
+                    "sure": found["p_holm"] < 0.05,
+                }
+            )
+        panels.append({"task": task["task"], "rows": lines})
+    return plots.forest(panels, [row["label"] for row in rows])
+
+
+# ------------------------------------------------------------------------------------- words
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=lambda name: bool(name and name.endswith(".html.j2")),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        points=_points,
+        signed=lambda value: f"{100 * value:+.1f}".replace("-", "−"),
+        p=_p,
+        bytes=lambda size: human_bytes(size).replace(" ", "\u00a0"),
+        duration=human_seconds,
+        rate=lambda value: f"{value:.1e}".replace("e-0", "e-").replace(".0e", "e"),
+        count=lambda value: f"{value:,}",
+        cell=lambda text: " ".join(str(text).split()).replace("|", "\\|"),
+    )
+    environment.globals["css"] = Markup((_TEMPLATES / "report.css").read_text(encoding="utf-8"))
+    environment.globals["contrast_of"] = _contrast_of
+    return environment
+
+
+def _points(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def _p(value: float) -> str:
+    if value < 0.001:
+        return "p < .001"
+    return "p = 1" if value > 0.995 else f"p = {value:.3f}".replace("0.", ".")
+
+
+def _contrast_of(contrasts: list[dict[str, Any]], name: str, task: str) -> dict[str, Any] | None:
+    """Return a cell's comparison with its base."""
+    return next(
+        (
+            row
+            for row in contrasts
+            if row["second"] == name and row["task"] == task and row["why"] == "against the base"
+        ),
+        None,
+    )

@@ -1,0 +1,235 @@
+"""What a matrix leaves on disk, read back: manifests, results, and one bit a question.
+
+Invariant: a cell counts only with its manifest, which is written last; every vector of right and
+wrong answers comes from the stored per-question files, so every published number can be made again.
+A file that cannot be used costs its own cell, with one line. Try it: ``mlx-slim report DIR``.
+
+Folder: ``matrix.json``, ``questions/<task>.jsonl`` (what was asked), ``cells/<name>/cell.json``
+(the manifest) with ``run/`` (training) and ``eval/<task>/`` (scores), ``sweeps/<model>-<method>/``
+(``sweep.json``), ``failed/<name>.json`` (why a cell is missing).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_slim.artifacts import SCHEMA_VERSION, read_json
+from mlx_slim.errors import SlimError
+
+MANIFEST = "cell.json"
+MATRIX_FILE = "matrix.json"
+FIRST_METRICS = ("acc_norm", "acc", "strict_match", "exact_match")
+
+
+@dataclass
+class Answers:
+    """One cell's answers to one task.
+
+    Attributes:
+        section: The task's part of ``results.json``.
+        samples: The per-question file.
+        doc_ids_N: Row numbers.
+        right_N: metric -> 0/1 for each question.
+        subjects_N: Index into ``subjects``; None for a task without parts.
+        subjects: Names of the parts.
+        unextracted: Generations in which a filter found no answer, by filter.
+        stopped: How generations ended, counted.
+    """
+
+    section: dict[str, Any]
+    samples: Path
+    doc_ids_N: np.ndarray
+    right_N: dict[str, np.ndarray]
+    subjects_N: np.ndarray | None = None
+    subjects: list[str] = field(default_factory=list)
+    unextracted: dict[str, int] = field(default_factory=dict)
+    stopped: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def n(self) -> int:
+        """Questions."""
+        return len(self.doc_ids_N)
+
+
+@dataclass
+class StoredCell:
+    """A complete cell: its manifest and its answers by task."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    answers: dict[str, Answers] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Of the cell."""
+        return self.manifest["name"]
+
+    def __getattr__(self, key: str) -> Any:
+        """Return ``model``, ``method``, ``kind`` or ``seed`` of the manifest."""
+        if key in ("model", "method", "kind", "seed"):
+            return self.manifest[key]
+        raise AttributeError(key)
+
+
+@dataclass
+class Stored:
+    """A matrix on disk.
+
+    Attributes:
+        folder: Of the matrix.
+        record: ``matrix.json``.
+        cells: Complete ones, in the order of the matrix.
+        failed: (cell, one line) of the others.
+        sweeps: ``sweep.json`` of each sweep.
+    """
+
+    folder: Path
+    record: dict[str, Any]
+    cells: list[StoredCell]
+    failed: list[tuple[str, str]]
+    sweeps: list[dict[str, Any]]
+
+
+def first_metric(metrics: Any) -> str:
+    """Return the metric that stands for a task."""
+    return next((name for name in FIRST_METRICS if name in metrics), next(iter(metrics)))
+
+
+def load(folder: Path) -> Stored:
+    """Read a matrix folder.
+
+    Raises:
+        SlimError: If it is none, or was made by another version of mlx-slim's format.
+    """
+    file = folder / MATRIX_FILE
+    if not file.is_file():
+        raise SlimError(f"{folder} holds no {MATRIX_FILE}", "give the folder of mlx-slim compare")
+    record = read_json(file)
+    version = record.get("schema_version") if isinstance(record, dict) else None
+    if version != SCHEMA_VERSION:
+        raise SlimError(
+            f"{file} has schema_version {version!r}, this mlx-slim reads {SCHEMA_VERSION}",
+            "report it with the version that made it, or run the matrix again",
+        )
+    stored = Stored(folder, record, [], [(name, why) for name, why in record["refused"]], [])
+    for name in record["cells"]:
+        cell = _cell_or_why(folder, name)
+        if isinstance(cell, str):
+            stored.failed.append((name, cell))
+        else:
+            stored.cells.append(cell)
+    for path in sorted(folder.glob("sweeps/*/sweep.json")):
+        sweep = read_json(path)
+        if sweep.get("schema_version") == SCHEMA_VERSION:
+            stored.sweeps.append(sweep)
+    return stored
+
+
+def _cell_or_why(folder: Path, name: str) -> StoredCell | str:
+    """Return a cell, or in one line why there is none."""
+    try:
+        return load_cell(folder / "cells" / name)
+    except SlimError as error:
+        file = folder / "failed" / f"{name}.json"
+        if file.is_file() and not (folder / "cells" / name / MANIFEST).exists():
+            return str(read_json(file)["reason"])
+        return error.message
+
+
+def load_cell(folder: Path) -> StoredCell:
+    """Read one cell: its manifest and every answer.
+
+    Raises:
+        SlimError: If it is not complete, is damaged, or was made by another version.
+    """
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise SlimError("not run")
+    manifest = read_json(file)
+    version = manifest.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise SlimError(f"made by another version (schema {version!r}, not {SCHEMA_VERSION})")
+    cell = StoredCell(folder, manifest)
+    for task in manifest["tasks"]:
+        cell.answers[task] = load_answers(folder / "eval" / task, task)
+    return cell
+
+
+def task_section(out: Path, task: str) -> dict[str, Any]:
+    """Return a task's part of ``results.json``.
+
+    Raises:
+        SlimError: If it is missing or damaged.
+    """
+    results = read_json(out / "results.json")
+    try:
+        return results["tasks"][task]
+    except (KeyError, TypeError) as error:
+        raise SlimError(f"{out}/results.json has no task {task}") from error
+
+
+def samples_of(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a per-question file.
+
+    Raises:
+        SlimError: If it is missing, or a line is no JSON object.
+    """
+    number = 1
+    try:
+        with path.open("rb") as handle:
+            for line in handle:
+                yield json.loads(line)
+                number += 1
+    except FileNotFoundError as error:
+        raise SlimError(f"{path} is missing") from error
+    except ValueError as error:
+        raise SlimError(f"{path}, line {number} is damaged: {error}") from error
+
+
+def load_answers(out: Path, task: str) -> Answers:
+    """Read the answers of one evaluation.
+
+    Raises:
+        SlimError: If a file is missing or damaged, or holds another number of questions.
+    """
+    section = task_section(out, task)
+    path = out / f"samples_{task}.jsonl"
+    names = list(section["metrics"])
+    doc_ids: list[int] = []
+    right: dict[str, bytearray] = {}
+    subjects: dict[str, int] = {}
+    where: list[int] = []
+    unextracted: dict[str, int] = {}
+    stopped: dict[str, int] = {}
+    for record in samples_of(path):
+        if not doc_ids:
+            right = {name: bytearray() for name in names if name in record}
+            filters = [n.removesuffix("_match") for n in names if n.endswith("_match")]
+            unextracted = {name: 0 for name in filters if name in record}
+        doc_ids.append(record["doc_id"])
+        for name, column in right.items():
+            column.append(record[name])
+        if (subject := record.get("subject")) is not None:
+            where.append(subjects.setdefault(subject, len(subjects)))
+        if (reason := record.get("stop_reason")) is not None:
+            stopped[reason] = stopped.get(reason, 0) + 1
+        for name in unextracted:
+            unextracted[name] += record[name] in (None, "", "[invalid]")
+    if len(doc_ids) != section["n"]:
+        raise SlimError(f"{path} holds {len(doc_ids)} questions, results.json says {section['n']}")
+    return Answers(
+        section=section,
+        samples=path,
+        doc_ids_N=np.array(doc_ids, dtype=np.int32),
+        right_N={name: np.frombuffer(bytes(c), dtype=np.uint8) for name, c in right.items()},
+        subjects_N=np.array(where, dtype=np.int16) if where else None,
+        subjects=list(subjects),
+        unextracted=unextracted,
+        stopped=stopped,
+    )

@@ -1,0 +1,259 @@
+"""From stored answers to the numbers of the report: scores, paired differences, seeds, headline.
+
+Invariant: a score is a whole number of questions over their count; every difference is paired on
+the same questions, its p value exact (McNemar) and corrected (Holm) over all comparisons of one
+model; "equal" is never said, only how small a difference could be seen.
+Try it: ``mlx-slim report DIR``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+
+from mlx_slim.compare.store import Stored, StoredCell, first_metric
+from mlx_slim.errors import SlimError
+from mlx_slim.evaluate import stats
+
+ASKED = ("task_version", "num_fewshot", "limit", "rows_sha256", "n")
+
+
+def tasks_of(stored: Stored) -> list[dict[str, Any]]:
+    """Return what was asked, in the order of the matrix: name, metric, n, shots."""
+    found: dict[str, dict[str, Any]] = {}
+    for cell in stored.cells:
+        for name, answers in cell.answers.items():
+            section = answers.section
+            found.setdefault(
+                name,
+                {
+                    "task": name,
+                    "metric": first_metric(section["metrics"]),
+                    **{key: section.get(key) for key in ASKED},
+                },
+            )
+    order = stored.record["tasks"]
+    return sorted(found.values(), key=lambda t: order.index(t["task"]) if t["task"] in order else 0)
+
+
+def row_of(cell: StoredCell, tasks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a cell's line of the matrix table."""
+    manifest = cell.manifest
+    scores = {}
+    for task in tasks:
+        answers = cell.answers.get(task["task"])
+        if answers is None:
+            continue
+        right_N = answers.right_N[task["metric"]]
+        n, k = len(right_N), int(right_N.sum(dtype=np.int64))
+        value = k / n
+        scores[task["task"]] = {
+            "k": k,
+            "n": n,
+            "value": value,
+            "stderr": (value * (1 - value) / max(1, n - 1)) ** 0.5,
+            "metrics": answers.section["metrics"],
+            **{key: answers.section[key] for key in ("micro", "macro") if key in answers.section},
+        }
+    kept = ("name", "model", "method", "kind", "seed", "dtype", "learning_rate", "train", "disk")
+    return {
+        **{key: manifest.get(key) for key in kept},
+        "scores": scores,
+        "mean": mean(s["value"] for s in scores.values()) if scores else None,
+        "bits_per_byte": manifest.get("bits_per_byte"),
+        "eval_peak_memory_bytes": manifest.get("eval_peak_memory_bytes"),
+        "eval_seconds": manifest.get("eval_seconds"),
+        "predicted": manifest.get("predicted"),
+        "fidelity": manifest.get("fidelity"),
+        "intruders": manifest.get("intruders"),
+    }
+
+
+# ------------------------------------------------------------------------------- paired contrasts
+
+
+def pairs(cells: list[StoredCell]) -> list[tuple[StoredCell, StoredCell, str]]:
+    """Return (first, second, the question that their difference answers) of one model's cells."""
+    base = next((cell for cell in cells if cell.kind == "base"), None)
+    rounded = next((cell for cell in cells if cell.kind == "quantized"), None)
+    found: list[tuple[StoredCell, StoredCell, str]] = []
+    if base is not None:
+        found += [(base, cell, "against the base") for cell in cells if cell is not base]
+    tuned = [cell for cell in cells if cell.kind == "tuned"]
+    ways = {cell.method: cell.manifest["recipe"]["method"] for cell in tuned}
+    if rounded is not None:
+        found += [
+            (rounded, cell, "what tuning adds to the 4-bit base")
+            for cell in tuned
+            if ways[cell.method] == "qlora"
+        ]
+    middle = next((name for name, way in ways.items() if way == "lora"), next(iter(ways), None))
+    for cell in tuned:
+        if cell.method != middle:
+            found += [
+                (other, cell, "between methods")
+                for other in tuned
+                if other.method == middle and other.seed == cell.seed
+            ]
+    for cell in cells:
+        if cell.kind == "fused":
+            found += [
+                (other, cell, "what fusing costs")
+                for other in tuned
+                if other.name == cell.manifest.get("parent")
+            ]
+    return found
+
+
+def contrasts(
+    stored: Stored, tasks: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return every paired comparison, and a line for each that could not be made."""
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = []
+    for model in dict.fromkeys(cell.model for cell in stored.cells):
+        cells = [cell for cell in stored.cells if cell.model == model]
+        family: list[dict[str, Any]] = []
+        for first, second, why in pairs(cells):
+            for task in tasks:
+                try:
+                    row = contrast(first, second, task)
+                except SlimError as error:
+                    notes.append(error.message)
+                    continue
+                if row is not None:
+                    family.append({"model": model, "why": why, **row})
+        for row, p_holm in zip(family, stats.holm([r["p_value"] for r in family]), strict=True):
+            row["p_holm"] = p_holm
+            row["verdict"] = stats.verdict(row["delta"], p_holm, row["detectable"])
+            row["family"] = len(family)
+        rows += family
+    return rows, notes
+
+
+def contrast(first: StoredCell, second: StoredCell, task: dict[str, Any]) -> dict[str, Any] | None:
+    """Return one paired comparison, second minus first; None where a side was not scored.
+
+    Raises:
+        SlimError: If the two were not asked the same questions.
+    """
+    name, metric = task["task"], task["metric"]
+    a, b = first.answers.get(name), second.answers.get(name)
+    if a is None or b is None:
+        return None
+    differing = [key for key in ASKED if a.section.get(key) != b.section.get(key)]
+    if differing or not np.array_equal(a.doc_ids_N, b.doc_ids_N):
+        what = ", ".join(differing) or "row numbers"
+        raise SlimError(f"{name}: {first.name} and {second.name} are not compared: {what} differ")
+    strata = None if a.subjects_N is None else a.subjects_N
+    found = stats.paired(a.right_N[metric], b.right_N[metric], strata)
+    values = asdict(found)
+    scores = {"first_score": values.pop("first"), "second_score": values.pop("second")}
+    return {"first": first.name, "second": second.name, "task": name, **scores, **values}
+
+
+# ------------------------------------------------------------------------------------- seeds
+
+
+def seeds_of(rows: list[dict[str, Any]], tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return mean and standard deviation over seeds, of methods that ran with several."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["model"], row["method"]), []).append(row)
+    found = []
+    for (model, method), members in groups.items():
+        if len(members) < 2:
+            continue
+        values = {
+            task["task"]: [row["scores"][task["task"]]["value"] for row in members]
+            for task in tasks
+            if all(task["task"] in row["scores"] for row in members)
+        }
+        found.append(
+            {
+                "model": model,
+                "method": method,
+                "seeds": [row["seed"] for row in members],
+                "tasks": {t: {"mean": mean(v), "sd": stdev(v)} for t, v in values.items()},
+            }
+        )
+    return found
+
+
+# ------------------------------------------------------------------------------------- headline
+
+
+def headline(
+    rows: list[dict[str, Any]], found: list[dict[str, Any]], tasks: list[dict[str, Any]]
+) -> list[str]:
+    """Return the result in a few sentences."""
+    lines: list[str] = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == model]
+        several = len({row["model"] for row in rows}) > 1
+        lines += _of_model(own, f"{model}: " if several else "")
+    if found:
+        lines.append(_resolution(found, tasks))
+    return lines
+
+
+def _mean(rows: Iterable[dict[str, Any]]) -> float:
+    return mean(row["mean"] for row in rows)
+
+
+def _of_model(rows: list[dict[str, Any]], prefix: str) -> list[str]:
+    tuned = [row for row in rows if row["kind"] == "tuned" and row["mean"] is not None]
+    base = [row for row in rows if row["kind"] == "base" and row["mean"] is not None]
+    by_way: dict[str, list[dict[str, Any]]] = {}
+    for row in tuned:
+        by_way.setdefault(row["train"]["method"], []).append(row)
+    small = by_way.get("qlora")
+    large = by_way.get("full") or by_way.get("lora")
+    count = len(next(iter(rows))["scores"]) if rows else 0
+    over = f"mean of {count} tasks" if count > 1 else "score"
+    lines = []
+    if small and large:
+        other = large[0]["train"]["method"]
+        kept = _mean(small) / max(1e-9, _mean(large))
+        peaks = [mean(row["train"]["peak_memory_bytes"] for row in side) for side in (small, large)]
+        bits = small[0]["train"].get("bits")
+        lines.append(
+            f"{prefix}{f'{bits}-bit ' if bits else ''}QLoRA keeps {kept:.0%} of "
+            f"{_WAYS[other]}'s {over} ({100 * _mean(small):.1f} of {100 * _mean(large):.1f} "
+            f"points), at {peaks[0] / peaks[1]:.0%} of the memory."
+        )
+    if tuned and base:
+        best = max(by_way.items(), key=lambda item: _mean(item[1]))
+        change = _mean(best[1]) - _mean(base)
+        how = "lifts" if change > 0 else "moves"
+        lines.append(
+            f"{'' if lines else prefix}{_WAYS[best[0]]} {how} the untrained base from "
+            f"{100 * _mean(base):.1f} to {100 * _mean(best[1]):.1f}."
+        )
+    elif base and not tuned:
+        lines.append(f"{prefix}the base has {100 * _mean(base):.1f} points ({over}).")
+    return lines
+
+
+_WAYS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA", "dora": "DoRA"}
+
+
+def _resolution(found: list[dict[str, Any]], tasks: list[dict[str, Any]]) -> str:
+    """Say how small a difference could be seen, for each task."""
+    parts = []
+    for task in tasks:
+        sizes = [row["detectable"] for row in found if row["task"] == task["task"]]
+        if sizes:
+            middle = float(np.median(sizes))
+            parts.append(f"{100 * middle:.1f} points on {task['task']} (n={task['n']:,})")
+    return f"Differences under {_listed(parts)} can't be seen with so many questions."
+
+
+def _listed(parts: list[str]) -> str:
+    if len(parts) < 2:
+        return "".join(parts)
+    return f"{', '.join(parts[:-1])} and {parts[-1]}"
