@@ -56,6 +56,7 @@ class Scorer:
     Attributes:
         tokens_computed: Positions that went through the model so far, padding included.
         tokens_minimum: The fewest possible for the same requests: every distinct prefix once.
+        tokens_root: Those of both that roots took.
         notes: What the user should know, such as why prefixes cannot be shared.
     """
 
@@ -64,7 +65,7 @@ class Scorer:
     ) -> None:
         self.batch_tokens = batch_tokens or (4096 if on_gpu() else 512)
         self.memory = memory or MEMORY
-        self.tokens_computed = self.tokens_minimum = 0
+        self.tokens_computed = self.tokens_minimum = self.tokens_root = 0
         self.notes: list[str] = []
         model.eval()
         split = anatomy.split(model)
@@ -89,7 +90,7 @@ class Scorer:
         """
         if not requests:
             return []
-        root = self._shared_root(requests, root)
+        root = self.shared_root(requests, root)
         pool = self._pool_of(root)
         if root:
             cut = len(root)
@@ -103,7 +104,7 @@ class Scorer:
             scores += [found[index] for index in range(len(part))]
         return scores
 
-    def _shared_root(self, requests: Sequence[Request], root: tuple[int, ...]) -> tuple[int, ...]:
+    def shared_root(self, requests: Sequence[Request], root: tuple[int, ...]) -> tuple[int, ...]:
         """Return the part of ``root`` that all requests begin with and leave a position after."""
         if not self.sharing:
             return ()
@@ -119,6 +120,7 @@ class Scorer:
                 node = tree.Node(root[begin : begin + self.batch_tokens], -1, 0, 0, inner=True)
                 pool = grown(pool, [self._forward([node], [np.arange(begin)], pool)[1]])
             self.tokens_computed += len(root)
+            self.tokens_root += len(root)
             self._root = (root, pool)
         return self._root[1] if root else []
 

@@ -112,7 +112,7 @@ class Encoder:
         text = context.rstrip()
         continuation = context[len(text) :] + continuation
         if not text:
-            prefix = self._prefix()
+            prefix = self.prefix()
             bare = tuple(self._tokenizer.encode(continuation, add_special_tokens=False))
             ids = bare if bare[:1] == (prefix,) and len(bare) > 1 else (prefix, *bare)
             start = 1
@@ -150,7 +150,7 @@ class Encoder:
                 f"{reserve} new tokens leave no room for a prompt in {self.max_length} positions",
                 "ask for fewer new tokens",
             )
-        ids = list(self.encode(context)) or [self._prefix()]
+        ids = list(self.encode(context)) or [self.prefix()]
         if len(ids) > room:
             self.truncated += 1
         return ids[-room:]
@@ -160,10 +160,14 @@ class Encoder:
         ids = self._ids(text)
         return tuple(ids[: len(ids) - self._closing])
 
+    def plain(self, text: str) -> tuple[int, ...]:
+        """Return the ids of ``text`` without special tokens."""
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=self._special))
 
-    def _prefix(self) -> int:
+    def prefix(self) -> int:
         """Return the id that stands for an empty context: BOS, else EOS."""
         for token in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id):
             if token is not None:

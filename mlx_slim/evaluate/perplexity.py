@@ -1,0 +1,186 @@
+"""How well a model predicts a held-out text: bits per byte and bits per token.
+
+Invariant: every token of every document is predicted exactly once, in windows as long as the model
+reads, as the reference harness cuts them (``loglikelihood_rolling``): the first begins after BOS
+(else EOS), the following ones after the token before them, and the last reaches back so that it is
+as long as the others. Bits per byte do not depend on the tokenizer, so models can be compared.
+Try it: ``mlx-slim eval MODEL --perplexity held-out.txt -o OUT``.
+
+    longest input 4       tokens 0 1 2 3 4 5 6 7 8 9
+    inputs   B 0 1 2      targets 0 1 2 3
+    inputs   3 4 5 6      targets 4 5 6 7
+    inputs   5 6 7 8      targets     8 9
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_slim.artifacts import hash_json
+from mlx_slim.errors import SlimError
+from mlx_slim.evaluate.requests import Encoder, Request
+from mlx_slim.evaluate.run import Computed, Engine, check_finite
+
+WINDOWS = 8  # of a chunk
+NAME = "perplexity"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Documents to predict.
+
+    Attributes:
+        name: The file's name.
+        documents: Not empty, each; in order.
+        size: UTF-8 bytes of all of them.
+        sha256: Of the documents.
+    """
+
+    name: str
+    documents: list[str]
+    size: int
+    sha256: str
+
+
+def read_texts(path: Path) -> Texts:
+    """Read a text file (one document) or JSON lines (``text`` of each row is a document).
+
+    Raises:
+        SlimError: If the file is missing, empty, not UTF-8, or a row has no ``text``.
+    """
+    try:
+        content = path.read_bytes().decode("utf-8")
+    except FileNotFoundError as error:
+        raise SlimError(f"{path} does not exist", "give a text file or JSON lines") from error
+    except UnicodeDecodeError as error:
+        raise SlimError(
+            f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}",
+            "convert it: iconv -f ENCODING -t UTF-8",
+        ) from error
+    except OSError as error:
+        raise SlimError(f"{path} cannot be read: {error.strerror}", "give a text file") from error
+    documents = [content]
+    if path.suffix in (".jsonl", ".ndjson"):
+        lines = [line for line in content.split("\n") if line.strip()]
+        documents = [_text(line, number, path) for number, line in enumerate(lines, 1)]
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise SlimError(f"{path} holds no text", "give a file with some text to predict")
+    size = sum(len(document.encode()) for document in documents)
+    return Texts(path.name, documents, size, hash_json(documents))
+
+
+def _text(line: str, number: int, path: Path) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise SlimError(f"{path}, row {number} is no JSON: {error}", "one object a line") from error
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        seen = f"has {', '.join(row)}" if isinstance(row, dict) else "is no object"
+        raise SlimError(f"{path}, row {number} {seen}, expected a string 'text'", "rename it")
+    return row["text"]
+
+
+def windows(ids: Sequence[int], prefix: int, longest: int) -> list[Request]:
+    """Return the requests that predict each of ``ids`` once.
+
+    Args:
+        ids: A document's tokens, without special ones.
+        prefix: Stands before the first: BOS, else EOS.
+        longest: Most ids that the model may read at once.
+    """
+    everything = (prefix, *ids)
+    requests = []
+    done = 0
+    while done < len(ids):
+        new = min(len(ids) - done, longest)
+        end = done + new
+        part = everything[max(0, end - longest) : end + 1]
+        requests.append(Request(part, len(part) - new))
+        done = end
+    return requests
+
+
+class TextJob:
+    """Documents cut into windows for one model.
+
+    Args:
+        texts: What to predict.
+        encoder: The model's; its ``max_length`` is the window.
+    """
+
+    name = NAME
+
+    def __init__(self, texts: Texts, encoder: Encoder) -> None:
+        self.texts = texts
+        self._window = encoder.max_length
+        self._parts: list[tuple[int, Request]] = [
+            (doc_id, request)
+            for doc_id, text in enumerate(texts.documents)
+            for request in windows(encoder.plain(text), encoder.prefix(), encoder.max_length)
+        ]
+
+    @property
+    def chunks(self) -> list[range]:
+        """Windows in order."""
+        count = len(self._parts)
+        return [range(i, min(i + WINDOWS, count)) for i in range(0, count, WINDOWS)]
+
+    def weight(self, chunk: range) -> int:
+        """Return the work of a chunk in characters, about four a token."""
+        return sum(4 * len(self._parts[i][1].ids) for i in chunk)
+
+    def compute(self, chunk: range, engine: Engine) -> Computed:
+        """Score the windows of a chunk.
+
+        Raises:
+            SlimError: If a score is not finite.
+        """
+        scorer = engine.scorer
+        before = scorer.tokens_computed, scorer.tokens_minimum
+        parts = [self._parts[i] for i in chunk]
+        scores = scorer.score([request for _, request in parts])
+        records = []
+        for number, (doc_id, request), score in zip(chunk, parts, scores, strict=True):
+            check_finite([score.loglikelihood], f"{self.texts.name}, window {number}")
+            tokens = len(request.ids) - request.start
+            record = {"doc_id": doc_id, "window": number, "tokens": tokens}
+            records.append({**record, "loglikelihood": score.loglikelihood})
+        computed, minimum = scorer.tokens_computed, scorer.tokens_minimum
+        return Computed(records, computed - before[0], minimum - before[1], 0)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a resume must match."""
+        return {
+            "file": self.texts.name,
+            "text_sha256": self.texts.sha256,
+            "window": self._window,
+            "windows": len(self._parts),
+        }
+
+    def summarize(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return bits per byte and per token over all records, and the counts behind them."""
+        nats = -math.fsum(record["loglikelihood"] for record in records)
+        tokens = sum(record["tokens"] for record in records)
+        return {
+            "n": len(records),
+            "documents": len(self.texts.documents),
+            "bytes": self.texts.size,
+            "tokens": tokens,
+            "metrics": {
+                "bits_per_byte": {"value": nats / math.log(2) / self.texts.size},
+                "bits_per_token": {"value": nats / math.log(2) / tokens},
+                "perplexity": {"value": math.exp(min(nats / tokens, 700.0))},
+            },
+        }
+
+    def running(self, records: Sequence[dict[str, Any]]) -> tuple[str, float]:
+        """Return bits per token over the windows so far."""
+        tokens = sum(record["tokens"] for record in records)
+        nats = -math.fsum(record["loglikelihood"] for record in records)
+        return "bits_per_token", nats / math.log(2) / tokens

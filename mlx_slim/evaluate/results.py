@@ -1,0 +1,283 @@
+"""The folder of an evaluation: streamed while it is computed, exact after a kill.
+
+Invariant: a chunk of questions is on disk whole, with its line in ``progress.jsonl``, or it counts
+as never computed. A resume cuts ``samples_<task>.jsonl`` back to the last whole chunk and goes on,
+so the finished file is that of an uninterrupted run, byte for byte; ``results.json`` is too, but
+for ``seconds``. Try it: ``mlx-slim eval MODEL --task openbookqa -o OUT``, kill it, ``--resume``.
+
+Files: ``eval.json`` (at the start: what a resume must match), ``samples_<task>.jsonl`` and
+``progress.jsonl`` (streamed, flushed to disk a chunk at a time), ``timings.json`` (what differs
+from machine to machine), then ``results.json`` (its presence means complete).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_slim.artifacts import (
+    check_writable,
+    disk_errors,
+    first_missing,
+    hash_bytes,
+    read_json,
+    write_json,
+)
+from mlx_slim.data.fingerprint import fingerprint_difference
+from mlx_slim.errors import SlimError
+
+STATE_FILE = "eval.json"
+PROGRESS_FILE = "progress.jsonl"
+TIMINGS_FILE = "timings.json"
+RESULTS_FILE = "results.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One whole chunk on disk: a line of ``progress.jsonl``.
+
+    Attributes:
+        task: Its task.
+        chunk: Number of the chunk in the task, from 0.
+        end: Bytes of the samples file after it.
+        sha256: Of the chunk's own bytes.
+        tokens_computed: Tokens that went through the model, those of ``root`` not counted.
+        tokens_minimum: The fewest possible, every distinct prefix once, likewise.
+        truncated: Requests cut on the left to the model's longest input.
+        root: Tokens that begin all its requests, computed once for all chunks of ``group``.
+        group: The subject, or the empty string.
+        seconds: Wall time of the chunk.
+        peak_memory_bytes: MLX peak so far.
+    """
+
+    task: str
+    chunk: int
+    end: int
+    sha256: str
+    tokens_computed: int
+    tokens_minimum: int
+    truncated: int
+    root: int
+    group: str
+    seconds: float
+    peak_memory_bytes: int
+
+
+def samples_name(task: str) -> str:
+    """Return ``samples_<task>.jsonl``."""
+    return f"samples_{task}.jsonl"
+
+
+def encode(records: Sequence[dict[str, Any]]) -> bytes:
+    """Return records as JSON lines, UTF-8; floats as ``repr`` gives them, so nothing is rounded."""
+    lines = [json.dumps(record, ensure_ascii=False, allow_nan=False) for record in records]
+    return "".join(line + "\n" for line in lines).encode()
+
+
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a samples file.
+
+    Raises:
+        SlimError: If the file is missing, or a line is no JSON object.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [dict(json.loads(line)) for line in lines]
+    except FileNotFoundError as error:
+        raise SlimError(f"{path} does not exist", "score the model again") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise SlimError(f"{path} is damaged: {error}", "score the model again") from error
+
+
+def claim(out: Path, resume: bool) -> bool:
+    """Return whether ``out`` holds an evaluation to go on with; refuse what would be lost or mixed.
+
+    Raises:
+        SlimError: If it cannot be written, holds something else, or ``resume`` does not fit it.
+    """
+    if out.exists() and not out.is_dir():
+        raise SlimError(f"{out} is a file", "choose a folder for the results")
+    check_writable(out)
+    if not out.exists() or not any(out.iterdir()):
+        if resume:
+            raise SlimError(f"{out} holds no results to go on with", "start it without --resume")
+        return False
+    if not (out / STATE_FILE).exists():
+        raise SlimError(f"{out} is not empty and holds no results", "choose another output folder")
+    if not resume:
+        raise SlimError(
+            f"{out} holds results already", "go on with --resume, or choose another output folder"
+        )
+    return True
+
+
+class Folder:
+    """One model's results, while they are written. Only one process writes a folder at a time.
+
+    Args:
+        path: The output folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: dict[str, list[Entry]] = {}
+
+    @property
+    def complete(self) -> bool:
+        """Whether ``results.json`` is there."""
+        return (self.path / RESULTS_FILE).exists()
+
+    @contextlib.contextmanager
+    def open(self, state: dict[str, Any], started: bool) -> Iterator[Folder]:
+        """Hold the folder; write ``eval.json``, or match it and cut back to the last whole chunk.
+
+        A folder that gets no chunk is removed again.
+
+        Raises:
+            SlimError: If the folder was started otherwise, or another process writes it.
+        """
+        with disk_errors(self.path), self._removed_if_empty(started):
+            if not started:
+                write_json(self.path / STATE_FILE, state)
+            self.match(state)
+            with (self.path / PROGRESS_FILE).open("ab") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    raise SlimError(
+                        f"another process is writing {self.path}", "wait for it, or stop it first"
+                    ) from error
+                self._rewind()
+                yield self
+
+    @contextlib.contextmanager
+    def _removed_if_empty(self, keep: bool) -> Iterator[None]:
+        made = first_missing(self.path)
+        try:
+            yield
+        except BaseException:
+            if not keep and not any(self.entries.values()):
+                for path in [made] if made else self.path.iterdir():
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            raise
+
+    def match(self, state: dict[str, Any]) -> None:
+        """Refuse to mix two evaluations.
+
+        Raises:
+            SlimError: Says all that differs.
+        """
+        known = read_json(self.path / STATE_FILE)
+        if different := fingerprint_difference(known, json.loads(json.dumps(state)), ""):
+            raise SlimError(
+                f"{self.path} was started otherwise: {'; '.join(different)}",
+                "resume with the same values, or choose another output folder",
+            )
+
+    def _rewind(self) -> None:
+        """Keep the chunks up to the first that is not whole, and cut the files back to them."""
+        progress = self.path / PROGRESS_FILE
+        kept: dict[str, list[Entry]] = {}
+        length = 0
+        for line in progress.read_bytes().splitlines(keepends=True):
+            entry = _entry(line)
+            if entry is None:
+                break
+            known = kept.setdefault(entry.task, [])
+            begin = known[-1].end if known else 0
+            part = _part(self.path / samples_name(entry.task), begin, entry.end)
+            if entry.chunk != len(known) or hash_bytes(part) != entry.sha256:
+                break
+            known.append(entry)
+            length += len(line)
+        ends = {samples_name(task): known[-1].end for task, known in kept.items() if known}
+        for path in [progress, *self.path.glob(samples_name("*"))]:
+            with path.open("r+b") as handle:
+                handle.truncate(length if path == progress else ends.get(path.name, 0))
+                os.fsync(handle.fileno())
+        self.entries = kept
+
+    def done(self, task: str) -> int:
+        """Return how many chunks of ``task`` are on disk."""
+        return len(self.entries.get(task, []))
+
+    def append(self, task: str, data: bytes, **measured: Any) -> Entry:
+        """Add the next chunk of ``task``: its samples first, then the line that makes it count.
+
+        Args:
+            task: Its name.
+            data: Its samples, as ``encode`` gives them.
+            measured: The fields of ``Entry`` from ``tokens_computed`` on.
+
+        Raises:
+            ResourceError: If the disk is full; what was there before stays whole.
+        """
+        known = self.entries.setdefault(task, [])
+        end = (known[-1].end if known else 0) + len(data)
+        entry = Entry(task, len(known), end, hash_bytes(data), **measured)
+        for path, block in (
+            (self.path / samples_name(task), data),
+            (self.path / PROGRESS_FILE, _line(entry).encode()),
+        ):
+            with disk_errors(path), path.open("ab") as handle:
+                handle.write(block)
+                handle.flush()
+                os.fsync(handle.fileno())
+        known.append(entry)
+        return entry
+
+    def records(self, task: str) -> list[dict[str, Any]]:
+        """Return the records of ``task`` that are on disk, in row order."""
+        path = self.path / samples_name(task)
+        return read_samples(path) if path.exists() else []
+
+    def finish(self, results: dict[str, Any], timings: dict[str, Any]) -> None:
+        """Write ``timings.json``, then ``results.json``."""
+        write_json(self.path / TIMINGS_FILE, timings)
+        write_json(self.path / RESULTS_FILE, results)
+
+
+def _line(entry: Entry) -> str:
+    return json.dumps(asdict(entry)) + "\n"
+
+
+def _entry(line: bytes) -> Entry | None:
+    """Return the chunk that a line of ``progress.jsonl`` names; None if a kill cut it short."""
+    try:
+        return Entry(**json.loads(line)) if line.endswith(b"\n") else None
+    except (ValueError, TypeError):
+        return None
+
+
+def _part(path: Path, begin: int, end: int) -> bytes:
+    """Return bytes ``begin`` to ``end`` of a file; fewer if it is shorter, none if it is absent."""
+    if not path.exists():
+        return b""
+    with path.open("rb") as handle:
+        handle.seek(begin)
+        return handle.read(max(0, end - begin))
+
+
+def load_results(out: Path) -> dict[str, Any]:
+    """Return ``results.json`` of a complete evaluation.
+
+    Raises:
+        SlimError: If ``out`` holds none.
+    """
+    if not (out / RESULTS_FILE).exists():
+        if (out / STATE_FILE).exists():
+            raise SlimError(f"{out} is not complete", "finish it first: mlx-slim eval … --resume")
+        raise SlimError(f"{out} holds no {RESULTS_FILE}", "give the output folder of mlx-slim eval")
+    results = read_json(out / RESULTS_FILE)
+    if not isinstance(results, dict) or not isinstance(results.get("tasks"), dict):
+        raise SlimError(
+            f"{out / RESULTS_FILE} is no result of mlx-slim eval", "give the folder of one model"
+        )
+    return results

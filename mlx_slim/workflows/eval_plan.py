@@ -1,0 +1,286 @@
+"""What an evaluation will ask of which model, all of it checked.
+
+Invariant: nothing is written and no weight is read here; what passes can be scored, unless an
+adapter does not fit its model. Used by ``workflows/evaluate.py``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_slim import artifacts, runtime
+from mlx_slim.adapters.store import check_adapter
+from mlx_slim.data.templates import load_template
+from mlx_slim.errors import ResourceError, SlimError, did_you_mean
+from mlx_slim.evaluate.perplexity import NAME as TEXT
+from mlx_slim.evaluate.perplexity import TextJob, Texts, read_texts
+from mlx_slim.evaluate.prompts import Chat, Question, build_questions
+from mlx_slim.evaluate.requests import Encoder, max_length
+from mlx_slim.evaluate.results import STATE_FILE, Folder, claim
+from mlx_slim.evaluate.rows import TaskRows, load_rows
+from mlx_slim.evaluate.run import Job, TaskJob
+from mlx_slim.evaluate.spec import Selection, expand
+from mlx_slim.models.load import load_tokenizer, read_config, resolve
+from mlx_slim.models.tensors import folder_tensors
+from mlx_slim.workflows.scoring import Target
+
+CODE = 1  # raised when the same settings give other numbers: an older folder is not gone on with
+_SAMPLE_BYTES = 500  # of a question on disk, about
+_MIN_DISK = 200_000  # the other files
+_ADAPTER_FILES = ("adapters.safetensors", "adapter_config.json")
+_MODEL_FILES = ("model*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """How to score; the only home of these defaults.
+
+    Attributes:
+        adapter: Adapter folder to put on every model.
+        num_fewshot: Solved examples before each question; None takes the task's own.
+        limit: First rows of a task (of each subject of a group); None takes all.
+        data_dir: Data mirror; None takes ``MLX_SLIM_DATA``, else the hub.
+        perplexity: Text file or JSON lines to predict, beside the tasks.
+        dtype: ``auto`` (bfloat16 on a GPU, float32 on a CPU) or a name of ``runtime.DTYPES``.
+        apply_chat_template: Put every prompt into the model's chat template.
+        max_length: Longest input, tokens; None takes the model's.
+        batch_tokens: Tokens of a batch; None chooses by memory.
+        seed: Recorded; scoring itself draws nothing.
+        revision: Branch, tag or commit of hub models.
+        trust_remote_code: Run Python files that a repository brings.
+    """
+
+    adapter: str | Path | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
+    data_dir: Path | None = None
+    perplexity: Path | None = None
+    dtype: str = "auto"
+    apply_chat_template: bool = False
+    max_length: int | None = None
+    batch_tokens: int | None = None
+    seed: int = 0
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+def find_targets(
+    sources: list[str], names: list[str], out: Path, options: EvalOptions, resume: bool
+) -> list[Target]:
+    """Return what will be scored, all of it checked; nothing is written and no weight is read.
+
+    Raises:
+        SlimError: Whatever is wrong with the input.
+        ResourceError: If memory or disk cannot suffice.
+    """
+    _check_options(sources, names, options)
+    first = runtime.world().rank() == 0
+    folders = [out]
+    if len(sources) > 1:
+        folders = [out / name for name in folder_names(sources)]
+    started = _claim(out, folders, resume) if first else [False] * len(folders)
+    tasks = read_tasks(names, options)
+    texts = None if options.perplexity is None else read_texts(options.perplexity)
+    configs = [read_config(source, options.revision) for source in sources]
+    if options.adapter is not None:
+        check_adapter(options.adapter)
+    targets = []
+    for source, config, folder, begun in zip(sources, configs, folders, started, strict=True):
+        target = _target(source, config, tasks, texts, options)
+        target.folder, target.started = folder, begun
+        if begun:
+            known = artifacts.read_json(folder / STATE_FILE)
+            target.state["dense"] = known.get("dense") if isinstance(known, dict) else None
+            Folder(folder).match(target.state)
+        targets.append(target)
+    _check_disk(out, [job for target in targets for job in target.jobs])
+    return targets
+
+
+def _check_options(sources: list[str], names: list[str], options: EvalOptions) -> None:
+    if not sources:
+        raise SlimError("no model to score", "give a folder or a hub id")
+    if twice := [source for source, count in Counter(sources).items() if count > 1]:
+        raise SlimError(f"{twice[0]} is given twice", "name every model once")
+    if not names and options.perplexity is None:
+        raise SlimError("nothing to score", "give --task NAMES, --perplexity FILE, or both")
+    if options.dtype not in ("auto", *runtime.DTYPES):
+        choices = ("auto", *runtime.DTYPES)
+        raise SlimError(f"no dtype {options.dtype!r}", did_you_mean(options.dtype, choices))
+    for name in ("limit", "max_length", "batch_tokens"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise SlimError(f"{name} is {value}, expected at least 1", "leave it out for all")
+
+
+def _claim(out: Path, folders: list[Path], resume: bool) -> list[bool]:
+    """Return for each folder whether it holds an evaluation to go on with."""
+    if folders == [out]:
+        return [claim(out, resume)]
+    if (out / STATE_FILE).exists():
+        raise SlimError(
+            f"{out} holds the results of one model, and {len(folders)} are given",
+            "choose another output folder",
+        )
+    present = [folder.exists() and any(folder.iterdir()) for folder in folders]
+    if not any(present):
+        claim(out, resume)
+    return [
+        claim(folder, resume) if is_there else False
+        for folder, is_there in zip(folders, present, strict=True)
+    ]
+
+
+def folder_names(sources: list[str]) -> list[str]:
+    """Return a folder name for each model: its last part, made safe, and numbered where needed."""
+    names: list[str] = []
+    for source in sources:
+        base = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source).expanduser().resolve().name)
+        base = base.strip(".-") or "model"
+        tries = (base if n == 1 else f"{base}-{n}" for n in itertools.count(1))
+        taken = {name.lower() for name in names}
+        names.append(next(name for name in tries if name.lower() not in taken))
+    return names
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A task with its rows; no model is needed for it.
+
+    Attributes:
+        selection: The task and its shots.
+        rows: Its rows.
+        questions: Prompts without a chat template.
+    """
+
+    selection: Selection
+    rows: TaskRows
+    questions: list[Question]
+
+
+def read_tasks(names: list[str], options: EvalOptions) -> list[Asked]:
+    """Return the tasks and suites ``names`` with their rows, every prompt rendered.
+
+    Raises:
+        SlimError: Unknown names, data that cannot be had, or rows that do not fit.
+    """
+    found = []
+    for selection in expand(names, options.num_fewshot) if names else []:
+        if selection.task.name == TEXT:
+            raise SlimError(f"a task may not be called {TEXT}", "rename it: set name in its file")
+        rows = load_rows(selection.task, options.data_dir)
+        questions = build_questions(selection.task, rows, selection.num_fewshot, options.limit)
+        found.append(Asked(selection, rows, questions))
+    return found
+
+
+def _task_job(asked: Asked, options: EvalOptions, tokenizer: Any, longest: int) -> TaskJob:
+    """Return a task as the model with that tokenizer reads it."""
+    task, shots, questions = asked.selection.task, asked.selection.num_fewshot, asked.questions
+    chat = None
+    if options.apply_chat_template or task.spec.chat:
+        chat = Chat.of(load_template("auto", tokenizer))
+        questions = build_questions(task, asked.rows, shots, options.limit, chat=chat)
+    return TaskJob(
+        task=task,
+        checksum=asked.rows.checksum,
+        num_fewshot=shots,
+        limit=options.limit,
+        questions=questions,
+        encoder=Encoder(tokenizer, longest, chat=chat is not None and chat.own_bos),
+        chat=chat is not None,
+    )
+
+
+def _target(
+    source: str,
+    config: dict[str, Any],
+    tasks: Sequence[Asked],
+    texts: Texts | None,
+    options: EvalOptions,
+) -> Target:
+    """Return one model's target: its files are here and looked at, its weights are not loaded."""
+    trust = options.trust_remote_code
+    folder = resolve(source, options.revision, trust_remote_code=trust)
+    dtype = runtime.resolve_dtype(options.dtype)
+    tensors = folder_tensors(folder)
+    quantized = "quantization" in config
+    needed = sum(
+        tensor.nbytes if quantized else math.prod(tensor.shape) * dtype.size
+        for tensor in tensors.values()
+    )
+    if needed > runtime.device_memory():
+        raise ResourceError(
+            f"{source} takes {runtime.human_bytes(needed)} in {runtime.dtype_name(dtype)}, "
+            f"the device has {runtime.human_bytes(runtime.device_memory())}",
+            "quantize it first, or choose a smaller dtype",
+        )
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust)
+    if options.apply_chat_template and not tokenizer.has_chat_template:
+        raise SlimError(f"{source} has no chat template", "leave --apply-chat-template out")
+    longest = max_length(config, tokenizer)
+    if options.max_length is not None and options.max_length > longest:
+        raise SlimError(
+            f"{source} reads {longest} tokens at most, max_length is {options.max_length}",
+            "choose a smaller one",
+        )
+    longest = options.max_length or longest
+    jobs: list[Job] = [_task_job(asked, options, tokenizer, longest) for asked in tasks]
+    if texts is not None:
+        jobs.append(TextJob(texts, Encoder(tokenizer, longest)))
+    adapter = None if options.adapter is None else Path(options.adapter)
+    state = {
+        "schema_version": artifacts.SCHEMA_VERSION,
+        "code": CODE,
+        "model": source,
+        "revision": options.revision,
+        "weights_sha256": _hash(folder, _MODEL_FILES),
+        "adapter": None if adapter is None else str(adapter),
+        "adapter_sha256": None if adapter is None else _hash(adapter, _ADAPTER_FILES),
+        "dtype": runtime.dtype_name(dtype),
+        "dense": None,
+        "device": "gpu" if runtime.on_gpu() else "cpu",
+        "seed": options.seed,
+        "chat_template": options.apply_chat_template,
+        "max_length": longest,
+        "batch_tokens": options.batch_tokens,
+        **artifacts.provenance(),
+        "tasks": {job.name: job.describe() for job in jobs},
+    }
+    return Target(
+        source=source,
+        revision=options.revision,
+        adapter=state["adapter"],
+        dtype=dtype,
+        trust_remote_code=trust,
+        batch_tokens=options.batch_tokens,
+        jobs=jobs,
+        folder=Path(),
+        started=False,
+        state=state,
+    )
+
+
+def _hash(folder: Path, patterns: Sequence[str]) -> str:
+    return artifacts.hash_files({path for pattern in patterns for path in folder.glob(pattern)})
+
+
+def _check_disk(out: Path, jobs: list[Job]) -> None:
+    """Refuse a disk that cannot hold the samples."""
+    needed = _MIN_DISK + sum(_SAMPLE_BYTES * job.chunks[-1].stop for job in jobs)
+    parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise ResourceError(
+            f"the disk has {runtime.human_bytes(free)} free at {parent}, "
+            f"the results need about {runtime.human_bytes(needed)}",
+            "free some space, or choose another output folder",
+        )

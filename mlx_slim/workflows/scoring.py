@@ -1,0 +1,292 @@
+"""One model on all its tasks: the loop over chunks, on one process or several.
+
+Invariant: ranks take the chunks in turn, and rank 0 writes them in order, so the files do not
+depend on how many ranks there are. Used by ``workflows/evaluate.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_slim import artifacts, events, runtime
+from mlx_slim.adapters.store import load_adapter
+from mlx_slim.evaluate.loglikelihood import Scorer
+from mlx_slim.evaluate.perplexity import NAME as TEXT
+from mlx_slim.evaluate.results import Entry, Folder, encode, load_results, samples_name
+from mlx_slim.evaluate.run import Computed, Engine, Job
+from mlx_slim.models.load import load
+from mlx_slim.models.quantized import densify, densify_pays
+
+_CACHE_SHARE = 8  # MLX may keep 1/8 of the memory as free buffers
+
+
+@dataclass
+class Target:
+    """A model that will be scored; nothing of it is loaded yet.
+
+    Attributes:
+        source: Folder or hub id, as given.
+        revision: Branch, tag or commit of a hub id.
+        adapter: Adapter folder, or None.
+        dtype: To compute in.
+        trust_remote_code: Run Python files that the repository brings.
+        batch_tokens: Tokens of a batch, or None.
+        jobs: Tasks and texts.
+        folder: Where the results go.
+        started: Whether the folder holds an evaluation to go on with (on rank 0).
+        state: What a resume must match.
+    """
+
+    source: str
+    revision: str | None
+    adapter: str | None
+    dtype: mx.Dtype
+    trust_remote_code: bool
+    batch_tokens: int | None
+    jobs: list[Job]
+    folder: Path
+    started: bool
+    state: dict[str, Any]
+
+
+def score(target: Target, observer: events.Observer) -> dict[str, Any]:
+    """Score one model; write its folder on rank 0.
+
+    Args:
+        target: The model and what to ask it.
+        observer: Hears of progress.
+
+    Returns:
+        The results, the same on every rank.
+
+    Raises:
+        SlimError: The model or the adapter cannot be used, or a score is not finite.
+        ResourceError: Out of disk.
+    """
+    first = runtime.world().rank() == 0
+    folder = Folder(target.folder)
+    complete: dict[str, Any] = {}
+    if first and folder.complete:
+        observer.notify(events.Notice(f"{target.folder} is complete: nothing to do"))
+        complete = load_results(target.folder)
+    if complete := _from_first_rank(complete):
+        return complete
+    engine = _load(target, observer)
+    if not first:
+        done = _from_first_rank({})
+        for job in target.jobs:
+            for _ in _rounds(job, engine, done[job.name]):
+                pass
+        return _from_first_rank({})
+    with folder.open(target.state, target.started):
+        _from_first_rank({job.name: folder.done(job.name) for job in target.jobs})
+        watch = _Watch(target, folder, observer)
+        for job in target.jobs:
+            watch.begin(job)
+            for parts, seconds in _rounds(job, engine, folder.done(job.name)):
+                watch.append(job, parts, seconds)
+            watch.end(job)
+        results = _results(target, folder)
+        folder.finish(results, _timings(target, folder))
+    observer.notify(watch.done())
+    return _from_first_rank(results)
+
+
+def _from_first_rank(value: Any) -> Any:
+    """Return rank 0's ``value`` on every rank."""
+    return json.loads(runtime.share(json.dumps(value).encode())[0])
+
+
+def _load(target: Target, observer: events.Observer) -> Engine:
+    """Load model and adapter; decide once, and keep for a resume, whether to dequantize."""
+    observer.notify(events.Notice(f"loading {target.source}"))
+    mx.set_cache_limit(runtime.device_memory() // _CACHE_SHARE)
+    loaded = load(
+        target.source,
+        revision=target.revision,
+        dtype=target.dtype,
+        trust_remote_code=target.trust_remote_code,
+    )
+    if target.state["dense"] is None:
+        target.state["dense"] = densify_pays(loaded.model)
+    target.state["dense"] = _from_first_rank(target.state["dense"])
+    if target.state["dense"]:
+        densify(loaded.model)
+    if target.adapter is not None:
+        load_adapter(loaded.model, target.adapter)
+    scorer = Scorer(loaded.model, batch_tokens=target.batch_tokens)
+    for note in [*loaded.notes, *scorer.notes]:
+        observer.notify(events.Notice(note))
+    return Engine(loaded.model, loaded.tokenizer, scorer)
+
+
+def _rounds(job: Job, engine: Engine, done: int) -> Iterator[tuple[list[bytes], float]]:
+    """Yield the next chunks, one a rank, as ``_pack`` packs them, and the seconds of each."""
+    group = runtime.world()
+    chunks = job.chunks
+    for begin in range(done, len(chunks), group.size()):
+        count = min(group.size(), len(chunks) - begin)
+        began = time.perf_counter()
+        mx.reset_peak_memory()
+        own = b""
+        if group.rank() < count:
+            own = _pack(job.compute(chunks[begin + group.rank()], engine))
+        parts = runtime.share(own)[:count]
+        yield parts, (time.perf_counter() - began) / count
+
+
+def _pack(computed: Computed) -> bytes:
+    """Return a chunk as bytes: a line of counts, then the samples."""
+    counts = {
+        "tokens_computed": computed.tokens_computed,
+        "tokens_minimum": computed.tokens_minimum,
+        "truncated": computed.truncated,
+        "root": computed.root,
+        "group": computed.group,
+        "peak_memory_bytes": mx.get_peak_memory(),
+    }
+    return json.dumps(counts).encode() + b"\n" + encode(computed.records)
+
+
+class _Watch:
+    """Writes chunks as they come, and says how far it is."""
+
+    def __init__(self, target: Target, folder: Folder, observer: events.Observer) -> None:
+        self._folder, self._observer, self._target = folder, observer, target
+        self._weights = {job.name: list(map(job.weight, job.chunks)) for job in target.jobs}
+        self._total = sum(map(sum, self._weights.values()))
+        self._records: list[dict[str, Any]] = []
+        answered = sum(self._answered(job) for job in target.jobs)
+        observer.notify(
+            events.EvalStarted(
+                model=target.source,
+                adapter=target.adapter,
+                tasks=tuple(job.name for job in target.jobs),
+                questions=sum(job.chunks[-1].stop for job in target.jobs),
+                answered=answered,
+                budget_bytes=runtime.device_memory(),
+            )
+        )
+
+    def _answered(self, job: Job) -> int:
+        done = self._folder.done(job.name)
+        return job.chunks[done - 1].stop if done else 0
+
+    def begin(self, job: Job) -> None:
+        """Take up a task, perhaps in its middle."""
+        self._records = self._folder.records(job.name)
+
+    def append(self, job: Job, parts: Sequence[bytes], seconds: float) -> None:
+        """Write the chunks of one round."""
+        computed = 0
+        for part in parts:
+            head, data = part.split(b"\n", 1)
+            entry = self._folder.append(job.name, data, **json.loads(head), seconds=seconds)
+            self._records += [json.loads(line) for line in data.splitlines()]
+            computed += entry.tokens_computed
+        metric, value = job.running(self._records)
+        finished = sum(
+            sum(weights[: self._folder.done(name)]) for name, weights in self._weights.items()
+        )
+        self._observer.notify(
+            events.EvalProgress(
+                task=job.name,
+                answered=self._answered(job),
+                questions=job.chunks[-1].stop,
+                metric=metric,
+                value=value,
+                share=finished / self._total,
+                tokens_per_second=computed / max(seconds * len(parts), 1e-9),
+                active_memory_bytes=mx.get_active_memory(),
+                peak_memory_bytes=_peak(self._folder),
+            )
+        )
+
+    def end(self, job: Job) -> None:
+        """Tell the score of a task."""
+        section = _section(job, self._folder)
+        timing = _timing(self._folder.entries[job.name])
+        self._observer.notify(
+            events.TaskDone(
+                task=job.name,
+                num_fewshot=section.get("num_fewshot"),
+                n=section["n"],
+                metrics=section["metrics"],
+                seconds=section["seconds"],
+                tokens_per_second=timing["tokens_per_second"],
+                peak_memory_bytes=timing["peak_memory_bytes"],
+            )
+        )
+
+    def done(self) -> events.EvalDone:
+        """Return the last event."""
+        entries = [entry for known in self._folder.entries.values() for entry in known]
+        return events.EvalDone(
+            model=self._target.source,
+            path=str(self._folder.path),
+            seconds=sum(entry.seconds for entry in entries),
+            peak_memory_bytes=_peak(self._folder),
+        )
+
+
+def _peak(folder: Folder) -> int:
+    return max(entry.peak_memory_bytes for known in folder.entries.values() for entry in known)
+
+
+def _timing(entries: Sequence[Entry]) -> dict[str, Any]:
+    """Return what differs from one run to the next."""
+    seconds = sum(entry.seconds for entry in entries)
+    return {
+        "seconds": seconds,
+        "tokens_per_second": _tokens(entries)["tokens_computed"] / max(seconds, 1e-9),
+        "peak_memory_bytes": max(entry.peak_memory_bytes for entry in entries),
+    }
+
+
+def _tokens(entries: Sequence[Entry]) -> dict[str, int]:
+    """Return the tokens of a task; what its subjects' questions share counts once a subject."""
+    roots: dict[str, int] = {}
+    for entry in entries:
+        roots[entry.group] = max(entry.root, roots.get(entry.group, 0))
+    shared = sum(roots.values())
+    return {
+        "tokens_computed": sum(entry.tokens_computed for entry in entries) + shared,
+        "tokens_minimum": sum(entry.tokens_minimum for entry in entries) + shared,
+    }
+
+
+def _section(job: Job, folder: Folder) -> dict[str, Any]:
+    """Return a task's part of ``results.json``."""
+    entries = folder.entries[job.name]
+    return {
+        **job.describe(),
+        **job.summarize(folder.records(job.name)),
+        "seconds": sum(entry.seconds for entry in entries),
+        **_tokens(entries),
+        "truncated": sum(entry.truncated for entry in entries),
+        "samples_sha256": artifacts.hash_file(folder.path / samples_name(job.name)),
+    }
+
+
+def _results(target: Target, folder: Folder) -> dict[str, Any]:
+    """Return ``results.json``: nothing in it but ``seconds`` differs from one run to the next."""
+    settings = {key: value for key, value in target.state.items() if key not in ("tasks", "code")}
+    sections = {job.name: _section(job, folder) for job in target.jobs}
+    texts = {name: sections.pop(name) for name in list(sections) if name == TEXT}
+    return {**settings, "tasks": sections, **texts}
+
+
+def _timings(target: Target, folder: Folder) -> dict[str, Any]:
+    """Return ``timings.json``."""
+    return {
+        "schema_version": artifacts.SCHEMA_VERSION,
+        "ranks": runtime.world().size(),
+        "tasks": {job.name: _timing(folder.entries[job.name]) for job in target.jobs},
+    }
