@@ -2,7 +2,8 @@
 
 Invariant: a training row overlaps a question when it holds ``LONG`` words of it in a row (``SHORT``
 where the question is shorter than ``LONG``); case and punctuation aside. Questions shorter than
-``SHORT`` are not checked, and the report says how many. Memory: 12 bytes a word of the mirrors.
+``SHORT`` are not checked, and the report says how many. What a question is, the task definitions
+say (``overlap``). Memory: 12 bytes a word of the mirrors.
 The measure is that of the GPT-3 report (arXiv 2005.14165, appendix C).
 Try it: ``mlx-slim data overlap rows.jsonl``.
 
@@ -23,6 +24,9 @@ from typing import Any
 
 import numpy as np
 
+from mlx_slim.config import library
+from mlx_slim.config.task import TaskSpec, read_task
+from mlx_slim.data.mirror import records, split_file
 from mlx_slim.data.sources import MIRROR_VARIABLE, RawRow, Source
 
 LONG, SHORT = 13, 8
@@ -30,16 +34,14 @@ _FIRST = 5
 _BLOCK = 1 << 16  # words hashed at once
 _WORD = re.compile(r"\w+")
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-# Data set of a mirror, its scored split, and the fields that hold the question.
-EVALUATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "hellaswag": ("validation", ("ctx",)),
-    "gsm8k": ("test", ("question",)),
-    "mmlu": ("test", ("question",)),
-    "arc_easy": ("test", ("question",)),
-    "arc_challenge": ("test", ("question",)),
-    "openbookqa": ("test", ("question_stem",)),
-    "pubmedqa": ("test", ("question",)),
-}
+
+
+def _evaluations() -> Iterator[tuple[str, str, TaskSpec]]:
+    """Yield (data set, scored split, task) of the shipped tasks that name their question."""
+    for name in library.names("evals"):
+        spec = read_task(library.find("evals", name))
+        if spec.overlap:
+            yield spec.data.mirror or name, spec.data.split, spec
 
 
 def _runs(words_W: np.ndarray, n: int) -> np.ndarray:
@@ -72,7 +74,7 @@ class Index:
 
 @lru_cache(maxsize=2)
 def build_index(mirror: Path) -> Index:
-    """Hash the questions of a mirror's scored splits (a second or two for 25 MB).
+    """Hash the questions of the tasks' scored splits in a mirror (a second or two for 25 MB).
 
     Raises:
         SlimError: If a file of the mirror cannot be read.
@@ -80,11 +82,11 @@ def build_index(mirror: Path) -> Index:
     vocabulary: dict[str, int] = {}
     datasets, edges = [], [0]
     codes, lengths = array("Q"), array("q")
-    for name, (split, columns) in EVALUATIONS.items():
-        file = mirror / name / f"{split}.jsonl"
-        if not file.is_file():
+    for name, split, spec in _evaluations():
+        file = split_file(mirror / name, split)
+        if file is None:
             continue
-        for text in _questions(file, columns):
+        for text in _questions(file, spec):
             words = _words(text)
             codes.extend([vocabulary.setdefault(word, len(vocabulary) + 1) for word in words])
             lengths.append(len(words))
@@ -108,9 +110,9 @@ def build_index(mirror: Path) -> Index:
     )
 
 
-def _questions(file: Path, columns: tuple[str, ...]) -> Iterator[str]:
-    for row in Source(str(file), "file", [file]):
-        yield " ".join(str(row.value.get(column, "")) for column in columns)
+def _questions(file: Path, spec: TaskSpec) -> Iterator[str]:
+    for row in records(Source(str(file), "file", [file]), spec.data.records):
+        yield " ".join(str(row.value.get(column, "")) for column in spec.overlap)
 
 
 @dataclass

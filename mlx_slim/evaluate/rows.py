@@ -23,11 +23,10 @@ from mlx_slim.config.expressions import compile_value
 from mlx_slim.config.schema import SourceConfig
 from mlx_slim.config.task import MOST_SHOTS
 from mlx_slim.data import sources
+from mlx_slim.data.mirror import SUFFIXES, records, split_file
 from mlx_slim.data.sources import MIRROR_VARIABLE, READERS, RawRow, Source
 from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.evaluate.spec import Task
-
-_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -171,14 +170,13 @@ def _local(task: Task, split: str, mirror: Path | None) -> tuple[Source | None, 
             names.append(data.path.rsplit("/", 1)[-1])
         for name in dict.fromkeys(names):
             folder = mirror / name
-            files = [folder / f"{split}{suffix}" for suffix in _SUFFIXES]
-            if found := next((file for file in files if file.is_file()), None):
+            if found := split_file(folder, split):
                 return Source(str(found), "mirror", [found]), []
-            looked.append(files[0])
+            looked.append(folder / f"{split}{SUFFIXES[0]}")
             if folder.is_dir():
                 there = sorted(path.name for path in folder.iterdir() if path.suffix in READERS)
                 raise SlimError(
-                    f"{files[0]} does not exist",
+                    f"{looked[-1]} does not exist",
                     data.missing or f"put the rows there; the folder has {', '.join(there) or '-'}",
                 )
     return None, looked
@@ -226,9 +224,9 @@ def _read(task: Task, source: Source) -> Iterator[RawRow]:
     checks = [_Check(path, kind) for path, kind in spec.fields.items()]
     groups = spec.subgroups
     parts = groups.parts if groups else {}
-    file = str(source.files[0]) if len(source.files) == 1 else None
-    for raw in _records(source, spec.data.records):
-        row = raw._replace(where=file) if file else raw
+    file = source.files[0] if len(source.files) == 1 else None
+    for raw in records(source, spec.data.records):
+        row = raw._replace(where=raw.where.replace(file.name, str(file), 1)) if file else raw
         if where is not None and not _holds(where, row):
             continue
         for check in checks:
@@ -248,20 +246,6 @@ def _read(task: Task, source: Source) -> Iterator[RawRow]:
             if task.part not in (None, part):
                 continue
         yield row
-
-
-def _records(source: Source, key: str | None) -> Iterator[RawRow]:
-    """Yield rows; where a JSON object holds the rows under ``key``, those."""
-    for raw in source:
-        inner = raw.value.get(key) if key else None
-        if not isinstance(inner, list):
-            yield raw
-            continue
-        for number, value in enumerate(inner, 1):
-            place = RawRow(f"{raw.where}, {key}", number, value)
-            if not isinstance(value, dict):
-                raise SlimError(f"{place.place}: a row is an object, not {type(value).__name__}")
-            yield place
 
 
 def _holds(where: Callable[[Mapping[str, Any]], Any], row: RawRow) -> bool:

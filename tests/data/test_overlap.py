@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from itertools import pairwise
+
 import pytest
 
 from mlx_slim.data.overlap import Checker, build_index
@@ -51,3 +54,28 @@ def test_the_ledger_says_whether_overlap_was_checked(make, mirror, monkeypatch):
     rows = [*ROWS, {"prompt": QUESTION, "completion": "3"}]
     report = make(rows).ledger["evaluation_overlap"]
     assert report["rows_overlapping"] == 1
+
+
+def test_what_a_question_is_the_task_definitions_say(tmp_path):
+    mirror = tmp_path / "mirror"
+    jsonl(mirror / "openbookqa" / "test.jsonl", [{"question_stem": QUESTION}])
+    (mirror / "bioasq").mkdir()
+    (mirror / "bioasq" / "test.json").write_text(json.dumps({"questions": [{"body": QUESTION}]}))
+    jsonl(mirror / "unknown" / "test.jsonl", [{"question": QUESTION}])
+    build_index.cache_clear()
+    checker = Checker.from_mirror(mirror)
+    checker.add(RawRow("a.jsonl", 1, {}), [f"First: {QUESTION}"])
+    datasets = checker.report()["datasets"]
+    assert {name: entry["rows_overlapping"] for name, entry in datasets.items()} == {
+        "bioasq": 1, "openbookqa": 1,
+    }  # fmt: skip
+
+
+def test_every_question_field_of_the_tasks_is_in_the_mirror(data_mirror):
+    build_index.cache_clear()
+    index = build_index(data_mirror)
+    assert set(index.datasets) >= {"hellaswag", "mmlu", "gsm8k", "openbookqa", "pubmedqa"}
+    sizes = [b - a for a, b in pairwise(index.edges.tolist())]
+    empty = [name for name, n, short in zip(index.datasets, sizes, index.too_short, strict=True)
+             if short == n]  # fmt: skip
+    assert not empty

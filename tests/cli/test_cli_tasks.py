@@ -1,0 +1,83 @@
+"""``mlx-slim tasks``: the list, and a task with its first prompt."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mlx_slim.cli.main import run
+from tests.evaluate.support import CHOICE, mmlu_row, quiz, write_rows, write_task
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLX_SLIM_DATA", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    rows = [mmlu_row("anatomy", n) for n in range(6)]
+    write_rows(tmp_path / "mirror" / "mmlu" / "test.jsonl", rows)
+    write_rows(tmp_path / "mirror" / "mmlu" / "dev.jsonl", rows[:5])
+    return tmp_path / "mirror"
+
+
+def test_the_list_has_every_task_and_suite(mirror, capsys):
+    assert run(["tasks", "--data-dir", str(mirror)]) == 0
+    out = capsys.readouterr().out
+    for words in ("arc_challenge", "gsm8k", "strict_match", "CC BY-SA 4.0", "absent",
+                  "suite leaderboard-v1: arc_challenge 25-shot, hellaswag 10-shot",
+                  "mmlu has 57 parts"):  # fmt: skip
+        assert words in out
+    assert run(["tasks", "--data-dir", str(mirror), "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    tasks = {task["name"]: task for task in listed["tasks"]}
+    assert (tasks["mmlu"]["rows"], tasks["hellaswag"]["rows"]) == (6, None)
+    assert tasks["mmlu"]["num_fewshot"] == 5 and len(tasks["mmlu"]["parts"]) == 57
+    assert listed["suites"]["seed"] == {"hellaswag": 0, "gsm8k": 5, "mmlu": 5}
+
+
+def test_a_task_shows_its_file_and_its_first_prompt(mirror, capsys):
+    words = ["tasks", "mmlu_anatomy", "--data-dir", str(mirror)]
+    assert run([*words, "--num-fewshot", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "the part anatomy of mmlu" in out and "subgroups:" in out
+    assert "first prompt, 1 shots" in out and "* ' A'" in out
+    assert out.count("about anatomy.") == 1 and out.count("\nAnswer:") == 2
+    assert run([*words, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["rows"] == 6 and len(shown["checksum"]) == 64
+    assert shown["first"]["context"].count("\nAnswer:") == 6
+    assert (shown["first"]["target"], shown["missing"]) == (0, [])
+
+
+def test_missing_rows_are_said(mirror, capsys):
+    assert run(["tasks", "arc_easy", "--data-dir", str(mirror)]) == 0
+    out = capsys.readouterr().out
+    assert f"missing   task arc_easy has no rows: {mirror}/arc_easy/test.jsonl does not" in out
+    assert "Question: {{ question }}" in out
+    row = {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}
+    write_rows(mirror / "arc_easy" / "test.jsonl", [row])
+    assert run(["tasks", "arc_easy", "--data-dir", str(mirror), "--num-fewshot", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "arc_easy/train.jsonl does not exist" in out and "first prompt, 0 shots" in out
+
+
+def test_the_demo_s_task_shows_system_and_user(capsys):
+    assert run(["tasks", "demo-exact-match"]) == 0
+    out = capsys.readouterr().out
+    assert "<system>\nExpense to JSON" in out and "--- right answer ---" in out
+
+
+def test_a_file_of_ones_own(mirror, tmp_path, capsys):
+    write_task(tmp_path, CHOICE, rows=[quiz(1, "x")])
+    assert run(["tasks", str(tmp_path / "mine.yaml")]) == 0
+    out = capsys.readouterr().out
+    assert "Q: what is 1?\nA:" in out and "* ' x'" in out
+
+
+def test_wrong_names_and_files(mirror, tmp_path, fails):
+    assert "did you mean 'gsm8k'" in fails("tasks", "gsm9k")
+    assert "seed is a suite" in fails("tasks", "seed")
+    assert "--num-fewshot needs" in fails("tasks", "--num-fewshot", "2")
+    (tmp_path / "bad.yaml").write_text(CHOICE + "promt: x\nnum_fewshots: 3\n")
+    said = fails("tasks", tmp_path / "bad.yaml")
+    assert "2 problems" in said and "did you mean 'prompt'" in said
