@@ -16,8 +16,7 @@ from typing import Any
 
 from mlx_slim.config.expressions import compile_text, compile_value
 from mlx_slim.data.formats import Example
-from mlx_slim.data.templates import Rendered, Template, load_template
-from mlx_slim.data.tokenize import unwrap
+from mlx_slim.data.templates import Rendered, Template
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluate.rows import TaskRows
 from mlx_slim.evaluate.spec import Task
@@ -76,30 +75,6 @@ class Chat:
         return cls(render, rendered("", "?").own_bos)
 
 
-def chat_for(task: Task, tokenizer: Any, asked: bool) -> Chat | None:
-    """Return how the prompts of ``task`` go through a chat template; None if they do not.
-
-    Args:
-        task: The task; one with ``chat: true`` is templated as training rows are.
-        tokenizer: The model's.
-        asked: ``--apply-chat-template`` was given.
-
-    Raises:
-        SlimError: If it was, and the model has no chat template.
-    """
-    if not (asked or task.spec.chat):
-        return None
-    setting = "model" if asked else "auto"
-    try:
-        return Chat.of(load_template(setting, unwrap(tokenizer)))
-    except SlimError as error:
-        if asked:
-            raise SlimError(
-                "the model has no chat template", "leave out --apply-chat-template"
-            ) from error
-        raise
-
-
 def build_questions(
     task: Task,
     task_rows: TaskRows,
@@ -115,14 +90,13 @@ def build_questions(
         task_rows: Its rows.
         num_fewshot: Examples before each question; None takes the task's own number.
         limit: Only the first ``limit`` rows, of each part where the task has parts.
-        chat: From ``chat_for``; the choices have no delimiter then, as in the harness.
+        chat: Put description and prompt through a chat template; the choices have no delimiter
+            then, as in the harness.
 
     Raises:
         SlimError: A row without a field that a template names (the row and the field are named),
             a target that is no choice, or fewer few-shot rows than asked for.
     """
-    if task.spec.chat and chat is None:
-        raise ValueError(f"task {task.name} needs the chat of chat_for")
     shots = task.num_fewshot if num_fewshot is None else num_fewshot
     writer = _Writer(task, task_rows, shots, chat)
     field = task.spec.subgroups.field if task.spec.subgroups else None

@@ -116,6 +116,11 @@ def load_rows(task: Task, data_dir: str | Path | None = None) -> TaskRows:
     )
 
 
+def shots_checksum(task: Task, found: TaskRows, num_fewshot: int) -> str | None:
+    """Return the sha256 of the rows that examples are taken from; None without examples."""
+    return _checksum(task, found.shots) if num_fewshot else None
+
+
 def _shots(task: Task, mirror: Path | None, scored: list[RawRow]) -> list[dict[str, Any]]:
     data = task.spec.data
     if data.shots is None:

@@ -11,32 +11,35 @@ Folder: ``model/`` (imported), ``model-4bit/``, ``runs/<method>/`` (run folders)
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_slim import artifacts
 from mlx_slim.adapters.store import load_adapter
 from mlx_slim.config import library
 from mlx_slim.config.load import Resolved, load_recipe
-from mlx_slim.config.schema import Method, QuantizeConfig, Recipe, SourceConfig
-from mlx_slim.data import sources
-from mlx_slim.data.ledger import SourceLedger
-from mlx_slim.data.prepare import Pipeline
+from mlx_slim.config.schema import Method, QuantizeConfig, Recipe
+from mlx_slim.data.templates import load_template
+from mlx_slim.data.tokenize import unwrap
 from mlx_slim.errors import Interrupted, SlimError, did_you_mean
-from mlx_slim.evaluate.exact_match import score, write_samples
 from mlx_slim.evaluate.generate import generate_batch
+from mlx_slim.evaluate.metrics import record_generation, summarize
+from mlx_slim.evaluate.prompts import Chat, Question, build_questions
+from mlx_slim.evaluate.requests import Encoder, max_length
+from mlx_slim.evaluate.rows import load_rows
+from mlx_slim.evaluate.spec import Task, find_task
 from mlx_slim.events import Notice, Observer
 from mlx_slim.models.convert import convert
 from mlx_slim.models.hub import SMOLLM2_PACKAGE, bundled_smollm2, resolve
-from mlx_slim.models.load import load, read_config
+from mlx_slim.models.load import Loaded, load, read_config
 from mlx_slim.models.quantized import densify
 from mlx_slim.models.save import save_model
 from mlx_slim.quantize.apply import quantize_model
@@ -44,6 +47,7 @@ from mlx_slim.runtime import dtype_name, human_bytes, on_gpu, resolve_dtype
 from mlx_slim.workflows.finetune import finetune
 from mlx_slim.workflows.run_folder import STATE_FILE
 
+TASK = "demo_exact_match"  # as in `mlx-slim eval --task`
 METHODS: tuple[str, ...] = get_args(Method)
 _FULL_RATE = 2.0e-4  # full tuning moves every weight: a tenth of the adapters' rate
 
@@ -92,21 +96,6 @@ class Row:
     base_bytes: int
     tuned_bytes: int
     minutes: float
-
-
-@dataclass(frozen=True)
-class Question:
-    """A held-out row: the prompt as training would see it, and the right answer.
-
-    Attributes:
-        prompt_ids: Token ids, up to where the answer begins.
-        answer: The right answer.
-        answer_tokens: Its length in tokens, with what closes it.
-    """
-
-    prompt_ids: list[int]
-    answer: str
-    answer_tokens: int
 
 
 def demo(
@@ -250,18 +239,27 @@ def _score(
         load_adapter(loaded.model, run / "adapters")
     if not on_gpu():
         densify(loaded.model)
-    rows = questions(recipe, loaded.tokenizer)[:limit]
+    task, asked, prompts = questions(recipe, loaded, limit)
+    answers = [str(question.target) for question in asked]
+    encode = loaded.tokenizer.encode
+    longest = max(len(encode(answer, add_special_tokens=False)) for answer in answers)
     began = time.monotonic()
-    answers = generate_batch(
+    generated = generate_batch(
         loaded.model,
         loaded.tokenizer,
-        [row.prompt_ids for row in rows],
-        max_tokens=max(row.answer_tokens for row in rows) + 1,  # no longer answer can be right
+        prompts,
+        max_tokens=longest + 2,  # with what closes it; no longer answer can be right
     )
     seconds = time.monotonic() - began
-    result = score(answers, [row.answer for row in rows])
-    scored = Scored(result.n, result.exact, result.same_json, round(seconds, 2))
-    write_samples(folder / "samples_demo.jsonl", result)
+    records = [
+        record_generation(task, question, answer.text, answer.stop_reason)
+        for question, answer in zip(asked, generated, strict=True)
+    ]
+    metrics = summarize(task, records)["metrics"]
+    exact, same_json = metrics["exact_match"]["k"], metrics["json_match"]["k"]
+    scored = Scored(len(records), exact, same_json, round(seconds, 2))
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    artifacts.write_text(folder / "samples_demo.jsonl", "".join(lines))
     artifacts.write_json(file, {"key": key, "score": asdict(scored)})
     what = "the tuned model" if run else "the base"
     observer.notify(
@@ -270,20 +268,18 @@ def _score(
     return scored
 
 
-def questions(recipe: Recipe, tokenizer: Any) -> list[Question]:
-    """Return the held-out rows, their prompts rendered and tokenized as in training."""
-    config = SourceConfig(path=str(data_files()[1]))
-    source = sources.find(config)
-    ledger = SourceLedger(source.name, source.kind, 1.0, source.ignored)
-    pipeline = Pipeline(recipe.data, tokenizer, max_length=recipe.train.max_length)
-    return [
-        Question(
-            row.tokens.ids_T[: int(np.argmax(row.tokens.supervised_T))].tolist(),
-            row.example.fields["completion"],
-            int(row.tokens.supervised_T.sum()),
-        )
-        for row in pipeline.rows(source, config, ledger)
-    ]
+def questions(
+    recipe: Recipe, loaded: Loaded, limit: int | None = None
+) -> tuple[Task, list[Question], list[list[int]]]:
+    """Return the demo's task, its held-out questions, and their prompts as training reads them."""
+    task = find_task(TASK)
+    system = {"description": recipe.data.system or ""}
+    task = replace(task, spec=task.spec.model_copy(update=system))
+    chat = Chat.of(load_template(recipe.data.template, unwrap(loaded.tokenizer)))
+    asked = build_questions(task, load_rows(task), limit=limit, chat=chat)
+    longest = max_length(loaded.config, loaded.tokenizer)
+    encoder = Encoder(loaded.tokenizer, longest, chat=chat.own_bos)
+    return task, asked, [encoder.prompt(question.context, 1) for question in asked]
 
 
 # ------------------------------------------------------------------------------------ reporting

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluate.prompts import Chat, build_questions, chat_for
+from mlx_slim.evaluate.prompts import Chat, build_questions
 from mlx_slim.evaluate.rows import TaskRows, load_rows
 from mlx_slim.evaluate.spec import Selection, Task, expand, find_task, list_tasks
 from tests.evaluate.support import CHOICE, GENERATION, mmlu_row, quiz, write_rows, write_task
@@ -218,13 +218,13 @@ def test_a_chat_template_goes_around_and_takes_the_delimiter(tmp_path):
 
 
 def test_chat_prompts_are_the_training_prompts(tiny, tmp_path):
+    from mlx_slim.data.templates import load_template
     from mlx_slim.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(tiny())
     task = find_task("demo_exact_match")
-    assert chat_for(find_task("arc_easy"), tokenizer, asked=False) is None
-    chat = chat_for(task, tokenizer, asked=False)
-    assert chat is not None and chat.own_bos
+    chat = Chat.of(load_template("auto", tokenizer))
+    assert chat.own_bos
     first = build_questions(task, load_rows(task), limit=1, chat=chat)[0]
     messages = [
         {"role": "system", "content": task.spec.description},
@@ -232,12 +232,11 @@ def test_chat_prompts_are_the_training_prompts(tiny, tmp_path):
     ]
     expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert first.context == expected
-    with pytest.raises(ValueError, match="chat_for"):
-        build_questions(task, load_rows(task))
     tokenizer._tokenizer.chat_template = None
-    assert chat_for(task, tokenizer, asked=False) is not None
-    with pytest.raises(SlimError, match="no chat template"):
-        chat_for(find_task("arc_easy"), tokenizer, asked=True)
+    plain = Chat.of(load_template("auto", tokenizer))
+    first = build_questions(task, load_rows(task), limit=1, chat=plain)[0]
+    assert first.context == f"{task.spec.description}\n\n{messages[1]['content']}"
+    assert not plain.own_bos
 
 
 def test_generation_rows_of_ones_own(tmp_path):

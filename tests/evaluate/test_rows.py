@@ -6,8 +6,9 @@ import json
 
 import pytest
 
+from mlx_slim.data import sources
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluate.rows import count_rows, load_rows
+from mlx_slim.evaluate.rows import count_rows, load_rows, shots_checksum
 from mlx_slim.evaluate.spec import find_task
 from tests.evaluate.support import CHOICE, mmlu_row, quiz, write_rows, write_task
 
@@ -170,3 +171,24 @@ def test_a_users_task_can_name_a_data_set_of_the_mirror(tmp_path):
     text = CHOICE.replace("rows.jsonl, shots: shots.jsonl", "some/quiz, where: '{{ oops }}'")
     with pytest.raises(SlimError, match=r"line 1: data.where: 'oops' is undefined"):
         load_rows(write_task(tmp_path, text), tmp_path / "mirror")
+
+
+def test_the_hub_is_asked_for_the_pinned_revision(monkeypatch):
+    asked = []
+
+    def load(match, config):
+        asked.append((match["id"], match["config"], match["rev"], config.split))
+        row = {"pubid": 1, "question": "q", "context": {"contexts": ["c"]}, "final_decision": "no"}
+        return [row]
+
+    monkeypatch.setattr(sources, "_load_hub", load)
+    task = find_task("pubmedqa")
+    found = load_rows(task)
+    revision = task.spec.data.revision
+    assert asked == [("qiaojin/PubMedQA", "pqa_labeled", revision, "train")]
+    assert found.source == f"qiaojin/PubMedQA:pqa_labeled@{revision}"
+    assert found.place(0).endswith(", row 1")
+    assert shots_checksum(task, found, 0) is None
+    assert shots_checksum(task, found, 1) == found.checksum
+    with pytest.raises(SlimError, match="no field 'question_stem'"):
+        load_rows(find_task("openbookqa"))

@@ -9,7 +9,11 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_slim.cli.main import command
+from mlx_slim.data import sources
+from mlx_slim.data.ledger import SourceLedger
+from mlx_slim.data.prepare import Pipeline
 from mlx_slim.errors import SlimError
+from mlx_slim.evaluate.spec import find_task
 from mlx_slim.events import Notice
 from mlx_slim.workflows import demo as workflow
 from tests.support.runs import Recorder
@@ -54,17 +58,29 @@ def test_all_methods_then_nothing_left_to_do(tiny, tmp_path):
     assert sum("reused" in line for line in again.notices) >= 5
 
 
-def test_prompts_are_the_training_prompts(tiny):
+@pytest.mark.parametrize("template", ["auto", "alpaca"])
+def test_prompts_are_the_training_prompts(tiny, template):
     from mlx_slim.models.load import load
 
-    tokenizer = load(tiny()).tokenizer
-    resolved = workflow.demo_recipe("lora", tiny(), SMALL)
-    rows = workflow.questions(resolved.recipe, tokenizer)
-    assert len(rows) == 100
-    text = tokenizer.decode(rows[0].prompt_ids)
-    assert resolved.recipe.data.system in text
-    assert text.rstrip().endswith("assistant")
-    assert json.loads(rows[0].answer)["item"] in str(workflow.data_files()[1].read_text())
+    loaded = load(tiny())
+    overrides = (*SMALL, f"data.template={template}", f"data.path={workflow.data_files()[1]}")
+    recipe = workflow.demo_recipe("lora", tiny(), overrides).recipe
+    task, questions, prompts = workflow.questions(recipe, loaded)
+    assert (task.name, len(questions), len(prompts)) == (workflow.TASK, 100, 100)
+    (config,) = recipe.data.sources
+    source = sources.find(config)
+    pipeline = Pipeline(recipe.data, loaded.tokenizer, max_length=recipe.train.max_length)
+    rows = pipeline.rows(source, config, SourceLedger(source.name, source.kind, 1.0, []))
+    for row, prompt, question in zip(rows, prompts, questions, strict=True):
+        assert row.tokens.ids_T[: len(prompt)].tolist() == prompt
+        assert row.tokens.supervised_T.argmax() == len(prompt)
+        assert row.example.fields["completion"] == question.target
+    assert recipe.data.system in loaded.tokenizer.decode(prompts[0])
+
+
+def test_the_task_prompts_with_the_recipe_s_system_message(tiny):
+    recipe = workflow.demo_recipe("lora", tiny(), ()).recipe
+    assert find_task(workflow.TASK).spec.description == recipe.data.system
 
 
 def test_what_a_kill_left_before_the_start_is_no_obstacle(tiny, tmp_path):
