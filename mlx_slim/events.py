@@ -147,6 +147,7 @@ class EvalStarted(Event):
         tasks: Names of the tasks, in order.
         questions: Questions of all tasks.
         answered: Those that an earlier run had answered.
+        share: Part of the whole evaluation's work that this was, 0 … 1.
         budget_bytes: Memory of the device, bytes.
     """
 
@@ -155,6 +156,7 @@ class EvalStarted(Event):
     tasks: tuple[str, ...]
     questions: int
     answered: int
+    share: float
     budget_bytes: int
     adapter: str | None = None
 

@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import deque
 from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, Group, RenderResult
 from rich.markup import escape
 from rich.panel import Panel
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from mlx_slim import runtime
+from mlx_slim.console.parts import Clock, eta, memory_row, progress_row
 from mlx_slim.events import Done, Event, Resumed, Saved, Started, StepDone, ValidationDone
 
 _BARS = "▁▂▃▄▅▆▇█"
 _SMOOTHING = 0.9  # of the running mean of the loss, a step
-_RECENT_STEPS = 30  # that the remaining time is judged by: a slow first step is soon forgotten
 _REASONS = {
     "complete": "done",
     "early_stopping": "stopped early: validation no longer improves",
@@ -48,7 +46,8 @@ def sparkline(values: list[float], width: int) -> str:
 class Progress:
     """The state of a loop, gathered from its events; ``None`` where nothing was reported yet."""
 
-    first, last = Started, Done
+    first: type[Event] = Started
+    last: type[Event] = Done
 
     def __init__(self) -> None:
         self.started: Started | None = None
@@ -60,17 +59,17 @@ class Progress:
         self.smoothed = math.nan
         self.losses: list[float] = []
         self._weight = 0.0
-        self._times: deque[tuple[int, float]] = deque(maxlen=_RECENT_STEPS)
+        self._clock = Clock()
 
     def update(self, event: Event, now: float) -> None:
         """Take one event that happened at ``now``, seconds of a monotonic clock."""
         match event:
             case Started():
                 self.started = event
-                self._times.append((event.first_step, now))
+                self._clock.mark(event.first_step, now)
             case StepDone():
                 self.step = event
-                self._times.append((event.step, now))
+                self._clock.mark(event.step, now)
                 self._smooth(event.loss)
             case ValidationDone():
                 self.validation = event
@@ -103,12 +102,7 @@ class Progress:
 
     def remaining_seconds(self) -> float | None:
         """Return the seconds left at the rate of the recent steps, or None if it is unknown."""
-        if self.total_steps is None or len(self._times) < 2:
-            return None
-        (first, begun), (last, now) = self._times[0], self._times[-1]
-        if last <= first:
-            return None
-        return (now - begun) / (last - first) * max(0, self.total_steps - last)
+        return self._clock.left(self.total_steps)
 
     def plain(self, event: Event) -> str | None:
         """Return the line of ``event`` for a pipe or a file, without colour; None for no line."""
@@ -121,14 +115,13 @@ class Progress:
                     f"memory budget {budget}"
                 )
             case StepDone():
-                left = self.remaining_seconds()
-                eta = "–" if left is None else runtime.human_seconds(left)
+                left = eta(self.remaining_seconds())
                 return (
                     f"step {event.step}/{self.total_steps or '–'} epoch {event.epoch:.2f} "
                     f"loss {event.loss:.4f} lr {event.learning_rate:.2e} "
                     f"{event.tokens_per_second:.0f} tok/s grad {event.grad_norm:.3f} "
                     f"mem {runtime.human_bytes(event.active_memory_bytes)} "
-                    f"peak {runtime.human_bytes(event.peak_memory_bytes)} eta {eta}"
+                    f"peak {runtime.human_bytes(event.peak_memory_bytes)} eta {left}"
                 )
             case ValidationDone():
                 mark = " (best)" if event.best else ""
@@ -151,11 +144,6 @@ class Progress:
         return View(self, title)
 
 
-def share_style(share: float) -> str:
-    """Return the colour of a part of the memory budget."""
-    return "green" if share < 0.75 else "yellow" if share < 0.9 else "red"
-
-
 class View:
     """The live view: the same number of rows at every moment, so nothing jumps."""
 
@@ -165,31 +153,23 @@ class View:
     def __rich_console__(self, console: RichConsole, options: ConsoleOptions) -> RenderResult:
         """Render at the width of the terminal."""
         width = options.max_width
-        lines = [self._progress_line(), self._numbers(width), self._memory_line()]
+        p, step = self.progress, self.progress.step
+        end = _REASONS.get(p.done.reason, p.done.reason).split(":")[0] if p.done else ""
+        lines = [
+            progress_row(
+                f"step {p.steps_done}/{p.total_steps or '–'}",
+                p.steps_done / p.total_steps if p.total_steps else None,
+                end or f"eta {eta(p.remaining_seconds())}",
+            ),
+            self._numbers(width),
+            memory_row(
+                step.active_memory_bytes if step else 0,
+                step.peak_memory_bytes if step else 0,
+                p.started.budget_bytes if p.started else 0,
+            ),
+        ]
         title = f"[bold]{escape(self.title)}[/]" if self.title else None
         yield Panel(Group(*lines), title=title, title_align="left", border_style="dim")
-
-    def _progress_line(self) -> Table:
-        p = self.progress
-        row = Table.grid(expand=True, padding=(0, 1))
-        row.add_column(no_wrap=True)
-        row.add_column(ratio=1)
-        row.add_column(no_wrap=True, justify="right")
-        total = p.total_steps or 0
-        left = p.remaining_seconds()
-        if p.done:
-            end = _REASONS.get(p.done.reason, p.done.reason).split(":")[0]
-        elif left is None:
-            end = "eta –"
-        else:
-            end = f"eta {runtime.human_seconds(left)}"
-        share = f"{p.steps_done / total:>4.0%}" if total else "  – "
-        row.add_row(
-            Text(f"step {p.steps_done}/{total or '–'}", style="bold"),
-            ProgressBar(total=max(total, 1), completed=p.steps_done),
-            f"{share}  {end}",
-        )
-        return row
 
     def _numbers(self, width: int) -> Table:
         p, step = self.progress, self.progress.step
@@ -219,23 +199,3 @@ class View:
                 row += [name, Text(value.rstrip())]
             table.add_row(*row)
         return table
-
-    def _memory_line(self) -> Table:
-        step, started = self.progress.step, self.progress.started
-        row = Table.grid(expand=True, padding=(0, 1))
-        row.add_column(style="dim", width=13, no_wrap=True)
-        row.add_column(ratio=1)
-        row.add_column(no_wrap=True, justify="right")
-        active = step.active_memory_bytes if step else 0
-        peak = step.peak_memory_bytes if step else 0
-        budget = started.budget_bytes if started else 0
-        style = share_style(peak / budget if budget else 0.0)
-        row.add_row(
-            "memory",
-            ProgressBar(total=max(budget, 1), completed=active, complete_style=style),
-            Text.assemble(
-                f"{runtime.human_bytes(active)} of {runtime.human_bytes(budget)}  peak ",
-                (runtime.human_bytes(peak), style),
-            ),
-        )
-        return row

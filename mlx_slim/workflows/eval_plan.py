@@ -83,9 +83,7 @@ def find_targets(
     """
     _check_options(sources, names, options)
     first = runtime.world().rank() == 0
-    folders = [out]
-    if len(sources) > 1:
-        folders = [out / name for name in folder_names(sources)]
+    folders = result_folders(sources, out)
     started = _claim(out, folders, resume) if first else [False] * len(folders)
     tasks = read_tasks(names, options)
     texts = None if options.perplexity is None else read_texts(options.perplexity)
@@ -139,8 +137,13 @@ def _claim(out: Path, folders: list[Path], resume: bool) -> list[bool]:
     ]
 
 
-def folder_names(sources: list[str]) -> list[str]:
-    """Return a folder name for each model: its last part, made safe, and numbered where needed."""
+def result_folders(sources: Sequence[str], out: Path) -> list[Path]:
+    """Return where each model's results go: ``out``, or inside it where there are several.
+
+    A folder is named by the last part of its model, made safe, and numbered where two are alike.
+    """
+    if len(sources) == 1:
+        return [out]
     names: list[str] = []
     for source in sources:
         base = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source).expanduser().resolve().name)
@@ -148,7 +151,7 @@ def folder_names(sources: list[str]) -> list[str]:
         tries = (base if n == 1 else f"{base}-{n}" for n in itertools.count(1))
         taken = {name.lower() for name in names}
         names.append(next(name for name in tries if name.lower() not in taken))
-    return names
+    return [out / name for name in names]
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from mlx_slim import artifacts, events, runtime
 from mlx_slim.errors import Interrupted, SlimError
 from mlx_slim.evaluate.perplexity import NAME as TEXT
 from mlx_slim.evaluate.results import STATE_FILE
-from mlx_slim.workflows.eval_plan import EvalOptions, find_targets
+from mlx_slim.workflows.eval_plan import EvalOptions, find_targets, result_folders
 from mlx_slim.workflows.scoring import Target, score
 
-__all__ = ["EvalOptions", "evaluate", "resume_command"]
+__all__ = ["EvalOptions", "evaluate", "result_folders", "resume_command"]
 
 SUMMARY_FILE = "summary.json"
 _T = TypeVar("_T")

@@ -171,6 +171,7 @@ class _Watch:
                 tasks=tuple(job.name for job in target.jobs),
                 questions=sum(job.chunks[-1].stop for job in target.jobs),
                 answered=answered,
+                share=self._share(),
                 budget_bytes=runtime.device_memory(),
             )
         )
@@ -178,6 +179,11 @@ class _Watch:
     def _answered(self, job: Job) -> int:
         done = self._folder.done(job.name)
         return job.chunks[done - 1].stop if done else 0
+
+    def _share(self) -> float:
+        done = {name: self._folder.done(name) for name in self._weights}
+        finished = sum(sum(weights[: done[name]]) for name, weights in self._weights.items())
+        return finished / self._total
 
     def begin(self, job: Job) -> None:
         """Take up a task, perhaps in its middle."""
@@ -192,9 +198,6 @@ class _Watch:
             self._records += [json.loads(line) for line in data.splitlines()]
             computed += entry.tokens_computed
         metric, value = job.running(self._records)
-        finished = sum(
-            sum(weights[: self._folder.done(name)]) for name, weights in self._weights.items()
-        )
         self._observer.notify(
             events.EvalProgress(
                 task=job.name,
@@ -202,7 +205,7 @@ class _Watch:
                 questions=job.chunks[-1].stop,
                 metric=metric,
                 value=value,
-                share=finished / self._total,
+                share=self._share(),
                 tokens_per_second=computed / max(seconds * len(parts), 1e-9),
                 active_memory_bytes=mx.get_active_memory(),
                 peak_memory_bytes=_peak(self._folder),

@@ -1,0 +1,131 @@
+"""``mlx-slim eval``: score models on tasks and held-out text, and compare two results.
+
+Invariant: everything a user can get wrong is said before any weight is read. Try it:
+``mlx-slim eval MODEL --task openbookqa,arc_easy --limit 100 -o OUT``, then
+``mlx-slim eval --compare OUT OUT_2``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_slim.errors import SlimError
+
+_FOLDER = click.Path(path_type=Path)
+
+
+@click.command("eval")
+@click.argument("models", nargs=-1, metavar="[MODEL]...")
+@click.option("--adapter", type=_FOLDER, metavar="DIR", help="Put this adapter on every model.")
+@click.option("--task", "tasks", multiple=True, metavar="NAMES", help="Tasks, suites, task files.")
+@click.option(
+    "--perplexity", type=_FOLDER, metavar="FILE", help="Bits per byte of a held-out text."
+)
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="First N rows (of a subject).")
+@click.option("--num-fewshot", type=int, metavar="K", help="Solved examples before a question.")
+@click.option("--data-dir", type=_FOLDER, metavar="DIR", help="Data mirror [MLX_SLIM_DATA].")
+@click.option("--apply-chat-template", is_flag=True, help="Prompts go through the chat template.")
+@click.option(
+    "--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16."
+)
+@click.option("--max-length", type=click.IntRange(2), metavar="N", help="Longest input, tokens.")
+@click.option("--batch-tokens", type=click.IntRange(1), metavar="N", help="Tokens of a batch.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap; recorded.")
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of hub models.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python files of the model repository.")
+@click.option(
+    "--compare", type=_FOLDER, nargs=2, metavar="OUT_A OUT_B", help="Compare two results."
+)
+@click.option("-o", "--out", type=_FOLDER, help="New folder for the results.")
+@click.option("--resume", is_flag=True, help="Go on with OUT where it stopped.")
+@click.option("--json", "as_json", is_flag=True, help="Events and results as JSON lines.")
+@click.option("--quiet", is_flag=True, help="Warnings and the table only.")
+def command(
+    models: tuple[str, ...],
+    tasks: tuple[str, ...],
+    compare: tuple[Path, Path] | None,
+    out: Path | None,
+    resume: bool,
+    as_json: bool,
+    quiet: bool,
+    seed: int,
+    **options: Any,
+) -> None:
+    """Score MODEL (a folder or a hub id; several get a folder each inside OUT) on tasks.
+
+    mlx-slim tasks lists the tasks. OUT gets results.json and, question by question,
+    samples_TASK.jsonl; a run that was stopped goes on with --resume.
+    """
+    if as_json and quiet:
+        raise click.UsageError("--json and --quiet exclude each other")
+    if compare:
+        _compare(compare, models, tasks, out, seed, as_json, {**options, "resume": resume})
+        return
+    if out is None:
+        raise click.UsageError("-o OUT is missing: where the results go")
+    from mlx_slim import runtime
+    from mlx_slim.console import Console
+    from mlx_slim.console.scoring import Scoring
+    from mlx_slim.workflows.evaluate import EvalOptions, evaluate, result_folders
+
+    mode = "json" if as_json else "quiet" if quiet else "auto"
+    with Console(mode, display=Scoring()) as console:
+        results = evaluate(
+            models,
+            tasks,
+            out,
+            EvalOptions(seed=seed, **options),
+            resume=resume,
+            observer=console,
+        )
+    if runtime.world().rank() != 0:
+        return
+    if as_json:
+        click.echo(json.dumps({"event": "results", "results": results}))
+        return
+    from mlx_slim.console.tables import show_results
+
+    show_results(results, result_folders(models, out))
+
+
+def _compare(
+    outs: tuple[Path, Path],
+    models: tuple[str, ...],
+    tasks: tuple[str, ...],
+    out: Path | None,
+    seed: int,
+    as_json: bool,
+    options: dict[str, Any],
+) -> None:
+    """Compare two folders; write ``comparison.json`` where ``-o`` says so."""
+    given = [name for name, value in options.items() if value and value != "auto"]
+    given += ["MODEL"] if models else []
+    given += ["task"] if tasks else []
+    if given:
+        raise SlimError(
+            f"--compare takes two output folders and nothing of a scoring: {', '.join(given)}",
+            "mlx-slim eval --compare OUT_A OUT_B [-o DIR]",
+        )
+    from mlx_slim.artifacts import check_writable, write_json
+    from mlx_slim.evaluate.comparison import compare
+
+    target = None if out is None else out / "comparison.json"
+    if target is not None:
+        if target.exists():
+            raise SlimError(f"{target} exists already", "choose another output folder")
+        check_writable(target.parent)
+    comparison = compare(outs[0], outs[1], seed=seed)
+    if target is not None:
+        write_json(target, comparison.as_record())
+    if as_json:
+        click.echo(json.dumps(comparison.as_record()))
+        return
+    from mlx_slim.console.tables import show_comparison
+
+    show_comparison(comparison)
+    if target is not None:
+        click.echo(f"written: {target}")

@@ -1,0 +1,69 @@
+"""Rows that live views are made of."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from mlx_slim import runtime
+
+_RECENT = 30  # steps that the remaining time is judged by: a slow first one is soon forgotten
+
+
+class Clock:
+    """How long it will take: the rate of the last steps, carried on to the end."""
+
+    def __init__(self) -> None:
+        self._times: deque[tuple[float, float]] = deque(maxlen=_RECENT)
+
+    def mark(self, done: float, now: float) -> None:
+        """Note that ``done`` (of any unit) was reached at ``now``, seconds."""
+        self._times.append((done, now))
+
+    def left(self, total: float | None) -> float | None:
+        """Return the seconds until ``total`` is reached; None if that is unknown."""
+        if total is None or len(self._times) < 2:
+            return None
+        (first, begun), (last, now) = self._times[0], self._times[-1]
+        if last <= first:
+            return None
+        return (now - begun) / (last - first) * max(0.0, total - last)
+
+
+def eta(seconds: float | None) -> str:
+    """Return ``12:03``, or a dash."""
+    return "–" if seconds is None else runtime.human_seconds(seconds)
+
+
+def progress_row(label: str, share: float | None, end: str) -> Table:
+    """Return a bar between what it is about and how it ends."""
+    row = Table.grid(expand=True, padding=(0, 1))
+    row.add_column(no_wrap=True)
+    row.add_column(ratio=1)
+    row.add_column(no_wrap=True, justify="right")
+    percent = "  – " if share is None else f"{share:>4.0%}"
+    bar = ProgressBar(total=1.0, completed=share or 0.0)
+    row.add_row(Text(label, style="bold"), bar, f"{percent}  {end}")
+    return row
+
+
+def memory_row(active: int, peak: int, budget: int) -> Table:
+    """Return memory in use and at its peak, in bytes, as a bar of the budget."""
+    share = peak / budget if budget else 0.0
+    style = "green" if share < 0.75 else "yellow" if share < 0.9 else "red"
+    row = Table.grid(expand=True, padding=(0, 1))
+    row.add_column(style="dim", width=13, no_wrap=True)
+    row.add_column(ratio=1)
+    row.add_column(no_wrap=True, justify="right")
+    row.add_row(
+        "memory",
+        ProgressBar(total=max(budget, 1), completed=active, complete_style=style),
+        Text.assemble(
+            f"{runtime.human_bytes(active)} of {runtime.human_bytes(budget)}  peak ",
+            (runtime.human_bytes(peak), style),
+        ),
+    )
+    return row

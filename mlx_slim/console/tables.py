@@ -1,0 +1,124 @@
+"""The tables that an evaluation and a comparison end with; they fit 80 columns.
+
+Invariant: every figure stands beside its standard error and its count. Try it:
+``mlx-slim eval --compare OUT_A OUT_B``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console as Terminal
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from mlx_slim.artifacts import read_json
+from mlx_slim.console.scoring import figure
+from mlx_slim.evaluate.comparison import BITS, Comparison, Row
+from mlx_slim.evaluate.results import TIMINGS_FILE
+from mlx_slim.runtime import human_bytes
+
+
+def show_results(
+    results: Sequence[dict[str, Any]], folders: Sequence[Path], *, terminal: Terminal | None = None
+) -> None:
+    """Print one table a model: each task's metrics, counts, speed and peak memory.
+
+    Args:
+        results: As ``evaluate`` returns them.
+        folders: Where they lie, for the timings.
+        terminal: Where to print; standard output by default.
+    """
+    terminal = terminal or Terminal(highlight=False)
+    for result, folder in zip(results, folders, strict=True):
+        model = result["model"] + (f" + {result['adapter']}" if result["adapter"] else "")
+        chat = ", chat template" if result["chat_template"] else ""
+        table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left", title_style="bold")
+        table.title = escape(f"{model} ({result['dtype']}{chat})")
+        for heading in ("task", "shots", "metric", "value ± stderr", "k/n", "tok/s", "peak"):
+            side = "left" if heading in ("task", "metric") else "right"
+            table.add_column(heading, justify=side, no_wrap=heading != "task", overflow="fold")
+        timings = read_json(folder / TIMINGS_FILE)["tasks"]
+        for name, section in _sections(result):
+            timing = timings[name]
+            speed = f"{timing['tokens_per_second']:,.0f}"
+            shots = section.get("num_fewshot")
+            first = [name, "–" if shots is None else str(shots)]
+            last = [speed, human_bytes(timing["peak_memory_bytes"])]
+            for label, metric, value, count in _figures(section):
+                if label:
+                    first = [f"  {label}", ""]
+                table.add_row(*map(escape, [*first, metric, value, count, *last]))
+                first, last = ["", ""], ["", ""]
+        terminal.print(table)
+        terminal.print(Text(f"{folder}", style="dim"), soft_wrap=True)
+
+
+def _sections(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield from result["tasks"].items()
+    if "perplexity" in result:
+        yield "perplexity", result["perplexity"]
+
+
+def _figures(section: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """Yield label of a part (empty for the task itself), metric, value and count."""
+    for metric, value in section["metrics"].items():
+        yield "", metric, figure(value), _count(value, section)
+    for metric, value in section.get("macro", {}).items():
+        yield "", f"{metric}, macro", figure(value), ""
+    for category, group in section.get("categories", {}).items():
+        for metric, value in group["micro"].items():
+            yield category, metric, figure(value), _count(value, group)
+
+
+def _count(value: dict[str, Any], section: dict[str, Any]) -> str:
+    if value.get("k") is not None:
+        return f"{value['k']:,}/{section['n']:,}"
+    return f"{section['bytes']:,} B" if "bytes" in section else f"of {section['n']:,}"
+
+
+def show_comparison(comparison: Comparison, *, terminal: Terminal | None = None) -> None:
+    """Print the paired table, a verdict a task, and what the reader should know."""
+    terminal = terminal or Terminal(highlight=False)
+    terminal.print(f"A  {comparison.first}\nB  {comparison.second}", markup=False)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("task, metric", "A", "B", "B − A", "95% CI", "B+ / A+", "p", "Holm"):
+        side = "left" if heading == "task, metric" else "right"
+        table.add_column(heading, justify=side, no_wrap=side == "right", overflow="fold")
+    before = ""
+    for row in comparison.rows:
+        if row.task != before:
+            table.add_row(escape(row.task))
+        before = row.task
+        table.add_row(*map(escape, [f"  {row.metric}", *_cells(row)]))
+    terminal.print(table)
+    for row in comparison.rows:
+        if row.verdict:
+            verb = f"B is {row.verdict}" if row.verdict[0] in "hl" else row.verdict
+            terminal.print(f"{row.task}: {verb}", markup=False, soft_wrap=True)
+    for note in comparison.notes:
+        terminal.print(f"note: {note}", markup=False, soft_wrap=True)
+    terminal.print(
+        f"CI: paired bootstrap, {comparison.draws:,} resamples, seed {comparison.seed}; p: exact "
+        "McNemar (text: paired t); Holm: over the tasks; B+ / A+: right only in B, only in A",
+        style="dim",
+    )
+
+
+def _cells(row: Row) -> list[str]:
+    found = row.paired
+    scale, digits = (1, 4) if row.unit == BITS else (100, 2)
+    low, high = (value * scale for value in found.bootstrap)
+    flips = "" if row.unit == BITS else f"{found.gained}/{found.lost}"
+    return [
+        f"{found.first * scale:.{digits}f}",
+        f"{found.second * scale:.{digits}f}",
+        f"{found.delta * scale:+.{digits}f}",
+        f"{low:+.{digits}f} … {high:+.{digits}f}",
+        flips,
+        f"{found.p_value:.4f}",
+        "" if row.p_holm is None else f"{row.p_holm:.4f}",
+    ]
