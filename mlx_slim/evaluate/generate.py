@@ -75,7 +75,7 @@ def generate_batch(
     until = _Until(tokenizer, stops)
     # Longest first: memory peaks at once, and prompts of one batch are of like length.
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    shared = _shared_prefix(prompts)
+    shared = shared_prefix(prompts)
     prefix = _prefill(model, list(prompts[0][:shared])) if shared else None
     generator = BatchGenerator(
         model,
@@ -140,7 +140,7 @@ class _Until:
         return text[: min((at for s in self._stops if (at := text.find(s)) >= 0), default=None)]
 
 
-def _shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
+def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """Return how many leading tokens all prompts share, their last token excepted."""
     if len(prompts) < 2:
         return 0

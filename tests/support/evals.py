@@ -1,0 +1,149 @@
+"""Small evaluations for tests: tasks of one's own, and processes that kill themselves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
+CHUNK = 16  # questions of a chunk in these tests: several chunks without many questions
+
+
+def write_tasks(folder: Path, questions: int = 40) -> tuple[Path, Path, Path]:
+    """Write a multiple-choice task with parts, a generation task and a text; return their files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {
+            "part": ["one", "two"][i * 3 // (2 * questions)],
+            "question": f"{i} {' '.join(WORDS[: 1 + i % 5])}?",
+            "choices": [WORDS[(i + j) % 10] for j in range(2 + i % 3)],
+            "answer": i % 2,
+            "text": WORDS[i % 10],
+        }
+        for i in range(questions)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    choice = {
+        "kind": "multiple_choice",
+        "data": {"path": "rows.jsonl", "shots": "rows.jsonl"},
+        "fields": {"question": "text", "choices": "texts", "answer": "integer"},
+        "description": "Questions and answers about {{ part }}.\n\n",
+        "prompt": "Question: {{ question }}\nAnswer:",
+        "choices": "{{ choices }}",
+        "target": "{{ answer }}",
+        "subgroups": {"field": "part", "categories": {"all": ["one", "two"]}},
+    }
+    generation = {
+        "kind": "generation",
+        "data": {"path": "rows.jsonl"},
+        "prompt": "Say {{ question }}:",
+        "target": "{{ text }}",
+        "until": ["\n", "a"],
+        "max_tokens": 12,
+    }
+    (folder / "toy_choice.yaml").write_text(yaml.safe_dump(choice))
+    (folder / "toy_answer.yaml").write_text(yaml.safe_dump(generation))
+    (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 120)
+    return folder / "toy_choice.yaml", folder / "toy_answer.yaml", folder / "text.txt"
+
+
+# Scores like the command line, with small chunks, and kills itself where it is told to.
+SCORE = """
+import os, signal, sys
+from pathlib import Path
+import mlx_slim
+from mlx_slim.evaluate import perplexity, results, run
+from mlx_slim.workflows.evaluate import EvalOptions, evaluate
+
+model, tasks, text, out, chunk, moment, count, resume = sys.argv[1:9]
+run.CHOICE_CHUNK = run.GENERATION_CHUNK = int(chunk)
+perplexity.WINDOWS = 2
+calls = []
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+append = results.Folder.append
+
+def killing(self, task, data, **measured):
+    calls.append(task)
+    if len(calls) == int(count):
+        if moment == "samples":  # half of the chunk's samples, to the middle of a line
+            with open(self.path / results.samples_name(task), "ab") as handle:
+                handle.write(data[: len(data) // 2])
+            die()
+        if moment == "progress":  # the samples are whole, the line that counts them is not
+            def half(path):
+                with open(path, "ab") as handle:
+                    handle.write(b'{"task": "toy_choi')
+                die()
+            real_open = Path.open
+            def opened(path, *words, **options):
+                if path.name == results.PROGRESS_FILE:
+                    half(path)
+                return real_open(path, *words, **options)
+            Path.open = opened
+    return append(self, task, data, **measured)
+
+results.Folder.append = killing
+options = EvalOptions(perplexity=Path(text), num_fewshot=None)
+evaluate(model, tasks, Path(out), options, resume=resume == "1")
+"""
+
+
+def score_in_process(
+    model: Path,
+    tasks: list[Path],
+    text: Path,
+    out: Path,
+    *,
+    moment: str = "",
+    count: int = 0,
+    resume: bool = False,
+    ranks: int = 1,
+) -> None:
+    """Score in a process of its own, or in several ranks; with ``moment`` it must die there."""
+    names = ",".join(map(str, tasks))
+    words = [sys.executable, "-c", SCORE, model, names, text, out, CHUNK, moment, count]
+    command = [str(word) for word in [*words, int(resume)]]
+    if ranks > 1:
+        launch = "from mlx._distributed_utils.launch import main; main()"
+        port = ["--starting-port", str(free_port())]
+        command = [
+            *[sys.executable, "-c", launch, "-n", str(ranks), "--backend", "ring", *port, "--"],
+            *command,
+        ]
+    done = subprocess.run(
+        command,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    expected = -signal.SIGKILL if moment else 0
+    assert done.returncode == expected, done.stdout + done.stderr
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def files(out: Path) -> dict[str, bytes]:
+    """Return the samples of a folder by name, and ``results.json`` without its seconds."""
+    found = {path.name: path.read_bytes() for path in sorted(out.glob("samples_*.jsonl"))}
+    results = json.loads((out / "results.json").read_text())
+    for section in [*results["tasks"].values(), results.get("perplexity", {})]:
+        section.pop("seconds", None)
+    return {**found, "results.json": json.dumps(results).encode()}
