@@ -77,6 +77,18 @@ def ours(work: dict[str, Any]) -> dict[str, Any]:
     return _summary(timed, {"computed_tokens": computed, "batching": loop.batcher.mode})
 
 
+def _stock(work: dict[str, Any]) -> tuple[Any, Any]:
+    """Return model and tokenizer as mlx-lm itself loads them, in the dtype of the benchmark."""
+    from mlx_lm import load
+
+    from mlx_slim.models.load import cast as cast_model
+    from mlx_slim.runtime import resolve_dtype
+
+    model, tokenizer = load(work["model"])[:2]
+    cast_model(model, resolve_dtype(work["dtype"]))
+    return model, tokenizer
+
+
 def mlx_lm(work: dict[str, Any]) -> dict[str, Any]:
     """Train one epoch with mlx-lm's own trainer, data sets and adapters."""
     import mlx.optimizers as optim
@@ -85,13 +97,10 @@ def mlx_lm(work: dict[str, Any]) -> dict[str, Any]:
     from mlx_lm.tuner.trainer import TrainingArgs, train
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
-    from mlx_slim.models.load import load
-    from mlx_slim.runtime import resolve_dtype
-
-    loaded = load(work["model"], dtype=resolve_dtype(work["dtype"]))
-    loaded.model.freeze()
+    model, tokenizer = _stock(work)
+    model.freeze()
     settings = {"rank": RANK, "scale": SCALE, "dropout": 0.0}
-    linear_to_lora_layers(loaded.model, -1, settings, use_dora=work["method"] == "dora")
+    linear_to_lora_layers(model, -1, settings, use_dora=work["method"] == "dora")
     rows = [json.loads(line) for line in Path(work["rows"]).read_text().splitlines()]
     lengths: list[int] = []
 
@@ -108,8 +117,8 @@ def mlx_lm(work: dict[str, Any]) -> dict[str, Any]:
         def on_train_loss_report(self, train_info: dict) -> None:
             moments.append(time.perf_counter())
 
-    data = Recording(ChatDataset(rows, cast(Any, loaded.tokenizer), mask_prompt=True))
-    mx.eval(loaded.model.parameters())
+    data = Recording(ChatDataset(rows, cast(Any, tokenizer), mask_prompt=True))
+    mx.eval(model.parameters())
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArgs(
             batch_size=work["batch"],
@@ -122,7 +131,7 @@ def mlx_lm(work: dict[str, Any]) -> dict[str, Any]:
         mx.reset_peak_memory()
         moments[0] = time.perf_counter()
         train(
-            loaded.model,
+            model,
             optim.AdamW(learning_rate=2e-4),
             data,
             args=arguments,

@@ -8,24 +8,18 @@ over the rounds, as ratios. Try it:
 from __future__ import annotations
 
 import json
-import platform
-import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
+from mlx_slim.bench.rounds import record, run_side
 from mlx_slim.config.schema import DataConfig
 from mlx_slim.data.ledger import SourceLedger
 from mlx_slim.data.prepare import Pipeline
 from mlx_slim.data.sources import find
 from mlx_slim.errors import SlimError
 from mlx_slim.models.load import load_tokenizer
-from mlx_slim.runtime import matmul_gflops
 
 METHODS = ("lora", "qlora", "dora", "full")
 
@@ -47,15 +41,6 @@ def _rows(path: str, model: str, count: int, max_length: int, out: Path) -> int:
         raise SlimError(f"{path} has {len(lines)} usable rows, the benchmark wants {count}")
     out.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return tokens
-
-
-def _run(side: str, work: dict[str, Any]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "mlx_slim.bench.sides", side, json.dumps(work)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        last = done.stderr.strip().splitlines()[-1:] or ["no output"]
-        raise SlimError(f"the side {side} of the benchmark failed: {last[0]}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def bench_train(
@@ -103,33 +88,14 @@ def bench_train(
         results: list[dict[str, Any]] = []
         for number in range(rounds):
             progress(f"round {number + 1}/{rounds}: {method}")
-            mine = _run("ours", work)
+            mine = run_side("sides", "ours", work)
             progress(f"  {mine['tokens_per_second']:.1f} tokens/s; against {against}")
             if against == "mlx-lm":
-                theirs = _run("mlx-lm", work)
+                theirs = run_side("sides", "mlx-lm", work)
             else:
-                theirs = _run("ours", {**work, "method": against})
+                theirs = run_side("sides", "ours", {**work, "method": against})
             progress(f"  {theirs['tokens_per_second']:.1f} tokens/s")
             results.append({"ours": mine, other: theirs})
-    record: dict[str, Any] = {
-        "device": f"{platform.system()} {platform.machine()}, {mx.default_device().type.name}",
-        "matmul_gflops": round(matmul_gflops(), 1),
-        "work": {
-            **{key: value for key, value in work.items() if key != "rows"},
-            "data": data,
-            "rows": rows,
-            "real_tokens": tokens,
-            "against": against,
-        },
-        "rounds": results,
-    }
-    for side in ("ours", other):
-        record[side] = {
-            key: statistics.median(result[side][key] for result in results)
-            for key in ("tokens_per_second", "seconds", "peak_memory_bytes")
-        }
-    record["ratio"] = {
-        "speed": record["ours"]["tokens_per_second"] / record[other]["tokens_per_second"],
-        "peak_memory": record["ours"]["peak_memory_bytes"] / record[other]["peak_memory_bytes"],
-    }
-    return record
+    described = {key: value for key, value in work.items() if key != "rows"}
+    described |= {"data": data, "rows": rows, "real_tokens": tokens, "against": against}
+    return record(described, other, results)

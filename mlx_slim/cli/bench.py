@@ -55,3 +55,42 @@ def train(model: str, against: str, as_json: bool, **work: Any) -> None:
         )
     ratio = record["ratio"]
     click.echo(f"ratio    {ratio['speed']:.2f} x speed, {ratio['peak_memory']:.2f} x peak memory")
+
+
+@command.command("eval")
+@click.argument("model")
+@click.option("--task", default="hellaswag", show_default=True, help="Name or file of a task.")
+@click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="Questions.")
+@click.option("--num-fewshot", type=click.IntRange(0), help="Examples; the task's own by default.")
+@click.option("--data-dir", type=click.Path(), help="Data mirror; MLX_SLIM_DATA by default.")
+@click.option("--against", type=click.Choice(["mlx-lm"]), default="mlx-lm", show_default=True)
+@click.option(
+    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto"
+)
+@click.option("--rounds", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the whole record as JSON.")
+def evaluate(model: str, against: str, as_json: bool, **work: Any) -> None:
+    """Score the same questions on both sides, alternating, and compare."""
+    from mlx_slim.bench.evaluate import bench_eval
+    from mlx_slim.runtime import human_bytes
+
+    def progress(line: str) -> None:
+        click.echo(line, err=True)
+
+    record = bench_eval(model, progress=progress, **work)
+    if as_json:
+        click.echo(json.dumps(record, indent=2))
+        return
+    for side in ("ours", "mlx_lm"):
+        numbers = record[side]
+        click.echo(
+            f"{side:8} {numbers['questions_per_second']:8.3f} questions/s   "
+            f"peak {human_bytes(numbers['peak_memory_bytes'])}"
+        )
+    ratio, ours = record["ratio"], record["ours"]
+    click.echo(f"ratio    {ratio['speed']:.2f} x speed, {ratio['peak_memory']:.2f} x peak memory")
+    click.echo(
+        f"tokens   {ours['tokens_computed_per_question']:.1f} computed a question, "
+        f"{ratio['computed_to_minimum']:.3f} x the fewest possible"
+    )
+    click.echo("answers  " + ", ".join(f"{k} {v}" for k, v in record["agreement"].items()))

@@ -12,16 +12,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_slim.errors import SlimError
+from mlx_slim.evaluate.requests import Request
+from mlx_slim.evaluate.tree import fewest_tokens
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+PREFILL = 8  # prompts read together: of like length, so that little is padding
 MIN_SHARED = 8  # a shorter common prefix is not worth a forward pass of its own
 
 
@@ -41,6 +44,34 @@ class Generation:
     stop_reason: Literal["eos", "until", "length"]
 
 
+@dataclass
+class Tally:
+    """Positions that went through the model.
+
+    Attributes:
+        computed: All of them, padding included.
+        minimum: The fewest possible: every distinct prefix of the prompts once, and every answer.
+    """
+
+    computed: int = 0
+    minimum: int = 0
+
+
+class _Counted:
+    """A model that counts the positions it computes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.positions = 0
+
+    def __call__(self, tokens: mx.array, cache: Any = None) -> mx.array:
+        self.positions += tokens.size
+        return cast(Any, self._model)(tokens, cache=cache)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
 def generate_batch(
     model: nn.Module,
     tokenizer: TokenizerWrapper,
@@ -50,6 +81,7 @@ def generate_batch(
     *,
     stops: Sequence[str] = (),
     batch_size: int = 64,
+    tally: Tally | None = None,
 ) -> list[Generation]:
     """Return the greedy answer to each prompt, in order.
 
@@ -62,6 +94,7 @@ def generate_batch(
         stops: Strings that end an answer, however the tokens cut them; the row leaves the batch
             at once.
         batch_size: Answers that grow side by side.
+        tally: Counts the positions computed.
 
     Raises:
         SlimError: If a prompt is empty.
@@ -76,12 +109,13 @@ def generate_batch(
     # Longest first: memory peaks at once, and prompts of one batch are of like length.
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     shared = shared_prefix(prompts)
-    prefix = _prefill(model, list(prompts[0][:shared])) if shared else None
+    counted = _Counted(model)
+    prefix = _prefill(counted, list(prompts[0][:shared])) if shared else None
     generator = BatchGenerator(
-        model,
+        cast(nn.Module, counted),
         stop_tokens=[[end] for end in ends],
         completion_batch_size=batch_size,
-        prefill_batch_size=batch_size,
+        prefill_batch_size=min(PREFILL, batch_size),
     )
     ids: dict[int, list[int]] = {}
     reasons: dict[int, Literal["eos", "until", "length"]] = {}
@@ -111,6 +145,10 @@ def generate_batch(
                 generator.remove(stopped)
     finally:
         generator.close()
+    if tally is not None:
+        tally.computed += counted.positions
+        sampled = sum(len(ids[i]) + (reasons[i] == "eos") - 1 for i in ids)
+        tally.minimum += sampled + fewest_tokens([Request((*p, 0), len(p)) for p in prompts])
     return [
         Generation(until.cut(ids[index]), ids[index], reasons[index])
         for index in range(len(prompts))
@@ -154,7 +192,7 @@ def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     return length if length >= MIN_SHARED else 0
 
 
-def _prefill(model: nn.Module, ids: list[int]) -> list[Any]:
+def _prefill(model: Any, ids: list[int]) -> list[Any]:
     """Return the prompt cache after ``ids``."""
     from mlx_lm.models.cache import make_prompt_cache
 

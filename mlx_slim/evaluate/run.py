@@ -18,13 +18,12 @@ import mlx.nn as nn
 
 from mlx_slim.artifacts import hash_json
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluate.generate import generate_batch, shared_prefix
+from mlx_slim.evaluate.generate import Tally, generate_batch
 from mlx_slim.evaluate.loglikelihood import Scorer
 from mlx_slim.evaluate.metrics import record_choice, record_generation, summarize
 from mlx_slim.evaluate.prompts import Question
 from mlx_slim.evaluate.requests import Encoder, Request, common_prefix
 from mlx_slim.evaluate.spec import Task
-from mlx_slim.evaluate.tree import fewest_tokens
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -215,6 +214,7 @@ class TaskJob:
         task, cut = self.task, self.encoder.truncated
         longest = task.spec.max_tokens
         prompts = [self.encoder.prompt(question.context, longest) for question in questions]
+        tally = Tally()
         answers = generate_batch(
             engine.model,
             engine.tokenizer,
@@ -222,17 +222,13 @@ class TaskJob:
             longest,
             stops=task.spec.until,
             batch_size=GENERATION_CHUNK,
+            tally=tally,
         )
         records = [
             record_generation(task, question, answer.text, answer.stop_reason)
             for question, answer in zip(questions, answers, strict=True)
         ]
-        shared = shared_prefix(prompts)
-        read = shared + sum(len(prompt) - shared for prompt in prompts)
-        written = sum(len(answer.ids) for answer in answers)
-        fewest = fewest_tokens([Request((*prompt, 0), len(prompt)) for prompt in prompts])
-        cut = self.encoder.truncated - cut
-        return Computed(records, read + written, fewest + written, cut)
+        return Computed(records, tally.computed, tally.minimum, self.encoder.truncated - cut)
 
     def describe(self) -> dict[str, Any]:
         """Return what a resume must match."""

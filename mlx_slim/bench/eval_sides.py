@@ -1,0 +1,116 @@
+"""One side of a scoring benchmark, in a process of its own: ours, or mlx-lm's scorer.
+
+Invariant: both sides see the same prompts, dtype and BLAS, and are timed from the texts to the
+answers. Run by ``bench/evaluate.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlx_slim  # noqa: F401  # before mlx.core: both sides get the same BLAS
+
+import mlx.core as mx  # isort: skip
+
+
+def _questions(work: dict[str, Any]) -> tuple[Any, Any, int]:
+    """Return the task, its questions and the shots before each."""
+    from mlx_slim.errors import SlimError
+    from mlx_slim.evaluate.prompts import build_questions
+    from mlx_slim.evaluate.rows import load_rows
+    from mlx_slim.evaluate.spec import expand
+
+    selections = expand([work["task"]], work["num_fewshot"])
+    if len(selections) != 1:
+        raise SlimError(f"{work['task']} is {len(selections)} tasks", "name one task")
+    task, shots = selections[0].task, selections[0].num_fewshot
+    rows = load_rows(task, Path(work["data_dir"]) if work["data_dir"] else None)
+    return task, build_questions(task, rows, shots, work["limit"]), shots
+
+
+def _summary(seconds: float, answers: list[Any], setup: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "questions_per_second": len(answers) / seconds,
+        "seconds": seconds,
+        "questions": len(answers),
+        "peak_memory_bytes": mx.get_peak_memory(),
+        "answers": answers,
+        **setup,
+    }
+
+
+def ours(work: dict[str, Any]) -> dict[str, Any]:
+    """Answer with our engine, chunk by chunk, as ``mlx-slim eval`` does."""
+    from mlx_slim.evaluate.loglikelihood import Scorer
+    from mlx_slim.evaluate.requests import Encoder, max_length
+    from mlx_slim.evaluate.run import Engine, TaskJob
+    from mlx_slim.models.load import load
+    from mlx_slim.runtime import resolve_dtype
+
+    task, questions, shots = _questions(work)
+    loaded = load(work["model"], dtype=resolve_dtype(work["dtype"]))
+    engine = Engine(loaded.model, loaded.tokenizer, Scorer(loaded.model))
+    encoder = Encoder(loaded.tokenizer, max_length(loaded.config, loaded.tokenizer))
+    job = TaskJob(task, "", shots, work["limit"], questions, encoder)
+    mx.reset_peak_memory()
+    begin = time.perf_counter()
+    computed = [job.compute(chunk, engine) for chunk in job.chunks]
+    seconds = time.perf_counter() - begin
+    records = [record for part in computed for record in part.records]
+    key = "loglikelihoods" if questions[0].choices else "generation"
+    roots = {part.group: part.root for part in computed}  # computed once for each group
+    tokens = sum(part.tokens_computed for part in computed) + sum(roots.values())
+    fewest = sum(part.tokens_minimum for part in computed) + sum(roots.values())
+    setup = {
+        "tokens_computed": tokens,
+        "tokens_minimum": fewest,
+        "tokens_computed_per_question": tokens / len(records),
+    }
+    return _summary(seconds, [record[key] for record in records], setup)
+
+
+def mlx_lm(work: dict[str, Any]) -> dict[str, Any]:
+    """Answer with the ``MLXLM`` class of ``mlx_lm.evaluate``, called directly."""
+    from mlx_lm.evaluate import MLXLM
+
+    from mlx_slim.models.load import cast
+    from mlx_slim.runtime import resolve_dtype
+
+    task, questions, _ = _questions(work)
+    peer = MLXLM(work["model"], use_chat_template=False)
+    cast(peer._model, resolve_dtype(work["dtype"]))
+    mx.eval(peer._model.parameters())
+    pairs = [(q.context, choice) for q in questions for choice in q.choices]
+    options = {"until": list(task.spec.until), "max_gen_toks": task.spec.max_tokens}
+    asked: list[Any] = [SimpleNamespace(args=pair) for pair in pairs]
+    mx.reset_peak_memory()
+    begin = time.perf_counter()
+    if pairs:
+        found = iter(peer.loglikelihood(asked))
+        answers: list[Any] = [
+            [value for value, _ in itertools.islice(found, len(q.choices))] for q in questions
+        ]
+    else:
+        asked = [SimpleNamespace(args=(q.context, dict(options))) for q in questions]
+        answers = list(peer.generate_until(asked))
+    seconds = time.perf_counter() - begin
+    return _summary(seconds, answers, {})
+
+
+def main() -> None:
+    """Run the side named first with the work given as JSON; print one line of JSON."""
+    name, work = sys.argv[1], json.loads(sys.argv[2])
+    with contextlib.redirect_stdout(sys.stderr):
+        result = {"ours": ours, "mlx-lm": mlx_lm}[name](work)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

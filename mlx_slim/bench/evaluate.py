@@ -1,0 +1,96 @@
+"""Scoring speed and memory side by side: our engine against the scorer of ``mlx_lm.evaluate``.
+
+Invariant: both sides answer the same questions with the same shots and the same limit of new
+tokens, each in a fresh process; time begins with the texts, model loaded, and ends with the last
+answer; the answers are compared. Try it:
+``mlx-slim bench eval MODEL --task hellaswag --limit 100 --against mlx-lm --json``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+from mlx_slim.bench.rounds import record, run_side
+from mlx_slim.errors import SlimError
+
+
+def bench_eval(
+    model: str,
+    *,
+    task: str,
+    limit: int,
+    num_fewshot: int | None,
+    data_dir: str | None,
+    dtype: str,
+    rounds: int,
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    """Measure our scorer against mlx-lm's on the first ``limit`` questions of a task.
+
+    Args:
+        model: Hub id or folder.
+        task: Name or file of a task.
+        limit: Questions (of each subject, where a task has subjects).
+        num_fewshot: Solved examples; None takes the task's own number.
+        data_dir: Data mirror; None takes ``MLX_SLIM_DATA``, else the hub.
+        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+        rounds: Times each side runs, alternating.
+        progress: Hears a line before each run.
+
+    Returns:
+        The record that DESIGN.md calls ``bench … --json``. ``ratio.speed`` is that of questions
+        per second; ``agreement`` says how far the answers of the two sides are apart.
+
+    Raises:
+        SlimError: If mlx-lm's scorer cannot be imported, or a side fails.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise SlimError(
+            "mlx-lm's scorer needs lm-eval, which is not installed",
+            "pip install 'mlx-slim[bench]' (lm-eval and PyTorch: large)",
+        )
+    work = {
+        "model": model,
+        "task": task,
+        "limit": limit,
+        "num_fewshot": num_fewshot,
+        "data_dir": data_dir,
+        "dtype": dtype,
+    }
+    results: list[dict[str, Any]] = []
+    answers: dict[str, Any] = {}
+    for number in range(rounds):
+        sides: dict[str, Any] = {}
+        for name, side in (("ours", "ours"), ("mlx_lm", "mlx-lm")):
+            progress(f"round {number + 1}/{rounds}: {side}")
+            sides[name] = run_side("eval_sides", side, work)
+            answers[name] = sides[name].pop("answers")
+            fewest = sides["ours"]["tokens_minimum"]  # the same work for both
+            sides[name]["tokens_per_second"] = fewest / sides[name]["seconds"]
+            progress(f"  {sides[name]['questions_per_second']:.3f} questions/s")
+        results.append(sides)
+    result = record({**work, "against": "mlx-lm"}, "mlx_lm", results)
+    result["ratio"]["computed_to_minimum"] = (
+        result["ours"]["tokens_computed"] / result["ours"]["tokens_minimum"]
+    )
+    result["agreement"] = agreement(answers["ours"], answers["mlx_lm"])
+    return result
+
+
+def agreement(ours: list[Any], theirs: list[Any]) -> dict[str, Any]:
+    """Compare the answers of two sides: texts, or log-likelihoods of each question's choices."""
+    if isinstance(ours[0], str):
+        same = sum(one == other for one, other in zip(ours, theirs, strict=True))
+        return {"questions": len(ours), "same_text": same}
+    same = sum(
+        one.index(max(one)) == other.index(max(other))
+        for one, other in zip(ours, theirs, strict=True)
+    )
+    worst = max(
+        abs(a - b)
+        for one, other in zip(ours, theirs, strict=True)
+        for a, b in zip(one, other, strict=True)
+    )
+    return {"questions": len(ours), "same_prediction": same, "largest_difference_nats": worst}

@@ -1,0 +1,61 @@
+"""What every benchmark shares: a side in a process of its own, rounds, medians, ratios.
+
+Invariant: what is compared ran in the same call, alternating, each side in a fresh process.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_slim.errors import SlimError
+from mlx_slim.runtime import matmul_gflops
+
+
+def run_side(module: str, side: str, work: dict[str, Any]) -> dict[str, Any]:
+    """Return what ``side`` of ``mlx_slim.bench.<module>`` measured on ``work``.
+
+    Raises:
+        SlimError: If the process failed; its last line is quoted.
+    """
+    command = [sys.executable, "-m", f"mlx_slim.bench.{module}", side, json.dumps(work)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1:] or ["no output"]
+        raise SlimError(f"the side {side} of the benchmark failed: {last[0]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def record(work: dict[str, Any], other: str, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the record that DESIGN.md calls ``bench … --json``.
+
+    Args:
+        work: What was measured.
+        other: Name of the side beside ``ours``.
+        rounds: For each round the figures of both sides.
+    """
+    result: dict[str, Any] = {
+        "device": f"{platform.system()} {platform.machine()}, {mx.default_device().type.name}",
+        "matmul_gflops": round(matmul_gflops(), 1),
+        "work": work,
+        "rounds": rounds,
+    }
+    keys = [key for key, value in rounds[0]["ours"].items() if isinstance(value, (int, float))]
+    for side in ("ours", other):
+        result[side] = {
+            key: statistics.median(each[side][key] for each in rounds)
+            for key in keys
+            if key in rounds[0][side]
+        }
+    ours, theirs = result["ours"], result[other]
+    result["ratio"] = {
+        "speed": ours["tokens_per_second"] / theirs["tokens_per_second"],
+        "peak_memory": ours["peak_memory_bytes"] / theirs["peak_memory_bytes"],
+    }
+    return result
