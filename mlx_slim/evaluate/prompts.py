@@ -3,7 +3,8 @@
 Invariant: the text is what lm-evaluation-harness builds: description, examples parted by
 ``separator``, the question, and a ``delimiter`` before an answer that belongs to the answer. The
 examples are the first rows of the task's few-shot split (of the question's own part, where a task
-has parts), and a question is never among its own examples. Try it: ``mlx-slim tasks mmlu_anatomy``.
+has parts), and a question is never among its own examples: the next row stands in for it.
+Try it: ``mlx-slim tasks mmlu_anatomy``.
 
     description + (prompt + delimiter + answer + separator) × shots + prompt | delimiter + choice
 """
@@ -123,9 +124,7 @@ class _Writer:
         self._each = [] if isinstance(choices, str) else [compile_text(text) for text in choices]
         self._delimiter = "" if chat else spec.delimiter
         self._field = spec.subgroups.field if spec.subgroups else None
-        # Examples out of the scored rows themselves differ from question to question.
-        self._own_split = spec.data.shots == spec.data.split
-        self._prefixes: dict[str | None, str] = {}
+        self._shared: dict[str | None, tuple[list[Mapping[str, Any]], str]] = {}
         self._examples: dict[int, str] = {}
 
     def question(self, doc_id: int, row: Mapping[str, Any], part: str | None) -> Question:
@@ -147,22 +146,21 @@ class _Writer:
         """Return the examples before a question, each with the separator after it."""
         if not self._count:
             return ""
-        if self._own_split:
-            return self._joined(part, row)
-        if part not in self._prefixes:
-            self._prefixes[part] = self._joined(part, None)
-        return self._prefixes[part]
+        if part not in self._shared:
+            self._shared[part] = self._joined(part, None)
+        rows, text = self._shared[part]
+        return self._joined(part, row)[1] if row in rows else text
 
-    def _joined(self, part: str | None, besides: Mapping[str, Any] | None) -> str:
-        chosen: list[str] = []
+    def _joined(
+        self, part: str | None, besides: Mapping[str, Any] | None
+    ) -> tuple[list[Mapping[str, Any]], str]:
+        """Return the first rows for examples, ``besides`` left out, and their text."""
+        chosen: dict[int, Mapping[str, Any]] = {}
         for index, row in enumerate(self._rows.shots):
             if len(chosen) == self._count:
                 break
-            if (self._field and row[self._field] != part) or row == besides:
-                continue
-            if index not in self._examples:
-                self._examples[index] = self._example(index, row)
-            chosen.append(self._examples[index])
+            if (self._field is None or row[self._field] == part) and row != besides:
+                chosen[index] = row
         if len(chosen) < self._count:
             of = f" of {part}" if part else ""
             split = self._task.spec.data.shots
@@ -171,7 +169,10 @@ class _Writer:
                 f"has {len(chosen)} rows{of} for them",
                 "ask for fewer with --num-fewshot",
             )
-        return "".join(chosen)
+        for index, row in chosen.items():
+            if index not in self._examples:
+                self._examples[index] = self._example(index, row)
+        return list(chosen.values()), "".join(self._examples[index] for index in chosen)
 
     def _example(self, index: int, row: Mapping[str, Any]) -> str:
         spec = self._task.spec

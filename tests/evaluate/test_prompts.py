@@ -121,6 +121,17 @@ def test_a_question_is_never_among_its_own_examples():
         _questions(find_task("pubmedqa"), rows, rows, 4)
 
 
+def test_a_question_is_no_example_of_itself_wherever_examples_come_from(tmp_path):
+    rows = [{"prompt": f"p{n}", "completion": f"c{n}"} for n in range(3)]
+    task = write_task(tmp_path, GENERATION, rows=rows)  # its data.shots is its data.path
+    contexts = [q.context for q in build_questions(task, load_rows(task), 1)]
+    assert contexts == ["p1 c1\n\np0", "p0 c0\n\np1", "p0 c0\n\np2"]
+    task = write_task(tmp_path, GENERATION.replace("shots: rows", "shots: ./other"), other=rows[:2])
+    assert [q.context for q in build_questions(task, load_rows(task), 1)] == contexts
+    with pytest.raises(SlimError, match=r"2 shots asked for.* has 1 rows"):
+        build_questions(task, load_rows(task), 2)
+
+
 def test_hellaswag_is_cleaned():
     row = {
         "activity_label": "Cooking", "ctx_a": "[header] How to cook [title] Take a pan. [step] Heat"
