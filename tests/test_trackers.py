@@ -10,7 +10,7 @@ import pytest
 from mlx_slim.errors import SlimError
 from mlx_slim.events import Done, Notice, Saved, Started, ValidationDone
 from mlx_slim.trackers import Trackers, scalars
-from tests.test_console import step
+from tests.console.test_training import step
 
 START = Started(total_steps=2, total_epochs=1.0, budget_bytes=1)
 EVENTS = [

@@ -19,18 +19,27 @@ class Clock:
     def __init__(self) -> None:
         self._times: deque[tuple[float, float]] = deque(maxlen=_RECENT)
 
+    def since(self, now: float) -> float:
+        """Return the seconds since the last mark."""
+        return now - self._times[-1][1] if self._times else 0.0
+
     def mark(self, done: float, now: float) -> None:
         """Note that ``done`` (of any unit) was reached at ``now``, seconds."""
         self._times.append((done, now))
 
-    def left(self, total: float | None) -> float | None:
-        """Return the seconds until ``total`` is reached; None if that is unknown."""
+    def left(self, total: float | None, waited: float = 0.0) -> float | None:
+        """Return the seconds until ``total`` is reached; None if that is unknown.
+
+        Args:
+            total: In the unit of ``mark``.
+            waited: Seconds since the last mark.
+        """
         if total is None or len(self._times) < 2:
             return None
         (first, begun), (last, now) = self._times[0], self._times[-1]
         if last <= first:
             return None
-        return (now - begun) / (last - first) * max(0.0, total - last)
+        return (now - begun) / (last - first) * max(0.0, total - last) - waited
 
 
 def eta(seconds: float | None) -> str:

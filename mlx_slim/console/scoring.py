@@ -6,6 +6,7 @@ height. Try it: ``mlx-slim eval MODEL --task openbookqa -o OUT``, and the same p
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from rich.console import Console as RichConsole
@@ -54,9 +55,10 @@ class Scoring:
             case EvalDone():
                 self.done = event
 
-    def remaining(self) -> str:
-        """Return the time left as text."""
-        return eta(self._clock.left(1.0))
+    def remaining(self, now: float | None = None) -> str:
+        """Return the time left as text; ``now`` counts what has passed since the last event."""
+        waited = 0.0 if now is None else self._clock.since(now)
+        return eta(self._clock.left(1.0, waited))
 
     def plain(self, event: Event) -> str | None:
         """Return the line of ``event`` for a pipe or a file, without colour; None for no line."""
@@ -96,7 +98,7 @@ class View:
         tasks = len(started.tasks) if started else 0
         share = latest.share if latest else started.share if started else None
         label = f"task {min(state.finished + 1, tasks)}/{tasks}"
-        end = "done" if state.done else f"eta {state.remaining()}"
+        end = "done" if state.done else f"eta {state.remaining(time.monotonic())}"
         lines = [
             progress_row(label, share, end),
             self._numbers(options.max_width >= 76),

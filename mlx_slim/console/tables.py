@@ -84,10 +84,10 @@ def show_comparison(comparison: Comparison, *, terminal: Terminal | None = None)
     """Print the paired table, a verdict a task, and what the reader should know."""
     terminal = terminal or Terminal(highlight=False)
     terminal.print(f"A  {comparison.first}\nB  {comparison.second}", markup=False)
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("task, metric", "A", "B", "B − A", "95% CI", "B+ / A+", "p", "Holm"):
-        side = "left" if heading == "task, metric" else "right"
-        table.add_column(heading, justify=side, no_wrap=side == "right", overflow="fold")
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("task, metric", min_width=16, overflow="fold")
+    for heading in ("A", "B", "B − A", "95% CI", "B+/A+", "p", "Holm"):
+        table.add_column(heading, justify="right", no_wrap=True)
     before = ""
     for row in comparison.rows:
         if row.task != before:
@@ -103,7 +103,7 @@ def show_comparison(comparison: Comparison, *, terminal: Terminal | None = None)
         terminal.print(f"note: {note}", markup=False, soft_wrap=True)
     terminal.print(
         f"CI: paired bootstrap, {comparison.draws:,} resamples, seed {comparison.seed}; p: exact "
-        "McNemar (text: paired t); Holm: over the tasks; B+ / A+: right only in B, only in A",
+        "McNemar (text: paired t); Holm: over the tasks; B+/A+: right only in B, only in A",
         style="dim",
     )
 
@@ -117,8 +117,8 @@ def _cells(row: Row) -> list[str]:
         f"{found.first * scale:.{digits}f}",
         f"{found.second * scale:.{digits}f}",
         f"{found.delta * scale:+.{digits}f}",
-        f"{low:+.{digits}f} … {high:+.{digits}f}",
+        f"{low:+.{digits}f}…{high:+.{digits}f}",
         flips,
-        f"{found.p_value:.4f}",
-        "" if row.p_holm is None else f"{row.p_holm:.4f}",
+        f"{found.p_value:.3g}",
+        "" if row.p_holm is None else f"{row.p_holm:.3g}",
     ]

@@ -186,4 +186,6 @@ def verdict(delta: float, p_value: float, detectable: float, *, unit: str = "poi
     scale = 100 if unit == "points" else 1
     if p_value < 1 - LEVEL:
         return f"{'higher' if delta > 0 else 'lower'} by {abs(delta) * scale:.3g} {unit}"
+    if detectable == 0:
+        return "no difference in any part"
     return f"no detectable difference (MDE {detectable * scale:.2g} {unit})"

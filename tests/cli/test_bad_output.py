@@ -64,7 +64,7 @@ def _mounted(folder: Path, options: str) -> Iterator[Path]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.fixture(params=["train", "quantize", "convert"])
+@pytest.fixture(params=["train", "quantize", "convert", "eval"])
 def writing(request: pytest.FixtureRequest, small: Path, tiny, tmp_path: Path) -> list[object]:
     """A command line that would write; its last word, the output, is missing."""
     text = tmp_path / "text.txt"
@@ -73,6 +73,7 @@ def writing(request: pytest.FixtureRequest, small: Path, tiny, tmp_path: Path) -
         "train": ["train", small],
         "quantize": ["quantize", tiny("llama"), "--calibration", text],
         "convert": ["convert", tiny("llama")],
+        "eval": ["eval", tiny("llama"), "--perplexity", text],
     }
     return [*words[request.param], "-o"]
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import yaml
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
-CHUNK = 16  # questions of a chunk in these tests: several chunks without many questions
+CHUNK = 8  # questions of a chunk in these tests: several chunks without many questions
 
 
-def write_tasks(folder: Path, questions: int = 40) -> tuple[Path, Path, Path]:
+def write_tasks(folder: Path, questions: int = 24) -> tuple[Path, Path, Path]:
     """Write a multiple-choice task with parts, a generation task and a text; return their files."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
@@ -50,7 +50,7 @@ def write_tasks(folder: Path, questions: int = 40) -> tuple[Path, Path, Path]:
     }
     (folder / "toy_choice.yaml").write_text(yaml.safe_dump(choice))
     (folder / "toy_answer.yaml").write_text(yaml.safe_dump(generation))
-    (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 120)
+    (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
     return folder / "toy_choice.yaml", folder / "toy_answer.yaml", folder / "text.txt"
 
 

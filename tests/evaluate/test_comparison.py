@@ -1,0 +1,159 @@
+"""Two evaluations side by side: what may be compared, and what the comparison says."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_slim.artifacts import hash_file, write_json
+from mlx_slim.errors import SlimError
+from mlx_slim.evaluate.comparison import compare
+from mlx_slim.evaluate.results import encode, samples_name
+
+ASKED = {"task_version": 1, "num_fewshot": 0, "limit": None, "rows_sha256": "r"}
+
+
+def finished(out: Path, records: dict[str, list[dict[str, Any]]], **changes: Any) -> Path:
+    """Write a finished evaluation; ``changes`` go into its first task's section."""
+    out.mkdir()
+    results: dict[str, Any] = {"model": out.name, "adapter": None, "dtype": "float32", "tasks": {}}
+    for task, rows in records.items():
+        (out / samples_name(task)).write_bytes(encode(rows))
+        metrics = [name for name in ("acc", "acc_norm") if name in rows[0]]
+        section = {**ASKED, "n": len(rows), "metrics": {name: {} for name in metrics}}
+        section["samples_sha256"] = hash_file(out / samples_name(task))
+        if task == "perplexity":
+            results[task] = {**section, "bytes": 1000}
+        else:
+            results["tasks"][task] = section | (changes if not results["tasks"] else {})
+    write_json(out / "results.json", results)
+    return out
+
+
+def answers(right: str, **more: Any) -> list[dict[str, Any]]:
+    """Return records that are right where ``right`` has a 1."""
+    return [{"doc_id": i, "acc": int(bit), **more} for i, bit in enumerate(right)]
+
+
+def test_flips_both_ways_and_the_difference(tmp_path):
+    a = finished(tmp_path / "a", {"toy": answers("1111100000" * 6)})
+    b = finished(tmp_path / "b", {"toy": answers("0111110000" * 6)})
+    found = compare(a, b)
+    (row,) = found.rows
+    assert (found.first, found.second) == ("a", "b")
+    assert (row.paired.gained, row.paired.lost) == (6, 6)
+    assert row.gained == [5, 15, 25, 35, 45, 55]
+    assert row.lost == [0, 10, 20, 30, 40, 50]
+    assert row.paired.delta == 0
+    assert row.verdict.startswith("no detectable difference (MDE ")
+    better = finished(tmp_path / "c", {"toy": answers("1111111100" * 6)})
+    assert compare(a, better).rows[0].verdict == "higher by 30 points"
+    assert compare(better, a).rows[0].verdict == "lower by 30 points"
+
+
+def test_holm_is_over_the_tasks_first_metrics(tmp_path):
+    def both(acc: str, norm: str) -> list[dict[str, Any]]:
+        pairs = zip(acc, norm, strict=True)
+        return [{"doc_id": i, "acc": int(x), "acc_norm": int(y)} for i, (x, y) in enumerate(pairs)]
+
+    one, two = "1" * 20 + "0" * 20, "0" * 9 + "1" * 31
+    a = finished(tmp_path / "a", {"x": both(one, one), "y": answers(one)})
+    b = finished(tmp_path / "b", {"x": both(one, two), "y": answers(two)})
+    rows = {(row.task, row.metric): row for row in compare(a, b).rows}
+    assert rows["x", "acc"].p_holm is None
+    assert rows["x", "acc"].verdict == ""
+    for key in (("x", "acc_norm"), ("y", "acc")):
+        assert rows[key].p_holm == pytest.approx(min(1.0, 2 * rows[key].paired.p_value))
+
+
+def test_parts_are_resampled_apart(tmp_path):
+    rows = [answers("1" * 20, subject="s"), answers("0" * 20, subject="t")]
+    first = [*rows[0], *({**row, "doc_id": row["doc_id"] + 20} for row in rows[1])]
+    second = [{**row, "acc": 1} for row in first]
+    a = finished(tmp_path / "a", {"toy": first})
+    b = finished(tmp_path / "b", {"toy": second})
+    assert compare(a, b).rows[0].paired.bootstrap == (0.5, 0.5)
+
+
+def test_text_is_compared_in_bits_per_byte(tmp_path):
+    def windows(nats: float) -> list[dict[str, Any]]:
+        return [
+            {"doc_id": 0, "window": i, "tokens": 9, "loglikelihood": -nats * (10 + i)}
+            for i in range(8)
+        ]
+
+    a = finished(tmp_path / "a", {"toy": answers("10"), "perplexity": windows(2.0)})
+    b = finished(tmp_path / "b", {"toy": answers("10"), "perplexity": windows(2.5)})
+    row = compare(a, b).rows[-1]
+    assert (row.metric, row.unit) == ("bits_per_byte", "bits/byte")
+    assert row.paired.delta == pytest.approx(0.5 * 108 / math.log(2) / 1000)
+    assert row.verdict == "higher by 0.0779 bits/byte"
+    same = finished(tmp_path / "c", {"toy": answers("10"), "perplexity": windows(2.0)})
+    assert compare(a, same).rows[-1].verdict == "no difference in any part"
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"rows_sha256": "x"}, "toy.rows_sha256: 'r' → 'x'"),
+        ({"num_fewshot": 5}, "toy.num_fewshot: 0 → 5"),
+        ({"task_version": 2}, "toy.task_version: 1 → 2"),
+        ({"limit": 2}, "toy.limit: None → 2"),
+        ({"definition_sha256": "d"}, "toy.definition_sha256"),
+    ],
+)
+def test_what_was_asked_otherwise_is_refused(tmp_path, change, text):
+    a = finished(tmp_path / "a", {"toy": answers("10")})
+    b = finished(tmp_path / "b", {"toy": answers("10")}, **change)
+    with pytest.raises(SlimError, match="not asked the same") as caught:
+        compare(a, b)
+    assert text in caught.value.message
+
+
+def test_other_questions_are_refused(tmp_path):
+    a = finished(tmp_path / "a", {"toy": answers("10")})
+    b = finished(tmp_path / "b", {"toy": answers("10")[::-1]})
+    with pytest.raises(SlimError, match="other questions"):
+        compare(a, b)
+
+
+def test_settings_and_tasks_that_differ_are_noted(tmp_path):
+    a = finished(tmp_path / "a", {"toy": answers("10"), "more": answers("11")})
+    b = finished(tmp_path / "b", {"toy": answers("10")})
+    results = json.loads((b / "results.json").read_text())
+    write_json(b / "results.json", {**results, "dtype": "bfloat16"})
+    notes = compare(a, b).notes
+    assert f"more: only in {a}" in notes
+    assert "settings differ: dtype: 'float32' → 'bfloat16'" in notes
+
+
+def test_what_is_not_there_or_damaged_is_one_line(tmp_path):
+    a = finished(tmp_path / "a", {"toy": answers("10")})
+    b = finished(tmp_path / "b", {"other": answers("10")})
+    with pytest.raises(SlimError, match="no task in common"):
+        compare(a, b)
+    with pytest.raises(SlimError, match=r"holds no results\.json"):
+        compare(a, tmp_path / "nowhere")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "eval.json").write_text("{}")
+    with pytest.raises(SlimError, match="not complete"):
+        compare(tmp_path / "half", a)
+    c = finished(tmp_path / "c", {"toy": answers("10")})
+    (c / "results.json").write_text('{"models": 1}')
+    with pytest.raises(SlimError, match="no result of"):
+        compare(a, c)
+    d = finished(tmp_path / "d", {"toy": answers("10")})
+    samples = d / "samples_toy.jsonl"
+    samples.write_text(samples.read_text().replace('"acc": 1', '"acc": 0'))
+    with pytest.raises(SlimError, match="is not what"):
+        compare(a, d)
+    samples.write_text("{")
+    with pytest.raises(SlimError, match="damaged"):
+        compare(a, d)
+    samples.unlink()
+    with pytest.raises(SlimError, match="does not exist"):
+        compare(a, d)
