@@ -1,0 +1,167 @@
+"""``mlx-slim compare``: run a matrix of experiments, each cell in a process of its own.
+
+Invariant: this file prints and starts processes; what a cell is and does stands in ``compare/``.
+Try it: ``mlx-slim compare matrix-tiny --dry-run``.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mlx_slim.errors import SlimError
+
+if TYPE_CHECKING:
+    from mlx_slim.compare.matrix import Cell, Layout
+
+FAILED = 2  # exit code when a cell failed and the others are done
+
+
+@click.command("compare")
+@click.argument("matrix", required=False)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder [runs/MATRIX].")
+@click.option("--resume", is_flag=True, help="Go on: compute what is missing or has changed.")
+@click.option("--dry-run", is_flag=True, help="Print cells, predicted memory and time; do nothing.")
+@click.option("--limit", type=click.IntRange(min=1), help="At most N questions of each task.")
+@click.option("--only", metavar="CELL", help="Make one cell of a prepared folder, here and now.")
+@click.option("--quiet", is_flag=True, help="Warnings and the end only.")
+def command(
+    matrix: str | None,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    resume: bool,
+    dry_run: bool,
+    limit: int | None,
+    only: str | None,
+    quiet: bool,
+) -> None:
+    """Run MATRIX (a name or a .yaml file): models × methods × tasks, and write one report.
+
+    Any key can be set: mlx-slim compare matrix-tiny recipe.train.steps=4 -o runs/try
+    """
+    from mlx_slim.config import library
+
+    if matrix is None:
+        click.echo("\n".join(library.names("matrices")))
+        return
+    from mlx_slim.compare.matrix import load_matrix
+
+    layout = load_matrix(matrix, overrides, limit=limit)
+    folder = out or Path("runs") / layout.name
+    if dry_run:
+        _show_plan(layout)
+        return
+    if only is not None:
+        _one(layout, folder, only, quiet)
+        return
+    words = [matrix, *overrides, "-o", str(folder)]
+    words += [] if limit is None else ["--limit", str(limit)]
+    words += ["--quiet"] if quiet else []
+    _run(layout, folder, words, resume)
+
+
+def _run(layout: Layout, folder: Path, words: list[str], resume: bool) -> None:
+    from mlx_slim.artifacts import read_json
+    from mlx_slim.cli.report import show
+    from mlx_slim.compare import runner
+    from mlx_slim.runtime import human_seconds
+
+    for name, why in layout.refused:
+        click.echo(f"warning: {name} cannot run: {why}", err=True)
+    cells = runner.prepare(layout, folder, resume)
+    with runner.held(folder) as lock:
+
+        def launch(cell: Cell) -> tuple[int, str]:
+            command = [sys.executable, "-m", "mlx_slim", "compare", *words, "--only", cell.name]
+            note = folder / "failed" / f"{cell.name}.json"
+            note.unlink(missing_ok=True)
+            process = subprocess.Popen(command, pass_fds=[lock])
+            while True:
+                try:
+                    code = process.wait()
+                    break
+                except KeyboardInterrupt:  # the cell hears it too, and saves its state
+                    continue
+            return code, str(read_json(note)["reason"]) if note.exists() else ""
+
+        def begun(number: int, cell: Cell) -> None:
+            click.echo(f"\n── cell {number} of {len(cells)}: {cell.name}")
+
+        ran = runner.run(cells, folder, launch, begun)
+    for name, why in ran.failed:
+        click.echo(f"warning: {name} failed: {why}", err=True)
+    click.echo(f"\n{len(ran.complete)} of {len(cells)} cells in {human_seconds(ran.seconds)}")
+    show(folder)
+    if ran.failed or layout.refused:
+        count = len(ran.failed) + len(layout.refused)
+        raise SlimError(
+            f"{count} of {len(cells) + len(layout.refused)} cells failed; the others are done",
+            "mend what the warnings say, then the same command with --resume",
+        )
+
+
+def _one(layout: Layout, folder: Path, name: str, quiet: bool) -> None:
+    """Make one cell; leave its error where the matrix looks for it."""
+    from mlx_slim.artifacts import write_json
+    from mlx_slim.compare.cell import Making
+    from mlx_slim.compare.jobs import Job
+    from mlx_slim.console import Console
+    from mlx_slim.errors import Interrupted, did_you_mean
+
+    cell = next((cell for cell in layout.cells if cell.name == name), None)
+    if cell is None:
+        names = [cell.name for cell in layout.cells]
+        raise SlimError(f"no cell is called {name!r}", did_you_mean(name, names))
+    if not (folder / "matrix.json").exists():
+        raise SlimError(f"{folder} is not prepared", "run the matrix without --only first")
+    try:
+        with Console("quiet" if quiet else "auto", title=name) as console:
+            Making(Job(layout, folder, console), cell).run()
+    except Interrupted:
+        raise
+    except SlimError as error:
+        reason = "; ".join([error.message, *error.details])
+        reason += f" ({error.hint})" if error.hint else ""
+        note = {"cell": name, "reason": reason, "exit_code": error.exit_code}
+        write_json(folder / "failed" / f"{name}.json", note)
+        raise
+    except Exception as error:  # our own mistake: the report names it, the traceback stays
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        note = {"cell": name, "reason": reason, "exit_code": 1}
+        write_json(folder / "failed" / f"{name}.json", note)
+        raise
+
+
+def _show_plan(layout: Layout) -> None:
+    """Print the plan as a table."""
+    from mlx_slim.cli.plan import duration
+    from mlx_slim.compare.predict import plan
+    from mlx_slim.runtime import human_bytes
+
+    def size(value: int | None) -> str:
+        return "–" if value is None else human_bytes(value)
+
+    def span(value: float | None) -> str:
+        return "–" if value is None else duration(value)
+
+    lines = plan(layout)
+    rows = [("cell", "peak memory", "training", "scoring")]
+    runs = [line for line in lines if not line.why_not]
+    rows += [
+        (line.cell, size(line.peak_bytes), span(line.train_seconds), span(line.score_seconds))
+        for line in runs
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    for row in rows:
+        click.echo("  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip())
+    times = [(line.train_seconds or 0) + (line.score_seconds or 0) for line in runs]
+    click.echo(f"\n{len(runs)} cells, about {duration(sum(times))} on this machine")
+    left_out = [(f"{model}-{method}", why) for model, method, why in layout.omitted]
+    left_out += [(line.cell, line.why_not) for line in lines if line.why_not]
+    for name, why in [*left_out, *((n, f"cannot run: {w}") for n, w in layout.refused)]:
+        click.echo(f"omitted: {name}: {why}")

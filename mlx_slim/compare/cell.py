@@ -1,0 +1,230 @@
+"""Make, score and record one cell of a matrix.
+
+Invariant: the manifest ``cell.json`` is written last; what is complete under the same key is
+reused, what has another key is made anew, and a killed training or evaluation goes on where it
+stopped. A cell reads nothing of another one but a parent's adapters.
+Try it: ``mlx-slim compare matrix-tiny -o DIR --only smollm2-base``.
+"""
+
+from __future__ import annotations
+
+import shutil
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mlx_slim import artifacts
+from mlx_slim.artifacts import SCHEMA_VERSION, read_json, write_json
+from mlx_slim.compare import identity
+from mlx_slim.compare.jobs import Job, free
+from mlx_slim.compare.matrix import Cell
+from mlx_slim.compare.predict import predicted_run
+from mlx_slim.compare.questions import HELD_OUT, task_name
+from mlx_slim.compare.store import MANIFEST
+from mlx_slim.config.load import Resolved
+from mlx_slim.errors import SlimError
+from mlx_slim.workflows.evaluate import EvalOptions, evaluate
+from mlx_slim.workflows.fuse import FuseOptions, fuse
+
+KEYS_FILE = "keys.json"
+
+
+class Making:
+    """One cell while it is made.
+
+    Args:
+        job: What the cells of the matrix share.
+        cell: Which one.
+    """
+
+    def __init__(self, job: Job, cell: Cell) -> None:
+        self.job, self.cell = job, cell
+        self.folder = job.out / "cells" / cell.name
+        self.base = job.base(cell) if cell.kind != "fused" else job.dense(cell.model)
+
+    def run(self) -> None:
+        """Make, score and record the cell; what is there under the same keys stays.
+
+        Raises:
+            SlimError: Whatever a step raises; the cell has no manifest then.
+        """
+        mark = self.folder / MANIFEST
+        if mark.exists():
+            known = read_json(mark)
+            if known.get("schema_version") == SCHEMA_VERSION and known.get("keys") == self.keys:
+                self.job.say(f"{self.cell.name} is complete: reused")
+                return
+            mark.unlink()
+        self._made()
+        model, adapter = self._answers()
+        scored = self._score(model, adapter)
+        write_json(mark, self._manifest(model, adapter, scored))
+
+    # ------------------------------------------------------------------------------ identity
+
+    @cached_property
+    def resolved(self) -> Resolved:
+        """The recipe with the chosen learning rate."""
+        job, cell = self.job, self.cell
+        rate = {"train": {"learning_rate": job.sweep(cell)}} if len(cell.rates) > 1 else {}
+        return job.resolved(cell, cell.name, rate)
+
+    @cached_property
+    def made_of(self) -> str:
+        """What the answering model depends on: a key of training, or a hash of weights."""
+        job, cell = self.job, self.cell
+        if cell.kind == "tuned":
+            return job.train_key(cell, self.resolved)
+        if cell.parent is not None:
+            parent = job.out / "cells" / cell.parent / MANIFEST
+            if not parent.exists():
+                raise SlimError(f"{cell.parent} is not there, and {cell.name} is made of it")
+            return artifacts.hash_json([read_json(parent)["keys"]["made_of"], "fused"])
+        return job.weights(self.base)
+
+    @cached_property
+    def keys(self) -> dict[str, str]:
+        """The keys of the manifest: what the model is made of, and each evaluation."""
+        matrix = self.job.layout.matrix
+        asked = {entry.task: entry.model_dump() for entry in matrix.tasks}
+        if matrix.held_out is not None:
+            asked[HELD_OUT] = matrix.held_out.model_dump()
+        scored = {name: identity.score_key(self.made_of, what) for name, what in asked.items()}
+        return {"made_of": self.made_of, **{f"eval {name}": key for name, key in scored.items()}}
+
+    # ------------------------------------------------------------------------------ making
+
+    def _made(self) -> None:
+        """Train or fuse, unless that is done."""
+        made = [self.folder / name for name in ("run", "model", "eval", "intruders")]
+        key = {"made_of": self.made_of}
+        self.job.match(self.folder, key, KEYS_FILE, made)
+        if self.cell.kind == "tuned":
+            self.job.train(self.resolved, self.folder / "run")
+            shutil.rmtree(self.folder / "run" / "checkpoints", ignore_errors=True)
+        elif self.cell.kind == "fused" and not (self.folder / "model").exists():
+            parent = self.job.out / "cells" / str(self.cell.parent) / "run" / "adapters"
+            base = read_json(parent.parent / "run.json")["recipe"]["model"]
+            fuse(base, parent, self.folder / "model", FuseOptions(), observer=self.job.observer)
+            free()
+
+    def _answers(self) -> tuple[Path, Path | None]:
+        """Return the model folder and the adapter folder that answer for this cell."""
+        run = self.folder / "run"
+        if self.cell.kind == "fused" or (run / "model").is_dir():
+            return (self.folder if self.cell.kind == "fused" else run) / "model", None
+        return self.base, run / "adapters" if self.cell.kind == "tuned" else None
+
+    # ------------------------------------------------------------------------------ scoring
+
+    def _score(self, model: Path, adapter: Path | None) -> dict[str, dict[str, Any]]:
+        """Score every task into a folder of its own; return the results by task."""
+        found = {}
+        for entry in self.job.layout.matrix.tasks:
+            options = EvalOptions(adapter=adapter, limit=entry.limit, num_fewshot=entry.num_fewshot)
+            found[task_name(entry.task)] = self._evaluated(entry.task, model, options)
+        text = self.job.out / "questions" / f"{HELD_OUT}.jsonl"
+        if self.job.layout.matrix.held_out is not None:
+            options = EvalOptions(adapter=adapter, perplexity=text)
+            found[HELD_OUT] = self._evaluated(HELD_OUT, model, options)
+        return found
+
+    def _evaluated(self, task: str, model: Path, options: EvalOptions) -> dict[str, Any]:
+        name = HELD_OUT if task == HELD_OUT else task_name(task)
+        out = self.folder / "eval" / name
+        self.job.match(self.folder, {"key": self.keys[f"eval {task}"]}, f"eval-{name}.json", [out])
+        tasks = [] if task == HELD_OUT else [task]
+        started = (out / "eval.json").exists()
+        if not started:
+            shutil.rmtree(out, ignore_errors=True)
+        observer = self.job.observer
+        (results,) = evaluate(str(model), tasks, out, options, resume=started, observer=observer)
+        free()
+        return results
+
+    # ------------------------------------------------------------------------------ the record
+
+    def _manifest(
+        self, model: Path, adapter: Path | None, scored: dict[str, dict[str, Any]]
+    ) -> dict[str, Any]:
+        cell = self.cell
+        timings = [read_json(path) for path in sorted(self.folder.glob("eval/*/timings.json"))]
+        tasks = [name for name in scored if name != HELD_OUT]
+        text = scored.get(HELD_OUT, {}).get("perplexity")
+        recipe = self.resolved.recipe if cell.kind == "tuned" else cell.recipe.recipe
+        entry = self.job.layout.matrix.models[cell.model]
+        given = {"model": entry.source, "revision": entry.revision}
+        record = self.folder / "model" / "fuse.json"
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "name": cell.name,
+            "model": cell.model,
+            "method": cell.method,
+            "kind": cell.kind,
+            "seed": cell.seed,
+            "parent": cell.parent,
+            "keys": self.keys,
+            "recipe": recipe.model_copy(update=given).model_dump(mode="json"),
+            "dtype": next(iter(scored.values()))["dtype"],
+            "learning_rate": recipe.train.learning_rate if cell.kind == "tuned" else None,
+            "train": self._trained() if cell.kind == "tuned" else None,
+            "tasks": tasks,
+            "disk": {"model": _size(model), "adapter": _size(adapter) if adapter else 0},
+            "bits_per_byte": text["metrics"]["bits_per_byte"]["value"] if text else None,
+            "eval_seconds": sum(_total(t, "seconds") for t in timings) or None,
+            "eval_peak_memory_bytes": max(
+                (int(_largest(t, "peak_memory_bytes")) for t in timings), default=0
+            )
+            or None,
+            "fidelity": _fidelity(read_json(record)) if record.exists() else None,
+            "intruders": None,
+            "weights_sha256": self.job.weights(self.job.dense(cell.model)),
+            "code": identity.code_version(),
+            "provenance": identity.machine(),
+        }
+
+    def _trained(self) -> dict[str, Any]:
+        """Return what training cost."""
+        record = read_json(self.folder / "run" / "run.json")
+        result, done = record["result"], record["result"]["done"]
+        recipe = self.resolved.recipe
+        guess = predicted_run(recipe)
+        return {
+            "method": recipe.method,
+            "bits": recipe.quantize.bits if recipe.method == "qlora" else None,
+            "trainable": result["trainable"],
+            "total": result["total"],
+            "tokens": done["tokens"],
+            "seconds": done["seconds"],
+            "tokens_per_second": done["tokens"] / max(1e-9, done["seconds"]),
+            "peak_memory_bytes": done["peak_memory_bytes"],
+            "predicted_peak_bytes": result["predicted_peak_bytes"],
+            "predicted_seconds": guess.predicted_seconds if guess else None,
+            "steps": done["step"],
+            "best_validation": done["best_validation"],
+        }
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _fidelity(record: dict[str, Any]) -> dict[str, Any]:
+    found = record["effect"]
+    return {key: found[key] for key in ("kl", "top1", "tokens", "kept")}
+
+
+def _total(timings: Any, key: str) -> float:
+    """Return the sum of all ``key`` inside nested JSON."""
+    return sum(_found(timings, key))
+
+
+def _largest(timings: Any, key: str) -> float:
+    return max(_found(timings, key), default=0.0)
+
+
+def _found(value: Any, key: str) -> list[float]:
+    if not isinstance(value, dict):
+        return []
+    here = [float(value[key])] if isinstance(value.get(key), (int, float)) else []
+    return here or [number for inner in value.values() for number in _found(inner, key)]

@@ -1,0 +1,207 @@
+"""What the cells of one matrix share: imported and rounded models, and chosen learning rates.
+
+Invariant: each is made once and reused under the same key; under another key it is made anew; a
+killed training goes on where it stopped.
+Try it: ``mlx-slim compare matrix-tiny -o DIR --only smollm2-base``.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_slim import artifacts
+from mlx_slim.artifacts import SCHEMA_VERSION, read_json, write_json
+from mlx_slim.compare import identity
+from mlx_slim.compare.matrix import Cell, Layout, cell_recipe
+from mlx_slim.config.load import Resolved
+from mlx_slim.errors import SlimError
+from mlx_slim.events import Notice, Observer
+from mlx_slim.models.convert import convert
+from mlx_slim.models.hub import SMOLLM2_PACKAGE, bundled_smollm2, resolve
+from mlx_slim.models.load import load, read_config
+from mlx_slim.models.save import save_model
+from mlx_slim.quantize.apply import quantize_model
+from mlx_slim.workflows.finetune import finetune
+from mlx_slim.workflows.run_folder import STATE_FILE
+
+
+@dataclass
+class Job:
+    """What the jobs of one matrix share.
+
+    Attributes:
+        layout: The matrix.
+        out: Its folder.
+        observer: Hears of every event.
+    """
+
+    layout: Layout
+    out: Path
+    observer: Observer
+
+    def say(self, text: str) -> None:
+        """Notify of one line."""
+        self.observer.notify(Notice(text))
+
+    # ------------------------------------------------------------------------------ models
+
+    def dense(self, model: str) -> Path:
+        """Return the folder of a model, imported once if it is a GGUF file.
+
+        Raises:
+            SlimError: If there is no such model.
+        """
+        entry = self.layout.matrix.models[model]
+        packed = entry.source == SMOLLM2_PACKAGE
+        if not packed and not entry.source.endswith(".gguf"):
+            return resolve(entry.source, entry.revision)
+        folder = self.out / "models" / model
+        if not folder.exists():
+            file = bundled_smollm2() if packed else Path(entry.source)
+            self.say(f"importing {file.name}")
+            convert(file, folder, dtype=mx.float16, dequantize=True)
+        return folder
+
+    def quantized(self, model: str, resolved: Resolved) -> Path:
+        """Return the folder of the model, rounded as ``resolved`` says, made once."""
+        dense = self.dense(model)
+        if "quantization" in read_config(dense):
+            return dense
+        settings = resolved.recipe.quantize
+        name = f"{model}-{settings.bits}bit-g{settings.group_size}-{settings.mode}"
+        folder, key = self.out / "models" / name, self.weights(dense)
+        mark = folder / "source.json"
+        if mark.exists() and read_json(mark).get("weights_sha256") == key:
+            return folder
+        shutil.rmtree(folder, ignore_errors=True)
+        loaded = load(dense)
+        report = quantize_model(loaded.model, loaded.config, settings)
+        self.say(f"quantized to {report.bits_per_weight:.2f} bits a weight")
+        save_model(folder, loaded.model, loaded.tokenizer, report.config, code_from=dense)
+        write_json(mark, {"weights_sha256": key})
+        return folder
+
+    def weights(self, folder: Path) -> str:
+        """Return the hash of a model's weights, computed once for files as they are."""
+        files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
+        seen = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files if p.is_file()]
+        cache = self.out / "models" / "hashes.json"
+        known = read_json(cache) if cache.exists() else {}
+        name = artifacts.hash_json([str(folder.resolve()), seen])
+        if name not in known:
+            known[name] = identity.weights_hash(folder)
+            write_json(cache, known)
+        return known[name]
+
+    def base(self, cell: Cell) -> Path:
+        """Return what a cell starts from: the rounded model for QLoRA, else the dense one."""
+        rounded = cell.kind == "quantized" or cell.recipe.recipe.method == "qlora"
+        rounded = rounded and cell.kind != "base"
+        return self.quantized(cell.model, cell.recipe) if rounded else self.dense(cell.model)
+
+    # ------------------------------------------------------------------------------ the sweep
+
+    def sweep(self, cell: Cell) -> float:
+        """Return the learning rate with the lowest validation loss, tried or read.
+
+        Raises:
+            SlimError: If nothing can be compared: no validation rows, or every rate diverged.
+        """
+        matrix = self.layout.matrix
+        folder = self.out / "sweeps" / f"{cell.model}-{cell.method}"
+        tried: list[dict[str, Any]] = []
+        runs = []
+        for rate in cell.rates:
+            changes: dict[str, Any] = {"learning_rate": rate, "seed": matrix.sweep.seed}
+            if matrix.sweep.steps is not None:
+                changes["steps"] = matrix.sweep.steps
+            name = f"{cell.model}-{cell.method}-{rate:g}"
+            resolved = self.resolved(cell, name, {"train": changes})
+            runs.append((rate, resolved, self.train_key(cell, resolved)))
+        keys = {f"{rate:g}": key for rate, _, key in runs}
+        mark = folder / "sweep.json"
+        if mark.exists() and (known := read_json(mark)).get("keys") == keys:
+            return known["chosen"]
+        for rate, resolved, key in runs:
+            self.say(f"learning rate {rate:g}")
+            loss = self._tried(folder / f"{rate:g}", resolved, key)
+            tried.append({"learning_rate": rate, "validation_loss": loss})
+        finite = [item for item in tried if item["validation_loss"] is not None]
+        if not finite:
+            raise SlimError(
+                f"{cell.model} {cell.method}: no learning rate of the sweep gave a validation loss",
+                "set recipe.data.validation, or try lower learning_rates",
+            )
+        best = min(finite, key=lambda item: item["validation_loss"])["learning_rate"]
+        recipe = runs[0][1].recipe
+        record = {
+            "schema_version": SCHEMA_VERSION,
+            "model": cell.model,
+            "method": cell.method,
+            "steps": matrix.sweep.steps or recipe.train.steps or f"{recipe.train.epochs:g} epochs",
+            "seed": matrix.sweep.seed,
+            "rates": tried,
+            "chosen": best,
+            "keys": keys,
+        }
+        write_json(mark, record)
+        return best
+
+    def _tried(self, run: Path, resolved: Resolved, key: str) -> float | None:
+        """Return the best validation loss of a short run; None if it diverged."""
+        self.match(run.parent, {run.name: key}, f"{run.name}.keys.json", [run])
+        try:
+            done = self.train(resolved, run)
+        except SlimError as error:
+            if "not finite" not in error.message and "nan" not in error.message:
+                raise
+            self.say(f"diverged: {error.message}")
+            return None
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+        return done["done"]["best_validation"]
+
+    # ------------------------------------------------------------------------------ steps
+
+    def resolved(self, cell: Cell, name: str, changes: dict[str, Any]) -> Resolved:
+        """Return a recipe that runs here: over a folder, with ``changes``."""
+        model = {"model": str(self.base(cell)), "revision": None}
+        return cell_recipe(
+            self.layout.matrix, cell.model, cell.method, cell.seed, name, {**model, **changes}
+        )
+
+    def train_key(self, cell: Cell, resolved: Resolved) -> str:
+        """Return the identity of a training of ``cell`` as ``resolved`` says."""
+        rows = identity.rows_print(resolved.recipe)
+        return identity.train_key(resolved.recipe, self.weights(self.base(cell)), rows)
+
+    def match(self, folder: Path, keys: dict[str, str], file: str, stale: list[Path]) -> None:
+        """Remove what was made under other keys, and note the ones that hold now."""
+        mark = folder / file
+        if mark.exists() and read_json(mark) == keys:
+            return
+        for path in stale:
+            if path.exists():
+                self.say(f"{path.relative_to(self.out)}: its inputs changed, made anew")
+                shutil.rmtree(path)
+        write_json(mark, keys)
+
+    def train(self, resolved: Resolved, run: Path) -> dict[str, Any]:
+        """Fine-tune, going on where a killed run stopped; return the result of ``run.json``."""
+        started = (run / STATE_FILE).exists()
+        if not started:
+            shutil.rmtree(run, ignore_errors=True)
+        finetune(resolved, run, observer=self.observer, resume=started)
+        free()
+        return read_json(run / "run.json")["result"]
+
+
+def free() -> None:
+    """Give memory back between two models."""
+    gc.collect()
+    mx.clear_cache()

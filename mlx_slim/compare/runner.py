@@ -1,0 +1,189 @@
+"""Run a matrix: every cell in a process of its own, one after the other.
+
+Invariant: a cell that fails, is killed or runs out of memory costs itself only; only one process
+runs a folder at a time; ``matrix.json`` says what was asked before anything runs, so that a report
+can be made from whatever is there. Try it: ``mlx-slim compare matrix-tiny -o runs/tiny``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_slim.artifacts import (
+    SCHEMA_VERSION,
+    check_writable,
+    disk_errors,
+    read_json,
+    write_json,
+)
+from mlx_slim.compare import identity
+from mlx_slim.compare.matrix import Cell, Layout
+from mlx_slim.compare.predict import Line, plan
+from mlx_slim.compare.questions import task_name, write_questions
+from mlx_slim.compare.store import MANIFEST, MATRIX_FILE
+from mlx_slim.errors import Interrupted, SlimError
+from mlx_slim.models.hub import SMOLLM2_PACKAGE
+
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+INTERRUPTED = Interrupted.exit_code
+
+
+@dataclass
+class Ran:
+    """How a matrix ended.
+
+    Attributes:
+        complete: Cells with a manifest.
+        failed: (cell, one line).
+        seconds: Wall time.
+    """
+
+    complete: list[str] = field(default_factory=list)
+    failed: list[tuple[str, str]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def prepare(layout: Layout, out: Path, resume: bool) -> list[Cell]:
+    """Claim the folder, write ``matrix.json`` and the questions; return the cells to run.
+
+    Raises:
+        SlimError: If the folder holds something else, or another matrix.
+        ResourceError: If the disk is full.
+    """
+    lines = {line.cell: line for line in plan(layout)}
+    _claim(out, layout, resume)
+    cells = [cell for cell in layout.cells if not lines[cell.name].why_not]
+    held_out = write_questions(layout.matrix, out / "questions")
+    write_json(out / MATRIX_FILE, {**_record(layout, cells, lines), "held_out": held_out})
+    return cells
+
+
+def _claim(out: Path, layout: Layout, resume: bool) -> None:
+    check_writable(out)
+    if not out.exists() or not any(out.iterdir()):
+        if resume and not out.exists():
+            raise SlimError(f"{out} holds no matrix to resume", "start it without --resume")
+        return
+    file = out / MATRIX_FILE
+    if not file.exists():
+        raise SlimError(f"{out} is not empty and holds no matrix", "choose another output folder")
+    known = read_json(file)
+    if known.get("schema_version") != SCHEMA_VERSION:
+        raise SlimError(
+            f"{out} was made by another version (schema {known.get('schema_version')!r})",
+            "choose another output folder",
+        )
+    if known.get("name") != layout.name:
+        raise SlimError(
+            f"{out} holds the matrix {known.get('name')!r}, not {layout.name!r}",
+            "choose another output folder",
+        )
+    if not resume:
+        raise SlimError(
+            f"{out} holds a matrix already", "go on with --resume, or choose another folder"
+        )
+
+
+def _record(layout: Layout, cells: list[Cell], lines: dict[str, Line]) -> dict[str, Any]:
+    matrix = layout.matrix
+    omitted = [{"model": m, "method": w, "why": why} for m, w, why in layout.omitted]
+    omitted += [
+        {"model": cell.model, "method": cell.method, "why": lines[cell.name].why_not}
+        for cell in layout.cells
+        if lines[cell.name].why_not
+    ]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "name": layout.name,
+        "title": matrix.title,
+        "note": matrix.note,
+        "matrix": matrix.model_dump(mode="json"),
+        "models": {
+            name: {
+                "source": entry.source,
+                "revision": entry.revision,
+                "known_as": SMOLLM2 if entry.source == SMOLLM2_PACKAGE else None,
+            }
+            for name, entry in matrix.models.items()
+        },
+        "methods": list(matrix.methods),
+        "tasks": [task_name(entry.task) for entry in matrix.tasks],
+        "cells": [cell.name for cell in cells],
+        "refused": [list(item) for item in layout.refused],
+        "omitted": list({json.dumps(item): item for item in omitted}.values()),
+        "code": identity.code_version(),
+        "provenance": identity.machine(),
+    }
+
+
+@contextlib.contextmanager
+def held(out: Path) -> Iterator[int]:
+    """Hold the folder for one process and its children; yield the lock to hand on.
+
+    Raises:
+        SlimError: If another process runs it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with disk_errors(out), (out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise SlimError(
+                f"another process is running {out}", "wait for it, or stop it first"
+            ) from error
+        yield lock.fileno()
+
+
+def run(
+    cells: list[Cell],
+    out: Path,
+    launch: Callable[[Cell], tuple[int, str]],
+    begun: Callable[[int, Cell], None],
+) -> Ran:
+    """Run cells one after the other.
+
+    Args:
+        cells: In order.
+        out: The matrix folder.
+        launch: Runs one cell; returns its exit code (negative: killed by that signal) and its
+            error in one line.
+        begun: Hears which cell begins.
+
+    Raises:
+        Interrupted: If a cell was interrupted; what is complete stays.
+    """
+    ran = Ran()
+    began = time.monotonic()
+    for number, cell in enumerate(cells, 1):
+        begun(number, cell)
+        code, why = launch(cell)
+        note = out / "failed" / f"{cell.name}.json"
+        if code == INTERRUPTED:
+            raise Interrupted(f"stopped in {cell.name}; what is complete stays", "add --resume")
+        if code == 0 and (out / "cells" / cell.name / MANIFEST).exists():
+            note.unlink(missing_ok=True)
+            ran.complete.append(cell.name)
+            continue
+        reason = why or _reason(code)
+        write_json(note, {"cell": cell.name, "reason": reason, "exit_code": code})
+        ran.failed.append((cell.name, reason))
+    ran.seconds = time.monotonic() - began
+    return ran
+
+
+def _reason(code: int) -> str:
+    """Return why a process ended, when it did not say."""
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            name = signal.Signals(-code).name
+            memory = " (out of memory?)" if name == "SIGKILL" else ""
+            return f"killed by {name}{memory}"
+    return f"ended with exit code {code}"
