@@ -2,11 +2,12 @@
 # Works with GNU make 3.81 (macOS) and newer; needs Python 3.10 or newer and a package index.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format setup clean
+.PHONY: help demo compare test check format setup clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
 METHODS ?= qlora
+MATRIX ?= matrix-tiny
 # Test processes side by side, each with one BLAS thread.
 JOBS ?= 2
 
@@ -20,6 +21,8 @@ help:
 	@echo "make demo                fine-tune a real model on bundled data, score before and after"
 	@echo "     MODEL=...           another model: hub id or folder"
 	@echo "     METHODS=\"lora full\" other methods: lora qlora dora full"
+	@echo "make compare             seven variants of a small model, scored and reported: an hour"
+	@echo "     MATRIX=matrix-14    another matrix: matrix-7b, matrix-14, or a .yaml file"
 	@echo "make RECIPE              fine-tune into runs/RECIPE; go on with it if it was stopped"
 	@echo "     MODEL=... ARGS=\"train.steps=100 data.path=rows.jsonl\" change it"
 	@for recipe in $(RECIPES); do echo "     $$recipe"; done
@@ -31,6 +34,11 @@ help:
 
 demo: $(VENV)/.base
 	@$(BIN)/mlx-slim demo --methods "$(METHODS)" $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+
+COMPARISON := runs/$(basename $(notdir $(MATRIX)))
+compare: $(VENV)/.base
+	@$(BIN)/mlx-slim compare "$(MATRIX)" -o "$(COMPARISON)" \
+		$(if $(wildcard $(COMPARISON)/matrix.json),--resume) $(ARGS)
 
 $(RECIPES): $(VENV)/.base
 	@$(BIN)/mlx-slim train $@ -o "runs/$@" $(if $(wildcard runs/$@/recipe.json),--resume) \

@@ -122,8 +122,8 @@ def _one(layout: Layout, folder: Path, name: str, quiet: bool) -> None:
     try:
         with Console("quiet" if quiet else "auto", title=name) as console:
             Making(Job(layout, folder, console), cell).run()
-    except Interrupted:
-        raise
+    except Interrupted as stop:
+        raise Interrupted(stop.message, "the matrix goes on with --resume") from stop
     except SlimError as error:
         reason = "; ".join([error.message, *error.details])
         reason += f" ({error.hint})" if error.hint else ""

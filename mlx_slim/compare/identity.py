@@ -67,7 +67,7 @@ def machine() -> dict[str, Any]:
 
     import mlx.core as mx
 
-    from mlx_slim.runtime import device_memory, human_bytes
+    from mlx_slim.runtime import human_bytes
 
     name = ""
     if on_gpu():
@@ -76,5 +76,6 @@ def machine() -> dict[str, Any]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), "")
     where = f"{platform.system()} {platform.machine()}"
-    parts = [name, f"{os.cpu_count()} cores", f"{human_bytes(device_memory())} free", where]
+    memory = human_bytes(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    parts = [name, f"{os.cpu_count()} CPU cores", f"{memory} memory", where]
     return {**provenance(), "machine": ", ".join(part for part in parts if part)}

@@ -106,10 +106,16 @@ def drawings(results: dict[str, Any], curves: list[dict[str, Any]]) -> dict[str,
     made: dict[str, Any] = {"pareto": _paretos(named, trained)}
     of_cell = {row["name"]: row for row in named}
     made["losses"] = []
+    several = len({row["model"] for row in rows}) > 1
     for model in dict.fromkeys(row["model"] for row in rows):
+        members = [curve for curve in curves if of_cell[curve["cell"]]["model"] == model]
         own = [
-            {**curve, "label": of_cell[curve["cell"]]["label"], "series": i}
-            for i, curve in enumerate(c for c in curves if of_cell[c["cell"]]["model"] == model)
+            {
+                **curve,
+                "label": of_cell[curve["cell"]]["label"],
+                "series": i if several else of_cell[curve["cell"]]["series"],
+            }
+            for i, curve in enumerate(members)
         ]
         if own and sum(len(curve["train"]) for curve in own):
             made["losses"].append((model, plots.losses(own, model)))
@@ -259,6 +265,7 @@ def _environment() -> Environment:
     )
     environment.globals["css"] = Markup((_TEMPLATES / "report.css").read_text(encoding="utf-8"))
     environment.globals["contrast_of"] = _contrast_of
+    environment.globals["by_pair"] = _by_pair
     return environment
 
 
@@ -282,3 +289,13 @@ def _contrast_of(contrasts: list[dict[str, Any]], name: str, task: str) -> dict[
         ),
         None,
     )
+
+
+def _by_pair(contrasts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a line for each pair of cells: first, second, why, and its contrasts by task."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in contrasts:
+        line = {"first": row["first"], "second": row["second"], "why": row["why"], "tasks": {}}
+        pair = found.setdefault((row["first"], row["second"]), line)
+        pair["tasks"][row["task"]] = row
+    return list(found.values())

@@ -17,6 +17,8 @@ from mlx_slim.artifacts import hash_file, read_json
 from mlx_slim.compare import store
 from mlx_slim.compare.report import build
 from mlx_slim.errors import SlimError
+from mlx_slim.evaluate.metrics import summarize
+from mlx_slim.evaluate.spec import find_task
 
 _NEAR = 1e-9
 
@@ -78,6 +80,10 @@ def _of_evaluation(cell: str, task: str, answers: store.Answers) -> list[str]:
             problems.append(
                 f"{cell} {task} {metric}: {k}/{answers.n} counted, {said['value']!r} published"
             )
+    if "macro" in section:  # pooled figures depend on the parts
+        again = summarize(find_task(task), list(store.samples_of(answers.samples)))
+        published = {key: section.get(key) for key in again}
+        _compare(f"{cell} {task}", published, json.loads(json.dumps(again)), problems)
     return problems
 
 

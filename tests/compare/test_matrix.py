@@ -1,0 +1,155 @@
+"""Matrix files: what they ask for, and what is said about wrong ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from mlx_slim.cli.main import command
+from mlx_slim.compare.matrix import load_matrix
+from mlx_slim.config import library
+from mlx_slim.errors import SlimError
+
+SMALL = {
+    "title": "small",
+    "models": {"toy": {"source": "some/where"}},
+    "methods": {
+        "base": {"kind": "base"},
+        "lora": {"recipe": {"method": "lora"}, "learning_rates": [1e-4, 1e-3]},
+        "qlora": {"recipe": {"method": "qlora"}},
+        "fused": {"kind": "fused", "of": "qlora"},
+    },
+    "tasks": [{"task": "arc_easy", "limit": 5}],
+}
+
+
+def write(path: Path, **changes) -> Path:
+    path.write_text(yaml.safe_dump({**SMALL, **changes}, sort_keys=False))
+    return path
+
+
+def test_shipped_matrices_and_no_recipe_among_them():
+    assert library.names("matrices") == ["matrix-14", "matrix-7b", "matrix-tiny"]
+    assert not [name for name in library.names("recipes") if name.startswith("matrix")]
+    with pytest.raises(SlimError, match="no recipe is called 'matrix-14'"):
+        library.find("recipes", "matrix-14")
+    listed = CliRunner().invoke(command, ["compare"]).output.split()
+    assert listed == library.names("matrices")
+
+
+def test_fourteen_variants_and_their_controls():
+    layout = load_matrix("matrix-14")
+    assert not layout.refused
+    variants = {
+        (cell.model, cell.method)
+        for cell in layout.cells
+        if cell.method in ("base", "full", "lora", "qlora")
+    }
+    assert len(variants) == 14
+    assert {model for model, method in variants if method == "full"} == {"tinyllama", "phi2"}
+    controls = {cell.method for cell in layout.cells} - {"base", "full", "lora", "qlora"}
+    assert controls == {"base-4bit", "qlora-fused"}
+    assert {(model, method) for model, method, _ in layout.omitted} == {
+        ("mistral", "full"),
+        ("llama2", "full"),
+    }
+    assert {cell.seed for cell in layout.cells if cell.kind == "tuned"} == {0, 1, 2}
+    assert all(len(cell.rates) > 1 for cell in layout.cells if cell.kind == "tuned")
+
+
+@pytest.mark.parametrize("name", library.names("matrices"))
+def test_all_cells_see_the_same_rows_in_steps_of_the_same_size(name: str):
+    cells = [cell for cell in load_matrix(name).cells if cell.kind == "tuned"]
+    first = cells[0].recipe.recipe
+    for cell in cells:
+        recipe = cell.recipe.recipe
+        assert recipe.data == first.data
+        assert recipe.adapter == first.adapter
+        size = recipe.train.batch_tokens * recipe.train.accumulate
+        assert size == first.train.batch_tokens * first.train.accumulate
+        ignored = {"seed", "batch_tokens", "accumulate", "learning_rate"}
+        assert recipe.train.model_dump(exclude=ignored) == first.train.model_dump(exclude=ignored)
+
+
+def test_overrides_and_limit(tmp_path):
+    path = write(tmp_path / "m.yaml")
+    layout = load_matrix(str(path), ["recipe.train.steps=7", "seeds=[3, 4]"], limit=2)
+    tuned = [cell for cell in layout.cells if cell.method == "lora"]
+    assert [cell.name for cell in tuned] == ["toy-lora-s3", "toy-lora-s4"]
+    assert {cell.recipe.recipe.train.steps for cell in layout.cells} == {7}
+    assert layout.matrix.tasks[0].limit == 2
+    fused = next(cell for cell in layout.cells if cell.name == "toy-fused-s4")
+    assert fused.parent == "toy-qlora-s4"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"modles": {}}, "did you mean 'models'"),
+        ({"seeds": ["x"]}, "seeds.0"),
+        ({"methods": {"lora": {"kind": "tunde"}}}, "one of base, quantized, tuned, fused"),
+        ({"models": {"a b": {"source": "x"}}}, "a name has letters"),
+        (
+            {"models": {"a": {"source": "x", "recipe": {"data": {"path": "y"}}}}},
+            "all cells share one data set",
+        ),
+        ({"omit": [{"model": "ty", "method": "lora", "why": "x"}]}, "did you mean 'toy'"),
+        ({"tasks": [{"task": "arc_easy"}, {"task": "arc_easy"}]}, "asked for twice"),
+        ({"tasks": []}, "tasks"),
+    ],
+)
+def test_a_wrong_file_is_one_clear_error(tmp_path, changes, said):
+    with pytest.raises(SlimError) as caught:
+        load_matrix(str(write(tmp_path / "m.yaml", **changes)))
+    assert said in str(caught.value)
+
+
+def test_a_wrong_cell_is_named_and_the_others_stay(tmp_path):
+    models = {
+        "toy": {"source": "x", "methods": ["base", "loar"]},
+        "a": {"source": "x", "methods": ["b-c"]},
+        "a-b": {"source": "x", "methods": ["c"]},
+        "bad": {"source": "x", "methods": ["lora"], "recipe": {"train": {"stepz": 3}}},
+    }
+    methods = {**SMALL["methods"], "b-c": {"kind": "base"}, "c": {"kind": "base"}}
+    layout = load_matrix(str(write(tmp_path / "m.yaml", models=models, methods=methods)))
+    refused = dict(layout.refused)
+    assert "did you mean 'lora'" in refused["toy-loar"]
+    assert "two cells have this name" in refused["a-b-c"]
+    assert "train.stepz" in refused["bad-lora-s0"]
+    assert [cell.name for cell in layout.cells] == ["toy-base", "a-b-c"]
+
+
+@pytest.mark.parametrize(
+    ("fused", "said"),
+    [
+        ({"kind": "fused"}, "no tuned method"),
+        ({"kind": "fused", "of": "qlroa"}, "did you mean 'qlora'"),
+        ({"kind": "fused", "of": "base"}, "no cell toy-base-s0"),
+        ({"kind": "fused", "of": "full"}, "no adapters to fuse"),
+    ],
+)
+def test_what_cannot_be_fused(tmp_path, fused, said):
+    methods = {
+        "base": {"kind": "base"},
+        "full": {"recipe": {"method": "full"}},
+        "qlora": {"recipe": {"method": "qlora"}},
+        "fused": fused,
+    }
+    layout = load_matrix(str(write(tmp_path / "m.yaml", methods=methods)))
+    assert said in dict(layout.refused)["toy-fused-s0"]
+
+
+def test_plan_says_what_runs_what_does_not_fit_and_why(tmp_path):
+    done = CliRunner().invoke(
+        command, ["compare", "matrix-14", "--dry-run", "budget=20GB", "seeds=[0]", "--limit", "10"]
+    )
+    assert done.exit_code == 0, done.output
+    assert "tinyllama-lora-s0" in done.output
+    assert "cells, about" in done.output
+    assert "omitted: mistral-full: full fine-tuning" in done.output
+    assert "omitted: phi2-full-s0: needs" in done.output
+    assert "the budget is 20.0 GB" in done.output

@@ -1,0 +1,222 @@
+"""A whole matrix on a tiny model: run, killed, resumed, changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mlx_slim.artifacts import read_json, write_json
+from mlx_slim.compare import cell as cells
+from mlx_slim.compare import identity, runner
+from mlx_slim.compare.jobs import Job
+from mlx_slim.compare.matrix import load_matrix
+from mlx_slim.compare.report import report
+from mlx_slim.compare.verify import verify
+from mlx_slim.errors import Interrupted, SlimError
+from tests.support.runs import Recorder, write_rows
+
+TASK = """
+about: a toy
+kind: multiple_choice
+data: {path: toy.jsonl}
+fields: {question: text, choices: texts, answer: integer}
+prompt: "{{ question }}"
+choices: "{{ choices }}"
+target: "{{ answer }}"
+"""
+
+
+@pytest.fixture
+def files(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with training rows, a task, held-out text, and a matrix over the tiny llama."""
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", 24)
+    (tmp_path / "toytask.yaml").write_text(TASK)
+    rows = [
+        {"question": f"Number {i} is", "choices": ["odd", "even", "prime"], "answer": i % 3}
+        for i in range(12)
+    ]
+    (tmp_path / "toy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 3)
+    write_yaml(tmp_path, tiny())
+    return tmp_path
+
+
+def write_yaml(folder: Path, model: Path, **changes) -> Path:
+    matrix = {
+        "title": "toy",
+        "recipe": {
+            "data": {"path": "rows.jsonl", "validation": 4},
+            "quantize": {"group_size": 32},
+            "train": {"steps": 2, "batch_tokens": 256, "max_length": 128},
+        },
+        "models": {
+            "toy": {"source": str(model)},
+            "gone": {"source": "./gone", "methods": ["base"]},
+        },
+        "methods": {
+            "base": {"kind": "base"},
+            "base-4bit": {"kind": "quantized"},
+            "lora": {"recipe": {"method": "lora"}, "learning_rates": [1e-4, 1e-2]},
+            "qlora": {"recipe": {"method": "qlora"}},
+            "qlora-fused": {"kind": "fused", "of": "qlora"},
+        },
+        "tasks": [{"task": "./toytask.yaml", "limit": 10}],
+        "sweep": {"steps": 2},
+        "held_out": {"path": "text.txt"},
+        **changes,
+    }
+    path = folder / "toy.yaml"
+    path.write_text(yaml.safe_dump(matrix, sort_keys=False))
+    return path
+
+
+def run_all(files: Path, *, resume: bool = False, overrides=(), only=None) -> runner.Ran:
+    """Run the matrix in this process."""
+    layout = load_matrix(str(files / "toy.yaml"), overrides)
+    out = files / "out"
+    todo = runner.prepare(layout, out, resume)
+
+    def launch(cell) -> tuple[int, str]:
+        if only is not None and cell.name not in only:
+            return -signal.SIGKILL, ""
+        try:
+            cells.Making(Job(layout, out, Recorder()), cell).run()
+        except SlimError as error:
+            return error.exit_code, error.message
+        return 0, ""
+
+    with runner.held(out):
+        return runner.run(todo, out, launch, lambda number, cell: None)
+
+
+def manifests(out: Path) -> dict[str, int]:
+    return {p.parent.name: p.stat().st_mtime_ns for p in out.glob("cells/*/cell.json")}
+
+
+def test_killed_resumed_and_only_what_changed_is_made_again(files):
+    out = files / "out"
+    first = run_all(files, only={"toy-base", "toy-lora-s0"})
+    assert set(first.complete) == {"toy-base", "toy-lora-s0"}
+    assert dict(first.failed)["toy-qlora-s0"] == "killed by SIGKILL (out of memory?)"
+    with pytest.raises(SlimError, match="holds a matrix already"):
+        run_all(files)
+    before = manifests(out)
+
+    second = run_all(files, resume=True)
+    assert len(second.complete) == 5
+    assert [name for name, _ in second.failed] == ["gone-base"]
+    assert "does not exist" in dict(second.failed)["gone-base"]
+    after = manifests(out)
+    assert {name: after[name] for name in before} == before
+
+    results = report(out).results
+    assert {item["cell"] for item in results["failed"]} == {"gone-base"}
+    rows = {row["name"]: row for row in results["rows"]}
+    assert rows["toy-lora-s0"]["learning_rate"] in (1e-4, 1e-2)
+    (sweep,) = results["sweeps"]
+    assert sweep["chosen"] == rows["toy-lora-s0"]["learning_rate"]
+    best = min(sweep["rates"], key=lambda item: item["validation_loss"])
+    assert best["learning_rate"] == sweep["chosen"]
+    assert rows["toy-base-4bit"]["disk"]["model"] < rows["toy-base"]["disk"]["model"]
+    assert rows["toy-qlora-fused-s0"]["fidelity"]["top1"] > 0.9
+    assert all(row["bits_per_byte"] > 0 for row in rows.values())
+    assert rows["toy-qlora-s0"]["train"]["predicted_seconds"] is not None
+    assert verify(out).questions == 50
+
+    third = run_all(files, resume=True, overrides=["methods.qlora.recipe.train.learning_rate=0.05"])
+    changed = manifests(out)
+    same = {name for name in after if changed[name] == after[name]}
+    assert same == {"toy-base", "toy-base-4bit", "toy-lora-s0"}
+    assert len(third.complete) == 5
+
+
+def test_another_task_scores_again_and_trains_nothing(files):
+    run_all(files, only={"toy-base", "toy-base-4bit", "toy-qlora-s0"})
+    out = files / "out"
+    trained = (out / "cells/toy-qlora-s0/run/run.json").stat().st_mtime_ns
+    text = (out / "cells/toy-qlora-s0/eval/held_out/results.json").stat().st_mtime_ns
+    done = run_all(files, resume=True, overrides=["tasks=[{task: ./toytask.yaml, limit: 12}]"])
+    assert "toy-qlora-s0" in done.complete
+    assert (out / "cells/toy-qlora-s0/run/run.json").stat().st_mtime_ns == trained
+    assert (out / "cells/toy-qlora-s0/eval/held_out/results.json").stat().st_mtime_ns == text
+    assert report(out).results["tasks"][0]["n"] == 12
+
+
+def test_changed_rows_weights_or_code_change_the_key(files, tiny, monkeypatch):
+    layout = load_matrix(str(files / "toy.yaml"))
+    cell = next(cell for cell in layout.cells if cell.name == "toy-qlora-s0")
+
+    def key() -> str:
+        return cells.Making(Job(layout, files / "out", Recorder()), cell).made_of
+
+    first = key()
+    assert key() == first
+    (files / "rows.jsonl").write_text((files / "rows.jsonl").read_text() + "\n")
+    second = key()
+    assert second != first
+    monkeypatch.setattr(identity, "code_version", lambda: "other")
+    assert key() != second
+
+
+def test_a_manifest_of_another_version_is_made_again(files):
+    run_all(files, only={"toy-base"})
+    path = files / "out/cells/toy-base/cell.json"
+    write_json(path, {**read_json(path), "schema_version": 0})
+    assert "toy-base" in run_all(files, resume=True, only={"toy-base"}).complete
+    assert read_json(path)["schema_version"] == 1
+
+
+def test_a_folder_that_is_none_or_another_matrix_is_refused(files, tmp_path):
+    layout = load_matrix(str(files / "toy.yaml"))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    with pytest.raises(SlimError, match="holds no matrix"):
+        runner.prepare(layout, other, False)
+    (other / "notes.txt").unlink()
+    for record, said in (({"schema_version": 5}, "another version"), ({}, "another version")):
+        write_json(other / "matrix.json", record)
+        with pytest.raises(SlimError, match=said):
+            runner.prepare(layout, other, True)
+    write_json(other / "matrix.json", {"schema_version": 1, "name": "else"})
+    with pytest.raises(SlimError, match="holds the matrix 'else'"):
+        runner.prepare(layout, other, True)
+    assert [path.name for path in other.iterdir()] == ["matrix.json"]
+
+
+def test_one_process_at_a_time_and_an_interruption_stops_everything(files):
+    out = files / "out"
+    with runner.held(out), pytest.raises(SlimError, match="another process"), runner.held(out):
+        pass
+    layout = load_matrix(str(files / "toy.yaml"))
+    todo = runner.prepare(layout, files / "two", False)
+    with pytest.raises(Interrupted, match="stopped in toy-base"):
+        runner.run(todo, files / "two", lambda cell: (130, ""), lambda number, cell: None)
+
+
+def test_command_line_runs_cells_in_processes_and_fails_at_the_end(files, tiny):
+    methods = {"base": {"kind": "base"}, "lora": {"recipe": {"method": "lora"}}}
+    path = write_yaml(files, tiny(), methods=methods, held_out=None)
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_slim", "compare", str(path), "-o", "cli", "--quiet"],
+        cwd=files,
+        env={**os.environ, "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "gone-base failed: gone does not exist" in done.stderr
+    assert "2 of 3 cells" in done.stdout
+    assert "report: cli/report.html" in done.stdout
+    assert (files / "cli" / "report.md").exists()
+    assert "Traceback" not in done.stderr
