@@ -22,7 +22,7 @@ from mlx_slim.evaluate.generate import Tally, generate_batch
 from mlx_slim.evaluate.loglikelihood import Scorer
 from mlx_slim.evaluate.metrics import record_choice, record_generation, summarize
 from mlx_slim.evaluate.prompts import Question
-from mlx_slim.evaluate.requests import Encoder, Request, common_prefix
+from mlx_slim.evaluate.requests import Encoder, Request, common_prefix, shared_length
 from mlx_slim.evaluate.spec import Task
 
 if TYPE_CHECKING:
@@ -153,9 +153,7 @@ class TaskJob:
         """Return the characters that a chunk computes, what its questions share counted once."""
         questions = [self.questions[i] for i in chunk]
         first, last = min(q.context for q in questions), max(q.context for q in questions)
-        shared = next(
-            (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first)
-        )
+        shared = shared_length(first, last)
         own = sum(len(q.context) - shared + sum(map(len, q.choices)) for q in questions)
         # A generated token costs about as much as ten that are read: it comes alone.
         answers = len(questions) * 40 * (self.task.spec.max_tokens if self._generates else 0)

@@ -244,7 +244,7 @@ def _target(
         "schema_version": artifacts.SCHEMA_VERSION,
         "code": CODE,
         "model": source,
-        "revision": options.revision,
+        "revision": folder.name if folder.parent.name == "snapshots" else options.revision,
         "weights_sha256": _hash(folder, _MODEL_FILES),
         "adapter": None if adapter is None else str(adapter),
         "adapter_sha256": None if adapter is None else _hash(adapter, _ADAPTER_FILES),
