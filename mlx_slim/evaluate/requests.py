@@ -162,10 +162,10 @@ class Encoder:
 
     def plain(self, text: str) -> tuple[int, ...]:
         """Return the ids of ``text`` without special tokens."""
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
     def _ids(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=self._special))
+        return list(self._tokenizer.encode(text, add_special_tokens=self._special, verbose=False))
 
     def prefix(self) -> int:
         """Return the id that stands for an empty context: BOS, else EOS."""

@@ -105,7 +105,8 @@ def claim(out: Path, resume: bool) -> bool:
     if out.exists() and not out.is_dir():
         raise SlimError(f"{out} is a file", "choose a folder for the results")
     check_writable(out)
-    if not out.exists() or not any(out.iterdir()):
+    # A kill while the first file is written leaves its hidden temporary copy.
+    if not out.exists() or all(path.name.startswith(".") for path in out.iterdir()):
         if resume:
             raise SlimError(f"{out} holds no results to go on with", "start it without --resume")
         return False
@@ -197,6 +198,9 @@ class Folder:
                 break
             known.append(entry)
             length += len(line)
+        for name in (STATE_FILE, TIMINGS_FILE, RESULTS_FILE):  # temporary copies that a kill left
+            for path in self.path.glob(f".{Path(name).stem}-*.json"):
+                path.unlink()
         ends = {samples_name(task): known[-1].end for task, known in kept.items() if known}
         for path in [progress, *self.path.glob(samples_name("*"))]:
             with path.open("r+b") as handle:

@@ -245,7 +245,7 @@ class TaskJob:
 
     def running(self, records: Sequence[dict[str, Any]]) -> tuple[str, float]:
         """Return the first metric of the records and its mean so far."""
-        name = first_metric(records[0])
+        name = first_metric([name for name in self.task.metrics if name in records[0]])
         return name, sum(record[name] for record in records) / len(records)
 
 
@@ -262,6 +262,6 @@ def check_finite(values: Sequence[float], where: str) -> None:
         )
 
 
-def first_metric(names: Any) -> str:
-    """Return the metric that stands for a task: ``acc_norm``, else ``acc``, else strict match."""
-    return next((name for name in _FIRST if name in names), next(iter(names)))
+def first_metric(names: Sequence[str]) -> str:
+    """Return the metric that stands for a task: ``acc_norm``, ``acc``, strict match, the first."""
+    return next((name for name in _FIRST if name in names), names[0])

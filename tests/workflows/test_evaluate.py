@@ -293,6 +293,15 @@ def test_a_folder_with_results_needs_resume_and_a_new_one_needs_none(tiny, tasks
             _score(tiny("llama"), tasks, tmp_path / "other", resume=resume)
 
 
+def test_what_a_kill_left_of_the_first_file_is_in_nobodys_way(tiny, tasks, whole, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".eval-x1.json").write_text("{")
+    _score(tiny("llama"), tasks, out)
+    assert files(out) == files(whole)
+    assert not list(out.glob(".*"))
+
+
 def test_two_processes_do_not_write_one_folder(tiny, tasks, whole, tmp_path):
     import fcntl
 
@@ -360,6 +369,12 @@ def test_what_an_observer_hears(tiny, tasks, tmp_path):
     assert isinstance(heard[-1], EvalDone)
     assert heard[0].tasks == ("toy_choice", "toy_answer", "perplexity")
     progress = [event for event in heard if isinstance(event, EvalProgress)]
+    metrics = {event.task: event.metric for event in progress}
+    assert metrics == {
+        "toy_choice": "acc_norm",
+        "toy_answer": "exact_match",
+        "perplexity": "bits_per_token",
+    }
     shares = [event.share for event in progress]
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(1.0)
