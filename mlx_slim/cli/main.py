@@ -37,6 +37,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "fuse": ("fuse", "Merge an adapter into its model, with an audit."),
     "export": ("export", "Write an adapter or a model for another toolkit."),
     "import": ("import_", "Read an adapter of another toolkit."),
+    "upload": ("upload", "Put a folder on the hub: private, and a dry run by default."),
     "prune": ("prune", "Remove layers or widths that matter least."),
     "distill": ("distill", "Train a small model on what a large one says."),
     "compare": ("compare", "Run a matrix of experiments."),

@@ -228,28 +228,32 @@ def _rope_scaling(
 def _llama3_scaling(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
     """Recover Llama 3's four numbers from the per-frequency factors that GGUF keeps instead."""
     factors = np.array(file.read("rope_freqs.weight")["weight"], np.float32)
-    factor = float(factors.max())
-    low, high, original = 1.0, 4.0, 8192
+    scaling = {
+        "rope_type": "llama3",
+        "type": "llama3",
+        "factor": float(factors.max()),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
     head_dim = config["head_dim"] if "head_dim" in config else 2 * factors.size
-    waves = 2 * np.pi * config["rope_theta"] ** (np.arange(0, head_dim, 2) / head_dim)
-    smooth = (original / waves - low) / (high - low)
-    blend = 1.0 / ((1.0 - smooth) / factor + smooth)
-    expected = np.where(
-        waves < original / high, 1.0, np.where(waves > original / low, factor, blend)
-    )
+    expected = llama3_factors(scaling, head_dim, config["rope_theta"])
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
         raise SlimError(
             f"{file.path} has RoPE frequency factors that are not Llama 3's",
             "convert the original Hugging Face folder instead",
         )
-    return {
-        "rope_type": "llama3",
-        "type": "llama3",
-        "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": original,
-    }
+    return scaling
+
+
+def llama3_factors(scaling: dict[str, Any], head_dim: int, theta: float) -> np.ndarray:
+    """Return what Llama 3's scaling divides each rotary frequency by (head_dim / 2,)."""
+    factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    waves = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    smooth = (original / waves - low) / (high - low)
+    blend = 1.0 / ((1.0 - smooth) / factor + smooth)
+    return np.where(waves < original / high, 1.0, np.where(waves > original / low, factor, blend))
 
 
 def _weights(

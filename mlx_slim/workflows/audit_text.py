@@ -9,6 +9,7 @@ Shapes: N rows, T tokens a row.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -45,5 +46,8 @@ def audit_tokens(
             if name == names[-1]:
                 raise
             continue
-        return found.held_out_NT, source or ("Alpaca" if name == names[0] else "the demo's rows")
+        text = (
+            Path(source).name if source else ("Alpaca" if name == names[0] else "the demo's rows")
+        )
+        return found.held_out_NT, text
     raise AssertionError("unreachable")

@@ -3,49 +3,20 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 import pytest
 from mlx_lm import load as stock_load
 
-from mlx_slim.adapters.inject import adapters_of, inject
-from mlx_slim.adapters.store import load_adapter, save_adapter
+from mlx_slim.adapters.inject import adapters_of
 from mlx_slim.analyze.effect import effect
 from mlx_slim.cli.main import run
-from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError
 from mlx_slim.models.load import load
-from mlx_slim.models.save import save_model
 from mlx_slim.workflows.fuse import FuseOptions, fuse
-from tests.adapters.support import IDS, shake
+from tests.adapters.support import IDS
+from tests.support.adapters import made, quantized, tuned_logits
 from tests.support.tiny import tiny_model
-
-
-def made(folder: Path, base: Path, *, dora: bool = False, size: float = 0.05, **settings) -> Path:
-    """An adapter folder for ``base``, moved away from its start."""
-    loaded = load(base)
-    config = AdapterConfig(rank=4, **settings)
-    injected = inject(loaded.model, config, dora=dora)
-    shake(loaded.model, size)
-    save_adapter(folder, loaded.model, config, injected, dora=dora, base=str(base))
-    return folder
-
-
-def quantized(folder: Path, source: Path, bits: int = 4) -> Path:
-    loaded = load(source)
-    nn.quantize(loaded.model, 32, bits)
-    save_model(folder, loaded.model, loaded.tokenizer, loaded.config)
-    return folder
-
-
-def tuned_logits(base: Path, adapter: Path) -> mx.array:
-    model = load(base).model
-    load_adapter(model, adapter)
-    model.eval()
-    return model(IDS)
-
 
 OPTIONS = FuseOptions(samples=2, length=32)
 CASES = [

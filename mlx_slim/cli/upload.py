@@ -1,0 +1,24 @@
+"""``mlx-slim upload``: a folder on the hub; private, and a dry run, unless told otherwise.
+
+Try it: ``mlx-slim upload fused --repo me/my-model``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command(name="upload")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--repo", required=True, metavar="OWNER/NAME", help="Model repository on the hub.")
+@click.option("--yes", is_flag=True, help="Do it; without, only say what would happen.")
+@click.option("--public", is_flag=True, help="A public repository; default private.")
+@click.option("--revision", help="Branch to commit to.")
+def command(folder: Path, repo: str, yes: bool, public: bool, revision: str | None) -> None:
+    """Upload FOLDER (a model, an adapter or an export) through huggingface-hub."""
+    from mlx_slim.workflows.upload import upload
+
+    for line in upload(folder, repo, yes=yes, public=public, revision=revision).lines():
+        click.echo(line)

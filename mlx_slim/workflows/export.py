@@ -1,0 +1,411 @@
+"""Leave for another toolkit, or come from one: PEFT adapters, Hugging Face folders, GGUF files.
+
+Invariant: whatever is written was read back first and answers as its source does (bit for bit, or
+within the rounding of a block format, tensor by tensor); an interrupted export leaves nothing. Each
+output carries a card (``README.md``) with its metrics and provenance. Try it:
+``mlx-slim export MODEL --to gguf --type q8_0 -o DIR``.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_slim.adapters.peft import read_peft, read_settings, write_peft
+from mlx_slim.adapters.store import CONFIG, load_adapter, save_adapter
+from mlx_slim.analyze import fidelity
+from mlx_slim.artifacts import atomic_folder, check_output, provenance, read_json
+from mlx_slim.errors import SlimError
+from mlx_slim.events import Notice, Observer
+from mlx_slim.models.gguf import import_gguf
+from mlx_slim.models.gguf_write import TYPES, check_writable_as_gguf, write_gguf
+from mlx_slim.models.hf import check_writable_as_hf, hf_config
+from mlx_slim.models.load import Loaded, cast, load, read_config
+from mlx_slim.models.quantized import densify, is_quantized
+from mlx_slim.models.tensors import folder_tensors
+from mlx_slim.runtime import dtype_name, human_bytes, number, resolve_dtype
+from mlx_slim.workflows.audit_text import audit_tokens
+from mlx_slim.workflows.card import Card, describe, public_name
+from mlx_slim.workflows.checked_save import compute_dtype, save_checked, stored_dtype
+from mlx_slim.workflows.fuse import find_adapter
+
+Target = Literal["peft", "hf", "gguf"]
+TARGETS = ("peft", "hf", "gguf")
+_PROBE = 16
+# Relative error of a tensor that a block format may cause; a wrong row order causes 1.4.
+_ROUNDING = {"f16": 0.002, "q8_0": 0.02, "q4_0": 0.3, "q4_1": 0.3}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        path: The folder.
+        facts: What a person should know, one fact a line.
+        commands: How to use it, as they stand.
+    """
+
+    path: Path
+    facts: list[str]
+    commands: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """Return what the command prints."""
+        return [*self.facts, *(f"use it     {command}" for command in self.commands)]
+
+
+def _teller(observer: Observer | None) -> Callable[[str], None]:
+    return lambda text: observer.notify(Notice(text)) if observer is not None else None
+
+
+def _base_of(adapter: str | Path, named: str | None, given: str | None) -> str:
+    base = given or named
+    if not base:
+        raise SlimError(f"{adapter} names no base model", "give it with --model")
+    return base
+
+
+def _load_base(adapter: Path, base: str, given: bool) -> Loaded:
+    try:
+        return load(base, dtype=compute_dtype())
+    except SlimError as error:
+        if given:
+            raise
+        raise SlimError(
+            f"the base of {adapter} cannot be loaded: {error.message}",
+            "if it moved, give its new place with --model",
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------- PEFT
+
+
+def export_peft(
+    source: Path,
+    out: Path,
+    *,
+    base: str | None = None,
+    base_name: str | None = None,
+    observer: Observer | None = None,
+) -> Exported:
+    """Write an adapter folder as a PEFT adapter.
+
+    Args:
+        source: Adapter folder, ours or mlx-lm's, or the run that holds it.
+        out: Must not exist.
+        base: Folder or hub id of the base; None takes the one that the adapter names.
+        base_name: What ``base_model_name_or_path`` says; None repeats the base.
+        observer: Hears a ``Notice`` for each stage.
+
+    Raises:
+        SlimError: If the adapter does not fit the base, the base cannot be loaded, PEFT cannot say
+            it, or what is read back differs; nothing is written.
+    """
+    say = _teller(observer)
+    check_output(out)
+    source = find_adapter(source)
+    settings = read_json(source / CONFIG)
+    if "peft_type" in settings:
+        raise SlimError(f"{source} is an adapter of PEFT already", "nothing to do")
+    place = _base_of(source, settings.get("model"), base)
+    say(f"loading {place}")
+    loaded = _load_base(source, place, base is not None)
+    tuned = copy.deepcopy(loaded.model)
+    injected = load_adapter(tuned, source)
+    tied = bool(loaded.config.get("tie_word_embeddings"))
+    trained = settings.get("trained_with") or {}
+    named = base_name or place
+    facts = []
+    if is_quantized(loaded.model) and base_name is None:
+        facts.append(
+            f"note       {named} is quantized for MLX; PEFT needs its dense original: name it with "
+            "--base-name"
+        )
+    with atomic_folder(out) as temporary:
+        write_peft(
+            temporary,
+            tuned,
+            injected,
+            base=named,
+            dropout=float(settings.get("lora_parameters", {}).get("dropout", 0.0)),
+            rslora=trained.get("scaling") == "rslora",
+            tied=tied,
+        )
+        again = copy.deepcopy(loaded.model)
+        read_peft(temporary, again, tied=tied)
+        _answers_alike(tuned, again, loaded.config, out)
+        kind = "DoRA" if settings.get("fine_tune_type") == "dora" else "LoRA"
+        card = Card(
+            title=f"{kind} adapter for {public_name(named)}",
+            base=named,
+            library="peft",
+            what=f"A {kind} adapter in PEFT's format, written by mlx-slim.",
+            usage=[
+                "from transformers import AutoModelForCausalLM",
+                "from peft import PeftModel",
+                f"base = AutoModelForCausalLM.from_pretrained({public_name(named)!r})",
+                'model = PeftModel.from_pretrained(base, "this folder")',
+            ],
+        )
+        describe(source, card)
+        _versions(card)
+        card.write(temporary)
+    facts.insert(
+        0, f"{out}: {kind} over {len(injected.paths)} layers, {injected.parameters:,} parameters"
+    )
+    facts.append("checked    read back, same logits")
+    return Exported(out, facts)
+
+
+def import_peft(
+    source: Path, out: Path, *, base: str | None = None, observer: Observer | None = None
+) -> Exported:
+    """Write a PEFT adapter as an adapter folder of mlx-slim and mlx-lm.
+
+    Args:
+        source: A folder that PEFT's ``save_pretrained`` wrote.
+        out: Must not exist.
+        base: Folder or hub id of the base; None takes the one that the adapter names.
+        observer: Hears a ``Notice`` for each stage.
+
+    Raises:
+        SlimError: If it is no LoRA or DoRA, does not fit the base, or reads back differently.
+    """
+    say = _teller(observer)
+    check_output(out)
+    settings = read_settings(source)
+    place = _base_of(source, settings.get("base_model_name_or_path"), base)
+    say(f"loading {place}")
+    loaded = _load_base(source, place, base is not None)
+    tuned = copy.deepcopy(loaded.model)
+    tied = bool(loaded.config.get("tie_word_embeddings"))
+    found = read_peft(source, tuned, tied=tied)
+    with atomic_folder(out) as temporary:
+        folder = temporary / "adapters"
+        save_adapter(folder, tuned, found.config, found.injected, dora=found.dora, base=place)
+        again = copy.deepcopy(loaded.model)
+        load_adapter(again, folder)
+        _answers_alike(tuned, again, loaded.config, out)
+        for file in list(folder.iterdir()):
+            file.rename(temporary / file.name)
+        folder.rmdir()
+    kind = "DoRA" if found.dora else "LoRA"
+    injected = found.injected
+    facts = [
+        f"{out}: {kind} over {len(injected.paths)} layers, rank {found.config.rank}, scale "
+        f"{injected.scale:g}, {injected.parameters:,} parameters",
+        *(f"note       {note}" for note in found.notes),
+        "checked    read back, same logits",
+    ]
+    command = ["mlx-slim", "chat", place, "--adapter", str(out)]
+    return Exported(out, facts, [shlex.join(command)])
+
+
+def _answers_alike(one: nn.Module, other: nn.Module, config: dict[str, Any], out: Path) -> None:
+    """Raise unless both models compute the same logits."""
+    vocabulary = int(config.get("vocab_size") or 256)
+    ids_1T = mx.array([[(7919 * i + 11) % vocabulary for i in range(_PROBE)]])
+    one.eval(), other.eval()
+    expected, logits = (m(ids_1T).astype(mx.float32) for m in (one, other))
+    gap = number(mx.abs(logits - expected).max() / mx.abs(expected).max())
+    if not gap <= 1e-4:
+        raise SlimError(
+            f"{out}: what was written answers differently: relative difference of the logits "
+            f"{gap:.2g}; it was not kept",
+            "please report it",
+        )
+
+
+def _versions(card: Card) -> None:
+    if not any(name == "versions" for name, _ in card.provenance):
+        versions = provenance()["versions"]
+        card.provenance.append(("versions", ", ".join(f"{k} {v}" for k, v in versions.items())))
+
+
+# ----------------------------------------------------------------------------------------- models
+
+
+def _model_folder(source: str | Path) -> str | Path:
+    """Return the model that ``source`` is, or that its run holds; refuse an adapter."""
+    folder = Path(source)
+    if (folder / "model" / "config.json").is_file() and not (folder / "config.json").is_file():
+        return folder / "model"
+    for candidate in (folder, folder / "adapters"):
+        if (candidate / CONFIG).is_file() and not (folder / "config.json").is_file():
+            raise SlimError(
+                f"{candidate} is an adapter, not a model",
+                "fuse it first (mlx-slim fuse MODEL --adapter DIR -o FUSED), or export --to peft",
+            )
+    return source
+
+
+def export_hf(
+    source: str | Path,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+    observer: Observer | None = None,
+) -> Exported:
+    """Write a model as a folder that transformers loads; a quantized one dequantized.
+
+    Args:
+        source: Folder or hub id, or the run folder of a full fine-tune.
+        out: Must not exist.
+        dtype: Of the weights; None keeps the source's (of its scales, if quantized).
+        revision: Commit or tag of a hub model.
+        observer: Hears a ``Notice`` for each stage.
+
+    Raises:
+        ResourceError: If the disk is too small.
+        SlimError: If the architecture has other names there, or what is read back differs.
+    """
+    say = _teller(observer)
+    check_output(out)
+    source = _model_folder(source)
+    check_writable_as_hf(read_config(source, revision))
+    say(f"loading {source}")
+    loaded = load(source, revision=revision, dtype=compute_dtype())
+    stored = resolve_dtype(dtype) if dtype else stored_dtype(folder_tensors(loaded.path))
+    facts = []
+    if is_quantized(loaded.model):
+        facts.append(f"note       {densify(loaded.model)} quantized layers dequantized")
+    cast(loaded.model, stored)
+    config = hf_config(loaded.config)
+    name = public_name(source)
+    card = Card(
+        title=name,
+        base=str(source),
+        library="transformers",
+        what=f"{name} as a Hugging Face model in {dtype_name(stored)}, written by mlx-slim.",
+        usage=[
+            "from transformers import AutoModelForCausalLM",
+            'model = AutoModelForCausalLM.from_pretrained("this folder")',
+        ],
+    )
+    describe(loaded.path, card)
+    _versions(card)
+    save_checked(out, loaded, config, stored, card.write)
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    facts.insert(
+        0, f"{out}: {config['architectures'][0]}, {dtype_name(stored)}, {human_bytes(size)}"
+    )
+    facts.append("checked    read back, every tensor equal")
+    return Exported(out, facts)
+
+
+def export_gguf(
+    source: str | Path,
+    out: Path,
+    *,
+    kind: str = "f16",
+    calibration: str | None = None,
+    revision: str | None = None,
+    observer: Observer | None = None,
+) -> Exported:
+    """Write a model as a GGUF file with an Ollama ``Modelfile`` and a card beside it.
+
+    Args:
+        source: Folder or hub id, or the run folder of a full fine-tune.
+        out: The folder; must not exist.
+        kind: ``f16``, ``q8_0``, ``q4_0`` or ``q4_1``.
+        calibration: Text on which the file is compared with its source.
+        revision: Commit or tag of a hub model.
+        observer: Hears a ``Notice`` for each stage.
+
+    Raises:
+        ResourceError: If the disk is too small.
+        SlimError: If GGUF cannot say it, or the file does not read back as the model.
+    """
+    say = _teller(observer)
+    check_output(out)
+    if kind not in TYPES:
+        raise SlimError(f"unknown GGUF type {kind!r}", f"known: {', '.join(TYPES)}")
+    source = _model_folder(source)
+    check_writable_as_gguf(read_config(source, revision))
+    say(f"loading {source}")
+    loaded = load(source, revision=revision, dtype=compute_dtype())
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", public_name(source).rsplit("/", 1)[-1]) or "model"
+    file = f"{name}-{kind}.gguf"
+    with atomic_folder(out) as temporary:
+        say(f"writing {file}")
+        notes = write_gguf(
+            temporary / file, loaded.model, loaded.tokenizer, loaded.config, kind, name
+        )
+        say("reading it back")
+        again = import_gguf(temporary / file).model
+        worst, path = _largest_error(loaded.model, again)
+        if not worst <= _ROUNDING[kind]:
+            raise SlimError(
+                f"{file}: {path} reads back with a relative error of {worst:.2g}, at most "
+                f"{_ROUNDING[kind]:g} is rounding; it was not kept",
+                "please report it",
+            )
+        densify(again)
+        if (compute := compute_dtype()) is not None:
+            cast(again, compute)
+        tokens_NT, text = audit_tokens(loaded.tokenizer, calibration)
+        say(f"comparing with the source on {tokens_NT.size:,} tokens")
+        found = fidelity.compare(loaded.model, again, tokens_NT)
+        fact = (
+            f"KL {found.kl:.2g} nats, same top-1 token {found.top1:.1%} "
+            f"({found.tokens:,} tokens of {text})"
+        )
+        (temporary / "Modelfile").write_text(f"FROM ./{file}\n", encoding="utf-8")
+        commands = gguf_commands(out, file, name)
+        card = Card(
+            title=f"{name}, GGUF {kind.upper()}",
+            base=str(source),
+            library="gguf",
+            what=f"{name} for llama.cpp and Ollama, written by mlx-slim.",
+            metrics=[(f"{kind.upper()} against its source", fact)],
+            usage=gguf_commands(Path(), file, name),
+        )
+        describe(loaded.path, card)
+        _versions(card)
+        card.write(temporary)
+    size = (out / file).stat().st_size
+    facts = [
+        f"{out / file}: {kind.upper()}, {human_bytes(size)}",
+        *(f"note       {note}" for note in notes),
+        f"checked    read back, largest rounding {worst:.2g}; {fact}",
+    ]
+    return Exported(out, facts, commands)
+
+
+def gguf_commands(folder: Path, file: str, name: str) -> list[str]:
+    """Return the commands that run a GGUF file in llama.cpp and in Ollama."""
+    path, modelfile = shlex.quote(str(folder / file)), shlex.quote(str(folder / "Modelfile"))
+    tag = name.lower()
+    return [
+        f"llama-cli -m {path} -p 'Hello'",
+        f"ollama create {tag} -f {modelfile} && ollama run {tag}",
+    ]
+
+
+def _largest_error(model: nn.Module, again: nn.Module) -> tuple[float, str]:
+    """Return the largest ‖a − b‖ / ‖a‖ over the dense parameters, and where."""
+    ours, theirs = copy.deepcopy(model), copy.deepcopy(again)
+    densify(ours), densify(theirs)
+    wanted, found = (
+        dict(tree_flatten(m.parameters()))
+        for m in (ours, theirs)  # type: ignore[misc]
+    )
+    if wanted.keys() != found.keys():
+        return float("inf"), ", ".join(sorted(wanted.keys() ^ found.keys())[:3])
+    worst = (0.0, "")
+    for path, value in wanted.items():
+        a, b = value.astype(mx.float32), found[path].astype(mx.float32)  # type: ignore[union-attr]
+        size = number(mx.linalg.norm(a))
+        worst = max(worst, (number(mx.linalg.norm(a - b)) / size if size else 0.0, path))
+    return worst
