@@ -26,7 +26,9 @@ from mlx_slim.adapters.lora import LoRAEmbedding, dimensions
 from mlx_slim.artifacts import read_json, save_tensors, write_json
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError
+from mlx_slim.models.quantized import dequantize_weight
 from mlx_slim.models.tensors import few
+from mlx_slim.runtime import number
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -195,7 +197,7 @@ def read_peft(folder: Path, model: nn.Module, *, tied: bool = False) -> Imported
             model (all of them are listed); ``model`` is unchanged then.
     """
     settings = read_settings(folder)
-    parts = _tensors(folder)
+    parts, copies = _tensors(folder)
     dora = bool(settings.get("use_dora"))
     by_path = {site.path: site for site in sites(model)}
     problems: list[str] = []
@@ -223,6 +225,7 @@ def read_peft(folder: Path, model: nn.Module, *, tied: bool = False) -> Imported
             f"{folder} does not fit this model: {shown}",
             f"it was made for {name}" if name else "give the base that it was made for: --model",
         )
+    _check_copies(folder, copies, {path: site.module for path, site in by_path.items()})
     embeddings = [path for path, found in parts.items() if found["embedding"] is not None]
     if embeddings and tied:
         raise SlimError(
@@ -233,8 +236,11 @@ def read_peft(folder: Path, model: nn.Module, *, tied: bool = False) -> Imported
     return _placed(model, settings, parts, [by_path[p] for p in by_path if p in parts], dora)
 
 
-def _tensors(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return path -> {"a": (R, I), "b": (O, R), "m": (O,), "embedding": name or None}."""
+def _tensors(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, mx.array]]:
+    """Return path -> {"a": (R, I), "b": (O, R), "m": (O,), "embedding": name or None}, and copies.
+
+    The copies, path -> weight, are of layers of the base: PEFT adds them to adapted embeddings.
+    """
     file = folder / WEIGHTS
     if not file.is_file():
         pickled = (folder / "adapter_model.bin").exists()
@@ -254,11 +260,16 @@ def _tensors(folder: Path) -> dict[str, dict[str, Any]]:
             "copy or train it again",
         ) from error
     parts: dict[str, dict[str, Any]] = {}
+    copies: dict[str, mx.array] = {}
     unknown = []
     for name, value in loaded.items():
         match = re.fullmatch(
             rf"{re.escape(_PREFIX)}(.+?)\.({'|'.join(map(re.escape, _KINDS))})", name
         )
+        copied = re.fullmatch(rf"{re.escape(_PREFIX)}(.+?)(\.base_layer)?\.weight", name)
+        if match is None and copied is not None and "lora_" not in name:
+            copies[copied[1]] = value
+            continue
         if match is None:
             unknown.append(f"{name} {tuple(value.shape)}")
             continue
@@ -273,7 +284,22 @@ def _tensors(folder: Path) -> dict[str, dict[str, Any]]:
             else f"{file} holds no tensors",
             "merge it with PEFT (merge_and_unload) and convert that",
         )
-    return parts
+    return parts, copies
+
+
+def _check_copies(folder: Path, copies: dict[str, mx.array], modules: dict[str, Any]) -> None:
+    """Refuse copies of base layers that are not the base's: they were trained or grown."""
+    for path, value in copies.items():
+        here = dequantize_weight(modules[path]) if path in modules else None
+        if here is not None and here.shape == value.shape:
+            there = value.astype(mx.float32)
+            rounding = 0.2 if "scales" in modules[path] else 0.005
+            if number(mx.linalg.norm(here - there)) <= rounding * number(mx.linalg.norm(there)):
+                continue
+        raise SlimError(
+            f"{folder} brings a {path} of its own, {value.shape}, that is not the base's",
+            "merge it with PEFT (merge_and_unload) and convert that",
+        )
 
 
 def _of(pattern: dict[str, Any], path: str, default: float) -> float:

@@ -43,11 +43,12 @@ def command(source: str, target: str, output: Path, **options: str | None) -> No
             )
     from mlx_slim.console import Console
     from mlx_slim.workflows import export
+    from mlx_slim.workflows.peft_folders import export_peft
 
     with Console("plain") as console:
         if target == "peft":
             base = given.pop("model", None)
-            done = export.export_peft(Path(source), output, base=base, observer=console, **given)
+            done = export_peft(Path(source), output, base=base, observer=console, **given)
         elif target == "hf":
             done = export.export_hf(source, output, observer=console, **given)
         else:

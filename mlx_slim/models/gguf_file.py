@@ -117,6 +117,37 @@ def _q8_0(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return codes.view("<u4"), scales, scales * np.float16(-128)
 
 
+def pack_blocks(kind: str, layer: Any) -> np.ndarray | None:
+    """Return the blocks (R, bytes) of a quantized MLX layer, code for code.
+
+    Args:
+        kind: ``Q4_0``, ``Q4_1`` or ``Q8_0``.
+        layer: Holds ``weight``, ``scales`` and ``biases``, with its bits, group size and mode.
+
+    Returns:
+        None if the layer is not in that format: other bits or groups, scales that are no float16,
+        or offsets that the format does not have.
+    """
+    if (layer.mode, layer.group_size, layer.bits) != ("affine", _GROUP, BITS.get(kind)):
+        return None
+    scales, biases = (np.array(layer[name].astype(mx.float32)) for name in ("scales", "biases"))
+    expected = {"Q4_0": -8 * scales, "Q8_0": -128 * scales}.get(kind, biases)
+    with np.errstate(over="ignore"):
+        halves = [values.astype("<f2") for values in (scales, biases)]
+    exact = all(np.array_equal(h, v) for h, v in zip(halves, (scales, biases), strict=True))
+    if not exact or not np.array_equal(biases, expected):
+        return None
+    packed = np.array(layer["weight"]).view(np.uint8).reshape(*scales.shape, -1)
+    if kind == "Q8_0":
+        quants = packed ^ 0x80
+    else:
+        codes = np.stack([packed & 0xF, packed >> 4], axis=-1).reshape(*scales.shape, _GROUP)
+        quants = codes[..., : _GROUP // 2] | (codes[..., _GROUP // 2 :] << 4)
+    heads = halves if kind == "Q4_1" else halves[:1]
+    parts = [half[..., None].view(np.uint8) for half in heads]
+    return np.concatenate([*parts, quants], axis=-1).reshape(scales.shape[0], -1)
+
+
 _PACKED = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q8_0": _q8_0}
 BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
 

@@ -1,8 +1,9 @@
 """An mlx-lm model becomes a GGUF file for llama.cpp and Ollama.
 
 Invariant: the inverse of ``gguf.py``: the file read back here is the model, but for the rounding of
-its block format; an architecture, a setting or a tokenizer that GGUF (or the reader) cannot express
-is refused. Tensors are written one at a time, never all in memory. Try it:
+its block format, and without any where MLX holds the same blocks already (4 or 8 bits, group 32);
+what GGUF or the reader cannot express (architecture, setting, tokenizer) is refused. Tensors are
+written one at a time, never all in memory. Try it:
 ``mlx-slim export MODEL --to gguf --type q8_0 -o DIR``.
 """
 
@@ -18,6 +19,7 @@ from mlx.utils import tree_flatten
 
 from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.models.gguf import ARCHITECTURES, llama3_factors
+from mlx_slim.models.gguf_file import pack_blocks
 from mlx_slim.models.gguf_vocab import vocabulary
 from mlx_slim.models.quantized import dequantize_weight
 
@@ -96,7 +98,7 @@ def write_gguf(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for target, (path_, _) in places.items():
-            array = _array(model, path_, config, architecture)
+            array = _array(model, path_, config, architecture, shapes[target])
             writer.write_tensor_data(_encoded(array, shapes[target]))
         if factors is not None:
             writer.write_tensor_data(factors)
@@ -113,7 +115,8 @@ def _places(
     modules = dict(model.named_modules())
     places: dict[str, tuple[str, tuple[int, ...]]] = {}
     unknown = []
-    for full, value in tree_flatten(model.parameters()):  # type: ignore[misc]
+    parameters: Any = tree_flatten(model.parameters())
+    for full, value in parameters:
         path, leaf = full.rsplit(".", 1)
         if leaf in ("scales", "biases") and "scales" in modules[path]:
             continue
@@ -154,14 +157,20 @@ def _promise(writer: Any, name: str, shape: tuple[int, ...], block: Any) -> None
     writer.add_tensor_info(name, shape, np.dtype(np.float32), total, raw_dtype=block)
 
 
-def _array(model: nn.Module, full: str, config: dict[str, Any], architecture: str) -> np.ndarray:
-    """Return one parameter, dense, float32, rows in GGUF's order."""
+def _array(
+    model: nn.Module, full: str, config: dict[str, Any], architecture: str, block: Any
+) -> np.ndarray:
+    """Return one parameter, rows in GGUF's order: float32, or the blocks themselves (uint8)."""
     path, leaf = full.rsplit(".", 1)
     module: Any = model
     for part in path.split("."):
         module = module[int(part)] if part.isdigit() else module[part]
-    value = dequantize_weight(module) if leaf == "weight" and "scales" in module else module[leaf]
-    array = np.array(value.astype(mx.float32))
+    array = None
+    if leaf == "weight" and "scales" in module:
+        array = pack_blocks(block.name, module)
+    if array is None:
+        dense = dequantize_weight(module) if leaf == "weight" else module[leaf]
+        array = np.array(dense.astype(mx.float32))
     if ARCHITECTURES[architecture].permuted and path.endswith(("q_proj", "k_proj")):
         heads = config["num_attention_heads"]
         if path.endswith("k_proj"):
@@ -174,6 +183,8 @@ def _array(model: nn.Module, full: str, config: dict[str, Any], architecture: st
 def _encoded(array: np.ndarray, block: Any) -> np.ndarray:
     from gguf import GGMLQuantizationType, quantize
 
+    if array.dtype == np.uint8:
+        return array
     if block == GGMLQuantizationType.F16:
         with np.errstate(over="ignore"):
             half = array.astype(np.float16)

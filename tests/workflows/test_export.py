@@ -19,8 +19,9 @@ from mlx_slim.errors import SlimError
 from mlx_slim.models.convert import convert
 from mlx_slim.models.gguf import import_gguf
 from mlx_slim.models.load import load
-from mlx_slim.workflows import export
-from mlx_slim.workflows.export import export_gguf, export_hf, export_peft, import_peft
+from mlx_slim.workflows.card import Card
+from mlx_slim.workflows.export import export_gguf, export_hf
+from mlx_slim.workflows.peft_folders import export_peft, import_peft
 from tests.adapters.support import IDS
 from tests.support.adapters import made, quantized, tuned_logits
 from tests.support.tiny import tiny_model
@@ -130,6 +131,22 @@ def test_an_adapter_of_another_base_lists_names_and_shapes(tiny, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_copy_of_a_base_layer_must_be_the_base_s(tiny, tmp_path):
+    export_peft(made(tmp_path / "a", tiny("llama"), targets=["lm_head"]), tmp_path / "p")
+    weight = load(tiny("llama")).model.lm_head.weight
+    tensors = load_tensors(tmp_path / "p" / peft.WEIGHTS)
+    mx.eval(tensors)
+    tensors["base_model.model.lm_head.base_layer.weight"] = weight.astype(mx.bfloat16)
+    save_tensors(tmp_path / "p" / peft.WEIGHTS, tensors)
+    import_peft(tmp_path / "p", tmp_path / "back")
+    expected = tuned_logits(tiny("llama"), tmp_path / "a")
+    assert mx.allclose(tuned_logits(tiny("llama"), tmp_path / "back"), expected)
+    tensors["base_model.model.lm_head.base_layer.weight"] = weight * 1.1
+    save_tensors(tmp_path / "p" / peft.WEIGHTS, tensors)
+    with pytest.raises(SlimError, match="a lm_head of its own"):
+        import_peft(tmp_path / "p", tmp_path / "other")
+
+
 def test_a_base_that_moved_is_one_line(tiny, tmp_path, capfd):
     base = Path(shutil.copytree(tiny("llama"), tmp_path / "base"))
     adapter = made(tmp_path / "a", base)
@@ -191,6 +208,20 @@ def test_gguf_reads_back_here_and_with_the_reader_of_gguf(tiny, tmp_path, archit
     assert "ollama create" in done.commands[1]
 
 
+@pytest.mark.parametrize("kind", ["q4_0", "q4_1", "q8_0"])
+def test_blocks_go_there_and_back_bit_for_bit(tiny, tmp_path, kind):
+    export_gguf(tiny("llama"), tmp_path / "first", kind=kind)
+    first = tmp_path / "first" / f"llama-{kind}.gguf"
+    convert(first, tmp_path / "mlx")
+    export_gguf(tmp_path / "mlx", tmp_path / "second", kind=kind)
+    one, other = (
+        {tensor.name: tensor.data for tensor in GGUFReader(file).tensors}
+        for file in (first, tmp_path / "second" / f"mlx-{kind}.gguf")
+    )
+    assert one.keys() == other.keys()
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
 def test_gguf_of_a_quantized_model_and_of_scaled_rope(tiny, tmp_path):
     source = quantized(tmp_path / "q", tiny("llama"), 8)
     export_gguf(source, tmp_path / "out", kind="f16")
@@ -215,8 +246,8 @@ def test_a_wrong_row_order_is_found_before_the_folder_appears(tiny, tmp_path, mo
 
     honest = gguf_write._array
 
-    def swapped(model, full, config, architecture):
-        array = honest(model, full, config, architecture)
+    def swapped(model, full, *rest):
+        array = honest(model, full, *rest)
         return array[::-1].copy() if full.endswith("1.self_attn.k_proj.weight") else array
 
     monkeypatch.setattr(gguf_write, "_array", swapped)
@@ -232,7 +263,7 @@ def test_an_interrupted_export_leaves_nothing(tiny, tmp_path, monkeypatch, targe
     def stop(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export.Card, "write", stop)
+    monkeypatch.setattr(Card, "write", stop)
     source = adapter if target == "peft" else tiny("llama")
     assert run(["export", str(source), "--to", target, "-o", str(tmp_path / "deep" / "out")]) == 130
     assert [path.name for path in tmp_path.iterdir()] == ["a"]

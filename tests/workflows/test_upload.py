@@ -8,7 +8,7 @@ import pytest
 
 from mlx_slim.cli.main import run
 from mlx_slim.errors import SlimError
-from mlx_slim.workflows.export import export_peft
+from mlx_slim.workflows.peft_folders import export_peft
 from mlx_slim.workflows.upload import upload
 from tests.support.adapters import made
 

@@ -1,0 +1,1 @@
+"""Against PyTorch: the real transformers and peft (extra ``parity``)."""

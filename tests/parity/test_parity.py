@@ -1,0 +1,189 @@
+"""The same logits as the real transformers and peft on PyTorch, to 1e-4, both ways.
+
+Needs the extra ``parity`` (0.8 GB); skipped without it. Run: ``python -m pytest tests/parity``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_slim.adapters.store import load_adapter
+from mlx_slim.models.hf import CLASSES
+from mlx_slim.models.load import load
+from mlx_slim.workflows.export import export_hf
+from mlx_slim.workflows.fuse import FuseOptions, fuse
+from mlx_slim.workflows.peft_folders import export_peft, import_peft
+from tests.support.adapters import made, quantized
+from tests.support.tiny import VOCAB, byte_tokenizer
+
+WHY = "needs PyTorch and peft: pip install -e '.[test,parity]'"
+torch: Any = pytest.importorskip("torch", reason=WHY)
+peft: Any = pytest.importorskip("peft", reason=WHY)
+transformers: Any = pytest.importorskip("transformers", reason=WHY)
+
+IDS = [[1, 5, 9, 70, 200, 31, 8, 8, 2, 100]]
+TINY = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def theirs(model) -> np.ndarray:
+    with torch.no_grad():
+        return model.eval()(torch.tensor(IDS)).logits[0].float().numpy()
+
+
+def ours(folder: Path, adapter: Path | None = None) -> np.ndarray:
+    model = load(folder, dtype=mx.float32).model
+    if adapter is not None:
+        load_adapter(model, adapter)
+    model.eval()
+    return np.array(model(mx.array(IDS))[0])
+
+
+def gap(one: np.ndarray, other: np.ndarray) -> float:
+    """The largest difference in units of the largest logit."""
+    return float(np.abs(one - other).max() / np.abs(one).max())
+
+
+def in_torch(folder: Path):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def base(tiny, tmp_path_factory):
+    """Return a function: architecture -> a tiny model in Hugging Face's format."""
+    made_here: dict[str, Path] = {}
+
+    def get(architecture: str) -> Path:
+        if architecture not in made_here:
+            folder = tmp_path_factory.mktemp("hf") / architecture
+            export_hf(tiny(architecture), folder)
+            made_here[architecture] = folder
+        return made_here[architecture]
+
+    return get
+
+
+EVERY = ["q_proj", "k_proj", "v_proj"]
+TO_PEFT = [
+    ("llama", {}, False),
+    ("llama", {"scaling": "rslora", "alpha": 8}, False),
+    ("llama", {}, True),
+    ("phi", {"targets": [*EVERY, "dense", "fc1", "fc2"]}, True),
+    ("llama", {"targets": ["all-linear", "embed_tokens", "lm_head"]}, False),
+    ("mistral", {"init": "pissa"}, False),
+    ("llama-tied", {"targets": ["q_proj", "down_proj"], "layers": [0, 2]}, False),
+]
+
+
+@pytest.mark.parametrize(("architecture", "settings", "dora"), TO_PEFT)
+def test_an_exported_adapter_answers_alike_in_peft(base, tmp_path, architecture, settings, dora):
+    folder = base(architecture)
+    adapter = made(tmp_path / "a", folder, dora=dora, **settings)
+    export_peft(adapter, tmp_path / "peft")
+    model = peft.PeftModel.from_pretrained(in_torch(folder), tmp_path / "peft")
+    plain = ours(folder)
+    assert gap(ours(folder, adapter), theirs(model)) < 1e-4
+    assert gap(plain, theirs(model)) > 1e-2
+
+
+FROM_PEFT = [
+    ("llama", {"target_modules": "all-linear"}),
+    ("llama", {"target_modules": EVERY, "use_rslora": True, "lora_alpha": 6}),
+    ("llama", {"target_modules": [*EVERY, "gate_proj"], "use_dora": True}),
+    ("phi", {"target_modules": [*EVERY, "fc1"], "use_dora": True, "use_rslora": True}),
+    ("llama", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
+    (
+        "mistral",
+        {
+            "target_modules": EVERY,
+            "rank_pattern": {"v_proj": 7},
+            "alpha_pattern": {"layers.1.self_attn.q_proj": 3},
+        },
+    ),
+    ("qwen2", {"target_modules": EVERY, "layers_to_transform": [1]}),
+    ("llama", {"target_modules": EVERY, "rank_pattern": {"k_proj": 2}, "use_dora": True}),
+]
+
+
+@pytest.mark.parametrize(("architecture", "settings"), FROM_PEFT)
+def test_an_adapter_of_peft_answers_alike_here(base, tmp_path, architecture, settings):
+    folder = base(architecture)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 16, **settings})
+    model = peft.get_peft_model(in_torch(folder), config)
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.requires_grad:
+                value.add_(0.05 * torch.randn_like(value))
+    expected = theirs(model)
+    model.save_pretrained(tmp_path / "peft")
+    import_peft(tmp_path / "peft", tmp_path / "a", base=str(folder))
+    assert gap(expected, ours(folder, tmp_path / "a")) < 1e-4
+    assert gap(expected, ours(folder)) > 1e-2
+    export_peft(tmp_path / "a", tmp_path / "again")
+    again = peft.PeftModel.from_pretrained(in_torch(folder), tmp_path / "again")
+    assert gap(expected, theirs(again)) < 1e-4
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "mistral", "phi", "qwen2"])
+def test_exported_models_load_in_transformers(tiny, tmp_path, architecture, bits):
+    source = tiny(architecture)
+    source = quantized(tmp_path / "q", source, bits) if bits else source
+    export_hf(source, tmp_path / "hf")
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert type(model).__name__ == CLASSES[model.config.model_type]
+    assert gap(ours(source), theirs(model)) < 1e-4
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer.encode("Hé <|im_end|>") == load(source).tokenizer.encode("Hé <|im_end|>")
+
+
+@pytest.mark.parametrize("kind", sorted(CLASSES))
+def test_every_architecture_keeps_names_and_values(tmp_path, kind):
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **TINY)
+    if hasattr(config, "head_dim"):
+        config.head_dim = 16
+    if hasattr(config, "rope_parameters") and isinstance(config.rope_parameters, dict):
+        config.rope_parameters["rope_theta"] = 50000.0
+    model = transformers.AutoModelForCausalLM.from_config(config).float()
+    model.save_pretrained(tmp_path / "source")
+    byte_tokenizer(tmp_path / "source")
+    export_hf(tmp_path / "source", tmp_path / "hf")
+    again = in_torch(tmp_path / "hf")
+    expected = model.state_dict()
+    found = again.state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert gap(theirs(model), theirs(again)) < 1e-5
+    assert gap(theirs(model), ours(tmp_path / "hf")) < 1e-4
+
+
+def test_a_fused_model_is_what_peft_merges(base, tmp_path):
+    folder = base("llama")
+    adapter = made(tmp_path / "a", folder, dora=True)
+    fuse(folder, adapter, tmp_path / "fused", FuseOptions(samples=1, length=32))
+    export_peft(adapter, tmp_path / "peft")
+    merged = peft.PeftModel.from_pretrained(in_torch(folder), tmp_path / "peft").merge_and_unload()
+    assert gap(theirs(merged), ours(tmp_path / "fused")) < 1e-4
+    weights = in_torch(tmp_path / "fused").state_dict()
+    for name, value in merged.state_dict().items():
+        assert torch.allclose(value, weights[name], atol=1e-5), name
