@@ -265,6 +265,17 @@ def hash_files(paths: Iterable[Path]) -> str:
         )
 
 
+def is_hub_id(name: str) -> bool:
+    """Return whether ``name`` looks like ``owner/name`` and is no path that exists."""
+    return name.count("/") == 1 and not Path(name).exists() and not name.startswith((".", "/"))
+
+
+def public_name(source: str | Path) -> str:
+    """Return a hub id as it is, of a path its last part: what others may read of this machine."""
+    text = str(source)
+    return text if is_hub_id(text) else Path(text).name
+
+
 def provenance() -> dict[str, Any]:
     """Return the versions and the platform that made an artifact; nothing about the user."""
     versions: dict[str, str] = {}

@@ -171,8 +171,12 @@ def _settings(config: Any, folder: Path) -> tuple[bool, int, float, float, int, 
     """Return (dora, rank, scale, dropout, num_layers, keys) of a config, ours or mlx-lm's."""
     where = folder / CONFIG
     if not isinstance(config, dict) or not isinstance(config.get("lora_parameters"), dict):
+        peft = isinstance(config, dict) and "peft_type" in config
         raise SlimError(
-            f"{where} has no lora_parameters", "expected the adapter config of mlx-slim or mlx-lm"
+            f"{where} is of PEFT" if peft else f"{where} has no lora_parameters",
+            f"import it first: mlx-slim import {folder} -o DIR"
+            if peft
+            else "expected the adapter config of mlx-slim or mlx-lm",
         )
     kind = config.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_slim.artifacts import read_json, write_text
+from mlx_slim.artifacts import is_hub_id, public_name, read_json, write_text
 from mlx_slim.runtime import human_bytes
 from mlx_slim.workflows.fuse import RECORD
 
@@ -44,7 +44,7 @@ class Card:
     def text(self) -> str:
         """Return the card as Markdown with the hub's front matter."""
         tags = {"library_name": self.library, "tags": ["mlx-slim"]}
-        if _is_hub_id(self.base):
+        if is_hub_id(self.base):
             tags["base_model"] = self.base
         lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in tags.items()), "---", ""]
         lines += [f"# {self.title}", "", self.what, ""]
@@ -60,16 +60,6 @@ class Card:
     def write(self, folder: Path) -> None:
         """Write ``README.md``."""
         write_text(folder / CARD, self.text())
-
-
-def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not Path(name).exists() and not name.startswith((".", "/"))
-
-
-def public_name(source: str | Path) -> str:
-    """Return a hub id as it is, of a path its last part."""
-    text = str(source)
-    return text if _is_hub_id(text) else Path(text).name
 
 
 def records_of(folder: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -140,7 +130,7 @@ def _fuse(record: dict[str, Any], card: Card) -> None:
         card.metrics.append(("warning", f"the tune is lost: {record['lost']}"))
     card.provenance += [
         ("fused", f"{record['mode']}, {record['layers']} layers, {record['dtype']}"),
-        ("fused base", public_name(record["base"])),
+        ("fused base", record["base"]),
         ("fused adapter", json.dumps(record["adapter"].get("lora_parameters", {}))),
     ]
     _versions(record, card)

@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten
 
 from mlx_slim.adapters.store import CONFIG
 from mlx_slim.analyze import fidelity
-from mlx_slim.artifacts import atomic_folder, check_output, provenance
+from mlx_slim.artifacts import atomic_folder, check_output, provenance, public_name
 from mlx_slim.errors import SlimError
 from mlx_slim.events import Notice, Observer
 from mlx_slim.models.gguf import import_gguf
@@ -32,7 +32,7 @@ from mlx_slim.models.quantized import densify, is_quantized
 from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.runtime import dtype_name, human_bytes, number, resolve_dtype
 from mlx_slim.workflows.audit_text import audit_tokens
-from mlx_slim.workflows.card import Card, describe, public_name
+from mlx_slim.workflows.card import Card, describe
 from mlx_slim.workflows.checked_save import compute_dtype, save_checked, stored_dtype
 
 # Relative error of a tensor that a block format may cause; a wrong row order causes 1.4.
@@ -114,7 +114,10 @@ def export_hf(
     stored = resolve_dtype(dtype) if dtype else stored_dtype(folder_tensors(loaded.path))
     facts = []
     if is_quantized(loaded.model):
-        facts.append(f"note       {densify(loaded.model)} quantized layers dequantized")
+        facts.append(
+            f"note       {densify(loaded.model)} quantized layers dequantized to "
+            f"{dtype_name(stored)}; --dtype float32 rounds nothing"
+        )
     cast(loaded.model, stored)
     config = hf_config(loaded.config)
     name = public_name(source)
@@ -164,6 +167,11 @@ def export_gguf(
     """
     say = teller(observer)
     check_output(out)
+    if out.suffix == ".gguf":
+        raise SlimError(
+            f"{out} names a file: the output is a folder (GGUF, Modelfile, card)",
+            f"use -o {out.with_suffix('')}",
+        )
     if kind not in TYPES:
         raise SlimError(f"unknown GGUF type {kind!r}", f"known: {', '.join(TYPES)}")
     source = _model_folder(source)

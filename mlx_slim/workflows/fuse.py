@@ -27,7 +27,14 @@ from mlx_slim.adapters.inject import adapters_of
 from mlx_slim.adapters.merge import merge
 from mlx_slim.adapters.store import CONFIG, load_adapter
 from mlx_slim.analyze.effect import Effect, effect, weight_share
-from mlx_slim.artifacts import SCHEMA_VERSION, check_output, provenance, read_json, write_json
+from mlx_slim.artifacts import (
+    SCHEMA_VERSION,
+    check_output,
+    provenance,
+    public_name,
+    read_json,
+    write_json,
+)
 from mlx_slim.errors import SlimError
 from mlx_slim.events import Notice, Observer
 from mlx_slim.models.load import Loaded, cast, load
@@ -283,9 +290,11 @@ def _weights_kept(tuned: nn.Module, fused: nn.Module) -> tuple[dict[str, float],
 def _record(result: Fused, source: str | Path, adapter: Path) -> dict[str, Any]:
     settings = read_json(adapter / CONFIG)
     kept = ("fine_tune_type", "lora_parameters", "trained_with", "model")
+    if settings.get("model"):
+        settings["model"] = public_name(settings["model"])
     return {
         **result.as_record(),
-        "base": str(source),
+        "base": public_name(source),
         "adapter": {key: settings[key] for key in kept if key in settings},
         "provenance": provenance(),
     }

@@ -17,13 +17,13 @@ import mlx.nn as nn
 
 from mlx_slim.adapters.peft import read_peft, read_settings, write_peft
 from mlx_slim.adapters.store import CONFIG, load_adapter, save_adapter
-from mlx_slim.artifacts import atomic_folder, check_output, read_json
+from mlx_slim.artifacts import atomic_folder, check_output, public_name, read_json
 from mlx_slim.errors import SlimError
 from mlx_slim.events import Observer
 from mlx_slim.models.load import Loaded, load
 from mlx_slim.models.quantized import is_quantized
 from mlx_slim.runtime import number
-from mlx_slim.workflows.card import Card, describe, public_name
+from mlx_slim.workflows.card import Card, describe
 from mlx_slim.workflows.checked_save import compute_dtype
 from mlx_slim.workflows.export import Exported, add_versions, teller
 from mlx_slim.workflows.fuse import find_adapter

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_slim.adapters.store import CONFIG
-from mlx_slim.artifacts import read_json
+from mlx_slim.artifacts import public_name, read_json
 from mlx_slim.errors import SlimError
 from mlx_slim.runtime import hub_offline, human_bytes
-from mlx_slim.workflows.card import CARD, Card, describe, public_name
+from mlx_slim.workflows.card import CARD, Card, describe
 
 _SECRET = re.compile(r"hf_\w+|(?i:bearer)\s+\S+")
 _BULK = "checkpoints"  # a run folder keeps its tokens and checkpoints in it

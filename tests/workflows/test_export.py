@@ -13,6 +13,7 @@ from gguf import GGUFReader, dequantize
 from mlx.utils import tree_flatten
 
 from mlx_slim.adapters import peft
+from mlx_slim.adapters.store import load_adapter
 from mlx_slim.artifacts import load_tensors, save_tensors
 from mlx_slim.cli.main import run
 from mlx_slim.errors import SlimError
@@ -293,6 +294,19 @@ def test_what_cannot_be_exported_is_one_line(tiny, tmp_path, capfd, words, says)
     error = capfd.readouterr().err
     assert error.count("error: ") == 1 and says in error
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_named_like_a_file_is_refused(tiny, tmp_path):
+    with pytest.raises(SlimError, match="the output is a folder") as caught:
+        export_gguf(tiny("llama"), tmp_path / "model.gguf")
+    assert caught.value.hint == f"use -o {tmp_path / 'model'}"
+
+
+def test_an_adapter_of_peft_is_sent_to_import(tiny, tmp_path):
+    export_peft(made(tmp_path / "a", tiny("llama")), tmp_path / "p")
+    with pytest.raises(SlimError, match="is of PEFT") as caught:
+        load_adapter(load(tiny("llama")).model, tmp_path / "p")
+    assert f"mlx-slim import {tmp_path / 'p'}" in caught.value.hint
 
 
 def test_an_architecture_with_other_names_is_refused(tiny, tmp_path):
