@@ -153,6 +153,10 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
     if not folder.is_dir():
         raise SlimError(f"{folder} is no adapter folder", f"it should hold {WEIGHTS} and {CONFIG}")
     config = read_json(folder / CONFIG)
+    if isinstance(config, dict) and "peft_type" in config:
+        raise SlimError(
+            f"{folder} is an adapter of PEFT", f"import it first: mlx-slim import {folder} -o DIR"
+        )
     file = folder / WEIGHTS
     if not file.is_file():
         raise SlimError(f"{file} does not exist", "the adapter folder is not complete")
@@ -171,12 +175,8 @@ def _settings(config: Any, folder: Path) -> tuple[bool, int, float, float, int, 
     """Return (dora, rank, scale, dropout, num_layers, keys) of a config, ours or mlx-lm's."""
     where = folder / CONFIG
     if not isinstance(config, dict) or not isinstance(config.get("lora_parameters"), dict):
-        peft = isinstance(config, dict) and "peft_type" in config
         raise SlimError(
-            f"{where} is of PEFT" if peft else f"{where} has no lora_parameters",
-            f"import it first: mlx-slim import {folder} -o DIR"
-            if peft
-            else "expected the adapter config of mlx-slim or mlx-lm",
+            f"{where} has no lora_parameters", "expected the adapter config of mlx-slim or mlx-lm"
         )
     kind = config.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):

@@ -304,7 +304,7 @@ def test_an_output_named_like_a_file_is_refused(tiny, tmp_path):
 
 def test_an_adapter_of_peft_is_sent_to_import(tiny, tmp_path):
     export_peft(made(tmp_path / "a", tiny("llama")), tmp_path / "p")
-    with pytest.raises(SlimError, match="is of PEFT") as caught:
+    with pytest.raises(SlimError, match="is an adapter of PEFT") as caught:
         load_adapter(load(tiny("llama")).model, tmp_path / "p")
     assert f"mlx-slim import {tmp_path / 'p'}" in caught.value.hint
 
