@@ -116,9 +116,10 @@ def pareto(
             tint = color(point["series"])
             ax.plot(point["x"], point["y"], "o", color=tint, markersize=7, alpha=0.95)
         right = max((p["x"] for p in points), default=1)
-        for line in lines:
+        levels = sorted(lines, key=lambda line: -line["y"])
+        for number, line in enumerate(levels):
             ax.axhline(line["y"], color=_SOFT, linewidth=0.9, linestyle=(0, (4, 3)))
-            _note(ax, right, line["y"], line["label"], "right", _SOFT)
+            _note(ax, right, line["y"], line["label"], above=number == 0)
         ax.margins(x=0.22, y=0.2)
         _labels(ax, points)
         ax.set_xlabel(axis["label"])
@@ -138,10 +139,13 @@ def _front(points: Sequence[dict[str, Any]], less: bool) -> list[tuple[float, fl
     return sorted(best)
 
 
-def _note(ax: Any, x: float, y: float, text: str, align: str, tint: str) -> None:
-    ax.annotate(
-        text, (x, y), (0, 3), textcoords="offset points", ha=align, color=tint, fontsize=8.5
-    )
+def _note(ax: Any, x: float, y: float, text: str, *, above: bool) -> None:
+    """Write the name of a level over its line, or under it."""
+    style = {"textcoords": "offset points", "ha": "right", "color": _SOFT, "fontsize": 8.5}
+    if above:
+        ax.annotate(text, (x, y), (0, 3), va="bottom", **style)
+    else:
+        ax.annotate(text, (x, y), (0, -3), va="top", **style)
 
 
 def _labels(ax: Any, points: Sequence[dict[str, Any]], most: int = 24) -> None:
@@ -236,7 +240,7 @@ def dumbbells(rows: Sequence[dict[str, Any]], name: str, label: str, unit: float
             ax.plot(both[0], place, "o", color=tint, markersize=7.5, markerfacecolor="#0b0b04")
             ax.plot(both[1], place, "o", color=tint, markersize=6.5)
         _named(ax, places, rows)
-        ax.set_xlim(left=0)
+        ax.set_xlim(0, 1.06 * max(max(row["predicted"], row["measured"]) for row in rows))
         ax.set_xlabel(label)
         ax.xaxis.set_major_formatter(_sized(unit))
     return made[0]

@@ -73,7 +73,7 @@ def build(stored: store.Stored) -> dict[str, Any]:
         "title": record["title"],
         "note": record.get("note", ""),
         "headline": tables.headline(rows, found, tasks),
-        "models": record["models"],
+        "models": _models(stored),
         "tasks": tasks,
         "rows": rows,
         "seeds": tables.seeds_of(rows, tasks),
@@ -90,6 +90,15 @@ def build(stored: store.Stored) -> dict[str, Any]:
         "failed": [{"cell": name, "why": why} for name, why in stored.failed],
         "code": record.get("code"),
         "provenance": evidence.machine_of(stored),
+    }
+
+
+def _models(stored: store.Stored) -> dict[str, Any]:
+    """Return the models with the hash of their weights, as the cells found them."""
+    hashes = {cell.model: cell.manifest["weights_sha256"] for cell in stored.cells}
+    return {
+        name: {**entry, "weights_sha256": hashes.get(name)}
+        for name, entry in stored.record["models"].items()
     }
 
 

@@ -51,7 +51,6 @@ def write_matrix(
                 f"toy{i}": {
                     "source": "HuggingFaceTB/SmolLM2-135M-Instruct",
                     "revision": None,
-                    "weights_sha256": "ab" * 32,
                 }
                 for i in range(models)
             },
@@ -131,6 +130,7 @@ def _cell(
             "fidelity": {"kl": 0.001, "top1": 0.99, "tokens": 512} if kind == "fused" else None,
             "intruders": None,
             "keys": {},
+            "weights_sha256": "ab" * 32,
             "code": "0.1.0+abc",
             "provenance": {**provenance(), "machine": "a test, 2 cores"},
         },
