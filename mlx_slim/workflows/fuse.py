@@ -35,12 +35,12 @@ from mlx_slim.artifacts import (
     read_json,
     write_json,
 )
-from mlx_slim.errors import SlimError
+from mlx_slim.errors import ResourceError, SlimError
 from mlx_slim.events import Notice, Observer
 from mlx_slim.models.load import Loaded, cast, load
 from mlx_slim.models.quantized import densify, dequantize_weight, is_quantized, use_fast_matmul
 from mlx_slim.models.tensors import folder_tensors
-from mlx_slim.runtime import dtype_name, human_bytes, number, resolve_dtype
+from mlx_slim.runtime import device_memory, dtype_name, human_bytes, number, on_gpu, resolve_dtype
 from mlx_slim.workflows.audit_text import audit_tokens
 from mlx_slim.workflows.checked_save import compute_dtype, save_checked, stored_dtype
 
@@ -160,7 +160,7 @@ def fuse(
         observer: Hears a ``Notice`` for each stage.
 
     Raises:
-        ResourceError: If the disk is too small.
+        ResourceError: If memory or disk are too small.
         SlimError: If the adapter does not fit the base, or the tune is lost; nothing is written.
     """
     options = options or FuseOptions()
@@ -242,7 +242,10 @@ def _fused(base: nn.Module, tuned: nn.Module, mode: str, stored: mx.Dtype) -> nn
     """Return the fused model as it will be stored, in the dtype that models compute in."""
     fused = copy.deepcopy(tuned)
     paths = [path for path, _ in adapters_of(fused)]
-    merge(fused, mx.float32)
+    compute = compute_dtype()
+    wide = compute is not None or mode == "requantize"
+    _check_memory(base, set(paths), mode, 4 if wide else stored.size)
+    merge(fused, mx.float32 if wide else stored)
     if mode == "dequantize":
         densify(fused)
     elif mode == "requantize":
@@ -250,12 +253,27 @@ def _fused(base: nn.Module, tuned: nn.Module, mode: str, stored: mx.Dtype) -> nn
         for path in paths:
             _requantize(fused, path, formats[path])
     cast(fused, stored)
-    if (compute := compute_dtype()) is not None:
+    if compute is not None:
         cast(fused, compute)
     use_fast_matmul(fused)
     fused.freeze()
     mx.eval(fused.parameters())
     return fused
+
+
+def _check_memory(model: nn.Module, paths: set[str], mode: str, itemsize: int) -> None:
+    """Refuse to start where the dense layers do not fit beside the base."""
+    needed = itemsize * sum(
+        module["scales"].size * module.group_size if "scales" in module else module["weight"].size
+        for path, module in model.named_modules()
+        if path in paths or (mode == "dequantize" and "scales" in module and "weight" in module)
+    )
+    free = device_memory() - (mx.get_active_memory() if on_gpu() else 0)
+    if needed > free:
+        raise ResourceError(
+            f"fusing needs {human_bytes(needed)} beside the base, {human_bytes(free)} are free",
+            "close other programs, or use --keep, which makes no second copy",
+        )
 
 
 def _requantize(model: nn.Module, path: str, former: Any) -> None:

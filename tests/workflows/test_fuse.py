@@ -11,7 +11,7 @@ from mlx_lm import load as stock_load
 from mlx_slim.adapters.inject import adapters_of
 from mlx_slim.analyze.effect import effect
 from mlx_slim.cli.main import run
-from mlx_slim.errors import SlimError
+from mlx_slim.errors import ResourceError, SlimError
 from mlx_slim.models.load import load
 from mlx_slim.workflows.fuse import FuseOptions, fuse
 from tests.adapters.support import IDS
@@ -90,6 +90,14 @@ def test_a_delta_that_16_bits_swallow_is_refused(tmp_path):
     assert "--dtype float32" in caught.value.hint
     wide = FuseOptions(dtype="float32", samples=2, length=32)
     assert fuse(base, adapter, tmp_path / "out", wide).effect.kept == pytest.approx(1, abs=0.02)
+
+
+def test_too_little_memory_is_said_before_the_work(tiny, tmp_path, monkeypatch):
+    adapter = made(tmp_path / "a", tiny("llama"))
+    monkeypatch.setattr("mlx_slim.workflows.fuse.device_memory", lambda: 1000)
+    with pytest.raises(ResourceError, match="beside the base, 1 kB are free") as caught:
+        fuse(tiny("llama"), adapter, tmp_path / "out", OPTIONS)
+    assert caught.value.exit_code == 3 and not (tmp_path / "out").exists()
 
 
 def test_an_adapter_without_effect_loses_nothing(tiny, tmp_path):
