@@ -31,7 +31,7 @@ FLOORS = (
     {"train", "evaluate"},
     {"analyze", "distill", "prune"},
     {"workflows"},
-    {"console", "trackers", "compare", "bench"},
+    {"console", "trackers", "compare", "bench", "api"},
     {"cli"},
 )
 FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}

@@ -18,6 +18,7 @@ from mlx_slim.adapters.inject import Site, choose, sites
 from mlx_slim.adapters.lora import dimensions
 from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError
+from mlx_slim.models.anatomy import GATED_MLP
 from mlx_slim.models.quantized import is_quantized
 from mlx_slim.quantize.policy import make_policy
 from mlx_slim.train.optim import Optimizer
@@ -41,6 +42,7 @@ class Block:
         outputs: Σ outputs of the adapted layers.
         largest: Numbers of the largest weight matrix.
         linear: Numbers of all weight matrices.
+        gated: Whether the MLP is gated by SiLU (SwiGLU).
     """
 
     width: int
@@ -53,6 +55,7 @@ class Block:
     outputs: int
     largest: int
     linear: int
+    gated: bool
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class Shapes:
         vocabulary: V.
         width: d.
         head_trains: Whether the head's own weight is trained.
+        largest: Numbers of the largest trainable parameter.
     """
 
     parameters: int
@@ -86,6 +90,7 @@ class Shapes:
     vocabulary: int
     width: int
     head_trains: bool
+    largest: int
 
     @property
     def trainable_parameters(self) -> int:
@@ -93,7 +98,8 @@ class Shapes:
         return self.gradient_bytes // FULL_PRECISION_BYTES
 
 
-def _leaves(model: nn.Module) -> list[tuple[str, mx.array]]:
+def leaves(model: nn.Module) -> list[tuple[str, mx.array]]:
+    """Return (path, array) of every parameter."""
     return tree_flatten(model.parameters())  # pyright: ignore[reportReturnType]
 
 
@@ -131,7 +137,9 @@ def build(config: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
+def to_dtype(model: nn.Module, dtype: mx.Dtype) -> None:
+    """Make the floating parameters of ``model`` arrays of ``dtype``, unevaluated."""
+
     def one(value: mx.array) -> mx.array:
         return value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value
 
@@ -148,6 +156,7 @@ def _blocks(model: Any, config: dict[str, Any], chosen: list[Site], width: int) 
     kv_heads = _first(config, "num_key_value_heads", "n_kv_heads", default=heads)
     head_dim = _first(config, "head_dim", default=max(1, width // heads))
     experts = _first(config, "num_experts_per_tok", default=1)
+    silu = config.get("hidden_act", "silu") in ("silu", "swish")
     everything = sites(model)
     result = []
     for index, block in enumerate(model.layers):
@@ -167,6 +176,7 @@ def _blocks(model: Any, config: dict[str, Any], chosen: list[Site], width: int) 
                 outputs=sum(o for _, o in ours),
                 largest=max((s[-1] * s[-2] for s in sides), default=0),
                 linear=sum(s[-1] * s[-2] * (experts if len(s) == 3 else 1) for s in sides),
+                gated=silu and any(s.inside.endswith(GATED_MLP[0]) for s in inside),
             )
         )
     return result
@@ -196,8 +206,8 @@ def shapes(config: dict[str, Any], recipe: Recipe, dtype: mx.Dtype) -> Shapes:
     """
     model = build(config)
     dense = build({**config, "quantization": None}) if is_quantized(model) else model
-    parameters = sum(value.size for _, value in _leaves(dense))
-    _cast(model, dtype)
+    parameters = sum(value.size for _, value in leaves(dense))
+    to_dtype(model, dtype)
     if recipe.method == "full" and is_quantized(model):
         raise SlimError(
             "full fine-tuning needs float weights and this model is quantized",
@@ -213,11 +223,11 @@ def shapes(config: dict[str, Any], recipe: Recipe, dtype: mx.Dtype) -> Shapes:
             mode=settings.mode,
             class_predicate=lambda path, module: policy.chosen.get(path, False),
         )
-    base_bytes = sum(value.nbytes for _, value in _leaves(model))
+    base_bytes = sum(value.nbytes for _, value in leaves(model))
     chosen: list[Site] = []
     companions = 0
     if recipe.method == "full":
-        trainable = {path: (value.shape, value.dtype) for path, value in _leaves(model)}
+        trainable = {path: (value.shape, value.dtype) for path, value in leaves(model)}
     else:
         chosen = choose(model, recipe.adapter)
         trainable, rank = {}, recipe.adapter.rank
@@ -233,8 +243,8 @@ def shapes(config: dict[str, Any], recipe: Recipe, dtype: mx.Dtype) -> Shapes:
     bag = nn.Module()
     for path, (shape, kind) in trainable.items():
         bag[path] = mx.zeros(shape, dtype=kind)
-    one_copy = sum(value.nbytes for _, value in _leaves(bag))
-    numbers = sum(value.size for _, value in _leaves(bag))
+    one_copy = sum(value.nbytes for _, value in leaves(bag))
+    numbers = sum(value.size for _, value in leaves(bag))
     state = Optimizer(bag, recipe.train).state()
     embeddings = [s for s in sites(model) if s.block is None]
     vocabulary, width = max((_table(s) for s in embeddings), default=(1, 1))
@@ -251,6 +261,7 @@ def shapes(config: dict[str, Any], recipe: Recipe, dtype: mx.Dtype) -> Shapes:
         vocabulary=vocabulary,
         width=width,
         head_trains=recipe.method == "full",
+        largest=max((value.size for _, value in leaves(bag)), default=0),
     )
 
 

@@ -1,8 +1,8 @@
-"""One side of a training benchmark, in a process of its own: ours, or mlx-lm's trainer.
+"""One side of a benchmark, in a process of its own: our training, mlx-lm's, or a few steps of ours.
 
 Invariant: both sides see the same rows, model, dtype, adapter shape and BLAS; real tokens are the
 ids of the rows, padding not counted; the first steps (compilation, caches) are not timed, and the
-peak is counted from the moment the model is ready. Run by ``bench/train.py``.
+peak is counted from the moment the model is ready. Run by ``bench/train.py`` and ``bench/plan.py``.
 """
 
 from __future__ import annotations
@@ -143,11 +143,32 @@ def mlx_lm(work: dict[str, Any]) -> dict[str, Any]:
     return _summary(list(zip(tokens, seconds, strict=True)), {})
 
 
+def probe(work: dict[str, Any]) -> dict[str, Any]:
+    """Take two steps of a recipe's largest batch; return predicted and measured peak, bytes."""
+    from mlx_slim import events
+    from mlx_slim.analyze.memory import predict
+    from mlx_slim.config.load import from_values
+    from mlx_slim.models.load import read_config
+    from mlx_slim.workflows.probe import probe as take_steps
+
+    recipe = from_values(work, "bench", "bench").recipe
+    measured = take_steps(recipe, events.Broadcast([]), steps=2)
+    config = read_config(recipe.model)
+    predicted = predict(config, recipe, lengths=measured.lengths, suggest=False)
+    return {
+        "predicted_peak_bytes": predicted.predicted_peak_bytes,
+        "measured_peak_bytes": measured.peak_memory_bytes,
+        "breakdown": predicted.breakdown,
+        "computed_tokens": measured.computed_tokens,
+        "seconds_per_batch": measured.seconds_per_batch,
+    }
+
+
 def main() -> None:
     """Run the side named first with the work given as JSON; print one line of JSON."""
     name, work = sys.argv[1], json.loads(sys.argv[2])
     with contextlib.redirect_stdout(sys.stderr):
-        result = {"ours": ours, "mlx-lm": mlx_lm}[name](work)
+        result = {"ours": ours, "mlx-lm": mlx_lm, "probe": probe}[name](work)
     print(json.dumps(result))
 
 

@@ -1,8 +1,9 @@
-"""``mlx-slim bench``: measure side by side, quote ratios."""
+"""``mlx-slim bench``: measure side by side, quote ratios; and the planner against the truth."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import click
@@ -94,3 +95,28 @@ def evaluate(model: str, against: str, as_json: bool, **work: Any) -> None:
         f"{ratio['computed_to_minimum']:.3f} x the fewest possible"
     )
     click.echo("answers  " + ", ".join(f"{k} {v}" for k, v in record["agreement"].items()))
+
+
+@command.command("plan")
+@click.argument("model")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Finished cases; go on from them."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the whole record as JSON.")
+def plan(model: str, output: Path | None, as_json: bool) -> None:
+    """Compare predicted with measured peak memory over 32 small runs (a quarter of an hour).
+
+    MODEL is a small dense model; a random one of another architecture is made besides.
+    """
+    from mlx_slim.bench.plan import bench_plan
+
+    if not as_json:
+        click.echo(f"{'case':36} {'predicted':>10} {'measured':>10} {'error':>7}")
+    record = bench_plan(model, output, lambda line: click.echo(line, err=as_json))
+    if as_json:
+        click.echo(json.dumps(record, indent=2))
+        return
+    click.echo(
+        f"{record['n']} runs, {record['within_15_percent']:.0%} within 15%; error: median "
+        f"{record['median_error']:.1%}, worst {record['worst_error']:.1%}"
+    )

@@ -1,7 +1,8 @@
 """``mlx-slim plan``: what a recipe will cost, before it costs anything.
 
-Invariant: nothing is downloaded but a config, no weights are read, nothing is written. ``--json``
-has the fields that other programs read. Try it: ``mlx-slim plan tinyllama-lora --budget 16GB``.
+Invariant: nothing is written; without ``--probe`` nothing is downloaded but a config and no weights
+are read. ``--json`` has the fields that other programs read. Try it:
+``mlx-slim plan tinyllama-lora --budget 16GB``.
 """
 
 from __future__ import annotations
@@ -80,30 +81,51 @@ def table() -> str:
 def _text(resolved: Resolved, found: Prediction, note: str) -> str:
     from mlx_slim.runtime import human_bytes
 
-    recipe = resolved.recipe
+    recipe, measured = resolved.recipe, found.measured
     fits = "fits" if found.fits else "does NOT fit"
     budget = human_bytes(found.budget_bytes)
     share = 100 * found.trainable_parameters / max(1, found.parameters)
     time = "unknown" if found.predicted_seconds is None else duration(found.predicted_seconds)
     tokens = f"{found.tokens:,} tokens, {found.tokens_basis}" if found.tokens else "rows not found"
     download = f"model download {human_bytes(found.download_bytes)}"
+    peak = f"{human_bytes(found.predicted_peak_bytes)}, {fits} in {budget}"
+    rules = found.rules_of_thumb
     rows = [
         ("model", f"{recipe.model} ({found.parameters:,} parameters; {note})"),
         ("method", f"{recipe.method}, {found.trainable_parameters:,} trainable ({share:.2f}%)"),
         ("dtype", found.dtype),
-        ("peak memory", f"{human_bytes(found.predicted_peak_bytes)}, {fits} in {budget}"),
+        ("peak memory", f"{peak}{' (measured)' if measured else ''}"),
+    ]
+    if measured:
+        off = measured["predicted_peak_bytes"] / measured["peak_bytes"] - 1
+        rows.append(
+            ("  predicted", f"{human_bytes(measured['predicted_peak_bytes'])} ({off:+.1%})"),
+        )
+    rows += [
         *((f"  {name}", human_bytes(size)) for name, size in found.breakdown.items()),
         ("time", f"about {time} on this device ({tokens})" if found.predicted_seconds else tokens),
+    ]
+    if measured:
+        pace = f"{measured['seconds_per_batch']:.3g} s for {measured['batch_tokens']:,} positions"
+        rows.append(("  measured", f"{pace}, {measured['steps']} steps of the largest batch"))
+    rows += [
         ("disk", f"run folder up to {human_bytes(found.disk_bytes)}; {download}"),
+        (
+            "rules",
+            f"M = P*4/(32/Q)*1.2 (inference) says {human_bytes(rules['inference_formula'])}; "
+            f"12 x the model (full fine-tuning) {human_bytes(rules['twelve_times'])}",
+        ),
     ]
     lines = [f"{label:<14}{text}" for label, text in rows]
     if found.suggestions:
-        title = "to use less" if found.fits else "to make it fit, cheapest first"
-        lines += ["", f"{title}:"]
+        title = "to use less" if found.fits else "to make it fit"
+        lines += ["", f"{title}, cheapest first:"]
         width = max(len(s.set) for s in found.suggestions)
         for s in found.suggestions:
-            verdict = "" if s.predicted_peak_bytes <= found.budget_bytes else "  (still too much)"
-            lines.append(f"  {s.set:<{width}}  {human_bytes(s.predicted_peak_bytes)}{verdict}")
+            cost = ", ".join(filter(None, [f"{s.time:.2f} x the time", s.cost]))
+            over = "" if s.predicted_peak_bytes <= found.budget_bytes else "  (still too much)"
+            size = human_bytes(s.predicted_peak_bytes)
+            lines.append(f"  {s.set:<{width}}  {size:>8}  {cost}{over}")
     return "\n".join(lines)
 
 
@@ -111,32 +133,37 @@ def _text(resolved: Resolved, found: Prediction, note: str) -> str:
 @click.argument("recipe", required=False)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--budget", metavar="SIZE", help="Plan for this much memory, e.g. 16GB.")
+@click.option("--for", "mac", metavar="MAC", help="Plan for a Mac, e.g. m2-16gb (see --macs).")
+@click.option("--probe", is_flag=True, help="Measure three real steps of the largest batch here.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @click.option("--table", "as_table", is_flag=True, help="All shipped recipes against all Macs.")
+@click.option("--macs", "as_macs", is_flag=True, help="The Macs that --for knows.")
 def command(
     recipe: str | None,
     overrides: tuple[str, ...],
     budget: str | None,
+    mac: str | None,
+    probe: bool,
     as_json: bool,
     as_table: bool,
+    as_macs: bool,
 ) -> None:
     """Predict peak memory, time and disk of RECIPE (a name or a .yaml file)."""
+    if as_macs:
+        from mlx_slim.analyze.macs import markdown
+
+        click.echo(markdown())
+        return
     if as_table:
         click.echo(table())
         return
     if recipe is None:
         raise SlimError("no recipe is named", "mlx-slim recipes lists them")
-    from mlx_slim.analyze.known_models import model_config
-    from mlx_slim.analyze.memory import predict
-    from mlx_slim.analyze.work import measure_speed
     from mlx_slim.config.load import load_recipe
-    from mlx_slim.runtime import parse_size, resolve_dtype
+    from mlx_slim.workflows.plan import plan
 
     resolved = load_recipe(recipe, overrides)
-    config, note = model_config(resolved.recipe)
-    limit = parse_size(budget) if budget else None
-    speed = measure_speed(resolve_dtype(resolved.recipe.train.dtype))
-    found = predict(config, resolved.recipe, budget=limit, speed=speed)
+    found, note = plan(resolved.recipe, budget=budget, mac=mac, measure=probe)
     if as_json:
         click.echo(json.dumps({"schema_version": 1, "recipe": resolved.name, **found.as_record()}))
     else:

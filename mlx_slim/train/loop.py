@@ -11,7 +11,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -28,7 +28,7 @@ from mlx_slim.runtime import number, world
 from mlx_slim.train import checkpoint
 from mlx_slim.train.checkpoint import Position
 from mlx_slim.train.optim import Optimizer, schedule
-from mlx_slim.train.step import Objective, Stepper, batch_arrays
+from mlx_slim.train.step import Objective, Stepper, StepResult, batch_arrays
 
 
 def steps_of_epoch(micro_batches: int, accumulate: int) -> int:
@@ -201,11 +201,34 @@ class Loop:
             mx.random.seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
             yield self.batcher.batch(plan[index])
 
-    def _step(self, epoch: int, share: float, plan: list[list[list[int]]]) -> None:
-        at = self.position
-        began = time.perf_counter()
+    def rehearse(self, steps: int) -> tuple[list[float], int, int]:
+        """Take real steps of the largest micro-batch; the model is changed, the position is not.
+
+        A step has two micro-batches at most: more of them only take longer.
+
+        Args:
+            steps: How many.
+
+        Returns:
+            Seconds of one micro-batch in each step, positions computed in it, peak in bytes.
+        """
         self.model.train()
-        result = self.stepper.step(self._batches(plan))
+        mx.eval(self.optimizer.arrays())
+        mx.reset_peak_memory()
+        worst = self.batcher.worst()
+        batches = [worst] * min(2, self.config.accumulate)
+        seconds = []
+        for _ in range(steps):
+            began = time.perf_counter()
+            self._update(batches)
+            seconds.append((time.perf_counter() - began) / len(batches))
+        return seconds, worst.computed_tokens, mx.get_peak_memory()
+
+    def _update(self, batches: Iterable[Batch]) -> tuple[StepResult, float, float]:
+        """Take one optimizer step; return what was measured, the gradient norm and the rate."""
+        at = self.position
+        self.model.train()
+        result = self.stepper.step(batches)
         norm = number(gradient_norm(result.gradients))
         if not (math.isfinite(result.loss) and math.isfinite(norm)):
             newest = checkpoint.latest(self.checkpoints)
@@ -220,7 +243,15 @@ class Loop:
             gradients = {path: value * factor for path, value in gradients.items()}
         learning_rate = self.rate(at.step)
         self.optimizer.update(gradients, learning_rate)
-        mx.eval(self.optimizer.arrays())
+        result.gradients.clear()  # from here on each lives until its parameter is updated
+        del gradients
+        self.optimizer.evaluate()
+        return result, norm, learning_rate
+
+    def _step(self, epoch: int, share: float, plan: list[list[list[int]]]) -> None:
+        at = self.position
+        began = time.perf_counter()
+        result, norm, learning_rate = self._update(self._batches(plan))
         seconds = time.perf_counter() - began
         at.step += 1
         at.tokens += result.tokens

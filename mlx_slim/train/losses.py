@@ -23,9 +23,15 @@ from mlx_slim.runtime import on_gpu
 CHUNK_LOGITS = 1 << 23  # 8.4 M float32 logits: 34 MB each time a chunk of them is held
 
 
-def chunk_size(vocabulary: int, setting: int | None) -> int:
-    """Return how many positions get logits at one time: ``setting``, or about 34 MB of them."""
-    return setting or max(32, CHUNK_LOGITS // vocabulary)
+def chunk_size(vocabulary: int, setting: int | None, lanes: int = 1) -> int:
+    """Return how many positions get logits at one time: ``setting``, or about 34 MB of them.
+
+    Args:
+        vocabulary: V.
+        setting: ``train.loss_chunk``.
+        lanes: Parts of a batch that are computed side by side; together they hold those 34 MB.
+    """
+    return setting or max(32, CHUNK_LOGITS // (vocabulary * lanes))
 
 
 def cross_entropy_sum(logits_NV: mx.array, targets_N: mx.array) -> mx.array:
@@ -150,6 +156,7 @@ def linear_cross_entropy(
     *,
     chunk: int,
     gradient: bool = True,
+    dense_VD: mx.array | None = None,
 ) -> mx.array:
     """Return Σ −log softmax(head(hidden))[target] without ever holding all logits.
 
@@ -159,6 +166,7 @@ def linear_cross_entropy(
         head: The model's head; dense, quantized, tied, biased or adapted.
         chunk: Positions whose logits exist at one time.
         gradient: Whether the result will be differentiated (forms the gradient along the way).
+        dense_VD: The dense weight of a quantized head, where it exists already.
 
     Returns:
         A float32 scalar, nats.
@@ -168,7 +176,7 @@ def linear_cross_entropy(
     if not gradient:
         return _forward_only(hidden_ND, targets_N, head, chunk)
     if quantized and not on_gpu():
-        weight_VD = dequantize_weight(module)
+        weight_VD = dequantize_weight(module) if dense_VD is None else dense_VD
     elif type(module) in (nn.Linear, nn.Embedding):
         weight_VD = module["weight"]
     else:

@@ -143,6 +143,20 @@ class Optimizer:
             self.model, {path: value.astype(current[path].dtype) for path, value in updated.items()}
         )
 
+    def evaluate(self) -> None:
+        """Compute the update one parameter after the other, the largest last.
+
+        All at once, MLX would hold the temporaries of every parameter: for full fine-tuning more
+        than another copy of the model. In this order the gradients of the others are gone when the
+        temporaries of the largest come. Whoever holds gradients keeps them alive.
+        """
+        parameters = trainable(self.model)
+        states = [self._optimizers[group].state for group in self._groups]
+        for path in sorted(parameters, key=lambda path: parameters[path].size):
+            moments = [state[path] for state in states if path in state]
+            mx.eval(parameters[path], self.masters.get(path), moments)
+        mx.eval(self.arrays())
+
     def arrays(self) -> list[Any]:
         """Return all that an update changes, for ``mx.eval``."""
         return [trainable(self.model), self.state()]

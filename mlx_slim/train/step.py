@@ -8,8 +8,9 @@ Legend: B sequences, T positions, N supervised positions, D width.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -20,7 +21,8 @@ from mlx.utils import tree_flatten
 from mlx_slim import blas
 from mlx_slim.data.batches import Batch
 from mlx_slim.models import anatomy
-from mlx_slim.runtime import number, side_by_side, world
+from mlx_slim.models.quantized import dequantize_weight
+from mlx_slim.runtime import number, on_gpu, side_by_side, world
 from mlx_slim.train.losses import chunk_size, cross_entropy_sum, linear_cross_entropy
 from mlx_slim.train.optim import set_trainable, trainable
 
@@ -59,11 +61,28 @@ class CrossEntropy:
         model: Decides once whether it splits into body and head.
         chunk: Positions whose logits exist at one time; None chooses.
         vocabulary: Token ids below this may be used for the probe.
+        lanes: Parts of a batch that are computed side by side, and share those positions.
     """
 
-    def __init__(self, model: nn.Module, chunk: int | None = None, vocabulary: int = 8) -> None:
+    def __init__(
+        self, model: nn.Module, chunk: int | None = None, vocabulary: int = 8, lanes: int = 1
+    ) -> None:
         self.split = anatomy.split(model, vocabulary)
         self._chunk = chunk
+        self._lanes = lanes
+        self._dense_VD: mx.array | None = None
+
+    @contextlib.contextmanager
+    def sharing(self) -> Iterator[None]:
+        """Inside, all parts of a batch use one dense copy of a quantized head (on a CPU)."""
+        module = self.split.head.module if self.split else None
+        if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)) and not on_gpu():
+            self._dense_VD = dequantize_weight(module)
+            mx.eval(self._dense_VD)
+        try:
+            yield
+        finally:
+            self._dense_VD = None
 
     def __call__(
         self,
@@ -84,9 +103,14 @@ class CrossEntropy:
             return cross_entropy_sum(logits.reshape(-1, logits.shape[-1])[positions_N], targets_N)
         hidden_BTD = self.split.body(tokens_BT, cache)
         hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[positions_N]
-        chunk = chunk_size(self.split.head.vocabulary, self._chunk)
+        chunk = chunk_size(self.split.head.vocabulary, self._chunk, self._lanes)
         return linear_cross_entropy(
-            hidden_ND, targets_N, self.split.head, chunk=chunk, gradient=gradient
+            hidden_ND,
+            targets_N,
+            self.split.head,
+            chunk=chunk,
+            gradient=gradient,
+            dense_VD=self._dense_VD,
         )
 
 
@@ -162,7 +186,8 @@ class Stepper:
         # A thread draws its dropout from a seed of its own part, whichever part is built first.
         work = [(part, int(number(mx.random.randint(0, 2**31 - 1)))) for part in parts]
         mx.eval(self.model.parameters())  # a thread cannot evaluate what another one began
-        with blas.single_threaded():
+        sharing = getattr(self.objective, "sharing", contextlib.nullcontext)
+        with blas.single_threaded(), sharing():
             results = side_by_side(self._part, work, self._lanes)
         nll, gradients = results[0]
         for part_nll, part_gradients in results[1:]:

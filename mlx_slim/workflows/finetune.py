@@ -243,12 +243,14 @@ def build_loop(
     if mode == "auto":
         balance = anatomy.attention_balance(model, on_gpu())
         mode = choose_mode(data.train, config.batch_tokens, config.max_length, config.seed, balance)
-    objective = CrossEntropy(model, config.loss_chunk, tuned.config.get("vocab_size", 8))
+    compiled = on_gpu() if config.compile == "auto" else config.compile
+    # Each part has gradients of its own: cheap for adapters, a second model for full tuning.
+    lanes = 1 if recipe.method == "full" or compiled else cpu_lanes()
+    vocabulary = tuned.config.get("vocab_size", 8)
+    objective = CrossEntropy(model, config.loss_chunk, vocabulary, lanes)
     if objective.split is None:
         text = f"{tuned.config['model_type']}: body and head do not split; full logits are computed"
         observer.notify(events.Notice(text, level="warning"))
-
-    compiled = on_gpu() if config.compile == "auto" else config.compile
 
     def batcher(rows: Any, mode: Any) -> Batcher:
         return Batcher(rows, config.batch_tokens, config.max_length, mode, config.seed)
@@ -264,8 +266,7 @@ def build_loop(
         rate_scale=lambda path: learning_rate_scale(path, recipe.adapter),
         budget_bytes=budget,
         compiled=compiled,
-        # Each part has gradients of its own: cheap for adapters, a second model for full tuning.
-        lanes=1 if recipe.method == "full" or compiled else cpu_lanes(),
+        lanes=lanes,
     )
 
 

@@ -11,8 +11,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
 from mlx_slim.adapters.inject import inject
+from mlx_slim.analyze import peak
 from mlx_slim.analyze.known_models import KNOWN
-from mlx_slim.analyze.macs import SIZES, smallest_that_fits, working_set
 from mlx_slim.analyze.memory import predict
 from mlx_slim.analyze.shapes import shapes
 from mlx_slim.analyze.work import Speed, expected_work
@@ -20,6 +20,8 @@ from mlx_slim.config.schema import Recipe
 from mlx_slim.data.batches import Batch
 from mlx_slim.errors import SlimError
 from mlx_slim.models import anatomy
+from mlx_slim.models.activations import use_fast_swiglu
+from mlx_slim.models.quantized import use_fast_matmul
 from mlx_slim.quantize.apply import quantize_model
 from mlx_slim.train.optim import Optimizer
 from mlx_slim.train.remat import checkpointed
@@ -62,6 +64,8 @@ def build(config: dict[str, Any], plan: Recipe) -> Any:
     mx.eval(model.parameters())
     if plan.method == "qlora":
         quantize_model(model, config, plan.quantize)
+    use_fast_matmul(model)  # as ``load`` does
+    use_fast_swiglu(model)
     if plan.method != "full":
         inject(model, plan.adapter, dora=plan.method == "dora")
     mx.eval(model.parameters())
@@ -120,9 +124,12 @@ def config_of(**changes: Any) -> dict[str, Any]:
     ],
     ids=["lora", "lora-long", "lora-checkpointed", "qlora", "dora", "full"],
 )
-def test_prediction_is_within_a_fifth_of_the_measured_peak(plan: Recipe, batch: tuple[int, int]):
+def test_prediction_is_near_the_measured_peak(
+    plan: Recipe, batch: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+):
     if mx.default_device().type == mx.DeviceType.gpu:
-        pytest.skip("fitted to the unfused CPU kernels")
+        pytest.skip("checked against the unfused CPU kernels")
+    monkeypatch.setattr(peak, "cpu_lanes", lambda: 1)  # threads meet by chance: bench plan has them
     config = config_of()
     model = build(config, plan)
     optimizer = Optimizer(model, plan.train)
@@ -150,24 +157,28 @@ def test_prediction_is_within_a_fifth_of_the_measured_peak(plan: Recipe, batch: 
     parts = found.breakdown
     moving = parts["activations"] + parts["logits"] + parts["gradients"]
     assert held <= parts["weights"]
-    assert moving == pytest.approx(measured, rel=0.2)
+    assert moving == pytest.approx(measured, rel=0.15)
 
 
 def test_every_knob_turns_the_right_way():
     config = KNOWN["TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"]
 
-    def peak(method: str = "lora", gpu: bool = True, **train: Any) -> int:
+    def bytes_of(method: str = "lora", gpu: bool = True, **train: Any) -> int:
         plan = recipe(method, train=train)
         return predict(config, plan, gpu=gpu, budget=1, suggest=False).predicted_peak_bytes
 
-    base = peak()
-    static = peak(batch_tokens=512) - (peak(batch_tokens=1024) - peak(batch_tokens=512))
-    assert peak(batch_tokens=2048) - static == pytest.approx((base - static) / 2, rel=0.05)
-    assert peak(grad_checkpoint=True) < 0.5 * base
-    assert peak(max_length=256) < base
-    assert peak("qlora") < base < peak("dora") < peak("full")
-    assert peak("full", optimizer="adafactor") < peak("full", optimizer="sgd") < peak("full")
-    assert peak(gpu=False) > base  # float32 where a GPU has bfloat16
+    base = bytes_of()
+    static = bytes_of(batch_tokens=512) - (bytes_of(batch_tokens=1024) - bytes_of(batch_tokens=512))
+    assert bytes_of(batch_tokens=2048) - static == pytest.approx((base - static) / 2, rel=0.05)
+    assert bytes_of(grad_checkpoint=True) < 0.5 * base
+    assert bytes_of(max_length=256) < base
+    assert bytes_of("qlora") < base < bytes_of("dora") < bytes_of("full")
+    assert (
+        bytes_of("full", optimizer="adafactor")
+        < bytes_of("full", optimizer="sgd")
+        < bytes_of("full")
+    )
+    assert bytes_of(gpu=False) > base  # float32 where a GPU has bfloat16
 
 
 def test_lengths_known_beat_lengths_allowed():
@@ -223,12 +234,3 @@ def test_planning_leaves_the_random_numbers_alone():
     mx.random.seed(3)
     shapes(config_of(), recipe(), mx.float32)
     assert mx.random.uniform(shape=(4,)).tolist() == expected
-
-
-def test_macs():
-    assert working_set(16) == pytest.approx(16 * 2**30 * 2 / 3, rel=1e-6)
-    assert working_set(64) == 48 * 2**30
-    assert smallest_that_fits(1) == 8
-    assert smallest_that_fits(10**12) is None
-    limits = [working_set(size) for size in SIZES]
-    assert limits == sorted(limits)

@@ -1,0 +1,196 @@
+"""The Python API: what the commands do, as four typed functions.
+
+Invariant: each calls the workflow that its command calls, with the same defaults and the same
+objects out; nothing is printed, and errors are ``SlimError``. ``import mlx_slim`` brings none of
+this: it is imported when one of the four is used. Try it:
+``python -c "import mlx_slim; print(mlx_slim.plan('tinyllama-lora').predicted_peak_bytes)"``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mlx_slim import events
+from mlx_slim.analyze.memory import Prediction
+from mlx_slim.config.load import Resolved, from_values, load_recipe
+from mlx_slim.quantize.policy import quantize_config
+from mlx_slim.workflows import compress, eval_plan
+from mlx_slim.workflows import evaluate as scoring
+from mlx_slim.workflows import finetune as training
+from mlx_slim.workflows import plan as planning
+from mlx_slim.workflows.run_folder import Result
+
+Source = str | Path
+# A shipped recipe's name, the path of a YAML file, a recipe's values, or a resolved recipe.
+AnyRecipe = str | Path | Mapping[str, Any] | Resolved
+
+
+def _resolved(recipe: AnyRecipe, overrides: Mapping[str, Any] | None) -> Resolved:
+    if isinstance(recipe, Resolved):
+        values, name = recipe.recipe.model_dump(mode="json"), recipe.name
+        return recipe if not overrides else from_values(_laid(values, overrides), name, "Python")
+    if isinstance(recipe, Mapping):
+        return from_values(_laid(dict(recipe), overrides or {}), "recipe", "Python")
+    return load_recipe(str(recipe), [f"{k}={_text(v)}" for k, v in (overrides or {}).items()])
+
+
+def _text(value: Any) -> str:
+    """Return ``value`` as the YAML of an override."""
+    return str(value) if isinstance(value, (str, Path)) else json.dumps(value)
+
+
+def _laid(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``values`` with dotted ``overrides`` laid over them."""
+    for key, value in overrides.items():
+        *sections, name = key.split(".")
+        inside = values
+        for section in sections:
+            inside[section] = dict(inside.get(section) or {})
+            inside = inside[section]
+        inside[name] = value
+    return values
+
+
+def finetune(
+    recipe: AnyRecipe,
+    out: Source,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    observer: events.Observer | None = None,
+) -> Result:
+    """Fine-tune as ``mlx-slim train`` does.
+
+    Args:
+        recipe: A shipped recipe's name, a YAML file, the values of a recipe, or a ``Resolved``.
+        out: The run folder; must be new unless ``resume``.
+        overrides: Dotted keys and their values: ``{"train.steps": 100}``.
+        resume: Go on from the newest checkpoint, exactly.
+        observer: Hears of every event (``mlx_slim.events``).
+
+    Raises:
+        SlimError: Bad input, or a resume with another recipe or other data.
+        ResourceError: Over the memory budget or out of disk, before training.
+        Interrupted: Ctrl-C; the state is saved.
+    """
+    listener = observer or events.Broadcast([])
+    resolved = _resolved(recipe, overrides)
+    return training.finetune(resolved, Path(out), observer=listener, resume=resume)
+
+
+def plan(
+    recipe: AnyRecipe,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    budget: str | int | None = None,
+    mac: str | None = None,
+    probe: bool = False,
+) -> Prediction:
+    """Predict peak memory, time and disk as ``mlx-slim plan`` does.
+
+    Args:
+        recipe: As in ``finetune``.
+        overrides: As in ``finetune``.
+        budget: Bytes, or a size such as ``16GB``.
+        mac: Plan for a Mac, such as ``m2-16gb``.
+        probe: Measure three real steps of the largest batch here.
+
+    Raises:
+        SlimError: Bad input.
+    """
+    chosen = _resolved(recipe, overrides).recipe
+    return planning.plan(chosen, budget=budget, mac=mac, measure=probe)[0]
+
+
+def quantize(
+    model: Source,
+    out: Source,
+    *,
+    bits: int | None = None,
+    group_size: int | None = None,
+    mode: str = "affine",
+    method: str = "rtn",
+    calibration: str | None = None,
+    samples: int = compress.CompressOptions.samples,
+    length: int = compress.CompressOptions.length,
+    fidelity_samples: int = compress.CompressOptions.fidelity_samples,
+    revision: str | None = None,
+    observer: events.Observer | None = None,
+) -> compress.Compressed:
+    """Quantize ``model`` into the new folder ``out`` as ``mlx-slim quantize`` does.
+
+    Args:
+        model: MLX or Hugging Face folder, or hub id.
+        out: Must not exist.
+        bits: 2, 3, 4, 5, 6 or 8; None is 4 (8 for mxfp8).
+        group_size: Weights that share a scale; None is 64, or what the mode fixes.
+        mode: ``affine``, ``mxfp4``, ``mxfp8`` or ``nvfp4``.
+        method: ``rtn``, ``awq``, ``gptq``, ``dwq`` or ``dynamic``.
+        calibration: Text or data set to calibrate and judge on; None is Alpaca.
+        samples: Calibration rows, at most.
+        length: Tokens of a calibration row.
+        fidelity_samples: Held-out rows that the result is judged on; 0: not at all.
+        revision: Commit or tag of a hub model.
+        observer: Hears a notice for each stage.
+
+    Raises:
+        SlimError: If anything given cannot be used.
+        ResourceError: If memory or disk do not suffice.
+    """
+    options = compress.CompressOptions(
+        quantize=quantize_config(bits, group_size, mode),
+        method=method,
+        calibration=calibration,
+        samples=samples,
+        length=length,
+        fidelity_samples=fidelity_samples,
+        revision=revision,
+    )
+    return compress.compress(model, Path(out), options, observer)
+
+
+def evaluate(
+    model: Source | Sequence[Source],
+    tasks: str | Sequence[str],
+    out: Source,
+    *,
+    adapter: Source | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    data_dir: Source | None = None,
+    options: eval_plan.EvalOptions | None = None,
+    resume: bool = False,
+    observer: events.Observer | None = None,
+) -> list[dict[str, Any]]:
+    """Score models on tasks as ``mlx-slim eval`` does; return the results of each.
+
+    Args:
+        model: Folder or hub id, or several.
+        tasks: Names of tasks and suites, or paths of task files.
+        out: The output folder; must be new unless ``resume``.
+        adapter: Adapter folder to put on every model.
+        limit: First rows of a task (of each subject of a group).
+        num_fewshot: Solved examples before each question; None takes the task's own.
+        data_dir: Data mirror; None takes ``MLX_SLIM_DATA``, else the hub.
+        options: Everything else; what is given above wins.
+        resume: Go on with ``out``.
+        observer: Hears of every event.
+
+    Raises:
+        SlimError: Whatever is wrong with the input, before any weight is read.
+        ResourceError: Not enough memory or disk.
+        Interrupted: Ctrl-C; what is computed stays.
+    """
+    given = {
+        "adapter": adapter,
+        "limit": limit,
+        "num_fewshot": num_fewshot,
+        "data_dir": None if data_dir is None else Path(data_dir),
+    }
+    chosen = {key: value for key, value in given.items() if value is not None}
+    settings = replace(options or eval_plan.EvalOptions(), **chosen)
+    return scoring.evaluate(model, tasks, Path(out), settings, resume=resume, observer=observer)

@@ -1,0 +1,139 @@
+"""The planner against the truth: predicted and measured peak memory over a grid of small runs.
+
+Invariant: each case is a real run (rows, loop, optimizer) in a process of its own, predicted from
+shapes and row lengths alone, as ``train`` predicts it; the second model is random, of another
+architecture. Cases that are in the output file already are not run again. Try it:
+``mlx-slim bench plan MODEL -o plan.jsonl``.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_slim.analyze.shapes import build
+from mlx_slim.artifacts import write_text
+from mlx_slim.bench.rounds import run_side
+from mlx_slim.bench.train import METHODS
+from mlx_slim.models.load import load_tokenizer
+from mlx_slim.models.save import save_model
+
+WITHIN = 0.15
+# (row length, rows of a batch): of the given model, and of the random one
+SHAPES = {"given": ((128, 4), (512, 2)), "random": ((128, 8), (512, 4))}
+_WORDS = ("the", "quick", "brown", "fox", "reads", "seven", "books", "about", "old", "ships")
+# 52 M parameters with a vocabulary of 49,152: biases, layer norms, no gate, one norm a block.
+_PHI = {
+    "model_type": "phi",
+    "hidden_size": 384,
+    "intermediate_size": 1536,
+    "layer_norm_eps": 1e-5,
+    "max_position_embeddings": 2048,
+    "num_attention_heads": 6,
+    "num_hidden_layers": 8,
+    "num_key_value_heads": 6,
+    "partial_rotary_factor": 0.5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+
+
+def random_model(folder: Path, tokenizer_of: str) -> Path:
+    """Write a random Phi-shaped model with the tokenizer of another one; return its folder."""
+    tokenizer = load_tokenizer(tokenizer_of)
+    config = {**_PHI, "vocab_size": -(-len(tokenizer.get_vocab()) // 64) * 64}
+    mx.random.seed(0)
+    model = build(config)
+    mx.eval(model.parameters())
+    save_model(folder, model, tokenizer, config)
+    return folder
+
+
+def _rows(folder: Path, length: int, count: int) -> Path:
+    """Write rows longer than ``length`` tokens; they are cut to it."""
+    file = folder / f"rows-{length}.jsonl"
+    words = [_WORDS[i % len(_WORDS)] for i in range(2 * length)]
+    row = {"prompt": " ".join(words[: length // 3]), "completion": " ".join(words)}
+    file.write_text((json.dumps(row) + "\n") * count, encoding="utf-8")
+    return file
+
+
+def cases(model: str, random: Path, rows: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (name, recipe values) of every case."""
+    for which, source in (("given", model), ("random", str(random))):
+        for length, count in SHAPES[which]:
+            for method in METHODS:
+                for again in (False, True):
+                    yield (
+                        f"{which} {method} {count}x{length}{' checkpointed' if again else ''}",
+                        {
+                            "model": source,
+                            "method": method,
+                            "data": {
+                                "path": str(_rows(rows, length, count)),
+                                "truncation": "right",
+                                "validation": 0,
+                            },
+                            "train": {
+                                "steps": 2,
+                                "max_length": length,
+                                "batch_tokens": count * length,
+                                "grad_checkpoint": again,
+                            },
+                        },
+                    )
+
+
+def bench_plan(model: str, out: Path | None, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Measure every case.
+
+    Args:
+        model: Hub id or folder of a dense model.
+        out: File of finished cases (JSON lines), read first and written after each case.
+        progress: Hears a line after each case.
+
+    Returns:
+        ``cases`` (each with ``predicted_peak_bytes``, ``measured_peak_bytes``, ``error``), ``n``,
+        ``within`` (share of the cases that are at most 15% off), ``median_error``, ``worst_error``.
+    """
+    done: dict[str, dict[str, Any]] = {}
+    if out is not None and out.exists():
+        lines = out.read_text(encoding="utf-8").splitlines()
+        done = {record["case"]: record for record in map(json.loads, lines)}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        random = random_model(folder / "random", model)
+        for case, work in cases(model, random, folder):
+            if case not in done:
+                found = run_side("sides", "probe", work)
+                error = found["predicted_peak_bytes"] / found["measured_peak_bytes"] - 1
+                done[case] = {"case": case, "error": round(error, 4), **found}
+                if out is not None:
+                    write_text(out, "".join(json.dumps(r) + "\n" for r in done.values()))
+            progress(_line(done[case]))
+    return summary(list(done.values()))
+
+
+def _line(record: dict[str, Any]) -> str:
+    predicted, measured = (record[f"{k}_peak_bytes"] / 1e9 for k in ("predicted", "measured"))
+    return f"{record['case']:36} {predicted:7.3f} GB {measured:7.3f} GB {record['error']:+7.1%}"
+
+
+def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what ``bench plan --json`` prints."""
+    errors = [abs(record["error"]) for record in records]
+    return {
+        "schema_version": 1,
+        "device": mx.default_device().type.name,
+        "n": len(records),
+        "within_15_percent": sum(error <= WITHIN for error in errors) / max(1, len(errors)),
+        "median_error": statistics.median(errors),
+        "worst_error": max(errors),
+        "cases": records,
+    }

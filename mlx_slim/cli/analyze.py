@@ -1,0 +1,150 @@
+"""``mlx-slim analyze``: what tuning did to the weights, and where memory goes.
+
+Invariant: ``intruders`` leaves a whole folder or none; ``memory`` is the planner's breakdown, from
+shapes alone. Try it: ``mlx-slim analyze memory tinyllama-lora``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from mlx_slim.analyze.intruders import Intruders, Matrix
+
+
+@click.group("analyze")
+def command() -> None:
+    """See what tuning did to the weights, and where memory goes."""
+
+
+@command.command("intruders")
+@click.argument("base")
+@click.option("--adapter", type=click.Path(path_type=Path), help="Adapter folder.")
+@click.option("--tuned", help="A whole tuned model: folder or hub id.")
+@click.option("--k", default=10, show_default=True, type=click.IntRange(1), help="Directions.")
+@click.option(
+    "--epsilon",
+    default=0.5,
+    show_default=True,
+    type=click.FloatRange(0, 1, min_open=True),
+    help="A direction further than this cosine from all of the base's is an intruder.",
+)
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="New folder.")
+@click.option("--no-cache", is_flag=True, help="Keep no spectra of the base on disk.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+def intruders(
+    base: str,
+    adapter: Path | None,
+    tuned: str | None,
+    k: int,
+    epsilon: float,
+    output: Path,
+    no_cache: bool,
+    as_json: bool,
+) -> None:
+    """Count the directions that tuning put on top of the weights of BASE (arXiv 2410.21228).
+
+    Writes intruders.json and intruders.svg. An adapter that a QLoRA run trained is compared with
+    the quantized base that it was trained on.
+    """
+    if (adapter is None) == (tuned is None):
+        raise click.UsageError("give either --adapter DIR or --tuned MODEL")
+    from mlx_slim.analyze.intruder_plot import plot
+    from mlx_slim.analyze.intruders import find_intruders
+    from mlx_slim.analyze.spectrum import cache_folder
+    from mlx_slim.artifacts import (
+        SCHEMA_VERSION,
+        atomic_folder,
+        check_output,
+        provenance,
+        write_json,
+        write_text,
+    )
+
+    check_output(output)
+
+    def progress(matrix: Matrix) -> None:
+        if not as_json:
+            click.echo(_line(matrix), err=True)
+
+    found = find_intruders(
+        base,
+        adapter=adapter,
+        tuned=tuned,
+        k=k,
+        epsilon=epsilon,
+        cache=None if no_cache else cache_folder(),
+        progress=progress,
+    )
+    record = {"schema_version": SCHEMA_VERSION, **found.as_record(), "provenance": provenance()}
+    with atomic_folder(output) as temporary:
+        write_text(temporary / "intruders.svg", plot(found))
+        write_json(temporary / "intruders.json", record)
+    if as_json:
+        click.echo(json.dumps(record))
+        return
+    for line in _summary(found):
+        click.echo(line)
+    click.echo(f"written    {output}")
+
+
+def _line(matrix: Matrix) -> str:
+    return (
+        f"{matrix.path:<44} {matrix.intruders:>3} intruders   nearest cosine "
+        f"{min(matrix.cosine):.2f}   |dW|/|W| {matrix.delta_norm:.4f}   "
+        f"effective rank {matrix.effective_rank:.1f}   {matrix.seconds:.1f} s"
+    )
+
+
+def _summary(found: Intruders) -> list[str]:
+    total = found.overall()
+    near = [found.count(found.k, epsilon) for epsilon in (0.3, 0.7, 0.9)]
+    return [
+        f"intruders  {total['intruders']:.0f} of {total['matrices'] * found.k:.0f} leading "
+        f"directions, in {total['matrices_with_intruders']:.0f} of {total['matrices']:.0f} matrices"
+        f" (k={found.k}, epsilon={found.epsilon:g}; at 0.3, 0.7, 0.9: "
+        f"{', '.join(map(str, near))})",
+        f"energy     {total['energy']:.3%} of the tuned weights' is in them",
+        f"change     |dW|/|W| = {total['delta_norm']:.4f}, effective rank of dW "
+        f"{total['effective_rank']:.1f} on average",
+    ]
+
+
+@command.command("memory")
+@click.argument("recipe_or_model")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def memory(recipe_or_model: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Say what fills the memory: of a recipe while it trains, or of a model as it lies there."""
+    from mlx_slim.runtime import human_bytes
+
+    parts = _parts(recipe_or_model, overrides)
+    if as_json:
+        click.echo(json.dumps({"schema_version": 1, "of": recipe_or_model, **parts}))
+        return
+    width = max(map(len, parts["parts"]))
+    for name, size in sorted(parts["parts"].items(), key=lambda item: -item[1]):
+        share = size / max(1, parts["total_bytes"])
+        bar = "█" * round(40 * share)
+        click.echo(f"{name:<{width}}  {human_bytes(size):>9}  {share:6.1%}  {bar}")
+    click.echo(f"{'total':<{width}}  {human_bytes(parts['total_bytes']):>9}")
+
+
+def _parts(name: str, overrides: tuple[str, ...]) -> dict[str, Any]:
+    from mlx_slim.analyze.known_models import model_config
+    from mlx_slim.analyze.memory import predict, weight_bytes
+    from mlx_slim.config import library
+    from mlx_slim.config.load import load_recipe
+    from mlx_slim.models.load import read_config
+
+    is_recipe = name in library.names("recipes") or name.endswith((".yaml", ".yml"))
+    if is_recipe or (overrides and not Path(name).is_dir()):
+        recipe = load_recipe(name, overrides).recipe
+        parts = predict(model_config(recipe)[0], recipe, suggest=False).breakdown
+    else:
+        parts = weight_bytes(read_config(name))
+    return {"total_bytes": sum(parts.values()), "parts": parts}
