@@ -36,7 +36,7 @@ def test_the_examples_of_the_readme_run(
     # The same recipe over a tiny model that needs no hub.
     (tmp_path / "tiny.yaml").write_text(
         f"extends: smollm2-lora\nmodel: {model}\nrevision: null\n"
-        "data: {format: auto}\ntrain: {max_length: 128, batch_tokens: 256}\n"
+        "data: {format: auto}\ntrain: {max_length: 512, batch_tokens: 1024, accumulate: 1}\n"
     )
     text = example.replace('"smollm2-lora"', '"./tiny.yaml"')
     text = text.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(model))

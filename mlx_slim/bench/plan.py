@@ -59,7 +59,7 @@ def _rows(folder: Path, length: int, count: int) -> Path:
     """Write rows longer than ``length`` tokens; they are cut to it."""
     file = folder / f"rows-{length}.jsonl"
     words = [_WORDS[i % len(_WORDS)] for i in range(2 * length)]
-    row = {"prompt": " ".join(words[: length // 3]), "completion": " ".join(words)}
+    row = {"prompt": " ".join(words[: length // 12]), "completion": " ".join(words)}
     file.write_text((json.dumps(row) + "\n") * count, encoding="utf-8")
     return file
 
