@@ -25,6 +25,7 @@ from mlx_slim import blas
 from mlx_slim.errors import SlimError
 
 HUB_SECONDS = 3.0
+AUTO_SHARE = 0.9  # of what the device can hold: the budget of a run that names none
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -148,7 +149,7 @@ def parse_size(text: str | int) -> int:
 def memory_budget(setting: str | int) -> int:
     """Return the budget in bytes of a recipe's ``memory.budget``: ``auto`` is 90% of the device."""
     if setting == "auto":
-        return int(device_memory() * 0.9)
+        return int(device_memory() * AUTO_SHARE)
     return parse_size(setting)
 
 

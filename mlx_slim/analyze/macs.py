@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlx_slim.errors import SlimError, did_you_mean
+from mlx_slim.runtime import AUTO_SHARE
 
 SIZES = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128)
 
@@ -61,9 +62,14 @@ def working_set(memory_gb: int) -> int:
     return int(memory_gb * 2**30 * share)
 
 
+def budget(memory_gb: int) -> int:
+    """Return what ``memory.budget: auto`` will be there: nine tenths of the working set."""
+    return int(working_set(memory_gb) * AUTO_SHARE)
+
+
 def smallest_that_fits(peak_bytes: int) -> int | None:
-    """Return the smallest memory size in GB whose working set holds ``peak_bytes``, or None."""
-    return next((size for size in SIZES if peak_bytes <= working_set(size)), None)
+    """Return the smallest memory size in GB whose budget holds ``peak_bytes``, or None."""
+    return next((size for size in SIZES if peak_bytes <= budget(size)), None)
 
 
 def macs() -> list[Mac]:

@@ -136,6 +136,6 @@ def singular_values(weight_OI: np.ndarray) -> np.ndarray:
 
 def product_singular_values(one_OR: np.ndarray, other_RI: np.ndarray) -> np.ndarray:
     """Return the R singular values of ``one_OR @ other_RI`` without forming it, float64."""
-    left = np.linalg.qr(one_OR.astype(np.float64), mode="r")
-    right = np.linalg.qr(other_RI.T.astype(np.float64), mode="r")
+    left = np.linalg.qr(one_OR.astype(np.float64))[1]
+    right = np.linalg.qr(other_RI.T.astype(np.float64))[1]
     return np.linalg.svd(left @ right.T, compute_uv=False)

@@ -64,7 +64,7 @@ def _gb(size: int) -> str:
 
 def table() -> str:
     """Return the Markdown table of all shipped recipes: predicted memory, and which Macs fit."""
-    from mlx_slim.analyze.macs import SIZES, working_set
+    from mlx_slim.analyze.macs import SIZES, budget
     from mlx_slim.config import library
 
     lines = [
@@ -73,7 +73,7 @@ def table() -> str:
     ]
     for name in library.names("recipes"):
         peak = on_a_mac(name).predicted_peak_bytes
-        marks = " | ".join("✓" if peak <= working_set(size) else "–" for size in SIZES)
+        marks = " | ".join("✓" if peak <= budget(size) else "–" for size in SIZES)
         lines.append(f"| {name} | {_gb(peak)} | {marks} |")
     return "\n".join(lines)
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mlx_slim import events
+from mlx_slim.analyze import macs
 from mlx_slim.analyze.known_models import model_config
-from mlx_slim.analyze.macs import find_mac
 from mlx_slim.analyze.memory import Prediction, predict
 from mlx_slim.analyze.shapes import shapes
 from mlx_slim.analyze.work import FILLED, Work, expected_work, measure_speed, predicted_seconds
@@ -49,9 +49,9 @@ def plan(
     config, note = model_config(recipe)
     limit = parse_size(budget) if budget is not None else None
     if mac is not None:
-        target = find_mac(mac)
+        target = macs.find_mac(mac)
         if limit is None:
-            limit = target.working_set_bytes
+            limit = macs.budget(target.memory_gb)
         return predict(config, recipe, gpu=True, budget=limit), f"{note}; for {target.name}"
     dtype = resolve_dtype(recipe.train.dtype)
     speed = measure_speed(dtype)
