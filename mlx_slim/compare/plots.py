@@ -60,7 +60,8 @@ def _figure(width: float, height: float, name: str, **subplots: Any) -> Iterator
     from matplotlib.figure import Figure
 
     made: list[str] = []
-    with mpl.rc_context({**mpl.rcParamsDefault, "backend": "svg", **_STYLE}):
+    style: dict[Any, Any] = {**mpl.rcParamsDefault, "backend": "svg", **_STYLE}
+    with mpl.rc_context(style):
         figure = Figure(figsize=(width, height))
         axes = figure.subplots(**subplots)
         yield axes, made

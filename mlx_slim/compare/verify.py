@@ -98,8 +98,10 @@ def _compare(path: str, claimed: Any, again: Any, problems: list[str]) -> int:
             problems.append(f"{path}: {len(claimed)} published, {len(again)} found")
         pairs = enumerate(zip(claimed, again, strict=False))
         return sum(_compare(f"{path}[{i}]", a, b, problems) for i, (a, b) in pairs)
-    numbers = isinstance(claimed, (int, float)) and isinstance(again, (int, float))
-    same = math.isclose(claimed, again, rel_tol=_NEAR) if numbers else claimed == again
-    if not same:
-        problems.append(f"{path}: {claimed!r} published, {again!r} found")
-    return int(numbers and same)
+    if isinstance(claimed, (int, float)) and isinstance(again, (int, float)):
+        if math.isclose(claimed, again, rel_tol=_NEAR):
+            return 1
+    elif claimed == again:
+        return 0
+    problems.append(f"{path}: {claimed!r} published, {again!r} found")
+    return 0
