@@ -106,7 +106,9 @@ def breakdown(
     lanes = 1 if gpu or full else cpu_lanes()
     parts = min(part_count(lanes, tokens), max(1, tokens // length))
     lanes = min(lanes, parts)
-    part = -(-tokens // (parts * length)) * length
+    rows, more = divmod(max(1, tokens // length), parts)  # the first parts have a row more
+    part = (rows + (more > 0)) * length
+    alive = (rows * lanes + min(more, lanes)) * length
     widest = max(found.blocks, key=lambda block: _kept(block, recipe, length, gpu))
     if train.grad_checkpoint:
         kept = sum(KEPT_CHECKPOINTED * block.width for block in found.blocks)
@@ -114,7 +116,7 @@ def breakdown(
     else:
         kept = sum(_kept(block, recipe, length, gpu) for block in found.blocks)
         passing = 0.0
-    kept_bytes = kept * part * lanes * size
+    kept_bytes = kept * alive * size
     passing_bytes = (passing + _numbers(widest, PASSING, length)) * part * size
     overlap = 1 + TOGETHER * (lanes - 1)
     passing_bytes *= overlap
