@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_slim import artifacts
+from mlx_slim.analyze.intruders import find_intruders
 from mlx_slim.artifacts import SCHEMA_VERSION, read_json, write_json
 from mlx_slim.compare import identity
 from mlx_slim.compare.jobs import Job, free
@@ -96,7 +97,7 @@ class Making:
 
     def _made(self) -> None:
         """Train or fuse, unless that is done."""
-        made = [self.folder / name for name in ("run", "model", "eval", "intruders")]
+        made = [self.folder / name for name in ("run", "model", "eval")]
         key = {"made_of": self.made_of}
         self.job.match(self.folder, key, KEYS_FILE, made)
         if self.cell.kind == "tuned":
@@ -177,10 +178,36 @@ class Making:
             )
             or None,
             "fidelity": _fidelity(read_json(record)) if record.exists() else None,
-            "intruders": None,
+            "intruders": self._intruders() if cell.kind == "tuned" else None,
             "weights_sha256": self.job.weights(self.job.dense(cell.model)),
             "code": identity.code_version(),
             "provenance": identity.machine(),
+        }
+
+    def _intruders(self) -> dict[str, Any] | None:
+        """Count intruder dimensions; the base's spectra are computed once for all cells."""
+        if not self.job.layout.matrix.intruders:
+            return None
+        run = self.folder / "run"
+        whole = (run / "model").is_dir()
+        self.job.say("counting intruder dimensions")
+        found = find_intruders(
+            str(self.base),
+            adapter=None if whole else run / "adapters",
+            tuned=str(run / "model") if whole else None,
+            cache=self.job.out / "models" / "spectra",
+        )
+        total = found.overall()
+        return {
+            "count": int(total["intruders"]),
+            "directions": found.k * int(total["matrices"]),
+            "matrices": int(total["matrices"]),
+            "matrices_with": int(total["matrices_with_intruders"]),
+            "energy": total["energy"],
+            "relative_norm": total["delta_norm"],
+            "effective_rank": total["effective_rank"],
+            "k": found.k,
+            "epsilon": found.epsilon,
         }
 
     def _trained(self) -> dict[str, Any]:

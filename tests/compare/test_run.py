@@ -129,6 +129,8 @@ def test_killed_resumed_and_only_what_changed_is_made_again(files):
     assert rows["toy-qlora-fused-s0"]["fidelity"]["top1"] > 0.9
     assert all(row["bits_per_byte"] > 0 for row in rows.values())
     assert rows["toy-qlora-s0"]["train"]["predicted_seconds"] is not None
+    assert rows["toy-qlora-s0"]["intruders"]["matrices"] == 21
+    assert rows["toy-base"]["intruders"] is None
     assert verify(out).questions == 50
 
     third = run_all(files, resume=True, overrides=["methods.qlora.recipe.train.learning_rate=0.05"])

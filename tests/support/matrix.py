@@ -11,6 +11,18 @@ from mlx_slim.artifacts import SCHEMA_VERSION, hash_file, provenance, write_json
 
 SHARES = {"base": 0.30, "quantized": 0.27, "full": 0.47, "lora": 0.45, "dora": 0.455, "qlora": 0.43}
 
+INTRUDERS = {
+    "count": 3,
+    "directions": 2100,
+    "matrices": 210,
+    "matrices_with": 2,
+    "energy": 0.01,
+    "relative_norm": 0.02,
+    "effective_rank": 5.5,
+    "k": 10,
+    "epsilon": 0.5,
+}
+
 
 def write_matrix(
     folder: Path,
@@ -128,7 +140,7 @@ def _cell(
             "eval_seconds": 60.0,
             "predicted": {"peak_bytes": int(9e8), "seconds": 80.0},
             "fidelity": {"kl": 0.001, "top1": 0.99, "tokens": 512} if kind == "fused" else None,
-            "intruders": None,
+            "intruders": INTRUDERS if kind == "tuned" else None,
             "keys": {},
             "weights_sha256": "ab" * 32,
             "code": "0.1.0+abc",
