@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_slim.artifacts import write_text
-from mlx_slim.compare.matrix import Matrix
+from mlx_slim.compare.matrix import HeldOutEntry, Matrix
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluate.perplexity import read_texts
 from mlx_slim.evaluate.prompts import Chat, Question, build_questions
@@ -42,9 +42,10 @@ def write_questions(matrix: Matrix, folder: Path) -> dict[str, Any] | None:
     Raises:
         SlimError: If rows are not to be had, or ``held_out`` names no text.
     """
+    files: dict[str, list[dict[str, Any]]] = {}  # all of them, before anything is written
     for entry in matrix.tasks:
         task = find_task(entry.task)
-        rows = [
+        files[task.name] = [
             {
                 "doc_id": question.doc_id,
                 "prompt": question.context,
@@ -53,10 +54,17 @@ def write_questions(matrix: Matrix, folder: Path) -> dict[str, Any] | None:
             }
             for question in plain_questions(task, entry.limit)
         ]
-        _write(folder / f"{task.name}.jsonl", rows)
-    held = matrix.held_out
-    if held is None:
-        return None
+    held, described = matrix.held_out, None
+    if held is not None:
+        files[HELD_OUT], described = _held_out(held)
+    for name, rows in files.items():
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        write_text(folder / f"{name}.jsonl", "".join(line + "\n" for line in lines))
+    return described
+
+
+def _held_out(held: HeldOutEntry) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return the held-out texts, and what they are in words."""
     if held.path is not None:
         texts, name = read_texts(Path(held.path)).documents[: held.rows], Path(held.path).name
     elif held.task is not None:
@@ -65,11 +73,6 @@ def write_questions(matrix: Matrix, folder: Path) -> dict[str, Any] | None:
         name = f"the prompts of {task.name}"
     else:
         raise SlimError("held_out names no text", "give held_out.path or held_out.task")
-    _write(folder / f"{HELD_OUT}.jsonl", [{"text": text} for text in texts])
     size = sum(len(text.encode()) for text in texts)
-    return {"name": f"{name}, {len(texts)} texts", "bytes": size}
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    write_text(path, "".join(line + "\n" for line in lines))
+    rows = [{"text": text} for text in texts]
+    return rows, {"name": f"{name}, {len(texts)} texts", "bytes": size}

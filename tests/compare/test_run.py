@@ -194,6 +194,13 @@ def test_a_folder_that_is_none_or_another_matrix_is_refused(files, tmp_path):
     assert [path.name for path in other.iterdir()] == ["matrix.json"]
 
 
+def test_rows_that_are_not_there_leave_no_folder(files):
+    (files / "toy.jsonl").unlink()
+    with pytest.raises(SlimError, match=r"toy\.jsonl"):
+        runner.prepare(load_matrix(str(files / "toy.yaml")), files / "out", False)
+    assert not (files / "out").exists()
+
+
 def test_one_process_at_a_time_and_an_interruption_stops_everything(files):
     out = files / "out"
     with runner.held(out), pytest.raises(SlimError, match="another process"), runner.held(out):
