@@ -24,7 +24,7 @@ from mlx_slim.evaluate.tree import fewest_tokens
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-PREFILL = 8  # prompts read together: of like length, so that little is padding
+PREFILL = 4  # prompts read together: of like length, so that little is padding
 MIN_SHARED = 8  # a shorter common prefix is not worth a forward pass of its own
 
 

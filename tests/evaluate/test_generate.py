@@ -7,7 +7,7 @@ import pytest
 from mlx_lm import load
 
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluate.generate import generate_batch
+from mlx_slim.evaluate.generate import Tally, generate_batch
 
 
 def _reference(model, prompt: list[int], max_tokens: int, stops: set[int]) -> list[int]:
@@ -62,3 +62,36 @@ def test_no_prompts_and_empty_prompt(tiny):
     assert generate_batch(model, tokenizer, [], 5) == []
     with pytest.raises(SlimError, match="prompt 1 has no tokens"):
         generate_batch(model, tokenizer, [[5], []], 5)
+
+
+def _cut(text: str, stops: tuple[str, ...]) -> str:
+    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+
+
+@pytest.mark.parametrize("batch_size", [2, 64])
+def test_stop_strings_end_an_answer_wherever_tokens_cut_them(tiny, batch_size):
+    model, tokenizer = load(str(tiny()))
+    prompts = _prompts(tokenizer, "the same beginning: ")
+    plain = generate_batch(model, tokenizer, prompts, 24, ())
+    text = plain[1].text
+    stops = (text[6:9], "never comes")  # several byte tokens, in the middle
+    tally = Tally()
+    answers = generate_batch(
+        model, tokenizer, prompts, 24, (), stops=stops, batch_size=batch_size, tally=tally
+    )
+    assert answers[1].stop_reason == "until"
+    for answer, whole in zip(answers, plain, strict=True):
+        assert answer.text == _cut(whole.text, stops)
+        stopped = any(stop in whole.text for stop in stops)
+        assert answer.stop_reason == ("until" if stopped else "length")
+    assert tally.computed >= tally.minimum > 0
+    assert len(answers[1].ids) < 24  # it left the batch
+
+
+def test_the_tally_counts_what_the_model_computed(tiny):
+    model, tokenizer = load(str(tiny()))
+    prompts = [[5, 6, 7, 8], [5, 6, 7, 9]]
+    tally = Tally()
+    generate_batch(model, tokenizer, prompts, 3, (), tally=tally)
+    assert tally.minimum == 5 + 2 * 2  # the prompts' five distinct prefixes, two more tokens each
+    assert tally.computed >= tally.minimum
