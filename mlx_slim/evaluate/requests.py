@@ -69,8 +69,8 @@ def common_prefix(requests: Sequence[Request]) -> tuple[int, ...]:
     return first[: shared_length(first, last)]
 
 
-def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return how many leading ids two sequences share."""
+def shared_length(one: Sequence[object], other: Sequence[object]) -> int:
+    """Return how many leading items two sequences share."""
     length = 0
     for a, b in zip(one, other, strict=False):
         if a != b:

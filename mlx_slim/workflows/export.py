@@ -239,7 +239,8 @@ def gguf_commands(folder: Path, file: str, name: str) -> list[str]:
 def _largest_error(model: nn.Module, again: nn.Module) -> tuple[float, str]:
     """Return the largest ‖a − b‖ / ‖a‖ over the dense parameters, and where."""
     ours, theirs = copy.deepcopy(model), copy.deepcopy(again)
-    densify(ours), densify(theirs)
+    densify(ours)
+    densify(theirs)
     wanted, found = (
         dict(tree_flatten(m.parameters()))
         for m in (ours, theirs)  # type: ignore[misc]

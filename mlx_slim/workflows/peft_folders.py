@@ -175,7 +175,8 @@ def _answers_alike(one: nn.Module, other: nn.Module, config: dict[str, Any], out
     """Raise unless both models compute the same logits."""
     vocabulary = int(config.get("vocab_size") or 256)
     ids_1T = mx.array([[(7919 * i + 11) % vocabulary for i in range(_PROBE)]])
-    one.eval(), other.eval()
+    one.eval()
+    other.eval()
     expected, logits = (m(ids_1T).astype(mx.float32) for m in (one, other))
     gap = number(mx.abs(logits - expected).max() / mx.abs(expected).max())
     if not gap <= 1e-4:

@@ -16,7 +16,9 @@ def mirror(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     rows = [mmlu_row("anatomy", n) for n in range(6)]
     write_rows(tmp_path / "mirror" / "mmlu" / "test.jsonl", rows)
-    write_rows(tmp_path / "mirror" / "mmlu" / "dev.jsonl", rows[:5])
+    write_rows(
+        tmp_path / "mirror" / "mmlu" / "dev.jsonl", [mmlu_row("anatomy", n) for n in range(6, 11)]
+    )
     return tmp_path / "mirror"
 
 

@@ -26,7 +26,8 @@ def test_saved_model_loads_in_stock_mlx_lm(tiny, tmp_path, architecture):
     after = dict(tree_flatten(ours.model.parameters()))
     assert all(mx.array_equal(before[name], after[name]) for name in before)
     model, tokenizer = mlx_lm.load(str(tmp_path / "out"))
-    assert mx.array_equal(model(IDS), ours.model(IDS))
+    # On a CPU ours goes through another, equal form of SwiGLU.
+    assert mx.allclose(model(IDS), ours.model(IDS), rtol=1e-4, atol=1e-5)
     messages = [{"role": "user", "content": "hé"}]
     assert tokenizer.apply_chat_template(messages) == ours.tokenizer.apply_chat_template(messages)
     assert tokenizer.eos_token_ids == ours.tokenizer.eos_token_ids
