@@ -76,7 +76,8 @@ def test_the_lock_covers_every_dependency():
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    del extras["parity"]  # PyTorch: installed by hand
+    for by_hand in ("parity", "bench"):  # PyTorch
+        del extras[by_hand]
     groups = [project["dependencies"], *extras.values()]
     needed = {re.split(r"[\[<>=;~! ]", line)[0].lower() for group in groups for line in group}
     lines = (ROOT / "tests" / "requirements.lock").read_text().splitlines()

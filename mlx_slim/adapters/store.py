@@ -152,6 +152,11 @@ def save_adapter(
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
     if not folder.is_dir():
         raise SlimError(f"{folder} is no adapter folder", f"it should hold {WEIGHTS} and {CONFIG}")
+    if not (folder / CONFIG).is_file():
+        raise SlimError(
+            f"{folder / CONFIG} does not exist",
+            "give the adapters/ of a run, or a folder that mlx_lm.lora wrote",
+        )
     config = read_json(folder / CONFIG)
     if isinstance(config, dict) and "peft_type" in config:
         raise SlimError(

@@ -18,9 +18,9 @@ import numpy as np
 from mlx_slim.compare.store import Stored, StoredCell, first_metric
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluate import stats
+from mlx_slim.evaluate.comparison import ASKED
 
 RESAMPLED = 60  # pairs of cells up to which a bootstrap is drawn within parts too
-ASKED = ("task_version", "num_fewshot", "limit", "rows_sha256", "n")
 
 
 def tasks_of(stored: Stored) -> list[dict[str, Any]]:

@@ -38,8 +38,8 @@ def verify(folder: Path) -> Verified:
     Raises:
         SlimError: If a number differs (``details`` has a line each), or nothing was published.
     """
-    claimed = read_json(folder / "results.json")
     stored = store.load(folder)
+    claimed = read_json(folder / "results.json")
     problems: list[str] = []
     questions = 0
     for cell in stored.cells:

@@ -22,7 +22,16 @@ from mlx_slim.evaluate.perplexity import NAME as TEXT
 from mlx_slim.evaluate.results import load_results, read_samples, samples_name
 from mlx_slim.evaluate.run import first_metric
 
-_ASKED = ("task_version", "num_fewshot", "limit", "rows_sha256", "definition_sha256", "n")
+# What two results must share to be compared.
+ASKED = (
+    "task_version",
+    "num_fewshot",
+    "limit",
+    "rows_sha256",
+    "shots_sha256",
+    "definition_sha256",
+    "n",
+)
 _READ = ("text_sha256", "window", "n")
 _SETTINGS = ("dtype", "chat_template", "max_length", "device")
 POINTS, BITS = "points", "bits/byte"
@@ -114,7 +123,7 @@ def compare(out_a: Path, out_b: Path, *, draws: int = stats.DRAWS, seed: int = 0
     ]
     differing: list[str] = []
     for name in common:
-        keys = _READ if name == TEXT else _ASKED
+        keys = _READ if name == TEXT else ASKED
         asked = [{key: own[name].get(key) for key in keys} for own in sections]
         differing += fingerprint_difference(asked[0], asked[1], name)
     if differing:

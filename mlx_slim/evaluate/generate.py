@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluate.requests import Request
+from mlx_slim.evaluate.requests import Request, shared_length
 from mlx_slim.evaluate.tree import fewest_tokens
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def generate_batch(
     until = _Until(tokenizer, stops)
     # Longest first: memory peaks at once, and prompts of one batch are of like length.
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    shared = shared_prefix(prompts)
+    shared = _shared_prefix(prompts)
     counted = _Counted(model)
     prefix = _prefill(counted, list(prompts[0][:shared])) if shared else None
     generator = BatchGenerator(
@@ -178,17 +178,12 @@ class _Until:
         return text[: min((at for s in self._stops if (at := text.find(s)) >= 0), default=None)]
 
 
-def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
+def _shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """Return how many leading tokens all prompts share, their last token excepted."""
     if len(prompts) < 2:
         return 0
     first, last = min(prompts, key=list), max(prompts, key=list)  # enough: order is lexicographic
-    length = 0
-    for a, b in zip(first, last, strict=False):
-        if a != b:
-            break
-        length += 1
-    length = min(length, min(len(prompt) for prompt in prompts) - 1)
+    length = min(shared_length(first, last), min(len(prompt) for prompt in prompts) - 1)
     return length if length >= MIN_SHARED else 0
 
 

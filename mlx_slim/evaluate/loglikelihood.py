@@ -97,11 +97,9 @@ class Scorer:
             requests = [Request(r.ids[cut:], r.start - cut) for r in requests]
         self.tokens_minimum += tree.fewest_tokens(requests)
         scores: list[Score] = []
-        for part in self._within_memory(list(requests)):
-            found = self._compute(
-                tree.build(part, longest=self.batch_tokens, sharing=self.sharing), pool
-            )
-            scores += [found[index] for index in range(len(part))]
+        for count, nodes in self._within_memory(list(requests)):
+            found = self._compute(nodes, pool)
+            scores += [found[index] for index in range(count)]
         return scores
 
     def shared_root(self, requests: Sequence[Request], root: tuple[int, ...]) -> tuple[int, ...]:
@@ -124,15 +122,12 @@ class Scorer:
             self._root = (root, pool)
         return self._root[1] if root else []
 
-    def _within_memory(self, requests: list[Request]) -> list[list[Request]]:
-        """Return the requests in runs whose shared keys and values fit into ``memory``."""
-        inner = sum(
-            len(node.tokens)
-            for node in tree.build(requests, longest=self.batch_tokens, sharing=self.sharing)
-            if node.inner
-        )
+    def _within_memory(self, requests: list[Request]) -> list[tuple[int, list[tree.Node]]]:
+        """Return runs of requests, as their number and tree, that fit into ``memory``."""
+        nodes = tree.build(requests, longest=self.batch_tokens, sharing=self.sharing)
+        inner = sum(len(node.tokens) for node in nodes if node.inner)
         if len(requests) == 1 or inner * self._sharing.position_bytes <= self.memory:
-            return [requests]
+            return [(len(requests), nodes)]
         middle = len(requests) // 2
         return [
             part

@@ -116,6 +116,7 @@ class TaskJob:
         questions: Prompts, in row order.
         encoder: Texts to ids.
         chat: The prompts went through the model's chat template.
+        shots_checksum: Of the rows that the examples are; None without examples.
     """
 
     task: Task
@@ -125,6 +126,7 @@ class TaskJob:
     questions: list[Question]
     encoder: Encoder
     chat: bool = False
+    shots_checksum: str | None = None
 
     @property
     def name(self) -> str:
@@ -235,6 +237,7 @@ class TaskJob:
             "num_fewshot": self.num_fewshot,
             "limit": self.limit,
             "rows_sha256": self.checksum,
+            "shots_sha256": self.shots_checksum,
             "definition_sha256": hash_json(self.task.spec.model_dump(exclude_defaults=True)),
             "chat_template": self.chat,
         }

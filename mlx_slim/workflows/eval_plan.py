@@ -25,7 +25,7 @@ from mlx_slim.evaluate.perplexity import TextJob, Texts, read_texts
 from mlx_slim.evaluate.prompts import Chat, Question, build_questions
 from mlx_slim.evaluate.requests import Encoder, max_length
 from mlx_slim.evaluate.results import STATE_FILE, Folder, claim
-from mlx_slim.evaluate.rows import TaskRows, load_rows
+from mlx_slim.evaluate.rows import TaskRows, load_rows, shots_checksum
 from mlx_slim.evaluate.run import Job, TaskJob
 from mlx_slim.evaluate.spec import Selection, expand
 from mlx_slim.models.load import load_tokenizer, read_config, resolve
@@ -200,6 +200,7 @@ def _task_job(asked: Asked, options: EvalOptions, tokenizer: Any, longest: int) 
         questions=questions,
         encoder=Encoder(tokenizer, longest, chat=chat is not None and chat.own_bos),
         chat=chat is not None,
+        shots_checksum=shots_checksum(task, asked.rows, shots),
     )
 
 

@@ -100,6 +100,7 @@ def test_text_is_compared_in_bits_per_byte(tmp_path):
     ("change", "text"),
     [
         ({"rows_sha256": "x"}, "toy.rows_sha256: 'r' → 'x'"),
+        ({"shots_sha256": "x"}, "toy.shots_sha256: None → 'x'"),
         ({"num_fewshot": 5}, "toy.num_fewshot: 0 → 5"),
         ({"task_version": 2}, "toy.task_version: 1 → 2"),
         ({"limit": 2}, "toy.limit: None → 2"),

@@ -12,6 +12,12 @@ from pathlib import Path
 
 import yaml
 
+from mlx_slim.evaluate.prompts import build_questions
+from mlx_slim.evaluate.requests import Encoder
+from mlx_slim.evaluate.rows import load_rows
+from mlx_slim.evaluate.spec import find_task
+from tests.support.plain_scorer import plain_score
+
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
 CHUNK = 8  # questions of a chunk in these tests: several chunks without many questions
 
@@ -147,3 +153,23 @@ def files(out: Path) -> dict[str, bytes]:
     for section in [*results["tasks"].values(), results.get("perplexity", {})]:
         section.pop("seconds", None)
     return {**found, "results.json": json.dumps(results).encode()}
+
+
+def samples_of(out: Path, task: str) -> list[dict]:
+    return [json.loads(line) for line in (out / f"samples_{task}.jsonl").read_text().splitlines()]
+
+
+def differences(out: Path, loaded, tasks) -> list[str]:
+    """Return where the choices scored in ``out`` are over 1e-3 nats from the plain scorer."""
+    task = find_task(str(tasks[0]))
+    questions = build_questions(task, load_rows(task), 0)
+    encoder = Encoder(loaded.tokenizer, 512)
+    samples = samples_of(out, "toy_choice")
+    found = []
+    for question, sample in list(zip(questions, samples, strict=True))[::7]:
+        for choice, value in zip(question.choices, sample["loglikelihoods"], strict=True):
+            request = encoder.request(question.context, choice)
+            expected, _ = plain_score(loaded.model, request.ids, request.start)
+            if sample["doc_id"] != question.doc_id or not abs(value - expected) <= 1e-3:
+                found.append(f"{question.doc_id}{choice}: {value}, expected {expected}")
+    return found

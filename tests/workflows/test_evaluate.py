@@ -14,14 +14,21 @@ from mlx_slim.adapters.store import save_adapter
 from mlx_slim.config.schema import AdapterConfig, QuantizeConfig
 from mlx_slim.errors import ResourceError, SlimError
 from mlx_slim.evaluate import perplexity, run
-from mlx_slim.evaluate.requests import Encoder, max_length
+from mlx_slim.evaluate.requests import max_length
 from mlx_slim.events import EvalDone, EvalProgress, EvalStarted, TaskDone
 from mlx_slim.models.load import load
 from mlx_slim.models.save import save_model
 from mlx_slim.quantize.apply import quantize_model
 from mlx_slim.workflows.evaluate import EvalOptions, evaluate, result_folders
 from tests.adapters.support import shake
-from tests.support.evals import CHUNK, files, score_in_process, write_tasks
+from tests.support.evals import (
+    CHUNK,
+    differences,
+    files,
+    samples_of,
+    score_in_process,
+    write_tasks,
+)
 from tests.support.plain_scorer import plain_generate, plain_score
 from tests.support.runs import Recorder
 from tests.support.tiny import tiny_model
@@ -58,34 +65,13 @@ def _score(model: Path, tasks: tuple[Path, Path, Path], out: Path, **words):
     return evaluate(model, names, out, options, resume=resume, observer=observer)[0]
 
 
-def _samples(out: Path, task: str) -> list[dict]:
-    return [json.loads(line) for line in (out / f"samples_{task}.jsonl").read_text().splitlines()]
-
-
-def _agrees(samples: list[dict], model, tokenizer, tasks, tolerance: float = 1e-3) -> None:
-    """Compare multiple-choice samples with the plain scorer."""
-    from mlx_slim.evaluate.prompts import build_questions
-    from mlx_slim.evaluate.rows import load_rows
-    from mlx_slim.evaluate.spec import find_task
-
-    task = find_task(str(tasks[0]))
-    questions = build_questions(task, load_rows(task), 0)
-    encoder = Encoder(tokenizer, 512)
-    assert [sample["doc_id"] for sample in samples] == [q.doc_id for q in questions]
-    for question, sample in list(zip(questions, samples, strict=True))[::7]:
-        for choice, value in zip(question.choices, sample["loglikelihoods"], strict=True):
-            request = encoder.request(question.context, choice)
-            expected, _ = plain_score(model, request.ids, request.start)
-            assert value == pytest.approx(expected, abs=tolerance)
-
-
 # ------------------------------------------------------------------------------------- numbers
 
 
 def test_the_results_are_those_of_the_plain_scorer(tiny, tasks, whole):
     loaded = load(tiny("llama"))
-    samples = _samples(whole, "toy_choice")
-    _agrees(samples, loaded.model, loaded.tokenizer, tasks)
+    samples = samples_of(whole, "toy_choice")
+    assert differences(whole, loaded, tasks) == []
     results = json.loads((whole / "results.json").read_text())
     section = results["tasks"]["toy_choice"]
     assert (section["n"], section["num_fewshot"], section["task_version"]) == (24, 0, 1)
@@ -94,7 +80,7 @@ def test_the_results_are_those_of_the_plain_scorer(tiny, tasks, whole):
     assert "macro" in section
     assert "micro" in section
     assert section["tokens_computed"] >= section["tokens_minimum"] > 0
-    for sample in _samples(whole, "toy_answer")[::9]:
+    for sample in samples_of(whole, "toy_answer")[::9]:
         row = json.loads(
             (tasks[0].parent / "rows.jsonl").read_text().splitlines()[sample["doc_id"]]
         )
@@ -143,7 +129,7 @@ def test_an_adapter_changes_the_scores_and_is_recorded(tiny, tasks, adapter, who
     assert results["adapter_sha256"]
     loaded = load(tiny("llama"))
     load_adapter(loaded.model, adapter)
-    _agrees(_samples(tmp_path / "out", "toy_choice"), loaded.model, loaded.tokenizer, tasks)
+    assert differences(tmp_path / "out", loaded, tasks) == []
     assert (
         files(tmp_path / "out")["samples_toy_choice.jsonl"]
         != (files(whole)["samples_toy_choice.jsonl"])
@@ -160,21 +146,29 @@ def test_a_quantized_base(tiny, tasks, tmp_path, monkeypatch, dense):
     result = _score(folder, tasks, tmp_path / "out")
     again = load(folder, dtype=mx.float32)
     assert result["dense"] == (dense and mx.default_device().type == mx.DeviceType.cpu)
-    _agrees(_samples(tmp_path / "out", "toy_choice"), again.model, again.tokenizer, tasks)
+    assert differences(tmp_path / "out", again, tasks) == []
 
 
 @pytest.mark.parametrize("architecture", ["phi", "mistral"])
 def test_other_architectures(tiny, tasks, tmp_path, architecture):
     _score(tiny(architecture), tasks, tmp_path / "out")
     loaded = load(tiny(architecture))
-    _agrees(_samples(tmp_path / "out", "toy_choice"), loaded.model, loaded.tokenizer, tasks)
+    assert differences(tmp_path / "out", loaded, tasks) == []
+
+
+def test_the_rows_that_examples_come_from_are_recorded(tiny, tasks, whole, tmp_path):
+    options = EvalOptions(num_fewshot=1, limit=2)
+    (result,) = evaluate(tiny("llama"), [str(tasks[0])], tmp_path / "out", options)
+    assert len(result["tasks"]["toy_choice"]["shots_sha256"]) == 64
+    without = json.loads((whole / "results.json").read_text())
+    assert without["tasks"]["toy_choice"]["shots_sha256"] is None
 
 
 def test_a_tokenizer_that_adds_bos(tasks, tmp_path):
     model = tiny_model(tmp_path / "bos", bos=True)
     _score(model, tasks, tmp_path / "out")
     loaded = load(model)
-    _agrees(_samples(tmp_path / "out", "toy_choice"), loaded.model, loaded.tokenizer, tasks)
+    assert differences(tmp_path / "out", loaded, tasks) == []
 
 
 def test_truncated_requests_are_counted(tiny, tasks, tmp_path):
