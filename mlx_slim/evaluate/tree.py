@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from mlx_slim.evaluate.requests import Request, shared_length
 
 ROW_COST = 4  # tokens: what a row of its own costs beside its tokens, bench/LOG.md
-BATCH_COST = 16  # tokens: the same for a batch
+BATCH_COST = 8  # tokens: the same for a batch
 
 
 @dataclass
