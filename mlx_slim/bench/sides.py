@@ -42,7 +42,7 @@ def ours(work: dict[str, Any]) -> dict[str, Any]:
     """Train one epoch with our loop."""
     from mlx_slim import events
     from mlx_slim.config.load import from_values
-    from mlx_slim.workflows.finetune import build_loop, prepare_data, prepare_model
+    from mlx_slim.workflows.prepare import build_loop, prepare_data, prepare_model
 
     values = {
         "model": work["model"],

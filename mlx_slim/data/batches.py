@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, Protocol
 
 import numpy as np
@@ -50,6 +51,8 @@ class Batch:
         tokens_BT: int32 inputs, zero where padded.
         positions_N: int32 indices into the flattened (B·T) positions.
         targets_N: int32 ids that those positions predict.
+        sources_N: int64 number of each target among all supervised ids of the store, in row order:
+            where a teacher's answer for it is kept. −1 in a batch that is for measuring only.
         segments_BT: int32 segment numbers of packed rows (padding is −1), or None: one row each.
         real_tokens: Ids of the rows, the unit of every tokens/s here.
         rows: How many rows are inside.
@@ -58,6 +61,7 @@ class Batch:
     tokens_BT: np.ndarray
     positions_N: np.ndarray
     targets_N: np.ndarray
+    sources_N: np.ndarray
     segments_BT: np.ndarray | None
     real_tokens: int
     rows: int
@@ -78,6 +82,7 @@ class Batch:
                 tokens_BT=self.tokens_BT[rows, :used],
                 positions_N=(positions // width * used + positions % width).astype(np.int32),
                 targets_N=self.targets_N[here],
+                sources_N=self.sources_N[here],
                 segments_BT=segments,
                 real_tokens=round(self.real_tokens * len(rows) / batch),
                 rows=round(self.rows * len(rows) / batch),
@@ -96,7 +101,19 @@ class Batch:
         return len(self.targets_N)
 
 
-def collate(rows: Rows, groups: Sequence[Sequence[int]], *, isolate: bool, width: int = 0) -> Batch:
+def first_targets(rows: Rows) -> np.ndarray:
+    """Return how many targets the rows before each row have, int64 (rows,)."""
+    return np.cumsum(rows.supervised, dtype=np.int64) - rows.supervised
+
+
+def collate(
+    rows: Rows,
+    groups: Sequence[Sequence[int]],
+    *,
+    isolate: bool,
+    width: int = 0,
+    firsts: np.ndarray | None = None,
+) -> Batch:
     """Build a micro-batch.
 
     Args:
@@ -104,8 +121,10 @@ def collate(rows: Rows, groups: Sequence[Sequence[int]], *, isolate: bool, width
         groups: Row numbers of each sequence; several in one sequence are packed.
         isolate: Whether sequences are packed, so that segments are needed.
         width: Fewest positions of a sequence.
+        firsts: ``first_targets(rows)``, where it was computed before.
     """
-    parts: list[list[tuple[np.ndarray, np.ndarray]]] = []
+    firsts = first_targets(rows) if firsts is None else firsts
+    parts: list[list[tuple[np.ndarray, np.ndarray, int]]] = []
     real = 0
     for group in groups:
         sequence = []
@@ -113,27 +132,30 @@ def collate(rows: Rows, groups: Sequence[Sequence[int]], *, isolate: bool, width
             ids, supervised = rows.row(index)
             real += len(ids)
             last = int(np.flatnonzero(supervised)[-1])
-            sequence.append((ids[: last + 1], supervised[: last + 1]))
+            sequence.append((ids[: last + 1], supervised[: last + 1], int(firsts[index])))
         parts.append(sequence)
-    width = max(width, *(sum(len(ids) - 1 for ids, _ in sequence) for sequence in parts))
+    width = max(width, *(sum(len(ids) - 1 for ids, _, _ in sequence) for sequence in parts))
     tokens_BT = np.zeros((len(parts), width), dtype=np.int32)
     segments_BT = np.full((len(parts), width), -1, dtype=np.int32)
     positions: list[np.ndarray] = []
     targets: list[np.ndarray] = []
+    sources: list[np.ndarray] = []
     for b, sequence in enumerate(parts):
         start = 0
-        for number, (ids, supervised) in enumerate(sequence):
+        for number, (ids, supervised, first) in enumerate(sequence):
             stop = start + len(ids) - 1
             tokens_BT[b, start:stop] = ids[:-1]
             segments_BT[b, start:stop] = number
             where = np.flatnonzero(supervised[1:])
             positions.append((b * width + start + where).astype(np.int32))
             targets.append(ids[1:][where].astype(np.int32))
+            sources.append(first + np.arange(len(where), dtype=np.int64))
             start = stop
     return Batch(
         tokens_BT=tokens_BT,
         positions_N=np.concatenate(positions),
         targets_N=np.concatenate(targets),
+        sources_N=np.concatenate(sources),
         segments_BT=segments_BT if isolate else None,
         real_tokens=real,
         rows=sum(len(group) for group in groups),
@@ -145,7 +167,12 @@ def _to_the_end(batch: Batch) -> Batch:
     count, width = batch.tokens_BT.shape
     ends = np.arange(1, count + 1) * width - 1
     positions_N = np.union1d(batch.positions_N, ends).astype(np.int32)
-    return replace(batch, positions_N=positions_N, targets_N=np.zeros_like(positions_N))
+    return replace(
+        batch,
+        positions_N=positions_N,
+        targets_N=np.zeros_like(positions_N),
+        sources_N=np.full(len(positions_N), -1, dtype=np.int64),
+    )
 
 
 def _shuffled_by_length(lengths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -206,6 +233,10 @@ class Batcher:
     mode: Literal["grouped", "packed"]
     seed: int
 
+    @cached_property
+    def _firsts(self) -> np.ndarray:
+        return first_targets(self.rows)
+
     @property
     def _lengths(self) -> np.ndarray:
         return np.maximum(self.rows.lengths - 1, 1)  # the last id is only a target
@@ -222,7 +253,7 @@ class Batcher:
 
     def batch(self, groups: Sequence[Sequence[int]]) -> Batch:
         """Build one micro-batch of a plan."""
-        return collate(self.rows, groups, isolate=self.mode == "packed")
+        return collate(self.rows, groups, firsts=self._firsts, isolate=self.mode == "packed")
 
     def worst(self) -> Batch:
         """Build a micro-batch, for measuring only, as large as the largest of any epoch.
@@ -240,7 +271,10 @@ class Batcher:
                 return len(groups) * width, width
 
             groups = max(plan, key=bound)
-            return _to_the_end(collate(self.rows, groups, isolate=False, width=bound(groups)[1]))
+            width = bound(groups)[1]
+            return _to_the_end(
+                collate(self.rows, groups, firsts=self._firsts, isolate=False, width=width)
+            )
         total = int(lengths.sum())
         sequences = sorted(
             (group for groups in plan for group in groups),
@@ -251,7 +285,9 @@ class Batcher:
         count = min(max(1, self.batch_tokens // self.max_length), most)
         groups = [sequences[i % len(sequences)] for i in range(count)]
         width = min(total, self.max_length)
-        return _to_the_end(collate(self.rows, groups, isolate=True, width=width))
+        return _to_the_end(
+            collate(self.rows, groups, firsts=self._firsts, isolate=True, width=width)
+        )
 
     def computed(self, epoch: int = 0) -> tuple[int, float]:
         """Return the positions computed in an epoch, and Σ B·T² (what attention costs)."""

@@ -28,7 +28,7 @@ from mlx_slim.runtime import number, world
 from mlx_slim.train import checkpoint
 from mlx_slim.train.checkpoint import Position
 from mlx_slim.train.optim import Optimizer, schedule
-from mlx_slim.train.step import Objective, Stepper, StepResult, batch_arrays
+from mlx_slim.train.step import Objective, Stepper, StepResult
 
 
 def steps_of_epoch(micro_batches: int, accumulate: int) -> int:
@@ -307,7 +307,7 @@ def validation_loss(model: nn.Module, objective: Objective, batcher: Batcher) ->
     nll, supervised = 0.0, 0
     for groups in batcher.plan(0)[world().rank() :: world().size()]:
         batch = batcher.batch(groups)
-        nll += number(objective(model, *batch_arrays(batch), gradient=False))
+        nll += number(objective(model, objective.arrays(batch), gradient=False))
         supervised += batch.supervised_tokens
     model.train()
     if world().size() > 1:

@@ -12,7 +12,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -37,19 +37,18 @@ def part_count(lanes: int, tokens: int) -> int:
     return 1 if lanes == 1 else min(2 * lanes, max(lanes, tokens // PART_TOKENS))
 
 
+# The arrays of a batch, in an objective's own order; None where a batch has no such array.
+Arrays = tuple[Any, ...]
+
+
 class Objective(Protocol):
     """What a loop minimises: Σ loss over the supervised positions of a batch, in nats."""
 
-    def __call__(
-        self,
-        model: nn.Module,
-        tokens_BT: mx.array,
-        positions_N: mx.array,
-        targets_N: mx.array,
-        segments_BT: mx.array | None,
-        *,
-        gradient: bool,
-    ) -> mx.array:
+    def arrays(self, batch: Batch) -> Arrays:
+        """Return what the loss of ``batch`` needs: ``batch_arrays``, and a teacher's after them."""
+        ...
+
+    def __call__(self, model: nn.Module, arrays: Arrays, *, gradient: bool) -> mx.array:
         """Return a float32 scalar; ``gradient`` says whether it will be differentiated."""
         ...
 
@@ -84,17 +83,13 @@ class CrossEntropy:
         finally:
             self._dense_VD = None
 
-    def __call__(
-        self,
-        model: nn.Module,
-        tokens_BT: mx.array,
-        positions_N: mx.array,
-        targets_N: mx.array,
-        segments_BT: mx.array | None,
-        *,
-        gradient: bool,
-    ) -> mx.array:
-        """Return Σ NLL of ``targets_N``, float32, nats."""
+    def arrays(self, batch: Batch) -> Arrays:
+        """Return ``batch_arrays``."""
+        return batch_arrays(batch)
+
+    def __call__(self, model: nn.Module, arrays: Arrays, *, gradient: bool) -> mx.array:
+        """Return Σ NLL of the targets, float32, nats."""
+        tokens_BT, positions_N, targets_N, segments_BT = arrays
         cache = None
         if segments_BT is not None:
             cache = [anatomy.SegmentCache(segments_BT)] * len(anatomy.blocks(model))
@@ -114,7 +109,7 @@ class CrossEntropy:
         )
 
 
-def batch_arrays(batch: Batch) -> tuple[mx.array, mx.array, mx.array, mx.array | None]:
+def batch_arrays(batch: Batch) -> Arrays:
     """Return tokens_BT, positions_N, targets_N and segments_BT (or None) as mlx arrays."""
     segments = None if batch.segments_BT is None else mx.array(batch.segments_BT)
     return (
@@ -164,13 +159,10 @@ class Stepper:
 
         def loss(
             parameters: dict[str, mx.array],
-            tokens_BT: mx.array,
-            positions_N: mx.array,
-            targets_N: mx.array,
-            segments_BT: mx.array | None,
+            *arrays: Any,
         ) -> mx.array:
             set_trainable(model, parameters)
-            return objective(model, tokens_BT, positions_N, targets_N, segments_BT, gradient=True)
+            return objective(model, arrays, gradient=True)
 
         self._value_and_grad: Callable = mx.value_and_grad(loss)
         if compiled:
@@ -202,7 +194,7 @@ class Stepper:
             if seed is not None:
                 mx.random.seed(seed)
             parameters = trainable(self.model)
-            nll, gradients = self._value_and_grad(parameters, *batch_arrays(batch))
+            nll, gradients = self._value_and_grad(parameters, *self.objective.arrays(batch))
             set_trainable(self.model, parameters)
         mx.eval(nll, gradients)
         return nll, gradients

@@ -16,7 +16,7 @@ from mlx_slim import events
 from mlx_slim.config.schema import Recipe
 from mlx_slim.models import anatomy
 from mlx_slim.train.remat import checkpointed
-from mlx_slim.workflows.finetune import build_loop, prepare_data, prepare_model
+from mlx_slim.workflows.prepare import build_loop, prepare_data, prepare_model
 
 STEPS = 3
 

@@ -140,6 +140,7 @@ def test_prediction_is_near_the_measured_peak(
         rng.integers(0, 1024, batch).astype(np.int32),
         positions,
         rng.integers(0, 1024, len(positions)).astype(np.int32),
+        np.arange(len(positions)),
         None,
         count,
         batch[0],

@@ -113,6 +113,7 @@ def test_collate_of_padded_rows() -> None:
     assert batch.tokens_BT.tolist() == [[10, 11, 12], [20, 0, 0]]
     assert batch.positions_N.tolist() == [1, 2, 3]
     assert batch.targets_N.tolist() == [12, 13, 21]
+    assert batch.sources_N.tolist() == [0, 1, 2]
     assert batch.segments_BT is None
     assert (batch.real_tokens, batch.rows) == (7, 2)
     assert (batch.computed_tokens, batch.supervised_tokens) == (6, 3)
@@ -125,6 +126,9 @@ def test_collate_of_packed_rows() -> None:
     assert batch.segments_BT.tolist() == [[0, 1, 1, 1], [0, 0, -1, -1]]
     assert batch.positions_N.tolist() == [0, 2, 3, 4, 5]
     assert batch.targets_N.tolist() == [21, 12, 13, 31, 32]
+    assert batch.sources_N.tolist() == [2, 0, 1, 3, 4]
+    halves = batch.parts(2)
+    assert [part.sources_N.tolist() for part in halves] == [[2, 0, 1], [3, 4]]
     assert (batch.real_tokens, batch.rows) == (10, 3)
 
 

@@ -1,0 +1,160 @@
+"""What a training run is built from: the model with its trainable parameters, the rows, the loop.
+
+Invariant: one way to build each of them, for every command that trains, probes or measures.
+Try it: ``mlx-slim plan smollm2-lora --probe``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.utils import get_total_parameters
+
+from mlx_slim import events
+from mlx_slim.adapters.inject import Injected, inject
+from mlx_slim.adapters.variants import learning_rate_scale
+from mlx_slim.config.schema import Recipe
+from mlx_slim.data.batches import Batcher, choose_mode
+from mlx_slim.data.prepare import Prepared, prepare
+from mlx_slim.errors import SlimError
+from mlx_slim.models import anatomy
+from mlx_slim.models.load import Loaded, load
+from mlx_slim.models.quantized import is_quantized
+from mlx_slim.quantize.apply import quantize_model
+from mlx_slim.runtime import cpu_lanes, on_gpu, resolve_dtype, world
+from mlx_slim.train.loop import Loop
+from mlx_slim.train.step import CrossEntropy
+
+
+@dataclass
+class Tuned:
+    """A model ready to be tuned.
+
+    Attributes:
+        loaded: As it came from disk; ``loaded.model`` was changed in place.
+        config: Its configuration, with ``quantization`` if it was quantized here.
+        injected: The adapters, or None for full tuning.
+        total: Parameters of the base, counted as dense.
+    """
+
+    loaded: Loaded
+    config: dict[str, Any]
+    injected: Injected | None
+    total: int
+
+    @property
+    def model(self) -> nn.Module:
+        """The model."""
+        return self.loaded.model
+
+
+def prepare_base(recipe: Recipe) -> tuple[Loaded, dict[str, Any]]:
+    """Load the base of ``recipe``, quantized where the method wants it; return it and its config.
+
+    Raises:
+        SlimError: If the model cannot be loaded, or does not fit the method.
+    """
+    loaded = load(recipe.model, revision=recipe.revision, dtype=resolve_dtype(recipe.train.dtype))
+    quantized = is_quantized(loaded.model)
+    if recipe.method == "full" and quantized:
+        raise SlimError(
+            f"{recipe.model} is quantized, and method=full trains every weight",
+            "use method=qlora, or dequantize it first: mlx-slim convert MODEL -o DIR --dequantize",
+        )
+    config = loaded.config
+    if recipe.method == "qlora" and not quantized:
+        config = quantize_model(loaded.model, config, recipe.quantize).config
+    mx.eval(loaded.model.parameters())
+    return loaded, config
+
+
+def prepare_model(recipe: Recipe) -> Tuned:
+    """Return the base of ``recipe`` with its trainable parameters chosen: adapters, or all."""
+    loaded, config = prepare_base(recipe)
+    total = get_total_parameters(loaded.model)
+    mx.random.seed(recipe.train.seed)
+    injected = None
+    if recipe.method == "full":
+        loaded.model.unfreeze()
+    else:
+        injected = inject(loaded.model, recipe.adapter, dora=recipe.method == "dora")
+    mx.eval(loaded.model.parameters())
+    return Tuned(loaded, config, injected, total)
+
+
+def prepare_data(recipe: Recipe, tuned: Tuned, out: Path, *, unchanged: bool) -> Prepared:
+    """Tokenise the rows on rank 0, then open them on every rank."""
+
+    def rows() -> Prepared:
+        return prepare(
+            recipe.data,
+            tuned.loaded.tokenizer,
+            max_length=recipe.train.max_length,
+            seed=recipe.train.seed,
+            folder=out,
+            unchanged=unchanged,
+        )
+
+    if world().rank() == 0:
+        prepared = rows()
+    if world().size() > 1:
+        mx.eval(mx.distributed.all_sum(mx.array(1), group=world()))
+        prepared = rows()
+    return prepared
+
+
+def build_loop(
+    recipe: Recipe,
+    tuned: Tuned,
+    data: Prepared,
+    out: Path,
+    observer: events.Observer,
+    budget: int,
+) -> Loop:
+    """Return the loop of ``recipe``: batches, objective, lanes.
+
+    Raises:
+        SlimError: If packing is demanded of a model whose packed rows do not stay apart.
+    """
+    config = recipe.train
+    model = tuned.model
+    mode = config.batching
+    if mode != "grouped" and not anatomy.packs(model):
+        if mode == "packed":
+            raise SlimError(
+                f"rows packed into one sequence do not stay apart in {tuned.config['model_type']}",
+                "set train.batching=grouped",
+            )
+        mode = "grouped"
+    if mode == "auto":
+        balance = anatomy.attention_balance(model, on_gpu())
+        mode = choose_mode(data.train, config.batch_tokens, config.max_length, config.seed, balance)
+    compiled = on_gpu() if config.compile == "auto" else config.compile
+    # Each part has gradients of its own: cheap for adapters, a second model for full tuning.
+    lanes = 1 if recipe.method == "full" or compiled else cpu_lanes()
+    vocabulary = tuned.config.get("vocab_size", 8)
+    objective = CrossEntropy(model, config.loss_chunk, vocabulary, lanes)
+    if objective.split is None:
+        text = f"{tuned.config['model_type']}: body and head do not split; full logits are computed"
+        observer.notify(events.Notice(text, level="warning"))
+
+    def batcher(rows: Any, mode: Any) -> Batcher:
+        return Batcher(rows, config.batch_tokens, config.max_length, mode, config.seed)
+
+    return Loop(
+        model=model,
+        objective=objective,
+        config=config,
+        batcher=batcher(data.train, mode),
+        validation=batcher(data.validation, "grouped") if data.validation else None,
+        observer=observer,
+        checkpoints=out / "checkpoints",
+        rate_scale=lambda path: learning_rate_scale(path, recipe.adapter),
+        budget_bytes=budget,
+        compiled=compiled,
+        lanes=lanes,
+    )
