@@ -58,6 +58,8 @@ class StepDone(Event):
         grad_norm: L2 norm of the gradient before clipping.
         active_memory_bytes: MLX memory in use after the step, bytes.
         peak_memory_bytes: MLX peak since the run began, bytes.
+        parts: What the loss is made of, by name, nats per token (``cross_entropy``, ``divergence``
+            of a distillation); None where it is one thing.
     """
 
     name: ClassVar[str] = "step"
@@ -72,11 +74,15 @@ class StepDone(Event):
     grad_norm: float
     active_memory_bytes: int
     peak_memory_bytes: int
+    parts: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
 class ValidationDone(Event):
-    """The fixed validation split was scored after ``step``; ``best`` if it is the lowest so far."""
+    """The fixed validation split was scored after ``step``; ``best`` if it is the lowest so far.
+
+    ``parts``: what else was measured on it, by name, nats per token.
+    """
 
     name: ClassVar[str] = "validation"
     step: int
@@ -84,6 +90,7 @@ class ValidationDone(Event):
     supervised_tokens: int
     seconds: float
     best: bool
+    parts: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -47,10 +47,15 @@ def scalars(event: Event) -> dict[str, float]:
             "train/epoch": event.epoch,
             "memory/active_bytes": float(event.active_memory_bytes),
             "memory/peak_bytes": float(event.peak_memory_bytes),
+            **_parts("train", event.parts),
         }
     if isinstance(event, ValidationDone):
-        return {"validation/loss": event.loss}
+        return {"validation/loss": event.loss, **_parts("validation", event.parts)}
     return {}
+
+
+def _parts(group: str, parts: Mapping[str, float] | None) -> dict[str, float]:
+    return {f"{group}/{name}": value for name, value in (parts or {}).items()}
 
 
 class TensorBoard:

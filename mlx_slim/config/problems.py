@@ -129,7 +129,8 @@ class Words:
                 parts.append(_number(choice))
             elif choice.get("type") == "array":
                 item = self._allowed(choice["items"])
-                parts.append(f"a list, each {item}")
+                least = f" of at least {choice['minItems']}" if "minItems" in choice else ""
+                parts.append(f"a list{least}, each {item}")
             else:
                 parts.append(_TYPES.get(choice.get("type", ""), "a value"))
         return " or ".join(dict.fromkeys(parts))
@@ -148,7 +149,9 @@ class Words:
         found: list[Keys] = []
         for key, value in schema.get("properties", {}).items():
             here = (*path, key)
-            found += [here, *self._every_key(self._follow(value), here)]
+            found.append(here)
+            for choice in self._choices(value):  # a section may be absent: null or the section
+                found += self._every_key(choice, here)
         return found
 
     def _unknown(self, path: Keys, origins: Origins) -> str:

@@ -1,8 +1,8 @@
 """The recipe: every key, its one default and its range.
 
 Invariant: a default or a bound stands here and nowhere else; unknown keys are errors. The sections
-mirror the YAML (``adapter``, ``quantize``, ``data``, ``train``, ``memory``), and each is the only
-configuration object of the component that reads it. Try it:
+mirror the YAML (``adapter``, ``quantize``, ``data``, ``train``, ``distill``, ``memory``), and each
+is the only configuration object of the component that reads it. Try it:
 ``mlx-slim train smollm2-lora train.steps=3 --dry-run -o /tmp/run``.
 """
 
@@ -10,21 +10,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from mlx_slim.config.distill import DistillConfig
+from mlx_slim.config.section import Fraction, PositiveInt, Section
 
 Method = Literal["full", "lora", "qlora", "dora"]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveInt = Annotated[int, Field(ge=1)]
 
 DEFAULT_ALPHA = 16.0
-
-
-class Section(BaseModel):
-    """A frozen group of keys that knows no others."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
-    )
 
 
 class AdapterConfig(Section):
@@ -248,6 +241,7 @@ class Recipe(Section):
         model: Hub id or folder.
         revision: Commit or tag of a hub model.
         method: ``full``, ``lora``, ``qlora`` or ``dora``.
+        distill: Teachers, for ``mlx-slim distill``; None for plain fine-tuning.
         report_to: Trackers besides ``metrics.jsonl`` (each its own extra).
     """
 
@@ -258,5 +252,6 @@ class Recipe(Section):
     quantize: QuantizeConfig = QuantizeConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+    distill: DistillConfig | None = None
     memory: MemoryConfig = MemoryConfig()
-    report_to: list[Literal["tensorboard", "wandb"]] = []
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)

@@ -43,6 +43,14 @@ def sparkline(values: list[float], width: int) -> str:
     return "".join(_BARS[round((mean - low) / span * (len(_BARS) - 1))] for mean in means)
 
 
+def _parts(parts: dict[str, float] | None) -> str:
+    """Return `` (cross entropy 1.2345, divergence 0.1234)``; nothing for a loss of one part."""
+    if not parts:
+        return ""
+    each = (f"{name.replace('_', ' ')} {value:.4f}" for name, value in parts.items())
+    return f" ({', '.join(each)})"
+
+
 class Progress:
     """The state of a loop, gathered from its events; ``None`` where nothing was reported yet."""
 
@@ -118,14 +126,15 @@ class Progress:
                 left = eta(self.remaining_seconds())
                 return (
                     f"step {event.step}/{self.total_steps or '–'} epoch {event.epoch:.2f} "
-                    f"loss {event.loss:.4f} lr {event.learning_rate:.2e} "
+                    f"loss {event.loss:.4f}{_parts(event.parts)} lr {event.learning_rate:.2e} "
                     f"{event.tokens_per_second:.0f} tok/s grad {event.grad_norm:.3f} "
                     f"mem {runtime.human_bytes(event.active_memory_bytes)} "
                     f"peak {runtime.human_bytes(event.peak_memory_bytes)} eta {left}"
                 )
             case ValidationDone():
                 mark = " (best)" if event.best else ""
-                return f"validation at step {event.step}: loss {event.loss:.4f}{mark}"
+                parts = _parts(event.parts)
+                return f"validation at step {event.step}: loss {event.loss:.4f}{parts}{mark}"
             case Saved():
                 return f"saved {event.path}"
             case Resumed():
@@ -175,7 +184,9 @@ class View:
         p, step = self.progress, self.progress.step
         wide = width >= 76
         epochs = f" of {p.started.total_epochs:g}" if p.started else ""
-        validation = f"{p.validation.loss:.4f}" if p.validation else "–"
+        validation = "–"
+        if p.validation:
+            validation = f"{p.validation.loss:.4f}{_parts(p.validation.parts)}"
         best = f"{p.best.loss:.4f} at step {p.best.step}" if p.best else "–"
         curve = sparkline(p.losses, max(0, width // 2 - 40 if wide else width - 40))
         cells = [

@@ -28,7 +28,7 @@ from mlx_slim.runtime import number, world
 from mlx_slim.train import checkpoint
 from mlx_slim.train.checkpoint import Position
 from mlx_slim.train.optim import Optimizer, schedule
-from mlx_slim.train.step import Objective, Stepper, StepResult
+from mlx_slim.train.step import Objective, Stepper, StepResult, per_token
 
 
 def steps_of_epoch(micro_batches: int, accumulate: int) -> int:
@@ -97,6 +97,7 @@ class Loop:
         config: The ``train`` section.
         batcher: Training rows.
         validation: Held-out rows, or None.
+        held_out: What is measured on them; None takes ``objective``.
         observer: Hears of every event.
         checkpoints: Folder of checkpoints.
         rate_scale: path -> multiple of the learning rate.
@@ -116,6 +117,7 @@ class Loop:
     budget_bytes: int = 0
     compiled: bool = False
     lanes: int = 1
+    held_out: Objective | None = None
     position: Position = field(default_factory=Position)
 
     def __post_init__(self) -> None:
@@ -270,6 +272,7 @@ class Loop:
                     grad_norm=norm,
                     active_memory_bytes=mx.get_active_memory(),
                     peak_memory_bytes=mx.get_peak_memory(),
+                    parts=result.parts or None,
                 )
             )
 
@@ -279,14 +282,17 @@ class Loop:
             return False
         at = self.position
         began = time.perf_counter()
-        loss, supervised = validation_loss(self.model, self.objective, self.validation)
+        objective = self.held_out or self.objective
+        loss, parts, supervised = validation_loss(self.model, objective, self.validation)
         best = math.isfinite(loss) and (at.best_loss is None or loss < at.best_loss)
         if best:
             at.best_loss, at.best_step, at.since_best = loss, at.step, 0
         else:
             at.since_best += 1
         seconds = time.perf_counter() - began
-        self.observer.notify(events.ValidationDone(at.step, loss, supervised, seconds, best))
+        self.observer.notify(
+            events.ValidationDone(at.step, loss, supervised, seconds, best, parts or None)
+        )
         return best
 
     def _save(self) -> None:
@@ -298,19 +304,23 @@ class Loop:
             self.observer.notify(events.Saved(self.position.step, name))
 
 
-def validation_loss(model: nn.Module, objective: Objective, batcher: Batcher) -> tuple[float, int]:
-    """Return Σ NLL / Σ supervised tokens of all rows (nats), and the supervised tokens.
+def validation_loss(
+    model: nn.Module, objective: Objective, batcher: Batcher
+) -> tuple[float, dict[str, float], int]:
+    """Return Σ loss / Σ supervised tokens of all rows (nats), the parts, the supervised tokens.
 
     The rows and their order are fixed; ranks share the micro-batches.
     """
     model.eval()
-    nll, supervised = 0.0, 0
+    # Summed in Python: thousands of batches would lose digits in float32.
+    sums, supervised = np.zeros(1 + len(objective.parts)), 0
     for groups in batcher.plan(0)[world().rank() :: world().size()]:
         batch = batcher.batch(groups)
-        nll += number(objective(model, objective.arrays(batch), gradient=False))
+        sums += np.array(objective(model, objective.arrays(batch), gradient=False))
         supervised += batch.supervised_tokens
     model.train()
     if world().size() > 1:
-        nll = number(mx.distributed.all_sum(mx.array(nll), group=world()))
+        shared = mx.distributed.all_sum(mx.array(sums, dtype=mx.float32), group=world())
+        sums = np.array(shared, dtype=np.float64)
         supervised = int(number(mx.distributed.all_sum(mx.array(supervised), group=world())))
-    return nll / supervised, supervised
+    return *per_token(objective, sums, supervised), supervised

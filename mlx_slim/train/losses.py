@@ -1,14 +1,16 @@
-"""Cross-entropy straight from hidden states: full logits never exist.
+"""Losses over a vocabulary straight from hidden states: full logits never exist.
 
-Invariant: value and gradients equal those of ``cross_entropy(head(hidden))`` in float32 for any
-chunk size; at most one chunk of logits is alive, and each logit is exponentiated once, because the
+Invariant: value and gradients equal those of the loss of ``head(hidden)`` in float32 for any chunk
+size; at most one chunk of logits is alive, and each logit is exponentiated once, because the
 gradient is formed together with the loss (the idea of arXiv 2411.09009, here without a kernel).
+What the loss is, a rule says: cross-entropy here, divergences from a teacher in ``distill/losses``.
 Legend: N supervised positions, C positions of one chunk, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import cast
+from dataclasses import dataclass
+from typing import Protocol, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -39,24 +41,89 @@ def cross_entropy_sum(logits_NV: mx.array, targets_N: mx.array) -> mx.array:
     return token_nll(logits_NV, targets_N).sum()
 
 
-def _nll_and_gradient(
-    hidden_CD: mx.array, weight_VD: mx.array, bias_V: mx.array | None, targets_C: mx.array
-) -> tuple[mx.array, mx.array, mx.array]:
-    """Return the chunk's NLL sum, its gradient by the hidden states, and exp(logits)/Σ.
+@dataclass(frozen=True)
+class Slope:
+    """The gradient of a chunk's loss by its logits, in parts that are cheap to multiply.
 
-    With p = softmax(hidden Wᵀ + b): d nll / d hidden = p W − W[target], so the one-hot matrix is
-    never built.
+    It is ``share_CV / total_C1 · weights_C``, minus ``weights_C`` at each target: the one-hot
+    matrix is never built, and the softmax is divided after the product where the head is frozen.
+
+    Attributes:
+        share_CV: float32.
+        total_C1: float32, or None for ones.
+        targets_C: Token ids, or None for no such term.
+        weights_C: float32, or None for ones.
     """
-    logits_CV = _logits(hidden_CD, weight_VD, bias_V)
-    target_C1 = mx.take_along_axis(logits_CV, targets_C[:, None], axis=-1)
-    peak_C1 = logits_CV.max(axis=-1, keepdims=True)
-    exp_CV = exp(logits_CV - peak_C1)
-    total_C1 = row_sums(exp_CV)
-    nll = (mx.log(total_C1) + peak_C1 - target_C1).sum()
-    share_CV = exp_CV.astype(weight_VD.dtype)
-    pull_CD = (share_CV @ weight_VD).astype(mx.float32) / total_C1
-    gradient_CD = pull_CD - weight_VD[targets_C].astype(mx.float32)
-    return nll, gradient_CD.astype(hidden_CD.dtype), exp_CV / total_C1
+
+    share_CV: mx.array
+    total_C1: mx.array | None = None
+    targets_C: mx.array | None = None
+    weights_C: mx.array | None = None
+
+    def by_hidden(self, weight_VD: mx.array) -> mx.array:
+        """Return the gradient by the hidden states, float32 (C, D)."""
+        gradient_CD = (self.share_CV.astype(weight_VD.dtype) @ weight_VD).astype(mx.float32)
+        if self.total_C1 is not None:
+            gradient_CD = gradient_CD / self.total_C1
+        if self.targets_C is not None:
+            gradient_CD = gradient_CD - weight_VD[self.targets_C].astype(mx.float32)
+        return gradient_CD if self.weights_C is None else gradient_CD * self.weights_C[:, None]
+
+    def by_head(
+        self, hidden_CD: mx.array, d_weight: mx.array, d_bias: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """Return ``d_weight`` (V, D) and ``d_bias`` (V,), float32, with this chunk's part added."""
+        hidden32 = hidden_CD.astype(mx.float32)
+        share_CV = self.share_CV if self.total_C1 is None else self.share_CV / self.total_C1
+        ones = mx.array(1.0)
+        if self.weights_C is not None:
+            ones, share_CV = self.weights_C, share_CV * self.weights_C[:, None]
+        d_weight = mx.addmm(d_weight, share_CV.T, hidden32)
+        d_bias = d_bias + share_CV.sum(axis=0)
+        if self.targets_C is not None:
+            pushed = hidden32 if self.weights_C is None else hidden32 * self.weights_C[:, None]
+            d_weight = d_weight.at[self.targets_C].subtract(pushed)
+            d_bias = d_bias.at[self.targets_C].subtract(ones)
+        return d_weight, d_bias
+
+
+class Rule(Protocol):
+    """A summed loss of logits. ``columns`` are arrays with one row a position, not differentiated.
+
+    Both return a float32 scalar in nats, or a vector whose first entry is the loss and whose others
+    are only reported.
+    """
+
+    def value(self, logits_CV: mx.array, *columns: mx.array) -> mx.array:
+        """Return the sum over the positions; differentiable."""
+        ...
+
+    def slope(self, logits_CV: mx.array, *columns: mx.array) -> tuple[mx.array, Slope]:
+        """Return the same, with its gradient by float32 ``logits_CV``."""
+        ...
+
+
+class NLL:
+    """Σ w · −log softmax(logits)[target]; columns: ``targets_C``, and ``weights_C`` if not ones."""
+
+    def value(self, logits_CV: mx.array, *columns: mx.array) -> mx.array:
+        """Return the weighted sum, a float32 scalar in nats."""
+        targets_C, *weights = columns
+        nll_C = token_nll(logits_CV, targets_C)
+        return (nll_C * weights[0] if weights else nll_C).sum()
+
+    def slope(self, logits_CV: mx.array, *columns: mx.array) -> tuple[mx.array, Slope]:
+        """Return the sum and softmax − one-hot, weighted."""
+        targets_C, *weights = columns
+        target_C1 = mx.take_along_axis(logits_CV, targets_C[:, None], axis=-1)
+        peak_C1 = logits_CV.max(axis=-1, keepdims=True)
+        exp_CV = exp(logits_CV - peak_C1)
+        total_C1 = row_sums(exp_CV)
+        nll_C1 = mx.log(total_C1) + peak_C1 - target_C1
+        if not weights:
+            return nll_C1.sum(), Slope(exp_CV, total_C1, targets_C)
+        weights_C = weights[0]
+        return (nll_C1[:, 0] * weights_C).sum(), Slope(exp_CV, total_C1, targets_C, weights_C)
 
 
 def _logits(hidden_CD: mx.array, weight_VD: mx.array, bias_V: mx.array | None) -> mx.array:
@@ -68,38 +135,36 @@ def _fused(
     hidden_ND: mx.array,
     weight_VD: mx.array,
     bias_V: mx.array | None,
-    targets_N: mx.array,
+    rule: Rule,
+    columns: tuple[mx.array, ...],
     chunk: int,
     head_trains: bool,
 ) -> mx.array:
-    """Return the NLL sum; its gradients by hidden (and head) are outputs of the forward pass."""
+    """Return the sum; its gradients by hidden (and head) are outputs of the forward pass."""
 
     @mx.custom_function
     def forward(hidden: mx.array, weight: mx.array, bias: mx.array) -> list[mx.array]:
-        nll = mx.zeros((), dtype=mx.float32)
+        total = mx.zeros((), dtype=mx.float32)
         gradients: list[mx.array] = []
         d_weight = mx.zeros(weight.shape, dtype=mx.float32) if head_trains else mx.zeros(())
         d_bias = mx.zeros(bias.shape, dtype=mx.float32)
         for start in range(0, hidden.shape[0], chunk):
             part = hidden[start : start + chunk]
-            targets = targets_N[start : start + chunk]
             if gradients:  # chunks one after the other, or their logits would live together
-                part = mx.depends([part], [nll, gradients[-1], d_weight])[0]
-            used_bias = None if bias_V is None else bias
-            part_nll, gradient, softmax = _nll_and_gradient(part, weight, used_bias, targets)
-            nll = nll + part_nll
-            gradients.append(gradient)
+                part = mx.depends([part], [total, gradients[-1], d_weight])[0]
+            logits_CV = _logits(part, weight, None if bias_V is None else bias)
+            value, slope = rule.slope(logits_CV, *(c[start : start + chunk] for c in columns))
+            total = total + value
+            gradients.append(slope.by_hidden(weight).astype(hidden.dtype))
             if head_trains:
-                part32 = part.astype(mx.float32)
-                d_weight = mx.addmm(d_weight, softmax.T, part32).at[targets].subtract(part32)
-                d_bias = (d_bias + softmax.sum(axis=0)).at[targets].subtract(1.0)
-        return [nll, mx.concatenate(gradients), d_weight, d_bias]
+                d_weight, d_bias = slope.by_head(part, d_weight, d_bias)
+        return [total, mx.concatenate(gradients), d_weight, d_bias]
 
     @forward.vjp
     def backward(
         primals: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]
     ) -> list[mx.array]:
-        scale = cotangents[0]
+        scale = cotangents[0] if cotangents[0].ndim == 0 else cotangents[0][0]
         _, d_hidden, d_weight, d_bias = outputs
         hidden, weight, bias = primals
         if not head_trains:
@@ -118,35 +183,81 @@ def _fused(
     return cast(list[mx.array], forward(hidden_ND, weight_VD, bias))[0]
 
 
-def _recomputed(hidden_ND: mx.array, targets_N: mx.array, head: Head, chunk: int) -> mx.array:
-    """Return the NLL sum of a head with parts of its own (an adapter), recomputed chunk by chunk.
+def _recomputed(
+    hidden_ND: mx.array, head: Head, rule: Rule, columns: tuple[mx.array, ...], chunk: int
+) -> mx.array:
+    """Return the sum for a head with parts of its own (an adapter), recomputed chunk by chunk.
 
     The head's parameters travel as arguments: captured by a closure, ``mx.checkpoint`` would give
     them a silent zero gradient; so does the random key, or the two passes would drop differently.
     """
 
-    def part(parameters: dict, key: mx.array, hidden_CD: mx.array, targets_C: mx.array) -> mx.array:
+    def part(
+        parameters: dict, key: mx.array, hidden_CD: mx.array, columns: list[mx.array]
+    ) -> mx.array:
         head.module.update(parameters)
         with dropout_from(key):
-            return cross_entropy_sum(head(hidden_CD), mx.stop_gradient(targets_C))
+            return rule.value(head(hidden_CD), *(mx.stop_gradient(column) for column in columns))
 
     parameters = head.module.trainable_parameters()
     recomputed = mx.checkpoint(part)
-    nll = mx.zeros((), dtype=mx.float32)
+    total = mx.zeros((), dtype=mx.float32)
     for start in range(0, hidden_ND.shape[0], chunk):
-        hidden_CD = hidden_ND[start : start + chunk]
-        targets_C = targets_N[start : start + chunk]
-        nll = nll + recomputed(parameters, draw_key(), hidden_CD, targets_C)
+        rows = slice(start, start + chunk)
+        cut = [column[rows] for column in columns]
+        total = total + recomputed(parameters, draw_key(), hidden_ND[rows], cut)
     head.module.update(parameters)
-    return nll
+    return total
 
 
-def _forward_only(hidden_ND: mx.array, targets_N: mx.array, head: Head, chunk: int) -> mx.array:
-    nll = mx.zeros((), dtype=mx.float32)
+def _forward_only(
+    hidden_ND: mx.array, head: Head, rule: Rule, columns: tuple[mx.array, ...], chunk: int
+) -> mx.array:
+    total = mx.zeros((), dtype=mx.float32)
     for start in range(0, hidden_ND.shape[0], chunk):
-        part = mx.depends([hidden_ND[start : start + chunk]], [nll])[0]
-        nll = nll + cross_entropy_sum(head(part), targets_N[start : start + chunk])
-    return nll
+        rows = slice(start, start + chunk)
+        part = mx.depends([hidden_ND[rows]], [total])[0]
+        total = total + rule.value(head(part), *(column[rows] for column in columns))
+    return total
+
+
+def linear_loss(
+    hidden_ND: mx.array,
+    head: Head,
+    rule: Rule,
+    columns: tuple[mx.array, ...],
+    *,
+    chunk: int,
+    gradient: bool = True,
+    dense_VD: mx.array | None = None,
+) -> mx.array:
+    """Return the loss ``rule`` of head(hidden) without ever holding all logits.
+
+    Args:
+        hidden_ND: Hidden states of the supervised positions only, any floating dtype.
+        head: The model's head; dense, quantized, tied, biased or adapted.
+        rule: What is summed over the positions.
+        columns: What the rule wants to know, one row a position; not differentiated.
+        chunk: Positions whose logits exist at one time.
+        gradient: Whether the result will be differentiated (forms the gradient along the way).
+        dense_VD: The dense weight of a quantized head, where it exists already.
+
+    Returns:
+        What the rule returns: a float32 scalar in nats, or a vector that begins with it.
+    """
+    module = head.module
+    quantized = isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding))
+    if not gradient:
+        return _forward_only(hidden_ND, head, rule, columns, chunk)
+    if quantized and not on_gpu():
+        weight_VD = dequantize_weight(module) if dense_VD is None else dense_VD
+    elif type(module) in (nn.Linear, nn.Embedding):
+        weight_VD = module["weight"]
+    else:
+        return _recomputed(hidden_ND, head, rule, columns, chunk)
+    trains = "weight" in module.trainable_parameters()
+    bias_V = module.bias if "bias" in module else None
+    return _fused(hidden_ND, weight_VD, bias_V, rule, columns, chunk, trains)
 
 
 def linear_cross_entropy(
@@ -157,30 +268,20 @@ def linear_cross_entropy(
     chunk: int,
     gradient: bool = True,
     dense_VD: mx.array | None = None,
+    weights_N: mx.array | None = None,
 ) -> mx.array:
-    """Return Σ −log softmax(head(hidden))[target] without ever holding all logits.
+    """Return Σ w · −log softmax(head(hidden))[target], float32, nats: ``linear_loss`` of ``NLL``.
 
     Args:
-        hidden_ND: Hidden states of the supervised positions only, any floating dtype.
+        hidden_ND: Hidden states of the supervised positions only.
         targets_N: Token ids, integers.
-        head: The model's head; dense, quantized, tied, biased or adapted.
+        head: The model's head.
         chunk: Positions whose logits exist at one time.
-        gradient: Whether the result will be differentiated (forms the gradient along the way).
+        gradient: Whether the result will be differentiated.
         dense_VD: The dense weight of a quantized head, where it exists already.
-
-    Returns:
-        A float32 scalar, nats.
+        weights_N: float32 weight of each target; None is 1 for all.
     """
-    module = head.module
-    quantized = isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding))
-    if not gradient:
-        return _forward_only(hidden_ND, targets_N, head, chunk)
-    if quantized and not on_gpu():
-        weight_VD = dequantize_weight(module) if dense_VD is None else dense_VD
-    elif type(module) in (nn.Linear, nn.Embedding):
-        weight_VD = module["weight"]
-    else:
-        return _recomputed(hidden_ND, targets_N, head, chunk)
-    trains = "weight" in module.trainable_parameters()
-    bias_V = module.bias if "bias" in module else None
-    return _fused(hidden_ND, weight_VD, bias_V, targets_N, chunk, trains)
+    columns = (targets_N,) if weights_N is None else (targets_N, weights_N)
+    return linear_loss(
+        hidden_ND, head, NLL(), columns, chunk=chunk, gradient=gradient, dense_VD=dense_VD
+    )

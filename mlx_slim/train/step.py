@@ -11,11 +11,12 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_slim import blas
@@ -23,7 +24,7 @@ from mlx_slim.data.batches import Batch
 from mlx_slim.models import anatomy
 from mlx_slim.models.quantized import dequantize_weight
 from mlx_slim.runtime import number, on_gpu, side_by_side, world
-from mlx_slim.train.losses import chunk_size, cross_entropy_sum, linear_cross_entropy
+from mlx_slim.train.losses import NLL, Rule, chunk_size, linear_loss
 from mlx_slim.train.optim import set_trainable, trainable
 
 PART_TOKENS = 256  # below this a part of a batch is not worth its overhead
@@ -42,14 +43,23 @@ Arrays = tuple[Any, ...]
 
 
 class Objective(Protocol):
-    """What a loop minimises: Σ loss over the supervised positions of a batch, in nats."""
+    """What a loop minimises: Σ loss over the supervised positions of a batch, in nats.
+
+    Attributes:
+        parts: Names of what it reports besides the loss, sums of the same kind.
+    """
+
+    parts: tuple[str, ...]
 
     def arrays(self, batch: Batch) -> Arrays:
         """Return what the loss of ``batch`` needs: ``batch_arrays``, and a teacher's after them."""
         ...
 
     def __call__(self, model: nn.Module, arrays: Arrays, *, gradient: bool) -> mx.array:
-        """Return a float32 scalar; ``gradient`` says whether it will be differentiated."""
+        """Return float32: a scalar, or with ``parts`` a vector of the loss and them.
+
+        Only the loss is differentiated; ``gradient`` says whether it will be.
+        """
         ...
 
 
@@ -61,14 +71,25 @@ class CrossEntropy:
         chunk: Positions whose logits exist at one time; None chooses.
         vocabulary: Token ids below this may be used for the probe.
         lanes: Parts of a batch that are computed side by side, and share those positions.
+        weights_S: float32 weight of each target, by its number in the store (``Batch.sources_N``);
+            None is 1 for all.
     """
 
+    parts: tuple[str, ...] = ()
+    rule: Rule = NLL()
+
     def __init__(
-        self, model: nn.Module, chunk: int | None = None, vocabulary: int = 8, lanes: int = 1
+        self,
+        model: nn.Module,
+        chunk: int | None = None,
+        vocabulary: int = 8,
+        lanes: int = 1,
+        weights_S: np.ndarray | None = None,
     ) -> None:
         self.split = anatomy.split(model, vocabulary)
         self._chunk = chunk
         self._lanes = lanes
+        self._weights_S = weights_S
         self._dense_VD: mx.array | None = None
 
     @contextlib.contextmanager
@@ -84,25 +105,31 @@ class CrossEntropy:
             self._dense_VD = None
 
     def arrays(self, batch: Batch) -> Arrays:
-        """Return ``batch_arrays``."""
-        return batch_arrays(batch)
+        """Return ``batch_arrays`` and, where targets have weights, these."""
+        if self._weights_S is None:
+            return batch_arrays(batch)
+        weights_N = self._weights_S[batch.sources_N].astype(np.float32)
+        return (*batch_arrays(batch), mx.array(weights_N))
 
     def __call__(self, model: nn.Module, arrays: Arrays, *, gradient: bool) -> mx.array:
-        """Return Σ NLL of the targets, float32, nats."""
-        tokens_BT, positions_N, targets_N, segments_BT = arrays
+        """Return Σ loss of the targets, float32, nats."""
+        tokens_BT, positions_N, targets_N, segments_BT, *rest = arrays
+        columns = (targets_N, *rest)
         cache = None
         if segments_BT is not None:
             cache = [anatomy.SegmentCache(segments_BT)] * len(anatomy.blocks(model))
         if self.split is None:
             logits = model(tokens_BT, cache)
-            return cross_entropy_sum(logits.reshape(-1, logits.shape[-1])[positions_N], targets_N)
+            logits_NV = logits.reshape(-1, logits.shape[-1])[positions_N]
+            return self.rule.value(logits_NV, *columns)
         hidden_BTD = self.split.body(tokens_BT, cache)
         hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[positions_N]
         chunk = chunk_size(self.split.head.vocabulary, self._chunk, self._lanes)
-        return linear_cross_entropy(
+        return linear_loss(
             hidden_ND,
-            targets_N,
             self.split.head,
+            self.rule,
+            columns,
             chunk=chunk,
             gradient=gradient,
             dense_VD=self._dense_VD,
@@ -130,6 +157,7 @@ class StepResult:
         supervised: Σ supervised tokens.
         tokens: Σ real tokens.
         computed: Σ positions computed.
+        parts: What the objective reports besides, per supervised token too.
     """
 
     loss: float
@@ -137,6 +165,16 @@ class StepResult:
     supervised: int
     tokens: int
     computed: int
+    parts: dict[str, float] = field(default_factory=dict)
+
+
+def per_token(
+    objective: Objective, sums: mx.array | np.ndarray, supervised: int
+) -> tuple[float, dict[str, float]]:
+    """Return the loss and the parts of ``objective`` per supervised token, from their sums."""
+    first, *others = [float(value) for value in np.array(sums).reshape(-1)]
+    parts = zip(objective.parts, others, strict=True)
+    return first / supervised, {name: value / supervised for name, value in parts}
 
 
 class Stepper:
@@ -160,9 +198,10 @@ class Stepper:
         def loss(
             parameters: dict[str, mx.array],
             *arrays: Any,
-        ) -> mx.array:
+        ) -> tuple[mx.array, mx.array]:
             set_trainable(model, parameters)
-            return objective(model, arrays, gradient=True)
+            sums = objective(model, arrays, gradient=True)
+            return (sums[0] if sums.ndim else sums), sums
 
         self._value_and_grad: Callable = mx.value_and_grad(loss)
         if compiled:
@@ -171,7 +210,7 @@ class Stepper:
             self._value_and_grad = mx.compile(self._value_and_grad, inputs=state, outputs=state)
 
     def micro(self, batch: Batch) -> tuple[mx.array, dict[str, mx.array]]:
-        """Return the summed NLL of one micro-batch and its gradient, evaluated."""
+        """Return the sums of one micro-batch and the gradient of its loss, evaluated."""
         parts = batch.parts(part_count(self._lanes, batch.computed_tokens))
         if len(parts) == 1:
             return self._part(batch, None)
@@ -181,12 +220,12 @@ class Stepper:
         sharing = getattr(self.objective, "sharing", contextlib.nullcontext)
         with blas.single_threaded(), sharing():
             results = side_by_side(self._part, work, self._lanes)
-        nll, gradients = results[0]
-        for part_nll, part_gradients in results[1:]:
-            nll = nll + part_nll
+        sums, gradients = results[0]
+        for part_sums, part_gradients in results[1:]:
+            sums = sums + part_sums
             gradients = {path: value + part_gradients[path] for path, value in gradients.items()}
-        mx.eval(nll, gradients)
-        return nll, gradients
+        mx.eval(sums, gradients)
+        return sums, gradients
 
     def _part(self, batch: Batch, seed: int | None) -> tuple[mx.array, dict[str, mx.array]]:
         """Build the graph of a batch, one thread at a time, and evaluate it."""
@@ -194,23 +233,24 @@ class Stepper:
             if seed is not None:
                 mx.random.seed(seed)
             parameters = trainable(self.model)
-            nll, gradients = self._value_and_grad(parameters, *self.objective.arrays(batch))
+            arrays = self.objective.arrays(batch)
+            (_, sums), gradients = self._value_and_grad(parameters, *arrays)
             set_trainable(self.model, parameters)
-        mx.eval(nll, gradients)
-        return nll, gradients
+        mx.eval(sums, gradients)
+        return sums, gradients
 
     def step(self, batches: Iterable[Batch]) -> StepResult:
         """Return loss and gradient over ``batches`` (this rank's share; it may be empty)."""
         gradients: dict[str, mx.array] = {}
-        nll = mx.zeros((), dtype=mx.float32)
+        sums = mx.zeros((1 + len(self.objective.parts),), dtype=mx.float32)
         supervised = tokens = computed = 0
         for batch in batches:
             part, values = self.micro(batch)
-            nll = nll + part
+            sums = sums + part
             for path, value in values.items():
                 value32 = value.astype(mx.float32)
                 gradients[path] = gradients[path] + value32 if path in gradients else value32
-            mx.eval(nll, gradients)
+            mx.eval(sums, gradients)
             supervised += batch.supervised_tokens
             tokens += batch.real_tokens
             computed += batch.computed_tokens
@@ -222,15 +262,17 @@ class Stepper:
             averaged = nn.average_gradients(dict(sorted(gradients.items())), group=group)
             flat = cast(list[tuple[str, mx.array]], tree_flatten(averaged))
             gradients = {path: value * group.size() for path, value in flat}
-            nll = mx.distributed.all_sum(nll, group=group)
+            sums = mx.distributed.all_sum(sums, group=group)
             supervised, tokens, computed = (
                 int(number(mx.distributed.all_sum(mx.array(count), group=group)))
                 for count in (supervised, tokens, computed)
             )
+        loss, parts = per_token(self.objective, sums, supervised)
         return StepResult(
-            loss=number(nll) / supervised,
+            loss=loss,
             gradients={path: value / supervised for path, value in gradients.items()},
             supervised=supervised,
             tokens=tokens,
             computed=computed,
+            parts=parts,
         )

@@ -8,6 +8,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_slim.models.anatomy import Head
+from mlx_slim.models.logits import token_nll
 from mlx_slim.train.losses import chunk_size, cross_entropy_sum, linear_cross_entropy
 
 N, D, V = 37, 64, 96
@@ -76,6 +77,30 @@ def test_chunked_equals_plain(kind: str, chunk: int) -> None:
         assert mx.allclose(ours[1][path], value, rtol=1e-4, atol=1e-4), path
     forward = linear_cross_entropy(hidden, targets, head, chunk=chunk, gradient=False)
     assert 2 * forward.item() == pytest.approx(plain[0].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_count_a_target_as_often_as_they_say(kind: str) -> None:
+    head = _head(kind)
+    hidden = mx.random.normal((N, D))
+    targets = mx.random.randint(0, V, (N,))
+    weights = mx.array([0.0, 1.0, 0.5, 2.0] * N)[:N]
+    plain = _value_and_gradients(
+        head, hidden, lambda h: (weights * token_nll(head(h), targets)).sum()
+    )
+
+    def loss(hidden: mx.array, gradient: bool = True) -> mx.array:
+        return linear_cross_entropy(
+            hidden, targets, head, chunk=5, gradient=gradient, weights_N=weights
+        )
+
+    ours = _value_and_gradients(head, hidden, loss)
+    assert ours[0].item() == pytest.approx(plain[0].item(), rel=1e-5)
+    assert loss(hidden, gradient=False).item() == pytest.approx(plain[0].item(), rel=1e-5)
+    assert mx.allclose(ours[2], plain[2], rtol=1e-4, atol=1e-5)
+    assert not ours[2][0].any().item()
+    for path, value in plain[1].items():
+        assert mx.allclose(ours[1][path], value, rtol=1e-4, atol=1e-4), path
 
 
 def test_loss_survives_logits_that_overflow_exp() -> None:

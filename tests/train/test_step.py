@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx_lm import load
 
-from mlx_slim.data.batches import Batcher, collate
+from mlx_slim.data.batches import Batcher, collate, first_targets
 from mlx_slim.models import anatomy
 from mlx_slim.train.optim import trainable
 from mlx_slim.train.remat import checkpointed
@@ -89,6 +90,25 @@ def test_loss_is_the_token_mean_not_a_mean_of_means(tiny) -> None:
     assert whole.loss == pytest.approx(total, rel=1e-6)
     assert whole.supervised == int(ROWS.supervised.sum())
     assert whole.tokens == sum(LENGTHS)
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_weights_are_found_by_the_number_of_a_target(tiny, lanes: int) -> None:
+    """A row of weight 0 is as if it had no targets, however it is batched."""
+    model, _ = load(str(tiny("llama")))
+    weights_S = np.ones(int(ROWS.supervised.sum()), np.float32)
+    first = int(first_targets(ROWS)[4])
+    weights_S[first : first + int(ROWS.supervised[4])] = 0.0
+    weighted = Stepper(model, CrossEntropy(model, weights_S=weights_S), lanes=lanes)
+    ours = weighted.step(collate(ROWS, groups, isolate=False) for groups in GROUPED)
+    plain = Stepper(model, CrossEntropy(model)).step(
+        collate(ROWS, [[i]], isolate=False) for i in range(len(LENGTHS)) if i != 4
+    )
+    assert ours.supervised == int(ROWS.supervised.sum())  # counted, with nothing to add
+    share = plain.supervised / ours.supervised
+    assert ours.loss == pytest.approx(share * plain.loss, rel=1e-5)
+    for path, value in plain.gradients.items():
+        assert mx.allclose(ours.gradients[path], share * value, rtol=1e-3, atol=1e-6), path
 
 
 def test_checkpointing_is_undone_and_touches_no_other_instance(tiny) -> None:
