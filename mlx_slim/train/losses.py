@@ -45,29 +45,36 @@ def cross_entropy_sum(logits_NV: mx.array, targets_N: mx.array) -> mx.array:
 class Slope:
     """The gradient of a chunk's loss by its logits, in parts that are cheap to multiply.
 
-    It is ``share_CV / total_C1 · weights_C``, minus ``weights_C`` at each target: the one-hot
-    matrix is never built, and the softmax is divided after the product where the head is frozen.
+    It is ``scale_C · share_CV / total_C1``, minus ``push_C`` at each target: the one-hot matrix is
+    never built, and the softmax is divided after the product where the head is frozen.
 
     Attributes:
         share_CV: float32.
         total_C1: float32, or None for ones.
+        scale_C: float32, or None for ones.
         targets_C: Token ids, or None for no such term.
-        weights_C: float32, or None for ones.
+        push_C: float32, or None for ones.
     """
 
     share_CV: mx.array
     total_C1: mx.array | None = None
+    scale_C: mx.array | None = None
     targets_C: mx.array | None = None
-    weights_C: mx.array | None = None
+    push_C: mx.array | None = None
 
     def by_hidden(self, weight_VD: mx.array) -> mx.array:
         """Return the gradient by the hidden states, float32 (C, D)."""
         gradient_CD = (self.share_CV.astype(weight_VD.dtype) @ weight_VD).astype(mx.float32)
         if self.total_C1 is not None:
             gradient_CD = gradient_CD / self.total_C1
-        if self.targets_C is not None:
-            gradient_CD = gradient_CD - weight_VD[self.targets_C].astype(mx.float32)
-        return gradient_CD if self.weights_C is None else gradient_CD * self.weights_C[:, None]
+        if self.scale_C is not None:
+            gradient_CD = gradient_CD * self.scale_C[:, None]
+        if self.targets_C is None:
+            return gradient_CD
+        return gradient_CD - self._pushed(weight_VD[self.targets_C].astype(mx.float32))
+
+    def _pushed(self, rows_CD: mx.array) -> mx.array:
+        return rows_CD if self.push_C is None else rows_CD * self.push_C[:, None]
 
     def by_head(
         self, hidden_CD: mx.array, d_weight: mx.array, d_bias: mx.array
@@ -75,15 +82,14 @@ class Slope:
         """Return ``d_weight`` (V, D) and ``d_bias`` (V,), float32, with this chunk's part added."""
         hidden32 = hidden_CD.astype(mx.float32)
         share_CV = self.share_CV if self.total_C1 is None else self.share_CV / self.total_C1
-        ones = mx.array(1.0)
-        if self.weights_C is not None:
-            ones, share_CV = self.weights_C, share_CV * self.weights_C[:, None]
+        if self.scale_C is not None:
+            share_CV = share_CV * self.scale_C[:, None]
         d_weight = mx.addmm(d_weight, share_CV.T, hidden32)
         d_bias = d_bias + share_CV.sum(axis=0)
         if self.targets_C is not None:
-            pushed = hidden32 if self.weights_C is None else hidden32 * self.weights_C[:, None]
-            d_weight = d_weight.at[self.targets_C].subtract(pushed)
-            d_bias = d_bias.at[self.targets_C].subtract(ones)
+            push = mx.array(1.0) if self.push_C is None else self.push_C
+            d_weight = d_weight.at[self.targets_C].subtract(self._pushed(hidden32))
+            d_bias = d_bias.at[self.targets_C].subtract(push)
         return d_weight, d_bias
 
 
@@ -121,9 +127,10 @@ class NLL:
         total_C1 = row_sums(exp_CV)
         nll_C1 = mx.log(total_C1) + peak_C1 - target_C1
         if not weights:
-            return nll_C1.sum(), Slope(exp_CV, total_C1, targets_C)
+            return nll_C1.sum(), Slope(exp_CV, total_C1, targets_C=targets_C)
         weights_C = weights[0]
-        return (nll_C1[:, 0] * weights_C).sum(), Slope(exp_CV, total_C1, targets_C, weights_C)
+        slope = Slope(exp_CV, total_C1, weights_C, targets_C, weights_C)
+        return (nll_C1[:, 0] * weights_C).sum(), slope
 
 
 def _logits(hidden_CD: mx.array, weight_VD: mx.array, bias_V: mx.array | None) -> mx.array:

@@ -1,0 +1,1 @@
+"""Distillation: what teachers say, kept on disk, and losses and objectives that learn from it."""
