@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_slim.config.load import load_recipe, render
+from mlx_slim.config.load import Resolved, load_recipe, render
+
+if TYPE_CHECKING:
+    from mlx_slim.workflows.run_folder import Result
 
 
 @click.command("train")
@@ -36,19 +41,32 @@ def command(
     if dry_run:
         click.echo(render(resolved))
         return
+    from mlx_slim.workflows.finetune import finetune
+
+    mode = "json" if as_json else "quiet" if quiet else "auto"
+    go(finetune, resolved, out, resume=resume, mode=mode)
+
+
+def go(
+    workflow: Callable[..., Result],
+    resolved: Resolved,
+    out: Path | None,
+    *,
+    resume: bool,
+    mode: Any,
+) -> None:
+    """Run a workflow that trains, with the console and the trackers listening."""
     from mlx_slim import events
     from mlx_slim.console import Console
     from mlx_slim.trackers import Trackers
-    from mlx_slim.workflows.finetune import finetune
     from mlx_slim.workflows.run_folder import summary_rows
 
     folder = out or Path("runs") / resolved.name
     values = resolved.recipe.model_dump(mode="json")
-    mode = "json" if as_json else "quiet" if quiet else "auto"
     with (
         Console(mode, title=f"{resolved.name} → {folder}") as console,
         Trackers(resolved.recipe.report_to, folder, name=resolved.name, config=values) as trackers,
     ):
         observer = events.Broadcast([console, trackers])
-        result = finetune(resolved, folder, observer=observer, resume=resume)
+        result = workflow(resolved, folder, observer=observer, resume=resume)
         console.summary(f"{resolved.name}: done", summary_rows(result))

@@ -130,14 +130,10 @@ class Taught:
         """Return the same, and the gradient of the loss by the logits."""
         targets_C, *said = columns
         nll, plain = NLL().slope(logits_CV, targets_C)
-        if self.temperature == 1:
-            scaled_CV, exp_CV, total_C1 = logits_CV, plain.share_CV, plain.total_C1
-            peak_C1 = logits_CV.max(axis=-1, keepdims=True)
-        else:
-            scaled_CV = logits_CV / self.temperature
-            peak_C1 = scaled_CV.max(axis=-1, keepdims=True)
-            exp_CV = exp(scaled_CV - peak_C1)
-            total_C1 = row_sums(exp_CV)
+        scaled_CV = logits_CV if self.temperature == 1 else logits_CV / self.temperature
+        peak_C1 = scaled_CV.max(axis=-1, keepdims=True)
+        exp_CV = plain.share_CV if self.temperature == 1 else exp(scaled_CV - peak_C1)
+        total_C1 = row_sums(exp_CV)
         log_total_C1 = mx.log(total_C1) + peak_C1
         apart = mx.zeros((), dtype=mx.float32)
         share_CV = None
@@ -163,6 +159,6 @@ class Taught:
         assert share_CV is not None
         if self.weight == 1:
             return sums, Slope(share_CV)
-        ce_CV = plain.share_CV * ((1 - self.weight) / plain.total_C1)
+        ce_CV = plain.share_CV * ((1 - self.weight) / row_sums(plain.share_CV))
         push_C = mx.full(targets_C.shape, 1 - self.weight)
         return sums, Slope(share_CV + ce_CV, targets_C=targets_C, push_C=push_C)

@@ -115,18 +115,12 @@ class CrossEntropy:
         """Return Σ loss of the targets, float32, nats."""
         tokens_BT, positions_N, targets_N, segments_BT, *rest = arrays
         columns = (targets_N, *rest)
-        cache = None
-        if segments_BT is not None:
-            cache = [anatomy.SegmentCache(segments_BT)] * len(anatomy.blocks(model))
+        rows = supervised_rows(model, self.split, tokens_BT, positions_N, segments_BT)
         if self.split is None:
-            logits = model(tokens_BT, cache)
-            logits_NV = logits.reshape(-1, logits.shape[-1])[positions_N]
-            return self.rule.value(logits_NV, *columns)
-        hidden_BTD = self.split.body(tokens_BT, cache)
-        hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[positions_N]
+            return self.rule.value(rows, *columns)
         chunk = chunk_size(self.split.head.vocabulary, self._chunk, self._lanes)
         return linear_loss(
-            hidden_ND,
+            rows,
             self.split.head,
             self.rule,
             columns,
@@ -134,6 +128,24 @@ class CrossEntropy:
             gradient=gradient,
             dense_VD=self._dense_VD,
         )
+
+
+def supervised_rows(
+    model: nn.Module,
+    split: anatomy.Split | None,
+    tokens_BT: mx.array,
+    positions_N: mx.array,
+    segments_BT: mx.array | None,
+) -> mx.array:
+    """Return the hidden states (N, D) of a batch's supervised positions, before the head.
+
+    Of a model that does not split: its logits (N, V) there.
+    """
+    cache = None
+    if segments_BT is not None:
+        cache = [anatomy.SegmentCache(segments_BT)] * len(anatomy.blocks(model))
+    rows_BTX = (split.body if split else model)(tokens_BT, cache)
+    return rows_BTX.reshape(-1, rows_BTX.shape[-1])[positions_N]
 
 
 def batch_arrays(batch: Batch) -> Arrays:

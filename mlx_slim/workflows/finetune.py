@@ -1,5 +1,6 @@
 """Fine-tune: prepare → run → save → verify.
 
+What a run learns from besides its rows, a ``Course`` says; distillation is one (``distill.py``).
 Invariant: the run folder appears only when a run can start, holds at every moment what ``resume``
 needs, and gets ``run.json`` last, after the saved weights were loaded again and gave the same
 logits. Bad input leaves no folder behind. Try it: ``mlx-slim train smollm2-lora -o runs/try``.
@@ -7,23 +8,22 @@ logits. Bad input leaves no folder behind. Try it: ``mlx-slim train smollm2-lora
 
 from __future__ import annotations
 
+import gc
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_slim import events
-from mlx_slim.adapters.store import load_adapter, save_adapter
-from mlx_slim.analyze.memory import Prediction, predict
+from mlx_slim.analyze.memory import Prediction
 from mlx_slim.artifacts import SCHEMA_VERSION, provenance, read_json, write_json
 from mlx_slim.config.load import Resolved
 from mlx_slim.config.schema import Recipe
+from mlx_slim.data.prepare import Prepared
 from mlx_slim.errors import Interrupted, ResourceError, SlimError
 from mlx_slim.models import anatomy
-from mlx_slim.models.load import load
-from mlx_slim.models.save import save_model
 from mlx_slim.runtime import (
     dtype_name,
     human_bytes,
@@ -37,13 +37,8 @@ from mlx_slim.train.loop import Loop
 from mlx_slim.train.metrics import MetricsFile
 from mlx_slim.train.optim import trainable
 from mlx_slim.train.remat import checkpointed
-from mlx_slim.workflows.prepare import (
-    Tuned,
-    build_loop,
-    prepare_base,
-    prepare_data,
-    prepare_model,
-)
+from mlx_slim.workflows.course import Course
+from mlx_slim.workflows.prepare import Tuned, build_loop, prepare_data
 from mlx_slim.workflows.run_folder import (
     STATE_FILE,
     Result,
@@ -57,7 +52,12 @@ _CACHE_SHARE = 8  # MLX may keep 1/8 of the budget as free buffers
 
 
 def finetune(
-    resolved: Resolved, out: Path, *, observer: events.Observer, resume: bool = False
+    resolved: Resolved,
+    out: Path,
+    *,
+    observer: events.Observer,
+    resume: bool = False,
+    course: Course | None = None,
 ) -> Result:
     """Run a recipe into the folder ``out``.
 
@@ -66,6 +66,7 @@ def finetune(
         out: The run folder; must be new unless ``resume``.
         observer: Hears of every event.
         resume: Go on from the newest checkpoint, exactly.
+        course: How it learns; None is from its rows alone.
 
     Raises:
         SlimError: Bad input, or a resume with another recipe or other data.
@@ -73,30 +74,47 @@ def finetune(
         Interrupted: Ctrl-C; the state is saved.
     """
     recipe = resolved.recipe
+    if course is None:
+        if recipe.distill is not None:
+            raise SlimError(
+                f"{resolved.given} has teachers (distill:), and this is plain fine-tuning",
+                f"use mlx-slim distill {resolved.given}, or drop them with distill=null",
+            )
+        course = Course()
     started = claim(out, recipe, resume)
     if (out / "run.json").exists():
         return _finished(out, observer)
     budget = memory_budget(recipe.memory.budget)
     mx.set_cache_limit(budget // _CACHE_SHARE)
+    metrics = MetricsFile(out / "metrics.jsonl")
+    listeners = events.Broadcast([metrics, observer] if world().rank() == 0 else [])
     with fresh(out, keep=started):
-        tuned = prepare_model(recipe)
-        data = prepare_data(recipe, tuned, out, unchanged=started)
-        prediction = predict(tuned.config, recipe, lengths=data.train.lengths.tolist())
-        metrics = MetricsFile(out / "metrics.jsonl")
-        listeners = [metrics, observer] if world().rank() == 0 else []
-        loop = build_loop(recipe, tuned, data, out, events.Broadcast(listeners), budget)
-        blocks = anatomy.blocks(tuned.model)
-        with checkpointed(blocks, recipe.train.grad_checkpoint):
+        course.begin(recipe, observer)
+        built = _build(recipe, course, out, listeners, budget, unchanged=started)
+        with checkpointed(anatomy.blocks(built.tuned.model), recipe.train.grad_checkpoint):
             if not started:
-                _check_disk(out, prediction)
-            _preflight(loop, prediction, budget)
-            if not started and world().rank() == 0:
-                write_json(out / STATE_FILE, state_record(resolved, data))
-            newest = checkpoint.latest(out / "checkpoints") if started else None
-            metrics.rewind(0 if newest is None else int(newest.name[5:]))
-            if newest is not None:
-                loop.resume(newest)
-    with checkpointed(blocks, recipe.train.grad_checkpoint):
+                _check_disk(out, built.prediction)
+                course.check_disk(out)
+            _preflight(built.loop, built.prediction, budget)
+        if not started and world().rank() == 0:
+            write_json(out / STATE_FILE, state_record(resolved, built.data))
+        if course.studies():  # teachers are loaded: the student makes room
+            del built
+            gc.collect()
+            mx.clear_cache()
+            if not course.study(observer):
+                raise Interrupted(
+                    "stopped while the teachers were asked; what they said is kept",
+                    f"resume with: {resume_command(resolved, out)}",
+                )
+            mx.clear_cache()
+            built = _build(recipe, course, out, listeners, budget, unchanged=True)
+    tuned, loop = built.tuned, built.loop
+    newest = checkpoint.latest(out / "checkpoints") if started else None
+    metrics.rewind(0 if newest is None else int(newest.name[5:]))
+    with checkpointed(anatomy.blocks(tuned.model), recipe.train.grad_checkpoint):
+        if newest is not None:
+            loop.resume(newest)
         done = loop.run()
     if done.reason == "interrupted":
         raise Interrupted(
@@ -107,17 +125,45 @@ def finetune(
         out=out,
         done=done,
         model=recipe.model,
-        artifact="model" if tuned.injected is None else "adapters",
+        artifact=course.artifact(tuned),
         trainable=sum(value.size for value in trainable(tuned.model).values()),
         total=tuned.total,
-        predicted_peak_bytes=prediction.predicted_peak_bytes,
-        ledger=data.ledger,
+        predicted_peak_bytes=built.prediction.predicted_peak_bytes,
+        ledger=built.data.ledger,
     )
     if world().rank() == 0:
-        _save(recipe, tuned, result)
-        _verify(recipe, tuned, result)
-        write_json(out / "run.json", _record(resolved, tuned, result, budget))
+        _best_weights(tuned, result)
+        course.save(recipe, tuned, out)
+        _verify(recipe, course, tuned, result)
+        write_json(out / "run.json", _record(resolved, course, result, budget))
     return result
+
+
+@dataclass
+class _Built:
+    """A run that is ready to start."""
+
+    tuned: Tuned
+    data: Prepared
+    prediction: Prediction
+    loop: Loop
+
+
+def _build(
+    recipe: Recipe,
+    course: Course,
+    out: Path,
+    observer: events.Observer,
+    budget: int,
+    *,
+    unchanged: bool,
+) -> _Built:
+    tuned = course.model(recipe)
+    data = prepare_data(recipe, tuned, out, unchanged=unchanged)
+    course.read(recipe, tuned, data, out)
+    prediction = course.predict(recipe, tuned, data.train.lengths.tolist())
+    loop = build_loop(recipe, tuned, data, out, observer, budget, course.objectives)
+    return _Built(tuned, data, prediction, loop)
 
 
 def _finished(out: Path, observer: events.Observer) -> Result:
@@ -175,28 +221,15 @@ def _cheapest_fit(prediction: Prediction, peak: int, budget: int) -> str:
 # ---------------------------------------------------------------------------------------- saving
 
 
-def _save(recipe: Recipe, tuned: Tuned, result: Result) -> None:
-    """Write the best weights (the last ones without a validation split)."""
+def _best_weights(tuned: Tuned, result: Result) -> None:
+    """Go back to the best step (the last one without a validation split)."""
     done = result.done
     if done.best_step is not None and done.best_step != done.step:
         best = checkpoint.path_of(result.out / "checkpoints", done.best_step)
         checkpoint.load_weights(best, tuned.model)
-    target = result.out / result.artifact
-    if tuned.injected is not None:
-        save_adapter(
-            target,
-            tuned.model,
-            recipe.adapter,
-            tuned.injected,
-            dora=recipe.method == "dora",
-            base=recipe.model,
-        )
-    else:
-        shutil.rmtree(target, ignore_errors=True)
-        save_model(target, tuned.model, tuned.loaded.tokenizer, tuned.config)
 
 
-def _verify(recipe: Recipe, tuned: Tuned, result: Result) -> None:
+def _verify(recipe: Recipe, course: Course, tuned: Tuned, result: Result) -> None:
     """Load what was saved as a user would, and compare logits.
 
     Raises:
@@ -207,24 +240,20 @@ def _verify(recipe: Recipe, tuned: Tuned, result: Result) -> None:
     expected = tuned.model(tokens_BT).astype(mx.float32)
     mx.eval(expected)
     tuned.loaded = None  # type: ignore[assignment]  # free it before the second copy comes
-    target = result.out / result.artifact
-    if result.artifact == "adapters":
-        again = prepare_base(recipe)[0].model
-        load_adapter(again, target)
-    else:
-        again = load(target).model
+    again = course.load_again(recipe, tuned, result.out)
     again.eval()
     worst = number(mx.abs(again(tokens_BT).astype(mx.float32) - expected).max())
     scale = number(mx.abs(expected).max())
     tolerance = 1e-3 if resolve_dtype(recipe.train.dtype) == mx.float32 else 3e-2
     if not worst <= tolerance * scale:
         raise SlimError(
-            f"{target}: reloaded logits differ by {worst:.3g} (largest logit {scale:.3g})",
+            f"{result.out / result.artifact}: reloaded logits differ by {worst:.3g} "
+            f"(largest logit {scale:.3g})",
             "this is a bug: please report it with run.json",
         )
 
 
-def _record(resolved: Resolved, tuned: Tuned, result: Result, budget: int) -> dict[str, Any]:
+def _record(resolved: Resolved, course: Course, result: Result, budget: int) -> dict[str, Any]:
     """Return ``run.json``."""
     files = [p for p in (result.out / result.artifact).rglob("*") if p.is_file()]
     return {
@@ -236,6 +265,7 @@ def _record(resolved: Resolved, tuned: Tuned, result: Result, budget: int) -> di
         "provenance": provenance(),
         "budget_bytes": budget,
         "artifact_bytes": sum(path.stat().st_size for path in files),
+        **course.record(),
         "result": {
             "done": asdict(result.done),
             "model": result.model,

@@ -6,6 +6,7 @@ Try it: ``mlx-slim plan smollm2-lora --probe``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ from mlx_slim.models.quantized import is_quantized
 from mlx_slim.quantize.apply import quantize_model
 from mlx_slim.runtime import cpu_lanes, on_gpu, resolve_dtype, world
 from mlx_slim.train.loop import Loop
-from mlx_slim.train.step import CrossEntropy
+from mlx_slim.train.step import CrossEntropy, Objective
+
+Objectives = Callable[[nn.Module, int | None, int, int], tuple[Objective, Objective | None]]
 
 
 @dataclass
@@ -107,6 +110,13 @@ def prepare_data(recipe: Recipe, tuned: Tuned, out: Path, *, unchanged: bool) ->
     return prepared
 
 
+def from_rows(
+    model: nn.Module, chunk: int | None, vocabulary: int, lanes: int
+) -> tuple[Objective, Objective | None]:
+    """Return cross-entropy of the rows, for training and for held-out rows."""
+    return CrossEntropy(model, chunk, vocabulary, lanes), None
+
+
 def build_loop(
     recipe: Recipe,
     tuned: Tuned,
@@ -114,8 +124,12 @@ def build_loop(
     out: Path,
     observer: events.Observer,
     budget: int,
+    objectives: Objectives = from_rows,
 ) -> Loop:
     """Return the loop of ``recipe``: batches, objective, lanes.
+
+    ``objectives`` makes what is minimised and what held-out rows are measured by, from model,
+    ``train.loss_chunk``, vocabulary and lanes.
 
     Raises:
         SlimError: If packing is demanded of a model whose packed rows do not stay apart.
@@ -137,8 +151,8 @@ def build_loop(
     # Each part has gradients of its own: cheap for adapters, a second model for full tuning.
     lanes = 1 if recipe.method == "full" or compiled else cpu_lanes()
     vocabulary = tuned.config.get("vocab_size", 8)
-    objective = CrossEntropy(model, config.loss_chunk, vocabulary, lanes)
-    if objective.split is None:
+    objective, held_out = objectives(model, config.loss_chunk, vocabulary, lanes)
+    if isinstance(objective, CrossEntropy) and objective.split is None:
         text = f"{tuned.config['model_type']}: body and head do not split; full logits are computed"
         observer.notify(events.Notice(text, level="warning"))
 
@@ -148,6 +162,7 @@ def build_loop(
     return Loop(
         model=model,
         objective=objective,
+        held_out=held_out,
         config=config,
         batcher=batcher(data.train, mode),
         validation=batcher(data.validation, "grouped") if data.validation else None,

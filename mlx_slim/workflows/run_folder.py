@@ -97,12 +97,12 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
 
 @contextlib.contextmanager
 def fresh(out: Path, *, keep: bool) -> Iterator[None]:
-    """Remove a folder that this run created if it cannot start."""
+    """Remove a folder that this run created if it cannot start; one that has a state stays."""
     made = first_missing(out)
     try:
         yield
     except BaseException:
-        if not keep and world().rank() == 0:
+        if not keep and not (out / STATE_FILE).exists() and world().rank() == 0:
             for path in out.glob("*") if made is None else [made]:
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
@@ -125,7 +125,8 @@ def state_record(resolved: Resolved, data: Prepared) -> dict[str, Any]:
 
 def resume_command(resolved: Resolved, out: Path) -> str:
     """Return the command that goes on with a run, with the overrides that it was started with."""
-    words = ["mlx-slim", "train", resolved.given]
+    command = "train" if resolved.recipe.distill is None else "distill"
+    words = ["mlx-slim", command, resolved.given]
     for key, origin in resolved.origins.items():
         if origin == "command line":
             value: Any = resolved.recipe.model_dump(mode="json")

@@ -1,0 +1,101 @@
+"""What a run learns from: the part of a fine-tune that distillation replaces.
+
+Invariant: model, rows, loop, run folder, resume and verification are the same for every course; one
+says only what is minimised, what must happen before, and what is saved. Try it:
+``mlx-slim train smollm2-lora -o runs/try``.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+
+from mlx_slim import events
+from mlx_slim.adapters.store import load_adapter, save_adapter
+from mlx_slim.analyze.memory import Prediction, predict
+from mlx_slim.config.schema import Recipe
+from mlx_slim.data.prepare import Prepared
+from mlx_slim.models.load import load
+from mlx_slim.models.save import save_model
+from mlx_slim.train.step import Objective
+from mlx_slim.workflows.prepare import Tuned, from_rows, prepare_base, prepare_model
+
+
+class Course:
+    """How a run learns; this one from its rows alone, by cross-entropy."""
+
+    def begin(self, recipe: Recipe, observer: events.Observer) -> None:
+        """Refuse, before anything is loaded, what cannot work."""
+
+    def model(self, recipe: Recipe) -> Tuned:
+        """Return what is trained."""
+        return prepare_model(recipe)
+
+    def read(self, recipe: Recipe, tuned: Tuned, data: Prepared, out: Path) -> None:
+        """Take note of the rows, before the objectives are asked for."""
+
+    def predict(self, recipe: Recipe, tuned: Tuned, lengths: Sequence[int]) -> Prediction:
+        """Return what training will cost."""
+        return predict(tuned.config, recipe, lengths=lengths)
+
+    def check_disk(self, out: Path) -> None:
+        """Refuse what the disk cannot hold besides checkpoints."""
+
+    def objectives(
+        self, model: nn.Module, chunk: int | None, vocabulary: int, lanes: int
+    ) -> tuple[Objective, Objective | None]:
+        """Return what is minimised, and what held-out rows are measured by (None: the same)."""
+        return from_rows(model, chunk, vocabulary, lanes)
+
+    def studies(self) -> bool:
+        """Return whether ``study`` has work to do."""
+        return False
+
+    def study(self, observer: events.Observer) -> bool:
+        """Do what must be done while the student is not loaded; False if it was interrupted."""
+        return True
+
+    def artifact(self, tuned: Tuned) -> str:
+        """Return the name of what is saved inside the run folder."""
+        return "model" if tuned.injected is None else "adapters"
+
+    def save(self, recipe: Recipe, tuned: Tuned, out: Path) -> None:
+        """Write what was trained."""
+        save_tuned(recipe, tuned, tuned.model, out / self.artifact(tuned))
+
+    def load_again(self, recipe: Recipe, tuned: Tuned, out: Path) -> nn.Module:
+        """Return what was saved, loaded as a user would."""
+        return load_tuned(recipe, tuned.injected is not None, out / self.artifact(tuned))
+
+    def record(self) -> dict[str, Any]:
+        """Return what ``run.json`` says of the course."""
+        return {}
+
+
+def save_tuned(recipe: Recipe, tuned: Tuned, model: nn.Module, target: Path) -> None:
+    """Write the adapters of ``model``, or all of it, to the folder ``target``."""
+    if tuned.injected is not None:
+        save_adapter(
+            target,
+            model,
+            recipe.adapter,
+            tuned.injected,
+            dora=recipe.method == "dora",
+            base=recipe.model,
+        )
+    else:
+        shutil.rmtree(target, ignore_errors=True)
+        save_model(target, model, tuned.loaded.tokenizer, tuned.config)
+
+
+def load_tuned(recipe: Recipe, adapted: bool, target: Path) -> nn.Module:
+    """Return what ``save_tuned`` wrote: the base with its adapters, or the whole model."""
+    if not adapted:
+        return load(target).model
+    again = prepare_base(recipe)[0].model
+    load_adapter(again, target)
+    return again
