@@ -45,6 +45,7 @@ from mlx_slim.train.loop import StopRequest
 from mlx_slim.train.step import Objective
 from mlx_slim.workflows.course import Course
 from mlx_slim.workflows.finetune import finetune
+from mlx_slim.workflows.mutual import Together
 from mlx_slim.workflows.prepare import Tuned
 from mlx_slim.workflows.run_folder import Result
 
@@ -79,8 +80,12 @@ def distill(
     if method in ("auto", "logits"):
         method = _method(recipe, teachers, observer)
     if method == "logits":
-        course = Logits(recipe.distill, teachers)
-        return finetune(resolved, out, observer=observer, resume=resume, course=course)
+        logits = Logits(recipe.distill, teachers)
+        return finetune(resolved, out, observer=observer, resume=resume, course=logits)
+    if method == "mutual":
+        _check_same_tokens(recipe, teachers[0], observer)
+        both = Together(recipe.distill, teachers[0])
+        return finetune(resolved, out, observer=observer, resume=resume, course=both)
     raise SlimError(
         f"distill.method={method} is not part of this version",
         "teachers with the student's tokenizer can be learned from with distill.method=logits",
@@ -129,6 +134,17 @@ def _method(recipe: Recipe, teachers: list[TeacherConfig], observer: events.Obse
             observer.notify(events.Notice(text))
             return "sequence"
     return "logits"
+
+
+def _check_same_tokens(recipe: Recipe, second: TeacherConfig, observer: events.Observer) -> None:
+    """Refuse a second student that does not speak the first one's tokens."""
+    found = _difference(load_tokenizer(recipe.model, revision=recipe.revision), second)
+    if found is None:
+        return
+    why = f"{name_of(second)} does not speak the student's tokens: {found.text}"
+    if found.words:
+        raise SlimError(why, "take two models of one family")
+    observer.notify(events.Notice(why, level="warning"))
 
 
 def _difference(student: Any, teacher: TeacherConfig) -> Disagreement | None:

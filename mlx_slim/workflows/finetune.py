@@ -108,6 +108,7 @@ def finetune(
                     f"resume with: {resume_command(resolved, out)}",
                 )
             mx.clear_cache()
+            mx.reset_peak_memory()
             built = _build(recipe, course, out, listeners, budget, unchanged=True)
     tuned, loop = built.tuned, built.loop
     newest = checkpoint.latest(out / "checkpoints") if started else None

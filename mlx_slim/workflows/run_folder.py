@@ -151,9 +151,11 @@ def summary_rows(result: Result) -> dict[str, str]:
         f"{human_bytes(result.predicted_peak_bytes)} predicted",
         "saved": f"{result.out / result.artifact} (reloaded, same logits)",
         "try it": f"mlx-slim generate {result.model} --adapter {result.out / result.artifact}"
-        if result.artifact == "adapters"
+        if (result.out / result.artifact / "adapter_config.json").exists()
         else f"mlx-slim generate {result.out / result.artifact}",
     }
+    if (result.out / "second").is_dir():
+        rows["second student"] = f"{result.out / 'second'} (reloaded, same logits)"
     if done.best_validation is not None:
         rows["best validation"] = f"{done.best_validation:.4f} nats/token at step {done.best_step}"
     return rows
