@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx_slim.analyze.peak import breakdown
 from mlx_slim.analyze.shapes import Shapes, build, leaves, shapes, to_dtype
 from mlx_slim.analyze.suggest import Suggestion, suggestions
-from mlx_slim.analyze.work import Speed, Work, expected_work, predicted_seconds
+from mlx_slim.analyze.work import SUPERVISED, Speed, Work, expected_work, predicted_seconds
 from mlx_slim.config.schema import Recipe
 from mlx_slim.runtime import DTYPES, dtype_name, memory_budget, on_gpu, resolve_dtype
 
@@ -165,7 +165,19 @@ def _disk(found: Shapes, recipe: Recipe, work: Work | None) -> int:
     checkpoint = found.trainable_bytes + found.optimizer_bytes
     result = found.trainable_bytes
     rows = 4 * work.tokens_per_epoch + work.tokens_per_epoch // 8 if work else 0
+    rows += _answers(found, recipe, work) if work else 0
     return result + (recipe.train.keep + _SAVED_STEPS_BESIDES) * checkpoint + rows
+
+
+def _answers(found: Shapes, recipe: Recipe, work: Work) -> int:
+    """Bytes of what teachers say, where it is kept in the run folder: ``distill/targets.py``."""
+    distill = recipe.distill
+    if distill is None or distill.cache or distill.method not in ("auto", "logits"):
+        return 0
+    kept = found.vocabulary if distill.top_k == "all" else min(distill.top_k, found.vocabulary)
+    share = SUPERVISED if recipe.data.mask_prompt else 1.0
+    a_token = kept * (6 if found.vocabulary <= 1 << 16 else 8) + 4
+    return int(share * work.tokens_per_epoch) * a_token * len(distill.teachers)
 
 
 def weight_bytes(config: dict[str, Any]) -> dict[str, int]:

@@ -33,6 +33,10 @@ KEPT_CHECKPOINTED = 1.4  # of the width: a checkpointed block keeps its input
 PASSING = {"width": 1.3, "queries": 5.4, "keys": 3.1, "inner": 3.2, "scores": 1.8}
 RECOMPUTED = 1.4  # of a block's activations, when it is computed again
 LOGITS = 3.0  # float32 copies of one chunk of logits
+# More of them under teachers: to mix with cross-entropy, at a temperature, for each further teacher.
+LOGITS_MIXED, LOGITS_HEATED, LOGITS_TEACHER = 1.0, 1.0, 2.0
+LOGITS_MUTUAL = 6.0  # the other student's, and both distributions
+COLUMN = 12  # bytes of a token that a teacher kept: its id twice, its log-probability
 TOGETHER = 0.5  # how much of such a short peak another thread has at the same moment
 HEAD_GRADIENT = 3.0  # float32 copies of a trained head, while its gradient is summed
 DENSE_LAYER = 1.5  # float32 copies of the largest quantized layer, on a CPU
@@ -83,6 +87,28 @@ def _kept(block: Block, recipe: Recipe, length: int, gpu: bool) -> float:
     return numbers
 
 
+def _logit_copies(recipe: Recipe) -> float:
+    """Float32 copies of one chunk of logits."""
+    distill = recipe.distill
+    if distill is None or distill.method in ("sequence", "rationales"):
+        return LOGITS
+    if distill.method == "mutual":
+        return LOGITS + LOGITS_MUTUAL
+    copies = LOGITS + LOGITS_TEACHER * (len(distill.teachers) - 1)
+    if 0 < distill.weight < 1:
+        copies += LOGITS_MIXED
+    return copies if distill.temperature == 1 else copies + LOGITS_HEATED
+
+
+def _column_bytes(recipe: Recipe, vocabulary: int) -> int:
+    """Bytes that teachers' cached logits take for each position."""
+    distill = recipe.distill
+    if distill is None or distill.method not in ("auto", "logits"):
+        return 0
+    kept = vocabulary if distill.top_k == "all" else min(distill.top_k, vocabulary)
+    return COLUMN * kept * len(distill.teachers)
+
+
 def breakdown(
     found: Shapes, recipe: Recipe, size: int, lengths: Sequence[int] | None, gpu: bool
 ) -> dict[str, int]:
@@ -121,7 +147,8 @@ def breakdown(
     overlap = 1 + TOGETHER * (lanes - 1)
     passing_bytes *= overlap
     chunk = min(chunk_size(found.vocabulary, train.loss_chunk, lanes), part)
-    logits = LOGITS * 4 * chunk * found.vocabulary * overlap
+    logits = _logit_copies(recipe) * 4 * chunk * found.vocabulary * overlap
+    logits += _column_bytes(recipe, found.vocabulary) * alive
     table = 4 * found.vocabulary * found.width
     dense = table if found.quantized and not gpu else 0  # the head's weight, shared by all parts
     if found.head_trains:

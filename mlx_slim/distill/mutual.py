@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,6 +25,9 @@ from mlx_slim.train.step import Arrays, batch_arrays, supervised_rows
 
 class Pair(nn.Module):
     """Two models as one: their parameters are ``first.*`` and ``second.*``."""
+
+    first: nn.Module
+    second: nn.Module
 
     def __init__(self, first: nn.Module, second: nn.Module) -> None:
         super().__init__()
@@ -125,9 +128,10 @@ class Mutual:
     def __call__(self, model: nn.Module, arrays: Arrays, *, gradient: bool) -> mx.array:
         """Return Σ loss of both, Σ CE of each, and the mean of both Σ D, float32 (4,), nats."""
         tokens_BT, positions_N, targets_N, segments_BT = arrays
+        pair = cast(Pair, model)
         rows = [
             supervised_rows(one, split, tokens_BT, positions_N, segments_BT)
-            for one, split in zip((model.first, model.second), self._splits, strict=True)
+            for one, split in zip((pair.first, pair.second), self._splits, strict=True)
         ]
         sums = []
         for me, other in ((0, 1), (1, 0)):

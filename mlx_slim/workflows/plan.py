@@ -18,6 +18,7 @@ from mlx_slim.analyze.work import FILLED, Work, expected_work, measure_speed, pr
 from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError
 from mlx_slim.runtime import on_gpu, parse_size, resolve_dtype
+from mlx_slim.workflows.mutual import second_recipe, together
 from mlx_slim.workflows.probe import STEPS, Probe, probe
 
 
@@ -46,6 +47,15 @@ def plan(
     """
     if mac is not None and measure:
         raise SlimError(f"a probe runs here, not on {mac}", "leave out --probe, or --for")
+    distill = recipe.distill
+    if distill is not None and distill.method == "mutual":
+        alone = recipe.model_copy(update={"distill": None})
+        others = {"budget": budget, "mac": mac}
+        if measure:
+            raise SlimError("two students are not probed together", "leave out --probe")
+        other = second_recipe(alone, distill.teachers[0])
+        (first, note), (second, _) = plan(alone, **others), plan(other, **others)
+        return together(first, second), f"{note}; two students"
     config, note = model_config(recipe)
     limit = parse_size(budget) if budget is not None else None
     if mac is not None:

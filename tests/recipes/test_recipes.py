@@ -16,6 +16,8 @@ from mlx_slim.config import library
 from mlx_slim.config.load import load_recipe
 
 NAMES = library.names("recipes")
+TAUGHT = [name for name in NAMES if name.startswith("distill-")]
+TUNED = [name for name in NAMES if name not in TAUGHT]
 ARCHITECTURE = {
     "tinyllama": "llama",
     "llama2": "llama-mha",
@@ -33,21 +35,23 @@ def test_the_promised_recipes_exist():
         "llama2": "lora qlora",
         "smollm2": "full lora qlora dora",
     }
-    assert sorted(f"{m}-{k}" for m, kinds in methods.items() for k in kinds.split()) == NAMES
+    assert sorted(f"{m}-{k}" for m, kinds in methods.items() for k in kinds.split()) == TUNED
+    assert TAUGHT == ["distill-smollm2"]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_header_and_planner_agree(name: str):
     text = library.find("recipes", name).read_text(encoding="utf-8")
     assert plan.cost_header(name) in text, f"the header should say:\n{plan.cost_header(name)}"
-    assert f"mlx-slim train {name}" in text
+    command = "distill" if name in TAUGHT else "train"
+    assert f"mlx-slim {command} {name}" in text
     assert text.startswith("# ")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_pinned_named_and_known(name: str):
     recipe = load_recipe(name).recipe
-    assert recipe.method == name.rsplit("-", 1)[1]
+    assert recipe.method == ("full" if name in TAUGHT else name.rsplit("-", 1)[1])
     assert re.fullmatch(r"[0-9a-f]{40}", recipe.revision or "")
     assert recipe.model in KNOWN
 
@@ -81,7 +85,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TUNED)
 def test_three_steps_end_to_end(name: str, tiny, rows: Path, tmp_path: Path):
     from mlx_lm import load
 
@@ -109,6 +113,33 @@ def test_three_steps_end_to_end(name: str, tiny, rows: Path, tmp_path: Path):
         load(str(out / "model"))
     else:
         load(str(model), adapter_path=str(out / "adapters"))
+
+
+@pytest.mark.parametrize("name", TAUGHT)
+def test_three_steps_with_a_teacher_through_the_command(name, tiny, rows: Path, tmp_path: Path):
+    from mlx_lm import load
+
+    from mlx_slim.cli import distill
+
+    out = tmp_path / "run"
+    words = [
+        name,
+        f"model={tiny('llama-tied')}",
+        f"distill.teachers=[{{model: {tiny('llama')}}}]",
+        f"data.path={rows}",
+        "train.steps=3",
+        "train.max_length=256",
+        "train.batch_tokens=256",
+        "data.validation=4",
+        *("-o", str(out), "--quiet"),
+    ]
+    result = CliRunner().invoke(distill.command, words, catch_exceptions=False)
+    assert result.exit_code == 0
+    load(str(out / "model"))
+    assert json.loads((out / "run.json").read_text())["distill"]["method"] == "logits"
+    dry = CliRunner().invoke(distill.command, [*words, "--dry-run"])
+    assert "# command line" in dry.output
+    assert 'teachers: [{"model"' in dry.output
 
 
 def test_list_show_and_copy(tmp_path: Path):
