@@ -15,9 +15,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_slim.analyze.shapes import Shapes
-from mlx_slim.config.schema import Recipe
-from mlx_slim.data.sources import find_local
+from mlx_slim.config.schema import Recipe, SourceConfig
+from mlx_slim.data.sources import Source, find_local
 from mlx_slim.errors import SlimError
+from mlx_slim.evaluate.rows import local_rows
+from mlx_slim.evaluate.spec import find_task
+from mlx_slim.evaluate.training_rows import with_split
 from mlx_slim.runtime import exp_nanoseconds, matmul_gflops, on_gpu
 
 CHARACTERS_PER_TOKEN = 4.3  # English text in the tokenizers of the shipped recipes
@@ -89,7 +92,7 @@ def _rows(recipe: Recipe, local: bool) -> tuple[int, int, str] | None:
     for source in recipe.data.sources:
         known = HUB_ROWS.get(source.path)
         try:
-            found = find_local(source) if local else None
+            found = _found(source) if local else None
         except SlimError:
             return None
         files = found.files if found else []
@@ -104,6 +107,7 @@ def _rows(recipe: Recipe, local: bool) -> tuple[int, int, str] | None:
             rows, length = known
         else:
             return None
+        rows = max(0, min(rows - source.skip, source.limit or rows))
         rows, length = min(rows, recipe.data.max_rows or rows), min(length, limit)
         tokens = rows * source.weight * length
         total += tokens
@@ -112,6 +116,12 @@ def _rows(recipe: Recipe, local: bool) -> tuple[int, int, str] | None:
     if not total:
         return None
     return int(total), int(weighted / total), "; ".join(bases)
+
+
+def _found(config: SourceConfig) -> Source | None:
+    if config.task is None:
+        return find_local(config)
+    return local_rows(with_split(find_task(config.task), config.split))
 
 
 def expected_work(

@@ -33,14 +33,17 @@ def command() -> None:
 @click.option("--rows", type=click.IntRange(1), default=3, show_default=True, help="Rows to show.")
 def preview(recipe: str, overrides: tuple[str, ...], rows: int) -> None:
     """Show the first rows of RECIPE with the supervised tokens coloured."""
+    from pathlib import Path
+    from tempfile import TemporaryDirectory
+
     from rich.console import Console
 
     from mlx_slim.config.load import load_recipe
-    from mlx_slim.data import sources
     from mlx_slim.data.ledger import SourceLedger
     from mlx_slim.data.prepare import Pipeline
     from mlx_slim.data.tokenize import unwrap
     from mlx_slim.models.load import load_tokenizer
+    from mlx_slim.workflows.task_rows import finder
 
     resolved = load_recipe(recipe, overrides).recipe
     tokenizer = load_tokenizer(resolved.model, revision=resolved.revision)
@@ -53,15 +56,17 @@ def preview(recipe: str, overrides: tuple[str, ...], rows: int) -> None:
         markup=False,
     )
     console.print(_legend(*marks))
-    for config in resolved.data.sources:
-        source = sources.find(config)
-        ledger = SourceLedger(source.name, source.kind, config.weight, source.ignored)
-        console.rule(f"{source.name} ({source.kind}, weight {config.weight:g})")
-        for row in islice(pipeline.rows(source, config, ledger), rows):
-            console.print(_row(row, unwrap(tokenizer), *marks))
-        read = f"of the first {ledger.given:,} rows"
-        dropped = "; ".join(ledger.reasons()) or "none"
-        console.print(f"{read}, dropped: {dropped}", style="dim", markup=False)
+    with TemporaryDirectory() as folder:
+        find = finder(Path(folder))
+        for config in resolved.data.sources:
+            source = find(config)
+            ledger = SourceLedger(source.name, source.kind, config.weight, source.ignored)
+            console.rule(f"{source.name} ({source.kind}, weight {config.weight:g})")
+            for row in islice(pipeline.rows(source, config, ledger), rows):
+                console.print(_row(row, unwrap(tokenizer), *marks))
+            read = f"of the first {ledger.given:,} rows"
+            dropped = "; ".join(ledger.reasons()) or "none"
+            console.print(f"{read}, dropped: {dropped}", style="dim", markup=False)
 
 
 def _legend(opening: str, closing: str) -> Text:
@@ -137,22 +142,26 @@ def _data_config(source: str, overrides: tuple[str, ...]) -> DataConfig:
 
 
 def _texts(config: DataConfig) -> Iterator[tuple[Any, list[str]]]:
-    from mlx_slim.data import sources
+    from pathlib import Path
+    from tempfile import TemporaryDirectory
+
     from mlx_slim.data.formats import Dropped, check_columns, read_example
+    from mlx_slim.workflows.task_rows import finder
 
     check_columns(config.columns)
-    for source_config in config.sources:
-        for raw in sources.find(source_config):
-            try:
-                example = read_example(
-                    raw,
-                    source_config.format or config.format,
-                    columns=config.columns,
-                    system=config.system,
-                )
-            except Dropped:
-                continue
-            yield raw, example.texts
+    with TemporaryDirectory() as folder:
+        for source_config in config.sources:
+            for raw in finder(Path(folder))(source_config):
+                try:
+                    example = read_example(
+                        raw,
+                        source_config.format or config.format,
+                        columns=config.columns,
+                        system=config.system,
+                    )
+                except Dropped:
+                    continue
+                yield raw, example.texts
 
 
 def _print_report(report: dict[str, Any]) -> None:

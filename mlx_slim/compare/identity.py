@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from mlx_slim import __version__
 from mlx_slim.artifacts import hash_bytes, hash_file, hash_json, provenance
 from mlx_slim.config.schema import Recipe
-from mlx_slim.data import sources
 from mlx_slim.data.fingerprint import source_print
 from mlx_slim.runtime import on_gpu
+from mlx_slim.workflows.task_rows import finder
 
 # Parts of the package that cannot change a trained weight or a score.
 _SHOWS = {"analyze", "bench", "cli", "compare", "console", "trackers.py", "events.py"}
@@ -44,7 +45,9 @@ def rows_print(recipe: Recipe) -> list[dict[str, Any]]:
     Raises:
         SlimError: If a source is not there.
     """
-    return [source_print(sources.find(config), config) for config in recipe.data.sources]
+    with TemporaryDirectory() as folder:
+        find = finder(Path(folder))
+        return [source_print(find(config), config) for config in recipe.data.sources]
 
 
 def train_key(recipe: Recipe, weights: str, rows: list[dict[str, Any]]) -> str:

@@ -18,6 +18,7 @@ from mlx_slim.config.section import Fraction, PositiveInt, Section
 Method = Literal["full", "lora", "qlora", "dora"]
 
 DEFAULT_ALPHA = 16.0
+TASK = "task:"  # how a source names an evaluation task
 
 
 class AdapterConfig(Section):
@@ -103,10 +104,13 @@ class SourceConfig(Section):
     """One source of training rows.
 
     Attributes:
-        path: Hub data set id, ``.jsonl``/``.json``/``.parquet``/``.txt`` file, or a folder of them.
+        path: Hub data set id, ``.jsonl``/``.json``/``.parquet``/``.txt`` file, a folder of them, or
+            ``task:NAME``: the prompts and answers of an evaluation task.
         weight: How often its rows come in an epoch: 2 is twice, 0.5 a seeded half.
         format: Row schema; None takes ``data.format``.
-        split: Split of a hub data set or mirror folder.
+        split: Split of a hub data set, of a mirror folder or of a task.
+        skip: Leave out its first rows.
+        limit: Use only so many rows after them; None takes all.
         system: System message for its rows that bring none; None takes ``data.system``.
     """
 
@@ -114,7 +118,14 @@ class SourceConfig(Section):
     weight: Annotated[float, Field(gt=0)] = 1.0
     format: Literal["auto", "alpaca", "chat", "completions", "text"] | None = None
     split: str = "train"
+    skip: Annotated[int, Field(ge=0)] = 0
+    limit: PositiveInt | None = None
     system: str | None = None
+
+    @property
+    def task(self) -> str | None:
+        """The task that ``path`` names, None for files and data sets."""
+        return self.path.removeprefix(TASK) if self.path.startswith(TASK) else None
 
 
 class DataConfig(Section):

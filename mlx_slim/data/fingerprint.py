@@ -19,6 +19,8 @@ def source_print(source: Source, config: SourceConfig) -> dict[str, Any]:
         "split": config.split,
         "weight": config.weight,
         **({"system": config.system} if config.system else {}),
+        **({"skip": config.skip} if config.skip else {}),
+        **({"limit": config.limit} if config.limit else {}),
     }
 
 

@@ -56,7 +56,8 @@ def _runs(words_W: np.ndarray, n: int) -> np.ndarray:
     return hashes_G
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
+    """Return the words of a text in lower case, without punctuation."""
     return _WORD.findall(text.lower())
 
 
@@ -87,9 +88,9 @@ def build_index(mirror: Path) -> Index:
         if file is None:
             continue
         for text in _questions(file, spec):
-            words = _words(text)
-            codes.extend([vocabulary.setdefault(word, len(vocabulary) + 1) for word in words])
-            lengths.append(len(words))
+            own = words(text)
+            codes.extend([vocabulary.setdefault(word, len(vocabulary) + 1) for word in own])
+            lengths.append(len(own))
         datasets.append(name)
         edges.append(len(lengths))
     codes_W, length_Q = np.array(codes, np.uint64), np.array(lengths, np.int64)
@@ -141,7 +142,7 @@ class Checker:
         if self.index is None:
             return
         get = self.index.vocabulary.get
-        self._codes.extend([get(word, 0) for word in _words(" ".join(texts))])
+        self._codes.extend([get(word, 0) for word in words(" ".join(texts))])
         self._codes.append(0)  # a word of no question: no run reaches into the next row
         self._waiting.append(raw.place)
         self._ends.append(len(self._codes))

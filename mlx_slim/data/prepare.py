@@ -7,7 +7,7 @@ already under the same fingerprint is reused. Try it: ``mlx-slim data preview sm
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -185,6 +185,7 @@ def prepare(
     seed: int,
     folder: Path,
     unchanged: bool = False,
+    find: Callable[[SourceConfig], Source] = sources.find,
 ) -> Prepared:
     """Tokenise the rows of a recipe into ``folder/tokens`` and write ``folder/data_ledger.json``.
 
@@ -195,13 +196,14 @@ def prepare(
         seed: Decides the validation split and fractional weights, nothing else.
         folder: Where rows and ledger go; rows of the same fingerprint there are reused.
         unchanged: Refuse, and leave the folder alone, if its rows have another fingerprint.
+        find: Finds a source; a caller that knows tasks gives its own.
 
     Raises:
         SlimError: On unusable sources or rows, each named with file and line.
         ResourceError: If the disk is full.
     """
     pipeline = Pipeline(config, tokenizer, max_length=max_length)
-    found = [(sources.find(source), source) for source in config.sources]
+    found = [(find(source), source) for source in config.sources]
     held_out = _validation_source(config)
     wanted = {
         "version": _VERSION,

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -53,6 +54,8 @@ class Source:
         kind: ``file``, ``mirror`` or ``hub``.
         files: Its files in reading order (none for a hub data set).
         ignored: Files of its folder that are no data.
+        skip: Rows left out at its beginning.
+        limit: Rows used after them; None uses all.
         blank_lines: Blank lines skipped so far, counted while iterating.
     """
 
@@ -60,6 +63,8 @@ class Source:
     kind: str
     files: list[Path] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
+    skip: int = 0
+    limit: int | None = None
     blank_lines: int = 0
     _hub: Any = None
 
@@ -67,8 +72,20 @@ class Source:
         """Yield the rows; raise SlimError naming file and line for what cannot be read.
 
         Raises:
-            SlimError: On malformed, empty, unreadable or wrongly encoded files.
+            SlimError: On malformed, empty, unreadable or wrongly encoded files, or if ``skip``
+                leaves nothing.
         """
+        stop = None if self.limit is None else self.skip + self.limit
+        nothing = True
+        for row in islice(self._rows(), self.skip, stop):
+            nothing = False
+            yield row
+        if nothing and self.skip:
+            raise SlimError(
+                f"{self.name}: skip={self.skip} leaves no row", "skip fewer rows than there are"
+            )
+
+    def _rows(self) -> Iterator[RawRow]:
         self.blank_lines = 0
         if self.kind == "hub":
             for number, value in enumerate(self._hub, 1):
@@ -117,7 +134,12 @@ def find(config: SourceConfig) -> Source:
         return local
     match = _HUB_ID.fullmatch(config.path)
     assert match is not None  # else find_local has raised
-    return Source(config.path, "hub", _hub=_load_hub(match, config))
+    return _ranged(Source(config.path, "hub", _hub=_load_hub(match, config)), config)
+
+
+def _ranged(source: Source, config: SourceConfig) -> Source:
+    source.skip, source.limit = config.skip, config.limit
+    return source
 
 
 def find_local(config: SourceConfig) -> Source | None:
@@ -126,10 +148,15 @@ def find_local(config: SourceConfig) -> Source | None:
     Raises:
         SlimError: If it is a path and not there, or has an unknown extension.
     """
+    if config.task is not None:
+        raise SlimError(
+            f"{config.path} is a task, and rows of a file or a data set are wanted here",
+            "train and distill read tasks",
+        )
     path = Path(config.path).expanduser()
     if path.exists():
         files, ignored = _data_files(path, config.split)
-        return Source(config.path, "file", files, ignored)
+        return _ranged(Source(config.path, "file", files, ignored), config)
     match = _HUB_ID.fullmatch(config.path)
     if match is None or path.suffix.lower() in READERS:
         raise SlimError(f"{config.path} does not exist", _neighbour(path))
@@ -145,7 +172,7 @@ def find_local(config: SourceConfig) -> Source | None:
                     f"the data mirror {folder} has no split {config.split!r}",
                     did_you_mean(config.split, splits),
                 )
-            return Source(config.path, "mirror", [file])
+            return _ranged(Source(config.path, "mirror", [file]), config)
     return None
 
 

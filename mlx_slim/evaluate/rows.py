@@ -77,13 +77,22 @@ def count_rows(task: Task, data_dir: str | Path | None = None) -> int | None:
     Raises:
         SlimError: If they should lie here and do not, or cannot be read.
     """
-    source, _ = _local(task, task.spec.data.split, _mirror(data_dir))
+    source = local_rows(task, data_dir)
     if source is None:
         return None
     if task.part or task.spec.data.where or source.files[0].suffix != ".jsonl":
         return sum(1 for _ in _read(task, source))
     with source.files[0].open("rb") as file:
         return sum(1 for line in file if line.strip())
+
+
+def local_rows(task: Task, data_dir: str | Path | None = None) -> Source | None:
+    """Return where the scored rows lie on this machine; None if only the hub can have them.
+
+    Raises:
+        SlimError: If they should lie here and do not.
+    """
+    return _local(task, task.spec.data.split, _mirror(data_dir))[0]
 
 
 def load_rows(task: Task, data_dir: str | Path | None = None) -> TaskRows:

@@ -28,9 +28,11 @@ from mlx_slim.evaluate.results import STATE_FILE, Folder, claim
 from mlx_slim.evaluate.rows import TaskRows, load_rows, shots_checksum
 from mlx_slim.evaluate.run import Job, TaskJob
 from mlx_slim.evaluate.spec import Selection, expand
+from mlx_slim.evaluate.training_rows import question_keys
 from mlx_slim.models.load import load_tokenizer, read_config, resolve
 from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.workflows.scoring import Target
+from mlx_slim.workflows.task_rows import trained_keys
 
 CODE = 1  # raised when the same settings give other numbers: an older folder is not gone on with
 _SAMPLE_BYTES = 500  # of a question on disk, about
@@ -270,7 +272,23 @@ def _target(
         folder=Path(),
         started=False,
         state=state,
+        trained_on=_trained_on([folder, *([adapter] if adapter else [])], tasks, options),
     )
+
+
+def _trained_on(
+    artifacts: Sequence[Path], tasks: Sequence[Asked], options: EvalOptions
+) -> dict[str, dict[str, Any]]:
+    """Return task -> how many of its questions the model was trained on, and in which run."""
+    known = trained_keys(artifacts)
+    found: dict[str, dict[str, Any]] = {}
+    for asked in tasks if known else []:
+        task = asked.selection.task
+        keys = [key for key in question_keys(task, asked.rows, options.limit) if key in known]
+        if keys:
+            runs = sorted({Path(known[key]).name for key in keys})
+            found[task.name] = {"questions": len(keys), "runs": runs}
+    return found
 
 
 def _hash(folder: Path, patterns: Sequence[str]) -> str:

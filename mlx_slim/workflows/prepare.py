@@ -29,6 +29,7 @@ from mlx_slim.quantize.apply import quantize_model
 from mlx_slim.runtime import cpu_lanes, on_gpu, resolve_dtype, world
 from mlx_slim.train.loop import Loop
 from mlx_slim.train.step import CrossEntropy, Objective
+from mlx_slim.workflows.task_rows import finder
 
 Objectives = Callable[[nn.Module, int | None, int, int], tuple[Objective, Objective | None]]
 
@@ -100,6 +101,7 @@ def prepare_data(recipe: Recipe, tuned: Tuned, out: Path, *, unchanged: bool) ->
             seed=recipe.train.seed,
             folder=out,
             unchanged=unchanged,
+            find=finder(out),
         )
 
     if world().rank() == 0:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Target:
         folder: Where the results go.
         started: Whether the folder holds an evaluation to go on with (on rank 0).
         state: What a resume must match.
+        trained_on: Task -> how many of its questions the model was trained on, and in which runs.
     """
 
     source: str
@@ -54,6 +55,7 @@ class Target:
     folder: Path
     started: bool
     state: dict[str, Any]
+    trained_on: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def score(target: Target, observer: events.Observer) -> dict[str, Any]:
@@ -78,6 +80,10 @@ def score(target: Target, observer: events.Observer) -> dict[str, Any]:
         complete = load_results(target.folder)
     if complete := _from_first_rank(complete):
         return complete
+    for name, seen in target.trained_on.items():
+        asked = next(job.chunks[-1].stop for job in target.jobs if job.name == name)
+        text = f"{name}: {seen['questions']} of the {asked} questions asked were trained on in "
+        observer.notify(events.Notice(text + ", ".join(seen["runs"]), level="warning"))
     engine = _load(target, observer)
     if not first:
         done = _from_first_rank({})
@@ -282,6 +288,8 @@ def _results(target: Target, folder: Folder) -> dict[str, Any]:
     """Return ``results.json``: nothing in it but ``seconds`` differs from one run to the next."""
     settings = {key: value for key, value in target.state.items() if key not in ("tasks", "code")}
     sections = {job.name: _section(job, folder) for job in target.jobs}
+    for name, seen in target.trained_on.items():
+        sections[name]["trained_on"] = seen
     texts = {name: sections.pop(name) for name in list(sections) if name == TEXT}
     return {**settings, "tasks": sections, **texts}
 
