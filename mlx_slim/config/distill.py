@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from mlx_slim.config.expressions import compile_text
 from mlx_slim.config.section import Fraction, PositiveInt, Section
 
 
@@ -27,6 +28,8 @@ class TeacherConfig(Section):
         weight: This teacher's share of the divergence (logits; shares are divided by their sum), or
             α of its rationales (arXiv 2402.04616).
         name: What reports call it; None takes the last part of ``model``.
+        prefix: What a student reads before a question to give this teacher's rationale, Jinja over
+            the row's fields; None is ``[rationale N] ``, N the teacher's number.
     """
 
     model: str | None = None
@@ -36,6 +39,19 @@ class TeacherConfig(Section):
     api_key_env: str | None = None
     weight: Annotated[float, Field(gt=0)] = 1.0
     name: str | None = None
+    prefix: str | None = None
+
+    @field_validator("prefix")
+    @classmethod
+    def _is_a_template(cls, value: str | None) -> str | None:
+        if value is not None:
+            compile_text(value)
+        return value
+
+    @property
+    def label(self) -> str:
+        """``name``, else the last part of ``model``, else ``base``."""
+        return self.name or (self.model or "base").rstrip("/").rsplit("/", 1)[-1]
 
     @model_validator(mode="after")
     def _an_endpoint_is_no_folder(self) -> TeacherConfig:
@@ -56,10 +72,48 @@ class TeacherConfig(Section):
         return self
 
 
+RATIONALE = """\
+{{ prompt }}
+{% if choices is defined %}Options:
+{% for choice in choices %}- {{ choice }}
+{% endfor %}{% endif %}Correct answer: {{ answer }}
+
+Explain in two or three sentences why this answer is correct."""
+
+
+class AskConfig(Section):
+    """How a teacher that writes text is asked; its answers are greedy.
+
+    Attributes:
+        prompt: For its rationale: Jinja over the row's fields, ``prompt``, ``answer`` and, in rows
+            of a multiple-choice task, ``choices``.
+        max_tokens: Longest answer, tokens; longer ones are cut, counted and not learned.
+        until: Texts that end an answer, for teachers that do not end it themselves.
+        concurrency: Requests to an endpoint at one time.
+        timeout: Seconds that an endpoint may be silent.
+        retries: Tries after the first one (429, 5xx, a lost connection).
+    """
+
+    prompt: str = RATIONALE
+    max_tokens: PositiveInt = 256
+    until: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    concurrency: Annotated[int, Field(ge=1, le=64)] = 4
+    timeout: Annotated[float, Field(gt=0)] = 120.0
+    retries: Annotated[int, Field(ge=0, le=20)] = 5
+
+    @field_validator("prompt")
+    @classmethod
+    def _is_a_template(cls, value: str) -> str:
+        compile_text(value)
+        return value
+
+
 class DistillConfig(Section):
     """What a student learns from its teachers (arXiv 1503.02531).
 
     Logits: L = (1−λ)·CE + λ·T²·Σ_m share_m·KL_m at temperature T.
+    Sequence: L = (1−λ)·CE(data) + λ·Σ_m share_m·CE(texts of m), each a mean over its own tokens.
+    Rationales: L = CE(data) + Σ_m α_m·CE(rationales of m), each a mean over its own tokens.
 
     Attributes:
         teachers: One or more; each is loaded alone, and only to write down what it says.
@@ -70,10 +124,11 @@ class DistillConfig(Section):
         divergence: ``forward`` KL(teacher‖student), ``reverse`` KL(student‖teacher), or
             ``symmetric``, the mean of both.
         temperature: T; both sides' logits are divided by it.
-        weight: λ, the share of the divergence; 0 is plain fine-tuning.
+        weight: λ, the share of the divergence or of the teachers' texts; 0 is plain fine-tuning.
         top_k: Logits of a teacher that are kept for each token (the rest is one bucket), or
             ``all``.
         cache: Folder of what teachers said, shared between runs; None keeps it in the run folder.
+        ask: How teachers that write text are asked.
     """
 
     teachers: Annotated[list[TeacherConfig], Field(min_length=1)] = Field(
@@ -85,6 +140,14 @@ class DistillConfig(Section):
     weight: Fraction = 0.5
     top_k: Literal["all"] | PositiveInt = 64
     cache: str | None = None
+    ask: AskConfig = AskConfig()
+
+    @model_validator(mode="after")
+    def _teachers_can_be_told_apart(self) -> DistillConfig:
+        labels = [teacher.label for teacher in self.teachers]
+        if twice := [label for label in labels if labels.count(label) > 1]:
+            raise ValueError(f"two teachers are called {twice[0]}: give each a name")
+        return self
 
     @model_validator(mode="after")
     def _two_students(self) -> DistillConfig:

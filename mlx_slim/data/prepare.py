@@ -204,7 +204,7 @@ def prepare(
     """
     pipeline = Pipeline(config, tokenizer, max_length=max_length)
     found = [(find(source), source) for source in config.sources]
-    held_out = _validation_source(config)
+    held_out = _validation_source(config, find)
     wanted = {
         "version": _VERSION,
         "sources": [source_print(*pair) for pair in found],
@@ -242,11 +242,13 @@ def prepare(
     return _open(tokens, fingerprint, ledger)
 
 
-def _validation_source(config: DataConfig) -> tuple[Source, SourceConfig] | None:
+def _validation_source(
+    config: DataConfig, find: Callable[[SourceConfig], Source]
+) -> tuple[Source, SourceConfig] | None:
     if not isinstance(config.validation, str):
         return None
     source = SourceConfig(path=config.validation, format=config.format, split="validation")
-    return sources.find(source), source
+    return find(source), source
 
 
 def _open(tokens: Path, fingerprint: dict[str, Any], ledger: dict[str, Any]) -> Prepared:

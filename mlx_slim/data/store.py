@@ -60,6 +60,7 @@ class TokenStore:
     Attributes:
         lengths: Tokens of each row, int64 (N,).
         supervised: Supervised targets of each row, int64 (N,).
+        index: Number of each row among all rows of the folder, int64 (N,).
         fingerprint: Hash of what the rows were made from, and of which rows these are.
     """
 
@@ -87,13 +88,13 @@ class TokenStore:
             )
         self.folder = folder
         self.fingerprint = fingerprint
-        self._index = np.arange(len(counts)) if index is None else np.asarray(index, np.int64)
-        self._start = offsets[:-1][self._index]
-        self.lengths: np.ndarray = np.diff(offsets)[self._index]
-        self.supervised: np.ndarray = counts[self._index]
+        self.index = np.arange(len(counts)) if index is None else np.asarray(index, np.int64)
+        self._start = offsets[:-1][self.index]
+        self.lengths: np.ndarray = np.diff(offsets)[self.index]
+        self.supervised: np.ndarray = counts[self.index]
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self.index)
 
     def row(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Return row ``i``: ids int32 (T,), supervised bool (T,); ``supervised[0]`` is False.

@@ -150,20 +150,25 @@ class EndpointTeacher:
         if self._settings["until"]:
             asked["stop"] = self._settings["until"]
         body = json.dumps(asked, ensure_ascii=False).encode("utf-8", "replace")
-        for attempt in range(self._retries + 1):
-            try:
-                return self._read(self._post(body))
-            except _Transient as error:
-                if attempt == self._retries or stop.is_set():
-                    tries = "1 try" if not attempt else f"{attempt + 1} tries"
-                    raise SlimError(
-                        f"teacher {self.name}: {self._url}: {error} ({tries})",
-                        "start the server, or give it more time with distill.ask.timeout; answers "
-                        "so far are kept",
-                    ) from None
-                wait = self._backoff * 2**attempt if error.wait is None else error.wait
-                stop.wait(min(wait, _LONGEST_WAIT))
-        raise AssertionError("the last try returns or raises")
+        attempt = 0
+        while isinstance(found := self._try(body), _Transient):
+            attempt += 1
+            if attempt > self._retries or stop.is_set():
+                tries = "1 try" if attempt == 1 else f"{attempt} tries"
+                raise SlimError(
+                    f"teacher {self.name}: {self._url}: {found} ({tries})",
+                    "start the server, or give it more time with distill.ask.timeout; answers "
+                    "so far are kept",
+                )
+            wait = self._backoff * 2 ** (attempt - 1) if found.wait is None else found.wait
+            stop.wait(min(wait, _LONGEST_WAIT))
+        return found
+
+    def _try(self, body: bytes) -> tuple[str, str] | _Transient:
+        try:
+            return self._read(self._post(body))
+        except _Transient as error:
+            return error
 
     def _post(self, body: bytes) -> bytes:
         headers = {"Content-Type": "application/json", "User-Agent": "mlx-slim"}
@@ -221,7 +226,8 @@ class EndpointTeacher:
         except (ValueError, LookupError, TypeError, AttributeError):
             said = self._safe(data[:4096].decode("utf-8", "replace"))
             raise SlimError(
-                f"teacher {self.name}: {self._url} answered no chat completion: {said or 'nothing'}",
+                f"teacher {self.name}: {self._url} answered no chat completion: "
+                f"{said or 'nothing'}",
                 "check base_url: it should end in /v1",
             ) from None
         return text or "", _REASONS.get(reason, "eos")
