@@ -363,3 +363,17 @@ def test_reading_streams(tmp_path, suffix):
     tracemalloc.stop()
     assert count == 20_000
     assert peak < 8e6
+
+
+def test_a_source_can_be_a_range_of_rows(make, tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", [{"text": f"row {i}"} for i in range(10)])
+    raws = list(sources.find(SourceConfig(path=str(path), skip=3, limit=2)))
+    assert [(raw.number, raw.value["text"]) for raw in raws] == [(4, "row 3"), (5, "row 4")]
+    whole = make("", path=[{"path": str(path)}])
+    part = make("", path=[{"path": str(path), "skip": 8}])
+    assert (len(whole.train), len(part.train)) == (10, 2)
+    assert part.fingerprint != whole.fingerprint
+    with pytest.raises(SlimError, match="skip=10 leaves no row"):
+        make("", path=[{"path": str(path), "skip": 10}])
+    with pytest.raises(SlimError, match="is a task"):
+        sources.find(SourceConfig(path="task:gsm8k"))
