@@ -12,7 +12,7 @@ Files in the run folder: ``answers.jsonl`` (in ``distill.cache``, where that is 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -45,7 +45,13 @@ RECORD = "teaching.json"
 _FIRST = 5  # ids named for each reason
 
 
-def teach(recipe: Recipe, method: str, out: Path, observer: events.Observer) -> Taught:
+def teach(
+    recipe: Recipe,
+    method: str,
+    out: Path,
+    observer: events.Observer,
+    ready: Callable[[], None] = lambda: None,
+) -> Taught:
     """Let the teachers of ``recipe`` write, and return what the student learns.
 
     Args:
@@ -53,6 +59,7 @@ def teach(recipe: Recipe, method: str, out: Path, observer: events.Observer) -> 
         method: ``sequence`` or ``rationales``.
         out: The run folder, which exists.
         observer: Hears of progress and counts.
+        ready: Called when everything is checked, before the first question is asked.
 
     Raises:
         SlimError: Rows that cannot be asked about, or a teacher that does not answer; what was
@@ -83,23 +90,20 @@ def teach(recipe: Recipe, method: str, out: Path, observer: events.Observer) -> 
             "a teacher answers rows with a question; distill.method=logits takes plain text",
         )
     file = AnswerFile(answers)
-    written = []
-    for number, teacher in enumerate(config.teachers, 1):
-        written.append(_ask(teacher, number, recipe, method, asking, file, observer))
+    questions = _questions(config, method, asking)
+    teachers = [_teacher(teacher, recipe) for teacher in config.teachers]
+    ready()
+    observer.notify(events.Notice(_rows_sentence(ledgers, len(held_out), len(train), len(asking))))
+    written = [
+        _ask(teacher, f"teacher {number} of {len(teachers)}", questions, file, observer)
+        for number, teacher in enumerate(teachers, 1)
+    ]
     report: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "key": key,
         "method": method,
         "rows_given": sum(ledger.given for ledger in ledgers),
-        "rows_dropped": dict(
-            Counter(
-                {
-                    reason: tally.count
-                    for ledger in ledgers
-                    for reason, tally in ledger.dropped.items()
-                }
-            )
-        ),
+        "rows_dropped": _dropped(ledgers),
         "rows_held_out": len(held_out),
         "rows_without_a_question": len(train) - len(asking),
         "answers": str(answers) if config.cache else ANSWERS,
@@ -146,6 +150,23 @@ def _read(data: DataConfig, out: Path) -> tuple[list[SourceLedger], list[Lesson]
     return ledgers, lessons
 
 
+def _rows_sentence(ledgers: Sequence[SourceLedger], held_out: int, train: int, asking: int) -> str:
+    """Return what became of the rows, in one line."""
+    text = f"rows: {sum(ledger.given for ledger in ledgers):,} given, {train:,} to learn"
+    notes = [f"{count:,} {reason}" for reason, count in _dropped(ledgers).items()]
+    notes += [f"{held_out:,} held out"] if held_out else []
+    notes += [f"{train - asking:,} ask nothing"] if train > asking else []
+    return text + (f" ({'; '.join(notes)})" if notes else "")
+
+
+def _dropped(ledgers: Sequence[SourceLedger]) -> dict[str, int]:
+    """Return reason -> rows, over all sources."""
+    counts: Counter[str] = Counter()
+    for ledger in ledgers:
+        counts.update({reason: tally.count for reason, tally in ledger.dropped.items()})
+    return dict(counts)
+
+
 def _held_out(data: DataConfig, count: int, seed: int) -> set[int]:
     if isinstance(data.validation, str):
         return set()
@@ -177,32 +198,24 @@ class _Teaching:
 
 
 def _ask(
-    config: TeacherConfig,
-    number: int,
-    recipe: Recipe,
-    method: str,
-    lessons: Sequence[Lesson],
+    teacher: Teacher,
+    title: str,
+    questions: Sequence[Asked],
     file: AnswerFile,
     observer: events.Observer,
 ) -> _Teaching:
-    """Ask one teacher about every lesson, and let go of it."""
-    distill = recipe.distill
-    assert distill is not None
-    asked = _questions(distill, method, lessons)
-    teacher = _teacher(config, recipe)
+    """Ask one teacher everything that is not in the file, and let go of it."""
+    missing = sum(file.find(teacher, question) is None for question in questions)
+    text = f"{title}, {teacher.name}: {missing:,} answers to write"
+    observer.notify(events.Notice(f"{text}, {len(questions) - missing:,} kept"))
+
+    def progress(done: int, total: int) -> None:
+        observer.notify(events.Notice(f"{teacher.name}: {done:,} of {total:,} answered"))
+
     try:
-        missing = sum(file.find(teacher, question) is None for question in asked)
-        what = "rationales" if method == "rationales" else "answers"
-        text = f"teacher {number} of {len(distill.teachers)}, {teacher.name}: {missing:,} {what} "
-        observer.notify(events.Notice(f"{text}to write, {len(asked) - missing:,} kept"))
-
-        def progress(done: int, total: int) -> None:
-            observer.notify(events.Notice(f"{teacher.name}: {done:,} of {total:,} answered"))
-
-        written = file.collect(teacher, asked, progress)
+        return _sifted(teacher, file.collect(teacher, questions, progress))
     finally:
         teacher.close()
-    return _sifted(teacher, written)
 
 
 def _questions(distill: DistillConfig, method: str, lessons: Sequence[Lesson]) -> list[Asked]:
@@ -213,6 +226,7 @@ def _questions(distill: DistillConfig, method: str, lessons: Sequence[Lesson]) -
 
 
 def _teacher(config: TeacherConfig, recipe: Recipe) -> Teacher:
+    """Return the teacher, checked; nothing heavy is loaded."""
     assert recipe.distill is not None
     ask = recipe.distill.ask
     if config.base_url is not None:

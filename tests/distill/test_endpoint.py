@@ -1,4 +1,4 @@
-"""A teacher behind HTTP, against a real server: what it sends, repeats, gives up, and never says."""
+"""A teacher behind HTTP, against a real server: what it sends, repeats, and never says."""
 
 from __future__ import annotations
 
@@ -81,7 +81,13 @@ def test_the_answers_before_a_failure_are_given():
 
 @pytest.mark.parametrize(
     "reply",
-    [b"<html>welcome</html>", b'{"choices": []}', b"[1]", b"", b'{"choices":[{"message":{"content":3}}]}'],
+    [
+        b"<html>welcome</html>",
+        b'{"choices": []}',
+        b"[1]",
+        b"",
+        b'{"choices":[{"message":{"content":3}}]}',
+    ],
 )
 def test_what_is_no_completion_is_said(reply):
     with (

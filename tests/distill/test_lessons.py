@@ -76,7 +76,13 @@ def test_answers_become_rows_of_the_same_form():
         "id": "a.jsonl:2", "instruction": "[why] Add.", "input": "1 1", "output": "two",
     }  # fmt: skip
     row = chat.row("two", "[why] ")
-    assert [m["content"] for m in row["messages"]] == ["Be short.", "One?", "1", "[why] Two?", "two"]
+    assert [m["content"] for m in row["messages"]] == [
+        "Be short.",
+        "One?",
+        "1",
+        "[why] Two?",
+        "two",
+    ]
     assert chat.row()["messages"] == CHAT["messages"]  # and the example was not changed
 
 

@@ -23,7 +23,7 @@ def written_out(model: nn.Module, rows: MemoryRows) -> mx.array:
     total = mx.array(0.0)
     for group, share in enumerate(SHARES):
         nll, count = mx.array(0.0), 0
-        for number in np.flatnonzero(GROUPS == group):
+        for number in np.flatnonzero(group == GROUPS):
             ids, supervised = rows.row(int(number))
             logits_TV = model(mx.array(ids)[None])[0].astype(mx.float32)
             logp_TV = logits_TV - mx.logsumexp(logits_TV, axis=-1, keepdims=True)

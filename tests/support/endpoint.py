@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -73,10 +73,8 @@ def serving(script: Script = answers, *, slow: float = 0.0, port: int = 0) -> It
             pass
 
         def handle(self) -> None:
-            try:
+            with suppress(ConnectionError):  # the client gave up
                 super().handle()
-            except ConnectionError:  # the client gave up
-                pass
 
     server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server.daemon_threads = True
