@@ -48,11 +48,6 @@ class TeacherConfig(Section):
             compile_text(value)
         return value
 
-    @property
-    def label(self) -> str:
-        """``name``, else the last part of ``model``, else ``base``."""
-        return self.name or (self.model or "base").rstrip("/").rsplit("/", 1)[-1]
-
     @model_validator(mode="after")
     def _an_endpoint_is_no_folder(self) -> TeacherConfig:
         if self.base_url is None:
@@ -141,13 +136,6 @@ class DistillConfig(Section):
     top_k: Literal["all"] | PositiveInt = 64
     cache: str | None = None
     ask: AskConfig = AskConfig()
-
-    @model_validator(mode="after")
-    def _teachers_can_be_told_apart(self) -> DistillConfig:
-        labels = [teacher.label for teacher in self.teachers]
-        if twice := [label for label in labels if labels.count(label) > 1]:
-            raise ValueError(f"two teachers are called {twice[0]}: give each a name")
-        return self
 
     @model_validator(mode="after")
     def _two_students(self) -> DistillConfig:

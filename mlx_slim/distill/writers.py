@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import mlx.core as mx
 
-from mlx_slim.adapters.store import check_adapter, load_adapter
-from mlx_slim.artifacts import hash_bytes, hash_files
+from mlx_slim.adapters.store import check_adapter
+from mlx_slim.artifacts import hash_bytes
+from mlx_slim.config.distill import TeacherConfig
 from mlx_slim.data.tokenize import unwrap
+from mlx_slim.distill.teachers import fingerprint, load_teacher, name_of
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluate.generate import generate_batch
 from mlx_slim.evaluate.requests import Encoder, max_length
-from mlx_slim.models.load import load, load_tokenizer, read_config, resolve
-from mlx_slim.models.quantized import densify, densify_pays
-from mlx_slim.runtime import dtype_name
+from mlx_slim.models.load import load_tokenizer, read_config
 
 Message = dict[str, Any]
-_FILES = ("model*.safetensors", "config.json", "tokenizer*", "*.jinja")
 
 
 class Teacher(Protocol):
@@ -61,10 +59,7 @@ class LocalTeacher:
     """A model of this machine, read through its own chat template where it has one.
 
     Args:
-        name: In the answers' lines.
-        model: Hub id or folder.
-        revision: Of a hub model.
-        adapter: Adapter folder that it wears, or None.
+        config: The teacher, with its model.
         dtype: To compute in.
         max_tokens: Longest answer, tokens.
         until: Texts that end an answer.
@@ -77,39 +72,24 @@ class LocalTeacher:
     together = True
 
     def __init__(
-        self,
-        name: str,
-        model: str,
-        *,
-        revision: str | None = None,
-        adapter: str | None = None,
-        dtype: mx.Dtype,
-        max_tokens: int,
-        until: Sequence[str] = (),
+        self, config: TeacherConfig, *, dtype: mx.Dtype, max_tokens: int, until: Sequence[str] = ()
     ) -> None:
-        self.name, self.truncated = name, 0
-        self._model, self._revision, self._dtype = model, revision, dtype
-        self._adapter = None if adapter is None else Path(adapter)
+        self.name, self.truncated = name_of(config), 0
+        self._config, self._dtype = config, dtype
         self._max_tokens, self._until = max_tokens, list(until)
-        folder = resolve(model, revision)
-        self._tokenizer: Any = load_tokenizer(folder)
-        if self._adapter is not None:
-            check_adapter(self._adapter)
+        if config.adapter is not None:
+            check_adapter(config.adapter)
+        model = config.model or ""
+        known = fingerprint(config, dtype)
+        self._tokenizer: Any = load_tokenizer(model, revision=config.revision)
         template = getattr(unwrap(self._tokenizer), "chat_template", None)
         self._chat = bool(template)
-        self._loaded: Any = None
-        self._encoder = Encoder(
-            self._tokenizer,
-            max_length(read_config(model, revision), self._tokenizer),
-            chat=self._chat,
-        )
-        files = {path for pattern in _FILES for path in folder.glob(pattern)}
-        worn = self._adapter.glob("adapter*") if self._adapter is not None else ()
+        self._model: Any = None
+        longest = max_length(read_config(model, config.revision), self._tokenizer)
+        self._encoder = Encoder(self._tokenizer, longest, chat=self._chat)
         self._settings = {
-            "model_sha256": hash_files(files),
-            "adapter_sha256": hash_files(worn) if self._adapter is not None else None,
+            **known,
             "template": hash_bytes(str(template).encode()),
-            "dtype": dtype_name(dtype),
             "max_tokens": max_tokens,
             "until": self._until,
         }
@@ -121,18 +101,13 @@ class LocalTeacher:
 
     def answer(self, prompts: Sequence[list[Message]]) -> Iterator[tuple[str, str]]:
         """Yield the greedy answers, computed as one batch."""
-        if self._loaded is None:
-            self._loaded = load(self._model, revision=self._revision, dtype=self._dtype)
-            if densify_pays(self._loaded.model):
-                densify(self._loaded.model)
-            if self._adapter is not None:
-                load_adapter(self._loaded.model, self._adapter)
-            self._loaded.model.eval()
+        if self._model is None:
+            self._model = load_teacher(self._config, self._dtype)
         cut = self._encoder.truncated
         ids = [self._encoder.prompt(self.text(chat), self._max_tokens) for chat in prompts]
         self.truncated += self._encoder.truncated - cut
         answers = generate_batch(
-            self._loaded.model,
+            self._model,
             self._tokenizer,
             ids,
             self._max_tokens,
@@ -164,6 +139,6 @@ class LocalTeacher:
 
     def close(self) -> None:
         """Free the model."""
-        self._loaded = None
+        self._model = None
         gc.collect()
         mx.clear_cache()

@@ -22,7 +22,13 @@ from mlx_slim.data.prepare import Prepared
 from mlx_slim.models.load import load
 from mlx_slim.models.save import save_model
 from mlx_slim.train.step import Objective
-from mlx_slim.workflows.prepare import Tuned, from_rows, prepare_base, prepare_model
+from mlx_slim.workflows.prepare import (
+    Tuned,
+    from_rows,
+    prepare_base,
+    prepare_data,
+    prepare_model,
+)
 
 
 class Course:
@@ -34,6 +40,10 @@ class Course:
     def model(self, recipe: Recipe) -> Tuned:
         """Return what is trained."""
         return prepare_model(recipe)
+
+    def rows(self, recipe: Recipe, tuned: Tuned, out: Path, *, unchanged: bool) -> Prepared:
+        """Return the rows, tokenised in ``out``; with ``unchanged`` refuse other ones."""
+        return prepare_data(recipe, tuned, out, unchanged=unchanged)
 
     def read(self, recipe: Recipe, tuned: Tuned, data: Prepared, out: Path) -> None:
         """Take note of the rows, before the objectives are asked for."""

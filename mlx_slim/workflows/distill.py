@@ -48,6 +48,7 @@ from mlx_slim.workflows.finetune import finetune
 from mlx_slim.workflows.mutual import Together
 from mlx_slim.workflows.prepare import Tuned
 from mlx_slim.workflows.run_folder import Result
+from mlx_slim.workflows.texts import learn_from_texts
 
 CACHE_FOLDER = "targets"  # inside a run folder, unless distill.cache names another
 
@@ -86,10 +87,7 @@ def distill(
         _check_same_tokens(recipe, teachers[0], observer)
         both = Together(recipe.distill, teachers[0])
         return finetune(resolved, out, observer=observer, resume=resume, course=both)
-    raise SlimError(
-        f"distill.method={method} is not part of this version",
-        "teachers with the student's tokenizer can be learned from with distill.method=logits",
-    )
+    return learn_from_texts(resolved, out, teachers, method, observer=observer, resume=resume)
 
 
 def with_model(teacher: TeacherConfig, recipe: Recipe) -> TeacherConfig:

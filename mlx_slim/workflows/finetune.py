@@ -38,7 +38,7 @@ from mlx_slim.train.metrics import MetricsFile
 from mlx_slim.train.optim import trainable
 from mlx_slim.train.remat import checkpointed
 from mlx_slim.workflows.course import Course
-from mlx_slim.workflows.prepare import Tuned, build_loop, prepare_data
+from mlx_slim.workflows.prepare import Tuned, build_loop
 from mlx_slim.workflows.run_folder import (
     STATE_FILE,
     Result,
@@ -92,7 +92,7 @@ def finetune(
         course.begin(recipe, observer)
         built = _build(recipe, course, out, listeners, budget, unchanged=started)
         with checkpointed(anatomy.blocks(built.tuned.model), recipe.train.grad_checkpoint):
-            if not started:
+            if not (out / "checkpoints").exists():
                 _check_disk(out, built.prediction)
                 course.check_disk(out)
             _preflight(built.loop, built.prediction, budget)
@@ -160,7 +160,7 @@ def _build(
     unchanged: bool,
 ) -> _Built:
     tuned = course.model(recipe)
-    data = prepare_data(recipe, tuned, out, unchanged=unchanged)
+    data = course.rows(recipe, tuned, out, unchanged=unchanged)
     course.read(recipe, tuned, data, out)
     prediction = course.predict(recipe, tuned, data.train.lengths.tolist())
     loop = build_loop(recipe, tuned, data, out, observer, budget, course.objectives)

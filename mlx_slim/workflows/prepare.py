@@ -18,9 +18,10 @@ from mlx_lm.utils import get_total_parameters
 from mlx_slim import events
 from mlx_slim.adapters.inject import Injected, inject
 from mlx_slim.adapters.variants import learning_rate_scale
-from mlx_slim.config.schema import Recipe
+from mlx_slim.config.schema import DataConfig, Recipe, SourceConfig
 from mlx_slim.data.batches import Batcher, choose_mode
 from mlx_slim.data.prepare import Prepared, prepare
+from mlx_slim.data.sources import Source
 from mlx_slim.errors import SlimError
 from mlx_slim.models import anatomy
 from mlx_slim.models.load import Loaded, load
@@ -90,18 +91,29 @@ def prepare_model(recipe: Recipe) -> Tuned:
     return Tuned(loaded, config, injected, total)
 
 
-def prepare_data(recipe: Recipe, tuned: Tuned, out: Path, *, unchanged: bool) -> Prepared:
-    """Tokenise the rows on rank 0, then open them on every rank."""
+def prepare_data(
+    recipe: Recipe,
+    tuned: Tuned,
+    out: Path,
+    *,
+    unchanged: bool,
+    data: DataConfig | None = None,
+    find: Callable[[SourceConfig], Source] | None = None,
+) -> Prepared:
+    """Tokenise the rows on rank 0, then open them on every rank.
+
+    ``data`` stands for ``recipe.data`` where a run learns from other rows, ``find`` finds them.
+    """
 
     def rows() -> Prepared:
         return prepare(
-            recipe.data,
+            data or recipe.data,
             tuned.loaded.tokenizer,
             max_length=recipe.train.max_length,
             seed=recipe.train.seed,
             folder=out,
             unchanged=unchanged,
-            find=finder(out),
+            find=find or finder(out),
         )
 
     if world().rank() == 0:

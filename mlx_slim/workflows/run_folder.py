@@ -112,14 +112,14 @@ def fresh(out: Path, *, keep: bool) -> Iterator[None]:
         raise
 
 
-def state_record(resolved: Resolved, data: Prepared) -> dict[str, Any]:
-    """Return ``recipe.json``: what a resume must match."""
+def state_record(resolved: Resolved, data: Prepared | None) -> dict[str, Any]:
+    """Return ``recipe.json``: what a resume must match; ``data`` is None before there are rows."""
     return {
         "schema_version": SCHEMA_VERSION,
         "name": resolved.name,
         "recipe": resolved.recipe.model_dump(mode="json"),
         "origins": resolved.origins,
-        "data": data.fingerprint,
+        "data": None if data is None else data.fingerprint,
     }
 
 

@@ -167,7 +167,8 @@ def write_taught(
 def _group_name(group: int, distill: DistillConfig) -> str:
     if not group:
         return "data"
-    label = distill.teachers[group - 1].label
+    label = distill.teachers[group - 1].name or distill.teachers[group - 1].model or "teacher"
+    label = label.rstrip("/").rsplit("/", 1)[-1]
     return f"{group}-" + "".join(c if c.isalnum() or c in "-_." else "-" for c in label)
 
 

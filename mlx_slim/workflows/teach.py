@@ -34,6 +34,7 @@ from mlx_slim.data.split import choose_validation, quotas
 from mlx_slim.distill.answers import AnswerFile, Asked, Written
 from mlx_slim.distill.endpoint import EndpointTeacher
 from mlx_slim.distill.lessons import Lesson, read_lessons
+from mlx_slim.distill.teachers import name_of
 from mlx_slim.distill.writers import LocalTeacher, Teacher
 from mlx_slim.errors import SlimError
 from mlx_slim.runtime import resolve_dtype
@@ -47,6 +48,7 @@ _FIRST = 5  # ids named for each reason
 
 def teach(
     recipe: Recipe,
+    teachers: Sequence[TeacherConfig],
     method: str,
     out: Path,
     observer: events.Observer,
@@ -56,6 +58,7 @@ def teach(
 
     Args:
         recipe: With a ``distill`` section.
+        teachers: Its teachers, each with its model.
         method: ``sequence`` or ``rationales``.
         out: The run folder, which exists.
         observer: Hears of progress and counts.
@@ -91,12 +94,13 @@ def teach(
         )
     file = AnswerFile(answers)
     questions = _questions(config, method, asking)
-    teachers = [_teacher(teacher, recipe) for teacher in config.teachers]
+    writers = [_writer(teacher, recipe) for teacher in teachers]
+    _check_names([writer.name for writer in writers])
     ready()
     observer.notify(events.Notice(_rows_sentence(ledgers, len(held_out), len(train), len(asking))))
     written = [
-        _ask(teacher, f"teacher {number} of {len(teachers)}", questions, file, observer)
-        for number, teacher in enumerate(teachers, 1)
+        _ask(writer, f"teacher {number} of {len(writers)}", questions, file, observer)
+        for number, writer in enumerate(writers, 1)
     ]
     report: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
@@ -225,31 +229,32 @@ def _questions(distill: DistillConfig, method: str, lessons: Sequence[Lesson]) -
     return [lesson.rationale(template) for lesson in lessons]
 
 
-def _teacher(config: TeacherConfig, recipe: Recipe) -> Teacher:
+def _writer(config: TeacherConfig, recipe: Recipe) -> Teacher:
     """Return the teacher, checked; nothing heavy is loaded."""
     assert recipe.distill is not None
     ask = recipe.distill.ask
-    if config.base_url is not None:
-        return EndpointTeacher(
-            config.label,
-            config.base_url,
-            config.model or "",
-            api_key_env=config.api_key_env,
-            max_tokens=ask.max_tokens,
-            until=ask.until,
-            concurrency=ask.concurrency,
-            timeout=ask.timeout,
-            retries=ask.retries,
-        )
-    return LocalTeacher(
-        config.label,
-        config.model or recipe.model,
-        revision=config.revision if config.model else recipe.revision,
-        adapter=config.adapter,
-        dtype=resolve_dtype(recipe.train.dtype),
+    if config.base_url is None:
+        dtype = resolve_dtype(recipe.train.dtype)
+        return LocalTeacher(config, dtype=dtype, max_tokens=ask.max_tokens, until=ask.until)
+    return EndpointTeacher(
+        name_of(config),
+        config.base_url,
+        config.model or "",
+        api_key_env=config.api_key_env,
         max_tokens=ask.max_tokens,
         until=ask.until,
+        concurrency=ask.concurrency,
+        timeout=ask.timeout,
+        retries=ask.retries,
     )
+
+
+def _check_names(names: Sequence[str]) -> None:
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise SlimError(
+            f"two teachers are called {twice[0]}, and their answers stand in one file",
+            "give each a name: distill.teachers=[{model: …, name: …}, …]",
+        )
 
 
 def _sifted(teacher: Teacher, written: Sequence[Written]) -> _Teaching:

@@ -14,7 +14,7 @@ import pytest
 
 from mlx_slim.config.load import from_values
 from mlx_slim.errors import SlimError
-from mlx_slim.workflows.teach import teach
+from mlx_slim.workflows import teach as phase
 from tests.support.endpoint import answers, completion, serving
 from tests.support.runs import Recorder, write_rows
 
@@ -35,6 +35,10 @@ def recipe(rows: Path, base_url: str, method: str = "rationales", count: int = 1
         },
     }
     return from_values(values, "small", "test").recipe
+
+
+def teach(config, *words):
+    return phase.teach(config, config.distill.teachers, *words)
 
 
 @pytest.fixture
@@ -182,9 +186,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from mlx_slim.distill.answers import AnswerFile
-from mlx_slim.workflows.teach import teach
 from tests.support.runs import Recorder
-from tests.workflows.test_teach import recipe
+from tests.workflows.test_teach import recipe, teach
 
 append, calls = AnswerFile.append, []
 
