@@ -14,7 +14,11 @@ JOBS ?= 2
 RECIPES := tinyllama-full tinyllama-lora tinyllama-qlora \
 	phi2-full phi2-lora phi2-qlora \
 	mistral-lora mistral-qlora llama2-lora llama2-qlora \
-	smollm2-full smollm2-lora smollm2-qlora smollm2-dora distill-smollm2
+	smollm2-full smollm2-lora smollm2-qlora smollm2-dora distill-smollm2 \
+	tailored-arc-easy tailored-arc-challenge tailored-openbookqa tailored-pubmedqa \
+	tinyllm-arc tinyllm-openbookqa tinyllm-pubmedqa
+# Those with teachers.
+TAUGHT := distill-% tinyllm-%
 .PHONY: $(RECIPES)
 
 help:
@@ -41,7 +45,7 @@ compare: $(VENV)/.base
 		$(if $(wildcard $(COMPARISON)/matrix.json),--resume) $(ARGS)
 
 $(RECIPES): $(VENV)/.base
-	@$(BIN)/mlx-slim $(if $(filter distill-%,$@),distill,train) $@ -o "runs/$@" $(if $(wildcard runs/$@/recipe.json),--resume) \
+	@$(BIN)/mlx-slim $(if $(filter $(TAUGHT),$@),distill,train) $@ -o "runs/$@" $(if $(wildcard runs/$@/recipe.json),--resume) \
 		$(if $(MODEL),"model=$(MODEL)" revision=null) $(ARGS)
 
 test: $(VENV)/.dev

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_slim.artifacts import disk_errors, hash_json
+from mlx_slim.artifacts import disk_errors, hash_bytes
 from mlx_slim.distill.writers import Message, Teacher
 from mlx_slim.errors import SlimError
 
@@ -84,7 +84,7 @@ def _repeats(text: str) -> bool:
 
 def short_hash(value: Any) -> str:
     """Return the first characters of the SHA-256 of a JSON value."""
-    return hash_json(value)[:_DIGITS]
+    return hash_bytes(json.dumps(value, sort_keys=True).encode())[:_DIGITS]
 
 
 class AnswerFile:
@@ -142,6 +142,7 @@ class AnswerFile:
     def append(self, teacher: Teacher, asked: Asked, text: str, stop_reason: str) -> None:
         """Write one answer to the end of the file, and to the disk."""
         _, name, prompt, settings = self._key(teacher, asked)
+        text = text.encode("utf-8", "replace").decode()  # half a character cannot be written
         alone = len(asked.messages) == 1
         line = {
             "id": asked.id,
@@ -154,7 +155,7 @@ class AnswerFile:
             "settings_hash": settings,
             "generation_hash": short_hash(text),
         }
-        data = json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        data = json.dumps(line, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
         with disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as handle:

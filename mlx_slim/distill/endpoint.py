@@ -124,6 +124,7 @@ class EndpointTeacher:
                 try:
                     futures[index].set_result(self._ask(prompts[index], stop))
                 except BaseException as error:
+                    stop.set()  # questions before this one are answered or being asked
                     futures[index].set_exception(error)
 
         # Daemons: Ctrl-C does not wait for a server.

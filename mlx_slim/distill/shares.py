@@ -6,8 +6,8 @@ Invariant: the loop's loss of all rows, with the weights of ``target_weights``, 
 
 where g is a group of rows (the data's own answers; each teacher's texts), N_g its supervised
 targets and a_g its weight. The loop divides a batch's weighted sum by the batch's N targets, so the
-weight of a target in g is w = a_g · N / N_g with N = Σ_g N_g, all counted over the training rows (a
-row that comes twice counts twice). One batch of all rows gives L itself; a smaller one gives the
+weight of a target in g is w = a_g · N / N_g with N = Σ_g N_g, counted over the training rows (a row
+that comes twice counts twice). One batch of all rows gives L itself; a smaller one gives the
 part of L that its rows have, scaled to its size. Paper: arXiv 2402.04616 (a = 1 for the
 answer, α_m for teacher m).
 Legend: R rows, S targets.

@@ -173,6 +173,6 @@ def _group_name(group: int, distill: DistillConfig) -> str:
 
 
 def _write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with file.open("w", encoding="utf-8") as handle:
+    with file.open("w", encoding="utf-8", errors="replace") as handle:
         for row in rows:
             handle.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -213,8 +213,13 @@ def _ask(
     text = f"{title}, {teacher.name}: {missing:,} answers to write"
     observer.notify(events.Notice(f"{text}, {len(questions) - missing:,} kept"))
 
+    told = 0
+
     def progress(done: int, total: int) -> None:
-        observer.notify(events.Notice(f"{teacher.name}: {done:,} of {total:,} answered"))
+        nonlocal told
+        if 10 * done // total > told:
+            told = 10 * done // total
+            observer.notify(events.Notice(f"teacher {teacher.name}: {10 * told}% answered"))
 
     try:
         return _sifted(teacher, file.collect(teacher, questions, progress))

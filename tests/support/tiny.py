@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -119,4 +120,29 @@ def tiny_model(
     (folder / "config.json").write_text(
         json.dumps({**config, "architectures": ["Tiny"], "torch_dtype": "float32"}, indent=1)
     )
+    return folder
+
+
+def speaking_model(folder: Path, text: str) -> Path:
+    """Write a model that answers everything with ``text``, whose characters are all different.
+
+    Embeddings are unit vectors, blocks add nothing, and the head names each token's successor.
+    """
+    assert len(set(text)) == len(text)
+    tiny_model(folder, shards=1, hidden_size=288, num_hidden_layers=1)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    said = [*tokenizer.encode(text).ids, tokenizer.token_to_id(SPECIALS[2])]
+    following = dict(pairwise(said))
+    head = mx.zeros((VOCAB, 288))
+    for token in range(VOCAB):
+        head[following.get(token, said[0]), token] = 1.0
+    file = folder / "model-00001-of-00001.safetensors"
+    weights = dict(mx.load(str(file)))  # type: ignore[arg-type]
+    weights["model.embed_tokens.weight"] = mx.eye(VOCAB, 288)
+    weights["lm_head.weight"] = head
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        key = f"model.layers.0.{name}.weight"
+        weights[key] = mx.zeros_like(weights[key])
+    mx.eval(weights)
+    mx.save_safetensors(str(file), weights, metadata={"format": "pt"})
     return folder
