@@ -14,10 +14,11 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_slim.analyze.peak import breakdown
-from mlx_slim.analyze.shapes import Shapes, build, leaves, shapes, to_dtype
+from mlx_slim.analyze.shapes import Shapes, leaves, shapes, to_dtype
 from mlx_slim.analyze.suggest import Suggestion, suggestions
 from mlx_slim.analyze.work import SUPERVISED, Speed, Work, expected_work, predicted_seconds
 from mlx_slim.config.schema import Recipe
+from mlx_slim.models.build import build
 from mlx_slim.runtime import DTYPES, dtype_name, memory_budget, on_gpu, resolve_dtype
 
 _SAVED_STEPS_BESIDES = 2  # the best checkpoint, and the one being written

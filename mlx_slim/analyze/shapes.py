@@ -8,7 +8,7 @@ counts and bytes are exact. Try it: ``mlx-slim plan tinyllama-qlora --json``.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,6 +19,7 @@ from mlx_slim.adapters.lora import dimensions
 from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError
 from mlx_slim.models.anatomy import GATED_MLP
+from mlx_slim.models.build import WIDTHS, build
 from mlx_slim.models.quantized import is_quantized
 from mlx_slim.quantize.policy import make_policy
 from mlx_slim.train.optim import Optimizer
@@ -103,40 +104,6 @@ def leaves(model: nn.Module) -> list[tuple[str, mx.array]]:
     return tree_flatten(model.parameters())  # pyright: ignore[reportReturnType]
 
 
-def build(config: dict[str, Any]) -> nn.Module:
-    """Return the model of ``config``, quantized where the config says so, without evaluating it.
-
-    Raises:
-        SlimError: If mlx-lm does not know the model type, or the config does not fit it.
-    """
-    from mlx_lm.utils import _get_classes
-
-    state = cast(list[mx.array], mx.random.state)
-    high, low = cast(list[int], state[0].tolist())  # building draws numbers
-    try:
-        model_class, args_class = _get_classes(config)
-        model = model_class(args_class.from_dict(config))
-    except (TypeError, ValueError, KeyError, ZeroDivisionError, AssertionError) as error:
-        kind = config.get("model_type")
-        raise SlimError(
-            f"no model can be built from this config (model_type {kind!r}): {error}",
-            "the config.json must be that of a model that mlx-lm knows",
-        ) from error
-    finally:
-        mx.random.seed(high << 32 | low)  # a key is its seed in two words: the caller's, as it was
-    if quantization := config.get("quantization"):
-        base = {k: quantization[k] for k in ("group_size", "bits", "mode") if k in quantization}
-
-        def decide(path: str, module: nn.Module) -> bool | dict[str, Any]:
-            if path in quantization:
-                return quantization[path]
-            width = getattr(module, "weight", mx.zeros((1, 1))).shape[-1]
-            return hasattr(module, "to_quantized") and width % base["group_size"] == 0
-
-        nn.quantize(model, **base, class_predicate=decide)
-    return model
-
-
 def to_dtype(model: nn.Module, dtype: mx.Dtype) -> None:
     """Make the floating parameters of ``model`` arrays of ``dtype``, unevaluated."""
 
@@ -158,6 +125,7 @@ def _blocks(model: Any, config: dict[str, Any], chosen: list[Site], width: int) 
     experts = _first(config, "num_experts_per_tok", default=1)
     silu = config.get("hidden_act", "silu") in ("silu", "swish")
     everything = sites(model)
+    varied = config.get(WIDTHS) or [{}] * len(model.layers)
     result = []
     for index, block in enumerate(model.layers):
         inside = [s for s in everything if s.block == index]
@@ -168,9 +136,9 @@ def _blocks(model: Any, config: dict[str, Any], chosen: list[Site], width: int) 
             Block(
                 width=width,
                 norms=sum("norm" in type(m).__name__.lower() for m in block.modules()),
-                queries=heads * head_dim,
-                keys=kv_heads * head_dim,
-                heads=heads,
+                queries=varied[index].get("heads", heads) * head_dim,
+                keys=varied[index].get("kv_heads", kv_heads) * head_dim,
+                heads=varied[index].get("heads", heads),
                 inner=max((max(s[-2:]) for s in sides), default=width) * (experts if mixed else 1),
                 inputs=sum(i for i, _ in ours),
                 outputs=sum(o for _, o in ours),

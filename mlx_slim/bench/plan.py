@@ -17,10 +17,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_slim.analyze.shapes import build
 from mlx_slim.artifacts import write_text
 from mlx_slim.bench.rounds import run_side
 from mlx_slim.bench.train import METHODS
+from mlx_slim.models.build import build
 from mlx_slim.models.load import load_tokenizer
 from mlx_slim.models.save import save_model
 

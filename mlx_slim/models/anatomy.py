@@ -26,6 +26,13 @@ _BODIES = ("model", "transformer", "backbone", "gpt_neox")
 GATED_MLP = ("gate_proj", "up_proj", "down_proj")
 CPU_ATTENTION = 0.26  # measured: bench/LOG.md
 LINEAR_TYPES = (nn.Linear, nn.QuantizedLinear)
+HEADS, MLP = "heads", "mlp"
+_ATTENTION, _QUERIES, _KEYS = "self_attn", "q_proj", ("k_proj", "v_proj")
+_OUTPUTS = ("o_proj", "dense")
+_HEAD_COUNTS = ("n_heads", "num_heads", "num_attention_heads")
+_KV_COUNTS = ("n_kv_heads", "num_kv_heads", "num_key_value_heads")
+_FEED_FORWARD = "mlp"
+_MLP_LAYERS = (GATED_MLP, ("fc1", "fc2"))  # the last one reads what the others write
 
 
 @dataclass(frozen=True)
@@ -198,3 +205,98 @@ def packs(model: nn.Module) -> bool:
     tolerance = 1e-3 if packed.dtype == mx.float32 else 5e-2
     difference = mx.abs(packed.astype(mx.float32) - alone.astype(mx.float32)).max()
     return number(difference) <= tolerance * number(mx.abs(alone).max())
+
+
+@dataclass(frozen=True)
+class Coupled:
+    """Groups that can only leave a block together (arXiv 2305.11627).
+
+    A group of ``heads`` is one key-value head, its query heads and the output columns that read
+    them; one of ``mlp`` is a neuron: its rows and its column.
+
+    Attributes:
+        kind: ``heads`` or ``mlp``.
+        count: Groups.
+        share: Query heads of a group; 1 for neurons.
+        width: Inputs of the output layer that a group owns.
+        members: (path inside the block, axis) of each tensor; the axis is ``count`` equal parts in
+            the order of the groups.
+        output: Path of the layer that reads the groups.
+    """
+
+    kind: str
+    count: int
+    share: int
+    width: int
+    members: tuple[tuple[str, int], ...]
+    output: str
+
+
+def coupled(block: nn.Module) -> dict[str, Coupled]:
+    """Return the families of coupled groups of a dense block; those that it is known to have."""
+    found = {}
+    attention, mlp = block.get(_ATTENTION), block.get(_FEED_FORWARD)
+    if isinstance(attention, nn.Module):
+        output = next((name for name in _OUTPUTS if name in attention), None)
+        if output and all(name in attention for name in (_QUERIES, *_KEYS)):
+            heads, groups = _count(attention, _HEAD_COUNTS), _count(attention, _KV_COUNTS)
+            width = attention[output]["weight"].shape[1] // groups
+            rows = (_QUERIES, *_KEYS)
+            found[HEADS] = _family(
+                HEADS, groups, heads // groups, width, _ATTENTION, attention, rows, output
+            )
+    if isinstance(mlp, nn.Module):
+        names = next((names for names in _MLP_LAYERS if all(n in mlp for n in names)), None)
+        if names:
+            count = mlp[names[-1]]["weight"].shape[1]
+            found[MLP] = _family(MLP, count, 1, 1, _FEED_FORWARD, mlp, names[:-1], names[-1])
+    return found
+
+
+def _family(
+    kind: str,
+    count: int,
+    share: int,
+    width: int,
+    path: str,
+    owner: nn.Module,
+    rows: tuple[str, ...],
+    output: str,
+) -> Coupled:
+    members = [
+        (f"{path}.{name}.{part}", 0)
+        for name in rows
+        for part in ("weight", "bias")
+        if part in owner[name]
+    ]
+    members.append((f"{path}.{output}.weight", 1))
+    return Coupled(kind, count, share, width, tuple(members), f"{path}.{output}")
+
+
+def _count(attention: nn.Module, names: tuple[str, ...]) -> int:
+    return int(next(getattr(attention, name) for name in names if hasattr(attention, name)))
+
+
+def resize(block: nn.Module, counts: dict[str, int]) -> None:
+    """Give a dense block other numbers of groups, in place; its weights are zeros of new shapes.
+
+    Args:
+        block: As its class builds it.
+        counts: ``heads`` (groups: key-value heads) and ``mlp`` (neurons); what is absent stays.
+    """
+    for kind, family in coupled(block).items():
+        count = counts.get(kind, family.count)
+        for path, axis in family.members:
+            *names, leaf = path.split(".")
+            layer = block
+            for name in names:
+                layer = layer[name]
+            shape = list(layer[leaf].shape)
+            shape[axis] = shape[axis] // family.count * count
+            layer[leaf] = mx.zeros(shape, dtype=layer[leaf].dtype)
+        if kind == HEADS:
+            attention = block[_ATTENTION]
+            for names, value in ((_HEAD_COUNTS, count * family.share), (_KV_COUNTS, count)):
+                for name in names:
+                    if hasattr(attention, name):
+                        setattr(attention, name, value)

@@ -18,6 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_slim.errors import SlimError, did_you_mean
+from mlx_slim.models.build import refuse_varied
 from mlx_slim.models.gguf import ARCHITECTURES, llama3_factors
 from mlx_slim.models.gguf_file import pack_blocks
 from mlx_slim.models.gguf_vocab import vocabulary
@@ -37,6 +38,7 @@ def check_writable_as_gguf(config: dict[str, Any]) -> None:
     Raises:
         SlimError: With what would work.
     """
+    refuse_varied(config, "GGUF")
     kind = config.get("model_type", "")
     if kind not in WRITES:
         raise SlimError(

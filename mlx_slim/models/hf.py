@@ -11,6 +11,7 @@ import copy
 from typing import Any
 
 from mlx_slim.errors import SlimError, did_you_mean
+from mlx_slim.models.build import refuse_varied
 
 # Model type -> class. mlx-lm renames or reshapes the tensors of the others while loading.
 CLASSES = {
@@ -39,6 +40,7 @@ def check_writable_as_hf(config: dict[str, Any]) -> None:
     Raises:
         SlimError: With what would work.
     """
+    refuse_varied(config, "Hugging Face's format")
     kind = config.get("model_type", "")
     if kind not in CLASSES:
         raise SlimError(

@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_slim.artifacts import read_json
 from mlx_slim.errors import SlimError
 from mlx_slim.models.activations import use_fast_swiglu
+from mlx_slim.models.build import apply_widths
 from mlx_slim.models.hub import resolve, resolve_config
 from mlx_slim.models.normalize import Normalized, normalize_config
 from mlx_slim.models.quantized import use_fast_matmul
@@ -200,6 +201,7 @@ def _build(folder: Path, normalized: Normalized, trust: bool) -> tuple[nn.Module
 
         def build(args: Any) -> nn.Module:
             model = model_class(args)
+            apply_widths(model, config)
             # All that does not fit in one error: the stock check stops at the first kind.
             object.__setattr__(
                 model,

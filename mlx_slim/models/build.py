@@ -1,0 +1,120 @@
+"""A config becomes a model without weights: what planning counts and pruning fills.
+
+Invariant: nothing is evaluated, and the caller's random state stays; widths that differ per layer
+(the key ``mlx_slim_widths`` that ``mlx-slim prune --no-uniform`` writes) are those of the blocks.
+Stock mlx-lm does not know that key: it refuses such a folder, whose tensors do not fit the widths
+of the config's own keys. Try it: ``mlx-slim prune MODEL -o DIR --ratio 0.2 --dry-run``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_slim.errors import SlimError
+from mlx_slim.models import anatomy
+
+WIDTHS = "mlx_slim_widths"
+_KEYS = {"heads", "kv_heads", "intermediate_size"}
+
+
+def build(config: dict[str, Any]) -> nn.Module:
+    """Return the model of ``config``, quantized where the config says so, without evaluating it.
+
+    Raises:
+        SlimError: If mlx-lm does not know the model type, or the config does not fit it.
+    """
+    from mlx_lm.utils import _get_classes
+
+    state = cast(list[mx.array], mx.random.state)
+    high, low = cast(list[int], state[0].tolist())  # building draws numbers
+    try:
+        model_class, args_class = _get_classes(config)
+        model = model_class(args_class.from_dict(config))
+    except (TypeError, ValueError, KeyError, ZeroDivisionError, AssertionError) as error:
+        kind = config.get("model_type")
+        raise SlimError(
+            f"no model can be built from this config (model_type {kind!r}): {error}",
+            "the config.json must be that of a model that mlx-lm knows",
+        ) from error
+    finally:
+        mx.random.seed(high << 32 | low)  # a key is its seed in two words: the caller's, as it was
+    apply_widths(model, config)
+    if quantization := config.get("quantization"):
+        base = {k: quantization[k] for k in ("group_size", "bits", "mode") if k in quantization}
+
+        def decide(path: str, module: nn.Module) -> bool | dict[str, Any]:
+            if path in quantization:
+                return quantization[path]
+            width = getattr(module, "weight", mx.zeros((1, 1))).shape[-1]
+            return hasattr(module, "to_quantized") and width % base["group_size"] == 0
+
+        nn.quantize(model, **base, class_predicate=decide)
+    return model
+
+
+def apply_widths(model: nn.Module, config: dict[str, Any]) -> None:
+    """Give the blocks of a model that has no weights yet the widths of ``mlx_slim_widths``.
+
+    Raises:
+        SlimError: If the key does not fit the model.
+    """
+    widths = config.get(WIDTHS)
+    if widths is None:
+        return
+    blocks = anatomy.blocks(model)
+    if not isinstance(widths, list) or len(widths) != len(blocks):
+        seen = f"{len(widths)} entries" if isinstance(widths, list) else repr(widths)
+        raise SlimError(
+            f"config.json: {WIDTHS} has {seen}, the model {len(blocks)} layers",
+            "config.json and the weights must come from the same model",
+        )
+    for index, (block, entry) in enumerate(zip(blocks, widths, strict=True)):
+        families = anatomy.coupled(block)
+        fits = isinstance(entry, dict) and entry.keys() == _KEYS
+        fits = fits and all(type(value) is int and value > 0 for value in entry.values())
+        if not fits or families.keys() != {anatomy.HEADS, anatomy.MLP}:
+            raise SlimError(
+                f"config.json: {WIDTHS}[{index}] is {entry!r}",
+                f"expected {', '.join(sorted(_KEYS))}, whole numbers above 0",
+            )
+        share = families[anatomy.HEADS].share
+        if entry["heads"] != share * entry["kv_heads"]:
+            raise SlimError(
+                f"config.json: {WIDTHS}[{index}] has {entry['heads']} heads over "
+                f"{entry['kv_heads']} key-value heads",
+                f"{share} query heads share a key-value head in this model",
+            )
+        counts = {anatomy.HEADS: entry["kv_heads"], anatomy.MLP: entry["intermediate_size"]}
+        anatomy.resize(block, counts)
+
+
+def widths_of(model: nn.Module) -> list[dict[str, int]]:
+    """Return ``mlx_slim_widths`` of a dense model."""
+    found = []
+    for block in anatomy.blocks(model):
+        families = anatomy.coupled(block)
+        heads = families[anatomy.HEADS]
+        found.append(
+            {
+                "heads": heads.count * heads.share,
+                "kv_heads": heads.count,
+                "intermediate_size": families[anatomy.MLP].count,
+            }
+        )
+    return found
+
+
+def refuse_varied(config: dict[str, Any], format_name: str) -> None:
+    """Refuse a model whose widths differ per layer, where ``format_name`` cannot say them.
+
+    Raises:
+        SlimError: With what would work.
+    """
+    if config.get(WIDTHS) is not None:
+        raise SlimError(
+            f"this model's widths differ per layer, which {format_name} cannot say here",
+            "prune with --uniform: then every toolkit reads it",
+        )

@@ -1,0 +1,1 @@
+"""What of a model matters least, and how it leaves: layers, attention heads, MLP neurons."""

@@ -1,0 +1,78 @@
+"""Walk through a model block by block without knowing how it is written.
+
+Invariant: inside ``routed`` the model's own forward pass asks a function at each block, which may
+look at the hidden states, leave the block out or put others in their place; masks, caches, norms
+and head stay the model's business, and the blocks are as they were afterwards.
+Legend: B rows, T positions, D width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+Forward = Callable[[mx.array], mx.array]
+# (index of the block, its forward pass with its own mask, hidden_BTD) -> hidden_BTD
+Route = Callable[[int, Forward, mx.array], mx.array]
+
+
+def _routed_class(original: type, state: dict[str, Any]) -> type:
+    class Routed(original):  # type: ignore[misc, valid-type]
+        """The same block; a function decides what it does."""
+
+        def __call__(self, hidden: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+            def forward(hidden_BTD: mx.array) -> mx.array:
+                return original.__call__(self, hidden_BTD, *args, **kwargs)
+
+            return state["route"](state["index"][id(self)], forward, hidden)
+
+    Routed.__name__ = f"Routed{original.__name__}"
+    return Routed
+
+
+@contextlib.contextmanager
+def routed(blocks: list[nn.Module], route: Route) -> Iterator[None]:
+    """Let ``route`` decide at each of ``blocks`` while the context is open; it may be nested."""
+    originals = [type(block) for block in blocks]
+    state = {"route": route, "index": {id(block): i for i, block in enumerate(blocks)}}
+    classes = {original: _routed_class(original, state) for original in set(originals)}
+    for block, original in zip(blocks, originals, strict=True):
+        block.__class__ = classes[original]
+    try:
+        yield
+    finally:
+        for block, original in zip(blocks, originals, strict=True):
+            block.__class__ = original
+
+
+class Watched(nn.Module):
+    """A layer that shows its input to ``look`` before it computes."""
+
+    def __init__(self, layer: nn.Module, look: Callable[[mx.array], None]) -> None:
+        super().__init__()
+        self.layer = layer
+        object.__setattr__(self, "look", look)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Return the layer's output."""
+        self.look(x)
+        return self.layer(x)  # pyright: ignore[reportCallIssue]
+
+
+@contextlib.contextmanager
+def watched(block: nn.Module, path: str, look: Callable[[mx.array], None]) -> Iterator[None]:
+    """Show the inputs of the layer at ``path`` inside ``block`` to ``look``."""
+    *names, leaf = path.split(".")
+    owner: Any = block
+    for name in names:
+        owner = owner[name]
+    layer = owner[leaf]
+    owner[leaf] = Watched(layer, look)
+    try:
+        yield
+    finally:
+        owner[leaf] = layer

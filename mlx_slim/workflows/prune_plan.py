@@ -1,0 +1,397 @@
+"""What a pruning will remove, as far as shapes and settings say it; all of it checked.
+
+Invariant: nothing is written and no weight is read; every problem of the settings is said at once.
+Try it: ``mlx-slim prune MODEL -o DIR --ratio 0.2 --dry-run``.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mlx_slim.errors import SlimError, did_you_mean
+from mlx_slim.models import anatomy
+from mlx_slim.models.anatomy import HEADS, MLP
+from mlx_slim.models.build import WIDTHS, build
+from mlx_slim.prune import depth, importance
+from mlx_slim.prune.counts import Counts, count
+from mlx_slim.prune.surgery import (
+    check_supported,
+    config_with_sizes,
+    config_without_layers,
+    says_head_dim,
+)
+from mlx_slim.prune.width import Sizes, sizes_for, sizes_within
+from mlx_slim.runtime import human_bytes
+
+NAMED = "named"
+_DEFAULT = {"depth": "block-influence", "width": "taylor"}
+_METHODS = {"depth": depth.METHODS, "width": importance.METHODS}
+# Rows of calibration text x tokens: what arXiv 2305.11627 takes for gradients; forward passes and
+# similarities are cheaper and noisier.
+_GRADIENT_ROWS, _FORWARD_ROWS = (10, 64), (32, 256)
+_PROTECT = (4, 2, 32)  # first and last layers of how many (arXiv 2305.11627)
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """What to remove, and on what text to judge it; the only home of these defaults.
+
+    Attributes:
+        axis: ``depth`` (layers) or ``width`` (heads and neurons); None follows from the method.
+        method: Of ``depth.METHODS`` or ``importance.METHODS``; None is block influence or taylor.
+        layers: Layers by number, such as ``21-29,31``, instead of a method and a size.
+        ratio: Share of the layers, or of the groups of each layer that may shrink.
+        target_params: Most parameters that may stay.
+        target_bytes: Most bytes of weights that may stay.
+        heads: Prune attention heads; None does where the widths can be said.
+        mlp: Prune MLP neurons; None does.
+        uniform: The same widths in every layer.
+        ranking: ``layer`` or ``global``: groups compete inside their layer, or with all.
+        protect_first: First layers that stay as they are; None scales 4 of 32.
+        protect_last: Last layers that stay; None scales 2 of 32.
+        calibration: Text or data set; None is the Alpaca mirror.
+        samples: Calibration rows; None chooses by method.
+        length: Tokens of a row; None chooses by method.
+        held_out: Tokens that the result is judged on, about.
+        seed: Of the random controls.
+        revision: Commit or tag of a hub model.
+    """
+
+    axis: Literal["depth", "width"] | None = None
+    method: str | None = None
+    layers: str | None = None
+    ratio: float | None = None
+    target_params: int | None = None
+    target_bytes: int | None = None
+    heads: bool | None = None
+    mlp: bool | None = None
+    uniform: bool = True
+    ranking: Literal["layer", "global"] = "layer"
+    protect_first: int | None = None
+    protect_last: int | None = None
+    calibration: str | None = None
+    samples: int | None = None
+    length: int | None = None
+    held_out: int = 2048
+    seed: int = 0
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A pruning that can be done.
+
+    Attributes:
+        axis: ``depth`` or ``width``.
+        method: Resolved; ``named`` for layers given by number.
+        layers: Layers that may go or shrink.
+        removed: Layers that go, where they are named.
+        count: Layers that go.
+        kinds: Families that shrink.
+        sizes: Groups that stay, by kind and layer.
+        before: Counts of the model as it is.
+        parameters: Parameters that stay.
+        rows: Calibration rows and their tokens; (0, 0) if the method looks at none.
+        notes: What a user should know, a line each.
+    """
+
+    axis: str
+    method: str
+    layers: list[int]
+    removed: list[int]
+    count: int
+    kinds: tuple[str, ...]
+    sizes: Sizes
+    before: Counts
+    parameters: int
+    rows: tuple[int, int]
+    notes: list[str]
+
+    def lines(self) -> list[str]:
+        """Return what is known before any weight is read, a fact a line."""
+        total = len(self.before.blocks)
+        what = (
+            f"{self.count} of {total} layers"
+            if self.axis == "depth"
+            else f"{', '.join(self.kinds)} of {len(self.layers)} of {total} layers"
+        )
+        lines = [f"removes    {what}: {self.method}"]
+        for kind, sizes in self.sizes.items():
+            name = "kv heads" if kind == HEADS else "neurons"
+            first = self.layers[0]
+            lines.append(
+                f"{name:<10} {self.before.sizes[kind][first]:,} -> {sizes[first]:,} a layer"
+            )
+        before, after = self.before.total, self.parameters
+        lines.append(f"parameters {before:,} -> {after:,} ({after / before:.1%} stay)")
+        return lines + [f"note       {note}" for note in self.notes]
+
+
+def plan(config: dict[str, Any], options: PruneOptions, itemsize: int) -> Plan:
+    """Return what ``options`` will remove from the model of ``config``.
+
+    Args:
+        config: Normalised, of a dense model.
+        options: As the user gave them.
+        itemsize: Bytes of a stored weight, for ``target_bytes``.
+
+    Raises:
+        SlimError: All that is wrong with the options, or what the model cannot do.
+    """
+    axis, method = _method(options)
+    problems = _conflicts(options, axis)
+    if problems:
+        raise _one_error(problems)
+    check_supported(config)
+    if "quantization" in config:
+        raise SlimError(
+            "the model is quantized: its groups cannot be cut",
+            "make it dense first: mlx-slim convert MODEL -o DIR --dequantize",
+        )
+    model = build(config)
+    counts = count(model)
+    total = len(counts.blocks)
+    if options.layers is not None:
+        removed = parse_layers(options.layers, total)
+        config_without_layers(config, removed)
+        stays = counts.without_layers(removed)
+        return Plan(
+            axis, NAMED, removed, removed, len(removed), (), {}, counts, stays, (0, 0), []
+        )
+    first, last = _protection(options, total)
+    free = list(range(first, total - last))
+    notes: list[str] = []
+    if axis == "width" and options.uniform:
+        free = list(range(total))
+        notes.append(
+            "the same widths in every layer, so no layer is protected (--no-uniform protects the "
+            "first and last; only mlx-slim reads that)"
+        )
+    if not free:
+        raise SlimError(
+            f"all {total} layers are protected: {first} first and {last} last",
+            "give a smaller --protect-first or --protect-last",
+        )
+    target = options.target_params
+    if options.target_bytes is not None:
+        target = options.target_bytes // itemsize
+    if target is not None and target >= counts.total:
+        asked = f"{target:,} parameters"
+        if options.target_bytes is not None:
+            asked = f"{human_bytes(options.target_bytes)} ({asked})"
+        raise SlimError(
+            f"the model has {counts.total:,} parameters already, the target is {asked}",
+            "give a smaller target",
+        )
+    if axis == "depth":
+        return _depth(options, method, free, counts, target, notes)
+    return _width(config, options, method, model, free, counts, target, notes)
+
+
+def _one_error(problems: list[tuple[str, str]]) -> SlimError:
+    if len(problems) == 1:
+        return SlimError(*problems[0])
+    details = [f"{message} ({hint})" if hint else message for message, hint in problems]
+    return SlimError(f"{len(problems)} problems", details=details)
+
+
+def _method(options: PruneOptions) -> tuple[str, str]:
+    """Return axis and method, each from the other where one is absent."""
+    axis, method = options.axis, options.method
+    if options.layers is not None:
+        return axis or "depth", method or NAMED
+    if method is None:
+        axis = axis or "width"
+        return axis, _DEFAULT[axis]
+    for known in [axis] if axis else ["width", "depth"]:
+        if method in _METHODS[known]:
+            return known, method
+    choices = _METHODS[axis] if axis else (*_METHODS["width"], *_METHODS["depth"])
+    other = next((a for a in _METHODS if method in _METHODS[a]), None)
+    hint = f"it is a method of --axis {other}" if other else did_you_mean(method, choices)
+    raise SlimError(f"no method {method!r}" + (f" of axis {axis}" if axis else ""), hint)
+
+
+def _conflicts(options: PruneOptions, axis: str) -> list[tuple[str, str]]:
+    """Return (message, hint) of all that does not go together."""
+    problems: list[tuple[str, str]] = []
+    given = [
+        name
+        for name in ("layers", "ratio", "target_params", "target_bytes")
+        if getattr(options, name) is not None
+    ]
+    flags = [f"--{name.replace('_', '-')}" for name in given]
+    if len(given) != 1:
+        seen = "no size is given" if not given else f"{' and '.join(flags)} are both given"
+        problems.append((seen, "give one of --ratio, --target-params, --target-bytes, --layers"))
+    if options.layers is not None and (axis != "depth" or options.method is not None):
+        problems.append(("--layers names layers: no --method or --axis width goes with it", ""))
+    if options.ratio is not None and not 0 < options.ratio < 1:
+        problems.append((f"--ratio is {options.ratio:g}, expected more than 0 and less than 1", ""))
+    for name in ("target_params", "target_bytes", "samples", "held_out"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            problems.append((f"--{name.replace('_', '-')} is {value}, expected at least 1", ""))
+    if options.length is not None and options.length < 8:
+        problems.append((f"--length is {options.length}, expected at least 8", ""))
+    protected = [
+        f"--{name.replace('_', '-')}"
+        for name in ("protect_first", "protect_last")
+        if getattr(options, name) is not None
+    ]
+    if axis == "depth":
+        wide = [f"--{'' if value else 'no-'}{kind}" for kind, value in _kinds(options).items()]
+        wide += [] if options.uniform else ["--no-uniform"]
+        wide += [] if options.ranking == "layer" else ["--ranking"]
+        if wide:
+            problems.append((f"{', '.join(wide)}: widths stay when layers go", "--axis width"))
+    else:
+        uneven = [*protected] + ([] if options.ranking == "layer" else ["--ranking global"])
+        if options.uniform and uneven:
+            problems.append(
+                (f"{', '.join(uneven)}: --uniform gives all layers one width", "--no-uniform")
+            )
+        if options.heads is False and options.mlp is False:
+            problems.append(("--no-heads and --no-mlp leave nothing to prune", ""))
+    if options.layers is not None and protected:
+        problems.append((f"{', '.join(protected)}: --layers names what goes", ""))
+    return problems
+
+
+def _kinds(options: PruneOptions) -> dict[str, bool]:
+    asked = {HEADS: options.heads, MLP: options.mlp}
+    return {kind: value for kind, value in asked.items() if value is not None}
+
+
+def parse_layers(text: str, total: int) -> list[int]:
+    """Return the numbers of ``21-29,31``, ascending.
+
+    Raises:
+        SlimError: If it is no such list, out of range, or leaves no layer.
+    """
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise SlimError(f"--layers {text!r} is not understood", "write it as 21-29 or 3,5,7-9")
+        found |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
+    if max(found) >= total:
+        raise SlimError(
+            f"there is no layer {max(found)}: the model has layers 0 to {total - 1}",
+            "layers are counted from 0",
+        )
+    if len(found) == total:
+        raise SlimError(f"--layers {text} removes all {total} layers", "keep at least one")
+    return sorted(found)
+
+
+def _protection(options: PruneOptions, total: int) -> tuple[int, int]:
+    first, last, of = _PROTECT
+    pairs = ((options.protect_first, first), (options.protect_last, last))
+    found = [
+        min(usual, round(usual * total / of)) if given is None else given for given, usual in pairs
+    ]
+    return max(0, found[0]), max(0, found[1])
+
+
+def _rows(options: PruneOptions, method: str) -> tuple[int, int]:
+    if method in ("l2", "random", NAMED):
+        return 0, 0
+    samples, length = _GRADIENT_ROWS if method in importance.GRADIENT else _FORWARD_ROWS
+    return options.samples or samples, options.length or length
+
+
+def _depth(
+    options: PruneOptions,
+    method: str,
+    free: list[int],
+    counts: Counts,
+    target: int | None,
+    notes: list[str],
+) -> Plan:
+    total = len(counts.blocks)
+    if options.ratio is not None:
+        number = round(options.ratio * total)
+        if not number:
+            raise SlimError(
+                f"--ratio {options.ratio:g} of {total} layers is less than one layer",
+                f"give at least {0.5 / total + 1e-4:.2g}",
+            )
+    else:
+        assert target is not None
+        # Blocks may differ; the lightest of them are what a choice may turn out to be.
+        lightest = sorted(counts.blocks[i] for i in free)
+        number = next(
+            (n for n in range(1, len(free)) if counts.total - sum(lightest[:n]) <= target), 0
+        )
+        if not number:
+            least = counts.total - sum(lightest[: len(free) - 1])
+            raise SlimError(
+                f"{target:,} parameters cannot be reached by removing layers: with "
+                f"{len(free) - 1} fewer there are still {least:,}",
+                "prune widths too (--axis width), or protect fewer layers",
+            )
+    if number > len(free) or number >= total:
+        raise SlimError(
+            f"{number} layers cannot go: {len(free)} of {total} are not protected, one must stay",
+            "give a smaller --ratio, or protect fewer with --protect-first and --protect-last",
+        )
+    protected = total - len(free)
+    if protected:
+        notes.append(f"{protected} layers are protected: {free[0]} first, {total - 1 - free[-1]} last")
+    stays = counts.total - number * counts.blocks[free[0]]
+    rows = _rows(options, method)
+    return Plan("depth", method, free, [], number, (), {}, counts, stays, rows, notes)
+
+
+def _width(
+    config: dict[str, Any],
+    options: PruneOptions,
+    method: str,
+    model: Any,
+    free: list[int],
+    counts: Counts,
+    target: int | None,
+    notes: list[str],
+) -> Plan:
+    kind = config.get("model_type")
+    if options.uniform and config.get(WIDTHS) is not None:
+        raise SlimError(
+            "this model's widths differ per layer already", "prune it further with --no-uniform"
+        )
+    heads = options.heads is not False
+    if heads and options.uniform and not says_head_dim(config):
+        if options.heads:
+            raise SlimError(
+                f"mlx-lm derives the head size of {kind} from its number of heads: fewer heads "
+                "cannot be said with --uniform",
+                "leave --heads out, or give --no-uniform (only mlx-slim reads that)",
+            )
+        heads = False
+        notes.append(
+            f"heads stay: mlx-lm derives the head size of {kind} from their number "
+            "(--no-uniform prunes them; only mlx-slim reads that)"
+        )
+    kinds = ((HEADS,) if heads else ()) + ((MLP,) if options.mlp is not False else ())
+    if not kinds:
+        raise SlimError(f"heads of {kind} stay with --uniform, and --no-mlp leaves nothing", "")
+    families = [anatomy.coupled(block) for block in anatomy.blocks(model)]
+    if options.ratio is not None:
+        sizes = sizes_for(families, options.ratio, kinds, free)
+    else:
+        assert target is not None
+        sizes = sizes_within(families, target, kinds, free, counts)
+    if all(sizes[k] == counts.sizes[k] for k in kinds):
+        raise SlimError(
+            f"--ratio {options.ratio:g} removes nothing: MLP widths go in steps of 64, heads in "
+            "whole groups",
+            "give a larger ratio",
+        )
+    if not options.uniform:
+        notes.append("widths differ per layer: only mlx-slim reads the result, stock mlx-lm not")
+    config_with_sizes(config, sizes, uniform=options.uniform)
+    stays = counts.with_sizes(sizes)
+    rows = _rows(options, method)
+    return Plan("width", method, free, [], 0, kinds, sizes, counts, stays, rows, notes)
