@@ -111,8 +111,9 @@ def block_influence(
     blocks = anatomy.blocks(model)
     totals, positions = np.zeros(len(blocks)), 0
     excluded = np.array(sorted(special), np.int64)
-    for tokens_BT, _ in batches_of(rows_NT):
-        counts = ~np.isin(np.array(tokens_BT), excluded)
+    for batch in batches_of(rows_NT):
+        tokens_BT = mx.array(batch.tokens_BT)
+        counts = ~np.isin(batch.tokens_BT, excluded)
         counts[:, 0] = False
         counted_BT = mx.array(counts)
         positions += int(counts.sum())
@@ -140,7 +141,7 @@ def angular_distance(
     """Return the mean angle / π at the last position over layers i … i + count − 1, for each i."""
     blocks = anatomy.blocks(model)
     totals = np.zeros(len(blocks) - count + 1)
-    for tokens_BT, _ in batches_of(rows_NT):
+    for batch in batches_of(rows_NT):
         last: list[mx.array] = []
 
         def route(
@@ -155,7 +156,7 @@ def angular_distance(
             return out
 
         with routed(blocks, route):
-            model(tokens_BT)
+            model(mx.array(batch.tokens_BT))
         for first in range(len(totals)):
             cosine_B = mx.clip(_cosine(last[first], last[first + count]), -1.0, 1.0)
             totals[first] += number(mx.arccos(cosine_B).sum()) / np.pi
@@ -173,8 +174,9 @@ def _by_perplexity(
     first: dict[int, float] = {}
     for _ in range(count):
         losses = dict.fromkeys((i for i in allowed if i not in removed), 0.0)
-        for tokens_BT, arrays in batches:
-            trail = _trail_without(model, tokens_BT, removed)
+        for batch in batches:
+            arrays = objective.arrays(batch)
+            trail = _trail_without(model, mx.array(batch.tokens_BT), removed)
             for layer in losses:
                 losses[layer] += _loss_without(
                     model, objective, arrays, trail, {*removed, layer}, layer

@@ -19,13 +19,13 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_slim.data.batches import Batch
+from mlx_slim.data.batches import Batch, collate
 from mlx_slim.errors import SlimError
 from mlx_slim.models import anatomy
 from mlx_slim.models.anatomy import Coupled
 from mlx_slim.prune.route import Forward, routed, watched
 from mlx_slim.runtime import human_bytes
-from mlx_slim.train.step import Arrays, CrossEntropy, batch_arrays
+from mlx_slim.train.step import Arrays, CrossEntropy
 
 GRADIENT = ("taylor", "taylor2", "vector")
 METHODS = (*GRADIENT, "activation", "l2", "random")
@@ -119,31 +119,35 @@ def _sums(values: dict[str, mx.array], family: Coupled) -> np.ndarray:
     return np.array(total_G)
 
 
-def batches_of(rows_NT: mx.array, *, single: bool = False) -> list[tuple[mx.array, Arrays]]:
-    """Return token ids (B, T) and the arrays of their next-token loss, in order.
+class _Whole:
+    """Calibration rows as ``Rows``: every token but the first is a target."""
+
+    def __init__(self, rows_NT: np.ndarray) -> None:
+        self._rows_NT = rows_NT
+        count, length = rows_NT.shape
+        self._mask_T = np.arange(length) > 0
+        self.lengths = np.full(count, length)
+        self.supervised = np.full(count, length - 1)
+
+    def __len__(self) -> int:
+        return len(self._rows_NT)
+
+    def row(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return ids int32 (T,) and the mask bool (T,)."""
+        return self._rows_NT[i], self._mask_T
+
+
+def batches_of(rows_NT: mx.array, *, single: bool = False) -> list[Batch]:
+    """Return the rows as batches for next-token loss, in order; nothing is padded.
 
     Args:
-        rows_NT: Full rows: nothing is padded.
+        rows_NT: Token ids.
         single: A row a batch.
     """
-    count, length = rows_NT.shape
-    rows = 1 if single else max(1, _BATCH_TOKENS // length)
-    found = []
-    for start in range(0, count, rows):
-        ids_BT = np.array(rows_NT[start : start + rows])
-        part = len(ids_BT)
-        batch = Batch(
-            tokens_BT=ids_BT[:, :-1].astype(np.int32),
-            positions_N=np.arange(part * (length - 1), dtype=np.int32),
-            targets_N=ids_BT[:, 1:].reshape(-1).astype(np.int32),
-            sources_N=np.full(part * (length - 1), -1),
-            segments_BT=None,
-            real_tokens=part * length,
-            rows=part,
-        )
-        arrays = batch_arrays(batch)
-        found.append((arrays[0], arrays))
-    return found
+    rows = _Whole(np.array(rows_NT, np.int32))
+    count = 1 if single else max(1, _BATCH_TOKENS // rows_NT.shape[1])
+    groups = [range(i, min(i + count, len(rows))) for i in range(0, len(rows), count)]
+    return [collate(rows, [[i] for i in group], isolate=False) for group in groups]
 
 
 @contextlib.contextmanager
@@ -193,13 +197,14 @@ def _by_gradient(
         objective = CrossEntropy(model)
         batches = batches_of(rows_NT, single=method == "taylor2")
         trails: list[Trail] = []
-        for tokens_BT, _ in batches:
-            trails.append(Trail(model, tokens_BT))
+        for batch in batches:
+            trails.append(Trail(model, mx.array(batch.tokens_BT)))
             _check_budget(trails, len(batches), budget)
         pulls = []  # d loss / d what leaves the block, by batch
         scale = len(batches) if method == "taylor2" else 1
         targets = rows_NT.shape[0] * (rows_NT.shape[1] - 1) / scale
-        for trail, (_, arrays) in zip(trails, batches, strict=True):
+        for trail, batch in zip(trails, batches, strict=True):
+            arrays = objective.arrays(batch)
             pull = _pull_of_the_head(model, objective, arrays, trail.entering.pop(), 1 / targets)
             mx.eval(pull)
             pulls.append(pull)
@@ -312,6 +317,6 @@ def _by_activation(
             return out
 
         stack.enter_context(routed(blocks, route))
-        for tokens_BT, _ in batches_of(rows_NT):
-            model(tokens_BT)
+        for batch in batches_of(rows_NT):
+            model(mx.array(batch.tokens_BT))
     return {name: np.array(mx.sqrt(total_TG).mean(axis=0)) for name, total_TG in squares.items()}

@@ -33,21 +33,21 @@ def allowed_sizes(family: Coupled) -> list[int]:
     return [family.count, *reversed(smaller)]
 
 
-def nearest(allowed: list[int], wanted: float) -> int:
-    """Return the allowed size nearest to ``wanted``; the larger one of two."""
-    return min(allowed, key=lambda size: (abs(size - wanted), -size))
+def at_least(allowed: list[int], wanted: float) -> int:
+    """Return the smallest allowed size of at least ``wanted``: never more goes than was asked."""
+    return min(size for size in allowed if size >= wanted - 1e-6)
 
 
 def sizes_for(
     families: list[dict[str, Coupled]], ratio: float, kinds: tuple[str, ...], layers: list[int]
 ) -> Sizes:
-    """Return the sizes of all layers when about ``ratio`` of the groups of ``layers`` go."""
+    """Return the sizes of all layers when at most ``ratio`` of the groups of ``layers`` go."""
     sizes: Sizes = {}
     for kind in kinds:
         sizes[kind] = [found[kind].count for found in families]
         for layer in layers:
             family = families[layer][kind]
-            sizes[kind][layer] = nearest(allowed_sizes(family), family.count * (1 - ratio))
+            sizes[kind][layer] = at_least(allowed_sizes(family), family.count * (1 - ratio))
     return sizes
 
 
@@ -83,7 +83,7 @@ def sizes_within(
         for stays in allowed:
             wider = {**sizes, MLP: [*sizes[MLP]]}
             for layer in layers:
-                wider[MLP][layer] = nearest(allowed_sizes(families[layer][MLP]), stays)
+                wider[MLP][layer] = at_least(allowed_sizes(families[layer][MLP]), stays)
             if counts.with_sizes(wider) <= target:
                 return wider
     return sizes

@@ -109,7 +109,7 @@ def _layer_lines(record: dict[str, Any]) -> list[str]:
             name = "kv heads" if kind == HEADS else "neurons"
             parts.append(
                 f"{what['before']:,} -> {what['after']:,} {name} "
-                f"({what['importance_removed']:.1%} of their importance went)"
+                f"({what['importance_removed']:.1%} of importance)"
             )
         lines.append(f"layer {number:>3}  {', '.join(parts)}")
     return lines
@@ -172,7 +172,7 @@ def prune(
         measured = fidelity.compare(loaded.model, small, judged_NT)
     record = {
         "schema_version": SCHEMA_VERSION,
-        "source": public_name(source),
+        "source": str(source),
         "revision": loaded.revision,
         "axis": found.axis,
         "method": found.method,
@@ -329,9 +329,7 @@ def _cut(
         return model, config, _removed_layers(found, removed, scores)
     families = [anatomy.coupled(block) for block in anatomy.blocks(loaded.model)]
     kept = width.keep(families, scores, found.sizes, found.layers, options.ranking)
-    model, config = surgery.with_groups(
-        loaded.model, loaded.config, kept, uniform=options.uniform
-    )
+    model, config = surgery.with_groups(loaded.model, loaded.config, kept, uniform=options.uniform)
     layers = []
     for layer in range(len(families)):
         entry: dict[str, Any] = {"layer": layer}

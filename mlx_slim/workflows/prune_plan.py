@@ -42,7 +42,7 @@ class PruneOptions:
         axis: ``depth`` (layers) or ``width`` (heads and neurons); None follows from the method.
         method: Of ``depth.METHODS`` or ``importance.METHODS``; None is block influence or taylor.
         layers: Layers by number, such as ``21-29,31``, instead of a method and a size.
-        ratio: Share of the layers, or of the groups of each layer that may shrink.
+        ratio: Share of the layers, or (at most) of the groups of each layer that may shrink.
         target_params: Most parameters that may stay.
         target_bytes: Most bytes of weights that may stay.
         heads: Prune attention heads; None does where the widths can be said.
@@ -157,9 +157,7 @@ def plan(config: dict[str, Any], options: PruneOptions, itemsize: int) -> Plan:
         removed = parse_layers(options.layers, total)
         config_without_layers(config, removed)
         stays = counts.without_layers(removed)
-        return Plan(
-            axis, NAMED, removed, removed, len(removed), (), {}, counts, stays, (0, 0), []
-        )
+        return Plan(axis, NAMED, removed, removed, len(removed), (), {}, counts, stays, (0, 0), [])
     first, last = _protection(options, total)
     free = list(range(first, total - last))
     notes: list[str] = []
@@ -340,7 +338,9 @@ def _depth(
         )
     protected = total - len(free)
     if protected:
-        notes.append(f"{protected} layers are protected: {free[0]} first, {total - 1 - free[-1]} last")
+        notes.append(
+            f"{protected} layers are protected: {free[0]} first, {total - 1 - free[-1]} last"
+        )
     stays = counts.total - number * counts.blocks[free[0]]
     rows = _rows(options, method)
     return Plan("depth", method, free, [], number, (), {}, counts, stays, rows, notes)
@@ -389,6 +389,11 @@ def _width(
             "whole groups",
             "give a larger ratio",
         )
+    still = [k for k in kinds if sizes[k] == counts.sizes[k]]
+    if options.ratio is not None and still:
+        name = "heads" if still == [HEADS] else "neurons"
+        step = "one KV group" if still == [HEADS] else "64 of them"
+        notes.append(f"{name} stay: a ratio of {options.ratio:g} is less than {step}")
     if not options.uniform:
         notes.append("widths differ per layer: only mlx-slim reads the result, stock mlx-lm not")
     config_with_sizes(config, sizes, uniform=options.uniform)

@@ -41,6 +41,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama-tied": {"model_type": "llama", **_LLAMA, "tie_word_embeddings": True},
     "mistral": {"model_type": "mistral", **_LLAMA},
     "qwen2": {"model_type": "qwen2", **_LLAMA, "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", **_LLAMA, "head_dim": 16},
     "phi": {
         "model_type": "phi",
         "hidden_size": 64,

@@ -1,0 +1,161 @@
+"""``mlx-slim prune``: remove what matters least, and say what that cost and what came back.
+
+Invariant: everything a user can get wrong is said before any weight is read. Try it:
+``mlx-slim prune MODEL -o DIR --ratio 0.2 --dry-run``, then the same without ``--dry-run``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_slim.errors import SlimError
+
+_PATH = click.Path(path_type=Path)
+_WIDTH = "taylor, taylor2, vector, activation, l2, random"
+_DEPTH = "block-influence, angular, perplexity, random"
+
+
+@click.command("prune")
+@click.argument("model")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("-o", "--out", required=True, type=_PATH, help="New folder.")
+@click.option("--axis", type=click.Choice(["depth", "width"]), help="Follows from the method.")
+@click.option("--method", help=f"Width: {_WIDTH} [taylor]. Depth: {_DEPTH} [block-influence].")
+@click.option("--layers", metavar="A-B,C", help="Remove these layers, counted from 0.")
+@click.option("--ratio", type=float, help="Share of the layers, or of the groups of a layer.")
+@click.option("--target-params", metavar="N", help="Most parameters that stay: 100M, 1.1B.")
+@click.option("--target-bytes", metavar="SIZE", help="Most bytes that stay: 200MB.")
+@click.option("--heads/--no-heads", default=None, help="Prune attention heads (KV groups).")
+@click.option("--mlp/--no-mlp", default=None, help="Prune MLP neurons.")
+@click.option(
+    "--uniform/--no-uniform",
+    default=True,
+    show_default=True,
+    help="The same widths in every layer: stock mlx-lm reads it; else only mlx-slim.",
+)
+@click.option(
+    "--ranking",
+    type=click.Choice(["layer", "global"]),
+    default="layer",
+    show_default=True,
+    help="Groups compete inside their layer, or with all (with --no-uniform).",
+)
+@click.option("--protect-first", type=click.IntRange(0), help="First layers that stay [4 of 32].")
+@click.option("--protect-last", type=click.IntRange(0), help="Last layers that stay [2 of 32].")
+@click.option("--calibration", metavar="TEXT", help="Text file or data set; default Alpaca.")
+@click.option("--samples", type=click.IntRange(1), help="Calibration rows [10, forward only 32].")
+@click.option("--length", type=click.IntRange(8), help="Tokens of a row [64, forward only 256].")
+@click.option(
+    "--held-out",
+    type=click.IntRange(16),
+    default=2048,
+    show_default=True,
+    help="Tokens that the result is judged on.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of --method random.")
+@click.option("--revision", help="Commit or tag of a hub model.")
+@click.option("--recover", metavar="RECIPE", help="Then tune it; KEY=VALUE go to the recipe.")
+@click.option("--task", "tasks", multiple=True, metavar="NAMES", help="Score before and after.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="First N rows of a task.")
+@click.option("--data-dir", type=_PATH, metavar="DIR", help="Data mirror [MLX_SLIM_DATA].")
+@click.option("--resume", is_flag=True, help="Go on with a run that has --recover or --task.")
+@click.option("--dry-run", is_flag=True, help="Print the counts and write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object at the end.")
+def command(
+    model: str,
+    overrides: tuple[str, ...],
+    out: Path,
+    target_params: str | None,
+    target_bytes: str | None,
+    recover: str | None,
+    tasks: tuple[str, ...],
+    limit: int | None,
+    data_dir: Path | None,
+    resume: bool,
+    dry_run: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Prune MODEL (a dense folder or hub id): layers, attention heads, MLP neurons.
+
+    Give one of --ratio, --target-params, --target-bytes and --layers. With --recover or --task, DIR
+    is a run folder: DIR/model is pruned, DIR/recover tuned, DIR/report.json compares.
+    """
+    from rich.console import Console as RichConsole
+
+    from mlx_slim.console import Console
+    from mlx_slim.runtime import parse_size
+    from mlx_slim.workflows.prune_plan import PruneOptions
+
+    options = PruneOptions(
+        target_params=None if target_params is None else _count(target_params),
+        target_bytes=None if target_bytes is None else parse_size(target_bytes),
+        **settings,
+    )
+    if dry_run:
+        _dry_run(model, options, as_json)
+        return
+    output = RichConsole(highlight=False, stderr=as_json)
+    if recover is None and not tasks:
+        unused = [*overrides, *(["--resume"] if resume else []), *(["--limit"] if limit else [])]
+        if unused:
+            raise SlimError(
+                f"{', '.join(unused)}: without --recover and --task, pruning is one step",
+                "leave it out, or give --recover RECIPE",
+            )
+        from mlx_slim.workflows.prune import prune
+
+        with Console("quiet" if as_json else "plain", output=output) as console:
+            result = prune(model, out, options, console)
+        click.echo(json.dumps(result.record) if as_json else "\n".join(result.lines()))
+        return
+    from mlx_slim.workflows.prune_report import report_lines
+    from mlx_slim.workflows.recover import RecoverOptions, prune_and_recover
+
+    after = RecoverOptions(recover, overrides, tasks, limit, data_dir)
+    with Console("quiet" if as_json else "plain", output=output) as console:
+        report = prune_and_recover(model, out, options, after, console, resume=resume)
+    click.echo(json.dumps(report) if as_json else "\n".join(report_lines(report)))
+
+
+def _count(text: str) -> int:
+    """Return the number of ``1.1B``, ``900M`` or ``900000000``."""
+    units = {"k": 1e3, "m": 1e6, "b": 1e9}
+    lower = text.strip().lower().replace(",", "").replace("_", "")
+    unit = units.get(lower[-1:], 1)
+    try:
+        return round(float(lower.rstrip("kmb")) * unit)
+    except (ValueError, OverflowError) as error:
+        raise SlimError(f"--target-params {text!r} is no number", "write it as 900M") from error
+
+
+def _dry_run(model: str, options: Any, as_json: bool) -> None:
+    """Print what shapes alone say."""
+    from mlx_slim.analyze.known_models import KNOWN
+    from mlx_slim.models.load import read_config
+    from mlx_slim.runtime import DTYPES
+    from mlx_slim.workflows.prune_plan import plan
+
+    config = KNOWN.get(model) or read_config(model, options.revision)
+    dtype = DTYPES.get(str(config.get("torch_dtype")), DTYPES["bfloat16"])
+    found = plan(config, options, dtype.size)
+    if not as_json:
+        click.echo("\n".join(found.lines()))
+        return
+    record = {
+        "axis": found.axis,
+        "method": found.method,
+        "layers": found.layers,
+        "removed_layers": found.count,
+        "sizes": found.sizes,
+        "parameters_before": found.before.total,
+        "parameters_after": found.parameters,
+        "bytes_before": found.before.total * dtype.size,
+        "bytes_after": found.parameters * dtype.size,
+        "notes": found.notes,
+    }
+    click.echo(json.dumps(record))

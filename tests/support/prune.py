@@ -1,0 +1,65 @@
+"""Small models for pruning: groups without effect, layers without effect, plain references."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_slim.models import anatomy
+from mlx_slim.models.load import Loaded, load
+from tests.support.tiny import tiny_model
+
+TOKENS = mx.array(np.random.default_rng(0).integers(0, 250, (2, 12)))
+ROWS = mx.array(np.random.default_rng(1).integers(0, 250, (6, 24)))
+
+
+def loaded(folder: Path, architecture: str = "llama", **changes: Any) -> Loaded:
+    """Return a tiny model; biases are drawn, so that a wrong one shows."""
+    model = load(tiny_model(folder / architecture, architecture, **changes))
+    key = mx.random.key(7)
+    for block in anatomy.blocks(model.model):
+        for module in block.modules():
+            if "bias" in module:
+                key, draw = mx.random.split(key)
+                module.bias = 0.1 * mx.random.normal(module.bias.shape, key=draw)
+    mx.eval(model.model.parameters())
+    return model
+
+
+def layer_of(block: Any, path: str) -> Any:
+    """Return the module at ``path`` inside a block."""
+    for name in path.split("."):
+        block = block[name]
+    return block
+
+
+def scale_groups(block: Any, kind: str, groups: list[int], factor: float) -> None:
+    """Multiply every weight of ``groups`` by ``factor``, member by member."""
+    family = anatomy.coupled(block)[kind]
+    for path, axis in family.members:
+        owner, leaf = path.rsplit(".", 1)
+        layer = layer_of(block, owner)
+        value = np.array(layer[leaf])
+        width = value.shape[axis] // family.count
+        for group in groups:
+            part = slice(group * width, (group + 1) * width)
+            value[(slice(None),) * axis + (part,)] *= factor
+        layer[leaf] = mx.array(value)
+
+
+def make_identity(block: Any) -> None:
+    """Make a block add nothing to what it reads."""
+    for family in anatomy.coupled(block).values():
+        layer = layer_of(block, family.output)
+        layer.weight = mx.zeros_like(layer.weight)
+        if "bias" in layer:
+            layer.bias = mx.zeros_like(layer.bias)
+
+
+def gap(a: Any, b: Any, tokens: mx.array = TOKENS) -> float:
+    """Return the largest difference of logits over the largest logit."""
+    one, other = a(tokens), b(tokens)
+    return float((mx.abs(one - other).max() / mx.abs(one).max()).item())
