@@ -89,7 +89,7 @@ def command(
 
     from mlx_slim.console import Console
     from mlx_slim.runtime import parse_size
-    from mlx_slim.workflows.prune_plan import PruneOptions
+    from mlx_slim.workflows.prune_options import PruneOptions
 
     options = PruneOptions(
         target_params=None if target_params is None else _count(target_params),
@@ -137,12 +137,11 @@ def _dry_run(model: str, options: Any, as_json: bool) -> None:
     """Print what shapes alone say."""
     from mlx_slim.analyze.known_models import KNOWN
     from mlx_slim.models.load import read_config
-    from mlx_slim.runtime import DTYPES
-    from mlx_slim.workflows.prune_plan import plan
+    from mlx_slim.workflows.prune_plan import plan, weight_size
 
     config = KNOWN.get(model) or read_config(model, options.revision)
-    dtype = DTYPES.get(str(config.get("torch_dtype")), DTYPES["bfloat16"])
-    found = plan(config, options, dtype.size)
+    size = weight_size(config)
+    found = plan(config, options, size)
     if not as_json:
         click.echo("\n".join(found.lines()))
         return
@@ -154,8 +153,8 @@ def _dry_run(model: str, options: Any, as_json: bool) -> None:
         "sizes": found.sizes,
         "parameters_before": found.before.total,
         "parameters_after": found.parameters,
-        "bytes_before": found.before.total * dtype.size,
-        "bytes_after": found.parameters * dtype.size,
+        "bytes_before": found.before.total * size,
+        "bytes_after": found.parameters * size,
         "notes": found.notes,
     }
     click.echo(json.dumps(record))

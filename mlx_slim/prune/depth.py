@@ -115,7 +115,7 @@ def block_influence(
         tokens_BT = mx.array(batch.tokens_BT)
         counts = ~np.isin(batch.tokens_BT, excluded)
         counts[:, 0] = False
-        counted_BT = mx.array(counts)
+        counted_BT = mx.array(counts)  # pyright: ignore[reportArgumentType]
         positions += int(counts.sum())
 
         def route(

@@ -55,11 +55,11 @@ class Watched(nn.Module):
     def __init__(self, layer: nn.Module, look: Callable[[mx.array], None]) -> None:
         super().__init__()
         self.layer = layer
-        object.__setattr__(self, "look", look)
+        self._look = look
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return the layer's output."""
-        self.look(x)
+        self._look(x)
         return self.layer(x)  # pyright: ignore[reportCallIssue]
 
 

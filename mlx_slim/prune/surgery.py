@@ -52,6 +52,14 @@ def says_head_dim(config: dict[str, Any]) -> bool:
     return any(field.name == "head_dim" for field in fields)
 
 
+def heads_must_divide(config: dict[str, Any]) -> int | None:
+    """Return what the number of query heads must divide to be said in ``config``; None if nothing.
+
+    transformers, which reads the tokenizer, refuses other llama configs (5.x), head_dim or not.
+    """
+    return config["hidden_size"] if config["model_type"] == "llama" else None
+
+
 def config_without_layers(config: dict[str, Any], layers: Sequence[int]) -> dict[str, Any]:
     """Return ``config`` without ``layers``: their number, and every list with an entry a layer.
 

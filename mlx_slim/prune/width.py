@@ -23,13 +23,20 @@ Sizes = dict[str, list[int]]
 Kept = dict[str, list[np.ndarray]]
 
 
-def allowed_sizes(family: Coupled) -> list[int]:
-    """Return the numbers of groups that may stay, descending, the present one first."""
+def allowed_sizes(family: Coupled, divided: int | None = None) -> list[int]:
+    """Return the numbers of groups that may stay, descending, the present one first.
+
+    Args:
+        family: Of one layer.
+        divided: A number that query heads must divide; None does not ask.
+    """
     if family.kind == MLP:
         whole = range(family.count // MULTIPLE * MULTIPLE, 0, -MULTIPLE)
         return [family.count, *(size for size in whole if size != family.count)]
-    fitting = [n for n in range(1, family.count) if n * family.width % MULTIPLE == 0]
-    smaller = fitting or list(range(1, family.count))
+    smaller = [
+        n for n in range(1, family.count) if not divided or divided % (n * family.share) == 0
+    ]
+    smaller = [n for n in smaller if n * family.width % MULTIPLE == 0] or smaller
     return [family.count, *reversed(smaller)]
 
 
@@ -39,15 +46,24 @@ def at_least(allowed: list[int], wanted: float) -> int:
 
 
 def sizes_for(
-    families: list[dict[str, Coupled]], ratio: float, kinds: tuple[str, ...], layers: list[int]
+    families: list[dict[str, Coupled]],
+    ratio: float,
+    kinds: tuple[str, ...],
+    layers: list[int],
+    divided: int | None = None,
 ) -> Sizes:
-    """Return the sizes of all layers when at most ``ratio`` of the groups of ``layers`` go."""
+    """Return the sizes of all layers when at most ``ratio`` of the groups of ``layers`` go.
+
+    ``divided``: see ``allowed_sizes``.
+    """
     sizes: Sizes = {}
     for kind in kinds:
         sizes[kind] = [found[kind].count for found in families]
         for layer in layers:
             family = families[layer][kind]
-            sizes[kind][layer] = at_least(allowed_sizes(family), family.count * (1 - ratio))
+            sizes[kind][layer] = at_least(
+                allowed_sizes(family, divided), family.count * (1 - ratio)
+            )
     return sizes
 
 
@@ -57,6 +73,7 @@ def sizes_within(
     kinds: tuple[str, ...],
     layers: list[int],
     counts: Counts,
+    divided: int | None = None,
 ) -> Sizes:
     """Return the largest sizes of at most ``target`` parameters, heads and neurons going alike.
 
@@ -65,14 +82,14 @@ def sizes_within(
     """
     guide = MLP if MLP in kinds else HEADS
     first = families[layers[0]][guide]
-    allowed = allowed_sizes(first)
+    allowed = allowed_sizes(first, divided)
     sizes: Sizes = {}
     for stays in allowed:
-        sizes = sizes_for(families, 1 - stays / first.count, kinds, layers)
+        sizes = sizes_for(families, 1 - stays / first.count, kinds, layers, divided)
         if counts.with_sizes(sizes) <= target:
             break
     else:
-        sizes = sizes_for(families, 1.0, kinds, layers)
+        sizes = sizes_for(families, 1.0, kinds, layers, divided)
         if counts.with_sizes(sizes) > target:
             raise SlimError(
                 f"{target:,} parameters cannot be reached: the smallest of this kind has "

@@ -43,7 +43,8 @@ from mlx_slim.quantize.apply import refuse_quantized
 from mlx_slim.quantize.calibration import DEFAULT_SOURCE, read_calibration
 from mlx_slim.runtime import human_bytes, memory_budget, on_gpu
 from mlx_slim.workflows.checked_save import compute_dtype, save_checked, stored_dtype
-from mlx_slim.workflows.prune_plan import NAMED, Plan, PruneOptions, plan
+from mlx_slim.workflows.prune_options import NAMED, PruneOptions
+from mlx_slim.workflows.prune_plan import Plan, plan, weight_size
 
 __all__ = ["PruneOptions", "Pruned", "held_out_rows", "prune"]
 
@@ -144,8 +145,8 @@ def prune(
 
     start = time.perf_counter()
     check_output(out)
-    config = read_config(source, options.revision)  # refuse what cannot work before the weights
-    plan(config, options, 2)
+    config = read_config(source, options.revision)
+    plan(config, options, weight_size(config))  # refuse what cannot work before the weights
     tensors = folder_tensors(resolve(source, options.revision))
     stored = stored_dtype(tensors)
     found = plan(config, options, stored.size)
@@ -206,7 +207,7 @@ def prune(
 def _arrays(model: Any) -> list[mx.array]:
     from mlx.utils import tree_flatten
 
-    return [value for _, value in tree_flatten(model.parameters())]
+    return [value for _, value in tree_flatten(model.parameters())]  # pyright: ignore
 
 
 def _keep(path: Path, scores: Scores) -> None:

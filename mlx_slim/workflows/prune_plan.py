@@ -8,75 +8,32 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from mlx_slim.errors import SlimError, did_you_mean
+from mlx_slim.errors import SlimError
 from mlx_slim.models import anatomy
 from mlx_slim.models.anatomy import HEADS, MLP
 from mlx_slim.models.build import WIDTHS, build
-from mlx_slim.prune import depth, importance
 from mlx_slim.prune.counts import Counts, count
 from mlx_slim.prune.surgery import (
     check_supported,
     config_with_sizes,
     config_without_layers,
+    heads_must_divide,
     says_head_dim,
 )
 from mlx_slim.prune.width import Sizes, sizes_for, sizes_within
-from mlx_slim.runtime import human_bytes
+from mlx_slim.runtime import DTYPES, human_bytes
+from mlx_slim.workflows.prune_options import (
+    NAMED,
+    PruneOptions,
+    conflicts,
+    method_of,
+    one_error,
+    rows_of,
+)
 
-NAMED = "named"
-_DEFAULT = {"depth": "block-influence", "width": "taylor"}
-_METHODS = {"depth": depth.METHODS, "width": importance.METHODS}
-# Rows of calibration text x tokens: what arXiv 2305.11627 takes for gradients; forward passes and
-# similarities are cheaper and noisier.
-_GRADIENT_ROWS, _FORWARD_ROWS = (10, 64), (32, 256)
 _PROTECT = (4, 2, 32)  # first and last layers of how many (arXiv 2305.11627)
-
-
-@dataclass(frozen=True)
-class PruneOptions:
-    """What to remove, and on what text to judge it; the only home of these defaults.
-
-    Attributes:
-        axis: ``depth`` (layers) or ``width`` (heads and neurons); None follows from the method.
-        method: Of ``depth.METHODS`` or ``importance.METHODS``; None is block influence or taylor.
-        layers: Layers by number, such as ``21-29,31``, instead of a method and a size.
-        ratio: Share of the layers, or (at most) of the groups of each layer that may shrink.
-        target_params: Most parameters that may stay.
-        target_bytes: Most bytes of weights that may stay.
-        heads: Prune attention heads; None does where the widths can be said.
-        mlp: Prune MLP neurons; None does.
-        uniform: The same widths in every layer.
-        ranking: ``layer`` or ``global``: groups compete inside their layer, or with all.
-        protect_first: First layers that stay as they are; None scales 4 of 32.
-        protect_last: Last layers that stay; None scales 2 of 32.
-        calibration: Text or data set; None is the Alpaca mirror.
-        samples: Calibration rows; None chooses by method.
-        length: Tokens of a row; None chooses by method.
-        held_out: Tokens that the result is judged on, about.
-        seed: Of the random controls.
-        revision: Commit or tag of a hub model.
-    """
-
-    axis: Literal["depth", "width"] | None = None
-    method: str | None = None
-    layers: str | None = None
-    ratio: float | None = None
-    target_params: int | None = None
-    target_bytes: int | None = None
-    heads: bool | None = None
-    mlp: bool | None = None
-    uniform: bool = True
-    ranking: Literal["layer", "global"] = "layer"
-    protect_first: int | None = None
-    protect_last: int | None = None
-    calibration: str | None = None
-    samples: int | None = None
-    length: int | None = None
-    held_out: int = 2048
-    seed: int = 0
-    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -140,10 +97,10 @@ def plan(config: dict[str, Any], options: PruneOptions, itemsize: int) -> Plan:
     Raises:
         SlimError: All that is wrong with the options, or what the model cannot do.
     """
-    axis, method = _method(options)
-    problems = _conflicts(options, axis)
+    axis, method = method_of(options)
+    problems = conflicts(options, axis)
     if problems:
-        raise _one_error(problems)
+        raise one_error(problems)
     check_supported(config)
     if "quantization" in config:
         raise SlimError(
@@ -188,79 +145,10 @@ def plan(config: dict[str, Any], options: PruneOptions, itemsize: int) -> Plan:
     return _width(config, options, method, model, free, counts, target, notes)
 
 
-def _one_error(problems: list[tuple[str, str]]) -> SlimError:
-    if len(problems) == 1:
-        return SlimError(*problems[0])
-    details = [f"{message} ({hint})" if hint else message for message, hint in problems]
-    return SlimError(f"{len(problems)} problems", details=details)
-
-
-def _method(options: PruneOptions) -> tuple[str, str]:
-    """Return axis and method, each from the other where one is absent."""
-    axis, method = options.axis, options.method
-    if options.layers is not None:
-        return axis or "depth", method or NAMED
-    if method is None:
-        axis = axis or "width"
-        return axis, _DEFAULT[axis]
-    for known in [axis] if axis else ["width", "depth"]:
-        if method in _METHODS[known]:
-            return known, method
-    choices = _METHODS[axis] if axis else (*_METHODS["width"], *_METHODS["depth"])
-    other = next((a for a in _METHODS if method in _METHODS[a]), None)
-    hint = f"it is a method of --axis {other}" if other else did_you_mean(method, choices)
-    raise SlimError(f"no method {method!r}" + (f" of axis {axis}" if axis else ""), hint)
-
-
-def _conflicts(options: PruneOptions, axis: str) -> list[tuple[str, str]]:
-    """Return (message, hint) of all that does not go together."""
-    problems: list[tuple[str, str]] = []
-    given = [
-        name
-        for name in ("layers", "ratio", "target_params", "target_bytes")
-        if getattr(options, name) is not None
-    ]
-    flags = [f"--{name.replace('_', '-')}" for name in given]
-    if len(given) != 1:
-        seen = "no size is given" if not given else f"{' and '.join(flags)} are both given"
-        problems.append((seen, "give one of --ratio, --target-params, --target-bytes, --layers"))
-    if options.layers is not None and (axis != "depth" or options.method is not None):
-        problems.append(("--layers names layers: no --method or --axis width goes with it", ""))
-    if options.ratio is not None and not 0 < options.ratio < 1:
-        problems.append((f"--ratio is {options.ratio:g}, expected more than 0 and less than 1", ""))
-    for name in ("target_params", "target_bytes", "samples", "held_out"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            problems.append((f"--{name.replace('_', '-')} is {value}, expected at least 1", ""))
-    if options.length is not None and options.length < 8:
-        problems.append((f"--length is {options.length}, expected at least 8", ""))
-    protected = [
-        f"--{name.replace('_', '-')}"
-        for name in ("protect_first", "protect_last")
-        if getattr(options, name) is not None
-    ]
-    if axis == "depth":
-        wide = [f"--{'' if value else 'no-'}{kind}" for kind, value in _kinds(options).items()]
-        wide += [] if options.uniform else ["--no-uniform"]
-        wide += [] if options.ranking == "layer" else ["--ranking"]
-        if wide:
-            problems.append((f"{', '.join(wide)}: widths stay when layers go", "--axis width"))
-    else:
-        uneven = [*protected] + ([] if options.ranking == "layer" else ["--ranking global"])
-        if options.uniform and uneven:
-            problems.append(
-                (f"{', '.join(uneven)}: --uniform gives all layers one width", "--no-uniform")
-            )
-        if options.heads is False and options.mlp is False:
-            problems.append(("--no-heads and --no-mlp leave nothing to prune", ""))
-    if options.layers is not None and protected:
-        problems.append((f"{', '.join(protected)}: --layers names what goes", ""))
-    return problems
-
-
-def _kinds(options: PruneOptions) -> dict[str, bool]:
-    asked = {HEADS: options.heads, MLP: options.mlp}
-    return {kind: value for kind, value in asked.items() if value is not None}
+def weight_size(config: dict[str, Any]) -> int:
+    """Return the bytes of a weight as the config says they are stored; 2 where it does not."""
+    name = str(config.get("dtype") or config.get("torch_dtype"))
+    return DTYPES.get(name, DTYPES["bfloat16"]).size
 
 
 def parse_layers(text: str, total: int) -> list[int]:
@@ -292,13 +180,6 @@ def _protection(options: PruneOptions, total: int) -> tuple[int, int]:
         min(usual, round(usual * total / of)) if given is None else given for given, usual in pairs
     ]
     return max(0, found[0]), max(0, found[1])
-
-
-def _rows(options: PruneOptions, method: str) -> tuple[int, int]:
-    if method in ("l2", "random", NAMED):
-        return 0, 0
-    samples, length = _GRADIENT_ROWS if method in importance.GRADIENT else _FORWARD_ROWS
-    return options.samples or samples, options.length or length
 
 
 def _depth(
@@ -342,7 +223,7 @@ def _depth(
             f"{protected} layers are protected: {free[0]} first, {total - 1 - free[-1]} last"
         )
     stays = counts.total - number * counts.blocks[free[0]]
-    rows = _rows(options, method)
+    rows = rows_of(options, method)
     return Plan("depth", method, free, [], number, (), {}, counts, stays, rows, notes)
 
 
@@ -378,11 +259,12 @@ def _width(
     if not kinds:
         raise SlimError(f"heads of {kind} stay with --uniform, and --no-mlp leaves nothing", "")
     families = [anatomy.coupled(block) for block in anatomy.blocks(model)]
+    divided = heads_must_divide(config) if options.uniform else None
     if options.ratio is not None:
-        sizes = sizes_for(families, options.ratio, kinds, free)
+        sizes = sizes_for(families, options.ratio, kinds, free, divided)
     else:
         assert target is not None
-        sizes = sizes_within(families, target, kinds, free, counts)
+        sizes = sizes_within(families, target, kinds, free, counts, divided)
     if all(sizes[k] == counts.sizes[k] for k in kinds):
         raise SlimError(
             f"--ratio {options.ratio:g} removes nothing: MLP widths go in steps of 64, heads in "
@@ -392,11 +274,13 @@ def _width(
     still = [k for k in kinds if sizes[k] == counts.sizes[k]]
     if options.ratio is not None and still:
         name = "heads" if still == [HEADS] else "neurons"
-        step = "one KV group" if still == [HEADS] else "64 of them"
-        notes.append(f"{name} stay: a ratio of {options.ratio:g} is less than {step}")
+        step = "the next number of KV groups" if still == [HEADS] else "64 of them"
+        if still == [HEADS] and divided:
+            step += f" whose heads divide hidden_size={divided}"
+        notes.append(f"{name} stay: a ratio of {options.ratio:g} does not reach {step}")
     if not options.uniform:
         notes.append("widths differ per layer: only mlx-slim reads the result, stock mlx-lm not")
     config_with_sizes(config, sizes, uniform=options.uniform)
     stays = counts.with_sizes(sizes)
-    rows = _rows(options, method)
+    rows = rows_of(options, method)
     return Plan("width", method, free, [], 0, kinds, sizes, counts, stays, rows, notes)

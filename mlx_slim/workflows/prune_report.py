@@ -1,18 +1,219 @@
-"""What pruning took and recovery brought back, as numbers and as a table.
+"""What pruning took and recovery brought back: three models on the same text and tasks.
 
-Invariant: every share is computed from two stored scores; the level of chance is counted from the
-questions themselves. Try it: ``mlx-slim prune MODEL -o DIR --ratio 0.2 --recover smollm2-lora``.
+Invariant: all rows are judged on the same rows of text, which the recovery was not trained on where
+its recipe holds rows back; every share is computed from two stored scores, and the level of chance
+is counted from the questions themselves. Try it:
+``mlx-slim prune MODEL -o DIR --ratio 0.2 --recover smollm2-lora``.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_slim.evaluate.results import read_samples, samples_name
-from mlx_slim.runtime import human_bytes
+import mlx.core as mx
+import numpy as np
 
+from mlx_slim.adapters.store import load_adapter
+from mlx_slim.analyze import fidelity
+from mlx_slim.artifacts import SCHEMA_VERSION, load_tensors, provenance
+from mlx_slim.config.load import Resolved
+from mlx_slim.data.prepare import prepare
+from mlx_slim.errors import SlimError
+from mlx_slim.evaluate.results import STATE_FILE as EVAL_STATE
+from mlx_slim.evaluate.results import read_samples, samples_name
+from mlx_slim.events import Notice, Observer
+from mlx_slim.models.load import load, load_tokenizer
+from mlx_slim.quantize.calibration import DEFAULT_SOURCE, read_calibration
+from mlx_slim.runtime import human_bytes
+from mlx_slim.workflows.checked_save import compute_dtype
+from mlx_slim.workflows.eval_plan import EvalOptions
+from mlx_slim.workflows.evaluate import evaluate
+from mlx_slim.workflows.prune import held_out_rows
+from mlx_slim.workflows.prune_options import PruneOptions
+
+MODEL, RECOVER, SCORES = "model", "recover", "scores"
 _PREFERRED = ("acc_norm", "acc")  # of a task's metrics, in the table
+
+
+@dataclass(frozen=True)
+class RecoverOptions:
+    """What happens after pruning.
+
+    Attributes:
+        recipe: Name or file of the recipe that tunes the pruned model; None only scores.
+        overrides: ``key=value`` for it.
+        tasks: Names of tasks and suites to score before, after pruning and after recovery.
+        limit: First rows of a task.
+        data_dir: Data mirror of the tasks.
+    """
+
+    recipe: str | None = None
+    overrides: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    data_dir: Path | None = None
+
+
+@contextlib.contextmanager
+def started_folder(folder: Path, state: str) -> Iterator[bool]:
+    """Yield whether ``folder`` holds a start of its own; what was killed before that is removed."""
+    begun = (folder / state).exists()
+    if not begun:
+        shutil.rmtree(folder, ignore_errors=True)
+    yield begun
+
+
+def make_report(
+    source: str | Path,
+    out: Path,
+    options: PruneOptions,
+    after: RecoverOptions,
+    record: dict[str, Any],
+    resolved: Resolved | None,
+    tuned: Path | None,
+    observer: Observer,
+) -> dict[str, Any]:
+    """Judge the original, the pruned and the recovered model on the same text and tasks."""
+    adapter = tuned if tuned is not None and tuned.name == "adapters" else None
+    full = tuned if adapter is None else None
+    models: dict[str, tuple[str, Path | None]] = {
+        "original": (str(source), None),
+        "pruned": (str(out / MODEL), None),
+    }
+    if tuned is not None:
+        models["recovered"] = (str(full or out / MODEL), adapter)
+    judged_NT, text = _judged_rows(out, options, resolved, observer)
+    rows: list[dict[str, Any]] = []
+    for name, (model, worn) in models.items():
+        pruned = name != "original"
+        rows.append(
+            {
+                "name": name,
+                "parameters": record["parameters_after" if pruned else "parameters_before"],
+                "bytes": record["bytes_after" if pruned else "bytes_before"] + _bytes_of(worn),
+                "adapter_parameters": _parameters_of(worn),
+                "tasks": _scored(out / SCORES / name, model, worn, options, after, observer, name),
+            }
+        )
+    if judged_NT is not None:
+        observer.notify(Notice(f"comparing on {judged_NT.size:,} held-out tokens: {text}"))
+        _judge(rows, models, judged_NT, options)
+    add_recovery(rows)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "source": str(source),
+        "prune": {key: record[key] for key in ("axis", "method", "calibration", "options")},
+        "recipe": None if resolved is None else resolved.recipe.model_dump(mode="json"),
+        "held_out": {"text": text, "tokens": 0 if judged_NT is None else judged_NT.size},
+        "limit": after.limit,
+        "rows": rows,
+        "provenance": provenance(),
+    }
+
+
+def _judged_rows(
+    out: Path, options: PruneOptions, resolved: Resolved | None, observer: Observer
+) -> tuple[mx.array | None, str]:
+    """Return token ids (N, T) and what they are: the recipe's validation rows, if it has any."""
+    tokenizer = load_tokenizer(out / MODEL)
+    if resolved is not None:
+        recipe = resolved.recipe
+        data = prepare(
+            recipe.data,
+            tokenizer,
+            max_length=recipe.train.max_length,
+            seed=recipe.train.seed,
+            folder=out / RECOVER,
+            unchanged=True,
+        )
+        store = data.validation
+        if store is not None:
+            ids = np.concatenate([store.row(i)[0] for i in range(len(store))])[: options.held_out]
+            return held_out_rows(mx.array(ids.astype(np.int32))), "the recipe's validation rows"
+        observer.notify(
+            Notice(
+                "the recipe holds no rows back (data.validation=0): perplexity is that of "
+                "calibration text, which it may have been trained on",
+                "warning",
+            )
+        )
+    try:
+        found = read_calibration(
+            options.calibration or DEFAULT_SOURCE,
+            tokenizer,
+            length=64,
+            seen=0,
+            held_out=max(1, options.held_out // 64),
+        )
+    except SlimError as error:
+        observer.notify(Notice(f"no held-out text: {error.message}", "warning"))
+        return None, "none"
+    return held_out_rows(found.held_out_NT.reshape(-1)), "calibration text"
+
+
+def _bytes_of(adapter: Path | None) -> int:
+    files = [] if adapter is None else adapter.glob("*.safetensors")
+    return sum(file.stat().st_size for file in files)
+
+
+def _parameters_of(adapter: Path | None) -> int:
+    if adapter is None:
+        return 0
+    return sum(value.size for value in load_tensors(adapter / "adapters.safetensors").values())
+
+
+def _scored(
+    folder: Path,
+    model: str,
+    adapter: Path | None,
+    options: PruneOptions,
+    after: RecoverOptions,
+    observer: Observer,
+    name: str,
+) -> dict[str, Any]:
+    """Return each task's figures of one model; nothing without tasks."""
+    if not after.tasks:
+        return {}
+    wanted = EvalOptions(
+        adapter=adapter,
+        limit=after.limit,
+        data_dir=after.data_dir,
+        revision=options.revision if name == "original" else None,
+    )
+    with started_folder(folder, EVAL_STATE) as begun:
+        (results,) = evaluate(
+            model, list(after.tasks), folder, wanted, resume=begun, observer=observer
+        )
+    return task_figures(results, folder)
+
+
+def _judge(
+    rows: list[dict[str, Any]],
+    models: dict[str, tuple[str, Path | None]],
+    judged_NT: mx.array,
+    options: PruneOptions,
+) -> None:
+    """Add perplexity and distance from the original to each row; two models at a time."""
+    dense = load(models["original"][0], revision=options.revision, dtype=compute_dtype()).model
+    dense.eval()
+    for row in rows:
+        model, adapter = models[row["name"]]
+        other: Callable[..., Any] = dense
+        if row["name"] != "original":
+            loaded = load(model, dtype=compute_dtype()).model
+            if adapter is not None:
+                load_adapter(loaded, adapter)
+            loaded.eval()
+            other = loaded
+        found = fidelity.compare(dense, other, judged_NT)
+        row["perplexity"] = math.exp(min(found.nll_model, 700.0))
+        row["kl"], row["top1"] = found.kl, found.top1
 
 
 def task_figures(results: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from mlx_slim.models.build import build
 from mlx_slim.prune.counts import count
 from mlx_slim.prune.surgery import config_with_sizes, config_without_layers
 from mlx_slim.prune.width import allowed_sizes, keep, sizes_for, sizes_within
-from mlx_slim.workflows.prune_plan import PruneOptions, plan
+from mlx_slim.workflows.prune_options import PruneOptions
+from mlx_slim.workflows.prune_plan import plan
 
 TINYLLAMA = KNOWN["TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"]
 LLAMA = KNOWN["meta-llama/Llama-2-7b-hf"]
