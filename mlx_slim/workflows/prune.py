@@ -173,11 +173,11 @@ def prune(
         measured = fidelity.compare(loaded.model, small, judged_NT)
     record = {
         "schema_version": SCHEMA_VERSION,
-        "source": str(source),
+        "source": public_name(source),  # the folder may be given to others
         "revision": loaded.revision,
         "axis": found.axis,
         "method": found.method,
-        "options": asdict(options),
+        "options": {**asdict(options), "calibration": _named(options.calibration)},
         "calibration": _calibration_record(options, found),
         "score": _meaning(found),
         "layers": layers,
@@ -256,8 +256,12 @@ def _calibration_record(options: PruneOptions, found: Plan) -> dict[str, Any] | 
     samples, length = found.rows
     if not samples:
         return None
-    source = public_name(options.calibration or DEFAULT_SOURCE)
+    source = _named(options.calibration or DEFAULT_SOURCE)
     return {"source": source, "samples": samples, "length": length}
+
+
+def _named(text: str | None) -> str | None:
+    return None if text is None else public_name(text)
 
 
 def _fidelity_record(measured: fidelity.Fidelity | None) -> dict[str, Any] | None:

@@ -175,6 +175,8 @@ def _pruned(
         record = read_json(out / MODEL / RECORD_FILE)
     else:
         made = None if started else first_missing(out)
+        for killed in out.glob(f".{MODEL}-*"):  # half a model, of a kill while it was saved
+            shutil.rmtree(killed, ignore_errors=True)
         if not started:
             write_json(out / STATE_FILE, _request(source, options))
         try:
