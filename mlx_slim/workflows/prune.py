@@ -105,14 +105,14 @@ def _layer_lines(record: dict[str, Any]) -> list[str]:
             continue
         parts = []
         for kind, what in entry.items():
-            if kind == "layer":
+            if kind == "layer" or what["before"] == what["after"]:
                 continue
             name = "kv heads" if kind == HEADS else "neurons"
             parts.append(
                 f"{what['before']:,} -> {what['after']:,} {name} "
                 f"({what['importance_removed']:.1%} of importance)"
             )
-        lines.append(f"layer {number:>3}  {', '.join(parts)}")
+        lines.append(f"layer {number:>3}  {', '.join(parts) or 'stays'}")
     return lines
 
 
