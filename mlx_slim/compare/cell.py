@@ -2,13 +2,14 @@
 
 Invariant: the manifest ``cell.json`` is written last; what is complete under the same key is
 reused, what has another key is made anew, and a killed training or evaluation goes on where it
-stopped. A cell reads nothing of another one but a parent's adapters.
+stopped. A cell reads nothing of another one but a parent's adapters or model.
 Try it: ``mlx-slim compare matrix-tiny -o DIR --only smollm2-base``.
 """
 
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from mlx_slim.config.load import Resolved
 from mlx_slim.errors import SlimError
 from mlx_slim.workflows.evaluate import EvalOptions, evaluate
 from mlx_slim.workflows.fuse import FuseOptions, fuse
+from mlx_slim.workflows.prune import RECORD_FILE, prune
 
 KEYS_FILE = "keys.json"
 
@@ -41,7 +43,7 @@ class Making:
     def __init__(self, job: Job, cell: Cell) -> None:
         self.job, self.cell = job, cell
         self.folder = job.out / "cells" / cell.name
-        self.base = job.base(cell) if cell.kind != "fused" else job.dense(cell.model)
+        self.base = job.base(cell)
 
     def run(self) -> None:
         """Make, score and record the cell; what is there under the same keys stays.
@@ -76,11 +78,13 @@ class Making:
         job, cell = self.job, self.cell
         if cell.kind == "tuned":
             return job.train_key(cell, self.resolved)
-        if cell.parent is not None:
-            parent = job.out / "cells" / cell.parent / MANIFEST
+        if cell.kind == "fused":
+            parent = job.out / "cells" / str(cell.parent) / MANIFEST
             if not parent.exists():
                 raise SlimError(f"{cell.parent} is not there, and {cell.name} is made of it")
             return artifacts.hash_json([read_json(parent)["keys"]["made_of"], "fused"])
+        if cell.kind == "pruned":
+            return identity.prune_key(job.weights(self.base), asdict(job.pruning(cell)))
         return job.weights(self.base)
 
     @cached_property
@@ -96,7 +100,7 @@ class Making:
     # ------------------------------------------------------------------------------ making
 
     def _made(self) -> None:
-        """Train or fuse, unless that is done."""
+        """Train, fuse or prune, unless that is done."""
         made = [self.folder / name for name in ("run", "model", "eval")]
         key = {"made_of": self.made_of}
         self.job.match(self.folder, key, KEYS_FILE, made)
@@ -108,13 +112,17 @@ class Making:
             base = read_json(parent.parent / "run.json")["recipe"]["model"]
             fuse(base, parent, self.folder / "model", FuseOptions(), observer=self.job.observer)
             free()
+        elif self.cell.kind == "pruned" and not (self.folder / "model").exists():
+            options = self.job.pruning(self.cell)
+            prune(self.base, self.folder / "model", options, self.job.observer)
+            free()
 
     def _answers(self) -> tuple[Path, Path | None]:
         """Return the model folder and the adapter folder that answer for this cell."""
-        run = self.folder / "run"
-        if self.cell.kind == "fused" or (run / "model").is_dir():
-            return (self.folder if self.cell.kind == "fused" else run) / "model", None
-        return self.base, run / "adapters" if self.cell.kind == "tuned" else None
+        for folder in (self.folder, self.folder / "run"):
+            if (folder / "model").is_dir():
+                return folder / "model", None
+        return self.base, self.folder / "run" / "adapters" if self.cell.kind == "tuned" else None
 
     # ------------------------------------------------------------------------------ scoring
 
@@ -154,7 +162,12 @@ class Making:
         text = scored.get(HELD_OUT, {}).get("perplexity")
         recipe = self.resolved.recipe if cell.kind == "tuned" else cell.recipe.recipe
         entry = self.job.layout.matrix.models[cell.model]
-        given = {"model": entry.source, "revision": entry.revision}
+        # As the matrix says it: no folder of this machine.
+        given = {
+            "model": entry.source,
+            "revision": entry.revision,
+            "distill": cell.recipe.recipe.distill,
+        }
         record = self.folder / "model" / "fuse.json"
         return {
             "schema_version": SCHEMA_VERSION,
@@ -178,6 +191,7 @@ class Making:
             )
             or None,
             "fidelity": _fidelity(read_json(record)) if record.exists() else None,
+            "pruned": self._pruned(),
             "intruders": self._intruders() if cell.kind == "tuned" else None,
             "weights_sha256": self.job.weights(self.job.dense(cell.model)),
             "code": identity.code_version(),
@@ -209,6 +223,15 @@ class Making:
             "k": found.k,
             "epsilon": found.epsilon,
         }
+
+    def _pruned(self) -> dict[str, Any] | None:
+        """Return what pruning removed, of a pruned cell."""
+        file = self.folder / "model" / RECORD_FILE
+        if self.cell.kind != "pruned":
+            return None
+        record = read_json(file)
+        kept = ("axis", "method", "parameters_before", "parameters_after", "fidelity")
+        return {key: record[key] for key in kept}
 
     def _trained(self) -> dict[str, Any]:
         """Return what training cost."""

@@ -50,12 +50,28 @@ def rows_print(recipe: Recipe) -> list[dict[str, Any]]:
         return [source_print(find(config), config) for config in recipe.data.sources]
 
 
-def train_key(recipe: Recipe, weights: str, rows: list[dict[str, Any]]) -> str:
-    """Return the identity of a training run over weights with that hash."""
+def train_key(recipe: Recipe, weights: list[str], rows: list[dict[str, Any]]) -> str:
+    """Return the identity of a training run.
+
+    Args:
+        recipe: Where its models and its cache lie makes no difference.
+        weights: Hashes of the weights that it starts from, and of its teachers'.
+        rows: ``rows_print``.
+    """
     values = recipe.model_dump(mode="json", exclude={"model", "revision", "memory", "report_to"})
     for name in ("log_every", "save_every", "keep"):
         del values["train"][name]
+    if values.get("distill"):
+        del values["distill"]["cache"]
+        for teacher in values["distill"]["teachers"]:
+            if Path(teacher["model"] or "").is_dir():
+                del teacher["model"]
     return hash_json({"recipe": values, "weights": weights, "rows": rows, "code": code_version()})
+
+
+def prune_key(weights: str, options: dict[str, Any]) -> str:
+    """Return the identity of a pruning of weights with that hash."""
+    return hash_json({"prune": options, "weights": weights, "code": code_version()})
 
 
 def score_key(model: str, asked: dict[str, Any]) -> str:

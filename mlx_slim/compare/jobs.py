@@ -18,7 +18,8 @@ import mlx.core as mx
 from mlx_slim import artifacts
 from mlx_slim.artifacts import SCHEMA_VERSION, read_json, write_json
 from mlx_slim.compare import identity
-from mlx_slim.compare.matrix import Cell, Layout, cell_recipe
+from mlx_slim.compare.matrix import Cell, Layout, cell_recipe, prune_options
+from mlx_slim.compare.store import MANIFEST
 from mlx_slim.config.load import Resolved
 from mlx_slim.errors import SlimError
 from mlx_slim.events import Notice, Observer
@@ -27,7 +28,9 @@ from mlx_slim.models.hub import SMOLLM2_PACKAGE, bundled_smollm2, resolve
 from mlx_slim.models.load import load, read_config
 from mlx_slim.models.save import save_model
 from mlx_slim.quantize.apply import quantize_model
+from mlx_slim.workflows.distill import distill
 from mlx_slim.workflows.finetune import finetune
+from mlx_slim.workflows.prune_plan import PruneOptions
 from mlx_slim.workflows.run_folder import STATE_FILE
 
 
@@ -68,13 +71,28 @@ class Job:
             convert(file, folder, dtype=mx.float16, dequantize=True)
         return folder
 
-    def quantized(self, model: str, resolved: Resolved) -> Path:
-        """Return the folder of the model, rounded as ``resolved`` says, made once."""
-        dense = self.dense(model)
+    def start(self, cell: Cell) -> Path:
+        """Return the folder of the model that a cell is made from: its parent's, or the matrix's.
+
+        Raises:
+            SlimError: If there is no such model.
+        """
+        if cell.parent is None or cell.kind == "fused":
+            return self.dense(cell.model)
+        made = self.out / "cells" / cell.parent
+        for folder in (made / "model", made / "run" / "model"):
+            if folder.is_dir() and (made / MANIFEST).exists():
+                return folder
+        raise SlimError(f"{cell.parent} is not there, and {cell.name} starts from it")
+
+    def quantized(self, cell: Cell) -> Path:
+        """Return the folder of the model that ``cell`` starts from, rounded, made once."""
+        dense = self.start(cell)
         if "quantization" in read_config(dense):
             return dense
-        settings = resolved.recipe.quantize
-        name = f"{model}-{settings.bits}bit-g{settings.group_size}-{settings.mode}"
+        settings = cell.recipe.recipe.quantize
+        source = cell.model if cell.parent is None else cell.parent
+        name = f"{source}-{settings.bits}bit-g{settings.group_size}-{settings.mode}"
         folder, key = self.out / "models" / name, self.weights(dense)
         mark = folder / "source.json"
         if mark.exists() and read_json(mark).get("weights_sha256") == key:
@@ -101,9 +119,12 @@ class Job:
 
     def base(self, cell: Cell) -> Path:
         """Return what a cell starts from: the rounded model for QLoRA, else the dense one."""
-        rounded = cell.kind == "quantized" or cell.recipe.recipe.method == "qlora"
-        rounded = rounded and cell.kind != "base"
-        return self.quantized(cell.model, cell.recipe) if rounded else self.dense(cell.model)
+        qlora = cell.kind == "tuned" and cell.recipe.recipe.method == "qlora"
+        return self.quantized(cell) if cell.kind == "quantized" or qlora else self.start(cell)
+
+    def pruning(self, cell: Cell) -> PruneOptions:
+        """Return the options of a pruned cell."""
+        return prune_options(self.layout.matrix, cell.method)
 
     # ------------------------------------------------------------------------------ the sweep
 
@@ -169,16 +190,34 @@ class Job:
     # ------------------------------------------------------------------------------ steps
 
     def resolved(self, cell: Cell, name: str, changes: dict[str, Any]) -> Resolved:
-        """Return a recipe that runs here: over a folder, with ``changes``."""
-        model = {"model": str(self.base(cell)), "revision": None}
+        """Return a recipe that runs here: over a folder, with ``changes``.
+
+        Teachers that are not named are the matrix's model itself, as it was before anything was
+        done to it; what they say is kept once for all cells.
+        """
+        values = {"model": str(self.base(cell)), "revision": None, **changes}
+        if (distill := cell.recipe.recipe.distill) is not None:
+            itself = {"model": str(self.dense(cell.model)), "revision": None}
+            teachers = [
+                {**teacher.model_dump(), **(itself if teacher.model is None else {})}
+                for teacher in distill.teachers
+            ]
+            cache = distill.cache or str(self.out / "models" / "targets")
+            values["distill"] = {"teachers": teachers, "cache": cache}
         return cell_recipe(
-            self.layout.matrix, cell.model, cell.method, cell.seed, name, {**model, **changes}
+            self.layout.matrix, cell.model, cell.method, cell.seed, name, values
         )
 
     def train_key(self, cell: Cell, resolved: Resolved) -> str:
         """Return the identity of a training of ``cell`` as ``resolved`` says."""
-        rows = identity.rows_print(resolved.recipe)
-        return identity.train_key(resolved.recipe, self.weights(self.base(cell)), rows)
+        recipe = resolved.recipe
+        rows = identity.rows_print(recipe)
+        teachers = [
+            self.weights(Path(teacher.model))
+            for teacher in (recipe.distill.teachers if recipe.distill else [])
+            if teacher.model is not None and Path(teacher.model).is_dir()
+        ]
+        return identity.train_key(recipe, [self.weights(self.base(cell)), *teachers], rows)
 
     def match(self, folder: Path, keys: dict[str, str], file: str, stale: list[Path]) -> None:
         """Remove what was made under other keys, and note the ones that hold now."""
@@ -196,7 +235,8 @@ class Job:
         started = (run / STATE_FILE).exists()
         if not started:
             shutil.rmtree(run, ignore_errors=True)
-        finetune(resolved, run, observer=self.observer, resume=started)
+        learn = finetune if resolved.recipe.distill is None else distill
+        learn(resolved, run, observer=self.observer, resume=started)
         free()
         return read_json(run / "run.json")["result"]
 

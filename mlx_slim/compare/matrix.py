@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
 
 from mlx_slim.config import library
 from mlx_slim.config.load import Resolved, checked, from_layers, read_layers
 from mlx_slim.config.schema import PositiveInt, Section
 from mlx_slim.errors import SlimError, did_you_mean
+from mlx_slim.workflows.prune_plan import PruneOptions
 
-Kind = Literal["base", "quantized", "tuned", "fused"]
+Kind = Literal["base", "quantized", "pruned", "tuned", "fused"]
+# Kinds that leave a model of their own, which another method can start from.
+_WHOLE = ("pruned", "fused", "tuned")
 Rate = Annotated[float, Field(gt=0, lt=10)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -46,18 +49,22 @@ class MethodEntry(Section):
     """A method: a way to make a cell out of a model.
 
     Attributes:
-        kind: ``base`` (as it is), ``quantized`` (rounded, untrained), ``tuned`` (a recipe), or
-            ``fused`` (the adapters of ``of`` merged, the model dequantized).
+        kind: ``base`` (as it is), ``quantized`` (rounded, untrained), ``pruned`` (smaller,
+            untrained), ``tuned`` (a recipe; with ``distill`` its teachers are the model itself
+            unless named), or ``fused`` (the adapters of ``of`` merged, the model dequantized).
         extends: Shipped recipe or part that a tuned method starts from.
         recipe: Recipe keys for this method alone.
         learning_rates: Tried on validation loss, when there are several; the best one is used.
-        of: The tuned method that a fused one merges.
+        prune: Of a pruned method: the options of ``mlx-slim prune``.
+        of: The method above this one whose adapters a fused one merges, and whose model the other
+            kinds start from; None is the model itself.
     """
 
     kind: Kind = "tuned"
     extends: str | None = None
     recipe: dict[str, Any] = Field(default_factory=dict)
     learning_rates: list[Rate] = Field(default_factory=list)
+    prune: dict[str, Any] = Field(default_factory=dict)
     of: str | None = None
 
 
@@ -137,7 +144,7 @@ class Cell:
         recipe: Of tuned cells, and what ``quantized`` ones are quantized with. The model is its
             source still: preparing replaces it by a folder.
         rates: Learning rates to choose from; empty where the recipe's own holds.
-        parent: The cell whose adapters a fused one merges.
+        parent: The cell whose adapters a fused one merges, whose model another one starts from.
     """
 
     name: str
@@ -238,8 +245,8 @@ def _expand(matrix: Matrix, name: str) -> Layout:
 
 def _add(layout: Layout, model: str, method: str) -> None:
     """Add the cells of a model and a method: one a seed, or one."""
-    matrix, entry = layout.matrix, layout.matrix.methods[method]
-    for seed in matrix.seeds if entry.kind in ("tuned", "fused") else [None]:
+    matrix = layout.matrix
+    for seed in matrix.seeds if _seeded(matrix, method) else [None]:
         name = f"{model}-{method}" + ("" if seed is None else f"-s{seed}")
         if any(cell.name == name for cell in layout.cells):
             layout.refused.append((name, "two cells have this name: rename a model or a method"))
@@ -251,23 +258,65 @@ def _add(layout: Layout, model: str, method: str) -> None:
             layout.refused.append((name, why + (f" ({error.hint})" if error.hint else "")))
 
 
+def _seeded(matrix: Matrix, method: str) -> bool:
+    """Return whether cells of a method differ by seed: something is trained, here or before."""
+    above = list(matrix.methods)
+    while True:
+        entry = matrix.methods[method]
+        if entry.kind in ("tuned", "fused"):
+            return True
+        known = above[: above.index(method)]
+        if entry.of not in known:
+            return False
+        method = entry.of
+
+
 def _cell(layout: Layout, model: str, method: str, seed: int | None, name: str) -> Cell:
     matrix, entry = layout.matrix, layout.matrix.methods[method]
     parent = None
-    if entry.kind == "fused":
-        tuned = {cell.method: cell for cell in layout.cells if cell.model == model}
-        if entry.of is None or matrix.methods.get(entry.of) is None:
-            known = [key for key, other in matrix.methods.items() if other.kind == "tuned"]
-            hint = did_you_mean(entry.of or "", known)
-            raise SlimError(f"methods.{method}.of is {entry.of!r}, no tuned method", hint)
-        parent = f"{model}-{entry.of}-s{seed}"
-        if entry.of not in tuned or tuned[entry.of].kind != "tuned":
-            raise SlimError(f"there is no cell {parent} to fuse")
-        if tuned[entry.of].recipe.recipe.method == "full":
-            raise SlimError(f"{parent} is tuned in full: it has no adapters to fuse")
+    if entry.kind == "fused" or entry.of is not None:
+        parent = _parent(layout, model, method, seed)
+    if entry.kind == "pruned":
+        prune_options(matrix, method)
     recipe = cell_recipe(matrix, model, method, seed, name)
     rates = tuple(dict.fromkeys(entry.learning_rates)) if entry.kind == "tuned" else ()
     return Cell(name, model, method, entry.kind, seed, recipe, rates, parent)
+
+
+def _parent(layout: Layout, model: str, method: str, seed: int | None) -> str:
+    """Return the name of the cell that a cell starts from.
+
+    Raises:
+        SlimError: If there is none, or it has not what is wanted of it.
+    """
+    methods = layout.matrix.methods
+    entry, fuses = methods[method], methods[method].kind == "fused"
+    if entry.kind == "base":
+        raise SlimError(f"methods.{method}.of: a base is the model as it is", "remove the key")
+    above = list(methods)[: list(methods).index(method)]
+    wanted = ("tuned",) if fuses else _WHOLE
+    if entry.of not in above or methods[entry.of].kind not in wanted:
+        known = [key for key in above if methods[key].kind in wanted]
+        what = "no tuned method above it" if fuses else f"no {_either(wanted)} method above it"
+        raise SlimError(f"methods.{method}.of is {entry.of!r}, {what}", _one_of(entry.of, known))
+    parent = f"{model}-{entry.of}" + (f"-s{seed}" if _seeded(layout.matrix, entry.of) else "")
+    made = next((cell for cell in layout.cells if cell.name == parent), None)
+    if made is None:
+        raise SlimError(f"there is no cell {parent} to {'fuse' if fuses else 'start from'}")
+    whole = made.recipe.recipe.method == "full"
+    if fuses and whole:
+        raise SlimError(f"{parent} is tuned in full: it has no adapters to fuse")
+    if not fuses and made.kind == "tuned" and not whole:
+        raise SlimError(f"{parent} is adapters over another model", "fuse it first: kind: fused")
+    return parent
+
+
+def _either(words: Sequence[str]) -> str:
+    return f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _one_of(given: str | None, known: list[str]) -> str | None:
+    return did_you_mean(given or "", known) if known else None
 
 
 def cell_recipe(
@@ -307,6 +356,25 @@ def cell_recipe(
     if changes:
         layers.append((changes, "compare"))
     return from_layers(layers, name)
+
+
+def prune_options(matrix: Matrix, method: str) -> PruneOptions:
+    """Return the options of a pruned method.
+
+    Raises:
+        SlimError: If one is unknown or wrong.
+    """
+    given = matrix.methods[method].prune
+    try:
+        return TypeAdapter(PruneOptions).validate_python(given)
+    except ValidationError as error:
+        known = [field.name for field in fields(PruneOptions)]
+        said = []
+        for problem in error.errors():
+            key = ".".join(str(part) for part in problem["loc"])
+            hint = f": {did_you_mean(key, known)}" if key not in known else f": {problem['msg']}"
+            said.append(f"methods.{method}.prune.{key}{hint}")
+        raise SlimError("; ".join(said)) from error
 
 
 def located(recipe: dict[str, Any]) -> dict[str, Any]:

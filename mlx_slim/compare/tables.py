@@ -61,6 +61,7 @@ def row_of(cell: StoredCell, tasks: list[dict[str, Any]]) -> dict[str, Any]:
             **{key: answers.section[key] for key in ("micro", "macro") if key in answers.section},
         }
     kept = ("name", "model", "method", "kind", "seed", "dtype", "learning_rate", "train", "disk")
+    kept += ("parent", "pruned")
     return {
         **{key: manifest.get(key) for key in kept},
         "scores": scores,
@@ -80,7 +81,11 @@ def row_of(cell: StoredCell, tasks: list[dict[str, Any]]) -> dict[str, Any]:
 def pairs(cells: list[StoredCell]) -> list[tuple[StoredCell, StoredCell, str]]:
     """Return (first, second, the question that their difference answers) of one model's cells."""
     base = next((cell for cell in cells if cell.kind == "base"), None)
-    rounded = next((cell for cell in cells if cell.kind == "quantized"), None)
+    starts = {cell.name: cell.manifest.get("parent") for cell in cells}
+    of_name = {cell.name: cell for cell in cells}
+    rounded = next(
+        (cell for cell in cells if cell.kind == "quantized" and starts[cell.name] is None), None
+    )
     found: list[tuple[StoredCell, StoredCell, str]] = []
     if base is not None:
         found += [(base, cell, "against the base") for cell in cells if cell is not base]
@@ -90,24 +95,33 @@ def pairs(cells: list[StoredCell]) -> list[tuple[StoredCell, StoredCell, str]]:
         found += [
             (rounded, cell, "what tuning adds to the 4-bit base")
             for cell in tuned
-            if ways[cell.method] == "qlora"
+            if ways[cell.method] == "qlora" and starts[cell.name] is None
         ]
-    middle = next((name for name, way in ways.items() if way == "lora"), next(iter(ways), None))
-    for cell in tuned:
-        if cell.method != middle:
-            found += [
-                (other, cell, "between methods")
-                for other in tuned
-                if other.method == middle and other.seed == cell.seed
-            ]
+    for start in dict.fromkeys(starts[cell.name] for cell in tuned):
+        members = [cell for cell in tuned if starts[cell.name] == start]
+        names = [cell.method for cell in members]
+        middle = next((name for name in names if ways[name] == "lora"), names[0])
+        for cell in members:
+            if cell.method != middle:
+                found += [
+                    (other, cell, "between methods")
+                    for other in members
+                    if other.method == middle and other.seed == cell.seed
+                ]
     for cell in cells:
-        if cell.kind == "fused":
-            found += [
-                (other, cell, "what fusing costs")
-                for other in tuned
-                if other.name == cell.manifest.get("parent")
-            ]
+        parent = of_name.get(starts[cell.name] or "")
+        if parent is not None:
+            found.append((parent, cell, _STEPS[cell.kind]))
     return found
+
+
+# What the difference between a cell and the one that it starts from says, by the cell's kind.
+_STEPS = {
+    "fused": "what fusing costs",
+    "quantized": "what rounding costs",
+    "pruned": "what pruning costs",
+    "tuned": "what tuning brings back",
+}
 
 
 def contrasts(
@@ -213,7 +227,8 @@ def headline(
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
         several = len({row["model"] for row in rows}) > 1
-        lines += _of_model(own, f"{model}: " if several else "")
+        said = _of_model(own, f"{model}: " if several else "")
+        lines += said if several else [line[0].upper() + line[1:] for line in said]
     if found:
         lines.append(_resolution(found, tasks))
     return lines
@@ -226,6 +241,9 @@ def _mean(rows: Iterable[dict[str, Any]]) -> float:
 def _of_model(rows: list[dict[str, Any]], prefix: str) -> list[str]:
     tuned = [row for row in rows if row["kind"] == "tuned" and row["mean"] is not None]
     base = [row for row in rows if row["kind"] == "base" and row["mean"] is not None]
+    pruned = [row for row in rows if row.get("pruned") and row["mean"] is not None]
+    if pruned and base:
+        return [_of_pruned(row, rows, _mean(base), prefix) for row in pruned]
     by_way: dict[str, list[dict[str, Any]]] = {}
     for row in tuned:
         by_way.setdefault(row["train"]["method"], []).append(row)
@@ -255,6 +273,22 @@ def _of_model(rows: list[dict[str, Any]], prefix: str) -> list[str]:
     elif base and not tuned:
         lines.append(f"{prefix}the base has {100 * _mean(base):.1f} points ({over}).")
     return lines
+
+
+def _of_pruned(row: dict[str, Any], rows: list[dict[str, Any]], base: float, prefix: str) -> str:
+    """Return what a pruned model kept, and what each way of recovery brought back."""
+    size = row["pruned"]["parameters_after"] / row["pruned"]["parameters_before"]
+    back: dict[str, list[float]] = {}
+    for other in rows:
+        mine = other.get("parent") == row["name"] and other["kind"] == "tuned"
+        if mine and other["mean"] is not None:
+            back.setdefault(other["method"], []).append(other["mean"])
+    then = _listed([f"{name} to {100 * mean(values):.1f}" for name, values in back.items()])
+    return (
+        f"{prefix}{row['method']} has {size:.0%} of the parameters and {row['mean'] / base:.0%} of "
+        f"the base's score ({100 * row['mean']:.1f} of {100 * base:.1f} points)"
+        f"{f'; brought back by {then}' if then else ''}."
+    )
 
 
 _WAYS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA", "dora": "DoRA"}

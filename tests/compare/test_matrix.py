@@ -90,7 +90,7 @@ def test_overrides_and_limit(tmp_path):
     [
         ({"modles": {}}, "did you mean 'models'"),
         ({"seeds": ["x"]}, "seeds.0"),
-        ({"methods": {"lora": {"kind": "tunde"}}}, "one of base, quantized, tuned, fused"),
+        ({"methods": {"lora": {"kind": "tunde"}}}, "one of base, quantized, pruned, tuned, fused"),
         ({"models": {"a b": {"source": "x"}}}, "a name has letters"),
         (
             {"models": {"a": {"source": "x", "recipe": {"data": {"path": "y"}}}}},
@@ -128,7 +128,7 @@ def test_a_wrong_cell_is_named_and_the_others_stay(tmp_path):
     [
         ({"kind": "fused"}, "no tuned method"),
         ({"kind": "fused", "of": "qlroa"}, "did you mean 'qlora'"),
-        ({"kind": "fused", "of": "base"}, "no cell toy-base-s0"),
+        ({"kind": "fused", "of": "base"}, "no tuned method above it (known: full, qlora)"),
         ({"kind": "fused", "of": "full"}, "no adapters to fuse"),
     ],
 )
@@ -141,6 +141,52 @@ def test_what_cannot_be_fused(tmp_path, fused, said):
     }
     layout = load_matrix(str(write(tmp_path / "m.yaml", methods=methods)))
     assert said in dict(layout.refused)["toy-fused-s0"]
+
+
+def test_cells_that_start_from_another_cell(tmp_path):
+    methods = {
+        "base": {"kind": "base"},
+        "small": {"kind": "pruned", "prune": {"ratio": 0.5}},
+        "small-lora": {"of": "small", "recipe": {"method": "lora"}},
+        "small-4bit": {"kind": "quantized", "of": "small"},
+        "small-full": {"of": "small", "recipe": {"method": "full"}},
+        "full-4bit": {"kind": "quantized", "of": "small-full"},
+    }
+    layout = load_matrix(str(write(tmp_path / "m.yaml", methods=methods)), ["seeds=[0, 1]"])
+    assert not layout.refused
+    assert {cell.name: cell.parent for cell in layout.cells} == {
+        "toy-base": None,
+        "toy-small": None,
+        "toy-small-lora-s0": "toy-small",
+        "toy-small-lora-s1": "toy-small",
+        "toy-small-4bit": "toy-small",
+        "toy-small-full-s0": "toy-small",
+        "toy-small-full-s1": "toy-small",
+        "toy-full-4bit-s0": "toy-small-full-s0",
+        "toy-full-4bit-s1": "toy-small-full-s1",
+    }
+
+
+@pytest.mark.parametrize(
+    ("child", "said"),
+    [
+        ({"of": "smal"}, "did you mean 'small'"),
+        ({"of": "base"}, "no pruned, fused or tuned method above it"),
+        ({"of": "later"}, "no pruned, fused or tuned method above it"),
+        ({"of": "lora"}, "fuse it first"),
+        ({"kind": "base", "of": "small"}, "a base is the model as it is"),
+    ],
+)
+def test_what_nothing_can_start_from(tmp_path, child, said):
+    methods = {
+        "base": {"kind": "base"},
+        "small": {"kind": "pruned", "prune": {"ratio": 0.5}},
+        "lora": {"recipe": {"method": "lora"}},
+        "child": child,
+        "later": {"kind": "pruned", "prune": {"ratio": 0.5}},
+    }
+    layout = load_matrix(str(write(tmp_path / "m.yaml", methods=methods)))
+    assert said in next(why for name, why in layout.refused if name.startswith("toy-child"))
 
 
 def test_plan_says_what_runs_what_does_not_fit_and_why(tmp_path):
