@@ -115,6 +115,16 @@ class Adapter(nn.Module):
         """Return the adapted weight, laid out as the base's, in float32."""
         raise NotImplementedError
 
+    def stand_in(self, target: mx.array) -> mx.array:
+        """Return the base weight with which this adapter answers as the plain weight ``target``.
+
+        Both are laid out as the base's; ``stand_in_ends`` follows once the base has its own again.
+        """
+        raise NotImplementedError
+
+    def stand_in_ends(self) -> None:
+        """The base weight is the base's own again."""
+
     def _dropped(self, x: mx.array) -> tuple[mx.array, float]:
         """Return x with its dropped elements zero, and s with the rest's compensation in it."""
         if not self.training or self.dropout == 0:
@@ -149,10 +159,17 @@ class LoRALinear(Adapter):
         """Return (N, O) in the dtype of the base's output."""
         return self._add_update(self.linear(x_NI), x_NI)
 
+    def _update_OI(self) -> mx.array:
+        a_IR, b_RO = self.factors()
+        return (self.scale * b_RO).T @ a_IR.T
+
     def merged_weight(self) -> mx.array:
         """Return W + ΔW (O, I), float32."""
-        a_IR, b_RO = self.factors()
-        return dequantize_weight(self.linear).astype(mx.float32) + (self.scale * b_RO).T @ a_IR.T
+        return dequantize_weight(self.linear).astype(mx.float32) + self._update_OI()
+
+    def stand_in(self, target: mx.array) -> mx.array:
+        """Return target − ΔW (O, I), float32."""
+        return target.astype(mx.float32) - self._update_OI()
 
 
 class LoRAEmbedding(Adapter):
@@ -190,3 +207,8 @@ class LoRAEmbedding(Adapter):
         """Return W + s · A B (V, D), float32."""
         a_VR, b_RD = self.factors()
         return dequantize_weight(self.embedding).astype(mx.float32) + a_VR @ (self.scale * b_RD)
+
+    def stand_in(self, target: mx.array) -> mx.array:
+        """Return target − s · A B (V, D), float32."""
+        a_VR, b_RD = self.factors()
+        return target.astype(mx.float32) - a_VR @ (self.scale * b_RD)

@@ -145,7 +145,7 @@ def breakdown(
     done = parts - lanes + (0 if full else 1)
     gradients += found.gradient_bytes * (done + (train.accumulate > 1))
     return {
-        "weights": found.base_bytes + found.adapter_bytes,
+        "weights": found.base_bytes + found.rounded_bytes + found.adapter_bytes,
         "gradients": int(gradients),
         "optimizer": found.optimizer_bytes,
         "activations": int(activations),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from mlx_slim.config.load import load_recipe, render
+from mlx_slim.config.load import Resolved, load_recipe, render
 
 
 @click.command("train")
@@ -15,6 +17,7 @@ from mlx_slim.config.load import load_recipe, render
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Run folder [runs/RECIPE].")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint, exactly.")
 @click.option("--dry-run", is_flag=True, help="Print the resolved recipe and write nothing.")
+@click.option("--validate", is_flag=True, help="Only score MODEL, as it is, on the held-out rows.")
 @click.option("--json", "as_json", is_flag=True, help="One event a line, as JSON.")
 @click.option("--quiet", is_flag=True, help="Warnings and the end only.")
 def command(
@@ -23,6 +26,7 @@ def command(
     out: Path | None,
     resume: bool,
     dry_run: bool,
+    validate: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -35,6 +39,9 @@ def command(
     resolved = load_recipe(recipe, overrides)
     if dry_run:
         click.echo(render(resolved))
+        return
+    if validate:
+        _validate(resolved, as_json)
         return
     from mlx_slim import events
     from mlx_slim.console import Console
@@ -52,3 +59,17 @@ def command(
         observer = events.Broadcast([console, trackers])
         result = finetune(resolved, folder, observer=observer, resume=resume)
         console.summary(f"{resolved.name}: done", summary_rows(result))
+
+
+def _validate(resolved: Resolved, as_json: bool) -> None:
+    """Print the model's loss on the validation rows."""
+    from mlx_slim.workflows.validate import validate
+
+    found = validate(resolved.recipe)
+    if as_json:
+        click.echo(json.dumps({"event": "validated", **asdict(found)}))
+        return
+    click.echo(
+        f"{found.model}: validation loss {found.loss:.4f} nats/token "
+        f"({found.supervised:,} supervised tokens, {found.rows:,} rows)"
+    )

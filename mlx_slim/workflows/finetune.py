@@ -37,6 +37,7 @@ from mlx_slim.train.loop import Loop
 from mlx_slim.train.metrics import MetricsFile
 from mlx_slim.train.optim import trainable
 from mlx_slim.train.remat import checkpointed
+from mlx_slim.workflows.aware import save_quantized
 from mlx_slim.workflows.prepare import (
     Tuned,
     build_loop,
@@ -93,7 +94,7 @@ def finetune(
             if not started and world().rank() == 0:
                 write_json(out / STATE_FILE, state_record(resolved, data))
             newest = checkpoint.latest(out / "checkpoints") if started else None
-            metrics.rewind(0 if newest is None else int(newest.name[5:]))
+            metrics.rewind(-1 if newest is None else int(newest.name[5:]))
             if newest is not None:
                 loop.resume(newest)
     with checkpointed(blocks, recipe.train.grad_checkpoint):
@@ -107,7 +108,7 @@ def finetune(
         out=out,
         done=done,
         model=recipe.model,
-        artifact="model" if tuned.injected is None else "adapters",
+        artifact="adapters" if tuned.injected and not recipe.quantize.aware else "model",
         trainable=sum(value.size for value in trainable(tuned.model).values()),
         total=tuned.total,
         predicted_peak_bytes=prediction.predicted_peak_bytes,
@@ -115,7 +116,10 @@ def finetune(
     )
     if world().rank() == 0:
         _save(recipe, tuned, result)
-        _verify(recipe, tuned, result)
+        if recipe.quantize.aware:
+            save_quantized(out / result.artifact, recipe, tuned)
+        else:
+            _verify(recipe, tuned, result)
         write_json(out / "run.json", _record(resolved, tuned, result, budget))
     return result
 
@@ -176,22 +180,22 @@ def _cheapest_fit(prediction: Prediction, peak: int, budget: int) -> str:
 
 
 def _save(recipe: Recipe, tuned: Tuned, result: Result) -> None:
-    """Write the best weights (the last ones without a validation split)."""
+    """Write the best weights (the last ones without a validation split); quantized ones not yet."""
     done = result.done
-    if done.best_step is not None and done.best_step != done.step:
-        best = checkpoint.path_of(result.out / "checkpoints", done.best_step)
+    if done.kept_step != done.step:
+        best = checkpoint.path_of(result.out / "checkpoints", done.kept_step)
         checkpoint.load_weights(best, tuned.model)
     target = result.out / result.artifact
     if tuned.injected is not None:
         save_adapter(
-            target,
+            result.out / "adapters",
             tuned.model,
             recipe.adapter,
             tuned.injected,
             dora=recipe.method == "dora",
             base=recipe.model,
         )
-    else:
+    elif not recipe.quantize.aware:
         shutil.rmtree(target, ignore_errors=True)
         save_model(target, tuned.model, tuned.loaded.tokenizer, tuned.config)
 
