@@ -14,7 +14,7 @@ JOBS ?= 2
 RECIPES := tinyllama-full tinyllama-lora tinyllama-qlora \
 	phi2-full phi2-lora phi2-qlora \
 	mistral-lora mistral-qlora llama2-lora llama2-qlora \
-	smollm2-full smollm2-lora smollm2-qlora smollm2-dora
+	smollm2-full smollm2-lora smollm2-qlora smollm2-dora smollm2-qat
 .PHONY: $(RECIPES)
 
 help:

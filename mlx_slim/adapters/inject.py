@@ -17,6 +17,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from mlx_slim.adapters.adalora import AdaLoRALinear
 from mlx_slim.adapters.dora import DoRALinear
 from mlx_slim.adapters.lora import Adapter, LoRAEmbedding, LoRALinear, dimensions
 from mlx_slim.adapters.variants import start_pissa
@@ -155,9 +156,9 @@ def choose(model: Any, config: AdapterConfig) -> list[Site]:
     return [s for s in everything if s.path in selected]
 
 
-def _check(chosen: list[Site], rank: int, dora: bool) -> None:
+def _check(chosen: list[Site], rank: int, special: str) -> None:
     for site in chosen:
-        _check_kind(site, dora)
+        _check_kind(site, special)
     for site in chosen:
         smallest = min(dimensions(site.module))
         if rank > smallest:
@@ -167,22 +168,29 @@ def _check(chosen: list[Site], rank: int, dora: bool) -> None:
             )
 
 
-def _check_kind(site: Site, dora: bool) -> None:
+def _check_kind(site: Site, special: str) -> None:
     if not isinstance(site.module, LINEAR_TYPES + _EMBEDDING):
         raise SlimError(
             f"{site.path} is an expert layer ({type(site.module).__name__}): adapters on experts "
             "are not supported",
             "name other layers in adapter.targets, e.g. [q_proj, k_proj, v_proj, o_proj]",
         )
-    if dora and isinstance(site.module, _EMBEDDING):
+    if special and isinstance(site.module, _EMBEDDING):
         raise SlimError(
-            f"{site.path} is an embedding: DoRA works on linear layers",
-            "use method: lora, or leave it out of adapter.targets",
+            f"{site.path} is an embedding: {special} works on linear layers",
+            "use a plain method: lora, or leave it out of adapter.targets",
         )
 
 
 def place(
-    model: nn.Module, chosen: list[Site], rank: int, scale: float, dropout: float, *, dora: bool
+    model: nn.Module,
+    chosen: list[Site],
+    rank: int,
+    scale: float,
+    dropout: float,
+    *,
+    dora: bool,
+    adaptive: bool = False,
 ) -> list[tuple[str, Adapter]]:
     """Freeze ``model``, wrap the ``chosen`` layers, leave only the adapters trainable.
 
@@ -191,14 +199,14 @@ def place(
     """
     if adapters_of(model):
         raise SlimError("this model has adapters already", "load the base again, or merge first")
-    _check(chosen, rank, dora)
+    _check(chosen, rank, "AdaLoRA" if adaptive else "DoRA" if dora else "")
     model.freeze()
     placed: list[tuple[str, Adapter]] = []
     for site in chosen:
         if isinstance(site.module, _EMBEDDING):
             kind: type[LoRALinear] | type[LoRAEmbedding] = LoRAEmbedding
         else:
-            kind = DoRALinear if dora else LoRALinear
+            kind = AdaLoRALinear if adaptive else DoRALinear if dora else LoRALinear
         adapter = kind(site.module, rank, scale, dropout)
         adapter.train(model.training)
         placed.append((site.path, adapter))
@@ -226,7 +234,10 @@ def inject(model: nn.Module, config: AdapterConfig, *, dora: bool) -> Injected:
     """
     scale = config.resolved_scale
     chosen = choose(model, config)
-    placed = place(model, chosen, config.rank, scale, config.dropout, dora=dora)
+    adaptive = config.adaptive is not None
+    placed = place(
+        model, chosen, config.rank, scale, config.dropout, dora=dora, adaptive=adaptive
+    )
     if config.init == "pissa":
         for _, adapter in placed:
             start_pissa(adapter)

@@ -3,7 +3,7 @@
 Invariant: stock mlx-lm (``mlx_lm.generate --adapter-path``) loads what is written here and gives
 the same logits; what is loaded here matches its config tensor by tensor: missing, extra and wrongly
 shaped tensors, and a base that the adapter was not trained on, are errors. PiSSA is written as a
-plain adapter of twice the rank on the unmodified base. One exception, of mlx-lm's: its DoRA counts
+plain adapter of twice the rank on the unmodified base, AdaLoRA as one of its largest rank. One exception, of mlx-lm's: its DoRA counts
 the inputs of 3, 5 and 6 bit layers wrong and refuses them; such adapters load here only.
 
 Try it: ``python -m pytest tests/adapters/test_store.py``.
@@ -18,6 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_slim.adapters.adalora import AdaLoRALinear
 from mlx_slim.adapters.inject import (
     Injected,
     Site,
@@ -120,8 +121,13 @@ def save_adapter(
     """
     tensors: dict[str, mx.array] = {}
     rank = config.rank
-    for path, adapter in adapters_of(model):
-        a_IR, b_RO = adapter.factors()
+    adapters = adapters_of(model)
+    ranks = {path: each.active for path, each in adapters if isinstance(each, AdaLoRALinear)}
+    for path, adapter in adapters:
+        if isinstance(adapter, AdaLoRALinear):  # one rank for all, as mlx-lm has it
+            a_IR, b_RO = adapter.plain_factors(max(1, *ranks.values()))
+        else:
+            a_IR, b_RO = adapter.factors()
         rank = a_IR.shape[1]
         tensors |= {f"{path}.lora_a": a_IR, f"{path}.lora_b": b_RO}
         if dora:
@@ -143,6 +149,7 @@ def save_adapter(
         "paths": injected.paths,
         "parameters": injected.parameters,
         "base_sample": base_sample(model),
+        **({"ranks": ranks} if ranks else {}),
     }
     with atomic_folder(folder, replace=True) as temporary:
         save_tensors(temporary / WEIGHTS, tensors)

@@ -241,6 +241,9 @@ def shapes(config: dict[str, Any], recipe: Recipe, dtype: mx.Dtype) -> Shapes:
             inputs, outputs = _sides(site.module)[-2:]
             trainable[f"{site.path}.lora_a"] = ((inputs, rank), mx.float32)
             trainable[f"{site.path}.lora_b"] = ((rank, outputs), mx.float32)
+            if recipe.adapter.adaptive is not None:
+                trainable[f"{site.path}.lora_e"] = ((rank,), mx.float32)
+                companions += 2 * (inputs + outputs + 1) * rank * FULL_PRECISION_BYTES
             if recipe.adapter.init == "pissa":
                 companions += (inputs + outputs) * rank * FULL_PRECISION_BYTES
             if recipe.method == "dora":

@@ -22,6 +22,13 @@ SAVE = "save"  # what ``after`` answers when a checkpoint is due
 class Companion:
     """Does nothing; each subclass takes the calls that it needs."""
 
+    def planned(self, total: int) -> None:
+        """The run will take ``total`` steps; raise a ``SlimError`` if that cannot be."""
+
+    def settled(self, step: int) -> bool:
+        """Return whether the weights after ``step`` may be the run's result."""
+        return True
+
     def computing(self) -> contextlib.AbstractContextManager[None]:
         """Return what surrounds every forward and backward pass, validation included."""
         return contextlib.nullcontext()

@@ -133,6 +133,8 @@ class Loop:
         )
         self.total, self.epochs = total_steps(self.config, self.batcher)
         self.rate = schedule(self.config, self.total)
+        for companion in self.companions:
+            companion.planned(self.total)
 
     def preflight(self) -> int:
         """Run forward and backward pass of the largest micro-batch; return the peak in bytes."""
@@ -304,11 +306,13 @@ class Loop:
         began = time.perf_counter()
         with computing(self.companions):
             loss, supervised = validation_loss(self.model, self.objective, self.validation)
-        best = math.isfinite(loss) and (at.best_loss is None or loss < at.best_loss)
+        settled = all(companion.settled(at.step) for companion in self.companions)
+        better = math.isfinite(loss) and (at.best_loss is None or loss < at.best_loss)
+        best = settled and better
         if best:
             at.best_loss, at.best_step, at.since_best = loss, at.step, 0
         else:
-            at.since_best += 1
+            at.since_best += settled
         seconds = time.perf_counter() - began
         self.observer.notify(events.ValidationDone(at.step, loss, supervised, seconds, best))
         return best

@@ -28,6 +28,7 @@ from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.quantize.apply import quantize_model
 from mlx_slim.quantize.policy import make_policy
 from mlx_slim.runtime import cpu_lanes, on_gpu, resolve_dtype, world
+from mlx_slim.train.adalora import RankBudget
 from mlx_slim.train.companion import Companion
 from mlx_slim.train.loop import Loop
 from mlx_slim.train.qat import QuantizationAware
@@ -97,6 +98,8 @@ def prepare_model(recipe: Recipe) -> Tuned:
     if aware:
         stored = stored_dtype(folder_tensors(loaded.path))
         tuned.companions.append(QuantizationAware(loaded.model, rounds, stored))
+    if injected is not None and recipe.adapter.adaptive is not None:
+        tuned.companions.append(RankBudget(loaded.model, recipe.adapter.adaptive))
     return tuned
 
 

@@ -31,7 +31,7 @@ def test_the_promised_recipes_exist():
         "phi2": "full lora qlora",
         "mistral": "lora qlora",
         "llama2": "lora qlora",
-        "smollm2": "full lora qlora dora",
+        "smollm2": "full lora qlora dora qat",
     }
     assert sorted(f"{m}-{k}" for m, kinds in methods.items() for k in kinds.split()) == NAMES
 
@@ -47,7 +47,9 @@ def test_header_and_planner_agree(name: str):
 @pytest.mark.parametrize("name", NAMES)
 def test_pinned_named_and_known(name: str):
     recipe = load_recipe(name).recipe
-    assert recipe.method == name.rsplit("-", 1)[1]
+    kind = name.rsplit("-", 1)[1]
+    assert recipe.method == ("full" if kind == "qat" else kind)
+    assert recipe.quantize.aware == (kind == "qat")
     assert re.fullmatch(r"[0-9a-f]{40}", recipe.revision or "")
     assert recipe.model in KNOWN
 
@@ -105,7 +107,7 @@ def test_three_steps_end_to_end(name: str, tiny, rows: Path, tmp_path: Path):
     events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [event for event in events if event["event"] == "step"]
     assert [event["step"] for event in steps] == [1, 2, 3]
-    if name.endswith("full"):
+    if name.endswith(("full", "qat")):
         load(str(out / "model"))
     else:
         load(str(model), adapter_path=str(out / "adapters"))
