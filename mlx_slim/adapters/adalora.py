@@ -54,7 +54,10 @@ class AdaLoRALinear(LoRALinear):
             rank: At least ``active``.
         """
         used = [i for i, value in enumerate(self.lora_e.tolist()) if value != 0]  # pyright: ignore
-        a_IR, b_RO = (mx.zeros((self.lora_a.shape[0], rank)), mx.zeros((rank, self.lora_b.shape[1])))
+        a_IR, b_RO = (
+            mx.zeros((self.lora_a.shape[0], rank)),
+            mx.zeros((rank, self.lora_b.shape[1])),
+        )
         if used:
             a_all, b_all = self.factors()
             a_IR[:, : len(used)] = a_all[:, mx.array(used)]

@@ -235,9 +235,7 @@ def inject(model: nn.Module, config: AdapterConfig, *, dora: bool) -> Injected:
     scale = config.resolved_scale
     chosen = choose(model, config)
     adaptive = config.adaptive is not None
-    placed = place(
-        model, chosen, config.rank, scale, config.dropout, dora=dora, adaptive=adaptive
-    )
+    placed = place(model, chosen, config.rank, scale, config.dropout, dora=dora, adaptive=adaptive)
     if config.init == "pissa":
         for _, adapter in placed:
             start_pissa(adapter)

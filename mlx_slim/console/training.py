@@ -19,13 +19,23 @@ from rich.text import Text
 
 from mlx_slim import runtime
 from mlx_slim.console.parts import Clock, eta, memory_row, progress_row
-from mlx_slim.events import Done, Event, Resumed, Saved, Started, StepDone, ValidationDone
+from mlx_slim.events import (
+    Done,
+    Event,
+    HeldOutDone,
+    Resumed,
+    Saved,
+    Started,
+    StepDone,
+    ValidationDone,
+)
 
 _BARS = "▁▂▃▄▅▆▇█"
 _SMOOTHING = 0.9  # of the running mean of the loss, a step
 _REASONS = {
     "complete": "done",
     "early_stopping": "stopped early: validation no longer improves",
+    "held_out": "stopped early: the held-out text costs more bits than allowed",
     "interrupted": "interrupted",
     "non_finite_loss": "stopped: the loss is not finite",
 }
@@ -43,6 +53,10 @@ def sparkline(values: list[float], width: int) -> str:
     return "".join(_BARS[round((mean - low) / span * (len(_BARS) - 1))] for mean in means)
 
 
+def _held_out(event: HeldOutDone) -> str:
+    return f"{event.bits_per_byte:.4f} bits/byte ({event.rise:+.2%})"
+
+
 class Progress:
     """The state of a loop, gathered from its events; ``None`` where nothing was reported yet."""
 
@@ -54,6 +68,7 @@ class Progress:
         self.step: StepDone | None = None
         self.validation: ValidationDone | None = None
         self.best: ValidationDone | None = None
+        self.held_out: HeldOutDone | None = None
         self.saved: Saved | Resumed | None = None
         self.done: Done | None = None
         self.smoothed = math.nan
@@ -75,6 +90,8 @@ class Progress:
                 self.validation = event
                 if event.best:
                     self.best = event
+            case HeldOutDone():
+                self.held_out = event
             case Saved() | Resumed():
                 self.saved = event
             case Done():
@@ -126,6 +143,9 @@ class Progress:
             case ValidationDone():
                 mark = " (best)" if event.best else ""
                 return f"validation at step {event.step}: loss {event.loss:.4f}{mark}"
+            case HeldOutDone():
+                over = "" if event.within else ": over the limit"
+                return f"held-out text at step {event.step}: {_held_out(event)}{over}"
             case Saved():
                 return f"saved {event.path}"
             case Resumed():
@@ -176,6 +196,8 @@ class View:
         wide = width >= 76
         epochs = f" of {p.started.total_epochs:g}" if p.started else ""
         validation = f"{p.validation.loss:.4f}" if p.validation else "–"
+        if p.held_out:
+            validation += f"  held-out {_held_out(p.held_out)}"
         best = f"{p.best.loss:.4f} at step {p.best.step}" if p.best else "–"
         curve = sparkline(p.losses, max(0, width // 2 - 40 if wide else width - 40))
         cells = [

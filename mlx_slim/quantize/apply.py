@@ -109,7 +109,8 @@ def rounded(
     settings: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": mode}
     codes, *scales = mx.quantize(weight, **settings)
     scales = [
-        value.astype(stored).astype(weight.dtype) if mx.issubdtype(value.dtype, mx.floating)
+        value.astype(stored).astype(weight.dtype)
+        if mx.issubdtype(value.dtype, mx.floating)
         else value
         for value in scales
     ]

@@ -2,8 +2,9 @@
 
 Invariant: ``checkpoints/step-N`` is renamed into place after all its files are on disk, and holds
 trainable weights, optimizer state (moments, float32 masters, step), what companions remember and
-the loop's position. Nothing else has state: shuffles and dropout are functions of (seed, epoch, step), the learning rate of the
-step, and checkpoints are taken between optimizer steps, when nothing is accumulated.
+the loop's position. Nothing else has state: shuffles and dropout are functions of (seed, epoch,
+step), the learning rate of the step, and checkpoints are taken between optimizer steps, when
+nothing is accumulated.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def load(
 
 
 def rotate(folder: Path, keep: int, *needed: int | None) -> None:
-    """Remove all but the newest ``keep`` checkpoints and the ``needed`` steps, and what a kill left."""
+    """Remove all but the newest ``keep`` and the ``needed`` checkpoints, and what a kill left."""
     for step in _steps(folder)[:-keep]:
         if step not in needed:
             shutil.rmtree(path_of(folder, step))

@@ -14,6 +14,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import mlx.core as mx
+
 from mlx_slim import events
 from mlx_slim.config.schema import HeldOutConfig
 from mlx_slim.errors import SlimError
@@ -30,12 +32,18 @@ class HeldOut(Companion):
         config: Limit, interval and patience.
         measure: Returns bits per byte of the text, by the weights as they are now.
         observer: Hears every measurement.
+        identity: Hash of the text, hexadecimal: a resumed run must watch the same.
     """
 
     def __init__(
-        self, config: HeldOutConfig, measure: Callable[[], float], observer: events.Observer
+        self,
+        config: HeldOutConfig,
+        measure: Callable[[], float],
+        observer: events.Observer,
+        identity: str,
     ) -> None:
         self.config, self._measure, self._observer = config, measure, observer
+        self._identity = list(bytes.fromhex(identity))
 
     def begin(self, position: Position) -> str:
         """Measure the start, once a run; refuse to go on where the run was stopped already."""
@@ -80,6 +88,20 @@ class HeldOut(Companion):
         self, position: Position, bits: float, rise: float, within: bool, began: float
     ) -> None:
         seconds = time.perf_counter() - began
-        self._observer.notify(
-            events.HeldOutDone(position.step, bits, rise, within, seconds)
-        )
+        self._observer.notify(events.HeldOutDone(position.step, bits, rise, within, seconds))
+
+    def state(self) -> dict[str, mx.array]:
+        """Return the text's hash."""
+        return {"text": mx.array(self._identity, mx.uint8)}
+
+    def load_state(self, flat: dict[str, mx.array]) -> None:
+        """Compare the hash.
+
+        Raises:
+            SlimError: If the text is another one now.
+        """
+        if flat["text"].tolist() != self._identity:
+            raise SlimError(
+                f"held_out.path={self.config.path} is another text than when the run started",
+                "resume with the text that it started with, or start a new run",
+            )

@@ -38,6 +38,7 @@ from mlx_slim.train.metrics import MetricsFile
 from mlx_slim.train.optim import trainable
 from mlx_slim.train.remat import checkpointed
 from mlx_slim.workflows.aware import save_quantized
+from mlx_slim.workflows.held_out import watch
 from mlx_slim.workflows.prepare import (
     Tuned,
     build_loop,
@@ -85,7 +86,9 @@ def finetune(
         prediction = predict(tuned.config, recipe, lengths=data.train.lengths.tolist())
         metrics = MetricsFile(out / "metrics.jsonl")
         listeners = [metrics, observer] if world().rank() == 0 else []
-        loop = build_loop(recipe, tuned, data, out, events.Broadcast(listeners), budget)
+        loud = events.Broadcast(listeners)
+        tuned.companions += watch(recipe, tuned, loud)
+        loop = build_loop(recipe, tuned, data, out, loud, budget)
         blocks = anatomy.blocks(tuned.model)
         with checkpointed(blocks, recipe.train.grad_checkpoint):
             if not started:

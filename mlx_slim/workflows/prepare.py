@@ -69,7 +69,9 @@ def prepare_base(recipe: Recipe) -> tuple[Loaded, dict[str, Any]]:
     loaded = load(recipe.model, revision=recipe.revision, dtype=resolve_dtype(recipe.train.dtype))
     quantized = is_quantized(loaded.model)
     if quantized and (recipe.method == "full" or recipe.quantize.aware):
-        why = "method=full trains every" if recipe.method == "full" else "quantize.aware rounds each"
+        why = (
+            "method=full trains every" if recipe.method == "full" else "quantize.aware rounds each"
+        )
         raise SlimError(
             f"{recipe.model} is quantized, and {why} weight",
             "use method=qlora, or dequantize it first: mlx-slim convert MODEL -o DIR --dequantize",

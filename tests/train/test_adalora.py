@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def test_the_budget_falls_along_a_cubic_with_exact_ends(tiny):
     values = [budget.budget(step) for step in range(31)]
     assert values[:5] == [5 * layers] * 5
     assert values[24:] == [2 * layers] * 7
-    assert all(a >= b for a, b in zip(values, values[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(values))
     assert values[14] == 2 * layers + round(3 * layers / 8)
 
 
@@ -67,7 +68,9 @@ def test_gradients_importance_and_cuts_are_those_of_a_plain_reference(tiny):
     mean: dict[str, np.ndarray] = {}
     spread: dict[str, np.ndarray] = {}
     for step in range(1, 31):
-        given = {k: mx.array(rng.normal(size=v.shape), mx.float32) for k, v in trainable(model).items()}
+        given = {
+            k: mx.array(rng.normal(size=v.shape), mx.float32) for k, v in trainable(model).items()
+        }
         weights = {k: np.array(v, np.float64) for k, v in trainable(model).items()}
         ours = budget.gradients(given)
         for path in paths:
@@ -95,7 +98,9 @@ def test_gradients_importance_and_cuts_are_those_of_a_plain_reference(tiny):
                 score = {n: mean[f"{path}.{n}"] * spread[f"{path}.{n}"] for n in parts}
                 for i in range(rank):
                     scores[path, i] = (
-                        score["lora_e"][i] + score["lora_a"][:, i].mean() + score["lora_b"][i].mean()
+                        score["lora_e"][i]
+                        + score["lora_a"][:, i].mean()
+                        + score["lora_b"][i].mean()
                     )
             best = sorted(scores, key=lambda key: -scores[key])[: budget.budget(step)]
             left = {

@@ -74,7 +74,9 @@ def test_resumed_equals_uninterrupted_and_checkpoints_are_floats(tiny, tmp_path,
         assert len(set(weight[0, :32].tolist())) > 8  # three bits have eight values in a group
     finetune(small, out, observer=Recorder(), resume=True)
     assert losses(out) == losses(tmp_path / "straight")
-    files = [mx.load(str(run / "model" / "model.safetensors")) for run in (out, tmp_path / "straight")]
+    files = [
+        mx.load(str(run / "model" / "model.safetensors")) for run in (out, tmp_path / "straight")
+    ]
     assert all(mx.array_equal(files[0][name], files[1][name]) for name in files[1])
 
 
