@@ -3,8 +3,9 @@
 Invariant: stock mlx-lm (``mlx_lm.generate --adapter-path``) loads what is written here and gives
 the same logits; what is loaded here matches its config tensor by tensor: missing, extra and wrongly
 shaped tensors, and a base that the adapter was not trained on, are errors. PiSSA is written as a
-plain adapter of twice the rank on the unmodified base, AdaLoRA as one of its largest rank. One exception, of mlx-lm's: its DoRA counts
-the inputs of 3, 5 and 6 bit layers wrong and refuses them; such adapters load here only.
+plain adapter of twice the rank on the unmodified base, AdaLoRA as one of its largest rank. One
+exception, of mlx-lm's: its DoRA counts the inputs of 3, 5 and 6 bit layers wrong and refuses them;
+such adapters load here only.
 
 Try it: ``python -m pytest tests/adapters/test_store.py``.
 """

@@ -116,9 +116,8 @@ class RankBudget(Companion):
     def updated(self, step: int) -> None:
         """Cut where it is time, and keep what was cut at zero in the final steps."""
         since = step - self._first
-        if step == self._last or (
-            0 < since and step < self._last and since % self.config.interval == 0
-        ):
+        due = since > 0 and since % self.config.interval == 0
+        if step == self._last or (due and step < self._last):
             # The least important go; of equals the later ones, the same on every machine.
             order = np.argsort(-np.array(self.importance()), kind="stable")
             kept = np.zeros(self._start, np.float32)
