@@ -10,10 +10,11 @@ Try it: ``python -m pytest tests/adapters/test_inject.py``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
@@ -220,13 +221,26 @@ def summary(placed: list[tuple[str, Adapter]], scale: float, alpha: float) -> In
     return Injected([path for path, _ in placed], scale, alpha, parameters)
 
 
-def inject(model: nn.Module, config: AdapterConfig, *, dora: bool) -> Injected:
+def remove_adapters(model: nn.Module) -> None:
+    """Give ``model`` its base layers back, as they were."""
+    bases = [(path, adapter.base) for path, adapter in adapters_of(model)]
+    model.update_modules(tree_unflatten(bases))  # pyright: ignore[reportArgumentType]
+
+
+def inject(
+    model: nn.Module,
+    config: AdapterConfig,
+    *,
+    dora: bool,
+    below: Mapping[str, tuple[mx.array, mx.array]] | None = None,
+) -> Injected:
     """Freeze ``model`` and put trainable adapters on the layers that ``config`` selects.
 
     Args:
         model: Any mlx-lm model, dense or quantized; changed in place.
         config: Rank, scale, targets, layers, start.
         dora: DoRA instead of LoRA.
+        below: path -> (A, B) of frozen adapters that stay under the new ones (``stack.combined``).
 
     Raises:
         SlimError: A target that matches nothing, a block out of range, a rank above a layer's size,

@@ -41,6 +41,8 @@ def command(
         click.echo(render(resolved))
         return
     if validate:
+        if out is not None or resume:
+            raise click.UsageError("--validate writes nothing: leave -o and --resume out")
         _validate(resolved, as_json)
         return
     from mlx_slim import events

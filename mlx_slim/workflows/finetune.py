@@ -15,7 +15,9 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_slim import events
-from mlx_slim.adapters.store import load_adapter, save_adapter
+from mlx_slim.adapters.advice import rank_advice
+from mlx_slim.adapters.stack import load_adapters, parse_adapters
+from mlx_slim.adapters.store import save_adapter
 from mlx_slim.analyze.memory import Prediction, predict
 from mlx_slim.artifacts import SCHEMA_VERSION, provenance, read_json, write_json
 from mlx_slim.config.load import Resolved
@@ -100,6 +102,8 @@ def finetune(
             metrics.rewind(-1 if newest is None else int(newest.name[5:]))
             if newest is not None:
                 loop.resume(newest)
+            elif advice := rank_advice(recipe, loop.total):
+                loud.notify(events.Notice(advice))
     with checkpointed(blocks, recipe.train.grad_checkpoint):
         done = loop.run()
     if done.reason == "interrupted":
@@ -116,6 +120,7 @@ def finetune(
         total=tuned.total,
         predicted_peak_bytes=prediction.predicted_peak_bytes,
         ledger=data.ledger,
+        on=recipe.adapter.on,
     )
     if world().rank() == 0:
         _save(recipe, tuned, result)
@@ -217,7 +222,7 @@ def _verify(recipe: Recipe, tuned: Tuned, result: Result) -> None:
     target = result.out / result.artifact
     if result.artifact == "adapters":
         again = prepare_base(recipe)[0].model
-        load_adapter(again, target)
+        load_adapters(again, parse_adapters([*recipe.adapter.on, target]))
     else:
         again = load(target).model
     again.eval()
@@ -250,5 +255,6 @@ def _record(resolved: Resolved, tuned: Tuned, result: Result, budget: int) -> di
             "trainable": result.trainable,
             "total": result.total,
             "predicted_peak_bytes": result.predicted_peak_bytes,
+            "on": result.on,
         },
     }

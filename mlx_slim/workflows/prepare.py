@@ -16,6 +16,7 @@ from mlx_lm.utils import get_total_parameters
 
 from mlx_slim import events
 from mlx_slim.adapters.inject import Injected, inject
+from mlx_slim.adapters.stack import combined, parse_adapters
 from mlx_slim.adapters.variants import learning_rate_scale
 from mlx_slim.config.schema import Recipe
 from mlx_slim.data.batches import Batcher, choose_mode
@@ -94,7 +95,8 @@ def prepare_model(recipe: Recipe) -> Tuned:
     if recipe.method == "full":
         loaded.model.unfreeze()
     else:
-        injected = inject(loaded.model, recipe.adapter, dora=recipe.method == "dora")
+        below = combined(loaded.model, parse_adapters(recipe.adapter.on))
+        injected = inject(loaded.model, recipe.adapter, dora=recipe.method == "dora", below=below)
     mx.eval(loaded.model.parameters())
     tuned = Tuned(loaded, config, injected, total)
     if aware:
