@@ -50,8 +50,8 @@ def command(
 ) -> None:
     """Fold an adapter into MODEL (a folder or hub id) and write a new folder.
 
-    Of several adapters it is the weighted sum. A dense base is merged; a quantized one becomes dense unless --requantize (which is refused
-    where it rounds the tune away) or --keep.
+    Of several adapters it is the weighted sum. A dense base is merged; a quantized one becomes
+    dense unless --requantize (which is refused where it rounds the tune away) or --keep.
     """
     from rich.console import Console as RichConsole
 

@@ -136,6 +136,19 @@ def test_an_adapter_changes_the_scores_and_is_recorded(tiny, tasks, adapter, who
     )
 
 
+def test_several_adapters_are_their_weighted_sum(tiny, tasks, adapter, tmp_path):
+    text = tasks[2]
+    halves = [f"{adapter}=0.5", f"{adapter}=0.5"]
+    scored = []
+    for name, given in (("one", adapter), ("halves", halves)):
+        options = EvalOptions(perplexity=text, adapter=given)
+        (results,) = evaluate(tiny("llama"), [], tmp_path / name, options)
+        scored.append(results["perplexity"]["metrics"]["bits_per_byte"]["value"])
+        assert resume_command(["m"], [], tmp_path, options).count("--adapter") == len(scored)
+    assert scored[0] == pytest.approx(scored[1], rel=1e-5)
+    assert results["adapter"] == f"{halves[0]} + {halves[1]}"
+
+
 @pytest.mark.parametrize("dense", [True, False])
 def test_a_quantized_base(tiny, tasks, tmp_path, monkeypatch, dense):
     monkeypatch.setattr("mlx_slim.models.quantized.DENSE_SHARE", 0.5 if dense else 0.0)
