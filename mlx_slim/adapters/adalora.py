@@ -67,4 +67,4 @@ class AdaLoRALinear(LoRALinear):
     @property
     def active(self) -> int:
         """Triplets in use."""
-        return int((self.lora_e != 0).sum().item())
+        return sum(value != 0 for value in self.lora_e.tolist())  # pyright: ignore

@@ -249,7 +249,18 @@ def inject(
     scale = config.resolved_scale
     chosen = choose(model, config)
     adaptive = config.adaptive is not None
-    placed = place(model, chosen, config.rank, scale, config.dropout, dora=dora, adaptive=adaptive)
+    below = below or {}
+    own = {site.path for site in chosen}
+    carrying = [site for site in sites(model) if site.path in own or site.path in below]
+    placed = place(
+        model, carrying, config.rank, scale, config.dropout, dora=dora, adaptive=adaptive
+    )
+    for path, adapter in placed:
+        if path in below:
+            adapter.lie_on(*below[path])
+        if path not in own:
+            adapter.freeze()
+    placed = [(path, adapter) for path, adapter in placed if path in own]
     if config.init == "pissa":
         for _, adapter in placed:
             start_pissa(adapter)

@@ -107,17 +107,16 @@ def rounded(
         mode: ``affine``, ``mxfp4``, ``mxfp8`` or ``nvfp4``.
     """
     settings: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": mode}
-    codes, *scales = mx.quantize(weight, **settings)
-    scales = [
+    codes, *parts = (
         value.astype(stored).astype(weight.dtype)
         if mx.issubdtype(value.dtype, mx.floating)
         else value
-        for value in scales
-    ]
-    scales += [None] * (2 - len(scales))
+        for value in mx.quantize(weight, **settings)
+    )
+    scales, biases = parts[0], parts[1] if len(parts) > 1 else None
     if on_gpu():
-        return mx.dequantize(codes, *scales, **settings).astype(weight.dtype)
-    return unpack(codes, *scales, **settings).astype(weight.dtype)
+        return mx.dequantize(codes, scales, biases, **settings).astype(weight.dtype)
+    return unpack(codes, scales, biases, **settings).astype(weight.dtype)
 
 
 def refuse_quantized(model: nn.Module, config: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from mlx_slim.events import EvalDone, EvalProgress, EvalStarted, TaskDone
 from mlx_slim.models.load import load
 from mlx_slim.models.save import save_model
 from mlx_slim.quantize.apply import quantize_model
-from mlx_slim.workflows.evaluate import EvalOptions, evaluate, result_folders
+from mlx_slim.workflows.evaluate import EvalOptions, evaluate, result_folders, resume_command
 from tests.adapters.support import shake
 from tests.support.evals import (
     CHUNK,
