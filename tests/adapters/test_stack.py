@@ -18,6 +18,7 @@ from mlx_slim.config.load import from_values
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError
 from mlx_slim.models.load import load
+from mlx_slim.workflows.evaluate import EvalOptions, evaluate, resume_command
 from mlx_slim.workflows.finetune import finetune
 from mlx_slim.workflows.fuse import FuseOptions, fuse
 from mlx_slim.workflows.run_folder import summary_rows
@@ -167,6 +168,20 @@ def test_training_one_after_the_other(tiny, tmp_path, method):
     assert {name.rsplit(".", 2)[1] for name in second} == {"q_proj", "v_proj"}
     assert len(before) == 42 and len(second) == 12
     assert f"--adapter {first} --adapter {tmp_path / 'second'}" in summary_rows(result)["try it"]
+
+
+def test_eval_scores_the_sum_and_names_it(tiny, tmp_path):
+    adapter, text = made(tmp_path / "one", tiny("llama")), tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 9)
+    halves = [f"{adapter}=0.5", f"{adapter}=0.5"]
+    scored = []
+    for name, given in (("one", adapter), ("halves", halves)):
+        options = EvalOptions(perplexity=text, adapter=given)
+        (results,) = evaluate(tiny("llama"), [], tmp_path / name, options)
+        scored.append(results["perplexity"]["metrics"]["bits_per_byte"]["value"])
+        assert resume_command(["m"], [], tmp_path, options).count("--adapter") == len(scored)
+    assert scored[0] == pytest.approx(scored[1], rel=1e-5)
+    assert results["adapter"] == f"{halves[0]} + {halves[1]}"
 
 
 def test_what_does_not_stack_is_one_error(tiny, tmp_path):

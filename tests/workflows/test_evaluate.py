@@ -19,7 +19,7 @@ from mlx_slim.events import EvalDone, EvalProgress, EvalStarted, TaskDone
 from mlx_slim.models.load import load
 from mlx_slim.models.save import save_model
 from mlx_slim.quantize.apply import quantize_model
-from mlx_slim.workflows.evaluate import EvalOptions, evaluate, result_folders, resume_command
+from mlx_slim.workflows.evaluate import EvalOptions, evaluate, result_folders
 from tests.adapters.support import shake
 from tests.support.evals import (
     CHUNK,
@@ -134,19 +134,6 @@ def test_an_adapter_changes_the_scores_and_is_recorded(tiny, tasks, adapter, who
         files(tmp_path / "out")["samples_toy_choice.jsonl"]
         != (files(whole)["samples_toy_choice.jsonl"])
     )
-
-
-def test_several_adapters_are_their_weighted_sum(tiny, tasks, adapter, tmp_path):
-    text = tasks[2]
-    halves = [f"{adapter}=0.5", f"{adapter}=0.5"]
-    scored = []
-    for name, given in (("one", adapter), ("halves", halves)):
-        options = EvalOptions(perplexity=text, adapter=given)
-        (results,) = evaluate(tiny("llama"), [], tmp_path / name, options)
-        scored.append(results["perplexity"]["metrics"]["bits_per_byte"]["value"])
-        assert resume_command(["m"], [], tmp_path, options).count("--adapter") == len(scored)
-    assert scored[0] == pytest.approx(scored[1], rel=1e-5)
-    assert results["adapter"] == f"{halves[0]} + {halves[1]}"
 
 
 @pytest.mark.parametrize("dense", [True, False])
