@@ -158,7 +158,7 @@ def evaluate(
     tasks: str | Sequence[str],
     out: Source,
     *,
-    adapter: Source | None = None,
+    adapter: Source | Sequence[Source] | None = None,
     limit: int | None = None,
     num_fewshot: int | None = None,
     data_dir: Source | None = None,
@@ -172,7 +172,8 @@ def evaluate(
         model: Folder or hub id, or several.
         tasks: Names of tasks and suites, or paths of task files.
         out: The output folder; must be new unless ``resume``.
-        adapter: Adapter folder to put on every model.
+        adapter: Adapter folder to put on every model; of several (``DIR`` or ``DIR=WEIGHT``) the
+            weighted sum.
         limit: First rows of a task (of each subject of a group).
         num_fewshot: Solved examples before each question; None takes the task's own.
         data_dir: Data mirror; None takes ``MLX_SLIM_DATA``, else the hub.

@@ -94,6 +94,26 @@ class ValidationDone(Event):
 
 
 @dataclass(frozen=True)
+class HeldOutDone(Event):
+    """A fixed general text was predicted after ``step`` (0: before the first one).
+
+    Attributes:
+        step: Optimizer steps done.
+        bits_per_byte: Of the text.
+        rise: Relative to the start: 0.02 is 2% more bits.
+        within: Whether that is no more than ``held_out.max_rise``.
+        seconds: Wall time.
+    """
+
+    name: ClassVar[str] = "held_out"
+    step: int
+    bits_per_byte: float
+    rise: float
+    within: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Saved(Event):
     """A checkpoint is complete on disk; ``path`` is relative to the run folder."""
 
@@ -126,12 +146,14 @@ class Done(Event):
 
     Attributes:
         step: Optimizer steps done.
-        reason: ``complete``, ``early_stopping``, ``interrupted`` or ``non_finite_loss``.
+        reason: ``complete``, ``early_stopping``, ``held_out``, ``interrupted`` or
+            ``non_finite_loss``.
         tokens: Real tokens trained on, this run and the runs it resumed.
         seconds: Wall time of the training steps, seconds.
         best_validation: Lowest validation loss, nats per token; None without a validation split.
         best_step: The step it was reached at.
         peak_memory_bytes: MLX peak, bytes.
+        held_out_step: Newest step at which the held-out text was within its limit.
     """
 
     name: ClassVar[str] = "done"
@@ -142,6 +164,16 @@ class Done(Event):
     peak_memory_bytes: int
     best_validation: float | None = None
     best_step: int | None = None
+    held_out_step: int | None = None
+
+    @property
+    def kept_step(self) -> int:
+        """The step whose weights are the result: the best one, within the held-out limit."""
+        best, within = self.best_step, self.held_out_step
+        if self.reason != "held_out":
+            return self.step if best is None else best
+        within = within or 0
+        return within if best is None or best > within else best
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,16 @@ from typing import Any
 from mlx_slim import runtime
 from mlx_slim.artifacts import write_text
 from mlx_slim.errors import SlimError, did_you_mean
-from mlx_slim.events import Closing, Done, Event, Saved, Started, StepDone, ValidationDone
+from mlx_slim.events import (
+    Closing,
+    Done,
+    Event,
+    HeldOutDone,
+    Saved,
+    Started,
+    StepDone,
+    ValidationDone,
+)
 
 
 def _package(module: str, extra: str) -> Any:
@@ -51,6 +60,8 @@ def scalars(event: Event) -> dict[str, float]:
         }
     if isinstance(event, ValidationDone):
         return {"validation/loss": event.loss, **_parts("validation", event.parts)}
+    if isinstance(event, HeldOutDone):
+        return {"held_out/bits_per_byte": event.bits_per_byte}
     return {}
 
 

@@ -43,6 +43,7 @@ class DoRALinear(LoRALinear):
 
     def __init__(self, linear: Any, rank: int, scale: float, dropout: float = 0.0) -> None:
         super().__init__(linear, rank, scale, dropout)
+        self._held_norm_O: mx.array | None = None
         self._base_norm2_O = dequantize_weight(linear).astype(mx.float32).square().sum(axis=1)
         self.m = self.norm()
         # Evaluated here, one layer at a time: a dequantized W must not outlive this line.
@@ -60,6 +61,8 @@ class DoRALinear(LoRALinear):
         Args:
             dtype: What W is applied in (that of the activations); sums are float32 always.
         """
+        if self._held_norm_O is not None:
+            return self._held_norm_O
         a_IR, b_RO = (mx.stop_gradient(factor) for factor in self.factors())
         wa_RO = without_bias(self.linear)(a_IR.T.astype(dtype)).astype(mx.float32)
         cross_O = (wa_RO * b_RO).sum(axis=0)
@@ -76,3 +79,15 @@ class DoRALinear(LoRALinear):
     def merged_weight(self) -> mx.array:
         """Return diag(m / ‖V‖) · V (O, I), float32."""
         return (self.m / self.norm())[:, None] * super().merged_weight()
+
+    def stand_in(self, target: mx.array) -> mx.array:
+        """Return ‖V‖/m · target − ΔW (O, I), float32; ‖V‖ stays what it is now."""
+        norm_O = self.norm()
+        mx.eval(norm_O)
+        ratio_O = mx.where(mx.abs(self.m) > _TINY, norm_O / self.m, 0.0)
+        self._held_norm_O = norm_O
+        return ratio_O[:, None] * target.astype(mx.float32) - self._update_OI()
+
+    def stand_in_ends(self) -> None:
+        """‖V‖ is computed again."""
+        self._held_norm_O = None

@@ -10,13 +10,15 @@ Try it: ``python -m pytest tests/adapters/test_inject.py``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from mlx_slim.adapters.adalora import AdaLoRALinear
 from mlx_slim.adapters.dora import DoRALinear
 from mlx_slim.adapters.lora import Adapter, LoRAEmbedding, LoRALinear, dimensions
 from mlx_slim.adapters.variants import start_pissa
@@ -155,9 +157,9 @@ def choose(model: Any, config: AdapterConfig) -> list[Site]:
     return [s for s in everything if s.path in selected]
 
 
-def _check(chosen: list[Site], rank: int, dora: bool) -> None:
+def _check(chosen: list[Site], rank: int, special: str) -> None:
     for site in chosen:
-        _check_kind(site, dora)
+        _check_kind(site, special)
     for site in chosen:
         smallest = min(dimensions(site.module))
         if rank > smallest:
@@ -167,22 +169,29 @@ def _check(chosen: list[Site], rank: int, dora: bool) -> None:
             )
 
 
-def _check_kind(site: Site, dora: bool) -> None:
+def _check_kind(site: Site, special: str) -> None:
     if not isinstance(site.module, LINEAR_TYPES + _EMBEDDING):
         raise SlimError(
             f"{site.path} is an expert layer ({type(site.module).__name__}): adapters on experts "
             "are not supported",
             "name other layers in adapter.targets, e.g. [q_proj, k_proj, v_proj, o_proj]",
         )
-    if dora and isinstance(site.module, _EMBEDDING):
+    if special and isinstance(site.module, _EMBEDDING):
         raise SlimError(
-            f"{site.path} is an embedding: DoRA works on linear layers",
-            "use method: lora, or leave it out of adapter.targets",
+            f"{site.path} is an embedding: {special} works on linear layers",
+            "use a plain method: lora, or leave it out of adapter.targets",
         )
 
 
 def place(
-    model: nn.Module, chosen: list[Site], rank: int, scale: float, dropout: float, *, dora: bool
+    model: nn.Module,
+    chosen: list[Site],
+    rank: int,
+    scale: float,
+    dropout: float,
+    *,
+    dora: bool,
+    adaptive: bool = False,
 ) -> list[tuple[str, Adapter]]:
     """Freeze ``model``, wrap the ``chosen`` layers, leave only the adapters trainable.
 
@@ -191,14 +200,14 @@ def place(
     """
     if adapters_of(model):
         raise SlimError("this model has adapters already", "load the base again, or merge first")
-    _check(chosen, rank, dora)
+    _check(chosen, rank, "AdaLoRA" if adaptive else "DoRA" if dora else "")
     model.freeze()
     placed: list[tuple[str, Adapter]] = []
     for site in chosen:
         if isinstance(site.module, _EMBEDDING):
             kind: type[LoRALinear] | type[LoRAEmbedding] = LoRAEmbedding
         else:
-            kind = DoRALinear if dora else LoRALinear
+            kind = AdaLoRALinear if adaptive else DoRALinear if dora else LoRALinear
         adapter = kind(site.module, rank, scale, dropout)
         adapter.train(model.training)
         placed.append((site.path, adapter))
@@ -212,13 +221,26 @@ def summary(placed: list[tuple[str, Adapter]], scale: float, alpha: float) -> In
     return Injected([path for path, _ in placed], scale, alpha, parameters)
 
 
-def inject(model: nn.Module, config: AdapterConfig, *, dora: bool) -> Injected:
+def remove_adapters(model: nn.Module) -> None:
+    """Give ``model`` its base layers back, as they were."""
+    bases = [(path, adapter.base) for path, adapter in adapters_of(model)]
+    model.update_modules(tree_unflatten(bases))  # pyright: ignore[reportArgumentType]
+
+
+def inject(
+    model: nn.Module,
+    config: AdapterConfig,
+    *,
+    dora: bool,
+    below: Mapping[str, tuple[mx.array, mx.array]] | None = None,
+) -> Injected:
     """Freeze ``model`` and put trainable adapters on the layers that ``config`` selects.
 
     Args:
         model: Any mlx-lm model, dense or quantized; changed in place.
         config: Rank, scale, targets, layers, start.
         dora: DoRA instead of LoRA.
+        below: path -> (A, B) of frozen adapters that stay under the new ones (``stack.combined``).
 
     Raises:
         SlimError: A target that matches nothing, a block out of range, a rank above a layer's size,
@@ -226,7 +248,19 @@ def inject(model: nn.Module, config: AdapterConfig, *, dora: bool) -> Injected:
     """
     scale = config.resolved_scale
     chosen = choose(model, config)
-    placed = place(model, chosen, config.rank, scale, config.dropout, dora=dora)
+    adaptive = config.adaptive is not None
+    below = below or {}
+    own = {site.path for site in chosen}
+    carrying = [site for site in sites(model) if site.path in own or site.path in below]
+    placed = place(
+        model, carrying, config.rank, scale, config.dropout, dora=dora, adaptive=adaptive
+    )
+    for path, adapter in placed:
+        if path in below:
+            adapter.lie_on(*below[path])
+        if path not in own:
+            adapter.freeze()
+    placed = [(path, adapter) for path, adapter in placed if path in own]
     if config.init == "pissa":
         for _, adapter in placed:
             start_pissa(adapter)

@@ -77,6 +77,7 @@ class Adapter(nn.Module):
         lora_a: A (I, R), float32, uniform in ±1/√I.
         lora_b: B (R, O), float32, zero.
         start_a, start_b: Frozen factors whose product is subtracted (PiSSA); absent otherwise.
+        under_a, under_b: Frozen adapters that this one lies on, their scale in B; absent otherwise.
     """
 
     base_name = "linear"
@@ -102,8 +103,13 @@ class Adapter(nn.Module):
         self.start_a, self.start_b = mx.array(a_IR), mx.array(b_RO)
         self.freeze(keys=["start_a", "start_b"], recurse=False)
 
+    def lie_on(self, a_IR: mx.array, b_RO: mx.array) -> None:
+        """Apply the frozen update A B below this one, without dropout, for ever after."""
+        self.under_a, self.under_b = a_IR, b_RO
+        self.freeze(keys=["under_a", "under_b"], recurse=False)
+
     def factors(self) -> tuple[mx.array, mx.array]:
-        """Return (A, B) of the whole update ΔWᵀ = s · A B relative to the base, start included."""
+        """Return (A, B) of its own update ΔWᵀ = s · A B, start included, what lies below not."""
         if "start_a" not in self:
             return self.lora_a, self.lora_b
         return (
@@ -115,6 +121,16 @@ class Adapter(nn.Module):
         """Return the adapted weight, laid out as the base's, in float32."""
         raise NotImplementedError
 
+    def stand_in(self, target: mx.array) -> mx.array:
+        """Return the base weight with which this adapter answers as the plain weight ``target``.
+
+        Both are laid out as the base's; ``stand_in_ends`` follows once the base has its own again.
+        """
+        raise NotImplementedError
+
+    def stand_in_ends(self) -> None:
+        """The base weight is the base's own again."""
+
     def _dropped(self, x: mx.array) -> tuple[mx.array, float]:
         """Return x with its dropped elements zero, and s with the rest's compensation in it."""
         if not self.training or self.dropout == 0:
@@ -125,6 +141,9 @@ class Adapter(nn.Module):
     def _add_update(self, y_NO: mx.array, x_NI: mx.array) -> mx.array:
         """Return y + s · dropout(x) A B in the dtype of y: one pass over y, no temporary of it."""
         a_IR, b_RO = self.factors()
+        if "under_a" in self:
+            z_NR = x_NI @ self.under_a.astype(x_NI.dtype)
+            y_NO = mx.addmm(y_NO, z_NR.astype(y_NO.dtype), self.under_b.astype(y_NO.dtype))
         x_NI, scale = self._dropped(x_NI)
         # s goes into the smallest operand, so that no pass over the rows is spent on it.
         z_NR = x_NI @ (scale * a_IR).astype(x_NI.dtype)
@@ -149,10 +168,18 @@ class LoRALinear(Adapter):
         """Return (N, O) in the dtype of the base's output."""
         return self._add_update(self.linear(x_NI), x_NI)
 
+    def _update_OI(self) -> mx.array:
+        a_IR, b_RO = self.factors()
+        update_OI = (self.scale * b_RO).T @ a_IR.T
+        return update_OI + self.under_b.T @ self.under_a.T if "under_a" in self else update_OI
+
     def merged_weight(self) -> mx.array:
         """Return W + ΔW (O, I), float32."""
-        a_IR, b_RO = self.factors()
-        return dequantize_weight(self.linear).astype(mx.float32) + (self.scale * b_RO).T @ a_IR.T
+        return dequantize_weight(self.linear).astype(mx.float32) + self._update_OI()
+
+    def stand_in(self, target: mx.array) -> mx.array:
+        """Return target − ΔW (O, I), float32."""
+        return target.astype(mx.float32) - self._update_OI()
 
 
 class LoRAEmbedding(Adapter):
@@ -174,6 +201,9 @@ class LoRAEmbedding(Adapter):
     def __call__(self, ids: mx.array) -> mx.array:
         """Return (*ids.shape, D) in the embedding's dtype."""
         y_ND = self.embedding(ids)
+        if "under_a" in self:
+            z_NR = self.under_a[ids].astype(y_ND.dtype)
+            y_ND = mx.addmm(y_ND, z_NR, self.under_b.astype(y_ND.dtype))
         a_VR, b_RD = self.factors()
         z_NR, scale = self._dropped(a_VR[ids])
         return mx.addmm(y_ND, (scale * z_NR).astype(y_ND.dtype), b_RD.astype(y_ND.dtype))
@@ -181,12 +211,23 @@ class LoRAEmbedding(Adapter):
     def as_linear(self, x_ND: mx.array) -> mx.array:
         """Return logits (N, V) of the tied head, the update included."""
         y_NV = self.embedding.as_linear(x_ND)
+        if "under_a" in self:
+            z_NR = x_ND @ self.under_b.T.astype(x_ND.dtype)
+            y_NV = mx.addmm(y_NV, z_NR.astype(y_NV.dtype), self.under_a.T.astype(y_NV.dtype))
         a_VR, b_RD = self.factors()
         x_ND, scale = self._dropped(x_ND)
         z_NR = x_ND @ (scale * b_RD).T.astype(x_ND.dtype)
         return mx.addmm(y_NV, z_NR.astype(y_NV.dtype), a_VR.T.astype(y_NV.dtype))
 
-    def merged_weight(self) -> mx.array:
-        """Return W + s · A B (V, D), float32."""
+    def _update_VD(self) -> mx.array:
         a_VR, b_RD = self.factors()
-        return dequantize_weight(self.embedding).astype(mx.float32) + a_VR @ (self.scale * b_RD)
+        update_VD = a_VR @ (self.scale * b_RD)
+        return update_VD + self.under_a @ self.under_b if "under_a" in self else update_VD
+
+    def merged_weight(self) -> mx.array:
+        """Return W + ΔW (V, D), float32."""
+        return dequantize_weight(self.embedding).astype(mx.float32) + self._update_VD()
+
+    def stand_in(self, target: mx.array) -> mx.array:
+        """Return target − ΔW (V, D), float32."""
+        return target.astype(mx.float32) - self._update_VD()

@@ -3,14 +3,16 @@
 Invariant: stock mlx-lm (``mlx_lm.generate --adapter-path``) loads what is written here and gives
 the same logits; what is loaded here matches its config tensor by tensor: missing, extra and wrongly
 shaped tensors, and a base that the adapter was not trained on, are errors. PiSSA is written as a
-plain adapter of twice the rank on the unmodified base. One exception, of mlx-lm's: its DoRA counts
-the inputs of 3, 5 and 6 bit layers wrong and refuses them; such adapters load here only.
+plain adapter of twice the rank on the unmodified base, AdaLoRA as one of its largest rank. One
+exception, of mlx-lm's: its DoRA counts the inputs of 3, 5 and 6 bit layers wrong and refuses them;
+such adapters load here only.
 
 Try it: ``python -m pytest tests/adapters/test_store.py``.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_slim.adapters.adalora import AdaLoRALinear
 from mlx_slim.adapters.inject import (
     Injected,
     Site,
@@ -120,8 +123,13 @@ def save_adapter(
     """
     tensors: dict[str, mx.array] = {}
     rank = config.rank
-    for path, adapter in adapters_of(model):
-        a_IR, b_RO = adapter.factors()
+    adapters = [(p, each) for p, each in adapters_of(model) if p in set(injected.paths)]
+    ranks = {path: each.active for path, each in adapters if isinstance(each, AdaLoRALinear)}
+    for path, adapter in adapters:
+        if isinstance(adapter, AdaLoRALinear):  # one rank for all, as mlx-lm has it
+            a_IR, b_RO = adapter.plain_factors(max(1, *ranks.values()))
+        else:
+            a_IR, b_RO = adapter.factors()
         rank = a_IR.shape[1]
         tensors |= {f"{path}.lora_a": a_IR, f"{path}.lora_b": b_RO}
         if dora:
@@ -143,6 +151,7 @@ def save_adapter(
         "paths": injected.paths,
         "parameters": injected.parameters,
         "base_sample": base_sample(model),
+        **({"ranks": ranks} if ranks else {}),
     }
     with atomic_folder(folder, replace=True) as temporary:
         save_tensors(temporary / WEIGHTS, tensors)
@@ -226,7 +235,42 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Injected:
         SlimError: Files absent or corrupt, a full fine-tune, tensors that are missing, extra or
             wrongly shaped (all of them, with shapes), or another base. ``model`` is unchanged then.
     """
-    folder = Path(folder)
+    stored = read_adapter(model, Path(folder))
+    placed = place(
+        model, stored.chosen, stored.rank, stored.scale, stored.dropout, dora=stored.dora
+    )
+    model.load_weights(list(stored.tensors.items()), strict=False)
+    mx.eval([adapter.parameters() for _, adapter in placed])
+    return summary(placed, stored.scale, stored.scale * stored.rank)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An adapter folder that fits a model.
+
+    Attributes:
+        chosen: The model's layers that it adapts.
+        tensors: ``PATH.lora_a`` (I, R), ``PATH.lora_b`` (R, O), and ``PATH.m`` of a DoRA.
+        rank: R.
+        scale: s in ΔWᵀ = s · A B.
+        dropout: Of the adapter's inputs in training.
+        dora: Whether it is a DoRA.
+    """
+
+    chosen: list[Site]
+    tensors: dict[str, mx.array]
+    rank: int
+    scale: float
+    dropout: float
+    dora: bool
+
+
+def read_adapter(model: nn.Module, folder: Path) -> Stored:
+    """Return the adapter of ``folder``, checked against ``model``, which stays as it is.
+
+    Raises:
+        SlimError: As ``load_adapter``.
+    """
     config, tensors = _read(folder)
     dora, rank, scale, dropout, num_layers, keys = _settings(config, folder)
     made_for = f"the adapter was made for {config['model']}" if config.get("model") else ""
@@ -241,10 +285,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Injected:
             f"{folder} was trained on another base of the same shape",
             f"{made_for}: load that base" if made_for else "load the base it was trained on",
         )
-    placed = place(model, chosen, rank, scale, dropout, dora=dora)
-    model.load_weights(list(tensors.items()), strict=False)
-    mx.eval([adapter.parameters() for _, adapter in placed])
-    return summary(placed, scale, scale * rank)
+    return Stored(chosen, tensors, rank, scale, dropout, dora)
 
 
 def _differences(

@@ -107,7 +107,7 @@ def predict(
     gpu = on_gpu() if gpu is None else gpu
     limit = memory_budget(recipe.memory.budget) if budget is None else budget
     work = work or expected_work(recipe, lengths)
-    counted: dict[tuple[str, str], Shapes] = {}
+    counted: dict[tuple[str, str], Shapes] = {}  # what a suggestion changes of them
 
     def shapes_of(recipe: Recipe) -> Shapes:
         key = (recipe.method, recipe.train.optimizer)
@@ -165,6 +165,9 @@ def _disk(found: Shapes, recipe: Recipe, work: Work | None) -> int:
     """Bytes of the run folder at its largest."""
     checkpoint = found.trainable_bytes + found.optimizer_bytes
     result = found.trainable_bytes
+    if recipe.quantize.aware:
+        bits = recipe.quantize.bits + 32 / recipe.quantize.group_size
+        result += int(found.parameters * bits / 8)
     rows = 4 * work.tokens_per_epoch + work.tokens_per_epoch // 8 if work else 0
     rows += _answers(found, recipe, work) if work else 0
     return result + (recipe.train.keep + _SAVED_STEPS_BESIDES) * checkpoint + rows

@@ -33,7 +33,7 @@ KEPT_CHECKPOINTED = 1.4  # of the width: a checkpointed block keeps its input
 PASSING = {"width": 1.3, "queries": 5.4, "keys": 3.1, "inner": 3.2, "scores": 1.8}
 RECOMPUTED = 1.4  # of a block's activations, when it is computed again
 LOGITS = 3.0  # float32 copies of one chunk of logits
-# More of them under teachers: to mix with cross-entropy, at a temperature, for each further teacher.
+# More of them under teachers: mixed with cross-entropy, at a temperature, a further teacher.
 LOGITS_MIXED, LOGITS_HEATED, LOGITS_TEACHER = 1.0, 1.0, 2.0
 LOGITS_MUTUAL = 6.0  # the other student's, and both distributions
 COLUMN = 12  # bytes of a token that a teacher kept: its id twice, its log-probability
@@ -172,7 +172,7 @@ def breakdown(
     done = parts - lanes + (0 if full else 1)
     gradients += found.gradient_bytes * (done + (train.accumulate > 1))
     return {
-        "weights": found.base_bytes + found.adapter_bytes,
+        "weights": found.base_bytes + found.rounded_bytes + found.adapter_bytes,
         "gradients": int(gradients),
         "optimizer": found.optimizer_bytes,
         "activations": int(activations),

@@ -67,6 +67,7 @@ class Shapes:
         parameters: Numbers of the dense base model.
         quantized: Whether the base is quantized when training starts.
         base_bytes: The base as it lies in memory.
+        rounded_bytes: The layers that ``quantize.aware`` rounds, a second time.
         adapter_bytes: Adapter parameters and their frozen companions, bytes.
         trainable: Path -> shape.
         trainable_bytes: One copy of the trainable parameters, in the dtype that they are kept in.
@@ -82,6 +83,7 @@ class Shapes:
     parameters: int
     quantized: bool
     base_bytes: int
+    rounded_bytes: int
     adapter_bytes: int
     trainable: dict[str, tuple[int, ...]] = field(repr=False)
     trainable_bytes: int
@@ -176,9 +178,10 @@ def shapes(config: dict[str, Any], recipe: Recipe, dtype: mx.Dtype) -> Shapes:
     dense = build({**config, "quantization": None}) if is_quantized(model) else model
     parameters = sum(value.size for _, value in leaves(dense))
     to_dtype(model, dtype)
-    if recipe.method == "full" and is_quantized(model):
+    if (recipe.method == "full" or recipe.quantize.aware) and is_quantized(model):
+        what = "full fine-tuning" if recipe.method == "full" else "quantize.aware"
         raise SlimError(
-            "full fine-tuning needs float weights and this model is quantized",
+            f"{what} needs float weights and this model is quantized",
             "use method=qlora, or the model that it was quantized from",
         )
     if recipe.method == "qlora" and not is_quantized(model):
@@ -192,6 +195,9 @@ def shapes(config: dict[str, Any], recipe: Recipe, dtype: mx.Dtype) -> Shapes:
             class_predicate=lambda path, module: policy.chosen.get(path, False),
         )
     base_bytes = sum(value.nbytes for _, value in leaves(model))
+    modules = dict(model.named_modules())
+    rounds = make_policy(model, recipe.quantize).chosen if recipe.quantize.aware else {}
+    rounded_bytes = sum(modules[path]["weight"].nbytes for path in rounds)
     chosen: list[Site] = []
     companions = 0
     if recipe.method == "full":
@@ -203,6 +209,9 @@ def shapes(config: dict[str, Any], recipe: Recipe, dtype: mx.Dtype) -> Shapes:
             inputs, outputs = _sides(site.module)[-2:]
             trainable[f"{site.path}.lora_a"] = ((inputs, rank), mx.float32)
             trainable[f"{site.path}.lora_b"] = ((rank, outputs), mx.float32)
+            if recipe.adapter.adaptive is not None:
+                trainable[f"{site.path}.lora_e"] = ((rank,), mx.float32)
+                companions += 2 * (inputs + outputs + 1) * rank * FULL_PRECISION_BYTES
             if recipe.adapter.init == "pissa":
                 companions += (inputs + outputs) * rank * FULL_PRECISION_BYTES
             if recipe.method == "dora":
@@ -220,6 +229,7 @@ def shapes(config: dict[str, Any], recipe: Recipe, dtype: mx.Dtype) -> Shapes:
         parameters=parameters,
         quantized=is_quantized(model),
         base_bytes=base_bytes,
+        rounded_bytes=rounded_bytes,
         adapter_bytes=0 if recipe.method == "full" else one_copy + companions,
         trainable={path: shape for path, (shape, _) in trainable.items()},
         trainable_bytes=one_copy,

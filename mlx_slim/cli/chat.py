@@ -8,17 +8,40 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
 from mlx_slim.errors import SlimError, did_you_mean
 
-_COMMANDS = {"/reset": "forget the conversation", "/exit": "leave (also Ctrl-D)"}
+if TYPE_CHECKING:
+    from mlx_slim.workflows.talk import Speaker
+
+_COMMANDS = {
+    "/reset": "forget the conversation",
+    "/adapter": "switch adapters: /adapter DIR[=WEIGHT] ..., or /adapter none",
+    "/exit": "leave (also Ctrl-D)",
+}
+
+
+def _switch(speaker: Speaker, names: list[str]) -> None:
+    """Put other adapters on; where they do not fit, say so: the model answers alone then."""
+    try:
+        speaker.use(None if names in ([], ["none"]) else names)
+    except SlimError as error:
+        click.echo(f"error: {error}; no adapter now", err=True)
+        return
+    click.echo(f"adapter: {' '.join(names) or 'none'}; the conversation goes on", err=True)
 
 
 @click.command()
 @click.argument("model")
-@click.option("--adapter", metavar="DIR", help="Adapter folder to put on the model.")
+@click.option(
+    "--adapter",
+    multiple=True,
+    metavar="DIR[=WEIGHT]",
+    help="Adapter folder to put on the model; of several the weighted sum.",
+)
 @click.option("--system", metavar="TEXT", help="System message.")
 @click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True)
 @click.option("--temp", type=click.FloatRange(0), default=0.7, show_default=True, help="0: greedy.")
@@ -27,7 +50,7 @@ _COMMANDS = {"/reset": "forget the conversation", "/exit": "leave (also Ctrl-D)"
 @click.option("--trust-remote-code", is_flag=True, help="Run Python files of the model repository.")
 def command(
     model: str,
-    adapter: str | None,
+    adapter: tuple[str, ...],
     system: str | None,
     max_tokens: int,
     temp: float,
@@ -35,7 +58,10 @@ def command(
     revision: str | None,
     trust_remote_code: bool,
 ) -> None:
-    """Talk with MODEL (a folder or a hub id). /reset forgets, /exit or Ctrl-D leaves."""
+    """Talk with MODEL (a folder or a hub id).
+
+    /reset forgets, /adapter switches adapters, /exit or Ctrl-D leaves.
+    """
     import mlx.core as mx
 
     from mlx_slim.workflows.talk import open_speaker
@@ -63,6 +89,8 @@ def command(
             if said == "/reset":
                 messages = list(start)
                 click.echo("forgotten", err=True)
+            elif said.split()[0] == "/adapter":
+                _switch(speaker, said.split()[1:])
             else:
                 click.echo(f"no command {said!r}: {did_you_mean(said, _COMMANDS)}", err=True)
             continue

@@ -20,7 +20,12 @@ _FOLDER = click.Path(path_type=Path)
 
 @click.command("eval")
 @click.argument("models", nargs=-1, metavar="[MODEL]...")
-@click.option("--adapter", type=_FOLDER, metavar="DIR", help="Put this adapter on every model.")
+@click.option(
+    "--adapter",
+    multiple=True,
+    metavar="DIR[=WEIGHT]",
+    help="Put this adapter (of several the weighted sum) on every model.",
+)
 @click.option("--task", "tasks", multiple=True, metavar="NAMES", help="Tasks, suites, task files.")
 @click.option(
     "--perplexity", type=_FOLDER, metavar="FILE", help="Bits per byte of a held-out text."
@@ -60,6 +65,7 @@ def command(
     mlx-slim tasks lists the tasks. OUT gets results.json and, question by question,
     samples_TASK.jsonl; a run that was stopped goes on with --resume.
     """
+    options["adapter"] = options["adapter"] or None
     if as_json and quiet:
         raise click.UsageError("--json and --quiet exclude each other")
     if compare:

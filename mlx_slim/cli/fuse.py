@@ -15,7 +15,11 @@ import click
 @click.command(name="fuse")
 @click.argument("model")
 @click.option(
-    "--adapter", required=True, type=click.Path(path_type=Path), help="Adapter or run folder."
+    "--adapter",
+    required=True,
+    multiple=True,
+    metavar="DIR[=WEIGHT]",
+    help="Adapter or run folder; several are added up with their weights.",
 )
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="New folder.")
 @click.option("--keep", "mode", flag_value="keep", help="Base and adapter in one folder.")
@@ -37,12 +41,17 @@ import click
 @click.option("--revision", help="Commit or tag of a hub model.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def command(
-    model: str, adapter: Path, output: Path, mode: str | None, as_json: bool, **settings: Any
+    model: str,
+    adapter: tuple[str, ...],
+    output: Path,
+    mode: str | None,
+    as_json: bool,
+    **settings: Any,
 ) -> None:
     """Fold an adapter into MODEL (a folder or hub id) and write a new folder.
 
-    A dense base is merged; a quantized one becomes dense unless --requantize (which is refused
-    where it rounds the tune away) or --keep.
+    Of several adapters it is the weighted sum. A dense base is merged; a quantized one becomes
+    dense unless --requantize (which is refused where it rounds the tune away) or --keep.
     """
     from rich.console import Console as RichConsole
 

@@ -15,7 +15,12 @@ from mlx_slim.errors import SlimError
 
 @click.command()
 @click.argument("model")
-@click.option("--adapter", metavar="DIR", help="Adapter folder to put on the model.")
+@click.option(
+    "--adapter",
+    multiple=True,
+    metavar="DIR[=WEIGHT]",
+    help="Adapter folder to put on the model; of several the weighted sum.",
+)
 @click.option("--prompt", required=True, metavar="TEXT", help="What to say; - reads it from stdin.")
 @click.option("--system", metavar="TEXT", help="System message (needs a chat template).")
 @click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True)
@@ -26,7 +31,7 @@ from mlx_slim.errors import SlimError
 @click.option("--trust-remote-code", is_flag=True, help="Run Python files of the model repository.")
 def command(
     model: str,
-    adapter: str | None,
+    adapter: tuple[str, ...],
     prompt: str,
     system: str | None,
     max_tokens: int,

@@ -79,6 +79,7 @@ def table() -> str:
 
 
 def _text(resolved: Resolved, found: Prediction, note: str) -> str:
+    from mlx_slim.adapters.advice import rank_advice
     from mlx_slim.runtime import human_bytes
 
     recipe, measured = resolved.recipe, found.measured
@@ -116,6 +117,8 @@ def _text(resolved: Resolved, found: Prediction, note: str) -> str:
             f"12 x the model (full fine-tuning) {human_bytes(rules['twelve_times'])}",
         ),
     ]
+    if advice := rank_advice(recipe, recipe.train.steps):
+        rows.append(("rank", advice))
     lines = [f"{label:<14}{text}" for label, text in rows]
     if found.suggestions:
         title = "to use less" if found.fits else "to make it fit"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Run folder [runs/RECIPE].")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint, exactly.")
 @click.option("--dry-run", is_flag=True, help="Print the resolved recipe and write nothing.")
+@click.option("--validate", is_flag=True, help="Only score MODEL, as it is, on the held-out rows.")
 @click.option("--json", "as_json", is_flag=True, help="One event a line, as JSON.")
 @click.option("--quiet", is_flag=True, help="Warnings and the end only.")
 def command(
@@ -28,6 +31,7 @@ def command(
     out: Path | None,
     resume: bool,
     dry_run: bool,
+    validate: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -40,6 +44,11 @@ def command(
     resolved = load_recipe(recipe, overrides)
     if dry_run:
         click.echo(render(resolved))
+        return
+    if validate:
+        if out is not None or resume:
+            raise click.UsageError("--validate writes nothing: leave -o and --resume out")
+        _validate(resolved, as_json)
         return
     from mlx_slim.workflows.finetune import finetune
 
@@ -70,3 +79,17 @@ def go(
         observer = events.Broadcast([console, trackers])
         result = workflow(resolved, folder, observer=observer, resume=resume)
         console.summary(f"{resolved.name}: done", summary_rows(result))
+
+
+def _validate(resolved: Resolved, as_json: bool) -> None:
+    """Print the model's loss on the validation rows."""
+    from mlx_slim.workflows.validate import validate
+
+    found = validate(resolved.recipe)
+    if as_json:
+        click.echo(json.dumps({"event": "validated", **asdict(found)}))
+        return
+    click.echo(
+        f"{found.model}: validation loss {found.loss:.4f} nats/token "
+        f"({found.supervised:,} supervised tokens, {found.rows:,} rows)"
+    )

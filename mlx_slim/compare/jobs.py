@@ -30,7 +30,7 @@ from mlx_slim.models.save import save_model
 from mlx_slim.quantize.apply import quantize_model
 from mlx_slim.workflows.distill import distill
 from mlx_slim.workflows.finetune import finetune
-from mlx_slim.workflows.prune_plan import PruneOptions
+from mlx_slim.workflows.prune_options import PruneOptions
 from mlx_slim.workflows.run_folder import STATE_FILE
 
 
@@ -204,9 +204,7 @@ class Job:
             ]
             cache = distill.cache or str(self.out / "models" / "targets")
             values["distill"] = {"teachers": teachers, "cache": cache}
-        return cell_recipe(
-            self.layout.matrix, cell.model, cell.method, cell.seed, name, values
-        )
+        return cell_recipe(self.layout.matrix, cell.model, cell.method, cell.seed, name, values)
 
     def train_key(self, cell: Cell, resolved: Resolved) -> str:
         """Return the identity of a training of ``cell`` as ``resolved`` says."""

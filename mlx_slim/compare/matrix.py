@@ -19,7 +19,7 @@ from mlx_slim.config import library
 from mlx_slim.config.load import Resolved, checked, from_layers, read_layers
 from mlx_slim.config.schema import PositiveInt, Section
 from mlx_slim.errors import SlimError, did_you_mean
-from mlx_slim.workflows.prune_plan import PruneOptions
+from mlx_slim.workflows.prune_options import PruneOptions
 
 Kind = Literal["base", "quantized", "pruned", "tuned", "fused"]
 # Kinds that leave a model of their own, which another method can start from.
@@ -315,8 +315,8 @@ def _either(words: Sequence[str]) -> str:
     return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
-def _one_of(given: str | None, known: list[str]) -> str | None:
-    return did_you_mean(given or "", known) if known else None
+def _one_of(given: str | None, known: list[str]) -> str:
+    return did_you_mean(given or "", known) if known else ""
 
 
 def cell_recipe(

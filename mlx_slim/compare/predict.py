@@ -15,7 +15,7 @@ from typing import Any
 from mlx_slim.analyze.known_models import KNOWN, model_config
 from mlx_slim.analyze.memory import Prediction, predict
 from mlx_slim.analyze.work import CHARACTERS_PER_TOKEN, Speed, Work, measure_speed
-from mlx_slim.compare.matrix import Cell, Layout, Matrix
+from mlx_slim.compare.matrix import Cell, Layout, Matrix, prune_options
 from mlx_slim.compare.questions import plain_questions
 from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError
@@ -23,6 +23,7 @@ from mlx_slim.evaluate.rows import count_rows
 from mlx_slim.evaluate.spec import find_task
 from mlx_slim.models.hub import SMOLLM2_PACKAGE
 from mlx_slim.runtime import memory_budget, resolve_dtype
+from mlx_slim.workflows.prune_plan import planned_config
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FORWARD = 0.3  # of a LoRA step: measured on a CPU, SmolLM2-135M
@@ -64,14 +65,21 @@ def _config(recipe: Recipe) -> dict[str, Any]:
     return model_config(recipe)[0]
 
 
-def predicted_run(recipe: Recipe, budget: int | None = None) -> Prediction | None:
+def predicted_run(
+    recipe: Recipe, budget: int | None = None, config: dict[str, Any] | None = None
+) -> Prediction | None:
     """Return the prediction of a run on this machine; None if the model's shapes are not to be had.
+
+    Args:
+        recipe: The run.
+        budget: Memory that it may use; None is the device's.
+        config: Of the model that it starts from; None looks for the recipe's.
 
     Raises:
         SlimError: If the model cannot be built.
     """
     try:
-        config = _config(recipe)
+        config = _config(recipe) if config is None else config
     except SlimError:
         return None
     speed = _speed(recipe.train.dtype)
@@ -81,7 +89,10 @@ def predicted_run(recipe: Recipe, budget: int | None = None) -> Prediction | Non
 def plan(layout: Layout) -> list[Line]:
     """Return a line for every cell of the matrix, those that cannot run among them."""
     budget = memory_budget(layout.matrix.budget)
-    lines = [_line(layout.matrix, cell, budget) for cell in layout.cells]
+    shapes: dict[str, dict[str, Any]] = {}  # of the cells that leave other shapes
+    lines = []
+    for cell in layout.cells:
+        lines.append(_line(layout.matrix, cell, budget, shapes))
     fits = {line.cell: not line.why_not for line in lines}
     return [
         line
@@ -91,10 +102,17 @@ def plan(layout: Layout) -> list[Line]:
     ]
 
 
-def _line(matrix: Matrix, cell: Cell, budget: int) -> Line:
+def _line(matrix: Matrix, cell: Cell, budget: int, shapes: dict[str, dict[str, Any]]) -> Line:
+    """Return the plan of a cell, and note its model's configuration in ``shapes``."""
     recipe = cell.recipe.recipe
+    config = shapes.get(cell.parent or "")
     try:
-        found = predicted_run(recipe, budget)
+        if cell.kind == "pruned":
+            options = prune_options(matrix, cell.method)
+            config = planned_config(_config(recipe) if config is None else config, options)
+        if config is not None:
+            shapes[cell.name] = config
+        found = predicted_run(recipe, budget, config)
         tokens = sum(_tokens(entry.task, entry.limit) for entry in matrix.tasks)
     except SlimError as error:
         return Line(cell.name, cell.kind, None, None, None, error.message)
@@ -102,7 +120,7 @@ def _line(matrix: Matrix, cell: Cell, budget: int) -> Line:
         return Line(cell.name, cell.kind, None, None, None)
     if cell.kind != "tuned":
         weights = found.breakdown["weights"]
-        return Line(cell.name, cell.kind, weights, None, _scoring(recipe, tokens))
+        return Line(cell.name, cell.kind, weights, None, _scoring(recipe, tokens, config))
     train = found.predicted_seconds
     if train is not None and len(cell.rates) > 1 and cell.seed == matrix.seeds[0]:
         steps = found.tokens or 0
@@ -110,27 +128,27 @@ def _line(matrix: Matrix, cell: Cell, budget: int) -> Line:
             one = recipe.model_copy(
                 update={"train": recipe.train.model_copy(update={"steps": matrix.sweep.steps})}
             )
-            short = predicted_run(one, budget)
+            short = predicted_run(one, budget, config)
             steps = (short.tokens if short else None) or steps
         train += train * len(cell.rates) * steps / max(1, found.tokens or 1)
     why = ""
     if not found.fits:
         why = f"needs {_gb(found.predicted_peak_bytes)}, the budget is {_gb(budget)}"
     peak = found.predicted_peak_bytes
-    return Line(cell.name, cell.kind, peak, train, _scoring(recipe, tokens), why)
+    return Line(cell.name, cell.kind, peak, train, _scoring(recipe, tokens, config), why)
 
 
 def _gb(size: int) -> str:
     return f"{size / 1e9:.1f} GB"
 
 
-def _scoring(recipe: Recipe, tokens: int) -> float:
+def _scoring(recipe: Recipe, tokens: int, config: dict[str, Any] | None) -> float:
     """Return the seconds that reading so many tokens takes: a share of a LoRA step each."""
     plain = recipe.model_copy(update={"method": "lora"})
     speed = _speed(recipe.train.dtype)
     work = Work(tokens, tokens, recipe.train.max_length, "")
     try:
-        found = predict(_config(recipe), plain, speed=speed, work=work, suggest=False)
+        found = predict(config or _config(recipe), plain, speed=speed, work=work, suggest=False)
     except SlimError:
         return 0.0
     return LOADING + FORWARD * (found.predicted_seconds or 0.0)

@@ -286,7 +286,7 @@ def render(resolved: Resolved) -> str:
     recipe, origins = resolved.recipe, resolved.origins
     unused = {
         "adapter": recipe.method == "full",
-        "quantize": recipe.method != "qlora",
+        "quantize": recipe.method != "qlora" and not recipe.quantize.aware,
     }
     rows: list[tuple[str, str]] = []
     section = ""

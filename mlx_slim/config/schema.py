@@ -21,6 +21,30 @@ DEFAULT_ALPHA = 16.0
 TASK = "task:"  # how a source names an evaluation task
 
 
+class AdaptiveConfig(Section):
+    """Ranks that move to the layers that need them: AdaLoRA (arXiv 2303.10512).
+
+    A run starts with ``adapter.rank`` everywhere and ends with ``target_rank`` on average.
+
+    Attributes:
+        target_rank: Mean rank of a layer at the end.
+        warmup: Steps, or their share when below 1, before the first triplet goes.
+        final: Steps, or their share when below 1, at the end with ranks that no longer change.
+        interval: Steps between two cuts.
+        beta1: Smoothing of a triplet's sensitivity |w·g|.
+        beta2: Smoothing of that sensitivity's uncertainty.
+        orthogonality: γ of the penalty γ(‖PᵀP−I‖² + ‖QQᵀ−I‖²).
+    """
+
+    target_rank: PositiveInt
+    warmup: Annotated[float, Field(ge=0)] = 0.1
+    final: Annotated[float, Field(ge=0)] = 0.3
+    interval: PositiveInt = 10
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.85
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.85
+    orthogonality: Annotated[float, Field(ge=0)] = 0.1
+
+
 class AdapterConfig(Section):
     """The low-rank adapter of ``lora``, ``qlora`` and ``dora`` (arXiv 2106.09685, 2402.09353).
 
@@ -35,6 +59,8 @@ class AdapterConfig(Section):
         scaling: ``standard`` (alpha/r) or ``rslora`` (alpha/√r).
         init: ``standard`` (A uniform, B zero) or ``pissa`` (top-r SVD of W, arXiv 2404.02948).
         lora_plus_ratio: lr(B) / lr(A) (LoRA+, arXiv 2402.12354).
+        adaptive: Ranks that change during training (AdaLoRA); None leaves them.
+        on: Adapter folders, each ``DIR`` or ``DIR=WEIGHT``, that lie frozen under this one.
     """
 
     rank: PositiveInt = 8
@@ -46,6 +72,23 @@ class AdapterConfig(Section):
     scaling: Literal["standard", "rslora"] = "standard"
     init: Literal["standard", "pissa"] = "standard"
     lora_plus_ratio: Annotated[float, Field(ge=1.0)] = 1.0
+    adaptive: AdaptiveConfig | None = None
+    on: list[str] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _adaptive_fits(self) -> AdapterConfig:
+        if self.adaptive is None:
+            return self
+        if self.init != "standard":
+            raise ValueError(
+                f"adaptive starts from orthonormal factors, not from init={self.init}: drop one"
+            )
+        if self.adaptive.target_rank > self.rank:
+            raise ValueError(
+                f"adaptive.target_rank={self.adaptive.target_rank} is above rank={self.rank}, "
+                "where ranks start: they only fall"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_of_alpha_and_scale(self) -> AdapterConfig:
@@ -80,11 +123,13 @@ class QuantizeConfig(Section):
         bits: Bits per code.
         group_size: Weights that share a scale.
         mode: ``affine`` (scale and bias), or a float format of the OCP MX or NVFP4 family.
+        aware: Train with weights rounded to this format (full, lora, dora) and save them in it.
     """
 
     bits: Literal[2, 3, 4, 5, 6, 8] = 4
     group_size: Literal[16, 32, 64, 128] = 64
     mode: Literal["affine", "mxfp4", "mxfp8", "nvfp4"] = "affine"
+    aware: bool = False
 
     @model_validator(mode="after")
     def _known_combination(self) -> QuantizeConfig:
@@ -245,6 +290,25 @@ class MemoryConfig(Section):
     budget: str | PositiveInt = "auto"
 
 
+class HeldOutConfig(Section):
+    """A general text that the run must not forget (arXiv 2403.15796).
+
+    Attributes:
+        path: Text file, JSON lines with ``text``, or ``task:NAME`` (the task's questions with their
+            answers).
+        rows: Documents used, the first ones; None all.
+        every: Steps between measurements (one before the first step, one at the end).
+        max_rise: Largest rise of bits per byte over the start: 0.02 is 2%.
+        patience: Measurements in a row above it that stop the run.
+    """
+
+    path: str
+    rows: PositiveInt | None = None
+    every: PositiveInt = 100
+    max_rise: Annotated[float, Field(ge=0)] = 0.02
+    patience: PositiveInt = 1
+
+
 class Recipe(Section):
     """A whole fine-tune: one model, one method, one mix of data.
 
@@ -253,6 +317,7 @@ class Recipe(Section):
         revision: Commit or tag of a hub model.
         method: ``full``, ``lora``, ``qlora`` or ``dora``.
         distill: Teachers, for ``mlx-slim distill``; None for plain fine-tuning.
+        held_out: A text to watch; None watches none.
         report_to: Trackers besides ``metrics.jsonl`` (each its own extra).
     """
 
@@ -263,6 +328,41 @@ class Recipe(Section):
     quantize: QuantizeConfig = QuantizeConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+    held_out: HeldOutConfig | None = None
     distill: DistillConfig | None = None
     memory: MemoryConfig = MemoryConfig()
     report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Recipe:
+        problems = []
+        if self.quantize.aware and self.method == "qlora":
+            problems.append(
+                "quantize.aware rounds float weights and method=qlora has a quantized base: use "
+                "full, lora or dora"
+            )
+        if self.method == "full" and (self.adapter.adaptive or self.adapter.on):
+            key = "adaptive" if self.adapter.adaptive else "on"
+            problems.append(f"adapter.{key} is set, and method=full trains no adapter: use lora")
+        if self.method == "dora" and self.adapter.adaptive:
+            problems.append("adapter.adaptive changes ranks of LoRA: use method lora, not dora")
+        if self.method == "dora" and self.adapter.on:
+            problems.append(
+                "adapter.on adds updates up, and a DoRA is no sum: use method=lora, or fuse the "
+                "adapters below into the base first"
+            )
+        if self.distill is not None and self.distill.method == "mutual":
+            beside = {
+                "quantize.aware": self.quantize.aware,
+                "held_out": self.held_out,
+                "adapter.adaptive": self.adapter.adaptive,
+                "adapter.on": self.adapter.on,
+            }
+            problems += [
+                f"{key} is for one student, and distill.method=mutual has two: drop one of them"
+                for key, value in beside.items()
+                if value
+            ]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self

@@ -19,13 +19,23 @@ from rich.text import Text
 
 from mlx_slim import runtime
 from mlx_slim.console.parts import Clock, eta, memory_row, progress_row
-from mlx_slim.events import Done, Event, Resumed, Saved, Started, StepDone, ValidationDone
+from mlx_slim.events import (
+    Done,
+    Event,
+    HeldOutDone,
+    Resumed,
+    Saved,
+    Started,
+    StepDone,
+    ValidationDone,
+)
 
 _BARS = "▁▂▃▄▅▆▇█"
 _SMOOTHING = 0.9  # of the running mean of the loss, a step
 _REASONS = {
     "complete": "done",
     "early_stopping": "stopped early: validation no longer improves",
+    "held_out": "stopped early: the held-out text costs more bits than allowed",
     "interrupted": "interrupted",
     "non_finite_loss": "stopped: the loss is not finite",
 }
@@ -51,6 +61,10 @@ def _parts(parts: dict[str, float] | None) -> str:
     return f" ({', '.join(each)})"
 
 
+def _held_out(event: HeldOutDone) -> str:
+    return f"{event.bits_per_byte:.4f} bits/byte ({event.rise:+.2%})"
+
+
 class Progress:
     """The state of a loop, gathered from its events; ``None`` where nothing was reported yet."""
 
@@ -62,6 +76,7 @@ class Progress:
         self.step: StepDone | None = None
         self.validation: ValidationDone | None = None
         self.best: ValidationDone | None = None
+        self.held_out: HeldOutDone | None = None
         self.saved: Saved | Resumed | None = None
         self.done: Done | None = None
         self.smoothed = math.nan
@@ -83,6 +98,8 @@ class Progress:
                 self.validation = event
                 if event.best:
                     self.best = event
+            case HeldOutDone():
+                self.held_out = event
             case Saved() | Resumed():
                 self.saved = event
             case Done():
@@ -135,6 +152,9 @@ class Progress:
                 mark = " (best)" if event.best else ""
                 parts = _parts(event.parts)
                 return f"validation at step {event.step}: loss {event.loss:.4f}{parts}{mark}"
+            case HeldOutDone():
+                over = "" if event.within else ": over the limit"
+                return f"held-out text at step {event.step}: {_held_out(event)}{over}"
             case Saved():
                 return f"saved {event.path}"
             case Resumed():
@@ -187,6 +207,8 @@ class View:
         validation = "–"
         if p.validation:
             validation = f"{p.validation.loss:.4f}{_parts(p.validation.parts)}"
+        if p.held_out:
+            validation += f"  held-out {_held_out(p.held_out)}"
         best = f"{p.best.loss:.4f} at step {p.best.step}" if p.best else "–"
         curve = sparkline(p.losses, max(0, width // 2 - 40 if wide else width - 40))
         cells = [

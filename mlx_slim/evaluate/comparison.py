@@ -171,8 +171,9 @@ def _rows(
     if keys[0] != keys[1]:
         raise SlimError(f"{task}: the two files hold other questions", "score both models again")
     strata = [key[0] for key in keys[0]] if keys[0][0][0] is not None else None
-    if task == TEXT:  # a window's share, such that the mean over windows is bits per byte
-        scale = -len(keys[0]) / math.log(2) / section["bytes"]
+    if task == TEXT:  # a part's share, such that the mean over parts is bits per byte
+        samples = [_documents(side) for side in samples]
+        scale = -len(samples[0]) / math.log(2) / section["bytes"]
         values = {"bits_per_byte": [[s["loglikelihood"] * scale for s in x] for x in samples]}
     else:
         metrics = [name for name in section["metrics"] if name in samples[0][0]]
@@ -194,6 +195,19 @@ def _rows(
             )
         )
     return rows
+
+
+def _documents(windows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one record a document: its windows depend on each other. One document stays windows.
+
+    The bootstrap then draws documents.
+    """
+    sums: dict[Any, float] = {}
+    for window in windows:
+        sums[window["doc_id"]] = sums.get(window["doc_id"], 0.0) + window["loglikelihood"]
+    if len(sums) == 1:
+        return windows
+    return [{"doc_id": doc_id, "loglikelihood": value} for doc_id, value in sums.items()]
 
 
 def _judged(rows: list[Row]) -> list[Row]:

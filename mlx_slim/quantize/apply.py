@@ -21,7 +21,9 @@ from mlx.utils import tree_flatten
 from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import SlimError
 from mlx_slim.models.quantized import is_quantized, use_fast_matmul
+from mlx_slim.models.unpack import unpack
 from mlx_slim.quantize.policy import Skipped, leaves, make_policy
+from mlx_slim.runtime import on_gpu
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,31 @@ def quantize_model(
         )
     mx.eval(model.parameters())
     return report(model, new_config, "rtn", before, policy.skipped)
+
+
+def rounded(
+    weight: mx.array, stored: mx.Dtype, *, bits: int, group_size: int, mode: str
+) -> mx.array:
+    """Return ``weight`` quantized and dequantized, in its own dtype.
+
+    Args:
+        weight: (..., I), I divisible by ``group_size``.
+        stored: Dtype that scales and biases lie in on disk: they are rounded to it too.
+        bits: Bits per code.
+        group_size: Weights that share a scale.
+        mode: ``affine``, ``mxfp4``, ``mxfp8`` or ``nvfp4``.
+    """
+    settings: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": mode}
+    codes, *parts = (
+        value.astype(stored).astype(weight.dtype)
+        if mx.issubdtype(value.dtype, mx.floating)
+        else value
+        for value in mx.quantize(weight, **settings)
+    )
+    scales, biases = parts[0], parts[1] if len(parts) > 1 else None
+    if on_gpu():
+        return mx.dequantize(codes, scales, biases, **settings).astype(weight.dtype)
+    return unpack(codes, scales, biases, **settings).astype(weight.dtype)
 
 
 def refuse_quantized(model: nn.Module, config: dict[str, Any]) -> None:

@@ -1,14 +1,16 @@
 """Everything a run needs to go on exactly, in one folder that is whole or absent.
 
 Invariant: ``checkpoints/step-N`` is renamed into place after all its files are on disk, and holds
-trainable weights, optimizer state (moments, float32 masters, step) and the loop's position. Nothing
-else has state: shuffles and dropout are functions of (seed, epoch, step), the learning rate of the
-step, and checkpoints are taken between optimizer steps, when nothing is accumulated.
+trainable weights, optimizer state (moments, float32 masters, step), what companions remember and
+the loop's position. Nothing else has state: shuffles and dropout are functions of (seed, epoch,
+step), the learning rate of the step, and checkpoints are taken between optimizer steps, when
+nothing is accumulated.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +19,10 @@ import mlx.nn as nn
 
 from mlx_slim.artifacts import atomic_folder, load_tensors, read_json, save_tensors, write_json
 from mlx_slim.errors import SlimError
+from mlx_slim.train.companion import Companion, gather, hand_out
 from mlx_slim.train.optim import Optimizer, set_trainable, trainable
+
+_CARRIED = "companions.safetensors"
 
 
 @dataclass
@@ -33,6 +38,9 @@ class Position:
         best_loss: Lowest validation loss so far, nats per token.
         best_step: Step it was reached at.
         since_best: Validations since then.
+        held_out_start: Bits per byte of the held-out text before the first step.
+        held_out_step: Newest step at which that text was within its limit.
+        held_out_over: Measurements above the limit since then.
     """
 
     step: int = 0
@@ -43,6 +51,9 @@ class Position:
     best_loss: float | None = None
     best_step: int | None = None
     since_best: int = 0
+    held_out_start: float | None = None
+    held_out_step: int | None = None
+    held_out_over: int = 0
 
 
 def _steps(folder: Path) -> list[int]:
@@ -61,7 +72,13 @@ def latest(folder: Path) -> Path | None:
     return path_of(folder, steps[-1]) if steps else None
 
 
-def save(folder: Path, position: Position, model: nn.Module, optimizer: Optimizer) -> Path:
+def save(
+    folder: Path,
+    position: Position,
+    model: nn.Module,
+    optimizer: Optimizer,
+    companions: Sequence[Companion] = (),
+) -> Path:
     """Write the checkpoint of ``position`` under ``folder`` and return its path.
 
     Raises:
@@ -71,6 +88,8 @@ def save(folder: Path, position: Position, model: nn.Module, optimizer: Optimize
     with atomic_folder(target, replace=True) as temporary:
         save_tensors(temporary / "weights.safetensors", trainable(model))
         save_tensors(temporary / "optimizer.safetensors", optimizer.state())
+        if carried := gather(companions):
+            save_tensors(temporary / _CARRIED, carried)
         write_json(temporary / "state.json", asdict(position))
     return target
 
@@ -93,7 +112,9 @@ def load_weights(path: Path, model: nn.Module) -> None:
     mx.eval(model.parameters())
 
 
-def load(path: Path, model: nn.Module, optimizer: Optimizer) -> Position:
+def load(
+    path: Path, model: nn.Module, optimizer: Optimizer, companions: Sequence[Companion] = ()
+) -> Position:
     """Put the checkpoint at ``path`` back and return its position.
 
     Raises:
@@ -102,6 +123,8 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer) -> Position:
     load_weights(path, model)
     try:
         optimizer.load_state(load_tensors(path / "optimizer.safetensors"))
+        carried = path / _CARRIED
+        hand_out(companions, load_tensors(carried) if carried.exists() else {})
     except KeyError as error:
         raise SlimError(
             f"{path} was made with another optimizer: {error} is in one of the two only",
@@ -111,10 +134,10 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer) -> Position:
     return Position(**read_json(path / "state.json"))
 
 
-def rotate(folder: Path, keep: int, best_step: int | None) -> None:
-    """Remove all but the newest ``keep`` checkpoints and the best one, and what a kill left."""
+def rotate(folder: Path, keep: int, *needed: int | None) -> None:
+    """Remove all but the newest ``keep`` and the ``needed`` checkpoints, and what a kill left."""
     for step in _steps(folder)[:-keep]:
-        if step != best_step:
+        if step not in needed:
             shutil.rmtree(path_of(folder, step))
     for leftover in folder.glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)

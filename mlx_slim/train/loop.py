@@ -11,7 +11,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -27,6 +27,7 @@ from mlx_slim.errors import SlimError
 from mlx_slim.runtime import number, world
 from mlx_slim.train import checkpoint
 from mlx_slim.train.checkpoint import Position
+from mlx_slim.train.companion import SAVE, Companion, computing
 from mlx_slim.train.optim import Optimizer, schedule
 from mlx_slim.train.step import Objective, Stepper, StepResult, per_token
 
@@ -104,6 +105,7 @@ class Loop:
         budget_bytes: Memory budget, reported with the start.
         compiled: Fuse the step with ``mx.compile``.
         lanes: Parts of a micro-batch computed side by side on a CPU.
+        companions: What else takes part (``train/companion.py``).
     """
 
     model: nn.Module
@@ -118,26 +120,36 @@ class Loop:
     compiled: bool = False
     lanes: int = 1
     held_out: Objective | None = None
+    companions: Sequence[Companion] = ()
     position: Position = field(default_factory=Position)
 
     def __post_init__(self) -> None:
         """Build the optimizer and the schedule."""
         self.optimizer = Optimizer(self.model, self.config, self.rate_scale)
-        self.stepper = Stepper(self.model, self.objective, compiled=self.compiled, lanes=self.lanes)
+        self.stepper = Stepper(
+            self.model,
+            self.objective,
+            compiled=self.compiled,
+            lanes=self.lanes,
+            captured=[module for each in self.companions for module in each.captured()],
+        )
         self.total, self.epochs = total_steps(self.config, self.batcher)
         self.rate = schedule(self.config, self.total)
+        for companion in self.companions:
+            companion.planned(self.total)
 
     def preflight(self) -> int:
         """Run forward and backward pass of the largest micro-batch; return the peak in bytes."""
         self.model.train()
         mx.eval(self.optimizer.arrays())
         mx.reset_peak_memory()
-        self.stepper.micro(self.batcher.worst())
+        with computing(self.companions):
+            self.stepper.micro(self.batcher.worst())
         return mx.get_peak_memory()
 
     def resume(self, path: Path) -> None:
         """Continue from the checkpoint at ``path``."""
-        self.position = checkpoint.load(path, self.model, self.optimizer)
+        self.position = checkpoint.load(path, self.model, self.optimizer, self.companions)
         name = f"{path.parent.name}/{path.name}"
         self.observer.notify(events.Resumed(step=self.position.step, path=name))
 
@@ -152,8 +164,10 @@ class Loop:
             events.Started(self.total, self.epochs, self.budget_bytes, first_step=at.step)
         )
         reason = "complete"
+        if refused := {each.begin(at) for each in self.companions} - {""}:
+            reason = min(refused)
         with StopRequest() as stop:
-            for epoch, share, plan in self._steps():
+            for epoch, share, plan in () if refused else self._steps():
                 self._step(epoch, share, plan)
                 last = at.step == self.total
                 improved = (
@@ -162,11 +176,16 @@ class Loop:
                 stopping = stop.seen_by_any_rank()
                 patience = self.config.early_stopping
                 exhausted = patience is not None and at.since_best >= patience
-                if improved or stopping or exhausted or self._due(self.config.save_every, last):
+                asked = {each.after(at, last) for each in self.companions} - {""}
+                due = bool(asked) or self._due(self.config.save_every, last)
+                if improved or stopping or exhausted or due:
                     self._save()
                 if stopping or exhausted:
                     reason = "interrupted" if stopping and not last else "early_stopping"
                     reason = "complete" if last else reason
+                if demands := asked - {SAVE}:
+                    reason = min(demands)
+                if stopping or exhausted or demands:
                     break
         done = events.Done(
             step=at.step,
@@ -176,6 +195,7 @@ class Loop:
             peak_memory_bytes=mx.get_peak_memory(),
             best_validation=at.best_loss,
             best_step=at.best_step,
+            held_out_step=at.held_out_step,
         )
         self.observer.notify(done)
         return done
@@ -230,8 +250,12 @@ class Loop:
         """Take one optimizer step; return what was measured, the gradient norm and the rate."""
         at = self.position
         self.model.train()
-        result = self.stepper.step(batches)
-        norm = number(gradient_norm(result.gradients))
+        with computing(self.companions):
+            result = self.stepper.step(batches)
+        gradients = result.gradients
+        for companion in self.companions:
+            gradients = companion.gradients(gradients)
+        norm = number(gradient_norm(gradients))
         if not (math.isfinite(result.loss) and math.isfinite(norm)):
             newest = checkpoint.latest(self.checkpoints)
             raise SlimError(
@@ -239,7 +263,6 @@ class Loop:
                 f"lower train.learning_rate; the last good state is "
                 f"{f'{newest.parent.name}/{newest.name}' if newest else 'the base model'}",
             )
-        gradients = result.gradients
         if self.config.clip and norm > self.config.clip:
             factor = self.config.clip / (norm + 1e-6)
             gradients = {path: value * factor for path, value in gradients.items()}
@@ -248,6 +271,8 @@ class Loop:
         result.gradients.clear()  # from here on each lives until its parameter is updated
         del gradients
         self.optimizer.evaluate()
+        for companion in self.companions:
+            companion.updated(at.step + 1)
         return result, norm, learning_rate
 
     def _step(self, epoch: int, share: float, plan: list[list[list[int]]]) -> None:
@@ -283,12 +308,15 @@ class Loop:
         at = self.position
         began = time.perf_counter()
         objective = self.held_out or self.objective
-        loss, parts, supervised = validation_loss(self.model, objective, self.validation)
-        best = math.isfinite(loss) and (at.best_loss is None or loss < at.best_loss)
+        with computing(self.companions):
+            loss, parts, supervised = validation_loss(self.model, objective, self.validation)
+        settled = all(companion.settled(at.step) for companion in self.companions)
+        better = math.isfinite(loss) and (at.best_loss is None or loss < at.best_loss)
+        best = settled and better
         if best:
             at.best_loss, at.best_step, at.since_best = loss, at.step, 0
         else:
-            at.since_best += 1
+            at.since_best += settled
         seconds = time.perf_counter() - began
         self.observer.notify(
             events.ValidationDone(at.step, loss, supervised, seconds, best, parts or None)
@@ -298,8 +326,9 @@ class Loop:
     def _save(self) -> None:
         """Write a checkpoint on rank 0."""
         if world().rank() == 0:
-            path = checkpoint.save(self.checkpoints, self.position, self.model, self.optimizer)
-            checkpoint.rotate(self.checkpoints, self.config.keep, self.position.best_step)
+            at, folder = self.position, self.checkpoints
+            path = checkpoint.save(folder, at, self.model, self.optimizer, self.companions)
+            checkpoint.rotate(folder, self.config.keep, at.best_step, at.held_out_step)
             name = f"{path.parent.name}/{path.name}"
             self.observer.notify(events.Saved(self.position.step, name))
 

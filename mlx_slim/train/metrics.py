@@ -29,7 +29,7 @@ class MetricsFile:
                 record = json.loads(line)
             except ValueError:
                 break
-            if record.get("step", 0) > step:
+            if record.get("step", step) > step:
                 break
             if record.get("event") not in ("started", "done"):
                 kept.append(line)

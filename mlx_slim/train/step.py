@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -197,10 +197,17 @@ class Stepper:
         objective: Summed loss of a batch.
         compiled: Fuse forward and backward pass with ``mx.compile``.
         lanes: Parts of a micro-batch computed side by side on a CPU, each in a thread of its own.
+        captured: Modules whose frozen arrays change between steps: a compiled step reads them anew.
     """
 
     def __init__(
-        self, model: nn.Module, objective: Objective, *, compiled: bool = False, lanes: int = 1
+        self,
+        model: nn.Module,
+        objective: Objective,
+        *,
+        compiled: bool = False,
+        lanes: int = 1,
+        captured: Sequence[dict] = (),
     ) -> None:
         self.model = model
         self.objective = objective
@@ -219,7 +226,9 @@ class Stepper:
         if compiled:
             # Frozen weights are constants of the graph; dropout draws from the global random state.
             state = [mx.random.state]
-            self._value_and_grad = mx.compile(self._value_and_grad, inputs=state, outputs=state)
+            self._value_and_grad = mx.compile(
+                self._value_and_grad, inputs=[*state, *captured], outputs=state
+            )
 
     def micro(self, batch: Batch) -> tuple[mx.array, dict[str, mx.array]]:
         """Return the sums of one micro-batch and the gradient of its loss, evaluated."""

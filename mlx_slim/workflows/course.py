@@ -15,13 +15,16 @@ from typing import Any
 import mlx.nn as nn
 
 from mlx_slim import events
-from mlx_slim.adapters.store import load_adapter, save_adapter
+from mlx_slim.adapters.stack import load_adapters, parse_adapters
+from mlx_slim.adapters.store import save_adapter
 from mlx_slim.analyze.memory import Prediction, predict
 from mlx_slim.config.schema import Recipe
 from mlx_slim.data.prepare import Prepared
 from mlx_slim.models.load import load
 from mlx_slim.models.save import save_model
+from mlx_slim.runtime import resolve_dtype
 from mlx_slim.train.step import Objective
+from mlx_slim.workflows.aware import save_quantized
 from mlx_slim.workflows.prepare import (
     Tuned,
     from_rows,
@@ -69,17 +72,23 @@ class Course:
         """Do what must be done while the student is not loaded; False if it was interrupted."""
         return True
 
-    def artifact(self, tuned: Tuned) -> str:
+    def artifact(self, recipe: Recipe, tuned: Tuned) -> str:
         """Return the name of what is saved inside the run folder."""
-        return "model" if tuned.injected is None else "adapters"
+        return "model" if tuned.injected is None or recipe.quantize.aware else "adapters"
 
     def save(self, recipe: Recipe, tuned: Tuned, out: Path) -> None:
-        """Write what was trained."""
-        save_tuned(recipe, tuned, tuned.model, out / self.artifact(tuned))
+        """Write what was trained; of a quantization-aware run the adapters too."""
+        if tuned.injected is not None or not recipe.quantize.aware:
+            folder = "model" if tuned.injected is None else "adapters"
+            save_tuned(recipe, tuned, tuned.model, out / folder)
+        if recipe.quantize.aware:
+            save_quantized(out / "model", recipe, tuned)
 
     def load_again(self, recipe: Recipe, tuned: Tuned, out: Path) -> nn.Module:
         """Return what was saved, loaded as a user would."""
-        return load_tuned(recipe, tuned.injected is not None, out / self.artifact(tuned))
+        if recipe.quantize.aware:
+            return load(out / "model", dtype=resolve_dtype(recipe.train.dtype)).model
+        return load_tuned(recipe, tuned.injected is not None, out / self.artifact(recipe, tuned))
 
     def record(self) -> dict[str, Any]:
         """Return what ``run.json`` says of the course."""
@@ -107,5 +116,5 @@ def load_tuned(recipe: Recipe, adapted: bool, target: Path) -> nn.Module:
     if not adapted:
         return load(target).model
     again = prepare_base(recipe)[0].model
-    load_adapter(again, target)
+    load_adapters(again, parse_adapters([*recipe.adapter.on, target]))
     return again

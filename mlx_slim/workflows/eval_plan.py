@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_slim import artifacts, runtime
+from mlx_slim.adapters.stack import Adapters, parse_adapters
 from mlx_slim.adapters.store import check_adapter
 from mlx_slim.data.templates import load_template
 from mlx_slim.errors import ResourceError, SlimError, did_you_mean
@@ -46,7 +47,8 @@ class EvalOptions:
     """How to score; the only home of these defaults.
 
     Attributes:
-        adapter: Adapter folder to put on every model.
+        adapter: Adapter folder to put on every model; of several (``DIR`` or ``DIR=WEIGHT``) the
+            weighted sum.
         num_fewshot: Solved examples before each question; None takes the task's own.
         limit: First rows of a task (of each subject of a group); None takes all.
         data_dir: Data mirror; None takes ``MLX_SLIM_DATA``, else the hub.
@@ -60,7 +62,7 @@ class EvalOptions:
         trust_remote_code: Run Python files that a repository brings.
     """
 
-    adapter: str | Path | None = None
+    adapter: Adapters | None = None
     num_fewshot: int | None = None
     limit: int | None = None
     data_dir: Path | None = None
@@ -90,8 +92,8 @@ def find_targets(
     tasks = read_tasks(names, options)
     texts = None if options.perplexity is None else read_texts(options.perplexity)
     configs = [read_config(source, options.revision) for source in sources]
-    if options.adapter is not None:
-        check_adapter(options.adapter)
+    for one in parse_adapters(options.adapter):
+        check_adapter(one.folder)
     targets = []
     for source, config, folder, begun in zip(sources, configs, folders, started, strict=True):
         target = _target(source, config, tasks, texts, options)
@@ -242,15 +244,16 @@ def _target(
     jobs: list[Job] = [_task_job(asked, options, tokenizer, longest) for asked in tasks]
     if texts is not None:
         jobs.append(TextJob(texts, Encoder(tokenizer, longest)))
-    adapter = None if options.adapter is None else Path(options.adapter)
+    stack = parse_adapters(options.adapter)
+    hashes = [_hash(one.folder, _ADAPTER_FILES) for one in stack]
     state = {
         "schema_version": artifacts.SCHEMA_VERSION,
         "code": CODE,
         "model": source,
         "revision": folder.name if folder.parent.name == "snapshots" else options.revision,
         "weights_sha256": _hash(folder, _MODEL_FILES),
-        "adapter": None if adapter is None else str(adapter),
-        "adapter_sha256": None if adapter is None else _hash(adapter, _ADAPTER_FILES),
+        "adapter": " + ".join(map(str, stack)) or None,
+        "adapter_sha256": "+".join(hashes) or None,
         "dtype": runtime.dtype_name(dtype),
         "dense": None,
         "device": "gpu" if runtime.on_gpu() else "cpu",
@@ -265,6 +268,7 @@ def _target(
         source=source,
         revision=options.revision,
         adapter=state["adapter"],
+        stack=stack,
         dtype=dtype,
         trust_remote_code=trust,
         batch_tokens=options.batch_tokens,
@@ -272,7 +276,7 @@ def _target(
         folder=Path(),
         started=False,
         state=state,
-        trained_on=_trained_on([folder, *([adapter] if adapter else [])], tasks, options),
+        trained_on=_trained_on([folder, *(one.folder for one in stack)], tasks, options),
     )
 
 

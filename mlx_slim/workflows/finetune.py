@@ -17,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_slim import events
+from mlx_slim.adapters.advice import rank_advice
 from mlx_slim.analyze.memory import Prediction
 from mlx_slim.artifacts import SCHEMA_VERSION, provenance, read_json, write_json
 from mlx_slim.config.load import Resolved
@@ -38,6 +39,7 @@ from mlx_slim.train.metrics import MetricsFile
 from mlx_slim.train.optim import trainable
 from mlx_slim.train.remat import checkpointed
 from mlx_slim.workflows.course import Course
+from mlx_slim.workflows.held_out import watch
 from mlx_slim.workflows.prepare import Tuned, build_loop
 from mlx_slim.workflows.run_folder import (
     STATE_FILE,
@@ -112,10 +114,12 @@ def finetune(
             built = _build(recipe, course, out, listeners, budget, unchanged=True)
     tuned, loop = built.tuned, built.loop
     newest = checkpoint.latest(out / "checkpoints") if started else None
-    metrics.rewind(0 if newest is None else int(newest.name[5:]))
+    metrics.rewind(-1 if newest is None else int(newest.name[5:]))
     with checkpointed(anatomy.blocks(tuned.model), recipe.train.grad_checkpoint):
         if newest is not None:
             loop.resume(newest)
+        elif advice := rank_advice(recipe, loop.total):
+            listeners.notify(events.Notice(advice))
         done = loop.run()
     if done.reason == "interrupted":
         raise Interrupted(
@@ -126,11 +130,12 @@ def finetune(
         out=out,
         done=done,
         model=recipe.model,
-        artifact=course.artifact(tuned),
+        artifact=course.artifact(recipe, tuned),
         trainable=sum(value.size for value in trainable(tuned.model).values()),
         total=tuned.total,
         predicted_peak_bytes=built.prediction.predicted_peak_bytes,
         ledger=built.data.ledger,
+        on=recipe.adapter.on,
     )
     if world().rank() == 0:
         _best_weights(tuned, result)
@@ -163,6 +168,7 @@ def _build(
     data = course.rows(recipe, tuned, out, unchanged=unchanged)
     course.read(recipe, tuned, data, out)
     prediction = course.predict(recipe, tuned, data.train.lengths.tolist())
+    tuned.companions += watch(recipe, tuned, observer)
     loop = build_loop(recipe, tuned, data, out, observer, budget, course.objectives)
     return _Built(tuned, data, prediction, loop)
 
@@ -225,8 +231,8 @@ def _cheapest_fit(prediction: Prediction, peak: int, budget: int) -> str:
 def _best_weights(tuned: Tuned, result: Result) -> None:
     """Go back to the best step (the last one without a validation split)."""
     done = result.done
-    if done.best_step is not None and done.best_step != done.step:
-        best = checkpoint.path_of(result.out / "checkpoints", done.best_step)
+    if done.kept_step != done.step:
+        best = checkpoint.path_of(result.out / "checkpoints", done.kept_step)
         checkpoint.load_weights(best, tuned.model)
 
 
@@ -274,5 +280,6 @@ def _record(resolved: Resolved, course: Course, result: Result, budget: int) -> 
             "trainable": result.trainable,
             "total": result.total,
             "predicted_peak_bytes": result.predicted_peak_bytes,
+            "on": result.on,
         },
     }

@@ -23,9 +23,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_slim.adapters.inject import adapters_of
+from mlx_slim.adapters.inject import Injected, adapters_of
 from mlx_slim.adapters.merge import merge
-from mlx_slim.adapters.store import CONFIG, load_adapter
+from mlx_slim.adapters.stack import Adapters, Weighted, load_adapters, parse_adapters
+from mlx_slim.adapters.store import CONFIG, save_adapter
 from mlx_slim.analyze.effect import Effect, effect, weight_share
 from mlx_slim.artifacts import (
     SCHEMA_VERSION,
@@ -35,6 +36,7 @@ from mlx_slim.artifacts import (
     read_json,
     write_json,
 )
+from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import ResourceError, SlimError
 from mlx_slim.events import Notice, Observer
 from mlx_slim.models.load import Loaded, cast, load
@@ -145,7 +147,7 @@ def find_adapter(folder: Path) -> Path:
 
 def fuse(
     source: str | Path,
-    adapter: Path,
+    adapter: Adapters,
     out: Path,
     options: FuseOptions | None = None,
     observer: Observer | None = None,
@@ -154,7 +156,8 @@ def fuse(
 
     Args:
         source: Folder or hub id of the base that the adapter was made for.
-        adapter: Adapter folder, ours or mlx-lm's, or the run folder that holds it.
+        adapter: Adapter folder, ours or mlx-lm's, or the run folder that holds it; of several
+            (``DIR`` or ``DIR=WEIGHT``) the weighted sum.
         out: Must not exist.
         options: See ``FuseOptions``.
         observer: Hears a ``Notice`` for each stage.
@@ -170,7 +173,7 @@ def fuse(
             observer.notify(Notice(message))
 
     check_output(out)
-    adapter = find_adapter(adapter)
+    stack = [Weighted(find_adapter(one.folder), one.weight) for one in parse_adapters(adapter)]
     say(f"loading {source}")
     loaded = load(source, revision=options.revision, dtype=compute_dtype())
     mode = _mode(options.mode, loaded)
@@ -178,7 +181,7 @@ def fuse(
     if options.dtype is not None and mode != "keep":
         stored = resolve_dtype(options.dtype)
     tuned = copy.deepcopy(loaded.model)  # shares the weights
-    injected = load_adapter(tuned, adapter)
+    injected = load_adapters(tuned, stack)
     tuned.eval()
     say(f"folding {len(injected.paths)} layers: {mode}")
     fused = tuned if mode == "keep" else _fused(loaded.model, tuned, mode, stored)
@@ -206,18 +209,30 @@ def fuse(
     )
     say(f"saving {out} and reading it back")
     final = loaded.model if mode == "keep" else fused
+    tuned_model = tuned if mode == "keep" else loaded.model
     del tuned
 
     def beside(folder: Path) -> None:
         nonlocal result
         if mode == "keep":
-            shutil.copytree(adapter, folder / KEPT_ADAPTER)
+            _keep(folder / KEPT_ADAPTER, tuned_model, injected, stack, str(source))
         size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
         result = replace(result, bytes=size)
-        write_json(folder / RECORD, _record(result, source, adapter))
+        write_json(folder / RECORD, _record(result, source, stack))
 
     save_checked(out, replace(loaded, model=final), loaded.config, stored, beside)
     return result
+
+
+def _keep(
+    folder: Path, tuned: nn.Module, injected: Injected, stack: list[Weighted], base: str
+) -> None:
+    """Write the adapter beside its base: one as it is, several as the one that they add up to."""
+    if len(stack) == 1 and stack[0].weight == 1:
+        shutil.copytree(stack[0].folder, folder)
+        return
+    config = AdapterConfig(rank=round(injected.alpha), scale=injected.scale)
+    save_adapter(folder, tuned, config, injected, dora=False, base=base)
 
 
 def _mode(mode: Mode, loaded: Loaded) -> str:
@@ -305,14 +320,21 @@ def _weights_kept(tuned: nn.Module, fused: nn.Module) -> tuple[dict[str, float],
     return shares, along / total if total > 0 else 1.0
 
 
-def _record(result: Fused, source: str | Path, adapter: Path) -> dict[str, Any]:
-    settings = read_json(adapter / CONFIG)
-    kept = ("fine_tune_type", "lora_parameters", "trained_with", "model")
-    if settings.get("model"):
-        settings["model"] = public_name(settings["model"])
+def _record(result: Fused, source: str | Path, stack: list[Weighted]) -> dict[str, Any]:
+    described = [_described(one) for one in stack]
     return {
         **result.as_record(),
         "base": public_name(source),
-        "adapter": {key: settings[key] for key in kept if key in settings},
+        "adapter": described[0],
+        **({"adapters": described} if len(described) > 1 else {}),
         "provenance": provenance(),
     }
+
+
+def _described(one: Weighted) -> dict[str, Any]:
+    settings = read_json(one.folder / CONFIG)
+    kept = ("fine_tune_type", "lora_parameters", "trained_with", "model")
+    if settings.get("model"):
+        settings["model"] = public_name(settings["model"])
+    found = {key: settings[key] for key in kept if key in settings}
+    return found if one.weight == 1 else {**found, "weight": one.weight}

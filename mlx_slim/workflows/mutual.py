@@ -107,7 +107,7 @@ class Together(Course):
         pair = cast(Pair, model)
         return Mutual(pair, *settings), BothHeldOut(pair, *settings)
 
-    def artifact(self, tuned: Tuned) -> str:
+    def artifact(self, recipe: Recipe, tuned: Tuned) -> str:
         """Return the folder of the first student."""
         return FIRST
 

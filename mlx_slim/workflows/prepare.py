@@ -7,7 +7,7 @@ Try it: ``mlx-slim plan smollm2-lora --probe``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from mlx_lm.utils import get_total_parameters
 
 from mlx_slim import events
 from mlx_slim.adapters.inject import Injected, inject
+from mlx_slim.adapters.stack import combined, parse_adapters
 from mlx_slim.adapters.variants import learning_rate_scale
 from mlx_slim.config.schema import DataConfig, Recipe, SourceConfig
 from mlx_slim.data.batches import Batcher, choose_mode
@@ -26,10 +27,16 @@ from mlx_slim.errors import SlimError
 from mlx_slim.models import anatomy
 from mlx_slim.models.load import Loaded, load
 from mlx_slim.models.quantized import is_quantized
+from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.quantize.apply import quantize_model
+from mlx_slim.quantize.policy import make_policy
 from mlx_slim.runtime import cpu_lanes, on_gpu, resolve_dtype, world
+from mlx_slim.train.adalora import RankBudget
+from mlx_slim.train.companion import Companion
 from mlx_slim.train.loop import Loop
+from mlx_slim.train.qat import QuantizationAware
 from mlx_slim.train.step import CrossEntropy, Objective
+from mlx_slim.workflows.checked_save import stored_dtype
 from mlx_slim.workflows.task_rows import finder
 
 Objectives = Callable[[nn.Module, int | None, int, int], tuple[Objective, Objective | None]]
@@ -44,12 +51,14 @@ class Tuned:
         config: Its configuration, with ``quantization`` if it was quantized here.
         injected: The adapters, or None for full tuning.
         total: Parameters of the base, counted as dense.
+        companions: What else takes part in its training.
     """
 
     loaded: Loaded
     config: dict[str, Any]
     injected: Injected | None
     total: int
+    companions: list[Companion] = field(default_factory=list)
 
     @property
     def model(self) -> nn.Module:
@@ -65,9 +74,12 @@ def prepare_base(recipe: Recipe) -> tuple[Loaded, dict[str, Any]]:
     """
     loaded = load(recipe.model, revision=recipe.revision, dtype=resolve_dtype(recipe.train.dtype))
     quantized = is_quantized(loaded.model)
-    if recipe.method == "full" and quantized:
+    if quantized and (recipe.method == "full" or recipe.quantize.aware):
+        why = (
+            "method=full trains every" if recipe.method == "full" else "quantize.aware rounds each"
+        )
         raise SlimError(
-            f"{recipe.model} is quantized, and method=full trains every weight",
+            f"{recipe.model} is quantized, and {why} weight",
             "use method=qlora, or dequantize it first: mlx-slim convert MODEL -o DIR --dequantize",
         )
     config = loaded.config
@@ -81,14 +93,23 @@ def prepare_model(recipe: Recipe) -> Tuned:
     """Return the base of ``recipe`` with its trainable parameters chosen: adapters, or all."""
     loaded, config = prepare_base(recipe)
     total = get_total_parameters(loaded.model)
+    aware = recipe.quantize.aware
+    rounds = make_policy(loaded.model, recipe.quantize).chosen if aware else {}
     mx.random.seed(recipe.train.seed)
     injected = None
     if recipe.method == "full":
         loaded.model.unfreeze()
     else:
-        injected = inject(loaded.model, recipe.adapter, dora=recipe.method == "dora")
+        below = combined(loaded.model, parse_adapters(recipe.adapter.on))
+        injected = inject(loaded.model, recipe.adapter, dora=recipe.method == "dora", below=below)
     mx.eval(loaded.model.parameters())
-    return Tuned(loaded, config, injected, total)
+    tuned = Tuned(loaded, config, injected, total)
+    if aware:
+        stored = stored_dtype(folder_tensors(loaded.path))
+        tuned.companions.append(QuantizationAware(loaded.model, rounds, stored))
+    if injected is not None and recipe.adapter.adaptive is not None:
+        tuned.companions.append(RankBudget(loaded.model, recipe.adapter.adaptive))
+    return tuned
 
 
 def prepare_data(
@@ -186,4 +207,5 @@ def build_loop(
         budget_bytes=budget,
         compiled=compiled,
         lanes=lanes,
+        companions=tuned.companions,
     )

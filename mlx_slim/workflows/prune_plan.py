@@ -145,6 +145,21 @@ def plan(config: dict[str, Any], options: PruneOptions, itemsize: int) -> Plan:
     return _width(config, options, method, model, free, counts, target, notes)
 
 
+def planned_config(config: dict[str, Any], options: PruneOptions) -> dict[str, Any]:
+    """Return the configuration that ``options`` will leave, as far as shapes say it.
+
+    Which layers go is not known before they are measured: the last ones stand for them.
+
+    Raises:
+        SlimError: As ``plan``.
+    """
+    found = plan(config, options, weight_size(config))
+    if found.axis == "width":
+        return config_with_sizes(config, found.sizes, uniform=options.uniform)
+    total = config["num_hidden_layers"]
+    return config_without_layers(config, found.removed or range(total - found.count, total))
+
+
 def weight_size(config: dict[str, Any]) -> int:
     """Return the bytes of a weight as the config says they are stored; 2 where it does not."""
     name = str(config.get("dtype") or config.get("torch_dtype"))

@@ -13,7 +13,7 @@ import json
 import shlex
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class Result:
         total: All parameters (of the dense model).
         predicted_peak_bytes: What the planner said.
         ledger: Rows given, used, cut and dropped.
+        on: Adapters that lie under the new one.
     """
 
     out: Path
@@ -53,6 +54,7 @@ class Result:
     total: int
     predicted_peak_bytes: int
     ledger: dict[str, Any]
+    on: list[str] = field(default_factory=list)
 
 
 def claim(out: Path, recipe: Recipe, resume: bool) -> bool:
@@ -150,7 +152,10 @@ def summary_rows(result: Result) -> dict[str, str]:
         "peak memory": f"{human_bytes(done.peak_memory_bytes)} measured, "
         f"{human_bytes(result.predicted_peak_bytes)} predicted",
         "saved": f"{result.out / result.artifact} (reloaded, same logits)",
-        "try it": f"mlx-slim generate {result.model} --adapter {result.out / result.artifact}"
+        "try it": " ".join(
+            ["mlx-slim generate", result.model]
+            + [f"--adapter {one}" for one in (*result.on, result.out / result.artifact)]
+        )
         if (result.out / result.artifact / "adapter_config.json").exists()
         else f"mlx-slim generate {result.out / result.artifact}",
     }

@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_slim import artifacts, events, runtime
-from mlx_slim.adapters.store import load_adapter
+from mlx_slim.adapters.stack import Weighted, load_adapters
 from mlx_slim.evaluate.loglikelihood import Scorer
 from mlx_slim.evaluate.perplexity import NAME as TEXT
 from mlx_slim.evaluate.results import Entry, Folder, encode, load_results, samples_name
@@ -34,7 +34,8 @@ class Target:
     Attributes:
         source: Folder or hub id, as given.
         revision: Branch, tag or commit of a hub id.
-        adapter: Adapter folder, or None.
+        adapter: Its adapters in words, or None.
+        stack: Those adapters.
         dtype: To compute in.
         trust_remote_code: Run Python files that the repository brings.
         batch_tokens: Tokens of a batch, or None.
@@ -48,6 +49,7 @@ class Target:
     source: str
     revision: str | None
     adapter: str | None
+    stack: list[Weighted]
     dtype: mx.Dtype
     trust_remote_code: bool
     batch_tokens: int | None
@@ -125,8 +127,8 @@ def _load(target: Target, observer: events.Observer) -> Engine:
     target.state["dense"] = _from_first_rank(target.state["dense"])
     if target.state["dense"]:
         densify(loaded.model)
-    if target.adapter is not None:
-        load_adapter(loaded.model, target.adapter)
+    if target.stack:
+        load_adapters(loaded.model, target.stack)
     scorer = Scorer(loaded.model, batch_tokens=target.batch_tokens)
     for note in [*loaded.notes, *scorer.notes]:
         observer.notify(events.Notice(note))

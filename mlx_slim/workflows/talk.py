@@ -15,7 +15,8 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_slim import runtime
-from mlx_slim.adapters.store import load_adapter
+from mlx_slim.adapters.inject import remove_adapters
+from mlx_slim.adapters.stack import Adapters, load_adapters, parse_adapters
 from mlx_slim.errors import SlimError
 from mlx_slim.models.load import load
 from mlx_slim.models.quantized import densify, densify_pays
@@ -57,6 +58,18 @@ class Speaker:
     last: Reply | None = None
     _cache: list[Any] | None = None
     _cached_ids: list[int] = field(default_factory=list)
+
+    def use(self, adapter: Adapters | None) -> None:
+        """Answer with these adapters instead of those before; None is the model alone.
+
+        Raises:
+            SlimError: If they do not fit the model; it answers alone then.
+        """
+        remove_adapters(self.model)
+        self._cache, self._cached_ids = None, []
+        if stack := parse_adapters(adapter):
+            load_adapters(self.model, stack)
+        self.model.eval()
 
     def chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
         """Return the prompt of a conversation (``role``, ``content``) in the model's template.
@@ -140,7 +153,7 @@ def _shared(one: list[int], other: list[int]) -> int:
 
 def open_speaker(
     source: str | Path,
-    adapter: str | Path | None = None,
+    adapter: Adapters | None = None,
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -152,7 +165,7 @@ def open_speaker(
 
     Args:
         source: Folder or hub id.
-        adapter: Adapter folder, ours or mlx-lm's.
+        adapter: Adapter folder, ours or mlx-lm's; of several (``DIR`` or ``DIR=WEIGHT``) the sum.
         revision: Branch, tag or commit of a hub id.
         trust_remote_code: Run Python files that the repository brings.
 
@@ -168,7 +181,6 @@ def open_speaker(
     )
     if densify_pays(loaded.model):
         densify(loaded.model)
-    if adapter is not None:
-        load_adapter(loaded.model, adapter)
-    loaded.model.eval()
-    return Speaker(loaded.model, loaded.tokenizer)
+    speaker = Speaker(loaded.model, loaded.tokenizer)
+    speaker.use(adapter)
+    return speaker

@@ -7,6 +7,7 @@ import io
 import pytest
 
 from mlx_slim.cli.main import run
+from tests.support.adapters import made
 from tests.support.tiny import tiny_model
 
 
@@ -96,6 +97,37 @@ def test_chat_ends_with_its_input(tiny, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("hello"))
     assert run(["chat", str(tiny("llama")), "--max-tokens", "3", "--system", "be brief"]) == 0
     assert capsys.readouterr().out
+
+
+def test_adapters_are_summed_and_switched(tiny, capsys, monkeypatch, tmp_path):
+    base = str(tiny("llama"))
+    one, other = (made(tmp_path / name, tiny("llama"), size=0.3) for name in ("one", "other"))
+    zero = ["--adapter", f"{one}=0.5", "--adapter", f"{one}=-0.5"]
+    words = ["generate", base, "--prompt", "hello", "--max-tokens", "6"]
+    outputs = []
+    for given in ([], zero, ["--adapter", str(one)]):
+        assert run([*words, *given]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] != outputs[2]
+    assert run([*words, "--adapter", f"{other}=x"]) == 2
+    assert "is no weight" in capsys.readouterr().err
+    lines = ["hello", "/reset", f"/adapter {one}", "hello", "/reset", "/adapter none", "hello"]
+    lines = "\n".join([*lines, "/adapter nowhere\n"])
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    assert run(["chat", base, "--max-tokens", "6", "--temp", "0"]) == 0
+    captured = capsys.readouterr()
+    answers = captured.out
+    assert captured.err.count("the conversation goes on") == 2
+    assert "nowhere is no adapter folder" in captured.err
+    alone = outputs_of_chat(base, monkeypatch, capsys)
+    assert answers.startswith(alone) and answers.endswith(alone)
+    assert answers != alone * 3
+
+
+def outputs_of_chat(base, monkeypatch, capsys) -> str:
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    assert run(["chat", base, "--max-tokens", "6", "--temp", "0"]) == 0
+    return capsys.readouterr().out
 
 
 def test_a_base_model_does_not_chat(tmp_path, capsys):

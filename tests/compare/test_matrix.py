@@ -32,7 +32,7 @@ def write(path: Path, **changes) -> Path:
 
 
 def test_shipped_matrices_and_no_recipe_among_them():
-    assert library.names("matrices") == ["matrix-14", "matrix-7b", "matrix-tiny"]
+    assert library.names("matrices") == ["matrix-14", "matrix-7b", "matrix-slim", "matrix-tiny"]
     assert not [name for name in library.names("recipes") if name.startswith("matrix")]
     with pytest.raises(SlimError, match="no recipe is called 'matrix-14'"):
         library.find("recipes", "matrix-14")

@@ -96,6 +96,26 @@ def test_text_is_compared_in_bits_per_byte(tmp_path):
     assert compare(a, same).rows[-1].verdict == "no difference in any part"
 
 
+def test_a_text_of_several_documents_is_paired_by_document(tmp_path):
+    def windows(nats: list[float]) -> list[dict[str, Any]]:
+        return [
+            {"doc_id": doc_id, "window": 2 * doc_id + i, "tokens": 9, "loglikelihood": -x * (i + 1)}
+            for doc_id, x in enumerate(nats)
+            for i in range(2)
+        ]
+
+    first, second = [10.0, 14.0, 9.0, 20.0], [11.0, 14.5, 9.5, 22.0]
+    a = finished(tmp_path / "a", {"perplexity": windows(first)})
+    b = finished(tmp_path / "b", {"perplexity": windows(second)})
+    size = json.loads((a / "results.json").read_text())["perplexity"]["bytes"]
+    (row,) = compare(a, b).rows
+    per_byte = 3 / math.log(2) / size
+    assert row.paired.n == 4  # documents, not the eight windows
+    assert row.paired.first == pytest.approx(sum(first) * per_byte)
+    assert row.paired.delta == pytest.approx((sum(second) - sum(first)) * per_byte)
+    assert row.paired.bootstrap[0] <= row.paired.delta <= row.paired.bootstrap[1]
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [

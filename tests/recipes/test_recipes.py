@@ -16,7 +16,9 @@ from mlx_slim.config import library
 from mlx_slim.config.load import load_recipe
 
 # Those on Alpaca; recipes on tasks: test_task_recipes.py.
-NAMES = [name for name in library.names("recipes") if not name.startswith(("tailored-", "tinyllm-"))]
+NAMES = [
+    name for name in library.names("recipes") if not name.startswith(("tailored-", "tinyllm-"))
+]
 TAUGHT = [name for name in NAMES if name.startswith("distill-")]
 TUNED = [name for name in NAMES if name not in TAUGHT]
 ARCHITECTURE = {
@@ -34,7 +36,7 @@ def test_the_promised_recipes_exist():
         "phi2": "full lora qlora",
         "mistral": "lora qlora",
         "llama2": "lora qlora",
-        "smollm2": "full lora qlora dora",
+        "smollm2": "full lora qlora dora qat",
     }
     assert sorted(f"{m}-{k}" for m, kinds in methods.items() for k in kinds.split()) == TUNED
     assert TAUGHT == ["distill-smollm2"]
@@ -52,7 +54,10 @@ def test_header_and_planner_agree(name: str):
 @pytest.mark.parametrize("name", NAMES)
 def test_pinned_named_and_known(name: str):
     recipe = load_recipe(name).recipe
-    assert recipe.method == ("full" if name in TAUGHT else name.rsplit("-", 1)[1])
+    kind = name.rsplit("-", 1)[1]
+    expected = "full" if name in TAUGHT or kind == "qat" else kind
+    assert recipe.method == expected
+    assert recipe.quantize.aware == (kind == "qat")
     assert re.fullmatch(r"[0-9a-f]{40}", recipe.revision or "")
     assert recipe.model in KNOWN
 
@@ -110,7 +115,7 @@ def test_three_steps_end_to_end(name: str, tiny, rows: Path, tmp_path: Path):
     events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [event for event in events if event["event"] == "step"]
     assert [event["step"] for event in steps] == [1, 2, 3]
-    if name.endswith("full"):
+    if name.endswith(("full", "qat")):
         load(str(out / "model"))
     else:
         load(str(model), adapter_path=str(out / "adapters"))

@@ -1,0 +1,36 @@
+"""The advice on ranks: where it applies, once, and nowhere else."""
+
+from __future__ import annotations
+
+import pytest
+
+from mlx_slim import events
+from mlx_slim.adapters.advice import rank_advice
+from mlx_slim.config.schema import AdapterConfig, Recipe
+from mlx_slim.workflows.finetune import finetune
+from tests.support.runs import Recorder, recipe, write_rows
+
+
+@pytest.mark.parametrize(
+    ("method", "rank", "steps", "applies"),
+    [
+        ("lora", 8, None, True),
+        ("qlora", 15, 1000, True),
+        ("lora", 16, 1000, False),
+        ("dora", 8, 99, False),
+        ("full", 8, 1000, False),
+    ],
+)
+def test_where_it_applies(method, rank, steps, applies):
+    text = rank_advice(Recipe(model="m", method=method, adapter=AdapterConfig(rank=rank)), steps)
+    assert bool(text) == applies
+    assert "\n" not in text
+
+
+def test_a_run_says_it_once(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("mlx_slim.adapters.advice.STEPS", 2)
+    data, recorder = write_rows(tmp_path / "rows.jsonl"), Recorder()
+    finetune(recipe(tiny("llama"), data, steps=3), tmp_path / "run", observer=recorder)
+    notices = [e.message for e in recorder.events if isinstance(e, events.Notice)]
+    assert [text for text in notices if "adapter.rank=16" in text] == notices
+    assert len(notices) == 1
