@@ -90,9 +90,7 @@ def plan(layout: Layout) -> list[Line]:
     """Return a line for every cell of the matrix, those that cannot run among them."""
     budget = memory_budget(layout.matrix.budget)
     shapes: dict[str, dict[str, Any]] = {}  # of the cells that leave other shapes
-    lines = []
-    for cell in layout.cells:
-        lines.append(_line(layout.matrix, cell, budget, shapes))
+    lines = [_line(layout.matrix, cell, budget, shapes) for cell in layout.cells]
     fits = {line.cell: not line.why_not for line in lines}
     return [
         line
