@@ -9,6 +9,7 @@ which the recovery was not trained on where its recipe holds rows back. Try it:
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 from dataclasses import asdict, fields
@@ -28,6 +29,7 @@ from mlx_slim.errors import Interrupted, SlimError
 from mlx_slim.events import Notice, Observer
 from mlx_slim.models.load import read_config
 from mlx_slim.workflows import run_folder
+from mlx_slim.workflows.distill import distill
 from mlx_slim.workflows.eval_plan import EvalOptions, read_tasks
 from mlx_slim.workflows.finetune import finetune
 from mlx_slim.workflows.prune import RECORD_FILE, SCORES_FILE, prune
@@ -46,8 +48,12 @@ __all__ = ["RecoverOptions", "prune_and_recover", "recovery_recipe", "run_recove
 STATE_FILE, REPORT_FILE = "request.json", "report.json"
 
 
-def recovery_recipe(after: RecoverOptions, pruned: Path) -> Resolved | None:
+def recovery_recipe(
+    after: RecoverOptions, pruned: Path, source: str | Path, revision: str | None
+) -> Resolved | None:
     """Return the recipe that tunes the model in ``pruned``; None without one.
+
+    A teacher that names no model is ``source``, the original.
 
     Raises:
         SlimError: If the recipe or an override is wrong, or names another model.
@@ -64,16 +70,26 @@ def recovery_recipe(after: RecoverOptions, pruned: Path) -> Resolved | None:
             f"model ({COMMAND_LINE}): the recovery tunes the pruned model", "leave it out"
         )
     wanted = [*after.overrides, f"model={pruned}", "revision=null"]
-    return load_recipe(after.recipe, wanted)
+    resolved = load_recipe(after.recipe, wanted)
+    if resolved.recipe.distill is None:
+        return resolved
+    teachers = [
+        {**teacher.model_dump(mode="json"), "model": str(source), "revision": revision}
+        if teacher.model is None
+        else teacher.model_dump(mode="json")
+        for teacher in resolved.recipe.distill.teachers
+    ]
+    return load_recipe(after.recipe, [*wanted, f"distill.teachers={json.dumps(teachers)}"])
 
 
 def run_recovery(resolved: Resolved, out: Path, observer: Observer, *, resume: bool) -> Path:
     """Tune the pruned model as ``resolved`` says; return the adapter's or the model's folder.
 
     Raises:
-        SlimError, ResourceError, Interrupted: As ``finetune``.
+        SlimError, ResourceError, Interrupted: As ``finetune`` and ``distill``.
     """
-    result = finetune(resolved, out, observer=observer, resume=resume)
+    learn = finetune if resolved.recipe.distill is None else distill
+    result = learn(resolved, out, observer=observer, resume=resume)
     return out / result.artifact
 
 
@@ -105,7 +121,7 @@ def prune_and_recover(
     if (out / REPORT_FILE).exists():
         observer.notify(Notice(f"{out} is complete: nothing to do"))
         return read_json(out / REPORT_FILE)
-    resolved = recovery_recipe(after, out / MODEL)
+    resolved = recovery_recipe(after, out / MODEL, source, options.revision)
     if resolved is not None:
         for data in resolved.recipe.data.sources:
             find(data)

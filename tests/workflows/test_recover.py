@@ -167,6 +167,16 @@ def test_other_ways_to_recover(setting, tmp_path, method):
     assert (report["rows"][2]["adapter_parameters"] == 0) is (method == "full")
 
 
+def test_the_original_teaches_where_no_other_teacher_is_named(setting, tmp_path):
+    model, options, after = setting
+    distilled = RecoverOptions(after.recipe, ("distill.weight=1.0", "train.steps=4"))
+    out = tmp_path / "run"
+    report = prune_and_recover(model, out, options, distilled, Recorder())
+    (teacher,) = report["recipe"]["distill"]["teachers"]
+    assert teacher["model"] == str(model)
+    assert report["rows"][2]["kl"] < report["rows"][1]["kl"]
+
+
 def test_killed_in_every_phase_and_resumed_equals_uninterrupted(setting, tmp_path):
     model, options, after = setting
     straight, out = tmp_path / "straight", tmp_path / "killed"
