@@ -177,7 +177,7 @@ def test_eval_scores_the_sum_and_names_it(tiny, tmp_path):
     scored = []
     for name, given in (("one", adapter), ("halves", halves)):
         options = EvalOptions(perplexity=text, adapter=given)
-        (results,) = evaluate(tiny("llama"), [], tmp_path / name, options)
+        (results,) = evaluate(tiny("llama"), [], tmp_path / f"{name}-out", options)
         scored.append(results["perplexity"]["metrics"]["bits_per_byte"]["value"])
         assert resume_command(["m"], [], tmp_path, options).count("--adapter") == len(scored)
     assert scored[0] == pytest.approx(scored[1], rel=1e-5)

@@ -186,12 +186,12 @@ def test_over_the_memory_budget_names_what_fits(fails, small, tmp_path) -> None:
 
 @pytest.mark.parametrize("where", ["load", "prepare"])
 def test_interrupt_before_training(fails, small, tmp_path, monkeypatch, where) -> None:
-    from mlx_slim.workflows import finetune
+    from mlx_slim.workflows import prepare
 
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetune, where, interrupt)
+    monkeypatch.setattr(prepare, where, interrupt)
     assert fails("train", small, "-o", tmp_path / "run", code=130) == "error: interrupted"
 
 
