@@ -148,7 +148,7 @@ def breakdown(
     passing_bytes *= overlap
     chunk = min(chunk_size(found.vocabulary, train.loss_chunk, lanes), part)
     logits = _logit_copies(recipe) * 4 * chunk * found.vocabulary * overlap
-    logits += _column_bytes(recipe, found.vocabulary) * alive
+    kept_bytes += _column_bytes(recipe, found.vocabulary) * alive
     table = 4 * found.vocabulary * found.width
     dense = table if found.quantized and not gpu else 0  # the head's weight, shared by all parts
     if found.head_trains:

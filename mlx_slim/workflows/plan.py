@@ -14,7 +14,14 @@ from mlx_slim.analyze import macs
 from mlx_slim.analyze.known_models import model_config
 from mlx_slim.analyze.memory import Prediction, predict
 from mlx_slim.analyze.shapes import shapes
-from mlx_slim.analyze.work import FILLED, Work, expected_work, measure_speed, predicted_seconds
+from mlx_slim.analyze.work import (
+    FILLED,
+    Speed,
+    Work,
+    expected_work,
+    measure_speed,
+    predicted_seconds,
+)
 from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError
 from mlx_slim.runtime import on_gpu, parse_size, resolve_dtype
@@ -48,32 +55,36 @@ def plan(
     if mac is not None and measure:
         raise SlimError(f"a probe runs here, not on {mac}", "leave out --probe, or --for")
     distill = recipe.distill
-    if distill is not None and distill.method == "mutual":
-        alone = recipe.model_copy(update={"distill": None})
-        others = {"budget": budget, "mac": mac}
-        if measure:
-            raise SlimError("two students are not probed together", "leave out --probe")
-        other = second_recipe(alone, distill.teachers[0])
-        (first, note), (second, _) = plan(alone, **others), plan(other, **others)
-        return together(first, second), f"{note}; two students"
+    if distill is not None and distill.method == "mutual" and measure:
+        raise SlimError("two students are not probed together", "leave out --probe")
     config, note = model_config(recipe)
     limit = parse_size(budget) if budget is not None else None
+
+    def found(gpu: bool | None, speed: Speed | None) -> Prediction:
+        first = predict(config, recipe, gpu=gpu, budget=limit, speed=speed)
+        if distill is None or distill.method != "mutual":
+            return first
+        other = second_recipe(recipe, distill.teachers[0])
+        shape, _ = model_config(other)
+        second = predict(shape, other, gpu=gpu, budget=limit, speed=speed, suggest=False)
+        return together(first, second)
+
     if mac is not None:
         target = macs.find_mac(mac)
         if limit is None:
             limit = macs.budget(target.memory_gb)
-        return predict(config, recipe, gpu=True, budget=limit), f"{note}; for {target.name}"
+        return found(True, None), f"{note}; for {target.name}"
     dtype = resolve_dtype(recipe.train.dtype)
     speed = measure_speed(dtype)
     if not measure:
-        return predict(config, recipe, budget=limit, speed=speed), note
+        return found(None, speed), note
     seen = probe(recipe, observer or events.Broadcast([]), steps=steps)
     work = expected_work(recipe, seen.lengths)
-    found = predict(config, recipe, lengths=seen.lengths, budget=limit, speed=speed, work=work)
+    guessed = predict(config, recipe, lengths=seen.lengths, budget=limit, speed=speed, work=work)
     batch = Work(int(seen.computed_tokens * FILLED), 0, seen.length, "")
     shape = shapes(config, recipe, dtype)
     guess = predicted_seconds(shape, recipe, batch, speed, gpu=on_gpu())
-    return _corrected(found, seen, seen.seconds_per_batch / guess), note
+    return _corrected(guessed, seen, seen.seconds_per_batch / guess), note
 
 
 def _corrected(found: Prediction, seen: Probe, slower: float) -> Prediction:

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from mlx_slim.analyze.memory import Prediction
 from mlx_slim.bench import plan as bench
 from mlx_slim.cli import plan as command
+from mlx_slim.config.load import load_recipe
 from mlx_slim.errors import SlimError
 from mlx_slim.workflows.plan import plan
 from tests.support.runs import recipe, write_rows
@@ -101,3 +103,21 @@ def test_the_random_model_of_the_benchmark_loads(tiny, tmp_path: Path):
     loaded = load(folder)
     assert loaded.config["model_type"] == "phi"
     assert loaded.config["vocab_size"] % 64 == 0
+
+
+def test_teachers_cost_the_student_a_few_columns_and_two_students_add_up(tiny) -> None:
+    def found(*overrides: str) -> Prediction:
+        words = [f"model={tiny('llama')}", "revision=null", *overrides]
+        return plan(load_recipe("smollm2-lora", words).recipe, budget="4GB")[0]
+
+    alone = found()
+    other = found(f"model={tiny('llama-tied')}")
+    taught = found(f"distill.teachers=[{{model: {tiny('mistral')}}}]", "distill.temperature=2")
+    assert alone.predicted_peak_bytes < taught.predicted_peak_bytes
+    assert taught.breakdown["weights"] == alone.breakdown["weights"]
+    second = f"{{method: mutual, teachers: [{{model: {tiny('llama-tied')}}}]}}"
+    both = found(f"distill={second}")
+    for part in ("weights", "gradients", "optimizer"):
+        assert both.breakdown[part] == alone.breakdown[part] + other.breakdown[part]
+    assert both.predicted_peak_bytes >= alone.predicted_peak_bytes + other.predicted_peak_bytes
+    assert both.predicted_peak_bytes == sum(both.breakdown.values())
