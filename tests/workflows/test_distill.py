@@ -230,7 +230,7 @@ def test_training_needs_the_memory_of_the_student_only(tiny, data, tmp_path) -> 
     assert peaks["large"] < 1.02 * peaks["own"]
 
 
-def test_other_tokens_are_said_and_refused_for_logits(tiny, data, tmp_path) -> None:
+def test_other_tokens_are_said_and_refused_for_logits(tiny, data, tmp_path, monkeypatch) -> None:
     other = tiny_model(tmp_path / "other")
     path = other / "tokenizer.json"
     content = json.loads(path.read_text())
@@ -242,8 +242,13 @@ def test_other_tokens_are_said_and_refused_for_logits(tiny, data, tmp_path) -> N
     with pytest.raises(SlimError, match="2 have another id, such as 'A'"):
         distill(_with(strict, method="logits"), out, observer=Recorder())
     recorder = Recorder()
-    with pytest.raises(SlimError, match="sequence"):
-        distill(strict, out, observer=recorder)
+    taken = []
+    monkeypatch.setattr(
+        "mlx_slim.workflows.distill.learn_from_texts",
+        lambda resolved, out, teachers, method, **_: taken.append((teachers[0].model, method)),
+    )
+    distill(strict, out, observer=recorder)
+    assert taken == [(str(other), "sequence")]
     said = [e.message for e in recorder.events if isinstance(e, events.Notice)]
     assert "2 have another id" in said[0]
     assert "learning from texts" in said[1]
