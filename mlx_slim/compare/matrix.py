@@ -365,16 +365,15 @@ def prune_options(matrix: Matrix, method: str) -> PruneOptions:
         SlimError: If one is unknown or wrong.
     """
     given = matrix.methods[method].prune
+    known = [field.name for field in fields(PruneOptions)]
+    said = [(key, did_you_mean(key, known)) for key in given if key not in known]
     try:
-        return TypeAdapter(PruneOptions).validate_python(given)
+        options = TypeAdapter(PruneOptions).validate_python(given)
     except ValidationError as error:
-        known = [field.name for field in fields(PruneOptions)]
-        said = []
-        for problem in error.errors():
-            key = ".".join(str(part) for part in problem["loc"])
-            hint = f": {did_you_mean(key, known)}" if key not in known else f": {problem['msg']}"
-            said.append(f"methods.{method}.prune.{key}{hint}")
-        raise SlimError("; ".join(said)) from error
+        said += [(".".join(map(str, e["loc"])), e["msg"]) for e in error.errors()]
+    if said:
+        raise SlimError("; ".join(f"methods.{method}.prune.{key}: {why}" for key, why in said))
+    return options
 
 
 def located(recipe: dict[str, Any]) -> dict[str, Any]:

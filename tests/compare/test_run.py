@@ -101,6 +101,49 @@ def manifests(out: Path) -> dict[str, int]:
     return {p.parent.name: p.stat().st_mtime_ns for p in out.glob("cells/*/cell.json")}
 
 
+def test_pruned_recovered_distilled_and_rounded(files, tiny):
+    small = {"kind": "pruned", "prune": {"method": "l2", "ratio": 0.5}}
+    methods = {
+        "base": {"kind": "base"},
+        "small": small,
+        "small-lora": {"of": "small", "recipe": {"method": "lora"}},
+        "small-distilled": {"of": "small", "recipe": {"method": "lora", "distill": {}}},
+        "small-fused": {"kind": "fused", "of": "small-distilled"},
+        "small-4bit": {"kind": "quantized", "of": "small-fused"},
+        "wrong": {"kind": "pruned", "prune": {"ratoi": 0.5}},
+    }
+    write_yaml(files, tiny(), models={"toy": {"source": str(tiny())}}, methods=methods)
+    out = files / "out"
+    ran = run_all(files)
+    assert not ran.failed and len(ran.complete) == 6
+    results = report(out).results
+    (refused,) = results["failed"]
+    assert "did you mean 'ratio'" in refused["why"]
+    rows = {row["method"]: row for row in results["rows"]}
+    cut = rows["small"]["pruned"]
+    assert 0 < cut["parameters_after"] < cut["parameters_before"]
+    assert rows["small-lora"]["train"]["total"] == cut["parameters_after"]
+    # Both saw the same rows; only one saw its teacher, the model as it was.
+    assert rows["small-lora"]["train"]["tokens"] == rows["small-distilled"]["train"]["tokens"]
+    run = read_json(out / "cells" / "toy-small-distilled-s0" / "run" / "run.json")
+    assert run["distill"]["teachers"][0]["share"] == 1.0
+    recipe = read_json(out / "cells" / "toy-small-distilled-s0" / "cell.json")["recipe"]
+    assert recipe["distill"]["teachers"][0]["model"] is None  # no folder of this machine
+    sizes = {name: row["disk"]["model"] for name, row in rows.items()}
+    assert sizes["small-4bit"] < sizes["small"] < sizes["base"]
+    why = {(c["first"], c["second"]): c["why"] for c in results["contrasts"]}
+    assert why["toy-small", "toy-small-lora-s0"] == "what tuning brings back"
+    assert why["toy-small-lora-s0", "toy-small-distilled-s0"] == "between methods"
+    assert why["toy-small-fused-s0", "toy-small-4bit-s0"] == "what rounding costs"
+    assert "small has" in results["headline"][0].lower()
+    assert verify(out).cells == 6
+
+    before = manifests(out)
+    run_all(files, resume=True, overrides=["methods.small.prune.method=random"])
+    after = manifests(out)
+    assert {name for name in after if after[name] == before[name]} == {"toy-base"}
+
+
 def test_killed_resumed_and_only_what_changed_is_made_again(files):
     out = files / "out"
     first = run_all(files, only={"toy-base", "toy-lora-s0"})
