@@ -218,7 +218,7 @@ def test_ctrl_c_while_asking_keeps_what_was_said(tiny, data, teacher, tmp_path) 
 
 
 def test_training_needs_the_memory_of_the_student_only(tiny, data, tmp_path) -> None:
-    """A teacher of ten times the student's size leaves no trace in the peak of training."""
+    """The peak of training holds nothing of a teacher that weighs more than all of it."""
     large = tiny_model(tmp_path / "large", hidden_size=256, intermediate_size=1024)
     peaks = {}
     for name, model in {"large": large, "own": tiny("llama")}.items():
@@ -227,7 +227,9 @@ def test_training_needs_the_memory_of_the_student_only(tiny, data, tmp_path) -> 
         distill(run, tmp_path / "runs" / name, observer=recorder)
         (done,) = [e for e in recorder.events if isinstance(e, events.Done)]
         peaks[name] = done.peak_memory_bytes
-    assert peaks["large"] < 1.02 * peaks["own"]
+    weights = sum(file.stat().st_size for file in large.glob("*.safetensors"))
+    assert weights > 2 * peaks["own"]
+    assert peaks["large"] < peaks["own"] + 0.2 * weights  # threads meet now and then
 
 
 def test_other_tokens_are_said_and_refused_for_logits(tiny, data, tmp_path, monkeypatch) -> None:
