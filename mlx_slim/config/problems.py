@@ -193,7 +193,7 @@ class Words:
                     problems.extend(
                         self._unknown(leaf, origins) for leaf in _leaf_paths(item, here)
                     )
-                elif isinstance(item, bool) and "boolean" not in self._kinds(inner):
+                elif isinstance(item, bool) and inner and "boolean" not in self._kinds(inner):
                     problems.append(self._wrong(here, item, origins))
                 else:
                     known[key] = walk(item, here)
