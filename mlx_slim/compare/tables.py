@@ -283,11 +283,11 @@ def _of_pruned(row: dict[str, Any], rows: list[dict[str, Any]], base: float, pre
         mine = other.get("parent") == row["name"] and other["kind"] == "tuned"
         if mine and other["mean"] is not None:
             back.setdefault(other["method"], []).append(other["mean"])
-    then = _listed([f"{name} to {100 * mean(values):.1f}" for name, values in back.items()])
+    then = _listed([f"{100 * mean(values):.1f} after {name}" for name, values in back.items()])
     return (
-        f"{prefix}{row['method']} has {size:.0%} of the parameters and {row['mean'] / base:.0%} of "
-        f"the base's score ({100 * row['mean']:.1f} of {100 * base:.1f} points)"
-        f"{f'; brought back by {then}' if then else ''}."
+        f"{prefix}pruned by {row['method']}: {size:.0%} of the parameters, "
+        f"{row['mean'] / base:.0%} of the base's score ({100 * row['mean']:.1f} of "
+        f"{100 * base:.1f} points{f'; {then}' if then else ''})."
     )
 
 

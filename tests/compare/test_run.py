@@ -135,7 +135,8 @@ def test_pruned_recovered_distilled_and_rounded(files, tiny):
     assert why["toy-small", "toy-small-lora-s0"] == "what tuning brings back"
     assert why["toy-small-lora-s0", "toy-small-distilled-s0"] == "between methods"
     assert why["toy-small-fused-s0", "toy-small-4bit-s0"] == "what rounding costs"
-    assert "small has" in results["headline"][0].lower()
+    assert results["headline"][0].startswith("Pruned by small: ")
+    assert " after small-lora and " in results["headline"][0]
     assert verify(out).cells == 6
 
     before = manifests(out)
