@@ -18,7 +18,7 @@ from mlx_slim import artifacts
 from mlx_slim.analyze.intruders import find_intruders
 from mlx_slim.artifacts import SCHEMA_VERSION, read_json, write_json
 from mlx_slim.compare import identity
-from mlx_slim.compare.jobs import Job, free
+from mlx_slim.compare.jobs import Job, adapters, free, whole
 from mlx_slim.compare.matrix import Cell
 from mlx_slim.compare.predict import predicted_run
 from mlx_slim.compare.questions import HELD_OUT, task_name
@@ -108,9 +108,15 @@ class Making:
             self.job.train(self.resolved, self.folder / "run")
             shutil.rmtree(self.folder / "run" / "checkpoints", ignore_errors=True)
         elif self.cell.kind == "fused" and not (self.folder / "model").exists():
-            parent = self.job.out / "cells" / str(self.cell.parent) / "run" / "adapters"
-            base = read_json(parent.parent / "run.json")["recipe"]["model"]
-            fuse(base, parent, self.folder / "model", FuseOptions(), observer=self.job.observer)
+            parent = self.job.out / "cells" / str(self.cell.parent)
+            base = read_json(parent / "run" / "run.json")["recipe"]["model"]
+            fuse(
+                base,
+                adapters(parent),
+                self.folder / "model",
+                FuseOptions(),
+                observer=self.job.observer,
+            )
             free()
         elif self.cell.kind == "pruned" and not (self.folder / "model").exists():
             options = self.job.pruning(self.cell)
@@ -119,10 +125,9 @@ class Making:
 
     def _answers(self) -> tuple[Path, Path | None]:
         """Return the model folder and the adapter folder that answer for this cell."""
-        for folder in (self.folder, self.folder / "run"):
-            if (folder / "model").is_dir():
-                return folder / "model", None
-        return self.base, self.folder / "run" / "adapters" if self.cell.kind == "tuned" else None
+        if (model := whole(self.folder)) is not None:
+            return model, None
+        return self.base, adapters(self.folder) if self.cell.kind == "tuned" else None
 
     # ------------------------------------------------------------------------------ scoring
 
@@ -202,13 +207,12 @@ class Making:
         """Count intruder dimensions; the base's spectra are computed once for all cells."""
         if not self.job.layout.matrix.intruders:
             return None
-        run = self.folder / "run"
-        whole = (run / "model").is_dir()
+        model, adapter = self._answers()
         self.job.say("counting intruder dimensions")
         found = find_intruders(
             str(self.base),
-            adapter=None if whole else run / "adapters",
-            tuned=str(run / "model") if whole else None,
+            adapter=adapter,
+            tuned=str(model) if adapter is None else None,
             cache=self.job.out / "models" / "spectra",
         )
         total = found.overall()

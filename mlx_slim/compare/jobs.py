@@ -30,6 +30,7 @@ from mlx_slim.models.save import save_model
 from mlx_slim.quantize.apply import quantize_model
 from mlx_slim.workflows.distill import distill
 from mlx_slim.workflows.finetune import finetune
+from mlx_slim.workflows.mutual import FIRST
 from mlx_slim.workflows.prune_options import PruneOptions
 from mlx_slim.workflows.run_folder import STATE_FILE
 
@@ -80,9 +81,9 @@ class Job:
         if cell.parent is None or cell.kind == "fused":
             return self.dense(cell.model)
         made = self.out / "cells" / cell.parent
-        for folder in (made / "model", made / "run" / "model"):
-            if folder.is_dir() and (made / MANIFEST).exists():
-                return folder
+        model = whole(made) if (made / MANIFEST).exists() else None
+        if model is not None:
+            return model
         raise SlimError(f"{cell.parent} is not there, and {cell.name} starts from it")
 
     def quantized(self, cell: Cell) -> Path:
@@ -237,6 +238,21 @@ class Job:
         learn(resolved, run, observer=self.observer, resume=started)
         free()
         return read_json(run / "run.json")["result"]
+
+
+def whole(folder: Path) -> Path | None:
+    """Return the model that the cell in ``folder`` made; None if it made adapters, or nothing.
+
+    Of two students that learned together the first one speaks for the cell.
+    """
+    made = (folder / "model", folder / "run" / "model", folder / "run" / FIRST)
+    return next((model for model in made if (model / "config.json").is_file()), None)
+
+
+def adapters(folder: Path) -> Path:
+    """Return the adapters that the cell in ``folder`` trained; of two students the first one's."""
+    first = folder / "run" / FIRST
+    return first if first.is_dir() else folder / "run" / "adapters"
 
 
 def free() -> None:

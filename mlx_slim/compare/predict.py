@@ -23,6 +23,7 @@ from mlx_slim.evaluate.rows import count_rows
 from mlx_slim.evaluate.spec import find_task
 from mlx_slim.models.hub import SMOLLM2_PACKAGE
 from mlx_slim.runtime import memory_budget, resolve_dtype
+from mlx_slim.workflows.mutual import predicted
 from mlx_slim.workflows.prune_plan import planned_config
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -83,7 +84,7 @@ def predicted_run(
     except SlimError:
         return None
     speed = _speed(recipe.train.dtype)
-    return predict(config, recipe, speed=speed, budget=budget, suggest=False)
+    return predicted(config, recipe, _config, speed=speed, budget=budget, suggest=False)
 
 
 def plan(layout: Layout) -> list[Line]:

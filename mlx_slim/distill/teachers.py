@@ -15,8 +15,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_slim.adapters.store import load_adapter
-from mlx_slim.artifacts import hash_files, public_name
+from mlx_slim.artifacts import hash_files, is_hub_id, public_name, read_json
 from mlx_slim.config.distill import TeacherConfig
+from mlx_slim.config.schema import Recipe
 from mlx_slim.data.tokenize import unwrap
 from mlx_slim.errors import SlimError
 from mlx_slim.models.load import load, resolve
@@ -41,6 +42,27 @@ PROBES = (
     "<b>html</b> &amp; http://example.org/a?b=c&d=%20",
 )
 _SPECIAL = ("bos", "eos", "unk")
+
+
+def with_model(teacher: TeacherConfig, recipe: Recipe) -> TeacherConfig:
+    """Return ``teacher`` with its model filled in: None is what the student came from.
+
+    Raises:
+        SlimError: If a pruned folder does not say where that is found.
+    """
+    if teacher.model is not None:
+        return teacher
+    record = Path(recipe.model) / "prune.json"
+    if not record.is_file():
+        return teacher.model_copy(update={"model": recipe.model, "revision": recipe.revision})
+    origin = read_json(record)
+    if not is_hub_id(origin["source"]):
+        raise SlimError(
+            f"{recipe.model} was pruned from a folder called {origin['source']}",
+            "say where it is: distill.teachers=[{model: FOLDER}]",
+        )
+    found = {"model": origin["source"], "revision": origin.get("revision")}
+    return teacher.model_copy(update=found)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import mlx.nn as nn
 
 from mlx_slim import events
 from mlx_slim.analyze.memory import weight_bytes
-from mlx_slim.artifacts import hash_json, is_hub_id, public_name, read_json
+from mlx_slim.artifacts import hash_json, public_name
 from mlx_slim.config.distill import DistillConfig, TeacherConfig
 from mlx_slim.config.load import Resolved
 from mlx_slim.config.schema import Recipe
@@ -30,7 +30,14 @@ from mlx_slim.distill import targets
 from mlx_slim.distill.losses import Taught
 from mlx_slim.distill.objective import Columns, Distilled, HeldOut
 from mlx_slim.distill.targets import Layout
-from mlx_slim.distill.teachers import Disagreement, disagreement, fingerprint, load_teacher, name_of
+from mlx_slim.distill.teachers import (
+    Disagreement,
+    disagreement,
+    fingerprint,
+    load_teacher,
+    name_of,
+    with_model,
+)
 from mlx_slim.errors import ResourceError, SlimError
 from mlx_slim.models.load import load_tokenizer, read_config
 from mlx_slim.runtime import (
@@ -88,27 +95,6 @@ def distill(
         both = Together(recipe.distill, teachers[0])
         return finetune(resolved, out, observer=observer, resume=resume, course=both)
     return learn_from_texts(resolved, out, teachers, method, observer=observer, resume=resume)
-
-
-def with_model(teacher: TeacherConfig, recipe: Recipe) -> TeacherConfig:
-    """Return ``teacher`` with its model filled in: None is what the student came from.
-
-    Raises:
-        SlimError: If a pruned folder does not say where that is found.
-    """
-    if teacher.model is not None:
-        return teacher
-    record = Path(recipe.model) / "prune.json"
-    if not record.is_file():
-        return teacher.model_copy(update={"model": recipe.model, "revision": recipe.revision})
-    origin = read_json(record)
-    if not is_hub_id(origin["source"]):
-        raise SlimError(
-            f"{recipe.model} was pruned from a folder called {origin['source']}",
-            "say where it is: distill.teachers=[{model: FOLDER}]",
-        )
-    found = {"model": origin["source"], "revision": origin.get("revision")}
-    return teacher.model_copy(update=found)
 
 
 def _method(recipe: Recipe, teachers: list[TeacherConfig], observer: events.Observer) -> str:

@@ -7,7 +7,7 @@ resumes exactly. Try it:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,11 +15,13 @@ from typing import Any, cast
 import mlx.nn as nn
 
 from mlx_slim import events
+from mlx_slim.analyze.known_models import model_config
 from mlx_slim.analyze.memory import Prediction, predict
 from mlx_slim.artifacts import public_name
 from mlx_slim.config.distill import DistillConfig, TeacherConfig
 from mlx_slim.config.schema import Recipe
 from mlx_slim.distill.mutual import BothHeldOut, Mutual, Pair
+from mlx_slim.distill.teachers import with_model
 from mlx_slim.errors import SlimError
 from mlx_slim.models.load import read_config
 from mlx_slim.train.step import Objective
@@ -130,6 +132,30 @@ class Together(Course):
         """Return who learned together, for ``run.json``."""
         second = public_name(self.second.model or "")
         return {"distill": {"method": "mutual", "second": second, "folders": [FIRST, SECOND]}}
+
+
+def predicted(
+    config: dict[str, Any],
+    recipe: Recipe,
+    look_up: Callable[[Recipe], dict[str, Any]] = lambda recipe: model_config(recipe)[0],
+    **settings: Any,
+) -> Prediction:
+    """Return what a run costs: of one student, or of both if there are two.
+
+    Args:
+        config: Of the recipe's model.
+        recipe: The run.
+        look_up: Finds the configuration of another recipe's model.
+        settings: For ``predict``.
+
+    Raises:
+        SlimError: As ``predict``, or if the second student's configuration is not to be had.
+    """
+    first = predict(config, recipe, **settings)
+    if recipe.distill is None or recipe.distill.method != "mutual":
+        return first
+    other = second_recipe(recipe, with_model(recipe.distill.teachers[0], recipe))
+    return together(first, predict(look_up(other), other, **{**settings, "suggest": False}))
 
 
 def together(first: Prediction, second: Prediction) -> Prediction:

@@ -25,7 +25,7 @@ from mlx_slim.analyze.work import (
 from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError
 from mlx_slim.runtime import on_gpu, parse_size, resolve_dtype
-from mlx_slim.workflows.mutual import second_recipe, together
+from mlx_slim.workflows.mutual import predicted
 from mlx_slim.workflows.probe import STEPS, Probe, probe
 
 
@@ -61,13 +61,7 @@ def plan(
     limit = parse_size(budget) if budget is not None else None
 
     def found(gpu: bool | None, speed: Speed | None) -> Prediction:
-        first = predict(config, recipe, gpu=gpu, budget=limit, speed=speed)
-        if distill is None or distill.method != "mutual":
-            return first
-        other = second_recipe(recipe, distill.teachers[0])
-        shape, _ = model_config(other)
-        second = predict(shape, other, gpu=gpu, budget=limit, speed=speed, suggest=False)
-        return together(first, second)
+        return predicted(config, recipe, gpu=gpu, budget=limit, speed=speed)
 
     if mac is not None:
         target = macs.find_mac(mac)

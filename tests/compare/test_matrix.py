@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from click.testing import CliRunner
 
 from mlx_slim.cli.main import command
 from mlx_slim.compare.matrix import load_matrix
+from mlx_slim.compare.predict import plan
 from mlx_slim.config import library
 from mlx_slim.errors import SlimError
 
@@ -32,7 +34,13 @@ def write(path: Path, **changes) -> Path:
 
 
 def test_shipped_matrices_and_no_recipe_among_them():
-    assert library.names("matrices") == ["matrix-14", "matrix-7b", "matrix-slim", "matrix-tiny"]
+    assert library.names("matrices") == [
+        "matrix-14",
+        "matrix-7b",
+        "matrix-slim",
+        "matrix-tiny",
+        "matrix-tinyllm",
+    ]
     assert not [name for name in library.names("recipes") if name.startswith("matrix")]
     with pytest.raises(SlimError, match="no recipe is called 'matrix-14'"):
         library.find("recipes", "matrix-14")
@@ -58,6 +66,26 @@ def test_fourteen_variants_and_their_controls():
     }
     assert {cell.seed for cell in layout.cells if cell.kind == "tuned"} == {0, 1, 2}
     assert all(len(cell.rates) > 1 for cell in layout.cells if cell.kind == "tuned")
+
+
+def test_ways_to_be_taught_and_pinned_teachers():
+    layout = load_matrix("matrix-tinyllm")
+    assert not layout.refused
+    taught = {cell.method: cell.recipe.recipe.distill for cell in layout.cells}
+    methods = {name: config.method for name, config in taught.items() if config is not None}
+    assert methods == {
+        "one-teacher": "rationales",
+        "two-teachers": "rationales",
+        "taught": "logits",
+        "mutual": "mutual",
+    }
+    one, two = (taught[name].teachers for name in ("one-teacher", "two-teachers"))
+    assert two[0] == one[0] and len(two) == 2
+    assert all(re.fullmatch(r"[0-9a-f]{40}", teacher.revision or "") for teacher in two)
+    # The two students of the last cell cost what two runs cost.
+    lines = {line.cell: line for line in plan(layout)}
+    alone, both = (lines[f"smollm2-{name}-s0"].peak_bytes for name in ("taught", "mutual"))
+    assert alone is not None and both is not None and both > 1.9 * alone
 
 
 @pytest.mark.parametrize("name", library.names("matrices"))

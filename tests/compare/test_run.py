@@ -103,11 +103,14 @@ def manifests(out: Path) -> dict[str, int]:
 
 def test_pruned_recovered_distilled_and_rounded(files, tiny):
     small = {"kind": "pruned", "prune": {"method": "l2", "ratio": 0.5}}
+    both = {"method": "lora", "distill": {"method": "mutual"}}
     methods = {
         "base": {"kind": "base"},
         "small": small,
         "small-lora": {"of": "small", "recipe": {"method": "lora"}},
         "small-distilled": {"of": "small", "recipe": {"method": "lora", "distill": {}}},
+        "small-mutual": {"of": "small", "recipe": both},
+        "small-together": {"kind": "fused", "of": "small-mutual"},
         "small-fused": {"kind": "fused", "of": "small-distilled"},
         "small-4bit": {"kind": "quantized", "of": "small-fused"},
         "wrong": {"kind": "pruned", "prune": {"ratoi": 0.5}},
@@ -115,7 +118,7 @@ def test_pruned_recovered_distilled_and_rounded(files, tiny):
     write_yaml(files, tiny(), models={"toy": {"source": str(tiny())}}, methods=methods)
     out = files / "out"
     ran = run_all(files)
-    assert not ran.failed and len(ran.complete) == 6
+    assert not ran.failed and len(ran.complete) == 8
     results = report(out).results
     (refused,) = results["failed"]
     assert "did you mean 'ratio'" in refused["why"]
@@ -136,8 +139,22 @@ def test_pruned_recovered_distilled_and_rounded(files, tiny):
     assert why["toy-small-lora-s0", "toy-small-distilled-s0"] == "between methods"
     assert why["toy-small-fused-s0", "toy-small-4bit-s0"] == "what rounding costs"
     assert results["headline"][0].startswith("Pruned by small: ")
-    assert " after small-lora and " in results["headline"][0]
-    assert verify(out).cells == 6
+    assert " after small-lora, " in results["headline"][0]
+    assert verify(out).cells == 8
+
+    # Two students: the pruned one answers for the cell, the other one was the model as it was.
+    mutual = out / "cells" / "toy-small-mutual-s0"
+    assert rows["small-mutual"]["train"]["tokens"] == rows["small-lora"]["train"]["tokens"]
+    assert rows["small-mutual"]["train"]["total"] == sum(
+        cut[f"parameters_{when}"] for when in ("before", "after")
+    )
+    assert (
+        rows["small-mutual"]["disk"]["adapter"]
+        == (mutual / "run/first/adapters.safetensors").stat().st_size
+    )
+    assert rows["small-mutual"]["intruders"]["matrices"] == 21
+    assert (mutual / "run" / "second" / "adapters.safetensors").exists()
+    assert rows["small-together"]["fidelity"]["top1"] > 0.9
 
     before = manifests(out)
     run_all(files, resume=True, overrides=["methods.small.prune.method=random"])

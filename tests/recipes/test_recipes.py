@@ -58,7 +58,9 @@ def test_pinned_named_and_known(name: str):
     expected = "full" if name in TAUGHT or kind == "qat" else kind
     assert recipe.method == expected
     assert recipe.quantize.aware == (kind == "qat")
-    assert re.fullmatch(r"[0-9a-f]{40}", recipe.revision or "")
+    teachers = recipe.distill.teachers if recipe.distill else []
+    for pin in [recipe.revision, *(teacher.revision for teacher in teachers)]:
+        assert re.fullmatch(r"[0-9a-f]{40}", pin or "")
     assert recipe.model in KNOWN
 
 

@@ -101,6 +101,8 @@ def test_teachers_give_reasons(name):
     assert config is not None
     assert config.method == "rationales"
     assert len(config.teachers) == 2
+    pins = [teacher.revision or "" for teacher in config.teachers]
+    assert all(re.fullmatch(r"[0-9a-f]{40}", pin) for pin in pins)
     assert load_recipe(name).recipe.train.learning_rate == 5e-5
 
 

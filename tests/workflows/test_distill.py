@@ -17,8 +17,9 @@ from mlx_lm import load as stock_load
 from mlx_slim import events
 from mlx_slim.artifacts import load_tensors
 from mlx_slim.config.load import Resolved, from_values
+from mlx_slim.distill.teachers import with_model
 from mlx_slim.errors import Interrupted, ResourceError, SlimError
-from mlx_slim.workflows.distill import distill, with_model
+from mlx_slim.workflows.distill import distill
 from mlx_slim.workflows.finetune import finetune
 from tests.support.runs import Recorder, losses, recipe, write_rows
 from tests.support.tiny import byte_tokenizer, tiny_model

@@ -121,3 +121,5 @@ def test_teachers_cost_the_student_a_few_columns_and_two_students_add_up(tiny) -
         assert both.breakdown[part] == alone.breakdown[part] + other.breakdown[part]
     assert both.predicted_peak_bytes >= alone.predicted_peak_bytes + other.predicted_peak_bytes
     assert both.predicted_peak_bytes == sum(both.breakdown.values())
+    twin = found("distill={method: mutual}")  # without a name the second student is the model too
+    assert twin.breakdown["weights"] == 2 * alone.breakdown["weights"]
