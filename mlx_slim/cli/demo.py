@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
+
+from mlx_slim.cli.options import output_mode
 
 
 @click.command("demo")
@@ -28,16 +31,14 @@ import click
     show_default=True,
     help="Score the first N of 100 held-out rows.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Events and results as JSON lines.")
-@click.option("--quiet", is_flag=True, help="Only warnings and the table.")
+@output_mode("Events and results as JSON lines.", "Warnings and the table only.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def command(
     model: str | None,
     methods: str,
     output: Path | None,
     limit: int,
-    as_json: bool,
-    quiet: bool,
+    mode: Any,
     overrides: tuple[str, ...],
 ) -> None:
     """Fine-tune a real model on bundled data, and score it before and after.
@@ -51,7 +52,6 @@ def command(
     from mlx_slim.console import Console
     from mlx_slim.workflows import demo as workflow
 
-    mode = "json" if as_json else "quiet" if quiet else "auto"
     name = "demo" if model is None else f"demo-{Path(model).name}"
     out = output or Path("runs") / name
     rows = workflow.demo(
@@ -62,7 +62,7 @@ def command(
         overrides=overrides,
         watch=lambda title: Console(mode, title=title),
     )
-    if as_json:
+    if mode == "json":
         click.echo(json.dumps({"event": "results", "methods": [asdict(row) for row in rows]}))
         return
     _show(workflow.HEADINGS, [workflow.cells(row) for row in rows])

@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from mlx_slim.cli.options import output_mode
 from mlx_slim.errors import SlimError
 
 _FOLDER = click.Path(path_type=Path)
@@ -47,16 +48,14 @@ _FOLDER = click.Path(path_type=Path)
 )
 @click.option("-o", "--out", type=_FOLDER, help="New folder for the results.")
 @click.option("--resume", is_flag=True, help="Go on with OUT where it stopped.")
-@click.option("--json", "as_json", is_flag=True, help="Events and results as JSON lines.")
-@click.option("--quiet", is_flag=True, help="Warnings and the table only.")
+@output_mode("Events and results as JSON lines.", "Warnings and the table only.")
 def command(
     models: tuple[str, ...],
     tasks: tuple[str, ...],
     compare: tuple[Path, Path] | None,
     out: Path | None,
     resume: bool,
-    as_json: bool,
-    quiet: bool,
+    mode: Any,
     seed: int,
     **options: Any,
 ) -> None:
@@ -66,10 +65,8 @@ def command(
     samples_TASK.jsonl; a run that was stopped goes on with --resume.
     """
     options["adapter"] = options["adapter"] or None
-    if as_json and quiet:
-        raise click.UsageError("--json and --quiet exclude each other")
     if compare:
-        _compare(compare, models, tasks, out, seed, as_json, {**options, "resume": resume})
+        _compare(compare, models, tasks, out, seed, mode == "json", {**options, "resume": resume})
         return
     if out is None:
         raise click.UsageError("-o OUT is missing: where the results go")
@@ -78,7 +75,6 @@ def command(
     from mlx_slim.console.scoring import Scoring
     from mlx_slim.workflows.evaluate import EvalOptions, evaluate, result_folders
 
-    mode = "json" if as_json else "quiet" if quiet else "auto"
     with Console(mode, display=Scoring()) as console:
         results = evaluate(
             models,
@@ -90,7 +86,7 @@ def command(
         )
     if runtime.world().rank() != 0:
         return
-    if as_json:
+    if mode == "json":
         click.echo(json.dumps({"event": "results", "results": results}))
         return
     from mlx_slim.console.tables import show_results

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_slim.cli.options import run_options
 from mlx_slim.config.load import Resolved, load_recipe, render
 
 if TYPE_CHECKING:
@@ -17,14 +18,8 @@ if TYPE_CHECKING:
 
 
 @click.command("train")
-@click.argument("recipe")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Run folder [runs/RECIPE].")
-@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint, exactly.")
-@click.option("--dry-run", is_flag=True, help="Print the resolved recipe and write nothing.")
+@run_options
 @click.option("--validate", is_flag=True, help="Only score MODEL, as it is, on the held-out rows.")
-@click.option("--json", "as_json", is_flag=True, help="One event a line, as JSON.")
-@click.option("--quiet", is_flag=True, help="Warnings and the end only.")
 def command(
     recipe: str,
     overrides: tuple[str, ...],
@@ -32,15 +27,12 @@ def command(
     resume: bool,
     dry_run: bool,
     validate: bool,
-    as_json: bool,
-    quiet: bool,
+    mode: str,
 ) -> None:
     """Fine-tune as RECIPE says: a shipped recipe's name or a YAML file.
 
     Any key can be set: mlx-slim train smollm2-lora train.steps=50 data.path=rows.jsonl -o runs/a
     """
-    if as_json and quiet:
-        raise click.UsageError("--json and --quiet exclude each other")
     resolved = load_recipe(recipe, overrides)
     if dry_run:
         click.echo(render(resolved))
@@ -48,11 +40,10 @@ def command(
     if validate:
         if out is not None or resume:
             raise click.UsageError("--validate writes nothing: leave -o and --resume out")
-        _validate(resolved, as_json)
+        _validate(resolved, mode == "json")
         return
     from mlx_slim.workflows.finetune import finetune
 
-    mode = "json" if as_json else "quiet" if quiet else "auto"
     go(finetune, resolved, out, resume=resume, mode=mode)
 
 

@@ -106,6 +106,20 @@ finetune(small, Path(out), observer=Observer(), resume=resume == "1")
 """
 
 
+def run_until_killed(script: str, *words: object) -> None:
+    """Run a script that kills itself in a process of its own, with ``words`` as its arguments."""
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, words)],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
 def run_and_kill(
     model: Path, data: Path, out: Path, method: str, moment: str, count: int, *, resume: bool
 ) -> None:
@@ -122,12 +136,4 @@ def run_and_kill(
         resume: Go on with the run in ``out``.
     """
     arguments = [model, data, out, method, moment, count, int(resume)]
-    done = subprocess.run(
-        [sys.executable, "-c", KILLER, *map(str, arguments)],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    run_until_killed(KILLER, *arguments)

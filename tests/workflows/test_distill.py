@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from mlx_slim.distill.teachers import with_model
 from mlx_slim.errors import Interrupted, ResourceError, SlimError
 from mlx_slim.workflows.distill import distill
 from mlx_slim.workflows.finetune import finetune
-from tests.support.runs import Recorder, losses, recipe, write_rows
+from tests.support.runs import Recorder, losses, recipe, run_until_killed, write_rows
 from tests.support.tiny import byte_tokenizer, tiny_model
 
 
@@ -180,15 +178,7 @@ def test_killed_while_asking_and_while_learning_equals_uninterrupted(
     distill(run, straight, observer=Recorder())
     for number, (moment, count) in enumerate([("cache", 7), ("step", 5)]):
         words = [tiny("llama"), data, teacher, out, moment, count, int(number > 0)]
-        done = subprocess.run(
-            [sys.executable, "-c", KILLER, *map(str, words)],
-            cwd=Path(__file__).parents[2],
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == -signal.SIGKILL, done.stderr
+        run_until_killed(KILLER, *words)
         complete = list(out.glob("targets/*/complete.json"))
         assert len(complete) == (2 if moment == "step" else 0)
     distill(run, out, observer=Recorder(), resume=True)

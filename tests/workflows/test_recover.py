@@ -6,8 +6,6 @@ import json
 import os
 import shlex
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -24,7 +22,7 @@ from mlx_slim.workflows.prune_options import PruneOptions
 from mlx_slim.workflows.prune_report import add_recovery, chance, report_lines
 from mlx_slim.workflows.recover import RecoverOptions, prune_and_recover
 from tests.support.evals import write_tasks
-from tests.support.runs import Recorder, losses, write_rows
+from tests.support.runs import Recorder, losses, run_until_killed, write_rows
 
 
 @pytest.fixture
@@ -90,15 +88,7 @@ prune_and_recover(
 def _kill(setting, out: Path, moment: str, *, resume: bool) -> None:
     model, options, after = setting
     words = [model, out, json.dumps(vars(options)), json.dumps(vars(after)), moment, int(resume)]
-    done = subprocess.run(
-        [sys.executable, "-c", KILLER, *map(str, words)],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    run_until_killed(KILLER, *words)
 
 
 def _report(out: Path) -> dict:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +12,7 @@ from mlx_slim.config.load import from_values
 from mlx_slim.errors import SlimError
 from mlx_slim.workflows import teach as phase
 from tests.support.endpoint import answers, completion, serving
-from tests.support.runs import Recorder, write_rows
+from tests.support.runs import Recorder, run_until_killed, write_rows
 
 
 def recipe(rows: Path, base_url: str, method: str = "rationales", count: int = 1, **distill: Any):
@@ -210,16 +206,7 @@ def test_killed_and_resumed_gives_the_same_file(rows, tmp_path):
         config = recipe(rows, served.base_url, count=2)
         teach(config, "rationales", tmp_path / "straight", Recorder())
         out = tmp_path / "killed"
-        done = subprocess.run(
-            [sys.executable, "-c", KILLED, str(rows), served.base_url, str(out)],
-            cwd=Path(__file__).parents[2],
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-        )
-        assert done.returncode == -signal.SIGKILL, done.stderr
+        run_until_killed(KILLED, rows, served.base_url, out)
         assert not (out / "teaching.json").exists()
         teach(config, "rationales", out, Recorder())
     for name in ("answers.jsonl", "taught/0-data.jsonl", "taught/0-2-t2.jsonl"):

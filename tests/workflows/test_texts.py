@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +14,7 @@ from mlx_slim.models.load import load
 from mlx_slim.workflows.distill import distill
 from mlx_slim.workflows.finetune import finetune
 from tests.support.endpoint import answers, serving
-from tests.support.runs import Recorder, losses, write_rows
+from tests.support.runs import Recorder, losses, run_until_killed, write_rows
 from tests.support.tiny import speaking_model, tiny_model
 
 FLOWS, MINE = "It flows.", "By me!"
@@ -177,16 +173,7 @@ def test_killed_while_learning_and_resumed_is_the_same_to_the_bit(tiny, speakers
     recipe = resolved(tiny("llama"), rows, speakers)
     distill(recipe, straight, observer=Recorder())
     models = [teacher["model"] for teacher in speakers]
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, *map(str, (tiny("llama"), rows, *models, out))],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    run_until_killed(KILLED, tiny("llama"), rows, *models, out)
     distill(recipe, out, observer=Recorder(), resume=True)
     assert losses(out) == losses(straight)
     assert (out / "answers.jsonl").read_bytes() == (straight / "answers.jsonl").read_bytes()

@@ -1,0 +1,56 @@
+"""Options that several commands share, each declared once.
+
+Invariant: ``--json`` and ``--quiet`` reach a command as one ``mode`` of the console. Try it:
+``mlx-slim train --help``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+Command = Callable[..., Any]
+
+
+def output_mode(
+    json: str = "One event a line, as JSON.", quiet: str = "Warnings and the end only."
+) -> Callable[[Command], Command]:
+    """Add ``--json`` and ``--quiet``; the command gets ``mode``: ``json``, ``quiet`` or ``auto``.
+
+    Args:
+        json: Help of ``--json``.
+        quiet: Help of ``--quiet``.
+    """
+
+    def add(command: Command) -> Command:
+        @click.option("--json", "as_json", is_flag=True, help=json)
+        @click.option("--quiet", "is_quiet", is_flag=True, help=quiet)
+        @wraps(command)
+        def with_mode(*args: Any, as_json: bool, is_quiet: bool, **kwargs: Any) -> Any:
+            if as_json and is_quiet:
+                raise click.UsageError("--json and --quiet exclude each other")
+            mode = "json" if as_json else "quiet" if is_quiet else "auto"
+            return command(*args, mode=mode, **kwargs)
+
+        return with_mode
+
+    return add
+
+
+def run_options(command: Command) -> Command:
+    """Add what every command has that runs a recipe into a folder."""
+    folder = click.Path(path_type=Path)
+    for add in (
+        output_mode(),
+        click.option("--dry-run", is_flag=True, help="Print the resolved recipe, write nothing."),
+        click.option("--resume", is_flag=True, help="Go on where the run was cut off, exactly."),
+        click.option("-o", "--out", type=folder, help="Run folder [runs/RECIPE]."),
+        click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]..."),
+        click.argument("recipe"),
+    ):
+        command = add(command)
+    return command
