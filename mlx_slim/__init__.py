@@ -1,10 +1,10 @@
 """Make a language model smaller and better at your task on one laptop, and know what it cost.
 
-``from mlx_slim import finetune, evaluate, quantize, plan`` are the commands as functions
-(``mlx_slim/api.py``). Invariant: importing this package does one thing besides defining names: on
-Linux it puts a fast BLAS under ``mlx.core`` (see ``mlx_slim.blas``), which works only before
-``mlx.core`` is imported. It stands here so that the command line, the Python API and the tests all
-get it; opt out with ``MLX_SLIM_BLAS=off``. Try it: ``python -m mlx_slim doctor``.
+``from mlx_slim import finetune, evaluate, quantize, prune, distill, plan`` are the commands as
+functions (``mlx_slim/api.py``). Invariant: importing this package does one thing besides defining
+names: on Linux it puts a fast BLAS under ``mlx.core`` (see ``mlx_slim.blas``), which works only
+before ``mlx.core`` is imported. It stands here so that the command line, the Python API and the
+tests all get it; opt out with ``MLX_SLIM_BLAS=off``. Try it: ``python -m mlx_slim doctor``.
 """
 
 import importlib
@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 from mlx_slim import blas
 
 if TYPE_CHECKING:
-    from mlx_slim.api import evaluate, finetune, plan, quantize
+    from mlx_slim.api import distill, evaluate, finetune, plan, prune, quantize
 
-__all__ = ["__version__", "evaluate", "finetune", "plan", "quantize"]
+__all__ = ["__version__", "distill", "evaluate", "finetune", "plan", "prune", "quantize"]
 __version__ = "0.1.0"
 
 _FUNCTIONS = ("finetune", "plan")
-_PACKAGES = ("evaluate", "quantize")  # folders of that name too: both are what the name means
+# Folders of that name too: both are what the name means.
+_PACKAGES = ("distill", "evaluate", "prune", "quantize")
 
 
 class _CallablePackage(types.ModuleType):

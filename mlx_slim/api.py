@@ -1,8 +1,8 @@
-"""The Python API: what the commands do, as four typed functions.
+"""The Python API: what the commands do, as typed functions.
 
 Invariant: each calls the workflow that its command calls, with the same defaults and the same
 objects out; nothing is printed, and errors are ``SlimError``. ``import mlx_slim`` brings none of
-this: it is imported when one of the four is used. Try it:
+this: it is imported when one of them is used. Try it:
 ``python -c "import mlx_slim; print(mlx_slim.plan('tinyllama-lora').predicted_peak_bytes)"``.
 """
 
@@ -19,9 +19,12 @@ from mlx_slim.analyze.memory import Prediction
 from mlx_slim.config.load import Resolved, from_values, load_recipe
 from mlx_slim.quantize.policy import quantize_config
 from mlx_slim.workflows import compress, eval_plan
+from mlx_slim.workflows import distill as teaching
 from mlx_slim.workflows import evaluate as scoring
 from mlx_slim.workflows import finetune as training
 from mlx_slim.workflows import plan as planning
+from mlx_slim.workflows import prune as pruning
+from mlx_slim.workflows.prune_options import PruneOptions
 from mlx_slim.workflows.run_folder import Result
 
 Source = str | Path
@@ -80,6 +83,33 @@ def finetune(
     listener = observer or events.Broadcast([])
     resolved = _resolved(recipe, overrides)
     return training.finetune(resolved, Path(out), observer=listener, resume=resume)
+
+
+def distill(
+    recipe: AnyRecipe,
+    out: Source,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    observer: events.Observer | None = None,
+) -> Result:
+    """Train a student on its rows and on what teachers say of them, as ``mlx-slim distill`` does.
+
+    Args:
+        recipe: As in ``finetune``; its ``distill`` section names the teachers.
+        out: The run folder; must be new unless ``resume``.
+        overrides: As in ``finetune``: ``{"distill.teachers": [{"model": "BIGGER"}]}``.
+        resume: Go on where it was cut off: with the next answer of a teacher, or the next step.
+        observer: Hears of every event.
+
+    Raises:
+        SlimError: Bad input, or tokenizers that do not agree where they must.
+        ResourceError: Over the memory budget or out of disk, before the work.
+        Interrupted: Ctrl-C; the state is saved.
+    """
+    listener = observer or events.Broadcast([])
+    resolved = _resolved(recipe, overrides)
+    return teaching.distill(resolved, Path(out), observer=listener, resume=resume)
 
 
 def plan(
@@ -151,6 +181,47 @@ def quantize(
         revision=revision,
     )
     return compress.compress(model, Path(out), options, observer)
+
+
+def prune(
+    model: Source,
+    out: Source,
+    *,
+    ratio: float | None = None,
+    method: str | None = None,
+    layers: str | None = None,
+    target_params: int | None = None,
+    calibration: str | None = None,
+    options: PruneOptions | None = None,
+    observer: events.Observer | None = None,
+) -> pruning.Pruned:
+    """Prune ``model`` into the new folder ``out`` as ``mlx-slim prune`` does.
+
+    Args:
+        model: Folder or hub id of a dense model.
+        out: Must not exist.
+        ratio: Share of the layers, or of the groups of each layer.
+        method: Of depth or width, see ``PruneOptions``; None is ``taylor``.
+        layers: Layers by number, such as ``21-29``, instead of a method and a size.
+        target_params: Most parameters that may stay.
+        calibration: Text or data set; None is Alpaca.
+        options: Everything else; what is given above wins.
+        observer: Hears a notice for each stage.
+
+    Raises:
+        SlimError: If anything given cannot be used.
+        ResourceError: If memory or disk do not suffice.
+    """
+    given = {
+        "ratio": ratio,
+        "method": method,
+        "layers": layers,
+        "target_params": target_params,
+        "calibration": calibration,
+    }
+    chosen = {key: value for key, value in given.items() if value is not None}
+    settings = replace(options or PruneOptions(), **chosen)
+    return pruning.prune(model, Path(out), settings, observer)
 
 
 def evaluate(

@@ -1,4 +1,4 @@
-"""The four functions: the README's examples, lazy imports, names that are packages too."""
+"""The functions: the README's examples, lazy imports, names that are packages too."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("ut
 
 def test_the_readme_has_examples():
     assert EXAMPLES
-    for name in ("evaluate", "finetune", "plan", "quantize"):
+    for name in ("distill", "evaluate", "finetune", "plan", "prune", "quantize"):
         assert any(f"{name}(" in text for text in EXAMPLES), name
 
 
@@ -39,12 +39,15 @@ def test_the_examples_of_the_readme_run(
         "data: {format: auto}\ntrain: {max_length: 512, batch_tokens: 1024, accumulate: 1}\n"
     )
     text = example.replace('"smollm2-lora"', '"./tiny.yaml"')
+    # No data mirror: the same rows are the text that importance is measured on.
+    text = text.replace("ratio=0.5)", 'ratio=0.5, calibration="rows.jsonl")')
     text = text.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(model))
     exec(compile(text, "README.md", "exec"), {})
     assert "fits: True" in capsys.readouterr().out
     assert json.loads((tmp_path / "runs/api/run.json").read_text())["status"] == "complete"
     assert (tmp_path / "models/four-bit/config.json").exists()
     assert (tmp_path / "runs/scores/results.json").exists()
+    assert json.loads((tmp_path / "runs/back/run.json").read_text())["distill"]["teachers"]
 
 
 def test_importing_the_package_brings_nothing_heavy():
@@ -55,11 +58,13 @@ def test_importing_the_package_brings_nothing_heavy():
         "import mlx_slim.evaluate.metrics, mlx_slim.quantize.policy as policy\n"
         "from mlx_slim import evaluate, quantize\n"
         "print(callable(evaluate), callable(quantize))\n"
+        "from mlx_slim import distill, prune\n"
+        "print(callable(distill), callable(prune))\n"
         "print(quantize.policy is policy, evaluate.metrics.__name__)\n"
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
-    expected = ["[]", "True True", "True mlx_slim.evaluate.metrics"]
+    expected = ["[]", "True True", "True True", "True mlx_slim.evaluate.metrics"]
     assert done.stdout.splitlines() == expected
 
 
