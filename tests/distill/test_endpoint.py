@@ -10,7 +10,7 @@ import pytest
 from mlx_slim.distill.endpoint import EndpointTeacher
 from mlx_slim.errors import SlimError
 from tests.support.endpoint import answers, completion, serving
-from tests.support.evals import free_port
+from tests.support.runs import free_port
 
 KEY = "sk-very-secret-0123456789"
 

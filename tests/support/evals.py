@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import yaml
@@ -17,6 +13,7 @@ from mlx_slim.evaluate.requests import Encoder
 from mlx_slim.evaluate.rows import load_rows
 from mlx_slim.evaluate.spec import find_task
 from tests.support.plain_scorer import plain_score
+from tests.support.runs import run_script
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
 CHUNK = 8  # questions of a chunk in these tests: several chunks without many questions
@@ -117,33 +114,10 @@ def score_in_process(
 ) -> None:
     """Score in a process of its own, or in several ranks; with ``moment`` it must die there."""
     names = ",".join(map(str, tasks))
-    words = [sys.executable, "-c", SCORE, model, names, text, out, CHUNK, moment, count]
-    command = [str(word) for word in [*words, int(resume)]]
-    if ranks > 1:
-        launch = "from mlx._distributed_utils.launch import main; main()"
-        port = ["--starting-port", str(free_port())]
-        command = [
-            *[sys.executable, "-c", launch, "-n", str(ranks), "--backend", "ring", *port, "--"],
-            *command,
-        ]
-    done = subprocess.run(
-        command,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
+    words = [model, names, text, out, CHUNK, moment, count, int(resume)]
+    done = run_script(SCORE, *words, ranks=ranks)
     expected = -signal.SIGKILL if moment else 0
     assert done.returncode == expected, done.stdout + done.stderr
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def files(out: Path) -> dict[str, bytes]:

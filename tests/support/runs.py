@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -106,18 +107,37 @@ finetune(small, Path(out), observer=Observer(), resume=resume == "1")
 """
 
 
-def run_until_killed(script: str, *words: object) -> None:
-    """Run a script that kills itself in a process of its own, with ``words`` as its arguments."""
-    done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, words)],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+def run_script(script: str, *words: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run a script with ``words`` as its arguments in a process of its own, or in several ranks."""
+    command = [sys.executable, "-c", script, *map(str, words)]
+    if ranks > 1:
+        launch = "from mlx._distributed_utils.launch import main; main()"
+        port = ["--starting-port", str(free_port())]
+        start = [sys.executable, "-c", launch, "-n", str(ranks), "--backend", "ring", *port]
+        command = [*start, "--", *command]
+    root = Path(__file__).parents[2]
+    return subprocess.run(
+        command,
+        cwd=root,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(root)},
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
+        timeout=300,
     )
+
+
+def run_until_killed(script: str, *words: object) -> None:
+    """Run a script that kills itself."""
+    done = run_script(script, *words)
     assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def run_and_kill(

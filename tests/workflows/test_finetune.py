@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from mlx_slim import events
 from mlx_slim.errors import ResourceError, SlimError
 from mlx_slim.train.loop import Loop
 from mlx_slim.workflows.finetune import finetune
-from tests.support.runs import Recorder, losses, recipe, write_rows
+from tests.support.runs import Recorder, losses, recipe, run_script, write_rows
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied", "phi", "mistral", "qwen2"])
@@ -127,33 +125,7 @@ def test_two_ranks_equal_one_with_the_same_global_batch(tiny, tmp_path: Path, me
     model, data = tiny("llama"), write_rows(tmp_path / "rows.jsonl", 25)
     one = tmp_path / "one"
     finetune(recipe(model, data, method, batch_tokens=128, accumulate=2), one, observer=Recorder())
-    script = tmp_path / "two.py"
-    script.write_text(TWO_RANKS)
-    launch = Path(sys.executable).with_name("mlx.launch")
-    command = [
-        launch,
-        "-n",
-        "2",
-        "--backend",
-        "ring",
-        "--",
-        sys.executable,
-        script,
-        model,
-        data,
-        tmp_path / "two",
-        method,
-    ]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [str(word) for word in command],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**__import__("os").environ, "PYTHONPATH": str(root)},
-        check=False,
-    )
+    done = run_script(TWO_RANKS, model, data, tmp_path / "two", method, ranks=2)
     ours, theirs = losses(tmp_path / "two"), losses(one)
     assert sorted(ours) == sorted(theirs), done.stderr
     for step, loss in theirs.items():
