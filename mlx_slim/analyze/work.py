@@ -14,20 +14,12 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlx_slim.analyze.rows import expected_rows
 from mlx_slim.analyze.shapes import Shapes
-from mlx_slim.config.schema import Recipe, SourceConfig
-from mlx_slim.data.sources import Source, find_local
-from mlx_slim.errors import SlimError
-from mlx_slim.evaluate.rows import local_rows
-from mlx_slim.evaluate.spec import find_task
-from mlx_slim.evaluate.training_rows import with_split
+from mlx_slim.config.schema import Recipe
 from mlx_slim.runtime import exp_nanoseconds, matmul_gflops, on_gpu
 
-CHARACTERS_PER_TOKEN = 4.3  # English text in the tokenizers of the shipped recipes
 SUPERVISED = 0.6  # share of Alpaca-like rows that are answers
-TEMPLATE_TOKENS = 40
-# tatsu-lab/alpaca: 52,002 rows, about 520 characters each under the Alpaca template.
-HUB_ROWS = {"tatsu-lab/alpaca": (52_002, 120)}
 FILLED = 0.93  # share of computed tokens that are real
 # Passes over memory per kept activation: written, read and differentiated.
 PASSES = 4.0
@@ -82,48 +74,6 @@ def measure_speed(dtype: mx.Dtype) -> Speed:
     return Speed(matmul_gflops(dtype, size, 4) * 1e9, exp_nanoseconds() * 1e-9, element)
 
 
-def _rows(recipe: Recipe, local: bool) -> tuple[int, int, str] | None:
-    """(tokens of an epoch, typical length, basis) of the recipe's sources, or None.
-
-    Never touches the network.
-    """
-    total, weighted, bases = 0.0, 0.0, []
-    limit = recipe.train.max_length
-    for source in recipe.data.sources:
-        known = HUB_ROWS.get(source.path)
-        try:
-            found = _found(source) if local else None
-        except SlimError:
-            return None
-        files = found.files if found else []
-        if files and all(file.suffix in (".jsonl", ".json", ".txt") for file in files):
-            rows = 0
-            for file in files:
-                with file.open("rb") as handle:
-                    rows += sum(1 for line in handle if line.strip())
-            characters = sum(file.stat().st_size for file in files)
-            length = int(characters / CHARACTERS_PER_TOKEN / max(1, rows)) + TEMPLATE_TOKENS
-        elif known and not files:
-            rows, length = known
-        else:
-            return None
-        rows = max(0, min(rows - source.skip, source.limit or rows))
-        rows, length = min(rows, recipe.data.max_rows or rows), min(length, limit)
-        tokens = rows * source.weight * length
-        total += tokens
-        weighted += tokens * length
-        bases.append(f"{rows:,} rows of about {length} tokens")
-    if not total:
-        return None
-    return int(total), int(weighted / total), "; ".join(bases)
-
-
-def _found(config: SourceConfig) -> Source | None:
-    if config.task is None:
-        return find_local(config)
-    return local_rows(with_split(find_task(config.task), config.split))
-
-
 def expected_work(
     recipe: Recipe, lengths: Sequence[int] | None = None, *, local: bool = True
 ) -> Work | None:
@@ -139,7 +89,7 @@ def expected_work(
         used = [min(length, train.max_length) for length in lengths]
         known = (sum(used), int(sum(used) / max(1, len(used))), f"{len(used):,} rows, counted")
     else:
-        known = _rows(recipe, local)
+        known = expected_rows(recipe, local=local)
     if train.steps is not None:
         tokens = int(train.steps * train.accumulate * train.batch_tokens * FILLED)
         length = known[1] if known else train.max_length

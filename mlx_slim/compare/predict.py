@@ -14,7 +14,8 @@ from typing import Any
 
 from mlx_slim.analyze.known_models import KNOWN, model_config
 from mlx_slim.analyze.memory import Prediction, predict
-from mlx_slim.analyze.work import CHARACTERS_PER_TOKEN, Speed, Work, measure_speed
+from mlx_slim.analyze.rows import CHARACTERS_PER_TOKEN
+from mlx_slim.analyze.work import Speed, Work, measure_speed
 from mlx_slim.compare.matrix import Cell, Layout, Matrix, prune_options
 from mlx_slim.compare.questions import plain_questions
 from mlx_slim.config.schema import Recipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import mlx.core as mx
@@ -204,9 +205,9 @@ def test_time_needs_a_speed_and_rows(tmp_path):
     assert 2 * seconds < longer < 4 * seconds
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a b c d", "completion": "e f g h"}\n' * 50)
-    work = expected_work(recipe(data={"path": str(rows)}), None)
+    work = expected_work(recipe(data={"path": str(rows), "validation": 4}), None)
     assert work is not None
-    assert "50 rows" in work.basis
+    assert "46 rows" in work.basis
 
 
 def test_a_quantized_config_counts_as_quantized():
@@ -235,3 +236,39 @@ def test_planning_leaves_the_random_numbers_alone():
     mx.random.seed(3)
     shapes(config_of(), recipe(), mx.float32)
     assert mx.random.uniform(shape=(4,)).tolist() == expected
+
+
+def test_tokens_are_guessed_from_the_rows_that_will_be_used(tmp_path, monkeypatch):
+    """Half of the rows are too long, the columns that nobody reads are longer still."""
+    monkeypatch.setenv("MLX_SLIM_DATA", str(tmp_path))
+    rows = [
+        {"prompt": "p" * 43, "completion": "c" * (43 if i % 2 else 4300), "text": "t" * 9000}
+        for i in range(400)
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    as_array = tmp_path / "rows.json"
+    as_array.write_text(json.dumps(rows, indent=1))
+
+    def tokens(path=file, **data: Any) -> int:
+        values = {"path": str(path), "template": "plain", "validation": 0, **data}
+        work = expected_work(recipe(data=values, train={"max_length": 256, "epochs": 1}))
+        assert work is not None
+        return work.tokens
+
+    assert tokens() == tokens(as_array) == 200 * 21
+    assert tokens(validation=50) == 150 * 21
+    assert tokens(validation=0.5) == tokens(max_rows=200) == 100 * 21
+    assert tokens(template="auto") == 200 * 60
+    assert tokens(truncation="right") == 200 * (21 + 256)
+    part = expected_work(
+        recipe(
+            data={
+                "path": [{"path": str(file), "skip": 100, "limit": 100}],
+                "template": "plain",
+                "validation": 0,
+            },
+            train={"max_length": 256, "epochs": 2},
+        )
+    )
+    assert part is not None and part.tokens == 2 * 50 * 21
