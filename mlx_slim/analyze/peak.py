@@ -38,7 +38,10 @@ LOGITS_MIXED, LOGITS_HEATED, LOGITS_TEACHER = 1.0, 1.0, 2.0
 LOGITS_MUTUAL = 6.0  # the other student's, and both distributions
 COLUMN = 12  # bytes of a token that a teacher kept: its id twice, its log-probability
 TOGETHER = 0.5  # how much of such a short peak another thread has at the same moment
+# Of the loss: by its share of a step's operations, for the longer it takes the likelier they meet.
+LOSSES_TOGETHER, LOSSES_BY_SHARE = 0.2, 1.7
 HEAD_GRADIENT = 3.0  # float32 copies of a trained head, while its gradient is summed
+HEAD_AHEAD = 1.5  # more of them on a CPU, where MLX allocates up to ten operations ahead
 DENSE_LAYER = 1.5  # float32 copies of the largest quantized layer, on a CPU
 UPDATE = 4.0  # float32 copies of the largest parameter, while the optimizer changes it
 
@@ -100,6 +103,13 @@ def _logit_copies(recipe: Recipe) -> float:
     return copies if distill.temperature == 1 else copies + LOGITS_HEATED
 
 
+def _share_of_loss(found: Shapes, recipe: Recipe) -> float:
+    """Return the head's share of a step's operations, adapters and attention left out."""
+    head = 4 * found.vocabulary * found.width
+    blocks = 2 * sum(block.linear for block in found.blocks)
+    return head / (head + blocks * (3 if recipe.train.grad_checkpoint else 2))
+
+
 def _column_bytes(recipe: Recipe, vocabulary: int) -> int:
     """Bytes that teachers' cached logits take for each position."""
     distill = recipe.distill
@@ -147,12 +157,13 @@ def breakdown(
     overlap = 1 + TOGETHER * (lanes - 1)
     passing_bytes *= overlap
     chunk = min(chunk_size(found.vocabulary, train.loss_chunk, lanes), part)
-    logits = _logit_copies(recipe) * 4 * chunk * found.vocabulary * overlap
+    meeting = min(1.0, LOSSES_TOGETHER + LOSSES_BY_SHARE * _share_of_loss(found, recipe))
+    logits = _logit_copies(recipe) * 4 * chunk * found.vocabulary * (1 + meeting * (lanes - 1))
     kept_bytes += _column_bytes(recipe, found.vocabulary) * alive
     table = 4 * found.vocabulary * found.width
     dense = table if found.quantized and not gpu else 0  # the head's weight, shared by all parts
     if found.head_trains:
-        kept_bytes += HEAD_GRADIENT * table
+        kept_bytes += (HEAD_GRADIENT + (0 if gpu else HEAD_AHEAD)) * table
     if found.quantized and not gpu:
         passing_bytes += DENSE_LAYER * 4 * widest.largest
     update = (UPDATE + 1) * 4 * found.largest
