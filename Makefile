@@ -26,7 +26,7 @@ help:
 	@echo "     MODEL=...           another model: hub id or folder"
 	@echo "     METHODS=\"lora full\" other methods: lora qlora dora full"
 	@echo "make compare             seven variants of a small model, scored and reported: an hour"
-	@echo "     MATRIX=matrix-14    another matrix: matrix-7b, matrix-14, or a .yaml file"
+	@echo "     MATRIX=matrix-14    another matrix: matrix-7b, matrix-slim, matrix-tinyllm, or a .yaml file"
 	@echo "make RECIPE              fine-tune into runs/RECIPE; go on with it if it was stopped"
 	@echo "     MODEL=... ARGS=\"train.steps=100 data.path=rows.jsonl\" change it"
 	@for recipe in $(RECIPES); do echo "     $$recipe"; done
