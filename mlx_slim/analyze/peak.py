@@ -126,9 +126,10 @@ def breakdown(
 
     The peak is the largest of the moments of the last micro-batch: the loss (all activations and a
     chunk of logits), the first block of the backward pass (all activations and that block's
-    gradients on the way), its end (all parameter gradients and one block), the update of the
-    largest parameter. On a CPU, threads hold a part of the batch each (``train/step.py``); they
-    start one after the other: their activations add up, their short peaks meet now and then.
+    gradients on the way), one of these in each thread, the end of the backward pass (all parameter
+    gradients and one block), the update of the largest parameter. On a CPU, threads hold a part of
+    the batch each (``train/step.py``); they start one after the other: their activations add up,
+    their short peaks meet now and then.
 
     Args:
         found: Of the model under this recipe.
@@ -153,12 +154,12 @@ def breakdown(
         kept = sum(_kept(block, recipe, length, gpu) for block in found.blocks)
         passing = 0.0
     kept_bytes = kept * alive * size
-    passing_bytes = (passing + _numbers(widest, PASSING, length)) * part * size
-    overlap = 1 + TOGETHER * (lanes - 1)
-    passing_bytes *= overlap
+    passing_one = (passing + _numbers(widest, PASSING, length)) * part * size
+    passing_bytes = passing_one * (1 + TOGETHER * (lanes - 1))
     chunk = min(chunk_size(found.vocabulary, train.loss_chunk, lanes), part)
     meeting = min(1.0, LOSSES_TOGETHER + LOSSES_BY_SHARE * _share_of_loss(found, recipe))
-    logits = _logit_copies(recipe) * 4 * chunk * found.vocabulary * (1 + meeting * (lanes - 1))
+    logits_one = _logit_copies(recipe) * 4 * chunk * found.vocabulary
+    logits = logits_one * (1 + meeting * (lanes - 1))
     kept_bytes += _column_bytes(recipe, found.vocabulary) * alive
     table = 4 * found.vocabulary * found.width
     dense = table if found.quantized and not gpu else 0  # the head's weight, shared by all parts
@@ -166,9 +167,13 @@ def breakdown(
         kept_bytes += (HEAD_GRADIENT + (0 if gpu else HEAD_AHEAD)) * table
     if found.quantized and not gpu:
         passing_bytes += DENSE_LAYER * 4 * widest.largest
+        passing_one += DENSE_LAYER * 4 * widest.largest
+    # One thread in its loss, another one in its backward pass.
+    mixed = max(logits_one, passing_one) + meeting * (lanes - 1) * min(logits_one, passing_one)
     update = (UPDATE + 1) * 4 * found.largest
     moments = {
         "loss": (kept_bytes, logits + dense, 0),
+        "mixed": (kept_bytes, mixed + dense, 0) if lanes > 1 else (0, 0, 0),
         "first": (kept_bytes + passing_bytes, dense, 0),
         "last": (
             passing_bytes + (table if full else 0),
