@@ -9,7 +9,7 @@ this: it is imported when one of them is used. Try it:
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,18 @@ def _laid(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any
     return values
 
 
+def _learn(
+    workflow: Callable[..., Result],
+    recipe: AnyRecipe,
+    out: Source,
+    overrides: Mapping[str, Any] | None,
+    resume: bool,
+    observer: events.Observer | None,
+) -> Result:
+    listener = observer or events.Broadcast([])
+    return workflow(_resolved(recipe, overrides), Path(out), observer=listener, resume=resume)
+
+
 def finetune(
     recipe: AnyRecipe,
     out: Source,
@@ -80,9 +92,7 @@ def finetune(
         ResourceError: Over the memory budget or out of disk, before training.
         Interrupted: Ctrl-C; the state is saved.
     """
-    listener = observer or events.Broadcast([])
-    resolved = _resolved(recipe, overrides)
-    return training.finetune(resolved, Path(out), observer=listener, resume=resume)
+    return _learn(training.finetune, recipe, out, overrides, resume, observer)
 
 
 def distill(
@@ -107,9 +117,7 @@ def distill(
         ResourceError: Over the memory budget or out of disk, before the work.
         Interrupted: Ctrl-C; the state is saved.
     """
-    listener = observer or events.Broadcast([])
-    resolved = _resolved(recipe, overrides)
-    return teaching.distill(resolved, Path(out), observer=listener, resume=resume)
+    return _learn(teaching.distill, recipe, out, overrides, resume, observer)
 
 
 def plan(
