@@ -17,7 +17,6 @@ from mlx_slim.config.schema import DataConfig, Recipe, SourceConfig
 from mlx_slim.data.formats import Dropped, read_example
 from mlx_slim.data.sources import RawRow, find_local
 from mlx_slim.data.split import quotas
-from mlx_slim.errors import SlimError
 from mlx_slim.evaluate.rows import load_rows, local_rows
 from mlx_slim.evaluate.spec import find_task
 from mlx_slim.evaluate.training_rows import training_rows, with_split
@@ -44,20 +43,20 @@ class Rows(NamedTuple):
 
 
 def expected_rows(recipe: Recipe, *, local: bool) -> Rows | None:
-    """Return the rows of an epoch, or None where a source is not to be had.
+    """Return the rows of an epoch, or None where only a hub has a source.
 
     Args:
         recipe: Its sources.
         local: Look at files and the mirror on this machine; else what the hub has is meant.
+
+    Raises:
+        SlimError: If rows that should lie here do not, or cannot be read.
     """
     data, limit = recipe.data, recipe.train.max_length
     shares = quotas(data.max_rows, [source.weight for source in data.sources])
     rows, lengths, weights = [], [], []
     for source, quota in zip(data.sources, shares, strict=True):
-        try:
-            found = _local(source, data) if local else None
-        except SlimError:
-            return None
+        found = _local(source, data) if local else None
         if found is None:
             if source.path not in _HUB_ROWS:
                 return None

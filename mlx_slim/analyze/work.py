@@ -83,6 +83,9 @@ def expected_work(
         recipe: Its sources, epochs and steps.
         lengths: Tokens of each training row, where known.
         local: Look at files and the mirror on this machine; else what the hub has is meant.
+
+    Raises:
+        SlimError: If rows that should lie here do not, or cannot be read.
     """
     train = recipe.train
     if lengths is not None:

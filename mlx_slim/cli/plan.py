@@ -87,7 +87,9 @@ def _text(resolved: Resolved, found: Prediction, note: str) -> str:
     budget = human_bytes(found.budget_bytes)
     share = 100 * found.trainable_parameters / max(1, found.parameters)
     time = "unknown" if found.predicted_seconds is None else duration(found.predicted_seconds)
-    tokens = f"{found.tokens:,} tokens, {found.tokens_basis}" if found.tokens else "rows not found"
+    tokens = "length unknown: the rows are on a hub, or too long to use"
+    if found.tokens:
+        tokens = f"{found.tokens:,} tokens, {found.tokens_basis}"
     download = f"model download {human_bytes(found.download_bytes)}"
     peak = f"{human_bytes(found.predicted_peak_bytes)}, {fits} in {budget}"
     rules = found.rules_of_thumb

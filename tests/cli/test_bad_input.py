@@ -33,8 +33,9 @@ from tests.support.tiny import tiny_model
 )
 def test_rows_that_cannot_be_read(fails, small, rows, tmp_path, content, expected) -> None:
     rows.write_bytes(content)
-    text = fails("train", small, "-o", tmp_path / "run")
-    assert all(word in text for word in expected), text
+    for words in (["train", small, "-o", tmp_path / "run"], ["plan", small]):
+        text = fails(*words)
+        assert all(word in text for word in expected), text
 
 
 def test_a_line_of_ten_megabytes_is_dropped_and_then_nothing_is_left(
@@ -58,9 +59,10 @@ def test_a_malformed_line_of_ten_megabytes_is_not_printed(fails, small, rows, tm
 
 
 def test_rows_that_are_not_there(fails, small, rows, tmp_path) -> None:
-    text = fails("train", small, f"data.path={tmp_path}/rovs.jsonl", "-o", tmp_path / "run")
-    assert "rovs.jsonl" in text
-    assert "rows.jsonl" in text  # did you mean
+    for words in (["train", small, "-o", tmp_path / "run"], ["plan", small]):
+        text = fails(*words, f"data.path={tmp_path}/rovs.jsonl")
+        assert "rovs.jsonl" in text
+        assert "rows.jsonl" in text  # did you mean
 
 
 # ------------------------------ recipes

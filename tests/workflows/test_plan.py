@@ -41,7 +41,7 @@ def test_a_probe_leaves_the_base_alone_and_counts_its_rows(tiny, tmp_path: Path)
 
 
 def test_for_a_mac(tiny, tmp_path: Path):
-    small = recipe(tiny("llama"), tmp_path / "absent.jsonl").recipe
+    small = recipe(tiny("llama"), Path("someone/absent")).recipe
     found, note = plan(small, mac="m2-16gb")
     assert found.dtype == "bfloat16"
     assert found.budget_bytes == int(int(16 * 2**30 * 2 / 3) * 0.9)
@@ -53,12 +53,12 @@ def test_for_a_mac(tiny, tmp_path: Path):
 
 
 def test_rules_of_thumb_stand_beside_the_prediction(tiny, tmp_path: Path):
-    found, _ = plan(recipe(tiny("llama"), tmp_path / "absent.jsonl").recipe, mac="m2-16gb")
+    found, _ = plan(recipe(tiny("llama"), Path("someone/absent")).recipe, mac="m2-16gb")
     assert found.rules_of_thumb == {
         "inference_formula": int(found.parameters * 4 / (32 / 16) * 1.2),
         "twelve_times": 12 * 2 * found.parameters,
     }
-    quantized = recipe(tiny("llama"), tmp_path / "absent.jsonl", "qlora").recipe
+    quantized = recipe(tiny("llama"), Path("someone/absent"), "qlora").recipe
     rule = plan(quantized, mac="m2-16gb")[0].rules_of_thumb["inference_formula"]
     assert rule == int(found.parameters * 4 / (32 / 4) * 1.2)
 
