@@ -179,7 +179,7 @@ def _neighbour(path: Path) -> str:
     """Hint for a missing path: the most similar name beside it."""
     if not path.parent.is_dir():
         return f"the folder {path.parent} does not exist either"
-    close = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
+    close = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 1, 0.75)
     return f"did you mean {path.parent / close[0]}?" if close else "check the path"
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from mlx_slim.artifacts import hash_bytes
 from mlx_slim.data.overlap import words
 from mlx_slim.data.sources import READERS
+from mlx_slim.errors import SlimError
 from mlx_slim.evaluate.prompts import Chat, Question, build_questions
 from mlx_slim.evaluate.rows import TaskRows
 from mlx_slim.evaluate.spec import Task
@@ -76,9 +77,15 @@ def training_rows(
         ``choices`` (multiple choice) and ``key`` (``question_key``).
 
     Raises:
-        SlimError: As ``build_questions``.
+        SlimError: As ``build_questions``, and if ``skip`` leaves nothing.
     """
     numbers = range(len(found.rows))[skip : None if limit is None else skip + limit]
+    if not numbers:
+        raise SlimError(
+            f"task:{task.name}: skip={skip} leaves none of the {len(found.rows)} rows of split "
+            f"{task.spec.data.split!r}",
+            "skip fewer rows than there are",
+        )
     chosen = TaskRows(
         [found.rows[number] for number in numbers],
         [],

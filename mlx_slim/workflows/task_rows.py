@@ -27,7 +27,7 @@ from mlx_slim.data import sources
 from mlx_slim.data.sources import Source
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluate.rows import load_rows
-from mlx_slim.evaluate.spec import Task, find_task
+from mlx_slim.evaluate.spec import find_task
 from mlx_slim.evaluate.training_rows import is_scored, training_rows, with_split
 
 FOLDER = "task_rows"
@@ -70,7 +70,7 @@ def _written(config: SourceConfig, out: Path) -> Path:
         file = out / entry["file"]
         if all(entry[key] == value for key, value in wanted.items()) and file.is_file():
             return file
-    rows = _rows(chosen, config)
+    rows = training_rows(chosen, load_rows(chosen), config.skip, config.limit)
     name = f"{task.name}-{hash_json(wanted)[:8]}.jsonl"
     file = out / FOLDER / name
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -85,18 +85,6 @@ def _written(config: SourceConfig, out: Path) -> Path:
     }
     write_json(out / RECORD, {"schema_version": SCHEMA_VERSION, "sources": [*known, entry]})
     return file
-
-
-def _rows(task: Task, config: SourceConfig) -> list[dict[str, Any]]:
-    found = load_rows(task)
-    rows = training_rows(task, found, config.skip, config.limit)
-    if not rows:
-        raise SlimError(
-            f"{config.path}: skip={config.skip} leaves none of the {len(found.rows)} rows of split "
-            f"{config.split!r}",
-            "skip fewer rows than there are",
-        )
-    return rows
 
 
 def _entries(record: Path) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from mlx_slim.errors import SlimError
 from mlx_slim.evaluate.prompts import Chat, build_questions
 from mlx_slim.evaluate.rows import TaskRows, load_rows
 from mlx_slim.evaluate.spec import find_task
@@ -30,7 +31,8 @@ def test_choices_are_asked_and_answered_as_they_are_scored(tmp_path):
         assert row["answer"] == row["completion"][1:]
         assert [" " + text for text in row["choices"]] == list(question.choices)
     assert len(training_rows(task, found, 20, None)) == 4
-    assert training_rows(task, found, 99, None) == []
+    with pytest.raises(SlimError, match="skip=99 leaves none of the 24 rows"):
+        training_rows(task, found, 99, None)
 
 
 def test_generation_gives_the_whole_worked_answer(tmp_path):
