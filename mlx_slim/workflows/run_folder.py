@@ -131,9 +131,11 @@ def resume_command(resolved: Resolved, out: Path) -> str:
     words = ["mlx-slim", command, resolved.given]
     for key, origin in resolved.origins.items():
         if origin == "command line":
-            value: Any = resolved.recipe.model_dump(mode="json")
+            value: Any = resolved.recipe.model_dump(mode="json", exclude_unset=True)
             for part in key.split("."):
                 value = value[part]
+            if isinstance(value, float) and value.is_integer():
+                value = int(value)
             words.append(f"{key}={value if isinstance(value, str) else json.dumps(value)}")
     return shlex.join([*words, "-o", str(out), "--resume"])
 

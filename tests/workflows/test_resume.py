@@ -17,6 +17,7 @@ from mlx_slim.config.load import load_recipe
 from mlx_slim.errors import Interrupted, SlimError
 from mlx_slim.events import StepDone
 from mlx_slim.workflows.finetune import finetune
+from mlx_slim.workflows.run_folder import resume_command
 from tests.support.runs import Recorder, losses, recipe, run_and_kill, write_rows
 
 KILLS = {
@@ -98,6 +99,23 @@ def test_the_printed_resume_command_goes_on_as_it_stands(tiny, tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     assert sorted(losses(out)) == list(range(1, 7))
     assert str(own) in shlex.split(caught.value.hint)
+
+
+def test_the_resume_command_says_what_was_given_and_no_more() -> None:
+    given = [
+        "data.path=rows.jsonl",
+        "data.validation=32",
+        "data.columns={prompt: question}",
+        "train.learning_rate=1e-5",
+        "train.steps=null",
+        "distill.teachers=[{model: some/teacher}, {base_url: http://127.0.0.1/v1, model: it}]",
+    ]
+    resolved = load_recipe("smollm2-lora", given)
+    words = shlex.split(resume_command(resolved, Path("run")))
+    assert words[:3] == ["mlx-slim", "distill", "smollm2-lora"]
+    assert load_recipe("smollm2-lora", words[3:-3]).recipe == resolved.recipe
+    assert "data.validation=32" in words
+    assert 'distill.teachers=[{"model": "some/teacher"}' in " ".join(words)
 
 
 def test_another_recipe_or_other_data_is_refused_with_the_difference(tiny, tmp_path: Path) -> None:
