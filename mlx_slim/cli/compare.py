@@ -6,6 +6,7 @@ Try it: ``mlx-slim compare matrix-tiny --dry-run``.
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mlx_slim.errors import SlimError
+from mlx_slim.errors import Interrupted, SlimError, did_you_mean
 
 if TYPE_CHECKING:
     from mlx_slim.compare.matrix import Cell, Layout
@@ -92,7 +93,11 @@ def _run(layout: Layout, folder: Path, words: list[str], resume: bool) -> None:
         def begun(number: int, cell: Cell) -> None:
             click.echo(f"\n── cell {number} of {len(cells)}: {cell.name}")
 
-        ran = runner.run(cells, folder, launch, begun)
+        try:
+            ran = runner.run(cells, folder, launch, begun)
+        except Interrupted as stop:
+            command = shlex.join(["mlx-slim", "compare", *words, "--resume"])
+            raise Interrupted(stop.message, f"resume with: {command}") from stop
     for name, why in ran.failed:
         click.echo(f"warning: {name} failed: {why}", err=True)
     click.echo(f"\n{len(ran.complete)} of {len(cells)} cells in {human_seconds(ran.seconds)}")
@@ -111,7 +116,6 @@ def _one(layout: Layout, folder: Path, name: str, quiet: bool) -> None:
     from mlx_slim.compare.cell import Making
     from mlx_slim.compare.jobs import Job
     from mlx_slim.console import Console
-    from mlx_slim.errors import Interrupted, did_you_mean
 
     cell = next((cell for cell in layout.cells if cell.name == name), None)
     if cell is None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from mlx_slim.artifacts import read_json, write_json
+from mlx_slim.cli.main import run as command
 from mlx_slim.compare import cell as cells
 from mlx_slim.compare import identity, runner
 from mlx_slim.compare.jobs import Job
@@ -270,6 +273,21 @@ def test_one_process_at_a_time_and_an_interruption_stops_everything(files):
     todo = runner.prepare(layout, files / "two", False)
     with pytest.raises(Interrupted, match="stopped in toy-base"):
         runner.run(todo, files / "two", lambda cell: (130, ""), lambda number, cell: None)
+
+
+def test_an_interrupted_matrix_prints_the_command_that_goes_on(files, monkeypatch, capsys):
+    """The cell says 130, as after Ctrl-C, which both processes hear."""
+    cell = SimpleNamespace(wait=lambda: 130)
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", lambda command, pass_fds: cell)
+        assert command(["compare", "toy.yaml", "-o", "my out", "seeds=[1]", "--limit", "3"]) == 130
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error == "error: stopped in toy-base; what is complete stays"
+    words = shlex.split(hint.removeprefix("hint: resume with: "))
+    assert words[:2] == ["mlx-slim", "compare"] and words[-1] == "--resume"
+    layout = load_matrix("toy.yaml", ["seeds=[1]"], limit=3)
+    assert runner.prepare(layout, files / "my out", resume=True)
+    assert command([*words[1:-1], "--dry-run"]) == 0
 
 
 def test_command_line_runs_cells_in_processes_and_fails_at_the_end(files, tiny):
