@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mlx_slim.config.distill import DistillConfig
 from mlx_slim.config.schema import DataConfig, Recipe, SourceConfig
 from mlx_slim.data.formats import Dropped, read_example
 from mlx_slim.data.sources import RawRow, find_local
@@ -71,6 +72,8 @@ def expected_rows(recipe: Recipe, *, local: bool) -> Rows | None:
     held_out = 0.0 if isinstance(data.validation, str) else float(data.validation)
     share = held_out if held_out < 1 else min(1.0, held_out / max(1.0, sum(rows)))
     trained = [n * weight * (1 - share) for n, weight in zip(rows, weights, strict=True)]
+    if recipe.distill is not None and recipe.distill.method in ("sequence", "rationales"):
+        trained, lengths = _with_texts(recipe.distill, trained, lengths, limit)
     tokens = squares = 0.0
     for n, used in zip(trained, lengths, strict=True):
         tokens += n * (used.mean() if len(used) else 0)
@@ -79,6 +82,17 @@ def expected_rows(recipe: Recipe, *, local: bool) -> Rows | None:
         return None
     count, mean = round(sum(trained)), tokens / sum(trained)
     return Rows(int(tokens), int(squares / tokens), f"{count:,} rows of about {mean:.0f} tokens")
+
+
+def _with_texts(
+    distill: DistillConfig, trained: list[float], lengths: list[np.ndarray], limit: int
+) -> tuple[list[float], list[np.ndarray]]:
+    """Return counts and lengths with the rows of each teacher; reasons are as long as they may."""
+    texts, own = lengths, distill.weight < 1
+    if distill.method == "rationales":
+        texts, own = [np.minimum(used + distill.ask.max_tokens, limit) for used in lengths], True
+    count = len(distill.teachers)
+    return (trained if own else []) + count * trained, (lengths if own else []) + count * texts
 
 
 def _fitted(sample: np.ndarray, data: DataConfig, limit: int) -> np.ndarray:

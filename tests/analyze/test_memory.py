@@ -250,9 +250,11 @@ def test_tokens_are_guessed_from_the_rows_that_will_be_used(tmp_path, monkeypatc
     as_array = tmp_path / "rows.json"
     as_array.write_text(json.dumps(rows, indent=1))
 
-    def tokens(path=file, **data: Any) -> int:
+    def tokens(path=file, distill: dict[str, Any] | None = None, **data: Any) -> int:
         values = {"path": str(path), "template": "plain", "validation": 0, **data}
-        work = expected_work(recipe(data=values, train={"max_length": 256, "epochs": 1}))
+        taught = {"distill": distill} if distill else {}
+        train = {"max_length": 256, "epochs": 1}
+        work = expected_work(recipe(data=values, train=train, **taught))
         assert work is not None
         return work.tokens
 
@@ -261,6 +263,11 @@ def test_tokens_are_guessed_from_the_rows_that_will_be_used(tmp_path, monkeypatc
     assert tokens(validation=0.5) == tokens(max_rows=200) == 100 * 21
     assert tokens(template="auto") == 200 * 60
     assert tokens(truncation="right") == 200 * (21 + 256)
+    two = {"teachers": [{"model": "a"}, {"model": "b"}], "ask": {"max_tokens": 100}}
+    assert tokens(distill={**two, "method": "logits"}) == 200 * 21
+    assert tokens(distill={**two, "method": "sequence"}) == 200 * 3 * 21
+    assert tokens(distill={**two, "method": "sequence", "weight": 1}) == 200 * 2 * 21
+    assert tokens(distill={**two, "method": "rationales"}) == 200 * (21 + 2 * 121)
     part = expected_work(
         recipe(
             data={
