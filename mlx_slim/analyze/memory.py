@@ -87,6 +87,7 @@ def predict(
     gpu: bool | None = None,
     speed: Speed | None = None,
     work: Work | None = None,
+    local: bool = True,
     suggest: bool = True,
 ) -> Prediction:
     """Predict what ``recipe`` costs over the model of ``config``.
@@ -99,14 +100,16 @@ def predict(
         gpu: Plan for a GPU (True), a CPU (False) or this machine (None).
         speed: Of the device; None leaves ``predicted_seconds`` out.
         work: Tokens of the run; None estimates them from the recipe's sources.
+        local: Look for them on this machine; else what the hub has is meant.
         suggest: Look for cheaper settings.
 
     Raises:
-        SlimError: If the model cannot be built or a target matches nothing.
+        SlimError: If the model cannot be built, a target matches nothing, or rows that should lie
+            here do not or cannot be read.
     """
     gpu = on_gpu() if gpu is None else gpu
     limit = memory_budget(recipe.memory.budget) if budget is None else budget
-    work = work or expected_work(recipe, lengths)
+    work = work or expected_work(recipe, lengths, local=local)
     counted: dict[tuple[str, str], Shapes] = {}  # what a suggestion changes of them
 
     def shapes_of(recipe: Recipe) -> Shapes:

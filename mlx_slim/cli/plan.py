@@ -35,13 +35,11 @@ def on_a_mac(name: str) -> Prediction:
     """Return the prediction of a shipped recipe for a Mac (bfloat16), whatever runs here."""
     from mlx_slim.analyze.known_models import model_config
     from mlx_slim.analyze.memory import predict
-    from mlx_slim.analyze.work import expected_work
     from mlx_slim.config.load import load_recipe
 
     recipe = load_recipe(name).recipe
-    work = expected_work(recipe, local=False)
     config, _ = model_config(recipe)
-    return predict(config, recipe, gpu=True, budget=0, work=work, suggest=False)
+    return predict(config, recipe, gpu=True, budget=0, local=False, suggest=False)
 
 
 def cost_header(name: str) -> str:

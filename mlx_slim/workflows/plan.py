@@ -18,7 +18,6 @@ from mlx_slim.analyze.work import (
     FILLED,
     Speed,
     Work,
-    expected_work,
     measure_speed,
     predicted_seconds,
 )
@@ -73,8 +72,7 @@ def plan(
     if not measure:
         return found(None, speed), note
     seen = probe(recipe, observer or events.Broadcast([]), steps=steps)
-    work = expected_work(recipe, seen.lengths)
-    guessed = predict(config, recipe, lengths=seen.lengths, budget=limit, speed=speed, work=work)
+    guessed = predict(config, recipe, lengths=seen.lengths, budget=limit, speed=speed)
     batch = Work(int(seen.computed_tokens * FILLED), 0, seen.length, "")
     shape = shapes(config, recipe, dtype)
     guess = predicted_seconds(shape, recipe, batch, speed, gpu=on_gpu())
