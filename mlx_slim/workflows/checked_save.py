@@ -8,7 +8,7 @@ left. Models compute in float32 on a CPU and are stored in the dtype that they c
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from mlx_slim.models.load import Loaded, cast, load
 from mlx_slim.models.save import save_model
 from mlx_slim.models.tensors import Tensor
 from mlx_slim.runtime import on_gpu
+from mlx_slim.workflows.task_rows import carry
 
 _STORED = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 _PROBE = 16  # tokens on which the saved model is compared
@@ -47,6 +48,7 @@ def save_checked(
     config: dict[str, Any],
     stored: mx.Dtype,
     beside: Callable[[Path], None] | None = None,
+    adapters: Sequence[Path] = (),
 ) -> None:
     """Save ``loaded.model`` in ``stored``, read it back, compare, and let the folder appear.
 
@@ -56,6 +58,7 @@ def save_checked(
         config: Of the model as it is now.
         stored: Dtype of the floating weights on disk.
         beside: Writes what else belongs into the folder.
+        adapters: What was folded into the model.
 
     Raises:
         ResourceError: If the disk is too small.
@@ -73,6 +76,7 @@ def save_checked(
         for file in list(folder.iterdir()):
             file.rename(temporary / file.name)
         folder.rmdir()
+        carry(temporary, [loaded.path, *adapters])
         if beside is not None:
             beside(temporary)
 

@@ -32,6 +32,7 @@ from mlx_slim.workflows.prepare import (
     prepare_data,
     prepare_model,
 )
+from mlx_slim.workflows.task_rows import carry
 
 
 class Course:
@@ -109,6 +110,7 @@ def save_tuned(recipe: Recipe, tuned: Tuned, model: nn.Module, target: Path) -> 
     else:
         shutil.rmtree(target, ignore_errors=True)
         save_model(target, model, tuned.loaded.tokenizer, tuned.config)
+        carry(target, [tuned.loaded.path])
 
 
 def load_tuned(recipe: Recipe, adapted: bool, target: Path) -> nn.Module:

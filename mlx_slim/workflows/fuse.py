@@ -45,6 +45,7 @@ from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.runtime import device_memory, dtype_name, human_bytes, number, on_gpu, resolve_dtype
 from mlx_slim.workflows.audit_text import audit_tokens
 from mlx_slim.workflows.checked_save import compute_dtype, save_checked, stored_dtype
+from mlx_slim.workflows.task_rows import carry
 
 Mode = Literal["auto", "merge", "keep", "dequantize", "requantize"]
 RECORD = "fuse.json"
@@ -208,19 +209,23 @@ def fuse(
         lost=lost,
     )
     say(f"saving {out} and reading it back")
-    final = loaded.model if mode == "keep" else fused
+    final = replace(loaded, model=loaded.model if mode == "keep" else fused)
     tuned_model = tuned if mode == "keep" else loaded.model
     del tuned
+
+    adapters = [one.folder for one in stack]
 
     def beside(folder: Path) -> None:
         nonlocal result
         if mode == "keep":
             _keep(folder / KEPT_ADAPTER, tuned_model, injected, stack, str(source))
+            carry(folder / KEPT_ADAPTER, adapters)
         size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
         result = replace(result, bytes=size)
         write_json(folder / RECORD, _record(result, source, stack))
 
-    save_checked(out, replace(loaded, model=final), loaded.config, stored, beside)
+    merged = () if mode == "keep" else adapters
+    save_checked(out, final, loaded.config, stored, beside, merged)
     return result
 
 

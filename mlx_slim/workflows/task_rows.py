@@ -2,15 +2,15 @@
 
 Invariant: rows of ``task:NAME`` are rendered once, into ``task_rows/``; a resume reads that file,
 so it sees the same rows whatever became of the mirror. ``training_rows.json`` declares every row
-that was taken, and an evaluation of what was trained counts its questions among them. The scored
-split is never taken whole. Try it:
+that was taken, goes along into what is made of the model, and an evaluation counts its questions
+among them. The scored split is never taken whole. Try it:
 ``mlx-slim train smollm2-lora 'data.path=[{path: "task:gsm8k", limit: 50}]' -o runs/try``.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +101,22 @@ def trained_keys(artifacts: Iterable[Path]) -> dict[str, str]:
         Key of ``evaluate.training_rows.question_key`` -> the run folder.
     """
     found: dict[str, str] = {}
+    for place, entry in _declared(artifacts):
+        found.update(dict.fromkeys(entry["keys"], str(place)))
+    return found
+
+
+def carry(folder: Path, artifacts: Iterable[Path]) -> None:
+    """Declare in ``folder`` what the models and adapters that it was made from were trained on."""
+    entries = [entry for _, entry in _declared(artifacts)]
+    if entries:
+        write_json(folder / RECORD, {"schema_version": SCHEMA_VERSION, "sources": entries})
+
+
+def _declared(artifacts: Iterable[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield every entry of the records in and around folders, with the folder that has it."""
     for folder in artifacts:
         path = folder.absolute()
         for place in (path, path.parent):
             for entry in _entries(place / RECORD):
-                found.update(dict.fromkeys(entry["keys"], str(place)))
-    return found
+                yield place, entry

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from mlx_slim.config.load import from_values
-from mlx_slim.config.schema import SourceConfig
+from mlx_slim.config.schema import QuantizeConfig, SourceConfig
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluate.spec import find_task
+from mlx_slim.workflows.compress import CompressOptions, compress
 from mlx_slim.workflows.evaluate import EvalOptions, evaluate
 from mlx_slim.workflows.finetune import finetune
+from mlx_slim.workflows.fuse import FuseOptions, fuse
+from mlx_slim.workflows.prune import prune
+from mlx_slim.workflows.prune_options import PruneOptions
 from mlx_slim.workflows.task_rows import finder, trained_keys
 from tests.support.evals import write_tasks
 from tests.support.runs import Recorder
@@ -75,9 +80,10 @@ def test_a_task_s_other_names_are_errors(mirror, tmp_path):
     assert "openbookqa" in caught.value.hint
 
 
-def run(model, tmp_path, split, **more):
+def run(model, tmp_path, split, method="lora", **more):
     values = {
         "model": str(model),
+        "method": method,
         "data": {
             "path": [{"path": "task:openbookqa", "split": split, **more}],
             "template": "plain",
@@ -118,6 +124,31 @@ def test_scoring_counts_the_questions_that_were_trained_on(mirror, tiny, tmp_pat
     ):
         assert "trained_on" not in section
         assert warnings == []
+
+
+def test_what_is_made_of_a_trained_model_declares_its_rows(mirror, tiny, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be that is the question\n" * 40)
+    model = tiny("llama")
+    adapters = run(model, tmp_path, "test", skip=8, limit=3) / "adapters"
+    keys = trained_keys([adapters]).keys()
+    assert len(keys) == 3
+    made = {name: tmp_path / name for name in ("fused", "kept", "narrow", "rounded")}
+    dense = FuseOptions(calibration=str(text), length=16)
+    fuse(model, adapters, made["fused"], dense)
+    fuse(model, adapters, made["kept"], replace(dense, mode="keep"))
+    half = PruneOptions(ratio=0.5, method="l2", calibration=str(text), length=16, held_out=16)
+    prune(made["fused"], made["narrow"], half)
+    four_bit = CompressOptions(QuantizeConfig(group_size=32), fidelity_samples=0)
+    compress(made["narrow"], made["rounded"], four_bit)
+    again = run(made["fused"], tmp_path, "train", "full")
+    for name in ("fused", "narrow", "rounded"):
+        assert trained_keys([made[name]]).keys() == keys, name
+    # Base and adapter side by side: it is the adapter that was trained on them.
+    assert not trained_keys([made["kept"]])
+    assert trained_keys([made["kept"] / "adapters"]).keys() == keys
+    assert trained_keys([again / "model"]).keys() > keys
+    assert not trained_keys([model])
 
 
 def test_rows_of_the_training_split_are_none_of_the_scored_ones(mirror, tiny, tmp_path):
