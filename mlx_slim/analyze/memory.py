@@ -7,6 +7,7 @@ together in ``peak.py``. Try it: ``mlx-slim plan tinyllama-lora --budget 16GB``.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from mlx_slim.analyze.shapes import Shapes, leaves, shapes, to_dtype
 from mlx_slim.analyze.suggest import Suggestion, suggestions
 from mlx_slim.analyze.work import SUPERVISED, Speed, Work, expected_work, predicted_seconds
 from mlx_slim.config.schema import Recipe
+from mlx_slim.errors import SlimError
 from mlx_slim.models.build import build
 from mlx_slim.runtime import DTYPES, dtype_name, memory_budget, on_gpu, resolve_dtype
 
@@ -99,17 +101,18 @@ def predict(
         budget: Bytes; None takes ``memory.budget``.
         gpu: Plan for a GPU (True), a CPU (False) or this machine (None).
         speed: Of the device; None leaves ``predicted_seconds`` out.
-        work: Tokens of the run; None estimates them from the recipe's sources.
-        local: Look for them on this machine; else what the hub has is meant.
+        work: Tokens of the run; None estimates them from the recipe's rows, if they can be read.
+        local: Look for these on this machine; else what the hub has is meant.
         suggest: Look for cheaper settings.
 
     Raises:
-        SlimError: If the model cannot be built, a target matches nothing, or rows that should lie
-            here do not or cannot be read.
+        SlimError: If the model cannot be built or a target matches nothing.
     """
     gpu = on_gpu() if gpu is None else gpu
     limit = memory_budget(recipe.memory.budget) if budget is None else budget
-    work = work or expected_work(recipe, lengths, local=local)
+    if work is None:
+        with contextlib.suppress(SlimError):
+            work = expected_work(recipe, lengths, local=local)
     counted: dict[tuple[str, str], Shapes] = {}  # what a suggestion changes of them
 
     def shapes_of(recipe: Recipe) -> Shapes:

@@ -69,7 +69,12 @@ def expected_rows(recipe: Recipe, *, local: bool) -> Rows | None:
         rows.append(min(count, count if quota is None else quota) * len(used) / len(sample))
         lengths.append(used)
         weights.append(source.weight)
-    held_out = 0.0 if isinstance(data.validation, str) else float(data.validation)
+    if isinstance(data.validation, str):
+        held_out = 0.0
+        if local:
+            find_local(SourceConfig(path=data.validation))
+    else:
+        held_out = float(data.validation)
     share = held_out if held_out < 1 else min(1.0, held_out / max(1.0, sum(rows)))
     trained = [n * weight * (1 - share) for n, weight in zip(rows, weights, strict=True)]
     if recipe.distill is not None and recipe.distill.method in ("sequence", "rationales"):

@@ -18,6 +18,7 @@ from mlx_slim.analyze.work import (
     FILLED,
     Speed,
     Work,
+    expected_work,
     measure_speed,
     predicted_seconds,
 )
@@ -58,9 +59,10 @@ def plan(
         raise SlimError("two students are not probed together", "leave out --probe")
     config, note = model_config(recipe)
     limit = parse_size(budget) if budget is not None else None
+    work = expected_work(recipe)  # refuses rows that training would refuse
 
     def found(gpu: bool | None, speed: Speed | None) -> Prediction:
-        return predicted(config, recipe, gpu=gpu, budget=limit, speed=speed)
+        return predicted(config, recipe, gpu=gpu, budget=limit, speed=speed, work=work)
 
     if mac is not None:
         target = macs.find_mac(mac)

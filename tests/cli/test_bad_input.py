@@ -60,9 +60,12 @@ def test_a_malformed_line_of_ten_megabytes_is_not_printed(fails, small, rows, tm
 
 def test_rows_that_are_not_there(fails, small, rows, tmp_path) -> None:
     for words in (["train", small, "-o", tmp_path / "run"], ["plan", small]):
-        text = fails(*words, f"data.path={tmp_path}/rovs.jsonl")
-        assert "rovs.jsonl" in text
-        assert "rows.jsonl" in text  # did you mean
+        for key in ("data.path", "data.validation"):
+            text = fails(*words, f"{key}={tmp_path}/rovs.jsonl")
+            assert "rovs.jsonl" in text
+            assert "rows.jsonl" in text  # did you mean
+    missing = f"data.path={tmp_path}/rovs.jsonl"
+    assert run(["analyze", "memory", str(small), missing]) == 0  # rows are no matter to it
 
 
 # ------------------------------ recipes

@@ -237,3 +237,12 @@ def test_plan_says_what_runs_what_does_not_fit_and_why(tmp_path):
     assert "omitted: mistral-full: full fine-tuning" in done.output
     assert "omitted: phi2-full-s0: needs" in done.output
     assert "the budget is 20.0 GB" in done.output
+
+
+def test_rows_that_are_not_there_are_no_matter_to_cells_that_train_on_none(tmp_path, tiny):
+    rows = {"data": {"path": str(tmp_path / "gone.jsonl")}}
+    methods = {"base": {"kind": "base"}}
+    models = {"toy": {"source": str(tiny("llama"))}}
+    file = write(tmp_path / "m.yaml", recipe=rows, models=models, methods=methods)
+    (line,) = plan(load_matrix(str(file)))
+    assert not line.why_not and line.peak_bytes
