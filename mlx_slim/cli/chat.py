@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mlx_slim.cli.options import speaker_options
 from mlx_slim.errors import SlimError, did_you_mean
 
 if TYPE_CHECKING:
@@ -35,19 +36,7 @@ def _switch(speaker: Speaker, names: list[str]) -> None:
 
 
 @click.command()
-@click.argument("model")
-@click.option(
-    "--adapter",
-    multiple=True,
-    metavar="DIR[=WEIGHT]",
-    help="Adapter folder to put on the model; of several the weighted sum.",
-)
-@click.option("--system", metavar="TEXT", help="System message.")
-@click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True)
-@click.option("--temp", type=click.FloatRange(0), default=0.7, show_default=True, help="0: greedy.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling.")
-@click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model.")
-@click.option("--trust-remote-code", is_flag=True, help="Run Python files of the model repository.")
+@speaker_options(max_tokens=512, temp=0.7)
 def command(
     model: str,
     adapter: tuple[str, ...],

@@ -10,25 +10,14 @@ import sys
 
 import click
 
+from mlx_slim.cli.options import speaker_options
 from mlx_slim.errors import SlimError
 
 
 @click.command()
-@click.argument("model")
-@click.option(
-    "--adapter",
-    multiple=True,
-    metavar="DIR[=WEIGHT]",
-    help="Adapter folder to put on the model; of several the weighted sum.",
-)
+@speaker_options(max_tokens=256, temp=0.0)
 @click.option("--prompt", required=True, metavar="TEXT", help="What to say; - reads it from stdin.")
-@click.option("--system", metavar="TEXT", help="System message (needs a chat template).")
-@click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True)
-@click.option("--temp", type=click.FloatRange(0), default=0.0, show_default=True, help="0: greedy.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling.")
 @click.option("--no-chat-template", is_flag=True, help="Continue the prompt as it stands.")
-@click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model.")
-@click.option("--trust-remote-code", is_flag=True, help="Run Python files of the model repository.")
 def command(
     model: str,
     adapter: tuple[str, ...],

@@ -54,3 +54,39 @@ def run_options(command: Command) -> Command:
     ):
         command = add(command)
     return command
+
+
+def speaker_options(max_tokens: int, temp: float) -> Callable[[Command], Command]:
+    """Add what every command has that lets a model speak: the model, its adapters, the sampling.
+
+    Args:
+        max_tokens: Default of ``--max-tokens``.
+        temp: Default of ``--temp``.
+    """
+    adapters = "Adapter folder to put on the model; of several the weighted sum."
+
+    def with_options(command: Command) -> Command:
+        for add in (
+            click.option(
+                "--trust-remote-code", is_flag=True, help="Run the repository's Python files."
+            ),
+            click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model."),
+            click.option("--seed", default=0, show_default=True, help="Of the sampling."),
+            click.option(
+                "--temp",
+                type=click.FloatRange(0),
+                default=temp,
+                show_default=True,
+                help="0: greedy.",
+            ),
+            click.option(
+                "--max-tokens", type=click.IntRange(1), default=max_tokens, show_default=True
+            ),
+            click.option("--system", metavar="TEXT", help="System message (of a chat template)."),
+            click.option("--adapter", multiple=True, metavar="DIR[=WEIGHT]", help=adapters),
+            click.argument("model"),
+        ):
+            command = add(command)
+        return command
+
+    return with_options
