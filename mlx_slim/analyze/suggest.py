@@ -101,13 +101,24 @@ def suggestions(
         cost_of: Recipe -> (peak in bytes, seconds).
     """
     peak, seconds = cost_of(recipe)
-    result = []
+    found: list[tuple[dict[str, Any], Suggestion]] = []
     for change, cost in _variants(recipe):
         lower, longer = cost_of(_changed(recipe, change))
         if lower < WORTH * peak:
             text = " ".join(f"{name}={_yaml(value)}" for name, value in change.items())
-            result.append(Suggestion(text, lower, round(longer / max(seconds, 1e-9), 2), cost))
-    return sorted(result, key=_rank(limit))
+            time = round(longer / max(seconds, 1e-9), 2)
+            found.append((change, Suggestion(text, lower, time, cost)))
+
+    def needless(change: dict[str, Any], made: Suggestion) -> bool:
+        """Return whether a part of the change does as much: gradients of pieces are kept."""
+        return any(
+            part.items() < change.items()
+            and other.predicted_peak_bytes <= made.predicted_peak_bytes
+            and other.time <= made.time
+            for part, other in found
+        )
+
+    return sorted((made for change, made in found if not needless(change, made)), key=_rank(limit))
 
 
 def _rank(limit: int) -> Callable[[Suggestion], tuple[bool, int, float]]:

@@ -70,6 +70,19 @@ def test_a_smaller_optimizer_costs_less_than_giving_up_full_tuning():
     assert "a 4-bit base" not in costs
 
 
+def test_no_change_with_a_part_that_does_as_much():
+    def pieces_cost(recipe: Recipe) -> tuple[int, float]:
+        peak, time = price(recipe)
+        return peak + (3000 if recipe.train.accumulate > 1 else 0), time
+
+    train: Any = {"batch_tokens": 4096, "accumulate": 1}
+    recipe = Recipe(model="x", method="full", train=train)
+    both = "train.grad_checkpoint=true train.batch_tokens=2048 train.accumulate=2"
+    assert both in [s.set for s in suggestions(recipe, 10**6, price)]
+    found = [s.set for s in suggestions(recipe, 10**6, pieces_cost)]
+    assert "train.grad_checkpoint=true" in found and both not in found
+
+
 def test_a_recipe_that_is_small_already_gets_no_empty_advice():
     found = ranked(10, "qlora", batch_tokens=256, max_length=256, grad_checkpoint=True)
     assert found == []
