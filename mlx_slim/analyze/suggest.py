@@ -110,7 +110,7 @@ def suggestions(
             found.append((change, Suggestion(text, lower, time, cost)))
 
     def needless(change: dict[str, Any], made: Suggestion) -> bool:
-        """Return whether a part of the change does as much: gradients of pieces are kept."""
+        """Return whether a part of it does as much: pieces keep gradients between them."""
         return any(
             part.items() < change.items()
             and other.predicted_peak_bytes <= made.predicted_peak_bytes
