@@ -237,7 +237,7 @@ class Batcher:
     def _firsts(self) -> np.ndarray:
         return first_targets(self.rows)
 
-    @property
+    @cached_property  # computed once: plans ask for it row by row
     def _lengths(self) -> np.ndarray:
         return np.maximum(self.rows.lengths - 1, 1)  # the last id is only a target
 

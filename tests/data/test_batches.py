@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -161,6 +161,36 @@ def test_packing_is_chosen_where_attention_is_cheap() -> None:
     short = Lengths([*range(8, 40), 500])
     assert choose_mode(short, 512, 512, 0, balance=1e9) == "packed"
     assert choose_mode(short, 512, 512, 0, balance=50.0) == "grouped"
+
+
+class _Counted(np.ndarray):
+    """Counts the elements that numpy operations give out."""
+
+    elements = 0
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        plain = [x.view(np.ndarray) if isinstance(x, _Counted) else x for x in inputs]
+        result = getattr(ufunc, method)(*plain, **options)
+        if isinstance(result, np.ndarray) and result.ndim:
+            _Counted.elements += result.size
+            return result.view(_Counted)
+        return result
+
+
+@pytest.mark.parametrize("max_length", [40, 128])
+def test_choosing_the_mode_is_linear_in_the_rows(max_length: int) -> None:
+    def elements(rows: int) -> int:
+        lengths = np.random.default_rng(0).integers(2, 41, rows)
+        counted = Lengths(lengths)
+        counted.lengths = counted.lengths.view(_Counted)
+        _Counted.elements = 0
+        choose_mode(counted, 1024, max_length, 0, balance=1e9)
+        return _Counted.elements
+
+    few, many = elements(1000), elements(8000)
+    assert few > 0
+    assert many <= 8.5 * few
+    assert many <= 40 * 8000
 
 
 def test_grouped_padding_of_real_lengths_is_small(data_mirror: Path) -> None:

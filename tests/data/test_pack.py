@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import insort
+
 import numpy as np
 import pytest
 
+from mlx_slim.data import pack
 from mlx_slim.data.pack import pack_rows
 
 
@@ -50,3 +53,22 @@ def test_a_row_that_cannot_fit_is_refused() -> None:
 
 def test_no_rows_give_no_sequences() -> None:
     assert pack_rows(np.array([], dtype=np.int64), np.array([], dtype=np.int64), 8) == []
+
+
+@pytest.mark.parametrize("longest_first", [True, False])
+def test_the_work_of_a_row_does_not_grow_with_the_rows(
+    longest_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at = []
+
+    def counting(entries: list[int], entry: int) -> None:
+        looked_at.append(len(entries))  # what an insertion may move
+        insort(entries, entry)
+
+    monkeypatch.setattr(pack, "insort", counting)
+    # More than half of the capacity: no two rows share a sequence, so all 20,000 stay open.
+    lengths = np.random.default_rng(0).integers(9, 17, 20_000)
+    order = _longest_first(lengths) if longest_first else np.arange(len(lengths))
+    assert len(pack_rows(lengths, order, 16)) == 20_000
+    assert max(looked_at) <= 16 + 1
+    assert sum(looked_at) <= 20_000 * 17
