@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -78,10 +79,24 @@ def check_writable(path: Path) -> None:
         )
 
 
+def fsync(descriptor: int) -> None:
+    """Return once an open file is on the storage medium.
+
+    macOS's ``fsync`` stops at the drive's cache; ``F_FULLFSYNC`` empties that too. File systems
+    that refuse it (network shares, FAT) get the plain call.
+    """
+    full = getattr(fcntl, "F_FULLFSYNC", None)
+    if full is not None:
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(descriptor, full)
+            return
+    os.fsync(descriptor)
+
+
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        fsync(descriptor)
     finally:
         os.close(descriptor)
 

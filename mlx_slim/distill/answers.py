@@ -11,14 +11,13 @@ answer the later one counts. Try it: ``mlx-slim distill tinyllm-openbookqa -o ru
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_slim.artifacts import disk_errors, hash_bytes
+from mlx_slim.artifacts import disk_errors, fsync, hash_bytes
 from mlx_slim.distill.writers import Message, Teacher
 from mlx_slim.errors import SlimError
 
@@ -161,7 +160,7 @@ class AnswerFile:
             with self.path.open("ab") as handle:
                 handle.write(data)
                 handle.flush()
-                os.fsync(handle.fileno())
+                fsync(handle.fileno())
         self._take(json.loads(data))
 
     def collect(

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_slim import blas
-from mlx_slim.artifacts import disk_errors, hash_json, read_json, write_json
+from mlx_slim.artifacts import disk_errors, fsync, hash_json, read_json, write_json
 from mlx_slim.data.batches import Batch, Batcher, Rows
 from mlx_slim.distill.losses import top
 from mlx_slim.errors import ResourceError
@@ -208,7 +207,7 @@ def _put(handle: BinaryIO, numbers: np.ndarray, values: np.ndarray) -> None:
         handle.seek(int(numbers[run[0]]) * width)
         handle.write(np.ascontiguousarray(values[run]).tobytes())
     handle.flush()
-    os.fsync(handle.fileno())
+    fsync(handle.fileno())
 
 
 def write(

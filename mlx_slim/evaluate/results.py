@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from mlx_slim.artifacts import (
     check_writable,
     disk_errors,
     first_missing,
+    fsync,
     hash_bytes,
     read_json,
     write_json,
@@ -205,7 +205,7 @@ class Folder:
         for path in [progress, *self.path.glob(samples_name("*"))]:
             with path.open("r+b") as handle:
                 handle.truncate(length if path == progress else ends.get(path.name, 0))
-                os.fsync(handle.fileno())
+                fsync(handle.fileno())
         self.entries = kept
 
     def done(self, task: str) -> int:
@@ -233,7 +233,7 @@ class Folder:
             with disk_errors(path), path.open("ab") as handle:
                 handle.write(block)
                 handle.flush()
-                os.fsync(handle.fileno())
+                fsync(handle.fileno())
         known.append(entry)
         return entry
 
