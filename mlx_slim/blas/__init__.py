@@ -138,6 +138,8 @@ def single_threaded() -> Iterator[None]:
 
 def physical_cores() -> int:
     """Return the cores this process may use: a second thread a core only slows matmul down."""
+    if not hasattr(os, "sched_getaffinity"):  # Linux only
+        return os.cpu_count() or 1
     cpus = os.sched_getaffinity(0)
     cores: set[str] = set()
     for cpu in cpus:
