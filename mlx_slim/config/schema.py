@@ -182,7 +182,8 @@ class DataConfig(Section):
         template: ``auto`` (the model's chat template, else Alpaca for Alpaca rows, else plain),
             ``model``, ``alpaca``, ``plain``, ``chatml``, or the path of a Jinja file.
         mask_prompt: Supervise answers only; false supervises every token.
-        truncation: What to do with rows longer than ``train.max_length``.
+        truncation: What to do with rows longer than ``train.max_length``; ``left`` cuts behind the
+            BOS of a row that begins with one.
         validation: Share of rows (below 1), number of rows, or the path of a validation file.
         system: System message for rows that bring none.
         columns: Renames, ours to the file's: ``{prompt: question, completion: answer}``.

@@ -31,7 +31,9 @@ from mlx_slim.errors import SlimError
 __all__ = ["Pipeline", "Prepared", "PreparedRow", "fingerprint_difference", "prepare"]
 
 LEDGER_FILE = "data_ledger.json"
-_VERSION = 1  # of the stored rows: raise it when the same settings would give other rows
+# Of the stored rows: raise one when the same settings would give other rows.
+_VERSION = 1
+_VERSION_LEFT = 2  # with truncation=left: since 2 the BOS stays in front
 _ENCODE_ROWS = 256  # rows tokenised at once
 _ENCODE_CHARACTERS = 1 << 20
 
@@ -128,7 +130,9 @@ class Pipeline:
             return None
         ledger.cut_characters += len(row.text) - most
         if self.config.truncation == "left":
-            return row.cut(len(row.text) - most, len(row.text))
+            bos = self.encoder.tokenizer.bos_token or ""
+            head = len(bos) if row.text.startswith(bos) else 0
+            return row.cut(len(row.text) - most + head, len(row.text), head)
         return row.cut(0, most)
 
     @property
@@ -158,7 +162,7 @@ class Pipeline:
             yield PreparedRow(raw, example, rendered, tokens, length)
 
     def _fit(self, raw: RawRow, row: Tokens, ledger: SourceLedger) -> Tokens | None:
-        """Apply the truncation policy to a row."""
+        """Apply the truncation policy to a row; a BOS in front stays there."""
         length, limit = len(row.ids_T), self.max_length
         if length <= limit:
             return row
@@ -168,10 +172,13 @@ class Pipeline:
         if policy == "drop":
             ledger.drop(self._reason, raw)
             return None
-        cut = slice(-limit, None) if policy == "left" else slice(None, limit)
-        supervised = row.supervised_T[cut].copy()
+        kept = np.arange(limit)
+        if policy == "left":
+            head = int(row.ids_T[0] == self.encoder.bos)
+            kept[head:] += length - limit
+        supervised = row.supervised_T[kept]
         supervised[:1] = False
-        return Tokens(row.ids_T[cut], supervised)
+        return Tokens(row.ids_T[kept], supervised)
 
 
 # ---------------------------------------------------------------------------- the whole
@@ -206,7 +213,7 @@ def prepare(
     found = [(find(source), source) for source in config.sources]
     held_out = _validation_source(config, find)
     wanted = {
-        "version": _VERSION,
+        "version": _VERSION_LEFT if config.truncation == "left" else _VERSION,
         "sources": [source_print(*pair) for pair in found],
         "validation": source_print(*held_out) if held_out else config.validation,
         "template": {"name": pipeline.template.name, "sha256": pipeline.template.key},

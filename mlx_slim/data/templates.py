@@ -54,10 +54,11 @@ class Rendered:
     spans: list[tuple[int, int]]
     own_bos: bool = False
 
-    def cut(self, start: int, end: int) -> Rendered:
-        """Return the characters [start, end) and the spans in them."""
-        inside = [(max(a, start) - start, min(b, end) - start) for a, b in self.spans]
-        return replace(self, text=self.text[start:end], spans=[(a, b) for a, b in inside if a < b])
+    def cut(self, start: int, end: int, head: int = 0) -> Rendered:
+        """Return the first ``head`` characters, then [start, end) and the spans in them."""
+        text, shift = self.text[:head] + self.text[start:end], head - start
+        inside = [(max(a, start) + shift, min(b, end) + shift) for a, b in self.spans]
+        return replace(self, text=text, spans=[(a, b) for a, b in inside if a < b])
 
 
 @dataclass(frozen=True)
