@@ -12,6 +12,7 @@ Shapes: M rows, I input width, O output width, Q packed input width.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import mlx.core as mx
@@ -44,6 +45,67 @@ def dequantize_weight(module: nn.Module) -> mx.array:
     return mx.dequantize(
         module["weight"], module["scales"], module.get("biases"), **_format(module)
     )
+
+
+@dataclass(frozen=True)
+class DenseWeight:
+    """The matrix W (O, I) of a linear map."""
+
+    weight_OI: mx.array
+
+    def logits(self, x_MI: mx.array) -> mx.array:
+        """Return x Wᵀ (M, O)."""
+        return x_MI @ self.weight_OI.T
+
+    def back(self, y_MO: mx.array) -> mx.array:
+        """Return y W (M, I), in the dtype of W."""
+        return y_MO.astype(self.weight_OI.dtype) @ self.weight_OI
+
+    def rows(self, ids_M: mx.array) -> mx.array:
+        """Return W[ids] (M, I)."""
+        return self.weight_OI[ids_M]
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """The same of a quantized layer, whose dense W is never made: for a GPU."""
+
+    module: nn.Module
+
+    def _multiply(self, x: mx.array, transpose: bool) -> mx.array:
+        module = self.module
+        return mx.quantized_matmul(
+            x,
+            module["weight"],
+            module["scales"],
+            module.get("biases"),
+            transpose=transpose,
+            **_format(module),
+        )
+
+    def logits(self, x_MI: mx.array) -> mx.array:
+        """Return x Wᵀ (M, O)."""
+        return self._multiply(x_MI, transpose=True)
+
+    def back(self, y_MO: mx.array) -> mx.array:
+        """Return y W (M, I), in the dtype that the layer computes in."""
+        floats = self.module.mode == "affine"
+        return self._multiply(
+            y_MO.astype(self.module["scales"].dtype if floats else mx.bfloat16), transpose=False
+        )
+
+    def rows(self, ids_M: mx.array) -> mx.array:
+        """Return W[ids] (M, I)."""
+        biases = self.module.get("biases")
+        return mx.dequantize(
+            self.module["weight"][ids_M],
+            self.module["scales"][ids_M],
+            None if biases is None else biases[ids_M],
+            **_format(self.module),
+        )
+
+
+HeadWeight = DenseWeight | QuantizedWeight
 
 
 def _dense(module: nn.Module, weight_OQ: mx.array) -> mx.array:

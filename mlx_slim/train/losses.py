@@ -9,17 +9,23 @@ Legend: N supervised positions, C positions of one chunk, D width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_slim.adapters.lora import draw_key, dropout_from
 from mlx_slim.models.activations import exp
 from mlx_slim.models.anatomy import Head
 from mlx_slim.models.logits import row_sums, token_nll
-from mlx_slim.models.quantized import dequantize_weight
+from mlx_slim.models.quantized import (
+    DenseWeight,
+    HeadWeight,
+    QuantizedWeight,
+    dequantize_weight,
+)
 from mlx_slim.runtime import on_gpu
 
 CHUNK_LOGITS = 1 << 23  # 8.4 M float32 logits: 34 MB each time a chunk of them is held
@@ -62,35 +68,39 @@ class Slope:
     targets_C: mx.array | None = None
     push_C: mx.array | None = None
 
-    def by_hidden(self, weight_VD: mx.array) -> mx.array:
-        """Return the gradient by the hidden states, float32 (C, D)."""
-        gradient_CD = (self.share_CV.astype(weight_VD.dtype) @ weight_VD).astype(mx.float32)
+    def by_hidden(self, weight: HeadWeight | mx.array) -> mx.array:
+        """Return the gradient by the hidden states, float32 (C, D); an array is W (V, D)."""
+        if isinstance(weight, mx.array):
+            weight = DenseWeight(weight)
+        gradient_CD = weight.back(self.share_CV).astype(mx.float32)
         if self.total_C1 is not None:
             gradient_CD = gradient_CD / self.total_C1
         if self.scale_C is not None:
             gradient_CD = gradient_CD * self.scale_C[:, None]
         if self.targets_C is None:
             return gradient_CD
-        return gradient_CD - self._pushed(weight_VD[self.targets_C].astype(mx.float32))
+        return gradient_CD - self._pushed(weight.rows(self.targets_C).astype(mx.float32))
 
     def _pushed(self, rows_CD: mx.array) -> mx.array:
         return rows_CD if self.push_C is None else rows_CD * self.push_C[:, None]
 
-    def by_head(
-        self, hidden_CD: mx.array, d_weight: mx.array, d_bias: mx.array
-    ) -> tuple[mx.array, mx.array]:
-        """Return ``d_weight`` (V, D) and ``d_bias`` (V,), float32, with this chunk's part added."""
+    def by_head(self, hidden_CD: mx.array, gradients: list[mx.array]) -> list[mx.array]:
+        """Return ``gradients`` with this chunk's part added, float32.
+
+        Those are the gradients by the head's weight (V, D) and by its bias (V,), if it has one.
+        """
+        d_weight, *biases = gradients
         hidden32 = hidden_CD.astype(mx.float32)
         share_CV = self.share_CV if self.total_C1 is None else self.share_CV / self.total_C1
         if self.scale_C is not None:
             share_CV = share_CV * self.scale_C[:, None]
         d_weight = mx.addmm(d_weight, share_CV.T, hidden32)
-        d_bias = d_bias + share_CV.sum(axis=0)
+        biases = [d_bias + share_CV.sum(axis=0) for d_bias in biases]
         if self.targets_C is not None:
             push = mx.array(1.0) if self.push_C is None else self.push_C
             d_weight = d_weight.at[self.targets_C].subtract(self._pushed(hidden32))
-            d_bias = d_bias.at[self.targets_C].subtract(push)
-        return d_weight, d_bias
+            biases = [d_bias.at[self.targets_C].subtract(push) for d_bias in biases]
+        return [d_weight, *biases]
 
 
 class Rule(Protocol):
@@ -133,98 +143,121 @@ class NLL:
         return (nll_C1[:, 0] * weights_C).sum(), slope
 
 
-def _logits(hidden_CD: mx.array, weight_VD: mx.array, bias_V: mx.array | None) -> mx.array:
-    logits_CV = (hidden_CD @ weight_VD.T).astype(mx.float32)
-    return logits_CV if bias_V is None else logits_CV + bias_V.astype(mx.float32)
+# Hidden states, columns and parameters of a chunk, and the gradients so far -> the chunk's sum, its
+# gradient by the hidden states, and the gradients with its part added.
+_Part = Callable[
+    [mx.array, list[mx.array], list[mx.array], list[mx.array]],
+    tuple[mx.array, mx.array, list[mx.array]],
+]
+
+
+def _chunks(arrays: Sequence[mx.array], chunk: int, done: list[mx.array]) -> Iterator[list]:
+    """Yield ``arrays`` in chunks of rows, each to be computed after what is in ``done`` by then.
+
+    Without the dependency the scheduler is free to make the logits of all chunks at once.
+    """
+    for start in range(0, arrays[0].shape[0], chunk):
+        cut = [array[start : start + chunk] for array in arrays]
+        yield mx.depends(cut, done) if done else cut
 
 
 def _fused(
     hidden_ND: mx.array,
-    weight_VD: mx.array,
-    bias_V: mx.array | None,
-    rule: Rule,
+    parameters: list[mx.array],
     columns: tuple[mx.array, ...],
     chunk: int,
-    head_trains: bool,
+    part: _Part,
 ) -> mx.array:
-    """Return the sum; its gradients by hidden (and head) are outputs of the forward pass."""
+    """Return the sum; its gradients by hidden and parameters are outputs of the forward pass."""
 
     @mx.custom_function
-    def forward(hidden: mx.array, weight: mx.array, bias: mx.array) -> list[mx.array]:
+    def forward(hidden_ND: mx.array, parameters: list[mx.array]) -> list[mx.array]:
         total = mx.zeros((), dtype=mx.float32)
-        gradients: list[mx.array] = []
-        d_weight = mx.zeros(weight.shape, dtype=mx.float32) if head_trains else mx.zeros(())
-        d_bias = mx.zeros(bias.shape, dtype=mx.float32)
-        for start in range(0, hidden.shape[0], chunk):
-            part = hidden[start : start + chunk]
-            if gradients:  # chunks one after the other, or their logits would live together
-                part = mx.depends([part], [total, gradients[-1], d_weight])[0]
-            logits_CV = _logits(part, weight, None if bias_V is None else bias)
-            value, slope = rule.slope(logits_CV, *(c[start : start + chunk] for c in columns))
+        by_hidden: list[mx.array] = []
+        by_parameters = [mx.zeros(value.shape, dtype=mx.float32) for value in parameters]
+        done: list[mx.array] = []
+        for hidden_CD, *cut in _chunks((hidden_ND, *columns), chunk, done):
+            value, gradient_CD, by_parameters = part(hidden_CD, cut, parameters, by_parameters)
             total = total + value
-            gradients.append(slope.by_hidden(weight).astype(hidden.dtype))
-            if head_trains:
-                d_weight, d_bias = slope.by_head(part, d_weight, d_bias)
-        return [total, mx.concatenate(gradients), d_weight, d_bias]
+            by_hidden.append(gradient_CD.astype(hidden_ND.dtype))
+            done[:] = [total, by_hidden[-1], *by_parameters]
+        return [total, mx.concatenate(by_hidden), *by_parameters]
 
     @forward.vjp
     def backward(
-        primals: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]
-    ) -> list[mx.array]:
+        primals: tuple[mx.array, list[mx.array]],
+        cotangents: list[mx.array],
+        outputs: list[mx.array],
+    ) -> tuple[mx.array, list[mx.array]]:
         scale = cotangents[0] if cotangents[0].ndim == 0 else cotangents[0][0]
-        _, d_hidden, d_weight, d_bias = outputs
-        hidden, weight, bias = primals
-        if not head_trains:
-            return [
-                (scale * d_hidden).astype(hidden.dtype),
-                mx.zeros_like(weight),
-                mx.zeros_like(bias),
-            ]
-        return [
-            (scale * d_hidden).astype(hidden.dtype),
-            (scale * d_weight).astype(weight.dtype),
-            (scale * d_bias).astype(bias.dtype),
-        ]
+        hidden_ND, parameters = primals
+        _, by_hidden, *by_parameters = outputs
+        return (
+            (scale * by_hidden).astype(hidden_ND.dtype),
+            [
+                (scale * gradient).astype(value.dtype)
+                for gradient, value in zip(by_parameters, parameters, strict=True)
+            ],
+        )
 
-    bias = mx.zeros((weight_VD.shape[0],)) if bias_V is None else bias_V
-    return cast(list[mx.array], forward(hidden_ND, weight_VD, bias))[0]
+    return cast(list[mx.array], forward(hidden_ND, parameters))[0]
 
 
-def _recomputed(
-    hidden_ND: mx.array, head: Head, rule: Rule, columns: tuple[mx.array, ...], chunk: int
-) -> mx.array:
-    """Return the sum for a head with parts of its own (an adapter), recomputed chunk by chunk.
-
-    The head's parameters travel as arguments: captured by a closure, ``mx.checkpoint`` would give
-    them a silent zero gradient; so does the random key, or the two passes would drop differently.
-    """
+def _by_slope(rule: Rule, weight: HeadWeight, bias_V: mx.array | None) -> _Part:
+    """Return the part of a head that is a plain matrix: trained if there are parameters."""
 
     def part(
-        parameters: dict, key: mx.array, hidden_CD: mx.array, columns: list[mx.array]
-    ) -> mx.array:
-        head.module.update(parameters)
-        with dropout_from(key):
-            return rule.value(head(hidden_CD), *(mx.stop_gradient(column) for column in columns))
+        hidden_CD: mx.array,
+        columns: list[mx.array],
+        parameters: list[mx.array],
+        gradients: list[mx.array],
+    ) -> tuple[mx.array, mx.array, list[mx.array]]:
+        matrix = DenseWeight(parameters[0]) if parameters else weight
+        bias = parameters[1] if len(parameters) > 1 else bias_V
+        logits_CV = matrix.logits(hidden_CD).astype(mx.float32)
+        if bias is not None:
+            logits_CV = logits_CV + bias.astype(mx.float32)
+        value, slope = rule.slope(logits_CV, *columns)
+        by_hidden = slope.by_hidden(matrix)
+        return value, by_hidden, slope.by_head(hidden_CD, gradients) if parameters else []
 
-    parameters = head.module.trainable_parameters()
-    recomputed = mx.checkpoint(part)
-    total = mx.zeros((), dtype=mx.float32)
-    for start in range(0, hidden_ND.shape[0], chunk):
-        rows = slice(start, start + chunk)
-        cut = [column[rows] for column in columns]
-        total = total + recomputed(parameters, draw_key(), hidden_ND[rows], cut)
-    head.module.update(parameters)
-    return total
+    return part
+
+
+def _by_autodiff(rule: Rule, head: Head, paths: list[str]) -> _Part:
+    """Return the part of a head with parts of its own, such as an adapter."""
+
+    def loss(
+        hidden_CD: mx.array, parameters: list[mx.array], columns: list[mx.array]
+    ) -> tuple[mx.array, mx.array]:
+        head.module.update(tree_unflatten(list(zip(paths, parameters, strict=True))))
+        sums = rule.value(head(hidden_CD), *columns)
+        return (sums[0] if sums.ndim else sums), sums
+
+    def part(
+        hidden_CD: mx.array,
+        columns: list[mx.array],
+        parameters: list[mx.array],
+        gradients: list[mx.array],
+    ) -> tuple[mx.array, mx.array, list[mx.array]]:
+        before = head.module.trainable_parameters()
+        (_, value), (by_hidden, by_parameters) = mx.value_and_grad(loss, argnums=(0, 1))(
+            hidden_CD, parameters, columns
+        )
+        head.module.update(before)
+        return value, by_hidden, [g + p for g, p in zip(gradients, by_parameters, strict=True)]
+
+    return part
 
 
 def _forward_only(
     hidden_ND: mx.array, head: Head, rule: Rule, columns: tuple[mx.array, ...], chunk: int
 ) -> mx.array:
     total = mx.zeros((), dtype=mx.float32)
-    for start in range(0, hidden_ND.shape[0], chunk):
-        rows = slice(start, start + chunk)
-        part = mx.depends([hidden_ND[rows]], [total])[0]
-        total = total + rule.value(head(part), *(column[rows] for column in columns))
+    done: list[mx.array] = []
+    for hidden_CD, *cut in _chunks((hidden_ND, *columns), chunk, done):
+        total = total + rule.value(head(hidden_CD), *cut)
+        done[:] = [total]
     return total
 
 
@@ -252,19 +285,28 @@ def linear_loss(
     Returns:
         What the rule returns: a float32 scalar in nats, or a vector that begins with it.
     """
-    module = head.module
-    quantized = isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding))
     if not gradient:
         return _forward_only(hidden_ND, head, rule, columns, chunk)
-    if quantized and not on_gpu():
-        weight_VD = dequantize_weight(module) if dense_VD is None else dense_VD
-    elif type(module) in (nn.Linear, nn.Embedding):
-        weight_VD = module["weight"]
+    module = head.module
+    named = cast(list[tuple[str, mx.array]], tree_flatten(module.trainable_parameters()))
+    paths, parameters = [path for path, _ in named], [value for _, value in named]
+    weight = _plain_weight(module, dense_VD)
+    if weight is None or paths not in ([], ["weight"], ["weight", "bias"]):
+        part = _by_autodiff(rule, head, paths)
     else:
-        return _recomputed(hidden_ND, head, rule, columns, chunk)
-    trains = "weight" in module.trainable_parameters()
-    bias_V = module.bias if "bias" in module else None
-    return _fused(hidden_ND, weight_VD, bias_V, rule, columns, chunk, trains)
+        part = _by_slope(rule, weight, module.get("bias"))
+    return _fused(hidden_ND, parameters, columns, chunk, part)
+
+
+def _plain_weight(module: nn.Module, dense_VD: mx.array | None) -> HeadWeight | None:
+    """Return the weight of a head that is nothing but a matrix, else None."""
+    if type(module) in (nn.Linear, nn.Embedding):
+        return DenseWeight(module["weight"])
+    if not isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+        return None
+    if on_gpu():
+        return QuantizedWeight(module)
+    return DenseWeight(dequantize_weight(module) if dense_VD is None else dense_VD)
 
 
 def linear_cross_entropy(
