@@ -21,7 +21,15 @@ from mlx_slim.analyze.work import SUPERVISED, Speed, Work, expected_work, predic
 from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError
 from mlx_slim.models.build import build
-from mlx_slim.runtime import DTYPES, dtype_name, memory_budget, on_gpu, resolve_dtype
+from mlx_slim.runtime import (
+    AUTO_SHARE,
+    DTYPES,
+    device_memory,
+    dtype_name,
+    memory_budget,
+    on_gpu,
+    resolve_dtype,
+)
 
 _SAVED_STEPS_BESIDES = 2  # the best checkpoint, and the one being written
 # Suggestions are ranked by ratios of time; without a measured device, by those of operations.
@@ -87,6 +95,7 @@ def predict(
     lengths: Sequence[int] | None = None,
     budget: int | None = None,
     gpu: bool | None = None,
+    gpu_bytes: int | None = None,
     speed: Speed | None = None,
     work: Work | None = None,
     local: bool = True,
@@ -100,6 +109,8 @@ def predict(
         lengths: Tokens of each training row, where known.
         budget: Bytes; None takes ``memory.budget``.
         gpu: Plan for a GPU (True), a CPU (False) or this machine (None).
+        gpu_bytes: Memory of that GPU; None is this machine's, or what has ``budget`` as its
+            default.
         speed: Of the device; None leaves ``predicted_seconds`` out.
         work: Tokens of the run; None estimates them from the recipe's rows, if they can be read.
         local: Look for these on this machine; else what the hub has is meant.
@@ -110,6 +121,8 @@ def predict(
     """
     gpu = on_gpu() if gpu is None else gpu
     limit = memory_budget(recipe.memory.budget) if budget is None else budget
+    if gpu_bytes is None:
+        gpu_bytes = device_memory() if on_gpu() else int(limit / AUTO_SHARE)
     if work is None:
         with contextlib.suppress(SlimError):
             work = expected_work(recipe, lengths, local=local)
@@ -122,7 +135,8 @@ def predict(
         return counted[key]
 
     def parts_of(recipe: Recipe) -> dict[str, int]:
-        return breakdown(shapes_of(recipe), recipe, _dtype(recipe, gpu).size, lengths, gpu)
+        size = _dtype(recipe, gpu).size
+        return breakdown(shapes_of(recipe), recipe, size, lengths, gpu, gpu_bytes)
 
     def cost_of(recipe: Recipe) -> tuple[int, float]:
         tokens = work or Work(1 << 20, 1 << 20, recipe.train.max_length, "")

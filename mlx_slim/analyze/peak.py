@@ -120,7 +120,12 @@ def _column_bytes(recipe: Recipe, vocabulary: int) -> int:
 
 
 def breakdown(
-    found: Shapes, recipe: Recipe, size: int, lengths: Sequence[int] | None, gpu: bool
+    found: Shapes,
+    recipe: Recipe,
+    size: int,
+    lengths: Sequence[int] | None,
+    gpu: bool,
+    gpu_bytes: int,
 ) -> dict[str, int]:
     """Return the bytes of each part at the moment of the peak.
 
@@ -137,6 +142,7 @@ def breakdown(
         size: Bytes of a number of the computation.
         lengths: Tokens of each training row, where known.
         gpu: Whether it runs on a GPU.
+        gpu_bytes: Memory of that GPU.
     """
     train, full = recipe.train, recipe.method == "full"
     length, tokens = largest_batch(recipe, lengths)
@@ -156,7 +162,10 @@ def breakdown(
     kept_bytes = kept * alive * size
     passing_one = (passing + _numbers(widest, PASSING, length)) * part * size
     passing_bytes = passing_one * (1 + TOGETHER * (lanes - 1))
-    chunk = min(chunk_size(found.vocabulary, train.loss_chunk, lanes), part)
+    chunk = min(
+        chunk_size(found.vocabulary, train.loss_chunk, lanes, gpu_bytes=gpu_bytes if gpu else 0),
+        part,
+    )
     meeting = min(1.0, LOSSES_TOGETHER + LOSSES_BY_SHARE * _share_of_loss(found, recipe))
     logits_one = _logit_copies(recipe) * 4 * chunk * found.vocabulary
     logits = logits_one * (1 + meeting * (lanes - 1))

@@ -31,23 +31,32 @@ def duration(seconds: float) -> str:
     return f"{minutes / 1440:.1f} days"
 
 
-def on_a_mac(name: str) -> Prediction:
-    """Return the prediction of a shipped recipe for a Mac (bfloat16), whatever runs here."""
+def on_a_mac(name: str) -> tuple[Prediction, int | None]:
+    """Return the prediction of a shipped recipe for the smallest Mac that holds it (bfloat16).
+
+    And that Mac's memory in GB; None where no Mac in the table holds it.
+    """
     from mlx_slim.analyze.known_models import model_config
+    from mlx_slim.analyze.macs import SIZES, budget, smallest_that_fits, working_set
     from mlx_slim.analyze.memory import predict
     from mlx_slim.config.load import load_recipe
 
     recipe = load_recipe(name).recipe
     config, _ = model_config(recipe)
-    return predict(config, recipe, gpu=True, budget=0, local=False, suggest=False)
+    size: int | None = SIZES[0]
+    while True:  # a larger Mac computes larger chunks of logits: the peak is its own
+        mac = {"gpu": True, "budget": budget(size), "gpu_bytes": working_set(size)}
+        found = predict(config, recipe, **mac, local=False, suggest=False)
+        if found.fits:
+            return found, size
+        size = smallest_that_fits(found.predicted_peak_bytes)
+        if size is None:
+            return found, None
 
 
 def cost_header(name: str) -> str:
     """Return the two lines that stand in the header of a shipped recipe."""
-    from mlx_slim.analyze.macs import smallest_that_fits
-
-    found = on_a_mac(name)
-    smallest = smallest_that_fits(found.predicted_peak_bytes)
+    found, smallest = on_a_mac(name)
     fits = f"fits a Mac with {smallest} GB" if smallest else "fits no Mac in the table"
     return (
         f"# Predicted on a Mac (bfloat16): peak memory {_gb(found.predicted_peak_bytes)}, {fits}.\n"
@@ -62,7 +71,7 @@ def _gb(size: int) -> str:
 
 def table() -> str:
     """Return the Markdown table of all shipped recipes: predicted memory, and which Macs fit."""
-    from mlx_slim.analyze.macs import SIZES, budget
+    from mlx_slim.analyze.macs import SIZES
     from mlx_slim.config import library
 
     lines = [
@@ -70,9 +79,10 @@ def table() -> str:
         "|---|---|" + "---|" * len(SIZES),
     ]
     for name in library.names("recipes"):
-        peak = on_a_mac(name).predicted_peak_bytes
-        marks = " | ".join("✓" if peak <= budget(size) else "–" for size in SIZES)
-        lines.append(f"| {name} | {_gb(peak)} | {marks} |")
+        found, smallest = on_a_mac(name)
+        fits = (smallest is not None and smallest <= size for size in SIZES)
+        marks = " | ".join("✓" if one else "–" for one in fits)
+        lines.append(f"| {name} | {_gb(found.predicted_peak_bytes)} | {marks} |")
     return "\n".join(lines)
 
 

@@ -22,7 +22,7 @@ def _list() -> None:
     rows = [("recipe", "method", "memory", "model")]
     for name in library.names("recipes"):
         recipe = load_recipe(name).recipe
-        peak = human_bytes(on_a_mac(name).predicted_peak_bytes)
+        peak = human_bytes(on_a_mac(name)[0].predicted_peak_bytes)
         rows.append((name, recipe.method, peak, recipe.model))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:

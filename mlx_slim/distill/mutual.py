@@ -135,6 +135,8 @@ class Mutual:
         ]
         sums = []
         for me, other in ((0, 1), (1, 0)):
+            if sums:  # one student after the other, or the chunks of both would live together
+                rows[me] = mx.depends([rows[me]], [sums[0]])[0]
             rule = FromOther(self._head(other), *self._settings)
             columns = (targets_N, mx.stop_gradient(rows[other]))
             split = self._splits[me]

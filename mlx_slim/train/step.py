@@ -87,8 +87,8 @@ class CrossEntropy:
         weights_S: np.ndarray | None = None,
     ) -> None:
         self.split = anatomy.split(model, vocabulary)
-        self._chunk = chunk
-        self._lanes = lanes
+        head = self.split.head.vocabulary if self.split else vocabulary
+        self._chunk = chunk_size(head, chunk, lanes)
         self._weights_S = weights_S
         self._dense_VD: mx.array | None = None
 
@@ -118,13 +118,12 @@ class CrossEntropy:
         rows = supervised_rows(model, self.split, tokens_BT, positions_N, segments_BT)
         if self.split is None:
             return self.rule.value(rows, *columns)
-        chunk = chunk_size(self.split.head.vocabulary, self._chunk, self._lanes)
         return linear_loss(
             rows,
             self.split.head,
             self.rule,
             columns,
-            chunk=chunk,
+            chunk=self._chunk,
             gradient=gradient,
             dense_VD=self._dense_VD,
         )

@@ -8,6 +8,7 @@ and time is the predicted time of all rows, scaled by what the largest batch too
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from mlx_slim import events
 from mlx_slim.analyze import macs
@@ -61,18 +62,19 @@ def plan(
     limit = parse_size(budget) if budget is not None else None
     work = expected_work(recipe)  # refuses rows that training would refuse
 
-    def found(gpu: bool | None, speed: Speed | None) -> Prediction:
-        return predicted(config, recipe, gpu=gpu, budget=limit, speed=speed, work=work)
+    def found(speed: Speed | None = None, **device: Any) -> Prediction:
+        return predicted(config, recipe, budget=limit, speed=speed, work=work, **device)
 
     if mac is not None:
         target = macs.find_mac(mac)
         if limit is None:
             limit = macs.budget(target.memory_gb)
-        return found(True, None), f"{note}; for {target.name}"
+        gpu = {"gpu": True, "gpu_bytes": target.working_set_bytes}
+        return found(**gpu), f"{note}; for {target.name}"
     dtype = resolve_dtype(recipe.train.dtype)
     speed = measure_speed(dtype)
     if not measure:
-        return found(None, speed), note
+        return found(speed), note
     seen = probe(recipe, observer or events.Broadcast([]), steps=steps)
     guessed = predict(config, recipe, lengths=seen.lengths, budget=limit, speed=speed)
     batch = Work(int(seen.computed_tokens * FILLED), 0, seen.length, "")

@@ -7,9 +7,23 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_slim.distill.losses import Taught, top
+from mlx_slim.distill.mutual import FromOther
 from mlx_slim.models.logits import token_nll
 from mlx_slim.train.losses import NLL, linear_loss
-from tests.train.test_losses import KINDS, D, N, V, _head, _value_and_gradients
+from tests.train.test_losses import (
+    KINDS,
+    ROWS,
+    VOCABULARY,
+    D,
+    N,
+    V,
+    _head,
+    _value_and_gradients,
+    as_on_gpu,
+    check_the_peak,
+)
+
+__all__ = ["as_on_gpu"]
 
 KINDS_OF_DIVERGENCE = ["forward", "reverse", "symmetric"]
 
@@ -186,3 +200,19 @@ def test_weight_zero_is_cross_entropy_bit_for_bit(kind: str) -> None:
     )
     flat = [dict(tree_flatten(side)) for side in (plain, ours)]
     assert all(mx.array_equal(flat[0][key], flat[1][key]).item() for key in flat[0])
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("kind", ["frozen", "quantized", "adapted"])
+def test_the_peak_does_not_grow_with_the_rows(
+    kind: str, gradient: bool, request: pytest.FixtureRequest
+) -> None:
+    said = top(mx.random.normal((ROWS, VOCABULARY)), 8, 1.0)
+    check_the_peak(kind, Taught(), gradient, False, True, request, *said)
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_nor_does_that_of_two_students(gradient: bool, request: pytest.FixtureRequest) -> None:
+    rule = FromOther(_head("quantized", VOCABULARY), "symmetric", 1.0, 0.5)
+    rows = mx.random.normal((ROWS, D))
+    check_the_peak("quantized", rule, gradient, False, True, request, rows)
