@@ -31,7 +31,14 @@ from mlx_slim.adapters.inject import (
     summary,
 )
 from mlx_slim.adapters.lora import dimensions
-from mlx_slim.artifacts import SCHEMA_VERSION, atomic_folder, read_json, save_tensors, write_json
+from mlx_slim.artifacts import (
+    SCHEMA_VERSION,
+    atomic_folder,
+    hash_files,
+    read_json,
+    save_tensors,
+    write_json,
+)
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError
 from mlx_slim.models.anatomy import blocks
@@ -207,6 +214,11 @@ def _settings(config: Any, folder: Path) -> tuple[bool, int, float, float, int, 
     except (KeyError, TypeError, ValueError) as error:
         raise SlimError(f"{where} cannot be used: {type(error).__name__} {error}") from error
     return kind == "dora", rank, scale, dropout, num_layers, keys
+
+
+def adapter_hash(folder: Path) -> str:
+    """Return the SHA-256 of an adapter's weights and configuration."""
+    return hash_files({path for name in (WEIGHTS, CONFIG) if (path := folder / name).is_file()})
 
 
 def check_adapter(folder: str | Path) -> None:

@@ -9,7 +9,6 @@ Try it: ``mlx-slim compare matrix-tiny -o DIR --only smollm2-base``.
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -84,18 +83,15 @@ class Making:
                 raise SlimError(f"{cell.parent} is not there, and {cell.name} is made of it")
             return artifacts.hash_json([read_json(parent)["keys"]["made_of"], "fused"])
         if cell.kind == "pruned":
-            return identity.prune_key(job.weights(self.base), asdict(job.pruning(cell)))
+            return identity.prune_key(job.weights(self.base), job.pruning(cell))
         return job.weights(self.base)
 
     @cached_property
     def keys(self) -> dict[str, str]:
         """The keys of the manifest: what the model is made of, and each evaluation."""
-        matrix = self.job.layout.matrix
-        asked = {entry.task: entry.model_dump() for entry in matrix.tasks}
-        if matrix.held_out is not None:
-            asked[HELD_OUT] = matrix.held_out.model_dump()
-        scored = {name: identity.score_key(self.made_of, what) for name, what in asked.items()}
-        return {"made_of": self.made_of, **{f"eval {name}": key for name, key in scored.items()}}
+        asked = self.job.asked.items()
+        scored = {f"eval {name}": identity.score_key(self.made_of, what) for name, what in asked}
+        return {"made_of": self.made_of, **scored}
 
     # ------------------------------------------------------------------------------ making
 
@@ -146,7 +142,7 @@ class Making:
     def _evaluated(self, task: str, model: Path, options: EvalOptions) -> dict[str, Any]:
         name = HELD_OUT if task == HELD_OUT else task_name(task)
         out = self.folder / "eval" / name
-        self.job.match(self.folder, {"key": self.keys[f"eval {task}"]}, f"eval-{name}.json", [out])
+        self.job.match(self.folder, {"key": self.keys[f"eval {name}"]}, f"eval-{name}.json", [out])
         tasks = [] if task == HELD_OUT else [task]
         started = (out / "eval.json").exists()
         if not started:
@@ -154,6 +150,14 @@ class Making:
         observer = self.job.observer
         (results,) = evaluate(str(model), tasks, out, options, resume=started, observer=observer)
         free()
+        section = results["perplexity"] if task == HELD_OUT else results["tasks"][name]
+        asked = self.job.asked[name]
+        if any(section.get(key) != value for key, value in asked.items()):
+            shutil.rmtree(out)
+            raise SlimError(
+                f"{name}: its rows or its definition changed while the matrix was running",
+                "go on with --resume: what they change is scored again",
+            )
         return results
 
     # ------------------------------------------------------------------------------ the record

@@ -1,22 +1,32 @@
 """What a cell's numbers depend on, as one hash.
 
-Invariant: equal keys mean equal inputs: recipe, training rows, weights, the questions asked, and
-the code that computes (not the code that shows). Anything else, such as a memory budget or a
-tracker, may change between two runs. Try it: ``mlx-slim compare matrix-tiny --dry-run``.
+Invariant: equal keys mean equal inputs by content: recipe and the files that it names, training
+rows, models with their tokenizers, the rows, definition and examples of each task, the held-out
+text, and the code that computes (not the code that shows). Anything else, such as a memory budget
+or a tracker, may change between two runs. Try it: ``mlx-slim compare matrix-tiny --dry-run``.
 """
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from mlx_slim import __version__
+from mlx_slim.adapters.stack import parse_adapters
+from mlx_slim.adapters.store import adapter_hash
 from mlx_slim.artifacts import hash_bytes, hash_file, hash_json, provenance
-from mlx_slim.config.schema import Recipe
+from mlx_slim.config.schema import Recipe, SourceConfig
 from mlx_slim.data.fingerprint import source_print
+from mlx_slim.data.sources import find as find_source
+from mlx_slim.errors import SlimError
+from mlx_slim.quantize.calibration import DEFAULT_SOURCE
 from mlx_slim.runtime import on_gpu
+from mlx_slim.workflows.held_out import read_held_out
+from mlx_slim.workflows.prune_options import PruneOptions
 from mlx_slim.workflows.task_rows import finder
 
 # Parts of the package that cannot change a trained weight or a score.
@@ -33,30 +43,42 @@ def code_version() -> str:
     return f"{__version__}+{whole[:12]}"
 
 
-def weights_hash(folder: Path) -> str:
-    """Return the hash of a model's weights and configuration."""
-    files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
-    return hash_json({path.name: hash_file(path) for path in files if path.is_file()})
+def contents(recipe: Recipe) -> dict[str, Any]:
+    """Return what identifies the contents of all that a recipe names by path, its models aside.
 
-
-def rows_print(recipe: Recipe) -> list[dict[str, Any]]:
-    """Return what identifies the training rows of a recipe.
+    Training rows, a file of validation rows, a template's file, the text of ``held_out``, adapters
+    below its own, and those of its teachers.
 
     Raises:
-        SlimError: If a source is not there.
+        SlimError: If one of them is not there.
     """
+    data = recipe.data
+    sources = list(data.sources)
+    if isinstance(data.validation, str):
+        held_back = {"path": data.validation, "format": data.format, "split": "validation"}
+        sources.append(SourceConfig.model_validate(held_back))
     with TemporaryDirectory() as folder:
         find = finder(Path(folder))
-        return [source_print(find(config), config) for config in recipe.data.sources]
+        found: dict[str, Any] = {"rows": [source_print(find(c), c) for c in sources]}
+    if Path(data.template).is_file():
+        found["template"] = hash_file(Path(data.template))
+    if recipe.held_out is not None:
+        found["held_out"] = read_held_out(recipe.held_out).sha256
+    teachers = recipe.distill.teachers if recipe.distill else []
+    adapters = [*recipe.adapter.on, *(t.adapter for t in teachers if t.adapter is not None)]
+    if adapters:
+        folders = [one.folder for name in adapters for one in parse_adapters(name)]
+        found["adapters"] = [adapter_hash(folder) for folder in folders]
+    return found
 
 
-def train_key(recipe: Recipe, weights: list[str], rows: list[dict[str, Any]]) -> str:
+def train_key(recipe: Recipe, weights: list[str], named: dict[str, Any]) -> str:
     """Return the identity of a training run.
 
     Args:
         recipe: Where its models and its cache lie makes no difference.
-        weights: Hashes of the weights that it starts from, and of its teachers'.
-        rows: ``rows_print``.
+        weights: Hashes of the models that it starts from, and of its teachers.
+        named: ``contents``.
     """
     values = recipe.model_dump(mode="json", exclude={"model", "revision", "memory", "report_to"})
     for name in ("log_every", "save_every", "keep"):
@@ -66,12 +88,17 @@ def train_key(recipe: Recipe, weights: list[str], rows: list[dict[str, Any]]) ->
         for teacher in values["distill"]["teachers"]:
             if Path(teacher["model"] or "").is_dir():
                 del teacher["model"]
-    return hash_json({"recipe": values, "weights": weights, "rows": rows, "code": code_version()})
+    return hash_json({"recipe": values, "weights": weights, "named": named, "code": code_version()})
 
 
-def prune_key(weights: str, options: dict[str, Any]) -> str:
-    """Return the identity of a pruning of weights with that hash."""
-    return hash_json({"prune": options, "weights": weights, "code": code_version()})
+def prune_key(weights: str, options: PruneOptions) -> str:
+    """Return the identity of a pruning of a model with that hash; its calibration text counts."""
+    text = None
+    config = SourceConfig(path=options.calibration or DEFAULT_SOURCE)
+    with contextlib.suppress(SlimError):  # a method that looks at no text does without
+        text = source_print(find_source(config), config)
+    named = {"prune": asdict(options), "text": text}
+    return hash_json({**named, "weights": weights, "code": code_version()})
 
 
 def score_key(model: str, asked: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,13 @@ from mlx_slim import artifacts
 from mlx_slim.artifacts import SCHEMA_VERSION, read_json, write_json
 from mlx_slim.compare import identity
 from mlx_slim.compare.matrix import Cell, Layout, cell_recipe, prune_options
-from mlx_slim.compare.store import MANIFEST
+from mlx_slim.compare.store import MANIFEST, MATRIX_FILE
 from mlx_slim.config.load import Resolved
 from mlx_slim.errors import SlimError
 from mlx_slim.events import Notice, Observer
 from mlx_slim.models.convert import convert
 from mlx_slim.models.hub import SMOLLM2_PACKAGE, bundled_smollm2, resolve
-from mlx_slim.models.load import load, read_config
+from mlx_slim.models.load import load, model_files, model_hash, read_config
 from mlx_slim.models.save import save_model
 from mlx_slim.quantize.apply import quantize_model
 from mlx_slim.workflows.distill import distill
@@ -48,6 +49,11 @@ class Job:
     layout: Layout
     out: Path
     observer: Observer
+
+    @cached_property
+    def asked(self) -> dict[str, dict[str, Any]]:
+        """What each evaluation asks, by content, as it was when the folder was prepared."""
+        return read_json(self.out / MATRIX_FILE)["asked"]
 
     def say(self, text: str) -> None:
         """Notify of one line."""
@@ -107,16 +113,25 @@ class Job:
         return folder
 
     def weights(self, folder: Path) -> str:
-        """Return the hash of a model's weights, computed once for files as they are."""
-        files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
-        seen = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files if p.is_file()]
+        """Return ``model_hash``, computed once for files as they are (``models/hashes.json``)."""
+        files = {
+            path.name: [path.stat().st_size, path.stat().st_mtime_ns]
+            for path in model_files(folder)
+        }
         cache = self.out / "models" / "hashes.json"
         known = read_json(cache) if cache.exists() else {}
-        name = artifacts.hash_json([str(folder.resolve()), seen])
-        if name not in known:
-            known[name] = identity.weights_hash(folder)
+        name = self._called(folder)
+        if known.get(name, {}).get("files") != files:
+            known[name] = {"sha256": model_hash(folder), "files": files}
             write_json(cache, known)
-        return known[name]
+        return known[name]["sha256"]
+
+    def _called(self, folder: Path) -> str:
+        """Return a model folder's name in ``hashes.json``: no path of this machine."""
+        whole, out = folder.resolve(), self.out.resolve()
+        if whole.is_relative_to(out):
+            return whole.relative_to(out).as_posix()
+        return f"{whole.name} {artifacts.hash_bytes(str(whole).encode())[:12]}"
 
     def base(self, cell: Cell) -> Path:
         """Return what a cell starts from: the rounded model for QLoRA, else the dense one."""
@@ -210,13 +225,13 @@ class Job:
     def train_key(self, cell: Cell, resolved: Resolved) -> str:
         """Return the identity of a training of ``cell`` as ``resolved`` says."""
         recipe = resolved.recipe
-        rows = identity.rows_print(recipe)
         teachers = [
             self.weights(Path(teacher.model))
             for teacher in (recipe.distill.teachers if recipe.distill else [])
             if teacher.model is not None and Path(teacher.model).is_dir()
         ]
-        return identity.train_key(recipe, [self.weights(self.base(cell)), *teachers], rows)
+        named = identity.contents(recipe)
+        return identity.train_key(recipe, [self.weights(self.base(cell)), *teachers], named)
 
     def match(self, folder: Path, keys: dict[str, str], file: str, stale: list[Path]) -> None:
         """Remove what was made under other keys, and note the ones that hold now."""

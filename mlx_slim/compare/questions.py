@@ -1,24 +1,29 @@
 """What a matrix asks, stored once for all cells, so that a report needs no data set.
 
 Invariant: a question is shown as a reader would want it: without solved examples and without chat
-markup; the order is that of the per-question files. Used by ``compare/runner.py``.
+markup; the order is that of the per-question files. With its right answer, its lengths and the
+task's definition (``tasks.json``) every score can be counted again. Used by ``compare/runner.py``.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_slim.artifacts import write_text
-from mlx_slim.compare.matrix import HeldOutEntry, Matrix
+from mlx_slim.artifacts import hash_bytes, hash_json, read_json, write_json, write_text
+from mlx_slim.compare.matrix import HeldOutEntry, Matrix, TaskEntry
+from mlx_slim.config.task import TaskSpec
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluate.perplexity import read_texts
 from mlx_slim.evaluate.prompts import Chat, Question, build_questions
-from mlx_slim.evaluate.rows import load_rows
+from mlx_slim.evaluate.rows import TaskRows, load_rows, shots_checksum
+from mlx_slim.evaluate.run import asked_of
 from mlx_slim.evaluate.spec import Task, find_task
 
 HELD_OUT = "held_out"
+TASKS_FILE = "tasks.json"
 
 
 def task_name(task: str) -> str:
@@ -26,44 +31,84 @@ def task_name(task: str) -> str:
     return find_task(task).name
 
 
-def plain_questions(task: Task, limit: int | None) -> list[Question]:
+def plain_questions(task: Task, limit: int | None, rows: TaskRows | None = None) -> list[Question]:
     """Return the questions of a task for a reader.
+
+    Args:
+        task: The task.
+        limit: First rows only, or None.
+        rows: Its rows, where they are read already.
 
     Raises:
         SlimError: If its rows are not to be had.
     """
     chat = Chat(lambda system, user: f"{system}\n\n{user}".strip()) if task.spec.chat else None
-    return build_questions(task, load_rows(task), 0, limit, chat=chat)
+    return build_questions(task, rows or load_rows(task), 0, limit, chat=chat)
 
 
-def write_questions(matrix: Matrix, folder: Path) -> dict[str, Any] | None:
-    """Write ``questions/<task>.jsonl`` for each task, and the held-out text; describe the text.
+@dataclass(frozen=True)
+class _Stored:
+    """Lines of one file, and what identifies them for the keys of the cells."""
+
+    lines: list[dict[str, Any]]
+    asked: dict[str, Any]
+
+
+def write_questions(matrix: Matrix, folder: Path) -> dict[str, Any]:
+    """Write ``<task>.jsonl`` for each task, the held-out text, and ``tasks.json``.
+
+    Returns:
+        For ``matrix.json``: ``asked`` (what identifies each task's questions and the text, by
+        content), ``questions_sha256`` (of each file) and ``held_out`` (the text in words, or None).
 
     Raises:
         SlimError: If rows are not to be had, or ``held_out`` names no text.
     """
-    files: dict[str, list[dict[str, Any]]] = {}  # all of them, before anything is written
+    files: dict[str, _Stored] = {}  # all of them, before anything is written
+    tasks: dict[str, Any] = {}
     for entry in matrix.tasks:
         task = find_task(entry.task)
-        files[task.name] = [
-            {
-                "doc_id": question.doc_id,
-                "prompt": question.context,
-                "choices": list(question.choices),
-                "lengths": list(question.lengths),
-            }
-            for question in plain_questions(task, entry.limit)
-        ]
-    held, described = matrix.held_out, None
-    if held is not None:
-        files[HELD_OUT], described = _held_out(held)
-    for name, rows in files.items():
-        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-        write_text(folder / f"{name}.jsonl", "".join(line + "\n" for line in lines))
-    return described
+        tasks[task.name] = {
+            "part": task.part,
+            "definition": task.spec.model_dump(mode="json", exclude_defaults=True),
+        }
+        files[task.name] = _of_task(task, entry)
+    described = None
+    if matrix.held_out is not None:
+        files[HELD_OUT], described = _held_out(matrix.held_out)
+    hashes = {}
+    for name, stored in files.items():
+        lines = [json.dumps(row, ensure_ascii=False) for row in stored.lines]
+        text = "".join(line + "\n" for line in lines)
+        write_text(folder / f"{name}.jsonl", text)
+        hashes[name] = hash_bytes(text.encode())
+    write_json(folder / TASKS_FILE, tasks)
+    return {
+        "asked": {name: stored.asked for name, stored in files.items()},
+        "questions_sha256": hashes,
+        "held_out": described,
+    }
 
 
-def _held_out(held: HeldOutEntry) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _of_task(task: Task, entry: TaskEntry) -> _Stored:
+    rows = load_rows(task)
+    shots = task.num_fewshot if entry.num_fewshot is None else entry.num_fewshot
+    lines = [
+        {
+            "doc_id": question.doc_id,
+            "subject": question.subject,
+            "prompt": question.context,
+            "choices": list(question.choices),
+            "lengths": list(question.lengths),
+            "target": question.target,
+        }
+        for question in plain_questions(task, entry.limit, rows)
+    ]
+    shots_sha256 = shots_checksum(task, rows, shots)
+    return _Stored(lines, asked_of(task, shots, entry.limit, rows.checksum, shots_sha256))
+
+
+def _held_out(held: HeldOutEntry) -> tuple[_Stored, dict[str, Any]]:
     """Return the held-out texts, and what they are in words."""
     if held.path is not None:
         texts, name = read_texts(Path(held.path)).documents[: held.rows], Path(held.path).name
@@ -73,6 +118,45 @@ def _held_out(held: HeldOutEntry) -> tuple[list[dict[str, Any]], dict[str, Any]]
         name = f"the prompts of {task.name}"
     else:
         raise SlimError("held_out names no text", "give held_out.path or held_out.task")
+    texts = [text for text in texts if text.strip()]  # as the scorer reads them
     size = sum(len(text.encode()) for text in texts)
-    rows = [{"text": text} for text in texts]
-    return rows, {"name": f"{name}, {len(texts)} texts", "bytes": size}
+    stored = _Stored([{"text": text} for text in texts], {"text_sha256": hash_json(texts)})
+    return stored, {"name": f"{name}, {len(texts)} texts", "bytes": size}
+
+
+def stored_task(folder: Path, name: str, definition_sha256: str) -> Task:
+    """Return a task as it was asked, from ``tasks.json`` in ``folder``.
+
+    Raises:
+        SlimError: If the definition is not stored, or is not the one with that hash.
+    """
+    known = read_json(folder / TASKS_FILE).get(name)
+    if known is None or hash_json(known["definition"]) != definition_sha256:
+        raise SlimError(f"{folder / TASKS_FILE} is not the definition of {name} that was scored")
+    return Task(TaskSpec.model_validate(known["definition"]), folder / TASKS_FILE, known["part"])
+
+
+def stored_questions(folder: Path, name: str) -> list[Question]:
+    """Return the questions of ``<name>.jsonl`` in ``folder``, in row order.
+
+    Raises:
+        SlimError: If the file is missing, damaged, or lacks the right answers.
+    """
+    path = folder / f"{name}.jsonl"
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        return [
+            Question(
+                row["doc_id"],
+                row["subject"],
+                row["prompt"],
+                tuple(row["choices"]),
+                tuple(row["lengths"]),
+                row["target"],
+            )
+            for row in rows
+        ]
+    except FileNotFoundError as error:
+        raise SlimError(f"{path} does not exist") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise SlimError(f"{path} is damaged, or of another version: {error!r}") from error

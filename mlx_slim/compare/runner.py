@@ -61,8 +61,8 @@ def prepare(layout: Layout, out: Path, resume: bool) -> list[Cell]:
     lines = {line.cell: line for line in plan(layout)}
     _claim(out, layout, resume)
     cells = [cell for cell in layout.cells if not lines[cell.name].why_not]
-    held_out = write_questions(layout.matrix, out / "questions")
-    write_json(out / MATRIX_FILE, {**_record(layout, cells, lines), "held_out": held_out})
+    asked = write_questions(layout.matrix, out / "questions")
+    write_json(out / MATRIX_FILE, {**_record(layout, cells, lines), **asked})
     return cells
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateSyntaxError, Undefined, nodes
+from jinja2 import StrictUndefined, TemplateSyntaxError, Undefined, meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 Row = Mapping[str, Any]
@@ -86,3 +86,15 @@ def compile_value(source: str) -> Callable[[Row], Any]:
         return result
 
     return value
+
+
+def names_in(source: str) -> set[str]:
+    """Return the names of the row's fields that a template reads.
+
+    Raises:
+        ValueError: If ``source`` is no Jinja template.
+    """
+    try:
+        return meta.find_undeclared_variables(_environment().parse(source))
+    except TemplateSyntaxError as error:
+        raise ValueError(f"no Jinja template: {error.message}") from error

@@ -3,8 +3,8 @@
 Invariant: rows come from one place, in one order: the task's own file, the data mirror
 (``<mirror>/<task>/<split>.jsonl``), the hub at the pinned revision. A mirror that has the task's
 folder is never completed from the hub. Every row is checked against the task's ``fields`` before
-the first question is asked. The checksum covers the fields that the task names, so that a mirror
-and the hub agree. Few-shot rows are read when they are first needed. Try it:
+the first question is asked. The checksum covers the fields that the task names or its templates
+read, so that a mirror and the hub agree. Few-shot rows are read when they are first needed. Try it:
 ``mlx-slim tasks gsm8k --data-dir DIR``.
 """
 
@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mlx_slim.config.expressions import compile_value
+from mlx_slim.config.expressions import compile_value, names_in
 from mlx_slim.config.schema import SourceConfig
 from mlx_slim.config.task import MOST_SHOTS
 from mlx_slim.data import sources
@@ -319,8 +319,17 @@ class _Check:
 
 
 def _checksum(task: Task, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the sha256 of the rows' named fields (all of them where the task names none)."""
-    names = sorted({path.split(".")[0] for path in task.spec.fields})
+    """Return the sha256 of the rows' fields that the task names or its templates read.
+
+    Of a task that names no fields, all of them count.
+    """
+    spec = task.spec
+    names = sorted({path.split(".")[0] for path in spec.fields})
+    if names:
+        choices = [spec.choices] if isinstance(spec.choices, str) else spec.choices or []
+        read = [names_in(text) for text in (spec.description, spec.prompt, spec.target, *choices)]
+        groups = {spec.subgroups.field} if spec.subgroups else set()
+        names = sorted(groups.union(names, *read))
     digest = hashlib.sha256()
     for row in rows:
         kept = {name: row.get(name) for name in names} if names else row

@@ -232,15 +232,10 @@ class TaskJob:
 
     def describe(self) -> dict[str, Any]:
         """Return what a resume must match."""
-        return {
-            "task_version": self.task.version,
-            "num_fewshot": self.num_fewshot,
-            "limit": self.limit,
-            "rows_sha256": self.checksum,
-            "shots_sha256": self.shots_checksum,
-            "definition_sha256": hash_json(self.task.spec.model_dump(exclude_defaults=True)),
-            "chat_template": self.chat,
-        }
+        asked = asked_of(
+            self.task, self.num_fewshot, self.limit, self.checksum, self.shots_checksum
+        )
+        return {**asked, "chat_template": self.chat}
 
     def summarize(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return the task's metrics over all records."""
@@ -250,6 +245,28 @@ class TaskJob:
         """Return the first metric of the records and its mean so far."""
         name = first_metric([name for name in self.task.metrics if name in records[0]])
         return name, sum(record[name] for record in records) / len(records)
+
+
+def asked_of(
+    task: Task, num_fewshot: int, limit: int | None, rows_sha256: str, shots_sha256: str | None
+) -> dict[str, Any]:
+    """Return what identifies the questions of a task, whatever model reads them.
+
+    Args:
+        task: With its definition.
+        num_fewshot: Solved examples before each question.
+        limit: First rows only (of each subject), or None.
+        rows_sha256: Checksum of the scored rows.
+        shots_sha256: Of the rows that examples are taken from; None without examples.
+    """
+    return {
+        "task_version": task.version,
+        "num_fewshot": num_fewshot,
+        "limit": limit,
+        "rows_sha256": rows_sha256,
+        "shots_sha256": shots_sha256,
+        "definition_sha256": hash_json(task.spec.model_dump(exclude_defaults=True)),
+    }
 
 
 def check_finite(values: Sequence[float], where: str) -> None:

@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from mlx_slim.artifacts import read_json
+from mlx_slim.artifacts import hash_files, read_json
 from mlx_slim.errors import SlimError
 from mlx_slim.models.activations import use_fast_swiglu
 from mlx_slim.models.build import apply_widths
@@ -29,7 +29,33 @@ from mlx_slim.models.tensors import INDEX, WEIGHTS, Tensor, few, folder_tensors
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-__all__ = ["Loaded", "cast", "load", "load_tokenizer", "read_config", "resolve"]
+__all__ = [
+    "Loaded",
+    "cast",
+    "load",
+    "load_tokenizer",
+    "model_files",
+    "model_hash",
+    "read_config",
+    "resolve",
+]
+
+# What a model's answers depend on; not the records of how and when it was made.
+_FILES = (
+    WEIGHTS,
+    INDEX,
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.*",
+    "merges.txt",
+    "*.jinja",
+    "*.model",
+    "*.py",
+)
 
 # What mlx-lm and the model classes raise on a config or weights that do not fit.
 _MISFIT = (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
@@ -129,6 +155,20 @@ def read_config(source: str | Path, revision: str | None = None) -> dict[str, An
     elif (folder / INDEX).exists():
         names = set(read_json(folder / INDEX).get("weight_map", {}))
     return normalize_config(raw, names).config
+
+
+def model_files(folder: Path) -> list[Path]:
+    """Return the files of a model folder that its answers depend on, sorted."""
+    found = {path for pattern in _FILES for path in folder.glob(pattern) if path.is_file()}
+    return sorted(found)
+
+
+def model_hash(folder: Path) -> str:
+    """Return the SHA-256 of a model's weights, configuration and tokenizer: their names and bytes.
+
+    Records beside them (``prune.json``, ``fuse.json``, …) hold times; they do not count.
+    """
+    return hash_files(model_files(folder))
 
 
 def cast(model: nn.Module, dtype: mx.Dtype) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from mlx_slim import artifacts, runtime
 from mlx_slim.adapters.stack import Adapters, parse_adapters
-from mlx_slim.adapters.store import check_adapter
+from mlx_slim.adapters.store import adapter_hash, check_adapter
 from mlx_slim.data.templates import load_template
 from mlx_slim.errors import ResourceError, SlimError, did_you_mean
 from mlx_slim.evaluate.perplexity import NAME as TEXT
@@ -30,7 +30,7 @@ from mlx_slim.evaluate.rows import TaskRows, load_rows, shots_checksum
 from mlx_slim.evaluate.run import Job, TaskJob
 from mlx_slim.evaluate.spec import Selection, expand
 from mlx_slim.evaluate.training_rows import question_keys
-from mlx_slim.models.load import load_tokenizer, read_config, resolve
+from mlx_slim.models.load import load_tokenizer, model_hash, read_config, resolve
 from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.workflows.scoring import Target
 from mlx_slim.workflows.task_rows import trained_keys
@@ -38,8 +38,6 @@ from mlx_slim.workflows.task_rows import trained_keys
 CODE = 1  # raised when the same settings give other numbers: an older folder is not gone on with
 _SAMPLE_BYTES = 500  # of a question on disk, about
 _MIN_DISK = 200_000  # the other files
-_ADAPTER_FILES = ("adapters.safetensors", "adapter_config.json")
-_MODEL_FILES = ("model*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
 
 
 @dataclass(frozen=True)
@@ -245,13 +243,13 @@ def _target(
     if texts is not None:
         jobs.append(TextJob(texts, Encoder(tokenizer, longest)))
     stack = parse_adapters(options.adapter)
-    hashes = [_hash(one.folder, _ADAPTER_FILES) for one in stack]
+    hashes = [adapter_hash(one.folder) for one in stack]
     state = {
         "schema_version": artifacts.SCHEMA_VERSION,
         "code": CODE,
         "model": source,
         "revision": folder.name if folder.parent.name == "snapshots" else options.revision,
-        "weights_sha256": _hash(folder, _MODEL_FILES),
+        "weights_sha256": model_hash(folder),
         "adapter": " + ".join(map(str, stack)) or None,
         "adapter_sha256": "+".join(hashes) or None,
         "dtype": runtime.dtype_name(dtype),
@@ -293,10 +291,6 @@ def _trained_on(
             runs = sorted({Path(known[key]).name for key in keys})
             found[task.name] = {"questions": len(keys), "runs": runs}
     return found
-
-
-def _hash(folder: Path, patterns: Sequence[str]) -> str:
-    return artifacts.hash_files({path for pattern in patterns for path in folder.glob(pattern)})
 
 
 def _check_disk(out: Path, jobs: list[Job]) -> None:
