@@ -1,8 +1,9 @@
 """What a matrix will cost, cell by cell, before anything runs.
 
 Invariant: nothing is downloaded but a configuration and nothing is written; a cell that is
-predicted not to fit is omitted with both figures. Training is predicted by ``analyze/memory.py``;
-scoring is a count of tokens times the forward share of a training step.
+predicted not to fit is omitted with both figures, whether it is trained or only scored. Training is
+predicted by ``analyze/memory.py``; what is not trained needs its weights, as many bits each as it
+has; scoring is a count of tokens times the forward share of a training step.
 Try it: ``mlx-slim compare matrix-14 --dry-run``.
 """
 
@@ -15,15 +16,16 @@ from typing import Any
 from mlx_slim.analyze.known_models import KNOWN, model_config
 from mlx_slim.analyze.memory import Prediction, predict
 from mlx_slim.analyze.rows import CHARACTERS_PER_TOKEN
+from mlx_slim.analyze.shapes import shapes
 from mlx_slim.analyze.work import Speed, Work, measure_speed
-from mlx_slim.compare.matrix import Cell, Layout, Matrix, prune_options
+from mlx_slim.compare.matrix import Cell, Kind, Layout, Matrix, prune_options
 from mlx_slim.compare.questions import plain_questions
 from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluate.rows import count_rows
 from mlx_slim.evaluate.spec import find_task
 from mlx_slim.models.hub import SMOLLM2_PACKAGE
-from mlx_slim.runtime import memory_budget, resolve_dtype
+from mlx_slim.runtime import human_bytes, memory_budget, resolve_dtype
 from mlx_slim.workflows.mutual import predicted
 from mlx_slim.workflows.prune_plan import planned_config
 
@@ -42,7 +44,8 @@ class Line:
     Attributes:
         cell: Its name.
         kind: Of its method.
-        peak_bytes: Predicted peak of training; of the weights alone where nothing is trained.
+        peak_bytes: Predicted peak of training; where nothing is trained, the weights that are
+            loaded (of a pruned cell those of the model that it is cut from).
         train_seconds: Training, its share of the sweep included.
         score_seconds: Scoring all tasks.
         why_not: Why it is omitted; empty if it runs.
@@ -91,36 +94,38 @@ def predicted_run(
 def plan(layout: Layout) -> list[Line]:
     """Return a line for every cell of the matrix, those that cannot run among them."""
     budget = memory_budget(layout.matrix.budget)
-    shapes: dict[str, dict[str, Any]] = {}  # of the cells that leave other shapes
-    lines = [_line(layout.matrix, cell, budget, shapes) for cell in layout.cells]
-    fits = {line.cell: not line.why_not for line in lines}
-    return [
-        line
-        if cell.parent is None or fits.get(cell.parent, False)
-        else Line(line.cell, line.kind, None, None, None, f"{cell.parent} is omitted")
-        for cell, line in zip(layout.cells, lines, strict=True)
-    ]
+    configs: dict[str, dict[str, Any]] = {}  # of the cells that leave other shapes
+    lines: dict[str, Line] = {}
+    for cell in layout.cells:  # a parent stands before its children
+        line = _line(layout.matrix, cell, budget, configs)
+        if cell.parent is not None and lines[cell.parent].why_not:
+            line = Line(cell.name, cell.kind, None, None, None, f"{cell.parent} is omitted")
+        lines[cell.name] = line
+    return list(lines.values())
 
 
-def _line(matrix: Matrix, cell: Cell, budget: int, shapes: dict[str, dict[str, Any]]) -> Line:
-    """Return the plan of a cell, and note its model's configuration in ``shapes``."""
+def _line(matrix: Matrix, cell: Cell, budget: int, configs: dict[str, dict[str, Any]]) -> Line:
+    """Return the plan of a cell, and note its model's configuration in ``configs``."""
     recipe = cell.recipe.recipe
-    config = shapes.get(cell.parent or "")
+    config = source = configs.get(cell.parent or "")
     try:
         if cell.kind == "pruned":
             options = prune_options(matrix, cell.method)
             config = planned_config(_config(recipe) if config is None else config, options)
         if config is not None:
-            shapes[cell.name] = config
-        found = predicted_run(recipe, budget, config)
+            configs[cell.name] = config
         tokens = sum(_tokens(entry.task, entry.limit) for entry in matrix.tasks)
+        if cell.kind != "tuned":
+            peak = _loaded(recipe, cell.kind, source)
+            if peak is None:
+                return Line(cell.name, cell.kind, None, None, None)
+            scoring = _scoring(recipe, tokens, config)
+            return Line(cell.name, cell.kind, peak, None, scoring, _over(peak, budget))
+        found = predicted_run(recipe, budget, config)
     except SlimError as error:
         return Line(cell.name, cell.kind, None, None, None, error.message)
     if found is None:  # whether there is such a model turns out when it runs
         return Line(cell.name, cell.kind, None, None, None)
-    if cell.kind != "tuned":
-        weights = found.breakdown["weights"]
-        return Line(cell.name, cell.kind, weights, None, _scoring(recipe, tokens, config))
     train = found.predicted_seconds
     if train is not None and len(cell.rates) > 1 and cell.seed == matrix.seeds[0]:
         steps = found.tokens or 0
@@ -131,15 +136,38 @@ def _line(matrix: Matrix, cell: Cell, budget: int, shapes: dict[str, dict[str, A
             short = predicted_run(one, budget, config)
             steps = (short.tokens if short else None) or steps
         train += train * len(cell.rates) * steps / max(1, found.tokens or 1)
-    why = ""
-    if not found.fits:
-        why = f"needs {_gb(found.predicted_peak_bytes)}, the budget is {_gb(budget)}"
     peak = found.predicted_peak_bytes
-    return Line(cell.name, cell.kind, peak, train, _scoring(recipe, tokens, config), why)
+    scoring = _scoring(recipe, tokens, config)
+    return Line(cell.name, cell.kind, peak, train, scoring, _over(peak, budget))
 
 
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"
+def _loaded(recipe: Recipe, kind: Kind, config: dict[str, Any] | None) -> int | None:
+    """Return the bytes of the weights that a cell which trains nothing loads; None if not known.
+
+    Args:
+        recipe: What it is quantized with, and the dtype.
+        kind: Of the cell.
+        config: Of the model that it is made from; None looks for the recipe's.
+
+    Raises:
+        SlimError: If the model cannot be built.
+    """
+    try:
+        config = _config(recipe) if config is None else config
+    except SlimError:
+        return None
+    rounds = recipe.quantize.model_copy(update={"aware": False})
+    method = "qlora" if kind == "quantized" else "lora"
+    plain = recipe.model_copy(update={"method": method, "quantize": rounds})
+    return shapes(config, plain, resolve_dtype(recipe.train.dtype)).base_bytes
+
+
+def _over(peak: int, budget: int) -> str:
+    return f"needs {_size(peak)}, the budget is {_size(budget)}" if peak > budget else ""
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else human_bytes(size)
 
 
 def _scoring(recipe: Recipe, tokens: int, config: dict[str, Any] | None) -> float:

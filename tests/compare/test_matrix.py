@@ -5,15 +5,22 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 import yaml
 from click.testing import CliRunner
+from mlx.utils import tree_flatten
 
 from mlx_slim.cli.main import command
 from mlx_slim.compare.matrix import load_matrix
-from mlx_slim.compare.predict import plan
+from mlx_slim.compare.predict import Line, plan
 from mlx_slim.config import library
+from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import SlimError
+from mlx_slim.models.load import load
+from mlx_slim.models.tensors import folder_tensors
+from mlx_slim.quantize.apply import quantize_model
+from mlx_slim.runtime import human_bytes
 
 SMALL = {
     "title": "small",
@@ -246,3 +253,39 @@ def test_rows_that_are_not_there_are_no_matter_to_cells_that_train_on_none(tmp_p
     file = write(tmp_path / "m.yaml", recipe=rows, models=models, methods=methods)
     (line,) = plan(load_matrix(str(file)))
     assert not line.why_not and line.peak_bytes
+
+
+def test_what_is_only_scored_must_fit_too_at_the_bits_that_it_has(tmp_path, tiny):
+    methods = {
+        "base": {"kind": "base"},
+        "base-4bit": {"kind": "quantized"},
+        "small": {"kind": "pruned", "prune": {"ratio": 0.5}},
+        "small-full": {"of": "small", "recipe": {"method": "full"}},
+        "full-4bit": {"kind": "quantized", "of": "small-full"},
+    }
+    models = {"toy": {"source": str(tiny("llama"))}}
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    data = {"path": str(tmp_path / "rows.jsonl")}
+    recipe = {"data": data, "quantize": {"group_size": 32}, "train": {"dtype": "float32"}}
+    file = str(write(tmp_path / "m.yaml", recipe=recipe, models=models, methods=methods))
+
+    def planned(budget: int) -> dict[str, Line]:
+        return {line.cell: line for line in plan(load_matrix(file, [f"budget={budget}"]))}
+
+    lines = planned(10**9)
+    assert not any(line.why_not for line in lines.values())
+    dense = sum(t.nbytes for t in folder_tensors(tiny("llama")).values())
+    rounded = load(tiny("llama"), dtype=mx.float32)
+    quantize_model(rounded.model, rounded.config, QuantizeConfig(group_size=32))
+    packed = sum(value.nbytes for _, value in tree_flatten(rounded.model.parameters()))
+    assert lines["toy-base"].peak_bytes == pytest.approx(dense, rel=0.02)
+    assert lines["toy-base-4bit"].peak_bytes == pytest.approx(packed, rel=0.02)
+    assert lines["toy-small"].peak_bytes == lines["toy-base"].peak_bytes  # it is cut from it
+
+    lines = planned(dense // 2)
+    assert lines["toy-base"].why_not.startswith(f"needs {human_bytes(dense)[:3]}")
+    assert not lines["toy-base-4bit"].why_not
+    assert lines["toy-small"].why_not.startswith("needs")
+    assert lines["toy-small-full-s0"].why_not == "toy-small is omitted"
+    assert lines["toy-full-4bit-s0"].why_not == "toy-small-full-s0 is omitted"
+    assert planned(packed // 2)["toy-base-4bit"].why_not.startswith("needs")
