@@ -35,6 +35,9 @@ RECOMPUTED = 1.4  # of a block's activations, when it is computed again
 LOGITS = 3.0  # float32 copies of one chunk of logits
 # More of them under teachers: mixed with cross-entropy, at a temperature, a further teacher.
 LOGITS_MIXED, LOGITS_HEATED, LOGITS_TEACHER = 1.0, 1.0, 2.0
+LOGITS_CAPPED = 3.0  # more under a soft cap: before it, its slope and the product
+# Of a model that does not split, all positions at once: in the dtype of computation and in float32.
+LOGITS_FULL, LOGITS_FULL32 = 2.0, 2.0
 LOGITS_MUTUAL = 6.0  # the other student's, and both distributions
 COLUMN = 12  # bytes of a token that a teacher kept: its id twice, its log-probability
 TOGETHER = 0.5  # how much of such a short peak another thread has at the same moment
@@ -90,14 +93,14 @@ def _kept(block: Block, recipe: Recipe, length: int, gpu: bool) -> float:
     return numbers
 
 
-def _logit_copies(recipe: Recipe) -> float:
+def _logit_copies(recipe: Recipe, capped: bool) -> float:
     """Float32 copies of one chunk of logits."""
-    distill = recipe.distill
+    distill, copies = recipe.distill, LOGITS + (LOGITS_CAPPED if capped else 0)
     if distill is None or distill.method in ("sequence", "rationales"):
-        return LOGITS
+        return copies
     if distill.method == "mutual":
-        return LOGITS + LOGITS_MUTUAL
-    copies = LOGITS + LOGITS_TEACHER * (len(distill.teachers) - 1)
+        return copies + LOGITS_MUTUAL
+    copies += LOGITS_TEACHER * (len(distill.teachers) - 1)
     if 0 < distill.weight < 1:
         copies += LOGITS_MIXED
     return copies if distill.temperature == 1 else copies + LOGITS_HEATED
@@ -167,7 +170,10 @@ def breakdown(
         part,
     )
     meeting = min(1.0, LOSSES_TOGETHER + LOSSES_BY_SHARE * _share_of_loss(found, recipe))
-    logits_one = _logit_copies(recipe) * 4 * chunk * found.vocabulary
+    if found.splits:
+        logits_one = _logit_copies(recipe, found.capped) * 4 * chunk * found.vocabulary
+    else:
+        logits_one = (LOGITS_FULL * size + LOGITS_FULL32 * 4) * part * found.vocabulary
     logits = logits_one * (1 + meeting * (lanes - 1))
     kept_bytes += _column_bytes(recipe, found.vocabulary) * alive
     table = 4 * found.vocabulary * found.width

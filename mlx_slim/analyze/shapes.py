@@ -18,7 +18,7 @@ from mlx_slim.adapters.inject import Site, choose, sites
 from mlx_slim.adapters.lora import dimensions
 from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError
-from mlx_slim.models.anatomy import GATED_MLP
+from mlx_slim.models.anatomy import GATED_MLP, has_candidates, is_capped
 from mlx_slim.models.build import WIDTHS, build
 from mlx_slim.models.quantized import is_quantized
 from mlx_slim.quantize.policy import make_policy
@@ -77,6 +77,8 @@ class Shapes:
         vocabulary: V.
         width: d.
         head_trains: Whether the head's own weight is trained.
+        capped: Whether the logits have a soft cap.
+        splits: Whether the model may split into body and head; else it has all logits at once.
         largest: Numbers of the largest trainable parameter.
     """
 
@@ -93,6 +95,8 @@ class Shapes:
     vocabulary: int
     width: int
     head_trains: bool
+    capped: bool
+    splits: bool
     largest: int
 
     @property
@@ -239,6 +243,8 @@ def shapes(config: dict[str, Any], recipe: Recipe, dtype: mx.Dtype) -> Shapes:
         vocabulary=vocabulary,
         width=width,
         head_trains=recipe.method == "full",
+        capped=is_capped(model),
+        splits=has_candidates(model),
         largest=max((value.size for _, value in leaves(bag)), default=0),
     )
 

@@ -1,15 +1,15 @@
 """Where a model keeps its blocks, its body and its head: the only file that knows attribute names.
 
 Invariant: a split into body and head is used only after ``head(body(x))`` was compared with
-``model(x)`` on real tokens, so a soft cap or a scale that lives between them can never be lost;
-models that do not split are trained through their full logits. Legend: B rows, T positions,
-D width, V vocabulary.
+``model(x)`` on real tokens. A scale of the logits or of the width belongs to the body (the head is
+linear), a soft cap to the head, so neither is lost and neither forces full logits; models that
+still do not split are trained through these. Legend: B rows, T positions, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import mlx.core as mx
@@ -19,10 +19,22 @@ from mlx_slim.errors import SlimError
 from mlx_slim.runtime import number
 
 _Map = Callable[[mx.array], mx.array]
+_Body = Callable[..., mx.array]
 _HEADS = ("lm_head", "output", "head", "embed_out")
 _EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "word_embeddings", "embedding")
 _WRAPPERS = ("language_model", "text_model")
 _BODIES = ("model", "transformer", "backbone", "gpt_neox")
+# Settings -> by what the logits of the classes that have them are scaled.
+_SCALES: dict[tuple[str, ...], Callable[..., float]] = {
+    ("logit_scale",): lambda scale: scale,
+    ("output_multiplier",): lambda scale: scale,
+    ("logits_scaling",): lambda divisor: 1 / divisor,
+    ("mup_width_multiplier",): lambda divisor: 1 / divisor,
+    ("dim_model_base", "hidden_size"): lambda base, width: base / width,
+    ("lm_head_multiplier", "embedding_multiplier"): lambda head, embedding: head / embedding,
+}
+_CAP = "final_logit_softcapping"
+_FIXED_CAP = 15.0  # nanochat: a constant of its code
 GATED_MLP = ("gate_proj", "up_proj", "down_proj")
 CPU_ATTENTION = 0.26  # measured: bench/LOG.md
 LINEAR_TYPES = (nn.Linear, nn.QuantizedLinear)
@@ -42,10 +54,12 @@ class Head:
     Attributes:
         module: A linear layer, or the embedding that a tied model uses as one.
         tied: Whether ``module`` is the embedding.
+        cap: Soft cap c of the logits, c · tanh(z / c); None is none.
     """
 
     module: nn.Module
     tied: bool
+    cap: float | None = None
 
     @property
     def vocabulary(self) -> int:
@@ -56,9 +70,18 @@ class Head:
         return layer["weight"].shape[0]
 
     def __call__(self, hidden: mx.array) -> mx.array:
-        """Return logits (..., V) of hidden states (..., D)."""
+        """Return logits (..., V) of hidden states (..., D), float32 where they are capped."""
         apply = cast(_Map, self.module.as_linear if self.tied else self.module)
-        return apply(hidden)
+        linear = apply(hidden)
+        return linear if self.cap is None else self.finish(linear.astype(mx.float32))
+
+    def finish(self, linear: mx.array) -> mx.array:
+        """Return the logits of what the linear map gave: c · tanh(z / c) where they are capped."""
+        return linear if self.cap is None else mx.tanh(linear / self.cap) * self.cap
+
+    def slope(self, logits: mx.array) -> mx.array | None:
+        """Return ∂logit/∂z of ``finish`` at each finished logit: 1 − (logit / c)²; None is ones."""
+        return None if self.cap is None else 1 - mx.square(logits / self.cap)
 
 
 @dataclass(frozen=True)
@@ -66,11 +89,11 @@ class Split:
     """A model as body and head.
 
     Attributes:
-        body: tokens_BT, cache -> hidden_BTD, after the last norm.
+        body: tokens_BT, cache -> hidden_BTD, after the last norm and the scale of the logits.
         head: hidden -> logits.
     """
 
-    body: Callable[..., mx.array]
+    body: _Body
     head: Head
 
 
@@ -106,17 +129,57 @@ def linear_names(block: nn.Module) -> list[str]:
 
 
 def _candidates(model: nn.Module) -> list[Split]:
-    """Return the ways ``model`` might split; a probe decides which one is right."""
-    found: list[Split] = []
+    """Return the ways ``model`` might split, without scale or cap; a probe decides."""
+    pairs: list[Split] = []
     outer = next((model[name] for name in _WRAPPERS if name in model), model)
     for name in _BODIES:
         if name not in outer:
             continue
         body = outer[name]
         for owner in (outer, body):
-            found += [Split(body, Head(owner[key], tied=False)) for key in _HEADS if key in owner]
-        found += [Split(body, Head(body[key], tied=True)) for key in _EMBEDDINGS if key in body]
-    return found
+            pairs += [Split(body, Head(owner[key], tied=False)) for key in _HEADS if key in owner]
+        pairs += [Split(body, Head(body[key], tied=True)) for key in _EMBEDDINGS if key in body]
+    return pairs
+
+
+def has_candidates(model: nn.Module) -> bool:
+    """Return whether ``model`` has a body and a head by name, so that it may split."""
+    return bool(_candidates(model))
+
+
+def is_capped(model: nn.Module) -> bool:
+    """Return whether the configuration of ``model`` names a soft cap of its logits."""
+    return bool(_values(_settings(model), _CAP))
+
+
+def _settings(model: nn.Module) -> list[Any]:
+    """Return the objects that may hold the numbers of a model's head."""
+    outer = next((model[name] for name in _WRAPPERS if name in model), model)
+    owners = [model, outer, *(outer[name] for name in _BODIES if name in outer)]
+    configs = [getattr(owner, name, None) for owner in owners for name in ("args", "config")]
+    return [*owners, *(config for config in configs if config is not None)]
+
+
+def _values(settings: list[Any], *names: str) -> list[tuple[float, ...]]:
+    """Return the numbers under ``names`` of each object that has them all, none of them zero."""
+    rows = (tuple(getattr(one, name, None) for name in names) for one in settings)
+    return [row for row in rows if all(isinstance(v, (int, float)) and v for v in row)]  # type: ignore[misc]
+
+
+def _finishes(model: nn.Module) -> list[tuple[float, float | None]]:
+    """Return (scale, cap) by which the logits of ``model`` may differ from its head's product."""
+    settings = _settings(model)
+    scales = [1.0]
+    for names, scale in _SCALES.items():
+        scales += [scale(*row) for row in _values(settings, *names)]
+    caps = [None, _FIXED_CAP, *(row[0] for row in _values(settings, _CAP))]
+    return [(scale, cap) for scale in dict.fromkeys(scales) for cap in dict.fromkeys(caps)]
+
+
+def _scaled(body: _Body, scale: float) -> _Body:
+    if scale == 1:
+        return body
+    return lambda *arguments: body(*arguments) * scale
 
 
 def split(model: nn.Module, vocabulary: int = 8) -> Split | None:
@@ -128,16 +191,23 @@ def split(model: nn.Module, vocabulary: int = 8) -> Split | None:
     """
     tokens_BT = mx.arange(8)[None] % max(2, vocabulary)
     expected = model(tokens_BT).astype(mx.float32)
-    scale = number(mx.abs(expected).max())
+    largest = number(mx.abs(expected).max())
+    best: tuple[float, Split | None] = (1e-3 * largest + 1e-6, None)
     for candidate in _candidates(model):
         try:
-            logits = candidate.head(candidate.body(tokens_BT, None)).astype(mx.float32)
-            same = logits.shape == expected.shape
+            linear = candidate.head(candidate.body(tokens_BT, None))
+            same = linear.shape == expected.shape
         except (TypeError, ValueError, AttributeError):
             continue  # a body that wants other arguments, a head of another width
-        if same and number(mx.abs(logits - expected).max()) <= 1e-3 * scale + 1e-6:
-            return candidate
-    return None
+        for scale, cap in _finishes(model) if same else ():
+            head = replace(candidate.head, cap=cap)
+            logits = head.finish(linear * scale).astype(mx.float32)
+            gap = number(mx.abs(logits - expected).max())
+            if gap < best[0]:  # the closest: small logits hardly show a cap
+                best = gap, Split(_scaled(candidate.body, scale), head)
+                if gap == 0:
+                    return best[1]
+    return best[1]
 
 
 def attention_balance(model: nn.Module, gpu: bool) -> float:

@@ -10,7 +10,7 @@ Legend: N supervised positions, C positions of one chunk, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 import mlx.core as mx
@@ -101,6 +101,16 @@ class Slope:
 
     def _pushed(self, rows_CD: mx.array) -> mx.array:
         return rows_CD if self.push_C is None else rows_CD * self.push_C[:, None]
+
+    def through(self, slope_CV: mx.array | None) -> Slope:
+        """Return the gradient by what an elementwise map with this slope made logits of."""
+        if slope_CV is None:
+            return self
+        push_C = self.push_C
+        if self.targets_C is not None:
+            at_target_C = mx.take_along_axis(slope_CV, self.targets_C[:, None], axis=-1)[:, 0]
+            push_C = at_target_C if push_C is None else push_C * at_target_C
+        return replace(self, share_CV=self.share_CV * slope_CV, push_C=push_C)
 
     def by_head(self, hidden_CD: mx.array, gradients: list[mx.array]) -> list[mx.array]:
         """Return ``gradients`` with this chunk's part added, float32.
@@ -221,8 +231,9 @@ def _fused(
     return cast(list[mx.array], forward(hidden_ND, parameters))[0]
 
 
-def _by_slope(rule: Rule, weight: HeadWeight, bias_V: mx.array | None) -> _Part:
+def _by_slope(rule: Rule, head: Head, weight: HeadWeight) -> _Part:
     """Return the part of a head that is a plain matrix: trained if there are parameters."""
+    bias_V = head.module.get("bias")
 
     def part(
         hidden_CD: mx.array,
@@ -235,7 +246,9 @@ def _by_slope(rule: Rule, weight: HeadWeight, bias_V: mx.array | None) -> _Part:
         logits_CV = matrix.logits(hidden_CD).astype(mx.float32)
         if bias is not None:
             logits_CV = logits_CV + bias.astype(mx.float32)
+        logits_CV = head.finish(logits_CV)
         value, slope = rule.slope(logits_CV, *columns)
+        slope = slope.through(head.slope(logits_CV))
         by_hidden = slope.by_hidden(matrix)
         return value, by_hidden, slope.by_head(hidden_CD, gradients) if parameters else []
 
@@ -312,7 +325,7 @@ def linear_loss(
     if weight is None or paths not in ([], ["weight"], ["weight", "bias"]):
         part = _by_autodiff(rule, head, paths)
     else:
-        part = _by_slope(rule, weight, module.get("bias"))
+        part = _by_slope(rule, head, weight)
     return _fused(hidden_ND, parameters, columns, chunk, part)
 
 

@@ -52,10 +52,12 @@ def _head(kind: str, vocabulary: int = V) -> Head:
             nn.Embedding(vocabulary, D), group_size=32, bits=4
         )
         return Head(embedding, tied=True)
+    if kind == "capped":
+        return Head(nn.Embedding(vocabulary, D), tied=True, cap=2.0)
     head = nn.Linear(D, vocabulary, bias=kind != "untied")
-    if kind == "frozen":
+    if kind.startswith("frozen"):
         head.freeze()
-    return Head(head, tied=False)
+    return Head(head, tied=False, cap=0.5 if kind == "frozen-capped" else None)
 
 
 def _value_and_gradients(head: Head, hidden: mx.array, loss):
@@ -70,6 +72,7 @@ def _value_and_gradients(head: Head, hidden: mx.array, loss):
 
 
 KINDS = ["untied", "biased", "frozen", "tied", "quantized", "quantized-tied", "adapted"]
+KINDS += ["capped", "frozen-capped"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
