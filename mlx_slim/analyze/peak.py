@@ -33,11 +33,12 @@ KEPT_CHECKPOINTED = 1.4  # of the width: a checkpointed block keeps its input
 PASSING = {"width": 1.3, "queries": 5.4, "keys": 3.1, "inner": 3.2, "scores": 1.8}
 RECOMPUTED = 1.4  # of a block's activations, when it is computed again
 LOGITS = 3.0  # float32 copies of one chunk of logits
+LOGITS_AHEAD = 3.0  # more on a CPU with one thread, where MLX allocates ahead of the computation
 # More of them under teachers: mixed with cross-entropy, at a temperature, a further teacher.
 LOGITS_MIXED, LOGITS_HEATED, LOGITS_TEACHER = 1.0, 1.0, 2.0
 LOGITS_CAPPED = 3.0  # more under a soft cap: before it, its slope and the product
 # Of a model that does not split, all positions at once: in the dtype of computation and in float32.
-LOGITS_FULL, LOGITS_FULL32 = 2.0, 2.0
+LOGITS_FULL, LOGITS_FULL32 = 2.0, 3.5
 LOGITS_MUTUAL = 6.0  # the other student's, and both distributions
 COLUMN = 12  # bytes of a token that a teacher kept: its id twice, its log-probability
 TOGETHER = 0.5  # how much of such a short peak another thread has at the same moment
@@ -171,7 +172,10 @@ def breakdown(
     )
     meeting = min(1.0, LOSSES_TOGETHER + LOSSES_BY_SHARE * _share_of_loss(found, recipe))
     if found.splits:
-        logits_one = _logit_copies(recipe, found.capped) * 4 * chunk * found.vocabulary
+        copies = _logit_copies(recipe, found.capped) + (
+            LOGITS_AHEAD if lanes == 1 and not gpu else 0
+        )
+        logits_one = copies * 4 * chunk * found.vocabulary
     else:
         logits_one = (LOGITS_FULL * size + LOGITS_FULL32 * 4) * part * found.vocabulary
     logits = logits_one * (1 + meeting * (lanes - 1))

@@ -40,7 +40,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "granite": _GRANITE,
     "granite-untied": {**_GRANITE, "tie_word_embeddings": False},
     "cohere": {"logit_scale": 0.0625, "layer_norm_eps": 1e-5},
-    "cohere2": {"logit_scale": 0.25, "num_hidden_layers": 4, "layer_norm_eps": 1e-5, "layer_norm_bias": False},
+    "cohere2": {
+        "logit_scale": 0.25,
+        "num_hidden_layers": 4,
+        "layer_norm_eps": 1e-5,
+        "layer_norm_bias": False,
+    },
     "minicpm": {**_MINICPM, "tie_word_embeddings": False},
     "nanochat": {},
     "llama": {},
