@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_slim.artifacts import write_text
+from mlx_slim.artifacts import read_records, write_text
 from mlx_slim.bench.rounds import run_side
 from mlx_slim.bench.train import METHODS
 from mlx_slim.models.build import build
@@ -104,8 +104,7 @@ def bench_plan(model: str, out: Path | None, progress: Callable[[str], None]) ->
     """
     done: dict[str, dict[str, Any]] = {}
     if out is not None and out.exists():
-        lines = out.read_text(encoding="utf-8").splitlines()
-        done = {record["case"]: record for record in map(json.loads, lines)}
+        done = {record["case"]: record for record in read_records(out)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         random = random_model(folder / "random", model)

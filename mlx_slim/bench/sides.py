@@ -97,11 +97,13 @@ def mlx_lm(work: dict[str, Any]) -> dict[str, Any]:
     from mlx_lm.tuner.trainer import TrainingArgs, train
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
+    from mlx_slim.artifacts import read_records
+
     model, tokenizer = _stock(work)
     model.freeze()
     settings = {"rank": RANK, "scale": SCALE, "dropout": 0.0}
     linear_to_lora_layers(model, -1, settings, use_dora=work["method"] == "dora")
-    rows = [json.loads(line) for line in Path(work["rows"]).read_text().splitlines()]
+    rows = list(read_records(Path(work["rows"])))
     lengths: list[int] = []
 
     class Recording(CacheDataset):

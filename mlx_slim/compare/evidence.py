@@ -7,15 +7,14 @@ metric agree (a part of the rows is said to be one). Try it: ``mlx-slim report D
 
 from __future__ import annotations
 
-import json
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlx_slim.artifacts import read_json
-from mlx_slim.compare.store import Stored, StoredCell, samples_of
+from mlx_slim.artifacts import read_json, read_records
+from mlx_slim.compare.store import Stored, StoredCell
 
 FLIPS = 2  # of each direction, cell and task
 TEXT = 1_200  # characters of a prompt or answer that are shown
@@ -104,13 +103,11 @@ def curves(cell: StoredCell) -> dict[str, Any] | None:
         return None
     train: list[list[float]] = []
     validation: list[list[float]] = []
-    with file.open(encoding="utf-8") as handle:
-        for line in handle:
-            record = json.loads(line)
-            if record["event"] == "step":
-                train.append([record["step"], record["loss"]])
-            elif record["event"] == "validation":
-                validation.append([record["step"], record["loss"]])
+    for record in read_records(file):
+        if record["event"] == "step":
+            train.append([record["step"], record["loss"]])
+        elif record["event"] == "validation":
+            validation.append([record["step"], record["loss"]])
     every = max(1, len(train) // CURVE_POINTS)
     return {"cell": cell.name, "train": train[::every], "validation": validation}
 
@@ -159,7 +156,7 @@ class _Questions:
         """Return the questions at the positions ``wanted``."""
         if not wanted or not self.path.is_file():
             return {}
-        rows = enumerate(islice(samples_of(self.path), max(wanted) + 1))
+        rows = enumerate(islice(read_records(self.path), max(wanted) + 1))
         return {i: row for i, row in rows if i in wanted}
 
 
@@ -198,7 +195,7 @@ def _flips(
 def _records(path: Path, wanted: set[int]) -> dict[int, dict[str, Any]]:
     if not wanted:
         return {}
-    rows = enumerate(islice(samples_of(path), max(wanted) + 1))
+    rows = enumerate(islice(read_records(path), max(wanted) + 1))
     return {i: row for i, row in rows if i in wanted}
 
 

@@ -11,22 +11,19 @@ Folder: ``matrix.json``, ``questions/<task>.jsonl`` (what was asked), ``cells/<n
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlx_slim.artifacts import SCHEMA_VERSION, read_json
+from mlx_slim.artifacts import SCHEMA_VERSION, read_json, read_records
 from mlx_slim.errors import SlimError
 
 MANIFEST = "cell.json"
 MATRIX_FILE = "matrix.json"
-BLOCK = 1_024  # lines of a per-question file that are parsed at once
 FIRST_METRICS = ("acc_norm", "acc", "strict_match", "exact_match")
 
 
@@ -177,41 +174,6 @@ def task_section(out: Path, task: str) -> dict[str, Any]:
         raise SlimError(f"{out}/results.json has no task {task}") from error
 
 
-def samples_of(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a per-question file.
-
-    Raises:
-        SlimError: If it is missing, or a line is no JSON object.
-    """
-    number = 0
-    try:
-        with path.open(encoding="utf-8") as handle:
-            while block := list(islice(handle, BLOCK)):
-                # Many lines at once: three times as fast as one after the other.
-                records = json.loads(f"[{','.join(block)}]")
-                if len(records) != len(block) or not all(type(r) is dict for r in records):
-                    raise ValueError("a line is no JSON object")
-                yield from records
-                number += len(block)
-    except FileNotFoundError as error:
-        raise SlimError(f"{path} is missing") from error
-    except ValueError as error:
-        raise SlimError(_damage(path, number, error)) from error
-
-
-def _damage(path: Path, number: int, error: ValueError) -> str:
-    """Return which line after ``number`` whole ones is no JSON object."""
-    with path.open(encoding="utf-8", errors="replace") as handle:
-        for at, line in enumerate(handle, 1):
-            if at > number:
-                try:
-                    if type(json.loads(line)) is not dict:
-                        return f"{path}, line {at} is no JSON object"
-                except ValueError as problem:
-                    return f"{path}, line {at} is damaged: {problem}"
-    return f"{path} is damaged: {error}"
-
-
 def load_answers(out: Path, task: str) -> Answers:
     """Read the answers of one evaluation.
 
@@ -226,7 +188,7 @@ def load_answers(out: Path, task: str) -> Answers:
     subjects: dict[str, int] = {}
     where: list[int] = []
     generated: list[dict[str, Any]] = []
-    records = samples_of(path)
+    records = read_records(path)
     first = next(records, {})
     right = {name: bytearray() for name in names if name in first}
     for record in chain([first] if first else [], records):

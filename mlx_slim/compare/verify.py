@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_slim.artifacts import hash_file, read_json
+from mlx_slim.artifacts import hash_file, read_json, read_records
 from mlx_slim.compare import store
 from mlx_slim.compare.report import build
 from mlx_slim.errors import SlimError
@@ -81,7 +81,7 @@ def _of_evaluation(cell: str, task: str, answers: store.Answers) -> list[str]:
                 f"{cell} {task} {metric}: {k}/{answers.n} counted, {said['value']!r} published"
             )
     if "macro" in section:  # pooled figures depend on the parts
-        again = summarize(find_task(task), list(store.samples_of(answers.samples)))
+        again = summarize(find_task(task), list(read_records(answers.samples)))
         published = {key: section.get(key) for key in again}
         _compare(f"{cell} {task}", published, json.loads(json.dumps(again)), problems)
     return problems

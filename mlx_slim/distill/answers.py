@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_slim.artifacts import disk_errors, fsync, hash_bytes
+from mlx_slim.artifacts import disk_errors, fsync, hash_bytes, json_lines
 from mlx_slim.distill.writers import Message, Teacher
 from mlx_slim.errors import SlimError
 
@@ -100,8 +100,7 @@ class AnswerFile:
         self.path = path
         self._lines: dict[tuple[str, str, str, str], dict[str, Any]] = {}
         self._repair()
-        data = path.read_bytes() if path.exists() else b""
-        for number, raw in enumerate(data.splitlines(), 1):
+        for number, raw in json_lines(path) if path.exists() else ():
             if raw.strip():
                 self._take(_parsed(path, number, raw))
 

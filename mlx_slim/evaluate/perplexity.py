@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_slim.artifacts import hash_json
+from mlx_slim.artifacts import hash_json, json_lines
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluate.requests import Encoder, Request
 from mlx_slim.evaluate.run import Computed, Engine, check_finite
@@ -66,8 +66,8 @@ def read_texts(path: Path) -> Texts:
         raise SlimError(f"{path} cannot be read: {error.strerror}", "give a text file") from error
     documents = [content]
     if path.suffix in (".jsonl", ".ndjson"):
-        lines = [line for line in content.split("\n") if line.strip()]
-        documents = [_text(line, number, path) for number, line in enumerate(lines, 1)]
+        lines = [line for line in json_lines(content.encode()) if line[1].strip()]
+        documents = [_text(line, number, path) for number, line in lines]
     documents = [document for document in documents if document.strip()]
     if not documents:
         raise SlimError(f"{path} holds no text", "give a file with some text to predict")
@@ -75,14 +75,16 @@ def read_texts(path: Path) -> Texts:
     return Texts(path.name, documents, size, hash_json(documents))
 
 
-def _text(line: str, number: int, path: Path) -> str:
+def _text(line: bytes, number: int, path: Path) -> str:
     try:
         row = json.loads(line)
-    except ValueError as error:
-        raise SlimError(f"{path}, row {number} is no JSON: {error}", "one object a line") from error
+    except json.JSONDecodeError as error:
+        raise SlimError(
+            f"{path}, line {number} is no JSON: {error.msg}", "one object a line"
+        ) from error
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         seen = f"has {', '.join(row)}" if isinstance(row, dict) else "is no object"
-        raise SlimError(f"{path}, row {number} {seen}, expected a string 'text'", "rename it")
+        raise SlimError(f"{path}, line {number} {seen}, expected a string 'text'", "rename it")
     return row["text"]
 
 

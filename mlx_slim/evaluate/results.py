@@ -27,7 +27,9 @@ from mlx_slim.artifacts import (
     first_missing,
     fsync,
     hash_bytes,
+    json_lines,
     read_json,
+    read_records,
     write_json,
 )
 from mlx_slim.data.fingerprint import fingerprint_difference
@@ -88,12 +90,9 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
         SlimError: If the file is missing, or a line is no JSON object.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return [dict(json.loads(line)) for line in lines]
-    except FileNotFoundError as error:
-        raise SlimError(f"{path} does not exist", "score the model again") from error
-    except (OSError, ValueError, TypeError) as error:
-        raise SlimError(f"{path} is damaged: {error}", "score the model again") from error
+        return list(read_records(path))
+    except SlimError as error:
+        raise SlimError(error.message, "score the model again") from error
 
 
 def claim(out: Path, resume: bool) -> bool:
@@ -187,7 +186,7 @@ class Folder:
         progress = self.path / PROGRESS_FILE
         kept: dict[str, list[Entry]] = {}
         length = 0
-        for line in progress.read_bytes().splitlines(keepends=True):
+        for _, line in json_lines(progress.read_bytes()):
             entry = _entry(line)
             if entry is None:
                 break

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from mlx_slim.artifacts import disk_errors, fsync, write_text
+from mlx_slim.artifacts import disk_errors, fsync, json_lines, write_text
 from mlx_slim.events import Event, Saved
 
 
@@ -28,7 +28,7 @@ class MetricsFile:
         if not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for _, line in json_lines(self.path):
             try:
                 record = json.loads(line)
             except ValueError:
@@ -36,7 +36,7 @@ class MetricsFile:
             if record.get("step", step) > step:
                 break
             if record.get("event") not in ("started", "done"):
-                kept.append(line)
+                kept.append(line.decode().rstrip("\n"))
         write_text(self.path, "".join(line + "\n" for line in kept))
 
     def notify(self, event: Event) -> None:

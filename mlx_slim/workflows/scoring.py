@@ -203,7 +203,7 @@ class _Watch:
         for part in parts:
             head, data = part.split(b"\n", 1)
             entry = self._folder.append(job.name, data, **json.loads(head), seconds=seconds)
-            self._records += [json.loads(line) for line in data.splitlines()]
+            self._records += [json.loads(line) for _, line in artifacts.json_lines(data)]
             computed += entry.tokens_computed
         metric, value = job.running(self._records)
         self._observer.notify(

@@ -59,10 +59,10 @@ def test_rows_are_documents_of_their_own(tiny, tmp_path):
         ("empty.txt", b"", "holds no text"),
         ("blank.txt", b" \n\n", "holds no text"),
         ("latin.txt", "größer".encode("latin-1"), "not UTF-8: byte 2 is 0xf6"),
-        ("rows.jsonl", b'{"text": "a"}\n{"body": "b"}\n', "row 2 has body"),
-        ("rows.jsonl", b'{"text": 3}\n', "row 1 has text"),
-        ("rows.jsonl", b"[1]\n", "row 1 is no object"),
-        ("rows.jsonl", b'{"text": \n', "row 1 is no JSON"),
+        ("rows.jsonl", b'{"text": "a"}\n{"body": "b"}\n', "line 2 has body"),
+        ("rows.jsonl", b'{"text": 3}\n', "line 1 has text"),
+        ("rows.jsonl", b"[1]\n", "line 1 is no object"),
+        ("rows.jsonl", b'{"text": \n', "line 1 is no JSON"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_one_line(tmp_path, name, content, text):

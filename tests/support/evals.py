@@ -10,6 +10,7 @@ import yaml
 
 from mlx_slim.evaluate.prompts import build_questions
 from mlx_slim.evaluate.requests import Encoder
+from mlx_slim.evaluate.results import read_samples
 from mlx_slim.evaluate.rows import load_rows
 from mlx_slim.evaluate.spec import find_task
 from tests.support.plain_scorer import plain_score
@@ -130,7 +131,7 @@ def files(out: Path) -> dict[str, bytes]:
 
 
 def samples_of(out: Path, task: str) -> list[dict]:
-    return [json.loads(line) for line in (out / f"samples_{task}.jsonl").read_text().splitlines()]
+    return read_samples(out / f"samples_{task}.jsonl")
 
 
 def differences(out: Path, loaded, tasks) -> list[str]:
