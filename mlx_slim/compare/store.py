@@ -21,10 +21,10 @@ import numpy as np
 
 from mlx_slim.artifacts import SCHEMA_VERSION, read_json, read_records
 from mlx_slim.errors import SlimError
+from mlx_slim.evaluate.metrics import counted
 
 MANIFEST = "cell.json"
 MATRIX_FILE = "matrix.json"
-FIRST_METRICS = ("acc_norm", "acc", "strict_match", "exact_match")
 
 
 @dataclass
@@ -94,11 +94,6 @@ class Stored:
     cells: list[StoredCell]
     failed: list[tuple[str, str]]
     sweeps: list[dict[str, Any]]
-
-
-def first_metric(metrics: Any) -> str:
-    """Return the metric that stands for a task."""
-    return next((name for name in FIRST_METRICS if name in metrics), next(iter(metrics)))
 
 
 def load(folder: Path) -> Stored:
@@ -190,7 +185,7 @@ def load_answers(out: Path, task: str) -> Answers:
     generated: list[dict[str, Any]] = []
     records = read_records(path)
     first = next(records, {})
-    right = {name: bytearray() for name in names if name in first}
+    right = {name: bytearray() for name in (counted(names, first) if first else ())}
     for record in chain([first] if first else [], records):
         doc_ids.append(record["doc_id"])
         for name, column in right.items():

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from mlx_slim.compare.store import Stored, StoredCell, first_metric
+from mlx_slim.compare.store import Stored, StoredCell
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluate import stats
 from mlx_slim.evaluate.comparison import ASKED
+from mlx_slim.evaluate.metrics import first_metric
 
 RESAMPLED = 60  # pairs of cells up to which a bootstrap is drawn within parts too
 
@@ -33,7 +34,7 @@ def tasks_of(stored: Stored) -> list[dict[str, Any]]:
                 name,
                 {
                     "task": name,
-                    "metric": first_metric(section["metrics"]),
+                    "metric": first_metric(answers.right_N),
                     **{key: section.get(key) for key in ASKED},
                 },
             )

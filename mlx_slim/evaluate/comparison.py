@@ -18,9 +18,9 @@ from mlx_slim.artifacts import SCHEMA_VERSION, hash_file
 from mlx_slim.data.fingerprint import fingerprint_difference
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluate import stats
+from mlx_slim.evaluate.metrics import counted, first_metric
 from mlx_slim.evaluate.perplexity import NAME as TEXT
 from mlx_slim.evaluate.results import load_results, read_samples, samples_name
-from mlx_slim.evaluate.run import first_metric
 
 # What two results must share to be compared.
 ASKED = (
@@ -176,7 +176,7 @@ def _rows(
         scale = -len(samples[0]) / math.log(2) / section["bytes"]
         values = {"bits_per_byte": [[s["loglikelihood"] * scale for s in x] for x in samples]}
     else:
-        metrics = [name for name in section["metrics"] if name in samples[0][0]]
+        metrics = counted(section["metrics"], samples[0][0])
         values = {name: [[s[name] for s in side] for side in samples] for name in metrics}
     rows = []
     for metric, (a_N, b_N) in values.items():

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mlx_slim.errors import SlimError
@@ -23,6 +23,7 @@ from mlx_slim.evaluate.extract import extract, normalize, same_json
 from mlx_slim.evaluate.prompts import Question
 from mlx_slim.evaluate.spec import Task
 
+_FIRST = ("acc_norm", "acc", "strict_match", "exact_match")
 Record = dict[str, Any]
 Figure = dict[str, Any]
 
@@ -99,6 +100,20 @@ def _first_best(values: Sequence[float]) -> int:
     return max(range(len(values)), key=lambda index: (values[index], -index))
 
 
+def first_metric(metrics: Iterable[str]) -> str:
+    """Return the metric that stands for a task: of the usual ones the first, else its own first."""
+    names = list(metrics)
+    return next((name for name in _FIRST if name in names), names[0])
+
+
+def counted(metrics: Iterable[str], record: Mapping[str, Any]) -> list[str]:
+    """Return the metrics that have a value for each question, in order.
+
+    Where a task keeps none (``macro_f1`` alone), ``acc`` stands for it: every choice has it.
+    """
+    return [name for name in metrics if name in record] or ["acc"]
+
+
 # ------------------------------------------------------------------------------------- summaries
 
 
@@ -160,11 +175,12 @@ def summarize(task: Task, records: Sequence[Mapping[str, Any]]) -> dict[str, Any
 def _plain(task: Task, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "n": len(records),
-        "metrics": {name: _figure(name, records) for name in task.metrics},
+        "metrics": {name: figure(name, records) for name in task.metrics},
     }
 
 
-def _figure(metric: str, records: Sequence[Mapping[str, Any]]) -> Figure:
+def figure(metric: str, records: Sequence[Mapping[str, Any]]) -> Figure:
+    """Return ``value``, ``stderr`` and ``k`` of a metric over records of one task."""
     if metric == "macro_f1":
         return _macro_f1([(record["target"], record["prediction"]) for record in records])
     k, n = sum(record[metric] for record in records), len(records)
@@ -181,7 +197,7 @@ def _group(
     for metric in task.metrics:
         figures = [summary["metrics"][metric] for summary in parts.values()]
         errors = [figure["stderr"] for figure in figures]
-        micro[metric] = _figure(metric, records)
+        micro[metric] = figure(metric, records)
         if micro[metric]["k"] is not None:
             micro[metric]["stderr"] = pooled_stderr(errors, sizes)
         known = [error for error in errors if error is not None]

@@ -20,7 +20,13 @@ from mlx_slim.artifacts import hash_json
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluate.generate import Tally, generate_batch
 from mlx_slim.evaluate.loglikelihood import Scorer
-from mlx_slim.evaluate.metrics import record_choice, record_generation, summarize
+from mlx_slim.evaluate.metrics import (
+    figure,
+    first_metric,
+    record_choice,
+    record_generation,
+    summarize,
+)
 from mlx_slim.evaluate.prompts import Question
 from mlx_slim.evaluate.requests import Encoder, Request, common_prefix, shared_length
 from mlx_slim.evaluate.spec import Task
@@ -31,7 +37,6 @@ if TYPE_CHECKING:
 # Questions of a chunk: large enough for full batches, small enough to lose little in a kill.
 CHOICE_CHUNK = 128
 GENERATION_CHUNK = 64
-_FIRST = ("acc_norm", "acc", "strict_match")
 
 
 @dataclass
@@ -243,8 +248,8 @@ class TaskJob:
 
     def running(self, records: Sequence[dict[str, Any]]) -> tuple[str, float]:
         """Return the first metric of the records and its mean so far."""
-        name = first_metric([name for name in self.task.metrics if name in records[0]])
-        return name, sum(record[name] for record in records) / len(records)
+        name = first_metric(self.task.metrics)
+        return name, figure(name, records)["value"]
 
 
 def asked_of(
@@ -280,8 +285,3 @@ def check_finite(values: Sequence[float], where: str) -> None:
             f"{where}: log-likelihoods {list(values)}",
             "the model overflows in this dtype: try --dtype float32",
         )
-
-
-def first_metric(names: Sequence[str]) -> str:
-    """Return the metric that stands for a task: ``acc_norm``, ``acc``, strict match, the first."""
-    return next((name for name in _FIRST if name in names), names[0])
