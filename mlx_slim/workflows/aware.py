@@ -15,6 +15,8 @@ import mlx.core as mx
 from mlx_slim.adapters.merge import merge
 from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError
+from mlx_slim.models import anatomy
+from mlx_slim.models.logits import logit_tolerance
 from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.quantize.apply import quantize_model
 from mlx_slim.runtime import number
@@ -40,17 +42,20 @@ def save_quantized(target: Path, recipe: Recipe, tuned: Tuned) -> None:
     model = tuned.model.eval()
     tokens_1T = mx.arange(_PROBE)[None] % max(2, tuned.config.get("vocab_size", _PROBE))
     with computing(tuned.companions):
-        expected = model(tokens_1T).astype(mx.float32)
-        mx.eval(expected)
+        trained = model(tokens_1T)
+        mx.eval(trained)
     merge(model)
     report = quantize_model(model, tuned.config, recipe.quantize)
     stored = stored_dtype(folder_tensors(tuned.loaded.path))
     shutil.rmtree(target, ignore_errors=True)
     save_checked(target, tuned.loaded, report.config, stored)
-    gap = number(mx.abs(model(tokens_1T).astype(mx.float32) - expected).max())
+    saved = model(tokens_1T)
+    expected = trained.astype(mx.float32)
+    gap = number(mx.abs(saved.astype(mx.float32) - expected).max())
     scale = number(mx.abs(expected).max())
-    # In 16 bits norms, biases and layers without codes are rounded once more.
-    if not gap <= (1e-3 if stored == mx.float32 else 5e-2) * scale:
+    # Stored in 16 bits, norms, biases and layers without codes are rounded once more.
+    depth, dtypes = len(anatomy.blocks(model)), (trained.dtype, saved.dtype, stored)
+    if not gap <= logit_tolerance(depth, *dtypes) * scale:
         raise SlimError(
             f"{target}: quantized logits differ by {gap:.3g} from those of training (largest logit "
             f"{scale:.3g})",

@@ -25,6 +25,7 @@ from mlx_slim.config.schema import Recipe
 from mlx_slim.data.prepare import Prepared
 from mlx_slim.errors import Interrupted, ResourceError, SlimError
 from mlx_slim.models import anatomy
+from mlx_slim.models.logits import logit_tolerance
 from mlx_slim.runtime import (
     dtype_name,
     human_bytes,
@@ -244,14 +245,16 @@ def _verify(recipe: Recipe, course: Course, tuned: Tuned, result: Result) -> Non
     """
     tokens_BT = mx.arange(16)[None] % max(2, tuned.config.get("vocab_size", 16))
     tuned.model.eval()
-    expected = tuned.model(tokens_BT).astype(mx.float32)
+    trained = tuned.model(tokens_BT)
+    expected = trained.astype(mx.float32)
     mx.eval(expected)
     tuned.loaded = None  # type: ignore[assignment]  # free it before the second copy comes
     again = course.load_again(recipe, tuned, result.out)
     again.eval()
-    worst = number(mx.abs(again(tokens_BT).astype(mx.float32) - expected).max())
+    loaded = again(tokens_BT)
+    worst = number(mx.abs(loaded.astype(mx.float32) - expected).max())
     scale = number(mx.abs(expected).max())
-    tolerance = 1e-3 if resolve_dtype(recipe.train.dtype) == mx.float32 else 3e-2
+    tolerance = logit_tolerance(len(anatomy.blocks(again)), trained.dtype, loaded.dtype)
     if not worst <= tolerance * scale:
         raise SlimError(
             f"{result.out / result.artifact}: reloaded logits differ by {worst:.3g} "

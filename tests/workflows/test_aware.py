@@ -10,6 +10,8 @@ import pytest
 from mlx_lm import load as stock_load
 
 from mlx_slim import events
+from mlx_slim.adapters.lora import LoRALinear
+from mlx_slim.adapters.merge import merge
 from mlx_slim.analyze.memory import predict
 from mlx_slim.config.load import from_values
 from mlx_slim.config.schema import QuantizeConfig
@@ -58,6 +60,62 @@ def test_16_bit_sources_are_stored_as_they_came(tmp_path):
     assert weights["model.layers.0.mlp.up_proj.scales"].dtype == mx.bfloat16
     again = validate(aware(out / "model", data, "full").recipe)
     assert again.loss == pytest.approx(result.done.best_validation, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype", "stored"),
+    [
+        ("full", "bfloat16", mx.float32),
+        ("lora", "bfloat16", mx.float32),
+        ("dora", "bfloat16", mx.float32),
+        ("lora", "bfloat16", mx.float16),
+        ("full", "bfloat16", mx.bfloat16),
+        ("dora", "float16", mx.float32),
+        ("lora", "float16", mx.bfloat16),
+        ("full", "float32", mx.float16),
+    ],
+)
+def test_what_is_saved_is_what_was_trained_in_any_dtype(tmp_path, method, dtype, stored):
+    data, out = write_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
+    base = tiny_model(tmp_path / "base", dtype=stored)
+    finetune(aware(base, data, method, dtype=dtype, steps=4), out, observer=Recorder())
+    assert (out / "run.json").exists()
+    weights = mx.load(str(out / "model" / "model.safetensors"))
+    assert weights["model.norm.weight"].dtype == stored
+
+
+def _other_bits(model, config, quantize, *rest):
+    return quantize_model(model, config, quantize.model_copy(update={"bits": 4}), *rest)
+
+
+def _one_layer_off(model, config, quantize, *rest):
+    report = quantize_model(model, config, quantize, *rest)
+    layer = model.layers[1].mlp.down_proj
+    layer.scales, layer.biases = 0.8 * layer.scales, 0.8 * layer.biases
+    return report
+
+
+@pytest.mark.parametrize("wrong", ["adapters lost", _other_bits, _one_layer_off])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_saved_model_that_is_another_one_is_caught(tmp_path, monkeypatch, dtype, wrong):
+    if callable(wrong):
+        monkeypatch.setattr("mlx_slim.workflows.aware.quantize_model", wrong)
+    else:
+        monkeypatch.setattr(
+            "mlx_slim.workflows.aware.merge",
+            lambda model: (
+                monkeypatch.setattr(LoRALinear, "merged_weight", lambda layer: layer.linear.weight),
+                merge(model),
+            ),
+        )
+    data, out = write_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
+    with pytest.raises(SlimError, match="quantized logits differ"):
+        finetune(
+            aware(tiny_model(tmp_path / "base"), data, "lora", dtype=dtype),
+            out,
+            observer=Recorder(),
+        )
+    assert not (out / "run.json").exists()
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
