@@ -16,7 +16,7 @@ from typing import Any
 from mlx_slim.bench.rounds import record, run_side
 from mlx_slim.config.schema import DataConfig
 from mlx_slim.data.ledger import SourceLedger
-from mlx_slim.data.prepare import Pipeline
+from mlx_slim.data.pipeline import Pipeline
 from mlx_slim.data.sources import find
 from mlx_slim.errors import SlimError
 from mlx_slim.models.load import load_tokenizer

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from mlx_slim.config.schema import DataConfig
-    from mlx_slim.data.prepare import PreparedRow
+    from mlx_slim.data.pipeline import PreparedRow
 
 
 @click.group()
@@ -40,7 +40,7 @@ def preview(recipe: str, overrides: tuple[str, ...], rows: int) -> None:
 
     from mlx_slim.config.load import load_recipe
     from mlx_slim.data.ledger import SourceLedger
-    from mlx_slim.data.prepare import Pipeline
+    from mlx_slim.data.pipeline import Pipeline
     from mlx_slim.data.tokenize import unwrap
     from mlx_slim.models.load import load_tokenizer
     from mlx_slim.workflows.task_rows import finder

@@ -13,9 +13,13 @@ import numpy as np
 
 from mlx_slim.data.formats import Example
 from mlx_slim.data.sources import RawRow
-from mlx_slim.data.tokenize import Tokens
+from mlx_slim.data.store import TokenRows
 
 _FIRST = 5  # places named for each reason
+_SUMS = (
+    *("given", "used", "tokens", "supervised_tokens"),
+    *("cut_turns", "cut_tokens", "cut_characters"),
+)
 
 
 @dataclass
@@ -30,6 +34,11 @@ class Tally:
         self.count += 1
         if len(self.first) < _FIRST:
             self.first.append(raw.place)
+
+    def merge(self, later: Tally) -> None:
+        """Count what ``later`` counted, of rows after these."""
+        self.count += later.count
+        self.first += later.first[: _FIRST - len(self.first)]
 
 
 @dataclass
@@ -66,11 +75,21 @@ class SourceLedger:
         self.formats[example.kind] = self.formats.get(example.kind, 0) + 1
         self.cut_turns += example.cut_turns
 
-    def use(self, tokens: Tokens) -> None:
-        """Count a row that is used."""
-        self.used += 1
-        self.tokens += len(tokens.ids_T)
-        self.supervised_tokens += int(tokens.supervised_T.sum())
+    def use(self, rows: TokenRows) -> None:
+        """Count rows that are used."""
+        self.used += len(rows.lengths_R)
+        self.tokens += int(rows.lengths_R.sum())
+        self.supervised_tokens += int(rows.counts_R.sum())
+
+    def merge(self, later: SourceLedger) -> None:
+        """Count what ``later`` counted, of rows of the same source after these."""
+        for name in _SUMS:
+            setattr(self, name, getattr(self, name) + getattr(later, name))
+        self.truncated.merge(later.truncated)
+        for reason, tally in later.dropped.items():
+            self.dropped.setdefault(reason, Tally()).merge(tally)
+        for kind, count in later.formats.items():
+            self.formats[kind] = self.formats.get(kind, 0) + count
 
     def reasons(self) -> list[str]:
         """Return ``12 empty answer`` for each reason."""

@@ -7,9 +7,8 @@ already under the same fingerprint is reused. Try it: ``mlx-slim data preview sm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +18,20 @@ from mlx_slim.artifacts import atomic_folder, hash_json, read_json, write_json
 from mlx_slim.config.schema import DataConfig, SourceConfig
 from mlx_slim.data import overlap, sources
 from mlx_slim.data.fingerprint import fingerprint_difference, source_print, without_rows
-from mlx_slim.data.formats import Dropped, Example, check_columns, read_example
 from mlx_slim.data.ledger import SourceLedger, split_ledger, totals
-from mlx_slim.data.sources import RawRow, Source
+from mlx_slim.data.pipeline import Pipeline, Task, Tokenised, Tokeniser, tokenised
+from mlx_slim.data.sources import Source
 from mlx_slim.data.split import choose_validation, quotas, weighted
 from mlx_slim.data.store import TokenStore, TokenWriter
-from mlx_slim.data.templates import Rendered, Template, load_template
-from mlx_slim.data.tokenize import Encoder, Tokens, unwrap
+from mlx_slim.data.workers import Workers
 from mlx_slim.errors import SlimError
 
-__all__ = ["Pipeline", "Prepared", "PreparedRow", "fingerprint_difference", "prepare"]
+__all__ = ["Prepared", "fingerprint_difference", "prepare"]
 
 LEDGER_FILE = "data_ledger.json"
 # Of the stored rows: raise one when the same settings would give other rows.
 _VERSION = 1
 _VERSION_LEFT = 2  # with truncation=left: since 2 the BOS stays in front
-_ENCODE_ROWS = 256  # rows tokenised at once
-_ENCODE_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -55,132 +51,6 @@ class Prepared:
     fingerprint: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class PreparedRow:
-    """One row on its way to disk: where it stood, what it said, how it reads, its tokens."""
-
-    raw: RawRow
-    example: Example
-    rendered: Rendered
-    tokens: Tokens
-    length: int  # tokens before truncation
-
-
-class Pipeline:
-    """Source → tokens, row by row; used by ``prepare`` and by the preview.
-
-    Raises:
-        SlimError: If the settings or the tokenizer cannot be used.
-    """
-
-    def __init__(self, config: DataConfig, tokenizer: Any, *, max_length: int) -> None:
-        check_columns(config.columns)
-        self.config, self.max_length = config, max_length
-        self.template: Template = load_template(config.template, unwrap(tokenizer))
-        self.encoder = Encoder(tokenizer, mask_prompt=config.mask_prompt)
-
-    def rows(
-        self, source: Source, config: SourceConfig, ledger: SourceLedger, limit: int | None = None
-    ) -> Iterator[PreparedRow]:
-        """Yield the usable rows of a source in order; count the others in ``ledger``."""
-        waiting: list[tuple[RawRow, Example, Rendered]] = []
-        characters = 0
-        for raw in islice(source, limit):
-            ledger.given += 1
-            try:
-                example = read_example(
-                    raw,
-                    config.format or self.config.format,
-                    columns=self.config.columns,
-                    system=config.system or self.config.system,
-                )
-            except Dropped as dropped:
-                ledger.drop(dropped.reason, raw)
-                continue
-            rendered = self._clip(raw, self._render(raw, example), ledger)
-            if rendered is None:
-                continue
-            ledger.read(example)
-            waiting.append((raw, example, rendered))
-            characters += len(rendered.text)
-            if len(waiting) >= _ENCODE_ROWS or characters >= _ENCODE_CHARACTERS:
-                yield from self._encode(waiting, ledger)
-                waiting, characters = [], 0
-        yield from self._encode(waiting, ledger)
-        ledger.blank_lines = source.blank_lines
-
-    def _render(self, raw: RawRow, example: Example) -> Rendered:
-        try:
-            return self.template.render(example)
-        except SlimError as error:
-            raise SlimError(f"{raw.place}: {error.message}", error.hint) from error
-
-    def _clip(self, raw: RawRow, row: Rendered, ledger: SourceLedger) -> Rendered | None:
-        """Apply the truncation policy to a text that is too long whatever its tokens are.
-
-        Tokenising 10 MB to keep 512 tokens would take seconds and gigabytes.
-        """
-        most = self.max_length * self.encoder.most_characters
-        if len(row.text) <= most:
-            return row
-        if self.config.truncation == "error":
-            raise self._too_long(raw, f"{len(row.text):,} characters")
-        if self.config.truncation == "drop":
-            ledger.drop(self._reason, raw)
-            return None
-        ledger.cut_characters += len(row.text) - most
-        if self.config.truncation == "left":
-            bos = self.encoder.tokenizer.bos_token or ""
-            head = len(bos) if row.text.startswith(bos) else 0
-            return row.cut(len(row.text) - most + head, len(row.text), head)
-        return row.cut(0, most)
-
-    @property
-    def _reason(self) -> str:
-        return f"longer than {self.max_length} tokens"
-
-    def _too_long(self, raw: RawRow, size: str) -> SlimError:
-        return SlimError(
-            f"{raw.place}: {size}, longer than train.max_length={self.max_length} tokens",
-            "raise train.max_length, or choose data.truncation=drop, left or right",
-        )
-
-    def _encode(
-        self, waiting: list[tuple[RawRow, Example, Rendered]], ledger: SourceLedger
-    ) -> Iterator[PreparedRow]:
-        encoded = self.encoder.encode([rendered for _, _, rendered in waiting])
-        for (raw, example, rendered), whole in zip(waiting, encoded, strict=True):
-            tokens = self._fit(raw, whole, ledger)
-            if tokens is None:
-                continue
-            if not tokens.supervised_T.any():
-                ledger.drop("no supervised token left", raw)
-                continue
-            length = len(whole.ids_T)
-            if length > len(tokens.ids_T):
-                ledger.truncate(raw, length - len(tokens.ids_T))
-            yield PreparedRow(raw, example, rendered, tokens, length)
-
-    def _fit(self, raw: RawRow, row: Tokens, ledger: SourceLedger) -> Tokens | None:
-        """Apply the truncation policy to a row; a BOS in front stays there."""
-        length, limit = len(row.ids_T), self.max_length
-        if length <= limit:
-            return row
-        policy = self.config.truncation
-        if policy == "error":
-            raise self._too_long(raw, f"{length:,} tokens")
-        if policy == "drop":
-            ledger.drop(self._reason, raw)
-            return None
-        kept = np.arange(limit)
-        if policy == "left":
-            head = int(row.ids_T[0] == self.encoder.bos)
-            kept[head:] += length - limit
-        supervised = row.supervised_T[kept]
-        supervised[:1] = False
-        return Tokens(row.ids_T[kept], supervised)
-
-
 # ---------------------------------------------------------------------------- the whole
 
 
@@ -193,6 +63,7 @@ def prepare(
     folder: Path,
     unchanged: bool = False,
     find: Callable[[SourceConfig], Source] = sources.find,
+    processes: int | None = None,
 ) -> Prepared:
     """Tokenise the rows of a recipe into ``folder/tokens`` and write ``folder/data_ledger.json``.
 
@@ -204,6 +75,7 @@ def prepare(
         folder: Where rows and ledger go; rows of the same fingerprint there are reused.
         unchanged: Refuse, and leave the folder alone, if its rows have another fingerprint.
         find: Finds a source; a caller that knows tasks gives its own.
+        processes: That tokenise; None takes one a core. The rows do not depend on it.
 
     Raises:
         SlimError: On unusable sources or rows, each named with file and line.
@@ -241,9 +113,11 @@ def prepare(
                 "resume with the same data, or start a new run",
             )
     with atomic_folder(tokens, replace=True) as temporary:
-        fingerprint, ledger = _write(
-            pipeline, found, held_out, wanted, temporary, config=config, seed=seed
-        )
+        checker = overlap.Checker.from_mirror()
+        with Workers(Tokeniser(pipeline, checker.index is not None), processes) as workers:
+            fingerprint, ledger = _write(
+                workers, checker, found, held_out, wanted, temporary, config=config, seed=seed
+            )
         write_json(temporary / "prepared.json", {"fingerprint": fingerprint, "ledger": ledger})
     write_json(folder / LEDGER_FILE, ledger)
     return _open(tokens, fingerprint, ledger)
@@ -272,7 +146,8 @@ def _open(tokens: Path, fingerprint: dict[str, Any], ledger: dict[str, Any]) -> 
 
 
 def _write(
-    pipeline: Pipeline,
+    workers: Workers[Task, Tokenised],
+    checker: overlap.Checker,
     found: list[tuple[Source, SourceConfig]],
     held_out: tuple[Source, SourceConfig] | None,
     wanted: dict[str, Any],
@@ -282,7 +157,6 @@ def _write(
     seed: int,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read, tokenise, split; return the full fingerprint and the ledger."""
-    checker = overlap.Checker.from_mirror()
     writer = TokenWriter(folder / "rows")
     ledgers: list[SourceLedger] = []
     shares = quotas(config.max_rows, [source.weight for _, source in found])
@@ -290,10 +164,10 @@ def _write(
     for (source, source_config), quota in zip(found, shares, strict=True):
         ledger = SourceLedger(source.name, source.kind, source_config.weight, source.ignored)
         ledgers.append(ledger)
-        for row in pipeline.rows(source, source_config, ledger, quota):
-            writer.add(row.tokens)
-            ledger.use(row.tokens)
-            checker.add(row.raw, row.example.texts)
+        for answer in tokenised(workers, source, source_config, ledger, quota):
+            writer.add(answer.tokens)
+            for raw, texts in answer.texts:
+                checker.add(raw, texts)
         bounds.append(len(writer))
     hashes = writer.close()
     if not len(hashes):
@@ -306,9 +180,8 @@ def _write(
     if held_out:
         validation_ledger = SourceLedger(held_out[0].name, held_out[0].kind, 1.0, [])
         held_writer = TokenWriter(folder / "held_out")
-        for row in pipeline.rows(*held_out, validation_ledger):
-            held_writer.add(row.tokens)
-            validation_ledger.use(row.tokens)
+        for answer in tokenised(workers, *held_out, validation_ledger):
+            held_writer.add(answer.tokens)
         held_hashes = held_writer.close()
         if not len(held_hashes):
             raise SlimError(f"no row of the validation file {held_out[0].name} can be used")
@@ -336,8 +209,8 @@ def _write(
     }
     ledger = {
         "schema_version": 1,
-        "template": pipeline.template.name,
-        "max_length": pipeline.max_length,
+        "template": wanted["template"]["name"],
+        "max_length": wanted["settings"]["max_length"],
         "truncation": config.truncation,
         "sources": [ledger.as_record() for ledger in ledgers],
         "totals": totals(ledgers, hashes),

@@ -22,7 +22,6 @@ from mlx_slim.artifacts import hash_bytes, hash_file
 from mlx_slim.config.schema import SourceConfig
 from mlx_slim.data.readers import READERS, one_line
 from mlx_slim.errors import SlimError, did_you_mean
-from mlx_slim.runtime import hub_offline, hub_trouble
 
 MIRROR_VARIABLE = "MLX_SLIM_DATA"
 _HUB_ID = re.compile(
@@ -226,6 +225,8 @@ def _load_hub(match: re.Match[str], config: SourceConfig) -> Any:
     """Load a hub data set through ``datasets``: downloaded once, then memory-mapped Arrow."""
     import datasets
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    from mlx_slim.runtime import hub_offline, hub_trouble
 
     trouble = "HF_HUB_OFFLINE is set" if hub_offline() else hub_trouble()
     hint = f"give a local path, or a mirror through {MIRROR_VARIABLE}=<folder>"

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,37 +21,72 @@ from mlx_slim.data.tokenize import Tokens
 from mlx_slim.errors import SlimError
 
 
+@dataclass(frozen=True)
+class TokenRows:
+    """Some rows, back to back (R rows, S their tokens).
+
+    Attributes:
+        ids_S: int32 token ids.
+        supervised_S: bool mask.
+        lengths_R: int64 tokens of each row.
+        counts_R: int64 supervised tokens of each row.
+        hashes_R: uint64 hash of each row's ids.
+    """
+
+    ids_S: np.ndarray
+    supervised_S: np.ndarray
+    lengths_R: np.ndarray
+    counts_R: np.ndarray
+    hashes_R: np.ndarray
+
+    @classmethod
+    def of(cls, rows: Sequence[Tokens]) -> TokenRows:
+        """Join rows."""
+        ids = [np.ascontiguousarray(row.ids_T, np.int32) for row in rows]
+        return cls(
+            np.concatenate([*ids, np.empty(0, np.int32)]),
+            np.concatenate([*(row.supervised_T for row in rows), np.empty(0, np.bool_)]),
+            np.array([len(row) for row in ids], np.int64),
+            np.array([np.count_nonzero(row.supervised_T) for row in rows], np.int64),
+            np.array([_hash(row) for row in ids], np.uint64),
+        )
+
+
+def _hash(ids_T: np.ndarray) -> int:
+    digest = hashlib.blake2b(ids_T.tobytes(), digest_size=8, person=b"row").digest()
+    return int.from_bytes(digest, "little")
+
+
 class TokenWriter:
-    """Appends rows to a folder; ``hashes`` and ``counts`` stay for duplicates and the ledger."""
+    """Appends rows to a folder; some bytes a row stay for duplicates and the ledger."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._ids = (folder / "ids.bin").open("wb")
         self._supervised = (folder / "supervised.bin").open("wb")
-        self._offsets = array("q", [0])
+        self._lengths = array("q")
         self._counts = array("q")
         self._hashes = array("Q")
 
     def __len__(self) -> int:
         return len(self._counts)
 
-    def add(self, row: Tokens) -> None:
-        """Append a row."""
-        data = np.ascontiguousarray(row.ids_T, np.int32).tobytes()
-        mask = np.ascontiguousarray(row.supervised_T, np.uint8).tobytes()
-        self._ids.write(data)
-        self._supervised.write(mask)
-        self._offsets.append(self._offsets[-1] + len(row.ids_T))
-        self._counts.append(int(row.supervised_T.sum()))
-        digest = hashlib.blake2b(data, digest_size=8, person=b"row").digest()
-        self._hashes.append(int.from_bytes(digest, "little"))
+    def add(self, rows: TokenRows) -> None:
+        """Append rows."""
+        self._ids.write(rows.ids_S.tobytes())
+        self._supervised.write(rows.supervised_S.tobytes())
+        self._lengths.frombytes(rows.lengths_R.tobytes())
+        self._counts.frombytes(rows.counts_R.tobytes())
+        self._hashes.frombytes(rows.hashes_R.tobytes())
 
     def close(self) -> np.ndarray:
         """Finish the files; return the hash of every row's ids, uint64 (N,)."""
         self._ids.close()
         self._supervised.close()
-        np.save(self.folder / "offsets.npy", np.asarray(self._offsets, np.int64))
+        offsets = np.zeros(len(self) + 1, np.int64)
+        np.cumsum(np.asarray(self._lengths, np.int64), out=offsets[1:])
+        np.save(self.folder / "offsets.npy", offsets)
         np.save(self.folder / "counts.npy", np.asarray(self._counts, np.int64))
         return np.asarray(self._hashes, np.uint64)
 

@@ -6,11 +6,12 @@ answer: a token that straddles the border counts for the side that its word is o
 tokenizer reports offsets (byte-level ones trim the space, others do not). ``supervised[0]`` is
 always False: nothing stands before it to predict it from.
 
-Legend: T tokens of a row.
+Legend: T tokens of a row, C characters of its text.
 """
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,10 @@ import numpy as np
 from mlx_slim.artifacts import hash_bytes
 from mlx_slim.data.templates import Rendered
 from mlx_slim.errors import SlimError
+
+_CHARACTERS = 1 << 20  # tokenized at once
+# Whether a character is a space, for every code up to the first behind the last space.
+_SPACES = np.array([chr(code).isspace() for code in range(0x3002)])
 
 
 class Tokens(NamedTuple):
@@ -74,9 +79,19 @@ class Encoder:
         return hash_bytes(f"{self.bos} {sorted(self.ends)} {text}".encode())
 
     def encode(self, rows: list[Rendered]) -> list[Tokens]:
-        """Tokenize many rows at once (the library uses every core)."""
-        if not rows:
-            return []
+        """Tokenize many rows (the library uses every core), some megabytes of text at once."""
+        tokens: list[Tokens] = []
+        start = 0
+        while start < len(rows):
+            stop, characters = start, 0
+            while stop < len(rows) and (stop == start or characters < _CHARACTERS):
+                characters += len(rows[stop].text)
+                stop += 1
+            tokens += self._encode(rows[start:stop])
+            start = stop
+        return tokens
+
+    def _encode(self, rows: list[Rendered]) -> list[Tokens]:
         batch = self.tokenizer(
             [row.text for row in rows],
             add_special_tokens=False,
@@ -97,7 +112,8 @@ class Encoder:
         ids_T = np.asarray(ids, np.int32)
         supervised_T = np.ones(len(ids_T), bool)
         if self.mask_prompt and len(ids_T):
-            begin_T = _first_characters(row.text, np.asarray(offsets, np.int64).reshape(-1, 2))
+            flat = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets))
+            begin_T = _first_characters(row.text, flat.reshape(-1, 2))
             supervised_T[:] = False
             for start, end in row.spans:
                 supervised_T |= (begin_T >= start) & (begin_T < end)
@@ -133,8 +149,13 @@ def _first_characters(text: str, offsets_T2: np.ndarray) -> np.ndarray:
     start_T, end_T = offsets_T2[:, 0], offsets_T2[:, 1]
     before_T = np.concatenate([[0], np.maximum.accumulate(end_T)[:-1]])
     begin_T = np.where(start_T == end_T, np.minimum(before_T, start_T), start_T)
-    for token in np.flatnonzero(end_T - start_T > 1):
-        piece = text[start_T[token] : end_T[token]]
-        if piece[0].isspace() and piece.strip():
-            begin_T[token] += len(piece) - len(piece.lstrip())
-    return begin_T
+    word_T = _next_words(text)[start_T]
+    return np.where((start_T < end_T) & (word_T < end_T), word_T, begin_T)
+
+
+def _next_words(text: str) -> np.ndarray:
+    """Return, for each character and the end, where the next one stands that is no space."""
+    codes_C = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    space_C = _SPACES[np.minimum(codes_C, len(_SPACES) - 1)]
+    word_C = np.where(space_C, len(text), np.arange(len(text)))
+    return np.append(np.minimum.accumulate(word_C[::-1])[::-1], len(text))

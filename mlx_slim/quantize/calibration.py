@@ -67,7 +67,7 @@ def read_calibration(
 def _stream(source: str, tokenizer: Any, needed: int) -> Iterator[int]:
     """Yield the token ids of the rows one after the other, ``needed`` at most."""
     from mlx_slim.data.ledger import SourceLedger
-    from mlx_slim.data.prepare import Pipeline
+    from mlx_slim.data.pipeline import Pipeline
     from mlx_slim.data.sources import find
 
     config = DataConfig(path=source, mask_prompt=False, truncation="right")

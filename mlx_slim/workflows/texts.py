@@ -22,7 +22,8 @@ from mlx_slim.artifacts import public_name, read_json, write_json
 from mlx_slim.config.distill import TeacherConfig
 from mlx_slim.config.load import Resolved
 from mlx_slim.config.schema import Recipe
-from mlx_slim.data.prepare import Pipeline, Prepared
+from mlx_slim.data.pipeline import Pipeline
+from mlx_slim.data.prepare import Prepared
 from mlx_slim.errors import Interrupted
 from mlx_slim.models.load import load_tokenizer, read_config
 from mlx_slim.runtime import world

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from mlx_slim.cli.main import command
 from mlx_slim.data import sources
 from mlx_slim.data.ledger import SourceLedger
-from mlx_slim.data.prepare import Pipeline
+from mlx_slim.data.pipeline import Pipeline
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluate.spec import find_task
 from mlx_slim.events import Notice
