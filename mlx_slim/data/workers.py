@@ -25,7 +25,7 @@ from typing import Any, Generic, TypeVar
 from mlx_slim.blas import physical_cores
 from mlx_slim.errors import SlimError
 
-ALONE = 16  # chunks that this process does itself before it starts others (4,096 rows)
+ALONE = 32  # chunks that this process does itself before it starts others (8,192 rows)
 _MOST = 16  # processes that one reader and writer can keep at work
 
 Task = TypeVar("Task")
