@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from mlx_slim.artifacts import SCHEMA_VERSION, write_json, write_text
-from mlx_slim.compare import evidence, plots, store, tables
+from mlx_slim.compare import claims, evidence, headline, plots, store, tables
 from mlx_slim.errors import SlimError
 from mlx_slim.runtime import human_bytes, human_seconds
 
@@ -67,12 +67,16 @@ def build(stored: store.Stored) -> dict[str, Any]:
     tasks = tables.tasks_of(stored)
     rows = [tables.row_of(cell, tasks) for cell in stored.cells]
     found, notes = tables.contrasts(stored, tasks)
+    pooled, scores = claims.claims(stored, tasks), claims.means(stored, tasks)
+    tables.corrected(found, pooled)
     record = stored.record
     return {
         "schema_version": SCHEMA_VERSION,
         "title": record["title"],
         "note": record.get("note", ""),
-        "headline": tables.headline(rows, found, tasks),
+        "headline": headline.headline(rows, found, pooled, scores, tasks),
+        "claims": [claim.record() for claim in pooled],
+        "means": {model: [vars(score) for score in own] for model, own in scores.items()},
         "models": _models(stored),
         "tasks": tasks,
         "rows": rows,

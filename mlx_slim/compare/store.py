@@ -38,6 +38,7 @@ class Answers:
         right_N: metric -> 0/1 for each question.
         subjects_N: Index into ``subjects``; None for a task without parts.
         subjects: Names of the parts.
+        chance: Share that guessing gets right: one choice of each question's, no free answer.
         unextracted: Generations in which a filter found no answer, by filter.
         stopped: How generations ended, counted.
     """
@@ -48,6 +49,7 @@ class Answers:
     right_N: dict[str, np.ndarray]
     subjects_N: np.ndarray | None = None
     subjects: list[str] = field(default_factory=list)
+    chance: float = 0.0
     unextracted: dict[str, int] = field(default_factory=dict)
     stopped: dict[str, int] = field(default_factory=dict)
 
@@ -186,12 +188,15 @@ def load_answers(out: Path, task: str) -> Answers:
     records = read_records(path)
     first = next(records, {})
     right = {name: bytearray() for name in (counted(names, first) if first else ())}
+    choices: Counter[int] = Counter()
     for record in chain([first] if first else [], records):
         doc_ids.append(record["doc_id"])
         for name, column in right.items():
             column.append(record[name])
         if "subject" in record and (subject := record["subject"]) is not None:
             where.append(subjects.setdefault(subject, len(subjects)))
+        if "loglikelihoods" in record:
+            choices[len(record["loglikelihoods"])] += 1
         if "stop_reason" in record:
             generated.append(record)
     filters = [name.removesuffix("_match") for name in names if name.endswith("_match")]
@@ -210,6 +215,7 @@ def load_answers(out: Path, task: str) -> Answers:
         right_N={name: np.frombuffer(bytes(c), dtype=np.uint8) for name, c in right.items()},
         subjects_N=np.array(where, dtype=np.int16) if where else None,
         subjects=list(subjects),
+        chance=sum(count / many for many, count in choices.items()) / max(1, len(doc_ids)),
         unextracted=unextracted,
         stopped=stopped,
     )

@@ -1,4 +1,4 @@
-"""From stored answers to the numbers of the report: scores, paired differences, seeds, headline.
+"""From stored answers to the numbers of the report: scores, paired differences, seeds.
 
 Invariant: a score is a whole number of questions over their count; every difference is paired on
 the same questions, its p value exact (McNemar) and corrected (Holm) over all comparisons of one
@@ -8,13 +8,13 @@ Try it: ``mlx-slim report DIR``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict
 from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
 
+from mlx_slim.compare.claims import Claim
 from mlx_slim.compare.store import Stored, StoredCell
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluate import stats
@@ -35,6 +35,7 @@ def tasks_of(stored: Stored) -> list[dict[str, Any]]:
                 {
                     "task": name,
                     "metric": first_metric(answers.right_N),
+                    "chance": answers.chance,
                     **{key: section.get(key) for key in ASKED},
                 },
             )
@@ -128,7 +129,10 @@ _STEPS = {
 def contrasts(
     stored: Stored, tasks: list[dict[str, Any]]
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return every paired comparison, and a line for each that could not be made."""
+    """Return every paired comparison, and a line for each that could not be made.
+
+    ``corrected`` adds what depends on how many there are: p_holm, detectable, verdict.
+    """
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
     by_model: dict[str, list[StoredCell]] = {}
@@ -137,7 +141,6 @@ def contrasts(
     found = {model: pairs(cells) for model, cells in by_model.items()}
     resample = sum(map(len, found.values())) <= RESAMPLED
     for model, compared in found.items():
-        family: list[dict[str, Any]] = []
         for first, second, why in compared:
             for task in tasks:
                 try:
@@ -146,13 +149,35 @@ def contrasts(
                     notes.append(error.message)
                     continue
                 if row is not None:
-                    family.append({"model": model, "why": why, **row})
-        for row, p_holm in zip(family, stats.holm([r["p_value"] for r in family]), strict=True):
-            row["p_holm"] = p_holm
-            row["verdict"] = stats.verdict(row["delta"], p_holm, row["detectable"])
-            row["family"] = len(family)
-        rows += family
+                    rows.append({"model": model, "why": why, **row})
     return rows, notes
+
+
+def corrected(rows: list[dict[str, Any]], pooled: list[Claim]) -> None:
+    """Fill in p values corrected by Holm over all comparisons of a model, and what they say.
+
+    A claim of the headline that is one row of the table takes that row's p value; the others are
+    members of the family.
+    """
+    for model in dict.fromkeys([*(row["model"] for row in rows), *(c.model for c in pooled)]):
+        own = [row for row in rows if row["model"] == model]
+        of_pair = {(row["first"], row["second"], row["task"]): row for row in own}
+        claims = [claim for claim in pooled if claim.model == model]
+        further = [claim for claim in claims if claim.pair not in of_pair]
+        tests = len(own) + len(further)
+        p_values = [*(row["p_value"] for row in own), *(claim.p_value for claim in further)]
+        adjusted = stats.holm(p_values)
+        for row, p_holm in zip(own, adjusted, strict=False):
+            row["p_holm"], row["family"] = p_holm, tests
+            row["detectable"] = stats.detectable_difference(
+                row["gained"] + row["lost"], row["n"], tests
+            )
+            row["verdict"] = stats.verdict(row["delta"], p_holm, row["detectable"])
+        for claim, p_holm in zip(further, adjusted[len(own) :], strict=True):
+            claim.judge(p_holm, tests)
+        for claim in claims:
+            if claim.pair in of_pair:
+                claim.judge(of_pair[claim.pair]["p_holm"], tests)
 
 
 def contrast(
@@ -181,7 +206,13 @@ def contrast(
     strata = a.subjects_N.tolist() if a.subjects_N is not None and resample else None
     first_N, second_N = (answers.right_N[metric].tolist() for answers in (a, b))
     values = asdict(
-        stats.paired(first_N, second_N, strata, draws=1 if parted and not resample else stats.DRAWS)
+        stats.paired(
+            first_N,
+            second_N,
+            strata,
+            draws=1 if parted and not resample else stats.DRAWS,
+            tests=None,
+        )
     )
     if parted and not resample:
         values["bootstrap"] = None
@@ -215,98 +246,3 @@ def seeds_of(rows: list[dict[str, Any]], tasks: list[dict[str, Any]]) -> list[di
             }
         )
     return found
-
-
-# ------------------------------------------------------------------------------------- headline
-
-
-def headline(
-    rows: list[dict[str, Any]], found: list[dict[str, Any]], tasks: list[dict[str, Any]]
-) -> list[str]:
-    """Return the result in a few sentences."""
-    lines: list[str] = []
-    for model in dict.fromkeys(row["model"] for row in rows):
-        own = [row for row in rows if row["model"] == model]
-        several = len({row["model"] for row in rows}) > 1
-        said = _of_model(own, f"{model}: " if several else "")
-        lines += said if several else [line[0].upper() + line[1:] for line in said]
-    if found:
-        lines.append(_resolution(found, tasks))
-    return lines
-
-
-def _mean(rows: Iterable[dict[str, Any]]) -> float:
-    return mean(row["mean"] for row in rows)
-
-
-def _of_model(rows: list[dict[str, Any]], prefix: str) -> list[str]:
-    tuned = [row for row in rows if row["kind"] == "tuned" and row["mean"] is not None]
-    base = [row for row in rows if row["kind"] == "base" and row["mean"] is not None]
-    pruned = [row for row in rows if row.get("pruned") and row["mean"] is not None]
-    if pruned and base:
-        return [_of_pruned(row, rows, _mean(base), prefix) for row in pruned]
-    by_way: dict[str, list[dict[str, Any]]] = {}
-    for row in tuned:
-        by_way.setdefault(row["train"]["method"], []).append(row)
-    small = by_way.get("qlora")
-    large = by_way.get("full") or by_way.get("lora")
-    count = len(next(iter(rows))["scores"]) if rows else 0
-    over = f"mean of {count} tasks" if count > 1 else "score"
-    lines = []
-    if small and large:
-        other = large[0]["train"]["method"]
-        kept = _mean(small) / max(1e-9, _mean(large))
-        peaks = [mean(row["train"]["peak_memory_bytes"] for row in side) for side in (small, large)]
-        bits = small[0]["train"].get("bits")
-        lines.append(
-            f"{prefix}{f'{bits}-bit ' if bits else ''}QLoRA keeps {kept:.0%} of "
-            f"{_WAYS[other]}'s {over} ({100 * _mean(small):.1f} of {100 * _mean(large):.1f} "
-            f"points), at {peaks[0] / peaks[1]:.0%} of the memory."
-        )
-    if tuned and base:
-        best = max(by_way.items(), key=lambda item: _mean(item[1]))
-        change = _mean(best[1]) - _mean(base)
-        how = "lifts" if change > 0 else "moves"
-        lines.append(
-            f"{'' if lines else prefix}{_WAYS[best[0]]} {how} the untrained base from "
-            f"{100 * _mean(base):.1f} to {100 * _mean(best[1]):.1f}."
-        )
-    elif base and not tuned:
-        lines.append(f"{prefix}the base has {100 * _mean(base):.1f} points ({over}).")
-    return lines
-
-
-def _of_pruned(row: dict[str, Any], rows: list[dict[str, Any]], base: float, prefix: str) -> str:
-    """Return what a pruned model kept, and what each way of recovery brought back."""
-    size = row["pruned"]["parameters_after"] / row["pruned"]["parameters_before"]
-    back: dict[str, list[float]] = {}
-    for other in rows:
-        mine = other.get("parent") == row["name"] and other["kind"] == "tuned"
-        if mine and other["mean"] is not None:
-            back.setdefault(other["method"], []).append(other["mean"])
-    then = _listed([f"{100 * mean(values):.1f} after {name}" for name, values in back.items()])
-    return (
-        f"{prefix}pruned by {row['method']}: {size:.0%} of the parameters, "
-        f"{row['mean'] / base:.0%} of the base's score ({100 * row['mean']:.1f} of "
-        f"{100 * base:.1f} points{f'; {then}' if then else ''})."
-    )
-
-
-_WAYS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA", "dora": "DoRA"}
-
-
-def _resolution(found: list[dict[str, Any]], tasks: list[dict[str, Any]]) -> str:
-    """Say how small a difference could be seen, for each task."""
-    parts = []
-    for task in tasks:
-        sizes = [row["detectable"] for row in found if row["task"] == task["task"]]
-        if sizes:
-            middle = float(np.median(sizes))
-            parts.append(f"{100 * middle:.1f} points on {task['task']} (n={task['n']:,})")
-    return f"Differences under {_listed(parts)} can't be seen with so many questions."
-
-
-def _listed(parts: list[str]) -> str:
-    if len(parts) < 2:
-        return "".join(parts)
-    return f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -98,12 +98,14 @@ def show_comparison(comparison: Comparison, *, terminal: Terminal | None = None)
     for row in comparison.rows:
         if row.verdict:
             verb = f"B is {row.verdict}" if row.verdict[0] in "hl" else row.verdict
-            terminal.print(f"{row.task}: {verb}", markup=False, soft_wrap=True)
+            chance = "" if row.chance is None else f"; chance level {100 * row.chance:.1f}"
+            terminal.print(f"{row.task}: {verb}{chance}", markup=False, soft_wrap=True)
     for note in comparison.notes:
         terminal.print(f"note: {note}", markup=False, soft_wrap=True)
     terminal.print(
         f"CI: paired bootstrap, {comparison.draws:,} resamples, seed {comparison.seed}; p: exact "
-        "McNemar (text: paired t); Holm: over the tasks; B+/A+: right only in B, only in A",
+        "McNemar (text: paired t); Holm: over the tasks; MDE: true difference that the corrected "
+        "test finds in 4 of 5 cases; B+/A+: right only in B, only in A",
         style="dim",
     )
 

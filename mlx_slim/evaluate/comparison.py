@@ -51,6 +51,7 @@ class Row:
         lost: ``doc_id`` of the questions where only the first is right.
         p_holm: p value adjusted over the tasks; None for a task's further metrics.
         verdict: In words; empty for further metrics.
+        chance: Share that guessing gets right; None where nothing is counted.
     """
 
     task: str
@@ -62,6 +63,7 @@ class Row:
     lost: list[Any]
     p_holm: float | None = None
     verdict: str = ""
+    chance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -137,10 +139,23 @@ def compare(out_a: Path, out_b: Path, *, draws: int = stats.DRAWS, seed: int = 0
             _samples(out, name, own[name])
             for out, own in zip((out_a, out_b), sections, strict=True)
         ]
-        rows += _rows(name, sections[0][name], samples, draws, seed)
-    return Comparison(
-        _who(results[0]), _who(results[1]), _judged(rows), notes, draws=draws, seed=seed
-    )
+        rows += _rows(name, sections[0][name], samples, draws, seed, tests=len(common))
+    judged = _judged(rows)
+    notes += [note for row in judged if (note := _no_better_than_guessing(row))]
+    return Comparison(_who(results[0]), _who(results[1]), judged, notes, draws=draws, seed=seed)
+
+
+def _no_better_than_guessing(row: Row) -> str:
+    """Return a line if a task's verdict is about models that guess; empty otherwise."""
+    if not row.verdict or row.chance is None:
+        return ""
+    n, level = row.paired.n, f"the chance level of {100 * row.chance:.1f} points"
+    sides = {"A": row.paired.first, "B": row.paired.second}
+    low = [who for who, x in sides.items() if not stats.above_chance(x * n, n, row.chance)]
+    if not low:
+        return ""
+    who = "neither A nor B is" if len(low) == 2 else f"{low[0]} is not"
+    return f"{row.task}: {who} detectably above {level}"
 
 
 def _sections(results: dict[str, Any]) -> dict[str, Any]:
@@ -166,6 +181,8 @@ def _rows(
     samples: Sequence[list[dict[str, Any]]],
     draws: int,
     seed: int,
+    *,
+    tests: int,
 ) -> list[Row]:
     keys = [[(s.get("subject"), s["doc_id"], s.get("window")) for s in side] for side in samples]
     if keys[0] != keys[1]:
@@ -189,9 +206,10 @@ def _rows(
                 metric=metric,
                 num_fewshot=section.get("num_fewshot"),
                 unit=BITS if text else POINTS,
-                paired=stats.paired(a_N, b_N, strata, draws=draws, seed=seed),
+                paired=stats.paired(a_N, b_N, strata, draws=draws, seed=seed, tests=tests),
                 gained=[] if text else [i for i, a, b in changed if b > a],
                 lost=[] if text else [i for i, a, b in changed if b < a],
+                chance=None if text else stats.chance_level(samples[0]),
             )
         )
     return rows

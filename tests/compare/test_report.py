@@ -13,7 +13,6 @@ from click.testing import CliRunner
 
 from mlx_slim.artifacts import read_json, write_json
 from mlx_slim.cli.main import command, run
-from mlx_slim.compare import store, tables
 from mlx_slim.compare.report import report
 from mlx_slim.compare.verify import verify, whole
 from mlx_slim.errors import SlimError
@@ -178,15 +177,6 @@ def test_score_times_n_is_whole():
     assert not whole("x", 94 / 200, 94, 200)
     assert whole("x", 0.4725, 94, 200)
     assert whole("x", 0.47, 93, 200)
-
-
-def test_headline_without_qlora_and_with_several_models(tmp_path):
-    folder = write_matrix(tmp_path / "m", models=2, methods=("base", "lora"))
-    headline = report(folder).results["headline"]
-    assert headline[0].startswith("toy0: LoRA lifts")
-    assert headline[1].startswith("toy1: LoRA lifts")
-    rows = [tables.row_of(c, tables.tasks_of(s)) for s in [store.load(folder)] for c in s.cells]
-    assert len(rows) == 4
 
 
 PROBE = """

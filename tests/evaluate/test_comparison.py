@@ -13,6 +13,7 @@ from mlx_slim.artifacts import hash_file, write_json
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluate.comparison import compare
 from mlx_slim.evaluate.results import encode, samples_name
+from mlx_slim.evaluate.stats import detectable_difference
 
 ASKED = {"task_version": 1, "num_fewshot": 0, "limit": None, "rows_sha256": "r"}
 
@@ -178,3 +179,23 @@ def test_what_is_not_there_or_damaged_is_one_line(tmp_path):
     samples.unlink()
     with pytest.raises(SlimError, match="does not exist"):
         compare(a, d)
+
+
+def test_chance_and_the_corrected_level_are_stated(tmp_path):
+    guesses = {"loglikelihoods": [-1.0, -2.0]}
+    names = ("x", "y", "z")
+    a = finished(tmp_path / "a", {t: answers("10" * 30, **guesses) for t in names})
+    b = finished(tmp_path / "b", {t: answers("01" * 5 + "10" * 25, **guesses) for t in names})
+    found = compare(a, b)
+    row = found.rows[0]
+    assert row.chance == 0.5
+    assert row.paired.detectable == detectable_difference(10, 60, tests=3)
+    assert (
+        found.notes[0] == "x: neither A nor B is detectably above the chance level of 50.0 points"
+    )
+    good = finished(tmp_path / "c", {"x": answers("1" * 55 + "0" * 5, **guesses)})
+    assert compare(good, a).notes[-1].startswith("x: B is not detectably above")
+    written = {"generation": "so"}
+    c = finished(tmp_path / "d", {"x": answers("1" + "0" * 59, **written)})
+    assert compare(c, c).rows[0].chance == 0.0
+    assert not compare(c, c).notes

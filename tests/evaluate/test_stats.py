@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest, ttest_rel
+from scipy.stats import binomtest, ttest_1samp, ttest_rel
 
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluate.stats import (
+    above_chance,
     bootstrap_interval,
+    chance_level,
     detectable_difference,
+    detectable_mean,
     holm,
     mcnemar,
     paired,
@@ -52,10 +56,70 @@ def test_the_standard_error_is_the_closed_form():
     assert found.second - found.first == pytest.approx(found.delta)
 
 
-def test_the_minimum_detectable_difference_is_that_of_the_methods():
-    assert detectable_difference(1004, 10042) == pytest.approx(0.0088, abs=5e-5)
-    assert detectable_difference(10, 100) == pytest.approx(0.0885, abs=5e-5)
-    assert detectable_difference(0, 100) > 0
+def test_the_minimum_detectable_difference_is_near_the_formula_of_many_pairs():
+    for discordant, n in ((1004, 10042), (3000, 14042), (60, 300)):
+        formula = 2.80 * math.sqrt(discordant / n / n)
+        assert formula < detectable_difference(discordant, n) < 1.08 * formula
+    assert detectable_difference(300, 1000, tests=20) > detectable_difference(300, 1000)
+
+
+@pytest.mark.parametrize(("discordant", "n", "tests"), [(1, 100, 1), (0, 40, 1), (2, 60, 12)])
+def test_what_is_said_to_be_detectable_can_be_flagged(discordant, n, tests):
+    """One discordant pair of 100 shows nothing: the test needs six that point one way."""
+    found = detectable_difference(discordant, n, tests)
+    assert mcnemar(math.floor(found * n), 0) <= 0.05 / tests
+    most = next(m for m in range(n) if mcnemar(m, 0) <= 0.05 / tests)
+    assert found > most / n
+    for few in range(1, 6):
+        assert detectable_difference(0, few) is None
+    assert "too few questions" in verdict(1.0, 1.0, None)
+
+
+def _drawn(rng: np.random.Generator, n: int, share: float, delta: float, runs: int) -> list:
+    """Return (gained, lost) of ``runs`` comparisons with that share of discordant pairs."""
+    share = max(share, delta)
+    wins = (share + delta) / 2
+    return rng.multinomial(n, [wins, share - wins, 1 - share], runs)[:, :2].tolist()
+
+
+@pytest.mark.parametrize(
+    ("n", "discordant", "tests"),
+    [(100, 10, 1), (100, 1, 1), (100, 25, 6), (400, 60, 12), (1000, 300, 38)],
+)
+def test_the_stated_power_is_the_power_after_holm(n, discordant, tests):
+    """Simulated: one true difference of the stated size in a family without any other."""
+    rng = np.random.default_rng(n + tests)
+    runs, share = 1_500, discordant / n
+    delta = detectable_difference(discordant, n, tests)
+    true = _drawn(rng, n, share, delta, runs)
+    null = np.array(_drawn(rng, n, share, 0.0, runs * (tests - 1))).reshape(runs, tests - 1, 2)
+    p_of = functools.cache(mcnemar)
+    flagged = 0
+    for pair, others in zip(true, null.tolist(), strict=True):
+        adjusted = holm([p_of(*pair), *(p_of(*other) for other in others)])
+        flagged += adjusted[0] <= 0.05
+    assert 0.77 < flagged / runs < 0.84
+
+
+def test_the_power_of_a_t_test_is_as_stated_for_few_documents():
+    rng = np.random.default_rng(1)
+    for n, tests in ((5, 1), (12, 4)):
+        shape = rng.normal(0, 1, n)
+        shape = (shape - shape.mean()) / shape.std(ddof=1)  # a spread of exactly 1
+        delta = detectable_mean(shape, tests)
+        samples = rng.normal(delta, 1, (4_000, n))
+        share = (ttest_1samp(samples, 0, axis=1).pvalue <= 0.05 / tests).mean()
+        assert 0.78 < share < 0.82
+    assert detectable_mean(np.ones(1)) is None and detectable_mean(np.ones(4)) == 0
+
+
+def test_chance_and_what_is_above_it():
+    two = {"loglikelihoods": [0.0, 0.0]}
+    assert chance_level([two, {"loglikelihoods": [0.0] * 4}]) == pytest.approx(0.375)
+    assert chance_level([{"generation": ""}]) == 0.0
+    assert chance_level([{"acc": 1}]) is None
+    assert not above_chance(30, 100, 0.25) and above_chance(36, 100, 0.25)
+    assert above_chance(1, 100, 0.0) and not above_chance(0, 100, 0.0)
 
 
 def test_the_bootstrap_covers_like_an_index_bootstrap():
@@ -88,7 +152,7 @@ def test_real_values_get_a_paired_t_test():
     second = first + rng.normal(0.05, 0.1, 80)
     found = paired(first.tolist(), second.tolist())
     assert found.p_value == pytest.approx(ttest_rel(second, first).pvalue)
-    assert found.detectable == pytest.approx(2.8 * found.stderr)
+    assert found.detectable == pytest.approx(2.8 * found.stderr, rel=0.03)
     assert found.bootstrap == pytest.approx(found.interval, abs=0.01)
     assert paired([0.5, 0.7], [0.5, 0.7]).p_value == 1.0
 

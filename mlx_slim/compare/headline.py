@@ -1,0 +1,220 @@
+"""The result of a matrix in a few sentences, none of which says more than its numbers bear.
+
+Invariant: every sentence comes from a claim (``claims.py``) with its interval and the chance level;
+where the corrected test flags nothing it says "no detectable difference", where a model guesses it
+says that nothing can be seen; a method that was picked by its score on the test is said to be. No
+measured time or memory decides a word: two runs of one matrix say the same.
+Try it: ``mlx-slim report DIR``.
+"""
+
+from __future__ import annotations
+
+from statistics import mean, median
+from typing import Any
+
+from mlx_slim.compare.claims import Claim, Score
+from mlx_slim.evaluate.stats import LEVEL
+
+_WAYS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA", "dora": "DoRA"}
+
+
+def headline(
+    rows: list[dict[str, Any]],
+    found: list[dict[str, Any]],
+    pooled: list[Claim],
+    scores: dict[str, list[Score]],
+    tasks: list[dict[str, Any]],
+) -> list[str]:
+    """Return the sentences.
+
+    Args:
+        rows: Lines of the matrix table.
+        found: Paired comparisons of the table, corrected.
+        pooled: Claims, corrected.
+        scores: Model -> the mean of each of its methods.
+        tasks: What was asked.
+    """
+    lines: list[str] = []
+    several = len(scores) > 1
+    for model, own in scores.items():
+        cells = [row for row in rows if row["model"] == model]
+        claims = [claim for claim in pooled if claim.model == model]
+        said = _of_model(cells, claims, own)
+        if several:
+            lines += [f"{model}: {line}" for line in said]
+        else:
+            lines += [line[0].upper() + line[1:] for line in said]
+    if found:
+        lines.append(_resolution(found, tasks))
+    return lines
+
+
+def _of_model(rows: list[dict[str, Any]], claims: list[Claim], scores: list[Score]) -> list[str]:
+    by_what: dict[str, list[Claim]] = {}
+    for claim in claims:
+        by_what.setdefault(claim.what, []).append(claim)
+    if "pruned" in by_what:
+        return [_pruned(claim, by_what.get("recovered", []), rows) for claim in by_what["pruned"]]
+    lines = [_kept(claim, rows) for claim in by_what.get("kept", [])]
+    if gains := by_what.get("gain"):
+        lines.append(_gain(max(gains, key=lambda claim: claim.second.value), len(gains)))
+    if lines:
+        if not any(row["kind"] == "base" for row in rows):
+            lines.append("this matrix has no untrained base: what tuning adds can't be seen.")
+        return lines
+    base = [row["method"] for row in rows if row["kind"] == "base"]
+    shown = [s for s in scores if s.method in base] or scores
+    lines = [f"{_way(score.method)} has {_alone(score)}." for score in shown]
+    if not base:
+        lines.append("this matrix has no untrained base: what was changed has no measure.")
+    return lines
+
+
+def _kept(claim: Claim, rows: list[dict[str, Any]]) -> str:
+    """Say how much of full fine-tuning's (or LoRA's) score QLoRA keeps."""
+    small, large = (_rows_of(rows, score) for score in (claim.second, claim.first))
+    bits = small[0]["train"].get("bits")
+    who = f"{f'{bits}-bit ' if bits else ''}{_way(claim.second.method)}"
+    other = _way(claim.first.method)
+    return f"{_share(claim, who, other)}{_memory(small, large)}."
+
+
+def _share(claim: Claim, who: str, other: str) -> str:
+    """Say which share of another score is kept, or that this can't be seen."""
+    if claim.ratio is None or claim.ratio_above_chance is None:
+        return (
+            f"{other} has {_points(claim.first.value)} points ({_over(claim.tasks)}), not "
+            f"detectably above chance ({_points(claim.first.chance)}): what {who} keeps of them "
+            f"({_points(claim.second.value)}) can't be seen"
+        )
+    above = ""
+    if claim.first.chance > 0:
+        above = f"; {_percent(claim.ratio_above_chance)} of what is above chance"
+    return (
+        f"{who} keeps {_percent(claim.ratio, '95% interval ')} of {other}'s {_over(claim.tasks)}"
+        f"{above}: {_points(claim.second.value)} of {_points(claim.first.value)} points, chance "
+        f"{_points(claim.first.chance)}; {_difference(claim)}"
+    )
+
+
+def _gain(claim: Claim, methods: int) -> str:
+    """Say what the best method adds to the base, and how it was picked."""
+    who = _way(claim.second.method)
+    if methods > 1:
+        who += (
+            f", the best of {methods} methods (picked on these same questions, which flatters it),"
+        )
+    base, after = _points(claim.first.value), _points(claim.second.value)
+    if claim.seen:
+        verb = "lifts" if claim.delta > 0 else "lowers"
+        said = f"{who} {verb} the untrained base from {base} to {after} points"
+    else:
+        said = f"{who} has {after} points, the untrained base {base}"
+    floor = "" if claim.second.above_chance else f", which {after} is not detectably above"
+    return (
+        f"{said} ({_over(claim.tasks)}, chance {_points(claim.first.chance)}{floor}): "
+        f"{_difference(claim)}."
+    )
+
+
+def _pruned(claim: Claim, recovered: list[Claim], rows: list[dict[str, Any]]) -> str:
+    """Say what a pruned model kept, and what each way of recovery brought back."""
+    cut = _rows_of(rows, claim.second)[0]["pruned"]
+    size = cut["parameters_after"] / cut["parameters_before"]
+    back = [
+        f"{_points(other.second.value)} after {other.second.method}"
+        for other in recovered
+        if other.first.method == claim.second.method
+    ]
+    words = [
+        f"{other.second.method} {_difference(other)}"
+        for other in recovered
+        if other.first.method == claim.second.method
+    ]
+    name = claim.second.method
+    then = f"; {_listed(back)} ({'; '.join(words)})" if back else ""
+    return (
+        f"pruned by {name}: {size:.0%} of the parameters; {_share(claim, 'it', 'the base')}{then}."
+    )
+
+
+def _difference(claim: Claim) -> str:
+    """Return a difference with its interval: its size if it is flagged, else the plain word."""
+    low, high = claim.interval
+    delta = f"{_signed(claim.delta)} (95% interval {_signed(low)} to {_signed(high)}"
+    if claim.seen:
+        return f"{delta}, corrected {_p(claim.p_holm)})"
+    if claim.detectable is None:
+        return f"no detectable difference, {delta}; too few questions to detect any)"
+    return f"no detectable difference, {delta}, MDE {_points(claim.detectable)})"
+
+
+def _memory(small: list[dict[str, Any]], large: list[dict[str, Any]]) -> str:
+    """Return the share of training memory, as predicted: a measured one differs between runs."""
+    peaks = [[row["train"]["predicted_peak_bytes"] for row in side] for side in (small, large)]
+    if not all(size for side in peaks for size in side):
+        return ""
+    return f"; {mean(peaks[0]) / mean(peaks[1]):.0%} of the training memory, as predicted"
+
+
+def _rows_of(rows: list[dict[str, Any]], score: Score) -> list[dict[str, Any]]:
+    return [row for row in rows if row["name"] in score.cells]
+
+
+def _alone(score: Score) -> str:
+    """Return a score that is compared with nothing but chance."""
+    low, high = score.interval
+    chance = f"chance {_points(score.chance)}"
+    if not score.above_chance:
+        chance = f"not detectably above {chance}"
+    return (
+        f"{_points(score.value)} points (95% interval {_points(low)} to {_points(high)}; {chance})"
+    )
+
+
+def _resolution(found: list[dict[str, Any]], tasks: list[dict[str, Any]]) -> str:
+    """Say how small a true difference is found, for each task."""
+    parts = []
+    for task in tasks:
+        own = [row["detectable"] for row in found if row["task"] == task["task"]]
+        known = [size for size in own if size is not None]
+        if own:
+            size = f"{_points(median(known))} points" if known else "none"
+            parts.append(f"{size} on {task['task']} (n={task['n']:,})")
+    tests = max(row["family"] for row in found)
+    level = f"{100 * (1 - LEVEL):.0f}%" + (f" over {tests} comparisons" if tests > 1 else "")
+    return (
+        f"MDE, the true difference that the test (corrected: {level}) finds in 4 of 5 cases: "
+        f"{_listed(parts)}. Smaller ones often can't be seen."
+    )
+
+
+def _way(method: str) -> str:
+    return _WAYS.get(method, method if method != "base" else "the base")
+
+
+def _over(tasks: list[str]) -> str:
+    return f"mean of {len(tasks)} tasks" if len(tasks) > 1 else "score"
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _signed(value: float) -> str:
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
+def _percent(ratio: tuple[float, tuple[float, float]], what: str = "") -> str:
+    value, (low, high) = ratio
+    return f"{value:.0%} ({what}{low:.0%} to {high:.0%})".replace("-", "−")
+
+
+def _p(value: float) -> str:
+    return "p < .001" if value < 0.001 else f"p = {value:.3f}".replace("0.", ".")
+
+
+def _listed(parts: list[str]) -> str:
+    if len(parts) < 2:
+        return "".join(parts)
+    return f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -1,0 +1,89 @@
+"""The mean over several tasks: is there a difference, what is kept, how little could be seen?
+
+Invariant: everything is paired, question by question, inside each task; tasks weigh the same. For
+one task it is ``stats.py``'s: the test is McNemar's then, exactly. Used by the report's headline.
+
+A mean over tasks of k/n is no k of anything, so its test draws the signs of the differences: where
+there is no difference, each is as likely to point one way as the other (Fisher's randomization
+test, paired). Ratios carry delta-method intervals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mlx_slim.evaluate.stats import LEVEL, detectable_difference, mcnemar
+
+SIGNS = 100_000  # draws of the signs
+
+
+def mean_error(values: Sequence[np.ndarray]) -> float:
+    """Return the standard error of the mean over tasks of the mean over each task's questions.
+
+    Args:
+        values: One array a task, a value a question.
+    """
+    return float(np.sqrt(sum(x.var() / len(x) for x in values))) / len(values)
+
+
+def sign_flip(differences: Sequence[np.ndarray], *, draws: int = SIGNS, seed: int = 0) -> float:
+    """Return the two-sided p of a mean over tasks, under random signs of the differences.
+
+    Where all differences weigh the same this is McNemar's exact test of them all.
+
+    Args:
+        differences: One array a task: second minus first, one a question.
+        draws: Of the signs, where they do not weigh the same.
+        seed: Of the draws.
+    """
+    weighted = np.concatenate([x / len(x) for x in differences])
+    sizes, counts = np.unique(np.abs(weighted[weighted != 0]).round(12), return_counts=True)
+    if len(sizes) < 2:
+        return mcnemar(int((weighted > 0).sum()), int((weighted < 0).sum()))
+    wins = np.random.default_rng(seed).binomial(counts, 0.5, (draws, len(sizes)))
+    sums_B = (2 * wins - counts) @ sizes
+    found = int((np.abs(sums_B) >= abs(float(weighted.sum())) - 1e-9).sum())
+    return (found + 1) / (draws + 1)
+
+
+def detectable_pooled(differences: Sequence[np.ndarray], tests: int = 1) -> float | None:
+    """Return the smallest true mean over tasks that ``sign_flip`` flags with 80% power.
+
+    That of one task of as many questions as would give the mean the same variance, T² / Σ 1/nₜ, and
+    of the same share of discordant pairs: exact where the tasks are equally large.
+
+    Args:
+        differences: As ``sign_flip``.
+        tests: Of the family: each is held to 5% divided by it.
+    """
+    inverse = sum(1 / len(x) for x in differences)
+    share = sum(float((x**2).mean()) / len(x) for x in differences) / inverse
+    n = int(len(differences) ** 2 / inverse + 1e-9)
+    return detectable_difference(round(share * n, 9), n, tests)
+
+
+def ratio(
+    first: Sequence[np.ndarray], second: Sequence[np.ndarray], chance: float = 0.0
+) -> tuple[float, tuple[float, float]] | None:
+    """Return how much of the first mean the second keeps, and its paired interval (delta method).
+
+    Args:
+        first: One array a task: the values of the first, one a question.
+        second: Of the second, on the same questions.
+        chance: Mean chance level, taken off both; 0 leaves them.
+
+    Returns:
+        The ratio and its interval at ``LEVEL``; None if the first is not above ``chance``.
+    """
+    from scipy.stats import norm
+
+    below = float(np.mean([x.mean() for x in first])) - chance
+    above = float(np.mean([x.mean() for x in second])) - chance
+    if below <= 0:
+        return None
+    kept = above / below
+    error = mean_error([y - kept * x for x, y in zip(first, second, strict=True)]) / below
+    half = float(norm.ppf((1 + LEVEL) / 2)) * error
+    return kept, (kept - half, kept + half)
