@@ -49,13 +49,15 @@ class Prediction:
     """What a recipe will cost.
 
     Attributes:
-        predicted_peak_bytes: Largest MLX memory in use during training.
+        predicted_peak_bytes: Largest MLX memory in use, while the base is loaded or in training.
+        loading_peak_bytes: The former of these two.
         budget_bytes: What it may use.
         fits: Whether the peak is within the budget.
         predicted_seconds: Wall time of training; None without a speed or without rows to count.
         disk_bytes: The run folder at its largest (adapter or model, and its checkpoints).
         download_bytes: The model's 16-bit weights, if they come from a hub.
-        breakdown: Parts of the peak: weights, gradients, optimizer, activations, logits.
+        breakdown: Parts of the peak: weights, gradients, optimizer, activations, logits, and
+            ``loading``, what is there besides the weights where most is needed while they load.
         parameters: Numbers of the dense base.
         trainable_parameters: Numbers that are trained.
         dtype: Of computation.
@@ -68,6 +70,7 @@ class Prediction:
     """
 
     predicted_peak_bytes: int
+    loading_peak_bytes: int
     budget_bytes: int
     fits: bool
     predicted_seconds: float | None
@@ -135,8 +138,8 @@ def predict(
         return counted[key]
 
     def parts_of(recipe: Recipe) -> dict[str, int]:
-        size = _dtype(recipe, gpu).size
-        return breakdown(shapes_of(recipe), recipe, size, lengths, gpu, gpu_bytes)
+        found, size = shapes_of(recipe), _dtype(recipe, gpu).size
+        return _largest(found, breakdown(found, recipe, size, lengths, gpu, gpu_bytes))
 
     def cost_of(recipe: Recipe) -> tuple[int, float]:
         tokens = work or Work(1 << 20, 1 << 20, recipe.train.max_length, "")
@@ -147,6 +150,7 @@ def predict(
     peak = sum(parts.values())
     return Prediction(
         predicted_peak_bytes=peak,
+        loading_peak_bytes=found.loading_bytes,
         budget_bytes=limit,
         fits=peak <= limit,
         predicted_seconds=cost_of(recipe)[1] if speed and work else None,
@@ -161,6 +165,14 @@ def predict(
         rules_of_thumb=rules_of_thumb(found, recipe, _dtype(recipe, gpu)),
         suggestions=suggestions(recipe, limit, cost_of) if suggest else [],
     )
+
+
+def _largest(found: Shapes, training: dict[str, int]) -> dict[str, int]:
+    """Return the parts of the larger peak: of training, or of loading."""
+    if found.loading_bytes <= sum(training.values()):
+        return {**training, "loading": 0}
+    more = found.loading_bytes - found.base_bytes
+    return {**dict.fromkeys(training, 0), "weights": found.base_bytes, "loading": more}
 
 
 def _dtype(recipe: Recipe, gpu: bool) -> mx.Dtype:

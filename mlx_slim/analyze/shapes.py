@@ -22,6 +22,7 @@ from mlx_slim.models.anatomy import GATED_MLP, has_candidates, is_capped
 from mlx_slim.models.build import WIDTHS, build
 from mlx_slim.models.quantized import is_quantized
 from mlx_slim.quantize.policy import make_policy
+from mlx_slim.runtime import DTYPES
 from mlx_slim.train.optim import Optimizer
 
 FULL_PRECISION_BYTES = 4
@@ -67,6 +68,8 @@ class Shapes:
         parameters: Numbers of the dense base model.
         quantized: Whether the base is quantized when training starts.
         base_bytes: The base as it lies in memory.
+        loading_bytes: The most that exists at once while it is loaded, a tensor at a time.
+        quantized_here: Whether the run quantizes it.
         rounded_bytes: The layers that ``quantize.aware`` rounds, a second time.
         adapter_bytes: Adapter parameters and their frozen companions, bytes.
         trainable: Path -> shape.
@@ -85,6 +88,8 @@ class Shapes:
     parameters: int
     quantized: bool
     base_bytes: int
+    loading_bytes: int
+    quantized_here: bool
     rounded_bytes: int
     adapter_bytes: int
     trainable: dict[str, tuple[int, ...]] = field(repr=False)
@@ -181,24 +186,29 @@ def shapes(config: dict[str, Any], recipe: Recipe, dtype: mx.Dtype) -> Shapes:
     model = build(config)
     dense = build({**config, "quantization": None}) if is_quantized(model) else model
     parameters = sum(value.size for _, value in leaves(dense))
+    to_dtype(model, DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), mx.bfloat16))
+    stored = {path: value.nbytes for path, value in leaves(model)}
     to_dtype(model, dtype)
+    cast = {path: value.nbytes for path, value in leaves(model)}
     if (recipe.method == "full" or recipe.quantize.aware) and is_quantized(model):
         what = "full fine-tuning" if recipe.method == "full" else "quantize.aware"
         raise SlimError(
             f"{what} needs float weights and this model is quantized",
             "use method=qlora, or the model that it was quantized from",
         )
-    if recipe.method == "qlora" and not is_quantized(model):
-        policy = make_policy(model, recipe.quantize)
+    quantized_here = recipe.method == "qlora" and not is_quantized(model)
+    chosen_bits: dict[str, dict[str, Any]] = {}
+    if quantized_here:
+        chosen_bits = make_policy(model, recipe.quantize).chosen
         settings = recipe.quantize
         nn.quantize(
             model,
             group_size=settings.group_size,
             bits=settings.bits,
             mode=settings.mode,
-            class_predicate=lambda path, module: policy.chosen.get(path, False),
+            class_predicate=lambda path, module: chosen_bits.get(path, False),
         )
-    base_bytes = sum(value.nbytes for _, value in leaves(model))
+    kept = {path: value.nbytes for path, value in leaves(model)}
     modules = dict(model.named_modules())
     rounds = make_policy(model, recipe.quantize).chosen if recipe.quantize.aware else {}
     rounded_bytes = sum(modules[path]["weight"].nbytes for path in rounds)
@@ -232,7 +242,9 @@ def shapes(config: dict[str, Any], recipe: Recipe, dtype: mx.Dtype) -> Shapes:
     return Shapes(
         parameters=parameters,
         quantized=is_quantized(model),
-        base_bytes=base_bytes,
+        base_bytes=sum(kept.values()),
+        loading_bytes=_loading_bytes(stored, cast, kept, list(chosen_bits)),
+        quantized_here=quantized_here,
         rounded_bytes=rounded_bytes,
         adapter_bytes=0 if recipe.method == "full" else one_copy + companions,
         trainable={path: shape for path, (shape, _) in trainable.items()},
@@ -247,6 +259,35 @@ def shapes(config: dict[str, Any], recipe: Recipe, dtype: mx.Dtype) -> Shapes:
         splits=has_candidates(model),
         largest=max((value.size for _, value in leaves(bag)), default=0),
     )
+
+
+def _loading_bytes(
+    stored: dict[str, int], cast: dict[str, int], kept: dict[str, int], quantized: list[str]
+) -> int:
+    """Return the peak of loading: layers are quantized one by one, then the rest is read.
+
+    Args:
+        stored: Bytes of each parameter on disk.
+        cast: In the dtype of computation.
+        kept: Of each parameter that stays.
+        quantized: Layers that are quantized, in their order.
+    """
+    held = peak = 0
+
+    def read(name: str, more: int) -> None:
+        nonlocal peak
+        needed = cast[name] + (stored[name] if stored[name] != cast[name] else 0)
+        peak = max(peak, held + needed + more)
+
+    rest = dict(kept)
+    for path in quantized:
+        parts = [rest.pop(f"{path}.{part}", 0) for part in ("weight", "scales", "biases")]
+        read(f"{path}.weight", sum(parts))
+        held += sum(parts)
+    for name, size in rest.items():
+        read(name, 0)
+        held += size
+    return max(peak, held)
 
 
 def _table(site: Site) -> tuple[int, int]:

@@ -26,9 +26,9 @@ from mlx_slim.errors import SlimError
 from mlx_slim.events import Notice, Observer
 from mlx_slim.models.convert import convert
 from mlx_slim.models.hub import SMOLLM2_PACKAGE, bundled_smollm2, resolve
-from mlx_slim.models.load import load, model_files, model_hash, read_config
+from mlx_slim.models.load import model_files, model_hash, read_config
 from mlx_slim.models.save import save_model
-from mlx_slim.quantize.apply import quantize_model
+from mlx_slim.quantize.apply import load_quantized
 from mlx_slim.workflows.distill import distill
 from mlx_slim.workflows.finetune import finetune
 from mlx_slim.workflows.mutual import FIRST
@@ -105,10 +105,9 @@ class Job:
         if mark.exists() and read_json(mark).get("weights_sha256") == key:
             return folder
         shutil.rmtree(folder, ignore_errors=True)
-        loaded = load(dense)
-        report = quantize_model(loaded.model, loaded.config, settings)
+        loaded, report = load_quantized(dense, settings)
         self.say(f"quantized to {report.bits_per_weight:.2f} bits a weight")
-        save_model(folder, loaded.model, loaded.tokenizer, report.config, code_from=dense)
+        save_model(folder, loaded.model, loaded.tokenizer, loaded.config, code_from=dense)
         write_json(mark, {"weights_sha256": key})
         return folder
 

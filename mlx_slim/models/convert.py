@@ -14,13 +14,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
 from mlx_slim.artifacts import atomic_folder, check_output
 from mlx_slim.errors import SlimError
 from mlx_slim.models.activations import use_fast_swiglu
 from mlx_slim.models.gguf import import_gguf
-from mlx_slim.models.load import cast, load
+from mlx_slim.models.load import cast, load, read_weights
 from mlx_slim.models.logits import kl_divergence
 from mlx_slim.models.quantized import densify, is_quantized, use_fast_matmul
 from mlx_slim.models.save import save_model, saved_config
@@ -136,10 +136,11 @@ def _write(
     logits_LV = _probe(model, config)
     before = {path: value.dtype for path, value in _parameters(model).items()}
     if dequantize and is_quantized(model):
-        _dequantize(model, dtype or mx.float16)
+        densify(model, dtype or mx.float16)
         notes.append(f"quantized layers dequantized to {dtype_name(dtype or mx.float16)}")
     if dtype is not None:
         cast(model, dtype)
+        read_weights(model)
     same = before == {path: value.dtype for path, value in _parameters(model).items()}
     save_model(folder, model, tokenizer, config, code_from=code_from)
     return _Written(logits_LV, same, notes)
@@ -166,22 +167,6 @@ def _report(
         exact=exact,
         notes=notes,
     )
-
-
-def _dequantize(model: nn.Module, dtype: mx.Dtype) -> None:
-    """Replace quantized layers by dense ones in ``dtype``, computed in float32."""
-    paths = {
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding))
-    }
-    densify(model)
-    narrow = [
-        (name, value.astype(dtype))
-        for name, value in _parameters(model).items()
-        if name.rsplit(".", 1)[0] in paths
-    ]
-    model.update(tree_unflatten(narrow))
 
 
 def _probe(model: nn.Module, config: dict[str, Any]) -> mx.array:

@@ -2,13 +2,17 @@
 
 Invariant: what loads computes the logits its author meant: the config traps are mended
 (``normalize_config``), and every tensor of the files is in the model and the other way round.
+Tensors are read, cast and quantized one at a time: while a model loads, MLX holds no more than
+what stays, and one tensor as it is stored and once more in the dtype of computation.
 Try it: ``mlx-slim generate HuggingFaceTB/SmolLM2-135M-Instruct --prompt Hello``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +28,16 @@ from mlx_slim.models.build import apply_widths
 from mlx_slim.models.hub import resolve, resolve_config
 from mlx_slim.models.normalize import Normalized, normalize_config
 from mlx_slim.models.quantized import use_fast_matmul
-from mlx_slim.models.tensors import INDEX, WEIGHTS, Tensor, few, folder_tensors
+from mlx_slim.models.tensors import (
+    FLOATS,
+    INDEX,
+    WEIGHTS,
+    Tensor,
+    common_dtype,
+    few,
+    folder_tensors,
+    same_bytes,
+)
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -36,7 +49,9 @@ __all__ = [
     "load_tokenizer",
     "model_files",
     "model_hash",
+    "open_weights",
     "read_config",
+    "read_weights",
     "resolve",
 ]
 
@@ -56,6 +71,9 @@ _FILES = (
     "*.model",
     "*.py",
 )
+
+# Changes a model whose weights are not read yet (quantizes it), and returns its config.
+Transform = Callable[[nn.Module, dict[str, Any]], dict[str, Any]]
 
 # What mlx-lm and the model classes raise on a config or weights that do not fit.
 _MISFIT = (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
@@ -90,6 +108,7 @@ def load(
     revision: str | None = None,
     dtype: mx.Dtype | None = None,
     trust_remote_code: bool = False,
+    transform: Transform | None = None,
 ) -> Loaded:
     """Load an MLX or Hugging Face folder, or a hub id.
 
@@ -99,24 +118,21 @@ def load(
         dtype: Floating weights are cast to it, scales and biases of quantized layers too, so that
             the whole model computes in one dtype; None keeps what is stored.
         trust_remote_code: Run Python files that the repository brings.
+        transform: Changes the model while none of its weights is read, cast to ``dtype`` already,
+            and returns its config (``quantize.apply.load_quantized``).
 
     Raises:
         SlimError: If the source is absent, incomplete or corrupt, its type unknown, or its tensors
             are not exactly those of the model.
     """
     folder = resolve(source, revision, trust_remote_code=trust_remote_code)
-    raw = _raw_config(folder)
-    tensors = folder_tensors(folder)
-    normalized = normalize_config(raw, _names(raw, tensors))
-    model, config = _build(folder, normalized, trust_remote_code)
-    if dtype is not None:
-        cast(model, dtype)
+    model, config, notes = open_weights(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    with _reading(folder):
+        if transform is not None:
+            config = transform(model, config)
+        read_weights(model)
     use_fast_matmul(model)
     use_fast_swiglu(model)
-    try:
-        mx.eval(model.parameters())
-    except RuntimeError as error:
-        raise SlimError(f"{folder}: its weights cannot be read: {_line(error)}") from error
     return Loaded(
         model=model,
         tokenizer=_load_tokenizer(folder, config, trust_remote_code),
@@ -124,8 +140,42 @@ def load(
         path=folder,
         source=str(source),
         revision=folder.name if folder.parent.name == "snapshots" else revision,
-        notes=normalized.notes,
+        notes=notes,
     )
+
+
+def open_weights(
+    folder: Path, *, dtype: mx.Dtype | None = None, trust_remote_code: bool = False
+) -> tuple[nn.Module, dict[str, Any], list[str]]:
+    """Return the model of a folder with weights that MLX has not read yet, its config and notes.
+
+    Evaluating a parameter reads it; a model that drops it then holds one tensor at a time.
+
+    Raises:
+        SlimError: As ``load``.
+    """
+    raw = _raw_config(folder)
+    tensors = folder_tensors(folder)
+    normalized = normalize_config(raw, _names(raw, tensors))
+    model, config = _build(folder, normalized, trust_remote_code)
+    if dtype is not None:
+        cast(model, dtype)
+    return model, config, normalized.notes
+
+
+def read_weights(model: nn.Module) -> None:
+    """Evaluate the parameters of ``model`` one at a time: what each is made of is freed first."""
+    for _, value in tree_flatten(model.parameters()):
+        mx.eval(value)
+
+
+@contextlib.contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Turn what MLX raises while it reads a file into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise SlimError(f"{folder}: its weights cannot be read: {_line(error)}") from error
 
 
 def load_tokenizer(
@@ -144,6 +194,8 @@ def load_tokenizer(
 def read_config(source: str | Path, revision: str | None = None) -> dict[str, Any]:
     """Return the normalised config of a folder or hub id, without fetching or reading weights.
 
+    Where the weights are here, ``dtype`` is what most of their floating bytes are stored in.
+
     Raises:
         SlimError: As ``load`` does for the same reasons.
     """
@@ -151,7 +203,9 @@ def read_config(source: str | Path, revision: str | None = None) -> dict[str, An
     raw = _raw_config(folder)
     names: set[str] | None = None
     if any(folder.glob(WEIGHTS)):
-        names = _names(raw, folder_tensors(folder))
+        tensors = folder_tensors(folder)
+        names = _names(raw, tensors)
+        raw = {**raw, "dtype": FLOATS[common_dtype(tensors)]}
     elif (folder / INDEX).exists():
         names = set(read_json(folder / INDEX).get("weight_map", {}))
     return normalize_config(raw, names).config
@@ -174,7 +228,8 @@ def model_hash(folder: Path) -> str:
 def cast(model: nn.Module, dtype: mx.Dtype) -> None:
     """Cast the floating parameters of ``model`` in place, but those its class keeps in float32.
 
-    Integer codes stay; the float32 tensor scale of nvfp4 layers stays.
+    Nothing is evaluated (``read_weights`` does it). Integer codes stay; the float32 tensor scale of
+    nvfp4 layers stays.
     """
     wanted = getattr(model, "cast_predicate", None) or (lambda path: True)
 
@@ -216,13 +271,7 @@ def _equal(tensors: dict[str, Tensor], one: str, other: str) -> bool:
     a, b = tensors[one], tensors[other]
     if (a.shape, a.dtype) != (b.shape, b.dtype) or not a.dtype.startswith(("F", "BF")):
         return False
-    return bool(mx.array_equal(_read(a, one), _read(b, other)).item())
-
-
-def _read(tensor: Tensor, name: str) -> mx.array:
-    loaded = mx.load(str(tensor.file))
-    assert isinstance(loaded, dict)
-    return loaded[name]
+    return same_bytes(a, b)
 
 
 def _line(error: BaseException) -> str:

@@ -216,33 +216,37 @@ def quantize_into_fast(model: nn.Module) -> None:
                 module.__class__ = _FastToBe
 
 
-def densify(model: nn.Module) -> int:
-    """Replace quantized layers by dense float32 ones with the same outputs, in place.
+def densify(model: nn.Module, dtype: mx.Dtype | None = None) -> int:
+    """Replace quantized layers by dense ones with the same outputs, in place, one at a time.
 
     For generation and scoring on a CPU when memory allows (8 times that of 4 bits).
+
+    Args:
+        model: Any model.
+        dtype: Of the dense layers, whose weights are computed in float32; None leaves these in
+            float32 and biases as they are.
 
     Returns:
         The number of layers replaced.
     """
-    replaced: list[tuple[str, nn.Module]] = []
-    for path, module in model.named_modules():
-        if not isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
-            continue
-        weight = _dense(module, module["weight"])
+    kinds = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+    waiting = [(path, each) for path, each in model.named_modules() if isinstance(each, kinds)]
+    count = len(waiting)
+    while waiting:  # popped, so that each quantized layer is freed as soon as it is replaced
+        path, module = waiting.pop()
+        weight = _dense(module, module["weight"]).astype(dtype or mx.float32)
         if isinstance(module, nn.QuantizedEmbedding):
             dense: nn.Module = nn.Embedding(1, 1)
         else:
             dense = nn.Linear(1, 1, bias="bias" in module)
             if "bias" in module:
-                dense["bias"] = module["bias"]
+                dense["bias"] = module["bias"].astype(dtype or module["bias"].dtype)
         dense["weight"] = weight
-        mx.eval(weight)
+        mx.eval(dense.parameters())
         dense.freeze()
         dense.train(module.training)
-        replaced.append((path, dense))
-    if replaced:
-        model.update_modules(tree_unflatten(replaced))
-    return len(replaced)
+        model.update_modules(tree_unflatten([(path, dense)]))
+    return count
 
 
 def densify_pays(model: nn.Module) -> bool:

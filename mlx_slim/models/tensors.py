@@ -7,6 +7,7 @@ but headers is read. Try it: ``mlx-slim plan RECIPE`` reads shapes this way.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,17 +16,20 @@ from mlx_slim.errors import SlimError
 
 WEIGHTS = "model*.safetensors"
 INDEX = "model.safetensors.index.json"
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _MAX_HEADER = 100_000_000
+_PIECE = 1 << 20  # bytes that are compared at a time
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor on disk: its safetensors dtype (``BF16``), shape, bytes and file."""
+    """One tensor on disk: its safetensors dtype (``BF16``), shape, bytes, file and place in it."""
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
     file: Path
+    begin: int
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
@@ -48,6 +52,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
                 tuple(entry["shape"]),
                 entry["data_offsets"][1] - entry["data_offsets"][0],
                 path,
+                8 + length + entry["data_offsets"][0],
             )
             for name, entry in header.items()
         }
@@ -99,6 +104,31 @@ def folder_tensors(folder: Path) -> dict[str, Tensor]:
             "download or copy it again",
         )
     return tensors
+
+
+def common_dtype(tensors: dict[str, Tensor]) -> str:
+    """Return the safetensors dtype of most floating bytes (``BF16``); F32 if there are none."""
+    bytes_of: Counter[str] = Counter()
+    for tensor in tensors.values():
+        if tensor.dtype in FLOATS:
+            bytes_of[tensor.dtype] += tensor.nbytes
+    return bytes_of.most_common(1)[0][0] if bytes_of else "F32"
+
+
+def same_bytes(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors are equal byte for byte; neither is read as a whole."""
+    if one.nbytes != other.nbytes:
+        return False
+    with one.file.open("rb") as first, other.file.open("rb") as second:
+        first.seek(one.begin)
+        second.seek(other.begin)
+        left = one.nbytes
+        while left:
+            size = min(_PIECE, left)
+            if first.read(size) != second.read(size):
+                return False
+            left -= size
+    return True
 
 
 def _no_weights(folder: Path) -> SlimError:

@@ -1,29 +1,32 @@
 """Quantize a model in memory.
 
-Invariant: the model is changed in place, the returned config is the one that a stock
-``mlx_lm.load`` needs, and every layer left unquantized is listed with its reason. Try it:
+Invariant: the model is changed in place, a layer at a time, so that no more than one of them is in
+memory dense if it was not before; the returned config is the one that a stock ``mlx_lm.load``
+needs, and every layer left unquantized is listed with its reason. Try it:
 ``mlx-slim quantize MODEL -o DIR --bits 4``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import SlimError
+from mlx_slim.models.load import Loaded, load, read_weights
 from mlx_slim.models.quantized import is_quantized, use_fast_matmul
 from mlx_slim.models.unpack import unpack
 from mlx_slim.quantize.policy import Skipped, leaves, make_policy
 from mlx_slim.runtime import on_gpu
+
+_PIECE = 1 << 18  # bytes of the rows that are rounded to a float format at a time, on a CPU
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def quantize_model(
     """Quantize ``model`` in place by rounding to nearest; on a CPU its layers become fast ones.
 
     Args:
-        model: A dense model.
+        model: A dense model, its weights read already or not (``models.load.open_weights``).
         config: Its ``config.json``.
         quantize: Bits, group size and mode.
         recipe: One of mlx-lm's mixed recipes (``policy.RECIPES``), or None.
@@ -69,29 +72,76 @@ def quantize_model(
     refuse_quantized(model, config)
     policy = make_policy(model, quantize, recipe)
     before = parameter_bytes(model)
-    from mlx_lm.utils import quantize_model as quantize_in_place
-
-    base = {
-        "group_size": quantize.group_size,
-        "bits": quantize.bits,
-        "mode": quantize.mode,
+    waiting = leaves(model)[::-1]
+    while waiting:  # popped, so that each dense layer is freed as soon as it is replaced
+        path, module = waiting.pop()
+        if path in policy.chosen:
+            layer = _quantized(module, policy.chosen[path])
+            model.update_modules(tree_unflatten([(path, layer)]))
+    read_weights(model)
+    base = {"group_size": quantize.group_size, "bits": quantize.bits, "mode": quantize.mode}
+    others = {path: dict(chosen) for path, chosen in policy.chosen.items() if chosen != base}
+    settings = {**base, **others}
+    new_config = {
+        **copy.deepcopy(config),
+        "quantization": settings,
+        "quantization_config": settings,  # where the hub looks for it
     }
-
-    def decide(path: str, _module: nn.Module) -> bool | dict[str, Any]:
-        chosen = policy.chosen.get(path)
-        return bool(chosen) if chosen is None or chosen == base else dict(chosen)
-
-    with contextlib.redirect_stdout(io.StringIO()):
-        _, new_config = quantize_in_place(
-            model,
-            config,
-            quantize.group_size,
-            quantize.bits,
-            mode=quantize.mode,
-            quant_predicate=decide,
-        )
-    mx.eval(model.parameters())
     return report(model, new_config, "rtn", before, policy.skipped)
+
+
+def load_quantized(
+    source: str | Path,
+    quantize: QuantizeConfig,
+    recipe: str | None = None,
+    *,
+    revision: str | None = None,
+    dtype: mx.Dtype | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Loaded, QuantizeReport]:
+    """Load a dense model and quantize each layer as it is read; return it and what was done.
+
+    The numbers are those of ``load`` and ``quantize_model``; the dense model never exists.
+
+    Raises:
+        SlimError: As ``load`` and ``quantize_model`` do.
+    """
+    found: list[QuantizeReport] = []
+
+    def transform(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
+        found.append(quantize_model(model, config, quantize, recipe))
+        return found[0].config
+
+    loaded = load(
+        source,
+        revision=revision,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        transform=transform,
+    )
+    return loaded, found[0]
+
+
+def _quantized(module: nn.Module, settings: dict[str, Any]) -> nn.Module:
+    """Return ``module`` quantized and evaluated.
+
+    On a CPU, MLX rounds to the float formats (mxfp4, nvfp4) through 20 to 40 copies of its input,
+    so there a few rows are rounded at a time; each row is rounded by itself in every format.
+    """
+    layer: Any = module.to_quantized(**settings)  # pyright: ignore[reportCallIssue]
+    if settings.get("mode", "affine") != "affine" and not on_gpu():
+        weight = module["weight"]
+        mx.eval(weight)
+        rows_RI = weight.reshape(-1, weight.shape[-1])
+        step = max(1, _PIECE // rows_RI[0].nbytes)
+        pieces = []
+        for start in range(0, len(rows_RI), step):
+            pieces.append(mx.quantize(rows_RI[start : start + step], **settings))
+            mx.eval(pieces[-1])
+        for name, parts in zip(("weight", "scales"), zip(*pieces, strict=True), strict=True):
+            layer[name] = mx.concatenate(parts).reshape(*weight.shape[:-1], -1)
+    mx.eval(layer.parameters())
+    return layer
 
 
 def rounded(

@@ -7,7 +7,6 @@ left. Models compute in float32 on a CPU and are stored in the dtype that they c
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,10 @@ from mlx_slim.artifacts import atomic_folder
 from mlx_slim.errors import SlimError
 from mlx_slim.models.load import Loaded, cast, load
 from mlx_slim.models.save import save_model
-from mlx_slim.models.tensors import Tensor
-from mlx_slim.runtime import on_gpu
+from mlx_slim.models.tensors import FLOATS, Tensor, common_dtype
+from mlx_slim.runtime import DTYPES, on_gpu
 from mlx_slim.workflows.task_rows import carry
 
-_STORED = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 _PROBE = 16  # tokens on which the saved model is compared
 
 
@@ -35,11 +33,7 @@ def compute_dtype() -> mx.Dtype | None:
 
 def stored_dtype(tensors: dict[str, Tensor]) -> mx.Dtype:
     """Return the dtype that most floating bytes of the source are stored in."""
-    bytes_of: Counter[str] = Counter()
-    for tensor in tensors.values():
-        if tensor.dtype in _STORED:
-            bytes_of[tensor.dtype] += tensor.nbytes
-    return _STORED[bytes_of.most_common(1)[0][0]] if bytes_of else mx.float32
+    return DTYPES[FLOATS[common_dtype(tensors)]]
 
 
 def save_checked(

@@ -20,7 +20,7 @@ from mlx_slim.adapters.store import save_adapter
 from mlx_slim.analyze.memory import Prediction, predict
 from mlx_slim.config.schema import Recipe
 from mlx_slim.data.prepare import Prepared
-from mlx_slim.models.load import load
+from mlx_slim.models.load import load, read_config
 from mlx_slim.models.save import save_model
 from mlx_slim.runtime import resolve_dtype
 from mlx_slim.train.step import Objective
@@ -51,6 +51,10 @@ class Course:
 
     def read(self, recipe: Recipe, tuned: Tuned, data: Prepared, out: Path) -> None:
         """Take note of the rows, before the objectives are asked for."""
+
+    def expect(self, recipe: Recipe) -> Prediction:
+        """Return what training will cost, as far as it is known before anything is loaded."""
+        return predict(read_config(recipe.model, recipe.revision), recipe)
 
     def predict(self, recipe: Recipe, tuned: Tuned, lengths: Sequence[int]) -> Prediction:
         """Return what training will cost."""
@@ -117,6 +121,6 @@ def load_tuned(recipe: Recipe, adapted: bool, target: Path) -> nn.Module:
     """Return what ``save_tuned`` wrote: the base with its adapters, or the whole model."""
     if not adapted:
         return load(target).model
-    again = prepare_base(recipe)[0].model
+    again = prepare_base(recipe).model
     load_adapters(again, parse_adapters([*recipe.adapter.on, target]))
     return again

@@ -42,7 +42,7 @@ from mlx_slim.models.hub import SMOLLM2_PACKAGE, bundled_smollm2, resolve
 from mlx_slim.models.load import Loaded, load, read_config
 from mlx_slim.models.quantized import densify
 from mlx_slim.models.save import save_model
-from mlx_slim.quantize.apply import quantize_model
+from mlx_slim.quantize.apply import load_quantized
 from mlx_slim.runtime import dtype_name, human_bytes, on_gpu, resolve_dtype
 from mlx_slim.workflows.finetune import finetune
 from mlx_slim.workflows.run_folder import STATE_FILE
@@ -174,9 +174,8 @@ def _quantized(dense: Path, folder: Path, settings: QuantizeConfig, observer: Ob
     if "quantization" in read_config(dense):
         return dense
     if not _reused(folder, observer):
-        loaded = load(dense)
-        report = quantize_model(loaded.model, loaded.config, settings)
-        save_model(folder, loaded.model, loaded.tokenizer, report.config, code_from=dense)
+        loaded, report = load_quantized(dense, settings)
+        save_model(folder, loaded.model, loaded.tokenizer, loaded.config, code_from=dense)
         sizes = f"{human_bytes(report.bytes_before)} → {human_bytes(report.bytes_after)}"
         observer.notify(Notice(f"quantized: {report.bits_per_weight:.2f} bits a weight, {sizes}"))
     return folder

@@ -93,6 +93,7 @@ def finetune(
     listeners = events.Broadcast([metrics, observer] if world().rank() == 0 else [])
     with fresh(out, keep=started):
         course.begin(recipe, observer)
+        _check_loading(recipe, course.expect(recipe), budget)
         built = _build(recipe, course, out, listeners, budget, unchanged=started)
         with checkpointed(anatomy.blocks(built.tuned.model), recipe.train.grad_checkpoint):
             if not (out / "checkpoints").exists():
@@ -198,6 +199,17 @@ def _check_disk(out: Path, prediction: Prediction) -> None:
             f"{out} will need {human_bytes(prediction.disk_bytes)} of disk, "
             f"{human_bytes(free)} are free",
             "free some space, choose another output folder, or keep less with train.keep=1",
+        )
+
+
+def _check_loading(recipe: Recipe, prediction: Prediction, budget: int) -> None:
+    """Refuse to load a base for which the budget is too small."""
+    needed = prediction.loading_peak_bytes
+    if needed > budget:
+        raise ResourceError(
+            f"loading {recipe.model} needs {human_bytes(needed)} (predicted), the budget is "
+            f"{human_bytes(budget)}",
+            _cheapest_fit(prediction, prediction.predicted_peak_bytes, budget),
         )
 
 

@@ -92,6 +92,10 @@ class Together(Course):
         assert self._beside is not None
         return self._beside
 
+    def expect(self, recipe: Recipe) -> Prediction:
+        """Return what both cost together, before anything is loaded."""
+        return predicted(read_config(recipe.model, recipe.revision), recipe)
+
     def predict(self, recipe: Recipe, tuned: Tuned, lengths: Sequence[int]) -> Prediction:
         """Return what both cost together."""
         second = second_recipe(recipe, self.second)
@@ -168,6 +172,7 @@ def together(first: Prediction, second: Prediction) -> Prediction:
     return replace(
         first,
         predicted_peak_bytes=peak,
+        loading_peak_bytes=first.loading_peak_bytes + second.loading_peak_bytes,
         fits=peak <= first.budget_bytes,
         predicted_seconds=seconds,
         disk_bytes=first.disk_bytes + second.disk_bytes,

@@ -66,32 +66,34 @@ class Tuned:
         return self.loaded.model
 
 
-def prepare_base(recipe: Recipe) -> tuple[Loaded, dict[str, Any]]:
-    """Load the base of ``recipe``, quantized where the method wants it; return it and its config.
+def prepare_base(recipe: Recipe) -> Loaded:
+    """Load the base of ``recipe``, each layer quantized as it is read where the method wants it.
 
     Raises:
         SlimError: If the model cannot be loaded, or does not fit the method.
     """
-    loaded = load(recipe.model, revision=recipe.revision, dtype=resolve_dtype(recipe.train.dtype))
-    quantized = is_quantized(loaded.model)
-    if quantized and (recipe.method == "full" or recipe.quantize.aware):
-        why = (
-            "method=full trains every" if recipe.method == "full" else "quantize.aware rounds each"
-        )
-        raise SlimError(
-            f"{recipe.model} is quantized, and {why} weight",
-            "use method=qlora, or dequantize it first: mlx-slim convert MODEL -o DIR --dequantize",
-        )
-    config = loaded.config
-    if recipe.method == "qlora" and not quantized:
-        config = quantize_model(loaded.model, config, recipe.quantize).config
-    mx.eval(loaded.model.parameters())
-    return loaded, config
+
+    def fit(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
+        quantized = is_quantized(model)
+        if quantized and (recipe.method == "full" or recipe.quantize.aware):
+            full = recipe.method == "full"
+            why = "method=full trains every" if full else "quantize.aware rounds each"
+            raise SlimError(
+                f"{recipe.model} is quantized, and {why} weight",
+                "use method=qlora, or dequantize it first: "
+                "mlx-slim convert MODEL -o DIR --dequantize",
+            )
+        if recipe.method == "qlora" and not quantized:
+            return quantize_model(model, config, recipe.quantize).config
+        return config
+
+    dtype = resolve_dtype(recipe.train.dtype)
+    return load(recipe.model, revision=recipe.revision, dtype=dtype, transform=fit)
 
 
 def prepare_model(recipe: Recipe) -> Tuned:
     """Return the base of ``recipe`` with its trainable parameters chosen: adapters, or all."""
-    loaded, config = prepare_base(recipe)
+    loaded = prepare_base(recipe)
     total = get_total_parameters(loaded.model)
     aware = recipe.quantize.aware
     rounds = make_policy(loaded.model, recipe.quantize).chosen if aware else {}
@@ -103,7 +105,7 @@ def prepare_model(recipe: Recipe) -> Tuned:
         below = combined(loaded.model, parse_adapters(recipe.adapter.on))
         injected = inject(loaded.model, recipe.adapter, dora=recipe.method == "dora", below=below)
     mx.eval(loaded.model.parameters())
-    tuned = Tuned(loaded, config, injected, total)
+    tuned = Tuned(loaded, loaded.config, injected, total)
     if aware:
         stored = stored_dtype(folder_tensors(loaded.path))
         tuned.companions.append(QuantizationAware(loaded.model, rounds, stored))

@@ -176,7 +176,7 @@ def test_plan_prints_fits_and_the_cheapest_knob():
         *("breakdown", "suggestions"),
     }
     assert set(found["breakdown"]) == {
-        *("weights", "gradients", "optimizer", "activations", "logits"),
+        *("weights", "gradients", "optimizer", "activations", "logits", "loading"),
     }
     assert sum(found["breakdown"].values()) == found["predicted_peak_bytes"]
     result = run(plan.command, ["tinyllama-lora", "--budget", "7GB"])
