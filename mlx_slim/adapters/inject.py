@@ -9,8 +9,9 @@ Try it: ``python -m pytest tests/adapters/test_inject.py``.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -225,6 +226,17 @@ def remove_adapters(model: nn.Module) -> None:
     """Give ``model`` its base layers back, as they were."""
     bases = [(path, adapter.base) for path, adapter in adapters_of(model)]
     model.update_modules(tree_unflatten(bases))  # pyright: ignore[reportArgumentType]
+
+
+@contextlib.contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Give ``model`` its base layers back for a while."""
+    adapters = adapters_of(model)
+    remove_adapters(model)
+    try:
+        yield
+    finally:
+        model.update_modules(tree_unflatten(adapters))  # pyright: ignore[reportArgumentType]
 
 
 def inject(

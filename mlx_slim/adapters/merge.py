@@ -25,7 +25,8 @@ def _dtype(base: nn.Module) -> mx.Dtype:
     return mx.bfloat16  # mxfp and nvfp scales are bytes
 
 
-def _plain(adapter: Adapter, dtype: mx.Dtype | None) -> nn.Module:
+def merged_layer(adapter: Adapter, dtype: mx.Dtype | None) -> nn.Module:
+    """Return the plain dense layer with the outputs of ``adapter``, evaluated."""
     base = adapter.base
     if isinstance(adapter, LoRAEmbedding):
         merged: nn.Module = nn.Embedding(1, 1)
@@ -53,5 +54,5 @@ def merge(model: nn.Module, dtype: mx.Dtype | None = None) -> int:
     count = len(waiting)
     while waiting:  # popped, so that each former layer is freed as soon as it is replaced
         path, adapter = waiting.pop()
-        model.update_modules(tree_unflatten([(path, _plain(adapter, dtype))]))
+        model.update_modules(tree_unflatten([(path, merged_layer(adapter, dtype))]))
     return count

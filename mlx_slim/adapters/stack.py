@@ -69,6 +69,11 @@ def _inside(folder: Path) -> Path:
     return run if not (folder / CONFIG).is_file() and (run / CONFIG).is_file() else folder
 
 
+def used_folders(stack: Sequence[Weighted]) -> list[Path]:
+    """Return the adapter folders that have a weight other than 0."""
+    return [one.folder for one in stack if one.weight != 0]
+
+
 def load_adapters(model: nn.Module, stack: Sequence[Weighted]) -> Injected:
     """Put the weighted sum of ``stack`` on ``model``, strictly, as ``load_adapter`` does with one.
 

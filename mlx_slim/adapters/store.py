@@ -12,6 +12,7 @@ Try it: ``python -m pytest tests/adapters/test_store.py``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,7 @@ def save_adapter(
     *,
     dora: bool,
     base: str,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the adapters of ``model`` to ``folder``, whole or not at all; replaces a former one.
 
@@ -123,6 +125,7 @@ def save_adapter(
         injected: What ``inject`` returned.
         dora: Whether the adapters are DoRA.
         base: Name or path of the base, for people and for error messages.
+        more: Further entries of the config.
 
     Raises:
         ResourceError: If the disk is full.
@@ -159,6 +162,7 @@ def save_adapter(
         "parameters": injected.parameters,
         "base_sample": base_sample(model),
         **({"ranks": ranks} if ranks else {}),
+        **(more or {}),
     }
     with atomic_folder(folder, replace=True) as temporary:
         save_tensors(temporary / WEIGHTS, tensors)

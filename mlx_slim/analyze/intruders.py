@@ -40,6 +40,7 @@ from mlx_slim.models.load import load
 from mlx_slim.models.quantized import dequantize_weight, is_quantized
 from mlx_slim.models.tensors import few
 from mlx_slim.quantize.apply import quantize_model
+from mlx_slim.quantize.base import load_base
 
 SWEEP_K = (1, 5, 10, 20)
 SWEEP_EPSILON = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -216,12 +217,13 @@ def _adapted(adapter: Adapter, path: str) -> Pair:
 def adapter_pairs(source: str, adapter: Path) -> tuple[str, Iterator[Pair]]:
     """Return (kind, pairs) of a base and an adapter folder.
 
-    A dense base is quantized first where the adapter's run did so (QLoRA).
+    A dense base is quantized first where the adapter's run did so (QLoRA); runs of earlier versions
+    say so in ``run.json`` alone.
 
     Raises:
         SlimError: As ``load`` and ``load_adapter`` do.
     """
-    loaded = load(source)
+    loaded = load_base(source, [adapter])
     record = adapter.parent / "run.json"
     recipe = read_json(record).get("recipe", {}) if record.is_file() else {}
     if recipe.get("method") == "qlora" and not is_quantized(loaded.model):

@@ -54,7 +54,8 @@ class Prediction:
         budget_bytes: What it may use.
         fits: Whether the peak is within the budget.
         predicted_seconds: Wall time of training; None without a speed or without rows to count.
-        disk_bytes: The run folder at its largest (adapter or model, and its checkpoints).
+        disk_bytes: The run folder at its largest (adapter or model, its checkpoints, and the base
+            if the run quantizes it).
         download_bytes: The model's 16-bit weights, if they come from a hub.
         breakdown: Parts of the peak: weights, gradients, optimizer, activations, logits, and
             ``loading``, what is there besides the weights where most is needed while they load.
@@ -200,6 +201,8 @@ def _disk(found: Shapes, recipe: Recipe, work: Work | None) -> int:
     if recipe.quantize.aware:
         bits = recipe.quantize.bits + 32 / recipe.quantize.group_size
         result += int(found.parameters * bits / 8)
+    if found.quantized_here:
+        result += found.base_bytes
     rows = 4 * work.tokens_per_epoch + work.tokens_per_epoch // 8 if work else 0
     rows += _answers(found, recipe, work) if work else 0
     return result + (recipe.train.keep + _SAVED_STEPS_BESIDES) * checkpoint + rows

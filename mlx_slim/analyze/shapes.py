@@ -171,6 +171,21 @@ def _sides(module: Any) -> tuple[int, ...]:
     return dimensions(module)
 
 
+def refuse_quantized(recipe: Recipe) -> None:
+    """Refuse a quantized model where ``recipe`` needs float weights.
+
+    Raises:
+        SlimError: Says what would work.
+    """
+    if recipe.method == "full" or recipe.quantize.aware:
+        full = recipe.method == "full"
+        why = "method=full trains every" if full else "quantize.aware rounds each"
+        raise SlimError(
+            f"{recipe.model} is quantized, and {why} weight",
+            "use method=qlora, or dequantize it first: mlx-slim convert MODEL -o DIR --dequantize",
+        )
+
+
 def shapes(config: dict[str, Any], recipe: Recipe, dtype: mx.Dtype) -> Shapes:
     """Return what ``recipe`` holds in memory over the model of ``config``.
 
@@ -190,12 +205,8 @@ def shapes(config: dict[str, Any], recipe: Recipe, dtype: mx.Dtype) -> Shapes:
     stored = {path: value.nbytes for path, value in leaves(model)}
     to_dtype(model, dtype)
     cast = {path: value.nbytes for path, value in leaves(model)}
-    if (recipe.method == "full" or recipe.quantize.aware) and is_quantized(model):
-        what = "full fine-tuning" if recipe.method == "full" else "quantize.aware"
-        raise SlimError(
-            f"{what} needs float weights and this model is quantized",
-            "use method=qlora, or the model that it was quantized from",
-        )
+    if is_quantized(model):
+        refuse_quantized(recipe)
     quantized_here = recipe.method == "qlora" and not is_quantized(model)
     chosen_bits: dict[str, dict[str, Any]] = {}
     if quantized_here:

@@ -56,6 +56,8 @@ def command(
     from mlx_slim.workflows.talk import open_speaker
 
     speaker = open_speaker(model, adapter, revision=revision, trust_remote_code=trust_remote_code)
+    for note in speaker.notes:
+        click.echo(note, err=True)
     mx.random.seed(seed)
     start = [{"role": "system", "content": system}] if system else []
     speaker.chat_ids([*start, {"role": "user", "content": "hello"}])  # refuse before the first turn

@@ -45,6 +45,8 @@ def command(
     from mlx_slim.workflows.talk import open_speaker
 
     speaker = open_speaker(model, adapter, revision=revision, trust_remote_code=trust_remote_code)
+    for note in speaker.notes:
+        click.echo(note, err=True)
     mx.random.seed(seed)
     as_chat = not no_chat_template and speaker.tokenizer.has_chat_template
     if as_chat or system is not None:

@@ -12,12 +12,14 @@ Shapes: M rows, I input width, O output width, Q packed input width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_slim.models.unpack import unpack
 from mlx_slim.runtime import device_memory, on_gpu
@@ -247,6 +249,26 @@ def densify(model: nn.Module, dtype: mx.Dtype | None = None) -> int:
         dense.train(module.training)
         model.update_modules(tree_unflatten([(path, dense)]))
     return count
+
+
+def dense_parameters(model: nn.Module) -> dict[str, Callable[[], mx.array]]:
+    """Return path -> what computes the parameter that ``densify`` would leave there.
+
+    An entry holds the arrays it is made of, and the dense one is its caller's.
+    """
+    flat = dict(tree_flatten(model.parameters()))
+    found: dict[str, Callable[[], mx.array]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+            weight, scales, biases = (
+                flat.pop(f"{path}.{part}", None) for part in ("weight", "scales", "biases")
+            )
+            found[f"{path}.weight"] = partial(unpack, weight, scales, biases, **_format(module))
+    return {**found, **{path: partial(_itself, value) for path, value in flat.items()}}
+
+
+def _itself(value: mx.array) -> mx.array:
+    return value
 
 
 def densify_pays(model: nn.Module) -> bool:

@@ -25,6 +25,7 @@ from mlx_slim.models.anatomy import HEADS, MLP
 from mlx_slim.models.build import WIDTHS, build, widths_of
 from mlx_slim.models.load import fill
 from mlx_slim.models.normalize import model_module
+from mlx_slim.models.recorded import release
 from mlx_slim.prune.width import Kept
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "phi")
@@ -137,21 +138,29 @@ def without_layers(
 
 
 def with_groups(
-    model: nn.Module, config: dict[str, Any], kept: Kept, *, uniform: bool
+    model: nn.Module, config: dict[str, Any], kept: Kept, *, uniform: bool, donate: bool = False
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Return a model of the groups ``kept`` (kind -> their numbers by layer), and its config."""
+    """Return a model of the groups ``kept`` (kind -> their numbers by layer), and its config.
+
+    With ``donate``, ``model`` gives its weights up: each is freed as soon as it is cut.
+    """
     sizes = {kind: [len(numbers) for numbers in layers] for kind, layers in kept.items()}
     new = config_with_sizes(config, sizes, uniform=uniform)
     weights: dict[str, Any] = dict(tree_flatten(model.parameters()))
     prefix = anatomy.blocks_path(model)
-    for layer, block in enumerate(anatomy.blocks(model)):
-        for kind, family in anatomy.coupled(block).items():
+    blocks = anatomy.blocks(model)
+    names = [[path for path, _ in tree_flatten(block.parameters())] for block in blocks]
+    coupled = [anatomy.coupled(block) for block in blocks]
+    if donate:
+        release(model)
+    for layer, families in enumerate(coupled):
+        for kind, family in families.items():
             if kind not in kept or len(kept[kind][layer]) == family.count:
                 continue
             for path, axis in family.members:
                 name = f"{prefix}.{layer}.{path}"
                 weights[name] = _take(weights[name], axis, family.count, kept[kind][layer])
-        mx.eval([weights[f"{prefix}.{layer}.{p}"] for p, _ in tree_flatten(block.parameters())])
+        mx.eval([weights[f"{prefix}.{layer}.{path}"] for path in names[layer]])
     return _filled(new, weights), new
 
 

@@ -12,7 +12,7 @@ import copy
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -128,7 +128,7 @@ def _quantized(module: nn.Module, settings: dict[str, Any]) -> nn.Module:
     On a CPU, MLX rounds to the float formats (mxfp4, nvfp4) through 20 to 40 copies of its input,
     so there a few rows are rounded at a time; each row is rounded by itself in every format.
     """
-    layer: Any = module.to_quantized(**settings)  # pyright: ignore[reportCallIssue]
+    layer = cast(Any, module).to_quantized(**settings)
     if settings.get("mode", "affine") != "affine" and not on_gpu():
         weight = module["weight"]
         mx.eval(weight)
@@ -139,7 +139,7 @@ def _quantized(module: nn.Module, settings: dict[str, Any]) -> nn.Module:
             pieces.append(mx.quantize(rows_RI[start : start + step], **settings))
             mx.eval(pieces[-1])
         for name, parts in zip(("weight", "scales"), zip(*pieces, strict=True), strict=True):
-            layer[name] = mx.concatenate(parts).reshape(*weight.shape[:-1], -1)
+            layer[name] = mx.concatenate(list(parts)).reshape(*weight.shape[:-1], -1)
     mx.eval(layer.parameters())
     return layer
 

@@ -44,6 +44,7 @@ def save_quantized(target: Path, recipe: Recipe, tuned: Tuned) -> None:
     with computing(tuned.companions):
         trained = model(tokens_1T)
         mx.eval(trained)
+    tuned.companions.clear()  # with the rounded copies that they keep
     merge(model)
     report = quantize_model(model, tuned.config, recipe.quantize)
     stored = stored_dtype(folder_tensors(tuned.loaded.path))

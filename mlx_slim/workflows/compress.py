@@ -1,14 +1,15 @@
 """A dense model in, a smaller folder out: load, quantize, measure, save, reload and compare.
 
 Invariant: the output folder appears only when what it holds computes exactly what was measured; a
-failure leaves nothing behind. Try it: ``mlx-slim quantize MODEL -o DIR --bits 4``.
+failure leaves nothing behind. One model is in memory at a time, the dense one only where it is
+looked at (to calibrate or to judge): else layers are quantized as they are read. Try it:
+``mlx-slim quantize MODEL -o DIR --bits 4``.
 
 Shapes: N rows, T tokens a row.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 import time
@@ -24,10 +25,19 @@ from mlx_slim.artifacts import SCHEMA_VERSION, check_output
 from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import SlimError
 from mlx_slim.events import Notice, Observer
-from mlx_slim.models.load import Loaded, cast, load, read_config
+from mlx_slim.models.load import (
+    cast,
+    load,
+    load_tokenizer,
+    read_config,
+    read_weights,
+    resolve,
+)
+from mlx_slim.models.recorded import RecordedLogits
 from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.quantize.apply import (
     QuantizeReport,
+    load_quantized,
     parameter_bytes,
     quantize_model,
     refuse_quantized,
@@ -159,33 +169,41 @@ def compress(
         refuse_quantized(nn.Module(), config)
     mx.reset_peak_memory()
     say(f"loading {source}")
-    loaded = load(source, revision=options.revision, dtype=compute_dtype())
-    refuse_quantized(loaded.model, loaded.config)
-    tensors = folder_tensors(loaded.path)
+    settings: dict[str, Any] = {"revision": options.revision, "dtype": compute_dtype()}
+    tensors = folder_tensors(resolve(source, options.revision))
     stored = stored_dtype(tensors)
-    calibration = _calibration(loaded, options, say)
+    calibration = _calibration(load_tokenizer(source, revision=options.revision), options, say)
+    dense = original = None
+    if calibration is not None:
+        dense = load(source, **settings)
+        refuse_quantized(dense.model, dense.config)
+        original = RecordedLogits(dense.model, calibration.held_out_NT, out)
 
     say(f"quantizing: {options.method}, {_format(options)}")
-    dense = copy.deepcopy(loaded.model)  # shares the weights
     tic = time.perf_counter()
-    if options.method == "rtn":
+    if dense is None:
+        loaded, report = load_quantized(source, options.quantize, options.recipe, **settings)
+    elif options.method == "rtn":
+        loaded = dense
         report = quantize_model(loaded.model, loaded.config, options.quantize, options.recipe)
     else:
         assert calibration is not None
+        loaded = dense
         report = quantize_with(
             loaded.model, loaded.config, options.quantize, options.method, calibration.seen_NT
         )
     method_seconds = time.perf_counter() - tic
     cast(loaded.model, stored)  # what is measured below is what will be stored
+    read_weights(loaded.model)
     report = _sizes(loaded.model, report, sum(tensor.nbytes for tensor in tensors.values()))
     if not on_gpu():
         cast(loaded.model, mx.float32)
+        read_weights(loaded.model)
 
     measured = None
-    if calibration is not None:
+    if calibration is not None and original is not None:
         say(f"comparing with the source on {calibration.held_out_NT.size:,} held-out tokens")
-        measured = fidelity.compare(dense, loaded.model, calibration.held_out_NT)
-    del dense
+        measured = fidelity.compare(original, loaded.model, calibration.held_out_NT)
     say(f"saving {out} and reading it back")
     save_checked(out, loaded, report.config, stored)
     return Compressed(
@@ -205,7 +223,7 @@ def _format(options: CompressOptions) -> str:
     return f"{quantize.bits}-bit {quantize.mode}, group {quantize.group_size}"
 
 
-def _calibration(loaded: Loaded, options: CompressOptions, say: Any) -> Calibration | None:
+def _calibration(tokenizer: Any, options: CompressOptions, say: Any) -> Calibration | None:
     """Return calibration rows; None if nothing needs them, or the default is not to be had."""
     seen = 0 if options.method == "rtn" else options.samples
     if not seen and not options.fidelity_samples:
@@ -214,7 +232,7 @@ def _calibration(loaded: Loaded, options: CompressOptions, say: Any) -> Calibrat
     try:
         return read_calibration(
             source,
-            loaded.tokenizer,
+            tokenizer,
             length=options.length,
             seen=seen,
             held_out=max(1, options.fidelity_samples),

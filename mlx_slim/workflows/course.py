@@ -15,24 +15,27 @@ from typing import Any
 import mlx.nn as nn
 
 from mlx_slim import events
-from mlx_slim.adapters.stack import load_adapters, parse_adapters
+from mlx_slim.adapters.inject import without_adapters
+from mlx_slim.adapters.stack import load_adapters, parse_adapters, used_folders
 from mlx_slim.adapters.store import save_adapter
 from mlx_slim.analyze.memory import Prediction, predict
 from mlx_slim.config.schema import Recipe
 from mlx_slim.data.prepare import Prepared
 from mlx_slim.models.load import load, read_config
 from mlx_slim.models.save import save_model
+from mlx_slim.quantize.base import as_record, load_base
 from mlx_slim.runtime import resolve_dtype
 from mlx_slim.train.step import Objective
 from mlx_slim.workflows.aware import save_quantized
 from mlx_slim.workflows.prepare import (
     Tuned,
     from_rows,
-    prepare_base,
     prepare_data,
     prepare_model,
 )
 from mlx_slim.workflows.task_rows import carry
+
+BASE = "base"
 
 
 class Course:
@@ -58,7 +61,7 @@ class Course:
 
     def predict(self, recipe: Recipe, tuned: Tuned, lengths: Sequence[int]) -> Prediction:
         """Return what training will cost."""
-        return predict(tuned.config, recipe, lengths=lengths)
+        return predict(planned_config(recipe, tuned), recipe, lengths=lengths)
 
     def check_disk(self, out: Path) -> None:
         """Refuse what the disk cannot hold besides checkpoints."""
@@ -100,9 +103,32 @@ class Course:
         return {}
 
 
+def planned_config(recipe: Recipe, tuned: Tuned) -> dict[str, Any]:
+    """Return the config that a plan starts from: of the dense model, where it is quantized here."""
+    if recipe.method == "qlora":
+        return read_config(recipe.model, recipe.revision)
+    return tuned.config
+
+
+def base_folder(target: Path) -> Path:
+    """Return where a run keeps the quantized base of the adapters in ``target``."""
+    return target.with_name(BASE if target.name == "adapters" else f"{target.name}-{BASE}")
+
+
 def save_tuned(recipe: Recipe, tuned: Tuned, model: nn.Module, target: Path) -> None:
-    """Write the adapters of ``model``, or all of it, to the folder ``target``."""
+    """Write the adapters of ``model``, or all of it, to the folder ``target``.
+
+    A base that was quantized here lies beside them: they would be another model over another one.
+    """
     if tuned.injected is not None:
+        more = {}
+        if tuned.base is not None:
+            base = base_folder(target)
+            shutil.rmtree(base, ignore_errors=True)
+            with without_adapters(model):
+                save_model(base, model, tuned.loaded.tokenizer, tuned.config)
+            carry(base, [tuned.loaded.path])
+            more = as_record(tuned.base, f"../{base.name}")
         save_adapter(
             target,
             model,
@@ -110,6 +136,7 @@ def save_tuned(recipe: Recipe, tuned: Tuned, model: nn.Module, target: Path) -> 
             tuned.injected,
             dora=recipe.method == "dora",
             base=recipe.model,
+            more=more,
         )
     else:
         shutil.rmtree(target, ignore_errors=True)
@@ -121,6 +148,10 @@ def load_tuned(recipe: Recipe, adapted: bool, target: Path) -> nn.Module:
     """Return what ``save_tuned`` wrote: the base with its adapters, or the whole model."""
     if not adapted:
         return load(target).model
-    again = prepare_base(recipe).model
-    load_adapters(again, parse_adapters([*recipe.adapter.on, target]))
+    stack = parse_adapters([*recipe.adapter.on, target])
+    dtype = resolve_dtype(recipe.train.dtype)
+    again = load_base(
+        recipe.model, used_folders(stack), revision=recipe.revision, dtype=dtype
+    ).model
+    load_adapters(again, stack)
     return again

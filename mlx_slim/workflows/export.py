@@ -8,7 +8,6 @@ output carries a card (``README.md``) with its metrics and provenance. Try it:
 
 from __future__ import annotations
 
-import copy
 import re
 import shlex
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlx_slim.adapters.store import CONFIG
 from mlx_slim.analyze import fidelity
@@ -27,8 +25,9 @@ from mlx_slim.events import Notice, Observer
 from mlx_slim.models.gguf import import_gguf
 from mlx_slim.models.gguf_write import TYPES, check_writable_as_gguf, write_gguf
 from mlx_slim.models.hf import check_writable_as_hf, hf_config
-from mlx_slim.models.load import cast, load, read_config
-from mlx_slim.models.quantized import densify, is_quantized
+from mlx_slim.models.load import cast, load, open_weights, read_config
+from mlx_slim.models.quantized import dense_parameters, densify, is_quantized
+from mlx_slim.models.recorded import RecordedLogits, release
 from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.runtime import dtype_name, human_bytes, number, resolve_dtype
 from mlx_slim.workflows.audit_text import audit_tokens
@@ -115,7 +114,7 @@ def export_hf(
     facts = []
     if is_quantized(loaded.model):
         facts.append(
-            f"note       {densify(loaded.model)} quantized layers dequantized to "
+            f"note       {densify(loaded.model, stored)} quantized layers dequantized to "
             f"{dtype_name(stored)}; --dtype float32 rounds nothing"
         )
     cast(loaded.model, stored)
@@ -185,9 +184,13 @@ def export_gguf(
         notes = write_gguf(
             temporary / file, loaded.model, loaded.tokenizer, loaded.config, kind, name
         )
+        tokens_NT, text = audit_tokens(loaded.tokenizer, calibration)
+        original = RecordedLogits(loaded.model, tokens_NT, out)
+        release(loaded.model)
         say("reading it back")
         again = import_gguf(temporary / file).model
-        worst, path = _largest_error(loaded.model, again)
+        unread = open_weights(loaded.path, dtype=compute_dtype())[0]
+        worst, path = _largest_error(unread, again)
         if not worst <= _ROUNDING[kind]:
             raise SlimError(
                 f"{file}: {path} reads back with a relative error of {worst:.2g}, at most "
@@ -197,9 +200,8 @@ def export_gguf(
         densify(again)
         if (compute := compute_dtype()) is not None:
             cast(again, compute)
-        tokens_NT, text = audit_tokens(loaded.tokenizer, calibration)
         say(f"comparing with the source on {tokens_NT.size:,} tokens")
-        found = fidelity.compare(loaded.model, again, tokens_NT)
+        found = fidelity.compare(original, again, tokens_NT)
         fact = (
             f"KL {found.kl:.2g} nats, same top-1 token {found.top1:.1%} "
             f"({found.tokens:,} tokens of {text})"
@@ -237,19 +239,18 @@ def gguf_commands(folder: Path, file: str, name: str) -> list[str]:
 
 
 def _largest_error(model: nn.Module, again: nn.Module) -> tuple[float, str]:
-    """Return the largest ‖a − b‖ / ‖a‖ over the dense parameters, and where."""
-    ours, theirs = copy.deepcopy(model), copy.deepcopy(again)
-    densify(ours)
-    densify(theirs)
-    wanted, found = (
-        dict(tree_flatten(m.parameters()))
-        for m in (ours, theirs)  # type: ignore[misc]
-    )
+    """Return the largest ‖a − b‖ / ‖a‖ over the dense parameters, and where.
+
+    Both are compared a parameter at a time, and ``model`` is released as far as it is compared.
+    """
+    wanted, found = dense_parameters(model), dense_parameters(again)
     if wanted.keys() != found.keys():
         return float("inf"), ", ".join(sorted(wanted.keys() ^ found.keys())[:3])
+    release(model)
     worst = (0.0, "")
-    for path, value in wanted.items():
-        a, b = value.astype(mx.float32), found[path].astype(mx.float32)  # type: ignore[union-attr]
+    while wanted:
+        path, value = wanted.popitem()
+        a, b = (dense().astype(mx.float32) for dense in (value, found.pop(path)))
         size = number(mx.linalg.norm(a))
         worst = max(worst, (number(mx.linalg.norm(a - b)) / size if size else 0.0, path))
     return worst

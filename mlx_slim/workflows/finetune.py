@@ -26,6 +26,7 @@ from mlx_slim.data.prepare import Prepared
 from mlx_slim.errors import Interrupted, ResourceError, SlimError
 from mlx_slim.models import anatomy
 from mlx_slim.models.logits import logit_tolerance
+from mlx_slim.models.recorded import release
 from mlx_slim.runtime import (
     dtype_name,
     human_bytes,
@@ -39,7 +40,7 @@ from mlx_slim.train.loop import Loop
 from mlx_slim.train.metrics import MetricsFile
 from mlx_slim.train.optim import trainable
 from mlx_slim.train.remat import checkpointed
-from mlx_slim.workflows.course import Course
+from mlx_slim.workflows.course import Course, base_folder
 from mlx_slim.workflows.held_out import watch
 from mlx_slim.workflows.prepare import Tuned, build_loop
 from mlx_slim.workflows.run_folder import (
@@ -128,17 +129,22 @@ def finetune(
             f"stopped after step {done.step} of {loop.total}; the state is saved",
             f"resume with: {resume_command(resolved, out)}",
         )
+    artifact = course.artifact(recipe, tuned)
     result = Result(
         out=out,
         done=done,
         model=recipe.model,
-        artifact=course.artifact(recipe, tuned),
+        artifact=artifact,
         trainable=sum(value.size for value in trainable(tuned.model).values()),
         total=tuned.total,
         predicted_peak_bytes=built.prediction.predicted_peak_bytes,
         ledger=built.data.ledger,
         on=recipe.adapter.on,
+        base=None if tuned.base is None else base_folder(Path(artifact)).name,
     )
+    del built, loop  # optimizer, batches, objectives: what follows needs the model alone
+    gc.collect()
+    mx.clear_cache()
     if world().rank() == 0:
         _best_weights(tuned, result)
         course.save(recipe, tuned, out)
@@ -260,7 +266,8 @@ def _verify(recipe: Recipe, course: Course, tuned: Tuned, result: Result) -> Non
     trained = tuned.model(tokens_BT)
     expected = trained.astype(mx.float32)
     mx.eval(expected)
-    tuned.loaded = None  # type: ignore[assignment]  # free it before the second copy comes
+    release(tuned.model)  # before the second copy comes
+    tuned.companions.clear()
     again = course.load_again(recipe, tuned, result.out)
     again.eval()
     loaded = again(tokens_BT)
@@ -296,5 +303,6 @@ def _record(resolved: Resolved, course: Course, result: Result, budget: int) -> 
             "total": result.total,
             "predicted_peak_bytes": result.predicted_peak_bytes,
             "on": result.on,
+            "base": result.base,
         },
     }

@@ -1,9 +1,10 @@
 """Fold an adapter into its model, and prove that the tune is still there.
 
 Invariant: weights are summed in float32 and cast last; what is audited is what is stored, rounding
-included; a fuse that loses the tune (``analyze/effect.py``: under half of the effect kept, or no
-nearer to the tuned model than the base was) is refused and leaves nothing behind, unless forced.
-``fuse.json`` in the output holds the audit. Try it:
+included; one model is in memory: the logits of base and tuned model are recorded, then its layers
+are fused one by one. A fuse that loses the tune (``analyze/effect.py``: under half of the effect
+kept, or no nearer to the tuned model than the base was) is refused and leaves nothing behind,
+unless forced. ``fuse.json`` in the output holds the audit. Try it:
 ``mlx-slim fuse MODEL --adapter runs/mine/adapters -o fused``.
 
 A change of 2% of a 4-bit weight is less than a rounding step: requantizing keeps about a seventh of
@@ -12,9 +13,7 @@ it. So a quantized base is dequantized unless told otherwise, or the adapter kep
 
 from __future__ import annotations
 
-import copy
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,9 +22,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_slim.adapters.inject import Injected, adapters_of
-from mlx_slim.adapters.merge import merge
-from mlx_slim.adapters.stack import Adapters, Weighted, load_adapters, parse_adapters
+from mlx_slim.adapters.inject import adapters_of, remove_adapters
+from mlx_slim.adapters.merge import merged_layer
+from mlx_slim.adapters.stack import Adapters, Weighted, load_adapters, parse_adapters, used_folders
 from mlx_slim.adapters.store import CONFIG, save_adapter
 from mlx_slim.analyze.effect import Effect, effect, weight_share
 from mlx_slim.artifacts import (
@@ -39,10 +38,21 @@ from mlx_slim.artifacts import (
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import ResourceError, SlimError
 from mlx_slim.events import Notice, Observer
-from mlx_slim.models.load import Loaded, cast, load
+from mlx_slim.models.load import Loaded, cast, read_weights
 from mlx_slim.models.quantized import densify, dequantize_weight, is_quantized, use_fast_matmul
+from mlx_slim.models.recorded import RecordedLogits
 from mlx_slim.models.tensors import folder_tensors
-from mlx_slim.runtime import device_memory, dtype_name, human_bytes, number, on_gpu, resolve_dtype
+from mlx_slim.quantize.apply import parameter_bytes
+from mlx_slim.quantize.base import load_base, recorded_base
+from mlx_slim.runtime import (
+    DTYPES,
+    device_memory,
+    dtype_name,
+    human_bytes,
+    number,
+    on_gpu,
+    resolve_dtype,
+)
 from mlx_slim.workflows.audit_text import audit_tokens
 from mlx_slim.workflows.checked_save import compute_dtype, save_checked, stored_dtype
 from mlx_slim.workflows.task_rows import carry
@@ -176,22 +186,30 @@ def fuse(
     check_output(out)
     stack = [Weighted(find_adapter(one.folder), one.weight) for one in parse_adapters(adapter)]
     say(f"loading {source}")
-    loaded = load(source, revision=options.revision, dtype=compute_dtype())
+    folders = [one.folder for one in stack]
+    loaded = load_base(
+        source, used_folders(stack), revision=options.revision, dtype=compute_dtype()
+    )
+    for note in loaded.notes:
+        say(note)
     mode = _mode(options.mode, loaded)
     stored = stored_dtype(folder_tensors(loaded.path))
+    named = recorded_base(used_folders(stack))
+    if named is not None and mode != "keep":  # not that of the scales, which QLoRA computes in
+        stored = DTYPES.get(named[1].stored, stored)
     if options.dtype is not None and mode != "keep":
         stored = resolve_dtype(options.dtype)
-    tuned = copy.deepcopy(loaded.model)  # shares the weights
-    injected = load_adapters(tuned, stack)
-    tuned.eval()
-    say(f"folding {len(injected.paths)} layers: {mode}")
-    fused = tuned if mode == "keep" else _fused(loaded.model, tuned, mode, stored)
     tokens_NT, text = audit_tokens(
         loaded.tokenizer, options.calibration, options.samples, options.length
     )
+    model = loaded.model.eval()
+    base = RecordedLogits(model, tokens_NT, out)
+    injected = load_adapters(model, stack)
+    tuned = RecordedLogits(model.eval(), tokens_NT, out)
+    say(f"folding {len(injected.paths)} layers: {mode}")
+    shares, overall = _fold(model, mode, stored)
     say(f"comparing base, base + adapter and fused model on {tokens_NT.size:,} tokens")
-    found = effect(loaded.model, tuned, fused, tokens_NT)
-    shares, overall = _weights_kept(tuned, fused)
+    found = effect(base, tuned, tuned if mode == "keep" else model, tokens_NT)
     lost = found.lost()
     if lost and not options.force:
         raise SlimError(f"this fuse loses the tune: {lost}; nothing was written", _way_out(mode))
@@ -209,35 +227,29 @@ def fuse(
         lost=lost,
     )
     say(f"saving {out} and reading it back")
-    final = replace(loaded, model=loaded.model if mode == "keep" else fused)
-    tuned_model = tuned if mode == "keep" else loaded.model
-    del tuned
-
-    adapters = [one.folder for one in stack]
 
     def beside(folder: Path) -> None:
         nonlocal result
         if mode == "keep":
-            _keep(folder / KEPT_ADAPTER, tuned_model, injected, stack, str(source))
-            carry(folder / KEPT_ADAPTER, adapters)
+            _keep(folder / KEPT_ADAPTER, model, stack, str(source))
+            carry(folder / KEPT_ADAPTER, folders)
         size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
         result = replace(result, bytes=size)
         write_json(folder / RECORD, _record(result, source, stack))
 
-    merged = () if mode == "keep" else adapters
-    save_checked(out, final, loaded.config, stored, beside, merged)
+    merged = () if mode == "keep" else folders
+    save_checked(out, loaded, loaded.config, stored, beside, merged)
     return result
 
 
-def _keep(
-    folder: Path, tuned: nn.Module, injected: Injected, stack: list[Weighted], base: str
-) -> None:
+def _keep(folder: Path, model: nn.Module, stack: list[Weighted], base: str) -> None:
     """Write the adapter beside its base: one as it is, several as the one that they add up to."""
     if len(stack) == 1 and stack[0].weight == 1:
         shutil.copytree(stack[0].folder, folder)
         return
+    injected = load_adapters(model, stack)
     config = AdapterConfig(rank=round(injected.alpha), scale=injected.scale)
-    save_adapter(folder, tuned, config, injected, dora=False, base=base)
+    save_adapter(folder, model, config, injected, dora=False, base=base)
 
 
 def _mode(mode: Mode, loaded: Loaded) -> str:
@@ -258,71 +270,77 @@ def _way_out(mode: str) -> str:
     return "use --dtype float32 or --keep, or --force to write it all the same"
 
 
-def _fused(base: nn.Module, tuned: nn.Module, mode: str, stored: mx.Dtype) -> nn.Module:
-    """Return the fused model as it will be stored, in the dtype that models compute in."""
-    fused = copy.deepcopy(tuned)
-    paths = [path for path, _ in adapters_of(fused)]
+def _fold(model: nn.Module, mode: str, stored: mx.Dtype) -> tuple[dict[str, float], float]:
+    """Fuse ``model`` in place, as it will be stored, in the dtype that models compute in.
+
+    Returns:
+        The share of each layer's change that is left, and that of all together.
+    """
     compute = compute_dtype()
     wide = compute is not None or mode == "requantize"
-    _check_memory(base, set(paths), mode, 4 if wide else stored.size)
-    merge(fused, mx.float32 if wide else stored)
-    if mode == "dequantize":
-        densify(fused)
-    elif mode == "requantize":
-        formats = dict(base.named_modules())
-        for path in paths:
-            _requantize(fused, path, formats[path])
-    cast(fused, stored)
-    if compute is not None:
-        cast(fused, compute)
-    use_fast_matmul(fused)
-    fused.freeze()
-    mx.eval(fused.parameters())
-    return fused
-
-
-def _check_memory(model: nn.Module, paths: set[str], mode: str, itemsize: int) -> None:
-    """Refuse to start where the dense layers do not fit beside the base."""
-    needed = itemsize * sum(
-        module["scales"].size * module.group_size if "scales" in module else module["weight"].size
-        for path, module in model.named_modules()
-        if path in paths or (mode == "dequantize" and "scales" in module and "weight" in module)
-    )
-    free = device_memory() - (mx.get_active_memory() if on_gpu() else 0)
-    if needed > free:
-        raise ResourceError(
-            f"fusing needs {human_bytes(needed)} beside the base, {human_bytes(free)} are free",
-            "close other programs, or use --keep, which makes no second copy",
-        )
-
-
-def _requantize(model: nn.Module, path: str, former: Any) -> None:
-    """Give the layer at ``path`` the format of ``former``, if that was quantized."""
-    if "scales" not in former:
-        return
-    dense = dict(model.named_modules())[path]
-    layer = dense.to_quantized(group_size=former.group_size, bits=former.bits, mode=former.mode)
-    mx.eval(layer.parameters())
-    model.update_modules(tree_unflatten([(path, layer)]))
-
-
-def _weights_kept(tuned: nn.Module, fused: nn.Module) -> tuple[dict[str, float], float]:
-    """Return the share of each layer's change that is left, and that of all together."""
-    here = dict(fused.named_modules())
+    _check_memory(model, mode, 4 if wide else stored.size)
+    shares: dict[str, float] = {}
     sizes: dict[str, float] = {}
-
-    def triples() -> Iterator[tuple[str, mx.array, mx.array, mx.array]]:
-        for path, adapter in adapters_of(tuned):
-            base, wanted = dequantize_weight(adapter.base), adapter.merged_weight()
-            module = here[path]
-            now = wanted if module is adapter else dequantize_weight(module)
-            sizes[path] = number(mx.square(wanted - base).sum())
-            yield path, base, wanted, now
-
-    shares = weight_share(triples())
+    waiting = adapters_of(model)[::-1]
+    while waiting:  # popped, so that each former layer is freed as soon as it is replaced
+        path, adapter = waiting.pop()
+        base, wanted = dequantize_weight(adapter.base), adapter.merged_weight()
+        now = wanted
+        if mode != "keep":
+            layer = merged_layer(adapter, mx.float32 if wide else stored)
+            if mode == "requantize":
+                layer = _requantized(layer, adapter.base)
+            for dtype in filter(None, (stored, compute)):
+                cast(layer, dtype)
+                read_weights(layer)
+            model.update_modules(tree_unflatten([(path, layer)]))
+            now = dequantize_weight(layer)
+        sizes[path] = number(mx.square(wanted - base).sum())
+        shares |= weight_share([(path, base, wanted, now)])
+    if mode == "keep":
+        remove_adapters(model)
+    else:
+        if mode == "dequantize":
+            densify(model)
+        for dtype in filter(None, (stored, compute)):
+            cast(model, dtype)
+            read_weights(model)
+        use_fast_matmul(model)
+    model.freeze()
     total = sum(sizes.values())
     along = sum(shares[path] * sizes[path] for path in shares)
     return shares, along / total if total > 0 else 1.0
+
+
+def _check_memory(model: nn.Module, mode: str, itemsize: int) -> None:
+    """Refuse to start where a dense layer, or what the model grows by, does not fit beside it."""
+    layers = {path: adapter.base for path, adapter in adapters_of(model)}
+    if mode == "dequantize":
+        layers |= {path: each for path, each in model.named_modules() if "scales" in each}
+    dense = {id(each): itemsize * _dense_size(each) for each in layers.values()}
+    grown = {id(each): dense[id(each)] - parameter_bytes(each) for each in layers.values()}
+    needed = max(dense.values()) + (sum(grown.values()) if mode == "dequantize" else 0)
+    free = device_memory() - (mx.get_active_memory() if on_gpu() else 0)
+    if mode != "keep" and needed > free:
+        raise ResourceError(
+            f"fusing needs {human_bytes(needed)} beside the base, {human_bytes(free)} are free",
+            "close other programs, or use --keep, which makes no dense layers",
+        )
+
+
+def _dense_size(layer: Any) -> int:
+    """Return the numbers of the weight of a linear layer or embedding, quantized or not."""
+    return layer["scales"].size * layer.group_size if "scales" in layer else layer["weight"].size
+
+
+def _requantized(dense: Any, former: Any) -> nn.Module:
+    """Return ``dense`` in the format of ``former``, if that was quantized."""
+    if "scales" not in former:
+        return dense
+    layer = dense.to_quantized(group_size=former.group_size, bits=former.bits, mode=former.mode)
+    mx.eval(layer.parameters())
+    use_fast_matmul(layer)
+    return layer
 
 
 def _record(result: Fused, source: str | Path, stack: list[Weighted]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from mlx_slim.distill.teachers import with_model
 from mlx_slim.errors import SlimError
 from mlx_slim.models.load import read_config
 from mlx_slim.train.step import Objective
-from mlx_slim.workflows.course import Course, load_tuned, save_tuned
+from mlx_slim.workflows.course import Course, load_tuned, planned_config, save_tuned
 from mlx_slim.workflows.prepare import Tuned, prepare_model
 
 FIRST, SECOND = "first", "second"
@@ -84,6 +84,7 @@ class Together(Course):
             loaded=replace(first.loaded, model=pair),
             config=first.config,
             injected=first.injected,
+            base=first.base,
             total=first.total + second.total,
         )
 
@@ -100,8 +101,8 @@ class Together(Course):
         """Return what both cost together."""
         second = second_recipe(recipe, self.second)
         return together(
-            predict(tuned.config, recipe, lengths=lengths),
-            predict(self._second.config, second, lengths=lengths, suggest=False),
+            predict(planned_config(recipe, tuned), recipe, lengths=lengths),
+            predict(planned_config(second, self._second), second, lengths=lengths, suggest=False),
         )
 
     def objectives(

@@ -20,8 +20,8 @@ from mlx_slim.adapters.store import CONFIG, load_adapter, save_adapter
 from mlx_slim.artifacts import atomic_folder, check_output, public_name, read_json
 from mlx_slim.errors import SlimError
 from mlx_slim.events import Observer
-from mlx_slim.models.load import Loaded, load
-from mlx_slim.models.quantized import is_quantized
+from mlx_slim.models.load import Loaded, read_config
+from mlx_slim.quantize.base import load_base
 from mlx_slim.runtime import number
 from mlx_slim.workflows.card import Card, describe
 from mlx_slim.workflows.checked_save import compute_dtype
@@ -40,7 +40,7 @@ def _base_of(adapter: str | Path, named: str | None, given: str | None) -> str:
 
 def _load_base(adapter: Path, base: str, given: bool) -> Loaded:
     try:
-        return load(base, dtype=compute_dtype())
+        return load_base(base, [adapter], dtype=compute_dtype())
     except SlimError as error:
         if given:
             raise
@@ -85,8 +85,9 @@ def export_peft(
     tied = bool(loaded.config.get("tie_word_embeddings"))
     trained = settings.get("trained_with") or {}
     named = base_name or place
-    facts = []
-    if is_quantized(loaded.model) and base_name is None:
+    facts = [f"note       {note}" for note in loaded.notes]
+    quantized = "quantization" in read_config(place)
+    if quantized and base_name is None:
         facts.append(
             f"note       {named} is quantized for MLX; PEFT needs its dense original: name it with "
             "--base-name"

@@ -17,18 +17,20 @@ from mlx_lm.utils import get_total_parameters
 
 from mlx_slim import events
 from mlx_slim.adapters.inject import Injected, inject
-from mlx_slim.adapters.stack import combined, parse_adapters
+from mlx_slim.adapters.stack import combined, parse_adapters, used_folders
 from mlx_slim.adapters.variants import learning_rate_scale
+from mlx_slim.analyze.shapes import refuse_quantized
 from mlx_slim.config.schema import DataConfig, Recipe, SourceConfig
 from mlx_slim.data.batches import Batcher, choose_mode
 from mlx_slim.data.prepare import Prepared, prepare
 from mlx_slim.data.sources import Source
 from mlx_slim.errors import SlimError
 from mlx_slim.models import anatomy
-from mlx_slim.models.load import Loaded, load
+from mlx_slim.models.load import Loaded, load, read_config
 from mlx_slim.models.quantized import is_quantized
 from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.quantize.apply import quantize_model
+from mlx_slim.quantize.base import QuantizedBase, load_base, quantized_base, recorded_base
 from mlx_slim.quantize.policy import make_policy
 from mlx_slim.runtime import cpu_lanes, on_gpu, resolve_dtype, world
 from mlx_slim.train.adalora import RankBudget
@@ -51,6 +53,7 @@ class Tuned:
         config: Its configuration, with ``quantization`` if it was quantized here.
         injected: The adapters, or None for full tuning.
         total: Parameters of the base, counted as dense.
+        base: How the base was quantized here; None if it is the recipe's model as it is stored.
         companions: What else takes part in its training.
     """
 
@@ -58,6 +61,7 @@ class Tuned:
     config: dict[str, Any]
     injected: Injected | None
     total: int
+    base: QuantizedBase | None = None
     companions: list[Companion] = field(default_factory=list)
 
     @property
@@ -66,34 +70,46 @@ class Tuned:
         return self.loaded.model
 
 
-def prepare_base(recipe: Recipe) -> Loaded:
+def prepare_base(recipe: Recipe) -> tuple[Loaded, QuantizedBase | None]:
     """Load the base of ``recipe``, each layer quantized as it is read where the method wants it.
 
+    Adapters that lie under the new one (``adapter.on``) bring the base that they were trained over.
+
+    Returns:
+        The base, and how it was quantized if the recipe's model is not.
+
     Raises:
-        SlimError: If the model cannot be loaded, or does not fit the method.
+        SlimError: If the model cannot be loaded, or does not fit the method or those adapters.
     """
+    below = used_folders(parse_adapters(recipe.adapter.on))
+    named, own = recorded_base(below), quantized_base(recipe)
+    if own is not None and named is not None and not own.same_weights(named[1]):
+        raise SlimError(
+            f"adapter.on: {named[0]} was trained over {named[1]} in {named[1].dtype}, this recipe "
+            f"quantizes to {own} in {own.dtype}",
+            "give quantize and train.dtype the values that it was trained with",
+        )
 
     def fit(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
         quantized = is_quantized(model)
-        if quantized and (recipe.method == "full" or recipe.quantize.aware):
-            full = recipe.method == "full"
-            why = "method=full trains every" if full else "quantize.aware rounds each"
-            raise SlimError(
-                f"{recipe.model} is quantized, and {why} weight",
-                "use method=qlora, or dequantize it first: "
-                "mlx-slim convert MODEL -o DIR --dequantize",
-            )
+        if quantized:
+            refuse_quantized(recipe)
         if recipe.method == "qlora" and not quantized:
             return quantize_model(model, config, recipe.quantize).config
         return config
 
     dtype = resolve_dtype(recipe.train.dtype)
-    return load(recipe.model, revision=recipe.revision, dtype=dtype, transform=fit)
+    settings: dict[str, Any] = {"revision": recipe.revision, "dtype": dtype, "transform": fit}
+    if own is not None:
+        return load(recipe.model, **settings), own
+    loaded = load_base(recipe.model, below, **settings)
+    dense = "quantization" not in read_config(recipe.model, recipe.revision)
+    return loaded, named[1] if named is not None and dense else None
 
 
 def prepare_model(recipe: Recipe) -> Tuned:
     """Return the base of ``recipe`` with its trainable parameters chosen: adapters, or all."""
-    loaded = prepare_base(recipe)
+    loaded, base = prepare_base(recipe)
     total = get_total_parameters(loaded.model)
     aware = recipe.quantize.aware
     rounds = make_policy(loaded.model, recipe.quantize).chosen if aware else {}
@@ -105,7 +121,7 @@ def prepare_model(recipe: Recipe) -> Tuned:
         below = combined(loaded.model, parse_adapters(recipe.adapter.on))
         injected = inject(loaded.model, recipe.adapter, dora=recipe.method == "dora", below=below)
     mx.eval(loaded.model.parameters())
-    tuned = Tuned(loaded, loaded.config, injected, total)
+    tuned = Tuned(loaded, loaded.config, injected, total, base)
     if aware:
         stored = stored_dtype(folder_tensors(loaded.path))
         tuned.companions.append(QuantizationAware(loaded.model, rounds, stored))

@@ -35,7 +35,8 @@ from mlx_slim.events import Notice, Observer
 from mlx_slim.models import anatomy
 from mlx_slim.models.anatomy import HEADS
 from mlx_slim.models.build import WIDTHS
-from mlx_slim.models.load import Loaded, cast, load, read_config, resolve
+from mlx_slim.models.load import Loaded, cast, load, read_config, read_weights, resolve
+from mlx_slim.models.recorded import RecordedLogits, release
 from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.prune import importance, surgery, width
 from mlx_slim.prune.depth import choose_layers
@@ -163,14 +164,16 @@ def prune(
         scores = _measure(loaded, options, found, seen_NT, say)
         if scores_at is not None:
             _keep(scores_at, scores)
+    original = None if judged_NT is None else RecordedLogits(loaded.model, judged_NT, out)
     small, new_config, layers = _cut(loaded, options, found, scores)
     if not on_gpu():  # what is measured below is what will be stored
-        cast(small, stored)
-        cast(small, mx.float32)
+        for dtype in (stored, mx.float32):
+            cast(small, dtype)
+            read_weights(small)
     measured = None
-    if judged_NT is not None:
+    if judged_NT is not None and original is not None:
         say(f"comparing with the source on {judged_NT.size:,} held-out tokens")
-        measured = fidelity.compare(loaded.model, small, judged_NT)
+        measured = fidelity.compare(original, small, judged_NT)
     record = {
         "schema_version": SCHEMA_VERSION,
         "source": public_name(source),  # the folder may be given to others
@@ -327,14 +330,20 @@ def _meaning(found: Plan) -> str:
 def _cut(
     loaded: Loaded, options: PruneOptions, found: Plan, scores: Scores
 ) -> tuple[Any, dict[str, Any], list[dict[str, Any]]]:
-    """Return the pruned model, its config, and what happened to each layer."""
+    """Return the pruned model, its config, and what happened to each layer.
+
+    The weights of ``loaded`` are given up: what was cut off is freed.
+    """
     if found.axis == "depth":
         removed = [int(i) for i in scores[_LAYERS]]
         model, config = surgery.without_layers(loaded.model, loaded.config, removed)
+        release(loaded.model)
         return model, config, _removed_layers(found, removed, scores)
     families = [anatomy.coupled(block) for block in anatomy.blocks(loaded.model)]
     kept = width.keep(families, scores, found.sizes, found.layers, options.ranking)
-    model, config = surgery.with_groups(loaded.model, loaded.config, kept, uniform=options.uniform)
+    model, config = surgery.with_groups(
+        loaded.model, loaded.config, kept, uniform=options.uniform, donate=True
+    )
     layers = []
     for layer in range(len(families)):
         entry: dict[str, Any] = {"layer": layer}

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from mlx_slim.adapters.store import load_adapter
@@ -29,6 +30,8 @@ from mlx_slim.evaluate.results import STATE_FILE as EVAL_STATE
 from mlx_slim.evaluate.results import read_samples, samples_name
 from mlx_slim.events import Notice, Observer
 from mlx_slim.models.load import load, load_tokenizer
+from mlx_slim.models.recorded import RecordedLogits, release
+from mlx_slim.quantize.base import load_base
 from mlx_slim.quantize.calibration import DEFAULT_SOURCE, read_calibration
 from mlx_slim.runtime import human_bytes
 from mlx_slim.workflows.checked_save import compute_dtype
@@ -103,7 +106,7 @@ def make_report(
         )
     if judged_NT is not None:
         observer.notify(Notice(f"comparing on {judged_NT.size:,} held-out tokens: {text}"))
-        _judge(rows, models, judged_NT, options)
+        _judge(rows, models, judged_NT, options, out)
     add_recovery(rows)
     return {
         "schema_version": SCHEMA_VERSION,
@@ -198,20 +201,25 @@ def _judge(
     models: dict[str, tuple[str, Path | None]],
     judged_NT: mx.array,
     options: PruneOptions,
+    out: Path,
 ) -> None:
-    """Add perplexity and distance from the original to each row; two models at a time."""
+    """Add perplexity and distance from the original to each row; one model at a time."""
     dense = load(models["original"][0], revision=options.revision, dtype=compute_dtype()).model
-    dense.eval()
+    original = RecordedLogits(dense.eval(), judged_NT, out)
+    release(dense)
     for row in rows:
         model, adapter = models[row["name"]]
-        other: Callable[..., Any] = dense
+        other: Callable[..., Any] = original
         if row["name"] != "original":
-            loaded = load(model, dtype=compute_dtype()).model
+            worn = [] if adapter is None else [adapter]
+            loaded = load_base(model, worn, dtype=compute_dtype()).model
             if adapter is not None:
                 load_adapter(loaded, adapter)
             loaded.eval()
             other = loaded
-        found = fidelity.compare(dense, other, judged_NT)
+        found = fidelity.compare(original, other, judged_NT)
+        if isinstance(other, nn.Module):
+            release(other)
         row["perplexity"] = math.exp(min(found.nll_model, 700.0))
         row["kl"], row["top1"] = found.kl, found.top1
 

@@ -3,7 +3,7 @@
 Invariant: a folder that cannot start a run is left as it was; a resume needs the same recipe (and,
 in ``data/prepare.py``, the same rows); ``run.json`` means complete. Files: ``recipe.json`` (at the
 start), ``metrics.jsonl``, ``tokens/``, ``data_ledger.json``, ``checkpoints/``, then ``adapters/``
-or ``model/``, then ``run.json``.
+(and ``base/``, if the run quantized it) or ``model/``, then ``run.json``.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class Result:
         predicted_peak_bytes: What the planner said.
         ledger: Rows given, used, cut and dropped.
         on: Adapters that lie under the new one.
+        base: Folder inside the run folder of the base that the run quantized; None if it did not.
     """
 
     out: Path
@@ -55,6 +56,7 @@ class Result:
     predicted_peak_bytes: int
     ledger: dict[str, Any]
     on: list[str] = field(default_factory=list)
+    base: str | None = None
 
 
 def claim(out: Path, recipe: Recipe, resume: bool) -> bool:
@@ -155,7 +157,7 @@ def summary_rows(result: Result) -> dict[str, str]:
         f"{human_bytes(result.predicted_peak_bytes)} predicted",
         "saved": f"{result.out / result.artifact} (reloaded, same logits)",
         "try it": " ".join(
-            ["mlx-slim generate", result.model]
+            ["mlx-slim generate", str(result.out / result.base) if result.base else result.model]
             + [f"--adapter {one}" for one in (*result.on, result.out / result.artifact)]
         )
         if (result.out / result.artifact / "adapter_config.json").exists()

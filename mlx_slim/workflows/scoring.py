@@ -16,13 +16,13 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_slim import artifacts, events, runtime
-from mlx_slim.adapters.stack import Weighted, load_adapters
+from mlx_slim.adapters.stack import Weighted, load_adapters, used_folders
 from mlx_slim.evaluate.loglikelihood import Scorer
 from mlx_slim.evaluate.perplexity import NAME as TEXT
 from mlx_slim.evaluate.results import Entry, Folder, encode, load_results, samples_name
 from mlx_slim.evaluate.run import Computed, Engine, Job
-from mlx_slim.models.load import load
 from mlx_slim.models.quantized import densify, densify_pays
+from mlx_slim.quantize.base import load_base
 
 _CACHE_SHARE = 8  # MLX may keep 1/8 of the memory as free buffers
 
@@ -116,8 +116,9 @@ def _load(target: Target, observer: events.Observer) -> Engine:
     """Load model and adapter; decide once, and keep for a resume, whether to dequantize."""
     observer.notify(events.Notice(f"loading {target.source}"))
     mx.set_cache_limit(runtime.device_memory() // _CACHE_SHARE)
-    loaded = load(
+    loaded = load_base(
         target.source,
+        used_folders(target.stack),
         revision=target.revision,
         dtype=target.dtype,
         trust_remote_code=target.trust_remote_code,

@@ -7,8 +7,8 @@ Try it: ``mlx-slim generate HuggingFaceTB/SmolLM2-135M-Instruct --prompt "Name t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ import mlx.core as mx
 
 from mlx_slim import runtime
 from mlx_slim.adapters.inject import remove_adapters
-from mlx_slim.adapters.stack import Adapters, load_adapters, parse_adapters
+from mlx_slim.adapters.stack import Adapters, Weighted, load_adapters, parse_adapters, used_folders
 from mlx_slim.errors import SlimError
-from mlx_slim.models.load import load
+from mlx_slim.models.load import read_config
 from mlx_slim.models.quantized import densify, densify_pays
+from mlx_slim.quantize.base import QuantizedBase, load_base, recorded_base
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,17 @@ class Speaker:
     Attributes:
         model: The model, with its adapter.
         tokenizer: mlx-lm's wrapper.
+        notes: What was read in place of what was given.
+        over: How the base was quantized for the adapters; None if it is as it was given.
+        dense: Whether what was given is dense, so that other adapters may want another base.
         last: How the last answer went; None before the first.
     """
 
     model: Any
     tokenizer: Any
+    notes: list[str] = field(default_factory=list)
+    over: QuantizedBase | None = None
+    dense: bool = False
     last: Reply | None = None
     _cache: list[Any] | None = None
     _cached_ids: list[int] = field(default_factory=list)
@@ -68,6 +75,12 @@ class Speaker:
         remove_adapters(self.model)
         self._cache, self._cached_ids = None, []
         if stack := parse_adapters(adapter):
+            if self.dense and _over(stack) != self.over:
+                raise SlimError(
+                    f"{stack[0].folder} was trained over {_over(stack) or 'the dense model'}, "
+                    f"loaded is {self.over or 'the dense model'}",
+                    "start again with that adapter: mlx-slim chat MODEL --adapter DIR",
+                )
             load_adapters(self.model, stack)
         self.model.eval()
 
@@ -145,6 +158,12 @@ class Speaker:
         return 0
 
 
+def _over(stack: Sequence[Weighted]) -> QuantizedBase | None:
+    """Return how the base of ``stack`` is quantized, wherever it lies."""
+    found = recorded_base(used_folders(stack))
+    return None if found is None else replace(found[1], model="", revision=None, folder=None)
+
+
 def _shared(one: list[int], other: list[int]) -> int:
     """Return how many elements both begin with."""
     pairs = zip(one, other, strict=False)
@@ -173,14 +192,19 @@ def open_speaker(
         SlimError: If the model or the adapter cannot be used.
     """
     on_cpu = not runtime.on_gpu()
-    loaded = load(
+    stack = parse_adapters(adapter)
+    dense = "quantization" not in read_config(source, revision)
+    loaded = load_base(
         source,
+        used_folders(stack),
         revision=revision,
         dtype=mx.float32 if on_cpu else None,
         trust_remote_code=trust_remote_code,
     )
     if densify_pays(loaded.model):
         densify(loaded.model)
-    speaker = Speaker(loaded.model, loaded.tokenizer)
+    notes = loaded.notes
+    over = _over(stack) if dense else None
+    speaker = Speaker(loaded.model, loaded.tokenizer, notes, over, dense)
     speaker.use(adapter)
     return speaker

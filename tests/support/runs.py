@@ -91,13 +91,14 @@ class Observer:
         if moment == "step" and getattr(event, "step", 0) == count and event.name == "step":
             die()
 
-if moment == "save":
+if moment in ("save", "base"):  # "base": only writes of the quantized base count
     write = mx.save_safetensors
     calls = []
     def save(path, *args, **kwargs):
-        calls.append(path)
+        if moment == "save" or "base" in Path(path).parent.name:
+            calls.append(path)
         write(path, *args, **kwargs)
-        if len(calls) == count:
+        if calls[-1:] == [path] and len(calls) == count:
             with open(path, "r+b") as handle:
                 handle.truncate(20)
             die()

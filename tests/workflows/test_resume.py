@@ -23,7 +23,7 @@ from tests.support.runs import Recorder, losses, recipe, run_and_kill, write_row
 KILLS = {
     # moment, count: step 10 is in the second epoch; file 6 is the optimizer of the third checkpoint
     "lora": [("step", 3), ("save", 1), ("step", 7), ("save", 2)],
-    "qlora": [("save", 4)],
+    "qlora": [("save", 4), ("base", 1)],
     "full": [("step", 5)],
     "dora": [("save", 3)],
 }
@@ -44,6 +44,9 @@ def test_killed_and_resumed_equals_uninterrupted(tiny, tmp_path: Path, method: s
     for file in (straight / artifact).glob("*.safetensors"):
         ours, theirs = mx.load(str(file)), mx.load(str(out / artifact / file.name))
         assert all(mx.array_equal(ours[key], theirs[key]).item() for key in ours)
+    assert (straight / "base").is_dir() == (method == "qlora")
+    for file in (straight / "base").glob("*"):
+        assert file.read_bytes() == (out / "base" / file.name).read_bytes()
 
 
 class CtrlC(Recorder):
