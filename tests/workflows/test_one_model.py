@@ -121,7 +121,7 @@ def test_the_end_of_a_fine_tune(dense, size, peak, tmp_path, monkeypatch, method
     before = mx.get_active_memory()
     resolved = recipe(dense, write_rows(tmp_path / "rows.jsonl"), method, steps=2)
     finetune(resolved, tmp_path / "run", observer=Recorder())
-    assert held[0] - before < 1.05 * size, "the optimizer is still there"
+    assert held[0] - before < 1.15 * size, "the optimizer is still there"
     assert peak() < (0.5 if method == "qlora" else ONE) * size
 
 
