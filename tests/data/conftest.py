@@ -58,6 +58,7 @@ def make(tmp_path, tokens):
         )
 
     go.tokenizer = tokens  # type: ignore[attr-defined]
+    go.folder = tmp_path  # type: ignore[attr-defined]
     return go
 
 

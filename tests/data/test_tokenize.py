@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from mlx_slim.data import tokenize
 from mlx_slim.data.templates import Rendered
-from mlx_slim.data.tokenize import Encoder
+from mlx_slim.data.tokenize import Encoder, _first_characters, _next_words
 from mlx_slim.errors import SlimError
 
 
@@ -63,3 +67,53 @@ def test_a_slow_tokenizer_is_refused():
 
     with pytest.raises(SlimError, match="Slow gives no character offsets"):
         Encoder(Slow(), mask_prompt=True)
+
+
+def _first_characters_one_by_one(text: str, offsets: np.ndarray) -> list[int]:
+    firsts, end_before = [], 0
+    for start, end in offsets.tolist():
+        piece = text[start:end]
+        first = start if piece else min(end_before, start)
+        firsts.append(first + (len(piece) - len(piece.lstrip()) if piece.strip() else 0))
+        end_before = max(end_before, end)
+    return firsts
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_first_characters_equal_those_of_a_slow_reference(seed):
+    rng = np.random.default_rng(seed)
+    text = "".join(rng.choice(list("ab é\n\t\u00a0\u2003\u3000\u3001𝒳😀\ufeff"), 80))
+    ends = np.sort(rng.integers(0, len(text) + 1, 40))
+    starts = np.append(0, ends[:-1]) - rng.integers(0, 2, 40) * (ends > 2)  # may overlap
+    offsets = np.stack([np.clip(starts, 0, ends), ends], 1)
+    offsets[rng.integers(0, 40, 5), 0] = offsets[rng.integers(0, 40, 5), 1].min()
+    offsets[:, 0] = np.minimum(offsets[:, 0], offsets[:, 1])
+    firsts = _first_characters(text, offsets).tolist()
+    assert firsts == _first_characters_one_by_one(text, offsets)
+
+
+def test_spaces_are_those_of_python():
+    text = "".join(map(chr, range(sys.maxunicode + 1)))
+    spaces = np.array([character.isspace() for character in text])
+    assert ((_next_words(text)[:-1] > np.arange(len(text))) == spaces).all()
+    assert _next_words(" a ").tolist() == [1, 1, 3, 3]
+    assert _next_words("").tolist() == [0]
+
+
+def test_long_texts_are_tokenized_a_few_at_a_time(monkeypatch):
+    tokenizer = byte_level()
+    encoder = Encoder(tokenizer, mask_prompt=True)
+    rows = [Rendered("x" * size, [(0, size)]) for size in (5, 30, 3, 4, 40, 2)]
+    whole = encoder.encode(rows)
+    sizes, original = [], encoder._encode
+
+    def counting(part):
+        sizes.append(len(part))
+        return original(part)
+
+    monkeypatch.setattr(tokenize, "_CHARACTERS", 10)
+    monkeypatch.setattr(encoder, "_encode", counting)
+    parts = encoder.encode(rows)
+    assert sizes == [2, 3, 1]
+    assert [row.ids_T.tolist() for row in parts] == [row.ids_T.tolist() for row in whole]
+    assert encoder.encode([]) == []
