@@ -18,6 +18,7 @@ from mlx_slim.config.section import Fraction, PositiveInt, Section
 Method = Literal["full", "lora", "qlora", "dora"]
 
 DEFAULT_ALPHA = 16.0
+DEFAULT_FALLBACK_RATE = 3.0e-4  # of AdamW beside Muon (github.com/KellerJordan/Muon)
 TASK = "task:"  # how a source names an evaluation task
 
 
@@ -219,12 +220,16 @@ class TrainConfig(Section):
             sequence, isolated), or ``auto``: whichever costs less.
         accumulate: Micro-batches per optimizer step and rank.
         learning_rate: Peak rate.
+        fallback_learning_rate: With ``muon``, the peak rate of AdamW for what Muon does not take
+            (embeddings, head, norms, biases); None is 3e-4, as in Muon's reference code.
         schedule: ``constant``, ``linear``, ``cosine`` or ``wsd`` (warm-up, stable, decay).
         warmup: Warm-up steps, or their share when below 1.
         decay: Share of the steps that ``wsd`` decays in.
         min_lr_ratio: Final rate / peak rate.
         optimizer: From mlx; Adam and AdamW are bias-corrected.
-        weight_decay: Decoupled where the optimizer has it.
+        weight_decay: Decoupled where the optimizer has it. Matrices decay, embeddings too; norms,
+            biases and other vectors (DoRA's magnitudes, AdaLoRA's λ) do not.
+        decay_all: Whether those decay as well.
         clip: Largest gradient L2 norm; 0 turns clipping off.
         grad_checkpoint: Recompute each block in the backward pass.
         compile: Fuse the step with ``mx.compile``; ``auto`` does on a GPU.
@@ -245,12 +250,14 @@ class TrainConfig(Section):
     batching: Literal["auto", "grouped", "packed"] = "auto"
     accumulate: PositiveInt = 1
     learning_rate: Annotated[float, Field(gt=0, lt=10)] = 2.0e-4
+    fallback_learning_rate: Annotated[float, Field(gt=0, lt=10)] | None = None
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     warmup: Annotated[float, Field(ge=0)] = 0.03
     decay: Fraction = 0.2
     min_lr_ratio: Fraction = 0.0
     optimizer: Literal["adamw", "adam", "adafactor", "lion", "muon", "sgd"] = "adamw"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    decay_all: bool = False
     clip: Annotated[float, Field(ge=0)] = 1.0
     grad_checkpoint: bool = False
     compile: Literal["auto"] | bool = "auto"
@@ -270,6 +277,20 @@ class TrainConfig(Section):
                 f"optimizer=adam ignores weight_decay={self.weight_decay}: use adamw, or 0"
             )
         return self
+
+    @model_validator(mode="after")
+    def _fallback_has_an_effect(self) -> TrainConfig:
+        if self.fallback_learning_rate is not None and self.optimizer != "muon":
+            raise ValueError(
+                f"fallback_learning_rate={self.fallback_learning_rate} is for optimizer=muon, not "
+                f"{self.optimizer}: drop it"
+            )
+        return self
+
+    @property
+    def resolved_fallback_rate(self) -> float:
+        """The peak rate of what Muon does not take."""
+        return self.fallback_learning_rate or DEFAULT_FALLBACK_RATE
 
     @model_validator(mode="after")
     def _a_row_fits_a_batch(self) -> TrainConfig:

@@ -47,8 +47,8 @@ def logit_tolerance(layers: int, *dtypes: mx.Dtype) -> float:
 
     A block rounds what it adds to the residual stream to the unit roundoff u of its dtype, and L
     independent roundings add up to u·√L. Measured between bfloat16 or float16 and float32, the
-    largest difference is 0.7 to 2 of that (3 and 30 blocks); 4 are allowed. Below 1e-3, the order
-    of sums and a GPU's own float32 products decide.
+    largest difference is 1.0 to 2.0 of that (3 blocks, and the 30 of SmolLM2); 4 are allowed. Below
+    1e-3, the order of sums and a GPU's own float32 products decide.
 
     Args:
         layers: L.

@@ -2,13 +2,14 @@
 
 Invariant: every optimizer computes in float32. Parameters kept in 16 bits get a float32 master
 copy, because 0.02 − 1e-5 rounds back to 0.02 in bfloat16. The learning rate is a plain function of
-the step, so a resumed run has it exactly.
+the step, so a resumed run has it exactly. Weight decay is for matrices.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import mlx.core as mx
@@ -77,6 +78,11 @@ def _is_hidden_matrix(path: str, parameter: mx.array) -> bool:
     )
 
 
+def decays(path: str, parameter: mx.array) -> bool:
+    """Return whether weight decay is meant for a parameter: matrices, and not biases of experts."""
+    return parameter.ndim >= 2 and not path.rsplit(".", 1)[-1].endswith("bias")
+
+
 def trainable(model: nn.Module) -> dict[str, mx.array]:
     """Return the trainable parameters, flat: path -> array."""
     return dict(tree_flatten(model.trainable_parameters()))
@@ -87,6 +93,30 @@ def set_trainable(model: nn.Module, values: dict[str, mx.array]) -> None:
     model.update(tree_unflatten(list(values.items())))
 
 
+@dataclass(frozen=True)
+class _Group:
+    """Parameters that share an mlx optimizer.
+
+    Attributes:
+        name: Of the optimizer.
+        scale: Multiple of the learning rate that was asked for (LoRA+).
+        fallback: Multiple besides, of what Muon does not take.
+        weight_decay: Of its parameters.
+    """
+
+    name: str
+    scale: float
+    fallback: float
+    weight_decay: float
+
+    def key(self, path: str) -> str:
+        """Return where a checkpoint holds the state of ``path``.
+
+        Groups that differ in decay alone share their counters there, which are equal.
+        """
+        return f"{self.name}@{self.scale!r}/{path}/"
+
+
 class Optimizer:
     """Groups of parameters, each with its own mlx optimizer and multiple of the learning rate.
 
@@ -94,7 +124,7 @@ class Optimizer:
 
     Args:
         model: Its trainable parameters are what is optimized.
-        config: Optimizer name and weight decay.
+        config: Optimizer name, weight decay and what it is for, rates.
         rate_scale: path -> multiple of the learning rate (LoRA+).
     """
 
@@ -111,13 +141,17 @@ class Optimizer:
             for path, value in parameters.items()
             if value.dtype in (mx.bfloat16, mx.float16)
         }
-        self._groups: dict[tuple[str, float], list[str]] = {}
+        self._groups: dict[_Group, list[str]] = {}
         for path, value in parameters.items():
             name: str = config.optimizer
+            fallback = 1.0
             if name == "muon" and not _is_hidden_matrix(path, value):
                 name = "adamw"
-            self._groups.setdefault((name, rate_scale(path)), []).append(path)
-        self._optimizers = {group: _build(group[0], config.weight_decay) for group in self._groups}
+                fallback = config.resolved_fallback_rate / config.learning_rate
+            decay = config.weight_decay if config.decay_all or decays(path, value) else 0.0
+            group = _Group(name, rate_scale(path), fallback, decay)
+            self._groups.setdefault(group, []).append(path)
+        self._optimizers = {group: _build(group.name, group.weight_decay) for group in self._groups}
         values = {**parameters, **self.masters}
         for group, optimizer in self._optimizers.items():
             optimizer.init({path: values[path] for path in self._groups[group]})
@@ -127,14 +161,14 @@ class Optimizer:
 
         Args:
             gradients: path -> float32 gradient, one for each trainable parameter.
-            learning_rate: Of this step.
+            learning_rate: Of this step; each group takes its multiple.
         """
         current = trainable(self.model)
         values = {**current, **self.masters}
         updated: dict[str, mx.array] = {}
         for group, optimizer in self._optimizers.items():
             paths = self._groups[group]
-            optimizer.learning_rate = learning_rate * group[1]
+            optimizer.learning_rate = learning_rate * group.scale * group.fallback
             updated |= optimizer.apply_gradients(
                 {path: gradients[path] for path in paths}, {path: values[path] for path in paths}
             )
@@ -164,10 +198,10 @@ class Optimizer:
     def state(self) -> dict[str, mx.array]:
         """Return moments, counters and masters as flat named arrays, for a checkpoint."""
         flat = {f"master/{path}": value for path, value in self.masters.items()}
-        for (name, scale), optimizer in self._optimizers.items():
+        for group, optimizer in self._optimizers.items():
             for path, value in optimizer.state.items():
                 leaves = value if isinstance(value, dict) else {"": value}
-                flat |= {f"{name}@{scale!r}/{path}/{leaf}": x for leaf, x in leaves.items()}
+                flat |= {group.key(path) + leaf: x for leaf, x in leaves.items()}
         return flat
 
     def load_state(self, flat: dict[str, mx.array]) -> None:
@@ -179,11 +213,11 @@ class Optimizer:
         if difference := set(flat) ^ set(self.state()):
             raise KeyError(min(difference))
         self.masters = {path: flat[f"master/{path}"] for path in self.masters}
-        for (name, scale), optimizer in self._optimizers.items():
+        for group, optimizer in self._optimizers.items():
             state = cast(dict[str, Any], optimizer.state)
             for path, value in state.items():
-                prefix = f"{name}@{scale!r}/{path}/"
+                key = group.key(path)
                 if isinstance(value, dict):
-                    state[path] = {leaf: flat[prefix + leaf] for leaf in value}
+                    state[path] = {leaf: flat[key + leaf] for leaf in value}
                 else:
-                    state[path] = flat[prefix]
+                    state[path] = flat[key]

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from mlx_slim import events
 from mlx_slim.artifacts import SCHEMA_VERSION, check_writable, first_missing, read_json
 from mlx_slim.config.load import Resolved
@@ -75,13 +77,29 @@ def claim(out: Path, recipe: Recipe, resume: bool) -> bool:
         raise SlimError(
             f"{out} holds a run already", "go on with --resume, or choose another output folder"
         )
-    different = _differences(read_json(state)["recipe"], recipe.model_dump(mode="json"))
+    different = _differences(_completed(read_json(state)["recipe"]), recipe.model_dump(mode="json"))
     if different:
         raise SlimError(
             f"{out} was started with another recipe: {'; '.join(different)}",
             "resume with the same values, or start a new run",
         )
     return True
+
+
+def _completed(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return the recipe of a run with the keys that its version did not have.
+
+    They get their defaults, except where that version computed otherwise: 0.1 decayed every
+    parameter, and gave Muon's fallback the learning rate of Muon.
+    """
+    train = dict(recipe["train"])
+    if train["weight_decay"] > 0:
+        train.setdefault("decay_all", True)
+    if train["optimizer"] == "muon":
+        train.setdefault("fallback_learning_rate", train["learning_rate"])
+    with contextlib.suppress(ValidationError):  # a key that is no more: the comparison names it
+        return Recipe.model_validate({**recipe, "train": train}).model_dump(mode="json")
+    return {**recipe, "train": train}
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -106,7 +106,8 @@ def test_decays_never_rise_and_end_above_their_floor(name, total: int, ratio: fl
 def test_adam_is_the_bias_corrected_formula(name: str) -> None:
     decay = 0.1 if name == "adamw" else 0.0
     model = Small()
-    optimizer = Optimizer(model, _config(optimizer=name, weight_decay=decay))
+    config = _config(optimizer=name, weight_decay=decay, decay_all=True)
+    optimizer = Optimizer(model, config)
     expected = {path: np.array(v, dtype=np.float64) for path, v in trainable(model).items()}
     first = {path: np.zeros_like(v) for path, v in expected.items()}
     second = {path: np.zeros_like(v) for path, v in expected.items()}
@@ -136,7 +137,8 @@ def test_every_optimizer_goes_down_a_quadratic(name: str) -> None:
     def distance() -> float:
         return float(sum(mx.square(v - 0.5).sum() for v in trainable(model).values()).item())
 
-    optimizer = Optimizer(model, _config(optimizer=name))
+    even = {"fallback_learning_rate": 1e-2} if name == "muon" else {}
+    optimizer = Optimizer(model, _config(optimizer=name, **even))
     start = distance()
     for _ in range(60):
         optimizer.update({p: 2 * (v - 0.5) for p, v in trainable(model).items()}, 0.02)
@@ -165,7 +167,7 @@ def test_small_updates_add_up_whatever_the_dtype(name: str, dtype: mx.Dtype) -> 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_state_round_trip_is_bit_for_bit(name: str, dtype: mx.Dtype, tmp_path) -> None:
-    config = _config(optimizer=name, weight_decay=0.0)
+    config = _config(optimizer=name, weight_decay=0.0 if name == "adam" else 0.1)
 
     def run(model: nn.Module, optimizer: Optimizer, steps: range) -> None:
         for step in steps:
@@ -201,6 +203,61 @@ def test_state_of_another_optimizer_is_refused() -> None:
                     Optimizer(Small(), _config(optimizer=name)).load_state(state)
     with pytest.raises(KeyError, match="master/"):
         Optimizer(Small(mx.bfloat16), _config()).load_state(states["adamw"])
+
+
+@pytest.mark.parametrize("everything", [True, False])
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "adam"])
+def test_decay_is_for_matrices_unless_all_is_said(name: str, everything: bool) -> None:
+    model = Small()
+    model.norm["bias"] = mx.ones((5,))
+    model.up_proj |= {"bias": mx.ones((5,)), "m": mx.ones((5,)), "lora_e": mx.ones((2,))}
+    model.experts = {"weight": mx.ones((2, 3, 4)), "bias": mx.ones((2, 3))}
+    before = dict(trainable(model))
+    config = _config(optimizer=name, weight_decay=0.5, decay_all=everything)
+    optimizer = Optimizer(model, config)
+    for _ in range(2):
+        optimizer.update({p: mx.zeros(v.shape) for p, v in before.items()}, 0.1)
+    smaller = {p for p, v in trainable(model).items() if not mx.array_equal(v, before[p])}
+    vectors = {"norm.weight", "norm.bias", "experts.bias"}
+    vectors |= {f"up_proj.{leaf}" for leaf in ("bias", "m", "lora_e")}
+    assert vectors < set(before)
+    assert smaller == (set(before) if everything else set(before) - vectors)
+    again = Optimizer(model, config)
+    again.load_state(optimizer.state())
+    assert all(mx.array_equal(v, optimizer.state()[k]) for k, v in again.state().items())
+
+
+def test_a_checkpoint_without_exemptions_has_the_same_names() -> None:
+    """State that an older version wrote, which decayed all, is still found."""
+    for name in OPTIMIZERS:
+        decay = 0.0 if name == "adam" else 0.1
+        old, new = (
+            Optimizer(Small(), _config(optimizer=name, weight_decay=decay, decay_all=everything))
+            for everything in (True, False)
+        )
+        assert set(old.state()) == set(new.state())
+
+
+def test_what_muon_does_not_take_has_a_rate_of_its_own() -> None:
+    moved = {}
+    for given in (None, 2e-3):
+        model = Small()
+        config = _config(optimizer="muon", learning_rate=0.02, fallback_learning_rate=given)
+        optimizer, rate = Optimizer(model, config), schedule(config, 100)
+        before = dict(trainable(model))
+        # Half of the peak: both are scheduled alike.
+        half = min(range(3, 100), key=lambda step: abs(rate(step) - 0.01))
+        optimizer.update({p: mx.ones(v.shape) for p, v in before.items()}, rate(half))
+        moved[given] = {p: float((before[p] - v).max().item()) for p, v in trainable(model).items()}
+        share = rate(half) / 0.02
+        for path in ("embed_tokens.weight", "norm.weight", "lm_head.weight"):
+            assert moved[given][path] == pytest.approx((given or 3e-4) * share, rel=1e-3)
+    assert moved[None]["up_proj.weight"] == moved[2e-3]["up_proj.weight"] > 1e-3
+
+
+def test_a_fallback_rate_without_muon_is_an_error() -> None:
+    with pytest.raises(ValueError, match="is for optimizer=muon, not adamw"):
+        _config(fallback_learning_rate=1e-3)
 
 
 def test_lora_plus_gives_b_a_multiple_of_the_rate() -> None:

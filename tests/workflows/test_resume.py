@@ -156,3 +156,33 @@ def test_a_run_that_cannot_start_leaves_no_folder(tiny, tmp_path: Path) -> None:
     with pytest.raises(SlimError, match="line 25"):
         finetune(recipe(tiny("llama"), data), out, observer=Recorder())
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("train", "refused", "same"),
+    [
+        ({}, None, {}),
+        ({"weight_decay": 0.1}, "train.decay_all: True → False", {"decay_all": True}),
+        (
+            {"optimizer": "muon"},
+            "train.fallback_learning_rate: 0.001 → None",
+            {"fallback_learning_rate": 1e-3},
+        ),
+    ],
+)
+def test_a_run_of_an_older_version_goes_on_as_it_began(tiny, tmp_path, train, refused, same):
+    """Its recipe lacks the newer keys: they stand for what that version did."""
+    model, data, out = tiny("llama"), write_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
+    with pytest.raises(Interrupted):
+        finetune(recipe(model, data, **train, **same), out, observer=CtrlC())
+    state = out / "recipe.json"
+    record = json.loads(state.read_text())
+    for key in ("decay_all", "fallback_learning_rate"):
+        del record["recipe"]["train"][key]
+    state.write_text(json.dumps(record))
+    if refused:
+        with pytest.raises(SlimError, match="was started with another recipe") as caught:
+            finetune(recipe(model, data, **train), out, observer=Recorder(), resume=True)
+        assert refused in str(caught.value)
+    finetune(recipe(model, data, **train, **same), out, observer=Recorder(), resume=True)
+    assert sorted(losses(out)) == list(range(1, 11))
