@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 
 from mlx_slim.adapters.dora import DoRALinear
@@ -39,6 +40,38 @@ def test_principal_factors_are_the_best_approximation_and_repeatable(shape):
     assert mx.array_equal(again[0], a)
     assert mx.array_equal(again[1], b)
     assert mx.random.state[0].tolist() == before
+
+
+@pytest.mark.parametrize("shape", [(24, 90), (90, 24)])
+def test_the_factors_are_those_of_the_full_svd(shape):
+    weight = decaying(*shape)
+    a, b = principal_factors(weight, 6, 0.5)
+    u, sigma, vt = mx.linalg.svd(weight, stream=mx.cpu)
+    best = (u[:, :6] * sigma[:6]) @ vt[:6]
+    assert relative_error(0.5 * a @ b, best) < 1e-5
+    size = min(shape)
+    whole = principal_factors(weight, size, 0.5)
+    assert relative_error(0.5 * whole[0] @ whole[1], weight) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(64, 6000), (6000, 64), (128, 6000), (6000, 128)])
+def test_a_long_matrix_makes_no_square_of_its_long_side(shape, monkeypatch):
+    largest = []
+    real = np.linalg.svd
+
+    def svd(matrix, *rest, **settings):
+        parts = real(matrix, *rest, **settings)
+        largest.append(max(part.size for part in (matrix, *parts)))
+        return parts
+
+    monkeypatch.setattr(np.linalg, "svd", svd)
+    weight = mx.random.normal(shape)
+    mx.eval(weight)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(principal_factors(weight, 8, 1.0))
+    assert max(largest) <= weight.size
+    assert mx.get_peak_memory() - before < 4 * weight.nbytes  # 144 MB is the square
 
 
 @pytest.mark.parametrize("bits", [None, 4])
