@@ -57,6 +57,35 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
+# Mixtures of experts; a row of 64 and more choices is sorted by expert, a shorter one is not.
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {
+        "model_type": "mixtral",
+        **_LLAMA,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        **_LLAMA,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 96,
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        **_LLAMA,
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [1],
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+    },
+    "olmoe": {"model_type": "olmoe", **_LLAMA, "num_experts": 4, "num_experts_per_tok": 2},
+}
 
 
 def byte_tokenizer(folder: Path, *, chat_template: str | None = CHATML, bos: bool = False) -> None:
@@ -99,8 +128,11 @@ def tiny_model(
     dtype: mx.Dtype = mx.float32,
     **changes: Any,
 ) -> Path:
-    """Write a random model of ``architecture`` (a key of ``ARCHITECTURES``); return its folder."""
-    config = {**ARCHITECTURES[architecture], **changes}
+    """Write a random model; return its folder.
+
+    ``architecture`` is a key of ``ARCHITECTURES`` or ``MIXTURES``.
+    """
+    config = {**(ARCHITECTURES | MIXTURES)[architecture], **changes}
     model_class, args_class = _get_classes(config)
     mx.random.seed(seed)
     model = model_class(args_class.from_dict(config))
