@@ -280,7 +280,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
                 records = (_record(path, *line) for line in block)
             yield from records
     except FileNotFoundError as error:
-        raise SlimError(f"{path} is missing") from error
+        raise SlimError(f"{path} does not exist") from error
     except OSError as error:
         raise SlimError(f"{path} cannot be read: {error.strerror}") from error
 

@@ -63,7 +63,7 @@ def test_a_damaged_line_is_named_and_those_before_it_are_read(tmp_path, line, te
         while True:
             seen.append(next(records))
     assert len(seen) == 1499
-    with pytest.raises(SlimError, match="missing"):
+    with pytest.raises(SlimError, match="does not exist"):
         read_samples(tmp_path / "none.jsonl")
 
 
