@@ -15,7 +15,11 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from mlx_slim.data.pack import pack_rows
+from mlx_slim.data import plans
+from mlx_slim.data.plans import Frame, Plan, Run
+from mlx_slim.data.shapes import Shape, Shapes, grouped_shapes, needed, packed_shapes
+
+Mode = Literal["grouped", "packed"]
 
 BUCKET = 8  # rows whose lengths differ by less are shuffled together: at most 7 padded positions
 
@@ -56,6 +60,8 @@ class Batch:
         segments_BT: int32 segment numbers of packed rows (padding is −1), or None: one row each.
         real_tokens: Ids of the rows, the unit of every tokens/s here.
         rows: How many rows are inside.
+        weights_N: float32, 1 for a target and 0 where positions, targets and sources are padded;
+            None where they are not.
     """
 
     tokens_BT: np.ndarray
@@ -65,16 +71,24 @@ class Batch:
     segments_BT: np.ndarray | None
     real_tokens: int
     rows: int
+    weights_N: np.ndarray | None = None
 
     def parts(self, count: int) -> list[Batch]:
-        """Return up to ``count`` batches of neighbouring sequences that make up this one."""
+        """Return up to ``count`` batches of neighbouring sequences that make up this one.
+
+        Only a batch that stays whole keeps what it is padded with.
+        """
         batch, width = self.tokens_BT.shape
+        targets = (
+            np.ones(len(self.targets_N), bool) if self.weights_N is None else self.weights_N > 0
+        )
+        batch = int(self.positions_N[targets].max()) // width + 1
         count = min(count, batch)
         if count <= 1:
             return [self]
         parts = []
         for rows in np.array_split(np.arange(batch), count):
-            here = np.isin(self.positions_N // width, rows)
+            here = targets & np.isin(self.positions_N // width, rows)
             positions = self.positions_N[here] - rows[0] * width
             used = int((positions % width).max()) + 1  # later positions predict nothing
             segments = None if self.segments_BT is None else self.segments_BT[rows, :used]
@@ -98,7 +112,7 @@ class Batch:
     @property
     def supervised_tokens(self) -> int:
         """Targets that the loss counts."""
-        return len(self.targets_N)
+        return len(self.targets_N) if self.weights_N is None else int(self.weights_N.sum())
 
 
 def first_targets(rows: Rows) -> np.ndarray:
@@ -175,44 +189,35 @@ def _to_the_end(batch: Batch) -> Batch:
     )
 
 
-def _shuffled_by_length(lengths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return row numbers, longest first; rows of one bucket of lengths in random order."""
-    order = rng.permutation(len(lengths))
-    return order[np.argsort(-(lengths[order] // BUCKET), kind="stable")]
+def padded(batch: Batch, shape: Shape) -> Batch:
+    """Return ``batch`` with rows, positions and targets added that count for nothing."""
+    (count, width), targets = batch.tokens_BT.shape, len(batch.targets_N)
+    sides = ((0, shape.batch - count), (0, shape.width - width))
+    rest = (0, shape.targets - targets)
+    segments = batch.segments_BT
+    return replace(
+        batch,
+        tokens_BT=np.pad(batch.tokens_BT, sides),
+        positions_N=np.pad(
+            batch.positions_N + batch.positions_N // width * (shape.width - width), rest
+        ),
+        targets_N=np.pad(batch.targets_N, rest),
+        sources_N=np.pad(batch.sources_N, rest, constant_values=-1),
+        segments_BT=None if segments is None else np.pad(segments, sides, constant_values=-1),
+        weights_N=np.pad(np.ones(targets, np.float32), rest),
+    )
 
 
-def _tallest(lengths: np.ndarray) -> np.ndarray:
-    """Return, for each row, the greatest length in its bucket."""
-    bucket = lengths // BUCKET
-    tallest = np.zeros(int(bucket.max()) + 1, dtype=np.int64)
-    np.maximum.at(tallest, bucket, lengths)
-    return tallest[bucket]
-
-
-def _grouped(lengths: np.ndarray, budget: int, rng: np.random.Generator) -> list[list[list[int]]]:
-    """Return micro-batches of rows of like length, padded area within the budget."""
-    order = _shuffled_by_length(lengths, rng)
-    # Within a bucket the longest row may come late: it decides how many fit, so that the number of
-    # rows in each micro-batch is the same in every epoch.
-    tallest = _tallest(lengths)
-    batches: list[list[list[int]]] = []
-    start = 0
-    while start < len(order):
-        count = max(1, budget // int(tallest[order[start]]))
-        batches.append([[int(i)] for i in order[start : start + count]])
-        start += count
-    return batches
-
-
-def _packed(
-    lengths: np.ndarray, budget: int, capacity: int, rng: np.random.Generator
-) -> list[list[list[int]]]:
-    """Return micro-batches of sequences, each filled with several rows up to ``capacity``."""
-    order = _shuffled_by_length(lengths, rng)
-    sequences = pack_rows(lengths, order, capacity)
-    rng.shuffle(sequences)
-    count = max(1, budget // capacity)
-    return [sequences[i : i + count] for i in range(0, len(sequences), count)]
+def _filled(batch: Batch, shape: Shape) -> Batch:
+    """Return a batch of ``shape`` for measuring, with targets all over."""
+    positions_N = np.linspace(0, shape.batch * shape.width - 1, shape.targets).astype(np.int32)
+    return replace(
+        batch,
+        positions_N=positions_N,
+        targets_N=np.zeros_like(positions_N),
+        sources_N=np.full(len(positions_N), -1, dtype=np.int64),
+        weights_N=np.ones(len(positions_N), np.float32),
+    )
 
 
 @dataclass(frozen=True)
@@ -225,13 +230,16 @@ class Batcher:
         max_length: Longest row, ids; also the length of packed sequences.
         mode: ``grouped`` or ``packed``.
         seed: Of the shuffles.
+        limit: Most shapes (B, T, N) that the micro-batches may have, padded to them
+            (``data/shapes.py``); None leaves each as it is.
     """
 
     rows: Rows
     batch_tokens: int
     max_length: int
-    mode: Literal["grouped", "packed"]
+    mode: Mode
     seed: int
+    limit: int | None = None
 
     @cached_property
     def _firsts(self) -> np.ndarray:
@@ -241,40 +249,87 @@ class Batcher:
     def _lengths(self) -> np.ndarray:
         return np.maximum(self.rows.lengths - 1, 1)  # the last id is only a target
 
-    def plan(self, epoch: int) -> list[list[list[int]]]:
+    def _rng(self, epoch: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, epoch])
+
+    def _sequences(self, rng: np.random.Generator) -> list[list[int]]:
+        order = plans.by_class(self._lengths // BUCKET, rng)
+        return plans.packed(self._lengths, order, self.max_length, rng)
+
+    @cached_property
+    def _grouped(self) -> tuple[Shapes, list[Run]]:
+        assert self.limit is not None
+        supervised = self.rows.supervised
+        return grouped_shapes(self._lengths, supervised, self.batch_tokens, self.seed, self.limit)
+
+    @cached_property
+    def _packed(self) -> tuple[Shapes | None, int]:
+        """The shapes, and the sequences of a micro-batch."""
+        most = max(1, self.batch_tokens // self.max_length)
+        if self.limit is None:
+            return None, most
+        return packed_shapes(
+            lambda epoch: self._sequences(self._rng(epoch)),
+            self._lengths,
+            self.rows.supervised,
+            Frame(most, min(int(self._lengths.sum()), self.max_length)),
+            self.limit,
+        )
+
+    @property
+    def shapes(self) -> Shapes | None:
+        """The shapes of all micro-batches of all epochs; None where each has its own."""
+        if self.limit is None:
+            return None
+        return self._packed[0] if self.mode == "packed" else self._grouped[0]
+
+    def plan(self, epoch: int) -> Plan:
         """Return the micro-batches of an epoch, as row numbers per sequence, in order."""
-        rng = np.random.default_rng([self.seed, epoch])
+        rng = self._rng(epoch)
         if self.mode == "packed":
-            batches = _packed(self._lengths, self.batch_tokens, self.max_length, rng)
+            batches = plans.in_batches(self._sequences(rng), self._packed[1])
+        elif self.limit is None:
+            batches = plans.grouped(self._lengths // BUCKET, self._lengths, self.batch_tokens, rng)
         else:
-            batches = _grouped(self._lengths, self.batch_tokens, rng)
+            dealt = [plans.deal(run, self.rows.supervised, rng) for run in self._grouped[1]]
+            batches = [[[row] for row in rows] for each in dealt for rows in each.tolist()]
+        if self.shapes is not None:
+            batches = self.shapes.fitted(batches)
         order = rng.permutation(len(batches))
         return [batches[i] for i in order]
 
     def batch(self, groups: Sequence[Sequence[int]]) -> Batch:
         """Build one micro-batch of a plan."""
-        return collate(self.rows, groups, firsts=self._firsts, isolate=self.mode == "packed")
+        batch = collate(self.rows, groups, firsts=self._firsts, isolate=self.mode == "packed")
+        if self.shapes is None:
+            return batch
+        shape = self.shapes.of(groups)
+        assert shape is not None, "a plan has fitting micro-batches only"
+        return padded(batch, shape)
 
     def worst(self) -> Batch:
         """Build a micro-batch, for measuring only, as large as the largest of any epoch.
 
-        Grouped micro-batches have as many rows in every epoch, so only the width can differ, up to
-        the longest row of the bucket. Packed sequences are filled differently in each epoch: they
-        are taken as full, and as many as best-fit can leave (any two together exceed the capacity).
+        Where shapes are fixed it is the largest of them. Grouped micro-batches have as many rows in
+        every epoch, so only the width can differ, up to the longest row of the bucket. Packed
+        sequences are filled differently in each epoch: they are taken as full, and as many as
+        best-fit can leave (any two together exceed the capacity).
         """
-        lengths, plan = self._lengths, self.plan(0)
+        lengths = self._lengths
+        if self.shapes is not None:
+            shape = self.shapes.largest
+            row = int(np.where(lengths <= shape.width, lengths, 0).argmax())
+            return _filled(self._collated([[row]] * shape.batch, shape.width), shape)
+        plan = self.plan(0)
         if self.mode == "grouped":
-            tallest = _tallest(lengths)
+            tallest = plans.tallest(lengths // BUCKET, lengths)
 
             def bound(groups: list[list[int]]) -> tuple[int, int]:
                 width = max(int(tallest[i]) for group in groups for i in group)
                 return len(groups) * width, width
 
             groups = max(plan, key=bound)
-            width = bound(groups)[1]
-            return _to_the_end(
-                collate(self.rows, groups, firsts=self._firsts, isolate=False, width=width)
-            )
+            return _to_the_end(self._collated(groups, bound(groups)[1]))
         total = int(lengths.sum())
         sequences = sorted(
             (group for groups in plan for group in groups),
@@ -284,22 +339,30 @@ class Batcher:
         most = max(1, -(-2 * total // self.max_length) - 1)
         count = min(max(1, self.batch_tokens // self.max_length), most)
         groups = [sequences[i % len(sequences)] for i in range(count)]
-        width = min(total, self.max_length)
-        return _to_the_end(
-            collate(self.rows, groups, firsts=self._firsts, isolate=True, width=width)
-        )
+        return _to_the_end(self._collated(groups, min(total, self.max_length)))
+
+    def _collated(self, groups: Sequence[Sequence[int]], width: int) -> Batch:
+        isolate = self.mode == "packed"
+        return collate(self.rows, groups, firsts=self._firsts, isolate=isolate, width=width)
 
     def computed(self, epoch: int = 0) -> tuple[int, float]:
         """Return the positions computed in an epoch, and Σ B·T² (what attention costs)."""
-        total, squares = 0, 0.0
-        for groups in self.plan(epoch):
-            width = max(sum(int(self._lengths[i]) for i in group) for group in groups)
-            total += len(groups) * width
-            squares += len(groups) * float(width) ** 2
-        return total, squares
+        plan = self.plan(epoch)
+        if self.shapes is None:
+            batch_M, width_M, _ = needed(plan, self._lengths, self.rows.supervised).T
+        else:
+            batch_M, width_M, _ = self.shapes.of_each(plan).T
+        return int((batch_M * width_M).sum()), float((batch_M * width_M.astype(float) ** 2).sum())
 
 
-def choose_mode(rows: Rows, batch_tokens: int, max_length: int, seed: int, balance: float) -> str:
+def choose_mode(
+    rows: Rows,
+    batch_tokens: int,
+    max_length: int,
+    seed: int,
+    balance: float,
+    limit: int | None = None,
+) -> Mode:
     """Return ``grouped`` or ``packed``, whichever costs less for these rows.
 
     Args:
@@ -308,9 +371,11 @@ def choose_mode(rows: Rows, batch_tokens: int, max_length: int, seed: int, balan
         max_length: Length of packed sequences.
         seed: Of the shuffles.
         balance: The length T at which a token's attention costs as much as all else in it.
+        limit: Most shapes, padded to; None for none.
     """
-    costs = {}
-    for mode in ("grouped", "packed"):
-        total, squares = Batcher(rows, batch_tokens, max_length, mode, seed).computed()
+    costs: dict[Mode, float] = {}
+    modes: tuple[Mode, Mode] = ("grouped", "packed")
+    for mode in modes:
+        total, squares = Batcher(rows, batch_tokens, max_length, mode, seed, limit).computed()
         costs[mode] = total + squares / balance
     return min(costs, key=lambda mode: costs[mode])

@@ -25,7 +25,7 @@ import mlx.core as mx
 
 from mlx_slim.models.activations import exp
 from mlx_slim.models.logits import logsumexp, row_sums
-from mlx_slim.train.losses import NLL, Slope
+from mlx_slim.train.losses import NLL, Slope, weighted_sum
 
 Divergence = Literal["forward", "reverse", "symmetric"]
 
@@ -91,7 +91,8 @@ class Taught:
     """The rule (1−λ)·CE + λ·T²·Σ_m share_m·D_m, with Σ CE and Σ_m share_m·D_m reported after it.
 
     Columns: ``targets_C``, then ``ids_CK``, ``kept_CK`` and ``rest_C`` (see ``top``) of each
-    teacher. At T = 1 cross-entropy and divergence share their exponentials.
+    teacher, and ``weights_C`` if not ones. At T = 1 cross-entropy and divergence share their
+    exponentials.
 
     Attributes:
         divergence: Of each teacher from the student.
@@ -105,6 +106,11 @@ class Taught:
     weight: float = 0.5
     shares: Sequence[float] = (1.0,)
 
+    def _columns(self, said: Sequence[mx.array]) -> tuple[Sequence[mx.array], list[mx.array]]:
+        """Return what teachers said, and the weights of the targets, if there are any."""
+        count = 3 * len(self.shares)
+        return said[:count], list(said[count:])
+
     def _mixed(self, nll: mx.array, apart: mx.array) -> mx.array:
         if self.weight == 0:  # not nll + 0: what plain cross-entropy gives, bit for bit
             return mx.stack([nll, nll, apart])
@@ -114,6 +120,7 @@ class Taught:
     def value(self, logits_CV: mx.array, *columns: mx.array) -> mx.array:
         """Return Σ loss, Σ CE and Σ divergence, float32 (3,), nats."""
         targets_C, *said = columns
+        said, weights = self._columns(said)
         logits_CV = logits_CV.astype(mx.float32)
         scaled_CV = logits_CV / self.temperature
         total_C1 = logsumexp(scaled_CV)
@@ -123,13 +130,15 @@ class Taught:
             own_CK = mx.take_along_axis(scaled_CV, ids_CK, axis=-1) - total_C1
             own_C = (tail(scaled_CV, ids_CK) - total_C1)[:, 0]
             log_p_CB, log_q_CB = _buckets(kept_CK, rest_C), _buckets(own_CK, own_C)
-            apart = apart + share * between(log_p_CB, log_q_CB, self.divergence).sum()
-        return self._mixed(NLL().value(logits_CV, targets_C), apart)
+            apart_C = between(log_p_CB, log_q_CB, self.divergence)
+            apart = apart + share * weighted_sum(apart_C, *weights)
+        return self._mixed(NLL().value(logits_CV, targets_C, *weights), apart)
 
     def slope(self, logits_CV: mx.array, *columns: mx.array) -> tuple[mx.array, Slope]:
         """Return the same, and the gradient of the loss by the logits."""
         targets_C, *said = columns
-        nll, plain = NLL().slope(logits_CV, targets_C)
+        said, weights = self._columns(said)
+        nll, plain = NLL().slope(logits_CV, targets_C, *weights)
         scaled_CV = logits_CV if self.temperature == 1 else logits_CV / self.temperature
         peak_C1 = scaled_CV.max(axis=-1, keepdims=True)
         exp_CV = plain.share_CV if self.temperature == 1 else exp(scaled_CV - peak_C1)
@@ -145,7 +154,8 @@ class Taught:
             own_CK = mx.take_along_axis(scaled_CV, ids_CK, axis=-1) - log_total_C1
             log_p_CB = _buckets(kept_CK, rest_C)
             log_q_CB = _buckets(own_CK, mx.log(others_C1 / total_C1)[:, 0])
-            apart = apart + share * between(log_p_CB, log_q_CB, self.divergence).sum()
+            apart_C = between(log_p_CB, log_q_CB, self.divergence)
+            apart = apart + share * weighted_sum(apart_C, *weights)
             u_CB = pull(log_p_CB, log_q_CB, self.divergence)
             back_C1 = row_sums(u_CB)
             lumped_C1 = mx.where(others_C1 > 0, u_CB[:, -1:] / others_C1, 0.0)
@@ -158,7 +168,9 @@ class Taught:
             return sums, plain
         assert share_CV is not None
         if self.weight == 1:
-            return sums, Slope(share_CV)
+            return sums, Slope(share_CV, scale_C=plain.scale_C)
         ce_CV = plain.share_CV * ((1 - self.weight) / row_sums(plain.share_CV))
         push_C = mx.full(targets_C.shape, 1 - self.weight)
-        return sums, Slope(share_CV + ce_CV, targets_C=targets_C, push_C=push_C)
+        push_C = push_C * weights[0] if weights else push_C
+        share_CV = share_CV + ce_CV
+        return sums, Slope(share_CV, scale_C=plain.scale_C, targets_C=targets_C, push_C=push_C)

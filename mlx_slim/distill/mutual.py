@@ -19,8 +19,8 @@ from mlx_slim.data.batches import Batch
 from mlx_slim.distill.losses import FLOOR, Divergence, between, pull
 from mlx_slim.models import anatomy
 from mlx_slim.models.logits import logsumexp, row_sums
-from mlx_slim.train.losses import NLL, Slope, chunk_size, linear_loss
-from mlx_slim.train.step import Arrays, batch_arrays, supervised_rows
+from mlx_slim.train.losses import NLL, Slope, chunk_size, linear_loss, weighted_sum
+from mlx_slim.train.step import Arrays, batch_arrays, supervised_rows, target_weights
 
 
 class Pair(nn.Module):
@@ -51,7 +51,8 @@ class Pair(nn.Module):
 class FromOther:
     """The rule CE + λ·T²·D(other ‖ self); Σ CE and Σ D are reported after it.
 
-    Columns: ``targets_C``, and the other's hidden states (its logits if it does not split).
+    Columns: ``targets_C``, the other's hidden states (its logits if it does not split), and
+    ``weights_C`` if not ones.
 
     Attributes:
         other: Their map to logits.
@@ -74,22 +75,24 @@ class FromOther:
 
     def value(self, logits_CV: mx.array, *columns: mx.array) -> mx.array:
         """Return Σ loss, Σ CE and Σ D, float32 (3,), nats."""
-        targets_C, rows_CX = columns
+        targets_C, rows_CX, *weights = columns
         log_p_CV = mx.stop_gradient(self._logs(self.other(rows_CX)))
-        apart = between(log_p_CV, self._logs(logits_CV), self.divergence).sum()
-        return self._sums(NLL().value(logits_CV, targets_C), apart)
+        apart_C = between(log_p_CV, self._logs(logits_CV), self.divergence)
+        nll = NLL().value(logits_CV, targets_C, *weights)
+        return self._sums(nll, weighted_sum(apart_C, *weights))
 
     def slope(self, logits_CV: mx.array, *columns: mx.array) -> tuple[mx.array, Slope]:
         """Return the same, and the gradient of the loss by this student's logits."""
-        targets_C, rows_CX = columns
-        nll, plain = NLL().slope(logits_CV, targets_C)
+        targets_C, rows_CX, *weights = columns
+        nll, plain = NLL().slope(logits_CV, targets_C, *weights)
         log_p_CV, log_q_CV = self._logs(self.other(rows_CX)), self._logs(logits_CV)
-        apart = between(log_p_CV, log_q_CV, self.divergence).sum()
+        apart_C = between(log_p_CV, log_q_CV, self.divergence)
         u_CV = pull(log_p_CV, log_q_CV, self.divergence)
         apart_CV = u_CV - mx.exp(log_q_CV) * row_sums(u_CV)
         share_CV = plain.share_CV / row_sums(plain.share_CV)
         share_CV = share_CV + self.weight * self.temperature * apart_CV
-        return self._sums(nll, apart), Slope(share_CV, targets_C=targets_C)
+        slope = Slope(share_CV, None, plain.scale_C, targets_C, plain.push_C)
+        return self._sums(nll, weighted_sum(apart_C, *weights)), slope
 
 
 class Mutual:
@@ -122,12 +125,12 @@ class Mutual:
         self._chunk = chunk_size(vocabulary, chunk, 2 * lanes)  # logits of both exist
 
     def arrays(self, batch: Batch) -> Arrays:
-        """Return ``batch_arrays``."""
-        return batch_arrays(batch)
+        """Return ``batch_arrays`` and, of a padded batch, the weights of its targets."""
+        return (*batch_arrays(batch), *target_weights(batch))
 
     def __call__(self, model: nn.Module, arrays: Arrays, *, gradient: bool) -> mx.array:
         """Return Σ loss of both, Σ CE of each, and the mean of both Σ D, float32 (4,), nats."""
-        tokens_BT, positions_N, targets_N, segments_BT = arrays
+        tokens_BT, positions_N, targets_N, segments_BT, *weights = arrays
         pair = cast(Pair, model)
         rows = [
             supervised_rows(one, split, tokens_BT, positions_N, segments_BT)
@@ -138,7 +141,7 @@ class Mutual:
             if sums:  # one student after the other, or the chunks of both would live together
                 rows[me] = mx.depends([rows[me]], [sums[0]])[0]
             rule = FromOther(self._head(other), *self._settings)
-            columns = (targets_N, mx.stop_gradient(rows[other]))
+            columns = (targets_N, mx.stop_gradient(rows[other]), *weights)
             split = self._splits[me]
             if split is None:
                 sums.append(rule.value(rows[me], *columns))

@@ -17,7 +17,7 @@ import numpy as np
 
 from mlx_slim.data.batches import Batch
 from mlx_slim.distill.losses import Taught
-from mlx_slim.train.step import Arrays, CrossEntropy
+from mlx_slim.train.step import Arrays, CrossEntropy, batch_arrays, target_weights
 
 
 class Columns(Protocol):
@@ -53,9 +53,9 @@ class Distilled(CrossEntropy):
         self._said = list(said)
 
     def arrays(self, batch: Batch) -> Arrays:
-        """Return ``batch_arrays`` and three columns of each teacher."""
+        """Return ``batch_arrays``, three columns of each teacher, and weights if it is padded."""
         said = (column for one in self._said for column in one.columns(batch.sources_N))
-        return (*super().arrays(batch), *said)
+        return (*batch_arrays(batch), *said, *target_weights(batch))
 
 
 class HeldOut(Distilled):

@@ -29,7 +29,7 @@ from mlx_slim.train import checkpoint
 from mlx_slim.train.checkpoint import Position
 from mlx_slim.train.companion import SAVE, Companion, computing
 from mlx_slim.train.optim import Optimizer, schedule
-from mlx_slim.train.step import Objective, Stepper, StepResult, per_token
+from mlx_slim.train.step import Objective, Scorer, Stepper, StepResult, per_token
 
 
 def steps_of_epoch(micro_batches: int, accumulate: int) -> int:
@@ -126,12 +126,19 @@ class Loop:
     def __post_init__(self) -> None:
         """Build the optimizer and the schedule."""
         self.optimizer = Optimizer(self.model, self.config, self.rate_scale)
+        captured = [module for each in self.companions for module in each.captured()]
         self.stepper = Stepper(
             self.model,
             self.objective,
             compiled=self.compiled,
             lanes=self.lanes,
-            captured=[module for each in self.companions for module in each.captured()],
+            captured=captured,
+        )
+        self.scorer = Scorer(
+            self.model,
+            self.held_out or self.objective,
+            compiled=self.compiled,
+            captured=captured,
         )
         self.total, self.epochs = total_steps(self.config, self.batcher)
         self.rate = schedule(self.config, self.total)
@@ -307,9 +314,8 @@ class Loop:
             return False
         at = self.position
         began = time.perf_counter()
-        objective = self.held_out or self.objective
         with computing(self.companions):
-            loss, parts, supervised = validation_loss(self.model, objective, self.validation)
+            loss, parts, supervised = validation_loss(self.scorer, self.validation)
         settled = all(companion.settled(at.step) for companion in self.companions)
         better = math.isfinite(loss) and (at.best_loss is None or loss < at.best_loss)
         best = settled and better
@@ -333,19 +339,18 @@ class Loop:
             self.observer.notify(events.Saved(self.position.step, name))
 
 
-def validation_loss(
-    model: nn.Module, objective: Objective, batcher: Batcher
-) -> tuple[float, dict[str, float], int]:
+def validation_loss(scorer: Scorer, batcher: Batcher) -> tuple[float, dict[str, float], int]:
     """Return Σ loss / Σ supervised tokens of all rows (nats), the parts, the supervised tokens.
 
     The rows and their order are fixed; ranks share the micro-batches.
     """
+    model, objective = scorer.model, scorer.objective
     model.eval()
     # Summed in Python: thousands of batches would lose digits in float32.
     sums, supervised = np.zeros(1 + len(objective.parts)), 0
     for groups in batcher.plan(0)[world().rank() :: world().size()]:
         batch = batcher.batch(groups)
-        sums += np.array(objective(model, objective.arrays(batch), gradient=False))
+        sums += np.array(scorer(batch))
         supervised += batch.supervised_tokens
     model.train()
     if world().size() > 1:

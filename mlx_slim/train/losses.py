@@ -65,6 +65,11 @@ def cross_entropy_sum(logits_NV: mx.array, targets_N: mx.array) -> mx.array:
     return token_nll(logits_NV, targets_N).sum()
 
 
+def weighted_sum(values_C: mx.array, weights_C: mx.array | None = None) -> mx.array:
+    """Return Σ w · value, a scalar; None is 1 for all."""
+    return (values_C if weights_C is None else values_C * weights_C).sum()
+
+
 @dataclass(frozen=True)
 class Slope:
     """The gradient of a chunk's loss by its logits, in parts that are cheap to multiply.
@@ -153,8 +158,7 @@ class NLL:
     def value(self, logits_CV: mx.array, *columns: mx.array) -> mx.array:
         """Return the weighted sum, a float32 scalar in nats."""
         targets_C, *weights = columns
-        nll_C = token_nll(logits_CV, targets_C)
-        return (nll_C * weights[0] if weights else nll_C).sum()
+        return weighted_sum(token_nll(logits_CV, targets_C), *weights)
 
     def slope(self, logits_CV: mx.array, *columns: mx.array) -> tuple[mx.array, Slope]:
         """Return the sum and softmax − one-hot, weighted."""
@@ -168,7 +172,7 @@ class NLL:
             return nll_C1.sum(), Slope(exp_CV, total_C1, targets_C=targets_C)
         weights_C = weights[0]
         slope = Slope(exp_CV, total_C1, weights_C, targets_C, weights_C)
-        return (nll_C1[:, 0] * weights_C).sum(), slope
+        return weighted_sum(nll_C1[:, 0], weights_C), slope
 
 
 # Hidden states, columns and parameters of a chunk, and the gradients so far -> the chunk's sum, its

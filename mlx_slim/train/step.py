@@ -106,10 +106,7 @@ class CrossEntropy:
 
     def arrays(self, batch: Batch) -> Arrays:
         """Return ``batch_arrays`` and, where targets have weights, these."""
-        if self._weights_S is None:
-            return batch_arrays(batch)
-        weights_N = self._weights_S[batch.sources_N].astype(np.float32)
-        return (*batch_arrays(batch), mx.array(weights_N))
+        return (*batch_arrays(batch), *target_weights(batch, self._weights_S))
 
     def __call__(self, model: nn.Module, arrays: Arrays, *, gradient: bool) -> mx.array:
         """Return Σ loss of the targets, float32, nats."""
@@ -158,6 +155,20 @@ def batch_arrays(batch: Batch) -> Arrays:
     )
 
 
+def target_weights(batch: Batch, weights_S: np.ndarray | None = None) -> list[mx.array]:
+    """Return the weights of a batch's targets (N,), float32, if they are not all 1: 0 for padding.
+
+    Args:
+        batch: The batch.
+        weights_S: Weight of each target, by its number in the store; None is 1 for all.
+    """
+    weights_N = batch.weights_N
+    if weights_S is not None:
+        own_N = weights_S[batch.sources_N].astype(np.float32)
+        weights_N = own_N if weights_N is None else own_N * weights_N
+    return [] if weights_N is None else [mx.array(weights_N)]
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What a step measured, summed over all ranks.
@@ -194,8 +205,10 @@ class Stepper:
     Args:
         model: Its trainable parameters are differentiated.
         objective: Summed loss of a batch.
-        compiled: Fuse forward and backward pass with ``mx.compile``.
-        lanes: Parts of a micro-batch computed side by side on a CPU, each in a thread of its own.
+        compiled: Fuse forward and backward pass with ``mx.compile``, which keeps a trace of each
+            shape that it meets: ``data/shapes.py`` makes them few.
+        lanes: Parts of a micro-batch computed side by side on a CPU, each in a thread of its own; a
+            compiled one stays whole.
         captured: Modules whose frozen arrays change between steps: a compiled step reads them anew.
     """
 
@@ -210,7 +223,7 @@ class Stepper:
     ) -> None:
         self.model = model
         self.objective = objective
-        self._lanes = lanes
+        self._lanes = 1 if compiled else lanes
         self._building = threading.Lock()
 
         def loss(
@@ -296,3 +309,37 @@ class Stepper:
             computed=computed,
             parts=parts,
         )
+
+
+class Scorer:
+    """The sums of an objective over batches, without gradients.
+
+    Args:
+        model: In evaluation mode while it is called.
+        objective: Summed loss of a batch.
+        compiled, captured: As ``Stepper``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        *,
+        compiled: bool = False,
+        captured: Sequence[dict] = (),
+    ) -> None:
+        self.model = model
+        self.objective = objective
+
+        def sums(parameters: dict[str, mx.array], *arrays: Any) -> mx.array:
+            set_trainable(model, parameters)
+            return objective(model, arrays, gradient=False)
+
+        self._sums: Callable = mx.compile(sums, inputs=[*captured]) if compiled else sums
+
+    def __call__(self, batch: Batch) -> mx.array:
+        """Return what the objective returns."""
+        parameters = trainable(self.model)
+        sums = self._sums(parameters, *self.objective.arrays(batch))
+        set_trainable(self.model, parameters)
+        return sums

@@ -21,9 +21,11 @@ from mlx_slim.adapters.stack import combined, parse_adapters, used_folders
 from mlx_slim.adapters.variants import learning_rate_scale
 from mlx_slim.analyze.shapes import refuse_quantized
 from mlx_slim.config.schema import DataConfig, Recipe, SourceConfig
-from mlx_slim.data.batches import Batcher, choose_mode
+from mlx_slim.data.batches import Batcher, Mode, choose_mode
 from mlx_slim.data.prepare import Prepared, prepare
+from mlx_slim.data.shapes import SHAPES, VALIDATION_SHAPES
 from mlx_slim.data.sources import Source
+from mlx_slim.data.store import TokenStore
 from mlx_slim.errors import SlimError
 from mlx_slim.models import anatomy
 from mlx_slim.models.load import Loaded, load, read_config
@@ -189,6 +191,9 @@ def build_loop(
     """
     config = recipe.train
     model = tuned.model
+    compiled = on_gpu() if config.compile == "auto" else config.compile
+    held_out_limit = VALIDATION_SHAPES if compiled else None
+    limit = SHAPES - (VALIDATION_SHAPES if data.validation else 0) if compiled else None
     mode = config.batching
     if mode != "grouped" and not anatomy.packs(model):
         if mode == "packed":
@@ -197,10 +202,16 @@ def build_loop(
                 "set train.batching=grouped",
             )
         mode = "grouped"
-    if mode == "auto":
+
+    def cheaper(rows: TokenStore, limit: int | None) -> Mode:
         balance = anatomy.attention_balance(model, on_gpu())
-        mode = choose_mode(data.train, config.batch_tokens, config.max_length, config.seed, balance)
-    compiled = on_gpu() if config.compile == "auto" else config.compile
+        sizes = config.batch_tokens, config.max_length, config.seed
+        return choose_mode(rows, *sizes, balance, limit)
+
+    # Of few shapes, those of rows of like length are padded most.
+    packs = compiled and data.validation and mode != "grouped"
+    held_out_mode = cheaper(data.validation, held_out_limit) if packs else "grouped"
+    mode = cheaper(data.train, limit) if mode == "auto" else mode
     # Each part has gradients of its own: cheap for adapters, a second model for full tuning.
     lanes = 1 if recipe.method == "full" or compiled else cpu_lanes()
     vocabulary = tuned.config.get("vocab_size", 8)
@@ -209,16 +220,18 @@ def build_loop(
         text = f"{tuned.config['model_type']}: body and head do not split; full logits are computed"
         observer.notify(events.Notice(text, level="warning"))
 
-    def batcher(rows: Any, mode: Any) -> Batcher:
-        return Batcher(rows, config.batch_tokens, config.max_length, mode, config.seed)
+    def batcher(rows: TokenStore, mode: Mode, limit: int | None) -> Batcher:
+        return Batcher(rows, config.batch_tokens, config.max_length, mode, config.seed, limit)
 
     return Loop(
         model=model,
         objective=objective,
         held_out=held_out,
         config=config,
-        batcher=batcher(data.train, mode),
-        validation=batcher(data.validation, "grouped") if data.validation else None,
+        batcher=batcher(data.train, mode, limit),
+        validation=(
+            batcher(data.validation, held_out_mode, held_out_limit) if data.validation else None
+        ),
         observer=observer,
         checkpoints=out / "checkpoints",
         rate_scale=lambda path: learning_rate_scale(path, recipe.adapter),
