@@ -18,6 +18,7 @@ from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import Interrupted, SlimError
 from mlx_slim.models.load import load
 from mlx_slim.quantize.apply import quantize_model
+from mlx_slim.workflows.course import load_tuned
 from mlx_slim.workflows.finetune import finetune
 from mlx_slim.workflows.validate import validate
 from tests.support.adapters import quantized
@@ -181,3 +182,22 @@ def test_the_planner_counts_the_rounded_copy(tiny, tmp_path):
     assert parts[0] - parts[1] == sum(layer.weight.nbytes for layer in layers)
     shown = predict(loaded.config, small, gpu=False, budget=1)
     assert not any("qlora" in each.set for each in shown.suggestions)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_reloaded_model_that_is_another_one_is_caught_in_bfloat16(
+    tiny, tmp_path, monkeypatch, method
+):
+    def off(*arguments):
+        model = load_tuned(*arguments)
+        layer = model.layers[1].mlp.down_proj
+        layer = layer.linear if "linear" in layer else layer
+        layer.weight = 0.8 * layer.weight
+        return model
+
+    monkeypatch.setattr("mlx_slim.workflows.course.load_tuned", off)
+    data = write_rows(tmp_path / "rows.jsonl")
+    plain = recipe(tiny("llama"), data, method, dtype="bfloat16", steps=2)
+    with pytest.raises(SlimError, match="reloaded logits differ"):
+        finetune(plain, tmp_path / "run", observer=Recorder())
+    assert not (tmp_path / "run" / "run.json").exists()
