@@ -101,7 +101,13 @@ class Workers(Generic[Task, Answer]):
     def _start(self) -> None:
         work = pickle.dumps(self._work, pickle.HIGHEST_PROTOCOL)
         for _ in range(self._count):
-            self._processes.append(_Process(work))
+            try:
+                self._processes.append(_Process(work))
+            except OSError as error:
+                raise SlimError(
+                    f"cannot start a process that tokenises rows: {error.strerror}",
+                    "close other programs and start again",
+                ) from error
             self._idle.put(self._processes[-1])
         self._threads = ThreadPoolExecutor(self._count)  # they only wait for pipes
 

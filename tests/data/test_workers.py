@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -55,9 +56,16 @@ def _mixed_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def test_the_number_of_processes_changes_no_byte(tmp_path, tokens, at_once):
+def test_the_number_of_processes_changes_no_byte(tmp_path, tokens, at_once, monkeypatch):
+    question = "Which of the nine old brown hens in the red barn will lay eggs today?"
+    mirror = tmp_path / "mirror" / "gsm8k" / "test.jsonl"
+    mirror.parent.mkdir(parents=True)
+    mirror.write_text(json.dumps({"question": question, "answer": "3"}) + "\n", encoding="utf-8")
+    monkeypatch.setenv("MLX_SLIM_DATA", str(tmp_path / "mirror"))
+    rows = _mixed_rows()
+    rows[20]["prompt"] = rows[60]["prompt"] = question
     for name, start in (("a", 0), ("b", 45)):
-        lines = [json.dumps(row) for row in _mixed_rows()[start : start + 45]]
+        lines = [json.dumps(row) for row in rows[start : start + 45]]
         lines.insert(5, "")
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     config = DataConfig(
@@ -70,15 +78,17 @@ def test_the_number_of_processes_changes_no_byte(tmp_path, tokens, at_once):
 
     def files(processes: int) -> dict[str, bytes]:
         folder = tmp_path / f"of-{processes}"
-        prepare(config, tokens, max_length=90, seed=0, folder=folder, processes=processes)
+        prepare(config, tokens, max_length=150, seed=0, folder=folder, processes=processes)
         every = sorted(path for path in folder.rglob("*") if path.is_file())
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in every}
 
     alone = files(1)
     assert len(alone) == 8
-    counts = json.loads(alone["data_ledger.json"])["totals"]
-    assert counts["rows_given"] == 90
-    assert counts["rows_dropped"] == 5
+    ledger = json.loads(alone["data_ledger.json"])
+    assert ledger["totals"]["rows_given"] == 90
+    assert ledger["totals"]["rows_dropped"] > 2
+    first = ledger["evaluation_overlap"]["datasets"]["gsm8k"]["first"]
+    assert [place.rpartition("/")[2] for place in first] == ["a.jsonl, line 22", "b.jsonl, line 17"]
     assert files(2) == alone
     assert files(3) == alone
 
@@ -222,6 +232,18 @@ def test_a_process_that_dies_is_one_clear_line(at_once):
         list(pool.map(range(8)))
     assert caught.value.message == "a process that tokenises rows died (signal 9)"
     assert "memory" in caught.value.hint
+
+
+def test_a_process_that_cannot_start_is_one_clear_line(at_once, monkeypatch):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    with Workers(chunks.double, 2) as pool, pytest.raises(SlimError) as caught:
+        list(pool.map(range(8)))
+    assert caught.value.message == (
+        "cannot start a process that tokenises rows: Resource temporarily unavailable"
+    )
 
 
 def test_rows_are_tokenised_without_mlx(at_once):
