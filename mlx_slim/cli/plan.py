@@ -114,6 +114,7 @@ def _text(resolved: Resolved, found: Prediction, note: str) -> str:
         )
     rows += [
         *((f"  {name}", human_bytes(size)) for name, size in found.breakdown.items()),
+        ("to load it", f"{human_bytes(found.loading_peak_bytes)}, a tensor at a time"),
         ("time", f"about {time} on this device ({tokens})" if found.predicted_seconds else tokens),
     ]
     if measured:

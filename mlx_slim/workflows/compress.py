@@ -44,7 +44,7 @@ from mlx_slim.quantize.apply import (
 )
 from mlx_slim.quantize.calibration import DEFAULT_SOURCE, Calibration, read_calibration
 from mlx_slim.quantize.methods import check_method, quantize_with
-from mlx_slim.runtime import human_bytes, on_gpu
+from mlx_slim.runtime import device_memory, human_bytes, on_gpu
 from mlx_slim.workflows.checked_save import compute_dtype, save_checked, stored_dtype
 
 
@@ -173,6 +173,15 @@ def compress(
     tensors = folder_tensors(resolve(source, options.revision))
     stored = stored_dtype(tensors)
     calibration = _calibration(load_tokenizer(source, revision=options.revision), options, say)
+    numbers = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    needed = numbers * (compute_dtype() or stored).size
+    if calibration is not None and options.method == "rtn" and needed > device_memory():
+        say(
+            f"fidelity is not measured: the dense model takes {human_bytes(needed)}, this device "
+            f"holds {human_bytes(device_memory())}",
+            "warning",
+        )
+        calibration = None
     dense = original = None
     if calibration is not None:
         dense = load(source, **settings)

@@ -66,6 +66,15 @@ def test_quantize_without_a_comparison_never_holds_the_dense_model(dense, size, 
     assert peak() < 0.3 * size
 
 
+def test_quantize_a_model_that_does_not_fit_dense(dense, size, text, peak, tmp_path, monkeypatch):
+    monkeypatch.setattr("mlx_slim.workflows.compress.device_memory", lambda: size // 2)
+    heard = Recorder()
+    settings = CompressOptions(QuantizeConfig(), calibration=text, length=32)
+    assert compress(dense, tmp_path / "q", settings, heard).fidelity is None
+    assert peak() < 0.3 * size
+    assert any("fidelity is not measured: the dense" in e.message for e in heard.events)
+
+
 @pytest.mark.parametrize("mode", ["merge", "keep"])
 def test_fuse(dense, size, text, peak, tmp_path, mode):
     adapter = made(tmp_path / "a", dense)
