@@ -17,7 +17,6 @@ from mlx_slim.evaluate import pooled, stats
 from mlx_slim.evaluate.comparison import ASKED
 
 Interval = tuple[float, float]
-_Z = 1.959963984540054  # of a 95% interval
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,9 @@ class Claim:
         first: What is compared with.
         second: What is compared.
         delta: Difference of the means.
-        interval: Its normal 95% interval.
+        interval: Its normal interval, corrected as the p value is: it leaves out 5% / ``tests``.
         p_value: Of ``pooled.sign_flip``; McNemar's for one task and one seed.
-        ratio: Second over first, and its interval; None where the first is 0.
+        ratio: Second over first, and its interval, corrected; None where the first is 0.
         ratio_above_chance: The same of what is above chance; None where the first is not above it.
         p_holm: Corrected for the family.
         tests: Of the family.
@@ -69,15 +68,21 @@ class Claim:
     first: Score
     second: Score
     delta: float
-    interval: Interval
     p_value: float
-    ratio: tuple[float, Interval] | None
-    ratio_above_chance: tuple[float, Interval] | None
-    differences: list[np.ndarray] = field(repr=False)
+    before: list[np.ndarray] = field(repr=False)
+    after: list[np.ndarray] = field(repr=False)
+    interval: Interval = (0.0, 0.0)
+    ratio: tuple[float, Interval] | None = None
+    ratio_above_chance: tuple[float, Interval] | None = None
     p_holm: float = 1.0
     tests: int = 1
     detectable: float | None = None
     verdict: str = ""
+
+    @property
+    def differences(self) -> list[np.ndarray]:
+        """Second minus first: one array a task, a value a question."""
+        return [y - x for x, y in zip(self.before, self.after, strict=True)]
 
     @property
     def pair(self) -> tuple[str, ...]:
@@ -91,14 +96,20 @@ class Claim:
         return self.p_holm < 1 - stats.LEVEL
 
     def judge(self, p_holm: float, tests: int) -> None:
-        """Take the corrected p value, and say what it means."""
+        """Take the corrected p value and the size of the family, and say what they mean."""
         self.p_holm, self.tests = p_holm, tests
+        half = pooled.errors_wide(tests) * pooled.mean_error(self.differences)
+        self.interval = (self.delta - half, self.delta + half)
+        self.ratio = pooled.ratio(self.before, self.after, tests=tests)
+        if self.first.above_chance:
+            chance = self.first.chance
+            self.ratio_above_chance = pooled.ratio(self.before, self.after, chance, tests=tests)
         self.detectable = pooled.detectable_pooled(self.differences, tests)
         self.verdict = stats.verdict(self.delta, p_holm, self.detectable)
 
     def record(self) -> dict[str, Any]:
         """Return the claim as JSON."""
-        kept = {key: value for key, value in vars(self).items() if key != "differences"}
+        kept = {key: value for key, value in vars(self).items() if key not in ("before", "after")}
         return {**kept, "first": vars(self.first), "second": vars(self.second)}
 
 
@@ -149,7 +160,7 @@ def score_of(cells: list[StoredCell], tasks: list[dict[str, Any]]) -> Score:
     """Return the mean of one method's cells over ``tasks``, all of which they answered."""
     values = [_values(cells, task) for task in tasks]
     value = float(np.mean([x.mean() for x in values]))
-    half = _Z * pooled.mean_error(values)
+    half = pooled.errors_wide() * pooled.mean_error(values)
     levels = [cells[0].answers[task["task"]].chance for task in tasks]
     chance = float(np.mean(levels))
     if len(values) == 1:
@@ -157,7 +168,7 @@ def score_of(cells: list[StoredCell], tasks: list[dict[str, Any]]) -> Score:
     else:
         pairs = zip(levels, values, strict=True)
         error = sum(c * (1 - c) / len(x) for c, x in pairs) ** 0.5 / len(values)
-        above = value - chance > _Z * error
+        above = value - chance > pooled.errors_wide() * error
     names = [cell.name for cell in cells]
     return Score(cells[0].method, names, value, (value - half, value + half), chance, above)
 
@@ -194,23 +205,18 @@ def _claim(
         return None
     before = [_values(first, task) for task in common]
     after = [_values(second, task) for task in common]
-    differences = [y - x for x, y in zip(before, after, strict=True)]
     scores = [score_of(cells, common) for cells in (first, second)]
-    delta = float(np.mean([x.mean() for x in differences]))
-    half = _Z * pooled.mean_error(differences)
-    beyond = scores[0].above_chance
+    differences = [y - x for x, y in zip(before, after, strict=True)]
     return Claim(
         model=first[0].model,
         what=what,
         tasks=[task["task"] for task in common],
         first=scores[0],
         second=scores[1],
-        delta=delta,
-        interval=(delta - half, delta + half),
+        delta=float(np.mean([x.mean() for x in differences])),
         p_value=pooled.sign_flip(differences),
-        ratio=pooled.ratio(before, after),
-        ratio_above_chance=pooled.ratio(before, after, scores[0].chance) if beyond else None,
-        differences=differences,
+        before=before,
+        after=after,
     )
 
 

@@ -91,7 +91,7 @@ def _share(claim: Claim, who: str, other: str) -> str:
     if claim.first.chance > 0:
         above = f"; {_percent(claim.ratio_above_chance)} of what is above chance"
     return (
-        f"{who} keeps {_percent(claim.ratio, '95% interval ')} of {other}'s {_over(claim.tasks)}"
+        f"{who} keeps {_percent(claim.ratio, 'interval ')} of {other}'s {_over(claim.tasks)}"
         f"{above}: {_points(claim.second.value)} of {_points(claim.first.value)} points, chance "
         f"{_points(claim.first.chance)}; {_difference(claim)}"
     )
@@ -141,7 +141,7 @@ def _pruned(claim: Claim, recovered: list[Claim], rows: list[dict[str, Any]]) ->
 def _difference(claim: Claim) -> str:
     """Return a difference with its interval: its size if it is flagged, else the plain word."""
     low, high = claim.interval
-    delta = f"{_signed(claim.delta)} (95% interval {_signed(low)} to {_signed(high)}"
+    delta = f"{_signed(claim.delta)} (interval {_signed(low)} to {_signed(high)}"
     if claim.seen:
         return f"{delta}, corrected {_p(claim.p_holm)})"
     if claim.detectable is None:
@@ -184,8 +184,8 @@ def _resolution(found: list[dict[str, Any]], tasks: list[dict[str, Any]]) -> str
     tests = max(row["family"] for row in found)
     level = f"{100 * (1 - LEVEL):.0f}%" + (f" over {tests} comparisons" if tests > 1 else "")
     return (
-        f"MDE, the true difference that the test (corrected: {level}) finds in 4 of 5 cases: "
-        f"{_listed(parts)}. Smaller ones often can't be seen."
+        f"Tests and intervals of differences are held to {level}. MDE, the true difference that "
+        f"such a test finds in 4 of 5 cases: {_listed(parts)}. Smaller ones often can't be seen."
     )
 
 

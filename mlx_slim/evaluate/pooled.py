@@ -28,6 +28,13 @@ def mean_error(values: Sequence[np.ndarray]) -> float:
     return float(np.sqrt(sum(x.var() / len(x) for x in values))) / len(values)
 
 
+def errors_wide(tests: int = 1) -> float:
+    """Return half the width of a normal interval that leaves out 5% / ``tests``, in errors."""
+    from scipy.stats import norm
+
+    return float(norm.isf((1 - LEVEL) / tests / 2))
+
+
 def sign_flip(differences: Sequence[np.ndarray], *, draws: int = SIGNS, seed: int = 0) -> float:
     """Return the two-sided p of a mean over tasks, under random signs of the differences.
 
@@ -65,7 +72,11 @@ def detectable_pooled(differences: Sequence[np.ndarray], tests: int = 1) -> floa
 
 
 def ratio(
-    first: Sequence[np.ndarray], second: Sequence[np.ndarray], chance: float = 0.0
+    first: Sequence[np.ndarray],
+    second: Sequence[np.ndarray],
+    chance: float = 0.0,
+    *,
+    tests: int = 1,
 ) -> tuple[float, tuple[float, float]] | None:
     """Return how much of the first mean the second keeps, and its paired interval (delta method).
 
@@ -73,17 +84,16 @@ def ratio(
         first: One array a task: the values of the first, one a question.
         second: Of the second, on the same questions.
         chance: Mean chance level, taken off both; 0 leaves them.
+        tests: Of the family: the interval leaves out 5% divided by it.
 
     Returns:
-        The ratio and its interval at ``LEVEL``; None if the first is not above ``chance``.
+        The ratio and its interval; None if the first is not above ``chance``.
     """
-    from scipy.stats import norm
-
     below = float(np.mean([x.mean() for x in first])) - chance
     above = float(np.mean([x.mean() for x in second])) - chance
     if below <= 0:
         return None
     kept = above / below
     error = mean_error([y - kept * x for x, y in zip(first, second, strict=True)]) / below
-    half = float(norm.ppf((1 + LEVEL) / 2)) * error
+    half = errors_wide(tests) * error
     return kept, (kept - half, kept + half)

@@ -36,13 +36,13 @@ def test_one_more_right_answer_of_a_hundred_lifts_nothing(tmp_path):
     first, last = answered(folder, {"toy0-base": 40, "toy0-lora-s0": 41})["headline"]
     assert first == (
         "LoRA has 41.0 points, the untrained base 40.0 (score, chance 25.0): no detectable "
-        "difference, +1.0 (95% interval −1.0 to +3.0, MDE 7.8)."
+        "difference, +1.0 (interval −1.0 to +3.0, MDE 7.8)."
     )
     assert "7.8 points on hellaswag (n=100)" in last
     first, _ = answered(folder, {"toy0-base": 40, "toy0-lora-s0": 48})["headline"]
     assert first == (
         "LoRA lifts the untrained base from 40.0 to 48.0 points (score, chance 25.0): +8.0 "
-        "(95% interval +2.7 to +13.3, corrected p = .008)."
+        "(interval +2.7 to +13.3, corrected p = .008)."
     )
 
 
@@ -60,7 +60,7 @@ def test_the_table_and_the_headline_hold_to_one_level(tmp_path):
     kept, best, _ = results["headline"]
     assert "the best of 3 methods (picked on these same questions" in best
     assert "no detectable difference, +6.0" in best
-    assert kept.startswith("4-bit QLoRA keeps 87% (95% interval 76% to 98%) of LoRA's score; 71% (")
+    assert kept.startswith("4-bit QLoRA keeps 87% (interval 74% to 100%) of LoRA's score; 71% (")
     assert "of what is above chance: 40.0 of 46.0 points, chance 25.0; no detectable" in kept
 
 
