@@ -19,6 +19,7 @@ from mlx_slim.artifacts import SCHEMA_VERSION, read_json, write_json
 from mlx_slim.compare import identity
 from mlx_slim.compare.jobs import Job, adapters, free, whole
 from mlx_slim.compare.matrix import Cell
+from mlx_slim.compare.measured import measured
 from mlx_slim.compare.predict import predicted_run
 from mlx_slim.compare.questions import HELD_OUT, task_name
 from mlx_slim.compare.store import MANIFEST
@@ -26,7 +27,7 @@ from mlx_slim.config.load import Resolved
 from mlx_slim.errors import SlimError
 from mlx_slim.workflows.evaluate import EvalOptions, evaluate
 from mlx_slim.workflows.fuse import FuseOptions, fuse
-from mlx_slim.workflows.prune import RECORD_FILE, prune
+from mlx_slim.workflows.prune import prune
 
 KEYS_FILE = "keys.json"
 
@@ -166,9 +167,6 @@ class Making:
         self, model: Path, adapter: Path | None, scored: dict[str, dict[str, Any]]
     ) -> dict[str, Any]:
         cell = self.cell
-        timings = [read_json(path) for path in sorted(self.folder.glob("eval/*/timings.json"))]
-        tasks = [name for name in scored if name != HELD_OUT]
-        text = scored.get(HELD_OUT, {}).get("perplexity")
         recipe = self.resolved.recipe if cell.kind == "tuned" else cell.recipe.recipe
         entry = self.job.layout.matrix.models[cell.model]
         # As the matrix says it: no folder of this machine.
@@ -177,7 +175,10 @@ class Making:
             "revision": entry.revision,
             "distill": cell.recipe.recipe.distill,
         }
-        record = self.folder / "model" / "fuse.json"
+        found = measured(self.folder)
+        if found["train"] is not None:
+            guess = predicted_run(recipe)
+            found["train"]["predicted_seconds"] = guess.predicted_seconds if guess else None
         return {
             "schema_version": SCHEMA_VERSION,
             "name": cell.name,
@@ -189,18 +190,9 @@ class Making:
             "keys": self.keys,
             "recipe": recipe.model_copy(update=given).model_dump(mode="json"),
             "dtype": next(iter(scored.values()))["dtype"],
-            "learning_rate": recipe.train.learning_rate if cell.kind == "tuned" else None,
-            "train": self._trained() if cell.kind == "tuned" else None,
-            "tasks": tasks,
+            "tasks": [name for name in scored if name != HELD_OUT],
             "disk": {"model": _size(model), "adapter": _size(adapter) if adapter else 0},
-            "bits_per_byte": text["metrics"]["bits_per_byte"]["value"] if text else None,
-            "eval_seconds": sum(_total(t, "seconds") for t in timings) or None,
-            "eval_peak_memory_bytes": max(
-                (int(_largest(t, "peak_memory_bytes")) for t in timings), default=0
-            )
-            or None,
-            "fidelity": _fidelity(read_json(record)) if record.exists() else None,
-            "pruned": self._pruned(),
+            **found,
             "intruders": self._intruders() if cell.kind == "tuned" else None,
             "weights_sha256": self.job.weights(self.job.dense(cell.model)),
             "code": identity.code_version(),
@@ -232,57 +224,6 @@ class Making:
             "epsilon": found.epsilon,
         }
 
-    def _pruned(self) -> dict[str, Any] | None:
-        """Return what pruning removed, of a pruned cell."""
-        file = self.folder / "model" / RECORD_FILE
-        if self.cell.kind != "pruned":
-            return None
-        record = read_json(file)
-        kept = ("axis", "method", "parameters_before", "parameters_after", "fidelity")
-        return {key: record[key] for key in kept}
-
-    def _trained(self) -> dict[str, Any]:
-        """Return what training cost."""
-        record = read_json(self.folder / "run" / "run.json")
-        result, done = record["result"], record["result"]["done"]
-        recipe = self.resolved.recipe
-        guess = predicted_run(recipe)
-        return {
-            "method": recipe.method,
-            "bits": recipe.quantize.bits if recipe.method == "qlora" else None,
-            "trainable": result["trainable"],
-            "total": result["total"],
-            "tokens": done["tokens"],
-            "seconds": done["seconds"],
-            "tokens_per_second": done["tokens"] / max(1e-9, done["seconds"]),
-            "peak_memory_bytes": done["peak_memory_bytes"],
-            "predicted_peak_bytes": result["predicted_peak_bytes"],
-            "predicted_seconds": guess.predicted_seconds if guess else None,
-            "steps": done["step"],
-            "best_validation": done["best_validation"],
-        }
-
 
 def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def _fidelity(record: dict[str, Any]) -> dict[str, Any]:
-    found = record["effect"]
-    return {key: found[key] for key in ("kl", "top1", "tokens", "kept")}
-
-
-def _total(timings: Any, key: str) -> float:
-    """Return the sum of all ``key`` inside nested JSON."""
-    return sum(_found(timings, key))
-
-
-def _largest(timings: Any, key: str) -> float:
-    return max(_found(timings, key), default=0.0)
-
-
-def _found(value: Any, key: str) -> list[float]:
-    if not isinstance(value, dict):
-        return []
-    here = [float(value[key])] if isinstance(value.get(key), (int, float)) else []
-    return here or [number for inner in value.values() for number in _found(inner, key)]

@@ -54,12 +54,18 @@ def report(folder: Path) -> Report:
         raise SlimError(f"{folder} has no complete cell to report", details=reasons)
     results = build(stored)
     write_json(folder / "results.json", results)
+    for name, text in pages(stored, results).items():
+        write_text(folder / name, text)
+    return Report(folder, results)
+
+
+def pages(stored: store.Stored, results: dict[str, Any]) -> dict[str, str]:
+    """Return the text of each page, a function of what is stored."""
     curves = [curve for cell in stored.cells if (curve := evidence.curves(cell))]
     values = {**results, "plots": drawings(results, curves)}
     environment = _environment()
-    write_text(folder / "report.md", environment.get_template("report.md.j2").render(values))
-    write_text(folder / "report.html", environment.get_template("report.html.j2").render(values))
-    return Report(folder, results)
+    names = ("report.md", "report.html")
+    return {name: environment.get_template(f"{name}.j2").render(values) for name in names}
 
 
 def build(stored: store.Stored) -> dict[str, Any]:

@@ -167,22 +167,32 @@ class TextJob:
 
     def summarize(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return bits per byte and per token over all records, and the counts behind them."""
-        nats = -math.fsum(record["loglikelihood"] for record in records)
-        tokens = sum(record["tokens"] for record in records)
-        return {
-            "n": len(records),
-            "documents": len(self.texts.documents),
-            "bytes": self.texts.size,
-            "tokens": tokens,
-            "metrics": {
-                "bits_per_byte": {"value": nats / math.log(2) / self.texts.size},
-                "bits_per_token": {"value": nats / math.log(2) / tokens},
-                "perplexity": {"value": math.exp(min(nats / tokens, 700.0))},
-            },
-        }
+        return summarize_text(self.texts, records)
 
     def running(self, records: Sequence[dict[str, Any]]) -> tuple[str, float]:
         """Return bits per token over the windows so far."""
         tokens = sum(record["tokens"] for record in records)
         nats = -math.fsum(record["loglikelihood"] for record in records)
         return "bits_per_token", nats / math.log(2) / tokens
+
+
+def summarize_text(texts: Texts, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return bits per byte and per token over all records, and the counts behind them.
+
+    Args:
+        texts: What was predicted.
+        records: One a window: ``tokens`` and ``loglikelihood`` (nats).
+    """
+    nats = -math.fsum(record["loglikelihood"] for record in records)
+    tokens = sum(record["tokens"] for record in records)
+    return {
+        "n": len(records),
+        "documents": len(texts.documents),
+        "bytes": texts.size,
+        "tokens": tokens,
+        "metrics": {
+            "bits_per_byte": {"value": nats / math.log(2) / texts.size},
+            "bits_per_token": {"value": nats / math.log(2) / tokens},
+            "perplexity": {"value": math.exp(min(nats / tokens, 700.0))},
+        },
+    }

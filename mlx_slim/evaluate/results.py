@@ -184,19 +184,7 @@ class Folder:
     def _rewind(self) -> None:
         """Keep the chunks up to the first that is not whole, and cut the files back to them."""
         progress = self.path / PROGRESS_FILE
-        kept: dict[str, list[Entry]] = {}
-        length = 0
-        for _, line in json_lines(progress.read_bytes()):
-            entry = _entry(line)
-            if entry is None:
-                break
-            known = kept.setdefault(entry.task, [])
-            begin = known[-1].end if known else 0
-            part = _part(self.path / samples_name(entry.task), begin, entry.end)
-            if entry.chunk != len(known) or hash_bytes(part) != entry.sha256:
-                break
-            known.append(entry)
-            length += len(line)
+        kept, length = whole_chunks(self.path)
         for name in (STATE_FILE, TIMINGS_FILE, RESULTS_FILE):  # temporary copies that a kill left
             for path in self.path.glob(f".{Path(name).stem}-*.json"):
                 path.unlink()
@@ -245,6 +233,29 @@ class Folder:
         """Write ``timings.json``, then ``results.json``."""
         write_json(self.path / TIMINGS_FILE, timings)
         write_json(self.path / RESULTS_FILE, results)
+
+
+def whole_chunks(out: Path) -> tuple[dict[str, list[Entry]], int]:
+    """Return the chunks of each task up to the first that is not whole.
+
+    Returns:
+        Task -> its chunks, each of which has the bytes in the samples file that were hashed when it
+        was written; and the bytes of ``progress.jsonl`` that name them.
+    """
+    kept: dict[str, list[Entry]] = {}
+    length = 0
+    for _, line in json_lines((out / PROGRESS_FILE).read_bytes()):
+        entry = _entry(line)
+        if entry is None:
+            break
+        known = kept.setdefault(entry.task, [])
+        begin = known[-1].end if known else 0
+        part = _part(out / samples_name(entry.task), begin, entry.end)
+        if entry.chunk != len(known) or hash_bytes(part) != entry.sha256:
+            break
+        known.append(entry)
+        length += len(line)
+    return kept, length
 
 
 def _line(entry: Entry) -> str:

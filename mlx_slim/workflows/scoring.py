@@ -224,7 +224,7 @@ class _Watch:
     def end(self, job: Job) -> None:
         """Tell the score of a task."""
         section = _section(job, self._folder)
-        timing = _timing(self._folder.entries[job.name])
+        measured = timing(self._folder.entries[job.name])
         self._observer.notify(
             events.TaskDone(
                 task=job.name,
@@ -232,8 +232,8 @@ class _Watch:
                 n=section["n"],
                 metrics=section["metrics"],
                 seconds=section["seconds"],
-                tokens_per_second=timing["tokens_per_second"],
-                peak_memory_bytes=timing["peak_memory_bytes"],
+                tokens_per_second=measured["tokens_per_second"],
+                peak_memory_bytes=measured["peak_memory_bytes"],
             )
         )
 
@@ -252,7 +252,7 @@ def _peak(folder: Folder) -> int:
     return max(entry.peak_memory_bytes for known in folder.entries.values() for entry in known)
 
 
-def _timing(entries: Sequence[Entry]) -> dict[str, Any]:
+def timing(entries: Sequence[Entry]) -> dict[str, Any]:
     """Return what differs from one run to the next."""
     seconds = sum(entry.seconds for entry in entries)
     return {
@@ -276,14 +276,29 @@ def _tokens(entries: Sequence[Entry]) -> dict[str, int]:
 
 def _section(job: Job, folder: Folder) -> dict[str, Any]:
     """Return a task's part of ``results.json``."""
-    entries = folder.entries[job.name]
+    summary = job.summarize(folder.records(job.name))
+    samples = folder.path / samples_name(job.name)
+    return section(job.describe(), summary, folder.entries[job.name], samples)
+
+
+def section(
+    asked: dict[str, Any], summary: dict[str, Any], entries: Sequence[Entry], samples: Path
+) -> dict[str, Any]:
+    """Return a task's part of ``results.json`` from what is stored.
+
+    Args:
+        asked: What a resume must match.
+        summary: The figures over its records.
+        entries: Its chunks.
+        samples: The file of its records.
+    """
     return {
-        **job.describe(),
-        **job.summarize(folder.records(job.name)),
+        **asked,
+        **summary,
         "seconds": sum(entry.seconds for entry in entries),
         **_tokens(entries),
         "truncated": sum(entry.truncated for entry in entries),
-        "samples_sha256": artifacts.hash_file(folder.path / samples_name(job.name)),
+        "samples_sha256": artifacts.hash_file(samples),
     }
 
 
@@ -302,5 +317,5 @@ def _timings(target: Target, folder: Folder) -> dict[str, Any]:
     return {
         "schema_version": artifacts.SCHEMA_VERSION,
         "ranks": runtime.world().size(),
-        "tasks": {job.name: _timing(folder.entries[job.name]) for job in target.jobs},
+        "tasks": {job.name: timing(folder.entries[job.name]) for job in target.jobs},
     }

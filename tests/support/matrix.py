@@ -1,4 +1,7 @@
-"""A matrix on disk without training anything: what the report reads, made of random answers."""
+"""A matrix on disk without training anything: what the report reads, made of random answers.
+
+Every file holds what the real steps would have written, so that all of it can be counted again.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,20 @@ import random
 from pathlib import Path
 from typing import Any
 
-from mlx_slim.artifacts import SCHEMA_VERSION, hash_file, provenance, write_json
+from mlx_slim.artifacts import SCHEMA_VERSION, hash_bytes, hash_file, provenance, write_json
+from mlx_slim.compare.measured import measured
+from mlx_slim.compare.questions import stored_questions
+from mlx_slim.evaluate.metrics import record_choice, record_generation, summarize
+from mlx_slim.evaluate.perplexity import read_texts, summarize_text
+from mlx_slim.evaluate.prompts import Question
+from mlx_slim.evaluate.results import Entry, Folder, encode, samples_name
+from mlx_slim.evaluate.run import asked_of
+from mlx_slim.evaluate.spec import find_task
+from mlx_slim.workflows.scoring import section, timing
 
 SHARES = {"base": 0.30, "quantized": 0.27, "full": 0.47, "lora": 0.45, "dora": 0.455, "qlora": 0.43}
-
+TEXT = "A text that nothing was trained on. " * 30
+CHOICES = [" one", " <script>alert(1)</script>", " three", " four"]
 INTRUDERS = {
     "count": 3,
     "directions": 2100,
@@ -33,23 +46,28 @@ def write_matrix(
     methods: tuple[str, ...] = ("base", "quantized", "full", "lora", "qlora", "dora", "fused"),
 ) -> Path:
     """Write a finished matrix: every file that ``mlx-slim report`` reads."""
-    questions = questions or {"hellaswag": 200, "gsm8k": 20, "mmlu": 60}
+    counts = questions or {"hellaswag": 200, "gsm8k": 20, "mmlu": 60}
+    asked = {task: _questions(task, count) for task, count in counts.items()}
+    stored = folder / "questions"
+    stored.mkdir(parents=True)
+    for task, own in asked.items():
+        lines = [json.dumps({**vars(q), "prompt": q.context}) for q in own]
+        (stored / f"{task}.jsonl").write_text("".join(line + "\n" for line in lines))
+    (stored / "held_out.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")
+    definitions = {
+        task: {
+            "part": None,
+            "definition": find_task(task).spec.model_dump(mode="json", exclude_defaults=True),
+        }
+        for task in counts
+    }
+    write_json(stored / "tasks.json", definitions)
     names = []
     for index in range(models):
         for method in methods:
             trains = method not in ("base", "quantized")
             runs: list[int | None] = list(range(seeds)) if trains else [None]
-            names += [_cell(folder, f"toy{index}", method, seed, questions) for seed in runs]
-    for task, count in questions.items():
-        path = folder / "questions" / f"{task}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as handle:
-            for i in range(count):
-                row = {"doc_id": i, "prompt": f'Question {i} of {task}: <b>x</b> & "y"?'}
-                if task != "gsm8k":
-                    row["choices"] = [" one", " <script>alert(1)</script>", " three", " four"]
-                    row["lengths"] = [3, 25, 5, 4]
-                handle.write(json.dumps(row) + "\n")
+            names += [_cell(folder, f"toy{index}", method, seed, asked) for seed in runs]
     for method in ("lora", "qlora"):
         _sweep(folder, "toy0", method)
     write_json(
@@ -67,11 +85,16 @@ def write_matrix(
                 for i in range(models)
             },
             "methods": list(methods),
-            "tasks": list(questions),
+            "tasks": list(counts),
             "cells": names,
             "refused": [["toy0-qlroa", "no method 'qlroa': did you mean 'qlora'?"]],
             "omitted": [{"model": "toy0", "method": "huge", "why": "does not fit"}],
-            "held_out": {"name": "text", "bytes": 1000},
+            "asked": {
+                **{task: _asked(task, own) for task, own in asked.items()},
+                "held_out": {"text_sha256": read_texts(stored / "held_out.jsonl").sha256},
+            },
+            "questions_sha256": {f.stem: hash_file(f) for f in sorted(stored.glob("*.jsonl"))},
+            "held_out": {"name": "text", "bytes": len(TEXT)},
             "provenance": {**provenance(), "machine": "a test, 2 cores"},
             "code": "0.1.0+abc",
         },
@@ -79,46 +102,59 @@ def write_matrix(
     return folder
 
 
+def _questions(task: str, count: int) -> list[Question]:
+    parts = find_task(task).parts
+    found = []
+    for i in range(count):
+        written = task == "gsm8k"
+        found.append(
+            Question(
+                doc_id=i,
+                subject=parts[i % len(parts)] if parts else None,
+                context=f'Question {i} of {task}: <b>x</b> & "y"?',
+                choices=() if written else tuple(CHOICES),
+                lengths=() if written else (3, 25, 5, 4),
+                target=f"So it is.\n#### {i}" if written else i % 4,
+            )
+        )
+    return found
+
+
+def _asked(task: str, questions: list[Question]) -> dict[str, Any]:
+    shots = 5 if task != "hellaswag" else 0
+    return asked_of(find_task(task), shots, len(questions), "0" * 64, "1" * 64 if shots else None)
+
+
 def _cell(
-    folder: Path, model: str, method: str, seed: int | None, questions: dict[str, int]
+    folder: Path, model: str, method: str, seed: int | None, asked: dict[str, list[Question]]
 ) -> str:
     name = f"{model}-{method}" + ("" if seed is None else f"-s{seed}")
     cell = folder / "cells" / name
     kind = method if method in ("base", "quantized", "fused") else "tuned"
     draw = random.Random(name)
-    for task, count in questions.items():
-        share = SHARES.get(method, 0.43)
-        _evaluation(cell / "eval" / task, task, count, share, draw)
-    train = None
-    if kind == "tuned":
-        way = method
-        train = {
-            "method": way,
-            "bits": 4 if way == "qlora" else None,
-            "trainable": 1000,
-            "total": 50_000,
-            "tokens": 16_000,
-            "seconds": 200.0,
-            "tokens_per_second": 80.0 + draw.random() * 20,
-            "peak_memory_bytes": int(1e9 * (1 + draw.random())),
-            "predicted_peak_bytes": int(1e9 * (1 + draw.random())),
-            "predicted_seconds": 210.0,
-            "steps": 40,
-            "best_validation": 1.2,
-        }
-        (cell / "run").mkdir(parents=True)
-        with (cell / "run" / "metrics.jsonl").open("w") as handle:
-            for step in range(1, 41):
-                loss = 2.5 / step**0.3 + draw.random() / 5
-                handle.write(json.dumps({"event": "step", "step": step, "loss": loss}) + "\n")
-                if step % 20 == 0:
-                    record = {"event": "validation", "step": step, "loss": 2.4 / step**0.3}
-                    handle.write(json.dumps(record) + "\n")
+    for task, questions in asked.items():
+        answers = [_record(task, q, SHARES.get(method, 0.43), draw) for q in questions]
+        write_evaluation(cell / "eval" / task, task, _asked(task, questions), answers)
+    _held_out(folder, cell / "eval" / "held_out", draw)
     recipe = {
         "method": method if kind == "tuned" else "lora",
         "adapter": {"rank": 8},
-        "train": {"learning_rate": 1e-3 if method == "lora" else 2e-3, "seed": seed},
+        "quantize": {"bits": 4},
+        "train": {
+            "learning_rate": 1e-3 if method == "lora" else 2e-3,
+            "seed": seed,
+            "log_every": 1,
+            "steps": 40,
+        },
     }
+    if kind == "tuned":
+        _run(cell / "run", recipe, draw)
+    if kind == "fused":
+        effect = {"kl": 0.001, "top1": 0.99, "tokens": 512, "kept": 0.999}
+        write_json(cell / "model" / "fuse.json", {"effect": effect})
+    found = measured(cell)
+    if found["train"]:
+        found["train"]["predicted_seconds"] = 210.0
     write_json(
         cell / "cell.json",
         {
@@ -131,15 +167,9 @@ def _cell(
             "parent": f"{model}-qlora-s{seed}" if kind == "fused" else None,
             "recipe": recipe,
             "dtype": "float32",
-            "learning_rate": recipe["train"]["learning_rate"] if kind == "tuned" else None,
-            "train": train,
-            "tasks": list(questions),
-            "disk": {"model": 270_000_000, "adapter": 9_000_000 if train else 0},
-            "bits_per_byte": 1.2 + draw.random() / 10,
-            "eval_peak_memory_bytes": int(8e8),
-            "eval_seconds": 60.0,
-            "predicted": {"peak_bytes": int(9e8), "seconds": 80.0},
-            "fidelity": {"kl": 0.001, "top1": 0.99, "tokens": 512} if kind == "fused" else None,
+            "tasks": list(asked),
+            "disk": {"model": 270_000_000, "adapter": 9_000_000 if found["train"] else 0},
+            **found,
             "intruders": INTRUDERS if kind == "tuned" else None,
             "keys": {},
             "weights_sha256": "ab" * 32,
@@ -150,68 +180,117 @@ def _cell(
     return name
 
 
-def _evaluation(out: Path, task: str, count: int, share: float, draw: random.Random) -> None:
-    out.mkdir(parents=True)
-    path = out / f"samples_{task}.jsonl"
-    totals: dict[str, int] = {}
-    with path.open("w") as handle:
-        for i in range(count):
-            record = _record(i, task, share, draw)
-            for metric in ("acc", "acc_norm", "strict_match", "flexible_match"):
-                if metric in record:
-                    totals[metric] = totals.get(metric, 0) + record[metric]
-            handle.write(json.dumps(record) + "\n")
-    metrics = {}
-    for metric, k in totals.items():
-        value = k / count
-        error = (value * (1 - value) / max(1, count - 1)) ** 0.5
-        metrics[metric] = {"value": value, "stderr": error, "k": k}
-    section = {
-        "task_version": 1,
-        "num_fewshot": 5 if task != "hellaswag" else 0,
-        "limit": count,
-        "rows_sha256": "0" * 64,
-        "n": count,
-        "metrics": metrics,
-        "samples_sha256": hash_file(path),
+def _run(run: Path, recipe: dict[str, Any], draw: random.Random) -> None:
+    """Write what a training leaves: its events, its costs, its rows."""
+    run.mkdir(parents=True)
+    events: list[dict[str, Any]] = []
+    steps = recipe["train"]["steps"]
+    for step in range(1, steps + 1):
+        loss = 2.5 / step**0.3 + draw.random() / 5
+        events.append({"event": "step", "step": step, "loss": loss, "tokens": 400})
+        if step % 20 == 0:
+            events.append({"event": "validation", "step": step, "loss": 2.4 / step**0.3})
+    done = {
+        "step": steps,
+        "tokens": 400 * steps,
+        "seconds": 180.0 + draw.random() * 40,
+        "peak_memory_bytes": int(1e9 * (1 + draw.random())),
+        "best_validation": min(e["loss"] for e in events if e["event"] == "validation"),
     }
-    write_json(
-        out / "results.json", {"schema_version": 1, "model": "toy", "tasks": {task: section}}
-    )
+    events.append({"event": "done", **done})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    result = {
+        "done": done,
+        "trainable": 1000,
+        "total": 50_000,
+        "predicted_peak_bytes": int(1e9 * (1 + draw.random())),
+    }
+    write_json(run / "run.json", {"recipe": recipe, "result": result})
+    source = {
+        "rows_given": 100,
+        "rows_used": 90,
+        "rows_truncated": {"count": 4, "first": []},
+        "rows_dropped": {"empty": {"count": 10, "first": []}},
+    }
+    totals = {"rows_given": 100, "rows_used": 90, "rows_truncated": 4, "rows_dropped": 10}
+    write_json(run / "data_ledger.json", {"sources": [source], "totals": totals})
 
 
-def _record(i: int, task: str, share: float, draw: random.Random) -> dict[str, Any]:
+def write_evaluation(
+    out: Path, task: str, asked: dict[str, Any], records: list[dict[str, Any]]
+) -> None:
+    """Write a finished evaluation with these answers."""
+    _finish(out, task, asked, summarize(find_task(task), records), records)
+
+
+def answer(folder: Path, cell: str, task: str, right: int) -> None:
+    """Let a cell of a written matrix get the first ``right`` questions of a task right, no more."""
+    questions = stored_questions(folder / "questions", task)
+    draw = random.Random(0)
+    records = [_record(task, q, float(i < right), draw) for i, q in enumerate(questions)]
+    out = folder / "cells" / cell / "eval" / task
+    write_evaluation(out, task, _asked(task, questions), records)
+
+
+def _held_out(folder: Path, out: Path, draw: random.Random) -> None:
+    texts = read_texts(folder / "questions" / "held_out.jsonl")
+    records = [
+        {"doc_id": 0, "window": i, "tokens": 90, "loglikelihood": -round(290 + draw.random(), 6)}
+        for i in range(3)
+    ]
+    asked = {"file": texts.name, "text_sha256": texts.sha256, "window": 512, "windows": 3}
+    _finish(out, "perplexity", asked, summarize_text(texts, records), records)
+
+
+def _finish(
+    out: Path,
+    task: str,
+    asked: dict[str, Any],
+    summary: dict[str, Any],
+    records: list[dict[str, Any]],
+) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    data = encode(records)
+    samples = out / samples_name(task)
+    samples.write_bytes(data)
+    digest = hash_bytes(data)
+    entries = [Entry(task, 0, len(data), digest, 900, 800, 0, 0, "", 20.0, int(8e8))]
+    (out / "progress.jsonl").write_text(json.dumps(vars(entries[0])) + "\n")
+    settings = {"schema_version": SCHEMA_VERSION, "model": "toy", "seed": 0, "max_length": 512}
+    write_json(out / "eval.json", {**settings, "code": 1, "tasks": {task: asked}})
+    found = section(asked, summary, entries, samples)
+    results = {"tasks": {}, task: found} if task == "perplexity" else {"tasks": {task: found}}
+    timings = {"schema_version": SCHEMA_VERSION, "ranks": 1, "tasks": {task: timing(entries)}}
+    Folder(out).finish({**settings, **results}, timings)
+
+
+def _record(task: str, question: Question, share: float, draw: random.Random) -> dict[str, Any]:
     right = int(draw.random() < share)
-    if task == "gsm8k":
-        found = str(i) if right else draw.choice(["[invalid]", "7"])
-        return {
-            "doc_id": i,
-            "generation": f" so the answer is <i>{found}</i>\n#### {found}",
-            "stop_reason": draw.choice(["until", "length", "eos"]),
-            "strict": found,
-            "flexible": found,
-            "target": str(i),
-            "strict_match": right,
-            "flexible_match": right,
-        }
-    target = i % 4
-    scores = [round(-40 - 10 * draw.random(), 4) for _ in range(4)]
-    scores[target if right else (target + 1) % 4] = -20.0
-    record = {
-        "doc_id": i,
-        "loglikelihoods": scores,
-        "greedy": [False] * 4,
-        "prediction": target if right else (target + 1) % 4,
-        "target": target,
-        "acc": right,
-    }
-    if task == "mmlu":
-        return {**record, "subject": f"subject_{i % 57}"}
-    return {**record, "acc_norm": right}
+    if not question.choices:
+        said = str(question.doc_id) if right else draw.choice(["none", "777"])
+        text = f" so the answer is <i>{said}</i>\n#### {said}"
+        return record_generation(
+            find_task(task), question, text, draw.choice(["until", "length", "eos"])
+        )
+    scores = [round(-400 - 100 * draw.random(), 4) for _ in range(4)]
+    target = int(question.target)
+    scores[target if right else (target + 1) % 4] = -2.0
+    return record_choice(find_task(task), question, scores, [False] * 4)
 
 
 def _sweep(folder: Path, model: str, method: str) -> None:
-    rates = [{"learning_rate": r, "validation_loss": v} for r, v in ((1e-3, 1.31), (2e-3, 1.27))]
+    draw = random.Random(method)
+    rates = []
+    for rate in (1e-3, 2e-3):
+        recipe = {
+            "method": method,
+            "quantize": {"bits": 4},
+            "train": {"learning_rate": rate, "seed": 0, "log_every": 1, "steps": 20},
+        }
+        run = folder / "sweeps" / f"{model}-{method}" / f"{rate:g}"
+        _run(run, recipe, draw)
+        loss = json.loads((run / "run.json").read_text())["result"]["done"]["best_validation"]
+        rates.append({"learning_rate": rate, "validation_loss": loss})
     write_json(
         folder / "sweeps" / f"{model}-{method}" / "sweep.json",
         {
@@ -221,6 +300,6 @@ def _sweep(folder: Path, model: str, method: str) -> None:
             "steps": 20,
             "seed": 0,
             "rates": rates,
-            "chosen": 2e-3,
+            "chosen": 1e-3,
         },
     )

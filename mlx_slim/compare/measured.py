@@ -1,0 +1,71 @@
+"""What a cell cost and what became of it, read from the files that the run itself left.
+
+Invariant: a function of stored files alone, no model and no clock: the manifest is written from it
+and checked against it. Try it: ``mlx-slim report DIR --verify``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mlx_slim.artifacts import read_json
+from mlx_slim.workflows.fuse import RECORD as FUSE_FILE
+from mlx_slim.workflows.prune import RECORD_FILE as PRUNE_FILE
+
+_PRUNED = ("axis", "method", "parameters_before", "parameters_after", "fidelity")
+_FUSED = ("kl", "top1", "tokens", "kept")
+
+
+def measured(folder: Path) -> dict[str, Any]:
+    """Return the measured part of the manifest of the cell in ``folder``.
+
+    Returns:
+        ``train`` (None where nothing was trained), ``learning_rate``, ``bits_per_byte``,
+        ``eval_seconds``, ``eval_peak_memory_bytes``, ``fidelity`` (of a fused cell), ``pruned``.
+
+    Raises:
+        SlimError: If a file is missing or no JSON.
+    """
+    timings = [
+        timing
+        for path in sorted(folder.glob("eval/*/timings.json"))
+        for timing in read_json(path)["tasks"].values()
+    ]
+    text = folder / "eval" / "held_out" / "results.json"
+    figures = read_json(text)["perplexity"]["metrics"] if text.is_file() else None
+    fused, pruned = (folder / "model" / name for name in (FUSE_FILE, PRUNE_FILE))
+    effect = read_json(fused)["effect"] if fused.is_file() else None
+    cut = read_json(pruned) if pruned.is_file() else None
+    train = _train(folder / "run" / "run.json")
+    return {
+        "train": train,
+        "learning_rate": None if train is None else train.pop("learning_rate"),
+        "bits_per_byte": figures["bits_per_byte"]["value"] if figures else None,
+        "eval_seconds": sum(timing["seconds"] for timing in timings) or None,
+        "eval_peak_memory_bytes": max((t["peak_memory_bytes"] for t in timings), default=None),
+        "fidelity": {key: effect[key] for key in _FUSED} if effect else None,
+        "pruned": {key: cut[key] for key in _PRUNED} if cut else None,
+    }
+
+
+def _train(file: Path) -> dict[str, Any] | None:
+    """Return what a training run cost; None without one."""
+    if not file.is_file():
+        return None
+    record = read_json(file)
+    recipe, result, done = record["recipe"], record["result"], record["result"]["done"]
+    return {
+        "method": recipe["method"],
+        "bits": recipe["quantize"]["bits"] if recipe["method"] == "qlora" else None,
+        "trainable": result["trainable"],
+        "total": result["total"],
+        "tokens": done["tokens"],
+        "seconds": done["seconds"],
+        "tokens_per_second": done["tokens"] / max(1e-9, done["seconds"]),
+        "peak_memory_bytes": done["peak_memory_bytes"],
+        "predicted_peak_bytes": result["predicted_peak_bytes"],
+        "steps": done["step"],
+        "best_validation": done["best_validation"],
+        "learning_rate": recipe["train"]["learning_rate"],
+    }

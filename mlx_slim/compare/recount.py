@@ -1,0 +1,278 @@
+"""Every number of a cell, made again from the lowest level that is stored.
+
+Invariant: a level is checked against the one below it and nothing else. Log-likelihoods and texts
+give each answer's marks; those give k, accuracies, macro F1, groups, standard errors; nats and
+bytes give bits per byte; chunks give tokens and seconds; the events of training give what it cost.
+Where files only agree because all of them were changed alike, nothing here can tell.
+Used by ``compare/verify.py``.
+
+    questions/<task>.jsonl, tasks.json                 what was asked, the right answers
+      samples_<task>.jsonl, progress.jsonl, eval.json  what the model said, chunk by chunk
+        eval/<task>/results.json, timings.json         figures over it
+    run/metrics.jsonl → run/run.json                   training, event by event
+          cells/<name>/cell.json                       the manifest
+            results.json, report.md, report.html       what is published
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mlx_slim.artifacts import hash_file, read_json, read_records
+from mlx_slim.compare.jobs import adapters, whole
+from mlx_slim.compare.measured import measured
+from mlx_slim.compare.questions import HELD_OUT, stored_questions, stored_task
+from mlx_slim.compare.store import Stored, StoredCell
+from mlx_slim.errors import SlimError
+from mlx_slim.evaluate.metrics import record_choice, record_generation, summarize
+from mlx_slim.evaluate.perplexity import NAME as TEXT
+from mlx_slim.evaluate.perplexity import read_texts, summarize_text
+from mlx_slim.evaluate.prompts import Question
+from mlx_slim.evaluate.results import PROGRESS_FILE, STATE_FILE, samples_name, whole_chunks
+from mlx_slim.evaluate.spec import Task
+from mlx_slim.workflows.scoring import section, timing
+
+_NEAR = 1e-9
+# Of the recipe, what the manifest says in the words of the matrix, not of this machine.
+_PLACES = ("model", "revision", "distill", "memory")
+
+
+class Ledger:
+    """What was compared: how many numbers agree, and a line for each that does not."""
+
+    def __init__(self) -> None:
+        self.numbers = 0
+        self.problems: list[str] = []
+
+    def compare(self, path: str, claimed: Any, again: Any) -> None:
+        """Compare two JSON values, number by number."""
+        if isinstance(claimed, dict) and isinstance(again, dict):
+            self.problems += [f"{path}.{key}: missing" for key in claimed.keys() ^ again.keys()]
+            for key in claimed.keys() & again.keys():
+                self.compare(f"{path}.{key}", claimed[key], again[key])
+            return
+        if isinstance(claimed, list) and isinstance(again, list):
+            if len(claimed) != len(again):
+                self.problems.append(f"{path}: {len(claimed)} published, {len(again)} found")
+            for index, (a, b) in enumerate(zip(claimed, again, strict=False)):
+                self.compare(f"{path}[{index}]", a, b)
+            return
+        if isinstance(claimed, (int, float)) and isinstance(again, (int, float)):
+            near = float in (type(claimed), type(again)) and bool not in (
+                type(claimed),
+                type(again),
+            )
+            if near and math.isclose(claimed, again, rel_tol=_NEAR):
+                self.numbers += 1
+                return
+            if type(claimed) is type(again) and claimed == again:
+                self.numbers += 1
+                return
+        elif claimed == again:
+            return
+        self.problems.append(f"{path}: {_short(claimed)} published, {_short(again)} found")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def recount(stored: Stored, ledger: Ledger) -> None:
+    """Check everything below the manifests, and the manifests, into ``ledger``."""
+    folder = stored.folder / "questions"
+    for name, digest in stored.record.get("questions_sha256", {}).items():
+        if not (file := folder / f"{name}.jsonl").is_file() or hash_file(file) != digest:
+            ledger.problems.append(f"{file} is not what was asked")
+    asked = stored.record.get("asked", {})
+    if stored.record["held_out"] is not None:
+        with _noted(ledger):
+            texts = read_texts(folder / f"{HELD_OUT}.jsonl")
+            ledger.compare(
+                "matrix.json.held_out.bytes", stored.record["held_out"]["bytes"], texts.size
+            )
+    for cell in stored.cells:
+        for task in cell.manifest["tasks"]:
+            with _noted(ledger):
+                _task(ledger, cell, task, folder, asked.get(task))
+        if stored.record["held_out"] is not None:
+            with _noted(ledger):
+                _text(ledger, cell, folder, asked.get(HELD_OUT))
+        with _noted(ledger):
+            _manifest(ledger, cell)
+    for sweep in stored.sweeps:
+        with _noted(ledger):
+            _sweep(ledger, stored.folder, sweep)
+
+
+@contextlib.contextmanager
+def _noted(ledger: Ledger) -> Iterator[None]:
+    """Turn an error into a problem: a file that is missing or damaged holds nothing that agrees."""
+    try:
+        yield
+    except SlimError as error:
+        ledger.problems.append(error.message)
+    except OSError as error:
+        ledger.problems.append(f"{error.filename}: {error.strerror}")
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        ledger.problems.append(f"a file is not as it was written: {error!r}")
+
+
+# ------------------------------------------------------------------------------------ evaluations
+
+
+def _task(
+    ledger: Ledger, cell: StoredCell, name: str, folder: Path, asked: dict[str, Any] | None
+) -> None:
+    out, where = cell.folder / "eval" / name, f"{cell.name} {name}"
+    published = read_json(out / "results.json")["tasks"][name]
+    records = list(read_records(out / samples_name(name)))
+    task = stored_task(folder, name, published["definition_sha256"])
+    questions = stored_questions(folder, name)
+    if len(questions) != len(records):
+        ledger.problems.append(f"{where}: {len(records)} answers to {len(questions)} questions")
+    for question, record in zip(questions, records, strict=False):
+        place = f"{where}, question {question.doc_id}"
+        ledger.compare(place, record, _record(task, question, record))
+    _evaluation(ledger, out, name, where, summarize(task, records))
+    _asked(ledger, where, published, asked)
+
+
+def _record(task: Task, question: Question, record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record made again from what the model said."""
+    if task.kind == "generation":
+        return record_generation(task, question, record["generation"], record["stop_reason"])
+    return record_choice(task, question, record["loglikelihoods"], record["greedy"])
+
+
+def _text(ledger: Ledger, cell: StoredCell, folder: Path, asked: dict[str, Any] | None) -> None:
+    out, where = cell.folder / "eval" / HELD_OUT, f"{cell.name} {HELD_OUT}"
+    texts = read_texts(folder / f"{HELD_OUT}.jsonl")
+    records = list(read_records(out / samples_name(TEXT)))
+    published = read_json(out / "results.json")[TEXT]
+    windows = [record["window"] for record in records]
+    documents = [record["doc_id"] for record in records]
+    ledger.compare(f"{where} windows", windows, list(range(published["windows"])))
+    order = sorted({*documents, *range(len(texts.documents))})
+    ledger.compare(f"{where} documents", sorted(set(documents)), order)
+    ledger.compare(f"{where} text_sha256", published["text_sha256"], texts.sha256)
+    _evaluation(ledger, out, TEXT, where, summarize_text(texts, records))
+    _asked(ledger, where, published, asked)
+
+
+def _evaluation(ledger: Ledger, out: Path, name: str, where: str, summary: dict[str, Any]) -> None:
+    """Check ``results.json`` and ``timings.json`` of one evaluation."""
+    results, state = read_json(out / "results.json"), read_json(out / STATE_FILE)
+    chunks, length = whole_chunks(out)
+    entries, samples = chunks.get(name, []), out / samples_name(name)
+    whole = (out / PROGRESS_FILE).stat().st_size == length
+    if not whole or not entries or entries[-1].end != samples.stat().st_size:
+        ledger.problems.append(f"{where}: {samples.name} is not what was written chunk by chunk")
+        return
+    again = json.loads(json.dumps(section(state["tasks"][name], summary, entries, samples)))
+    sections = {**results["tasks"], **({TEXT: results[TEXT]} if TEXT in results else {})}
+    published = {key: value for key, value in sections[name].items() if key != "trained_on"}
+    ledger.compare(where, published, again)
+    settings = {key: value for key, value in results.items() if key not in ("tasks", TEXT)}
+    given = {key: value for key, value in state.items() if key not in ("tasks", "code")}
+    ledger.compare(f"{where} settings", settings, given)
+    timings = read_json(out / "timings.json")["tasks"]
+    ledger.compare(f"{where} timings", timings, {name: timing(entries)})
+
+
+def _asked(
+    ledger: Ledger, where: str, published: dict[str, Any], asked: dict[str, Any] | None
+) -> None:
+    """Check that all cells were asked what the matrix says."""
+    if asked is None:
+        ledger.problems.append(f"{where}: matrix.json does not say what was asked")
+        return
+    ledger.compare(f"{where} asked", {key: published.get(key) for key in asked}, asked)
+
+
+# ------------------------------------------------------------------------------------- manifests
+
+
+def _manifest(ledger: Ledger, cell: StoredCell) -> None:
+    """Check ``cell.json`` against what the cell's own steps left."""
+    found, manifest = measured(cell.folder), cell.manifest
+    said = {key: manifest.get(key) for key in found}
+    if said["train"] is not None:  # the guess of a moment's speed: nothing below holds it
+        said["train"] = {k: v for k, v in said["train"].items() if k != "predicted_seconds"}
+    ledger.compare(f"{cell.name}", said, json.loads(json.dumps(found)))
+    sizes = {"model": whole(cell.folder), "adapter": adapters(cell.folder)}
+    for part, place in sizes.items():
+        if place is not None and place.is_dir():
+            size = sum(path.stat().st_size for path in place.glob("*.safetensors"))
+            ledger.compare(f"{cell.name}.disk.{part}", manifest["disk"][part], size)
+    if cell.kind == "tuned":
+        _run(ledger, cell.name, cell.folder / "run")
+        recipe = read_json(cell.folder / "run" / "run.json")["recipe"]
+        recipes = [
+            {key: value for key, value in values.items() if key not in _PLACES}
+            for values in (manifest["recipe"], recipe)
+        ]
+        ledger.compare(f"{cell.name}.recipe", *recipes)
+
+
+def _run(ledger: Ledger, where: str, run: Path) -> None:
+    """Check what a training cost against its events."""
+    record = read_json(run / "run.json")
+    events = list(read_records(run / "metrics.jsonl"))
+    (done,) = [event for event in events if event["event"] == "done"]
+    result = record["result"]["done"]
+    ledger.compare(f"{where} run", result, {key: done.get(key) for key in result})
+    steps = [event for event in events if event["event"] == "step"]
+    if record["recipe"]["train"]["log_every"] == 1:
+        tokens = sum(event["tokens"] for event in steps)
+        ledger.compare(f"{where} run tokens", result["tokens"], tokens)
+    losses = [event["loss"] for event in events if event["event"] == "validation"]
+    ledger.compare(f"{where} best validation", result["best_validation"], min(losses, default=None))
+    ledger.compare(f"{where} rows", *_rows(read_json(run / "data_ledger.json")))
+
+
+def _rows(record: dict[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the published counts of rows, and the sums over the sources."""
+    sources = record["sources"]
+    sums = {
+        "rows_given": sum(source["rows_given"] for source in sources),
+        "rows_used": sum(source["rows_used"] for source in sources),
+        "rows_truncated": sum(source["rows_truncated"]["count"] for source in sources),
+        "rows_dropped": sum(t["count"] for s in sources for t in s["rows_dropped"].values()),
+    }
+    return {key: record["totals"][key] for key in sums}, sums
+
+
+def _sweep(ledger: Ledger, folder: Path, sweep: dict[str, Any]) -> None:
+    """Check a sweep against its runs, and its choice against its losses."""
+    name = f"{sweep['model']}-{sweep['method']}"
+    for tried in sweep["rates"]:
+        rate, loss = tried["learning_rate"], tried["validation_loss"]
+        run = folder / "sweeps" / name / f"{rate:g}"
+        if loss is not None:
+            _run(ledger, f"sweep {name} {rate:g}", run)
+            done = read_json(run / "run.json")
+            ledger.compare(
+                f"sweep {name} {rate:g}", loss, done["result"]["done"]["best_validation"]
+            )
+            trained = done["recipe"]["train"]
+            ledger.compare(f"sweep {name} rate", rate, trained["learning_rate"])
+            ledger.compare(f"sweep {name} seed", sweep["seed"], trained["seed"])
+            if not isinstance(sweep["steps"], str):
+                ledger.compare(f"sweep {name} steps", sweep["steps"], trained["steps"])
+    losses = {r["learning_rate"]: r["validation_loss"] for r in sweep["rates"]}
+    finite = {rate: loss for rate, loss in losses.items() if loss is not None}
+    ledger.compare(f"sweep {name} chosen", sweep["chosen"], min(finite, key=lambda r: finite[r]))
+
+
+def differing_texts(folder: Path, rendered: dict[str, str]) -> Iterator[str]:
+    """Yield a line for each page that is not what the stored results give."""
+    for name, text in rendered.items():
+        file = folder / name
+        if not file.is_file() or file.read_text(encoding="utf-8") != text:
+            yield f"{name} does not say what the stored answers give"
