@@ -2,14 +2,16 @@
 
 Invariant: a prompt's answer does not depend on which prompts are beside it or on the batch size
 (up to the rounding of float sums), and answers come back in the order of the prompts. The prefix
-that all prompts share (a system message, few-shot examples) is computed once. On a CPU, call
+that all prompts share (a system message, few-shot examples) is computed once and, where the model
+allows it, held once; how many answers grow side by side follows from the bytes of their caches. On
+a CPU, call
 ``models.quantized.densify`` first when memory allows: a decoding step has few rows, so rebuilding
 quantized weights in every step would cost more than the step itself. Try it: ``mlx-slim demo``.
 """
 
 from __future__ import annotations
 
-import copy
+import contextlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -18,12 +20,20 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_slim.errors import SlimError
+from mlx_slim.evaluate.prefix_cache import (
+    PREFILL_TOKENS,
+    Prefix,
+    footprint,
+    shared_attention,
+    shares,
+)
 from mlx_slim.evaluate.requests import Request, shared_length
 from mlx_slim.evaluate.tree import fewest_tokens
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+MOST_ANSWERS = 64  # side by side: more gain little
 PREFILL = 4  # prompts read together: of like length, so that little is padding
 MIN_SHARED = 8  # a shorter common prefix is not worth a forward pass of its own
 
@@ -80,7 +90,8 @@ def generate_batch(
     stop_ids: Collection[int] | None = None,
     *,
     stops: Sequence[str] = (),
-    batch_size: int = 64,
+    batch_size: int = MOST_ANSWERS,
+    cache_bytes: int | None = None,
     tally: Tally | None = None,
 ) -> list[Generation]:
     """Return the greedy answer to each prompt, in order.
@@ -93,7 +104,9 @@ def generate_batch(
         stop_ids: Tokens that end an answer; None takes the tokenizer's own.
         stops: Strings that end an answer, however the tokens cut them; the row leaves the batch
             at once.
-        batch_size: Answers that grow side by side.
+        batch_size: Most answers that grow side by side.
+        cache_bytes: What keys, values and logits may take beside the weights; fewer answers grow
+            side by side where they would not fit, and at least one does. None does not count.
         tally: Counts the positions computed.
 
     Raises:
@@ -110,12 +123,18 @@ def generate_batch(
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     shared = _shared_prefix(prompts)
     counted = _Counted(model)
-    prefix = _prefill(counted, list(prompts[0][:shared])) if shared else None
+    once = bool(shared) and shares(model)
+    if cache_bytes is not None and prompts:
+        own = max(map(len, prompts)) - shared + max_tokens
+        batch_size = min(batch_size, footprint(model).answers(cache_bytes, own, shared, once))
+    prefix = _prefill(counted, list(prompts[0][:shared]), once) if shared else None
+    together = max(1, min(PREFILL, batch_size // 2))
     generator = BatchGenerator(
         cast(nn.Module, counted),
         stop_tokens=[[end] for end in ends],
-        completion_batch_size=batch_size,
-        prefill_batch_size=min(PREFILL, batch_size),
+        completion_batch_size=max(1, batch_size - together),  # beside the prompts being read
+        prefill_batch_size=together,
+        prefill_step_size=PREFILL_TOKENS,
     )
     ids: dict[int, list[int]] = {}
     reasons: dict[int, Literal["eos", "until", "length"]] = {}
@@ -123,11 +142,11 @@ def generate_batch(
         uids = generator.insert(
             [list(prompts[index][shared:]) for index in order],
             max_tokens=[max_tokens] * len(order),
-            caches=[copy.deepcopy(prefix) for _ in order] if prefix else None,
+            caches=[prefix] * len(order) if prefix else None,
         )
         row_of = dict(zip(uids, order, strict=True))
         ids = {index: [] for index in order}
-        while responses := generator.next_generated():
+        while responses := _next(generator, model, once):
             stopped: list[int] = []
             for response in responses:
                 index = row_of[response.uid]
@@ -187,11 +206,17 @@ def _shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     return length if length >= MIN_SHARED else 0
 
 
-def _prefill(model: Any, ids: list[int]) -> list[Any]:
-    """Return the prompt cache after ``ids``."""
+def _next(generator: Any, model: nn.Module, once: bool) -> list[Any]:
+    with shared_attention(model) if once else contextlib.nullcontext():
+        return generator.next_generated()
+
+
+def _prefill(model: Any, ids: list[int], once: bool) -> list[Prefix]:
+    """Return the prompt cache after ``ids``, to be shared or copied."""
     from mlx_lm.models.cache import make_prompt_cache
 
     cache = make_prompt_cache(model)
-    model(mx.array([ids]), cache=cache)
-    mx.eval([layer.state for layer in cache])
-    return cache
+    for begin in range(0, len(ids), PREFILL_TOKENS):
+        model(mx.array([ids[begin : begin + PREFILL_TOKENS]]), cache=cache)
+        mx.eval([layer.state for layer in cache])
+    return [Prefix(layer, once) for layer in cache]

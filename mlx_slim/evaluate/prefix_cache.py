@@ -1,0 +1,232 @@
+"""Caches of answers that grow side by side: their common prefix is held once.
+
+Invariant: every answer attends to the prefix and to its own tokens, with one softmax over both, as
+if it had a copy of the prefix. The prefix's keys and values (1, H, P, D) are shared where a layer
+keeps all its keys and values and attends through mlx-lm's function, checked on a probe; layers with
+a window or a recurrent state get copies. How many answers fit is counted in bytes before the first.
+Try it: ``mlx-slim bench eval MODEL --task gsm8k --limit 16``.
+Legend: B answers, G query heads of a key-value head, H key-value heads, T new positions, P
+positions of the prefix, L own positions, D width of a head.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import base
+from mlx_lm.models.cache import BatchKVCache, KVCache, RotatingKVCache, make_prompt_cache
+
+from mlx_slim.runtime import number
+
+STEP = BatchKVCache.step  # positions that a cache grows by
+PREFILL_TOKENS = 512  # of a prompt that are read at once
+_ATTENTION = "scaled_dot_product_attention"
+_GROWING = 1.5  # while a cache grows, a layer's old and new keys are both there
+_LOGIT_BYTES = 16  # logits, their logarithms, the step before: float32 each
+_PROBE = (5, 3, 1, 2, 6, 4, 0, 2, 1, 5, 3, 6)
+
+
+class Prefix:
+    """One layer's keys and values after the prefix, evaluated; stands for a prompt's cache.
+
+    Args:
+        cache: The layer's own cache after the prefix.
+        shared: Whether answers share it; else each batch of prompts gets copies.
+    """
+
+    def __init__(self, cache: Any, shared: bool) -> None:
+        self.cache = cache
+        if shared:
+            self.keys = mx.contiguous(cache.keys[..., : cache.offset, :])
+            self.values = mx.contiguous(cache.values[..., : cache.offset, :])
+            mx.eval(self.keys, self.values)
+            self.length = cache.offset
+        self.shared = shared
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Prefix:
+        return self
+
+    def merge(self, prompts: Sequence[Prefix]) -> Any:
+        """Return the cache of a batch of so many prompts (what mlx-lm's batches ask for)."""
+        if self.shared:
+            return SuffixCache([0] * len(prompts), self)
+        return self.cache.merge([self.cache] * len(prompts))
+
+
+class SuffixCache(BatchKVCache):
+    """The own keys and values of a batch of answers behind one prefix.
+
+    Args:
+        left_padding: Of each row.
+        prefix: Of this layer.
+    """
+
+    def __init__(self, left_padding: list[int], prefix: Prefix) -> None:
+        super().__init__(left_padding)
+        self.prefix = prefix
+        self.offset = self.offset + prefix.length
+
+    def make_mask(
+        self, N: int, return_array: bool = False, window_size: int | None = None, **_: Any
+    ) -> mx.array:
+        """Return the mask (B, 1, T, L) of the own positions."""
+        if window_size is not None:
+            raise ValueError("a window may end inside the prefix")
+        return super().make_mask(N)
+
+
+def _attend(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cache: Any,
+    scale: float,
+    mask: mx.array | None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """mlx-lm's attention, over a shared prefix and own positions where ``cache`` has one."""
+    if not isinstance(cache, SuffixCache):
+        return base.scaled_dot_product_attention(
+            queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks
+        )
+    if sinks is not None or not isinstance(mask, mx.array):
+        raise ValueError("a shared prefix has no attention sinks, and needs a mask")
+    prefix = cache.prefix
+    rows, _, new, _ = queries.shape
+    mask = mx.broadcast_to(mask, (rows, 1, new, keys.shape[2]))
+    if new > 1:  # a few prompts that are read: one layer's copies at a time
+        shape = (rows, *prefix.keys.shape[1:3])
+        before = [mx.broadcast_to(x, (*shape, x.shape[-1])) for x in (prefix.keys, prefix.values)]
+        seen = mx.ones((rows, 1, new, prefix.length), dtype=mx.bool_)
+        return mx.fast.scaled_dot_product_attention(
+            queries,
+            mx.concatenate([before[0], keys], axis=2),
+            mx.concatenate([before[1], values], axis=2),
+            scale=scale,
+            mask=mx.concatenate([seen, mask], axis=-1),
+        )
+    return _one_each(queries, keys, values, prefix, scale, mask)
+
+
+def _one_each(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    prefix: Prefix,
+    scale: float,
+    mask: mx.array,
+) -> mx.array:
+    """Return attention (B, H·G, 1, D) of one new position of each answer.
+
+    The queries of all answers meet the prefix as one matrix, so its keys are read once.
+    """
+    rows, heads, _, width = queries.shape
+    groups = keys.shape[1]
+    queries_BHGD = (queries * scale).reshape(rows, groups, heads // groups, width)
+
+    def folded(x_BHGN: mx.array) -> mx.array:  # (H, B·G, N)
+        return x_BHGN.transpose(1, 0, 2, 3).reshape(groups, -1, x_BHGN.shape[-1])
+
+    def unfolded(x: mx.array) -> mx.array:  # (B, H, G, N)
+        return x.reshape(groups, rows, heads // groups, -1).transpose(1, 0, 2, 3)
+
+    before_BHGP = unfolded(folded(queries_BHGD) @ prefix.keys[0].swapaxes(-1, -2))
+    own_BHGL = queries_BHGD @ keys.swapaxes(-1, -2)
+    own_BHGL = mx.where(mask, own_BHGL, mx.finfo(own_BHGL.dtype).min)
+    weights = mx.softmax(mx.concatenate([before_BHGP, own_BHGL], axis=-1), axis=-1, precise=True)
+    before_BHGP, own_BHGL = mx.split(weights, [prefix.length], axis=-1)
+    result = unfolded(folded(before_BHGP) @ prefix.values[0]) + own_BHGL @ values
+    return result.reshape(rows, heads, 1, values.shape[-1])
+
+
+@contextlib.contextmanager
+def shared_attention(model: nn.Module) -> Iterator[None]:
+    """Let the model's own modules attend through ``_attend``; other models see no difference."""
+    owners = {sys.modules[type(module).__module__] for module in model.modules()}
+    ours = [m for m in owners if getattr(m, _ATTENTION, None) is base.scaled_dot_product_attention]
+    try:
+        for module in ours:
+            setattr(module, _ATTENTION, _attend)
+        yield
+    finally:
+        for module in ours:
+            setattr(module, _ATTENTION, base.scaled_dot_product_attention)
+
+
+def shares(model: Any) -> bool:
+    """Return whether answers of ``model`` can share a prefix: checked against a plain pass."""
+    caches = make_prompt_cache(model)
+    if not all(type(cache) is KVCache for cache in caches):
+        return False
+    tokens = mx.array([_PROBE, (*_PROBE[:6], *_PROBE[:6])])  # two rows of one beginning
+    expected = model(tokens)
+    model(tokens[:1, :6], cache=caches)
+    try:
+        with shared_attention(model):
+            joint: list[Any] = [SuffixCache([0, 0], Prefix(cache, True)) for cache in caches]
+            found = [model(tokens[:, 6:10], cache=joint)]
+            found += [model(tokens[:, i : i + 1], cache=joint) for i in (10, 11)]
+    except (TypeError, ValueError, AttributeError):
+        return False
+    difference = mx.concatenate(found, axis=1).astype(mx.float32) - expected[:, 6:]
+    # In 16 bits other shapes round differently.
+    tolerance = 1e-3 if expected.dtype == mx.float32 else 5e-2
+    return number(mx.abs(difference).max()) <= tolerance * number(mx.abs(expected).max())
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one answer's cache holds.
+
+    Attributes:
+        layers: (bytes of a position, most positions or None) of each layer.
+        fixed: Bytes that do not grow.
+        vocabulary: Logits of a position.
+    """
+
+    layers: tuple[tuple[int, int | None], ...]
+    fixed: int
+    vocabulary: int
+
+    def cache_bytes(self, positions: int) -> int:
+        """Return the bytes of keys and values of so many positions, in steps of 256."""
+        whole = -(-positions // STEP) * STEP
+        return self.fixed + sum(
+            size * (whole if window is None else min(whole, window)) for size, window in self.layers
+        )
+
+    def answers(self, budget: int, own: int, before: int, shared: bool) -> int:
+        """Return how many answers fit side by side into ``budget`` bytes, at least one.
+
+        Args:
+            budget: For caches and logits.
+            own: Positions of the longest prompt behind the prefix, and of its answer.
+            before: Positions of the prefix.
+            shared: Whether it is held once.
+        """
+        once = self.cache_bytes(before) * (1 if shared else 2)
+        each = self.cache_bytes(own + STEP if shared else before + own + STEP) * _GROWING
+        return max(1, int((budget - once) / (each + _LOGIT_BYTES * self.vocabulary)))
+
+
+def footprint(model: Any) -> Footprint:
+    """Return what the caches of ``model`` hold, from one pass over one token."""
+    caches = make_prompt_cache(model)
+    logits = model(mx.array([[0]]), cache=caches)
+    mx.eval([cache.state for cache in caches])
+    layers: list[tuple[int, int | None]] = []
+    fixed = 0
+    for cache in caches:
+        if isinstance(cache, (KVCache, RotatingKVCache)) and cache.keys is not None:
+            pair: tuple[Any, Any] = (cache.keys, cache.values)
+            size = sum(x.shape[1] * x.shape[3] * x.itemsize for x in pair)
+            layers.append((size, getattr(cache, "max_size", None)))
+        else:
+            fixed += cache.nbytes
+    return Footprint(tuple(layers), fixed, logits.shape[-1])
