@@ -1,8 +1,9 @@
 """Files that are either whole or absent, and where they came from.
 
 Invariant: every write goes to a temporary neighbour first, is flushed to disk, and is renamed over
-the target; a kill at any moment leaves the old file or the new one. A folder is built under a
-temporary name and renamed. ``run.json`` is written last: its presence means the run is complete.
+the target; a kill at any moment leaves the old file or the new one, and a temporary that the next
+write of the same output removes (``locks.py``). A folder is built under a temporary name and
+renamed. ``run.json`` is written last: its presence means the run is complete.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import os
 import platform
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
@@ -25,9 +25,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
+from mlx_slim import locks
 from mlx_slim.errors import ResourceError, SlimError
 
 SCHEMA_VERSION = 1
+RECORD_FILE = ".mlx-slim.json"  # in a folder that one command made: which, and of what
 _PACKAGES = ("mlx-slim", "mlx", "mlx-lm", "transformers", "tokenizers", "numpy")
 _BLOCK = 1_024  # JSON lines that are parsed at once
 
@@ -62,7 +64,7 @@ def check_output(path: Path) -> None:
         SlimError: Says which.
     """
     if path.exists():
-        raise SlimError(f"{path} exists already", "choose another output, or remove it first")
+        raise exists_already(path)
     check_writable(path)
 
 
@@ -108,29 +110,28 @@ def _fsync(path: Path) -> None:
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``: it replaces ``path`` on success, else is removed.
 
+    What dead processes left of earlier tries is removed.
+
     Raises:
         ResourceError: If the disk is full.
         SlimError: If the folder cannot be written.
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix
-        )
-        os.close(handle)
-        temporary = Path(name)
+        locks.remove_dead(path.parent, path.name)
+        lock = locks.temporary_file(path)
         try:
-            yield temporary
-            temporary.chmod(0o666 & ~_umask())
-            _fsync(temporary)
-            temporary.replace(path)
+            yield lock.path
+            _fsync(lock.path)
+            lock.path.replace(path)
             _fsync(path.parent)
         finally:
-            temporary.unlink(missing_ok=True)
+            lock.path.unlink(missing_ok=True)
+            lock.release()
 
 
 @contextlib.contextmanager
-def _parent_of(path: Path) -> Iterator[None]:
+def parent_of(path: Path) -> Iterator[None]:
     """Make the folder that ``path`` will lie in; remove what was made if the work fails."""
     made = first_missing(path.parent)
     try:
@@ -152,38 +153,58 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
     Args:
         path: The folder to create.
-        replace: Replace an existing folder; otherwise an existing one is an error.
+        replace: Replace an existing folder; otherwise an existing one is an error, also one that
+            appears while this one is built.
 
     Raises:
         ResourceError: If the disk is full.
-        SlimError: If ``path`` exists, or cannot be written.
+        SlimError: If ``path`` exists, cannot be written, or another process writes it.
     """
-    if path.exists() and not replace:
-        raise SlimError(f"{path} exists already", "choose another output, or remove it first")
-    with disk_errors(path), _parent_of(path):
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    with disk_errors(path), parent_of(path), locks.hold(path) as work:
+        if path.exists() and not replace:
+            raise exists_already(path)
+        new = work.folder / locks.NEW
         try:
-            yield temporary
-            temporary.chmod(0o777 & ~_umask())
-            for file in temporary.rglob("*"):
+            new.mkdir()
+            yield new
+            if work.record:
+                write_json(new / RECORD_FILE, {**work.record, "weights": weight_sizes(new)})
+            for file in new.rglob("*"):
                 if file.is_file():
                     _fsync(file)
-            if path.exists():
-                old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-old-"))
-                path.replace(old / "old")
-                temporary.replace(path)
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                temporary.replace(path)
+            if replace and path.exists():
+                path.rename(work.folder / locks.OLD)
+            try:
+                new.rename(path)  # never replaces a file, or a folder with anything in it
+            except OSError as error:
+                if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                    raise exists_already(path, "it appeared while this one was made") from error
+                raise
             _fsync(path.parent)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            locks.settle(work)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def remove_folder(path: Path) -> None:
+    """Remove a folder in one step: a kill leaves all of it, or a temporary."""
+    if path.exists():
+        with disk_errors(path), locks.hold(path) as work:
+            path.rename(work.folder / locks.GONE)
+
+
+def exists_already(path: Path, why: str = "") -> SlimError:
+    """Return the refusal of an output that is there."""
+    text = f"{path} exists already{f': {why}' if why else ''}"
+    return SlimError(text, "choose another output, or remove it first")
+
+
+def weight_sizes(folder: Path) -> dict[str, int]:
+    """Return the bytes of each file of weights in ``folder``, by its path inside."""
+    return {
+        file.relative_to(folder).as_posix(): file.stat().st_size
+        for file in sorted(folder.rglob("*"))
+        if file.suffix in (".safetensors", ".gguf")
+    }
 
 
 def write_text(path: Path, text: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class SlimError(Exception):
@@ -45,6 +46,21 @@ class Interrupted(SlimError):
     """The user stopped the run; its state is saved and ``hint`` is the command that resumes it."""
 
     exit_code = 130
+
+
+class Complete(SlimError):
+    """The output is there already, made by the same command from the same inputs: nothing to do.
+
+    Args:
+        message: One line.
+        path: The output.
+    """
+
+    exit_code = 0
+
+    def __init__(self, message: str, path: Path) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ Invariant: nothing above this floor asks MLX what it runs on. Sizes are bytes. T
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import queue
 import re
@@ -101,6 +102,30 @@ def share(data: bytes) -> list[bytes]:
     gathered = mx.distributed.all_gather(mx.array(padded), group=group, stream=mx.cpu)
     rows = np.array(gathered).reshape(group.size(), -1)
     return [row[:length].tobytes() for row, length in zip(rows, lengths.tolist(), strict=True)]
+
+
+def from_first_rank(work: Callable[[], Any]) -> Any:
+    """Return, on every rank, what ``work`` returns (JSON) on rank 0, which alone does it.
+
+    Raises:
+        SlimError: On rank 0, as ``work``; the others end with its exit code and say nothing.
+    """
+    if world().size() == 1:
+        return work()
+    if world().rank() == 0:
+        answer: dict[str, Any] = {"code": 1}
+        try:
+            answer = {"value": work()}
+        except SlimError as error:
+            answer = {"code": error.exit_code}
+            raise
+        finally:
+            share(json.dumps(answer).encode())
+        return answer["value"]
+    answer = json.loads(share(b"")[0])
+    if "code" in answer:
+        raise SystemExit(answer["code"])
+    return answer["value"]
 
 
 def _linux_memory() -> int:

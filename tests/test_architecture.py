@@ -23,7 +23,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mlx_slim"
 FLOORS = (
     {"errors"},
+    {"locks"},
     {"artifacts", "events"},
+    {"claims"},
     {"blas"},
     {"config", "runtime"},
     {"data", "models"},

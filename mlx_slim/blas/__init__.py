@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from mlx_slim import locks
 from mlx_slim.errors import SlimError
 
 _PREFIX = b"scipy_"
@@ -207,6 +208,7 @@ def _renamed_copy(original: Path, folder: Path) -> Path:
     found = folder.stat()
     if found.st_uid not in (os.getuid(), 0) or found.st_mode & 0o002:
         raise OSError("others may write to this folder")
+    locks.remove_dead(folder)
     if _is_whole(copy, size):
         return copy
     # Imported here: they are needed once a machine, and this module runs at every start.

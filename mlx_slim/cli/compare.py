@@ -74,14 +74,16 @@ def _run(layout: Layout, folder: Path, words: list[str], resume: bool) -> None:
 
     for name, why in layout.refused:
         click.echo(f"warning: {name} cannot run: {why}", err=True)
-    cells = runner.prepare(layout, folder, resume)
-    with runner.held(folder) as lock:
+    with runner.held(folder, resume=resume) as claimed:
+        if claimed.note:
+            click.echo(claimed.note)
+        cells = runner.prepare(layout, folder, resume)
 
         def launch(cell: Cell) -> tuple[int, str]:
             command = [sys.executable, "-m", "mlx_slim", "compare", *words, "--only", cell.name]
             note = folder / "failed" / f"{cell.name}.json"
             note.unlink(missing_ok=True)
-            process = subprocess.Popen(command, pass_fds=[lock])
+            process = subprocess.Popen(command, pass_fds=[claimed.descriptor])
             while True:
                 try:
                     code = process.wait()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from typing import Any, NoReturn
 import click
 
 from mlx_slim import __version__
-from mlx_slim.errors import SlimError, did_you_mean
+from mlx_slim.errors import Complete, SlimError, did_you_mean
 
 # name -> (module in mlx_slim.cli, line of help), in the order that a user meets them
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -135,6 +136,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
             standalone_mode=False,
         )
         sys.stdout.flush()
+    except Complete as done:
+        words = sys.argv[1:] if arguments is None else arguments
+        record = {"schema_version": 1, "status": "complete", "path": str(done.path)}
+        click.echo(json.dumps(record) if "--json" in words else done.message)
+        return 0
     except SlimError as error:
         if os.environ.get("MLX_SLIM_DEBUG", "0") not in ("", "0"):
             raise

@@ -146,8 +146,6 @@ class Making:
         self.job.match(self.folder, {"key": self.keys[f"eval {name}"]}, f"eval-{name}.json", [out])
         tasks = [] if task == HELD_OUT else [task]
         started = (out / "eval.json").exists()
-        if not started:
-            shutil.rmtree(out, ignore_errors=True)
         observer = self.job.observer
         (results,) = evaluate(str(model), tasks, out, options, resume=started, observer=observer)
         free()

@@ -246,8 +246,6 @@ class Job:
     def train(self, resolved: Resolved, run: Path) -> dict[str, Any]:
         """Fine-tune, going on where a killed run stopped; return the result of ``run.json``."""
         started = (run / STATE_FILE).exists()
-        if not started:
-            shutil.rmtree(run, ignore_errors=True)
         learn = finetune if resolved.recipe.distill is None else distill
         learn(resolved, run, observer=self.observer, resume=started)
         free()

@@ -8,7 +8,6 @@ can be made from whatever is there. Try it: ``mlx-slim compare matrix-tiny -o ru
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import signal
 import time
@@ -17,13 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_slim.artifacts import (
-    SCHEMA_VERSION,
-    check_writable,
-    disk_errors,
-    read_json,
-    write_json,
-)
+from mlx_slim.artifacts import SCHEMA_VERSION, read_json, write_json
+from mlx_slim.claims import Claim, RunKind, run_folder
 from mlx_slim.compare import identity
 from mlx_slim.compare.matrix import Cell, Layout
 from mlx_slim.compare.predict import Line, plan
@@ -34,6 +28,7 @@ from mlx_slim.models.hub import SMOLLM2_PACKAGE
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 INTERRUPTED = Interrupted.exit_code
+MATRIX = RunKind("compare", "matrix", MATRIX_FILE, ("questions",))
 
 
 @dataclass
@@ -59,23 +54,17 @@ def prepare(layout: Layout, out: Path, resume: bool) -> list[Cell]:
         ResourceError: If the disk is full.
     """
     lines = {line.cell: line for line in plan(layout)}
-    _claim(out, layout, resume)
     cells = [cell for cell in layout.cells if not lines[cell.name].why_not]
-    asked = write_questions(layout.matrix, out / "questions")
-    write_json(out / MATRIX_FILE, {**_record(layout, cells, lines), **asked})
+    with run_folder(out, MATRIX, resume=resume) as claimed:
+        if claimed.started:
+            _check_same(out, layout)
+        asked = write_questions(layout.matrix, out / "questions")
+        write_json(out / MATRIX_FILE, {**_record(layout, cells, lines), **asked})
     return cells
 
 
-def _claim(out: Path, layout: Layout, resume: bool) -> None:
-    check_writable(out)
-    if not out.exists() or not any(out.iterdir()):
-        if resume and not out.exists():
-            raise SlimError(f"{out} holds no matrix to resume", "start it without --resume")
-        return
-    file = out / MATRIX_FILE
-    if not file.exists():
-        raise SlimError(f"{out} is not empty and holds no matrix", "choose another output folder")
-    known = read_json(file)
+def _check_same(out: Path, layout: Layout) -> None:
+    known = read_json(out / MATRIX_FILE)
     if known.get("schema_version") != SCHEMA_VERSION:
         raise SlimError(
             f"{out} was made by another version (schema {known.get('schema_version')!r})",
@@ -85,10 +74,6 @@ def _claim(out: Path, layout: Layout, resume: bool) -> None:
         raise SlimError(
             f"{out} holds the matrix {known.get('name')!r}, not {layout.name!r}",
             "choose another output folder",
-        )
-    if not resume:
-        raise SlimError(
-            f"{out} holds a matrix already", "go on with --resume, or choose another folder"
         )
 
 
@@ -125,21 +110,14 @@ def _record(layout: Layout, cells: list[Cell], lines: dict[str, Line]) -> dict[s
 
 
 @contextlib.contextmanager
-def held(out: Path) -> Iterator[int]:
-    """Hold the folder for one process and its children; yield the lock to hand on.
+def held(out: Path, *, resume: bool) -> Iterator[Claim]:
+    """Hold the folder for one process, and for its children that get the claim's descriptor.
 
     Raises:
-        SlimError: If another process runs it.
+        SlimError: As ``claims.run_folder``.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with disk_errors(out), (out / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise SlimError(
-                f"another process is running {out}", "wait for it, or stop it first"
-            ) from error
-        yield lock.fileno()
+    with run_folder(out, MATRIX, resume=resume) as claimed:
+        yield claimed
 
 
 def run(

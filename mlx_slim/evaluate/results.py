@@ -13,18 +13,14 @@ from machine to machine), then ``results.json`` (its presence means complete).
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_slim.artifacts import (
-    check_writable,
     disk_errors,
-    first_missing,
     fsync,
     hash_bytes,
     json_lines,
@@ -32,6 +28,7 @@ from mlx_slim.artifacts import (
     read_records,
     write_json,
 )
+from mlx_slim.claims import RunKind, run_folder
 from mlx_slim.data.fingerprint import fingerprint_difference
 from mlx_slim.errors import SlimError
 
@@ -39,6 +36,7 @@ STATE_FILE = "eval.json"
 PROGRESS_FILE = "progress.jsonl"
 TIMINGS_FILE = "timings.json"
 RESULTS_FILE = "results.json"
+RESULTS = RunKind("eval", "results", STATE_FILE, (PROGRESS_FILE, "samples_*.jsonl"))
 
 
 @dataclass(frozen=True)
@@ -95,29 +93,6 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
         raise SlimError(error.message, "score the model again") from error
 
 
-def claim(out: Path, resume: bool) -> bool:
-    """Return whether ``out`` holds an evaluation to go on with; refuse what would be lost or mixed.
-
-    Raises:
-        SlimError: If it cannot be written, holds something else, or ``resume`` does not fit it.
-    """
-    if out.exists() and not out.is_dir():
-        raise SlimError(f"{out} is a file", "choose a folder for the results")
-    check_writable(out)
-    # A kill while the first file is written leaves its hidden temporary copy.
-    if not out.exists() or all(path.name.startswith(".") for path in out.iterdir()):
-        if resume:
-            raise SlimError(f"{out} holds no results to go on with", "start it without --resume")
-        return False
-    if not (out / STATE_FILE).exists():
-        raise SlimError(f"{out} is not empty and holds no results", "choose another output folder")
-    if not resume:
-        raise SlimError(
-            f"{out} holds results already", "go on with --resume, or choose another output folder"
-        )
-    return True
-
-
 class Folder:
     """One model's results, while they are written. Only one process writes a folder at a time.
 
@@ -143,30 +118,18 @@ class Folder:
         Raises:
             SlimError: If the folder was started otherwise, or another process writes it.
         """
-        with disk_errors(self.path), self._removed_if_empty(started):
-            if not started:
-                write_json(self.path / STATE_FILE, state)
-            self.match(state)
-            with (self.path / PROGRESS_FILE).open("ab") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError as error:
-                    raise SlimError(
-                        f"another process is writing {self.path}", "wait for it, or stop it first"
-                    ) from error
+        with run_folder(self.path, RESULTS, resume=started), disk_errors(self.path):
+            try:
+                if not started:
+                    write_json(self.path / STATE_FILE, state)
+                self.match(state)
+                (self.path / PROGRESS_FILE).touch()
                 self._rewind()
                 yield self
-
-    @contextlib.contextmanager
-    def _removed_if_empty(self, keep: bool) -> Iterator[None]:
-        made = first_missing(self.path)
-        try:
-            yield
-        except BaseException:
-            if not keep and not any(self.entries.values()):
-                for path in [made] if made else self.path.iterdir():
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-            raise
+            except BaseException:
+                if not started and not any(self.entries.values()):
+                    (self.path / STATE_FILE).unlink(missing_ok=True)
+                raise
 
     def match(self, state: dict[str, Any]) -> None:
         """Refuse to mix two evaluations.
@@ -185,9 +148,6 @@ class Folder:
         """Keep the chunks up to the first that is not whole, and cut the files back to them."""
         progress = self.path / PROGRESS_FILE
         kept, length = whole_chunks(self.path)
-        for name in (STATE_FILE, TIMINGS_FILE, RESULTS_FILE):  # temporary copies that a kill left
-            for path in self.path.glob(f".{Path(name).stem}-*.json"):
-                path.unlink()
         ends = {samples_name(task): known[-1].end for task, known in kept.items() if known}
         for path in [progress, *self.path.glob(samples_name("*"))]:
             with path.open("r+b") as handle:

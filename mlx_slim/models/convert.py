@@ -16,7 +16,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_slim.artifacts import atomic_folder, check_output
+from mlx_slim.artifacts import atomic_folder
+from mlx_slim.claims import makes_folder
 from mlx_slim.errors import SlimError
 from mlx_slim.models.activations import use_fast_swiglu
 from mlx_slim.models.gguf import import_gguf
@@ -60,6 +61,7 @@ class ConvertReport:
     notes: list[str]
 
 
+@makes_folder("convert")
 def convert(
     source: str | Path,
     out: Path,
@@ -84,7 +86,6 @@ def convert(
             the source's logits (nothing is left behind then).
         ResourceError: If the disk is too small.
     """
-    check_output(out)
     # Built beside the output and moved into place only after the check.
     with atomic_folder(out) as temporary:
         staged = temporary / "model"

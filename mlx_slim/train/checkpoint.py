@@ -9,7 +9,6 @@ nothing is accumulated.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from mlx_slim.artifacts import atomic_folder, load_tensors, read_json, save_tens
 from mlx_slim.errors import SlimError
 from mlx_slim.train.companion import Companion, gather, hand_out
 from mlx_slim.train.optim import Optimizer, set_trainable, trainable
+from mlx_slim.train.rotation import STATE, path_of
 
 _CARRIED = "companions.safetensors"
 
@@ -56,22 +56,6 @@ class Position:
     held_out_over: int = 0
 
 
-def _steps(folder: Path) -> list[int]:
-    names = (path.name for path in folder.glob("step-*") if (path / "state.json").exists())
-    return sorted(int(name[5:]) for name in names if name[5:].isdigit())
-
-
-def path_of(folder: Path, step: int) -> Path:
-    """Return the folder of the checkpoint after ``step``."""
-    return folder / f"step-{step}"
-
-
-def latest(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint under ``folder``, or None."""
-    steps = _steps(folder)
-    return path_of(folder, steps[-1]) if steps else None
-
-
 def save(
     folder: Path,
     position: Position,
@@ -90,7 +74,7 @@ def save(
         save_tensors(temporary / "optimizer.safetensors", optimizer.state())
         if carried := gather(companions):
             save_tensors(temporary / _CARRIED, carried)
-        write_json(temporary / "state.json", asdict(position))
+        write_json(temporary / STATE, asdict(position))
     return target
 
 
@@ -131,13 +115,4 @@ def load(
             "resume with the recipe that started the run",
         ) from error
     mx.eval(optimizer.arrays())
-    return Position(**read_json(path / "state.json"))
-
-
-def rotate(folder: Path, keep: int, *needed: int | None) -> None:
-    """Remove all but the newest ``keep`` and the ``needed`` checkpoints, and what a kill left."""
-    for step in _steps(folder)[:-keep]:
-        if step not in needed:
-            shutil.rmtree(path_of(folder, step))
-    for leftover in folder.glob(".step-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    return Position(**read_json(path / STATE))

@@ -25,7 +25,7 @@ from mlx_slim.config.schema import TrainConfig
 from mlx_slim.data.batches import Batch, Batcher
 from mlx_slim.errors import SlimError
 from mlx_slim.runtime import number, world
-from mlx_slim.train import checkpoint
+from mlx_slim.train import checkpoint, rotation
 from mlx_slim.train.checkpoint import Position
 from mlx_slim.train.companion import SAVE, Companion, computing
 from mlx_slim.train.optim import Optimizer, schedule
@@ -158,6 +158,8 @@ class Loop:
         """Continue from the checkpoint at ``path``."""
         self.position = checkpoint.load(path, self.model, self.optimizer, self.companions)
         name = f"{path.parent.name}/{path.name}"
+        if world().rank() == 0:
+            self._rotate()  # the kill may have come between the checkpoint and this
         self.observer.notify(events.Resumed(step=self.position.step, path=name))
 
     def run(self) -> events.Done:
@@ -171,7 +173,10 @@ class Loop:
             events.Started(self.total, self.epochs, self.budget_bytes, first_step=at.step)
         )
         reason = "complete"
-        if refused := {each.begin(at) for each in self.companions} - {""}:
+        refused = {each.begin(at) for each in self.companions} - {""}
+        if not refused and self._exhausted() and at.step < self.total:
+            refused = {"early_stopping"}  # a resume from the checkpoint that it ended with
+        if refused:
             reason = min(refused)
         with StopRequest() as stop:
             for epoch, share, plan in () if refused else self._steps():
@@ -181,8 +186,7 @@ class Loop:
                     self._validate() if self._due(self.config.validate_every, last) else False
                 )
                 stopping = stop.seen_by_any_rank()
-                patience = self.config.early_stopping
-                exhausted = patience is not None and at.since_best >= patience
+                exhausted = self._exhausted()
                 asked = {each.after(at, last) for each in self.companions} - {""}
                 due = bool(asked) or self._due(self.config.save_every, last)
                 if improved or stopping or exhausted or due:
@@ -206,6 +210,11 @@ class Loop:
         )
         self.observer.notify(done)
         return done
+
+    def _exhausted(self) -> bool:
+        """Whether validation has not improved for as long as ``early_stopping`` allows."""
+        patience = self.config.early_stopping
+        return patience is not None and self.position.since_best >= patience
 
     def _due(self, every: int, last: bool) -> bool:
         return last or self.position.step % every == 0
@@ -264,7 +273,7 @@ class Loop:
             gradients = companion.gradients(gradients)
         norm = number(gradient_norm(gradients))
         if not (math.isfinite(result.loss) and math.isfinite(norm)):
-            newest = checkpoint.latest(self.checkpoints)
+            newest = rotation.latest(self.checkpoints)
             raise SlimError(
                 f"step {at.step + 1}: loss {result.loss} with gradient norm {norm}; not updated",
                 f"lower train.learning_rate; the last good state is "
@@ -332,11 +341,16 @@ class Loop:
     def _save(self) -> None:
         """Write a checkpoint on rank 0."""
         if world().rank() == 0:
-            at, folder = self.position, self.checkpoints
-            path = checkpoint.save(folder, at, self.model, self.optimizer, self.companions)
-            checkpoint.rotate(folder, self.config.keep, at.best_step, at.held_out_step)
+            path = checkpoint.save(
+                self.checkpoints, self.position, self.model, self.optimizer, self.companions
+            )
+            self._rotate()
             name = f"{path.parent.name}/{path.name}"
             self.observer.notify(events.Saved(self.position.step, name))
+
+    def _rotate(self) -> None:
+        at = self.position
+        rotation.rotate(self.checkpoints, self.config.keep, at.best_step, at.held_out_step)
 
 
 def validation_loss(scorer: Scorer, batcher: Batcher) -> tuple[float, dict[str, float], int]:

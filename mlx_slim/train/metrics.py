@@ -1,7 +1,8 @@
 """``metrics.jsonl``: one event a line, in order, also after a kill and a resume.
 
 Invariant: the file never holds two lines for one step; resuming from step N drops what came after
-N, because those steps are about to be taken again.
+N, because those steps are about to be taken again. So a run that was killed and resumed ends with
+the lines of one that was not, but for times and one more line, ``resumed``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 from pathlib import Path
 
 from mlx_slim.artifacts import disk_errors, fsync, json_lines, write_text
-from mlx_slim.events import Event, Saved
+from mlx_slim.events import Done, Event, Notice, Saved, Started
 
 
 class MetricsFile:
@@ -22,25 +23,42 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._resuming = False
 
-    def rewind(self, step: int) -> None:
-        """Drop the lines of steps after ``step``, and a line that a kill cut short."""
-        if not self.path.exists():
-            return
-        kept = []
-        for _, line in json_lines(self.path):
+    def clear(self) -> None:
+        """Drop everything: the run begins with its first step."""
+        self._resuming = False
+        self.path.unlink(missing_ok=True)
+
+    def rewind(self, saved: Saved) -> None:
+        """Cut the file back to a checkpoint; its own line is added if a kill came before it.
+
+        What is said again before the first new step (the start, notices) stands there already and
+        is not written twice.
+        """
+        self._resuming = True
+        own = json.dumps(saved.as_record())
+        kept: list[str] = []
+        end = 0  # lines after it belong to no step: said again, or about to be
+        for _, raw in json_lines(self.path) if self.path.exists() else ():
+            line = raw.decode(errors="replace").rstrip("\n")
             try:
                 record = json.loads(line)
             except ValueError:
                 break
-            if record.get("step", step) > step:
+            past = record.get("step", 0) > saved.step or record.get("event") == Done.name
+            if past or line == own:
                 break
-            if record.get("event") not in ("started", "done"):
-                kept.append(line.decode().rstrip("\n"))
-        write_text(self.path, "".join(line + "\n" for line in kept))
+            kept.append(line)
+            if "step" in record or record.get("event") == Started.name:
+                end = len(kept)
+        write_text(self.path, "".join(line + "\n" for line in [*kept[:end], own]))
 
     def notify(self, event: Event) -> None:
         """Append one line."""
+        if self._resuming and isinstance(event, (Notice, Started)):
+            self._resuming = not isinstance(event, Started)
+            return
         with disk_errors(self.path), self.path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(event.as_record()) + "\n")
             if isinstance(event, Saved):

@@ -21,7 +21,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_slim.analyze import fidelity
-from mlx_slim.artifacts import SCHEMA_VERSION, check_output
+from mlx_slim.artifacts import SCHEMA_VERSION
+from mlx_slim.claims import makes_folder
 from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import SlimError
 from mlx_slim.events import Notice, Observer
@@ -140,6 +141,7 @@ def _short(paths: list[str]) -> list[str]:
     return list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", path) for path in paths))
 
 
+@makes_folder("quantize")
 def compress(
     source: str | Path, out: Path, options: CompressOptions, observer: Observer | None = None
 ) -> Compressed:
@@ -161,7 +163,6 @@ def compress(
             observer.notify(Notice(message, level))
 
     start = time.perf_counter()
-    check_output(out)
     check_method(options.method, options.quantize, options.recipe)
     config = read_config(source, options.revision)  # refuse what cannot work before the weights
     check_method(options.method, options.quantize, options.recipe, config.get("model_type"))

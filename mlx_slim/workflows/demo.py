@@ -12,7 +12,6 @@ Folder: ``model/`` (imported), ``model-4bit/``, ``runs/<method>/`` (run folders)
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -22,7 +21,7 @@ from typing import get_args
 
 import mlx.core as mx
 
-from mlx_slim import artifacts
+from mlx_slim import artifacts, locks
 from mlx_slim.adapters.store import load_adapter
 from mlx_slim.config import library
 from mlx_slim.config.load import Resolved, load_recipe
@@ -129,6 +128,7 @@ def demo(
     methods = list(dict.fromkeys(methods))
     for method in methods:
         demo_recipe(method, out, overrides)  # a mistyped key is said before any work
+    locks.remove_dead(out)
     with watch("demo: the model") as observer:
         dense = _dense(out / "model", model, observer)
         small = dense
@@ -202,8 +202,6 @@ def demo_recipe(method: str, base: Path, overrides: Sequence[str]) -> Resolved:
 def _train(run: Path, resolved: Resolved, observer: Observer) -> Path:
     """Fine-tune into ``run``, going on where a killed run stopped."""
     started = (run / STATE_FILE).exists()
-    if not started:  # what a kill left before the run had begun
-        shutil.rmtree(run, ignore_errors=True)
     try:
         finetune(resolved, run, observer=observer, resume=started)
     except Interrupted as stop:

@@ -19,13 +19,14 @@ from typing import Any
 from mlx_slim import artifacts, runtime
 from mlx_slim.adapters.stack import Adapters, parse_adapters
 from mlx_slim.adapters.store import adapter_hash, check_adapter
+from mlx_slim.claims import check_run_folder
 from mlx_slim.data.templates import load_template
 from mlx_slim.errors import ResourceError, SlimError, did_you_mean
 from mlx_slim.evaluate.perplexity import NAME as TEXT
 from mlx_slim.evaluate.perplexity import TextJob, Texts, read_texts
 from mlx_slim.evaluate.prompts import Chat, Question, build_questions
 from mlx_slim.evaluate.requests import Encoder, max_length
-from mlx_slim.evaluate.results import STATE_FILE, Folder, claim
+from mlx_slim.evaluate.results import RESULTS, STATE_FILE, Folder
 from mlx_slim.evaluate.rows import TaskRows, load_rows, shots_checksum
 from mlx_slim.evaluate.run import Job, TaskJob
 from mlx_slim.evaluate.spec import Selection, expand
@@ -124,7 +125,7 @@ def _check_options(sources: list[str], names: list[str], options: EvalOptions) -
 def _claim(out: Path, folders: list[Path], resume: bool) -> list[bool]:
     """Return for each folder whether it holds an evaluation to go on with."""
     if folders == [out]:
-        return [claim(out, resume)]
+        return [check_run_folder(out, RESULTS, resume=resume)]
     if (out / STATE_FILE).exists():
         raise SlimError(
             f"{out} holds the results of one model, and {len(folders)} are given",
@@ -132,9 +133,9 @@ def _claim(out: Path, folders: list[Path], resume: bool) -> list[bool]:
         )
     present = [folder.exists() and any(folder.iterdir()) for folder in folders]
     if not any(present):
-        claim(out, resume)
+        check_run_folder(out, RESULTS, resume=resume)
     return [
-        claim(folder, resume) if is_there else False
+        check_run_folder(folder, RESULTS, resume=resume) if is_there else False
         for folder, is_there in zip(folders, present, strict=True)
     ]
 

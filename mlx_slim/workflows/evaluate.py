@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mlx_slim import artifacts, events, runtime
-from mlx_slim.errors import Interrupted, SlimError
+from mlx_slim.errors import Interrupted
 from mlx_slim.evaluate.perplexity import NAME as TEXT
 from mlx_slim.evaluate.results import STATE_FILE
 from mlx_slim.workflows.eval_plan import EvalOptions, find_targets, result_folders
@@ -64,6 +64,8 @@ def evaluate(
     names = [tasks] if isinstance(tasks, str) else list(tasks)
     watcher = observer if observer and runtime.world().rank() == 0 else _Nobody()
     targets = _first_rank_first(lambda: find_targets(sources, names, out, options, resume))
+    if resume and runtime.world().rank() == 0 and not any(target.started for target in targets):
+        watcher.notify(events.Notice(f"{out} holds no results to resume: starting them"))
     try:
         results = [score(target, watcher) for target in targets]
     except KeyboardInterrupt as stop:
@@ -80,22 +82,9 @@ def evaluate(
 
 def _first_rank_first(work: Callable[[], _T]) -> _T:
     """Return ``work()`` on every rank: rank 0 goes first, and it alone says what is wrong."""
-    if runtime.world().size() == 1:
-        return work()
-    if runtime.world().rank() == 0:
-        code = 1
-        try:
-            value = work()
-            code = 0
-        except SlimError as error:
-            code = error.exit_code
-            raise
-        finally:
-            runtime.share(str(code).encode())
-        return value
-    if code := int(runtime.share(b"")[0]):
-        raise SystemExit(code)
-    return work()
+    done: list[_T] = []
+    runtime.from_first_rank(lambda: done.append(work()))
+    return done[0] if done else work()
 
 
 def _summary(targets: list[Target], results: list[dict[str, Any]]) -> dict[str, Any]:

@@ -19,7 +19,8 @@ import mlx.nn as nn
 
 from mlx_slim.adapters.store import CONFIG
 from mlx_slim.analyze import fidelity
-from mlx_slim.artifacts import atomic_folder, check_output, provenance, public_name
+from mlx_slim.artifacts import atomic_folder, provenance, public_name
+from mlx_slim.claims import makes_folder
 from mlx_slim.errors import SlimError
 from mlx_slim.events import Notice, Observer
 from mlx_slim.models.gguf import import_gguf
@@ -83,6 +84,7 @@ def _model_folder(source: str | Path) -> str | Path:
     return source
 
 
+@makes_folder("export --to hf")
 def export_hf(
     source: str | Path,
     out: Path,
@@ -105,7 +107,6 @@ def export_hf(
         SlimError: If the architecture has other names there, or what is read back differs.
     """
     say = teller(observer)
-    check_output(out)
     source = _model_folder(source)
     check_writable_as_hf(read_config(source, revision))
     say(f"loading {source}")
@@ -141,6 +142,7 @@ def export_hf(
     return Exported(out, facts)
 
 
+@makes_folder("export --to gguf")
 def export_gguf(
     source: str | Path,
     out: Path,
@@ -165,7 +167,6 @@ def export_gguf(
         SlimError: If GGUF cannot say it, or the file does not read back as the model.
     """
     say = teller(observer)
-    check_output(out)
     if out.suffix == ".gguf":
         raise SlimError(
             f"{out} names a file: the output is a folder (GGUF, Modelfile, card)",

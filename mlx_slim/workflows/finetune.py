@@ -35,7 +35,7 @@ from mlx_slim.runtime import (
     resolve_dtype,
     world,
 )
-from mlx_slim.train import checkpoint
+from mlx_slim.train import checkpoint, rotation
 from mlx_slim.train.loop import Loop
 from mlx_slim.train.metrics import MetricsFile
 from mlx_slim.train.optim import trainable
@@ -47,7 +47,6 @@ from mlx_slim.workflows.run_folder import (
     STATE_FILE,
     Result,
     claim,
-    fresh,
     resume_command,
     state_record,
 )
@@ -85,39 +84,52 @@ def finetune(
                 f"use mlx-slim distill {resolved.given}, or drop them with distill=null",
             )
         course = Course()
-    started = claim(out, recipe, resume)
+    with claim(out, recipe, observer, resume=resume) as started:
+        return _run(resolved, out, observer, course, started)
+
+
+def _run(
+    resolved: Resolved, out: Path, observer: events.Observer, course: Course, started: bool
+) -> Result:
+    """Run a recipe in the folder that this process holds."""
+    recipe = resolved.recipe
     if (out / "run.json").exists():
         return _finished(out, observer)
     budget = memory_budget(recipe.memory.budget)
     mx.set_cache_limit(budget // _CACHE_SHARE)
     metrics = MetricsFile(out / "metrics.jsonl")
     listeners = events.Broadcast([metrics, observer] if world().rank() == 0 else [])
-    with fresh(out, keep=started):
-        course.begin(recipe, observer)
-        _check_loading(recipe, course.expect(recipe), budget)
-        built = _build(recipe, course, out, listeners, budget, unchanged=started)
-        with checkpointed(anatomy.blocks(built.tuned.model), recipe.train.grad_checkpoint):
-            if not (out / "checkpoints").exists():
-                _check_disk(out, built.prediction)
-                course.check_disk(out)
-            _preflight(built.loop, built.prediction, budget)
-        if not started and world().rank() == 0:
-            write_json(out / STATE_FILE, state_record(resolved, built.data))
-        if course.studies():  # teachers are loaded: the student makes room
-            del built
-            gc.collect()
-            mx.clear_cache()
-            if not course.study(observer):
-                raise Interrupted(
-                    "stopped while the teachers were asked; what they said is kept",
-                    f"resume with: {resume_command(resolved, out)}",
-                )
-            mx.clear_cache()
-            mx.reset_peak_memory()
-            built = _build(recipe, course, out, listeners, budget, unchanged=True)
+    newest = rotation.latest(out / "checkpoints") if started else None
+    first = world().rank() == 0
+    if first and newest is None:
+        metrics.clear()
+    course.begin(recipe, observer)
+    _check_loading(recipe, course.expect(recipe), budget)
+    built = _build(recipe, course, out, listeners, budget, unchanged=started)
+    with checkpointed(anatomy.blocks(built.tuned.model), recipe.train.grad_checkpoint):
+        if not (out / "checkpoints").exists():
+            _check_disk(out, built.prediction)
+            course.check_disk(out)
+        _preflight(built.loop, built.prediction, budget)
+    if not started and world().rank() == 0:
+        write_json(out / STATE_FILE, state_record(resolved, built.data))
+    if course.studies():  # teachers are loaded: the student makes room
+        del built
+        gc.collect()
+        mx.clear_cache()
+        if not course.study(observer):
+            raise Interrupted(
+                "stopped while the teachers were asked; what they said is kept",
+                f"resume with: {resume_command(resolved, out)}",
+            )
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        if first and newest is None:
+            metrics.clear()  # what is said of the run is said again
+        built = _build(recipe, course, out, listeners, budget, unchanged=True)
     tuned, loop = built.tuned, built.loop
-    newest = checkpoint.latest(out / "checkpoints") if started else None
-    metrics.rewind(-1 if newest is None else int(newest.name[5:]))
+    if first and newest is not None:
+        metrics.rewind(events.Saved(int(newest.name[5:]), f"{newest.parent.name}/{newest.name}"))
     with checkpointed(anatomy.blocks(tuned.model), recipe.train.grad_checkpoint):
         if newest is not None:
             loop.resume(newest)
@@ -251,7 +263,7 @@ def _best_weights(tuned: Tuned, result: Result) -> None:
     """Go back to the best step (the last one without a validation split)."""
     done = result.done
     if done.kept_step != done.step:
-        best = checkpoint.path_of(result.out / "checkpoints", done.kept_step)
+        best = rotation.path_of(result.out / "checkpoints", done.kept_step)
         checkpoint.load_weights(best, tuned.model)
 
 

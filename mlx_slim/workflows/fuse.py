@@ -29,12 +29,12 @@ from mlx_slim.adapters.store import CONFIG, save_adapter
 from mlx_slim.analyze.effect import Effect, effect, weight_share
 from mlx_slim.artifacts import (
     SCHEMA_VERSION,
-    check_output,
     provenance,
     public_name,
     read_json,
     write_json,
 )
+from mlx_slim.claims import makes_folder
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import ResourceError, SlimError
 from mlx_slim.events import Notice, Observer
@@ -156,6 +156,7 @@ def find_adapter(folder: Path) -> Path:
     )
 
 
+@makes_folder("fuse")
 def fuse(
     source: str | Path,
     adapter: Adapters,
@@ -183,7 +184,6 @@ def fuse(
         if observer is not None:
             observer.notify(Notice(message))
 
-    check_output(out)
     stack = [Weighted(find_adapter(one.folder), one.weight) for one in parse_adapters(adapter)]
     say(f"loading {source}")
     folders = [one.folder for one in stack]

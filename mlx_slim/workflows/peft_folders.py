@@ -17,7 +17,8 @@ import mlx.nn as nn
 
 from mlx_slim.adapters.peft import read_peft, read_settings, write_peft
 from mlx_slim.adapters.store import CONFIG, load_adapter, save_adapter
-from mlx_slim.artifacts import atomic_folder, check_output, public_name, read_json
+from mlx_slim.artifacts import atomic_folder, public_name, read_json
+from mlx_slim.claims import makes_folder
 from mlx_slim.errors import SlimError
 from mlx_slim.events import Observer
 from mlx_slim.models.load import Loaded, read_config
@@ -50,6 +51,7 @@ def _load_base(adapter: Path, base: str, given: bool) -> Loaded:
         ) from error
 
 
+@makes_folder("export --to peft")
 def export_peft(
     source: Path,
     out: Path,
@@ -72,7 +74,6 @@ def export_peft(
             it, or what is read back differs; nothing is written.
     """
     say = teller(observer)
-    check_output(out)
     source = find_adapter(source)
     settings = read_json(source / CONFIG)
     if "peft_type" in settings:
@@ -128,6 +129,7 @@ def export_peft(
     return Exported(out, facts)
 
 
+@makes_folder("import")
 def import_peft(
     source: Path, out: Path, *, base: str | None = None, observer: Observer | None = None
 ) -> Exported:
@@ -143,7 +145,6 @@ def import_peft(
         SlimError: If it is no LoRA or DoRA, does not fit the base, or reads back differently.
     """
     say = teller(observer)
-    check_output(out)
     settings = read_settings(source)
     place = _base_of(source, settings.get("base_model_name_or_path"), base)
     say(f"loading {place}")

@@ -23,13 +23,13 @@ from mlx_slim.analyze import fidelity
 from mlx_slim.artifacts import (
     SCHEMA_VERSION,
     atomic_file,
-    check_output,
     load_tensors,
     provenance,
     public_name,
     save_tensors,
     write_json,
 )
+from mlx_slim.claims import makes_folder
 from mlx_slim.errors import SlimError
 from mlx_slim.events import Notice, Observer
 from mlx_slim.models import anatomy
@@ -117,6 +117,7 @@ def _layer_lines(record: dict[str, Any]) -> list[str]:
     return lines
 
 
+@makes_folder("prune", "scores_at")
 def prune(
     source: str | Path,
     out: Path,
@@ -145,7 +146,6 @@ def prune(
             observer.notify(Notice(message, level))
 
     start = time.perf_counter()
-    check_output(out)
     config = read_config(source, options.revision)
     plan(config, options, weight_size(config))  # refuse what cannot work before the weights
     tensors = folder_tensors(resolve(source, options.revision))

@@ -8,10 +8,8 @@ is counted from the questions themselves. Try it:
 
 from __future__ import annotations
 
-import contextlib
 import math
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,15 +59,6 @@ class RecoverOptions:
     tasks: tuple[str, ...] = ()
     limit: int | None = None
     data_dir: Path | None = None
-
-
-@contextlib.contextmanager
-def started_folder(folder: Path, state: str) -> Iterator[bool]:
-    """Yield whether ``folder`` holds a start of its own; what was killed before that is removed."""
-    begun = (folder / state).exists()
-    if not begun:
-        shutil.rmtree(folder, ignore_errors=True)
-    yield begun
 
 
 def make_report(
@@ -189,10 +178,8 @@ def _scored(
         data_dir=after.data_dir,
         revision=options.revision if name == "original" else None,
     )
-    with started_folder(folder, EVAL_STATE) as begun:
-        (results,) = evaluate(
-            model, list(after.tasks), folder, wanted, resume=begun, observer=observer
-        )
+    begun = (folder / EVAL_STATE).exists()
+    (results,) = evaluate(model, list(after.tasks), folder, wanted, resume=begun, observer=observer)
     return task_figures(results, folder)
 
 

@@ -11,41 +11,35 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from mlx_slim.artifacts import (
-    SCHEMA_VERSION,
-    check_writable,
-    first_missing,
-    read_json,
-    write_json,
-)
+from mlx_slim.artifacts import SCHEMA_VERSION, read_json, write_json
+from mlx_slim.claims import RunKind, run_folder
 from mlx_slim.config.load import COMMAND_LINE, Resolved, load_recipe
 from mlx_slim.data.sources import find
 from mlx_slim.errors import Interrupted, SlimError
 from mlx_slim.events import Notice, Observer
 from mlx_slim.models.load import read_config
-from mlx_slim.workflows import run_folder
 from mlx_slim.workflows.distill import distill
 from mlx_slim.workflows.eval_plan import EvalOptions, read_tasks
 from mlx_slim.workflows.finetune import finetune
 from mlx_slim.workflows.prune import RECORD_FILE, SCORES_FILE, prune
 from mlx_slim.workflows.prune_options import PruneOptions
 from mlx_slim.workflows.prune_plan import plan, weight_size
-from mlx_slim.workflows.prune_report import (
-    MODEL,
-    RECOVER,
-    RecoverOptions,
-    make_report,
-    started_folder,
-)
+from mlx_slim.workflows.prune_report import MODEL, RECOVER, RecoverOptions, make_report
+from mlx_slim.workflows.run_folder import STATE_FILE as TUNE_STATE
 
 __all__ = ["RecoverOptions", "prune_and_recover", "recovery_recipe", "run_recovery"]
 
 STATE_FILE, REPORT_FILE = "request.json", "report.json"
+RUN = RunKind(
+    command="prune",
+    holds="run",
+    state=STATE_FILE,
+    before=(MODEL, RECORD_FILE, SCORES_FILE),
+)
 
 
 def recovery_recipe(
@@ -117,7 +111,23 @@ def prune_and_recover(
         ResourceError: Not enough memory or disk.
         Interrupted: Ctrl-C; what is complete stays.
     """
-    started = _claim(out, source, options, resume)
+    with run_folder(out, RUN, resume=resume) as claimed:
+        if claimed.note:
+            observer.notify(Notice(claimed.note))
+        if claimed.started:
+            _check_same(out, source, options)
+        return _run(source, out, options, after, observer, claimed.started)
+
+
+def _run(
+    source: str | Path,
+    out: Path,
+    options: PruneOptions,
+    after: RecoverOptions,
+    observer: Observer,
+    started: bool,
+) -> dict[str, Any]:
+    """Prune, recover and score in the folder that this process holds."""
     if (out / REPORT_FILE).exists():
         observer.notify(Notice(f"{out} is complete: nothing to do"))
         return read_json(out / REPORT_FILE)
@@ -133,9 +143,9 @@ def prune_and_recover(
         record = _pruned(source, out, options, observer, started)
         tuned = None
         if resolved is not None:
-            with started_folder(out / RECOVER, run_folder.STATE_FILE) as begun:
-                observer.notify(Notice(f"recovering with {resolved.name}"))
-                tuned = run_recovery(resolved, out / RECOVER, observer, resume=begun)
+            begun = (out / RECOVER / TUNE_STATE).exists()
+            observer.notify(Notice(f"recovering with {resolved.name}"))
+            tuned = run_recovery(resolved, out / RECOVER, observer, resume=begun)
         report = make_report(source, out, options, after, record, resolved, tuned, observer)
     except Interrupted as stop:
         command = resume_command(source, out, options, after)
@@ -149,21 +159,7 @@ def prune_and_recover(
     return report
 
 
-def _claim(out: Path, source: str | Path, options: PruneOptions, resume: bool) -> bool:
-    """Return whether ``out`` was started; refuse what would lose or mix runs."""
-    if out.exists() and not out.is_dir():
-        raise SlimError(f"{out} is a file", "choose a folder for the run")
-    check_writable(out)
-    if not out.exists() or not any(out.iterdir()):
-        if resume:
-            raise SlimError(f"{out} holds no run to resume", "start it without --resume")
-        return False
-    if not (out / STATE_FILE).exists():
-        raise SlimError(f"{out} is not empty and holds no run", "choose another output folder")
-    if not resume:
-        raise SlimError(
-            f"{out} holds a run already", "go on with --resume, or choose another output folder"
-        )
+def _check_same(out: Path, source: str | Path, options: PruneOptions) -> None:
     old, new = read_json(out / STATE_FILE), _request(source, options)
     changed = [
         f"{key}: {old.get(key)!r} → {new.get(key)!r}"
@@ -175,7 +171,6 @@ def _claim(out: Path, source: str | Path, options: PruneOptions, resume: bool) -
             f"{out} was started with another pruning: {'; '.join(changed)}",
             "resume with the same values, or start a new run",
         )
-    return True
 
 
 def _request(source: str | Path, options: PruneOptions) -> dict[str, Any]:
@@ -190,9 +185,6 @@ def _pruned(
         observer.notify(Notice(f"{out / MODEL} is pruned already"))
         record = read_json(out / MODEL / RECORD_FILE)
     else:
-        made = None if started else first_missing(out)
-        for killed in out.glob(f".{MODEL}-*"):  # half a model, of a kill while it was saved
-            shutil.rmtree(killed, ignore_errors=True)
         if not started:
             write_json(out / STATE_FILE, _request(source, options))
         try:
@@ -200,8 +192,6 @@ def _pruned(
         except SlimError:
             if not started:  # bad input leaves nothing behind
                 (out / STATE_FILE).unlink(missing_ok=True)
-                if made is not None:
-                    shutil.rmtree(made, ignore_errors=True)
             raise
         record = result.record
         for line in result.lines():

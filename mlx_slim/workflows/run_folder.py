@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,14 +19,21 @@ from typing import Any
 from pydantic import ValidationError
 
 from mlx_slim import events
-from mlx_slim.artifacts import SCHEMA_VERSION, check_writable, first_missing, read_json
+from mlx_slim.artifacts import SCHEMA_VERSION, read_json
+from mlx_slim.claims import RunKind, run_folder
 from mlx_slim.config.load import Resolved
 from mlx_slim.config.schema import Recipe
 from mlx_slim.data.prepare import Prepared
 from mlx_slim.errors import SlimError
-from mlx_slim.runtime import human_bytes, human_seconds, world
+from mlx_slim.runtime import from_first_rank, human_bytes, human_seconds
 
 STATE_FILE = "recipe.json"
+RUN = RunKind(
+    command="train",
+    holds="run",
+    state=STATE_FILE,
+    before=("tokens", "data_ledger.json", "metrics.jsonl", "task_rows", "training_rows.json"),
+)
 # Changing these on a resume cannot change the trajectory.
 _FREE_ON_RESUME = ("memory", "report_to", "train.log_every", "train.save_every", "train.keep")
 
@@ -61,29 +67,36 @@ class Result:
     base: str | None = None
 
 
-def claim(out: Path, recipe: Recipe, resume: bool) -> bool:
-    """Return whether ``out`` holds a run that was started; refuse what would lose or mix runs."""
-    if out.exists() and not out.is_dir():
-        raise SlimError(f"{out} is a file", "choose a folder for the run")
-    check_writable(out)
-    state = out / STATE_FILE
-    if not out.exists() or not any(out.iterdir()):
-        if resume:
-            raise SlimError(f"{out} holds no run to resume", "start it without --resume")
-        return False
-    if not state.exists():
-        raise SlimError(f"{out} is not empty and holds no run", "choose another output folder")
-    if not resume:
-        raise SlimError(
-            f"{out} holds a run already", "go on with --resume, or choose another output folder"
-        )
-    different = _differences(_completed(read_json(state)["recipe"]), recipe.model_dump(mode="json"))
+@contextlib.contextmanager
+def claim(out: Path, recipe: Recipe, observer: events.Observer, *, resume: bool) -> Iterator[bool]:
+    """Hold the folder ``out`` for a run; yield whether it was started before.
+
+    Rank 0 holds it for all.
+
+    Raises:
+        SlimError: As ``claims.run_folder``, or if it was started with another recipe.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def hold() -> bool:
+            claimed = stack.enter_context(run_folder(out, RUN, resume=resume))
+            if claimed.note:
+                observer.notify(events.Notice(claimed.note))
+            if claimed.started:
+                _check_same(out, recipe)
+            return claimed.started
+
+        yield from_first_rank(hold)
+
+
+def _check_same(out: Path, recipe: Recipe) -> None:
+    known = _completed(read_json(out / STATE_FILE)["recipe"])
+    different = _differences(known, recipe.model_dump(mode="json"))
     if different:
         raise SlimError(
             f"{out} was started with another recipe: {'; '.join(different)}",
             "resume with the same values, or start a new run",
         )
-    return True
 
 
 def _completed(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -115,23 +128,6 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
         else:
             lines.append(f"{path}: {before!r} → {after!r}")
     return lines
-
-
-@contextlib.contextmanager
-def fresh(out: Path, *, keep: bool) -> Iterator[None]:
-    """Remove a folder that this run created if it cannot start; one that has a state stays."""
-    made = first_missing(out)
-    try:
-        yield
-    except BaseException:
-        if not keep and not (out / STATE_FILE).exists() and world().rank() == 0:
-            for path in out.glob("*") if made is None else [made]:
-                if path.is_dir():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    with contextlib.suppress(OSError):
-                        path.unlink()
-        raise
 
 
 def state_record(resolved: Resolved, data: Prepared | None) -> dict[str, Any]:

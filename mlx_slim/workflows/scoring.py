@@ -17,9 +17,17 @@ import mlx.core as mx
 
 from mlx_slim import artifacts, events, runtime
 from mlx_slim.adapters.stack import Weighted, load_adapters, used_folders
+from mlx_slim.claims import run_folder
 from mlx_slim.evaluate.loglikelihood import Scorer
 from mlx_slim.evaluate.perplexity import NAME as TEXT
-from mlx_slim.evaluate.results import Entry, Folder, encode, load_results, samples_name
+from mlx_slim.evaluate.results import (
+    RESULTS,
+    Entry,
+    Folder,
+    encode,
+    load_results,
+    samples_name,
+)
 from mlx_slim.evaluate.run import Computed, Engine, Job
 from mlx_slim.models.quantized import densify, densify_pays
 from mlx_slim.quantize.base import load_base
@@ -78,6 +86,8 @@ def score(target: Target, observer: events.Observer) -> dict[str, Any]:
     folder = Folder(target.folder)
     complete: dict[str, Any] = {}
     if first and folder.complete:
+        with run_folder(target.folder, RESULTS, resume=True):
+            pass  # what a kill after the last file left is removed
         observer.notify(events.Notice(f"{target.folder} is complete: nothing to do"))
         complete = load_results(target.folder)
     if complete := _from_first_rank(complete):

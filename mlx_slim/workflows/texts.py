@@ -35,7 +35,6 @@ from mlx_slim.workflows.run_folder import (
     STATE_FILE,
     Result,
     claim,
-    fresh,
     resume_command,
     state_record,
 )
@@ -68,15 +67,14 @@ def learn_from_texts(
         Interrupted: Ctrl-C; everything so far is kept.
     """
     recipe = resolved.recipe
-    started = claim(out, recipe, resume)
-    if (out / "run.json").exists():
-        return finetune(resolved, out, observer=observer, resume=True, course=Course())
+    with claim(out, recipe, observer, resume=resume) as started:
+        if (out / "run.json").exists():
+            return finetune(resolved, out, observer=observer, resume=True, course=Course())
 
-    def ready() -> None:
-        if not started:
-            write_json(out / STATE_FILE, state_record(resolved, None))
+        def ready() -> None:
+            if not started:
+                write_json(out / STATE_FILE, state_record(resolved, None))
 
-    with fresh(out, keep=started):
         _check_student(recipe)
         try:
             taught = _taught(recipe, teachers, method, out, observer, ready)
@@ -87,8 +85,8 @@ def learn_from_texts(
                 "stopped while the teachers wrote; their answers so far are kept",
                 f"resume with: {resume_command(resolved, out)}",
             ) from stop
-    course = Texts(taught, teachers)
-    return finetune(resolved, out, observer=observer, resume=True, course=course)
+        course = Texts(taught, teachers)
+        return finetune(resolved, out, observer=observer, resume=True, course=course)
 
 
 def _check_student(recipe: Recipe) -> None:

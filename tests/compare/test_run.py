@@ -98,7 +98,7 @@ def run_all(files: Path, *, resume: bool = False, overrides=(), only=None) -> ru
             return error.exit_code, error.message
         return 0, ""
 
-    with runner.held(out):
+    with runner.held(out, resume=True):
         return runner.run(todo, out, launch, lambda number, cell: None)
 
 

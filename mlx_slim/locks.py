@@ -1,0 +1,254 @@
+"""Locks that die with their process, and the temporaries that carry them.
+
+Invariant: whatever is written under a temporary name is locked by its process until it is renamed
+or removed (``flock``: the kernel releases it at the process's end, SIGKILL included). So a
+temporary without a lock is what a dead process left, and only that is ever removed. A process that
+was forked holds nothing of its parent's; one that was executed inherits no descriptor. On a file
+system without locks nothing is known to be dead: nothing is removed, and one line says so. Try it:
+``python -m pytest tests/test_locks.py``.
+
+Beside an output NAME: ``.NAME.mlx-slim-tmp/`` while a folder is built (``lock``; ``new``, the
+folder to be; ``old``, the one that it replaces; ``gone``, one that is being removed), and
+``.NAME.mlx-slim-ID.EXT`` while a file is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mlx_slim.errors import SlimError
+
+TAG = ".mlx-slim-"
+_FOLDER = re.compile(r"\.(.+)\.mlx-slim-tmp")
+_FILE = re.compile(r"\.(.+)\.mlx-slim-[0-9a-f]{8}(\.[^.]*)?")
+_LOCK, NEW, OLD, GONE = "lock", "new", "old", "gone"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+
+_descriptors: set[int] = set()
+_warned = False
+
+
+@dataclass(frozen=True)
+class Lock:
+    """A file that this process has locked.
+
+    Attributes:
+        path: The file.
+        descriptor: Open as long as the lock is held.
+        works: False where the file system has no locks.
+    """
+
+    path: Path
+    descriptor: int
+    works: bool
+
+    def release(self) -> None:
+        """Let go of it; the file stays."""
+        if self.descriptor in _descriptors:
+            _descriptors.discard(self.descriptor)
+            os.close(self.descriptor)
+
+
+def acquire(path: Path) -> Lock | None:
+    """Return the lock of the file ``path``, made if absent; None if a living process holds it.
+
+    Raises:
+        OSError: If the file cannot be made, for one because its folder is not there.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        works = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                os.close(descriptor)
+                raise
+            works = False
+            _warn(path, error)
+        # Who held it before may have removed the file between our two calls.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                _descriptors.add(descriptor)
+                return Lock(path, descriptor, works)
+        os.close(descriptor)
+
+
+def _warn(path: Path, error: OSError) -> None:
+    global _warned
+    if not _warned:
+        import logging
+
+        _warned = True
+        logging.getLogger("mlx_slim").warning(
+            "warning: the file system of %s has no locks (%s): two commands that write the same "
+            "output are not told apart, and what a killed one left is not removed",
+            path.parent,
+            error.strerror,
+        )
+
+
+def _forget() -> None:
+    """Close, in a forked process, what the parent holds: the lock must die with the parent."""
+    for descriptor in _descriptors:
+        os.close(descriptor)
+    _descriptors.clear()
+    _held.clear()
+
+
+# ------------------------------------------------------------------------------------- files
+
+
+def temporary_file(path: Path) -> Lock:
+    """Return a new, empty, locked file beside ``path``."""
+    while True:
+        name = f".{path.name}{TAG}{secrets.token_hex(4)}{path.suffix}"
+        if (lock := acquire(path.with_name(name))) is not None:
+            return lock
+
+
+# ------------------------------------------------------------------------------------- folders
+
+
+@dataclass
+class Work:
+    """The temporary folder of an output, held by this process.
+
+    Attributes:
+        path: The output.
+        folder: ``.NAME.mlx-slim-tmp`` beside it.
+        lock: On a file in ``folder``.
+        record: What ``artifacts.atomic_folder`` writes into the output as ``.mlx-slim.json``.
+    """
+
+    path: Path
+    folder: Path
+    lock: Lock
+    record: dict[str, object] = field(default_factory=dict)
+
+
+_held: dict[str, Work] = {}
+
+
+def _key(path: Path) -> str:
+    return os.path.realpath(path.parent) + os.sep + path.name
+
+
+@contextlib.contextmanager
+def hold(path: Path) -> Iterator[Work]:
+    """Hold the output ``path``, which need not exist; its folder must.
+
+    What a dead process left of it is completed or removed first. Held again inside, it is the same.
+
+    Raises:
+        SlimError: If a living process holds it.
+    """
+    if (known := _held.get(_key(path))) is not None:
+        yield known
+        return
+    work = _begin(path)
+    _held[_key(path)] = work
+    try:
+        yield work
+    finally:
+        _held.pop(_key(path), None)
+        _end(work)
+
+
+def _begin(path: Path) -> Work:
+    folder = path.with_name(f".{path.name}{TAG}tmp")
+    while True:
+        folder.mkdir(exist_ok=True)
+        try:
+            lock = acquire(folder / _LOCK)
+        except FileNotFoundError:  # the one before us has just removed it
+            continue
+        if lock is None:
+            raise in_use(path)
+        work = Work(path, folder, lock)
+        if not lock.works and {entry.name for entry in folder.iterdir()} != {_LOCK}:
+            lock.release()
+            raise SlimError(
+                f"{folder} is there, and without locks nobody knows whether its process lives",
+                f"remove it if no other command writes {path}",
+            )
+        settle(work)
+        return work
+
+
+def in_use(path: Path) -> SlimError:
+    """Return the refusal of an output that a living process writes."""
+    return SlimError(f"another process is writing {path}", "wait for it, or stop it first")
+
+
+def settle(work: Work) -> None:
+    """Finish a replacement of which the half is done, and remove what else is in the folder."""
+    new, old = work.folder / NEW, work.folder / OLD
+    # The old folder moves aside only when the new one is whole and on disk.
+    if old.exists() and new.exists() and not work.path.exists():
+        new.rename(work.path)
+    for name in (NEW, OLD, GONE):
+        shutil.rmtree(work.folder / name, ignore_errors=True)
+
+
+def _end(work: Work) -> None:
+    settle(work)
+    with contextlib.suppress(OSError):  # in it: somebody else's, or the next one's lock
+        work.lock.path.unlink(missing_ok=True)
+        work.folder.rmdir()
+    work.lock.release()
+
+
+# ------------------------------------------------------------------------------------- the dead
+
+
+def remove_dead(folder: Path, name: str | None = None) -> None:
+    """Remove the temporaries of dead processes.
+
+    Args:
+        folder: Where they lie.
+        name: Those of this output alone; None takes all in ``folder`` and below it.
+    """
+    with contextlib.suppress(OSError):
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            is_folder = entry.is_dir(follow_symlinks=False)
+            kind = (_FOLDER if is_folder else _FILE).fullmatch(entry.name)
+            if kind is None:
+                if is_folder and name is None:
+                    remove_dead(Path(entry.path))
+            elif name in (None, kind[1]):
+                with contextlib.suppress(OSError):  # gone meanwhile, or not ours to remove
+                    _remove_if_dead(Path(entry.path), folder / kind[1], is_folder)
+
+
+def is_temporary(name: str) -> bool:
+    """Return whether a file or a folder is called as temporaries are."""
+    return bool(_FOLDER.fullmatch(name) or _FILE.fullmatch(name))
+
+
+def _remove_if_dead(temporary: Path, output: Path, is_folder: bool) -> None:
+    lock = acquire(temporary / _LOCK if is_folder else temporary)
+    if lock is None:
+        return
+    if not lock.works:
+        lock.release()
+    elif is_folder:
+        _end(Work(output, temporary, lock))
+    else:
+        temporary.unlink(missing_ok=True)
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,70 @@
+"""End a process right before its n-th file operation, and compare what two folders hold.
+
+Operations are those that CPython announces to audit hooks: making a folder, opening a file for
+writing, renaming, removing, cutting short. MLX's own writers announce nothing: the next operation
+after them is one of these. Used by ``tests/test_locks.py`` and ``tests/test_kills.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+_CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link"}
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+
+
+class Watch:
+    """Counts file operations under ``folders``; ends the process before one of them.
+
+    Args:
+        folders: What is watched.
+        limit: Number of the operation, from 0, that does not happen any more; None ends nothing.
+    """
+
+    def __init__(self, folders: list[Path], limit: int | None = None) -> None:
+        self.folders = [folder.resolve() for folder in folders]
+        self.limit = limit
+        self.seen: list[str] = []
+        sys.addaudithook(self._hear)
+
+    def _hear(self, event: str, arguments: tuple) -> None:
+        if event != "open" and event not in _CHANGES:
+            return
+        path, *rest = arguments
+        if event == "open" and not (isinstance(rest[1], int) and rest[1] & _WRITES):
+            return
+        # Relative to a descriptor (shutil.rmtree), or a descriptor itself: watched wherever it is.
+        beside = event in ("os.remove", "os.rmdir") and rest[0] >= 0
+        if not isinstance(path, (str, bytes, os.PathLike)):
+            path, beside = "", event == "os.truncate"
+        path = Path.cwd() / os.fsdecode(path)
+        if not beside and not any(path.is_relative_to(folder) for folder in self.folders):
+            return
+        if self.limit is not None and len(self.seen) == self.limit:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.seen.append(f"{event} {path.name}")
+
+
+def forked(work: Callable[[], None]) -> int:
+    """Run ``work`` in a forked process; return its exit code, negative for a signal."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Return path -> content of everything in ``folder``, hidden names too; None for a folder."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
