@@ -2,7 +2,7 @@
 # Works with GNU make 3.81 (macOS) and newer; needs Python 3.10 or newer and a package index.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo compare test check format setup clean
+.PHONY: help demo compare test kills check format setup clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -32,6 +32,8 @@ help:
 	@echo "     MODEL=... ARGS=\"train.steps=100 data.path=rows.jsonl\" change it"
 	@for recipe in $(RECIPES); do echo "     $$recipe"; done
 	@echo "make test                set up and run the tests"
+	@echo "make kills               end every command before each of its file operations, and go on: an hour"
+	@echo "     ARGS=\"--only eval\"  one command; --points 24 --seed 1: so many moments of all"
 	@echo "make check               formatting, lint and types"
 	@echo "make format              mend formatting and imports"
 	@echo "make setup               create $(VENV) with everything the tests and checks need"
@@ -51,6 +53,10 @@ $(RECIPES): $(VENV)/.base
 
 test: $(VENV)/.dev
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+KILLS := $(if $(TMPDIR),$(TMPDIR),/tmp)/mlx-slim-kills
+kills: $(VENV)/.dev
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.support.kill_commands "$(KILLS)" $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

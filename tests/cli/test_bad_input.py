@@ -147,10 +147,6 @@ def test_an_adapter_that_is_not_there(fails, tiny, tmp_path) -> None:
     assert "adapter" in fails("generate", tiny("llama"), "--adapter", tmp_path, "--prompt", "a")
 
 
-def test_resume_without_a_run(fails, small, tmp_path) -> None:
-    assert "no run to resume" in fails("train", small, "-o", tmp_path / "run", "--resume")
-
-
 def test_resume_of_a_changed_recipe(fails, finished) -> None:
     recipe, _, out = finished
     text = fails("train", recipe, "train.learning_rate=0.5", "-o", out, "--resume")

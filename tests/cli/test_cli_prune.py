@@ -45,7 +45,6 @@ from tests.support.runs import write_rows
         (["--ratio", "0.5", "--recover", "smollm2-lora", "model=x"], "pruned model"),
         (["--ratio", "0.5", "--recover", "smollm2-lora", "data.path=no.jsonl"], "no.jsonl"),
         (["--ratio", "0.5", "--task", "arc_eazy"], "arc_easy"),
-        (["--ratio", "0.5", "--task", "arc_easy", "--resume"], "no run to resume"),
     ],
 )
 def test_bad_input(fails, tiny, tmp_path, words, expected) -> None:

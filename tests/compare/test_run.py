@@ -14,7 +14,9 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from mlx_slim import locks
 from mlx_slim.artifacts import read_json, write_json
+from mlx_slim.claims import LOCK_FILE
 from mlx_slim.cli.main import run as command
 from mlx_slim.compare import cell as cells
 from mlx_slim.compare import identity, runner
@@ -360,11 +362,14 @@ def test_rows_that_are_not_there_leave_no_folder(files):
 
 
 def test_one_process_at_a_time_and_an_interruption_stops_everything(files):
-    out = files / "out"
-    with runner.held(out), pytest.raises(SlimError, match="another process"), runner.held(out):
-        pass
     layout = load_matrix(str(files / "toy.yaml"))
     todo = runner.prepare(layout, files / "two", False)
+    lock = locks.acquire(files / "two" / LOCK_FILE)
+    assert lock is not None
+    for held in (False, True):
+        with pytest.raises(SlimError, match="--resume" if not held else "another process"):
+            runner.prepare(layout, files / "two", held)
+    lock.release()
     with pytest.raises(Interrupted, match="stopped in toy-base"):
         runner.run(todo, files / "two", lambda cell: (130, ""), lambda number, cell: None)
 

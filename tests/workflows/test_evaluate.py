@@ -9,8 +9,10 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from mlx_slim import locks
 from mlx_slim.adapters.inject import inject
 from mlx_slim.adapters.store import save_adapter
+from mlx_slim.claims import LOCK_FILE
 from mlx_slim.config.schema import AdapterConfig, QuantizeConfig
 from mlx_slim.errors import ResourceError, SlimError
 from mlx_slim.evaluate import perplexity, run
@@ -278,8 +280,10 @@ def test_other_weights_are_refused_on_resume(tiny, tasks, tmp_path):
 def test_a_folder_with_results_needs_resume_and_a_new_one_needs_none(tiny, tasks, whole, tmp_path):
     with pytest.raises(SlimError, match="holds results already"):
         _score(tiny("llama"), tasks, whole)
-    with pytest.raises(SlimError, match="no results to go on with"):
-        _score(tiny("llama"), tasks, tmp_path / "new", resume=True)
+    recorder = Recorder()
+    _score(tiny("llama"), tasks, tmp_path / "new", resume=True, observer=recorder)
+    assert "holds no results to resume: starting" in recorder.events[0].message
+    assert files(tmp_path / "new") == files(whole)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine").write_text("keep")
     for resume in (True, False):
@@ -290,22 +294,22 @@ def test_a_folder_with_results_needs_resume_and_a_new_one_needs_none(tiny, tasks
 def test_what_a_kill_left_of_the_first_file_is_in_nobodys_way(tiny, tasks, whole, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    (out / ".eval-x1.json").write_text("{")
+    (out / ".eval.json.mlx-slim-0123abcd.json").write_text("{")
+    (out / LOCK_FILE).touch()
     _score(tiny("llama"), tasks, out)
     assert files(out) == files(whole)
     assert not list(out.glob(".*"))
 
 
 def test_two_processes_do_not_write_one_folder(tiny, tasks, whole, tmp_path):
-    import fcntl
-
     out = tmp_path / "out"
     shutil.copytree(whole, out)
     (out / "results.json").unlink()
-    with (out / "progress.jsonl").open("ab") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(SlimError, match="another process is writing"):
-            _score(tiny("llama"), tasks, out, resume=True)
+    lock = locks.acquire(out / LOCK_FILE)
+    assert lock is not None
+    with pytest.raises(SlimError, match="another process is writing"):
+        _score(tiny("llama"), tasks, out, resume=True)
+    lock.release()
 
 
 def test_a_score_that_is_no_number_leaves_nothing(tasks, tmp_path):

@@ -1,0 +1,424 @@
+"""Kill small runs of every command before a file operation, go on, compare with the undisturbed.
+
+Invariant: after a kill, ``--resume`` (or the same command, where there is none) ends with the bytes
+of the run that was not killed, and leaves no name beside or inside the output that this one has
+not. What may differ is named in ``plain`` and nowhere else: times, rates and sizes of memory. All
+imports happen once; every run is a fork of this process, which itself computes nothing.
+
+``python -m tests.support.kill_commands FOLDER`` kills before every operation of every command
+(``make kills``); ``--points 24 --seed 0`` before so many, drawn from all commands; ``--only NAME``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import random
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import mlx_slim  # noqa: F401  # first: it puts the fast BLAS under MLX
+from mlx_slim import api, trackers  # noqa: F401  # imported once, for all runs
+from mlx_slim.cli import compare as compare_command
+from mlx_slim.cli.main import COMMANDS, run
+from mlx_slim.compare import cell, report, runner  # noqa: F401
+from mlx_slim.workflows import export, fuse, peft_folders, recover  # noqa: F401
+from tests.support.kills import Watch, contents, forked
+from tests.support.runs import write_rows
+from tests.support.tiny import tiny_model
+
+TRAIN = {
+    "method": "lora",
+    "adapter": {"rank": 2},
+    "quantize": {"group_size": 32},
+    "data": {"path": "rows.jsonl", "validation": 4},
+    "memory": {"budget": "4GB"},
+    "train": {
+        "steps": 4,
+        "batch_tokens": 256,
+        "max_length": 128,
+        "save_every": 1,
+        "validate_every": 2,
+        "keep": 1,
+        "learning_rate": 1e-3,
+    },
+}
+TASK = {
+    "about": "a toy",
+    "kind": "multiple_choice",
+    "data": {"path": "toy.jsonl"},
+    "fields": {"question": "text", "choices": "texts", "answer": "integer"},
+    "prompt": "{{ question }}",
+    "choices": "{{ choices }}",
+    "target": "{{ answer }}",
+}
+MATRIX = {
+    "title": "toy",
+    "recipe": {**TRAIN, "train": {**TRAIN["train"], "steps": 2}},
+    "models": {"toy": {"source": "source"}},
+    "methods": {
+        "base": {"kind": "base"},
+        "lora": {"recipe": {"method": "lora"}, "learning_rates": [1e-4, 1e-2]},
+        "qlora": {"recipe": {"method": "qlora"}},
+        "fused": {"kind": "fused", "of": "lora"},
+        "small": {"kind": "pruned", "prune": {"method": "l2", "ratio": 0.5}},
+    },
+    "tasks": [{"task": "./toytask.yaml", "limit": 4}],
+    "sweep": {"steps": 1},
+    "held_out": {"path": "text.txt"},
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """A small run.
+
+    Attributes:
+        words: Of the command line, but for the output.
+        resumes: Whether it knows ``--resume``.
+        state: The file that stands in its output once ``--resume`` is needed.
+    """
+
+    words: list[str]
+    resumes: bool = True
+    state: str = "recipe.json"
+
+
+_PRUNE = ["prune", "source", "--ratio", "0.5", "--method", "l2", "--calibration", "text.txt"]
+_TEACHER = "distill.teachers=[{model: other}]"
+_RUNS = {
+    "train lora": Command(["train", "small.yaml"]),
+    "train full": Command(["train", "small.yaml", "method=full"]),
+    "train stopped early": Command(
+        [
+            "train",
+            "small.yaml",
+            "train.learning_rate=1.0",
+            "train.steps=12",
+            "train.early_stopping=1",
+            "train.validate_every=1",
+            "train.save_every=3",
+        ]
+    ),
+    "train task rows": Command(
+        [
+            "train",
+            "small.yaml",
+            "data.path=[{path: 'task:./toytask.yaml', limit: 6}]",
+            "data.validation=0",
+        ]
+    ),
+    "distill logits": Command(["distill", "small.yaml", "train.steps=2", _TEACHER]),
+    "distill sequence": Command(
+        [
+            "distill",
+            "small.yaml",
+            "train.steps=2",
+            _TEACHER,
+            "distill.method=sequence",
+            "distill.ask.max_tokens=4",
+            "data.max_rows=8",
+        ]
+    ),
+    "distill mutual": Command(
+        ["distill", "small.yaml", "train.steps=2", _TEACHER, "distill.method=mutual"]
+    ),
+    "prune recover": Command(
+        [
+            *_PRUNE,
+            "--recover",
+            "small.yaml",
+            "--task",
+            "./toytask.yaml",
+            "--limit",
+            "4",
+            "train.steps=2",
+        ],
+        state="request.json",
+    ),
+    "eval": Command(
+        ["eval", "source", "--task", "./toytask.yaml", "--perplexity", "text.txt"],
+        state="eval.json",
+    ),
+    "compare": Command(["compare", "toy.yaml", "--quiet"], state="matrix.json"),
+}
+_MADE = {
+    "convert": ["convert", "source", "--dtype", "float16"],
+    "quantize": ["quantize", "source", "--group-size", "32", "--calibration", "text.txt"],
+    "prune": _PRUNE,
+    "fuse": ["fuse", "source", "--adapter", "tuned", "--calibration", "text.txt", "--force"],
+    "export hf": ["export", "source", "--to", "hf"],
+    "export gguf": ["export", "source", "--to", "gguf", "--calibration", "text.txt"],
+    "export peft": ["export", "tuned", "--to", "peft"],
+    "import": ["import", "peft"],
+    "analyze": ["analyze", "intruders", "source", "--adapter", "tuned/adapters", "--no-cache"],
+}
+ALL = {**_RUNS, **{name: Command(words, resumes=False) for name, words in _MADE.items()}}
+
+# ------------------------------------------------------------------------------- what may differ
+
+_TIMES = re.compile(
+    r"(seconds|tokens_per_second|peak_memory_bytes|active_memory_bytes|\w*_seconds|minutes"
+    r"|eval_peak_memory_bytes)"
+)
+# Pages and tables that are made of the cells' records, times among them.
+_PAGES = ("report.html", "report.md", "results.csv")
+
+
+def plain(name: str, content: bytes | None) -> Any:
+    """Return what of a file must be equal."""
+    if content is None or name.endswith((".safetensors", ".bin", ".npy", ".gguf")):
+        return content
+    if name.rsplit("/", 1)[-1] in _PAGES:
+        return "a page"
+    if name.endswith("models/hashes.json"):  # its keys are places and times of files
+        return sorted(json.loads(content).values())
+    if name.endswith(".json"):
+        return _without_times(json.loads(content))
+    if name.endswith("metrics.jsonl"):
+        records = map(json.loads, content.splitlines())
+        return [_without_times(record) for record in records if record["event"] != "resumed"]
+    if name.endswith("progress.jsonl"):
+        return [_without_times(json.loads(line)) for line in content.splitlines()]
+    return content
+
+
+def _without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_times(v) for k, v in value.items() if not _TIMES.fullmatch(k)}
+    return [_without_times(inner) for inner in value] if isinstance(value, list) else value
+
+
+# ---------------------------------------------------------------------------------- one command
+
+
+class _Here:
+    """Stands for the process of a cell: runs it in this one, so that a kill ends both."""
+
+    def __init__(self, command: list[str], **_: Any) -> None:
+        self.words = command[command.index("mlx_slim") + 1 :]
+
+    def wait(self) -> int:
+        """Run the cell and return its exit code."""
+        return run(self.words)
+
+
+@dataclass
+class Trial:
+    """One command in a folder of its own.
+
+    Attributes:
+        name: Of the command.
+        given: Folder of models and rows.
+        work: Holds the output and nothing else; the same place for every run.
+    """
+
+    name: str
+    given: Path
+    work: Path
+    expected: dict[str, Any] = field(default_factory=dict)
+    operations: list[str] = field(default_factory=list)
+
+    @property
+    def command(self) -> Command:
+        """What is run."""
+        return ALL[self.name]
+
+    @property
+    def out(self) -> Path:
+        """The output."""
+        return self.work / "deep" / "out"
+
+    def _run(self, resume: bool, limit: int | None, log: Path) -> None:
+        os.chdir(self.given)
+        os.fsync = lambda descriptor: None  # a kill loses nothing that was written
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        with log.open("w") as handle:
+            os.dup2(handle.fileno(), 1)
+            os.dup2(handle.fileno(), 2)
+        compare_command.subprocess = type("processes", (), {"Popen": _Here})  # type: ignore[assignment]
+        watch = Watch([self.work], limit)
+        words = [*self.command.words, "-o", str(self.out)]
+        code = run([*words, "--resume"] if resume else words)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if limit is None:
+            (log.parent / "operations").write_text("\n".join(watch.seen))
+            _name_modules(log.parent / "modules")
+        if code:
+            os._exit(code)
+
+    def _fork(self, resume: bool, limit: int | None = None) -> int:
+        self.log = self.work.parent / "log"
+        return forked(partial(self._run, resume, limit, self.log))
+
+    def undisturbed(self) -> None:
+        """Run once to the end, and keep what it made."""
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir(parents=True)
+        code = self._fork(False)
+        assert code == 0, f"{self.name}: exit code {code}\n{self.log.read_text()}"
+        self.operations = (self.log.parent / "operations").read_text().splitlines()
+        _import_modules(self.log.parent / "modules")
+        self.expected = self._found()
+        hidden = [name for name in self.expected if "mlx-slim-" in name or name.endswith(".lock")]
+        assert not hidden, f"{self.name}: {hidden}"
+        if not self.command.resumes:
+            again = self._fork(False)
+            told = self.log.read_text()
+            if self.name != "analyze":
+                assert again == 0 and "complete: nothing to do" in told, f"{self.name}: {told}"
+            assert self._found() == self.expected
+
+    def _found(self) -> dict[str, Any]:
+        return {name: plain(name, content) for name, content in contents(self.work).items()}
+
+    def _resume(self, moment: int) -> bool:
+        """Whether to say ``--resume``: always where it is needed, else every other time."""
+        there = (self.out / self.command.state).exists()
+        return self.command.resumes and (there or moment % 2 == 0)
+
+    def killed_at(self, moment: int) -> str:
+        """Kill before an operation and go on; return what was not as it should be, or nothing.
+
+        Every third time what goes on is killed too.
+        """
+        shutil.rmtree(self.work)
+        self.work.mkdir()
+        code = self._fork(False, moment)
+        if code != -9:
+            return f"exit code {code} instead of a kill"
+        if moment % 3 == 0:
+            code = self._fork(self._resume(moment), moment // 2)
+            if code not in (0, -9):
+                return f"the second run ended with {code}: {self.log.read_text()[-2000:]}"
+        code = self._fork(self._resume(moment))
+        if code:
+            return f"does not go on, exit code {code}: {self.log.read_text()[-2000:]}"
+        found = self._found()
+        names = sorted(set(found) ^ set(self.expected))
+        if names:
+            return f"names that only one of the two has: {names}"
+        other = [name for name in found if found[name] != self.expected[name]]
+        return f"other contents: {[_shown(found[n], self.expected[n], n) for n in other]}" * bool(
+            other
+        )
+
+
+def _shown(found: Any, expected: Any, name: str) -> str:
+    if isinstance(found, bytes):
+        return name
+    return f"{name}: {str(found)[:1500]} instead of {str(expected)[:1500]}"
+
+
+# ------------------------------------------------------------------------------------- the whole
+
+
+def prepare(given: Path) -> None:
+    """Write models, rows, a task, a text, a recipe and a matrix; tune and export one adapter."""
+    shutil.rmtree(given, ignore_errors=True)
+    given.mkdir(parents=True)
+    tiny_model(given / "source", seed=0)
+    tiny_model(given / "other", seed=1)
+    write_rows(given / "rows.jsonl", 16)
+    (given / "toytask.yaml").write_text(yaml.safe_dump(TASK, sort_keys=False))
+    rows = [
+        {"question": f"Number {i} is", "choices": ["odd", "even", "prime"], "answer": i % 3}
+        for i in range(12)
+    ]
+    (given / "toy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (given / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 12)
+    (given / "small.yaml").write_text(yaml.safe_dump({"model": "source", **TRAIN}))
+    (given / "toy.yaml").write_text(yaml.safe_dump(MATRIX, sort_keys=False))
+    os.chdir(given)
+    assert run(["train", "small.yaml", "-o", "tuned", "--quiet"]) == 0
+    assert run(["export", "tuned", "--to", "peft", "-o", "peft"]) == 0
+    _name_modules(given / "modules")
+
+
+def _name_modules(file: Path) -> None:
+    file.write_text("\n".join(name for name in list(sys.modules) if "__" not in name))
+
+
+def _import_modules(file: Path) -> None:
+    """Import here, once, what a run has imported while it ran."""
+    for name in file.read_text().splitlines():
+        with contextlib.suppress(Exception):  # what only a half of a package can import
+            importlib.import_module(name)
+
+
+def trial(name: str, base: Path) -> Trial:
+    """Return a command that was run undisturbed."""
+    made = Trial(name, base / "given", base / name.replace(" ", "-") / "work")
+    made.undisturbed()
+    return made
+
+
+def every_moment(names: list[str], base: Path, tell: Callable[[str], None]) -> int:
+    """Kill each command before each of its operations; return how many went wrong."""
+    tell(f"{'command':20} {'moments':>7} {'killed twice':>12} {'wrong':>5} {'seconds':>7}")
+    wrong = 0
+    for name in names:
+        began = time.monotonic()
+        one = trial(name, base)
+        bad = 0
+        for moment in range(len(one.operations)):
+            if trouble := one.killed_at(moment):
+                bad += 1
+                tell(f"{name}, before {moment} ({one.operations[moment]}): {trouble}")
+        count = len(one.operations)
+        seconds = time.monotonic() - began
+        tell(f"{name:20} {count:>7} {-(-count // 3):>12} {bad:>5} {seconds:>7.0f}")
+        wrong += bad
+    return wrong
+
+
+def some_moments(names: list[str], points: int, seed: int, base: Path, tell: Any) -> int:
+    """Kill at ``points`` moments, drawn with ``seed``, at least one of each command."""
+    draw = random.Random(seed)
+    chosen = [*names, *draw.choices(names, k=max(0, points - len(names)))][:points]
+    wrong = 0
+    for name in names:
+        if not (count := chosen.count(name)):
+            continue
+        one = trial(name, base)
+        for moment in draw.sample(range(len(one.operations)), count):
+            trouble = one.killed_at(moment)
+            tell(f"{name}, before {moment} ({one.operations[moment]}): {trouble or 'equal'}")
+            wrong += bool(trouble)
+    return wrong
+
+
+def main(words: list[str]) -> int:
+    """Run as a program."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--points", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="*", default=list(ALL))
+    asked = parser.parse_args(words)
+    for module, _ in COMMANDS.values():
+        importlib.import_module(f"mlx_slim.cli.{module}")
+    base = asked.folder.resolve()
+    assert forked(partial(prepare, base / "given")) == 0
+    _import_modules(base / "given" / "modules")
+    tell = partial(print, flush=True)
+    if asked.points is None:
+        return every_moment(asked.only, base, tell)
+    return some_moments(asked.only, asked.points, asked.seed, base, tell)
+
+
+if __name__ == "__main__":
+    sys.exit(bool(main(sys.argv[1:])))

@@ -1,0 +1,28 @@
+"""Commands killed at drawn moments, going on, and ending as if nothing had been."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+POINTS = 24
+
+
+def test_killed_at_drawn_moments_every_command_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
+    """``make kills`` takes every moment. The seed stands here: a failure can be run again."""
+    command = ["-m", "tests.support.kill_commands", tmp_path, "--points", POINTS, "--seed", "0"]
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    moments = [line for line in done.stdout.splitlines() if ", before " in line]
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(moments) == POINTS and all(line.endswith(": equal") for line in moments), moments
