@@ -57,17 +57,6 @@ def first_missing(path: Path) -> Path | None:
     return missing[-1] if missing else None
 
 
-def check_output(path: Path) -> None:
-    """Refuse, before any work is done, an output folder that exists or could not be written.
-
-    Raises:
-        SlimError: Says which.
-    """
-    if path.exists():
-        raise exists_already(path)
-    check_writable(path)
-
-
 def check_writable(path: Path) -> None:
     """Refuse a folder that exists and cannot be written, or that cannot be made.
 

@@ -62,6 +62,11 @@ class RunKind:
     state: str
     before: tuple[str, ...] = ()
 
+    @property
+    def article(self) -> str:
+        """What stands before ``holds``."""
+        return "" if self.holds.endswith("s") else "a "
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -96,7 +101,7 @@ def check_run_folder(out: Path, kind: RunKind, *, resume: bool) -> bool:
     if (out / kind.state).exists():
         if not resume:
             raise SlimError(
-                f"{out} holds a {kind.holds} already",
+                f"{out} holds {kind.article}{kind.holds} already",
                 "go on with --resume, or choose another output folder",
             )
         return True
@@ -138,7 +143,7 @@ def run_folder(out: Path, kind: RunKind, *, resume: bool) -> Iterator[Claim]:
             begun = True
         note = ""
         if resume and not started:
-            note = f"{out} holds no {kind.holds} to resume: starting it"
+            note = f"{out} holds no {kind.holds} to resume: starting"
         yield Claim(started, note, lock.descriptor)
     finally:
         _claimed.pop(key, None)
@@ -199,8 +204,8 @@ def _begin(out: Path, kind: RunKind, lock: locks.Lock) -> None:
     entries = _leftovers(out, kind)
     if entries and not lock.works:
         raise SlimError(
-            f"{out} holds the beginning of a {kind.holds}, and without locks nobody knows whether "
-            "its process lives",
+            f"{out} holds the beginning of {kind.article}{kind.holds}, and without locks nobody "
+            "knows whether its process lives",
             "remove it if no other command writes it, or choose another output folder",
         )
     for path in entries:

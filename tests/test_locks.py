@@ -128,7 +128,7 @@ def test_a_run_of_a_living_process_is_refused_and_of_a_killed_one_begun_anew(
     process.wait()
     with run_folder(out, RUN, resume=resume) as claim:
         assert not claim.started
-        assert ("to resume: starting it" in claim.note) == resume
+        assert ("to resume: starting" in claim.note) == resume
         assert list(contents(out)) == [LOCK_FILE]
 
 

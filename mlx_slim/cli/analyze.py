@@ -59,31 +59,31 @@ def intruders(
     from mlx_slim.artifacts import (
         SCHEMA_VERSION,
         atomic_folder,
-        check_output,
         provenance,
         write_json,
         write_text,
     )
-
-    check_output(output)
+    from mlx_slim.claims import new_folder
 
     def progress(matrix: Matrix) -> None:
         if not as_json:
             click.echo(_line(matrix), err=True)
 
-    found = find_intruders(
-        base,
-        adapter=adapter,
-        tuned=tuned,
-        k=k,
-        epsilon=epsilon,
-        cache=None if no_cache else cache_folder(),
-        progress=progress,
-    )
-    record = {"schema_version": SCHEMA_VERSION, **found.as_record(), "provenance": provenance()}
-    with atomic_folder(output) as temporary:
-        write_text(temporary / "intruders.svg", plot(found))
-        write_json(temporary / "intruders.json", record)
+    inputs = {"base": base, "adapter": adapter, "tuned": tuned, "k": k, "epsilon": epsilon}
+    with new_folder(output, "analyze intruders", inputs):
+        found = find_intruders(
+            base,
+            adapter=adapter,
+            tuned=tuned,
+            k=k,
+            epsilon=epsilon,
+            cache=None if no_cache else cache_folder(),
+            progress=progress,
+        )
+        record = {"schema_version": SCHEMA_VERSION, **found.as_record(), "provenance": provenance()}
+        with atomic_folder(output) as temporary:
+            write_text(temporary / "intruders.svg", plot(found))
+            write_json(temporary / "intruders.json", record)
     if as_json:
         click.echo(json.dumps(record))
         return

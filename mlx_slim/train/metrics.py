@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from mlx_slim.artifacts import disk_errors, fsync, json_lines, write_text
-from mlx_slim.events import Done, Event, Notice, Saved, Started
+from mlx_slim.events import Done, Event, Saved, Started
 
 
 class MetricsFile:
@@ -33,8 +33,7 @@ class MetricsFile:
     def rewind(self, saved: Saved) -> None:
         """Cut the file back to a checkpoint; its own line is added if a kill came before it.
 
-        What is said again before the first new step (the start, notices) stands there already and
-        is not written twice.
+        The line of the start stands there already and is not written twice.
         """
         self._resuming = True
         own = json.dumps(saved.as_record())
@@ -56,8 +55,8 @@ class MetricsFile:
 
     def notify(self, event: Event) -> None:
         """Append one line."""
-        if self._resuming and isinstance(event, (Notice, Started)):
-            self._resuming = not isinstance(event, Started)
+        if self._resuming and isinstance(event, Started):
+            self._resuming = False
             return
         with disk_errors(self.path), self.path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(event.as_record()) + "\n")

@@ -65,7 +65,7 @@ def evaluate(
     watcher = observer if observer and runtime.world().rank() == 0 else _Nobody()
     targets = _first_rank_first(lambda: find_targets(sources, names, out, options, resume))
     if resume and runtime.world().rank() == 0 and not any(target.started for target in targets):
-        watcher.notify(events.Notice(f"{out} holds no results to resume: starting them"))
+        watcher.notify(events.Notice(f"{out} holds no results to resume: starting"))
     try:
         results = [score(target, watcher) for target in targets]
     except KeyboardInterrupt as stop:
