@@ -2,11 +2,12 @@
 
 Invariant: after a kill, ``--resume`` (or the same command, where there is none) ends with the bytes
 of the run that was not killed, and leaves no name beside or inside the output that this one has
-not. What may differ is named in ``plain`` and nowhere else: times, rates and sizes of memory. All
+not. What may differ is named in ``kills.plain`` and nowhere else: times, sizes of memory. All
 imports happen once; every run is a fork of this process, which itself computes nothing.
 
 ``python -m tests.support.kill_commands FOLDER`` kills before every operation of every command
-(``make kills``); ``--points 24 --seed 0`` before so many, drawn from all commands; ``--only NAME``.
+(``make kills``); ``--points 24 --seed 0`` before so many, drawn from all commands; ``--only NAME``;
+``--every 5`` before every fifth operation.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import importlib
 import json
 import os
 import random
-import re
 import shutil
 import sys
 import time
@@ -35,7 +35,7 @@ from mlx_slim.cli import compare as compare_command
 from mlx_slim.cli.main import COMMANDS, run
 from mlx_slim.compare import cell, report, runner  # noqa: F401
 from mlx_slim.workflows import export, fuse, peft_folders, recover  # noqa: F401
-from tests.support.kills import Watch, contents, forked
+from tests.support.kills import Watch, contents, forked, plain
 from tests.support.runs import write_rows
 from tests.support.tiny import tiny_model
 
@@ -166,40 +166,6 @@ _MADE = {
     "analyze": ["analyze", "intruders", "source", "--adapter", "tuned/adapters", "--no-cache"],
 }
 ALL = {**_RUNS, **{name: Command(words, resumes=False) for name, words in _MADE.items()}}
-
-# ------------------------------------------------------------------------------- what may differ
-
-_TIMES = re.compile(
-    r"(seconds|tokens_per_second|peak_memory_bytes|active_memory_bytes|\w*_seconds|minutes"
-    r"|eval_peak_memory_bytes)"
-)
-# Pages and tables that are made of the cells' records, times among them.
-_PAGES = ("report.html", "report.md", "results.csv")
-
-
-def plain(name: str, content: bytes | None) -> Any:
-    """Return what of a file must be equal."""
-    if content is None or name.endswith((".safetensors", ".bin", ".npy", ".gguf")):
-        return content
-    if name.rsplit("/", 1)[-1] in _PAGES:
-        return "a page"
-    if name.endswith("models/hashes.json"):  # its keys are places and times of files
-        return sorted(json.loads(content).values())
-    if name.endswith(".json"):
-        return _without_times(json.loads(content))
-    if name.endswith("metrics.jsonl"):
-        records = map(json.loads, content.splitlines())
-        return [_without_times(record) for record in records if record["event"] != "resumed"]
-    if name.endswith("progress.jsonl"):
-        return [_without_times(json.loads(line)) for line in content.splitlines()]
-    return content
-
-
-def _without_times(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_times(v) for k, v in value.items() if not _TIMES.fullmatch(k)}
-    return [_without_times(inner) for inner in value] if isinstance(value, list) else value
-
 
 # ---------------------------------------------------------------------------------- one command
 
@@ -365,21 +331,26 @@ def trial(name: str, base: Path) -> Trial:
     return made
 
 
-def every_moment(names: list[str], base: Path, tell: Callable[[str], None]) -> int:
-    """Kill each command before each of its operations; return how many went wrong."""
-    tell(f"{'command':20} {'moments':>7} {'killed twice':>12} {'wrong':>5} {'seconds':>7}")
+def every_moment(names: list[str], base: Path, tell: Callable[[str], None], every: int) -> int:
+    """Kill each command before every ``every``-th operation; return how many went wrong."""
+    head = f"{'command':20} {'operations':>10} {'killed':>6} {'killed twice':>12}"
+    tell(f"{head} {'wrong':>5} {'seconds':>7}")
     wrong = 0
     for name in names:
         began = time.monotonic()
         one = trial(name, base)
         bad = 0
-        for moment in range(len(one.operations)):
+        moments = range(0, len(one.operations), every)
+        for moment in moments:
             if trouble := one.killed_at(moment):
                 bad += 1
                 tell(f"{name}, before {moment} ({one.operations[moment]}): {trouble}")
-        count = len(one.operations)
+        twice = sum(moment % 3 == 0 for moment in moments)
         seconds = time.monotonic() - began
-        tell(f"{name:20} {count:>7} {-(-count // 3):>12} {bad:>5} {seconds:>7.0f}")
+        tell(
+            f"{name:20} {len(one.operations):>10} {len(moments):>6} {twice:>12} {bad:>5} "
+            f"{seconds:>7.0f}"
+        )
         wrong += bad
     return wrong
 
@@ -406,6 +377,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--points", type=int)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=list(ALL))
     asked = parser.parse_args(words)
     for module, _ in COMMANDS.values():
@@ -415,7 +387,7 @@ def main(words: list[str]) -> int:
     _import_modules(base / "given" / "modules")
     tell = partial(print, flush=True)
     if asked.points is None:
-        return every_moment(asked.only, base, tell)
+        return every_moment(asked.only, base, tell, asked.every)
     return some_moments(asked.only, asked.points, asked.seed, base, tell)
 
 

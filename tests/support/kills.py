@@ -7,11 +7,14 @@ after them is one of these. Used by ``tests/test_locks.py`` and ``tests/test_kil
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 _CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link"}
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -68,3 +71,37 @@ def contents(folder: Path) -> dict[str, bytes | None]:
         path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
     }
+
+
+# ------------------------------------------------------------------------------- what may differ
+
+_TIMES = re.compile(
+    r"(seconds|tokens_per_second|peak_memory_bytes|active_memory_bytes|\w*_seconds|minutes"
+    r"|eval_peak_memory_bytes)"
+)
+# Pages and tables that are made of the cells' records, times among them.
+_PAGES = ("report.html", "report.md", "results.csv")
+
+
+def plain(name: str, content: bytes | None) -> Any:
+    """Return what of a file must be equal."""
+    if content is None or name.endswith((".safetensors", ".bin", ".npy", ".gguf")):
+        return content
+    if name.rsplit("/", 1)[-1] in _PAGES:
+        return "a page"
+    if name.endswith("models/hashes.json"):  # its keys are places and times of files
+        return sorted(json.loads(content).values())
+    if name.endswith(".json"):
+        return _without_times(json.loads(content))
+    if name.endswith("metrics.jsonl"):
+        records = map(json.loads, content.splitlines())
+        return [_without_times(record) for record in records if record["event"] != "resumed"]
+    if name.endswith("progress.jsonl"):
+        return [_without_times(json.loads(line)) for line in content.splitlines()]
+    return content
+
+
+def _without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_times(v) for k, v in value.items() if not _TIMES.fullmatch(k)}
+    return [_without_times(inner) for inner in value] if isinstance(value, list) else value

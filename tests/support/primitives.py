@@ -115,11 +115,11 @@ def checkpoints_rotated(folder: Path) -> None:
     step = 0
     if newest is None:
         metrics.clear()
-    else:
+    metrics.notify(Notice("about the run"))
+    if newest is not None:
         step = json.loads((newest / "state.json").read_text())["step"]
         metrics.rewind(Saved(step, f"checkpoints/{newest.name}"))
         rotate(checkpoints, 2, 2)
-    metrics.notify(Notice("about the run"))
     metrics.notify(Started(8, 1.0, 0, first_step=step))
     for number in range(step + 1, 9):
         metrics.notify(_Step(number))
