@@ -66,17 +66,17 @@ TASK = {
 }
 MATRIX = {
     "title": "toy",
-    "recipe": {**TRAIN, "train": {**TRAIN["train"], "steps": 2}},
+    "recipe": {**TRAIN, "train": {**TRAIN["train"], "steps": 1}},
     "models": {"toy": {"source": "source"}},
     "methods": {
         "base": {"kind": "base"},
-        "lora": {"recipe": {"method": "lora"}, "learning_rates": [1e-4, 1e-2]},
-        "qlora": {"recipe": {"method": "qlora"}},
-        "fused": {"kind": "fused", "of": "lora"},
+        "qlora": {"recipe": {"method": "qlora"}, "learning_rates": [1e-4, 1e-2]},
+        "fused": {"kind": "fused", "of": "qlora"},
         "small": {"kind": "pruned", "prune": {"method": "l2", "ratio": 0.5}},
     },
     "tasks": [{"task": "./toytask.yaml", "limit": 4}],
     "sweep": {"steps": 1},
+    "intruders": False,
     "held_out": {"path": "text.txt"},
 }
 

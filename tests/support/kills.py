@@ -89,8 +89,8 @@ def plain(name: str, content: bytes | None) -> Any:
         return content
     if name.rsplit("/", 1)[-1] in _PAGES:
         return "a page"
-    if name.endswith("models/hashes.json"):  # its keys are places and times of files
-        return sorted(json.loads(content).values())
+    if name.endswith("models/hashes.json"):  # it knows files by their time besides
+        return {key: known["sha256"] for key, known in json.loads(content).items()}
     if name.endswith(".json"):
         return _without_times(json.loads(content))
     if name.endswith("metrics.jsonl"):
