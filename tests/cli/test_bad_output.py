@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,20 @@ def test_output_that_exists(fails, small, tiny, tmp_path) -> None:
     assert "exists" in fails("quantize", tiny("llama"), "-o", out)
     assert "exists" in fails("convert", tiny("llama"), "-o", out)
     assert (out / "mine.txt").read_text() == "keep me"
+
+
+def test_an_output_that_the_same_command_made_is_complete(fails, tiny, tmp_path, capfd) -> None:
+    out = tmp_path / "out"
+    words = ["quantize", str(tiny("llama")), "-o", str(out), "--group-size", "32"]
+    words += ["--fidelity-samples", "0"]
+    assert run(words) == 0
+    capfd.readouterr()
+    assert run(words) == 0
+    assert capfd.readouterr().out == f"{out} is complete: nothing to do\n"
+    assert run([*words, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["status"] == "complete"
+    assert "exists already" in fails(*words, "--bits", "3")
+    assert "exists already" in fails("convert", tiny("llama"), "-o", out)
 
 
 def test_output_under_a_file(fails, small, rows, tiny) -> None:

@@ -137,6 +137,36 @@ def test_another_recipe_or_other_data_is_refused_with_the_difference(tiny, tmp_p
     assert json.loads((out / "run.json").read_text())["status"] == "complete"
 
 
+def test_resume_of_nothing_starts_and_says_so(tiny, tmp_path: Path) -> None:
+    model, data = tiny("llama"), write_rows(tmp_path / "rows.jsonl")
+    recorder = Recorder()
+    out = tmp_path / "run"
+    finetune(recipe(model, data, steps=2), out, observer=recorder, resume=True)
+    assert recorder.events[0].as_record()["message"] == f"{out} holds no run to resume: starting"
+    assert (out / "run.json").exists()
+
+
+def test_an_early_stopped_run_takes_no_step_more_on_a_resume(tiny, tmp_path: Path) -> None:
+    model, data = tiny("llama"), write_rows(tmp_path / "rows.jsonl")
+    small = recipe(model, data, learning_rate=1.0, early_stopping=1, validate_every=1)
+    out = tmp_path / "run"
+    first = finetune(small, out, observer=Recorder()).done
+    assert (first.reason, first.step < 10) == ("early_stopping", True)
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    (out / "run.json").unlink()  # as if killed right after its last checkpoint
+    (out / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines[:-2]))
+    again = finetune(small, out, observer=Recorder(), resume=True).done
+    assert (again.reason, again.step, again.kept_step) == (
+        *("early_stopping", first.step),
+        first.kept_step,
+    )
+    events = [
+        json.loads(line)["event"] for line in (out / "metrics.jsonl").read_text().splitlines()
+    ]
+    events.remove("resumed")
+    assert events == [json.loads(line)["event"] for line in lines]
+
+
 def test_a_finished_run_is_left_alone(tiny, tmp_path: Path) -> None:
     model, data = tiny("llama"), write_rows(tmp_path / "rows.jsonl")
     out = tmp_path / "run"
