@@ -37,7 +37,7 @@ from mlx_slim.compare import cell, report, runner  # noqa: F401
 from mlx_slim.workflows import export, fuse, peft_folders, recover  # noqa: F401
 from tests.support.kills import Watch, contents, forked, plain
 from tests.support.runs import write_rows
-from tests.support.tiny import tiny_model
+from tests.support.tiny import speaking_model, tiny_model
 
 TRAIN = {
     "method": "lora",
@@ -126,9 +126,9 @@ _RUNS = {
             "distill",
             "small.yaml",
             "train.steps=2",
-            _TEACHER,
+            "distill.teachers=[{model: speaker}]",
             "distill.method=sequence",
-            "distill.ask.max_tokens=4",
+            "distill.ask.max_tokens=16",
             "data.max_rows=8",
         ]
     ),
@@ -297,6 +297,7 @@ def prepare(given: Path) -> None:
     given.mkdir(parents=True)
     tiny_model(given / "source", seed=0)
     tiny_model(given / "other", seed=1)
+    speaking_model(given / "speaker", "By me!")
     write_rows(given / "rows.jsonl", 16)
     (given / "toytask.yaml").write_text(yaml.safe_dump(TASK, sort_keys=False))
     rows = [
