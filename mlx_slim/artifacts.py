@@ -210,6 +210,8 @@ def write_json(path: Path, value: Any) -> None:
 def save_tensors(path: Path, tensors: dict[str, Any]) -> None:
     """Write arrays (float or integer, evaluated here) as safetensors; not atomic by itself.
 
+    The same arrays give the same bytes, in whatever order they come.
+
     Raises:
         ResourceError: If the disk is full.
         SlimError: If the file cannot be written.
@@ -217,7 +219,7 @@ def save_tensors(path: Path, tensors: dict[str, Any]) -> None:
     import mlx.core as mx
 
     try:
-        mx.save_safetensors(str(path), tensors, metadata={"format": "mlx"})
+        mx.save_safetensors(str(path), dict(sorted(tensors.items())), metadata={"format": "mlx"})
     except RuntimeError as error:  # MLX's writer names no errno
         needed = sum(value.nbytes for value in tensors.values())
         if shutil.disk_usage(path.parent).free < needed:
