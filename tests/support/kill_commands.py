@@ -100,7 +100,8 @@ _PRUNE = ["prune", "source", "--ratio", "0.5", "--method", "l2", "--calibration"
 _TEACHER = "distill.teachers=[{model: other}]"
 _RUNS = {
     "train lora": Command(["train", "small.yaml"]),
-    "train full": Command(["train", "small.yaml", "method=full"]),
+    "train qlora": Command(["train", "small.yaml", "method=qlora", "train.steps=2"]),
+    "train full": Command(["train", "small.yaml", "method=full", "train.steps=2"]),
     "train stopped early": Command(
         [
             "train",
