@@ -7,7 +7,6 @@ Legend: B sequences, T positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -79,7 +78,7 @@ def in_batches(sequences: list[list[int]], count: int) -> Plan:
     return [sequences[i : i + count] for i in range(0, len(sequences), count)]
 
 
-def runs(rows: np.ndarray, lengths: np.ndarray, levels: Sequence[int], budget: int) -> list[Run]:
+def runs(rows: np.ndarray, lengths: np.ndarray, levels: np.ndarray, budget: int) -> list[Run]:
     """Return ``rows`` as runs with a width for each level.
 
     The last micro-batch of a width is filled up with the longest rows of the next one, so only the

@@ -119,7 +119,8 @@ class Shapes:
         """Return the number of the first shape that holds each micro-batch, −1 for none."""
         needed_M3 = needed(plan, self.lengths, self.supervised)
         fits_MS = (needed_M3[:, None] <= np.array(self.shapes)).all(axis=-1)
-        return np.where(fits_MS.any(axis=1), fits_MS.argmax(axis=1), -1)
+        first_M = fits_MS.argmax(axis=1)
+        return np.where(fits_MS.sum(axis=1) > 0, first_M, -1)
 
     def fitted(self, plan: Plan) -> Plan:
         """Return ``plan`` with the micro-batches that fit no shape taken apart."""
@@ -186,12 +187,12 @@ def _settled(shapes: list[Shape], lengths: np.ndarray, supervised: np.ndarray) -
 
     Every row was in a micro-batch that was counted, so each fits the largest shape of its frame.
     """
-    tops = {Frame(*frame): targets for *frame, targets in sorted(shapes)}
+    tops = {Frame(shape.batch, shape.width): shape.targets for shape in sorted(shapes)}
     settled = set()
-    for *frame, targets in shapes:
-        if targets == tops[Frame(*frame)]:
-            targets = min(-(-targets * _HEADROOM // 100), frame[0] * frame[1])
-        settled.add(Shape(*frame, targets))
+    for batch, width, targets in shapes:
+        if targets == tops[Frame(batch, width)]:
+            targets = min(-(-targets * _HEADROOM // 100), batch * width)
+        settled.add(Shape(batch, width, targets))
     price = _TARGET_PRICE * lengths.sum() / supervised.sum()  # of a target, in positions
     ordered = sorted(settled, key=lambda s: (s.batch * s.width + price * s.targets, s))
     return Shapes(tuple(ordered), lengths, supervised)
@@ -211,7 +212,7 @@ def _options(rows: np.ndarray, lengths: np.ndarray, budget: int, limit: int) -> 
     best: dict[int, tuple[int, Runs]] = {}
     table = Levels(lengths[rows], _WIDTHS)
     for count in range(1, len(table.costs) + 1):
-        found = runs(rows, lengths, table.levels(count), budget)
+        found = runs(rows, lengths, np.array(table.levels(count)), budget)
         choices = [found]
         if len(found) > 1 and found[-1].frame.batch < found[-2].frame.batch:
             # The rest as a frame of its own, or padded with empty rows.

@@ -209,8 +209,9 @@ def build_loop(
         return choose_mode(rows, *sizes, balance, limit)
 
     # Of few shapes, those of rows of like length are padded most.
-    packs = compiled and data.validation and mode != "grouped"
-    held_out_mode = cheaper(data.validation, held_out_limit) if packs else "grouped"
+    held_out_mode: Mode = "grouped"
+    if compiled and data.validation and mode != "grouped":
+        held_out_mode = cheaper(data.validation, held_out_limit)
     mode = cheaper(data.train, limit) if mode == "auto" else mode
     # Each part has gradients of its own: cheap for adapters, a second model for full tuning.
     lanes = 1 if recipe.method == "full" or compiled else cpu_lanes()
