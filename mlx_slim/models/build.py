@@ -1,20 +1,25 @@
 """A config becomes a model without weights: what planning counts and pruning fills.
 
 Invariant: nothing is evaluated, and the caller's random state stays; widths that differ per layer
-(the key ``mlx_slim_widths`` that ``mlx-slim prune --no-uniform`` writes) are those of the blocks.
+(the key ``mlx_slim_widths`` that ``mlx-slim prune --no-uniform`` writes) are those of the blocks,
+and rotary embeddings those of the config (``rope.py``).
 Stock mlx-lm does not know that key: it refuses such a folder, whose tensors do not fit the widths
 of the config's own keys. Try it: ``mlx-slim prune MODEL -o DIR --ratio 0.2 --dry-run``.
 """
 
 from __future__ import annotations
 
+import inspect
+import sys
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_slim.errors import SlimError
-from mlx_slim.models import anatomy
+from mlx_slim.models import anatomy, rope
+from mlx_slim.models.activations import use_tanh_gelu
+from mlx_slim.models.reference import reference_of
 
 WIDTHS = "mlx_slim_widths"
 _KEYS = {"heads", "kv_heads", "intermediate_size"}
@@ -26,13 +31,10 @@ def build(config: dict[str, Any]) -> nn.Module:
     Raises:
         SlimError: If mlx-lm does not know the model type, or the config does not fit it.
     """
-    from mlx_lm.utils import _get_classes
-
     state = cast(list[mx.array], mx.random.state)
     high, low = cast(list[int], state[0].tolist())  # building draws numbers
     try:
-        model_class, args_class = _get_classes(config)
-        model = model_class(args_class.from_dict(config))
+        model = construct(config)
     except (TypeError, ValueError, KeyError, ZeroDivisionError, AssertionError) as error:
         kind = config.get("model_type")
         raise SlimError(
@@ -41,7 +43,6 @@ def build(config: dict[str, Any]) -> nn.Module:
         ) from error
     finally:
         mx.random.seed(high << 32 | low)  # a key is its seed in two words: the caller's, as it was
-    apply_widths(model, config)
     if quantization := config.get("quantization"):
         base = {k: quantization[k] for k in ("group_size", "bits", "mode") if k in quantization}
 
@@ -52,6 +53,26 @@ def build(config: dict[str, Any]) -> nn.Module:
             return hasattr(module, "to_quantized") and width % base["group_size"] == 0
 
         nn.quantize(model, **base, class_predicate=decide)
+    return model
+
+
+def construct(config: dict[str, Any]) -> nn.Module:
+    """Return the dense model of ``config``: its class, with our widths, RoPE and activation.
+
+    Raises:
+        SlimError: If the config asks for a RoPE or widths that the class cannot have.
+        ValueError: And others of mlx-lm's, if the config does not fit the class.
+    """
+    from mlx_lm.utils import _get_classes
+
+    model_class, args_class = _get_classes(config)
+    source = inspect.getsource(sys.modules[model_class.__module__])
+    given = config if rope.reads_scaling(source) else rope.plain_config(config)
+    model = model_class(args_class.from_dict(given))
+    apply_widths(model, config)
+    reference = reference_of(config)
+    rope.install(model, config, reference)
+    use_tanh_gelu(model, reference.activation)
     return model
 
 

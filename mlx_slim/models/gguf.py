@@ -17,6 +17,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_slim.errors import SlimError, did_you_mean
+from mlx_slim.models.build import construct
 from mlx_slim.models.gguf_file import BITS, GGUFFile, read_gguf
 from mlx_slim.models.gguf_tokenizer import build_tokenizer
 from mlx_slim.models.tensors import few
@@ -89,8 +90,6 @@ def import_gguf(path: Path) -> Imported:
         SlimError: If the file is no readable GGUF, its architecture is not one of
             ``ARCHITECTURES``, or its tensors are not exactly those of the model.
     """
-    from mlx_lm.utils import _get_classes
-
     from mlx_slim.models.load import fill
 
     file = read_gguf(path)
@@ -105,8 +104,7 @@ def import_gguf(path: Path) -> Imported:
     config = _config(file, architecture, notes)
     weights = _weights(file, architecture, config)
     bits = {key.removesuffix(".scales"): _bits(weights, key) for key in weights if "scales" in key}
-    model_class, args_class = _get_classes(config)
-    model = model_class(args_class.from_dict(config))
+    model = construct(config)
     nn.quantize(
         model,
         group_size=32,

@@ -24,7 +24,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_slim.artifacts import hash_files, read_json
 from mlx_slim.errors import SlimError
 from mlx_slim.models.activations import use_fast_swiglu
-from mlx_slim.models.build import apply_widths
+from mlx_slim.models.build import construct
 from mlx_slim.models.hub import resolve, resolve_config
 from mlx_slim.models.normalize import Normalized, normalize_config
 from mlx_slim.models.quantized import use_fast_matmul
@@ -283,14 +283,11 @@ def _line(error: BaseException) -> str:
 
 
 def _build(folder: Path, normalized: Normalized, trust: bool) -> tuple[nn.Module, dict[str, Any]]:
-    from mlx_lm.utils import _get_classes, load_model
+    from mlx_lm.utils import load_model
 
     def classes(config: dict[str, Any]) -> tuple[Any, Any]:
-        model_class, args_class = _get_classes(config)
-
-        def build(args: Any) -> nn.Module:
-            model = model_class(args)
-            apply_widths(model, config)
+        def build(config: dict[str, Any]) -> nn.Module:
+            model = construct(config)
             # All that does not fit in one error: the stock check stops at the first kind.
             object.__setattr__(
                 model,
@@ -299,7 +296,7 @@ def _build(folder: Path, normalized: Normalized, trust: bool) -> tuple[nn.Module
             )
             return model
 
-        return build, args_class
+        return build, _Config
 
     if normalized.config.get("model_file") and not trust:
         raise SlimError(
@@ -330,6 +327,15 @@ def _build(folder: Path, normalized: Normalized, trust: bool) -> tuple[nn.Module
         ) from error
     model.__dict__.pop("load_weights", None)
     return model, config
+
+
+class _Config:
+    """Stands for the class of arguments: ``construct`` reads the config itself."""
+
+    @staticmethod
+    def from_dict(config: dict[str, Any]) -> dict[str, Any]:
+        """Return ``config``."""
+        return config
 
 
 def fill(model: nn.Module, folder: Path, given: dict[str, mx.array]) -> nn.Module:

@@ -20,6 +20,8 @@ from types import ModuleType
 from typing import Any
 
 from mlx_slim.errors import SlimError
+from mlx_slim.models import rope
+from mlx_slim.models.reference import reference_of
 
 _BASE_THETA = 10000.0
 # Classes that rotate this part of the head without asking the config.
@@ -149,10 +151,14 @@ def _flatten_rope(
     fields = _fields(module)
     given = config.get("rope_parameters")
     if isinstance(given, dict) and "rope_parameters" not in fields:
-        if given and all(isinstance(value, dict) for value in given.values()):
-            given = _one_rope(config, given, fields, notes)
-        _lift_rope(config, given, fields, notes)
-        del config["rope_parameters"]
+        if not (given and all(isinstance(value, dict) for value in given.values())):
+            _lift_rope(config, given, fields, notes)
+            del config["rope_parameters"]
+        elif (main := _one_rope(config, given, fields, notes)) is not None:
+            _lift_rope(config, main, fields, notes)
+            del config["rope_parameters"]
+    if "rope_theta" in fields and config.get("rope_theta") is None:
+        _default_theta(config, notes)
     scaling = config.get("rope_scaling")
     if isinstance(scaling, dict) and "rope_parameters" not in fields:
         kind = scaling.get("rope_type") or scaling.get("type")
@@ -167,8 +173,11 @@ def _flatten_rope(
 
 def _one_rope(
     config: dict[str, Any], given: dict[str, Any], fields: set[str], notes: list[str]
-) -> dict[str, Any]:
-    """Return the main entry of per-layer-type parameters; the sliding one goes to its own key."""
+) -> dict[str, Any] | None:
+    """Return the main entry of per-layer-type parameters; the sliding one goes to its own key.
+
+    None where the class cannot express them: ``models/rope.py`` puts them in layer by layer.
+    """
     main = given.get("full_attention") or next(iter(given.values()))
     for local in ("rope_local_base_freq", "swa_rope_theta"):
         if local in fields and "sliding_attention" in given:
@@ -178,12 +187,24 @@ def _one_rope(
                 notes.append(f"{local} {config[local]:g} taken from rope_parameters")
                 return main
     if any(value != main for value in given.values()):
+        if reference_of(config).by_layer:
+            config["rope_theta"] = main.get("rope_theta", config.get("rope_theta"))
+            notes.append(f"rotary embeddings by layer type ({', '.join(sorted(given))})")
+            return None
         raise SlimError(
             f"rope_parameters differ by layer type ({', '.join(sorted(given))}), which the mlx-lm "
             f"class of {config.get('model_type')!r} cannot express",
             "loading it would give wrong logits; a newer mlx-lm may know it",
         )
     return main
+
+
+def _default_theta(config: dict[str, Any], notes: list[str]) -> None:
+    """Write down the theta that a config leaves to transformers: mlx-lm's defaults are others."""
+    rope = next((rope for rope in reference_of(config).rope if rope), {})
+    if (theta := rope.get("rope_theta")) is not None:
+        config["rope_theta"] = theta
+        notes.append(f"rope_theta {theta:g} is transformers' default for this model type")
 
 
 def _lift_rope(
@@ -216,8 +237,8 @@ def _lift_rope(
 def _check_rope_type(
     config: dict[str, Any], kind: str, module: ModuleType, fields: set[str]
 ) -> None:
-    """Refuse a RoPE type that the class would ignore or misread."""
-    if kind == "default":
+    """Refuse a RoPE type that neither ``models/rope.py`` nor the class knows."""
+    if kind == "default" or rope.kind_of({"type": kind}) in rope.TYPES:
         return
     from mlx_lm.models import rope_utils
 

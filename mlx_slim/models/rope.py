@@ -1,0 +1,409 @@
+r"""Rotary position embeddings with the frequencies and the scale that transformers computes.
+
+mlx-lm's classes leave out parts of what a config can ask for (``attention_factor`` and ``truncate``
+of yarn, the short factors of longrope), or ignore scaling altogether. Invariant: a model that is
+built here rotates as transformers does, at every length, or it is refused; what its class already
+does the same way (no scaling) is left alone. Rotation is ``mx.fast.rope``, one kernel on Metal.
+Try it: ``python -m pytest tests/models/test_rope.py``.
+
+Position p turns the pair (x_i, x_{i + dims/2}) by the angle p / freqs_i; both are multiplied by
+``scale`` (the attention factor), as transformers multiplies cos and sin. Types: ``linear``, ``yarn``
+(arXiv 2309.00071), ``llama3``, ``longrope`` (arXiv 2402.13753) and ``dynamic`` (NTK); the last two
+depend on the length of the sequence.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_slim.errors import SlimError
+from mlx_slim.models import anatomy
+from mlx_slim.models.reference import Reference
+
+TYPES = ("linear", "dynamic", "yarn", "longrope", "llama3")
+_HINT = "loading it would give wrong logits; a newer mlx-lm may know it"
+_NAME = re.compile(r"(RoPE|RotaryEmbedding)$")  # of the classes of rotary embeddings
+_REQUIRED = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": (),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+
+
+class ScaledRoPE(nn.Module):
+    """A rotary embedding whose frequencies do not depend on the length.
+
+    Args:
+        dims: Leading features of a head that are rotated; even.
+        freqs: Positions a turn of one radian, (dims / 2,).
+        scale: Factor of the rotated features (the attention factor).
+        traditional: Pairs are neighbours (x_0, x_1) instead of halves (x_0, x_{dims/2}).
+    """
+
+    def __init__(
+        self, dims: int, freqs: np.ndarray, *, scale: float = 1.0, traditional: bool = False
+    ) -> None:
+        super().__init__()
+        self.dims, self.scale, self.traditional = dims, scale, traditional
+        self._freqs = mx.array(freqs.astype(np.float32))
+
+    def _extra_repr(self) -> str:
+        return f"{self.dims}, scale={self.scale:g}, traditional={self.traditional}"
+
+    def frequencies(self, length: int | mx.array) -> mx.array:
+        """Return the positions a radian (dims / 2,) for a sequence of ``length`` tokens."""
+        return self._freqs
+
+    def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
+        """Rotate ``x`` (B, heads, T, features), whose first position is ``offset``: one, or (B,)."""
+        freqs = self.frequencies(_end(offset) + x.shape[-2])
+        if self.scale != 1.0:  # in float32: rounded to bfloat16 the factor itself is 0.2% off
+            x = (x.astype(mx.float32) * self._factors(x.shape[-1])).astype(x.dtype)
+        return mx.fast.rope(
+            x,
+            self.dims,
+            traditional=self.traditional,
+            base=None,
+            scale=1.0,
+            offset=offset,
+            freqs=freqs,
+        )
+
+    def _factors(self, features: int) -> mx.array:
+        """Return the factor of each feature: those that are not rotated are not scaled."""
+        if features == self.dims:
+            return mx.array(self.scale)
+        return mx.where(mx.arange(features) < self.dims, self.scale, 1.0)
+
+
+def _end(offset: int | mx.array) -> int | mx.array:
+    return offset.max() if isinstance(offset, mx.array) and offset.ndim else offset
+
+
+class LengthRoPE(ScaledRoPE):
+    """A rotary embedding that turns differently once the sequence is longer than ``boundary``.
+
+    transformers looks at the last position of what it computes; so does this, unless ``length``
+    says how long the whole sequence is that is computed in parts (``set_length``).
+
+    Args:
+        dims: As ``ScaledRoPE``.
+        freqs: Up to ``boundary``.
+        boundary: Tokens.
+        scale: As ``ScaledRoPE``.
+        traditional: As ``ScaledRoPE``.
+        beyond: Frequencies of longer sequences; None for dynamic NTK.
+        ntk: (theta, factor) of dynamic NTK.
+    """
+
+    def __init__(
+        self,
+        dims: int,
+        freqs: np.ndarray,
+        boundary: int,
+        *,
+        scale: float = 1.0,
+        traditional: bool = False,
+        beyond: np.ndarray | None = None,
+        ntk: tuple[float, float] | None = None,
+    ) -> None:
+        super().__init__(dims, freqs, scale=scale, traditional=traditional)
+        self.boundary, self.length, self.ntk = boundary, None, ntk
+        self._beyond = None if beyond is None else mx.array(beyond.astype(np.float32))
+
+    def frequencies(self, length: int | mx.array) -> mx.array:
+        """Return the positions a radian (dims / 2,) for a sequence of ``length`` tokens."""
+        length = length if self.length is None else self.length
+        if isinstance(length, int):
+            return self._freqs if length <= self.boundary else self._longer(length)
+        return mx.where(length > self.boundary, self._longer(length), self._freqs)
+
+    def _longer(self, length: int | mx.array) -> mx.array:
+        if self._beyond is not None:
+            return self._beyond
+        assert self.ntk is not None
+        theta, factor = self.ntk
+        exponents = mx.arange(0, self.dims, 2, dtype=mx.float32) / self.dims
+        stretch = factor * length / self.boundary - (factor - 1)
+        base = theta * stretch ** (self.dims / (self.dims - 2))
+        return base**exponents
+
+
+def set_length(model: nn.Module, length: int | None) -> None:
+    """Say how long the sequences are that ``model`` will compute in parts, or padded.
+
+    Args:
+        model: Any model; nothing happens where its RoPE does not depend on the length.
+        length: Tokens; None looks at each call's last position again.
+    """
+    for module in model.modules():
+        if isinstance(module, LengthRoPE):
+            module.length = length
+
+
+def boundary_of(model: nn.Module) -> int | None:
+    """Return the longest sequence (tokens) before the RoPE of ``model`` changes; None: never."""
+    found = [m.boundary for m in model.modules() if isinstance(m, LengthRoPE)]
+    return min(found, default=None)
+
+
+# ------------------------------------------------------------------------------ frequencies
+
+
+def make_rope(
+    rope: dict[str, Any], dims: int, *, positions: int | None, traditional: bool = False
+) -> ScaledRoPE:
+    """Return the rotary embedding of ``rope``.
+
+    Args:
+        rope: ``rope_parameters`` of transformers: ``rope_type`` of ``TYPES``, ``rope_theta``, ….
+        dims: Rotated features of a head.
+        positions: ``max_position_embeddings`` of the model, tokens.
+        traditional: As ``ScaledRoPE``.
+
+    Raises:
+        SlimError: If a value is missing or cannot be.
+    """
+    kind, theta = rope["rope_type"], float(rope.get("rope_theta") or 10000.0)
+    if lacking := [key for key in _REQUIRED[kind] if rope.get(key) is None]:
+        raise _bad(kind, f"has no {' and no '.join(lacking)}")
+    plain = theta ** (np.arange(0, dims, 2) / dims)
+    try:
+        if kind == "linear":
+            return ScaledRoPE(dims, plain * float(rope["factor"]), traditional=traditional)
+        if kind == "dynamic":
+            if not positions:
+                raise _bad(kind, "needs max_position_embeddings")
+            ntk = (theta, float(rope["factor"]))
+            return LengthRoPE(dims, plain, positions, traditional=traditional, ntk=ntk)
+        original = int(rope.get("original_max_position_embeddings") or positions or 0)
+        if original < 1:
+            raise _bad(kind, "needs original_max_position_embeddings")
+        if kind == "llama3":
+            return ScaledRoPE(dims, _llama3(rope, plain, original), traditional=traditional)
+        factor = rope.get("factor")
+        if factor is None:
+            if not positions:
+                raise _bad(kind, "has no factor, and the config no max_position_embeddings")
+            factor = positions / original
+        factor = float(factor)
+        if kind == "yarn":
+            freqs = _yarn(rope, dims, theta, factor, original)
+            return ScaledRoPE(dims, freqs, scale=_yarn_scale(rope, factor), traditional=traditional)
+        return _longrope(rope, plain, dims, factor, original, traditional)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise _bad(kind, f"has a value that cannot be used: {error}") from error
+
+
+def _bad(kind: str, what: str) -> SlimError:
+    return SlimError(f"config.json: RoPE type {kind!r} {what}", "take the config of the original")
+
+
+def _llama3(rope: dict[str, Any], plain: np.ndarray, original: int) -> np.ndarray:
+    factor = float(rope["factor"])
+    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+    turns = original / (2 * math.pi * plain)  # of each pair over the original context
+    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return 1.0 / ((1 - smooth) / (plain * factor) + smooth / plain)
+
+
+def _yarn(
+    rope: dict[str, Any], dims: int, theta: float, factor: float, original: int
+) -> np.ndarray:
+    def pair(turns: float) -> float:
+        """Return the pair that makes so many turns over the original context."""
+        return dims * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair(rope.get("beta_fast") or 32), pair(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dims - 1)
+    high += 0.001 if low == high else 0
+    ramp = np.clip((np.arange(dims // 2) - low) / (high - low), 0.0, 1.0)
+    plain = theta ** (np.arange(0, dims, 2) / dims)
+    return 1.0 / (ramp / (factor * plain) + (1 - ramp) / plain)
+
+
+def _yarn_scale(rope: dict[str, Any], factor: float) -> float:
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+
+    def mscale(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    over, under = rope.get("mscale"), rope.get("mscale_all_dim")
+    return mscale(over) / mscale(under) if over and under else mscale(1.0)
+
+
+def _longrope(
+    rope: dict[str, Any],
+    plain: np.ndarray,
+    dims: int,
+    factor: float,
+    original: int,
+    traditional: bool,
+) -> ScaledRoPE:
+    stretched = []
+    for key in ("short_factor", "long_factor"):
+        values = np.asarray(rope[key], dtype=np.float64)
+        if values.shape != (dims // 2,):
+            raise _bad("longrope", f"has {values.size} values in {key}, expected {dims // 2}")
+        stretched.append(values * plain)
+    scale = rope.get("attention_factor")
+    if rope.get("short_mscale") is not None:  # Phi-3.5-MoE names the factor of each side
+        scale = rope["short_mscale"]
+        if rope.get("long_mscale", scale) != scale:
+            raise _bad("longrope", "has a short_mscale that is not its long_mscale")
+    if scale is None:
+        scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    short, long = stretched
+    if np.array_equal(short, long):
+        return ScaledRoPE(dims, short, scale=float(scale), traditional=traditional)
+    return LengthRoPE(
+        dims, short, original, scale=float(scale), traditional=traditional, beyond=long
+    )
+
+
+# ------------------------------------------------------------------------------ into a model
+
+
+def plain_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return ``config`` without the scaling that ``install`` will put in.
+
+    Some classes refuse or misread scaling that they do not know, at construction already.
+    """
+    config = copy.copy(config)
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"] = plain_config(config["text_config"])
+    if kind_of(config.get("rope_scaling")) in TYPES:
+        config["rope_scaling"] = None
+    given = config.get("rope_parameters")
+    if isinstance(given, dict):
+        if kind_of(given) in TYPES:
+            given = {**given, "type": "default", "rope_type": "default"}
+        config["rope_parameters"] = {
+            key: {**value, "type": "default", "rope_type": "default"}
+            if kind_of(value) in TYPES
+            else value
+            for key, value in given.items()
+        }
+    return config
+
+
+def reads_scaling(source: str) -> bool:
+    """Return whether a model class uses the scaling for more than a shared rotary embedding.
+
+    Args:
+        source: Of its module: those with a rotary embedding of their own, and those that scale
+            the softmax by yarn's ``mscale`` too.
+    """
+    return "mscale" in source or bool(re.search(r"^class \w+(RoPE|RotaryEmbedding)\(", source, re.M))
+
+
+def kind_of(rope: Any) -> str | None:
+    """Return the RoPE type that a ``rope_scaling`` or ``rope_parameters`` names."""
+    if not isinstance(rope, dict):
+        return None
+    kind = rope.get("rope_type") or rope.get("type")
+    return "longrope" if kind == "su" else kind
+
+
+def install(model: nn.Module, config: dict[str, Any], reference: Reference) -> None:
+    """Put the rotary embeddings of ``reference`` into a model that mlx-lm built, in place.
+
+    Args:
+        model: Dense; built from ``plain_config(config)``, unless its class reads scaling itself.
+        config: Names the model type in an error.
+        reference: Of ``config``.
+
+    Raises:
+        SlimError: If the config asks for scaling that can be put in nowhere.
+    """
+    scaled = {rope["rope_type"] for rope in reference.rope if rope} & set(TYPES)
+    if not scaled and not reference.by_layer:
+        return
+    done = set()
+    made: dict[tuple, nn.Module] = {}
+    blocks = anatomy.blocks(model)
+    for rope, block in zip(reference.rope, blocks, strict=False):
+        for owner, name in list(_slots(block)) if rope else ():
+            assert rope is not None
+            old = owner[name]
+            new = _replacement(rope, old, reference, made)
+            if new is not None:
+                owner[name] = new
+            if new is not None or not _stock(old):
+                done.add(rope["rope_type"])
+    if missing := scaled - done:
+        raise SlimError(
+            f"RoPE type {min(missing)!r} cannot be put into the mlx-lm class of "
+            f"{config.get('model_type')!r}",
+            _HINT,
+        )
+
+
+def _replacement(
+    rope: dict[str, Any], old: nn.Module, reference: Reference, made: dict[tuple, nn.Module]
+) -> nn.Module | None:
+    """Return what stands in for ``old``; None where it does what ``rope`` says."""
+    kind = rope["rope_type"]
+    if not _stock(old):
+        if kind in TYPES:
+            _check_own(rope, old)
+        return None
+    dims = int(old.dims if hasattr(old, "dims") else old.dim)  # type: ignore[arg-type]
+    traditional = bool(getattr(old, "traditional", False))
+    key = (id(rope), dims, traditional)
+    if key not in made:
+        if kind in TYPES:
+            made[key] = make_rope(
+                rope, dims, positions=reference.positions, traditional=traditional
+            )
+        elif kind == "default" and reference.by_layer and rope.get("rope_theta"):
+            made[key] = nn.RoPE(dims, traditional=traditional, base=float(rope["rope_theta"]))
+        else:
+            return None
+    return made[key]
+
+
+def _slots(block: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Yield the rotary embeddings of a block: who holds them, and under which name."""
+    for _, owner in block.named_modules():
+        for name, child in owner.children().items():
+            if isinstance(child, nn.Module) and _NAME.search(type(child).__name__):
+                yield owner, name
+
+
+def _stock(module: nn.Module) -> bool:
+    """Return whether a rotary embedding is one that every class shares."""
+    from mlx_lm.models import rope_utils
+
+    return isinstance(module, nn.RoPE) or type(module).__module__ == rope_utils.__name__
+
+
+def _check_own(rope: dict[str, Any], module: nn.Module) -> None:
+    """Refuse what the rotary embedding that a class brings itself does not read.
+
+    Raises:
+        SlimError: Names it.
+    """
+    kind, where = rope["rope_type"], type(module).__module__
+    source = inspect.getsource(inspect.getmodule(type(module)) or type(module))
+    if kind not in type(module).__name__.lower() and f'"{kind}"' not in source:
+        raise SlimError(f"RoPE type {kind!r} is unknown to {where}", _HINT)
+    for key, default in (("attention_factor", None), ("truncate", True)):
+        value = rope.get(key, default)
+        if value != default and key not in source:
+            text = f"config.json: {key}={value} of RoPE type {kind!r} is not read by {where}"
+            raise SlimError(text, _HINT)
