@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -68,3 +69,33 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     known = list(choices)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+@dataclass(frozen=True)
+class RowLimit:
+    """The longest row that a model computes as it was trained; see ``models/limits.py``.
+
+    Attributes:
+        tokens: Of the row.
+        why: What goes wrong beyond, as a clause.
+    """
+
+    tokens: int
+    why: str
+
+    def check(self, tokens: int, what: str, hint: str = "") -> None:
+        """Refuse a row that is too long.
+
+        Args:
+            tokens: Of the row.
+            what: Names the row.
+            hint: What to do; a default is added.
+
+        Raises:
+            SlimError: With the row and the limit.
+        """
+        if tokens > self.tokens:
+            raise SlimError(
+                f"{what}: {tokens:,} tokens, and {self.why}",
+                hint or f"give it at most {self.tokens:,} tokens",
+            )

@@ -51,13 +51,15 @@ def ours(work: dict[str, Any]) -> dict[str, Any]:
     from mlx_slim.evaluate.loglikelihood import Scorer
     from mlx_slim.evaluate.requests import Encoder, max_length
     from mlx_slim.evaluate.run import Engine, TaskJob
+    from mlx_slim.models.limits import limit_of
     from mlx_slim.models.load import load
     from mlx_slim.runtime import resolve_dtype
 
     task, questions, shots = _questions(work)
     loaded = load(work["model"], dtype=resolve_dtype(work["dtype"]))
     engine = Engine(loaded.model, loaded.tokenizer, Scorer(loaded.model))
-    encoder = Encoder(loaded.tokenizer, max_length(loaded.config, loaded.tokenizer))
+    longest, limit = max_length(loaded.config, loaded.tokenizer), limit_of(loaded.config)
+    encoder = Encoder(loaded.tokenizer, longest, limit=limit)
     job = TaskJob(task, "", shots, work["limit"], questions, encoder)
     mx.reset_peak_memory()
     begin = time.perf_counter()

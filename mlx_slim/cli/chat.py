@@ -55,7 +55,13 @@ def command(
 
     from mlx_slim.workflows.talk import open_speaker
 
-    speaker = open_speaker(model, adapter, revision=revision, trust_remote_code=trust_remote_code)
+    speaker = open_speaker(
+        model,
+        adapter,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        tell=lambda text: click.echo(f"\nnote: {text}", err=True),
+    )
     for note in speaker.notes:
         click.echo(note, err=True)
     mx.random.seed(seed)

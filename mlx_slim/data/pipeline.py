@@ -22,7 +22,7 @@ from mlx_slim.data.store import TokenRows
 from mlx_slim.data.templates import Rendered, Template, load_template
 from mlx_slim.data.tokenize import Encoder, Tokens, unwrap
 from mlx_slim.data.workers import Workers
-from mlx_slim.errors import SlimError
+from mlx_slim.errors import RowLimit, SlimError
 
 _CHUNK_ROWS = 256  # rows tokenised at once
 _CHUNK_CHARACTERS = 1 << 20
@@ -42,21 +42,29 @@ class PreparedRow:
 class Pipeline:
     """Source → tokens, row by row; used by ``prepare`` and by the preview.
 
+    Args:
+        config: The ``data`` section.
+        tokenizer: The model's.
+        max_length: Longest row, tokens.
+        limit: The longest row that the model computes right; a longer one is refused.
+
     Raises:
         SlimError: If the settings or the tokenizer cannot be used.
     """
 
-    def __init__(self, config: DataConfig, tokenizer: Any, *, max_length: int) -> None:
+    def __init__(
+        self, config: DataConfig, tokenizer: Any, *, max_length: int, limit: RowLimit | None = None
+    ) -> None:
         check_columns(config.columns)
-        self.config, self.max_length = config, max_length
+        self.config, self.max_length, self.limit = config, max_length, limit
         self.template: Template = load_template(config.template, unwrap(tokenizer))
         self.encoder = Encoder(tokenizer, mask_prompt=config.mask_prompt)
 
     def __getstate__(self) -> tuple[Any, ...]:
-        return self.config, self.max_length, self.encoder
+        return self.config, self.max_length, self.limit, self.encoder
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:  # in another process
-        self.config, self.max_length, self.encoder = state
+        self.config, self.max_length, self.limit, self.encoder = state
         self.template = load_template(self.config.template, self.encoder.tokenizer)
 
     def rows(
@@ -160,6 +168,9 @@ class Pipeline:
             row = self._cut(raw, row)
         if not row.supervised_T.any():
             raise Dropped("no supervised token left")
+        if self.limit is not None:
+            hint = f"set train.max_length={self.limit.tokens}, which drops or cuts longer rows"
+            self.limit.check(len(row.ids_T), raw.place, hint)
         return row
 
     def _cut(self, raw: RawRow, row: Tokens) -> Tokens:

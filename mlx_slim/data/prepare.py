@@ -24,7 +24,7 @@ from mlx_slim.data.sources import Source
 from mlx_slim.data.split import choose_validation, quotas, weighted
 from mlx_slim.data.store import TokenStore, TokenWriter
 from mlx_slim.data.workers import Workers
-from mlx_slim.errors import SlimError
+from mlx_slim.errors import RowLimit, SlimError
 
 __all__ = ["Prepared", "fingerprint_difference", "prepare"]
 
@@ -64,6 +64,7 @@ def prepare(
     unchanged: bool = False,
     find: Callable[[SourceConfig], Source] = sources.find,
     processes: int | None = None,
+    limit: RowLimit | None = None,
 ) -> Prepared:
     """Tokenise the rows of a recipe into ``folder/tokens`` and write ``folder/data_ledger.json``.
 
@@ -76,12 +77,15 @@ def prepare(
         unchanged: Refuse, and leave the folder alone, if its rows have another fingerprint.
         find: Finds a source; a caller that knows tasks gives its own.
         processes: That tokenise; None takes one a core. The rows do not depend on it.
+        limit: The longest row that all models that read the rows compute right.
 
     Raises:
         SlimError: On unusable sources or rows, each named with file and line.
         ResourceError: If the disk is full.
     """
-    pipeline = Pipeline(config, tokenizer, max_length=max_length)
+    if limit is not None and limit.tokens >= max_length:
+        limit = None
+    pipeline = Pipeline(config, tokenizer, max_length=max_length, limit=limit)
     found = [(find(source), source) for source in config.sources]
     held_out = _validation_source(config, find)
     wanted = {
@@ -95,6 +99,7 @@ def prepare(
             "seed": seed,
             **config.model_dump(include={"mask_prompt", "truncation", "system", "columns"}),
             "max_rows": config.max_rows,
+            **({"limit": limit.tokens} if limit else {}),  # rows kept from before it was known
         },
     }
     tokens = folder / "tokens"

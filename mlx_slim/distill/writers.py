@@ -21,6 +21,7 @@ from mlx_slim.distill.teachers import fingerprint, load_teacher, name_of
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluate.generate import generate_batch
 from mlx_slim.evaluate.requests import Encoder, max_length
+from mlx_slim.models.limits import limit_of
 from mlx_slim.models.load import load_tokenizer, read_config
 
 Message = dict[str, Any]
@@ -85,8 +86,13 @@ class LocalTeacher:
         template = getattr(unwrap(self._tokenizer), "chat_template", None)
         self._chat = bool(template)
         self._model: Any = None
-        longest = max_length(read_config(model, config.revision), self._tokenizer)
-        self._encoder = Encoder(self._tokenizer, longest, chat=self._chat)
+        described = read_config(model, config.revision)
+        self._encoder = Encoder(
+            self._tokenizer,
+            max_length(described, self._tokenizer),
+            chat=self._chat,
+            limit=limit_of(described),
+        )
         self._settings = {
             **known,
             "template": hash_bytes(str(template).encode()),

@@ -24,6 +24,7 @@ from mlx_slim.evaluate.branches import Pool, branch_caches, grown, kept, probe
 from mlx_slim.evaluate.requests import Request, common_prefix, shared_length
 from mlx_slim.models import anatomy
 from mlx_slim.models.logits import logsumexp
+from mlx_slim.models.rope import boundary_of, set_length
 from mlx_slim.runtime import cpu_lanes, on_gpu, side_by_side
 
 MEMORY = 2**30  # bytes of keys and values that are kept for sharing
@@ -68,6 +69,7 @@ class Scorer:
         self.tokens_computed = self.tokens_minimum = self.tokens_root = 0
         self.notes: list[str] = []
         model.eval()
+        set_length(model, boundary_of(model))  # rows are no longer; shared prefixes and padding are
         split = anatomy.split(model)
         self._body: Callable[..., mx.array] = split.body if split else model
         self._head: Callable[[mx.array], mx.array] = split.head if split else lambda logits: logits

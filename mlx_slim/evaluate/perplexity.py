@@ -114,6 +114,9 @@ class TextJob:
     Args:
         texts: What to predict.
         encoder: The model's; its ``max_length`` is the window.
+
+    Raises:
+        SlimError: If the model would compute a window wrong.
     """
 
     name = NAME
@@ -126,6 +129,9 @@ class TextJob:
             for doc_id, text in enumerate(texts.documents)
             for request in windows(encoder.plain(text), encoder.prefix(), encoder.max_length)
         ]
+        for number, (doc_id, request) in enumerate(self._parts):
+            where = f"{texts.name}, document {doc_id}, window {number}"
+            encoder.check(len(request.inputs), where)
 
     @property
     def chunks(self) -> list[range]:

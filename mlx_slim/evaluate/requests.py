@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mlx_slim.errors import SlimError
+from mlx_slim.errors import RowLimit, SlimError
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -86,13 +86,23 @@ class Encoder:
         tokenizer: The model's tokenizer.
         max_length: Most ids that the model may read at once.
         chat: The texts come out of a chat template, which brings its own special tokens.
+        limit: The longest input that the model computes right; what is longer, after cutting to
+            ``max_length``, is refused.
 
     Attributes:
         truncated: Requests and prompts that were cut on the left so far.
     """
 
-    def __init__(self, tokenizer: TokenizerWrapper, max_length: int, *, chat: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: TokenizerWrapper,
+        max_length: int,
+        *,
+        chat: bool = False,
+        limit: RowLimit | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
+        self.limit = limit if limit is not None and limit.tokens < max_length else None
         self._special = not chat
         self.max_length = max_length
         self.truncated = 0
@@ -136,6 +146,7 @@ class Encoder:
                 )
             ids, start = ids[excess:], start - excess
             self.truncated += 1
+        self.check(len(ids) - 1, f"the input that ends with {text[-40:]!r}")
         return Request(ids, start)
 
     def prompt(self, context: str, reserve: int) -> list[int]:
@@ -153,7 +164,25 @@ class Encoder:
         ids = list(self.encode(context)) or [self.prefix()]
         if len(ids) > room:
             self.truncated += 1
+        what = f"the prompt that ends with {context[-40:]!r}, and {reserve:,} new ones"
+        self.check(min(len(ids), room) + reserve, what)
         return ids[-room:]
+
+    def check(self, tokens: int, what: str) -> None:
+        """Refuse an input of so many ids if the model would compute it wrong.
+
+        Raises:
+            SlimError: Names it.
+        """
+        if self.limit is not None:
+            hint = (
+                f"cut inputs to {self.limit.tokens:,} tokens (mlx-slim eval --max-length), counted"
+            )
+            self.limit.check(tokens, what, hint)
+
+    def fits(self, text: str) -> bool:
+        """Return whether ``text`` is so short that ``check`` passes whatever its tokens are."""
+        return self.limit is None or 2 * len(text.encode()) + 8 <= self.limit.tokens
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Return the ids of ``text``, with BOS where the tokenizer adds it, without EOS."""

@@ -166,6 +166,29 @@ class TaskJob:
         answers = len(questions) * 40 * (self.task.spec.max_tokens if self._generates else 0)
         return shared + own + answers
 
+    def check_lengths(self) -> None:
+        """Refuse a question that the model would compute wrong, before any is asked.
+
+        Raises:
+            SlimError: Names it.
+        """
+        if self.encoder.limit is None:
+            return
+        cut, reserve = self.encoder.truncated, self.task.spec.max_tokens
+        for question in self.questions:
+            longest = max(question.choices, key=len, default="x" * reserve)
+            if self.encoder.fits(question.context + longest):
+                continue
+            try:
+                if question.choices:
+                    self._requests([question])
+                else:
+                    self.encoder.prompt(question.context, reserve)
+            except SlimError as error:
+                where = f"{self.name}, question {question.doc_id}"
+                raise SlimError(f"{where}: {error.message}", error.hint) from error
+        self.encoder.truncated = cut
+
     def compute(self, chunk: range, engine: Engine) -> Computed:
         """Answer the questions of a chunk.
 

@@ -1,10 +1,9 @@
 """What transformers computes for a config: rotary embeddings, attention windows, the activation.
 
 Invariant: the answer is that of transformers' own configuration class (its defaults, its renamed
-keys, its layer types), which needs no PyTorch; only where transformers does not know the model type,
-or refuses the config, are the raw keys read. Used by ``rope.py`` and ``limits.py``, so that what
-mlx-lm's class does is compared with what was trained. Try it:
-``mlx-slim generate MODEL --prompt Hello``.
+keys, its layer types), which needs no PyTorch; only where transformers does not know the model
+type, or refuses the config, are the raw keys read. Used by ``rope.py`` and ``limits.py``: what
+mlx-lm's class does is compared with what was trained. Try it: ``make parity``.
 """
 
 from __future__ import annotations
@@ -43,6 +42,7 @@ class Reference:
         positions: ``max_position_embeddings``, tokens; None if the config does not say.
         by_layer: The parameters of ``rope`` differ between layers.
         activation: Of the feed-forward part, such as ``silu``; None if the config does not say.
+        known: transformers said so; else the raw keys were read.
     """
 
     rope: list[dict[str, Any] | None]
@@ -50,6 +50,7 @@ class Reference:
     positions: int | None
     by_layer: bool
     activation: str | None
+    known: bool
 
 
 def reference_of(config: dict[str, Any]) -> Reference:
@@ -73,6 +74,7 @@ def reference_of(config: dict[str, Any]) -> Reference:
         getattr(known, "max_position_embeddings", None),
         any(one != ropes[0] for one in ropes),
         getattr(known, "hidden_act", None) or getattr(known, "hidden_activation", None),
+        True,
     )
 
 
@@ -111,15 +113,20 @@ def _rename(rope: Any, config: dict[str, Any]) -> None:
 
 def _layer_types(known: Any, layers: int) -> list[str] | None:
     """Return the layer types that the modelling code reads; a mere extra key is not read."""
-    if not hasattr(type(known), "layer_types"):
+    types = getattr(known, "layer_types", None) if hasattr(type(known), "layer_types") else None
+    if not isinstance(types, (list, tuple)):
         return None
-    types = known.layer_types
-    return list(types) if isinstance(types, (list, tuple)) and len(types) == layers else None
+    return list(types) if len(types) == layers else [str(_FULL)] * layers
 
 
 def _windows(known: Any, types: list[str] | None, layers: int) -> list[int | None]:
-    window = getattr(known, "sliding_window", None)
-    if not isinstance(window, int) or window < 1 or getattr(known, "use_sliding_window", 1) is False:
+    declared = hasattr(type(known), "sliding_window")  # not read where it is a mere extra key
+    window = known.sliding_window if declared else None
+    if (
+        not isinstance(window, int)
+        or window < 1
+        or getattr(known, "use_sliding_window", 1) is False
+    ):
         return [None] * layers
     if types is None:
         return [window] * layers
@@ -152,4 +159,5 @@ def _raw(config: dict[str, Any], layers: int) -> Reference:
         config.get("max_position_embeddings"),
         False,
         config.get("hidden_act"),
+        False,
     )

@@ -7,8 +7,8 @@ does the same way (no scaling) is left alone. Rotation is ``mx.fast.rope``, one 
 Try it: ``python -m pytest tests/models/test_rope.py``.
 
 Position p turns the pair (x_i, x_{i + dims/2}) by the angle p / freqs_i; both are multiplied by
-``scale`` (the attention factor), as transformers multiplies cos and sin. Types: ``linear``, ``yarn``
-(arXiv 2309.00071), ``llama3``, ``longrope`` (arXiv 2402.13753) and ``dynamic`` (NTK); the last two
+``scale`` (the attention factor), as transformers multiplies cos and sin. Types: ``linear``,
+``yarn`` (arXiv 2309.00071), ``llama3``, ``longrope`` (arXiv 2402.13753) and ``dynamic`` (NTK); the last two
 depend on the length of the sequence.
 """
 
@@ -66,7 +66,7 @@ class ScaledRoPE(nn.Module):
         return self._freqs
 
     def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
-        """Rotate ``x`` (B, heads, T, features), whose first position is ``offset``: one, or (B,)."""
+        """Rotate ``x`` (B, heads, T, features) from position ``offset`` on: one, or (B,)."""
         freqs = self.frequencies(_end(offset) + x.shape[-2])
         if self.scale != 1.0:  # in float32: rounded to bfloat16 the factor itself is 0.2% off
             x = (x.astype(mx.float32) * self._factors(x.shape[-1])).astype(x.dtype)
@@ -119,7 +119,8 @@ class LengthRoPE(ScaledRoPE):
         ntk: tuple[float, float] | None = None,
     ) -> None:
         super().__init__(dims, freqs, scale=scale, traditional=traditional)
-        self.boundary, self.length, self.ntk = boundary, None, ntk
+        self.boundary, self.ntk = boundary, ntk
+        self.length: int | None = None
         self._beyond = None if beyond is None else mx.array(beyond.astype(np.float32))
 
     def frequencies(self, length: int | mx.array) -> mx.array:
@@ -128,6 +129,11 @@ class LengthRoPE(ScaledRoPE):
         if isinstance(length, int):
             return self._freqs if length <= self.boundary else self._longer(length)
         return mx.where(length > self.boundary, self._longer(length), self._freqs)
+
+    def alike(self, one: int, other: int) -> bool:
+        """Return whether sequences of both lengths are rotated by the same angles."""
+        short = one <= self.boundary
+        return short == (other <= self.boundary) and (short or one == other or self.ntk is None)
 
     def _longer(self, length: int | mx.array) -> mx.array:
         if self._beyond is not None:
@@ -140,22 +146,36 @@ class LengthRoPE(ScaledRoPE):
         return base**exponents
 
 
-def set_length(model: nn.Module, length: int | None) -> None:
+def set_length(model: nn.Module, length: int | None) -> bool:
     """Say how long the sequences are that ``model`` will compute in parts, or padded.
 
     Args:
         model: Any model; nothing happens where its RoPE does not depend on the length.
         length: Tokens; None looks at each call's last position again.
+
+    Returns:
+        Whether keys that were computed under the length set before are those of this length.
     """
+    same = True
     for module in model.modules():
         if isinstance(module, LengthRoPE):
+            known = module.length
+            same &= known == length or (
+                known is not None and length is not None and module.alike(known, length)
+            )
             module.length = length
+    return same
 
 
-def boundary_of(model: nn.Module) -> int | None:
-    """Return the longest sequence (tokens) before the RoPE of ``model`` changes; None: never."""
-    found = [m.boundary for m in model.modules() if isinstance(m, LengthRoPE)]
-    return min(found, default=None)
+def boundary_of(model: nn.Module, *, dynamic_only: bool = False) -> int | None:
+    """Return the longest sequence (tokens) before the RoPE of ``model`` changes; None: never.
+
+    Args:
+        model: Any model.
+        dynamic_only: Count only what changes with every further token (dynamic NTK).
+    """
+    found = [m for m in model.modules() if isinstance(m, LengthRoPE)]
+    return min((m.boundary for m in found if m.ntk or not dynamic_only), default=None)
 
 
 # ------------------------------------------------------------------------------ frequencies
@@ -308,7 +328,9 @@ def reads_scaling(source: str) -> bool:
         source: Of its module: those with a rotary embedding of their own, and those that scale
             the softmax by yarn's ``mscale`` too.
     """
-    return "mscale" in source or bool(re.search(r"^class \w+(RoPE|RotaryEmbedding)\(", source, re.M))
+    return "mscale" in source or bool(
+        re.search(r"^class \w+(RoPE|RotaryEmbedding)\(", source, re.M)
+    )
 
 
 def kind_of(rope: Any) -> str | None:

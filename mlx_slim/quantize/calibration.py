@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_slim.config.schema import DataConfig
-from mlx_slim.errors import SlimError
+from mlx_slim.errors import RowLimit, SlimError
 
 DEFAULT_SOURCE = "tatsu-lab/alpaca"
 
@@ -35,7 +35,13 @@ class Calibration:
 
 
 def read_calibration(
-    source: str, tokenizer: Any, *, length: int, seen: int, held_out: int
+    source: str,
+    tokenizer: Any,
+    *,
+    length: int,
+    seen: int,
+    held_out: int,
+    limit: RowLimit | None = None,
 ) -> Calibration:
     """Read ``source`` through the model's own template and cut the stream into rows.
 
@@ -45,10 +51,14 @@ def read_calibration(
         length: T, tokens a row.
         seen: Rows for the method, at most.
         held_out: Rows for judging, at most.
+        limit: The longest row that the model computes right.
 
     Raises:
-        SlimError: If the source cannot be read or has too few tokens.
+        SlimError: If the source cannot be read or has too few tokens, or rows are too long.
     """
+    if limit is not None:
+        hint = f"give --calibration-length {limit.tokens}"
+        limit.check(length, f"a calibration row of {source}", hint)
     needed = (seen + held_out) * length
     ids = np.fromiter(_stream(source, tokenizer, needed), np.int32)
     rows = len(ids) // length

@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_slim.config import library
-from mlx_slim.errors import SlimError
+from mlx_slim.errors import RowLimit, SlimError
 from mlx_slim.quantize.calibration import DEFAULT_SOURCE, read_calibration
 
 ROWS = 4
@@ -23,7 +23,11 @@ LENGTH = 256
 
 
 def audit_tokens(
-    tokenizer: Any, source: str | None, rows: int = ROWS, length: int = LENGTH
+    tokenizer: Any,
+    source: str | None,
+    rows: int = ROWS,
+    length: int = LENGTH,
+    limit: RowLimit | None = None,
 ) -> tuple[mx.array, str]:
     """Return token ids (N, T) and the name of the text they come from.
 
@@ -31,11 +35,13 @@ def audit_tokens(
         tokenizer: The model's.
         source: Text file or data set; None takes what there is.
         rows: N, at most.
-        length: T.
+        length: T, at most.
+        limit: The longest row that the model computes right; T is no longer.
 
     Raises:
         SlimError: If ``source`` cannot be read or is too short.
     """
+    length = min(length, limit.tokens) if limit else length
     names = (
         [source] if source else [DEFAULT_SOURCE, str(library.folder("evals") / "demo/test.jsonl")]
     )

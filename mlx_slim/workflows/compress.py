@@ -24,8 +24,9 @@ from mlx_slim.analyze import fidelity
 from mlx_slim.artifacts import SCHEMA_VERSION
 from mlx_slim.claims import makes_folder
 from mlx_slim.config.schema import QuantizeConfig
-from mlx_slim.errors import SlimError
+from mlx_slim.errors import RowLimit, SlimError
 from mlx_slim.events import Notice, Observer
+from mlx_slim.models.limits import limit_of
 from mlx_slim.models.load import (
     cast,
     load,
@@ -173,7 +174,8 @@ def compress(
     settings: dict[str, Any] = {"revision": options.revision, "dtype": compute_dtype()}
     tensors = folder_tensors(resolve(source, options.revision))
     stored = stored_dtype(tensors)
-    calibration = _calibration(load_tokenizer(source, revision=options.revision), options, say)
+    tokenizer = load_tokenizer(source, revision=options.revision)
+    calibration = _calibration(tokenizer, limit_of(config), options, say)
     numbers = sum(math.prod(tensor.shape) for tensor in tensors.values())
     needed = numbers * (compute_dtype() or stored).size
     if calibration is not None and options.method == "rtn" and needed > device_memory():
@@ -233,7 +235,9 @@ def _format(options: CompressOptions) -> str:
     return f"{quantize.bits}-bit {quantize.mode}, group {quantize.group_size}"
 
 
-def _calibration(tokenizer: Any, options: CompressOptions, say: Any) -> Calibration | None:
+def _calibration(
+    tokenizer: Any, limit: RowLimit | None, options: CompressOptions, say: Any
+) -> Calibration | None:
     """Return calibration rows; None if nothing needs them, or the default is not to be had."""
     seen = 0 if options.method == "rtn" else options.samples
     if not seen and not options.fidelity_samples:
@@ -246,6 +250,7 @@ def _calibration(tokenizer: Any, options: CompressOptions, say: Any) -> Calibrat
             length=options.length,
             seen=seen,
             held_out=max(1, options.fidelity_samples),
+            limit=limit,
         )
     except SlimError as error:
         if options.calibration is None and not seen:

@@ -50,7 +50,11 @@ class Course:
 
     def rows(self, recipe: Recipe, tuned: Tuned, out: Path, *, unchanged: bool) -> Prepared:
         """Return the rows, tokenised in ``out``; with ``unchanged`` refuse other ones."""
-        return prepare_data(recipe, tuned, out, unchanged=unchanged)
+        return prepare_data(recipe, tuned, out, unchanged=unchanged, readers=self.readers())
+
+    def readers(self) -> list[dict[str, Any]]:
+        """Return the configs of the models besides the student that read every row."""
+        return []
 
     def read(self, recipe: Recipe, tuned: Tuned, data: Prepared, out: Path) -> None:
         """Take note of the rows, before the objectives are asked for."""

@@ -38,6 +38,7 @@ from mlx_slim.evaluate.spec import Task, find_task
 from mlx_slim.events import Notice, Observer
 from mlx_slim.models.convert import convert
 from mlx_slim.models.hub import SMOLLM2_PACKAGE, bundled_smollm2, resolve
+from mlx_slim.models.limits import limit_of
 from mlx_slim.models.load import Loaded, load, read_config
 from mlx_slim.models.quantized import densify
 from mlx_slim.models.save import save_model
@@ -275,7 +276,7 @@ def questions(
     chat = Chat.of(load_template(recipe.data.template, unwrap(loaded.tokenizer)))
     asked = build_questions(task, load_rows(task), limit=limit, chat=chat)
     longest = max_length(loaded.config, loaded.tokenizer)
-    encoder = Encoder(loaded.tokenizer, longest, chat=chat.own_bos)
+    encoder = Encoder(loaded.tokenizer, longest, chat=chat.own_bos, limit=limit_of(loaded.config))
     return task, asked, [encoder.prompt(question.context, 1) for question in asked]
 
 

@@ -202,6 +202,10 @@ class Logits(Course):
         assert teacher.model is not None
         return read_config(teacher.model, teacher.revision)
 
+    def readers(self) -> list[dict[str, Any]]:
+        """Return the teachers' configs."""
+        return [self._config(teacher) for teacher in self.teachers]
+
     def read(self, recipe: Recipe, tuned: Tuned, data: Prepared, out: Path) -> None:
         """Work out where each teacher's answers are kept, under what key."""
         if self._train:

@@ -21,7 +21,7 @@ from mlx_slim.adapters.stack import Adapters, parse_adapters
 from mlx_slim.adapters.store import adapter_hash, check_adapter
 from mlx_slim.claims import check_run_folder
 from mlx_slim.data.templates import load_template
-from mlx_slim.errors import ResourceError, SlimError, did_you_mean
+from mlx_slim.errors import ResourceError, RowLimit, SlimError, did_you_mean
 from mlx_slim.evaluate.perplexity import NAME as TEXT
 from mlx_slim.evaluate.perplexity import TextJob, Texts, read_texts
 from mlx_slim.evaluate.prompts import Chat, Question, build_questions
@@ -31,6 +31,7 @@ from mlx_slim.evaluate.rows import TaskRows, load_rows, shots_checksum
 from mlx_slim.evaluate.run import Job, TaskJob
 from mlx_slim.evaluate.spec import Selection, expand
 from mlx_slim.evaluate.training_rows import question_keys
+from mlx_slim.models.limits import limit_of
 from mlx_slim.models.load import load_tokenizer, model_hash, read_config, resolve
 from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.workflows.scoring import Target
@@ -188,23 +189,27 @@ def read_tasks(names: list[str], options: EvalOptions) -> list[Asked]:
     return found
 
 
-def _task_job(asked: Asked, options: EvalOptions, tokenizer: Any, longest: int) -> TaskJob:
+def _task_job(
+    asked: Asked, options: EvalOptions, tokenizer: Any, longest: int, limit: RowLimit | None
+) -> TaskJob:
     """Return a task as the model with that tokenizer reads it."""
     task, shots, questions = asked.selection.task, asked.selection.num_fewshot, asked.questions
     chat = None
     if options.apply_chat_template or task.spec.chat:
         chat = Chat.of(load_template("auto", tokenizer))
         questions = build_questions(task, asked.rows, shots, options.limit, chat=chat)
-    return TaskJob(
+    job = TaskJob(
         task=task,
         checksum=asked.rows.checksum,
         num_fewshot=shots,
         limit=options.limit,
         questions=questions,
-        encoder=Encoder(tokenizer, longest, chat=chat is not None and chat.own_bos),
+        encoder=Encoder(tokenizer, longest, chat=chat is not None and chat.own_bos, limit=limit),
         chat=chat is not None,
         shots_checksum=shots_checksum(task, asked.rows, shots),
     )
+    job.check_lengths()
+    return job
 
 
 def _target(
@@ -240,9 +245,10 @@ def _target(
             "choose a smaller one",
         )
     longest = options.max_length or longest
-    jobs: list[Job] = [_task_job(asked, options, tokenizer, longest) for asked in tasks]
+    limit = limit_of(config)
+    jobs: list[Job] = [_task_job(asked, options, tokenizer, longest, limit) for asked in tasks]
     if texts is not None:
-        jobs.append(TextJob(texts, Encoder(tokenizer, longest)))
+        jobs.append(TextJob(texts, Encoder(tokenizer, longest, limit=limit)))
     stack = parse_adapters(options.adapter)
     hashes = [adapter_hash(one.folder) for one in stack]
     state = {

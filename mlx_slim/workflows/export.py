@@ -26,6 +26,7 @@ from mlx_slim.events import Notice, Observer
 from mlx_slim.models.gguf import import_gguf
 from mlx_slim.models.gguf_write import TYPES, check_writable_as_gguf, write_gguf
 from mlx_slim.models.hf import check_writable_as_hf, hf_config
+from mlx_slim.models.limits import limit_of
 from mlx_slim.models.load import cast, load, open_weights, read_config
 from mlx_slim.models.quantized import dense_parameters, densify, is_quantized
 from mlx_slim.models.recorded import RecordedLogits, release
@@ -185,7 +186,7 @@ def export_gguf(
         notes = write_gguf(
             temporary / file, loaded.model, loaded.tokenizer, loaded.config, kind, name
         )
-        tokens_NT, text = audit_tokens(loaded.tokenizer, calibration)
+        tokens_NT, text = audit_tokens(loaded.tokenizer, calibration, limit=limit_of(loaded.config))
         original = RecordedLogits(loaded.model, tokens_NT, out)
         release(loaded.model)
         say("reading it back")

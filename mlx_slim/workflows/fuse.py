@@ -38,6 +38,7 @@ from mlx_slim.claims import makes_folder
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import ResourceError, SlimError
 from mlx_slim.events import Notice, Observer
+from mlx_slim.models.limits import limit_of
 from mlx_slim.models.load import Loaded, cast, read_weights
 from mlx_slim.models.quantized import densify, dequantize_weight, is_quantized, use_fast_matmul
 from mlx_slim.models.recorded import RecordedLogits
@@ -200,7 +201,11 @@ def fuse(
     if options.dtype is not None and mode != "keep":
         stored = resolve_dtype(options.dtype)
     tokens_NT, text = audit_tokens(
-        loaded.tokenizer, options.calibration, options.samples, options.length
+        loaded.tokenizer,
+        options.calibration,
+        options.samples,
+        options.length,
+        limit_of(loaded.config),
     )
     model = loaded.model.eval()
     base = RecordedLogits(model, tokens_NT, out)

@@ -24,6 +24,7 @@ from mlx_slim.evaluate.requests import Encoder, max_length
 from mlx_slim.evaluate.rows import load_rows
 from mlx_slim.evaluate.run import Engine
 from mlx_slim.evaluate.spec import find_task
+from mlx_slim.models.limits import limit_of
 from mlx_slim.train.companion import computing
 from mlx_slim.train.held_out import HeldOut
 from mlx_slim.workflows.prepare import Tuned
@@ -81,7 +82,7 @@ def watch(recipe: Recipe, tuned: Tuned, observer: events.Observer) -> list[HeldO
         return []
     tokenizer = tuned.loaded.tokenizer
     longest = min(max_length(tuned.config, tokenizer), recipe.train.max_length)
-    job = TextJob(read_held_out(config), Encoder(tokenizer, longest))
+    job = TextJob(read_held_out(config), Encoder(tokenizer, longest, limit=limit_of(tuned.config)))
     companions = list(tuned.companions)
 
     def measure() -> float:

@@ -97,6 +97,10 @@ class Together(Course):
         """Return what both cost together, before anything is loaded."""
         return predicted(read_config(recipe.model, recipe.revision), recipe)
 
+    def readers(self) -> list[dict[str, Any]]:
+        """Return the second student's config."""
+        return [self._second.config]
+
     def predict(self, recipe: Recipe, tuned: Tuned, lengths: Sequence[int]) -> Prediction:
         """Return what both cost together."""
         second = second_recipe(recipe, self.second)

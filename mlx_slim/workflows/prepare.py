@@ -6,7 +6,7 @@ Try it: ``mlx-slim plan smollm2-lora --probe``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,10 @@ from mlx_slim.data.sources import Source
 from mlx_slim.data.store import TokenStore
 from mlx_slim.errors import SlimError
 from mlx_slim.models import anatomy
+from mlx_slim.models.limits import shortest
 from mlx_slim.models.load import Loaded, load, read_config
 from mlx_slim.models.quantized import is_quantized
+from mlx_slim.models.rope import boundary_of
 from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.quantize.apply import quantize_model
 from mlx_slim.quantize.base import QuantizedBase, load_base, quantized_base, recorded_base
@@ -140,11 +142,14 @@ def prepare_data(
     unchanged: bool,
     data: DataConfig | None = None,
     find: Callable[[SourceConfig], Source] | None = None,
+    readers: Sequence[dict[str, Any]] = (),
 ) -> Prepared:
     """Tokenise the rows on rank 0, then open them on every rank.
 
-    ``data`` stands for ``recipe.data`` where a run learns from other rows, ``find`` finds them.
+    ``data`` stands for ``recipe.data`` where a run learns from other rows, ``find`` finds them;
+    ``readers`` are the configs of other models that read them.
     """
+    limit = shortest([tuned.config, *readers])
 
     def rows() -> Prepared:
         return prepare(
@@ -155,6 +160,7 @@ def prepare_data(
             folder=out,
             unchanged=unchanged,
             find=find or finder(out),
+            limit=limit,
         )
 
     if world().rank() == 0:
@@ -203,9 +209,12 @@ def build_loop(
             )
         mode = "grouped"
 
+    # A RoPE that looks at the length sees that of the packed sequence: it may not pass the rows'.
+    length = min(config.max_length, boundary_of(model) or config.max_length)
+
     def cheaper(rows: TokenStore, limit: int | None) -> Mode:
         balance = anatomy.attention_balance(model, on_gpu())
-        sizes = config.batch_tokens, config.max_length, config.seed
+        sizes = config.batch_tokens, length, config.seed
         return choose_mode(rows, *sizes, balance, limit)
 
     # Of few shapes, those of rows of like length are padded most.
@@ -222,7 +231,7 @@ def build_loop(
         observer.notify(events.Notice(text, level="warning"))
 
     def batcher(rows: TokenStore, mode: Mode, limit: int | None) -> Batcher:
-        return Batcher(rows, config.batch_tokens, config.max_length, mode, config.seed, limit)
+        return Batcher(rows, config.batch_tokens, length, mode, config.seed, limit)
 
     return Loop(
         model=model,

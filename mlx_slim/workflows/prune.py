@@ -30,11 +30,12 @@ from mlx_slim.artifacts import (
     write_json,
 )
 from mlx_slim.claims import makes_folder
-from mlx_slim.errors import SlimError
+from mlx_slim.errors import RowLimit, SlimError
 from mlx_slim.events import Notice, Observer
 from mlx_slim.models import anatomy
 from mlx_slim.models.anatomy import HEADS
 from mlx_slim.models.build import WIDTHS
+from mlx_slim.models.limits import limit_of
 from mlx_slim.models.load import Loaded, cast, load, read_config, read_weights, resolve
 from mlx_slim.models.recorded import RecordedLogits, release
 from mlx_slim.models.tensors import folder_tensors
@@ -229,7 +230,8 @@ def _text(
     A method that looks at none is judged if there is text.
     """
     samples, length = found.rows
-    width = length or JUDGED_LENGTH
+    limit = limit_of(loaded.config)
+    width = length or _judged_length(limit)
     try:
         text = read_calibration(
             options.calibration or DEFAULT_SOURCE,
@@ -237,6 +239,7 @@ def _text(
             length=width,
             seen=samples,
             held_out=max(1, -(-options.held_out // width)),
+            limit=limit,
         )
     except SlimError as error:
         if options.calibration is None and not samples:
@@ -245,12 +248,21 @@ def _text(
         raise
     if samples and len(text.seen_NT) < samples:
         say(f"the text gives {len(text.seen_NT)} of {samples} calibration rows", "warning")
-    return (text.seen_NT if samples else None), held_out_rows(text.held_out_NT.reshape(-1))
+    return (text.seen_NT if samples else None), held_out_rows(text.held_out_NT.reshape(-1), limit)
 
 
-def held_out_rows(ids: mx.array) -> mx.array:
-    """Return a stream of token ids as rows (N, T) of up to ``JUDGED_LENGTH`` tokens."""
-    length = min(JUDGED_LENGTH, ids.size)
+def _judged_length(limit: RowLimit | None) -> int:
+    return min(JUDGED_LENGTH, limit.tokens) if limit else JUDGED_LENGTH
+
+
+def held_out_rows(ids: mx.array, limit: RowLimit | None) -> mx.array:
+    """Return a stream of token ids as rows (N, T) of up to ``JUDGED_LENGTH`` tokens.
+
+    Args:
+        ids: The stream.
+        limit: The longest row that the model computes right; T is no longer.
+    """
+    length = min(_judged_length(limit), ids.size)
     rows = ids.size // length
     return ids[: rows * length].reshape(rows, length)
 

@@ -27,7 +27,8 @@ from mlx_slim.errors import SlimError
 from mlx_slim.evaluate.results import STATE_FILE as EVAL_STATE
 from mlx_slim.evaluate.results import read_samples, samples_name
 from mlx_slim.events import Notice, Observer
-from mlx_slim.models.load import load, load_tokenizer
+from mlx_slim.models.limits import limit_of
+from mlx_slim.models.load import load, load_tokenizer, read_config
 from mlx_slim.models.recorded import RecordedLogits, release
 from mlx_slim.quantize.base import load_base
 from mlx_slim.quantize.calibration import DEFAULT_SOURCE, read_calibration
@@ -113,7 +114,7 @@ def _judged_rows(
     out: Path, options: PruneOptions, resolved: Resolved | None, observer: Observer
 ) -> tuple[mx.array | None, str]:
     """Return token ids (N, T) and what they are: the recipe's validation rows, if it has any."""
-    tokenizer = load_tokenizer(out / MODEL)
+    tokenizer, limit = load_tokenizer(out / MODEL), limit_of(read_config(out / MODEL))
     if resolved is not None:
         recipe = resolved.recipe
         data = prepare(
@@ -123,11 +124,14 @@ def _judged_rows(
             seed=recipe.train.seed,
             folder=out / RECOVER,
             unchanged=True,
+            limit=limit,
         )
         store = data.validation
         if store is not None:
             ids = np.concatenate([store.row(i)[0] for i in range(len(store))])[: options.held_out]
-            return held_out_rows(mx.array(ids.astype(np.int32))), "the recipe's validation rows"
+            return held_out_rows(
+                mx.array(ids.astype(np.int32)), limit
+            ), "the recipe's validation rows"
         observer.notify(
             Notice(
                 "the recipe holds no rows back (data.validation=0): perplexity is that of "
@@ -139,14 +143,14 @@ def _judged_rows(
         found = read_calibration(
             options.calibration or DEFAULT_SOURCE,
             tokenizer,
-            length=64,
+            length=min(64, limit.tokens) if limit else 64,
             seen=0,
             held_out=max(1, options.held_out // 64),
         )
     except SlimError as error:
         observer.notify(Notice(f"no held-out text: {error.message}", "warning"))
         return None, "none"
-    return held_out_rows(found.held_out_NT.reshape(-1)), "calibration text"
+    return held_out_rows(found.held_out_NT.reshape(-1), limit), "calibration text"
 
 
 def _bytes_of(adapter: Path | None) -> int:

@@ -7,7 +7,7 @@ Try it: ``mlx-slim generate HuggingFaceTB/SmolLM2-135M-Instruct --prompt "Name t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ import mlx.core as mx
 from mlx_slim import runtime
 from mlx_slim.adapters.inject import remove_adapters
 from mlx_slim.adapters.stack import Adapters, Weighted, load_adapters, parse_adapters, used_folders
-from mlx_slim.errors import SlimError
+from mlx_slim.errors import RowLimit, SlimError
+from mlx_slim.models.limits import limit_of
 from mlx_slim.models.load import read_config
 from mlx_slim.models.quantized import densify, densify_pays
+from mlx_slim.models.rope import boundary_of, set_length
 from mlx_slim.quantize.base import QuantizedBase, load_base, recorded_base
 
 
@@ -44,6 +46,10 @@ class Reply:
     stop_reason: str
 
 
+def _nobody(_: str) -> None:
+    """Hear nothing."""
+
+
 @dataclass
 class Speaker:
     """A model and what it holds in its cache; ``open_speaker`` makes one.
@@ -55,6 +61,8 @@ class Speaker:
         over: How the base was quantized for the adapters; None if it is as it was given.
         dense: Whether what was given is dense, so that other adapters may want another base.
         last: How the last answer went; None before the first.
+        limit: The longest sequence that the model computes right.
+        tell: Hears once that it was passed.
     """
 
     model: Any
@@ -63,6 +71,8 @@ class Speaker:
     over: QuantizedBase | None = None
     dense: bool = False
     last: Reply | None = None
+    limit: RowLimit | None = None
+    tell: Callable[[str], None] = _nobody
     _cache: list[Any] | None = None
     _cached_ids: list[int] = field(default_factory=list)
 
@@ -118,34 +128,58 @@ class Speaker:
 
         if not ids:
             raise SlimError("the prompt is empty", "give it some text")
-        cached = self._keep_prefix(ids)
+        reused: int | None = None
         said: list[int] = []
         try:
-            for response in stream_generate(
-                self.model,
-                self.tokenizer,
-                mx.array(ids[cached:]),
-                max_tokens=max_tokens,
-                sampler=make_sampler(temp=temperature),
-                prompt_cache=self._cache,
-            ):
-                said.append(response.token)
-                self.last = Reply(
-                    prompt_tokens=len(ids),
-                    cached_tokens=cached,
-                    tokens=response.generation_tokens,
-                    tokens_per_second=response.generation_tps,
-                    peak_memory_bytes=mx.get_peak_memory(),
-                    stop_reason=response.finish_reason or "interrupted",
-                )
-                yield response.text
+            while True:  # again where the sequence passes the length at which the RoPE changes
+                known, room = ids + said, max_tokens - len(said)
+                cached = self._keep_prefix(known)
+                reused = cached if reused is None else reused
+                part, response = self._part(len(known), room), None
+                for response in stream_generate(
+                    self.model,
+                    self.tokenizer,
+                    mx.array(known[cached:]),
+                    max_tokens=part,
+                    sampler=make_sampler(temp=temperature),
+                    prompt_cache=self._cache,
+                ):
+                    said.append(response.token)
+                    self._check(len(ids) + len(said))
+                    self.last = Reply(
+                        prompt_tokens=len(ids),
+                        cached_tokens=reused,
+                        tokens=len(said),
+                        tokens_per_second=response.generation_tps,
+                        peak_memory_bytes=mx.get_peak_memory(),
+                        stop_reason=response.finish_reason or "interrupted",
+                    )
+                    yield response.text
+                if response is None or response.finish_reason != "length" or part == room:
+                    break
         finally:
             self._cached_ids = ids + said
+
+    def _part(self, known: int, room: int) -> int:
+        """Return how many of ``room`` tokens can follow before everything is computed anew.
+
+        A token is rotated by the length of the sequence that it is predicted from: as
+        transformers does, which drops its cache there.
+        """
+        boundary = boundary_of(self.model)
+        return room if boundary is None or known > boundary else min(room, boundary - known + 1)
+
+    def _check(self, tokens: int) -> None:
+        if self.limit is not None and tokens > self.limit.tokens:
+            self.tell(f"{self.limit.why}: answers differ from transformers' beyond")
+            self.limit = None  # said once
 
     def _keep_prefix(self, ids: list[int]) -> int:
         """Cut the cache to what ``ids`` begins with; return its tokens (at least one is left)."""
         from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
+        if not set_length(self.model, len(ids)):
+            self._cache = None
         if self._cache is not None:
             held = getattr(self._cache[0], "offset", None)
             if isinstance(held, int) and can_trim_prompt_cache(self._cache):
@@ -176,6 +210,7 @@ def open_speaker(
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    tell: Callable[[str], None] = _nobody,
 ) -> Speaker:
     """Load a model to talk with.
 
@@ -187,6 +222,7 @@ def open_speaker(
         adapter: Adapter folder, ours or mlx-lm's; of several (``DIR`` or ``DIR=WEIGHT``) the sum.
         revision: Branch, tag or commit of a hub id.
         trust_remote_code: Run Python files that the repository brings.
+        tell: Hears what the user should know of an answer.
 
     Raises:
         SlimError: If the model or the adapter cannot be used.
@@ -205,6 +241,7 @@ def open_speaker(
         densify(loaded.model)
     notes = loaded.notes
     over = _over(stack) if dense else None
-    speaker = Speaker(loaded.model, loaded.tokenizer, notes, over, dense)
+    limit = limit_of(loaded.config, restarts=True)
+    speaker = Speaker(loaded.model, loaded.tokenizer, notes, over, dense, limit=limit, tell=tell)
     speaker.use(adapter)
     return speaker
