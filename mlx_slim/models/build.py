@@ -2,7 +2,7 @@
 
 Invariant: nothing is evaluated, and the caller's random state stays; widths that differ per layer
 (the key ``mlx_slim_widths`` that ``mlx-slim prune --no-uniform`` writes) are those of the blocks,
-and rotary embeddings those of the config (``rope.py``).
+and rotary embeddings those of the config (``rope_install.py``).
 Stock mlx-lm does not know that key: it refuses such a folder, whose tensors do not fit the widths
 of the config's own keys. Try it: ``mlx-slim prune MODEL -o DIR --ratio 0.2 --dry-run``.
 """
@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_slim.errors import SlimError
-from mlx_slim.models import anatomy, rope
+from mlx_slim.models import anatomy, rope_install
 from mlx_slim.models.activations import use_tanh_gelu
 from mlx_slim.models.reference import reference_of
 
@@ -67,11 +67,11 @@ def construct(config: dict[str, Any]) -> nn.Module:
 
     model_class, args_class = _get_classes(config)
     source = inspect.getsource(sys.modules[model_class.__module__])
-    given = config if rope.reads_scaling(source) else rope.plain_config(config)
+    given = config if rope_install.reads_scaling(source) else rope_install.plain_config(config)
     model = model_class(args_class.from_dict(given))
     apply_widths(model, config)
     reference = reference_of(config)
-    rope.install(model, config, reference)
+    rope_install.install(model, config, reference)
     use_tanh_gelu(model, reference.activation)
     return model
 

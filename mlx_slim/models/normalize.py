@@ -20,8 +20,9 @@ from types import ModuleType
 from typing import Any
 
 from mlx_slim.errors import SlimError
-from mlx_slim.models import rope
 from mlx_slim.models.reference import reference_of
+from mlx_slim.models.rope import TYPES
+from mlx_slim.models.rope_install import kind_of
 
 _BASE_THETA = 10000.0
 # Classes that rotate this part of the head without asking the config.
@@ -176,7 +177,7 @@ def _one_rope(
 ) -> dict[str, Any] | None:
     """Return the main entry of per-layer-type parameters; the sliding one goes to its own key.
 
-    None where the class cannot express them: ``models/rope.py`` puts them in layer by layer.
+    None where the class cannot express them: ``rope_install.py`` puts them in, layer by layer.
     """
     main = given.get("full_attention") or next(iter(given.values()))
     for local in ("rope_local_base_freq", "swa_rope_theta"):
@@ -237,8 +238,8 @@ def _lift_rope(
 def _check_rope_type(
     config: dict[str, Any], kind: str, module: ModuleType, fields: set[str]
 ) -> None:
-    """Refuse a RoPE type that neither ``models/rope.py`` nor the class knows."""
-    if kind == "default" or rope.kind_of({"type": kind}) in rope.TYPES:
+    """Refuse a RoPE type that neither ``models/rope_install.py`` nor the class knows."""
+    if kind == "default" or kind_of({"type": kind}) in TYPES:
         return
     from mlx_lm.models import rope_utils
 

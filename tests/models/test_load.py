@@ -110,7 +110,6 @@ def test_tied_head_that_repeats_the_embedding_stays_tied(tmp_path):
     ("architecture", "rope", "word"),
     [
         ("llama", {"rope_theta": 1e4, "rope_type": "spiral", "factor": 2.0}, "'spiral'"),
-        ("phi", {"rope_theta": 1e4, "rope_type": "yarn", "factor": 2.0}, "'yarn'"),
         ("llama", {"rope_theta": 1e4, "partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         (
             "llama",
@@ -123,11 +122,6 @@ def test_rope_that_the_class_cannot_do_is_refused(tiny, tmp_path, architecture, 
     folder = Path(shutil.copytree(tiny(architecture), tmp_path / "m"))
     text = refused(edit(folder, rope_parameters=rope))
     assert word in text and "wrong logits" in text
-
-
-def test_old_style_scaling_that_the_class_ignores_is_refused(tiny, tmp_path):
-    folder = Path(shutil.copytree(tiny("phi"), tmp_path / "m"))
-    assert "'linear'" in refused(edit(folder, rope_scaling={"type": "linear", "factor": 2.0}))
 
 
 def test_classes_that_read_rope_parameters_keep_them():

@@ -1,12 +1,11 @@
 """The same logits as the real transformers and peft on PyTorch, to 1e-4, both ways.
 
-Needs the extra ``parity`` (0.8 GB); skipped without it. Run: ``python -m pytest tests/parity``.
+Needs PyTorch; skipped without it. Run: ``make parity``.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -18,27 +17,11 @@ from mlx_slim.models.load import load
 from mlx_slim.workflows.export import export_hf
 from mlx_slim.workflows.fuse import FuseOptions, fuse
 from mlx_slim.workflows.peft_folders import export_peft, import_peft
+from tests.parity.torch_side import TINY, peft, torch, transformers
 from tests.support.adapters import made, quantized
-from tests.support.tiny import VOCAB, byte_tokenizer
-
-WHY = "needs PyTorch and peft: pip install -e '.[test,parity]'"
-torch: Any = pytest.importorskip("torch", reason=WHY)
-peft: Any = pytest.importorskip("peft", reason=WHY)
-transformers: Any = pytest.importorskip("transformers", reason=WHY)
+from tests.support.tiny import byte_tokenizer
 
 IDS = [[1, 5, 9, 70, 200, 31, 8, 8, 2, 100]]
-TINY = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 
 
 def theirs(model) -> np.ndarray:

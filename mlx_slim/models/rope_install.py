@@ -1,0 +1,158 @@
+"""The rotary embeddings of a config, put into the model that its mlx-lm class makes.
+
+mlx-lm's classes leave out parts of what a config can ask for (``attention_factor`` and ``truncate``
+of yarn, the short factors of longrope), or ignore scaling altogether. Invariant: a model that is
+built here rotates as transformers does, at every length, or it is refused; what its class already
+does the same way (no scaling) is left alone. Try it: ``make parity``.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.nn as nn
+
+from mlx_slim.errors import SlimError
+from mlx_slim.models import anatomy
+from mlx_slim.models.reference import Reference
+from mlx_slim.models.rope import TYPES, make_rope
+
+_HINT = "loading it would give wrong logits; a newer mlx-lm may know it"
+_NAME = re.compile(r"(RoPE|RotaryEmbedding)$")  # of the classes of rotary embeddings
+
+
+def plain_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return ``config`` without the scaling that ``install`` will put in.
+
+    Some classes refuse or misread scaling that they do not know, at construction already.
+    """
+    config = copy.copy(config)
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"] = plain_config(config["text_config"])
+    if kind_of(config.get("rope_scaling")) in TYPES:
+        config["rope_scaling"] = None
+    given = config.get("rope_parameters")
+    if isinstance(given, dict):
+        if kind_of(given) in TYPES:
+            given = {**given, "type": "default", "rope_type": "default"}
+        config["rope_parameters"] = {
+            key: {**value, "type": "default", "rope_type": "default"}
+            if kind_of(value) in TYPES
+            else value
+            for key, value in given.items()
+        }
+    return config
+
+
+def reads_scaling(source: str) -> bool:
+    """Return whether a model class uses the scaling for more than a shared rotary embedding.
+
+    Args:
+        source: Of its module: those with a rotary embedding of their own, and those that scale
+            the softmax by yarn's ``mscale`` too.
+    """
+    return "mscale" in source or bool(
+        re.search(r"^class \w+(RoPE|RotaryEmbedding)\(", source, re.M)
+    )
+
+
+def kind_of(rope: Any) -> str | None:
+    """Return the RoPE type that a ``rope_scaling`` or ``rope_parameters`` names."""
+    if not isinstance(rope, dict):
+        return None
+    kind = rope.get("rope_type") or rope.get("type")
+    return "longrope" if kind == "su" else kind
+
+
+def install(model: nn.Module, config: dict[str, Any], reference: Reference) -> None:
+    """Put the rotary embeddings of ``reference`` into a model that mlx-lm built, in place.
+
+    Args:
+        model: Dense; built from ``plain_config(config)``, unless its class reads scaling itself.
+        config: Names the model type in an error.
+        reference: Of ``config``.
+
+    Raises:
+        SlimError: If the config asks for scaling that can be put in nowhere.
+    """
+    scaled = {rope["rope_type"] for rope in reference.rope if rope} & set(TYPES)
+    if not scaled and not reference.by_layer:
+        return
+    done = set()
+    made: dict[tuple, nn.Module] = {}
+    blocks = anatomy.blocks(model)
+    for rope, block in zip(reference.rope, blocks, strict=False):
+        for owner, name in list(_slots(block)) if rope else ():
+            assert rope is not None
+            old = owner[name]
+            new = _replacement(rope, old, reference, made)
+            if new is not None:
+                owner[name] = new
+            if new is not None or not _stock(old):
+                done.add(rope["rope_type"])
+    if missing := scaled - done:
+        raise SlimError(
+            f"RoPE type {min(missing)!r} cannot be put into the mlx-lm class of "
+            f"{config.get('model_type')!r}",
+            _HINT,
+        )
+
+
+def _replacement(
+    rope: dict[str, Any], old: nn.Module, reference: Reference, made: dict[tuple, nn.Module]
+) -> nn.Module | None:
+    """Return what stands in for ``old``; None where it does what ``rope`` says."""
+    kind = rope["rope_type"]
+    if not _stock(old):
+        if kind in TYPES:
+            _check_own(rope, old)
+        return None
+    dims = int(old.dims if hasattr(old, "dims") else old.dim)  # type: ignore[arg-type]
+    traditional = bool(getattr(old, "traditional", False))
+    key = (id(rope), dims, traditional)
+    if key not in made:
+        if kind in TYPES:
+            made[key] = make_rope(
+                rope, dims, positions=reference.positions, traditional=traditional
+            )
+        elif kind == "default" and reference.by_layer and rope.get("rope_theta"):
+            made[key] = nn.RoPE(dims, traditional=traditional, base=float(rope["rope_theta"]))
+        else:
+            return None
+    return made[key]
+
+
+def _slots(block: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Yield the rotary embeddings of a block: who holds them, and under which name."""
+    for _, owner in block.named_modules():
+        for name, child in owner.children().items():
+            if isinstance(child, nn.Module) and _NAME.search(type(child).__name__):
+                yield owner, name
+
+
+def _stock(module: nn.Module) -> bool:
+    """Return whether a rotary embedding is one that every class shares."""
+    from mlx_lm.models import rope_utils
+
+    return isinstance(module, nn.RoPE) or type(module).__module__ == rope_utils.__name__
+
+
+def _check_own(rope: dict[str, Any], module: nn.Module) -> None:
+    """Refuse what the rotary embedding that a class brings itself does not read.
+
+    Raises:
+        SlimError: Names it.
+    """
+    kind, where = rope["rope_type"], type(module).__module__
+    source = inspect.getsource(inspect.getmodule(type(module)) or type(module))
+    if kind not in type(module).__name__.lower() and f'"{kind}"' not in source:
+        raise SlimError(f"RoPE type {kind!r} is unknown to {where}", _HINT)
+    for key, default in (("attention_factor", None), ("truncate", True)):
+        value = rope.get(key, default)
+        if value != default and key not in source:
+            text = f"config.json: {key}={value} of RoPE type {kind!r} is not read by {where}"
+            raise SlimError(text, _HINT)
