@@ -2,10 +2,15 @@
 # Works with GNU make 3.81 (macOS) and newer; needs Python 3.10 or newer and a package index.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo compare test kills check format setup clean
+.PHONY: help demo compare test kills parity check format setup clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Of make parity: PyTorch, peft and the reference harness, for the CPU.
+PARITY ?= .venv-parity
+# Where pip also looks for PyTorch: on Linux the package index has it for CUDA (gigabytes);
+# TORCH_INDEX=https://download.pytorch.org/whl/cpu has it for the CPU.
+TORCH_INDEX ?=
 METHODS ?= qlora
 MATRIX ?= matrix-tiny
 # Test processes side by side, each with one BLAS thread.
@@ -34,10 +39,11 @@ help:
 	@echo "make test                set up and run the tests"
 	@echo "make kills               end every command before each of its file operations, and go on: an hour"
 	@echo "     ARGS=\"--only eval\"  one command; --points 24 --seed 1: so many moments of all"
+	@echo "make parity              logits, adapters and scores against PyTorch, in $(PARITY)"
 	@echo "make check               formatting, lint and types"
 	@echo "make format              mend formatting and imports"
 	@echo "make setup               create $(VENV) with everything the tests and checks need"
-	@echo "make clean               remove $(VENV) and caches; runs/ stays"
+	@echo "make clean               remove $(VENV), $(PARITY) and caches; runs/ stays"
 
 demo: $(VENV)/.base
 	@$(BIN)/mlx-slim demo --methods "$(METHODS)" $(if $(MODEL),--model "$(MODEL)") $(ARGS)
@@ -58,6 +64,11 @@ KILLS := $(if $(TMPDIR),$(TMPDIR),/tmp)/mlx-slim-kills
 kills: $(VENV)/.dev
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.support.kill_commands "$(KILLS)" $(ARGS)
 
+# A test that skips for lack of PyTorch is a failure here.
+parity: $(PARITY)/.done
+	MLX_SLIM_PARITY=required OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 \
+		$(PARITY)/bin/python -m pytest -n $(JOBS) tests/parity $(ARGS)
+
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -70,14 +81,15 @@ format: $(VENV)/.dev
 setup: $(VENV)/.dev
 
 clean:
-	rm -rf "$(VENV)" build dist .pytest_cache .ruff_cache
+	rm -rf "$(VENV)" "$(PARITY)" build dist .pytest_cache .ruff_cache
 	find mlx_slim tests evals -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---------------------------------------------------------------------------- the environment
 
 # Modules are compiled when they are first imported: compiling all of them takes half a minute.
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
+INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile \
 	--constraint tests/requirements.lock
+PIP := $(BIN)/python $(INSTALL)
 
 $(VENV)/.base: pyproject.toml tests/requirements.lock | $(BIN)/python
 	@echo "installing mlx-slim into $(VENV) (about a minute)"
@@ -89,16 +101,25 @@ $(VENV)/.dev: pyproject.toml tests/requirements.lock | $(BIN)/python
 	@$(PIP) --editable ".[test,check]"
 	@touch $(VENV)/.base $@
 
+$(PARITY)/.done: pyproject.toml tests/requirements.lock tests/parity/requirements.lock | $(PARITY)/bin/python
+	@echo "installing mlx-slim, PyTorch, peft and lm-eval into $(PARITY) (two minutes, 1.5 GB)"
+	@$(PARITY)/bin/python $(INSTALL) --constraint tests/parity/requirements.lock \
+		$(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") \
+		--editable ".[test,parity,bench]" || { \
+		echo "error: PyTorch or what stands on it could not be installed: no parity was tested" >&2; \
+		exit 1; }
+	@touch $@
+
 # The first Python that is new enough: macOS has an old python3 of its own. PYTHON=... wins.
-$(BIN)/python:
+$(BIN)/python $(PARITY)/bin/python:
 	@for python in $(if $(PYTHON),"$(PYTHON)",python3 python3.13 python3.12 python3.11 python3.10); do \
 		command -v "$$python" >/dev/null 2>&1 || continue; \
 		"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || continue; \
 		"$$python" -c 'import ensurepip, venv' 2>/dev/null || { \
 			echo "error: $$python cannot make virtual environments; install its venv package" \
 				"(Debian: apt-get install python3-venv)" >&2; exit 1; }; \
-		"$$python" -m venv "$(VENV)" && exit 0; \
-		rm -rf "$(VENV)"; exit 1; \
+		"$$python" -m venv "$(@:/bin/python=)" && exit 0; \
+		rm -rf "$(@:/bin/python=)"; exit 1; \
 	done; \
 	echo "error: no Python 3.10 or newer found; install one, or say make PYTHON=/path/to/python3" >&2; \
 	exit 1
