@@ -155,7 +155,7 @@ def _raw(config: dict[str, Any], layers: int) -> Reference:
 
     return Reference(
         [rope] * layers,
-        _windows(_Keys, types, layers),
+        _windows(_Keys(), types, layers),
         config.get("max_position_embeddings"),
         False,
         config.get("hidden_act"),
