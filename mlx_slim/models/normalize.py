@@ -22,7 +22,7 @@ from typing import Any
 from mlx_slim.errors import SlimError
 from mlx_slim.models.reference import reference_of
 from mlx_slim.models.rope import TYPES
-from mlx_slim.models.rope_install import kind_of
+from mlx_slim.models.rope_install import differs_in_stock, kind_of
 
 _BASE_THETA = 10000.0
 # Classes that rotate this part of the head without asking the config.
@@ -69,9 +69,19 @@ def normalize_config(
         inner = _import(str(text.get("model_type", ""))) or module
         _flatten_rope(text, inner, notes, strict=False)
         _tie(text, inner, tensor_names, notes)
+    _note_stock(config, module, notes)
     if "torch_dtype" not in config and isinstance(config.get("dtype"), str):
         config["torch_dtype"] = config["dtype"]
     return Normalized(config, notes)
+
+
+def _note_stock(config: dict[str, Any], module: ModuleType, notes: list[str]) -> None:
+    """Say where mlx-lm by itself would compute other logits of this config."""
+    ropes = [rope for rope in reference_of(config).rope if rope and rope["rope_type"] in TYPES]
+    source = inspect.getsource(module) if ropes else ""
+    if other := {rope["rope_type"] for rope in ropes if differs_in_stock(rope, source)}:
+        names = ", ".join(sorted(other))
+        notes.append(f"RoPE {names} is computed as transformers does; mlx-lm by itself does not")
 
 
 def model_module(config: dict[str, Any]) -> ModuleType:

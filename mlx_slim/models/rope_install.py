@@ -60,6 +60,28 @@ def reads_scaling(source: str) -> bool:
     )
 
 
+def differs_in_stock(rope: dict[str, Any], source: str) -> bool:
+    """Return whether mlx-lm's own class rotates otherwise than transformers does.
+
+    Args:
+        rope: ``rope_parameters`` of transformers, of a type in ``TYPES``.
+        source: Of the class's module.
+    """
+    kind = rope["rope_type"]
+    if "initialize_rope(" not in source and kind not in source:
+        return True  # scaling is ignored
+    if kind == "longrope":
+        return rope.get("short_factor") != rope.get("long_factor") or "attention_factor" in rope
+    if kind != "yarn":
+        return False
+    scales = [rope.get(key) for key in ("mscale", "mscale_all_dim")]
+    return (
+        rope.get("attention_factor") is not None
+        or not rope.get("truncate", True)
+        or (any(scales) and not all(scales))
+    )
+
+
 def kind_of(rope: Any) -> str | None:
     """Return the RoPE type that a ``rope_scaling`` or ``rope_parameters`` names."""
     if not isinstance(rope, dict):

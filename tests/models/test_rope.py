@@ -247,6 +247,29 @@ def test_a_converted_model_loads_the_same_way(tmp_path):
         assert np.array_equal(logits(folder, length), logits(tmp_path / "again", length))
 
 
+@pytest.mark.parametrize(
+    ("architecture", "rope", "said"),
+    [
+        ("llama", YARN, False),
+        ("llama", LLAMA3, False),
+        ("llama", {**YARN, "attention_factor": 1.5}, True),
+        ("llama", {**YARN, "truncate": False}, True),
+        ("llama", LONGROPE, True),
+        ("qwen3", {**YARN, "truncate": False}, True),
+        ("phi", KINDS["linear"], True),
+    ],
+)
+def test_it_is_said_where_mlx_lm_by_itself_computes_otherwise(tmp_path, architecture, rope, said):
+    import mlx_lm
+
+    folder = tiny_model(tmp_path / "m", architecture, rope_scaling=rope)
+    loaded = load(folder)
+    assert any("mlx-lm by itself does not" in note for note in loaded.notes) == said
+    stock, _ = mlx_lm.load(str(folder))
+    ids = mx.arange(20)[None]
+    assert bool(mx.allclose(stock(ids), loaded.model(ids), atol=1e-5).item()) != said
+
+
 def test_a_theta_that_is_left_out_is_transformers_default(tmp_path):
     folder = tiny_model(tmp_path / "m", "qwen2")
     config = json.loads((folder / "config.json").read_text())
