@@ -14,9 +14,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from mlx_slim import locks
 from mlx_slim.artifacts import read_json, write_json
-from mlx_slim.claims import LOCK_FILE
 from mlx_slim.cli.main import run as command
 from mlx_slim.compare import cell as cells
 from mlx_slim.compare import identity, runner
@@ -26,7 +24,7 @@ from mlx_slim.compare.questions import write_questions
 from mlx_slim.compare.report import report
 from mlx_slim.compare.verify import verify
 from mlx_slim.config.load import from_values
-from mlx_slim.errors import Interrupted, SlimError
+from mlx_slim.errors import SlimError
 from tests.support.runs import Recorder, write_rows
 
 TASK = """
@@ -334,44 +332,6 @@ def test_a_manifest_of_another_version_is_made_again(files):
     write_json(path, {**read_json(path), "schema_version": 0})
     assert "toy-base" in run_all(files, resume=True, only={"toy-base"}).complete
     assert read_json(path)["schema_version"] == 1
-
-
-def test_a_folder_that_is_none_or_another_matrix_is_refused(files, tmp_path):
-    layout = load_matrix(str(files / "toy.yaml"))
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "notes.txt").write_text("mine")
-    with pytest.raises(SlimError, match="holds no matrix"):
-        runner.prepare(layout, other, False)
-    (other / "notes.txt").unlink()
-    for record, said in (({"schema_version": 5}, "another version"), ({}, "another version")):
-        write_json(other / "matrix.json", record)
-        with pytest.raises(SlimError, match=said):
-            runner.prepare(layout, other, True)
-    write_json(other / "matrix.json", {"schema_version": 1, "name": "else"})
-    with pytest.raises(SlimError, match="holds the matrix 'else'"):
-        runner.prepare(layout, other, True)
-    assert [path.name for path in other.iterdir()] == ["matrix.json"]
-
-
-def test_rows_that_are_not_there_leave_no_folder(files):
-    (files / "toy.jsonl").unlink()
-    with pytest.raises(SlimError, match=r"toy\.jsonl"):
-        runner.prepare(load_matrix(str(files / "toy.yaml")), files / "out", False)
-    assert not (files / "out").exists()
-
-
-def test_one_process_at_a_time_and_an_interruption_stops_everything(files):
-    layout = load_matrix(str(files / "toy.yaml"))
-    todo = runner.prepare(layout, files / "two", False)
-    lock = locks.acquire(files / "two" / LOCK_FILE)
-    assert lock is not None
-    for held in (False, True):
-        with pytest.raises(SlimError, match="--resume" if not held else "another process"):
-            runner.prepare(layout, files / "two", held)
-    lock.release()
-    with pytest.raises(Interrupted, match="stopped in toy-base"):
-        runner.run(todo, files / "two", lambda cell: (130, ""), lambda number, cell: None)
 
 
 def test_an_interrupted_matrix_prints_the_command_that_goes_on(files, monkeypatch, capsys):
