@@ -95,7 +95,8 @@ if moment in ("save", "base"):  # "base": only writes of the quantized base coun
     write = mx.save_safetensors
     calls = []
     def save(path, *args, **kwargs):
-        if moment == "save" or "base" in Path(path).parent.name:
+        inside = Path(path).parents  # base/ is built as .base.mlx-slim-tmp/new/
+        if moment == "save" or any("base" in folder.name for folder in inside[:2]):
             calls.append(path)
         write(path, *args, **kwargs)
         if calls[-1:] == [path] and len(calls) == count:
