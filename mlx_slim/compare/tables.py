@@ -161,7 +161,9 @@ def corrected(rows: list[dict[str, Any]], pooled: list[Claim]) -> None:
     """
     for model in dict.fromkeys([*(row["model"] for row in rows), *(c.model for c in pooled)]):
         own = [row for row in rows if row["model"] == model]
-        of_pair = {(row["first"], row["second"], row["task"]): row for row in own}
+        of_pair: dict[tuple[str, ...], dict[str, Any]] = {
+            (row["first"], row["second"], row["task"]): row for row in own
+        }
         claims = [claim for claim in pooled if claim.model == model]
         further = [claim for claim in claims if claim.pair not in of_pair]
         tests = len(own) + len(further)

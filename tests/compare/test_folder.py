@@ -1,5 +1,4 @@
 """Who may run a matrix in a folder: refused, held by one process, left when it cannot start."""
-# ruff: noqa: F811  # the fixture is imported, and is a parameter too
 
 from __future__ import annotations
 
@@ -11,7 +10,6 @@ from mlx_slim.claims import LOCK_FILE
 from mlx_slim.compare import runner
 from mlx_slim.compare.matrix import load_matrix
 from mlx_slim.errors import Interrupted, SlimError
-from tests.compare.test_run import files  # noqa: F401  # the fixture
 
 
 def test_a_folder_that_is_none_or_another_matrix_is_refused(files, tmp_path):

@@ -2,104 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import yaml
 
 from mlx_slim.artifacts import read_json, write_json
 from mlx_slim.cli.main import run as command
-from mlx_slim.compare import cell as cells
-from mlx_slim.compare import identity, runner
-from mlx_slim.compare.jobs import Job
+from mlx_slim.compare import runner
 from mlx_slim.compare.matrix import load_matrix
-from mlx_slim.compare.questions import write_questions
 from mlx_slim.compare.report import report
 from mlx_slim.compare.verify import verify
-from mlx_slim.config.load import from_values
 from mlx_slim.errors import SlimError
-from tests.support.runs import Recorder, write_rows
-
-TASK = """
-about: a toy
-kind: multiple_choice
-data: {path: toy.jsonl}
-fields: {question: text, choices: texts, answer: integer}
-prompt: "{{ question }}"
-choices: "{{ choices }}"
-target: "{{ answer }}"
-"""
-
-
-@pytest.fixture
-def files(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with training rows, a task, held-out text, and a matrix over the tiny llama."""
-    monkeypatch.chdir(tmp_path)
-    write_rows(tmp_path / "rows.jsonl", 24)
-    (tmp_path / "toytask.yaml").write_text(TASK)
-    rows = [
-        {"question": f"Number {i} is", "choices": ["odd", "even", "prime"], "answer": i % 3}
-        for i in range(12)
-    ]
-    (tmp_path / "toy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 3)
-    write_yaml(tmp_path, tiny())
-    return tmp_path
-
-
-def write_yaml(folder: Path, model: Path, **changes) -> Path:
-    matrix = {
-        "title": "toy",
-        "recipe": {
-            "data": {"path": "rows.jsonl", "validation": 4},
-            "quantize": {"group_size": 32},
-            "train": {"steps": 2, "batch_tokens": 256, "max_length": 128},
-        },
-        "models": {
-            "toy": {"source": str(model)},
-            "gone": {"source": "./gone", "methods": ["base"]},
-        },
-        "methods": {
-            "base": {"kind": "base"},
-            "base-4bit": {"kind": "quantized"},
-            "lora": {"recipe": {"method": "lora"}, "learning_rates": [1e-4, 1e-2]},
-            "qlora": {"recipe": {"method": "qlora"}},
-            "qlora-fused": {"kind": "fused", "of": "qlora"},
-        },
-        "tasks": [{"task": "./toytask.yaml", "limit": 10}],
-        "sweep": {"steps": 2},
-        "held_out": {"path": "text.txt"},
-        **changes,
-    }
-    path = folder / "toy.yaml"
-    path.write_text(yaml.safe_dump(matrix, sort_keys=False))
-    return path
-
-
-def run_all(files: Path, *, resume: bool = False, overrides=(), only=None) -> runner.Ran:
-    """Run the matrix in this process."""
-    layout = load_matrix(str(files / "toy.yaml"), overrides)
-    out = files / "out"
-    todo = runner.prepare(layout, out, resume)
-
-    def launch(cell) -> tuple[int, str]:
-        if only is not None and cell.name not in only:
-            return -signal.SIGKILL, ""
-        try:
-            cells.Making(Job(layout, out, Recorder()), cell).run()
-        except SlimError as error:
-            return error.exit_code, error.message
-        return 0, ""
-
-    with runner.held(out, resume=True):
-        return runner.run(todo, out, launch, lambda number, cell: None)
+from tests.support.matrix_run import run_all, write_yaml
 
 
 def manifests(out: Path) -> dict[str, int]:
@@ -216,114 +135,6 @@ def test_another_task_scores_again_and_trains_nothing(files):
     assert (out / "cells/toy-qlora-s0/run/run.json").stat().st_mtime_ns == trained
     assert (out / "cells/toy-qlora-s0/eval/held_out/results.json").stat().st_mtime_ns == text
     assert report(out).results["tasks"][0]["n"] == 12
-
-
-def test_changed_answers_definitions_and_texts_are_scored_again_and_nothing_else(files):
-    """The keys know rows, definition and text by content, not by name."""
-    out = files / "out"
-    (files / "other.yaml").write_text(TASK.replace("toy.jsonl", "other.jsonl"))
-    other = (files / "toy.jsonl").read_text()
-    (files / "other.jsonl").write_text(other)
-    tasks = "tasks=[{task: ./toytask.yaml, limit: 10}, {task: ./other.yaml}]"
-    only = {"toy-base", "toy-qlora-s0"}
-
-    def resumed() -> set[str]:
-        """Return what was made anew, of the two cells."""
-        made = [*out.glob("cells/*/run/run.json"), *out.glob("cells/*/eval/*/results.json")]
-        before = {path: path.stat().st_mtime_ns for path in made}
-        done = run_all(files, resume=True, overrides=[tasks], only=only)
-        assert set(done.complete) == only
-        return {
-            "/".join(path.relative_to(out).parts[1:-1])
-            for path, then in before.items()
-            if path.stat().st_mtime_ns != then
-        }
-
-    run_all(files, overrides=[tasks], only=only)
-    assert resumed() == set()
-
-    rows = [json.loads(line) for line in (files / "toy.jsonl").read_text().splitlines()]
-    right = [row["answer"] for row in rows]
-    rows = [{**row, "answer": (row["answer"] + 1) % 3} for row in rows]
-    (files / "toy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    both = {f"{cell}/eval/toytask" for cell in only}
-    assert resumed() == both
-    samples = (out / "cells/toy-base/eval/toytask/samples_toytask.jsonl").read_text().splitlines()
-    assert [json.loads(line)["target"] for line in samples] == [(t + 1) % 3 for t in right[:10]]
-
-    (files / "toytask.yaml").write_text(TASK + "metrics: [acc]\n")
-    assert resumed() == both
-    results = read_json(out / "cells/toy-base/eval/toytask/results.json")
-    assert list(results["tasks"]["toytask"]["metrics"]) == ["acc"]
-
-    (files / "text.txt").write_text("Another text, of other words. " * 4)
-    assert resumed() == {f"{cell}/eval/held_out" for cell in only}
-
-    (files / "rows.jsonl").write_text((files / "rows.jsonl").read_text() + "\n")
-    assert resumed() == {
-        f"toy-qlora-s0/{part}" for part in ("run", "eval/toytask", "eval/other", "eval/held_out")
-    }
-
-
-def test_answers_that_no_field_declares_count_too(files):
-    """A task may name fewer fields than its templates read."""
-    (files / "toytask.yaml").write_text(TASK.replace(", answer: integer", ""))
-    layout = load_matrix(str(files / "toy.yaml"))
-
-    def asked() -> dict:
-        return write_questions(layout.matrix, files / "questions")["asked"]["toytask"]
-
-    before = asked()
-    (files / "toy.jsonl").write_text(
-        (files / "toy.jsonl").read_text().replace('"answer": 0', '"answer": 1')
-    )
-    assert asked()["rows_sha256"] != before["rows_sha256"]
-
-
-def test_rows_that_change_while_the_matrix_runs_cost_their_cells(files):
-    layout = load_matrix(str(files / "toy.yaml"))
-    out = files / "out"
-    cell = runner.prepare(layout, out, False)[0]
-    (files / "toy.jsonl").write_text(
-        (files / "toy.jsonl").read_text().replace('"answer": 0', '"answer": 1')
-    )
-    with pytest.raises(SlimError, match="changed while the matrix was running"):
-        cells.Making(Job(layout, out, Recorder()), cell).run()
-    assert not (out / "cells" / cell.name / "cell.json").exists()
-    assert "toy-base" in run_all(files, resume=True, only={"toy-base"}).complete
-
-
-@pytest.mark.parametrize("named", ["validation", "template", "held_out"])
-def test_files_that_a_recipe_names_count_by_content(files, named):
-    write_rows(files / "validation.jsonl", 5)
-    (files / "template.jinja").write_text("{{ messages[0].content }}")
-    recipe = {
-        "validation": {"data": {"path": "rows.jsonl", "validation": "validation.jsonl"}},
-        "template": {"data": {"path": "rows.jsonl", "template": "template.jinja"}},
-        "held_out": {"data": {"path": "rows.jsonl"}, "held_out": {"path": "text.txt"}},
-    }[named]
-    file = {"validation": "validation.jsonl", "template": "template.jinja"}.get(named, "text.txt")
-    resolved = from_values({"model": "x", **recipe}, "toy", "test")
-    before = identity.contents(resolved.recipe)
-    assert identity.contents(resolved.recipe) == before
-    (files / file).write_text((files / file).read_text() + "\n" + (files / file).read_text())
-    assert identity.contents(resolved.recipe) != before
-
-
-def test_changed_rows_weights_or_code_change_the_key(files, tiny, monkeypatch):
-    layout = load_matrix(str(files / "toy.yaml"))
-    cell = next(cell for cell in layout.cells if cell.name == "toy-qlora-s0")
-
-    def key() -> str:
-        return cells.Making(Job(layout, files / "out", Recorder()), cell).made_of
-
-    first = key()
-    assert key() == first
-    (files / "rows.jsonl").write_text((files / "rows.jsonl").read_text() + "\n")
-    second = key()
-    assert second != first
-    monkeypatch.setattr(identity, "code_version", lambda: "other")
-    assert key() != second
 
 
 def test_a_manifest_of_another_version_is_made_again(files):
