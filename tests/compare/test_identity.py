@@ -35,6 +35,7 @@ def test_what_is_no_time_is_the_same_twice(files, tiny):
     methods = {
         "base": {"kind": "base"},
         "small": {"kind": "pruned", "prune": {"ratio": 0.5, "calibration": "rows.jsonl"}},
+        "small-4bit": {"kind": "quantized", "of": "small"},
         "qlora": {"recipe": {"method": "qlora"}},
     }
     write_yaml(files, tiny(), models={"toy": {"source": str(tiny())}}, methods=methods)
@@ -59,7 +60,7 @@ def test_what_is_no_time_is_the_same_twice(files, tiny):
             }
         )
     assert found[0] == found[1]
-    assert len(found[0]["samples"]) == 6
+    assert len(found[0]["samples"]) == 8
     assert set(found[0]["hashes"]) >= {"cells/toy-small/model", "models/toy-4bit-g32-affine"}
     small = [files / name / "cells/toy-small/model" for name in ("first", "second")]
     assert read_json(small[0] / "prune.json") != read_json(small[1] / "prune.json")
