@@ -52,8 +52,18 @@ class Job:
 
     @cached_property
     def asked(self) -> dict[str, dict[str, Any]]:
-        """What each evaluation asks, by content, as it was when the folder was prepared."""
-        return read_json(self.out / MATRIX_FILE)["asked"]
+        """What each evaluation asks, by content, as it was when the folder was prepared.
+
+        Raises:
+            SlimError: If it was prepared by a version that did not note it.
+        """
+        asked = read_json(self.out / MATRIX_FILE).get("asked")
+        if asked is None:
+            raise SlimError(
+                f"{self.out} was prepared by another version",
+                "run the whole matrix again with --resume",
+            )
+        return asked
 
     def say(self, text: str) -> None:
         """Notify of one line."""

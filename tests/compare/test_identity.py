@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from mlx_slim.artifacts import hash_file, read_json
+from mlx_slim.artifacts import hash_file, read_json, write_json
 from mlx_slim.compare import cell as cells
 from mlx_slim.compare import identity, runner
 from mlx_slim.compare.jobs import Job
@@ -175,3 +175,14 @@ def test_changed_rows_weights_or_code_change_the_key(files, tiny, monkeypatch):
     assert second != first
     monkeypatch.setattr(identity, "code_version", lambda: "other")
     assert key() != second
+
+
+def test_a_folder_that_an_older_version_prepared_is_one_line(files):
+    layout = load_matrix(str(files / "toy.yaml"))
+    out = files / "out"
+    cell = runner.prepare(layout, out, False)[0]
+    record = read_json(out / "matrix.json")
+    del record["asked"]
+    write_json(out / "matrix.json", record)
+    with pytest.raises(SlimError, match="prepared by another version"):
+        cells.Making(Job(layout, out, Recorder()), cell).run()
