@@ -14,6 +14,7 @@ from mlx_slim.errors import SlimError
 from mlx_slim.evaluate import run
 from mlx_slim.evaluate.perplexity import read_texts
 from mlx_slim.evaluate.results import encode, read_samples
+from mlx_slim.events import Saved
 from mlx_slim.train.metrics import MetricsFile
 from mlx_slim.workflows.evaluate import EvalOptions, evaluate
 from tests.support.evals import files, samples_of, write_tasks
@@ -71,8 +72,9 @@ def test_metrics_are_rewound_to_the_same_bytes(tmp_path):
     file = MetricsFile(tmp_path / "metrics.jsonl")
     kept = as_lines([{"event": "step", "step": i, "note": TEXT} for i in (1, 2)])
     file.path.write_bytes(kept + as_lines([{"event": "step", "step": 3}]))
-    file.rewind(2)
-    assert file.path.read_bytes() == kept
+    saved = Saved(2, "checkpoints/step-2")
+    file.rewind(saved)
+    assert file.path.read_bytes() == kept + (json.dumps(saved.as_record()) + "\n").encode()
 
 
 def test_answers_of_teachers(tmp_path):

@@ -151,7 +151,9 @@ def test_the_command_writes_json_and_a_plot(tiny, tmp_path: Path, monkeypatch: p
     svg = (out / "intruders.svg").read_text()
     assert svg.count("<svg") == 1 and "intruder dimensions in 21 matrices" in svg
     assert len(list((tmp_path / "cache" / "svd").iterdir())) == 21
-    assert "exists already" in str(run(analyze.command, words).exception)
+    assert "is complete: nothing to do" in str(run(analyze.command, words).exception)
+    other = [*words, "--k", "3"]
+    assert "exists already" in str(run(analyze.command, other).exception)
     again = run(analyze.command, [*words[:-1], str(tmp_path / "two"), "--json", "--no-cache"])
     assert json.loads(again.stdout)["overall"]["matrices"] == 21
     assert (tmp_path / "two" / "intruders.svg").read_text() == svg

@@ -100,7 +100,6 @@ def test_bad_input_is_one_line_and_nothing_is_written(fails, tiny, task, text, t
         ([*start, "--adapter", tmp_path / "no", "-o", out], "no adapter folder"),
         ([*start, "--perplexity", tmp_path / "no.txt", "-o", out], "no.txt does not exist"),
         ([*start, "--json", "--quiet", "-o", out], "exclude each other"),
-        ([*start, "--resume", "-o", out], "no results to go on with"),
         ([*start, "-o", text], "is a file"),
         ([*start, "-o", text / "out"], "text.txt is a file"),
         (["eval", "--compare", tmp_path, tmp_path], "holds no results.json"),

@@ -8,6 +8,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
+from mlx_slim.claims import LOCK_FILE
 from mlx_slim.cli.main import command
 from mlx_slim.data import sources
 from mlx_slim.data.ledger import SourceLedger
@@ -16,6 +17,7 @@ from mlx_slim.errors import SlimError
 from mlx_slim.evaluate.spec import find_task
 from mlx_slim.events import Notice
 from mlx_slim.workflows import demo as workflow
+from mlx_slim.workflows.run_folder import RUN
 from tests.support.runs import Recorder
 
 # The byte tokenizer makes long rows.
@@ -84,7 +86,9 @@ def test_the_task_prompts_with_the_recipe_s_system_message(tiny):
 
 
 def test_what_a_kill_left_before_the_start_is_no_obstacle(tiny, tmp_path):
-    (tmp_path / "runs" / "lora" / "tokens").mkdir(parents=True)
+    run = tmp_path / "runs" / "lora"
+    (run / "tokens").mkdir(parents=True)
+    (run / LOCK_FILE).write_text(json.dumps({"command": RUN.command, "before": RUN.before}))
     heard = _Heard()
     (row,) = workflow.demo(
         tmp_path, ["lora"], model=str(tiny()), limit=2, overrides=SMALL, watch=heard.watch
