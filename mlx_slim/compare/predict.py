@@ -22,6 +22,7 @@ from mlx_slim.compare.matrix import Cell, Kind, Layout, Matrix, prune_options
 from mlx_slim.compare.questions import plain_questions
 from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError
+from mlx_slim.evaluate.prefix_cache import planned_footprint
 from mlx_slim.evaluate.rows import count_rows
 from mlx_slim.evaluate.spec import find_task
 from mlx_slim.models.hub import SMOLLM2_PACKAGE
@@ -120,6 +121,10 @@ def _line(matrix: Matrix, cell: Cell, budget: int, configs: dict[str, dict[str, 
             if peak is None:
                 return Line(cell.name, cell.kind, None, None, None)
             scoring = _scoring(recipe, tokens, config)
+            asked = [_positions(entry.task, entry.limit) for entry in matrix.tasks]
+            dtype = resolve_dtype(recipe.train.dtype)
+            known = _config(recipe) if config is None else config
+            peak += planned_footprint(known, dtype.size).least(max(asked, default=1))
             return Line(cell.name, cell.kind, peak, None, scoring, _over(peak, budget))
         found = predicted_run(recipe, budget, config)
     except SlimError as error:
@@ -180,6 +185,17 @@ def _scoring(recipe: Recipe, tokens: int, config: dict[str, Any] | None) -> floa
     except SlimError:
         return 0.0
     return LOADING + FORWARD * (found.predicted_seconds or 0.0)
+
+
+@lru_cache(maxsize=64)
+def _positions(name: str, limit: int | None) -> int:
+    """Return about how many positions the longest question of a task has, its answer included."""
+    task = find_task(name)
+    if count_rows(task) is None:
+        return _UNKNOWN_ROWS[1]
+    read = max(len(q.context) + sum(map(len, q.choices)) for q in plain_questions(task, limit))
+    written = task.spec.max_tokens if task.kind == "generation" else 0
+    return int(read / CHARACTERS_PER_TOKEN) + written
 
 
 @lru_cache(maxsize=64)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_slim import runtime
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluate.prefix_cache import (
     PREFILL_TOKENS,
@@ -106,7 +107,8 @@ def generate_batch(
             at once.
         batch_size: Most answers that grow side by side.
         cache_bytes: What keys, values and logits may take beside the weights; fewer answers grow
-            side by side where they would not fit, and at least one does. None does not count.
+            side by side where they would not fit, and at least one does. None takes what the
+            device's memory budget leaves.
         tally: Counts the positions computed.
 
     Raises:
@@ -124,7 +126,9 @@ def generate_batch(
     shared = _shared_prefix(prompts)
     counted = _Counted(model)
     once = bool(shared) and shares(model)
-    if cache_bytes is not None and prompts:
+    if prompts:
+        if cache_bytes is None:
+            cache_bytes = runtime.memory_budget("auto") - mx.get_active_memory()
         own = max(map(len, prompts)) - shared + max_tokens
         batch_size = min(batch_size, footprint(model).answers(cache_bytes, own, shared, once))
     prefix = _prefill(counted, list(prompts[0][:shared]), once) if shared else None

@@ -139,6 +139,11 @@ class TextJob:
         count = len(self._parts)
         return [range(i, min(i + WINDOWS, count)) for i in range(0, count, WINDOWS)]
 
+    @property
+    def positions(self) -> int:
+        """Positions of the longest window."""
+        return max(len(request.ids) for _, request in self._parts)
+
     def weight(self, chunk: range) -> int:
         """Return the work of a chunk in characters, about four a token."""
         return sum(4 * len(self._parts[i][1].ids) for i in chunk)

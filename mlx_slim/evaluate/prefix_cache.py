@@ -201,6 +201,10 @@ class Footprint:
             size * (whole if window is None else min(whole, window)) for size, window in self.layers
         )
 
+    def least(self, positions: int) -> int:
+        """Return the bytes that one request of so many positions needs beside the weights."""
+        return self.cache_bytes(positions) + _LOGIT_BYTES * self.vocabulary
+
     def answers(self, budget: int, own: int, before: int, shared: bool) -> int:
         """Return how many answers fit side by side into ``budget`` bytes, at least one.
 
@@ -213,6 +217,25 @@ class Footprint:
         once = self.cache_bytes(before) * (1 if shared else 2)
         each = self.cache_bytes(own + STEP if shared else before + own + STEP) * _GROWING
         return max(1, int((budget - once) / (each + _LOGIT_BYTES * self.vocabulary)))
+
+
+def planned_footprint(config: dict[str, Any], itemsize: int) -> Footprint:
+    """Return what the caches of a model will hold, from its ``config.json``.
+
+    Args:
+        config: Of the model; windows are not counted, so this is the most.
+        itemsize: Bytes of a number that it computes in.
+    """
+    text = {**config, **(config.get("text_config") or {})}
+
+    def first(*keys: str, default: int = 0) -> int:
+        return next((int(text[key]) for key in keys if text.get(key)), default)
+
+    width, heads = first("hidden_size", "n_embd"), first("num_attention_heads", "n_head", default=1)
+    pairs = 2 * first("num_key_value_heads", "n_kv_heads", default=heads)
+    size = pairs * first("head_dim", default=width // heads) * itemsize
+    blocks = first("num_hidden_layers", "n_layer", "n_layers")
+    return Footprint(((size, None),) * blocks, 0, first("vocab_size"))
 
 
 def footprint(model: Any) -> Footprint:

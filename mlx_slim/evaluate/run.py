@@ -18,7 +18,7 @@ import mlx.nn as nn
 
 from mlx_slim.artifacts import hash_json
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluate.generate import Tally, generate_batch
+from mlx_slim.evaluate.generate import MOST_ANSWERS, Tally, generate_batch
 from mlx_slim.evaluate.loglikelihood import Scorer
 from mlx_slim.evaluate.metrics import (
     figure,
@@ -47,11 +47,15 @@ class Engine:
         model: In evaluation mode, its adapter on it.
         tokenizer: mlx-lm's wrapper.
         scorer: Log-likelihoods.
+        cache_bytes: What the caches of generated answers may take; None takes what the device has.
+        batch_tokens: Most positions of answers side by side; None leaves it to the bytes.
     """
 
     model: nn.Module
     tokenizer: TokenizerWrapper
     scorer: Scorer
+    cache_bytes: int | None = None
+    batch_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,11 @@ class Job(Protocol):
     @property
     def chunks(self) -> list[range]:
         """Question numbers, cut into chunks."""
+        ...
+
+    @property
+    def positions(self) -> int:
+        """Positions of the longest request, about."""
         ...
 
     def weight(self, chunk: range) -> int:
@@ -155,6 +164,22 @@ class TaskJob:
     @property
     def _generates(self) -> bool:
         return not self.questions[0].choices
+
+    @property
+    def positions(self) -> int:
+        """Positions of the longest question, its answer included, about: by its characters."""
+        cut = self.encoder.truncated
+        longest = max(
+            self.questions, key=lambda q: len(q.context) + max(map(len, q.choices or " "))
+        )
+        if self._generates:
+            new = self.task.spec.max_tokens
+            found = len(self.encoder.prompt(longest.context, new)) + new
+        else:
+            choice = max(longest.choices, key=len)
+            found = len(self.encoder.request(longest.context, choice).ids)
+        self.encoder.truncated = cut
+        return found
 
     def weight(self, chunk: range) -> int:
         """Return the characters that a chunk computes, what its questions share counted once."""
@@ -242,6 +267,9 @@ class TaskJob:
         task, cut = self.task, self.encoder.truncated
         longest = task.spec.max_tokens
         prompts = [self.encoder.prompt(question.context, longest) for question in questions]
+        batch = MOST_ANSWERS
+        if engine.batch_tokens is not None:
+            batch = max(1, min(batch, engine.batch_tokens // (max(map(len, prompts)) + longest)))
         tally = Tally()
         answers = generate_batch(
             engine.model,
@@ -249,7 +277,8 @@ class TaskJob:
             prompts,
             longest,
             stops=task.spec.until,
-            batch_size=GENERATION_CHUNK,
+            batch_size=batch,
+            cache_bytes=engine.cache_bytes,
             tally=tally,
         )
         records = [

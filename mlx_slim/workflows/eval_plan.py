@@ -24,6 +24,7 @@ from mlx_slim.data.templates import load_template
 from mlx_slim.errors import ResourceError, RowLimit, SlimError, did_you_mean
 from mlx_slim.evaluate.perplexity import NAME as TEXT
 from mlx_slim.evaluate.perplexity import TextJob, Texts, read_texts
+from mlx_slim.evaluate.prefix_cache import planned_footprint
 from mlx_slim.evaluate.prompts import Chat, Question, build_questions
 from mlx_slim.evaluate.requests import Encoder, max_length
 from mlx_slim.evaluate.results import RESULTS, STATE_FILE, Folder
@@ -37,7 +38,7 @@ from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.workflows.scoring import Target
 from mlx_slim.workflows.task_rows import trained_keys
 
-CODE = 1  # raised when the same settings give other numbers: an older folder is not gone on with
+CODE = 2  # raised when the same settings give other numbers: an older folder is not gone on with
 _SAMPLE_BYTES = 500  # of a question on disk, about
 _MIN_DISK = 200_000  # the other files
 
@@ -56,7 +57,8 @@ class EvalOptions:
         dtype: ``auto`` (bfloat16 on a GPU, float32 on a CPU) or a name of ``runtime.DTYPES``.
         apply_chat_template: Put every prompt into the model's chat template.
         max_length: Longest input, tokens; None takes the model's.
-        batch_tokens: Tokens of a batch; None chooses by memory.
+        batch_tokens: Tokens of a batch, and of the caches of answers that are written side by side;
+            None chooses by memory.
         seed: Recorded; scoring itself draws nothing.
         revision: Branch, tag or commit of hub models.
         trust_remote_code: Run Python files that a repository brings.
@@ -100,7 +102,8 @@ def find_targets(
         target.folder, target.started = folder, begun
         if begun:
             known = artifacts.read_json(folder / STATE_FILE)
-            target.state["dense"] = known.get("dense") if isinstance(known, dict) else None
+            for key in ("dense", "cache_bytes"):
+                target.state[key] = known.get(key) if isinstance(known, dict) else None
             Folder(folder).match(target.state)
         targets.append(target)
     _check_disk(out, [job for target in targets for job in target.jobs])
@@ -229,12 +232,8 @@ def _target(
         tensor.nbytes if quantized else math.prod(tensor.shape) * dtype.size
         for tensor in tensors.values()
     )
-    if needed > runtime.device_memory():
-        raise ResourceError(
-            f"{source} takes {runtime.human_bytes(needed)} in {runtime.dtype_name(dtype)}, "
-            f"the device has {runtime.human_bytes(runtime.device_memory())}",
-            "quantize it first, or choose a smaller dtype",
-        )
+    takes = f"{source} takes {runtime.human_bytes(needed)} in {runtime.dtype_name(dtype)}"
+    _check_memory(needed, takes, "quantize it first, or choose a smaller dtype")
     tokenizer = load_tokenizer(folder, trust_remote_code=trust)
     if options.apply_chat_template and not tokenizer.has_chat_template:
         raise SlimError(f"{source} has no chat template", "leave --apply-chat-template out")
@@ -249,6 +248,10 @@ def _target(
     jobs: list[Job] = [_task_job(asked, options, tokenizer, longest, limit) for asked in tasks]
     if texts is not None:
         jobs.append(TextJob(texts, Encoder(tokenizer, longest, limit=limit)))
+    positions = max(job.positions for job in jobs)
+    least = planned_footprint(config, dtype.size).least(positions)
+    takes += f", the keys and values of {positions:,} tokens {runtime.human_bytes(least)}"
+    _check_memory(needed + least, takes, "quantize it first, or choose a smaller --max-length")
     stack = parse_adapters(options.adapter)
     hashes = [adapter_hash(one.folder) for one in stack]
     state = {
@@ -261,6 +264,7 @@ def _target(
         "adapter_sha256": "+".join(hashes) or None,
         "dtype": runtime.dtype_name(dtype),
         "dense": None,
+        "cache_bytes": None,
         "device": "gpu" if runtime.on_gpu() else "cpu",
         "seed": options.seed,
         "chat_template": options.apply_chat_template,
@@ -277,12 +281,19 @@ def _target(
         dtype=dtype,
         trust_remote_code=trust,
         batch_tokens=options.batch_tokens,
+        memory=runtime.memory_budget("auto"),
         jobs=jobs,
         folder=Path(),
         started=False,
         state=state,
         trained_on=_trained_on([folder, *(one.folder for one in stack)], tasks, options),
     )
+
+
+def _check_memory(needed: int, takes: str, hint: str) -> None:
+    if needed > runtime.device_memory():
+        has = runtime.human_bytes(runtime.device_memory())
+        raise ResourceError(f"{takes}; the device has {has}", hint)
 
 
 def _trained_on(

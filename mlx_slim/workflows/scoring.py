@@ -18,7 +18,7 @@ import mlx.core as mx
 from mlx_slim import artifacts, events, runtime
 from mlx_slim.adapters.stack import Weighted, load_adapters, used_folders
 from mlx_slim.claims import run_folder
-from mlx_slim.evaluate.loglikelihood import Scorer
+from mlx_slim.evaluate.loglikelihood import MEMORY, Scorer
 from mlx_slim.evaluate.perplexity import NAME as TEXT
 from mlx_slim.evaluate.results import (
     RESULTS,
@@ -32,6 +32,7 @@ from mlx_slim.evaluate.run import Computed, Engine, Job
 from mlx_slim.models.quantized import densify, densify_pays
 from mlx_slim.quantize.base import load_base
 
+_NOT_TOLD = ("tasks", "code", "cache_bytes")  # of the state, in results.json
 _CACHE_SHARE = 8  # MLX may keep 1/8 of the memory as free buffers
 
 
@@ -47,6 +48,7 @@ class Target:
         dtype: To compute in.
         trust_remote_code: Run Python files that the repository brings.
         batch_tokens: Tokens of a batch, or None.
+        memory: Bytes that weights, caches and work may take together.
         jobs: Tasks and texts.
         folder: Where the results go.
         started: Whether the folder holds an evaluation to go on with (on rank 0).
@@ -61,6 +63,7 @@ class Target:
     dtype: mx.Dtype
     trust_remote_code: bool
     batch_tokens: int | None
+    memory: int
     jobs: list[Job]
     folder: Path
     started: bool
@@ -123,7 +126,10 @@ def _from_first_rank(value: Any) -> Any:
 
 
 def _load(target: Target, observer: events.Observer) -> Engine:
-    """Load model and adapter; decide once, and keep for a resume, whether to dequantize."""
+    """Load model and adapter.
+
+    Whether to dequantize, and the bytes of caches, are decided once and kept for a resume.
+    """
     observer.notify(events.Notice(f"loading {target.source}"))
     mx.set_cache_limit(runtime.device_memory() // _CACHE_SHARE)
     loaded = load_base(
@@ -140,10 +146,16 @@ def _load(target: Target, observer: events.Observer) -> Engine:
         densify(loaded.model)
     if target.stack:
         load_adapters(loaded.model, target.stack)
-    scorer = Scorer(loaded.model, batch_tokens=target.batch_tokens)
+    if target.state["cache_bytes"] is None:
+        left = max(1, target.memory - mx.get_active_memory())
+        target.state["cache_bytes"] = 1 << (left.bit_length() - 1)  # the same twice, as a rule
+    cache_bytes = target.state["cache_bytes"] = _from_first_rank(target.state["cache_bytes"])
+    scorer = Scorer(
+        loaded.model, batch_tokens=target.batch_tokens, memory=min(MEMORY, cache_bytes // 2)
+    )
     for note in [*loaded.notes, *scorer.notes]:
         observer.notify(events.Notice(note))
-    return Engine(loaded.model, loaded.tokenizer, scorer)
+    return Engine(loaded.model, loaded.tokenizer, scorer, cache_bytes, target.batch_tokens)
 
 
 def _rounds(job: Job, engine: Engine, done: int) -> Iterator[tuple[list[bytes], float]]:
@@ -314,7 +326,7 @@ def section(
 
 def _results(target: Target, folder: Folder) -> dict[str, Any]:
     """Return ``results.json``: nothing in it but ``seconds`` differs from one run to the next."""
-    settings = {key: value for key, value in target.state.items() if key not in ("tasks", "code")}
+    settings = {key: value for key, value in target.state.items() if key not in _NOT_TOLD}
     sections = {job.name: _section(job, folder) for job in target.jobs}
     for name, seen in target.trained_on.items():
         sections[name]["trained_on"] = seen

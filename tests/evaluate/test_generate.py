@@ -7,7 +7,10 @@ import pytest
 from mlx_lm import load
 
 from mlx_slim.errors import SlimError
+from mlx_slim.evaluate import generate
 from mlx_slim.evaluate.generate import Tally, generate_batch
+from mlx_slim.evaluate.prefix_cache import footprint, planned_footprint, shares
+from tests.support.tiny import tiny_model
 
 
 def _reference(model, prompt: list[int], max_tokens: int, stops: set[int]) -> list[int]:
@@ -95,3 +98,61 @@ def test_the_tally_counts_what_the_model_computed(tiny):
     generate_batch(model, tokenizer, prompts, 3, (), tally=tally)
     assert tally.minimum == 5 + 2 * 2  # the prompts' five distinct prefixes, two more tokens each
     assert tally.computed >= tally.minimum
+
+
+def _many(tokenizer) -> list[list[int]]:
+    return [tokenizer.encode("b" * 300 + f" number {i}") for i in range(24)]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi"])
+@pytest.mark.parametrize("budget", [6e6, 2e7])
+def test_memory_stays_within_the_budget_and_answers_are_the_same(tiny, architecture, budget):
+    model, tokenizer = load(str(tiny(architecture)))
+    prompts = _many(tokenizer)
+    expected = [_reference(model, prompts[i], 4, set()) for i in (0, 11, 23)]
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    answers = generate_batch(model, tokenizer, prompts, 4, (), cache_bytes=int(budget))
+    assert mx.get_peak_memory() - before <= budget
+    assert [answers[i].ids for i in (0, 11, 23)] == expected
+
+
+def test_the_prefix_is_held_once(tiny, monkeypatch):
+    model, tokenizer = load(str(tiny("llama-mha")))
+    prompts = _many(tokenizer)
+    peaks = []
+    for shared in (True, False):
+        monkeypatch.setattr(generate, "shares", lambda model, shared=shared: shared)
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        answers = generate_batch(model, tokenizer, prompts, 3, ())
+        peaks.append(mx.get_peak_memory() - before)
+        assert answers[5].ids == _reference(model, prompts[5], 3, set())
+    prefix = footprint(model).cache_bytes(300)
+    assert peaks[0] < peaks[1] - 12 * prefix
+
+
+def test_windows_are_copied_and_bounded(tmp_path):
+    changes = {"sliding_window": 64, "sliding_window_pattern": 2, "head_dim": 16}
+    changes |= {"query_pre_attn_scalar": 16, "rope_local_base_freq": 1e4}
+    folder = tiny_model(tmp_path / "g", "llama", **{**changes, "model_type": "gemma3_text"})
+    model, tokenizer = load(str(folder))
+    assert not shares(model)
+    prompts = _many(tokenizer)[:8]
+    one, many = (generate_batch(model, tokenizer, prompts, 4, (), batch_size=n) for n in (1, 8))
+    assert one == many
+    found = footprint(model)
+    assert {window for _, window in found.layers} == {64, None}
+    assert found.cache_bytes(1000) < planned_footprint({"hidden_size": 64, "head_dim": 16,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}, 4,
+    ).cache_bytes(1000)  # fmt: skip
+
+
+def test_mlx_lm_attends_as_before_afterwards(tiny):
+    from mlx_lm.models import base, llama
+
+    model, tokenizer = load(str(tiny()))
+    assert shares(model)
+    generate_batch(model, tokenizer, _prompts(tokenizer, "the same beginning: "), 2, ())
+    assert llama.scaled_dot_product_attention is base.scaled_dot_product_attention
