@@ -44,7 +44,7 @@ class Generation:
     """One answer.
 
     Attributes:
-        text: The answer without its stop token, cut before a stop string.
+        text: The answer without special tokens, cut before a stop string.
         ids: Its token ids, without the stop token; with those of a stop string.
         stop_reason: ``eos`` (a stop token came), ``until`` (a stop string came) or ``length``
             (``max_tokens`` was reached).
@@ -196,8 +196,8 @@ class _Until:
         return any(stop in tail for stop in self._stops)
 
     def cut(self, ids: list[int]) -> str:
-        """Return the text before the first stop string."""
-        text = self._tokenizer.decode(ids)
+        """Return the text before the first stop string, without special tokens."""
+        text = self._tokenizer.decode(ids, skip_special_tokens=True)
         return text[: min((at for s in self._stops if (at := text.find(s)) >= 0), default=None)]
 
 

@@ -3,7 +3,8 @@
 Invariant: every token of every document is predicted exactly once, in windows as long as the model
 reads, as the reference harness cuts them (``loglikelihood_rolling``): the first begins after BOS
 (else EOS), the following ones after the token before them, and the last reaches back so that it is
-as long as the others. Bits per byte do not depend on the tokenizer, so models can be compared.
+as long as the others. A tokenizer that adds BOS adds it there as well, so it is predicted after the
+first one. Bits per byte do not depend on the tokenizer, so models can be compared.
 Try it: ``mlx-slim eval MODEL --perplexity held-out.txt -o OUT``.
 
     longest input 4       tokens 0 1 2 3 4 5 6 7 8 9
@@ -92,7 +93,7 @@ def windows(ids: Sequence[int], prefix: int, longest: int) -> list[Request]:
     """Return the requests that predict each of ``ids`` once.
 
     Args:
-        ids: A document's tokens, without special ones.
+        ids: A document's tokens.
         prefix: Stands before the first: BOS, else EOS.
         longest: Most ids that the model may read at once.
     """
@@ -127,7 +128,7 @@ class TextJob:
         self._parts: list[tuple[int, Request]] = [
             (doc_id, request)
             for doc_id, text in enumerate(texts.documents)
-            for request in windows(encoder.plain(text), encoder.prefix(), encoder.max_length)
+            for request in windows(encoder.document(text), encoder.prefix(), encoder.max_length)
         ]
         for number, (doc_id, request) in enumerate(self._parts):
             where = f"{texts.name}, document {doc_id}, window {number}"

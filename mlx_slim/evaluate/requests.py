@@ -2,8 +2,9 @@ r"""Text becomes token ids, exactly as the reference harness cuts it.
 
 Invariant: ``ids`` is one tokenization of context and continuation together, and its first
 ``start`` ids are as many as the context alone has; spaces that end a context belong to the
-continuation; BOS comes once, and only from a tokenizer that adds it. What does not fit is cut on
-the left and counted. Try it: ``mlx-slim eval MODEL --task hellaswag --limit 100 -o out``.
+continuation; BOS comes once: from a tokenizer that adds it, unless the text begins with it, as what
+a chat template wrote may. A context is encoded once for all its choices. What does not fit is cut
+on the left and counted. Try it: ``mlx-slim eval MODEL --task hellaswag --limit 100 -o out``.
 
     context "Question: …\nAnswer:"      continuation " Paris"
     ids     Q  :  …  Answer  :   | Paris          targets = ids[start:]
@@ -85,7 +86,8 @@ class Encoder:
     Args:
         tokenizer: The model's tokenizer.
         max_length: Most ids that the model may read at once.
-        chat: The texts come out of a chat template, which brings its own special tokens.
+        chat: The texts come out of a template as rows for training do: it alone brings special
+            tokens. Otherwise the tokenizer's are added, as the harness does with templates too.
         limit: The longest input that the model computes right; what is longer, after cutting to
             ``max_length``, is refused.
 
@@ -101,9 +103,11 @@ class Encoder:
         chat: bool = False,
         limit: RowLimit | None = None,
     ) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._chat = tokenizer, chat
         self.limit = limit if limit is not None and limit.tokens < max_length else None
-        self._special = not chat
+        self._context: tuple[str, int] = ("", 0)  # the last one, and how many ids it has
+        prefix = self._prefix()
+        self._bos = "" if prefix is None else str(tokenizer.decode([prefix]))
         self.max_length = max_length
         self.truncated = 0
         # Some tokenizers close every text with EOS: it is no part of the text.
@@ -130,7 +134,7 @@ class Encoder:
             ids = self.encode(text + continuation)
             # The harness cuts by length, also where the last token of the context merged with the
             # first of the continuation. At least one id is left to score.
-            start = min(len(self.encode(text)), len(ids) - 1)
+            start = min(self._length(text), len(ids) - 1)
         if start < 1 or len(ids) < 2:
             raise SlimError(
                 f"the continuation {continuation!r} of {context[-40:]!r} has no tokens to score",
@@ -189,18 +193,33 @@ class Encoder:
         ids = self._ids(text)
         return tuple(ids[: len(ids) - self._closing])
 
-    def plain(self, text: str) -> tuple[int, ...]:
-        """Return the ids of ``text`` without special tokens."""
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
+    def document(self, text: str) -> tuple[int, ...]:
+        """Return the ids of a whole document, with the special tokens that the tokenizer adds.
+
+        A BOS that it adds is predicted too, as in the harness's rolling log-likelihood.
+        """
+        return tuple(self._ids(text))
+
+    def _length(self, context: str) -> int:
+        """Return how many ids a context has: choices of one question come one after the other."""
+        if context != self._context[0]:
+            self._context = (context, len(self.encode(context)))
+        return self._context[1]
 
     def _ids(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=self._special, verbose=False))
+        special = not self._chat and not (self._bos and text.startswith(self._bos))
+        return list(self._tokenizer.encode(text, add_special_tokens=special, verbose=False))
 
-    def prefix(self) -> int:
-        """Return the id that stands for an empty context: BOS, else EOS."""
+    def _prefix(self) -> int | None:
         for token in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id):
             if token is not None:
                 return int(token)
+        return None
+
+    def prefix(self) -> int:
+        """Return the id that stands for an empty context: BOS, else EOS."""
+        if (token := self._prefix()) is not None:
+            return token
         raise SlimError(
             "an empty context needs a BOS or EOS token, and the tokenizer has neither",
             "give every question some context",

@@ -41,7 +41,8 @@ class Paired:
         second: Mean of the second.
         delta: ``second - first``.
         stderr: Standard error of ``delta``.
-        interval: Normal confidence interval of ``delta`` at ``LEVEL``.
+        interval: Confidence interval of ``delta`` at ``LEVEL``: normal for 0/1 values, else
+            Student's t.
         bootstrap: Percentile interval of ``DRAWS`` paired resamples, within strata.
         gained: Questions where only the second is right.
         lost: Questions where only the first is right.
@@ -235,7 +236,7 @@ def paired(
     Raises:
         SlimError: If there are no questions, or not as many on both sides.
     """
-    from scipy.stats import norm, ttest_rel
+    from scipy.stats import norm, t, ttest_rel
 
     a_N, b_N = np.asarray(first_N, dtype=float), np.asarray(second_N, dtype=float)
     if a_N.shape != b_N.shape or not len(a_N):
@@ -255,7 +256,10 @@ def paired(
         p_value = float(ttest_rel(b_N, a_N).pvalue) if n > 1 and error > 0 else 1.0
         if tests is not None:
             detectable = detectable_mean(differences_N, tests)
-    half = float(norm.ppf((1 + LEVEL) / 2)) * error
+    if binary or n < 2:
+        half = float(norm.ppf((1 + LEVEL) / 2)) * error
+    else:  # of few documents the normal interval is too narrow
+        half = float(t.ppf((1 + LEVEL) / 2, n - 1) * differences_N.std(ddof=1) / np.sqrt(n))
     return Paired(
         n=n,
         first=float(a_N.mean()),

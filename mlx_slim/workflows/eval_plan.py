@@ -207,7 +207,7 @@ def _task_job(
         num_fewshot=shots,
         limit=options.limit,
         questions=questions,
-        encoder=Encoder(tokenizer, longest, chat=chat is not None and chat.own_bos, limit=limit),
+        encoder=Encoder(tokenizer, longest, limit=limit),
         chat=chat is not None,
         shots_checksum=shots_checksum(task, asked.rows, shots),
     )

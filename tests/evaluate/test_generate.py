@@ -10,7 +10,7 @@ from mlx_slim.errors import SlimError
 from mlx_slim.evaluate import generate
 from mlx_slim.evaluate.generate import Tally, generate_batch
 from mlx_slim.evaluate.prefix_cache import footprint, planned_footprint, shares
-from tests.support.tiny import tiny_model
+from tests.support.tiny import speaking_model, tiny_model
 
 
 def _reference(model, prompt: list[int], max_tokens: int, stops: set[int]) -> list[int]:
@@ -40,7 +40,7 @@ def test_equals_one_at_a_time(tiny, architecture, shared, batch_size):
     for prompt, answer in zip(prompts, answers, strict=True):
         expected = _reference(model, prompt, 12, stops)
         assert answer.ids == expected
-        assert answer.text == tokenizer.decode(expected)
+        assert answer.text == tokenizer.decode(expected, skip_special_tokens=True)
         assert answer.stop_reason == ("length" if len(expected) == 12 else "eos")
     assert answers[1].stop_reason == "eos"
 
@@ -156,3 +156,18 @@ def test_mlx_lm_attends_as_before_afterwards(tiny):
     assert shares(model)
     generate_batch(model, tokenizer, _prompts(tokenizer, "the same beginning: "), 2, ())
     assert llama.scaled_dot_product_attention is base.scaled_dot_product_attention
+
+
+def test_special_tokens_leave_the_text_and_still_stop_it(tmp_path):
+    folder = speaking_model(tmp_path / "m", "ab")
+    model, tokenizer = load(str(folder))
+    prompt, special = tokenizer.encode("x"), tokenizer.convert_tokens_to_ids("<|im_start|>")
+    (plain,) = generate_batch(model, tokenizer, [prompt], 3, ())
+    model.lm_head.weight[special] = 2 * mx.eye(264, 288)[prompt[0]]  # first of all a special token
+    (answer,) = generate_batch(model, tokenizer, [prompt], 3, ())
+    assert answer.ids[0] == special
+    assert answer.text == tokenizer.decode(answer.ids, skip_special_tokens=True)
+    assert "im_start" in tokenizer.decode(answer.ids) and "im_start" not in answer.text
+    (stopped,) = generate_batch(model, tokenizer, [prompt], 3, (), stops=["<|im_start|>"])
+    assert (stopped.text, stopped.stop_reason) == ("", "until")
+    assert plain.text.startswith("ab")

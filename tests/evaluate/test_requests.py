@@ -132,3 +132,29 @@ def test_common_prefix_is_of_inputs():
     assert common_prefix(requests) == (1, 2)
     assert common_prefix(requests[:2]) == (1, 2, 3)
     assert common_prefix([]) == ()
+
+
+def test_text_that_begins_with_bos_gets_no_other(with_bos):
+    bos = with_bos.bos_token
+    encoder = Encoder(with_bos, 100)
+    request = encoder.request(f"{bos}a", " b")
+    assert request.ids == encoder.request("a", " b").ids
+    assert encoder.prompt(f"{bos}a", 1) == encoder.prompt("a", 1)
+
+
+def test_a_context_is_encoded_once_for_its_choices(plain, monkeypatch):
+    encoder = Encoder(plain, 100)
+    fresh = [Encoder(plain, 100).request(q, c) for q in "xy" for c in (" A", " B", " C", " D")]
+    texts = []
+    encode = encoder._ids
+    monkeypatch.setattr(encoder, "_ids", lambda text: texts.append(text) or encode(text))
+    again = [encoder.request(q, c) for q in "xy" for c in (" A", " B", " C", " D")]
+    assert again == fresh
+    assert texts.count("x") == texts.count("y") == 1
+    assert len(texts) == 2 * (1 + 4)
+
+
+def test_a_document_has_the_bos_that_its_tokenizer_adds(plain, with_bos):
+    assert list(Encoder(plain, 100).document("ab")) == plain.encode("ab")
+    ids = Encoder(with_bos, 100).document("ab")
+    assert (ids[0], len(ids)) == (with_bos.bos_token_id, 3)

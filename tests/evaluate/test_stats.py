@@ -177,3 +177,11 @@ def test_what_cannot_be_paired_is_refused():
         paired([1, 0], [1, 0, 1])
     with pytest.raises(SlimError, match="0 and 0"):
         paired([], [])
+
+
+def test_the_interval_over_few_documents_is_students():
+    first, second = np.zeros(4), np.array([0.1, 0.3, -0.1, 0.2])
+    found = paired(first, second)
+    low, high = found.interval
+    half = 3.182446305284263 * second.std(ddof=1) / 2  # t of 3 degrees of freedom
+    assert (low, high) == pytest.approx((second.mean() - half, second.mean() + half))

@@ -46,10 +46,12 @@ def plain_generate(
     while len(ids) < max_tokens:
         best = int(plain_logits(model, [*prompt, *ids])[-1].argmax())
         if best in tokenizer.eos_token_ids:
-            return tokenizer.decode(ids), "eos"
+            return tokenizer.decode(ids, skip_special_tokens=True), "eos"
         ids.append(best)
         text = tokenizer.decode(ids)
         found = [text.find(stop) for stop in stops if stop in text]
         if found:
-            return text[: min(found)], "until"
-    return tokenizer.decode(ids), "length"
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            cut = [text.find(stop) for stop in stops if stop in text]
+            return text[: min(cut, default=None)], "until"
+    return tokenizer.decode(ids, skip_special_tokens=True), "length"
