@@ -34,6 +34,8 @@ class TaskData(Section):
         revision: Commit of a hub data set.
         split: The scored split; in a data mirror, the file ``<mirror>/<split>.jsonl``.
         shots: Split (or file) that few-shot examples are the first rows of.
+        spare_shot: Where examples are drawn as the harness draws them, one more is drawn than asked
+            for and the question itself left out; holds where ``shots`` is ``split``, too.
         hub_splits: What the hub calls a split, where that differs.
         mirror: Folder in the data mirror; the task's name unless given.
         records: Key of a list in a JSON file whose entries are the rows.
@@ -46,6 +48,7 @@ class TaskData(Section):
     revision: str | None = None
     split: str = "test"
     shots: str | None = None
+    spare_shot: bool = False
     hub_splits: dict[str, str] = Field(default_factory=dict)
     mirror: str | None = None
     records: str | None = None

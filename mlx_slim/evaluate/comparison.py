@@ -29,6 +29,7 @@ ASKED = (
     "limit",
     "rows_sha256",
     "shots_sha256",
+    "fewshot_sampling",
     "definition_sha256",
     "n",
 )

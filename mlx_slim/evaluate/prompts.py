@@ -1,9 +1,11 @@
 """Rows become questions: the whole prompt, the continuations, the right answer.
 
 Invariant: the text is what lm-evaluation-harness builds: description, examples parted by
-``separator``, the question, and a ``delimiter`` before an answer that belongs to the answer. The
-examples are the first rows of the task's few-shot split (of the question's own part, where a task
-has parts), and a question is never among its own examples: the next row stands in for it.
+``separator``, the question, and a ``delimiter`` before an answer that belongs to the answer. With
+``harness`` sampling the examples are the harness's own draws: one generator a task, one draw a row,
+in row order. Else, and for the parts of a task, they are the first rows of the task's few-shot
+split (of the question's own part), and a question is never among its own examples: the next row
+stands in for it.
 Try it: ``mlx-slim tasks mmlu_anatomy``.
 
     description + (prompt + delimiter + answer + separator) × shots + prompt | delimiter + choice
@@ -11,6 +13,7 @@ Try it: ``mlx-slim tasks mmlu_anatomy``.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +23,9 @@ from mlx_slim.data.formats import Example
 from mlx_slim.data.templates import Rendered, Template
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluate.rows import TaskRows
-from mlx_slim.evaluate.spec import Task
+from mlx_slim.evaluate.spec import FIRST, HARNESS, Task
 
+_SEED = 1234  # of the harness's draws
 _STAND_IN = "answer"  # what comes before an answer does not depend on it
 
 
@@ -83,6 +87,7 @@ def build_questions(
     limit: int | None = None,
     *,
     chat: Chat | None = None,
+    sampling: str = FIRST,
 ) -> list[Question]:
     """Return the questions of a task, in row order.
 
@@ -93,13 +98,15 @@ def build_questions(
         limit: Only the first ``limit`` rows, of each part where the task has parts.
         chat: Put description and prompt through a chat template; the choices have no delimiter
             then, as in the harness.
+        sampling: ``first`` rows as examples, or the draws of the ``harness``; a task with parts has
+            the first rows of each either way, as MMLU has there.
 
     Raises:
         SlimError: A row without a field that a template names (the row and the field are named),
             a target that is no choice, or fewer few-shot rows than asked for.
     """
     shots = task.num_fewshot if num_fewshot is None else num_fewshot
-    writer = _Writer(task, task_rows, shots, chat)
+    writer = _Writer(task, task_rows, shots, chat, sampling)
     field = task.spec.subgroups.field if task.spec.subgroups else None
     taken: dict[str | None, int] = {}
     questions: list[Question] = []
@@ -114,8 +121,12 @@ def build_questions(
 class _Writer:
     """Renders the rows of one task."""
 
-    def __init__(self, task: Task, task_rows: TaskRows, shots: int, chat: Chat | None) -> None:
+    def __init__(
+        self, task: Task, task_rows: TaskRows, shots: int, chat: Chat | None, sampling: str
+    ) -> None:
         spec = task.spec
+        draws = sampling == HARNESS and spec.subgroups is None
+        self._random = random.Random(_SEED) if draws else None
         self._task, self._rows, self._count, self._chat = task, task_rows, shots, chat
         self._description = compile_text(spec.description)
         self._prompt, self._target = compile_text(spec.prompt), compile_value(spec.target)
@@ -146,6 +157,8 @@ class _Writer:
         """Return the examples before a question, each with the separator after it."""
         if not self._count:
             return ""
+        if self._random is not None:
+            return "".join(self._text(index) for index in self._drawn(self._random, row))
         if part not in self._shared:
             self._shared[part] = self._joined(part, None)
         rows, text = self._shared[part]
@@ -162,17 +175,40 @@ class _Writer:
             if (self._field is None or row[self._field] == part) and row != besides:
                 chosen[index] = row
         if len(chosen) < self._count:
-            of = f" of {part}" if part else ""
-            split = self._task.spec.data.shots
-            raise SlimError(
-                f"task {self._task.name}: {self._count} shots asked for, but its split {split!r} "
-                f"has {len(chosen)} rows{of} for them",
-                "ask for fewer with --num-fewshot",
-            )
-        for index, row in chosen.items():
-            if index not in self._examples:
-                self._examples[index] = self._example(index, row)
-        return list(chosen.values()), "".join(self._examples[index] for index in chosen)
+            raise self._too_few(len(chosen), part)
+        return list(chosen.values()), "".join(self._text(index) for index in chosen)
+
+    def _drawn(self, generator: random.Random, row: Mapping[str, Any]) -> list[int]:
+        """Return the next draw: rows for the examples of the next question, as the harness has it.
+
+        Where a question may be among its own examples, one more is drawn and it is left out.
+        """
+        pool, data = self._rows.shots, self._task.spec.data
+        spare = data.spare_shot or data.shots in (data.split, data.path)
+        if len(pool) < self._count + spare:
+            raise self._too_few(len(pool), None)
+        found = generator.sample(range(len(pool)), self._count + spare)
+        if spare:
+            found = [index for index in found if pool[index] != row][: self._count]
+            if len(found) < self._count:  # the row stands there several times
+                others = [index for index in range(len(pool)) if pool[index] != row]
+                if len(others) < self._count:
+                    raise self._too_few(len(others), None)
+                found = generator.sample(others, self._count)
+        return found
+
+    def _text(self, index: int) -> str:
+        if index not in self._examples:
+            self._examples[index] = self._example(index, self._rows.shots[index])
+        return self._examples[index]
+
+    def _too_few(self, count: int, part: str | None) -> SlimError:
+        of = f" of {part}" if part else ""
+        return SlimError(
+            f"task {self._task.name}: {self._count} shots asked for, but its split "
+            f"{self._task.spec.data.shots!r} has {count} rows{of} for them",
+            "ask for fewer with --num-fewshot",
+        )
 
     def _example(self, index: int, row: Mapping[str, Any]) -> str:
         spec = self._task.spec

@@ -29,7 +29,7 @@ from mlx_slim.evaluate.metrics import (
 )
 from mlx_slim.evaluate.prompts import Question
 from mlx_slim.evaluate.requests import Encoder, Request, common_prefix, shared_length
-from mlx_slim.evaluate.spec import Task
+from mlx_slim.evaluate.spec import FIRST, Task
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -131,6 +131,7 @@ class TaskJob:
         encoder: Texts to ids.
         chat: The prompts went through the model's chat template.
         shots_checksum: Of the rows that the examples are; None without examples.
+        sampling: How the examples were chosen: ``first`` or ``harness``.
     """
 
     task: Task
@@ -141,6 +142,7 @@ class TaskJob:
     encoder: Encoder
     chat: bool = False
     shots_checksum: str | None = None
+    sampling: str = FIRST
 
     @property
     def name(self) -> str:
@@ -292,7 +294,8 @@ class TaskJob:
         asked = asked_of(
             self.task, self.num_fewshot, self.limit, self.checksum, self.shots_checksum
         )
-        return {**asked, "chat_template": self.chat}
+        sampling = self.sampling if self.num_fewshot else None
+        return {**asked, "chat_template": self.chat, "fewshot_sampling": sampling}
 
     def summarize(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return the task's metrics over all records."""

@@ -19,7 +19,8 @@ from mlx_slim.errors import SlimError, did_you_mean
 
 __all__ = ["Selection", "Task", "TaskSpec", "expand", "find_task", "list_tasks", "suites"]
 
-_SUITES = "_suites"
+_SUITES, _SAMPLING = "_suites", "sampling"
+FIRST, HARNESS = "first", "harness"  # where few-shot examples come from
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Selection:
-    """A task and the number of examples to score it with."""
+    """A task and the number of examples to score it with.
+
+    Attributes:
+        task: The task.
+        num_fewshot: Examples before a question.
+        sampling: Where they come from, ``first`` or ``harness`` (``prompts.build_questions``).
+    """
 
     task: Task
     num_fewshot: int
+    sampling: str = FIRST
 
 
 def list_tasks() -> list[Task]:
@@ -89,8 +97,14 @@ def _shipped(name: str) -> Task:
 
 def suites() -> dict[str, dict[str, int]]:
     """Return suite -> task -> its number of shots."""
-    content: dict[str, Any] = read_mapping(library.find("evals", _SUITES))[0]
-    return content
+    return {
+        name: {task: shots for task, shots in members.items() if task != _SAMPLING}
+        for name, members in _suites_file().items()
+    }
+
+
+def _suites_file() -> dict[str, dict[str, Any]]:
+    return read_mapping(library.find("evals", _SUITES))[0]
 
 
 def find_task(name: str | Path) -> Task:
@@ -149,7 +163,10 @@ def expand(names: Sequence[str], num_fewshot: int | None = None) -> list[Selecti
                     f"the suite {name} has its own shots, but num_fewshot={num_fewshot} is given",
                     f"leave it out, or name the tasks: {','.join(known[name])}",
                 )
-            found = [Selection(find_task(task), shots) for task, shots in known[name].items()]
+            sampling = _suites_file()[name].get(_SAMPLING, FIRST)
+            found = [
+                Selection(find_task(task), shots, sampling) for task, shots in known[name].items()
+            ]
         else:
             task = find_task(name)
             found = [Selection(task, task.num_fewshot if num_fewshot is None else num_fewshot)]

@@ -187,7 +187,13 @@ def read_tasks(names: list[str], options: EvalOptions) -> list[Asked]:
         if selection.task.name == TEXT:
             raise SlimError(f"a task may not be called {TEXT}", "rename it: set name in its file")
         rows = load_rows(selection.task, options.data_dir)
-        questions = build_questions(selection.task, rows, selection.num_fewshot, options.limit)
+        questions = build_questions(
+            selection.task,
+            rows,
+            selection.num_fewshot,
+            options.limit,
+            sampling=selection.sampling,
+        )
         found.append(Asked(selection, rows, questions))
     return found
 
@@ -200,7 +206,14 @@ def _task_job(
     chat = None
     if options.apply_chat_template or task.spec.chat:
         chat = Chat.of(load_template("auto", tokenizer))
-        questions = build_questions(task, asked.rows, shots, options.limit, chat=chat)
+        questions = build_questions(
+            task,
+            asked.rows,
+            shots,
+            options.limit,
+            chat=chat,
+            sampling=asked.selection.sampling,
+        )
     job = TaskJob(
         task=task,
         checksum=asked.rows.checksum,
@@ -210,6 +223,7 @@ def _task_job(
         encoder=Encoder(tokenizer, longest, limit=limit),
         chat=chat is not None,
         shots_checksum=shots_checksum(task, asked.rows, shots),
+        sampling=asked.selection.sampling,
     )
     job.check_lengths()
     return job

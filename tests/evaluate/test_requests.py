@@ -85,6 +85,9 @@ class _Merging:
     def encode(self, text: str, **_: object) -> list[int]:
         return self._raw.encode(text).ids
 
+    def decode(self, ids: list[int]) -> str:
+        return self._raw.decode(ids)
+
 
 def test_a_merge_across_the_border_is_cut_by_length():
     # context "c a" is [3, 0], the whole "c ab" is [3, 2]: nothing is left after two ids, so the
