@@ -26,7 +26,7 @@ from mlx_slim.data import sources
 from mlx_slim.data.mirror import SUFFIXES, records, split_file
 from mlx_slim.data.sources import MIRROR_VARIABLE, READERS, RawRow, Source
 from mlx_slim.errors import SlimError, did_you_mean
-from mlx_slim.evaluate.spec import Task
+from mlx_slim.evaluate.spec import FIRST, Task
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,13 @@ def local_rows(task: Task, data_dir: str | Path | None = None) -> Source | None:
     return _local(task, task.spec.data.split, _mirror(data_dir))[0]
 
 
-def load_rows(task: Task, data_dir: str | Path | None = None) -> TaskRows:
+def load_rows(task: Task, data_dir: str | Path | None = None, sampling: str = FIRST) -> TaskRows:
     """Find, read and check the rows of a task.
 
     Args:
         task: From ``find_task``.
         data_dir: The data mirror; None takes ``MLX_SLIM_DATA``.
+        sampling: How examples will be chosen: draws are made from all rows of their split.
 
     Raises:
         SlimError: If the rows are nowhere, cannot be read, or are not as the task says: one line
@@ -118,7 +119,7 @@ def load_rows(task: Task, data_dir: str | Path | None = None) -> TaskRows:
     rows = [raw.value for raw in raws]
 
     def shots() -> list[dict[str, Any]]:
-        return _shots(task, mirror, raws)
+        return _shots(task, mirror, raws, sampling)
 
     return TaskRows(
         rows, _Shots(shots), _checksum(task, rows), source.name, [raw.place for raw in raws]
@@ -130,7 +131,9 @@ def shots_checksum(task: Task, found: TaskRows, num_fewshot: int) -> str | None:
     return _checksum(task, found.shots) if num_fewshot else None
 
 
-def _shots(task: Task, mirror: Path | None, scored: list[RawRow]) -> list[dict[str, Any]]:
+def _shots(
+    task: Task, mirror: Path | None, scored: list[RawRow], sampling: str
+) -> list[dict[str, Any]]:
     data = task.spec.data
     if data.shots is None:
         raise SlimError(
@@ -143,12 +146,12 @@ def _shots(task: Task, mirror: Path | None, scored: list[RawRow]) -> list[dict[s
         source = _find(task, data.shots, mirror)
     except SlimError as error:
         raise SlimError(
-            f"few-shot examples of {task.name} are the first rows of its split {data.shots!r}: "
+            f"few-shot examples of {task.name} are rows of its split {data.shots!r}: "
             f"{error.message}",
             error.hint,
         ) from error
     # The examples are the first rows, of each part where there are parts.
-    most = None if task.spec.subgroups else MOST_SHOTS
+    most = MOST_SHOTS if sampling == FIRST and not task.spec.subgroups else None
     return [raw.value for raw in islice(_read(task, source), most)]
 
 

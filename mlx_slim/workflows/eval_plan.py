@@ -186,7 +186,7 @@ def read_tasks(names: list[str], options: EvalOptions) -> list[Asked]:
     for selection in expand(names, options.num_fewshot) if names else []:
         if selection.task.name == TEXT:
             raise SlimError(f"a task may not be called {TEXT}", "rename it: set name in its file")
-        rows = load_rows(selection.task, options.data_dir)
+        rows = load_rows(selection.task, options.data_dir, selection.sampling)
         questions = build_questions(
             selection.task,
             rows,

@@ -22,7 +22,7 @@ def _shots(questions) -> list[list[int]]:
     ]
 
 
-def _task(folder, text=CHOICE, rows=6, shots=30):
+def _task(folder, text=CHOICE, rows=6, shots=130):
     return write_task(
         folder, text, rows=[quiz(i) for i in range(rows)],
         shots=[quiz(100 + i) for i in range(shots)],
@@ -31,9 +31,9 @@ def _task(folder, text=CHOICE, rows=6, shots=30):
 
 def test_one_generator_a_task_and_one_draw_a_row_in_order(tmp_path):
     task = _task(tmp_path)
-    rows = load_rows(task)
+    rows = load_rows(task, sampling=HARNESS)
     generator = random.Random(1234)
-    expected = [[100 + i for i in generator.sample(range(30), 5)] for _ in range(6)]
+    expected = [[100 + i for i in generator.sample(range(130), 5)] for _ in range(6)]
     found = _shots(build_questions(task, rows, 5, sampling=HARNESS))
     assert found == expected
     assert _shots(build_questions(task, rows, 5, 2, sampling=HARNESS)) == expected[:2]
@@ -42,7 +42,7 @@ def test_one_generator_a_task_and_one_draw_a_row_in_order(tmp_path):
 
 def test_a_question_is_never_its_own_example(tmp_path):
     task = _task(tmp_path, CHOICE.replace("shots.jsonl", "rows.jsonl"))
-    found = _shots(build_questions(task, load_rows(task), 4, sampling=HARNESS))
+    found = _shots(build_questions(task, load_rows(task, sampling=HARNESS), 4, sampling=HARNESS))
     generator = random.Random(1234)
     for number, shots in enumerate(found):
         drawn = generator.sample(range(6), 5)
@@ -65,7 +65,7 @@ def test_the_draws_are_those_of_the_harness(tmp_path, spare):
 
     text = CHOICE.replace("shots.jsonl}", f"shots.jsonl, spare_shot: {str(spare).lower()}}}")
     task = _task(tmp_path, text)
-    rows = load_rows(task)
+    rows = load_rows(task, sampling=HARNESS)
     sampler = ContextSampler(list(rows.shots))
     sampler.set_rnd(1234)
     expected = [sampler.sample(5, eval_doc=row if spare else None) for row in rows.rows]

@@ -1,0 +1,89 @@
+"""Prompts as lm-evaluation-harness builds them, with its own task files over rows written here.
+
+Needs the extra ``bench``; skipped without it. Run: ``python -m pytest tests/parity``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_slim.evaluate.prompts import build_questions
+from mlx_slim.evaluate.rows import load_rows
+from mlx_slim.evaluate.spec import HARNESS, find_task
+
+lm_eval: Any = pytest.importorskip("lm_eval", reason="needs the extra bench")
+
+ROWS = 7
+
+
+def _gsm8k(number: int) -> dict[str, Any]:
+    return {
+        "question": f"Ann has {number} coins and finds {number}. How many?",
+        "answer": f"{number}+{number}\n#### {2 * number}",
+    }
+
+
+def _arc(number: int) -> dict[str, Any]:
+    choices = {"text": [f"a{number}", f"b{number}", "c"], "label": ["A", "B", "C"]}
+    return {
+        "id": str(number),
+        "question": f"Which of {number}?",
+        "choices": choices,
+        "answerKey": "ABC"[number % 3],
+    }
+
+
+def _hellaswag(number: int) -> dict[str, Any]:
+    return {
+        "activity_label": f"Task {number}",
+        "ctx_a": f"She takes {number} [title] cups.",
+        "ctx_b": "then she",
+        "ctx": "",
+        "endings": [f"pours [x] {number}.", "sleeps.", "runs  away.", "sings."],
+        "label": str(number % 4),
+    }
+
+
+TASKS = {
+    "gsm8k": ("gsm8k/gsm8k.yaml", _gsm8k, "test", 5),
+    "arc_challenge": ("arc/arc_easy.yaml", _arc, "test", 25),
+    "hellaswag": ("hellaswag/hellaswag.yaml", _hellaswag, "validation", 10),
+}
+
+
+def _theirs(name: str, shots: int, rows: dict[str, list[dict]], **chat: Any) -> list[str]:
+    """Return the context of each question, built by the harness."""
+    import datasets
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    class Local(ConfigurableTask):
+        def download(self, *_: Any, **__: Any) -> None:
+            self.dataset = {s: datasets.Dataset.from_list(r) for s, r in rows.items()}
+
+    file = Path(lm_eval.__file__).parent / "tasks" / TASKS[name][0]
+    task = Local(config=load_yaml(file))
+    task.set_config("num_fewshot", shots)
+    task.set_fewshot_seed(1234)
+    task.build_all_requests(**chat)
+    found: dict[int, str] = {}
+    for instance in task.instances:
+        found.setdefault(instance.doc_id, instance.args[0])
+    return [found[number] for number in range(ROWS)]
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_examples_and_prompts(tmp_path, name):
+    _, make, split, shots = TASKS[name]
+    rows = {split: [make(i) for i in range(ROWS)], "train": [make(100 + i) for i in range(140)]}
+    for part, found in rows.items():
+        file = tmp_path / name / f"{part}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in found))
+    task = find_task(name)
+    ours = build_questions(task, load_rows(task, tmp_path, HARNESS), shots, sampling=HARNESS)
+    assert [question.context for question in ours] == _theirs(name, shots, rows)
