@@ -200,6 +200,10 @@ def build_loop(
     compiled = on_gpu() if config.compile == "auto" else config.compile
     held_out_limit = VALIDATION_SHAPES if compiled else None
     limit = SHAPES - (VALIDATION_SHAPES if data.validation else 0) if compiled else None
+    if limit is not None and recipe.distill is not None:
+        limit -= (
+            1  # of the largest batch, tried before the teachers are asked and the model is rebuilt
+        )
     mode = config.batching
     if mode != "grouped" and not anatomy.packs(model):
         if mode == "packed":

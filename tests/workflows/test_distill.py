@@ -16,8 +16,11 @@ from mlx_lm import load as stock_load
 from mlx_slim import events
 from mlx_slim.artifacts import load_tensors
 from mlx_slim.config.load import Resolved, from_values
+from mlx_slim.data.batches import Batcher
+from mlx_slim.data.shapes import SHAPES
 from mlx_slim.distill.teachers import with_model
 from mlx_slim.errors import Interrupted, ResourceError, SlimError
+from mlx_slim.workflows import prepare
 from mlx_slim.workflows.distill import distill
 from mlx_slim.workflows.finetune import finetune
 from tests.support.runs import Recorder, losses, recipe, run_script, run_until_killed, write_rows
@@ -147,6 +150,7 @@ KILLER = """
 import os, signal, sys
 from pathlib import Path
 from mlx_slim.distill import targets
+from mlx_slim.workflows import prepare
 from mlx_slim.workflows.distill import distill
 from tests.workflows.test_distill import taught
 
@@ -298,6 +302,7 @@ def test_a_disk_or_a_budget_that_is_too_small_is_refused_before(
 TWO_RANKS = """
 import json, sys
 from pathlib import Path
+from mlx_slim.workflows import prepare
 from mlx_slim.workflows.distill import distill
 from tests.support.runs import Recorder
 from tests.workflows.test_distill import taught
@@ -338,3 +343,24 @@ def test_no_model_means_what_the_student_came_from(tiny, data, tmp_path) -> None
     (pruned / "prune.json").write_text('{"source": "folder"}')
     with pytest.raises(SlimError, match="pruned from a folder called folder"):
         with_model(nobody, small)
+
+
+def test_the_try_before_the_teachers_is_one_of_the_shapes(
+    tmp_path, tiny, data, teacher, monkeypatch
+):
+    monkeypatch.setattr(mx, "compile", lambda function, **_: function)
+    limits: list[int] = []
+
+    class Limited(Batcher):
+        def __init__(self, *settings: Any) -> None:
+            limits.append(settings[-1])
+            super().__init__(*settings)
+
+    monkeypatch.setattr(prepare, "Batcher", Limited)
+    small = taught(
+        tiny("llama"), data, [{"model": str(teacher)}], train={"steps": 1, "compile": True}
+    )
+    distill(small, tmp_path / "run", observer=Recorder())
+    before, after = limits[:2], limits[2:]
+    assert before == after and len(after) == 2  # the same rows and shapes, of training and held out
+    assert 1 + sum(after) <= SHAPES
