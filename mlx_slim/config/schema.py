@@ -232,7 +232,9 @@ class TrainConfig(Section):
         decay_all: Whether those decay as well.
         clip: Largest gradient L2 norm; 0 turns clipping off.
         grad_checkpoint: Recompute each block in the backward pass.
-        compile: Fuse the step with ``mx.compile``; ``auto`` does on a GPU.
+        compile: Fuse the step with ``mx.compile``; ``auto`` does on a GPU. Micro-batches are then
+            padded to at most 24 shapes and hold other rows, so an epoch may have a few steps more
+            or less than without.
         dtype: ``auto`` is bfloat16 on a GPU, float32 on a CPU.
         seed: Of everything random.
         log_every: Steps between reports of a step.
