@@ -36,13 +36,18 @@ _BLOCK = 1_024  # JSON lines that are parsed at once
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk or an unwritable place into one clear line."""
+    """Turn a full disk, an unwritable place or a name that is too long into one clear line."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(
                 f"the disk is full while writing {path}", "free some space; nothing was replaced"
+            ) from error
+        if error.errno == errno.ENAMETOOLONG:
+            raise SlimError(
+                f"cannot write {path}: {error.strerror}",
+                "choose a shorter name: a temporary beside it needs some 20 bytes more",
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             raise SlimError(
@@ -157,7 +162,8 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
             new.mkdir()
             yield new
             if work.record:
-                write_json(new / RECORD_FILE, {**work.record, "weights": weight_sizes(new)})
+                made = {"files": _files(new), "weights": weight_sizes(new)}
+                write_json(new / RECORD_FILE, {**work.record, **made})
             for file in new.rglob("*"):
                 if file.is_file():
                     _fsync(file)
@@ -185,6 +191,12 @@ def exists_already(path: Path, why: str = "") -> SlimError:
     """Return the refusal of an output that is there."""
     text = f"{path} exists already{f': {why}' if why else ''}"
     return SlimError(text, "choose another output, or remove it first")
+
+
+def _files(folder: Path) -> list[str]:
+    """Return the paths of all files in ``folder``, inside it."""
+    found = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    return sorted(found)
 
 
 def weight_sizes(folder: Path) -> dict[str, int]:

@@ -93,9 +93,10 @@ def check_run_folder(out: Path, kind: RunKind, *, resume: bool) -> bool:
         SlimError: If it cannot be written, holds other files, or holds a start and ``resume`` is
             not given.
     """
-    if out.exists() and not out.is_dir():
-        raise SlimError(f"{out} is a file", f"choose a folder for the {kind.holds}")
-    check_writable(out)
+    with disk_errors(out):  # a name that is too long, at the first look
+        if out.exists() and not out.is_dir():
+            raise SlimError(f"{out} is a file", f"choose a folder for the {kind.holds}")
+        check_writable(out)
     if not out.exists():
         return False
     if (out / kind.state).exists():
@@ -129,8 +130,8 @@ def run_folder(out: Path, kind: RunKind, *, resume: bool) -> Iterator[Claim]:
         yield Claim((out / kind.state).exists(), "", _claimed[key])
         return
     check_run_folder(out, kind, resume=resume)
-    made = first_missing(out)
     with disk_errors(out):
+        made = first_missing(out)
         lock = _lock(out)
     _claimed[key] = lock.descriptor
     started = begun = False
@@ -165,7 +166,7 @@ def _lock(out: Path) -> locks.Lock:
         SlimError: If a living process holds it, or makes a folder of that name.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    if os.access(out.parent, os.W_OK | os.X_OK):
+    if out.name and os.access(out.parent, os.W_OK | os.X_OK):  # "." and "/" have none
         with locks.hold(out):
             out.mkdir(exist_ok=True)
     while True:
@@ -273,19 +274,24 @@ def new_folder(out: Path, command: str, inputs: dict[str, Any]) -> Iterator[None
     """Hold ``out``, which ``artifacts.atomic_folder`` will make; refuse one that is there.
 
     Raises:
-        Complete: It was made by ``command`` from ``inputs``, and its weights are whole.
+        Complete: It was made by ``command`` from ``inputs``, and is whole.
         SlimError: It is there otherwise, cannot be written, or a living process makes it.
     """
-    check_writable(out.parent)
+    if not out.name:  # "." or "/"
+        raise exists_already(out)
     with contextlib.ExitStack() as stack:
         with disk_errors(out):
+            check_writable(out.parent)
             stack.enter_context(parent_of(out))
             work = stack.enter_context(locks.hold(out))
         record = {"schema_version": SCHEMA_VERSION, "command": command}
-        if out.exists():
+        if os.path.lexists(out):  # a link to nothing too: it can't be renamed over
             known = _record_of(out)
-            weights = known.pop("weights", None)
+            weights, files = known.pop("weights", None), known.pop("files", ())
             if known == {**record, "made_of": _print(inputs, out)}:
+                missing = [name for name in files if not (out / name).is_file()]
+                if missing:
+                    raise exists_already(out, f"{missing[0]} was removed from it")
                 if weights == weight_sizes(out):
                     raise Complete(f"{out} is complete: nothing to do", out)
                 raise exists_already(out, "its weights are not those that were written")
@@ -345,16 +351,19 @@ def _contents(path: Path, out: Path) -> str | dict[str, str]:
 
 
 def _sampled(file: Path) -> str:
-    """Return a hash of a file: of all of it up to 4 MB, of its size and evenly spread blocks above.
+    """Return a hash of a file: all of it up to 4 MB; above, size, time of change and some blocks.
 
-    Reading 14 GB of weights to say that nothing is to do would take a quarter of a minute.
+    Reading 14 GB of weights to say that nothing is to do would take a quarter of a minute. The time
+    tells of a change between the blocks; a copy with another one counts as changed.
     """
-    size = file.stat().st_size
+    known = file.stat()
+    size = known.st_size
     digest = hashlib.sha256(str(size).encode())
     with file.open("rb") as handle:
         if size <= _SAMPLES * _BLOCK:
             digest.update(handle.read())
         else:
+            digest.update(f" {known.st_mtime_ns}".encode())
             for number in range(_SAMPLES):
                 handle.seek(number * (size - _BLOCK) // (_SAMPLES - 1))
                 digest.update(handle.read(_BLOCK))

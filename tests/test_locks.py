@@ -225,6 +225,7 @@ def test_complete_is_what_the_same_command_made_of_the_same_contents(tmp_path) -
         calls.append(bits)
         with atomic_folder(out) as temporary:
             (temporary / "model.safetensors").write_text("w")
+            (temporary / "config.json").write_text("{}")
 
     source, out = tmp_path / "source", tmp_path / "source" / "out"
     source.mkdir()
@@ -240,17 +241,53 @@ def test_complete_is_what_the_same_command_made_of_the_same_contents(tmp_path) -
     with refused as caught:
         work(source, out, bits=3)
     assert caught.value.exit_code == 2
-    with (source / "model.safetensors").open("r+b") as handle:
-        handle.write(b"other")
-    with pytest.raises(SlimError, match="exists already"):
+    weights = source / "model.safetensors"
+    before = weights.stat()
+    for place in (0, 70_000):  # in a block that is read, and between two
+        with weights.open("r+b") as handle:
+            handle.seek(place)
+            handle.write(b"other")
+        with pytest.raises(SlimError, match="exists already"):
+            work(source, out)
+        weights.write_bytes(bytes(5 << 20))
+        os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(Complete):
         work(source, out)
-    with (source / "model.safetensors").open("r+b") as handle:
-        handle.write(bytes(5))
-    (out / "model.safetensors").unlink()
+    (out / "config.json").rename(tmp_path / "config.json")
+    with pytest.raises(SlimError, match=r"exists already: config\.json was removed"):
+        work(source, out)
+    (tmp_path / "config.json").rename(out / "config.json")
+    (out / "model.safetensors").write_text("")
     with pytest.raises(SlimError, match="weights are not those that were written"):
         work(source, out)
     assert calls == [4]
-    assert sorted(contents(source)) == ["model.safetensors", "out", "out/.mlx-slim.json"]
+    made = [f"out/{name}" for name in (".mlx-slim.json", "config.json", "model.safetensors")]
+    assert sorted(contents(source)) == ["model.safetensors", "out", *made]
+
+
+def test_names_that_cannot_be_an_output(tmp_path, monkeypatch) -> None:
+    @makes_folder("try")
+    def work(out: Path) -> None:
+        raise AssertionError("nothing is computed for an output that cannot be written")
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name in (".", "/", "", "dangling"):
+        with pytest.raises(SlimError, match="exists already"):
+            work(Path(name))
+    for length in (250, 300):  # the output could be made and its temporary not; neither could
+        with pytest.raises(SlimError, match="File name too long"):
+            work(Path("n" * length))
+        with (
+            pytest.raises(SlimError, match="File name too long"),
+            run_folder(Path("n" * length), RUN, resume=False),
+        ):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["dangling"]
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with run_folder(Path(), RUN, resume=False):
+        assert list(contents(Path())) == [LOCK_FILE]
 
 
 def test_without_locks_one_line_says_so_and_nothing_is_removed(
