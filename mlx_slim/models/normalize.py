@@ -23,11 +23,12 @@ import mlx.core as mx
 
 from mlx_slim.errors import SlimError
 from mlx_slim.models.reference import reference_of
-from mlx_slim.models.rope import TYPES
+from mlx_slim.models.rope import TYPES, is_positive
 from mlx_slim.models.rope_install import differs_in_stock, kind_of
 from mlx_slim.runtime import number
 
 _BASE_THETA = 10000.0
+_ORIGINAL = "take the config of the original"
 # Classes that rotate this part of the head without asking the config.
 _FIXED_ROTARY_PART = {"glm": 0.5}
 
@@ -180,7 +181,16 @@ def _flatten_rope(
     config: dict[str, Any], module: ModuleType, notes: list[str], *, strict: bool
 ) -> None:
     fields = _fields(module)
+    scaling = config.get("rope_scaling")
+    if scaling is not None and not isinstance(scaling, dict):
+        raise SlimError(f"config.json: rope_scaling is {scaling!r}, expected an object", _ORIGINAL)
+    inside = (scaling or {}).keys() & {"rope_theta", "partial_rotary_factor"}
+    if scaling and "rope_parameters" not in fields and (inside or config.get("rope_parameters")):
+        # transformers >= 5 reads these and forgets rope_parameters.
+        config["rope_parameters"], config["rope_scaling"] = scaling, None
     given = config.get("rope_parameters")
+    if given is not None and not isinstance(given, dict):
+        raise SlimError(f"config.json: rope_parameters is {given!r}, expected an object", _ORIGINAL)
     if isinstance(given, dict) and "rope_parameters" not in fields:
         if not (given and all(isinstance(value, dict) for value in given.values())):
             _lift_rope(config, given, fields, notes)
@@ -190,6 +200,10 @@ def _flatten_rope(
             del config["rope_parameters"]
     if "rope_theta" in fields and config.get("rope_theta") is None:
         _default_theta(config, notes)
+    theta = config.get("rope_theta")
+    if theta is not None and not is_positive(theta):
+        text = f"config.json: rope_theta is {theta!r}, expected a number above 0"
+        raise SlimError(text, _ORIGINAL)
     scaling = config.get("rope_scaling")
     if isinstance(scaling, dict) and "rope_parameters" not in fields:
         kind = scaling.get("rope_type") or scaling.get("type")
@@ -232,7 +246,11 @@ def _one_rope(
 
 def _default_theta(config: dict[str, Any], notes: list[str]) -> None:
     """Write down the theta that a config leaves to transformers: mlx-lm's defaults are others."""
-    rope = next((rope for rope in reference_of(config).rope if rope), {})
+    reference = reference_of(config)
+    pairs = zip(reference.windows, reference.rope, strict=True)
+    # The key is that of full attention; sliding layers may have one of their own.
+    ropes = [rope for _, rope in sorted(pairs, key=lambda pair: pair[0] is not None) if rope]
+    rope = ropes[0] if ropes else {}
     if (theta := rope.get("rope_theta")) is not None:
         config["rope_theta"] = theta
         notes.append(f"rope_theta {theta:g} is transformers' default for this model type")

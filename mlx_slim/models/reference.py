@@ -65,7 +65,13 @@ def reference_of(config: dict[str, Any]) -> Reference:
     rope = getattr(known, "rope_parameters", None) or None
     types = _layer_types(known, layers)
     if isinstance(rope, dict) and any(isinstance(value, dict) for value in rope.values()):
-        ropes = [rope.get(kind) for kind in types or [_FULL] * layers]
+        # By layer type, transformers reads "truncate" beside the types, never in one.
+        read = {
+            kind: {**one, "truncate": rope.get("truncate", True)}
+            for kind, one in rope.items()
+            if isinstance(one, dict)
+        }
+        ropes = [read.get(kind) for kind in types or [_FULL] * layers]
     else:
         ropes = [rope] * layers
     return Reference(
@@ -92,7 +98,10 @@ def _known(config: dict[str, Any]) -> Any | None:
     level = log.level
     log.setLevel(logging.CRITICAL)  # its remarks on a config are not about this command
     try:
-        return AutoConfig.for_model(str(kind), **given).get_text_config()
+        known = AutoConfig.for_model(str(kind), **given).get_text_config()
+        if hasattr(known, "standardize_rope_params"):  # again, with what is an extra key of its
+            known.standardize_rope_params()  # class, as transformers does where it rotates
+        return known
     except Exception:  # each class validates in its own way; the raw keys are read then
         return None
     finally:

@@ -30,6 +30,20 @@ _REQUIRED = {
     "longrope": ("short_factor", "long_factor"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
+_LISTS = {"short_factor", "long_factor"}
+_ZERO_IS_NONE = {"beta_fast", "beta_slow", "mscale", "mscale_all_dim"}  # as transformers reads them
+_NUMBERS = {
+    "attention_factor",
+    "factor",
+    "high_freq_factor",
+    "long_mscale",
+    "low_freq_factor",
+    "original_max_position_embeddings",
+    "rope_theta",
+    "short_mscale",
+    *_LISTS,
+    *_ZERO_IS_NONE,
+}
 
 
 class ScaledRoPE(nn.Module):
@@ -186,9 +200,8 @@ def make_rope(
     Raises:
         SlimError: If a value is missing or cannot be.
     """
+    check_values(rope)
     kind, theta = rope["rope_type"], float(rope.get("rope_theta") or 10000.0)
-    if lacking := [key for key in _REQUIRED[kind] if rope.get(key) is None]:
-        raise _bad(kind, f"has no {' and no '.join(lacking)}")
     plain = theta ** (np.arange(0, dims, 2) / dims)
     try:
         if kind == "linear":
@@ -215,6 +228,34 @@ def make_rope(
         return _longrope(rope, plain, dims, factor, original, traditional)
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise _bad(kind, f"has a value that cannot be used: {error}") from error
+
+
+def check_values(rope: dict[str, Any]) -> None:
+    """Refuse parameters of a type of ``TYPES`` that are missing or no numbers above 0.
+
+    Raises:
+        SlimError: With the first of them.
+    """
+    kind = rope["rope_type"]
+    if lacking := [key for key in _REQUIRED[kind] if rope.get(key) is None]:
+        raise _bad(kind, f"has no {' and no '.join(lacking)}")
+    for key in sorted(_NUMBERS & rope.keys()):
+        value = rope[key]
+        if value is None or (value == 0 and key in _ZERO_IS_NONE):
+            continue
+        many = isinstance(value, list) and key in _LISTS
+        if not all(map(is_positive, value if many else [value])):
+            raise _bad(kind, f"has {key}={value!r}, expected numbers above 0")
+    original = rope.get("original_max_position_embeddings")
+    if original is not None and original != int(original):
+        raise _bad(kind, f"has original_max_position_embeddings={original}, expected whole tokens")
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise _bad(kind, "has a low_freq_factor that is not below its high_freq_factor")
+
+
+def is_positive(value: Any) -> bool:
+    """Return whether ``value`` is a finite number above 0."""
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def _bad(kind: str, what: str) -> SlimError:

@@ -19,7 +19,7 @@ import mlx.nn as nn
 from mlx_slim.errors import SlimError
 from mlx_slim.models import anatomy
 from mlx_slim.models.reference import Reference
-from mlx_slim.models.rope import TYPES, make_rope
+from mlx_slim.models.rope import TYPES, check_values, make_rope
 
 _HINT = "loading it would give wrong logits; a newer mlx-lm may know it"
 _NAME = re.compile(r"(RoPE|RotaryEmbedding)$")  # of the classes of rotary embeddings
@@ -169,6 +169,7 @@ def _check_own(rope: dict[str, Any], module: nn.Module) -> None:
     Raises:
         SlimError: Names it.
     """
+    check_values(rope)
     kind, where = rope["rope_type"], type(module).__module__
     source = inspect.getsource(inspect.getmodule(type(module)) or type(module))
     if kind not in type(module).__name__.lower() and f'"{kind}"' not in source:

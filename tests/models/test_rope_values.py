@@ -1,0 +1,67 @@
+"""Values of a RoPE that cannot be, and where transformers looks for those that can."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from mlx_slim.errors import SlimError
+from mlx_slim.models.normalize import normalize_config
+from mlx_slim.models.reference import reference_of
+from mlx_slim.models.rope import make_rope
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 192,
+}
+
+
+@pytest.mark.parametrize("value", [0, -2.0, math.nan, math.inf, "4", True, [2.0]])
+@pytest.mark.parametrize("kind", ["linear", "yarn", "dynamic"])
+def test_a_factor_that_is_no_number_above_zero_is_refused(kind, value):
+    with pytest.raises(SlimError, match="has factor="):
+        make_rope({"rope_type": kind, "factor": value}, 16, positions=192)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, "10000"])
+def test_a_theta_that_is_no_number_above_zero_is_refused(value):
+    with pytest.raises(SlimError, match="rope_theta is"):
+        normalize_config({**LLAMA, "rope_theta": value})
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_scaling_that_is_no_object_is_refused(key):
+    with pytest.raises(SlimError, match=f"{key} is 'yarn'"):
+        normalize_config({**LLAMA, key: "yarn"})
+
+
+def test_rope_scaling_wins_over_rope_parameters_as_in_transformers():
+    config = {
+        **LLAMA,
+        "rope_theta": 3e5,
+        "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 77.0},
+        "rope_scaling": {"rope_type": "linear", "factor": 5.0},
+    }
+    found = normalize_config(config).config
+    assert found["rope_theta"] == 3e5 and found["rope_scaling"]["factor"] == 5.0
+
+
+def test_a_theta_inside_rope_scaling_is_the_one_that_counts():
+    scaling = {"rope_type": "default", "rope_theta": 5e5}
+    found = normalize_config({**LLAMA, "rope_theta": 1e4, "rope_scaling": scaling}).config
+    assert found["rope_theta"] == 5e5
+
+
+def test_an_original_context_beside_the_scaling_is_read():
+    config = {**LLAMA, "rope_theta": 1e4, "original_max_position_embeddings": 24}
+    rope = reference_of({**config, "rope_scaling": {"type": "yarn", "factor": 3.0}}).rope[0]
+    assert rope is not None and rope["original_max_position_embeddings"] == 24
+
+
+def test_the_default_theta_is_that_of_full_attention():
+    config = {"model_type": "gemma3_text", "hidden_size": 64, "num_hidden_layers": 7}
+    assert normalize_config(config).config["rope_theta"] == 1e6
