@@ -36,6 +36,12 @@ _FOLDER = click.Path(path_type=Path)
 @click.option("--data-dir", type=_FOLDER, metavar="DIR", help="Data mirror [MLX_SLIM_DATA].")
 @click.option("--apply-chat-template", is_flag=True, help="Prompts go through the chat template.")
 @click.option(
+    "--fewshot-as-multiturn/--no-fewshot-as-multiturn",
+    default=True,
+    show_default=True,
+    help="With a chat template, examples are turns.",
+)
+@click.option(
     "--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16."
 )
 @click.option("--max-length", type=click.IntRange(2), metavar="N", help="Longest input, tokens.")
@@ -65,6 +71,11 @@ def command(
     samples_TASK.jsonl; a run that was stopped goes on with --resume.
     """
     options["adapter"] = options["adapter"] or None
+    if not options["fewshot_as_multiturn"] and not options["apply_chat_template"]:
+        raise SlimError(
+            "--no-fewshot-as-multiturn says how a chat template is used, and none is",
+            "add --apply-chat-template, or leave it out",
+        )
     if compare:
         _compare(compare, models, tasks, out, seed, mode == "json", {**options, "resume": resume})
         return
@@ -104,7 +115,8 @@ def _compare(
     options: dict[str, Any],
 ) -> None:
     """Compare two folders; write ``comparison.json`` where ``-o`` says so."""
-    given = [name for name, value in options.items() if value and value != "auto"]
+    plain = {"fewshot_as_multiturn": True, "dtype": "auto"}
+    given = [k for k, value in options.items() if value and value != plain.get(k)]
     given += ["MODEL"] if models else []
     given += ["task"] if tasks else []
     if given:

@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
 from mlx_slim.config.expressions import compile_text, compile_value
 from mlx_slim.data.formats import Example
 from mlx_slim.data.templates import Rendered, Template
@@ -57,10 +59,57 @@ class Chat:
     Attributes:
         render: (system, user) -> the prompt, up to where the answer begins.
         own_bos: What it renders brings its own special tokens.
+        turns: (system, examples as (question, answer), user) -> the prompt, where examples are
+            turns of their own; None puts them into the user's message.
     """
 
     render: Callable[[str, str], str]
     own_bos: bool = False
+    turns: Callable[[str, list[tuple[str, str]], str], str] | None = None
+
+    @classmethod
+    def of_model(cls, tokenizer: Any, multiturn: bool, notes: list[str]) -> Chat:
+        """Return the prompts of the model's own chat template, as the harness asks for them.
+
+        Args:
+            tokenizer: Has the template.
+            multiturn: Examples are turns of their own.
+            notes: Gets a line, once, where the template refuses a system message: it has none then.
+        """
+        refused = "the chat template takes no system message: task descriptions are left out"
+
+        def turns(system: str, examples: list[tuple[str, str]], user: str) -> str:
+            messages = [{"role": "user", "content": user}]
+            for question, answer in reversed(examples):
+                messages = [
+                    {"role": "user", "content": question},
+                    {"role": "assistant", "content": answer},
+                    *messages,
+                ]
+            if system and refused not in notes:
+                try:
+                    return rendered([{"role": "system", "content": system}, *messages])
+                except TemplateError:
+                    plain = without(messages)
+                    notes.append(refused)
+                    return plain
+            return without(messages)
+
+        def rendered(messages: list[dict[str, str]]) -> str:
+            return tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+
+        def without(messages: list[dict[str, str]]) -> str:
+            try:
+                return rendered(messages)
+            except TemplateError as error:
+                raise SlimError(
+                    f"the chat template refuses the questions: {' '.join(str(error).split())}",
+                    "try --no-fewshot-as-multiturn, or leave --apply-chat-template out",
+                ) from error
+
+        return cls(lambda system, user: turns(system, [], user), turns=turns if multiturn else None)
 
     @classmethod
     def of(cls, template: Template) -> Chat:
@@ -135,14 +184,19 @@ class _Writer:
         self._each = [] if isinstance(choices, str) else [compile_text(text) for text in choices]
         self._delimiter = "" if chat else spec.delimiter
         self._field = spec.subgroups.field if spec.subgroups else None
-        self._shared: dict[str | None, tuple[list[Mapping[str, Any]], str]] = {}
-        self._examples: dict[int, str] = {}
+        self._shared: dict[str | None, list[int]] = {}
+        self._pairs: dict[int, tuple[str, str]] = {}
 
     def question(self, doc_id: int, row: Mapping[str, Any], part: str | None) -> Question:
         place = self._rows.place(doc_id)
         description = self._run(self._description, "description", row, place)
-        prompt = self._prefix(part, row) + self._run(self._prompt, "prompt", row, place)
-        context = self._chat.render(description, prompt) if self._chat else description + prompt
+        asked = self._run(self._prompt, "prompt", row, place)
+        if self._chat and self._chat.turns:
+            pairs = [self._pair(index) for index in self._chosen(part, row)]
+            context = self._chat.turns(description, pairs, asked)
+        else:
+            prompt = self._prefix(part, row) + asked
+            context = self._chat.render(description, prompt) if self._chat else description + prompt
         choices = self._choices(row, place)
         return Question(
             doc_id=doc_id,
@@ -155,28 +209,32 @@ class _Writer:
 
     def _prefix(self, part: str | None, row: Mapping[str, Any]) -> str:
         """Return the examples before a question, each with the separator after it."""
-        if not self._count:
-            return ""
-        if self._random is not None:
-            return "".join(self._text(index) for index in self._drawn(self._random, row))
-        if part not in self._shared:
-            self._shared[part] = self._joined(part, None)
-        rows, text = self._shared[part]
-        return self._joined(part, row)[1] if row in rows else text
+        spec = self._task.spec
+        pairs = [self._pair(index) for index in self._chosen(part, row)]
+        return "".join(f"{asked}{spec.delimiter}{text}{spec.separator}" for asked, text in pairs)
 
-    def _joined(
-        self, part: str | None, besides: Mapping[str, Any] | None
-    ) -> tuple[list[Mapping[str, Any]], str]:
-        """Return the first rows for examples, ``besides`` left out, and their text."""
-        chosen: dict[int, Mapping[str, Any]] = {}
+    def _chosen(self, part: str | None, row: Mapping[str, Any]) -> list[int]:
+        """Return the examples of a question: their places among the few-shot rows."""
+        if not self._count:
+            return []
+        if self._random is not None:
+            return self._drawn(self._random, row)
+        if part not in self._shared:
+            self._shared[part] = self._first(part, None)
+        shared, rows = self._shared[part], self._rows.shots
+        return self._first(part, row) if any(rows[i] == row for i in shared) else shared
+
+    def _first(self, part: str | None, besides: Mapping[str, Any] | None) -> list[int]:
+        """Return the first rows for examples, ``besides`` left out."""
+        chosen: list[int] = []
         for index, row in enumerate(self._rows.shots):
             if len(chosen) == self._count:
                 break
             if (self._field is None or row[self._field] == part) and row != besides:
-                chosen[index] = row
+                chosen.append(index)
         if len(chosen) < self._count:
             raise self._too_few(len(chosen), part)
-        return list(chosen.values()), "".join(self._text(index) for index in chosen)
+        return chosen
 
     def _drawn(self, generator: random.Random, row: Mapping[str, Any]) -> list[int]:
         """Return the next draw: rows for the examples of the next question, as the harness has it.
@@ -197,10 +255,11 @@ class _Writer:
                 found = generator.sample(others, self._count)
         return found
 
-    def _text(self, index: int) -> str:
-        if index not in self._examples:
-            self._examples[index] = self._example(index, self._rows.shots[index])
-        return self._examples[index]
+    def _pair(self, index: int) -> tuple[str, str]:
+        """Return question and answer of an example."""
+        if index not in self._pairs:
+            self._pairs[index] = self._example(index, self._rows.shots[index])
+        return self._pairs[index]
 
     def _too_few(self, count: int, part: str | None) -> SlimError:
         of = f" of {part}" if part else ""
@@ -210,14 +269,12 @@ class _Writer:
             "ask for fewer with --num-fewshot",
         )
 
-    def _example(self, index: int, row: Mapping[str, Any]) -> str:
-        spec = self._task.spec
-        place = f"few-shot row {index + 1} of split {spec.data.shots!r}"
+    def _example(self, index: int, row: Mapping[str, Any]) -> tuple[str, str]:
+        place = f"few-shot row {index + 1} of split {self._task.spec.data.shots!r}"
         prompt = self._run(self._prompt, "prompt", row, place)
         choices = self._choices(row, place)
         answer = self._answer(row, choices, place)
-        text = choices[answer] if isinstance(answer, int) else answer
-        return f"{prompt}{spec.delimiter}{text}{spec.separator}"
+        return prompt, choices[answer] if isinstance(answer, int) else answer
 
     def _choices(self, row: Mapping[str, Any], place: str) -> list[str]:
         if self._one is None:

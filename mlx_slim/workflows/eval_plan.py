@@ -21,6 +21,7 @@ from mlx_slim.adapters.stack import Adapters, parse_adapters
 from mlx_slim.adapters.store import adapter_hash, check_adapter
 from mlx_slim.claims import check_run_folder
 from mlx_slim.data.templates import load_template
+from mlx_slim.data.tokenize import unwrap
 from mlx_slim.errors import ResourceError, RowLimit, SlimError, did_you_mean
 from mlx_slim.evaluate.perplexity import NAME as TEXT
 from mlx_slim.evaluate.perplexity import TextJob, Texts, read_texts
@@ -55,7 +56,8 @@ class EvalOptions:
         data_dir: Data mirror; None takes ``MLX_SLIM_DATA``, else the hub.
         perplexity: Text file or JSON lines to predict, beside the tasks.
         dtype: ``auto`` (bfloat16 on a GPU, float32 on a CPU) or a name of ``runtime.DTYPES``.
-        apply_chat_template: Put every prompt into the model's chat template.
+        apply_chat_template: Put every prompt into the model's chat template, as the harness does.
+        fewshot_as_multiturn: With it, examples are turns of their own.
         max_length: Longest input, tokens; None takes the model's.
         batch_tokens: Tokens of a batch, and of the caches of answers that are written side by side;
             None chooses by memory.
@@ -71,6 +73,7 @@ class EvalOptions:
     perplexity: Path | None = None
     dtype: str = "auto"
     apply_chat_template: bool = False
+    fewshot_as_multiturn: bool = True
     max_length: int | None = None
     batch_tokens: int | None = None
     seed: int = 0
@@ -199,13 +202,21 @@ def read_tasks(names: list[str], options: EvalOptions) -> list[Asked]:
 
 
 def _task_job(
-    asked: Asked, options: EvalOptions, tokenizer: Any, longest: int, limit: RowLimit | None
+    asked: Asked,
+    options: EvalOptions,
+    tokenizer: Any,
+    longest: int,
+    limit: RowLimit | None,
+    notes: list[str],
 ) -> TaskJob:
     """Return a task as the model with that tokenizer reads it."""
     task, shots, questions = asked.selection.task, asked.selection.num_fewshot, asked.questions
     chat = None
-    if options.apply_chat_template or task.spec.chat:
+    if task.spec.chat:  # asked as rows for training are
         chat = Chat.of(load_template("auto", tokenizer))
+    elif options.apply_chat_template:
+        chat = Chat.of_model(unwrap(tokenizer), options.fewshot_as_multiturn, notes)
+    if chat is not None:
         questions = build_questions(
             task,
             asked.rows,
@@ -220,7 +231,7 @@ def _task_job(
         num_fewshot=shots,
         limit=options.limit,
         questions=questions,
-        encoder=Encoder(tokenizer, longest, limit=limit),
+        encoder=Encoder(tokenizer, longest, chat=chat is not None and chat.own_bos, limit=limit),
         chat=chat is not None,
         shots_checksum=shots_checksum(task, asked.rows, shots),
         sampling=asked.selection.sampling,
@@ -259,7 +270,10 @@ def _target(
         )
     longest = options.max_length or longest
     limit = limit_of(config)
-    jobs: list[Job] = [_task_job(asked, options, tokenizer, longest, limit) for asked in tasks]
+    notes: list[str] = []
+    jobs: list[Job] = [
+        _task_job(asked, options, tokenizer, longest, limit, notes) for asked in tasks
+    ]
     if texts is not None:
         jobs.append(TextJob(texts, Encoder(tokenizer, longest, limit=limit)))
     positions = max(job.positions for job in jobs)
@@ -282,6 +296,7 @@ def _target(
         "device": "gpu" if runtime.on_gpu() else "cpu",
         "seed": options.seed,
         "chat_template": options.apply_chat_template,
+        "fewshot_as_multiturn": options.apply_chat_template and options.fewshot_as_multiturn,
         "max_length": longest,
         "batch_tokens": options.batch_tokens,
         **artifacts.provenance(),
@@ -295,6 +310,7 @@ def _target(
         dtype=dtype,
         trust_remote_code=trust,
         batch_tokens=options.batch_tokens,
+        notes=notes,
         memory=runtime.memory_budget("auto"),
         jobs=jobs,
         folder=Path(),

@@ -121,6 +121,9 @@ def resume_command(
         if value == field.default:
             continue
         flag = f"--{field.name.replace('_', '-')}"
+        if value is False:
+            words.append(f"--no-{field.name.replace('_', '-')}")
+            continue
         given = value if isinstance(value, (list, tuple)) else [value]
         words += [flag] if value is True else [w for one in given for w in (flag, str(one))]
     return shlex.join([*words, "-o", str(out), "--resume"])

@@ -48,6 +48,7 @@ class Target:
         dtype: To compute in.
         trust_remote_code: Run Python files that the repository brings.
         batch_tokens: Tokens of a batch, or None.
+        notes: What to say of the prompts.
         memory: Bytes that weights, caches and work may take together.
         jobs: Tasks and texts.
         folder: Where the results go.
@@ -63,6 +64,7 @@ class Target:
     dtype: mx.Dtype
     trust_remote_code: bool
     batch_tokens: int | None
+    notes: list[str]
     memory: int
     jobs: list[Job]
     folder: Path
@@ -153,7 +155,7 @@ def _load(target: Target, observer: events.Observer) -> Engine:
     scorer = Scorer(
         loaded.model, batch_tokens=target.batch_tokens, memory=min(MEMORY, cache_bytes // 2)
     )
-    for note in [*loaded.notes, *scorer.notes]:
+    for note in [*target.notes, *loaded.notes, *scorer.notes]:
         observer.notify(events.Notice(note))
     return Engine(loaded.model, loaded.tokenizer, scorer, cache_bytes, target.batch_tokens)
 

@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlx_lm.tokenizer_utils import load as load_tokenizer
 
-from mlx_slim.evaluate.prompts import build_questions
+from mlx_slim.data.tokenize import unwrap
+from mlx_slim.evaluate.prompts import Chat, build_questions
+from mlx_slim.evaluate.requests import Encoder
 from mlx_slim.evaluate.rows import load_rows
 from mlx_slim.evaluate.spec import HARNESS, find_task
+from tests.support.tiny import CHATML, byte_tokenizer
 
 lm_eval: Any = pytest.importorskip("lm_eval", reason="needs the extra bench")
 
@@ -87,3 +91,46 @@ def test_examples_and_prompts(tmp_path, name):
     task = find_task(name)
     ours = build_questions(task, load_rows(task, tmp_path, HARNESS), shots, sampling=HARNESS)
     assert [question.context for question in ours] == _theirs(name, shots, rows)
+
+
+TEMPLATES = {
+    "chatml": CHATML,
+    "no-system": "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    + CHATML,
+    "bos": "{{ bos_token }}" + CHATML,
+}
+
+
+@pytest.mark.parametrize("multiturn", [True, False])
+@pytest.mark.parametrize("template", list(TEMPLATES))
+@pytest.mark.parametrize("name", list(TASKS))
+def test_chat_prompts(tmp_path, name, template, multiturn):
+    from lm_eval.models.huggingface import HFLM
+
+    byte_tokenizer(tmp_path / "t", chat_template=TEMPLATES[template], bos=True)
+    tokenizer = load_tokenizer(tmp_path / "t")
+    hf = unwrap(tokenizer)
+    theirs = HFLM.__new__(HFLM)
+    theirs.tokenizer, theirs.chat_template_args = hf, {}
+    theirs.add_bos_token, theirs.custom_prefix_token_id = None, None
+    _, make, split, _ = TASKS[name]
+    rows = {split: [make(i) for i in range(ROWS)], "train": [make(100 + i) for i in range(140)]}
+    for part, found in rows.items():
+        file = tmp_path / name / f"{part}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in found))
+    spec = find_task(name)
+    chat = Chat.of_model(hf, multiturn, [])
+    ours = build_questions(spec, load_rows(spec, tmp_path, HARNESS), 2, chat=chat, sampling=HARNESS)
+    expected = _theirs(
+        name,
+        2,
+        rows,
+        apply_chat_template=True,
+        fewshot_as_multiturn=multiturn,
+        chat_template=theirs.apply_chat_template,
+    )
+    assert [question.context for question in ours] == expected
+    encoder = Encoder(tokenizer, 10_000)
+    for question in ours[:2]:
+        assert list(encoder.encode(question.context)) == theirs.tok_encode(question.context)
