@@ -29,8 +29,7 @@ from mlx_slim.runtime import number
 
 _BASE_THETA = 10000.0
 _ORIGINAL = "take the config of the original"
-# Classes that rotate this part of the head without asking the config.
-_FIXED_ROTARY_PART = {"glm": 0.5}
+_PARTS = {"partial_rotary_factor", "rotary_pct", "rotary_dim"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +199,9 @@ def _flatten_rope(
             del config["rope_parameters"]
     if "rope_theta" in fields and config.get("rope_theta") is None:
         _default_theta(config, notes)
+    # Of a class without the field only GLM's is known to rotate another part than transformers.
+    if "partial_rotary_factor" in fields or config.get("model_type") == "glm":
+        _default_part(config, notes)
     theta = config.get("rope_theta")
     if theta is not None and not is_positive(theta):
         text = f"config.json: rope_theta is {theta!r}, expected a number above 0"
@@ -254,6 +256,16 @@ def _default_theta(config: dict[str, Any], notes: list[str]) -> None:
     if (theta := rope.get("rope_theta")) is not None:
         config["rope_theta"] = theta
         notes.append(f"rope_theta {theta:g} is transformers' default for this model type")
+
+
+def _default_part(config: dict[str, Any], notes: list[str]) -> None:
+    """Write down the rotated part of a head that a config leaves to transformers."""
+    if config.get("partial_rotary_factor") is None:
+        ropes = [rope for rope in reference_of(config).rope if rope]
+        part = ropes[0].get("partial_rotary_factor") if ropes else None
+        if part is not None:
+            config["partial_rotary_factor"] = part
+            notes.append(f"partial_rotary_factor {part:g} is transformers' default")
 
 
 def _lift_rope(
@@ -318,9 +330,7 @@ def _check_rope_values(config: dict[str, Any], fields: set[str]) -> None:
             "loading it would give wrong logits; a newer mlx-lm may know it",
         )
     part = config.get("partial_rotary_factor")
-    has_part = fields & {"partial_rotary_factor", "rotary_pct", "rotary_dim"}
-    fixed = _FIXED_ROTARY_PART.get(name, 1.0)
-    if isinstance(part, (int, float)) and part != fixed and not has_part:
+    if isinstance(part, (int, float)) and part != 1 and not fields & _PARTS:
         raise SlimError(
             f"partial_rotary_factor {part:g} cannot be given to the mlx-lm class of {name!r}",
             "loading it would give wrong logits; a newer mlx-lm may know it",

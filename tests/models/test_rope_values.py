@@ -65,3 +65,24 @@ def test_an_original_context_beside_the_scaling_is_read():
 def test_the_default_theta_is_that_of_full_attention():
     config = {"model_type": "gemma3_text", "hidden_size": 64, "num_hidden_layers": 7}
     assert normalize_config(config).config["rope_theta"] == 1e6
+
+
+def test_a_rotated_part_that_is_left_out_is_that_of_transformers():
+    config = {**LLAMA, "model_type": "phi", "intermediate_size": 128, "vocab_size": 64}
+    found = normalize_config(config)
+    assert found.config["partial_rotary_factor"] == 0.5  # mlx-lm's class would take 0.4
+    assert any("partial_rotary_factor" in note for note in found.notes)
+    given = normalize_config({**config, "partial_rotary_factor": 0.25})
+    assert given.config["partial_rotary_factor"] == 0.25
+
+
+@pytest.mark.parametrize(("part", "refused"), [(None, True), (0.5, True), (1.0, False)])
+def test_a_class_that_rotates_all_of_a_head_refuses_a_part(part, refused):
+    config = {**LLAMA, "model_type": "glm", "head_dim": 16}
+    if part is not None:
+        config["partial_rotary_factor"] = part
+    if not refused:
+        assert normalize_config(config).config["partial_rotary_factor"] == part
+        return
+    with pytest.raises(SlimError, match=r"partial_rotary_factor 0\.5 cannot be given"):
+        normalize_config(config)
