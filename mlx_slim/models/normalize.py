@@ -216,6 +216,25 @@ def _flatten_rope(
             _check_rope_type(config, str(kind or "default"), module, fields)
     if strict and fields and "rope_parameters" not in fields:
         _check_rope_values(config, fields)
+    if "sliding_window_pattern" in fields and "layer_types" not in fields:
+        _lift_pattern(config, notes)
+
+
+def _lift_pattern(config: dict[str, Any], notes: list[str]) -> None:
+    """Turn ``layer_types`` into the pattern that a class reads: each p-th layer sees all tokens."""
+    types = config.get("layer_types")
+    if not isinstance(types, list) or "sliding_window_pattern" in config:
+        return
+    full = [kind == "full_attention" for kind in types]
+    pattern = full.index(True) + 1 if True in full else len(full) + 1
+    if full != [(layer + 1) % pattern == 0 for layer in range(len(full))]:
+        raise SlimError(
+            f"layer_types of {config['model_type']!r} are no regular pattern of sliding and full "
+            "attention, the only one that the mlx-lm class can do",
+            "loading it would give wrong logits; a newer mlx-lm may know it",
+        )
+    config["sliding_window_pattern"] = pattern
+    notes.append(f"sliding_window_pattern {pattern} taken from layer_types")
 
 
 def _one_rope(

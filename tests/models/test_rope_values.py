@@ -86,3 +86,20 @@ def test_a_class_that_rotates_all_of_a_head_refuses_a_part(part, refused):
         return
     with pytest.raises(SlimError, match=r"partial_rotary_factor 0\.5 cannot be given"):
         normalize_config(config)
+
+
+@pytest.mark.parametrize("pattern", [1, 2, 3, 5])
+def test_a_pattern_of_layers_is_read_from_their_types(pattern):
+    kinds = ["sliding_attention"] * (pattern - 1) + ["full_attention"]
+    config = {**LLAMA, "model_type": "cohere2", "num_hidden_layers": 4, "rope_theta": 1e4}
+    config["layer_types"] = (kinds * 4)[:4]
+    assert normalize_config(config).config["sliding_window_pattern"] == pattern
+    config["sliding_window_pattern"] = 4
+    assert normalize_config(config).config["sliding_window_pattern"] == 4
+
+
+def test_layers_without_a_pattern_are_refused():
+    kinds = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+    config = {**LLAMA, "model_type": "cohere2", "num_hidden_layers": 4, "layer_types": kinds}
+    with pytest.raises(SlimError, match="no regular pattern"):
+        normalize_config(config)
