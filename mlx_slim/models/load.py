@@ -25,6 +25,7 @@ from mlx_slim.artifacts import hash_files, read_json
 from mlx_slim.errors import SlimError
 from mlx_slim.models.activations import use_fast_swiglu
 from mlx_slim.models.build import construct
+from mlx_slim.models.gemma import use_exact_scale
 from mlx_slim.models.hub import resolve, resolve_config
 from mlx_slim.models.normalize import Normalized, normalize_config
 from mlx_slim.models.quantized import use_fast_matmul
@@ -133,6 +134,7 @@ def load(
         read_weights(model)
     use_fast_matmul(model)
     use_fast_swiglu(model)
+    use_exact_scale(model)
     return Loaded(
         model=model,
         tokenizer=_load_tokenizer(folder, config, trust_remote_code),

@@ -70,7 +70,7 @@ def test_perplexity_is_that_of_the_harness(sides):
     requests = asked("loglikelihood_rolling", [(TEXT,)])
     (expected,) = theirs.loglikelihood_rolling(requests, disable_tqdm=True)
     encoder = Encoder(ours.tokenizer, LONGEST)
-    parts = windows(encoder.plain(TEXT), encoder.prefix(), LONGEST)
+    parts = windows(encoder.document(TEXT), encoder.prefix(), LONGEST)
     assert len(parts) > 2
     found = math.fsum(score.loglikelihood for score in Scorer(ours.model).score(parts))
     assert found == pytest.approx(expected, abs=1e-2)

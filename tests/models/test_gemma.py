@@ -1,0 +1,64 @@
+"""Gemma 3's scale: exact in float32, the library's in 16 bits."""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm import load as stock_load
+
+from mlx_slim.models.gemma import use_exact_scale
+from mlx_slim.models.load import load
+from tests.support.tiny import tiny_model
+
+SETTINGS = {
+    "model_type": "gemma3_text",
+    "head_dim": 16,
+    "hidden_size": 40,  # its root is no bfloat16
+    "query_pre_attn_scalar": 16,
+    "sliding_window": 64,
+    "sliding_window_pattern": 2,
+    "rope_local_base_freq": 1e4,
+}
+
+
+class _Seen(Exception):
+    pass
+
+
+def _first_input(body, ids: mx.array) -> mx.array:
+    """Return what the first block is given."""
+
+    class Catch:
+        def __call__(self, x, *_):
+            raise _Seen(x)
+
+    body.layers = [Catch(), *body.layers[1:]]
+    with pytest.raises(_Seen) as caught:
+        body(ids)
+    return caught.value.args[0]
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_the_first_block_reads_embeddings_times_the_root(tmp_path, dtype):
+    folder = tiny_model(tmp_path / "g", "llama", **SETTINGS)
+    model = load(folder, dtype=dtype).model
+    assert not use_exact_scale(model)  # loading did it
+    ids = mx.array([[3, 1, 4]])
+    weights = np.array(model.model.embed_tokens(ids).astype(mx.float32), dtype=np.float64)
+    found = np.array(_first_input(model.model, ids).astype(mx.float32))
+    tolerance = 1e-6 if dtype == mx.float32 else 1e-2
+    np.testing.assert_allclose(found, weights * math.sqrt(40), rtol=tolerance)
+
+
+def test_the_library_alone_is_off(tmp_path):
+    folder = tiny_model(tmp_path / "g", "llama", **SETTINGS)
+    stock, _ = stock_load(str(folder))
+    ids = mx.array([[3, 1, 4, 1, 5]])
+    ours = load(folder, dtype=mx.float32).model
+    difference = mx.abs(ours(ids) - stock(ids)).max().item()
+    assert difference > 0
+    assert use_exact_scale(stock)
+    assert mx.abs(ours(ids) - stock(ids)).max().item() < 1e-5
