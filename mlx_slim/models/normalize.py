@@ -19,13 +19,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import mlx.core as mx
-
 from mlx_slim.errors import SlimError
 from mlx_slim.models.reference import reference_of
 from mlx_slim.models.rope import TYPES, is_positive
 from mlx_slim.models.rope_install import differs_in_stock, kind_of
-from mlx_slim.runtime import number
 
 _BASE_THETA = 10000.0
 _ORIGINAL = "take the config of the original"
@@ -73,7 +70,6 @@ def normalize_config(
         _flatten_rope(text, inner, notes, strict=False)
         _tie(text, inner, tensor_names, notes)
     _note_stock(config, module, notes)
-    _note_embedding_scale(config, notes)
     if "torch_dtype" not in config and isinstance(config.get("dtype"), str):
         config["torch_dtype"] = config["dtype"]
     return Normalized(config, notes)
@@ -86,22 +82,6 @@ def _note_stock(config: dict[str, Any], module: ModuleType, notes: list[str]) ->
     if other := {rope["rope_type"] for rope in ropes if differs_in_stock(rope, source)}:
         names = ", ".join(sorted(other))
         notes.append(f"RoPE {names} is computed as transformers does; mlx-lm by itself does not")
-
-
-def _note_embedding_scale(config: dict[str, Any], notes: list[str]) -> None:
-    """Say that mlx-lm's Gemma 3 scales embeddings by √d rounded to bfloat16 in every dtype."""
-    text = config.get("text_config") or config
-    width = text.get("hidden_size")
-    if text.get("model_type") != "gemma3_text" or not isinstance(width, int):
-        return
-    exact = width**0.5
-    rounded = number(mx.array(exact, mx.bfloat16))
-    if rounded != exact:
-        notes.append(
-            f"mlx-lm scales Gemma 3's embeddings by {rounded:g}, √{width} in bfloat16, for "
-            f"{exact:.3f}: in float32 log-likelihoods differ from transformers' (by up to 0.09 "
-            "nats an answer on the 270M model)"
-        )
 
 
 def model_module(config: dict[str, Any]) -> ModuleType:
