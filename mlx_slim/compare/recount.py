@@ -35,7 +35,7 @@ from mlx_slim.evaluate.perplexity import read_texts, summarize_text
 from mlx_slim.evaluate.prompts import Question
 from mlx_slim.evaluate.results import PROGRESS_FILE, STATE_FILE, samples_name, whole_chunks
 from mlx_slim.evaluate.spec import Task
-from mlx_slim.workflows.scoring import section, timing
+from mlx_slim.workflows.scoring import NOT_TOLD, section, timing
 
 _NEAR = 1e-9
 # Of the recipe, what the manifest says in the words of the matrix, not of this machine.
@@ -179,7 +179,7 @@ def _evaluation(ledger: Ledger, out: Path, name: str, where: str, summary: dict[
     published = {key: value for key, value in sections[name].items() if key != "trained_on"}
     ledger.compare(where, published, again)
     settings = {key: value for key, value in results.items() if key not in ("tasks", TEXT)}
-    given = {key: value for key, value in state.items() if key not in ("tasks", "code")}
+    given = {key: value for key, value in state.items() if key not in NOT_TOLD}
     ledger.compare(f"{where} settings", settings, given)
     timings = read_json(out / "timings.json")["tasks"]
     ledger.compare(f"{where} timings", timings, {name: timing(entries)})

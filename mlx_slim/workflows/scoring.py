@@ -32,7 +32,7 @@ from mlx_slim.evaluate.run import Computed, Engine, Job
 from mlx_slim.models.quantized import densify, densify_pays
 from mlx_slim.quantize.base import load_base
 
-_NOT_TOLD = ("tasks", "code", "cache_bytes")  # of the state, in results.json
+NOT_TOLD = ("tasks", "code", "cache_bytes")  # of the state, in results.json
 _CACHE_SHARE = 8  # MLX may keep 1/8 of the memory as free buffers
 
 
@@ -328,7 +328,7 @@ def section(
 
 def _results(target: Target, folder: Folder) -> dict[str, Any]:
     """Return ``results.json``: nothing in it but ``seconds`` differs from one run to the next."""
-    settings = {key: value for key, value in target.state.items() if key not in _NOT_TOLD}
+    settings = {key: value for key, value in target.state.items() if key not in NOT_TOLD}
     sections = {job.name: _section(job, folder) for job in target.jobs}
     for name, seen in target.trained_on.items():
         sections[name]["trained_on"] = seen

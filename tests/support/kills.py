@@ -77,7 +77,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 _TIMES = re.compile(
     r"(seconds|tokens_per_second|peak_memory_bytes|active_memory_bytes|\w*_seconds|minutes"
-    r"|eval_peak_memory_bytes)"
+    r"|eval_peak_memory_bytes|cache_bytes)"  # the last is the memory that was free, in powers of 2
 )
 # Pages and tables that are made of the cells' records, times among them.
 _PAGES = ("report.html", "report.md", "results.csv")
