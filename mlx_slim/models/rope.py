@@ -243,8 +243,8 @@ def check_values(rope: dict[str, Any]) -> None:
         value = rope[key]
         if value is None or (value == 0 and key in _ZERO_IS_NONE):
             continue
-        many = isinstance(value, list) and key in _LISTS
-        if not all(map(is_positive, value if many else [value])):
+        numbers = value if isinstance(value, list) and key in _LISTS else [value]
+        if not all(is_positive(number) for number in numbers):
             raise _bad(kind, f"has {key}={value!r}, expected numbers above 0")
     original = rope.get("original_max_position_embeddings")
     if original is not None and original != int(original):
