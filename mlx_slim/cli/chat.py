@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mlx_slim.cli.options import speaker_options
+from mlx_slim.cli.speaker import open_and_tell
 from mlx_slim.errors import SlimError, did_you_mean
 
 if TYPE_CHECKING:
@@ -53,17 +54,7 @@ def command(
     """
     import mlx.core as mx
 
-    from mlx_slim.workflows.talk import open_speaker
-
-    speaker = open_speaker(
-        model,
-        adapter,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        tell=lambda text: click.echo(f"\nnote: {text}", err=True),
-    )
-    for note in speaker.notes:
-        click.echo(note, err=True)
+    speaker = open_and_tell(model, adapter, revision, trust_remote_code)
     mx.random.seed(seed)
     start = [{"role": "system", "content": system}] if system else []
     speaker.chat_ids([*start, {"role": "user", "content": "hello"}])  # refuse before the first turn

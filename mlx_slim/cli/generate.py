@@ -11,6 +11,7 @@ import sys
 import click
 
 from mlx_slim.cli.options import speaker_options
+from mlx_slim.cli.speaker import open_and_tell
 from mlx_slim.errors import SlimError
 
 
@@ -42,17 +43,8 @@ def command(
     import mlx.core as mx
 
     from mlx_slim.runtime import human_bytes
-    from mlx_slim.workflows.talk import open_speaker
 
-    speaker = open_speaker(
-        model,
-        adapter,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        tell=lambda text: click.echo(f"\nnote: {text}", err=True),
-    )
-    for note in speaker.notes:
-        click.echo(note, err=True)
+    speaker = open_and_tell(model, adapter, revision, trust_remote_code)
     mx.random.seed(seed)
     as_chat = not no_chat_template and speaker.tokenizer.has_chat_template
     if as_chat or system is not None:

@@ -71,6 +71,14 @@ def _config(recipe: Recipe) -> dict[str, Any]:
     return model_config(recipe)[0]
 
 
+def _known_config(recipe: Recipe) -> dict[str, Any] | None:
+    """Return the configuration of a recipe's model; None if it is not to be had."""
+    try:
+        return _config(recipe)
+    except SlimError:
+        return None
+
+
 def predicted_run(
     recipe: Recipe, budget: int | None = None, config: dict[str, Any] | None = None
 ) -> Prediction | None:
@@ -84,9 +92,8 @@ def predicted_run(
     Raises:
         SlimError: If the model cannot be built.
     """
-    try:
-        config = _config(recipe) if config is None else config
-    except SlimError:
+    config = _known_config(recipe) if config is None else config
+    if config is None:
         return None
     speed = _speed(recipe.train.dtype)
     return predicted(config, recipe, _config, speed=speed, budget=budget, suggest=False)
@@ -157,9 +164,8 @@ def _loaded(recipe: Recipe, kind: Kind, config: dict[str, Any] | None) -> int | 
     Raises:
         SlimError: If the model cannot be built.
     """
-    try:
-        config = _config(recipe) if config is None else config
-    except SlimError:
+    config = _known_config(recipe) if config is None else config
+    if config is None:
         return None
     rounds = recipe.quantize.model_copy(update={"aware": False})
     method = "qlora" if kind == "quantized" else "lora"

@@ -128,7 +128,7 @@ def config_of(**changes: Any) -> dict[str, Any]:
 def test_prediction_is_near_the_measured_peak(
     plan: Recipe, batch: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ):
-    _compare_peaks(config_of(), plan, batch, monkeypatch, rel=0.15)
+    assert_peaks_agree(config_of(), plan, batch, monkeypatch, rel=0.15)
 
 
 _HEADS = {
@@ -160,10 +160,10 @@ def test_heads_with_a_finish_are_planned_as_they_are_computed(
         monkeypatch.setattr(anatomy, "_candidates", lambda model: [])
     plan = recipe(train={"batch_tokens": 512, "max_length": 128, "loss_chunk": 64})
     config = config_of(vocab_size=32768, num_hidden_layers=2, **_HEADS[head])
-    _compare_peaks(config, plan, (4, 128), monkeypatch, rel=0.25)
+    assert_peaks_agree(config, plan, (4, 128), monkeypatch, rel=0.25)
 
 
-def _compare_peaks(
+def assert_peaks_agree(
     config: dict[str, Any],
     plan: Recipe,
     batch: tuple[int, int],

@@ -80,14 +80,21 @@ def _theirs(name: str, shots: int, rows: dict[str, list[dict]], **chat: Any) -> 
     return [found[number] for number in range(ROWS)]
 
 
+def write_task_rows(folder: Path, name: str) -> dict[str, list[dict[str, Any]]]:
+    """Write rows of a task as a data mirror holds them; return them by split."""
+    _, make, split, _ = TASKS[name]
+    rows = {split: [make(i) for i in range(ROWS)], "train": [make(100 + i) for i in range(140)]}
+    for part, records in rows.items():
+        file = folder / name / f"{part}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in records))
+    return rows
+
+
 @pytest.mark.parametrize("name", list(TASKS))
 def test_examples_and_prompts(tmp_path, name):
-    _, make, split, shots = TASKS[name]
-    rows = {split: [make(i) for i in range(ROWS)], "train": [make(100 + i) for i in range(140)]}
-    for part, found in rows.items():
-        file = tmp_path / name / f"{part}.jsonl"
-        file.parent.mkdir(exist_ok=True)
-        file.write_text("".join(json.dumps(row) + "\n" for row in found))
+    shots = TASKS[name][3]
+    rows = write_task_rows(tmp_path, name)
     task = find_task(name)
     ours = build_questions(task, load_rows(task, tmp_path, HARNESS), shots, sampling=HARNESS)
     assert [question.context for question in ours] == _theirs(name, shots, rows)
@@ -113,12 +120,7 @@ def test_chat_prompts(tmp_path, name, template, multiturn):
     theirs = HFLM.__new__(HFLM)
     theirs.tokenizer, theirs.chat_template_args = hf, {}
     theirs.add_bos_token, theirs.custom_prefix_token_id = None, None
-    _, make, split, _ = TASKS[name]
-    rows = {split: [make(i) for i in range(ROWS)], "train": [make(100 + i) for i in range(140)]}
-    for part, found in rows.items():
-        file = tmp_path / name / f"{part}.jsonl"
-        file.parent.mkdir(exist_ok=True)
-        file.write_text("".join(json.dumps(row) + "\n" for row in found))
+    rows = write_task_rows(tmp_path, name)
     spec = find_task(name)
     chat = Chat.of_model(hf, multiturn, [])
     ours = build_questions(spec, load_rows(spec, tmp_path, HARNESS), 2, chat=chat, sampling=HARNESS)

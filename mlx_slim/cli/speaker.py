@@ -1,0 +1,35 @@
+"""A model opened for ``generate`` and ``chat``; what it has to say goes to standard error.
+
+Invariant: standard output holds the model's text alone. Try it: ``mlx-slim chat MODEL``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from mlx_slim.workflows.talk import Speaker
+
+
+def open_and_tell(
+    model: str, adapter: tuple[str, ...], revision: str | None, trust_remote_code: bool
+) -> Speaker:
+    """Return the opened model, its notes printed; later ones are printed as they come.
+
+    Raises:
+        SlimError: If the model or an adapter cannot be loaded.
+    """
+    from mlx_slim.workflows.talk import open_speaker
+
+    speaker = open_speaker(
+        model,
+        adapter,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        tell=lambda text: click.echo(f"\nnote: {text}", err=True),
+    )
+    for note in speaker.notes:
+        click.echo(note, err=True)
+    return speaker
