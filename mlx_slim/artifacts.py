@@ -25,8 +25,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-from mlx_slim import locks
+from mlx_slim import locks, reading
 from mlx_slim.errors import ResourceError, SlimError
+from mlx_slim.reading import read_json as read_json  # what ``write_json`` wrote
 
 SCHEMA_VERSION = 1
 RECORD_FILE = ".mlx-slim.json"  # in a folder that one command made: which, and of what
@@ -246,32 +247,16 @@ def save_tensors(path: Path, tensors: dict[str, Any]) -> None:
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
-    """Return the arrays of a safetensors file that this package wrote.
+    """Return the arrays of a safetensors file, unread until they are evaluated.
 
     Raises:
         SlimError: If the file is missing or damaged.
     """
     import mlx.core as mx
 
-    try:
+    reading.safetensors_header(path)
+    with reading.library_errors(f"{path} is damaged"):
         return cast(dict[str, Any], mx.load(str(path)))
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise SlimError(f"{path} is missing or damaged: {reason}") from error
-
-
-def read_json(path: Path) -> Any:
-    """Return the JSON value of ``path``.
-
-    Raises:
-        SlimError: If the file is missing or no JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise SlimError(f"{path} does not exist") from error
-    except (ValueError, OSError) as error:
-        raise SlimError(f"{path} cannot be read as JSON: {error}") from error
 
 
 def json_lines(source: Path | bytes) -> Iterator[tuple[int, bytes]]:
@@ -292,28 +277,25 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
         SlimError: If the file is missing or cannot be read, or a line is no JSON object; names the
             line.
     """
-    lines = json_lines(path)
     try:
-        while block := list(islice(lines, _BLOCK)):
-            try:
-                # Many lines at once: three times as fast as one after the other.
-                records = json.loads(b"[" + b",".join(line for _, line in block) + b"]")
-            except ValueError:
-                records = []
-            if len(records) != len(block) or not all(type(r) is dict for r in records):
-                records = (_record(path, *line) for line in block)
-            yield from records
-    except FileNotFoundError as error:
-        raise SlimError(f"{path} does not exist") from error
+        with reading.open_regular(path) as handle:
+            lines = enumerate(handle, 1)
+            while block := list(islice(lines, _BLOCK)):
+                try:
+                    # Many lines at once: three times as fast as one after the other.
+                    text = b"[" + b",".join(one for _, one in block) + b"]"
+                    records = reading.parse_json(text, "", halves=True)
+                except SlimError:
+                    records = []
+                if len(records) != len(block) or not all(type(r) is dict for r in records):
+                    records = (_record(path, *line) for line in block)
+                yield from records
     except OSError as error:
         raise SlimError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise SlimError(f"{path}, line {number} is damaged: {error}") from error
+    record = reading.parse_json(line, f"{reading.short(path)}, line {number}", halves=True)
     if type(record) is not dict:
         raise SlimError(f"{path}, line {number} is no JSON object")
     return record

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mlx_slim"
 FLOORS = (
     {"errors"},
-    {"locks"},
+    {"locks", "reading"},
     {"artifacts", "events"},
     {"claims"},
     {"blas"},

@@ -37,6 +37,7 @@ from mlx_slim.models.tensors import (
     common_dtype,
     few,
     folder_tensors,
+    read_index,
     same_bytes,
 )
 
@@ -209,7 +210,7 @@ def read_config(source: str | Path, revision: str | None = None) -> dict[str, An
         names = _names(raw, tensors)
         raw = {**raw, "dtype": FLOATS[common_dtype(tensors)]}
     elif (folder / INDEX).exists():
-        names = set(read_json(folder / INDEX).get("weight_map", {}))
+        names = set(read_index(folder))
     return normalize_config(raw, names).config
 
 

@@ -6,18 +6,17 @@ but headers is read. Try it: ``mlx-slim plan RECIPE`` reads shapes this way.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_slim.artifacts import read_json
 from mlx_slim.errors import SlimError
+from mlx_slim.reading import field, read_object, safetensors_header, short, shown
 
 WEIGHTS = "model*.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_MAX_HEADER = 100_000_000
+_LONGEST_NAME = 255  # bytes of a file's name
 _PIECE = 1 << 20  # bytes that are compared at a time
 
 
@@ -38,35 +37,28 @@ def read_header(path: Path) -> dict[str, Tensor]:
     Raises:
         SlimError: If the file is truncated or is no safetensors file.
     """
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            if size < 8 or length > min(_MAX_HEADER, size - 8):
-                raise ValueError(f"its header would take {length} of {size} bytes")
-            header = json.loads(handle.read(length))
-        header.pop("__metadata__", None)
-        tensors = {
-            name: Tensor(
-                entry["dtype"],
-                tuple(entry["shape"]),
-                entry["data_offsets"][1] - entry["data_offsets"][0],
-                path,
-                8 + length + entry["data_offsets"][0],
+    return {
+        name: Tensor(one.dtype, one.shape, one.nbytes, path, one.begin)
+        for name, one in safetensors_header(path).items()
+    }
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """Return tensor name -> file name of ``model.safetensors.index.json``.
+
+    Raises:
+        SlimError: If it is no such file, or a file that it names would lie outside the folder.
+    """
+    path = folder / INDEX
+    known: dict[str, str] = field(read_object(path), short(path), "weight_map", dict, {})
+    for tensor, name in known.items():
+        if type(name) is not str or name != Path(name).name or len(name) > _LONGEST_NAME:
+            raise SlimError(
+                f"{short(path)}: weight_map gives {shown(tensor)} the file {shown(name)}, "
+                "expected the name of a file beside it",
+                "download or copy it again",
             )
-            for name, entry in header.items()
-        }
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise SlimError(
-            f"{path} is corrupt or no safetensors file: {error}", "download or copy it again"
-        ) from error
-    if end != size - 8 - length:
-        raise SlimError(
-            f"{path} is truncated or corrupt: {size} bytes, its header says {end + 8 + length}",
-            "download or copy it again",
-        )
-    return tensors
+    return known
 
 
 def folder_tensors(folder: Path) -> dict[str, Tensor]:
@@ -79,7 +71,7 @@ def folder_tensors(folder: Path) -> dict[str, Tensor]:
     files = sorted(folder.glob(WEIGHTS))
     promised: dict[str, str] = {}
     if (folder / INDEX).exists():
-        promised = read_json(folder / INDEX).get("weight_map", {})
+        promised = read_index(folder)
         absent = sorted({name for name in promised.values() if not (folder / name).exists()})
         if absent:
             raise SlimError(
