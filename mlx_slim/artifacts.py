@@ -295,7 +295,9 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    record = reading.parse_json(line, f"{reading.short(path)}, line {number}", halves=True)
+    record = reading.parse_json(
+        line, f"{reading.short(path)}, line {number} is damaged: it", halves=True
+    )
     if type(record) is not dict:
         raise SlimError(f"{path}, line {number} is no JSON object")
     return record
