@@ -20,6 +20,7 @@ from mlx_slim.errors import SlimError
 from mlx_slim.models import anatomy, rope_install
 from mlx_slim.models.activations import use_tanh_gelu
 from mlx_slim.models.reference import reference_of
+from mlx_slim.reading import library_errors
 
 WIDTHS = "mlx_slim_widths"
 _KEYS = {"heads", "kv_heads", "intermediate_size"}
@@ -33,14 +34,13 @@ def build(config: dict[str, Any]) -> nn.Module:
     """
     state = cast(list[mx.array], mx.random.state)
     high, low = cast(list[int], state[0].tolist())  # building draws numbers
+    kind = config.get("model_type")
     try:
-        model = construct(config)
-    except (TypeError, ValueError, KeyError, ZeroDivisionError, AssertionError) as error:
-        kind = config.get("model_type")
-        raise SlimError(
-            f"no model can be built from this config (model_type {kind!r}): {error}",
+        with library_errors(
+            f"no model can be built from this config (model_type {kind!r})",
             "the config.json must be that of a model that mlx-lm knows",
-        ) from error
+        ):
+            model = construct(config)
     finally:
         mx.random.seed(high << 32 | low)  # a key is its seed in two words: the caller's, as it was
     if quantization := config.get("quantization"):

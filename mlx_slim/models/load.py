@@ -9,10 +9,9 @@ Try it: ``mlx-slim generate HuggingFaceTB/SmolLM2-135M-Instruct --prompt Hello``
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +20,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from mlx_slim.artifacts import hash_files, read_json
+from mlx_slim.artifacts import hash_files
 from mlx_slim.errors import SlimError
 from mlx_slim.models.activations import use_fast_swiglu
+from mlx_slim.models.bounds import CONFIG, check_config, check_tokenizer, read_configs
 from mlx_slim.models.build import construct
 from mlx_slim.models.gemma import use_exact_scale
 from mlx_slim.models.hub import resolve, resolve_config
@@ -40,6 +40,7 @@ from mlx_slim.models.tensors import (
     read_index,
     same_bytes,
 )
+from mlx_slim.reading import library_errors, short
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -74,11 +75,10 @@ _FILES = (
     "*.py",
 )
 
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
 # Changes a model whose weights are not read yet (quantizes it), and returns its config.
 Transform = Callable[[nn.Module, dict[str, Any]], dict[str, Any]]
-
-# What mlx-lm and the model classes raise on a config or weights that do not fit.
-_MISFIT = (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,12 @@ def load(
     """
     folder = resolve(source, revision, trust_remote_code=trust_remote_code)
     model, config, notes = open_weights(folder, dtype=dtype, trust_remote_code=trust_remote_code)
-    with _reading(folder):
+    with library_errors(f"{short(folder)}: its weights cannot be read"):
         if transform is not None:
             config = transform(model, config)
         read_weights(model)
+    with library_errors(f"{short(folder)} does not compute", "take the config of the original"):
+        model(mx.zeros((1, 2), mx.int32))  # type: ignore[operator]  # shapes only: not evaluated
     use_fast_matmul(model)
     use_fast_swiglu(model)
     use_exact_scale(model)
@@ -159,7 +161,7 @@ def open_weights(
     """
     raw = _raw_config(folder)
     tensors = folder_tensors(folder)
-    normalized = normalize_config(raw, _names(raw, tensors))
+    normalized = _normalized(folder, raw, tensors, _names(raw, tensors))
     model, config = _build(folder, normalized, trust_remote_code)
     if dtype is not None:
         cast(model, dtype)
@@ -172,15 +174,6 @@ def read_weights(model: nn.Module) -> None:
         mx.eval(value)
 
 
-@contextlib.contextmanager
-def _reading(folder: Path) -> Iterator[None]:
-    """Turn what MLX raises while it reads a file into one line."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise SlimError(f"{folder}: its weights cannot be read: {_line(error)}") from error
-
-
 def load_tokenizer(
     source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> TokenizerWrapper:
@@ -190,7 +183,7 @@ def load_tokenizer(
         SlimError: As ``load`` does for the same reasons.
     """
     folder = resolve(source, revision, trust_remote_code=trust_remote_code)
-    config = normalize_config(_raw_config(folder), None).config
+    config = _normalized(folder, _raw_config(folder), None, None).config
     return _load_tokenizer(folder, config, trust_remote_code)
 
 
@@ -205,13 +198,14 @@ def read_config(source: str | Path, revision: str | None = None) -> dict[str, An
     folder = resolve_config(source, revision)
     raw = _raw_config(folder)
     names: set[str] | None = None
+    tensors: dict[str, Tensor] | None = None
     if any(folder.glob(WEIGHTS)):
         tensors = folder_tensors(folder)
         names = _names(raw, tensors)
         raw = {**raw, "dtype": FLOATS[common_dtype(tensors)]}
     elif (folder / INDEX).exists():
         names = set(read_index(folder))
-    return normalize_config(raw, names).config
+    return _normalized(folder, raw, tensors, names).config
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -247,15 +241,17 @@ def cast(model: nn.Module, dtype: mx.Dtype) -> None:
 def _raw_config(folder: Path) -> dict[str, Any]:
     from mlx_lm.utils import load_config
 
-    path = folder / "config.json"
-    if not path.exists():
-        raise SlimError(
-            f"{folder} has no config.json",
-            "give the folder of a model; adapters are given beside it, with --adapter",
-        )
-    if not isinstance(read_json(path), dict):  # a clear line before mlx-lm reads it
-        raise SlimError(f"{path} is no JSON object", "download or copy it again")
+    read_configs(folder)  # both of its files, before mlx-lm reads them
     return load_config(folder)
+
+
+def _normalized(
+    folder: Path, raw: dict[str, Any], tensors: dict[str, Tensor] | None, names: set[str] | None
+) -> Normalized:
+    """Return the normalised config, held against the tensors of the folder before."""
+    check_config(raw, folder, tensors)
+    with library_errors(f"{short(folder / CONFIG)} cannot be used", "take that of the original"):
+        return normalize_config(raw, names)
 
 
 def _names(config: dict[str, Any], tensors: dict[str, Tensor]) -> set[str]:
@@ -275,14 +271,6 @@ def _equal(tensors: dict[str, Tensor], one: str, other: str) -> bool:
     if (a.shape, a.dtype) != (b.shape, b.dtype) or not a.dtype.startswith(("F", "BF")):
         return False
     return same_bytes(a, b)
-
-
-def _line(error: BaseException) -> str:
-    """An error in one line, with its type where the text alone says little (``KeyError 'x'``)."""
-    text = " ".join(str(error).split())[:300]
-    return (
-        text if isinstance(error, (ValueError, RuntimeError)) else f"{type(error).__name__} {text}"
-    )
 
 
 def _build(folder: Path, normalized: Normalized, trust: bool) -> tuple[nn.Module, dict[str, Any]]:
@@ -308,7 +296,11 @@ def _build(folder: Path, normalized: Normalized, trust: bool) -> tuple[nn.Module
         )
     # mlx-lm 0.31, the last for Python 3.10, runs such code without being told to.
     asks = "trust_remote_code" in inspect.signature(load_model).parameters
-    try:
+    kind = normalized.config["model_type"]
+    with library_errors(
+        f"{short(folder)} does not fit mlx-lm's model class {kind!r}",
+        "its config.json or its weights are not what that model type needs",
+    ):
         model, config = load_model(
             folder,
             lazy=True,
@@ -316,18 +308,6 @@ def _build(folder: Path, normalized: Normalized, trust: bool) -> tuple[nn.Module
             get_model_classes=classes,
             **({"trust_remote_code": trust} if asks else {}),
         )
-    except SlimError:
-        raise
-    except _MISFIT as error:
-        kind = normalized.config["model_type"]
-        raise SlimError(
-            f"{folder} does not fit mlx-lm's model class {kind!r}: {_line(error)}",
-            "its config.json or its weights are not what that model type needs",
-        ) from error
-    except RuntimeError as error:
-        raise SlimError(
-            f"{folder}: its weights cannot be read: {_line(error)}", "download or copy it again"
-        ) from error
     model.__dict__.pop("load_weights", None)
     return model, config
 
@@ -368,17 +348,15 @@ def _load_tokenizer(folder: Path, config: dict[str, Any], trust: bool) -> Tokeni
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from mlx_lm.utils import load_tokenizer
 
-    try:
+    if not any((folder / name).exists() for name in _TOKENIZERS):
+        raise SlimError(
+            f"{folder} has no tokenizer files", "copy tokenizer.json from the original model"
+        )
+    check_tokenizer(folder)
+    with library_errors(
+        f"the tokenizer of {short(folder)} cannot be loaded",
+        "download or copy its tokenizer files again",
+    ):
         return load_tokenizer(
             folder, {"trust_remote_code": trust}, eos_token_ids=config.get("eos_token_id")
         )
-    except Exception as error:  # tokenizers raises bare Exception; transformers many kinds
-        names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-        if not any((folder / name).exists() for name in names):
-            raise SlimError(
-                f"{folder} has no tokenizer files", "copy tokenizer.json from the original model"
-            ) from error
-        raise SlimError(
-            f"the tokenizer of {folder} cannot be loaded: {_line(error)}",
-            "download or copy its tokenizer files again",
-        ) from error
