@@ -3,8 +3,8 @@
 Invariant: a prompt's answer does not depend on which prompts are beside it or on the batch size
 (up to the rounding of float sums), and answers come back in the order of the prompts. The prefix
 that all prompts share (a system message, few-shot examples) is computed once and, where the model
-allows it, held once; how many answers grow side by side follows from the bytes of their caches. On
-a CPU, call
+allows it, held once; how many answers grow side by side follows from the bytes of their caches, and
+is one where a model mixes padding into its state. On a CPU, call
 ``models.quantized.densify`` first when memory allows: a decoding step has few rows, so rebuilding
 quantized weights in every step would cost more than the step itself. Try it: ``mlx-slim demo``.
 """
@@ -25,6 +25,7 @@ from mlx_slim.evaluate.prefix_cache import (
     PREFILL_TOKENS,
     Prefix,
     footprint,
+    joins,
     shared_attention,
     shares,
 )
@@ -131,6 +132,8 @@ def generate_batch(
             cache_bytes = runtime.memory_budget("auto") - mx.get_active_memory()
         own = max(map(len, prompts)) - shared + max_tokens
         batch_size = min(batch_size, footprint(model).answers(cache_bytes, own, shared, once))
+    if batch_size > 1 and len(prompts) > 1 and not joins(model):
+        batch_size = 1
     prefix = _prefill(counted, list(prompts[0][:shared]), once) if shared else None
     together = max(1, min(PREFILL, batch_size // 2))
     generator = BatchGenerator(

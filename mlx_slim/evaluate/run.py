@@ -152,7 +152,7 @@ class TaskJob:
     @property
     def chunks(self) -> list[range]:
         """Consecutive questions of one subject."""
-        size = GENERATION_CHUNK if self._generates else CHOICE_CHUNK
+        size = GENERATION_CHUNK if self.generates else CHOICE_CHUNK
         found: list[range] = []
         numbered = range(len(self.questions))
         for _, group in itertools.groupby(numbered, lambda i: self.questions[i].subject):
@@ -164,7 +164,8 @@ class TaskJob:
         return found
 
     @property
-    def _generates(self) -> bool:
+    def generates(self) -> bool:
+        """Whether answers are texts, not choices."""
         return not self.questions[0].choices
 
     @property
@@ -174,7 +175,7 @@ class TaskJob:
         longest = max(
             self.questions, key=lambda q: len(q.context) + max(map(len, q.choices or " "))
         )
-        if self._generates:
+        if self.generates:
             new = self.task.spec.max_tokens
             found = len(self.encoder.prompt(longest.context, new)) + new
         else:
@@ -190,7 +191,7 @@ class TaskJob:
         shared = shared_length(first, last)
         own = sum(len(q.context) - shared + sum(map(len, q.choices)) for q in questions)
         # A generated token costs about as much as ten that are read: it comes alone.
-        answers = len(questions) * 40 * (self.task.spec.max_tokens if self._generates else 0)
+        answers = len(questions) * 40 * (self.task.spec.max_tokens if self.generates else 0)
         return shared + own + answers
 
     def check_lengths(self) -> None:
@@ -223,7 +224,7 @@ class TaskJob:
             SlimError: If a score is not finite.
         """
         questions = [self.questions[i] for i in chunk]
-        answer = self._generate if self._generates else self._choose
+        answer = self._generate if self.generates else self._choose
         return answer(questions, engine)
 
     def _choose(self, questions: list[Question], engine: Engine) -> Computed:

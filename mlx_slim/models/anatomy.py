@@ -260,15 +260,18 @@ class SegmentCache:
 def packs(model: nn.Module) -> bool:
     """Return whether packed segments stay apart in this model, checked on a probe.
 
-    The second of two packed rows must see the same logits as alone. Recurrent layers and learned
-    absolute positions fail this and are trained row by row.
+    The last segment of each of two rows, packed otherwise, must see the same logits as alone.
+    Recurrent layers and learned absolute positions fail this and are trained row by row.
     """
-    tokens_BT = mx.arange(12)[None] % 7
-    segments_BT = mx.array([[0] * 5 + [1] * 7])
+    tokens_BT = mx.arange(24).reshape(2, 12) % 7
+    begins = (5, 7)
+    segments_BT = mx.array([[0] * begin + [1] * (12 - begin) for begin in begins])
     try:
         cache = SegmentCache(segments_BT)
-        packed = model(tokens_BT, [cache] * len(blocks(model)))[:, 5:]
-        alone = model(tokens_BT[:, 5:])
+        both = model(tokens_BT, [cache] * len(blocks(model)))
+        rows = list(enumerate(begins))
+        packed = mx.concatenate([both[row, begin:] for row, begin in rows])
+        alone = mx.concatenate([model(tokens_BT[row : row + 1, begin:])[0] for row, begin in rows])
     except (TypeError, ValueError, AttributeError):
         return False
     # In 16 bits rotary embeddings at other absolute positions round differently.

@@ -1,9 +1,14 @@
-"""Gemma 3's embeddings scaled by √D exactly, where it computes in float32.
+"""What mlx-lm's Gemma 2 and Gemma 3 compute otherwise than they should, put right.
 
-mlx-lm's ``gemma3_text`` rounds √D to bfloat16 in every dtype (25.298 becomes 25.25 at 640), which
-shifts log-likelihoods by up to 0.09 nats. transformers rounds it to the dtype of the weights, so
-bfloat16 agrees as it is. Invariant: parameters and base classes stay. Try it:
-``python -m pytest tests/models/test_gemma.py``.
+Gemma 3: mlx-lm rounds the scale √D of the embeddings to bfloat16 in every dtype (25.298 becomes
+25.25 at 640), which shifts log-likelihoods by up to 0.09 nats. transformers rounds it to the dtype
+of the weights, so bfloat16 agrees as it is.
+
+Gemma 2: mlx-lm adds masks (B, 1, T, S) to scores (B, key-value heads, queries of each, T, S). The
+mask of row b then falls on the b-th key-value head of every row where there are as many rows as
+heads, and fits nothing where there are not.
+
+Invariant: parameters and base classes stay. Try it: ``python -m pytest tests/models/test_gemma.py``.
 """
 
 from __future__ import annotations
@@ -46,3 +51,27 @@ def _exact(kind: type) -> type:
         return kind.__call__(self, inputs, cache, hidden)  # type: ignore[operator]
 
     return type(f"Exact{kind.__name__}", (kind,), {"__call__": call})
+
+
+def use_row_masks(model: nn.Module) -> bool:
+    """Let a Gemma 2 keep to a mask of each row, in place.
+
+    Returns:
+        Whether ``model`` holds such attention that was not changed before.
+    """
+    from mlx_lm.models.gemma2 import Attention
+
+    found = [module for module in model.modules() if type(module) is Attention]
+    kind = _by_row(Attention)
+    for module in found:
+        module.__class__ = kind
+    return bool(found)
+
+
+def _by_row(kind: type) -> type:
+    def call(self: Any, x: mx.array, mask: mx.array | None = None, cache: Any = None) -> mx.array:
+        if mask is not None and mask.ndim == 4 and self.repeats > 1:
+            mask = mask[:, :, None]
+        return kind.__call__(self, x, mask, cache)  # type: ignore[operator]
+
+    return type(f"ByRow{kind.__name__}", (kind,), {"__call__": call})

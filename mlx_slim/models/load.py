@@ -25,7 +25,7 @@ from mlx_slim.errors import SlimError
 from mlx_slim.models.activations import use_fast_swiglu
 from mlx_slim.models.bounds import CONFIG, check_config, check_tokenizer, read_configs
 from mlx_slim.models.build import construct
-from mlx_slim.models.gemma import use_exact_scale
+from mlx_slim.models.gemma import use_exact_scale, use_row_masks
 from mlx_slim.models.hub import resolve, resolve_config
 from mlx_slim.models.normalize import Normalized, normalize_config
 from mlx_slim.models.quantized import use_fast_matmul
@@ -138,6 +138,7 @@ def load(
     use_fast_matmul(model)
     use_fast_swiglu(model)
     use_exact_scale(model)
+    use_row_masks(model)
     return Loaded(
         model=model,
         tokenizer=_load_tokenizer(folder, config, trust_remote_code),

@@ -20,6 +20,7 @@ from mlx_slim.adapters.stack import Weighted, load_adapters, used_folders
 from mlx_slim.claims import run_folder
 from mlx_slim.evaluate.loglikelihood import MEMORY, Scorer
 from mlx_slim.evaluate.perplexity import NAME as TEXT
+from mlx_slim.evaluate.prefix_cache import joins
 from mlx_slim.evaluate.results import (
     RESULTS,
     Entry,
@@ -28,7 +29,7 @@ from mlx_slim.evaluate.results import (
     load_results,
     samples_name,
 )
-from mlx_slim.evaluate.run import Computed, Engine, Job
+from mlx_slim.evaluate.run import Computed, Engine, Job, TaskJob
 from mlx_slim.models.quantized import densify, densify_pays
 from mlx_slim.quantize.base import load_base
 
@@ -155,7 +156,11 @@ def _load(target: Target, observer: events.Observer) -> Engine:
     scorer = Scorer(
         loaded.model, batch_tokens=target.batch_tokens, memory=min(MEMORY, cache_bytes // 2)
     )
-    for note in [*target.notes, *loaded.notes, *scorer.notes]:
+    notes = [*target.notes, *loaded.notes, *scorer.notes]
+    generates = any(isinstance(job, TaskJob) and job.generates for job in target.jobs)
+    if generates and not joins(loaded.model):
+        notes.append("answers are written one at a time: padding would change them in this model")
+    for note in notes:
         observer.notify(events.Notice(note))
     return Engine(loaded.model, loaded.tokenizer, scorer, cache_bytes, target.batch_tokens)
 

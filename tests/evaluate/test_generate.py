@@ -9,8 +9,52 @@ from mlx_lm import load
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluate import generate
 from mlx_slim.evaluate.generate import Tally, generate_batch
-from mlx_slim.evaluate.prefix_cache import footprint, planned_footprint, shares
-from tests.support.tiny import speaking_model, tiny_model
+from mlx_slim.evaluate.prefix_cache import footprint, joins, planned_footprint, shares
+from mlx_slim.models.load import load as load_ours
+from tests.support.tiny import MIXTURES, speaking_model, tiny_model
+
+# Models that mlx-lm batches otherwise: masks of another shape, states that padding would enter.
+OTHERS = {
+    "gemma2": {
+        "model_type": "gemma2",
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
+    "mamba": {
+        "model_type": "mamba",
+        "state_size": 8,
+        "conv_kernel": 4,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "time_step_rank": 8,
+        "tie_word_embeddings": True,
+    },
+    "gpt_bigcode": {
+        "model_type": "gpt_bigcode",
+        "n_embd": 64,
+        "n_head": 4,
+        "n_layer": 2,
+        "n_inner": 128,
+        "n_positions": 512,
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+    },
+    "qwen3_next": {
+        **{k: v for k, v in MIXTURES["qwen3_moe"].items() if k != "mlp_only_layers"},
+        "model_type": "qwen3_next",
+        "mlp_only_layers": [],
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_conv_kernel_dim": 4,
+        "shared_expert_intermediate_size": 64,
+        "partial_rotary_factor": 0.5,
+        "full_attention_interval": 2,
+    },
+}
 
 
 def _reference(model, prompt: list[int], max_tokens: int, stops: set[int]) -> list[int]:
@@ -116,6 +160,25 @@ def test_memory_stays_within_the_budget_and_answers_are_the_same(tiny, architect
     answers = generate_batch(model, tokenizer, prompts, 4, (), cache_bytes=int(budget))
     assert mx.get_peak_memory() - before <= budget
     assert [answers[i].ids for i in (0, 11, 23)] == expected
+
+
+def _unlike(tokenizer) -> list[list[int]]:
+    lengths = (1, 60, 3, 7, 33, 2)
+    return [tokenizer.encode("of one beginning " + "ab" * n + str(n)) for n in lengths]
+
+
+@pytest.mark.parametrize("budget", [1, 10**9])
+@pytest.mark.parametrize("name", list(OTHERS))
+def test_prompts_beside_it_change_no_answer(tmp_path, name, budget):
+    folder = tiny_model(tmp_path / "m", "llama", **OTHERS[name])
+    loaded = load_ours(folder, dtype=mx.float32)
+    prompts = _unlike(loaded.tokenizer)
+    answers = generate_batch(
+        loaded.model, loaded.tokenizer, prompts, 5, (), cache_bytes=budget, batch_size=8
+    )
+    expected = [_reference(loaded.model, prompt, 5, set()) for prompt in prompts]
+    assert [answer.ids for answer in answers] == expected
+    assert joins(loaded.model) == (name not in ("mamba", "gpt_bigcode"))
 
 
 def test_the_prefix_is_held_once(tiny, monkeypatch):

@@ -1,4 +1,4 @@
-"""Gemma 3's scale: exact in float32, the library's in 16 bits."""
+"""Gemma 3's scale: exact in float32, the library's in 16 bits. Gemma 2's masks: one a row."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from mlx_lm import load as stock_load
 
-from mlx_slim.models.gemma import use_exact_scale
+from mlx_slim.models.anatomy import SegmentCache, packs
+from mlx_slim.models.gemma import use_exact_scale, use_row_masks
 from mlx_slim.models.load import load
 from tests.support.tiny import tiny_model
 
@@ -62,3 +63,33 @@ def test_the_library_alone_is_off(tmp_path):
     assert difference > 0
     assert use_exact_scale(stock)
     assert mx.abs(ours(ids) - stock(ids)).max().item() < 1e-5
+
+
+GEMMA_2 = {
+    "model_type": "gemma2",
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+}
+
+
+@pytest.mark.parametrize("rows", [2, 3])  # as many as key-value heads, and not
+def test_gemma_2_keeps_packed_rows_apart(tmp_path, rows):
+    folder = tiny_model(tmp_path / "g", "llama", **GEMMA_2)
+    model = load(folder, dtype=mx.float32).model
+    assert not use_row_masks(model)  # loading did it
+    tokens = mx.arange(12 * rows).reshape(rows, 12) % 23
+    begins = [3 + 2 * row for row in range(rows)]
+    segments = mx.array([[0] * begin + [1] * (12 - begin) for begin in begins])
+    packed = model(tokens, [SegmentCache(segments)] * 3)
+    for row, begin in enumerate(begins):
+        alone = model(tokens[row : row + 1, begin:])[0]
+        assert mx.abs(packed[row, begin:] - alone).max().item() < 1e-4
+
+
+def test_rows_that_the_library_alone_mixes_are_not_packed(tmp_path):
+    folder = tiny_model(tmp_path / "g", "llama", **GEMMA_2)
+    stock, _ = stock_load(str(folder))
+    assert not packs(stock)
+    assert packs(load(folder).model)
