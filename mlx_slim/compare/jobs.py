@@ -108,8 +108,7 @@ class Job:
         if "quantization" in read_config(dense):
             return dense
         settings = cell.recipe.recipe.quantize
-        source = cell.model if cell.parent is None else cell.parent
-        name = f"{source}-{settings.bits}bit-g{settings.group_size}-{settings.mode}"
+        name = rounded_name(cell.parent or cell.model, settings.model_dump())
         folder, key = self.out / "models" / name, self.weights(dense)
         mark = folder / "source.json"
         if mark.exists() and read_json(mark).get("weights_sha256") == key:
@@ -275,6 +274,16 @@ def adapters(folder: Path) -> Path:
     """Return the adapters that the cell in ``folder`` trained; of two students the first one's."""
     first = folder / "run" / FIRST
     return first if first.is_dir() else folder / "run" / "adapters"
+
+
+def rounded_name(source: str, quantize: dict[str, Any]) -> str:
+    """Return the folder's name in ``models/`` of a rounded model.
+
+    Args:
+        source: What is rounded: a model of the matrix, or a cell.
+        quantize: ``bits``, ``group_size`` and ``mode``.
+    """
+    return f"{source}-{quantize['bits']}bit-g{quantize['group_size']}-{quantize['mode']}"
 
 
 def free() -> None:

@@ -23,8 +23,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mlx_slim.adapters.store import adapter_hash
 from mlx_slim.artifacts import hash_file, read_json, read_records
-from mlx_slim.compare.jobs import adapters, whole
+from mlx_slim.compare.jobs import adapters, rounded_name, whole
 from mlx_slim.compare.measured import measured
 from mlx_slim.compare.questions import HELD_OUT, stored_questions, stored_task
 from mlx_slim.compare.store import Stored, StoredCell
@@ -35,6 +36,7 @@ from mlx_slim.evaluate.perplexity import read_texts, summarize_text
 from mlx_slim.evaluate.prompts import Question
 from mlx_slim.evaluate.results import PROGRESS_FILE, STATE_FILE, samples_name, whole_chunks
 from mlx_slim.evaluate.spec import Task
+from mlx_slim.models.load import model_hash
 from mlx_slim.workflows.scoring import NOT_TOLD, section, timing
 
 _NEAR = 1e-9
@@ -103,6 +105,8 @@ def recount(stored: Stored, ledger: Ledger) -> None:
         if stored.record["held_out"] is not None:
             with _noted(ledger):
                 _text(ledger, cell, folder, asked.get(HELD_OUT))
+        with _noted(ledger):
+            _answered(ledger, stored.folder, cell)
         with _noted(ledger):
             _manifest(ledger, cell)
     for sweep in stored.sweeps:
@@ -193,6 +197,45 @@ def _asked(
         ledger.problems.append(f"{where}: matrix.json does not say what was asked")
         return
     ledger.compare(f"{where} asked", {key: published.get(key) for key in asked}, asked)
+
+
+def _answered(ledger: Ledger, folder: Path, cell: StoredCell) -> None:
+    """Check that the cell's own model gave its answers: another cell's stand in no other place."""
+    weights, adapter = _hashes(folder, cell)
+    names = [*cell.manifest["tasks"]]
+    names += [HELD_OUT] if (cell.folder / "eval" / HELD_OUT).is_dir() else []
+    for name in names:
+        results, where = (
+            read_json(cell.folder / "eval" / name / "results.json"),
+            f"{cell.name} {name}",
+        )
+        if weights is not None:
+            ledger.compare(f"{where} weights_sha256", results["weights_sha256"], weights)
+        if adapter is not None:
+            ledger.compare(f"{where} adapter_sha256", results["adapter_sha256"], adapter or None)
+
+
+def _hashes(folder: Path, cell: StoredCell) -> tuple[str | None, str | None]:
+    """Return the hashes of a cell's model and of its adapter; None where the files are gone.
+
+    The second is empty where the model answers without an adapter.
+    """
+    manifest, parent = cell.manifest, cell.manifest["parent"]
+    if cell.kind in ("fused", "pruned") or whole(cell.folder) is not None:
+        return _hash(whole(cell.folder)), ""
+    tuned = cell.kind == "tuned"
+    place = adapters(cell.folder)
+    adapter = (adapter_hash(place) if place.is_dir() else None) if tuned else ""
+    if cell.kind == "quantized" or (tuned and manifest["recipe"]["method"] == "qlora"):
+        name = rounded_name(parent or manifest["model"], manifest["recipe"]["quantize"])
+        return _hash(folder / "models" / name), adapter
+    if parent is None:
+        return manifest["weights_sha256"], adapter
+    return _hash(whole(folder / "cells" / parent)), adapter
+
+
+def _hash(model: Path | None) -> str | None:
+    return model_hash(model) if model is not None and model.is_dir() else None
 
 
 # ------------------------------------------------------------------------------------- manifests

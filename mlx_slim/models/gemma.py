@@ -8,7 +8,8 @@ Gemma 2: mlx-lm adds masks (B, 1, T, S) to scores (B, key-value heads, queries o
 mask of row b then falls on the b-th key-value head of every row where there are as many rows as
 heads, and fits nothing where there are not.
 
-Invariant: parameters and base classes stay. Try it: ``python -m pytest tests/models/test_gemma.py``.
+Invariant: parameters and base classes stay.
+Try it: ``python -m pytest tests/models/test_gemma.py``.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from mlx_slim.artifacts import read_json, write_json
 from mlx_slim.cli.main import run as command
 from mlx_slim.compare import runner
 from mlx_slim.compare.matrix import load_matrix
+from mlx_slim.compare.measured import measured
 from mlx_slim.compare.report import report
 from mlx_slim.compare.verify import verify
 from mlx_slim.errors import SlimError
@@ -23,6 +24,20 @@ from tests.support.matrix_run import run_all, write_yaml
 
 def manifests(out: Path) -> dict[str, int]:
     return {p.parent.name: p.stat().st_mtime_ns for p in out.glob("cells/*/cell.json")}
+
+
+def exchange(out: Path, *names: str) -> None:
+    """Exchange the answers of two cells; their manifests say what a forger would say."""
+    cells = [out / "cells" / name for name in names]
+    for place, target in ((cells[0], out), (cells[1], cells[0]), (out, cells[1])):
+        (place / "eval").rename(target / "eval")
+    for cell in cells:
+        manifest = read_json(cell / "cell.json")
+        train = manifest["train"]
+        manifest |= measured(cell)
+        if train is not None:
+            manifest["train"] = train
+        write_json(cell / "cell.json", manifest)
 
 
 def test_pruned_recovered_distilled_and_rounded(files, tiny):
@@ -65,6 +80,15 @@ def test_pruned_recovered_distilled_and_rounded(files, tiny):
     assert results["headline"][0].startswith("Pruned by small: ")
     assert " after small-lora, " in results["headline"][0]
     assert verify(out).cells == 8
+    for pair in (("toy-base", "toy-small"), ("toy-small-lora-s0", "toy-small-distilled-s0")):
+        exchange(out, *pair)
+        report(out)
+        with pytest.raises(SlimError, match="numbers are not what") as caught:
+            verify(out)
+        assert all(f"{name} toytask" in "".join(caught.value.details) for name in pair)
+        exchange(out, *pair)
+    report(out)
+    verify(out)
 
     # Two students: the pruned one answers for the cell, the other one was the model as it was.
     mutual = out / "cells" / "toy-small-mutual-s0"

@@ -22,6 +22,7 @@ from mlx_slim.evaluate.spec import find_task
 from mlx_slim.workflows.scoring import section, timing
 
 SHARES = {"base": 0.30, "quantized": 0.27, "full": 0.47, "lora": 0.45, "dora": 0.455, "qlora": 0.43}
+WEIGHTS = "ab" * 32
 TEXT = "A text that nothing was trained on. " * 30
 CHOICES = [" one", " <script>alert(1)</script>", " three", " four"]
 INTRUDERS = {
@@ -172,7 +173,7 @@ def _cell(
             **found,
             "intruders": INTRUDERS if kind == "tuned" else None,
             "keys": {},
-            "weights_sha256": "ab" * 32,
+            "weights_sha256": WEIGHTS,
             "code": "0.1.0+abc",
             "provenance": {**provenance(), "machine": "a test, 2 cores"},
         },
@@ -257,6 +258,7 @@ def _finish(
     entries = [Entry(task, 0, len(data), digest, 900, 800, 0, 0, "", 20.0, int(8e8))]
     (out / "progress.jsonl").write_text(json.dumps(vars(entries[0])) + "\n")
     settings = {"schema_version": SCHEMA_VERSION, "model": "toy", "seed": 0, "max_length": 512}
+    settings |= {"weights_sha256": WEIGHTS, "adapter_sha256": None}
     write_json(out / "eval.json", {**settings, "code": 1, "tasks": {task: asked}})
     found = section(asked, summary, entries, samples)
     results = {"tasks": {}, task: found} if task == "perplexity" else {"tasks": {task: found}}
