@@ -27,7 +27,7 @@ from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.models.anatomy import LINEAR_TYPES, blocks
 
-_EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
+EMBEDDING_TYPES = (nn.Embedding, nn.QuantizedEmbedding)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def sites(model: Any) -> list[Site]:
     """
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-    wanted = (*LINEAR_TYPES, *_EMBEDDING, SwitchLinear, QuantizedSwitchLinear)
+    wanted = (*LINEAR_TYPES, *EMBEDDING_TYPES, SwitchLinear, QuantizedSwitchLinear)
     transformer = blocks(model)
     indices = {id(block): index for index, block in enumerate(transformer)}
     names = {id(module): path for path, module in model.named_modules() if id(module) in indices}
@@ -120,7 +120,9 @@ def _ends_with(path: str, name: str) -> bool:
 def _matches(target: str, candidates: Iterable[Site]) -> list[Site]:
     if target == "all-linear":
         return [
-            s for s in candidates if s.block is not None and not isinstance(s.module, _EMBEDDING)
+            s
+            for s in candidates
+            if s.block is not None and not isinstance(s.module, EMBEDDING_TYPES)
         ]
     if target.startswith("re:"):
         try:
@@ -158,9 +160,7 @@ def choose(model: Any, config: AdapterConfig) -> list[Site]:
     return [s for s in everything if s.path in selected]
 
 
-def _check(chosen: list[Site], rank: int, special: str) -> None:
-    for site in chosen:
-        _check_kind(site, special)
+def _check_rank(chosen: list[Site], rank: int) -> None:
     for site in chosen:
         smallest = min(dimensions(site.module))
         if rank > smallest:
@@ -170,18 +170,20 @@ def _check(chosen: list[Site], rank: int, special: str) -> None:
             )
 
 
-def _check_kind(site: Site, special: str) -> None:
-    if not isinstance(site.module, LINEAR_TYPES + _EMBEDDING):
-        raise SlimError(
-            f"{site.path} is an expert layer ({type(site.module).__name__}): adapters on experts "
-            "are not supported",
-            "name other layers in adapter.targets, e.g. [q_proj, k_proj, v_proj, o_proj]",
-        )
-    if special and isinstance(site.module, _EMBEDDING):
-        raise SlimError(
-            f"{site.path} is an embedding: {special} works on linear layers",
-            "use a plain method: lora, or leave it out of adapter.targets",
-        )
+def _check_kinds(chosen: list[Site], dora: bool, adaptive: bool) -> None:
+    special = "AdaLoRA" if adaptive else "DoRA" if dora else ""
+    for site in chosen:
+        if not isinstance(site.module, LINEAR_TYPES + EMBEDDING_TYPES):
+            raise SlimError(
+                f"{site.path} is an expert layer ({type(site.module).__name__}): adapters on "
+                "experts are not supported",
+                "name other layers in adapter.targets, e.g. [q_proj, k_proj, v_proj, o_proj]",
+            )
+        if special and isinstance(site.module, EMBEDDING_TYPES):
+            raise SlimError(
+                f"{site.path} is an embedding: {special} works on linear layers",
+                "use a plain method: lora, or leave it out of adapter.targets",
+            )
 
 
 def place(
@@ -201,11 +203,11 @@ def place(
     """
     if adapters_of(model):
         raise SlimError("this model has adapters already", "load the base again, or merge first")
-    _check(chosen, rank, "AdaLoRA" if adaptive else "DoRA" if dora else "")
+    _check_kinds(chosen, dora, adaptive)
     model.freeze()
     placed: list[tuple[str, Adapter]] = []
     for site in chosen:
-        if isinstance(site.module, _EMBEDDING):
+        if isinstance(site.module, EMBEDDING_TYPES):
             kind: type[LoRALinear] | type[LoRAEmbedding] = LoRAEmbedding
         else:
             kind = AdaLoRALinear if adaptive else DoRALinear if dora else LoRALinear
@@ -261,6 +263,8 @@ def inject(
     scale = config.resolved_scale
     chosen = choose(model, config)
     adaptive = config.adaptive is not None
+    _check_kinds(chosen, dora, adaptive)
+    _check_rank(chosen, config.rank)
     below = below or {}
     own = {site.path for site in chosen}
     carrying = [site for site in sites(model) if site.path in own or site.path in below]

@@ -13,52 +13,21 @@ Shapes: I inputs, O outputs, V vocabulary, D width, R rank.
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_unflatten
 
 from mlx_slim.adapters.inject import Injected, adapters_of, place, sites, summary
-from mlx_slim.adapters.lora import LoRAEmbedding, dimensions
-from mlx_slim.artifacts import read_json, save_tensors, write_json
+from mlx_slim.adapters.lora import LoRAEmbedding
+from mlx_slim.adapters.peft_plain import PeftLayer, PlainLayer
+from mlx_slim.adapters.peft_rules import CONFIG, PREFIX, WEIGHTS, PeftFolder
+from mlx_slim.artifacts import save_tensors, write_json
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError
-from mlx_slim.models.quantized import dequantize_weight
-from mlx_slim.models.tensors import few
 from mlx_slim.runtime import number
-
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-_PREFIX = "base_model.model."
-# Settings that change what the tensors mean, and the value that does not.
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none", None),
-    "lora_bias": (False, None),
-    "layer_replication": (None,),
-    "use_qalora": (False, None),
-    "use_bdlora": (False, None),
-    "alora_invocation_tokens": (None,),
-    "trainable_token_indices": (None,),
-    "target_parameters": (None, []),
-    "modules_to_save": (None, []),
-    "megatron_config": (None,),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "velora_config": (None,),
-    "monteclora_config": (None,),
-}
-_KINDS = {
-    "lora_A.weight": "a",
-    "lora_B.weight": "b",
-    "lora_embedding_A": "a",
-    "lora_embedding_B": "b",
-    "lora_magnitude_vector": "m",
-    "lora_magnitude_vector.weight": "m",
-}
 
 
 def write_peft(
@@ -90,7 +59,7 @@ def write_peft(
     dora = False
     rank = 0
     for path, adapter in adapters_of(model):
-        name = _PREFIX + path
+        name = PREFIX + path
         a_IR, b_RO = adapter.factors()
         rank = a_IR.shape[1]
         if isinstance(adapter, LoRAEmbedding):
@@ -154,198 +123,77 @@ class Imported:
     notes: list[str]
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """Return ``adapter_config.json`` of a PEFT folder whose every setting can be expressed here.
-
-    Raises:
-        SlimError: If it is no PEFT folder, or asks for something else than LoRA or DoRA.
-    """
-    path = folder / CONFIG
-    if not folder.is_dir() or not path.exists():
-        raise SlimError(
-            f"{folder} is no PEFT folder: it has no {CONFIG}", "give the adapter folder"
-        )
-    settings = read_json(path)
-    if not isinstance(settings, dict) or "peft_type" not in settings:
-        raise SlimError(
-            f"{path} has no peft_type: it is no adapter of PEFT",
-            "adapters of mlx-slim and mlx-lm need no import: give them with --adapter",
-        )
-    for key, plain in _PLAIN.items():
-        if settings.get(key, plain[0]) not in plain:
-            raise SlimError(
-                f"{path}: {key} is {settings[key]!r}, which cannot be imported",
-                f"expected {plain[0]!r}; merge it with PEFT (merge_and_unload) and convert that",
-            )
-    for key in ("r", "lora_alpha"):
-        value = settings.get(key)
-        if not isinstance(value, int | float) or not value > 0:
-            raise SlimError(f"{path}: {key} is {value!r}, expected a number above 0")
-    return settings
-
-
-def read_peft(folder: Path, model: nn.Module, *, tied: bool = False) -> Imported:
-    """Put the adapters of a PEFT folder on ``model``, strictly.
+def place_peft(model: nn.Module, given: PeftFolder) -> Imported:
+    """Put the adapters of a PEFT folder on ``model`` as layers of ours.
 
     Args:
-        folder: ``adapter_config.json`` and ``adapter_model.safetensors``.
-        model: The base, without adapters; changed in place.
-        tied: Whether its head is the embedding.
-
-    Raises:
-        SlimError: If the folder is no LoRA or DoRA of PEFT, or names and shapes do not fit the
-            model (all of them are listed); ``model`` is unchanged then.
+        model: The base that ``given`` was read for, without adapters; changed in place.
+        given: What ``read_folder`` returned.
     """
-    settings = read_settings(folder)
-    parts, copies = _tensors(folder)
-    dora = bool(settings.get("use_dora"))
-    by_path = {site.path: site for site in sites(model)}
-    problems: list[str] = []
-    for path, found in parts.items():
-        if path not in by_path:
-            problems.append(f"not in the model: {path}")
-            continue
-        inputs, outputs = dimensions(by_path[path].module)
-        wanted = {"a", "b", "m"} if dora and found["embedding"] is None else {"a", "b"}
-        given = {kind for kind in "abm" if kind in found}
-        if given != wanted:
-            problems.append(f"{path} has {sorted(given)} of its factors, expected {sorted(wanted)}")
-            continue
-        rank = found["a"].shape[0]
-        expected = {"a": (rank, inputs), "b": (outputs, rank), "m": (outputs,)}
-        problems += [
-            f"{path}: {kind.upper()} is {found[kind].shape}, expected {expected[kind]}"
-            for kind in sorted(given)
-            if found[kind].shape != expected[kind]
-        ]
-    if problems:
-        name = settings.get("base_model_name_or_path")
-        shown = "; ".join(problems[:8]) + (f" and {len(problems) - 8} more" * (len(problems) > 8))
-        raise SlimError(
-            f"{folder} does not fit this model: {shown}",
-            f"it was made for {name}" if name else "give the base that it was made for: --model",
-        )
-    _check_copies(folder, copies, {path: site.module for path, site in by_path.items()})
-    embeddings = [path for path, found in parts.items() if found["embedding"] is not None]
-    if embeddings and tied:
-        raise SlimError(
-            f"{folder} adapts {few(embeddings)}, which is the head of this model too: PEFT leaves "
-            "the head as it was, which cannot be said here",
-            "merge it with PEFT (merge_and_unload) and convert that",
-        )
-    return _placed(model, settings, parts, [by_path[p] for p in by_path if p in parts], dora)
-
-
-def _tensors(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, mx.array]]:
-    """Return path -> {"a": (R, I), "b": (O, R), "m": (O,), "embedding": name or None}, and copies.
-
-    The copies, path -> weight, are of layers of the base: PEFT adds them to adapted embeddings.
-    """
-    file = folder / WEIGHTS
-    if not file.is_file():
-        pickled = (folder / "adapter_model.bin").exists()
-        raise SlimError(
-            f"{file} does not exist",
-            "adapter_model.bin is a pickle, which can run code when read: save it as safetensors"
-            if pickled
-            else "the adapter folder is not complete",
-        )
-    try:
-        loaded = mx.load(str(file))
-        assert isinstance(loaded, dict)
-        mx.eval(loaded)
-    except Exception as error:
-        raise SlimError(
-            f"{file} is no readable safetensors file: {' '.join(str(error).split())}",
-            "copy or train it again",
-        ) from error
-    parts: dict[str, dict[str, Any]] = {}
-    copies: dict[str, mx.array] = {}
-    unknown = []
-    for name, value in loaded.items():
-        match = re.fullmatch(
-            rf"{re.escape(_PREFIX)}(.+?)\.({'|'.join(map(re.escape, _KINDS))})", name
-        )
-        copied = re.fullmatch(rf"{re.escape(_PREFIX)}(.+?)(\.base_layer)?\.weight", name)
-        if match is None and copied is not None and "lora_" not in name:
-            copies[copied[1]] = value
-            continue
-        if match is None:
-            unknown.append(f"{name} {tuple(value.shape)}")
-            continue
-        entry = parts.setdefault(match[1], {"embedding": None})
-        entry[_KINDS[match[2]]] = value.astype(mx.float32)
-        if "embedding" in match[2]:
-            entry["embedding"] = name
-    if unknown or not parts:
-        raise SlimError(
-            f"{file} holds tensors that are no part of a LoRA or DoRA: {few(unknown)}"
-            if unknown
-            else f"{file} holds no tensors",
-            "merge it with PEFT (merge_and_unload) and convert that",
-        )
-    return parts, copies
-
-
-def _check_copies(folder: Path, copies: dict[str, mx.array], modules: dict[str, Any]) -> None:
-    """Refuse copies of base layers that are not the base's: they were trained or grown."""
-    for path, value in copies.items():
-        here = dequantize_weight(modules[path]) if path in modules else None
-        if here is not None and here.shape == value.shape:
-            there = value.astype(mx.float32)
-            rounding = 0.2 if "scales" in modules[path] else 0.005
-            if number(mx.linalg.norm(here - there)) <= rounding * number(mx.linalg.norm(there)):
-                continue
-        raise SlimError(
-            f"{folder} brings a {path} of its own, {value.shape}, that is not the base's",
-            "merge it with PEFT (merge_and_unload) and convert that",
-        )
-
-
-def _of(pattern: dict[str, Any], path: str, default: float) -> float:
-    """Return the value that PEFT gives the layer at ``path``: keys are ends of paths, or regex."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default
-
-
-def _placed(
-    model: nn.Module,
-    settings: dict[str, Any],
-    parts: dict[str, dict[str, Any]],
-    chosen: list[Any],
-    dora: bool,
-) -> Imported:
-    root = bool(settings.get("use_rslora"))
-    scales: dict[str, float] = {}
-    for path, found in parts.items():
-        rank = found["a"].shape[0]
-        alpha = float(_of(settings.get("alpha_pattern") or {}, path, settings["lora_alpha"]))
-        scales[path] = alpha / (math.sqrt(rank) if root else rank)
-    rank = max(found["a"].shape[0] for found in parts.values())
-    alpha = float(settings["lora_alpha"])
-    scale = alpha / (math.sqrt(rank) if root else rank)
+    factors = {path: _factors(layer, given.scale) for path, layer in given.layers.items()}
+    rank = max(a_IR.shape[1] for a_IR, _ in factors.values())
     notes = []
-    if len({found["a"].shape[0] for found in parts.values()}) > 1:
+    if any(layer.start is not None for layer in given.layers.values()):
+        notes.append(
+            f"what {given.start} took out of the base is put back by factors of their own: the "
+            "adapter stands on the original base with twice the rank"
+        )
+    if any(a_IR.shape[1] < rank for a_IR, _ in factors.values()):
         notes.append(f"layers of smaller rank padded with zeros to rank {rank}")
-    if any(abs(own - scale) > 1e-9 * abs(scale) for own in scales.values()):
-        notes.append(f"layers of another scale brought to {scale:g}: B takes the ratio")
-    dropout = float(settings.get("lora_dropout") or 0.0)
-    placed = place(model, chosen, rank, scale, dropout, dora=dora)
+    if any(layer.scale != given.scale for layer in given.layers.values()):
+        notes.append(f"layers of another scale brought to {given.scale:g}: B takes the ratio")
+    chosen = [site for site in sites(model) if site.path in factors]
+    placed = place(model, chosen, rank, given.scale, given.dropout, dora=given.dora)
     for path, adapter in placed:
-        found = parts[path]
-        pad = rank - found["a"].shape[0]
-        adapter.lora_a = mx.pad(found["a"].T, [(0, 0), (0, pad)])
-        adapter.lora_b = mx.pad(found["b"].T * (scales[path] / scale), [(0, pad), (0, 0)])
-        if dora:
-            adapter["m"] = found["m"]
+        a_IR, b_RO = factors[path]
+        pad = rank - a_IR.shape[1]
+        adapter.lora_a = mx.pad(a_IR, [(0, 0), (0, pad)])
+        adapter.lora_b = mx.pad(b_RO, [(0, pad), (0, 0)])
+        if given.dora:
+            adapter["m"] = given.layers[path].m_O
     mx.eval([adapter.parameters() for _, adapter in placed])
     config = AdapterConfig(
         rank=rank,
-        alpha=alpha,
-        dropout=dropout,
-        scaling="rslora" if root else "standard",
+        alpha=given.scale * (math.sqrt(rank) if given.rslora else rank),
+        dropout=given.dropout,
+        scaling="rslora" if given.rslora else "standard",
         targets=list(dict.fromkeys(site.inside for site in chosen)),
     )
-    return Imported(summary(placed, scale, scale * rank), config, dora, notes)
+    injected = summary(placed, given.scale, given.scale * rank)
+    return Imported(injected, config, given.dora, notes)
+
+
+def _factors(layer: PeftLayer, scale: float) -> tuple[mx.array, mx.array]:
+    """Return (A (I, R), B (R, O)) with scale · A B the layer's whole update of its base, Δᵀ."""
+    ratio = layer.scale / scale
+    a_IR, b_RO = layer.a_RI.T, layer.b_OR.T * ratio
+    if layer.start is not None:
+        start_a_RI, start_b_OR = layer.start
+        a_IR = mx.concatenate([a_IR, start_a_RI.T], axis=1)
+        b_RO = mx.concatenate([b_RO, -ratio * start_b_OR.T], axis=0)
+    return a_IR, b_RO
+
+
+def place_plain(model: nn.Module, given: PeftFolder) -> None:
+    """Put ``given`` on ``model`` by PEFT's formula, written out; for comparison."""
+    modules = {site.path: site.module for site in sites(model)}
+    plain = [(path, PlainLayer(modules[path], layer)) for path, layer in given.layers.items()]
+    model.update_modules(tree_unflatten(plain))
+
+
+def differing(model: nn.Module, given: PeftFolder) -> list[str]:
+    """Return the layers whose weight with the adapters of ``model`` is not the one PEFT forms.
+
+    One layer's weight is formed at a time. Allowed are 1e-3 of the change, which is what a GPU's
+    float32 products round, and 1e-5 of the weight.
+    """
+    adapters = dict(adapters_of(model))
+    wrong = sorted(adapters.keys() ^ given.layers.keys())
+    for path in adapters.keys() & given.layers.keys():
+        plain = PlainLayer(adapters[path].base, given.layers[path])
+        weight, change = plain.weight(), plain.change()
+        gap = number(mx.linalg.norm(adapters[path].merged_weight() - weight))
+        allowed = 1e-3 * number(mx.linalg.norm(change)) + 1e-5 * number(mx.linalg.norm(weight))
+        if not gap <= allowed:
+            wrong.append(path)
+    return wrong

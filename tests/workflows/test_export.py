@@ -12,7 +12,7 @@ import pytest
 from gguf import GGUFReader, dequantize
 from mlx.utils import tree_flatten
 
-from mlx_slim.adapters import peft
+from mlx_slim.adapters import peft_rules
 from mlx_slim.adapters.store import load_adapter
 from mlx_slim.artifacts import load_tensors, save_tensors
 from mlx_slim.cli.main import run
@@ -61,14 +61,14 @@ def test_one_name_for_one_layer_and_full_paths_for_a_choice(tiny, tmp_path):
     found = []
     for name in "ab":
         export_peft(tmp_path / name, tmp_path / f"peft-{name}")
-        found.append(peft.read_settings(tmp_path / f"peft-{name}")["target_modules"])
+        found.append(peft_rules.read_settings(tmp_path / f"peft-{name}")["target_modules"])
     assert found == [["q_proj"], ["model.layers.1.self_attn.q_proj"]]
 
 
 def test_ranks_and_alphas_of_single_layers_become_one(tiny, tmp_path):
     export_peft(made(tmp_path / "a", tiny("llama"), targets=["q_proj", "v_proj"]), tmp_path / "p")
     expected = tuned_logits(tiny("llama"), tmp_path / "a")
-    tensors = load_tensors(tmp_path / "p" / peft.WEIGHTS)
+    tensors = load_tensors(tmp_path / "p" / peft_rules.WEIGHTS)
     for name, value in tensors.items():
         # v_proj: rank 6 with two empty columns, alpha 48 instead of 16 and B a third of it
         if "v_proj.lora_A" in name:
@@ -76,10 +76,10 @@ def test_ranks_and_alphas_of_single_layers_become_one(tiny, tmp_path):
         elif "v_proj.lora_B" in name:
             tensors[name] = mx.pad(value, [(0, 0), (0, 2)]) * (16 / 4) / (48 / 6)
     mx.eval(tensors)
-    save_tensors(tmp_path / "p" / peft.WEIGHTS, tensors)
-    settings = peft.read_settings(tmp_path / "p")
+    save_tensors(tmp_path / "p" / peft_rules.WEIGHTS, tensors)
+    settings = peft_rules.read_settings(tmp_path / "p")
     settings |= {"rank_pattern": {"v_proj": 6}, "alpha_pattern": {"v_proj": 48}}
-    (tmp_path / "p" / peft.CONFIG).write_text(json.dumps(settings))
+    (tmp_path / "p" / peft_rules.CONFIG).write_text(json.dumps(settings))
     done = import_peft(tmp_path / "p", tmp_path / "back")
     assert mx.allclose(tuned_logits(tiny("llama"), tmp_path / "back"), expected, atol=1e-5)
     assert sum("note" in line for line in done.lines()) == 2
@@ -105,8 +105,8 @@ def test_an_adapted_tied_head_is_refused(tiny, tmp_path):
 )
 def test_what_peft_can_and_we_cannot_is_refused(tiny, tmp_path, change, says):
     export_peft(made(tmp_path / "a", tiny("llama")), tmp_path / "p")
-    settings = peft.read_settings(tmp_path / "p")
-    (tmp_path / "p" / peft.CONFIG).write_text(json.dumps({**settings, **change}))
+    settings = peft_rules.read_settings(tmp_path / "p")
+    (tmp_path / "p" / peft_rules.CONFIG).write_text(json.dumps({**settings, **change}))
     with pytest.raises(SlimError) as caught:
         import_peft(tmp_path / "p", tmp_path / "out")
     assert says in caught.value.message and not (tmp_path / "out").exists()
@@ -119,14 +119,14 @@ def test_an_adapter_of_another_base_lists_names_and_shapes(tiny, tmp_path):
         import_peft(tmp_path / "p", tmp_path / "out", base=str(tiny("llama")))
     assert "mlp.down_proj: A is (4, 96), expected (4, 128)" in caught.value.message
     assert str(wide) in caught.value.hint
-    tensors = load_tensors(tmp_path / "p" / peft.WEIGHTS)
+    tensors = load_tensors(tmp_path / "p" / peft_rules.WEIGHTS)
     mx.eval(tensors)
     tensors.pop("base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight")
-    save_tensors(tmp_path / "p" / peft.WEIGHTS, tensors)
+    save_tensors(tmp_path / "p" / peft_rules.WEIGHTS, tensors)
     with pytest.raises(SlimError, match=r"q_proj has \['a'\] of its factors"):
         import_peft(tmp_path / "p", tmp_path / "out")
     tensors["base_model.model.odd.lora_C.weight"] = mx.zeros((2, 2))
-    save_tensors(tmp_path / "p" / peft.WEIGHTS, tensors)
+    save_tensors(tmp_path / "p" / peft_rules.WEIGHTS, tensors)
     with pytest.raises(SlimError, match="no part of a LoRA"):
         import_peft(tmp_path / "p", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -135,15 +135,15 @@ def test_an_adapter_of_another_base_lists_names_and_shapes(tiny, tmp_path):
 def test_a_copy_of_a_base_layer_must_be_the_base_s(tiny, tmp_path):
     export_peft(made(tmp_path / "a", tiny("llama"), targets=["lm_head"]), tmp_path / "p")
     weight = load(tiny("llama")).model.lm_head.weight
-    tensors = load_tensors(tmp_path / "p" / peft.WEIGHTS)
+    tensors = load_tensors(tmp_path / "p" / peft_rules.WEIGHTS)
     mx.eval(tensors)
     tensors["base_model.model.lm_head.base_layer.weight"] = weight.astype(mx.bfloat16)
-    save_tensors(tmp_path / "p" / peft.WEIGHTS, tensors)
+    save_tensors(tmp_path / "p" / peft_rules.WEIGHTS, tensors)
     import_peft(tmp_path / "p", tmp_path / "back")
     expected = tuned_logits(tiny("llama"), tmp_path / "a")
     assert mx.allclose(tuned_logits(tiny("llama"), tmp_path / "back"), expected)
     tensors["base_model.model.lm_head.base_layer.weight"] = weight * 1.1
-    save_tensors(tmp_path / "p" / peft.WEIGHTS, tensors)
+    save_tensors(tmp_path / "p" / peft_rules.WEIGHTS, tensors)
     with pytest.raises(SlimError, match="a lm_head of its own"):
         import_peft(tmp_path / "p", tmp_path / "other")
 

@@ -1,0 +1,345 @@
+"""Read an adapter folder of Hugging Face PEFT by PEFT's rules.
+
+Invariant: the rules stand here alone, and every tensor is given back as it is stored. What cannot
+be expressed here is refused by name: settings that change the meaning of the tensors, and starts
+(``init_lora_weights``) that changed the base in a way that cannot be computed again. Rank and
+lora_alpha are those of the layer (``rank_pattern``, ``alpha_pattern``; the first key that matches),
+s = lora_alpha / r, or lora_alpha / √r with ``use_rslora``. What the layers then compute is in
+``peft_plain``. Try it: ``mlx-slim import peft -o adapters``.
+
+Shapes: I inputs, O outputs, R rank.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_slim.adapters.inject import EMBEDDING_TYPES, sites
+from mlx_slim.adapters.lora import dimensions
+from mlx_slim.adapters.peft_plain import PeftLayer, base_weight, taken_out
+from mlx_slim.artifacts import read_json
+from mlx_slim.errors import SlimError
+from mlx_slim.models.tensors import few
+from mlx_slim.runtime import number
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."
+_MERGE = "merge it with PEFT (merge_and_unload) and convert that"
+_CONVERT = (
+    "in PEFT make it an adapter of the original base: save_pretrained(..., "
+    f"path_initial_model_for_weight_conversion=...); or {_MERGE}"
+)
+# Settings that change what the tensors mean, and the value that does not.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "lora_bias": (False, None),
+    "layer_replication": (None,),
+    "use_qalora": (False, None),
+    "use_bdlora": (False, None),
+    "alora_invocation_tokens": (None,),
+    "trainable_token_indices": (None,),
+    "target_parameters": (None, []),
+    "modules_to_save": (None, []),
+    "megatron_config": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "velora_config": (None,),
+    "monteclora_config": (None,),
+}
+_KINDS = {
+    "lora_A.weight": "a",
+    "lora_B.weight": "b",
+    "lora_embedding_A": "a",
+    "lora_embedding_B": "b",
+    "lora_magnitude_vector": "m",
+    "lora_magnitude_vector.weight": "m",
+}
+# Starts (init_lora_weights) that leave the base as it is, and those that are taken out of it.
+_BASE_KEPT = (True, False, None, "gaussian", "eva", "mica", "orthogonal")
+_BASE_COMPUTED = ("pissa", "olora")
+_BASE_CHANGED = re.compile(r"pissa_niter_.*|corda.*|lora_ga|loftq")
+
+
+@dataclass(frozen=True)
+class PeftFolder:
+    """An adapter folder of PEFT that fits a model.
+
+    Attributes:
+        layers: path -> what is stored of the layer, in the model's order.
+        scale: s of the layers that no pattern names.
+        rslora: Whether s = lora_alpha / √r.
+        dropout: Of the adapters' inputs in training.
+        dora: Whether it is DoRA.
+        start: ``init_lora_weights``.
+    """
+
+    layers: dict[str, PeftLayer]
+    scale: float
+    rslora: bool
+    dropout: float
+    dora: bool
+    start: bool | str | None
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return ``adapter_config.json`` of a PEFT folder whose every setting can be expressed here.
+
+    Raises:
+        SlimError: If it is no PEFT folder, asks for something else than LoRA or DoRA, or belongs to
+            a base that PEFT changed in a way that cannot be computed again.
+    """
+    path = folder / CONFIG
+    if not folder.is_dir() or not path.exists():
+        raise SlimError(
+            f"{folder} is no PEFT folder: it has no {CONFIG}", "give the adapter folder"
+        )
+    settings = read_json(path)
+    if not isinstance(settings, dict) or "peft_type" not in settings:
+        raise SlimError(
+            f"{path} has no peft_type: it is no adapter of PEFT",
+            "adapters of mlx-slim and mlx-lm need no import: give them with --adapter",
+        )
+    for key, plain in _PLAIN.items():
+        if settings.get(key, plain[0]) not in plain:
+            raise SlimError(
+                f"{path}: {key} is {settings[key]!r}, which cannot be imported",
+                f"expected {plain[0]!r}; {_MERGE}",
+            )
+    for key in ("r", "lora_alpha"):
+        _check_number(path, key, settings.get(key))
+    for key in ("rank_pattern", "alpha_pattern"):
+        _check_pattern(path, key, settings.get(key))
+    _check_start(path, settings)
+    return settings
+
+
+def _check_number(path: Path, key: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise SlimError(f"{path}: {key} is {value!r}, expected a number above 0")
+
+
+def _check_pattern(path: Path, key: str, pattern: Any) -> None:
+    if not isinstance(pattern or {}, dict):
+        raise SlimError(f"{path}: {key} is {pattern!r}, expected an object: layer -> number")
+    for name, value in (pattern or {}).items():
+        _check_number(path, f"{key}[{name!r}]", value)
+        try:
+            re.compile(name)
+        except re.error as error:
+            raise SlimError(f"{path}: {key}: {name!r} is no regular expression: {error}") from error
+
+
+def _start_of(settings: dict[str, Any]) -> Any:
+    """Return ``init_lora_weights``: how the factors began, in lower case."""
+    start = settings.get("init_lora_weights", True)
+    return start.lower() if isinstance(start, str) else start
+
+
+def _check_start(path: Path, settings: dict[str, Any]) -> None:
+    """Refuse an adapter of a base that is not the one it names, unless that can be computed."""
+    start = _start_of(settings)
+    if isinstance(start, bool | str | None) and start in (*_BASE_KEPT, *_BASE_COMPUTED):
+        return
+    says = f"{path}: init_lora_weights is {start!r}"
+    if not isinstance(start, str) or not _BASE_CHANGED.fullmatch(start):
+        raise SlimError(f"{says}, which is not known here: it may change the base", _MERGE)
+    raise SlimError(
+        f"{says}: PEFT changed the base before training, so that over the original one this "
+        "adapter computes another model",
+        _MERGE if start == "loftq" else _CONVERT,
+    )
+
+
+def read_folder(folder: Path, model: nn.Module, *, tied: bool = False) -> PeftFolder:
+    """Return the adapter of a PEFT folder, checked against ``model``.
+
+    Args:
+        folder: ``adapter_config.json`` and ``adapter_model.safetensors``.
+        model: The base, without adapters; not changed.
+        tied: Whether its head is the embedding.
+
+    Raises:
+        SlimError: As ``read_settings``; names and shapes that do not fit the model (all of them are
+            listed); a start that the base does not determine, or a quantized base for one.
+    """
+    settings = read_settings(folder)
+    parts, copies = _tensors(folder)
+    modules = {site.path: site.module for site in sites(model)}
+    problems = [f"not in the model: {path}" for path in parts if path not in modules]
+    dora = bool(settings.get("use_dora"))
+    for path in parts.keys() & modules.keys():
+        problems += _misfits(path, parts[path], settings, modules[path], dora)
+    if problems:
+        name = settings.get("base_model_name_or_path")
+        shown = "; ".join(problems[:8]) + (f" and {len(problems) - 8} more" * (len(problems) > 8))
+        raise SlimError(
+            f"{folder} does not fit this model: {shown}",
+            f"it was made for {name}" if name else "give the base that it was made for: --model",
+        )
+    embeddings = [path for path in modules if path in parts and parts[path]["embedding"]]
+    if embeddings and tied:
+        raise SlimError(
+            f"{folder} adapts {few(embeddings)}, which is the head of this model too: PEFT leaves "
+            "the head as it was, which cannot be said here",
+            _MERGE,
+        )
+    start = _start_of(settings)
+    layers = {}
+    for path in modules:
+        if path not in parts:
+            continue
+        found, scale = parts[path], _rank_and_scale(settings, path)[1]
+        layer = PeftLayer(found["a"], found["b"], found.get("m"), scale, found["embedding"])
+        if start in _BASE_COMPUTED and not layer.embedding:  # PEFT starts embeddings as usual
+            layer = replace(layer, start=_taken_out(folder, start, path, layer, modules[path]))
+        layers[path] = layer
+    _check_copies(folder, copies, modules, layers)
+    common = {**settings, "rank_pattern": None, "alpha_pattern": None}
+    return PeftFolder(
+        layers,
+        scale=_rank_and_scale(common, "")[1],
+        rslora=bool(settings.get("use_rslora")),
+        dropout=float(settings.get("lora_dropout") or 0.0),
+        dora=dora,
+        start=start,
+    )
+
+
+def _misfits(
+    path: str, found: dict[str, Any], settings: dict[str, Any], module: nn.Module, dora: bool
+) -> list[str]:
+    """Return what of a layer's tensors is missing, or has not the shape that PEFT gives it."""
+    inputs, outputs = dimensions(module)
+    wanted = {"a", "b", "m"} if dora and not found["embedding"] else {"a", "b"}
+    given = {kind for kind in "abm" if kind in found}
+    if given != wanted:
+        return [f"{path} has {sorted(given)} of its factors, expected {sorted(wanted)}"]
+    if found["embedding"] != isinstance(module, EMBEDDING_TYPES):
+        return [f"{path} is {'no' if found['embedding'] else 'an'} embedding of this model"]
+    rank = _rank_and_scale(settings, path)[0]
+    if _start_of(settings) in _BASE_COMPUTED and not found["embedding"]:
+        rank = min(rank, inputs, outputs)  # W has no more singular vectors
+    expected = {"a": (rank, inputs), "b": (outputs, rank), "m": (outputs,)}
+    return [
+        f"{path}: {kind.upper()} is {found[kind].shape}, expected {expected[kind]}"
+        for kind in sorted(given)
+        if found[kind].shape != expected[kind]
+    ]
+
+
+def _of(pattern: dict[str, Any] | None, path: str, default: float) -> float:
+    """Return the value that PEFT gives the layer at ``path``: keys are ends of paths, or regex."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", path):
+            return value
+    return default
+
+
+def _rank_and_scale(settings: dict[str, Any], path: str) -> tuple[int, float]:
+    rank = int(_of(settings.get("rank_pattern"), path, settings["r"]))
+    alpha = float(_of(settings.get("alpha_pattern"), path, settings["lora_alpha"]))
+    return rank, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def _tensors(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, mx.array]]:
+    """Return path -> {"a": (R, I), "b": (O, R), "m": (O,), "embedding": whether}, and copies.
+
+    The copies, path -> weight, are of layers of the base: PEFT adds them to adapted embeddings.
+    """
+    file = folder / WEIGHTS
+    if not file.is_file():
+        pickled = (folder / "adapter_model.bin").exists()
+        raise SlimError(
+            f"{file} does not exist",
+            "adapter_model.bin is a pickle, which can run code when read: save it as safetensors"
+            if pickled
+            else "the adapter folder is not complete",
+        )
+    try:
+        loaded = mx.load(str(file))
+        assert isinstance(loaded, dict)
+        mx.eval(loaded)
+    except Exception as error:
+        raise SlimError(
+            f"{file} is no readable safetensors file: {' '.join(str(error).split())}",
+            "copy or train it again",
+        ) from error
+    parts: dict[str, dict[str, Any]] = {}
+    copies: dict[str, mx.array] = {}
+    unknown = []
+    for name, value in loaded.items():
+        match = re.fullmatch(
+            rf"{re.escape(PREFIX)}(.+?)\.({'|'.join(map(re.escape, _KINDS))})", name
+        )
+        copied = re.fullmatch(rf"{re.escape(PREFIX)}(.+?)(\.base_layer)?\.weight", name)
+        if match is None and copied is not None and "lora_" not in name:
+            copies[copied[1]] = value
+            continue
+        if match is None:
+            unknown.append(f"{name} {tuple(value.shape)}")
+            continue
+        entry = parts.setdefault(match[1], {"embedding": False})
+        entry[_KINDS[match[2]]] = value.astype(mx.float32)
+        entry["embedding"] |= "embedding" in match[2]
+    if unknown or not parts:
+        raise SlimError(
+            f"{file} holds tensors that are no part of a LoRA or DoRA: {few(unknown)}"
+            if unknown
+            else f"{file} holds no tensors",
+            _MERGE,
+        )
+    return parts, copies
+
+
+def _check_copies(
+    folder: Path,
+    copies: dict[str, mx.array],
+    modules: dict[str, Any],
+    layers: dict[str, PeftLayer],
+) -> None:
+    """Refuse copies of base layers that are not those under the adapter: trained, or grown."""
+    for path, value in copies.items():
+        here = base_weight(modules[path], layers.get(path)) if path in modules else None
+        if here is not None and here.shape == value.shape:
+            there = value.astype(mx.float32)
+            rounding = 0.2 if "scales" in modules[path] else 0.005
+            if number(mx.linalg.norm(here - there)) <= rounding * number(mx.linalg.norm(there)):
+                continue
+        raise SlimError(
+            f"{folder} brings a {path} of its own, {value.shape}, that is not the base's", _MERGE
+        )
+
+
+def _taken_out(
+    folder: Path, start: str, path: str, layer: PeftLayer, module: Any
+) -> tuple[mx.array, mx.array]:
+    """Return (A₀, B₀) of the layer at ``path``: what its start took out of the base.
+
+    Raises:
+        SlimError: If the weight is quantized, or does not determine them.
+    """
+    says = f"{folder}: init_lora_weights is {start!r}"
+    if "scales" in module:
+        raise SlimError(
+            f"{says}: what it took out of the base can be computed from the base's own weights "
+            f"only, and {path} is quantized here",
+            "give the dense base with --model; what is imported works over both",
+        )
+    factors = taken_out(start, module["weight"], layer.a_RI.shape[0], layer.scale)
+    if factors is None:
+        raise SlimError(
+            f"{says}, and the base does not determine what it took out of {path}: "
+            + ("singular values" if start == "pissa" else "first columns")
+            + f" around rank {layer.a_RI.shape[0]} are too much alike",
+            _CONVERT,
+        )
+    return factors
