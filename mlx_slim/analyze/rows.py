@@ -16,6 +16,7 @@ import numpy as np
 from mlx_slim.config.distill import DistillConfig
 from mlx_slim.config.schema import DataConfig, Recipe, SourceConfig
 from mlx_slim.data.formats import Dropped, read_example
+from mlx_slim.data.readers import count_lines
 from mlx_slim.data.sources import RawRow, find_local
 from mlx_slim.data.split import quotas
 from mlx_slim.evaluate.rows import load_rows, local_rows
@@ -124,14 +125,12 @@ def _local(config: SourceConfig, data: DataConfig) -> tuple[int, np.ndarray] | N
     rest = iter(rows)
     first = list(islice(rest, SAMPLE))
     sample = np.array([_length(row, config, data, extra) for row in first])
-    if config.task is None and all(file.suffix in (".jsonl", ".txt") for file in source.files):
-        lines = 0
-        for file in source.files:
-            with file.open("rb") as handle:
-                lines += sum(1 for line in handle if line.strip())
-        count = max(0, min(lines - config.skip, config.limit or lines))
-    else:
+    lines = [None] if config.task is not None else [count_lines(file) for file in source.files]
+    if None in lines:
         count = sum(1 for _ in chain(first, rest))
+    else:
+        total = sum(number or 0 for number in lines)
+        count = max(0, min(total - config.skip, config.limit or total))
     return count, sample
 
 

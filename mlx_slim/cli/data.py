@@ -131,10 +131,10 @@ def _data_config(source: str, overrides: tuple[str, ...]) -> DataConfig:
 
     from mlx_slim.config.load import load_recipe
     from mlx_slim.config.schema import DataConfig
-    from mlx_slim.data.sources import READERS
+    from mlx_slim.data.readers import is_data
 
     path = Path(source).expanduser()
-    if path.suffix.lower() in READERS or path.is_dir():
+    if is_data(path) or path.is_dir():
         if overrides:
             raise SlimError(f"{source} is data: KEY=VALUE is for recipes", "leave them out")
         return DataConfig(path=source)

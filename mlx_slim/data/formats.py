@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlx_slim.data.columns import proposal, recognised
 from mlx_slim.data.sources import RawRow
 from mlx_slim.errors import SlimError, did_you_mean
 
 EXPECTED = {
     "alpaca": "instruction, output (and input, system)",
     "chat": "messages [{role, content}] or conversations [{from, value}]",
-    "completions": "prompt, completion",
+    "completions": "prompt, completion, or question, answer, or the like (and context)",
     "text": "text",
 }
 COLUMNS = (
@@ -94,13 +95,17 @@ def read_example(
     for ours, theirs in columns.items():
         if theirs in renamed:
             renamed[ours] = renamed.pop(theirs)
+    if "system" not in renamed and "system_prompt" in renamed:
+        renamed["system"] = renamed.pop("system_prompt")
+    if format == "auto":
+        renamed = _known_names(renamed)
     value = {key: item for key, item in renamed.items() if item is not None}
     kind = _kind(value) if format == "auto" else format
     if kind == "chat":
         return _chat(row, value, system)
     wanted = {
         "alpaca": ("instruction", "input", "output", "system"),
-        "completions": ("prompt", "completion"),
+        "completions": ("prompt", "completion", "system"),
         "text": ("text",),
     }
     needed = {"alpaca": {"instruction", "output"}, "completions": {"prompt", "completion"}}
@@ -120,7 +125,33 @@ def read_example(
         parts = (fields["instruction"], fields.get("input", ""))
         prompt, answer = "\n".join(part for part in parts if part), fields["output"]
     fields |= {"prompt": prompt, "completion": answer, "system": system or ""}
+    if kind == "alpaca" and (earlier := _history(row, value)):
+        turns = _turns(system, prompt, answer)
+        return Example("chat", [*turns[:-2], *earlier, *turns[-2:]], fields)
     return Example(kind, _turns(system, prompt, answer), fields)
+
+
+def _known_names(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of no known format under the names of the one that it means, if it says so.
+
+    Columns that are null count only where the others do not say it: a row without its answer.
+    """
+    value = {key: item for key, item in row.items() if item is not None}
+    for names in (value, row):
+        if _complete(names):
+            return row
+        if (found := recognised(names)) is not None:
+            theirs = set(found.values())
+            rest = {key: item for key, item in row.items() if key not in theirs | found.keys()}
+            return rest | {ours: row[name] for ours, name in found.items()}
+    return row
+
+
+def _complete(value: Mapping[str, Any]) -> bool:
+    """Whether the columns are those of a format."""
+    pairs = ({"instruction", "output"}, {"prompt", "completion"})
+    one = {"messages", "conversations", "text"} & value.keys()
+    return bool(one) or any(pair <= value.keys() for pair in pairs)
 
 
 def _kind(value: Mapping[str, Any]) -> str | None:
@@ -144,13 +175,10 @@ def _wrong_columns(row: RawRow, format: str) -> SlimError:
         expected = "; or ".join(f"{text} ({name})" for name, text in EXPECTED.items())
     else:
         expected = f"{EXPECTED[format]} ({format})"
-    names = list(row.value)[:2]
-    first, second = [*names, "question", "answer"][:2]
-    example = f"{{prompt: {first}, completion: {second}}}"
-    return SlimError(
-        f"{row.place}: columns seen: {seen}; expected: {expected}",
-        f"rename columns with data.columns, as in {example}",
-    )
+    hint = proposal(row.value, format)
+    if format != "auto" and (_complete(row.value) or recognised(row.value)):
+        hint = "let the columns decide: data.format=auto"
+    return SlimError(f"{row.place}: columns seen: {seen}; expected: {expected}", hint)
 
 
 def _string(row: RawRow, value: Mapping[str, Any], name: str) -> str:
@@ -174,6 +202,19 @@ def _turns(system: str | None, prompt: str, answer: str) -> list[dict[str, Any]]
         {"role": "user", "content": prompt},
         {"role": "assistant", "content": answer},
     ]
+
+
+def _history(row: RawRow, value: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the turns before an Alpaca row, from its ``history`` of [question, answer] pairs."""
+    turns: list[dict[str, Any]] = []
+    pairs = value.get("history") or []
+    for pair in pairs if isinstance(pairs, list) else [pairs]:
+        if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
+            raise SlimError(
+                f"{row.place}: 'history' holds {str(pair)[:40]!r}, expected pairs of texts"
+            )
+        turns += _turns(None, *pair)
+    return turns
 
 
 def _chat(row: RawRow, value: Mapping[str, Any], system: str | None) -> Example:

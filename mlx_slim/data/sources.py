@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -20,7 +20,9 @@ from typing import Any, NamedTuple
 
 from mlx_slim.artifacts import hash_bytes, hash_file
 from mlx_slim.config.schema import SourceConfig
-from mlx_slim.data.readers import READERS, one_line
+from mlx_slim.data.folders import INFO, FolderRows, find_in_folder, split_folder
+from mlx_slim.data.lines import one_line
+from mlx_slim.data.readers import READERS, is_data, suffix_of
 from mlx_slim.errors import SlimError, did_you_mean
 
 MIRROR_VARIABLE = "MLX_SLIM_DATA"
@@ -30,17 +32,17 @@ _HUB_ID = re.compile(
 
 
 class RawRow(NamedTuple):
-    """One row as it stands in its source: ``number`` is a line (JSONL, txt) or a row, from 1."""
+    """One row as it stands in its source: ``number`` counts lines or rows (``unit``), from 1."""
 
     where: str
     number: int
     value: dict[str, Any]
+    unit: str = "row"
 
     @property
     def place(self) -> str:
         """``rows.jsonl, line 3``: where the user finds it."""
-        unit = "line" if self.where.endswith((".jsonl", ".txt")) else "row"
-        return f"{self.where}, {unit} {self.number}"
+        return f"{self.where}, {self.unit} {self.number}"
 
 
 @dataclass
@@ -55,6 +57,9 @@ class Source:
         skip: Rows left out at its beginning.
         limit: Rows used after them; None uses all.
         blank_lines: Blank lines skipped so far, counted while iterating.
+        unit: What the numbers of the rows being read count.
+        change: Turns a row of the files into one that a format knows.
+        definition: What ``change`` depends on.
     """
 
     name: str
@@ -64,6 +69,9 @@ class Source:
     skip: int = 0
     limit: int | None = None
     blank_lines: int = 0
+    unit: str = "row"
+    change: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    definition: str = ""
     _hub: Any = None
 
     def __iter__(self) -> Iterator[RawRow]:
@@ -92,19 +100,28 @@ class Source:
         empty = True
         for path in self.files:
             where = path.name if len(self.files) == 1 else str(path)
+            self.unit = "row"
             try:
-                for number, value in READERS[path.suffix.lower()](path, self):
+                for number, value in READERS[suffix_of(path)](path, self):
                     empty = False
+                    row = RawRow(where, number, value, self.unit)
                     if not isinstance(value, dict):
                         raise SlimError(
-                            f"{RawRow(where, number, {}).place}: a row is a JSON object, "
+                            f"{row.place}: a row is a JSON object, "
                             f"not {type(value).__name__} {str(value)[:40]!r}"
                         )
-                    yield RawRow(where, number, value)
+                    yield row if self.change is None else self._changed(row)
             except OSError as error:
                 raise SlimError(f"{path} cannot be read: {error.strerror or error}") from error
         if empty:
             raise SlimError(f"{', '.join(map(str, self.files))}: empty, no row in it")
+
+    def _changed(self, row: RawRow) -> RawRow:
+        assert self.change is not None
+        try:
+            return row._replace(value=self.change(row.value))
+        except SlimError as error:
+            raise SlimError(f"{row.place}: {error.message}", error.hint) from error
 
     def fingerprint(self) -> dict[str, Any]:
         """Return ``{path, sha256}``: equal exactly when the content is equal."""
@@ -114,6 +131,7 @@ class Source:
             hashes = [hash_file(path) for path in self.files]
         except OSError as error:
             raise SlimError(f"{error.filename} cannot be read: {error.strerror}") from error
+        hashes += [hash_bytes(self.definition.encode())] if self.definition else []
         whole = hashes[0] if len(hashes) == 1 else hash_bytes("".join(hashes).encode())
         return {"path": self.name, "sha256": whole}
 
@@ -152,11 +170,15 @@ def find_local(config: SourceConfig) -> Source | None:
             "train and distill read tasks",
         )
     path = Path(config.path).expanduser()
-    if path.exists():
-        files, ignored = _data_files(path, config.split)
-        return _ranged(Source(config.path, "file", files, ignored), config)
+    found = _data_files(path, config.split)
+    if found is None and (listed := split_folder(config.path)) is not None:
+        found = find_in_folder(listed[0], config.split, listed[1])
+    if found is not None:
+        source = Source(config.path, "file", found.files, found.ignored)
+        source.change, source.definition = found.change, found.definition
+        return _ranged(source, config)
     match = _HUB_ID.fullmatch(config.path)
-    if match is None or path.suffix.lower() in READERS:
+    if match is None or is_data(path):
         raise SlimError(f"{config.path} does not exist", _neighbour(path))
     mirror = os.environ.get(MIRROR_VARIABLE)
     if mirror:
@@ -182,29 +204,20 @@ def _neighbour(path: Path) -> str:
     return f"did you mean {path.parent / close[0]}?" if close else "check the path"
 
 
-def _data_files(path: Path, split: str) -> tuple[list[Path], list[str]]:
-    """Return a folder's data files (only ``split``'s if any is named so) and the other files."""
-    known = ", ".join(sorted(READERS))
-    if path.is_file():
-        if path.suffix.lower() not in READERS:
-            raise SlimError(
-                f"{path}: unknown extension {path.suffix or '(none)'!r}", f"data files are {known}"
-            )
-        return [path], []
-    try:
-        every = sorted(
-            p
-            for p in path.rglob("*")
-            if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)
+def _data_files(path: Path, split: str) -> FolderRows | None:
+    """Return the rows of a file or folder; None if there is no such path."""
+    if path.is_dir():
+        return find_in_folder(path, split)
+    if not path.exists():
+        return None
+    if path.name == INFO:
+        return find_in_folder(path.parent, split)
+    if not is_data(path):
+        raise SlimError(
+            f"{path}: unknown extension {path.suffix or '(none)'!r}",
+            f"data files are {', '.join(sorted(READERS))}",
         )
-    except OSError as error:
-        raise SlimError(f"{path} cannot be read: {error.strerror}") from error
-    data = [p for p in every if p.suffix.lower() in READERS]
-    named = [p for p in data if re.match(rf"{re.escape(split)}($|[-_.])", p.stem)]
-    chosen = named or data
-    if not chosen:
-        raise SlimError(f"the folder {path} holds no data file", f"data files are {known}")
-    return chosen, [str(p.relative_to(path)) for p in every if p not in chosen]
+    return FolderRows([path], [])
 
 
 @contextmanager

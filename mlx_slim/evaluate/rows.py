@@ -24,7 +24,8 @@ from mlx_slim.config.schema import SourceConfig
 from mlx_slim.config.task import MOST_SHOTS
 from mlx_slim.data import sources
 from mlx_slim.data.mirror import SUFFIXES, records, split_file
-from mlx_slim.data.sources import MIRROR_VARIABLE, READERS, RawRow, Source
+from mlx_slim.data.readers import count_lines, is_data
+from mlx_slim.data.sources import MIRROR_VARIABLE, RawRow, Source
 from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.evaluate.spec import FIRST, Task
 
@@ -80,10 +81,10 @@ def count_rows(task: Task, data_dir: str | Path | None = None) -> int | None:
     source = local_rows(task, data_dir)
     if source is None:
         return None
-    if task.part or task.spec.data.where or source.files[0].suffix != ".jsonl":
-        return sum(1 for _ in _read(task, source))
-    with source.files[0].open("rb") as file:
-        return sum(1 for line in file if line.strip())
+    lines = None
+    if not (task.part or task.spec.data.where):
+        lines = count_lines(source.files[0])
+    return sum(1 for _ in _read(task, source)) if lines is None else lines
 
 
 def local_rows(task: Task, data_dir: str | Path | None = None) -> Source | None:
@@ -177,8 +178,8 @@ def _find(task: Task, split: str, mirror: Path | None) -> Source:
 def _local(task: Task, split: str, mirror: Path | None) -> tuple[Source | None, list[Path]]:
     """Return the split's source on this machine, else where it was looked for."""
     data = task.spec.data
-    own = split if Path(split).suffix in READERS else data.path
-    if own and Path(own).suffix in READERS:
+    own = split if is_data(split) else data.path
+    if own and is_data(own):
         return _own_file(task, own, split), []
     looked: list[Path] = []
     if mirror:
@@ -191,7 +192,7 @@ def _local(task: Task, split: str, mirror: Path | None) -> tuple[Source | None, 
                 return Source(str(found), "mirror", [found]), []
             looked.append(folder / f"{split}{SUFFIXES[0]}")
             if folder.is_dir():
-                there = sorted(path.name for path in folder.iterdir() if path.suffix in READERS)
+                there = sorted(path.name for path in folder.iterdir() if is_data(path))
                 raise SlimError(
                     f"{looked[-1]} does not exist",
                     data.missing or f"put the rows there; the folder has {', '.join(there) or '-'}",

@@ -9,12 +9,11 @@ messages that it puts in. So what was tuned is what is asked. Try it:
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from mlx_slim.artifacts import hash_bytes
 from mlx_slim.data.overlap import words
-from mlx_slim.data.sources import READERS
+from mlx_slim.data.readers import is_data
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluate.prompts import Chat, Question, build_questions
 from mlx_slim.evaluate.rows import TaskRows
@@ -38,8 +37,8 @@ def is_scored(task: Task, split: str) -> bool:
     data = task.spec.data
     if split == data.split or (data.path and split == data.path):
         return True
-    if data.path and Path(data.path).suffix in READERS:
-        return Path(split).suffix not in READERS
+    if data.path and is_data(data.path):
+        return not is_data(split)
     return data.hub_splits.get(split, split) == data.hub_splits.get(data.split, data.split)
 
 

@@ -214,7 +214,7 @@ def test_unknown_and_missing_templates(make, base_tokens):
 @pytest.mark.parametrize(
     ("row", "settings", "message"),
     [
-        ({"question": "a", "answer": "b"}, {}, "line 2: columns seen: question, answer; expected"),
+        ({"question": "a", "score": "b"}, {}, "line 2: columns seen: question, score; expected"),
         ({"prompt": "a"}, {"format": "alpaca"}, "columns seen: prompt; expected: instruction"),
         ({"prompt": "a"}, {}, "columns seen: prompt; expected"),
         ({"instruction": "a"}, {}, "columns seen: instruction; expected"),

@@ -37,7 +37,7 @@ def test_overlap_is_found_whatever_the_case_and_punctuation(mirror):
         QUESTION,
     ]
     for number, text in enumerate(rows, 1):
-        checker.add(RawRow("a.jsonl", number, {}), [text])
+        checker.add(RawRow("a.jsonl", number, {}, "line"), [text])
     report = checker.report()
     assert report["rows_checked"] == len(rows)
     assert report["rows_overlapping"] == 3

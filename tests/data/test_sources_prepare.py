@@ -137,7 +137,7 @@ def test_a_hub_data_set_is_pinned_and_streams(tmp_path, monkeypatch):
         ("a.json", b'[{"text": "a"},\n3]', "row 2: a row is a JSON object, not int"),
         ("a.json", b'[{"text": "a"},\n{"text": "\xe9"}]', "line 2: byte 0xe9 at byte offset 26 is"),
         ("a.parquet", b"nonsense", "a.parquet is no readable Parquet"),
-        ("a.csv", b"a,b", "unknown extension '.csv'"),
+        ("a.xls", b"a,b", "unknown extension '.xls'"),
         ("a.txt", b"ok\n\xff", "a.txt, line 2: byte 0xff at byte offset 3"),
     ],
 )

@@ -1,0 +1,137 @@
+"""Columns with other names: read where they say what answers, else the hint's option works."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+
+from mlx_slim.config.load import load_recipe
+from mlx_slim.data.columns import recognised
+from mlx_slim.data.prepare import prepare
+from mlx_slim.errors import SlimError
+from tests.data.conftest import learned
+
+DOLLY = {"instruction": "When?", "context": "It was 1912.", "response": "In 1912.", "category": "q"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        DOLLY,
+        {
+            "category": "q",
+            "response": "In 1912.",
+            "context": "It was 1912.",
+            "instruction": "When?",
+        },
+        {"question": "When?", "context": "It was 1912.", "answer": "In 1912."},
+        {"query": "When?", "context": "It was 1912.", "response": "In 1912.", "id": 7},
+        {"instruction": "When?", "input": "It was 1912.", "response": "In 1912."},
+        {"question": "When?\nIt was 1912.", "answer": "In 1912."},
+        {"input": "When?\nIt was 1912.", "output": "In 1912."},
+        {"query": "When?\nIt was 1912.", "response": "In 1912."},
+        {"prompt": "When?\nIt was 1912.", "response": "In 1912.", "context": None},
+    ],
+)
+def test_the_answer_is_learned(make, tokens, row):
+    text, answer = learned(make([row]), tokens)
+    assert "<|im_start|>user\nWhen?\nIt was 1912.<|im_end|>" in text
+    assert answer == "In 1912.<|im_end|>\n"
+
+
+def test_a_context_stands_where_alpaca_has_its_input(make, tokens):
+    text, _ = learned(make([DOLLY], template="alpaca"), tokens)
+    assert "### Instruction:\nWhen?\n\n### Input:\nIt was 1912.\n\n### Response:" in text
+
+
+def test_a_row_without_its_answer_is_dropped_and_a_system_prompt_is_one(make, tokens):
+    rows = [{**DOLLY, "response": None}, {**DOLLY, "response": ""}]
+    rows += [{"system_prompt": "Be short.", "question": "Hi?", "response": "Yes."}]
+    prepared = make(rows)
+    dropped = prepared.ledger["sources"][0]["rows_dropped"]
+    assert dropped["empty answer"]["count"] == 2
+    assert learned(prepared, tokens)[0].startswith("<|im_start|>system\nBe short.")
+
+
+def test_names_that_were_read_stay_what_they_were():
+    assert recognised(["instruction", "input", "response"])["input"] == "input"
+    for names in (
+        ["question", "choices", "answer"],
+        ["question", "answer", "response"],
+        ["question", "query", "answer"],
+        ["input", "context", "instruction", "answer"],
+        ["prompt", "chosen", "rejected"],
+        ["question", "score"],
+    ):
+        assert recognised(names) is None, names
+
+
+@pytest.mark.parametrize(
+    ("row", "answer"),
+    [
+        ({"Question": "Why?", "Final Answer": "So.", "final_answer": "So."}, "So."),
+        ({"id": 3, "article": "Long.", "highlights": "Short.", "source": "news"}, "Short."),
+        ({"a: b": "Why?", "it's": "So."}, "So."),
+        ({"prompt": "Why?", "chosen": "So.", "rejected": "No."}, "So."),
+        ({"question": "Why?", "context": "It.", "answer": "So.", "response": "Well."}, "Well."),
+        ({"label": "So.", "sentence": "Why?"}, "So."),
+        (
+            {"dialog": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]},
+            "!",
+        ),
+        ({"body": "So.", "n": 3}, "o."),
+    ],
+)
+def test_the_hinted_option_works(make, tokens, row, answer, tmp_path):
+    with pytest.raises(SlimError, match="columns seen") as error:
+        make([row])
+    assert _learned_as_typed(error.value.hint, tokens, tmp_path).startswith(answer)
+
+
+def _learned_as_typed(hint: str, tokens, folder) -> str:
+    """Add the option of a hint to a shipped recipe; return what the first row teaches."""
+    overrides = [f"data.path={folder / 'rows.jsonl'}", "data.template=auto", "data.validation=0"]
+    recipe = load_recipe("smollm2-lora", [*overrides, shlex.split(hint)[-1]]).recipe
+    prepared = prepare(recipe.data, tokens, max_length=512, seed=0, folder=folder / "again")
+    return learned(prepared, tokens)[1]
+
+
+@pytest.mark.parametrize(
+    ("row", "format"),
+    [
+        (DOLLY, "alpaca"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "?"},
+                    {"role": "assistant", "content": "In 1912."},
+                ]
+            },
+            "alpaca",
+        ),
+        ({"question": "When?", "solution": "In 1912."}, "completions"),
+        ({"question": "When?", "solution": "In 1912."}, "alpaca"),
+    ],
+)
+def test_the_hint_of_a_row_in_another_format_works(make, tokens, row, format, tmp_path):
+    with pytest.raises(SlimError, match="columns seen") as error:
+        make([row], format=format)
+    assert _learned_as_typed(error.value.hint, tokens, tmp_path) == "In 1912.<|im_end|>\n"
+
+
+def test_no_option_is_proposed_where_columns_do_not_say_it(make):
+    for row in (
+        {"question": "a", "choices": ["b"], "answer": "b"},
+        {"x": 1},
+        {"a": "", "b": "", "c": ""},
+    ):
+        with pytest.raises(SlimError, match="columns seen") as error:
+            make([row])
+        assert "data.columns={prompt: QUESTION, completion: ANSWER}" in error.value.hint
+
+
+@pytest.mark.parametrize("history", ["x", [["a"]], [["a", 3]], [3]])
+def test_a_history_is_pairs(make, history):
+    with pytest.raises(SlimError, match="'history' holds"):
+        make([{"instruction": "a", "output": "b", "history": history}])
