@@ -124,7 +124,7 @@ def read_json(path: Path, progress: Progress) -> Iterator[tuple[int, Any]]:
     """Yield (row number, value) of an array, of values one after another, or of a wrapped list."""
     progress.unit = "row"
     with open_data(path) as handle:
-        stream = _JsonStream(path, handle)
+        stream = _JsonStream(path, handle, progress)
         character = stream.peek()
         number = 0
         if character == "[":
@@ -142,8 +142,8 @@ def read_json(path: Path, progress: Progress) -> Iterator[tuple[int, Any]]:
 class _JsonStream:
     """A sliding window over a UTF-8 JSON file, decoded value by value."""
 
-    def __init__(self, path: Path, handle: BinaryIO) -> None:
-        self.path, self.handle = path, handle
+    def __init__(self, path: Path, handle: BinaryIO, progress: Progress) -> None:
+        self.path, self.handle, self.progress = path, handle, progress
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self.text, self.at, self.line, self.offset, self.done = "", 0, 1, 0, False
         self.wrapped = ""  # the key whose list holds the rows
@@ -194,7 +194,7 @@ class _JsonStream:
                 value, end = _DECODER.raw_decode(self.text, self.at)
                 if end < len(self.text) or self.done or not self.more():
                     if _has_halves(self.text[self.at : end]):
-                        refuse_halves(value, f"{self.path.name}, row {row}")
+                        refuse_halves(value, f"{self.path.name}, {self.progress.unit} {row}")
                     break
             except RecursionError:
                 self.fail("nested too deeply", 0)
@@ -246,6 +246,7 @@ class _JsonStream:
                         "of its own"
                     )
                 self.wrapped = name
+                self.progress.unit = f"{name}, row"
                 yield from self.array()
             else:
                 row[name] = self.value(1)

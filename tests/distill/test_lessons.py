@@ -16,7 +16,7 @@ DATA = DataConfig()
 
 
 def lessons(*rows, system=None, data=DATA) -> list[Lesson]:
-    raws = [RawRow("a.jsonl", number, row) for number, row in enumerate(rows, 1)]
+    raws = [RawRow("a.jsonl", number, row, "line") for number, row in enumerate(rows, 1)]
     ledger = SourceLedger("a.jsonl", "file", 1.0, [])
     return list(read_lessons(raws, 0, SourceConfig(path="x", system=system), data, ledger))
 
