@@ -39,7 +39,7 @@ def preview(recipe: str, overrides: tuple[str, ...], rows: int) -> None:
     from rich.console import Console
 
     from mlx_slim.config.load import load_recipe
-    from mlx_slim.data.ledger import SourceLedger
+    from mlx_slim.data.ledger import SourceLedger, notes
     from mlx_slim.data.pipeline import Pipeline
     from mlx_slim.data.tokenize import unwrap
     from mlx_slim.models.load import load_tokenizer
@@ -67,6 +67,8 @@ def preview(recipe: str, overrides: tuple[str, ...], rows: int) -> None:
             read = f"of the first {ledger.given:,} rows"
             dropped = "; ".join(ledger.reasons()) or "none"
             console.print(f"{read}, dropped: {dropped}", style="dim", markup=False)
+            for line in notes({"sources": [ledger.as_record()]}):
+                console.print(line, style="yellow", markup=False)
 
 
 def _legend(opening: str, closing: str) -> Text:
@@ -84,9 +86,12 @@ def _row(row: PreparedRow, tokenizer: Any, opening: str, closing: str) -> Text:
     import numpy as np
     from rich.text import Text
 
-    ids, supervised = row.tokens
+    ids, supervised, weights = row.tokens
     heading = f"\n{row.raw.place} · {row.example.kind} · {len(ids)} tokens"
     heading += f", {int(supervised.sum())} supervised"
+    if weights is not None:
+        least, most = weights[supervised].min(), weights[supervised].max()
+        heading += f" (weights {least:g} to {most:g})"
     if row.length > len(ids):
         heading += f" · TRUNCATED from {row.length}"
     text = Text(heading + "\n", style="")

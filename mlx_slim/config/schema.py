@@ -183,6 +183,8 @@ class DataConfig(Section):
         template: ``auto`` (the model's chat template, else Alpaca for Alpaca rows, else plain),
             ``model``, ``alpaca``, ``plain``, ``chatml``, or the path of a Jinja file.
         mask_prompt: Supervise answers only; false supervises every token.
+        learn: ``all`` answers of a conversation or only its ``last``; a turn with ``weight: 0`` or
+            ``train: false`` is never learned, any other ``weight`` weighs its tokens in the loss.
         truncation: What to do with rows longer than ``train.max_length``; ``left`` cuts behind the
             BOS of a row that begins with one.
         validation: Share of rows (below 1), number of rows, or the path of a validation file.
@@ -195,6 +197,7 @@ class DataConfig(Section):
     format: Literal["auto", "alpaca", "chat", "completions", "text"] = "auto"
     template: str = "auto"
     mask_prompt: bool = True
+    learn: Literal["all", "last"] = "all"
     truncation: Literal["error", "drop", "left", "right"] = "drop"
     validation: Annotated[float, Field(ge=0.0)] | str = 0.02
     system: str | None = None

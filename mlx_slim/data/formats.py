@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_slim.data.columns import proposal, recognised
+from mlx_slim.data.conversations import is_prompt_list, read_conversation
 from mlx_slim.data.sources import RawRow
 from mlx_slim.errors import SlimError, did_you_mean
 
@@ -23,10 +24,8 @@ EXPECTED = {
 }
 COLUMNS = (
     *("instruction", "input", "output", "system"),
-    *("messages", "conversations", "tools", "prompt", "completion", "text"),
+    *("messages", "conversations", "tools", "functions", "prompt", "completion", "text"),
 )
-_SHAREGPT = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant"}
-_ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,8 @@ class Example:
         fields: The row's own strings, by our column names, for templates that name them.
         extras: What chat templates understand besides (``tools``).
         cut_turns: Turns after the last answer, left out because nothing is learned from them.
+        weights: Loss weight of each message where the row gives them; None is 1 for every answer.
+        notes: What is not done as the row says, for the ledger.
     """
 
     kind: str
@@ -46,6 +47,15 @@ class Example:
     fields: dict[str, str] = field(default_factory=dict)
     extras: dict[str, Any] = field(default_factory=dict)
     cut_turns: int = 0
+    weights: list[float] | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def turn_weights(self) -> list[float]:
+        """The loss weight of each message: 0 for what is no answer."""
+        if self.weights is not None:
+            return self.weights
+        return [float(message["role"] == "assistant") for message in self.messages]
 
     @property
     def texts(self) -> list[str]:
@@ -77,7 +87,12 @@ def check_columns(columns: Mapping[str, str]) -> None:
 
 
 def read_example(
-    row: RawRow, format: str, *, columns: Mapping[str, str], system: str | None
+    row: RawRow,
+    format: str,
+    *,
+    columns: Mapping[str, str],
+    system: str | None,
+    learn: str = "all",
 ) -> Example:
     """Return the normal form of a row.
 
@@ -86,6 +101,7 @@ def read_example(
         format: ``auto`` (decided from this row's own columns), or the format's name.
         columns: Renames, ours to the file's.
         system: System message where the row has none.
+        learn: ``all`` answers of a conversation, or the ``last``.
 
     Raises:
         Dropped: If the row has no answer to learn.
@@ -101,8 +117,8 @@ def read_example(
         renamed = _known_names(renamed)
     value = {key: item for key, item in renamed.items() if item is not None}
     kind = _kind(value) if format == "auto" else format
-    if kind == "chat":
-        return _chat(row, value, system)
+    if kind == "chat" or (kind == "completions" and is_prompt_list(value)):
+        return _chat(row, value, system, learn)
     wanted = {
         "alpaca": ("instruction", "input", "output", "system"),
         "completions": ("prompt", "completion", "system"),
@@ -217,51 +233,32 @@ def _history(row: RawRow, value: Mapping[str, Any]) -> list[dict[str, Any]]:
     return turns
 
 
-def _chat(row: RawRow, value: Mapping[str, Any], system: str | None) -> Example:
-    turns = value.get("messages", value.get("conversations"))
-    if turns is None:
+def _chat(row: RawRow, value: Mapping[str, Any], system: str | None, learn: str) -> Example:
+    if not {"messages", "conversations"} & value.keys() and not is_prompt_list(value):
         raise _wrong_columns(row, "chat")
-    if not isinstance(turns, list):
-        raise SlimError(f"{row.place}: the turns are {type(turns).__name__}, expected a list")
-    messages = [_message(row, index, turn) for index, turn in enumerate(turns, 1)]
+    chat = read_conversation(row, value)
+    messages, weights = list(chat.messages), list(chat.weights)
     system = value["system"] if isinstance(value.get("system"), str) else system
     if system and not (messages and messages[0]["role"] in ("system", "developer")):
         messages.insert(0, {"role": "system", "content": system})
+        weights.insert(0, 0.0)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         raise Dropped("no assistant turn")
-    for index in answers:
-        if not messages[index]["content"].strip() and not messages[index].get("tool_calls"):
+    if learn == "last":
+        weights[: answers[-1]] = [0.0] * answers[-1]
+    for message, weight in zip(messages, weights, strict=True):
+        if weight and not message["content"].strip() and not message.get("tool_calls"):
             raise Dropped("empty answer")
-    kept = messages[: answers[-1] + 1]
-    extras = {"tools": value["tools"]} if isinstance(value.get("tools"), list) else {}
-    return Example("chat", kept, {}, extras, cut_turns=len(messages) - len(kept))
-
-
-def _message(row: RawRow, index: int, turn: Any) -> dict[str, Any]:
-    """Return one turn as ``{role, content, …}``, whichever of the two dialects it is in."""
-    if not isinstance(turn, dict):
-        raise SlimError(f"{row.place}, turn {index}: {type(turn).__name__}, expected an object")
-    rest = {k: v for k, v in turn.items() if k not in ("from", "value") and v is not None}
-    role = turn.get("role", turn.get("from"))
-    content = turn.get("content", turn.get("value"))
-    role = _SHAREGPT.get(role, role) if isinstance(role, str) else role
-    if role not in _ROLES:
-        seen = f"role {role!r}" if role is not None else f"keys {', '.join(turn) or 'none'}"
-        raise SlimError(
-            f"{row.place}, turn {index}: {seen}, expected {{role, content}} or {{from, value}}",
-            "roles: system, user, assistant, tool (human and gpt with from/value)",
-        )
-    if isinstance(content, list):  # the parts of the OpenAI API
-        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
-        texts = [part for part in parts if isinstance(part, str)]
-        content = "".join(texts) if len(texts) == len(parts) else content
-    if content is None and turn.get("tool_calls"):
-        content = ""
-    if content is None:
-        content = ""
-    if not isinstance(content, str):
-        raise SlimError(
-            f"{row.place}, turn {index}: content is {type(content).__name__}, expected a string"
-        )
-    return {**rest, "role": role, "content": content}
+    kept = slice(answers[-1] + 1)
+    if not any(weights[kept]):
+        raise Dropped("no answer to learn: weight 0")
+    return Example(
+        "chat",
+        messages[kept],
+        {},
+        {"tools": chat.tools} if chat.tools else {},
+        cut_turns=len(messages) - len(messages[kept]),
+        weights=weights[kept],
+        notes=chat.notes,
+    )

@@ -60,10 +60,15 @@ class SourceLedger:
     truncated: Tally = field(default_factory=Tally)
     dropped: dict[str, Tally] = field(default_factory=dict)
     formats: dict[str, int] = field(default_factory=dict)
+    noted: dict[str, Tally] = field(default_factory=dict)
 
     def drop(self, reason: str, raw: RawRow) -> None:
         """Count a row that is not used."""
         self.dropped.setdefault(reason, Tally()).add(raw)
+
+    def note(self, what: str, raw: RawRow) -> None:
+        """Count a row that is used, though not all of it as it says."""
+        self.noted.setdefault(what, Tally()).add(raw)
 
     def truncate(self, raw: RawRow, tokens: int) -> None:
         """Count a row that lost ``tokens`` tokens."""
@@ -88,6 +93,8 @@ class SourceLedger:
         self.truncated.merge(later.truncated)
         for reason, tally in later.dropped.items():
             self.dropped.setdefault(reason, Tally()).merge(tally)
+        for what, tally in later.noted.items():
+            self.noted.setdefault(what, Tally()).merge(tally)
         for kind, count in later.formats.items():
             self.formats[kind] = self.formats.get(kind, 0) + count
 
@@ -111,12 +118,25 @@ class SourceLedger:
                 reason: {"count": tally.count, "first": tally.first}
                 for reason, tally in self.dropped.items()
             },
+            "rows_noted": {
+                what: {"count": tally.count, "first": tally.first}
+                for what, tally in self.noted.items()
+            },
             "turns_cut_after_last_answer": self.cut_turns,
             "blank_lines_skipped": self.blank_lines,
             "files_ignored": self.ignored_files,
             "tokens": self.tokens,
             "supervised_tokens": self.supervised_tokens,
         }
+
+
+def notes(ledger: dict[str, Any]) -> list[str]:
+    """Return one line for each thing that rows have and that is left out, of a whole ledger."""
+    return [
+        f"{entry['count']:,} rows of {source['path']} have {what} (first: {entry['first'][0]})"
+        for source in ledger["sources"]
+        for what, entry in source.get("rows_noted", {}).items()
+    ]
 
 
 def totals(ledgers: list[SourceLedger], hashes: np.ndarray) -> dict[str, Any]:

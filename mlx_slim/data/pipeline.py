@@ -17,9 +17,10 @@ import numpy as np
 from mlx_slim.config.schema import DataConfig, SourceConfig
 from mlx_slim.data.formats import Dropped, Example, check_columns, read_example
 from mlx_slim.data.ledger import SourceLedger
+from mlx_slim.data.rendered import Rendered
 from mlx_slim.data.sources import RawRow, Source
 from mlx_slim.data.store import TokenRows
-from mlx_slim.data.templates import Rendered, Template, load_template
+from mlx_slim.data.templates import Template, load_template
 from mlx_slim.data.tokenize import Encoder, Tokens, unwrap
 from mlx_slim.data.workers import Workers
 from mlx_slim.errors import RowLimit, SlimError
@@ -122,9 +123,12 @@ class Pipeline:
             config.format or self.config.format,
             columns=self.config.columns,
             system=config.system or self.config.system,
+            learn=self.config.learn,
         )
         rendered = self._clip(raw, self._render(raw, example), ledger)
         ledger.read(example)
+        for note in (*example.notes, *rendered.notes):
+            ledger.note(note, raw)
         return example, rendered
 
     def _render(self, raw: RawRow, example: Example) -> Rendered:
@@ -186,7 +190,8 @@ class Pipeline:
             kept[head:] += length - limit
         supervised = row.supervised_T[kept]
         supervised[:1] = False
-        return Tokens(row.ids_T[kept], supervised)
+        weights = None if row.weights_T is None else row.weights_T[kept] * supervised
+        return Tokens(row.ids_T[kept], supervised, weights)
 
 
 def _chunks(source: Source, limit: int | None) -> Iterator[list[RawRow]]:

@@ -30,8 +30,8 @@ __all__ = ["Prepared", "fingerprint_difference", "prepare"]
 
 LEDGER_FILE = "data_ledger.json"
 # Of the stored rows: raise one when the same settings would give other rows.
-_VERSION = 1
-_VERSION_LEFT = 2  # with truncation=left: since 2 the BOS stays in front
+# 2: with truncation=left the BOS stays in front. 3: weights of turns, tools, exact spans.
+_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def prepare(
     found = [(find(source), source) for source in config.sources]
     held_out = _validation_source(config, find)
     wanted = {
-        "version": _VERSION_LEFT if config.truncation == "left" else _VERSION,
+        "version": _VERSION,
         "sources": [source_print(*pair) for pair in found],
         "validation": source_print(*held_out) if held_out else config.validation,
         "template": {"name": pipeline.template.name, "sha256": pipeline.template.key},
@@ -97,7 +97,9 @@ def prepare(
         "settings": {
             "max_length": max_length,
             "seed": seed,
-            **config.model_dump(include={"mask_prompt", "truncation", "system", "columns"}),
+            **config.model_dump(
+                include={"mask_prompt", "learn", "truncation", "system", "columns"}
+            ),
             "max_rows": config.max_rows,
             **({"limit": limit.tokens} if limit else {}),  # rows kept from before it was known
         },

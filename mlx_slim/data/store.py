@@ -4,7 +4,8 @@ Invariant: memory holds some bytes a row, never the tokens. One set of rows on d
 stores: a ``TokenStore`` is an index into it, so weights and the validation split copy nothing.
 
 Layout of a folder (N rows, S their tokens): ``ids.bin`` int32 (S,), ``supervised.bin`` uint8 (S,),
-``offsets.npy`` int64 (N + 1,), ``counts.npy`` int64 (N,).
+``offsets.npy`` int64 (N + 1,), ``counts.npy`` int64 (N,); where some targets count other than once,
+``weights.bin`` float32 (S,), 0 for what is no target.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from mlx_slim.data.tokenize import Tokens
 from mlx_slim.errors import SlimError
+
+_BLOCK = 1 << 20  # bytes copied at a time
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class TokenRows:
         lengths_R: int64 tokens of each row.
         counts_R: int64 supervised tokens of each row.
         hashes_R: uint64 hash of each row's ids.
+        weights_S: float32 loss weights, None where every target's is 1.
     """
 
     ids_S: np.ndarray
@@ -38,6 +43,7 @@ class TokenRows:
     lengths_R: np.ndarray
     counts_R: np.ndarray
     hashes_R: np.ndarray
+    weights_S: np.ndarray | None = None
 
     @classmethod
     def of(cls, rows: Sequence[Tokens]) -> TokenRows:
@@ -49,7 +55,14 @@ class TokenRows:
             np.array([len(row) for row in ids], np.int64),
             np.array([np.count_nonzero(row.supervised_T) for row in rows], np.int64),
             np.array([_hash(row) for row in ids], np.uint64),
+            None
+            if all(row.weights_T is None for row in rows)
+            else np.concatenate([_weights(row) for row in rows]),
         )
+
+
+def _weights(row: Tokens) -> np.ndarray:
+    return row.supervised_T.astype(np.float32) if row.weights_T is None else row.weights_T
 
 
 def _hash(ids_T: np.ndarray) -> int:
@@ -65,6 +78,7 @@ class TokenWriter:
         self.folder = folder
         self._ids = (folder / "ids.bin").open("wb")
         self._supervised = (folder / "supervised.bin").open("wb")
+        self._weights: BinaryIO | None = None  # from the first weighted row on
         self._lengths = array("q")
         self._counts = array("q")
         self._hashes = array("Q")
@@ -74,16 +88,32 @@ class TokenWriter:
 
     def add(self, rows: TokenRows) -> None:
         """Append rows."""
+        if self._weights is None and rows.weights_S is not None:
+            self._weights = self._from_the_first_row()
         self._ids.write(rows.ids_S.tobytes())
         self._supervised.write(rows.supervised_S.tobytes())
+        if self._weights is not None:
+            own = rows.supervised_S if rows.weights_S is None else rows.weights_S
+            self._weights.write(own.astype(np.float32).tobytes())
         self._lengths.frombytes(rows.lengths_R.tobytes())
         self._counts.frombytes(rows.counts_R.tobytes())
         self._hashes.frombytes(rows.hashes_R.tobytes())
+
+    def _from_the_first_row(self) -> BinaryIO:
+        """Open ``weights.bin`` and write the weights of the rows so far: 1 for every target."""
+        self._supervised.flush()
+        weights = (self.folder / "weights.bin").open("wb")
+        with (self.folder / "supervised.bin").open("rb") as before:
+            while block := before.read(_BLOCK):
+                weights.write(np.frombuffer(block, np.bool_).astype(np.float32).tobytes())
+        return weights
 
     def close(self) -> np.ndarray:
         """Finish the files; return the hash of every row's ids, uint64 (N,)."""
         self._ids.close()
         self._supervised.close()
+        if self._weights is not None:
+            self._weights.close()
         offsets = np.zeros(len(self) + 1, np.int64)
         np.cumsum(np.asarray(self._lengths, np.int64), out=offsets[1:])
         np.save(self.folder / "offsets.npy", offsets)
@@ -112,14 +142,17 @@ class TokenStore:
             counts = np.load(folder / "counts.npy")
             self._ids = np.memmap(folder / "ids.bin", np.int32, "r")
             self._mask = np.memmap(folder / "supervised.bin", np.bool_, "r")
+            weights = folder / "weights.bin"
+            self._weights = np.memmap(weights, np.float32, "r") if weights.is_file() else None
         except (OSError, ValueError) as error:
             raise SlimError(
                 f"the tokenised rows in {folder} cannot be read: {error}",
                 "remove the folder; it is made again",
             ) from error
-        if not len(offsets) == len(counts) + 1 or not offsets[-1] == len(self._ids) == len(
-            self._mask
-        ):
+        sizes = {len(self._ids), len(self._mask), offsets[-1] if len(offsets) else -1}
+        if self._weights is not None:
+            sizes.add(len(self._weights))
+        if len(offsets) != len(counts) + 1 or len(sizes) > 1:
             raise SlimError(
                 f"the tokenised rows in {folder} are damaged", "remove the folder; it is made again"
             )
@@ -142,3 +175,10 @@ class TokenStore:
         start = int(self._start[i])
         span = slice(start, start + int(self.lengths[i]))
         return self._ids[span], self._mask[span]
+
+    def weights(self, i: int) -> np.ndarray | None:
+        """Return the loss weights of row ``i``, float32 (T,); None where all targets' are 1."""
+        if self._weights is None:
+            return None
+        start = int(self._start[i])
+        return self._weights[start : start + int(self.lengths[i])]

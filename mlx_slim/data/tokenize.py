@@ -6,7 +6,7 @@ answer: a token that straddles the border counts for the side that its word is o
 tokenizer reports offsets (byte-level ones trim the space, others do not). ``supervised[0]`` is
 always False: nothing stands before it to predict it from.
 
-Legend: T tokens of a row, C characters of its text.
+A turn's loss weight is that of its tokens. Legend: T tokens of a row, C characters of its text.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlx_slim.artifacts import hash_bytes
-from mlx_slim.data.templates import Rendered
+from mlx_slim.data.rendered import Rendered
 from mlx_slim.errors import SlimError
 
 _CHARACTERS = 1 << 20  # tokenized at once
@@ -26,10 +26,15 @@ _SPACES = np.array([chr(code).isspace() for code in range(0x3002)])
 
 
 class Tokens(NamedTuple):
-    """One row: ``ids_T`` int32 and ``supervised_T`` bool (token t is learned from ``ids[:t]``)."""
+    """One row: ``ids_T`` int32 and ``supervised_T`` bool (token t is learned from ``ids[:t]``).
+
+    ``weights_T`` is the float32 loss weight of each token, 0 where it is not supervised; None is 1
+    for all that are.
+    """
 
     ids_T: np.ndarray
     supervised_T: np.ndarray
+    weights_T: np.ndarray | None = None
 
 
 def unwrap(tokenizer: Any) -> Any:
@@ -110,21 +115,23 @@ class Encoder:
 
     def _row(self, row: Rendered, ids: list[int], offsets: list[tuple[int, int]]) -> Tokens:
         ids_T = np.asarray(ids, np.int32)
-        supervised_T = np.ones(len(ids_T), bool)
-        if self.mask_prompt and len(ids_T):
+        weights_T = np.full(len(ids_T), 0.0 if self.mask_prompt else 1.0, np.float32)
+        if (self.mask_prompt or row.weights) and len(ids_T):
             flat = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets))
             begin_T = _first_characters(row.text, flat.reshape(-1, 2))
-            supervised_T[:] = False
-            for start, end in row.spans:
-                supervised_T |= (begin_T >= start) & (begin_T < end)
+            for start, end, weight in row.weighted:
+                weights_T[(begin_T >= start) & (begin_T < end)] = weight
         if self.adds_bos and not row.own_bos and (not len(ids_T) or ids_T[0] != self.bos):
             ids_T = np.insert(ids_T, 0, np.int32(self.bos or 0))
-            supervised_T = np.insert(supervised_T, 0, False)
+            weights_T = np.insert(weights_T, 0, np.float32(0))
         if self.eos is not None and not self._closed(row.text, ids_T):
             ids_T = np.append(ids_T, np.int32(self.eos))
-            supervised_T = np.append(supervised_T, True)
-        supervised_T[:1] = False
-        return Tokens(ids_T, supervised_T)
+            closing = row.weights[-1] if row.weights else 1.0
+            weights_T = np.append(weights_T, np.float32(closing))
+        weights_T[:1] = 0
+        supervised_T = weights_T > 0
+        plain = bool((weights_T[supervised_T] == 1).all())
+        return Tokens(ids_T, supervised_T, None if plain else weights_T)
 
     def _closed(self, text: str, ids_T: np.ndarray) -> bool:
         """Whether the row ends in an EOS, white space after it allowed (ChatML's newline)."""

@@ -95,6 +95,9 @@ class Lesson:
         if prefix and last is not None:
             messages[last]["content"] = prefix + messages[last]["content"]
         messages[-1]["content"] = text
+        for message, weight in zip(messages, example.turn_weights, strict=True):
+            if message["role"] == "assistant" and weight != 1:
+                message["weight"] = weight
         return {"id": self.id, "messages": messages, **example.extras}
 
 

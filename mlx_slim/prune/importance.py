@@ -136,6 +136,9 @@ class _Whole:
         """Return ids int32 (T,) and the mask bool (T,)."""
         return self._rows_NT[i], self._mask_T
 
+    def weights(self, i: int) -> None:
+        """Return that all targets count alike."""
+
 
 def batches_of(rows_NT: mx.array, *, single: bool = False) -> list[Batch]:
     """Return the rows as batches for next-token loss, in order; nothing is padded.

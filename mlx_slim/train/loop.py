@@ -29,7 +29,7 @@ from mlx_slim.train import checkpoint, rotation
 from mlx_slim.train.checkpoint import Position
 from mlx_slim.train.companion import SAVE, Companion, computing
 from mlx_slim.train.optim import Optimizer, schedule
-from mlx_slim.train.step import Objective, Scorer, Stepper, StepResult, per_token
+from mlx_slim.train.step import Objective, Scorer, Stepper, StepResult, per_token, total_weight
 
 
 def steps_of_epoch(micro_batches: int, accumulate: int) -> int:
@@ -356,19 +356,22 @@ class Loop:
 def validation_loss(scorer: Scorer, batcher: Batcher) -> tuple[float, dict[str, float], int]:
     """Return Σ loss / Σ supervised tokens of all rows (nats), the parts, the supervised tokens.
 
-    The rows and their order are fixed; ranks share the micro-batches.
+    Weighted where rows weigh their turns. The rows and their order are fixed; ranks share the
+    micro-batches.
     """
     model, objective = scorer.model, scorer.objective
     model.eval()
     # Summed in Python: thousands of batches would lose digits in float32.
-    sums, supervised = np.zeros(1 + len(objective.parts)), 0
+    sums, supervised, weight = np.zeros(1 + len(objective.parts)), 0, 0.0
     for groups in batcher.plan(0)[world().rank() :: world().size()]:
         batch = batcher.batch(groups)
         sums += np.array(scorer(batch))
         supervised += batch.supervised_tokens
+        weight += batch.total_weight
     model.train()
     if world().size() > 1:
         shared = mx.distributed.all_sum(mx.array(sums, dtype=mx.float32), group=world())
         sums = np.array(shared, dtype=np.float64)
         supervised = int(number(mx.distributed.all_sum(mx.array(supervised), group=world())))
-    return *per_token(objective, sums, supervised), supervised
+        weight = total_weight(weight)
+    return *per_token(objective, sums, weight), supervised

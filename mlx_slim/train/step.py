@@ -1,8 +1,9 @@
 """One optimizer step: micro-batches in, an exact token-mean gradient out.
 
-Invariant: the step's loss is Σ NLL / Σ supervised tokens over all micro-batches and all ranks,
-never a mean of means; so cutting the same rows into other micro-batches or onto other ranks gives
-the same gradient up to rounding. Nothing is updated when the loss is not finite.
+Invariant: the step's loss is Σ w · NLL / Σ w over the supervised tokens of all micro-batches and
+all ranks (w is 1 unless a row weighs its turns), never a mean of means; so cutting the same rows
+into other micro-batches or onto other ranks gives the same gradient up to rounding. Nothing is
+updated when the loss is not finite.
 Legend: B sequences, T positions, N supervised positions, D width.
 """
 
@@ -174,7 +175,7 @@ class StepResult:
     """What a step measured, summed over all ranks.
 
     Attributes:
-        loss: Σ NLL / Σ supervised tokens, nats.
+        loss: Σ NLL / Σ supervised tokens, nats; weighted where rows weigh their turns.
         gradients: path -> float32 gradient of that loss.
         supervised: Σ supervised tokens.
         tokens: Σ real tokens.
@@ -191,12 +192,25 @@ class StepResult:
 
 
 def per_token(
-    objective: Objective, sums: mx.array | np.ndarray, supervised: int
+    objective: Objective, sums: mx.array | np.ndarray, weight: float
 ) -> tuple[float, dict[str, float]]:
-    """Return the loss and the parts of ``objective`` per supervised token, from their sums."""
+    """Return the loss and the parts of ``objective`` per supervised token, from their sums.
+
+    ``weight`` is the sum of the tokens' loss weights: ``Batch.total_weight``.
+    """
     first, *others = [float(value) for value in np.array(sums).reshape(-1)]
     parts = zip(objective.parts, others, strict=True)
-    return first / supervised, {name: value / supervised for name, value in parts}
+    return first / weight, {name: value / weight for name, value in parts}
+
+
+def total_weight(weight: float) -> float:
+    """Return the sum over all ranks, exact where weights are counts."""
+    whole = int(weight)
+    parts = mx.array([whole >> 20, whole & 0xFFFFF, weight - whole], dtype=mx.float32)
+    high, low, rest = (
+        float(part) for part in np.array(mx.distributed.all_sum(parts, group=world()))
+    )
+    return high * (1 << 20) + low + rest
 
 
 class Stepper:
@@ -277,6 +291,7 @@ class Stepper:
         gradients: dict[str, mx.array] = {}
         sums = mx.zeros((1 + len(self.objective.parts),), dtype=mx.float32)
         supervised = tokens = computed = 0
+        weight = 0.0
         for batch in batches:
             part, values = self.micro(batch)
             sums = sums + part
@@ -285,6 +300,7 @@ class Stepper:
                 gradients[path] = gradients[path] + value32 if path in gradients else value32
             mx.eval(sums, gradients)
             supervised += batch.supervised_tokens
+            weight += batch.total_weight
             tokens += batch.real_tokens
             computed += batch.computed_tokens
         group = world()
@@ -300,10 +316,11 @@ class Stepper:
                 int(number(mx.distributed.all_sum(mx.array(count), group=group)))
                 for count in (supervised, tokens, computed)
             )
-        loss, parts = per_token(self.objective, sums, supervised)
+            weight = total_weight(weight)
+        loss, parts = per_token(self.objective, sums, weight)
         return StepResult(
             loss=loss,
-            gradients={path: value / supervised for path, value in gradients.items()},
+            gradients={path: value / weight for path, value in gradients.items()},
             supervised=supervised,
             tokens=tokens,
             computed=computed,

@@ -22,6 +22,7 @@ from mlx_slim.analyze.memory import Prediction
 from mlx_slim.artifacts import SCHEMA_VERSION, provenance, read_json, write_json
 from mlx_slim.config.load import Resolved
 from mlx_slim.config.schema import Recipe
+from mlx_slim.data.ledger import notes
 from mlx_slim.data.prepare import Prepared
 from mlx_slim.errors import Interrupted, ResourceError, SlimError
 from mlx_slim.models import anatomy
@@ -133,8 +134,12 @@ def _run(
     with checkpointed(anatomy.blocks(tuned.model), recipe.train.grad_checkpoint):
         if newest is not None:
             loop.resume(newest)
-        elif advice := rank_advice(recipe, loop.total):
-            listeners.notify(events.Notice(advice))
+        else:
+            advice = rank_advice(recipe, loop.total)
+            for line in notes(built.data.ledger):
+                listeners.notify(events.Notice(line, "warning"))
+            if advice:
+                listeners.notify(events.Notice(advice))
         done = loop.run()
     if done.reason == "interrupted":
         raise Interrupted(

@@ -29,6 +29,9 @@ class Lengths:
     def row(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         raise AssertionError("a plan reads no ids")
 
+    def weights(self, i: int) -> None:
+        """All targets count alike."""
+
 
 def _random_lengths(seed: int) -> tuple[np.ndarray, int, int]:
     rng = np.random.default_rng(seed)
@@ -154,6 +157,9 @@ class Hand:
 
     def row(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         return np.array(self._ids[i], np.int32), np.array(self._masks[i], bool)
+
+    def weights(self, i: int) -> None:
+        """All targets count alike."""
 
 
 def test_packing_is_chosen_where_attention_is_cheap() -> None:

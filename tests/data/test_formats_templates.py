@@ -81,7 +81,8 @@ def test_a_template_that_rewrites_earlier_turns(make, tmp_path):
 
 
 def test_a_template_that_hides_its_prompt_is_refused(make, tmp_path):
-    template = "{{ messages|length }}{% for m in messages %}{{ m['content'] }}|{% endfor %}"
+    template = "{{ messages|length }}{% for m in messages %}{{ m.content|length }}{{ m.content }}"
+    template += "|{% endfor %}"
     tokenizer = load_bytes(tmp_path / "hides", chat_template=template)
     with pytest.raises(SlimError, match=r"rows.jsonl, line 1: the chat template rewrites") as error:
         make([CHAT], tokenizer=tokenizer)

@@ -45,7 +45,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 def test_a_straddling_word_belongs_to_the_answer(make, prompt, answer):
     tokenizer = make()
     row = Rendered(prompt + answer, [(len(prompt), len(prompt + answer))])
-    ids, supervised = Encoder(tokenizer, mask_prompt=True).encode([row])[0]
+    ids, supervised, _ = Encoder(tokenizer, mask_prompt=True).encode([row])[0]
     assert tokenizer.convert_ids_to_tokens(ids[supervised])[-2:] in (
         ["▁yes", "</s>"],
         ["Ġyes", "</s>"],
@@ -56,7 +56,7 @@ def test_a_straddling_word_belongs_to_the_answer(make, prompt, answer):
 def test_spaces_before_the_border_belong_to_the_prompt():
     tokenizer = byte_level()
     row = Rendered("Q:   yes", [(5, 8)])
-    ids, supervised = Encoder(tokenizer, mask_prompt=True).encode([row])[0]
+    ids, supervised, _ = Encoder(tokenizer, mask_prompt=True).encode([row])[0]
     assert tokenizer.convert_ids_to_tokens(ids) == ["Q", ":", "ĠĠ", "Ġyes", "</s>"]
     assert supervised.tolist() == [False, False, False, True, True]
 

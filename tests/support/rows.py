@@ -27,3 +27,6 @@ class MemoryRows:
 
     def row(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         return self._rows[i]
+
+    def weights(self, i: int) -> np.ndarray | None:
+        return None

@@ -1,0 +1,272 @@
+"""Conversations in the dialects that exports use, as OpenAI's ``messages``: one normal form.
+
+Invariant: a turn has ``role`` and ``content`` (a string), tool calls have a name and arguments that
+are an object, tools are a list of schemas; what cannot be read so is one line that names row and
+turn. Read are OpenAI's form, its older ``functions`` and ``function_call``, ShareGPT's roles, and
+TRL's lists in ``prompt`` and ``completion``. Nulls that columns pad objects with are removed: a
+table gives every row the keys of all rows. Try it: ``mlx-slim data preview smollm2-lora``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_slim.data.sources import RawRow
+from mlx_slim.errors import SlimError
+
+_ROLES = {
+    **{role: role for role in ("system", "developer", "user", "assistant", "tool", "ipython")},
+    **{"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant"},
+    **{"model": "assistant", "function": "tool", "observation": "tool"},
+    **{"function_response": "tool", "tool_response": "tool"},
+    **{"function_call": "assistant", "tool_call": "assistant"},
+}
+_CALLS = ("function_call", "tool_call")  # roles whose text is a call
+_FLAGS = ("train", "training", "loss")  # axolotl's and ms-swift's names for learning a turn or not
+_OWN = {"from", "value", "role", "content", "function_call", "weight", *_FLAGS}
+_TEXT_FILES = re.compile(r"\.(json|jsonl|ndjson)(\.\w+)?$")  # whose nulls were written by someone
+_NULLABLE = frozenset({"default", "const", "example"})  # of a schema: null is a value there
+_MOST_WEIGHT = 1e6
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A row's turns.
+
+    Attributes:
+        messages: ``role``, ``content`` and what else the template may know.
+        weights: Loss weight of each turn; 0 for turns that are not the assistant's.
+        tools: Schemas of the tools that it may call.
+        notes: What is not done as the row says, for the ledger.
+    """
+
+    messages: list[Message]
+    weights: list[float]
+    tools: list[dict[str, Any]]
+    notes: tuple[str, ...] = ()
+
+
+def is_prompt_list(value: Mapping[str, Any]) -> bool:
+    """Return whether a row is TRL's conversational form: lists in ``prompt`` or ``completion``."""
+    return (
+        any(
+            isinstance(value.get(name), list) and all(isinstance(t, dict) for t in value[name])
+            for name in ("prompt", "completion")
+        )
+        and {"prompt", "completion"} <= value.keys()
+    )
+
+
+def read_conversation(row: RawRow, value: Mapping[str, Any]) -> Conversation:
+    """Return the turns of a row with ``messages``, ``conversations``, or lists as a prompt.
+
+    Args:
+        row: Its place, and where it came from.
+        value: Its columns that are not null.
+
+    Raises:
+        SlimError: Turns, calls, tools or weights that cannot be read.
+    """
+    context = 0  # turns that are not learned, whatever they are
+    if is_prompt_list(value):
+        prompt = _turn_list(value["prompt"], "user")
+        context = len(prompt)
+        turns = [*prompt, *_turn_list(value["completion"], "assistant")]
+    else:
+        turns = value.get("messages", value.get("conversations"))
+    if not isinstance(turns, list):
+        raise SlimError(f"{row.place}: the turns are {type(turns).__name__}, expected a list")
+    padded = not _TEXT_FILES.search(row.where)
+    tools = _tools(row, value.get("tools", value.get("functions")), padded)
+    reader = _Reader(row, padded, _declared(tools))
+    messages, weights, notes = [], [], []
+    for index, turn in enumerate(turns, 1):
+        messages.append(reader.message(index, turn))
+        weight, asked = reader.weight(index, turn)
+        answer = messages[-1]["role"] == "assistant"
+        weights.append(weight if answer and index > context else 0.0)
+        if asked and not answer:
+            notes.append("turns marked to be learned that are no assistant's (not learned)")
+    return Conversation(messages, weights, tools, tuple(dict.fromkeys(notes)))
+
+
+def _turn_list(given: Any, role: str) -> list[Any]:
+    return given if isinstance(given, list) else [{"role": role, "content": given}]
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads the turns of one row.
+
+    Attributes:
+        row: For its place.
+        padded: Nulls in objects are padding.
+        declared: Names of the parameters of each tool.
+    """
+
+    row: RawRow
+    padded: bool
+    declared: dict[str, set[str]]
+
+    def _wrong(self, index: int, text: str, hint: str = "") -> SlimError:
+        return SlimError(f"{self.row.place}, turn {index}: {text}", hint)
+
+    def message(self, index: int, turn: Any) -> Message:
+        """Return one turn as ``{role, content, …}``, whichever of the dialects it is in."""
+        if not isinstance(turn, dict):
+            raise self._wrong(index, f"{type(turn).__name__}, expected an object")
+        rest = {k: v for k, v in turn.items() if k not in _OWN and v is not None}
+        given = turn.get("role", turn.get("from"))
+        role = _ROLES.get(given) if isinstance(given, str) else None
+        if role is None:
+            seen = f"role {given!r}" if given is not None else f"keys {', '.join(turn) or 'none'}"
+            raise self._wrong(
+                index,
+                f"{seen}, expected {{role, content}} or {{from, value}}",
+                "roles: system, user, assistant, tool (human, gpt, function_call and observation "
+                "with from/value)",
+            )
+        content = turn.get("content", turn.get("value"))
+        calls = rest.pop("tool_calls", None) or turn.get("function_call")
+        if given in _CALLS and not calls:
+            content, calls = None, self._json(index, content, "the call")
+        if calls:
+            rest["tool_calls"] = self._calls(index, calls)
+        return {**rest, "role": role, "content": self._content(index, content, role)}
+
+    def _content(self, index: int, content: Any, role: str) -> str:
+        if isinstance(content, list):  # the parts of the OpenAI API
+            parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+            texts = [part for part in parts if isinstance(part, str)]
+            content = "".join(texts) if len(texts) == len(parts) else content
+        if content is None:
+            return ""
+        if role == "tool" and isinstance(content, (dict, list)):
+            return json.dumps(content, ensure_ascii=False)  # what a tool gave, as an object
+        if not isinstance(content, str):
+            raise self._wrong(index, f"content is {type(content).__name__}, expected a string")
+        return content
+
+    def _json(self, index: int, text: Any, what: str) -> Any:
+        if not isinstance(text, str):
+            return text
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise self._wrong(
+                index, f"{what} is no JSON: {text[:40]!r}", "expected a name and its arguments"
+            ) from error
+
+    def _calls(self, index: int, given: Any) -> list[dict[str, Any]]:
+        """Return tool calls as ``{type, function: {name, arguments}}``."""
+        given = self._json(index, given, "tool_calls")
+        calls = []
+        for call in given if isinstance(given, list) else [given]:
+            call = self._json(index, call, "a tool call")
+            call = (
+                {k: v for k, v in call.items() if v is not None} if isinstance(call, dict) else {}
+            )
+            function = call.pop("function", None)
+            if function is None and "name" in call:  # bare, as it was in ``function_call``
+                function, call = call, {}
+            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                raise self._wrong(
+                    index, f"a tool call is {str(given)[:40]!r}", "expected a name and arguments"
+                )
+            function = {k: v for k, v in function.items() if v is not None}
+            parameters = function.pop("parameters", {})
+            function["arguments"] = self._arguments(
+                index, function["name"], function.get("arguments", parameters)
+            )
+            calls.append({"type": "function", **call, "function": function})
+        return calls
+
+    def _arguments(self, index: int, name: str, given: Any) -> dict[str, Any]:
+        text = isinstance(given, str)
+        for _ in range(2):  # an export of an export is quoted twice
+            given = self._json(index, given or "{}", f"arguments of {name!r}")
+        if not isinstance(given, dict):
+            raise self._wrong(
+                index, f"arguments of {name!r} are {type(given).__name__}, expected an object"
+            )
+        if text:
+            return given  # a null in it was written by someone
+        if self.padded:
+            return without_nulls(given)
+        known = self.declared.get(name)
+        return {k: v for k, v in given.items() if v is not None or known is None or k in known}
+
+    def weight(self, index: int, turn: dict[str, Any]) -> tuple[float, bool]:
+        """Return the loss weight that a turn asks for, and whether it asks to be learned."""
+        weight, asked = 1.0, False
+        for name in _FLAGS:
+            flag = turn.get(name)
+            if flag is None or (name == "loss" and not isinstance(flag, bool)):
+                continue
+            if flag not in (0, 1) or isinstance(flag, str):
+                raise self._wrong(index, f"{name} is {flag!r}, expected true or false")
+            weight, asked = weight * flag, asked or bool(flag)
+        given = turn.get("weight")
+        if given is not None:
+            if not isinstance(given, (int, float)) or not 0 <= given <= _MOST_WEIGHT:
+                raise self._wrong(
+                    index, f"weight is {given!r}, expected a number from 0 to {_MOST_WEIGHT:g}"
+                )
+            weight *= given
+        return float(weight), asked
+
+
+def _tools(row: RawRow, given: Any, padded: bool) -> list[dict[str, Any]]:
+    """Return tool schemas as OpenAI's list of ``{type, function}``."""
+    hint = "expected a list of schemas {type: function, function: {name, parameters}}"
+
+    def parsed(text: Any) -> Any:
+        if not isinstance(text, str):
+            return text
+        try:
+            return json.loads(text) if text.strip() else []
+        except (ValueError, RecursionError) as error:
+            raise SlimError(f"{row.place}: tools is no JSON: {text[:40]!r}", hint) from error
+
+    whole = parsed(given)
+    tools = []
+    for each in whole if isinstance(whole, list) else [] if whole is None else [whole]:
+        tool = parsed(each)
+        if not isinstance(tool, dict):
+            raise SlimError(f"{row.place}: a tool is {str(tool)[:40]!r}", hint)
+        if not isinstance(given, str) and not isinstance(each, str):
+            tool = without_nulls(tool, frozenset() if padded else _NULLABLE)
+        if "function" not in tool and "name" in tool:
+            tool = {"type": "function", "function": tool}
+        tools.append(tool)
+    return tools
+
+
+def _declared(tools: list[dict[str, Any]]) -> dict[str, set[str]]:
+    """Return the names of the parameters of each tool."""
+    declared = {}
+    for tool in tools:
+        function = tool.get("function")
+        parameters = function.get("parameters") if isinstance(function, dict) else None
+        if isinstance(function, dict) and isinstance(parameters, dict):
+            properties = parameters.get("properties")
+            declared[function.get("name")] = set(properties if isinstance(properties, dict) else ())
+    return declared
+
+
+def without_nulls(value: Any, keep: frozenset[str] = frozenset()) -> Any:
+    """Return a value without the null entries of its objects; those of lists stay.
+
+    Args:
+        value: Of JSON.
+        keep: Keys whose null is a value.
+    """
+    if isinstance(value, dict):
+        return {k: without_nulls(v, keep) for k, v in value.items() if v is not None or k in keep}
+    return [without_nulls(item, keep) for item in value] if isinstance(value, list) else value

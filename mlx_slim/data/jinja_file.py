@@ -1,0 +1,125 @@
+"""Jinja files of the user as templates: over messages, or over a row's named fields.
+
+Invariant: a file sees only the names that a row has (``VARIABLES``) and is refused with its line if
+it names another; it runs in a sandbox. Try it:
+``mlx-slim data preview smollm2-lora data.template=mine.jinja``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, meta, nodes
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from mlx_slim.data.chat_template import (
+    GENERATION,
+    ChatTemplate,
+    Render,
+    Span,
+    eos_texts,
+    hub_render,
+    left_out,
+)
+from mlx_slim.data.formats import Example
+from mlx_slim.data.marks import Messages
+from mlx_slim.data.rendered import Rendered
+from mlx_slim.errors import SlimError, did_you_mean
+
+VARIABLES = {
+    *("messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "raise_exception"),
+    *("instruction", "input", "output", "prompt", "completion", "text", "system"),
+}
+_MARKER = "ANSWER-STANDS-HERE"
+
+
+def read_jinja(path: Path, tokenizer: Any) -> tuple[str, Callable[[Example], Rendered]]:
+    """Load a Jinja file: sandboxed, and strict about names.
+
+    Returns:
+        What decides the text, for hashing, and how a row is rendered.
+
+    Raises:
+        SlimError: If the file cannot be read, is no Jinja, or names what no row has.
+    """
+    try:
+        source = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SlimError(f"the template {path} cannot be read as UTF-8: {error}") from error
+    environment = ImmutableSandboxedEnvironment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
+    environment.globals["raise_exception"] = _raise
+    marked = bool(GENERATION.search(source))
+    bare = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", source)
+    try:
+        tree = environment.parse(bare)
+        compiled = environment.from_string(bare)
+    except TemplateSyntaxError as error:
+        raise SlimError(f"{path.name}, line {error.lineno}: {error.message}") from error
+    used = meta.find_undeclared_variables(tree)
+    for name in sorted(used - VARIABLES):
+        at = [n.lineno for n in tree.find_all(nodes.Name) if n.name == name]
+        raise SlimError(
+            f"{path.name}, line {min(at, default=1)}: undefined variable {name!r}",
+            did_you_mean(name, VARIABLES),
+        )
+    special = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
+
+    def render(messages: Messages, **names: Any) -> tuple[str, list[Span]]:
+        return compiled.render(messages=messages, **{"tools": None, **special, **names}), []
+
+    chat = ChatTemplate(
+        hub_render(source, special) if marked else render, source, eos_texts(tokenizer)
+    )
+
+    def row(example: Example) -> Rendered:
+        over_messages = "messages" in used and example.kind != "text"
+        whole = chat(example) if over_messages else _by_fields(example, render)
+        bos = special["bos_token"]
+        return replace(whole, own_bos=bool(bos) and whole.text.startswith(bos))
+
+    return f"{special} {source}", row
+
+
+def _raise(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _by_fields(example: Example, render: Render) -> Rendered:
+    """Render a template over named fields; the answer is where a marker in its place comes out."""
+    notes = left_out(example, "the template")
+    names = dict.fromkeys(("instruction", "input", "output", "text", "system"), "")
+    names |= {"prompt": "", "completion": "", "add_generation_prompt": False}
+    if example.kind == "chat":
+        turns = [m for m in example.messages if m["role"] not in ("system", "developer")]
+        if [m["role"] for m in turns] != ["user", "assistant"]:
+            raise SlimError(
+                f"a chat of {len(turns)} turns, but the template does not use 'messages'",
+                "loop over messages in the template, or choose data.template=chatml",
+            )
+        system = example.messages[0]["content"] if len(example.messages) > 2 else ""
+        names |= {"prompt": turns[0]["content"], "completion": turns[1]["content"]}
+        names["system"] = system
+    names |= example.fields
+    names["instruction"] = names["instruction"] or names["prompt"]
+    names["output"] = names["output"] or names["completion"]
+    try:
+        full, _ = render(example.messages, **names)
+        if example.kind == "text":
+            return Rendered(full, [(0, len(full))])
+        marked, _ = render(example.messages, **{**names, "output": _MARKER, "completion": _MARKER})
+    except TemplateError as error:
+        raise SlimError(f"the template refuses this row: {error}") from error
+    before, found, _ = marked.partition(_MARKER)
+    if not found or not full.startswith(before):
+        raise SlimError(
+            "the answer does not come out of the template where 'output' or 'completion' stands"
+        )
+    weights = [example.turn_weights[-1]]
+    return Rendered(full, [(len(before), len(full))], weights=weights, notes=notes)

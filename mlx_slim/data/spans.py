@@ -1,0 +1,133 @@
+r"""Which characters of a rendered conversation are an answer, from where its turns come out.
+
+Invariant: a span begins where the model takes over from the prompt and ends behind what closes the
+turn; it is read off renderings, never searched for by its text. Used by ``chat_template.py``:
+
+    asked  … H①i<|im_end|>\n<|im_start|>assistant\n            messages before the turn, prompted
+    whole  … H①i<|im_end|>\n<|im_start|>assistant\n②Hello③<|im_end|>\n …
+                                                   [ begins where ``asked`` ends, counted from ①
+
+Only what stands between two turns is compared, so a template may rewrite earlier ones (cut their
+thoughts, move the system message). Where the prompt does not come out that way, a turn begins with
+its own text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mlx_slim.data.marks import Kind, MarkedChat, Messages, Placement
+from mlx_slim.errors import SlimError
+
+_NEWLINES = re.compile(r"\n*")
+
+
+def unclear(turn: int) -> SlimError:
+    """Return the refusal of a row whose turn (from 0) has no certain borders."""
+    return SlimError(
+        f"the chat template rewrites what stands before turn {turn + 1}, "
+        "so the answer cannot be told from the prompt",
+        "use a template with {% generation %} marks, or data.template=chatml",
+    )
+
+
+@dataclass(frozen=True)
+class Borders:
+    """Finds the spans of one conversation.
+
+    Attributes:
+        chat: The conversation with marks.
+        whole: Its rendering.
+        render: Marked messages, and whether to prompt → their rendering, None if it is refused.
+        eos_texts: Texts of the tokens that may close a turn.
+    """
+
+    chat: MarkedChat
+    whole: Placement
+    render: Callable[[Messages, bool], str | None]
+    eos_texts: list[str]
+
+    def span(self, turn: int) -> tuple[int, int]:
+        """Return where a turn of the assistant begins and ends.
+
+        Raises:
+            SlimError: If that is not certain.
+        """
+        start = self._taken_over(turn)
+        if start is None:
+            start = self._own_text(turn)
+        end = self._end(turn)
+        if start is None or end is None or start >= end:
+            raise unclear(turn)
+        return start, end
+
+    def comes_out(self, turn: int) -> bool:
+        """Return whether any mark of a turn stands in the text."""
+        return bool(self.whole.of(turn))
+
+    def _taken_over(self, turn: int) -> int | None:
+        """Return where the prompt for a turn ends in the whole text, None if it is not in it."""
+        asked = self.render(self.chat.messages[:turn], True) if turn else None
+        prompt = None if asked is None else self.chat.placed(asked)
+        marks, places, own = self.chat.marks, self.whole.places.items(), self.whole.of(turn)
+        if prompt is None or not own:
+            return None
+        known = [number for number in prompt.places if number in self.whole.places]
+        last = max(known, key=prompt.places.__getitem__, default=None)
+        here, there = (0, 0) if last is None else (prompt.places[last], self.whole.places[last])
+        rest = prompt.text[here:]
+        start = there + len(rest)
+        if any(start <= at < own[-1] for number, at in places if marks[number].turn != turn):
+            return None  # such as a system message that stands in this turn
+        return start if self.whole.text.startswith(rest, there) else None
+
+    def _own_text(self, turn: int) -> int | None:
+        """Return where a turn's text begins; for calls alone, where a text would stand."""
+        begin = self.whole.of(turn, Kind.BEGIN)
+        if begin or self.whole.of(turn, Kind.END):
+            first = self.whole.of(turn)[0]
+            return first if begin and begin[0] == first else None
+        output = self.render(self.chat.probe(turn), False)
+        probed = None if output is None else self.chat.placed(output)
+        if probed is None:
+            return None
+        calls, places = probed.of(turn, Kind.CALL), probed.of(turn, Kind.PROBE)
+        if not places or not calls or places[0] > calls[0]:
+            return None
+        same = self.whole.text.startswith(probed.text[: places[0]])
+        return places[0] if same else None
+
+    def _end(self, turn: int) -> int | None:
+        """Return where a turn's closing ends: a token that ends turns, else what follows alone."""
+        marks = self.whole.of(turn)
+        if not marks:
+            return None
+        text, last = self.whole.text, marks[-1]
+        later = [
+            at for number, at in self.whole.places.items() if self.chat.marks[number].turn > turn
+        ]
+        limit = min(later, default=len(text))
+        if limit < last:
+            return None
+        closed = [
+            at + len(eos) for eos in self.eos_texts if (at := text.find(eos, last, limit)) >= 0
+        ]
+        if closed:
+            return behind_newlines(text, min(closed))
+        if turn == len(self.chat.messages) - 1:
+            return len(text)
+        alone = self.render(self.chat.messages[: turn + 1], False)
+        through = None if alone is None else self.chat.placed(alone)
+        if through is not None and through.of(turn):
+            tail = through.text[through.of(turn)[-1] :]
+            if text.startswith(tail, last) and last + len(tail) <= limit:
+                return last + len(tail)
+        return last if self.whole.of(turn, Kind.END)[-1:] == [last] else None
+
+
+def behind_newlines(text: str, end: int) -> int:
+    """Return the end of the newlines that stand at ``end``."""
+    match = _NEWLINES.match(text, end)
+    return match.end() if match else end
