@@ -74,12 +74,13 @@ def read_conversation(row: RawRow, value: Mapping[str, Any]) -> Conversation:
         SlimError: Turns, calls, tools or weights that cannot be read.
     """
     context = 0  # turns that are not learned, whatever they are
-    if is_prompt_list(value):
+    turns = value.get("messages", value.get("conversations"))
+    if turns is None and is_prompt_list(value):
         prompt = _turn_list(value["prompt"], "user")
         context = len(prompt)
         turns = [*prompt, *_turn_list(value["completion"], "assistant")]
-    else:
-        turns = value.get("messages", value.get("conversations"))
+    if isinstance(turns, str) and turns.lstrip().startswith("["):
+        turns = _parsed(row, turns, "the list of turns")
     if not isinstance(turns, list):
         raise SlimError(f"{row.place}: the turns are {type(turns).__name__}, expected a list")
     padded = not _TEXT_FILES.search(row.where)
@@ -222,22 +223,27 @@ class _Reader:
         return float(weight), asked
 
 
+def _parsed(row: RawRow, given: Any, what: str) -> Any:
+    """Return what a string says in JSON; anything else as it is."""
+    if not isinstance(given, str):
+        return given
+    try:
+        return json.loads(given)
+    except (ValueError, RecursionError) as error:
+        raise SlimError(
+            f"{row.place}: {what}: {given[:40]!r}, expected JSON",
+            "mend the row, or drop the column",
+        ) from error
+
+
 def _tools(row: RawRow, given: Any, padded: bool) -> list[dict[str, Any]]:
     """Return tool schemas as OpenAI's list of ``{type, function}``."""
     hint = "expected a list of schemas {type: function, function: {name, parameters}}"
 
-    def parsed(text: Any) -> Any:
-        if not isinstance(text, str):
-            return text
-        try:
-            return json.loads(text) if text.strip() else []
-        except (ValueError, RecursionError) as error:
-            raise SlimError(f"{row.place}: tools is no JSON: {text[:40]!r}", hint) from error
-
-    whole = parsed(given)
+    whole = (_parsed(row, given, "tools") if given else None) or []
     tools = []
-    for each in whole if isinstance(whole, list) else [] if whole is None else [whole]:
-        tool = parsed(each)
+    for each in whole if isinstance(whole, list) else [whole]:
+        tool = _parsed(row, each, "a tool")
         if not isinstance(tool, dict):
             raise SlimError(f"{row.place}: a tool is {str(tool)[:40]!r}", hint)
         if not isinstance(given, str) and not isinstance(each, str):
@@ -254,9 +260,10 @@ def _declared(tools: list[dict[str, Any]]) -> dict[str, set[str]]:
     for tool in tools:
         function = tool.get("function")
         parameters = function.get("parameters") if isinstance(function, dict) else None
-        if isinstance(function, dict) and isinstance(parameters, dict):
+        if isinstance(parameters, dict):
             properties = parameters.get("properties")
-            declared[function.get("name")] = set(properties if isinstance(properties, dict) else ())
+            names = set(properties) if isinstance(properties, dict) else set()
+            declared[str(function.get("name"))] = names
     return declared
 
 

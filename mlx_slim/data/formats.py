@@ -143,7 +143,9 @@ def read_example(
     fields |= {"prompt": prompt, "completion": answer, "system": system or ""}
     if kind == "alpaca" and (earlier := _history(row, value)):
         turns = _turns(system, prompt, answer)
-        return Example("chat", [*turns[:-2], *earlier, *turns[-2:]], fields)
+        messages = [*turns[:-2], *earlier, *turns[-2:]]
+        weights = None if learn == "all" else [0.0] * (len(messages) - 1) + [1.0]
+        return Example("chat", messages, fields, weights=weights)
     return Example(kind, _turns(system, prompt, answer), fields)
 
 

@@ -9,8 +9,11 @@ import pytest
 
 from mlx_slim.data.formats import Example
 from mlx_slim.data.templates import load_template
-from tests.data.conftest import load_bytes
-from tests.support.chat_templates import PIECES, TEMPLATES
+from mlx_slim.data.tokenize import Encoder
+from mlx_slim.errors import SlimError
+from tests.data.conftest import learned, load_bytes
+from tests.support.chat_templates import EOT, PIECES, TEMPLATES, TOOLS
+from tests.support.tiny import CHATML
 
 WORDS = ["AI", "Yes", "You help.", "Hi", "I am a bot: assistant", "<b>x</b>", "a\n\nb", "4", "日本",
          "assistant\n", "user", "<|im_start|>assistant\n", " spaced ", "{{ x }}", "."]  # fmt: skip
@@ -59,23 +62,213 @@ def conversation(rng: random.Random, name: str) -> list[dict[str, Any]]:
     return messages
 
 
-def spans_of(pieces: list[tuple[str, int | None]]) -> tuple[str, list[tuple[str, float]]]:
-    text, spans = "", []
-    for piece, turn in pieces:
-        if turn is not None:
-            spans.append((len(text), len(text) + len(piece)))
-        text += piece
-    return text, spans
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_ids_and_weights_are_those_of_a_plain_reference(tokenizers, name):
+    """The reference tokenizes piece by piece, which bytes allow, and never renders a template."""
+    tokenizer = tokenizers[name]
+    template, encoder = load_template("model", tokenizer), Encoder(tokenizer, mask_prompt=True)
+    for seed in range(100):
+        rng = random.Random(seed)
+        messages = conversation(rng, name)
+        weights = [
+            rng.choice([0.0, 0.5, 1.0, 1.0]) if m["role"] == "assistant" else 0.0 for m in messages
+        ]
+        ids, expected = [], []
+        for piece, turn in PIECES[name](messages):
+            own = tokenizer(piece, add_special_tokens=False).input_ids
+            ids += own
+            expected += [0.0 if turn is None else weights[turn]] * len(own)
+        rendered = template.render(Example("chat", messages, weights=weights))
+        (tokens,) = encoder.encode([rendered])
+        assert tokenizer.decode(tokens.ids_T) == tokenizer.decode(ids), (seed, messages)
+        assert tokens.ids_T.tolist() == ids
+        found = tokens.supervised_T if tokens.weights_T is None else tokens.weights_T
+        assert found.tolist() == expected, (seed, messages, tokenizer.decode(ids))
+        assert tokens.supervised_T.tolist() == [weight > 0 for weight in expected]
+        text = "".join(
+            p for p, turn in PIECES[name](messages) if turn is not None and weights[turn]
+        )
+        assert tokenizer.decode(tokens.ids_T[tokens.supervised_T]) == text
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_spans_are_those_of_a_plain_reference(tokenizers, name):
+def test_every_span_but_those_of_weight_0_without_masking(tokenizers, name):
+    messages = [
+        *({"role": "user", "content": "a"}, {"role": "assistant", "content": "wrong"}),
+        *({"role": "user", "content": "b"}, {"role": "assistant", "content": "right"}),
+    ]
     template = load_template("model", tokenizers[name])
-    for seed in range(120):
-        messages = conversation(random.Random(seed), name)
-        rendered = template.render(Example("chat", messages))
-        text, spans = spans_of(PIECES[name](messages))
-        assert rendered.text == text, (seed, messages)
-        found = [text[a:b] for a, b in rendered.spans]
-        assert found == [text[a:b] for a, b in spans], (seed, messages)
-        assert rendered.spans == spans, (seed, messages)
+    rendered = template.render(Example("chat", messages, weights=[0, 0, 0, 1]))
+    (tokens,) = Encoder(tokenizers[name], mask_prompt=False).encode([rendered])
+    text = tokenizers[name].decode(tokens.ids_T)
+    left = tokenizers[name].decode(tokens.ids_T[1:][~tokens.supervised_T[1:]])
+    assert left.strip().removesuffix(EOT).strip() == "wrong", text
+    assert tokens.weights_T is None
+
+
+# ------------------------------------------------------------------------------- tools
+
+
+def row(*turns: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"messages": list(turns), **more}
+
+
+USER = {"role": "user", "content": "Look."}
+CALL = {"role": "assistant", "content": "", "tool_calls": [
+    {"type": "function", "function": {"name": "look", "arguments": {"at": "Köln", "n": None}}}
+]}  # fmt: skip
+DONE = {"role": "assistant", "content": "Dry."}
+GIVEN = {"tools": [{"type": "function", "function": {"name": "look", "parameters": {"x": 1}}}]}
+CALLED = '<tool_call>\n{"name": "look", "arguments": {"at": "Köln"}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("printed", "expected"),
+    [
+        ("{{ f.arguments | tojson }}", '{"at": "Köln", "n": null}'),
+        ("{% for k, v in f.arguments.items() %}{{ k }}={{ v }};{% endfor %}", "at=Köln;n=None;"),
+        ("{{ f.arguments }}", '{"at": "Köln", "n": null}'),  # made for text: no Python in it
+        ("{{ 'json: ' + f.arguments }}", 'json: {"at": "Köln", "n": null}'),
+        (
+            "{% if f.arguments is string %}{{ f.arguments }}{% else %}{{ f.arguments | tojson }}"
+            "{% endif %}",
+            '{"at": "Köln", "n": null}',
+        ),
+    ],
+)
+def test_arguments_are_what_the_template_wants(make, tmp_path, printed, expected):
+    template = CHATML.replace(
+        "<|im_end|>",
+        "{% for call in message.tool_calls %}{% set f = call.function %}<call>{{ f.name }} "
+        + printed
+        + "</call>{% endfor %}<|im_end|>",
+    )
+    tokenizer = load_bytes(tmp_path / "t", chat_template=template)
+    _, answers = learned(make([row(USER, CALL)], tokenizer=tokenizer), tokenizer)
+    assert answers == f"<call>look {expected}</call>{EOT}\n"
+
+
+def test_several_named_templates(make, tmp_path):
+    named = {"default": CHATML, "tool_use": TOOLS, "rag": "{{ raise_exception('no') }}"}
+    tokenizer = load_bytes(tmp_path / "t")
+    tokenizer.chat_template = named
+    prepared = make([row(USER, DONE), row(USER, CALL, **GIVEN), row(USER, CALL)],
+                    tokenizer=tokenizer)  # fmt: skip
+    assert "You help." not in learned(prepared, tokenizer, 0)[0]
+    assert '"parameters": {"x": 1}' in learned(prepared, tokenizer, 1)[0]
+    assert "<tool_call>" in learned(prepared, tokenizer, 2)[1]
+    assert prepared.ledger["template"] == "model (default, tool_use)"
+    tokenizer.chat_template = {"default": CHATML, "rag": CHATML}
+    with pytest.raises(SlimError, match=r"rows.jsonl, line 2: turn 2: .* tool 'look'"):
+        make([row(USER, DONE), row(USER, CALL, **GIVEN)], tokenizer=tokenizer)
+    tokenizer.chat_template = {"rag": CHATML, "tool_use": TOOLS}
+    with pytest.raises(SlimError, match=r"several chat templates \(rag, tool_use\), none"):
+        make([row(USER, DONE)], tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("setting", ["model", "chatml", "alpaca", "plain"])
+@pytest.mark.parametrize("content", ["", "I look."])
+def test_a_template_that_drops_calls_is_refused(make, setting, content):
+    """A plain ChatML template ignores ``tool_calls``: the answer would be empty, or half of it."""
+    turns = row(USER, {**CALL, "content": content}, {"role": "tool", "content": "dry"}, DONE)
+    with pytest.raises(SlimError, match=r"rows.jsonl, line 1: turn 2: .*leaves out") as error:
+        make([turns], template=setting)
+    assert "'look'" in error.value.message
+    assert "tool calls" in error.value.hint
+
+
+def test_one_call_of_several_that_is_dropped_is_refused(make, tmp_path):
+    first = TOOLS.replace(" in message.tool_calls %}", " in message.tool_calls[:1] %}")
+    assert first != TOOLS
+    tokenizer = load_bytes(tmp_path / "t", chat_template=first)
+    other = {"type": "function", "function": {"name": "listen", "arguments": {}}}
+    two = {**CALL, "tool_calls": [*CALL["tool_calls"], other]}
+    with pytest.raises(SlimError, match=r"turn 2: .*'listen'"):
+        make([row(USER, two)], tokenizer=tokenizer)
+
+
+def test_jinja_file_over_fields_refuses_calls(make, tmp_path):
+    path = tmp_path / "t.jinja"
+    path.write_text("{{ prompt }}: {{ completion }}")
+    with pytest.raises(SlimError, match=r"line 1: turn 2: .*'look'"):
+        make([row(USER, CALL)], template=str(path))
+
+
+def test_what_a_template_leaves_out_is_counted(make, tmp_path):
+    rows = [row(USER, DONE, **GIVEN), row(USER, DONE)]
+    said = "tools that the template leaves out"
+    noted = {said: {"count": 1, "first": ["rows.jsonl, line 1"]}}
+    for setting in ("model", "chatml", "plain"):
+        assert make(rows, template=setting).ledger["sources"][0]["rows_noted"] == noted
+    mute = "{% for m in messages if m.role != 'system' %}{{ m.content }}<|im_end|>{% endfor %}"
+    tokenizer = load_bytes(tmp_path / "t", chat_template=mute)
+    system = {"role": "system", "content": "Be kind."}
+    record = make([row(system, USER, DONE)], tokenizer=tokenizer).ledger["sources"][0]
+    assert list(record["rows_noted"]) == ["system messages that the template leaves out"]
+    assert record["rows_used"] == 1
+
+
+# ------------------------------------------------------------------------------- the rest
+
+
+def test_an_answer_that_does_not_come_out_is_refused(make, tmp_path):
+    last = "{% for m in messages %}{% if not loop.first %}{{ messages[0].content }}{% endif %}"
+    tokenizer = load_bytes(tmp_path / "t", chat_template=last + f"{EOT}{{% endfor %}}")
+    with pytest.raises(SlimError, match="line 1: turn 2: the chat template leaves out the answer"):
+        make([row(USER, DONE)], tokenizer=tokenizer)
+
+
+def test_a_prompt_that_always_stands_at_the_end_is_not_learned(make, tmp_path):
+    always = CHATML.replace("{% if add_generation_prompt %}", "{% if true %}")
+    tokenizer = load_bytes(tmp_path / "t", chat_template=always)
+    text, answers = learned(make([row(USER, DONE)], tokenizer=tokenizer), tokenizer)
+    assert answers == f"Dry.{EOT}\n"
+    assert text.endswith(answers)
+
+
+def test_a_system_message_in_the_first_answer_is_not_learned(make, tmp_path):
+    tokenizer = load_bytes(tmp_path / "t", chat_template=TEMPLATES["renamed"])
+    system = {"role": "system", "content": "Say AI."}
+    turns = row(system, {"role": "assistant", "content": "AI"}, USER, DONE)
+    text, answers = learned(make([turns], tokenizer=tokenizer), tokenizer)
+    assert "model\nSay AI.\n\nAI" in text
+    assert answers == f"AI{EOT}\nDry.{EOT}\n"
+
+
+def test_weights_by_generation_marks(make, tmp_path):
+    """Marks that leave out an answer: it is not learned, and that is counted."""
+    some = TEMPLATES["marked"].replace("== 'assistant' %}", "== 'assistant' and loop.last %}", 1)
+    turns = [USER, {**DONE, "content": "Wet."}, USER, {**DONE, "weight": 0.5}]
+    tokenizer = load_bytes(tmp_path / "t", chat_template=some)
+    prepared = make([row(*turns)], tokenizer=tokenizer)
+    assert learned(prepared, tokenizer)[1] == f"Dry.{EOT}\n"
+    weights = prepared.train.weights(0)
+    assert weights is not None
+    assert set(weights.tolist()) == {0.0, 0.5}
+    assert any("without generation marks" in n for n in prepared.ledger["sources"][0]["rows_noted"])
+
+
+def test_answers_that_marks_would_change(make, tmp_path):
+    """A template that counts characters: prompt and end are prefixes, so spans are certain."""
+    counts = CHATML.replace("\n{{ message['content'] }}", "\n{{ message['content'] }}"
+                            "({{ message['content'] | length }})")  # fmt: skip
+    tokenizer = load_bytes(tmp_path / "t", chat_template=counts)
+    turns = [USER, DONE, USER, {**DONE, "content": "Look."}]
+    _, answers = learned(make([row(*turns)], tokenizer=tokenizer), tokenizer)
+    assert answers == f"Dry.(4){EOT}\nLook.(5){EOT}\n"
+
+
+def test_two_answers_in_a_row_and_empty_turns(make, tokens):
+    turns = [{"role": "user", "content": ""}, DONE, {**DONE, "content": "Wet."},
+             {"role": "user", "content": " "}, DONE]  # fmt: skip
+    _, answers = learned(make([row(*turns)]), tokens)
+    assert answers == f"Dry.{EOT}\nWet.{EOT}\nDry.{EOT}\n"
+
+
+def test_alpaca_template_where_the_assistant_begins(make, base_tokens):
+    system = {"role": "system", "content": "Be kind."}
+    text, answers = learned(
+        make([row(system, DONE, USER, DONE)], tokenizer=base_tokens, template="alpaca"), base_tokens
+    )
+    assert "Be kind." in text
+    assert answers == "Dry.<|endoftext|>Dry.<|endoftext|>"
