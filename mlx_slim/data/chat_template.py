@@ -97,6 +97,7 @@ class ChatTemplate:
 
     def __init__(self, render: Render, source: str, eos_texts: list[str]) -> None:
         self._render, self._tags = render, tags_of(source)
+        self._nones = source.count("None")
         self._eos_texts = eos_texts
 
     def __call__(self, example: Example) -> Rendered:
@@ -145,20 +146,25 @@ class ChatTemplate:
             return None
 
     def _chat(self, messages: Messages, extras: dict[str, Any]) -> _Chat:
-        """Render with tool arguments as objects, or as JSON text where the template needs that."""
-        as_text = _arguments_as_text(messages)
-        try:
-            text, generated = self._text(messages, extras)
-        except SlimError:
-            if as_text is None or self._tried(as_text, extras, False) is None:
-                raise
-        else:
-            if as_text is None or not _prints_python(messages, text):
-                return _Chat(messages, extras, text, generated)
-        return _Chat(as_text, extras, *self._text(as_text, extras))
+        """Render in the first form that the template understands: see ``_forms``."""
+        tried = []
+        for form in _forms(messages):
+            chat = self._in_form(form, extras)
+            if isinstance(chat, _Chat):
+                return chat
+            tried.append(chat)
+        raise tried[0]
 
-    def _left_out(self, chat: _Chat) -> list[str]:
-        """Refuse tool calls that do not come out; return what else does not."""
+    def _in_form(self, form: Messages, extras: dict[str, Any]) -> _Chat | SlimError:
+        try:
+            chat = _Chat(form, extras, *self._text(form, extras))
+            self._check_calls(chat)
+        except SlimError as error:
+            return error
+        return chat
+
+    def _check_calls(self, chat: _Chat) -> None:
+        """Refuse tool calls that do not come out, or not as JSON."""
         for turn, message in enumerate(chat.messages):
             for call in message.get("tool_calls", ()):
                 calls = [other for other in message["tool_calls"] if other is not call]
@@ -167,6 +173,19 @@ class ChatTemplate:
                 without = [*chat.messages[:turn], less, *chat.messages[turn + 1 :]]
                 if self._tried(without, chat.extras, False) == chat.text:
                     raise _calls_refused(turn, call, "the chat template")
+        contents = "".join(message["content"] or "" for message in chat.messages)
+        printed = [repr(f["arguments"]) for f in _functions(chat.messages) if f.get("arguments")]
+        silent = any(message["content"] is None for message in chat.messages)
+        if any(text in chat.text and text not in contents for text in printed) or (
+            silent and chat.text.count("None") > contents.count("None") + self._nones
+        ):
+            raise SlimError(
+                "the chat template writes tool calls as Python, not as JSON",
+                "use a template that writes them with | tojson",
+            )
+
+    def _left_out(self, chat: _Chat) -> list[str]:
+        """Return whether tools do not come out."""
         if not chat.extras.get("tools"):
             return []
         rest = {key: value for key, value in chat.extras.items() if key != "tools"}
@@ -258,7 +277,11 @@ def _missing(messages: Messages, borders: Borders) -> list[str]:
     notes = []
     for turn, message in enumerate(messages):
         if message["role"] == "assistant":
-            if message["content"].strip() and not borders.comes_out(turn):
+            if not (message["content"] or "").strip() or borders.text_comes_out(turn):
+                continue
+            if message.get("tool_calls"):
+                notes.append("text beside tool calls that the template leaves out")
+            elif not borders.comes_out(turn):
                 raise SlimError(
                     f"turn {turn + 1}: the chat template leaves out the answer",
                     "mend the row, or choose another data.template",
@@ -277,26 +300,26 @@ def _functions(messages: Messages) -> Iterator[dict[str, Any]]:
             yield call["function"]
 
 
-def _arguments_as_text(messages: Messages) -> Messages | None:
-    """Return the conversation with tool arguments as JSON text, None if it has none."""
-    if not any(isinstance(f.get("arguments"), dict) for f in _functions(messages)):
-        return None
-    text = [dict(message) for message in messages]
-    for message in text:
-        if "tool_calls" in message:
-            message["tool_calls"] = [
-                {**call, "function": _as_text(call["function"])} for call in message["tool_calls"]
-            ]
-    return text
+def _forms(messages: Messages) -> Iterator[Messages]:
+    """Yield a conversation in the forms that templates ask for tool calls in, the commonest first.
+
+    Arguments are an object, or JSON text for templates that print them as they are; the text of a
+    turn that only calls is empty, or null for templates that look for that.
+    """
+    if not any("tool_calls" in message for message in messages):
+        yield messages
+        return
+    for silent in ("", None):
+        for dump in (False, True):
+            form = [dict(message) for message in messages]
+            for message in form:
+                if "tool_calls" in message:
+                    calls = message["tool_calls"]
+                    message["content"] = message["content"] or silent
+                    message["tool_calls"] = [_dumped(call) for call in calls] if dump else calls
+            yield form
 
 
-def _as_text(function: dict[str, Any]) -> dict[str, Any]:
-    arguments = json.dumps(function.get("arguments"), ensure_ascii=False)
-    return {**function, "arguments": arguments}
-
-
-def _prints_python(messages: Messages, text: str) -> bool:
-    """Return whether the template printed arguments as they are, which is Python and no JSON."""
-    printed = [repr(f["arguments"]) for f in _functions(messages) if f.get("arguments")]
-    contents = [message["content"] for message in messages]
-    return any(p in text and not any(p in content for content in contents) for p in printed)
+def _dumped(call: dict[str, Any]) -> dict[str, Any]:
+    arguments = json.dumps(call["function"].get("arguments"), ensure_ascii=False)
+    return {**call, "function": {**call["function"], "arguments": arguments}}

@@ -133,7 +133,7 @@ class SourceLedger:
 def notes(ledger: dict[str, Any]) -> list[str]:
     """Return one line for each thing that rows have and that is left out, of a whole ledger."""
     return [
-        f"{entry['count']:,} rows of {source['path']} have {what} (first: {entry['first'][0]})"
+        f"{source['path']}: rows with {what}: {entry['count']:,} (first: {entry['first'][0]})"
         for source in ledger["sources"]
         for what, entry in source.get("rows_noted", {}).items()
     ]

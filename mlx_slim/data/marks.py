@@ -24,7 +24,7 @@ Messages = list[dict[str, Any]]
 
 _FIRST, _LAST = 0xF0000, 0xFFFFD  # a plane of private use
 MARKS = re.compile(f"[{chr(_FIRST)}-{chr(_LAST)}]")
-_TAG = re.compile(r"</?[A-Za-z][\w:.-]*>|<\|/?[\w:.-]+\|>|\[/?[A-Z][A-Z_]*\]|◁/?\w+▷")
+TAG = re.compile(r"<\|?/?[\w｜][\w:.｜▁-]*\|?>|\[/?[A-Z][A-Z_]*\]|◁/?\w+▷")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -45,7 +45,7 @@ class Edges(NamedTuple):
 
 def ways(messages: Messages) -> Iterator[tuple[Depth, Edges]]:
     """Yield the ways to mark a conversation, the most telling ones first."""
-    answers = [m["content"] for m in messages if m["role"] == "assistant"]
+    answers = [m["content"] or "" for m in messages if m["role"] == "assistant"]
     leading = [True, False] if any(text != text.lstrip() for text in answers) else [True]
     trailing = [True, False] if any(text != text.rstrip() for text in answers) else [True]
     for depth in Depth:
@@ -95,7 +95,9 @@ class MarkedChat:
     def _message(self, turn: int, message: dict[str, Any]) -> dict[str, Any]:
         if message["role"] != "assistant":
             return self._anchored(turn, message) if self._depth is Depth.ALL else message
-        marked = {**message, "content": self._answer(turn, message["content"], self._edges)}
+        marked = {**message}
+        if message["content"]:
+            marked["content"] = self._answer(turn, message["content"], self._edges)
         if self._depth is Depth.CONTENTS:
             return marked
         for name in _THOUGHTS:
@@ -108,7 +110,7 @@ class MarkedChat:
     def _anchored(self, turn: int, message: dict[str, Any]) -> dict[str, Any]:
         text = message["content"]
         core = text.strip()
-        tags = [m.span() for m in _TAG.finditer(core) if m.group() in self._tags]
+        tags = [m.span() for m in TAG.finditer(core) if m.group() in self._tags]
         last = len(core) - (1 if tags and tags[-1][1] == len(core) else 0)
         inside = {at for start, end in tags for at in range(start + 1, end)}
         places = [at for at in range(1, last + 1) if at not in inside]
@@ -128,7 +130,7 @@ class MarkedChat:
         if edges.trailing:
             core += text[text.index(core) + len(core) :]
         start = text.index(core)
-        tags = [m for m in _TAG.finditer(core) if m.group() in self._tags]
+        tags = [m for m in TAG.finditer(core) if m.group() in self._tags]
         bare = self._depth is Depth.CONTENTS and bool(tags) and tags[0].start() == 0
         marked, at = text[:start] + ("" if bare else self._new(turn, Kind.BEGIN)), 0
         for tag in tags:
@@ -170,12 +172,15 @@ class MarkedChat:
         return [{**m, "content": mark} if i == turn else m for i, m in enumerate(self.messages)]
 
     def placed(self, output: str) -> Placement | None:
-        """Return where the marks stand in an output; None if one stands there twice."""
+        """Return where the marks stand in an output; None if one of a text stands there twice."""
         places: dict[int, int] = {}
         for number, at in _found(output):
-            if number >= len(self.marks) or number in places:
+            if number >= len(self.marks):
                 return None
-            places[number] = at
+            if number not in places:
+                places[number] = at
+            elif self.marks[number].kind is not Kind.CALL:  # a result may name its tool
+                return None
         return Placement(MARKS.sub("", output), places, self.marks)
 
 
@@ -210,4 +215,4 @@ class Placement:
 
 def tags_of(source: str) -> frozenset[str]:
     """Return the tags that a template mentions."""
-    return frozenset(_TAG.findall(source))
+    return frozenset(TAG.findall(source))

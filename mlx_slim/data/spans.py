@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mlx_slim.data.marks import Kind, MarkedChat, Messages, Placement
+from mlx_slim.data.marks import TAG, Kind, MarkedChat, Messages, Placement
 from mlx_slim.errors import SlimError
 
 _NEWLINES = re.compile(r"\n*")
@@ -67,21 +67,35 @@ class Borders:
         """Return whether any mark of a turn stands in the text."""
         return bool(self.whole.of(turn))
 
+    def text_comes_out(self, turn: int) -> bool:
+        """Return whether any text of an answer stands in the text, besides its calls."""
+        return bool(self.whole.of(turn, Kind.BEGIN, Kind.END))
+
+    def _asked(self, turn: int, prompt: bool) -> tuple[int, str] | None:
+        """Return what the messages before a turn render, from the last mark that the whole has.
+
+        That is the mark's place in the whole text, and what follows it in the rendering.
+        """
+        asked = self.render(self.chat.messages[:turn], prompt) if turn else None
+        placed = None if asked is None else self.chat.placed(asked)
+        if placed is None:
+            return None
+        known = [number for number in placed.places if number in self.whole.places]
+        if not known:
+            return 0, placed.text
+        last = max(known, key=placed.places.__getitem__)
+        return self.whole.places[last], placed.text[placed.places[last] :]
+
     def _taken_over(self, turn: int) -> int | None:
         """Return where the prompt for a turn ends in the whole text, None if it is not in it."""
-        asked = self.render(self.chat.messages[:turn], True) if turn else None
-        prompt = None if asked is None else self.chat.placed(asked)
-        marks, places, own = self.chat.marks, self.whole.places.items(), self.whole.of(turn)
-        if prompt is None or not own:
+        asked, own = self._asked(turn, True), self.whole.of(turn)
+        if asked is None or not own or not self.whole.text.startswith(asked[1], asked[0]):
             return None
-        known = [number for number in prompt.places if number in self.whole.places]
-        last = max(known, key=prompt.places.__getitem__, default=None)
-        here, there = (0, 0) if last is None else (prompt.places[last], self.whole.places[last])
-        rest = prompt.text[here:]
-        start = there + len(rest)
-        if any(start <= at < own[-1] for number, at in places if marks[number].turn != turn):
-            return None  # such as a system message that stands in this turn
-        return start if self.whole.text.startswith(rest, there) else None
+        start = asked[0] + len(asked[1])
+        for number, at in self.whole.places.items():
+            if start <= at < own[-1] and self.chat.marks[number].turn != turn:
+                return None  # such as a system message that stands in this turn
+        return start
 
     def _own_text(self, turn: int) -> int | None:
         """Return where a turn's text begins; for calls alone, where a text would stand."""
@@ -94,10 +108,28 @@ class Borders:
         if probed is None:
             return None
         calls, places = probed.of(turn, Kind.CALL), probed.of(turn, Kind.PROBE)
-        if not places or not calls or places[0] > calls[0]:
+        if not places:
+            return self._where_prompt_differs(turn)
+        if not calls or places[0] > calls[0]:
             return None
         same = self.whole.text.startswith(probed.text[: places[0]])
         return places[0] if same else None
+
+    def _where_prompt_differs(self, turn: int) -> int | None:
+        """Return where a turn and the prompt for it part, at a tag of either, behind its head."""
+        asked, bare = self._asked(turn, True), self._asked(turn, False)
+        if asked is None or bare is None or asked[0] != bare[0]:
+            return None
+        at, rest = asked
+        here = self.whole.text[at:]
+        apart = (i for i, (a, b) in enumerate(zip(rest, here, strict=False)) if a != b)
+        same = next(apart, min(len(rest), len(here)))
+        for text in (rest, here):
+            cut = [m.start() for m in TAG.finditer(text) if m.start() < same < m.end()]
+            same = min([same, *cut])
+        own = self.whole.of(turn)
+        sure = rest.startswith(bare[1]) and len(bare[1]) < same and own and at + same < own[0]
+        return at + same if sure else None
 
     def _end(self, turn: int) -> int | None:
         """Return where a turn's closing ends: a token that ends turns, else what follows alone."""
