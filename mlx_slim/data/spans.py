@@ -108,12 +108,10 @@ class Borders:
         if probed is None:
             return None
         calls, places = probed.of(turn, Kind.CALL), probed.of(turn, Kind.PROBE)
-        if not places:
-            return self._where_prompt_differs(turn)
-        if not calls or places[0] > calls[0]:
-            return None
-        same = self.whole.text.startswith(probed.text[: places[0]])
-        return places[0] if same else None
+        if places and calls and places[0] <= calls[0]:
+            same = self.whole.text.startswith(probed.text[: places[0]])
+            return places[0] if same else None
+        return self._where_prompt_differs(turn)
 
     def _where_prompt_differs(self, turn: int) -> int | None:
         """Return where a turn and the prompt for it part, at a tag of either, behind its head."""

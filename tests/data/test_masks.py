@@ -166,6 +166,41 @@ def test_several_named_templates(make, tmp_path):
         make([row(USER, DONE)], tokenizer=tokenizer)
 
 
+def test_a_template_that_asks_for_no_text_beside_calls(make, tmp_path):
+    """Some look for a null text, where the call is written; an empty one would be the answer."""
+    silent = CHATML.replace(
+        "{{ message['content'] }}<|im_end|>",
+        "{% if message.content is none %}{% for call in message.tool_calls %}"
+        "<call>{{ call.function.name }}</call>{% endfor %}{% else %}{{ message.content }}"
+        "{% endif %}<|im_end|>",
+    )
+    assert silent != CHATML
+    tokenizer = load_bytes(tmp_path / "t", chat_template=silent)
+    turns = row(USER, CALL, {"role": "tool", "content": "dry"}, DONE)
+    _, answers = learned(make([turns], tokenizer=tokenizer), tokenizer)
+    assert answers == f"<call>look</call>{EOT}\nDry.{EOT}\n"
+    with pytest.raises(SlimError, match=r"turn 2: .*'look'"):
+        make([row(USER, {**CALL, "content": "I look."})], tokenizer=tokenizer)
+
+
+def test_a_call_in_python_is_refused(make, tmp_path):
+    template = "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls %}"
+    template += (
+        "{{ c.function.arguments.items() }}{{ c.function.arguments }}{% endfor %}{% endfor %}"
+    )
+    tokenizer = load_bytes(tmp_path / "t", chat_template=template)
+    with pytest.raises(SlimError, match=r"line 1: .* as Python, not as JSON"):
+        make([row(USER, CALL)], tokenizer=tokenizer)
+
+
+def test_text_beside_calls_that_is_left_out_is_counted(make, tmp_path):
+    tokenizer = load_bytes(tmp_path / "t", chat_template=TEMPLATES["actions"])
+    prepared = make([row(USER, {**CALL, "content": "I look."})], tokenizer=tokenizer)
+    assert learned(prepared, tokenizer)[1] == f'<|act|>look({{"at": "Köln", "n": null}}){EOT}'
+    noted = prepared.ledger["sources"][0]["rows_noted"]
+    assert list(noted) == ["text beside tool calls that the template leaves out"]
+
+
 @pytest.mark.parametrize("setting", ["model", "chatml", "alpaca", "plain"])
 @pytest.mark.parametrize("content", ["", "I look."])
 def test_a_template_that_drops_calls_is_refused(make, setting, content):

@@ -112,6 +112,17 @@ RENAMED = (
     "{{ message.content | trim }}" + EOT + "\n{% endfor %}"
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
+# Calls stand in place of a text, the prompt opens a thought, results name the tool once more.
+ACTIONS = (
+    "{% set ns = namespace(name='') %}{% for message in messages %}"
+    "{% if message.role == 'tool' %}<|result|>{{ ns.name }}: {{ message.content }}<|/result|>"
+    "{% elif message.tool_calls %}<|bot|>{% for call in message.tool_calls %}"
+    "{% set ns.name = call.function.name %}"
+    "<|act|>{{ ns.name }}({{ call.function.arguments | tojson }}){% endfor %}" + EOT +
+    "{% else %}<|{{ 'bot' if message.role == 'assistant' else message.role }}|>"
+    "{{ message.content }}" + EOT + "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|bot|><|think|>{% endif %}"
+)  # fmt: skip
 # No token ends a turn but the last.
 SCRIPT = (
     "{% for message in messages %}{{ message.role | upper }}: {{ message.content }}\n{% endfor %}"
@@ -247,6 +258,22 @@ def _renamed(messages: Messages) -> Pieces:
     return pieces
 
 
+def _actions(messages: Messages) -> Pieces:
+    pieces: Pieces = []
+    for i, m in enumerate(messages):
+        if m["role"] == "tool":
+            pieces.append((f"<|result|>look: {m['content']}<|/result|>", None))
+        elif m["role"] == "assistant":
+            calls = "".join(
+                f"<|act|>look({json.dumps(call['function']['arguments'], ensure_ascii=False)})"
+                for call in m.get("tool_calls", ())
+            )
+            pieces += [("<|bot|>", None), ((calls or m["content"]) + EOT, i)]
+        else:
+            pieces.append((f"<|{m['role']}|>{m['content']}{EOT}", None))
+    return pieces
+
+
 def _script(messages: Messages) -> Pieces:
     pieces: Pieces = []
     for i, m in enumerate(messages):
@@ -262,11 +289,11 @@ def _script(messages: Messages) -> Pieces:
 TEMPLATES = {
     "tools": TOOLS, "thinking": THINKING, "always thinking": ALWAYS_THINKING,
     "cut thoughts": CUT_THOUGHTS, "folded": FOLDED, "headers": HEADERS, "renamed": RENAMED,
-    "script": SCRIPT, "marked": MARKED,
+    "script": SCRIPT, "marked": MARKED, "actions": ACTIONS,
 }  # fmt: skip
 PIECES: dict[str, Callable[[Messages], Pieces]] = {
     "tools": _tools, "thinking": _thinking,
     "always thinking": lambda messages: _thinking(messages, opened=True),
     "cut thoughts": _cut_thoughts, "folded": _folded, "headers": _headers, "renamed": _renamed,
-    "script": _script, "marked": _chatml,
+    "script": _script, "marked": _chatml, "actions": _actions,
 }  # fmt: skip
