@@ -28,6 +28,7 @@ from typing import Any, cast
 from mlx_slim import locks, reading
 from mlx_slim.errors import ResourceError, SlimError
 from mlx_slim.reading import read_json as read_json  # what ``write_json`` wrote
+from mlx_slim.tensor_files import safetensors_header
 
 SCHEMA_VERSION = 1
 RECORD_FILE = ".mlx-slim.json"  # in a folder that one command made: which, and of what
@@ -254,7 +255,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
     """
     import mlx.core as mx
 
-    reading.safetensors_header(path)
+    safetensors_header(path)
     with reading.library_errors(f"{path} is damaged"):
         return cast(dict[str, Any], mx.load(str(path)))
 

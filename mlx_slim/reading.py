@@ -10,7 +10,6 @@ same, is one line that names file and key. Try it: ``mlx-slim generate FOLDER --
 * ``parse_json``, ``read_json``, ``read_object``: JSON, and objects that must have certain keys;
 * ``check_depth``: the same bound for values that another parser made (YAML, Parquet);
 * ``field``: one value of an object, by type and range;
-* ``safetensors_header``: where the tensors of a file lie;
 * ``library_errors``: around the call of a library.
 """
 
@@ -25,7 +24,6 @@ import re
 import reprlib
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,14 +35,6 @@ MAX_DIGITS = 64  # of an integer; transformers itself writes one of 31 (model_ma
 _AGAIN = "download or copy it again"
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # an escape that may be half a character
 _SHORT = 120
-_MAX_HEADER = 100_000_000  # bytes: the limit of the format's own reader
-_MAX_DIMENSIONS, _MAX_LENGTH = 16, 2**31 - 1  # of an MLX array
-_BITS = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
-    **dict.fromkeys(("U32", "I32", "F32"), 32),
-    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
-}
 _REQUIRED = object()
 _NAMES: dict[type, str] = {
     int: "a whole number",
@@ -297,6 +287,7 @@ def field(
     kind: type,
     default: Any = _REQUIRED,
     *,
+    of: type | None = None,
     low: float | None = None,
     high: float | None = None,
 ) -> Any:
@@ -309,6 +300,7 @@ def field(
         kind: ``int``, ``float`` (integers too; never NaN or infinite), ``str``, ``bool``, ``dict``
             or ``list``. True is no integer.
         default: What an absent value gives; without one the key is required.
+        of: Type of every value in a list or an object.
         low: Least value of a number, or least length.
         high: Largest value of a number, or largest length.
 
@@ -320,78 +312,21 @@ def field(
         return default
     if key not in values:
         raise SlimError(f"{where} has no {key!r}: expected {_NAMES[kind]}", _AGAIN)
-    fits = type(value) is kind or (kind is float and type(value) is int)
-    if fits and type(value) is float:
-        fits = math.isfinite(value)
+    fits = _is(value, kind)
+    if fits and of is not None:
+        fits = all(_is(one, of) for one in (value.values() if kind is dict else value))
     if fits and (low is not None or high is not None):
         size = value if kind in (int, float) else len(value)
         fits = (low is None or size >= low) and (high is None or size <= high)
     if not fits:
         span = "" if low is None else f" from {low:,}"
         span += "" if high is None else f" to {high:,}"
-        what = f"{_NAMES[kind]}{span}"
+        what = _NAMES[kind] + ("" if of is None else f" of {_NAMES[of]} each") + span
         raise SlimError(f"{where}: {key} is {shown(value)}, expected {what}", _AGAIN)
     return value
 
 
-# -------------------------------------------------------------------------------- safetensors
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Where a tensor lies: its safetensors dtype (``BF16``), shape, first byte and bytes."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    nbytes: int
-
-
-def safetensors_header(path: Path) -> dict[str, Stored]:
-    """Return the tensors of a safetensors file, each checked against the file's size.
-
-    Raises:
-        SlimError: If the file is truncated or is no safetensors file, or an entry of its header
-            does not fit its place.
-    """
-    with open_regular(path) as handle:
-        size = os.fstat(handle.fileno()).st_size
-        length = int.from_bytes(handle.read(8), "little")
-        where = f"{short(path)} is corrupt or no safetensors file: its header"
-        if size < 8 or length > min(_MAX_HEADER, size - 8):
-            raise SlimError(f"{where} would take {length:,} of {size:,} bytes", _AGAIN)
-        header = parse_json(handle.read(length), where, unique=True)
-    if type(header) is not dict:
-        raise SlimError(f"{where} is no object: {shown(header)}", _AGAIN)
-    header.pop("__metadata__", None)
-    start = 8 + length
-    tensors = {name: _stored(entry, name, where, start) for name, entry in header.items()}
-    end = max((one.begin + one.nbytes for one in tensors.values()), default=start)
-    if end != size:
-        raise SlimError(
-            f"{short(path)} is truncated or corrupt: {size:,} bytes, its header says {end:,}",
-            _AGAIN,
-        )
-    return tensors
-
-
-def _stored(entry: Any, name: str, where: str, start: int) -> Stored:
-    what = f"{where}, tensor {shown(name)}"
-    if type(entry) is not dict:
-        raise SlimError(f"{what} is {shown(entry)}, expected an object", _AGAIN)
-    dtype = field(entry, what, "dtype", str)
-    shape = field(entry, what, "shape", list, high=_MAX_DIMENSIONS)
-    place = field(entry, what, "data_offsets", list, low=2, high=2)
-    if not all(type(one) is int and 0 <= one <= _MAX_LENGTH for one in shape):
-        raise SlimError(f"{what}: shape is {shown(shape)}, expected whole numbers from 0", _AGAIN)
-    if not all(type(one) is int for one in place) or not 0 <= place[0] <= place[1]:
-        raise SlimError(f"{what}: data_offsets is {shown(place)}, expected begin and end", _AGAIN)
-    nbytes = place[1] - place[0]
-    bits = _BITS.get(dtype)
-    if bits is not None and math.prod(shape) * bits != 8 * nbytes:
-        raise SlimError(
-            f"{what}: {dtype} of shape {shown(shape)} in {nbytes:,} bytes, expected "
-            f"{math.prod(shape) * bits // 8:,}",
-            _AGAIN,
-        )
-    return Stored(dtype, tuple(shape), start + place[0], nbytes)
+def _is(value: Any, kind: type) -> bool:
+    if kind is float:
+        return type(value) is int or (type(value) is float and math.isfinite(value))
+    return type(value) is kind

@@ -24,6 +24,7 @@ PACKAGE = ROOT / "mlx_slim"
 FLOORS = (
     {"errors"},
     {"locks", "reading"},
+    {"tensor_files"},
     {"artifacts", "events"},
     {"claims"},
     {"blas"},

@@ -36,17 +36,19 @@ from mlx_slim.artifacts import (
     SCHEMA_VERSION,
     atomic_folder,
     hash_files,
-    read_json,
+    load_tensors,
     save_tensors,
     write_json,
 )
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError
 from mlx_slim.models.anatomy import blocks
+from mlx_slim.reading import field, read_object, short
 
 WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
 _SAMPLES = 64
+_MOST = 1 << 20  # of a rank or a number of layers
 
 
 def base_sample(model: nn.Module) -> list[float]:
@@ -177,29 +179,20 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
             f"{folder / CONFIG} does not exist",
             "give the adapters/ of a run, or a folder that mlx_lm.lora wrote",
         )
-    config = read_json(folder / CONFIG)
-    if isinstance(config, dict) and "peft_type" in config:
+    config = read_object(folder / CONFIG)
+    if "peft_type" in config:
         raise SlimError(
             f"{folder} is an adapter of PEFT", f"import it first: mlx-slim import {folder} -o DIR"
         )
-    file = folder / WEIGHTS
-    if not file.is_file():
-        raise SlimError(f"{file} does not exist", "the adapter folder is not complete")
-    try:
-        tensors = mx.load(str(file))
-        assert isinstance(tensors, dict)
-        mx.eval(tensors)
-    except Exception as error:
-        raise SlimError(
-            f"{file} is no readable safetensors file: {error}", "copy or train it again"
-        ) from error
-    return config, tensors
+    return config, load_tensors(folder / WEIGHTS)
 
 
-def _settings(config: Any, folder: Path) -> tuple[bool, int, float, float, int, list[str] | None]:
+def _settings(
+    config: dict[str, Any], folder: Path
+) -> tuple[bool, int, float, float, int, list[str] | None]:
     """Return (dora, rank, scale, dropout, num_layers, keys) of a config, ours or mlx-lm's."""
-    where = folder / CONFIG
-    if not isinstance(config, dict) or not isinstance(config.get("lora_parameters"), dict):
+    where = short(folder / CONFIG)
+    if not isinstance(config.get("lora_parameters"), dict):
         raise SlimError(
             f"{where} has no lora_parameters", "expected the adapter config of mlx-slim or mlx-lm"
         )
@@ -210,13 +203,13 @@ def _settings(config: Any, folder: Path) -> tuple[bool, int, float, float, int, 
             "full fine-tunes are whole models: load the folder that holds the model",
         )
     lora = config["lora_parameters"]
-    try:
-        rank, scale = int(lora["rank"]), float(lora["scale"])
-        dropout, num_layers = float(lora.get("dropout", 0.0)), int(config["num_layers"])
-        keys = lora.get("keys")
-        keys = None if keys is None else [str(key) for key in keys]
-    except (KeyError, TypeError, ValueError) as error:
-        raise SlimError(f"{where} cannot be used: {type(error).__name__} {error}") from error
+    rank = field(lora, where, "rank", int, low=1, high=_MOST)
+    scale = float(field(lora, where, "scale", float))
+    dropout = float(field(lora, where, "dropout", float, 0.0, low=0, high=1))
+    num_layers = field(config, where, "num_layers", int, low=-1, high=_MOST)
+    keys = field(lora, where, "keys", list, None, of=str)
+    field(config, where, "base_sample", list, None, of=float)
+    field(config, where, "model", str, None)
     return kind == "dora", rank, scale, dropout, num_layers, keys
 
 

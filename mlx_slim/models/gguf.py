@@ -17,14 +17,17 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_slim.errors import SlimError, did_you_mean
+from mlx_slim.models.bounds import MOST_WIDE
 from mlx_slim.models.build import construct
-from mlx_slim.models.gguf_file import BITS, GGUFFile, read_gguf
+from mlx_slim.models.gguf_file import BITS, GGUFFile, GGUFTensor, read_gguf
 from mlx_slim.models.gguf_tokenizer import build_tokenizer
 from mlx_slim.models.tensors import few
+from mlx_slim.reading import field, library_errors, short
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+_NONE = GGUFTensor("", (), 0, 0)
 _GATED = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -90,9 +93,17 @@ def import_gguf(path: Path) -> Imported:
         SlimError: If the file is no readable GGUF, its architecture is not one of
             ``ARCHITECTURES``, or its tensors are not exactly those of the model.
     """
+    file = read_gguf(path)
+    with library_errors(
+        f"{short(path)} cannot be imported", "convert the original Hugging Face folder instead"
+    ):
+        return _import(file)
+
+
+def _import(file: GGUFFile) -> Imported:
     from mlx_slim.models.load import fill
 
-    file = read_gguf(path)
+    path = file.path
     name = file.metadata.get("general.architecture")
     if name not in ARCHITECTURES:
         raise SlimError(
@@ -127,44 +138,46 @@ def _bits(weights: dict[str, mx.array], scales: str) -> int:
 def _config(file: GGUFFile, architecture: _Architecture, notes: list[str]) -> dict[str, Any]:
     prefix = file.metadata["general.architecture"]
 
-    def get(key: str, default: Any = None) -> Any:
-        value = file.metadata.get(f"{prefix}.{key}", default)
-        if value is None:
-            raise SlimError(f"{file.path} lacks the metadata {prefix}.{key}")
-        return value
+    where = short(file.path)
 
-    if int(file.metadata.get(f"{prefix}.expert_count", 0)):
+    def count(key: str, *default: int, high: int = MOST_WIDE) -> int:
+        return field(file.metadata, where, f"{prefix}.{key}", int, *default, low=1, high=high)
+
+    def number(key: str, *default: float) -> float:
+        return field(file.metadata, where, f"{prefix}.{key}", float, *default, low=0)
+
+    if field(file.metadata, where, f"{prefix}.expert_count", int, 0):
         raise SlimError(
             f"{file.path} is a mixture of experts, which cannot be imported from GGUF",
             "convert the original Hugging Face folder instead",
         )
-    if "token_embd.weight" not in file.tensors:
+    if len(file.tensors.get("token_embd.weight", _NONE).shape) != 2:
         raise SlimError(f"{file.path} has no tensor token_embd.weight", "it holds no whole model")
-    width, heads = int(get("embedding_length")), int(get("attention.head_count"))
-    head_dim = int(get("attention.key_length", width // heads))
-    rotated = int(get("rope.dimension_count", head_dim))
+    width, heads = count("embedding_length"), count("attention.head_count")
+    head_dim = count("attention.key_length", width // heads)
+    rotated = count("rope.dimension_count", head_dim)
     names = file.tensors.keys()
     config: dict[str, Any] = {
         "model_type": architecture.model_type,
         "architectures": [architecture.hf_class],
         "hidden_size": width,
-        "num_hidden_layers": int(get("block_count")),
-        "intermediate_size": int(get("feed_forward_length")),
+        "num_hidden_layers": count("block_count", high=len(file.tensors)),
+        "intermediate_size": count("feed_forward_length"),
         "num_attention_heads": heads,
-        "num_key_value_heads": int(get("attention.head_count_kv", heads)),
-        "max_position_embeddings": int(get("context_length")),
+        "num_key_value_heads": count("attention.head_count_kv", heads),
+        "max_position_embeddings": count("context_length", high=1 << 40),
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
-        "rope_theta": float(np.float32(get("rope.freq_base", 10000.0))),
+        "rope_theta": float(np.float32(number("rope.freq_base", 10000.0))),
         "tie_word_embeddings": "output.weight" not in names,
         "attention_bias": "blk.0.attn_q.bias" in names,
         "mlp_bias": "blk.0.ffn_up.bias" in names,
     }
     if architecture.model_type == "phi":
-        config["layer_norm_eps"] = _rounded(get("attention.layer_norm_epsilon"))
+        config["layer_norm_eps"] = _rounded(number("attention.layer_norm_epsilon"))
         config["partial_rotary_factor"] = rotated / head_dim
         config["hidden_act"] = "gelu_new"
     else:
-        config["rms_norm_eps"] = _rounded(get("attention.layer_norm_rms_epsilon"))
+        config["rms_norm_eps"] = _rounded(number("attention.layer_norm_rms_epsilon"))
         config["head_dim"] = head_dim
         config["hidden_act"] = "silu"
         if rotated != head_dim:
@@ -197,11 +210,11 @@ def _rounded(value: Any) -> float:
 def _rope_scaling(
     file: GGUFFile, prefix: str, config: dict[str, Any], notes: list[str]
 ) -> dict[str, Any] | None:
-    meta = file.metadata
-    kind = meta.get(f"{prefix}.rope.scaling.type", "none")
-    factor = float(meta.get(f"{prefix}.rope.scaling.factor", 0.0))
-    linear = float(meta.get(f"{prefix}.rope.scale_linear", 0.0))
-    original = meta.get(f"{prefix}.rope.scaling.original_context_length")
+    meta, where, rope = file.metadata, short(file.path), f"{prefix}.rope"
+    kind = field(meta, where, f"{rope}.scaling.type", str, "none")
+    factor = float(field(meta, where, f"{rope}.scaling.factor", float, 0.0))
+    linear = float(field(meta, where, f"{rope}.scale_linear", float, 0.0))
+    original = field(meta, where, f"{rope}.scaling.original_context_length", int, None)
     if "rope_freqs.weight" in file.tensors:
         scaling = _llama3_scaling(file, config)
     elif kind == "linear" or (kind == "none" and linear not in (0.0, 1.0)):

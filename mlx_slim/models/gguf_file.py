@@ -10,6 +10,7 @@ Shapes: R rows, C columns, G = C/32 groups.
 from __future__ import annotations
 
 import math
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,26 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_slim.errors import SlimError
+from mlx_slim.reading import exists, field, library_errors, open_regular, short, shown
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"}
 _SCALARS[12] = "d"
 _STRING, _ARRAY = 8, 9
+_MAX_DEPTH, _MAX_DIMENSIONS, _MAX_ALIGN = 4, 4, 1 << 20
+_MAX_TOKEN = 1000  # characters: each cut of a SentencePiece token in two is looked up
+_AGAIN = "download or copy it again"
+_KINDS: dict[str, type] = {
+    "general.architecture": str,
+    "general.alignment": int,
+    "split.count": int,
+    "split.no": int,
+    "tokenizer.ggml.model": str,
+    "tokenizer.ggml.pre": str,
+    "tokenizer.ggml.add_bos_token": bool,
+    "tokenizer.ggml.add_eos_token": bool,
+    "tokenizer.ggml.add_space_prefix": bool,
+    "tokenizer.chat_template": str,
+}
 _GROUP = 32
 
 
@@ -55,6 +72,10 @@ class GGUFFile:
             SlimError: If the block format cannot be dequantized.
         """
         tensor = self.tensors[name]
+        with library_errors(f"{short(self.path)}: tensor {shown(name)} cannot be read"):
+            return self._arrays(name, tensor)
+
+    def _arrays(self, name: str, tensor: GGUFTensor) -> dict[str, mx.array]:
         data = np.memmap(self.path, np.uint8, "r", tensor.offset, (tensor.nbytes,))
         if tensor.kind in _PACKED:
             raw = np.asarray(data).reshape(tensor.shape[0], tensor.shape[1] // _GROUP, -1)
@@ -173,23 +194,51 @@ class _Cursor:
     def string(self) -> str:
         return self.take(self.scalar("Q")).decode("utf-8", errors="replace")
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int, depth: int = 0) -> Any:
         if kind == _STRING:
             return self.string()
         if kind in _SCALARS:
             return self.scalar(_SCALARS[kind])
         if kind != _ARRAY:
-            raise SlimError(
-                f"{self.path} is corrupt: metadata type {kind} does not exist",
-                "download or copy it again",
-            )
+            raise SlimError(f"{self.path} is corrupt: no metadata has the type {kind}", _AGAIN)
         inner, count = self.scalar("I"), self.scalar("Q")
         if inner in _SCALARS:
             dtype = np.dtype("<" + _SCALARS[inner])
             return np.frombuffer(self.take(count * dtype.itemsize), dtype).copy()
         if count > len(self.buffer):
             self.take(count)
-        return [self.value(inner) for _ in range(count)]
+        if depth == _MAX_DEPTH:
+            raise SlimError(f"{self.path} nests lists deeper than {_MAX_DEPTH}", _AGAIN)
+        return [self.value(inner, depth + 1) for _ in range(count)]
+
+
+def _check_metadata(metadata: dict[str, Any], path: Path) -> None:
+    """Check the types of what the container and its tokenizer say of themselves."""
+    where = short(path)
+    for key, kind in _KINDS.items():
+        field(metadata, where, key, kind, None)
+    align = field(metadata, where, "general.alignment", int, 32, low=1, high=_MAX_ALIGN)
+    if align & (align - 1):
+        raise SlimError(f"{where}: general.alignment is {align}, expected a power of two", _AGAIN)
+    tokens = field(metadata, where, "tokenizer.ggml.tokens", list, [], of=str)
+    field(metadata, where, "tokenizer.ggml.merges", list, [], of=str)
+    if (longest := max(map(len, tokens), default=0)) > _MAX_TOKEN:
+        raise SlimError(f"{where}: a token has {longest:,} characters, of {_MAX_TOKEN:,}", _AGAIN)
+    for key, kinds in (("scores", "iuf"), ("token_type", "iu")):
+        values = metadata.get(f"tokenizer.ggml.{key}")
+        if values is None:
+            continue
+        if not isinstance(values, np.ndarray) or values.dtype.kind not in kinds:
+            raise SlimError(f"{where}: tokenizer.ggml.{key} is {shown(values)}, no numbers", _AGAIN)
+        if len(values) != len(tokens) or not np.isfinite(values).all():
+            raise SlimError(
+                f"{where}: tokenizer.ggml.{key} has {len(values):,} values, NaN among them or not "
+                f"one for each of {len(tokens):,} tokens",
+                _AGAIN,
+            )
+    for key in metadata:
+        if key.startswith("tokenizer.ggml.") and key.endswith("_token_id"):
+            field(metadata, where, key, int, low=0, high=2**32 - 1)
 
 
 def read_gguf(path: Path) -> GGUFFile:
@@ -200,10 +249,10 @@ def read_gguf(path: Path) -> GGUFFile:
     """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    if not path.is_file():
+    if not exists(path):
         raise SlimError(f"{path} does not exist", "give the path of a .gguf file")
-    size = path.stat().st_size
-    with path.open("rb") as handle:
+    with open_regular(path) as handle:
+        size = os.fstat(handle.fileno()).st_size
         head = handle.read(8)
     version = int.from_bytes(head[4:8], "little")
     if head[:4] != b"GGUF" or size < 24:
@@ -219,7 +268,10 @@ def read_gguf(path: Path) -> GGUFFile:
     metadata: dict[str, Any] = {}
     for _ in range(value_count):
         key = cursor.string()
+        if key in metadata:
+            raise SlimError(f"{path} is corrupt: it has the metadata {shown(key)} twice", _AGAIN)
         metadata[key] = cursor.value(cursor.scalar("I"))
+    _check_metadata(metadata, path)
     if metadata.get("split.count", 1) > 1:
         raise SlimError(
             f"{path} is one of {metadata['split.count']} parts of a split GGUF",
@@ -228,19 +280,28 @@ def read_gguf(path: Path) -> GGUFFile:
     found: list[tuple[str, str, tuple[int, ...], int, int]] = []
     for _ in range(tensor_count):
         name = cursor.string()
-        shape = tuple(cursor.scalar("Q") for _ in range(cursor.scalar("I")))[::-1]
+        dimensions = cursor.scalar("I")
+        if dimensions > _MAX_DIMENSIONS:
+            raise SlimError(f"{path}: tensor {shown(name)} has {dimensions:,} dimensions", _AGAIN)
+        shape = tuple(cursor.scalar("Q") for _ in range(dimensions))[::-1]
         kind, offset = cursor.scalar("I"), cursor.scalar("Q")
         try:
             quantization = GGMLQuantizationType(kind)
             block, block_bytes = GGML_QUANT_SIZES[quantization]
         except (ValueError, KeyError) as error:
             raise SlimError(
-                f"{path}: tensor {name} has the unknown block format {kind}",
+                f"{path}: tensor {shown(name)} has the unknown block format {kind}",
                 "a newer gguf package may know it",
             ) from error
+        fits = shape and shape[-1] % block == 0 and all(0 < one < 2**31 for one in shape)
+        if not fits:
+            raise SlimError(
+                f"{path}: tensor {shown(name)} of {quantization.name} has the shape {list(shape)}",
+                _AGAIN,
+            )
         nbytes = math.prod(shape) // block * block_bytes
         found.append((name, quantization.name, shape, offset, nbytes))
-    align = int(metadata.get("general.alignment", 32)) or 32
+    align = metadata.get("general.alignment", 32)
     start = (cursor.at + align - 1) // align * align
     end = max((start + offset + nbytes for *_, offset, nbytes in found), default=start)
     if end > size:
@@ -252,4 +313,6 @@ def read_gguf(path: Path) -> GGUFFile:
         name: GGUFTensor(kind, shape, start + offset, nbytes)
         for name, kind, shape, offset, nbytes in found
     }
+    if len(tensors) < len(found):
+        raise SlimError(f"{path} is corrupt: it has two tensors of one name", _AGAIN)
     return GGUFFile(path, metadata, tensors)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_slim.errors import SlimError
-from mlx_slim.reading import field, read_object, safetensors_header, short, shown
+from mlx_slim.reading import field, read_object, short, shown
+from mlx_slim.tensor_files import safetensors_header
 
 WEIGHTS = "model*.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -50,9 +51,9 @@ def read_index(folder: Path) -> dict[str, str]:
         SlimError: If it is no such file, or a file that it names would lie outside the folder.
     """
     path = folder / INDEX
-    known: dict[str, str] = field(read_object(path), short(path), "weight_map", dict, {})
+    known: dict[str, str] = field(read_object(path), short(path), "weight_map", dict, {}, of=str)
     for tensor, name in known.items():
-        if type(name) is not str or name != Path(name).name or len(name) > _LONGEST_NAME:
+        if name != Path(name).name or len(name) > _LONGEST_NAME:
             raise SlimError(
                 f"{short(path)}: weight_map gives {shown(tensor)} the file {shown(name)}, "
                 "expected the name of a file beside it",

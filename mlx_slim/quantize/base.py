@@ -9,6 +9,7 @@ it again: the same rounding of the same tensors, each as it is read. Try it:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,11 +17,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_slim.artifacts import read_json
 from mlx_slim.config.schema import QuantizeConfig, Recipe
-from mlx_slim.errors import SlimError
+from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.models.load import Loaded, Transform, cast, load, read_config, read_weights
 from mlx_slim.quantize.apply import load_quantized
+from mlx_slim.reading import field, library_errors, read_object, short, shown
 from mlx_slim.runtime import DTYPES, dtype_name, resolve_dtype
 
 CONFIG = "adapter_config.json"
@@ -87,14 +88,11 @@ def recorded_base(adapters: Sequence[Path]) -> tuple[Path, QuantizedBase] | None
     found: tuple[Path, QuantizedBase] | None = None
     for folder in adapters:
         file = folder / CONFIG
-        config = read_json(file) if file.is_file() else None
-        record = config.get(RECORD) if isinstance(config, dict) else None
+        config = read_object(file) if file.is_file() else {}
+        record = field(config, short(file), RECORD, dict, None)
         if record is None:
             continue
-        try:
-            named = QuantizedBase(**record)
-        except TypeError as error:
-            raise SlimError(f"{file}: {RECORD} cannot be used: {error}", "copy it again") from error
+        named = _named(record, f"{short(file)}: {RECORD}")
         if found is not None and not found[1].same_weights(named):
             raise SlimError(
                 f"{found[0]} was trained over {found[1]} in {found[1].dtype}, {folder} over "
@@ -103,6 +101,26 @@ def recorded_base(adapters: Sequence[Path]) -> tuple[Path, QuantizedBase] | None
             )
         found = found or (folder, named)
     return found
+
+
+def _named(record: dict[str, Any], where: str) -> QuantizedBase:
+    for key in ("model", "stored"):
+        field(record, where, key, str)
+    for key in ("revision", "folder"):
+        field(record, where, key, str, None)
+    if field(record, where, "dtype", str) not in DTYPES:
+        raise SlimError(
+            f"{where}: dtype is {shown(record['dtype'])}", did_you_mean(record["dtype"], DTYPES)
+        )
+    settings = field(record, where, "quantize", dict)
+    kept = record.get("folder")
+    if kept is not None and not re.fullmatch(r"(\.\./)?[\w-][\w.-]*", kept):
+        raise SlimError(
+            f"{where}: folder is {shown(kept)}, expected one beside the adapter", "copy it again"
+        )
+    with library_errors(f"{where} cannot be used", "copy it again"):
+        QuantizeConfig(**settings)
+        return QuantizedBase(**record)
 
 
 def load_base(

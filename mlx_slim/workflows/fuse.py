@@ -31,7 +31,6 @@ from mlx_slim.artifacts import (
     SCHEMA_VERSION,
     provenance,
     public_name,
-    read_json,
     write_json,
 )
 from mlx_slim.claims import makes_folder
@@ -45,6 +44,7 @@ from mlx_slim.models.recorded import RecordedLogits
 from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.quantize.apply import parameter_bytes
 from mlx_slim.quantize.base import load_base, recorded_base
+from mlx_slim.reading import read_object
 from mlx_slim.runtime import (
     DTYPES,
     device_memory,
@@ -360,7 +360,7 @@ def _record(result: Fused, source: str | Path, stack: list[Weighted]) -> dict[st
 
 
 def _described(one: Weighted) -> dict[str, Any]:
-    settings = read_json(one.folder / CONFIG)
+    settings = read_object(one.folder / CONFIG)
     kept = ("fine_tune_type", "lora_parameters", "trained_with", "model")
     if settings.get("model"):
         settings["model"] = public_name(settings["model"])

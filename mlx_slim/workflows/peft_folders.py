@@ -18,7 +18,7 @@ import mlx.nn as nn
 from mlx_slim.adapters.peft import differing, place_peft, place_plain, write_peft
 from mlx_slim.adapters.peft_rules import PeftFolder, read_folder, read_settings
 from mlx_slim.adapters.store import CONFIG, load_adapter, save_adapter
-from mlx_slim.artifacts import atomic_folder, public_name, read_json
+from mlx_slim.artifacts import atomic_folder, public_name
 from mlx_slim.claims import makes_folder
 from mlx_slim.errors import SlimError
 from mlx_slim.events import Observer
@@ -27,6 +27,7 @@ from mlx_slim.models.load import Loaded, read_config
 from mlx_slim.models.logits import logit_tolerance
 from mlx_slim.models.tensors import few
 from mlx_slim.quantize.base import load_base
+from mlx_slim.reading import field, read_object
 from mlx_slim.runtime import number
 from mlx_slim.workflows.card import Card, describe
 from mlx_slim.workflows.checked_save import compute_dtype
@@ -79,16 +80,16 @@ def export_peft(
     """
     say = teller(observer)
     source = find_adapter(source)
-    settings = read_json(source / CONFIG)
+    settings = read_object(source / CONFIG)
     if "peft_type" in settings:
         raise SlimError(f"{source} is an adapter of PEFT already", "nothing to do")
-    place = _base_of(source, settings.get("model"), base)
+    place = _base_of(source, field(settings, str(source / CONFIG), "model", str, None), base)
     say(f"loading {place}")
     loaded = _load_base(source, place, base is not None)
     tuned = copy.deepcopy(loaded.model)
     injected = load_adapter(tuned, source)
     tied = bool(loaded.config.get("tie_word_embeddings"))
-    trained = settings.get("trained_with") or {}
+    trained = field(settings, str(source / CONFIG), "trained_with", dict, {})
     named = base_name or place
     facts = [f"note       {note}" for note in loaded.notes]
     quantized = "quantization" in read_config(place)

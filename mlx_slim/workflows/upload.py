@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_slim.adapters.store import CONFIG
-from mlx_slim.artifacts import public_name, read_json
+from mlx_slim.artifacts import public_name
 from mlx_slim.errors import SlimError
+from mlx_slim.reading import field, read_object
 from mlx_slim.runtime import hub_offline, human_bytes
 from mlx_slim.workflows.card import CARD, Card, describe
 
@@ -114,20 +115,24 @@ def _notes(folder: Path, files: list[tuple[str, int]]) -> list[str]:
         notes.append(f"{CARD} is made from the records in the folder")
     for name, _ in files:
         if Path(name).name == CONFIG:
-            settings = read_json(folder / name)
-            base = settings.get("base_model_name_or_path") or settings.get("model") or ""
+            base = _base(read_object(folder / name), name)
             if Path(base).is_absolute() or Path(base).exists():
                 notes.append(f"{name} names the base by a path of this machine: {base}")
     return notes
 
 
+def _base(settings: dict[str, Any], where: str) -> str:
+    keys = ("base_model_name_or_path", "model")
+    return next((name for key in keys if (name := field(settings, where, key, str, ""))), "")
+
+
 def _card(folder: Path) -> bytes:
     """Return a card for a folder that has none."""
-    settings = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    base = settings.get("base_model_name_or_path") or settings.get("model") or ""
+    settings = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    base = _base(settings, CONFIG)
     library = "peft" if "peft_type" in settings else "mlx"
     what = "An adapter" if settings else "A model"
-    card = Card(public_name(folder.absolute()), str(base), library, f"{what} made with mlx-slim.")
+    card = Card(public_name(folder.absolute()), base, library, f"{what} made with mlx-slim.")
     describe(folder, card)
     return card.text().encode()
 

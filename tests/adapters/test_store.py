@@ -238,17 +238,17 @@ def test_unusable_folders(stored, tiny, tmp_path):
     folder = broken("cut")
     file = folder / "adapters.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    assert "no readable safetensors" in refused(folder, model).message
+    assert "truncated or corrupt" in refused(folder, model).message
     folder = broken("no-config")
     (folder / "adapter_config.json").unlink()
     assert "adapter_config.json does not exist" in refused(folder, model).message
     folder = broken("config")
     for text, expected in {
         "{": "cannot be read as JSON",
-        "[]": "no lora_parameters",
+        "[]": "no JSON object",
         '{"r": 8, "lora_alpha": 16}': "no lora_parameters",
         '{"lora_parameters": {"rank": 4}, "num_layers": 1}': "'scale'",
-        '{"lora_parameters": {"rank": "x", "scale": 1}, "num_layers": 1}': "cannot be used",
+        '{"lora_parameters": {"rank": "x", "scale": 1}, "num_layers": 1}': "rank is 'x', expected",
         '{"lora_parameters": {"rank": 4, "scale": 1}}': "num_layers",
         '{"fine_tune_type": "full", "lora_parameters": {}}': "fine_tune_type is 'full'",
     }.items():
