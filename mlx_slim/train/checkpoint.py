@@ -16,8 +16,9 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_slim.artifacts import atomic_folder, load_tensors, read_json, save_tensors, write_json
+from mlx_slim.artifacts import atomic_folder, load_tensors, save_tensors, write_json
 from mlx_slim.errors import SlimError
+from mlx_slim.reading import field, library_errors, read_object, short
 from mlx_slim.train.companion import Companion, gather, hand_out
 from mlx_slim.train.optim import Optimizer, set_trainable, trainable
 from mlx_slim.train.rotation import STATE, path_of
@@ -115,4 +116,22 @@ def load(
             "resume with the recipe that started the run",
         ) from error
     mx.eval(optimizer.arrays())
-    return Position(**read_json(path / STATE))
+    return read_position(path)
+
+
+def read_position(path: Path) -> Position:
+    """Return the position of the checkpoint at ``path``.
+
+    Raises:
+        SlimError: If its ``state.json`` is damaged.
+    """
+    values, where = read_object(path / STATE), short(path / STATE)
+    whole = ("step", "epoch", "taken", "tokens", "since_best", "held_out_over")
+    for key in whole:
+        field(values, where, key, int, 0, low=0)
+    for key in ("best_step", "held_out_step"):
+        field(values, where, key, int, None, low=0)
+    for key in ("seconds", "best_loss", "held_out_start"):
+        field(values, where, key, float, None)
+    with library_errors(f"{where} is damaged", "resume from an older checkpoint"):
+        return Position(**values)

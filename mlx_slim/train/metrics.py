@@ -11,7 +11,9 @@ import json
 from pathlib import Path
 
 from mlx_slim.artifacts import disk_errors, fsync, json_lines, write_text
+from mlx_slim.errors import SlimError
 from mlx_slim.events import Done, Event, Saved, Started
+from mlx_slim.reading import field, parse_json
 
 
 class MetricsFile:
@@ -42,10 +44,11 @@ class MetricsFile:
         for _, raw in json_lines(self.path) if self.path.exists() else ():
             line = raw.decode(errors="replace").rstrip("\n")
             try:
-                record = json.loads(line)
-            except ValueError:
+                record = parse_json(line, "", halves=True)
+                step = field(record if isinstance(record, dict) else {}, "", "step", int, 0)
+            except SlimError:
                 break
-            past = record.get("step", 0) > saved.step or record.get("event") == Done.name
+            past = step > saved.step or record.get("event") == Done.name
             if past or line == own:
                 break
             kept.append(line)
