@@ -20,18 +20,22 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import regex
 
 from mlx_slim.adapters.inject import EMBEDDING_TYPES, sites
 from mlx_slim.adapters.lora import dimensions
 from mlx_slim.adapters.peft_plain import PeftLayer, base_weight, taken_out
-from mlx_slim.artifacts import read_json
+from mlx_slim.artifacts import load_tensors
 from mlx_slim.errors import SlimError
 from mlx_slim.models.tensors import few
+from mlx_slim.reading import field, library_errors, read_object, short, shown
 from mlx_slim.runtime import number
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
+_PATIENCE = 1.0  # seconds that a pattern may take on one layer
+_TAKE = "take the config that PEFT wrote"
 _MERGE = "merge it with PEFT (merge_and_unload) and convert that"
 _CONVERT = (
     "in PEFT make it an adapter of the original base: save_pretrained(..., "
@@ -102,8 +106,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise SlimError(
             f"{folder} is no PEFT folder: it has no {CONFIG}", "give the adapter folder"
         )
-    settings = read_json(path)
-    if not isinstance(settings, dict) or "peft_type" not in settings:
+    settings = read_object(path)
+    if "peft_type" not in settings:
         raise SlimError(
             f"{path} has no peft_type: it is no adapter of PEFT",
             "adapters of mlx-slim and mlx-lm need no import: give them with --adapter",
@@ -111,31 +115,28 @@ def read_settings(folder: Path) -> dict[str, Any]:
     for key, plain in _PLAIN.items():
         if settings.get(key, plain[0]) not in plain:
             raise SlimError(
-                f"{path}: {key} is {settings[key]!r}, which cannot be imported",
+                f"{path}: {key} is {shown(settings[key])}, which cannot be imported",
                 f"expected {plain[0]!r}; {_MERGE}",
             )
-    for key in ("r", "lora_alpha"):
-        _check_number(path, key, settings.get(key))
-    for key in ("rank_pattern", "alpha_pattern"):
-        _check_pattern(path, key, settings.get(key))
+    where = short(path)
+    for key, kind in (("r", int), ("lora_alpha", float)):
+        _check_number(where, key, field(settings, where, key, kind))
+    field(settings, where, "lora_dropout", float, 0.0, low=0, high=1)
+    for key in ("use_rslora", "use_dora"):
+        field(settings, where, key, bool, False)
+    field(settings, where, "base_model_name_or_path", str, None)
+    for key, kind in (("rank_pattern", int), ("alpha_pattern", float)):
+        for name, value in field(settings, where, key, dict, {}, of=kind).items():
+            _check_number(where, f"{key}[{shown(name)}]", value)
+            with library_errors(f"{where}: {key}: {shown(name)} is no regular expression", _TAKE):
+                regex.compile(name)
     _check_start(path, settings)
     return settings
 
 
-def _check_number(path: Path, key: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise SlimError(f"{path}: {key} is {value!r}, expected a number above 0")
-
-
-def _check_pattern(path: Path, key: str, pattern: Any) -> None:
-    if not isinstance(pattern or {}, dict):
-        raise SlimError(f"{path}: {key} is {pattern!r}, expected an object: layer -> number")
-    for name, value in (pattern or {}).items():
-        _check_number(path, f"{key}[{name!r}]", value)
-        try:
-            re.compile(name)
-        except re.error as error:
-            raise SlimError(f"{path}: {key}: {name!r} is no regular expression: {error}") from error
+def _check_number(where: str, key: str, value: float) -> None:
+    if not value > 0:
+        raise SlimError(f"{where}: {key} is {value!r}, expected a number above 0")
 
 
 def _start_of(settings: dict[str, Any]) -> Any:
@@ -149,7 +150,7 @@ def _check_start(path: Path, settings: dict[str, Any]) -> None:
     start = _start_of(settings)
     if isinstance(start, bool | str | None) and start in (*_BASE_KEPT, *_BASE_COMPUTED):
         return
-    says = f"{path}: init_lora_weights is {start!r}"
+    says = f"{path}: init_lora_weights is {shown(start)}"
     if not isinstance(start, str) or not _BASE_CHANGED.fullmatch(start):
         raise SlimError(f"{says}, which is not known here: it may change the base", _MERGE)
     raise SlimError(
@@ -180,9 +181,9 @@ def read_folder(folder: Path, model: nn.Module, *, tied: bool = False) -> PeftFo
         problems += _misfits(path, parts[path], settings, modules[path], dora)
     if problems:
         name = settings.get("base_model_name_or_path")
-        shown = "; ".join(problems[:8]) + (f" and {len(problems) - 8} more" * (len(problems) > 8))
+        some = "; ".join(problems[:8]) + (f" and {len(problems) - 8} more" * (len(problems) > 8))
         raise SlimError(
-            f"{folder} does not fit this model: {shown}",
+            f"{folder} does not fit this model: {some[:2000]}",
             f"it was made for {name}" if name else "give the base that it was made for: --model",
         )
     embeddings = [path for path in modules if path in parts and parts[path]["embedding"]]
@@ -239,8 +240,9 @@ def _misfits(
 def _of(pattern: dict[str, Any] | None, path: str, default: float) -> float:
     """Return the value that PEFT gives the layer at ``path``: keys are ends of paths, or regex."""
     for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
+        with library_errors(f"{CONFIG}: the pattern {shown(key)} cannot be used", _TAKE):
+            if regex.match(rf"(.*\.)?({key})$", path, timeout=_PATIENCE):
+                return value
     return default
 
 
@@ -256,23 +258,12 @@ def _tensors(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, mx.arra
     The copies, path -> weight, are of layers of the base: PEFT adds them to adapted embeddings.
     """
     file = folder / WEIGHTS
-    if not file.is_file():
-        pickled = (folder / "adapter_model.bin").exists()
+    if not file.exists() and (folder / "adapter_model.bin").exists():
         raise SlimError(
             f"{file} does not exist",
-            "adapter_model.bin is a pickle, which can run code when read: save it as safetensors"
-            if pickled
-            else "the adapter folder is not complete",
+            "adapter_model.bin is a pickle, which can run code when read: save it as safetensors",
         )
-    try:
-        loaded = mx.load(str(file))
-        assert isinstance(loaded, dict)
-        mx.eval(loaded)
-    except Exception as error:
-        raise SlimError(
-            f"{file} is no readable safetensors file: {' '.join(str(error).split())}",
-            "copy or train it again",
-        ) from error
+    loaded = load_tensors(file)
     parts: dict[str, dict[str, Any]] = {}
     copies: dict[str, mx.array] = {}
     unknown = []

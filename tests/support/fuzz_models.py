@@ -154,10 +154,12 @@ def make_peft(folder: Path) -> None:
 
 
 def use_peft(folder: Path, out: Path) -> None:
-    from mlx_slim.adapters.peft import read_peft
+    from mlx_slim.adapters.peft import place_peft
+    from mlx_slim.adapters.peft_rules import read_folder
     from mlx_slim.models.load import load
 
-    read_peft(folder / "peft", load(folder / _BASE).model)
+    model = load(folder / _BASE).model
+    place_peft(model, read_folder(folder / "peft", model))
 
 
 # --------------------------------------------------------------------------------------- runs
