@@ -37,6 +37,7 @@ from mlx_slim.artifacts import (
     weight_sizes,
 )
 from mlx_slim.errors import Complete, SlimError
+from mlx_slim.reading import field, read_object
 
 LOCK_FILE = ".mlx-slim.lock"
 _SAMPLES, _BLOCK = 64, 1 << 16  # of a large file: blocks evenly spread over it, and their bytes
@@ -184,8 +185,9 @@ def _leftovers(out: Path, kind: RunKind) -> list[Path]:
         SlimError: If anything else is in it.
     """
     try:
-        known = json.loads((out / LOCK_FILE).read_text(encoding="utf-8"))["before"]
-    except (OSError, ValueError, TypeError, KeyError):
+        where = out / LOCK_FILE
+        known = field(read_object(where), str(where), "before", list, of=str)
+    except SlimError:  # torn by a kill
         known = []
     entries = [path for path in out.iterdir() if not _is_apart(path.name)]
     if not all(any(fnmatchcase(path.name, name) for name in known) for path in entries):

@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+_LONGEST = 2000  # characters of a message
+
 
 class SlimError(Exception):
     """The user's input cannot be used: nothing was written.
@@ -26,6 +28,7 @@ class SlimError(Exception):
     exit_code = 2
 
     def __init__(self, message: str, hint: str = "", details: Iterable[str] = ()) -> None:
+        message = _bounded(message)
         super().__init__(message)
         self.message = message
         self.hint = hint
@@ -62,6 +65,11 @@ class Complete(SlimError):
     def __init__(self, message: str, path: Path) -> None:
         super().__init__(message)
         self.path = path
+
+
+def _bounded(text: str) -> str:
+    """Return a message that can be read: a name of 5,000 characters is none."""
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 4 :]}"
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -32,7 +32,6 @@ from mlx_slim.analyze.spectrum import (
     product_singular_values,
     singular_values,
 )
-from mlx_slim.artifacts import read_json
 from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import SlimError
 from mlx_slim.models.anatomy import LINEAR_TYPES
@@ -41,6 +40,7 @@ from mlx_slim.models.quantized import dequantize_weight, is_quantized
 from mlx_slim.models.tensors import few
 from mlx_slim.quantize.apply import quantize_model
 from mlx_slim.quantize.base import load_base
+from mlx_slim.reading import library_errors, read_object, short
 
 SWEEP_K = (1, 5, 10, 20)
 SWEEP_EPSILON = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -225,9 +225,11 @@ def adapter_pairs(source: str, adapter: Path) -> tuple[str, Iterator[Pair]]:
     """
     loaded = load_base(source, [adapter])
     record = adapter.parent / "run.json"
-    recipe = read_json(record).get("recipe", {}) if record.is_file() else {}
+    recipe = read_object(record, recipe=dict)["recipe"] if record.is_file() else {}
     if recipe.get("method") == "qlora" and not is_quantized(loaded.model):
-        quantize_model(loaded.model, loaded.config, QuantizeConfig(**recipe["quantize"]))
+        with library_errors(f"{short(record)}: recipe cannot be used", "copy the run again"):
+            settings = QuantizeConfig(**recipe["quantize"])
+        quantize_model(loaded.model, loaded.config, settings)
     load_adapter(loaded.model, adapter)
     adapters = adapters_of(loaded.model)
     kind = "dora" if any(isinstance(a, DoRALinear) for _, a in adapters) else "lora"

@@ -67,9 +67,9 @@ def command(
 
 
 def _run(layout: Layout, folder: Path, words: list[str], resume: bool) -> None:
-    from mlx_slim.artifacts import read_json
     from mlx_slim.cli.report import show
     from mlx_slim.compare import runner
+    from mlx_slim.reading import read_object
     from mlx_slim.runtime import human_seconds
 
     for name, why in layout.refused:
@@ -90,7 +90,7 @@ def _run(layout: Layout, folder: Path, words: list[str], resume: bool) -> None:
                     break
                 except KeyboardInterrupt:  # the cell hears it too, and saves its state
                     continue
-            return code, str(read_json(note)["reason"]) if note.exists() else ""
+            return code, read_object(note, reason=str)["reason"] if note.exists() else ""
 
         def begun(number: int, cell: Cell) -> None:
             click.echo(f"\n── cell {number} of {len(cells)}: {cell.name}")

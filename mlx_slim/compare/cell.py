@@ -15,7 +15,7 @@ from typing import Any
 
 from mlx_slim import artifacts
 from mlx_slim.analyze.intruders import find_intruders
-from mlx_slim.artifacts import SCHEMA_VERSION, read_json, write_json
+from mlx_slim.artifacts import SCHEMA_VERSION, write_json
 from mlx_slim.compare import identity
 from mlx_slim.compare.jobs import Job, adapters, free, whole
 from mlx_slim.compare.matrix import Cell
@@ -25,6 +25,7 @@ from mlx_slim.compare.questions import HELD_OUT, task_name
 from mlx_slim.compare.store import MANIFEST
 from mlx_slim.config.load import Resolved
 from mlx_slim.errors import SlimError
+from mlx_slim.reading import read_object
 from mlx_slim.workflows.evaluate import EvalOptions, evaluate
 from mlx_slim.workflows.fuse import FuseOptions, fuse
 from mlx_slim.workflows.prune import prune
@@ -53,7 +54,7 @@ class Making:
         """
         mark = self.folder / MANIFEST
         if mark.exists():
-            known = read_json(mark)
+            known = read_object(mark)
             if known.get("schema_version") == SCHEMA_VERSION and known.get("keys") == self.keys:
                 self.job.say(f"{self.cell.name} is complete: reused")
                 return
@@ -82,7 +83,7 @@ class Making:
             parent = job.out / "cells" / str(cell.parent) / MANIFEST
             if not parent.exists():
                 raise SlimError(f"{cell.parent} is not there, and {cell.name} is made of it")
-            return artifacts.hash_json([read_json(parent)["keys"]["made_of"], "fused"])
+            return artifacts.hash_json([read_object(parent)["keys"]["made_of"], "fused"])
         if cell.kind == "pruned":
             return identity.prune_key(job.weights(self.base), job.pruning(cell))
         return job.weights(self.base)
@@ -106,7 +107,7 @@ class Making:
             shutil.rmtree(self.folder / "run" / "checkpoints", ignore_errors=True)
         elif self.cell.kind == "fused" and not (self.folder / "model").exists():
             parent = self.job.out / "cells" / str(self.cell.parent)
-            base = read_json(parent / "run" / "run.json")["recipe"]["model"]
+            base = read_object(parent / "run" / "run.json")["recipe"]["model"]
             fuse(
                 base,
                 adapters(parent),

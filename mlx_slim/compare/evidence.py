@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from mlx_slim.artifacts import read_json, read_records
+from mlx_slim.artifacts import read_records
 from mlx_slim.compare.store import Stored, StoredCell
+from mlx_slim.reading import read_object
 
 FLIPS = 2  # of each direction, cell and task
 TEXT = 1_200  # characters of a prompt or answer that are shown
@@ -271,4 +272,4 @@ def machine_of(stored: Stored) -> dict[str, Any]:
 def ledger(cell: StoredCell) -> dict[str, Any] | None:
     """Return rows given, used, cut and dropped by a cell's training."""
     file = cell.folder / "run" / "data_ledger.json"
-    return read_json(file)["totals"] if file.is_file() else None
+    return read_object(file)["totals"] if file.is_file() else None

@@ -29,6 +29,7 @@ from mlx_slim.models.hub import SMOLLM2_PACKAGE, bundled_smollm2, resolve
 from mlx_slim.models.load import model_files, model_hash, read_config
 from mlx_slim.models.save import save_model
 from mlx_slim.quantize.apply import load_quantized
+from mlx_slim.reading import read_object
 from mlx_slim.workflows.distill import distill
 from mlx_slim.workflows.finetune import finetune
 from mlx_slim.workflows.mutual import FIRST
@@ -57,7 +58,7 @@ class Job:
         Raises:
             SlimError: If it was prepared by a version that did not note it.
         """
-        asked = read_json(self.out / MATRIX_FILE).get("asked")
+        asked = read_object(self.out / MATRIX_FILE).get("asked")
         if asked is None:
             raise SlimError(
                 f"{self.out} was prepared by another version",
@@ -111,7 +112,7 @@ class Job:
         name = rounded_name(cell.parent or cell.model, settings.model_dump())
         folder, key = self.out / "models" / name, self.weights(dense)
         mark = folder / "source.json"
-        if mark.exists() and read_json(mark).get("weights_sha256") == key:
+        if mark.exists() and read_object(mark).get("weights_sha256") == key:
             return folder
         shutil.rmtree(folder, ignore_errors=True)
         loaded, report = load_quantized(dense, settings)
@@ -127,7 +128,7 @@ class Job:
             for path in model_files(folder)
         }
         cache = self.out / "models" / "hashes.json"
-        known = read_json(cache) if cache.exists() else {}
+        known = read_object(cache) if cache.exists() else {}
         name = self._called(folder)
         if known.get(name, {}).get("files") != files:
             known[name] = {"sha256": model_hash(folder), "files": files}
@@ -171,7 +172,7 @@ class Job:
             runs.append((rate, resolved, self.train_key(cell, resolved)))
         keys = {f"{rate:g}": key for rate, _, key in runs}
         mark = folder / "sweep.json"
-        if mark.exists() and (known := read_json(mark)).get("keys") == keys:
+        if mark.exists() and (known := read_object(mark)).get("keys") == keys:
             return known["chosen"]
         for rate, resolved, key in runs:
             self.say(f"learning rate {rate:g}")
@@ -258,7 +259,7 @@ class Job:
         learn = finetune if resolved.recipe.distill is None else distill
         learn(resolved, run, observer=self.observer, resume=started)
         free()
-        return read_json(run / "run.json")["result"]
+        return read_object(run / "run.json")["result"]
 
 
 def whole(folder: Path) -> Path | None:

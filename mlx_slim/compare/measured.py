@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mlx_slim.artifacts import read_json
+from mlx_slim.reading import read_object
 from mlx_slim.workflows.fuse import RECORD as FUSE_FILE
 from mlx_slim.workflows.prune import RECORD_FILE as PRUNE_FILE
 
@@ -30,13 +30,13 @@ def measured(folder: Path) -> dict[str, Any]:
     timings = [
         timing
         for path in sorted(folder.glob("eval/*/timings.json"))
-        for timing in read_json(path)["tasks"].values()
+        for timing in read_object(path)["tasks"].values()
     ]
     text = folder / "eval" / "held_out" / "results.json"
-    figures = read_json(text)["perplexity"]["metrics"] if text.is_file() else None
+    figures = read_object(text)["perplexity"]["metrics"] if text.is_file() else None
     fused, pruned = (folder / "model" / name for name in (FUSE_FILE, PRUNE_FILE))
-    effect = read_json(fused)["effect"] if fused.is_file() else None
-    cut = read_json(pruned) if pruned.is_file() else None
+    effect = read_object(fused)["effect"] if fused.is_file() else None
+    cut = read_object(pruned) if pruned.is_file() else None
     train = _train(folder / "run" / "run.json")
     return {
         "train": train,
@@ -53,7 +53,7 @@ def _train(file: Path) -> dict[str, Any] | None:
     """Return what a training run cost; None without one."""
     if not file.is_file():
         return None
-    record = read_json(file)
+    record = read_object(file)
     recipe, result, done = record["recipe"], record["result"], record["result"]["done"]
     return {
         "method": recipe["method"],

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_slim.artifacts import hash_bytes, hash_json, read_json, write_json, write_text
+from mlx_slim.artifacts import hash_bytes, hash_json, write_json, write_text
 from mlx_slim.compare.matrix import HeldOutEntry, Matrix, TaskEntry
 from mlx_slim.config.task import TaskSpec
 from mlx_slim.errors import SlimError
@@ -21,6 +21,7 @@ from mlx_slim.evaluate.prompts import Chat, Question, build_questions
 from mlx_slim.evaluate.rows import TaskRows, load_rows, shots_checksum
 from mlx_slim.evaluate.run import asked_of
 from mlx_slim.evaluate.spec import Task, find_task
+from mlx_slim.reading import read_object
 
 HELD_OUT = "held_out"
 TASKS_FILE = "tasks.json"
@@ -130,7 +131,7 @@ def stored_task(folder: Path, name: str, definition_sha256: str) -> Task:
     Raises:
         SlimError: If the definition is not stored, or is not the one with that hash.
     """
-    known = read_json(folder / TASKS_FILE).get(name)
+    known = read_object(folder / TASKS_FILE).get(name)
     if known is None or hash_json(known["definition"]) != definition_sha256:
         raise SlimError(f"{folder / TASKS_FILE} is not the definition of {name} that was scored")
     return Task(TaskSpec.model_validate(known["definition"]), folder / TASKS_FILE, known["part"])

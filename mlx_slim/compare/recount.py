@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_slim.adapters.store import adapter_hash
-from mlx_slim.artifacts import hash_file, read_json, read_records
+from mlx_slim.artifacts import hash_file, read_records
 from mlx_slim.compare.jobs import adapters, rounded_name, whole
 from mlx_slim.compare.measured import measured
 from mlx_slim.compare.questions import HELD_OUT, stored_questions, stored_task
@@ -37,6 +37,7 @@ from mlx_slim.evaluate.prompts import Question
 from mlx_slim.evaluate.results import PROGRESS_FILE, STATE_FILE, samples_name, whole_chunks
 from mlx_slim.evaluate.spec import Task
 from mlx_slim.models.load import model_hash
+from mlx_slim.reading import read_object
 from mlx_slim.workflows.scoring import NOT_TOLD, section, timing
 
 _NEAR = 1e-9
@@ -134,7 +135,7 @@ def _task(
     ledger: Ledger, cell: StoredCell, name: str, folder: Path, asked: dict[str, Any] | None
 ) -> None:
     out, where = cell.folder / "eval" / name, f"{cell.name} {name}"
-    published = read_json(out / "results.json")["tasks"][name]
+    published = read_object(out / "results.json")["tasks"][name]
     records = list(read_records(out / samples_name(name)))
     task = stored_task(folder, name, published["definition_sha256"])
     questions = stored_questions(folder, name)
@@ -158,7 +159,7 @@ def _text(ledger: Ledger, cell: StoredCell, folder: Path, asked: dict[str, Any] 
     out, where = cell.folder / "eval" / HELD_OUT, f"{cell.name} {HELD_OUT}"
     texts = read_texts(folder / f"{HELD_OUT}.jsonl")
     records = list(read_records(out / samples_name(TEXT)))
-    published = read_json(out / "results.json")[TEXT]
+    published = read_object(out / "results.json")[TEXT]
     windows = [record["window"] for record in records]
     documents = [record["doc_id"] for record in records]
     ledger.compare(f"{where} windows", windows, list(range(published["windows"])))
@@ -171,7 +172,7 @@ def _text(ledger: Ledger, cell: StoredCell, folder: Path, asked: dict[str, Any] 
 
 def _evaluation(ledger: Ledger, out: Path, name: str, where: str, summary: dict[str, Any]) -> None:
     """Check ``results.json`` and ``timings.json`` of one evaluation."""
-    results, state = read_json(out / "results.json"), read_json(out / STATE_FILE)
+    results, state = read_object(out / "results.json"), read_object(out / STATE_FILE)
     chunks, length = whole_chunks(out)
     entries, samples = chunks.get(name, []), out / samples_name(name)
     whole = (out / PROGRESS_FILE).stat().st_size == length
@@ -185,7 +186,7 @@ def _evaluation(ledger: Ledger, out: Path, name: str, where: str, summary: dict[
     settings = {key: value for key, value in results.items() if key not in ("tasks", TEXT)}
     given = {key: value for key, value in state.items() if key not in NOT_TOLD}
     ledger.compare(f"{where} settings", settings, given)
-    timings = read_json(out / "timings.json")["tasks"]
+    timings = read_object(out / "timings.json")["tasks"]
     ledger.compare(f"{where} timings", timings, {name: timing(entries)})
 
 
@@ -206,7 +207,7 @@ def _answered(ledger: Ledger, folder: Path, cell: StoredCell) -> None:
     names += [HELD_OUT] if (cell.folder / "eval" / HELD_OUT).is_dir() else []
     for name in names:
         results, where = (
-            read_json(cell.folder / "eval" / name / "results.json"),
+            read_object(cell.folder / "eval" / name / "results.json"),
             f"{cell.name} {name}",
         )
         if weights is not None:
@@ -255,7 +256,7 @@ def _manifest(ledger: Ledger, cell: StoredCell) -> None:
             ledger.compare(f"{cell.name}.disk.{part}", manifest["disk"][part], size)
     if cell.kind == "tuned":
         _run(ledger, cell.name, cell.folder / "run")
-        recipe = read_json(cell.folder / "run" / "run.json")["recipe"]
+        recipe = read_object(cell.folder / "run" / "run.json")["recipe"]
         recipes = [
             {key: value for key, value in values.items() if key not in _PLACES}
             for values in (manifest["recipe"], recipe)
@@ -265,7 +266,7 @@ def _manifest(ledger: Ledger, cell: StoredCell) -> None:
 
 def _run(ledger: Ledger, where: str, run: Path) -> None:
     """Check what a training cost against its events."""
-    record = read_json(run / "run.json")
+    record = read_object(run / "run.json")
     events = list(read_records(run / "metrics.jsonl"))
     (done,) = [event for event in events if event["event"] == "done"]
     result = record["result"]["done"]
@@ -276,7 +277,7 @@ def _run(ledger: Ledger, where: str, run: Path) -> None:
         ledger.compare(f"{where} run tokens", result["tokens"], tokens)
     losses = [event["loss"] for event in events if event["event"] == "validation"]
     ledger.compare(f"{where} best validation", result["best_validation"], min(losses, default=None))
-    ledger.compare(f"{where} rows", *_rows(read_json(run / "data_ledger.json")))
+    ledger.compare(f"{where} rows", *_rows(read_object(run / "data_ledger.json")))
 
 
 def _rows(record: dict[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
@@ -299,7 +300,7 @@ def _sweep(ledger: Ledger, folder: Path, sweep: dict[str, Any]) -> None:
         run = folder / "sweeps" / name / f"{rate:g}"
         if loss is not None:
             _run(ledger, f"sweep {name} {rate:g}", run)
-            done = read_json(run / "run.json")
+            done = read_object(run / "run.json")
             ledger.compare(
                 f"sweep {name} {rate:g}", loss, done["result"]["done"]["best_validation"]
             )

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_slim.artifacts import SCHEMA_VERSION, read_json, write_json
+from mlx_slim.artifacts import SCHEMA_VERSION, write_json
 from mlx_slim.claims import Claim, RunKind, run_folder
 from mlx_slim.compare import identity
 from mlx_slim.compare.matrix import Cell, Layout
@@ -25,6 +25,7 @@ from mlx_slim.compare.questions import task_name, write_questions
 from mlx_slim.compare.store import MANIFEST, MATRIX_FILE
 from mlx_slim.errors import Interrupted, SlimError
 from mlx_slim.models.hub import SMOLLM2_PACKAGE
+from mlx_slim.reading import read_object
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 INTERRUPTED = Interrupted.exit_code
@@ -64,7 +65,7 @@ def prepare(layout: Layout, out: Path, resume: bool) -> list[Cell]:
 
 
 def _check_same(out: Path, layout: Layout) -> None:
-    known = read_json(out / MATRIX_FILE)
+    known = read_object(out / MATRIX_FILE)
     if known.get("schema_version") != SCHEMA_VERSION:
         raise SlimError(
             f"{out} was made by another version (schema {known.get('schema_version')!r})",

@@ -19,9 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from mlx_slim.artifacts import SCHEMA_VERSION, read_json, read_records
+from mlx_slim.artifacts import SCHEMA_VERSION, read_records
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluate.metrics import counted
+from mlx_slim.reading import library_errors, read_object, short
+
+_AGAIN = "run the matrix again with --resume"
 
 MANIFEST = "cell.json"
 MATRIX_FILE = "matrix.json"
@@ -107,22 +110,25 @@ def load(folder: Path) -> Stored:
     file = folder / MATRIX_FILE
     if not file.is_file():
         raise SlimError(f"{folder} holds no {MATRIX_FILE}", "give the folder of mlx-slim compare")
-    record = read_json(file)
-    version = record.get("schema_version") if isinstance(record, dict) else None
+    record = read_object(file)
+    version = record.get("schema_version")
     if version != SCHEMA_VERSION:
         raise SlimError(
             f"{file} has schema_version {version!r}, this mlx-slim reads {SCHEMA_VERSION}",
             "report it with the version that made it, or run the matrix again",
         )
-    stored = Stored(folder, record, [], [(name, why) for name, why in record["refused"]], [])
-    for name in record["cells"]:
+    with library_errors(f"{short(file)} is damaged", _AGAIN):
+        refused = [(name, why) for name, why in record["refused"]]
+        names = [Path(name).name for name in record["cells"]]
+    stored = Stored(folder, record, [], refused, [])
+    for name in names:
         cell = _cell_or_why(folder, name)
         if isinstance(cell, str):
             stored.failed.append((name, cell))
         else:
             stored.cells.append(cell)
     for path in sorted(folder.glob("sweeps/*/sweep.json")):
-        sweep = read_json(path)
+        sweep = read_object(path)
         if sweep.get("schema_version") == SCHEMA_VERSION:
             stored.sweeps.append(sweep)
     return stored
@@ -135,7 +141,7 @@ def _cell_or_why(folder: Path, name: str) -> StoredCell | str:
     except SlimError as error:
         file = folder / "failed" / f"{name}.json"
         if file.is_file() and not (folder / "cells" / name / MANIFEST).exists():
-            return str(read_json(file)["reason"])
+            return str(read_object(file)["reason"])
         return error.message
 
 
@@ -148,13 +154,14 @@ def load_cell(folder: Path) -> StoredCell:
     file = folder / MANIFEST
     if not file.is_file():
         raise SlimError("not run")
-    manifest = read_json(file)
+    manifest = read_object(file)
     version = manifest.get("schema_version")
     if version != SCHEMA_VERSION:
         raise SlimError(f"made by another version (schema {version!r}, not {SCHEMA_VERSION})")
     cell = StoredCell(folder, manifest)
-    for task in manifest["tasks"]:
-        cell.answers[task] = load_answers(folder / "eval" / task, task)
+    with library_errors(f"{short(file)} is damaged", _AGAIN):
+        for task in manifest["tasks"]:
+            cell.answers[task] = load_answers(folder / "eval" / task, task)
     return cell
 
 
@@ -164,7 +171,7 @@ def task_section(out: Path, task: str) -> dict[str, Any]:
     Raises:
         SlimError: If it is missing or damaged.
     """
-    results = read_json(out / "results.json")
+    results = read_object(out / "results.json")
     try:
         return results["tasks"][task]
     except (KeyError, TypeError) as error:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_slim.artifacts import read_json
 from mlx_slim.compare import store
 from mlx_slim.compare.recount import Ledger, differing_texts, recount
 from mlx_slim.compare.report import build, pages
 from mlx_slim.errors import SlimError
+from mlx_slim.reading import read_object
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def count_again(stored: store.Stored) -> tuple[Ledger, dict[str, Any]]:
     Raises:
         SlimError: If nothing was published.
     """
-    claimed = read_json(stored.folder / "results.json")
+    claimed = read_object(stored.folder / "results.json")
     ledger = Ledger()
     recount(stored, ledger)
     results = build(stored)

@@ -15,10 +15,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from mlx_slim.artifacts import read_json
 from mlx_slim.console.scoring import figure
 from mlx_slim.evaluate.comparison import BITS, Comparison, Row
 from mlx_slim.evaluate.results import TIMINGS_FILE
+from mlx_slim.reading import read_object
 from mlx_slim.runtime import human_bytes
 
 
@@ -41,7 +41,7 @@ def show_results(
         for heading in ("task", "shots", "metric", "value ± stderr", "k/n", "tok/s", "peak"):
             side = "left" if heading in ("task", "metric") else "right"
             table.add_column(heading, justify=side, no_wrap=heading != "task", overflow="fold")
-        timings = read_json(folder / TIMINGS_FILE)["tasks"]
+        timings = read_object(folder / TIMINGS_FILE, tasks=dict)["tasks"]
         for name, section in _sections(result):
             timing = timings[name]
             speed = f"{timing['tokens_per_second']:,.0f}"

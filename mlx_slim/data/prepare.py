@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_slim.artifacts import atomic_folder, hash_json, read_json, write_json
+from mlx_slim.artifacts import atomic_folder, hash_json, write_json
 from mlx_slim.config.schema import DataConfig, SourceConfig
 from mlx_slim.data import overlap, sources
 from mlx_slim.data.fingerprint import fingerprint_difference, source_print, without_rows
@@ -25,6 +25,7 @@ from mlx_slim.data.split import choose_validation, quotas, weighted
 from mlx_slim.data.store import TokenStore, TokenWriter
 from mlx_slim.data.workers import Workers
 from mlx_slim.errors import RowLimit, SlimError
+from mlx_slim.reading import library_errors, read_object, short
 
 __all__ = ["Prepared", "fingerprint_difference", "prepare"]
 
@@ -107,7 +108,7 @@ def prepare(
     tokens = folder / "tokens"
     state = tokens / "prepared.json"
     if state.is_file():
-        known = read_json(state)
+        known = read_object(state, fingerprint=dict, ledger=dict)
         if without_rows(known["fingerprint"]) == wanted:
             ledger = known["ledger"]
             if not (folder / LEDGER_FILE).is_file():
@@ -141,11 +142,10 @@ def _validation_source(
 
 def _open(tokens: Path, fingerprint: dict[str, Any], ledger: dict[str, Any]) -> Prepared:
     key = hash_json(fingerprint)
-    train = TokenStore(
-        tokens / "rows", index=np.load(tokens / "train.npy"), fingerprint=f"{key}:train"
-    )
+    with library_errors(f"{short(tokens)} is damaged", "remove it: it is made again"):
+        index, chosen = (np.load(tokens / f"{part}.npy") for part in ("train", "validation"))
+    train = TokenStore(tokens / "rows", index=index, fingerprint=f"{key}:train")
     name = "held_out" if (tokens / "held_out").is_dir() else "rows"
-    chosen = np.load(tokens / "validation.npy")
     validation = None
     if len(chosen):
         validation = TokenStore(tokens / name, index=chosen, fingerprint=f"{key}:validation")

@@ -20,6 +20,7 @@ from typing import Any
 from mlx_slim.artifacts import disk_errors, fsync, hash_bytes, json_lines
 from mlx_slim.distill.writers import Message, Teacher
 from mlx_slim.errors import SlimError
+from mlx_slim.reading import parse_json
 
 _DIGITS = 16  # of a hash in a line: enough to tell, short enough to read past
 _REPEATED = 0.5  # below this share of distinct runs of words a text repeats itself
@@ -115,9 +116,9 @@ class AnswerFile:
             if not last:
                 return
             try:
-                json.loads(last)
+                parse_json(last, "")
                 handle.write(b"\n")  # an editor that ends no last line
-            except ValueError:
+            except SlimError:
                 handle.truncate(start)
 
     def _take(self, line: dict[str, Any]) -> None:
@@ -196,10 +197,7 @@ class AnswerFile:
 
 def _parsed(path: Path, number: int, raw: bytes) -> dict[str, Any]:
     where = f"{path}, line {number}"
-    try:
-        line = json.loads(raw)
-    except ValueError as error:
-        raise SlimError(f"{where}: no JSON: {error}", "mend the line, or remove it") from error
+    line = parse_json(raw, where)
     wrong = _KEYS if not isinstance(line, dict) else [
         key for key in _KEYS if not isinstance(line.get(key), str)
     ]  # fmt: skip

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_slim.adapters.store import load_adapter
-from mlx_slim.artifacts import hash_files, is_hub_id, public_name, read_json
+from mlx_slim.artifacts import hash_files, is_hub_id, public_name
 from mlx_slim.config.distill import TeacherConfig
 from mlx_slim.config.schema import Recipe
 from mlx_slim.data.tokenize import unwrap
@@ -23,6 +23,7 @@ from mlx_slim.errors import SlimError
 from mlx_slim.models.load import load, resolve
 from mlx_slim.models.quantized import densify, densify_pays
 from mlx_slim.models.tensors import WEIGHTS
+from mlx_slim.reading import read_object
 from mlx_slim.runtime import dtype_name
 
 # Scripts, spaces, digits, code, signs: where tokenizers of one vocabulary still differ.
@@ -55,7 +56,7 @@ def with_model(teacher: TeacherConfig, recipe: Recipe) -> TeacherConfig:
     record = Path(recipe.model) / "prune.json"
     if not record.is_file():
         return teacher.model_copy(update={"model": recipe.model, "revision": recipe.revision})
-    origin = read_json(record)
+    origin = read_object(record, source=str)
     if not is_hub_id(origin["source"]):
         raise SlimError(
             f"{recipe.model} was pruned from a folder called {origin['source']}",

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from mlx_slim.artifacts import (
 from mlx_slim.claims import RunKind, run_folder
 from mlx_slim.data.fingerprint import fingerprint_difference
 from mlx_slim.errors import SlimError
+from mlx_slim.reading import field, parse_json, read_bytes, read_object
 
 STATE_FILE = "eval.json"
 PROGRESS_FILE = "progress.jsonl"
@@ -137,7 +138,7 @@ class Folder:
         Raises:
             SlimError: Says all that differs.
         """
-        known = read_json(self.path / STATE_FILE)
+        known = read_object(self.path / STATE_FILE)
         if different := fingerprint_difference(known, json.loads(json.dumps(state)), ""):
             raise SlimError(
                 f"{self.path} was started otherwise: {'; '.join(different)}",
@@ -204,7 +205,7 @@ def whole_chunks(out: Path) -> tuple[dict[str, list[Entry]], int]:
     """
     kept: dict[str, list[Entry]] = {}
     length = 0
-    for _, line in json_lines((out / PROGRESS_FILE).read_bytes()):
+    for _, line in json_lines(read_bytes(out / PROGRESS_FILE)):
         entry = _entry(line)
         if entry is None:
             break
@@ -224,10 +225,19 @@ def _line(entry: Entry) -> str:
 
 def _entry(line: bytes) -> Entry | None:
     """Return the chunk that a line of ``progress.jsonl`` names; None if a kill cut it short."""
-    try:
-        return Entry(**json.loads(line)) if line.endswith(b"\n") else None
-    except (ValueError, TypeError):
+    if not line.endswith(b"\n"):
         return None
+    try:
+        values = parse_json(line, "")
+        if not isinstance(values, dict):
+            return None
+        for key in fields(Entry):
+            kind = {"str": str, "int": int, "float": float}[str(key.type)]
+            field(values, "", key.name, kind)
+        entry = Entry(**values)
+    except (SlimError, TypeError):
+        return None
+    return entry if entry.task == Path(entry.task).name else None
 
 
 def _part(path: Path, begin: int, end: int) -> bytes:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_slim.artifacts import is_hub_id, public_name, read_json, write_text
+from mlx_slim.artifacts import is_hub_id, public_name, write_text
+from mlx_slim.reading import read_object
 from mlx_slim.runtime import human_bytes
 from mlx_slim.workflows.fuse import RECORD
 
@@ -68,7 +69,7 @@ def records_of(folder: Path) -> list[tuple[str, dict[str, Any]]]:
     for name in ("run.json", RECORD, "results.json"):
         for place in (folder, folder.parent):
             if (place / name).is_file() and (place == folder or name == "run.json"):
-                found.append((name, read_json(place / name)))
+                found.append((name, read_object(place / name)))
                 break
     return found
 

@@ -43,6 +43,7 @@ from mlx_slim.models.load import Loaded, load, read_config
 from mlx_slim.models.quantized import densify
 from mlx_slim.models.save import save_model
 from mlx_slim.quantize.apply import load_quantized
+from mlx_slim.reading import read_object
 from mlx_slim.runtime import dtype_name, human_bytes, on_gpu, resolve_dtype
 from mlx_slim.workflows.finetune import finetune
 from mlx_slim.workflows.run_folder import STATE_FILE
@@ -228,7 +229,7 @@ def _score(
         }
     )
     file = folder / "score.json"
-    if file.exists() and (known := artifacts.read_json(file))["key"] == key:
+    if file.exists() and (known := read_object(file)).get("key") == key:
         observer.notify(Notice(f"{folder} is complete: reused"))
         return Scored(**known["score"])
     whole = run is not None and (run / "model").is_dir()
@@ -284,7 +285,7 @@ def questions(
 
 
 def _row(method: str, base: Path, run: Path, before: Scored, after: Scored) -> Row:
-    record = artifacts.read_json(run / "run.json")
+    record = read_object(run / "run.json")
     result = record["result"]
     done = result["done"]
     return Row(

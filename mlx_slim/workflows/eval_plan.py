@@ -36,6 +36,7 @@ from mlx_slim.evaluate.training_rows import question_keys
 from mlx_slim.models.limits import limit_of
 from mlx_slim.models.load import load_tokenizer, model_hash, read_config, resolve
 from mlx_slim.models.tensors import folder_tensors
+from mlx_slim.reading import read_object
 from mlx_slim.workflows.scoring import Target
 from mlx_slim.workflows.task_rows import trained_keys
 
@@ -104,9 +105,9 @@ def find_targets(
         target = _target(source, config, tasks, texts, options)
         target.folder, target.started = folder, begun
         if begun:
-            known = artifacts.read_json(folder / STATE_FILE)
+            known = read_object(folder / STATE_FILE)
             for key in ("dense", "cache_bytes"):
-                target.state[key] = known.get(key) if isinstance(known, dict) else None
+                target.state[key] = known.get(key)
             Folder(folder).match(target.state)
         targets.append(target)
     _check_disk(out, [job for target in targets for job in target.jobs])

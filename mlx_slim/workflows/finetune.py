@@ -19,7 +19,7 @@ import mlx.core as mx
 from mlx_slim import events
 from mlx_slim.adapters.advice import rank_advice
 from mlx_slim.analyze.memory import Prediction
-from mlx_slim.artifacts import SCHEMA_VERSION, provenance, read_json, write_json
+from mlx_slim.artifacts import SCHEMA_VERSION, provenance, write_json
 from mlx_slim.config.load import Resolved
 from mlx_slim.config.schema import Recipe
 from mlx_slim.data.ledger import notes
@@ -28,6 +28,7 @@ from mlx_slim.errors import Interrupted, ResourceError, SlimError
 from mlx_slim.models import anatomy
 from mlx_slim.models.logits import logit_tolerance
 from mlx_slim.models.recorded import release
+from mlx_slim.reading import library_errors, read_object, short
 from mlx_slim.runtime import (
     dtype_name,
     human_bytes,
@@ -200,15 +201,18 @@ def _build(
 
 def _finished(out: Path, observer: events.Observer) -> Result:
     """Return the result of a run that is complete."""
-    record = read_json(out / "run.json")
+    file = out / "run.json"
+    fields = read_object(file, result=dict)["result"]
+    ledger = read_object(out / "data_ledger.json")
+    with library_errors(f"{short(file)} is damaged", "start a new run"):
+        result = Result(
+            out=out,
+            done=events.Done(**fields["done"]),
+            ledger=ledger,
+            **{key: value for key, value in fields.items() if key != "done"},
+        )
     observer.notify(events.Notice(f"{out} is complete: nothing to do"))
-    fields = record["result"]
-    return Result(
-        out=out,
-        done=events.Done(**fields["done"]),
-        ledger=read_json(out / "data_ledger.json"),
-        **{key: value for key, value in fields.items() if key != "done"},
-    )
+    return result
 
 
 # ------------------------------------------------------------------------------------ the guard

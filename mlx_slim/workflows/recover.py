@@ -15,13 +15,14 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from mlx_slim.artifacts import SCHEMA_VERSION, read_json, write_json
+from mlx_slim.artifacts import SCHEMA_VERSION, write_json
 from mlx_slim.claims import RunKind, run_folder
 from mlx_slim.config.load import COMMAND_LINE, Resolved, load_recipe
 from mlx_slim.data.sources import find
 from mlx_slim.errors import Interrupted, SlimError
 from mlx_slim.events import Notice, Observer
 from mlx_slim.models.load import read_config
+from mlx_slim.reading import read_object
 from mlx_slim.workflows.distill import distill
 from mlx_slim.workflows.eval_plan import EvalOptions, read_tasks
 from mlx_slim.workflows.finetune import finetune
@@ -130,7 +131,7 @@ def _run(
     """Prune, recover and score in the folder that this process holds."""
     if (out / REPORT_FILE).exists():
         observer.notify(Notice(f"{out} is complete: nothing to do"))
-        return read_json(out / REPORT_FILE)
+        return read_object(out / REPORT_FILE)
     resolved = recovery_recipe(after, out / MODEL, source, options.revision)
     if resolved is not None:
         for data in resolved.recipe.data.sources:
@@ -160,7 +161,7 @@ def _run(
 
 
 def _check_same(out: Path, source: str | Path, options: PruneOptions) -> None:
-    old, new = read_json(out / STATE_FILE), _request(source, options)
+    old, new = read_object(out / STATE_FILE), _request(source, options)
     changed = [
         f"{key}: {old.get(key)!r} → {new.get(key)!r}"
         for key in sorted({*old, *new})
@@ -183,7 +184,7 @@ def _pruned(
     """Return ``prune.json``; prune where that was not done yet."""
     if (out / MODEL / RECORD_FILE).exists():
         observer.notify(Notice(f"{out / MODEL} is pruned already"))
-        record = read_json(out / MODEL / RECORD_FILE)
+        record = read_object(out / MODEL / RECORD_FILE)
     else:
         if not started:
             write_json(out / STATE_FILE, _request(source, options))

@@ -19,12 +19,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from mlx_slim import events
-from mlx_slim.artifacts import SCHEMA_VERSION, read_json
+from mlx_slim.artifacts import SCHEMA_VERSION
 from mlx_slim.claims import RunKind, run_folder
 from mlx_slim.config.load import Resolved
 from mlx_slim.config.schema import Recipe
 from mlx_slim.data.prepare import Prepared
 from mlx_slim.errors import SlimError
+from mlx_slim.reading import library_errors, read_object, short
 from mlx_slim.runtime import from_first_rank, human_bytes, human_seconds
 
 STATE_FILE = "recipe.json"
@@ -90,7 +91,9 @@ def claim(out: Path, recipe: Recipe, observer: events.Observer, *, resume: bool)
 
 
 def _check_same(out: Path, recipe: Recipe) -> None:
-    known = _completed(read_json(out / STATE_FILE)["recipe"])
+    file = out / STATE_FILE
+    with library_errors(f"{short(file)} is damaged", "start a new run"):
+        known = _completed(read_object(file, recipe=dict)["recipe"])
     different = _differences(known, recipe.model_dump(mode="json"))
     if different:
         raise SlimError(

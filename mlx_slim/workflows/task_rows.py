@@ -18,7 +18,6 @@ from mlx_slim.artifacts import (
     SCHEMA_VERSION,
     hash_file,
     hash_json,
-    read_json,
     write_json,
     write_text,
 )
@@ -29,6 +28,7 @@ from mlx_slim.errors import SlimError
 from mlx_slim.evaluate.rows import load_rows
 from mlx_slim.evaluate.spec import find_task
 from mlx_slim.evaluate.training_rows import is_scored, training_rows, with_split
+from mlx_slim.reading import read_object
 
 FOLDER = "task_rows"
 RECORD = "training_rows.json"
@@ -88,7 +88,7 @@ def _written(config: SourceConfig, out: Path) -> Path:
 
 
 def _entries(record: Path) -> list[dict[str, Any]]:
-    return read_json(record)["sources"] if record.is_file() else []
+    return read_object(record, sources=list)["sources"] if record.is_file() else []
 
 
 def trained_keys(artifacts: Iterable[Path]) -> dict[str, str]:

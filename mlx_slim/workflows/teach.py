@@ -23,7 +23,6 @@ from mlx_slim.artifacts import (
     SCHEMA_VERSION,
     hash_file,
     hash_json,
-    read_json,
     write_json,
 )
 from mlx_slim.config.distill import DistillConfig, TeacherConfig
@@ -37,6 +36,7 @@ from mlx_slim.distill.lessons import Lesson, read_lessons
 from mlx_slim.distill.teachers import name_of
 from mlx_slim.distill.writers import LocalTeacher, Teacher
 from mlx_slim.errors import SlimError
+from mlx_slim.reading import library_errors, read_object, short
 from mlx_slim.runtime import resolve_dtype
 from mlx_slim.workflows.task_rows import finder
 from mlx_slim.workflows.taught import Taught, taught_from, write_taught
@@ -128,9 +128,10 @@ def _complete(out: Path, key: str, answers: Path) -> dict[str, Any] | None:
     """Return the record of a phase that is complete, None if it must be gone through."""
     if not (out / RECORD).is_file() or not answers.is_file():
         return None
-    record = read_json(out / RECORD)
+    record = read_object(out / RECORD, key=str, answers_sha256=str, parts=list)
     same = record["key"] == key and record["answers_sha256"] == hash_file(answers)
-    files = [out / part["file"] for part in record["parts"]]
+    with library_errors(f"{short(out / RECORD)} is damaged", "remove it: it is made again"):
+        files = [out / part["file"] for part in record["parts"]]
     return record if same and all(file.is_file() for file in files) else None
 
 

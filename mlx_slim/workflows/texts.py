@@ -18,7 +18,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_slim import events
-from mlx_slim.artifacts import public_name, read_json, write_json
+from mlx_slim.artifacts import public_name, write_json
 from mlx_slim.config.distill import TeacherConfig
 from mlx_slim.config.load import Resolved
 from mlx_slim.config.schema import Recipe
@@ -26,6 +26,7 @@ from mlx_slim.data.pipeline import Pipeline
 from mlx_slim.data.prepare import Prepared
 from mlx_slim.errors import Interrupted
 from mlx_slim.models.load import load_tokenizer, read_config
+from mlx_slim.reading import read_object
 from mlx_slim.runtime import world
 from mlx_slim.train.step import CrossEntropy, Objective
 from mlx_slim.workflows.course import Course
@@ -104,7 +105,7 @@ def _taught(
         taught = teach(recipe, teachers, method, out, observer, ready)
     if world().size() > 1:
         mx.eval(mx.distributed.all_sum(mx.array(1), group=world()))
-        taught = taught_from(read_json(out / RECORD), recipe, out)
+        taught = taught_from(read_object(out / RECORD), recipe, out)
     return taught
 
 
