@@ -3,8 +3,8 @@ r"""Text becomes token ids, exactly as the reference harness cuts it.
 Invariant: ``ids`` is one tokenization of context and continuation together, and its first
 ``start`` ids are as many as the context alone has; spaces that end a context belong to the
 continuation; BOS comes once: from a tokenizer that adds it, unless the text begins with it, as what
-a chat template wrote may. A context is encoded once for all its choices. What does not fit is cut
-on the left and counted. Try it: ``mlx-slim eval MODEL --task hellaswag --limit 100 -o out``.
+a chat template wrote may. What texts share is encoded once (``encoding.py``). What does not fit is
+cut on the left and counted. Try it: ``mlx-slim eval MODEL --task hellaswag --limit 100 -o out``.
 
     context "Question: …\nAnswer:"      continuation " Paris"
     ids     Q  :  …  Answer  :   | Paris          targets = ids[start:]
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlx_slim.errors import RowLimit, SlimError
+from mlx_slim.evaluate.encoding import PrefixEncoder
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -104,6 +105,7 @@ class Encoder:
         limit: RowLimit | None = None,
     ) -> None:
         self._tokenizer, self._chat = tokenizer, chat
+        self._texts = PrefixEncoder(tokenizer)
         self.limit = limit if limit is not None and limit.tokens < max_length else None
         self._context: tuple[str, int] = ("", 0)  # the last one, and how many ids it has
         prefix = self._prefix()
@@ -208,7 +210,7 @@ class Encoder:
 
     def _ids(self, text: str) -> list[int]:
         special = not self._chat and not (self._bos and text.startswith(self._bos))
-        return list(self._tokenizer.encode(text, add_special_tokens=special, verbose=False))
+        return list(self._texts.encode(text, special))
 
     def _prefix(self) -> int | None:
         for token in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id):
