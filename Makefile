@@ -37,7 +37,7 @@ help:
 	@echo "     MODEL=... ARGS=\"train.steps=100 data.path=rows.jsonl\" change it"
 	@for recipe in $(RECIPES); do echo "     $$recipe"; done
 	@echo "make test                set up and run the tests"
-	@echo "make kills               end every command before each of its file operations, and go on: an hour"
+	@echo "make kills               end every command at each of its file operations and events, and go on: an hour"
 	@echo "     ARGS=\"--only eval\"  one command; --points 24 --seed 1: so many moments of all"
 	@echo "make parity              logits, adapters and scores against PyTorch, in $(PARITY)"
 	@echo "make check               formatting, lint and types"

@@ -7,8 +7,16 @@ before ``mlx.core`` is imported. It stands here so that the command line, the Py
 tests all get it; opt out with ``MLX_SLIM_BLAS=off``. Try it: ``python -m mlx_slim doctor``.
 """
 
-import importlib
+import signal
 import sys
+
+if (
+    sys.argv[0].endswith("/mlx-slim") or sys.orig_argv[1:3] == ["-m", "mlx_slim"]
+) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # The command line is being loaded: Ctrl-C ends it without a traceback, until ``interrupts``.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import importlib
 import types
 from typing import TYPE_CHECKING, Any
 

@@ -103,27 +103,47 @@ def _fsync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``: it replaces ``path`` on success, else is removed.
+def atomic_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``: it becomes ``path`` on success, else is removed.
 
     What dead processes left of earlier tries is removed.
 
+    Args:
+        path: The file to write.
+        replace: Replace an existing file; otherwise one is an error, also one that appears while
+            this one is written.
+
     Raises:
         ResourceError: If the disk is full.
-        SlimError: If the folder cannot be written.
+        SlimError: If the folder cannot be written, or ``path`` exists.
     """
     with disk_errors(path):
+        if not replace and os.path.lexists(path):
+            raise exists_already(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         locks.remove_dead(path.parent, path.name)
-        lock = locks.temporary_file(path)
-        try:
-            yield lock.path
-            _fsync(lock.path)
-            lock.path.replace(path)
+        with locks.temporary_file(path) as temporary:
+            yield temporary
+            _fsync(temporary)
+            if replace:
+                temporary.replace(path)
+            else:
+                _place(temporary, path)
             _fsync(path.parent)
-        finally:
-            lock.path.unlink(missing_ok=True)
-            lock.release()
+
+
+def _place(temporary: Path, path: Path) -> None:
+    """Give a file a second name that nothing has; a rename would replace what has it."""
+    try:
+        path.hardlink_to(temporary)
+    except FileExistsError as error:
+        raise exists_already(path, "it appeared while this one was made") from error
+    except OSError:  # a file system without hard links (exFAT)
+        try:
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        except FileExistsError as error:
+            raise exists_already(path, "it appeared while this one was made") from error
+        temporary.replace(path)
 
 
 @contextlib.contextmanager
@@ -141,6 +161,19 @@ def parent_of(path: Path) -> Iterator[None]:
                     folder.rmdir()
                     folder = folder.parent
         raise
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold an output that is written bit by bit, as no other command may at the same time.
+
+    Raises:
+        SlimError: If a living process holds it, or its place cannot be written.
+    """
+    if not path.name:  # "/"
+        raise exists_already(path)
+    with disk_errors(path), parent_of(path), locks.hold(path):
+        yield
 
 
 @contextlib.contextmanager
@@ -182,9 +215,14 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
             locks.settle(work)
 
 
-def remove_folder(path: Path) -> None:
-    """Remove a folder in one step: a kill leaves all of it, or a temporary."""
-    if path.exists():
+def remove_folder(path: Path, names: Iterable[str]) -> None:
+    """Remove a folder in one step: a kill leaves all of it, or a temporary.
+
+    Args:
+        path: The folder.
+        names: All that we ever write into it; one that holds anything else stays as it is.
+    """
+    if path.is_dir() and {entry.name for entry in path.iterdir()} <= {*names, ".DS_Store"}:
         with disk_errors(path), locks.hold(path) as work:
             path.rename(work.folder / locks.GONE)
 
@@ -210,15 +248,16 @@ def weight_sizes(folder: Path) -> dict[str, int]:
     }
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` atomically, as UTF-8."""
-    with atomic_file(path) as temporary:
+def write_text(path: Path, text: str, *, replace: bool = True) -> None:
+    """Write ``text`` to ``path`` atomically, as UTF-8; see ``atomic_file``."""
+    with atomic_file(path, replace=replace) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, replace: bool = True) -> None:
     """Write ``value`` to ``path`` atomically, as indented JSON with a last newline."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_text(path, text, replace=replace)
 
 
 def save_tensors(path: Path, tensors: dict[str, Any]) -> None:

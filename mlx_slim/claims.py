@@ -37,6 +37,7 @@ from mlx_slim.artifacts import (
     weight_sizes,
 )
 from mlx_slim.errors import Complete, SlimError
+from mlx_slim.interrupts import undivided
 from mlx_slim.reading import field, read_object
 
 LOCK_FILE = ".mlx-slim.lock"
@@ -131,12 +132,13 @@ def run_folder(out: Path, kind: RunKind, *, resume: bool) -> Iterator[Claim]:
         yield Claim((out / kind.state).exists(), "", _claimed[key])
         return
     check_run_folder(out, kind, resume=resume)
-    with disk_errors(out):
-        made = first_missing(out)
-        lock = _lock(out)
-    _claimed[key] = lock.descriptor
+    lock = made = None
     started = begun = False
     try:
+        with disk_errors(out), undivided():
+            made = first_missing(out)
+            lock = _lock(out)
+            _claimed[key] = lock.descriptor
         if lock.works:
             locks.remove_dead(out)
         started = check_run_folder(out, kind, resume=resume)
@@ -148,16 +150,18 @@ def run_folder(out: Path, kind: RunKind, *, resume: bool) -> Iterator[Claim]:
             note = f"{out} holds no {kind.holds} to resume: starting"
         yield Claim(started, note, lock.descriptor)
     finally:
-        _claimed.pop(key, None)
-        empty = begun and not (out / kind.state).exists()
-        if empty:  # it could not start
-            for pattern in kind.before:
-                for path in out.glob(pattern):
-                    _remove(path)
-        lock.path.unlink(missing_ok=True)
-        if empty and made is not None:
-            _remove_if_empty(out, made)
-        lock.release()
+        with undivided():
+            if lock is not None:
+                _claimed.pop(key, None)
+                stays = (out / kind.state).exists()
+                if begun and not stays:  # it could not start
+                    for pattern in kind.before:
+                        for path in out.glob(pattern):
+                            _remove(path)
+                lock.path.unlink(missing_ok=True)
+                if made is not None and not stays:
+                    _remove_if_empty(out, made)
+                lock.release()
 
 
 def _lock(out: Path) -> locks.Lock:

@@ -2,18 +2,32 @@
 
 Invariant: every failure that the user's input or machine can cause leaves the program as a
 ``SlimError``: one line that says the value seen, the value expected and what to do. The command
-line prints it without a traceback and exits with ``exit_code``; anything else is our bug and keeps
-its traceback. Try it: ``mlx-slim train no-such-recipe -o /tmp/run``.
+line prints it without a traceback and exits with ``exit_code``; anything else is our bug
+(``cli/crash.py``). Try it: ``mlx-slim train no-such-recipe -o /tmp/run``.
 """
 
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 _LONGEST = 2000  # characters of a message
+_SECRETS = re.compile(
+    r"\b(?:hf|sk|gh[opsu]|github_pat)[_-][\w-]{8,}|(?i:bearer)\s+\S+|(?<=://)[^/\s@]+(?=@)"
+)
+_SECRET_NAMES = re.compile(r"(?i)token|key|secret|passw|credential")
+
+
+def without_secrets(text: str) -> str:
+    """Return ``text`` without tokens: those of known forms, and the environment's own."""
+    values = (v for name, v in os.environ.items() if len(v) >= 6 and _SECRET_NAMES.search(name))
+    for value in sorted(values, key=len, reverse=True):
+        text = text.replace(value, "(secret)")
+    return _SECRETS.sub("(secret)", text)
 
 
 class SlimError(Exception):
@@ -70,6 +84,18 @@ class Complete(SlimError):
 def _bounded(text: str) -> str:
     """Return a message that can be read: a name of 5,000 characters is none."""
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 4 :]}"
+
+
+def check_working_folder() -> None:
+    """Refuse a working folder that is no more.
+
+    Raises:
+        SlimError: Relative paths mean nothing there.
+    """
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise SlimError("the working folder was removed", "go to another one: cd") from error
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

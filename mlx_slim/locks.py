@@ -8,8 +8,8 @@ system without locks nothing is known to be dead: nothing is removed, and one li
 ``python -m pytest tests/test_locks.py``.
 
 Beside an output NAME: ``.NAME.mlx-slim-tmp/`` while a folder is built (``lock``; ``new``, the
-folder to be; ``old``, the one that it replaces; ``gone``, one that is being removed), and
-``.NAME.mlx-slim-ID.EXT`` while a file is written.
+folder to be; ``old``, the one that it replaces, whose files that the new one has not go over to it;
+``gone``, one that is being removed), and ``.NAME.mlx-slim-ID.EXT`` while a file is written.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlx_slim.errors import SlimError
+from mlx_slim.interrupts import undivided
 
 TAG = ".mlx-slim-"
 _FOLDER = re.compile(r"\.(.+)\.mlx-slim-tmp")
@@ -111,12 +112,22 @@ def _forget() -> None:
 # ------------------------------------------------------------------------------------- files
 
 
-def temporary_file(path: Path) -> Lock:
-    """Return a new, empty, locked file beside ``path``."""
-    while True:
-        name = f".{path.name}{TAG}{secrets.token_hex(4)}{path.suffix}"
-        if (lock := acquire(path.with_name(name))) is not None:
-            return lock
+@contextlib.contextmanager
+def temporary_file(path: Path) -> Iterator[Path]:
+    """Yield a new, empty, locked file beside ``path``; it is removed, if it has its name still."""
+    held: list[Lock] = []
+    try:
+        with undivided():
+            while not held:
+                name = f".{path.name}{TAG}{secrets.token_hex(4)}{path.suffix}"
+                if (lock := acquire(path.with_name(name))) is not None:
+                    held.append(lock)
+        yield held[0].path
+    finally:
+        with undivided():
+            for lock in held:
+                lock.path.unlink(missing_ok=True)
+                lock.release()
 
 
 # ------------------------------------------------------------------------------------- folders
@@ -158,13 +169,14 @@ def hold(path: Path) -> Iterator[Work]:
     if (known := _held.get(_key(path))) is not None:
         yield known
         return
-    work = _begin(path)
-    _held[_key(path)] = work
     try:
+        with undivided():
+            work = _held[_key(path)] = _begin(path)
         yield work
     finally:
-        _held.pop(_key(path), None)
-        _end(work)
+        with undivided():
+            if (held := _held.pop(_key(path), None)) is not None:
+                _end(held)
 
 
 def _begin(path: Path) -> Work:
@@ -196,11 +208,24 @@ def in_use(path: Path) -> SlimError:
 def settle(work: Work) -> None:
     """Finish a replacement of which the half is done, and remove what else is in the folder."""
     new, old = work.folder / NEW, work.folder / OLD
-    # The old folder moves aside only when the new one is whole and on disk.
-    if old.exists() and new.exists() and not work.path.exists():
-        new.rename(work.path)
-    for name in (NEW, OLD, GONE):
-        shutil.rmtree(work.folder / name, ignore_errors=True)
+    if old.exists() and not os.path.lexists(work.path):
+        # The old folder moves aside only when the new one is whole and on disk.
+        (new if new.exists() else old).rename(work.path)
+    for folder in (new, work.folder / GONE):
+        shutil.rmtree(folder, ignore_errors=True)
+    if old.exists():
+        with contextlib.suppress(OSError):  # no place for them: the old folder stays
+            _keep_others(old, work.path)
+            shutil.rmtree(old)
+
+
+def _keep_others(old: Path, new: Path) -> None:
+    """Move what ``old`` has and ``new`` has not into ``new``: somebody else put it there."""
+    for file in sorted(old.rglob("*")):
+        target = new / file.relative_to(old)
+        if not os.path.lexists(target) and (file.is_symlink() or not file.is_dir()):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.rename(target)
 
 
 def _end(work: Work) -> None:

@@ -168,7 +168,12 @@ def parse_size(text: str | int) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?b?)\s*", str(text).lower())
     if not match or match[2] not in _UNITS:
         raise SlimError(f"memory size {text!r} is not understood", "write it as 16GB or 16GiB")
-    return int(float(match[1]) * _UNITS[match[2]])
+    size = float(match[1]) * _UNITS[match[2]]
+    if not 1 <= size <= 2**60:
+        raise SlimError(
+            f"memory size {str(text)[:40]!r} is out of range", "give 1 byte to 1,000,000,000 GB"
+        )
+    return int(size)
 
 
 def memory_budget(setting: str | int) -> int:

@@ -22,7 +22,7 @@ else:
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mlx_slim"
 FLOORS = (
-    {"errors"},
+    {"errors", "interrupts"},
     {"locks", "reading"},
     {"tensor_files"},
     {"artifacts", "events"},

@@ -23,6 +23,6 @@ def test_killed_at_drawn_moments_every_command_ends_as_the_undisturbed_one(tmp_p
         check=False,
         timeout=600,
     )
-    moments = [line for line in done.stdout.splitlines() if ", before " in line]
+    moments = [line for line in done.stdout.splitlines() if ", at " in line]
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(moments) == POINTS and all(line.endswith(": equal") for line in moments), moments

@@ -27,6 +27,7 @@ from mlx_slim.adapters.lora import dimensions
 from mlx_slim.adapters.peft_plain import PeftLayer, base_weight, taken_out
 from mlx_slim.artifacts import load_tensors
 from mlx_slim.errors import SlimError
+from mlx_slim.models.finite import refuse_other_than_numbers
 from mlx_slim.models.tensors import few
 from mlx_slim.reading import field, library_errors, read_object, short, shown
 from mlx_slim.runtime import number
@@ -264,6 +265,7 @@ def _tensors(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, mx.arra
             "adapter_model.bin is a pickle, which can run code when read: save it as safetensors",
         )
     loaded = load_tensors(file)
+    refuse_other_than_numbers(loaded.items(), str(file))
     parts: dict[str, dict[str, Any]] = {}
     copies: dict[str, mx.array] = {}
     unknown = []

@@ -8,7 +8,9 @@ architecture. Cases that are in the output file already are not run again. Try i
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,9 +19,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_slim.artifacts import read_records, write_text
+from mlx_slim.artifacts import held, read_records, write_text
 from mlx_slim.bench.rounds import run_side
 from mlx_slim.bench.train import METHODS
+from mlx_slim.errors import SlimError
 from mlx_slim.models.build import build
 from mlx_slim.models.load import load_tokenizer
 from mlx_slim.models.save import save_model
@@ -103,9 +106,11 @@ def bench_plan(model: str, out: Path | None, progress: Callable[[str], None]) ->
         ``within`` (share of the cases that are at most 15% off), ``median_error``, ``worst_error``.
     """
     done: dict[str, dict[str, Any]] = {}
-    if out is not None and out.exists():
-        done = {record["case"]: record for record in read_records(out)}
-    with tempfile.TemporaryDirectory() as name:
+    with contextlib.ExitStack() as stack:
+        if out is not None:
+            stack.enter_context(held(out))
+            done = _finished(out)
+        name = stack.enter_context(tempfile.TemporaryDirectory())
         folder = Path(name)
         random = random_model(folder / "random", model)
         for case, work in cases(model, random, folder):
@@ -117,6 +122,14 @@ def bench_plan(model: str, out: Path | None, progress: Callable[[str], None]) ->
                     write_text(out, "".join(json.dumps(r) + "\n" for r in done.values()))
             progress(_line(done[case]))
     return summary(list(done.values()))
+
+
+def _finished(out: Path) -> dict[str, dict[str, Any]]:
+    """Return the cases in a file of an earlier call, none if it is not there."""
+    records = list(read_records(out)) if os.path.lexists(out) else []
+    if not all({"case", "error", "predicted_peak_bytes"} <= record.keys() for record in records):
+        raise SlimError(f"{out} holds something else than finished cases", "choose another file")
+    return {record["case"]: record for record in records}
 
 
 def _line(record: dict[str, Any]) -> str:

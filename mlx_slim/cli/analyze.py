@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_slim.cli.options import Real, Whole
+
 if TYPE_CHECKING:
     from mlx_slim.analyze.intruders import Intruders, Matrix
 
@@ -25,12 +27,12 @@ def command() -> None:
 @click.argument("base")
 @click.option("--adapter", type=click.Path(path_type=Path), help="Adapter folder.")
 @click.option("--tuned", help="A whole tuned model: folder or hub id.")
-@click.option("--k", default=10, show_default=True, type=click.IntRange(1), help="Directions.")
+@click.option("--k", default=10, show_default=True, type=Whole(1), help="Directions.")
 @click.option(
     "--epsilon",
     default=0.5,
     show_default=True,
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Real(0, 1, min_open=True),
     help="A direction further than this cosine from all of the base's is an intruder.",
 )
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="New folder.")

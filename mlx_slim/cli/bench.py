@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from mlx_slim.cli.options import SHOTS, Whole
+
 
 @click.group("bench")
 def command() -> None:
@@ -25,13 +27,13 @@ def command() -> None:
     show_default=True,
     help="mlx-lm's trainer, or another method of ours.",
 )
-@click.option("--rows", type=click.IntRange(12), default=48, show_default=True)
-@click.option("--batch", type=click.IntRange(1), default=4, show_default=True)
-@click.option("--max-length", type=click.IntRange(16), default=512, show_default=True)
+@click.option("--rows", type=Whole(12), default=48, show_default=True)
+@click.option("--batch", type=Whole(1), default=4, show_default=True)
+@click.option("--max-length", type=Whole(16), default=512, show_default=True)
 @click.option(
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto"
 )
-@click.option("--rounds", type=click.IntRange(1), default=2, show_default=True)
+@click.option("--rounds", type=Whole(1), default=2, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the whole record as JSON.")
 def train(model: str, against: str, as_json: bool, **work: Any) -> None:
     """Train one epoch of the same rows on both sides, alternating, and compare."""
@@ -61,14 +63,14 @@ def train(model: str, against: str, as_json: bool, **work: Any) -> None:
 @command.command("eval")
 @click.argument("model")
 @click.option("--task", default="hellaswag", show_default=True, help="Name or file of a task.")
-@click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="Questions.")
-@click.option("--num-fewshot", type=click.IntRange(0), help="Examples; the task's own by default.")
+@click.option("--limit", type=Whole(1), default=100, show_default=True, help="Questions.")
+@click.option("--num-fewshot", type=SHOTS, help="Examples; the task's own by default.")
 @click.option("--data-dir", type=click.Path(), help="Data mirror; MLX_SLIM_DATA by default.")
 @click.option("--against", type=click.Choice(["mlx-lm"]), default="mlx-lm", show_default=True)
 @click.option(
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto"
 )
-@click.option("--rounds", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--rounds", type=Whole(1), default=1, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the whole record as JSON.")
 def evaluate(model: str, against: str, as_json: bool, **work: Any) -> None:
     """Score the same questions on both sides, alternating, and compare."""

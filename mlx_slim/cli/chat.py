@@ -15,6 +15,7 @@ import click
 from mlx_slim.cli.options import speaker_options
 from mlx_slim.cli.speaker import open_and_tell
 from mlx_slim.errors import SlimError, did_you_mean
+from mlx_slim.interrupts import Terminated
 
 if TYPE_CHECKING:
     from mlx_slim.workflows.talk import Speaker
@@ -89,6 +90,8 @@ def command(
             for piece in speaker.stream(ids, max_tokens=max_tokens, temperature=temp):
                 pieces.append(piece)
                 click.echo(piece, nl=False)
+        except Terminated:
+            raise
         except KeyboardInterrupt:
             click.echo(" …", nl=False)
         except SlimError as error:  # of this turn only: the conversation goes on without it

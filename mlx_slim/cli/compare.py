@@ -9,17 +9,20 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from mlx_slim.errors import Interrupted, SlimError, did_you_mean
+from mlx_slim.cli.options import Whole
+from mlx_slim.errors import Interrupted, SlimError, did_you_mean, without_secrets
+from mlx_slim.interrupts import Requested
 
 if TYPE_CHECKING:
     from mlx_slim.compare.matrix import Cell, Layout
 
-FAILED = 2  # exit code when a cell failed and the others are done
+_POLL = 0.05  # seconds between two looks at a cell that runs
 
 
 @click.command("compare")
@@ -28,7 +31,7 @@ FAILED = 2  # exit code when a cell failed and the others are done
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder [runs/MATRIX].")
 @click.option("--resume", is_flag=True, help="Go on: compute what is missing or has changed.")
 @click.option("--dry-run", is_flag=True, help="Print cells, predicted memory and time; do nothing.")
-@click.option("--limit", type=click.IntRange(min=1), help="At most N questions of each task.")
+@click.option("--limit", type=Whole(1), help="At most N questions of each task.")
 @click.option("--only", metavar="CELL", help="Make one cell of a prepared folder, here and now.")
 @click.option("--quiet", is_flag=True, help="Warnings and the end only.")
 def command(
@@ -83,13 +86,8 @@ def _run(layout: Layout, folder: Path, words: list[str], resume: bool) -> None:
             command = [sys.executable, "-m", "mlx_slim", "compare", *words, "--only", cell.name]
             note = folder / "failed" / f"{cell.name}.json"
             note.unlink(missing_ok=True)
-            process = subprocess.Popen(command, pass_fds=[claimed.descriptor])
-            while True:
-                try:
-                    code = process.wait()
-                    break
-                except KeyboardInterrupt:  # the cell hears it too, and saves its state
-                    continue
+            if (code := _exit_code(command, claimed.descriptor)) is None:
+                return runner.INTERRUPTED, ""
             return code, read_object(note, reason=str)["reason"] if note.exists() else ""
 
         def begun(number: int, cell: Cell) -> None:
@@ -110,6 +108,26 @@ def _run(layout: Layout, folder: Path, words: list[str], resume: bool) -> None:
             f"{count} of {len(cells) + len(layout.refused)} cells failed; the others are done",
             "mend what the warnings say, then the same command with --resume",
         )
+
+
+def _exit_code(command: list[str], descriptor: int) -> int | None:
+    """Run a cell's process, which holds the folder too; return None if a signal stopped it.
+
+    The process is told of the signal, whoever got it, and saves its state.
+    """
+    with Requested() as stop:
+        process = subprocess.Popen(command, pass_fds=[descriptor])
+        told = False
+        try:
+            while (code := process.poll()) is None:
+                if stop.requested and not told:
+                    process.terminate()
+                    told = True
+                time.sleep(_POLL)
+        except KeyboardInterrupt:  # a second signal: at once
+            process.terminate()
+            raise
+    return None if stop.requested else code
 
 
 def _one(layout: Layout, folder: Path, name: str, quiet: bool) -> None:
@@ -136,9 +154,9 @@ def _one(layout: Layout, folder: Path, name: str, quiet: bool) -> None:
         note = {"cell": name, "reason": reason, "exit_code": error.exit_code}
         write_json(folder / "failed" / f"{name}.json", note)
         raise
-    except Exception as error:  # our own mistake: the report names it, the traceback stays
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        note = {"cell": name, "reason": reason, "exit_code": 1}
+    except Exception as error:  # our own mistake: the report names it
+        reason = " ".join(f"internal error: {type(error).__name__}: {error}".split())
+        note = {"cell": name, "reason": without_secrets(reason), "exit_code": 1}
         write_json(folder / "failed" / f"{name}.json", note)
         raise
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_slim.cli.options import Whole
 from mlx_slim.errors import SlimError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def command() -> None:
 @command.command()
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--rows", type=click.IntRange(1), default=3, show_default=True, help="Rows to show.")
+@click.option("--rows", type=Whole(1), default=3, show_default=True, help="Rows to show.")
 def preview(recipe: str, overrides: tuple[str, ...], rows: int) -> None:
     """Show the first rows of RECIPE with the supervised tokens coloured."""
     from pathlib import Path
@@ -39,6 +40,7 @@ def preview(recipe: str, overrides: tuple[str, ...], rows: int) -> None:
     from rich.console import Console
 
     from mlx_slim.config.load import load_recipe
+    from mlx_slim.data.formats import check_renamed
     from mlx_slim.data.ledger import SourceLedger, notes
     from mlx_slim.data.pipeline import Pipeline
     from mlx_slim.data.tokenize import unwrap
@@ -58,6 +60,7 @@ def preview(recipe: str, overrides: tuple[str, ...], rows: int) -> None:
     console.print(_legend(*marks))
     with TemporaryDirectory() as folder:
         find = finder(Path(folder))
+        seen: set[str] = set()
         for config in resolved.data.sources:
             source = find(config)
             ledger = SourceLedger(source.name, source.kind, config.weight, source.ignored)
@@ -69,6 +72,8 @@ def preview(recipe: str, overrides: tuple[str, ...], rows: int) -> None:
             console.print(f"{read}, dropped: {dropped}", style="dim", markup=False)
             for line in notes({"sources": [ledger.as_record()]}):
                 console.print(line, style="yellow", markup=False)
+            seen |= ledger.columns
+        check_renamed(resolved.data.columns, seen)
 
 
 def _legend(opening: str, closing: str) -> Text:
@@ -150,13 +155,15 @@ def _texts(config: DataConfig) -> Iterator[tuple[Any, list[str]]]:
     from pathlib import Path
     from tempfile import TemporaryDirectory
 
-    from mlx_slim.data.formats import Dropped, check_columns, read_example
+    from mlx_slim.data.formats import Dropped, check_columns, check_renamed, read_example
     from mlx_slim.workflows.task_rows import finder
 
     check_columns(config.columns)
+    seen: set[str] = set()
     with TemporaryDirectory() as folder:
         for source_config in config.sources:
             for raw in finder(Path(folder))(source_config):
+                seen |= raw.value.keys() & set(config.columns.values())
                 try:
                     example = read_example(
                         raw,
@@ -167,6 +174,7 @@ def _texts(config: DataConfig) -> Iterator[tuple[Any, list[str]]]:
                 except Dropped:
                     continue
                 yield raw, example.texts
+    check_renamed(config.columns, seen)
 
 
 def _print_report(report: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mlx_slim.cli.options import output_mode
+from mlx_slim.cli.options import Whole, output_mode
 
 
 @click.command("demo")
@@ -26,7 +26,7 @@ from mlx_slim.cli.options import output_mode
 )
 @click.option(
     "--limit",
-    type=click.IntRange(1, 100),
+    type=Whole(1, 100),
     default=64,  # one batch of answers
     show_default=True,
     help="Score the first N of 100 held-out rows.",

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from mlx_slim.cli.options import output_mode
+from mlx_slim.cli.options import SEED, SHOTS, Whole, output_mode
 from mlx_slim.errors import SlimError
 
 _FOLDER = click.Path(path_type=Path)
@@ -31,8 +31,8 @@ _FOLDER = click.Path(path_type=Path)
 @click.option(
     "--perplexity", type=_FOLDER, metavar="FILE", help="Bits per byte of a held-out text."
 )
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="First N rows (of a subject).")
-@click.option("--num-fewshot", type=int, metavar="K", help="Solved examples before a question.")
+@click.option("--limit", type=Whole(1), metavar="N", help="First N rows (of a subject).")
+@click.option("--num-fewshot", type=SHOTS, metavar="K", help="Solved examples before a question.")
 @click.option("--data-dir", type=_FOLDER, metavar="DIR", help="Data mirror [MLX_SLIM_DATA].")
 @click.option("--apply-chat-template", is_flag=True, help="Prompts go through the chat template.")
 @click.option(
@@ -44,9 +44,9 @@ _FOLDER = click.Path(path_type=Path)
 @click.option(
     "--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16."
 )
-@click.option("--max-length", type=click.IntRange(2), metavar="N", help="Longest input, tokens.")
-@click.option("--batch-tokens", type=click.IntRange(1), metavar="N", help="Tokens of a batch.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap; recorded.")
+@click.option("--max-length", type=Whole(2), metavar="N", help="Longest input, tokens.")
+@click.option("--batch-tokens", type=Whole(1), metavar="N", help="Tokens of a batch.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the bootstrap; recorded.")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of hub models.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python files of the model repository.")
 @click.option(
@@ -134,7 +134,7 @@ def _compare(
         check_writable(target.parent)
     comparison = compare(outs[0], outs[1], seed=seed)
     if target is not None:
-        write_json(target, comparison.as_record())
+        write_json(target, comparison.as_record(), replace=False)
     if as_json:
         click.echo(json.dumps(comparison.as_record()))
         return

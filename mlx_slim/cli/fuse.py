@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from mlx_slim.cli.options import Whole
+
 
 @click.command(name="fuse")
 @click.argument("model")
@@ -34,10 +36,8 @@ import click
 )
 @click.option("--force", is_flag=True, help="Write it even if the tune is lost.")
 @click.option("--calibration", help="Text file or data set to compare on; default Alpaca.")
-@click.option("--samples", type=click.IntRange(1), default=4, show_default=True, help="Its rows.")
-@click.option(
-    "--length", type=click.IntRange(8), default=256, show_default=True, help="Tokens of a row."
-)
+@click.option("--samples", type=Whole(1), default=4, show_default=True, help="Its rows.")
+@click.option("--length", type=Whole(8), default=256, show_default=True, help="Tokens of a row.")
 @click.option("--revision", help="Commit or tag of a hub model.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def command(

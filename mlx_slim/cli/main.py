@@ -1,25 +1,29 @@
 """The entry point: which commands exist, and how a failure looks.
 
 Invariant: a command's module is imported only when that command runs; its line in ``--help`` stands
-here. The user's mistakes are one ``error:`` line and one ``hint:`` line on standard error, without
-a traceback (``MLX_SLIM_DEBUG=1`` shows it); our own mistakes keep theirs. Exit codes: 0 done, 2
-input, 3 memory or disk, 130 interrupted. Try it: ``mlx-slim --help``.
+here. Every failure is one ``error:`` line and one ``hint:`` line on standard error, without a
+traceback (``MLX_SLIM_DEBUG=1`` shows it); that of our own mistakes is in a file (``crash.py``).
+Exit codes: 0 done, 1 our own mistake, 2 input, 3 memory or disk, 130 interrupted (Ctrl-C, SIGTERM,
+SIGHUP). Try it: ``mlx-slim --help``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
-from mlx_slim import __version__
-from mlx_slim.errors import Complete, SlimError, did_you_mean
+from mlx_slim import __version__, interrupts
+from mlx_slim.errors import Complete, Interrupted, SlimError, check_working_folder, did_you_mean
 
 # name -> (module in mlx_slim.cli, line of help), in the order that a user meets them
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -103,15 +107,20 @@ def command(ctx: click.Context) -> None:
     """Make a language model smaller and better at your task, and know what it cost."""
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
+    else:
+        check_working_folder()
 
 
 def _fail(message: str, hint: str, code: int, details: Sequence[str] = ()) -> int:
     """Print the two lines of a failure, and its details between them; return the exit code."""
-    click.echo(f"error: {' '.join(message.split())}", err=True)
-    for line in details:
-        click.echo(f"  {' '.join(line.split())}", err=True)
-    if hint:
-        click.echo(f"hint: {' '.join(hint.split())}", err=True)
+    lines = [f"error: {message}", *(f"  {line}" for line in details)]
+    lines += [f"hint: {hint}"] if hint else []
+    try:
+        for line in lines:
+            indent = "  " * line.startswith("  ")
+            click.echo(indent + " ".join(line.split()), err=True)
+    except OSError:  # nobody listens
+        _silence(sys.stderr)
     return code
 
 
@@ -129,43 +138,72 @@ def run(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: The words after the program's name; the process's own by default.
     """
-    try:
-        result: Any = command.main(
-            args=None if arguments is None else list(arguments),
-            prog_name="mlx-slim",
-            standalone_mode=False,
-        )
-        sys.stdout.flush()
-    except Complete as done:
-        words = sys.argv[1:] if arguments is None else arguments
-        record = {"schema_version": 1, "status": "complete", "path": str(done.path)}
-        click.echo(json.dumps(record) if "--json" in words else done.message)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    streams = sys.stdout, sys.stderr
+    with interrupts.raised():
+        try:
+            result: Any = command.main(args=words, prog_name="mlx-slim", standalone_mode=False)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except (KeyboardInterrupt, click.Abort):
+            return _fail("interrupted", "", Interrupted.exit_code)
+        except SystemExit as leaving:  # of rich, or of click, which wraps the streams before
+            if sys.stdout is streams[0] and not isinstance(leaving.__context__, BrokenPipeError):
+                raise
+            sys.stdout, sys.stderr = streams
+            return _ended(BrokenPipeError(), words)
+        except Exception as error:
+            return _ended(error, words)
+        return result if isinstance(result, int) else 0
+
+
+def _ended(error: Exception, words: list[str]) -> int:
+    """Say how a command ended that did not return; return the exit code."""
+    debugging = os.environ.get("MLX_SLIM_DEBUG", "0") not in ("", "0")
+    if isinstance(error, Complete):
+        record = {"schema_version": 1, "status": "complete", "path": str(error.path)}
+        click.echo(json.dumps(record) if "--json" in words else error.message)
         return 0
-    except SlimError as error:
-        if os.environ.get("MLX_SLIM_DEBUG", "0") not in ("", "0"):
-            raise
-        return _fail(error.message, error.hint, error.exit_code, error.details)
-    except click.NoSuchOption as error:
+    if isinstance(error, click.NoSuchOption):
         return _fail(f"no option {error.option_name!r}", _usage_hint(error), 2)
-    except click.UsageError as error:
+    if isinstance(error, click.UsageError):
         if type(error).__name__ == "NoArgsIsHelpError":  # click 8.2: a group without a command
             click.echo(error.format_message())
             return 0
         return _fail(error.format_message(), _usage_hint(error), 2)
-    except click.ClickException as error:
+    if isinstance(error, click.ClickException):
         return _fail(error.format_message(), "", 2)
-    except (KeyboardInterrupt, click.Abort):
-        return _fail("interrupted", "", 130)
-    except BrokenPipeError:
-        # The reader left (``| head``). What is still buffered must not fail again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    return result if isinstance(result, int) else 0
+    if isinstance(error, BrokenPipeError):  # the reader has what it wanted: ``| head``
+        _silence(sys.stdout)
+        return 0
+    if debugging:
+        raise error
+    if not isinstance(error, SlimError):
+        from mlx_slim.cli.crash import explained
+
+        error = explained(error, words)
+    return _fail(error.message, error.hint, error.exit_code, error.details)
+
+
+def _silence(stream: Any) -> None:
+    """Send a stream nowhere: what is still buffered must not fail again at exit."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def main() -> NoReturn:
     """Run the process's command line and exit with its code."""
-    sys.exit(run())
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started us: no file of ours takes its place
+            setattr(sys, name, Path(os.devnull).open("r+", encoding="utf-8"))  # noqa: SIM115
+    try:
+        code = run()
+    except KeyboardInterrupt:  # while the end was being told
+        code = Interrupted.exit_code
+    for number in interrupts.SIGNALS:  # nothing is left to clean up: the system ends us, silently
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

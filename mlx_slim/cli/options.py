@@ -1,11 +1,13 @@
 """Options that several commands share, each declared once.
 
-Invariant: ``--json`` and ``--quiet`` reach a command as one ``mode`` of the console. Try it:
+Invariant: ``--json`` and ``--quiet`` reach a command as one ``mode`` of the console; every number
+has a least and a largest value. Try it:
 ``mlx-slim train --help``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -14,6 +16,28 @@ from typing import Any
 import click
 
 Command = Callable[..., Any]
+
+
+class Whole(click.IntRange):
+    """A whole number with both bounds; what counts things ends at a thousand million."""
+
+    def __init__(self, least: int, most: int = 1_000_000_000) -> None:
+        super().__init__(least, most)
+
+
+class Real(click.FloatRange):
+    """A number inside its bounds; NaN, which no bound keeps out, is none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the number, or fail with the range."""
+        found = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value} is not in the range {self._describe_range()}.", param, ctx)
+        return found
+
+
+SEED = Whole(0, 2**32 - 1)
+SHOTS = Whole(0, 100)
 
 
 def output_mode(
@@ -71,17 +95,17 @@ def speaker_options(max_tokens: int, temp: float) -> Callable[[Command], Command
                 "--trust-remote-code", is_flag=True, help="Run the repository's Python files."
             ),
             click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model."),
-            click.option("--seed", default=0, show_default=True, help="Of the sampling."),
+            click.option(
+                "--seed", type=SEED, default=0, show_default=True, help="Of the sampling."
+            ),
             click.option(
                 "--temp",
-                type=click.FloatRange(0),
+                type=Real(0, 100),
                 default=temp,
                 show_default=True,
                 help="0: greedy.",
             ),
-            click.option(
-                "--max-tokens", type=click.IntRange(1), default=max_tokens, show_default=True
-            ),
+            click.option("--max-tokens", type=Whole(1), default=max_tokens, show_default=True),
             click.option("--system", metavar="TEXT", help="System message (of a chat template)."),
             click.option("--adapter", multiple=True, metavar="DIR[=WEIGHT]", help=adapters),
             click.argument("model"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from mlx_slim.cli.options import SEED, Whole
 from mlx_slim.errors import SlimError
 
 _PATH = click.Path(path_type=Path)
@@ -44,23 +45,23 @@ _DEPTH = "block-influence, angular, perplexity, random"
     show_default=True,
     help="Groups compete inside their layer, or with all (with --no-uniform).",
 )
-@click.option("--protect-first", type=click.IntRange(0), help="First layers that stay [4 of 32].")
-@click.option("--protect-last", type=click.IntRange(0), help="Last layers that stay [2 of 32].")
+@click.option("--protect-first", type=Whole(0), help="First layers that stay [4 of 32].")
+@click.option("--protect-last", type=Whole(0), help="Last layers that stay [2 of 32].")
 @click.option("--calibration", metavar="TEXT", help="Text file or data set; default Alpaca.")
-@click.option("--samples", type=click.IntRange(1), help="Calibration rows [10, forward only 32].")
-@click.option("--length", type=click.IntRange(8), help="Tokens of a row [64, forward only 256].")
+@click.option("--samples", type=Whole(1), help="Calibration rows [10, forward only 32].")
+@click.option("--length", type=Whole(8), help="Tokens of a row [64, forward only 256].")
 @click.option(
     "--held-out",
-    type=click.IntRange(16),
+    type=Whole(16),
     default=2048,
     show_default=True,
     help="Tokens that the result is judged on.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of --method random.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of --method random.")
 @click.option("--revision", help="Commit or tag of a hub model.")
 @click.option("--recover", metavar="RECIPE", help="Then tune it; KEY=VALUE go to the recipe.")
 @click.option("--task", "tasks", multiple=True, metavar="NAMES", help="Score before and after.")
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="First N rows of a task.")
+@click.option("--limit", type=Whole(1), metavar="N", help="First N rows of a task.")
 @click.option("--data-dir", type=_PATH, metavar="DIR", help="Data mirror [MLX_SLIM_DATA].")
 @click.option("--resume", is_flag=True, help="Go on with a run that has --recover or --task.")
 @click.option("--dry-run", is_flag=True, help="Print the counts and write nothing.")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from mlx_slim.cli.options import Whole
+
 _METHODS = "rtn, awq, gptq, dwq or dynamic"
 _RECIPES = "mixed_2_6, mixed_3_4, mixed_3_6 or mixed_4_6"
 
@@ -14,29 +16,31 @@ _RECIPES = "mixed_2_6, mixed_3_4, mixed_3_6 or mixed_4_6"
 @click.command(name="quantize")
 @click.argument("model")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="New folder.")
-@click.option("--bits", type=int, default=None, help="2, 3, 4, 5, 6 or 8; default 4 (mxfp8: 8).")
-@click.option("--group-size", type=int, default=None, help="32, 64 or 128; default 64.")
+@click.option(
+    "--bits", type=Whole(2, 8), default=None, help="2, 3, 4, 5, 6 or 8; default 4 (mxfp8: 8)."
+)
+@click.option("--group-size", type=Whole(16, 128), default=None, help="32, 64 or 128; default 64.")
 @click.option("--mode", default="affine", show_default=True, help="affine, mxfp4, mxfp8 or nvfp4.")
 @click.option("--method", default="rtn", show_default=True, help=f"{_METHODS}.")
 @click.option("--recipe", default=None, help=f"Mixed precision of method rtn: {_RECIPES}.")
 @click.option("--calibration", default=None, help="Text file or data set; default Alpaca.")
 @click.option(
     "--calibration-samples",
-    type=click.IntRange(1),
+    type=Whole(1),
     default=32,
     show_default=True,
     help="Rows that awq, gptq, dwq and dynamic look at.",
 )
 @click.option(
     "--calibration-length",
-    type=click.IntRange(8),
+    type=Whole(8),
     default=256,
     show_default=True,
     help="Tokens of a row.",
 )
 @click.option(
     "--fidelity-samples",
-    type=click.IntRange(0),
+    type=Whole(0),
     default=4,
     show_default=True,
     help="Held-out rows that the result is compared with its source on; 0: not at all.",

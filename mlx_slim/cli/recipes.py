@@ -54,7 +54,7 @@ def _copy(name: str, path: Path) -> None:
     header = [line for line in source.splitlines() if line.startswith("#")]
     values = recipe.model_dump(exclude_unset=True)
     body = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
-    write_text(path, "\n".join(header) + "\n" + body)
+    write_text(path, "\n".join(header) + "\n" + body, replace=False)
 
 
 @click.command()

@@ -17,15 +17,14 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from mlx_slim.config import library
 from mlx_slim.config.load import Resolved, checked, from_layers, read_layers
-from mlx_slim.config.schema import PositiveInt, Section
+from mlx_slim.config.section import Bytes, PositiveInt, Rate, Section, Seed
+from mlx_slim.config.task import MOST_SHOTS
 from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.workflows.prune_options import PruneOptions
 
 Kind = Literal["base", "quantized", "pruned", "tuned", "fused"]
 # Kinds that leave a model of their own, which another method can start from.
 _WHOLE = ("pruned", "fused", "tuned")
-Rate = Annotated[float, Field(gt=0, lt=10)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -73,14 +72,14 @@ class TaskEntry(Section):
 
     task: str
     limit: PositiveInt | None = None
-    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    num_fewshot: Annotated[int, Field(ge=0, le=MOST_SHOTS)] | None = None
 
 
 class SweepEntry(Section):
     """The learning-rate sweep: ``steps`` of each candidate (None: a whole run), one ``seed``."""
 
     steps: PositiveInt | None = None
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
 
 
 class HeldOutEntry(Section):
@@ -128,7 +127,7 @@ class Matrix(Section):
     held_out: HeldOutEntry | None = None
     omit: list[OmitEntry] = Field(default_factory=list)
     intruders: bool = True
-    budget: str | PositiveInt = "auto"
+    budget: str | Bytes = "auto"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from mlx_slim.artifacts import SCHEMA_VERSION, write_json, write_text
+from mlx_slim.artifacts import SCHEMA_VERSION, held, write_json, write_text
 from mlx_slim.compare import claims, evidence, headline, plots, store, tables
 from mlx_slim.errors import SlimError
 from mlx_slim.runtime import human_bytes, human_seconds
@@ -53,10 +53,12 @@ def report(folder: Path) -> Report:
         reasons = [f"{name}: {why}" for name, why in stored.failed]
         raise SlimError(f"{folder} has no complete cell to report", details=reasons)
     results = build(stored)
-    write_json(folder / "results.json", results)
-    for name, text in pages(stored, results).items():
-        write_text(folder / name, text)
-    return Report(folder, results)
+    done = Report(folder, results)
+    with held(done.page):  # two that write at once would leave pages of one and the other
+        write_json(folder / "results.json", results)
+        for name, text in pages(stored, results).items():
+            write_text(folder / name, text)
+    return done
 
 
 def pages(stored: store.Stored, results: dict[str, Any]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from mlx_slim.config.expressions import compile_text
-from mlx_slim.config.section import Fraction, PositiveInt, Section
+from mlx_slim.config.section import Factor, Fraction, PositiveInt, Section
 
 
 class TeacherConfig(Section):
@@ -37,7 +37,7 @@ class TeacherConfig(Section):
     adapter: str | None = None
     base_url: str | None = None
     api_key_env: str | None = None
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Factor = 1.0
     name: str | None = None
     prefix: str | None = None
 
@@ -93,7 +93,7 @@ class AskConfig(Section):
     max_tokens: PositiveInt = 256
     until: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
     concurrency: Annotated[int, Field(ge=1, le=64)] = 4
-    timeout: Annotated[float, Field(gt=0)] = 120.0
+    timeout: Annotated[float, Field(gt=0, le=86_400)] = 120.0
     retries: Annotated[int, Field(ge=0, le=20)] = 5
 
     @field_validator("prompt")

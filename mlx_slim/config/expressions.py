@@ -76,7 +76,7 @@ def compile_value(source: str) -> Callable[[Row], Any]:
     alone = len(body) == 1 and isinstance(body[0], nodes.Output) and len(body[0].nodes) == 1
     if not alone or not text.startswith("{{"):
         return compile_text(source)
-    inner = text.removeprefix("{{").removesuffix("}}").strip("-+ ")
+    inner = re.sub(r"^\{\{[-+]?|-?\}\}$", "", text)  # a minus apart from the braces is a sign
     expression = _environment().compile_expression(inner, undefined_to_none=False)
 
     def value(row: Row) -> Any:

@@ -13,7 +13,19 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from mlx_slim.config.distill import DistillConfig
-from mlx_slim.config.section import Fraction, PositiveInt, Section
+from mlx_slim.config.section import (
+    LARGEST,
+    MOST,
+    Bytes,
+    Count,
+    Factor,
+    Fraction,
+    PositiveInt,
+    Rate,
+    Section,
+    Seed,
+    Steps,
+)
 
 Method = Literal["full", "lora", "qlora", "dora"]
 
@@ -38,12 +50,12 @@ class AdaptiveConfig(Section):
     """
 
     target_rank: PositiveInt
-    warmup: Annotated[float, Field(ge=0)] = 0.1
-    final: Annotated[float, Field(ge=0)] = 0.3
+    warmup: Steps = 0.1
+    final: Steps = 0.3
     interval: PositiveInt = 10
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.85
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.85
-    orthogonality: Annotated[float, Field(ge=0)] = 0.1
+    orthogonality: Annotated[float, Field(ge=0, le=LARGEST)] = 0.1
 
 
 class AdapterConfig(Section):
@@ -65,19 +77,24 @@ class AdapterConfig(Section):
     """
 
     rank: PositiveInt = 8
-    alpha: Annotated[float, Field(gt=0)] | None = None
-    scale: Annotated[float, Field(gt=0)] | None = None
+    alpha: Factor | None = None
+    scale: Factor | None = None
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     targets: str | list[str] = "all-linear"
-    layers: Literal["all"] | PositiveInt | list[Annotated[int, Field(ge=0)]] = "all"
+    layers: Literal["all"] | PositiveInt | list[Count] = "all"
     scaling: Literal["standard", "rslora"] = "standard"
     init: Literal["standard", "pissa"] = "standard"
-    lora_plus_ratio: Annotated[float, Field(ge=1.0)] = 1.0
+    lora_plus_ratio: Annotated[float, Field(ge=1.0, le=LARGEST)] = 1.0
     adaptive: AdaptiveConfig | None = None
     on: list[str] = Field(default_factory=list)
 
     @model_validator(mode="after")
-    def _adaptive_fits(self) -> AdapterConfig:
+    def _keys_fit(self) -> AdapterConfig:
+        if self.alpha is not None and self.scale is not None:
+            raise ValueError(
+                f"alpha={self.alpha} and scale={self.scale} are both set: give one, "
+                "the other follows from the rank"
+            )
         if self.adaptive is None:
             return self
         if self.init != "standard":
@@ -88,15 +105,6 @@ class AdapterConfig(Section):
             raise ValueError(
                 f"adaptive.target_rank={self.adaptive.target_rank} is above rank={self.rank}, "
                 "where ranks start: they only fall"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _one_of_alpha_and_scale(self) -> AdapterConfig:
-        if self.alpha is not None and self.scale is not None:
-            raise ValueError(
-                f"alpha={self.alpha} and scale={self.scale} are both set: give one, "
-                "the other follows from the rank"
             )
         return self
 
@@ -161,10 +169,10 @@ class SourceConfig(Section):
     """
 
     path: str
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     format: Literal["auto", "alpaca", "chat", "completions", "text"] | None = None
     split: str = "train"
-    skip: Annotated[int, Field(ge=0)] = 0
+    skip: Count = 0
     limit: PositiveInt | None = None
     system: str | None = None
 
@@ -199,7 +207,7 @@ class DataConfig(Section):
     mask_prompt: bool = True
     learn: Literal["all", "last"] = "all"
     truncation: Literal["error", "drop", "left", "right"] = "drop"
-    validation: Annotated[float, Field(ge=0.0)] | str = 0.02
+    validation: Steps | str = 0.02
     system: str | None = None
     columns: dict[str, str] = Field(default_factory=dict)
     max_rows: PositiveInt | None = None
@@ -248,26 +256,26 @@ class TrainConfig(Section):
         loss_chunk: Supervised positions whose logits exist at one time; None chooses.
     """
 
-    epochs: Annotated[float, Field(gt=0)] = 3
+    epochs: Factor = 3
     steps: PositiveInt | None = None
-    batch_tokens: Annotated[int, Field(ge=8)] = 4096
-    max_length: Annotated[int, Field(ge=8)] = 512
+    batch_tokens: Annotated[int, Field(ge=8, le=MOST)] = 4096
+    max_length: Annotated[int, Field(ge=8, le=MOST)] = 512
     batching: Literal["auto", "grouped", "packed"] = "auto"
     accumulate: PositiveInt = 1
-    learning_rate: Annotated[float, Field(gt=0, lt=10)] = 2.0e-4
-    fallback_learning_rate: Annotated[float, Field(gt=0, lt=10)] | None = None
+    learning_rate: Rate = 2.0e-4
+    fallback_learning_rate: Rate | None = None
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    warmup: Annotated[float, Field(ge=0)] = 0.03
+    warmup: Steps = 0.03
     decay: Fraction = 0.2
     min_lr_ratio: Fraction = 0.0
     optimizer: Literal["adamw", "adam", "adafactor", "lion", "muon", "sgd"] = "adamw"
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, le=LARGEST)] = 0.0
     decay_all: bool = False
-    clip: Annotated[float, Field(ge=0)] = 1.0
+    clip: Annotated[float, Field(ge=0, le=MOST)] = 1.0
     grad_checkpoint: bool = False
     compile: Literal["auto"] | bool = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Seed = 0
     log_every: PositiveInt = 1
     validate_every: PositiveInt = 200
     save_every: PositiveInt = 200
@@ -276,15 +284,11 @@ class TrainConfig(Section):
     loss_chunk: PositiveInt | None = None
 
     @model_validator(mode="after")
-    def _decay_has_an_effect(self) -> TrainConfig:
+    def _what_is_set_has_an_effect(self) -> TrainConfig:
         if self.optimizer == "adam" and self.weight_decay > 0:
             raise ValueError(
                 f"optimizer=adam ignores weight_decay={self.weight_decay}: use adamw, or 0"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _fallback_has_an_effect(self) -> TrainConfig:
         if self.fallback_learning_rate is not None and self.optimizer != "muon":
             raise ValueError(
                 f"fallback_learning_rate={self.fallback_learning_rate} is for optimizer=muon, not "
@@ -314,7 +318,7 @@ class MemoryConfig(Section):
         budget: ``auto`` (what the device can hold), bytes, or a size such as ``16GB``.
     """
 
-    budget: str | PositiveInt = "auto"
+    budget: str | Bytes = "auto"
 
 
 class HeldOutConfig(Section):
@@ -332,7 +336,7 @@ class HeldOutConfig(Section):
     path: str
     rows: PositiveInt | None = None
     every: PositiveInt = 100
-    max_rise: Annotated[float, Field(ge=0)] = 0.02
+    max_rise: Annotated[float, Field(ge=0, le=LARGEST)] = 0.02
     patience: PositiveInt = 1
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -103,6 +104,13 @@ class Console(Closing):
         """Show one event."""
         if self._silent:
             return
+        try:
+            self._show(event)
+        except BrokenPipeError:  # the reader left (``| head``): as if it had pressed Ctrl-C
+            self._silent = True
+            signal.raise_signal(signal.SIGINT)
+
+    def _show(self, event: Event) -> None:
         self.display.update(event, time.monotonic())
         if self.mode == "json":
             record = {key: _finite(value) for key, value in event.as_record().items()}

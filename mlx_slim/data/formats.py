@@ -74,16 +74,37 @@ class Dropped(Exception):
 
 
 def check_columns(columns: Mapping[str, str]) -> None:
-    """Refuse renames of columns that no format has.
+    """Refuse renames of columns that no format has, and two that name one column.
 
     Raises:
         SlimError: With the closest known name.
     """
-    for ours in columns:
+    for ours, theirs in columns.items():
         if ours not in COLUMNS:
             raise SlimError(
                 f"data.columns: {ours!r} is no column of any format", did_you_mean(ours, COLUMNS)
             )
+        if twins := [other for other in columns if other != ours and columns[other] == theirs]:
+            raise SlimError(
+                f"data.columns: {ours} and {twins[0]} are both {theirs!r}", "give each its own"
+            )
+
+
+def check_renamed(columns: Mapping[str, str], seen: set[str]) -> None:
+    """Refuse renames of columns that no row had.
+
+    Args:
+        columns: Renames, ours to the files'.
+        seen: The columns of all rows.
+
+    Raises:
+        SlimError: Names them, with the closest column that was seen.
+    """
+    if absent := [theirs for theirs in columns.values() if theirs not in seen]:
+        names = ", ".join(map(repr, absent))
+        raise SlimError(
+            f"data.columns: no row has the column {names}", did_you_mean(absent[0], seen)
+        )
 
 
 def read_example(
@@ -107,10 +128,10 @@ def read_example(
         Dropped: If the row has no answer to learn.
         SlimError: If columns are missing or hold the wrong type.
     """
-    renamed = dict(row.value)
-    for ours, theirs in columns.items():
-        if theirs in renamed:
-            renamed[ours] = renamed.pop(theirs)
+    present = {ours: theirs for ours, theirs in columns.items() if theirs in row.value}
+    taken = set(present.values())
+    renamed = {name: value for name, value in row.value.items() if name not in taken}
+    renamed |= {ours: row.value[theirs] for ours, theirs in present.items()}
     if "system" not in renamed and "system_prompt" in renamed:
         renamed["system"] = renamed.pop("system_prompt")
     if format == "auto":

@@ -61,6 +61,7 @@ class SourceLedger:
     dropped: dict[str, Tally] = field(default_factory=dict)
     formats: dict[str, int] = field(default_factory=dict)
     noted: dict[str, Tally] = field(default_factory=dict)
+    columns: set[str] = field(default_factory=set)  # of its rows; noted where some are renamed
 
     def drop(self, reason: str, raw: RawRow) -> None:
         """Count a row that is not used."""
@@ -97,6 +98,7 @@ class SourceLedger:
             self.noted.setdefault(what, Tally()).merge(tally)
         for kind, count in later.formats.items():
             self.formats[kind] = self.formats.get(kind, 0) + count
+        self.columns |= later.columns
 
     def reasons(self) -> list[str]:
         """Return ``12 empty answer`` for each reason."""

@@ -118,6 +118,8 @@ class Pipeline:
     def _text(
         self, raw: RawRow, config: SourceConfig, ledger: SourceLedger
     ) -> tuple[Example, Rendered]:
+        if self.config.columns:
+            ledger.columns |= raw.value.keys()
         example = read_example(
             raw,
             config.format or self.config.format,

@@ -18,6 +18,7 @@ from mlx_slim.artifacts import atomic_folder, hash_json, write_json
 from mlx_slim.config.schema import DataConfig, SourceConfig
 from mlx_slim.data import overlap, sources
 from mlx_slim.data.fingerprint import fingerprint_difference, source_print, without_rows
+from mlx_slim.data.formats import check_renamed
 from mlx_slim.data.ledger import SourceLedger, split_ledger, totals
 from mlx_slim.data.pipeline import Pipeline, Task, Tokenised, Tokeniser, tokenised
 from mlx_slim.data.sources import Source
@@ -177,6 +178,7 @@ def _write(
                 checker.add(raw, texts)
         bounds.append(len(writer))
     hashes = writer.close()
+    check_renamed(config.columns, set().union(*(ledger.columns for ledger in ledgers)))
     if not len(hashes):
         reasons = "; ".join(text for ledger in ledgers for text in ledger.reasons())
         raise SlimError(

@@ -12,7 +12,7 @@ from typing import Any
 
 from mlx_slim.data.json_rows import read_json, read_jsonl
 from mlx_slim.data.lines import Progress, lines, one_line
-from mlx_slim.data.tables import read_arrow, read_csv, read_tsv
+from mlx_slim.data.tables import check_names, read_arrow, read_csv, read_tsv
 from mlx_slim.errors import SlimError
 
 
@@ -24,6 +24,7 @@ def _read_parquet(path: Path, progress: Progress) -> Iterator[tuple[int, Any]]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            check_names(path, list(file.schema_arrow))
             for batch in file.iter_batches(batch_size=1024):
                 for value in batch.to_pylist():
                     number += 1

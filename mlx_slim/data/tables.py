@@ -85,16 +85,30 @@ def read_arrow(path: Path, progress: Progress) -> Iterator[tuple[int, Any]]:
     try:
         with pyarrow.memory_map(str(path)) as source:
             for batch in _batches(source):
-                names = batch.schema.names
-                twice = [name for name in names if names.count(name) > 1]
-                if twice:
-                    raise SlimError(f"{path.name}: two columns are called {twice[0]!r}")
+                check_names(path, list(batch.schema))
                 for start in range(0, batch.num_rows, _BATCH):
                     for value in batch.slice(start, _BATCH).to_pylist():
                         number += 1
                         yield number, value
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise SlimError(f"{path.name} is no readable Arrow file: {one_line(error)}") from error
+
+
+def check_names(path: Path, fields: list[Any]) -> None:
+    """Refuse two columns of one name, or two such fields inside a column: a row holds one only.
+
+    Args:
+        path: For the message.
+        fields: Of an Arrow schema.
+
+    Raises:
+        SlimError: Names the column.
+    """
+    names = [field.name for field in fields]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise SlimError(f"{path.name}: two columns are called {twice[0]!r}", "rename one of them")
+    for kind in (field.type for field in fields):
+        check_names(path, [kind.field(index) for index in range(kind.num_fields)])
 
 
 def _batches(source: Any) -> Iterator[Any]:

@@ -19,11 +19,13 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
 from mlx_slim.blas import physical_cores
 from mlx_slim.errors import SlimError
+from mlx_slim.interrupts import SIGNALS
 
 ALONE = 32  # chunks that this process does itself before it starts others (8,192 rows)
 _MOST = 16  # processes that one reader and writer can keep at work
@@ -119,6 +121,14 @@ class Workers(Generic[Task, Answer]):
             self._idle.put(process)
 
 
+@dataclass(frozen=True)
+class _Failure:
+    """What nobody foresaw, in another process: in one line, and as its traceback."""
+
+    what: str
+    told: str
+
+
 class _Process:
     """One process and the pipes to it. ``multiprocessing`` would run the user's script again."""
 
@@ -154,6 +164,8 @@ class _Process:
                 f"a process that tokenises rows died ({_ending(self._process.wait())})",
                 "was it killed for want of memory? free some and start again",
             ) from error
+        if isinstance(answer, _Failure):
+            raise RuntimeError(answer.what) from RuntimeError(answer.told)
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -178,7 +190,8 @@ def _ending(code: int) -> str:
 
 def main() -> None:
     """Answer tasks from standard input on standard output until it closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that started us
+    for number in SIGNALS:  # they are for the program that started us; its end closes our pipe
+        signal.signal(number, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not come between the answers
     try:
@@ -189,8 +202,9 @@ def main() -> None:
                 answer = work(task)
             except SlimError as error:
                 answer = error
-            except Exception:
-                answer = RuntimeError(f"in a process that tokenises rows: {traceback.format_exc()}")
+            except Exception as error:
+                what = f"in a process that tokenises rows: {type(error).__name__}: {error}"
+                answer = _Failure(what, traceback.format_exc())
             pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
             answers.flush()
     except (EOFError, BrokenPipeError):

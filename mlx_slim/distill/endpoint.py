@@ -178,7 +178,10 @@ class EndpointTeacher:
         request = urllib.request.Request(self._url, body, headers, method="POST")
         try:
             with self._opener.open(request, timeout=self._timeout) as reply:
-                return reply.read(_LARGEST_REPLY + 1)
+                data = reply.read(_LARGEST_REPLY + 1)
+                if len(data) <= _LARGEST_REPLY and _is_cut(reply, data):
+                    raise _Transient(f"the reply was cut short after {len(data):,} bytes")
+                return data
         except urllib.error.HTTPError as error:
             with error:
                 raise self._refused(error) from None
@@ -238,6 +241,19 @@ class EndpointTeacher:
         line = " ".join(text.split())
         line = line.replace(self._key, "***") if self._key else line
         return line[:200]
+
+
+def _is_cut(reply: http.client.HTTPResponse, data: bytes) -> bool:
+    """Return whether a connection ended before its reply did."""
+    if reply.length is not None:  # what Content-Length says is still to come
+        return reply.length > 0
+    if reply.chunked or not data.lstrip().startswith(b"{"):
+        return False
+    try:  # it ends with the connection: only the JSON tells
+        json.loads(data)
+    except ValueError:
+        return True
+    return False
 
 
 def _checked_url(base_url: str) -> Any:

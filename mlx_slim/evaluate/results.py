@@ -150,7 +150,9 @@ class Folder:
         progress = self.path / PROGRESS_FILE
         kept, length = whole_chunks(self.path)
         ends = {samples_name(task): known[-1].end for task, known in kept.items() if known}
-        for path in [progress, *self.path.glob(samples_name("*"))]:
+        tasks = read_json(self.path / STATE_FILE)["tasks"]
+        samples = [self.path / samples_name(task) for task in tasks]
+        for path in [progress, *(path for path in samples if path.exists())]:
             with path.open("r+b") as handle:
                 handle.truncate(length if path == progress else ends.get(path.name, 0))
                 fsync(handle.fileno())

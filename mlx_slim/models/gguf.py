@@ -101,7 +101,7 @@ def import_gguf(path: Path) -> Imported:
 
 
 def _import(file: GGUFFile) -> Imported:
-    from mlx_slim.models.load import fill
+    from mlx_slim.models.load import fill, read_weights
 
     path = file.path
     name = file.metadata.get("general.architecture")
@@ -123,7 +123,7 @@ def _import(file: GGUFFile) -> Imported:
     )
     model.eval()
     fill(model, path, weights)
-    mx.eval(model.parameters())
+    read_weights(model, str(path))
     dense = {t.kind for t in file.tensors.values()} - {*BITS, "F32", "F16", "BF16"}
     if dense:
         notes.append(f"{', '.join(sorted(dense))} tensors dequantized to float16")

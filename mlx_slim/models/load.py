@@ -25,6 +25,7 @@ from mlx_slim.errors import SlimError
 from mlx_slim.models.activations import use_fast_swiglu
 from mlx_slim.models.bounds import CONFIG, check_config, check_tokenizer, read_configs
 from mlx_slim.models.build import construct
+from mlx_slim.models.finite import refuse_other_than_numbers
 from mlx_slim.models.gemma import use_exact_scale, use_row_masks
 from mlx_slim.models.hub import resolve, resolve_config
 from mlx_slim.models.normalize import Normalized, normalize_config
@@ -132,7 +133,7 @@ def load(
     with library_errors(f"{short(folder)}: its weights cannot be read"):
         if transform is not None:
             config = transform(model, config)
-        read_weights(model)
+        read_weights(model, short(folder))
     with library_errors(f"{short(folder)} does not compute", "take the config of the original"):
         model(mx.zeros((1, 2), mx.int32))  # type: ignore[operator]  # shapes only: not evaluated
     use_fast_matmul(model)
@@ -169,10 +170,17 @@ def open_weights(
     return model, config, normalized.notes
 
 
-def read_weights(model: nn.Module) -> None:
-    """Evaluate the parameters of ``model`` one at a time: what each is made of is freed first."""
-    for _, value in tree_flatten(model.parameters()):
-        mx.eval(value)
+def read_weights(model: nn.Module, where: str = "the weights") -> None:
+    """Evaluate the parameters of ``model`` one at a time: what each is made of is freed first.
+
+    Args:
+        model: Its parameters may be unread.
+        where: Begins the message.
+
+    Raises:
+        SlimError: If one holds NaN or infinity.
+    """
+    refuse_other_than_numbers(tree_flatten(model.parameters()), where)  # type: ignore[arg-type]
 
 
 def load_tokenizer(

@@ -21,9 +21,7 @@ from mlx_slim.errors import SlimError
 from mlx_slim.reading import field, library_errors, read_object, short
 from mlx_slim.train.companion import Companion, gather, hand_out
 from mlx_slim.train.optim import Optimizer, set_trainable, trainable
-from mlx_slim.train.rotation import STATE, path_of
-
-_CARRIED = "companions.safetensors"
+from mlx_slim.train.rotation import CARRIED, STATE, path_of
 
 
 @dataclass
@@ -74,7 +72,7 @@ def save(
         save_tensors(temporary / "weights.safetensors", trainable(model))
         save_tensors(temporary / "optimizer.safetensors", optimizer.state())
         if carried := gather(companions):
-            save_tensors(temporary / _CARRIED, carried)
+            save_tensors(temporary / CARRIED, carried)
         write_json(temporary / STATE, asdict(position))
     return target
 
@@ -108,7 +106,7 @@ def load(
     load_weights(path, model)
     try:
         optimizer.load_state(load_tensors(path / "optimizer.safetensors"))
-        carried = path / _CARRIED
+        carried = path / CARRIED
         hand_out(companions, load_tensors(carried) if carried.exists() else {})
     except KeyError as error:
         raise SlimError(

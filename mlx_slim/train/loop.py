@@ -8,13 +8,10 @@ any moment and resuming repeats it bit for bit; the loop's whole memory is ``Pos
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,6 +21,7 @@ from mlx_slim import events
 from mlx_slim.config.schema import TrainConfig
 from mlx_slim.data.batches import Batch, Batcher
 from mlx_slim.errors import SlimError
+from mlx_slim.interrupts import Requested
 from mlx_slim.runtime import number, world
 from mlx_slim.train import checkpoint, rotation
 from mlx_slim.train.checkpoint import Position
@@ -59,27 +57,8 @@ def gradient_norm(gradients: dict[str, mx.array]) -> mx.array:
     return mx.sqrt(sum((value @ value for value in flat), mx.array(0.0)))
 
 
-class StopRequest:
-    """Ctrl-C and SIGTERM end the run after the current step; a second one ends it at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: dict[int, object] = {}
-
-    def _handle(self, signum: int, _: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                self._previous[signum] = signal.signal(signum, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)  # type: ignore[arg-type]
+class StopRequest(Requested):
+    """Ctrl-C, SIGTERM or SIGHUP ends the run after the current step; a second one at once."""
 
     def seen_by_any_rank(self) -> bool:
         """Return whether any rank was asked to stop, the same answer on all."""

@@ -1,8 +1,9 @@
 """The folder of checkpoints: which are whole, which is the newest, which go.
 
 Invariant: ``step-N`` is renamed into place when it is whole and is renamed away before it is
-removed, so a kill leaves none that is half there. Nothing here needs MLX; what a checkpoint holds
-stands in ``checkpoint.py``. Try it: ``python -m pytest tests/train/test_rotation.py``.
+removed, so a kill leaves none that is half there; one that holds a file of somebody else's stays.
+Nothing here needs MLX; what a checkpoint holds stands in ``checkpoint.py``. Try it:
+``python -m pytest tests/train/test_rotation.py``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from pathlib import Path
 from mlx_slim.artifacts import remove_folder
 
 STATE = "state.json"  # in every checkpoint
+CARRIED = "companions.safetensors"
+FILES = ("weights.safetensors", "optimizer.safetensors", CARRIED, STATE)
 
 
 def _folders(folder: Path) -> dict[int, Path]:
@@ -44,4 +47,4 @@ def rotate(folder: Path, keep: int, *needed: int | None) -> None:
     stay = {*whole[-keep:], *needed} & {*whole}
     for step, path in sorted(_folders(folder).items()):
         if step not in stay:
-            remove_folder(path)
+            remove_folder(path, FILES)

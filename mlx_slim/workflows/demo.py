@@ -130,7 +130,29 @@ def demo(
     methods = list(dict.fromkeys(methods))
     for method in methods:
         demo_recipe(method, out, overrides)  # a mistyped key is said before any work
-    locks.remove_dead(out)
+    with artifacts.held(out.absolute()):
+        _check_other_files(out)
+        locks.remove_dead(out)
+        return _run(out, methods, model, limit, overrides, watch)
+
+
+def _check_other_files(out: Path) -> None:
+    """Refuse a folder whose report or results are no demo's."""
+    known = artifacts.read_json(out / "results.json") if (out / "results.json").exists() else {}
+    ours = isinstance(known, dict) and isinstance(known.get("methods"), dict)
+    if not ours and any((out / name).exists() for name in ("results.json", "report.md")):
+        raise SlimError(f"{out} holds results of something else", "choose another folder")
+
+
+def _run(
+    out: Path,
+    methods: Sequence[str],
+    model: str | None,
+    limit: int | None,
+    overrides: Sequence[str],
+    watch: Callable[[str], AbstractContextManager[Observer]],
+) -> list[Row]:
+    """Do all of it in the folder that this process holds."""
     with watch("demo: the model") as observer:
         dense = _dense(out / "model", model, observer)
         small = dense

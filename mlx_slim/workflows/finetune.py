@@ -87,7 +87,15 @@ def finetune(
             )
         course = Course()
     with claim(out, recipe, observer, resume=resume) as started:
-        return _run(resolved, out, observer, course, started)
+        try:
+            return _run(resolved, out, observer, course, started)
+        except KeyboardInterrupt as stop:  # outside of the steps: loading, the final save
+            if not (out / STATE_FILE).exists():
+                raise
+            raise Interrupted(
+                f"stopped; what is complete is kept in {out}",
+                f"resume with: {resume_command(resolved, out)}",
+            ) from stop
 
 
 def _run(

@@ -1,14 +1,17 @@
 """What a user may ask of pruning, and what of it does not go together.
 
 Invariant: every problem of the settings is said at once, before any model is looked at. Try it:
-``mlx-slim prune MODEL -o DIR --ratio 2 --axis depth --no-heads``.
+``mlx-slim prune MODEL -o DIR --axis depth --no-heads``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field
+
+from mlx_slim.config.section import MOST
 from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.models.anatomy import HEADS, MLP
 from mlx_slim.prune import depth, importance
@@ -19,6 +22,9 @@ _METHODS = {"depth": depth.METHODS, "width": importance.METHODS}
 # Rows of calibration text x tokens: what arXiv 2305.11627 takes for gradients; forward passes and
 # similarities are cheaper and noisier.
 _GRADIENT_ROWS, _FORWARD_ROWS = (10, 64), (32, 256)
+
+
+_Size = Annotated[int, Field(ge=1, le=2**60, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -49,20 +55,20 @@ class PruneOptions:
     axis: Literal["depth", "width"] | None = None
     method: str | None = None
     layers: str | None = None
-    ratio: float | None = None
-    target_params: int | None = None
-    target_bytes: int | None = None
+    ratio: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = None
+    target_params: _Size | None = None
+    target_bytes: _Size | None = None
     heads: bool | None = None
     mlp: bool | None = None
     uniform: bool = True
     ranking: Literal["layer", "global"] = "layer"
-    protect_first: int | None = None
-    protect_last: int | None = None
+    protect_first: Annotated[int, Field(ge=0, le=MOST, strict=True)] | None = None
+    protect_last: Annotated[int, Field(ge=0, le=MOST, strict=True)] | None = None
     calibration: str | None = None
-    samples: int | None = None
-    length: int | None = None
-    held_out: int = 2048
-    seed: int = 0
+    samples: Annotated[int, Field(ge=1, le=MOST, strict=True)] | None = None
+    length: Annotated[int, Field(ge=8, le=MOST, strict=True)] | None = None
+    held_out: Annotated[int, Field(ge=16, le=MOST, strict=True)] = 2048
+    seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
     revision: str | None = None
 
 

@@ -174,15 +174,16 @@ def parse_layers(text: str, total: int) -> list[int]:
     """
     found: set[int] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part)
         if not match or int(match[2] or match[1]) < int(match[1]):
             raise SlimError(f"--layers {text!r} is not understood", "write it as 21-29 or 3,5,7-9")
-        found |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
-    if max(found) >= total:
-        raise SlimError(
-            f"there is no layer {max(found)}: the model has layers 0 to {total - 1}",
-            "layers are counted from 0",
-        )
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last >= total:
+            raise SlimError(
+                f"there is no layer {last}: the model has layers 0 to {total - 1}",
+                "layers are counted from 0",
+            )
+        found |= set(range(first, last + 1))
     if len(found) == total:
         raise SlimError(f"--layers {text} removes all {total} layers", "keep at least one")
     return sorted(found)

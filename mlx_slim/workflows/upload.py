@@ -1,25 +1,26 @@
 """Put a folder on the hub, through huggingface-hub.
 
-Invariant: nothing leaves this machine unless ``yes``; a new repository is private unless public
+Invariant: nothing leaves this machine unless ``yes``, and nothing but files of the folder, never
+what a link leads to; a new repository is private unless public
 is said, and a public one is not written to without; no token is read here or printed. Try it:
 ``mlx-slim upload fused --repo me/my-model``, which only says what it would do.
 """
 
 from __future__ import annotations
 
-import re
+import glob
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_slim.adapters.store import CONFIG
 from mlx_slim.artifacts import public_name
-from mlx_slim.errors import SlimError
+from mlx_slim.errors import SlimError, without_secrets
+from mlx_slim.models.tensors import few
 from mlx_slim.reading import field, read_object
 from mlx_slim.runtime import hub_offline, human_bytes
 from mlx_slim.workflows.card import CARD, Card, describe
 
-_SECRET = re.compile(r"hf_\w+|(?i:bearer)\s+\S+")
 _BULK = "checkpoints"  # a run folder keeps its tokens and checkpoints in it
 
 
@@ -82,7 +83,7 @@ def upload(
     files = _files(folder)
     notes = _notes(folder, files)
     if yes:
-        url = _send(folder, repo, public, revision)
+        url = _send(folder, [name for name, _ in files], repo, public, revision)
         return Uploaded(repo, files, not public, True, url, notes)
     return Uploaded(repo, files, not public, False, "", notes)
 
@@ -96,10 +97,20 @@ def _files(folder: Path) -> list[tuple[str, int]]:
             f"{folder} is a run, with checkpoints and the tokens of its data in it",
             f"upload what it made: {folder / inner}",
         )
+    shown = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    if links := [path.relative_to(folder).as_posix() for path in shown if path.is_symlink()]:
+        raise SlimError(
+            f"{folder} holds links, which may lead out of it: {few(links)}",
+            "put copies of the files in their place (cp -L); only files of the folder are uploaded",
+        )
     found = [
         (path.relative_to(folder).as_posix(), path.stat().st_size)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not any(p.startswith(".") for p in path.relative_to(folder).parts)
+        for path in shown
+        if path.is_file()
     ]
     if not any(name.endswith((".safetensors", ".gguf")) for name, _ in found):
         raise SlimError(
@@ -137,7 +148,7 @@ def _card(folder: Path) -> bytes:
     return card.text().encode()
 
 
-def _send(folder: Path, repo: str, public: bool, revision: str | None) -> str:
+def _send(folder: Path, names: list[str], repo: str, public: bool, revision: str | None) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -167,13 +178,14 @@ def _send(folder: Path, repo: str, public: bool, revision: str | None) -> str:
             repo_id=repo,
             folder_path=str(folder),
             revision=revision,
+            allow_patterns=[glob.escape(name) for name in names],  # what was listed, no more
             ignore_patterns=[".*", "**/.*"],
             commit_message="Upload with mlx-slim",
         )
     except SlimError:
         raise
     except Exception as error:  # the client's errors: no login, no network, no right
-        reason = _SECRET.sub("(secret)", " ".join(str(error).split()))[:300]
+        reason = without_secrets(" ".join(str(error).split()))[:300]
         raise SlimError(
             f"the hub did not take it: {type(error).__name__}: {reason}",
             "hf auth login, and check that the owner is you or your organisation",

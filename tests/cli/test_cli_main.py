@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import click
@@ -118,7 +120,79 @@ def test_a_message_with_line_breaks_is_still_one_line(command, capsys):
     assert capsys.readouterr().err == "error: two lines\nhint: a hint\n"
 
 
-def test_our_own_mistakes_keep_their_traceback(command):
+def traceback_of(line: str) -> str:
+    """Return the text of the file that an ``internal error`` names, and remove it."""
+    file = Path(line.rpartition("the traceback in ")[2].strip())
+    text = file.read_text()
+    file.unlink()
+    return text
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for temporary files."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def test_our_own_mistakes_are_one_line_and_a_traceback_in_a_file(
+    command, capsys, temporary, monkeypatch
+):
+    monkeypatch.setenv("SOME_API_KEY", "opensesame")
+    command(raising(ZeroDivisionError("two\nlines with opensesame and hf_abcdefghijkl")))
+    assert entry.run(["doctor", "--rounds", "1"]) == 1
+    error, hint = capsys.readouterr().err.splitlines()
+    shown = "ZeroDivisionError: two lines with (secret) and (secret)"
+    assert error == f"error: internal error: {shown}"
+    assert hint.startswith(f"hint: please report it, with the traceback in {temporary}/mlx-slim")
+    text = traceback_of(hint)
+    assert "Traceback (most recent call last)" in text and "in raising" not in text
+    assert "test_cli_main.py" in text and "mlx-slim" in text
+    assert "opensesame" not in text and "hf_a" not in text
+
+
+@pytest.mark.parametrize("option", ["-o {}", "--out {}", "--output={}"])
+def test_the_traceback_lies_beside_the_output(command, capsys, tmp_path, temporary, option):
+    command(raising(ZeroDivisionError("bug")))
+    words = option.format(tmp_path / "run").split()
+    assert entry._ended(ZeroDivisionError("bug"), ["doctor", *words]) == 1
+    hint = capsys.readouterr().err.splitlines()[1]
+    assert f"the traceback in {tmp_path}/run.error-" in hint
+    assert "ZeroDivisionError: bug" in traceback_of(hint)
+    assert [path.name for path in tmp_path.iterdir()] == ["temporary"]
+
+
+def test_without_a_temporary_folder_the_mistake_is_still_one_line(
+    command, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    command(raising(RuntimeError("bug")))
+    assert entry.run(["doctor"]) == 1
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error == "error: internal error: RuntimeError: bug"
+    assert hint.startswith("hint: please report it; MLX_SLIM_DEBUG=1 prints the traceback")
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (OSError(errno.ENOSPC, "no space", "a/b"), "the disk is full while writing a/b"),
+        (MemoryError(), "not enough memory: MemoryError"),
+        (RuntimeError("[malloc] Unable to allocate 9 bytes."), "not enough memory"),
+        (RuntimeError("[METAL] Command buffer failed: Insufficient Memory"), "not enough memory"),
+    ],
+)
+def test_what_the_machine_lacks_is_no_mistake_of_ours(error, text, command, capsys, temporary):
+    command(raising(error))
+    assert entry.run(["doctor"]) == 3
+    assert text in capsys.readouterr().err
+    assert not [*temporary.iterdir()]
+
+
+def test_debugging_shows_the_traceback_of_our_own_mistake(command, monkeypatch):
+    monkeypatch.setenv("MLX_SLIM_DEBUG", "1")
     command(raising(ZeroDivisionError("bug")))
     with pytest.raises(ZeroDivisionError):
         entry.run(["doctor"])
@@ -131,15 +205,55 @@ def test_debugging_shows_the_traceback_of_a_users_mistake(command, monkeypatch):
         entry.run(["doctor"])
 
 
-def test_a_reader_that_leaves_is_no_error():
+@pytest.mark.parametrize("words", ["--help", "tasks", "data preview {} --rows 24"])
+def test_a_reader_that_leaves_is_no_error(words, small):
+    words = words.format(small)
     result = subprocess.run(
-        f"{sys.executable} -m mlx_slim --help | true",
-        shell=True,
+        ["bash", "-o", "pipefail", "-c", f"{sys.executable} -m mlx_slim {words} | (exec <&-)"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
+        check=False,
     )
-    assert result.stderr == ""
+    assert (result.stderr, result.returncode) == ("", 0)
+
+
+def test_a_reader_that_leaves_a_run_stops_it_as_ctrl_c_does(small, tmp_path):
+    out = tmp_path / "run"
+    words = f"{sys.executable} -m mlx_slim train {small} -o {out}"
+    result = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"{words} | (exec <&-)"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    error, hint = result.stderr.splitlines()
+    assert result.returncode == 130
+    assert "stopped" in error and f"-o {out} --resume" in hint
+
+
+def test_closed_streams_and_a_working_folder_that_is_gone(tmp_path):
+    def shell(text: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            ["bash", "-c", text.replace("mlx-slim", f"{sys.executable} -m mlx_slim")],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    assert shell("mlx-slim tasks <&- >&-").returncode == 0
+    assert shell("mlx-slim docter >&- 2>&-").returncode == 2
+    full = shell("mlx-slim tasks > /dev/full")
+    assert (full.returncode, full.stderr) == (
+        3,
+        "error: the disk is full\nhint: free some space\n",
+    )
+    gone = shell("mkdir gone; cd gone; rmdir ../gone; mlx-slim tasks")
+    assert (gone.returncode, gone.stdout) == (2, "")
+    assert gone.stderr.startswith("error: the working folder was removed\nhint: ")
 
 
 def test_the_process_gives_the_exit_code():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -171,7 +172,7 @@ def test_a_manifest_of_another_version_is_made_again(files):
 
 def test_an_interrupted_matrix_prints_the_command_that_goes_on(files, monkeypatch, capsys):
     """The cell says 130, as after Ctrl-C, which both processes hear."""
-    cell = SimpleNamespace(wait=lambda: 130)
+    cell = SimpleNamespace(poll=lambda: 130)
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "Popen", lambda command, pass_fds: cell)
         assert command(["compare", "toy.yaml", "-o", "my out", "seeds=[1]", "--limit", "3"]) == 130
@@ -202,3 +203,24 @@ def test_command_line_runs_cells_in_processes_and_fails_at_the_end(files, tiny):
     assert "report: cli/report.html" in done.stdout
     assert (files / "cli" / "report.md").exists()
     assert "Traceback" not in done.stderr
+
+
+def test_a_signal_to_the_matrix_alone_ends_its_cell_and_the_matrix(files, monkeypatch, capsys):
+    """``kill PID`` reaches one process: it tells the cell, waits for it, and begins no other."""
+    told = []
+
+    class Cell:
+        def __init__(self, command, pass_fds) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        def poll(self) -> int | None:
+            return 0 if told else None  # done just now: the matrix stops all the same
+
+        def terminate(self) -> None:
+            told.append("terminate")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", Cell)
+        assert command(["compare", "toy.yaml", "-o", "out", "--limit", "3"]) == 130
+    assert told == ["terminate"]
+    assert "stopped in toy-base" in capsys.readouterr().err

@@ -134,12 +134,13 @@ def test_all_problems_at_once_each_with_key_value_range_and_origin(load):
     for expected in (
         "mehtod (r.yaml:2) is no key: did you mean 'method'?",
         "train.stpes (r.yaml:5) is no key: did you mean 'train.steps'?",
-        "train.clip (r.yaml:4) is -1: expected a number (at least 0)",
-        "adapter.rank (r.yaml:6) is 0: expected a whole number (at least 1)",
-        "train.warmup (command line) is 'soon': expected a number (at least 0)",
+        "train.clip (r.yaml:4) is -1: expected a number (at least 0 and at most 1e+09)",
+        "adapter.rank (r.yaml:6) is 0: expected a whole number (at least 1 and at most 1e+09)",
+        "train.warmup (command line) is 'soon': expected a number (at least 0 and at most 1e+09)",
         "trian.steps (command line) is no key: did you mean 'train.steps'?",
         "epochs (command line) is no key: did you mean 'train.epochs'?",
-        "train.batch_tokens (command line) is true: expected a whole number (at least 8)",
+        "train.batch_tokens (command line) is true: "
+        "expected a whole number (at least 8 and at most 1e+09)",
         "data.path.0.weigth (command line) is no key: did you mean 'data.path.0.weight'?",
         "'nonsense' (command line) is no override: write key=value",
         "train.learning_rate (command line) is NaN: expected a number (above 0 and below 10)",

@@ -172,3 +172,22 @@ def test_lines_are_counted_where_they_are_rows(tmp_path):
     assert count_lines(write(tmp_path / "b.jsonl", f"[{ONE},{TWO}]")) is None
     assert count_lines(write(tmp_path / "c.jsonl", json.dumps(AB, indent=1))) is None
     assert count_lines(write(tmp_path / "d.csv", "prompt,completion\na,b")) is None
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    texts = pyarrow.array(["a", "b"])
+    inner = pyarrow.struct([("role", pyarrow.string()), ("role", pyarrow.string())])
+    tables = {
+        "completion": pyarrow.table([texts] * 3, names=["prompt", "completion", "completion"]),
+        "role": pyarrow.table({"messages": pyarrow.array([[]] * 2, pyarrow.list_(inner))}),
+    }
+    for name, table in tables.items():
+        parquet.write_table(table, tmp_path / "a.parquet")
+        with pyarrow.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as file:
+            file.write_table(table)
+        for suffix in ("parquet", "arrow"):
+            with pytest.raises(SlimError, match=f"a.{suffix}: two columns are called '{name}'"):
+                rows(tmp_path / f"a.{suffix}")

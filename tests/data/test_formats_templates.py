@@ -165,6 +165,22 @@ def test_columns_are_renamed(make, tokens):
     assert "prompt" in error.value.hint
 
 
+def test_columns_change_places(make, tokens):
+    rows = [{"prompt": "b", "completion": "a"}]
+    prepared = make(rows, columns={"prompt": "completion", "completion": "prompt"})
+    assert learned(prepared, tokens)[1] == "b<|im_end|>\n"
+
+
+def test_a_rename_that_no_row_has_is_refused(make):
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d", "role": "x"}]
+    make(rows, columns={"system": "role"})  # one row has it
+    with pytest.raises(SlimError, match="no row has the column 'rolle'") as error:
+        make(rows, columns={"system": "rolle"})
+    assert error.value.hint == "did you mean 'role'?"
+    with pytest.raises(SlimError, match="prompt and completion are both 'prompt'"):
+        make(rows, columns={"prompt": "prompt", "completion": "prompt"})
+
+
 def test_jinja_file_over_fields_and_over_messages(make, tmp_path, base_tokens):
     fields = tmp_path / "fields.jinja"
     fields.write_text("Q: {{ instruction }} {{ input }}\nA: {{ output }}\n###")

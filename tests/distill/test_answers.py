@@ -127,7 +127,11 @@ def test_a_broken_line_is_named(tmp_path):
     path = tmp_path / "answers.jsonl"
     AnswerFile(path).collect(Parrot(), questions(3))
     good = path.read_text().splitlines()
-    for bad, what in (("{no", "cannot be read as JSON"), ('{"id": "x"}', "teacher, generation"), ("3", "no text")):
+    for bad, what in (
+        ("{no", "cannot be read as JSON"),
+        ('{"id": "x"}', "teacher, generation"),
+        ("3", "no text"),
+    ):
         path.write_text("\n".join([good[0], bad, good[2], ""]))
         with pytest.raises(SlimError, match=what) as caught:
             AnswerFile(path)

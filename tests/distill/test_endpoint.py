@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 import traceback
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -97,6 +99,47 @@ def test_what_is_no_completion_is_said(reply):
         list(teacher(served.base_url).answer(chats("one")))
     assert (reply.decode() or "nothing") in caught.value.message
     assert len(served.requests) == 1
+
+
+class _CutShort(BaseHTTPRequestHandler):
+    """Ends each first reply early: by its length, by its last chunk, or with the connection."""
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        way = body["messages"][-1]["content"]
+        data = json.dumps(completion(f"whole: {way}")).encode()
+        cut = data if way in self.server.seen else data[:-9]  # type: ignore[attr-defined]
+        self.server.seen.append(way)  # type: ignore[attr-defined]
+        self.send_response(200)
+        if way == "length":
+            self.send_header("Content-Length", str(len(data)))
+        elif way == "chunks":
+            self.send_header("Transfer-Encoding", "chunked")
+            cut = b"%x\r\n%b" % (len(data), cut) + (b"\r\n0\r\n\r\n" if cut == data else b"")
+        self.end_headers()
+        self.wfile.write(cut)
+        self.close_connection = True
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_reply_that_is_cut_short_is_asked_for_again():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _CutShort)
+    server.seen = []  # type: ignore[attr-defined]
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+        ways = ["length", "chunks", "connection"]
+        found = list(teacher(url, backoff=0.01).answer(chats(*ways)))
+        with pytest.raises(SlimError, match=r"cut short after .* bytes \(1 try\)"):
+            list(teacher(url, retries=0).answer(chats("length", "other")))
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    assert [text for text, _ in found] == [f"whole: {way}" for way in ways]
 
 
 def test_silence_is_given_up():

@@ -1,24 +1,28 @@
-"""Kill small runs of every command before a file operation, go on, compare with the undisturbed.
+"""Kill small runs of every command at a moment, go on, compare with the undisturbed.
+
+Moments are the file operations, before each of which, and the events that a command reports, right
+before its console hears of each.
 
 Invariant: after a kill, ``--resume`` (or the same command, where there is none) ends with the bytes
 of the run that was not killed, and leaves no name beside or inside the output that this one has
-not. What may differ is named in ``kills.plain`` and nowhere else: times, sizes of memory. All
-imports happen once; every run is a fork of this process, which itself computes nothing.
+not. Every fourth moment is a SIGTERM instead: exit code 130, and no temporary is left. What may
+differ is named in ``kills.plain`` and nowhere else: times, sizes of memory. All imports happen
+once; every run is a fork of this process, which itself computes nothing.
 
-``python -m tests.support.kill_commands FOLDER`` kills before every operation of every command
-(``make kills``); ``--points 24 --seed 0`` before so many, drawn from all commands; ``--only NAME``;
-``--every 5`` before every fifth operation.
+``python -m tests.support.kill_commands FOLDER`` kills at every moment of every command
+(``make kills``); ``--points 24 --seed 0`` at so many, drawn from all commands; ``--only NAME``;
+``--every 5`` at every fifth moment.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import json
 import os
 import random
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -34,8 +38,18 @@ from mlx_slim import api, trackers  # noqa: F401  # imported once, for all runs
 from mlx_slim.cli import compare as compare_command
 from mlx_slim.cli.main import COMMANDS, run
 from mlx_slim.compare import cell, report, runner  # noqa: F401
+from mlx_slim.errors import Interrupted
 from mlx_slim.workflows import export, fuse, peft_folders, recover  # noqa: F401
-from tests.support.kills import Watch, contents, forked, plain
+from tests.support.kills import (
+    Watch,
+    announce_events,
+    contents,
+    forked,
+    hidden,
+    import_modules,
+    name_modules,
+    plain,
+)
 from tests.support.runs import write_rows
 from tests.support.tiny import speaking_model, tiny_model
 
@@ -97,22 +111,14 @@ class Command:
 
 
 _PRUNE = ["prune", "source", "--ratio", "0.5", "--method", "l2", "--calibration", "text.txt"]
+_SHORT = ["train.steps=2"]
+_EARLY = ("learning_rate=1.0", "steps=12", "early_stopping=1", "validate_every=1", "save_every=3")
 _TEACHER = "distill.teachers=[{model: other}]"
 _RUNS = {
     "train lora": Command(["train", "small.yaml"]),
-    "train qlora": Command(["train", "small.yaml", "method=qlora", "train.steps=2"]),
+    "train qlora": Command(["train", "small.yaml", "method=qlora", *_SHORT]),
     "train full": Command(["train", "small.yaml", "method=full", "train.steps=2"]),
-    "train stopped early": Command(
-        [
-            "train",
-            "small.yaml",
-            "train.learning_rate=1.0",
-            "train.steps=12",
-            "train.early_stopping=1",
-            "train.validate_every=1",
-            "train.save_every=3",
-        ]
-    ),
+    "train stopped early": Command(["train", "small.yaml", *(f"train.{key}" for key in _EARLY)]),
     "train task rows": Command(
         [
             "train",
@@ -126,7 +132,7 @@ _RUNS = {
         [
             "distill",
             "small.yaml",
-            "train.steps=2",
+            *_SHORT,
             "distill.teachers=[{model: speaker}]",
             "distill.method=sequence",
             "distill.ask.max_tokens=16",
@@ -134,7 +140,7 @@ _RUNS = {
         ]
     ),
     "distill mutual": Command(
-        ["distill", "small.yaml", "train.steps=2", _TEACHER, "distill.method=mutual"]
+        ["distill", "small.yaml", *_SHORT, _TEACHER, "distill.method=mutual"]
     ),
     "prune recover": Command(
         [
@@ -145,7 +151,7 @@ _RUNS = {
             "./toytask.yaml",
             "--limit",
             "4",
-            "train.steps=2",
+            *_SHORT,
         ],
         state="request.json",
     ),
@@ -177,7 +183,7 @@ class _Here:
     def __init__(self, command: list[str], **_: Any) -> None:
         self.words = command[command.index("mlx_slim") + 1 :]
 
-    def wait(self) -> int:
+    def poll(self) -> int:
         """Run the cell and return its exit code."""
         return run(self.words)
 
@@ -196,7 +202,7 @@ class Trial:
     given: Path
     work: Path
     expected: dict[str, Any] = field(default_factory=dict)
-    operations: list[str] = field(default_factory=list)
+    moments: list[str] = field(default_factory=list)
 
     @property
     def command(self) -> Command:
@@ -208,7 +214,7 @@ class Trial:
         """The output."""
         return self.work / "deep" / "out"
 
-    def _run(self, resume: bool, limit: int | None, log: Path) -> None:
+    def _run(self, resume: bool, limit: int | None, number: int, log: Path) -> None:
         os.chdir(self.given)
         os.fsync = lambda descriptor: None  # a kill loses nothing that was written
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -216,20 +222,21 @@ class Trial:
             os.dup2(handle.fileno(), 1)
             os.dup2(handle.fileno(), 2)
         compare_command.subprocess = type("processes", (), {"Popen": _Here})  # type: ignore[assignment]
-        watch = Watch([self.work], limit)
+        watch = Watch([self.work], limit, number)
+        announce_events(watch)
         words = [*self.command.words, "-o", str(self.out)]
         code = run([*words, "--resume"] if resume else words)
         sys.stdout.flush()
         sys.stderr.flush()
         if limit is None:
-            (log.parent / "operations").write_text("\n".join(watch.seen))
-            _name_modules(log.parent / "modules")
+            (log.parent / "moments").write_text("\n".join(watch.seen))
+            name_modules(log.parent / "modules")
         if code:
             os._exit(code)
 
-    def _fork(self, resume: bool, limit: int | None = None) -> int:
+    def _fork(self, resume: bool, limit: int | None = None, number: int = signal.SIGKILL) -> int:
         self.log = self.work.parent / "log"
-        return forked(partial(self._run, resume, limit, self.log))
+        return forked(partial(self._run, resume, limit, number, self.log))
 
     def undisturbed(self) -> None:
         """Run once to the end, and keep what it made."""
@@ -237,11 +244,10 @@ class Trial:
         self.work.mkdir(parents=True)
         code = self._fork(False)
         assert code == 0, f"{self.name}: exit code {code}\n{self.log.read_text()}"
-        self.operations = (self.log.parent / "operations").read_text().splitlines()
-        _import_modules(self.log.parent / "modules")
+        self.moments = (self.log.parent / "moments").read_text().splitlines()
+        import_modules(self.log.parent / "modules")
         self.expected = self._found()
-        hidden = [name for name in self.expected if "mlx-slim-" in name or name.endswith(".lock")]
-        assert not hidden, f"{self.name}: {hidden}"
+        assert not hidden(self.expected), f"{self.name}: {hidden(self.expected)}"
         if not self.command.resumes:
             again = self._fork(False)
             told = self.log.read_text()
@@ -257,14 +263,19 @@ class Trial:
         return self.command.resumes and (there or moment % 2 == 0)
 
     def killed_at(self, moment: int) -> str:
-        """Kill before an operation and go on; return what was not as it should be, or nothing.
+        """Kill at a moment and go on; return what was not as it should be, or nothing.
 
-        Every third time what goes on is killed too.
+        Every fourth time it is stopped by SIGTERM, every third time what goes on is killed too.
         """
         shutil.rmtree(self.work)
         self.work.mkdir()
-        code = self._fork(False, moment)
-        if code != -9:
+        if moment % 4 == 3:
+            code = self._fork(False, moment, signal.SIGTERM)
+            if code not in (0, Interrupted.exit_code):  # 0: all was done already
+                return f"exit code {code} after SIGTERM: {self.log.read_text()[-2000:]}"
+            if left := hidden(contents(self.work)):
+                return f"SIGTERM leaves {left}"
+        elif (code := self._fork(False, moment)) != -9:
             return f"exit code {code} instead of a kill"
         if moment % 3 == 0:
             code = self._fork(self._resume(moment), moment // 2)
@@ -312,18 +323,7 @@ def prepare(given: Path) -> None:
     os.chdir(given)
     assert run(["train", "small.yaml", "-o", "tuned", "--quiet"]) == 0
     assert run(["export", "tuned", "--to", "peft", "-o", "peft"]) == 0
-    _name_modules(given / "modules")
-
-
-def _name_modules(file: Path) -> None:
-    file.write_text("\n".join(name for name in list(sys.modules) if "__" not in name))
-
-
-def _import_modules(file: Path) -> None:
-    """Import here, once, what a run has imported while it ran."""
-    for name in file.read_text().splitlines():
-        with contextlib.suppress(Exception):  # what only a half of a package can import
-            importlib.import_module(name)
+    name_modules(given / "modules")
 
 
 def trial(name: str, base: Path) -> Trial:
@@ -334,23 +334,22 @@ def trial(name: str, base: Path) -> Trial:
 
 
 def every_moment(names: list[str], base: Path, tell: Callable[[str], None], every: int) -> int:
-    """Kill each command before every ``every``-th operation; return how many went wrong."""
-    head = f"{'command':20} {'operations':>10} {'killed':>6} {'killed twice':>12}"
-    tell(f"{head} {'wrong':>5} {'seconds':>7}")
+    """Kill each command at every ``every``-th moment; return how many went wrong."""
+    tell(f"{'command':20}    moments killed killed twice wrong seconds")
     wrong = 0
     for name in names:
         began = time.monotonic()
         one = trial(name, base)
         bad = 0
-        moments = range(0, len(one.operations), every)
+        moments = range(0, len(one.moments), every)
         for moment in moments:
             if trouble := one.killed_at(moment):
                 bad += 1
-                tell(f"{name}, before {moment} ({one.operations[moment]}): {trouble}")
+                tell(f"{name}, at {moment} ({one.moments[moment]}): {trouble}")
         twice = sum(moment % 3 == 0 for moment in moments)
         seconds = time.monotonic() - began
         tell(
-            f"{name:20} {len(one.operations):>10} {len(moments):>6} {twice:>12} {bad:>5} "
+            f"{name:20} {len(one.moments):>10} {len(moments):>6} {twice:>12} {bad:>5} "
             f"{seconds:>7.0f}"
         )
         wrong += bad
@@ -366,9 +365,9 @@ def some_moments(names: list[str], points: int, seed: int, base: Path, tell: Any
         if not (count := chosen.count(name)):
             continue
         one = trial(name, base)
-        for moment in draw.sample(range(len(one.operations)), count):
+        for moment in draw.sample(range(len(one.moments)), count):
             trouble = one.killed_at(moment)
-            tell(f"{name}, before {moment} ({one.operations[moment]}): {trouble or 'equal'}")
+            tell(f"{name}, at {moment} ({one.moments[moment]}): {trouble or 'equal'}")
             wrong += bool(trouble)
     return wrong
 
@@ -386,7 +385,7 @@ def main(words: list[str]) -> int:
         importlib.import_module(f"mlx_slim.cli.{module}")
     base = asked.folder.resolve()
     assert forked(partial(prepare, base / "given")) == 0
-    _import_modules(base / "given" / "modules")
+    import_modules(base / "given" / "modules")
     tell = partial(print, flush=True)
     if asked.points is None:
         return every_moment(asked.only, base, tell, asked.every)

@@ -1,18 +1,21 @@
-"""End a process right before its n-th file operation, and compare what two folders hold.
+"""End a process right before its n-th moment, and compare what two folders hold.
 
-Operations are those that CPython announces to audit hooks: making a folder, opening a file for
-writing, renaming, removing, cutting short. MLX's own writers announce nothing: the next operation
-after them is one of these. Used by ``tests/test_locks.py`` and ``tests/test_kills.py``.
+Moments are what ``Watch.point`` is told, and the file operations that CPython announces to audit
+hooks: making a folder, opening a file for writing, renaming, removing, cutting short. MLX's own
+writers announce nothing: the next operation after them is one of these. Used by
+``tests/test_locks.py`` and ``tests/test_kills.py``.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +29,14 @@ class Watch:
     Args:
         folders: What is watched.
         limit: Number of the operation, from 0, that does not happen any more; None ends nothing.
+        number: The signal that is sent then; one that can be handled comes once.
     """
 
-    def __init__(self, folders: list[Path], limit: int | None = None) -> None:
+    def __init__(
+        self, folders: list[Path], limit: int | None = None, number: int = signal.SIGKILL
+    ) -> None:
         self.folders = [folder.resolve() for folder in folders]
-        self.limit = limit
+        self.limit, self.number = limit, number
         self.seen: list[str] = []
         sys.addaudithook(self._hear)
 
@@ -47,9 +53,13 @@ class Watch:
         path = Path.cwd() / os.fsdecode(path)
         if not beside and not any(path.is_relative_to(folder) for folder in self.folders):
             return
-        if self.limit is not None and len(self.seen) == self.limit:
-            os.kill(os.getpid(), signal.SIGKILL)
-        self.seen.append(f"{event} {path.name}")
+        self.point(f"{event} {path.name}")
+
+    def point(self, name: str) -> None:
+        """Count a moment; send the signal if it is the one."""
+        self.seen.append(name)
+        if len(self.seen) - 1 == self.limit:
+            os.kill(os.getpid(), self.number)
 
 
 def forked(work: Callable[[], None]) -> int:
@@ -71,6 +81,36 @@ def contents(folder: Path) -> dict[str, bytes | None]:
         path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
     }
+
+
+def hidden(names: Iterable[str]) -> list[str]:
+    """Return the temporaries and locks among ``names``."""
+    return [name for name in names if "mlx-slim-" in name or name.endswith(".lock")]
+
+
+def announce_events(watch: Watch) -> None:
+    """Make a moment of each event that the console hears of."""
+    from mlx_slim.console import Console
+
+    hear = Console.notify
+
+    def notify(self: Console, event: Any) -> None:
+        watch.point(f"event {event.name}")
+        hear(self, event)
+
+    Console.notify = notify  # type: ignore[method-assign]
+
+
+def name_modules(file: Path) -> None:
+    """Write down what this process has imported."""
+    file.write_text("\n".join(name for name in list(sys.modules) if "__" not in name))
+
+
+def import_modules(file: Path) -> None:
+    """Import here, once, what a run has imported while it ran."""
+    for name in file.read_text().splitlines():
+        with contextlib.suppress(Exception):  # what only a half of a package can import
+            importlib.import_module(name)
 
 
 # ------------------------------------------------------------------------------- what may differ

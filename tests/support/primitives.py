@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from mlx_slim import locks
+from mlx_slim import interrupts, locks
 from mlx_slim.artifacts import atomic_file, atomic_folder, remove_folder, write_json
 from mlx_slim.claims import LOCK_FILE, RunKind, makes_folder, run_folder
 from mlx_slim.errors import Complete
@@ -64,7 +65,7 @@ def folder_removed(folder: Path) -> None:
             for name in ("state.json", "a", "b"):
                 (temporary / name).write_text(name)
         (folder / "mark").touch()
-    remove_folder(folder / "out")
+    remove_folder(folder / "out", ("state.json", "a", "b"))
     locks.remove_dead(folder)
 
 
@@ -153,10 +154,20 @@ PRIMITIVES = (
 )
 
 
+def _stopped(work: Callable[[Path], None], folder: Path, moment: int) -> None:
+    with interrupts.raised():
+        try:
+            Watch([folder], moment, signal.SIGTERM)
+            work(folder)
+        except KeyboardInterrupt:
+            os._exit(130)
+
+
 def every_moment(work: Callable[[Path], None], base: Path) -> int:
     """Kill ``work`` before each of its operations, let it go on; return how many there are.
 
-    The second process is killed too, at half as late a moment, before a third one goes on.
+    The second process is killed too, at half as late a moment, before a third one goes on. SIGTERM
+    at the same moment leaves no temporary.
     """
     whole = base / "whole"
     whole.mkdir(parents=True)
@@ -180,6 +191,13 @@ def every_moment(work: Callable[[Path], None], base: Path) -> int:
         if code == 0:
             assert contents(folder) == expected
             return moment
+        stopped = base / f"{moment}-stopped"
+        stopped.mkdir()
+        assert forked(partial(_stopped, work, stopped, moment)) in (0, 130), work.__name__
+        left = [name for name in contents(stopped) if locks.TAG in name or LOCK_FILE in name]
+        assert not left, f"{work.__name__}: SIGTERM at moment {moment} leaves {left}"
+        assert forked(partial(work, stopped)) == 0, f"{work.__name__}: stopped at {moment}"
+        assert contents(stopped) == expected, f"{work.__name__}: stopped at {moment}"
         if moment % 2:
             killed(moment // 2)
         assert forked(partial(work, folder)) == 0, (

@@ -41,6 +41,7 @@ class Hub:
     def upload_folder(self, **options):
         if self.failure:
             raise self.failure
+        self.allowed = options["allow_patterns"]
         self.calls.append(("folder", options["folder_path"], options["ignore_patterns"]))
         return SimpleNamespace(repo_url=f"{self.endpoint}/{options['repo_id']}")
 
@@ -78,6 +79,7 @@ def test_yes_makes_a_private_repository(folder, hub):
     assert done.done and done.url == "https://hub.example/me/thing"
     assert fake.calls[0] == ("create", "me/thing", True)
     assert fake.calls[-1] == ("folder", str(folder), [".*", "**/.*"])
+    assert fake.allowed == [name for name, _ in done.files]
     upload(folder, "me/thing", yes=True, public=True)
     assert ("create", "me/thing", False) in fake.calls
 
@@ -124,3 +126,29 @@ def test_what_cannot_be_uploaded(folder, tmp_path, hub, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(SlimError, match="HF_HUB_OFFLINE"):
         upload(folder, "me/thing", yes=True)
+
+
+@pytest.mark.parametrize("kind", ["file", "inside", "folder", "nothing", "deep"])
+def test_links_are_refused_and_named(folder, tmp_path, hub, capfd, kind):
+    calls = hub(private=True).calls
+    secret = tmp_path / "elsewhere" / "passwords.txt"
+    secret.parent.mkdir()
+    secret.write_text("secret")
+    (folder / "docs").mkdir()
+    link = folder / ("docs/notes.txt" if kind == "deep" else "notes.txt")
+    target = {
+        "file": secret,
+        "inside": folder / "README.md",
+        "folder": secret.parent,
+        "nothing": tmp_path / "gone",
+        "deep": secret,
+    }[kind]
+    link.symlink_to(target)
+    for more in ([], ["--yes"]):
+        assert run(["upload", str(folder), "--repo", "me/thing", *more]) == 2
+        said = capfd.readouterr()
+        name = link.relative_to(folder).as_posix()
+        assert f"holds links, which may lead out of it: {name}" in said.err and said.out == ""
+    assert calls == []
+    link.rename(folder / ".hidden")  # hidden files are never uploaded
+    assert "passwords" not in "\n".join(upload(folder, "me/thing").lines())

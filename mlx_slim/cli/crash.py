@@ -1,0 +1,85 @@
+"""What nobody foresaw: one line for the user, and the traceback in a file for a report.
+
+Invariant: the file holds no token and no argument of the command, and nothing that fails here hides
+the failure itself. Used by ``cli/main.py``; ``MLX_SLIM_DEBUG=1`` shows the traceback instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from mlx_slim.artifacts import provenance
+from mlx_slim.errors import ResourceError, SlimError, check_working_folder, without_secrets
+
+_OUTPUTS = ("-o", "--out", "--output")
+# MLX on a CPU, on Metal, on CUDA.
+_NO_MEMORY = re.compile(
+    r"unable to allocate|insufficient memory|out of memory|\[metal::malloc\]", re.I
+)
+
+
+def explained(error: BaseException, words: Sequence[str]) -> SlimError:
+    """Return the failure as one line: of the machine where that is what it is, else as ours.
+
+    Args:
+        error: What reached the top of a command.
+        words: The command line.
+    """
+    reason = without_secrets(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = f" while writing {error.filename}" if error.filename else ""
+        return ResourceError(f"the disk is full{place}", "free some space")
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))
+    ):
+        hint = "close other programs; mlx-slim plan RECIPE says what a run needs and what fits"
+        return ResourceError(f"not enough memory: {reason}", hint)
+    try:
+        check_working_folder()
+    except SlimError as gone:
+        return gone
+    file = _write(error, words)
+    hint = "MLX_SLIM_DEBUG=1 prints the traceback, which could not be written to a file"
+    return InternalError(
+        f"internal error: {reason}",
+        f"please report it, with the traceback in {file}" if file else f"please report it; {hint}",
+    )
+
+
+class InternalError(SlimError):
+    """Our own mistake."""
+
+    exit_code = 1
+
+
+def _write(error: BaseException, words: Sequence[str]) -> Path | None:
+    """Write the traceback beside the output, or to the temporary folder; None if neither can be."""
+    lines = [f"{key}: {value}" for key, value in provenance().items()]
+    lines += ["", *traceback.format_exception(type(error), error, error.__traceback__)]
+    for folder, name in _places(words):
+        with contextlib.suppress(OSError, ValueError):
+            descriptor, file = tempfile.mkstemp(".txt", f"{name}.error-", folder)
+            with os.fdopen(descriptor, "w", encoding="utf-8", errors="replace") as handle:
+                handle.write(without_secrets("\n".join(line.rstrip() for line in lines)) + "\n")
+            return Path(file)
+    return None
+
+
+def _places(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield (folder, beginning of a name): beside the output, if one is given, then temporary."""
+    for index, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        value = value if equals else "".join(words[index + 1 : index + 2])
+        if option in _OUTPUTS and value:
+            out = Path(value)
+            if out.name and out.parent.is_dir():
+                yield str(out.parent), out.name
+    with contextlib.suppress(OSError):  # there is none
+        yield tempfile.gettempdir(), "mlx-slim"

@@ -1,0 +1,230 @@
+"""One claim of an output: two commands at once, files that appear meanwhile, and signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlx_slim import artifacts, locks
+from mlx_slim.artifacts import atomic_file, atomic_folder, write_text
+from mlx_slim.cli.main import run
+from mlx_slim.console import Console
+from mlx_slim.errors import SlimError
+from mlx_slim.evaluate import results
+from mlx_slim.train.rotation import latest, rotate
+from tests.support.kills import contents, forked, hidden
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("The quick brown fox jumps over the lazy dog.\n\n" * 40)
+    return file
+
+
+@pytest.fixture(params=["train", "distill", "eval", "convert", "quantize", "prune", "export"])
+def command(request, small: Path, tiny, text: Path) -> list[str]:
+    """A command line without its output."""
+    source = tiny("llama")
+    other = tiny("llama-mha")
+    teacher = f"distill.teachers=[{{model: {other}}}]"
+    words: dict[str, list[object]] = {
+        "train": ["train", small],
+        "distill": ["distill", small, teacher],
+        "eval": ["eval", source, "--perplexity", text],
+        "convert": ["convert", source],
+        "quantize": ["quantize", source, "--group-size", "32", "--calibration", text],
+        "prune": ["prune", source, "--ratio", "0.5", "--method", "l2", "--calibration", text],
+        "export": ["export", source, "--to", "hf"],
+    }
+    return [str(word) for word in words[request.param]]
+
+
+def test_the_second_of_two_commands_into_one_output_is_refused(
+    command, tmp_path, monkeypatch, capfd
+) -> None:
+    """The other one runs while this one reports its first event inside of its claim."""
+    out = tmp_path / "deep" / "out"
+    tried: list[subprocess.CompletedProcess[str]] = []
+    write = locks.temporary_file
+
+    def other(path: Path) -> None:
+        if not tried and (locks._held or (out / ".mlx-slim.lock").exists()):
+            tried.append(
+                subprocess.run(
+                    [sys.executable, "-m", "mlx_slim", *command, "-o", str(out)],
+                    env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                )
+            )
+
+    def temporary_file(path: Path):
+        other(path)
+        return write(path)
+
+    monkeypatch.setattr(locks, "temporary_file", temporary_file)
+    assert run([*command, "-o", str(out)]) == 0
+    capfd.readouterr()
+    (second,) = tried
+    assert second.returncode == 2, second.stderr
+    assert f"another process is writing {out}" in second.stderr
+    assert second.stderr.count("\n") == 2
+    assert not hidden(contents(tmp_path))
+
+
+def test_an_output_that_appears_meanwhile_stays(command, tmp_path, monkeypatch, capfd) -> None:
+    """It is there, with something in it, when the finished folder is to get its name."""
+    out = tmp_path / "out"
+    if command[0] in ("train", "distill", "eval"):  # their folder is there from the beginning
+        pytest.skip("the folder is held and filled over time")
+    rename = Path.rename
+
+    def late(self: Path, target: Path) -> Path:
+        if Path(target) == out and not out.exists():
+            out.mkdir()
+            (out / "mine.txt").write_text("keep")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    assert run([*command, "-o", str(out)]) == 2
+    error = capfd.readouterr().err
+    assert f"error: {out} exists already: it appeared while this one was made" in error
+    assert contents(out) == {"mine.txt": b"keep"}
+    assert not hidden(contents(tmp_path))
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_a_file_that_appears_meanwhile_stays(tmp_path, monkeypatch, links, kind) -> None:
+    out = tmp_path / "recipe.yaml"
+    if not links:  # exFAT
+
+        def none(self: Path, target: Path) -> None:
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr(Path, "hardlink_to", none)
+    with (
+        pytest.raises(SlimError, match="appeared while"),
+        atomic_file(out, replace=False) as temporary,
+    ):
+        temporary.write_text("ours")
+        {
+            "file": lambda: out.write_text("theirs"),
+            "folder": out.mkdir,
+            "link": lambda: out.symlink_to("nowhere"),
+        }[kind]()
+    assert out.is_symlink() or out.is_dir() or out.read_text() == "theirs"
+    assert not hidden(path.name for path in tmp_path.iterdir())
+    with pytest.raises(SlimError, match="exists already"):
+        write_text(out, "again", replace=False)
+    write_text(tmp_path / "new.yaml", "ours", replace=False)
+    assert (tmp_path / "new.yaml").read_text() == "ours"
+    assert (tmp_path / "new.yaml").stat().st_nlink == 1
+
+
+def test_what_somebody_put_into_a_folder_that_is_replaced_goes_over(tmp_path) -> None:
+    out = tmp_path / "adapters"
+    for content in ("old", "new"):
+        with atomic_folder(out, replace=True) as folder:
+            (folder / "weights").write_text(content)
+        (out / "notes").mkdir(exist_ok=True)
+        (out / "notes" / "mine.txt").write_text("keep")
+        (out / "link").unlink(missing_ok=True)
+        (out / "link").symlink_to("nowhere")
+    found = {"link": None, "notes": None, "notes/mine.txt": b"keep", "weights": b"new"}
+    assert contents(out) == found
+    assert [path.name for path in tmp_path.iterdir()] == ["adapters"]
+
+
+def test_a_checkpoint_with_a_file_of_somebody_else_stays(tmp_path) -> None:
+    for step in (1, 2, 3):
+        folder = tmp_path / f"step-{step}"
+        folder.mkdir()
+        (folder / "state.json").write_text("{}")
+        (folder / "weights.safetensors").write_text("w")
+    (tmp_path / "step-1" / "notes.txt").write_text("keep")
+    (tmp_path / "step-7").mkdir()  # not a checkpoint
+    (tmp_path / "step-7" / "mine.txt").write_text("keep")
+    (tmp_path / "step-8").write_text("a file")
+    rotate(tmp_path, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("step-1", "step-3", "step-7", "step-8")
+    ]
+    assert (tmp_path / "step-1" / "notes.txt").read_text() == "keep"
+    assert latest(tmp_path) == tmp_path / "step-3"
+
+
+def test_a_resume_of_an_evaluation_touches_its_own_files_only(tiny, text, tmp_path, capfd) -> None:
+    out = tmp_path / "out"
+    words = ["eval", str(tiny("llama")), "--perplexity", str(text), "-o", str(out)]
+    assert run(words) == 0
+    (out / results.RESULTS_FILE).unlink()
+    (out / "samples_mine.jsonl").write_text("keep")
+    assert run([*words, "--resume"]) == 0
+    assert (out / "samples_mine.jsonl").read_text() == "keep"
+    capfd.readouterr()
+
+
+def test_folders_of_something_else_are_no_demo_and_no_finished_cases(tmp_path, capfd) -> None:
+    (tmp_path / "report.md").write_text("mine")
+    assert run(["demo", "-o", str(tmp_path)]) == 2
+    (tmp_path / "results.json").write_text('{"mine": 1}')
+    assert run(["demo", "-o", str(tmp_path)]) == 2
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    assert run(["bench", "plan", "gone", "-o", str(tmp_path / "rows.jsonl")]) == 2
+    told = capfd.readouterr().err
+    assert told.count("holds results of something else") == 2
+    assert told.count("holds something else than finished cases") == 1
+    kept = {
+        "report.md": b"mine",
+        "results.json": b'{"mine": 1}',
+        "rows.jsonl": b'{"prompt": "a"}\n',
+    }
+    assert contents(tmp_path) == kept
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_in_the_middle_leaves_nothing(command, tmp_path, number) -> None:
+    """At its first event, and while its first file is being written."""
+    out = tmp_path / "work" / "out"
+    for moment in ("event", "file"):
+
+        def stopped(moment: str = moment) -> None:
+            hear, write = Console.notify, artifacts.locks.temporary_file
+
+            def notify(self, event) -> None:
+                hear(self, event)
+                os.kill(os.getpid(), number)
+
+            def temporary_file(path: Path):
+                os.kill(os.getpid(), number)
+                return write(path)
+
+            if moment == "event":
+                Console.notify = notify  # type: ignore[method-assign]
+            else:
+                locks.temporary_file = temporary_file  # type: ignore[assignment]
+            with (tmp_path / "told").open("w") as told:
+                os.dup2(told.fileno(), 1)
+                os.dup2(told.fileno(), 2)
+            os._exit(run([*command, "-o", str(out)]))
+
+        if moment == "event" and command[0] in ("convert", "export"):
+            continue  # they report none
+        assert forked(stopped) == 130, (tmp_path / "told").read_text()
+        told = (tmp_path / "told").read_text()
+        assert "Traceback" not in told and told.count("error: ") == 1
+        left = contents(tmp_path / "work") if (tmp_path / "work").exists() else {}
+        assert not hidden(left), left
+        if left:  # a run to go on with
+            assert "resume with" in told or "go on with" in told
+            break
