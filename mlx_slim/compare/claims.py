@@ -27,7 +27,7 @@ class Score:
         method: Its name in the matrix.
         cells: Names of its cells.
         value: The mean, a share.
-        interval: Normal 95% interval over questions.
+        interval: 95% interval over questions.
         chance: Mean over tasks of what guessing gives.
         above_chance: Whether the score is detectably more.
     """
@@ -52,7 +52,7 @@ class Claim:
         first: What is compared with.
         second: What is compared.
         delta: Difference of the means.
-        interval: Its normal interval, corrected as the p value is: it leaves out 5% / ``tests``.
+        interval: Its interval, corrected as the p value is: it leaves out 5% / ``tests``.
         p_value: Of ``pooled.sign_flip``; McNemar's for one task and one seed.
         ratio: Second over first, and its interval, corrected; None where the first is 0.
         ratio_above_chance: The same of what is above chance; None where the first is not above it.
@@ -98,8 +98,7 @@ class Claim:
     def judge(self, p_holm: float, tests: int) -> None:
         """Take the corrected p value and the size of the family, and say what they mean."""
         self.p_holm, self.tests = p_holm, tests
-        half = pooled.errors_wide(tests) * pooled.mean_error(self.differences)
-        self.interval = (self.delta - half, self.delta + half)
+        self.interval = pooled.mean_interval(self.differences, pooled.PAIRS, tests)
         self.ratio = pooled.ratio(self.before, self.after, tests=tests)
         if self.first.above_chance:
             chance = self.first.chance
@@ -160,7 +159,6 @@ def score_of(cells: list[StoredCell], tasks: list[dict[str, Any]]) -> Score:
     """Return the mean of one method's cells over ``tasks``, all of which they answered."""
     values = [_values(cells, task) for task in tasks]
     value = float(np.mean([x.mean() for x in values]))
-    half = pooled.errors_wide() * pooled.mean_error(values)
     levels = [cells[0].answers[task["task"]].chance for task in tasks]
     chance = float(np.mean(levels))
     if len(values) == 1:
@@ -169,8 +167,8 @@ def score_of(cells: list[StoredCell], tasks: list[dict[str, Any]]) -> Score:
         pairs = zip(levels, values, strict=True)
         error = sum(c * (1 - c) / len(x) for c, x in pairs) ** 0.5 / len(values)
         above = value - chance > pooled.errors_wide() * error
-    names = [cell.name for cell in cells]
-    return Score(cells[0].method, names, value, (value - half, value + half), chance, above)
+    names, interval = [cell.name for cell in cells], pooled.mean_interval(values, pooled.SCORES)
+    return Score(cells[0].method, names, value, interval, chance, above)
 
 
 def _values(cells: list[StoredCell], task: dict[str, Any]) -> np.ndarray:

@@ -5,12 +5,14 @@ one task it is ``stats.py``'s: the test is McNemar's then, exactly. Used by the 
 
 A mean over tasks of k/n is no k of anything, so its test draws the signs of the differences: where
 there is no difference, each is as likely to point one way as the other (Fisher's randomization
-test, paired). Ratios carry delta-method intervals.
+test, paired). Ratios carry delta-method intervals. Intervals are normal ones with a few observations
+added (Agresti & Coull 1998; of differences Agresti & Min 2005).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,13 +21,55 @@ from mlx_slim.evaluate.stats import LEVEL, detectable_difference, mcnemar
 SIGNS = 100_000  # draws of the signs
 
 
-def mean_error(values: Sequence[np.ndarray]) -> float:
-    """Return the standard error of the mean over tasks of the mean over each task's questions.
+@dataclass(frozen=True)
+class Added:
+    """Observations put beside a task's own, so that no interval is a point where all agree.
+
+    Attributes:
+        n: How many.
+        total: Their sum.
+        squares: The sum of their squares.
+    """
+
+    n: int
+    total: float
+    squares: float
+
+
+PAIRS = Added(2, 0.0, 1.0)  # half a pair of each kind: right both, wrong both, won, lost
+SCORES = Added(4, 2.0, 2.0)  # two right, two wrong
+
+
+def mean_and_error(values: Sequence[np.ndarray], added: Added) -> tuple[float, float]:
+    """Return the mean over tasks of the mean over each task's questions, and its standard error.
+
+    Both with ``added`` in each task: where no answer differs, or all are right, the plain error is
+    0, which no number of questions bears.
 
     Args:
         values: One array a task, a value a question.
+        added: ``PAIRS`` for paired differences, ``SCORES`` for shares of right answers.
     """
-    return float(np.sqrt(sum(x.var() / len(x) for x in values))) / len(values)
+    means = [(x.sum() + added.total) / (len(x) + added.n) for x in values]
+    squares = [((x**2).sum() + added.squares) / (len(x) + added.n) for x in values]
+    spreads = zip(values, means, squares, strict=True)
+    error = float(np.sqrt(sum((s - m**2) / (len(x) + added.n) for x, m, s in spreads)))
+    return float(np.mean(means)), error / len(values)
+
+
+def mean_interval(
+    values: Sequence[np.ndarray], added: Added, tests: int = 1
+) -> tuple[float, float]:
+    """Return the interval of a mean over tasks, within what such a mean can be.
+
+    Args:
+        values: As ``mean_and_error``.
+        added: As there.
+        tests: Of the family: the interval leaves out 5% divided by it.
+    """
+    mean, error = mean_and_error(values, added)
+    half, least = errors_wide(tests) * error, 0.0 if added is SCORES else -1.0
+    return max(least, mean - half), min(1.0, mean + half)
 
 
 def errors_wide(tests: int = 1) -> float:
@@ -94,6 +138,7 @@ def ratio(
     if below <= 0:
         return None
     kept = above / below
-    error = mean_error([y - kept * x for x, y in zip(first, second, strict=True)]) / below
+    left_N = [y - kept * x for x, y in zip(first, second, strict=True)]
+    error = mean_and_error(left_N, PAIRS)[1] / below
     half = errors_wide(tests) * error
     return kept, (kept - half, kept + half)

@@ -26,13 +26,13 @@ def test_one_more_right_answer_of_a_hundred_lifts_nothing(tmp_path):
     first, last = answered(folder, {"toy0-base": 40, "toy0-lora-s0": 41})["headline"]
     assert first == (
         "LoRA has 41.0 points, the untrained base 40.0 (score, chance 25.0): no detectable "
-        "difference, +1.0 (interval −1.0 to +3.0, MDE 7.8)."
+        "difference, +1.0 (interval −1.7 to +3.7, MDE 7.8)."
     )
     assert "7.8 points on hellaswag (n=100)" in last
     first, _ = answered(folder, {"toy0-base": 40, "toy0-lora-s0": 48})["headline"]
     assert first == (
         "LoRA lifts the untrained base from 40.0 to 48.0 points (score, chance 25.0): +8.0 "
-        "(interval +2.7 to +13.3, corrected p = .008)."
+        "(interval +2.3 to +13.4, corrected p = .008)."
     )
 
 
@@ -50,7 +50,7 @@ def test_the_table_and_the_headline_hold_to_one_level(tmp_path):
     kept, best, _ = results["headline"]
     assert "the best of 3 methods (picked on these same questions" in best
     assert "no detectable difference, +6.0" in best
-    assert kept.startswith("4-bit QLoRA keeps 87% (interval 74% to 100%) of LoRA's score; 71% (")
+    assert kept.startswith("4-bit QLoRA keeps 87% (interval 73% to 101%) of LoRA's score; 71% (")
     assert "of what is above chance: 40.0 of 46.0 points, chance 25.0; no detectable" in kept
 
 
@@ -103,6 +103,19 @@ def test_too_few_questions_to_detect_anything(tmp_path):
     assert "too few questions to detect any" in results["headline"][0]
     assert results["contrasts"][0]["detectable"] is None
     assert "none on hellaswag (n=4)" in results["headline"][-1]
+
+
+@pytest.mark.parametrize("right", [0, 1, 100])
+def test_equal_answers_are_no_certainty(tmp_path, right):
+    """All right, all wrong, never another answer: the intervals still have a width."""
+    folder = write_matrix(tmp_path / "m", methods=("base", "lora", "qlora"), questions=TASK)
+    names = ("toy0-base", "toy0-lora-s0", "toy0-qlora-s0")
+    results = answered(folder, dict.fromkeys(names, right))
+    assert "no detectable difference, +0.0 (interval −2" in " ".join(results["headline"])
+    for claim in results["claims"]:
+        low, high = claim["first"]["interval"]
+        assert 0 <= low < high <= 1
+        assert claim["interval"][0] < 0 < claim["interval"][1]
 
 
 def test_measured_memory_decides_no_word(tmp_path):

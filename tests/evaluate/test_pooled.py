@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlx_slim.evaluate.pooled import detectable_pooled, mean_error, ratio, sign_flip
+from mlx_slim.evaluate.pooled import (
+    PAIRS,
+    SCORES,
+    detectable_pooled,
+    mean_and_error,
+    mean_interval,
+    ratio,
+    sign_flip,
+)
 from mlx_slim.evaluate.stats import detectable_difference, mcnemar, standard_error
 
 
@@ -14,9 +22,38 @@ def test_one_task_is_mcnemars_test_and_its_error_and_power():
     differences = rng.choice([-1.0, 0.0, 1.0], 150, p=[0.1, 0.7, 0.2])
     gained, lost = int((differences > 0).sum()), int((differences < 0).sum())
     assert sign_flip([differences]) == mcnemar(gained, lost)
-    assert mean_error([differences]) == pytest.approx(standard_error(differences))
+    error = mean_and_error([differences], PAIRS)[1]
+    assert error == pytest.approx(standard_error(differences), rel=0.03)
     assert detectable_pooled([differences], 7) == detectable_difference(gained + lost, 150, 7)
     assert sign_flip([np.zeros(9), np.zeros(4)]) == 1.0
+
+
+@pytest.mark.parametrize("tests", [1, 6])
+@pytest.mark.parametrize("n", [1, 12, 50, 400])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.1])
+def test_intervals_of_differences_cover_what_is_true(share, n, tests):
+    rng = np.random.default_rng(n)
+    for delta in (0.0, share):
+        chances = [(share - delta) / 2, 1 - share, (share + delta) / 2]
+        drawn = [rng.choice([-1.0, 0.0, 1.0], n, p=chances) for _ in range(600)]
+        found = [mean_interval([x], PAIRS, tests) for x in drawn]
+        hits = np.mean([low <= delta <= high for low, high in found])
+        assert hits > 1 - 0.05 / tests - 0.05  # the plain one: 0 where no pair differs
+
+
+@pytest.mark.parametrize("n", [1, 5, 40, 1000])
+def test_no_interval_is_a_point(n):
+    for right in (np.ones(n), np.zeros(n)):
+        low, high = mean_interval([right], SCORES)
+        assert 0 <= low <= right[0] <= high <= 1
+        assert high - low > 3 / (n + 4)  # the rule of three
+    for same in (np.zeros(n), np.ones(n), -np.ones(n)):
+        low, high = mean_interval([same], PAIRS)
+        assert -1 <= low < high <= 1 and low <= same[0] <= high
+        low, high = mean_interval([same, same], PAIRS)
+        assert low < high
+    kept, (low, high) = ratio([np.ones(n)], [np.ones(n)]) or (0, (0, 0))
+    assert low < kept == 1 < high
 
 
 def test_signs_are_drawn_where_tasks_weigh_differently():
@@ -68,4 +105,5 @@ def test_ratios_cover_what_is_true_and_chance_is_taken_off():
     assert ratio([one], [two])[0] == pytest.approx(0.5 / 0.75)
     assert ratio([one], [two], 0.25)[0] == pytest.approx(0.25 / 0.5)
     assert ratio([two], [one], 0.5) is None
-    assert ratio([one], [one])[1] == (1.0, 1.0)
+    low, high = ratio([one], [one])[1]
+    assert low < 1 < high
