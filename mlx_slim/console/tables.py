@@ -103,9 +103,10 @@ def show_comparison(comparison: Comparison, *, terminal: Terminal | None = None)
     for note in comparison.notes:
         terminal.print(f"note: {note}", markup=False, soft_wrap=True)
     terminal.print(
-        f"CI: paired bootstrap, {comparison.draws:,} resamples, seed {comparison.seed}; p: exact "
-        "McNemar (text: paired t); Holm: over the tasks; MDE: true difference that the corrected "
-        "test finds in 4 of 5 cases; B+/A+: right only in B, only in A",
+        f"CI: paired bootstrap, {comparison.draws:,} resamples, seed {comparison.seed} (text: "
+        "Student's t over documents); p: exact McNemar (text: paired t); Holm: over the tasks; "
+        "MDE: true difference that the corrected test finds in 4 of 5 cases; B+/A+: right only in "
+        "B, only in A",
         style="dim",
     )
 
@@ -113,13 +114,18 @@ def show_comparison(comparison: Comparison, *, terminal: Terminal | None = None)
 def _cells(row: Row) -> list[str]:
     found = row.paired
     scale, digits = (1, 4) if row.unit == BITS else (100, 2)
-    low, high = (value * scale for value in found.bootstrap)
+    # Resamples of few documents are too alike; one question or document has no spread at all.
+    known = found.interval if row.unit == BITS or found.n < 2 else found.bootstrap
+    interval = "–"
+    if known is not None:
+        low, high = (value * scale for value in known)
+        interval = f"{low:+.{digits}f}…{high:+.{digits}f}"
     flips = "" if row.unit == BITS else f"{found.gained}/{found.lost}"
     return [
         f"{found.first * scale:.{digits}f}",
         f"{found.second * scale:.{digits}f}",
         f"{found.delta * scale:+.{digits}f}",
-        f"{low:+.{digits}f}…{high:+.{digits}f}",
+        interval,
         flips,
         f"{found.p_value:.3g}",
         "" if row.p_holm is None else f"{row.p_holm:.3g}",

@@ -5,8 +5,8 @@ one task it is ``stats.py``'s: the test is McNemar's then, exactly. Used by the 
 
 A mean over tasks of k/n is no k of anything, so its test draws the signs of the differences: where
 there is no difference, each is as likely to point one way as the other (Fisher's randomization
-test, paired). Ratios carry delta-method intervals. Intervals are normal ones with a few observations
-added (Agresti & Coull 1998; of differences Agresti & Min 2005).
+test, paired). Intervals are normal ones with a few observations added (Agresti & Coull 1998; of
+differences Agresti & Min 2005); those of ratios come by the delta method.
 """
 
 from __future__ import annotations

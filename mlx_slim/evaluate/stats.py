@@ -42,7 +42,7 @@ class Paired:
         delta: ``second - first``.
         stderr: Standard error of ``delta``.
         interval: Confidence interval of ``delta`` at ``LEVEL``: normal for 0/1 values, else
-            Student's t.
+            Student's t. One question bears none: everything for 0/1 values, else None.
         bootstrap: Percentile interval of ``DRAWS`` paired resamples, within strata.
         gained: Questions where only the second is right.
         lost: Questions where only the first is right.
@@ -56,7 +56,7 @@ class Paired:
     second: float
     delta: float
     stderr: float
-    interval: tuple[float, float]
+    interval: tuple[float, float] | None
     bootstrap: tuple[float, float]
     gained: int
     lost: int
@@ -256,17 +256,21 @@ def paired(
         p_value = float(ttest_rel(b_N, a_N).pvalue) if n > 1 and error > 0 else 1.0
         if tests is not None:
             detectable = detectable_mean(differences_N, tests)
-    if binary or n < 2:
-        half = float(norm.ppf((1 + LEVEL) / 2)) * error
-    else:  # of few documents the normal interval is too narrow
-        half = float(t.ppf((1 + LEVEL) / 2, n - 1) * differences_N.std(ddof=1) / np.sqrt(n))
+    if n < 2:
+        interval = (-1.0, 1.0) if binary else None
+    else:
+        if binary:
+            half = float(norm.ppf((1 + LEVEL) / 2)) * error
+        else:  # of few documents the normal interval is too narrow
+            half = float(t.ppf((1 + LEVEL) / 2, n - 1) * differences_N.std(ddof=1) / np.sqrt(n))
+        interval = (delta - half, delta + half)
     return Paired(
         n=n,
         first=float(a_N.mean()),
         second=float(b_N.mean()),
         delta=delta,
         stderr=error,
-        interval=(delta - half, delta + half),
+        interval=interval,
         bootstrap=bootstrap_interval(differences_N, strata, draws=draws, seed=seed),
         gained=gained,
         lost=lost,

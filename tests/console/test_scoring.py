@@ -12,8 +12,9 @@ from rich.console import Console as RichConsole
 from mlx_slim.artifacts import write_json
 from mlx_slim.console import Console
 from mlx_slim.console.scoring import Scoring, figure
-from mlx_slim.console.tables import show_comparison, show_results
-from mlx_slim.evaluate.comparison import compare
+from mlx_slim.console.tables import _cells, show_comparison, show_results
+from mlx_slim.evaluate import stats
+from mlx_slim.evaluate.comparison import BITS, Row, compare
 from mlx_slim.events import EvalDone, EvalProgress, EvalStarted, Event, Notice, TaskDone
 from tests.evaluate.test_comparison import answers, finished
 
@@ -150,6 +151,16 @@ def test_the_comparison_fits_80_columns(tmp_path):
     assert "60/0" in text
     assert "+25.00" in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_the_interval_over_few_documents_is_the_one_shown():
+    def shown(first: list[float], second: list[float]) -> str:
+        found = stats.paired(first, second)
+        return _cells(Row("perplexity", "bits_per_byte", None, BITS, found, [], []))[3]
+
+    low, high = shown([1.5, 1.2], [1.4, 1.2]).split("…")
+    assert float(low) < -0.5 and float(high) > 0.5  # a resample of two lies between them
+    assert shown([1.5], [1.2]) == "–"
 
 
 def test_a_figure_without_an_error():

@@ -179,6 +179,11 @@ def test_what_cannot_be_paired_is_refused():
         paired([], [])
 
 
+def test_one_question_bears_no_interval():
+    assert paired([0], [1]).interval == (-1.0, 1.0)
+    assert paired([1.5], [1.2]).interval is None
+
+
 def test_the_interval_over_few_documents_is_students():
     first, second = np.zeros(4), np.array([0.1, 0.3, -0.1, 0.2])
     found = paired(first, second)
