@@ -130,7 +130,7 @@ def _first(question: Question, shots: int) -> dict[str, Any]:
         "num_fewshot": shots,
         "context": question.context,
         "choices": list(question.choices),
-        "target": question.target,
+        "target": list(question.targets) if question.others else question.target,
     }
 
 
@@ -139,9 +139,10 @@ def _print_question(question: Question, shots: int) -> None:
     if question.choices:
         click.echo("--- continuations (* is right) ---")
         for index, choice in enumerate(question.choices):
-            click.echo(f"{'*' if index == question.target else ' '} {choice!r}")
+            click.echo(f"{'*' if index in question.targets else ' '} {choice!r}")
     else:
-        click.echo(f"--- right answer ---\n{question.target}")
+        heading = "right answers, any counts" if question.others else "right answer"
+        click.echo("\n".join([f"--- {heading} ---", *map(str, question.targets)]))
 
 
 @click.command()

@@ -214,7 +214,9 @@ def _answer(record: dict[str, Any], question: dict[str, Any] | None, metric: str
 
 
 def _shown(value: Any, question: dict[str, Any] | None) -> str:
-    """Return a choice's text for its number."""
+    """Return a choice's text for its number; of a list, each."""
+    if isinstance(value, list):
+        return _cut(" or ".join(_shown(one, question) for one in value))
     choices = question.get("choices") if question else None
     if choices and isinstance(value, int) and 0 <= value < len(choices):
         return _cut(str(choices[value]).strip())

@@ -94,17 +94,7 @@ def write_questions(matrix: Matrix, folder: Path) -> dict[str, Any]:
 def _of_task(task: Task, entry: TaskEntry) -> _Stored:
     rows = load_rows(task)
     shots = task.num_fewshot if entry.num_fewshot is None else entry.num_fewshot
-    lines = [
-        {
-            "doc_id": question.doc_id,
-            "subject": question.subject,
-            "prompt": question.context,
-            "choices": list(question.choices),
-            "lengths": list(question.lengths),
-            "target": question.target,
-        }
-        for question in plain_questions(task, entry.limit, rows)
-    ]
+    lines = [_line(question) for question in plain_questions(task, entry.limit, rows)]
     shots_sha256 = shots_checksum(task, rows, shots)
     return _Stored(lines, asked_of(task, shots, entry.limit, rows.checksum, shots_sha256))
 
@@ -146,18 +136,32 @@ def stored_questions(folder: Path, name: str) -> list[Question]:
     path = folder / f"{name}.jsonl"
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        return [
-            Question(
-                row["doc_id"],
-                row["subject"],
-                row["prompt"],
-                tuple(row["choices"]),
-                tuple(row["lengths"]),
-                row["target"],
-            )
-            for row in rows
-        ]
+        return [_question(row) for row in rows]
     except FileNotFoundError as error:
         raise SlimError(f"{path} does not exist") from error
     except (ValueError, KeyError, TypeError) as error:
         raise SlimError(f"{path} is damaged, or of another version: {error!r}") from error
+
+
+def _line(question: Question) -> dict[str, Any]:
+    return {
+        "doc_id": question.doc_id,
+        "subject": question.subject,
+        "prompt": question.context,
+        "choices": list(question.choices),
+        "lengths": list(question.lengths),
+        "target": list(question.targets) if question.others else question.target,
+    }
+
+
+def _question(row: dict[str, Any]) -> Question:
+    target, *others = row["target"] if isinstance(row["target"], list) else [row["target"]]
+    return Question(
+        row["doc_id"],
+        row["subject"],
+        row["prompt"],
+        tuple(row["choices"]),
+        tuple(row["lengths"]),
+        target,
+        tuple(others),
+    )

@@ -114,8 +114,11 @@ class TaskSpec(Section):
         num_fewshot: Examples before the question unless ``--num-fewshot`` says otherwise.
         description: Before everything; the system message where a chat template is used.
         prompt: The question.
-        choices: Continuations of multiple choice: templates, or one expression that gives a list.
-        target: The right answer: a choice's place or text; for generation the text.
+        choices: Continuations of multiple choice: templates, or one expression that gives a list;
+            none may be empty.
+        target: The right answer, or a list of them of which any counts: a choice's place or text
+            (``evaluate/targets.py`` has the rule); for generation the text. Templates, or one
+            expression.
         delimiter: Between prompt and answer.
         separator: Between examples.
         metrics: The figures kept; the kind's own unless given.
@@ -141,7 +144,7 @@ class TaskSpec(Section):
     description: str = ""
     prompt: str
     choices: str | list[str] | None = None
-    target: str
+    target: str | list[str]
     delimiter: str = " "
     separator: str = "\n\n"
     metrics: list[str] = Field(default_factory=list)
@@ -179,6 +182,8 @@ class TaskSpec(Section):
                 raise ValueError(f"kind multiple_choice does not use {', '.join(idle)}")
         elif self.choices:
             raise ValueError("kind generation does not use choices")
+        if self.target == []:
+            raise ValueError("target is an empty list: expected at least one right answer")
         known = self._known_metrics
         if unknown := [name for name in self.metrics if name not in known]:
             raise ValueError(
@@ -227,11 +232,14 @@ def read_task(file: Path) -> TaskSpec:
 
 
 def _texts(values: dict[str, Any]) -> dict[str, Any]:
-    """Let templates be written as YAML numbers or words: ``choices: [1, 2]`` are texts."""
-    choices = values.get("choices")
-    if isinstance(choices, list):
-        scalar = (int, float)
-        as_text = [str(c) if isinstance(c, scalar) and not isinstance(c, bool) else c
-                   for c in choices]  # fmt: skip
-        return {**values, "choices": as_text}
-    return values
+    """Let templates be written as YAML numbers: ``choices: [1, 2]`` are texts."""
+    return values | {
+        key: [_text(one) for one in value] if isinstance(value, list) else _text(value)
+        for key, value in values.items()
+        if key in ("choices", "target")
+    }
+
+
+def _text(value: Any) -> Any:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return str(value) if number else value

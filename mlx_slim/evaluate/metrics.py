@@ -1,9 +1,11 @@
 """Records of single questions, and the figures over them.
 
-Invariant: ``k`` and ``n`` are whole numbers and ``value`` is k/n, so every figure can be recounted
-from the samples. The likeliest choice is the first of equals. Standard errors are those of the
-harness: √(p(1−p)/(n−1)), and for a task with parts the parts' variances pooled by size. Where none
-is defined (n = 1) it is None. Try it: ``mlx-slim eval MODEL --task mmlu --limit 5 -o out``.
+Invariant: an answer is right if it is one of the question's right ones; ``target`` of a record is
+that one, or the list of them. ``k`` and ``n`` are whole numbers and ``value`` is k/n, so every
+figure can be recounted from the samples. The likeliest choice is the first of equals. Standard
+errors are those of the harness: √(p(1−p)/(n−1)), and for a task with parts the parts' variances
+pooled by size. Where none is defined (n = 1) it is None. Try it:
+``mlx-slim eval MODEL --task mmlu --limit 5 -o out``.
 
     macro F1    mean over the classes that occur (as answer or prediction) of 2·TP/(2·TP + FP + FN);
                 its standard error is the jackknife's
@@ -58,12 +60,12 @@ def record_choice(
         "loglikelihoods": values,
         "greedy": [bool(value) for value in greedy],
         "prediction": prediction,
-        "target": question.target,
-        "acc": int(prediction == question.target),
+        "target": _one_or_all(question.targets),
+        "acc": int(prediction in question.targets),
     }
     if "acc_norm" in task.metrics:
         per_character = [v / length for v, length in zip(values, question.lengths, strict=True)]
-        record["acc_norm"] = int(_first_best(per_character) == question.target)
+        record["acc_norm"] = int(_first_best(per_character) in question.targets)
     return record
 
 
@@ -76,24 +78,29 @@ def record_generation(task: Task, question: Question, text: str, stop_reason: st
         text: The answer, cut before its stop.
         stop_reason: ``until``, ``length`` or ``eos``.
     """
-    spec, whole = task.spec, str(question.target)
-    target = normalize(spec, whole)
+    spec, wholes = task.spec, list(map(str, question.targets))
+    targets = [normalize(spec, whole) for whole in wholes]
     record: Record = {"doc_id": question.doc_id}
     if question.subject is not None:
         record["subject"] = question.subject
     record |= {"generation": text, "stop_reason": stop_reason}
     answers = {name: normalize(spec, extract(rule, text)) for name, rule in spec.filters.items()}
     record |= answers
-    record["target"] = target
+    record["target"] = _one_or_all(targets)
     for metric in task.metrics:
         if metric == "exact_match":
-            right = normalize(spec, text) == target
+            right = normalize(spec, text) in targets
         elif metric == "json_match":
-            right = same_json(text, whole)
+            right = any(same_json(text, whole) for whole in wholes)
         else:
-            right = answers[metric.removesuffix("_match")] == target
+            right = answers[metric.removesuffix("_match")] in targets
         record[metric] = int(right)
     return record
+
+
+def _one_or_all(targets: Sequence[int | str]) -> Any:
+    """Return the right answer, or the list of them: what stands in a record."""
+    return targets[0] if len(targets) == 1 else list(targets)
 
 
 def _first_best(values: Sequence[float]) -> int:

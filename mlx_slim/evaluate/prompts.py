@@ -14,7 +14,7 @@ Try it: ``mlx-slim tasks mmlu_anatomy``.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from mlx_slim.data.templates import Rendered, Template
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluate.rows import TaskRows
 from mlx_slim.evaluate.spec import FIRST, HARNESS, Task
+from mlx_slim.evaluate.targets import read_choices, right_places, right_texts
 
 _SEED = 1234  # of the harness's draws
 _STAND_IN = "answer"  # what comes before an answer does not depend on it
@@ -41,7 +42,8 @@ class Question:
         context: The whole prompt, without a delimiter at the end.
         choices: Continuations as scored, delimiter included; none for generation.
         lengths: Characters of each choice without its delimiter.
-        target: Place of the right choice, or the right text.
+        target: Place of the right choice, or the right text; where several are right, the first.
+        others: The other right ones.
     """
 
     doc_id: int
@@ -50,6 +52,12 @@ class Question:
     choices: tuple[str, ...]
     lengths: tuple[int, ...]
     target: int | str
+    others: tuple[int | str, ...] = ()
+
+    @property
+    def targets(self) -> tuple[int | str, ...]:
+        """All that is right."""
+        return (self.target, *self.others)
 
 
 @dataclass(frozen=True)
@@ -152,7 +160,8 @@ def build_questions(
 
     Raises:
         SlimError: A row without a field that a template names (the row and the field are named),
-            a target that is no choice, or fewer few-shot rows than asked for.
+            an empty choice, a target that is no choice or may be two (``evaluate/targets.py``), or
+            fewer few-shot rows than asked for.
     """
     shots = task.num_fewshot if num_fewshot is None else num_fewshot
     writer = _Writer(task, task_rows, shots, chat, sampling)
@@ -178,7 +187,8 @@ class _Writer:
         self._random = random.Random(_SEED) if draws else None
         self._task, self._rows, self._count, self._chat = task, task_rows, shots, chat
         self._description = compile_text(spec.description)
-        self._prompt, self._target = compile_text(spec.prompt), compile_value(spec.target)
+        self._prompt = compile_text(spec.prompt)
+        self._target = _compiled(spec.target)
         choices = spec.choices or []
         self._one = compile_value(choices) if isinstance(choices, str) else None
         self._each = [] if isinstance(choices, str) else [compile_text(text) for text in choices]
@@ -198,13 +208,15 @@ class _Writer:
             prompt = self._prefix(part, row) + asked
             context = self._chat.render(description, prompt) if self._chat else description + prompt
         choices = self._choices(row, place)
+        target, *others = self._answers(row, choices, place)
         return Question(
             doc_id=doc_id,
             subject=part,
             context=context,
             choices=tuple(self._delimiter + choice for choice in choices),
             lengths=tuple(len(choice) for choice in choices),
-            target=self._answer(row, choices, place),
+            target=target,
+            others=tuple(others),
         )
 
     def _prefix(self, part: str | None, row: Mapping[str, Any]) -> str:
@@ -273,41 +285,43 @@ class _Writer:
         place = f"few-shot row {index + 1} of split {self._task.spec.data.shots!r}"
         prompt = self._run(self._prompt, "prompt", row, place)
         choices = self._choices(row, place)
-        answer = self._answer(row, choices, place)
+        answer, *_ = self._answers(row, choices, place)
         return prompt, choices[answer] if isinstance(answer, int) else answer
 
     def _choices(self, row: Mapping[str, Any], place: str) -> list[str]:
         if self._one is None:
-            return [self._run(text, "choices", row, place) for text in self._each]
-        value = self._run(self._one, "choices", row, place)
-        if not isinstance(value, list | tuple) or not value:
-            raise self._error(place, f"choices is {value!r:.60}: expected a list of texts")
-        choices = [str(choice) for choice in value]
-        if "acc_norm" in self._task.metrics and not all(choices):
-            raise self._error(place, "a choice is empty: acc_norm divides by its length")
-        return choices
+            values = [self._run(text, "choices", row, place) for text in self._each]
+        else:
+            values = self._run(self._one, "choices", row, place)
+            if not isinstance(values, list | tuple) or not values:
+                raise self._error(place, f"choices is {values!r:.60}: expected a list of texts")
+        try:
+            return read_choices(values)
+        except ValueError as error:
+            raise self._error(place, str(error)) from error
 
-    def _answer(self, row: Mapping[str, Any], choices: list[str], place: str) -> int | str:
+    def _answers(
+        self, row: Mapping[str, Any], choices: list[str], place: str
+    ) -> tuple[int, ...] | tuple[str, ...]:
+        """Return what is right: places of choices, or texts; at least one."""
         value = self._run(self._target, "target", row, place)
-        if self._task.kind == "generation":
-            return str(value)
-        if isinstance(value, str):
-            if value in choices:
-                return choices.index(value)
-            value = int(value) if value.isdecimal() else value
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(choices):
-            raise self._error(
-                place,
-                f"the target is {value!r:.60}: expected a choice, or its place from 0 to "
-                f"{len(choices) - 1}",
-            )
-        return value
+        try:
+            if self._task.kind == "generation":
+                return right_texts(value, as_json="json_match" in self._task.metrics)
+            places = right_places(value, choices)
+        except ValueError as error:
+            raise self._error(place, str(error)) from error
+        if len(places) > 1 and "macro_f1" in self._task.metrics:
+            problem = f"the target is {value!r:.60}: macro_f1 needs one right choice a row"
+            raise self._error(place, problem, "leave macro_f1 out of metrics")
+        return places
 
     def _run(
         self, template: Callable[[Any], Any], key: str, row: Mapping[str, Any], place: str
     ) -> Any:
         try:
-            return template(row)
+            value = template(row)
+            return list(value) if isinstance(value, Iterator) else value  # of a filter: map, select
         except Exception as error:  # a template can raise anything
             problem = f"{key}: {error or type(error).__name__}"
             hint = f"the row has {', '.join(row) or 'no field'}"
@@ -315,3 +329,11 @@ class _Writer:
 
     def _error(self, place: str, problem: str, hint: str = "") -> SlimError:
         return SlimError(f"task {self._task.name}: {place}: {problem}", hint)
+
+
+def _compiled(target: str | list[str]) -> Callable[[Any], Any]:
+    """Return a task's target as a function of a row; a list of templates gives a list."""
+    if isinstance(target, str):
+        return compile_value(target)
+    each = [compile_value(text) for text in target]
+    return lambda row: [one(row) for one in each]

@@ -107,7 +107,7 @@ class Encoder:
         self._tokenizer, self._chat = tokenizer, chat
         self._texts = PrefixEncoder(tokenizer)
         self.limit = limit if limit is not None and limit.tokens < max_length else None
-        self._context: tuple[str, int] = ("", 0)  # the last one, and how many ids it has
+        self._context: tuple[str, tuple[int, ...]] = ("", ())  # the last one, and its ids
         prefix = self._prefix()
         self._bos = "" if prefix is None else str(tokenizer.decode([prefix]))
         self.max_length = max_length
@@ -133,10 +133,10 @@ class Encoder:
             ids = bare if bare[:1] == (prefix,) and len(bare) > 1 else (prefix, *bare)
             start = 1
         else:
-            ids = self.encode(text + continuation)
+            ids, before = self.encode(text + continuation), self._encoded(text)
             # The harness cuts by length, also where the last token of the context merged with the
             # first of the continuation. At least one id is left to score.
-            start = min(self._length(text), len(ids) - 1)
+            start = min(len(before), len(ids) - 1) if ids != before else 0
         if start < 1 or len(ids) < 2:
             raise SlimError(
                 f"the continuation {continuation!r} of {context[-40:]!r} has no tokens to score",
@@ -202,10 +202,10 @@ class Encoder:
         """
         return tuple(self._ids(text))
 
-    def _length(self, context: str) -> int:
-        """Return how many ids a context has: choices of one question come one after the other."""
+    def _encoded(self, context: str) -> tuple[int, ...]:
+        """Return the ids of a context: choices of one question come one after the other."""
         if context != self._context[0]:
-            self._context = (context, len(self.encode(context)))
+            self._context = (context, self.encode(context))
         return self._context[1]
 
     def _ids(self, text: str) -> list[int]:

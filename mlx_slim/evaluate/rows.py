@@ -330,8 +330,10 @@ def _checksum(task: Task, rows: Sequence[Mapping[str, Any]]) -> str:
     spec = task.spec
     names = sorted({path.split(".")[0] for path in spec.fields})
     if names:
-        choices = [spec.choices] if isinstance(spec.choices, str) else spec.choices or []
-        read = [names_in(text) for text in (spec.description, spec.prompt, spec.target, *choices)]
+        templates = [spec.description, spec.prompt]
+        for one in (spec.target, spec.choices or []):
+            templates += [one] if isinstance(one, str) else one
+        read = [names_in(text) for text in templates]
         groups = {spec.subgroups.field} if spec.subgroups else set()
         names = sorted(groups.union(names, *read))
     digest = hashlib.sha256()

@@ -8,9 +8,10 @@ cut over several processes, and give the same bytes. Try it:
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -176,11 +177,9 @@ class TaskJob:
             self.questions, key=lambda q: len(q.context) + max(map(len, q.choices or " "))
         )
         if self.generates:
-            new = self.task.spec.max_tokens
-            found = len(self.encoder.prompt(longest.context, new)) + new
+            found = len(self._prompt(longest)) + self.task.spec.max_tokens
         else:
-            choice = max(longest.choices, key=len)
-            found = len(self.encoder.request(longest.context, choice).ids)
+            found = max(len(request.ids) for request in self._requests([longest]))
         self.encoder.truncated = cut
         return found
 
@@ -207,14 +206,10 @@ class TaskJob:
             longest = max(question.choices, key=len, default="x" * reserve)
             if self.encoder.fits(question.context + longest):
                 continue
-            try:
-                if question.choices:
-                    self._requests([question])
-                else:
-                    self.encoder.prompt(question.context, reserve)
-            except SlimError as error:
-                where = f"{self.name}, question {question.doc_id}"
-                raise SlimError(f"{where}: {error.message}", error.hint) from error
+            if question.choices:
+                self._requests([question])
+            else:
+                self._prompt(question)
         self.encoder.truncated = cut
 
     def compute(self, chunk: range, engine: Engine) -> Computed:
@@ -252,11 +247,35 @@ class TaskJob:
         )
 
     def _requests(self, questions: list[Question]) -> list[Request]:
-        return [
-            self.encoder.request(question.context, choice)
-            for question in questions
-            for choice in question.choices
-        ]
+        requests = []
+        for question in questions:
+            with self._named(question):
+                requests += [self.encoder.request(question.context, c) for c in question.choices]
+        return requests
+
+    def _prompt(self, question: Question) -> list[int]:
+        with self._named(question):
+            return self.encoder.prompt(question.context, self.task.spec.max_tokens)
+
+    @contextlib.contextmanager
+    def _named(self, question: Question) -> Iterator[None]:
+        """Say of which question an error is."""
+        try:
+            yield
+        except SlimError as error:
+            where = f"{self.name}, question {question.doc_id}"
+            raise SlimError(f"{where}: {error.message}", error.hint) from error
+
+    def cut_note(self, truncated: int) -> str:
+        """Return in words that ``truncated`` of its prompts were cut."""
+        longest, new = self.encoder.max_length, self.task.spec.max_tokens
+        if self.generates:
+            asked, which = len(self.questions), "prompts"
+            room = f"{longest - new:,} tokens, which leaves {new:,} for the answer"
+        else:
+            asked = sum(len(question.choices) for question in self.questions)
+            which, room = "prompts (one a choice)", f"{longest:,} tokens"
+        return f"{self.name}: {truncated:,} of {asked:,} {which} were cut on the left to {room}"
 
     def _root(self, subject: str | None) -> tuple[int, ...]:
         """Return the ids that the questions of a subject begin with: its examples, as a rule."""
@@ -269,7 +288,7 @@ class TaskJob:
     def _generate(self, questions: list[Question], engine: Engine) -> Computed:
         task, cut = self.task, self.encoder.truncated
         longest = task.spec.max_tokens
-        prompts = [self.encoder.prompt(question.context, longest) for question in questions]
+        prompts = [self._prompt(question) for question in questions]
         batch = MOST_ANSWERS
         if engine.batch_tokens is not None:
             batch = max(1, min(batch, engine.batch_tokens // (max(map(len, prompts)) + longest)))

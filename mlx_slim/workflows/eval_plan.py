@@ -40,7 +40,7 @@ from mlx_slim.reading import read_object
 from mlx_slim.workflows.scoring import Target
 from mlx_slim.workflows.task_rows import trained_keys
 
-CODE = 2  # raised when the same settings give other numbers: an older folder is not gone on with
+CODE = 3  # raised when the same settings give other numbers: an older folder is not gone on with
 _SAMPLE_BYTES = 500  # of a question on disk, about
 _MIN_DISK = 200_000  # the other files
 

@@ -97,6 +97,7 @@ def score(target: Target, observer: events.Observer) -> dict[str, Any]:
         observer.notify(events.Notice(f"{target.folder} is complete: nothing to do"))
         complete = load_results(target.folder)
     if complete := _from_first_rank(complete):
+        _say_cut(target, complete, observer)
         return complete
     for name, seen in target.trained_on.items():
         asked = next(job.chunks[-1].stop for job in target.jobs if job.name == name)
@@ -119,8 +120,16 @@ def score(target: Target, observer: events.Observer) -> dict[str, Any]:
             watch.end(job)
         results = _results(target, folder)
         folder.finish(results, _timings(target, folder))
+    _say_cut(target, results, observer)
     observer.notify(watch.done())
     return _from_first_rank(results)
+
+
+def _say_cut(target: Target, results: dict[str, Any], observer: events.Observer) -> None:
+    """Tell of each task whose prompts did not fit, and so were not read whole."""
+    for job in target.jobs:
+        if isinstance(job, TaskJob) and (truncated := results["tasks"][job.name]["truncated"]):
+            observer.notify(events.Notice(job.cut_note(truncated), level="warning"))
 
 
 def _from_first_rank(value: Any) -> Any:

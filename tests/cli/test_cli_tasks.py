@@ -7,7 +7,7 @@ import json
 import pytest
 
 from mlx_slim.cli.main import run
-from tests.evaluate.support import CHOICE, mmlu_row, quiz, write_rows, write_task
+from tests.evaluate.support import CHOICE, GENERATION, mmlu_row, quiz, write_rows, write_task
 
 
 @pytest.fixture
@@ -83,3 +83,15 @@ def test_wrong_names_and_files(mirror, tmp_path, fails):
     (tmp_path / "bad.yaml").write_text(CHOICE + "promt: x\nnum_fewshots: 3\n")
     said = fails("tasks", tmp_path / "bad.yaml")
     assert "2 problems" in said and "did you mean 'prompt'" in said
+
+
+def test_several_right_answers_are_shown(mirror, tmp_path, capsys):
+    task = write_task(tmp_path, CHOICE, rows=[quiz(1, [1, 0])], shots=[])
+    assert run(["tasks", str(task.file)]) == 0
+    assert "* ' n1'\n* ' x'" in capsys.readouterr().out
+    assert run(["tasks", str(task.file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["first"]["target"] == [1, 0]
+    rows = [{"prompt": "p", "completion": ["one", "two"]}]
+    task = write_task(tmp_path, GENERATION, rows=rows)
+    assert run(["tasks", str(task.file)]) == 0
+    assert "--- right answers, any counts ---\none\ntwo\n" in capsys.readouterr().out

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluate.metrics import pooled_stderr, record_choice, stderr, summarize
+from mlx_slim.evaluate.metrics import (
+    pooled_stderr,
+    record_choice,
+    record_generation,
+    stderr,
+    summarize,
+)
 from mlx_slim.evaluate.prompts import Question
 from mlx_slim.evaluate.spec import find_task
+from tests.evaluate.support import GENERATION, write_task
 
 
 def _question(texts, target=0, subject=None, doc_id=0):
@@ -45,6 +54,34 @@ def test_the_first_of_equals_wins():
     assert (record["prediction"], record["acc"]) == (1, 1)
     infinite = [float("-inf")] * 2
     assert record_choice(find_task("mmlu"), _question("ab"), infinite, [0, 0])["prediction"] == 0
+
+
+def test_any_of_several_right_choices_counts():
+    question = replace(_question(["a" * 10, "b" * 40, "cc"], target=1), others=(2,))
+    record = record_choice(find_task("hellaswag"), question, [-10.0, -20.0, -9.0], [0, 0, 1])
+    assert (record["prediction"], record["acc"], record["acc_norm"]) == (2, 1, 1)
+    assert json.loads(json.dumps(record)) == record and record["target"] == [1, 2]
+    record = record_choice(find_task("hellaswag"), question, [-1.0, -20.0, -9.0], [1, 0, 0])
+    assert (record["acc"], record["acc_norm"]) == (0, 0)
+
+
+@pytest.mark.parametrize(("text", "right"), [(" paris.", 1), ("PARIS, France", 1), ("Lyon", 0)])
+def test_any_of_several_right_texts_counts(tmp_path, text, right):
+    rules = "ignore_case: true\nignore: ['\\.']\nmetrics: [exact_match, word_match]\n"
+    rules += "filters: {word: {pattern: '(\\w+)'}}\n"
+    task = write_task(tmp_path, GENERATION + rules)
+    question = Question(0, None, "c", (), (), "Paris", ("Paris, France.",))
+    record = record_generation(task, question, text, "eos")
+    assert record["target"] == ["paris", "paris, france"]
+    assert (record["exact_match"], record["word_match"]) == (right, right)
+
+
+def test_any_of_several_right_values_counts(tmp_path):
+    task = write_task(tmp_path, GENERATION + "metrics: [json_match]\n")
+    question = Question(0, None, "c", (), (), '{"a": 1, "b": 2}', ("[1]",))
+    answers = ('{"b":2,"a":1}', "[ 1 ]", "[2]", "null", "no")
+    records = [record_generation(task, question, text, "eos") for text in answers]
+    assert [record["json_match"] for record in records] == [1, 1, 0, 0, 0]
 
 
 def test_nan_is_refused():

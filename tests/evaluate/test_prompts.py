@@ -169,7 +169,7 @@ def test_a_target_is_a_place_or_a_choice(tmp_path, answer):
     assert question.context == "Q: what is 6?\nA: x\n\nQ: what is 5?\nA:"
 
 
-@pytest.mark.parametrize("answer", [2, -1, "y", True, None, 0.5, [0]])
+@pytest.mark.parametrize("answer", [2, -1, "y", True, None, 0.5, [[0]], [2], {"x": 1}])
 def test_any_other_target_is_one_line(tmp_path, answer):
     task = write_task(tmp_path, CHOICE, rows=[quiz(5), quiz(5, answer)])
     with pytest.raises(SlimError, match=r"line 2: the target is .* from 0 to 1"):
@@ -203,11 +203,59 @@ def test_choices_must_be_a_list_with_text(tmp_path):
         with pytest.raises(SlimError, match=words):
             build_questions(task, load_rows(task))
     task = write_task(tmp_path, CHOICE, rows=[{**quiz(1), "options": ["", "x"]}])
-    with pytest.raises(SlimError, match="a choice is empty"):
+    with pytest.raises(SlimError, match=r"rows.jsonl, line 1: choice 1 of 2 is empty \(''\)"):
         build_questions(task, load_rows(task))
     task = write_task(tmp_path, CHOICE + "metrics: [acc]\ndelimiter: ''\n")
     rows = [{**quiz(1), "options": [1, 2.5]}]
     assert _questions(task, rows)[0].choices == ("1", "2.5")
+
+
+@pytest.mark.parametrize("empty", ["", " ", "\n\t", "\u200b", "\u00a0"])
+@pytest.mark.parametrize(
+    "more", ["", "metrics: [acc]\n", "metrics: [acc]\ndelimiter: ''\n", "delimiter: 'A: '\n"]
+)
+def test_a_choice_of_no_visible_character_is_refused_with_its_row(tmp_path, empty, more):
+    rows = [quiz(1), {**quiz(2), "options": ["x", empty]}]
+    each = CHOICE.replace('"{{ options }}"', '["{{ options[0] }}", "{{ options[1] }}"]')
+    for text in (CHOICE, each):
+        task = write_task(tmp_path, text + more, rows=rows, shots=rows)
+        with pytest.raises(SlimError, match=r"rows.jsonl, line 2: choice 2 of 2 is empty"):
+            build_questions(task, load_rows(task))
+        with pytest.raises(SlimError, match=r"few-shot row 2 of .*: choice 2 of 2 is empty"):
+            build_questions(task, TaskRows([quiz(3)], load_rows(task).shots, "", ""), 2)
+
+
+def test_a_list_of_right_answers_shows_its_first_in_an_example(tmp_path):
+    task = write_task(tmp_path, CHOICE, rows=[quiz(1, ["x", 0, 1])], shots=[quiz(2, [1, 0])])
+    (question,) = build_questions(task, load_rows(task), 1)
+    assert (question.target, question.others, question.targets) == (1, (0,), (1, 0))
+    assert question.context == "Q: what is 2?\nA: x\n\nQ: what is 1?\nA:"
+    rows = [{"prompt": f"p{n}", "completion": [f"c{n}", n, f"c{n}"]} for n in range(2)]
+    task = write_task(tmp_path, GENERATION, rows=rows)
+    first, second = build_questions(task, load_rows(task), 1)
+    assert (first.targets, second.targets) == (("c0", "0"), ("c1", "1"))
+    assert second.context == "p0 c0\n\np1"
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["'{{ options }}'", "'{{ options | map(\"lower\") }}'", "['{{ options[0] }}', x]"],
+)
+def test_right_answers_are_a_list_a_filter_or_templates(tmp_path, target):
+    text = "kind: generation\ndata: {path: rows.jsonl}\nfields: {question: text}\nprompt: '?'\n"
+    task = write_task(tmp_path, f"{text}target: {target}\n", rows=[quiz(1)])
+    found = load_rows(task)
+    assert build_questions(task, found)[0].targets == ("n1", "x")
+    write_rows(tmp_path / "rows.jsonl", [{**quiz(1), "answer": 1}])
+    assert load_rows(task).checksum == found.checksum  # no template reads the answer
+    write_rows(tmp_path / "rows.jsonl", [{**quiz(1), "options": ["n2", "x"]}])
+    assert load_rows(task).checksum != found.checksum
+
+
+def test_macro_f1_needs_one_right_choice(tmp_path):
+    task = write_task(tmp_path, CHOICE + "metrics: [acc, macro_f1]\n", rows=[quiz(1, [0, 1])])
+    with pytest.raises(SlimError, match=r"line 1: the target is \[0, 1\]: macro_f1 needs one"):
+        build_questions(task, load_rows(task))
 
 
 def test_templates_keep_their_last_line_break_and_choices_may_be_templates(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from mlx_lm.tokenizer_utils import load as load_tokenizer
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluate.requests import Encoder, Request, common_prefix, max_length
@@ -70,6 +70,20 @@ def test_a_closing_eos_is_no_part_of_the_continuation(tmp_path):
     request = Encoder(tokenizer, 100).request("a", "b")
     assert [request.ids[0], len(request.ids), request.start] == [257, 3, 2]
     assert _text(tokenizer, request.ids[2:]) == "b"
+
+
+def test_a_continuation_without_tokens_is_refused(plain, tmp_path):
+    with pytest.raises(SlimError, match="the continuation '' of 'Answer:' has no tokens to score"):
+        Encoder(plain, 100).request("Answer:", "")
+    byte_tokenizer(tmp_path)
+    raw = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    raw.normalizer = normalizers.Replace("~", "")  # a text that this tokenizer does not see
+    raw.save(str(tmp_path / "tokenizer.json"))
+    encoder = Encoder(load_tokenizer(tmp_path), 100)
+    for context in ("Answer:", ""):
+        with pytest.raises(SlimError, match=r"the continuation '~~' .*has no tokens to score"):
+            encoder.request(context, "~~")
+    assert encoder.request("Answer:", "~y").start == len("Answer:")
 
 
 class _Merging:

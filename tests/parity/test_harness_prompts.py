@@ -13,10 +13,12 @@ import pytest
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from mlx_slim.data.tokenize import unwrap
+from mlx_slim.evaluate.metrics import record_choice, record_generation
 from mlx_slim.evaluate.prompts import Chat, build_questions
 from mlx_slim.evaluate.requests import Encoder
-from mlx_slim.evaluate.rows import load_rows
+from mlx_slim.evaluate.rows import TaskRows, load_rows
 from mlx_slim.evaluate.spec import HARNESS, find_task
+from tests.evaluate.support import write_task
 from tests.support.tiny import CHATML, byte_tokenizer
 
 lm_eval: Any = pytest.importorskip("lm_eval", reason="needs the extra bench")
@@ -136,3 +138,58 @@ def test_chat_prompts(tmp_path, name, template, multiturn):
     encoder = Encoder(tokenizer, 10_000)
     for question in ours[:2]:
         assert list(encoder.encode(question.context)) == theirs.tok_encode(question.context)
+
+
+def _harness_task(rows: list[dict[str, Any]], **keys: Any) -> Any:
+    import datasets
+    from lm_eval.api.task import ConfigurableTask
+
+    class Local(ConfigurableTask):
+        def download(self, *_: Any, **__: Any) -> None:
+            self.dataset = {"test": datasets.Dataset.from_list(rows)}
+
+    common = {"task": "mine", "test_split": "test", "dataset_path": "x", "doc_to_text": "{{q}}"}
+    return Local(config={**common, **keys})
+
+
+LISTED = [
+    {"q": "a", "options": ["r", "gg", "bbb"], "places": [0, 2], "texts": ["Paris", "paris."]},
+    {"q": "b", "options": ["r", "gg", "bbb"], "places": [1], "texts": ["Lyon"]},
+]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_lists_of_right_choices(tmp_path, number):
+    theirs = _harness_task(
+        LISTED,
+        output_type="multiple_choice",
+        doc_to_choice="{{options}}",
+        doc_to_target="{{places}}",
+        metric_list=[{"metric": "acc"}, {"metric": "acc_norm"}],
+    )
+    keys = "kind: multiple_choice\nprompt: '{{ q }}'\nchoices: '{{ options }}'\n"
+    task = write_task(tmp_path, keys + "target: '{{ places }}'\n")
+    question = build_questions(task, TaskRows(LISTED, [], "", ""))[number]
+    for values in ([-1.0, -9.0, -9.0], [-9.0, -1.0, -9.0], [-9.0, -9.0, -1.0], [-2.0, -2.0, -2.0]):
+        found = record_choice(task, question, values, [False] * 3)
+        expected = theirs.process_results(LISTED[number], [(value, False) for value in values])
+        assert {key: found[key] for key in ("acc", "acc_norm")} == expected
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("ignore_case", [True, False])
+def test_lists_of_right_texts(tmp_path, number, ignore_case):
+    metric = {"metric": "exact_match", "ignore_case": ignore_case, "regexes_to_ignore": [r"\."]}
+    theirs = _harness_task(
+        LISTED,
+        output_type="generate_until",
+        doc_to_target="{{texts}}",
+        metric_list=[metric],
+        generation_kwargs={"until": ["\n"]},
+    )
+    keys = "kind: generation\nprompt: '{{ q }}'\ntarget: '{{ texts }}'\nignore: ['\\.']\n"
+    task = write_task(tmp_path, f"{keys}ignore_case: {str(ignore_case).lower()}\n")
+    question = build_questions(task, TaskRows(LISTED, [], "", ""))[number]
+    for text in ("Paris", "paris", "PARIS.", "Lyon", "lyon", ""):
+        found = record_generation(task, question, text, "eos")
+        assert found["exact_match"] == theirs.process_results(LISTED[number], [text])["exact_match"]
