@@ -1,0 +1,59 @@
+"""Questions as a matrix stores them: with all that is right, so that answers are judged again."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mlx_slim.compare.evidence import _shown
+from mlx_slim.compare.matrix import Matrix
+from mlx_slim.compare.questions import stored_questions, stored_task, write_questions
+from mlx_slim.compare.recount import Ledger, _record
+from mlx_slim.evaluate.metrics import record_choice, record_generation
+from mlx_slim.evaluate.prompts import build_questions
+from mlx_slim.evaluate.rows import load_rows
+from tests.evaluate.support import CHOICE, GENERATION, quiz, write_task
+
+
+@pytest.mark.parametrize("text", [CHOICE, GENERATION])
+def test_several_right_answers_are_stored_and_judged_again(tmp_path, text):
+    rows = [
+        {**quiz(1, [1, 0]), "prompt": "p", "completion": ["Paris", "Lyon"]},
+        {**quiz(2, 1), "prompt": "p", "completion": "Nice"},
+    ]
+    task = write_task(tmp_path, text, rows=rows)
+    matrix = Matrix.model_validate(
+        {
+            "title": "t",
+            "models": {"m": {"source": "m"}},
+            "methods": {"base": {"kind": "base"}},
+            "tasks": [{"task": str(task.file)}],
+        }
+    )
+    asked = write_questions(matrix, tmp_path / "questions")["asked"]["mine"]
+    again = stored_task(tmp_path / "questions", "mine", asked["definition_sha256"])
+    questions = stored_questions(tmp_path / "questions", "mine")
+    assert questions == build_questions(task, load_rows(task))
+    assert [len(question.targets) for question in questions] == [2, 1]
+    for question in questions:
+        if text == CHOICE:
+            record = record_choice(task, question, [-1.0, -2.0], [True, False])
+            mark = "acc"
+        else:
+            record = record_generation(task, question, "Lyon", "eos")
+            mark = "exact_match"
+        record = json.loads(json.dumps(record))
+        assert record[mark] == len(question.others)  # right only where it is one of two
+        ledger = Ledger()
+        ledger.compare("same", record, _record(again, question, record))
+        assert ledger.problems == []
+        for key, value in ((mark, 1 - record[mark]), ("target", [0])):
+            ledger.compare("changed", record | {key: value}, _record(again, question, record))
+            assert ledger.problems and ledger.problems.pop().startswith(f"changed.{key}")
+            ledger.problems.clear()
+
+
+def test_a_reader_sees_all_that_is_right():
+    assert _shown([1, 0], {"choices": [" a", " b"]}) == "b or a"
+    assert _shown(["x", "y"], None) == "x or y"
