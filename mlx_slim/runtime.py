@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +29,9 @@ from mlx_slim.errors import SlimError
 HUB_SECONDS = 3.0
 AUTO_SHARE = 0.9  # of what the device can hold: the budget of a run that names none
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-_UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_SIZES = ("B", "kB", "MB", "GB", "TB", "PB", "EB")
+_UNITS = {"": 1, **{name.lower(): 1000**n for n, name in enumerate(_SIZES[:5])}}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
 def on_gpu() -> bool:
@@ -165,7 +168,7 @@ def parse_size(text: str | int) -> int:
     Raises:
         SlimError: If ``text`` is no size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?b?)\s*", str(text).lower())
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*", str(text).lower())
     if not match or match[2] not in _UNITS:
         raise SlimError(f"memory size {text!r} is not understood", "write it as 16GB or 16GiB")
     size = float(match[1]) * _UNITS[match[2]]
@@ -217,20 +220,46 @@ def number(scalar: mx.array) -> float:
     return float(cast(float, scalar.item()))
 
 
+def byte_unit(size: float) -> tuple[int, str]:
+    """Return the decimal unit that so many bytes are written in, as bytes and by name.
+
+    It is the unit of the size rounded to three figures: 999.5 MB are 1.00 GB.
+    """
+    exponent = int(f"{Decimal(str(size)):.2e}".partition("e")[2]) if size else 0
+    place = min(max(exponent, 0) // 3, len(_SIZES) - 1)
+    return 1000**place, _SIZES[place]
+
+
 def human_bytes(size: float) -> str:
-    """Return ``1.23 GB`` (decimal units, three significant figures)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(size) < 1000 or unit == "GB":
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
-        size /= 1000
-    raise AssertionError("unreachable")
+    """Return ``1.23 GB``: decimal units, three significant figures, below 1 kB whole bytes."""
+    unit, name = byte_unit(size)
+    if unit == 1:
+        return f"{round(size)} B"
+    rounded = Decimal(f"{Decimal(str(size)):.2e}") / unit
+    return f"{rounded:,.{max(0, 2 - rounded.adjusted())}f} {name}"
 
 
 def human_seconds(seconds: float) -> str:
-    """Return ``0:42``, ``12:03`` or ``3:04:05`` (hours, minutes, seconds)."""
+    """Return a clock: ``0:42``, ``12:03`` or ``3:04:05`` (hours, minutes, seconds)."""
     minutes, second = divmod(max(0, round(seconds)), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def human_duration(seconds: float) -> str:
+    """Return about how long: ``0.42 s``, ``40 s``, ``12 min``, ``3 h 20 min`` or ``2.5 days``."""
+    seconds = max(0.0, seconds)
+    if seconds < 9.95:
+        short = Decimal(f"{seconds:.1e}")
+        return f"{short:.{max(0, 1 - short.adjusted())}f} s" if short else "0 s"
+    if (whole := round(seconds)) < 90:
+        return f"{whole} s"
+    minutes = round(whole / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes / 1440:,.1f} days"
 
 
 def _best_seconds(work: Callable[[], mx.array], rounds: int) -> float:

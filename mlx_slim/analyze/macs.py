@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlx_slim.errors import SlimError, did_you_mean
-from mlx_slim.runtime import AUTO_SHARE
+from mlx_slim.runtime import AUTO_SHARE, human_bytes
 
 SIZES = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128)
 
@@ -100,7 +100,7 @@ def markdown() -> str:
     """Return the table of all configurations."""
     lines = ["| Mac | memory | bandwidth | GPU working set |", "|---|---|---|---|"]
     lines += [
-        f"| {m.name} | {m.memory_gb} GB | {m.bandwidth} GB/s | {m.working_set_bytes / 1e9:.1f} GB |"
+        f"| {m.name} | {m.memory_gb} GB | {m.bandwidth} GB/s | {human_bytes(m.working_set_bytes)} |"
         for m in macs()
     ]
     return "\n".join(lines)

@@ -26,6 +26,7 @@ from mlx_slim.errors import SlimError
 from mlx_slim.models.build import build
 from mlx_slim.models.load import load_tokenizer
 from mlx_slim.models.save import save_model
+from mlx_slim.runtime import human_bytes
 
 WITHIN = 0.15
 # (row length, rows of a batch): of the given model, and of the random one
@@ -133,8 +134,9 @@ def _finished(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def _line(record: dict[str, Any]) -> str:
-    predicted, measured = (record[f"{k}_peak_bytes"] / 1e9 for k in ("predicted", "measured"))
-    return f"{record['case']:36} {predicted:7.3f} GB {measured:7.3f} GB {record['error']:+7.1%}"
+    predicted = human_bytes(record["predicted_peak_bytes"])
+    measured = human_bytes(record["measured_peak_bytes"])
+    return f"{record['case']:36} {predicted:>9} {measured:>9} {record['error']:+7.1%}"
 
 
 def summary(records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -95,10 +95,12 @@ def intruders(
 
 
 def _line(matrix: Matrix) -> str:
+    from mlx_slim.runtime import human_duration
+
     return (
         f"{matrix.path:<44} {matrix.intruders:>3} intruders   nearest cosine "
         f"{min(matrix.cosine):.2f}   |dW|/|W| {matrix.delta_norm:.4f}   "
-        f"effective rank {matrix.effective_rank:.1f}   {matrix.seconds:.1f} s"
+        f"effective rank {matrix.effective_rank:.1f}   {human_duration(matrix.seconds)}"
     )
 
 

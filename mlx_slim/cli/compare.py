@@ -163,15 +163,14 @@ def _one(layout: Layout, folder: Path, name: str, quiet: bool) -> None:
 
 def _show_plan(layout: Layout) -> None:
     """Print the plan as a table."""
-    from mlx_slim.cli.plan import duration
     from mlx_slim.compare.predict import plan
-    from mlx_slim.runtime import human_bytes
+    from mlx_slim.runtime import human_bytes, human_duration
 
     def size(value: int | None) -> str:
         return "–" if value is None else human_bytes(value)
 
     def span(value: float | None) -> str:
-        return "–" if value is None else duration(value)
+        return "–" if value is None else human_duration(value)
 
     lines = plan(layout)
     rows = [("cell", "peak memory", "training", "scoring")]
@@ -184,7 +183,7 @@ def _show_plan(layout: Layout) -> None:
     for row in rows:
         click.echo("  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip())
     times = [(line.train_seconds or 0) + (line.score_seconds or 0) for line in runs]
-    click.echo(f"\n{len(runs)} cells, about {duration(sum(times))} on this machine")
+    click.echo(f"\n{len(runs)} cells, about {human_duration(sum(times))} on this machine")
     left_out = [(f"{model}-{method}", why) for model, method, why in layout.omitted]
     left_out += [(line.cell, line.why_not) for line in lines if line.why_not]
     for name, why in [*left_out, *((n, f"cannot run: {w}") for n, w in layout.refused)]:

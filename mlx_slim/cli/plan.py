@@ -19,18 +19,6 @@ if TYPE_CHECKING:
     from mlx_slim.config.load import Resolved
 
 
-def duration(seconds: float) -> str:
-    """Return ``3 h 20 min``, ``12 min`` or ``40 s``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    if minutes < 48 * 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes / 1440:.1f} days"
-
-
 def on_a_mac(name: str) -> tuple[Prediction, int | None]:
     """Return the prediction of a shipped recipe for the smallest Mac that holds it (bfloat16).
 
@@ -56,23 +44,23 @@ def on_a_mac(name: str) -> tuple[Prediction, int | None]:
 
 def cost_header(name: str) -> str:
     """Return the two lines that stand in the header of a shipped recipe."""
+    from mlx_slim.runtime import human_bytes
+
     found, smallest = on_a_mac(name)
     fits = f"fits a Mac with {smallest} GB" if smallest else "fits no Mac in the table"
+    peak = human_bytes(found.predicted_peak_bytes)
     return (
-        f"# Predicted on a Mac (bfloat16): peak memory {_gb(found.predicted_peak_bytes)}, {fits}.\n"
-        f"# On disk: run folder up to {_gb(found.disk_bytes)}, "
-        f"model download {_gb(found.download_bytes)}."
+        f"# Predicted on a Mac (bfloat16): peak memory {peak}, {fits}.\n"
+        f"# On disk: run folder up to {human_bytes(found.disk_bytes)}, "
+        f"model download {human_bytes(found.download_bytes)}."
     )
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"
 
 
 def table() -> str:
     """Return the Markdown table of all shipped recipes: predicted memory, and which Macs fit."""
     from mlx_slim.analyze.macs import SIZES
     from mlx_slim.config import library
+    from mlx_slim.runtime import human_bytes
 
     lines = [
         "| recipe | peak memory | " + " | ".join(f"{size} GB" for size in SIZES) + " |",
@@ -82,19 +70,19 @@ def table() -> str:
         found, smallest = on_a_mac(name)
         fits = (smallest is not None and smallest <= size for size in SIZES)
         marks = " | ".join("✓" if one else "–" for one in fits)
-        lines.append(f"| {name} | {_gb(found.predicted_peak_bytes)} | {marks} |")
+        lines.append(f"| {name} | {human_bytes(found.predicted_peak_bytes)} | {marks} |")
     return "\n".join(lines)
 
 
 def _text(resolved: Resolved, found: Prediction, note: str) -> str:
     from mlx_slim.adapters.advice import rank_advice
-    from mlx_slim.runtime import human_bytes
+    from mlx_slim.runtime import human_bytes, human_duration
 
     recipe, measured = resolved.recipe, found.measured
     fits = "fits" if found.fits else "does NOT fit"
     budget = human_bytes(found.budget_bytes)
     share = 100 * found.trainable_parameters / max(1, found.parameters)
-    time = "unknown" if found.predicted_seconds is None else duration(found.predicted_seconds)
+    time = "unknown" if found.predicted_seconds is None else human_duration(found.predicted_seconds)
     tokens = "length unknown: the rows are on a hub, or too long to use"
     if found.tokens:
         tokens = f"{found.tokens:,} tokens, {found.tokens_basis}"
@@ -118,7 +106,8 @@ def _text(resolved: Resolved, found: Prediction, note: str) -> str:
         ("time", f"about {time} on this device ({tokens})" if found.predicted_seconds else tokens),
     ]
     if measured:
-        pace = f"{measured['seconds_per_batch']:.3g} s for {measured['batch_tokens']:,} positions"
+        pace = human_duration(measured["seconds_per_batch"])
+        pace += f" for {measured['batch_tokens']:,} positions"
         rows.append(("  measured", f"{pace}, {measured['steps']} steps of the largest batch"))
     rows += [
         ("disk", f"run folder up to {human_bytes(found.disk_bytes)}; {download}"),

@@ -90,8 +90,8 @@ def _points(value: float, _: Any = None) -> str:
     return f"{100 * value:g}"
 
 
-def _sized(unit: float, digits: str = "g") -> Callable[[float, Any], str]:
-    return lambda value, _=None: f"{value / unit:{digits}}"
+def _in(unit: float) -> Callable[[float, Any], str]:
+    return lambda value, _=None: f"{value / unit:,.10g}"
 
 
 # ------------------------------------------------------------------------------------- pareto
@@ -125,7 +125,7 @@ def pareto(
         _labels(ax, points)
         ax.set_xlabel(axis["label"])
         ax.set_ylabel("mean score, points")
-        ax.xaxis.set_major_formatter(_sized(axis["unit"]))
+        ax.xaxis.set_major_formatter(_in(axis["unit"]))
         ax.yaxis.set_major_formatter(_points)
     return made[0]
 
@@ -243,7 +243,7 @@ def dumbbells(rows: Sequence[dict[str, Any]], name: str, label: str, unit: float
         _named(ax, places, rows)
         ax.set_xlim(0, 1.06 * max(max(row["predicted"], row["measured"]) for row in rows))
         ax.set_xlabel(label)
-        ax.xaxis.set_major_formatter(_sized(unit))
+        ax.xaxis.set_major_formatter(_in(unit))
     return made[0]
 
 
@@ -323,6 +323,6 @@ def agreement(points: Sequence[dict[str, Any]], name: str, label: str, unit: flo
             ax.plot(*spot, "o", color=color(point["series"]), markersize=4, alpha=0.8)
         ax.set_xlabel(f"predicted, {label}")
         ax.set_ylabel(f"measured, {label}")
-        ax.xaxis.set_major_formatter(_sized(unit))
-        ax.yaxis.set_major_formatter(_sized(unit))
+        ax.xaxis.set_major_formatter(_in(unit))
+        ax.yaxis.set_major_formatter(_in(unit))
     return made[0]

@@ -174,11 +174,9 @@ def _loaded(recipe: Recipe, kind: Kind, config: dict[str, Any] | None) -> int | 
 
 
 def _over(peak: int, budget: int) -> str:
-    return f"needs {_size(peak)}, the budget is {_size(budget)}" if peak > budget else ""
-
-
-def _size(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else human_bytes(size)
+    if peak <= budget:
+        return ""
+    return f"needs {human_bytes(peak)}, the budget is {human_bytes(budget)}"
 
 
 def _scoring(recipe: Recipe, tokens: int, config: dict[str, Any] | None) -> float:

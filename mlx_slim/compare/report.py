@@ -18,7 +18,7 @@ from markupsafe import Markup
 from mlx_slim.artifacts import SCHEMA_VERSION, held, write_json, write_text
 from mlx_slim.compare import claims, evidence, headline, plots, store, tables
 from mlx_slim.errors import SlimError
-from mlx_slim.runtime import human_bytes, human_seconds
+from mlx_slim.runtime import byte_unit, human_bytes, human_seconds
 
 FEW = 30  # cells that a plot names one by one
 _TEMPLATES = Path(__file__).with_name("templates")
@@ -145,7 +145,8 @@ def drawings(results: dict[str, Any], curves: list[dict[str, Any]]) -> dict[str,
         for row in trained
         if (predicted := row["train"].get("predicted_peak_bytes"))
     ]
-    made["memory"] = _predicted(memory, "memory", "peak memory of training, GB", 1e9)
+    unit, name = byte_unit(max((row["measured"] for row in memory), default=0))
+    made["memory"] = _predicted(memory, "memory", f"peak memory of training, {name}", unit)
     time = [
         {**row, "predicted": predicted / 60, "measured": row["train"]["seconds"] / 60}
         for row in trained
@@ -206,14 +207,18 @@ def _paretos(named: list[dict[str, Any]], trained: list[dict[str, Any]]) -> list
     found = []
     if trained:
         peak = points(trained, lambda row: row["train"]["peak_memory_bytes"])
-        axis = {"name": "memory", "label": "peak memory of training, GB", "unit": 1e9, "less": True}
+        unit, name = byte_unit(max((point["x"] for point in peak), default=0))
+        label = f"peak memory of training, {name}"
+        axis = {"name": "memory", "label": label, "unit": unit, "less": True}
         found.append(("Score against memory", plots.pareto(peak, lines, axis)))
         speed = points(trained, lambda row: row["train"]["tokens_per_second"])
         axis = {"name": "speed", "label": "tokens/s in training", "unit": 1, "less": False}
         found.append(("Score against speed", plots.pareto(speed, lines, axis)))
     stored = points([row for row in named if row["disk"]], lambda row: sum(row["disk"].values()))
     if stored:
-        axis = {"name": "disk", "label": "model and adapter on disk, MB", "unit": 1e6, "less": True}
+        unit, name = byte_unit(max(point["x"] for point in stored))
+        label = f"model and adapter on disk, {name}"
+        axis = {"name": "disk", "label": label, "unit": unit, "less": True}
         found.append(("Score against size", plots.pareto(stored, [], axis)))
     return found
 

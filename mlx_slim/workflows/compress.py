@@ -46,7 +46,7 @@ from mlx_slim.quantize.apply import (
 )
 from mlx_slim.quantize.calibration import DEFAULT_SOURCE, Calibration, read_calibration
 from mlx_slim.quantize.methods import check_method, quantize_with
-from mlx_slim.runtime import device_memory, human_bytes, on_gpu
+from mlx_slim.runtime import device_memory, human_bytes, human_duration, on_gpu
 from mlx_slim.workflows.checked_save import compute_dtype, save_checked, stored_dtype
 
 
@@ -131,7 +131,8 @@ class Compressed:
                 f"({found.tokens:,} held-out tokens)"
             )
         lines.append(
-            f"took       {self.seconds:.1f} s ({report.method} {self.method_seconds:.1f} s), "
+            f"took       {human_duration(self.seconds)} "
+            f"({report.method} {human_duration(self.method_seconds)}), "
             f"peak memory {human_bytes(self.peak_memory_bytes)}"
         )
         return lines

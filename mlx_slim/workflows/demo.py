@@ -44,7 +44,7 @@ from mlx_slim.models.quantized import densify
 from mlx_slim.models.save import save_model
 from mlx_slim.quantize.apply import load_quantized
 from mlx_slim.reading import read_object
-from mlx_slim.runtime import dtype_name, human_bytes, on_gpu, resolve_dtype
+from mlx_slim.runtime import dtype_name, human_bytes, human_duration, on_gpu, resolve_dtype
 from mlx_slim.workflows.finetune import finetune
 from mlx_slim.workflows.run_folder import STATE_FILE
 
@@ -284,7 +284,10 @@ def _score(
     artifacts.write_json(file, {"key": key, "score": asdict(scored)})
     what = "the tuned model" if run else "the base"
     observer.notify(
-        Notice(f"{what} answers {scored.exact} of {scored.n} held-out rows right ({seconds:.0f} s)")
+        Notice(
+            f"{what} answers {scored.exact} of {scored.n} held-out rows right "
+            f"({human_duration(seconds)})"
+        )
     )
     return scored
 
@@ -348,7 +351,7 @@ def cells(row: Row) -> tuple[str, ...]:
         human_bytes(row.peak_memory_bytes),
         human_bytes(row.base_bytes),
         human_bytes(row.tuned_bytes),
-        f"{row.minutes:.1f} min",
+        human_duration(60 * row.minutes),
     )
 
 

@@ -43,7 +43,7 @@ from mlx_slim.prune import importance, surgery, width
 from mlx_slim.prune.depth import choose_layers
 from mlx_slim.quantize.apply import refuse_quantized
 from mlx_slim.quantize.calibration import DEFAULT_SOURCE, read_calibration
-from mlx_slim.runtime import human_bytes, memory_budget, on_gpu
+from mlx_slim.runtime import human_bytes, human_duration, memory_budget, on_gpu
 from mlx_slim.workflows.checked_save import compute_dtype, save_checked, stored_dtype
 from mlx_slim.workflows.prune_options import NAMED, PruneOptions
 from mlx_slim.workflows.prune_plan import Plan, plan, weight_size
@@ -88,7 +88,7 @@ class Pruned:
             )
         lines += [f"note       {note}" for note in record["notes"]]
         lines.append(
-            f"took       {record['seconds']:.1f} s, peak memory "
+            f"took       {human_duration(record['seconds'])}, peak memory "
             f"{human_bytes(record['peak_memory_bytes'])}"
         )
         return lines

@@ -57,7 +57,7 @@ def show(mode, *, terminal=False, width=100, rank=0) -> str:
 def test_plain_lines():
     lines = show("auto").splitlines()
     assert lines[1] == "scoring models/[x]: hellaswag, gsm8k: 2,000 questions, 128 answered before"
-    assert lines[2].startswith("hellaswag 256/1000 acc_norm 0.4300 1,234 tok/s peak 5.2 GB eta ")
+    assert lines[2].startswith("hellaswag 256/1000 acc_norm 0.4300 1,234 tok/s peak 5.20 GB eta ")
     assert "hellaswag: acc_norm 0.4299 ± 0.0049 (1:01)" in lines
     assert lines[-1] == "results in runs/out (2:02)"
     assert "\x1b" not in show("plain")
@@ -133,11 +133,11 @@ def test_the_result_table_has_errors_counts_speed_and_memory(tmp_path, width):
     lines = file.getvalue().splitlines()
     assert "models/[x] + runs/a (float32, chat template)" in lines[0]
     rows = {line.split()[0]: " ".join(line.split()) for line in lines[2:]}
-    assert rows["hellaswag"] == "hellaswag 10 acc_norm 0.4299 ± 0.0049 4,317/10,042 1,234 5.2 GB"
-    assert rows["mmlu"] == "mmlu 5 acc 0.2500 ± 0.0700 10/40 1,234 5.2 GB"
+    assert rows["hellaswag"] == "hellaswag 10 acc_norm 0.4299 ± 0.0049 4,317/10,042 1,234 5.20 GB"
+    assert rows["mmlu"] == "mmlu 5 acc 0.2500 ± 0.0700 10/40 1,234 5.20 GB"
     assert rows["acc,"] == "acc, macro 0.2600"
     assert rows["stem"] == "stem acc 0.2500 ± 0.0700 10/40"
-    assert rows["perplexity"] == "perplexity – bits_per_byte 0.8123 12,345 B 1,234 5.2 GB"
+    assert rows["perplexity"] == "perplexity – bits_per_byte 0.8123 12,345 B 1,234 5.20 GB"
     assert max(map(len, lines[:-1])) <= width
 
 

@@ -72,7 +72,7 @@ def test_plain_lines_have_one_line_an_event_and_no_colour():
     assert "\x1b" not in text
     assert text.count("\nstep ") == 30
     assert "step 11/40 epoch 0.55 loss 2.7250 lr 2.00e-04 512 tok/s grad 0.800" in text
-    assert "mem 3.1 GB peak 5.2 GB eta 0:00" in text
+    assert "mem 3.10 GB peak 5.20 GB eta 0:00" in text
     assert "warning: the budget is near" in text
     assert "validation at step 40: loss 2.1000 (best)" in text
     assert "saved checkpoints/step-40" in text

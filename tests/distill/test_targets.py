@@ -183,7 +183,7 @@ def test_the_size_is_what_is_written_and_a_small_disk_is_refused(
     assert targets.missing_bytes(folder, shape) == 0
     monkeypatch.setattr(targets.shutil, "disk_usage", lambda _: type("D", (), {"free": 1000})())
     targets.check_disk(tmp_path, 1000)
-    with pytest.raises(ResourceError, match=r"1.02 kB .* 1 kB are free") as caught:
+    with pytest.raises(ResourceError, match=r"1.02 kB .* 1.00 kB are free") as caught:
         targets.check_disk(tmp_path / "not" / "there", 1024)
     assert caught.value.exit_code == 3
 

@@ -180,7 +180,7 @@ def test_plan_prints_fits_and_the_cheapest_knob():
     }
     assert sum(found["breakdown"].values()) == found["predicted_peak_bytes"]
     result = run(plan.command, ["tinyllama-lora", "--budget", "7GB"])
-    assert "does NOT fit in 7 GB" in result.output
+    assert "does NOT fit in 7.00 GB" in result.output
     assert "to make it fit, cheapest first" in result.output
     assert "no recipe is named" in str(run(plan.command, []).exception)
 
