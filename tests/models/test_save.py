@@ -74,7 +74,7 @@ def test_full_disk_is_said_before_writing(tiny, tmp_path, monkeypatch):
     ours = load(tiny("llama"))
     usage = save.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(save.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(ResourceError, match="the disk has 1.00 kB left"):
+    with pytest.raises(ResourceError, match=r"the disk has 1\.00 kB left"):
         save_model(tmp_path / "out", ours.model, ours.tokenizer, ours.config)
     assert not list(tmp_path.iterdir())
 

@@ -95,7 +95,7 @@ def test_a_delta_that_16_bits_swallow_is_refused(tmp_path):
 def test_too_little_memory_is_said_before_the_work(tiny, tmp_path, monkeypatch):
     adapter = made(tmp_path / "a", tiny("llama"))
     monkeypatch.setattr("mlx_slim.workflows.fuse.device_memory", lambda: 1000)
-    with pytest.raises(ResourceError, match="beside the base, 1.00 kB are free") as caught:
+    with pytest.raises(ResourceError, match=r"beside the base, 1\.00 kB are free") as caught:
         fuse(tiny("llama"), adapter, tmp_path / "out", OPTIONS)
     assert caught.value.exit_code == 3 and not (tmp_path / "out").exists()
 
