@@ -8,19 +8,30 @@ have is an error, never an empty text; a template cannot change the row or reach
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateSyntaxError, Undefined, meta, nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import StrictUndefined, TemplateError, Undefined, meta, nodes
+from jinja2.filters import do_tojson
+
+from mlx_slim.config.patterns import compile_pattern
+from mlx_slim.config.sandbox import BoundedEnvironment, BoundedTemplate, guarded
+from mlx_slim.config.sandbox_budget import budget
+from mlx_slim.config.sandbox_calls import bounded, tojson
 
 Row = Mapping[str, Any]
 
 
 def _regex_replace(text: Any, pattern: str, replacement: str = "") -> str:
     """Replace every match of a regular expression."""
-    return re.sub(pattern, replacement, str(text))
+
+    def one(match: Any) -> str:
+        copies = replacement.count("\\") * len(match[0])  # each may be a reference to the match
+        budget().reserve(len(replacement) + copies, "a text")
+        return budget().made(match.expand(replacement))
+
+    return compile_pattern(pattern).replace(str(text), one)
 
 
 def _place_in(answer: Any, labels: Sequence[Any]) -> int:
@@ -37,12 +48,12 @@ def _place_in(answer: Any, labels: Sequence[Any]) -> int:
 
 
 @lru_cache(maxsize=1)
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False
-    )
-    environment.filters["regex_replace"] = _regex_replace
-    environment.filters["place_in"] = _place_in
+def _environment() -> BoundedEnvironment:
+    environment = BoundedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    environment.filters["regex_replace"] = bounded("regex_replace", _regex_replace)
+    environment.filters["place_in"] = bounded("place_in", _place_in)
+    environment.filters["tojson"] = bounded("tojson", do_tojson)  # as the harness has it
+    environment.policies["json.dumps_function"] = partial(tojson, ensure_ascii=True)
     return environment
 
 
@@ -55,8 +66,8 @@ def compile_text(source: str) -> Callable[[Row], str]:
     if not any(mark in source for mark in ("{{", "{%", "{#")):
         return lambda _: source
     try:
-        return _environment().from_string(source).render
-    except TemplateSyntaxError as error:
+        return BoundedTemplate(_environment(), source).render
+    except TemplateError as error:
         raise ValueError(f"no Jinja template: {error.message}") from error
 
 
@@ -70,20 +81,25 @@ def compile_value(source: str) -> Callable[[Row], Any]:
     """
     text = source.strip()
     try:
-        body = _environment().parse(text).body
-    except TemplateSyntaxError as error:
+        body = _parsed(text).body
+    except TemplateError as error:
         raise ValueError(f"no Jinja template: {error.message}") from error
     alone = len(body) == 1 and isinstance(body[0], nodes.Output) and len(body[0].nodes) == 1
     if not alone or not text.startswith("{{"):
         return compile_text(source)
     inner = re.sub(r"^\{\{[-+]?|-?\}\}$", "", text)  # a minus apart from the braces is a sign
-    expression = _environment().compile_expression(inner, undefined_to_none=False)
+    compiled = partial(_environment().compile_expression, inner, undefined_to_none=False)
+    expression = guarded(compiled, inner)
 
     def value(row: Row) -> Any:
-        result = expression(row)
-        if isinstance(result, Undefined):
-            str(result)  # raises, naming what is missing
-        return result
+        def run() -> Any:
+            result = expression(row)
+            if isinstance(result, Undefined):
+                str(result)  # raises, naming what is missing
+            # A generator would run outside of its bounds.
+            return list(result) if isinstance(result, Iterator) else result
+
+        return guarded(run, "", row.values())
 
     return value
 
@@ -95,6 +111,10 @@ def names_in(source: str) -> set[str]:
         ValueError: If ``source`` is no Jinja template.
     """
     try:
-        return meta.find_undeclared_variables(_environment().parse(source))
-    except TemplateSyntaxError as error:
+        return meta.find_undeclared_variables(_parsed(source))
+    except TemplateError as error:
         raise ValueError(f"no Jinja template: {error.message}") from error
+
+
+def _parsed(source: str) -> nodes.Template:
+    return guarded(lambda: _environment().parse(source), source)

@@ -7,7 +7,6 @@ file that loads has no syntax error left; unknown keys are errors. Try it: ``mlx
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mlx_slim.config.expressions import compile_text, compile_value
 from mlx_slim.config.load import checked
+from mlx_slim.config.patterns import compile_pattern
 from mlx_slim.config.read import read_mapping
 from mlx_slim.config.schema import PositiveInt, Section
 
@@ -212,10 +212,7 @@ class TaskSpec(Section):
 
 
 def _pattern(value: str) -> str:
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f"{value!r} is no regular expression: {error}") from error
+    compile_pattern(value)
     return value
 
 

@@ -10,18 +10,19 @@ come from the template's ``{% generation %}`` marks where it has them, else from
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
+from mlx_slim.data.chat_render import render_chat
 from mlx_slim.data.formats import Example
 from mlx_slim.data.marks import MarkedChat, Messages, tags_of, ways
 from mlx_slim.data.rendered import Rendered
 from mlx_slim.data.spans import Borders, behind_newlines, unclear
 from mlx_slim.errors import SlimError
 
-GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 TOOLS_LEFT_OUT = "tools that the template leaves out"
 
 Span = tuple[int, int]
@@ -36,20 +37,11 @@ def eos_texts(tokenizer: Any) -> list[str]:
     return list(dict.fromkeys(e for e in ends if e and (e == tokenizer.eos_token or e in closing)))
 
 
-def hub_render(source: str, special: dict[str, str]) -> Render:
-    """Render the way ``apply_chat_template`` does (sandboxed), with its answer spans if marked."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    marked = bool(GENERATION.search(source))
+def renderer(source: str, special: dict[str, str], *, strict: bool = False) -> Render:
+    """Render as transformers does, within bounds; ``strict`` refuses names that are not given."""
 
     def render(messages: Messages, **names: Any) -> tuple[str, list[Span]]:
-        texts, spans = render_jinja_template(
-            conversations=[messages],
-            chat_template=source,
-            return_assistant_tokens_mask=marked,
-            **{**special, **names},
-        )
-        return texts[0], [(int(a), int(b)) for a, b in spans[0]] if marked and spans else []
+        return render_chat(source, messages, strict=strict, **{**special, **names})
 
     return render
 
@@ -133,7 +125,7 @@ class ChatTemplate:
     ) -> tuple[str, list[Span]]:
         try:
             return self._render(messages, add_generation_prompt=prompt, **extras)
-        except Exception as error:  # a template can raise anything
+        except TemplateError as error:
             raise SlimError(
                 f"the chat template refuses this row: {' '.join(str(error).split())[:200]}",
                 "mend the row, or choose data.template=chatml, alpaca or plain",

@@ -7,29 +7,20 @@ it names another; it runs in a sandbox. Try it:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, meta, nodes
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import TemplateError, TemplateSyntaxError, meta, nodes
 
-from mlx_slim.data.chat_template import (
-    GENERATION,
-    ChatTemplate,
-    Render,
-    Span,
-    eos_texts,
-    hub_render,
-    left_out,
-)
+from mlx_slim.config.sandbox import LONGEST_SOURCE
+from mlx_slim.data.chat_render import parse_chat
+from mlx_slim.data.chat_template import ChatTemplate, Render, eos_texts, left_out, renderer
 from mlx_slim.data.formats import Example
-from mlx_slim.data.marks import Messages
 from mlx_slim.data.rendered import Rendered
 from mlx_slim.errors import SlimError, did_you_mean
+from mlx_slim.reading import read_text
 
 VARIABLES = {
     *("messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "raise_exception"),
@@ -47,21 +38,12 @@ def read_jinja(path: Path, tokenizer: Any) -> tuple[str, Callable[[Example], Ren
     Raises:
         SlimError: If the file cannot be read, is no Jinja, or names what no row has.
     """
+    source = read_text(path, 4 * LONGEST_SOURCE)
     try:
-        source = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SlimError(f"the template {path} cannot be read as UTF-8: {error}") from error
-    environment = ImmutableSandboxedEnvironment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    environment.globals["raise_exception"] = _raise
-    marked = bool(GENERATION.search(source))
-    bare = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", source)
-    try:
-        tree = environment.parse(bare)
-        compiled = environment.from_string(bare)
-    except TemplateSyntaxError as error:
-        raise SlimError(f"{path.name}, line {error.lineno}: {error.message}") from error
+        tree = parse_chat(source, strict=True)
+    except TemplateError as error:
+        line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+        raise SlimError(f"{path.name}{line}: {error.message}") from error
     used = meta.find_undeclared_variables(tree)
     for name in sorted(used - VARIABLES):
         at = [n.lineno for n in tree.find_all(nodes.Name) if n.name == name]
@@ -71,12 +53,8 @@ def read_jinja(path: Path, tokenizer: Any) -> tuple[str, Callable[[Example], Ren
         )
     special = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
 
-    def render(messages: Messages, **names: Any) -> tuple[str, list[Span]]:
-        return compiled.render(messages=messages, **{"tools": None, **special, **names}), []
-
-    chat = ChatTemplate(
-        hub_render(source, special) if marked else render, source, eos_texts(tokenizer)
-    )
+    render = renderer(source, special, strict=True)
+    chat = ChatTemplate(render, source, eos_texts(tokenizer))
 
     def row(example: Example) -> Rendered:
         over_messages = "messages" in used and example.kind != "text"
@@ -85,10 +63,6 @@ def read_jinja(path: Path, tokenizer: Any) -> tuple[str, Callable[[Example], Ren
         return replace(whole, own_bos=bool(bos) and whole.text.startswith(bos))
 
     return f"{special} {source}", row
-
-
-def _raise(message: str) -> None:
-    raise TemplateError(message)
 
 
 def _by_fields(example: Example, render: Render) -> Rendered:

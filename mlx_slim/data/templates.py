@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_slim.artifacts import hash_bytes
-from mlx_slim.data.chat_template import ChatTemplate, eos_texts, hub_render, left_out
+from mlx_slim.data.chat_template import ChatTemplate, eos_texts, left_out, renderer
 from mlx_slim.data.formats import Example
 from mlx_slim.data.jinja_file import read_jinja
 from mlx_slim.data.rendered import Rendered, join_pieces
@@ -104,7 +104,7 @@ def _model(chat: str | dict[str, str], tokenizer: Any) -> Template:
     special = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
     used = {name: sources[name] for name in (_DEFAULT, _TOOLS) if name in sources}
     renders = {
-        name: ChatTemplate(hub_render(source, special), source, eos_texts(tokenizer))
+        name: ChatTemplate(renderer(source, special), source, eos_texts(tokenizer))
         for name, source in used.items()
     }
 

@@ -12,10 +12,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
+from jinja2 import TemplateError
 
 from mlx_slim.adapters.store import check_adapter
 from mlx_slim.artifacts import hash_bytes
 from mlx_slim.config.distill import TeacherConfig
+from mlx_slim.data.chat_render import apply_chat_template
 from mlx_slim.data.tokenize import unwrap
 from mlx_slim.distill.teachers import fingerprint, load_teacher, name_of
 from mlx_slim.errors import SlimError
@@ -132,16 +134,13 @@ class LocalTeacher:
         if not self._chat:
             return "\n\n".join(message["content"] for message in chat)
         try:
-            rendered = unwrap(self._tokenizer).apply_chat_template(
-                chat, tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # a template can raise anything
+            return apply_chat_template(unwrap(self._tokenizer), chat)
+        except TemplateError as error:
             raise SlimError(
                 f"the chat template of teacher {self.name} refuses a row: "
                 f"{' '.join(str(error).split())[:200]}",
                 "give it rows that it can read, or another teacher",
             ) from error
-        return str(rendered)
 
     def close(self) -> None:
         """Free the model."""

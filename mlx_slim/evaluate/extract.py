@@ -9,8 +9,8 @@ right. What ``ignore`` names is removed from both sides, in order, before they a
 from __future__ import annotations
 
 import json
-import re
 
+from mlx_slim.config.patterns import compile_pattern
 from mlx_slim.config.task import Filter, TaskSpec
 
 NO_ANSWER = "[invalid]"
@@ -18,12 +18,10 @@ NO_ANSWER = "[invalid]"
 
 def extract(rule: Filter, text: str) -> str:
     """Return the answer that ``rule`` reads out of ``text``, or ``NO_ANSWER``."""
-    found = None
-    for found in re.finditer(rule.pattern, text):  # noqa: B007 (the last match is wanted too)
-        if rule.take == "first":
-            break
-    if found is None:
+    matches = compile_pattern(rule.pattern).matches(text)
+    if not matches:
         return NO_ANSWER
+    found = matches[0 if rule.take == "first" else -1]
     groups = found.groups() or (found[0],)
     answer = next((group for group in groups if group), "")
     return answer.strip() or NO_ANSWER
@@ -32,7 +30,7 @@ def extract(rule: Filter, text: str) -> str:
 def normalize(spec: TaskSpec, text: str) -> str:
     """Return ``text`` as it is compared: without what the task ignores, ends stripped."""
     for pattern in spec.ignore:
-        text = re.sub(pattern, "", text)
+        text = compile_pattern(pattern).replace(text, "")
     text = text.strip()
     return text.lower() if spec.ignore_case else text
 

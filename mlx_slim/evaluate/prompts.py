@@ -21,6 +21,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from mlx_slim.config.expressions import compile_text, compile_value
+from mlx_slim.data.chat_render import apply_chat_template
 from mlx_slim.data.formats import Example
 from mlx_slim.data.templates import Rendered, Template
 from mlx_slim.errors import SlimError
@@ -104,9 +105,7 @@ class Chat:
             return without(messages)
 
         def rendered(messages: list[dict[str, str]]) -> str:
-            return tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
+            return apply_chat_template(tokenizer, messages)
 
         def without(messages: list[dict[str, str]]) -> str:
             try:

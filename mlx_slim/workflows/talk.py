@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from jinja2 import TemplateError
 
 from mlx_slim import runtime
 from mlx_slim.adapters.inject import remove_adapters
 from mlx_slim.adapters.stack import Adapters, Weighted, load_adapters, parse_adapters, used_folders
+from mlx_slim.data.chat_render import apply_chat_template
+from mlx_slim.data.tokenize import unwrap
 from mlx_slim.errors import RowLimit, SlimError
 from mlx_slim.models.limits import limit_of
 from mlx_slim.models.load import read_config
@@ -106,10 +109,13 @@ class Speaker:
                 "it is a base model: mlx-slim generate MODEL --prompt TEXT continues a text",
             )
         try:
-            return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True))
-        except Exception as error:  # Jinja's errors, and whatever a template raises
+            text = apply_chat_template(self.tokenizer, messages)
+        except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
-            raise SlimError(f"the chat template refuses roles {roles}: {error}") from error
+            raise SlimError(
+                f"the chat template refuses roles {roles}: {' '.join(str(error).split())[:200]}"
+            ) from error
+        return list(unwrap(self.tokenizer).encode(text, add_special_tokens=False))
 
     def text_ids(self, text: str) -> list[int]:
         """Return the tokens of ``text`` as it stands, special tokens at its start included."""
