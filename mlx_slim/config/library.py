@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from mlx_slim.errors import SlimError, did_you_mean
+from mlx_slim.reading import exists, shown
 
 Kind = Literal["recipes", "evals", "matrices"]
 _SINGULAR = {"recipes": "recipe", "evals": "task", "matrices": "matrix"}
@@ -57,10 +58,10 @@ def find(kind: Kind, name: str) -> Path:
         SlimError: If there is none; the hint names the closest.
     """
     path = folder(kind) / f"{name}.yaml"
-    if Path(name).name == name and path.is_file() and _is_of(kind, name):
+    if Path(name).name == name and exists(path) and _is_of(kind, name):
         return path
     raise SlimError(
-        f"no {_SINGULAR[kind]} is called {name!r}",
+        f"no {_SINGULAR[kind]} is called {shown(name)}",
         f"{did_you_mean(name, names(kind))} ({_LIST_COMMAND[kind]} lists them; "
         "a file of your own ends in .yaml)",
     )

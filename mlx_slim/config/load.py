@@ -10,7 +10,8 @@ recipe's folder. Try it: ``mlx-slim train tinyllama-lora train.steps=3 --dry-run
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,9 +23,11 @@ from mlx_slim.config.problems import Keys, Origins, Words, words_for
 from mlx_slim.config.read import parse_scalar, read_mapping
 from mlx_slim.config.schema import Recipe, Section
 from mlx_slim.errors import SlimError
+from mlx_slim.reading import MAX_DEPTH, exists, short, shown
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
+_MOST_FILES = 64  # that one recipe extends, each counted as often as it is named
 # Two ways to say one thing: whichever is said later wins.
 _RIVALS: dict[Keys, Keys] = {
     ("adapter", "alpha"): ("adapter", "scale"),
@@ -166,29 +169,39 @@ def checked(
 
 
 def _apply_file(
-    file: Path, values: dict[str, Any], origins: Origins, chain: tuple[Path, ...]
+    file: Path,
+    values: dict[str, Any],
+    origins: Origins,
+    chain: tuple[Path, ...],
+    count: Iterator[int] | None = None,
 ) -> None:
-    file = file.resolve() if chain else file
-    if file.resolve() in chain:
+    content, lines = read_mapping(file)  # says so where the path itself cannot be
+    real = Path(os.path.realpath(file))  # Path.resolve raises where links lead in a circle
+    file = real if chain else file
+    count = count or iter(range(_MOST_FILES))
+    if next(count, None) is None:
+        raise SlimError(
+            f"{short(chain[0])} extends more than {_MOST_FILES} files", "extend fewer recipes"
+        )
+    if real in chain:
         names = " -> ".join(p.name for p in (*chain, file))
         raise SlimError(f"recipes extend each other in a circle: {names}", "remove one `extends`")
-    content, lines = read_mapping(file)
     parents = content.pop("extends", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(p, str) for p in parents):
         raise SlimError(
-            f"{file}, line {lines[('extends',)]}: extends is {parents!r}",
+            f"{short(file)}, line {lines[('extends',)]}: extends is {shown(parents)}",
             "give a recipe's name, or a list of names",
         )
     for parent in parents:
-        _apply_file(_parent(file, parent), values, origins, (*chain, file.resolve()))
+        _apply_file(_parent(file, parent), values, origins, (*chain, real), count)
     _merge(content, (), values, origins, lambda path: f"{file.name}:{lines.get(path, 1)}")
 
 
 def _parent(file: Path, name: str) -> Path:
     """The file that ``extends: name`` means: beside ``file`` first, then a shipped recipe."""
     beside = file.parent / (name if name.endswith((".yaml", ".yml")) else f"{name}.yaml")
-    if beside.is_file() or name.endswith((".yaml", ".yml")):
+    if name.endswith((".yaml", ".yml")) or exists(beside):
         return beside
     return library.find("recipes", name)
 
@@ -210,7 +223,10 @@ def _apply_overrides(
         key, equals, text = override.partition("=")
         parts = tuple(key.strip().split("."))
         if not equals or not all(parts):
-            problems.append(f"{override!r} ({COMMAND_LINE}) is no override: write key=value")
+            problems.append(f"{shown(override)} ({COMMAND_LINE}) is no override: write key=value")
+            continue
+        if len(parts) > MAX_DEPTH:
+            problems.append(f"{shown(key)} ({COMMAND_LINE}) has {len(parts)} parts: no key has")
             continue
         if parts[0] == "extends":
             problems.append(f"extends ({COMMAND_LINE}): only a recipe file can extend another")

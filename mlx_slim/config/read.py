@@ -2,24 +2,39 @@
 
 Invariant: the reader depends on no global state (other packages add resolvers to
 ``yaml.SafeLoader``), knows the scalars of YAML 1.2 (``1e-5`` is a number, ``no`` and ``2024-01-01``
-are text), and refuses a key given twice. Try it: ``mlx-slim recipes tinyllama-lora``.
+are text), refuses a key given twice and tags that mean another type, and is bounded: in tokens, in
+depth, and in values, those behind an alias counted each time. Try it: ``mlx-slim recipes
+tinyllama-lora``.
 """
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
 from mlx_slim.errors import SlimError
+from mlx_slim.reading import MAX_DEPTH, MAX_DIGITS, read_bytes, short, shown
 
 Lines = dict[tuple[str, ...], int]
+_MAX_BYTES = 1 << 20  # of a file; a shipped one has 4,000
+_MAX_TOKENS = 20_000  # of a file: the parser takes 50 us for each
+_MAX_VALUES = 20_000
+_PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str")}
 
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012 (the parent's own shape)
+    _tokens = 0
+
+    def fetch_more_tokens(self) -> Any:
+        """Read on, if the text has not had its share of tokens."""
+        self._tokens += 1
+        if self._tokens > _MAX_TOKENS:
+            raise yaml.YAMLError(f"more than {_MAX_TOKENS} words and marks")
+        return super().fetch_more_tokens()
 
 
 for _tag, _pattern, _first in (
@@ -40,12 +55,12 @@ def parse_scalar(text: str) -> Any:
     """Return the value of an override's right-hand side (``3``, ``1e-4``, ``[a, b]``, text).
 
     Raises:
-        SlimError: If brackets or quotes do not close.
+        SlimError: If brackets or quotes do not close, or it is too large or too deep.
     """
     try:
-        return yaml.load(text, Loader=_Loader)
+        return _parse(text, {}, "")
     except yaml.YAMLError as error:
-        raise SlimError(f"{text!r} is no YAML value: {_where(error)}") from error
+        raise SlimError(f"{shown(text)} is no YAML value: {_where(error)}") from error
 
 
 def _where(error: yaml.YAMLError) -> str:
@@ -54,33 +69,83 @@ def _where(error: yaml.YAMLError) -> str:
     return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else problem
 
 
-def _build(
-    loader: _Loader, node: yaml.Node, path: tuple[str, ...], lines: Lines, file: Path
-) -> Any:
-    lines[path] = node.start_mark.line + 1
-    if isinstance(node, yaml.SequenceNode):
-        return [
-            _build(loader, child, (*path, str(index)), lines, file)
-            for index, child in enumerate(node.value)
-        ]
-    if not isinstance(node, yaml.MappingNode):
-        return loader.construct_object(node)
-    result: dict[str, Any] = {}
-    for key_node, child in node.value:
-        line = key_node.start_mark.line + 1
-        if not isinstance(key_node, yaml.ScalarNode):
-            raise SlimError(f"{file}, line {line}: a key must be a plain word")
-        key = str(key_node.value)
-        if key in result:
-            first = lines[(*path, key)]
-            raise SlimError(
-                f"{file}, line {line}: key {'.'.join((*path, key))} is given twice "
-                f"(first on line {first})",
-                "keep one of them",
-            )
-        result[key] = _build(loader, child, (*path, key), lines, file)
-        lines[(*path, key)] = line
-    return result
+def _parse(text: str, lines: Lines, where: str) -> Any:
+    """Return the value of a text and the line of every key path in it.
+
+    Raises:
+        yaml.YAMLError: If it is none; ``_where`` says why.
+        SlimError: A key given twice, or no plain word.
+    """
+    try:
+        loader = _Loader(text)  # refuses control characters
+        try:
+            node = loader.get_single_node()
+            return None if node is None else _Builder(loader, lines, where).build(node, ())
+        finally:
+            loader.dispose()
+    except RecursionError as error:
+        raise yaml.YAMLError(f"nested deeper than {MAX_DEPTH} levels") from error
+
+
+class _Builder:
+    """Makes plain values of YAML's nodes, and counts them."""
+
+    def __init__(self, loader: _Loader, lines: Lines, where: str) -> None:
+        self._loader, self._lines, self._where = loader, lines, where
+        self._values = 0
+
+    def build(self, node: yaml.Node, path: tuple[str, ...]) -> Any:
+        """Return the value of ``node``; what stands behind an alias is made again each time."""
+        self._values += 1
+        if self._values > _MAX_VALUES:
+            raise yaml.YAMLError(f"more than {_MAX_VALUES} values, those behind aliases included")
+        if len(path) > MAX_DEPTH:
+            raise yaml.YAMLError(f"nested deeper than {MAX_DEPTH} levels, or an alias of itself")
+        self._lines[path] = node.start_mark.line + 1
+        if isinstance(node, yaml.SequenceNode):
+            self._check_tag(node, "tag:yaml.org,2002:seq")
+            return [
+                self.build(child, (*path, str(index))) for index, child in enumerate(node.value)
+            ]
+        if isinstance(node, yaml.MappingNode):
+            self._check_tag(node, "tag:yaml.org,2002:map")
+            return self._mapping(node, path)
+        return self._scalar(node)
+
+    def _mapping(self, node: yaml.MappingNode, path: tuple[str, ...]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key_node, child in node.value:
+            line = key_node.start_mark.line + 1
+            place = f"{self._where}line {line}"
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise SlimError(f"{place}: a key must be a plain word")
+            key = str(key_node.value)
+            if key in result:
+                raise SlimError(
+                    f"{place}: key {shown('.'.join((*path, key)))[1:-1]} is given twice "
+                    f"(first on line {self._lines[(*path, key)]})",
+                    "keep one of them",
+                )
+            result[key] = self.build(child, (*path, key))
+            self._lines[(*path, key)] = line
+        return result
+
+    def _scalar(self, node: yaml.Node) -> Any:
+        self._check_tag(node, *_PLAIN)
+        try:
+            value = self._loader.construct_object(node)
+        except (ValueError, OverflowError, LookupError) as error:  # "!!int x", "!!bool x"
+            self._fail(node, f"{shown(node.value)} is no {node.tag.rsplit(':', 1)[-1]}", error)
+        if isinstance(value, int) and value.bit_length() > 4 * MAX_DIGITS:
+            self._fail(node, f"an integer of more than {MAX_DIGITS} digits")
+        return value
+
+    def _check_tag(self, node: yaml.Node, *known: str) -> None:
+        if node.tag not in known:
+            self._fail(node, f"the tag {shown(node.tag)} is not read here")
+
+    def _fail(self, node: yaml.Node, problem: str, cause: Exception | None = None) -> NoReturn:
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from cause
 
 
 def read_mapping(file: Path) -> tuple[dict[str, Any], Lines]:
@@ -90,33 +155,24 @@ def read_mapping(file: Path) -> tuple[dict[str, Any], Lines]:
         SlimError: Unreadable, not UTF-8, no YAML (line and column), empty, no mapping, or a key
             given twice.
     """
+    where = short(file)
     try:
-        text = file.read_bytes().decode("utf-8-sig")
+        text = read_bytes(file, _MAX_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise SlimError(
-            f"{file} is not UTF-8 (byte {error.start})", "save it as UTF-8 text"
+            f"{where} is not UTF-8 (byte {error.start})", "save it as UTF-8 text"
         ) from error
-    except FileNotFoundError as error:
-        raise SlimError(f"{file} does not exist", "check the path") from error
-    except OSError as error:
-        raise SlimError(f"{file} cannot be read: {error.strerror}") from error
     lines: Lines = {}
     try:
-        loader = _Loader(text)
-        try:
-            node = loader.get_single_node()
-            value = None if node is None else _build(loader, node, (), lines, file)
-        finally:
-            loader.dispose()
-    except (yaml.YAMLError, RecursionError) as error:
-        reason = _where(error) if isinstance(error, yaml.YAMLError) else "an alias contains itself"
-        raise SlimError(f"{file} is no valid YAML: {reason}") from error
+        value = _parse(text, lines, f"{where}, ")
+    except yaml.YAMLError as error:
+        raise SlimError(f"{where} is no valid YAML: {_where(error)}") from error
     if value is None:
-        raise SlimError(f"{file} is empty", "it should hold `key: value` lines")
+        raise SlimError(f"{where} is empty", "it should hold `key: value` lines")
     if not isinstance(value, dict):
         kind = "a list" if isinstance(value, list) else "a single value"
         raise SlimError(
-            f"{file} holds {kind}, not `key: value` lines",
+            f"{where} holds {kind}, not `key: value` lines",
             "see mlx-slim recipes NAME, mlx-slim tasks NAME",
         )
     return value, lines

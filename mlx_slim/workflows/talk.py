@@ -26,6 +26,7 @@ from mlx_slim.models.load import read_config
 from mlx_slim.models.quantized import densify, densify_pays
 from mlx_slim.models.rope import boundary_of, set_length
 from mlx_slim.quantize.base import QuantizedBase, load_base, recorded_base
+from mlx_slim.reading import library_errors
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,17 @@ class Speaker:
             raise SlimError(
                 f"the chat template refuses roles {roles}: {' '.join(str(error).split())[:200]}"
             ) from error
-        return list(unwrap(self.tokenizer).encode(text, add_special_tokens=False))
+        return self._encoded(text, special=False)
 
     def text_ids(self, text: str) -> list[int]:
         """Return the tokens of ``text`` as it stands, special tokens at its start included."""
         bos = self.tokenizer.bos_token
         special = bos is None or not text.startswith(bos)
-        return list(self.tokenizer.encode(text, add_special_tokens=special))
+        return self._encoded(text, special=special)
+
+    def _encoded(self, text: str, *, special: bool) -> list[int]:
+        with library_errors("the prompt cannot be tokenized", "half a character stands in it?"):
+            return list(unwrap(self.tokenizer).encode(text, add_special_tokens=special))
 
     def stream(self, ids: list[int], *, max_tokens: int, temperature: float) -> Iterator[str]:
         """Yield the answer to the prompt ``ids`` in pieces; ``last`` is set as it grows.

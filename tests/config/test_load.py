@@ -212,7 +212,7 @@ def test_byte_order_mark_and_a_directory(tmp_path: Path):
     path.write_bytes(b"\xef\xbb\xbfmodel: x\n")
     assert load_recipe(str(path)).recipe.model == "x"
     (tmp_path / "d.yaml").mkdir()
-    with pytest.raises(SlimError, match="cannot be read"):
+    with pytest.raises(SlimError, match="is a folder, expected a regular file"):
         load_recipe(str(tmp_path / "d.yaml"))
 
 
