@@ -1,4 +1,4 @@
-"""Rows out of files: which reader reads which file; plain text and Parquet stand here.
+"""Rows out of files: which reader reads which file; plain text stands here.
 
 Invariant: no file is ever held whole in memory, and what cannot be read is an error that names file
 and line. Names count in any case; text formats may be gzipped. Used by ``data/sources.py``.
@@ -11,26 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_slim.data.json_rows import read_json, read_jsonl
-from mlx_slim.data.lines import Progress, lines, one_line
-from mlx_slim.data.tables import check_names, read_arrow, read_csv, read_tsv
-from mlx_slim.errors import SlimError
-
-
-def _read_parquet(path: Path, progress: Progress) -> Iterator[tuple[int, Any]]:
-    """Yield rows batch by batch, so that one row group is the most that is held."""
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            check_names(path, list(file.schema_arrow))
-            for batch in file.iter_batches(batch_size=1024):
-                for value in batch.to_pylist():
-                    number += 1
-                    yield number, value
-    except pyarrow.ArrowException as error:
-        raise SlimError(f"{path.name} is no readable Parquet: {one_line(error)}") from error
+from mlx_slim.data.lines import Progress, lines
+from mlx_slim.data.parquet import read_parquet
+from mlx_slim.data.tables import read_arrow, read_csv, read_tsv
 
 
 def _read_text(path: Path, progress: Progress) -> Iterator[tuple[int, Any]]:
@@ -60,7 +43,7 @@ _TEXT: dict[str, Reader] = {
 }
 READERS: dict[str, Reader] = {
     **_TEXT,
-    ".parquet": _read_parquet,
+    ".parquet": read_parquet,
     ".arrow": read_arrow,
     **{f"{suffix}.gz": reader for suffix, reader in _TEXT.items()},
 }
