@@ -354,9 +354,9 @@ def hash_json(value: Any) -> str:
 
 
 def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file, hexadecimal."""
+    """Return the SHA-256 of a regular file, hexadecimal."""
     digest = hashlib.sha256()
-    with path.open("rb") as handle:
+    with reading.open_regular(path) as handle:
         while block := handle.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -10,12 +10,14 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from mlx_slim.data.lines import CHUNK, Progress, lines, not_utf8, one_line, open_data
+from mlx_slim.data.lines import CHUNK, LONGEST, Progress, lines, not_utf8, one_line, open_data
 from mlx_slim.errors import SlimError
+from mlx_slim.reading import MAX_DEPTH, MAX_DIGITS, check_depth, shown
 
 # Keys under which files keep their list of rows: {"version": "1", "data": [...]}.
 WRAPPERS = {
@@ -31,13 +33,27 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return an object; refuse a key that stands twice, of which one would be lost."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name in counts if counts[name] > 1)
+        raise ValueError(f"the key {shown(twice)} stands twice in one object")
     return found
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+def _whole(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"an integer of {len(digits):,} digits, expected at most {MAX_DIGITS}")
+    return int(digits)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_whole)
+
+
+def _check(value: Any, text: str, place: str) -> None:
+    """Refuse what is too deep, and half characters; ``text`` says whether it can have any."""
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        check_depth(value, place)
+    if "\\ud" in text or "\\uD" in text:  # escaped surrogates: pairs, too
+        refuse_halves(value, place)
 
 
 def _what(error: Exception) -> str:
@@ -73,11 +89,6 @@ def refuse_halves(value: Any, place: str, key: str = "") -> None:
             refuse_halves(item, place, key)
 
 
-def _has_halves(text: str) -> bool:
-    """Whether JSON text escapes surrogates at all (pairs do, too)."""
-    return "\\ud" in text or "\\uD" in text
-
-
 def read_jsonl(path: Path, progress: Progress) -> Iterator[tuple[int, Any]]:
     """Yield (line number, value) of each line.
 
@@ -92,8 +103,7 @@ def read_jsonl(path: Path, progress: Progress) -> Iterator[tuple[int, Any]]:
     for number, text in lines(path, progress):
         try:
             value = _DECODER.decode(text)
-            if _has_halves(text):
-                refuse_halves(value, f"{path.name}, line {number}")
+            _check(value, text, f"{path.name}, line {number}")
         except (ValueError, RecursionError) as error:
             if first and getattr(error, "pos", 0) >= len(text.rstrip()):
                 progress.blank_lines = 0
@@ -152,6 +162,8 @@ class _JsonStream:
         """Read on, as much again as is waiting (so a huge value costs linear time)."""
         if self.done:
             return False
+        if len(self.text) - self.at > LONGEST:
+            self.fail(f"a value of more than {LONGEST >> 20} MB")
         block = self.handle.read(max(CHUNK, len(self.text) - self.at))
         self.done = not block
         try:
@@ -193,8 +205,8 @@ class _JsonStream:
             try:
                 value, end = _DECODER.raw_decode(self.text, self.at)
                 if end < len(self.text) or self.done or not self.more():
-                    if _has_halves(self.text[self.at : end]):
-                        refuse_halves(value, f"{self.path.name}, {self.progress.unit} {row}")
+                    place = f"{self.path.name}, {self.progress.unit} {row}"
+                    _check(value, self.text[self.at : end], place)
                     break
             except RecursionError:
                 self.fail("nested too deeply", 0)

@@ -1,7 +1,8 @@
 """Data files as bytes and as lines: plain or gzipped, UTF-8, whatever their line ends are.
 
-Invariant: a file is read block by block, so memory holds one block or one line, whichever is
-longer; what is not UTF-8 is an error that names line and byte. Used by ``data/readers.py``.
+Invariant: only regular files are opened (a FIFO would wait for ever); they are read in blocks, so
+memory holds one block or one line, whichever is longer, and a line has at most ``LONGEST`` bytes;
+what is not UTF-8 is an error that names line and byte. Used by ``data/readers.py``.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from pathlib import Path
 from typing import BinaryIO, Protocol, cast
 
 from mlx_slim.errors import SlimError
+from mlx_slim.reading import open_regular
 
 CHUNK = 1 << 20  # bytes read at a time
+LONGEST = 64 << 20  # bytes of a line, characters of a value
+UNPACKED, UNPACKED_RATIO = 64 << 20, 200  # bytes of all rows, or so many for each byte of the file
 _WIDE = (
     (codecs.BOM_UTF32_LE, "UTF-32"),
     (codecs.BOM_UTF32_BE, "UTF-32"),
@@ -47,7 +51,8 @@ def open_data(path: Path) -> Iterator[BinaryIO]:
     """
     packed = path.suffix.lower() == ".gz"
     try:
-        with cast(BinaryIO, gzip.open(path)) if packed else path.open("rb") as handle:
+        with open_regular(path) as file:
+            handle = cast(BinaryIO, _Unpacked(file, path.name)) if packed else file
             head = handle.read(4)
             kind = next((name for mark, name in _WIDE if head.startswith(mark)), None)
             if kind is None and b"\0" in head:
@@ -66,6 +71,25 @@ def open_data(path: Path) -> Iterator[BinaryIO]:
         ) from error
 
 
+class _Unpacked(gzip.GzipFile):
+    """A packed file that may not unpack to far more than it has."""
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        super().__init__(fileobj=file)
+        self._title, self._packed = name, file.seek(0, 2)
+        file.seek(0)
+
+    def read(self, size: int | None = -1) -> bytes:
+        block = super().read(size)
+        if self.tell() > max(UNPACKED, UNPACKED_RATIO * self._packed):
+            raise SlimError(
+                f"{self._title} unpacks to more than {self.tell() >> 20} MB, and has "
+                f"{self._packed:,} bytes",
+                "unpack it, if it should be read",
+            )
+        return block
+
+
 def lines(path: Path, progress: Progress, *, keep_blank: bool = False) -> Iterator[tuple[int, str]]:
     r"""Yield (line number, text) of a UTF-8 file; count blank lines and skip them.
 
@@ -79,7 +103,7 @@ def lines(path: Path, progress: Progress, *, keep_blank: bool = False) -> Iterat
     """
     number = start = 0
     with open_data(path) as handle:
-        for line in _split(handle):
+        for line in _split(handle, path.name):
             number += 1
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
@@ -94,13 +118,19 @@ def lines(path: Path, progress: Progress, *, keep_blank: bool = False) -> Iterat
                 progress.blank_lines += 1
 
 
-def _split(handle: BinaryIO) -> Iterator[bytes]:
+def _split(handle: BinaryIO, name: str) -> Iterator[bytes]:
     """Yield lines with their ends, reading as much again as is waiting (linear for any line)."""
-    waiting = b""
+    waiting, number = b"", 0
     while block := handle.read(max(CHUNK, len(waiting))):
         found = (waiting + block).splitlines(keepends=True)
+        number += len(found) - 1
         # The last line may go on, and a CR at its end may be half of a CRLF.
         waiting = b"" if found[-1].endswith(b"\n") else found.pop()
+        number += not waiting
+        if len(waiting) > LONGEST:
+            raise SlimError(
+                f"{name}, line {number + 1} has more than {LONGEST >> 20} MB", "break it up"
+            )
         yield from found
     if waiting:
         yield waiting

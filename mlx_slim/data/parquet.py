@@ -8,13 +8,14 @@ smollm2-lora data.path=rows.parquet``.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mlx_slim.data.lines import Progress
+from mlx_slim.data.lines import UNPACKED, UNPACKED_RATIO, Progress
 from mlx_slim.errors import SlimError
-from mlx_slim.reading import MAX_DEPTH, library_errors, open_regular
+from mlx_slim.reading import MAX_DEPTH, library_errors, open_regular, shown
 
 _HINT = "write it again: row groups of 1,000 rows, columns that hold what a row says and no more"
 _AGAIN = "download or copy it again"
@@ -23,8 +24,7 @@ _MOST_FOOTER = 64 << 20  # bytes
 _PAGE, _PAGE_RATIO = 64 << 20, 20  # bytes of an unpacked page, or so many times the packed ones
 _ROWS, _ROWS_RATIO = 10_000_000, 100  # rows of a file, or so many for each of its bytes
 _VALUES, _VALUES_RATIO = 1 << 20, 16  # of a nested page, or so many for each of its bytes
-_ALL, _ALL_RATIO = 256 << 20, 200  # bytes of all rows, or so many for each byte of the file
-_BATCH, _BATCH_BYTES = 1024, 64 << 20  # rows that become Python objects at once
+BATCH, _BATCH_BYTES = 1024, 64 << 20  # rows that become Python objects at once
 _ROW_BYTES = 256 << 20
 _EACH = 64  # bytes of a Python object
 
@@ -48,9 +48,7 @@ def _rows(path: Path, handle: BinaryIO, size: int) -> Iterator[tuple[int, Any]]:
     with pyarrow.parquet.ParquetFile(path) as plain:
         about, schema = plain.metadata, plain.schema_arrow
         columns = [plain.schema.column(index) for index in range(len(plain.schema))]
-    twice = [column for column in schema.names if schema.names.count(column) > 1]
-    if twice:
-        raise SlimError(f"{name}: two columns are called {twice[0]!r}", "rename one of them")
+    check_names(list(schema), name)
     if about.num_rows > max(_ROWS, _ROWS_RATIO * size):
         raise SlimError(f"{name} has {about.num_rows:,} rows in {size:,} bytes", _HINT)
     texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
@@ -64,11 +62,11 @@ def _rows(path: Path, handle: BinaryIO, size: int) -> Iterator[tuple[int, Any]]:
                 _check_chunk(handle, about.row_group(group).column(index), column, name, size)
                 for index, column in enumerate(columns)
             )
-            count = max(1, min(_BATCH, _BATCH_BYTES * rows // max(held, 1)))
+            count = max(1, min(BATCH, _BATCH_BYTES * rows // max(held, 1)))
             for batch in file.iter_batches(batch_size=count, row_groups=[group]):
-                for part, needed in _parts(batch, name, number):
+                for part, needed in parts_of(batch, name, number):
                     unpacked += needed
-                    if unpacked > max(_ALL, _ALL_RATIO * size):
+                    if unpacked > max(UNPACKED, UNPACKED_RATIO * size):
                         raise SlimError(
                             f"{name} unpacks to more than {unpacked >> 20} MB, and has {size:,} "
                             "bytes",
@@ -79,13 +77,31 @@ def _rows(path: Path, handle: BinaryIO, size: int) -> Iterator[tuple[int, Any]]:
                         yield number, value
 
 
-def _parts(batch: Any, name: str, number: int) -> Iterator[tuple[Any, int]]:
+def check_names(fields: list[Any], name: str) -> None:
+    """Refuse two columns of one name, or two such fields inside a column: a row holds one only.
+
+    Args:
+        fields: Of an Arrow schema.
+        name: The file's, for the message.
+
+    Raises:
+        SlimError: Names the column.
+    """
+    counts = Counter(field.name for field in fields)
+    if len(counts) < len(fields):
+        twice = next(column for column in counts if counts[column] > 1)
+        raise SlimError(f"{name}: two columns are called {shown(twice)}", "rename one of them")
+    for kind in (field.type for field in fields):
+        check_names([kind.field(index) for index in range(kind.num_fields)], name)
+
+
+def parts_of(batch: Any, name: str, number: int) -> Iterator[tuple[Any, int]]:
     """Yield (slice, bytes) of a batch so that each becomes little enough at once."""
     needed = sum(_bytes(column) for column in batch.columns)
     if batch.num_rows > 1 and needed > _BATCH_BYTES:
         half = batch.num_rows // 2
-        yield from _parts(batch.slice(0, half), name, number)
-        yield from _parts(batch.slice(half), name, number + half)
+        yield from parts_of(batch.slice(0, half), name, number)
+        yield from parts_of(batch.slice(half), name, number + half)
         return
     if needed > _ROW_BYTES:
         raise SlimError(f"{name}, row {number + 1}: {needed >> 20} MB, expected at most 256", _HINT)

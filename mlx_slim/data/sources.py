@@ -24,6 +24,7 @@ from mlx_slim.data.folders import INFO, FolderRows, find_in_folder, split_folder
 from mlx_slim.data.lines import one_line
 from mlx_slim.data.readers import READERS, is_data, suffix_of
 from mlx_slim.errors import SlimError, did_you_mean
+from mlx_slim.reading import exists
 
 MIRROR_VARIABLE = "MLX_SLIM_DATA"
 _HUB_ID = re.compile(
@@ -206,10 +207,10 @@ def _neighbour(path: Path) -> str:
 
 def _data_files(path: Path, split: str) -> FolderRows | None:
     """Return the rows of a file or folder; None if there is no such path."""
+    if not exists(path):
+        return None
     if path.is_dir():
         return find_in_folder(path, split)
-    if not path.exists():
-        return None
     if path.name == INFO:
         return find_in_folder(path.parent, split)
     if not is_data(path):

@@ -8,15 +8,17 @@ error that names it, never a row with shifted columns. Used by ``data/readers.py
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mlx_slim.data.lines import Progress, lines, one_line
+from mlx_slim.data.parquet import BATCH, check_names, parts_of
 from mlx_slim.errors import SlimError
+from mlx_slim.reading import library_errors, open_regular, shown
 
-_LARGEST_CELL = 1 << 27  # characters: a quote that is never closed would take the whole file
-_BATCH = 1024  # rows of an Arrow batch that become Python objects at once
+_LARGEST_CELL = 1 << 26  # characters: a quote that is never closed would take the whole file
 
 
 def read_csv(path: Path, progress: Progress) -> Iterator[tuple[int, Any]]:
@@ -70,9 +72,10 @@ def _table(path: Path, progress: Progress, delimiter: str | None) -> Iterator[tu
 
 
 def _check_header(path: Path, header: list[str]) -> None:
+    counts = Counter(header)
     for name in header:
-        if not name or header.count(name) > 1:
-            what = f"two columns are called {name!r}" if name else "a column has no name"
+        if not name or counts[name] > 1:
+            what = f"two columns are called {shown(name)}" if name else "a column has no name"
             raise SlimError(f"{path.name}: {what}", "the first line names the columns, each once")
 
 
@@ -82,33 +85,16 @@ def read_arrow(path: Path, progress: Progress) -> Iterator[tuple[int, Any]]:
 
     progress.unit = "row"
     number = 0
-    try:
-        with pyarrow.memory_map(str(path)) as source:
-            for batch in _batches(source):
-                check_names(path, list(batch.schema))
-                for start in range(0, batch.num_rows, _BATCH):
-                    for value in batch.slice(start, _BATCH).to_pylist():
+    open_regular(path).close()
+    what = f"{path.name} is no readable Arrow file"
+    with library_errors(what), pyarrow.memory_map(str(path)) as source:
+        for batch in _batches(source):
+            check_names(list(batch.schema), path.name)
+            for start in range(0, batch.num_rows, BATCH):
+                for part, _ in parts_of(batch.slice(start, BATCH), path.name, number):
+                    for value in part.to_pylist():
                         number += 1
                         yield number, value
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise SlimError(f"{path.name} is no readable Arrow file: {one_line(error)}") from error
-
-
-def check_names(path: Path, fields: list[Any]) -> None:
-    """Refuse two columns of one name, or two such fields inside a column: a row holds one only.
-
-    Args:
-        path: For the message.
-        fields: Of an Arrow schema.
-
-    Raises:
-        SlimError: Names the column.
-    """
-    names = [field.name for field in fields]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise SlimError(f"{path.name}: two columns are called {twice[0]!r}", "rename one of them")
-    for kind in (field.type for field in fields):
-        check_names(path, [kind.field(index) for index in range(kind.num_fields)])
 
 
 def _batches(source: Any) -> Iterator[Any]:
