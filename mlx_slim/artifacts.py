@@ -378,7 +378,9 @@ def hash_files(paths: Iterable[Path]) -> str:
 
 def is_hub_id(name: str) -> bool:
     """Return whether ``name`` looks like ``owner/name`` and is no path that exists."""
-    return name.count("/") == 1 and not Path(name).exists() and not name.startswith((".", "/"))
+    return (
+        name.count("/") == 1 and not reading.exists(Path(name)) and not name.startswith((".", "/"))
+    )
 
 
 def public_name(source: str | Path) -> str:

@@ -156,6 +156,17 @@ def _unreadable(path: Path, error: OSError | ValueError) -> SlimError:
     return SlimError(f"{short(path)} cannot be read: {reason}")
 
 
+def no_such_name(error: OSError) -> SlimError | None:
+    """Return the refusal of a name that no file can have, or that only leads to itself.
+
+    Args:
+        error: Of any look at a path; None is returned for errors of another kind.
+    """
+    if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP) or error.filename is None:
+        return None
+    return _unreadable(Path(os.fsdecode(error.filename)), error)
+
+
 def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
     """Return the bytes of a regular file.
 

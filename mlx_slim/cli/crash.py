@@ -17,6 +17,7 @@ from pathlib import Path
 
 from mlx_slim.artifacts import provenance
 from mlx_slim.errors import ResourceError, SlimError, check_working_folder, without_secrets
+from mlx_slim.reading import no_such_name
 
 _OUTPUTS = ("-o", "--out", "--output")
 # MLX on a CPU, on Metal, on CUDA.
@@ -32,6 +33,8 @@ def explained(error: BaseException, words: Sequence[str]) -> SlimError:
         error: What reached the top of a command.
         words: The command line.
     """
+    if isinstance(error, OSError) and (refusal := no_such_name(error)):
+        return refusal
     reason = without_secrets(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         place = f" while writing {error.filename}" if error.filename else ""

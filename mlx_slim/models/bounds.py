@@ -223,6 +223,7 @@ def _check_settings(settings: dict[str, Any] | None, where: str) -> None:
     for key, value in settings.items():
         if key.endswith("_token") and type(value) not in (str, dict, bool, type(None)):
             raise _bad(where, key, value, "a token")
+    field(settings, where, "model_max_length", float, None, low=1)
     for name in field(settings, where, "fast_tokenizer_files", list, []):
         if type(name) is not str or name != Path(name).name:
             raise _bad(where, "fast_tokenizer_files", name, "names of files beside it")

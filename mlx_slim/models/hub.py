@@ -20,6 +20,7 @@ from typing import cast
 
 from mlx_slim.artifacts import atomic_file, hash_file
 from mlx_slim.errors import SlimError
+from mlx_slim.reading import exists
 from mlx_slim.runtime import hub_offline, hub_trouble
 
 PATTERNS = ["model*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
@@ -55,6 +56,7 @@ def resolve_config(source: str | Path, revision: str | None = None) -> Path:
 def _resolve(source: str | Path, revision: str | None, patterns: list[str]) -> Path:
     text = str(source)
     path = Path(text).expanduser()
+    exists(path)  # a name that no file can have is refused here
     if path.is_dir():
         return path
     if path.is_file():

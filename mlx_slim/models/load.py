@@ -366,6 +366,8 @@ def _load_tokenizer(folder: Path, config: dict[str, Any], trust: bool) -> Tokeni
         f"the tokenizer of {short(folder)} cannot be loaded",
         "download or copy its tokenizer files again",
     ):
-        return load_tokenizer(
+        tokenizer = load_tokenizer(
             folder, {"trust_remote_code": trust}, eos_token_ids=config.get("eos_token_id")
         )
+        tokenizer.encode("a")  # what it cannot do, it says now
+    return tokenizer

@@ -224,3 +224,20 @@ def test_odd_prompts(tiny, capfd, prompt) -> None:
     if code == 2:
         assert lines[0].startswith("error: ")
     assert not any("Traceback" in line for line in lines)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "x" * 300])
+def test_a_name_that_no_file_can_have(fails, tiny, tmp_path, name) -> None:
+    model = tiny("llama")
+    for words in (
+        ["generate", name, "--prompt", "a"],
+        ["generate", model, "--adapter", name, "--prompt", "a"],
+        ["import", name, "-o", tmp_path / "out"],
+        ["export", name, "--to", "hf", "-o", tmp_path / "out"],
+        ["upload", name, "--repo", "a/b"],
+        ["report", name],
+        ["eval", "--compare", name, name],
+    ):
+        text = fails(*words)
+        assert "name of" in text or "too long" in text, words
+        assert len(text) < 1500

@@ -20,13 +20,13 @@ _BASE = "base"  # the folder of a model inside an input, which stays as it is
 
 def make_model(folder: Path) -> None:
     """Write a model with all files that a folder may have."""
-    from tests.support.tiny import tiny_model
+    from tests.support.tiny import CHATML, tiny_model
 
     tiny_model(folder, **_SMALL)
     (folder / "generation_config.json").write_text('{"eos_token_id": [257, 258], "top_p": 0.9}')
     (folder / "special_tokens_map.json").write_text('{"eos_token": "<|im_end|>"}')
     (folder / "added_tokens.json").write_text('{"<|im_start|>": 257}')
-    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}\n")
+    (folder / "chat_template.jinja").write_text(CHATML)
 
 
 def make_quantized(folder: Path) -> None:
