@@ -306,7 +306,8 @@ def json_lines(source: Path | bytes) -> Iterator[tuple[int, bytes]]:
     characters that may stand inside a line: U+2028, U+2029 and U+0085 in a string, a carriage
     return between two values.
     """
-    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as handle:
+    opened = io.BytesIO(source) if isinstance(source, bytes) else reading.open_regular(source)
+    with opened as handle:
         yield from enumerate(handle, 1)
 
 
@@ -317,19 +318,18 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
         SlimError: If the file is missing or cannot be read, or a line is no JSON object; names the
             line.
     """
+    lines = json_lines(path)
     try:
-        with reading.open_regular(path) as handle:
-            lines = enumerate(handle, 1)
-            while block := list(islice(lines, _BLOCK)):
-                try:
-                    # Many lines at once: three times as fast as one after the other.
-                    text = b"[" + b",".join(one for _, one in block) + b"]"
-                    records = reading.parse_json(text, "", halves=True)
-                except SlimError:
-                    records = []
-                if len(records) != len(block) or not all(type(r) is dict for r in records):
-                    records = (_record(path, *line) for line in block)
-                yield from records
+        while block := list(islice(lines, _BLOCK)):
+            try:
+                # Many lines at once: three times as fast as one after the other.
+                text = b"[" + b",".join(line for _, line in block) + b"]"
+                records = reading.parse_json(text, "", halves=True)
+            except SlimError:
+                records = []
+            if len(records) != len(block) or not all(type(r) is dict for r in records):
+                records = (_record(path, *line) for line in block)
+            yield from records
     except OSError as error:
         raise SlimError(f"{path} cannot be read: {error.strerror}") from error
 

@@ -301,6 +301,7 @@ def field(
     of: type | None = None,
     low: float | None = None,
     high: float | None = None,
+    below: float | None = None,
 ) -> Any:
     """Return ``values[key]``, checked.
 
@@ -314,6 +315,7 @@ def field(
         of: Type of every value in a list or an object.
         low: Least value of a number, or least length.
         high: Largest value of a number, or largest length.
+        below: A number that the value is smaller than.
 
     Raises:
         SlimError: Names the key, the value and what was expected.
@@ -326,12 +328,14 @@ def field(
     fits = _is(value, kind)
     if fits and of is not None:
         fits = all(_is(one, of) for one in (value.values() if kind is dict else value))
-    if fits and (low is not None or high is not None):
-        size = value if kind in (int, float) else len(value)
+    if fits:
+        size = value if kind in (int, float) else len(value) if kind in (str, dict, list) else 0
         fits = (low is None or size >= low) and (high is None or size <= high)
+        fits = fits and (below is None or size < below)
     if not fits:
         span = "" if low is None else f" from {low:,}"
         span += "" if high is None else f" to {high:,}"
+        span += "" if below is None else f" to below {below:,}"
         what = _NAMES[kind] + ("" if of is None else f" of {_NAMES[of]} each") + span
         raise SlimError(f"{where}: {key} is {shown(value)}, expected {what}", _AGAIN)
     return value

@@ -156,6 +156,8 @@ def test_a_field_that_fits() -> None:
     for values in ({"r": ["a", 1]}, {"r": {"a": "b", "c": None}}):
         kind = type(values["r"])
         assert "of a string each" in refusal(field, values, "x", "r", kind, of=str)
+    found = refusal(field, {"r": 1.0}, "x", "r", float, low=0, below=1)
+    assert "r is 1.0, expected a number from 0 to below 1" in found
     assert "has no 'r'" in refusal(field, {}, "x", "r", int)
 
 

@@ -122,7 +122,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     where = short(path)
     for key, kind in (("r", int), ("lora_alpha", float)):
         _check_number(where, key, field(settings, where, key, kind))
-    field(settings, where, "lora_dropout", float, 0.0, low=0, high=1)
+    field(settings, where, "lora_dropout", float, 0.0, low=0, below=1)
     for key in ("use_rslora", "use_dora"):
         field(settings, where, key, bool, False)
     field(settings, where, "base_model_name_or_path", str, None)

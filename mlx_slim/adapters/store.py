@@ -206,7 +206,7 @@ def _settings(
     lora = config["lora_parameters"]
     rank = field(lora, where, "rank", int, low=1, high=_MOST)
     scale = float(field(lora, where, "scale", float))
-    dropout = float(field(lora, where, "dropout", float, 0.0, low=0, high=1))
+    dropout = float(field(lora, where, "dropout", float, 0.0, low=0, below=1))
     num_layers = field(config, where, "num_layers", int, low=-1, high=_MOST)
     keys = field(lora, where, "keys", list, None, of=str)
     field(config, where, "base_sample", list, None, of=float)

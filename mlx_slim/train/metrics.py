@@ -45,8 +45,10 @@ class MetricsFile:
             line = raw.decode(errors="replace").rstrip("\n")
             try:
                 record = parse_json(line, "", halves=True)
-                step = field(record if isinstance(record, dict) else {}, "", "step", int, 0)
+                step = field(record, "", "step", int, 0) if isinstance(record, dict) else None
             except SlimError:
+                break
+            if step is None:
                 break
             past = step > saved.step or record.get("event") == Done.name
             if past or line == own:
