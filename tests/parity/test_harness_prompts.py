@@ -54,10 +54,31 @@ def _hellaswag(number: int) -> dict[str, Any]:
     }
 
 
+def _openbookqa(number: int) -> dict[str, Any]:
+    choices = {"text": [f"a {number}", "b", "c c"], "label": ["A", "B", "C"]}
+    return {
+        "id": str(number),
+        "question_stem": f"The sun of {number} is",
+        "choices": choices,
+        "answerKey": "ABC"[number % 3],
+    }
+
+
+def _mmlu(number: int) -> dict[str, Any]:
+    return {
+        "question": f" Which bone is {number}? ",
+        "subject": "anatomy",
+        "choices": [f"the {number}th", "none", "all ", "some"],
+        "answer": number % 4,
+    }
+
+
 TASKS = {
     "gsm8k": ("gsm8k/gsm8k.yaml", _gsm8k, "test", 5),
     "arc_challenge": ("arc/arc_easy.yaml", _arc, "test", 25),
     "hellaswag": ("hellaswag/hellaswag.yaml", _hellaswag, "validation", 10),
+    "openbookqa": ("openbookqa/openbookqa.yaml", _openbookqa, "test", 5),
+    "mmlu_anatomy": ("mmlu/default/mmlu_anatomy.yaml", _mmlu, "test", 5),  # it has a description
 }
 
 
@@ -85,9 +106,11 @@ def _theirs(name: str, shots: int, rows: dict[str, list[dict]], **chat: Any) -> 
 def write_task_rows(folder: Path, name: str) -> dict[str, list[dict[str, Any]]]:
     """Write rows of a task as a data mirror holds them; return them by split."""
     _, make, split, _ = TASKS[name]
-    rows = {split: [make(i) for i in range(ROWS)], "train": [make(100 + i) for i in range(140)]}
+    task = find_task(name)
+    rows = {split: [make(i) for i in range(ROWS)]}
+    rows[str(task.spec.data.shots)] = [make(100 + i) for i in range(140)]
     for part, records in rows.items():
-        file = folder / name / f"{part}.jsonl"
+        file = folder / task.spec.name / f"{part}.jsonl"
         file.parent.mkdir(exist_ok=True)
         file.write_text("".join(json.dumps(row) + "\n" for row in records))
     return rows
@@ -107,6 +130,15 @@ TEMPLATES = {
     "no-system": "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
     + CHATML,
     "bos": "{{ bos_token }}" + CHATML,
+    "gemma": "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}"
+    "{% endif %}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('no') }}{% endif %}<s>{{ m['role'] }}\n{{ m['content'] | trim }}</s>\n"
+    "{% endfor %}{% if add_generation_prompt %}<s>model\n{% endif %}",
+    "mistral": "{{ bos_token }}{% set rest = messages %}{% set system = '' %}"
+    "{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}"
+    "{% set system = messages[0]['content'] %}{% endif %}{% for m in rest %}"
+    "{% if m['role'] == 'user' %}[INST] {{ system if loop.first else '' }}{{ m['content'] }}"
+    " [/INST]{% else %}{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}",
 }
 
 
