@@ -128,21 +128,21 @@ def atomic_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
             if replace:
                 temporary.replace(path)
             else:
-                _place(temporary, path)
+                try:
+                    _place(temporary, path)
+                except FileExistsError as error:
+                    raise exists_already(path, "it appeared while this one was made") from error
             _fsync(path.parent)
 
 
 def _place(temporary: Path, path: Path) -> None:
-    """Give a file a second name that nothing has; a rename would replace what has it."""
+    """Give a file a name that nothing has; a rename would replace what has it."""
     try:
         path.hardlink_to(temporary)
-    except FileExistsError as error:
-        raise exists_already(path, "it appeared while this one was made") from error
+    except FileExistsError:
+        raise
     except OSError:  # a file system without hard links (exFAT)
-        try:
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-        except FileExistsError as error:
-            raise exists_already(path, "it appeared while this one was made") from error
+        path.touch(exist_ok=False)
         temporary.replace(path)
 
 
@@ -161,19 +161,6 @@ def parent_of(path: Path) -> Iterator[None]:
                     folder.rmdir()
                     folder = folder.parent
         raise
-
-
-@contextlib.contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Hold an output that is written bit by bit, as no other command may at the same time.
-
-    Raises:
-        SlimError: If a living process holds it, or its place cannot be written.
-    """
-    if not path.name:  # "/"
-        raise exists_already(path)
-    with disk_errors(path), parent_of(path), locks.hold(path):
-        yield
 
 
 @contextlib.contextmanager

@@ -306,6 +306,19 @@ def new_folder(out: Path, command: str, inputs: dict[str, Any]) -> Iterator[None
         yield
 
 
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold an output that is written bit by bit, as no other command may at the same time.
+
+    Raises:
+        SlimError: If a living process holds it, or its place cannot be written.
+    """
+    if not path.name:  # "/"
+        raise exists_already(path)
+    with disk_errors(path), parent_of(path), locks.hold(path):
+        yield
+
+
 def _record_of(out: Path) -> dict[str, Any]:
     try:
         known = read_json(out / RECORD_FILE)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,29 @@ def safetensors_header(path: Path) -> dict[str, Stored]:
             f"{short(path)} is truncated or corrupt: {size:,} bytes, its header says {end:,}",
             _AGAIN,
         )
+    check_apart(path, [(one.begin, one.begin + one.nbytes, key) for key, one in tensors.items()])
     return tensors
+
+
+def check_apart(path: Path, places: Iterable[tuple[int, int, str]]) -> None:
+    """Refuse tensors that share bytes of a file: one of them would be wrong.
+
+    Args:
+        path: For the message.
+        places: First byte, end and name of each tensor.
+
+    Raises:
+        SlimError: Names two of them.
+    """
+    last = (0, 0, "")
+    for place in sorted(place for place in places if place[0] < place[1]):
+        if place[0] < last[1]:
+            raise SlimError(
+                f"{short(path)} is corrupt: the tensors {shown(last[2])} and {shown(place[2])} "
+                "share bytes",
+                _AGAIN,
+            )
+        last = place
 
 
 def _stored(entry: Any, name: str, where: str, start: int) -> Stored:

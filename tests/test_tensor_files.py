@@ -64,3 +64,18 @@ def test_a_good_header(tmp_path: Path) -> None:
     assert (stored.dtype, stored.shape, stored.nbytes) == ("F32", (2, 2), 16)
     assert stored.begin + stored.nbytes == file.stat().st_size
     assert load_tensors(file)["w"].tolist() == [[0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize(
+    "places", [([0, 16], [0, 16]), ([0, 16], [4, 8]), ([0, 8], [4, 16]), ([8, 16], [0, 12])]
+)
+def test_tensors_that_share_bytes_are_refused(tmp_path: Path, places) -> None:
+    def entry(place: list[int]) -> dict:
+        return {"dtype": "F32", "shape": [(place[1] - place[0]) // 4], "data_offsets": place}
+
+    header = {name: entry(place) for name, place in zip("ab", places, strict=True)}
+    file = safetensors(tmp_path / "model.safetensors", header)
+    found = refusal(load_tensors, file)
+    assert "model.safetensors is corrupt: the tensors" in found and "share bytes" in found
+    header = {"a": entry([0, 8]), "empty": entry([8, 8]), "b": entry([8, 16])}
+    assert set(safetensors_header(safetensors(file, header))) == {"a", "b", "empty"}

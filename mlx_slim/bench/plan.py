@@ -19,9 +19,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_slim.artifacts import held, read_records, write_text
+from mlx_slim.artifacts import read_records, write_text
 from mlx_slim.bench.rounds import run_side
 from mlx_slim.bench.train import METHODS
+from mlx_slim.claims import held
 from mlx_slim.errors import SlimError
 from mlx_slim.models.build import build
 from mlx_slim.models.load import load_tokenizer

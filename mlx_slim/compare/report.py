@@ -15,7 +15,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from mlx_slim.artifacts import SCHEMA_VERSION, held, write_json, write_text
+from mlx_slim.artifacts import SCHEMA_VERSION, write_json, write_text
+from mlx_slim.claims import held
 from mlx_slim.compare import claims, evidence, headline, plots, store, tables
 from mlx_slim.errors import SlimError
 from mlx_slim.runtime import byte_unit, human_bytes, human_seconds

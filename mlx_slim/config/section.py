@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError
 
 MOST = 1_000_000_000  # of everything that is counted; more is a slip of the keyboard
 LARGEST = 1e6  # of factors: beyond it float16 and bfloat16 compute nothing of use
@@ -38,7 +37,7 @@ class Section(BaseModel):
         if any(isinstance(one, bool) for one in given):
             field = cls.model_fields[str(info.field_name)]
             if not _mentions_bool(field.annotation):
-                raise PydanticCustomError("bool_type", "true and false are no numbers")
+                raise ValueError("true and false are no numbers")
         return value
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from mlx_slim.errors import SlimError
 from mlx_slim.reading import exists, field, library_errors, open_regular, short, shown
+from mlx_slim.tensor_files import check_apart
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"}
 _SCALARS[12] = "d"
@@ -303,6 +304,7 @@ def read_gguf(path: Path) -> GGUFFile:
         found.append((name, quantization.name, shape, offset, nbytes))
     align = metadata.get("general.alignment", 32)
     start = (cursor.at + align - 1) // align * align
+    check_apart(path, [(at, at + size, name) for name, *_, at, size in found])
     end = max((start + offset + nbytes for *_, offset, nbytes in found), default=start)
     if end > size:
         raise SlimError(

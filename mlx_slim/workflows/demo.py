@@ -23,6 +23,7 @@ import mlx.core as mx
 
 from mlx_slim import artifacts, locks
 from mlx_slim.adapters.store import load_adapter
+from mlx_slim.claims import held
 from mlx_slim.config import library
 from mlx_slim.config.load import Resolved, load_recipe
 from mlx_slim.config.schema import Method, QuantizeConfig, Recipe
@@ -130,7 +131,7 @@ def demo(
     methods = list(dict.fromkeys(methods))
     for method in methods:
         demo_recipe(method, out, overrides)  # a mistyped key is said before any work
-    with artifacts.held(out.absolute()):
+    with held(out.absolute()):
         _check_other_files(out)
         locks.remove_dead(out)
         return _run(out, methods, model, limit, overrides, watch)
