@@ -9,7 +9,6 @@ come from the template's ``{% generation %}`` marks where it has them, else from
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from mlx_slim.data.chat_render import render_chat
+from mlx_slim.data.conversations import with_text_arguments
 from mlx_slim.data.formats import Example
 from mlx_slim.data.marks import MarkedChat, Messages, tags_of, ways
 from mlx_slim.data.rendered import Rendered
@@ -302,16 +302,8 @@ def _forms(messages: Messages) -> Iterator[Messages]:
         yield messages
         return
     for silent in ("", None):
-        for dump in (False, True):
-            form = [dict(message) for message in messages]
-            for message in form:
-                if "tool_calls" in message:
-                    calls = message["tool_calls"]
-                    message["content"] = message["content"] or silent
-                    message["tool_calls"] = [_dumped(call) for call in calls] if dump else calls
-            yield form
-
-
-def _dumped(call: dict[str, Any]) -> dict[str, Any]:
-    arguments = json.dumps(call["function"].get("arguments"), ensure_ascii=False)
-    return {**call, "function": {**call["function"], "arguments": arguments}}
+        form = [
+            {**m, "content": m["content"] or silent} if "tool_calls" in m else m for m in messages
+        ]
+        yield form
+        yield with_text_arguments(form)

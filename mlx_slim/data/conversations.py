@@ -267,6 +267,19 @@ def _declared(tools: list[dict[str, Any]]) -> dict[str, set[str]]:
     return declared
 
 
+def with_text_arguments(messages: list[Message]) -> list[Message]:
+    """Return a conversation with the arguments of tool calls as JSON text, as OpenAI sends them."""
+
+    def dumped(call: dict[str, Any]) -> dict[str, Any]:
+        arguments = json.dumps(call["function"].get("arguments", {}), ensure_ascii=False)
+        return {**call, "function": {**call["function"], "arguments": arguments}}
+
+    return [
+        {**m, "tool_calls": [dumped(call) for call in m["tool_calls"]]} if "tool_calls" in m else m
+        for m in messages
+    ]
+
+
 def without_nulls(value: Any, keep: frozenset[str] = frozenset()) -> Any:
     """Return a value without the null entries of its objects; those of lists stay.
 

@@ -21,6 +21,7 @@ from concurrent.futures import Future
 from typing import Any
 from urllib.parse import urlsplit
 
+from mlx_slim.data.conversations import with_text_arguments
 from mlx_slim.distill.writers import Message
 from mlx_slim.errors import SlimError
 
@@ -143,7 +144,7 @@ class EndpointTeacher:
     def _ask(self, messages: list[Message], stop: threading.Event) -> tuple[str, str]:
         asked: dict[str, Any] = {
             "model": self._settings["model"],
-            "messages": messages,
+            "messages": with_text_arguments(messages),
             "max_tokens": self._settings["max_tokens"],
             "temperature": 0,
             "stream": False,

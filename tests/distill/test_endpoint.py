@@ -44,6 +44,17 @@ def test_answers_come_in_order_and_few_at_a_time():
         assert request["authorization"] is None
 
 
+def test_tool_calls_are_sent_as_the_api_has_them():
+    """Rows hold arguments as objects, the API has JSON text."""
+    function = {"name": "look", "arguments": {"at": "Köln", "n": None}}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "function": function}]}
+    with serving() as served:
+        list(teacher(served.base_url).answer([[*chats("a")[0], call, {**chats("b")[0][0]}]]))
+    (sent,) = served.requests[0]["messages"][1]["tool_calls"]
+    assert sent["function"]["arguments"] == '{"at": "Köln", "n": null}'
+    assert function["arguments"] == {"at": "Köln", "n": None}
+
+
 def test_stop_reasons_and_an_answer_without_text():
     replies = [completion("a", "length"), completion(None), completion("c", "content_filter")]
     with serving(lambda n, _: (200, replies[n], {})) as served:

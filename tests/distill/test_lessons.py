@@ -95,3 +95,19 @@ def test_text_asks_nothing_and_is_kept():
 def test_prefixes_tell_teachers_apart():
     assert [prefix_of(None, n)({}) for n in (1, 2)] == ["[rationale 1] ", "[rationale 2] "]
     assert prefix_of("{{ choices[0] }}? ", 1)({"choices": ["wet"]}) == "wet? "
+
+
+def test_weights_of_turns_stay_with_the_row():
+    """Rows that teachers wrote go through the student's template like any others."""
+    turns = [dict(turn) for turn in CHAT["messages"]]
+    turns[2]["train"], turns[4]["weight"] = False, 0.5
+    (lesson,) = lessons({"messages": turns})
+    assert all("weight" not in message for message in lesson.sequence().messages)
+    messages = lesson.row("zwei")["messages"]
+    assert [message.get("weight") for message in messages] == [None, None, 0, None, 0.5]
+    assert [message["content"] for message in messages][-1] == "zwei"
+    (again,) = lessons(lesson.row())
+    assert again.example.turn_weights == lesson.example.turn_weights
+    (listed,) = lessons({"prompt": turns[1:4], "completion": [CHAT["messages"][4]]})
+    (again,) = lessons(listed.row())
+    assert again.example.turn_weights == [0, 0, 0, 1]
