@@ -260,7 +260,7 @@ def _declared(tools: list[dict[str, Any]]) -> dict[str, set[str]]:
     for tool in tools:
         function = tool.get("function")
         parameters = function.get("parameters") if isinstance(function, dict) else None
-        if isinstance(parameters, dict):
+        if isinstance(function, dict) and isinstance(parameters, dict):
             properties = parameters.get("properties")
             names = set(properties) if isinstance(properties, dict) else set()
             declared[str(function.get("name"))] = names
