@@ -14,6 +14,7 @@ import json
 import os
 import queue
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from urllib.parse import urlsplit
 from mlx_slim.data.conversations import with_text_arguments
 from mlx_slim.distill.writers import Message
 from mlx_slim.errors import SlimError
+from mlx_slim.reading import parse_json
 
 _LARGEST_REPLY = 1 << 24  # bytes
 _LONGEST_WAIT = 30.0  # seconds between two tries
@@ -179,7 +181,7 @@ class EndpointTeacher:
         request = urllib.request.Request(self._url, body, headers, method="POST")
         try:
             with self._opener.open(request, timeout=self._timeout) as reply:
-                data = reply.read(_LARGEST_REPLY + 1)
+                data = self._body(reply)
                 if len(data) <= _LARGEST_REPLY and _is_cut(reply, data):
                     raise _Transient(f"the reply was cut short after {len(data):,} bytes")
                 return data
@@ -194,6 +196,15 @@ class EndpointTeacher:
                 raise _Transient(f"no answer within {self._timeout:g} s") from None
             text = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
             raise _Transient(self._safe(text)) from None
+
+    def _body(self, reply: http.client.HTTPResponse) -> bytes:
+        """Return the reply, all of which comes within the wait: not a byte now and then."""
+        data, until = bytearray(), time.monotonic() + self._timeout
+        while len(data) <= _LARGEST_REPLY and (block := reply.read1(1 << 16)):
+            data += block
+            if time.monotonic() > until:
+                raise TimeoutError
+        return bytes(data)
 
     def _refused(self, error: urllib.error.HTTPError) -> Exception:
         """Return what an HTTP error means."""
@@ -224,18 +235,18 @@ class EndpointTeacher:
         try:
             if len(data) > _LARGEST_REPLY:
                 raise ValueError("too long")
-            choice = json.loads(data)["choices"][0]
+            choice = parse_json(data, "the reply")["choices"][0]
             text, reason = choice["message"]["content"], choice.get("finish_reason")
-            if not isinstance(text, str | None):
-                raise TypeError("content is no text")
-        except (ValueError, LookupError, TypeError, AttributeError):
+            if not isinstance(text, str | None) or not isinstance(reason, str | None):
+                raise TypeError("content or finish_reason is no text")
+        except (SlimError, ValueError, LookupError, TypeError, AttributeError):
             said = self._safe(data[:4096].decode("utf-8", "replace"))
             raise SlimError(
                 f"teacher {self.name}: {self._url} answered no chat completion: "
                 f"{said or 'nothing'}",
                 "check base_url: it should end in /v1",
             ) from None
-        return text or "", _REASONS.get(reason, "eos")
+        return text or "", _REASONS.get(reason or "", "eos")
 
     def _safe(self, text: str) -> str:
         """Return a server's words as one short line, without the key."""
@@ -251,8 +262,8 @@ def _is_cut(reply: http.client.HTTPResponse, data: bytes) -> bool:
     if reply.chunked or not data.lstrip().startswith(b"{"):
         return False
     try:  # it ends with the connection: only the JSON tells
-        json.loads(data)
-    except ValueError:
+        parse_json(data, "")
+    except SlimError:
         return True
     return False
 

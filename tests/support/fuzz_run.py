@@ -58,9 +58,9 @@ class Target:
 
 def targets() -> list[Target]:
     """Return every kind of input, in a fixed order."""
-    from tests.support import fuzz_models
+    from tests.support import fuzz_data, fuzz_models
 
-    return [*fuzz_models.TARGETS]
+    return [*fuzz_models.TARGETS, *fuzz_data.TARGETS]
 
 
 def make_valid(into: Path) -> None:
@@ -272,6 +272,10 @@ def _import_all() -> None:
     for name in (
         "mlx_slim.adapters.peft",
         "mlx_slim.adapters.stack",
+        "mlx_slim.compare.matrix",
+        "mlx_slim.data.pipeline",
+        "mlx_slim.distill.endpoint",
+        "mlx_slim.evaluate.prompts",
         "mlx_slim.models.convert",
         "mlx_slim.quantize.base",
         "mlx_slim.workflows.finetune",
@@ -281,6 +285,7 @@ def _import_all() -> None:
         "transformers.models.llama.tokenization_llama",
         "transformers.tokenization_utils_tokenizers",
         "gguf",
+        "pyarrow.parquet",
     ):
         importlib.import_module(name)
 
