@@ -205,7 +205,8 @@ def _disk(found: Shapes, recipe: Recipe, work: Work | None) -> int:
         result += found.base_bytes
     rows = 4 * work.tokens_per_epoch + work.tokens_per_epoch // 8 if work else 0
     rows += _answers(found, recipe, work) if work else 0
-    return result + (recipe.train.keep + _SAVED_STEPS_BESIDES) * checkpoint + rows
+    beside = _SAVED_STEPS_BESIDES + (recipe.train.schedule == "wsd")  # one from before the decay
+    return result + (recipe.train.keep + beside) * checkpoint + rows
 
 
 def _answers(found: Shapes, recipe: Recipe, work: Work) -> int:

@@ -9,9 +9,11 @@ nothing is accumulated.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,6 +24,9 @@ from mlx_slim.reading import field, library_errors, read_object, short
 from mlx_slim.train.companion import Companion, gather, hand_out
 from mlx_slim.train.optim import Optimizer, set_trainable, trainable
 from mlx_slim.train.rotation import CARRIED, STATE, path_of
+
+VALIDATED = ("best_loss", "best_step", "since_best")
+WATCHED = ("held_out_step", "held_out_over")
 
 
 @dataclass
@@ -40,6 +45,9 @@ class Position:
         held_out_start: Bits per byte of the held-out text before the first step.
         held_out_step: Newest step at which that text was within its limit.
         held_out_over: Measurements above the limit since then.
+        total: Steps that the run was to take when this was saved; None of version 0.1.
+        open: What the measurements after the last step alone have changed, as it was before: a
+            longer run has not made them.
     """
 
     step: int = 0
@@ -53,6 +61,23 @@ class Position:
     held_out_start: float | None = None
     held_out_step: int | None = None
     held_out_over: int = 0
+    total: int | None = None
+    open: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def keep_open(self, names: Sequence[str]) -> None:
+        """Remember ``names`` as they are, before a measurement that a longer run does not make."""
+        self.open |= {name: getattr(self, name) for name in names}
+
+    def reopen(self) -> None:
+        """Forget those measurements."""
+        for name, value in self.open.items():
+            setattr(self, name, value)
+        self.open = {}
+
+    def needed(self) -> set[int | None]:
+        """Return the steps whose weights may become the result, of this run or a longer one."""
+        names = ("best_step", "held_out_step")
+        return {at.get(name) for at in (vars(self), self.open) for name in names}
 
 
 def save(
@@ -131,5 +156,12 @@ def read_position(path: Path) -> Position:
         field(values, where, key, int, None, low=0)
     for key in ("seconds", "best_loss", "held_out_start"):
         field(values, where, key, float, None)
+    field(values, where, "total", int, None, low=1)
+    opened = field(values, where, "open", dict, {})
+    for key in opened:
+        kind = float if key == "best_loss" else int
+        field(opened, f"{where}: open", key, kind, None, low=None if kind is float else 0)
+    if unknown := opened.keys() - {*VALIDATED, *WATCHED}:
+        raise SlimError(f"{where}: open names {min(unknown)}", "resume from an older checkpoint")
     with library_errors(f"{where} is damaged", "resume from an older checkpoint"):
         return Position(**values)

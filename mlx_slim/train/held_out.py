@@ -19,7 +19,7 @@ import mlx.core as mx
 from mlx_slim import events
 from mlx_slim.config.schema import HeldOutConfig
 from mlx_slim.errors import SlimError
-from mlx_slim.train.checkpoint import Position
+from mlx_slim.train.checkpoint import WATCHED, Position
 from mlx_slim.train.companion import SAVE, Companion
 
 REASON = "held_out"
@@ -61,6 +61,8 @@ class HeldOut(Companion):
         """
         if not (last or position.step % self.config.every == 0):
             return ""
+        if position.step % self.config.every:
+            position.keep_open(WATCHED)
         began = time.perf_counter()
         bits, start = self._measure(), position.held_out_start
         assert start is not None

@@ -24,9 +24,10 @@ from mlx_slim.errors import SlimError
 from mlx_slim.interrupts import Requested
 from mlx_slim.runtime import number, world
 from mlx_slim.train import checkpoint, rotation
-from mlx_slim.train.checkpoint import Position
+from mlx_slim.train.checkpoint import VALIDATED, Position
 from mlx_slim.train.companion import SAVE, Companion, computing
-from mlx_slim.train.optim import Optimizer, schedule
+from mlx_slim.train.extension import newest, reopen, steps_before_decay
+from mlx_slim.train.optim import Extended, Optimizer, schedule
 from mlx_slim.train.step import Objective, Scorer, Stepper, StepResult, per_token, total_weight
 
 
@@ -85,6 +86,7 @@ class Loop:
         compiled: Fuse the step with ``mx.compile``.
         lanes: Parts of a micro-batch computed side by side on a CPU.
         companions: What else takes part (``train/companion.py``).
+        extended: How the run began, if it was given more steps later (``extend``).
     """
 
     model: nn.Module
@@ -100,6 +102,7 @@ class Loop:
     lanes: int = 1
     held_out: Objective | None = None
     companions: Sequence[Companion] = ()
+    extended: Extended | None = None
     position: Position = field(default_factory=Position)
 
     def __post_init__(self) -> None:
@@ -120,9 +123,19 @@ class Loop:
             captured=captured,
         )
         self.total, self.epochs = total_steps(self.config, self.batcher)
-        self.rate = schedule(self.config, self.total)
+        self.extend(self.extended)
         for companion in self.companions:
             companion.planned(self.total)
+
+    def extend(self, extended: Extended | None) -> None:
+        """Take the rates of a run that began as ``extended`` says."""
+        self.extended = extended
+        self.rate = schedule(self.config, self.total, extended)
+        self._stable = steps_before_decay(self.config, self.total, self.rate)
+
+    def newest(self) -> Path | None:
+        """Return the newest checkpoint that this run can go on from."""
+        return newest(self.checkpoints, self.config, self.total, self.extended)
 
     def preflight(self) -> int:
         """Run forward and backward pass of the largest micro-batch; return the peak in bytes."""
@@ -136,8 +149,10 @@ class Loop:
     def resume(self, path: Path) -> None:
         """Continue from the checkpoint at ``path``."""
         self.position = checkpoint.load(path, self.model, self.optimizer, self.companions)
+        reopen(self.position, self.config, self.total)
         name = f"{path.parent.name}/{path.name}"
         if world().rank() == 0:
+            rotation.remove_after(self.checkpoints, self.position.step)
             self._rotate()  # the kill may have come between the checkpoint and this
         self.observer.notify(events.Resumed(step=self.position.step, path=name))
 
@@ -161,6 +176,8 @@ class Loop:
             for epoch, share, plan in () if refused else self._steps():
                 self._step(epoch, share, plan)
                 last = at.step == self.total
+                if last and at.step % self.config.validate_every:
+                    at.keep_open(VALIDATED)
                 improved = (
                     self._validate() if self._due(self.config.validate_every, last) else False
                 )
@@ -168,6 +185,7 @@ class Loop:
                 exhausted = self._exhausted()
                 asked = {each.after(at, last) for each in self.companions} - {""}
                 due = bool(asked) or self._due(self.config.save_every, last)
+                due = due or at.step == self._stable
                 if improved or stopping or exhausted or due:
                     self._save()
                 if stopping or exhausted:
@@ -319,6 +337,7 @@ class Loop:
 
     def _save(self) -> None:
         """Write a checkpoint on rank 0."""
+        self.position.total = self.total
         if world().rank() == 0:
             path = checkpoint.save(
                 self.checkpoints, self.position, self.model, self.optimizer, self.companions
@@ -328,8 +347,12 @@ class Loop:
             self.observer.notify(events.Saved(self.position.step, name))
 
     def _rotate(self) -> None:
-        at = self.position
-        rotation.rotate(self.checkpoints, self.config.keep, at.best_step, at.held_out_step)
+        needed = self.position.needed()
+        stable = [step for step in rotation.steps(self.checkpoints) if step <= self._stable]
+        if stable:
+            path = rotation.path_of(self.checkpoints, stable[-1])
+            needed |= {stable[-1], *checkpoint.read_position(path).needed()}
+        rotation.rotate(self.checkpoints, self.config.keep, *needed)
 
 
 def validation_loss(scorer: Scorer, batcher: Batcher) -> tuple[float, dict[str, float], int]:

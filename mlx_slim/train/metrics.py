@@ -8,6 +8,7 @@ the lines of one that was not, but for times and one more line, ``resumed``.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 from mlx_slim.artifacts import disk_errors, fsync, json_lines, write_text
@@ -26,16 +27,22 @@ class MetricsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._resuming = False
+        self._total: int | None = None
 
     def clear(self) -> None:
         """Drop everything: the run begins with its first step."""
         self._resuming = False
         self.path.unlink(missing_ok=True)
 
-    def rewind(self, saved: Saved) -> None:
+    def rewind(self, saved: Saved, without: Collection[str] = ()) -> None:
         """Cut the file back to a checkpoint; its own line is added if a kill came before it.
 
-        The line of the start stands there already and is not written twice.
+        The line of the start stands there already and is not written twice, unless the run is to
+        take more steps now.
+
+        Args:
+            saved: The checkpoint.
+            without: Events of its step that go too.
         """
         self._resuming = True
         own = json.dumps(saved.as_record())
@@ -53,8 +60,13 @@ class MetricsFile:
             past = step > saved.step or record.get("event") == Done.name
             if past or line == own:
                 break
+            if record.get("step") == saved.step and record.get("event") in without:
+                continue
             kept.append(line)
-            if "step" in record or record.get("event") == Started.name:
+            if record.get("event") == Started.name:
+                self._total = record.get("total_steps")
+                end = len(kept)
+            elif "step" in record:
                 end = len(kept)
         write_text(self.path, "".join(line + "\n" for line in [*kept[:end], own]))
 
@@ -62,7 +74,8 @@ class MetricsFile:
         """Append one line."""
         if self._resuming and isinstance(event, Started):
             self._resuming = False
-            return
+            if event.total_steps == self._total:
+                return
         with disk_errors(self.path), self.path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(event.as_record()) + "\n")
             if isinstance(event, Saved):

@@ -28,25 +28,59 @@ def warmup_steps(config: TrainConfig, total_steps: int) -> int:
     return min(math.ceil(count), max(total_steps - 1, 0))
 
 
-def schedule(config: TrainConfig, total_steps: int) -> Schedule:
+@dataclass(frozen=True)
+class Extended:
+    """The beginning of a run that was given more steps later.
+
+    Attributes:
+        warmup: Its warm-up, optimizer steps, whatever share of the longer run that is.
+        totals: The steps that it was to take before, in order.
+    """
+
+    warmup: int
+    totals: tuple[int, ...]
+
+    def until(self, total_steps: int) -> Extended:
+        """Return it as it was when the run was to take ``total_steps``."""
+        return Extended(self.warmup, tuple(n for n in self.totals if n < total_steps))
+
+
+def schedule(config: TrainConfig, total_steps: int, extended: Extended | None = None) -> Schedule:
     """Return the learning rate of each optimizer step, the first being step 0.
 
     Warm-up rises linearly from peak/W to the peak. Then ``constant`` stays, ``linear`` and
     ``cosine`` fall to ``min_lr_ratio`` · peak, reached right after the last step, and ``wsd`` stays
     until the last ``decay`` share of the steps and falls linearly there (arXiv 2404.06395).
+
+    A run that was ``extended`` keeps its warm-up. ``linear`` and ``cosine`` then fall once more,
+    from the last rate that they had reached, over the steps that were added; ``constant`` and
+    ``wsd`` are those of a run that began so long.
     """
     peak, floor = config.learning_rate, config.learning_rate * config.min_lr_ratio
-    warmup = warmup_steps(config, total_steps)
+    warmup = extended.warmup if extended else warmup_steps(config, total_steps)
     decaying = max(1, total_steps - warmup)
+    ends = [*(extended.totals if extended else ()), total_steps]
+
+    def fall(top: float, progress: float) -> float:
+        if config.schedule == "cosine":
+            return floor + (top - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+        return top + (floor - top) * progress
+
+    def falling(step: int) -> float:
+        begin, top = warmup, peak
+        for end in ends:
+            length = max(1, end - begin)
+            if step < end or end == total_steps:
+                return fall(top, min(1.0, (step - begin) / length))
+            begin, top = end, fall(top, (length - 1) / length)
+        raise AssertionError
 
     def rate(step: int) -> float:
         if step < warmup:
             return peak * (step + 1) / warmup
+        if config.schedule in ("cosine", "linear"):
+            return falling(step)
         progress = min(1.0, (step - warmup) / decaying)
-        if config.schedule == "cosine":
-            return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-        if config.schedule == "linear":
-            return peak + (floor - peak) * progress
         if config.schedule == "wsd":
             share = max(config.decay, 1 / decaying)
             return peak + (floor - peak) * min(1.0, max(0.0, (progress - 1) / share + 1))

@@ -38,6 +38,13 @@ def latest(folder: Path) -> Path | None:
     return path_of(folder, known[-1]) if known else None
 
 
+def remove_after(folder: Path, step: int) -> None:
+    """Remove the checkpoints of later steps, the newest first."""
+    for later, path in sorted(_folders(folder).items(), reverse=True):
+        if later > step:
+            remove_folder(path)
+
+
 def rotate(folder: Path, keep: int, *needed: int | None) -> None:
     """Remove all but the newest ``keep`` and the ``needed`` checkpoints, and those without a state.
 

@@ -38,17 +38,22 @@ from mlx_slim.runtime import (
     world,
 )
 from mlx_slim.train import checkpoint, rotation
+from mlx_slim.train.checkpoint import read_position
+from mlx_slim.train.extension import reopen
 from mlx_slim.train.loop import Loop
 from mlx_slim.train.metrics import MetricsFile
-from mlx_slim.train.optim import trainable
+from mlx_slim.train.optim import Extended, trainable
 from mlx_slim.train.remat import checkpointed
 from mlx_slim.workflows.course import Course, base_folder
 from mlx_slim.workflows.held_out import watch
+from mlx_slim.workflows.longer import Going, go_on
 from mlx_slim.workflows.prepare import Tuned, build_loop
 from mlx_slim.workflows.run_folder import (
+    RECORD,
     STATE_FILE,
     Result,
     claim,
+    is_complete,
     resume_command,
     state_record,
 )
@@ -70,7 +75,7 @@ def finetune(
         resolved: The recipe and where its values come from.
         out: The run folder; must be new unless ``resume``.
         observer: Hears of every event.
-        resume: Go on from the newest checkpoint, exactly.
+        resume: Go on from the newest checkpoint, exactly; or with more steps than it had.
         course: How it learns; None is from its rows alone.
 
     Raises:
@@ -103,7 +108,7 @@ def _run(
 ) -> Result:
     """Run a recipe in the folder that this process holds."""
     recipe = resolved.recipe
-    if (out / "run.json").exists():
+    if is_complete(out, recipe):
         return _finished(out, observer)
     budget = memory_budget(recipe.memory.budget)
     mx.set_cache_limit(budget // _CACHE_SHARE)
@@ -111,18 +116,26 @@ def _run(
     listeners = events.Broadcast([metrics, observer] if world().rank() == 0 else [])
     newest = rotation.latest(out / "checkpoints") if started else None
     first = world().rank() == 0
-    if first and newest is None:
+    if first and newest is None and not (out / RECORD).exists():
         metrics.clear()
     course.begin(recipe, observer)
     _check_loading(recipe, course.expect(recipe), budget)
     built = _build(recipe, course, out, listeners, budget, unchanged=started)
+    going = Going(None)
+    if started:
+        going = go_on(out, recipe, built.loop, newest)
+        if going.complete:
+            return _finished(out, observer)
+    newest = going.start
     with checkpointed(anatomy.blocks(built.tuned.model), recipe.train.grad_checkpoint):
         if not (out / "checkpoints").exists():
             _check_disk(out, built.prediction)
             course.check_disk(out)
         _preflight(built.loop, built.prediction, budget)
-    if not started and world().rank() == 0:
-        write_json(out / STATE_FILE, state_record(resolved, built.data))
+    if first:
+        if not started or going.grown:
+            write_json(out / STATE_FILE, state_record(resolved, built.data, going.extended))
+        (out / RECORD).unlink(missing_ok=True)  # of the run that was shorter
     if course.studies():  # teachers are loaded: the student makes room
         del built
         gc.collect()
@@ -137,11 +150,15 @@ def _run(
         if first and newest is None:
             metrics.clear()  # what is said of the run is said again
         built = _build(recipe, course, out, listeners, budget, unchanged=True)
+        built.loop.extend(going.extended)
     tuned, loop = built.tuned, built.loop
     if first and newest is not None:
-        metrics.rewind(events.Saved(int(newest.name[5:]), f"{newest.parent.name}/{newest.name}"))
+        saved = events.Saved(int(newest.name[5:]), f"{newest.parent.name}/{newest.name}")
+        metrics.rewind(saved, reopen(read_position(newest), recipe.train, loop.total))
     with checkpointed(anatomy.blocks(tuned.model), recipe.train.grad_checkpoint):
         if newest is not None:
+            if going.note:
+                listeners.notify(events.Notice(going.note))
             loop.resume(newest)
         else:
             advice = rank_advice(recipe, loop.total)
@@ -175,7 +192,7 @@ def _run(
         _best_weights(tuned, result)
         course.save(recipe, tuned, out)
         _verify(recipe, course, tuned, result)
-        write_json(out / "run.json", _record(resolved, course, result, budget))
+        write_json(out / RECORD, _record(resolved, course, result, budget, going.extended))
     return result
 
 
@@ -209,7 +226,7 @@ def _build(
 
 def _finished(out: Path, observer: events.Observer) -> Result:
     """Return the result of a run that is complete."""
-    file = out / "run.json"
+    file = out / RECORD
     fields = read_object(file, result=dict)["result"]
     ledger = read_object(out / "data_ledger.json")
     with library_errors(f"{short(file)} is damaged", "start a new run"):
@@ -311,7 +328,9 @@ def _verify(recipe: Recipe, course: Course, tuned: Tuned, result: Result) -> Non
         )
 
 
-def _record(resolved: Resolved, course: Course, result: Result, budget: int) -> dict[str, Any]:
+def _record(
+    resolved: Resolved, course: Course, result: Result, budget: int, extended: Extended | None
+) -> dict[str, Any]:
     """Return ``run.json``."""
     files = [p for p in (result.out / result.artifact).rglob("*") if p.is_file()]
     return {
@@ -323,6 +342,7 @@ def _record(resolved: Resolved, course: Course, result: Result, budget: int) -> 
         "provenance": provenance(),
         "budget_bytes": budget,
         "artifact_bytes": sum(path.stat().st_size for path in files),
+        **({"extended": asdict(extended)} if extended else {}),
         **course.record(),
         "result": {
             "done": asdict(result.done),

@@ -1,9 +1,11 @@
 """The folder of a fine-tune: who may start in it, who may go on, and what it says at the end.
 
-Invariant: a folder that cannot start a run is left as it was; a resume needs the same recipe (and,
-in ``data/prepare.py``, the same rows); ``run.json`` means complete. Files: ``recipe.json`` (at the
-start), ``metrics.jsonl``, ``tokens/``, ``data_ledger.json``, ``checkpoints/``, then ``adapters/``
-(and ``base/``, if the run quantized it) or ``model/``, then ``run.json``.
+Invariant: a folder that cannot start a run is left as it was; a resume needs the same recipe, but
+for more steps (and, in ``data/prepare.py``, the same rows); ``run.json`` means complete. Files:
+``recipe.json`` (at the start), ``metrics.jsonl``, ``tokens/``, ``data_ledger.json``,
+``checkpoints/``, then ``adapters/`` (and ``base/``, if the run quantized it) or ``model/``, then
+``run.json``. A run that is given more steps gets another ``recipe.json`` when it can start, and
+loses its ``run.json`` then; what it had learned stays until the end.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import contextlib
 import json
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,14 @@ from mlx_slim import events
 from mlx_slim.artifacts import SCHEMA_VERSION
 from mlx_slim.claims import RunKind, run_folder
 from mlx_slim.config.load import Resolved
-from mlx_slim.config.schema import Recipe
+from mlx_slim.config.schema import Recipe, TrainConfig
 from mlx_slim.data.prepare import Prepared
 from mlx_slim.errors import SlimError
 from mlx_slim.reading import library_errors, read_object, short
 from mlx_slim.runtime import from_first_rank, human_bytes, human_seconds
+from mlx_slim.train.optim import Extended
 
-STATE_FILE = "recipe.json"
+STATE_FILE, RECORD = "recipe.json", "run.json"
 RUN = RunKind(
     command="train",
     holds="run",
@@ -37,6 +40,8 @@ RUN = RunKind(
 )
 # Changing these on a resume cannot change the trajectory.
 _FREE_ON_RESUME = ("memory", "report_to", "train.log_every", "train.save_every", "train.keep")
+# These may grow: the run then takes more steps (``finetune.py``).
+_LENGTH = ("train.steps", "train.epochs")
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,37 @@ def claim(out: Path, recipe: Recipe, observer: events.Observer, *, resume: bool)
         yield from_first_rank(hold)
 
 
+def trained_as(file: Path) -> TrainConfig:
+    """Return the ``train`` section of a run's ``recipe.json`` or ``run.json``."""
+    return TrainConfig.model_validate(_completed(read_json(file)["recipe"])["train"])
+
+
+def extended_run(out: Path) -> Extended | None:
+    """Return how the run in ``out`` began, if it was given more steps since."""
+    known = read_json(out / STATE_FILE).get("extended")
+    return Extended(known["warmup"], tuple(known["totals"])) if known else None
+
+
+def is_complete(out: Path, recipe: Recipe) -> bool:
+    """Return whether the run in ``out`` is complete and as long as ``recipe`` says.
+
+    A ``run.json`` of another length is that of the run before it was given more steps.
+    """
+    if not (out / RECORD).exists():
+        return False
+    known = trained_as(out / RECORD)
+    steps, epochs = recipe.train.steps, recipe.train.epochs
+    return known.steps == steps and (steps is not None or known.epochs == epochs)
+
+
+def fewer_steps(out: Path, before: str, after: str) -> SlimError:
+    """Return the refusal of a resume that would end before the run did, or was to."""
+    return SlimError(
+        f"{out} is a run of {before}, {after} are fewer: what was learned cannot be taken back",
+        "resume with as many or more, or start a new run",
+    )
+
+
 def _check_same(out: Path, recipe: Recipe) -> None:
     file = out / STATE_FILE
     with library_errors(f"{short(file)} is damaged", "start a new run"):
@@ -100,6 +136,11 @@ def _check_same(out: Path, recipe: Recipe) -> None:
             f"{out} was started with another recipe: {'; '.join(different)}",
             "resume with the same values, or start a new run",
         )
+    old, new = known["train"], recipe.train
+    if old["steps"] is not None and new.steps is not None and new.steps < old["steps"]:
+        raise fewer_steps(out, f"{old['steps']:,} steps", f"train.steps={new.steps}")
+    if old["steps"] is None and new.steps is None and new.epochs < old["epochs"]:
+        raise fewer_steps(out, f"{old['epochs']:g} epochs", f"train.epochs={new.epochs:g}")
 
 
 def _completed(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -124,7 +165,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
     for key in sorted(set(old) | set(new)):
         path = f"{prefix}{key}"
         before, after = old.get(key), new.get(key)
-        if before == after or path in _FREE_ON_RESUME:
+        if before == after or path in (*_FREE_ON_RESUME, *_LENGTH):
             continue
         if isinstance(before, dict) and isinstance(after, dict) and prefix == "":
             lines += _differences(before, after, f"{path}.")
@@ -133,7 +174,9 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
     return lines
 
 
-def state_record(resolved: Resolved, data: Prepared | None) -> dict[str, Any]:
+def state_record(
+    resolved: Resolved, data: Prepared | None, extended: Extended | None = None
+) -> dict[str, Any]:
     """Return ``recipe.json``: what a resume must match; ``data`` is None before there are rows."""
     return {
         "schema_version": SCHEMA_VERSION,
@@ -141,6 +184,7 @@ def state_record(resolved: Resolved, data: Prepared | None) -> dict[str, Any]:
         "recipe": resolved.recipe.model_dump(mode="json"),
         "origins": resolved.origins,
         "data": None if data is None else data.fingerprint,
+        **({"extended": asdict(extended)} if extended else {}),
     }
 
 

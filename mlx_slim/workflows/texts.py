@@ -36,6 +36,7 @@ from mlx_slim.workflows.run_folder import (
     STATE_FILE,
     Result,
     claim,
+    is_complete,
     resume_command,
     state_record,
 )
@@ -69,7 +70,7 @@ def learn_from_texts(
     """
     recipe = resolved.recipe
     with claim(out, recipe, observer, resume=resume) as started:
-        if (out / "run.json").exists():
+        if is_complete(out, recipe):
             return finetune(resolved, out, observer=observer, resume=True, course=Course())
 
         def ready() -> None:
