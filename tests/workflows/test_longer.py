@@ -28,7 +28,7 @@ def rows(tmp_path_factory) -> Path:
 
 def asked(model: Path, rows: Path, method: str = "lora", watched: Path | None = None, **train):
     """Return a recipe, with a held-out text if there is one."""
-    given = recipe(model, rows, method, keep=1, validate_every=3, **train)
+    given = recipe(model, rows, method, **{"keep": 1, "validate_every": 3, **train})
     if watched is None:
         return given
     held_out = {"path": str(watched), "every": 4, "max_rise": 100}
@@ -187,9 +187,10 @@ def test_fewer_steps_are_refused_and_as_many_are_complete(tiny, rows, tmp_path):
 
 def test_what_cannot_grow_is_refused_and_left_as_it_was(tiny, rows, tmp_path):
     stopped = {"schedule": "constant", "learning_rate": 1.0, "early_stopping": 1}
+    stopped |= {"validate_every": 1}
     wsd = {"steps": 6, **EXACT["wsd"]}
     cases = {
-        "stopped by its validation": stopped,
+        "by its validation after": stopped,
         "before its decay": wsd,
         "checkpoints were removed": {"steps": 4, "schedule": "constant"},
     }
