@@ -20,10 +20,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_slim.adapters.inject import Injected, adapters_of, place, sites, summary
+from mlx_slim.adapters.inject import Injected, adapters_of, sites
 from mlx_slim.adapters.lora import LoRAEmbedding
 from mlx_slim.adapters.peft_plain import PeftLayer, PlainLayer
 from mlx_slim.adapters.peft_rules import CONFIG, PREFIX, WEIGHTS, PeftFolder
+from mlx_slim.adapters.store import Stored, put
 from mlx_slim.artifacts import save_tensors, write_json
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError
@@ -130,37 +131,45 @@ def place_peft(model: nn.Module, given: PeftFolder) -> Imported:
         model: The base that ``given`` was read for, without adapters; changed in place.
         given: What ``read_folder`` returned.
     """
-    factors = {path: _factors(layer, given.scale) for path, layer in given.layers.items()}
-    rank = max(a_IR.shape[1] for a_IR, _ in factors.values())
+    stored = as_stored(model, given)
+    rank = stored.rank
     notes = []
     if any(layer.start is not None for layer in given.layers.values()):
         notes.append(
             f"what {given.start} took out of the base is put back by factors of their own: the "
             "adapter stands on the original base with twice the rank"
         )
-    if any(a_IR.shape[1] < rank for a_IR, _ in factors.values()):
+    if any(_rank(layer) < rank for layer in given.layers.values()):
         notes.append(f"layers of smaller rank padded with zeros to rank {rank}")
     if any(layer.scale != given.scale for layer in given.layers.values()):
         notes.append(f"layers of another scale brought to {given.scale:g}: B takes the ratio")
-    chosen = [site for site in sites(model) if site.path in factors]
-    placed = place(model, chosen, rank, given.scale, given.dropout, dora=given.dora)
-    for path, adapter in placed:
-        a_IR, b_RO = factors[path]
-        pad = rank - a_IR.shape[1]
-        adapter.lora_a = mx.pad(a_IR, [(0, 0), (0, pad)])
-        adapter.lora_b = mx.pad(b_RO, [(0, pad), (0, 0)])
-        if given.dora:
-            adapter["m"] = given.layers[path].m_O
-    mx.eval([adapter.parameters() for _, adapter in placed])
     config = AdapterConfig(
         rank=rank,
         alpha=given.scale * (math.sqrt(rank) if given.rslora else rank),
         dropout=given.dropout,
         scaling="rslora" if given.rslora else "standard",
-        targets=list(dict.fromkeys(site.inside for site in chosen)),
+        targets=list(dict.fromkeys(site.inside for site in stored.chosen)),
     )
-    injected = summary(placed, given.scale, given.scale * rank)
-    return Imported(injected, config, given.dora, notes)
+    return Imported(put(model, stored), config, given.dora, notes)
+
+
+def as_stored(model: nn.Module, given: PeftFolder) -> Stored:
+    """Return a PEFT folder as an adapter folder of ours would have it, for ``model``."""
+    rank = max(_rank(layer) for layer in given.layers.values())
+    tensors: dict[str, mx.array] = {}
+    for path, layer in given.layers.items():
+        a_IR, b_RO = _factors(layer, given.scale)
+        pad = rank - a_IR.shape[1]
+        tensors[f"{path}.lora_a"] = mx.pad(a_IR, [(0, 0), (0, pad)])
+        tensors[f"{path}.lora_b"] = mx.pad(b_RO, [(0, pad), (0, 0)])
+        if layer.m_O is not None:
+            tensors[f"{path}.m"] = layer.m_O
+    chosen = [site for site in sites(model) if site.path in given.layers]
+    return Stored(chosen, tensors, rank, given.scale, given.dropout, given.dora)
+
+
+def _rank(layer: PeftLayer) -> int:
+    return layer.a_RI.shape[0] * (1 if layer.start is None else 2)
 
 
 def _factors(layer: PeftLayer, scale: float) -> tuple[mx.array, mx.array]:

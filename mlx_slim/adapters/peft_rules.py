@@ -25,6 +25,8 @@ import regex
 from mlx_slim.adapters.inject import EMBEDDING_TYPES, sites
 from mlx_slim.adapters.lora import dimensions
 from mlx_slim.adapters.peft_plain import PeftLayer, base_weight, taken_out
+from mlx_slim.adapters.store import CONFIG
+from mlx_slim.adapters.store import PEFT_WEIGHTS as WEIGHTS
 from mlx_slim.artifacts import load_tensors
 from mlx_slim.errors import SlimError
 from mlx_slim.models.finite import refuse_other_than_numbers
@@ -32,8 +34,6 @@ from mlx_slim.models.tensors import few
 from mlx_slim.reading import field, library_errors, read_object, short, shown
 from mlx_slim.runtime import number
 
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 _PATIENCE = 1.0  # seconds that a pattern may take on one layer
 _TAKE = "take the config that PEFT wrote"

@@ -54,17 +54,18 @@ def parse_adapters(given: Adapters | None) -> list[Weighted]:
 def _parse(text: str) -> Weighted:
     name, equals, number = text.rpartition("=")
     if not equals or not name or Path(text).exists():
-        return Weighted(_inside(Path(text)))
+        return Weighted(adapter_folder(Path(text)))
     try:
         weight = float(number)
     except ValueError:
         weight = math.nan
     if not math.isfinite(weight):
         raise SlimError(f"--adapter {text}: {number!r} is no weight", "write DIR or DIR=0.7")
-    return Weighted(_inside(Path(name)), weight)
+    return Weighted(adapter_folder(Path(name)), weight)
 
 
-def _inside(folder: Path) -> Path:
+def adapter_folder(folder: Path) -> Path:
+    """Return ``folder``, or the adapters in it if it is a run."""
     run = folder / "adapters"
     return run if not (folder / CONFIG).is_file() and (run / CONFIG).is_file() else folder
 

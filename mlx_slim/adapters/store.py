@@ -48,6 +48,7 @@ from mlx_slim.reading import field, read_object, short
 
 WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
+PEFT_WEIGHTS = "adapter_model.safetensors"
 _SAMPLES = 64
 _MOST = 1 << 20  # of a rank or a number of layers
 
@@ -215,8 +216,9 @@ def _settings(
 
 
 def adapter_hash(folder: Path) -> str:
-    """Return the SHA-256 of an adapter's weights and configuration."""
-    return hash_files({path for name in (WEIGHTS, CONFIG) if (path := folder / name).is_file()})
+    """Return the SHA-256 of an adapter's weights and configuration, PEFT's too."""
+    names = (WEIGHTS, PEFT_WEIGHTS, CONFIG)
+    return hash_files({path for name in names if (path := folder / name).is_file()})
 
 
 def check_adapter(folder: str | Path) -> None:
@@ -245,13 +247,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Injected:
         SlimError: Files absent or corrupt, a full fine-tune, tensors that are missing, extra or
             wrongly shaped (all of them, with shapes), or another base. ``model`` is unchanged then.
     """
-    stored = read_adapter(model, Path(folder))
-    placed = place(
-        model, stored.chosen, stored.rank, stored.scale, stored.dropout, dora=stored.dora
-    )
-    model.load_weights(list(stored.tensors.items()), strict=False)
-    mx.eval([adapter.parameters() for _, adapter in placed])
-    return summary(placed, stored.scale, stored.scale * stored.rank)
+    return put(model, read_adapter(model, Path(folder)))
 
 
 @dataclass(frozen=True)
@@ -273,6 +269,16 @@ class Stored:
     scale: float
     dropout: float
     dora: bool
+
+
+def put(model: nn.Module, stored: Stored) -> Injected:
+    """Put ``stored`` on ``model``, which it was read for and which has no adapters yet."""
+    placed = place(
+        model, stored.chosen, stored.rank, stored.scale, stored.dropout, dora=stored.dora
+    )
+    model.load_weights(list(stored.tensors.items()), strict=False)
+    mx.eval([adapter.parameters() for _, adapter in placed])
+    return summary(placed, stored.scale, stored.scale * stored.rank)
 
 
 def read_adapter(model: nn.Module, folder: Path) -> Stored:

@@ -26,6 +26,7 @@ from mlx_slim.errors import SlimError
 from mlx_slim.quantize.calibration import DEFAULT_SOURCE
 from mlx_slim.runtime import on_gpu
 from mlx_slim.workflows.held_out import read_held_out
+from mlx_slim.workflows.prepare import started_from
 from mlx_slim.workflows.prune_options import PruneOptions
 from mlx_slim.workflows.task_rows import finder
 
@@ -47,7 +48,7 @@ def contents(recipe: Recipe) -> dict[str, Any]:
     """Return what identifies the contents of all that a recipe names by path, its models aside.
 
     Training rows, a file of validation rows, a template's file, the text of ``held_out``, adapters
-    below its own, and those of its teachers.
+    below its own or that it starts from, and those of its teachers.
 
     Raises:
         SlimError: If one of them is not there.
@@ -66,8 +67,8 @@ def contents(recipe: Recipe) -> dict[str, Any]:
         found["held_out"] = read_held_out(recipe.held_out).sha256
     teachers = recipe.distill.teachers if recipe.distill else []
     adapters = [*recipe.adapter.on, *(t.adapter for t in teachers if t.adapter is not None)]
-    if adapters:
-        folders = [one.folder for name in adapters for one in parse_adapters(name)]
+    folders = [one.folder for name in adapters for one in parse_adapters(name)]
+    if folders := [*folders, *started_from(recipe)]:
         found["adapters"] = [adapter_hash(folder) for folder in folders]
     return found
 

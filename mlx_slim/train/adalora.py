@@ -22,7 +22,7 @@ import numpy as np
 
 from mlx_slim.adapters.adalora import AdaLoRALinear
 from mlx_slim.adapters.inject import adapters_of
-from mlx_slim.config.schema import AdaptiveConfig
+from mlx_slim.config.adapter import AdaptiveConfig
 from mlx_slim.errors import SlimError
 from mlx_slim.train.companion import Companion
 

@@ -178,14 +178,12 @@ class Loop:
                 last = at.step == self.total
                 if last and at.step % self.config.validate_every:
                     at.keep_open(VALIDATED)
-                improved = (
-                    self._validate() if self._due(self.config.validate_every, last) else False
-                )
+                improved = self._due(self.config.validate_every, last) and self._validate()
                 stopping = stop.seen_by_any_rank()
                 exhausted = self._exhausted()
                 asked = {each.after(at, last) for each in self.companions} - {""}
-                due = bool(asked) or self._due(self.config.save_every, last)
-                due = due or at.step == self._stable
+                due = self._due(self.config.save_every, last) or at.step == self._stable
+                due = due or bool(asked)
                 if improved or stopping or exhausted or due:
                     self._save()
                 if stopping or exhausted:

@@ -17,7 +17,8 @@ from mlx_lm.utils import get_total_parameters
 
 from mlx_slim import events
 from mlx_slim.adapters.inject import Injected, inject
-from mlx_slim.adapters.stack import combined, parse_adapters, used_folders
+from mlx_slim.adapters.stack import adapter_folder, combined, parse_adapters, used_folders
+from mlx_slim.adapters.start import read_start, start_from
 from mlx_slim.adapters.variants import learning_rate_scale
 from mlx_slim.analyze.shapes import refuse_quantized
 from mlx_slim.config.schema import DataConfig, Recipe, SourceConfig
@@ -74,10 +75,17 @@ class Tuned:
         return self.loaded.model
 
 
+def started_from(recipe: Recipe) -> list[Path]:
+    """Return the adapter folder that ``recipe`` starts from, if it does."""
+    given = recipe.adapter.init_from
+    return [] if given is None else [adapter_folder(Path(given).expanduser())]
+
+
 def prepare_base(recipe: Recipe) -> tuple[Loaded, QuantizedBase | None]:
     """Load the base of ``recipe``, each layer quantized as it is read where the method wants it.
 
-    Adapters that lie under the new one (``adapter.on``) bring the base that they were trained over.
+    Adapters that lie under the new one (``adapter.on``), or that it starts from
+    (``adapter.init_from``), bring the base that they were trained over.
 
     Returns:
         The base, and how it was quantized if the recipe's model is not.
@@ -85,12 +93,13 @@ def prepare_base(recipe: Recipe) -> tuple[Loaded, QuantizedBase | None]:
     Raises:
         SlimError: If the model cannot be loaded, or does not fit the method or those adapters.
     """
-    below = used_folders(parse_adapters(recipe.adapter.on))
+    below = [*used_folders(parse_adapters(recipe.adapter.on)), *started_from(recipe)]
     named, own = recorded_base(below), quantized_base(recipe)
     if own is not None and named is not None and not own.same_weights(named[1]):
+        key = "init_from" if [named[0]] == started_from(recipe) else "on"
         raise SlimError(
-            f"adapter.on: {named[0]} was trained over {named[1]} in {named[1].dtype}, this recipe "
-            f"quantizes to {own} in {own.dtype}",
+            f"adapter.{key}: {named[0]} was trained over {named[1]} in {named[1].dtype}, this "
+            f"recipe quantizes to {own} in {own.dtype}",
             "give quantize and train.dtype the values that it was trained with",
         )
 
@@ -122,8 +131,13 @@ def prepare_model(recipe: Recipe) -> Tuned:
     if recipe.method == "full":
         loaded.model.unfreeze()
     else:
+        dora = recipe.method == "dora"
         below = combined(loaded.model, parse_adapters(recipe.adapter.on))
-        injected = inject(loaded.model, recipe.adapter, dora=recipe.method == "dora", below=below)
+        tied = bool(loaded.config.get("tie_word_embeddings"))
+        start = [read_start(loaded.model, one, tied=tied) for one in started_from(recipe)]
+        injected = inject(loaded.model, recipe.adapter, dora=dora, below=below)
+        for stored in start:
+            start_from(loaded.model, stored, recipe.adapter, injected, dora=dora)
     mx.eval(loaded.model.parameters())
     tuned = Tuned(loaded, loaded.config, injected, total, base)
     if aware:

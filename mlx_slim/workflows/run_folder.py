@@ -11,25 +11,29 @@ loses its ``run.json`` then; what it had learned stays until the end.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shlex
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from mlx_slim import events
+from mlx_slim.adapters.stack import parse_adapters
+from mlx_slim.adapters.store import adapter_hash
 from mlx_slim.artifacts import SCHEMA_VERSION
 from mlx_slim.claims import RunKind, run_folder
 from mlx_slim.config.load import Resolved
 from mlx_slim.config.schema import Recipe, TrainConfig
 from mlx_slim.data.prepare import Prepared
 from mlx_slim.errors import SlimError
-from mlx_slim.reading import library_errors, read_object, short
+from mlx_slim.reading import field, library_errors, read_object, short
 from mlx_slim.runtime import from_first_rank, human_bytes, human_seconds
 from mlx_slim.train.optim import Extended
+from mlx_slim.workflows.prepare import started_from
 
 STATE_FILE, RECORD = "recipe.json", "run.json"
 RUN = RunKind(
@@ -69,7 +73,7 @@ class Result:
     total: int
     predicted_peak_bytes: int
     ledger: dict[str, Any]
-    on: list[str] = field(default_factory=list)
+    on: list[str] = dataclasses.field(default_factory=list)
     base: str | None = None
 
 
@@ -97,13 +101,20 @@ def claim(out: Path, recipe: Recipe, observer: events.Observer, *, resume: bool)
 
 def trained_as(file: Path) -> TrainConfig:
     """Return the ``train`` section of a run's ``recipe.json`` or ``run.json``."""
-    return TrainConfig.model_validate(_completed(read_json(file)["recipe"])["train"])
+    with library_errors(f"{short(file)} is damaged", "start a new run"):
+        return TrainConfig.model_validate(
+            _completed(read_object(file, recipe=dict)["recipe"])["train"]
+        )
 
 
 def extended_run(out: Path) -> Extended | None:
     """Return how the run in ``out`` began, if it was given more steps since."""
-    known = read_json(out / STATE_FILE).get("extended")
-    return Extended(known["warmup"], tuple(known["totals"])) if known else None
+    file = out / STATE_FILE
+    known = read_object(file).get("extended")
+    if known is None:
+        return None
+    with library_errors(f"{short(file)} is damaged", "start a new run"):
+        return Extended(int(known["warmup"]), tuple(int(total) for total in known["totals"]))
 
 
 def is_complete(out: Path, recipe: Recipe) -> bool:
@@ -129,8 +140,15 @@ def fewer_steps(out: Path, before: str, after: str) -> SlimError:
 def _check_same(out: Path, recipe: Recipe) -> None:
     file = out / STATE_FILE
     with library_errors(f"{short(file)} is damaged", "start a new run"):
-        known = _completed(read_object(file, recipe=dict)["recipe"])
+        record = read_object(file, recipe=dict)
+        known = _completed(record["recipe"])
     different = _differences(known, recipe.model_dump(mode="json"))
+    adapters = adapter_hashes(recipe)
+    different += [
+        f"{folder}: other contents"
+        for folder, value in field(record, short(file), "adapters", dict, {}).items()
+        if folder in adapters and adapters[folder] != value
+    ]
     if different:
         raise SlimError(
             f"{out} was started with another recipe: {'; '.join(different)}",
@@ -141,6 +159,12 @@ def _check_same(out: Path, recipe: Recipe) -> None:
         raise fewer_steps(out, f"{old['steps']:,} steps", f"train.steps={new.steps}")
     if old["steps"] is None and new.steps is None and new.epochs < old["epochs"]:
         raise fewer_steps(out, f"{old['epochs']:g} epochs", f"train.epochs={new.epochs:g}")
+
+
+def adapter_hashes(recipe: Recipe) -> dict[str, str]:
+    """Return folder -> hash of the adapters that a run stands on or starts from."""
+    below = [one.folder for one in parse_adapters(recipe.adapter.on)]
+    return {str(folder): adapter_hash(folder) for folder in (*below, *started_from(recipe))}
 
 
 def _completed(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -185,6 +209,7 @@ def state_record(
         "origins": resolved.origins,
         "data": None if data is None else data.fingerprint,
         **({"extended": asdict(extended)} if extended else {}),
+        **({"adapters": adapters} if (adapters := adapter_hashes(resolved.recipe)) else {}),
     }
 
 

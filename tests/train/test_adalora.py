@@ -14,8 +14,8 @@ from mlx_lm import load as stock_load
 from mlx_slim.adapters.adalora import AdaLoRALinear
 from mlx_slim.adapters.inject import adapters_of, inject
 from mlx_slim.adapters.store import load_adapter, save_adapter
+from mlx_slim.config.adapter import AdapterConfig, AdaptiveConfig
 from mlx_slim.config.load import from_values
-from mlx_slim.config.schema import AdapterConfig, AdaptiveConfig
 from mlx_slim.errors import Interrupted, SlimError
 from mlx_slim.models.load import load
 from mlx_slim.train.adalora import RankBudget
