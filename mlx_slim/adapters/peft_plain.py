@@ -20,7 +20,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_slim.adapters.variants import thin_svd
 from mlx_slim.models.quantized import dequantize_weight
 
 _DEFINED = 1e-4  # largest share of ‖W‖ by which rounding may move what is taken out
@@ -73,7 +72,7 @@ def _pissa(weight_OI: np.ndarray, rank: int, scale: float) -> tuple[np.ndarray, 
     Between the singular values R and R + 1 the vectors turn by the rounding of W over their
     difference; what is taken out moves by σ_R times that. In shares of ‖W‖.
     """
-    u_OK, sigma_K, vt_KI = thin_svd(weight_OI)
+    u_OK, sigma_K, vt_KI = np.linalg.svd(weight_OI, full_matrices=False)
     root_R = np.sqrt(sigma_K[:rank] / scale)
     after = sigma_K[rank] if rank < sigma_K.size else -np.inf
     gap = sigma_K[rank - 1] - after

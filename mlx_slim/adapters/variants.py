@@ -42,20 +42,20 @@ def principal_factors(weight_IO: mx.array, rank: int, scale: float) -> tuple[mx.
     cpu = mx.cpu  # MLX has QR on the CPU only
     width = rank + _OVERSAMPLE
     if 4 * width >= min(weight_IO.shape):
-        u_IK, sigma_K, vt_KO = thin_svd(weight_IO)
+        u_IK, sigma_K, vt_KO = _thin_svd(weight_IO)
     else:
         basis_IK = weight_IO @ mx.random.normal((weight_IO.shape[1], width), key=mx.random.key(0))
         for _ in range(_ITERATIONS):
             basis_IK = mx.linalg.qr(basis_IK, stream=cpu)[0]
             basis_IK = weight_IO @ (weight_IO.T @ basis_IK)
         basis_IK = mx.linalg.qr(basis_IK, stream=cpu)[0]
-        u_KK, sigma_K, vt_KO = thin_svd(basis_IK.T @ weight_IO)
+        u_KK, sigma_K, vt_KO = _thin_svd(basis_IK.T @ weight_IO)
         u_IK = basis_IK @ u_KK
     root_R = mx.sqrt(sigma_K[:rank] / scale)
     return u_IK[:, :rank] * root_R, root_R[:, None] * vt_KO[:rank]
 
 
-def thin_svd(matrix_IO: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+def _thin_svd(matrix_IO: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """Return U (I, K), σ (K,) and Vᵀ (K, O) with K = min(I, O), float32.
 
     Computed by LAPACK through NumPy: ``mx.linalg.svd`` makes a square U and a square Vᵀ, 822 MB of

@@ -71,7 +71,9 @@ def run_options(command: Command) -> Command:
     for add in (
         output_mode(),
         click.option("--dry-run", is_flag=True, help="Print the resolved recipe, write nothing."),
-        click.option("--resume", is_flag=True, help="Go on where the run was cut off, exactly."),
+        click.option(
+            "--resume", is_flag=True, help="Go on where it was cut off, or with more steps."
+        ),
         click.option("-o", "--out", type=folder, help="Run folder [runs/RECIPE]."),
         click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]..."),
         click.argument("recipe"),

@@ -87,5 +87,5 @@ def describe(config: TrainConfig, extended: Extended, total: int, start: int, re
             f"{total:,} has {usual:,} and so other losses: a whole number as train.warmup is the "
             "same in both"
         )
-    again = f", before its decay: steps {start + 1:,} to {reached:,} are taken again"
+    again = ", before its decay; the steps from there on are taken again"
     return f"{text}{again * (start < reached)}, as a run that begins with {total:,} steps"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import shutil
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from mlx_slim.models.recorded import release
 from mlx_slim.reading import library_errors, read_object, short
 from mlx_slim.runtime import (
     dtype_name,
+    from_first_rank,
     human_bytes,
     memory_budget,
     number,
@@ -132,10 +134,8 @@ def _run(
             _check_disk(out, built.prediction)
             course.check_disk(out)
         _preflight(built.loop, built.prediction, budget)
-    if first:
-        if not started or going.grown:
-            write_json(out / STATE_FILE, state_record(resolved, built.data, going.extended))
-        (out / RECORD).unlink(missing_ok=True)  # of the run that was shorter
+
+    from_first_rank(partial(_begin, resolved, out, built.data, going, started))
     if course.studies():  # teachers are loaded: the student makes room
         del built
         gc.collect()
@@ -194,6 +194,13 @@ def _run(
         _verify(recipe, course, tuned, result)
         write_json(out / RECORD, _record(resolved, course, result, budget, going.extended))
     return result
+
+
+def _begin(resolved: Resolved, out: Path, data: Prepared, going: Going, started: bool) -> None:
+    """Let the folder say that the run can start, or that it takes more steps now."""
+    if not started or going.grown:
+        write_json(out / STATE_FILE, state_record(resolved, data, going.extended))
+    (out / RECORD).unlink(missing_ok=True)  # of the run that was shorter
 
 
 @dataclass

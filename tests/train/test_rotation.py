@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mlx_slim.train.rotation import latest, path_of, rotate, steps
+from mlx_slim.train.rotation import latest, path_of, remove_after, rotate, steps
 
 
 def write(folder: Path, *numbers: int) -> None:
@@ -33,6 +33,12 @@ def test_a_checkpoint_that_was_half_removed_goes_and_other_names_stay(tmp_path: 
     assert latest(tmp_path) == tmp_path / "step-4"
     rotate(tmp_path, 3)
     assert names(tmp_path) == {"step-4", "step-best"}
+
+
+def test_later_checkpoints_go(tmp_path: Path) -> None:
+    write(tmp_path, 2, 4, 6, 10)
+    remove_after(tmp_path, 4)
+    assert names(tmp_path) == {"step-2", "step-4"}
 
 
 def test_no_checkpoints(tmp_path: Path) -> None:
