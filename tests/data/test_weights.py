@@ -158,7 +158,7 @@ CHAT = {"messages": [
 
 
 def with_weight(weight: float) -> dict[str, Any]:
-    turns = [dict(turn) for turn in CHAT["messages"]]
+    turns: list[dict[str, Any]] = [dict(turn) for turn in CHAT["messages"]]
     turns[1]["weight"] = weight
     return {"messages": turns}
 
