@@ -28,6 +28,7 @@ from mlx_slim.adapters.store import Stored, put
 from mlx_slim.artifacts import save_tensors, write_json
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError
+from mlx_slim.reading import library_errors
 from mlx_slim.runtime import number
 
 
@@ -143,13 +144,14 @@ def place_peft(model: nn.Module, given: PeftFolder) -> Imported:
         notes.append(f"layers of smaller rank padded with zeros to rank {rank}")
     if any(layer.scale != given.scale for layer in given.layers.values()):
         notes.append(f"layers of another scale brought to {given.scale:g}: B takes the ratio")
-    config = AdapterConfig(
-        rank=rank,
-        alpha=given.scale * (math.sqrt(rank) if given.rslora else rank),
-        dropout=given.dropout,
-        scaling="rslora" if given.rslora else "standard",
-        targets=list(dict.fromkeys(site.inside for site in stored.chosen)),
-    )
+    with library_errors(f"{CONFIG} cannot be imported", "take the config that PEFT wrote"):
+        config = AdapterConfig(
+            rank=rank,
+            alpha=given.scale * (math.sqrt(rank) if given.rslora else rank),
+            dropout=given.dropout,
+            scaling="rslora" if given.rslora else "standard",
+            targets=list(dict.fromkeys(site.inside for site in stored.chosen)),
+        )
     return Imported(put(model, stored), config, given.dora, notes)
 
 
