@@ -320,14 +320,18 @@ def field(
     Raises:
         SlimError: Names the key, the value and what was expected.
     """
-    value = values.get(key)
+    value: Any = values.get(key)
     if value is None and default is not _REQUIRED:
         return default
     if key not in values:
         raise SlimError(f"{where} has no {key!r}: expected {_NAMES[kind]}", _AGAIN)
     fits = _is(value, kind)
     if fits and of is not None:
-        fits = all(_is(one, of) for one in (value.values() if kind is dict else value))
+        for name, one in value.items() if kind is dict else enumerate(value):
+            if not _is(one, of):
+                place = f"{key}[{shown(name)}]"
+                text = f"{where}: {place} is {shown(one)}, expected {_NAMES[of]}"
+                raise SlimError(text, _AGAIN)
     if fits:
         size = value if kind in (int, float) else len(value) if kind in (str, dict, list) else 0
         fits = (low is None or size >= low) and (high is None or size <= high)
@@ -336,7 +340,7 @@ def field(
         span = "" if low is None else f" from {low:,}"
         span += "" if high is None else f" to {high:,}"
         span += "" if below is None else f" to below {below:,}"
-        what = _NAMES[kind] + ("" if of is None else f" of {_NAMES[of]} each") + span
+        what = _NAMES[kind] + span
         raise SlimError(f"{where}: {key} is {shown(value)}, expected {what}", _AGAIN)
     return value
 

@@ -153,9 +153,10 @@ def test_a_field_that_fits() -> None:
     assert field({"r": None}, "x", "r", int, 4) == 4
     assert field({"r": "x" * 9}, "x", "r", str, high=9) == "x" * 9
     assert field({"r": [1, 2.5]}, "x", "r", list, of=float) == [1, 2.5]
-    for values in ({"r": ["a", 1]}, {"r": {"a": "b", "c": None}}):
-        kind = type(values["r"])
-        assert "of a string each" in refusal(field, values, "x", "r", kind, of=str)
+    found = refusal(field, {"r": ["a", 1]}, "x", "r", list, of=str)
+    assert "x: r[1] is 1, expected a string" in found
+    found = refusal(field, {"r": {"a": "b", "c": None}}, "x", "r", dict, of=str)
+    assert "x: r['c'] is None, expected a string" in found
     found = refusal(field, {"r": 1.0}, "x", "r", float, low=0, below=1)
     assert "r is 1.0, expected a number from 0 to below 1" in found
     assert "has no 'r'" in refusal(field, {}, "x", "r", int)

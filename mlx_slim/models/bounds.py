@@ -114,7 +114,7 @@ def check_config(
     for name, part in (("", config), ("text_config.", text)):
         _check_part(part, where, name)
         width, words = part.get("hidden_size"), part.get("vocab_size")
-        if tensors and type(width) is type(words) is int and width * words > values:
+        if tensors and isinstance(width, int) and isinstance(words, int) and width * words > values:
             raise SlimError(
                 f"{where}: {name}vocab_size {words:,} and hidden_size {width:,} need more than the "
                 f"{values // 8:,} bytes of the weights, at one bit a value",
@@ -232,7 +232,8 @@ def _check_settings(settings: dict[str, Any] | None, where: str) -> None:
         if not kind.isidentifier():
             raise _bad(where, key, kind, "a name")
     template = settings.get("chat_template")
-    texts = template if type(template) is list else [] if template is None else [template]
+    texts: list[Any] = template if isinstance(template, list) else [template]
+    texts = [] if template is None else texts
     for index, one in enumerate(texts):
         named = type(one) is dict and all(type(one.get(key)) is str for key in ("name", "template"))
         if type(one) is str and type(template) is str and len(one) <= _MOST_TEMPLATE:

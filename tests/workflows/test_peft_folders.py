@@ -122,7 +122,7 @@ def test_the_check_is_peft_s_formula_and_not_our_reading(tiny, tmp_path, monkeyp
         ({"r": 8}, "q_proj: A is (4, 64), expected (8, 64)"),
         ({"rank_pattern": {"q_proj": 2}}, "q_proj: A is (4, 64), expected (2, 64)"),
         ({"rank_pattern": {"(": 2}}, "rank_pattern: '(' is no regular expression"),
-        ({"alpha_pattern": {"q_proj": None}}, "expected an object of a number each"),
+        ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern['q_proj'] is None"),
         ({"alpha_pattern": [4]}, "alpha_pattern is [4], expected an object"),
     ],
 )
