@@ -25,7 +25,7 @@ import reprlib
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from mlx_slim.errors import SlimError
 
@@ -320,7 +320,7 @@ def field(
     Raises:
         SlimError: Names the key, the value and what was expected.
     """
-    value: Any = values.get(key)
+    value = cast(Any, values.get(key))
     if value is None and default is not _REQUIRED:
         return default
     if key not in values:

@@ -232,11 +232,12 @@ def _check_settings(settings: dict[str, Any] | None, where: str) -> None:
         if not kind.isidentifier():
             raise _bad(where, key, kind, "a name")
     template = settings.get("chat_template")
-    texts: list[Any] = template if isinstance(template, list) else [template]
-    texts = [] if template is None else texts
-    for index, one in enumerate(texts):
-        named = type(one) is dict and all(type(one.get(key)) is str for key in ("name", "template"))
-        if type(one) is str and type(template) is str and len(one) <= _MOST_TEMPLATE:
-            continue
-        if not named or len(one["template"]) > _MOST_TEMPLATE:
-            raise _bad(where, f"chat_template[{index}]", one, "a text, or a list of named ones")
+    if isinstance(template, list):
+        for index, one in enumerate(template):
+            what = f"{where}: chat_template[{index}]"
+            if not isinstance(one, dict):
+                raise SlimError(f"{what} is {shown(one)}, expected an object", _ORIGINAL)
+            field(one, what, "name", str)
+            field(one, what, "template", str, high=_MOST_TEMPLATE)
+    else:
+        field(settings, where, "chat_template", str, None, high=_MOST_TEMPLATE)
