@@ -306,7 +306,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
             line.
     """
     lines = json_lines(path)
-    try:
+    with reading.library_errors(f"{path} cannot be read"):
         while block := list(islice(lines, _BLOCK)):
             try:
                 # Many lines at once: three times as fast as one after the other.
@@ -317,8 +317,6 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
             if len(records) != len(block) or not all(type(r) is dict for r in records):
                 records = (_record(path, *line) for line in block)
             yield from records
-    except OSError as error:
-        raise SlimError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
@@ -372,8 +370,7 @@ def is_hub_id(name: str) -> bool:
 
 def public_name(source: str | Path) -> str:
     """Return a hub id as it is, of a path its last part: what others may read of this machine."""
-    text = str(source)
-    return text if is_hub_id(text) else Path(text).name
+    return str(source) if is_hub_id(str(source)) else Path(source).name
 
 
 def provenance() -> dict[str, Any]:

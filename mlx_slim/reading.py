@@ -320,11 +320,11 @@ def field(
     Raises:
         SlimError: Names the key, the value and what was expected.
     """
-    value = cast(Any, values.get(key))
-    if value is None and default is not _REQUIRED:
+    if default is not _REQUIRED and values.get(key) is None:
         return default
     if key not in values:
         raise SlimError(f"{where} has no {key!r}: expected {_NAMES[kind]}", _AGAIN)
+    value = cast(Any, values[key])
     fits = _is(value, kind)
     if fits and of is not None:
         for name, one in value.items() if kind is dict else enumerate(value):
