@@ -17,12 +17,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAME = 0.5  # seconds in which several signals are one: a terminal and a parent both send theirs
 
 _Handler = Callable[[int, FrameType | None], Any]
+_Listener = TypeVar("_Listener", bound="Requested")
 
 
 class Terminated(KeyboardInterrupt):
@@ -94,7 +95,7 @@ class Requested:
         if not self.requested:
             self.requested, self._first = True, time.monotonic()
 
-    def __enter__(self) -> Requested:
+    def __enter__(self: _Listener) -> _Listener:
         """Listen."""
         self._stack.enter_context(_handled_by(self._handle))
         return self

@@ -101,7 +101,7 @@ def apply_chat_template(tokenizer: Any, messages: list[dict[str, Any]], **names:
     """
     from transformers import PreTrainedTokenizerBase
 
-    inner = getattr(tokenizer, "_tokenizer", None)
+    inner: Any = getattr(tokenizer, "_tokenizer", None)
     wrapped = hasattr(inner, "apply_chat_template")
     inner = inner if wrapped else tokenizer
     own = type(inner).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template

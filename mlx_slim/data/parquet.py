@@ -111,15 +111,15 @@ def parts_of(batch: Any, name: str, number: int) -> Iterator[tuple[Any, int]]:
 def _bytes(array: Any) -> int:
     """Return the bytes that an array's values take as Python objects, each one for itself."""
     import pyarrow
-    import pyarrow.compute
+    from pyarrow.compute import call_function
 
     types, each = pyarrow.types, _EACH * len(array)
     if types.is_dictionary(array.type):
         if not (_is_text(array.type.value_type) and len(array.dictionary)):
             return each
-        lengths = pyarrow.compute.binary_length(array.dictionary)
-        taken = pyarrow.compute.take(lengths.cast(pyarrow.int64()), array.indices)
-        return each + (pyarrow.compute.sum(taken).as_py() or 0)
+        lengths = call_function("binary_length", [array.dictionary])
+        taken = lengths.cast(pyarrow.int64()).take(array.indices)
+        return each + (call_function("sum", [taken]).as_py() or 0)
     if types.is_struct(array.type):
         return each + sum(_bytes(child) for child in array.flatten())
     if types.is_list(array.type) or types.is_large_list(array.type):

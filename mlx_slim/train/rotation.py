@@ -42,7 +42,7 @@ def remove_after(folder: Path, step: int) -> None:
     """Remove the checkpoints of later steps, the newest first."""
     for later, path in sorted(_folders(folder).items(), reverse=True):
         if later > step:
-            remove_folder(path)
+            remove_folder(path, FILES)
 
 
 def rotate(folder: Path, keep: int, *needed: int | None) -> None:
