@@ -58,15 +58,6 @@ def test_headers_that_are_no_objects(tmp_path: Path) -> None:
     assert "corrupt" in refusal(safetensors_header, file)
 
 
-def test_tensors_that_overlap(tmp_path: Path) -> None:
-    file, half = tmp_path / "model.safetensors", {"dtype": "F32", "shape": [2]}
-    header = {"a": {**half, "data_offsets": [8, 16]}, "b": {**half, "data_offsets": [0, 8]}}
-    assert set(safetensors_header(safetensors(file, header))) == {"a", "b"}
-    header["c"] = {**half, "data_offsets": [4, 12]}
-    found = refusal(safetensors_header, safetensors(file, header))
-    assert "'b' and 'c' the same bytes" in found
-
-
 def test_a_good_header(tmp_path: Path) -> None:
     file = safetensors(tmp_path / "a.safetensors", {"__metadata__": {"format": "pt"}, "w": GOOD})
     stored = safetensors_header(file)["w"]
