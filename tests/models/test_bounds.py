@@ -239,7 +239,7 @@ def test_gguf_metadata(tmp_path: Path, gguf: bytes, key, kind, value, expected: 
         (0, 2**63, "has the shape"),
         (0, 0, "has the shape"),
         (0, 33, "has the shape [264, 33]"),
-        (8, 2**30, "is truncated"),
+        (8, 2**30, "share bytes"),
         (-4, 9, "has 9 dimensions"),
     ],
 )
@@ -249,7 +249,7 @@ def test_gguf_tensors(tmp_path: Path, gguf: bytes, offset: int, value: int, expe
     changed[at : at + size] = value.to_bytes(size, "little")
     (tmp_path / "m.gguf").write_bytes(changed)
     found = refusal(read_gguf, tmp_path / "m.gguf")
-    assert "token_embd.weight" in found or expected == "is truncated"
+    assert "token_embd.weight" in found
     assert expected in found
 
 
