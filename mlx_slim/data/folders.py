@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_slim.artifacts import read_json
 from mlx_slim.data.readers import READERS, is_data, stem_of
 from mlx_slim.errors import SlimError, did_you_mean
+from mlx_slim.reading import read_json, read_object
 
 INFO = "dataset_info.json"
 _DICT, _STATE = "dataset_dict.json", "state.json"
@@ -123,7 +123,7 @@ def _inside(folder: Path, path: Path, split: str) -> bool:
 
 
 def _saved_split(folder: Path, split: str) -> Path:
-    splits = _object(folder / _DICT).get("splits")
+    splits = read_object(folder / _DICT).get("splits")
     if not isinstance(splits, list) or not all(isinstance(name, str) for name in splits):
         raise SlimError(f"{folder / _DICT}: 'splits' is no list of names", "save the data again")
     name = next((name for name in _names(split) if name in splits), None)
@@ -137,7 +137,7 @@ def _saved_split(folder: Path, split: str) -> Path:
 
 def _saved(folder: Path) -> list[Path]:
     """Return the Arrow files of a saved data set, in its order."""
-    state = _object(folder / _STATE)
+    state = read_object(folder / _STATE)
     if state.get("_indices_data_files"):
         raise SlimError(
             f"{folder} keeps its rows' order in a file of its own (an old version of datasets)",
@@ -159,13 +159,6 @@ def _saved(folder: Path) -> list[Path]:
             "copy the whole folder",
         )
     return files
-
-
-def _object(path: Path) -> dict[str, Any]:
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise SlimError(f"{path} is no JSON object", "copy it again")
-    return value
 
 
 def _within(folder: Path, name: str) -> str:
