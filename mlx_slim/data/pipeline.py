@@ -21,7 +21,7 @@ from mlx_slim.data.rendered import Rendered
 from mlx_slim.data.sources import RawRow, Source
 from mlx_slim.data.store import TokenRows
 from mlx_slim.data.templates import Template, load_template
-from mlx_slim.data.tokenize import Encoder, Tokens, unwrap
+from mlx_slim.data.tokenize import Encoder, Tokens, check_ids, check_text, unwrap
 from mlx_slim.data.workers import Workers
 from mlx_slim.errors import RowLimit, SlimError
 
@@ -135,9 +135,11 @@ class Pipeline:
 
     def _render(self, raw: RawRow, example: Example) -> Rendered:
         try:
-            return self.template.render(example)
+            rendered = self.template.render(example)
         except SlimError as error:
             raise SlimError(f"{raw.place}: {error.message}", error.hint) from error
+        check_text(rendered.text, raw.place)
+        return rendered
 
     def _clip(self, raw: RawRow, row: Rendered, ledger: SourceLedger) -> Rendered:
         """Apply the truncation policy to a text that is too long whatever its tokens are.
@@ -172,6 +174,7 @@ class Pipeline:
         """Apply the truncation policy to a row; a BOS in front stays there."""
         if len(row.ids_T) > self.max_length:
             row = self._cut(raw, row)
+        check_ids(self.encoder.tokenizer, row.ids_T, raw.place)
         if not row.supervised_T.any():
             raise Dropped("no supervised token left")
         if self.limit is not None:

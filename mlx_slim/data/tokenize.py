@@ -11,6 +11,7 @@ A turn's loss weight is that of its tokens. Legend: T tokens of a row, C charact
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -44,6 +45,53 @@ def unwrap(tokenizer: Any) -> Any:
     """
     inner = getattr(tokenizer, "_tokenizer", None)
     return inner if hasattr(inner, "apply_chat_template") else tokenizer
+
+
+def embedding_rows(tokenizer: Any) -> int | None:
+    """Return the rows of the model's embedding; None if no token lies beyond them.
+
+    ``models/tokenizer.py`` leaves the number with the tokenizer where a model is loaded.
+    """
+    return getattr(unwrap(tokenizer), "embedding_rows", None)
+
+
+def check_ids(tokenizer: Any, ids: Sequence[int] | np.ndarray, what: str) -> None:
+    """Refuse token ids that the model has no embedding for.
+
+    Args:
+        tokenizer: Of the model.
+        ids: Of one text.
+        what: Names the text.
+
+    Raises:
+        SlimError: Names the text, the id and the token.
+    """
+    rows = embedding_rows(tokenizer)
+    if rows is None or not len(ids) or (most := int(np.max(ids))) < rows:
+        return
+    token = unwrap(tokenizer).convert_ids_to_tokens(most)
+    raise SlimError(
+        f"{what}: the token {token!r} has the id {most}, the model's embedding has {rows:,} rows",
+        "take the tokenizer files of this very model, or leave that token out of the text",
+    )
+
+
+def check_text(text: str, what: str) -> None:
+    """Refuse text that no tokenizer takes, because it holds half of a character.
+
+    Raises:
+        SlimError: Names the text and the place in it.
+    """
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SlimError(
+            f"{what}: {text[error.start]!a} at character {error.start + 1} is half of a "
+            "character (a lone surrogate)",
+            "write the whole character, or leave it out",
+        ) from error
 
 
 class Encoder:

@@ -117,7 +117,7 @@ class TextJob:
         encoder: The model's; its ``max_length`` is the window.
 
     Raises:
-        SlimError: If the model would compute a window wrong.
+        SlimError: If the model cannot read a document, or would compute a window wrong.
     """
 
     name = NAME
@@ -125,11 +125,15 @@ class TextJob:
     def __init__(self, texts: Texts, encoder: Encoder) -> None:
         self.texts = texts
         self._window = encoder.max_length
-        self._parts: list[tuple[int, Request]] = [
-            (doc_id, request)
-            for doc_id, text in enumerate(texts.documents)
-            for request in windows(encoder.document(text), encoder.prefix(), encoder.max_length)
-        ]
+        self._parts: list[tuple[int, Request]] = []
+        for doc_id, text in enumerate(texts.documents):
+            try:
+                ids = encoder.document(text)
+            except SlimError as error:
+                where = f"{texts.name}, document {doc_id}"
+                raise SlimError(f"{where}: {error.message}", error.hint) from error
+            cut = windows(ids, encoder.prefix(), encoder.max_length)
+            self._parts += [(doc_id, request) for request in cut]
         for number, (doc_id, request) in enumerate(self._parts):
             where = f"{texts.name}, document {doc_id}, window {number}"
             encoder.check(len(request.inputs), where)

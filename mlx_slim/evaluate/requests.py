@@ -13,10 +13,11 @@ cut on the left and counted. Try it: ``mlx-slim eval MODEL --task hellaswag --li
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mlx_slim.data.tokenize import check_ids, check_text, embedding_rows
 from mlx_slim.errors import RowLimit, SlimError
 from mlx_slim.evaluate.encoding import PrefixEncoder
 
@@ -129,7 +130,7 @@ class Encoder:
         continuation = context[len(text) :] + continuation
         if not text:
             prefix = self.prefix()
-            bare = tuple(self._tokenizer.encode(continuation, add_special_tokens=False))
+            bare = tuple(self._bare(continuation))
             ids = bare if bare[:1] == (prefix,) and len(bare) > 1 else (prefix, *bare)
             start = 1
         else:
@@ -187,8 +188,16 @@ class Encoder:
             self.limit.check(tokens, what, hint)
 
     def fits(self, text: str) -> bool:
-        """Return whether ``text`` is so short that ``check`` passes whatever its tokens are."""
-        return self.limit is None or 2 * len(text.encode()) + 8 <= self.limit.tokens
+        """Return whether the model can read ``text`` whatever its tokens are."""
+        if embedding_rows(self._tokenizer) is not None:
+            return False
+        size = len(text.encode("utf-8", "surrogatepass"))
+        return self.limit is None or 2 * size + 8 <= self.limit.tokens
+
+    @property
+    def checks(self) -> bool:
+        """Whether there are texts that the model cannot read: too long, or with unknown tokens."""
+        return self.limit is not None or embedding_rows(self._tokenizer) is not None
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Return the ids of ``text``, with BOS where the tokenizer adds it, without EOS."""
@@ -210,7 +219,20 @@ class Encoder:
 
     def _ids(self, text: str) -> list[int]:
         special = not self._chat and not (self._bos and text.startswith(self._bos))
-        return list(self._texts.encode(text, special))
+        return self._checked(text, lambda: self._texts.encode(text, special))
+
+    def _bare(self, text: str) -> list[int]:
+        return self._checked(
+            text, lambda: self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        )
+
+    def _checked(self, text: str, encode: Callable[[], Iterable[int]]) -> list[int]:
+        """Return the ids of a text that the tokenizer can take and whose ids the model knows."""
+        what = f"the text that ends with {text[-40:]!r}"
+        check_text(text, what)
+        ids = list(encode())
+        check_ids(self._tokenizer, ids, what)
+        return ids
 
     def _prefix(self) -> int | None:
         for token in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id):

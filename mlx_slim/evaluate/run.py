@@ -193,13 +193,13 @@ class TaskJob:
         answers = len(questions) * 40 * (self.task.spec.max_tokens if self.generates else 0)
         return shared + own + answers
 
-    def check_lengths(self) -> None:
+    def check_questions(self) -> None:
         """Refuse a question that the model would compute wrong, before any is asked.
 
         Raises:
             SlimError: Names it.
         """
-        if self.encoder.limit is None:
+        if not self.encoder.checks:
             return
         cut, reserve = self.encoder.truncated, self.task.spec.max_tokens
         for question in self.questions:

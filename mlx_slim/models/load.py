@@ -41,6 +41,7 @@ from mlx_slim.models.tensors import (
     read_index,
     same_bytes,
 )
+from mlx_slim.models.tokenizer import fit_tokenizer
 from mlx_slim.reading import library_errors, short
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class Loaded:
         path: The local folder it came from.
         source: What the user gave: a folder or a hub id.
         revision: Commit of a hub snapshot; None for a folder.
-        notes: What ``normalize_config`` had to change.
+        notes: What ``normalize_config`` had to change, and what its tokenizer lacks.
     """
 
     model: nn.Module
@@ -140,14 +141,15 @@ def load(
     use_fast_swiglu(model)
     use_exact_scale(model)
     use_row_masks(model)
+    tokenizer, more = _load_tokenizer(folder, config, trust_remote_code)
     return Loaded(
         model=model,
-        tokenizer=_load_tokenizer(folder, config, trust_remote_code),
+        tokenizer=tokenizer,
         config=config,
         path=folder,
         source=str(source),
         revision=folder.name if folder.parent.name == "snapshots" else revision,
-        notes=notes,
+        notes=[*notes, *more],
     )
 
 
@@ -193,7 +195,7 @@ def load_tokenizer(
     """
     folder = resolve(source, revision, trust_remote_code=trust_remote_code)
     config = _normalized(folder, _raw_config(folder), None, None).config
-    return _load_tokenizer(folder, config, trust_remote_code)
+    return _load_tokenizer(folder, config, trust_remote_code)[0]
 
 
 def read_config(source: str | Path, revision: str | None = None) -> dict[str, Any]:
@@ -353,7 +355,10 @@ def fill(model: nn.Module, folder: Path, given: dict[str, mx.array]) -> nn.Modul
     return nn.Module.load_weights(model, list(given.items()), strict=False)
 
 
-def _load_tokenizer(folder: Path, config: dict[str, Any], trust: bool) -> TokenizerWrapper:
+def _load_tokenizer(
+    folder: Path, config: dict[str, Any], trust: bool
+) -> tuple[TokenizerWrapper, list[str]]:
+    """Return the tokenizer, fitted to its model, and what to say of it."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from mlx_lm.utils import load_tokenizer
 
@@ -370,4 +375,4 @@ def _load_tokenizer(folder: Path, config: dict[str, Any], trust: bool) -> Tokeni
             folder, {"trust_remote_code": trust}, eos_token_ids=config.get("eos_token_id")
         )
         tokenizer.encode("a")  # what it cannot do, it says now
-    return tokenizer
+        return tokenizer, fit_tokenizer(tokenizer, config, short(folder))

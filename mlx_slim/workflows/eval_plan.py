@@ -237,7 +237,7 @@ def _task_job(
         shots_checksum=shots_checksum(task, asked.rows, shots),
         sampling=asked.selection.sampling,
     )
-    job.check_lengths()
+    job.check_questions()
     return job
 
 

@@ -223,6 +223,8 @@ def _build(
     unchanged: bool,
 ) -> _Built:
     tuned = course.model(recipe)
+    for note in tuned.loaded.notes:
+        observer.notify(events.Notice(note))
     data = course.rows(recipe, tuned, out, unchanged=unchanged)
     course.read(recipe, tuned, data, out)
     prediction = course.predict(recipe, tuned, data.train.lengths.tolist())

@@ -34,6 +34,7 @@ from mlx_slim.models.load import Loaded, load, read_config
 from mlx_slim.models.quantized import is_quantized
 from mlx_slim.models.rope import boundary_of
 from mlx_slim.models.tensors import folder_tensors
+from mlx_slim.models.tokenizer import keep_within
 from mlx_slim.quantize.apply import quantize_model
 from mlx_slim.quantize.base import QuantizedBase, load_base, quantized_base, recorded_base
 from mlx_slim.quantize.policy import make_policy
@@ -164,6 +165,7 @@ def prepare_data(
     ``readers`` are the configs of other models that read them.
     """
     limit = shortest([tuned.config, *readers])
+    keep_within(tuned.loaded.tokenizer, [tuned.config, *readers])
 
     def rows() -> Prepared:
         return prepare(

@@ -19,7 +19,7 @@ from mlx_slim import runtime
 from mlx_slim.adapters.inject import remove_adapters
 from mlx_slim.adapters.stack import Adapters, Weighted, load_adapters, parse_adapters, used_folders
 from mlx_slim.data.chat_render import apply_chat_template
-from mlx_slim.data.tokenize import unwrap
+from mlx_slim.data.tokenize import check_ids, check_text, unwrap
 from mlx_slim.errors import RowLimit, SlimError
 from mlx_slim.models.limits import limit_of
 from mlx_slim.models.load import read_config
@@ -125,20 +125,22 @@ class Speaker:
         return self._encoded(text, special=special)
 
     def _encoded(self, text: str, *, special: bool) -> list[int]:
-        with library_errors("the prompt cannot be tokenized", "half a character stands in it?"):
+        check_text(text, "the prompt")
+        with library_errors("the prompt cannot be tokenized"):
             return list(unwrap(self.tokenizer).encode(text, add_special_tokens=special))
 
     def stream(self, ids: list[int], *, max_tokens: int, temperature: float) -> Iterator[str]:
         """Yield the answer to the prompt ``ids`` in pieces; ``last`` is set as it grows.
 
         Raises:
-            SlimError: If the prompt is empty.
+            SlimError: If the prompt is empty, or holds a token that the model does not know.
         """
         from mlx_lm.generate import stream_generate
         from mlx_lm.sample_utils import make_sampler
 
         if not ids:
             raise SlimError("the prompt is empty", "give it some text")
+        check_ids(self.tokenizer, ids, "the prompt")
         reused: int | None = None
         said: list[int] = []
         try:
