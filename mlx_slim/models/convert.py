@@ -1,8 +1,9 @@
 """Any source becomes an MLX folder that is checked before it is announced.
 
-Invariant: the output exists only if, loaded again from disk, it gives the logits of the source: bit
-for bit where the stored dtype is the source's, within the rounding of the new dtype otherwise. Try
-it: ``mlx-slim convert HuggingFaceTB/SmolLM2-135M-Instruct -o smollm2``.
+Invariant: the output exists only if, loaded again from disk, it gives the logits of the source (bit
+for bit where the stored dtype is the source's, within the rounding of the new dtype otherwise), and
+its tokenizer the same ids, texts and template. Try it:
+``mlx-slim convert HuggingFaceTB/SmolLM2-135M-Instruct -o smollm2``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from mlx_slim.models.load import cast, load, read_weights
 from mlx_slim.models.logits import kl_divergence
 from mlx_slim.models.quantized import densify, is_quantized, use_fast_matmul
 from mlx_slim.models.save import save_model, saved_config
+from mlx_slim.models.tokenizer import description
+from mlx_slim.reading import shown
 from mlx_slim.runtime import dtype_name, number
 
 # Largest KL divergence (nats a token) between source and output: rounding to bfloat16 costs 0.01 on
@@ -83,7 +86,7 @@ def convert(
 
     Raises:
         SlimError: If the source cannot be used, ``out`` exists, or the written folder does not give
-            the source's logits (nothing is left behind then).
+            the source's logits and token ids (nothing is left behind then).
         ResourceError: If the disk is too small.
     """
     # Built beside the output and moved into place only after the check.
@@ -93,6 +96,14 @@ def convert(
         mx.clear_cache()  # the source is gone: two models never share the memory
         again = load(staged, trust_remote_code=trust_remote_code)
         kl, exact = _compare(written.logits_LV, _probe(again.model, again.config))
+        found = description(again.tokenizer)
+        for name, value in written.tokenizer.items():
+            if found[name] != value:
+                raise SlimError(
+                    f"the converted tokenizer differs from that of {source}: the {name} is "
+                    f"{shown(found[name])}, there {shown(value)}",
+                    "nothing was written; please report it",
+                )
         limit = _MAX_KL_SAME if written.same_dtypes else _MAX_KL
         if not (exact or kl <= limit):
             raise SlimError(
@@ -111,6 +122,7 @@ class _Written:
     """What remains of the source once its model is freed."""
 
     logits_LV: mx.array
+    tokenizer: dict[str, Any]
     same_dtypes: bool
     notes: list[str]
 
@@ -124,7 +136,7 @@ def _write(
     trust: bool,
 ) -> _Written:
     tokenizer: Any
-    if str(source).endswith(".gguf"):
+    if str(source).lower().endswith(".gguf"):
         imported = import_gguf(Path(source).expanduser())
         model, tokenizer, config = imported.model, imported.tokenizer, imported.config
         notes, code_from = list(imported.notes), None
@@ -144,7 +156,7 @@ def _write(
         read_weights(model)
     same = before == {path: value.dtype for path, value in _parameters(model).items()}
     save_model(folder, model, tokenizer, config, code_from=code_from)
-    return _Written(logits_LV, same, notes)
+    return _Written(logits_LV, description(tokenizer), same, notes)
 
 
 def _parameters(model: nn.Module) -> dict[str, mx.array]:

@@ -19,7 +19,8 @@ import numpy as np
 from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.models.bounds import MOST_WIDE
 from mlx_slim.models.build import construct
-from mlx_slim.models.gguf_file import BITS, GGUFFile, GGUFTensor, read_gguf
+from mlx_slim.models.gguf_file import BITS, GGUFFile, GGUFTensor
+from mlx_slim.models.gguf_split import open_gguf
 from mlx_slim.models.gguf_tokenizer import build_tokenizer
 from mlx_slim.models.tensors import few
 from mlx_slim.reading import field, library_errors, short
@@ -93,7 +94,7 @@ def import_gguf(path: Path) -> Imported:
         SlimError: If the file is no readable GGUF, its architecture is not one of
             ``ARCHITECTURES``, or its tensors are not exactly those of the model.
     """
-    file = read_gguf(path)
+    file = open_gguf(path)
     with library_errors(
         f"{short(path)} cannot be imported", "convert the original Hugging Face folder instead"
     ):

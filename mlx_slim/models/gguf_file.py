@@ -9,6 +9,7 @@ Shapes: R rows, C columns, G = C/32 groups.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import struct
@@ -56,11 +57,15 @@ class GGUFTensor:
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """A parsed GGUF file: metadata as Python values (numeric arrays as numpy) and its tensors."""
+    """A parsed GGUF file: metadata as Python values (numeric arrays as numpy) and its tensors.
+
+    ``parts`` says which file of a split one holds a tensor.
+    """
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
+    parts: dict[str, Path] = dataclasses.field(default_factory=dict)
 
     def read(self, name: str) -> dict[str, mx.array]:
         """Return tensor ``name`` as MLX arrays.
@@ -77,7 +82,8 @@ class GGUFFile:
             return self._arrays(name, tensor)
 
     def _arrays(self, name: str, tensor: GGUFTensor) -> dict[str, mx.array]:
-        data = np.memmap(self.path, np.uint8, "r", tensor.offset, (tensor.nbytes,))
+        path = self.parts.get(name, self.path)
+        data = np.memmap(path, np.uint8, "r", tensor.offset, (tensor.nbytes,))
         if tensor.kind in _PACKED:
             raw = np.asarray(data).reshape(tensor.shape[0], tensor.shape[1] // _GROUP, -1)
             weight, scales, biases = _PACKED[tensor.kind](raw)
@@ -243,10 +249,10 @@ def _check_metadata(metadata: dict[str, Any], path: Path) -> None:
 
 
 def read_gguf(path: Path) -> GGUFFile:
-    """Parse a GGUF file, versions 2 and 3.
+    """Parse a GGUF file, versions 2 and 3; of a split one this part alone (``gguf_split.py``).
 
     Raises:
-        SlimError: If it is absent, no GGUF file, truncated, split or of an unknown block format.
+        SlimError: If it is absent, no GGUF file, truncated or of an unknown block format.
     """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -273,11 +279,6 @@ def read_gguf(path: Path) -> GGUFFile:
             raise SlimError(f"{path} is corrupt: it has the metadata {shown(key)} twice", _AGAIN)
         metadata[key] = cursor.value(cursor.scalar("I"))
     _check_metadata(metadata, path)
-    if metadata.get("split.count", 1) > 1:
-        raise SlimError(
-            f"{path} is one of {metadata['split.count']} parts of a split GGUF",
-            "join them first: llama-gguf-split --merge",
-        )
     found: list[tuple[str, str, tuple[int, ...], int, int]] = []
     for _ in range(tensor_count):
         name = cursor.string()

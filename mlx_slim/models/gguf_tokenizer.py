@@ -1,20 +1,30 @@
 """The tokenizer that a GGUF file carries, as a Hugging Face fast tokenizer.
 
 Invariant: the same text gives the token ids of the original tokenizer; a pre-tokenizer that is not
-known here is refused, never guessed. Try it: ``mlx-slim convert model.gguf -o DIR`` and look at
+known here is refused, never guessed, and so is a file that lacks what its kind of tokenizer needs.
+Try it: ``mlx-slim convert model.gguf -o DIR`` and look at
 ``DIR/tokenizer.json``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mlx_slim.errors import SlimError, did_you_mean
+from mlx_slim.models.gguf_probe import check_rebuilt
+from mlx_slim.reading import library_errors
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
+TEMPLATE = "tokenizer.chat_template"
+_HINT = "convert the original Hugging Face folder instead"
+_ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+_SPECIAL = ("bos", "eos", "unknown", "padding", "eot", "eom", "separator")
+# (left, right) -> how early the pair is joined, the least first; None for never.
+Best = Callable[[str, str], float | None]
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
 # How text is cut before merging, by tokenizer.ggml.pre.
@@ -59,20 +69,33 @@ def build_tokenizer(metadata: dict[str, Any], notes: list[str]) -> PreTrainedTok
     if not tokens or kind not in ("gpt2", "llama"):
         raise SlimError(
             f"the GGUF file has a tokenizer of type {kind!r}, expected 'gpt2' or 'llama'",
-            "convert the original Hugging Face folder instead",
+            _HINT,
         )
-    tokenizer = _bpe(metadata, tokens, notes) if kind == "gpt2" else _spm(metadata, tokens)
-    _add_special_tokens(tokenizer, metadata, tokens)
-    _add_post_processor(tokenizer, metadata, tokens, kind)
-    names = {
-        f"{role}_token": tokens[index]
-        for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-        if (index := _id(metadata, key)) is not None and index < len(tokens)
-    }
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **names
-    )
-    fast.chat_template = metadata.get("tokenizer.chat_template")
+    if twice := len(tokens) - len(set(tokens)):
+        notes.append(f"{twice:,} tokens stand twice in the file: one id of each is never used")
+    types = _types(metadata, tokens)
+    metadata = _known_ids(metadata, tokens, notes)
+    with library_errors("the tokenizer cannot be rebuilt from the GGUF file", _HINT):
+        if kind == "gpt2":
+            tokenizer, best = _bpe(metadata, tokens, types, notes)
+        else:
+            tokenizer, best = _spm(metadata, tokens, types)
+        controls = _add_special_tokens(tokenizer, metadata, tokens, types)
+        _add_post_processor(tokenizer, metadata, tokens, kind)
+        names = {
+            f"{role}_token": tokens[index]
+            for role, key in _ROLES.items()
+            if (index := _id(metadata, key)) is not None
+        }
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **names
+        )
+        check_rebuilt(fast, tokens, controls, best)
+    if fast.eos_token is None:
+        notes.append("the file names no end token: texts made with it do not end by themselves")
+    fast.chat_template = _template(metadata)
+    if fast.chat_template is None:
+        notes.append("the file has no chat template: it cannot chat, and rows are read as text")
     if context := metadata.get(f"{metadata.get('general.architecture')}.context_length"):
         fast.model_max_length = int(context)
     return fast
@@ -83,7 +106,63 @@ def _id(metadata: dict[str, Any], role: str) -> int | None:
     return None if value is None else int(value)
 
 
-def _bpe(metadata: dict[str, Any], tokens: list[str], notes: list[str]) -> Tokenizer:
+def _types(metadata: dict[str, Any], tokens: list[str]) -> list[int]:
+    """Return what kind of token each is; without it control tokens would be cut into letters."""
+    types = metadata.get("tokenizer.ggml.token_type")
+    if types is None:
+        raise _lacks("token_type", metadata)
+    if len(types) != len(tokens):
+        raise SlimError(
+            f"the GGUF file has {len(tokens):,} tokens and the types of {len(types):,}", _HINT
+        )
+    return [int(kind) for kind in types]
+
+
+def _lacks(key: str, metadata: dict[str, Any]) -> SlimError:
+    kind = metadata["tokenizer.ggml.model"]
+    return SlimError(
+        f"the GGUF file has no tokenizer.ggml.{key}, which a tokenizer of type {kind!r} needs",
+        "it was not converted whole: take another file, or convert the Hugging Face folder",
+    )
+
+
+def _known_ids(metadata: dict[str, Any], tokens: list[str], notes: list[str]) -> dict[str, Any]:
+    """Return the metadata without ids that are no token's, where nothing hangs on them."""
+    found = dict(metadata)
+    for key in _SPECIAL:
+        index = _id(metadata, key)
+        if index is None or index < len(tokens):
+            continue
+        if key in ("bos", "eos", "eot"):
+            raise SlimError(
+                f"the GGUF file's tokenizer.ggml.{key}_token_id is {index}, it has "
+                f"{len(tokens):,} tokens",
+                _HINT,
+            )
+        del found[f"tokenizer.ggml.{key}_token_id"]
+        notes.append(f"tokenizer.ggml.{key}_token_id is {index}, no token's: left out")
+    return found
+
+
+def _template(metadata: dict[str, Any]) -> str | dict[str, str] | None:
+    """Return the chat template, or all of them by name where there are several."""
+    default = metadata.get(TEMPLATE)
+    named = {
+        key.removeprefix(f"{TEMPLATE}."): value
+        for key, value in metadata.items()
+        if key.startswith(f"{TEMPLATE}.")
+    }
+    for name, value in named.items():
+        if not isinstance(value, str):
+            raise SlimError(f"the GGUF file's chat template {name!r} is no text", _HINT)
+    if not named:
+        return default
+    return {**({} if default is None else {"default": default}), **named}
+
+
+def _bpe(
+    metadata: dict[str, Any], tokens: list[str], types: list[int], notes: list[str]
+) -> tuple[Tokenizer, Best]:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     pre = metadata.get("tokenizer.ggml.pre")
@@ -96,7 +175,7 @@ def _bpe(metadata: dict[str, Any], tokens: list[str], notes: list[str]) -> Token
             f"{did_you_mean(pre, PRE_TOKENIZERS)}; or convert the original Hugging Face folder",
         )
     cut = PRE_TOKENIZERS[pre]
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
+    merges = _read_merges(metadata, tokens, types, notes)
     vocab = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=cut is _LLAMA3))
     if cut is _QWEN2:
@@ -117,16 +196,49 @@ def _bpe(metadata: dict[str, Any], tokens: list[str], notes: list[str]) -> Token
         steps = [pre_tokenizers.Split(Regex(cut), behavior="isolated"), byte_level]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
+    ranks = {merge: rank for rank, merge in reversed(list(enumerate(merges)))}
+    return tokenizer, lambda left, right: ranks.get((left, right))
 
 
-def _spm(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
+def _read_merges(
+    metadata: dict[str, Any], tokens: list[str], types: list[int], notes: list[str]
+) -> list[tuple[str, str]]:
+    """Return the merges; refuse a list from which the longer tokens cannot be made."""
+    given = metadata.get("tokenizer.ggml.merges", [])
+    for merge in given:
+        if not isinstance(merge, str) or merge.count(" ") != 1:
+            raise SlimError(f"the GGUF file's merge {merge!r} is no pair of tokens", _HINT)
+    merges: list[tuple[str, str]] = [tuple(merge.split(" ")) for merge in given]
+    longer = [t for t, kind in zip(tokens, types, strict=True) if kind == _NORMAL and len(t) > 1]
+    made = {left + right for left, right in merges}
+    unmade = [token for token in longer if token not in made]
+    if unmade and not merges:
+        raise _lacks("merges", metadata)
+    if len(unmade) > len(longer) / 100:
+        raise SlimError(
+            f"the GGUF file's merges do not make {len(unmade):,} of its {len(longer):,} longer "
+            f"tokens, such as {unmade[0]!r}",
+            "it was not converted whole: take another file, or convert the Hugging Face folder",
+        )
+    if unmade:
+        notes.append(f"no merge makes {len(unmade):,} tokens, such as {unmade[0]!r}")
+    return merges
+
+
+def _spm(metadata: dict[str, Any], tokens: list[str], types: list[int]) -> tuple[Tokenizer, Best]:
     """SentencePiece BPE: pieces are merged best score first, unknown characters become bytes."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     scores = metadata.get("tokenizer.ggml.scores")
-    if scores is None or len(scores) != len(tokens):
-        raise SlimError("the GGUF file's SentencePiece tokenizer has no scores")
+    if scores is None:
+        raise _lacks("scores", metadata)
+    if len(scores) != len(tokens):
+        raise SlimError(
+            f"the GGUF file has {len(tokens):,} tokens and the scores of {len(scores):,}", _HINT
+        )
+    pieces = [i for i, kind in enumerate(types) if kind == _NORMAL and len(tokens[i]) > 1]
+    if len(pieces) > 1 and len({float(scores[i]) for i in pieces}) == 1:
+        raise SlimError("the GGUF file's scores are all one: they say no order of merges", _HINT)
     unknown = _id(metadata, "unknown")
     vocab: dict[str, int] = {}
     for index, token in enumerate(tokens):
@@ -134,7 +246,7 @@ def _spm(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
     tokenizer = Tokenizer(
         models.BPE(
             vocab=vocab,
-            merges=_merges(metadata, tokens, scores, vocab),
+            merges=_merges(tokens, types, scores, vocab),
             unk_token=None if unknown is None else tokens[unknown],
             fuse_unk=True,
             byte_fallback=True,
@@ -146,19 +258,19 @@ def _spm(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
     parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     strip = [decoders.Strip(content=" ", left=1)] if space else []
     tokenizer.decoder = decoders.Sequence([*parts, *strip])
-    return tokenizer
+
+    def best(left: str, right: str) -> float | None:
+        index = vocab.get(left + right)
+        return None if index is None else -float(scores[index])
+
+    return tokenizer, best
 
 
 def _merges(
-    metadata: dict[str, Any], tokens: list[str], scores: Any, vocab: dict[str, int]
+    tokens: list[str], types: list[int], scores: Any, vocab: dict[str, int]
 ) -> list[tuple[str, str]]:
     """Return every pair of pieces that makes a piece, best score of the result first."""
-    types = metadata.get("tokenizer.ggml.token_type")
-    plain = {
-        token
-        for index, token in enumerate(tokens)
-        if types is None or int(types[index]) in (_NORMAL, _UNUSED)
-    }
+    plain = {token for token, kind in zip(tokens, types, strict=True) if kind in (_NORMAL, _UNUSED)}
     found = [
         (-float(scores[vocab[token]]), vocab[token[:cut]], token[:cut], token[cut:])
         for token in plain
@@ -168,17 +280,15 @@ def _merges(
     return [(left, right) for _, _, left, right in sorted(found)]
 
 
-def _add_special_tokens(tokenizer: Tokenizer, metadata: dict[str, Any], tokens: list[str]) -> None:
+def _add_special_tokens(
+    tokenizer: Tokenizer, metadata: dict[str, Any], tokens: list[str], types: list[int]
+) -> list[int]:
+    """Make control tokens and the user's own known; return the ids of the control tokens."""
     from tokenizers import AddedToken
 
-    types = metadata.get("tokenizer.ggml.token_type")
-    special = {
-        index
-        for role in ("bos", "eos", "unknown", "padding", "eot", "eom", "separator")
-        if (index := _id(metadata, role)) is not None and index < len(tokens)
-    }
+    special = {index for role in _SPECIAL if (index := _id(metadata, role)) is not None}
     user = set()
-    for index, kind in enumerate([] if types is None else types.tolist()):
+    for index, kind in enumerate(types):
         if kind in (_CONTROL, _UNKNOWN):
             special.add(index)
         elif kind == _USER:
@@ -189,6 +299,7 @@ def _add_special_tokens(tokenizer: Tokenizer, metadata: dict[str, Any], tokens: 
             tokenizer.add_special_tokens([token])
         else:
             tokenizer.add_tokens([token])
+    return sorted(special)
 
 
 def _add_post_processor(

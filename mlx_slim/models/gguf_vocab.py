@@ -10,24 +10,17 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from typing import Any
 
 import numpy as np
 
 from mlx_slim.errors import SlimError
-from mlx_slim.models.gguf_tokenizer import build_tokenizer
+from mlx_slim.models.gguf_tokenizer import TEMPLATE, build_tokenizer
+from mlx_slim.models.tokenizer import PROBES
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _PRE = ("gpt-2", "smollm", "starcoder", "llama-bpe", "qwen2")
-_TEXTS = (
-    "Hello world, it's 12345 o'clock; don't SHOUT'S!",
-    "  two  spaces\n\n2 lines\t\ttabs \n \n",
-    "naïve café Größe — “quotes” … 你好，世界 ١٢٣ 🙂👍🏽",
-    "def f(x_1):\n    return x_1**2  # 3.14e-10\r\n",
-    "e\u0301 vs é; ½ ² Ⅷ; a\u00a0b",
-    "",
-    " leading",
-)
 
 
 def vocabulary(tokenizer: Any, config: dict[str, Any]) -> dict[str, Any]:
@@ -52,8 +45,7 @@ def vocabulary(tokenizer: Any, config: dict[str, Any]) -> dict[str, Any]:
     metadata = _tokens(parts, int(config["vocab_size"]), pieces)
     metadata["tokenizer.ggml.model"] = "llama" if pieces else "gpt2"
     _roles(metadata, fast, config)
-    if isinstance(fast.chat_template, str):
-        metadata["tokenizer.chat_template"] = fast.chat_template
+    metadata |= _templates(fast.chat_template)
     return _named(metadata, fast, pieces)
 
 
@@ -71,22 +63,23 @@ def _tokens(parts: dict[str, Any], size: int, pieces: bool) -> dict[str, Any]:
         vocab.setdefault(entry["content"], index)
     if max(vocab.values()) >= size:
         raise _refused(f"it has {max(vocab.values()) + 1} tokens, the model {size}")
+    merges = [
+        tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge)
+        for merge in parts["model"].get("merges", [])
+    ]
+    made = {left + right for left, right in merges}
     tokens = [f"[PAD{index}]" for index in range(size)]
     types = np.full(size, _UNUSED, np.int32)
     unknown = parts["model"].get("unk_token")
     for token, index in vocab.items():
         tokens[index] = token
-        types[index] = _NORMAL
+        types[index] = _NORMAL if pieces or len(token) == 1 or token in made else _UNUSED
         if index in added:
             types[index] = _CONTROL if added[index]["special"] else _USER
         elif pieces and len(token) == 6 and token.startswith("<0x"):
             types[index] = _BYTE
         if pieces and token == unknown:
             types[index] = _UNKNOWN
-    merges = [
-        tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge)
-        for merge in parts["model"].get("merges", [])
-    ]
     metadata: dict[str, Any] = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
     if pieces:
         # SentencePiece merges the pair whose result scores best: the rank of a piece's first merge.
@@ -99,6 +92,19 @@ def _tokens(parts: dict[str, Any], size: int, pieces: bool) -> dict[str, Any]:
     elif merges:
         metadata["tokenizer.ggml.merges"] = [f"{left} {right}" for left, right in merges]
     return metadata
+
+
+def _templates(template: str | dict[str, str] | None) -> dict[str, Any]:
+    """Return the chat template, or of several all: the default's key and one for each other."""
+    if not isinstance(template, dict):
+        return {} if template is None else {TEMPLATE: template}
+    names = {name: re.sub(r"[^A-Za-z0-9]", "_", name) for name in template if name != "default"}
+    if len(set(names.values())) < len(names):
+        raise _refused(f"of its chat templates {', '.join(names)} two have one name there")
+    found: dict[str, Any] = {f"{TEMPLATE}.{names[name]}": template[name] for name in names}
+    if names:
+        found[f"{TEMPLATE}s"] = list(names.values())
+    return found | ({TEMPLATE: template["default"]} if "default" in template else {})
 
 
 def _roles(metadata: dict[str, Any], fast: Any, config: dict[str, Any]) -> None:
@@ -119,7 +125,7 @@ def _roles(metadata: dict[str, Any], fast: Any, config: dict[str, Any]) -> None:
 
 def _named(metadata: dict[str, Any], fast: Any, pieces: bool) -> dict[str, Any]:
     """Return ``metadata`` with the pre-tokenizer under which it reads back as ``fast``."""
-    expected = [fast.encode(text) for text in _TEXTS]
+    expected = [fast.encode(text) for text in PROBES]
     for pre, space in itertools.product(("default",) if pieces else _PRE, (pieces, not pieces)):
         tried = {
             **metadata,
@@ -127,6 +133,6 @@ def _named(metadata: dict[str, Any], fast: Any, pieces: bool) -> dict[str, Any]:
             "tokenizer.ggml.add_space_prefix": space,
         }
         again = build_tokenizer(tried, [])
-        if [again.encode(text) for text in _TEXTS] == expected:
+        if [again.encode(text) for text in PROBES] == expected:
             return tried
     raise _refused("no pre-tokenizer known here cuts text as it does")

@@ -60,13 +60,13 @@ def _resolve(source: str | Path, revision: str | None, patterns: list[str]) -> P
     if path.is_dir():
         return path
     if path.is_file():
-        if path.suffix == ".gguf":
+        if path.suffix.lower() == ".gguf":
             raise SlimError(
                 f"{text} is a GGUF file, not a model folder",
                 f"import it first: mlx-slim convert {text} -o DIR",
             )
         raise SlimError(f"{text} is a file, not a model folder", "give the folder it lies in")
-    if isinstance(source, Path) or not _HUB_ID.fullmatch(text) or path.suffix == ".gguf":
+    if isinstance(source, Path) or not _HUB_ID.fullmatch(text) or path.suffix.lower() == ".gguf":
         raise _no_such_path(path)
     return _snapshot(text, revision, patterns)
 

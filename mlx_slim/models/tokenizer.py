@@ -17,6 +17,17 @@ from mlx_slim.models.tensors import few
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+# Texts full of traps, on which tokenizers are compared.
+PROBES = (
+    "Hello world, it's 12345 o'clock; don't SHOUT'S!",
+    "  two  spaces\n\n2 lines\t\ttabs \n \n",
+    "naïve café Größe — “quotes” … 你好，世界 ١٢٣ 🙂👍🏽",
+    "def f(x_1):\n    return x_1**2  # 3.14e-10\r\n",
+    "e\u0301 vs é; ½ ² Ⅷ; a\u00a0b",
+    "",
+    " leading",
+)
+
 
 def fit_tokenizer(tokenizer: TokenizerWrapper, config: dict[str, Any], where: str) -> list[str]:
     """Complete a tokenizer from its model's config, and check that they belong together.
@@ -53,6 +64,24 @@ def fit_tokenizer(tokenizer: TokenizerWrapper, config: dict[str, Any], where: st
         f"({names}): a text that holds one is refused"
     )
     return notes
+
+
+def description(tokenizer: Any) -> dict[str, Any]:
+    """Return what a copy of a tokenizer must do alike, by name; the values are compared only.
+
+    Args:
+        tokenizer: mlx-lm's wrapper, or a Hugging Face tokenizer.
+    """
+    inner = getattr(tokenizer, "_tokenizer", None)
+    inner = inner if hasattr(inner, "apply_chat_template") else tokenizer
+    ids = {text: inner.encode(text) for text in PROBES}
+    return {
+        "vocabulary": inner.get_vocab(),
+        "begin and end token": (inner.bos_token_id, inner.eos_token_id),
+        "chat template": inner.chat_template,
+        **{f"ids of {text[:20]!r}": found for text, found in ids.items()},
+        **{f"text of {text[:20]!r}": inner.decode(found) for text, found in ids.items()},
+    }
 
 
 def keep_within(tokenizer: TokenizerWrapper, configs: Iterable[dict[str, Any]]) -> None:
