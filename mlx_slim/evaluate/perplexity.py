@@ -15,14 +15,17 @@ Try it: ``mlx-slim eval MODEL --perplexity held-out.txt -o OUT``.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_slim.artifacts import hash_json, json_lines
+from mlx_slim.artifacts import hash_json
+from mlx_slim.config.schema import SourceConfig
+from mlx_slim.data.lines import open_data
+from mlx_slim.data.readers import is_data, suffix_of
+from mlx_slim.data.sources import RawRow, find
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluate.requests import Encoder, Request
 from mlx_slim.evaluate.run import Computed, Engine, check_finite
@@ -49,26 +52,15 @@ class Texts:
 
 
 def read_texts(path: Path) -> Texts:
-    """Read a text file (one document) or JSON lines (``text`` of each row is a document).
+    """Read a text file (one document) or a file of rows (``text`` of each is a document).
 
     Raises:
         SlimError: If the file is missing, empty, not UTF-8, or a row has no ``text``.
     """
-    try:
-        content = path.read_bytes().decode("utf-8")
-    except FileNotFoundError as error:
-        raise SlimError(f"{path} does not exist", "give a text file or JSON lines") from error
-    except UnicodeDecodeError as error:
-        raise SlimError(
-            f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}",
-            "convert it: iconv -f ENCODING -t UTF-8",
-        ) from error
-    except OSError as error:
-        raise SlimError(f"{path} cannot be read: {error.strerror}", "give a text file") from error
-    documents = [content]
-    if path.suffix in (".jsonl", ".ndjson"):
-        lines = [line for line in json_lines(content.encode()) if line[1].strip()]
-        documents = [_text(line, number, path) for number, line in lines]
+    if is_data(path) and not suffix_of(path).startswith(".txt"):
+        documents = [_text(row) for row in find(SourceConfig(path=str(path)))]
+    else:
+        documents = [_whole(path)]
     documents = [document for document in documents if document.strip()]
     if not documents:
         raise SlimError(f"{path} holds no text", "give a file with some text to predict")
@@ -76,17 +68,26 @@ def read_texts(path: Path) -> Texts:
     return Texts(path.name, documents, size, hash_json(documents))
 
 
-def _text(line: bytes, number: int, path: Path) -> str:
+def _whole(path: Path) -> str:
+    with open_data(path) as handle:
+        content = handle.read()
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
         raise SlimError(
-            f"{path}, line {number} is no JSON: {error.msg}", "one object a line"
+            f"{path} is not UTF-8: byte {error.start} is {content[error.start]:#04x}",
+            "convert it: iconv -f ENCODING -t UTF-8",
         ) from error
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        seen = f"has {', '.join(row)}" if isinstance(row, dict) else "is no object"
-        raise SlimError(f"{path}, line {number} {seen}, expected a string 'text'", "rename it")
-    return row["text"]
+
+
+def _text(row: RawRow) -> str:
+    text = row.value.get("text")
+    if not isinstance(text, str):
+        raise SlimError(
+            f"{row.place} has {', '.join(row.value) or 'no column'}, expected a string 'text'",
+            "rename it",
+        )
+    return text
 
 
 def windows(ids: Sequence[int], prefix: int, longest: int) -> list[Request]:

@@ -15,6 +15,7 @@ from mlx_slim import events
 from mlx_slim.artifacts import hash_json
 from mlx_slim.config.schema import HeldOutConfig, Recipe, SourceConfig
 from mlx_slim.data.formats import Dropped, read_example
+from mlx_slim.data.readers import suffix_of
 from mlx_slim.data.sources import find
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluate.loglikelihood import Scorer
@@ -43,7 +44,7 @@ def read_held_out(config: HeldOutConfig) -> Texts:
         task = find_task(path.removeprefix(_TASK))
         questions = build_questions(task, load_rows(task), 0, config.rows)
         return _texts(path, [_document(question) for question in questions])
-    if Path(path).expanduser().suffix == ".txt":
+    if suffix_of(path) == ".txt":
         return read_texts(Path(path).expanduser())
     source = SourceConfig(path=path)
     documents = []

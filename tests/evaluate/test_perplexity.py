@@ -61,8 +61,11 @@ def test_rows_are_documents_of_their_own(tiny, tmp_path):
         ("latin.txt", "größer".encode("latin-1"), "not UTF-8: byte 2 is 0xf6"),
         ("rows.jsonl", b'{"text": "a"}\n{"body": "b"}\n', "line 2 has body"),
         ("rows.jsonl", b'{"text": 3}\n', "line 1 has text"),
-        ("rows.jsonl", b"[1]\n", "line 1 is no object"),
-        ("rows.jsonl", b'{"text": \n', "line 1 is no JSON"),
+        ("rows.jsonl", b"[1]\n", "row 1: a row is a JSON object, not int"),
+        ("rows.jsonl", b'{"text": \n', "line 2: malformed JSON"),
+        ("rows.jsonl", b'{"text": "a\\ud83d"}\n', "line 1: 'text' holds"),
+        ("wide.txt", "a".encode("utf-16"), "wide.txt is UTF-16"),
+        ("rows.csv", b"body\na\n", "line 2 has body"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_one_line(tmp_path, name, content, text):
@@ -74,5 +77,5 @@ def test_a_file_that_cannot_be_used_is_one_line(tmp_path, name, content, text):
 def test_a_missing_file_and_a_folder(tmp_path):
     with pytest.raises(SlimError, match="does not exist"):
         read_texts(tmp_path / "none.txt")
-    with pytest.raises(SlimError, match="cannot be read"):
+    with pytest.raises(SlimError, match="is a folder"):
         read_texts(tmp_path)
