@@ -87,7 +87,7 @@ def read_arrow(path: Path, progress: Progress) -> Iterator[tuple[int, Any]]:
     number = 0
     open_regular(path).close()
     what = f"{path.name} is no readable Arrow file"
-    with library_errors(what), pyarrow.memory_map(str(path)) as source:
+    with library_errors(what), pyarrow.OSFile(str(path)) as source:
         for batch in _batches(source):
             check_names(list(batch.schema), path.name)
             for start in range(0, batch.num_rows, BATCH):
