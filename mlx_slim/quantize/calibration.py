@@ -79,8 +79,16 @@ def _stream(source: str, tokenizer: Any, needed: int) -> Iterator[int]:
     from mlx_slim.data.ledger import SourceLedger
     from mlx_slim.data.pipeline import Pipeline
     from mlx_slim.data.sources import find
+    from mlx_slim.data.tokenize import unwrap
 
-    config = DataConfig(path=source, mask_prompt=False, truncation="right")
+    chat = unwrap(tokenizer).chat_template
+    unnamed = isinstance(chat, dict) and "default" not in chat  # none of them is for every row
+    config = DataConfig(
+        path=source,
+        mask_prompt=False,
+        truncation="right",
+        template="plain" if unnamed else "auto",
+    )
     pipeline = Pipeline(config, tokenizer, max_length=max(needed, 8))
     found = find(config.sources[0])
     given = 0

@@ -109,6 +109,8 @@ class Speaker:
                 "this model has no chat template",
                 "it is a base model: mlx-slim generate MODEL --prompt TEXT continues a text",
             )
+        for message in messages:
+            check_text(message["content"], f"the {message['role']}'s message")
         try:
             text = apply_chat_template(self.tokenizer, messages)
         except TemplateError as error:

@@ -174,6 +174,8 @@ def test_templates_without_a_default_go_there_and_back(tmp_path):
     folder = tiny_model(tmp_path / "m")
     tokenizer = load_tokenizer(folder)
     tokenizer.chat_template = {"tool_use": CHATML, "rag": CHATML}
+    tokenizer.save_pretrained(folder)
+    export_gguf(folder, tmp_path / "out", kind="f16")  # compared on text without a template
     metadata = vocabulary(tokenizer, read_config(folder))
     assert "tokenizer.chat_template" not in metadata
     assert build_tokenizer(metadata, []).chat_template == {"tool_use": CHATML, "rag": CHATML}

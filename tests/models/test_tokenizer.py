@@ -200,6 +200,8 @@ def test_half_a_character_is_refused_before_the_tokenizer(tmp_path):
         Encoder(load_tokenizer(folder), 64).request("a\udcff", " b")
     with pytest.raises(SlimError, match=r"the prompt: '.udcff' at character 2 is half"):
         open_speaker(folder).text_ids("a\udcff")
+    with pytest.raises(SlimError, match=r"the user's message: '.udcff' at character 1 is half"):
+        open_speaker(folder).chat_ids([{"role": "user", "content": "\udcff"}])
     config = DataConfig(
         path=str(rows(tmp_path / "rows.jsonl", "b")), validation=0, system="x\ud83d"
     )
