@@ -68,10 +68,8 @@ class SourceConfig(Section):
     """One source of training rows.
 
     Attributes:
-        path: Hub data set id, a file (``.jsonl``, ``.json``, ``.csv``, ``.parquet``, ``.arrow``,
-            ``.txt`` and others), a folder of them (one file a split, ``save_to_disk``'s, or
-            ``FOLDER:NAME`` of LLaMA-Factory's ``dataset_info.json``), or ``task:NAME``: the prompts
-            and answers of an evaluation task.
+        path: Hub data set id, file, folder (``FOLDER:NAME`` of LLaMA-Factory's list of data sets),
+            or ``task:NAME``: the prompts and answers of an evaluation task.
         weight: How often its rows come in an epoch: 2 is twice, 0.5 a seeded half.
         format: Row schema; None takes ``data.format``.
         split: Split of a hub data set, of a folder or of a task.

@@ -93,7 +93,8 @@ def _by_split(folder: Path, split: str) -> FolderRows:
         raise SlimError(f"the folder {folder} holds no data file", f"data files are {known}")
     chosen = next((named for name in _names(split) if (named := _named(folder, data, name))), [])
     if not chosen:
-        others = [name for names in _SPLITS for name in names if _exactly(folder, data, name)]
+        splits = [name for names in _SPLITS for name in names]
+        others = [name for name in splits if any(_exactly(folder, path, name) for path in data)]
         if others:
             raise SlimError(
                 f"the folder {folder} has no split {split!r}, only {', '.join(others)}",
@@ -105,18 +106,15 @@ def _by_split(folder: Path, split: str) -> FolderRows:
 
 
 def _named(folder: Path, data: list[Path], split: str) -> list[Path]:
-    """Return the files whose name begins with a split's, or that lie in a folder of its name."""
-    pattern = re.compile(rf"{re.escape(split)}($|[-_.])", re.IGNORECASE)
-    return [path for path in data if pattern.match(stem_of(path)) or _inside(folder, path, split)]
+    """Return the files whose name has a split's at an end, or that lie in a folder of its name."""
+    begins = re.compile(rf"{re.escape(split)}[-_.]", re.IGNORECASE)
+    return [path for path in data if begins.match(stem_of(path)) or _exactly(folder, path, split)]
 
 
-def _exactly(folder: Path, data: list[Path], split: str) -> bool:
-    pattern = re.compile(re.escape(split) + _SHARD, re.IGNORECASE)
-    return any(pattern.fullmatch(stem_of(path)) or _inside(folder, path, split) for path in data)
-
-
-def _inside(folder: Path, path: Path, split: str) -> bool:
-    return split in path.relative_to(folder).parts[:-1]
+def _exactly(folder: Path, path: Path, split: str) -> bool:
+    """Whether a file is of a split: ``test.jsonl``, ``my-test-00000-of-00001.arrow``, in test/."""
+    ends = re.compile(rf"(.*[-_.])?{re.escape(split)}{_SHARD}", re.IGNORECASE)
+    return bool(ends.fullmatch(stem_of(path))) or split in path.relative_to(folder).parts[:-1]
 
 
 # ------------------------------------------------------------------- datasets' ``save_to_disk``

@@ -56,6 +56,7 @@ def _table(path: Path, progress: Progress, delimiter: str | None) -> Iterator[tu
                 progress.blank_lines += 1
             elif not header:
                 header = [name.strip() for name in cells]
+                header[0] = header[0] or "Unnamed: 0"  # the index that pandas writes
                 _check_header(path, header)
             elif len(cells) == len(header):
                 yield begin, dict(zip(header, cells, strict=True))

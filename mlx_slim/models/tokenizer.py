@@ -72,7 +72,7 @@ def description(tokenizer: Any) -> dict[str, Any]:
     Args:
         tokenizer: mlx-lm's wrapper, or a Hugging Face tokenizer.
     """
-    inner = getattr(tokenizer, "_tokenizer", None)
+    inner: Any = getattr(tokenizer, "_tokenizer", None)
     inner = inner if hasattr(inner, "apply_chat_template") else tokenizer
     ids = {text: inner.encode(text) for text in PROBES}
     return {

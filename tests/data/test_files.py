@@ -77,6 +77,11 @@ def test_cells_may_hold_separators_quotes_and_lines(tmp_path):
     assert row.place == "a.csv, line 2"
 
 
+def test_the_index_that_pandas_writes_is_a_column_of_its_own(tmp_path):
+    (row,) = rows(write(tmp_path / "a.csv", ",prompt,completion\n0,a,b\n"))
+    assert row.value == {"Unnamed: 0": "0", **AB}
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_arrow_files(tmp_path, stream):
     import pyarrow
@@ -117,7 +122,7 @@ def test_arrow_files(tmp_path, stream):
             "",
         ),
         ("a.csv", "prompt,prompt\na,b\n", "two columns are called 'prompt'", ""),
-        ("a.csv", "prompt,\na,b\n", "a column has no name", ""),
+        ("a.csv", ",prompt,\n0,a,b\n", "a column has no name", ""),
         ("a.csv", 'prompt,completion\na,b\nc,"d', "a.csv, line 3: no valid table", ""),
         ("a.tsv", 'prompt\tcompletion\n"a" x\tb\n', "a.tsv, line 2: no valid table", "in quotes"),
         ("a.csv", "prompt,completion\n", "empty, no row", ""),

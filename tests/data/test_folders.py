@@ -35,6 +35,13 @@ def test_a_file_a_split_as_mlx_lm_has_it(tmp_path, name):
     assert read(tmp_path, split="test") == ROWS[5:]
 
 
+def test_a_split_at_the_end_of_names(tmp_path):
+    jsonl(tmp_path / "alpaca-train-00000-of-00001.jsonl", ROWS[:3])
+    jsonl(tmp_path / "alpaca-test.jsonl", ROWS[3:])
+    assert read(tmp_path) == ROWS[:3]
+    assert read(tmp_path, split="test") == ROWS[3:]
+
+
 def test_a_folder_a_split_and_names_in_capitals(tmp_path):
     jsonl(tmp_path / "train" / "b.jsonl", ROWS[:3])
     jsonl(tmp_path / "test" / "a.jsonl", ROWS[3:])
