@@ -345,7 +345,7 @@ class Loop:
             self.observer.notify(events.Saved(self.position.step, name))
 
     def _rotate(self) -> None:
-        needed = self.position.needed()
+        needed = {self.position.step, *self.position.needed()}  # later ones may be of others
         stable = [step for step in rotation.steps(self.checkpoints) if step <= self._stable]
         if stable:
             path = rotation.path_of(self.checkpoints, stable[-1])
