@@ -202,16 +202,21 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
             locks.settle(work)
 
 
-def remove_folder(path: Path, names: Iterable[str]) -> None:
+def remove_folder(path: Path, names: Iterable[str]) -> bool:
     """Remove a folder in one step: a kill leaves all of it, or a temporary.
 
     Args:
         path: The folder.
         names: All that we ever write into it; one that holds anything else stays as it is.
+
+    Returns:
+        Whether it is removed.
     """
-    if path.is_dir() and {entry.name for entry in path.iterdir()} <= {*names, ".DS_Store"}:
-        with disk_errors(path), locks.hold(path) as work:
-            path.rename(work.folder / locks.GONE)
+    if not path.is_dir() or {entry.name for entry in path.iterdir()} - {*names, ".DS_Store"}:
+        return False
+    with disk_errors(path), locks.hold(path) as work:
+        path.rename(work.folder / locks.GONE)
+    return True
 
 
 def exists_already(path: Path, why: str = "") -> SlimError:

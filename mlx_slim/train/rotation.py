@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlx_slim.artifacts import remove_folder
+from mlx_slim.errors import SlimError
 
 STATE = "state.json"  # in every checkpoint
 CARRIED = "companions.safetensors"
@@ -39,10 +40,14 @@ def latest(folder: Path) -> Path | None:
 
 
 def remove_after(folder: Path, step: int) -> None:
-    """Remove the checkpoints of later steps, the newest first."""
+    """Remove the checkpoints of later steps, the newest first.
+
+    Raises:
+        SlimError: If one holds a file of somebody else's: the run would go on from it.
+    """
     for later, path in sorted(_folders(folder).items(), reverse=True):
-        if later > step:
-            remove_folder(path, FILES)
+        if later > step and (path / STATE).exists() and not remove_folder(path, FILES):
+            raise SlimError(f"{path} holds files that are none of a checkpoint", "move them away")
 
 
 def rotate(folder: Path, keep: int, *needed: int | None) -> None:

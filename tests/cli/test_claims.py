@@ -15,7 +15,7 @@ from mlx_slim.artifacts import atomic_file, atomic_folder, write_text
 from mlx_slim.cli.main import run
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluate import results
-from mlx_slim.train.rotation import latest, rotate
+from mlx_slim.train.rotation import latest, remove_after, rotate
 from tests.support.kills import contents, hidden
 
 ROOT = Path(__file__).parents[2]
@@ -160,6 +160,11 @@ def test_a_checkpoint_with_a_file_of_somebody_else_stays(tmp_path) -> None:
     ]
     assert (tmp_path / "step-1" / "notes.txt").read_text() == "keep"
     assert latest(tmp_path) == tmp_path / "step-3"
+    remove_after(tmp_path, 1)
+    assert latest(tmp_path) == tmp_path / "step-1"
+    with pytest.raises(SlimError, match="step-1 holds files that are none of a checkpoint"):
+        remove_after(tmp_path, 0)
+    assert (tmp_path / "step-7" / "mine.txt").exists()
 
 
 def test_a_resume_of_an_evaluation_touches_its_own_files_only(tiny, text, tmp_path, capfd) -> None:
