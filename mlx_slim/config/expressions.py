@@ -89,7 +89,10 @@ def compile_value(source: str) -> Callable[[Row], Any]:
         return compile_text(source)
     inner = re.sub(r"^\{\{[-+]?|-?\}\}$", "", text)  # a minus apart from the braces is a sign
     compiled = partial(_environment().compile_expression, inner, undefined_to_none=False)
-    expression = guarded(compiled, inner)
+    try:
+        expression = guarded(compiled, inner)
+    except TemplateError as error:  # a filter that does not exist
+        raise ValueError(f"no Jinja template: {error.message}") from error
 
     def value(row: Row) -> Any:
         def run() -> Any:

@@ -91,6 +91,7 @@ def read_arrow(path: Path, progress: Progress) -> Iterator[tuple[int, Any]]:
     with library_errors(what), pyarrow.OSFile(str(path)) as source:
         for batch in _batches(source):
             check_names(list(batch.schema), path.name)
+            batch.validate(full=True)  # offsets of a damaged file lead anywhere
             for start in range(0, batch.num_rows, BATCH):
                 for part, _ in parts_of(batch.slice(start, BATCH), path.name, number):
                     for value in part.to_pylist():

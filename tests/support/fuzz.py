@@ -7,6 +7,7 @@ safetensors and GGUF files; every file may also be cut, flipped, or not be a fil
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -221,6 +222,14 @@ def hostile_bytes(random: Random, data: bytes) -> tuple[bytes, str]:
     return bytes(changed), "bits flipped"
 
 
+def hostile_packed(random: Random, data: bytes) -> tuple[bytes, str]:
+    """Return a packed file of other JSON lines, or of far more."""
+    if random.random() < 0.05:
+        return gzip.compress(b" " * (66 << 20), 1), "66 MB of spaces"
+    changed, said = hostile_lines(random, gzip.decompress(data))
+    return gzip.compress(changed), said
+
+
 # -------------------------------------------------------------------------------------- files
 
 _BY_SUFFIX: dict[str, Callable[[Random, bytes], tuple[bytes, str]]] = {
@@ -230,6 +239,9 @@ _BY_SUFFIX: dict[str, Callable[[Random, bytes], tuple[bytes, str]]] = {
     ".yaml": hostile_text,
     ".jinja": hostile_text,
     ".txt": hostile_text,
+    ".csv": hostile_text,
+    ".gz": hostile_packed,
+    ".arrow": hostile_bytes,
     ".parquet": hostile_bytes,
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ _ROWS: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": f"{n} + 1?"}, {"role": "assistant", "content": "é"}]}
     for n in range(6)
 ]
-_TABLE = [{"prompt": f"say {n}", "completion": f"{n}, said"} for n in range(6)]
+_TABLE = [{"prompt": f"say {n} " * 100, "completion": f"{n}, said"} for n in range(6)]
+_ABOUT = {"version": 1, "name": "sums", "by": ["a", "b"], "licence": {"name": "none", "year": 1}}
 _TEMPLATE = """\
 {%- set ns = namespace(last=messages | length - 1) -%}
 {%- macro turn(role, text) -%}
@@ -24,7 +26,7 @@ _TEMPLATE = """\
 {{ text.strip() | trim }}<|im_end|>
 {% endmacro -%}
 {%- for message in messages if message.content is string -%}
-{%- if loop.index0 == ns.last %}{% set mark = '' %}{% else %}{% set mark = ' ' * 0 %}{% endif -%}
+{%- set mark = ' ' * (0 if loop.index0 == ns.last else 0) -%}
 {{ turn(message.role, message['content'] ~ mark) }}
 {%- endfor -%}
 {%- if add_generation_prompt %}<|im_start|>assistant{{ '\\n'.join(['', '']) }}{% endif -%}
@@ -60,6 +62,7 @@ train:
 """
 _PARENT = "train: {batch_tokens: 256, schedule: constant, warmup: 0.0}\nmemory: {budget: 1GB}\n"
 _MATRIX = """\
+title: Small models
 models:
   small: {source: base}
 methods:
@@ -94,11 +97,13 @@ def make_rows(folder: Path) -> None:
     make_model(folder / _BASE)
     (folder / _BASE / "chat_template.jinja").write_text(_TEMPLATE)
     _write(folder / "rows.jsonl", _ROWS)
-    (folder / "rows.json").write_text(json.dumps({"version": 1, "data": _ROWS}))
+    (folder / "rows.json").write_text(json.dumps({**_ABOUT, "data": _ROWS}))
     (folder / "rows.txt").write_text("One paragraph.\n\nAnother one,\nof two lines.\n")
     (folder / "rows.csv").write_text('prompt,completion\na,"b, c"\n"d\ne",f\n')
     (folder / "rows.jsonl.gz").write_bytes(gzip.compress((folder / "rows.jsonl").read_bytes()))
-    pq.write_table(pa.Table.from_pylist(_ROWS), folder / "rows.parquet", row_group_size=4)
+    long = [{**row, "note": "a remark " * 200} for row in _ROWS]  # that bits may flip in
+    table = pa.Table.from_pylist(long)
+    pq.write_table(table, folder / "rows.parquet", compression="none", row_group_size=4)
     table = pa.Table.from_pylist(_TABLE)
     with pa.OSFile(str(folder / "rows.arrow"), "wb") as sink:
         writer = pa.ipc.new_stream(sink, table.schema)
@@ -106,8 +111,8 @@ def make_rows(folder: Path) -> None:
         writer.close()
 
 
-def use_rows(folder: Path, out: Path) -> None:
-    """Make tokens of the one file that is left of all kinds."""
+def use_rows(folder: Path, out: Path, name: str = "rows.jsonl") -> None:
+    """Make tokens of a file of rows."""
     from mlx_slim.config.schema import DataConfig
     from mlx_slim.data import sources
     from mlx_slim.data.ledger import SourceLedger
@@ -116,8 +121,7 @@ def use_rows(folder: Path, out: Path) -> None:
 
     template = folder / "mine.jinja"
     named = {"template": str(template)} if template.is_symlink() or template.exists() else {}
-    [path] = [path for path in folder.iterdir() if path.name.startswith("rows.")]
-    data = DataConfig(path=str(path), **named)
+    data = DataConfig(path=str(folder / name), **named)
     pipeline = Pipeline(data, load_tokenizer(folder / _BASE), max_length=256)
     for config in data.sources:
         source = sources.find(config)
@@ -136,11 +140,10 @@ def _only(suffix: str) -> Callable[[Path], None]:
     return make
 
 
-def _preview(given: Path, out: Path) -> list[str]:
-    [rows] = [path for path in given.iterdir() if path.name.startswith("rows.")]
+def _preview(given: Path, out: Path, name: str = "rows.jsonl") -> list[str]:
     words = ["data", "preview", "smollm2-lora", f"model={given / _BASE}", "revision=null"]
     template = [f"data.template={given / 'mine.jinja'}"] * (given / "mine.jinja").is_file()
-    return [*words, f"data.path={rows}", *template]
+    return [*words, f"data.path={given / name}", *template]
 
 
 def make_template(folder: Path) -> None:
@@ -235,8 +238,8 @@ TARGETS = [
             f"rows{kind}",
             _only(kind),
             (f"rows{kind}",),
-            use_rows,
-            _preview,
+            partial(use_rows, name=f"rows{kind}"),
+            partial(_preview, name=f"rows{kind}"),
             weight=3 if kind in (".jsonl", ".parquet") else 1,
         )
         for kind in _KINDS
