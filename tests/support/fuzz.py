@@ -225,7 +225,7 @@ def hostile_bytes(random: Random, data: bytes) -> tuple[bytes, str]:
 def hostile_packed(random: Random, data: bytes) -> tuple[bytes, str]:
     """Return a packed file of other JSON lines, or of far more."""
     if random.random() < 0.05:
-        return gzip.compress(b" " * (66 << 20), 1), "66 MB of spaces"
+        return gzip.compress(b" " * (66 << 20), 1, mtime=0), "66 MB of spaces"
     changed, said = hostile_lines(random, gzip.decompress(data))
     return gzip.compress(changed), said
 
