@@ -77,8 +77,6 @@ def raised() -> Iterator[None]:
         sys.unraisablehook = hook
 
 
-
-
 class Requested:
     """Notes the wish to stop instead of raising it; a second wish is raised.
 

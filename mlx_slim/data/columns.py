@@ -19,10 +19,17 @@ _ASK = ("instruction", "question", "prompt", "query", "input")
 _ANSWER = ("output", "response", "answer", "completion")
 _CONTEXT = ("input", "context")
 # Part of the question, which a prompt without it would leave out.
-_CONTENT = {"choices", "options", "passage", "document", "chosen", "rejected", "image", "images"}
+_PASSAGES = {
+    *("contexts", "passage", "passages", "document", "documents", "paragraph", "paragraphs"),
+    *("article", "story", "evidence", "background", "table", "schema"),
+}
+_CONTENT = {*_PASSAGES, "choices", "options", "chosen", "rejected", "image", "images"}
 
 # Only proposed, never assumed.
-_MORE_ASK = (*_ASK, "problem", "task", "source", "user", "human", "request", "article", "dialogue")
+_MORE_ASK = (
+    *(*_ASK, "problem", "task", "article", "document", "dialogue"),
+    *("source", "user", "human", "request"),
+)
 _MORE_ANSWER = (
     *_ANSWER,
     *("solution", "reply", "target", "assistant", "chosen", "gpt", "bot", "result"),
@@ -74,12 +81,14 @@ def _likely(value: Mapping[str, Any], format: str) -> dict[str, str] | None:
     """Return the renames that would learn the row's answer; None if no column says so."""
     if format in ("auto", "chat"):
         chats = [name for name, item in value.items() if _is_chat(item)]
+        chats = [name for name in chats if name != "rejected"]
         if len(chats) == 1:
             return {"messages": chats[0]}
     texts = [name for name, item in value.items() if isinstance(item, str)]
     if format in ("auto", "text") and len(texts) == 1:
-        return {"text": texts[0]}
-    if format in ("chat", "text") or (_CONTENT - {"chosen", "rejected"}) & value.keys():
+        known = format == "auto" and texts[0].lower() in (*_MORE_ASK, *_MORE_ANSWER)
+        return None if known else {"text": texts[0]}
+    if format in ("chat", "text"):
         return None
     answer = _first(_MORE_ANSWER, texts)
     ask = _first(_MORE_ASK, [name for name in texts if name != answer])
@@ -89,6 +98,8 @@ def _likely(value: Mapping[str, Any], format: str) -> dict[str, str] | None:
             first, second = second, first
         ask, answer = first, second
     if ask is None or answer is None:
+        return None
+    if (_CONTENT - {"chosen", "rejected", ask, answer}) & value.keys():
         return None
     context = next((n for n in _CONTEXT if n in texts and n not in (ask, answer)), None)
     if context is not None:

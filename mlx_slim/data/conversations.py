@@ -26,7 +26,8 @@ _ROLES = {
     **{"function_call": "assistant", "tool_call": "assistant"},
 }
 _CALLS = ("function_call", "tool_call")  # roles whose text is a call
-_FLAGS = ("train", "training", "loss")  # axolotl's and ms-swift's names for learning a turn or not
+# Names for learning a turn or not: OpenAI's exports', axolotl's, ms-swift's.
+_FLAGS = ("train", "training", "train_on_turn", "trainable", "loss")
 _OWN = {"from", "value", "role", "content", "function_call", "weight", *_FLAGS}
 _TEXT_FILES = re.compile(r"\.(json|jsonl|ndjson)(\.\w+)?$")  # whose nulls were written by someone
 _NULLABLE = frozenset({"default", "const", "example"})  # of a schema: null is a value there
@@ -61,6 +62,25 @@ def is_prompt_list(value: Mapping[str, Any]) -> bool:
         )
         and {"prompt", "completion"} <= value.keys()
     )
+
+
+def with_turns(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a row whose ``prompt`` is a list of turns, where a table holds it as JSON text."""
+    parsed = {name: _turns_of(value.get(name)) for name in ("prompt", "completion")}
+    return {**value, **{k: v for k, v in parsed.items() if v}} if parsed["prompt"] else value
+
+
+def _turns_of(text: Any) -> list[dict[str, Any]] | None:
+    """Return the turns that a text is in JSON; None if it is none."""
+    if not isinstance(text, str) or not text.lstrip().startswith("["):
+        return None
+    try:
+        turns = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    pairs = ({"role", "content"}, {"from", "value"})
+    known = (isinstance(t, dict) and any(pair <= t.keys() for pair in pairs) for t in turns)
+    return turns if turns and all(known) else None
 
 
 def read_conversation(row: RawRow, value: Mapping[str, Any]) -> Conversation:
@@ -208,8 +228,8 @@ class _Reader:
         weight, asked = 1.0, False
         for name in _FLAGS:
             flag = turn.get(name)
-            if flag is None or (name == "loss" and not isinstance(flag, bool)):
-                continue
+            if flag is None or (name == "loss" and isinstance(flag, float)):
+                continue  # a loss that somebody measured
             if flag not in (0, 1) or isinstance(flag, str):
                 raise self._wrong(index, f"{name} is {flag!r}, expected true or false")
             weight, asked = weight * flag, asked or bool(flag)
@@ -240,7 +260,8 @@ def _tools(row: RawRow, given: Any, padded: bool) -> list[dict[str, Any]]:
     """Return tool schemas as OpenAI's list of ``{type, function}``."""
     hint = "expected a list of schemas {type: function, function: {name, parameters}}"
 
-    whole = (_parsed(row, given, "tools") if given else None) or []
+    whole = _parsed(row, given, "tools") if given else None
+    whole = (_parsed(row, whole, "tools") if whole else None) or []  # it may be quoted twice
     tools = []
     for each in whole if isinstance(whole, list) else [whole]:
         tool = _parsed(row, each, "a tool")
@@ -249,7 +270,11 @@ def _tools(row: RawRow, given: Any, padded: bool) -> list[dict[str, Any]]:
         if not isinstance(given, str) and not isinstance(each, str):
             tool = without_nulls(tool, frozenset() if padded else _NULLABLE)
         if "function" not in tool and "name" in tool:
-            tool = {"type": "function", "function": tool}
+            bare = {k: v for k, v in tool.items() if (k, v) != ("type", "function")}
+            tool = {"type": "function", "function": bare}
+        function = tool.get("function")
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise SlimError(f"{row.place}: a tool is {str(tool)[:40]!r}", hint)
         tools.append(tool)
     return tools
 

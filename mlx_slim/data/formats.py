@@ -7,12 +7,13 @@ raises one line that names the place, the columns seen and the columns expected.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_slim.data.columns import proposal, recognised
-from mlx_slim.data.conversations import is_prompt_list, read_conversation
+from mlx_slim.data.columns import option, proposal, recognised
+from mlx_slim.data.conversations import is_prompt_list, read_conversation, with_turns
 from mlx_slim.data.sources import RawRow
 from mlx_slim.errors import SlimError, did_you_mean
 
@@ -134,10 +135,12 @@ def read_example(
     renamed |= {ours: row.value[theirs] for ours, theirs in present.items()}
     if "system" not in renamed and "system_prompt" in renamed:
         renamed["system"] = renamed.pop("system_prompt")
-    if format == "auto":
-        renamed = _known_names(renamed)
+    known = _known_names(row, renamed) if format == "auto" else {}
+    renamed = _under(renamed, known)
     value = {key: item for key, item in renamed.items() if item is not None}
     kind = _kind(value) if format == "auto" else format
+    if kind == "completions":
+        value = with_turns(value)
     if kind == "chat" or (kind == "completions" and is_prompt_list(value)):
         return _chat(row, value, system, learn)
     wanted = {
@@ -148,7 +151,12 @@ def read_example(
     needed = {"alpaca": {"instruction", "output"}, "completions": {"prompt", "completion"}}
     if kind is None or not needed.get(kind, {"text"}) <= renamed.keys():
         raise _wrong_columns(row, format)
-    fields = {name: _string(row, value, name) for name in wanted[kind] if name in value}
+    called = {**columns, **known}  # as the row calls its columns
+    fields = {
+        name: _string(row, value[name], called.get(name, name))
+        for name in wanted[kind]
+        if name in value
+    }
     if kind == "text":
         _need(fields, "text", "empty text")
         return Example(kind, [], fields)
@@ -170,27 +178,47 @@ def read_example(
     return Example(kind, _turns(system, prompt, answer), fields)
 
 
-def _known_names(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row of no known format under the names of the one that it means, if it says so.
+def _known_names(row: RawRow, columns: dict[str, Any]) -> dict[str, str]:
+    """Return the renames, ours to the row's, of a row whose columns mean a known format.
 
     Columns that are null count only where the others do not say it: a row without its answer.
+
+    Raises:
+        SlimError: If ``text`` stands beside a question and its answer, and is not both of them.
     """
-    value = {key: item for key, item in row.items() if item is not None}
-    for names in (value, row):
-        if _complete(names):
-            return row
-        if (found := recognised(names)) is not None:
-            theirs = set(found.values())
-            rest = {key: item for key, item in row.items() if key not in theirs | found.keys()}
-            return rest | {ours: row[name] for ours, name in found.items()}
-    return row
+    value = {key: item for key, item in columns.items() if item is not None}
+    for names in (value, columns):
+        beside = _complete(names) == {"text"}
+        if _complete(names) and not beside:
+            return {}
+        if (found := recognised(name for name in names if name != "text")) is not None:
+            parts = [str(names[theirs] or "").strip() for theirs in found.values()]
+            if beside and not all(part in str(names["text"]) for part in parts):
+                raise SlimError(
+                    f"{row.place}: 'text' stands beside {', '.join(found.values())}; which is "
+                    "learned, the text or the answer?",
+                    f"data.format=text, or {shlex.quote(option(found))} without it",
+                )
+            return found
+        if beside:
+            return {}
+    return {}
 
 
-def _complete(value: Mapping[str, Any]) -> bool:
-    """Whether the columns are those of a format."""
-    pairs = ({"instruction", "output"}, {"prompt", "completion"})
-    one = {"messages", "conversations", "text"} & value.keys()
-    return bool(one) or any(pair <= value.keys() for pair in pairs)
+def _under(row: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Return a row under other names, ours to its own."""
+    gone = {*names, *names.values()}
+    rest = {key: item for key, item in row.items() if key not in gone}
+    return rest | {ours: row[theirs] for ours, theirs in names.items()}
+
+
+def _complete(value: Mapping[str, Any]) -> set[str]:
+    """Return the columns that make a row one of a format; empty if it is of none."""
+    for pair in ({"instruction", "output"}, {"prompt", "completion"}):
+        if pair <= value.keys():
+            return pair
+    chat = {"messages", "conversations"} & value.keys()
+    return chat or {"text"} & value.keys()
 
 
 def _kind(value: Mapping[str, Any]) -> str | None:
@@ -220,8 +248,7 @@ def _wrong_columns(row: RawRow, format: str) -> SlimError:
     return SlimError(f"{row.place}: columns seen: {seen}; expected: {expected}", hint)
 
 
-def _string(row: RawRow, value: Mapping[str, Any], name: str) -> str:
-    text = value[name]
+def _string(row: RawRow, text: Any, name: str) -> str:
     if not isinstance(text, str):
         raise SlimError(
             f"{row.place}: {name!r} is {type(text).__name__} {repr(text)[:40]}, expected a string"

@@ -8,7 +8,9 @@ import pytest
 
 from mlx_slim.config.load import load_recipe
 from mlx_slim.data.columns import recognised
+from mlx_slim.data.formats import read_example
 from mlx_slim.data.prepare import prepare
+from mlx_slim.data.sources import RawRow
 from mlx_slim.errors import SlimError
 from tests.data.conftest import learned
 
@@ -135,3 +137,40 @@ def test_no_option_is_proposed_where_columns_do_not_say_it(make):
 def test_a_history_is_pairs(make, history):
     with pytest.raises(SlimError, match="'history' holds"):
         make([{"instruction": "a", "output": "b", "history": history}])
+
+
+def read(value, **settings):
+    options = {"columns": {}, "system": None, **settings}
+    return read_example(RawRow("rows.jsonl", 1, value), settings.pop("format", "auto"), **options)
+
+
+def test_a_passage_beside_question_and_answer_is_neither_learned_alone_nor_left_out():
+    row = {"question": "When?", "answer": "In 1912."}
+    with pytest.raises(SlimError, match="'text' stands beside question, answer") as refused:
+        read({**row, "text": "The ship was built in 1912."})
+    assert "data.columns={prompt: question, completion: answer}" in refused.value.hint
+    renamed = read({**row, "text": "x"}, columns={"prompt": "question", "completion": "answer"})
+    assert renamed.fields["completion"] == "In 1912."
+    # The text that was made of both, as the hub's Alpaca has it.
+    assert read({**row, "text": "Q: When?\nA: In 1912."}).fields["completion"] == "In 1912."
+    assert read({"text": "x", "answer": "In 1912."}).kind == "text"
+    for name in ("contexts", "passages", "story", "evidence"):
+        with pytest.raises(SlimError, match="the whole question in one"):
+            read({**row, name: ["The ship was built in 1912."]})
+
+
+def test_pairs_of_answers_are_read_as_the_chosen_one_where_the_hint_is_followed():
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]
+    with pytest.raises(SlimError) as refused:
+        read({"prompt": "Hi", "chosen": turns, "rejected": turns})
+    assert refused.value.hint == "name the columns: 'data.columns={messages: chosen}'"
+    with pytest.raises(SlimError) as refused:
+        read({"prompt": "Hi", "answers": ["Yes."]})  # a question alone is no text to learn
+    assert "text:" not in refused.value.hint
+
+
+def test_a_value_of_another_type_is_named_as_the_row_names_it():
+    with pytest.raises(SlimError, match="'answer' is int 4, expected a string"):
+        read({"question": "2+2?", "answer": 4})
+    with pytest.raises(SlimError, match="'sum' is int 4"):
+        read({"q": "2+2?", "sum": 4}, columns={"prompt": "q", "completion": "sum"})

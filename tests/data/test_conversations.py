@@ -271,3 +271,33 @@ def test_what_cannot_be_read_is_one_line(value, message):
     with pytest.raises(SlimError, match=f"rows.jsonl, line 1.*{message}") as error:
         read_example(RawRow("rows.jsonl", 1, value, "line"), "auto", columns={}, system=None)
     assert "\n" not in str(error.value)
+
+
+def test_tools_that_are_quoted_twice_or_flat_are_read_and_what_is_no_schema_is_refused():
+    given = json.dumps(json.dumps([TOOL]))
+    assert read({"messages": [USER, DONE], "tools": given}).extras == {"tools": [TOOL]}
+    flat = {"type": "function", **SCHEMA}
+    assert read({"messages": [USER, DONE], "tools": [flat]}).extras == {"tools": [TOOL]}
+    for wrong in ({"look": SCHEMA}, [{"function": "look"}], [{"type": "function"}], '{"look": 1}'):
+        with pytest.raises(SlimError, match="row 1: a tool is"):
+            read({"messages": [USER, DONE], "tools": wrong})
+
+
+@pytest.mark.parametrize("name", ["train_on_turn", "trainable", "loss"])
+@pytest.mark.parametrize("flag", [False, 0])
+def test_flags_of_a_turn_by_other_names(name, flag):
+    turns = [USER, {**DONE, name: flag}, USER, DONE]
+    assert read({"messages": turns}).turn_weights == [0.0, 0.0, 0.0, 1.0]
+
+
+def test_lists_of_turns_that_a_table_holds_as_json_text_are_turns():
+    prompt, completion = json.dumps([USER]), json.dumps([DONE])
+    for row in (
+        {"prompt": prompt, "completion": completion},
+        {"prompt": prompt, "completion": "Dry."},
+    ):
+        example = read(row, "rows.csv")
+        assert [m["content"] for m in example.messages] == ["Look.", "Dry."]
+        assert example.kind == "chat"
+    for text in ("[1, 2]", "[]", '[{"a": 1}]', "[not JSON"):
+        assert read({"prompt": text, "completion": "x"}).fields["prompt"] == text
