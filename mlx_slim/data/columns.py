@@ -97,7 +97,7 @@ def _likely(value: Mapping[str, Any], format: str) -> dict[str, str] | None:
         if second == ask or first == answer:
             first, second = second, first
         ask, answer = first, second
-    if ask is None or answer is None:
+    if ask is None or answer is None or answer.lower() in (*_CONTEXT, *_ASK):
         return None
     if (_CONTENT - {"chosen", "rejected", ask, answer}) & value.keys():
         return None

@@ -37,8 +37,14 @@ def read_tsv(path: Path, progress: Progress) -> Iterator[tuple[int, Any]]:
 def _table(path: Path, progress: Progress, delimiter: str | None) -> Iterator[tuple[int, Any]]:
     progress.unit = "line"
     csv.field_size_limit(_LARGEST_CELL)
+    skipped = 0  # blank lines before the header
     text = (line for _, line in lines(path, progress, keep_blank=True))
-    first = next(text, "")
+    first = ""
+    for first in text:
+        if first.strip():
+            break
+        progress.blank_lines += 1
+        skipped += 1
     if delimiter is None:
         delimiter = next((mark for mark in ",;\t" if mark in first), ",")
 
@@ -48,10 +54,10 @@ def _table(path: Path, progress: Progress, delimiter: str | None) -> Iterator[tu
 
     table = csv.reader(whole(), delimiter=delimiter, strict=True)
     header: list[str] = []
-    last = 0  # line that the row before ended on
+    last = skipped  # line that the row before ended on
     try:
         for cells in table:
-            begin, last = last + 1, table.line_num
+            begin, last = last + 1, skipped + table.line_num
             if not cells or (len(cells) == 1 and not cells[0].strip() and header[1:]):
                 progress.blank_lines += 1
             elif not header:

@@ -174,3 +174,9 @@ def test_a_value_of_another_type_is_named_as_the_row_names_it():
         read({"question": "2+2?", "answer": 4})
     with pytest.raises(SlimError, match="'sum' is int 4"):
         read({"q": "2+2?", "sum": 4}, columns={"prompt": "q", "completion": "sum"})
+
+
+def test_what_was_asked_about_is_not_proposed_as_the_answer():
+    squad = {"question": "When?", "context": "In 1912.", "answers": {"text": ["1912"]}}
+    with pytest.raises(SlimError, match="the whole question in one"):
+        read(squad)

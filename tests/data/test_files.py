@@ -43,6 +43,7 @@ def write(path: Path, content: bytes | str) -> Path:
         ("wrapped.jsonl", json.dumps({"rows": [AB, CD], "n": 2}, indent=1), "rows, row"),
         ("a.csv", "prompt,completion\na,b\n\nc,d\n", "line"),
         ("semicolons.csv", "\ufeffprompt;completion\r\na;b\r\nc;d\r\n", "line"),
+        ("blank-first.csv", "\n \nprompt;completion\na;b\nc;d\n", "line"),
         ("a.tsv", "prompt\tcompletion\na\tb\nc\td", "line"),
         ("a.jsonl.gz", gzip.compress(f"{ONE}\n{TWO}\n".encode(), mtime=0), "line"),
         ("a.json.gz", gzip.compress(json.dumps([AB, CD]).encode(), mtime=0), "row"),
@@ -68,6 +69,11 @@ def test_text_keeps_what_unicode_calls_line_ends(tmp_path):
     (found,) = rows(write(tmp_path / "b.txt", "one\u2028still one\x85\ntwo"))
     assert found.value == {"text": "one\u2028still one\x85\ntwo"}
     assert len(rows(write(tmp_path / "c.txt", "one\r\rtwo\r"))) == 2
+
+
+def test_blank_lines_before_a_header_count_as_lines(tmp_path):
+    path = write(tmp_path / "a.csv", "\n\nprompt;completion\na;b\n\nc;d\n")
+    assert [row.number for row in rows(path)] == [4, 6]
 
 
 def test_cells_may_hold_separators_quotes_and_lines(tmp_path):
