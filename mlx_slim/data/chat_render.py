@@ -8,7 +8,7 @@ depth are bounded (``config/sandbox.py``), and that everything that a template r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -87,6 +87,12 @@ def render_chat(
     return _compiled(source, strict).render_marked(_plain({"messages": chat, **values}))
 
 
+def none_default(templates: Iterable[str]) -> str:
+    """Return what is wrong where several named templates have no default."""
+    names = ", ".join(templates)
+    return f"the model has several chat templates ({names}), none called default"
+
+
 def apply_chat_template(tokenizer: Any, messages: list[dict[str, Any]], **names: Any) -> str:
     """Return the prompt of a chat up to where the answer begins.
 
@@ -112,7 +118,9 @@ def apply_chat_template(tokenizer: Any, messages: list[dict[str, Any]], **names:
             return str(tokenizer.apply_chat_template(given, tokenize=False, **names))
         source = inner.get_chat_template(tools=names.get("tools"))
     except Exception as error:
-        raise TemplateRuntimeError(str(error) or type(error).__name__) from error
+        templates = inner.chat_template
+        several = none_default(templates) if isinstance(templates, dict) else ""
+        raise TemplateRuntimeError(several or str(error) or type(error).__name__) from error
     thinks = {"enable_thinking": tokenizer.has_thinking} if wrapped else {}
     return render_chat(source, given, **{**inner.special_tokens_map, **thinks, **names})[0]
 

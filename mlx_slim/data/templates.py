@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_slim.artifacts import hash_bytes
+from mlx_slim.data.chat_render import none_default
 from mlx_slim.data.chat_template import ChatTemplate, eos_texts, left_out, renderer
 from mlx_slim.data.formats import Example
 from mlx_slim.data.jinja_file import read_jinja
@@ -98,7 +99,7 @@ def _model(chat: str | dict[str, str], tokenizer: Any) -> Template:
     sources = chat if isinstance(chat, dict) else {_DEFAULT: chat}
     if _DEFAULT not in sources:
         raise SlimError(
-            f"the model has several chat templates ({', '.join(sources)}), none called {_DEFAULT}",
+            none_default(sources),
             "name a file with the one you mean: data.template=FILE, or use alpaca, plain or chatml",
         )
     special = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}

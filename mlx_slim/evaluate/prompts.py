@@ -20,7 +20,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from mlx_slim.config.expressions import compile_text, compile_value
+from mlx_slim.config.expressions import compile_text, compile_value, names_in
+from mlx_slim.config.task import TaskSpec
 from mlx_slim.data.chat_render import apply_chat_template
 from mlx_slim.data.formats import Example
 from mlx_slim.data.templates import Rendered, Template
@@ -191,6 +192,7 @@ class _Writer:
         choices = spec.choices or []
         self._one = compile_value(choices) if isinstance(choices, str) else None
         self._each = [] if isinstance(choices, str) else [compile_text(text) for text in choices]
+        self._plain = list(_without_templates(spec))
         self._delimiter = "" if chat else spec.delimiter
         self._field = spec.subgroups.field if spec.subgroups else None
         self._shared: dict[str | None, list[int]] = {}
@@ -198,6 +200,14 @@ class _Writer:
 
     def question(self, doc_id: int, row: Mapping[str, Any], part: str | None) -> Question:
         place = self._rows.place(doc_id)
+        for key, text in self._plain:
+            if text in row:
+                raise self._error(
+                    place,
+                    f"{key} is the text {text!r} for every row, and the row has a field of that "
+                    "name",
+                    f'for what the field holds write "{{{{ {text} }}}}"',
+                )
         description = self._run(self._description, "description", row, place)
         asked = self._run(self._prompt, "prompt", row, place)
         if self._chat and self._chat.turns:
@@ -328,6 +338,15 @@ class _Writer:
 
     def _error(self, place: str, problem: str, hint: str = "") -> SlimError:
         return SlimError(f"task {self._task.name}: {place}: {problem}", hint)
+
+
+def _without_templates(spec: TaskSpec) -> Iterator[tuple[str, str]]:
+    """Yield (key, text) of what asks and answers where the text is the same for every row."""
+    for key in ("prompt", "target", "choices"):
+        given = getattr(spec, key) or []
+        for text in [given] if isinstance(given, str) else given:
+            if not names_in(text):
+                yield key, text.strip()
 
 
 def _compiled(target: str | list[str]) -> Callable[[Any], Any]:

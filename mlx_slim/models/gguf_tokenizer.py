@@ -66,11 +66,13 @@ def build_tokenizer(metadata: dict[str, Any], notes: list[str]) -> PreTrainedTok
 
     tokens = metadata.get("tokenizer.ggml.tokens")
     kind = metadata.get("tokenizer.ggml.model")
-    if not tokens or kind not in ("gpt2", "llama"):
+    if kind not in ("gpt2", "llama"):
         raise SlimError(
             f"the GGUF file has a tokenizer of type {kind!r}, expected 'gpt2' or 'llama'",
             _HINT,
         )
+    if not tokens:
+        raise _lacks("tokens", metadata)
     if twice := len(tokens) - len(set(tokens)):
         notes.append(f"{twice:,} tokens stand twice in the file: one id of each is never used")
     types = _types(metadata, tokens)

@@ -116,7 +116,8 @@ class Speaker:
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
             raise SlimError(
-                f"the chat template refuses roles {roles}: {' '.join(str(error).split())[:200]}"
+                f"the chat template refuses roles {roles}: {' '.join(str(error).split())[:200]}",
+                "mlx-slim generate MODEL --no-chat-template continues the prompt as it stands",
             ) from error
         return self._encoded(text, special=False)
 

@@ -307,3 +307,21 @@ def test_generation_rows_of_ones_own(tmp_path):
     contexts = [q.context for q in build_questions(task, load_rows(task), 0)]
     assert contexts == ["p0", "p1", "p2"]
     assert Selection(task, 0).task.name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("key", "text"), [("prompt", "question"), ("target", "answer"), ("choices", "[x, options]")]
+)
+def test_the_bare_name_of_a_field_is_refused_as_a_text_of_every_row(tmp_path, key, text):
+    lines = [line for line in CHOICE.splitlines() if not line.startswith(f"{key}:")]
+    task = write_task(tmp_path, "\n".join([*lines, f"{key}: {text}"]), rows=[quiz(1)])
+    name = {"choices": "options"}.get(key, text)
+    with pytest.raises(SlimError, match=f"{key} is the text '{name}' for every row") as refused:
+        _questions(task, [quiz(1)])
+    assert refused.value.hint.endswith(f'write "{{{{ {name} }}}}"')
+
+
+def test_a_text_of_every_row_that_is_no_field_stays(tmp_path):
+    text = CHOICE.replace('"{{ options }}"', "[yes, no]").replace('"{{ answer }}"', "yes")
+    (question,) = _questions(write_task(tmp_path, text, rows=[quiz(1)]), [quiz(1)])
+    assert (question.choices, question.target) == ((" yes", " no"), 0)

@@ -82,6 +82,10 @@ def test_whole_files_are_rebuilt():
             byte_level(merges=None),
             "no tokenizer.ggml.merges, which a tokenizer of type 'gpt2'",
         ),
+        (
+            byte_level(tokens=None),
+            "no tokenizer.ggml.tokens, which a tokenizer of type 'gpt2' needs",
+        ),
         (byte_level(merges=[]), "no tokenizer.ggml.merges"),
         (byte_level(merges=["Ġ t", "h e"]), "merges do not make 2 of its 4 longer tokens, such as"),
         (byte_level(merges=["Ġ t", "h e", "Ġthe", "i n"]), "merge 'Ġthe' is no pair of tokens"),

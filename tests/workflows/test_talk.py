@@ -110,3 +110,11 @@ def test_a_template_that_refuses_a_role_is_one_line(tmp_path):
     speaker = open_speaker(tiny_model(tmp_path / "strict", "llama", chat_template=template))
     with pytest.raises(SlimError, match="refuses roles system, user: no system role"):
         speaker.chat_ids([{"role": "system", "content": "x"}, {"role": "user", "content": "y"}])
+
+
+def test_several_templates_without_a_default_are_one_whole_line(tmp_path):
+    speaker = open_speaker(tiny_model(tmp_path / "several", "llama"))
+    speaker.tokenizer._tokenizer.chat_template = {"plain": "x", "rag": "y"}
+    with pytest.raises(SlimError, match=r"templates \(plain, rag\), none called default") as error:
+        speaker.chat_ids([{"role": "user", "content": "y"}])
+    assert "--no-chat-template" in error.value.hint
