@@ -183,8 +183,11 @@ def _write(
         reasons = "; ".join(text for ledger in ledgers for text in ledger.reasons())
         raise SlimError(
             f"no row can be used: {sum(ledger.given for ledger in ledgers):,} given, {reasons}",
-            "raise train.max_length or cut rows with data.truncation=right; see them with: "
-            "mlx-slim data preview",
+            (
+                "raise train.max_length or cut rows with data.truncation=right; "
+                * ("longer than" in reasons)
+            )
+            + "see them with: mlx-slim data preview",
         )
     validation_ledger = None
     if held_out:

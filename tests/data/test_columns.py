@@ -180,3 +180,13 @@ def test_what_was_asked_about_is_not_proposed_as_the_answer():
     squad = {"question": "When?", "context": "In 1912.", "answers": {"text": ["1912"]}}
     with pytest.raises(SlimError, match="the whole question in one"):
         read(squad)
+
+
+def test_the_way_out_fits_why_no_row_can_be_used(make):
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "No.", "weight": 0},
+    ]
+    with pytest.raises(SlimError, match="no answer to learn: weight 0") as refused:
+        make([{"messages": turns}])
+    assert refused.value.hint == "see them with: mlx-slim data preview"
