@@ -151,9 +151,9 @@ def read_example(
     needed = {"alpaca": {"instruction", "output"}, "completions": {"prompt", "completion"}}
     if kind is None or not needed.get(kind, {"text"}) <= renamed.keys():
         raise _wrong_columns(row, format)
-    called = {**columns, **known}  # as the row calls its columns
+    called: dict[str, str] = {**known, **present}  # as the row calls its columns
     fields = {
-        name: _string(row, value[name], called.get(name, name))
+        name: _string(row, value[name], called.get(name) or name)
         for name in wanted[kind]
         if name in value
     }

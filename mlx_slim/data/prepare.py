@@ -181,13 +181,10 @@ def _write(
     check_renamed(config.columns, set().union(*(ledger.columns for ledger in ledgers)))
     if not len(hashes):
         reasons = "; ".join(text for ledger in ledgers for text in ledger.reasons())
+        shorter = "raise train.max_length or cut rows with data.truncation=right; "
         raise SlimError(
             f"no row can be used: {sum(ledger.given for ledger in ledgers):,} given, {reasons}",
-            (
-                "raise train.max_length or cut rows with data.truncation=right; "
-                * ("longer than" in reasons)
-            )
-            + "see them with: mlx-slim data preview",
+            shorter * ("longer than" in reasons) + "see them with: mlx-slim data preview",
         )
     validation_ledger = None
     if held_out:
