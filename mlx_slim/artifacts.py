@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mlx_slim import locks, reading
-from mlx_slim.errors import ResourceError, SlimError
+from mlx_slim.errors import DISK_FULL, ResourceError, SlimError
 from mlx_slim.reading import read_json as read_json  # what ``write_json`` wrote
 from mlx_slim.tensor_files import safetensors_header
 
@@ -42,7 +42,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in DISK_FULL:
             raise ResourceError(
                 f"the disk is full while writing {path}", "free some space; nothing was replaced"
             ) from error

@@ -9,12 +9,15 @@ line prints it without a traceback and exits with ``exit_code``; anything else i
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, a limit of the shell's
+_TEMPORARY = ("TMPDIR", "TMP", "TEMP", "TEMPDIR")  # as C++ looks for them
 _LONGEST = 2000  # characters of a message
 _SECRETS = re.compile(
     r"\b(?:hf|sk|gh[opsu]|github_pat)[_-][\w-]{8,}|(?i:bearer)\s+\S+|(?<=://)[^/\s@]+(?=@)"
@@ -96,6 +99,20 @@ def check_working_folder() -> None:
         Path.cwd()
     except OSError as error:
         raise SlimError("the working folder was removed", "go to another one: cd") from error
+
+
+def check_temporary_folder() -> None:
+    """Refuse a temporary folder that is none: MLX compiles kernels in it.
+
+    Raises:
+        SlimError: Names the variable and what it says.
+    """
+    name = next((name for name in _TEMPORARY if os.environ.get(name)), None)
+    if name and not (Path(os.environ[name]).is_dir() and os.access(os.environ[name], os.W_OK)):
+        raise SlimError(
+            f"{name} is {os.environ[name]!r}, expected a folder that can be written",
+            f"make it, or unset {name}",
+        )
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

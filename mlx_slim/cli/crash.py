@@ -7,7 +7,6 @@ the failure itself. Used by ``cli/main.py``; ``MLX_SLIM_DEBUG=1`` shows the trac
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
 import tempfile
@@ -16,7 +15,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mlx_slim.artifacts import provenance
-from mlx_slim.errors import ResourceError, SlimError, check_working_folder, without_secrets
+from mlx_slim.errors import (
+    DISK_FULL,
+    ResourceError,
+    SlimError,
+    check_working_folder,
+    without_secrets,
+)
 from mlx_slim.reading import no_such_name
 
 _OUTPUTS = ("-o", "--out", "--output")
@@ -36,7 +41,7 @@ def explained(error: BaseException, words: Sequence[str]) -> SlimError:
     if isinstance(error, OSError) and (refusal := no_such_name(error)):
         return refusal
     reason = without_secrets(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
         place = f" while writing {error.filename}" if error.filename else ""
         return ResourceError(f"the disk is full{place}", "free some space")
     if isinstance(error, MemoryError) or (
@@ -69,8 +74,12 @@ def _write(error: BaseException, words: Sequence[str]) -> Path | None:
     for folder, name in _places(words):
         with contextlib.suppress(OSError, ValueError):
             descriptor, file = tempfile.mkstemp(".txt", f"{name}.error-", folder)
-            with os.fdopen(descriptor, "w", encoding="utf-8", errors="replace") as handle:
-                handle.write(without_secrets("\n".join(line.rstrip() for line in lines)) + "\n")
+            try:
+                with os.fdopen(descriptor, "w", encoding="utf-8", errors="replace") as handle:
+                    handle.write(without_secrets("\n".join(map(str.rstrip, lines))) + "\n")
+            except OSError:  # nothing or half of it is in it
+                Path(file).unlink(missing_ok=True)
+                raise
             return Path(file)
     return None
 

@@ -15,6 +15,13 @@ from mlx_slim.cli.speaker import open_and_tell
 from mlx_slim.errors import SlimError
 
 
+def _read() -> str:
+    """Return standard input, up to the first character that is too many."""
+    from mlx_slim.workflows.talk import LONGEST_PROMPT
+
+    return sys.stdin.read(LONGEST_PROMPT + 1)
+
+
 @click.command()
 @speaker_options(max_tokens=256, temp=0.0)
 @click.option("--prompt", required=True, metavar="TEXT", help="What to say; - reads it from stdin.")
@@ -37,7 +44,7 @@ def command(
     """
     if system is not None and no_chat_template:
         raise SlimError("--system needs the chat template", "leave --no-chat-template out")
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _read() if prompt == "-" else prompt
     if not text.strip():
         raise SlimError("the prompt is empty", "give it some text")
     import mlx.core as mx

@@ -23,7 +23,14 @@ from typing import Any, NoReturn
 import click
 
 from mlx_slim import __version__, interrupts
-from mlx_slim.errors import Complete, Interrupted, SlimError, check_working_folder, did_you_mean
+from mlx_slim.errors import (
+    Complete,
+    Interrupted,
+    SlimError,
+    check_temporary_folder,
+    check_working_folder,
+    did_you_mean,
+)
 
 # name -> (module in mlx_slim.cli, line of help), in the order that a user meets them
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -109,6 +116,7 @@ def command(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
     else:
         check_working_folder()
+        check_temporary_folder()
 
 
 def _fail(message: str, hint: str, code: int, details: Sequence[str] = ()) -> int:

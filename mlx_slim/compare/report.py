@@ -19,6 +19,7 @@ from mlx_slim.artifacts import SCHEMA_VERSION, write_json, write_text
 from mlx_slim.claims import held
 from mlx_slim.compare import claims, evidence, headline, plots, store, tables
 from mlx_slim.errors import SlimError
+from mlx_slim.reading import library_errors, short
 from mlx_slim.runtime import byte_unit, human_bytes, human_seconds
 
 FEW = 30  # cells that a plot names one by one
@@ -54,16 +55,26 @@ def report(folder: Path) -> Report:
         reasons = [f"{name}: {why}" for name, why in stored.failed]
         raise SlimError(f"{folder} has no complete cell to report", details=reasons)
     results = build(stored)
+    texts = pages(stored, results)
     done = Report(folder, results)
     with held(done.page):  # two that write at once would leave pages of one and the other
         write_json(folder / "results.json", results)
-        for name, text in pages(stored, results).items():
+        for name, text in texts.items():
             write_text(folder / name, text)
     return done
 
 
 def pages(stored: store.Stored, results: dict[str, Any]) -> dict[str, str]:
-    """Return the text of each page, a function of what is stored."""
+    """Return the text of each page, a function of what is stored.
+
+    Raises:
+        SlimError: If a record of the folder cannot be used.
+    """
+    with library_errors(f"{short(stored.folder)}: a record in it is damaged", store.AGAIN):
+        return _pages(stored, results)
+
+
+def _pages(stored: store.Stored, results: dict[str, Any]) -> dict[str, str]:
     curves = [curve for cell in stored.cells if (curve := evidence.curves(cell))]
     values = {**results, "plots": drawings(results, curves)}
     environment = _environment()
@@ -72,7 +83,16 @@ def pages(stored: store.Stored, results: dict[str, Any]) -> dict[str, str]:
 
 
 def build(stored: store.Stored) -> dict[str, Any]:
-    """Return everything that the report says, as one JSON object."""
+    """Return everything that the report says, as one JSON object.
+
+    Raises:
+        SlimError: If a record of the folder cannot be used.
+    """
+    with library_errors(f"{short(stored.folder)}: a record in it is damaged", store.AGAIN):
+        return _build(stored)
+
+
+def _build(stored: store.Stored) -> dict[str, Any]:
     tasks = tables.tasks_of(stored)
     rows = [tables.row_of(cell, tasks) for cell in stored.cells]
     found, notes = tables.contrasts(stored, tasks)

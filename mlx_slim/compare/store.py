@@ -22,9 +22,10 @@ import numpy as np
 from mlx_slim.artifacts import SCHEMA_VERSION, read_records
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluate.metrics import counted
+from mlx_slim.evaluate.results import check_sample
 from mlx_slim.reading import library_errors, read_object, short
 
-_AGAIN = "run the matrix again with --resume"
+AGAIN = "run the matrix again with --resume"
 
 MANIFEST = "cell.json"
 MATRIX_FILE = "matrix.json"
@@ -117,7 +118,7 @@ def load(folder: Path) -> Stored:
             f"{file} has schema_version {version!r}, this mlx-slim reads {SCHEMA_VERSION}",
             "report it with the version that made it, or run the matrix again",
         )
-    with library_errors(f"{short(file)} is damaged", _AGAIN):
+    with library_errors(f"{short(file)} is damaged", AGAIN):
         refused = [(name, why) for name, why in record["refused"]]
         names = [Path(name).name for name in record["cells"]]
     stored = Stored(folder, record, [], refused, [])
@@ -159,7 +160,7 @@ def load_cell(folder: Path) -> StoredCell:
     if version != SCHEMA_VERSION:
         raise SlimError(f"made by another version (schema {version!r}, not {SCHEMA_VERSION})")
     cell = StoredCell(folder, manifest)
-    with library_errors(f"{short(file)} is damaged", _AGAIN):
+    with library_errors(f"{short(file)} is damaged", AGAIN):
         for task in manifest["tasks"]:
             cell.answers[task] = load_answers(folder / "eval" / task, task)
     return cell
@@ -196,7 +197,8 @@ def load_answers(out: Path, task: str) -> Answers:
     first = next(records, {})
     right = {name: bytearray() for name in (counted(names, first) if first else ())}
     choices: Counter[int] = Counter()
-    for record in chain([first] if first else [], records):
+    for number, record in enumerate(chain([first] if first else [], records), 1):
+        check_sample(record, f"{short(path)}, line {number}", right)
         doc_ids.append(record["doc_id"])
         for name, column in right.items():
             column.append(record[name])

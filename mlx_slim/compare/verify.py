@@ -16,7 +16,7 @@ from mlx_slim.compare import store
 from mlx_slim.compare.recount import Ledger, differing_texts, recount
 from mlx_slim.compare.report import build, pages
 from mlx_slim.errors import SlimError
-from mlx_slim.reading import read_object
+from mlx_slim.reading import library_errors, read_object, short
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ def count_again(stored: store.Stored) -> tuple[Ledger, dict[str, Any]]:
     """
     claimed = read_object(stored.folder / "results.json")
     ledger = Ledger()
-    recount(stored, ledger)
+    with library_errors(f"{short(stored.folder)}: a record in it is damaged", store.AGAIN):
+        recount(stored, ledger)
     results = build(stored)
     ledger.compare("results.json", claimed, json.loads(json.dumps(results)))
     for row in results["rows"]:

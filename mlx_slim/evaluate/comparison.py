@@ -20,7 +20,14 @@ from mlx_slim.errors import SlimError
 from mlx_slim.evaluate import stats
 from mlx_slim.evaluate.metrics import counted, first_metric
 from mlx_slim.evaluate.perplexity import NAME as TEXT
-from mlx_slim.evaluate.results import load_results, read_samples, samples_name
+from mlx_slim.evaluate.results import (
+    RESULTS_FILE,
+    check_sample,
+    load_results,
+    read_samples,
+    samples_name,
+)
+from mlx_slim.reading import field, short
 
 # What two results must share to be compared.
 ASKED = (
@@ -106,7 +113,10 @@ def compare(out_a: Path, out_b: Path, *, draws: int = stats.DRAWS, seed: int = 0
             task was asked otherwise.
     """
     results = [load_results(out) for out in (out_a, out_b)]
-    sections = [_sections(result) for result in results]
+    sections = [
+        _sections(result, short(out / RESULTS_FILE))
+        for out, result in zip((out_a, out_b), results, strict=True)
+    ]
     common = [name for name in sections[0] if name in sections[1]]
     if not common:
         held = [", ".join(names) for names in sections]
@@ -159,8 +169,13 @@ def _no_better_than_guessing(row: Row) -> str:
     return f"{row.task}: {who} detectably above {level}"
 
 
-def _sections(results: dict[str, Any]) -> dict[str, Any]:
-    return {**results["tasks"], **({TEXT: results[TEXT]} if TEXT in results else {})}
+def _sections(results: dict[str, Any], where: str) -> dict[str, Any]:
+    if TEXT not in results:
+        return results["tasks"]
+    text = field(results, where, TEXT, dict)
+    for key in ("n", "bytes"):
+        field(text, f"{where}: {TEXT}", key, int, low=1)
+    return {**results["tasks"], TEXT: text}
 
 
 def _who(results: dict[str, Any]) -> str:
@@ -173,6 +188,21 @@ def _samples(out: Path, task: str, section: dict[str, Any]) -> list[dict[str, An
     samples = read_samples(path)
     if hash_file(path) != section.get("samples_sha256"):
         raise SlimError(f"{path} is not what {out} was scored on", "score the model again")
+    if len(samples) != section["n"]:
+        raise SlimError(
+            f"{path} holds {len(samples)} questions, {RESULTS_FILE} says {section['n']}",
+            "score the model again",
+        )
+    text = task == TEXT
+    scores = () if text else counted(section["metrics"], samples[0])
+    for number, sample in enumerate(samples, 1):
+        where = f"{path}, line {number}"
+        check_sample(sample, where, scores)
+        if text:
+            field(sample, where, "loglikelihood", float)
+            field(sample, where, "window", int, None)
+    if len({sample.get("subject") is None for sample in samples}) > 1:
+        raise SlimError(f"{path}: some questions have a subject, others none", "score it again")
     return samples
 
 

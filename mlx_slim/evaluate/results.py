@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from mlx_slim.artifacts import (
 from mlx_slim.claims import RunKind, run_folder
 from mlx_slim.data.fingerprint import fingerprint_difference
 from mlx_slim.errors import SlimError
-from mlx_slim.reading import field, parse_json, read_bytes, read_object
+from mlx_slim.reading import field, parse_json, read_bytes, read_object, short, shown
 
 STATE_FILE = "eval.json"
 PROGRESS_FILE = "progress.jsonl"
@@ -261,9 +261,35 @@ def load_results(out: Path) -> dict[str, Any]:
         if (out / STATE_FILE).exists():
             raise SlimError(f"{out} is not complete", "finish it first: mlx-slim eval … --resume")
         raise SlimError(f"{out} holds no {RESULTS_FILE}", "give the output folder of mlx-slim eval")
-    results = read_json(out / RESULTS_FILE)
-    if not isinstance(results, dict) or not isinstance(results.get("tasks"), dict):
-        raise SlimError(
-            f"{out / RESULTS_FILE} is no result of mlx-slim eval", "give the folder of one model"
-        )
+    path = out / RESULTS_FILE
+    results = read_object(path)
+    if not isinstance(results.get("tasks"), dict):
+        raise SlimError(f"{path} is no result of mlx-slim eval", "give the folder of one model")
+    where = short(path)
+    field(results, where, "model", str)
+    field(results, where, "tasks", dict, of=dict)
+    for task, section in results["tasks"].items():
+        if task != Path(task).name:
+            raise SlimError(f"{where}: {shown(task)} is no name of a task", "score the model again")
+        field(section, f"{where}: {shown(task)}", "n", int, low=1)
+        field(section, f"{where}: {shown(task)}", "metrics", dict)
     return results
+
+
+def check_sample(record: dict[str, Any], where: str, scores: Iterable[str]) -> None:
+    """Refuse a per-question record that cannot be counted.
+
+    Args:
+        record: Of a samples file.
+        where: Begins the message: file and line.
+        scores: Keys that hold a share of right answers, 0 to 1.
+
+    Raises:
+        SlimError: Names the key and its value.
+    """
+    field(record, where, "doc_id", int)
+    field(record, where, "subject", str, None)
+    for name in scores:
+        field(record, where, name, float, low=0, high=1)
+    if "loglikelihoods" in record:
+        field(record, where, "loglikelihoods", list, low=1, of=float)

@@ -28,6 +28,8 @@ from mlx_slim.models.rope import boundary_of, set_length
 from mlx_slim.quantize.base import QuantizedBase, load_base, recorded_base
 from mlx_slim.reading import library_errors
 
+LONGEST_PROMPT = 1 << 20  # characters: 250,000 tokens of English, whose attention takes minutes
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -110,7 +112,7 @@ class Speaker:
                 "it is a base model: mlx-slim generate MODEL --prompt TEXT continues a text",
             )
         for message in messages:
-            check_text(message["content"], f"the {message['role']}'s message")
+            _check_prompt(message["content"], f"the {message['role']}'s message")
         try:
             text = apply_chat_template(self.tokenizer, messages)
         except TemplateError as error:
@@ -128,7 +130,7 @@ class Speaker:
         return self._encoded(text, special=special)
 
     def _encoded(self, text: str, *, special: bool) -> list[int]:
-        check_text(text, "the prompt")
+        _check_prompt(text, "the prompt")
         with library_errors("the prompt cannot be tokenized"):
             return list(unwrap(self.tokenizer).encode(text, add_special_tokens=special))
 
@@ -206,6 +208,14 @@ class Speaker:
                     return same
         self._cache = make_prompt_cache(self.model)
         return 0
+
+
+def _check_prompt(text: str, what: str) -> None:
+    if len(text) > LONGEST_PROMPT:
+        raise SlimError(
+            f"{what} has more than {LONGEST_PROMPT:,} characters", "give it a shorter text"
+        )
+    check_text(text, what)
 
 
 def _over(stack: Sequence[Weighted]) -> QuantizedBase | None:

@@ -179,6 +179,7 @@ def test_without_a_temporary_folder_the_mistake_is_still_one_line(
     ("error", "text"),
     [
         (OSError(errno.ENOSPC, "no space", "a/b"), "the disk is full while writing a/b"),
+        (OSError(errno.EFBIG, "too large", "a/b"), "the disk is full while writing a/b"),
         (MemoryError(), "not enough memory: MemoryError"),
         (RuntimeError("[malloc] Unable to allocate 9 bytes."), "not enough memory"),
         (RuntimeError("[METAL] Command buffer failed: Insufficient Memory"), "not enough memory"),
@@ -189,6 +190,34 @@ def test_what_the_machine_lacks_is_no_mistake_of_ours(error, text, command, caps
     assert entry.run(["doctor"]) == 3
     assert text in capsys.readouterr().err
     assert not [*temporary.iterdir()]
+
+
+@pytest.mark.parametrize("name", ["TMPDIR", "TMP", "TEMP", "TEMPDIR"])
+@pytest.mark.parametrize("kind", ["absent", "a file"])
+def test_a_temporary_folder_that_is_none_is_said_before_anything_starts(
+    name, kind, capsys, tmp_path, monkeypatch
+):
+    for other in ("TMPDIR", "TMP", "TEMP", "TEMPDIR"):
+        monkeypatch.delenv(other, raising=False)
+    if kind == "a file":
+        (tmp_path / "t").touch()
+    monkeypatch.setenv(name, str(tmp_path / "t"))
+    assert entry.run(["tasks"]) == 2
+    expected = f"error: {name} is '{tmp_path}/t', expected a folder that can be written"
+    assert capsys.readouterr().err.splitlines()[0] == expected
+
+
+def test_a_traceback_that_does_not_fit_on_the_disk_leaves_no_file(tmp_path):
+    work = "from mlx_slim.cli import crash; print(crash._write(ValueError('x' * 9000), []))"
+    done = subprocess.run(
+        ["bash", "-c", f'ulimit -f 1; {sys.executable} -c "{work}"'],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "None\n"), done.stderr
+    assert not [*tmp_path.iterdir()]
 
 
 def test_debugging_shows_the_traceback_of_our_own_mistake(command, monkeypatch):

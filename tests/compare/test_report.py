@@ -141,6 +141,35 @@ def test_a_folder_of_another_version_or_of_nothing_is_one_line(copy, capsys):
     assert "no complete cell" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("matrix.json", {"models": []}),
+        ("matrix.json", {"title": None, "omitted": 3}),
+        ("matrix.json", {"provenance": "x"}),
+        ("cells/toy0-base/cell.json", {"model": ["a"]}),
+        ("cells/toy0-full-s0/cell.json", {"recipe": 3}),
+        ("cells/toy0-full-s0/cell.json", {"train": [1]}),
+        ("sweeps/toy0-lora/sweep.json", {"rows": 5, "runs": 5, "model": None}),
+    ],
+)
+def test_a_damaged_record_is_one_line_or_costs_its_cell(copy, capsys, file, change):
+    write_json(copy / file, {**read_json(copy / file), **change})
+    for words in ([], ["--verify"]):
+        code = run(["report", str(copy), *words])
+        errors = capsys.readouterr().err
+        assert code in (0, 2), errors
+        assert "internal error" not in errors
+        assert code == 0 or str(copy) in errors
+
+
+def test_an_answer_that_is_no_share_costs_its_cell(copy):
+    path = copy / "cells/toy0-full-s0/eval/hellaswag/samples_hellaswag.jsonl"
+    path.write_text(path.read_text().replace('"acc": 1', '"acc": 7', 1))
+    failed = {item["cell"]: item["why"] for item in report(copy).results["failed"]}
+    assert "acc is 7, expected a number from 0 to 1" in failed["toy0-full-s0"]
+
+
 PROBE = """
 <script>
 addEventListener('load', () => {

@@ -181,6 +181,48 @@ def test_what_is_not_there_or_damaged_is_one_line(tmp_path):
         compare(a, d)
 
 
+@pytest.mark.parametrize(
+    ("record", "text"),
+    [
+        ({"acc": 1}, "line 2 has no 'doc_id'"),
+        ({"doc_id": "1", "acc": 1}, "line 2: doc_id is '1', expected a whole number"),
+        ({"doc_id": 1}, "line 2 has no 'acc'"),
+        ({"doc_id": 1, "acc": 10**9}, "line 2: acc is 1000000000, expected a number from 0 to 1"),
+        ({"doc_id": 1, "acc": True}, "line 2: acc is True"),
+        ({"doc_id": 1, "acc": [1]}, r"line 2: acc is \[1\]"),
+        ({"doc_id": 1, "acc": 1, "loglikelihoods": []}, "loglikelihoods is"),
+        ({"doc_id": 1, "acc": 1, "loglikelihoods": [None]}, "loglikelihoods.0. is None"),
+        ({"doc_id": 1, "acc": 1, "subject": 3}, "subject is 3"),
+        ({"doc_id": 1, "acc": 1, "subject": "law"}, "some questions have a subject"),
+    ],
+)
+def test_answers_that_cannot_be_counted_are_refused(tmp_path, record, text):
+    a = finished(tmp_path / "a", {"toy": answers("10")})
+    b = finished(tmp_path / "b", {"toy": [*answers("1"), record]})
+    with pytest.raises(SlimError, match=text):
+        compare(a, b)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"model": None}, r"results\.json: model is None"),
+        ({"tasks": {"toy": []}}, "tasks.'toy'. is .., expected an object"),
+        ({"tasks": {"toy": {"metrics": {}}}}, "'toy' has no 'n'"),
+        ({"tasks": {"toy": {"n": 2, "metrics": 3}}}, "metrics is 3"),
+        ({"tasks": {"../toy": {"n": 2, "metrics": {}}}}, "no name of a task"),
+        ({"perplexity": []}, "perplexity is"),
+        ({"perplexity": {"n": 1, "bytes": 0}}, "bytes is 0, expected a whole number from 1"),
+    ],
+)
+def test_results_that_are_none_are_refused(tmp_path, change, text):
+    a = finished(tmp_path / "a", {"toy": answers("10")})
+    b = finished(tmp_path / "b", {"toy": answers("10")})
+    write_json(b / "results.json", json.loads((b / "results.json").read_text()) | change)
+    with pytest.raises(SlimError, match=text):
+        compare(a, b)
+
+
 def test_chance_and_the_corrected_level_are_stated(tmp_path):
     guesses = {"loglikelihoods": [-1.0, -2.0]}
     names = ("x", "y", "z")

@@ -12,7 +12,7 @@ from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError
 from mlx_slim.models.load import load
 from mlx_slim.models.save import save_model
-from mlx_slim.workflows.talk import open_speaker
+from mlx_slim.workflows.talk import LONGEST_PROMPT, open_speaker
 from tests.support.tiny import tiny_model
 
 
@@ -118,3 +118,12 @@ def test_several_templates_without_a_default_are_one_whole_line(tmp_path):
     with pytest.raises(SlimError, match=r"templates \(plain, rag\), none called default") as error:
         speaker.chat_ids([{"role": "user", "content": "y"}])
     assert "--no-chat-template" in error.value.hint
+
+
+def test_a_prompt_of_megabytes_is_refused_before_it_is_tokenized(tiny):
+    speaker = open_speaker(tiny("llama"))
+    long = "a" * (LONGEST_PROMPT + 1)
+    with pytest.raises(SlimError, match="the user's message has more than 1,048,576 characters"):
+        speaker.chat_ids([{"role": "user", "content": long}])
+    with pytest.raises(SlimError, match="the prompt has more than"):
+        speaker.text_ids(long)
