@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import io
 import json
 import os
 import signal
@@ -199,11 +200,26 @@ def _silence(stream: Any) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def _prepare_streams() -> None:
+    """Let no character that a terminal cannot show, and no byte that it cannot mean, be an error.
+
+    A byte that is no character comes in as half of one, which is refused where text is wanted.
+    """
+    for name, instead in (
+        ("stdin", "surrogateescape"),
+        ("stdout", "backslashreplace"),
+        ("stderr", "backslashreplace"),
+    ):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by who started us: no file of ours takes its place
+            setattr(sys, name, Path(os.devnull).open("r+", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors=instead)
+
+
 def main() -> NoReturn:
     """Run the process's command line and exit with its code."""
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by who started us: no file of ours takes its place
-            setattr(sys, name, Path(os.devnull).open("r+", encoding="utf-8"))  # noqa: SIM115
+    _prepare_streams()
     try:
         code = run()
     except KeyboardInterrupt:  # while the end was being told

@@ -285,6 +285,37 @@ def test_closed_streams_and_a_working_folder_that_is_gone(tmp_path):
     assert gone.stderr.startswith("error: the working folder was removed\nhint: ")
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_characters_that_a_terminal_cannot_show_are_no_error(encoding, tmp_path):
+    """A strict stream, as outside of the C locale: an é in ASCII, a file name that is no UTF-8."""
+    name = os.fsdecode("né".encode() + b"\xff.yaml")
+    for word, code in (("recipes", 2), ("tasks", 2)):
+        done = subprocess.run(
+            [sys.executable, "-m", "mlx_slim", word, name],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": f"{encoding}:strict"},
+            capture_output=True,
+            check=False,
+        )
+        errors = done.stderr.decode()
+        assert done.returncode == code
+        assert errors.startswith("error: ") and "internal" not in errors, errors
+    script = "from mlx_slim.cli import main as m; import sys; m._prepare_streams()"
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"{script}; print('\\u2212\\udcff'); print(ascii(sys.stdin.read()))",
+        ],
+        input=b"n\xff",
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": f"{encoding}:strict"},
+        capture_output=True,
+        check=False,
+    )
+    minus = "\\u2212" if encoding == "ascii" else "\u2212"
+    assert done.stdout.decode(encoding) == f"{minus}\\udcff\n'n\\udcff'\n", done.stderr
+
+
 def test_the_process_gives_the_exit_code():
     result = slim("docter")
     assert (result.returncode, result.stdout) == (2, "")
