@@ -14,8 +14,9 @@ from tests.support.tiny import tiny_model
 
 @pytest.fixture(scope="session", autouse=True)
 def interruptible() -> None:
-    """Let Ctrl-C be heard: a shell starts what it puts into the background deaf to it."""
+    """Let signals be heard: background jobs of a shell ignore Ctrl-C, those of nohup SIGHUP."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -24,10 +24,10 @@ from tests.support.tiny import tiny_model
         (b"", ["rows.jsonl", "empty"]),
         (b"\n\n", ["rows.jsonl"]),
         (b'{"question": "a", "reply": "b"}\n', ["question", "reply"]),
-        (b'["a", "b"]\n', ["line 1"]),
+        (b'["a", "b"]\n', ["row 1", "a JSON object, not str 'a'"]),
         (b'{"prompt": "caf\xe9", "completion": "b"}\n', ["line 1", "UTF-8"]),
         (b'{"prompt": 3, "completion": ["b"]}\n', ["line 1"]),
-        (b"\x00\x01\x02\xff" * 100, ["line 1"]),
+        (b"\x00\x01\x02\xff" * 100, ["rows.jsonl", "binary, expected UTF-8"]),
     ],
     ids=["json", "empty", "blank", "columns", "list", "latin-1", "types", "binary"],
 )

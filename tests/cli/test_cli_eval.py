@@ -92,7 +92,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(fails, tiny, task, text, t
         (["eval", model, "--task", "hellaswog", "-o", out], "did you mean 'hellaswag'"),
         (["eval", model, "--task", tmp_path / "no.yaml", "-o", out], "no.yaml"),
         ([*start, "--limit", "0", "-o", out], "limit"),
-        ([*start, "--num-fewshot", "-1", "-o", out], "num_fewshot"),
+        ([*start, "--num-fewshot", "-1", "-o", out], "-1 is not in the range"),
         ([*start, "--data-dir", tmp_path / "no", "--task", "hellaswag", "-o", out], "--data-dir"),
         ([*start, "--dtype", "float31", "-o", out], "did you mean 'float32'"),
         ([*start, "--max-length", "9999", "-o", out], "reads 512 tokens"),
