@@ -18,14 +18,17 @@ from tests.support.matrix import write_matrix
 FULL = os.environ.get("MLX_SLIM_SCALE") == "1"
 CELLS, QUESTIONS = (200, 14_042) if FULL else (20, 1_000)
 MEASURE = """
-import resource, sys, time
+import re, resource, sys, time
 import mlx_slim
 from pathlib import Path
 from mlx_slim.compare.report import report
 began = time.monotonic()
 done = report(Path(sys.argv[1]))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(time.monotonic() - began, peak * (1 if sys.platform == "darwin" else 1024),
+if sys.platform == "darwin":
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+else:  # Linux hands the parent's ru_maxrss on to what it starts
+    peak = 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+print(time.monotonic() - began, peak,
       done.page.stat().st_size, len(done.results["rows"]))
 """
 
