@@ -26,7 +26,8 @@ MOST_LAYERS = 4096  # where there are no weights to count
 MOST_WIDE = 1 << 24
 _ORIGINAL = "take the config of the original"
 _LAYERS = re.compile(r"(num|n)(_hidden|_decoder)?_layers?")
-_WIDE = re.compile(r".*_(size|dim|heads?|experts|rank|embd)|d_model|dim|n_head|n_heads")
+# mscale_all_dim is a factor of yarn (DeepSeek), no width.
+_WIDE = re.compile(r"(?!mscale).*_(size|dim|heads?|experts|rank|embd)|d_model|dim|n_head|n_heads")
 _TOKENS = re.compile(r".*(window|chunk|position|context|batch|block|length|cache|kernel).*")
 _NEEDED = ("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads")
 _SMALL = re.compile(r".*_(eps|epsilon)")

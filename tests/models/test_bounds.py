@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx_lm.models
 import pytest
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mlx_slim.errors import SlimError
+from mlx_slim.models.bounds import check_config
 from mlx_slim.models.gguf import import_gguf
 from mlx_slim.models.gguf_file import read_gguf
 from mlx_slim.models.load import load, load_tokenizer, read_config
@@ -176,6 +179,7 @@ def test_what_is_usual_is_read(model: Path) -> None:
         head_dim=None,
         num_experts=0,
         sliding_window=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mscale_all_dim": 0.707},
         vision_config={"num_hidden_layers": 0, "image_size": [224, 224]},
     )
     edit(
@@ -188,6 +192,16 @@ def test_what_is_usual_is_read(model: Path) -> None:
     )
     loaded = load(model)
     assert loaded.tokenizer.encode("Hi") != []
+
+
+def test_defaults_of_transformers_are_no_false_alarm(tmp_path: Path) -> None:
+    """The default config of every family that mlx-lm has a class for."""
+    classes = {path.stem for path in Path(mlx_lm.models.__file__).parent.glob("*.py")}
+    kinds = sorted(classes & set(CONFIG_MAPPING.keys()))
+    assert len(kinds) > 40
+    for kind in kinds:
+        config = json.loads(CONFIG_MAPPING[kind]().to_json_string(use_diff=False))
+        check_config(config, tmp_path / kind, None)
 
 
 # ------------------------------ GGUF
