@@ -7,43 +7,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import mlx.core as mx
-import numpy as np
 import pytest
 
-from mlx_slim.adapters.store import load_adapter
 from mlx_slim.models.hf import CLASSES
 from mlx_slim.models.load import load
 from mlx_slim.workflows.export import export_hf
 from mlx_slim.workflows.fuse import FuseOptions, fuse
 from mlx_slim.workflows.peft_folders import export_peft, import_peft
-from tests.parity.torch_side import TINY, peft, torch, transformers
+from tests.parity.torch_side import (
+    TINY,
+    gap,
+    in_torch,
+    mlx_logits,
+    peft,
+    torch,
+    torch_logits,
+    transformers,
+)
 from tests.support.adapters import made, quantized
 from tests.support.tiny import byte_tokenizer
-
-IDS = [[1, 5, 9, 70, 200, 31, 8, 8, 2, 100]]
-
-
-def theirs(model) -> np.ndarray:
-    with torch.no_grad():
-        return model.eval()(torch.tensor(IDS)).logits[0].float().numpy()
-
-
-def ours(folder: Path, adapter: Path | None = None) -> np.ndarray:
-    model = load(folder, dtype=mx.float32).model
-    if adapter is not None:
-        load_adapter(model, adapter)
-    model.eval()
-    return np.array(model(mx.array(IDS))[0])
-
-
-def gap(one: np.ndarray, other: np.ndarray) -> float:
-    """The largest difference in units of the largest logit."""
-    return float(np.abs(one - other).max() / np.abs(one).max())
-
-
-def in_torch(folder: Path):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +61,9 @@ def test_an_exported_adapter_answers_alike_in_peft(base, tmp_path, architecture,
     adapter = made(tmp_path / "a", folder, dora=dora, **settings)
     export_peft(adapter, tmp_path / "peft")
     model = peft.PeftModel.from_pretrained(in_torch(folder), tmp_path / "peft")
-    plain = ours(folder)
-    assert gap(ours(folder, adapter), theirs(model)) < 1e-4
-    assert gap(plain, theirs(model)) > 1e-2
+    plain = mlx_logits(folder)
+    assert gap(mlx_logits(folder, adapter), torch_logits(model)) < 1e-4
+    assert gap(plain, torch_logits(model)) > 1e-2
 
 
 FROM_PEFT = [
@@ -113,14 +95,14 @@ def test_an_adapter_of_peft_answers_alike_here(base, tmp_path, architecture, set
         for value in model.parameters():
             if value.requires_grad:
                 value.add_(0.05 * torch.randn_like(value))
-    expected = theirs(model)
+    expected = torch_logits(model)
     model.save_pretrained(tmp_path / "peft")
     import_peft(tmp_path / "peft", tmp_path / "a", base=str(folder))
-    assert gap(expected, ours(folder, tmp_path / "a")) < 1e-4
-    assert gap(expected, ours(folder)) > 1e-2
+    assert gap(expected, mlx_logits(folder, tmp_path / "a")) < 1e-4
+    assert gap(expected, mlx_logits(folder)) > 1e-2
     export_peft(tmp_path / "a", tmp_path / "again")
     again = peft.PeftModel.from_pretrained(in_torch(folder), tmp_path / "again")
-    assert gap(expected, theirs(again)) < 1e-4
+    assert gap(expected, torch_logits(again)) < 1e-4
 
 
 @pytest.mark.parametrize("bits", [None, 4, 8])
@@ -134,7 +116,7 @@ def test_exported_models_load_in_transformers(tiny, tmp_path, architecture, bits
     )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert type(model).__name__ == CLASSES[model.config.model_type]
-    assert gap(ours(source), theirs(model)) < 1e-4
+    assert gap(mlx_logits(source), torch_logits(model)) < 1e-4
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert tokenizer.encode("Hé <|im_end|>") == load(source).tokenizer.encode("Hé <|im_end|>")
 
@@ -156,8 +138,8 @@ def test_every_architecture_keeps_names_and_values(tmp_path, kind):
     found = again.state_dict()
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    assert gap(theirs(model), theirs(again)) < 1e-5
-    assert gap(theirs(model), ours(tmp_path / "hf")) < 1e-4
+    assert gap(torch_logits(model), torch_logits(again)) < 1e-5
+    assert gap(torch_logits(model), mlx_logits(tmp_path / "hf")) < 1e-4
 
 
 def test_a_fused_model_is_what_peft_merges(base, tmp_path):
@@ -166,7 +148,7 @@ def test_a_fused_model_is_what_peft_merges(base, tmp_path):
     fuse(folder, adapter, tmp_path / "fused", FuseOptions(samples=1, length=32))
     export_peft(adapter, tmp_path / "peft")
     merged = peft.PeftModel.from_pretrained(in_torch(folder), tmp_path / "peft").merge_and_unload()
-    assert gap(theirs(merged), ours(tmp_path / "fused")) < 1e-4
+    assert gap(torch_logits(merged), mlx_logits(tmp_path / "fused")) < 1e-4
     weights = in_torch(tmp_path / "fused").state_dict()
     for name, value in merged.state_dict().items():
         assert torch.allclose(value, weights[name], atol=1e-5), name

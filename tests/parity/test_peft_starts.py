@@ -8,18 +8,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_slim.adapters.store import load_adapter
 from mlx_slim.errors import SlimError
-from mlx_slim.models.load import load
 from mlx_slim.workflows.export import export_hf
 from mlx_slim.workflows.peft_folders import import_peft
-from tests.parity.torch_side import peft, torch, transformers
+from tests.parity.torch_side import (
+    gap,
+    in_torch,
+    mlx_logits,
+    peft,
+    torch,
+    torch_logits,
+)
 
-IDS = [[1, 5, 9, 70, 200, 31, 8, 8, 2, 100]]
 EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 
 
@@ -28,28 +31,6 @@ def base(tiny, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("hf") / "llama"
     export_hf(tiny("llama"), folder)
     return folder
-
-
-def in_torch(folder: Path):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
-def logits(model) -> np.ndarray:
-    with torch.no_grad():
-        return model.eval()(torch.tensor(IDS)).logits[0].float().numpy()
-
-
-def ours(folder: Path, adapter: Path | None = None) -> np.ndarray:
-    model = load(folder, dtype=mx.float32).model
-    if adapter is not None:
-        load_adapter(model, adapter)
-    model.eval()
-    return np.array(model(mx.array(IDS))[0])
-
-
-def gap(one: np.ndarray, other: np.ndarray) -> float:
-    """The largest difference in units of the largest logit."""
-    return float(np.abs(one - other).max() / np.abs(one).max())
 
 
 def tuned(folder: Path, out: Path, start, convert: bool = False, **settings) -> np.ndarray:
@@ -69,7 +50,7 @@ def tuned(folder: Path, out: Path, start, convert: bool = False, **settings) -> 
                 value.add_(0.05 * torch.randn_like(value))
     more = {"path_initial_model_for_weight_conversion": str(initial)} if convert else {}
     model.save_pretrained(out, **more)
-    return logits(model)
+    return torch_logits(model)
 
 
 STARTS = [
@@ -90,10 +71,10 @@ STARTS = [
 def test_a_start_gives_the_logits_of_peft(base, tmp_path, start, settings):
     expected = tuned(base, tmp_path / "peft", start, **settings)
     loaded = peft.PeftModel.from_pretrained(in_torch(base), tmp_path / "peft")
-    assert gap(expected, logits(loaded)) < 1e-4
+    assert gap(expected, torch_logits(loaded)) < 1e-4
     import_peft(tmp_path / "peft", tmp_path / "a", base=str(base))
-    assert gap(expected, ours(base, tmp_path / "a")) < 1e-4
-    assert gap(expected, ours(base)) > 1e-2
+    assert gap(expected, mlx_logits(base, tmp_path / "a")) < 1e-4
+    assert gap(expected, mlx_logits(base)) > 1e-2
 
 
 def test_a_start_that_cannot_be_computed_again_goes_the_way_the_error_names(base, tmp_path):
@@ -105,8 +86,8 @@ def test_a_start_that_cannot_be_computed_again_goes_the_way_the_error_names(base
     settings["init_lora_weights"] = True  # as plain LoRA it is another model indeed
     (tmp_path / "changed" / "adapter_config.json").write_text(json.dumps(settings))
     import_peft(tmp_path / "changed", tmp_path / "b", base=str(base))
-    assert gap(expected, ours(base, tmp_path / "b")) > 1e-2
+    assert gap(expected, mlx_logits(base, tmp_path / "b")) > 1e-2
 
     expected = tuned(base, tmp_path / "plain", "pissa_niter_4", convert=True)
     import_peft(tmp_path / "plain", tmp_path / "c", base=str(base))
-    assert gap(expected, ours(base, tmp_path / "c")) < 1e-4
+    assert gap(expected, mlx_logits(base, tmp_path / "c")) < 1e-4

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import importlib
 import os
+from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
 import pytest
 
+from mlx_slim.adapters.store import load_adapter
+from mlx_slim.models.load import load
 from tests.support.tiny import VOCAB
 
 WHY = "needs PyTorch and peft: make parity"
@@ -36,3 +41,30 @@ TINY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+IDS = [[1, 5, 9, 70, 200, 31, 8, 8, 2, 100]]
+
+
+def in_torch(folder: Path) -> Any:
+    """Return transformers' model of a folder, in float32."""
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def torch_logits(model: Any) -> np.ndarray:
+    """Return the logits (T, V) of ``IDS``."""
+    with torch.no_grad():
+        return model.eval()(torch.tensor(IDS)).logits[0].float().numpy()
+
+
+def mlx_logits(folder: Path, adapter: Path | None = None) -> np.ndarray:
+    """Return the logits (T, V) of ``IDS`` from mlx-slim, in float32."""
+    model = load(folder, dtype=mx.float32).model
+    if adapter is not None:
+        load_adapter(model, adapter)
+    model.eval()
+    return np.array(model(mx.array(IDS))[0])
+
+
+def gap(one: np.ndarray, other: np.ndarray) -> float:
+    """Return the largest difference in units of the largest logit."""
+    return float(np.abs(one - other).max() / np.abs(one).max())
