@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from mlx_slim import events
-from mlx_slim.analyze.memory import Prediction
 from mlx_slim.config.load import Resolved, from_values, load_recipe
-from mlx_slim.quantize.policy import quantize_config
-from mlx_slim.workflows import compress, eval_plan
-from mlx_slim.workflows import distill as teaching
-from mlx_slim.workflows import evaluate as scoring
-from mlx_slim.workflows import finetune as training
+from mlx_slim.distillation import run as teaching
+from mlx_slim.evaluation import plan as eval_plan
+from mlx_slim.evaluation import run as scoring
+from mlx_slim.finetuning import run as training
+from mlx_slim.finetuning.run_dir import Result
+from mlx_slim.planner.memory import Prediction
+from mlx_slim.pruning import run as pruning
+from mlx_slim.pruning.options import PruneOptions
+from mlx_slim.quantization import run as compress
+from mlx_slim.quantization.policy import quantize_config
 from mlx_slim.workflows import plan as planning
-from mlx_slim.workflows import prune as pruning
-from mlx_slim.workflows.prune_options import PruneOptions
-from mlx_slim.workflows.run_folder import Result
 
 Source = str | Path
 # A shipped recipe's name, the path of a YAML file, a recipe's values, or a resolved recipe.

@@ -55,7 +55,7 @@ def test_importing_the_package_brings_nothing_heavy():
         "import sys, mlx_slim\n"
         "heavy = {'mlx.core', 'mlx_lm', 'numpy', 'click', 'mlx_slim.api'} & set(sys.modules)\n"
         "print(sorted(heavy))\n"
-        "import mlx_slim.evaluate.metrics, mlx_slim.quantize.policy as policy\n"
+        "import mlx_slim.evaluation.tasks.metrics, mlx_slim.quantization.policy as policy\n"
         "from mlx_slim import evaluate, quantize\n"
         "print(callable(evaluate), callable(quantize))\n"
         "from mlx_slim import distill, prune\n"
@@ -64,7 +64,7 @@ def test_importing_the_package_brings_nothing_heavy():
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
-    expected = ["[]", "True True", "True True", "True mlx_slim.evaluate.metrics"]
+    expected = ["[]", "True True", "True True", "True mlx_slim.evaluation.tasks.metrics"]
     assert done.stdout.splitlines() == expected
 
 
@@ -90,6 +90,6 @@ def test_errors_are_those_of_the_commands(tmp_path: Path):
     with pytest.raises(SlimError, match="stepz"):
         mlx_slim.plan("tinyllama-lora", overrides={"train.stepz": 3})
     with pytest.raises(SlimError):
-        mlx_slim.quantize(tmp_path / "absent", tmp_path / "out")
+        mlx_slim.quantization(tmp_path / "absent", tmp_path / "out")
     with pytest.raises(AttributeError, match="no attribute 'finetunes'"):
         mlx_slim.finetunes  # noqa: B018

@@ -12,7 +12,7 @@ import pytest
 
 from mlx_slim.artifacts import write_text
 from mlx_slim.events import Notice, Saved
-from mlx_slim.train.metrics import MetricsFile
+from mlx_slim.training.metrics import MetricsFile
 
 
 @pytest.fixture

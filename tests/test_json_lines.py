@@ -9,14 +9,14 @@ import pytest
 from mlx_slim.artifacts import json_lines, read_records
 from mlx_slim.config.schema import SourceConfig
 from mlx_slim.data.sources import find_local
-from mlx_slim.distill.answers import AnswerFile
+from mlx_slim.distillation.answers import AnswerFile
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluate import run
-from mlx_slim.evaluate.perplexity import read_texts
-from mlx_slim.evaluate.results import encode, read_samples
+from mlx_slim.evaluation import jobs
+from mlx_slim.evaluation.results import encode, read_samples
+from mlx_slim.evaluation.run import EvalOptions, evaluate
+from mlx_slim.evaluation.scoring.perplexity import read_texts
 from mlx_slim.events import Saved
-from mlx_slim.train.metrics import MetricsFile
-from mlx_slim.workflows.evaluate import EvalOptions, evaluate
+from mlx_slim.training.metrics import MetricsFile
 from tests.support.evals import files, samples_of, write_tasks
 from tests.support.tiny import speaking_model
 
@@ -94,7 +94,7 @@ def test_rows_of_users_and_held_out_texts(tmp_path):
 
 @pytest.mark.parametrize("answer", ["x\u2028\x85\x0b\x0c\x1c\x1d\x1e\ry", "x\u2029y"])
 def test_an_answer_may_hold_any_line_separator(tmp_path, monkeypatch, answer):
-    monkeypatch.setattr(run, "GENERATION_CHUNK", 8)
+    monkeypatch.setattr(jobs, "GENERATION_CHUNK", 8)
     tasks = write_tasks(tmp_path / "tasks")
     model, out = speaking_model(tmp_path / "speaks", answer), tmp_path / "out"
     options = EvalOptions()

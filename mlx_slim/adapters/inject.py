@@ -25,7 +25,7 @@ from mlx_slim.adapters.lora import Adapter, LoRAEmbedding, LoRALinear, dimension
 from mlx_slim.adapters.variants import start_pissa
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError, did_you_mean
-from mlx_slim.models.anatomy import LINEAR_TYPES, blocks
+from mlx_slim.models.structure import LINEAR_TYPES, blocks
 
 EMBEDDING_TYPES = (nn.Embedding, nn.QuantizedEmbedding)
 

@@ -42,8 +42,8 @@ from mlx_slim.artifacts import (
 )
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError
-from mlx_slim.models.anatomy import blocks
 from mlx_slim.models.finite import refuse_other_than_numbers
+from mlx_slim.models.structure import blocks
 from mlx_slim.reading import field, read_object, short
 
 WEIGHTS = "adapters.safetensors"

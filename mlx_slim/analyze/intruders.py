@@ -34,12 +34,12 @@ from mlx_slim.analyze.spectrum import (
 )
 from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import SlimError
-from mlx_slim.models.anatomy import LINEAR_TYPES
 from mlx_slim.models.load import load
 from mlx_slim.models.quantized import dequantize_weight, is_quantized
+from mlx_slim.models.structure import LINEAR_TYPES
 from mlx_slim.models.tensors import few
-from mlx_slim.quantize.apply import quantize_model
-from mlx_slim.quantize.base import load_base
+from mlx_slim.quantization.apply import quantize_model
+from mlx_slim.quantization.base import load_base
 from mlx_slim.reading import library_errors, read_object, short
 
 SWEEP_K = (1, 5, 10, 20)

@@ -23,9 +23,9 @@ import mlx.core as mx  # isort: skip
 def _questions(work: dict[str, Any]) -> tuple[Any, Any, int]:
     """Return the task, its questions and the shots before each."""
     from mlx_slim.errors import SlimError
-    from mlx_slim.evaluate.prompts import build_questions
-    from mlx_slim.evaluate.rows import load_rows
-    from mlx_slim.evaluate.spec import expand
+    from mlx_slim.evaluation.tasks.prompts import build_questions
+    from mlx_slim.evaluation.tasks.rows import load_rows
+    from mlx_slim.evaluation.tasks.spec import expand
 
     selections = expand([work["task"]], work["num_fewshot"])
     if len(selections) != 1:
@@ -48,9 +48,9 @@ def _summary(seconds: float, answers: list[Any], setup: dict[str, Any]) -> dict[
 
 def ours(work: dict[str, Any]) -> dict[str, Any]:
     """Answer with our engine, chunk by chunk, as ``mlx-slim eval`` does."""
-    from mlx_slim.evaluate.loglikelihood import Scorer
-    from mlx_slim.evaluate.requests import Encoder, max_length
-    from mlx_slim.evaluate.run import Engine, TaskJob
+    from mlx_slim.evaluation.jobs import Engine, TaskJob
+    from mlx_slim.evaluation.scoring.loglikelihood import Scorer
+    from mlx_slim.evaluation.scoring.requests import Encoder, max_length
     from mlx_slim.models.limits import limit_of
     from mlx_slim.models.load import load
     from mlx_slim.runtime import resolve_dtype

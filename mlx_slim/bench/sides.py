@@ -42,7 +42,7 @@ def ours(work: dict[str, Any]) -> dict[str, Any]:
     """Train one epoch with our loop."""
     from mlx_slim import events
     from mlx_slim.config.load import from_values
-    from mlx_slim.workflows.prepare import build_loop, prepare_data, prepare_model
+    from mlx_slim.finetuning.build import build_loop, prepare_data, prepare_model
 
     values = {
         "model": work["model"],
@@ -148,10 +148,10 @@ def mlx_lm(work: dict[str, Any]) -> dict[str, Any]:
 def probe(work: dict[str, Any]) -> dict[str, Any]:
     """Take two steps of a recipe's largest batch; return predicted and measured peak, bytes."""
     from mlx_slim import events
-    from mlx_slim.analyze.memory import predict
     from mlx_slim.config.load import from_values
+    from mlx_slim.finetuning.profile import probe as take_steps
     from mlx_slim.models.load import read_config
-    from mlx_slim.workflows.probe import probe as take_steps
+    from mlx_slim.planner.memory import predict
 
     recipe = from_values(work, "bench", "bench").recipe
     measured = take_steps(recipe, events.Broadcast([]), steps=2)

@@ -18,7 +18,7 @@ from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.interrupts import Terminated
 
 if TYPE_CHECKING:
-    from mlx_slim.workflows.talk import Speaker
+    from mlx_slim.workflows.chat import Speaker
 
 _COMMANDS = {
     "/reset": "forget the conversation",

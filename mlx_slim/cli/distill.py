@@ -30,6 +30,6 @@ def command(
     if dry_run:
         click.echo(render(resolved))
         return
-    from mlx_slim.workflows.distill import distill
+    from mlx_slim.distillation.run import distill
 
     go(distill, resolved, out, resume=resume, mode=mode)

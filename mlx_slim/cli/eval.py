@@ -84,7 +84,7 @@ def command(
     from mlx_slim import runtime
     from mlx_slim.console import Console
     from mlx_slim.console.scoring import Scoring
-    from mlx_slim.workflows.evaluate import EvalOptions, evaluate, result_folders
+    from mlx_slim.evaluation.run import EvalOptions, evaluate, result_folders
 
     with Console(mode, display=Scoring()) as console:
         results = evaluate(
@@ -125,7 +125,7 @@ def _compare(
             "mlx-slim eval --compare OUT_A OUT_B [-o DIR]",
         )
     from mlx_slim.artifacts import check_writable, write_json
-    from mlx_slim.evaluate.comparison import compare
+    from mlx_slim.evaluation.comparison import compare
 
     target = None if out is None else out / "comparison.json"
     if target is not None:

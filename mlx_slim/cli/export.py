@@ -42,8 +42,8 @@ def command(source: str, target: str, output: Path, **options: str | None) -> No
                 f"{flag} means nothing with --to {target}", f"it is for {_ONLY[name][0]}"
             )
     from mlx_slim.console import Console
-    from mlx_slim.workflows import export
-    from mlx_slim.workflows.peft_folders import export_peft
+    from mlx_slim.export import model as export
+    from mlx_slim.export.peft import export_peft
 
     with Console("plain") as console:
         if target == "peft":

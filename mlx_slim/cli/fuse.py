@@ -56,7 +56,7 @@ def command(
     from rich.console import Console as RichConsole
 
     from mlx_slim.console import Console
-    from mlx_slim.workflows.fuse import FuseOptions, fuse
+    from mlx_slim.export.fuse import FuseOptions, fuse
 
     options = FuseOptions(mode=mode or "auto", **settings)  # pyright: ignore
     notices = RichConsole(highlight=False, stderr=as_json)

@@ -17,7 +17,7 @@ import click
 def command(source: Path, output: Path, model: str | None) -> None:
     """Read SOURCE, a LoRA, rsLoRA or DoRA that PEFT saved, and write an adapter folder."""
     from mlx_slim.console import Console
-    from mlx_slim.workflows.peft_folders import import_peft
+    from mlx_slim.export.peft import import_peft
 
     with Console("plain") as console:
         done = import_peft(source, output, base=model, observer=console)

@@ -15,8 +15,8 @@ import click
 from mlx_slim.errors import SlimError
 
 if TYPE_CHECKING:
-    from mlx_slim.analyze.memory import Prediction
     from mlx_slim.config.load import Resolved
+    from mlx_slim.planner.memory import Prediction
 
 
 def on_a_mac(name: str) -> tuple[Prediction, int | None]:
@@ -24,10 +24,10 @@ def on_a_mac(name: str) -> tuple[Prediction, int | None]:
 
     And that Mac's memory in GB; None where no Mac in the table holds it.
     """
-    from mlx_slim.analyze.known_models import model_config
-    from mlx_slim.analyze.macs import SIZES, budget, smallest_that_fits, working_set
-    from mlx_slim.analyze.memory import predict
     from mlx_slim.config.load import load_recipe
+    from mlx_slim.planner.known_models import model_config
+    from mlx_slim.planner.macs import SIZES, budget, smallest_that_fits, working_set
+    from mlx_slim.planner.memory import predict
 
     recipe = load_recipe(name).recipe
     config, _ = model_config(recipe)
@@ -58,8 +58,8 @@ def cost_header(name: str) -> str:
 
 def table() -> str:
     """Return the Markdown table of all shipped recipes: predicted memory, and which Macs fit."""
-    from mlx_slim.analyze.macs import SIZES
     from mlx_slim.config import library
+    from mlx_slim.planner.macs import SIZES
     from mlx_slim.runtime import human_bytes
 
     lines = [
@@ -153,7 +153,7 @@ def command(
 ) -> None:
     """Predict peak memory, time and disk of RECIPE (a name or a .yaml file)."""
     if as_macs:
-        from mlx_slim.analyze.macs import markdown
+        from mlx_slim.planner.macs import markdown
 
         click.echo(markdown())
         return

@@ -89,8 +89,8 @@ def command(
     from rich.console import Console as RichConsole
 
     from mlx_slim.console import Console
+    from mlx_slim.pruning.options import PruneOptions
     from mlx_slim.runtime import parse_size
-    from mlx_slim.workflows.prune_options import PruneOptions
 
     options = PruneOptions(
         target_params=None if target_params is None else _count(target_params),
@@ -108,14 +108,14 @@ def command(
                 f"{', '.join(unused)}: without --recover and --task, pruning is one step",
                 "leave it out, or give --recover RECIPE",
             )
-        from mlx_slim.workflows.prune import prune
+        from mlx_slim.pruning.run import prune
 
         with Console("quiet" if as_json else "plain", output=output) as console:
             result = prune(model, out, options, console)
         click.echo(json.dumps(result.record) if as_json else "\n".join(result.lines()))
         return
-    from mlx_slim.workflows.prune_report import report_lines
-    from mlx_slim.workflows.recover import RecoverOptions, prune_and_recover
+    from mlx_slim.pruning.recover import RecoverOptions, prune_and_recover
+    from mlx_slim.pruning.report import report_lines
 
     after = RecoverOptions(recover, overrides, tasks, limit, data_dir)
     with Console("quiet" if as_json else "plain", output=output) as console:
@@ -136,9 +136,9 @@ def _count(text: str) -> int:
 
 def _dry_run(model: str, options: Any, as_json: bool) -> None:
     """Print what shapes alone say."""
-    from mlx_slim.analyze.known_models import KNOWN
     from mlx_slim.models.load import read_config
-    from mlx_slim.workflows.prune_plan import plan, weight_size
+    from mlx_slim.planner.known_models import KNOWN
+    from mlx_slim.pruning.plan import plan, weight_size
 
     config = KNOWN.get(model) or read_config(model, options.revision)
     size = weight_size(config)

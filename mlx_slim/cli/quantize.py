@@ -70,8 +70,8 @@ def command(
     from rich.console import Console as RichConsole
 
     from mlx_slim.console import Console
-    from mlx_slim.quantize.policy import quantize_config
-    from mlx_slim.workflows.compress import CompressOptions, compress
+    from mlx_slim.quantization.policy import quantize_config
+    from mlx_slim.quantization.run import CompressOptions, compress
 
     options = CompressOptions(
         quantize=quantize_config(bits, group_size, mode),

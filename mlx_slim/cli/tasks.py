@@ -15,13 +15,13 @@ from mlx_slim.cli.options import SHOTS
 from mlx_slim.errors import SlimError
 
 if TYPE_CHECKING:
-    from mlx_slim.evaluate.prompts import Chat, Question
-    from mlx_slim.evaluate.spec import Task
+    from mlx_slim.evaluation.tasks.prompts import Chat, Question
+    from mlx_slim.evaluation.tasks.spec import Task
 
 
 def _rows(task: Task, data_dir: str | None) -> int | None:
     """Return the number of rows on this machine; None without them."""
-    from mlx_slim.evaluate.rows import count_rows
+    from mlx_slim.evaluation.tasks.rows import count_rows
 
     try:
         return count_rows(task, data_dir)
@@ -30,7 +30,7 @@ def _rows(task: Task, data_dir: str | None) -> int | None:
 
 
 def _list(data_dir: str | None, as_json: bool) -> None:
-    from mlx_slim.evaluate.spec import list_tasks, suites
+    from mlx_slim.evaluation.tasks.spec import list_tasks, suites
 
     tasks = list_tasks()
     if as_json:
@@ -77,8 +77,8 @@ def _record(task: Task) -> dict[str, Any]:
 
 
 def _show(task: Task, data_dir: str | None, num_fewshot: int | None, as_json: bool) -> None:
-    from mlx_slim.evaluate.prompts import build_questions
-    from mlx_slim.evaluate.rows import load_rows
+    from mlx_slim.evaluation.tasks.prompts import build_questions
+    from mlx_slim.evaluation.tasks.rows import load_rows
 
     shots = task.num_fewshot if num_fewshot is None else num_fewshot
     missing: list[str] = []
@@ -118,7 +118,7 @@ def _show(task: Task, data_dir: str | None, num_fewshot: int | None, as_json: bo
 
 def _roles(task: Task) -> Chat | None:
     """Stand in for the chat template of a model that is not known yet."""
-    from mlx_slim.evaluate.prompts import Chat
+    from mlx_slim.evaluation.tasks.prompts import Chat
 
     if not task.spec.chat:
         return None
@@ -157,6 +157,6 @@ def command(name: str | None, data_dir: str | None, num_fewshot: int | None, as_
             raise SlimError("--num-fewshot needs the name of a task", "mlx-slim tasks lists them")
         _list(data_dir, as_json)
         return
-    from mlx_slim.evaluate.spec import find_task
+    from mlx_slim.evaluation.tasks.spec import find_task
 
     _show(find_task(name), data_dir, num_fewshot, as_json)

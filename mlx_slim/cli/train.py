@@ -14,7 +14,7 @@ from mlx_slim.cli.options import run_options
 from mlx_slim.config.load import Resolved, load_recipe, render
 
 if TYPE_CHECKING:
-    from mlx_slim.workflows.run_folder import Result
+    from mlx_slim.finetuning.run_dir import Result
 
 
 @click.command("train")
@@ -42,7 +42,7 @@ def command(
             raise click.UsageError("--validate writes nothing: leave -o and --resume out")
         _validate(resolved, mode == "json")
         return
-    from mlx_slim.workflows.finetune import finetune
+    from mlx_slim.finetuning.run import finetune
 
     go(finetune, resolved, out, resume=resume, mode=mode)
 
@@ -58,8 +58,8 @@ def go(
     """Run a workflow that trains, with the console and the trackers listening."""
     from mlx_slim import events
     from mlx_slim.console import Console
+    from mlx_slim.finetuning.run_dir import summary_rows
     from mlx_slim.trackers import Trackers
-    from mlx_slim.workflows.run_folder import summary_rows
 
     folder = out or Path("runs") / resolved.name
     values = resolved.recipe.model_dump(mode="json")
@@ -74,7 +74,7 @@ def go(
 
 def _validate(resolved: Resolved, as_json: bool) -> None:
     """Print the model's loss on the validation rows."""
-    from mlx_slim.workflows.validate import validate
+    from mlx_slim.finetuning.validate import validate
 
     found = validate(resolved.recipe)
     if as_json:

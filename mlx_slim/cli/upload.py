@@ -18,7 +18,7 @@ import click
 @click.option("--revision", help="Branch to commit to.")
 def command(folder: Path, repo: str, yes: bool, public: bool, revision: str | None) -> None:
     """Upload FOLDER (a model, an adapter or an export) through huggingface-hub."""
-    from mlx_slim.workflows.upload import upload
+    from mlx_slim.export.upload import upload
 
     for line in upload(folder, repo, yes=yes, public=public, revision=revision).lines():
         click.echo(line)

@@ -25,10 +25,10 @@ from mlx_slim.compare.questions import HELD_OUT, task_name
 from mlx_slim.compare.store import MANIFEST
 from mlx_slim.config.load import Resolved
 from mlx_slim.errors import SlimError
+from mlx_slim.evaluation.run import EvalOptions, evaluate
+from mlx_slim.export.fuse import FuseOptions, fuse
+from mlx_slim.pruning.run import prune
 from mlx_slim.reading import read_object
-from mlx_slim.workflows.evaluate import EvalOptions, evaluate
-from mlx_slim.workflows.fuse import FuseOptions, fuse
-from mlx_slim.workflows.prune import prune
 
 KEYS_FILE = "keys.json"
 

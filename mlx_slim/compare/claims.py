@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from mlx_slim.compare.store import Stored, StoredCell
-from mlx_slim.evaluate import pooled, stats
-from mlx_slim.evaluate.comparison import ASKED
+from mlx_slim.evaluation import pooled, stats
+from mlx_slim.evaluation.comparison import ASKED
 
 Interval = tuple[float, float]
 

@@ -13,7 +13,7 @@ from statistics import mean, median
 from typing import Any
 
 from mlx_slim.compare.claims import Claim, Score
-from mlx_slim.evaluate.stats import LEVEL
+from mlx_slim.evaluation.stats import LEVEL
 
 _WAYS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA", "dora": "DoRA"}
 

@@ -23,12 +23,12 @@ from mlx_slim.config.schema import Recipe, SourceConfig
 from mlx_slim.data.fingerprint import source_print
 from mlx_slim.data.sources import find as find_source
 from mlx_slim.errors import SlimError
-from mlx_slim.quantize.calibration import DEFAULT_SOURCE
+from mlx_slim.evaluation.tasks.trained_rows import finder
+from mlx_slim.finetuning.build import started_from
+from mlx_slim.finetuning.forgetting import read_held_out
+from mlx_slim.pruning.options import PruneOptions
+from mlx_slim.quantization.calibration import DEFAULT_SOURCE
 from mlx_slim.runtime import on_gpu
-from mlx_slim.workflows.held_out import read_held_out
-from mlx_slim.workflows.prepare import started_from
-from mlx_slim.workflows.prune_options import PruneOptions
-from mlx_slim.workflows.task_rows import finder
 
 # Parts of the package that cannot change a trained weight or a score.
 _SHOWS = {"analyze", "bench", "cli", "compare", "console", "trackers.py", "events.py"}

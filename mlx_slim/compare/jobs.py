@@ -22,19 +22,19 @@ from mlx_slim.compare import identity
 from mlx_slim.compare.matrix import Cell, Layout, cell_recipe, prune_options
 from mlx_slim.compare.store import MANIFEST, MATRIX_FILE
 from mlx_slim.config.load import Resolved
+from mlx_slim.distillation.mutual_run import FIRST
+from mlx_slim.distillation.run import distill
 from mlx_slim.errors import SlimError
 from mlx_slim.events import Notice, Observer
+from mlx_slim.finetuning.run import finetune
+from mlx_slim.finetuning.run_dir import STATE_FILE
 from mlx_slim.models.convert import convert
 from mlx_slim.models.hub import SMOLLM2_PACKAGE, bundled_smollm2, resolve
 from mlx_slim.models.load import model_files, model_hash, read_config
 from mlx_slim.models.save import save_model
-from mlx_slim.quantize.apply import load_quantized
+from mlx_slim.pruning.options import PruneOptions
+from mlx_slim.quantization.apply import load_quantized
 from mlx_slim.reading import read_object
-from mlx_slim.workflows.distill import distill
-from mlx_slim.workflows.finetune import finetune
-from mlx_slim.workflows.mutual import FIRST
-from mlx_slim.workflows.prune_options import PruneOptions
-from mlx_slim.workflows.run_folder import STATE_FILE
 
 
 @dataclass

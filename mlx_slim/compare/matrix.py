@@ -20,7 +20,7 @@ from mlx_slim.config.load import Resolved, checked, from_layers, read_layers
 from mlx_slim.config.section import Bytes, PositiveInt, Rate, Section, Seed
 from mlx_slim.config.task import MOST_SHOTS
 from mlx_slim.errors import SlimError, did_you_mean
-from mlx_slim.workflows.prune_options import PruneOptions
+from mlx_slim.pruning.options import PruneOptions
 
 Kind = Literal["base", "quantized", "pruned", "tuned", "fused"]
 # Kinds that leave a model of their own, which another method can start from.

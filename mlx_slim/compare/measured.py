@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mlx_slim.export.fuse import RECORD as FUSE_FILE
+from mlx_slim.pruning.run import RECORD_FILE as PRUNE_FILE
 from mlx_slim.reading import read_object
-from mlx_slim.workflows.fuse import RECORD as FUSE_FILE
-from mlx_slim.workflows.prune import RECORD_FILE as PRUNE_FILE
 
 _PRUNED = ("axis", "method", "parameters_before", "parameters_after", "fidelity")
 _FUSED = ("kl", "top1", "tokens", "kept")

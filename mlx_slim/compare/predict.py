@@ -2,7 +2,7 @@
 
 Invariant: nothing is downloaded but a configuration and nothing is written; a cell that is
 predicted not to fit is omitted with both figures, whether it is trained or only scored. Training is
-predicted by ``analyze/memory.py``; what is not trained needs its weights, as many bits each as it
+predicted by ``planner/memory.py``; what is not trained needs its weights, as many bits each as it
 has; scoring is a count of tokens times the forward share of a training step.
 Try it: ``mlx-slim compare matrix-14 --dry-run``.
 """
@@ -13,22 +13,22 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from mlx_slim.analyze.known_models import KNOWN, model_config
-from mlx_slim.analyze.memory import Prediction, predict
-from mlx_slim.analyze.rows import CHARACTERS_PER_TOKEN
-from mlx_slim.analyze.shapes import shapes
-from mlx_slim.analyze.work import Speed, Work, measure_speed
 from mlx_slim.compare.matrix import Cell, Kind, Layout, Matrix, prune_options
 from mlx_slim.compare.questions import plain_questions
 from mlx_slim.config.schema import Recipe
+from mlx_slim.distillation.mutual_run import predicted
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluate.prefix_cache import planned_footprint
-from mlx_slim.evaluate.rows import count_rows
-from mlx_slim.evaluate.spec import find_task
+from mlx_slim.evaluation.scoring.answer_cache import planned_footprint
+from mlx_slim.evaluation.tasks.rows import count_rows
+from mlx_slim.evaluation.tasks.spec import find_task
 from mlx_slim.models.hub import SMOLLM2_PACKAGE
+from mlx_slim.planner.known_models import KNOWN, model_config
+from mlx_slim.planner.memory import Prediction, predict
+from mlx_slim.planner.rows import CHARACTERS_PER_TOKEN
+from mlx_slim.planner.shapes import shapes
+from mlx_slim.planner.work import Speed, Work, measure_speed
+from mlx_slim.pruning.plan import planned_config
 from mlx_slim.runtime import human_bytes, memory_budget, resolve_dtype
-from mlx_slim.workflows.mutual import predicted
-from mlx_slim.workflows.prune_plan import planned_config
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FORWARD = 0.3  # of a LoRA step: measured on a CPU, SmolLM2-135M

@@ -16,11 +16,11 @@ from mlx_slim.artifacts import hash_bytes, hash_json, write_json, write_text
 from mlx_slim.compare.matrix import HeldOutEntry, Matrix, TaskEntry
 from mlx_slim.config.task import TaskSpec
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluate.perplexity import read_texts
-from mlx_slim.evaluate.prompts import Chat, Question, build_questions
-from mlx_slim.evaluate.rows import TaskRows, load_rows, shots_checksum
-from mlx_slim.evaluate.run import asked_of
-from mlx_slim.evaluate.spec import Task, find_task
+from mlx_slim.evaluation.jobs import asked_of
+from mlx_slim.evaluation.scoring.perplexity import read_texts
+from mlx_slim.evaluation.tasks.prompts import Chat, Question, build_questions
+from mlx_slim.evaluation.tasks.rows import TaskRows, load_rows, shots_checksum
+from mlx_slim.evaluation.tasks.spec import Task, find_task
 from mlx_slim.reading import read_object
 
 HELD_OUT = "held_out"

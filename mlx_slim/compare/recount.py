@@ -30,15 +30,15 @@ from mlx_slim.compare.measured import measured
 from mlx_slim.compare.questions import HELD_OUT, stored_questions, stored_task
 from mlx_slim.compare.store import Stored, StoredCell
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluate.metrics import record_choice, record_generation, summarize
-from mlx_slim.evaluate.perplexity import NAME as TEXT
-from mlx_slim.evaluate.perplexity import read_texts, summarize_text
-from mlx_slim.evaluate.prompts import Question
-from mlx_slim.evaluate.results import PROGRESS_FILE, STATE_FILE, samples_name, whole_chunks
-from mlx_slim.evaluate.spec import Task
+from mlx_slim.evaluation.results import PROGRESS_FILE, STATE_FILE, samples_name, whole_chunks
+from mlx_slim.evaluation.score import NOT_TOLD, section, timing
+from mlx_slim.evaluation.scoring.perplexity import NAME as TEXT
+from mlx_slim.evaluation.scoring.perplexity import read_texts, summarize_text
+from mlx_slim.evaluation.tasks.metrics import record_choice, record_generation, summarize
+from mlx_slim.evaluation.tasks.prompts import Question
+from mlx_slim.evaluation.tasks.spec import Task
 from mlx_slim.models.load import model_hash
 from mlx_slim.reading import read_object
-from mlx_slim.workflows.scoring import NOT_TOLD, section, timing
 
 _NEAR = 1e-9
 # Of the recipe, what the manifest says in the words of the matrix, not of this machine.

@@ -21,8 +21,8 @@ import numpy as np
 
 from mlx_slim.artifacts import SCHEMA_VERSION, read_records
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluate.metrics import counted
-from mlx_slim.evaluate.results import check_sample
+from mlx_slim.evaluation.results import check_sample
+from mlx_slim.evaluation.tasks.metrics import counted
 from mlx_slim.reading import library_errors, read_object, short
 
 AGAIN = "run the matrix again with --resume"

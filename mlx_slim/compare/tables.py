@@ -17,9 +17,9 @@ import numpy as np
 from mlx_slim.compare.claims import Claim
 from mlx_slim.compare.store import Stored, StoredCell
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluate import stats
-from mlx_slim.evaluate.comparison import ASKED
-from mlx_slim.evaluate.metrics import first_metric
+from mlx_slim.evaluation import stats
+from mlx_slim.evaluation.comparison import ASKED
+from mlx_slim.evaluation.tasks.metrics import first_metric
 
 RESAMPLED = 60  # pairs of cells up to which a bootstrap is drawn within parts too
 

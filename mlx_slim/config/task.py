@@ -117,7 +117,7 @@ class TaskSpec(Section):
         choices: Continuations of multiple choice: templates, or one expression that gives a list;
             none may be empty.
         target: The right answer, or a list of them of which any counts: a choice's place or text
-            (``evaluate/targets.py`` has the rule); for generation the text. Templates, or one
+            (``evaluation/targets.py`` has the rule); for generation the text. Templates, or one
             expression.
         delimiter: Between prompt and answer.
         separator: Between examples.

@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_slim.console.scoring import figure
-from mlx_slim.evaluate.comparison import BITS, Comparison, Row
-from mlx_slim.evaluate.results import TIMINGS_FILE
+from mlx_slim.evaluation.comparison import BITS, Comparison, Row
+from mlx_slim.evaluation.results import TIMINGS_FILE
 from mlx_slim.reading import read_object
 from mlx_slim.runtime import human_bytes
 

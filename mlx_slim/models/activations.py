@@ -19,7 +19,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_slim.models.anatomy import GATED_MLP
+from mlx_slim.models.structure import GATED_MLP
 from mlx_slim.runtime import number, on_gpu
 
 _LOG2_E = 1.4426950408889634

@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_slim.errors import SlimError
-from mlx_slim.models import anatomy, rope_install
+from mlx_slim.models import rope_install, structure
 from mlx_slim.models.activations import use_tanh_gelu
 from mlx_slim.models.reference import reference_of
 from mlx_slim.reading import library_errors
@@ -85,7 +85,7 @@ def apply_widths(model: nn.Module, config: dict[str, Any]) -> None:
     widths = config.get(WIDTHS)
     if widths is None:
         return
-    blocks = anatomy.blocks(model)
+    blocks = structure.blocks(model)
     if not isinstance(widths, list) or len(widths) != len(blocks):
         seen = f"{len(widths)} entries" if isinstance(widths, list) else repr(widths)
         raise SlimError(
@@ -93,36 +93,36 @@ def apply_widths(model: nn.Module, config: dict[str, Any]) -> None:
             "config.json and the weights must come from the same model",
         )
     for index, (block, entry) in enumerate(zip(blocks, widths, strict=True)):
-        families = anatomy.coupled(block)
+        families = structure.coupled(block)
         fits = isinstance(entry, dict) and entry.keys() == _KEYS
         fits = fits and all(type(value) is int and value > 0 for value in entry.values())
-        if not fits or families.keys() != {anatomy.HEADS, anatomy.MLP}:
+        if not fits or families.keys() != {structure.HEADS, structure.MLP}:
             raise SlimError(
                 f"config.json: {WIDTHS}[{index}] is {entry!r}",
                 f"expected {', '.join(sorted(_KEYS))}, whole numbers above 0",
             )
-        share = families[anatomy.HEADS].share
+        share = families[structure.HEADS].share
         if entry["heads"] != share * entry["kv_heads"]:
             raise SlimError(
                 f"config.json: {WIDTHS}[{index}] has {entry['heads']} heads over "
                 f"{entry['kv_heads']} key-value heads",
                 f"{share} query heads share a key-value head in this model",
             )
-        counts = {anatomy.HEADS: entry["kv_heads"], anatomy.MLP: entry["intermediate_size"]}
-        anatomy.resize(block, counts)
+        counts = {structure.HEADS: entry["kv_heads"], structure.MLP: entry["intermediate_size"]}
+        structure.resize(block, counts)
 
 
 def widths_of(model: nn.Module) -> list[dict[str, int]]:
     """Return ``mlx_slim_widths`` of a dense model."""
     found = []
-    for block in anatomy.blocks(model):
-        families = anatomy.coupled(block)
-        heads = families[anatomy.HEADS]
+    for block in structure.blocks(model):
+        families = structure.coupled(block)
+        heads = families[structure.HEADS]
         found.append(
             {
                 "heads": heads.count * heads.share,
                 "kv_heads": heads.count,
-                "intermediate_size": families[anatomy.MLP].count,
+                "intermediate_size": families[structure.MLP].count,
             }
         )
     return found

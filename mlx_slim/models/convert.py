@@ -21,7 +21,7 @@ from mlx_slim.artifacts import atomic_folder
 from mlx_slim.claims import makes_folder
 from mlx_slim.errors import SlimError
 from mlx_slim.models.activations import use_fast_swiglu
-from mlx_slim.models.gguf import import_gguf
+from mlx_slim.models.gguf.load import import_gguf
 from mlx_slim.models.load import cast, load, read_weights
 from mlx_slim.models.logits import kl_divergence
 from mlx_slim.models.quantized import densify, is_quantized, use_fast_matmul

@@ -20,7 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_slim.errors import RowLimit
-from mlx_slim.models import anatomy
+from mlx_slim.models import structure
 from mlx_slim.models.build import build
 from mlx_slim.models.reference import reference_of
 from mlx_slim.models.rope import boundary_of
@@ -136,7 +136,7 @@ class _Watched:
 def _windows(model: nn.Module) -> list[int | None] | None:
     """Return the window that each layer of ``model`` keeps to; None if that cannot be seen."""
     masks = _Masks()
-    blocks = anatomy.blocks(model)
+    blocks = structure.blocks(model)
     caches = [_Cache(masks) for _ in blocks]
     try:
         with _watching(model, masks):
@@ -149,7 +149,7 @@ def _windows(model: nn.Module) -> list[int | None] | None:
 @contextmanager
 def _watching(model: nn.Module, masks: _Masks) -> Iterator[None]:
     """Put watchers around the blocks, where the model itself looks for them."""
-    *path, name = anatomy.blocks_path(model).split(".")
+    *path, name = structure.blocks_path(model).split(".")
     owner: Any = model
     for part in path:
         owner = owner[part]

@@ -17,7 +17,7 @@ from typing import Any
 import mlx.nn as nn
 
 from mlx_slim.errors import SlimError
-from mlx_slim.models import anatomy
+from mlx_slim.models import structure
 from mlx_slim.models.reference import Reference
 from mlx_slim.models.rope import TYPES, check_values, make_rope
 
@@ -106,7 +106,7 @@ def install(model: nn.Module, config: dict[str, Any], reference: Reference) -> N
         return
     done = set()
     made: dict[tuple, nn.Module] = {}
-    blocks = anatomy.blocks(model)
+    blocks = structure.blocks(model)
     for rope, block in zip(reference.rope, blocks, strict=False):
         for owner, name in list(_slots(block)) if rope else ():
             assert rope is not None

@@ -30,24 +30,24 @@ from mlx_slim.config.schema import Method, QuantizeConfig, Recipe
 from mlx_slim.data.templates import load_template
 from mlx_slim.data.tokenize import unwrap
 from mlx_slim.errors import Interrupted, SlimError, did_you_mean
-from mlx_slim.evaluate.generate import generate_batch
-from mlx_slim.evaluate.metrics import record_generation, summarize
-from mlx_slim.evaluate.prompts import Chat, Question, build_questions
-from mlx_slim.evaluate.requests import Encoder, max_length
-from mlx_slim.evaluate.rows import load_rows
-from mlx_slim.evaluate.spec import Task, find_task
+from mlx_slim.evaluation.scoring.generate import generate_batch
+from mlx_slim.evaluation.scoring.requests import Encoder, max_length
+from mlx_slim.evaluation.tasks.metrics import record_generation, summarize
+from mlx_slim.evaluation.tasks.prompts import Chat, Question, build_questions
+from mlx_slim.evaluation.tasks.rows import load_rows
+from mlx_slim.evaluation.tasks.spec import Task, find_task
 from mlx_slim.events import Notice, Observer
+from mlx_slim.finetuning.run import finetune
+from mlx_slim.finetuning.run_dir import STATE_FILE
 from mlx_slim.models.convert import convert
 from mlx_slim.models.hub import SMOLLM2_PACKAGE, bundled_smollm2, resolve
 from mlx_slim.models.limits import limit_of
 from mlx_slim.models.load import Loaded, load, read_config
 from mlx_slim.models.quantized import densify
 from mlx_slim.models.save import save_model
-from mlx_slim.quantize.apply import load_quantized
+from mlx_slim.quantization.apply import load_quantized
 from mlx_slim.reading import read_object
 from mlx_slim.runtime import dtype_name, human_bytes, human_duration, on_gpu, resolve_dtype
-from mlx_slim.workflows.finetune import finetune
-from mlx_slim.workflows.run_folder import STATE_FILE
 
 TASK = "demo_exact_match"  # as in `mlx-slim eval --task`
 METHODS: tuple[str, ...] = get_args(Method)

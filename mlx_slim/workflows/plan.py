@@ -11,11 +11,15 @@ from dataclasses import replace
 from typing import Any
 
 from mlx_slim import events
-from mlx_slim.analyze import macs
-from mlx_slim.analyze.known_models import model_config
-from mlx_slim.analyze.memory import Prediction, predict
-from mlx_slim.analyze.shapes import shapes
-from mlx_slim.analyze.work import (
+from mlx_slim.config.schema import Recipe
+from mlx_slim.distillation.mutual_run import predicted
+from mlx_slim.errors import SlimError
+from mlx_slim.finetuning.profile import STEPS, Probe, probe
+from mlx_slim.planner import macs
+from mlx_slim.planner.known_models import model_config
+from mlx_slim.planner.memory import Prediction, predict
+from mlx_slim.planner.shapes import shapes
+from mlx_slim.planner.work import (
     FILLED,
     Speed,
     Work,
@@ -23,11 +27,7 @@ from mlx_slim.analyze.work import (
     measure_speed,
     predicted_seconds,
 )
-from mlx_slim.config.schema import Recipe
-from mlx_slim.errors import SlimError
 from mlx_slim.runtime import on_gpu, parse_size, resolve_dtype
-from mlx_slim.workflows.mutual import predicted
-from mlx_slim.workflows.probe import STEPS, Probe, probe
 
 
 def plan(

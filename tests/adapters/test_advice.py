@@ -7,7 +7,7 @@ import pytest
 from mlx_slim import events
 from mlx_slim.adapters.advice import rank_advice
 from mlx_slim.config.schema import AdapterConfig, Recipe
-from mlx_slim.workflows.finetune import finetune
+from mlx_slim.finetuning.run import finetune
 from tests.support.runs import Recorder, recipe, write_rows
 
 

@@ -12,7 +12,7 @@ import pytest
 from mlx_slim.adapters import peft_rules
 from mlx_slim.adapters.store import CONFIG, WEIGHTS, check_adapter, load_adapter
 from mlx_slim.models.load import load
-from mlx_slim.quantize.base import recorded_base
+from mlx_slim.quantization.base import recorded_base
 from tests.support.adapters import made
 from tests.test_reading import nested, refusal
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from mlx_slim.adapters.lora import Adapter, LoRAEmbedding, LoRALinear, dimensions
-from mlx_slim.models.anatomy import Head
-from mlx_slim.train.losses import linear_cross_entropy
-from mlx_slim.train.remat import checkpointed
+from mlx_slim.models.structure import Head
+from mlx_slim.training.grad_checkpoint import checkpointed
+from mlx_slim.training.losses import linear_cross_entropy
 from tests.adapters.support import dense, linear, relative_error, shake
 
 WIDTHS = [None, 2, 3, 4, 5, 6, 8]

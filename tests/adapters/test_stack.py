@@ -17,11 +17,11 @@ from mlx_slim.adapters.store import load_adapter
 from mlx_slim.config.load import from_values
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError
+from mlx_slim.evaluation.run import EvalOptions, evaluate, resume_command
+from mlx_slim.export.fuse import FuseOptions, fuse
+from mlx_slim.finetuning.run import finetune
+from mlx_slim.finetuning.run_dir import summary_rows
 from mlx_slim.models.load import load
-from mlx_slim.workflows.evaluate import EvalOptions, evaluate, resume_command
-from mlx_slim.workflows.finetune import finetune
-from mlx_slim.workflows.fuse import FuseOptions, fuse
-from mlx_slim.workflows.run_folder import summary_rows
 from tests.adapters.support import IDS, relative_error, shake
 from tests.support.adapters import made, quantized, tuned_logits
 from tests.support.runs import Recorder, losses, recipe, write_rows

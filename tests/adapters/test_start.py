@@ -11,10 +11,10 @@ import pytest
 
 from mlx_slim.config.load import from_values
 from mlx_slim.errors import SlimError
+from mlx_slim.export.peft import export_peft
+from mlx_slim.finetuning.build import prepare_model
+from mlx_slim.finetuning.run import finetune
 from mlx_slim.models.load import load
-from mlx_slim.workflows.finetune import finetune
-from mlx_slim.workflows.peft_folders import export_peft
-from mlx_slim.workflows.prepare import prepare_model
 from tests.adapters.support import IDS
 from tests.support.adapters import made, tuned_logits
 from tests.support.runs import Recorder, losses, recipe, write_rows

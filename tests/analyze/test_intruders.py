@@ -20,7 +20,7 @@ from mlx_slim.errors import SlimError
 from mlx_slim.models.load import load
 from mlx_slim.models.quantized import dequantize_weight
 from mlx_slim.models.save import save_model
-from mlx_slim.quantize.apply import quantize_model
+from mlx_slim.quantization.apply import quantize_model
 
 
 def base_of(shape: tuple[int, int], seed: int = 0) -> np.ndarray:

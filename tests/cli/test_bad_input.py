@@ -187,7 +187,7 @@ def test_over_the_memory_budget_names_what_fits(fails, small, tmp_path) -> None:
 
 @pytest.mark.parametrize("where", ["load_base", "prepare"])
 def test_interrupt_before_training(fails, small, tmp_path, monkeypatch, where) -> None:
-    from mlx_slim.workflows import prepare
+    from mlx_slim.finetuning import build as prepare
 
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

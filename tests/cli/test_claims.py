@@ -14,8 +14,8 @@ from mlx_slim import locks
 from mlx_slim.artifacts import atomic_file, atomic_folder, write_text
 from mlx_slim.cli.main import run
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluate import results
-from mlx_slim.train.rotation import latest, remove_after, rotate
+from mlx_slim.evaluation import results
+from mlx_slim.training.rotation import latest, remove_after, rotate
 from tests.support.kills import contents, hidden
 
 ROOT = Path(__file__).parents[2]

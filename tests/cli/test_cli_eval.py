@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlx_slim.cli.main import run
-from mlx_slim.evaluate import results
+from mlx_slim.evaluation import results
 from tests.support.evals import files, write_tasks
 
 

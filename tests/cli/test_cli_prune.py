@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_slim.workflows.compress import CompressOptions, compress
-from mlx_slim.workflows.prune_plan import parse_layers
+from mlx_slim.pruning.plan import parse_layers
+from mlx_slim.quantization.run import CompressOptions, compress
 from tests.support.runs import write_rows
 
 

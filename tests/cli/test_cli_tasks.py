@@ -7,7 +7,7 @@ import json
 import pytest
 
 from mlx_slim.cli.main import run
-from tests.evaluate.support import CHOICE, GENERATION, mmlu_row, quiz, write_rows, write_task
+from tests.evaluation.support import CHOICE, GENERATION, mmlu_row, quiz, write_rows, write_task
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from mlx_slim.compare.matrix import Matrix
 from mlx_slim.config.schema import Recipe
 from mlx_slim.config.section import Section
 from mlx_slim.config.task import TaskSpec
-from mlx_slim.workflows.prune_options import PruneOptions
+from mlx_slim.pruning.options import PruneOptions
 
 
 def commands(command: click.Command, name: str) -> Iterator[tuple[str, click.Command]]:

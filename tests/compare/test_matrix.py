@@ -19,7 +19,7 @@ from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import SlimError
 from mlx_slim.models.load import load
 from mlx_slim.models.tensors import folder_tensors
-from mlx_slim.quantize.apply import quantize_model
+from mlx_slim.quantization.apply import quantize_model
 from mlx_slim.runtime import human_bytes
 
 SMALL = {

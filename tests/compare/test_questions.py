@@ -10,10 +10,10 @@ from mlx_slim.compare.evidence import _shown
 from mlx_slim.compare.matrix import Matrix
 from mlx_slim.compare.questions import stored_questions, stored_task, write_questions
 from mlx_slim.compare.recount import Ledger, _record
-from mlx_slim.evaluate.metrics import record_choice, record_generation
-from mlx_slim.evaluate.prompts import build_questions
-from mlx_slim.evaluate.rows import load_rows
-from tests.evaluate.support import CHOICE, GENERATION, quiz, write_task
+from mlx_slim.evaluation.tasks.metrics import record_choice, record_generation
+from mlx_slim.evaluation.tasks.prompts import build_questions
+from mlx_slim.evaluation.tasks.rows import load_rows
+from tests.evaluation.support import CHOICE, GENERATION, quiz, write_task
 
 
 @pytest.mark.parametrize("text", [CHOICE, GENERATION])

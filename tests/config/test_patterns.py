@@ -12,7 +12,7 @@ import pytest
 
 from mlx_slim.config.patterns import compile_pattern
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluate.spec import list_tasks
+from mlx_slim.evaluation.tasks.spec import list_tasks
 
 # The harness's filters (gsm8k, MMLU-Pro, BBH, DROP, MATH), and what ``regex`` reads its own way.
 PATTERNS = [

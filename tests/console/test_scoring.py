@@ -13,10 +13,10 @@ from mlx_slim.artifacts import write_json
 from mlx_slim.console import Console
 from mlx_slim.console.scoring import Scoring, figure
 from mlx_slim.console.tables import _cells, show_comparison, show_results
-from mlx_slim.evaluate import stats
-from mlx_slim.evaluate.comparison import BITS, Row, compare
+from mlx_slim.evaluation import stats
+from mlx_slim.evaluation.comparison import BITS, Row, compare
 from mlx_slim.events import EvalDone, EvalProgress, EvalStarted, Event, Notice, TaskDone
-from tests.evaluate.test_comparison import answers, finished
+from tests.evaluation.test_comparison import answers, finished
 
 FIGURE = {"value": 0.4299, "stderr": 0.0049, "k": 4317}
 

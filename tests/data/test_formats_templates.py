@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from mlx_slim.errors import SlimError
-from mlx_slim.models.gguf_file import read_gguf
-from mlx_slim.models.gguf_tokenizer import build_tokenizer
+from mlx_slim.models.gguf.file import read_gguf
+from mlx_slim.models.gguf.tokenizer import build_tokenizer
 from tests.data.conftest import learned, load_bytes
 from tests.support.tiny import CHATML
 

@@ -14,8 +14,8 @@ from mlx_slim.data.store import TokenRows, TokenStore, TokenWriter
 from mlx_slim.data.tokenize import Tokens
 from mlx_slim.errors import SlimError
 from mlx_slim.models.load import load
-from mlx_slim.train.loop import validation_loss
-from mlx_slim.train.step import CrossEntropy, Scorer, Stepper
+from mlx_slim.training.loop import validation_loss
+from mlx_slim.training.step import CrossEntropy, Scorer, Stepper
 from tests.support.tiny import tiny_model
 
 Mode = Literal["grouped", "packed"]

@@ -16,10 +16,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mlx_slim.errors import SlimError
 from mlx_slim.models.bounds import check_config
-from mlx_slim.models.gguf import import_gguf
-from mlx_slim.models.gguf_file import read_gguf
+from mlx_slim.models.gguf.file import read_gguf
+from mlx_slim.models.gguf.load import import_gguf
 from mlx_slim.models.load import load, load_tokenizer, read_config
-from tests.models.test_gguf import write_gguf
+from tests.models.gguf.test_load import write_gguf
 from tests.test_reading import nested, refusal
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from mlx_lm import load as stock_load
 
-from mlx_slim.models.anatomy import SegmentCache, packs
 from mlx_slim.models.gemma import use_exact_scale, use_row_masks
 from mlx_slim.models.load import load
+from mlx_slim.models.structure import SegmentCache, packs
 from tests.support.tiny import tiny_model
 
 SETTINGS = {

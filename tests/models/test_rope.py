@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mlx_slim.errors import SlimError
-from mlx_slim.models import anatomy
+from mlx_slim.models import structure
 from mlx_slim.models.convert import convert
 from mlx_slim.models.load import load
 from mlx_slim.models.rope import LengthRoPE, ScaledRoPE, make_rope, set_length
@@ -185,7 +185,7 @@ def test_parameters_that_cannot_be_are_refused(rope, word):
 
 
 def ropes(folder: Path) -> list[nn.Module]:
-    return [block.self_attn.rope for block in anatomy.blocks(load(folder).model)]
+    return [block.self_attn.rope for block in structure.blocks(load(folder).model)]
 
 
 def logits(folder: Path, length: int = 90) -> np.ndarray:

@@ -10,12 +10,12 @@ import math
 import mlx.core as mx
 import pytest
 
-from mlx_slim.evaluate.generate import generate_batch
-from mlx_slim.evaluate.loglikelihood import Scorer
-from mlx_slim.evaluate.perplexity import windows
-from mlx_slim.evaluate.requests import Encoder, max_length
+from mlx_slim.evaluation.scoring.generate import generate_batch
+from mlx_slim.evaluation.scoring.loglikelihood import Scorer
+from mlx_slim.evaluation.scoring.perplexity import windows
+from mlx_slim.evaluation.scoring.requests import Encoder, max_length
+from mlx_slim.export.model import export_hf
 from mlx_slim.models.load import load
-from mlx_slim.workflows.export import export_hf
 from tests.parity.torch_side import needed, transformers
 
 instances = needed("lm_eval.api.instance")

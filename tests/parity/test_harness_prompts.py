@@ -13,12 +13,12 @@ import pytest
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from mlx_slim.data.tokenize import unwrap
-from mlx_slim.evaluate.metrics import record_choice, record_generation
-from mlx_slim.evaluate.prompts import Chat, build_questions
-from mlx_slim.evaluate.requests import Encoder
-from mlx_slim.evaluate.rows import TaskRows, load_rows
-from mlx_slim.evaluate.spec import HARNESS, find_task
-from tests.evaluate.support import write_task
+from mlx_slim.evaluation.scoring.requests import Encoder
+from mlx_slim.evaluation.tasks.metrics import record_choice, record_generation
+from mlx_slim.evaluation.tasks.prompts import Chat, build_questions
+from mlx_slim.evaluation.tasks.rows import TaskRows, load_rows
+from mlx_slim.evaluation.tasks.spec import HARNESS, find_task
+from tests.evaluation.support import write_task
 from tests.support.tiny import CHATML, byte_tokenizer
 
 lm_eval: Any = pytest.importorskip("lm_eval", reason="needs the extra bench")

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from mlx_slim.export.fuse import FuseOptions, fuse
+from mlx_slim.export.model import export_hf
+from mlx_slim.export.peft import export_peft, import_peft
 from mlx_slim.models.hf import CLASSES
 from mlx_slim.models.load import load
-from mlx_slim.workflows.export import export_hf
-from mlx_slim.workflows.fuse import FuseOptions, fuse
-from mlx_slim.workflows.peft_folders import export_peft, import_peft
 from tests.parity.torch_side import (
     TINY,
     gap,

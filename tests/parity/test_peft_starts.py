@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from mlx_slim.errors import SlimError
-from mlx_slim.workflows.export import export_hf
-from mlx_slim.workflows.peft_folders import import_peft
+from mlx_slim.export.model import export_hf
+from mlx_slim.export.peft import import_peft
 from tests.parity.torch_side import (
     gap,
     in_torch,

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from mlx_slim.analyze.known_models import KNOWN, model_config
-from mlx_slim.analyze.memory import predict
 from mlx_slim.cli import plan, recipes
 from mlx_slim.config import library
 from mlx_slim.config.load import load_recipe
+from mlx_slim.planner.known_models import KNOWN, model_config
+from mlx_slim.planner.memory import predict
 
 # Those on Alpaca; recipes on tasks: test_task_recipes.py.
 NAMES = [
@@ -98,7 +98,7 @@ def test_three_steps_end_to_end(name: str, tiny, rows: Path, tmp_path: Path):
     from mlx_lm import load
 
     from mlx_slim.events import Broadcast
-    from mlx_slim.workflows.finetune import finetune
+    from mlx_slim.finetuning.run import finetune
 
     model = tiny(ARCHITECTURE[name.split("-")[0]])
     out = tmp_path / "run"

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from mlx_slim.analyze.known_models import KNOWN
 from mlx_slim.cli import plan
 from mlx_slim.config import library
 from mlx_slim.config.load import load_recipe
-from mlx_slim.evaluate.rows import load_rows
-from mlx_slim.evaluate.spec import find_task
-from mlx_slim.evaluate.training_rows import question_keys
-from mlx_slim.workflows.distill import distill
-from mlx_slim.workflows.finetune import finetune
+from mlx_slim.distillation.run import distill
+from mlx_slim.evaluation.tasks.rows import load_rows
+from mlx_slim.evaluation.tasks.spec import find_task
+from mlx_slim.evaluation.tasks.trained_rows import finder
+from mlx_slim.evaluation.tasks.training_rows import question_keys
+from mlx_slim.finetuning.run import finetune
+from mlx_slim.planner.known_models import KNOWN
 from mlx_slim.workflows.plan import plan as planned
-from mlx_slim.workflows.task_rows import finder
 from tests.support.runs import Recorder
 from tests.support.tiny import speaking_model
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import yaml
 
-from mlx_slim.evaluate.prompts import build_questions
-from mlx_slim.evaluate.requests import Encoder
-from mlx_slim.evaluate.results import read_samples
-from mlx_slim.evaluate.rows import load_rows
-from mlx_slim.evaluate.spec import find_task
+from mlx_slim.evaluation.results import read_samples
+from mlx_slim.evaluation.scoring.requests import Encoder
+from mlx_slim.evaluation.tasks.prompts import build_questions
+from mlx_slim.evaluation.tasks.rows import load_rows
+from mlx_slim.evaluation.tasks.spec import find_task
 from tests.support.plain_scorer import plain_score
 from tests.support.runs import run_script
 
@@ -63,8 +63,8 @@ SCORE = """
 import os, signal, sys
 from pathlib import Path
 import mlx_slim
-from mlx_slim.evaluate import perplexity, results, run
-from mlx_slim.workflows.evaluate import EvalOptions, evaluate
+from mlx_slim.evaluation import perplexity, results, run
+from mlx_slim.evaluation.run import EvalOptions, evaluate
 
 model, tasks, text, out, chunk, moment, count, resume = sys.argv[1:9]
 run.CHOICE_CHUNK = run.GENERATION_CHUNK = int(chunk)

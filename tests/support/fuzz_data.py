@@ -161,10 +161,10 @@ def make_task(folder: Path) -> None:
 
 def use_task(folder: Path, out: Path) -> None:
     """Ask a task's questions, and read answers."""
-    from mlx_slim.evaluate.metrics import record_generation
-    from mlx_slim.evaluate.prompts import build_questions
-    from mlx_slim.evaluate.rows import load_rows
-    from mlx_slim.evaluate.spec import find_task
+    from mlx_slim.evaluation.tasks.metrics import record_generation
+    from mlx_slim.evaluation.tasks.prompts import build_questions
+    from mlx_slim.evaluation.tasks.rows import load_rows
+    from mlx_slim.evaluation.tasks.spec import find_task
 
     task = find_task(str(folder / "task.yaml"))
     for question in build_questions(task, load_rows(task)):
@@ -219,7 +219,7 @@ def make_reply(folder: Path) -> None:
 
 def use_reply(folder: Path, out: Path) -> None:
     """Ask an endpoint that answers with the file's bytes."""
-    from mlx_slim.distill.endpoint import EndpointTeacher
+    from mlx_slim.distillation.endpoint import EndpointTeacher
     from mlx_slim.reading import read_bytes
     from tests.support.endpoint import serving
 

@@ -85,7 +85,7 @@ def use_tokenizer(folder: Path, out: Path) -> None:
 
 
 def make_gguf(folder: Path) -> None:
-    from tests.models.test_gguf import write_gguf
+    from tests.models.gguf.test_load import write_gguf
     from tests.support.tiny import tiny_model
 
     tiny_model(folder / _BASE, **{**_SMALL, "num_attention_heads": 4, "num_key_value_heads": 2})
@@ -99,7 +99,7 @@ def make_gguf(folder: Path) -> None:
 
 
 def use_gguf(folder: Path, out: Path) -> None:
-    from mlx_slim.models.gguf import import_gguf
+    from mlx_slim.models.gguf.load import import_gguf
 
     import_gguf(folder / "model.gguf").tokenizer.encode("Hello")
 
@@ -108,7 +108,7 @@ def use_gguf(folder: Path, out: Path) -> None:
 
 
 def make_adapter(folder: Path) -> None:
-    from mlx_slim.quantize.base import QuantizedBase, as_record
+    from mlx_slim.quantization.base import QuantizedBase, as_record
     from tests.support.adapters import made
 
     make_model(folder / _BASE)
@@ -127,7 +127,7 @@ def make_adapter(folder: Path) -> None:
 
 def use_adapter(folder: Path, out: Path) -> None:
     from mlx_slim.adapters.stack import load_adapters, parse_adapters
-    from mlx_slim.quantize.base import load_base
+    from mlx_slim.quantization.base import load_base
 
     stack = parse_adapters(str(folder / "adapter"))
     loaded = load_base(folder / _BASE, [one.folder for one in stack])
@@ -167,7 +167,7 @@ def use_peft(folder: Path, out: Path) -> None:
 
 def make_run(folder: Path) -> None:
     """Write a finished run with its checkpoints."""
-    from mlx_slim.workflows.finetune import finetune
+    from mlx_slim.finetuning.run import finetune
     from tests.support.runs import Recorder, recipe, write_rows
 
     make_model(folder / _BASE)
@@ -178,8 +178,8 @@ def make_run(folder: Path) -> None:
 
 def use_finished(folder: Path, out: Path) -> None:
     """Go on with a run that is complete: its records are read."""
-    from mlx_slim.workflows.finetune import _finished
-    from mlx_slim.workflows.run_folder import _check_same
+    from mlx_slim.finetuning.run import _finished
+    from mlx_slim.finetuning.run_dir import _check_same
     from tests.support.runs import Recorder, recipe
 
     run = folder / "run"
@@ -192,8 +192,8 @@ def use_checkpoint(folder: Path, out: Path) -> None:
     """Read a checkpoint, the metrics and the rows of a run."""
     from mlx_slim.artifacts import load_tensors, read_records
     from mlx_slim.events import Saved
-    from mlx_slim.train.checkpoint import read_position
-    from mlx_slim.train.metrics import MetricsFile
+    from mlx_slim.training.checkpoint import read_position
+    from mlx_slim.training.metrics import MetricsFile
 
     run = folder / "run"
     read_position(run / "checkpoints" / "step-4")

@@ -39,7 +39,8 @@ from mlx_slim.cli import compare as compare_command
 from mlx_slim.cli.main import COMMANDS, run
 from mlx_slim.compare import cell, report, runner  # noqa: F401
 from mlx_slim.errors import Interrupted
-from mlx_slim.workflows import export, fuse, peft_folders, recover  # noqa: F401
+from mlx_slim.export import model as export  # noqa: F401
+from mlx_slim.pruning import recover  # noqa: F401
 from tests.support.kills import (
     Watch,
     announce_events,

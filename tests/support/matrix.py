@@ -13,13 +13,13 @@ from typing import Any
 from mlx_slim.artifacts import SCHEMA_VERSION, hash_bytes, hash_file, provenance, write_json
 from mlx_slim.compare.measured import measured
 from mlx_slim.compare.questions import stored_questions
-from mlx_slim.evaluate.metrics import record_choice, record_generation, summarize
-from mlx_slim.evaluate.perplexity import read_texts, summarize_text
-from mlx_slim.evaluate.prompts import Question
-from mlx_slim.evaluate.results import Entry, Folder, encode, samples_name
-from mlx_slim.evaluate.run import asked_of
-from mlx_slim.evaluate.spec import find_task
-from mlx_slim.workflows.scoring import section, timing
+from mlx_slim.evaluation.jobs import asked_of
+from mlx_slim.evaluation.results import Entry, Folder, encode, samples_name
+from mlx_slim.evaluation.score import section, timing
+from mlx_slim.evaluation.scoring.perplexity import read_texts, summarize_text
+from mlx_slim.evaluation.tasks.metrics import record_choice, record_generation, summarize
+from mlx_slim.evaluation.tasks.prompts import Question
+from mlx_slim.evaluation.tasks.spec import find_task
 
 SHARES = {"base": 0.30, "quantized": 0.27, "full": 0.47, "lora": 0.45, "dora": 0.455, "qlora": 0.43}
 WEIGHTS = "ab" * 32

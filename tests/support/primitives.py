@@ -19,8 +19,8 @@ from mlx_slim.artifacts import atomic_file, atomic_folder, remove_folder, write_
 from mlx_slim.claims import LOCK_FILE, RunKind, makes_folder, run_folder
 from mlx_slim.errors import Complete
 from mlx_slim.events import Notice, Saved, Started
-from mlx_slim.train.metrics import MetricsFile
-from mlx_slim.train.rotation import latest, path_of, rotate
+from mlx_slim.training.metrics import MetricsFile
+from mlx_slim.training.rotation import latest, path_of, rotate
 from tests.support.kills import Watch, contents, forked
 
 RUN = RunKind("try", "run", "state.json", ("tokens", "metrics.jsonl"))

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_slim.models import anatomy
+from mlx_slim.models import structure
 from mlx_slim.models.load import Loaded, load
 from tests.support.tiny import tiny_model
 
@@ -20,7 +20,7 @@ def loaded(folder: Path, architecture: str = "llama", **changes: Any) -> Loaded:
     """Return a tiny model; biases are drawn, so that a wrong one shows."""
     model = load(tiny_model(folder / architecture, architecture, **changes))
     key = mx.random.key(7)
-    for block in anatomy.blocks(model.model):
+    for block in structure.blocks(model.model):
         for module in block.modules():
             if "bias" in module:
                 key, draw = mx.random.split(key)
@@ -38,7 +38,7 @@ def layer_of(block: Any, path: str) -> Any:
 
 def scale_groups(block: Any, kind: str, groups: list[int], factor: float) -> None:
     """Multiply every weight of ``groups`` by ``factor``, member by member."""
-    family = anatomy.coupled(block)[kind]
+    family = structure.coupled(block)[kind]
     for path, axis in family.members:
         owner, leaf = path.rsplit(".", 1)
         layer = layer_of(block, owner)
@@ -52,7 +52,7 @@ def scale_groups(block: Any, kind: str, groups: list[int], factor: float) -> Non
 
 def make_identity(block: Any) -> None:
     """Make a block add nothing to what it reads."""
-    for family in anatomy.coupled(block).values():
+    for family in structure.coupled(block).values():
         layer = layer_of(block, family.output)
         layer.weight = mx.zeros_like(layer.weight)
         if "bias" in layer:

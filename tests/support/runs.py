@@ -75,7 +75,7 @@ def losses(run: Path) -> dict[int, float]:
 KILLER = """
 import os, signal, sys
 from pathlib import Path
-from mlx_slim.workflows.finetune import finetune
+from mlx_slim.finetuning.run import finetune
 from tests.support.runs import recipe
 
 model, data, out, method, moment, count, resume = sys.argv[1:8]

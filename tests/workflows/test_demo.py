@@ -14,10 +14,10 @@ from mlx_slim.data import sources
 from mlx_slim.data.ledger import SourceLedger
 from mlx_slim.data.pipeline import Pipeline
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluate.spec import find_task
+from mlx_slim.evaluation.tasks.spec import find_task
 from mlx_slim.events import Notice
+from mlx_slim.finetuning.run_dir import RUN
 from mlx_slim.workflows import demo as workflow
-from mlx_slim.workflows.run_folder import RUN
 from tests.support.runs import Recorder
 
 # The byte tokenizer makes long rows.

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from mlx_slim.analyze.memory import Prediction
 from mlx_slim.bench import plan as bench
 from mlx_slim.cli import plan as command
 from mlx_slim.config.load import load_recipe
 from mlx_slim.errors import SlimError
+from mlx_slim.planner.memory import Prediction
 from mlx_slim.workflows.plan import plan
 from tests.support.runs import recipe, write_rows
 

@@ -12,7 +12,7 @@ import pytest
 from mlx_slim.config.load import from_values
 from mlx_slim.errors import Interrupted, SlimError
 from mlx_slim.events import Notice, StepDone
-from mlx_slim.workflows.finetune import finetune
+from mlx_slim.finetuning.run import finetune
 from tests.support.runs import Recorder, losses, recipe
 
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}

@@ -1,0 +1,149 @@
+"""Teachers that write text: a model on this machine, or (``endpoint.py``) a server.
+
+Invariant: a teacher is loaded when the first answer is missing, alone, and let go of by ``close``;
+``settings`` is known before and holds everything that decides its answers, and no secret. Answers
+are greedy. Try it: ``mlx-slim distill tinyllm-openbookqa -o runs/try``.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import mlx.core as mx
+from jinja2 import TemplateError
+
+from mlx_slim.adapters.store import check_adapter
+from mlx_slim.artifacts import hash_bytes
+from mlx_slim.config.distill import TeacherConfig
+from mlx_slim.data.chat_render import apply_chat_template
+from mlx_slim.data.tokenize import unwrap
+from mlx_slim.distillation.teachers import fingerprint, load_teacher, name_of
+from mlx_slim.errors import SlimError
+from mlx_slim.evaluation.scoring.generate import generate_batch
+from mlx_slim.evaluation.scoring.requests import Encoder, max_length
+from mlx_slim.models.limits import limit_of
+from mlx_slim.models.load import load_tokenizer, read_config
+
+Message = dict[str, Any]
+
+
+class Teacher(Protocol):
+    """Whoever answers in text.
+
+    Attributes:
+        name: In the answers' lines.
+        chunk: Questions asked together.
+        together: Answers may depend on which questions are asked together (by rounding).
+        truncated: Prompts that were cut on the left so far.
+    """
+
+    name: str
+    chunk: int
+    together: bool
+    truncated: int
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the answers, as JSON."""
+        ...
+
+    def answer(self, prompts: Sequence[list[Message]]) -> Iterator[tuple[str, str]]:
+        """Yield (text, stop reason: ``eos``, ``until`` or ``length``) for each chat, in order."""
+        ...
+
+    def close(self) -> None:
+        """Let go of memory and threads."""
+        ...
+
+
+class LocalTeacher:
+    """A model of this machine, read through its own chat template where it has one.
+
+    Args:
+        config: The teacher, with its model.
+        dtype: To compute in.
+        max_tokens: Longest answer, tokens.
+        until: Texts that end an answer.
+
+    Raises:
+        SlimError: If model or adapter are not there.
+    """
+
+    chunk = 16  # what a kill may lose
+    together = True
+
+    def __init__(
+        self, config: TeacherConfig, *, dtype: mx.Dtype, max_tokens: int, until: Sequence[str] = ()
+    ) -> None:
+        self.name, self.truncated = name_of(config), 0
+        self._config, self._dtype = config, dtype
+        self._max_tokens, self._until = max_tokens, list(until)
+        if config.adapter is not None:
+            check_adapter(config.adapter)
+        model = config.model or ""
+        known = fingerprint(config, dtype)
+        self._tokenizer: Any = load_tokenizer(model, revision=config.revision)
+        template = getattr(unwrap(self._tokenizer), "chat_template", None)
+        self._chat = bool(template)
+        self._model: Any = None
+        described = read_config(model, config.revision)
+        self._encoder = Encoder(
+            self._tokenizer,
+            max_length(described, self._tokenizer),
+            chat=self._chat,
+            limit=limit_of(described),
+        )
+        self._settings = {
+            **known,
+            "template": hash_bytes(str(template).encode()),
+            "max_tokens": max_tokens,
+            "until": self._until,
+        }
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Hashes of weights, adapter and template; dtype, ``max_tokens``, ``until``."""
+        return self._settings
+
+    def answer(self, prompts: Sequence[list[Message]]) -> Iterator[tuple[str, str]]:
+        """Yield the greedy answers, computed as one batch."""
+        if self._model is None:
+            self._model = load_teacher(self._config, self._dtype)
+        cut = self._encoder.truncated
+        ids = [self._encoder.prompt(self.text(chat), self._max_tokens) for chat in prompts]
+        self.truncated += self._encoder.truncated - cut
+        answers = generate_batch(
+            self._model,
+            self._tokenizer,
+            ids,
+            self._max_tokens,
+            stops=self._until,
+            batch_size=self.chunk,
+        )
+        for found in answers:
+            yield found.text, found.stop_reason
+
+    def text(self, chat: list[Message]) -> str:
+        """Return the prompt that the model reads.
+
+        Raises:
+            SlimError: If its chat template refuses the chat (some know no system message).
+        """
+        if not self._chat:
+            return "\n\n".join(message["content"] for message in chat)
+        try:
+            return apply_chat_template(unwrap(self._tokenizer), chat)
+        except TemplateError as error:
+            raise SlimError(
+                f"the chat template of teacher {self.name} refuses a row: "
+                f"{' '.join(str(error).split())[:200]}",
+                "give it rows that it can read, or another teacher",
+            ) from error
+
+    def close(self) -> None:
+        """Free the model."""
+        self._model = None
+        gc.collect()
+        mx.clear_cache()

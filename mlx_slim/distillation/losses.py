@@ -1,0 +1,176 @@
+"""How far a student's next-token distribution is from what a teacher said, and the way back.
+
+Invariant: a divergence is that of k + 1 buckets: the teacher's k likeliest tokens, each alone, and
+all others lumped. Lumping never increases it: it is a lower bound of the divergence over all
+tokens, monotone in k, exact at k = V. It is 0 at equal distributions, and its gradient by the
+student's logits is exact. Formulas (arXiv 1503.02531), with q the student's buckets at temperature
+T, p the teacher's, u_b = ∂D/∂log q_b:
+
+    forward   D = Σ p log(p/q)    u = −p
+    reverse   D = Σ q log(q/p)    u = q log(q/p)     (both up to terms that cancel below)
+    symmetric the mean of both
+    T² ∂D/∂logit_j = T (u_j − q_j Σ_b u_b)                 j a token of its own
+                   = T (u_tail · q_j/q_tail − q_j Σ_b u_b) j in the tail
+
+so that forward at k = V gives T (q − p). Legend: C positions, V vocabulary, K kept tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import mlx.core as mx
+
+from mlx_slim.models.activations import exp
+from mlx_slim.models.logits import logsumexp, row_sums
+from mlx_slim.training.losses import NLL, Slope, weighted_sum
+
+Divergence = Literal["forward", "reverse", "symmetric"]
+
+FLOOR = -100.0  # log of a probability that float32 cannot hold
+_NOTHING = -1e30  # a logit that no longer counts
+
+
+def tail(scaled_CV: mx.array, ids_CK: mx.array) -> mx.array:
+    """Return log Σ exp (C, 1) over the tokens that are not in ``ids_CK``, differentiable."""
+    return logsumexp(mx.put_along_axis(scaled_CV, ids_CK, mx.array(_NOTHING), axis=-1))
+
+
+def top(logits_CV: mx.array, k: int, temperature: float) -> tuple[mx.array, mx.array, mx.array]:
+    """Return what is kept of a teacher's logits.
+
+    Args:
+        logits_CV: Any floating dtype.
+        k: Tokens that are kept.
+        temperature: T.
+
+    Returns:
+        ids_CK int32, their log-probabilities at T (C, K), and that of all others (C,), float32 and
+        not below ``FLOOR``.
+    """
+    scaled_CV = logits_CV.astype(mx.float32) / temperature
+    width = scaled_CV.shape[-1]
+    if k < width:
+        ids_CK = mx.argpartition(-scaled_CV, kth=k - 1, axis=-1)[:, :k].astype(mx.int32)
+    else:
+        ids_CK = mx.broadcast_to(mx.arange(width, dtype=mx.int32), scaled_CV.shape)
+    total_C1 = logsumexp(scaled_CV)
+    kept_CK = mx.take_along_axis(scaled_CV, ids_CK, axis=-1) - total_C1
+    rest_C = (tail(scaled_CV, ids_CK) - total_C1)[:, 0]
+    return ids_CK, mx.maximum(kept_CK, FLOOR), mx.maximum(rest_C, FLOOR)
+
+
+def _buckets(kept_CK: mx.array, rest_C: mx.array) -> mx.array:
+    """Return k + 1 log-probabilities (C, K + 1), the tail last."""
+    return mx.maximum(mx.concatenate([kept_CK, rest_C[:, None]], axis=-1), FLOOR)
+
+
+def between(log_p_CB: mx.array, log_q_CB: mx.array, kind: Divergence) -> mx.array:
+    """Return the divergence (C,) of buckets from their log-probabilities, nats; differentiable."""
+    gap_CB = log_p_CB - log_q_CB
+    forward_C = row_sums(mx.exp(log_p_CB) * gap_CB)[:, 0]
+    if kind == "forward":
+        return forward_C
+    reverse_C = -row_sums(mx.exp(log_q_CB) * gap_CB)[:, 0]
+    return reverse_C if kind == "reverse" else 0.5 * (forward_C + reverse_C)
+
+
+def pull(log_p_CB: mx.array, log_q_CB: mx.array, kind: Divergence) -> mx.array:
+    """Return u = ∂D/∂log q of each bucket (C, B), up to multiples of q, which cancel."""
+    forward_CB = -mx.exp(log_p_CB)
+    if kind == "forward":
+        return forward_CB
+    reverse_CB = mx.exp(log_q_CB) * (log_q_CB - log_p_CB)
+    return reverse_CB if kind == "reverse" else 0.5 * (forward_CB + reverse_CB)
+
+
+@dataclass(frozen=True)
+class Taught:
+    """The rule (1−λ)·CE + λ·T²·Σ_m share_m·D_m, with Σ CE and Σ_m share_m·D_m reported after it.
+
+    Columns: ``targets_C``, then ``ids_CK``, ``kept_CK`` and ``rest_C`` (see ``top``) of each
+    teacher, and ``weights_C`` if not ones. At T = 1 cross-entropy and divergence share their
+    exponentials.
+
+    Attributes:
+        divergence: Of each teacher from the student.
+        temperature: T, the one that the columns were made at.
+        weight: λ.
+        shares: Of the teachers; they sum to 1.
+    """
+
+    divergence: Divergence = "forward"
+    temperature: float = 1.0
+    weight: float = 0.5
+    shares: Sequence[float] = (1.0,)
+
+    def _columns(self, said: Sequence[mx.array]) -> tuple[Sequence[mx.array], list[mx.array]]:
+        """Return what teachers said, and the weights of the targets, if there are any."""
+        count = 3 * len(self.shares)
+        return said[:count], list(said[count:])
+
+    def _mixed(self, nll: mx.array, apart: mx.array) -> mx.array:
+        if self.weight == 0:  # not nll + 0: what plain cross-entropy gives, bit for bit
+            return mx.stack([nll, nll, apart])
+        loss = (1 - self.weight) * nll + self.weight * self.temperature**2 * apart
+        return mx.stack([loss, nll, apart])
+
+    def value(self, logits_CV: mx.array, *columns: mx.array) -> mx.array:
+        """Return Σ loss, Σ CE and Σ divergence, float32 (3,), nats."""
+        targets_C, *said = columns
+        said, weights = self._columns(said)
+        logits_CV = logits_CV.astype(mx.float32)
+        scaled_CV = logits_CV / self.temperature
+        total_C1 = logsumexp(scaled_CV)
+        apart = mx.zeros((), dtype=mx.float32)
+        for m, share in enumerate(self.shares):
+            ids_CK, kept_CK, rest_C = said[3 * m : 3 * m + 3]
+            own_CK = mx.take_along_axis(scaled_CV, ids_CK, axis=-1) - total_C1
+            own_C = (tail(scaled_CV, ids_CK) - total_C1)[:, 0]
+            log_p_CB, log_q_CB = _buckets(kept_CK, rest_C), _buckets(own_CK, own_C)
+            apart_C = between(log_p_CB, log_q_CB, self.divergence)
+            apart = apart + share * weighted_sum(apart_C, *weights)
+        return self._mixed(NLL().value(logits_CV, targets_C, *weights), apart)
+
+    def slope(self, logits_CV: mx.array, *columns: mx.array) -> tuple[mx.array, Slope]:
+        """Return the same, and the gradient of the loss by the logits."""
+        targets_C, *said = columns
+        said, weights = self._columns(said)
+        nll, plain = NLL().slope(logits_CV, targets_C, *weights)
+        scaled_CV = logits_CV if self.temperature == 1 else logits_CV / self.temperature
+        peak_C1 = scaled_CV.max(axis=-1, keepdims=True)
+        exp_CV = plain.share_CV if self.temperature == 1 else exp(scaled_CV - peak_C1)
+        total_C1 = row_sums(exp_CV)
+        log_total_C1 = mx.log(total_C1) + peak_C1
+        apart = mx.zeros((), dtype=mx.float32)
+        share_CV = None
+        for m, share in enumerate(self.shares):
+            ids_CK, kept_CK, rest_C = said[3 * m : 3 * m + 3]
+            weight = self.weight * self.temperature * share
+            # Summed without the kept ones: subtracting them would leave rounding of the large.
+            others_C1 = row_sums(mx.put_along_axis(exp_CV, ids_CK, mx.array(0.0), axis=-1))
+            own_CK = mx.take_along_axis(scaled_CV, ids_CK, axis=-1) - log_total_C1
+            log_p_CB = _buckets(kept_CK, rest_C)
+            log_q_CB = _buckets(own_CK, mx.log(others_C1 / total_C1)[:, 0])
+            apart_C = between(log_p_CB, log_q_CB, self.divergence)
+            apart = apart + share * weighted_sum(apart_C, *weights)
+            u_CB = pull(log_p_CB, log_q_CB, self.divergence)
+            back_C1 = row_sums(u_CB)
+            lumped_C1 = mx.where(others_C1 > 0, u_CB[:, -1:] / others_C1, 0.0)
+            part_CV = exp_CV * (weight * (lumped_C1 - back_C1 / total_C1))
+            single_CK = weight * (u_CB[:, :-1] - mx.exp(own_CK) * back_C1)
+            part_CV = mx.put_along_axis(part_CV, ids_CK, single_CK, axis=-1)
+            share_CV = part_CV if share_CV is None else share_CV + part_CV
+        sums = self._mixed(nll, apart)
+        if self.weight == 0:
+            return sums, plain
+        assert share_CV is not None
+        if self.weight == 1:
+            return sums, Slope(share_CV, scale_C=plain.scale_C)
+        ce_CV = plain.share_CV * ((1 - self.weight) / row_sums(plain.share_CV))
+        push_C = mx.full(targets_C.shape, 1 - self.weight)
+        push_C = push_C * weights[0] if weights else push_C
+        share_CV = share_CV + ce_CV
+        return sums, Slope(share_CV, scale_C=plain.scale_C, targets_C=targets_C, push_C=push_C)

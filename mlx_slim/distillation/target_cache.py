@@ -1,0 +1,306 @@
+"""What a teacher says of every supervised token, on disk: k log-probabilities and the rest's.
+
+Invariant: a folder is for one teacher, one tokenizer, one list of rows, one temperature and one k
+(its key), and is whole once ``complete.json`` stands in it; a kill loses at most the batch that was
+being written, because a row is marked done after its numbers are on disk. Reading needs no memory
+but the rows asked for. Teachers are loaded one at a time to write it, and are not needed again.
+
+Layout (S supervised ids of the rows in order, K kept tokens, R rows): ``ids.bin`` (S, K) uint16
+where that holds the vocabulary, else int32; ``kept.bin`` (S, K) float32; ``rest.bin`` (S,) float32;
+``done.bin`` (R,) uint8; ``about.json``, the key in full. Logarithms of probabilities at temperature
+T. In float16 they would take a third less, shift a divergence of 0.3 by 2e-5 (logits in float16:
+by 7e-4) and make it negative between equal models (SmolLM2-135M against a tune of it).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_slim import blas
+from mlx_slim.artifacts import disk_errors, fsync, hash_json, read_json, write_json
+from mlx_slim.data.batches import Batch, Batcher, Rows
+from mlx_slim.distillation.losses import top
+from mlx_slim.errors import ResourceError
+from mlx_slim.models import structure
+from mlx_slim.runtime import human_bytes, side_by_side
+from mlx_slim.training.losses import chunk_size
+from mlx_slim.training.step import batch_arrays, part_count, supervised_rows
+
+_VERSION = 1  # of the files: raise it when the same key would give other numbers
+_SMALL = 1 << 16
+Said = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids (N, K), kept (N, K), rest (N,)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shape of a cache.
+
+    Attributes:
+        rows: R.
+        targets: S, supervised ids of all rows.
+        kept: K.
+        vocabulary: Tokens that teacher and student share.
+    """
+
+    rows: int
+    targets: int
+    kept: int
+    vocabulary: int
+
+    @property
+    def id_type(self) -> Any:
+        """The dtype of a token id."""
+        return np.uint16 if self.vocabulary <= _SMALL else np.int32
+
+    @property
+    def files(self) -> dict[str, tuple[Any, tuple[int, ...]]]:
+        """Name -> dtype and shape."""
+        return {
+            "ids.bin": (self.id_type, (self.targets, self.kept)),
+            "kept.bin": (np.float32, (self.targets, self.kept)),
+            "rest.bin": (np.float32, (self.targets,)),
+            "done.bin": (np.uint8, (self.rows,)),
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return sum(
+            np.dtype(kind).itemsize * int(np.prod(shape)) for kind, shape in self.files.values()
+        )
+
+
+def layout(rows: Rows, top_k: Literal["all"] | int, vocabulary: int) -> Layout:
+    """Return the shape of what a teacher says of ``rows``."""
+    kept = vocabulary if top_k == "all" else min(top_k, vocabulary)
+    return Layout(len(rows), int(rows.supervised.sum()), kept, vocabulary)
+
+
+def rows_print(rows: Rows) -> str:
+    """Return a hash of all token ids and supervised masks, in order."""
+    digest = hashlib.sha256()
+    for i in range(len(rows)):
+        ids_T, supervised_T = rows.row(i)
+        digest.update(len(ids_T).to_bytes(8, "little"))
+        digest.update(np.ascontiguousarray(ids_T, np.int32).tobytes())
+        digest.update(np.packbits(supervised_T).tobytes())
+    return digest.hexdigest()
+
+
+def cache_key(
+    teacher: dict[str, Any], tokenizer: str, rows: Rows, shape: Layout, temperature: float
+) -> dict[str, Any]:
+    """Return what the numbers depend on.
+
+    Args:
+        teacher: Hashes of its weights and its adapter, and its dtype of computation.
+        tokenizer: Hash of the tokenizer that made the rows.
+        rows: The rows.
+        shape: Of the cache.
+        temperature: T.
+    """
+    return {
+        "version": _VERSION,
+        "teacher": teacher,
+        "tokenizer": tokenizer,
+        "rows": rows_print(rows),
+        "kept": shape.kept,
+        "vocabulary": shape.vocabulary,
+        "temperature": temperature,
+    }
+
+
+class Targets:
+    """A complete cache, memory-mapped and read-only."""
+
+    def __init__(self, folder: Path, shape: Layout) -> None:
+        self.folder = folder
+        self.kept = shape.kept
+        self._files = {
+            name: np.memmap(folder / name, kind, "r", shape=size)
+            for name, (kind, size) in shape.files.items()
+        }
+
+    def columns(self, sources_N: np.ndarray) -> tuple[mx.array, mx.array, mx.array]:
+        """Return ids_NK int32, kept_NK and rest_N float32 of the targets numbered ``sources_N``.
+
+        −1, in a batch that is for measuring only, takes the last one's.
+        """
+        ids, kept, rest = (self._files[name] for name in ("ids.bin", "kept.bin", "rest.bin"))
+        return (
+            mx.array(ids[sources_N].astype(np.int32)),
+            mx.array(kept[sources_N]),
+            mx.array(rest[sources_N]),
+        )
+
+
+class Unread:
+    """Stands in for a cache while only memory is measured: numbers of the right shapes."""
+
+    def __init__(self, shape: Layout) -> None:
+        self.kept = shape.kept
+
+    def columns(self, sources_N: np.ndarray) -> tuple[mx.array, mx.array, mx.array]:
+        """Return uniform probabilities of the first K tokens."""
+        count = len(sources_N)
+        ids_NK = mx.broadcast_to(mx.arange(self.kept, dtype=mx.int32), (count, self.kept))
+        kept_NK = mx.full((count, self.kept), -float(np.log(self.kept + 1)))
+        return ids_NK, kept_NK, kept_NK[:, 0]
+
+
+def folder_of(cache: Path, key: dict[str, Any]) -> Path:
+    """Return the folder of a key inside ``cache``."""
+    return cache / hash_json(key)[:16]
+
+
+def open_complete(folder: Path, shape: Layout) -> Targets | None:
+    """Return the cache in ``folder`` if it is complete, else None."""
+    if not (folder / "complete.json").is_file():
+        return None
+    for name, (kind, size) in shape.files.items():
+        file = folder / name
+        wanted = np.dtype(kind).itemsize * int(np.prod(size))
+        if not file.is_file() or file.stat().st_size != wanted:
+            return None
+    return Targets(folder, shape)
+
+
+def missing_bytes(folder: Path, shape: Layout) -> int:
+    """Return the bytes that completing the cache will take from the disk."""
+    if open_complete(folder, shape) is not None:
+        return 0
+    blocks = sum(f.stat().st_blocks * 512 for f in folder.glob("*.bin")) if folder.is_dir() else 0
+    return max(0, shape.nbytes - blocks)
+
+
+def check_disk(cache: Path, needed: int) -> None:
+    """Refuse, before a teacher is loaded, what the disk cannot hold.
+
+    Raises:
+        ResourceError: Says how much is needed and free.
+    """
+    place = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise ResourceError(
+            f"what the teachers say needs {human_bytes(needed)} in {cache}, "
+            f"{human_bytes(free)} are free",
+            "keep fewer logits with distill.top_k, or set distill.cache to a larger disk",
+        )
+
+
+def _put(handle: BinaryIO, numbers: np.ndarray, values: np.ndarray) -> None:
+    """Write each row of ``values`` at its number; a full disk is an ``OSError``, not a dead map."""
+    runs = np.split(np.arange(len(numbers)), np.flatnonzero(np.diff(numbers) != 1) + 1)
+    width = values.nbytes // len(values)
+    for run in runs:
+        handle.seek(int(numbers[run[0]]) * width)
+        handle.write(np.ascontiguousarray(values[run]).tobytes())
+    handle.flush()
+    fsync(handle.fileno())
+
+
+def write(
+    folder: Path,
+    key: dict[str, Any],
+    shape: Layout,
+    batcher: Batcher,
+    answer: Callable[[Batch], Said],
+    *,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[float]:
+    """Fill the cache in ``folder``, going on where an earlier call was cut off.
+
+    Args:
+        folder: Made if it is missing.
+        key: See ``cache_key``.
+        shape: Of the cache.
+        batcher: The rows, ``grouped``; the batches of its epoch 0 are asked.
+        answer: What the teacher says of the targets of a batch.
+        stop: Asked after each batch; true ends the iteration early, all written so far is kept.
+
+    Yields:
+        The share of rows that is done, after each batch.
+
+    Raises:
+        ResourceError: If the disk is full.
+    """
+    about = folder / "about.json"
+    with disk_errors(folder), contextlib.ExitStack() as stack:
+        if about.is_file() and read_json(about) != key:
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(about, key)
+        handles = []
+        for name, (kind, size) in shape.files.items():
+            (folder / name).touch()
+            handle = stack.enter_context((folder / name).open("r+b"))
+            handle.truncate(np.dtype(kind).itemsize * int(np.prod(size)))
+            handles.append(handle)
+        done = np.fromfile(folder / "done.bin", np.uint8)
+        for groups in batcher.plan(0):
+            numbers = np.array([row for group in groups for row in group if not done[row]])
+            if not len(numbers):
+                continue
+            batch = batcher.batch([[int(row)] for row in numbers])
+            for handle, values in zip(handles[:3], answer(batch), strict=True):
+                _put(handle, batch.sources_N, values)
+            done[numbers] = 1
+            _put(handles[3], np.sort(numbers), done[np.sort(numbers)])
+            yield float(done.mean())
+            if stop():
+                return
+    write_json(folder / "complete.json", {"rows": shape.rows, "targets": shape.targets})
+
+
+class Speaker:
+    """A teacher that is loaded, asked for its likeliest tokens.
+
+    Args:
+        model: In evaluation mode.
+        shape: Of the cache.
+        temperature: T.
+        lanes: Parts of a batch that are computed side by side on a CPU.
+    """
+
+    def __init__(self, model: nn.Module, shape: Layout, temperature: float, lanes: int) -> None:
+        self.model = model
+        self._shape = shape
+        self._temperature = temperature
+        self._lanes = lanes
+        self._split = structure.split(model, shape.vocabulary)
+        mx.eval(model.parameters())
+
+    def __call__(self, batch: Batch) -> Said:
+        """Return ids (N, K), log-probabilities (N, K) and the rest's (N,) of a batch's targets."""
+        parts = batch.parts(part_count(self._lanes, batch.computed_tokens))
+        if len(parts) == 1:
+            return self._part(batch)
+        with blas.single_threaded():
+            said = side_by_side(self._part, [(part,) for part in parts], self._lanes)
+        ids, kept, rest = (np.concatenate(column) for column in zip(*said, strict=True))
+        return ids, kept, rest
+
+    def _part(self, batch: Batch) -> Said:
+        tokens_BT, positions_N, _, segments_BT = batch_arrays(batch)
+        rows = supervised_rows(self.model, self._split, tokens_BT, positions_N, segments_BT)
+        chunk = chunk_size(self._shape.vocabulary, None, self._lanes)
+        columns: list[tuple[np.ndarray, ...]] = []
+        for start in range(0, rows.shape[0], chunk):
+            part = rows[start : start + chunk]
+            logits_CV = part if self._split is None else self._split.head(part)
+            said = top(logits_CV[:, : self._shape.vocabulary], self._shape.kept, self._temperature)
+            mx.eval(said)
+            columns.append(tuple(np.array(value) for value in said))
+        ids, kept, rest = (np.concatenate(column) for column in zip(*columns, strict=True))
+        return ids.astype(self._shape.id_type), kept, rest

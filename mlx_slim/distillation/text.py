@@ -1,0 +1,161 @@
+"""Learning from what teachers write: their texts (arXiv 1606.07947), or reasons (2402.04616).
+
+Invariant: the teaching phase (``teach.py``) comes first, with no student in memory; what follows is
+a fine-tune over its rows, each target with its group's weight. Held-out rows are the data's own,
+measured by plain cross-entropy, so that runs with other teachers and weights can be compared. A run
+that is cut off goes on with the next missing answer, or the next step. Used by
+``distillation/run.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_slim import events
+from mlx_slim.artifacts import public_name, write_json
+from mlx_slim.config.distill import TeacherConfig
+from mlx_slim.config.load import Resolved
+from mlx_slim.config.schema import Recipe
+from mlx_slim.data.pipeline import Pipeline
+from mlx_slim.data.prepare import Prepared
+from mlx_slim.distillation.dataset import Taught, taught_from
+from mlx_slim.distillation.generate import RECORD, teach
+from mlx_slim.errors import Interrupted
+from mlx_slim.finetuning.build import Tuned, prepare_data
+from mlx_slim.finetuning.run import finetune
+from mlx_slim.finetuning.run_dir import (
+    STATE_FILE,
+    Result,
+    claim,
+    is_complete,
+    resume_command,
+    state_record,
+)
+from mlx_slim.finetuning.strategy import Course
+from mlx_slim.models.load import load_tokenizer, read_config
+from mlx_slim.reading import read_object
+from mlx_slim.runtime import world
+from mlx_slim.training.step import CrossEntropy, Objective
+
+
+def learn_from_texts(
+    resolved: Resolved,
+    out: Path,
+    teachers: Sequence[TeacherConfig],
+    method: str,
+    *,
+    observer: events.Observer,
+    resume: bool = False,
+) -> Result:
+    """Let teachers write, then train the student on it.
+
+    Args:
+        resolved: The recipe, with ``distill``.
+        out: The run folder; must be new unless ``resume``.
+        teachers: Its teachers, each with its model.
+        method: ``sequence`` or ``rationales``.
+        observer: Hears of every event.
+        resume: Go on where the run was cut off.
+
+    Raises:
+        SlimError: Bad input, or a teacher that does not answer; its answers so far are kept.
+        ResourceError: As ``finetune``.
+        Interrupted: Ctrl-C; everything so far is kept.
+    """
+    recipe = resolved.recipe
+    with claim(out, recipe, observer, resume=resume) as started:
+        if is_complete(out, recipe):
+            return finetune(resolved, out, observer=observer, resume=True, course=Course())
+
+        def ready() -> None:
+            if not started:
+                write_json(out / STATE_FILE, state_record(resolved, None))
+
+        _check_student(recipe)
+        try:
+            taught = _taught(recipe, teachers, method, out, observer, ready)
+        except KeyboardInterrupt as stop:
+            if not (out / STATE_FILE).exists():
+                raise
+            raise Interrupted(
+                "stopped while the teachers wrote; their answers so far are kept",
+                f"resume with: {resume_command(resolved, out)}",
+            ) from stop
+        course = Texts(taught, teachers)
+        return finetune(resolved, out, observer=observer, resume=True, course=course)
+
+
+def _check_student(recipe: Recipe) -> None:
+    """Refuse a student that could not learn, before teachers work for it."""
+    read_config(recipe.model, recipe.revision)
+    tokenizer = load_tokenizer(recipe.model, revision=recipe.revision)
+    Pipeline(recipe.data, tokenizer, max_length=recipe.train.max_length)
+
+
+def _taught(
+    recipe: Recipe, teachers: Sequence[TeacherConfig], method: str, out: Path, observer, ready
+) -> Taught:
+    """Go through the teaching phase on rank 0; the others read what came of it."""
+    if world().rank() == 0:
+        taught = teach(recipe, teachers, method, out, observer, ready)
+    if world().size() > 1:
+        mx.eval(mx.distributed.all_sum(mx.array(1), group=world()))
+        taught = taught_from(read_object(out / RECORD), recipe, out)
+    return taught
+
+
+class Texts(Course):
+    """Training on what teachers wrote.
+
+    Args:
+        taught: From the teaching phase.
+        teachers: Who wrote it.
+    """
+
+    def __init__(self, taught: Taught, teachers: Sequence[TeacherConfig]) -> None:
+        self.taught = taught
+        self.teachers = teachers
+        self._weights_S: np.ndarray | None = None
+
+    def rows(self, recipe: Recipe, tuned: Tuned, out: Path, *, unchanged: bool) -> Prepared:
+        """Return the taught rows."""
+        taught = self.taught
+        return prepare_data(
+            recipe, tuned, out, unchanged=unchanged, data=taught.data, find=taught.find
+        )
+
+    def read(self, recipe: Recipe, tuned: Tuned, data: Prepared, out: Path) -> None:
+        """Work out the weight of every target."""
+        self._weights_S = self.taught.weights(data)
+
+    def objectives(
+        self, model: nn.Module, chunk: int | None, vocabulary: int, lanes: int
+    ) -> tuple[Objective, Objective | None]:
+        """Return weighted cross-entropy, and the plain one for held-out rows."""
+        return (
+            CrossEntropy(model, chunk, vocabulary, lanes, self._weights_S),
+            CrossEntropy(model, chunk, vocabulary, lanes),
+        )
+
+    def record(self) -> dict[str, Any]:
+        """Return who taught what, for ``run.json``."""
+        report = self.taught.report
+        counts = report["teachers"]
+        return {
+            "distill": {
+                "method": report["method"],
+                "answer_weight": self.taught.shares[0],
+                "teachers": [
+                    {**count, "model": public_name(teacher.model or ""), "weight": share}
+                    for count, teacher, share in zip(
+                        counts, self.teachers, self.taught.shares[1:], strict=True
+                    )
+                ],
+            }
+        }

@@ -1,0 +1,284 @@
+"""Two finished evaluations, question by question.
+
+Invariant: only what was asked alike is compared: the same rows (by checksum and row number), shots
+and task versions, or an error that names what differs. One test a task, on its first metric, makes
+the family that Holm's correction is over; the other metrics are shown without a verdict.
+Try it: ``mlx-slim eval --compare OUT_A OUT_B``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_slim.artifacts import SCHEMA_VERSION, hash_file
+from mlx_slim.data.fingerprint import fingerprint_difference
+from mlx_slim.errors import SlimError
+from mlx_slim.evaluation import stats
+from mlx_slim.evaluation.results import (
+    RESULTS_FILE,
+    check_sample,
+    load_results,
+    read_samples,
+    samples_name,
+)
+from mlx_slim.evaluation.scoring.perplexity import NAME as TEXT
+from mlx_slim.evaluation.tasks.metrics import counted, first_metric
+from mlx_slim.reading import field, short
+
+# What two results must share to be compared.
+ASKED = (
+    "task_version",
+    "num_fewshot",
+    "limit",
+    "rows_sha256",
+    "shots_sha256",
+    "fewshot_sampling",
+    "definition_sha256",
+    "n",
+)
+_READ = ("text_sha256", "window", "n")
+_SETTINGS = ("dtype", "chat_template", "max_length", "device")
+POINTS, BITS = "points", "bits/byte"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric of one task; differences are second minus first.
+
+    Attributes:
+        task: The task.
+        metric: ``acc_norm``, …, or ``bits_per_byte``, where lower is better.
+        num_fewshot: Solved examples before each question; None for text.
+        unit: ``points`` (hundredths) or ``bits/byte``.
+        paired: The statistics; shares, or bits per byte.
+        gained: ``doc_id`` of the questions where only the second is right.
+        lost: ``doc_id`` of the questions where only the first is right.
+        p_holm: p value adjusted over the tasks; None for a task's further metrics.
+        verdict: In words; empty for further metrics.
+        chance: Share that guessing gets right; None where nothing is counted.
+    """
+
+    task: str
+    metric: str
+    num_fewshot: int | None
+    unit: str
+    paired: stats.Paired
+    gained: list[Any]
+    lost: list[Any]
+    p_holm: float | None = None
+    verdict: str = ""
+    chance: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that two evaluations have in common.
+
+    Attributes:
+        first: Model (and adapter) of the first.
+        second: Of the second.
+        rows: One a task and metric.
+        notes: What the reader should know, one line each.
+        draws: Bootstrap resamples.
+        seed: Of the bootstrap.
+    """
+
+    first: str
+    second: str
+    rows: list[Row]
+    notes: list[str]
+    draws: int
+    seed: int
+
+    def as_record(self) -> dict[str, Any]:
+        """Return ``comparison.json``."""
+        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+
+
+def compare(out_a: Path, out_b: Path, *, draws: int = stats.DRAWS, seed: int = 0) -> Comparison:
+    """Compare the evaluations in two output folders.
+
+    Args:
+        out_a: Of the first model.
+        out_b: Of the second.
+        draws: Bootstrap resamples.
+        seed: Of the bootstrap.
+
+    Raises:
+        SlimError: If either is not complete or damaged, they have no task in common, or a common
+            task was asked otherwise.
+    """
+    results = [load_results(out) for out in (out_a, out_b)]
+    sections = [
+        _sections(result, short(out / RESULTS_FILE))
+        for out, result in zip((out_a, out_b), results, strict=True)
+    ]
+    common = [name for name in sections[0] if name in sections[1]]
+    if not common:
+        held = [", ".join(names) for names in sections]
+        raise SlimError(
+            f"no task in common: {out_a} has {held[0]}, {out_b} has {held[1]}",
+            "score both on the same tasks",
+        )
+    notes = [
+        f"{name}: only in {out}"
+        for out, own in zip((out_a, out_b), sections, strict=True)
+        for name in own
+        if name not in common
+    ]
+    settings = [{key: result.get(key) for key in _SETTINGS} for result in results]
+    notes += [
+        f"settings differ: {line}" for line in fingerprint_difference(settings[0], settings[1], "")
+    ]
+    differing: list[str] = []
+    for name in common:
+        keys = _READ if name == TEXT else ASKED
+        asked = [{key: own[name].get(key) for key in keys} for own in sections]
+        differing += fingerprint_difference(asked[0], asked[1], name)
+    if differing:
+        raise SlimError(
+            f"{out_a} and {out_b} were not asked the same: {'; '.join(differing)}",
+            "score both on the same rows, with the same shots and task versions",
+        )
+    rows: list[Row] = []
+    for name in common:
+        samples = [
+            _samples(out, name, own[name])
+            for out, own in zip((out_a, out_b), sections, strict=True)
+        ]
+        rows += _rows(name, sections[0][name], samples, draws, seed, tests=len(common))
+    judged = _judged(rows)
+    notes += [note for row in judged if (note := _no_better_than_guessing(row))]
+    return Comparison(_who(results[0]), _who(results[1]), judged, notes, draws=draws, seed=seed)
+
+
+def _no_better_than_guessing(row: Row) -> str:
+    """Return a line if a task's verdict is about models that guess; empty otherwise."""
+    if not row.verdict or row.chance is None:
+        return ""
+    n, level = row.paired.n, f"the chance level of {100 * row.chance:.1f} points"
+    sides = {"A": row.paired.first, "B": row.paired.second}
+    low = [who for who, x in sides.items() if not stats.above_chance(x * n, n, row.chance)]
+    if not low:
+        return ""
+    who = "neither A nor B is" if len(low) == 2 else f"{low[0]} is not"
+    return f"{row.task}: {who} detectably above {level}"
+
+
+def _sections(results: dict[str, Any], where: str) -> dict[str, Any]:
+    if TEXT not in results:
+        return results["tasks"]
+    text = field(results, where, TEXT, dict)
+    for key in ("n", "bytes"):
+        field(text, f"{where}: {TEXT}", key, int, low=1)
+    return {**results["tasks"], TEXT: text}
+
+
+def _who(results: dict[str, Any]) -> str:
+    adapter = results.get("adapter")
+    return f"{results['model']} + {adapter}" if adapter else str(results["model"])
+
+
+def _samples(out: Path, task: str, section: dict[str, Any]) -> list[dict[str, Any]]:
+    path = out / samples_name(task)
+    samples = read_samples(path)
+    if hash_file(path) != section.get("samples_sha256"):
+        raise SlimError(f"{path} is not what {out} was scored on", "score the model again")
+    if len(samples) != section["n"]:
+        raise SlimError(
+            f"{path} holds {len(samples)} questions, {RESULTS_FILE} says {section['n']}",
+            "score the model again",
+        )
+    text = task == TEXT
+    scores = () if text else counted(section["metrics"], samples[0])
+    for number, sample in enumerate(samples, 1):
+        where = f"{path}, line {number}"
+        check_sample(sample, where, scores)
+        if text:
+            field(sample, where, "loglikelihood", float)
+            field(sample, where, "window", int, None)
+    if len({sample.get("subject") is None for sample in samples}) > 1:
+        raise SlimError(f"{path}: some questions have a subject, others none", "score it again")
+    return samples
+
+
+def _rows(
+    task: str,
+    section: dict[str, Any],
+    samples: Sequence[list[dict[str, Any]]],
+    draws: int,
+    seed: int,
+    *,
+    tests: int,
+) -> list[Row]:
+    keys = [[(s.get("subject"), s["doc_id"], s.get("window")) for s in side] for side in samples]
+    if keys[0] != keys[1]:
+        raise SlimError(f"{task}: the two files hold other questions", "score both models again")
+    strata = [key[0] for key in keys[0]] if keys[0][0][0] is not None else None
+    if task == TEXT:  # a part's share, such that the mean over parts is bits per byte
+        samples = [_documents(side) for side in samples]
+        scale = -len(samples[0]) / math.log(2) / section["bytes"]
+        values = {"bits_per_byte": [[s["loglikelihood"] * scale for s in x] for x in samples]}
+    else:
+        metrics = counted(section["metrics"], samples[0][0])
+        values = {name: [[s[name] for s in side] for side in samples] for name in metrics}
+    rows = []
+    for metric, (a_N, b_N) in values.items():
+        ids = [sample["doc_id"] for sample in samples[0]]
+        changed = list(zip(ids, a_N, b_N, strict=True))
+        text = task == TEXT
+        rows.append(
+            Row(
+                task=task,
+                metric=metric,
+                num_fewshot=section.get("num_fewshot"),
+                unit=BITS if text else POINTS,
+                paired=stats.paired(a_N, b_N, strata, draws=draws, seed=seed, tests=tests),
+                gained=[] if text else [i for i, a, b in changed if b > a],
+                lost=[] if text else [i for i, a, b in changed if b < a],
+                chance=None if text else stats.chance_level(samples[0]),
+            )
+        )
+    return rows
+
+
+def _documents(windows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one record a document: its windows depend on each other. One document stays windows.
+
+    The bootstrap then draws documents.
+    """
+    sums: dict[Any, float] = {}
+    for window in windows:
+        sums[window["doc_id"]] = sums.get(window["doc_id"], 0.0) + window["loglikelihood"]
+    if len(sums) == 1:
+        return windows
+    return [{"doc_id": doc_id, "loglikelihood": value} for doc_id, value in sums.items()]
+
+
+def _judged(rows: list[Row]) -> list[Row]:
+    """Return the rows with adjusted p values and verdicts on each task's first metric."""
+    names: dict[str, list[str]] = {}
+    for row in rows:
+        names.setdefault(row.task, []).append(row.metric)
+    first = {task: first_metric(metrics) for task, metrics in names.items()}
+    family = [row for row in rows if row.metric == first[row.task]]
+    adjusted = dict(
+        zip(
+            (row.task for row in family),
+            stats.holm([row.paired.p_value for row in family]),
+            strict=True,
+        )
+    )
+    judged = []
+    for row in rows:
+        if row.metric != first[row.task]:
+            judged.append(row)
+            continue
+        p_holm = adjusted[row.task]
+        words = stats.verdict(row.paired.delta, p_holm, row.paired.detectable, unit=row.unit)
+        judged.append(Row(**{**vars(row), "p_holm": p_holm, "verdict": words}))
+    return judged

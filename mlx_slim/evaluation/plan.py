@@ -1,0 +1,355 @@
+"""What an evaluation will ask of which model, all of it checked.
+
+Invariant: nothing is written and no weight is read here; what passes can be scored, unless an
+adapter does not fit its model. Used by ``evaluation/run.py``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_slim import artifacts, runtime
+from mlx_slim.adapters.stack import Adapters, parse_adapters
+from mlx_slim.adapters.store import adapter_hash, check_adapter
+from mlx_slim.claims import check_run_folder
+from mlx_slim.data.templates import load_template
+from mlx_slim.data.tokenize import unwrap
+from mlx_slim.errors import ResourceError, RowLimit, SlimError, did_you_mean
+from mlx_slim.evaluation.jobs import Job, TaskJob
+from mlx_slim.evaluation.results import RESULTS, STATE_FILE, Folder
+from mlx_slim.evaluation.score import Target
+from mlx_slim.evaluation.scoring.answer_cache import planned_footprint
+from mlx_slim.evaluation.scoring.perplexity import NAME as TEXT
+from mlx_slim.evaluation.scoring.perplexity import TextJob, Texts, read_texts
+from mlx_slim.evaluation.scoring.requests import Encoder, max_length
+from mlx_slim.evaluation.tasks.prompts import Chat, Question, build_questions
+from mlx_slim.evaluation.tasks.rows import TaskRows, load_rows, shots_checksum
+from mlx_slim.evaluation.tasks.spec import Selection, expand
+from mlx_slim.evaluation.tasks.trained_rows import trained_keys
+from mlx_slim.evaluation.tasks.training_rows import question_keys
+from mlx_slim.models.limits import limit_of
+from mlx_slim.models.load import load_tokenizer, model_hash, read_config, resolve
+from mlx_slim.models.tensors import folder_tensors
+from mlx_slim.reading import read_object
+
+CODE = 3  # raised when the same settings give other numbers: an older folder is not gone on with
+_SAMPLE_BYTES = 500  # of a question on disk, about
+_MIN_DISK = 200_000  # the other files
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """How to score; the only home of these defaults.
+
+    Attributes:
+        adapter: Adapter folder to put on every model; of several (``DIR`` or ``DIR=WEIGHT``) the
+            weighted sum.
+        num_fewshot: Solved examples before each question; None takes the task's own.
+        limit: First rows of a task (of each subject of a group); None takes all.
+        data_dir: Data mirror; None takes ``MLX_SLIM_DATA``, else the hub.
+        perplexity: Text file or JSON lines to predict, beside the tasks.
+        dtype: ``auto`` (bfloat16 on a GPU, float32 on a CPU) or a name of ``runtime.DTYPES``.
+        apply_chat_template: Put every prompt into the model's chat template, as the harness does.
+        fewshot_as_multiturn: With it, examples are turns of their own.
+        max_length: Longest input, tokens; None takes the model's.
+        batch_tokens: Tokens of a batch, and of the caches of answers that are written side by side;
+            None chooses by memory.
+        seed: Recorded; scoring itself draws nothing.
+        revision: Branch, tag or commit of hub models.
+        trust_remote_code: Run Python files that a repository brings.
+    """
+
+    adapter: Adapters | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
+    data_dir: Path | None = None
+    perplexity: Path | None = None
+    dtype: str = "auto"
+    apply_chat_template: bool = False
+    fewshot_as_multiturn: bool = True
+    max_length: int | None = None
+    batch_tokens: int | None = None
+    seed: int = 0
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+def find_targets(
+    sources: list[str], names: list[str], out: Path, options: EvalOptions, resume: bool
+) -> list[Target]:
+    """Return what will be scored, all of it checked; nothing is written and no weight is read.
+
+    Raises:
+        SlimError: Whatever is wrong with the input.
+        ResourceError: If memory or disk cannot suffice.
+    """
+    _check_options(sources, names, options)
+    first = runtime.world().rank() == 0
+    folders = result_folders(sources, out)
+    started = _claim(out, folders, resume) if first else [False] * len(folders)
+    tasks = read_tasks(names, options)
+    texts = None if options.perplexity is None else read_texts(options.perplexity)
+    configs = [read_config(source, options.revision) for source in sources]
+    for one in parse_adapters(options.adapter):
+        check_adapter(one.folder)
+    targets = []
+    for source, config, folder, begun in zip(sources, configs, folders, started, strict=True):
+        target = _target(source, config, tasks, texts, options)
+        target.folder, target.started = folder, begun
+        if begun:
+            known = read_object(folder / STATE_FILE)
+            for key in ("dense", "cache_bytes"):
+                target.state[key] = known.get(key)
+            Folder(folder).match(target.state)
+        targets.append(target)
+    _check_disk(out, [job for target in targets for job in target.jobs])
+    return targets
+
+
+def _check_options(sources: list[str], names: list[str], options: EvalOptions) -> None:
+    if not sources:
+        raise SlimError("no model to score", "give a folder or a hub id")
+    if twice := [source for source, count in Counter(sources).items() if count > 1]:
+        raise SlimError(f"{twice[0]} is given twice", "name every model once")
+    if not names and options.perplexity is None:
+        raise SlimError("nothing to score", "give --task NAMES, --perplexity FILE, or both")
+    if options.dtype not in ("auto", *runtime.DTYPES):
+        choices = ("auto", *runtime.DTYPES)
+        raise SlimError(f"no dtype {options.dtype!r}", did_you_mean(options.dtype, choices))
+    for name in ("limit", "max_length", "batch_tokens"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise SlimError(f"{name} is {value}, expected at least 1", "leave it out for all")
+
+
+def _claim(out: Path, folders: list[Path], resume: bool) -> list[bool]:
+    """Return for each folder whether it holds an evaluation to go on with."""
+    if folders == [out]:
+        return [check_run_folder(out, RESULTS, resume=resume)]
+    if (out / STATE_FILE).exists():
+        raise SlimError(
+            f"{out} holds the results of one model, and {len(folders)} are given",
+            "choose another output folder",
+        )
+    present = [folder.exists() and any(folder.iterdir()) for folder in folders]
+    if not any(present):
+        check_run_folder(out, RESULTS, resume=resume)
+    return [
+        check_run_folder(folder, RESULTS, resume=resume) if is_there else False
+        for folder, is_there in zip(folders, present, strict=True)
+    ]
+
+
+def result_folders(sources: Sequence[str], out: Path) -> list[Path]:
+    """Return where each model's results go: ``out``, or inside it where there are several.
+
+    A folder is named by the last part of its model, made safe, and numbered where two are alike.
+    """
+    if len(sources) == 1:
+        return [out]
+    names: list[str] = []
+    for source in sources:
+        base = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source).expanduser().resolve().name)
+        base = base.strip(".-") or "model"
+        tries = (base if n == 1 else f"{base}-{n}" for n in itertools.count(1))
+        taken = {name.lower() for name in names}
+        names.append(next(name for name in tries if name.lower() not in taken))
+    return [out / name for name in names]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A task with its rows; no model is needed for it.
+
+    Attributes:
+        selection: The task and its shots.
+        rows: Its rows.
+        questions: Prompts without a chat template.
+    """
+
+    selection: Selection
+    rows: TaskRows
+    questions: list[Question]
+
+
+def read_tasks(names: list[str], options: EvalOptions) -> list[Asked]:
+    """Return the tasks and suites ``names`` with their rows, every prompt rendered.
+
+    Raises:
+        SlimError: Unknown names, data that cannot be had, or rows that do not fit.
+    """
+    found = []
+    for selection in expand(names, options.num_fewshot) if names else []:
+        if selection.task.name == TEXT:
+            raise SlimError(f"a task may not be called {TEXT}", "rename it: set name in its file")
+        rows = load_rows(selection.task, options.data_dir, selection.sampling)
+        questions = build_questions(
+            selection.task,
+            rows,
+            selection.num_fewshot,
+            options.limit,
+            sampling=selection.sampling,
+        )
+        found.append(Asked(selection, rows, questions))
+    return found
+
+
+def _task_job(
+    asked: Asked,
+    options: EvalOptions,
+    tokenizer: Any,
+    longest: int,
+    limit: RowLimit | None,
+    notes: list[str],
+) -> TaskJob:
+    """Return a task as the model with that tokenizer reads it."""
+    task, shots, questions = asked.selection.task, asked.selection.num_fewshot, asked.questions
+    chat = None
+    if task.spec.chat:  # asked as rows for training are
+        chat = Chat.of(load_template("auto", tokenizer))
+    elif options.apply_chat_template:
+        chat = Chat.of_model(unwrap(tokenizer), options.fewshot_as_multiturn, notes)
+    if chat is not None:
+        questions = build_questions(
+            task,
+            asked.rows,
+            shots,
+            options.limit,
+            chat=chat,
+            sampling=asked.selection.sampling,
+        )
+    job = TaskJob(
+        task=task,
+        checksum=asked.rows.checksum,
+        num_fewshot=shots,
+        limit=options.limit,
+        questions=questions,
+        encoder=Encoder(tokenizer, longest, chat=chat is not None and chat.own_bos, limit=limit),
+        chat=chat is not None,
+        shots_checksum=shots_checksum(task, asked.rows, shots),
+        sampling=asked.selection.sampling,
+    )
+    job.check_questions()
+    return job
+
+
+def _target(
+    source: str,
+    config: dict[str, Any],
+    tasks: Sequence[Asked],
+    texts: Texts | None,
+    options: EvalOptions,
+) -> Target:
+    """Return one model's target: its files are here and looked at, its weights are not loaded."""
+    trust = options.trust_remote_code
+    folder = resolve(source, options.revision, trust_remote_code=trust)
+    dtype = runtime.resolve_dtype(options.dtype)
+    tensors = folder_tensors(folder)
+    quantized = "quantization" in config
+    needed = sum(
+        tensor.nbytes if quantized else math.prod(tensor.shape) * dtype.size
+        for tensor in tensors.values()
+    )
+    takes = f"{source} takes {runtime.human_bytes(needed)} in {runtime.dtype_name(dtype)}"
+    _check_memory(needed, takes, "quantize it first, or choose a smaller dtype")
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust)
+    if options.apply_chat_template and not tokenizer.has_chat_template:
+        raise SlimError(f"{source} has no chat template", "leave --apply-chat-template out")
+    longest = max_length(config, tokenizer)
+    if options.max_length is not None and options.max_length > longest:
+        raise SlimError(
+            f"{source} reads {longest} tokens at most, max_length is {options.max_length}",
+            "choose a smaller one",
+        )
+    longest = options.max_length or longest
+    limit = limit_of(config)
+    notes: list[str] = []
+    jobs: list[Job] = [
+        _task_job(asked, options, tokenizer, longest, limit, notes) for asked in tasks
+    ]
+    if texts is not None:
+        jobs.append(TextJob(texts, Encoder(tokenizer, longest, limit=limit)))
+    positions = max(job.positions for job in jobs)
+    least = planned_footprint(config, dtype.size).least(positions)
+    takes += f", the keys and values of {positions:,} tokens {runtime.human_bytes(least)}"
+    _check_memory(needed + least, takes, "quantize it first, or choose a smaller --max-length")
+    stack = parse_adapters(options.adapter)
+    hashes = [adapter_hash(one.folder) for one in stack]
+    state = {
+        "schema_version": artifacts.SCHEMA_VERSION,
+        "code": CODE,
+        "model": source,
+        "revision": folder.name if folder.parent.name == "snapshots" else options.revision,
+        "weights_sha256": model_hash(folder),
+        "adapter": " + ".join(map(str, stack)) or None,
+        "adapter_sha256": "+".join(hashes) or None,
+        "dtype": runtime.dtype_name(dtype),
+        "dense": None,
+        "cache_bytes": None,
+        "device": "gpu" if runtime.on_gpu() else "cpu",
+        "seed": options.seed,
+        "chat_template": options.apply_chat_template,
+        "fewshot_as_multiturn": options.apply_chat_template and options.fewshot_as_multiturn,
+        "max_length": longest,
+        "batch_tokens": options.batch_tokens,
+        **artifacts.provenance(),
+        "tasks": {job.name: job.describe() for job in jobs},
+    }
+    return Target(
+        source=source,
+        revision=options.revision,
+        adapter=state["adapter"],
+        stack=stack,
+        dtype=dtype,
+        trust_remote_code=trust,
+        batch_tokens=options.batch_tokens,
+        notes=notes,
+        memory=runtime.memory_budget("auto"),
+        jobs=jobs,
+        folder=Path(),
+        started=False,
+        state=state,
+        trained_on=_trained_on([folder, *(one.folder for one in stack)], tasks, options),
+    )
+
+
+def _check_memory(needed: int, takes: str, hint: str) -> None:
+    if needed > runtime.device_memory():
+        has = runtime.human_bytes(runtime.device_memory())
+        raise ResourceError(f"{takes}; the device has {has}", hint)
+
+
+def _trained_on(
+    artifacts: Sequence[Path], tasks: Sequence[Asked], options: EvalOptions
+) -> dict[str, dict[str, Any]]:
+    """Return task -> how many of its questions the model was trained on, and in which run."""
+    known = trained_keys(artifacts)
+    found: dict[str, dict[str, Any]] = {}
+    for asked in tasks if known else []:
+        task = asked.selection.task
+        keys = [key for key in question_keys(task, asked.rows, options.limit) if key in known]
+        if keys:
+            runs = sorted({Path(known[key]).name for key in keys})
+            found[task.name] = {"questions": len(keys), "runs": runs}
+    return found
+
+
+def _check_disk(out: Path, jobs: list[Job]) -> None:
+    """Refuse a disk that cannot hold the samples."""
+    needed = _MIN_DISK + sum(_SAMPLE_BYTES * job.chunks[-1].stop for job in jobs)
+    parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise ResourceError(
+            f"the disk has {runtime.human_bytes(free)} free at {parent}, "
+            f"the results need about {runtime.human_bytes(needed)}",
+            "free some space, or choose another output folder",
+        )

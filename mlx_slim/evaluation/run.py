@@ -1,0 +1,129 @@
+"""Score models on tasks and held-out text: prepare → run → save.
+
+Invariant: names, data, adapters, output and memory are checked before any weight is read; what was
+computed is on disk; a run that was killed goes on with ``resume`` and ends with the same samples,
+byte for byte, as one that was not, on one process or on several. Try it:
+``mlx-slim eval MODEL --task openbookqa,arc_easy --limit 100 -o OUT``.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mlx_slim import artifacts, events, runtime
+from mlx_slim.errors import Interrupted
+from mlx_slim.evaluation.plan import EvalOptions, find_targets, result_folders
+from mlx_slim.evaluation.results import STATE_FILE
+from mlx_slim.evaluation.score import Target, score
+from mlx_slim.evaluation.scoring.perplexity import NAME as TEXT
+
+__all__ = ["EvalOptions", "evaluate", "result_folders", "resume_command"]
+
+SUMMARY_FILE = "summary.json"
+_T = TypeVar("_T")
+
+
+class _Nobody:
+    def notify(self, event: events.Event) -> None:
+        """Hear nothing."""
+
+
+def evaluate(
+    models: str | Path | Sequence[str | Path],
+    tasks: str | Sequence[str],
+    out: Path,
+    options: EvalOptions | None = None,
+    *,
+    resume: bool = False,
+    observer: events.Observer | None = None,
+) -> list[dict[str, Any]]:
+    """Score models on tasks; write ``results.json`` and ``samples_<task>.jsonl``.
+
+    Args:
+        models: Folders or hub ids; several get a folder each inside ``out``.
+        tasks: Names of tasks and suites, or paths of task files.
+        out: The output folder; must be new unless ``resume``.
+        options: How; the defaults of ``EvalOptions`` otherwise.
+        resume: Go on with ``out``, where it was started with the same values.
+        observer: Hears of every event, on rank 0.
+
+    Returns:
+        The results of each model, as in its ``results.json``.
+
+    Raises:
+        SlimError: Whatever is wrong with the input, before any weight is read.
+        ResourceError: Not enough memory or disk.
+        Interrupted: Ctrl-C; what is computed stays.
+    """
+    options = options or EvalOptions()
+    sources = [str(models)] if isinstance(models, (str, Path)) else [str(model) for model in models]
+    names = [tasks] if isinstance(tasks, str) else list(tasks)
+    watcher = observer if observer and runtime.world().rank() == 0 else _Nobody()
+    targets = _first_rank_first(lambda: find_targets(sources, names, out, options, resume))
+    if resume and runtime.world().rank() == 0 and not any(target.started for target in targets):
+        watcher.notify(events.Notice(f"{out} holds no results to resume: starting"))
+    try:
+        results = [score(target, watcher) for target in targets]
+    except KeyboardInterrupt as stop:
+        if not any((target.folder / STATE_FILE).exists() for target in targets):
+            raise
+        raise Interrupted(
+            f"stopped; every whole chunk of questions is saved in {out}",
+            f"go on with: {resume_command(sources, names, out, options)}",
+        ) from stop
+    if len(targets) > 1 and runtime.world().rank() == 0:
+        artifacts.write_json(out / SUMMARY_FILE, _summary(targets, results))
+    return results
+
+
+def _first_rank_first(work: Callable[[], _T]) -> _T:
+    """Return ``work()`` on every rank: rank 0 goes first, and it alone says what is wrong."""
+    done: list[_T] = []
+    runtime.from_first_rank(lambda: done.append(work()))
+    return done[0] if done else work()
+
+
+def _summary(targets: list[Target], results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return ``summary.json``: each model's folder and metrics."""
+    return {
+        "schema_version": artifacts.SCHEMA_VERSION,
+        "models": {
+            target.folder.name: {
+                "model": target.source,
+                "adapter": target.adapter,
+                **{
+                    name: section["metrics"]
+                    for name, section in [*result["tasks"].items(), *_texts(result)]
+                },
+            }
+            for target, result in zip(targets, results, strict=True)
+        },
+    }
+
+
+def _texts(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return [(TEXT, result[TEXT])] if TEXT in result else []
+
+
+def resume_command(
+    sources: Sequence[str], names: Sequence[str], out: Path, options: EvalOptions
+) -> str:
+    """Return the command that goes on with an evaluation, with the options it was started with."""
+    words = ["mlx-slim", "eval", *sources]
+    for name in names:
+        words += ["--task", name]
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if value == field.default:
+            continue
+        flag = f"--{field.name.replace('_', '-')}"
+        if value is False:
+            words.append(f"--no-{field.name.replace('_', '-')}")
+            continue
+        given = value if isinstance(value, (list, tuple)) else [value]
+        words += [flag] if value is True else [w for one in given for w in (flag, str(one))]
+    return shlex.join([*words, "-o", str(out), "--resume"])

@@ -1,0 +1,352 @@
+"""One model on all its tasks: the loop over chunks, on one process or several.
+
+Invariant: ranks take the chunks in turn, and rank 0 writes them in order, so the files do not
+depend on how many ranks there are. Used by ``evaluation/run.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_slim import artifacts, events, runtime
+from mlx_slim.adapters.stack import Weighted, load_adapters, used_folders
+from mlx_slim.claims import run_folder
+from mlx_slim.evaluation.jobs import Computed, Engine, Job, TaskJob
+from mlx_slim.evaluation.results import RESULTS, Entry, Folder, encode, load_results, samples_name
+from mlx_slim.evaluation.scoring.answer_cache import joins
+from mlx_slim.evaluation.scoring.loglikelihood import MEMORY, Scorer
+from mlx_slim.evaluation.scoring.perplexity import NAME as TEXT
+from mlx_slim.models.quantized import densify, densify_pays
+from mlx_slim.quantization.base import load_base
+
+NOT_TOLD = ("tasks", "code", "cache_bytes")  # of the state, in results.json
+_CACHE_SHARE = 8  # MLX may keep 1/8 of the memory as free buffers
+
+
+@dataclass
+class Target:
+    """A model that will be scored; nothing of it is loaded yet.
+
+    Attributes:
+        source: Folder or hub id, as given.
+        revision: Branch, tag or commit of a hub id.
+        adapter: Its adapters in words, or None.
+        stack: Those adapters.
+        dtype: To compute in.
+        trust_remote_code: Run Python files that the repository brings.
+        batch_tokens: Tokens of a batch, or None.
+        notes: What to say of the prompts.
+        memory: Bytes that weights, caches and work may take together.
+        jobs: Tasks and texts.
+        folder: Where the results go.
+        started: Whether the folder holds an evaluation to go on with (on rank 0).
+        state: What a resume must match.
+        trained_on: Task -> how many of its questions the model was trained on, and in which runs.
+    """
+
+    source: str
+    revision: str | None
+    adapter: str | None
+    stack: list[Weighted]
+    dtype: mx.Dtype
+    trust_remote_code: bool
+    batch_tokens: int | None
+    notes: list[str]
+    memory: int
+    jobs: list[Job]
+    folder: Path
+    started: bool
+    state: dict[str, Any]
+    trained_on: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def score(target: Target, observer: events.Observer) -> dict[str, Any]:
+    """Score one model; write its folder on rank 0.
+
+    Args:
+        target: The model and what to ask it.
+        observer: Hears of progress.
+
+    Returns:
+        The results, the same on every rank.
+
+    Raises:
+        SlimError: The model or the adapter cannot be used, or a score is not finite.
+        ResourceError: Out of disk.
+    """
+    first = runtime.world().rank() == 0
+    folder = Folder(target.folder)
+    complete: dict[str, Any] = {}
+    if first and folder.complete:
+        with run_folder(target.folder, RESULTS, resume=True):
+            pass  # what a kill after the last file left is removed
+        observer.notify(events.Notice(f"{target.folder} is complete: nothing to do"))
+        complete = load_results(target.folder)
+    if complete := _from_first_rank(complete):
+        _say_cut(target, complete, observer)
+        return complete
+    for name, seen in target.trained_on.items():
+        asked = next(job.chunks[-1].stop for job in target.jobs if job.name == name)
+        text = f"{name}: {seen['questions']} of the {asked} questions asked were trained on in "
+        observer.notify(events.Notice(text + ", ".join(seen["runs"]), level="warning"))
+    engine = _load(target, observer)
+    if not first:
+        done = _from_first_rank({})
+        for job in target.jobs:
+            for _ in _rounds(job, engine, done[job.name]):
+                pass
+        return _from_first_rank({})
+    with folder.open(target.state, target.started):
+        _from_first_rank({job.name: folder.done(job.name) for job in target.jobs})
+        watch = _Watch(target, folder, observer)
+        for job in target.jobs:
+            watch.begin(job)
+            for parts, seconds in _rounds(job, engine, folder.done(job.name)):
+                watch.append(job, parts, seconds)
+            watch.end(job)
+        results = _results(target, folder)
+        folder.finish(results, _timings(target, folder))
+    _say_cut(target, results, observer)
+    observer.notify(watch.done())
+    return _from_first_rank(results)
+
+
+def _say_cut(target: Target, results: dict[str, Any], observer: events.Observer) -> None:
+    """Tell of each task whose prompts did not fit, and so were not read whole."""
+    for job in target.jobs:
+        if isinstance(job, TaskJob) and (truncated := results["tasks"][job.name]["truncated"]):
+            observer.notify(events.Notice(job.cut_note(truncated), level="warning"))
+
+
+def _from_first_rank(value: Any) -> Any:
+    """Return rank 0's ``value`` on every rank."""
+    return json.loads(runtime.share(json.dumps(value).encode())[0])
+
+
+def _load(target: Target, observer: events.Observer) -> Engine:
+    """Load model and adapter.
+
+    Whether to dequantize, and the bytes of caches, are decided once and kept for a resume.
+    """
+    observer.notify(events.Notice(f"loading {target.source}"))
+    mx.set_cache_limit(runtime.device_memory() // _CACHE_SHARE)
+    loaded = load_base(
+        target.source,
+        used_folders(target.stack),
+        revision=target.revision,
+        dtype=target.dtype,
+        trust_remote_code=target.trust_remote_code,
+    )
+    if target.state["dense"] is None:
+        target.state["dense"] = densify_pays(loaded.model)
+    target.state["dense"] = _from_first_rank(target.state["dense"])
+    if target.state["dense"]:
+        densify(loaded.model)
+    if target.stack:
+        load_adapters(loaded.model, target.stack)
+    if target.state["cache_bytes"] is None:
+        left = max(1, target.memory - mx.get_active_memory())
+        target.state["cache_bytes"] = 1 << (left.bit_length() - 1)  # the same twice, as a rule
+    cache_bytes = target.state["cache_bytes"] = _from_first_rank(target.state["cache_bytes"])
+    scorer = Scorer(
+        loaded.model, batch_tokens=target.batch_tokens, memory=min(MEMORY, cache_bytes // 2)
+    )
+    notes = [*target.notes, *loaded.notes, *scorer.notes]
+    generates = any(isinstance(job, TaskJob) and job.generates for job in target.jobs)
+    if generates and not joins(loaded.model):
+        notes.append("answers are written one at a time: padding would change them in this model")
+    for note in notes:
+        observer.notify(events.Notice(note))
+    return Engine(loaded.model, loaded.tokenizer, scorer, cache_bytes, target.batch_tokens)
+
+
+def _rounds(job: Job, engine: Engine, done: int) -> Iterator[tuple[list[bytes], float]]:
+    """Yield the next chunks, one a rank, as ``_pack`` packs them, and the seconds of each."""
+    group = runtime.world()
+    chunks = job.chunks
+    for begin in range(done, len(chunks), group.size()):
+        count = min(group.size(), len(chunks) - begin)
+        began = time.perf_counter()
+        mx.reset_peak_memory()
+        own = b""
+        if group.rank() < count:
+            own = _pack(job.compute(chunks[begin + group.rank()], engine))
+        parts = runtime.share(own)[:count]
+        yield parts, (time.perf_counter() - began) / count
+
+
+def _pack(computed: Computed) -> bytes:
+    """Return a chunk as bytes: a line of counts, then the samples."""
+    counts = {
+        "tokens_computed": computed.tokens_computed,
+        "tokens_minimum": computed.tokens_minimum,
+        "truncated": computed.truncated,
+        "root": computed.root,
+        "group": computed.group,
+        "peak_memory_bytes": mx.get_peak_memory(),
+    }
+    return json.dumps(counts).encode() + b"\n" + encode(computed.records)
+
+
+class _Watch:
+    """Writes chunks as they come, and says how far it is."""
+
+    def __init__(self, target: Target, folder: Folder, observer: events.Observer) -> None:
+        self._folder, self._observer, self._target = folder, observer, target
+        self._weights = {job.name: list(map(job.weight, job.chunks)) for job in target.jobs}
+        self._total = sum(map(sum, self._weights.values()))
+        self._records: list[dict[str, Any]] = []
+        answered = sum(self._answered(job) for job in target.jobs)
+        observer.notify(
+            events.EvalStarted(
+                model=target.source,
+                adapter=target.adapter,
+                tasks=tuple(job.name for job in target.jobs),
+                questions=sum(job.chunks[-1].stop for job in target.jobs),
+                answered=answered,
+                share=self._share(),
+                budget_bytes=runtime.device_memory(),
+            )
+        )
+
+    def _answered(self, job: Job) -> int:
+        done = self._folder.done(job.name)
+        return job.chunks[done - 1].stop if done else 0
+
+    def _share(self) -> float:
+        done = {name: self._folder.done(name) for name in self._weights}
+        finished = sum(sum(weights[: done[name]]) for name, weights in self._weights.items())
+        return finished / self._total
+
+    def begin(self, job: Job) -> None:
+        """Take up a task, perhaps in its middle."""
+        self._records = self._folder.records(job.name)
+
+    def append(self, job: Job, parts: Sequence[bytes], seconds: float) -> None:
+        """Write the chunks of one round."""
+        computed = 0
+        for part in parts:
+            head, data = part.split(b"\n", 1)
+            entry = self._folder.append(job.name, data, **json.loads(head), seconds=seconds)
+            self._records += [json.loads(line) for _, line in artifacts.json_lines(data)]
+            computed += entry.tokens_computed
+        metric, value = job.running(self._records)
+        self._observer.notify(
+            events.EvalProgress(
+                task=job.name,
+                answered=self._answered(job),
+                questions=job.chunks[-1].stop,
+                metric=metric,
+                value=value,
+                share=self._share(),
+                tokens_per_second=computed / max(seconds * len(parts), 1e-9),
+                active_memory_bytes=mx.get_active_memory(),
+                peak_memory_bytes=_peak(self._folder),
+            )
+        )
+
+    def end(self, job: Job) -> None:
+        """Tell the score of a task."""
+        section = _section(job, self._folder)
+        measured = timing(self._folder.entries[job.name])
+        self._observer.notify(
+            events.TaskDone(
+                task=job.name,
+                num_fewshot=section.get("num_fewshot"),
+                n=section["n"],
+                metrics=section["metrics"],
+                seconds=section["seconds"],
+                tokens_per_second=measured["tokens_per_second"],
+                peak_memory_bytes=measured["peak_memory_bytes"],
+            )
+        )
+
+    def done(self) -> events.EvalDone:
+        """Return the last event."""
+        entries = [entry for known in self._folder.entries.values() for entry in known]
+        return events.EvalDone(
+            model=self._target.source,
+            path=str(self._folder.path),
+            seconds=sum(entry.seconds for entry in entries),
+            peak_memory_bytes=_peak(self._folder),
+        )
+
+
+def _peak(folder: Folder) -> int:
+    return max(entry.peak_memory_bytes for known in folder.entries.values() for entry in known)
+
+
+def timing(entries: Sequence[Entry]) -> dict[str, Any]:
+    """Return what differs from one run to the next."""
+    seconds = sum(entry.seconds for entry in entries)
+    return {
+        "seconds": seconds,
+        "tokens_per_second": _tokens(entries)["tokens_computed"] / max(seconds, 1e-9),
+        "peak_memory_bytes": max(entry.peak_memory_bytes for entry in entries),
+    }
+
+
+def _tokens(entries: Sequence[Entry]) -> dict[str, int]:
+    """Return the tokens of a task; what its subjects' questions share counts once a subject."""
+    roots: dict[str, int] = {}
+    for entry in entries:
+        roots[entry.group] = max(entry.root, roots.get(entry.group, 0))
+    shared = sum(roots.values())
+    return {
+        "tokens_computed": sum(entry.tokens_computed for entry in entries) + shared,
+        "tokens_minimum": sum(entry.tokens_minimum for entry in entries) + shared,
+    }
+
+
+def _section(job: Job, folder: Folder) -> dict[str, Any]:
+    """Return a task's part of ``results.json``."""
+    summary = job.summarize(folder.records(job.name))
+    samples = folder.path / samples_name(job.name)
+    return section(job.describe(), summary, folder.entries[job.name], samples)
+
+
+def section(
+    asked: dict[str, Any], summary: dict[str, Any], entries: Sequence[Entry], samples: Path
+) -> dict[str, Any]:
+    """Return a task's part of ``results.json`` from what is stored.
+
+    Args:
+        asked: What a resume must match.
+        summary: The figures over its records.
+        entries: Its chunks.
+        samples: The file of its records.
+    """
+    return {
+        **asked,
+        **summary,
+        "seconds": sum(entry.seconds for entry in entries),
+        **_tokens(entries),
+        "truncated": sum(entry.truncated for entry in entries),
+        "samples_sha256": artifacts.hash_file(samples),
+    }
+
+
+def _results(target: Target, folder: Folder) -> dict[str, Any]:
+    """Return ``results.json``: nothing in it but ``seconds`` differs from one run to the next."""
+    settings = {key: value for key, value in target.state.items() if key not in NOT_TOLD}
+    sections = {job.name: _section(job, folder) for job in target.jobs}
+    for name, seen in target.trained_on.items():
+        sections[name]["trained_on"] = seen
+    texts = {name: sections.pop(name) for name in list(sections) if name == TEXT}
+    return {**settings, "tasks": sections, **texts}
+
+
+def _timings(target: Target, folder: Folder) -> dict[str, Any]:
+    """Return ``timings.json``."""
+    return {
+        "schema_version": artifacts.SCHEMA_VERSION,
+        "ranks": runtime.world().size(),
+        "tasks": {job.name: timing(folder.entries[job.name]) for job in target.jobs},
+    }

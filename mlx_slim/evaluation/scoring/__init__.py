@@ -1,0 +1,1 @@
+"""Forward passes behind scores: log-likelihoods, generated answers, perplexity."""

@@ -1,0 +1,237 @@
+"""Log-likelihoods of continuations, with every shared prefix computed once.
+
+Invariant: a score is the one that a plain forward pass over the request alone gives, up to the
+rounding of float sums; and the scores of one call depend on its requests and on the scorer's
+settings only, never on earlier calls, so work can be cut, resumed and spread over machines and
+still give the same bits. The head runs on scored positions only; answers of one token need one
+pass for all choices. Try it: ``mlx-slim bench eval MODEL --task hellaswag --against mlx-lm``.
+Legend: R rows, T positions, N scored positions, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_slim import blas
+from mlx_slim.evaluation.scoring import prefix_tree
+from mlx_slim.evaluation.scoring.prefix_cache import Pool, branch_caches, grown, kept, probe
+from mlx_slim.evaluation.scoring.requests import Request, common_prefix, shared_length
+from mlx_slim.models import structure
+from mlx_slim.models.logits import logsumexp
+from mlx_slim.models.rope import boundary_of, set_length
+from mlx_slim.runtime import cpu_lanes, on_gpu, side_by_side
+
+MEMORY = 2**30  # bytes of keys and values that are kept for sharing
+HEAD_LOGITS = 1 << 24  # logits that exist at one time
+MIN_ROOT = 16  # a shorter prefix of everything is not worth keeping between calls
+MIN_BATCH = 64  # positions: a smaller batch only costs overhead
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the model thinks of a continuation.
+
+    Attributes:
+        loglikelihood: Σ log p(token | all before it), nats.
+        greedy: Whether every token is the model's first choice.
+    """
+
+    loglikelihood: float
+    greedy: bool
+
+
+class Scorer:
+    """Scores requests on one model.
+
+    Args:
+        model: Any mlx-lm model; put into evaluation mode, otherwise unchanged.
+        batch_tokens: Most positions of a batch, padding included; None chooses by device.
+        memory: Bytes of keys and values that may be kept for sharing; None takes 1 GiB.
+
+    Attributes:
+        tokens_computed: Positions that went through the model so far, padding included.
+        tokens_minimum: The fewest possible for the same requests: every distinct prefix once.
+        tokens_root: Those of both that roots took.
+        notes: What the user should know, such as why prefixes cannot be shared.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, batch_tokens: int | None = None, memory: int | None = None
+    ) -> None:
+        self.batch_tokens = batch_tokens or (4096 if on_gpu() else 512)
+        self.memory = memory or MEMORY
+        self.tokens_computed = self.tokens_minimum = self.tokens_root = 0
+        self.notes: list[str] = []
+        model.eval()
+        set_length(model, boundary_of(model))  # rows are no longer; shared prefixes and padding are
+        split = structure.split(model)
+        self._body: Callable[..., mx.array] = split.body if split else model
+        self._head: Callable[[mx.array], mx.array] = split.head if split else lambda logits: logits
+        if split is None:
+            self.notes.append("the model does not split into body and head: full logits are used")
+        self._vocabulary = split.head.vocabulary if split else 1
+        self._sharing = probe(model, self._body)
+        self.sharing = not self._sharing.reason
+        if not self.sharing:
+            self.notes.append(f"prefixes are not shared: {self._sharing.reason}")
+        self._root: tuple[tuple[int, ...], Pool] = ((), [])
+
+    def score(self, requests: Sequence[Request], root: tuple[int, ...] = ()) -> list[Score]:
+        """Return the score of each request, in order.
+
+        Args:
+            requests: Any number; they are batched together.
+            root: Ids that begin this and further calls' requests, such as few-shot examples: their
+                keys and values are kept until a call has another root.
+        """
+        if not requests:
+            return []
+        root = self.shared_root(requests, root)
+        pool = self._pool_of(root)
+        if root:
+            cut = len(root)
+            requests = [Request(r.ids[cut:], r.start - cut) for r in requests]
+        self.tokens_minimum += prefix_tree.fewest_tokens(requests)
+        scores: list[Score] = []
+        for count, nodes in self._within_memory(list(requests)):
+            found = self._compute(nodes, pool)
+            scores += [found[index] for index in range(count)]
+        return scores
+
+    def shared_root(self, requests: Sequence[Request], root: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the part of ``root`` that all requests begin with and leave a position after."""
+        if not self.sharing:
+            return ()
+        length = min(shared_length(root, common_prefix(requests)), *(r.start - 1 for r in requests))
+        return root[:length] if length >= MIN_ROOT else ()
+
+    def _pool_of(self, root: tuple[int, ...]) -> Pool:
+        """Return keys and values of ``root``, computed by itself unless it was the last one."""
+        if root and self._root[0] != root:
+            self.tokens_minimum += len(root)
+            pool: Pool = []
+            for begin in range(0, len(root), self.batch_tokens):
+                node = prefix_tree.Node(
+                    root[begin : begin + self.batch_tokens], -1, 0, 0, inner=True
+                )
+                pool = grown(pool, [self._forward([node], [np.arange(begin)], pool)[1]])
+            self.tokens_computed += len(root)
+            self.tokens_root += len(root)
+            self._root = (root, pool)
+        return self._root[1] if root else []
+
+    def _within_memory(self, requests: list[Request]) -> list[tuple[int, list[prefix_tree.Node]]]:
+        """Return runs of requests, as their number and tree, that fit into ``memory``."""
+        nodes = prefix_tree.build(requests, longest=self.batch_tokens, sharing=self.sharing)
+        inner = sum(len(node.tokens) for node in nodes if node.inner)
+        if len(requests) == 1 or inner * self._sharing.position_bytes <= self.memory:
+            return [(len(requests), nodes)]
+        middle = len(requests) // 2
+        return [
+            part
+            for half in (requests[:middle], requests[middle:])
+            for part in self._within_memory(half)
+        ]
+
+    def _compute(self, nodes: list[prefix_tree.Node], pool: Pool) -> dict[int, Score]:
+        """Return the score of each request that ``nodes`` score; ``pool`` holds the root."""
+        places = pool[0][0].shape[0] if pool else 0
+        paths = {-1: np.arange(places)}  # node -> places in the pool of the positions up to its end
+        scores: dict[int, Score] = {}
+        levels = sorted({node.level for node in nodes if node.inner})
+        steps = [[i for i, n in enumerate(nodes) if n.inner and n.level == at] for at in levels]
+        steps.append([i for i, n in enumerate(nodes) if not n.inner])  # all leaves at once
+        for step in steps:
+            batches = prefix_tree.batches(nodes, step, self._budget(nodes, step))
+            work = [
+                ([nodes[i] for i in rows], [paths[nodes[i].parent] for i in rows], pool)
+                for rows in batches
+            ]
+            self.tokens_computed += sum(len(rows) * len(nodes[rows[0]].tokens) for rows in batches)
+            results = self._run(work)
+            for rows, (found, _) in zip(batches, results, strict=True):
+                for index, value, first in found:
+                    before = scores.get(index, Score(0.0, True))
+                    scores[index] = Score(before.loglikelihood + value, before.greedy and first)
+                for i in rows if nodes[rows[0]].inner else ():
+                    own = np.arange(places, places + len(nodes[i].tokens))
+                    paths[i] = np.concatenate([paths[nodes[i].parent], own])
+                    places += len(own)
+            pool = grown(pool, [part for _, part in results])
+        return scores
+
+    def _budget(self, nodes: list[prefix_tree.Node], step: list[int]) -> int:
+        """Return the positions of a batch such that all lanes get batches of like size."""
+        total = sum(len(nodes[i].tokens) for i in step)
+        share = math.ceil(total / (cpu_lanes() * self.batch_tokens)) * cpu_lanes()
+        return min(self.batch_tokens, max(MIN_BATCH, math.ceil(1.05 * total / max(share, 1))))
+
+    def _run(self, work: list[tuple]) -> list[tuple[list[tuple[int, float, bool]], Pool]]:
+        """Compute batches: on a CPU side by side, one thread of BLAS each."""
+        if len(work) < 2 or cpu_lanes() == 1:
+            return [self._forward(*arguments) for arguments in work]
+        with blas.single_threaded():
+            return side_by_side(self._forward, work, cpu_lanes())
+
+    def _forward(
+        self, nodes: list[prefix_tree.Node], paths: list[np.ndarray], pool: Pool
+    ) -> tuple[list[tuple[int, float, bool]], Pool]:
+        """Compute one batch, one row a node.
+
+        Returns:
+            (request, log p, whether first choice) of each scored target, and the keys and values
+            of the rows if they are inner nodes.
+        """
+        length = max(len(node.tokens) for node in nodes)
+        tokens_RT = np.zeros((len(nodes), length), dtype=np.int32)
+        for row, node in enumerate(nodes):
+            tokens_RT[row, : len(node.tokens)] = node.tokens
+        caches = None
+        if self.sharing:
+            sharing = self._sharing
+            caches = branch_caches(sharing.layers, paths, length, pool, sharing.dtype)
+        hidden_RTD = self._body(mx.array(tokens_RT), caches)
+        part: Pool = []
+        if caches and nodes[0].inner:
+            flat = np.flatnonzero(
+                np.arange(length) < np.array([[len(node.tokens)] for node in nodes])
+            )
+            part = kept(caches, flat)
+            mx.eval(part)
+        pairs = [
+            (row * length + position, index, target)
+            for row, node in enumerate(nodes)
+            for position, asked in sorted(node.scored.items())
+            for index, target in asked
+        ]
+        if not pairs:
+            mx.eval(hidden_RTD)
+            return [], part
+        return self._targets(hidden_RTD.reshape(-1, hidden_RTD.shape[-1]), pairs), part
+
+    def _targets(
+        self, hidden_ND: mx.array, pairs: list[tuple[int, int, int]]
+    ) -> list[tuple[int, float, bool]]:
+        """Return (request, log p, first choice) of each (position, request, target id)."""
+        positions = sorted({position for position, _, _ in pairs})
+        row_of = {position: row for row, position in enumerate(positions)}
+        scored_ND = hidden_ND[mx.array(positions)]
+        chunk = max(1, HEAD_LOGITS // self._vocabulary)
+        found: list[tuple[int, float, bool]] = []
+        for begin in range(0, len(positions), chunk):
+            here = [p for p in pairs if begin <= row_of[p[0]] < begin + chunk]
+            logits_NV = self._head(scored_ND[begin : begin + chunk]).astype(mx.float32)
+            rows = mx.array([row_of[position] - begin for position, _, _ in here])
+            targets = mx.array([target for _, _, target in here])
+            values = logits_NV[rows, targets] - logsumexp(logits_NV)[rows, 0]
+            first = mx.argmax(logits_NV, axis=-1)[rows] == targets
+            mx.eval(values, first)
+            results = zip(here, np.array(values).tolist(), np.array(first).tolist(), strict=True)
+            found += [(index, value, is_first) for (_, index, _), value, is_first in results]
+        return found

@@ -1,0 +1,1 @@
+"""Tasks: their YAML, rows, prompts, answers taken out of texts, and metrics."""

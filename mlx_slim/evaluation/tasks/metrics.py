@@ -1,0 +1,249 @@
+"""Records of single questions, and the figures over them.
+
+Invariant: an answer is right if it is one of the question's right ones; ``target`` of a record is
+that one, or the list of them. ``k`` and ``n`` are whole numbers and ``value`` is k/n, so every
+figure can be recounted from the samples. The likeliest choice is the first of equals. Standard
+errors are those of the harness: √(p(1−p)/(n−1)), and for a task with parts the parts' variances
+pooled by size. Where none is defined (n = 1) it is None. Try it:
+``mlx-slim eval MODEL --task mmlu --limit 5 -o out``.
+
+    macro F1    mean over the classes that occur (as answer or prediction) of 2·TP/(2·TP + FP + FN);
+                its standard error is the jackknife's
+    micro       all questions alike: Σk / Σn
+    macro       all parts alike: the mean of their values
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from mlx_slim.errors import SlimError
+from mlx_slim.evaluation.tasks.extract import extract, normalize, same_json
+from mlx_slim.evaluation.tasks.prompts import Question
+from mlx_slim.evaluation.tasks.spec import Task
+
+_FIRST = ("acc_norm", "acc", "strict_match", "exact_match")
+Record = dict[str, Any]
+Figure = dict[str, Any]
+
+
+def record_choice(
+    task: Task, question: Question, loglikelihoods: Sequence[float], greedy: Sequence[bool]
+) -> Record:
+    """Return the record of a multiple-choice question.
+
+    Args:
+        task: Its task.
+        question: What was asked.
+        loglikelihoods: Of each choice, natural logarithm.
+        greedy: Whether greedy decoding would give the choice.
+
+    Raises:
+        SlimError: If a log-likelihood is no number (the model computes nonsense).
+    """
+    values = [float(value) for value in loglikelihoods]
+    if len(values) != len(question.choices):
+        raise ValueError(f"{len(values)} log-likelihoods for {len(question.choices)} choices")
+    if any(math.isnan(value) for value in values):
+        raise SlimError(
+            f"task {task.name}: question {question.doc_id}: a log-likelihood is not a number",
+            "the model computes NaN: try --dtype float32, or another copy of the model",
+        )
+    record: Record = {"doc_id": question.doc_id}
+    if question.subject is not None:
+        record["subject"] = question.subject
+    prediction = _first_best(values)
+    record |= {
+        "loglikelihoods": values,
+        "greedy": [bool(value) for value in greedy],
+        "prediction": prediction,
+        "target": _one_or_all(question.targets),
+        "acc": int(prediction in question.targets),
+    }
+    if "acc_norm" in task.metrics:
+        per_character = [v / length for v, length in zip(values, question.lengths, strict=True)]
+        record["acc_norm"] = int(_first_best(per_character) in question.targets)
+    return record
+
+
+def record_generation(task: Task, question: Question, text: str, stop_reason: str) -> Record:
+    """Return the record of a generated answer.
+
+    Args:
+        task: Its task.
+        question: What was asked.
+        text: The answer, cut before its stop.
+        stop_reason: ``until``, ``length`` or ``eos``.
+    """
+    spec, wholes = task.spec, list(map(str, question.targets))
+    targets = [normalize(spec, whole) for whole in wholes]
+    record: Record = {"doc_id": question.doc_id}
+    if question.subject is not None:
+        record["subject"] = question.subject
+    record |= {"generation": text, "stop_reason": stop_reason}
+    answers = {name: normalize(spec, extract(rule, text)) for name, rule in spec.filters.items()}
+    record |= answers
+    record["target"] = _one_or_all(targets)
+    for metric in task.metrics:
+        if metric == "exact_match":
+            right = normalize(spec, text) in targets
+        elif metric == "json_match":
+            right = any(same_json(text, whole) for whole in wholes)
+        else:
+            right = answers[metric.removesuffix("_match")] in targets
+        record[metric] = int(right)
+    return record
+
+
+def _one_or_all(targets: Sequence[int | str]) -> Any:
+    """Return the right answer, or the list of them: what stands in a record."""
+    return targets[0] if len(targets) == 1 else list(targets)
+
+
+def _first_best(values: Sequence[float]) -> int:
+    return max(range(len(values)), key=lambda index: (values[index], -index))
+
+
+def first_metric(metrics: Iterable[str]) -> str:
+    """Return the metric that stands for a task: of the usual ones the first, else its own first."""
+    names = list(metrics)
+    return next((name for name in _FIRST if name in names), names[0])
+
+
+def counted(metrics: Iterable[str], record: Mapping[str, Any]) -> list[str]:
+    """Return the metrics that have a value for each question, in order.
+
+    Where a task keeps none (``macro_f1`` alone), ``acc`` stands for it: every choice has it.
+    """
+    return [name for name in metrics if name in record] or ["acc"]
+
+
+# ------------------------------------------------------------------------------------- summaries
+
+
+def stderr(k: int, n: int) -> float | None:
+    """Return √(p(1−p)/(n−1)) of k right answers out of n; None for fewer than two."""
+    if n < 2:
+        return None
+    share = k / n
+    return math.sqrt(share * (1 - share) / (n - 1))
+
+
+def pooled_stderr(errors: Sequence[float | None], sizes: Sequence[int]) -> float | None:
+    """Return the standard error over all questions of several parts, as the harness pools it.
+
+    √(Σ (n_i − 1)·n_i·se_i² / (Σ n_i − parts) / Σ n_i); a part of one question has no variance to
+    add. None where no part has two questions.
+    """
+    freedom = sum(sizes) - len(sizes)
+    if freedom < 1:
+        return None
+    spread = sum((n - 1) * n * (e or 0.0) ** 2 for e, n in zip(errors, sizes, strict=True))
+    return math.sqrt(spread / freedom / sum(sizes))
+
+
+def summarize(task: Task, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the figures over the records of one task.
+
+    Returns:
+        ``n`` and ``metrics`` (metric -> ``value``, ``stderr``, ``k``; ``k`` is None where a metric
+        counts nothing). A task with parts adds ``micro`` (the same figures) and ``macro``, the
+        same two for each of its ``categories``, and ``subtasks``.
+    """
+    if not task.parts:
+        return _plain(task, records)
+    assert task.spec.subgroups is not None  # it has parts
+    by_part: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        by_part.setdefault(record["subject"], []).append(record)
+    category = task.spec.subgroups.parts
+    found = {part: _plain(task, by_part[part]) for part in task.parts if part in by_part}
+    whole = _group(task, found, records)
+    categories = {}
+    for name in task.spec.subgroups.categories:
+        members = {part: summary for part, summary in found.items() if category[part] == name}
+        if members:
+            inside = [record for part in members for record in by_part[part]]
+            categories[name] = _group(task, members, inside)
+    subtasks = {part: {**summary, "category": category[part]} for part, summary in found.items()}
+    return {
+        "n": len(records),
+        "metrics": whole["micro"],
+        "micro": whole["micro"],
+        "macro": whole["macro"],
+        "categories": categories,
+        "subtasks": subtasks,
+    }
+
+
+def _plain(task: Task, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        "n": len(records),
+        "metrics": {name: figure(name, records) for name in task.metrics},
+    }
+
+
+def figure(metric: str, records: Sequence[Mapping[str, Any]]) -> Figure:
+    """Return ``value``, ``stderr`` and ``k`` of a metric over records of one task."""
+    if metric == "macro_f1":
+        return _macro_f1([(record["target"], record["prediction"]) for record in records])
+    k, n = sum(record[metric] for record in records), len(records)
+    return {"value": k / n if n else 0.0, "stderr": stderr(k, n), "k": k}
+
+
+def _group(
+    task: Task, parts: Mapping[str, dict[str, Any]], records: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return ``n``, ``micro`` and ``macro`` over several parts."""
+    micro: dict[str, Figure] = {}
+    macro: dict[str, Figure] = {}
+    sizes = [summary["n"] for summary in parts.values()]
+    for metric in task.metrics:
+        figures = [summary["metrics"][metric] for summary in parts.values()]
+        errors = [figure["stderr"] for figure in figures]
+        micro[metric] = figure(metric, records)
+        if micro[metric]["k"] is not None:
+            micro[metric]["stderr"] = pooled_stderr(errors, sizes)
+        known = [error for error in errors if error is not None]
+        alone = len(known) < len(errors) or not errors
+        macro[metric] = {
+            "value": math.fsum(figure["value"] for figure in figures) / max(len(figures), 1),
+            "stderr": None if alone else math.hypot(*known) / len(known),
+            "k": None,
+        }
+    return {"n": len(records), "micro": micro, "macro": macro}
+
+
+def _macro_f1(pairs: Sequence[tuple[int, int]]) -> Figure:
+    """Return macro F1 of (answer, prediction) pairs, with its jackknife standard error."""
+    counts, n = Counter(pairs), len(pairs)
+    value = _f1(counts.items())
+    error = None
+    if n > 1:
+        # Leaving out one question of a cell gives the same value for all questions of that cell.
+        without = {
+            cell: _f1([(other, m - (other == cell)) for other, m in counts.items()])
+            for cell in counts
+        }
+        mean = math.fsum(counts[cell] * without[cell] for cell in counts) / n
+        spread = math.fsum(counts[cell] * (without[cell] - mean) ** 2 for cell in counts)
+        error = math.sqrt((n - 1) / n * spread)
+    return {"value": value, "stderr": error, "k": None}
+
+
+def _f1(cells: Any) -> float:
+    answers: Counter[int] = Counter()
+    predictions: Counter[int] = Counter()
+    right: Counter[int] = Counter()
+    for (answer, prediction), count in cells:
+        answers[answer] += count
+        predictions[prediction] += count
+        if answer == prediction:
+            right[answer] += count
+    classes = [c for c in {*answers, *predictions} if answers[c] + predictions[c]]
+    if not classes:
+        return 0.0
+    return math.fsum(2 * right[c] / (answers[c] + predictions[c]) for c in classes) / len(classes)

@@ -1,0 +1,1 @@
+"""Ways out: fused models, PEFT adapters, GGUF files, model cards and uploads."""

@@ -1,0 +1,368 @@
+"""Fold an adapter into its model, and prove that the tune is still there.
+
+Invariant: weights are summed in float32 and cast last; what is audited is what is stored, rounding
+included; one model is in memory: the logits of base and tuned model are recorded, then its layers
+are fused one by one. A fuse that loses the tune (``export/fuse_audit.py``: under half of the effect
+kept, or no nearer to the tuned model than the base was) is refused and leaves nothing behind,
+unless forced. ``fuse.json`` in the output holds the audit. Try it:
+``mlx-slim fuse MODEL --adapter runs/mine/adapters -o fused``.
+
+A change of 2% of a 4-bit weight is less than a rounding step: requantizing keeps about a seventh of
+it. So a quantized base is dequantized unless told otherwise, or the adapter kept beside it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from mlx_slim.adapters.inject import adapters_of, remove_adapters
+from mlx_slim.adapters.merge import merged_layer
+from mlx_slim.adapters.stack import Adapters, Weighted, load_adapters, parse_adapters, used_folders
+from mlx_slim.adapters.store import CONFIG, save_adapter
+from mlx_slim.artifacts import (
+    SCHEMA_VERSION,
+    provenance,
+    public_name,
+    write_json,
+)
+from mlx_slim.claims import makes_folder
+from mlx_slim.config.schema import AdapterConfig
+from mlx_slim.errors import ResourceError, SlimError
+from mlx_slim.evaluation.tasks.trained_rows import carry
+from mlx_slim.events import Notice, Observer
+from mlx_slim.export.audit_text import audit_tokens
+from mlx_slim.export.fuse_audit import Effect, effect, weight_share
+from mlx_slim.models.limits import limit_of
+from mlx_slim.models.load import Loaded, cast, read_weights
+from mlx_slim.models.quantized import densify, dequantize_weight, is_quantized, use_fast_matmul
+from mlx_slim.models.recorded import RecordedLogits
+from mlx_slim.models.tensors import folder_tensors
+from mlx_slim.models.verified_save import compute_dtype, save_checked, stored_dtype
+from mlx_slim.quantization.apply import parameter_bytes
+from mlx_slim.quantization.base import load_base, recorded_base
+from mlx_slim.reading import read_object
+from mlx_slim.runtime import (
+    DTYPES,
+    device_memory,
+    dtype_name,
+    human_bytes,
+    number,
+    on_gpu,
+    resolve_dtype,
+)
+
+Mode = Literal["auto", "merge", "keep", "dequantize", "requantize"]
+RECORD = "fuse.json"
+KEPT_ADAPTER = "adapters"
+
+
+@dataclass(frozen=True)
+class FuseOptions:
+    """How to fuse and how to judge it.
+
+    Attributes:
+        mode: ``keep`` puts the adapter beside its base; ``dequantize`` makes a dense model;
+            ``requantize`` returns each layer to the format it had; ``auto`` merges a dense base
+            and dequantizes a quantized one.
+        dtype: Of the floating weights on disk; None is the base's.
+        force: Write the result even if it lost the tune.
+        calibration: Text to compare on; None takes Alpaca or the demo's rows.
+        samples: Rows of that text.
+        length: Tokens of a row.
+        revision: Commit or tag of a hub model.
+    """
+
+    mode: Mode = "auto"
+    dtype: str | None = None
+    force: bool = False
+    calibration: str | None = None
+    samples: int = 4
+    length: int = 256
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What came out.
+
+    Attributes:
+        path: The folder.
+        mode: What was done: ``merge``, ``keep``, ``dequantize`` or ``requantize``.
+        layers: Adapted layers.
+        dtype: Of the floating weights.
+        bytes: Size of the weights on disk.
+        text: What was compared on.
+        effect: What is left of the tune.
+        weights_kept: Share of the weight change that is left, all layers together.
+        worst_layer: Path and share of the layer that kept least.
+        lost: Why the tune counts as lost; empty if it does not.
+    """
+
+    path: Path
+    mode: str
+    layers: int
+    dtype: str
+    bytes: int
+    text: str
+    effect: Effect
+    weights_kept: float
+    worst_layer: tuple[str, float]
+    lost: str
+
+    def as_record(self) -> dict[str, Any]:
+        """Return what ``--json`` prints and ``fuse.json`` holds."""
+        return {"schema_version": SCHEMA_VERSION, **asdict(self), "path": self.path.name}
+
+    def lines(self) -> list[str]:
+        """Return what a person reads, one fact a line."""
+        found, (path, share) = self.effect, self.worst_layer
+        lines = [
+            f"{self.path}: {self.mode}, {self.layers} layers, {self.dtype}, "
+            f"{human_bytes(self.bytes)}",
+            f"audit      {found.kept:.1%} of the adapter's effect kept, KL {found.kl:.2g} nats "
+            f"from base + adapter (the base: {found.kl_base:.2g}), same top-1 token "
+            f"{found.top1:.1%} ({found.tokens:,} tokens of {self.text})",
+            f"weights    {self.weights_kept:.1%} of the change kept, least in {path}: {share:.1%}",
+        ]
+        if self.lost:
+            lines.append(f"warning: the tune is lost: {self.lost}; written because of --force")
+        if self.mode == "keep":
+            lines.append(
+                f"try it     mlx-slim chat {self.path} --adapter {self.path / KEPT_ADAPTER}"
+            )
+        else:
+            lines.append(f"try it     mlx-slim chat {self.path}")
+        return lines
+
+
+def find_adapter(folder: Path) -> Path:
+    """Return the adapter folder that ``folder`` is, or that its run holds.
+
+    Raises:
+        SlimError: If there is none.
+    """
+    for candidate in (folder, folder / KEPT_ADAPTER):
+        if (candidate / CONFIG).is_file():
+            return candidate
+    raise SlimError(
+        f"{folder} is no adapter folder: it has no {CONFIG}",
+        "give the adapters/ of a run, or a folder that mlx_lm.lora wrote",
+    )
+
+
+@makes_folder("fuse")
+def fuse(
+    source: str | Path,
+    adapter: Adapters,
+    out: Path,
+    options: FuseOptions | None = None,
+    observer: Observer | None = None,
+) -> Fused:
+    """Fold ``adapter`` into ``source`` and write the new folder ``out``.
+
+    Args:
+        source: Folder or hub id of the base that the adapter was made for.
+        adapter: Adapter folder, ours or mlx-lm's, or the run folder that holds it; of several
+            (``DIR`` or ``DIR=WEIGHT``) the weighted sum.
+        out: Must not exist.
+        options: See ``FuseOptions``.
+        observer: Hears a ``Notice`` for each stage.
+
+    Raises:
+        ResourceError: If memory or disk are too small.
+        SlimError: If the adapter does not fit the base, or the tune is lost; nothing is written.
+    """
+    options = options or FuseOptions()
+
+    def say(message: str) -> None:
+        if observer is not None:
+            observer.notify(Notice(message))
+
+    stack = [Weighted(find_adapter(one.folder), one.weight) for one in parse_adapters(adapter)]
+    say(f"loading {source}")
+    folders = [one.folder for one in stack]
+    loaded = load_base(
+        source, used_folders(stack), revision=options.revision, dtype=compute_dtype()
+    )
+    for note in loaded.notes:
+        say(note)
+    mode = _mode(options.mode, loaded)
+    stored = stored_dtype(folder_tensors(loaded.path))
+    named = recorded_base(used_folders(stack))
+    if named is not None and mode != "keep":  # not that of the scales, which QLoRA computes in
+        stored = DTYPES.get(named[1].stored, stored)
+    if options.dtype is not None and mode != "keep":
+        stored = resolve_dtype(options.dtype)
+    tokens_NT, text = audit_tokens(
+        loaded.tokenizer,
+        options.calibration,
+        options.samples,
+        options.length,
+        limit_of(loaded.config),
+    )
+    model = loaded.model.eval()
+    base = RecordedLogits(model, tokens_NT, out)
+    injected = load_adapters(model, stack)
+    tuned = RecordedLogits(model.eval(), tokens_NT, out)
+    say(f"folding {len(injected.paths)} layers: {mode}")
+    shares, overall = _fold(model, mode, stored)
+    say(f"comparing base, base + adapter and fused model on {tokens_NT.size:,} tokens")
+    found = effect(base, tuned, tuned if mode == "keep" else model, tokens_NT)
+    lost = found.lost()
+    if lost and not options.force:
+        raise SlimError(f"this fuse loses the tune: {lost}; nothing was written", _way_out(mode))
+
+    result = Fused(
+        path=out,
+        mode=mode,
+        layers=len(injected.paths),
+        dtype=dtype_name(stored),
+        bytes=0,
+        text=text,
+        effect=found,
+        weights_kept=overall,
+        worst_layer=min(shares.items(), key=lambda item: item[1]),
+        lost=lost,
+    )
+    say(f"saving {out} and reading it back")
+
+    def beside(folder: Path) -> None:
+        nonlocal result
+        if mode == "keep":
+            _keep(folder / KEPT_ADAPTER, model, stack, str(source))
+            carry(folder / KEPT_ADAPTER, folders)
+        size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+        result = replace(result, bytes=size)
+        write_json(folder / RECORD, _record(result, source, stack))
+
+    merged = () if mode == "keep" else folders
+    save_checked(out, loaded, loaded.config, stored, beside, merged)
+    return result
+
+
+def _keep(folder: Path, model: nn.Module, stack: list[Weighted], base: str) -> None:
+    """Write the adapter beside its base: one as it is, several as the one that they add up to."""
+    if len(stack) == 1 and stack[0].weight == 1:
+        shutil.copytree(stack[0].folder, folder)
+        return
+    injected = load_adapters(model, stack)
+    config = AdapterConfig(rank=round(injected.alpha), scale=injected.scale)
+    save_adapter(folder, model, config, injected, dora=False, base=base)
+
+
+def _mode(mode: Mode, loaded: Loaded) -> str:
+    quantized = is_quantized(loaded.model)
+    if mode == "requantize" and not quantized:
+        raise SlimError(
+            f"{loaded.source} is not quantized: there is no format to return to",
+            "fuse it without --requantize, then: mlx-slim quantize FUSED -o DIR",
+        )
+    if mode == "keep" or (quantized and mode == "requantize"):
+        return mode
+    return "dequantize" if quantized else "merge"
+
+
+def _way_out(mode: str) -> str:
+    if mode == "requantize":
+        return "use --dequantize or --keep, or --force to write it all the same"
+    return "use --dtype float32 or --keep, or --force to write it all the same"
+
+
+def _fold(model: nn.Module, mode: str, stored: mx.Dtype) -> tuple[dict[str, float], float]:
+    """Fuse ``model`` in place, as it will be stored, in the dtype that models compute in.
+
+    Returns:
+        The share of each layer's change that is left, and that of all together.
+    """
+    compute = compute_dtype()
+    wide = compute is not None or mode == "requantize"
+    _check_memory(model, mode, 4 if wide else stored.size)
+    shares: dict[str, float] = {}
+    sizes: dict[str, float] = {}
+    waiting = adapters_of(model)[::-1]
+    while waiting:  # popped, so that each former layer is freed as soon as it is replaced
+        path, adapter = waiting.pop()
+        base, wanted = dequantize_weight(adapter.base), adapter.merged_weight()
+        now = wanted
+        if mode != "keep":
+            layer = merged_layer(adapter, mx.float32 if wide else stored)
+            if mode == "requantize":
+                layer = _requantized(layer, adapter.base)
+            for dtype in filter(None, (stored, compute)):
+                cast(layer, dtype)
+                read_weights(layer)
+            model.update_modules(tree_unflatten([(path, layer)]))
+            now = dequantize_weight(layer)
+        sizes[path] = number(mx.square(wanted - base).sum())
+        shares |= weight_share([(path, base, wanted, now)])
+    if mode == "keep":
+        remove_adapters(model)
+    else:
+        if mode == "dequantize":
+            densify(model)
+        for dtype in filter(None, (stored, compute)):
+            cast(model, dtype)
+            read_weights(model)
+        use_fast_matmul(model)
+    model.freeze()
+    total = sum(sizes.values())
+    along = sum(shares[path] * sizes[path] for path in shares)
+    return shares, along / total if total > 0 else 1.0
+
+
+def _check_memory(model: nn.Module, mode: str, itemsize: int) -> None:
+    """Refuse to start where a dense layer, or what the model grows by, does not fit beside it."""
+    layers = {path: adapter.base for path, adapter in adapters_of(model)}
+    if mode == "dequantize":
+        layers |= {path: each for path, each in model.named_modules() if "scales" in each}
+    dense = {id(each): itemsize * _dense_size(each) for each in layers.values()}
+    grown = {id(each): dense[id(each)] - parameter_bytes(each) for each in layers.values()}
+    needed = max(dense.values()) + (sum(grown.values()) if mode == "dequantize" else 0)
+    free = device_memory() - (mx.get_active_memory() if on_gpu() else 0)
+    if mode != "keep" and needed > free:
+        raise ResourceError(
+            f"fusing needs {human_bytes(needed)} beside the base, {human_bytes(free)} are free",
+            "close other programs, or use --keep, which makes no dense layers",
+        )
+
+
+def _dense_size(layer: Any) -> int:
+    """Return the numbers of the weight of a linear layer or embedding, quantized or not."""
+    return layer["scales"].size * layer.group_size if "scales" in layer else layer["weight"].size
+
+
+def _requantized(dense: Any, former: Any) -> nn.Module:
+    """Return ``dense`` in the format of ``former``, if that was quantized."""
+    if "scales" not in former:
+        return dense
+    layer = dense.to_quantized(group_size=former.group_size, bits=former.bits, mode=former.mode)
+    mx.eval(layer.parameters())
+    use_fast_matmul(layer)
+    return layer
+
+
+def _record(result: Fused, source: str | Path, stack: list[Weighted]) -> dict[str, Any]:
+    described = [_described(one) for one in stack]
+    return {
+        **result.as_record(),
+        "base": public_name(source),
+        "adapter": described[0],
+        **({"adapters": described} if len(described) > 1 else {}),
+        "provenance": provenance(),
+    }
+
+
+def _described(one: Weighted) -> dict[str, Any]:
+    settings = read_object(one.folder / CONFIG)
+    kept = ("fine_tune_type", "lora_parameters", "trained_with", "model")
+    if settings.get("model"):
+        settings["model"] = public_name(settings["model"])
+    found = {key: settings[key] for key in kept if key in settings}
+    return found if one.weight == 1 else {**found, "weight": one.weight}

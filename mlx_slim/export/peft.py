@@ -1,0 +1,200 @@
+"""Adapters leave for Hugging Face PEFT, and come from there.
+
+Invariant: what is written is read back first and compared with PEFT's formula, written out
+(``adapters/peft_plain.py``): weights of every layer, and logits. A base that cannot be loaded, or
+that the adapter does not fit, is one line, and nothing is left. Try it:
+``mlx-slim export runs/mine --to peft -o peft`` and ``mlx-slim import peft -o adapters``.
+"""
+
+from __future__ import annotations
+
+import copy
+import shlex
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_slim.adapters.peft import differing, place_peft, place_plain, write_peft
+from mlx_slim.adapters.peft_rules import PeftFolder, read_folder, read_settings
+from mlx_slim.adapters.store import CONFIG, load_adapter, save_adapter
+from mlx_slim.artifacts import atomic_folder, public_name
+from mlx_slim.claims import makes_folder
+from mlx_slim.errors import SlimError
+from mlx_slim.events import Observer
+from mlx_slim.export.card import Card, describe
+from mlx_slim.export.fuse import find_adapter
+from mlx_slim.export.model import Exported, add_versions, teller
+from mlx_slim.models.load import Loaded, read_config
+from mlx_slim.models.logits import logit_tolerance
+from mlx_slim.models.structure import blocks
+from mlx_slim.models.tensors import few
+from mlx_slim.models.verified_save import compute_dtype
+from mlx_slim.quantization.base import load_base
+from mlx_slim.reading import field, read_object
+from mlx_slim.runtime import number
+
+_PROBE = 16  # tokens on which what was written is compared
+
+
+def _base_of(adapter: str | Path, named: str | None, given: str | None) -> str:
+    base = given or named
+    if not base:
+        raise SlimError(f"{adapter} names no base model", "give it with --model")
+    return base
+
+
+def _load_base(adapter: Path, base: str, given: bool) -> Loaded:
+    try:
+        return load_base(base, [adapter], dtype=compute_dtype())
+    except SlimError as error:
+        if given:
+            raise
+        raise SlimError(
+            f"the base of {adapter} cannot be loaded: {error.message}",
+            "if it moved, give its new place with --model",
+        ) from error
+
+
+@makes_folder("export --to peft")
+def export_peft(
+    source: Path,
+    out: Path,
+    *,
+    base: str | None = None,
+    base_name: str | None = None,
+    observer: Observer | None = None,
+) -> Exported:
+    """Write an adapter folder as a PEFT adapter.
+
+    Args:
+        source: Adapter folder, ours or mlx-lm's, or the run that holds it.
+        out: Must not exist.
+        base: Folder or hub id of the base; None takes the one that the adapter names.
+        base_name: What ``base_model_name_or_path`` says; None repeats the base.
+        observer: Hears a ``Notice`` for each stage.
+
+    Raises:
+        SlimError: If the adapter does not fit the base, the base cannot be loaded, PEFT cannot say
+            it, or what is read back differs; nothing is written.
+    """
+    say = teller(observer)
+    source = find_adapter(source)
+    settings = read_object(source / CONFIG)
+    if "peft_type" in settings:
+        raise SlimError(f"{source} is an adapter of PEFT already", "nothing to do")
+    place = _base_of(source, field(settings, str(source / CONFIG), "model", str, None), base)
+    say(f"loading {place}")
+    loaded = _load_base(source, place, base is not None)
+    tuned = copy.deepcopy(loaded.model)
+    injected = load_adapter(tuned, source)
+    tied = bool(loaded.config.get("tie_word_embeddings"))
+    trained = field(settings, str(source / CONFIG), "trained_with", dict, {})
+    named = base_name or place
+    facts = [f"note       {note}" for note in loaded.notes]
+    quantized = "quantization" in read_config(place)
+    if quantized and base_name is None:
+        facts.append(
+            f"note       {named} is quantized for MLX; PEFT needs its dense original: name it with "
+            "--base-name"
+        )
+    with atomic_folder(out) as temporary:
+        write_peft(
+            temporary,
+            tuned,
+            injected,
+            base=named,
+            dropout=float(settings.get("lora_parameters", {}).get("dropout", 0.0)),
+            rslora=trained.get("scaling") == "rslora",
+            tied=tied,
+        )
+        _check(out, loaded, tuned, read_folder(temporary, loaded.model, tied=tied))
+        kind = "DoRA" if settings.get("fine_tune_type") == "dora" else "LoRA"
+        card = Card(
+            title=f"{kind} adapter for {public_name(named)}",
+            base=named,
+            library="peft",
+            what=f"A {kind} adapter in PEFT's format, written by mlx-slim.",
+            usage=[
+                "from transformers import AutoModelForCausalLM",
+                "from peft import PeftModel",
+                f"base = AutoModelForCausalLM.from_pretrained({public_name(named)!r})",
+                'model = PeftModel.from_pretrained(base, "this folder")',
+            ],
+        )
+        describe(source, card)
+        add_versions(card)
+        card.write(temporary)
+    facts.insert(
+        0, f"{out}: {kind} over {len(injected.paths)} layers, {injected.parameters:,} parameters"
+    )
+    facts.append("checked    read back, the logits of PEFT's formula")
+    return Exported(out, facts)
+
+
+@makes_folder("import")
+def import_peft(
+    source: Path, out: Path, *, base: str | None = None, observer: Observer | None = None
+) -> Exported:
+    """Write a PEFT adapter as an adapter folder of mlx-slim and mlx-lm.
+
+    Args:
+        source: A folder that PEFT's ``save_pretrained`` wrote.
+        out: Must not exist.
+        base: Folder or hub id of the base; None takes the one that the adapter names.
+        observer: Hears a ``Notice`` for each stage.
+
+    Raises:
+        SlimError: If it is no LoRA or DoRA, does not fit the base, or reads back differently.
+    """
+    say = teller(observer)
+    settings = read_settings(source)
+    place = _base_of(source, settings.get("base_model_name_or_path"), base)
+    say(f"loading {place}")
+    loaded = _load_base(source, place, base is not None)
+    tuned = copy.deepcopy(loaded.model)
+    tied = bool(loaded.config.get("tie_word_embeddings"))
+    given = read_folder(source, loaded.model, tied=tied)
+    found = place_peft(tuned, given)
+    with atomic_folder(out) as temporary:
+        folder = temporary / "adapters"
+        save_adapter(folder, tuned, found.config, found.injected, dora=found.dora, base=place)
+        again = copy.deepcopy(loaded.model)
+        load_adapter(again, folder)
+        _check(out, loaded, again, given)
+        for file in list(folder.iterdir()):
+            file.rename(temporary / file.name)
+        folder.rmdir()
+    kind = "DoRA" if found.dora else "LoRA"
+    injected = found.injected
+    facts = [
+        f"{out}: {kind} over {len(injected.paths)} layers, rank {found.config.rank}, scale "
+        f"{injected.scale:g}, {injected.parameters:,} parameters",
+        *(f"note       {note}" for note in found.notes),
+        "checked    read back, the logits of PEFT's formula",
+    ]
+    command = ["mlx-slim", "chat", place, "--adapter", str(out)]
+    return Exported(out, facts, [shlex.join(command)])
+
+
+def _check(out: Path, loaded: Loaded, tuned: nn.Module, given: PeftFolder) -> None:
+    """Raise unless ``tuned`` is the base with ``given`` as PEFT computes it."""
+    wrong = differing(tuned, given)
+    plain = copy.deepcopy(loaded.model)
+    place_plain(plain, given)
+    vocabulary = int(loaded.config.get("vocab_size") or 256)
+    ids_1T = mx.array([[(7919 * i + 11) % vocabulary for i in range(_PROBE)]])
+    plain.eval()
+    tuned.eval()
+    expected, logits = (model(ids_1T) for model in (plain, tuned))
+    tolerance = logit_tolerance(len(blocks(tuned)), expected.dtype, logits.dtype)
+    expected, logits = expected.astype(mx.float32), logits.astype(mx.float32)
+    gap = number(mx.abs(logits - expected).max() / mx.abs(expected).max())
+    if wrong or not gap <= tolerance:
+        raise SlimError(
+            f"{out}: what was written is not what PEFT computes: relative difference of the logits "
+            f"{gap:.2g}"
+            + (f", layers that differ: {few(wrong)}" if wrong else "")
+            + "; it was not kept",
+            "please report it",
+        )

@@ -1,0 +1,272 @@
+"""What a training run is built from: the model with its trainable parameters, the rows, the loop.
+
+Invariant: one way to build each of them, for every command that trains, probes or measures.
+Try it: ``mlx-slim plan smollm2-lora --probe``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.utils import get_total_parameters
+
+from mlx_slim import events
+from mlx_slim.adapters.inject import Injected, inject
+from mlx_slim.adapters.stack import adapter_folder, combined, parse_adapters, used_folders
+from mlx_slim.adapters.start import read_start, start_from
+from mlx_slim.adapters.variants import learning_rate_scale
+from mlx_slim.config.schema import DataConfig, Recipe, SourceConfig
+from mlx_slim.data.batches import Batcher, Mode, choose_mode
+from mlx_slim.data.prepare import Prepared, prepare
+from mlx_slim.data.shapes import SHAPES, VALIDATION_SHAPES
+from mlx_slim.data.sources import Source
+from mlx_slim.data.store import TokenStore
+from mlx_slim.errors import SlimError
+from mlx_slim.evaluation.tasks.trained_rows import finder
+from mlx_slim.models import structure
+from mlx_slim.models.limits import shortest
+from mlx_slim.models.load import Loaded, load, read_config
+from mlx_slim.models.quantized import is_quantized
+from mlx_slim.models.rope import boundary_of
+from mlx_slim.models.tensors import folder_tensors
+from mlx_slim.models.tokenizer import keep_within
+from mlx_slim.models.verified_save import stored_dtype
+from mlx_slim.planner.shapes import refuse_quantized
+from mlx_slim.quantization.apply import quantize_model
+from mlx_slim.quantization.base import QuantizedBase, load_base, quantized_base, recorded_base
+from mlx_slim.quantization.policy import make_policy
+from mlx_slim.runtime import cpu_lanes, on_gpu, resolve_dtype, world
+from mlx_slim.training.adalora import RankBudget
+from mlx_slim.training.callbacks import Companion
+from mlx_slim.training.loop import Loop
+from mlx_slim.training.qat import QuantizationAware
+from mlx_slim.training.step import CrossEntropy, Objective
+
+Objectives = Callable[[nn.Module, int | None, int, int], tuple[Objective, Objective | None]]
+
+
+@dataclass
+class Tuned:
+    """A model ready to be tuned.
+
+    Attributes:
+        loaded: As it came from disk; ``loaded.model`` was changed in place.
+        config: Its configuration, with ``quantization`` if it was quantized here.
+        injected: The adapters, or None for full tuning.
+        total: Parameters of the base, counted as dense.
+        base: How the base was quantized here; None if it is the recipe's model as it is stored.
+        companions: What else takes part in its training.
+    """
+
+    loaded: Loaded
+    config: dict[str, Any]
+    injected: Injected | None
+    total: int
+    base: QuantizedBase | None = None
+    companions: list[Companion] = field(default_factory=list)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model."""
+        return self.loaded.model
+
+
+def started_from(recipe: Recipe) -> list[Path]:
+    """Return the adapter folder that ``recipe`` starts from, if it does."""
+    given = recipe.adapter.init_from
+    return [] if given is None else [adapter_folder(Path(given).expanduser())]
+
+
+def prepare_base(recipe: Recipe) -> tuple[Loaded, QuantizedBase | None]:
+    """Load the base of ``recipe``, each layer quantized as it is read where the method wants it.
+
+    Adapters that lie under the new one (``adapter.on``), or that it starts from
+    (``adapter.init_from``), bring the base that they were trained over.
+
+    Returns:
+        The base, and how it was quantized if the recipe's model is not.
+
+    Raises:
+        SlimError: If the model cannot be loaded, or does not fit the method or those adapters.
+    """
+    below = [*used_folders(parse_adapters(recipe.adapter.on)), *started_from(recipe)]
+    named, own = recorded_base(below), quantized_base(recipe)
+    if own is not None and named is not None and not own.same_weights(named[1]):
+        key = "init_from" if [named[0]] == started_from(recipe) else "on"
+        raise SlimError(
+            f"adapter.{key}: {named[0]} was trained over {named[1]} in {named[1].dtype}, this "
+            f"recipe quantizes to {own} in {own.dtype}",
+            "give quantize and train.dtype the values that it was trained with",
+        )
+
+    def fit(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
+        quantized = is_quantized(model)
+        if quantized:
+            refuse_quantized(recipe)
+        if recipe.method == "qlora" and not quantized:
+            return quantize_model(model, config, recipe.quantize).config
+        return config
+
+    dtype = resolve_dtype(recipe.train.dtype)
+    settings: dict[str, Any] = {"revision": recipe.revision, "dtype": dtype, "transform": fit}
+    if own is not None:
+        return load(recipe.model, **settings), own
+    loaded = load_base(recipe.model, below, **settings)
+    dense = "quantization" not in read_config(recipe.model, recipe.revision)
+    return loaded, named[1] if named is not None and dense else None
+
+
+def prepare_model(recipe: Recipe) -> Tuned:
+    """Return the base of ``recipe`` with its trainable parameters chosen: adapters, or all."""
+    loaded, base = prepare_base(recipe)
+    total = get_total_parameters(loaded.model)
+    aware = recipe.quantize.aware
+    rounds = make_policy(loaded.model, recipe.quantize).chosen if aware else {}
+    mx.random.seed(recipe.train.seed)
+    injected = None
+    if recipe.method == "full":
+        loaded.model.unfreeze()
+    else:
+        dora = recipe.method == "dora"
+        below = combined(loaded.model, parse_adapters(recipe.adapter.on))
+        tied = bool(loaded.config.get("tie_word_embeddings"))
+        start = [read_start(loaded.model, one, tied=tied) for one in started_from(recipe)]
+        injected = inject(loaded.model, recipe.adapter, dora=dora, below=below)
+        for stored in start:
+            start_from(loaded.model, stored, recipe.adapter, injected, dora=dora)
+    mx.eval(loaded.model.parameters())
+    tuned = Tuned(loaded, loaded.config, injected, total, base)
+    if aware:
+        stored = stored_dtype(folder_tensors(loaded.path))
+        tuned.companions.append(QuantizationAware(loaded.model, rounds, stored))
+    if injected is not None and recipe.adapter.adaptive is not None:
+        tuned.companions.append(RankBudget(loaded.model, recipe.adapter.adaptive))
+    return tuned
+
+
+def prepare_data(
+    recipe: Recipe,
+    tuned: Tuned,
+    out: Path,
+    *,
+    unchanged: bool,
+    data: DataConfig | None = None,
+    find: Callable[[SourceConfig], Source] | None = None,
+    readers: Sequence[dict[str, Any]] = (),
+) -> Prepared:
+    """Tokenise the rows on rank 0, then open them on every rank.
+
+    ``data`` stands for ``recipe.data`` where a run learns from other rows, ``find`` finds them;
+    ``readers`` are the configs of other models that read them.
+    """
+    limit = shortest([tuned.config, *readers])
+    keep_within(tuned.loaded.tokenizer, [tuned.config, *readers])
+
+    def rows() -> Prepared:
+        return prepare(
+            data or recipe.data,
+            tuned.loaded.tokenizer,
+            max_length=recipe.train.max_length,
+            seed=recipe.train.seed,
+            folder=out,
+            unchanged=unchanged,
+            find=find or finder(out),
+            limit=limit,
+        )
+
+    if world().rank() == 0:
+        prepared = rows()
+    if world().size() > 1:
+        mx.eval(mx.distributed.all_sum(mx.array(1), group=world()))
+        prepared = rows()
+    return prepared
+
+
+def from_rows(
+    model: nn.Module, chunk: int | None, vocabulary: int, lanes: int
+) -> tuple[Objective, Objective | None]:
+    """Return cross-entropy of the rows, for training and for held-out rows."""
+    return CrossEntropy(model, chunk, vocabulary, lanes), None
+
+
+def build_loop(
+    recipe: Recipe,
+    tuned: Tuned,
+    data: Prepared,
+    out: Path,
+    observer: events.Observer,
+    budget: int,
+    objectives: Objectives = from_rows,
+) -> Loop:
+    """Return the loop of ``recipe``: batches, objective, lanes.
+
+    ``objectives`` makes what is minimised and what held-out rows are measured by, from model,
+    ``train.loss_chunk``, vocabulary and lanes.
+
+    Raises:
+        SlimError: If packing is demanded of a model whose packed rows do not stay apart.
+    """
+    config = recipe.train
+    model = tuned.model
+    compiled = on_gpu() if config.compile == "auto" else config.compile
+    held_out_limit = VALIDATION_SHAPES if compiled else None
+    limit = SHAPES - (VALIDATION_SHAPES if data.validation else 0) if compiled else None
+    if limit is not None and recipe.distill is not None:
+        limit -= (
+            1  # of the largest batch, tried before the teachers are asked and the model is rebuilt
+        )
+    mode = config.batching
+    if mode != "grouped" and not structure.packs(model):
+        if mode == "packed":
+            raise SlimError(
+                f"rows packed into one sequence do not stay apart in {tuned.config['model_type']}",
+                "set train.batching=grouped",
+            )
+        mode = "grouped"
+
+    # A RoPE that looks at the length sees that of the packed sequence: it may not pass the rows'.
+    length = min(config.max_length, boundary_of(model) or config.max_length)
+
+    def cheaper(rows: TokenStore, limit: int | None) -> Mode:
+        balance = structure.attention_balance(model, on_gpu())
+        sizes = config.batch_tokens, length, config.seed
+        return choose_mode(rows, *sizes, balance, limit)
+
+    # Of few shapes, those of rows of like length are padded most.
+    held_out_mode: Mode = "grouped"
+    if compiled and data.validation and mode != "grouped":
+        held_out_mode = cheaper(data.validation, held_out_limit)
+    mode = cheaper(data.train, limit) if mode == "auto" else mode
+    # Each part has gradients of its own: cheap for adapters, a second model for full tuning.
+    lanes = 1 if recipe.method == "full" or compiled else cpu_lanes()
+    vocabulary = tuned.config.get("vocab_size", 8)
+    objective, held_out = objectives(model, config.loss_chunk, vocabulary, lanes)
+    if isinstance(objective, CrossEntropy) and objective.split is None:
+        text = f"{tuned.config['model_type']}: body and head do not split; full logits are computed"
+        observer.notify(events.Notice(text, level="warning"))
+
+    def batcher(rows: TokenStore, mode: Mode, limit: int | None) -> Batcher:
+        return Batcher(rows, config.batch_tokens, length, mode, config.seed, limit)
+
+    return Loop(
+        model=model,
+        objective=objective,
+        held_out=held_out,
+        config=config,
+        batcher=batcher(data.train, mode, limit),
+        validation=(
+            batcher(data.validation, held_out_mode, held_out_limit) if data.validation else None
+        ),
+        observer=observer,
+        checkpoints=out / "checkpoints",
+        rate_scale=lambda path: learning_rate_scale(path, recipe.adapter),
+        budget_bytes=budget,
+        compiled=compiled,
+        lanes=lanes,
+        companions=tuned.companions,
+    )

@@ -1,0 +1,98 @@
+"""The general text of ``held_out``: read, cut into windows, measured by the scorer of ``eval``.
+
+Invariant: bits per byte are those of ``mlx-slim eval --perplexity`` (``evaluation/scoring/perplexity.py``) in
+windows of ``train.max_length``, by the weights as the run would save them: in evaluation mode, and
+rounded where it trains for quantization. Try it:
+``mlx-slim train smollm2-lora held_out.path=task:openbookqa held_out.rows=100 -o runs/watched``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+from mlx_slim import events
+from mlx_slim.artifacts import hash_json
+from mlx_slim.config.schema import HeldOutConfig, Recipe, SourceConfig
+from mlx_slim.data.formats import Dropped, read_example
+from mlx_slim.data.readers import suffix_of
+from mlx_slim.data.sources import find
+from mlx_slim.errors import SlimError
+from mlx_slim.evaluation.jobs import Engine
+from mlx_slim.evaluation.scoring.loglikelihood import Scorer
+from mlx_slim.evaluation.scoring.perplexity import TextJob, Texts, read_texts
+from mlx_slim.evaluation.scoring.requests import Encoder, max_length
+from mlx_slim.evaluation.tasks.prompts import Question, build_questions
+from mlx_slim.evaluation.tasks.rows import load_rows
+from mlx_slim.evaluation.tasks.spec import find_task
+from mlx_slim.finetuning.build import Tuned
+from mlx_slim.finetuning.forgetting_callback import HeldOut
+from mlx_slim.models.limits import limit_of
+from mlx_slim.training.callbacks import computing
+
+_TASK = "task:"
+
+
+def read_held_out(config: HeldOutConfig) -> Texts:
+    """Return the documents of ``held_out``.
+
+    Raises:
+        SlimError: If there are none, or they cannot be read.
+    """
+    path = config.path
+    if path.startswith(_TASK):
+        task = find_task(path.removeprefix(_TASK))
+        questions = build_questions(task, load_rows(task), 0, config.rows)
+        return _texts(path, [_document(question) for question in questions])
+    if suffix_of(path) == ".txt":
+        return read_texts(Path(path).expanduser())
+    source = SourceConfig(path=path)
+    documents = []
+    for row in itertools.islice(find(source), config.rows):
+        try:
+            example = read_example(row, "auto", columns={}, system=None)
+        except Dropped:
+            continue
+        documents.append("\n\n".join(example.texts))
+    return _texts(path, documents)
+
+
+def _document(question: Question) -> str:
+    """Return a question with its right answer."""
+    if isinstance(question.target, int):
+        return question.context + question.choices[question.target]
+    return f"{question.context} {question.target}"
+
+
+def _texts(name: str, documents: list[str]) -> Texts:
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise SlimError(f"held_out.path={name} holds no text", "give some text to watch")
+    size = sum(len(document.encode()) for document in documents)
+    return Texts(name, documents, size, hash_json(documents))
+
+
+def watch(recipe: Recipe, tuned: Tuned, observer: events.Observer) -> list[HeldOut]:
+    """Return the companion that watches the text of ``recipe.held_out``; none without one.
+
+    Raises:
+        SlimError: If the text cannot be read.
+    """
+    config = recipe.held_out
+    if config is None:
+        return []
+    tokenizer = tuned.loaded.tokenizer
+    longest = min(max_length(tuned.config, tokenizer), recipe.train.max_length)
+    job = TextJob(read_held_out(config), Encoder(tokenizer, longest, limit=limit_of(tuned.config)))
+    companions = list(tuned.companions)
+
+    def measure() -> float:
+        model = tuned.model
+        training = model.training
+        with computing(companions):
+            engine = Engine(model, tokenizer, Scorer(model))
+            records = [r for chunk in job.chunks for r in job.compute(chunk, engine).records]
+        model.train(training)
+        return float(job.summarize(records)["metrics"]["bits_per_byte"]["value"])
+
+    return [HeldOut(config, measure, observer, job.texts.sha256)]

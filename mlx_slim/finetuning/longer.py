@@ -1,0 +1,100 @@
+"""A fine-tune that is given more steps than it had, finished or not.
+
+Invariant: nothing in its folder changes until the longer run can start. Then ``recipe.json`` says
+the new length and how the run began, and after that ``run.json`` goes, so that a kill between the
+two leaves a ``run.json`` of fewer steps than ``recipe.json`` asks for, which is known as such. What
+the longer run goes on from, ``training/extension.py`` decides. Try it:
+``mlx-slim train smollm2-lora -o runs/try --resume train.steps=200``, after one of 100.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_slim.config.schema import Recipe
+from mlx_slim.errors import SlimError
+from mlx_slim.finetuning.run_dir import RECORD, STATE_FILE, extended_run, fewer_steps, trained_as
+from mlx_slim.training.checkpoint import read_position
+from mlx_slim.training.extension import describe, reopen
+from mlx_slim.training.loop import Loop, total_steps
+from mlx_slim.training.optim import Extended, warmup_steps
+
+
+@dataclass(frozen=True)
+class Going:
+    """How a run goes on.
+
+    Attributes:
+        start: The checkpoint; None begins with the first step.
+        extended: How it began, if it was given more steps since.
+        complete: There is nothing to do.
+        grown: It is longer than ``recipe.json`` says.
+        note: What the user should know; empty if nothing.
+    """
+
+    start: Path | None
+    extended: Extended | None = None
+    complete: bool = False
+    grown: bool = False
+    note: str = ""
+
+
+def go_on(out: Path, recipe: Recipe, loop: Loop, reached: Path | None) -> Going:
+    """Return how the run in ``out`` goes on under ``recipe``, and give ``loop`` its rates.
+
+    Args:
+        out: A run that was started.
+        recipe: Of a resume: as it was started, but for the length.
+        loop: Built from it.
+        reached: The newest checkpoint there.
+
+    Raises:
+        SlimError: If it has fewer steps than the run was to take, or has more and cannot go on.
+    """
+    before = _steps(out / STATE_FILE, loop)
+    done = _steps(out / RECORD, loop) if (out / RECORD).exists() else 0
+    if loop.total < before:
+        raise fewer_steps(out, f"{before:,} steps", f"{loop.total:,}")
+    if done == loop.total:
+        return Going(reached, complete=True)
+    grown = loop.total > before
+    if reached is None:
+        if done:
+            raise _cannot(out, "its checkpoints were removed")
+        return Going(None, grown=grown)
+    extended = extended_run(out)
+    if grown:
+        if recipe.adapter.adaptive:
+            raise _cannot(out, f"adapter.adaptive laid its ranks out over {before:,} steps")
+        warmup = extended.warmup if extended else warmup_steps(recipe.train, before)
+        extended = Extended(warmup, (*(extended.totals if extended else ()), before))
+    loop.extend(extended)
+    start = loop.newest()
+    if start is None:
+        raise _cannot(out, "no checkpoint is left from before its decay")
+    if extended is None:
+        return Going(start)
+    position = read_position(start)
+    if position.total == loop.total:  # of the longer run already
+        return Going(start, extended)
+    reopen(position, recipe.train, loop.total)
+    watched = recipe.held_out is not None and position.held_out_over >= recipe.held_out.patience
+    patience = recipe.train.early_stopping
+    if watched or (patience is not None and position.since_best >= patience):
+        why = "its held-out text" if watched else "its validation"
+        raise _cannot(out, f"it was stopped by {why} after step {position.step:,}")
+    steps = position.step, read_position(reached).step
+    note = describe(recipe.train, extended, loop.total, *steps)
+    return Going(start, extended, grown=grown, note=note)
+
+
+def _steps(file: Path, loop: Loop) -> int:
+    """Return the steps that the recipe in ``file`` asks for."""
+    config = trained_as(file)
+    same = (config.steps, config.epochs) == (loop.config.steps, loop.config.epochs)
+    return loop.total if same else total_steps(config, loop.batcher)[0]
+
+
+def _cannot(out: Path, why: str) -> SlimError:
+    return SlimError(f"{out} cannot take more steps: {why}", "start a new run of that length")

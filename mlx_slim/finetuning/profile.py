@@ -1,0 +1,65 @@
+"""Three real steps of a run's largest micro-batch: what ``plan --probe`` measures.
+
+Invariant: model, rows, batches, optimizer and loop are those of ``finetune``; nothing is kept, and
+the folder that the rows are tokenised in is temporary. Try it:
+``mlx-slim plan smollm2-lora data.path=rows.jsonl --probe``.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_slim import events
+from mlx_slim.config.schema import Recipe
+from mlx_slim.finetuning.build import build_loop, prepare_data, prepare_model
+from mlx_slim.models import structure
+from mlx_slim.training.grad_checkpoint import checkpointed
+
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the steps cost.
+
+    Attributes:
+        steps: Optimizer steps taken.
+        seconds_per_batch: Median time of one micro-batch, the first step left out (it warms up).
+        computed_tokens: Positions of that micro-batch.
+        length: Positions of its longest sequence.
+        peak_memory_bytes: MLX peak of the steps, weights and optimizer included.
+        lengths: Tokens of each training row.
+    """
+
+    steps: int
+    seconds_per_batch: float
+    computed_tokens: int
+    length: int
+    peak_memory_bytes: int
+    lengths: list[int]
+
+
+def probe(recipe: Recipe, observer: events.Observer, *, steps: int = STEPS) -> Probe:
+    """Load the model and the rows of ``recipe`` and take ``steps`` steps of its worst batch.
+
+    Raises:
+        SlimError: As ``finetune`` does for input that cannot be used.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tuned = prepare_model(recipe)
+        data = prepare_data(recipe, tuned, folder, unchanged=False)
+        loop = build_loop(recipe, tuned, data, folder, observer, budget=0)
+        with checkpointed(structure.blocks(tuned.model), recipe.train.grad_checkpoint):
+            seconds, positions, peak = loop.rehearse(steps)
+        return Probe(
+            steps=steps,
+            seconds_per_batch=statistics.median(seconds[1:] or seconds),
+            computed_tokens=positions,
+            length=loop.batcher.worst().tokens_BT.shape[1],
+            peak_memory_bytes=peak,
+            lengths=data.train.lengths.tolist(),
+        )

@@ -1,0 +1,366 @@
+"""Fine-tune: prepare → run → save → verify.
+
+What a run learns from besides its rows, a ``Course`` says; distillation is one (``distill.py``).
+Invariant: the run folder appears only when a run can start, holds at every moment what ``resume``
+needs, and gets ``run.json`` last, after the saved weights were loaded again and gave the same
+logits. Bad input leaves no folder behind. Try it: ``mlx-slim train smollm2-lora -o runs/try``.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_slim import events
+from mlx_slim.adapters.advice import rank_advice
+from mlx_slim.artifacts import SCHEMA_VERSION, provenance, write_json
+from mlx_slim.config.load import Resolved
+from mlx_slim.config.schema import Recipe
+from mlx_slim.data.ledger import notes
+from mlx_slim.data.prepare import Prepared
+from mlx_slim.errors import Interrupted, ResourceError, SlimError
+from mlx_slim.finetuning.build import Tuned, build_loop
+from mlx_slim.finetuning.forgetting import watch
+from mlx_slim.finetuning.longer import Going, go_on
+from mlx_slim.finetuning.run_dir import (
+    RECORD,
+    STATE_FILE,
+    Result,
+    claim,
+    is_complete,
+    resume_command,
+    state_record,
+)
+from mlx_slim.finetuning.strategy import Course, base_folder
+from mlx_slim.models import structure
+from mlx_slim.models.logits import logit_tolerance
+from mlx_slim.models.recorded import release
+from mlx_slim.planner.memory import Prediction
+from mlx_slim.reading import library_errors, read_object, short
+from mlx_slim.runtime import (
+    dtype_name,
+    from_first_rank,
+    human_bytes,
+    memory_budget,
+    number,
+    resolve_dtype,
+    world,
+)
+from mlx_slim.training import checkpoint, rotation
+from mlx_slim.training.checkpoint import read_position
+from mlx_slim.training.extension import reopen
+from mlx_slim.training.grad_checkpoint import checkpointed
+from mlx_slim.training.loop import Loop
+from mlx_slim.training.metrics import MetricsFile
+from mlx_slim.training.optim import Extended, trainable
+
+_CACHE_SHARE = 8  # MLX may keep 1/8 of the budget as free buffers
+
+
+def finetune(
+    resolved: Resolved,
+    out: Path,
+    *,
+    observer: events.Observer,
+    resume: bool = False,
+    course: Course | None = None,
+) -> Result:
+    """Run a recipe into the folder ``out``.
+
+    Args:
+        resolved: The recipe and where its values come from.
+        out: The run folder; must be new unless ``resume``.
+        observer: Hears of every event.
+        resume: Go on from the newest checkpoint, exactly; or with more steps than it had.
+        course: How it learns; None is from its rows alone.
+
+    Raises:
+        SlimError: Bad input, or a resume with another recipe or other data.
+        ResourceError: Over the memory budget or out of disk, before training.
+        Interrupted: Ctrl-C; the state is saved.
+    """
+    recipe = resolved.recipe
+    if course is None:
+        if recipe.distill is not None:
+            raise SlimError(
+                f"{resolved.given} has teachers (distill:), and this is plain fine-tuning",
+                f"use mlx-slim distill {resolved.given}, or drop them with distill=null",
+            )
+        course = Course()
+    with claim(out, recipe, observer, resume=resume) as started:
+        try:
+            return _run(resolved, out, observer, course, started)
+        except KeyboardInterrupt as stop:  # outside of the steps: loading, the final save
+            if not (out / STATE_FILE).exists():
+                raise
+            raise Interrupted(
+                f"stopped; what is complete is kept in {out}",
+                f"resume with: {resume_command(resolved, out)}",
+            ) from stop
+
+
+def _run(
+    resolved: Resolved, out: Path, observer: events.Observer, course: Course, started: bool
+) -> Result:
+    """Run a recipe in the folder that this process holds."""
+    recipe = resolved.recipe
+    if is_complete(out, recipe):
+        return _finished(out, observer)
+    budget = memory_budget(recipe.memory.budget)
+    mx.set_cache_limit(budget // _CACHE_SHARE)
+    metrics = MetricsFile(out / "metrics.jsonl")
+    listeners = events.Broadcast([metrics, observer] if world().rank() == 0 else [])
+    newest = rotation.latest(out / "checkpoints") if started else None
+    first = world().rank() == 0
+    if first and newest is None and not (out / RECORD).exists():
+        metrics.clear()
+    course.begin(recipe, observer)
+    _check_loading(recipe, course.expect(recipe), budget)
+    built = _build(recipe, course, out, listeners, budget, unchanged=started)
+    going = Going(None)
+    if started:
+        going = go_on(out, recipe, built.loop, newest)
+        if going.complete:
+            return _finished(out, observer)
+    newest = going.start
+    with checkpointed(structure.blocks(built.tuned.model), recipe.train.grad_checkpoint):
+        if not (out / "checkpoints").exists():
+            _check_disk(out, built.prediction)
+            course.check_disk(out)
+        _preflight(built.loop, built.prediction, budget)
+
+    from_first_rank(partial(_begin, resolved, out, built.data, going, started))
+    if course.studies():  # teachers are loaded: the student makes room
+        del built
+        gc.collect()
+        mx.clear_cache()
+        if not course.study(observer):
+            raise Interrupted(
+                "stopped while the teachers were asked; what they said is kept",
+                f"resume with: {resume_command(resolved, out)}",
+            )
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        if first and newest is None:
+            metrics.clear()  # what is said of the run is said again
+        built = _build(recipe, course, out, listeners, budget, unchanged=True)
+        built.loop.extend(going.extended)
+    tuned, loop = built.tuned, built.loop
+    if first and newest is not None:
+        saved = events.Saved(int(newest.name[5:]), f"{newest.parent.name}/{newest.name}")
+        metrics.rewind(saved, reopen(read_position(newest), recipe.train, loop.total))
+    with checkpointed(structure.blocks(tuned.model), recipe.train.grad_checkpoint):
+        if newest is not None:
+            if going.note:
+                listeners.notify(events.Notice(going.note))
+            loop.resume(newest)
+        else:
+            advice = rank_advice(recipe, loop.total)
+            for line in notes(built.data.ledger):
+                listeners.notify(events.Notice(line, "warning"))
+            if advice:
+                listeners.notify(events.Notice(advice))
+        done = loop.run()
+    if done.reason == "interrupted":
+        raise Interrupted(
+            f"stopped after step {done.step} of {loop.total}; the state is saved",
+            f"resume with: {resume_command(resolved, out)}",
+        )
+    artifact = course.artifact(recipe, tuned)
+    result = Result(
+        out=out,
+        done=done,
+        model=recipe.model,
+        artifact=artifact,
+        trainable=sum(value.size for value in trainable(tuned.model).values()),
+        total=tuned.total,
+        predicted_peak_bytes=built.prediction.predicted_peak_bytes,
+        ledger=built.data.ledger,
+        on=recipe.adapter.on,
+        base=None if tuned.base is None else base_folder(Path(artifact)).name,
+    )
+    del built, loop  # optimizer, batches, objectives: what follows needs the model alone
+    gc.collect()
+    mx.clear_cache()
+    if world().rank() == 0:
+        _best_weights(tuned, result)
+        course.save(recipe, tuned, out)
+        _verify(recipe, course, tuned, result)
+        write_json(out / RECORD, _record(resolved, course, result, budget, going.extended))
+    return result
+
+
+def _begin(resolved: Resolved, out: Path, data: Prepared, going: Going, started: bool) -> None:
+    """Let the folder say that the run can start, or that it takes more steps now."""
+    if not started or going.grown:
+        write_json(out / STATE_FILE, state_record(resolved, data, going.extended))
+    (out / RECORD).unlink(missing_ok=True)  # of the run that was shorter
+
+
+@dataclass
+class _Built:
+    """A run that is ready to start."""
+
+    tuned: Tuned
+    data: Prepared
+    prediction: Prediction
+    loop: Loop
+
+
+def _build(
+    recipe: Recipe,
+    course: Course,
+    out: Path,
+    observer: events.Observer,
+    budget: int,
+    *,
+    unchanged: bool,
+) -> _Built:
+    tuned = course.model(recipe)
+    for note in tuned.loaded.notes:
+        observer.notify(events.Notice(note))
+    data = course.rows(recipe, tuned, out, unchanged=unchanged)
+    course.read(recipe, tuned, data, out)
+    prediction = course.predict(recipe, tuned, data.train.lengths.tolist())
+    tuned.companions += watch(recipe, tuned, observer)
+    loop = build_loop(recipe, tuned, data, out, observer, budget, course.objectives)
+    return _Built(tuned, data, prediction, loop)
+
+
+def _finished(out: Path, observer: events.Observer) -> Result:
+    """Return the result of a run that is complete."""
+    file = out / RECORD
+    fields = read_object(file, result=dict)["result"]
+    ledger = read_object(out / "data_ledger.json")
+    with library_errors(f"{short(file)} is damaged", "start a new run"):
+        result = Result(
+            out=out,
+            done=events.Done(**fields["done"]),
+            ledger=ledger,
+            **{key: value for key, value in fields.items() if key != "done"},
+        )
+    observer.notify(events.Notice(f"{out} is complete: nothing to do"))
+    return result
+
+
+# ------------------------------------------------------------------------------------ the guard
+
+
+def _check_disk(out: Path, prediction: Prediction) -> None:
+    """Refuse to start when the disk cannot hold the run."""
+    free = shutil.disk_usage(out).free
+    if free < prediction.disk_bytes:
+        raise ResourceError(
+            f"{out} will need {human_bytes(prediction.disk_bytes)} of disk, "
+            f"{human_bytes(free)} are free",
+            "free some space, choose another output folder, or keep less with train.keep=1",
+        )
+
+
+def _check_loading(recipe: Recipe, prediction: Prediction, budget: int) -> None:
+    """Refuse to load a base for which the budget is too small."""
+    needed = prediction.loading_peak_bytes
+    if needed > budget:
+        raise ResourceError(
+            f"loading {recipe.model} needs {human_bytes(needed)} (predicted), the budget is "
+            f"{human_bytes(budget)}",
+            _cheapest_fit(prediction, prediction.predicted_peak_bytes, budget),
+        )
+
+
+def _preflight(loop: Loop, prediction: Prediction, budget: int) -> None:
+    """Run the largest micro-batch; refuse to start over the budget.
+
+    A prediction of twice the budget is believed without a try, which could exhaust the machine.
+    """
+    over = prediction.predicted_peak_bytes > 2 * budget
+    peak = prediction.predicted_peak_bytes if over else loop.preflight()
+    if peak > budget:
+        raise ResourceError(
+            f"this run needs {human_bytes(peak)} ({'predicted' if over else 'measured'}), "
+            f"the budget is {human_bytes(budget)}",
+            _cheapest_fit(prediction, peak, budget),
+        )
+
+
+def _cheapest_fit(prediction: Prediction, peak: int, budget: int) -> str:
+    """Return the cheapest suggestion that fits once corrected by what was measured."""
+    correction = peak / prediction.predicted_peak_bytes
+    for suggestion in prediction.suggestions:
+        size = suggestion.predicted_peak_bytes * correction
+        if size <= budget:
+            return f"fits with {suggestion.set} (about {human_bytes(size)})"
+    return "no single change fits: try a smaller model, or see mlx-slim plan"
+
+
+# ---------------------------------------------------------------------------------------- saving
+
+
+def _best_weights(tuned: Tuned, result: Result) -> None:
+    """Go back to the best step (the last one without a validation split)."""
+    done = result.done
+    if done.kept_step != done.step:
+        best = rotation.path_of(result.out / "checkpoints", done.kept_step)
+        checkpoint.load_weights(best, tuned.model)
+
+
+def _verify(recipe: Recipe, course: Course, tuned: Tuned, result: Result) -> None:
+    """Load what was saved as a user would, and compare logits.
+
+    Raises:
+        SlimError: If they differ.
+    """
+    tokens_BT = mx.arange(16)[None] % max(2, tuned.config.get("vocab_size", 16))
+    tuned.model.eval()
+    trained = tuned.model(tokens_BT)
+    expected = trained.astype(mx.float32)
+    mx.eval(expected)
+    release(tuned.model)  # before the second copy comes
+    tuned.companions.clear()
+    again = course.load_again(recipe, tuned, result.out)
+    again.eval()
+    loaded = again(tokens_BT)
+    worst = number(mx.abs(loaded.astype(mx.float32) - expected).max())
+    scale = number(mx.abs(expected).max())
+    tolerance = logit_tolerance(len(structure.blocks(again)), trained.dtype, loaded.dtype)
+    if not worst <= tolerance * scale:
+        raise SlimError(
+            f"{result.out / result.artifact}: reloaded logits differ by {worst:.3g} "
+            f"(largest logit {scale:.3g})",
+            "this is a bug: please report it with run.json",
+        )
+
+
+def _record(
+    resolved: Resolved, course: Course, result: Result, budget: int, extended: Extended | None
+) -> dict[str, Any]:
+    """Return ``run.json``."""
+    files = [p for p in (result.out / result.artifact).rglob("*") if p.is_file()]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "status": "complete",
+        "recipe": resolved.recipe.model_dump(mode="json"),
+        "origins": resolved.origins,
+        "dtype": dtype_name(resolve_dtype(resolved.recipe.train.dtype)),
+        "provenance": provenance(),
+        "budget_bytes": budget,
+        "artifact_bytes": sum(path.stat().st_size for path in files),
+        **({"extended": asdict(extended)} if extended else {}),
+        **course.record(),
+        "result": {
+            "done": asdict(result.done),
+            "model": result.model,
+            "artifact": result.artifact,
+            "trainable": result.trainable,
+            "total": result.total,
+            "predicted_peak_bytes": result.predicted_peak_bytes,
+            "on": result.on,
+            "base": result.base,
+        },
+    }

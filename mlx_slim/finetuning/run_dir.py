@@ -1,0 +1,256 @@
+"""The folder of a fine-tune: who may start in it, who may go on, and what it says at the end.
+
+Invariant: a folder that cannot start a run is left as it was; a resume needs the same recipe, but
+for more steps (and, in ``data/prepare.py``, the same rows); ``run.json`` means complete. Files:
+``recipe.json`` (at the start), ``metrics.jsonl``, ``tokens/``, ``data_ledger.json``,
+``checkpoints/``, then ``adapters/`` (and ``base/``, if the run quantized it) or ``model/``, then
+``run.json``. A run that is given more steps gets another ``recipe.json`` when it can start, and
+loses its ``run.json`` then; what it had learned stays until the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shlex
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from mlx_slim import events
+from mlx_slim.adapters.stack import parse_adapters
+from mlx_slim.adapters.store import adapter_hash
+from mlx_slim.artifacts import SCHEMA_VERSION
+from mlx_slim.claims import RunKind, run_folder
+from mlx_slim.config.load import Resolved
+from mlx_slim.config.schema import Recipe, TrainConfig
+from mlx_slim.data.prepare import Prepared
+from mlx_slim.errors import SlimError
+from mlx_slim.finetuning.build import started_from
+from mlx_slim.reading import field, library_errors, read_object, short
+from mlx_slim.runtime import from_first_rank, human_bytes, human_seconds
+from mlx_slim.training.optim import Extended
+
+STATE_FILE, RECORD = "recipe.json", "run.json"
+RUN = RunKind(
+    command="train",
+    holds="run",
+    state=STATE_FILE,
+    before=("tokens", "data_ledger.json", "metrics.jsonl", "task_rows", "training_rows.json"),
+)
+# Changing these on a resume cannot change the trajectory.
+_FREE_ON_RESUME = ("memory", "report_to", "train.log_every", "train.save_every", "train.keep")
+# These may grow: the run then takes more steps (``finetune.py``).
+_LENGTH = ("train.steps", "train.epochs")
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a fine-tune ended.
+
+    Attributes:
+        out: The run folder.
+        done: The loop's last event.
+        model: Hub id or folder of the base.
+        artifact: ``adapters`` or ``model`` inside the run folder.
+        trainable: Trainable parameters.
+        total: All parameters (of the dense model).
+        predicted_peak_bytes: What the planner said.
+        ledger: Rows given, used, cut and dropped.
+        on: Adapters that lie under the new one.
+        base: Folder inside the run folder of the base that the run quantized; None if it did not.
+    """
+
+    out: Path
+    done: events.Done
+    model: str
+    artifact: str
+    trainable: int
+    total: int
+    predicted_peak_bytes: int
+    ledger: dict[str, Any]
+    on: list[str] = dataclasses.field(default_factory=list)
+    base: str | None = None
+
+
+@contextlib.contextmanager
+def claim(out: Path, recipe: Recipe, observer: events.Observer, *, resume: bool) -> Iterator[bool]:
+    """Hold the folder ``out`` for a run; yield whether it was started before.
+
+    Rank 0 holds it for all.
+
+    Raises:
+        SlimError: As ``claims.run_folder``, or if it was started with another recipe.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def hold() -> bool:
+            claimed = stack.enter_context(run_folder(out, RUN, resume=resume))
+            if claimed.note:
+                observer.notify(events.Notice(claimed.note))
+            if claimed.started:
+                _check_same(out, recipe)
+            return claimed.started
+
+        yield from_first_rank(hold)
+
+
+def trained_as(file: Path) -> TrainConfig:
+    """Return the ``train`` section of a run's ``recipe.json`` or ``run.json``."""
+    with library_errors(f"{short(file)} is damaged", "start a new run"):
+        return TrainConfig.model_validate(
+            _completed(read_object(file, recipe=dict)["recipe"])["train"]
+        )
+
+
+def extended_run(out: Path) -> Extended | None:
+    """Return how the run in ``out`` began, if it was given more steps since."""
+    file = out / STATE_FILE
+    known = read_object(file).get("extended")
+    if known is None:
+        return None
+    with library_errors(f"{short(file)} is damaged", "start a new run"):
+        return Extended(int(known["warmup"]), tuple(int(total) for total in known["totals"]))
+
+
+def is_complete(out: Path, recipe: Recipe) -> bool:
+    """Return whether the run in ``out`` is complete and as long as ``recipe`` says.
+
+    A ``run.json`` of another length is that of the run before it was given more steps.
+    """
+    if not (out / RECORD).exists():
+        return False
+    known = trained_as(out / RECORD)
+    steps, epochs = recipe.train.steps, recipe.train.epochs
+    return known.steps == steps and (steps is not None or known.epochs == epochs)
+
+
+def fewer_steps(out: Path, before: str, after: str) -> SlimError:
+    """Return the refusal of a resume that would end before the run did, or was to."""
+    return SlimError(
+        f"{out} is a run of {before}, {after} are fewer: what was learned cannot be taken back",
+        "resume with as many or more, or start a new run",
+    )
+
+
+def _check_same(out: Path, recipe: Recipe) -> None:
+    file = out / STATE_FILE
+    with library_errors(f"{short(file)} is damaged", "start a new run"):
+        record = read_object(file, recipe=dict)
+        known = _completed(record["recipe"])
+    different = _differences(known, recipe.model_dump(mode="json"))
+    adapters = adapter_hashes(recipe)
+    different += [
+        f"{folder}: other contents"
+        for folder, value in field(record, short(file), "adapters", dict, {}).items()
+        if folder in adapters and adapters[folder] != value
+    ]
+    if different:
+        raise SlimError(
+            f"{out} was started with another recipe: {'; '.join(different)}",
+            "resume with the same values, or start a new run",
+        )
+    old, new = known["train"], recipe.train
+    if old["steps"] is not None and new.steps is not None and new.steps < old["steps"]:
+        raise fewer_steps(out, f"{old['steps']:,} steps", f"train.steps={new.steps}")
+    if old["steps"] is None and new.steps is None and new.epochs < old["epochs"]:
+        raise fewer_steps(out, f"{old['epochs']:g} epochs", f"train.epochs={new.epochs:g}")
+
+
+def adapter_hashes(recipe: Recipe) -> dict[str, str]:
+    """Return folder -> hash of the adapters that a run stands on or starts from."""
+    below = [one.folder for one in parse_adapters(recipe.adapter.on)]
+    return {str(folder): adapter_hash(folder) for folder in (*below, *started_from(recipe))}
+
+
+def _completed(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return the recipe of a run with the keys that its version did not have.
+
+    They get their defaults, except where that version computed otherwise: 0.1 decayed every
+    parameter, and gave Muon's fallback the learning rate of Muon.
+    """
+    train = dict(recipe["train"])
+    if train["weight_decay"] > 0:
+        train.setdefault("decay_all", True)
+    if train["optimizer"] == "muon":
+        train.setdefault("fallback_learning_rate", train["learning_rate"])
+    with contextlib.suppress(ValidationError):  # a key that is no more: the comparison names it
+        return Recipe.model_validate({**recipe, "train": train}).model_dump(mode="json")
+    return {**recipe, "train": train}
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return ``key: old → new`` for each value that a resume may not change."""
+    lines: list[str] = []
+    for key in sorted(set(old) | set(new)):
+        path = f"{prefix}{key}"
+        before, after = old.get(key), new.get(key)
+        if before == after or path in (*_FREE_ON_RESUME, *_LENGTH):
+            continue
+        if isinstance(before, dict) and isinstance(after, dict) and prefix == "":
+            lines += _differences(before, after, f"{path}.")
+        else:
+            lines.append(f"{path}: {before!r} → {after!r}")
+    return lines
+
+
+def state_record(
+    resolved: Resolved, data: Prepared | None, extended: Extended | None = None
+) -> dict[str, Any]:
+    """Return ``recipe.json``: what a resume must match; ``data`` is None before there are rows."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "name": resolved.name,
+        "recipe": resolved.recipe.model_dump(mode="json"),
+        "origins": resolved.origins,
+        "data": None if data is None else data.fingerprint,
+        **({"extended": asdict(extended)} if extended else {}),
+        **({"adapters": adapters} if (adapters := adapter_hashes(resolved.recipe)) else {}),
+    }
+
+
+def resume_command(resolved: Resolved, out: Path) -> str:
+    """Return the command that goes on with a run, with the overrides that it was started with."""
+    command = "train" if resolved.recipe.distill is None else "distill"
+    words = ["mlx-slim", command, resolved.given]
+    for key, origin in resolved.origins.items():
+        if origin == "command line":
+            value: Any = resolved.recipe.model_dump(mode="json", exclude_unset=True)
+            for part in key.split("."):
+                value = value[part]
+            if isinstance(value, float) and value.is_integer():
+                value = int(value)
+            words.append(f"{key}={value if isinstance(value, str) else json.dumps(value)}")
+    return shlex.join([*words, "-o", str(out), "--resume"])
+
+
+def summary_rows(result: Result) -> dict[str, str]:
+    """Return the closing summary as name -> text."""
+    done, totals = result.done, result.ledger["totals"]
+    rows = {
+        "rows": f"{totals['rows_used']:,} used of {totals['rows_given']:,} given"
+        f" ({totals['rows_dropped']:,} dropped, {totals['rows_truncated']:,} cut)",
+        "steps": f"{done.step:,} ({done.reason.replace('_', ' ')})",
+        "tokens": f"{done.tokens:,} at {done.tokens / max(done.seconds, 1e-9):,.0f} tokens/s",
+        "time": human_seconds(done.seconds),
+        "trained": f"{result.trainable:,} of {result.total:,} parameters "
+        f"({result.trainable / result.total:.2%})",
+        "peak memory": f"{human_bytes(done.peak_memory_bytes)} measured, "
+        f"{human_bytes(result.predicted_peak_bytes)} predicted",
+        "saved": f"{result.out / result.artifact} (reloaded, same logits)",
+        "try it": " ".join(
+            ["mlx-slim generate", str(result.out / result.base) if result.base else result.model]
+            + [f"--adapter {one}" for one in (*result.on, result.out / result.artifact)]
+        )
+        if (result.out / result.artifact / "adapter_config.json").exists()
+        else f"mlx-slim generate {result.out / result.artifact}",
+    }
+    if (result.out / "second").is_dir():
+        rows["second student"] = f"{result.out / 'second'} (reloaded, same logits)"
+    if done.best_validation is not None:
+        rows["best validation"] = f"{done.best_validation:.4f} nats/token at step {done.best_step}"
+    return rows

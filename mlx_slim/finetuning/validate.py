@@ -1,0 +1,59 @@
+"""The loss of a model on a recipe's validation rows, without training it.
+
+Invariant: the rows, their template and their order are those of a run of the same recipe, and the
+loss is computed by the loop's own code; so the figure stands beside a run's ``validation`` lines.
+Try it: ``mlx-slim train smollm2-lora model=runs/other/model --validate``.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_slim.config.schema import Recipe
+from mlx_slim.data.batches import Batcher
+from mlx_slim.errors import SlimError
+from mlx_slim.finetuning.build import Tuned, prepare_data
+from mlx_slim.models.load import load
+from mlx_slim.runtime import resolve_dtype
+from mlx_slim.training.loop import validation_loss
+from mlx_slim.training.step import CrossEntropy, Scorer
+
+
+@dataclass(frozen=True)
+class Validated:
+    """A validation loss.
+
+    Attributes:
+        model: Hub id or folder.
+        loss: Σ NLL / Σ supervised tokens, nats.
+        supervised: Those tokens.
+        rows: Validation rows.
+    """
+
+    model: str
+    loss: float
+    supervised: int
+    rows: int
+
+
+def validate(recipe: Recipe) -> Validated:
+    """Return the loss of ``recipe.model`` as it is, dense or quantized, on the validation rows.
+
+    Raises:
+        SlimError: If the model or the rows cannot be used, or no rows are held out.
+    """
+    loaded = load(recipe.model, revision=recipe.revision, dtype=resolve_dtype(recipe.train.dtype))
+    tuned = Tuned(loaded, loaded.config, None, 0)
+    with tempfile.TemporaryDirectory() as name:
+        rows = prepare_data(recipe, tuned, Path(name), unchanged=False).validation
+        if not rows:
+            raise SlimError("this recipe holds no rows out", "set data.validation=0.02")
+        config = recipe.train
+        batcher = Batcher(rows, config.batch_tokens, config.max_length, "grouped", config.seed)
+        objective = CrossEntropy(
+            loaded.model, config.loss_chunk, loaded.config.get("vocab_size", 8)
+        )
+        loss, _, supervised = validation_loss(Scorer(loaded.model, objective), batcher)
+        return Validated(recipe.model, loss, supervised, len(rows))

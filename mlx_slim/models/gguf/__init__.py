@@ -1,0 +1,1 @@
+"""GGUF files: header, tensors, vocabulary and tokenizer, read and written."""

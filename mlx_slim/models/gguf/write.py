@@ -1,0 +1,244 @@
+"""An mlx-lm model becomes a GGUF file for llama.cpp and Ollama.
+
+Invariant: the inverse of ``gguf.py``: the file read back here is the model, but for the rounding of
+its block format, and without any where MLX holds the same blocks already (4 or 8 bits, group 32);
+what GGUF or the reader cannot express (architecture, setting, tokenizer) is refused. Tensors are
+written one at a time, never all in memory. Try it:
+``mlx-slim export MODEL --to gguf --type q8_0 -o DIR``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_slim.errors import SlimError, did_you_mean
+from mlx_slim.models.build import refuse_varied
+from mlx_slim.models.gguf.file import pack_blocks
+from mlx_slim.models.gguf.load import ARCHITECTURES, llama3_factors
+from mlx_slim.models.gguf.vocab import vocabulary
+from mlx_slim.models.quantized import dequantize_weight
+
+TYPES = ("f16", "q8_0", "q4_0", "q4_1")
+# Model type -> GGUF architecture. Phi's fused qkv is read here but not written.
+WRITES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_BLOCK = 32
+_FILE_TYPES = {"f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
+_FILE_TYPES["q4_1"] = "MOSTLY_Q4_1"
+
+
+def check_writable_as_gguf(config: dict[str, Any]) -> None:
+    """Refuse a model that cannot be said in GGUF, before its weights are read.
+
+    Raises:
+        SlimError: With what would work.
+    """
+    refuse_varied(config, "GGUF")
+    kind = config.get("model_type", "")
+    if kind not in WRITES:
+        raise SlimError(
+            f"{kind} models cannot be exported to GGUF here",
+            f"{did_you_mean(kind, WRITES)}; or export --to hf and use llama.cpp's converter",
+        )
+    scaling = config.get("rope_scaling") or {}
+    rope = scaling.get("rope_type") or scaling.get("type") or "default"
+    if rope not in ("default", "linear", "yarn", "llama3"):
+        raise SlimError(
+            f"RoPE scaling {rope!r} cannot be exported to GGUF here",
+            "export --to hf and use llama.cpp's converter",
+        )
+
+
+def write_gguf(
+    path: Path, model: nn.Module, tokenizer: Any, config: dict[str, Any], kind: str, name: str
+) -> list[str]:
+    """Write ``model`` to ``path``; not atomic by itself.
+
+    Args:
+        path: The file.
+        model: Dense or quantized layers; not changed.
+        tokenizer: mlx-lm's wrapper or the Hugging Face tokenizer.
+        config: The model's, normalised.
+        kind: ``f16``, ``q8_0``, ``q4_0`` or ``q4_1``; vectors are float32.
+        name: The model's name in the metadata.
+
+    Returns:
+        Notes on what was stored otherwise.
+
+    Raises:
+        SlimError: If the architecture, a setting, a tensor or the tokenizer cannot be written.
+    """
+    from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+
+    check_writable_as_gguf(config)
+    architecture = WRITES[config["model_type"]]
+    places = _places(model, config, architecture)
+    writer = GGUFWriter(path, architecture)
+    try:
+        writer.add_name(name)
+        writer.add_file_type(LlamaFileType[_FILE_TYPES[kind]])
+        writer.add_quantization_version(2)
+        _settings(writer, config, architecture)
+        for key, value in vocabulary(tokenizer, config).items():
+            _add(writer, key, value)
+        notes = []
+        shapes: dict[str, GGMLQuantizationType] = {}
+        for target, (path_, shape) in places.items():
+            block = _block_type(kind, shape)
+            shapes[target] = block
+            if len(shape) == 2 and block.name.lower() != kind:
+                notes.append(f"{path_} is {shape[1]} wide, no multiple of {_BLOCK}: stored as F16")
+            _promise(writer, target, shape, block)
+        if (factors := _rope_factors(config)) is not None:
+            _promise(writer, "rope_freqs.weight", factors.shape, GGMLQuantizationType.F32)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for target, (path_, _) in places.items():
+            array = _array(model, path_, config, architecture, shapes[target])
+            writer.write_tensor_data(_encoded(array, shapes[target]))
+        if factors is not None:
+            writer.write_tensor_data(factors)
+    finally:
+        writer.close()
+    return notes
+
+
+def _places(
+    model: nn.Module, config: dict[str, Any], architecture: str
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return GGUF name -> (parameter path, dense shape), in the model's order."""
+    back = {path: short for short, path in ARCHITECTURES[architecture].names.items()}
+    modules = dict(model.named_modules())
+    places: dict[str, tuple[str, tuple[int, ...]]] = {}
+    unknown = []
+    parameters: Any = tree_flatten(model.parameters())
+    for full, value in parameters:
+        path, leaf = full.rsplit(".", 1)
+        if leaf in ("scales", "biases") and "scales" in modules[path]:
+            continue
+        prefix, short = "", path
+        if path.startswith("model.layers."):
+            number, short = path.removeprefix("model.layers.").split(".", 1)
+            prefix = f"blk.{number}."
+        if short not in back or leaf not in ("weight", "bias"):
+            unknown.append(full)
+            continue
+        shape = tuple(value.shape)
+        if leaf == "weight" and "scales" in modules[path]:
+            module: Any = modules[path]
+            shape = (shape[0], module.scales.shape[-1] * module.group_size)
+        places[f"{prefix}{back[short]}.{leaf}"] = (full, shape)
+    if unknown:
+        raise SlimError(
+            f"{len(unknown)} tensors of this {config['model_type']} model have no place in GGUF: "
+            f"{', '.join(unknown[:3])}",
+            "export --to hf and use llama.cpp's converter",
+        )
+    return places
+
+
+def _block_type(kind: str, shape: tuple[int, ...]) -> Any:
+    from gguf import GGMLQuantizationType
+
+    if len(shape) == 1:
+        return GGMLQuantizationType.F32
+    return GGMLQuantizationType[kind.upper() if shape[1] % _BLOCK == 0 else "F16"]
+
+
+def _promise(writer: Any, name: str, shape: tuple[int, ...], block: Any) -> None:
+    from gguf import GGML_QUANT_SIZES
+
+    size, nbytes = GGML_QUANT_SIZES[block]
+    total = int(np.prod(shape)) // size * nbytes
+    writer.add_tensor_info(name, shape, np.dtype(np.float32), total, raw_dtype=block)
+
+
+def _array(
+    model: nn.Module, full: str, config: dict[str, Any], architecture: str, block: Any
+) -> np.ndarray:
+    """Return one parameter, rows in GGUF's order: float32, or the blocks themselves (uint8)."""
+    path, leaf = full.rsplit(".", 1)
+    module: Any = model
+    for part in path.split("."):
+        module = module[int(part)] if part.isdigit() else module[part]
+    array = None
+    if leaf == "weight" and "scales" in module:
+        array = pack_blocks(block.name, module)
+    if array is None:
+        dense = dequantize_weight(module) if leaf == "weight" else module[leaf]
+        array = np.array(dense.astype(mx.float32))
+    if ARCHITECTURES[architecture].permuted and path.endswith(("q_proj", "k_proj")):
+        heads = config["num_attention_heads"]
+        if path.endswith("k_proj"):
+            heads = config.get("num_key_value_heads") or heads
+        halves = array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:])
+        array = halves.swapaxes(1, 2).reshape(array.shape)
+    return np.ascontiguousarray(array)
+
+
+def _encoded(array: np.ndarray, block: Any) -> np.ndarray:
+    from gguf import GGMLQuantizationType, quantize
+
+    if array.dtype == np.uint8:
+        return array
+    if block == GGMLQuantizationType.F16:
+        with np.errstate(over="ignore"):
+            half = array.astype(np.float16)
+        if not np.isfinite(half).all() and np.isfinite(array).all():
+            raise SlimError(
+                f"a weight of {np.abs(array).max():.3g} does not fit in float16",
+                "this model cannot be stored as F16",
+            )
+        return half
+    return array if block == GGMLQuantizationType.F32 else quantize(array, block)
+
+
+def _settings(writer: Any, config: dict[str, Any], architecture: str) -> None:
+    heads, width = config["num_attention_heads"], config["hidden_size"]
+    head_dim = config.get("head_dim") or width // heads
+    writer.add_context_length(config.get("max_position_embeddings") or 2048)
+    writer.add_embedding_length(width)
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
+    writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", 1e-6))
+    writer.add_rope_freq_base(config.get("rope_theta", 10000.0))
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_rope_dimension_count(head_dim)
+    if head_dim * heads != width:
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+    scaling = config.get("rope_scaling") or {}
+    kind = scaling.get("rope_type") or scaling.get("type")
+    if kind in ("linear", "yarn"):
+        writer.add_string(f"{architecture}.rope.scaling.type", kind)
+        writer.add_rope_scaling_factor(float(scaling["factor"]))
+        if original := scaling.get("original_max_position_embeddings"):
+            writer.add_rope_scaling_orig_ctx_len(int(original))
+
+
+def _rope_factors(config: dict[str, Any]) -> np.ndarray | None:
+    """Return Llama 3's divisors of the rotary frequencies, which GGUF keeps as a tensor."""
+    scaling = config.get("rope_scaling") or {}
+    if (scaling.get("rope_type") or scaling.get("type")) != "llama3":
+        return None
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return llama3_factors(scaling, head_dim, config.get("rope_theta", 10000.0)).astype(np.float32)
+
+
+def _add(writer: Any, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value.tolist() if isinstance(value, np.ndarray) else value)

@@ -1,0 +1,235 @@
+"""Peak memory, time and disk of a recipe, predicted before anything is loaded.
+
+Invariant: nothing here depends on the weights, and nothing is evaluated. Sizes are bytes of MLX
+memory (what ``mx.get_peak_memory`` counts); the Python process itself comes on top. The peak is put
+together in ``peak.py``. Try it: ``mlx-slim plan tinyllama-lora --budget 16GB``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_slim.config.schema import Recipe
+from mlx_slim.errors import SlimError
+from mlx_slim.models.build import build
+from mlx_slim.planner.peak import breakdown
+from mlx_slim.planner.shapes import Shapes, leaves, shapes, to_dtype
+from mlx_slim.planner.suggest import Suggestion, suggestions
+from mlx_slim.planner.work import SUPERVISED, Speed, Work, expected_work, predicted_seconds
+from mlx_slim.runtime import (
+    AUTO_SHARE,
+    DTYPES,
+    device_memory,
+    dtype_name,
+    memory_budget,
+    on_gpu,
+    resolve_dtype,
+)
+
+_SAVED_STEPS_BESIDES = 2  # the best checkpoint, and the one being written
+# Suggestions are ranked by ratios of time; without a measured device, by those of operations.
+_ANY_SPEED = Speed(flops=1e12, exponential=1e-12, element=1e-11)
+# word in a parameter's path -> part of a model
+_PARTS = {
+    "embed": "embedding",
+    "lm_head": "head",
+    "attn": "attention",
+    "mlp": "mlp",
+    "norm": "norms",
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a recipe will cost.
+
+    Attributes:
+        predicted_peak_bytes: Largest MLX memory in use, while the base is loaded or in training.
+        loading_peak_bytes: The former of these two.
+        budget_bytes: What it may use.
+        fits: Whether the peak is within the budget.
+        predicted_seconds: Wall time of training; None without a speed or without rows to count.
+        disk_bytes: The run folder at its largest (adapter or model, its checkpoints, and the base
+            if the run quantizes it).
+        download_bytes: The model's 16-bit weights, if they come from a hub.
+        breakdown: Parts of the peak: weights, gradients, optimizer, activations, logits, and
+            ``loading``, what is there besides the weights where most is needed while they load.
+        parameters: Numbers of the dense base.
+        trainable_parameters: Numbers that are trained.
+        dtype: Of computation.
+        tokens: Real tokens of the whole run, and ``tokens_basis`` says how we know.
+        rules_of_thumb: What two rules say in bytes, for comparison: ``inference_formula``,
+            M = P·4/(32/Q)·1.2, and ``twelve_times``, 12 x the model, for full fine-tuning.
+        measured: Of ``--probe``: ``peak_bytes``, ``seconds_per_batch``, ``batch_tokens``, ``steps``
+            and ``predicted_peak_bytes`` before it was measured; None without.
+        suggestions: What needs less: what fits first, then by cost.
+    """
+
+    predicted_peak_bytes: int
+    loading_peak_bytes: int
+    budget_bytes: int
+    fits: bool
+    predicted_seconds: float | None
+    disk_bytes: int
+    download_bytes: int
+    breakdown: dict[str, int]
+    parameters: int
+    trainable_parameters: int
+    dtype: str
+    tokens: int | None
+    tokens_basis: str
+    rules_of_thumb: dict[str, int]
+    measured: dict[str, Any] | None = None
+    suggestions: list[Suggestion] = field(default_factory=list)
+
+    def as_record(self) -> dict[str, Any]:
+        """Return the JSON object of ``plan --json``."""
+        return asdict(self)
+
+
+def predict(
+    config: dict[str, Any],
+    recipe: Recipe,
+    *,
+    lengths: Sequence[int] | None = None,
+    budget: int | None = None,
+    gpu: bool | None = None,
+    gpu_bytes: int | None = None,
+    speed: Speed | None = None,
+    work: Work | None = None,
+    local: bool = True,
+    suggest: bool = True,
+) -> Prediction:
+    """Predict what ``recipe`` costs over the model of ``config``.
+
+    Args:
+        config: ``config.json``, normalised (``models.load.read_config``).
+        recipe: Checked recipe.
+        lengths: Tokens of each training row, where known.
+        budget: Bytes; None takes ``memory.budget``.
+        gpu: Plan for a GPU (True), a CPU (False) or this machine (None).
+        gpu_bytes: Memory of that GPU; None is this machine's, or what has ``budget`` as its
+            default.
+        speed: Of the device; None leaves ``predicted_seconds`` out.
+        work: Tokens of the run; None estimates them from the recipe's rows, if they can be read.
+        local: Look for these on this machine; else what the hub has is meant.
+        suggest: Look for cheaper settings.
+
+    Raises:
+        SlimError: If the model cannot be built or a target matches nothing.
+    """
+    gpu = on_gpu() if gpu is None else gpu
+    limit = memory_budget(recipe.memory.budget) if budget is None else budget
+    if gpu_bytes is None:
+        gpu_bytes = device_memory() if on_gpu() else int(limit / AUTO_SHARE)
+    if work is None:
+        with contextlib.suppress(SlimError):
+            work = expected_work(recipe, lengths, local=local)
+    counted: dict[tuple[str, str], Shapes] = {}  # what a suggestion changes of them
+
+    def shapes_of(recipe: Recipe) -> Shapes:
+        key = (recipe.method, recipe.train.optimizer)
+        if key not in counted:
+            counted[key] = shapes(config, recipe, _dtype(recipe, gpu))
+        return counted[key]
+
+    def parts_of(recipe: Recipe) -> dict[str, int]:
+        found, size = shapes_of(recipe), _dtype(recipe, gpu).size
+        return _largest(found, breakdown(found, recipe, size, lengths, gpu, gpu_bytes))
+
+    def cost_of(recipe: Recipe) -> tuple[int, float]:
+        tokens = work or Work(1 << 20, 1 << 20, recipe.train.max_length, "")
+        seconds = predicted_seconds(shapes_of(recipe), recipe, tokens, speed or _ANY_SPEED, gpu=gpu)
+        return sum(parts_of(recipe).values()), seconds
+
+    found, parts = shapes_of(recipe), parts_of(recipe)
+    peak = sum(parts.values())
+    return Prediction(
+        predicted_peak_bytes=peak,
+        loading_peak_bytes=found.loading_bytes,
+        budget_bytes=limit,
+        fits=peak <= limit,
+        predicted_seconds=cost_of(recipe)[1] if speed and work else None,
+        disk_bytes=_disk(found, recipe, work),
+        download_bytes=2 * found.parameters,
+        breakdown=parts,
+        parameters=found.parameters,
+        trainable_parameters=found.trainable_parameters,
+        dtype=dtype_name(_dtype(recipe, gpu)),
+        tokens=work.tokens if work else None,
+        tokens_basis=work.basis if work else "the rows are not counted yet",
+        rules_of_thumb=rules_of_thumb(found, recipe, _dtype(recipe, gpu)),
+        suggestions=suggestions(recipe, limit, cost_of) if suggest else [],
+    )
+
+
+def _largest(found: Shapes, training: dict[str, int]) -> dict[str, int]:
+    """Return the parts of the larger peak: of training, or of loading."""
+    if found.loading_bytes <= sum(training.values()):
+        return {**training, "loading": 0}
+    more = found.loading_bytes - found.base_bytes
+    return {**dict.fromkeys(training, 0), "weights": found.base_bytes, "loading": more}
+
+
+def _dtype(recipe: Recipe, gpu: bool) -> mx.Dtype:
+    name = recipe.train.dtype
+    return resolve_dtype(name) if name != "auto" else (mx.bfloat16 if gpu else mx.float32)
+
+
+def rules_of_thumb(found: Shapes, recipe: Recipe, dtype: mx.Dtype) -> dict[str, int]:
+    """Return what two common rules say, in bytes; neither is what training needs.
+
+    ``inference_formula``: M = P · 4 / (32 / Q) · 1.2 with P parameters loaded at Q bits: weights
+    and a fifth more, for inference. ``twelve_times``: 12 x the weights, said of full fine-tuning.
+    """
+    bits = recipe.quantize.bits if recipe.method == "qlora" else 8 * dtype.size
+    return {
+        "inference_formula": int(found.parameters * 4 / (32 / bits) * 1.2),
+        "twelve_times": 12 * found.parameters * dtype.size,
+    }
+
+
+def _disk(found: Shapes, recipe: Recipe, work: Work | None) -> int:
+    """Bytes of the run folder at its largest."""
+    checkpoint = found.trainable_bytes + found.optimizer_bytes
+    result = found.trainable_bytes
+    if recipe.quantize.aware:
+        bits = recipe.quantize.bits + 32 / recipe.quantize.group_size
+        result += int(found.parameters * bits / 8)
+    if found.quantized_here:
+        result += found.base_bytes
+    rows = 4 * work.tokens_per_epoch + work.tokens_per_epoch // 8 if work else 0
+    rows += _answers(found, recipe, work) if work else 0
+    beside = _SAVED_STEPS_BESIDES + (recipe.train.schedule == "wsd")  # one from before the decay
+    return result + (recipe.train.keep + beside) * checkpoint + rows
+
+
+def _answers(found: Shapes, recipe: Recipe, work: Work) -> int:
+    """Bytes of what teachers say, where it is kept in the run folder: ``distillation/target_cache.py``."""
+    distill = recipe.distill
+    if distill is None or distill.cache or distill.method not in ("auto", "logits"):
+        return 0
+    kept = found.vocabulary if distill.top_k == "all" else min(distill.top_k, found.vocabulary)
+    share = SUPERVISED if recipe.data.mask_prompt else 1.0
+    a_token = kept * (6 if found.vocabulary <= 1 << 16 else 8) + 4
+    return int(share * work.tokens_per_epoch) * a_token * len(distill.teachers)
+
+
+def weight_bytes(config: dict[str, Any]) -> dict[str, int]:
+    """Return the bytes of a model's parts as its config says they are stored.
+
+    The dtype of floating weights is the config's (bfloat16 where it names none).
+    """
+    model = build(config)
+    name = str(config.get("dtype") or config.get("torch_dtype"))
+    to_dtype(model, DTYPES.get(name, mx.bfloat16))
+    parts: dict[str, int] = {}
+    for path, value in leaves(model):
+        part = next((part for word, part in _PARTS.items() if word in path), "other")
+        parts[part] = parts.get(part, 0) + value.nbytes
+    return parts

@@ -1,0 +1,215 @@
+"""The moment of a training step in which most memory is in use, from shapes.
+
+Invariant: weights, gradients and optimizer state are exact (``shapes.py``). Activations are counted
+from what autodiff keeps of a block, each factor one array of that size; those that no count gives
+were fitted. Both were checked against measured peaks (``mlx-slim bench plan``; ``bench/LOG.md`` has
+the figures). On a GPU nothing was measured: MLX's unfused attention and activations are counted,
+``mx.compile`` may need less. Try it: ``mlx-slim analyze memory smollm2-lora``.
+
+Numbers are per token unless a name says bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mlx_slim.config.schema import Recipe
+from mlx_slim.planner.shapes import Block, Shapes
+from mlx_slim.runtime import cpu_lanes
+from mlx_slim.training.losses import chunk_size
+from mlx_slim.training.step import part_count
+
+# Arrays that a block keeps until its backward pass. ``width``: the inputs of attention and MLP;
+# ``norms``: the output of each; ``queries``: rotated queries, attention's output; ``keys``: rotated
+# keys, values; ``scores``: probabilities, and a fifth of them for masks.
+KEPT = {"width": 1.0, "norms": 1.0, "queries": 2.0, "keys": 2.0, "scores": 1.2}
+# Of the widest layer: gate, up and product under our SwiGLU; MLX's own keeps sigmoid and SiLU too;
+# GELU keeps the steps of its polynomial.
+KEPT_INNER = {"fast": 3.0, "gated": 5.0, "other": 6.0}
+KEPT_DROPOUT = 1.25  # of the inputs of adapted layers: each layer's dropped copy and its mask
+KEPT_DORA = 1.0  # of the outputs of adapted layers: before they are scaled
+KEPT_CHECKPOINTED = 1.4  # of the width: a checkpointed block keeps its input
+# Fitted: what exists besides, while one block is differentiated.
+PASSING = {"width": 1.3, "queries": 5.4, "keys": 3.1, "inner": 3.2, "scores": 1.8}
+RECOMPUTED = 1.4  # of a block's activations, when it is computed again
+LOGITS = 3.0  # float32 copies of one chunk of logits
+LOGITS_AHEAD = 3.0  # more on a CPU with one thread, where MLX allocates ahead of the computation
+# More of them under teachers: mixed with cross-entropy, at a temperature, a further teacher.
+LOGITS_MIXED, LOGITS_HEATED, LOGITS_TEACHER = 1.0, 1.0, 2.0
+LOGITS_CAPPED = 3.0  # more under a soft cap: before it, its slope and the product
+# Of a model that does not split, all positions at once: in the dtype of computation and in float32.
+LOGITS_FULL, LOGITS_FULL32 = 2.0, 3.5
+LOGITS_MUTUAL = 6.0  # the other student's, and both distributions
+COLUMN = 12  # bytes of a token that a teacher kept: its id twice, its log-probability
+TOGETHER = 0.5  # how much of such a short peak another thread has at the same moment
+# Of the loss: by its share of a step's operations, for the longer it takes the likelier they meet.
+LOSSES_TOGETHER, LOSSES_BY_SHARE = 0.2, 1.7
+HEAD_GRADIENT = 3.0  # float32 copies of a trained head, while its gradient is summed
+HEAD_AHEAD = 1.5  # more of them on a CPU, where MLX allocates up to ten operations ahead
+DENSE_LAYER = 1.5  # float32 copies of the largest quantized layer, on a CPU
+UPDATE = 4.0  # float32 copies of the largest parameter, while the optimizer changes it
+
+
+def largest_batch(recipe: Recipe, lengths: Sequence[int] | None) -> tuple[int, int]:
+    """Return (positions of a sequence, of all) of the largest micro-batch, padding counted.
+
+    A row's last token is only a target. Packed sequences have ``max_length`` positions, however
+    short the rows.
+    """
+    train = recipe.train
+    if lengths is None:
+        return train.max_length, train.batch_tokens // train.max_length * train.max_length
+    longest = max(1, min(max(lengths, default=train.max_length), train.max_length) - 1)
+    rows = len(lengths) * longest
+    if train.batching == "packed":
+        longest = min(train.max_length, sum(lengths))
+    tokens = max(1, train.batch_tokens // longest) * longest
+    return longest, max(1, min(tokens, rows))
+
+
+def _numbers(block: Block, factors: dict[str, float], length: int) -> float:
+    """Σ factor · quantity: numbers per token of one block. ``scores`` are heads · length."""
+    quantities = {
+        "width": block.width,
+        "norms": block.norms * block.width,
+        "queries": block.queries,
+        "keys": block.keys,
+        "inner": block.inner,
+        "scores": block.heads * length,
+    }
+    return sum(factor * quantities[name] for name, factor in factors.items())
+
+
+def _kept(block: Block, recipe: Recipe, length: int, gpu: bool) -> float:
+    """Numbers per token that a block keeps for its backward pass."""
+    kind = "other" if not block.gated else "gated" if gpu else "fast"
+    residuals = (block.norms - 1) * block.width  # each sublayer after the first has its own input
+    numbers = _numbers(block, KEPT, length) + residuals + KEPT_INNER[kind] * block.inner
+    if recipe.method != "full" and recipe.adapter.dropout > 0:
+        # The copies stand in for the inputs themselves, which layers share.
+        shared = block.norms * block.width + block.queries + block.inner
+        numbers += KEPT_DROPOUT * block.inputs - min(shared, block.inputs)
+    if recipe.method == "dora":
+        numbers += KEPT_DORA * block.outputs
+    return numbers
+
+
+def _logit_copies(recipe: Recipe, capped: bool) -> float:
+    """Float32 copies of one chunk of logits."""
+    distill, copies = recipe.distill, LOGITS + (LOGITS_CAPPED if capped else 0)
+    if distill is None or distill.method in ("sequence", "rationales"):
+        return copies
+    if distill.method == "mutual":
+        return copies + LOGITS_MUTUAL
+    copies += LOGITS_TEACHER * (len(distill.teachers) - 1)
+    if 0 < distill.weight < 1:
+        copies += LOGITS_MIXED
+    return copies if distill.temperature == 1 else copies + LOGITS_HEATED
+
+
+def _share_of_loss(found: Shapes, recipe: Recipe) -> float:
+    """Return the head's share of a step's operations, adapters and attention left out."""
+    head = 4 * found.vocabulary * found.width
+    blocks = 2 * sum(block.linear for block in found.blocks)
+    return head / (head + blocks * (3 if recipe.train.grad_checkpoint else 2))
+
+
+def _column_bytes(recipe: Recipe, vocabulary: int) -> int:
+    """Bytes that teachers' cached logits take for each position."""
+    distill = recipe.distill
+    if distill is None or distill.method not in ("auto", "logits"):
+        return 0
+    kept = vocabulary if distill.top_k == "all" else min(distill.top_k, vocabulary)
+    return COLUMN * kept * len(distill.teachers)
+
+
+def breakdown(
+    found: Shapes,
+    recipe: Recipe,
+    size: int,
+    lengths: Sequence[int] | None,
+    gpu: bool,
+    gpu_bytes: int,
+) -> dict[str, int]:
+    """Return the bytes of each part at the moment of the peak.
+
+    The peak is the largest of the moments of the last micro-batch: the loss (all activations and a
+    chunk of logits), the first block of the backward pass (all activations and that block's
+    gradients on the way), one of these in each thread, the end of the backward pass (all parameter
+    gradients and one block), the update of the largest parameter. On a CPU, threads hold a part of
+    the batch each (``training/step.py``); they start one after the other: their activations add up,
+    their short peaks meet now and then.
+
+    Args:
+        found: Of the model under this recipe.
+        recipe: Checked recipe.
+        size: Bytes of a number of the computation.
+        lengths: Tokens of each training row, where known.
+        gpu: Whether it runs on a GPU.
+        gpu_bytes: Memory of that GPU.
+    """
+    train, full = recipe.train, recipe.method == "full"
+    length, tokens = largest_batch(recipe, lengths)
+    lanes = 1 if gpu or full else cpu_lanes()
+    parts = min(part_count(lanes, tokens), max(1, tokens // length))
+    lanes = min(lanes, parts)
+    rows, more = divmod(max(1, tokens // length), parts)  # the first parts have a row more
+    part = (rows + (more > 0)) * length
+    alive = (rows * lanes + min(more, lanes)) * length
+    widest = max(found.blocks, key=lambda block: _kept(block, recipe, length, gpu))
+    if train.grad_checkpoint:
+        kept = sum(KEPT_CHECKPOINTED * block.width for block in found.blocks)
+        passing = RECOMPUTED * _kept(widest, recipe, length, gpu)
+    else:
+        kept = sum(_kept(block, recipe, length, gpu) for block in found.blocks)
+        passing = 0.0
+    kept_bytes = kept * alive * size
+    passing_one = (passing + _numbers(widest, PASSING, length)) * part * size
+    passing_bytes = passing_one * (1 + TOGETHER * (lanes - 1))
+    chunk = min(
+        chunk_size(found.vocabulary, train.loss_chunk, lanes, gpu_bytes=gpu_bytes if gpu else 0),
+        part,
+    )
+    meeting = min(1.0, LOSSES_TOGETHER + LOSSES_BY_SHARE * _share_of_loss(found, recipe))
+    if found.splits:
+        copies = _logit_copies(recipe, found.capped) + (
+            LOGITS_AHEAD if lanes == 1 and not gpu else 0
+        )
+        logits_one = copies * 4 * chunk * found.vocabulary
+    else:
+        logits_one = (LOGITS_FULL * size + LOGITS_FULL32 * 4) * part * found.vocabulary
+    logits = logits_one * (1 + meeting * (lanes - 1))
+    kept_bytes += _column_bytes(recipe, found.vocabulary) * alive
+    table = 4 * found.vocabulary * found.width
+    dense = table if found.quantized and not gpu else 0  # the head's weight, shared by all parts
+    if found.head_trains:
+        kept_bytes += (HEAD_GRADIENT + (0 if gpu else HEAD_AHEAD)) * table
+    if found.quantized and not gpu:
+        passing_bytes += DENSE_LAYER * 4 * widest.largest
+        passing_one += DENSE_LAYER * 4 * widest.largest
+    # One thread in its loss, another one in its backward pass.
+    mixed = max(logits_one, passing_one) + meeting * (lanes - 1) * min(logits_one, passing_one)
+    update = (UPDATE + 1) * 4 * found.largest
+    moments = {
+        "loss": (kept_bytes, logits + dense, 0),
+        "mixed": (kept_bytes, mixed + dense, 0) if lanes > 1 else (0, 0, 0),
+        "first": (kept_bytes + passing_bytes, dense, 0),
+        "last": (
+            passing_bytes + (table if full else 0),
+            dense,
+            found.trainable_bytes if full else 0,
+        ),
+        "update": (update - 4 * found.largest, 0, 4 * found.largest) if full else (0, 0, 0),
+    }
+    activations, logits, gradients = max(moments.values(), key=sum)
+    # Summed over micro-batches there is one float32 gradient besides, and one of each part that is
+    # done.
+    done = parts - lanes + (0 if full else 1)
+    gradients += found.gradient_bytes * (done + (train.accumulate > 1))
+    return {
+        "weights": found.base_bytes + found.rounded_bytes + found.adapter_bytes,
+        "gradients": int(gradients),
+        "optimizer": found.optimizer_bytes,
+        "activations": int(activations),
+        "logits": int(logits),
+    }

@@ -1,0 +1,307 @@
+"""What a recipe puts in memory before the first step, counted from shapes alone.
+
+Invariant: nothing is evaluated and no weights are read. The model is built, cast, quantized and
+searched for adapter targets by the code that trains it, over arrays that MLX never computes; so
+counts and bytes are exact. Try it: ``mlx-slim plan tinyllama-qlora --json``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
+
+from mlx_slim.adapters.inject import Site, choose, sites
+from mlx_slim.adapters.lora import dimensions
+from mlx_slim.config.schema import Recipe
+from mlx_slim.errors import SlimError
+from mlx_slim.models.build import WIDTHS, build
+from mlx_slim.models.quantized import is_quantized
+from mlx_slim.models.structure import GATED_MLP, has_candidates, is_capped
+from mlx_slim.quantization.policy import make_policy
+from mlx_slim.runtime import DTYPES
+from mlx_slim.training.optim import Optimizer
+
+FULL_PRECISION_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block: numbers per token of the things that activations are made of.
+
+    Attributes:
+        width: d, the residual stream.
+        norms: Normalisation layers.
+        queries: All query heads together.
+        keys: All key heads together (values are as many).
+        heads: Query heads.
+        inner: The widest layer, f; of a mixture of experts, those of the experts that one token
+            meets.
+        inputs: Σ inputs of the adapted layers.
+        outputs: Σ outputs of the adapted layers.
+        largest: Numbers of the largest weight matrix.
+        linear: Numbers of all weight matrices.
+        gated: Whether the MLP is gated by SiLU (SwiGLU).
+    """
+
+    width: int
+    norms: int
+    queries: int
+    keys: int
+    heads: int
+    inner: int
+    inputs: int
+    outputs: int
+    largest: int
+    linear: int
+    gated: bool
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A model and what a recipe adds to it.
+
+    Attributes:
+        parameters: Numbers of the dense base model.
+        quantized: Whether the base is quantized when training starts.
+        base_bytes: The base as it lies in memory.
+        loading_bytes: The most that exists at once while it is loaded, a tensor at a time.
+        quantized_here: Whether the run quantizes it.
+        rounded_bytes: The layers that ``quantize.aware`` rounds, a second time.
+        adapter_bytes: Adapter parameters and their frozen companions, bytes.
+        trainable: Path -> shape.
+        trainable_bytes: One copy of the trainable parameters, in the dtype that they are kept in.
+        gradient_bytes: One float32 gradient of them.
+        optimizer_bytes: Moments, counters and float32 masters.
+        blocks: First to last.
+        vocabulary: V.
+        width: d.
+        head_trains: Whether the head's own weight is trained.
+        capped: Whether the logits have a soft cap.
+        splits: Whether the model may split into body and head; else it has all logits at once.
+        largest: Numbers of the largest trainable parameter.
+    """
+
+    parameters: int
+    quantized: bool
+    base_bytes: int
+    loading_bytes: int
+    quantized_here: bool
+    rounded_bytes: int
+    adapter_bytes: int
+    trainable: dict[str, tuple[int, ...]] = field(repr=False)
+    trainable_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    blocks: list[Block] = field(repr=False)
+    vocabulary: int
+    width: int
+    head_trains: bool
+    capped: bool
+    splits: bool
+    largest: int
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Trainable numbers."""
+        return self.gradient_bytes // FULL_PRECISION_BYTES
+
+
+def leaves(model: nn.Module) -> list[tuple[str, mx.array]]:
+    """Return (path, array) of every parameter."""
+    return tree_flatten(model.parameters())  # pyright: ignore[reportReturnType]
+
+
+def to_dtype(model: nn.Module, dtype: mx.Dtype) -> None:
+    """Make the floating parameters of ``model`` arrays of ``dtype``, unevaluated."""
+
+    def one(value: mx.array) -> mx.array:
+        return value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value
+
+    model.update(tree_map(one, model.parameters()))
+
+
+def _first(config: dict[str, Any], *keys: str, default: int) -> int:
+    return next((int(config[key]) for key in keys if config.get(key)), default)
+
+
+def _blocks(model: Any, config: dict[str, Any], chosen: list[Site], width: int) -> list[Block]:
+    config = {**config, **(config.get("text_config") or {})}
+    heads = _first(config, "num_attention_heads", "n_head", "n_heads", default=max(1, width // 64))
+    kv_heads = _first(config, "num_key_value_heads", "n_kv_heads", default=heads)
+    head_dim = _first(config, "head_dim", default=max(1, width // heads))
+    experts = _first(config, "num_experts_per_tok", default=1)
+    silu = config.get("hidden_act", "silu") in ("silu", "swish")
+    everything = sites(model)
+    varied = config.get(WIDTHS) or [{}] * len(model.layers)
+    result = []
+    for index, block in enumerate(model.layers):
+        inside = [s for s in everything if s.block == index]
+        sides = [_sides(s.module) for s in inside]
+        ours = [_sides(s.module)[-2:] for s in chosen if s.block == index]
+        mixed = any(len(side) == 3 for side in sides)
+        result.append(
+            Block(
+                width=width,
+                norms=sum("norm" in type(m).__name__.lower() for m in block.modules()),
+                queries=varied[index].get("heads", heads) * head_dim,
+                keys=varied[index].get("kv_heads", kv_heads) * head_dim,
+                heads=varied[index].get("heads", heads),
+                inner=max((max(s[-2:]) for s in sides), default=width) * (experts if mixed else 1),
+                inputs=sum(i for i, _ in ours),
+                outputs=sum(o for _, o in ours),
+                largest=max((s[-1] * s[-2] for s in sides), default=0),
+                linear=sum(s[-1] * s[-2] * (experts if len(s) == 3 else 1) for s in sides),
+                gated=silu and any(s.inside.endswith(GATED_MLP[0]) for s in inside),
+            )
+        )
+    return result
+
+
+def _sides(module: Any) -> tuple[int, ...]:
+    """(inputs, outputs) of a linear layer; (experts, inputs, outputs) of an expert layer."""
+    if module.weight.ndim == 3:
+        experts, outputs, inputs = module.weight.shape
+        if "scales" in module:
+            inputs = module.scales.shape[-1] * module.group_size
+        return experts, inputs, outputs
+    return dimensions(module)
+
+
+def refuse_quantized(recipe: Recipe) -> None:
+    """Refuse a quantized model where ``recipe`` needs float weights.
+
+    Raises:
+        SlimError: Says what would work.
+    """
+    if recipe.method == "full" or recipe.quantize.aware:
+        full = recipe.method == "full"
+        why = "method=full trains every" if full else "quantize.aware rounds each"
+        raise SlimError(
+            f"{recipe.model} is quantized, and {why} weight",
+            "use method=qlora, or dequantize it first: mlx-slim convert MODEL -o DIR --dequantize",
+        )
+
+
+def shapes(config: dict[str, Any], recipe: Recipe, dtype: mx.Dtype) -> Shapes:
+    """Return what ``recipe`` holds in memory over the model of ``config``.
+
+    Args:
+        config: ``config.json``, normalised.
+        recipe: Method, adapter, quantization and optimizer.
+        dtype: Of the base's floating weights.
+
+    Raises:
+        SlimError: If the model cannot be built, a target matches nothing, or full fine-tuning is
+            asked of a quantized model.
+    """
+    model = build(config)
+    dense = build({**config, "quantization": None}) if is_quantized(model) else model
+    parameters = sum(value.size for _, value in leaves(dense))
+    to_dtype(model, DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), mx.bfloat16))
+    stored = {path: value.nbytes for path, value in leaves(model)}
+    to_dtype(model, dtype)
+    cast = {path: value.nbytes for path, value in leaves(model)}
+    if is_quantized(model):
+        refuse_quantized(recipe)
+    quantized_here = recipe.method == "qlora" and not is_quantized(model)
+    chosen_bits: dict[str, dict[str, Any]] = {}
+    if quantized_here:
+        chosen_bits = make_policy(model, recipe.quantize).chosen
+        settings = recipe.quantize
+        nn.quantize(
+            model,
+            group_size=settings.group_size,
+            bits=settings.bits,
+            mode=settings.mode,
+            class_predicate=lambda path, module: chosen_bits.get(path, False),
+        )
+    kept = {path: value.nbytes for path, value in leaves(model)}
+    modules = dict(model.named_modules())
+    rounds = make_policy(model, recipe.quantize).chosen if recipe.quantize.aware else {}
+    rounded_bytes = sum(modules[path]["weight"].nbytes for path in rounds)
+    chosen: list[Site] = []
+    companions = 0
+    if recipe.method == "full":
+        trainable = {path: (value.shape, value.dtype) for path, value in leaves(model)}
+    else:
+        chosen = choose(model, recipe.adapter)
+        trainable, rank = {}, recipe.adapter.rank
+        for site in chosen:
+            inputs, outputs = _sides(site.module)[-2:]
+            trainable[f"{site.path}.lora_a"] = ((inputs, rank), mx.float32)
+            trainable[f"{site.path}.lora_b"] = ((rank, outputs), mx.float32)
+            if recipe.adapter.adaptive is not None:
+                trainable[f"{site.path}.lora_e"] = ((rank,), mx.float32)
+                companions += 2 * (inputs + outputs + 1) * rank * FULL_PRECISION_BYTES
+            if recipe.adapter.init == "pissa":
+                companions += (inputs + outputs) * rank * FULL_PRECISION_BYTES
+            if recipe.method == "dora":
+                trainable[f"{site.path}.m"] = ((outputs,), mx.float32)
+                companions += outputs * FULL_PRECISION_BYTES  # the cached row norms of W
+    bag = nn.Module()
+    for path, (shape, kind) in trainable.items():
+        bag[path] = mx.zeros(shape, dtype=kind)
+    one_copy = sum(value.nbytes for _, value in leaves(bag))
+    numbers = sum(value.size for _, value in leaves(bag))
+    state = Optimizer(bag, recipe.train).state()
+    embeddings = [s for s in sites(model) if s.block is None]
+    vocabulary, width = max((_table(s) for s in embeddings), default=(1, 1))
+    return Shapes(
+        parameters=parameters,
+        quantized=is_quantized(model),
+        base_bytes=sum(kept.values()),
+        loading_bytes=_loading_bytes(stored, cast, kept, list(chosen_bits)),
+        quantized_here=quantized_here,
+        rounded_bytes=rounded_bytes,
+        adapter_bytes=0 if recipe.method == "full" else one_copy + companions,
+        trainable={path: shape for path, (shape, _) in trainable.items()},
+        trainable_bytes=one_copy,
+        gradient_bytes=numbers * FULL_PRECISION_BYTES,
+        optimizer_bytes=sum(value.nbytes for value in state.values()),
+        blocks=_blocks(model, config, chosen, width),
+        vocabulary=vocabulary,
+        width=width,
+        head_trains=recipe.method == "full",
+        capped=is_capped(model),
+        splits=has_candidates(model),
+        largest=max((value.size for _, value in leaves(bag)), default=0),
+    )
+
+
+def _loading_bytes(
+    stored: dict[str, int], cast: dict[str, int], kept: dict[str, int], quantized: list[str]
+) -> int:
+    """Return the peak of loading: layers are quantized one by one, then the rest is read.
+
+    Args:
+        stored: Bytes of each parameter on disk.
+        cast: In the dtype of computation.
+        kept: Of each parameter that stays.
+        quantized: Layers that are quantized, in their order.
+    """
+    held = peak = 0
+
+    def read(name: str, more: int) -> None:
+        nonlocal peak
+        needed = cast[name] + (stored[name] if stored[name] != cast[name] else 0)
+        peak = max(peak, held + needed + more)
+
+    rest = dict(kept)
+    for path in quantized:
+        parts = [rest.pop(f"{path}.{part}", 0) for part in ("weight", "scales", "biases")]
+        read(f"{path}.weight", sum(parts))
+        held += sum(parts)
+    for name, size in rest.items():
+        read(name, 0)
+        held += size
+    return max(peak, held)
+
+
+def _table(site: Site) -> tuple[int, int]:
+    """(vocabulary, width) of an embedding or of a head outside the blocks."""
+    one, other = _sides(site.module)[-2:]
+    return max(one, other), min(one, other)

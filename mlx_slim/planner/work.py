@@ -1,0 +1,141 @@
+"""How much a run computes, and how long that takes on this device.
+
+Invariant: time is operations divided by rates measured here and now (matrix products, exponentials
+and memory passes, which on a CPU cost more than the products); an estimate of the rows says that
+it is one. Legend: P numbers of the blocks' matrices, T row length, V vocabulary, d width.
+Try it: ``mlx-slim plan smollm2-lora``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_slim.config.schema import Recipe
+from mlx_slim.planner.rows import expected_rows
+from mlx_slim.planner.shapes import Shapes
+from mlx_slim.runtime import exp_nanoseconds, matmul_gflops, on_gpu
+
+SUPERVISED = 0.6  # share of Alpaca-like rows that are answers
+FILLED = 0.93  # share of computed tokens that are real
+# Passes over memory per kept activation: written, read and differentiated.
+PASSES = 4.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """Tokens of a run.
+
+    Attributes:
+        tokens: Real tokens over all epochs or steps.
+        tokens_per_epoch: Of one pass over the rows.
+        length: Typical row length, tokens.
+        basis: How these are known, in words.
+    """
+
+    tokens: int
+    tokens_per_epoch: int
+    length: int
+    basis: str
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Rates of the device.
+
+    Attributes:
+        flops: Of a matrix product, per second.
+        exponential: Seconds per exponential.
+        element: Seconds per element of an elementwise pass.
+    """
+
+    flops: float
+    exponential: float
+    element: float
+
+
+def measure_speed(dtype: mx.Dtype) -> Speed:
+    """Return the rates of the default device, measured in about a second.
+
+    Args:
+        dtype: Of the matrix product.
+    """
+    size = 2048 if on_gpu() else 512
+    flat = mx.full((1 << 20,), 0.5)
+    mx.eval(flat)
+    element = float("inf")
+    for _ in range(4):
+        began = time.perf_counter()
+        mx.eval(flat * flat)
+        element = min(element, (time.perf_counter() - began) / flat.size)
+    return Speed(matmul_gflops(dtype, size, 4) * 1e9, exp_nanoseconds() * 1e-9, element)
+
+
+def expected_work(
+    recipe: Recipe, lengths: Sequence[int] | None = None, *, local: bool = True
+) -> Work | None:
+    """Return the tokens that ``recipe`` will train on, or None where they cannot be guessed.
+
+    Args:
+        recipe: Its sources, epochs and steps.
+        lengths: Tokens of each training row, where known.
+        local: Look at files and the mirror on this machine; else what the hub has is meant.
+
+    Raises:
+        SlimError: If rows that should lie here do not, or cannot be read.
+    """
+    train = recipe.train
+    if lengths is not None:
+        used = [min(length, train.max_length) for length in lengths]
+        known = (sum(used), int(sum(used) / max(1, len(used))), f"{len(used):,} rows, counted")
+    else:
+        known = expected_rows(recipe, local=local)
+    if train.steps is not None:
+        tokens = int(train.steps * train.accumulate * train.batch_tokens * FILLED)
+        length = known[1] if known else train.max_length
+        per_epoch = known[0] if known else tokens
+        return Work(tokens, per_epoch, length, f"{train.steps:,} full steps")
+    if known is None:
+        return None
+    per_epoch, length, basis = known
+    return Work(int(per_epoch * train.epochs), per_epoch, length, f"{train.epochs:g} x {basis}")
+
+
+def predicted_seconds(
+    found: Shapes, recipe: Recipe, work: Work, speed: Speed, *, gpu: bool
+) -> float:
+    """Return the wall time of training in seconds, without loading, validation and saving.
+
+    Matrix products: 2P forward and 2P backward for each token, 2P more for weight gradients of
+    full fine-tuning and for recomputation; 12·T·q for attention; 4·V·d for a supervised token.
+    """
+    full = recipe.method == "full"
+    again = 1 if recipe.train.grad_checkpoint else 0
+    linear = sum(block.linear for block in found.blocks)
+    adapters = 0 if full else found.trainable_parameters
+    share = SUPERVISED if recipe.data.mask_prompt else 1.0
+    passes = 2 + again + (1 if full else 0)
+    attention = sum((12 + 4 * again) * work.length * block.queries for block in found.blocks)
+    head = found.vocabulary * found.width
+    flops = 2 * linear * passes + 6 * adapters + attention
+    flops += share * head * (6 if full else 4)
+    exponentials = sum(
+        (1 + again) * (block.inner + block.heads * work.length) for block in found.blocks
+    )
+    exponentials += share * found.vocabulary
+    kept = sum(
+        6 * block.width + 2 * block.queries + 5 * block.inner + block.heads * work.length
+        for block in found.blocks
+    )
+    seconds = flops / speed.flops
+    seconds += exponentials * speed.exponential
+    seconds += kept * PASSES * (1 + again / 2) * speed.element
+    computed = work.tokens / FILLED
+    total = computed * seconds
+    if found.quantized and not gpu:  # each micro-batch makes each layer's dense weight anew
+        batches = computed / recipe.train.batch_tokens
+        total += batches * (linear + head) * (2 + again) * 2 * speed.element
+    return total

@@ -1,0 +1,228 @@
+"""Which layers a model can do without.
+
+Invariant: protected layers are never among them, and at least one layer stays; similarities are
+float32 and leave out the first position of a row and special tokens, whose huge activations say
+nothing about a layer. Try it: ``mlx-slim prune MODEL -o DIR --method block-influence --ratio 0.1``.
+
+Legend: N rows, B rows of a batch, T tokens a row, D width, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_slim.errors import SlimError
+from mlx_slim.models import structure
+from mlx_slim.pruning.importance import Tick, Trail, batches_of
+from mlx_slim.pruning.route import Forward, routed
+from mlx_slim.runtime import number
+from mlx_slim.training.step import Arrays, CrossEntropy
+
+METHODS = ("block-influence", "angular", "perplexity", "random")
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Layers to remove, and why.
+
+    Attributes:
+        layers: Numbers from 0, ascending.
+        scores: Layer -> score of ``meaning``; for ``angular``, first layer of a block -> score.
+        meaning: What a score is.
+        steps: (layer, loss without it and those before it) in the order of ``perplexity``.
+    """
+
+    layers: list[int]
+    scores: dict[int, float]
+    meaning: str
+    steps: list[tuple[int, float]]
+
+
+def choose_layers(
+    model: nn.Module,
+    method: str,
+    count: int,
+    allowed: list[int],
+    rows_NT: mx.array | None,
+    *,
+    seed: int = 0,
+    special: Collection[int] = (),
+    tick: Tick = lambda layer: None,
+) -> Removal:
+    """Choose ``count`` of the ``allowed`` layers.
+
+    * ``block-influence``: the lowest 1 − mean cos(what enters, what leaves) (arXiv 2403.03853);
+    * ``angular``: the ``count`` layers in a row that turn the last position least
+      (arXiv 2403.17887): arccos(cos)/π;
+    * ``perplexity``: one after the other, whichever removal leaves the lowest loss;
+    * ``random``: a seeded control.
+
+    Args:
+        model: Evaluated.
+        method: One of ``METHODS``.
+        count: Layers to remove.
+        allowed: Layers that may go, ascending.
+        rows_NT: Calibration token ids; None for ``random``.
+        seed: Of ``random``.
+        special: Token ids whose positions similarities leave out.
+        tick: Hears the number of each layer as it is looked at.
+
+    Raises:
+        SlimError: If no such layers exist.
+    """
+    if count > len(allowed):
+        raise SlimError(
+            f"{count} layers cannot go: {len(allowed)} of "
+            f"{len(structure.blocks(model))} are not protected",
+            "remove fewer, or protect fewer with --protect-first and --protect-last",
+        )
+    if method == "random":
+        chosen = np.random.default_rng([seed, len(allowed)]).permutation(allowed)[:count]
+        return Removal(sorted(int(i) for i in chosen), {}, "drawn at random", [])
+    assert rows_NT is not None
+    if method == "block-influence":
+        scores = block_influence(model, rows_NT, special, tick)
+        ranked = sorted(allowed, key=lambda layer: scores[layer])
+        return Removal(sorted(ranked[:count]), dict(enumerate(scores)), "block influence", [])
+    if method == "angular":
+        distances = angular_distance(model, rows_NT, count, tick)
+        starts = [i for i in allowed if all(i + k in allowed for k in range(count))]
+        first = min(starts, key=lambda i: distances[i])
+        meaning = f"angle over {count} layers, of π"
+        return Removal(list(range(first, first + count)), dict(enumerate(distances)), meaning, [])
+    return _by_perplexity(model, count, allowed, rows_NT, tick)
+
+
+def _cosine(a: mx.array, b: mx.array) -> mx.array:
+    a, b = a.astype(mx.float32), b.astype(mx.float32)
+    lengths = mx.sqrt(mx.square(a).sum(-1) * mx.square(b).sum(-1))
+    return (a * b).sum(-1) / mx.maximum(lengths, 1e-30)
+
+
+def block_influence(
+    model: nn.Module, rows_NT: mx.array, special: Collection[int], tick: Tick = lambda layer: None
+) -> list[float]:
+    """Return 1 − mean cos(entering, leaving) of each layer; 0 is a layer that does nothing."""
+    blocks = structure.blocks(model)
+    totals, positions = np.zeros(len(blocks)), 0
+    excluded = np.array(sorted(special), np.int64)
+    for batch in batches_of(rows_NT):
+        tokens_BT = mx.array(batch.tokens_BT)
+        counts = ~np.isin(batch.tokens_BT, excluded)
+        counts[:, 0] = False
+        counted_BT = mx.array(counts)  # pyright: ignore[reportArgumentType]
+        positions += int(counts.sum())
+
+        def route(
+            index: int, forward: Forward, hidden: mx.array, counted_BT: mx.array = counted_BT
+        ) -> mx.array:
+            out = forward(hidden)
+            totals[index] += number(mx.where(counted_BT, _cosine(hidden, out), 0.0).sum())
+            tick(index)
+            return out
+
+        with routed(blocks, route):
+            model(tokens_BT)
+    if not positions:
+        raise SlimError(
+            "the calibration text holds nothing but special tokens", "give other --calibration text"
+        )
+    return [float(1.0 - total / positions) for total in totals]
+
+
+def angular_distance(
+    model: nn.Module, rows_NT: mx.array, count: int, tick: Tick = lambda layer: None
+) -> list[float]:
+    """Return the mean angle / π at the last position over layers i … i + count − 1, for each i."""
+    blocks = structure.blocks(model)
+    totals = np.zeros(len(blocks) - count + 1)
+    for batch in batches_of(rows_NT):
+        last: list[mx.array] = []
+
+        def route(
+            index: int, forward: Forward, hidden: mx.array, last: list[mx.array] = last
+        ) -> mx.array:
+            if not index:
+                last.append(hidden[:, -1])
+            out = forward(hidden)
+            last.append(out[:, -1])
+            mx.eval(last)
+            tick(index)
+            return out
+
+        with routed(blocks, route):
+            model(mx.array(batch.tokens_BT))
+        for first in range(len(totals)):
+            cosine_B = mx.clip(_cosine(last[first], last[first + count]), -1.0, 1.0)
+            totals[first] += number(mx.arccos(cosine_B).sum()) / np.pi
+    return [float(total / len(rows_NT)) for total in totals]
+
+
+def _by_perplexity(
+    model: nn.Module, count: int, allowed: list[int], rows_NT: mx.array, tick: Tick
+) -> Removal:
+    objective = CrossEntropy(model)
+    batches = batches_of(rows_NT)
+    targets = rows_NT.shape[0] * (rows_NT.shape[1] - 1)
+    removed: list[int] = []
+    steps: list[tuple[int, float]] = []
+    first: dict[int, float] = {}
+    for _ in range(count):
+        losses = dict.fromkeys((i for i in allowed if i not in removed), 0.0)
+        for batch in batches:
+            arrays = objective.arrays(batch)
+            trail = _trail_without(model, mx.array(batch.tokens_BT), removed)
+            for layer in losses:
+                losses[layer] += _loss_without(
+                    model, objective, arrays, trail, {*removed, layer}, layer
+                )
+                tick(layer)
+        losses = {layer: nll / targets for layer, nll in losses.items()}
+        first = first or losses
+        best = min(losses, key=lambda layer: losses[layer])
+        removed.append(best)
+        steps.append((best, losses[best]))
+    return Removal(sorted(removed), first, "loss without it, nats a token", steps)
+
+
+def _trail_without(model: nn.Module, tokens_BT: mx.array, removed: list[int]) -> list[mx.array]:
+    """Return what enters each block when ``removed`` are skipped."""
+    if not removed:
+        return Trail(model, tokens_BT).entering
+    entering: list[mx.array] = []
+
+    def route(index: int, forward: Forward, hidden: mx.array) -> mx.array:
+        entering.append(hidden)
+        out = hidden if index in removed else forward(hidden)
+        mx.eval(out)
+        return out
+
+    with routed(structure.blocks(model), route):
+        model(tokens_BT)
+    return entering
+
+
+def _loss_without(
+    model: nn.Module,
+    objective: CrossEntropy,
+    arrays: Arrays,
+    entering: list[mx.array],
+    skipped: set[int],
+    start: int,
+) -> float:
+    """Return Σ loss with ``skipped`` left out, computed from block ``start`` on."""
+
+    def route(index: int, forward: Forward, hidden: mx.array) -> mx.array:
+        if index < start:
+            return hidden
+        if index == start:
+            return entering[start]
+        return hidden if index in skipped else forward(hidden)
+
+    with routed(structure.blocks(model), route):
+        return number(objective(model, arrays, gradient=False))

@@ -1,0 +1,325 @@
+"""How much each group of coupled weights matters, a layer at a time.
+
+Invariant: gradients and their squares exist for one block's weights at a time: a forward pass keeps
+what enters each block, then the loss is led back through the blocks from last to first. What grows
+with depth is activations of the calibration rows only. Sums are float32. Try it:
+``mlx-slim prune MODEL -o DIR --method taylor --ratio 0.2``.
+
+Legend: N rows, B rows of a batch, T tokens a row, D width, G groups of a family in one block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_slim.data.batches import Batch, collate
+from mlx_slim.errors import SlimError
+from mlx_slim.models import structure
+from mlx_slim.models.structure import Coupled
+from mlx_slim.pruning.route import Forward, routed, watched
+from mlx_slim.runtime import human_bytes
+from mlx_slim.training.step import Arrays, CrossEntropy
+
+GRADIENT = ("taylor", "taylor2", "vector")
+METHODS = (*GRADIENT, "activation", "l2", "random")
+_BATCH_TOKENS = 2048  # tokens that go through a block together
+
+# "LAYER.KIND" -> scores (G,), float32; more is more important
+Scores = dict[str, np.ndarray]
+Tick = Callable[[int], None]
+
+
+def name_of(layer: int, kind: str) -> str:
+    """Return the key of a block's family in ``Scores``."""
+    return f"{layer}.{kind}"
+
+
+def group_importance(
+    model: nn.Module,
+    method: str,
+    kinds: tuple[str, ...],
+    rows_NT: mx.array | None,
+    *,
+    seed: int = 0,
+    budget: int | None = None,
+    tick: Tick = lambda layer: None,
+) -> Scores:
+    """Score every group of ``kinds`` in every block.
+
+    * ``taylor``: Σ |w · g| over the weights of a group, g the gradient of the mean loss
+      (arXiv 2305.11627, element-wise first order);
+    * ``taylor2``: Σ |w · g − ½ w² F|, F the mean of the squared gradients of single rows (the
+      diagonal of the empirical Fisher matrix);
+    * ``vector``: |Σ w · g|: what the loss changes by, to first order, when the group is scaled;
+    * ``activation``: L2 over the rows, mean over the positions, of what the group sends to the
+      output layer (arXiv 2407.14679, forward only);
+    * ``l2``: √Σ w²; ``random``: seeded; both controls.
+
+    Args:
+        model: Dense, evaluated.
+        method: One of ``METHODS``.
+        kinds: Families: ``heads``, ``mlp``.
+        rows_NT: Calibration token ids; None for ``l2`` and ``random``.
+        seed: Of ``random``.
+        budget: Bytes that activations may take; None does not check.
+        tick: Hears the number of each block as it is done.
+
+    Raises:
+        SlimError: If the activations exceed the budget, or a score is not finite.
+    """
+    if method in GRADIENT:
+        assert rows_NT is not None
+        scores = _by_gradient(model, method, kinds, rows_NT, budget, tick)
+    elif method == "activation":
+        assert rows_NT is not None
+        scores = _by_activation(model, kinds, rows_NT, tick)
+    else:
+        scores = {}
+        for layer, block in enumerate(structure.blocks(model)):
+            for kind, family in _families(block, kinds).items():
+                if method == "random":
+                    stream = np.random.default_rng([seed, layer, kinds.index(kind)])
+                    found = stream.random(family.count, np.float32)
+                else:
+                    weights = _members(block, family)
+                    found = np.sqrt(_sums({p: mx.square(w) for p, w in weights.items()}, family))
+                scores[name_of(layer, kind)] = found
+            tick(layer)
+    wrong = [name for name, values in scores.items() if not np.isfinite(values).all()]
+    if wrong:
+        raise SlimError(
+            f"the importance of {len(wrong)} groups of layers is not finite, first of {wrong[0]}",
+            "the weights are damaged, or overflow their dtype",
+        )
+    return scores
+
+
+def _families(block: nn.Module, kinds: tuple[str, ...]) -> dict[str, Coupled]:
+    return {kind: family for kind, family in structure.coupled(block).items() if kind in kinds}
+
+
+def _members(block: nn.Module, family: Coupled) -> dict[str, mx.array]:
+    parameters = dict(tree_flatten(block.parameters()))
+    return {path: parameters[path].astype(mx.float32) for path, _ in family.members}  # pyright: ignore
+
+
+def _sums(values: dict[str, mx.array], family: Coupled) -> np.ndarray:
+    """Return Σ of ``values`` (shaped like the members) over each group (G,), float32."""
+    total_G = mx.zeros(family.count)
+    for path, axis in family.members:
+        parts = mx.moveaxis(values[path], axis, 0).reshape(family.count, -1)
+        total_G = total_G + parts.sum(axis=1)
+    return np.array(total_G)
+
+
+class _Whole:
+    """Calibration rows as ``Rows``: every token but the first is a target."""
+
+    def __init__(self, rows_NT: np.ndarray) -> None:
+        self._rows_NT = rows_NT
+        count, length = rows_NT.shape
+        self._mask_T = np.arange(length) > 0
+        self.lengths = np.full(count, length)
+        self.supervised = np.full(count, length - 1)
+
+    def __len__(self) -> int:
+        return len(self._rows_NT)
+
+    def row(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return ids int32 (T,) and the mask bool (T,)."""
+        return self._rows_NT[i], self._mask_T
+
+    def weights(self, i: int) -> None:
+        """Return that all targets count alike."""
+
+
+def batches_of(rows_NT: mx.array, *, single: bool = False) -> list[Batch]:
+    """Return the rows as batches for next-token loss, in order; nothing is padded.
+
+    Args:
+        rows_NT: Token ids.
+        single: A row a batch.
+    """
+    rows = _Whole(np.array(rows_NT, np.int32))
+    count = 1 if single else max(1, _BATCH_TOKENS // rows_NT.shape[1])
+    groups = [range(i, min(i + count, len(rows))) for i in range(0, len(rows), count)]
+    return [collate(rows, [[i] for i in group], isolate=False) for group in groups]
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Keep the head's own gradient from being formed."""
+    model.freeze()
+    try:
+        yield
+    finally:
+        model.unfreeze()
+
+
+class Trail:
+    """What entered each block for one batch, and how to go on from there.
+
+    Attributes:
+        entering: hidden_BTD by block, and what left the last one.
+        forwards: Each block with its own mask.
+    """
+
+    def __init__(self, model: nn.Module, tokens_BT: mx.array) -> None:
+        self.entering: list[Any] = []
+        self.forwards: list[Forward] = []
+
+        def route(index: int, forward: Forward, hidden_BTD: mx.array) -> mx.array:
+            if not index:
+                self.entering.append(hidden_BTD)
+            self.forwards.append(forward)
+            self.entering.append(forward(hidden_BTD))
+            mx.eval(self.entering[-1])
+            return self.entering[-1]
+
+        with routed(structure.blocks(model), route):
+            model(tokens_BT)  # the logits are never computed
+
+
+def _by_gradient(
+    model: nn.Module,
+    method: str,
+    kinds: tuple[str, ...],
+    rows_NT: mx.array,
+    budget: int | None,
+    tick: Tick,
+) -> Scores:
+    blocks = structure.blocks(model)
+    with _frozen(model):
+        objective = CrossEntropy(model)
+        batches = batches_of(rows_NT, single=method == "taylor2")
+        trails: list[Trail] = []
+        for batch in batches:
+            trails.append(Trail(model, mx.array(batch.tokens_BT)))
+            _check_budget(trails, len(batches), budget)
+        pulls = []  # d loss / d what leaves the block, by batch
+        scale = len(batches) if method == "taylor2" else 1
+        targets = rows_NT.shape[0] * (rows_NT.shape[1] - 1) / scale
+        for trail, batch in zip(trails, batches, strict=True):
+            arrays = objective.arrays(batch)
+            pull = _pull_of_the_head(model, objective, arrays, trail.entering.pop(), 1 / targets)
+            mx.eval(pull)
+            pulls.append(pull)
+        scores: Scores = {}
+        for layer in reversed(range(len(blocks))):
+            families = _families(blocks[layer], kinds)
+            sums, squares = _block_gradients(
+                blocks[layer], layer, families, trails, pulls, method == "taylor2"
+            )
+            for kind, family in families.items():
+                weights = _members(blocks[layer], family)
+                terms = {}
+                for path, weight in weights.items():
+                    term = weight * sums[path] / scale
+                    if squares:
+                        term = term - 0.5 * mx.square(weight) * squares[path] / scale
+                    terms[path] = term if method == "vector" else mx.abs(term)
+                found = _sums(terms, family)
+                scores[name_of(layer, kind)] = np.abs(found)
+            tick(layer)
+    return scores
+
+
+def _check_budget(trails: list[Trail], count: int, budget: int | None) -> None:
+    needed = count * sum(hidden.nbytes for hidden in trails[0].entering)
+    if budget is not None and needed > budget:
+        raise SlimError(
+            f"the activations of the calibration rows take {human_bytes(needed)}, "
+            f"{human_bytes(budget)} are free for them",
+            "give fewer --samples or a smaller --length",
+        )
+
+
+def _pull_of_the_head(
+    model: nn.Module, objective: CrossEntropy, arrays: Arrays, last_BTD: mx.array, scale: float
+) -> mx.array:
+    """Return d(scale · Σ loss) / d(what leaves the last block)."""
+    blocks = structure.blocks(model)
+
+    def tail(hidden_BTD: mx.array) -> mx.array:
+        def route(index: int, _: Forward, passed: mx.array) -> mx.array:
+            return hidden_BTD if index == len(blocks) - 1 else passed
+
+        with routed(blocks, route):
+            return objective(model, arrays, gradient=True) * scale
+
+    return mx.grad(tail)(last_BTD)
+
+
+def _block_gradients(
+    block: nn.Module,
+    layer: int,
+    families: dict[str, Coupled],
+    trails: list[Trail],
+    pulls: list[mx.array],
+    squared: bool,
+) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
+    """Return Σ g and Σ g² over the batches for a block's weights; lead the pulls through it."""
+    everything = dict(tree_flatten(block.parameters()))
+    paths = [path for family in families.values() for path, _ in family.members]
+    own = {path: everything[path] for path in paths}
+    sums: dict[str, mx.array] = {}
+    squares: dict[str, mx.array] = {}
+    for number, trail in enumerate(trails):
+        forward, pull = trail.forwards[layer], pulls[number]
+
+        def through(
+            parameters: dict[str, mx.array],
+            hidden_BTD: mx.array,
+            forward: Forward = forward,
+            pull: mx.array = pull,
+        ) -> mx.array:
+            block.update(tree_unflatten(list(parameters.items())))  # pyright: ignore
+            return (forward(hidden_BTD).astype(mx.float32) * pull.astype(mx.float32)).sum()
+
+        gradients, pulls[number] = mx.grad(through, argnums=(0, 1))(own, trail.entering.pop())
+        block.update(tree_unflatten(list(own.items())))  # pyright: ignore
+        for path, gradient in gradients.items():
+            gradient32 = gradient.astype(mx.float32)
+            sums[path] = sums[path] + gradient32 if path in sums else gradient32
+            if squared:
+                square = mx.square(gradient32)
+                squares[path] = squares[path] + square if path in squares else square
+        mx.eval(sums, squares, pulls[number])
+    return sums, squares
+
+
+def _by_activation(
+    model: nn.Module, kinds: tuple[str, ...], rows_NT: mx.array, tick: Tick
+) -> Scores:
+    blocks = structure.blocks(model)
+    squares: dict[str, mx.array] = {}  # Σ over rows of the squared norm, (T, G)
+    with contextlib.ExitStack() as stack:
+        for layer, block in enumerate(blocks):
+            for kind, family in _families(block, kinds).items():
+
+                def look(
+                    x_BTI: mx.array, name: str = name_of(layer, kind), family: Coupled = family
+                ) -> None:
+                    parts = x_BTI.astype(mx.float32).reshape(*x_BTI.shape[:2], family.count, -1)
+                    total_TG = mx.square(parts).sum(axis=(0, 3))
+                    squares[name] = squares[name] + total_TG if name in squares else total_TG
+
+                stack.enter_context(watched(block, family.output, look))
+
+        def route(index: int, forward: Forward, hidden_BTD: mx.array) -> mx.array:
+            out = forward(hidden_BTD)
+            mx.eval(out, squares)
+            tick(index)
+            return out
+
+        stack.enter_context(routed(blocks, route))
+        for batch in batches_of(rows_NT):
+            model(mx.array(batch.tokens_BT))
+    return {name: np.array(mx.sqrt(total_TG).mean(axis=0)) for name, total_TG in squares.items()}

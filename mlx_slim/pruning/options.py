@@ -1,0 +1,156 @@
+"""What a user may ask of pruning, and what of it does not go together.
+
+Invariant: every problem of the settings is said at once, before any model is looked at. Try it:
+``mlx-slim prune MODEL -o DIR --axis depth --no-heads``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mlx_slim.config.section import MOST
+from mlx_slim.errors import SlimError, did_you_mean
+from mlx_slim.models.structure import HEADS, MLP
+from mlx_slim.pruning import depth, importance
+
+NAMED = "named"
+_DEFAULT = {"depth": "block-influence", "width": "taylor"}
+_METHODS = {"depth": depth.METHODS, "width": importance.METHODS}
+# Rows of calibration text x tokens: what arXiv 2305.11627 takes for gradients; forward passes and
+# similarities are cheaper and noisier.
+_GRADIENT_ROWS, _FORWARD_ROWS = (10, 64), (32, 256)
+
+
+_Size = Annotated[int, Field(ge=1, le=2**60, strict=True)]
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """What to remove, and on what text to judge it; the only home of these defaults.
+
+    Attributes:
+        axis: ``depth`` (layers) or ``width`` (heads and neurons); None follows from the method.
+        method: Of ``depth.METHODS`` or ``importance.METHODS``; None is block influence or taylor.
+        layers: Layers by number, such as ``21-29,31``, instead of a method and a size.
+        ratio: Share of the layers, or (at most) of the groups of each layer that may shrink.
+        target_params: Most parameters that may stay.
+        target_bytes: Most bytes of weights that may stay.
+        heads: Prune attention heads; None does where the widths can be said.
+        mlp: Prune MLP neurons; None does.
+        uniform: The same widths in every layer.
+        ranking: ``layer`` or ``global``: groups compete inside their layer, or with all.
+        protect_first: First layers that stay as they are; None scales 4 of 32.
+        protect_last: Last layers that stay; None scales 2 of 32.
+        calibration: Text or data set; None is the Alpaca mirror.
+        samples: Calibration rows; None chooses by method.
+        length: Tokens of a row; None chooses by method.
+        held_out: Tokens that the result is judged on, about.
+        seed: Of the random controls.
+        revision: Commit or tag of a hub model.
+    """
+
+    axis: Literal["depth", "width"] | None = None
+    method: str | None = None
+    layers: str | None = None
+    ratio: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = None
+    target_params: _Size | None = None
+    target_bytes: _Size | None = None
+    heads: bool | None = None
+    mlp: bool | None = None
+    uniform: bool = True
+    ranking: Literal["layer", "global"] = "layer"
+    protect_first: Annotated[int, Field(ge=0, le=MOST, strict=True)] | None = None
+    protect_last: Annotated[int, Field(ge=0, le=MOST, strict=True)] | None = None
+    calibration: str | None = None
+    samples: Annotated[int, Field(ge=1, le=MOST, strict=True)] | None = None
+    length: Annotated[int, Field(ge=8, le=MOST, strict=True)] | None = None
+    held_out: Annotated[int, Field(ge=16, le=MOST, strict=True)] = 2048
+    seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
+    revision: str | None = None
+
+
+def one_error(problems: list[tuple[str, str]]) -> SlimError:
+    """Return all problems, (message, hint) each, as one error."""
+    if len(problems) == 1:
+        return SlimError(*problems[0])
+    details = [f"{message} ({hint})" if hint else message for message, hint in problems]
+    return SlimError(f"{len(problems)} problems", details=details)
+
+
+def method_of(options: PruneOptions) -> tuple[str, str]:
+    """Return axis and method, each from the other where one is absent."""
+    axis, method = options.axis, options.method
+    if options.layers is not None:
+        return axis or "depth", method or NAMED
+    if method is None:
+        axis = axis or "width"
+        return axis, _DEFAULT[axis]
+    for known in [axis] if axis else ["width", "depth"]:
+        if method in _METHODS[known]:
+            return known, method
+    choices = _METHODS[axis] if axis else (*_METHODS["width"], *_METHODS["depth"])
+    other = next((a for a in _METHODS if method in _METHODS[a]), None)
+    hint = f"it is a method of --axis {other}" if other else did_you_mean(method, choices)
+    raise SlimError(f"no method {method!r}" + (f" of axis {axis}" if axis else ""), hint)
+
+
+def conflicts(options: PruneOptions, axis: str) -> list[tuple[str, str]]:
+    """Return (message, hint) of all that does not go together."""
+    problems: list[tuple[str, str]] = []
+    given = [
+        name
+        for name in ("layers", "ratio", "target_params", "target_bytes")
+        if getattr(options, name) is not None
+    ]
+    flags = [f"--{name.replace('_', '-')}" for name in given]
+    if len(given) != 1:
+        seen = "no size is given" if not given else f"{' and '.join(flags)} are both given"
+        problems.append((seen, "give one of --ratio, --target-params, --target-bytes, --layers"))
+    if options.layers is not None and (axis != "depth" or options.method is not None):
+        problems.append(("--layers names layers: no --method or --axis width goes with it", ""))
+    if options.ratio is not None and not 0 < options.ratio < 1:
+        problems.append((f"--ratio is {options.ratio:g}, expected more than 0 and less than 1", ""))
+    for name in ("target_params", "target_bytes", "samples", "held_out"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            problems.append((f"--{name.replace('_', '-')} is {value}, expected at least 1", ""))
+    if options.length is not None and options.length < 8:
+        problems.append((f"--length is {options.length}, expected at least 8", ""))
+    protected = [
+        f"--{name.replace('_', '-')}"
+        for name in ("protect_first", "protect_last")
+        if getattr(options, name) is not None
+    ]
+    if axis == "depth":
+        wide = [f"--{'' if value else 'no-'}{kind}" for kind, value in _kinds(options).items()]
+        wide += [] if options.uniform else ["--no-uniform"]
+        wide += [] if options.ranking == "layer" else ["--ranking"]
+        if wide:
+            problems.append((f"{', '.join(wide)}: widths stay when layers go", "--axis width"))
+    else:
+        uneven = [*protected] + ([] if options.ranking == "layer" else ["--ranking global"])
+        if options.uniform and uneven:
+            problems.append(
+                (f"{', '.join(uneven)}: --uniform gives all layers one width", "--no-uniform")
+            )
+        if options.heads is False and options.mlp is False:
+            problems.append(("--no-heads and --no-mlp leave nothing to prune", ""))
+    if options.layers is not None and protected:
+        problems.append((f"{', '.join(protected)}: --layers names what goes", ""))
+    return problems
+
+
+def _kinds(options: PruneOptions) -> dict[str, bool]:
+    asked = {HEADS: options.heads, MLP: options.mlp}
+    return {kind: value for kind, value in asked.items() if value is not None}
+
+
+def rows_of(options: PruneOptions, method: str) -> tuple[int, int]:
+    """Return calibration rows and their tokens; (0, 0) for a method that looks at none."""
+    if method in ("l2", "random", NAMED):
+        return 0, 0
+    samples, length = _GRADIENT_ROWS if method in importance.GRADIENT else _FORWARD_ROWS
+    return options.samples or samples, options.length or length

@@ -1,0 +1,295 @@
+"""What a pruning will remove, as far as shapes and settings say it; all of it checked.
+
+Invariant: nothing is written and no weight is read; every problem of the settings is said at once.
+Try it: ``mlx-slim prune MODEL -o DIR --ratio 0.2 --dry-run``.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_slim.errors import SlimError
+from mlx_slim.models import structure
+from mlx_slim.models.build import WIDTHS, build
+from mlx_slim.models.structure import HEADS, MLP
+from mlx_slim.pruning.counts import Counts, count
+from mlx_slim.pruning.options import NAMED, PruneOptions, conflicts, method_of, one_error, rows_of
+from mlx_slim.pruning.surgery import (
+    check_supported,
+    config_with_sizes,
+    config_without_layers,
+    heads_must_divide,
+    says_head_dim,
+)
+from mlx_slim.pruning.width import Sizes, sizes_for, sizes_within
+from mlx_slim.runtime import DTYPES, human_bytes
+
+_PROTECT = (4, 2, 32)  # first and last layers of how many (arXiv 2305.11627)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A pruning that can be done.
+
+    Attributes:
+        axis: ``depth`` or ``width``.
+        method: Resolved; ``named`` for layers given by number.
+        layers: Layers that may go or shrink.
+        removed: Layers that go, where they are named.
+        count: Layers that go.
+        kinds: Families that shrink.
+        sizes: Groups that stay, by kind and layer.
+        before: Counts of the model as it is.
+        parameters: Parameters that stay.
+        rows: Calibration rows and their tokens; (0, 0) if the method looks at none.
+        notes: What a user should know, a line each.
+    """
+
+    axis: str
+    method: str
+    layers: list[int]
+    removed: list[int]
+    count: int
+    kinds: tuple[str, ...]
+    sizes: Sizes
+    before: Counts
+    parameters: int
+    rows: tuple[int, int]
+    notes: list[str]
+
+    def lines(self) -> list[str]:
+        """Return what is known before any weight is read, a fact a line."""
+        total = len(self.before.blocks)
+        what = (
+            f"{self.count} of {total} layers"
+            if self.axis == "depth"
+            else f"{', '.join(self.kinds)} of {len(self.layers)} of {total} layers"
+        )
+        lines = [f"removes    {what}: {self.method}"]
+        for kind, sizes in self.sizes.items():
+            name = "kv heads" if kind == HEADS else "neurons"
+            first = self.layers[0]
+            lines.append(
+                f"{name:<10} {self.before.sizes[kind][first]:,} -> {sizes[first]:,} a layer"
+            )
+        before, after = self.before.total, self.parameters
+        lines.append(f"parameters {before:,} -> {after:,} ({after / before:.1%} stay)")
+        return lines + [f"note       {note}" for note in self.notes]
+
+
+def plan(config: dict[str, Any], options: PruneOptions, itemsize: int) -> Plan:
+    """Return what ``options`` will remove from the model of ``config``.
+
+    Args:
+        config: Normalised, of a dense model.
+        options: As the user gave them.
+        itemsize: Bytes of a stored weight, for ``target_bytes``.
+
+    Raises:
+        SlimError: All that is wrong with the options, or what the model cannot do.
+    """
+    axis, method = method_of(options)
+    problems = conflicts(options, axis)
+    if problems:
+        raise one_error(problems)
+    check_supported(config)
+    if "quantization" in config:
+        raise SlimError(
+            "the model is quantized: its groups cannot be cut",
+            "make it dense first: mlx-slim convert MODEL -o DIR --dequantize",
+        )
+    model = build(config)
+    counts = count(model)
+    total = len(counts.blocks)
+    if options.layers is not None:
+        removed = parse_layers(options.layers, total)
+        config_without_layers(config, removed)
+        stays = counts.without_layers(removed)
+        return Plan(axis, NAMED, removed, removed, len(removed), (), {}, counts, stays, (0, 0), [])
+    first, last = _protection(options, total)
+    free = list(range(first, total - last))
+    notes: list[str] = []
+    if axis == "width" and options.uniform:
+        free = list(range(total))
+        notes.append(
+            "the same widths in every layer, so no layer is protected (--no-uniform protects the "
+            "first and last; only mlx-slim reads that)"
+        )
+    if not free:
+        raise SlimError(
+            f"all {total} layers are protected: {first} first and {last} last",
+            "give a smaller --protect-first or --protect-last",
+        )
+    target = options.target_params
+    if options.target_bytes is not None:
+        target = options.target_bytes // itemsize
+    if target is not None and target >= counts.total:
+        asked = f"{target:,} parameters"
+        if options.target_bytes is not None:
+            asked = f"{human_bytes(options.target_bytes)} ({asked})"
+        raise SlimError(
+            f"the model has {counts.total:,} parameters already, the target is {asked}",
+            "give a smaller target",
+        )
+    if axis == "depth":
+        return _depth(options, method, free, counts, target, notes)
+    return _width(config, options, method, model, free, counts, target, notes)
+
+
+def planned_config(config: dict[str, Any], options: PruneOptions) -> dict[str, Any]:
+    """Return the configuration that ``options`` will leave, as far as shapes say it.
+
+    Which layers go is not known before they are measured: the last ones stand for them.
+
+    Raises:
+        SlimError: As ``plan``.
+    """
+    found = plan(config, options, weight_size(config))
+    if found.axis == "width":
+        return config_with_sizes(config, found.sizes, uniform=options.uniform)
+    total = config["num_hidden_layers"]
+    return config_without_layers(config, found.removed or range(total - found.count, total))
+
+
+def weight_size(config: dict[str, Any]) -> int:
+    """Return the bytes of a weight as the config says they are stored; 2 where it does not."""
+    name = str(config.get("dtype") or config.get("torch_dtype"))
+    return DTYPES.get(name, DTYPES["bfloat16"]).size
+
+
+def parse_layers(text: str, total: int) -> list[int]:
+    """Return the numbers of ``21-29,31``, ascending.
+
+    Raises:
+        SlimError: If it is no such list, out of range, or leaves no layer.
+    """
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part)
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise SlimError(f"--layers {text!r} is not understood", "write it as 21-29 or 3,5,7-9")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last >= total:
+            raise SlimError(
+                f"there is no layer {last}: the model has layers 0 to {total - 1}",
+                "layers are counted from 0",
+            )
+        found |= set(range(first, last + 1))
+    if len(found) == total:
+        raise SlimError(f"--layers {text} removes all {total} layers", "keep at least one")
+    return sorted(found)
+
+
+def _protection(options: PruneOptions, total: int) -> tuple[int, int]:
+    first, last, of = _PROTECT
+    pairs = ((options.protect_first, first), (options.protect_last, last))
+    found = [
+        min(usual, round(usual * total / of)) if given is None else given for given, usual in pairs
+    ]
+    return max(0, found[0]), max(0, found[1])
+
+
+def _depth(
+    options: PruneOptions,
+    method: str,
+    free: list[int],
+    counts: Counts,
+    target: int | None,
+    notes: list[str],
+) -> Plan:
+    total = len(counts.blocks)
+    if options.ratio is not None:
+        number = round(options.ratio * total)
+        if not number:
+            raise SlimError(
+                f"--ratio {options.ratio:g} of {total} layers is less than one layer",
+                f"give at least {0.5 / total + 1e-4:.2g}",
+            )
+    else:
+        assert target is not None
+        # Blocks may differ; the lightest of them are what a choice may turn out to be.
+        lightest = sorted(counts.blocks[i] for i in free)
+        number = next(
+            (n for n in range(1, len(free)) if counts.total - sum(lightest[:n]) <= target), 0
+        )
+        if not number:
+            least = counts.total - sum(lightest[: len(free) - 1])
+            raise SlimError(
+                f"{target:,} parameters cannot be reached by removing layers: with "
+                f"{len(free) - 1} fewer there are still {least:,}",
+                "prune widths too (--axis width), or protect fewer layers",
+            )
+    if number > len(free) or number >= total:
+        raise SlimError(
+            f"{number} layers cannot go: {len(free)} of {total} are not protected, one must stay",
+            "give a smaller --ratio, or protect fewer with --protect-first and --protect-last",
+        )
+    protected = total - len(free)
+    if protected:
+        notes.append(
+            f"{protected} layers are protected: {free[0]} first, {total - 1 - free[-1]} last"
+        )
+    stays = counts.total - number * counts.blocks[free[0]]
+    rows = rows_of(options, method)
+    return Plan("depth", method, free, [], number, (), {}, counts, stays, rows, notes)
+
+
+def _width(
+    config: dict[str, Any],
+    options: PruneOptions,
+    method: str,
+    model: Any,
+    free: list[int],
+    counts: Counts,
+    target: int | None,
+    notes: list[str],
+) -> Plan:
+    kind = config.get("model_type")
+    if options.uniform and config.get(WIDTHS) is not None:
+        raise SlimError(
+            "this model's widths differ per layer already", "prune it further with --no-uniform"
+        )
+    heads = options.heads is not False
+    if heads and options.uniform and not says_head_dim(config):
+        if options.heads:
+            raise SlimError(
+                f"mlx-lm derives the head size of {kind} from its number of heads: fewer heads "
+                "cannot be said with --uniform",
+                "leave --heads out, or give --no-uniform (only mlx-slim reads that)",
+            )
+        heads = False
+        notes.append(
+            f"heads stay: mlx-lm derives the head size of {kind} from their number "
+            "(--no-uniform prunes them; only mlx-slim reads that)"
+        )
+    kinds = ((HEADS,) if heads else ()) + ((MLP,) if options.mlp is not False else ())
+    if not kinds:
+        raise SlimError(f"heads of {kind} stay with --uniform, and --no-mlp leaves nothing", "")
+    families = [structure.coupled(block) for block in structure.blocks(model)]
+    divided = heads_must_divide(config) if options.uniform else None
+    if options.ratio is not None:
+        sizes = sizes_for(families, options.ratio, kinds, free, divided)
+    else:
+        assert target is not None
+        sizes = sizes_within(families, target, kinds, free, counts, divided)
+    if all(sizes[k] == counts.sizes[k] for k in kinds):
+        raise SlimError(
+            f"--ratio {options.ratio:g} removes nothing: MLP widths go in steps of 64, heads in "
+            "whole groups",
+            "give a larger ratio",
+        )
+    still = [k for k in kinds if sizes[k] == counts.sizes[k]]
+    if options.ratio is not None and still:
+        name = "heads" if still == [HEADS] else "neurons"
+        step = "the next number of KV groups" if still == [HEADS] else "64 of them"
+        if still == [HEADS] and divided:
+            step += f" whose heads divide hidden_size={divided}"
+        notes.append(f"{name} stay: a ratio of {options.ratio:g} does not reach {step}")
+    if not options.uniform:
+        notes.append("widths differ per layer: only mlx-slim reads the result, stock mlx-lm not")
+    config_with_sizes(config, sizes, uniform=options.uniform)
+    stays = counts.with_sizes(sizes)
+    rows = rows_of(options, method)
+    return Plan("width", method, free, [], 0, kinds, sizes, counts, stays, rows, notes)

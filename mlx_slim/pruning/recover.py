@@ -1,0 +1,222 @@
+"""Prune, tune what was pruned, and say what came back: one run folder, resumable in every phase.
+
+Invariant: a phase that is complete on disk is never done again: scores (``prune_scores``), the
+pruned model (``model/``), the recovery (``recover/``, with its own checkpoints), the answers
+(``scores/``); ``report.json`` is written last. All rows of the report are judged on the same text,
+which the recovery was not trained on where its recipe holds rows back. Try it:
+``mlx-slim prune MODEL -o DIR --ratio 0.2 --recover smollm2-lora``.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from mlx_slim.artifacts import SCHEMA_VERSION, write_json
+from mlx_slim.claims import RunKind, run_folder
+from mlx_slim.config.load import COMMAND_LINE, Resolved, load_recipe
+from mlx_slim.data.sources import find
+from mlx_slim.distillation.run import distill
+from mlx_slim.errors import Interrupted, SlimError
+from mlx_slim.evaluation.plan import EvalOptions, read_tasks
+from mlx_slim.events import Notice, Observer
+from mlx_slim.finetuning.run import finetune
+from mlx_slim.finetuning.run_dir import STATE_FILE as TUNE_STATE
+from mlx_slim.models.load import read_config
+from mlx_slim.pruning.options import PruneOptions
+from mlx_slim.pruning.plan import plan, weight_size
+from mlx_slim.pruning.report import MODEL, RECOVER, RecoverOptions, make_report
+from mlx_slim.pruning.run import RECORD_FILE, SCORES_FILE, prune
+from mlx_slim.reading import read_object
+
+__all__ = ["RecoverOptions", "prune_and_recover", "recovery_recipe", "run_recovery"]
+
+STATE_FILE, REPORT_FILE = "request.json", "report.json"
+RUN = RunKind(
+    command="prune",
+    holds="run",
+    state=STATE_FILE,
+    before=(MODEL, RECORD_FILE, SCORES_FILE),
+)
+
+
+def recovery_recipe(
+    after: RecoverOptions, pruned: Path, source: str | Path, revision: str | None
+) -> Resolved | None:
+    """Return the recipe that tunes the model in ``pruned``; None without one.
+
+    A teacher that names no model is ``source``, the original.
+
+    Raises:
+        SlimError: If the recipe or an override is wrong, or names another model.
+    """
+    if after.recipe is None:
+        if after.overrides:
+            raise SlimError(
+                f"{after.overrides[0]!r} is for a recipe, and none is given",
+                "give --recover RECIPE",
+            )
+        return None
+    if any(text.partition("=")[0] in ("model", "revision") for text in after.overrides):
+        raise SlimError(
+            f"model ({COMMAND_LINE}): the recovery tunes the pruned model", "leave it out"
+        )
+    wanted = [*after.overrides, f"model={pruned}", "revision=null"]
+    resolved = load_recipe(after.recipe, wanted)
+    if resolved.recipe.distill is None:
+        return resolved
+    teachers = [
+        {**teacher.model_dump(mode="json"), "model": str(source), "revision": revision}
+        if teacher.model is None
+        else teacher.model_dump(mode="json")
+        for teacher in resolved.recipe.distill.teachers
+    ]
+    return load_recipe(after.recipe, [*wanted, f"distill.teachers={json.dumps(teachers)}"])
+
+
+def run_recovery(resolved: Resolved, out: Path, observer: Observer, *, resume: bool) -> Path:
+    """Tune the pruned model as ``resolved`` says; return the adapter's or the model's folder.
+
+    Raises:
+        SlimError, ResourceError, Interrupted: As ``finetune`` and ``distill``.
+    """
+    learn = finetune if resolved.recipe.distill is None else distill
+    result = learn(resolved, out, observer=observer, resume=resume)
+    return out / result.artifact
+
+
+def prune_and_recover(
+    source: str | Path,
+    out: Path,
+    options: PruneOptions,
+    after: RecoverOptions,
+    observer: Observer,
+    *,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Prune ``source``, recover and score it in the run folder ``out``; return ``report.json``.
+
+    Args:
+        source: Dense model, folder or hub id.
+        out: The run folder; must be new unless ``resume``.
+        options: What to remove.
+        after: How to go on.
+        observer: Hears of every event.
+        resume: Go on with a folder that was started with the same pruning.
+
+    Raises:
+        SlimError: Whatever is wrong with the input, before any weight is read.
+        ResourceError: Not enough memory or disk.
+        Interrupted: Ctrl-C; what is complete stays.
+    """
+    with run_folder(out, RUN, resume=resume) as claimed:
+        if claimed.note:
+            observer.notify(Notice(claimed.note))
+        if claimed.started:
+            _check_same(out, source, options)
+        return _run(source, out, options, after, observer, claimed.started)
+
+
+def _run(
+    source: str | Path,
+    out: Path,
+    options: PruneOptions,
+    after: RecoverOptions,
+    observer: Observer,
+    started: bool,
+) -> dict[str, Any]:
+    """Prune, recover and score in the folder that this process holds."""
+    if (out / REPORT_FILE).exists():
+        observer.notify(Notice(f"{out} is complete: nothing to do"))
+        return read_object(out / REPORT_FILE)
+    resolved = recovery_recipe(after, out / MODEL, source, options.revision)
+    if resolved is not None:
+        for data in resolved.recipe.data.sources:
+            find(data)
+    if after.tasks:
+        read_tasks(list(after.tasks), EvalOptions(limit=after.limit, data_dir=after.data_dir))
+    config = read_config(source, options.revision)
+    plan(config, options, weight_size(config))
+    try:
+        record = _pruned(source, out, options, observer, started)
+        tuned = None
+        if resolved is not None:
+            begun = (out / RECOVER / TUNE_STATE).exists()
+            observer.notify(Notice(f"recovering with {resolved.name}"))
+            tuned = run_recovery(resolved, out / RECOVER, observer, resume=begun)
+        report = make_report(source, out, options, after, record, resolved, tuned, observer)
+    except Interrupted as stop:
+        command = resume_command(source, out, options, after)
+        raise Interrupted(stop.message, f"resume with: {command}") from stop
+    except KeyboardInterrupt as stop:
+        raise Interrupted(
+            f"stopped; what is complete is kept in {out}",
+            f"resume with: {resume_command(source, out, options, after)}",
+        ) from stop
+    write_json(out / REPORT_FILE, report)
+    return report
+
+
+def _check_same(out: Path, source: str | Path, options: PruneOptions) -> None:
+    old, new = read_object(out / STATE_FILE), _request(source, options)
+    changed = [
+        f"{key}: {old.get(key)!r} → {new.get(key)!r}"
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key)
+    ]
+    if changed:
+        raise SlimError(
+            f"{out} was started with another pruning: {'; '.join(changed)}",
+            "resume with the same values, or start a new run",
+        )
+
+
+def _request(source: str | Path, options: PruneOptions) -> dict[str, Any]:
+    return {"schema_version": SCHEMA_VERSION, "source": str(source), **asdict(options)}
+
+
+def _pruned(
+    source: str | Path, out: Path, options: PruneOptions, observer: Observer, started: bool
+) -> dict[str, Any]:
+    """Return ``prune.json``; prune where that was not done yet."""
+    if (out / MODEL / RECORD_FILE).exists():
+        observer.notify(Notice(f"{out / MODEL} is pruned already"))
+        record = read_object(out / MODEL / RECORD_FILE)
+    else:
+        if not started:
+            write_json(out / STATE_FILE, _request(source, options))
+        try:
+            result = prune(source, out / MODEL, options, observer, scores_at=out / SCORES_FILE)
+        except SlimError:
+            if not started:  # bad input leaves nothing behind
+                (out / STATE_FILE).unlink(missing_ok=True)
+            raise
+        record = result.record
+        for line in result.lines():
+            observer.notify(Notice(line))
+    write_json(out / RECORD_FILE, record)
+    return record
+
+
+def resume_command(
+    source: str | Path, out: Path, options: PruneOptions, after: RecoverOptions
+) -> str:
+    """Return the command that goes on with a run, with the options it was started with."""
+    words = ["mlx-slim", "prune", str(source)]
+    for field in fields(options):
+        value, flag = getattr(options, field.name), field.name.replace("_", "-")
+        if value == field.default:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", str(value)]
+    words += [] if after.recipe is None else ["--recover", after.recipe]
+    for name in after.tasks:
+        words += ["--task", name]
+    words += [] if after.limit is None else ["--limit", str(after.limit)]
+    words += [] if after.data_dir is None else ["--data-dir", str(after.data_dir)]
+    return shlex.join([*words, *after.overrides, "-o", str(out), "--resume"])

@@ -1,0 +1,209 @@
+"""Quantize a model in memory.
+
+Invariant: the model is changed in place, a layer at a time, so that no more than one of them is in
+memory dense if it was not before; the returned config is the one that a stock ``mlx_lm.load``
+needs, and every layer left unquantized is listed with its reason. Try it:
+``mlx-slim quantize MODEL -o DIR --bits 4``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_slim.config.schema import QuantizeConfig
+from mlx_slim.errors import SlimError
+from mlx_slim.models.load import Loaded, load, read_weights
+from mlx_slim.models.quantized import is_quantized, use_fast_matmul
+from mlx_slim.models.unpack import unpack
+from mlx_slim.quantization.policy import Skipped, leaves, make_policy
+from mlx_slim.runtime import on_gpu
+
+_PIECE = 1 << 18  # bytes of the rows that are rounded to a float format at a time, on a CPU
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What quantization did.
+
+    Attributes:
+        config: The model config with ``quantization`` filled in; the given one is left alone.
+        method: ``rtn``, ``awq``, ``gptq``, ``dwq`` or ``dynamic``.
+        bits_per_weight: Bytes of all parameters × 8 / number of weights, norms and scales included.
+        bytes_before: Bytes of all parameters of the source.
+        bytes_after: Bytes of all parameters now.
+        quantized: Format -> number of layers, e.g. ``{"4-bit affine, group 64": 211}``.
+        skipped: Layers left as they are, and why.
+    """
+
+    config: dict[str, Any]
+    method: str
+    bits_per_weight: float
+    bytes_before: int
+    bytes_after: int
+    quantized: dict[str, int]
+    skipped: list[Skipped] = field(default_factory=list)
+
+
+def quantize_model(
+    model: nn.Module,
+    config: dict[str, Any],
+    quantize: QuantizeConfig,
+    recipe: str | None = None,
+) -> QuantizeReport:
+    """Quantize ``model`` in place by rounding to nearest; on a CPU its layers become fast ones.
+
+    Args:
+        model: A dense model, its weights read already or not (``models.load.open_weights``).
+        config: Its ``config.json``.
+        quantize: Bits, group size and mode.
+        recipe: One of mlx-lm's mixed recipes (``policy.RECIPES``), or None.
+
+    Raises:
+        SlimError: If the model is quantized already, or no layer fits.
+    """
+    refuse_quantized(model, config)
+    policy = make_policy(model, quantize, recipe)
+    before = parameter_bytes(model)
+    waiting = leaves(model)[::-1]
+    while waiting:  # popped, so that each dense layer is freed as soon as it is replaced
+        path, module = waiting.pop()
+        if path in policy.chosen:
+            layer = _quantized(module, policy.chosen[path])
+            model.update_modules(tree_unflatten([(path, layer)]))
+    read_weights(model)
+    base = {"group_size": quantize.group_size, "bits": quantize.bits, "mode": quantize.mode}
+    others = {path: dict(chosen) for path, chosen in policy.chosen.items() if chosen != base}
+    settings = {**base, **others}
+    new_config = {
+        **copy.deepcopy(config),
+        "quantization": settings,
+        "quantization_config": settings,  # where the hub looks for it
+    }
+    return report(model, new_config, "rtn", before, policy.skipped)
+
+
+def load_quantized(
+    source: str | Path,
+    quantize: QuantizeConfig,
+    recipe: str | None = None,
+    *,
+    revision: str | None = None,
+    dtype: mx.Dtype | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Loaded, QuantizeReport]:
+    """Load a dense model and quantize each layer as it is read; return it and what was done.
+
+    The numbers are those of ``load`` and ``quantize_model``; the dense model never exists.
+
+    Raises:
+        SlimError: As ``load`` and ``quantize_model`` do.
+    """
+    found: list[QuantizeReport] = []
+
+    def transform(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
+        found.append(quantize_model(model, config, quantize, recipe))
+        return found[0].config
+
+    loaded = load(
+        source,
+        revision=revision,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        transform=transform,
+    )
+    return loaded, found[0]
+
+
+def _quantized(module: nn.Module, settings: dict[str, Any]) -> nn.Module:
+    """Return ``module`` quantized and evaluated.
+
+    On a CPU, MLX rounds to the float formats (mxfp4, nvfp4) through 20 to 40 copies of its input,
+    so there a few rows are rounded at a time; each row is rounded by itself in every format.
+    """
+    layer = cast(Any, module).to_quantized(**settings)
+    if settings.get("mode", "affine") != "affine" and not on_gpu():
+        weight = module["weight"]
+        mx.eval(weight)
+        rows_RI = weight.reshape(-1, weight.shape[-1])
+        step = max(1, _PIECE // rows_RI[0].nbytes)
+        pieces = []
+        for start in range(0, len(rows_RI), step):
+            pieces.append(mx.quantize(rows_RI[start : start + step], **settings))
+            mx.eval(pieces[-1])
+        for name, parts in zip(("weight", "scales"), zip(*pieces, strict=True), strict=True):
+            layer[name] = mx.concatenate(list(parts)).reshape(*weight.shape[:-1], -1)
+    mx.eval(layer.parameters())
+    return layer
+
+
+def rounded(
+    weight: mx.array, stored: mx.Dtype, *, bits: int, group_size: int, mode: str
+) -> mx.array:
+    """Return ``weight`` quantized and dequantized, in its own dtype.
+
+    Args:
+        weight: (..., I), I divisible by ``group_size``.
+        stored: Dtype that scales and biases lie in on disk: they are rounded to it too.
+        bits: Bits per code.
+        group_size: Weights that share a scale.
+        mode: ``affine``, ``mxfp4``, ``mxfp8`` or ``nvfp4``.
+    """
+    settings: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": mode}
+    codes, *parts = (
+        value.astype(stored).astype(weight.dtype)
+        if mx.issubdtype(value.dtype, mx.floating)
+        else value
+        for value in mx.quantize(weight, **settings)
+    )
+    scales, biases = parts[0], parts[1] if len(parts) > 1 else None
+    if on_gpu():
+        return mx.dequantize(codes, scales, biases, **settings).astype(weight.dtype)
+    return unpack(codes, scales, biases, **settings).astype(weight.dtype)
+
+
+def refuse_quantized(model: nn.Module, config: dict[str, Any]) -> None:
+    """Raise a ``SlimError`` if ``model`` is quantized already."""
+    if is_quantized(model) or "quantization" in config:
+        raise SlimError(
+            "the model is quantized already",
+            "make it dense first: mlx-slim convert MODEL -o DIR --dequantize",
+        )
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    """Return the bytes of all parameters."""
+    return sum(value.nbytes for _, value in tree_flatten(model.parameters()))  # pyright: ignore
+
+
+def report(
+    model: nn.Module,
+    config: dict[str, Any],
+    method: str,
+    bytes_before: int,
+    skipped: list[Skipped],
+) -> QuantizeReport:
+    """Count what a quantized ``model`` holds, and give it the fast CPU layers."""
+    from mlx_lm.utils import compute_bits_per_weight
+
+    kinds: Counter[str] = Counter()
+    for _, module in leaves(model):
+        if "scales" in module:
+            kinds[f"{module.bits}-bit {module.mode}, group {module.group_size}"] += 1
+    use_fast_matmul(model)
+    return QuantizeReport(
+        config=copy.deepcopy(config),
+        method=method,
+        bits_per_weight=float(compute_bits_per_weight(model)),
+        bytes_before=bytes_before,
+        bytes_after=parameter_bytes(model),
+        quantized=dict(kinds),
+        skipped=skipped,
+    )

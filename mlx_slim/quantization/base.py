@@ -1,0 +1,183 @@
+"""Which base an adapter belongs to: the quantized one, where it was trained over one.
+
+Invariant: an adapter computes over the very weights that it was trained over. QLoRA over a dense
+model keeps its quantized base in the run folder and names it in ``adapter_config.json``; whoever is
+given the dense model with that adapter reads the run's base instead, or, where that is gone, makes
+it again: the same rounding of the same tensors, each as it is read. Try it:
+``mlx-slim generate MODEL --adapter RUN/adapters --prompt Hello``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_slim.config.schema import QuantizeConfig, Recipe
+from mlx_slim.errors import SlimError, did_you_mean
+from mlx_slim.models.load import Loaded, Transform, cast, load, read_config, read_weights
+from mlx_slim.quantization.apply import load_quantized
+from mlx_slim.reading import field, library_errors, read_object, short, shown
+from mlx_slim.runtime import DTYPES, dtype_name, resolve_dtype
+
+CONFIG = "adapter_config.json"
+RECORD = "quantized_base"
+
+
+@dataclass(frozen=True)
+class QuantizedBase:
+    """A dense model as a run quantized it.
+
+    Attributes:
+        model: The dense model, as the recipe named it.
+        revision: Branch, tag or commit of a hub id.
+        quantize: ``bits``, ``group_size`` and ``mode``.
+        dtype: That it was cast to before it was rounded.
+        stored: What the dense model's weights are stored in.
+        folder: Where the quantized model lies, seen from the adapter's folder; None: nowhere.
+    """
+
+    model: str
+    revision: str | None
+    quantize: dict[str, Any]
+    dtype: str
+    stored: str
+    folder: str | None = None
+
+    def same_weights(self, other: QuantizedBase) -> bool:
+        """Return whether both are rounded alike."""
+        return (self.quantize, self.dtype) == (other.quantize, other.dtype)
+
+    def __str__(self) -> str:
+        """Return its format in words."""
+        q = self.quantize
+        return f"{q['bits']}-bit {q['mode']}, group {q['group_size']}"
+
+
+def quantized_base(recipe: Recipe) -> QuantizedBase | None:
+    """Return what ``recipe`` (QLoRA) quantizes its model to; None if it is quantized already.
+
+    Raises:
+        SlimError: If the model's config cannot be read.
+    """
+    if recipe.method != "qlora":
+        return None
+    config = read_config(recipe.model, recipe.revision)
+    if "quantization" in config:
+        return None
+    settings = recipe.quantize
+    return QuantizedBase(
+        model=recipe.model,
+        revision=recipe.revision,
+        quantize={"bits": settings.bits, "group_size": settings.group_size, "mode": settings.mode},
+        dtype=dtype_name(resolve_dtype(recipe.train.dtype)),
+        stored=str(config.get("dtype") or config.get("torch_dtype")),
+    )
+
+
+def recorded_base(adapters: Sequence[Path]) -> tuple[Path, QuantizedBase] | None:
+    """Return the adapter folder that names a quantized base, and what it names.
+
+    Raises:
+        SlimError: If two adapters name bases that are rounded differently.
+    """
+    found: tuple[Path, QuantizedBase] | None = None
+    for folder in adapters:
+        file = folder / CONFIG
+        config = read_object(file) if file.is_file() else {}
+        record = field(config, short(file), RECORD, dict, None)
+        if record is None:
+            continue
+        named = _named(record, f"{short(file)}: {RECORD}")
+        if found is not None and not found[1].same_weights(named):
+            raise SlimError(
+                f"{found[0]} was trained over {found[1]} in {found[1].dtype}, {folder} over "
+                f"{named} in {named.dtype}",
+                "adapters add up over one base only: leave one of them out",
+            )
+        found = found or (folder, named)
+    return found
+
+
+def _named(record: dict[str, Any], where: str) -> QuantizedBase:
+    for key in ("model", "stored"):
+        field(record, where, key, str)
+    for key in ("revision", "folder"):
+        field(record, where, key, str, None)
+    if field(record, where, "dtype", str) not in DTYPES:
+        raise SlimError(
+            f"{where}: dtype is {shown(record['dtype'])}", did_you_mean(record["dtype"], DTYPES)
+        )
+    settings = field(record, where, "quantize", dict)
+    kept = record.get("folder")
+    if kept is not None and not re.fullmatch(r"(\.\./)?[\w-][\w.-]*", kept):
+        raise SlimError(
+            f"{where}: folder is {shown(kept)}, expected one beside the adapter", "copy it again"
+        )
+    with library_errors(f"{where} cannot be used", "copy it again"):
+        QuantizeConfig(**settings)
+        return QuantizedBase(**record)
+
+
+def load_base(
+    source: str | Path,
+    adapters: Sequence[Path] = (),
+    *,
+    revision: str | None = None,
+    dtype: mx.Dtype | None = None,
+    trust_remote_code: bool = False,
+    transform: Transform | None = None,
+) -> Loaded:
+    """Load ``source`` as the base of ``adapters``, which are not put on it.
+
+    A dense ``source`` is replaced by the quantized base that the adapters name, and ``notes`` say
+    so; a quantized one is loaded as it is.
+
+    Args:
+        source: Folder or hub id.
+        adapters: Adapter folders.
+        revision: Branch, tag or commit of a hub id.
+        dtype: As ``load`` takes it.
+        trust_remote_code: Run Python files that the repository brings.
+        transform: As ``load`` takes it, where ``source`` itself is loaded.
+
+    Raises:
+        SlimError: As ``load``; if the adapters name different bases.
+    """
+    given: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    found = recorded_base(adapters)
+    if found is None or "quantization" in read_config(source, revision):
+        return load(source, dtype=dtype, transform=transform, **given)
+    adapter, named = found
+    kept = None if named.folder is None else (adapter / named.folder).resolve()
+    trained = f"{adapter} was trained over {source} in {named}"
+    if kept is not None and (kept / "config.json").is_file() and _same(source, revision, named):
+        loaded = load(kept, dtype=dtype)
+        note = f"{trained}: computing over {kept}"
+    else:
+        settings = QuantizeConfig(**named.quantize)
+        loaded, _ = load_quantized(source, settings, dtype=DTYPES[named.dtype], **given)
+        if dtype is not None and dtype != DTYPES[named.dtype]:
+            cast(loaded.model, dtype)
+            read_weights(loaded.model)
+        note = f"{trained}: quantized again while it was read"
+    return replace(loaded, source=str(source), notes=[*loaded.notes, note])
+
+
+def _same(source: str | Path, revision: str | None, named: QuantizedBase) -> bool:
+    """Return whether ``source`` is the dense model that ``named`` was made of."""
+    if revision is not None and revision != named.revision:
+        return False
+    one, other = Path(source), Path(named.model)
+    if one.exists() and other.exists():
+        return one.resolve() == other.resolve()
+    return str(source) == named.model
+
+
+def as_record(named: QuantizedBase, folder: str) -> dict[str, Any]:
+    """Return what ``adapter_config.json`` says of a base that is kept in ``folder``."""
+    return {RECORD: asdict(replace(named, folder=folder))}

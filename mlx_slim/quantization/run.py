@@ -1,0 +1,272 @@
+"""A dense model in, a smaller folder out: load, quantize, measure, save, reload and compare.
+
+Invariant: the output folder appears only when what it holds computes exactly what was measured; a
+failure leaves nothing behind. One model is in memory at a time, the dense one only where it is
+looked at (to calibrate or to judge): else layers are quantized as they are read. Try it:
+``mlx-slim quantize MODEL -o DIR --bits 4``.
+
+Shapes: N rows, T tokens a row.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_slim.artifacts import SCHEMA_VERSION
+from mlx_slim.claims import makes_folder
+from mlx_slim.config.schema import QuantizeConfig
+from mlx_slim.errors import RowLimit, SlimError
+from mlx_slim.events import Notice, Observer
+from mlx_slim.models import fidelity
+from mlx_slim.models.limits import limit_of
+from mlx_slim.models.load import (
+    cast,
+    load,
+    load_tokenizer,
+    read_config,
+    read_weights,
+    resolve,
+)
+from mlx_slim.models.recorded import RecordedLogits
+from mlx_slim.models.tensors import folder_tensors
+from mlx_slim.models.verified_save import compute_dtype, save_checked, stored_dtype
+from mlx_slim.quantization.apply import (
+    QuantizeReport,
+    load_quantized,
+    parameter_bytes,
+    quantize_model,
+    refuse_quantized,
+)
+from mlx_slim.quantization.calibration import DEFAULT_SOURCE, Calibration, read_calibration
+from mlx_slim.quantization.methods import check_method, quantize_with
+from mlx_slim.runtime import device_memory, human_bytes, human_duration, on_gpu
+
+
+@dataclass(frozen=True)
+class CompressOptions:
+    """How to quantize and how to judge it.
+
+    Attributes:
+        quantize: Bits, group size and mode.
+        method: ``rtn`` (rounding to nearest) or a calibrated method of ``quantize.methods``.
+        recipe: A mixed recipe of mlx-lm, with ``rtn`` only.
+        calibration: Text or data set to calibrate and judge on; None is the Alpaca mirror.
+        samples: Calibration rows, at most.
+        length: Tokens of a calibration row.
+        fidelity_samples: Held-out rows that the result is judged on; 0 leaves the judging out.
+        revision: Commit or tag of a hub model.
+    """
+
+    quantize: QuantizeConfig
+    method: str = "rtn"
+    recipe: str | None = None
+    calibration: str | None = None
+    samples: int = 32
+    length: int = 256
+    fidelity_samples: int = 4
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What came out.
+
+    Attributes:
+        path: The folder.
+        report: Sizes, layers quantized and layers left out.
+        fidelity: Distance from the source on held-out text; None if there was no text.
+        method_seconds: Wall time of the quantization itself, seconds.
+        seconds: Wall time of everything, seconds.
+        peak_memory_bytes: MLX peak, bytes.
+    """
+
+    path: Path
+    report: QuantizeReport
+    fidelity: fidelity.Fidelity | None
+    method_seconds: float
+    seconds: float
+    peak_memory_bytes: int
+
+    def as_record(self) -> dict[str, Any]:
+        """Return what ``--json`` prints."""
+        record = asdict(self.report)
+        del record["config"]
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "path": str(self.path),
+            **record,
+            "fidelity": asdict(self.fidelity) if self.fidelity else None,
+            "method_seconds": self.method_seconds,
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+
+    def lines(self) -> list[str]:
+        """Return what a person reads, one fact a line."""
+        report, found = self.report, self.fidelity
+        ratio = report.bytes_before / report.bytes_after
+        lines = [
+            f"{self.path}: {report.bits_per_weight:.3f} bits per weight",
+            f"size       {human_bytes(report.bytes_before)} -> {human_bytes(report.bytes_after)} "
+            f"({ratio:.2f} x smaller)",
+        ]
+        lines += [f"quantized  {n} layers: {kind}" for kind, n in report.quantized.items()]
+        by_reason: dict[str, list[str]] = {}
+        for skip in report.skipped:
+            by_reason.setdefault(skip.reason, []).append(skip.path)
+        for reason, paths in by_reason.items():
+            lines.append(f"left out   {len(paths)} layers: {reason}: {', '.join(_short(paths))}")
+        if found is not None:
+            lines.append(
+                f"fidelity   KL {found.kl:.4f} nats, same top-1 token {found.top1:.1%}, perplexity "
+                f"{math.exp(found.nll_source):.2f} -> {math.exp(found.nll_model):.2f} "
+                f"({found.tokens:,} held-out tokens)"
+            )
+        lines.append(
+            f"took       {human_duration(self.seconds)} "
+            f"({report.method} {human_duration(self.method_seconds)}), "
+            f"peak memory {human_bytes(self.peak_memory_bytes)}"
+        )
+        return lines
+
+
+def _short(paths: list[str]) -> list[str]:
+    """Return paths with block numbers merged: ``layers.*.mlp.down_proj``, each once."""
+    return list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", path) for path in paths))
+
+
+@makes_folder("quantize")
+def compress(
+    source: str | Path, out: Path, options: CompressOptions, observer: Observer | None = None
+) -> Compressed:
+    """Quantize ``source`` into the new folder ``out``.
+
+    Args:
+        source: MLX or Hugging Face folder, or hub id, of a dense model.
+        out: Must not exist.
+        options: See ``CompressOptions``.
+        observer: Hears a ``Notice`` for each stage.
+
+    Raises:
+        ResourceError: If memory or disk do not suffice.
+        SlimError: If anything given cannot be used, or the saved model is not the measured one.
+    """
+
+    def say(message: str, level: str = "info") -> None:
+        if observer is not None:
+            observer.notify(Notice(message, level))
+
+    start = time.perf_counter()
+    check_method(options.method, options.quantize, options.recipe)
+    config = read_config(source, options.revision)  # refuse what cannot work before the weights
+    check_method(options.method, options.quantize, options.recipe, config.get("model_type"))
+    if "quantization" in config:
+        refuse_quantized(nn.Module(), config)
+    mx.reset_peak_memory()
+    say(f"loading {source}")
+    settings: dict[str, Any] = {"revision": options.revision, "dtype": compute_dtype()}
+    tensors = folder_tensors(resolve(source, options.revision))
+    stored = stored_dtype(tensors)
+    tokenizer = load_tokenizer(source, revision=options.revision)
+    calibration = _calibration(tokenizer, limit_of(config), options, say)
+    numbers = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    needed = numbers * (compute_dtype() or stored).size
+    if calibration is not None and options.method == "rtn" and needed > device_memory():
+        say(
+            f"fidelity is not measured: the dense model takes {human_bytes(needed)}, this device "
+            f"holds {human_bytes(device_memory())}",
+            "warning",
+        )
+        calibration = None
+    dense = original = None
+    if calibration is not None:
+        dense = load(source, **settings)
+        refuse_quantized(dense.model, dense.config)
+        original = RecordedLogits(dense.model, calibration.held_out_NT, out)
+
+    say(f"quantizing: {options.method}, {_format(options)}")
+    tic = time.perf_counter()
+    if dense is None:
+        loaded, report = load_quantized(source, options.quantize, options.recipe, **settings)
+    elif options.method == "rtn":
+        loaded = dense
+        report = quantize_model(loaded.model, loaded.config, options.quantize, options.recipe)
+    else:
+        assert calibration is not None
+        loaded = dense
+        report = quantize_with(
+            loaded.model, loaded.config, options.quantize, options.method, calibration.seen_NT
+        )
+    method_seconds = time.perf_counter() - tic
+    cast(loaded.model, stored)  # what is measured below is what will be stored
+    read_weights(loaded.model)
+    report = _sizes(loaded.model, report, sum(tensor.nbytes for tensor in tensors.values()))
+    if not on_gpu():
+        cast(loaded.model, mx.float32)
+        read_weights(loaded.model)
+
+    measured = None
+    if calibration is not None and original is not None:
+        say(f"comparing with the source on {calibration.held_out_NT.size:,} held-out tokens")
+        measured = fidelity.compare(original, loaded.model, calibration.held_out_NT)
+    say(f"saving {out} and reading it back")
+    save_checked(out, loaded, report.config, stored)
+    return Compressed(
+        path=out,
+        report=report,
+        fidelity=measured,
+        method_seconds=method_seconds,
+        seconds=time.perf_counter() - start,
+        peak_memory_bytes=mx.get_peak_memory(),
+    )
+
+
+def _format(options: CompressOptions) -> str:
+    if options.recipe:
+        return options.recipe
+    quantize = options.quantize
+    return f"{quantize.bits}-bit {quantize.mode}, group {quantize.group_size}"
+
+
+def _calibration(
+    tokenizer: Any, limit: RowLimit | None, options: CompressOptions, say: Any
+) -> Calibration | None:
+    """Return calibration rows; None if nothing needs them, or the default is not to be had."""
+    seen = 0 if options.method == "rtn" else options.samples
+    if not seen and not options.fidelity_samples:
+        return None
+    source = options.calibration or DEFAULT_SOURCE
+    try:
+        return read_calibration(
+            source,
+            tokenizer,
+            length=options.length,
+            seen=seen,
+            held_out=max(1, options.fidelity_samples),
+            limit=limit,
+        )
+    except SlimError as error:
+        if options.calibration is None and not seen:
+            say(f"fidelity is not measured: {error.message}; give --calibration FILE", "warning")
+            return None
+        raise
+
+
+def _sizes(model: nn.Module, report: QuantizeReport, bytes_before: int) -> QuantizeReport:
+    """Return ``report`` with the sizes of ``model`` as it will be stored."""
+    from mlx_lm.utils import compute_bits_per_weight
+
+    return replace(
+        report,
+        bytes_before=bytes_before,
+        bytes_after=parameter_bytes(model),
+        bits_per_weight=float(compute_bits_per_weight(model)),
+    )

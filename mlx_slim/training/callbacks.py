@@ -1,0 +1,96 @@
+"""What a run carries along beside model and optimizer: rounded weights, a rank budget, a watch.
+
+Invariant: the loop knows these calls and nothing of what stands behind them; whatever a companion
+remembers between steps is in the checkpoint, as arrays (``state``) or as numbers of ``Position``,
+so a resumed run repeats the uninterrupted one. Used by ``training/loop.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+if TYPE_CHECKING:
+    from mlx_slim.training.checkpoint import Position
+
+SAVE = "save"  # what ``after`` answers when a checkpoint is due
+
+
+class Companion:
+    """Does nothing; each subclass takes the calls that it needs."""
+
+    def planned(self, total: int) -> None:
+        """The run will take ``total`` steps; raise a ``SlimError`` if that cannot be."""
+
+    def settled(self, step: int) -> bool:
+        """Return whether the weights after ``step`` may be the run's result."""
+        return True
+
+    def computing(self) -> contextlib.AbstractContextManager[None]:
+        """Return what surrounds every forward and backward pass, validation included."""
+        return contextlib.nullcontext()
+
+    def gradients(self, gradients: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Return the gradients (path -> float32) of a step as they are to be used."""
+        return gradients
+
+    def updated(self, step: int) -> None:
+        """The parameters were updated; ``step`` steps are done."""
+
+    def begin(self, position: Position) -> str:
+        """The run is about to take its next step: return nothing, or the reason not to."""
+        return ""
+
+    def after(self, position: Position, last: bool) -> str:
+        """A step is done: return nothing, ``SAVE``, or the reason to stop for."""
+        return ""
+
+    def state(self) -> dict[str, mx.array]:
+        """Return what a checkpoint must hold, flat names."""
+        return {}
+
+    def load_state(self, flat: dict[str, mx.array]) -> None:
+        """Take back what ``state`` returned.
+
+        Raises:
+            KeyError: If the arrays belong to another recipe.
+        """
+
+    def captured(self) -> list[dict]:
+        """Return modules whose frozen arrays change between steps (a compiled step reads them)."""
+        return []
+
+
+@contextlib.contextmanager
+def computing(companions: Sequence[Companion]) -> Iterator[None]:
+    """Enter ``computing`` of all ``companions``."""
+    with contextlib.ExitStack() as stack:
+        for companion in companions:
+            stack.enter_context(companion.computing())
+        yield
+
+
+def gather(companions: Sequence[Companion]) -> dict[str, mx.array]:
+    """Return the states of all ``companions`` under one roof: ``NUMBER/name`` -> array."""
+    return {
+        f"{number}/{name}": value
+        for number, companion in enumerate(companions)
+        for name, value in companion.state().items()
+    }
+
+
+def hand_out(companions: Sequence[Companion], flat: dict[str, mx.array]) -> None:
+    """Give ``gather``'s arrays back.
+
+    Raises:
+        KeyError: If they belong to another recipe.
+    """
+    if difference := set(flat) ^ set(gather(companions)):
+        raise KeyError(min(difference))
+    for number, companion in enumerate(companions):
+        prefix = f"{number}/"
+        own = {k.removeprefix(prefix): v for k, v in flat.items() if k.startswith(prefix)}
+        companion.load_state(own)

@@ -1,0 +1,91 @@
+"""A run that is given more steps: which of its checkpoints the longer run goes on from.
+
+Invariant: a checkpoint belongs to a run if every step before it was taken at the rate that the run
+has there; nothing else depends on how many steps are to come, but for measurements after the last
+one, which ``Position.open`` undoes. So with ``constant`` the longer run goes on from the last step,
+with ``wsd`` from the last checkpoint before the decay, and repeats, bit for bit, one that began so
+long; with ``linear`` and ``cosine`` the rates themselves go on (``optim.schedule``). It is decided
+from the files alone, so a kill changes nothing. Try it:
+``mlx-slim train smollm2-lora -o runs/try --resume train.steps=200``, after one of 100.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlx_slim import events
+from mlx_slim.config.schema import TrainConfig
+from mlx_slim.training import rotation
+from mlx_slim.training.checkpoint import VALIDATED, WATCHED, Position, read_position
+from mlx_slim.training.optim import Extended, Schedule, schedule, warmup_steps
+
+
+def same_as_begun_longer(config: TrainConfig) -> bool:
+    """Return whether the schedule of a longer run begins with that of a shorter one."""
+    return config.schedule in ("constant", "wsd")
+
+
+def steps_before_decay(config: TrainConfig, total: int, rate: Schedule) -> int:
+    """Return how many steps of ``wsd`` come before its decay; 0 of other schedules."""
+    if config.schedule != "wsd":
+        return 0
+    return max((step + 1 for step in range(total) if rate(step) == config.learning_rate), default=0)
+
+
+def newest(folder: Path, config: TrainConfig, total: int, extended: Extended | None) -> Path | None:
+    """Return the newest checkpoint under ``folder`` that belongs to a run of ``total`` steps."""
+    paths = (rotation.path_of(folder, step) for step in reversed(rotation.steps(folder)))
+    if extended is None:
+        return next(paths, None)
+    rate = schedule(config, total, extended)
+
+    def belongs(position: Position) -> bool:
+        its_total = position.total or extended.totals[0]
+        its_rate = schedule(config, its_total, extended.until(its_total))
+        return its_total == total or all(its_rate(n) == rate(n) for n in range(position.step))
+
+    return next((path for path in paths if belongs(read_position(path))), None)
+
+
+def reopen(position: Position, config: TrainConfig, total: int) -> set[str]:
+    """Undo in ``position`` what only the end of a shorter run measured; return those events.
+
+    Where the longer run is not as if begun so long, the measurements stand.
+    """
+    if position.step >= total:
+        return set()
+    names = set(position.open)
+    if not same_as_begun_longer(config):
+        names, position.open = set(), {}
+    position.reopen()
+    found = {events.ValidationDone.name: VALIDATED, events.HeldOutDone.name: WATCHED}
+    return {event for event, fields in found.items() if names.intersection(fields)}
+
+
+def describe(config: TrainConfig, extended: Extended, total: int, start: int, reached: int) -> str:
+    """Return what the user should know of the longer run.
+
+    Args:
+        config: Of the run.
+        extended: How it began.
+        total: Its steps.
+        start: Steps done where it goes on.
+        reached: Steps that had been done.
+    """
+    last, usual = extended.totals[-1], warmup_steps(config, total)
+    text = f"{last:,} steps become {total:,}, going on after step {start:,}"
+    if not same_as_begun_longer(config):
+        rate = schedule(config, last, extended.until(last))(last - 1)
+        return (
+            f"{text}: after step {last:,} the rate falls once more, from {rate:.3g} where it stood "
+            f"({config.schedule}); a run that begins with {total:,} steps has other rates and "
+            "other losses"
+        )
+    if usual != extended.warmup:
+        return (
+            f"{text}; the warm-up stays {extended.warmup:,} steps, where a run that begins with "
+            f"{total:,} has {usual:,} and so other losses: a whole number as train.warmup is the "
+            "same in both"
+        )
+    again = ", before its decay; the steps from there on are taken again"
+    return f"{text}{again * (start < reached)}, as a run that begins with {total:,} steps"

@@ -1,0 +1,377 @@
+"""The one training loop: full, LoRA, QLoRA, DoRA and distillation differ in model and objective.
+
+Invariant: the trajectory is a function of (weights, rows, configuration). Killing the process at
+any moment and resuming repeats it bit for bit; the loop's whole memory is ``Position`` plus what
+``checkpoint`` stores. It reports through events and knows no console.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_slim import events
+from mlx_slim.config.schema import TrainConfig
+from mlx_slim.data.batches import Batch, Batcher
+from mlx_slim.errors import SlimError
+from mlx_slim.interrupts import Requested
+from mlx_slim.runtime import number, world
+from mlx_slim.training import checkpoint, rotation
+from mlx_slim.training.callbacks import SAVE, Companion, computing
+from mlx_slim.training.checkpoint import VALIDATED, Position
+from mlx_slim.training.extension import newest, reopen, steps_before_decay
+from mlx_slim.training.optim import Extended, Optimizer, schedule
+from mlx_slim.training.step import Objective, Scorer, Stepper, StepResult, per_token, total_weight
+
+
+def steps_of_epoch(micro_batches: int, accumulate: int) -> int:
+    """Return the optimizer steps of an epoch; the last may have fewer micro-batches."""
+    return -(-micro_batches // (accumulate * world().size()))
+
+
+def total_steps(config: TrainConfig, batcher: Batcher) -> tuple[int, float]:
+    """Return the optimizer steps of the run and the epochs they make."""
+    if config.steps is not None:
+        per_epoch = steps_of_epoch(len(batcher.plan(0)), config.accumulate)
+        return config.steps, config.steps / per_epoch
+    whole, part = int(config.epochs), config.epochs - int(config.epochs)
+    count = [steps_of_epoch(len(batcher.plan(epoch)), config.accumulate) for epoch in range(whole)]
+    if part:
+        rest = steps_of_epoch(len(batcher.plan(whole)), config.accumulate)
+        count.append(max(1, round(part * rest)))
+    return sum(count), config.epochs
+
+
+def gradient_norm(gradients: dict[str, mx.array]) -> mx.array:
+    """Return the L2 norm over all gradients, a float32 scalar.
+
+    Dot products, not ``square().sum()``: see ``models/logits.py`` for what that loses on a CPU.
+    """
+    flat = (value.reshape(-1) for value in gradients.values())
+    return mx.sqrt(sum((value @ value for value in flat), mx.array(0.0)))
+
+
+class StopRequest(Requested):
+    """Ctrl-C, SIGTERM or SIGHUP ends the run after the current step; a second one at once."""
+
+    def seen_by_any_rank(self) -> bool:
+        """Return whether any rank was asked to stop, the same answer on all."""
+        if world().size() == 1:
+            return self.requested
+        return number(mx.distributed.all_sum(mx.array(int(self.requested)), group=world())) > 0
+
+
+@dataclass
+class Loop:
+    """A training run over one model.
+
+    Attributes:
+        model: Its trainable parameters are tuned.
+        objective: Summed loss of a batch.
+        config: The ``train`` section.
+        batcher: Training rows.
+        validation: Held-out rows, or None.
+        held_out: What is measured on them; None takes ``objective``.
+        observer: Hears of every event.
+        checkpoints: Folder of checkpoints.
+        rate_scale: path -> multiple of the learning rate.
+        budget_bytes: Memory budget, reported with the start.
+        compiled: Fuse the step with ``mx.compile``.
+        lanes: Parts of a micro-batch computed side by side on a CPU.
+        companions: What else takes part (``training/callbacks.py``).
+        extended: How the run began, if it was given more steps later (``extend``).
+    """
+
+    model: nn.Module
+    objective: Objective
+    config: TrainConfig
+    batcher: Batcher
+    validation: Batcher | None
+    observer: events.Observer
+    checkpoints: Path
+    rate_scale: Callable[[str], float] = lambda path: 1.0
+    budget_bytes: int = 0
+    compiled: bool = False
+    lanes: int = 1
+    held_out: Objective | None = None
+    companions: Sequence[Companion] = ()
+    extended: Extended | None = None
+    position: Position = field(default_factory=Position)
+
+    def __post_init__(self) -> None:
+        """Build the optimizer and the schedule."""
+        self.optimizer = Optimizer(self.model, self.config, self.rate_scale)
+        captured = [module for each in self.companions for module in each.captured()]
+        self.stepper = Stepper(
+            self.model,
+            self.objective,
+            compiled=self.compiled,
+            lanes=self.lanes,
+            captured=captured,
+        )
+        self.scorer = Scorer(
+            self.model,
+            self.held_out or self.objective,
+            compiled=self.compiled,
+            captured=captured,
+        )
+        self.total, self.epochs = total_steps(self.config, self.batcher)
+        self.extend(self.extended)
+        for companion in self.companions:
+            companion.planned(self.total)
+
+    def extend(self, extended: Extended | None) -> None:
+        """Take the rates of a run that began as ``extended`` says."""
+        self.extended = extended
+        self.rate = schedule(self.config, self.total, extended)
+        self._stable = steps_before_decay(self.config, self.total, self.rate)
+
+    def newest(self) -> Path | None:
+        """Return the newest checkpoint that this run can go on from."""
+        return newest(self.checkpoints, self.config, self.total, self.extended)
+
+    def preflight(self) -> int:
+        """Run forward and backward pass of the largest micro-batch; return the peak in bytes."""
+        self.model.train()
+        mx.eval(self.optimizer.arrays())
+        mx.reset_peak_memory()
+        with computing(self.companions):
+            self.stepper.micro(self.batcher.worst())
+        return mx.get_peak_memory()
+
+    def resume(self, path: Path) -> None:
+        """Continue from the checkpoint at ``path``."""
+        self.position = checkpoint.load(path, self.model, self.optimizer, self.companions)
+        reopen(self.position, self.config, self.total)
+        name = f"{path.parent.name}/{path.name}"
+        if world().rank() == 0:
+            rotation.remove_after(self.checkpoints, self.position.step)
+            self._rotate()  # the kill may have come between the checkpoint and this
+        self.observer.notify(events.Resumed(step=self.position.step, path=name))
+
+    def run(self) -> events.Done:
+        """Train to the end and return how it ended.
+
+        Raises:
+            SlimError: If loss or gradient is not finite; nothing was updated with it.
+        """
+        at = self.position
+        self.observer.notify(
+            events.Started(self.total, self.epochs, self.budget_bytes, first_step=at.step)
+        )
+        reason = "complete"
+        refused = {each.begin(at) for each in self.companions} - {""}
+        if not refused and self._exhausted() and at.step < self.total:
+            refused = {"early_stopping"}  # a resume from the checkpoint that it ended with
+        if refused:
+            reason = min(refused)
+        with StopRequest() as stop:
+            for epoch, share, plan in () if refused else self._steps():
+                self._step(epoch, share, plan)
+                last = at.step == self.total
+                if last and at.step % self.config.validate_every:
+                    at.keep_open(VALIDATED)
+                improved = self._due(self.config.validate_every, last) and self._validate()
+                stopping = stop.seen_by_any_rank()
+                exhausted = self._exhausted()
+                asked = {each.after(at, last) for each in self.companions} - {""}
+                due = self._due(self.config.save_every, last) or at.step == self._stable
+                due = due or bool(asked)
+                if improved or stopping or exhausted or due:
+                    self._save()
+                if stopping or exhausted:
+                    reason = "interrupted" if stopping and not last else "early_stopping"
+                    reason = "complete" if last else reason
+                if demands := asked - {SAVE}:
+                    reason = min(demands)
+                if stopping or exhausted or demands:
+                    break
+        done = events.Done(
+            step=at.step,
+            reason=reason,
+            tokens=at.tokens,
+            seconds=at.seconds,
+            peak_memory_bytes=mx.get_peak_memory(),
+            best_validation=at.best_loss,
+            best_step=at.best_step,
+            held_out_step=at.held_out_step,
+        )
+        self.observer.notify(done)
+        return done
+
+    def _exhausted(self) -> bool:
+        """Whether validation has not improved for as long as ``early_stopping`` allows."""
+        patience = self.config.early_stopping
+        return patience is not None and self.position.since_best >= patience
+
+    def _due(self, every: int, last: bool) -> bool:
+        return last or self.position.step % every == 0
+
+    def _steps(self) -> Iterator[tuple[int, float, list[list[list[int]]]]]:
+        """Yield epoch, share of it done after the step, and the step's plan over all ranks."""
+        at = self.position
+        width = self.config.accumulate * world().size()
+        while at.step < self.total:
+            plan = self.batcher.plan(at.epoch)
+            while at.taken < len(plan) and at.step < self.total:
+                share = plan[at.taken : at.taken + width]
+                at.taken += len(share)
+                yield at.epoch, at.taken / len(plan), share
+            if at.taken >= len(plan):
+                at.epoch, at.taken = at.epoch + 1, 0
+
+    def _batches(self, plan: list[list[list[int]]]) -> Iterator[Batch]:
+        """Yield this rank's micro-batches, each with its own random state for dropout."""
+        for index in range(world().rank(), len(plan), world().size()):
+            entropy = [self.config.seed, self.position.step, index]
+            mx.random.seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+            yield self.batcher.batch(plan[index])
+
+    def rehearse(self, steps: int) -> tuple[list[float], int, int]:
+        """Take real steps of the largest micro-batch; the model is changed, the position is not.
+
+        A step has two micro-batches at most: more of them only take longer.
+
+        Args:
+            steps: How many.
+
+        Returns:
+            Seconds of one micro-batch in each step, positions computed in it, peak in bytes.
+        """
+        self.model.train()
+        mx.eval(self.optimizer.arrays())
+        mx.reset_peak_memory()
+        worst = self.batcher.worst()
+        batches = [worst] * min(2, self.config.accumulate)
+        seconds = []
+        for _ in range(steps):
+            began = time.perf_counter()
+            self._update(batches)
+            seconds.append((time.perf_counter() - began) / len(batches))
+        return seconds, worst.computed_tokens, mx.get_peak_memory()
+
+    def _update(self, batches: Iterable[Batch]) -> tuple[StepResult, float, float]:
+        """Take one optimizer step; return what was measured, the gradient norm and the rate."""
+        at = self.position
+        self.model.train()
+        with computing(self.companions):
+            result = self.stepper.step(batches)
+        gradients = result.gradients
+        for companion in self.companions:
+            gradients = companion.gradients(gradients)
+        norm = number(gradient_norm(gradients))
+        if not (math.isfinite(result.loss) and math.isfinite(norm)):
+            newest = rotation.latest(self.checkpoints)
+            raise SlimError(
+                f"step {at.step + 1}: loss {result.loss} with gradient norm {norm}; not updated",
+                f"lower train.learning_rate; the last good state is "
+                f"{f'{newest.parent.name}/{newest.name}' if newest else 'the base model'}",
+            )
+        if self.config.clip and norm > self.config.clip:
+            factor = self.config.clip / (norm + 1e-6)
+            gradients = {path: value * factor for path, value in gradients.items()}
+        learning_rate = self.rate(at.step)
+        self.optimizer.update(gradients, learning_rate)
+        result.gradients.clear()  # from here on each lives until its parameter is updated
+        del gradients
+        self.optimizer.evaluate()
+        for companion in self.companions:
+            companion.updated(at.step + 1)
+        return result, norm, learning_rate
+
+    def _step(self, epoch: int, share: float, plan: list[list[list[int]]]) -> None:
+        at = self.position
+        began = time.perf_counter()
+        result, norm, learning_rate = self._update(self._batches(plan))
+        seconds = time.perf_counter() - began
+        at.step += 1
+        at.tokens += result.tokens
+        at.seconds += seconds
+        if at.step % self.config.log_every == 0 or at.step == self.total:
+            self.observer.notify(
+                events.StepDone(
+                    step=at.step,
+                    epoch=round(epoch + share, 4),
+                    loss=result.loss,
+                    tokens=result.tokens,
+                    computed_tokens=result.computed,
+                    supervised_tokens=result.supervised,
+                    tokens_per_second=result.tokens / seconds,
+                    learning_rate=learning_rate,
+                    grad_norm=norm,
+                    active_memory_bytes=mx.get_active_memory(),
+                    peak_memory_bytes=mx.get_peak_memory(),
+                    parts=result.parts or None,
+                )
+            )
+
+    def _validate(self) -> bool:
+        """Score the validation rows; return whether this is the best so far."""
+        if self.validation is None:
+            return False
+        at = self.position
+        began = time.perf_counter()
+        with computing(self.companions):
+            loss, parts, supervised = validation_loss(self.scorer, self.validation)
+        settled = all(companion.settled(at.step) for companion in self.companions)
+        better = math.isfinite(loss) and (at.best_loss is None or loss < at.best_loss)
+        best = settled and better
+        if best:
+            at.best_loss, at.best_step, at.since_best = loss, at.step, 0
+        else:
+            at.since_best += settled
+        seconds = time.perf_counter() - began
+        self.observer.notify(
+            events.ValidationDone(at.step, loss, supervised, seconds, best, parts or None)
+        )
+        return best
+
+    def _save(self) -> None:
+        """Write a checkpoint on rank 0."""
+        self.position.total = self.total
+        if world().rank() == 0:
+            path = checkpoint.save(
+                self.checkpoints, self.position, self.model, self.optimizer, self.companions
+            )
+            self._rotate()
+            name = f"{path.parent.name}/{path.name}"
+            self.observer.notify(events.Saved(self.position.step, name))
+
+    def _rotate(self) -> None:
+        needed = {self.position.step, *self.position.needed()}  # later ones may be of others
+        stable = [step for step in rotation.steps(self.checkpoints) if step <= self._stable]
+        if stable:
+            path = rotation.path_of(self.checkpoints, stable[-1])
+            needed |= {stable[-1], *checkpoint.read_position(path).needed()}
+        rotation.rotate(self.checkpoints, self.config.keep, *needed)
+
+
+def validation_loss(scorer: Scorer, batcher: Batcher) -> tuple[float, dict[str, float], int]:
+    """Return Σ loss / Σ supervised tokens of all rows (nats), the parts, the supervised tokens.
+
+    Weighted where rows weigh their turns. The rows and their order are fixed; ranks share the
+    micro-batches.
+    """
+    model, objective = scorer.model, scorer.objective
+    model.eval()
+    # Summed in Python: thousands of batches would lose digits in float32.
+    sums, supervised, weight = np.zeros(1 + len(objective.parts)), 0, 0.0
+    for groups in batcher.plan(0)[world().rank() :: world().size()]:
+        batch = batcher.batch(groups)
+        sums += np.array(scorer(batch))
+        supervised += batch.supervised_tokens
+        weight += batch.total_weight
+    model.train()
+    if world().size() > 1:
+        shared = mx.distributed.all_sum(mx.array(sums, dtype=mx.float32), group=world())
+        sums = np.array(shared, dtype=np.float64)
+        supervised = int(number(mx.distributed.all_sum(mx.array(supervised), group=world())))
+        weight = total_weight(weight)
+    return *per_token(objective, sums, weight), supervised

@@ -1,0 +1,371 @@
+"""Losses over a vocabulary straight from hidden states: full logits never exist.
+
+Invariant: value and gradients equal those of the loss of ``head(hidden)`` in float32 for any chunk
+size; at most one chunk of logits is alive, and each logit is exponentiated once, because the
+gradient is formed together with the loss (the idea of arXiv 2411.09009, here without a kernel).
+What the loss is, a rule says: cross-entropy here, divergences from a teacher in ``distill/losses``.
+Legend: N supervised positions, C positions of one chunk, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_slim.models.activations import exp
+from mlx_slim.models.logits import row_sums, token_nll
+from mlx_slim.models.quantized import (
+    DenseWeight,
+    HeadWeight,
+    QuantizedWeight,
+    dequantize_weight,
+)
+from mlx_slim.models.structure import Head
+from mlx_slim.runtime import device_memory, on_gpu
+
+CHUNK_LOGITS = 1 << 23  # 8.4 M float32 logits: 34 MB each time a chunk of them is held on a CPU
+CHUNK_POSITIONS = 512  # of a chunk on a GPU
+GPU_COPIES_SHARE = 128  # one float32 copy of a chunk takes at most 1/128 of a GPU's memory
+
+
+def chunk_size(
+    vocabulary: int, setting: int | None, lanes: int = 1, *, gpu_bytes: int | None = None
+) -> int:
+    """Return how many positions get logits at one time.
+
+    On a CPU about 34 MB of logits. On a GPU, a chunk of C positions reads the head twice, 2·D·V·b
+    bytes at b bytes a weight, and computes 4·C·D·V operations on it: on M-series GPUs, which do
+    about 36 operations for each byte that they can read, reading takes 36·b/(2·C) of the time of
+    computing, whatever D and V are. That is 7% of it at b = 2 and C = 512, and 65% at the 55
+    positions that 34 MB are at a vocabulary of 152k. Memory bounds it: about four float32 copies of
+    a chunk are alive, and 4·4·C·V bytes stay below 1/32 of the GPU's memory.
+
+    Args:
+        vocabulary: V.
+        setting: ``train.loss_chunk``, which wins.
+        lanes: Parts of a batch that are computed side by side; together they hold one chunk.
+        gpu_bytes: Memory of the GPU that is planned for, 0 for a CPU; None is this machine.
+    """
+    if setting:
+        return setting
+    if gpu_bytes is None:
+        gpu_bytes = device_memory() if on_gpu() else 0
+    if not gpu_bytes:
+        return max(32, CHUNK_LOGITS // (vocabulary * lanes))
+    return max(32, min(CHUNK_POSITIONS, gpu_bytes // (GPU_COPIES_SHARE * 4 * vocabulary * lanes)))
+
+
+def cross_entropy_sum(logits_NV: mx.array, targets_N: mx.array) -> mx.array:
+    """Return Σ −log softmax(logits)[target], a float32 scalar in nats."""
+    return token_nll(logits_NV, targets_N).sum()
+
+
+def weighted_sum(values_C: mx.array, weights_C: mx.array | None = None) -> mx.array:
+    """Return Σ w · value, a scalar; None is 1 for all."""
+    return (values_C if weights_C is None else values_C * weights_C).sum()
+
+
+@dataclass(frozen=True)
+class Slope:
+    """The gradient of a chunk's loss by its logits, in parts that are cheap to multiply.
+
+    It is ``scale_C · share_CV / total_C1``, minus ``push_C`` at each target: the one-hot matrix is
+    never built, and the softmax is divided after the product where the head is frozen.
+
+    Attributes:
+        share_CV: float32.
+        total_C1: float32, or None for ones.
+        scale_C: float32, or None for ones.
+        targets_C: Token ids, or None for no such term.
+        push_C: float32, or None for ones.
+    """
+
+    share_CV: mx.array
+    total_C1: mx.array | None = None
+    scale_C: mx.array | None = None
+    targets_C: mx.array | None = None
+    push_C: mx.array | None = None
+
+    def by_hidden(self, weight: HeadWeight | mx.array) -> mx.array:
+        """Return the gradient by the hidden states, float32 (C, D); an array is W (V, D)."""
+        if isinstance(weight, mx.array):
+            weight = DenseWeight(weight)
+        gradient_CD = weight.back(self.share_CV).astype(mx.float32)
+        if self.total_C1 is not None:
+            gradient_CD = gradient_CD / self.total_C1
+        if self.scale_C is not None:
+            gradient_CD = gradient_CD * self.scale_C[:, None]
+        if self.targets_C is None:
+            return gradient_CD
+        return gradient_CD - self._pushed(weight.rows(self.targets_C).astype(mx.float32))
+
+    def _pushed(self, rows_CD: mx.array) -> mx.array:
+        return rows_CD if self.push_C is None else rows_CD * self.push_C[:, None]
+
+    def through(self, slope_CV: mx.array | None) -> Slope:
+        """Return the gradient by what an elementwise map with this slope made logits of."""
+        if slope_CV is None:
+            return self
+        push_C = self.push_C
+        if self.targets_C is not None:
+            at_target_C = mx.take_along_axis(slope_CV, self.targets_C[:, None], axis=-1)[:, 0]
+            push_C = at_target_C if push_C is None else push_C * at_target_C
+        return replace(self, share_CV=self.share_CV * slope_CV, push_C=push_C)
+
+    def by_head(self, hidden_CD: mx.array, gradients: list[mx.array]) -> list[mx.array]:
+        """Return ``gradients`` with this chunk's part added, float32.
+
+        Those are the gradients by the head's weight (V, D) and by its bias (V,), if it has one.
+        """
+        d_weight, *biases = gradients
+        hidden32 = hidden_CD.astype(mx.float32)
+        share_CV = self.share_CV if self.total_C1 is None else self.share_CV / self.total_C1
+        if self.scale_C is not None:
+            share_CV = share_CV * self.scale_C[:, None]
+        d_weight = mx.addmm(d_weight, share_CV.T, hidden32)
+        biases = [d_bias + share_CV.sum(axis=0) for d_bias in biases]
+        if self.targets_C is not None:
+            push = mx.array(1.0) if self.push_C is None else self.push_C
+            d_weight = d_weight.at[self.targets_C].subtract(self._pushed(hidden32))
+            biases = [d_bias.at[self.targets_C].subtract(push) for d_bias in biases]
+        return [d_weight, *biases]
+
+
+class Rule(Protocol):
+    """A summed loss of logits. ``columns`` are arrays with one row a position, not differentiated.
+
+    Both return a float32 scalar in nats, or a vector whose first entry is the loss and whose others
+    are only reported.
+    """
+
+    def value(self, logits_CV: mx.array, *columns: mx.array) -> mx.array:
+        """Return the sum over the positions; differentiable."""
+        ...
+
+    def slope(self, logits_CV: mx.array, *columns: mx.array) -> tuple[mx.array, Slope]:
+        """Return the same, with its gradient by float32 ``logits_CV``."""
+        ...
+
+
+class NLL:
+    """Σ w · −log softmax(logits)[target]; columns: ``targets_C``, and ``weights_C`` if not ones."""
+
+    def value(self, logits_CV: mx.array, *columns: mx.array) -> mx.array:
+        """Return the weighted sum, a float32 scalar in nats."""
+        targets_C, *weights = columns
+        return weighted_sum(token_nll(logits_CV, targets_C), *weights)
+
+    def slope(self, logits_CV: mx.array, *columns: mx.array) -> tuple[mx.array, Slope]:
+        """Return the sum and softmax − one-hot, weighted."""
+        targets_C, *weights = columns
+        target_C1 = mx.take_along_axis(logits_CV, targets_C[:, None], axis=-1)
+        peak_C1 = logits_CV.max(axis=-1, keepdims=True)
+        exp_CV = exp(logits_CV - peak_C1)
+        total_C1 = row_sums(exp_CV)
+        nll_C1 = mx.log(total_C1) + peak_C1 - target_C1
+        if not weights:
+            return nll_C1.sum(), Slope(exp_CV, total_C1, targets_C=targets_C)
+        weights_C = weights[0]
+        slope = Slope(exp_CV, total_C1, weights_C, targets_C, weights_C)
+        return weighted_sum(nll_C1[:, 0], weights_C), slope
+
+
+# Hidden states, columns and parameters of a chunk, and the gradients so far -> the chunk's sum, its
+# gradient by the hidden states, and the gradients with its part added.
+_Part = Callable[
+    [mx.array, list[mx.array], list[mx.array], list[mx.array]],
+    tuple[mx.array, mx.array, list[mx.array]],
+]
+
+
+def _chunks(arrays: Sequence[mx.array], chunk: int, done: list[mx.array]) -> Iterator[list]:
+    """Yield ``arrays`` in chunks of rows, each to be computed after what is in ``done`` by then.
+
+    Without the dependency the scheduler is free to make the logits of all chunks at once.
+    """
+    for start in range(0, arrays[0].shape[0], chunk):
+        cut = [array[start : start + chunk] for array in arrays]
+        yield mx.depends(cut, done) if done else cut
+
+
+def _fused(
+    hidden_ND: mx.array,
+    parameters: list[mx.array],
+    columns: tuple[mx.array, ...],
+    chunk: int,
+    part: _Part,
+) -> mx.array:
+    """Return the sum; its gradients by hidden and parameters are outputs of the forward pass."""
+
+    @mx.custom_function
+    def forward(hidden_ND: mx.array, parameters: list[mx.array]) -> list[mx.array]:
+        total = mx.zeros((), dtype=mx.float32)
+        by_hidden: list[mx.array] = []
+        by_parameters = [mx.zeros(value.shape, dtype=mx.float32) for value in parameters]
+        done: list[mx.array] = []
+        for hidden_CD, *cut in _chunks((hidden_ND, *columns), chunk, done):
+            value, gradient_CD, by_parameters = part(hidden_CD, cut, parameters, by_parameters)
+            total = total + value
+            by_hidden.append(gradient_CD.astype(hidden_ND.dtype))
+            done[:] = [total, by_hidden[-1], *by_parameters]
+        return [total, mx.concatenate(by_hidden), *by_parameters]
+
+    @forward.vjp
+    def backward(
+        primals: tuple[mx.array, list[mx.array]],
+        cotangents: list[mx.array],
+        outputs: list[mx.array],
+    ) -> tuple[mx.array, list[mx.array]]:
+        scale = cotangents[0] if cotangents[0].ndim == 0 else cotangents[0][0]
+        hidden_ND, parameters = primals
+        _, by_hidden, *by_parameters = outputs
+        return (
+            (scale * by_hidden).astype(hidden_ND.dtype),
+            [
+                (scale * gradient).astype(value.dtype)
+                for gradient, value in zip(by_parameters, parameters, strict=True)
+            ],
+        )
+
+    return cast(list[mx.array], forward(hidden_ND, parameters))[0]
+
+
+def _by_slope(rule: Rule, head: Head, weight: HeadWeight) -> _Part:
+    """Return the part of a head that is a plain matrix: trained if there are parameters."""
+    bias_V = head.module.get("bias")
+
+    def part(
+        hidden_CD: mx.array,
+        columns: list[mx.array],
+        parameters: list[mx.array],
+        gradients: list[mx.array],
+    ) -> tuple[mx.array, mx.array, list[mx.array]]:
+        matrix = DenseWeight(parameters[0]) if parameters else weight
+        bias = parameters[1] if len(parameters) > 1 else bias_V
+        logits_CV = matrix.logits(hidden_CD).astype(mx.float32)
+        if bias is not None:
+            logits_CV = logits_CV + bias.astype(mx.float32)
+        logits_CV = head.finish(logits_CV)
+        value, slope = rule.slope(logits_CV, *columns)
+        slope = slope.through(head.slope(logits_CV))
+        by_hidden = slope.by_hidden(matrix)
+        return value, by_hidden, slope.by_head(hidden_CD, gradients) if parameters else []
+
+    return part
+
+
+def _by_autodiff(rule: Rule, head: Head, paths: list[str]) -> _Part:
+    """Return the part of a head with parts of its own, such as an adapter."""
+
+    def loss(
+        hidden_CD: mx.array, parameters: list[mx.array], columns: list[mx.array]
+    ) -> tuple[mx.array, mx.array]:
+        head.module.update(tree_unflatten(list(zip(paths, parameters, strict=True))))
+        sums = rule.value(head(hidden_CD), *columns)
+        return (sums[0] if sums.ndim else sums), sums
+
+    def part(
+        hidden_CD: mx.array,
+        columns: list[mx.array],
+        parameters: list[mx.array],
+        gradients: list[mx.array],
+    ) -> tuple[mx.array, mx.array, list[mx.array]]:
+        before = head.module.trainable_parameters()
+        (_, value), (by_hidden, by_parameters) = mx.value_and_grad(loss, argnums=(0, 1))(
+            hidden_CD, parameters, columns
+        )
+        head.module.update(before)
+        return value, by_hidden, [g + p for g, p in zip(gradients, by_parameters, strict=True)]
+
+    return part
+
+
+def _forward_only(
+    hidden_ND: mx.array, head: Head, rule: Rule, columns: tuple[mx.array, ...], chunk: int
+) -> mx.array:
+    total = mx.zeros((), dtype=mx.float32)
+    done: list[mx.array] = []
+    for hidden_CD, *cut in _chunks((hidden_ND, *columns), chunk, done):
+        total = total + rule.value(head(hidden_CD), *cut)
+        done[:] = [total]
+    return total
+
+
+def linear_loss(
+    hidden_ND: mx.array,
+    head: Head,
+    rule: Rule,
+    columns: tuple[mx.array, ...],
+    *,
+    chunk: int,
+    gradient: bool = True,
+    dense_VD: mx.array | None = None,
+) -> mx.array:
+    """Return the loss ``rule`` of head(hidden) without ever holding all logits.
+
+    Args:
+        hidden_ND: Hidden states of the supervised positions only, any floating dtype.
+        head: The model's head; dense, quantized, tied, biased or adapted.
+        rule: What is summed over the positions.
+        columns: What the rule wants to know, one row a position; not differentiated.
+        chunk: Positions whose logits exist at one time.
+        gradient: Whether the result will be differentiated (forms the gradient along the way).
+        dense_VD: The dense weight of a quantized head, where it exists already.
+
+    Returns:
+        What the rule returns: a float32 scalar in nats, or a vector that begins with it.
+    """
+    if not gradient:
+        return _forward_only(hidden_ND, head, rule, columns, chunk)
+    module = head.module
+    named = cast(list[tuple[str, mx.array]], tree_flatten(module.trainable_parameters()))
+    paths, parameters = [path for path, _ in named], [value for _, value in named]
+    weight = _plain_weight(module, dense_VD)
+    if weight is None or paths not in ([], ["weight"], ["weight", "bias"]):
+        part = _by_autodiff(rule, head, paths)
+    else:
+        part = _by_slope(rule, head, weight)
+    return _fused(hidden_ND, parameters, columns, chunk, part)
+
+
+def _plain_weight(module: nn.Module, dense_VD: mx.array | None) -> HeadWeight | None:
+    """Return the weight of a head that is nothing but a matrix, else None."""
+    if type(module) in (nn.Linear, nn.Embedding):
+        return DenseWeight(module["weight"])
+    if not isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+        return None
+    if on_gpu():
+        return QuantizedWeight(module)
+    return DenseWeight(dequantize_weight(module) if dense_VD is None else dense_VD)
+
+
+def linear_cross_entropy(
+    hidden_ND: mx.array,
+    targets_N: mx.array,
+    head: Head,
+    *,
+    chunk: int,
+    gradient: bool = True,
+    dense_VD: mx.array | None = None,
+    weights_N: mx.array | None = None,
+) -> mx.array:
+    """Return Σ w · −log softmax(head(hidden))[target], float32, nats: ``linear_loss`` of ``NLL``.
+
+    Args:
+        hidden_ND: Hidden states of the supervised positions only.
+        targets_N: Token ids, integers.
+        head: The model's head.
+        chunk: Positions whose logits exist at one time.
+        gradient: Whether the result will be differentiated.
+        dense_VD: The dense weight of a quantized head, where it exists already.
+        weights_N: float32 weight of each target; None is 1 for all.
+    """
+    columns = (targets_N,) if weights_N is None else (targets_N, weights_N)
+    return linear_loss(
+        hidden_ND, head, NLL(), columns, chunk=chunk, gradient=gradient, dense_VD=dense_VD
+    )

@@ -1,0 +1,362 @@
+"""One optimizer step: micro-batches in, an exact token-mean gradient out.
+
+Invariant: the step's loss is Σ w · NLL / Σ w over the supervised tokens of all micro-batches and
+all ranks (w is 1 unless a row weighs its turns), never a mean of means; so cutting the same rows
+into other micro-batches or onto other ranks gives the same gradient up to rounding. Nothing is
+updated when the loss is not finite.
+Legend: B sequences, T positions, N supervised positions, D width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_slim import blas
+from mlx_slim.data.batches import Batch
+from mlx_slim.models import structure
+from mlx_slim.models.quantized import dequantize_weight
+from mlx_slim.runtime import number, on_gpu, side_by_side, world
+from mlx_slim.training.losses import NLL, Rule, chunk_size, linear_loss
+from mlx_slim.training.optim import set_trainable, trainable
+
+PART_TOKENS = 256  # below this a part of a batch is not worth its overhead
+
+
+def part_count(lanes: int, tokens: int) -> int:
+    """Return into how many parts ``lanes`` threads cut a batch of ``tokens`` positions.
+
+    Two parts a thread, where they are worth it: then half of the batch is in memory at a time.
+    """
+    return 1 if lanes == 1 else min(2 * lanes, max(lanes, tokens // PART_TOKENS))
+
+
+# The arrays of a batch, in an objective's own order; None where a batch has no such array.
+Arrays = tuple[Any, ...]
+
+
+class Objective(Protocol):
+    """What a loop minimises: Σ loss over the supervised positions of a batch, in nats.
+
+    Attributes:
+        parts: Names of what it reports besides the loss, sums of the same kind.
+    """
+
+    parts: tuple[str, ...]
+
+    def arrays(self, batch: Batch) -> Arrays:
+        """Return what the loss of ``batch`` needs: ``batch_arrays``, and a teacher's after them."""
+        ...
+
+    def __call__(self, model: nn.Module, arrays: Arrays, *, gradient: bool) -> mx.array:
+        """Return float32: a scalar, or with ``parts`` a vector of the loss and them.
+
+        Only the loss is differentiated; ``gradient`` says whether it will be.
+        """
+        ...
+
+
+class CrossEntropy:
+    """Next-token cross-entropy, with head rows only where tokens are supervised.
+
+    Args:
+        model: Decides once whether it splits into body and head.
+        chunk: Positions whose logits exist at one time; None chooses.
+        vocabulary: Token ids below this may be used for the probe.
+        lanes: Parts of a batch that are computed side by side, and share those positions.
+        weights_S: float32 weight of each target, by its number in the store (``Batch.sources_N``);
+            None is 1 for all.
+    """
+
+    parts: tuple[str, ...] = ()
+    rule: Rule = NLL()
+
+    def __init__(
+        self,
+        model: nn.Module,
+        chunk: int | None = None,
+        vocabulary: int = 8,
+        lanes: int = 1,
+        weights_S: np.ndarray | None = None,
+    ) -> None:
+        self.split = structure.split(model, vocabulary)
+        head = self.split.head.vocabulary if self.split else vocabulary
+        self._chunk = chunk_size(head, chunk, lanes)
+        self._weights_S = weights_S
+        self._dense_VD: mx.array | None = None
+
+    @contextlib.contextmanager
+    def sharing(self) -> Iterator[None]:
+        """Inside, all parts of a batch use one dense copy of a quantized head (on a CPU)."""
+        module = self.split.head.module if self.split else None
+        if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)) and not on_gpu():
+            self._dense_VD = dequantize_weight(module)
+            mx.eval(self._dense_VD)
+        try:
+            yield
+        finally:
+            self._dense_VD = None
+
+    def arrays(self, batch: Batch) -> Arrays:
+        """Return ``batch_arrays`` and, where targets have weights, these."""
+        return (*batch_arrays(batch), *target_weights(batch, self._weights_S))
+
+    def __call__(self, model: nn.Module, arrays: Arrays, *, gradient: bool) -> mx.array:
+        """Return Σ loss of the targets, float32, nats."""
+        tokens_BT, positions_N, targets_N, segments_BT, *rest = arrays
+        columns = (targets_N, *rest)
+        rows = supervised_rows(model, self.split, tokens_BT, positions_N, segments_BT)
+        if self.split is None:
+            return self.rule.value(rows, *columns)
+        return linear_loss(
+            rows,
+            self.split.head,
+            self.rule,
+            columns,
+            chunk=self._chunk,
+            gradient=gradient,
+            dense_VD=self._dense_VD,
+        )
+
+
+def supervised_rows(
+    model: nn.Module,
+    split: structure.Split | None,
+    tokens_BT: mx.array,
+    positions_N: mx.array,
+    segments_BT: mx.array | None,
+) -> mx.array:
+    """Return the hidden states (N, D) of a batch's supervised positions, before the head.
+
+    Of a model that does not split: its logits (N, V) there.
+    """
+    cache = None
+    if segments_BT is not None:
+        cache = [structure.SegmentCache(segments_BT)] * len(structure.blocks(model))
+    rows_BTX = (split.body if split else model)(tokens_BT, cache)
+    return rows_BTX.reshape(-1, rows_BTX.shape[-1])[positions_N]
+
+
+def batch_arrays(batch: Batch) -> Arrays:
+    """Return tokens_BT, positions_N, targets_N and segments_BT (or None) as mlx arrays."""
+    segments = None if batch.segments_BT is None else mx.array(batch.segments_BT)
+    return (
+        mx.array(batch.tokens_BT),
+        mx.array(batch.positions_N),
+        mx.array(batch.targets_N),
+        segments,
+    )
+
+
+def target_weights(batch: Batch, weights_S: np.ndarray | None = None) -> list[mx.array]:
+    """Return the weights of a batch's targets (N,), float32, if they are not all 1: 0 for padding.
+
+    Args:
+        batch: The batch.
+        weights_S: Weight of each target, by its number in the store; None is 1 for all.
+    """
+    weights_N = batch.weights_N
+    if weights_S is not None:
+        own_N = weights_S[batch.sources_N].astype(np.float32)
+        weights_N = own_N if weights_N is None else own_N * weights_N
+    return [] if weights_N is None else [mx.array(weights_N)]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step measured, summed over all ranks.
+
+    Attributes:
+        loss: Σ NLL / Σ supervised tokens, nats; weighted where rows weigh their turns.
+        gradients: path -> float32 gradient of that loss.
+        supervised: Σ supervised tokens.
+        tokens: Σ real tokens.
+        computed: Σ positions computed.
+        parts: What the objective reports besides, per supervised token too.
+    """
+
+    loss: float
+    gradients: dict[str, mx.array]
+    supervised: int
+    tokens: int
+    computed: int
+    parts: dict[str, float] = field(default_factory=dict)
+
+
+def per_token(
+    objective: Objective, sums: mx.array | np.ndarray, weight: float
+) -> tuple[float, dict[str, float]]:
+    """Return the loss and the parts of ``objective`` per supervised token, from their sums.
+
+    ``weight`` is the sum of the tokens' loss weights: ``Batch.total_weight``.
+    """
+    first, *others = [float(value) for value in np.array(sums).reshape(-1)]
+    parts = zip(objective.parts, others, strict=True)
+    return first / weight, {name: value / weight for name, value in parts}
+
+
+def total_weight(weight: float) -> float:
+    """Return the sum over all ranks, exact where weights are counts."""
+    whole = int(weight)
+    parts = mx.array([whole >> 20, whole & 0xFFFFF, weight - whole], dtype=mx.float32)
+    high, low, rest = (
+        float(part) for part in np.array(mx.distributed.all_sum(parts, group=world()))
+    )
+    return high * (1 << 20) + low + rest
+
+
+class Stepper:
+    """Turns the micro-batches of a step into one gradient.
+
+    Args:
+        model: Its trainable parameters are differentiated.
+        objective: Summed loss of a batch.
+        compiled: Fuse forward and backward pass with ``mx.compile``, which keeps a trace of each
+            shape that it meets: ``data/shapes.py`` makes them few.
+        lanes: Parts of a micro-batch computed side by side on a CPU, each in a thread of its own; a
+            compiled one stays whole.
+        captured: Modules whose frozen arrays change between steps: a compiled step reads them anew.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        *,
+        compiled: bool = False,
+        lanes: int = 1,
+        captured: Sequence[dict] = (),
+    ) -> None:
+        self.model = model
+        self.objective = objective
+        self._lanes = 1 if compiled else lanes
+        self._building = threading.Lock()
+
+        def loss(
+            parameters: dict[str, mx.array],
+            *arrays: Any,
+        ) -> tuple[mx.array, mx.array]:
+            set_trainable(model, parameters)
+            sums = objective(model, arrays, gradient=True)
+            return (sums[0] if sums.ndim else sums), sums
+
+        self._value_and_grad: Callable = mx.value_and_grad(loss)
+        if compiled:
+            # Frozen weights are constants of the graph; dropout draws from the global random state.
+            state = [mx.random.state]
+            self._value_and_grad = mx.compile(
+                self._value_and_grad, inputs=[*state, *captured], outputs=state
+            )
+
+    def micro(self, batch: Batch) -> tuple[mx.array, dict[str, mx.array]]:
+        """Return the sums of one micro-batch and the gradient of its loss, evaluated."""
+        parts = batch.parts(part_count(self._lanes, batch.computed_tokens))
+        if len(parts) == 1:
+            return self._part(batch, None)
+        # A thread draws its dropout from a seed of its own part, whichever part is built first.
+        work = [(part, int(number(mx.random.randint(0, 2**31 - 1)))) for part in parts]
+        mx.eval(self.model.parameters())  # a thread cannot evaluate what another one began
+        sharing = getattr(self.objective, "sharing", contextlib.nullcontext)
+        with blas.single_threaded(), sharing():
+            results = side_by_side(self._part, work, self._lanes)
+        sums, gradients = results[0]
+        for part_sums, part_gradients in results[1:]:
+            sums = sums + part_sums
+            gradients = {path: value + part_gradients[path] for path, value in gradients.items()}
+        mx.eval(sums, gradients)
+        return sums, gradients
+
+    def _part(self, batch: Batch, seed: int | None) -> tuple[mx.array, dict[str, mx.array]]:
+        """Build the graph of a batch, one thread at a time, and evaluate it."""
+        with self._building:  # building writes parameters into the shared model
+            if seed is not None:
+                mx.random.seed(seed)
+            parameters = trainable(self.model)
+            arrays = self.objective.arrays(batch)
+            (_, sums), gradients = self._value_and_grad(parameters, *arrays)
+            set_trainable(self.model, parameters)
+        mx.eval(sums, gradients)
+        return sums, gradients
+
+    def step(self, batches: Iterable[Batch]) -> StepResult:
+        """Return loss and gradient over ``batches`` (this rank's share; it may be empty)."""
+        gradients: dict[str, mx.array] = {}
+        sums = mx.zeros((1 + len(self.objective.parts),), dtype=mx.float32)
+        supervised = tokens = computed = 0
+        weight = 0.0
+        for batch in batches:
+            part, values = self.micro(batch)
+            sums = sums + part
+            for path, value in values.items():
+                value32 = value.astype(mx.float32)
+                gradients[path] = gradients[path] + value32 if path in gradients else value32
+            mx.eval(sums, gradients)
+            supervised += batch.supervised_tokens
+            weight += batch.total_weight
+            tokens += batch.real_tokens
+            computed += batch.computed_tokens
+        group = world()
+        if group.size() > 1:
+            for path, value in trainable(self.model).items():
+                gradients.setdefault(path, mx.zeros(value.shape, dtype=mx.float32))
+            # Ranks must ask for the same sums in the same order.
+            averaged = nn.average_gradients(dict(sorted(gradients.items())), group=group)
+            flat = cast(list[tuple[str, mx.array]], tree_flatten(averaged))
+            gradients = {path: value * group.size() for path, value in flat}
+            sums = mx.distributed.all_sum(sums, group=group)
+            supervised, tokens, computed = (
+                int(number(mx.distributed.all_sum(mx.array(count), group=group)))
+                for count in (supervised, tokens, computed)
+            )
+            weight = total_weight(weight)
+        loss, parts = per_token(self.objective, sums, weight)
+        return StepResult(
+            loss=loss,
+            gradients={path: value / weight for path, value in gradients.items()},
+            supervised=supervised,
+            tokens=tokens,
+            computed=computed,
+            parts=parts,
+        )
+
+
+class Scorer:
+    """The sums of an objective over batches, without gradients.
+
+    Args:
+        model: In evaluation mode while it is called.
+        objective: Summed loss of a batch.
+        compiled, captured: As ``Stepper``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        *,
+        compiled: bool = False,
+        captured: Sequence[dict] = (),
+    ) -> None:
+        self.model = model
+        self.objective = objective
+
+        def sums(parameters: dict[str, mx.array], *arrays: Any) -> mx.array:
+            set_trainable(model, parameters)
+            return objective(model, arrays, gradient=False)
+
+        self._sums: Callable = mx.compile(sums, inputs=[*captured]) if compiled else sums
+
+    def __call__(self, batch: Batch) -> mx.array:
+        """Return what the objective returns."""
+        parameters = trainable(self.model)
+        sums = self._sums(parameters, *self.objective.arrays(batch))
+        set_trainable(self.model, parameters)
+        return sums

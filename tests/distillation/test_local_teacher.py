@@ -1,0 +1,107 @@
+"""A model of this machine as a teacher that writes."""
+
+from __future__ import annotations
+
+import json
+
+import mlx.core as mx
+import pytest
+
+from mlx_slim.config.distill import TeacherConfig
+from mlx_slim.distillation.local_teacher import LocalTeacher
+from mlx_slim.errors import SlimError
+from mlx_slim.models.load import load
+from tests.support.plain_scorer import plain_generate
+from tests.support.tiny import speaking_model, tiny_model
+
+FLOWS = "It flows."
+
+
+def teacher(model, max_tokens=12, **more) -> LocalTeacher:
+    until = more.pop("until", ())
+    config = TeacherConfig(model=str(model), **more)
+    return LocalTeacher(config, dtype=mx.float32, max_tokens=max_tokens, until=until)
+
+
+def chats(*texts):
+    return [[{"role": "user", "content": text}] for text in texts]
+
+
+@pytest.fixture(scope="module")
+def flows(tmp_path_factory):
+    return speaking_model(tmp_path_factory.mktemp("speaks") / "flows", FLOWS)
+
+
+def test_answers_end_where_the_model_ends_them(flows):
+    asked = teacher(flows)
+    assert list(asked.answer(chats("Why?", "And why is that so?"))) == [(FLOWS, "eos")] * 2
+    assert list(teacher(flows, until=["ow"]).answer(chats("Why?"))) == [("It fl", "until")]
+    assert list(teacher(flows, 5).answer(chats("Why?"))) == [("It fl", "length")]
+
+
+def test_the_model_reads_its_own_chat_template_and_answers_like_a_plain_loop(tiny):
+    folder = tiny("qwen2")
+    asked = teacher(folder)
+    chat = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]
+    text = asked.text(chat)
+    assert text == (
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
+    )
+    loaded = load(str(folder), dtype=mx.float32)
+    ids = loaded.tokenizer.encode(text, add_special_tokens=False)
+    assert list(asked.answer([chat])) == [plain_generate(loaded.model, loaded.tokenizer, ids, 12)]
+
+
+def test_a_base_model_reads_the_bare_question(tmp_path):
+    folder = tiny_model(tmp_path / "base", chat_template=None, bos=True)
+    asked = teacher(folder)
+    assert asked.text(chats("Water is")[0]) == "Water is"
+    loaded = load(str(folder), dtype=mx.float32)
+    ids = loaded.tokenizer.encode("Water is")
+    found = list(asked.answer(chats("Water is")))
+    assert found == [plain_generate(loaded.model, loaded.tokenizer, ids, 12)]
+
+
+def test_nothing_is_loaded_before_the_first_answer_nor_kept_after_the_last(flows):
+    asked = teacher(flows)
+    assert asked._model is None
+    list(asked.answer(chats("Why?")))
+    assert asked._model is not None
+    asked.close()
+    assert asked._model is None
+    assert list(asked.answer(chats("Why?"))) == [(FLOWS, "eos")]
+
+
+def test_prompts_that_are_cut_are_counted(flows):
+    asked = teacher(flows)
+    list(asked.answer(chats("short", "x" * 600)))
+    assert asked.truncated == 1
+
+
+def test_settings_follow_what_decides_the_answers(flows, tmp_path):
+    same, other = teacher(flows), speaking_model(tmp_path / "other", "By me!")
+    assert same.settings == teacher(flows).settings
+    different = [
+        teacher(flows, max_tokens=13),
+        teacher(flows, until=["."]),
+        teacher(other),
+    ]
+    config = json.loads((flows / "tokenizer_config.json").read_text())
+    config["chat_template"] += " "
+    (flows / "tokenizer_config.json").write_text(json.dumps(config))
+    different.append(teacher(flows))
+    hashes = [json.dumps(t.settings) for t in [same, *different]]
+    assert len(set(hashes)) == len(hashes)
+
+
+def test_what_is_not_there_is_said_before_anything_is_asked(flows, tmp_path):
+    with pytest.raises(SlimError, match="nowhere"):
+        teacher(tmp_path / "nowhere")
+    with pytest.raises(SlimError, match="adapter"):
+        teacher(flows, adapter=str(tmp_path))
+    folder = speaking_model(tmp_path / "strict", FLOWS)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{{ raise_exception('no system here') }}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(SlimError, match="refuses a row: no system here"):
+        list(teacher(folder).answer(chats("Why?")))

@@ -1,0 +1,113 @@
+"""Rows become questions to teachers, and answers become rows of the same form."""
+
+from __future__ import annotations
+
+import pytest
+
+from mlx_slim.config.distill import AskConfig
+from mlx_slim.config.expressions import compile_text
+from mlx_slim.config.schema import DataConfig, SourceConfig
+from mlx_slim.data.ledger import SourceLedger
+from mlx_slim.data.sources import RawRow
+from mlx_slim.distillation.queries import Lesson, prefix_of, read_lessons
+from mlx_slim.errors import SlimError
+
+DATA = DataConfig()
+
+
+def lessons(*rows, system=None, data=DATA) -> list[Lesson]:
+    raws = [RawRow("a.jsonl", number, row, "line") for number, row in enumerate(rows, 1)]
+    ledger = SourceLedger("a.jsonl", "file", 1.0, [])
+    return list(read_lessons(raws, 0, SourceConfig(path="x", system=system), data, ledger))
+
+
+QUESTION = {"id": "q/7", "prompt": "Water is", "completion": " wet", "choices": ["wet", "dry"]}
+CHAT = {
+    "messages": [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "1"},
+        {"role": "user", "content": "Two?"},
+        {"role": "assistant", "content": "2"},
+    ]
+}
+ALPACA = {"instruction": "Add.", "input": "1 1", "output": "2", "text": "ignored"}
+
+
+def test_the_default_request_shows_options_and_the_right_answer():
+    (lesson,) = lessons(QUESTION)
+    asked = lesson.rationale(compile_text(AskConfig().prompt))
+    assert asked.id == "q/7"
+    assert asked.messages == [
+        {
+            "role": "user",
+            "content": "Water is\nOptions:\n- wet\n- dry\nCorrect answer: wet\n\n"
+            "Explain in two or three sentences why this answer is correct.",
+        }
+    ]
+    (plain,) = lessons({"prompt": "Water is", "completion": " wet"})
+    assert "Options" not in plain.rationale(compile_text(AskConfig().prompt)).messages[0]["content"]
+    assert plain.id == "a.jsonl:1"
+
+
+def test_a_field_that_a_row_lacks_is_named():
+    (lesson,) = lessons({"prompt": "Water is", "completion": " wet"})
+    with pytest.raises(SlimError, match=r"a\.jsonl, line 1.*'choices' is undefined") as caught:
+        lesson.rationale(compile_text("{{ choices | join(', ') }}"))
+    assert "answer, prompt, completion" in caught.value.hint
+
+
+def test_sequence_asks_what_the_data_ask():
+    chat, alpaca, plain = lessons(CHAT, ALPACA, {"prompt": "Water is", "completion": " wet"})
+    assert [m["content"] for m in chat.sequence().messages] == ["Be short.", "One?", "1", "Two?"]
+    assert alpaca.sequence().messages == [{"role": "user", "content": "Add.\n1 1"}]
+    (told,) = lessons({"prompt": "Water is", "completion": " wet"}, system="S")
+    assert [m["role"] for m in told.sequence().messages] == ["system", "user"]
+    assert plain.sequence().answer == " wet"
+
+
+def test_answers_become_rows_of_the_same_form():
+    chat, alpaca, plain = lessons(CHAT, ALPACA, QUESTION)
+    assert plain.row() == {"id": "q/7", "prompt": "Water is", "completion": " wet"}
+    assert plain.row("dry \n", "[why] ") == {
+        "id": "q/7", "prompt": "[why] Water is", "completion": " dry",
+    }  # fmt: skip
+    assert alpaca.row("two", "[why] ") == {
+        "id": "a.jsonl:2", "instruction": "[why] Add.", "input": "1 1", "output": "two",
+    }  # fmt: skip
+    row = chat.row("two", "[why] ")
+    assert [m["content"] for m in row["messages"]] == [
+        "Be short.",
+        "One?",
+        "1",
+        "[why] Two?",
+        "two",
+    ]
+    assert chat.row()["messages"] == CHAT["messages"]  # and the example was not changed
+
+
+def test_text_asks_nothing_and_is_kept():
+    (text,) = lessons({"text": "Once upon a time."})
+    assert not text.asks
+    assert text.row() == {"text": "Once upon a time."}
+
+
+def test_prefixes_tell_teachers_apart():
+    assert [prefix_of(None, n)({}) for n in (1, 2)] == ["[rationale 1] ", "[rationale 2] "]
+    assert prefix_of("{{ choices[0] }}? ", 1)({"choices": ["wet"]}) == "wet? "
+
+
+def test_weights_of_turns_stay_with_the_row():
+    """Rows that teachers wrote go through the student's template like any others."""
+    turns = [dict(turn) for turn in CHAT["messages"]]
+    turns[2]["train"], turns[4]["weight"] = False, 0.5
+    (lesson,) = lessons({"messages": turns})
+    assert all("weight" not in message for message in lesson.sequence().messages)
+    messages = lesson.row("zwei")["messages"]
+    assert [message.get("weight") for message in messages] == [None, None, 0, None, 0.5]
+    assert [message["content"] for message in messages][-1] == "zwei"
+    (again,) = lessons(lesson.row())
+    assert again.example.turn_weights == lesson.example.turn_weights
+    (listed,) = lessons({"prompt": turns[1:4], "completion": [CHAT["messages"][4]]})
+    (again,) = lessons(listed.row())
+    assert again.example.turn_weights == [0, 0, 0, 1]

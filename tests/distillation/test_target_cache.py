@@ -1,0 +1,218 @@
+"""What a teacher said, on disk: as its full logits say it, and whole after any kill."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm import load
+
+from mlx_slim.artifacts import read_json
+from mlx_slim.data.batches import Batcher, collate
+from mlx_slim.distillation import target_cache
+from mlx_slim.distillation.losses import Taught, top
+from mlx_slim.distillation.target_cache import (
+    Layout,
+    Speaker,
+    Unread,
+    cache_key,
+    layout,
+    open_complete,
+)
+from mlx_slim.errors import ResourceError
+from tests.support.rows import MemoryRows
+from tests.support.tiny import VOCAB, tiny_model
+
+LENGTHS = [5, 9, 17, 3, 30, 12, 2, 25, 8, 31]
+ROWS = MemoryRows(LENGTHS)
+
+
+def _batcher(rows: MemoryRows = ROWS) -> Batcher:
+    return Batcher(rows, batch_tokens=64, max_length=32, mode="grouped", seed=0)
+
+
+def _key(shape: Layout, rows: MemoryRows = ROWS, temperature: float = 1.0) -> dict:
+    return cache_key({"weights": "a"}, "tokenizer", rows, shape, temperature)
+
+
+def _written(folder, model, shape: Layout, temperature: float = 1.0, lanes: int = 1):
+    speaker = Speaker(model, shape, temperature, lanes)
+    key = _key(shape, temperature=temperature)
+    shares = list(target_cache.write(folder, key, shape, _batcher(), speaker))
+    assert shares[-1] == 1.0
+    assert shares == sorted(shares)
+    found = open_complete(folder, shape)
+    assert found is not None
+    return found
+
+
+def _logits(model, row: int) -> mx.array:
+    """The teacher's logits of a row's targets, computed alone."""
+    ids, supervised = ROWS.row(row)
+    logits = model(mx.array(ids[None]))[0]
+    return logits[mx.array(np.flatnonzero(supervised) - 1)]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "phi"])
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_every_target_finds_its_own_numbers(tiny, tmp_path, architecture: str, lanes: int) -> None:
+    model, _ = load(str(tiny(architecture)))
+    for k, temperature in ((7, 1.0), (VOCAB, 2.0)):
+        shape = layout(ROWS, k, VOCAB)
+        found = _written(tmp_path / f"{k}", model, shape, temperature, lanes)
+        for row in range(len(LENGTHS)):
+            batch = collate(ROWS, [[row]], isolate=False)
+            ids, kept, rest = found.columns(batch.sources_N)
+            logits = _logits(model, row)
+            expected = top(logits, k, temperature)
+            best = mx.sort(expected[1], axis=-1)
+            assert mx.allclose(mx.sort(kept, axis=-1), best, atol=1e-4)
+            assert mx.allclose(rest, expected[2], atol=1e-3)
+            scaled = logits / temperature
+            own = mx.take_along_axis(
+                scaled - mx.logsumexp(scaled, axis=-1, keepdims=True), ids, axis=-1
+            )
+            assert mx.allclose(kept, own, atol=1e-4)
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "symmetric"])
+def test_through_the_disk_more_tokens_come_nearer_from_below(tiny, tmp_path, divergence) -> None:
+    teacher, _ = load(str(tiny("llama")))
+    student, _ = load(str(tiny_model(tmp_path / "student", seed=1)))
+    for model in (teacher, student):  # sharper than a fresh model, which is almost uniform
+        model.lm_head.weight = 8 * model.lm_head.weight
+    everything = np.arange(int(ROWS.supervised.sum()))
+    logits = mx.concatenate([_logits(student, row) for row in range(len(LENGTHS))])
+    said = mx.concatenate([_logits(teacher, row) for row in range(len(LENGTHS))])
+    no_targets = mx.zeros(len(everything), dtype=mx.int32)
+    log_p, log_q = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (said, logits))
+    forward = (mx.exp(log_p) * (log_p - log_q)).sum().item()
+    reverse = (mx.exp(log_q) * (log_q - log_p)).sum().item()
+    full = {"forward": forward, "reverse": reverse, "symmetric": (forward + reverse) / 2}
+    rule = Taught(divergence)
+    found = []
+    for k in (1, 4, 16, 64, VOCAB):
+        cache = _written(tmp_path / f"{k}", teacher, layout(ROWS, k, VOCAB))
+        sums = rule.value(logits, no_targets, *cache.columns(everything))
+        found.append(sums[2].item())
+    assert found == sorted(found)
+    assert found[0] < 0.9 * full[divergence]
+    assert found[-1] == pytest.approx(full[divergence], rel=1e-4)
+
+
+def test_a_kill_loses_at_most_a_batch_and_the_rest_is_not_asked_again(tiny, tmp_path) -> None:
+    model, _ = load(str(tiny("llama")))
+    shape = layout(ROWS, 6, VOCAB)
+    straight = _written(tmp_path / "straight", model, shape)
+    speaker, asked = Speaker(model, shape, 1.0, 1), []
+
+    def dies(batch):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(batch.rows)
+        return speaker(batch)
+
+    folder = tmp_path / "killed"
+    with pytest.raises(KeyboardInterrupt):
+        list(target_cache.write(folder, _key(shape), shape, _batcher(), dies))
+    assert open_complete(folder, shape) is None
+    rest = []
+
+    def counts(batch):
+        rest.append(batch.rows)
+        return speaker(batch)
+
+    list(target_cache.write(folder, _key(shape), shape, _batcher(), counts))
+    assert sum(asked) + sum(rest) == len(ROWS)
+    whole = open_complete(folder, shape)
+    assert whole is not None
+    everything = np.arange(shape.targets)
+    for ours, theirs in zip(whole.columns(everything), straight.columns(everything), strict=True):
+        assert mx.array_equal(ours, theirs).item()
+
+
+def test_stopping_keeps_what_was_said(tiny, tmp_path) -> None:
+    model, _ = load(str(tiny("llama")))
+    shape = layout(ROWS, 6, VOCAB)
+    speaker = Speaker(model, shape, 1.0, 1)
+    stopping = target_cache.write(
+        tmp_path / "c", _key(shape), shape, _batcher(), speaker, stop=lambda: True
+    )
+    (share,) = list(stopping)
+    assert 0 < share < 1
+    assert open_complete(tmp_path / "c", shape) is None
+    first = next(iter(target_cache.write(tmp_path / "c", _key(shape), shape, _batcher(), speaker)))
+    assert first > share
+
+
+def test_the_key_knows_all_that_the_numbers_depend_on() -> None:
+    shape = layout(ROWS, 6, VOCAB)
+    base = _key(shape)
+    longer = MemoryRows([*LENGTHS[:-1], 30])
+    other_ids = MemoryRows(LENGTHS, seed=1)
+    other_mask = MemoryRows(LENGTHS)
+    other_mask._rows[4][1][20] = False
+    different = [
+        cache_key({"weights": "b"}, "tokenizer", ROWS, shape, 1.0),
+        cache_key({"weights": "a"}, "another", ROWS, shape, 1.0),
+        _key(layout(ROWS, 7, VOCAB)),
+        _key(layout(ROWS, 6, VOCAB - 1)),
+        _key(shape, temperature=2.0),
+        *(_key(shape, rows) for rows in (longer, other_ids, other_mask)),
+    ]
+    folders = {target_cache.folder_of(target_cache.Path(), key) for key in (base, *different)}
+    assert len(folders) == 1 + len(different)
+    assert _key(shape, MemoryRows(LENGTHS)) == base
+
+
+def test_another_key_in_the_folder_is_not_gone_on_with(tiny, tmp_path) -> None:
+    model, _ = load(str(tiny("llama")))
+    shape = layout(ROWS, 6, VOCAB)
+    _written(tmp_path / "c", model, shape)
+    speaker = Speaker(model, shape, 3.0, 1)
+    key = _key(shape, temperature=3.0)
+    writing = target_cache.write(tmp_path / "c", key, shape, _batcher(), speaker)
+    assert next(writing) < 1
+    assert open_complete(tmp_path / "c", shape) is None
+    list(writing)
+    assert read_json(tmp_path / "c" / "about.json") == key
+
+
+def test_the_size_is_what_is_written_and_a_small_disk_is_refused(
+    tiny, tmp_path, monkeypatch
+) -> None:
+    model, _ = load(str(tiny("llama")))
+    shape = layout(ROWS, 6, VOCAB)
+    folder = tmp_path / "c"
+    assert target_cache.missing_bytes(folder, shape) == shape.nbytes
+    _written(folder, model, shape)
+    assert sum(file.stat().st_size for file in folder.glob("*.bin")) == shape.nbytes
+    assert target_cache.missing_bytes(folder, shape) == 0
+    monkeypatch.setattr(
+        target_cache.shutil, "disk_usage", lambda _: type("D", (), {"free": 1000})()
+    )
+    target_cache.check_disk(tmp_path, 1000)
+    with pytest.raises(ResourceError, match=r"1.02 kB .* 1.00 kB are free") as caught:
+        target_cache.check_disk(tmp_path / "not" / "there", 1024)
+    assert caught.value.exit_code == 3
+
+
+def test_a_cut_file_is_not_taken_for_complete(tiny, tmp_path) -> None:
+    model, _ = load(str(tiny("llama")))
+    shape = layout(ROWS, 6, VOCAB)
+    _written(tmp_path / "c", model, shape)
+    with (tmp_path / "c" / "kept.bin").open("r+b") as handle:
+        handle.truncate(100)
+    assert open_complete(tmp_path / "c", shape) is None
+
+
+def test_large_vocabularies_need_wider_ids() -> None:
+    assert Layout(1, 1, 4, 65536).id_type is np.uint16
+    assert Layout(1, 1, 4, 65537).id_type is np.int32
+
+
+def test_the_stand_in_is_a_distribution() -> None:
+    ids, kept, rest = Unread(Layout(1, 1, 5, 100)).columns(np.full(3, -1))
+    total = mx.exp(kept).sum(axis=-1) + mx.exp(rest)
+    assert mx.allclose(total, mx.ones(3))
+    assert ids.shape == kept.shape == (3, 5)

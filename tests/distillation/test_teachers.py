@@ -1,0 +1,97 @@
+"""Tokenizers that agree, and each way in which they do not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlx_slim.config.distill import TeacherConfig
+from mlx_slim.distillation.teachers import disagreement, fingerprint, load_teacher, name_of
+from mlx_slim.errors import SlimError
+from mlx_slim.models.load import load_tokenizer
+from tests.support.adapters import made
+from tests.support.tiny import byte_tokenizer, tiny_model
+
+
+def _changed(folder: Path, change) -> Path:
+    """A byte tokenizer whose ``tokenizer.json`` was changed."""
+    tiny_model(folder)
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return folder
+
+
+def _swap(content: dict) -> None:
+    vocab = content["model"]["vocab"]
+    vocab["A"], vocab["B"] = vocab["B"], vocab["A"]
+
+
+def _rename(content: dict) -> None:
+    vocab = content["model"]["vocab"]
+    vocab["AA"] = vocab.pop("A")
+
+
+def _lowercase(content: dict) -> None:
+    content["normalizer"] = {"type": "Lowercase"}
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    return load_tokenizer(tiny_model(tmp_path_factory.mktemp("student")))
+
+
+def test_a_tokenizer_agrees_with_itself(student, tmp_path: Path) -> None:
+    assert disagreement(student, load_tokenizer(tiny_model(tmp_path / "t"))) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (_swap, "259 tokens here, 259 there; 2 have another id, such as 'A': "),
+        (_rename, "2 are on one side only, such as 'A' ("),
+        (_lowercase, "'The quick brown fox jump' is "),
+    ],
+)
+def test_other_words_under_the_same_size_are_found(student, tmp_path, change, text: str) -> None:
+    found = disagreement(student, load_tokenizer(_changed(tmp_path / "t", change)))
+    assert found is not None
+    assert found.words
+    assert text in found.text
+    assert "\n" not in found.text
+
+
+def test_another_end_is_told_apart_from_other_words(student, tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "t")
+    byte_tokenizer(folder, chat_template=None)
+    found = disagreement(student, load_tokenizer(folder))
+    assert found is not None
+    assert not found.words
+    assert found.text == "eos is '<|im_end|>' here, '<|endoftext|>' there"
+
+
+def test_a_teacher_wears_its_adapter_and_is_known_by_it(tiny, tmp_path: Path) -> None:
+    base = str(tiny("llama"))
+    adapter = made(tmp_path / "adapter", tiny("llama"))
+    plain, dressed = (
+        TeacherConfig(model=base),
+        TeacherConfig(model=base, adapter=str(adapter), name="dressed"),
+    )
+    prints = [fingerprint(teacher, mx.float32) for teacher in (plain, dressed)]
+    assert prints[0] != prints[1]
+    assert fingerprint(plain, mx.bfloat16) != prints[0]
+    other = TeacherConfig(model=str(tiny("mistral")))
+    assert fingerprint(other, mx.float32) != prints[0]
+    tokens = mx.array([[1, 2, 3]])
+    logits = [load_teacher(teacher, mx.float32)(tokens) for teacher in (plain, dressed)]
+    assert not mx.allclose(*logits)
+    assert (name_of(plain), name_of(dressed)) == ("llama", "dressed")
+
+
+def test_a_teacher_that_is_not_there_is_named() -> None:
+    with pytest.raises(SlimError, match="nowhere"):
+        fingerprint(TeacherConfig(model="./nowhere"), mx.float32)

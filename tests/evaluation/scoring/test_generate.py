@@ -1,0 +1,236 @@
+"""Batched generation against the slowest possible reference: one full forward pass a token."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+from mlx_lm import load
+
+from mlx_slim.errors import SlimError
+from mlx_slim.evaluation.scoring import generate
+from mlx_slim.evaluation.scoring.answer_cache import footprint, joins, planned_footprint, shares
+from mlx_slim.evaluation.scoring.generate import Tally, generate_batch
+from mlx_slim.models.load import load as load_ours
+from tests.support.tiny import MIXTURES, speaking_model, tiny_model
+
+# Models that mlx-lm batches otherwise: masks of another shape, states that padding would enter.
+OTHERS = {
+    "gemma2": {
+        "model_type": "gemma2",
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
+    "mamba": {
+        "model_type": "mamba",
+        "state_size": 8,
+        "conv_kernel": 4,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "time_step_rank": 8,
+        "tie_word_embeddings": True,
+    },
+    "gpt_bigcode": {
+        "model_type": "gpt_bigcode",
+        "n_embd": 64,
+        "n_head": 4,
+        "n_layer": 2,
+        "n_inner": 128,
+        "n_positions": 512,
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+    },
+    "qwen3_next": {
+        **{k: v for k, v in MIXTURES["qwen3_moe"].items() if k != "mlp_only_layers"},
+        "model_type": "qwen3_next",
+        "mlp_only_layers": [],
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_conv_kernel_dim": 4,
+        "shared_expert_intermediate_size": 64,
+        "partial_rotary_factor": 0.5,
+        "full_attention_interval": 2,
+    },
+}
+
+
+def _reference(model, prompt: list[int], max_tokens: int, stops: set[int]) -> list[int]:
+    ids = list(prompt)
+    while len(ids) < len(prompt) + max_tokens:
+        token = int(mx.argmax(model(mx.array([ids]))[0, -1]).item())
+        if token in stops:
+            break
+        ids.append(token)
+    return ids[len(prompt) :]
+
+
+def _prompts(tokenizer, shared: str) -> list[list[int]]:
+    words = ["a", "pay the rent", "is this a much longer question than others?", "xyz 12", "q"]
+    return [tokenizer.encode(shared + word, add_special_tokens=False) for word in words]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi"])
+@pytest.mark.parametrize("shared", ["", "the same beginning: "])
+@pytest.mark.parametrize("batch_size", [2, 64])
+def test_equals_one_at_a_time(tiny, architecture, shared, batch_size):
+    model, tokenizer = load(str(tiny(architecture)))
+    prompts = _prompts(tokenizer, shared)
+    first = _reference(model, prompts[1], 12, set())
+    stops = {first[7]}  # a token that does come up
+    answers = generate_batch(model, tokenizer, prompts, 12, stops, batch_size=batch_size)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        expected = _reference(model, prompt, 12, stops)
+        assert answer.ids == expected
+        assert answer.text == tokenizer.decode(expected, skip_special_tokens=True)
+        assert answer.stop_reason == ("length" if len(expected) == 12 else "eos")
+    assert answers[1].stop_reason == "eos"
+
+
+def test_stops_at_the_tokenizers_own_end_by_default(tiny):
+    model, tokenizer = load(str(tiny()))
+    prompts = _prompts(tokenizer, "")
+    tokenizer.eos_token_ids = {_reference(model, prompts[0], 1, set())[0]}
+    assert generate_batch(model, tokenizer, prompts[:1], 5)[0].ids == []
+
+
+def test_identical_prompts_share_all_but_their_last_token(tiny):
+    model, tokenizer = load(str(tiny()))
+    prompt = tokenizer.encode("twice the same prompt", add_special_tokens=False)
+    one, two = generate_batch(model, tokenizer, [prompt, prompt], 6, ())
+    assert one == two
+    assert one.ids == _reference(model, prompt, 6, set())
+
+
+def test_no_prompts_and_empty_prompt(tiny):
+    model, tokenizer = load(str(tiny()))
+    assert generate_batch(model, tokenizer, [], 5) == []
+    with pytest.raises(SlimError, match="prompt 1 has no tokens"):
+        generate_batch(model, tokenizer, [[5], []], 5)
+
+
+def _cut(text: str, stops: tuple[str, ...]) -> str:
+    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+
+
+@pytest.mark.parametrize("batch_size", [2, 64])
+def test_stop_strings_end_an_answer_wherever_tokens_cut_them(tiny, batch_size):
+    model, tokenizer = load(str(tiny()))
+    prompts = _prompts(tokenizer, "the same beginning: ")
+    plain = generate_batch(model, tokenizer, prompts, 24, ())
+    text = plain[1].text
+    stops = (text[6:9], "never comes")  # several byte tokens, in the middle
+    tally = Tally()
+    answers = generate_batch(
+        model, tokenizer, prompts, 24, (), stops=stops, batch_size=batch_size, tally=tally
+    )
+    assert answers[1].stop_reason == "until"
+    for answer, whole in zip(answers, plain, strict=True):
+        assert answer.text == _cut(whole.text, stops)
+        stopped = any(stop in whole.text for stop in stops)
+        assert answer.stop_reason == ("until" if stopped else "length")
+    assert tally.computed >= tally.minimum > 0
+    assert len(answers[1].ids) < 24  # it left the batch
+
+
+def test_the_tally_counts_what_the_model_computed(tiny):
+    model, tokenizer = load(str(tiny()))
+    prompts = [[5, 6, 7, 8], [5, 6, 7, 9]]
+    tally = Tally()
+    generate_batch(model, tokenizer, prompts, 3, (), tally=tally)
+    assert tally.minimum == 5 + 2 * 2  # the prompts' five distinct prefixes, two more tokens each
+    assert tally.computed >= tally.minimum
+
+
+def _many(tokenizer) -> list[list[int]]:
+    return [tokenizer.encode("b" * 300 + f" number {i}") for i in range(24)]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi"])
+@pytest.mark.parametrize("budget", [6e6, 2e7])
+def test_memory_stays_within_the_budget_and_answers_are_the_same(tiny, architecture, budget):
+    model, tokenizer = load(str(tiny(architecture)))
+    prompts = _many(tokenizer)
+    expected = [_reference(model, prompts[i], 4, set()) for i in (0, 11, 23)]
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    answers = generate_batch(model, tokenizer, prompts, 4, (), cache_bytes=int(budget))
+    assert mx.get_peak_memory() - before <= budget
+    assert [answers[i].ids for i in (0, 11, 23)] == expected
+
+
+def _unlike(tokenizer) -> list[list[int]]:
+    lengths = (1, 60, 3, 7, 33, 2)
+    return [tokenizer.encode("of one beginning " + "ab" * n + str(n)) for n in lengths]
+
+
+@pytest.mark.parametrize("budget", [1, 10**9])
+@pytest.mark.parametrize("name", list(OTHERS))
+def test_prompts_beside_it_change_no_answer(tmp_path, name, budget):
+    folder = tiny_model(tmp_path / "m", "llama", **OTHERS[name])
+    loaded = load_ours(folder, dtype=mx.float32)
+    prompts = _unlike(loaded.tokenizer)
+    answers = generate_batch(
+        loaded.model, loaded.tokenizer, prompts, 5, (), cache_bytes=budget, batch_size=8
+    )
+    expected = [_reference(loaded.model, prompt, 5, set()) for prompt in prompts]
+    assert [answer.ids for answer in answers] == expected
+    assert joins(loaded.model) == (name not in ("mamba", "gpt_bigcode"))
+
+
+def test_the_prefix_is_held_once(tiny, monkeypatch):
+    model, tokenizer = load(str(tiny("llama-mha")))
+    prompts = _many(tokenizer)
+    peaks = []
+    for shared in (True, False):
+        monkeypatch.setattr(generate, "shares", lambda model, shared=shared: shared)
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        answers = generate_batch(model, tokenizer, prompts, 3, ())
+        peaks.append(mx.get_peak_memory() - before)
+        assert answers[5].ids == _reference(model, prompts[5], 3, set())
+    prefix = footprint(model).cache_bytes(300)
+    assert peaks[0] < peaks[1] - 12 * prefix
+
+
+def test_windows_are_copied_and_bounded(tmp_path):
+    changes = {"sliding_window": 64, "sliding_window_pattern": 2, "head_dim": 16}
+    changes |= {"query_pre_attn_scalar": 16, "rope_local_base_freq": 1e4}
+    folder = tiny_model(tmp_path / "g", "llama", **{**changes, "model_type": "gemma3_text"})
+    model, tokenizer = load(str(folder))
+    assert not shares(model)
+    prompts = _many(tokenizer)[:8]
+    one, many = (generate_batch(model, tokenizer, prompts, 4, (), batch_size=n) for n in (1, 8))
+    assert one == many
+    found = footprint(model)
+    assert {window for _, window in found.layers} == {64, None}
+    assert found.cache_bytes(1000) < planned_footprint({"hidden_size": 64, "head_dim": 16,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}, 4,
+    ).cache_bytes(1000)  # fmt: skip
+
+
+def test_mlx_lm_attends_as_before_afterwards(tiny):
+    from mlx_lm.models import base, llama
+
+    model, tokenizer = load(str(tiny()))
+    assert shares(model)
+    generate_batch(model, tokenizer, _prompts(tokenizer, "the same beginning: "), 2, ())
+    assert llama.scaled_dot_product_attention is base.scaled_dot_product_attention
+
+
+def test_special_tokens_leave_the_text_and_still_stop_it(tmp_path):
+    folder = speaking_model(tmp_path / "m", "ab")
+    model, tokenizer = load(str(folder))
+    prompt, special = tokenizer.encode("x"), tokenizer.convert_tokens_to_ids("<|im_start|>")
+    (plain,) = generate_batch(model, tokenizer, [prompt], 3, ())
+    model.lm_head.weight[special] = 2 * mx.eye(264, 288)[prompt[0]]  # first of all a special token
+    (answer,) = generate_batch(model, tokenizer, [prompt], 3, ())
+    assert answer.ids[0] == special
+    assert answer.text == tokenizer.decode(answer.ids, skip_special_tokens=True)
+    assert "im_start" in tokenizer.decode(answer.ids) and "im_start" not in answer.text
+    (stopped,) = generate_batch(model, tokenizer, [prompt], 3, (), stops=["<|im_start|>"])
+    assert (stopped.text, stopped.stop_reason) == ("", "until")
+    assert plain.text.startswith("ab")

@@ -1,0 +1,208 @@
+"""The fast engine against the plain scorer: one sequence at a time, no cache, float64."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import mlx.core as mx
+import pytest
+from mlx_lm.utils import _get_classes
+
+from mlx_slim.evaluation.run import EvalOptions, evaluate
+from mlx_slim.evaluation.scoring import loglikelihood
+from mlx_slim.evaluation.scoring.loglikelihood import Scorer
+from mlx_slim.evaluation.scoring.requests import Request
+from mlx_slim.models.load import load
+from mlx_slim.models.quantized import densify
+from tests.support.plain_scorer import plain_score
+
+SHOTS = tuple(random.Random(5).randint(3, 200) for _ in range(40))
+
+
+def _questions(seed: int = 0, questions: int = 9, root: tuple[int, ...] = ()) -> list[Request]:
+    """Contexts of many lengths with choices of one and of several tokens."""
+    draw = random.Random(seed)
+
+    def text(low: int, high: int) -> tuple[int, ...]:
+        return tuple(draw.randint(3, 200) for _ in range(draw.randint(low, high)))
+
+    requests = []
+    for number in range(questions):
+        context = root + text(1, 40)
+        endings = [text(1, 1) if number % 3 == 0 else text(1, 12) for _ in range(4)]
+        if number % 4 == 1:
+            endings[1] = endings[0] + text(1, 3)  # one choice begins with another
+        requests += [Request(context + ending, len(context)) for ending in endings]
+    return requests
+
+
+def _differences(scores, model, requests) -> list[str]:
+    """Return what the plain scorer finds otherwise, by more than 1e-3 nats."""
+    found = []
+    for index, (score, request) in enumerate(zip(scores, requests, strict=True)):
+        expected, greedy = plain_score(model, request.ids, request.start)
+        if abs(score.loglikelihood - expected) > 1e-3 or score.greedy != greedy:
+            found.append(f"request {index}: {score}, expected {expected} {greedy}")
+    return found
+
+
+def _greedy_request(model, context: tuple[int, ...], length: int) -> Request:
+    ids = list(context)
+    for _ in range(length):
+        ids.append(int(mx.argmax(model(mx.array([ids]))[0, -1]).item()))
+    return Request(tuple(ids), len(context))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-mha", "llama-tied", "phi", "mistral"])
+@pytest.mark.parametrize("batch_tokens", [24, 512])
+def test_equals_the_plain_scorer(tiny, architecture, batch_tokens):
+    model = load(tiny(architecture)).model
+    requests = [*_questions(), _greedy_request(model, (7, 8, 9), 5)]
+    scorer = Scorer(model, batch_tokens=batch_tokens)
+    assert scorer.notes == []
+    scores = scorer.score(requests)
+    assert _differences(scores, model, requests) == []
+    assert scores[-1].greedy
+    assert scorer.tokens_computed >= scorer.tokens_minimum > 0
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi"])
+def test_a_shared_root_is_computed_once_and_changes_nothing(tiny, architecture):
+    model = load(tiny(architecture)).model
+    requests = _questions(root=SHOTS)
+    scorer = Scorer(model, batch_tokens=64)
+    halves = [scorer.score(requests[:20], SHOTS), scorer.score(requests[20:], SHOTS)]
+    assert _differences(halves[0] + halves[1], model, requests) == []
+    once = scorer.tokens_minimum
+    assert once == len(SHOTS) + sum(
+        len(
+            {
+                request.inputs[:end]
+                for request in part
+                for end in range(41, 99)
+                if end <= len(request.inputs)
+            }
+        )
+        for part in (requests[:20], requests[20:])
+    )
+    fresh = Scorer(model, batch_tokens=64)
+    assert fresh.score(requests[20:], SHOTS) == halves[1]  # to the bit: whatever came before
+
+
+def test_little_memory_cuts_the_work_and_changes_no_score(tiny):
+    model = load(tiny()).model
+    requests = _questions(questions=12)
+    small = Scorer(model, memory=1)
+    plenty = Scorer(model)
+    for one, other in zip(small.score(requests), plenty.score(requests), strict=True):
+        assert one.loglikelihood == pytest.approx(other.loglikelihood, abs=1e-4)
+    assert small.tokens_computed > plenty.tokens_computed
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_quantized_base(tiny, dense):
+    from mlx_slim.config.schema import QuantizeConfig
+    from mlx_slim.quantization.apply import quantize_model
+
+    loaded = load(tiny())
+    quantize_model(loaded.model, loaded.config, QuantizeConfig(bits=4, group_size=32))
+    if dense:
+        assert densify(loaded.model) > 0
+    requests = _questions()
+    assert _differences(Scorer(loaded.model).score(requests), loaded.model, requests) == []
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_lanes_change_no_score(tiny, lanes, monkeypatch):
+    monkeypatch.setattr(loglikelihood, "cpu_lanes", lambda: lanes)
+    model = load(tiny()).model
+    requests = _questions(questions=20)
+    assert _differences(Scorer(model, batch_tokens=64).score(requests), model, requests) == []
+
+
+def _built(config: dict) -> object:
+    model_class, args_class = _get_classes(config)
+    mx.random.seed(0)
+    model = model_class(args_class.from_dict(config))
+    mx.eval(model.parameters())
+    return model
+
+
+def test_sliding_windows_are_kept_by_the_mask():
+    config = {
+        "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
+        "vocab_size": 264, "sliding_window": 6, "tie_word_embeddings": False,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }  # fmt: skip
+    model = _built(config)
+    scorer = Scorer(model)  # type: ignore[arg-type]
+    assert scorer.sharing
+    requests = _questions()
+    assert _differences(scorer.score(requests), model, requests) == []
+
+
+def test_a_recurrent_model_falls_back_and_says_so():
+    config = {
+        "model_type": "mamba", "vocab_size": 264, "hidden_size": 32, "intermediate_size": 64,
+        "state_size": 8, "num_hidden_layers": 2, "conv_kernel": 4, "use_bias": False,
+        "use_conv_bias": True, "time_step_rank": 4, "tie_word_embeddings": True,
+    }  # fmt: skip
+    model = _built(config)
+    scorer = Scorer(model)  # type: ignore[arg-type]
+    assert not scorer.sharing
+    assert any("prefixes are not shared: its cache is a ArraysCache" in n for n in scorer.notes)
+    requests = _questions(questions=5)
+    assert _differences(scorer.score(requests, SHOTS), model, requests) == []
+
+
+def test_a_model_that_ignores_its_cache_is_found_out(tiny):
+    model = load(tiny()).model
+
+    class Forgetful:
+        """Attends to the batch alone: a shared prefix would be lost."""
+
+        def __call__(self, tokens, cache=None):
+            return type(model).__call__(model, tokens)
+
+        def __getattr__(self, name):
+            return getattr(model, name)
+
+    from mlx_slim.evaluation.scoring.prefix_cache import probe
+
+    forgetful = Forgetful()
+    assert probe(model, model).reason == ""
+    assert probe(model, forgetful).reason  # type: ignore[arg-type]
+
+
+def test_nothing_to_score(tiny):
+    assert Scorer(load(tiny()).model).score([]) == []
+
+
+REFERENCES = {  # task -> (reference file, questions of it that every test run scores)
+    "hellaswag": ("hellaswag_0shot", 40),
+    "arc_easy": ("arc_easy_0shot", 30),
+    "mmlu_us_foreign_policy": ("mmlu_us_foreign_policy_5shot", 16),
+}
+
+
+def test_real_scores_are_those_of_the_reference_harness(smollm2, data_mirror, references, tmp_path):
+    """Every log-likelihood within 0.01 nats of PyTorch's; all questions: see the lab log."""
+    for task, (name, count) in REFERENCES.items():
+        expected = json.loads((references / f"{name}.json").read_text(encoding="utf-8"))
+        out = tmp_path / task
+        evaluate(smollm2, [task], out, EvalOptions(limit=count, data_dir=data_mirror))
+        lines = (out / f"samples_{task}.jsonl").read_text(encoding="utf-8").splitlines()
+        found = [json.loads(line) for line in lines]
+        assert len(found) == count
+        for sample, wanted in zip(found, expected["samples"], strict=False):
+            values, known = sample["loglikelihoods"], wanted["loglikelihoods"]
+            assert values == pytest.approx(known, abs=0.01)
+            best = sorted(known)[-2:]
+            if best[1] - best[0] > 0.01:
+                assert sample["prediction"] == known.index(max(known))
+                assert sample["acc"] == wanted["acc"]
+            if "acc_norm" in wanted:
+                assert sample["acc_norm"] == wanted["acc_norm"]
+            assert sample["target"] == wanted["target"]

@@ -1,0 +1,127 @@
+"""Task definitions: the shipped ones, names, suites, and a user's own file."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from mlx_slim.errors import SlimError
+from mlx_slim.evaluation.tasks.spec import expand, find_task, list_tasks, suites
+from tests.evaluation.support import CHOICE, GENERATION, write_task
+
+SHIPPED = {
+    "arc_challenge", "arc_easy", "bioasq", "demo_exact_match", "gsm8k", "hellaswag", "mmlu",
+    "openbookqa", "pubmedqa",
+}  # fmt: skip
+
+
+def test_the_shipped_tasks_are_pinned_and_licensed():
+    tasks = {task.name: task for task in list_tasks()}
+    assert set(tasks) == SHIPPED
+    for task in tasks.values():
+        assert task.version >= 1 and task.spec.licence and task.spec.about
+        assert task.metrics and task.spec.data.shots
+        if task.spec.data.path and "/" in task.spec.data.path and task.name != "demo_exact_match":
+            assert len(task.spec.data.revision or "") == 40
+            assert task.spec.fields and task.spec.overlap
+
+
+def test_mmlu_has_57_parts_in_4_categories_each_a_task():
+    mmlu = find_task("mmlu")
+    groups = mmlu.spec.subgroups
+    assert groups is not None
+    assert len(mmlu.parts) == 57
+    sizes = {name: len(parts) for name, parts in groups.categories.items()}
+    assert sizes == {"stem": 19, "humanities": 13, "social_sciences": 12, "other": 13}
+    for part in mmlu.parts:
+        task = find_task(f"mmlu_{part}")
+        assert (task.name, task.part, task.parts) == (f"mmlu_{part}", part, ())
+    assert find_task("mmlu-us-foreign-policy").name == "mmlu_us_foreign_policy"
+    assert find_task("demo-exact-match") == find_task("demo_exact_match")
+
+
+def test_suites_bring_their_own_shots():
+    chosen = expand(["leaderboard-v1"])
+    assert {s.task.name: s.num_fewshot for s in chosen} == {
+        "arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "gsm8k": 5,
+    }  # fmt: skip
+    chosen = expand(["seed"])
+    assert [(s.task.name, s.num_fewshot) for s in chosen] == [
+        ("hellaswag", 0), ("gsm8k", 5), ("mmlu", 5),
+    ]  # fmt: skip
+    for members in suites().values():
+        assert set(members) <= SHIPPED
+
+
+def test_expand_takes_defaults_commas_and_repeats():
+    chosen = expand(["gsm8k,arc_easy", "arc-easy"])
+    assert [(s.task.name, s.num_fewshot) for s in chosen] == [("gsm8k", 5), ("arc_easy", 0)]
+    assert [s.num_fewshot for s in expand(["gsm8k", "mmlu"], 2)] == [2, 2]
+    assert [s.num_fewshot for s in expand(["gsm8k"], 0)] == [0]
+
+
+@pytest.mark.parametrize(
+    ("names", "shots", "words"),
+    [
+        (["helaswag"], None, "did you mean 'hellaswag'"),
+        (["mmlu_anatomi"], None, "did you mean 'mmlu_anatomy'"),
+        (["leaderboard_v1"], None, "did you mean 'leaderboard-v1'"),
+        (["./none.yaml"], None, "none.yaml does not exist"),
+        ([], None, "no task is named"),
+        (["seed"], 3, "the suite seed has its own shots"),
+        (["seed", "hellaswag", "gsm8k", "leaderboard-v1"], None, "hellaswag is asked for twice"),
+        (["gsm8k"], 1000, "from 0 to 100"),
+        (["gsm8k"], -1, "from 0 to 100"),
+    ],
+)
+def test_wrong_names_are_one_line(names, shots, words):
+    with pytest.raises(SlimError, match=words):
+        expand(names, shots)
+
+
+def test_a_suite_is_no_task():
+    with pytest.raises(SlimError, match="seed is a suite") as caught:
+        find_task("seed")
+    assert "hellaswag" in caught.value.hint
+
+
+def test_a_file_of_ones_own(tmp_path):
+    task = write_task(tmp_path, CHOICE)
+    assert (task.name, task.kind, task.num_fewshot) == ("mine", "multiple_choice", 0)
+    assert task.metrics == ("acc", "acc_norm")
+    assert task.spec.delimiter == " " and task.spec.separator == "\n\n"
+    task = write_task(tmp_path, GENERATION + "name: other\nmetrics: [json_match]\n")
+    assert (task.name, task.metrics) == ("other", ("json_match",))
+    assert write_task(tmp_path, GENERATION).metrics == ("exact_match",)
+    filters = GENERATION + "filters: {word: {pattern: '\\w+', take: last}}\n"
+    assert write_task(tmp_path, filters).metrics == ("word_match",)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (CHOICE + "promt: x\n", r"promt \(mine.yaml:6\) is no key: did you mean 'prompt'"),
+        (CHOICE + "data2: {pth: x}\n", r"data2.pth \(mine.yaml:6\) is no key: did you mean"),
+        (CHOICE + "num_fewshot: many\n", r"num_fewshot \(mine.yaml:6\) is 'many': expected"),
+        (CHOICE + "version: 0\n", "at least 1"),
+        (CHOICE + "metrics: [f1]\n", "no metric 'f1' for multiple_choice: known are acc"),
+        (CHOICE + "max_tokens: 5\n", "multiple_choice does not use max_tokens"),
+        (CHOICE.replace('"{{ options }}"', "[]"), "needs choices"),
+        (CHOICE.replace("{{ options }}", "{{ options"), "choices .*no Jinja template"),
+        (CHOICE.replace("A:", "{% if %}"), "prompt .*no Jinja template"),
+        (GENERATION + "choices: [a]\n", "generation does not use choices"),
+        (GENERATION + "ignore: ['(']\n", "ignore .*no regular expression"),
+        (GENERATION + "filters: {a: {pattern: '['}}\n", "no regular expression"),
+        (GENERATION + "metrics: [strict_match]\n", "no metric 'strict_match' for generation"),
+        (GENERATION.replace(", shots: rows.jsonl", "") + "num_fewshot: 2\n", "data.shots names no"),
+        (GENERATION.replace("kind: generation", "kind: ranking"), "one of multiple_choice, gen"),
+        ("prompt: x\n", "3 problems|kind is missing"),
+        ("- a\n", "holds a list"),
+        ("", "empty"),
+    ],
+)
+def test_wrong_files_name_key_and_line(tmp_path, text, words):
+    with pytest.raises(SlimError) as caught:
+        write_task(tmp_path, text)
+    assert re.search(words, str(caught.value)), str(caught.value)

@@ -1,0 +1,74 @@
+"""Prompts through the model's own chat template: turns, system messages, one BOS."""
+
+from __future__ import annotations
+
+import pytest
+from mlx_lm.tokenizer_utils import load as load_tokenizer
+
+from mlx_slim.errors import SlimError
+from mlx_slim.evaluation.scoring.requests import Encoder
+from mlx_slim.evaluation.tasks.prompts import Chat, build_questions
+from mlx_slim.evaluation.tasks.rows import load_rows
+from tests.evaluation.support import CHOICE, quiz, write_task
+from tests.support.tiny import CHATML, byte_tokenizer
+
+NO_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    + CHATML
+)
+
+
+def _questions(folder, chat):
+    text = CHOICE + "description: Choose well.\n"
+    rows, shots = [quiz(i) for i in range(3)], [quiz(100 + i) for i in range(4)]
+    task = write_task(folder, text, rows=rows, shots=shots)
+    return build_questions(task, load_rows(task), 2, chat=chat)
+
+
+def _chat(folder, template, multiturn=True, notes=None, bos=False):
+    byte_tokenizer(folder / "tokenizer", chat_template=template, bos=bos)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    return tokenizer, Chat.of_model(tokenizer._tokenizer, multiturn, [] if notes is None else notes)
+
+
+def _turn(role: str, text: str) -> str:
+    return f"<|im_start|>{role}\n{text}<|im_end|>\n"
+
+
+def test_examples_are_turns_or_lie_in_the_question(tmp_path):
+    _, chat = _chat(tmp_path, CHATML)
+    found = _questions(tmp_path, chat)[1]
+    shots = [
+        _turn("user", f"Q: what is {n}?\nA:") + _turn("assistant", f"n{n}") for n in (100, 101)
+    ]
+    system, asked = _turn("system", "Choose well."), _turn("user", "Q: what is 1?\nA:")
+    assert found.context == system + "".join(shots) + asked + "<|im_start|>assistant\n"
+    assert found.choices == ("n1", "x")
+    _, chat = _chat(tmp_path, CHATML, multiturn=False)
+    joined = "Q: what is 100?\nA: n100\n\nQ: what is 101?\nA: n101\n\nQ: what is 1?\nA:"
+    found = _questions(tmp_path, chat)[1]
+    assert found.context == system + _turn("user", joined) + "<|im_start|>assistant\n"
+
+
+def test_a_template_that_refuses_a_system_message_gets_none_and_it_is_said_once(tmp_path):
+    notes: list[str] = []
+    _, chat = _chat(tmp_path, NO_SYSTEM, notes=notes)
+    found = _questions(tmp_path, chat)
+    assert all("Choose well" not in question.context for question in found)
+    assert len(notes) == 1
+    assert "system message" in notes[0]
+
+
+def test_a_template_that_refuses_everything_is_one_line(tmp_path):
+    _, chat = _chat(tmp_path, "{{ raise_exception('never') }}")
+    with pytest.raises(SlimError, match="refuses the questions: never"):
+        _questions(tmp_path, chat)
+
+
+@pytest.mark.parametrize("template", ["{{ bos_token }}", ""])
+def test_bos_comes_once_whoever_writes_it(tmp_path, template):
+    tokenizer, chat = _chat(tmp_path, template + "{{ messages[-1]['content'] }}", bos=True)
+    found = _questions(tmp_path, chat)[0]
+    ids = Encoder(tokenizer, 500).request(found.context, found.choices[0]).ids
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert ids[0] == tokenizer.bos_token_id

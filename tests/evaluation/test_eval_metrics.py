@@ -1,0 +1,59 @@
+"""A task may keep any of its metrics, alone or first: scored, watched, compared, reported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mlx_slim.compare.store import load_answers
+from mlx_slim.evaluation import jobs
+from mlx_slim.evaluation.comparison import compare
+from mlx_slim.evaluation.run import EvalOptions, evaluate
+from mlx_slim.events import EvalProgress
+from mlx_slim.pruning.report import add_recovery, task_figures
+from tests.support.evals import CHUNK, samples_of, write_tasks
+from tests.support.runs import Recorder
+
+
+def _task(folder: Path, metrics: list[str], parts: bool) -> Path:
+    file = write_tasks(folder)[0]
+    spec = yaml.safe_load(file.read_text())
+    if not parts:
+        del spec["subgroups"]
+    file.write_text(yaml.safe_dump({**spec, "metrics": metrics}))
+    return file
+
+
+@pytest.mark.parametrize("parts", [False, True])
+@pytest.mark.parametrize(
+    ("metrics", "first", "paired"),
+    [
+        (["macro_f1"], "macro_f1", ["acc"]),
+        (["macro_f1", "acc"], "acc", ["acc"]),
+        (["acc_norm", "macro_f1"], "acc_norm", ["acc_norm"]),
+    ],
+)
+def test_any_metric_alone_or_first(tiny, tmp_path, monkeypatch, metrics, first, paired, parts):
+    monkeypatch.setattr(jobs, "CHOICE_CHUNK", CHUNK)
+    task = _task(tmp_path / "task", metrics, parts)
+    recorder = Recorder()
+    for number, model in enumerate(("llama", "mistral")):
+        out = tmp_path / f"out{number}"
+        evaluate(tiny(model), [str(task)], out, EvalOptions(), observer=recorder)
+    section = json.loads((out / "results.json").read_text())["tasks"]["toy_choice"]
+    assert list(section["metrics"]) == metrics
+    seen = [event for event in recorder.events if isinstance(event, EvalProgress)]
+    assert {event.metric for event in seen} == {first}
+    assert seen[-1].value == pytest.approx(section["metrics"][first]["value"])
+    rows = compare(tmp_path / "out0", tmp_path / "out1").rows
+    assert [row.metric for row in rows] == paired
+    assert rows[0].verdict
+    right_N = load_answers(out, "toy_choice").right_N
+    assert list(right_N) == paired
+    assert right_N[paired[0]].tolist() == [s[paired[0]] for s in samples_of(out, "toy_choice")]
+    figures = [{"tasks": task_figures(json.loads((out / "results.json").read_text()), out)}]
+    add_recovery(figures)
+    assert set(figures[0]["tasks"]["toy_choice"]["recovery"]) == set(metrics)

@@ -1,0 +1,88 @@
+"""What an evaluation says of its prompts, and refuses of its rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mlx_slim.cli.main import run
+from mlx_slim.errors import SlimError
+from mlx_slim.evaluation.run import EvalOptions, evaluate
+from tests.support.evals import write_tasks
+from tests.support.runs import Recorder
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return write_tasks(tmp_path_factory.mktemp("tasks"), 12)[:2]
+
+
+@pytest.mark.parametrize(
+    ("place", "longest", "asked", "words"),
+    [
+        (0, 70, 36, "prompts (one a choice) were cut on the left to 70 tokens"),
+        (1, 36, 12, "prompts were cut on the left to 24 tokens, which leaves 12 for the answer"),
+    ],
+)
+def test_prompts_that_were_cut_are_said(tiny, tasks, tmp_path, place, longest, asked, words):
+    options = EvalOptions(max_length=longest, num_fewshot=0)
+    name = tasks[place].stem
+    for resume in (False, True):  # the second time all is there already
+        recorder = Recorder()
+        (result,) = evaluate(
+            str(tiny("llama")),
+            str(tasks[place]),
+            tmp_path / "out",
+            options,
+            resume=resume,
+            observer=recorder,
+        )
+        cut = result["tasks"][name]["truncated"]
+        assert 0 < cut < asked
+        warnings = [e.message for e in recorder.events if getattr(e, "level", "") == "warning"]
+        assert warnings == [f"{name}: {cut} of {asked} {words}"]
+
+
+def test_the_console_says_it_in_every_mode_and_not_without_a_cut(tiny, tasks, tmp_path, capfd):
+    words = ["eval", str(tiny("llama")), "--task", str(tasks[1])]
+    for mode in ("", "--quiet", "--json"):
+        out = tmp_path / f"cut{mode}"
+        given = [*words, "--max-length", "36", "-o", str(out), *filter(None, [mode])]
+        assert run(given) == 0
+        printed = "".join(capfd.readouterr())
+        assert printed.count("of 12 prompts were cut on the left to 24 tokens") == 1, mode
+    assert run([*words, "-o", str(tmp_path / "whole")]) == 0
+    assert "cut" not in "".join(capfd.readouterr()).replace(str(tmp_path), "")
+
+
+def test_an_empty_choice_is_refused_before_anything_is_written(tiny, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"q": "?", "a": "x", "b": " "}))
+    (tmp_path / "mine.yaml").write_text(
+        "kind: multiple_choice\ndata: {path: rows.jsonl}\nprompt: '{{ q }}'\nmetrics: [acc]\n"
+        "choices: ['{{ a }}', '{{ b }}']\ntarget: 0\n"
+    )
+    with pytest.raises(SlimError, match=r"rows.jsonl, line 1: choice 2 of 2 is empty \(' '\)"):
+        evaluate(str(tiny("llama")), str(tmp_path / "mine.yaml"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_choice_that_the_tokenizer_does_not_see_is_named(tiny, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"q": "?"}))
+    (tmp_path / "mine.yaml").write_text(
+        "kind: multiple_choice\ndata: {path: rows.jsonl}\nprompt: '{{ q }}'\n"
+        "choices: [x, '~']\ntarget: 0\ndelimiter: ''\n"
+    )
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in tiny("llama").iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    record = json.loads((model / "tokenizer.json").read_text())
+    record["normalizer"] = {"type": "Replace", "pattern": {"String": "~"}, "content": ""}
+    (model / "tokenizer.json").write_text(json.dumps(record))
+    with pytest.raises(
+        SlimError, match="mine, question 0: the continuation '~' of '\\?' has no tok"
+    ):
+        evaluate(str(model), str(tmp_path / "mine.yaml"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,162 @@
+"""Fused models answer as base + adapter do, and a fuse that loses the tune is refused."""
+
+from __future__ import annotations
+
+import json
+
+import mlx.core as mx
+import pytest
+from mlx_lm import load as stock_load
+
+from mlx_slim.adapters.inject import adapters_of
+from mlx_slim.cli.main import run
+from mlx_slim.errors import ResourceError, SlimError
+from mlx_slim.export.fuse import FuseOptions, fuse
+from mlx_slim.export.fuse_audit import effect
+from mlx_slim.models.load import load
+from tests.adapters.support import IDS
+from tests.support.adapters import made, quantized, tuned_logits
+from tests.support.tiny import tiny_model
+
+OPTIONS = FuseOptions(samples=2, length=32)
+CASES = [
+    ("llama", {}, False),
+    ("phi", {}, True),
+    ("llama-tied", {"targets": ["all-linear", "embed_tokens"]}, False),
+    ("mistral", {"init": "pissa"}, False),
+    ("qwen2", {"init": "pissa"}, True),
+]
+
+
+@pytest.mark.parametrize(("architecture", "settings", "dora"), CASES)
+@pytest.mark.parametrize("bits", [None, 4])
+def test_fused_is_base_plus_adapter(tiny, tmp_path, architecture, settings, dora, bits):
+    base = tiny(architecture)
+    base = quantized(tmp_path / "q", base, bits) if bits else base
+    adapter = made(tmp_path / "a", base, dora=dora, **settings)
+    result = fuse(base, adapter, tmp_path / "out", OPTIONS)
+    assert result.mode == ("dequantize" if bits else "merge")
+    expected = tuned_logits(base, adapter)
+    model, _ = stock_load(str(tmp_path / "out"))
+    assert mx.allclose(model(IDS), expected, rtol=1e-3, atol=1e-4 * mx.abs(expected).max())
+    assert result.effect.kept == pytest.approx(1, abs=0.02) and result.effect.top1 > 0.95
+    assert result.weights_kept == pytest.approx(1, abs=0.02)
+    record = json.loads((tmp_path / "out" / "fuse.json").read_text())
+    assert record["effect"]["kl"] == result.effect.kl and record["lost"] == ""
+    assert record["base"] == base.name and record["provenance"]["versions"]["mlx"]
+
+
+def test_requantizing_a_small_tune_is_refused_and_leaves_nothing(tiny, tmp_path):
+    base = quantized(tmp_path / "q", tiny("llama"))
+    adapter = made(tmp_path / "a", base, size=0.004)
+    before = {path.name for path in tmp_path.iterdir()}
+    options = FuseOptions(mode="requantize", samples=2, length=32)
+    with pytest.raises(SlimError, match="loses the tune") as caught:
+        fuse(base, adapter, tmp_path / "out", options)
+    assert caught.value.exit_code == 2 and "--force" in caught.value.hint
+    assert {path.name for path in tmp_path.iterdir()} == before
+    forced = fuse(base, adapter, tmp_path / "out", FuseOptions(**{**vars(options), "force": True}))
+    assert forced.lost and forced.weights_kept < 0.5
+    assert any("lost" in line for line in forced.lines())
+    again = load(tmp_path / "out")
+    assert again.config["quantization"] == load(base).config["quantization"]
+    assert json.loads((tmp_path / "out" / "fuse.json").read_text())["lost"] == forced.lost
+
+
+def test_requantizing_a_large_tune_is_allowed(tiny, tmp_path):
+    base = quantized(tmp_path / "q", tiny("llama"), 8)
+    adapter = made(tmp_path / "a", base, size=0.3)
+    result = fuse(base, adapter, tmp_path / "out", FuseOptions("requantize", samples=2, length=32))
+    assert result.lost == "" and result.effect.kept > 0.9 and result.weights_kept > 0.9
+    model = load(tmp_path / "out").model
+    assert all("scales" in layer.mlp.up_proj for layer in model.layers)
+
+
+def test_kept_beside_the_base_nothing_changes(tiny, tmp_path):
+    base = quantized(tmp_path / "q", tiny("llama"))
+    adapter = made(tmp_path / "a", base)
+    result = fuse(base, adapter, tmp_path / "out", FuseOptions("keep", samples=2, length=32))
+    assert result.effect.kl == 0 and result.effect.kept == pytest.approx(1, abs=1e-5)
+    out = tmp_path / "out"
+    assert mx.array_equal(tuned_logits(out, out / "adapters"), tuned_logits(base, adapter))
+    assert "--adapter" in result.lines()[-1]
+
+
+def test_a_delta_that_16_bits_swallow_is_refused(tmp_path):
+    base = tiny_model(tmp_path / "base", dtype=mx.bfloat16)
+    adapter = made(tmp_path / "a", base, size=0.0001)
+    with pytest.raises(SlimError, match="loses the tune") as caught:
+        fuse(base, adapter, tmp_path / "out", OPTIONS)
+    assert "--dtype float32" in caught.value.hint
+    wide = FuseOptions(dtype="float32", samples=2, length=32)
+    assert fuse(base, adapter, tmp_path / "out", wide).effect.kept == pytest.approx(1, abs=0.02)
+
+
+def test_too_little_memory_is_said_before_the_work(tiny, tmp_path, monkeypatch):
+    adapter = made(tmp_path / "a", tiny("llama"))
+    monkeypatch.setattr("mlx_slim.export.fuse.device_memory", lambda: 1000)
+    with pytest.raises(ResourceError, match=r"beside the base, 1\.00 kB are free") as caught:
+        fuse(tiny("llama"), adapter, tmp_path / "out", OPTIONS)
+    assert caught.value.exit_code == 3 and not (tmp_path / "out").exists()
+
+
+def test_an_adapter_without_effect_loses_nothing(tiny, tmp_path):
+    base = tiny("llama")
+    result = fuse(base, made(tmp_path / "a", base, size=0.0), tmp_path / "out", OPTIONS)
+    assert result.effect.kept == 1 and result.effect.kl == 0 and result.weights_kept == 1
+
+
+def test_the_share_kept_is_a_projection():
+    mx.random.seed(0)
+    tokens = mx.zeros((2, 70), dtype=mx.int32)
+    base, change, noise = (mx.random.normal((1, 70, 50)) for _ in range(3))
+
+    def model(logits):
+        return lambda _: logits
+
+    half = effect(model(base), model(base + 0.1 * change), model(base + 0.05 * change), tokens)
+    assert half.kept == pytest.approx(0.5, abs=0.02) and half.tokens == 140
+    none = effect(model(base), model(base + 0.1 * change), model(base), tokens)
+    assert none.kept == 0 and none.kl == pytest.approx(none.kl_base) and "0%" in none.lost()
+    noisy = effect(model(base), model(base + 0.1 * change), model(base + noise), tokens)
+    assert abs(noisy.kept) < 0.5 and noisy.lost()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--adapter", "{other}"], "model.layers.0.mlp.down_proj.lora_a is (96, 4), expected"),
+        (["--adapter", "{adapter}", "--requantize"], "is not quantized"),
+        (["--adapter", "{nothing}"], "is no adapter folder"),
+        (["--adapter", "{adapter}", "--calibration", "{nothing}"], "nothing"),
+    ],
+)
+def test_what_cannot_be_fused_is_one_line(tiny, tmp_path, capfd, words, says):
+    wide = tiny_model(tmp_path / "wide", intermediate_size=96)
+    places = {
+        "adapter": made(tmp_path / "a", tiny("llama")),
+        "other": made(tmp_path / "b", wide),
+        "nothing": tmp_path / "nothing",
+    }
+    words = [word.format(**places) for word in words]
+    assert run(["fuse", str(tiny("llama")), *words, "-o", str(tmp_path / "out")]) == 2
+    error = capfd.readouterr().err
+    assert error.count("error: ") == 1 and says in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_base_must_be_the_one_it_was_trained_on(tiny, tmp_path):
+    adapter = made(tmp_path / "a", tiny("llama"))
+    other = tiny_model(tmp_path / "other", seed=5)
+    with pytest.raises(SlimError, match="another base of the same shape"):
+        fuse(other, adapter, tmp_path / "out", OPTIONS)
+    assert not adapters_of(load(other).model)
+
+
+def test_the_command_prints_and_stores_the_audit(tiny, tmp_path, capfd):
+    adapter = made(tmp_path / "run" / "adapters", tiny("llama"))
+    words = ["fuse", str(tiny("llama")), "--adapter", str(adapter.parent), "--samples", "2"]
+    assert run([*words, "--length", "32", "-o", str(tmp_path / "out"), "--json"]) == 0
+    record = json.loads(capfd.readouterr().out)
+    stored = json.loads((tmp_path / "out" / "fuse.json").read_text())
+    assert record["effect"] == stored["effect"] and record["layers"] == 21

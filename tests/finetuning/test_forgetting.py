@@ -1,0 +1,117 @@
+"""A run that watches a general text: the figure is that of ``eval``, and the rule holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlx_slim import events
+from mlx_slim.config.load import from_values
+from mlx_slim.config.schema import HeldOutConfig
+from mlx_slim.errors import Interrupted, SlimError
+from mlx_slim.evaluation.run import EvalOptions, evaluate
+from mlx_slim.finetuning.forgetting import read_held_out
+from mlx_slim.finetuning.run import finetune
+from tests.finetuning.test_resume import CtrlC
+from tests.support.evals import write_tasks
+from tests.support.runs import Recorder, losses, recipe, write_rows
+
+
+def _watched(model: Path, data: Path, text: Path | str, method: str = "lora", **held_out):
+    values = recipe(model, data, method).recipe.model_dump(mode="json", exclude_none=True)
+    values["held_out"] = {"path": str(text), "every": 2, "max_rise": 9.0, **held_out}
+    if method == "full":
+        values["train"] |= {"learning_rate": 0.02, "warmup": 0, "schedule": "constant"}
+    return from_values(values, "watched", "test")
+
+
+def _measured(run: Path) -> dict[int, float]:
+    found = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if record["event"] == "held_out":
+            assert record["step"] not in found
+            found[record["step"]] = record["bits_per_byte"]
+    return found
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "general.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog. " * 12)
+    return path
+
+
+def test_the_figure_is_that_of_eval(tiny, tmp_path, text):
+    data, out = write_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
+    result = finetune(_watched(tiny("llama"), data, text), out, observer=Recorder())
+    found = _measured(out)
+    assert list(found) == [0, 2, 4, 6, 8, 10]
+    assert result.done.reason == "complete" and result.done.held_out_step == 10
+    for name, step in (("base", 0), ("tuned", 10)):
+        options = EvalOptions(perplexity=text, max_length=128)
+        if name == "tuned":
+            if result.done.kept_step != 10:
+                continue
+            options = EvalOptions(perplexity=text, max_length=128, adapter=out / "adapters")
+        (scored,) = evaluate(tiny("llama"), [], tmp_path / name, options)
+        value = scored["perplexity"]["metrics"]["bits_per_byte"]["value"]
+        assert found[step] == pytest.approx(value, rel=1e-5)
+
+
+def test_a_run_that_forgets_stops_and_keeps_what_was_within(tiny, tmp_path, text):
+    data, out = write_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
+    text.write_text("@#$%ZXQ~{}" * 40)  # nothing of it in the rows
+    free = _watched(tiny("llama"), data, text, "full")
+    finetune(free, tmp_path / "free", observer=Recorder())
+    bits = _measured(tmp_path / "free")
+    rises = {step: value / bits[0] - 1 for step, value in bits.items()}
+    limit = (rises[2] + max(rises.values())) / 2  # step 2 is within, a later one is not
+    assert limit > rises[2] > 0
+    over = min(step for step, rise in rises.items() if rise > limit)
+    strict = _watched(tiny("llama"), data, text, "full", max_rise=limit)
+    recorder = Recorder()
+    result = finetune(strict, out, observer=recorder)
+    assert result.done.reason == "held_out" and result.done.step == over
+    kept = result.done.kept_step
+    assert kept <= result.done.held_out_step < over
+    saved = mx.load(str(out / "model" / "model.safetensors"))
+    expected = mx.load(str(out / "checkpoints" / f"step-{kept}" / "weights.safetensors"))
+    assert all(mx.array_equal(saved[name], expected[name]) for name in expected)
+    assert any(isinstance(e, events.HeldOutDone) and not e.within for e in recorder.events)
+
+
+def test_resumed_equals_uninterrupted(tiny, tmp_path, text):
+    data, out = write_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
+    small = _watched(tiny("llama"), data, text)
+    finetune(small, tmp_path / "straight", observer=Recorder())
+    with pytest.raises(Interrupted):
+        finetune(small, out, observer=CtrlC())
+    before = text.read_text()
+    text.write_text("something else")
+    with pytest.raises(SlimError, match="another text"):
+        finetune(small, out, observer=Recorder(), resume=True)
+    text.write_text(before)
+    finetune(small, out, observer=Recorder(), resume=True)
+    assert losses(out) == losses(tmp_path / "straight")
+    assert _measured(out) == _measured(tmp_path / "straight")
+
+
+def test_texts_come_from_tasks_rows_and_files(tmp_path):
+    choice, generation, text = write_tasks(tmp_path / "tasks", 8)
+    found = read_held_out(HeldOutConfig(path=f"task:{choice}", rows=2))
+    assert found.documents[0].startswith("Questions and answers") and len(found.documents) == 4
+    assert "Answer:" in found.documents[0]
+    assert read_held_out(HeldOutConfig(path=f"task:{generation}", rows=3)).documents[0] == (
+        "Say 0 alpha?: alpha"
+    )
+    assert len(read_held_out(HeldOutConfig(path=str(text))).documents) == 1
+    rows = write_rows(tmp_path / "rows.jsonl")
+    assert read_held_out(HeldOutConfig(path=str(rows), rows=2)).documents[1] == (
+        "1: alpha beta\n\nbetabeta"
+    )
+    with pytest.raises(SlimError, match="does not exist"):
+        read_held_out(HeldOutConfig(path=str(tmp_path / "none.jsonl")))

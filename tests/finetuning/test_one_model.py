@@ -1,0 +1,151 @@
+"""No command holds two models: MLX's own peak from its start, or from the end of training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_slim.config.schema import QuantizeConfig
+from mlx_slim.export.fuse import FuseOptions, fuse
+from mlx_slim.export.model import export_gguf, export_hf
+from mlx_slim.finetuning import run as module
+from mlx_slim.finetuning.run import finetune
+from mlx_slim.models import fidelity
+from mlx_slim.models.load import load
+from mlx_slim.models.recorded import RecordedLogits, release
+from mlx_slim.pruning import report as prune_report
+from mlx_slim.pruning.run import PruneOptions, prune
+from mlx_slim.quantization.run import CompressOptions, compress
+from tests.support.adapters import made, quantized
+from tests.support.runs import Recorder, recipe, write_rows
+from tests.support.tiny import tiny_model
+
+# 3.9 million weights in 16 blocks: no tensor is more than 2% of the model.
+SHAPE = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 16}
+ONE = 1.35  # of a model: activations, one row's logits, one tensor compared
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("dense") / "m", dtype=mx.bfloat16, **SHAPE)
+
+
+@pytest.fixture(scope="module")
+def size(dense) -> int:
+    """Bytes of the model in float32, which a CPU computes in."""
+    return sum(2 * value.nbytes for _, value in tree_flatten(load(dense).model.parameters()))
+
+
+@pytest.fixture
+def text(tmp_path) -> str:
+    path = tmp_path / "notes.txt"
+    path.write_text("\n".join(f"{i}: a line of plain words to look at" for i in range(90)))
+    return str(path)
+
+
+@pytest.fixture
+def peak():
+    """Return the most that MLX held since the test began, besides what was there before."""
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    return lambda: mx.get_peak_memory() - before
+
+
+def test_quantize(dense, size, text, peak, tmp_path):
+    settings = CompressOptions(QuantizeConfig(), calibration=text, length=32, fidelity_samples=2)
+    assert compress(dense, tmp_path / "q", settings).fidelity is not None
+    assert 0.9 * size < peak() < ONE * size
+
+
+def test_quantize_without_a_comparison_never_holds_the_dense_model(dense, size, peak, tmp_path):
+    compress(dense, tmp_path / "q", CompressOptions(QuantizeConfig(), fidelity_samples=0))
+    assert peak() < 0.3 * size
+
+
+def test_quantize_a_model_that_does_not_fit_dense(dense, size, text, peak, tmp_path, monkeypatch):
+    monkeypatch.setattr("mlx_slim.quantization.run.device_memory", lambda: size // 2)
+    heard = Recorder()
+    settings = CompressOptions(QuantizeConfig(), calibration=text, length=32)
+    assert compress(dense, tmp_path / "q", settings, heard).fidelity is None
+    assert peak() < 0.3 * size
+    assert any("fidelity is not measured: the dense" in e.message for e in heard.events)
+
+
+@pytest.mark.parametrize("mode", ["merge", "keep"])
+def test_fuse(dense, size, text, peak, tmp_path, mode):
+    adapter = made(tmp_path / "a", dense)
+    mx.reset_peak_memory()
+    fuse(dense, adapter, tmp_path / "f", FuseOptions(mode=mode, calibration=text, length=32))
+    assert peak() < ONE * size
+
+
+@pytest.mark.parametrize("mode", ["dequantize", "requantize"])
+def test_fuse_over_a_quantized_base(dense, size, text, peak, tmp_path, mode):
+    base = quantized(tmp_path / "q", dense, 4)
+    adapter = made(tmp_path / "a", base)
+    mx.reset_peak_memory()
+    options = FuseOptions(mode=mode, calibration=text, length=32, force=True)
+    fuse(base, adapter, tmp_path / "f", options)
+    assert peak() < (ONE if mode == "dequantize" else 0.5) * size
+
+
+def test_export(dense, size, text, peak, tmp_path):
+    export_hf(dense, tmp_path / "hf")
+    assert peak() < ONE * size
+    export_gguf(dense, tmp_path / "gguf", kind="q8_0", calibration=text)
+    assert peak() < ONE * size
+
+
+@pytest.mark.parametrize("how", [{"method": "l2", "ratio": 0.2}, {"layers": "3-4"}], ids=str)
+def test_prune(dense, size, text, peak, tmp_path, how):
+    options = PruneOptions(calibration=text, samples=2, length=32, held_out=128, **how)
+    assert prune(dense, tmp_path / "p", options).record["fidelity"]
+    assert peak() < ONE * size
+
+
+def test_the_report_of_a_pruned_model(dense, size, peak, tmp_path):
+    models = {name: (str(dense), None) for name in ("original", "pruned", "recovered")}
+    rows = [{"name": name} for name in models]
+    judged_NT = mx.arange(64).reshape(2, 32)
+    prune_report._judge(rows, models, judged_NT, PruneOptions(), tmp_path)
+    assert all(row["kl"] == 0 and row["top1"] == 1 for row in rows)
+    assert peak() < ONE * size
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "qlora"])
+def test_the_end_of_a_fine_tune(dense, size, peak, tmp_path, monkeypatch, method):
+    best_weights = module._best_weights
+
+    def from_here(*words):  # the first thing that is done once the last step is over
+        held.append(mx.get_active_memory())
+        mx.reset_peak_memory()
+        best_weights(*words)
+
+    held: list[int] = []
+    monkeypatch.setattr(module, "_best_weights", from_here)
+    before = mx.get_active_memory()
+    resolved = recipe(dense, write_rows(tmp_path / "rows.jsonl"), method, steps=2)
+    finetune(resolved, tmp_path / "run", observer=Recorder())
+    assert held[0] - before < 1.15 * size, "the optimizer is still there"
+    assert peak() < (0.5 if method == "qlora" else ONE) * size
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+def test_a_recording_answers_as_the_model_does(dense, dtype, tmp_path):
+    model, other = (load(dense, dtype=kind).model for kind in (dtype, mx.float32))
+    other.update({"lm_head": {"weight": other["lm_head"]["weight"] * 1.1}})
+    tokens_NT = mx.random.randint(0, 260, (3, 70))
+    expected = fidelity.compare(model, other, tokens_NT)
+    before = set(tmp_path.iterdir())
+    recorded = RecordedLogits(model, tokens_NT, tmp_path / "not" / "there")
+    assert set(tmp_path.iterdir()) == before, "the file has no name"
+    logits = model(tokens_NT[1:2])
+    release(model)
+    assert not any(value.size for _, value in tree_flatten(model.parameters()))
+    assert recorded(tokens_NT[1:2]).dtype == dtype
+    assert mx.array_equal(recorded(tokens_NT[1:2]), logits).item()
+    assert fidelity.compare(recorded, other, tokens_NT) == expected

@@ -1,0 +1,132 @@
+"""The whole fine-tune on tiny models: what it writes, and when it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx_lm import load as stock_load
+
+from mlx_slim import events
+from mlx_slim.errors import ResourceError, SlimError
+from mlx_slim.finetuning.run import finetune
+from mlx_slim.training.loop import Loop
+from tests.support.runs import Recorder, losses, recipe, run_script, write_rows
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "phi", "mistral", "qwen2"])
+@pytest.mark.parametrize("method", ["lora", "qlora", "dora", "full"])
+def test_every_method_learns_and_loads_in_stock_mlx_lm(
+    tiny, tmp_path: Path, architecture: str, method: str
+) -> None:
+    data, out = write_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
+    result = finetune(recipe(tiny(architecture), data, method, steps=6), out, observer=Recorder())
+    found = losses(out)
+    assert found[6] < found[1]
+    assert result.done.reason == "complete"
+    if method == "full":
+        model, _ = stock_load(str(out / "model"))
+    else:
+        model, _ = stock_load(str(tiny(architecture)), adapter_path=str(out / "adapters"))
+    assert mx.isfinite(model(mx.array([[1, 2, 3]]))).all().item()
+    record = json.loads((out / "run.json").read_text())
+    assert record["status"] == "complete"
+    assert record["result"]["trainable"] == result.trainable > 0
+    assert (out / "data_ledger.json").exists()
+
+
+def test_the_best_validation_step_is_what_is_saved(tiny, tmp_path: Path) -> None:
+    data, out = write_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
+    wild = recipe(
+        tiny("llama"),
+        data,
+        "full",
+        learning_rate=0.5,
+        schedule="constant",
+        warmup=0,
+        validate_every=1,
+        steps=5,
+        early_stopping=2,
+    )
+    recorder = Recorder()
+    result = finetune(wild, out, observer=recorder)
+    scored = {e.step: e.loss for e in recorder.events if isinstance(e, events.ValidationDone)}
+    assert result.done.best_step == min(scored, key=lambda step: scored[step])
+    if result.done.reason == "early_stopping":
+        assert result.done.step == result.done.best_step + 2
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(tiny, tmp_path, monkeypatch) -> None:
+    data, out = write_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
+    original = Loop._step
+
+    def poisoned(self, *args) -> None:
+        if self.position.step == 4:
+            head = self.stepper.objective.split.head.module
+            head.weight = head.weight * float("nan")
+        original(self, *args)
+
+    monkeypatch.setattr(Loop, "_step", poisoned)
+    with pytest.raises(SlimError, match="step 5: loss nan") as caught:
+        finetune(recipe(tiny("llama"), data), out, observer=Recorder())
+    assert "step-4" in caught.value.hint
+    saved = mx.load(str(out / "checkpoints" / "step-4" / "weights.safetensors"))
+    assert all(mx.isfinite(value).all().item() for value in saved.values())
+    assert max(losses(out)) == 4
+
+
+def test_over_budget_is_refused_before_training_with_what_fits(tiny, tmp_path: Path) -> None:
+    data, out = write_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
+    small = recipe(tiny("llama"), data)
+    memory = small.recipe.memory.model_copy(update={"budget": "300kB"})
+    tight = replace(small, recipe=small.recipe.model_copy(update={"memory": memory}))
+    with pytest.raises(ResourceError, match="budget is 300 kB") as caught:
+        finetune(tight, out, observer=Recorder())
+    assert caught.value.exit_code == 3
+    assert caught.value.hint
+    assert not out.exists()
+
+
+def test_halving_batch_tokens_halves_activation_memory(tiny, tmp_path: Path) -> None:
+    from mlx_slim.data.batches import Batcher
+    from mlx_slim.training.step import CrossEntropy, Stepper
+    from tests.support.rows import MemoryRows
+
+    model, _ = stock_load(str(tiny("llama")))
+    model.freeze()
+    model.model.layers[0].self_attn.q_proj.unfreeze()
+    rows = MemoryRows([65] * 64)
+    peaks = []
+    for budget in (2048, 1024):
+        batch = Batcher(rows, budget, 65, "grouped", 0).worst()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        Stepper(model, CrossEntropy(model, chunk=64)).micro(batch)
+        peaks.append(mx.get_peak_memory() - before)
+    assert 0.4 < peaks[1] / peaks[0] < 0.6
+
+
+TWO_RANKS = """
+import sys
+from pathlib import Path
+from mlx_slim.finetuning.run import finetune
+from tests.support.runs import Recorder, recipe
+model, data, out, method = sys.argv[1:5]
+finetune(recipe(Path(model), Path(data), method, batch_tokens=128), Path(out), observer=Recorder())
+"""
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_two_ranks_equal_one_with_the_same_global_batch(tiny, tmp_path: Path, method: str) -> None:
+    model, data = tiny("llama"), write_rows(tmp_path / "rows.jsonl", 25)
+    one = tmp_path / "one"
+    finetune(recipe(model, data, method, batch_tokens=128, accumulate=2), one, observer=Recorder())
+    done = run_script(TWO_RANKS, model, data, tmp_path / "two", method, ranks=2)
+    ours, theirs = losses(tmp_path / "two"), losses(one)
+    assert sorted(ours) == sorted(theirs), done.stderr
+    for step, loss in theirs.items():
+        assert math.isclose(ours[step], loss, rel_tol=1e-4), step

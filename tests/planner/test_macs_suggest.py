@@ -1,0 +1,88 @@
+"""The table of Macs, and suggestions ranked by what they cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mlx_slim.config.schema import Recipe
+from mlx_slim.errors import SlimError
+from mlx_slim.planner.macs import SIZES, find_mac, macs, markdown, smallest_that_fits, working_set
+from mlx_slim.planner.suggest import COSTS, suggestions
+
+
+def test_working_sets_are_those_that_metal_reports():
+    # MiB, as programs log them on such machines
+    assert working_set(16) // 2**20 == 10922
+    assert working_set(32) // 2**20 == 21845
+    assert working_set(64) // 2**20 == 49152
+    assert working_set(96) // 2**20 == 73728
+    assert smallest_that_fits(1) == 8
+    assert smallest_that_fits(10**12) is None
+    limits = [working_set(size) for size in SIZES]
+    assert limits == sorted(limits)
+
+
+def test_macs_are_found_by_name():
+    mac = find_mac("M2 16GB")
+    assert (mac.name, mac.memory_gb, mac.bandwidth) == ("m2-16gb", 16, 100)
+    assert mac.working_set_bytes == working_set(16)
+    assert find_mac("m4-max-128gb").bandwidth == 546
+    assert len({mac.name for mac in macs()}) == len(macs())
+    assert markdown().count("\n") == len(macs()) + 1
+    with pytest.raises(SlimError, match="no Mac 'm2-17gb'") as caught:
+        find_mac("m2-17gb")
+    assert "did you mean 'm2-" in caught.value.hint
+    with pytest.raises(SlimError) as caught:
+        find_mac("quantum")
+    assert "--macs" in caught.value.hint
+
+
+def price(recipe: Recipe) -> tuple[int, float]:
+    """A device where memory is tokens, and checkpointing takes a third longer."""
+    train = recipe.train
+    bytes_of = {"full": 4000, "lora": 1000, "dora": 1100, "qlora": 300}[recipe.method]
+    activations = train.batch_tokens * (0.2 if train.grad_checkpoint else 1.0)
+    optimizer = -1000 if train.optimizer == "adafactor" else 0
+    return int(bytes_of + activations + optimizer), 4.0 / 3 if train.grad_checkpoint else 1.0
+
+
+def ranked(limit: int, method: str = "lora", **train: Any) -> list[Any]:
+    recipe = Recipe(model="x", method=method, train=train)  # pyright: ignore[reportArgumentType]
+    return suggestions(recipe, limit, price)
+
+
+def test_what_fits_stands_first_then_what_costs_least():
+    found = ranked(3200)
+    assert found[0].set == "train.batch_tokens=2048 train.accumulate=2"
+    assert (found[0].time, found[0].cost) == (1.0, "")
+    fit = [s.predicted_peak_bytes <= 3200 for s in found]
+    assert fit == sorted(fit, reverse=True)
+    inside = [(COSTS.index(s.cost), s.time) for s in found if s.predicted_peak_bytes <= 3200]
+    assert inside == sorted(inside)
+    assert all(s.predicted_peak_bytes < 0.97 * 5096 for s in found)
+
+
+def test_a_smaller_optimizer_costs_less_than_giving_up_full_tuning():
+    costs = [s.cost for s in ranked(10**6, "full") if s.cost]
+    assert costs.index("another optimizer") < costs.index("adapters instead of all weights")
+    assert "a 4-bit base" not in costs
+
+
+def test_no_change_with_a_part_that_does_as_much():
+    def pieces_cost(recipe: Recipe) -> tuple[int, float]:
+        peak, time = price(recipe)
+        return peak + (3000 if recipe.train.accumulate > 1 else 0), time
+
+    train: Any = {"batch_tokens": 4096, "accumulate": 1}
+    recipe = Recipe(model="x", method="full", train=train)
+    both = "train.grad_checkpoint=true train.batch_tokens=2048 train.accumulate=2"
+    assert both in [s.set for s in suggestions(recipe, 10**6, price)]
+    found = [s.set for s in suggestions(recipe, 10**6, pieces_cost)]
+    assert "train.grad_checkpoint=true" in found and both not in found
+
+
+def test_a_recipe_that_is_small_already_gets_no_empty_advice():
+    found = ranked(10, "qlora", batch_tokens=256, max_length=256, grad_checkpoint=True)
+    assert found == []

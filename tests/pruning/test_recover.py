@@ -1,0 +1,264 @@
+"""Prune, recover, score in one folder: what the report says; every phase killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_slim.adapters.store import load_adapter
+from mlx_slim.artifacts import read_json
+from mlx_slim.cli.main import run
+from mlx_slim.errors import Interrupted, SlimError
+from mlx_slim.events import Notice, StepDone
+from mlx_slim.models.load import load
+from mlx_slim.pruning.options import PruneOptions
+from mlx_slim.pruning.recover import RecoverOptions, prune_and_recover
+from mlx_slim.pruning.report import add_recovery, chance, report_lines
+from tests.support.evals import write_tasks
+from tests.support.runs import Recorder, losses, run_until_killed, write_rows
+
+
+@pytest.fixture
+def setting(tiny, tmp_path):
+    """A model, a recipe of ten steps, tasks, and the options that prune and recover it."""
+    rows = write_rows(tmp_path / "rows.jsonl")
+    choice, _, text = write_tasks(tmp_path / "tasks", 9)
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(
+        f"model: replaced\nmethod: lora\ndata: {{path: {rows}, validation: 4}}\n"
+        "train: {steps: 6, batch_tokens: 256, max_length: 128, save_every: 2}\n"
+    )
+    options = PruneOptions(ratio=0.5, samples=4, length=32, held_out=128, calibration=str(text))
+    after = RecoverOptions(str(recipe), ("train.seed=1",), (str(choice),), limit=3)
+    return tiny(), options, after
+
+
+# Does what the command does, and kills itself where it is told to.
+KILLER = """
+import json, os, signal, sys
+from pathlib import Path
+from mlx_slim.evaluation import results
+from mlx_slim.pruning import importance
+from mlx_slim.workflows import checked_save, prune, prune_report
+from mlx_slim.pruning.options import PruneOptions
+from mlx_slim.pruning.recover import RecoverOptions, prune_and_recover
+
+model, out, options, after, moment, resume = sys.argv[1:7]
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+class Observer:
+    def notify(self, event):
+        if moment == "step" and event.name == "step" and event.step == 5:
+            die()
+
+if moment == "importance":
+    importance._block_gradients = die
+if moment == "cutting":
+    prune._cut = die
+if moment == "saving":
+    checked_save._same = die
+if moment == "scoring":
+    append, calls = results.Folder.append, []
+    def killing(self, task, data, **measured):
+        calls.append(task)
+        if len(calls) == 2:  # the pruned model's
+            die()
+        return append(self, task, data, **measured)
+    results.Folder.append = killing
+if moment == "report":
+    prune_report._judge = die
+after = json.loads(after)
+after = {k: tuple(v) if isinstance(v, list) else v for k, v in after.items()}
+prune_and_recover(
+    model, Path(out), PruneOptions(**json.loads(options)), RecoverOptions(**after), Observer(),
+    resume=resume == "1",
+)
+"""
+
+
+def _kill(setting, out: Path, moment: str, *, resume: bool) -> None:
+    model, options, after = setting
+    words = [model, out, json.dumps(vars(options)), json.dumps(vars(after)), moment, int(resume)]
+    run_until_killed(KILLER, *words)
+
+
+def _report(out: Path) -> dict:
+    report = read_json(out / "report.json")
+    report["recipe"]["model"] = report["prune"]["options"] = None
+    return report
+
+
+def test_a_report_of_three_rows(setting, tmp_path):
+    model, options, after = setting
+    out = tmp_path / "run"
+    report = prune_and_recover(model, out, options, after, Recorder())
+    assert report == json.loads(json.dumps(report)) == read_json(out / "report.json")
+    original, pruned, recovered = report["rows"]
+    assert [row["name"] for row in report["rows"]] == ["original", "pruned", "recovered"]
+    assert original["parameters"] > pruned["parameters"] == recovered["parameters"]
+    assert recovered["adapter_parameters"] > 0 == pruned["adapter_parameters"]
+    assert original["kl"] == 0 < pruned["kl"]
+    assert original["perplexity"] != pruned["perplexity"] != recovered["perplexity"]
+    assert report["held_out"]["text"] == "the recipe's validation rows"
+    assert report["recipe"]["model"] == str(out / "model")
+    assert report["recipe"]["train"]["seed"] == 1
+    for row in report["rows"]:
+        figures = row["tasks"]["toy_choice"]
+        assert figures["n"] == 6 and 0.25 <= figures["chance"] <= 0.5
+        assert set(figures["recovery"]) == set(figures["metrics"])
+    assert (out / "scores" / "recovered" / "samples_toy_choice.jsonl").exists()
+    assert read_json(out / "prune.json") == read_json(out / "model" / "prune.json")
+    lines = report_lines(report)
+    assert len(lines) == 5 and "above chance" in lines[0] and lines[3].startswith("recovered")
+    adapted = load(out / "model").model
+    load_adapter(adapted, out / "recover" / "adapters")
+    again = Recorder()
+    assert prune_and_recover(model, out, options, after, again, resume=True) == report
+    assert [e.message for e in again.events if isinstance(e, Notice)][-1].endswith("nothing to do")
+
+
+def test_held_out_rows_are_not_those_that_were_trained_on(setting, tmp_path):
+    from mlx_slim.data.store import TokenStore
+
+    model, options, after = setting
+    out = tmp_path / "run"
+    prune_and_recover(model, out, options, RecoverOptions(after.recipe), Recorder())
+    tokens = out / "recover" / "tokens"
+    held = TokenStore(tokens / "rows", index=np.load(tokens / "validation.npy"))
+    trained = set(np.load(tokens / "train.npy").tolist())
+    assert len(held) == 4 and not trained & set(np.load(tokens / "validation.npy").tolist())
+    total = min(int(held.lengths.sum()), options.held_out)
+    assert read_json(out / "report.json")["held_out"]["tokens"] == total
+    heard = Recorder()
+    none = RecoverOptions(after.recipe, ("data.validation=0", "train.steps=1"))
+    report = prune_and_recover(model, tmp_path / "b", options, none, heard)
+    assert report["held_out"]["text"] == "calibration text"
+    warnings = [e for e in heard.events if isinstance(e, Notice) and e.level == "warning"]
+    assert any("may have been trained on" in event.message for event in warnings)
+
+
+@pytest.mark.parametrize("method", ["full", "qlora"])
+def test_other_ways_to_recover(setting, tmp_path, method):
+    model, options, after = setting
+    overrides = (f"method={method}", "quantize.group_size=32", "train.steps=2")
+    report = prune_and_recover(
+        model, tmp_path / "run", options, RecoverOptions(after.recipe, overrides), Recorder()
+    )
+    assert report["rows"][2]["perplexity"] != report["rows"][1]["perplexity"]
+    assert (report["rows"][2]["adapter_parameters"] == 0) is (method == "full")
+
+
+def test_the_original_teaches_where_no_other_teacher_is_named(setting, tmp_path):
+    model, options, after = setting
+    distilled = RecoverOptions(after.recipe, ("distill.weight=1.0", "train.steps=4"))
+    out = tmp_path / "run"
+    report = prune_and_recover(model, out, options, distilled, Recorder())
+    (teacher,) = report["recipe"]["distill"]["teachers"]
+    assert teacher["model"] == str(model)
+    assert report["rows"][2]["kl"] < report["rows"][1]["kl"]
+
+
+def test_killed_in_every_phase_and_resumed_equals_uninterrupted(setting, tmp_path):
+    model, options, after = setting
+    straight, out = tmp_path / "straight", tmp_path / "killed"
+    prune_and_recover(model, straight, options, after, Recorder())
+    moments = ["importance", "cutting", "saving", "step", "scoring", "report"]
+    for number, moment in enumerate(moments):
+        _kill(setting, out, moment, resume=number > 0)
+        assert not (out / "report.json").exists()
+        assert (out / "prune_scores.safetensors").exists() is (moment != "importance")
+        assert (out / "model").exists() is (number > 2)
+    heard = Recorder()
+    prune_and_recover(model, out, options, after, heard, resume=True)
+    assert not any(isinstance(event, StepDone) for event in heard.events)  # it was complete
+    assert losses(out / "recover") == losses(straight / "recover")
+    assert _report(out) == _report(straight)
+    for folder in ("model", "recover/adapters"):
+        for file in (straight / folder).glob("*.safetensors"):
+            ours, theirs = mx.load(str(out / folder / file.name)), mx.load(str(file))
+            assert all(mx.array_equal(ours[key], theirs[key]) for key in theirs)  # pyright: ignore
+    assert {p.name for p in out.iterdir()} == {p.name for p in straight.iterdir()}
+
+
+class CtrlC(Recorder):
+    """Sends this process SIGINT at the first event that fits."""
+
+    def __init__(self, when) -> None:
+        super().__init__()
+        self.when = when
+
+    def notify(self, event) -> None:
+        super().notify(event)
+        if self.when(event):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("phase", ["measuring", "step"])
+def test_ctrl_c_prints_the_command_that_goes_on(setting, tmp_path, phase, capsys):
+    model, options, after = setting
+    out = tmp_path / "my run"
+    watcher = CtrlC(
+        (lambda e: isinstance(e, StepDone) and e.step == 3)
+        if phase == "step"
+        else (lambda e: isinstance(e, Notice) and e.message.startswith("measuring"))
+    )
+    with pytest.raises(Interrupted) as caught:
+        prune_and_recover(model, out, options, after, watcher)
+    words = shlex.split(caught.value.hint.removeprefix("resume with: "))
+    assert words[:2] == ["mlx-slim", "prune"] and words[-1] == "--resume"
+    assert run(words[1:]) == 0
+    assert "recovered" in capsys.readouterr().out
+    assert sorted(losses(out / "recover")) == list(range(1, 7))
+
+
+def test_another_pruning_is_refused_with_the_difference(setting, tmp_path):
+    model, options, after = setting
+    out = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        prune_and_recover(
+            model, out, options, after, CtrlC(lambda e: isinstance(e, StepDone) and e.step == 3)
+        )
+    other = PruneOptions(**{**vars(options), "ratio": 0.6})
+    with pytest.raises(SlimError, match=r"ratio: 0.5 → 0.6"):
+        prune_and_recover(model, out, other, after, Recorder(), resume=True)
+    changed = RecoverOptions(after.recipe, ("train.seed=2",))
+    with pytest.raises(SlimError, match=r"train.seed: 1 → 2"):
+        prune_and_recover(model, out, options, changed, Recorder(), resume=True)
+    with pytest.raises(SlimError, match="holds a run already"):
+        prune_and_recover(model, out, options, after, Recorder())
+
+
+def test_bad_text_found_late_leaves_nothing(setting, tmp_path):
+    model, options, after = setting
+    empty = tmp_path / "empty.txt"
+    empty.write_text("too short")
+    wrong = PruneOptions(**{**vars(options), "calibration": str(empty)})
+    with pytest.raises(SlimError, match="tokens"):
+        prune_and_recover(model, tmp_path / "deep" / "run", wrong, after, Recorder())
+    assert not (tmp_path / "deep").exists()
+
+
+def test_shares_of_the_original():
+    rows = [
+        {"tasks": {"t": {"metrics": {"acc": score, "f1": score}, "chance": 0.25}}}
+        for score in (0.75, 0.5, 0.25)
+    ]
+    add_recovery(rows)
+    found = [row["tasks"]["t"]["recovery"] for row in rows]
+    assert [one["acc"]["plain"] for one in found] == pytest.approx([100, 200 / 3, 100 / 3])
+    assert [one["acc"]["chance_corrected"] for one in found] == pytest.approx([100, 50, 0])
+    assert found[0]["f1"]["chance_corrected"] is None
+    at_chance = [{"tasks": {"t": {"metrics": {"acc": 0.25}, "chance": 0.25}}}]
+    add_recovery(at_chance)
+    assert at_chance[0]["tasks"]["t"]["recovery"]["acc"]["chance_corrected"] is None
+    assert chance([{"loglikelihoods": [0, 1]}, {"loglikelihoods": [0] * 4}]) == 0.375
+    assert chance([{"generation": "x"}]) == 0.0

@@ -1,0 +1,138 @@
+"""What is cut is what was meant: zero groups, masks, whole layers, configs with lists per layer."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_slim.errors import SlimError
+from mlx_slim.models import structure
+from mlx_slim.models.build import WIDTHS, build, widths_of
+from mlx_slim.models.structure import HEADS, MLP
+from mlx_slim.pruning import surgery
+from tests.support.prune import gap, layer_of, loaded, make_identity, scale_groups
+from tests.support.tiny import ARCHITECTURES
+
+# uniform heads need a head_dim that the config can say; the others are read by our own loader
+HEADED = ["llama", "llama-mha", "llama-tied", "mistral", "qwen3"]
+
+
+def _kept(model, removed: dict[str, list[list[int]]]) -> dict[str, list[np.ndarray]]:
+    families = [structure.coupled(block) for block in structure.blocks(model)]
+    return {
+        kind: [
+            np.setdiff1d(np.arange(found[kind].count), gone)
+            for found, gone in zip(families, layers, strict=True)
+        ]
+        for kind, layers in removed.items()
+    }
+
+
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+@pytest.mark.parametrize("uniform", [True, False])
+def test_groups_of_zeros_leave_no_trace(tmp_path, architecture, uniform):
+    source = loaded(tmp_path, architecture)
+    model = source.model
+    removed: dict[str, list[list[int]]] = {MLP: [[*range(5, 69)], [*range(64)], [*range(64, 128)]]}
+    if not uniform:
+        removed[MLP][1] = []
+    if architecture in HEADED or not uniform:
+        removed[HEADS] = [[1], [0], [1]] if uniform else [[1], [], [0]]
+    for kind, layers in removed.items():
+        for block, groups in zip(structure.blocks(model), layers, strict=True):
+            scale_groups(block, kind, groups, 0.0)
+    kept = _kept(model, removed)
+    small, config = surgery.with_groups(model, source.config, kept, uniform=uniform)
+    assert gap(model, small) < 1e-5
+    assert (WIDTHS in config) is not uniform
+    if uniform:
+        assert config["intermediate_size"] == 64
+    else:
+        assert [w["intermediate_size"] for w in widths_of(small)] == [64, 128, 64]
+    assert widths_of(build(config)) == widths_of(small)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "phi"])
+@pytest.mark.parametrize("kind", [HEADS, MLP])
+def test_slicing_equals_masking(tmp_path, architecture, kind):
+    """Masking silences what a group sends to the output layer; its own weights stay."""
+    source = loaded(tmp_path, architecture, num_key_value_heads=2)
+    groups = [[1], [0], [1]] if kind == HEADS else [[3, 50], [127], [0, 1, 64]]
+    small, _ = surgery.with_groups(
+        source.model, source.config, _kept(source.model, {kind: groups}), uniform=False
+    )
+    for block, gone in zip(structure.blocks(source.model), groups, strict=True):
+        family = structure.coupled(block)[kind]
+        output = layer_of(block, family.output)
+        columns = [g * family.width + i for g in gone for i in range(family.width)]
+        weight = np.array(output.weight)
+        weight[:, columns] = 0.0
+        output.weight = mx.array(weight)
+    assert gap(source.model, small) < 1e-5
+
+
+def test_something_else_is_something_else(tmp_path):
+    source = loaded(tmp_path)
+    small, _ = surgery.with_groups(
+        source.model, source.config, _kept(source.model, {HEADS: [[1]] * 3}), uniform=True
+    )
+    assert gap(source.model, small) > 1e-3
+
+
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_a_layer_that_does_nothing_can_go(tmp_path, architecture):
+    source = loaded(tmp_path, architecture)
+    make_identity(structure.blocks(source.model)[1])
+    small, config = surgery.without_layers(source.model, source.config, [1])
+    assert config["num_hidden_layers"] == 2
+    assert gap(source.model, small) < 1e-6
+
+
+def test_lists_with_an_entry_a_layer_are_cut_with_them(tmp_path):
+    kinds = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+    source = loaded(
+        tmp_path, num_hidden_layers=4, layer_types=kinds, sliding_window=4, max_window_layers=3
+    )
+    make_identity(structure.blocks(source.model)[1])
+    small, config = surgery.without_layers(source.model, source.config, [1])
+    assert config["layer_types"] == [kinds[0], *kinds[2:]]
+    assert config["max_window_layers"] == 2
+    assert gap(source.model, small) < 1e-6
+    config = surgery.config_without_layers({**source.config, WIDTHS: [1, 2, 3, 4]}, [0, 2])
+    assert config[WIDTHS] == [2, 4] and config["max_window_layers"] == 1
+    with pytest.raises(SlimError, match="none has full attention"):
+        surgery.without_layers(source.model, source.config, [0, 3])
+
+
+@pytest.mark.parametrize("head_dim", [None, 32])
+def test_fewer_heads_keep_their_size(tmp_path, head_dim):
+    changes = {} if head_dim is None else {"head_dim": head_dim}
+    source = loaded(tmp_path, "mistral", **changes)
+    kept = _kept(source.model, {HEADS: [[0]] * 3})
+    small, config = surgery.with_groups(source.model, source.config, kept, uniform=True)
+    assert config["head_dim"] == (head_dim or 16)
+    assert (config["num_attention_heads"], config["num_key_value_heads"]) == (2, 1)
+    attention = structure.blocks(small)[0].self_attn  # pyright: ignore
+    assert attention.rope.dims == (head_dim or 16)
+
+
+def test_widths_that_do_not_fit_are_refused(tmp_path):
+    config = loaded(tmp_path).config
+    good = {"heads": 2, "kv_heads": 1, "intermediate_size": 64}
+    assert widths_of(build({**config, WIDTHS: [good] * 3})) == [good] * 3
+    for widths, message in [
+        ([good] * 2, "2 entries, the model 3 layers"),
+        ("wide", "'wide'"),
+        ([{**good, "heads": 3}, good, good], "3 heads over 1"),
+        ([good, {"heads": 2}, good], r"\[1\]"),
+        ([good, good, {**good, "intermediate_size": 0}], r"\[2\]"),
+    ]:
+        with pytest.raises(SlimError, match=message):
+            build({**config, WIDTHS: widths})
+
+
+def test_other_architectures_are_refused():
+    with pytest.raises(SlimError, match="gemma models cannot be pruned") as caught:
+        surgery.check_supported({"model_type": "gemma"})
+    assert "llama" in caught.value.hint

@@ -1,0 +1,121 @@
+"""Sizes and counts from shapes alone, and which groups stay."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mlx_slim.errors import SlimError
+from mlx_slim.models import structure
+from mlx_slim.models.build import build
+from mlx_slim.models.structure import HEADS, MLP
+from mlx_slim.planner.known_models import KNOWN
+from mlx_slim.planner.shapes import leaves
+from mlx_slim.pruning.counts import count
+from mlx_slim.pruning.options import PruneOptions
+from mlx_slim.pruning.plan import plan
+from mlx_slim.pruning.surgery import config_with_sizes, config_without_layers
+from mlx_slim.pruning.width import allowed_sizes, keep, sizes_for, sizes_within
+
+TINYLLAMA = KNOWN["TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"]
+LLAMA = KNOWN["meta-llama/Llama-2-7b-hf"]
+PHI, SMOL = KNOWN["microsoft/phi-2"], KNOWN["HuggingFaceTB/SmolLM2-135M-Instruct"]
+
+
+def _families(config):
+    return [structure.coupled(block) for block in structure.blocks(build(config))]
+
+
+def _total(config) -> int:
+    return sum(value.size for _, value in leaves(build(config)))
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "expected"),
+    [
+        (TINYLLAMA, {"ratio": 0.25, "uniform": False, "protect_first": 4, "protect_last": 4},
+         945_907_712),
+        (LLAMA, {"layers": "21-29"}, 4_916_965_376),
+        (LLAMA, {"ratio": 0.5, "uniform": False}, 4_107_538_432),
+    ],
+)  # fmt: skip
+def test_published_counts_hold_exactly(config, options, expected):
+    found = plan(config, PruneOptions(**options), 2)
+    assert found.parameters == expected
+    if found.axis == "depth":
+        assert _total(config_without_layers(config, found.removed)) == expected
+    else:
+        assert _total(config_with_sizes(config, found.sizes, uniform=False)) == expected
+
+
+@pytest.mark.parametrize("config", [TINYLLAMA, PHI, SMOL])
+def test_the_closed_form_is_what_is_built(config):
+    counts = count(build(config))
+    assert counts.total == _total(config)
+    d, heads = config["hidden_size"], config["num_attention_heads"]
+    if config["model_type"] == "llama":
+        size, kv = d // heads, config["num_key_value_heads"]
+        closed = 2 * d * heads * size + 2 * d * kv * size + 3 * d * config["intermediate_size"]
+        groups = sum(counts.groups[kind][3] * counts.sizes[kind][3] for kind in (HEADS, MLP))
+        assert groups == closed
+    sizes = {MLP: [1024] * config["num_hidden_layers"]}
+    assert counts.with_sizes(sizes) == _total({**config, "intermediate_size": 1024})
+    fewer = {**config, "num_hidden_layers": config["num_hidden_layers"] - 2}
+    assert counts.without_layers([0, 7]) == _total(fewer)
+
+
+@pytest.mark.parametrize("config", [TINYLLAMA, PHI, SMOL, LLAMA])
+@pytest.mark.parametrize("ratio", [0.1, 0.25, 0.5, 0.9])
+def test_widths_still_quantize_and_no_more_goes_than_asked(config, ratio):
+    families = _families(config)
+    layers = list(range(len(families)))
+    sizes = sizes_for(families, ratio, (HEADS, MLP), layers)
+    heads, neurons = families[0][HEADS], families[0][MLP]
+    assert sizes[MLP][0] % 64 == 0 and sizes[HEADS][0] * heads.width % 64 == 0
+    assert 0 < (neurons.count - sizes[MLP][0]) <= ratio * neurons.count
+    assert 0 <= (heads.count - sizes[HEADS][0]) <= ratio * heads.count
+
+
+@pytest.mark.parametrize("share", [0.9, 0.7, 0.5])
+def test_a_target_is_kept_and_nearly_used(share):
+    counts = count(build(SMOL))
+    families = _families(SMOL)
+    layers = list(range(4, 28))
+    target = int(share * counts.total)
+    for kinds in ((HEADS, MLP), (MLP,)):
+        if share < 0.7:
+            continue
+        after = counts.with_sizes(sizes_within(families, target, kinds, layers, counts))
+        step = 64 * counts.groups[MLP][0] * len(layers)
+        assert target - step < after <= target
+    with pytest.raises(SlimError, match="cannot be reached: the smallest"):
+        sizes_within(families, counts.total // 5, (HEADS,), layers, counts)
+
+
+def test_head_counts_where_no_count_is_a_multiple_of_64():
+    family = structure.Coupled(HEADS, 5, 1, 40, (), "")
+    assert allowed_sizes(family) == [5, 4, 3, 2, 1]
+    family = structure.Coupled(HEADS, 8, 1, 16, (), "")
+    assert allowed_sizes(family) == [8, 4]
+    assert allowed_sizes(structure.Coupled(MLP, 200, 1, 1, (), "")) == [200, 192, 128, 64]
+
+
+def test_the_highest_scores_stay():
+    families = [{MLP: structure.Coupled(MLP, 128, 1, 1, (), "")}] * 3
+    random = np.random.default_rng(0)
+    scores = {f"{i}.mlp": random.random(128).astype(np.float32) for i in range(3)}
+    kept = keep(families, scores, {MLP: [64, 128, 64]}, [0, 2], "layer")[MLP]
+    assert [len(groups) for groups in kept] == [64, 128, 64]
+    for layer in (0, 2):
+        gone = np.setdiff1d(np.arange(128), kept[layer])
+        assert scores[f"{layer}.mlp"][gone].max() <= scores[f"{layer}.mlp"][kept[layer]].min()
+        assert (np.diff(kept[layer]) > 0).all()
+
+
+def test_global_ranking_cuts_where_least_is_lost():
+    families = [{MLP: structure.Coupled(MLP, 256, 1, 1, (), "")}] * 4
+    scores = {f"{i}.mlp": np.full(256, 1.0 + i, np.float32) for i in range(4)}
+    sizes = {MLP: [256, 192, 192, 192]}
+    kept = keep(families, scores, sizes, [1, 2, 3], "global")[MLP]
+    assert [len(groups) for groups in kept] == [256, 64, 256, 256]
+    assert sum(map(len, kept)) == sum(sizes[MLP])
