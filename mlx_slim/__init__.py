@@ -16,8 +16,7 @@ if (
     # The command line is being loaded: Ctrl-C ends it without a traceback, until ``interrupts``.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import importlib
-import types
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mlx_slim import blas
@@ -28,35 +27,12 @@ if TYPE_CHECKING:
 __all__ = ["__version__", "distill", "evaluate", "finetune", "plan", "prune", "quantize"]
 __version__ = "0.1.0"
 
-_FUNCTIONS = ("finetune", "plan")
-# Folders of that name too: both are what the name means.
-_PACKAGES = ("distill", "evaluate", "prune", "quantize")
+
+def __getattr__(name: str) -> Any:
+    """Return a function of ``mlx_slim.api``, which imports MLX: only when it is asked for."""
+    if name in __all__:
+        return getattr(import_module("mlx_slim.api"), name)
+    raise AttributeError(f"module 'mlx_slim' has no attribute {name!r}")
 
 
-class _CallablePackage(types.ModuleType):
-    """A package that, when called, is the function of its name in ``mlx_slim.api``."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return getattr(importlib.import_module("mlx_slim.api"), self.__name__.rpartition(".")[2])(
-            *args, **kwargs
-        )
-
-
-class _ThisPackage(types.ModuleType):
-    """Makes those packages callable when Python binds them to this one."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _PACKAGES and isinstance(value, types.ModuleType):
-            value.__class__ = _CallablePackage
-        super().__setattr__(name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in _FUNCTIONS:
-            return getattr(importlib.import_module("mlx_slim.api"), name)
-        if name in _PACKAGES:
-            return importlib.import_module(f"mlx_slim.{name}")
-        raise AttributeError(f"module 'mlx_slim' has no attribute {name!r}")
-
-
-sys.modules[__name__].__class__ = _ThisPackage
 blas.activate()

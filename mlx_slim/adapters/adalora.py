@@ -3,9 +3,9 @@
 ΔW = s · P Λ Q with P (O, R), Λ diagonal, Q (R, I); stored the way of the other adapters, P = Bᵀ and
 Q = Aᵀ, with Λ in ``lora_e``. Invariant: Λ = 0 at the start, so a fresh adapter is the base's output
 bit for bit; a triplet whose λ is 0 adds nothing, so what is saved is a plain LoRA of the triplets
-that are left. Which ones stay, ``training/adalora.py`` decides. A and B start orthonormal rather than
-Gaussian: the penalty that keeps them so is 0 then, and clipping does not cut the loss's gradient
-for its sake.
+that are left. Which ones stay, ``training/adalora.py`` decides. A and B start orthonormal rather
+than Gaussian: the penalty that keeps them so is 0 then, and clipping does not cut the loss's
+gradient for its sake.
 
 Shapes: I inputs, O outputs, R rank.
 

@@ -13,14 +13,13 @@ Try it: ``python -m pytest tests/adapters/test_lora.py``.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_slim.models.dropout import dropout_mask
 from mlx_slim.models.quantized import dequantize_weight
 
 
@@ -33,35 +32,6 @@ def dimensions(module: Any) -> tuple[int, int]:
     if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
         width = module.scales.shape[-1] * module.group_size
     return (width, rows) if isinstance(module, nn.Linear | nn.QuantizedLinear) else (rows, width)
-
-
-_keys: list[mx.array] = []
-
-
-def draw_key() -> mx.array:
-    """Return a fresh random key (2,) from the global state."""
-    return mx.stop_gradient(mx.random.randint(0, 2**31 - 1, (2,), dtype=mx.uint32))
-
-
-@contextlib.contextmanager
-def dropout_from(key: mx.array) -> Iterator[None]:
-    """Draw dropout masks from ``key`` inside the context instead of from the global state.
-
-    A block that is recomputed in the backward pass must see the masks of its forward pass, or the
-    gradient is that of another function: draw a key outside, pass it in as an argument.
-    """
-    _keys.append(mx.stop_gradient(key))
-    try:
-        yield
-    finally:
-        _keys.pop()
-
-
-def _mask(keep: float, shape: tuple[int, ...]) -> mx.array:
-    key = None
-    if _keys:
-        key, _keys[-1] = mx.random.split(_keys[-1])
-    return mx.random.bernoulli(keep, shape, key=key)
 
 
 class Adapter(nn.Module):
@@ -136,7 +106,7 @@ class Adapter(nn.Module):
         if not self.training or self.dropout == 0:
             return x, self.scale
         keep = 1 - self.dropout
-        return mx.where(_mask(keep, x.shape), x, mx.zeros((), x.dtype)), self.scale / keep
+        return mx.where(dropout_mask(keep, x.shape), x, mx.zeros((), x.dtype)), self.scale / keep
 
     def _add_update(self, y_NO: mx.array, x_NI: mx.array) -> mx.array:
         """Return y + s · dropout(x) A B in the dtype of y: one pass over y, no temporary of it."""

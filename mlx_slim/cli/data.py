@@ -44,7 +44,7 @@ def preview(recipe: str, overrides: tuple[str, ...], rows: int) -> None:
     from mlx_slim.data.ledger import SourceLedger, notes
     from mlx_slim.data.pipeline import Pipeline
     from mlx_slim.data.tokenize import unwrap
-    from mlx_slim.evaluation.tasks.trained_rows import finder
+    from mlx_slim.evaluation.tasks.training_rows import finder
     from mlx_slim.models.load import load_tokenizer
 
     resolved = load_recipe(recipe, overrides).recipe
@@ -156,7 +156,7 @@ def _texts(config: DataConfig) -> Iterator[tuple[Any, list[str]]]:
     from tempfile import TemporaryDirectory
 
     from mlx_slim.data.formats import Dropped, check_columns, check_renamed, read_example
-    from mlx_slim.evaluation.tasks.trained_rows import finder
+    from mlx_slim.evaluation.tasks.training_rows import finder
 
     check_columns(config.columns)
     seen: set[str] = set()

@@ -23,7 +23,7 @@ from mlx_slim.config.schema import Recipe, SourceConfig
 from mlx_slim.data.fingerprint import source_print
 from mlx_slim.data.sources import find as find_source
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluation.tasks.trained_rows import finder
+from mlx_slim.evaluation.tasks.training_rows import finder
 from mlx_slim.finetuning.build import started_from
 from mlx_slim.finetuning.forgetting import read_held_out
 from mlx_slim.pruning.options import PruneOptions

@@ -22,7 +22,7 @@ from mlx_slim.compare import identity
 from mlx_slim.compare.matrix import Cell, Layout, cell_recipe, prune_options
 from mlx_slim.compare.store import MANIFEST, MATRIX_FILE
 from mlx_slim.config.load import Resolved
-from mlx_slim.distillation.mutual_run import FIRST
+from mlx_slim.distillation.mutual import FIRST
 from mlx_slim.distillation.run import distill
 from mlx_slim.errors import SlimError
 from mlx_slim.events import Notice, Observer

@@ -16,7 +16,7 @@ from typing import Any
 from mlx_slim.compare.matrix import Cell, Kind, Layout, Matrix, prune_options
 from mlx_slim.compare.questions import plain_questions
 from mlx_slim.config.schema import Recipe
-from mlx_slim.distillation.mutual_run import predicted
+from mlx_slim.distillation.mutual import predicted
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.scoring.answer_cache import planned_footprint
 from mlx_slim.evaluation.tasks.rows import count_rows

@@ -1,8 +1,9 @@
 """What a student learns from teachers that wrote text: rows in groups, each with its weight.
 
 Invariant: the data's own answers are group 0 and teacher m's texts group m; each group's loss is a
-mean over its own tokens, so a talkative teacher is not heard more (``distillation/loss_weights.py``). The rows
-lie in ``taught/`` of the run folder and go through the student's template like any others.
+mean over its own tokens, so a talkative teacher is not heard more
+(``distillation/loss_weights.py``). The rows lie in ``taught/`` of the run folder and go through the
+student's template like any others.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ from mlx_slim.distillation.local_teacher import LocalTeacher, Teacher
 from mlx_slim.distillation.queries import Lesson, read_lessons
 from mlx_slim.distillation.teachers import name_of
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluation.tasks.trained_rows import finder
+from mlx_slim.evaluation.tasks.training_rows import finder
 from mlx_slim.reading import library_errors, read_object, short
 from mlx_slim.runtime import resolve_dtype
 

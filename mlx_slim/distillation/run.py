@@ -9,55 +9,26 @@ there. Which way of learning ``auto`` took, and why, is said. Try it:
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
-
 from mlx_slim import events
-from mlx_slim.artifacts import hash_json, public_name
-from mlx_slim.config.distill import DistillConfig, TeacherConfig
+from mlx_slim.config.distill import TeacherConfig
 from mlx_slim.config.load import Resolved
 from mlx_slim.config.schema import Recipe
-from mlx_slim.data.batches import Batcher
-from mlx_slim.data.prepare import Prepared
-from mlx_slim.distillation import target_cache
-from mlx_slim.distillation.losses import Taught
-from mlx_slim.distillation.mutual_run import Together
-from mlx_slim.distillation.objective import Columns, Distilled, HeldOut
-from mlx_slim.distillation.target_cache import Layout
+from mlx_slim.distillation.logits import Logits
+from mlx_slim.distillation.mutual import Together
 from mlx_slim.distillation.teachers import (
     Disagreement,
     disagreement,
-    fingerprint,
-    load_teacher,
     name_of,
     with_model,
 )
 from mlx_slim.distillation.text import learn_from_texts
-from mlx_slim.errors import ResourceError, SlimError
-from mlx_slim.finetuning.build import Tuned
+from mlx_slim.errors import SlimError
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.finetuning.run_dir import Result
-from mlx_slim.finetuning.strategy import Course
-from mlx_slim.models.load import load_tokenizer, read_config
-from mlx_slim.planner.memory import weight_bytes
-from mlx_slim.runtime import (
-    cpu_lanes,
-    dtype_name,
-    human_bytes,
-    memory_budget,
-    resolve_dtype,
-    world,
-)
-from mlx_slim.training.loop import StopRequest
-from mlx_slim.training.step import Objective
-
-CACHE_FOLDER = "targets"  # inside a run folder, unless distill.cache names another
+from mlx_slim.models.load import load_tokenizer
 
 
 def distill(
@@ -136,218 +107,3 @@ def _difference(student: Any, teacher: TeacherConfig) -> Disagreement | None:
         return Disagreement("an endpoint gives texts, not logits", words=True)
     assert teacher.model is not None
     return disagreement(student, load_tokenizer(teacher.model, revision=teacher.revision))
-
-
-@dataclass
-class _Saying:
-    """What one teacher says of one list of rows.
-
-    Attributes:
-        shape: Of the cache.
-        key: What its numbers depend on.
-        folder: Where it is kept.
-        batcher: The rows.
-    """
-
-    shape: Layout
-    key: dict[str, Any]
-    folder: Path
-    batcher: Batcher
-
-    def columns(self) -> Columns:
-        """Return the numbers, or a stand-in of their shapes while they are not complete."""
-        return target_cache.open_complete(self.folder, self.shape) or target_cache.Unread(
-            self.shape
-        )
-
-    @property
-    def complete(self) -> bool:
-        return target_cache.open_complete(self.folder, self.shape) is not None
-
-
-class Logits(Course):
-    """Learning from teachers' cached logits.
-
-    Args:
-        config: The ``distill`` section.
-        teachers: Its teachers, each with its model.
-    """
-
-    def __init__(self, config: DistillConfig, teachers: list[TeacherConfig]) -> None:
-        self.config = config
-        self.teachers = teachers
-        self._dtype = mx.float32
-        self._budget = 0
-        self._cache = Path(CACHE_FOLDER)
-        self._train: list[_Saying] = []
-        self._held_out: list[_Saying] = []
-
-    def begin(self, recipe: Recipe, observer: events.Observer) -> None:
-        """Refuse a teacher that is too large for the memory budget.
-
-        Raises:
-            ResourceError: Names it.
-        """
-        self._dtype = resolve_dtype(recipe.train.dtype)
-        self._budget = memory_budget(recipe.memory.budget)
-        for teacher in self.teachers:
-            config = {**self._config(teacher), "dtype": dtype_name(self._dtype)}
-            needed = sum(weight_bytes(config).values())
-            if needed > self._budget:
-                raise ResourceError(
-                    f"the weights of teacher {name_of(teacher)} need {human_bytes(needed)}, "
-                    f"the budget is {human_bytes(self._budget)}",
-                    "take a smaller or a quantized teacher",
-                )
-
-    def _config(self, teacher: TeacherConfig) -> dict[str, Any]:
-        assert teacher.model is not None
-        return read_config(teacher.model, teacher.revision)
-
-    def readers(self) -> list[dict[str, Any]]:
-        """Return the teachers' configs."""
-        return [self._config(teacher) for teacher in self.teachers]
-
-    def read(self, recipe: Recipe, tuned: Tuned, data: Prepared, out: Path) -> None:
-        """Work out where each teacher's answers are kept, under what key."""
-        if self._train:
-            return
-        self._cache = Path(self.config.cache or out / CACHE_FOLDER)
-        self._tokenizer = str(data.fingerprint["tokenizer"])
-        for teacher in self.teachers:
-            known = fingerprint(teacher, self._dtype)
-            shared = min(tuned.config["vocab_size"], self._config(teacher)["vocab_size"])
-            self._train.append(self._saying(recipe, known, data.train, shared))
-            if data.validation is not None:
-                self._held_out.append(self._saying(recipe, known, data.validation, shared))
-
-    def _saying(self, recipe: Recipe, teacher: dict[str, Any], rows: Any, shared: int) -> _Saying:
-        train = recipe.train
-        shape = target_cache.layout(rows, self.config.top_k, shared)
-        key = target_cache.cache_key(teacher, self._tokenizer, rows, shape, self.config.temperature)
-        batcher = Batcher(rows, train.batch_tokens, train.max_length, "grouped", train.seed)
-        return _Saying(shape, key, target_cache.folder_of(self._cache, key), batcher)
-
-    @property
-    def _sayings(self) -> list[_Saying]:
-        return [*self._train, *self._held_out]
-
-    def _missing(self) -> int:
-        """Bytes that the answers will still take; one folder may serve two teachers."""
-        return sum(
-            {
-                s.folder: target_cache.missing_bytes(s.folder, s.shape) for s in self._sayings
-            }.values()
-        )
-
-    def check_disk(self, out: Path) -> None:
-        """Refuse what the disk cannot hold of the answers.
-
-        Raises:
-            ResourceError: Says how much it is.
-        """
-        target_cache.check_disk(self._cache, self._missing())
-
-    @property
-    def rule(self) -> Taught:
-        """The loss."""
-        weights = [teacher.weight for teacher in self.teachers]
-        shares = tuple(weight / sum(weights) for weight in weights)
-        config = self.config
-        return Taught(config.divergence, config.temperature, config.weight, shares)
-
-    def objectives(
-        self, model: nn.Module, chunk: int | None, vocabulary: int, lanes: int
-    ) -> tuple[Objective, Objective | None]:
-        """Return the mixed loss of the rows, and cross-entropy with divergence of held-out ones."""
-        train = [saying.columns() for saying in self._train]
-        held_out = [saying.columns() for saying in self._held_out]
-        return (
-            Distilled(self.rule, train, model, chunk, vocabulary, lanes),
-            HeldOut(self.rule, held_out, model, chunk, vocabulary, lanes) if held_out else None,
-        )
-
-    def studies(self) -> bool:
-        """Return whether a teacher has something left to say."""
-        return not all(saying.complete for saying in self._sayings)
-
-    def study(self, observer: events.Observer) -> bool:
-        """Ask the teachers, each loaded alone; return False if the user stopped it."""
-        whole = True
-        if world().rank() == 0:
-            with StopRequest() as stop:
-                for number, teacher in enumerate(self.teachers):
-                    mine = [side[number] for side in (self._train, self._held_out) if side]
-                    self._ask(teacher, [s for s in mine if not s.complete], observer, stop)
-                    if stop.requested:
-                        whole = False
-                        break
-        if world().size() > 1:
-            answers = mx.distributed.all_sum(mx.array(int(whole)), group=world())
-            whole = answers.item() == world().size()
-        return whole
-
-    def _ask(
-        self,
-        teacher: TeacherConfig,
-        sayings: Sequence[_Saying],
-        observer: events.Observer,
-        stop: StopRequest,
-    ) -> None:
-        if not sayings:
-            return
-        name, count = name_of(teacher), sum(saying.shape.targets for saying in sayings)
-        size = human_bytes(sum(saying.shape.nbytes for saying in sayings))
-        kept = f"{sayings[0].shape.kept:,} logits each"
-        text = f"teacher {name}: {count:,} tokens, {kept}, {size} in {self._cache}"
-        observer.notify(events.Notice(text))
-        mx.reset_peak_memory()
-        model = load_teacher(teacher, self._dtype)
-        done, told = 0, 0
-        for saying in sayings:
-            speaker = target_cache.Speaker(
-                model, saying.shape, self.config.temperature, cpu_lanes()
-            )
-            steps = target_cache.write(
-                saying.folder,
-                saying.key,
-                saying.shape,
-                saying.batcher,
-                speaker,
-                stop=lambda: stop.requested,
-            )
-            for share in steps:
-                tenths = int(10 * (done + share * saying.shape.targets) / count)
-                if tenths > told:
-                    told = tenths
-                    observer.notify(events.Notice(f"teacher {name}: {10 * tenths}%"))
-            done += saying.shape.targets
-            if stop.requested:
-                break
-        peak = human_bytes(mx.get_peak_memory())
-        observer.notify(events.Notice(f"teacher {name} is freed; peak memory {peak}"))
-        del model, speaker, steps
-        gc.collect()
-        mx.clear_cache()
-
-    def record(self) -> dict[str, Any]:
-        """Return what was learned from, for ``run.json``."""
-        return {
-            "distill": {
-                "method": "logits",
-                "teachers": [
-                    {
-                        "name": name_of(teacher),
-                        "model": public_name(teacher.model or ""),
-                        "share": share,
-                        "key": hash_json(saying.key),
-                        "targets": saying.shape.targets,
-                        "kept": saying.shape.kept,
-                    }
-                    for teacher, share, saying in zip(
-                        self.teachers, self.rule.shares, self._train, strict=True
-                    )
-                ],
-                "cache_bytes": sum(saying.shape.nbytes for saying in self._sayings),
-            }
-        }

@@ -33,9 +33,9 @@ from mlx_slim.evaluation.scoring.requests import Encoder, max_length
 from mlx_slim.evaluation.tasks.prompts import Chat, Question, build_questions
 from mlx_slim.evaluation.tasks.rows import TaskRows, load_rows, shots_checksum
 from mlx_slim.evaluation.tasks.spec import Selection, expand
-from mlx_slim.evaluation.tasks.trained_rows import trained_keys
 from mlx_slim.evaluation.tasks.training_rows import question_keys
 from mlx_slim.models.limits import limit_of
+from mlx_slim.models.lineage import trained_keys
 from mlx_slim.models.load import load_tokenizer, model_hash, read_config, resolve
 from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.reading import read_object

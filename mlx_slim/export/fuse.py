@@ -35,11 +35,11 @@ from mlx_slim.artifacts import (
 from mlx_slim.claims import makes_folder
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import ResourceError, SlimError
-from mlx_slim.evaluation.tasks.trained_rows import carry
 from mlx_slim.events import Notice, Observer
 from mlx_slim.export.audit_text import audit_tokens
 from mlx_slim.export.fuse_audit import Effect, effect, weight_share
 from mlx_slim.models.limits import limit_of
+from mlx_slim.models.lineage import carry
 from mlx_slim.models.load import Loaded, cast, read_weights
 from mlx_slim.models.quantized import densify, dequantize_weight, is_quantized, use_fast_matmul
 from mlx_slim.models.recorded import RecordedLogits

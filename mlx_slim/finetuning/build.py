@@ -27,7 +27,7 @@ from mlx_slim.data.shapes import SHAPES, VALIDATION_SHAPES
 from mlx_slim.data.sources import Source
 from mlx_slim.data.store import TokenStore
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluation.tasks.trained_rows import finder
+from mlx_slim.evaluation.tasks.training_rows import finder
 from mlx_slim.models import structure
 from mlx_slim.models.limits import shortest
 from mlx_slim.models.load import Loaded, load, read_config

@@ -15,10 +15,10 @@ from pathlib import Path
 from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError
 from mlx_slim.finetuning.run_dir import RECORD, STATE_FILE, extended_run, fewer_steps, trained_as
-from mlx_slim.training.checkpoint import read_position
 from mlx_slim.training.extension import describe, reopen
 from mlx_slim.training.loop import Loop, total_steps
 from mlx_slim.training.optim import Extended, warmup_steps
+from mlx_slim.training.state import read_position
 
 
 @dataclass(frozen=True)

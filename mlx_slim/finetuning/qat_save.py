@@ -1,8 +1,8 @@
 """The end of a quantization-aware run: round for real, save, and see that nothing changed.
 
 Invariant: the saved model answers as the model did in training and validation, where its weights
-were only rounded (``training/qat.py``); it is saved as ``mlx-slim quantize`` saves, and stock mlx-lm
-reads it. Try it: ``mlx-slim train smollm2-qat -o runs/qat``.
+were only rounded (``training/qat.py``); it is saved as ``mlx-slim quantize`` saves, and stock
+mlx-lm reads it. Try it: ``mlx-slim train smollm2-qat -o runs/qat``.
 """
 
 from __future__ import annotations

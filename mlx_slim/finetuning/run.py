@@ -53,12 +53,12 @@ from mlx_slim.runtime import (
     world,
 )
 from mlx_slim.training import checkpoint, rotation
-from mlx_slim.training.checkpoint import read_position
 from mlx_slim.training.extension import reopen
 from mlx_slim.training.grad_checkpoint import checkpointed
 from mlx_slim.training.loop import Loop
 from mlx_slim.training.metrics import MetricsFile
 from mlx_slim.training.optim import Extended, trainable
+from mlx_slim.training.state import read_position
 
 _CACHE_SHARE = 8  # MLX may keep 1/8 of the budget as free buffers
 

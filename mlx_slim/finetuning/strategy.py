@@ -20,9 +20,9 @@ from mlx_slim.adapters.stack import load_adapters, parse_adapters, used_folders
 from mlx_slim.adapters.store import save_adapter
 from mlx_slim.config.schema import Recipe
 from mlx_slim.data.prepare import Prepared
-from mlx_slim.evaluation.tasks.trained_rows import carry
 from mlx_slim.finetuning.build import Tuned, from_rows, prepare_data, prepare_model
 from mlx_slim.finetuning.qat_save import save_quantized
+from mlx_slim.models.lineage import carry
 from mlx_slim.models.load import load, read_config
 from mlx_slim.models.save import save_model
 from mlx_slim.planner.memory import Prediction, predict

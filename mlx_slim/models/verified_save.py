@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 
 from mlx_slim.artifacts import atomic_folder
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluation.tasks.trained_rows import carry
+from mlx_slim.models.lineage import carry
 from mlx_slim.models.load import Loaded, cast, load, open_weights, read_weights
 from mlx_slim.models.recorded import release
 from mlx_slim.models.save import save_model

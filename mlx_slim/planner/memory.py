@@ -210,7 +210,7 @@ def _disk(found: Shapes, recipe: Recipe, work: Work | None) -> int:
 
 
 def _answers(found: Shapes, recipe: Recipe, work: Work) -> int:
-    """Bytes of what teachers say, where it is kept in the run folder: ``distillation/target_cache.py``."""
+    """Bytes of teachers' targets in the run folder (``distillation/target_cache.py``)."""
     distill = recipe.distill
     if distill is None or distill.cache or distill.method not in ("auto", "logits"):
         return 0

@@ -2,9 +2,9 @@
 
 Invariant: weights, gradients and optimizer state are exact (``shapes.py``). Activations are counted
 from what autodiff keeps of a block, each factor one array of that size; those that no count gives
-were fitted. Both were checked against measured peaks (``mlx-slim bench plan``; ``bench/LOG.md`` has
-the figures). On a GPU nothing was measured: MLX's unfused attention and activations are counted,
-``mx.compile`` may need less. Try it: ``mlx-slim analyze memory smollm2-lora``.
+were fitted. Both were checked against measured peaks (``mlx-slim bench plan``; ``docs/lab-log.md``
+has the figures). On a GPU nothing was measured: MLX's unfused attention and activations are
+counted, ``mx.compile`` may need less. Try it: ``mlx-slim analyze memory smollm2-lora``.
 
 Numbers are per token unless a name says bytes.
 """

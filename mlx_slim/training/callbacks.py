@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 if TYPE_CHECKING:
-    from mlx_slim.training.checkpoint import Position
+    from mlx_slim.training.state import Position
 
 SAVE = "save"  # what ``after`` answers when a checkpoint is due
 

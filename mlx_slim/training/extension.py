@@ -16,8 +16,8 @@ from pathlib import Path
 from mlx_slim import events
 from mlx_slim.config.schema import TrainConfig
 from mlx_slim.training import rotation
-from mlx_slim.training.checkpoint import VALIDATED, WATCHED, Position, read_position
 from mlx_slim.training.optim import Extended, Schedule, schedule, warmup_steps
+from mlx_slim.training.state import VALIDATED, WATCHED, Position, read_position
 
 
 def same_as_begun_longer(config: TrainConfig) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_slim.adapters.lora import draw_key, dropout_from
+from mlx_slim.models.dropout import draw_key, dropout_from
 
 
 def _checkpointed_class(original: type) -> type:

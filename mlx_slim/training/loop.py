@@ -25,9 +25,9 @@ from mlx_slim.interrupts import Requested
 from mlx_slim.runtime import number, world
 from mlx_slim.training import checkpoint, rotation
 from mlx_slim.training.callbacks import SAVE, Companion, computing
-from mlx_slim.training.checkpoint import VALIDATED, Position
 from mlx_slim.training.extension import newest, reopen, steps_before_decay
 from mlx_slim.training.optim import Extended, Optimizer, schedule
+from mlx_slim.training.state import VALIDATED, Position
 from mlx_slim.training.step import Objective, Scorer, Stepper, StepResult, per_token, total_weight
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from mlx_slim import events
 from mlx_slim.config.schema import Recipe
-from mlx_slim.distillation.mutual_run import predicted
+from mlx_slim.distillation.mutual import predicted
 from mlx_slim.errors import SlimError
 from mlx_slim.finetuning.profile import STEPS, Probe, probe
 from mlx_slim.planner import macs

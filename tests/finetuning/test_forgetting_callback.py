@@ -7,9 +7,9 @@ import pytest
 from mlx_slim import events
 from mlx_slim.config.schema import HeldOutConfig
 from mlx_slim.errors import SlimError
-from mlx_slim.finetuning.forgetting_callback import REASON, HeldOut
+from mlx_slim.finetuning.forgetting import REASON, HeldOut
 from mlx_slim.training.callbacks import SAVE
-from mlx_slim.training.checkpoint import Position
+from mlx_slim.training.state import Position
 from tests.support.runs import Recorder
 
 

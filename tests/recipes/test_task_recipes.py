@@ -15,8 +15,7 @@ from mlx_slim.config.load import load_recipe
 from mlx_slim.distillation.run import distill
 from mlx_slim.evaluation.tasks.rows import load_rows
 from mlx_slim.evaluation.tasks.spec import find_task
-from mlx_slim.evaluation.tasks.trained_rows import finder
-from mlx_slim.evaluation.tasks.training_rows import question_keys
+from mlx_slim.evaluation.tasks.training_rows import finder, question_keys
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.planner.known_models import KNOWN
 from mlx_slim.workflows.plan import plan as planned

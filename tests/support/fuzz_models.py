@@ -192,8 +192,8 @@ def use_checkpoint(folder: Path, out: Path) -> None:
     """Read a checkpoint, the metrics and the rows of a run."""
     from mlx_slim.artifacts import load_tensors, read_records
     from mlx_slim.events import Saved
-    from mlx_slim.training.checkpoint import read_position
     from mlx_slim.training.metrics import MetricsFile
+    from mlx_slim.training.state import read_position
 
     run = folder / "run"
     read_position(run / "checkpoints" / "step-4")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from mlx_slim.events import Saved
-from mlx_slim.training.checkpoint import Position, read_position
 from mlx_slim.training.metrics import MetricsFile
+from mlx_slim.training.state import Position, read_position
 from tests.test_reading import nested, refusal
 
 

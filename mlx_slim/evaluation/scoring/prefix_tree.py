@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from mlx_slim.evaluation.scoring.requests import Request, shared_length
 
-ROW_COST = 4  # tokens: what a row of its own costs beside its tokens, bench/LOG.md
+ROW_COST = 4  # tokens: what a row of its own costs beside its tokens, docs/lab-log.md
 BATCH_COST = 8  # tokens: the same for a batch
 
 

@@ -160,8 +160,8 @@ def build_questions(
 
     Raises:
         SlimError: A row without a field that a template names (the row and the field are named),
-            an empty choice, a target that is no choice or may be two (``evaluation/targets.py``), or
-            fewer few-shot rows than asked for.
+            an empty choice, a target that is no choice or may be two (``evaluation/targets.py``),
+            or fewer few-shot rows than asked for.
     """
     shots = task.num_fewshot if num_fewshot is None else num_fewshot
     writer = _Writer(task, task_rows, shots, chat, sampling)

@@ -2,22 +2,38 @@
 
 Invariant: ``prompt`` + ``completion`` is, byte for byte, the bare prompt and the right continuation
 that the scorer reads with no examples; a task that is asked through a chat template gives the
-messages that it puts in. So what was tuned is what is asked. Try it:
-``mlx-slim data preview smollm2-lora 'data.path=[{path: "task:gsm8k", limit: 3}]'``.
+messages that it puts in. So what was tuned is what is asked. Rows of ``task:NAME`` are rendered
+once, into ``task_rows/`` of the run folder; a resume reads that file, so it sees the same rows
+whatever became of the mirror. The scored split is never taken whole. Try it: ``mlx-slim data
+preview smollm2-lora 'data.path=[{path: "task:gsm8k", limit: 3}]'``.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from mlx_slim.artifacts import hash_bytes
+from mlx_slim.artifacts import (
+    SCHEMA_VERSION,
+    hash_bytes,
+    hash_file,
+    hash_json,
+    write_json,
+    write_text,
+)
+from mlx_slim.config.schema import SourceConfig
+from mlx_slim.data import sources
 from mlx_slim.data.overlap import words
 from mlx_slim.data.readers import is_data
+from mlx_slim.data.sources import Source
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.tasks.prompts import Chat, Question, build_questions
-from mlx_slim.evaluation.tasks.rows import TaskRows
-from mlx_slim.evaluation.tasks.spec import Task
+from mlx_slim.evaluation.tasks.rows import TaskRows, load_rows
+from mlx_slim.evaluation.tasks.spec import Task, find_task
+from mlx_slim.models.lineage import RECORD, entries_of
 
 _SYSTEM = Chat(lambda system, user: system)
 _USER = Chat(lambda system, user: user)
@@ -124,3 +140,59 @@ def _answer(question: Question, delimiter: str) -> str:
     if isinstance(question.target, int):
         return question.choices[question.target]
     return delimiter + question.target
+
+
+FOLDER = "task_rows"
+
+
+def finder(out: Path) -> Callable[[SourceConfig], Source]:
+    """Return how sources are found for a run in ``out``: as ever, and tasks besides.
+
+    The function raises SlimError if a source is nowhere, or is a scored split taken whole.
+    """
+
+    def find(config: SourceConfig) -> Source:
+        if config.task is None:
+            return sources.find(config)
+        return Source(config.path, "task", [_written(config, out)])
+
+    return find
+
+
+def _written(config: SourceConfig, out: Path) -> Path:
+    """Return the file of a task's rows, written if this run has none yet."""
+    task = find_task(config.task or "")
+    if is_scored(task, config.split) and not (config.skip or config.limit):
+        raise SlimError(
+            f"{config.path} would train on split {config.split!r}, whose rows are scored",
+            "give it rows that you will not score, as in "
+            f"data.path=[{{path: {config.path}, split: {config.split}, skip: 250, limit: 50}}]",
+        )
+    chosen = with_split(task, config.split)
+    wanted = {
+        "task": task.name,
+        "split": config.split,
+        "skip": config.skip,
+        "limit": config.limit,
+        "definition_sha256": hash_json(chosen.spec.model_dump(exclude_defaults=True)),
+    }
+    known = entries_of(out / RECORD)
+    for entry in known:
+        file = out / entry["file"]
+        if all(entry[key] == value for key, value in wanted.items()) and file.is_file():
+            return file
+    rows = training_rows(chosen, load_rows(chosen), config.skip, config.limit)
+    name = f"{task.name}-{hash_json(wanted)[:8]}.jsonl"
+    file = out / FOLDER / name
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_text(file, text)
+    entry = {
+        **wanted,
+        "scored_split": is_scored(task, config.split),
+        "file": f"{FOLDER}/{name}",
+        "sha256": hash_file(file),
+        "rows": [int(row["id"].rsplit("/", 1)[1]) for row in rows],
+        "keys": [row["key"] for row in rows],
+    }
+    write_json(out / RECORD, {"schema_version": SCHEMA_VERSION, "sources": [*known, entry]})
+    return file

@@ -12,9 +12,10 @@ from mlx_slim.config.schema import QuantizeConfig, SourceConfig
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.run import EvalOptions, evaluate
 from mlx_slim.evaluation.tasks.spec import find_task
-from mlx_slim.evaluation.tasks.trained_rows import finder, trained_keys
+from mlx_slim.evaluation.tasks.training_rows import finder
 from mlx_slim.export.fuse import FuseOptions, fuse
 from mlx_slim.finetuning.run import finetune
+from mlx_slim.models.lineage import trained_keys
 from mlx_slim.pruning.options import PruneOptions
 from mlx_slim.pruning.run import prune
 from mlx_slim.quantization.run import CompressOptions, compress
