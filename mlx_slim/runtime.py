@@ -39,7 +39,7 @@ def on_gpu() -> bool:
     return mx.default_device().type == mx.DeviceType.gpu
 
 
-def cpu_lanes() -> int:
+def default_num_threads() -> int:
     """Return how many parts of a batch to compute side by side: one a core, at most four.
 
     Without a GPU, MLX runs everything but matrix products on one thread per stream.

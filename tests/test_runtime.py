@@ -21,7 +21,7 @@ def test_nothing_about_the_machine_needs_linux(monkeypatch: pytest.MonkeyPatch):
     )
     monkeypatch.setattr("sys.platform", "darwin")
     assert blas.physical_cores() == os.cpu_count()
-    assert runtime.cpu_lanes() == min(4, os.cpu_count() or 1)
+    assert runtime.default_num_threads() == min(4, os.cpu_count() or 1)
     assert runtime.device_memory() > 1 << 30
     assert blas._activate() == blas.Status("platform")
     assert "CPU cores" in machine()["machine"]

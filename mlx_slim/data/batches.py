@@ -114,7 +114,7 @@ class Batcher:
         assert shape is not None, "a plan has fitting micro-batches only"
         return padded(batch, shape)
 
-    def worst(self) -> Batch:
+    def largest_batch(self) -> Batch:
         """Build a micro-batch, for measuring only, as large as the largest of any epoch.
 
         Where shapes are fixed it is the largest of them. Grouped micro-batches have as many rows in

@@ -33,11 +33,11 @@ from mlx_slim.distillation.teachers import (
 )
 from mlx_slim.errors import ResourceError
 from mlx_slim.finetuning.build import Tuned
-from mlx_slim.finetuning.strategy import Course
+from mlx_slim.finetuning.strategy import TrainingStrategy
 from mlx_slim.models.load import read_config
 from mlx_slim.planner.memory import weight_bytes
 from mlx_slim.runtime import (
-    cpu_lanes,
+    default_num_threads,
     dtype_name,
     human_bytes,
     memory_budget,
@@ -77,7 +77,7 @@ class _Saying:
         return target_cache.open_complete(self.folder, self.shape) is not None
 
 
-class Logits(Course):
+class Logits(TrainingStrategy):
     """Learning from teachers' cached logits.
 
     Args:
@@ -161,7 +161,7 @@ class Logits(Course):
         target_cache.check_disk(self._cache, self._missing())
 
     @property
-    def rule(self) -> Taught:
+    def token_loss(self) -> Taught:
         """The loss."""
         weights = [teacher.weight for teacher in self.teachers]
         shares = tuple(weight / sum(weights) for weight in weights)
@@ -169,14 +169,16 @@ class Logits(Course):
         return Taught(config.divergence, config.temperature, config.weight, shares)
 
     def objectives(
-        self, model: nn.Module, chunk: int | None, vocabulary: int, lanes: int
+        self, model: nn.Module, chunk: int | None, vocabulary: int, num_threads: int
     ) -> tuple[Objective, Objective | None]:
         """Return the mixed loss of the rows, and cross-entropy with divergence of held-out ones."""
         train = [saying.columns() for saying in self._train]
         held_out = [saying.columns() for saying in self._held_out]
         return (
-            Distilled(self.rule, train, model, chunk, vocabulary, lanes),
-            HeldOut(self.rule, held_out, model, chunk, vocabulary, lanes) if held_out else None,
+            Distilled(self.token_loss, train, model, chunk, vocabulary, num_threads),
+            HeldOut(self.token_loss, held_out, model, chunk, vocabulary, num_threads)
+            if held_out
+            else None,
         )
 
     def studies(self) -> bool:
@@ -218,7 +220,7 @@ class Logits(Course):
         done, told = 0, 0
         for saying in sayings:
             speaker = target_cache.Speaker(
-                model, saying.shape, self.config.temperature, cpu_lanes()
+                model, saying.shape, self.config.temperature, default_num_threads()
             )
             steps = target_cache.write(
                 saying.folder,
@@ -257,7 +259,7 @@ class Logits(Course):
                         "kept": saying.shape.kept,
                     }
                     for teacher, share, saying in zip(
-                        self.teachers, self.rule.shares, self._train, strict=True
+                        self.teachers, self.token_loss.shares, self._train, strict=True
                     )
                 ],
                 "cache_bytes": sum(saying.shape.nbytes for saying in self._sayings),

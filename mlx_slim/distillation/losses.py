@@ -25,7 +25,7 @@ import mlx.core as mx
 
 from mlx_slim.models.activations import exp
 from mlx_slim.models.logits import logsumexp, row_sums
-from mlx_slim.training.losses import NLL, Slope, weighted_sum
+from mlx_slim.training.losses import NLL, LogitsGradient, weighted_sum
 
 Divergence = Literal["forward", "reverse", "symmetric"]
 
@@ -134,18 +134,20 @@ class Taught:
             apart = apart + share * weighted_sum(apart_C, *weights)
         return self._mixed(NLL().value(logits_CV, targets_C, *weights), apart)
 
-    def slope(self, logits_CV: mx.array, *columns: mx.array) -> tuple[mx.array, Slope]:
+    def value_and_gradient(
+        self, logits_CV: mx.array, *columns: mx.array
+    ) -> tuple[mx.array, LogitsGradient]:
         """Return the same, and the gradient of the loss by the logits."""
         targets_C, *said = columns
         said, weights = self._columns(said)
-        nll, plain = NLL().slope(logits_CV, targets_C, *weights)
+        nll, plain = NLL().value_and_gradient(logits_CV, targets_C, *weights)
         scaled_CV = logits_CV if self.temperature == 1 else logits_CV / self.temperature
         peak_C1 = scaled_CV.max(axis=-1, keepdims=True)
-        exp_CV = plain.share_CV if self.temperature == 1 else exp(scaled_CV - peak_C1)
+        exp_CV = plain.probs_CV if self.temperature == 1 else exp(scaled_CV - peak_C1)
         total_C1 = row_sums(exp_CV)
         log_total_C1 = mx.log(total_C1) + peak_C1
         apart = mx.zeros((), dtype=mx.float32)
-        share_CV = None
+        probs_CV = None
         for m, share in enumerate(self.shares):
             ids_CK, kept_CK, rest_C = said[3 * m : 3 * m + 3]
             weight = self.weight * self.temperature * share
@@ -162,15 +164,20 @@ class Taught:
             part_CV = exp_CV * (weight * (lumped_C1 - back_C1 / total_C1))
             single_CK = weight * (u_CB[:, :-1] - mx.exp(own_CK) * back_C1)
             part_CV = mx.put_along_axis(part_CV, ids_CK, single_CK, axis=-1)
-            share_CV = part_CV if share_CV is None else share_CV + part_CV
+            probs_CV = part_CV if probs_CV is None else probs_CV + part_CV
         sums = self._mixed(nll, apart)
         if self.weight == 0:
             return sums, plain
-        assert share_CV is not None
+        assert probs_CV is not None
         if self.weight == 1:
-            return sums, Slope(share_CV, scale_C=plain.scale_C)
-        ce_CV = plain.share_CV * ((1 - self.weight) / row_sums(plain.share_CV))
-        push_C = mx.full(targets_C.shape, 1 - self.weight)
-        push_C = push_C * weights[0] if weights else push_C
-        share_CV = share_CV + ce_CV
-        return sums, Slope(share_CV, scale_C=plain.scale_C, targets_C=targets_C, push_C=push_C)
+            return sums, LogitsGradient(probs_CV, normalizer_C=plain.normalizer_C)
+        ce_CV = plain.probs_CV * ((1 - self.weight) / row_sums(plain.probs_CV))
+        label_weight_C = mx.full(targets_C.shape, 1 - self.weight)
+        label_weight_C = label_weight_C * weights[0] if weights else label_weight_C
+        probs_CV = probs_CV + ce_CV
+        return sums, LogitsGradient(
+            probs_CV,
+            normalizer_C=plain.normalizer_C,
+            targets_C=targets_C,
+            label_weight_C=label_weight_C,
+        )

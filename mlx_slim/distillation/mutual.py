@@ -27,13 +27,13 @@ from mlx_slim.distillation.losses import FLOOR, Divergence, between, pull
 from mlx_slim.distillation.teachers import with_model
 from mlx_slim.errors import SlimError
 from mlx_slim.finetuning.build import Tuned, prepare_model
-from mlx_slim.finetuning.strategy import Course, load_tuned, planned_config, save_tuned
+from mlx_slim.finetuning.strategy import TrainingStrategy, load_tuned, planned_config, save_tuned
 from mlx_slim.models import structure
 from mlx_slim.models.load import read_config
 from mlx_slim.models.logits import logsumexp, row_sums
 from mlx_slim.planner.known_models import model_config
 from mlx_slim.planner.memory import Prediction, predict
-from mlx_slim.training.losses import NLL, Slope, chunk_size, linear_loss, weighted_sum
+from mlx_slim.training.losses import NLL, LogitsGradient, chunk_size, linear_loss, weighted_sum
 from mlx_slim.training.step import Arrays, Objective, batch_arrays, supervised_rows, target_weights
 
 
@@ -95,18 +95,22 @@ class FromOther:
         nll = NLL().value(logits_CV, targets_C, *weights)
         return self._sums(nll, weighted_sum(apart_C, *weights))
 
-    def slope(self, logits_CV: mx.array, *columns: mx.array) -> tuple[mx.array, Slope]:
+    def value_and_gradient(
+        self, logits_CV: mx.array, *columns: mx.array
+    ) -> tuple[mx.array, LogitsGradient]:
         """Return the same, and the gradient of the loss by this student's logits."""
         targets_C, rows_CX, *weights = columns
-        nll, plain = NLL().slope(logits_CV, targets_C, *weights)
+        nll, plain = NLL().value_and_gradient(logits_CV, targets_C, *weights)
         log_p_CV, log_q_CV = self._logs(self.other(rows_CX)), self._logs(logits_CV)
         apart_C = between(log_p_CV, log_q_CV, self.divergence)
         u_CV = pull(log_p_CV, log_q_CV, self.divergence)
         apart_CV = u_CV - mx.exp(log_q_CV) * row_sums(u_CV)
-        share_CV = plain.share_CV / row_sums(plain.share_CV)
-        share_CV = share_CV + self.weight * self.temperature * apart_CV
-        slope = Slope(share_CV, None, plain.scale_C, targets_C, plain.push_C)
-        return self._sums(nll, weighted_sum(apart_C, *weights)), slope
+        probs_CV = plain.probs_CV / row_sums(plain.probs_CV)
+        probs_CV = probs_CV + self.weight * self.temperature * apart_CV
+        logits_gradient = LogitsGradient(
+            probs_CV, None, plain.normalizer_C, targets_C, plain.label_weight_C
+        )
+        return self._sums(nll, weighted_sum(apart_C, *weights)), logits_gradient
 
 
 class Mutual:
@@ -119,7 +123,7 @@ class Mutual:
         weight: λ.
         chunk: Positions whose logits exist at one time; None chooses.
         vocabulary: Token ids below this may be used for the probe.
-        lanes: Parts of a batch that are computed side by side.
+        num_threads: Parts of a batch that are computed side by side.
     """
 
     parts: tuple[str, ...] = ("first", "second", "divergence")
@@ -132,11 +136,11 @@ class Mutual:
         weight: float,
         chunk: int | None = None,
         vocabulary: int = 8,
-        lanes: int = 1,
+        num_threads: int = 1,
     ) -> None:
         self._splits = [structure.split(one, vocabulary) for one in (model.first, model.second)]
         self._settings = (divergence, temperature, weight)
-        self._chunk = chunk_size(vocabulary, chunk, 2 * lanes)  # logits of both exist
+        self._chunk = chunk_size(vocabulary, chunk, 2 * num_threads)  # logits of both exist
 
     def arrays(self, batch: Batch) -> Arrays:
         """Return ``batch_arrays`` and, of a padded batch, the weights of its targets."""
@@ -154,14 +158,14 @@ class Mutual:
         for me, other in ((0, 1), (1, 0)):
             if sums:  # one student after the other, or the chunks of both would live together
                 rows[me] = mx.depends([rows[me]], [sums[0]])[0]
-            rule = FromOther(self._head(other), *self._settings)
+            token_loss = FromOther(self._head(other), *self._settings)
             columns = (targets_N, mx.stop_gradient(rows[other]), *weights)
             split = self._splits[me]
             if split is None:
-                sums.append(rule.value(rows[me], *columns))
+                sums.append(token_loss.value(rows[me], *columns))
                 continue
             found = linear_loss(
-                rows[me], split.head, rule, columns, chunk=self._chunk, gradient=gradient
+                rows[me], split.head, token_loss, columns, chunk=self._chunk, gradient=gradient
             )
             sums.append(found)
         first, second = sums
@@ -192,7 +196,7 @@ def second_recipe(recipe: Recipe, second: TeacherConfig) -> Recipe:
     return recipe.model_copy(update=update)
 
 
-class Together(Course):
+class Together(TrainingStrategy):
     """Two students of one tokenizer.
 
     Args:
@@ -264,11 +268,18 @@ class Together(Course):
         )
 
     def objectives(
-        self, model: nn.Module, chunk: int | None, vocabulary: int, lanes: int
+        self, model: nn.Module, chunk: int | None, vocabulary: int, num_threads: int
     ) -> tuple[Objective, Objective | None]:
         """Return what both minimise, and their mean cross-entropy for held-out rows."""
         config = self.config
-        settings = (config.divergence, config.temperature, config.weight, chunk, vocabulary, lanes)
+        settings = (
+            config.divergence,
+            config.temperature,
+            config.weight,
+            chunk,
+            vocabulary,
+            num_threads,
+        )
         pair = cast(Pair, model)
         return Mutual(pair, *settings), BothHeldOut(pair, *settings)
 

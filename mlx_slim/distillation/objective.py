@@ -32,24 +32,24 @@ class Distilled(CrossEntropy):
     """(1−λ)·CE + λ·T²·Σ_m share_m·D_m over what teachers said of the training rows.
 
     Args:
-        rule: Divergence, T, λ and the teachers' shares.
+        token_loss: Divergence, T, λ and the teachers' shares.
         said: Of each teacher, in the order of the shares.
-        model, chunk, vocabulary, lanes: As ``CrossEntropy``.
+        model, chunk, vocabulary, num_threads: As ``CrossEntropy``.
     """
 
     parts: tuple[str, ...] = ("cross_entropy", "divergence")
 
     def __init__(
         self,
-        rule: Taught,
+        token_loss: Taught,
         said: Sequence[Columns],
         model: nn.Module,
         chunk: int | None = None,
         vocabulary: int = 8,
-        lanes: int = 1,
+        num_threads: int = 1,
     ) -> None:
-        super().__init__(model, chunk, vocabulary, lanes)
-        self.rule = rule
+        super().__init__(model, chunk, vocabulary, num_threads)
+        self.token_loss = token_loss
         self._said = list(said)
 
     def arrays(self, batch: Batch) -> Arrays:

@@ -1,6 +1,6 @@
 """Distill: teachers write down what they say, one at a time; then a student learns from it.
 
-Invariant: a fine-tune with another course: the same loop, run folder, resume, guard and check of
+Invariant: a fine-tune with another strategy: the same loop, run folder, resume, guard and check of
 what was saved. A teacher and the student are never in memory together; what a teacher said is kept
 under a key of all that it depends on, and a run that is killed while a teacher speaks goes on
 there. Which way of learning ``auto`` took, and why, is said. Try it:
@@ -60,11 +60,11 @@ def distill(
         method = _method(recipe, teachers, observer)
     if method == "logits":
         logits = Logits(recipe.distill, teachers)
-        return finetune(resolved, out, observer=observer, resume=resume, course=logits)
+        return finetune(resolved, out, observer=observer, resume=resume, strategy=logits)
     if method == "mutual":
         _check_same_tokens(recipe, teachers[0], observer)
         both = Together(recipe.distill, teachers[0])
-        return finetune(resolved, out, observer=observer, resume=resume, course=both)
+        return finetune(resolved, out, observer=observer, resume=resume, strategy=both)
     return learn_from_texts(resolved, out, teachers, method, observer=observer, resume=resume)
 
 

@@ -270,31 +270,33 @@ class Speaker:
         model: In evaluation mode.
         shape: Of the cache.
         temperature: T.
-        lanes: Parts of a batch that are computed side by side on a CPU.
+        num_threads: Parts of a batch that are computed side by side on a CPU.
     """
 
-    def __init__(self, model: nn.Module, shape: Layout, temperature: float, lanes: int) -> None:
+    def __init__(
+        self, model: nn.Module, shape: Layout, temperature: float, num_threads: int
+    ) -> None:
         self.model = model
         self._shape = shape
         self._temperature = temperature
-        self._lanes = lanes
+        self._num_threads = num_threads
         self._split = structure.split(model, shape.vocabulary)
         mx.eval(model.parameters())
 
     def __call__(self, batch: Batch) -> Said:
         """Return ids (N, K), log-probabilities (N, K) and the rest's (N,) of a batch's targets."""
-        parts = batch.parts(part_count(self._lanes, batch.computed_tokens))
+        parts = batch.parts(part_count(self._num_threads, batch.computed_tokens))
         if len(parts) == 1:
             return self._part(batch)
         with blas.single_threaded():
-            said = side_by_side(self._part, [(part,) for part in parts], self._lanes)
+            said = side_by_side(self._part, [(part,) for part in parts], self._num_threads)
         ids, kept, rest = (np.concatenate(column) for column in zip(*said, strict=True))
         return ids, kept, rest
 
     def _part(self, batch: Batch) -> Said:
         tokens_BT, positions_N, _, segments_BT = batch_arrays(batch)
         rows = supervised_rows(self.model, self._split, tokens_BT, positions_N, segments_BT)
-        chunk = chunk_size(self._shape.vocabulary, None, self._lanes)
+        chunk = chunk_size(self._shape.vocabulary, None, self._num_threads)
         columns: list[tuple[np.ndarray, ...]] = []
         for start in range(0, rows.shape[0], chunk):
             part = rows[start : start + chunk]

@@ -37,7 +37,7 @@ from mlx_slim.finetuning.run_dir import (
     resume_command,
     state_record,
 )
-from mlx_slim.finetuning.strategy import Course
+from mlx_slim.finetuning.strategy import TrainingStrategy
 from mlx_slim.models.load import load_tokenizer, read_config
 from mlx_slim.reading import read_object
 from mlx_slim.runtime import world
@@ -71,7 +71,9 @@ def learn_from_texts(
     recipe = resolved.recipe
     with claim(out, recipe, observer, resume=resume) as started:
         if is_complete(out, recipe):
-            return finetune(resolved, out, observer=observer, resume=True, course=Course())
+            return finetune(
+                resolved, out, observer=observer, resume=True, strategy=TrainingStrategy()
+            )
 
         def ready() -> None:
             if not started:
@@ -87,8 +89,8 @@ def learn_from_texts(
                 "stopped while the teachers wrote; their answers so far are kept",
                 f"resume with: {resume_command(resolved, out)}",
             ) from stop
-        course = Texts(taught, teachers)
-        return finetune(resolved, out, observer=observer, resume=True, course=course)
+        strategy = Texts(taught, teachers)
+        return finetune(resolved, out, observer=observer, resume=True, strategy=strategy)
 
 
 def _check_student(recipe: Recipe) -> None:
@@ -110,7 +112,7 @@ def _taught(
     return taught
 
 
-class Texts(Course):
+class Texts(TrainingStrategy):
     """Training on what teachers wrote.
 
     Args:
@@ -135,12 +137,12 @@ class Texts(Course):
         self._weights_S = self.taught.weights(data)
 
     def objectives(
-        self, model: nn.Module, chunk: int | None, vocabulary: int, lanes: int
+        self, model: nn.Module, chunk: int | None, vocabulary: int, num_threads: int
     ) -> tuple[Objective, Objective | None]:
         """Return weighted cross-entropy, and the plain one for held-out rows."""
         return (
-            CrossEntropy(model, chunk, vocabulary, lanes, self._weights_S),
-            CrossEntropy(model, chunk, vocabulary, lanes),
+            CrossEntropy(model, chunk, vocabulary, num_threads, self._weights_S),
+            CrossEntropy(model, chunk, vocabulary, num_threads),
         )
 
     def record(self) -> dict[str, Any]:

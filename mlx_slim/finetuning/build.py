@@ -40,9 +40,9 @@ from mlx_slim.planner.shapes import refuse_quantized
 from mlx_slim.quantization.apply import quantize_model
 from mlx_slim.quantization.base import QuantizedBase, load_base, quantized_base, recorded_base
 from mlx_slim.quantization.policy import make_policy
-from mlx_slim.runtime import cpu_lanes, on_gpu, resolve_dtype, world
+from mlx_slim.runtime import default_num_threads, on_gpu, resolve_dtype, world
 from mlx_slim.training.adalora import RankBudget
-from mlx_slim.training.callbacks import Companion
+from mlx_slim.training.callbacks import Callback
 from mlx_slim.training.loop import Loop
 from mlx_slim.training.qat import QuantizationAware
 from mlx_slim.training.step import CrossEntropy, Objective
@@ -60,7 +60,7 @@ class Tuned:
         injected: The adapters, or None for full tuning.
         total: Parameters of the base, counted as dense.
         base: How the base was quantized here; None if it is the recipe's model as it is stored.
-        companions: What else takes part in its training.
+        callbacks: What else takes part in its training.
     """
 
     loaded: Loaded
@@ -68,7 +68,7 @@ class Tuned:
     injected: Injected | None
     total: int
     base: QuantizedBase | None = None
-    companions: list[Companion] = field(default_factory=list)
+    callbacks: list[Callback] = field(default_factory=list)
 
     @property
     def model(self) -> nn.Module:
@@ -143,9 +143,9 @@ def prepare_model(recipe: Recipe) -> Tuned:
     tuned = Tuned(loaded, loaded.config, injected, total, base)
     if aware:
         stored = stored_dtype(folder_tensors(loaded.path))
-        tuned.companions.append(QuantizationAware(loaded.model, rounds, stored))
+        tuned.callbacks.append(QuantizationAware(loaded.model, rounds, stored))
     if injected is not None and recipe.adapter.adaptive is not None:
-        tuned.companions.append(RankBudget(loaded.model, recipe.adapter.adaptive))
+        tuned.callbacks.append(RankBudget(loaded.model, recipe.adapter.adaptive))
     return tuned
 
 
@@ -188,10 +188,10 @@ def prepare_data(
 
 
 def from_rows(
-    model: nn.Module, chunk: int | None, vocabulary: int, lanes: int
+    model: nn.Module, chunk: int | None, vocabulary: int, num_threads: int
 ) -> tuple[Objective, Objective | None]:
     """Return cross-entropy of the rows, for training and for held-out rows."""
-    return CrossEntropy(model, chunk, vocabulary, lanes), None
+    return CrossEntropy(model, chunk, vocabulary, num_threads), None
 
 
 def build_loop(
@@ -203,10 +203,10 @@ def build_loop(
     budget: int,
     objectives: Objectives = from_rows,
 ) -> Loop:
-    """Return the loop of ``recipe``: batches, objective, lanes.
+    """Return the loop of ``recipe``: batches, objective, threads.
 
     ``objectives`` makes what is minimised and what held-out rows are measured by, from model,
-    ``train.loss_chunk``, vocabulary and lanes.
+    ``train.loss_chunk``, vocabulary and threads.
 
     Raises:
         SlimError: If packing is demanded of a model whose packed rows do not stay apart.
@@ -243,9 +243,9 @@ def build_loop(
         held_out_mode = cheaper(data.validation, held_out_limit)
     mode = cheaper(data.train, limit) if mode == "auto" else mode
     # Each part has gradients of its own: cheap for adapters, a second model for full tuning.
-    lanes = 1 if recipe.method == "full" or compiled else cpu_lanes()
+    num_threads = 1 if recipe.method == "full" or compiled else default_num_threads()
     vocabulary = tuned.config.get("vocab_size", 8)
-    objective, held_out = objectives(model, config.loss_chunk, vocabulary, lanes)
+    objective, held_out = objectives(model, config.loss_chunk, vocabulary, num_threads)
     if isinstance(objective, CrossEntropy) and objective.split is None:
         text = f"{tuned.config['model_type']}: body and head do not split; full logits are computed"
         observer.notify(events.Notice(text, level="warning"))
@@ -267,6 +267,6 @@ def build_loop(
         rate_scale=lambda path: learning_rate_scale(path, recipe.adapter),
         budget_bytes=budget,
         compiled=compiled,
-        lanes=lanes,
-        companions=tuned.companions,
+        num_threads=num_threads,
+        callbacks=tuned.callbacks,
     )

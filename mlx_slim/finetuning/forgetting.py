@@ -31,8 +31,8 @@ from mlx_slim.evaluation.tasks.rows import load_rows
 from mlx_slim.evaluation.tasks.spec import find_task
 from mlx_slim.finetuning.build import Tuned
 from mlx_slim.models.limits import limit_of
-from mlx_slim.training.callbacks import SAVE, Companion, computing
-from mlx_slim.training.state import WATCHED, Position
+from mlx_slim.training.callbacks import SAVE, Callback, computing
+from mlx_slim.training.state import WATCHED, TrainState
 
 _TASK = "task:"
 
@@ -77,7 +77,7 @@ def _texts(name: str, documents: list[str]) -> Texts:
 
 
 def watch(recipe: Recipe, tuned: Tuned, observer: events.Observer) -> list[HeldOut]:
-    """Return the companion that watches the text of ``recipe.held_out``; none without one.
+    """Return the callback that watches the text of ``recipe.held_out``; none without one.
 
     Raises:
         SlimError: If the text cannot be read.
@@ -88,12 +88,12 @@ def watch(recipe: Recipe, tuned: Tuned, observer: events.Observer) -> list[HeldO
     tokenizer = tuned.loaded.tokenizer
     longest = min(max_length(tuned.config, tokenizer), recipe.train.max_length)
     job = TextJob(read_held_out(config), Encoder(tokenizer, longest, limit=limit_of(tuned.config)))
-    companions = list(tuned.companions)
+    callbacks = list(tuned.callbacks)
 
     def measure() -> float:
         model = tuned.model
         training = model.training
-        with computing(companions):
+        with computing(callbacks):
             engine = Engine(model, tokenizer, Scorer(model))
             records = [r for chunk in job.chunks for r in job.compute(chunk, engine).records]
         model.train(training)
@@ -105,7 +105,7 @@ def watch(recipe: Recipe, tuned: Tuned, observer: events.Observer) -> list[HeldO
 REASON = "held_out"
 
 
-class HeldOut(Companion):
+class HeldOut(Callback):
     """Watches one text.
 
     Args:
@@ -125,7 +125,7 @@ class HeldOut(Companion):
         self.config, self._measure, self._observer = config, measure, observer
         self._identity = list(bytes.fromhex(identity))
 
-    def begin(self, position: Position) -> str:
+    def begin(self, position: TrainState) -> str:
         """Measure the start, once a run; refuse to go on where the run was stopped already."""
         if position.held_out_start is None:
             began = time.perf_counter()
@@ -133,7 +133,7 @@ class HeldOut(Companion):
             self._tell(position, position.held_out_start, 0.0, True, began)
         return REASON if position.held_out_over >= self.config.patience else ""
 
-    def after(self, position: Position, last: bool) -> str:
+    def after(self, position: TrainState, last: bool) -> str:
         """Measure when it is time.
 
         Raises:
@@ -167,7 +167,7 @@ class HeldOut(Companion):
         return REASON
 
     def _tell(
-        self, position: Position, bits: float, rise: float, within: bool, began: float
+        self, position: TrainState, bits: float, rise: float, within: bool, began: float
     ) -> None:
         seconds = time.perf_counter() - began
         self._observer.notify(events.HeldOutDone(position.step, bits, rise, within, seconds))

@@ -54,12 +54,12 @@ def probe(recipe: Recipe, observer: events.Observer, *, steps: int = STEPS) -> P
         data = prepare_data(recipe, tuned, folder, unchanged=False)
         loop = build_loop(recipe, tuned, data, folder, observer, budget=0)
         with checkpointed(structure.blocks(tuned.model), recipe.train.grad_checkpoint):
-            seconds, positions, peak = loop.rehearse(steps)
+            seconds, positions, peak = loop.profile_steps(steps)
         return Probe(
             steps=steps,
             seconds_per_batch=statistics.median(seconds[1:] or seconds),
             computed_tokens=positions,
-            length=loop.batcher.worst().tokens_BT.shape[1],
+            length=loop.batcher.largest_batch().tokens_BT.shape[1],
             peak_memory_bytes=peak,
             lengths=data.train.lengths.tolist(),
         )

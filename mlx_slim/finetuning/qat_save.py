@@ -41,10 +41,10 @@ def save_quantized(target: Path, recipe: Recipe, tuned: Tuned) -> None:
     """
     model = tuned.model.eval()
     tokens_1T = mx.arange(_PROBE)[None] % max(2, tuned.config.get("vocab_size", _PROBE))
-    with computing(tuned.companions):
+    with computing(tuned.callbacks):
         trained = model(tokens_1T)
         mx.eval(trained)
-    tuned.companions.clear()  # with the rounded copies that they keep
+    tuned.callbacks.clear()  # with the rounded copies that they keep
     merge(model)
     report = quantize_model(model, tuned.config, recipe.quantize)
     stored = stored_dtype(folder_tensors(tuned.loaded.path))

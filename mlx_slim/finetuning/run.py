@@ -1,9 +1,10 @@
 """Fine-tune: prepare → run → save → verify.
 
-What a run learns from besides its rows, a ``Course`` says; distillation is one (``distill.py``).
-Invariant: the run folder appears only when a run can start, holds at every moment what ``resume``
-needs, and gets ``run.json`` last, after the saved weights were loaded again and gave the same
-logits. Bad input leaves no folder behind. Try it: ``mlx-slim train smollm2-lora -o runs/try``.
+What a run learns from besides its rows, a ``TrainingStrategy`` says; distillation is one
+(``distill.py``). Invariant: the run folder appears only when a run can start, holds at every moment
+what ``resume`` needs, and gets ``run.json`` last, after the saved weights were loaded again and
+gave the same logits. Bad input leaves no folder behind. Try it: ``mlx-slim train smollm2-lora -o
+runs/try``.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from mlx_slim.finetuning.run_dir import (
     resume_command,
     state_record,
 )
-from mlx_slim.finetuning.strategy import Course, base_folder
+from mlx_slim.finetuning.strategy import TrainingStrategy, base_folder
 from mlx_slim.models import structure
 from mlx_slim.models.logits import logit_tolerance
 from mlx_slim.models.recorded import release
@@ -69,7 +70,7 @@ def finetune(
     *,
     observer: events.Observer,
     resume: bool = False,
-    course: Course | None = None,
+    strategy: TrainingStrategy | None = None,
 ) -> Result:
     """Run a recipe into the folder ``out``.
 
@@ -78,7 +79,7 @@ def finetune(
         out: The run folder; must be new unless ``resume``.
         observer: Hears of every event.
         resume: Go on from the newest checkpoint, exactly; or with more steps than it had.
-        course: How it learns; None is from its rows alone.
+        strategy: How it learns; None is from its rows alone.
 
     Raises:
         SlimError: Bad input, or a resume with another recipe or other data.
@@ -86,16 +87,16 @@ def finetune(
         Interrupted: Ctrl-C; the state is saved.
     """
     recipe = resolved.recipe
-    if course is None:
+    if strategy is None:
         if recipe.distill is not None:
             raise SlimError(
                 f"{resolved.given} has teachers (distill:), and this is plain fine-tuning",
                 f"use mlx-slim distill {resolved.given}, or drop them with distill=null",
             )
-        course = Course()
+        strategy = TrainingStrategy()
     with claim(out, recipe, observer, resume=resume) as started:
         try:
-            return _run(resolved, out, observer, course, started)
+            return _run(resolved, out, observer, strategy, started)
         except KeyboardInterrupt as stop:  # outside of the steps: loading, the final save
             if not (out / STATE_FILE).exists():
                 raise
@@ -106,7 +107,11 @@ def finetune(
 
 
 def _run(
-    resolved: Resolved, out: Path, observer: events.Observer, course: Course, started: bool
+    resolved: Resolved,
+    out: Path,
+    observer: events.Observer,
+    strategy: TrainingStrategy,
+    started: bool,
 ) -> Result:
     """Run a recipe in the folder that this process holds."""
     recipe = resolved.recipe
@@ -120,9 +125,9 @@ def _run(
     first = world().rank() == 0
     if first and newest is None and not (out / RECORD).exists():
         metrics.clear()
-    course.begin(recipe, observer)
-    _check_loading(recipe, course.expect(recipe), budget)
-    built = _build(recipe, course, out, listeners, budget, unchanged=started)
+    strategy.begin(recipe, observer)
+    _check_loading(recipe, strategy.expect(recipe), budget)
+    built = _build(recipe, strategy, out, listeners, budget, unchanged=started)
     going = Going(None)
     if started:
         going = go_on(out, recipe, built.loop, newest)
@@ -132,15 +137,15 @@ def _run(
     with checkpointed(structure.blocks(built.tuned.model), recipe.train.grad_checkpoint):
         if not (out / "checkpoints").exists():
             _check_disk(out, built.prediction)
-            course.check_disk(out)
+            strategy.check_disk(out)
         _preflight(built.loop, built.prediction, budget)
 
     from_first_rank(partial(_begin, resolved, out, built.data, going, started))
-    if course.studies():  # teachers are loaded: the student makes room
+    if strategy.studies():  # teachers are loaded: the student makes room
         del built
         gc.collect()
         mx.clear_cache()
-        if not course.study(observer):
+        if not strategy.study(observer):
             raise Interrupted(
                 "stopped while the teachers were asked; what they said is kept",
                 f"resume with: {resume_command(resolved, out)}",
@@ -149,7 +154,7 @@ def _run(
         mx.reset_peak_memory()
         if first and newest is None:
             metrics.clear()  # what is said of the run is said again
-        built = _build(recipe, course, out, listeners, budget, unchanged=True)
+        built = _build(recipe, strategy, out, listeners, budget, unchanged=True)
         built.loop.extend(going.extended)
     tuned, loop = built.tuned, built.loop
     if first and newest is not None:
@@ -172,7 +177,7 @@ def _run(
             f"stopped after step {done.step} of {loop.total}; the state is saved",
             f"resume with: {resume_command(resolved, out)}",
         )
-    artifact = course.artifact(recipe, tuned)
+    artifact = strategy.artifact(recipe, tuned)
     result = Result(
         out=out,
         done=done,
@@ -190,9 +195,9 @@ def _run(
     mx.clear_cache()
     if world().rank() == 0:
         _best_weights(tuned, result)
-        course.save(recipe, tuned, out)
-        _verify(recipe, course, tuned, result)
-        write_json(out / RECORD, _record(resolved, course, result, budget, going.extended))
+        strategy.save(recipe, tuned, out)
+        _verify(recipe, strategy, tuned, result)
+        write_json(out / RECORD, _record(resolved, strategy, result, budget, going.extended))
     return result
 
 
@@ -215,21 +220,21 @@ class _Built:
 
 def _build(
     recipe: Recipe,
-    course: Course,
+    strategy: TrainingStrategy,
     out: Path,
     observer: events.Observer,
     budget: int,
     *,
     unchanged: bool,
 ) -> _Built:
-    tuned = course.model(recipe)
+    tuned = strategy.model(recipe)
     for note in tuned.loaded.notes:
         observer.notify(events.Notice(note))
-    data = course.rows(recipe, tuned, out, unchanged=unchanged)
-    course.read(recipe, tuned, data, out)
-    prediction = course.predict(recipe, tuned, data.train.lengths.tolist())
-    tuned.companions += watch(recipe, tuned, observer)
-    loop = build_loop(recipe, tuned, data, out, observer, budget, course.objectives)
+    data = strategy.rows(recipe, tuned, out, unchanged=unchanged)
+    strategy.read(recipe, tuned, data, out)
+    prediction = strategy.predict(recipe, tuned, data.train.lengths.tolist())
+    tuned.callbacks += watch(recipe, tuned, observer)
+    loop = build_loop(recipe, tuned, data, out, observer, budget, strategy.objectives)
     return _Built(tuned, data, prediction, loop)
 
 
@@ -310,7 +315,7 @@ def _best_weights(tuned: Tuned, result: Result) -> None:
         checkpoint.load_weights(best, tuned.model)
 
 
-def _verify(recipe: Recipe, course: Course, tuned: Tuned, result: Result) -> None:
+def _verify(recipe: Recipe, strategy: TrainingStrategy, tuned: Tuned, result: Result) -> None:
     """Load what was saved as a user would, and compare logits.
 
     Raises:
@@ -322,8 +327,8 @@ def _verify(recipe: Recipe, course: Course, tuned: Tuned, result: Result) -> Non
     expected = trained.astype(mx.float32)
     mx.eval(expected)
     release(tuned.model)  # before the second copy comes
-    tuned.companions.clear()
-    again = course.load_again(recipe, tuned, result.out)
+    tuned.callbacks.clear()
+    again = strategy.load_again(recipe, tuned, result.out)
     again.eval()
     loaded = again(tokens_BT)
     worst = number(mx.abs(loaded.astype(mx.float32) - expected).max())
@@ -338,7 +343,11 @@ def _verify(recipe: Recipe, course: Course, tuned: Tuned, result: Result) -> Non
 
 
 def _record(
-    resolved: Resolved, course: Course, result: Result, budget: int, extended: Extended | None
+    resolved: Resolved,
+    strategy: TrainingStrategy,
+    result: Result,
+    budget: int,
+    extended: Extended | None,
 ) -> dict[str, Any]:
     """Return ``run.json``."""
     files = [p for p in (result.out / result.artifact).rglob("*") if p.is_file()]
@@ -352,7 +361,7 @@ def _record(
         "budget_bytes": budget,
         "artifact_bytes": sum(path.stat().st_size for path in files),
         **({"extended": asdict(extended)} if extended else {}),
-        **course.record(),
+        **strategy.record(),
         "result": {
             "done": asdict(result.done),
             "model": result.model,

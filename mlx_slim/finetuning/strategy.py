@@ -1,8 +1,8 @@
 """What a run learns from: the part of a fine-tune that distillation replaces.
 
-Invariant: model, rows, loop, run folder, resume and verification are the same for every course; one
-says only what is minimised, what must happen before, and what is saved. Try it:
-``mlx-slim train smollm2-lora -o runs/try``.
+Invariant: model, rows, loop, run folder, resume and verification are the same for every strategy;
+one says only what is minimised, what must happen before, and what is saved. Try it: ``mlx-slim
+train smollm2-lora -o runs/try``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from mlx_slim.training.step import Objective
 BASE = "base"
 
 
-class Course:
+class TrainingStrategy:
     """How a run learns; this one from its rows alone, by cross-entropy."""
 
     def begin(self, recipe: Recipe, observer: events.Observer) -> None:
@@ -66,10 +66,10 @@ class Course:
         """Refuse what the disk cannot hold besides checkpoints."""
 
     def objectives(
-        self, model: nn.Module, chunk: int | None, vocabulary: int, lanes: int
+        self, model: nn.Module, chunk: int | None, vocabulary: int, num_threads: int
     ) -> tuple[Objective, Objective | None]:
         """Return what is minimised, and what held-out rows are measured by (None: the same)."""
-        return from_rows(model, chunk, vocabulary, lanes)
+        return from_rows(model, chunk, vocabulary, num_threads)
 
     def studies(self) -> bool:
         """Return whether ``study`` has work to do."""
@@ -98,7 +98,7 @@ class Course:
         return load_tuned(recipe, tuned.injected is not None, out / self.artifact(recipe, tuned))
 
     def record(self) -> dict[str, Any]:
-        """Return what ``run.json`` says of the course."""
+        """Return what ``run.json`` says of the strategy."""
         return {}
 
 

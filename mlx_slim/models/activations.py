@@ -51,9 +51,9 @@ def _swiglu_vjp(
     gate, up = (value.astype(mx.float32) for value in primals)
     share = _sigmoid(gate)
     silu = gate * share
-    slope = share + silu * (1.0 - share)
+    derivative = share + silu * (1.0 - share)
     return (
-        (cotangent * up * slope).astype(primals[0].dtype),
+        (cotangent * up * derivative).astype(primals[0].dtype),
         (cotangent * silu).astype(primals[1].dtype),
     )
 

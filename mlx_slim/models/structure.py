@@ -79,7 +79,7 @@ class Head:
         """Return the logits of what the linear map gave: c · tanh(z / c) where they are capped."""
         return linear if self.cap is None else mx.tanh(linear / self.cap) * self.cap
 
-    def slope(self, logits: mx.array) -> mx.array | None:
+    def cap_derivative(self, logits: mx.array) -> mx.array | None:
         """Return ∂logit/∂z of ``finish`` at each finished logit: 1 − (logit / c)²; None is ones."""
         return None if self.cap is None else 1 - mx.square(logits / self.cap)
 

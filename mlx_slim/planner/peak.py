@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from mlx_slim.config.schema import Recipe
 from mlx_slim.planner.shapes import Block, Shapes
-from mlx_slim.runtime import cpu_lanes
+from mlx_slim.runtime import default_num_threads
 from mlx_slim.training.losses import chunk_size
 from mlx_slim.training.step import part_count
 
@@ -36,7 +36,7 @@ LOGITS = 3.0  # float32 copies of one chunk of logits
 LOGITS_AHEAD = 3.0  # more on a CPU with one thread, where MLX allocates ahead of the computation
 # More of them under teachers: mixed with cross-entropy, at a temperature, a further teacher.
 LOGITS_MIXED, LOGITS_HEATED, LOGITS_TEACHER = 1.0, 1.0, 2.0
-LOGITS_CAPPED = 3.0  # more under a soft cap: before it, its slope and the product
+LOGITS_CAPPED = 3.0  # more under a soft cap: before it, its derivative and the product
 # Of a model that does not split, all positions at once: in the dtype of computation and in float32.
 LOGITS_FULL, LOGITS_FULL32 = 2.0, 3.5
 LOGITS_MUTUAL = 6.0  # the other student's, and both distributions
@@ -150,12 +150,12 @@ def breakdown(
     """
     train, full = recipe.train, recipe.method == "full"
     length, tokens = largest_batch(recipe, lengths)
-    lanes = 1 if gpu or full else cpu_lanes()
-    parts = min(part_count(lanes, tokens), max(1, tokens // length))
-    lanes = min(lanes, parts)
+    num_threads = 1 if gpu or full else default_num_threads()
+    parts = min(part_count(num_threads, tokens), max(1, tokens // length))
+    num_threads = min(num_threads, parts)
     rows, more = divmod(max(1, tokens // length), parts)  # the first parts have a row more
     part = (rows + (more > 0)) * length
-    alive = (rows * lanes + min(more, lanes)) * length
+    alive = (rows * num_threads + min(more, num_threads)) * length
     widest = max(found.blocks, key=lambda block: _kept(block, recipe, length, gpu))
     if train.grad_checkpoint:
         kept = sum(KEPT_CHECKPOINTED * block.width for block in found.blocks)
@@ -165,20 +165,22 @@ def breakdown(
         passing = 0.0
     kept_bytes = kept * alive * size
     passing_one = (passing + _numbers(widest, PASSING, length)) * part * size
-    passing_bytes = passing_one * (1 + TOGETHER * (lanes - 1))
+    passing_bytes = passing_one * (1 + TOGETHER * (num_threads - 1))
     chunk = min(
-        chunk_size(found.vocabulary, train.loss_chunk, lanes, gpu_bytes=gpu_bytes if gpu else 0),
+        chunk_size(
+            found.vocabulary, train.loss_chunk, num_threads, gpu_bytes=gpu_bytes if gpu else 0
+        ),
         part,
     )
     meeting = min(1.0, LOSSES_TOGETHER + LOSSES_BY_SHARE * _share_of_loss(found, recipe))
     if found.splits:
         copies = _logit_copies(recipe, found.capped) + (
-            LOGITS_AHEAD if lanes == 1 and not gpu else 0
+            LOGITS_AHEAD if num_threads == 1 and not gpu else 0
         )
         logits_one = copies * 4 * chunk * found.vocabulary
     else:
         logits_one = (LOGITS_FULL * size + LOGITS_FULL32 * 4) * part * found.vocabulary
-    logits = logits_one * (1 + meeting * (lanes - 1))
+    logits = logits_one * (1 + meeting * (num_threads - 1))
     kept_bytes += _column_bytes(recipe, found.vocabulary) * alive
     table = 4 * found.vocabulary * found.width
     dense = table if found.quantized and not gpu else 0  # the head's weight, shared by all parts
@@ -188,11 +190,13 @@ def breakdown(
         passing_bytes += DENSE_LAYER * 4 * widest.largest
         passing_one += DENSE_LAYER * 4 * widest.largest
     # One thread in its loss, another one in its backward pass.
-    mixed = max(logits_one, passing_one) + meeting * (lanes - 1) * min(logits_one, passing_one)
+    mixed = max(logits_one, passing_one) + meeting * (num_threads - 1) * min(
+        logits_one, passing_one
+    )
     update = (UPDATE + 1) * 4 * found.largest
     moments = {
         "loss": (kept_bytes, logits + dense, 0),
-        "mixed": (kept_bytes, mixed + dense, 0) if lanes > 1 else (0, 0, 0),
+        "mixed": (kept_bytes, mixed + dense, 0) if num_threads > 1 else (0, 0, 0),
         "first": (kept_bytes + passing_bytes, dense, 0),
         "last": (
             passing_bytes + (table if full else 0),
@@ -204,7 +208,7 @@ def breakdown(
     activations, logits, gradients = max(moments.values(), key=sum)
     # Summed over micro-batches there is one float32 gradient besides, and one of each part that is
     # done.
-    done = parts - lanes + (0 if full else 1)
+    done = parts - num_threads + (0 if full else 1)
     gradients += found.gradient_bytes * (done + (train.accumulate > 1))
     return {
         "weights": found.base_bytes + found.rounded_bytes + found.adapter_bytes,

@@ -71,7 +71,7 @@ class Shapes:
         loading_bytes: The most that exists at once while it is loaded, a tensor at a time.
         quantized_here: Whether the run quantizes it.
         rounded_bytes: The layers that ``quantize.aware`` rounds, a second time.
-        adapter_bytes: Adapter parameters and their frozen companions, bytes.
+        adapter_bytes: Adapter parameters and their frozen callbacks, bytes.
         trainable: Path -> shape.
         trainable_bytes: One copy of the trainable parameters, in the dtype that they are kept in.
         gradient_bytes: One float32 gradient of them.
@@ -224,7 +224,7 @@ def shapes(config: dict[str, Any], recipe: Recipe, dtype: mx.Dtype) -> Shapes:
     rounds = make_policy(model, recipe.quantize).chosen if recipe.quantize.aware else {}
     rounded_bytes = sum(modules[path]["weight"].nbytes for path in rounds)
     chosen: list[Site] = []
-    companions = 0
+    callbacks = 0
     if recipe.method == "full":
         trainable = {path: (value.shape, value.dtype) for path, value in leaves(model)}
     else:
@@ -236,12 +236,12 @@ def shapes(config: dict[str, Any], recipe: Recipe, dtype: mx.Dtype) -> Shapes:
             trainable[f"{site.path}.lora_b"] = ((rank, outputs), mx.float32)
             if recipe.adapter.adaptive is not None:
                 trainable[f"{site.path}.lora_e"] = ((rank,), mx.float32)
-                companions += 2 * (inputs + outputs + 1) * rank * FULL_PRECISION_BYTES
+                callbacks += 2 * (inputs + outputs + 1) * rank * FULL_PRECISION_BYTES
             if recipe.adapter.init == "pissa":
-                companions += (inputs + outputs) * rank * FULL_PRECISION_BYTES
+                callbacks += (inputs + outputs) * rank * FULL_PRECISION_BYTES
             if recipe.method == "dora":
                 trainable[f"{site.path}.m"] = ((outputs,), mx.float32)
-                companions += outputs * FULL_PRECISION_BYTES  # the cached row norms of W
+                callbacks += outputs * FULL_PRECISION_BYTES  # the cached row norms of W
     bag = nn.Module()
     for path, (shape, kind) in trainable.items():
         bag[path] = mx.zeros(shape, dtype=kind)
@@ -257,7 +257,7 @@ def shapes(config: dict[str, Any], recipe: Recipe, dtype: mx.Dtype) -> Shapes:
         loading_bytes=_loading_bytes(stored, cast, kept, list(chosen_bits)),
         quantized_here=quantized_here,
         rounded_bytes=rounded_bytes,
-        adapter_bytes=0 if recipe.method == "full" else one_copy + companions,
+        adapter_bytes=0 if recipe.method == "full" else one_copy + callbacks,
         trainable={path: shape for path, (shape, _) in trainable.items()},
         trainable_bytes=one_copy,
         gradient_bytes=numbers * FULL_PRECISION_BYTES,

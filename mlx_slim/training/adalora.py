@@ -24,13 +24,13 @@ from mlx_slim.adapters.adalora import AdaLoRALinear
 from mlx_slim.adapters.inject import adapters_of
 from mlx_slim.config.adapter import AdaptiveConfig
 from mlx_slim.errors import SlimError
-from mlx_slim.training.callbacks import Companion
+from mlx_slim.training.callbacks import Callback
 
 _NAMES = ("lora_e", "lora_a", "lora_b")  # λ, Q, P
 _AXIS = {"lora_e": (), "lora_a": (0,), "lora_b": (1,)}  # that a triplet's entries lie along
 
 
-class RankBudget(Companion):
+class RankBudget(Callback):
     """Scores and cuts the triplets of all AdaLoRA layers of ``model``.
 
     Args:

@@ -1,7 +1,7 @@
 """What a run carries along beside model and optimizer: rounded weights, a rank budget, a watch.
 
-Invariant: the loop knows these calls and nothing of what stands behind them; whatever a companion
-remembers between steps is in the checkpoint, as arrays (``state``) or as numbers of ``Position``,
+Invariant: the loop knows these calls and nothing of what stands behind them; whatever a callback
+remembers between steps is in the checkpoint, as arrays (``state``) or as numbers of ``TrainState``,
 so a resumed run repeats the uninterrupted one. Used by ``training/loop.py``.
 """
 
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 if TYPE_CHECKING:
-    from mlx_slim.training.state import Position
+    from mlx_slim.training.state import TrainState
 
 SAVE = "save"  # what ``after`` answers when a checkpoint is due
 
 
-class Companion:
+class Callback:
     """Does nothing; each subclass takes the calls that it needs."""
 
     def planned(self, total: int) -> None:
@@ -40,11 +40,11 @@ class Companion:
     def updated(self, step: int) -> None:
         """The parameters were updated; ``step`` steps are done."""
 
-    def begin(self, position: Position) -> str:
+    def begin(self, position: TrainState) -> str:
         """The run is about to take its next step: return nothing, or the reason not to."""
         return ""
 
-    def after(self, position: Position, last: bool) -> str:
+    def after(self, position: TrainState, last: bool) -> str:
         """A step is done: return nothing, ``SAVE``, or the reason to stop for."""
         return ""
 
@@ -65,32 +65,32 @@ class Companion:
 
 
 @contextlib.contextmanager
-def computing(companions: Sequence[Companion]) -> Iterator[None]:
-    """Enter ``computing`` of all ``companions``."""
+def computing(callbacks: Sequence[Callback]) -> Iterator[None]:
+    """Enter ``computing`` of all ``callbacks``."""
     with contextlib.ExitStack() as stack:
-        for companion in companions:
-            stack.enter_context(companion.computing())
+        for callback in callbacks:
+            stack.enter_context(callback.computing())
         yield
 
 
-def gather(companions: Sequence[Companion]) -> dict[str, mx.array]:
-    """Return the states of all ``companions`` under one roof: ``NUMBER/name`` -> array."""
+def gather(callbacks: Sequence[Callback]) -> dict[str, mx.array]:
+    """Return the states of all ``callbacks`` under one roof: ``NUMBER/name`` -> array."""
     return {
         f"{number}/{name}": value
-        for number, companion in enumerate(companions)
-        for name, value in companion.state().items()
+        for number, callback in enumerate(callbacks)
+        for name, value in callback.state().items()
     }
 
 
-def hand_out(companions: Sequence[Companion], flat: dict[str, mx.array]) -> None:
+def hand_out(callbacks: Sequence[Callback], flat: dict[str, mx.array]) -> None:
     """Give ``gather``'s arrays back.
 
     Raises:
         KeyError: If they belong to another recipe.
     """
-    if difference := set(flat) ^ set(gather(companions)):
+    if difference := set(flat) ^ set(gather(callbacks)):
         raise KeyError(min(difference))
-    for number, companion in enumerate(companions):
+    for number, callback in enumerate(callbacks):
         prefix = f"{number}/"
         own = {k.removeprefix(prefix): v for k, v in flat.items() if k.startswith(prefix)}
-        companion.load_state(own)
+        callback.load_state(own)

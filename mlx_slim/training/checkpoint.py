@@ -1,7 +1,7 @@
 """Everything a run needs to go on exactly, in one folder that is whole or absent.
 
 Invariant: ``checkpoints/step-N`` is renamed into place after all its files are on disk, and holds
-trainable weights, optimizer state (moments, float32 masters, step), what companions remember and
+trainable weights, optimizer state (moments, float32 masters, step), what callbacks remember and
 the loop's position. Nothing else has state: shuffles and dropout are functions of (seed, epoch,
 step), the learning rate of the step, and checkpoints are taken between optimizer steps, when
 nothing is accumulated.
@@ -18,18 +18,18 @@ import mlx.nn as nn
 
 from mlx_slim.artifacts import atomic_folder, load_tensors, save_tensors, write_json
 from mlx_slim.errors import SlimError
-from mlx_slim.training.callbacks import Companion, gather, hand_out
+from mlx_slim.training.callbacks import Callback, gather, hand_out
 from mlx_slim.training.optim import Optimizer, set_trainable, trainable
 from mlx_slim.training.rotation import CARRIED, STATE, path_of
-from mlx_slim.training.state import Position, read_position
+from mlx_slim.training.state import TrainState, read_position
 
 
 def save(
     folder: Path,
-    position: Position,
+    position: TrainState,
     model: nn.Module,
     optimizer: Optimizer,
-    companions: Sequence[Companion] = (),
+    callbacks: Sequence[Callback] = (),
 ) -> Path:
     """Write the checkpoint of ``position`` under ``folder`` and return its path.
 
@@ -40,7 +40,7 @@ def save(
     with atomic_folder(target, replace=True) as temporary:
         save_tensors(temporary / "weights.safetensors", trainable(model))
         save_tensors(temporary / "optimizer.safetensors", optimizer.state())
-        if carried := gather(companions):
+        if carried := gather(callbacks):
             save_tensors(temporary / CARRIED, carried)
         write_json(temporary / STATE, asdict(position))
     return target
@@ -65,8 +65,8 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
 
 def load(
-    path: Path, model: nn.Module, optimizer: Optimizer, companions: Sequence[Companion] = ()
-) -> Position:
+    path: Path, model: nn.Module, optimizer: Optimizer, callbacks: Sequence[Callback] = ()
+) -> TrainState:
     """Put the checkpoint at ``path`` back and return its position.
 
     Raises:
@@ -76,7 +76,7 @@ def load(
     try:
         optimizer.load_state(load_tensors(path / "optimizer.safetensors"))
         carried = path / CARRIED
-        hand_out(companions, load_tensors(carried) if carried.exists() else {})
+        hand_out(callbacks, load_tensors(carried) if carried.exists() else {})
     except KeyError as error:
         raise SlimError(
             f"{path} was made with another optimizer: {error} is in one of the two only",

@@ -2,11 +2,11 @@
 
 Invariant: a checkpoint belongs to a run if every step before it was taken at the rate that the run
 has there; nothing else depends on how many steps are to come, but for measurements after the last
-one, which ``Position.open`` undoes. So with ``constant`` the longer run goes on from the last step,
-with ``wsd`` from the last checkpoint before the decay, and repeats, bit for bit, one that began so
-long; with ``linear`` and ``cosine`` the rates themselves go on (``optim.schedule``). It is decided
-from the files alone, so a kill changes nothing. Try it:
-``mlx-slim train smollm2-lora -o runs/try --resume train.steps=200``, after one of 100.
+one, which ``TrainState.open`` undoes. So with ``constant`` the longer run goes on from the last
+step, with ``wsd`` from the last checkpoint before the decay, and repeats, bit for bit, one that
+began so long; with ``linear`` and ``cosine`` the rates themselves go on (``optim.schedule``). It is
+decided from the files alone, so a kill changes nothing. Try it: ``mlx-slim train smollm2-lora -o
+runs/try --resume train.steps=200``, after one of 100.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mlx_slim import events
 from mlx_slim.config.schema import TrainConfig
 from mlx_slim.training import rotation
 from mlx_slim.training.optim import Extended, Schedule, schedule, warmup_steps
-from mlx_slim.training.state import VALIDATED, WATCHED, Position, read_position
+from mlx_slim.training.state import VALIDATED, WATCHED, TrainState, read_position
 
 
 def same_as_begun_longer(config: TrainConfig) -> bool:
@@ -39,7 +39,7 @@ def newest(folder: Path, config: TrainConfig, total: int, extended: Extended | N
         return next(paths, None)
     rate = schedule(config, total, extended)
 
-    def belongs(position: Position) -> bool:
+    def belongs(position: TrainState) -> bool:
         its_total = position.total or extended.totals[0]
         its_rate = schedule(config, its_total, extended.until(its_total))
         return its_total == total or all(its_rate(n) == rate(n) for n in range(position.step))
@@ -47,7 +47,7 @@ def newest(folder: Path, config: TrainConfig, total: int, extended: Extended | N
     return next((path for path in paths if belongs(read_position(path))), None)
 
 
-def reopen(position: Position, config: TrainConfig, total: int) -> set[str]:
+def reopen(position: TrainState, config: TrainConfig, total: int) -> set[str]:
     """Undo in ``position`` what only the end of a shorter run measured; return those events.
 
     Where the longer run is not as if begun so long, the measurements stand.

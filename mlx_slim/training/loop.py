@@ -1,7 +1,7 @@
 """The one training loop: full, LoRA, QLoRA, DoRA and distillation differ in model and objective.
 
 Invariant: the trajectory is a function of (weights, rows, configuration). Killing the process at
-any moment and resuming repeats it bit for bit; the loop's whole memory is ``Position`` plus what
+any moment and resuming repeats it bit for bit; the loop's whole memory is ``TrainState`` plus what
 ``checkpoint`` stores. It reports through events and knows no console.
 """
 
@@ -24,10 +24,10 @@ from mlx_slim.errors import SlimError
 from mlx_slim.interrupts import Requested
 from mlx_slim.runtime import number, world
 from mlx_slim.training import checkpoint, rotation
-from mlx_slim.training.callbacks import SAVE, Companion, computing
+from mlx_slim.training.callbacks import SAVE, Callback, computing
 from mlx_slim.training.extension import newest, reopen, steps_before_decay
 from mlx_slim.training.optim import Extended, Optimizer, schedule
-from mlx_slim.training.state import VALIDATED, Position
+from mlx_slim.training.state import VALIDATED, TrainState
 from mlx_slim.training.step import Objective, Scorer, Stepper, StepResult, per_token, total_weight
 
 
@@ -84,8 +84,8 @@ class Loop:
         rate_scale: path -> multiple of the learning rate.
         budget_bytes: Memory budget, reported with the start.
         compiled: Fuse the step with ``mx.compile``.
-        lanes: Parts of a micro-batch computed side by side on a CPU.
-        companions: What else takes part (``training/callbacks.py``).
+        num_threads: Parts of a micro-batch computed side by side on a CPU.
+        callbacks: What else takes part (``training/callbacks.py``).
         extended: How the run began, if it was given more steps later (``extend``).
     """
 
@@ -99,21 +99,21 @@ class Loop:
     rate_scale: Callable[[str], float] = lambda path: 1.0
     budget_bytes: int = 0
     compiled: bool = False
-    lanes: int = 1
+    num_threads: int = 1
     held_out: Objective | None = None
-    companions: Sequence[Companion] = ()
+    callbacks: Sequence[Callback] = ()
     extended: Extended | None = None
-    position: Position = field(default_factory=Position)
+    position: TrainState = field(default_factory=TrainState)
 
     def __post_init__(self) -> None:
         """Build the optimizer and the schedule."""
         self.optimizer = Optimizer(self.model, self.config, self.rate_scale)
-        captured = [module for each in self.companions for module in each.captured()]
+        captured = [module for each in self.callbacks for module in each.captured()]
         self.stepper = Stepper(
             self.model,
             self.objective,
             compiled=self.compiled,
-            lanes=self.lanes,
+            num_threads=self.num_threads,
             captured=captured,
         )
         self.scorer = Scorer(
@@ -124,8 +124,8 @@ class Loop:
         )
         self.total, self.epochs = total_steps(self.config, self.batcher)
         self.extend(self.extended)
-        for companion in self.companions:
-            companion.planned(self.total)
+        for callback in self.callbacks:
+            callback.planned(self.total)
 
     def extend(self, extended: Extended | None) -> None:
         """Take the rates of a run that began as ``extended`` says."""
@@ -142,13 +142,13 @@ class Loop:
         self.model.train()
         mx.eval(self.optimizer.arrays())
         mx.reset_peak_memory()
-        with computing(self.companions):
-            self.stepper.micro(self.batcher.worst())
+        with computing(self.callbacks):
+            self.stepper.micro(self.batcher.largest_batch())
         return mx.get_peak_memory()
 
     def resume(self, path: Path) -> None:
         """Continue from the checkpoint at ``path``."""
-        self.position = checkpoint.load(path, self.model, self.optimizer, self.companions)
+        self.position = checkpoint.load(path, self.model, self.optimizer, self.callbacks)
         reopen(self.position, self.config, self.total)
         name = f"{path.parent.name}/{path.name}"
         if world().rank() == 0:
@@ -167,7 +167,7 @@ class Loop:
             events.Started(self.total, self.epochs, self.budget_bytes, first_step=at.step)
         )
         reason = "complete"
-        refused = {each.begin(at) for each in self.companions} - {""}
+        refused = {each.begin(at) for each in self.callbacks} - {""}
         if not refused and self._exhausted() and at.step < self.total:
             refused = {"early_stopping"}  # a resume from the checkpoint that it ended with
         if refused:
@@ -181,7 +181,7 @@ class Loop:
                 improved = self._due(self.config.validate_every, last) and self._validate()
                 stopping = stop.seen_by_any_rank()
                 exhausted = self._exhausted()
-                asked = {each.after(at, last) for each in self.companions} - {""}
+                asked = {each.after(at, last) for each in self.callbacks} - {""}
                 due = self._due(self.config.save_every, last) or at.step == self._stable
                 due = due or bool(asked)
                 if improved or stopping or exhausted or due:
@@ -234,7 +234,7 @@ class Loop:
             mx.random.seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
             yield self.batcher.batch(plan[index])
 
-    def rehearse(self, steps: int) -> tuple[list[float], int, int]:
+    def profile_steps(self, steps: int) -> tuple[list[float], int, int]:
         """Take real steps of the largest micro-batch; the model is changed, the position is not.
 
         A step has two micro-batches at most: more of them only take longer.
@@ -248,7 +248,7 @@ class Loop:
         self.model.train()
         mx.eval(self.optimizer.arrays())
         mx.reset_peak_memory()
-        worst = self.batcher.worst()
+        worst = self.batcher.largest_batch()
         batches = [worst] * min(2, self.config.accumulate)
         seconds = []
         for _ in range(steps):
@@ -261,11 +261,11 @@ class Loop:
         """Take one optimizer step; return what was measured, the gradient norm and the rate."""
         at = self.position
         self.model.train()
-        with computing(self.companions):
+        with computing(self.callbacks):
             result = self.stepper.step(batches)
         gradients = result.gradients
-        for companion in self.companions:
-            gradients = companion.gradients(gradients)
+        for callback in self.callbacks:
+            gradients = callback.gradients(gradients)
         norm = number(gradient_norm(gradients))
         if not (math.isfinite(result.loss) and math.isfinite(norm)):
             newest = rotation.latest(self.checkpoints)
@@ -282,8 +282,8 @@ class Loop:
         result.gradients.clear()  # from here on each lives until its parameter is updated
         del gradients
         self.optimizer.evaluate()
-        for companion in self.companions:
-            companion.updated(at.step + 1)
+        for callback in self.callbacks:
+            callback.updated(at.step + 1)
         return result, norm, learning_rate
 
     def _step(self, epoch: int, share: float, plan: list[list[list[int]]]) -> None:
@@ -318,9 +318,9 @@ class Loop:
             return False
         at = self.position
         began = time.perf_counter()
-        with computing(self.companions):
+        with computing(self.callbacks):
             loss, parts, supervised = validation_loss(self.scorer, self.validation)
-        settled = all(companion.settled(at.step) for companion in self.companions)
+        settled = all(callback.settled(at.step) for callback in self.callbacks)
         better = math.isfinite(loss) and (at.best_loss is None or loss < at.best_loss)
         best = settled and better
         if best:
@@ -338,7 +338,7 @@ class Loop:
         self.position.total = self.total
         if world().rank() == 0:
             path = checkpoint.save(
-                self.checkpoints, self.position, self.model, self.optimizer, self.companions
+                self.checkpoints, self.position, self.model, self.optimizer, self.callbacks
             )
             self._rotate()
             name = f"{path.parent.name}/{path.name}"

@@ -34,7 +34,7 @@ GPU_COPIES_SHARE = 128  # one float32 copy of a chunk takes at most 1/128 of a G
 
 
 def chunk_size(
-    vocabulary: int, setting: int | None, lanes: int = 1, *, gpu_bytes: int | None = None
+    vocabulary: int, setting: int | None, num_threads: int = 1, *, gpu_bytes: int | None = None
 ) -> int:
     """Return how many positions get logits at one time.
 
@@ -48,7 +48,7 @@ def chunk_size(
     Args:
         vocabulary: V.
         setting: ``train.loss_chunk``, which wins.
-        lanes: Parts of a batch that are computed side by side; together they hold one chunk.
+        num_threads: Parts of a batch that are computed side by side; together they hold one chunk.
         gpu_bytes: Memory of the GPU that is planned for, 0 for a CPU; None is this machine.
     """
     if setting:
@@ -56,8 +56,10 @@ def chunk_size(
     if gpu_bytes is None:
         gpu_bytes = device_memory() if on_gpu() else 0
     if not gpu_bytes:
-        return max(32, CHUNK_LOGITS // (vocabulary * lanes))
-    return max(32, min(CHUNK_POSITIONS, gpu_bytes // (GPU_COPIES_SHARE * 4 * vocabulary * lanes)))
+        return max(32, CHUNK_LOGITS // (vocabulary * num_threads))
+    return max(
+        32, min(CHUNK_POSITIONS, gpu_bytes // (GPU_COPIES_SHARE * 4 * vocabulary * num_threads))
+    )
 
 
 def cross_entropy_sum(logits_NV: mx.array, targets_N: mx.array) -> mx.array:
@@ -71,11 +73,12 @@ def weighted_sum(values_C: mx.array, weights_C: mx.array | None = None) -> mx.ar
 
 
 @dataclass(frozen=True)
-class Slope:
+class LogitsGradient:
     """The gradient of a chunk's loss by its logits, in parts that are cheap to multiply.
 
-    It is ``scale_C · share_CV / total_C1``, minus ``push_C`` at each target: the one-hot matrix is
-    never built, and the softmax is divided after the product where the head is frozen.
+    It is ``normalizer_C · probs_CV / total_C1``, minus ``label_weight_C`` at each target: the
+    one-hot matrix is never built, and the softmax is divided after the product where the head is
+    frozen.
 
     Attributes:
         share_CV: float32.
@@ -85,37 +88,37 @@ class Slope:
         push_C: float32, or None for ones.
     """
 
-    share_CV: mx.array
+    probs_CV: mx.array
     total_C1: mx.array | None = None
-    scale_C: mx.array | None = None
+    normalizer_C: mx.array | None = None
     targets_C: mx.array | None = None
-    push_C: mx.array | None = None
+    label_weight_C: mx.array | None = None
 
     def by_hidden(self, weight: HeadWeight | mx.array) -> mx.array:
         """Return the gradient by the hidden states, float32 (C, D); an array is W (V, D)."""
         if isinstance(weight, mx.array):
             weight = DenseWeight(weight)
-        gradient_CD = weight.back(self.share_CV).astype(mx.float32)
+        gradient_CD = weight.back(self.probs_CV).astype(mx.float32)
         if self.total_C1 is not None:
             gradient_CD = gradient_CD / self.total_C1
-        if self.scale_C is not None:
-            gradient_CD = gradient_CD * self.scale_C[:, None]
+        if self.normalizer_C is not None:
+            gradient_CD = gradient_CD * self.normalizer_C[:, None]
         if self.targets_C is None:
             return gradient_CD
         return gradient_CD - self._pushed(weight.rows(self.targets_C).astype(mx.float32))
 
     def _pushed(self, rows_CD: mx.array) -> mx.array:
-        return rows_CD if self.push_C is None else rows_CD * self.push_C[:, None]
+        return rows_CD if self.label_weight_C is None else rows_CD * self.label_weight_C[:, None]
 
-    def through(self, slope_CV: mx.array | None) -> Slope:
-        """Return the gradient by what an elementwise map with this slope made logits of."""
-        if slope_CV is None:
+    def through(self, derivative_CV: mx.array | None) -> LogitsGradient:
+        """Return the gradient by what an elementwise map with this derivative made logits of."""
+        if derivative_CV is None:
             return self
-        push_C = self.push_C
+        label_weight_C = self.label_weight_C
         if self.targets_C is not None:
-            at_target_C = mx.take_along_axis(slope_CV, self.targets_C[:, None], axis=-1)[:, 0]
-            push_C = at_target_C if push_C is None else push_C * at_target_C
-        return replace(self, share_CV=self.share_CV * slope_CV, push_C=push_C)
+            at_target_C = mx.take_along_axis(derivative_CV, self.targets_C[:, None], axis=-1)[:, 0]
+            label_weight_C = at_target_C if label_weight_C is None else label_weight_C * at_target_C
+        return replace(self, probs_CV=self.probs_CV * derivative_CV, label_weight_C=label_weight_C)
 
     def by_head(self, hidden_CD: mx.array, gradients: list[mx.array]) -> list[mx.array]:
         """Return ``gradients`` with this chunk's part added, float32.
@@ -124,19 +127,19 @@ class Slope:
         """
         d_weight, *biases = gradients
         hidden32 = hidden_CD.astype(mx.float32)
-        share_CV = self.share_CV if self.total_C1 is None else self.share_CV / self.total_C1
-        if self.scale_C is not None:
-            share_CV = share_CV * self.scale_C[:, None]
-        d_weight = mx.addmm(d_weight, share_CV.T, hidden32)
-        biases = [d_bias + share_CV.sum(axis=0) for d_bias in biases]
+        probs_CV = self.probs_CV if self.total_C1 is None else self.probs_CV / self.total_C1
+        if self.normalizer_C is not None:
+            probs_CV = probs_CV * self.normalizer_C[:, None]
+        d_weight = mx.addmm(d_weight, probs_CV.T, hidden32)
+        biases = [d_bias + probs_CV.sum(axis=0) for d_bias in biases]
         if self.targets_C is not None:
-            push = mx.array(1.0) if self.push_C is None else self.push_C
+            label_weight = mx.array(1.0) if self.label_weight_C is None else self.label_weight_C
             d_weight = d_weight.at[self.targets_C].subtract(self._pushed(hidden32))
-            biases = [d_bias.at[self.targets_C].subtract(push) for d_bias in biases]
+            biases = [d_bias.at[self.targets_C].subtract(label_weight) for d_bias in biases]
         return [d_weight, *biases]
 
 
-class Rule(Protocol):
+class TokenLoss(Protocol):
     """A summed loss of logits. ``columns`` are arrays with one row a position, not differentiated.
 
     Both return a float32 scalar in nats, or a vector whose first entry is the loss and whose others
@@ -147,7 +150,9 @@ class Rule(Protocol):
         """Return the sum over the positions; differentiable."""
         ...
 
-    def slope(self, logits_CV: mx.array, *columns: mx.array) -> tuple[mx.array, Slope]:
+    def value_and_gradient(
+        self, logits_CV: mx.array, *columns: mx.array
+    ) -> tuple[mx.array, LogitsGradient]:
         """Return the same, with its gradient by float32 ``logits_CV``."""
         ...
 
@@ -160,7 +165,9 @@ class NLL:
         targets_C, *weights = columns
         return weighted_sum(token_nll(logits_CV, targets_C), *weights)
 
-    def slope(self, logits_CV: mx.array, *columns: mx.array) -> tuple[mx.array, Slope]:
+    def value_and_gradient(
+        self, logits_CV: mx.array, *columns: mx.array
+    ) -> tuple[mx.array, LogitsGradient]:
         """Return the sum and softmax − one-hot, weighted."""
         targets_C, *weights = columns
         target_C1 = mx.take_along_axis(logits_CV, targets_C[:, None], axis=-1)
@@ -169,10 +176,10 @@ class NLL:
         total_C1 = row_sums(exp_CV)
         nll_C1 = mx.log(total_C1) + peak_C1 - target_C1
         if not weights:
-            return nll_C1.sum(), Slope(exp_CV, total_C1, targets_C=targets_C)
+            return nll_C1.sum(), LogitsGradient(exp_CV, total_C1, targets_C=targets_C)
         weights_C = weights[0]
-        slope = Slope(exp_CV, total_C1, weights_C, targets_C, weights_C)
-        return weighted_sum(nll_C1[:, 0], weights_C), slope
+        logits_gradient = LogitsGradient(exp_CV, total_C1, weights_C, targets_C, weights_C)
+        return weighted_sum(nll_C1[:, 0], weights_C), logits_gradient
 
 
 # Hidden states, columns and parameters of a chunk, and the gradients so far -> the chunk's sum, its
@@ -235,7 +242,7 @@ def _fused(
     return cast(list[mx.array], forward(hidden_ND, parameters))[0]
 
 
-def _by_slope(rule: Rule, head: Head, weight: HeadWeight) -> _Part:
+def _by_logits_gradient(token_loss: TokenLoss, head: Head, weight: HeadWeight) -> _Part:
     """Return the part of a head that is a plain matrix: trained if there are parameters."""
     bias_V = head.module.get("bias")
 
@@ -251,22 +258,22 @@ def _by_slope(rule: Rule, head: Head, weight: HeadWeight) -> _Part:
         if bias is not None:
             logits_CV = logits_CV + bias.astype(mx.float32)
         logits_CV = head.finish(logits_CV)
-        value, slope = rule.slope(logits_CV, *columns)
-        slope = slope.through(head.slope(logits_CV))
-        by_hidden = slope.by_hidden(matrix)
-        return value, by_hidden, slope.by_head(hidden_CD, gradients) if parameters else []
+        value, logits_gradient = token_loss.value_and_gradient(logits_CV, *columns)
+        logits_gradient = logits_gradient.through(head.cap_derivative(logits_CV))
+        by_hidden = logits_gradient.by_hidden(matrix)
+        return value, by_hidden, logits_gradient.by_head(hidden_CD, gradients) if parameters else []
 
     return part
 
 
-def _by_autodiff(rule: Rule, head: Head, paths: list[str]) -> _Part:
+def _by_autodiff(token_loss: TokenLoss, head: Head, paths: list[str]) -> _Part:
     """Return the part of a head with parts of its own, such as an adapter."""
 
     def loss(
         hidden_CD: mx.array, parameters: list[mx.array], columns: list[mx.array]
     ) -> tuple[mx.array, mx.array]:
         head.module.update(tree_unflatten(list(zip(paths, parameters, strict=True))))
-        sums = rule.value(head(hidden_CD), *columns)
+        sums = token_loss.value(head(hidden_CD), *columns)
         return (sums[0] if sums.ndim else sums), sums
 
     def part(
@@ -286,12 +293,16 @@ def _by_autodiff(rule: Rule, head: Head, paths: list[str]) -> _Part:
 
 
 def _forward_only(
-    hidden_ND: mx.array, head: Head, rule: Rule, columns: tuple[mx.array, ...], chunk: int
+    hidden_ND: mx.array,
+    head: Head,
+    token_loss: TokenLoss,
+    columns: tuple[mx.array, ...],
+    chunk: int,
 ) -> mx.array:
     total = mx.zeros((), dtype=mx.float32)
     done: list[mx.array] = []
     for hidden_CD, *cut in _chunks((hidden_ND, *columns), chunk, done):
-        total = total + rule.value(head(hidden_CD), *cut)
+        total = total + token_loss.value(head(hidden_CD), *cut)
         done[:] = [total]
     return total
 
@@ -299,19 +310,19 @@ def _forward_only(
 def linear_loss(
     hidden_ND: mx.array,
     head: Head,
-    rule: Rule,
+    token_loss: TokenLoss,
     columns: tuple[mx.array, ...],
     *,
     chunk: int,
     gradient: bool = True,
     dense_VD: mx.array | None = None,
 ) -> mx.array:
-    """Return the loss ``rule`` of head(hidden) without ever holding all logits.
+    """Return the loss ``token_loss`` of head(hidden) without ever holding all logits.
 
     Args:
         hidden_ND: Hidden states of the supervised positions only, any floating dtype.
         head: The model's head; dense, quantized, tied, biased or adapted.
-        rule: What is summed over the positions.
+        token_loss: What is summed over the positions.
         columns: What the rule wants to know, one row a position; not differentiated.
         chunk: Positions whose logits exist at one time.
         gradient: Whether the result will be differentiated (forms the gradient along the way).
@@ -321,15 +332,15 @@ def linear_loss(
         What the rule returns: a float32 scalar in nats, or a vector that begins with it.
     """
     if not gradient:
-        return _forward_only(hidden_ND, head, rule, columns, chunk)
+        return _forward_only(hidden_ND, head, token_loss, columns, chunk)
     module = head.module
     named = cast(list[tuple[str, mx.array]], tree_flatten(module.trainable_parameters()))
     paths, parameters = [path for path, _ in named], [value for _, value in named]
     weight = _plain_weight(module, dense_VD)
     if weight is None or paths not in ([], ["weight"], ["weight", "bias"]):
-        part = _by_autodiff(rule, head, paths)
+        part = _by_autodiff(token_loss, head, paths)
     else:
-        part = _by_slope(rule, head, weight)
+        part = _by_logits_gradient(token_loss, head, weight)
     return _fused(hidden_ND, parameters, columns, chunk, part)
 
 

@@ -26,7 +26,7 @@ import mlx.nn as nn
 
 from mlx_slim.adapters.lora import Adapter
 from mlx_slim.quantization.apply import rounded
-from mlx_slim.training.callbacks import Companion
+from mlx_slim.training.callbacks import Callback
 
 
 @dataclass
@@ -39,7 +39,7 @@ class _Site:
     fixed: mx.array | None = None  # the rounded weight of a layer that does not change
 
 
-class QuantizationAware(Companion):
+class QuantizationAware(Callback):
     """Rounds the weights while a batch is computed.
 
     Args:

@@ -23,7 +23,7 @@ WATCHED = ("held_out_step", "held_out_over")
 
 
 @dataclass
-class Position:
+class TrainState:
     """Where a run stands.
 
     Attributes:
@@ -73,7 +73,7 @@ class Position:
         return {at.get(name) for at in (vars(self), self.open) for name in names}
 
 
-def read_position(path: Path) -> Position:
+def read_position(path: Path) -> TrainState:
     """Return the position of the checkpoint at ``path``.
 
     Raises:
@@ -95,4 +95,4 @@ def read_position(path: Path) -> Position:
     if unknown := opened.keys() - {*VALIDATED, *WATCHED}:
         raise SlimError(f"{where}: open names {min(unknown)}", "resume from an older checkpoint")
     with library_errors(f"{where} is damaged", "resume from an older checkpoint"):
-        return Position(**values)
+        return TrainState(**values)

@@ -25,18 +25,18 @@ from mlx_slim.data.batches import Batch
 from mlx_slim.models import structure
 from mlx_slim.models.quantized import dequantize_weight
 from mlx_slim.runtime import number, on_gpu, side_by_side, world
-from mlx_slim.training.losses import NLL, Rule, chunk_size, linear_loss
+from mlx_slim.training.losses import NLL, TokenLoss, chunk_size, linear_loss
 from mlx_slim.training.optim import set_trainable, trainable
 
 PART_TOKENS = 256  # below this a part of a batch is not worth its overhead
 
 
-def part_count(lanes: int, tokens: int) -> int:
-    """Return into how many parts ``lanes`` threads cut a batch of ``tokens`` positions.
+def part_count(num_threads: int, tokens: int) -> int:
+    """Return into how many parts ``num_threads`` threads cut a batch of ``tokens`` positions.
 
     Two parts a thread, where they are worth it: then half of the batch is in memory at a time.
     """
-    return 1 if lanes == 1 else min(2 * lanes, max(lanes, tokens // PART_TOKENS))
+    return 1 if num_threads == 1 else min(2 * num_threads, max(num_threads, tokens // PART_TOKENS))
 
 
 # The arrays of a batch, in an objective's own order; None where a batch has no such array.
@@ -71,25 +71,25 @@ class CrossEntropy:
         model: Decides once whether it splits into body and head.
         chunk: Positions whose logits exist at one time; None chooses.
         vocabulary: Token ids below this may be used for the probe.
-        lanes: Parts of a batch that are computed side by side, and share those positions.
+        num_threads: Parts of a batch that are computed side by side, and share those positions.
         weights_S: float32 weight of each target, by its number in the store (``Batch.sources_N``);
             None is 1 for all.
     """
 
     parts: tuple[str, ...] = ()
-    rule: Rule = NLL()
+    token_loss: TokenLoss = NLL()
 
     def __init__(
         self,
         model: nn.Module,
         chunk: int | None = None,
         vocabulary: int = 8,
-        lanes: int = 1,
+        num_threads: int = 1,
         weights_S: np.ndarray | None = None,
     ) -> None:
         self.split = structure.split(model, vocabulary)
         head = self.split.head.vocabulary if self.split else vocabulary
-        self._chunk = chunk_size(head, chunk, lanes)
+        self._chunk = chunk_size(head, chunk, num_threads)
         self._weights_S = weights_S
         self._dense_VD: mx.array | None = None
 
@@ -115,11 +115,11 @@ class CrossEntropy:
         columns = (targets_N, *rest)
         rows = supervised_rows(model, self.split, tokens_BT, positions_N, segments_BT)
         if self.split is None:
-            return self.rule.value(rows, *columns)
+            return self.token_loss.value(rows, *columns)
         return linear_loss(
             rows,
             self.split.head,
-            self.rule,
+            self.token_loss,
             columns,
             chunk=self._chunk,
             gradient=gradient,
@@ -221,7 +221,8 @@ class Stepper:
         objective: Summed loss of a batch.
         compiled: Fuse forward and backward pass with ``mx.compile``, which keeps a trace of each
             shape that it meets: ``data/shapes.py`` makes them few.
-        lanes: Parts of a micro-batch computed side by side on a CPU, each in a thread of its own; a
+        num_threads: Parts of a micro-batch computed side by side on a CPU, each in a thread of its
+        own; a
             compiled one stays whole.
         captured: Modules whose frozen arrays change between steps: a compiled step reads them anew.
     """
@@ -232,12 +233,12 @@ class Stepper:
         objective: Objective,
         *,
         compiled: bool = False,
-        lanes: int = 1,
+        num_threads: int = 1,
         captured: Sequence[dict] = (),
     ) -> None:
         self.model = model
         self.objective = objective
-        self._lanes = 1 if compiled else lanes
+        self._num_threads = 1 if compiled else num_threads
         self._building = threading.Lock()
 
         def loss(
@@ -258,7 +259,7 @@ class Stepper:
 
     def micro(self, batch: Batch) -> tuple[mx.array, dict[str, mx.array]]:
         """Return the sums of one micro-batch and the gradient of its loss, evaluated."""
-        parts = batch.parts(part_count(self._lanes, batch.computed_tokens))
+        parts = batch.parts(part_count(self._num_threads, batch.computed_tokens))
         if len(parts) == 1:
             return self._part(batch, None)
         # A thread draws its dropout from a seed of its own part, whichever part is built first.
@@ -266,7 +267,7 @@ class Stepper:
         mx.eval(self.model.parameters())  # a thread cannot evaluate what another one began
         sharing = getattr(self.objective, "sharing", contextlib.nullcontext)
         with blas.single_threaded(), sharing():
-            results = side_by_side(self._part, work, self._lanes)
+            results = side_by_side(self._part, work, self._num_threads)
         sums, gradients = results[0]
         for part_sums, part_gradients in results[1:]:
             sums = sums + part_sums

@@ -94,10 +94,10 @@ def test_rows_of_max_length_fill_the_budget() -> None:
 def test_worst_bounds_every_epoch(mode: Mode, seed: int) -> None:
     lengths, max_length, budget = _random_lengths(seed)
     batcher = Batcher(MemoryRows(lengths.tolist()), budget, max_length, mode, seed)
-    worst = batcher.worst()
+    worst = batcher.largest_batch()
     areas = [_area(batcher, groups) for epoch in range(40) for groups in batcher.plan(epoch)]
     assert max(areas) <= worst.computed_tokens <= budget
-    assert sum(lane.computed_tokens for lane in worst.parts(2)) == worst.computed_tokens
+    assert sum(part.computed_tokens for part in worst.parts(2)) == worst.computed_tokens
     if mode == "grouped":  # and it is no larger than a bucket makes it
         rows = len(worst.tokens_BT)
         assert worst.computed_tokens < max(areas) + rows * BUCKET
@@ -105,7 +105,7 @@ def test_worst_bounds_every_epoch(mode: Mode, seed: int) -> None:
 
 def test_worst_of_few_packed_rows_is_not_a_full_batch() -> None:
     batcher = Batcher(MemoryRows([40, 40]), 4096, 512, "packed", 0)
-    assert batcher.worst().tokens_BT.shape == (1, 78)
+    assert batcher.largest_batch().tokens_BT.shape == (1, 78)
 
 
 def test_collate_of_padded_rows() -> None:

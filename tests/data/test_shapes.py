@@ -151,7 +151,7 @@ def test_padding_counts_for_nothing(mode: Mode) -> None:
 def test_what_is_measured_is_the_largest_shape(mode: Mode) -> None:
     rows = MemoryRows(np.random.default_rng(2).integers(3, 60, 90).tolist())
     batcher = Batcher(rows, 256, 64, mode, 0, 6)
-    worst, seen = batcher.worst(), shapes_of(batcher, 20)
+    worst, seen = batcher.largest_batch(), shapes_of(batcher, 20)
     assert batcher.shapes is not None
     assert (*worst.tokens_BT.shape, worst.supervised_tokens) in batcher.shapes.shapes
     assert worst.computed_tokens >= (seen[:, 0] * seen[:, 1]).max()

@@ -127,7 +127,9 @@ def test_the_loss_is_the_weighted_mean(tmp_path, model, mode: Mode, limit):
     assert loss == pytest.approx(expected, rel=1e-5)
     assert supervised == sum(int(row.supervised_T.sum()) for row in rows)
     batches = [batcher.batch(groups) for groups in batcher.plan(0)]
-    steps = [Stepper(model, objective, lanes=lanes).step(batches) for lanes in (1, 2)]
+    steps = [
+        Stepper(model, objective, num_threads=num_threads).step(batches) for num_threads in (1, 2)
+    ]
     for step in steps:
         assert step.loss == pytest.approx(expected, rel=1e-5)
         assert step.supervised == supervised

@@ -57,26 +57,26 @@ def test_all_tokens_kept_is_the_definition_with_gradient(kind: str, temperature:
     mx.random.seed(0)
     p, q = 3 * mx.random.normal((N, V)), 3 * mx.random.normal((N, V))
     targets = mx.random.randint(0, V, (N,))
-    rule = Taught(kind, temperature, 1.0)
+    token_loss = Taught(kind, temperature, 1.0)
     columns = (targets, *_said(p, V, temperature))
 
     def plain(q: mx.array) -> mx.array:
         return temperature**2 * _plain(p, q, kind, temperature).sum()
 
     expected, by_logits = mx.value_and_grad(plain)(q)
-    sums, slope = rule.slope(q, *columns)
+    sums, logits_gradient = token_loss.value_and_gradient(q, *columns)
     assert sums[0].item() == pytest.approx(expected.item(), rel=1e-5)
     assert sums[1].item() == pytest.approx(token_nll(q, targets).sum().item(), rel=1e-6)
     assert temperature**2 * sums[2].item() == pytest.approx(expected.item(), rel=1e-5)
-    assert mx.allclose(slope.share_CV, by_logits, rtol=1e-3, atol=1e-5)
-    by_value = mx.grad(lambda q: rule.value(q, *columns)[0])(q)
+    assert mx.allclose(logits_gradient.probs_CV, by_logits, rtol=1e-3, atol=1e-5)
+    by_value = mx.grad(lambda q: token_loss.value(q, *columns)[0])(q)
     assert mx.allclose(by_value, by_logits, rtol=1e-3, atol=1e-5)
-    assert mx.allclose(rule.value(q, *columns), sums, rtol=1e-5)
+    assert mx.allclose(token_loss.value(q, *columns), sums, rtol=1e-5)
     if kind == "forward":
         pulled = temperature * (
             mx.softmax(q / temperature, axis=-1) - mx.softmax(p / temperature, axis=-1)
         )
-        assert mx.allclose(slope.share_CV, pulled, rtol=1e-3, atol=1e-6)
+        assert mx.allclose(logits_gradient.probs_CV, pulled, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS_OF_DIVERGENCE)
@@ -87,18 +87,18 @@ def test_buckets_equal_their_definition_with_gradient(kind: str, k: int) -> None
     targets = mx.random.randint(0, V, (N,))
     for temperature, weight in ((1.0, 1.0), (1.0, 0.3), (2.0, 0.3)):
         columns = (targets, *_said(p, k, temperature))
-        rule = Taught(kind, temperature, weight)
+        token_loss = Taught(kind, temperature, weight)
 
         def plain(q: mx.array, t=temperature, w=weight, ids=columns[1]) -> mx.array:
             apart = _lumped(p, q, ids, kind, t).sum()
             return (1 - w) * token_nll(q, targets).sum() + w * t**2 * apart
 
         expected, by_logits = mx.value_and_grad(plain)(q)
-        sums, slope = rule.slope(q, *columns)
+        sums, logits_gradient = token_loss.value_and_gradient(q, *columns)
         assert sums[0].item() == pytest.approx(expected.item(), rel=1e-4)
-        ours = slope.by_hidden(mx.eye(V))  # logits as hidden states: the gradient by them
+        ours = logits_gradient.by_hidden(mx.eye(V))  # logits as hidden states: the gradient by them
         assert mx.allclose(ours, by_logits, rtol=1e-3, atol=1e-4)
-        by_value = mx.grad(lambda q, c=columns, r=rule: r.value(q, *c)[0])(q)
+        by_value = mx.grad(lambda q, c=columns, r=token_loss: r.value(q, *c)[0])(q)
         assert mx.allclose(by_value, by_logits, rtol=1e-3, atol=1e-4)
 
 
@@ -123,10 +123,10 @@ def test_equal_distributions_are_apart_by_nothing_and_stay(kind: str, k: int) ->
     q = 5 * mx.random.normal((N, V))
     targets = mx.zeros((N,), dtype=mx.int32)
     for temperature in (1.0, 3.0):
-        rule = Taught(kind, temperature, 1.0)
-        sums, slope = rule.slope(q, targets, *_said(q, k, temperature))
+        token_loss = Taught(kind, temperature, 1.0)
+        sums, logits_gradient = token_loss.value_and_gradient(q, targets, *_said(q, k, temperature))
         assert abs(sums[2].item()) < 1e-5 * N
-        assert mx.abs(slope.share_CV).max().item() < 1e-5
+        assert mx.abs(logits_gradient.probs_CV).max().item() < 1e-5
 
 
 @pytest.mark.parametrize("kind", KINDS_OF_DIVERGENCE)
@@ -136,9 +136,9 @@ def test_certain_and_far_apart_stays_finite(kind: str, k: int) -> None:
     p, q = mx.zeros((2, V)), mx.zeros((2, V))
     p[:, 5], q[:, 50] = 1000.0, 1000.0
     columns = (mx.array([5, 50]), *_said(p, k, 1.0))
-    sums, slope = Taught(kind, 1.0, 0.5).slope(q, *columns)
+    sums, logits_gradient = Taught(kind, 1.0, 0.5).value_and_gradient(q, *columns)
     assert mx.isfinite(sums).all().item()
-    assert mx.isfinite(slope.share_CV).all().item()
+    assert mx.isfinite(logits_gradient.probs_CV).all().item()
     assert mx.isfinite(mx.grad(lambda q: Taught(kind).value(q, *columns)[0])(q)).all().item()
 
 
@@ -149,7 +149,7 @@ def test_chunked_equals_plain_for_every_head(kind: str, divergence: str, chunk: 
     head = _head(kind)
     hidden, p = mx.random.normal((N, D)), 2 * mx.random.normal((N, V))
     targets = mx.random.randint(0, V, (N,))
-    rule = Taught(divergence, 2.0, 0.4)
+    token_loss = Taught(divergence, 2.0, 0.4)
     columns = (targets, *_said(p, V, 2.0))
 
     def plain(hidden: mx.array) -> mx.array:
@@ -159,13 +159,13 @@ def test_chunked_equals_plain_for_every_head(kind: str, divergence: str, chunk: 
 
     expected = _value_and_gradients(head, hidden, plain)
     ours = _value_and_gradients(
-        head, hidden, lambda h: 3 * linear_loss(h, head, rule, columns, chunk=chunk)[0]
+        head, hidden, lambda h: 3 * linear_loss(h, head, token_loss, columns, chunk=chunk)[0]
     )
     assert ours[0].item() == pytest.approx(expected[0].item(), rel=1e-5)
     assert mx.allclose(ours[2], expected[2], rtol=1e-3, atol=1e-4)
     for path, value in expected[1].items():
         assert mx.allclose(ours[1][path], value, rtol=1e-3, atol=1e-3), path
-    forward = linear_loss(hidden, head, rule, columns, chunk=chunk, gradient=False)
+    forward = linear_loss(hidden, head, token_loss, columns, chunk=chunk, gradient=False)
     assert 3 * forward[0].item() == pytest.approx(expected[0].item(), rel=1e-5)
 
 
@@ -174,14 +174,14 @@ def test_two_teachers_count_by_their_shares() -> None:
     q = 2 * mx.random.normal((N, V))
     targets = mx.zeros((N,), dtype=mx.int32)
     said = [_said(2 * mx.random.normal((N, V)), k, 1.0) for k in (4, 9)]
-    alone = [Taught(weight=1.0).slope(q, targets, *one) for one in said]
-    rule = Taught(weight=1.0, shares=(0.75, 0.25))
-    sums, slope = rule.slope(q, targets, *said[0], *said[1])
+    alone = [Taught(weight=1.0).value_and_gradient(q, targets, *one) for one in said]
+    token_loss = Taught(weight=1.0, shares=(0.75, 0.25))
+    sums, logits_gradient = token_loss.value_and_gradient(q, targets, *said[0], *said[1])
     expected = 0.75 * alone[0][0][2] + 0.25 * alone[1][0][2]
     assert sums[2].item() == pytest.approx(expected.item(), rel=1e-6)
-    mixed = 0.75 * alone[0][1].share_CV + 0.25 * alone[1][1].share_CV
-    assert mx.allclose(slope.share_CV, mixed, rtol=1e-4, atol=1e-6)
-    value = rule.value(q, targets, *said[0], *said[1])
+    mixed = 0.75 * alone[0][1].probs_CV + 0.25 * alone[1][1].probs_CV
+    assert mx.allclose(logits_gradient.probs_CV, mixed, rtol=1e-4, atol=1e-6)
+    value = token_loss.value(q, targets, *said[0], *said[1])
     assert mx.allclose(value, sums, rtol=1e-5)
 
 
@@ -194,9 +194,9 @@ def test_weight_zero_is_cross_entropy_bit_for_bit(kind: str) -> None:
     plain = _value_and_gradients(
         head, hidden, lambda h: linear_loss(h, head, NLL(), (targets,), chunk=8)
     )
-    rule = Taught("reverse", 2.0, 0.0)
+    token_loss = Taught("reverse", 2.0, 0.0)
     ours = _value_and_gradients(
-        head, hidden, lambda h: linear_loss(h, head, rule, columns, chunk=8)[0]
+        head, hidden, lambda h: linear_loss(h, head, token_loss, columns, chunk=8)[0]
     )
     flat = [dict(tree_flatten(side)) for side in (plain, ours)]
     assert all(mx.array_equal(flat[0][key], flat[1][key]).item() for key in flat[0])
@@ -213,6 +213,6 @@ def test_the_peak_does_not_grow_with_the_rows(
 
 @pytest.mark.parametrize("gradient", [True, False])
 def test_nor_does_that_of_two_students(gradient: bool, request: pytest.FixtureRequest) -> None:
-    rule = FromOther(_head("quantized", VOCABULARY), "symmetric", 1.0, 0.5)
+    token_loss = FromOther(_head("quantized", VOCABULARY), "symmetric", 1.0, 0.5)
     rows = mx.random.normal((ROWS, D))
-    check_the_peak("quantized", rule, gradient, False, True, request, rows)
+    check_the_peak("quantized", token_loss, gradient, False, True, request, rows)

@@ -52,9 +52,9 @@ def test_a_step_is_that_of_two_plain_models(pair, kind: str, temperature: float)
     expected, gradients = mx.value_and_grad(plain)(parameters)
     pair.update(parameters)
     count = BATCH.supervised_tokens
-    for chunk, lanes, batch in ((5, 1, BATCH), (1000, 2, BATCH), (1000, 1, PACKED)):
+    for chunk, num_threads, batch in ((5, 1, BATCH), (1000, 2, BATCH), (1000, 1, PACKED)):
         objective = Mutual(pair, kind, temperature, weight, chunk=chunk, vocabulary=VOCAB)
-        result = Stepper(pair, objective, lanes=lanes).step([batch])
+        result = Stepper(pair, objective, num_threads=num_threads).step([batch])
         assert result.loss == pytest.approx(expected.item() / count, rel=1e-5)
         assert result.gradients.keys() == dict(tree_flatten(gradients)).keys()
         for path, value in tree_flatten(gradients):

@@ -35,8 +35,8 @@ def _key(shape: Layout, rows: MemoryRows = ROWS, temperature: float = 1.0) -> di
     return cache_key({"weights": "a"}, "tokenizer", rows, shape, temperature)
 
 
-def _written(folder, model, shape: Layout, temperature: float = 1.0, lanes: int = 1):
-    speaker = Speaker(model, shape, temperature, lanes)
+def _written(folder, model, shape: Layout, temperature: float = 1.0, num_threads: int = 1):
+    speaker = Speaker(model, shape, temperature, num_threads)
     key = _key(shape, temperature=temperature)
     shares = list(target_cache.write(folder, key, shape, _batcher(), speaker))
     assert shares[-1] == 1.0
@@ -54,12 +54,14 @@ def _logits(model, row: int) -> mx.array:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied", "phi"])
-@pytest.mark.parametrize("lanes", [1, 2])
-def test_every_target_finds_its_own_numbers(tiny, tmp_path, architecture: str, lanes: int) -> None:
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_every_target_finds_its_own_numbers(
+    tiny, tmp_path, architecture: str, num_threads: int
+) -> None:
     model, _ = load(str(tiny(architecture)))
     for k, temperature in ((7, 1.0), (VOCAB, 2.0)):
         shape = layout(ROWS, k, VOCAB)
-        found = _written(tmp_path / f"{k}", model, shape, temperature, lanes)
+        found = _written(tmp_path / f"{k}", model, shape, temperature, num_threads)
         for row in range(len(LENGTHS)):
             batch = collate(ROWS, [[row]], isolate=False)
             ids, kept, rest = found.columns(batch.sources_N)
@@ -89,11 +91,11 @@ def test_through_the_disk_more_tokens_come_nearer_from_below(tiny, tmp_path, div
     forward = (mx.exp(log_p) * (log_p - log_q)).sum().item()
     reverse = (mx.exp(log_q) * (log_q - log_p)).sum().item()
     full = {"forward": forward, "reverse": reverse, "symmetric": (forward + reverse) / 2}
-    rule = Taught(divergence)
+    token_loss = Taught(divergence)
     found = []
     for k in (1, 4, 16, 64, VOCAB):
         cache = _written(tmp_path / f"{k}", teacher, layout(ROWS, k, VOCAB))
-        sums = rule.value(logits, no_targets, *cache.columns(everything))
+        sums = token_loss.value(logits, no_targets, *cache.columns(everything))
         found.append(sums[2].item())
     assert found == sorted(found)
     assert found[0] < 0.9 * full[divergence]

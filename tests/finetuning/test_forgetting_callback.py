@@ -9,7 +9,7 @@ from mlx_slim.config.schema import HeldOutConfig
 from mlx_slim.errors import SlimError
 from mlx_slim.finetuning.forgetting import REASON, HeldOut
 from mlx_slim.training.callbacks import SAVE
-from mlx_slim.training.state import Position
+from mlx_slim.training.state import TrainState
 from tests.support.runs import Recorder
 
 
@@ -19,8 +19,8 @@ def _watch(values: list[float], **settings) -> tuple[HeldOut, Recorder]:
     return HeldOut(config, lambda: next(waiting), recorder, "00ff"), recorder
 
 
-def _run(watch: HeldOut, steps: int) -> tuple[Position, list[str]]:
-    at, answers = Position(), []
+def _run(watch: HeldOut, steps: int) -> tuple[TrainState, list[str]]:
+    at, answers = TrainState(), []
     assert watch.begin(at) == ""
     for at.step in range(1, steps + 1):
         answers.append(watch.after(at, at.step == steps))

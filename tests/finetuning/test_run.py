@@ -102,7 +102,7 @@ def test_halving_batch_tokens_halves_activation_memory(tiny, tmp_path: Path) -> 
     rows = MemoryRows([65] * 64)
     peaks = []
     for budget in (2048, 1024):
-        batch = Batcher(rows, budget, 65, "grouped", 0).worst()
+        batch = Batcher(rows, budget, 65, "grouped", 0).largest_batch()
         mx.reset_peak_memory()
         before = mx.get_active_memory()
         Stepper(model, CrossEntropy(model, chunk=64)).micro(batch)

@@ -172,7 +172,9 @@ def assert_peaks_agree(
 ) -> None:
     if mx.default_device().type == mx.DeviceType.gpu:
         pytest.skip("checked against the unfused CPU kernels")
-    monkeypatch.setattr(peak, "cpu_lanes", lambda: 1)  # threads meet by chance: bench plan has them
+    monkeypatch.setattr(
+        peak, "default_num_threads", lambda: 1
+    )  # threads meet by chance: bench plan has them
     vocabulary = config["vocab_size"]
     model = build(config, plan)
     optimizer = Optimizer(model, plan.train)

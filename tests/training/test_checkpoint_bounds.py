@@ -10,7 +10,7 @@ import pytest
 
 from mlx_slim.events import Saved
 from mlx_slim.training.metrics import MetricsFile
-from mlx_slim.training.state import Position, read_position
+from mlx_slim.training.state import TrainState, read_position
 from tests.test_reading import nested, refusal
 
 
@@ -25,7 +25,7 @@ from tests.test_reading import nested, refusal
     ],
 )
 def test_a_position_that_cannot_be(tmp_path: Path, changes: dict, expected: str) -> None:
-    known = Position(step=4, best_loss=1.5)
+    known = TrainState(step=4, best_loss=1.5)
     (tmp_path / "state.json").write_text(json.dumps(asdict(known)))
     assert read_position(tmp_path) == known
     (tmp_path / "state.json").write_text(json.dumps(asdict(known) | changes))

@@ -97,8 +97,8 @@ def _objective(kind: str, folder: Path, tmp_path: Path) -> tuple[Any, Objective]
         pair = Pair(model, load(str(tiny_model(tmp_path / "other", seed=1)))[0])
         return pair, Mutual(pair, "symmetric", 2.0, 0.5, chunk=16)
     if kind in ("distilled", "divergence"):
-        rule = Taught("reverse", 2.0, 0.5 if kind == "distilled" else 1.0)
-        return model, Distilled(rule, [Unread(Layout(len(ROWS), total, 4, VOCAB))], model, 16)
+        token_loss = Taught("reverse", 2.0, 0.5 if kind == "distilled" else 1.0)
+        return model, Distilled(token_loss, [Unread(Layout(len(ROWS), total, 4, VOCAB))], model, 16)
     weights_S = np.random.default_rng(0).uniform(0.2, 2, total).astype(np.float32)
     return model, CrossEntropy(model, 16, weights_S=weights_S if kind == "weighted" else None)
 

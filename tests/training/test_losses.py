@@ -12,7 +12,7 @@ from mlx_slim.models.structure import Head
 from mlx_slim.planner.macs import working_set
 from mlx_slim.training.losses import (
     NLL,
-    Rule,
+    TokenLoss,
     chunk_size,
     cross_entropy_sum,
     linear_cross_entropy,
@@ -150,7 +150,7 @@ def test_only_one_chunk_of_logits_is_alive() -> None:
 
 @pytest.fixture
 def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("train.losses", "models.quantized", "models.logits", "models.activations"):
+    for module in ("training.losses", "models.quantized", "models.logits", "models.activations"):
         monkeypatch.setattr(f"mlx_slim.{module}.on_gpu", lambda: True)
 
 
@@ -164,7 +164,12 @@ ROWS, CHUNK, VOCABULARY = 1024, 32, 2048
 
 
 def peak_in_chunks(
-    head: Head, rule: Rule, columns: tuple[mx.array, ...], rows: int, compiled: bool, gradient: bool
+    head: Head,
+    token_loss: TokenLoss,
+    columns: tuple[mx.array, ...],
+    rows: int,
+    compiled: bool,
+    gradient: bool,
 ) -> float:
     """Return the memory that a loss needs besides its inputs, in float32 chunks of logits."""
     hidden = mx.random.normal((rows, D))
@@ -174,7 +179,7 @@ def peak_in_chunks(
 
     def loss(parameters: dict, hidden: mx.array, *columns: mx.array) -> mx.array:
         head.module.update(parameters)
-        sums = linear_loss(hidden, head, rule, columns, chunk=CHUNK, gradient=gradient)
+        sums = linear_loss(hidden, head, token_loss, columns, chunk=CHUNK, gradient=gradient)
         return sums.reshape(-1)[0]
 
     function = mx.value_and_grad(loss, argnums=(0, 1)) if gradient else loss
@@ -204,7 +209,7 @@ def test_nor_does_that_of_a_compiled_step(kind: str, request: pytest.FixtureRequ
 
 def check_the_peak(
     kind: str,
-    rule: Rule,
+    token_loss: TokenLoss,
     gradient: bool,
     compiled: bool,
     gpu: bool,
@@ -220,7 +225,8 @@ def check_the_peak(
     head = _head(kind, VOCABULARY)
     columns = (mx.random.randint(0, VOCABULARY, (ROWS,)), *columns)
     few, many = (
-        peak_in_chunks(head, rule, columns, rows, compiled, gradient) for rows in (ROWS // 4, ROWS)
+        peak_in_chunks(head, token_loss, columns, rows, compiled, gradient)
+        for rows in (ROWS // 4, ROWS)
     )
     assert many < few + 4  # of the 24 chunks that come to it
     assert many < 30

@@ -148,8 +148,8 @@ TIED = ("llama-tied", "lora", {"targets": ["all-linear", "embed_tokens"]})
         ("llama-tied", "full", {}, {"checkpoint": True}),
         ("phi", "full", {}, {}),
         (*TIED, {}),
-        (*TIED, {"lanes": 2, "checkpoint": True}),
-        ("llama", "dora", {}, {"lanes": 2}),
+        (*TIED, {"num_threads": 2, "checkpoint": True}),
+        ("llama", "dora", {}, {"num_threads": 2}),
         ("llama", "dora", {}, {"checkpoint": True}),
         ("llama", "dora", {}, {"compiled": True}),
     ],
@@ -174,7 +174,7 @@ def test_gradients_are_the_straight_through_ones(tiny, architecture, method, set
         assert relative_error(result.gradients[path], value) < 1e-3, path
 
 
-def test_doras_lengths_get_the_slope_of_the_rounded_loss(tiny):
+def test_doras_lengths_get_the_derivative_of_the_rounded_loss(tiny):
     loaded, rounding = aware(tiny("llama"), "dora")
     model, objective = loaded.model, CrossEntropy(loaded.model, chunk=16)
     batch = collate(ROWS, BATCHES[1], isolate=False)
@@ -182,11 +182,11 @@ def test_doras_lengths_get_the_slope_of_the_rounded_loss(tiny):
     m_O = adapter.m
     with rounding.computing():
         found = Stepper(model, objective).step([batch])
-    slope = (found.gradients["model.layers.1.mlp.up_proj.m"] * m_O).sum().item()
+    derivative = (found.gradients["model.layers.1.mlp.up_proj.m"] * m_O).sum().item()
 
     def loss(factor: float) -> float:
         adapter.m = m_O * factor
         with rounding.computing():
             return Stepper(model, objective).step([batch]).loss
 
-    assert (loss(1.01) - loss(0.99)) / 0.02 == pytest.approx(slope, rel=0.02)
+    assert (loss(1.01) - loss(0.99)) / 0.02 == pytest.approx(derivative, rel=0.02)

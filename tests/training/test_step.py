@@ -24,10 +24,12 @@ GROUPED = [[[0], [1], [2]], [[3], [4], [5], [6]], [[7], [8], [9]]]
 
 
 def _result(
-    folder, plan, *, isolate=False, checkpoint=False, compiled=False, lanes=1
+    folder, plan, *, isolate=False, checkpoint=False, compiled=False, num_threads=1
 ) -> StepResult:
     model, _ = load(str(folder))
-    stepper = Stepper(model, CrossEntropy(model, chunk=16), compiled=compiled, lanes=lanes)
+    stepper = Stepper(
+        model, CrossEntropy(model, chunk=16), compiled=compiled, num_threads=num_threads
+    )
     with checkpointed(structure.blocks(model), checkpoint):
         return stepper.step(collate(ROWS, groups, isolate=isolate) for groups in plan)
 
@@ -55,8 +57,8 @@ def _differing(ours: StepResult, plain: StepResult) -> list[str]:
         {"plan": PACKED, "isolate": True},
         {"plan": GROUPED, "checkpoint": True},
         {"plan": PACKED, "isolate": True, "checkpoint": True},
-        {"plan": GROUPED, "lanes": 2},
-        {"plan": PACKED, "isolate": True, "checkpoint": True, "lanes": 3},
+        {"plan": GROUPED, "num_threads": 2},
+        {"plan": PACKED, "isolate": True, "checkpoint": True, "num_threads": 3},
     ],
     ids=[
         "accumulated",
@@ -64,8 +66,8 @@ def _differing(ours: StepResult, plain: StepResult) -> list[str]:
         "packed",
         "checkpointed",
         "packed-checkpointed",
-        "lanes",
-        "lanes-packed-checkpointed",
+        "num_threads",
+        "threads-packed-checkpointed",
     ],
 )
 def test_every_way_gives_the_gradient_of_separate_rows(tiny, architecture: str, way: dict) -> None:
@@ -92,14 +94,14 @@ def test_loss_is_the_token_mean_not_a_mean_of_means(tiny) -> None:
     assert whole.tokens == sum(LENGTHS)
 
 
-@pytest.mark.parametrize("lanes", [1, 2])
-def test_weights_are_found_by_the_number_of_a_target(tiny, lanes: int) -> None:
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_weights_are_found_by_the_number_of_a_target(tiny, num_threads: int) -> None:
     """A row of weight 0 is as if it had no targets, however it is batched."""
     model, _ = load(str(tiny("llama")))
     weights_S = np.ones(int(ROWS.supervised.sum()), np.float32)
     first = int(first_targets(ROWS)[4])
     weights_S[first : first + int(ROWS.supervised[4])] = 0.0
-    weighted = Stepper(model, CrossEntropy(model, weights_S=weights_S), lanes=lanes)
+    weighted = Stepper(model, CrossEntropy(model, weights_S=weights_S), num_threads=num_threads)
     ours = weighted.step(collate(ROWS, groups, isolate=False) for groups in GROUPED)
     plain = Stepper(model, CrossEntropy(model)).step(
         collate(ROWS, [[i]], isolate=False) for i in range(len(LENGTHS)) if i != 4

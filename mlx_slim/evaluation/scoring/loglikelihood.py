@@ -25,7 +25,7 @@ from mlx_slim.evaluation.scoring.requests import Request, common_prefix, shared_
 from mlx_slim.models import structure
 from mlx_slim.models.logits import logsumexp
 from mlx_slim.models.rope import boundary_of, set_length
-from mlx_slim.runtime import cpu_lanes, on_gpu, side_by_side
+from mlx_slim.runtime import default_num_threads, on_gpu, side_by_side
 
 MEMORY = 2**30  # bytes of keys and values that are kept for sharing
 HEAD_LOGITS = 1 << 24  # logits that exist at one time
@@ -167,17 +167,19 @@ class Scorer:
         return scores
 
     def _budget(self, nodes: list[prefix_tree.Node], step: list[int]) -> int:
-        """Return the positions of a batch such that all lanes get batches of like size."""
+        """Return the positions of a batch such that all threads get batches of like size."""
         total = sum(len(nodes[i].tokens) for i in step)
-        share = math.ceil(total / (cpu_lanes() * self.batch_tokens)) * cpu_lanes()
+        share = (
+            math.ceil(total / (default_num_threads() * self.batch_tokens)) * default_num_threads()
+        )
         return min(self.batch_tokens, max(MIN_BATCH, math.ceil(1.05 * total / max(share, 1))))
 
     def _run(self, work: list[tuple]) -> list[tuple[list[tuple[int, float, bool]], Pool]]:
         """Compute batches: on a CPU side by side, one thread of BLAS each."""
-        if len(work) < 2 or cpu_lanes() == 1:
+        if len(work) < 2 or default_num_threads() == 1:
             return [self._forward(*arguments) for arguments in work]
         with blas.single_threaded():
-            return side_by_side(self._forward, work, cpu_lanes())
+            return side_by_side(self._forward, work, default_num_threads())
 
     def _forward(
         self, nodes: list[prefix_tree.Node], paths: list[np.ndarray], pool: Pool

@@ -113,9 +113,9 @@ def test_a_quantized_base(tiny, dense):
     assert _differences(Scorer(loaded.model).score(requests), loaded.model, requests) == []
 
 
-@pytest.mark.parametrize("lanes", [1, 2])
-def test_lanes_change_no_score(tiny, lanes, monkeypatch):
-    monkeypatch.setattr(loglikelihood, "cpu_lanes", lambda: lanes)
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_threads_change_no_score(tiny, num_threads, monkeypatch):
+    monkeypatch.setattr(loglikelihood, "default_num_threads", lambda: num_threads)
     model = load(tiny()).model
     requests = _questions(questions=20)
     assert _differences(Scorer(model, batch_tokens=64).score(requests), model, requests) == []
