@@ -140,7 +140,7 @@ def test_a_shared_cache_is_written_once(tiny, data, teacher, tmp_path, monkeypat
     cache = str(tmp_path / "cache")
     run = taught(tiny("llama"), data, [{"model": str(teacher)}], cache=cache)
     distill(run, tmp_path / "one", observer=Recorder())
-    monkeypatch.setattr("mlx_slim.distillation.run.load_teacher", None)  # asking it would fail
+    monkeypatch.setattr("mlx_slim.distillation.logits.load_teacher", None)  # asking it would fail
     other = taught(tiny("llama"), data, [{"model": str(teacher)}], cache=cache, weight=0.9)
     distill(other, tmp_path / "two", observer=Recorder())
     assert not (tmp_path / "two" / "targets").exists()
@@ -149,8 +149,7 @@ def test_a_shared_cache_is_written_once(tiny, data, teacher, tmp_path, monkeypat
 KILLER = """
 import os, signal, sys
 from pathlib import Path
-from mlx_slim.distillation import targets
-from mlx_slim.workflows import prepare
+from mlx_slim.distillation import target_cache
 from mlx_slim.distillation.run import distill
 from tests.distillation.test_run import taught
 
@@ -163,13 +162,13 @@ class Observer:
             os.kill(os.getpid(), signal.SIGKILL)
 
 if moment == "cache":
-    put = targets._put
+    put = target_cache._put
     def dies(handle, numbers, values):
         asked.append(1)
         if len(asked) == int(count):  # in the middle of a batch: some of its files are written
             os.kill(os.getpid(), signal.SIGKILL)
         put(handle, numbers, values)
-    targets._put = dies
+    target_cache._put = dies
 run = taught(Path(model), Path(data), [{"model": teacher}])
 distill(run, Path(out), observer=Observer(), resume=resume == "1")
 """
@@ -302,7 +301,6 @@ def test_a_disk_or_a_budget_that_is_too_small_is_refused_before(
 TWO_RANKS = """
 import json, sys
 from pathlib import Path
-from mlx_slim.workflows import prepare
 from mlx_slim.distillation.run import distill
 from tests.support.runs import Recorder
 from tests.distillation.test_run import taught

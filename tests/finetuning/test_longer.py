@@ -108,7 +108,7 @@ def test_a_falling_rate_goes_on_from_where_it_stood(tiny, rows, tmp_path, name):
 KILLER = """
 import os, signal, sys
 from pathlib import Path
-from mlx_slim.workflows import finetune as module
+from mlx_slim.finetuning import run as module
 from tests.support.runs import Recorder
 from tests.finetuning.test_longer import EXACT, FALLING, asked
 

@@ -46,7 +46,9 @@ import json, os, signal, sys
 from pathlib import Path
 from mlx_slim.evaluation import results
 from mlx_slim.pruning import importance
-from mlx_slim.workflows import checked_save, prune, prune_report
+from mlx_slim.models import verified_save
+from mlx_slim.pruning import report
+from mlx_slim.pruning import run as prune
 from mlx_slim.pruning.options import PruneOptions
 from mlx_slim.pruning.recover import RecoverOptions, prune_and_recover
 
@@ -65,7 +67,7 @@ if moment == "importance":
 if moment == "cutting":
     prune._cut = die
 if moment == "saving":
-    checked_save._same = die
+    verified_save._same = die
 if moment == "scoring":
     append, calls = results.Folder.append, []
     def killing(self, task, data, **measured):
@@ -75,7 +77,7 @@ if moment == "scoring":
         return append(self, task, data, **measured)
     results.Folder.append = killing
 if moment == "report":
-    prune_report._judge = die
+    report._judge = die
 after = json.loads(after)
 after = {k: tuple(v) if isinstance(v, list) else v for k, v in after.items()}
 prune_and_recover(

@@ -63,11 +63,12 @@ SCORE = """
 import os, signal, sys
 from pathlib import Path
 import mlx_slim
-from mlx_slim.evaluation import perplexity, results, run
+from mlx_slim.evaluation import jobs, results
+from mlx_slim.evaluation.scoring import perplexity
 from mlx_slim.evaluation.run import EvalOptions, evaluate
 
 model, tasks, text, out, chunk, moment, count, resume = sys.argv[1:9]
-run.CHOICE_CHUNK = run.GENERATION_CHUNK = int(chunk)
+jobs.CHOICE_CHUNK = jobs.GENERATION_CHUNK = int(chunk)
 perplexity.WINDOWS = 2
 calls = []
 
