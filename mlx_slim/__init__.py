@@ -1,12 +1,14 @@
 """Make a language model smaller and better at your task on one laptop, and know what it cost.
 
 ``from mlx_slim import finetune, evaluate, quantize, prune, distill, plan`` are the commands as
-functions (``mlx_slim/api.py``). Invariant: importing this package does one thing besides defining
-names: on Linux it puts a fast BLAS under ``mlx.core`` (see ``mlx_slim.blas``), which works only
-before ``mlx.core`` is imported. It stands here so that the command line, the Python API and the
-tests all get it; opt out with ``MLX_SLIM_BLAS=off``. Try it: ``python -m mlx_slim doctor``.
+functions (``mlx_slim/api.py``). Invariant: importing this package does two things besides defining
+names, both of which work only before ``mlx.core`` is imported: on Linux it puts a fast BLAS under
+it (see ``mlx_slim.blas``; opt out with ``MLX_SLIM_BLAS=off``), and float32 products are computed in
+float32, not in TF32 (``MLX_ENABLE_TF32=1`` wins). It stands here so that the command line, the
+Python API and the tests all get it. Try it: ``python -m mlx_slim doctor``.
 """
 
+import os
 import signal
 import sys
 
@@ -35,4 +37,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'mlx_slim' has no attribute {name!r}")
 
 
+# MLX rounds float32 factors to 10 bits of mantissa on NVIDIA GPUs and on M5: scores and resumed
+# losses that are compared in float32 would differ in the third digit.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 blas.activate()

@@ -154,9 +154,10 @@ def device_memory() -> int:
     """
     if on_gpu():
         info = mx.device_info()
-        size = info.get("max_recommended_working_set_size") or info.get("memory_size")
-        if size:
-            return int(size)
+        # Metal's working set, CUDA's card; the last is the whole of a Mac's memory.
+        for key in ("max_recommended_working_set_size", "total_memory", "memory_size"):
+            if size := info.get(key):
+                return int(size)
     if Path("/proc/meminfo").exists():
         return _linux_memory()
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

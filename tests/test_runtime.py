@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -111,3 +113,33 @@ def test_nothing_else_rounds_a_size():
     for file in [*package.rglob("*.py"), *package.rglob("*.j2")]:
         if file != Path(runtime.__file__):
             assert not pattern.search(file.read_text(encoding="utf-8")), file
+
+
+@pytest.mark.parametrize(
+    ("info", "size"),
+    [
+        ({"max_recommended_working_set_size": 11, "memory_size": 16}, 11),
+        ({"total_memory": 85_520_809_984, "free_memory": 84_465_090_560}, 85_520_809_984),
+    ],
+    ids=["metal", "cuda"],
+)
+def test_the_budget_on_a_gpu_is_that_of_the_gpu(info, size, monkeypatch: pytest.MonkeyPatch):
+    """The keys are those that MLX 0.32.4 reports on either; the host's memory counts on neither."""
+    monkeypatch.setattr(runtime, "on_gpu", lambda: True)
+    monkeypatch.setattr(runtime.mx, "device_info", lambda: info)
+    assert runtime.device_memory() == size
+
+
+def test_float32_is_float32_unless_the_user_says_otherwise():
+    code = "import os, mlx_slim; print(os.environ['MLX_ENABLE_TF32'])"
+    for setting, expected in ((None, "0"), ("1", "1")):
+        environment = {k: v for k, v in os.environ.items() if k != "MLX_ENABLE_TF32"}
+        environment |= {} if setting is None else {"MLX_ENABLE_TF32": setting}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.strip() == expected
