@@ -33,6 +33,7 @@ from mlx_slim.tensor_files import safetensors_header
 SCHEMA_VERSION = 1
 RECORD_FILE = ".mlx-slim.json"  # in a folder that one command made: which, and of what
 _PACKAGES = ("mlx-slim", "mlx", "mlx-lm", "transformers", "tokenizers", "numpy")
+_REFUSED = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 _BLOCK = 1_024  # JSON lines that are parsed at once
 
 
@@ -51,11 +52,20 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"cannot write {path}: {error.strerror}",
                 "choose a shorter name: a temporary beside it needs some 20 bytes more",
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in _REFUSED or _of_its_place(error, path):
             raise SlimError(
                 f"cannot write {path}: {error.strerror}", "choose a writable output folder"
             ) from error
         raise
+
+
+def _of_its_place(error: OSError, path: Path) -> bool:
+    """Return whether an error is about the output, its folders or its temporary.
+
+    Where nothing can be made the system may say anything: /proc, that it does not exist.
+    """
+    named = Path(str(error.filename))
+    return named in (path, *path.parents) or locks.is_temporary(named.name)
 
 
 def first_missing(path: Path) -> Path | None:

@@ -63,6 +63,18 @@ def test_output_in_new_folders(small, tmp_path, capfd) -> None:
     capfd.readouterr()
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
+@pytest.mark.parametrize("place", ["/proc/x", "/proc/a/x", "/proc/self/fd/x"])
+def test_a_place_where_nothing_can_be_made(fails, small, tiny, place) -> None:
+    """The system says that the new file does not exist, rather than that it may not be made."""
+    for words in (
+        ["recipes", "smollm2-lora", "--copy", f"{place}.yaml"],
+        ["train", small, "-o", place],
+        ["convert", tiny("llama"), "-o", place],
+    ):
+        assert f"cannot write {place}" in fails(*words)
+
+
 @contextlib.contextmanager
 def _mounted(folder: Path, options: str) -> Iterator[Path]:
     folder.mkdir()
