@@ -60,10 +60,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def _of_its_place(error: OSError, path: Path) -> bool:
-    """Return whether an error is about the output, its folders or its temporary.
-
-    Where nothing can be made the system may say anything: /proc, that it does not exist.
-    """
+    """Return whether it is about an output or its temporary: in /proc, that it does not exist."""
     named = Path(str(error.filename))
     return named in (path, *path.parents) or locks.is_temporary(named.name)
 

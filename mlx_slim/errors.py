@@ -33,6 +33,14 @@ def without_secrets(text: str) -> str:
     return _SECRETS.sub("(secret)", text)
 
 
+def printable(text: str) -> str:
+    """Return ``text`` with what a terminal would obey, or not show, as escapes: ``\\x1b``.
+
+    File names and values of others may hold line feeds, cursor movements, reversed text.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class SlimError(Exception):
     """The user's input cannot be used: nothing was written.
 

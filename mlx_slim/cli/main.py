@@ -31,6 +31,7 @@ from mlx_slim.errors import (
     check_temporary_folder,
     check_working_folder,
     did_you_mean,
+    printable,
 )
 
 # name -> (module in mlx_slim.cli, line of help), in the order that a user meets them
@@ -127,7 +128,7 @@ def _fail(message: str, hint: str, code: int, details: Sequence[str] = ()) -> in
     try:
         for line in lines:
             indent = "  " * line.startswith("  ")
-            click.echo(indent + " ".join(line.split()), err=True)
+            click.echo(indent + printable(" ".join(line.split())), err=True)
     except OSError:  # nobody listens
         _silence(sys.stderr)
     return code

@@ -15,7 +15,7 @@ from typing import Any
 
 from mlx_slim.adapters.store import CONFIG
 from mlx_slim.artifacts import public_name
-from mlx_slim.errors import SlimError, without_secrets
+from mlx_slim.errors import SlimError, printable, without_secrets
 from mlx_slim.export.card import CARD, Card, describe
 from mlx_slim.models.tensors import few
 from mlx_slim.reading import field, read_object
@@ -53,7 +53,7 @@ class Uploaded:
         lines += [f"  {name}  {human_bytes(size)}" for name, size in self.files]
         lines += [f"note: {note}" for note in self.notes]
         lines.append(self.url if self.done else "nothing was sent; add --yes to do it")
-        return lines
+        return [printable(line) for line in lines]
 
 
 def upload(

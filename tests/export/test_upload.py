@@ -152,3 +152,18 @@ def test_links_are_refused_and_named(folder, tmp_path, hub, capfd, kind):
     assert calls == []
     link.rename(folder / ".hidden")  # hidden files are never uploaded
     assert "passwords" not in "\n".join(upload(folder, "me/thing").lines())
+
+
+def test_names_reach_the_terminal_escaped(folder, hub, capfd):
+    """A line feed would forge a line of the list; an escape sequence would be obeyed."""
+    hub()
+    names = {"a\nnothing was sent": r"a\nnothing was sent", "b\x1b[2K\u202e": r"b\x1b[2K\u202e"}
+    for name in names:
+        (folder / name).write_text("")
+    assert run(["upload", str(folder), "--repo", "me/thing"]) == 0
+    out = capfd.readouterr().out
+    assert out.count("\n") == 7 and "\x1b" not in out and "\u202e" not in out
+    assert all(f"  {name}  0 B\n" in out for name in names.values())
+    (folder / "c\x1b[2K").symlink_to("nothing")
+    assert run(["upload", str(folder), "--repo", "me/thing"]) == 2
+    assert r"c\x1b[2K" in capfd.readouterr().err
