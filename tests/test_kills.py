@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests.support import kill_commands
+
 ROOT = Path(__file__).parents[1]
 POINTS = 24
 
@@ -26,3 +30,11 @@ def test_killed_at_drawn_moments_every_command_ends_as_the_undisturbed_one(tmp_p
     moments = [line for line in done.stdout.splitlines() if ", at " in line]
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(moments) == POINTS and all(line.endswith(": equal") for line in moments), moments
+
+
+def test_a_command_that_is_none_is_named_before_anything_runs(tmp_path: Path, capfd) -> None:
+    with pytest.raises(SystemExit) as caught:
+        kill_commands.main([str(tmp_path / "out"), "--only", "convert", "trian"])
+    assert caught.value.code == 2 and not list(tmp_path.iterdir())
+    said = capfd.readouterr().err
+    assert "'trian'" in said and "'train lora'" in said

@@ -380,7 +380,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--points", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=1)
-    parser.add_argument("--only", nargs="*", default=list(ALL))
+    parser.add_argument("--only", nargs="+", choices=ALL, default=list(ALL))
     asked = parser.parse_args(words)
     for module, _ in COMMANDS.values():
         importlib.import_module(f"mlx_slim.cli.{module}")
