@@ -34,7 +34,7 @@ def without_secrets(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Return ``text`` with what a terminal would obey, or not show, as escapes: ``\\x1b``.
+    r"""Return ``text`` with what a terminal would obey, or not show, as escapes: ``\x1b``.
 
     File names and values of others may hold line feeds, cursor movements, reversed text.
     """

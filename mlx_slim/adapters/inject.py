@@ -10,7 +10,6 @@ Try it: ``python -m pytest tests/adapters/test_inject.py``.
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from mlx_slim.adapters.adalora import AdaLoRALinear
 from mlx_slim.adapters.dora import DoRALinear
 from mlx_slim.adapters.lora import Adapter, LoRAEmbedding, LoRALinear, dimensions
 from mlx_slim.adapters.variants import start_pissa
+from mlx_slim.config.patterns import compile_pattern
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.models.structure import LINEAR_TYPES, blocks
@@ -126,12 +126,10 @@ def _matches(target: str, candidates: Iterable[Site]) -> list[Site]:
         ]
     if target.startswith("re:"):
         try:
-            pattern = re.compile(target[3:])
-        except re.error as error:
-            raise SlimError(
-                f"adapter.targets: {target!r} is no regular expression: {error}"
-            ) from error
-        return [s for s in candidates if s.block is not None and pattern.search(s.inside)]
+            pattern = compile_pattern(target[3:])
+        except ValueError as error:
+            raise SlimError(f"adapter.targets: {error}") from error
+        return [s for s in candidates if s.block is not None and pattern.matches(s.inside)]
     return [s for s in candidates if _ends_with(s.inside, target)]
 
 

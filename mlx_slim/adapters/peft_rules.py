@@ -2,10 +2,10 @@
 
 Invariant: the rules stand here alone, and every tensor is given back as it is stored. What cannot
 be expressed here is refused by name: settings that change the meaning of the tensors, and starts
-(``init_lora_weights``) that changed the base in a way that cannot be computed again. Rank and
-lora_alpha are those of the layer (``rank_pattern``, ``alpha_pattern``; the first key that matches),
-s = lora_alpha / r, or lora_alpha / √r with ``use_rslora``. What the layers then compute is in
-``peft_plain``. Try it: ``mlx-slim import peft -o adapters``.
+(``init_lora_weights``) that changed the base in a way that cannot be computed again. So are tensors
+of layers that PEFT would leave out (``peft_targets``). Rank and lora_alpha are those of the layer
+(``rank_pattern``, ``alpha_pattern``), s = lora_alpha / r, or lora_alpha / √r with ``use_rslora``.
+What the layers then compute is in ``peft_plain``. Try it: ``mlx-slim import peft -o adapters``.
 
 Shapes: I inputs, O outputs, R rank.
 """
@@ -20,22 +20,21 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import regex
 
 from mlx_slim.adapters.inject import EMBEDDING_TYPES, sites
 from mlx_slim.adapters.lora import dimensions
 from mlx_slim.adapters.peft_plain import PeftLayer, base_weight, taken_out
+from mlx_slim.adapters.peft_targets import check_patterns, of_layer, targeted, wanted
 from mlx_slim.adapters.store import CONFIG
 from mlx_slim.adapters.store import PEFT_WEIGHTS as WEIGHTS
 from mlx_slim.artifacts import load_tensors
 from mlx_slim.errors import SlimError
 from mlx_slim.models.finite import refuse_other_than_numbers
 from mlx_slim.models.tensors import few
-from mlx_slim.reading import field, library_errors, read_object, short, shown
+from mlx_slim.reading import field, read_object, short, shown
 from mlx_slim.runtime import number
 
 PREFIX = "base_model.model."
-_PATIENCE = 1.0  # seconds that a pattern may take on one layer
 _TAKE = "take the config that PEFT wrote"
 _MERGE = "merge it with PEFT (merge_and_unload) and convert that"
 _CONVERT = (
@@ -129,8 +128,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     for key, kind in (("rank_pattern", int), ("alpha_pattern", float)):
         for name, value in field(settings, where, key, dict, {}, of=kind).items():
             _check_number(where, f"{key}[{shown(name)}]", value)
-            with library_errors(f"{where}: {key}: {shown(name)} is no regular expression", _TAKE):
-                regex.compile(name)
+    check_patterns(settings, where)
     _check_start(path, settings)
     return settings
 
@@ -175,7 +173,8 @@ def read_folder(folder: Path, model: nn.Module, *, tied: bool = False) -> PeftFo
     """
     settings = read_settings(folder)
     parts, copies = _tensors(folder)
-    modules = {site.path: site.module for site in sites(model)}
+    places = {site.path: site for site in sites(model)}
+    modules = {path: site.module for path, site in places.items()}
     problems = [f"not in the model: {path}" for path in parts if path not in modules]
     dora = bool(settings.get("use_dora"))
     for path in parts.keys() & modules.keys():
@@ -186,6 +185,12 @@ def read_folder(folder: Path, model: nn.Module, *, tied: bool = False) -> PeftFo
         raise SlimError(
             f"{folder} does not fit this model: {some[:2000]}",
             f"it was made for {name}" if name else "give the base that it was made for: --model",
+        )
+    if beyond := [p for p, site in places.items() if p in parts and not targeted(settings, site)]:
+        raise SlimError(
+            f"{folder} holds tensors of {few(beyond)}, which PEFT leaves out: its {CONFIG} has "
+            f"{wanted(settings)}",
+            "name these layers in target_modules if they belong to the adapter, else remove them",
         )
     embeddings = [path for path in modules if path in parts and parts[path]["embedding"]]
     if embeddings and tied:
@@ -238,18 +243,9 @@ def _misfits(
     ]
 
 
-def _of(pattern: dict[str, Any] | None, path: str, default: float) -> float:
-    """Return the value that PEFT gives the layer at ``path``: keys are ends of paths, or regex."""
-    for key, value in (pattern or {}).items():
-        with library_errors(f"{CONFIG}: the pattern {shown(key)} cannot be used", _TAKE):
-            if regex.match(rf"(.*\.)?({key})$", path, timeout=_PATIENCE):
-                return value
-    return default
-
-
 def _rank_and_scale(settings: dict[str, Any], path: str) -> tuple[int, float]:
-    rank = int(_of(settings.get("rank_pattern"), path, settings["r"]))
-    alpha = float(_of(settings.get("alpha_pattern"), path, settings["lora_alpha"]))
+    rank = int(of_layer(settings.get("rank_pattern"), path, settings["r"]))
+    alpha = float(of_layer(settings.get("alpha_pattern"), path, settings["lora_alpha"]))
     return rank, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 

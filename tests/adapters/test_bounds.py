@@ -108,6 +108,9 @@ def test_a_quantized_base_that_cannot_be(adapter: Path, changes, expected: str) 
         ({"alpha_pattern": {"q_proj": float("nan")}}, "alpha_pattern['q_proj'] is nan"),
         ({"init_lora_weights": ["x" * 5000]}, "init_lora_weights is"),
         ({"bias": {"a": [1]}}, "bias is {'a': [1]}"),
+        ({"target_modules": {"q_proj": 1}}, "target_modules is {'q_proj': 1}, expected names"),
+        ({"exclude_modules": ["q_proj", 3]}, "exclude_modules is ['q_proj', 3]"),
+        ({"layers_to_transform": [True]}, "layers_to_transform is [True], expected numbers"),
     ],
 )
 def test_settings_of_peft(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
@@ -123,4 +126,5 @@ def test_settings_of_peft(tmp_path: Path, changes: dict[str, Any], expected: str
 def test_a_pattern_that_does_not_end() -> None:
     settings = {"r": 8, "lora_alpha": 16, "alpha_pattern": {"(a|a)+c?": 4}}
     found = refusal(peft_rules._rank_and_scale, settings, "a" * 60 + "!")
-    assert "the pattern '(a|a)+c?' cannot be used" in found
+    assert CONFIG in found
+    assert "(a|a)+c?" in found and "takes more than 1 s" in found

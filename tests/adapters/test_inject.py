@@ -7,7 +7,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
-from mlx_slim.adapters.inject import inject
+from mlx_slim.adapters.inject import Site, inject, sites
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError
 from tests.adapters.support import IDS, stock_model
@@ -111,6 +111,25 @@ def test_choosing_targets_and_layers(tiny):
             *("mlp.gate_proj", "mlp.down_proj", "mlp.up_proj"),
         )
     ]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("(", "is no regular expression"),
+        (r"(a|aa)+$", "takes more than 1 s"),
+        ("a{1000000000}", "repeats its parts more than"),
+    ],
+)
+def test_a_pattern_of_targets_is_bounded(tiny, monkeypatch, pattern, words):
+    monkeypatch.setattr("mlx_slim.config.patterns.SECONDS", 0.05)
+    words = words.replace("1 s", "0.05 s")
+    model = stock_model(tiny("llama"))
+    place = next(s for s in sites(model) if s.block is not None)
+    long = Site(place.block, "a" * 60 + "b", place.path, place.module)
+    monkeypatch.setattr("mlx_slim.adapters.inject.sites", lambda _: [long])
+    with pytest.raises(SlimError, match=words):
+        paths(model, targets=f"re:{pattern}")
 
 
 def test_one_seed_gives_one_adapter(tiny):

@@ -132,3 +132,45 @@ def test_ranks_and_alphas_are_those_that_the_settings_say(tiny, tmp_path, change
     with pytest.raises(SlimError) as caught:
         import_peft(tmp_path / "p", tmp_path / "out")
     assert says in caught.value.message
+
+
+NAMED = [
+    {"target_modules": ["q_proj", "v_proj"]},
+    {"target_modules": r".*\.self_attn\.(q|v)_proj"},
+    {"target_modules": "all-linear"},
+    {"target_modules": None},
+    {"target_modules": ["v_proj", "q_proj", "up_proj"], "exclude_modules": ["up_proj"]},
+    {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [0, 1, 2]},
+]
+BEYOND = [
+    ({"target_modules": ["q_proj"]}, "layers.0.self_attn.v_proj"),
+    ({"target_modules": ["proj"]}, "layers.0.self_attn.q_proj"),
+    ({"target_modules": r".*\.q_proj"}, "layers.0.self_attn.v_proj"),
+    ({"target_modules": ["q_proj", "v_proj"], "exclude_modules": "model.*v_proj"}, "v_proj"),
+    ({"target_modules": ["q_proj", "v_proj"], "layers_to_transform": 1}, "layers.0.self_attn"),
+    (
+        {
+            "target_modules": ["q_proj", "v_proj"],
+            "layers_to_transform": [0, 1],
+            "layers_pattern": "h",
+        },
+        "layers.0.self_attn",
+    ),
+]
+
+
+def test_tensors_beyond_the_target_modules_are_refused_as_peft_leaves_them_out(tiny, tmp_path):
+    """``make parity`` holds the same settings against PEFT."""
+    export_peft(made(tmp_path / "a", tiny("llama"), targets=["q_proj", "v_proj"]), tmp_path / "p")
+    model = load(tiny("llama")).model
+    for change in NAMED:
+        peft_settings(tmp_path / "p", **change)
+        assert len(peft_rules.read_folder(tmp_path / "p", model).layers) == 6
+        peft_settings(tmp_path / "p", exclude_modules=None, layers_to_transform=None)
+    for change, layer in BEYOND:
+        peft_settings(tmp_path / "p", **change)
+        with pytest.raises(SlimError, match="which PEFT leaves out") as caught:
+            import_peft(tmp_path / "p", tmp_path / "out")
+        assert layer in caught.value.message and not (tmp_path / "out").exists()
+        assert f"target_modules {change['target_modules']!r}" in caught.value.message
+        peft_settings(tmp_path / "p", exclude_modules=None, layers_to_transform=None)

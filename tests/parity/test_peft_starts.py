@@ -11,9 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mlx_slim.adapters.inject import sites
+from mlx_slim.adapters.peft_targets import targeted
 from mlx_slim.errors import SlimError
 from mlx_slim.export.model import export_hf
 from mlx_slim.export.peft import import_peft
+from mlx_slim.models.load import load
 from tests.parity.torch_side import (
     gap,
     in_torch,
@@ -22,6 +25,7 @@ from tests.parity.torch_side import (
     torch,
     torch_logits,
 )
+from tests.export.test_peft import BEYOND, NAMED
 
 EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 
@@ -91,3 +95,29 @@ def test_a_start_that_cannot_be_computed_again_goes_the_way_the_error_names(base
     expected = tuned(base, tmp_path / "plain", "pissa_niter_4", convert=True)
     import_peft(tmp_path / "plain", tmp_path / "c", base=str(base))
     assert gap(expected, mlx_logits(base, tmp_path / "c")) < 1e-4
+
+
+def test_the_layers_that_the_settings_name_are_those_of_peft(tiny):
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    places, seen = sites(load(tiny("llama")).model), set()
+    for settings in [*NAMED, *(change for change, _ in BEYOND)]:
+        if settings["target_modules"] not in (None, "all-linear"):  # PEFT resolves these before
+            config = peft.LoraConfig(**settings)
+            for place in places:
+                theirs = bool(check_target_module_exists(config, place.path))
+                assert targeted(settings, place) is theirs, (settings, place.path)
+                seen.add(theirs)
+    assert seen == {True, False}
+
+
+def test_peft_leaves_out_tensors_beyond_the_target_modules(base, tmp_path):
+    """Which is why an import refuses them: with them it would be another model."""
+    expected = tuned(base, tmp_path / "peft", True)
+    settings = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    settings["target_modules"] = ["q_proj", "v_proj"]
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(settings))
+    loaded = peft.PeftModel.from_pretrained(in_torch(base), tmp_path / "peft")
+    assert gap(expected, torch_logits(loaded)) > 1e-2
+    with pytest.raises(SlimError, match="which PEFT leaves out"):
+        import_peft(tmp_path / "peft", tmp_path / "a", base=str(base))
