@@ -17,6 +17,7 @@ from typing import Any
 
 from mlx_slim.data.sources import RawRow
 from mlx_slim.errors import SlimError
+from mlx_slim.reading import shown
 
 _ROLES = {
     **{role: role for role in ("system", "developer", "user", "assistant", "tool", "ipython")},
@@ -26,8 +27,8 @@ _ROLES = {
     **{"function_call": "assistant", "tool_call": "assistant"},
 }
 _CALLS = ("function_call", "tool_call")  # roles whose text is a call
-# Names for learning a turn or not: OpenAI's exports', axolotl's, ms-swift's.
-_FLAGS = ("train", "training", "train_on_turn", "trainable", "loss")
+# Names for learning a turn or not: OpenAI's exports', axolotl's, ms-swift's; torchtune's says not.
+_FLAGS = ("train", "training", "train_on_turn", "trainable", "loss", "masked")
 _OWN = {"from", "value", "role", "content", "function_call", "weight", *_FLAGS}
 _TEXT_FILES = re.compile(r"\.(json|jsonl|ndjson)(\.\w+)?$")  # whose nulls were written by someone
 _NULLABLE = frozenset({"default", "const", "example"})  # of a schema: null is a value there
@@ -232,7 +233,16 @@ class _Reader:
                 continue  # a loss that somebody measured
             if flag not in (0, 1) or isinstance(flag, str):
                 raise self._wrong(index, f"{name} is {flag!r}, expected true or false")
+            if name == "masked":
+                weight *= 1 - flag
+                continue
             weight, asked = weight * flag, asked or bool(flag)
+        if turn.get("mask") is not None:
+            raise self._wrong(
+                index,
+                f"mask is {shown(turn['mask'])}, which some read as learned and some as hidden",
+                "say train: true or train: false for each turn instead",
+            )
         given = turn.get("weight")
         if given is not None:
             if not isinstance(given, (int, float)) or not 0 <= given <= _MOST_WEIGHT:

@@ -213,6 +213,8 @@ def weighted(*answers: dict[str, Any]) -> dict[str, Any]:
         ({"loss": 0.7}, 1),  # a loss that someone measured
         ({"train": True, "weight": 0.5}, 0.5),
         ({"train": False, "weight": 1}, 0),
+        ({"masked": True}, 0),
+        ({"masked": 0, "mask": None}, 1),
     ],
 )
 def test_weights_of_turns(keys, weight):
@@ -252,6 +254,9 @@ def test_a_turn_that_asks_to_be_learned_and_is_no_answer_is_noted():
     [
         (weighted({"weight": -1}), "turn 2: weight is -1, expected a number from 0"),
         (weighted({"weight": "1"}), "turn 2: weight is '1'"),
+        (weighted({"masked": "yes"}), "turn 2: masked is 'yes', expected true or false"),
+        (weighted({"mask": True}), "turn 2: mask is True, which some read as learned"),
+        (weighted({}, {"mask": 0}), "turn 4: mask is 0, which some read as learned"),
         (weighted({"weight": float("nan")}), "turn 2: weight is nan"),
         (weighted({"weight": 1e9}), "turn 2: weight is 1000000000.0"),
         (weighted({"train": "no"}), "turn 2: train is 'no', expected true or false"),
