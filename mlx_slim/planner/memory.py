@@ -20,7 +20,7 @@ from mlx_slim.models.build import build
 from mlx_slim.planner.peak import breakdown
 from mlx_slim.planner.shapes import Shapes, leaves, shapes, to_dtype
 from mlx_slim.planner.suggest import Suggestion, suggestions
-from mlx_slim.planner.work import SUPERVISED, Speed, Work, expected_work, predicted_seconds
+from mlx_slim.planner.work import Speed, Work, expected_work, predicted_seconds
 from mlx_slim.runtime import (
     AUTO_SHARE,
     DTYPES,
@@ -215,7 +215,7 @@ def _answers(found: Shapes, recipe: Recipe, work: Work) -> int:
     if distill is None or distill.cache or distill.method not in ("auto", "logits"):
         return 0
     kept = found.vocabulary if distill.top_k == "all" else min(distill.top_k, found.vocabulary)
-    share = SUPERVISED if recipe.data.mask_prompt else 1.0
+    share = work.supervised if recipe.data.mask_prompt else 1.0
     a_token = kept * (6 if found.vocabulary <= 1 << 16 else 8) + 4
     return int(share * work.tokens_per_epoch) * a_token * len(distill.teachers)
 

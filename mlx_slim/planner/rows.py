@@ -1,4 +1,4 @@
-"""How many tokens the rows of a recipe are, guessed from the first ones of each source.
+"""How many tokens the rows of a recipe are, and how many are learned, guessed from the first ones.
 
 Invariant: no tokenizer is needed and the network is never touched; rows that will be held out or
 dropped for their length are not counted. Used by ``work.py``; try it:
@@ -26,6 +26,7 @@ from mlx_slim.evaluation.tasks.training_rows import training_rows, with_split
 CHARACTERS_PER_TOKEN = 4.3  # English text in the tokenizers of the shipped recipes
 TEMPLATE_TOKENS = 40  # of a chat template or Alpaca's
 SAMPLE = 256  # rows of a source that are read
+SUPERVISED = 0.6  # share of Alpaca-like rows that are answers
 # tatsu-lab/alpaca: 52,002 rows, about 520 characters each under the Alpaca template.
 _HUB_ROWS = {"tatsu-lab/alpaca": (52_002, 120)}
 
@@ -37,11 +38,13 @@ class Rows(NamedTuple):
         tokens: Of all of them.
         length: Of the row that a token stands in, on average, tokens.
         basis: In words.
+        supervised: Share of the tokens that stand in what is learned; where prompts are masked.
     """
 
     tokens: int
     length: int
     basis: str
+    supervised: float
 
 
 def expected_rows(recipe: Recipe, *, local: bool) -> Rows | None:
@@ -56,7 +59,7 @@ def expected_rows(recipe: Recipe, *, local: bool) -> Rows | None:
     """
     data, limit = recipe.data, recipe.train.max_length
     shares = quotas(data.max_rows, [source.weight for source in data.sources])
-    rows, lengths, weights = [], [], []
+    rows, lengths, weights, learned = [], [], [], []
     for source, quota in zip(data.sources, shares, strict=True):
         found = _local(source, data) if local else None
         if found is None:
@@ -64,11 +67,12 @@ def expected_rows(recipe: Recipe, *, local: bool) -> Rows | None:
                 return None
             count, length = _HUB_ROWS[source.path]
             count = max(0, min(count - source.skip, source.limit or count))
-            found = count, np.array([length])
+            found = count, np.array([[length, SUPERVISED * length]])
         count, sample = found
-        used = _fitted(sample, data, limit)
+        used, supervised = _fitted(sample, data, limit).T
         rows.append(min(count, count if quota is None else quota) * len(used) / len(sample))
         lengths.append(used)
+        learned.append(supervised)
         weights.append(source.weight)
     if isinstance(data.validation, str):
         held_out = 0.0
@@ -78,16 +82,22 @@ def expected_rows(recipe: Recipe, *, local: bool) -> Rows | None:
         held_out = float(data.validation)
     share = held_out if held_out < 1 else min(1.0, held_out / max(1.0, sum(rows)))
     trained = [n * weight * (1 - share) for n, weight in zip(rows, weights, strict=True)]
+    supervised = _total(trained, learned) / max(1.0, _total(trained, lengths))
     if recipe.distill is not None and recipe.distill.method in ("sequence", "rationales"):
         trained, lengths = _with_texts(recipe.distill, trained, lengths, limit)
-    tokens = squares = 0.0
-    for n, used in zip(trained, lengths, strict=True):
-        tokens += n * (used.mean() if len(used) else 0)
-        squares += n * (np.square(used).mean() if len(used) else 0)
+    tokens = _total(trained, lengths)
+    squares = _total(trained, [np.square(used) for used in lengths])
     if tokens < 1:
         return None
     count, mean = round(sum(trained)), tokens / sum(trained)
-    return Rows(int(tokens), int(squares / tokens), f"{count:,} rows of about {mean:.0f} tokens")
+    basis = f"{count:,} rows of about {mean:.0f} tokens"
+    return Rows(int(tokens), int(squares / tokens), basis, supervised)
+
+
+def _total(trained: list[float], sizes: list[np.ndarray]) -> float:
+    """Return the sum over the rows of all sources, from the sizes of some rows of each."""
+    pairs = zip(trained, sizes, strict=True)
+    return float(sum(n * (some.mean() if len(some) else 0.0) for n, some in pairs))
 
 
 def _with_texts(
@@ -102,14 +112,15 @@ def _with_texts(
 
 
 def _fitted(sample: np.ndarray, data: DataConfig, limit: int) -> np.ndarray:
-    """Return the lengths of the rows that stay, as they stay."""
+    """Return the lengths of the rows that stay, as they stay: (rows, 2), tokens and learned."""
+    sample = sample[sample[:, 0] > 0]
     if data.truncation in ("left", "right"):
-        return np.minimum(sample[sample > 0], limit)
-    return sample[(sample > 0) & (sample <= limit)]
+        return np.minimum(sample, limit)
+    return sample[sample[:, 0] <= limit]
 
 
 def _local(config: SourceConfig, data: DataConfig) -> tuple[int, np.ndarray] | None:
-    """Return how many rows a source has here, and the lengths of the first; 0: not usable."""
+    """Return how many rows a source has here, and (first rows, 2), as ``_length`` has them."""
     extra = 1 if data.template == "plain" else TEMPLATE_TOKENS
     if config.task is not None:
         task = with_split(find_task(config.task), config.split)
@@ -124,7 +135,7 @@ def _local(config: SourceConfig, data: DataConfig) -> tuple[int, np.ndarray] | N
         rows = source
     rest = iter(rows)
     first = list(islice(rest, SAMPLE))
-    sample = np.array([_length(row, config, data, extra) for row in first])
+    sample = np.array([_length(row, config, data, extra) for row in first]).reshape(-1, 2)
     lines = [None] if config.task is not None else [count_lines(file) for file in source.files]
     if None in lines:
         count = sum(1 for _ in chain(first, rest))
@@ -134,15 +145,21 @@ def _local(config: SourceConfig, data: DataConfig) -> tuple[int, np.ndarray] | N
     return count, sample
 
 
-def _length(row: RawRow, config: SourceConfig, data: DataConfig, extra: int) -> int:
-    """Return about how many tokens a row is; 0 if nothing can be learned from it."""
+def _length(row: RawRow, config: SourceConfig, data: DataConfig, extra: int) -> tuple[int, int]:
+    """Return about how many tokens a row is and how many are learned; 0 if none can be."""
     try:
         example: Any = read_example(
             row,
             config.format or data.format,
             columns=data.columns,
             system=config.system or data.system,
+            learn=data.learn,
         )
     except Dropped:
-        return 0
-    return int(sum(map(len, example.texts)) / CHARACTERS_PER_TOKEN) + extra
+        return 0, 0
+    sizes = [len(text) / CHARACTERS_PER_TOKEN for text in example.texts]
+    total = int(sum(sizes)) + extra
+    if example.kind == "text":
+        return total, total
+    weights = example.turn_weights
+    return total, int(sum(size for size, w in zip(sizes, weights, strict=True) if w))

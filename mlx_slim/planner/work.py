@@ -15,11 +15,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_slim.config.schema import Recipe
-from mlx_slim.planner.rows import expected_rows
+from mlx_slim.planner.rows import SUPERVISED, expected_rows
 from mlx_slim.planner.shapes import Shapes
 from mlx_slim.runtime import exp_nanoseconds, matmul_gflops, on_gpu
 
-SUPERVISED = 0.6  # share of Alpaca-like rows that are answers
 FILLED = 0.93  # share of computed tokens that are real
 # Passes over memory per kept activation: written, read and differentiated.
 PASSES = 4.0
@@ -34,12 +33,14 @@ class Work:
         tokens_per_epoch: Of one pass over the rows.
         length: Typical row length, tokens.
         basis: How these are known, in words.
+        supervised: Share of the tokens that is learned where prompts are masked.
     """
 
     tokens: int
     tokens_per_epoch: int
     length: int
     basis: str
+    supervised: float = SUPERVISED
 
 
 @dataclass(frozen=True)
@@ -88,20 +89,21 @@ def expected_work(
         SlimError: If rows that should lie here do not, or cannot be read.
     """
     train = recipe.train
+    known = expected_rows(recipe, local=local) if lengths is None else None
+    supervised = known.supervised if known else SUPERVISED
+    per_epoch, length, basis = known[:3] if known else (None, train.max_length, "")
     if lengths is not None:
-        used = [min(length, train.max_length) for length in lengths]
-        known = (sum(used), int(sum(used) / max(1, len(used))), f"{len(used):,} rows, counted")
-    else:
-        known = expected_rows(recipe, local=local)
+        used = [min(n, train.max_length) for n in lengths]
+        per_epoch, length = sum(used), int(sum(used) / max(1, len(used)))
+        basis = f"{len(used):,} rows, counted"
     if train.steps is not None:
         tokens = int(train.steps * train.accumulate * train.batch_tokens * FILLED)
-        length = known[1] if known else train.max_length
-        per_epoch = known[0] if known else tokens
-        return Work(tokens, per_epoch, length, f"{train.steps:,} full steps")
-    if known is None:
+        basis = f"{train.steps:,} full steps"
+        return Work(tokens, tokens if per_epoch is None else per_epoch, length, basis, supervised)
+    if per_epoch is None:
         return None
-    per_epoch, length, basis = known
-    return Work(int(per_epoch * train.epochs), per_epoch, length, f"{train.epochs:g} x {basis}")
+    basis = f"{train.epochs:g} x {basis}"
+    return Work(int(per_epoch * train.epochs), per_epoch, length, basis, supervised)
 
 
 def predicted_seconds(
@@ -116,7 +118,7 @@ def predicted_seconds(
     again = 1 if recipe.train.grad_checkpoint else 0
     linear = sum(block.linear for block in found.blocks)
     adapters = 0 if full else found.trainable_parameters
-    share = SUPERVISED if recipe.data.mask_prompt else 1.0
+    share = work.supervised if recipe.data.mask_prompt else 1.0
     passes = 2 + again + (1 if full else 0)
     attention = sum((12 + 4 * again) * work.length * block.queries for block in found.blocks)
     head = found.vocabulary * found.width

@@ -22,7 +22,7 @@ from mlx_slim.planner import peak
 from mlx_slim.planner.known_models import KNOWN
 from mlx_slim.planner.memory import predict
 from mlx_slim.planner.shapes import shapes
-from mlx_slim.planner.work import Speed, expected_work
+from mlx_slim.planner.work import Speed, Work, expected_work
 from mlx_slim.quantization.apply import quantize_model
 from mlx_slim.training.grad_checkpoint import checkpointed
 from mlx_slim.training.optim import Optimizer
@@ -323,3 +323,32 @@ def test_tokens_are_guessed_from_the_rows_that_will_be_used(tmp_path, monkeypatc
         )
     )
     assert part is not None and part.tokens == 2 * 50 * 21
+
+
+def test_only_what_is_learned_is_counted_as_supervised(tmp_path):
+    """The last of three answers, rows without one left out, and what a turn's weight says."""
+
+    def chat(*answers: dict[str, Any]) -> dict[str, Any]:
+        turns: list[dict[str, Any]] = []
+        for keys in answers:
+            turns += [{"role": "user", "content": "u" * 430}]
+            turns += [{"role": "assistant", "content": "a" * 430, **keys}]
+        return {"messages": turns}
+
+    file = tmp_path / "rows.jsonl"
+
+    def work(*rows: dict[str, Any], **data: Any) -> Work:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        values = {"path": str(file), "template": "plain", "validation": 0, **data}
+        found = expected_work(recipe(data=values, train={"max_length": 1024, "epochs": 1}))
+        assert found is not None
+        return found
+
+    three = [chat({}, {}, {})] * 8
+    assert work(*three).supervised == pytest.approx(300 / 601, rel=0.01)
+    assert work(*three, learn="last").supervised == pytest.approx(100 / 601, rel=0.01)
+    assert work(*three).tokens == work(*three, learn="last").tokens == 8 * 601
+    first = [chat({}, {"weight": 0})] * 8  # nothing is left to learn but the first answer
+    assert work(*first).tokens == 8 * 401
+    assert work(*three, *first, learn="last").tokens == 8 * 601
+    assert work({"text": "t" * 430}, format="text").supervised == 1
