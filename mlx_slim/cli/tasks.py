@@ -1,7 +1,8 @@
 """``mlx-slim tasks``: the evaluation tasks, and a task's first prompt as a model will read it.
 
-Invariant: what is shown is built by the code that scores; nothing is written, and missing rows are
-said, not hidden. Try it: ``mlx-slim tasks``, ``mlx-slim tasks mmlu_anatomy --num-fewshot 1``.
+Invariant: what is shown is built by the code that scores; nothing is written. Rows that are not on
+this machine are said, and the rest is shown; a row that cannot be asked is an error, as in scoring.
+Try it: ``mlx-slim tasks``, ``mlx-slim tasks mmlu_anatomy --num-fewshot 1``.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def _record(task: Task) -> dict[str, Any]:
 
 def _show(task: Task, data_dir: str | None, num_fewshot: int | None, as_json: bool) -> None:
     from mlx_slim.evaluation.tasks.prompts import build_questions
-    from mlx_slim.evaluation.tasks.rows import load_rows
+    from mlx_slim.evaluation.tasks.rows import RowsAbsent, load_rows
 
     shots = task.num_fewshot if num_fewshot is None else num_fewshot
     missing: list[str] = []
@@ -87,13 +88,11 @@ def _show(task: Task, data_dir: str | None, num_fewshot: int | None, as_json: bo
         found = load_rows(task, data_dir)
         try:
             question = build_questions(task, found, shots, 1, chat=_roles(task))[0]
-        except SlimError as error:
-            if not shots:
-                raise
+        except RowsAbsent as error:  # of the examples
             missing.append(str(error))
             shots = 0
             question = build_questions(task, found, shots, 1, chat=_roles(task))[0]
-    except SlimError as error:
+    except RowsAbsent as error:
         missing.append(str(error))
     if as_json:
         record = {"schema_version": 1, **_record(task)}

@@ -95,3 +95,19 @@ def test_several_right_answers_are_shown(mirror, tmp_path, capsys):
     task = write_task(tmp_path, GENERATION, rows=rows)
     assert run(["tasks", str(task.file)]) == 0
     assert "--- right answers, any counts ---\none\ntwo\n" in capsys.readouterr().out
+
+
+def test_a_prompt_that_cannot_be_made_is_an_error_as_in_scoring(mirror, tmp_path, fails):
+    """Absent rows are no fault of the task; a template, a target or a row that fails is."""
+    named = CHOICE.replace("{{ question }}", "{{ quest }}")
+    task = write_task(tmp_path, named, rows=[quiz(1, "x")], shots=[quiz(2, "x")])
+    for more in ([], ["--json"], ["--num-fewshot", "0"]):
+        said = fails("tasks", task.file, *more)
+        assert "prompt:" in said and "quest" in said and "rows.jsonl" in said
+    task = write_task(tmp_path, CHOICE, rows=[quiz(1, "nothing of these")], shots=[])
+    assert "target" in fails("tasks", task.file)
+    task = write_task(tmp_path, CHOICE, rows=[quiz(1, "x")], shots=[quiz(2, "nothing of these")])
+    assert "few-shot row 1" in fails("tasks", task.file, "--num-fewshot", "1")
+    assert "has 1 rows for them" in fails("tasks", task.file, "--num-fewshot", "3")
+    (tmp_path / "rows.jsonl").write_text("{")
+    assert "rows.jsonl" in fails("tasks", task.file)

@@ -30,6 +30,10 @@ from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.evaluation.tasks.spec import FIRST, Task
 
 
+class RowsAbsent(SlimError):
+    """A split of a task is nowhere on this machine, and cannot be fetched."""
+
+
 @dataclass(frozen=True)
 class TaskRows:
     """The rows of one task.
@@ -105,8 +109,9 @@ def load_rows(task: Task, data_dir: str | Path | None = None, sampling: str = FI
         sampling: How examples will be chosen: draws are made from all rows of their split.
 
     Raises:
-        SlimError: If the rows are nowhere, cannot be read, or are not as the task says: one line
-            with file, line, field and what is expected.
+        RowsAbsent: If they are nowhere.
+        SlimError: If they cannot be read, or are not as the task says: one line with file, line,
+            field and what is expected.
     """
     mirror = _mirror(data_dir)
     source = _find(task, task.spec.data.split, mirror)
@@ -145,8 +150,8 @@ def _shots(
         return [raw.value for raw in scored]
     try:
         source = _find(task, data.shots, mirror)
-    except SlimError as error:
-        raise SlimError(
+    except RowsAbsent as error:
+        raise RowsAbsent(
             f"few-shot examples of {task.name} are rows of its split {data.shots!r}: "
             f"{error.message}",
             error.hint,
@@ -170,9 +175,16 @@ def _mirror(data_dir: str | Path | None) -> Path | None:
 
 
 def _find(task: Task, split: str, mirror: Path | None) -> Source:
-    """Find a split: a file of the task's own, then the mirror, then the hub."""
-    found, looked = _local(task, split, mirror)
-    return found or _on_hub(task, split, looked)
+    """Find a split: a file of the task's own, then the mirror, then the hub.
+
+    Raises:
+        RowsAbsent: If it is nowhere.
+    """
+    try:
+        found, looked = _local(task, split, mirror)
+        return found or _on_hub(task, split, looked)
+    except SlimError as error:
+        raise RowsAbsent(error.message, error.hint) from error
 
 
 def _local(task: Task, split: str, mirror: Path | None) -> tuple[Source | None, list[Path]]:
