@@ -18,9 +18,12 @@ def command(folder: Path, verify: bool) -> None:
     from mlx_slim.compare.verify import verify as check
 
     found = check(folder)
+    for cell, why in found.missing:
+        click.echo(f"warning: {cell} is not among them: {why}", err=True)
     click.echo(
-        f"{found.numbers:,} numbers of {found.cells} cells counted again from {found.questions:,} "
-        f"answers: all agree, and every score × n is a whole number"
+        f"{found.numbers:,} numbers of {found.cells} of {found.cells + len(found.missing)} cells "
+        f"counted again from {found.questions:,} answers: all agree, and every score × n is a "
+        "whole number"
     )
 
 

@@ -195,7 +195,7 @@ def load_matrix(
         tasks = [t.model_copy(update={"limit": min(limit, t.limit or limit)}) for t in matrix.tasks]
         matrix = matrix.model_copy(update={"tasks": tasks})
     _check(matrix, text)
-    return _expand(matrix, file.stem)
+    return expand(matrix, file.stem)
 
 
 def _check(matrix: Matrix, text: str) -> None:
@@ -226,7 +226,8 @@ def _check(matrix: Matrix, text: str) -> None:
         raise SlimError(f"matrix {text}: {len(problems)} problems", details=problems)
 
 
-def _expand(matrix: Matrix, name: str) -> Layout:
+def expand(matrix: Matrix, name: str) -> Layout:
+    """Return the cells of a checked matrix, those left out, and those that it cannot have."""
     layout = Layout(matrix, name, [])
     skipped = {(entry.model, entry.method): entry.why for entry in matrix.omit}
     for model, entry in matrix.models.items():

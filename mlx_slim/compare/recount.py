@@ -26,6 +26,7 @@ from typing import Any
 from mlx_slim.adapters.store import adapter_hash
 from mlx_slim.artifacts import hash_file, read_records
 from mlx_slim.compare.jobs import adapters, rounded_name, whole
+from mlx_slim.compare.matrix import Matrix, expand
 from mlx_slim.compare.measured import measured
 from mlx_slim.compare.questions import HELD_OUT, stored_questions, stored_task
 from mlx_slim.compare.store import Stored, StoredCell
@@ -92,6 +93,8 @@ def recount(stored: Stored, ledger: Ledger) -> None:
     for name, digest in stored.record.get("questions_sha256", {}).items():
         if not (file := folder / f"{name}.jsonl").is_file() or hash_file(file) != digest:
             ledger.problems.append(f"{file} is not what was asked")
+    with _noted(ledger):
+        ledger.problems += _dropped(stored.record)
     asked = stored.record.get("asked", {})
     if stored.record["held_out"] is not None:
         with _noted(ledger):
@@ -113,6 +116,20 @@ def recount(stored: Stored, ledger: Ledger) -> None:
     for sweep in stored.sweeps:
         with _noted(ledger):
             _sweep(ledger, stored.folder, sweep)
+
+
+def _dropped(record: dict[str, Any]) -> Iterator[str]:
+    """Yield a line for each cell that the matrix asks for and its list of cells has not."""
+    if "matrix" not in record:
+        return
+    layout = expand(Matrix.model_validate(record["matrix"]), record["name"])
+    known = {*record["cells"], *(name for name, _ in record["refused"])}
+    left_out = [f"{entry['model']}-{entry['method']}" for entry in record["omitted"]]
+    for name in (*(cell.name for cell in layout.cells), *(name for name, _ in layout.refused)):
+        if name not in known and not any(
+            name == pair or name.startswith(f"{pair}-s") for pair in left_out
+        ):
+            yield f"matrix.json.cells: {name} is missing, which the matrix asks for"
 
 
 @contextlib.contextmanager

@@ -21,11 +21,12 @@ from mlx_slim.reading import library_errors, read_object, short
 
 @dataclass(frozen=True)
 class Verified:
-    """What was counted: cells, answers, and numbers that agree."""
+    """What was counted: cells, answers, numbers that agree; and (cell, why) of those not there."""
 
     cells: int
     questions: int
     numbers: int
+    missing: list[tuple[str, str]]
 
 
 def verify(folder: Path) -> Verified:
@@ -46,7 +47,7 @@ def verify(folder: Path) -> Verified:
             details=ledger.problems[:20],
         )
     questions = sum(answers.n for cell in stored.cells for answers in cell.answers.values())
-    return Verified(len(stored.cells), questions, ledger.numbers)
+    return Verified(len(stored.cells), questions, ledger.numbers, stored.failed)
 
 
 def count_again(stored: store.Stored) -> tuple[Ledger, dict[str, Any]]:

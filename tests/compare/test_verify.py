@@ -232,6 +232,32 @@ def test_pages_sweeps_questions_and_missing_files(copy):
     assert any("tasks.json does not exist" in line for line in problems())
 
 
+def test_a_cell_that_was_removed_is_said(copy):
+    """Before the report is made again its numbers are missed; afterwards the cell itself is."""
+    shutil.rmtree(copy / CELL)
+    with pytest.raises(SlimError, match="numbers are not what the stored answers give") as caught:
+        verify(copy)
+    assert any("rows: 2 published, 1 found" in line for line in caught.value.details)
+    report(copy)
+    done = CliRunner().invoke(command, ["report", str(copy), "--verify"])
+    assert "warning: toy0-lora-s0 is not among them: not run" in done.output
+    assert "of 1 of 3 cells counted again" in done.output  # one was refused from the start
+
+    # Its name removed from the list too: the matrix itself still asks for it.
+    record = read_json(copy / "matrix.json")
+    models = {"toy0": {"source": "HuggingFaceTB/SmolLM2-135M-Instruct"}}
+    methods = {"base": {"kind": "base"}, "lora": {"recipe": {"method": "lora"}}}
+    methods |= {"huge": {"recipe": {"method": "full"}}}
+    asked = {"title": "toy", "models": models, "methods": methods, "tasks": [{"task": "gsm8k"}]}
+    record |= {"matrix": {**asked, "seeds": [0]}, "cells": ["toy0-base", "toy0-lora-s0"]}
+    write_json(copy / "matrix.json", record)
+    assert found_below(copy) == ["toy0-lora-s0: not run"]
+    write_json(copy / "matrix.json", {**record, "cells": ["toy0-base"]})
+    assert found_below(copy) == [
+        "matrix.json.cells: toy0-lora-s0 is missing, which the matrix asks for"
+    ]
+
+
 def test_score_times_n_is_whole():
     assert not whole("x", 94 / 200, 94, 200)
     assert whole("x", 0.4725, 94, 200)
