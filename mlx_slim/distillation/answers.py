@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_slim.artifacts import disk_errors, fsync, hash_bytes, json_lines
-from mlx_slim.distillation.local_teacher import Message, Teacher
+from mlx_slim.distillation.local_teacher import Message, Teacher, Unreadable
 from mlx_slim.errors import SlimError
 from mlx_slim.reading import parse_json
 
@@ -36,11 +36,13 @@ class Asked:
         id: Of the training row.
         messages: What the teacher reads.
         answer: The row's own answer, for whoever reads the file.
+        place: Where the row stands: file and line.
     """
 
     id: str
     messages: list[Message]
     answer: str
+    place: str
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,9 @@ class AnswerFile:
             teacher: Asked only if an answer is missing.
             questions: All of them.
             progress: Hears (answered, all) after each chunk that was asked.
+
+        Raises:
+            SlimError: If a question cannot be read (its row is named), or is not answered.
         """
         for start in range(0, len(questions), teacher.chunk):
             chunk = questions[start : start + teacher.chunk]
@@ -187,9 +192,13 @@ class AnswerFile:
                 continue
             again = list(chunk) if teacher.together else missing
             answers = teacher.answer([asked.messages for asked in again])
-            for asked, (text, reason) in zip(again, answers, strict=True):
-                if self.find(teacher, asked) is None:
-                    self.append(teacher, asked, text, reason)
+            try:
+                for asked, (text, reason) in zip(again, answers, strict=True):
+                    if self.find(teacher, asked) is None:
+                        self.append(teacher, asked, text, reason)
+            except Unreadable as error:
+                place = f"{again[error.index].place}, as {teacher.name} reads it"
+                raise SlimError(f"{place}: {error.message}", error.hint) from error
             progress(start + len(chunk), len(questions))
         found = [self.find(teacher, asked) for asked in questions]
         return [written for written in found if written is not None]

@@ -29,6 +29,14 @@ from mlx_slim.models.load import load_tokenizer, read_config
 Message = dict[str, Any]
 
 
+class Unreadable(SlimError):
+    """A chat that a teacher cannot read: number ``index`` of those that it was given."""
+
+    def __init__(self, index: int, error: SlimError) -> None:
+        super().__init__(error.message, error.hint)
+        self.index = index
+
+
 class Teacher(Protocol):
     """Whoever answers in text.
 
@@ -50,7 +58,12 @@ class Teacher(Protocol):
         ...
 
     def answer(self, prompts: Sequence[list[Message]]) -> Iterator[tuple[str, str]]:
-        """Yield (text, stop reason: ``eos``, ``until`` or ``length``) for each chat, in order."""
+        """Yield (text, stop reason: ``eos``, ``until`` or ``length``) for each chat, in order.
+
+        Raises:
+            Unreadable: One of the chats is at fault.
+            SlimError: Something else is.
+        """
         ...
 
     def close(self) -> None:
@@ -112,7 +125,7 @@ class LocalTeacher:
         if self._model is None:
             self._model = load_teacher(self._config, self._dtype)
         cut = self._encoder.truncated
-        ids = [self._encoder.prompt(self.text(chat), self._max_tokens) for chat in prompts]
+        ids = [self._read(index, chat) for index, chat in enumerate(prompts)]
         self.truncated += self._encoder.truncated - cut
         answers = generate_batch(
             self._model,
@@ -124,6 +137,12 @@ class LocalTeacher:
         )
         for found in answers:
             yield found.text, found.stop_reason
+
+    def _read(self, index: int, chat: list[Message]) -> list[int]:
+        try:
+            return self._encoder.prompt(self.text(chat), self._max_tokens)
+        except SlimError as error:
+            raise Unreadable(index, error) from error
 
     def text(self, chat: list[Message]) -> str:
         """Return the prompt that the model reads.

@@ -53,12 +53,12 @@ class Lesson:
 
     def sequence(self) -> Asked:
         """Return the question as the data ask it."""
-        return Asked(self.id, self.example.messages[:-1], self.answer)
+        return Asked(self.id, self.example.messages[:-1], self.answer, self.raw.place)
 
     def rationale(self, template: Callable[[Mapping[str, Any]], str]) -> Asked:
         """Return the request to explain the right answer."""
         text = self.render(template, "distill.ask.prompt")
-        return Asked(self.id, [{"role": "user", "content": text}], self.answer)
+        return Asked(self.id, [{"role": "user", "content": text}], self.answer, self.raw.place)
 
     def render(self, template: Callable[[Mapping[str, Any]], str], key: str) -> str:
         """Return a template over the row's fields, ``prompt`` and ``answer``.

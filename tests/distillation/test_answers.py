@@ -35,7 +35,7 @@ class Parrot:
 
 def questions(count=5, suffix=""):
     return [
-        Asked(f"row-{i}", [{"role": "user", "content": f"q{i}{suffix}"}], f"a{i}")
+        Asked(f"row-{i}", [{"role": "user", "content": f"q{i}{suffix}"}], f"a{i}", f"line {i}")
         for i in range(count)
     ]
 

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 
 from mlx_slim.config.load import from_values
+from mlx_slim.data.split import choose_validation
 from mlx_slim.distillation import generate as phase
 from mlx_slim.errors import SlimError
+from tests.models.test_tokenizer import with_tokens
 from tests.support.endpoint import answers, completion, serving
 from tests.support.runs import Recorder, run_until_killed, write_rows
+from tests.support.tiny import tiny_model
 
 
 def recipe(rows: Path, base_url: str, method: str = "rationales", count: int = 1, **distill: Any):
@@ -84,6 +87,22 @@ def test_with_weight_one_only_the_teacher_is_heard(rows, tmp_path):
         config = recipe(rows, served.base_url, "sequence", weight=1.0)
         taught = teach(config, "sequence", tmp_path / "run", Recorder())
     assert [part.group for part in taught.parts] == [1]
+
+
+def test_a_row_that_a_teacher_cannot_read_is_named(tmp_path):
+    """Its tokenizer gives a token that its embedding has no row for."""
+    base = with_tokens(tiny_model(tmp_path / "model"), "<|tool|>")
+    held_out = choose_validation(3, 12, 0).tolist()
+    bad = next(i for i in range(9, -1, -1) if i not in held_out)
+    rows = [{"prompt": f"row {i}" + " <|tool|>" * (i == bad), "completion": "x"} for i in range(12)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for method in ("sequence", "rationales"):
+        config = recipe(path, "", method, teachers=[{"model": str(base), "name": "wide"}])
+        with pytest.raises(SlimError) as caught:
+            teach(config, method, tmp_path / method, Recorder())
+        assert caught.value.message.startswith(f"{path.name}, line {bad + 1}, as wide reads it: ")
+        assert "the token '<|tool|>' has the id 264" in caught.value.message
 
 
 def test_a_complete_phase_asks_no_teacher_again(rows, tmp_path):
