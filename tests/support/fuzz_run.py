@@ -58,9 +58,9 @@ class Target:
 
 def targets() -> list[Target]:
     """Return every kind of input, in a fixed order."""
-    from tests.support import fuzz_data, fuzz_models
+    from tests.support import fuzz_data, fuzz_models, fuzz_scores
 
-    return [*fuzz_models.TARGETS, *fuzz_data.TARGETS]
+    return [*fuzz_models.TARGETS, *fuzz_data.TARGETS, *fuzz_scores.TARGETS]
 
 
 def make_valid(into: Path) -> None:
@@ -273,8 +273,10 @@ def _import_all() -> None:
         "mlx_slim.adapters.peft",
         "mlx_slim.adapters.stack",
         "mlx_slim.compare.matrix",
+        "mlx_slim.compare.verify",
         "mlx_slim.data.pipeline",
         "mlx_slim.distillation.endpoint",
+        "mlx_slim.evaluation.comparison",
         "mlx_slim.evaluation.tasks.prompts",
         "mlx_slim.models.convert",
         "mlx_slim.quantization.base",
