@@ -17,6 +17,7 @@ from mlx_slim.errors import SlimError
 from mlx_slim.export.model import export_hf
 from mlx_slim.export.peft import import_peft
 from mlx_slim.models.load import load
+from tests.export.test_peft import BEYOND, NAMED
 from tests.parity.torch_side import (
     gap,
     in_torch,
@@ -25,7 +26,6 @@ from tests.parity.torch_side import (
     torch,
     torch_logits,
 )
-from tests.export.test_peft import BEYOND, NAMED
 
 EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 
