@@ -115,7 +115,7 @@ def mlx_lm(work: dict[str, Any]) -> dict[str, Any]:
     steps = len(rows) // work["batch"]
     moments = [0.0]
 
-    class Clock(TrainingCallback):
+    class StepClock(TrainingCallback):
         def on_train_loss_report(self, train_info: dict) -> None:
             moments.append(time.perf_counter())
 
@@ -137,7 +137,7 @@ def mlx_lm(work: dict[str, Any]) -> dict[str, Any]:
             optim.AdamW(learning_rate=2e-4),
             data,
             args=arguments,
-            training_callback=Clock(),
+            training_callback=StepClock(),
         )
     batch = work["batch"]
     tokens = [sum(lengths[i * batch : (i + 1) * batch]) for i in range(steps)]

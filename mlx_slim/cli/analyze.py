@@ -142,8 +142,8 @@ def _parts(name: str, overrides: tuple[str, ...]) -> dict[str, Any]:
     from mlx_slim.config import library
     from mlx_slim.config.load import load_recipe
     from mlx_slim.models.load import read_config
-    from mlx_slim.planner.known_models import model_config
     from mlx_slim.planner.memory import predict, weight_bytes
+    from mlx_slim.planner.shipped_models import model_config
 
     is_recipe = name in library.names("recipes") or name.endswith((".yaml", ".yml"))
     if is_recipe or (overrides and not Path(name).is_dir()):

@@ -18,7 +18,7 @@ from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.interrupts import Terminated
 
 if TYPE_CHECKING:
-    from mlx_slim.workflows.chat import Speaker
+    from mlx_slim.workflows.chat import ChatSession
 
 _COMMANDS = {
     "/reset": "forget the conversation",
@@ -27,7 +27,7 @@ _COMMANDS = {
 }
 
 
-def _switch(speaker: Speaker, names: list[str]) -> None:
+def _switch(speaker: ChatSession, names: list[str]) -> None:
     """Put other adapters on; where they do not fit, say so: the model answers alone then."""
     try:
         speaker.use(None if names in ([], ["none"]) else names)

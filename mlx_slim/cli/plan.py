@@ -25,9 +25,9 @@ def on_a_mac(name: str) -> tuple[Prediction, int | None]:
     And that Mac's memory in GB; None where no Mac in the table holds it.
     """
     from mlx_slim.config.load import load_recipe
-    from mlx_slim.planner.known_models import model_config
     from mlx_slim.planner.macs import SIZES, budget, smallest_that_fits, working_set
     from mlx_slim.planner.memory import predict
+    from mlx_slim.planner.shipped_models import model_config
 
     recipe = load_recipe(name).recipe
     config, _ = model_config(recipe)

@@ -137,10 +137,10 @@ def _count(text: str) -> int:
 def _dry_run(model: str, options: Any, as_json: bool) -> None:
     """Print what shapes alone say."""
     from mlx_slim.models.load import read_config
-    from mlx_slim.planner.known_models import KNOWN
+    from mlx_slim.planner.shipped_models import SHIPPED_CONFIGS
     from mlx_slim.pruning.plan import plan, weight_size
 
-    config = KNOWN.get(model) or read_config(model, options.revision)
+    config = SHIPPED_CONFIGS.get(model) or read_config(model, options.revision)
     size = weight_size(config)
     found = plan(config, options, size)
     if not as_json:

@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from mlx_slim.workflows.chat import Speaker
+    from mlx_slim.workflows.chat import ChatSession
 
 
 def open_and_tell(
     model: str, adapter: tuple[str, ...], revision: str | None, trust_remote_code: bool
-) -> Speaker:
+) -> ChatSession:
     """Return the opened model, its notes printed; later ones are printed as they come.
 
     Raises:
         SlimError: If the model or an adapter cannot be loaded.
     """
-    from mlx_slim.workflows.chat import open_speaker
+    from mlx_slim.workflows.chat import open_session
 
-    speaker = open_speaker(
+    speaker = open_session(
         model,
         adapter,
         revision=revision,

@@ -22,11 +22,11 @@ from mlx_slim.evaluation.scoring.answer_cache import planned_footprint
 from mlx_slim.evaluation.tasks.rows import count_rows
 from mlx_slim.evaluation.tasks.spec import find_task
 from mlx_slim.models.hub import SMOLLM2_PACKAGE
-from mlx_slim.planner.known_models import KNOWN, model_config
 from mlx_slim.planner.memory import Prediction, predict
 from mlx_slim.planner.rows import CHARACTERS_PER_TOKEN
-from mlx_slim.planner.shapes import shapes
-from mlx_slim.planner.work import Speed, Work, measure_speed
+from mlx_slim.planner.shapes import training_shapes
+from mlx_slim.planner.shipped_models import SHIPPED_CONFIGS, model_config
+from mlx_slim.planner.work import Speed, TrainingWork, measure_speed
 from mlx_slim.pruning.plan import planned_config
 from mlx_slim.runtime import human_bytes, memory_budget, resolve_dtype
 
@@ -67,7 +67,7 @@ def _speed(dtype: str) -> Speed:
 
 def _config(recipe: Recipe) -> dict[str, Any]:
     if recipe.model == SMOLLM2_PACKAGE:
-        return KNOWN[SMOLLM2]
+        return SHIPPED_CONFIGS[SMOLLM2]
     return model_config(recipe)[0]
 
 
@@ -170,7 +170,7 @@ def _loaded(recipe: Recipe, kind: Kind, config: dict[str, Any] | None) -> int | 
     rounds = recipe.quantize.model_copy(update={"aware": False})
     method = "qlora" if kind == "quantized" else "lora"
     plain = recipe.model_copy(update={"method": method, "quantize": rounds})
-    return shapes(config, plain, resolve_dtype(recipe.train.dtype)).base_bytes
+    return training_shapes(config, plain, resolve_dtype(recipe.train.dtype)).base_bytes
 
 
 def _over(peak: int, budget: int) -> str:
@@ -183,7 +183,7 @@ def _scoring(recipe: Recipe, tokens: int, config: dict[str, Any] | None) -> floa
     """Return the seconds that reading so many tokens takes: a share of a LoRA step each."""
     plain = recipe.model_copy(update={"method": "lora"})
     speed = _speed(recipe.train.dtype)
-    work = Work(tokens, tokens, recipe.train.max_length, "")
+    work = TrainingWork(tokens, tokens, recipe.train.max_length, "")
     try:
         found = predict(config or _config(recipe), plain, speed=speed, work=work, suggest=False)
     except SlimError:

@@ -29,7 +29,7 @@ _KEYS = ("id", "teacher", "generation", "stop_reason", "prompt_hash", "settings_
 
 
 @dataclass(frozen=True)
-class Asked:
+class TeacherRequest:
     """One question to a teacher.
 
     Attributes:
@@ -46,7 +46,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Written:
+class TeacherResponse:
     """One answer as it stands in the file.
 
     Attributes:
@@ -127,20 +127,20 @@ class AnswerFile:
         key = (line["id"], line["teacher"], line["prompt_hash"], line["settings_hash"])
         self._lines[key] = line
 
-    def find(self, teacher: Teacher, asked: Asked) -> Written | None:
+    def find(self, teacher: Teacher, asked: TeacherRequest) -> TeacherResponse | None:
         """Return the answer of ``teacher`` to exactly this question, None if there is none."""
         line = self._lines.get(self._key(teacher, asked))
         if line is None:
             return None
         text = line["generation"]
         edited = line.get("generation_hash") != short_hash(text)
-        return Written(asked.id, text, line["stop_reason"], edited)
+        return TeacherResponse(asked.id, text, line["stop_reason"], edited)
 
     @staticmethod
-    def _key(teacher: Teacher, asked: Asked) -> tuple[str, str, str, str]:
+    def _key(teacher: Teacher, asked: TeacherRequest) -> tuple[str, str, str, str]:
         return (asked.id, teacher.name, short_hash(asked.messages), short_hash(teacher.settings))
 
-    def append(self, teacher: Teacher, asked: Asked, text: str, stop_reason: str) -> None:
+    def append(self, teacher: Teacher, asked: TeacherRequest, text: str, stop_reason: str) -> None:
         """Write one answer to the end of the file, and to the disk."""
         _, name, prompt, settings = self._key(teacher, asked)
         text = text.encode("utf-8", "replace").decode()  # half a character cannot be written
@@ -168,9 +168,9 @@ class AnswerFile:
     def collect(
         self,
         teacher: Teacher,
-        questions: Sequence[Asked],
+        questions: Sequence[TeacherRequest],
         progress: Callable[[int, int], None] = lambda done, total: None,
-    ) -> list[Written]:
+    ) -> list[TeacherResponse]:
         """Return the teacher's answer to every question, in order; ask what is not in the file.
 
         Questions go in chunks of the teacher's size that do not depend on what is answered already.
@@ -190,7 +190,7 @@ class AnswerFile:
             missing = [asked for asked in chunk if self.find(teacher, asked) is None]
             if not missing:
                 continue
-            again = list(chunk) if teacher.together else missing
+            again = list(chunk) if teacher.batch_dependent else missing
             answers = teacher.answer([asked.messages for asked in again])
             try:
                 for asked, (text, reason) in zip(again, answers, strict=True):

@@ -1,9 +1,9 @@
 """What a student learns from teachers that wrote text: rows in groups, each with its weight.
 
 Invariant: the data's own answers are group 0 and teacher m's texts group m; each group's loss is a
-mean over its own tokens, so a talkative teacher is not heard more
-(``distillation/loss_weights.py``). The rows lie in ``taught/`` of the run folder and go through the
-student's template like any others.
+mean over its own tokens, so a teacher that writes longer answers does not weigh more
+(``distillation/loss_weights.py``). The rows are files in ``dataset/`` of the run folder and go
+through the student's chat template like any other rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mlx_slim.data import sources
 from mlx_slim.data.prepare import Prepared
 from mlx_slim.data.sources import Source
 from mlx_slim.distillation.loss_weights import target_weights
-from mlx_slim.distillation.queries import Lesson, prefix_of
+from mlx_slim.distillation.queries import TeacherQuery, prefix_of
 
 FOLDER = "taught"
 _HELD_OUT = f"{FOLDER}/validation.jsonl"
@@ -47,7 +47,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Taught:
+class DistillationDataset:
     """What the student trains on.
 
     Attributes:
@@ -59,7 +59,7 @@ class Taught:
     """
 
     parts: list[Part]
-    shares: list[float]
+    loss_weights: list[float]
     data: DataConfig
     out: Path
     report: dict[str, Any]
@@ -75,19 +75,22 @@ class Taught:
         bounds = np.cumsum([0, *used])
         part_R = np.searchsorted(bounds, prepared.train.index, "right") - 1
         groups_R = np.array([part.group for part in self.parts])[part_R]
-        return target_weights(prepared.train.supervised, groups_R, self.shares)
+        return target_weights(prepared.train.supervised, groups_R, self.loss_weights)
 
 
-def taught_from(record: dict[str, Any], recipe: Recipe, out: Path) -> Taught:
+def dataset_from_record(record: dict[str, Any], recipe: Recipe, out: Path) -> DistillationDataset:
     """Return what the student trains on, from ``teaching.json``."""
     config = recipe.distill
     assert config is not None
     parts = [Part(**part) for part in record["parts"]]
-    given = [teacher.weight for teacher in config.teachers]
+    teacher_weights = [teacher.weight for teacher in config.teachers]
     if record["method"] == "rationales":
-        shares = [1.0, *given]
+        loss_weights = [1.0, *teacher_weights]
     else:
-        shares = [1 - config.weight, *(config.weight * weight / sum(given) for weight in given)]
+        loss_weights = [
+            1 - config.weight,
+            *(config.weight * weight / sum(teacher_weights) for weight in teacher_weights),
+        ]
     path = [SourceConfig(path=p.file, weight=p.weight, system=p.system) for p in parts]
     validation: Any = recipe.data.validation
     if not isinstance(validation, str):
@@ -101,16 +104,16 @@ def taught_from(record: dict[str, Any], recipe: Recipe, out: Path) -> Taught:
             "validation": validation,
         }
     )
-    return Taught(parts, shares, data, out, record)
+    return DistillationDataset(parts, loss_weights, data, out, record)
 
 
-def write_taught(
+def write_dataset(
     recipe: Recipe,
     method: str,
     out: Path,
-    lessons: Sequence[Lesson],
+    queries: Sequence[TeacherQuery],
     held_out: set[int],
-    asking: Sequence[Lesson],
+    asking: Sequence[TeacherQuery],
     texts: Sequence[Sequence[str | None]],
 ) -> list[dict[str, Any]]:
     """Write the rows of each source and group; return the parts.
@@ -119,7 +122,7 @@ def write_taught(
         recipe: With a ``distill`` section.
         method: ``sequence`` or ``rationales``.
         out: The run folder.
-        lessons: All usable rows.
+        queries: All usable rows.
         held_out: Numbers of those that no one learns from.
         asking: The rows that teachers were asked about.
         texts: Of each teacher, its answer to each of them; None for one that is not used.
@@ -128,23 +131,23 @@ def write_taught(
     assert distill is not None
     files: dict[tuple[int, int], list[dict[str, Any]]] = {}
     if method == "rationales" or distill.weight < 1:
-        for i, lesson in enumerate(lessons):
+        for i, query in enumerate(queries):
             if i not in held_out:
-                files.setdefault((lesson.source, 0), []).append(lesson.row())
-    prefixes: list[Callable[[Lesson], str]] = []
+                files.setdefault((query.source, 0), []).append(query.row())
+    prefixes: list[Callable[[TeacherQuery], str]] = []
     for number, teacher in enumerate(distill.teachers, 1):
         template = prefix_of(teacher.prefix, number)
         prefixes.append(
-            (lambda lesson, t=template: lesson.render(t, "distill.teachers.prefix"))
+            (lambda query, t=template: query.render(t, "distill.teachers.prefix"))
             if method == "rationales"
             else lambda _: ""
         )
     if method == "rationales" or distill.weight > 0:
         for number, (own, prefix) in enumerate(zip(texts, prefixes, strict=True), 1):
-            for lesson, text in zip(asking, own, strict=True):
+            for query, text in zip(asking, own, strict=True):
                 if text is not None:
-                    row = lesson.row(text, prefix(lesson))
-                    files.setdefault((lesson.source, number), []).append(row)
+                    row = query.row(text, prefix(query))
+                    files.setdefault((query.source, number), []).append(row)
     parts = []
     with atomic_folder(out / FOLDER, replace=True) as folder:
         for (source, group), rows in sorted(files.items()):
@@ -160,7 +163,7 @@ def write_taught(
                 }
             )
         if held_out:
-            rows = [lessons[i].row() for i in sorted(held_out)]
+            rows = [queries[i].row() for i in sorted(held_out)]
             _write_rows(folder / Path(_HELD_OUT).name, rows)
     return parts
 

@@ -67,7 +67,7 @@ class EndpointTeacher:
     """
 
     chunk = 64
-    together = False
+    batch_dependent = False
 
     def __init__(
         self,

@@ -5,7 +5,7 @@ after the other, each let go of before the next; every answer is on disk as it c
 every answer that is not used is counted with a reason in ``teaching.json``, which is written last:
 with it, the phase is complete, and a resume asks no teacher. Used by ``mlx-slim distill``.
 
-Files in the run folder: ``answers.jsonl`` (in ``distill.cache``, where that is set), ``taught/``
+Files in the run folder: ``answers.jsonl`` (in ``distill.cache``, where that is set), ``dataset/``
 (rows of the data, of each teacher, and the held-out ones), ``teaching.json``.
 """
 
@@ -30,11 +30,11 @@ from mlx_slim.config.expressions import compile_text
 from mlx_slim.config.schema import DataConfig, Recipe
 from mlx_slim.data.ledger import SourceLedger
 from mlx_slim.data.split import choose_validation, quotas
-from mlx_slim.distillation.answers import AnswerFile, Asked, Written
-from mlx_slim.distillation.dataset import Taught, taught_from, write_taught
+from mlx_slim.distillation.answers import AnswerFile, TeacherRequest, TeacherResponse
+from mlx_slim.distillation.dataset import DistillationDataset, dataset_from_record, write_dataset
 from mlx_slim.distillation.endpoint import EndpointTeacher
 from mlx_slim.distillation.local_teacher import LocalTeacher, Teacher
-from mlx_slim.distillation.queries import Lesson, read_lessons
+from mlx_slim.distillation.queries import TeacherQuery, read_queries
 from mlx_slim.distillation.teachers import name_of
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.tasks.training_rows import finder
@@ -46,14 +46,14 @@ RECORD = "teaching.json"
 _FIRST = 5  # ids named for each reason
 
 
-def teach(
+def generate_dataset(
     recipe: Recipe,
     teachers: Sequence[TeacherConfig],
     method: str,
     out: Path,
     observer: events.Observer,
     ready: Callable[[], None] = lambda: None,
-) -> Taught:
+) -> DistillationDataset:
     """Let the teachers of ``recipe`` write, and return what the student learns.
 
     Args:
@@ -82,11 +82,11 @@ def teach(
     )
     known = _complete(out, key, answers)
     if known is not None:
-        return taught_from(known, recipe, out)
-    ledgers, lessons = _read(data, out)
-    held_out = _held_out(data, len(lessons), seed)
-    train = [lesson for i, lesson in enumerate(lessons) if i not in held_out]
-    asking = [lesson for lesson in train if lesson.asks]
+        return dataset_from_record(known, recipe, out)
+    ledgers, queries = _read(data, out)
+    held_out = _held_out(data, len(queries), seed)
+    train = [query for i, query in enumerate(queries) if i not in held_out]
+    asking = [query for query in train if query.asks]
     if not asking:
         raise SlimError(
             f"none of the {len(train)} training rows asks anything",
@@ -116,12 +116,12 @@ def teach(
     for part in written:
         observer.notify(events.Notice(part.sentence, level=part.level))
     _check_usable(written, answers)
-    report["parts"] = write_taught(
-        recipe, method, out, lessons, held_out, asking, [part.by_id for part in written]
+    report["parts"] = write_dataset(
+        recipe, method, out, queries, held_out, asking, [part.by_id for part in written]
     )
     report["answers_sha256"] = hash_file(answers)
     write_json(out / RECORD, report)
-    return taught_from(report, recipe, out)
+    return dataset_from_record(report, recipe, out)
 
 
 def _complete(out: Path, key: str, answers: Path) -> dict[str, Any] | None:
@@ -138,21 +138,21 @@ def _complete(out: Path, key: str, answers: Path) -> dict[str, Any] | None:
 # ------------------------------------------------------------------------------------ the rows
 
 
-def _read(data: DataConfig, out: Path) -> tuple[list[SourceLedger], list[Lesson]]:
+def _read(data: DataConfig, out: Path) -> tuple[list[SourceLedger], list[TeacherQuery]]:
     """Return the usable rows of all sources, in order."""
     find = finder(out)
     shares = quotas(data.max_rows, [source.weight for source in data.sources])
     ledgers: list[SourceLedger] = []
-    lessons: list[Lesson] = []
+    queries: list[TeacherQuery] = []
     for number, (config, quota) in enumerate(zip(data.sources, shares, strict=True)):
         source = find(config)
         ledger = SourceLedger(source.name, source.kind, config.weight, source.ignored)
         ledgers.append(ledger)
-        lessons += read_lessons(islice(source, quota), number, config, data, ledger)
-    if not lessons:
+        queries += read_queries(islice(source, quota), number, config, data, ledger)
+    if not queries:
         reasons = "; ".join(text for ledger in ledgers for text in ledger.reasons())
         raise SlimError(f"no row can be used: {reasons or 'none given'}", "give other rows")
-    return ledgers, lessons
+    return ledgers, queries
 
 
 def _rows_sentence(ledgers: Sequence[SourceLedger], held_out: int, train: int, asking: int) -> str:
@@ -205,7 +205,7 @@ class _Teaching:
 def _ask(
     teacher: Teacher,
     title: str,
-    questions: Sequence[Asked],
+    questions: Sequence[TeacherRequest],
     file: AnswerFile,
     observer: events.Observer,
 ) -> _Teaching:
@@ -228,11 +228,13 @@ def _ask(
         teacher.close()
 
 
-def _questions(distill: DistillConfig, method: str, lessons: Sequence[Lesson]) -> list[Asked]:
+def _questions(
+    distill: DistillConfig, method: str, queries: Sequence[TeacherQuery]
+) -> list[TeacherRequest]:
     if method == "sequence":
-        return [lesson.sequence() for lesson in lessons]
+        return [query.sequence() for query in queries]
     template = compile_text(distill.ask.prompt)
-    return [lesson.rationale(template) for lesson in lessons]
+    return [query.rationale(template) for query in queries]
 
 
 def _writer(config: TeacherConfig, recipe: Recipe) -> Teacher:
@@ -263,7 +265,7 @@ def _check_names(names: Sequence[str]) -> None:
         )
 
 
-def _sifted(teacher: Teacher, written: Sequence[Written]) -> _Teaching:
+def _sifted(teacher: Teacher, written: Sequence[TeacherResponse]) -> _Teaching:
     """Part good answers from others, and count both."""
     dropped: dict[str, dict[str, Any]] = {}
     texts: list[str | None] = []

@@ -49,7 +49,7 @@ class Teacher(Protocol):
 
     name: str
     chunk: int
-    together: bool
+    batch_dependent: bool
     truncated: int
 
     @property
@@ -85,7 +85,7 @@ class LocalTeacher:
     """
 
     chunk = 16  # what a kill may lose
-    together = True
+    batch_dependent = True
 
     def __init__(
         self, config: TeacherConfig, *, dtype: mx.Dtype, max_tokens: int, until: Sequence[str] = ()

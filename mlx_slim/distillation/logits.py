@@ -23,9 +23,9 @@ from mlx_slim.config.schema import Recipe
 from mlx_slim.data.batches import Batcher
 from mlx_slim.data.prepare import Prepared
 from mlx_slim.distillation import target_cache
-from mlx_slim.distillation.losses import Taught
-from mlx_slim.distillation.objective import Columns, Distilled, HeldOut
-from mlx_slim.distillation.target_cache import Layout
+from mlx_slim.distillation.losses import DistillationLoss
+from mlx_slim.distillation.objective import Columns, DistillationObjective, DistillationValidation
+from mlx_slim.distillation.target_cache import TargetLayout
 from mlx_slim.distillation.teachers import (
     fingerprint,
     load_teacher,
@@ -51,7 +51,7 @@ CACHE_FOLDER = "targets"  # inside a run folder, unless distill.cache names anot
 
 
 @dataclass
-class _Saying:
+class _TargetSet:
     """What one teacher says of one list of rows.
 
     Attributes:
@@ -61,23 +61,23 @@ class _Saying:
         batcher: The rows.
     """
 
-    shape: Layout
+    shape: TargetLayout
     key: dict[str, Any]
     folder: Path
     batcher: Batcher
 
     def columns(self) -> Columns:
         """Return the numbers, or a stand-in of their shapes while they are not complete."""
-        return target_cache.open_complete(self.folder, self.shape) or target_cache.Unread(
-            self.shape
-        )
+        return target_cache.open_complete(
+            self.folder, self.shape
+        ) or target_cache.PlaceholderTargets(self.shape)
 
     @property
     def complete(self) -> bool:
         return target_cache.open_complete(self.folder, self.shape) is not None
 
 
-class Logits(TrainingStrategy):
+class LogitDistillation(TrainingStrategy):
     """Learning from teachers' cached logits.
 
     Args:
@@ -91,8 +91,8 @@ class Logits(TrainingStrategy):
         self._dtype = mx.float32
         self._budget = 0
         self._cache = Path(CACHE_FOLDER)
-        self._train: list[_Saying] = []
-        self._held_out: list[_Saying] = []
+        self._train: list[_TargetSet] = []
+        self._validation: list[_TargetSet] = []
 
     def begin(self, recipe: Recipe, observer: events.Observer) -> None:
         """Refuse a teacher that is too large for the memory budget.
@@ -129,26 +129,28 @@ class Logits(TrainingStrategy):
         for teacher in self.teachers:
             known = fingerprint(teacher, self._dtype)
             shared = min(tuned.config["vocab_size"], self._config(teacher)["vocab_size"])
-            self._train.append(self._saying(recipe, known, data.train, shared))
+            self._train.append(self._target_set(recipe, known, data.train, shared))
             if data.validation is not None:
-                self._held_out.append(self._saying(recipe, known, data.validation, shared))
+                self._validation.append(self._target_set(recipe, known, data.validation, shared))
 
-    def _saying(self, recipe: Recipe, teacher: dict[str, Any], rows: Any, shared: int) -> _Saying:
+    def _target_set(
+        self, recipe: Recipe, teacher: dict[str, Any], rows: Any, shared: int
+    ) -> _TargetSet:
         train = recipe.train
-        shape = target_cache.layout(rows, self.config.top_k, shared)
+        shape = target_cache.target_layout(rows, self.config.top_k, shared)
         key = target_cache.cache_key(teacher, self._tokenizer, rows, shape, self.config.temperature)
         batcher = Batcher(rows, train.batch_tokens, train.max_length, "grouped", train.seed)
-        return _Saying(shape, key, target_cache.folder_of(self._cache, key), batcher)
+        return _TargetSet(shape, key, target_cache.folder_of(self._cache, key), batcher)
 
     @property
-    def _sayings(self) -> list[_Saying]:
-        return [*self._train, *self._held_out]
+    def _target_sets(self) -> list[_TargetSet]:
+        return [*self._train, *self._validation]
 
     def _missing(self) -> int:
         """Bytes that the answers will still take; one folder may serve two teachers."""
         return sum(
             {
-                s.folder: target_cache.missing_bytes(s.folder, s.shape) for s in self._sayings
+                s.folder: target_cache.missing_bytes(s.folder, s.shape) for s in self._target_sets
             }.values()
         )
 
@@ -161,37 +163,39 @@ class Logits(TrainingStrategy):
         target_cache.check_disk(self._cache, self._missing())
 
     @property
-    def token_loss(self) -> Taught:
+    def token_loss(self) -> DistillationLoss:
         """The loss."""
         weights = [teacher.weight for teacher in self.teachers]
-        shares = tuple(weight / sum(weights) for weight in weights)
+        loss_weights = tuple(weight / sum(weights) for weight in weights)
         config = self.config
-        return Taught(config.divergence, config.temperature, config.weight, shares)
+        return DistillationLoss(config.divergence, config.temperature, config.weight, loss_weights)
 
     def objectives(
         self, model: nn.Module, chunk: int | None, vocabulary: int, num_threads: int
     ) -> tuple[Objective, Objective | None]:
         """Return the mixed loss of the rows, and cross-entropy with divergence of held-out ones."""
-        train = [saying.columns() for saying in self._train]
-        held_out = [saying.columns() for saying in self._held_out]
+        train = [target_set.columns() for target_set in self._train]
+        validation = [target_set.columns() for target_set in self._validation]
         return (
-            Distilled(self.token_loss, train, model, chunk, vocabulary, num_threads),
-            HeldOut(self.token_loss, held_out, model, chunk, vocabulary, num_threads)
-            if held_out
+            DistillationObjective(self.token_loss, train, model, chunk, vocabulary, num_threads),
+            DistillationValidation(
+                self.token_loss, validation, model, chunk, vocabulary, num_threads
+            )
+            if validation
             else None,
         )
 
-    def studies(self) -> bool:
+    def needs_targets(self) -> bool:
         """Return whether a teacher has something left to say."""
-        return not all(saying.complete for saying in self._sayings)
+        return not all(target_set.complete for target_set in self._target_sets)
 
-    def study(self, observer: events.Observer) -> bool:
+    def generate_targets(self, observer: events.Observer) -> bool:
         """Ask the teachers, each loaded alone; return False if the user stopped it."""
         whole = True
         if world().rank() == 0:
             with StopRequest() as stop:
                 for number, teacher in enumerate(self.teachers):
-                    mine = [side[number] for side in (self._train, self._held_out) if side]
+                    mine = [side[number] for side in (self._train, self._validation) if side]
                     self._ask(teacher, [s for s in mine if not s.complete], observer, stop)
                     if stop.requested:
                         whole = False
@@ -204,43 +208,43 @@ class Logits(TrainingStrategy):
     def _ask(
         self,
         teacher: TeacherConfig,
-        sayings: Sequence[_Saying],
+        target_sets: Sequence[_TargetSet],
         observer: events.Observer,
         stop: StopRequest,
     ) -> None:
-        if not sayings:
+        if not target_sets:
             return
-        name, count = name_of(teacher), sum(saying.shape.targets for saying in sayings)
-        size = human_bytes(sum(saying.shape.nbytes for saying in sayings))
-        kept = f"{sayings[0].shape.kept:,} logits each"
+        name, count = name_of(teacher), sum(target_set.shape.targets for target_set in target_sets)
+        size = human_bytes(sum(target_set.shape.nbytes for target_set in target_sets))
+        kept = f"{target_sets[0].shape.kept:,} logits each"
         text = f"teacher {name}: {count:,} tokens, {kept}, {size} in {self._cache}"
         observer.notify(events.Notice(text))
         mx.reset_peak_memory()
         model = load_teacher(teacher, self._dtype)
         done, told = 0, 0
-        for saying in sayings:
-            speaker = target_cache.Speaker(
-                model, saying.shape, self.config.temperature, default_num_threads()
+        for target_set in target_sets:
+            generator = target_cache.TargetGenerator(
+                model, target_set.shape, self.config.temperature, default_num_threads()
             )
             steps = target_cache.write(
-                saying.folder,
-                saying.key,
-                saying.shape,
-                saying.batcher,
-                speaker,
+                target_set.folder,
+                target_set.key,
+                target_set.shape,
+                target_set.batcher,
+                generator,
                 stop=lambda: stop.requested,
             )
             for share in steps:
-                tenths = int(10 * (done + share * saying.shape.targets) / count)
+                tenths = int(10 * (done + share * target_set.shape.targets) / count)
                 if tenths > told:
                     told = tenths
                     observer.notify(events.Notice(f"teacher {name}: {10 * tenths}%"))
-            done += saying.shape.targets
+            done += target_set.shape.targets
             if stop.requested:
                 break
         peak = human_bytes(mx.get_peak_memory())
         observer.notify(events.Notice(f"teacher {name} is freed; peak memory {peak}"))
-        del model, speaker, steps
+        del model, generator, steps
         gc.collect()
         mx.clear_cache()
 
@@ -254,14 +258,14 @@ class Logits(TrainingStrategy):
                         "name": name_of(teacher),
                         "model": public_name(teacher.model or ""),
                         "share": share,
-                        "key": hash_json(saying.key),
-                        "targets": saying.shape.targets,
-                        "kept": saying.shape.kept,
+                        "key": hash_json(target_set.key),
+                        "targets": target_set.shape.targets,
+                        "kept": target_set.shape.kept,
                     }
-                    for teacher, share, saying in zip(
-                        self.teachers, self.token_loss.shares, self._train, strict=True
+                    for teacher, share, target_set in zip(
+                        self.teachers, self.token_loss.loss_weights, self._train, strict=True
                     )
                 ],
-                "cache_bytes": sum(saying.shape.nbytes for saying in self._sayings),
+                "cache_bytes": sum(target_set.shape.nbytes for target_set in self._target_sets),
             }
         }

@@ -21,16 +21,16 @@ import numpy as np
 
 
 def target_weights(
-    supervised_R: np.ndarray, groups_R: np.ndarray, shares: Sequence[float]
+    supervised_R: np.ndarray, groups_R: np.ndarray, loss_weights: Sequence[float]
 ) -> np.ndarray:
     """Return the weight of every target of a store, float32 (S,), in the order of its rows.
 
     Args:
         supervised_R: Supervised targets of each row, int64.
         groups_R: Group of each row.
-        shares: a_g of each group.
+        loss_weights: a_g of each group.
     """
-    counts = np.bincount(groups_R, weights=supervised_R, minlength=len(shares))
+    counts = np.bincount(groups_R, weights=supervised_R, minlength=len(loss_weights))
     total = float(supervised_R.sum())
-    factors = np.asarray(shares, np.float64) * total / np.maximum(counts, 1)
+    factors = np.asarray(loss_weights, np.float64) * total / np.maximum(counts, 1)
     return np.repeat(factors[groups_R], supervised_R).astype(np.float32)

@@ -87,7 +87,7 @@ def pull(log_p_CB: mx.array, log_q_CB: mx.array, kind: Divergence) -> mx.array:
 
 
 @dataclass(frozen=True)
-class Taught:
+class DistillationLoss:
     """The rule (1−λ)·CE + λ·T²·Σ_m share_m·D_m, with Σ CE and Σ_m share_m·D_m reported after it.
 
     Columns: ``targets_C``, then ``ids_CK``, ``kept_CK`` and ``rest_C`` (see ``top``) of each
@@ -104,11 +104,11 @@ class Taught:
     divergence: Divergence = "forward"
     temperature: float = 1.0
     weight: float = 0.5
-    shares: Sequence[float] = (1.0,)
+    loss_weights: Sequence[float] = (1.0,)
 
     def _columns(self, said: Sequence[mx.array]) -> tuple[Sequence[mx.array], list[mx.array]]:
         """Return what teachers said, and the weights of the targets, if there are any."""
-        count = 3 * len(self.shares)
+        count = 3 * len(self.loss_weights)
         return said[:count], list(said[count:])
 
     def _mixed(self, nll: mx.array, apart: mx.array) -> mx.array:
@@ -125,13 +125,13 @@ class Taught:
         scaled_CV = logits_CV / self.temperature
         total_C1 = logsumexp(scaled_CV)
         apart = mx.zeros((), dtype=mx.float32)
-        for m, share in enumerate(self.shares):
+        for m, loss_weight in enumerate(self.loss_weights):
             ids_CK, kept_CK, rest_C = said[3 * m : 3 * m + 3]
             own_CK = mx.take_along_axis(scaled_CV, ids_CK, axis=-1) - total_C1
             own_C = (tail(scaled_CV, ids_CK) - total_C1)[:, 0]
             log_p_CB, log_q_CB = _buckets(kept_CK, rest_C), _buckets(own_CK, own_C)
             apart_C = between(log_p_CB, log_q_CB, self.divergence)
-            apart = apart + share * weighted_sum(apart_C, *weights)
+            apart = apart + loss_weight * weighted_sum(apart_C, *weights)
         return self._mixed(NLL().value(logits_CV, targets_C, *weights), apart)
 
     def value_and_gradient(
@@ -148,16 +148,16 @@ class Taught:
         log_total_C1 = mx.log(total_C1) + peak_C1
         apart = mx.zeros((), dtype=mx.float32)
         probs_CV = None
-        for m, share in enumerate(self.shares):
+        for m, loss_weight in enumerate(self.loss_weights):
             ids_CK, kept_CK, rest_C = said[3 * m : 3 * m + 3]
-            weight = self.weight * self.temperature * share
+            weight = self.weight * self.temperature * loss_weight
             # Summed without the kept ones: subtracting them would leave rounding of the large.
             others_C1 = row_sums(mx.put_along_axis(exp_CV, ids_CK, mx.array(0.0), axis=-1))
             own_CK = mx.take_along_axis(scaled_CV, ids_CK, axis=-1) - log_total_C1
             log_p_CB = _buckets(kept_CK, rest_C)
             log_q_CB = _buckets(own_CK, mx.log(others_C1 / total_C1)[:, 0])
             apart_C = between(log_p_CB, log_q_CB, self.divergence)
-            apart = apart + share * weighted_sum(apart_C, *weights)
+            apart = apart + loss_weight * weighted_sum(apart_C, *weights)
             u_CB = pull(log_p_CB, log_q_CB, self.divergence)
             back_C1 = row_sums(u_CB)
             lumped_C1 = mx.where(others_C1 > 0, u_CB[:, -1:] / others_C1, 0.0)

@@ -31,13 +31,13 @@ from mlx_slim.finetuning.strategy import TrainingStrategy, load_tuned, planned_c
 from mlx_slim.models import structure
 from mlx_slim.models.load import read_config
 from mlx_slim.models.logits import logsumexp, row_sums
-from mlx_slim.planner.known_models import model_config
 from mlx_slim.planner.memory import Prediction, predict
+from mlx_slim.planner.shipped_models import model_config
 from mlx_slim.training.losses import NLL, LogitsGradient, chunk_size, linear_loss, weighted_sum
 from mlx_slim.training.step import Arrays, Objective, batch_arrays, supervised_rows, target_weights
 
 
-class Pair(nn.Module):
+class ModelPair(nn.Module):
     """Two models as one: their parameters are ``first.*`` and ``second.*``."""
 
     first: nn.Module
@@ -62,7 +62,7 @@ class Pair(nn.Module):
 
 
 @dataclass(frozen=True)
-class FromOther:
+class PeerLoss:
     """The rule CE + λ·T²·D(other ‖ self); Σ CE and Σ D are reported after it.
 
     Columns: ``targets_C``, the other's hidden states (its logits if it does not split), and
@@ -113,8 +113,8 @@ class FromOther:
         return self._sums(nll, weighted_sum(apart_C, *weights)), logits_gradient
 
 
-class Mutual:
-    """The objective of a ``Pair``: both cross-entropies, and what each learns from the other.
+class MutualObjective:
+    """The objective of a ``ModelPair``: both cross-entropies, and what each learns from the other.
 
     Args:
         model: The pair.
@@ -130,7 +130,7 @@ class Mutual:
 
     def __init__(
         self,
-        model: Pair,
+        model: ModelPair,
         divergence: Divergence,
         temperature: float,
         weight: float,
@@ -149,7 +149,7 @@ class Mutual:
     def __call__(self, model: nn.Module, arrays: Arrays, *, gradient: bool) -> mx.array:
         """Return Σ loss of both, Σ CE of each, and the mean of both Σ D, float32 (4,), nats."""
         tokens_BT, positions_N, targets_N, segments_BT, *weights = arrays
-        pair = cast(Pair, model)
+        pair = cast(ModelPair, model)
         rows = [
             supervised_rows(one, split, tokens_BT, positions_N, segments_BT)
             for one, split in zip((pair.first, pair.second), self._splits, strict=True)
@@ -158,7 +158,7 @@ class Mutual:
         for me, other in ((0, 1), (1, 0)):
             if sums:  # one student after the other, or the chunks of both would live together
                 rows[me] = mx.depends([rows[me]], [sums[0]])[0]
-            token_loss = FromOther(self._head(other), *self._settings)
+            token_loss = PeerLoss(self._head(other), *self._settings)
             columns = (targets_N, mx.stop_gradient(rows[other]), *weights)
             split = self._splits[me]
             if split is None:
@@ -177,7 +177,7 @@ class Mutual:
         return (lambda logits: logits) if split is None else split.head
 
 
-class BothHeldOut(Mutual):
+class MutualValidation(MutualObjective):
     """The mean cross-entropy of both on held-out rows; each one's, and D, beside it."""
 
     def __call__(self, model: nn.Module, arrays: Arrays, *, gradient: bool) -> mx.array:
@@ -196,7 +196,7 @@ def second_recipe(recipe: Recipe, second: TeacherConfig) -> Recipe:
     return recipe.model_copy(update=update)
 
 
-class Together(TrainingStrategy):
+class MutualDistillation(TrainingStrategy):
     """Two students of one tokenizer.
 
     Args:
@@ -236,7 +236,7 @@ class Together(TrainingStrategy):
         """Return both as one model."""
         first = prepare_model(recipe)
         second = prepare_model(second_recipe(recipe, self.second))
-        pair = Pair(first.model, second.model)
+        pair = ModelPair(first.model, second.model)
         self._beside = replace(second, loaded=replace(second.loaded, model=nn.Module()))
         return Tuned(
             loaded=replace(first.loaded, model=pair),
@@ -262,7 +262,7 @@ class Together(TrainingStrategy):
     def predict(self, recipe: Recipe, tuned: Tuned, lengths: Sequence[int]) -> Prediction:
         """Return what both cost together."""
         second = second_recipe(recipe, self.second)
-        return together(
+        return combined(
             predict(planned_config(recipe, tuned), recipe, lengths=lengths),
             predict(planned_config(second, self._second), second, lengths=lengths, suggest=False),
         )
@@ -280,8 +280,8 @@ class Together(TrainingStrategy):
             vocabulary,
             num_threads,
         )
-        pair = cast(Pair, model)
-        return Mutual(pair, *settings), BothHeldOut(pair, *settings)
+        pair = cast(ModelPair, model)
+        return MutualObjective(pair, *settings), MutualValidation(pair, *settings)
 
     def artifact(self, recipe: Recipe, tuned: Tuned) -> str:
         """Return the folder of the first student."""
@@ -289,7 +289,7 @@ class Together(TrainingStrategy):
 
     def save(self, recipe: Recipe, tuned: Tuned, out: Path) -> None:
         """Write both."""
-        pair = cast(Pair, tuned.model)
+        pair = cast(ModelPair, tuned.model)
         save_tuned(recipe, tuned, pair.first, out / FIRST)
         second = second_recipe(recipe, self.second)
         save_tuned(second, self._second, pair.second, out / SECOND)
@@ -298,7 +298,7 @@ class Together(TrainingStrategy):
         """Return both, loaded as a user would."""
         adapted = tuned.injected is not None
         second = second_recipe(recipe, self.second)
-        return Pair(
+        return ModelPair(
             load_tuned(recipe, adapted, out / FIRST), load_tuned(second, adapted, out / SECOND)
         )
 
@@ -329,10 +329,10 @@ def predicted(
     if recipe.distill is None or recipe.distill.method != "mutual":
         return first
     other = second_recipe(recipe, with_model(recipe.distill.teachers[0], recipe))
-    return together(first, predict(look_up(other), other, **{**settings, "suggest": False}))
+    return combined(first, predict(look_up(other), other, **{**settings, "suggest": False}))
 
 
-def together(first: Prediction, second: Prediction) -> Prediction:
+def combined(first: Prediction, second: Prediction) -> Prediction:
     """Return what two runs in one process cost: sizes and times add up."""
     peak = first.predicted_peak_bytes + second.predicted_peak_bytes
     seconds = None

@@ -16,19 +16,19 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_slim.data.batches import Batch
-from mlx_slim.distillation.losses import Taught
+from mlx_slim.distillation.losses import DistillationLoss
 from mlx_slim.training.step import Arrays, CrossEntropy, batch_arrays, target_weights
 
 
 class Columns(Protocol):
-    """What one teacher said: ``targets.Targets``."""
+    """What one teacher said: ``targets.TargetCache``."""
 
     def columns(self, sources_N: np.ndarray) -> tuple[mx.array, mx.array, mx.array]:
         """Return ids_NK, kept_NK and rest_N of numbered targets."""
         ...
 
 
-class Distilled(CrossEntropy):
+class DistillationObjective(CrossEntropy):
     """(1−λ)·CE + λ·T²·Σ_m share_m·D_m over what teachers said of the training rows.
 
     Args:
@@ -41,7 +41,7 @@ class Distilled(CrossEntropy):
 
     def __init__(
         self,
-        token_loss: Taught,
+        token_loss: DistillationLoss,
         said: Sequence[Columns],
         model: nn.Module,
         chunk: int | None = None,
@@ -58,7 +58,7 @@ class Distilled(CrossEntropy):
         return (*batch_arrays(batch), *said, *target_weights(batch))
 
 
-class HeldOut(Distilled):
+class DistillationValidation(DistillationObjective):
     """Cross-entropy of the held-out rows, with the divergence from the teachers beside it."""
 
     parts: tuple[str, ...] = ("divergence",)

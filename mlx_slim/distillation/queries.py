@@ -21,12 +21,12 @@ from mlx_slim.config.schema import DataConfig, SourceConfig
 from mlx_slim.data.formats import Dropped, Example, read_example
 from mlx_slim.data.ledger import SourceLedger
 from mlx_slim.data.sources import RawRow
-from mlx_slim.distillation.answers import Asked
+from mlx_slim.distillation.answers import TeacherRequest
 from mlx_slim.errors import SlimError
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TeacherQuery:
     """One training row that a teacher can be asked about.
 
     Attributes:
@@ -51,14 +51,16 @@ class Lesson:
         """Whether there is a question before the last answer: plain text asks nothing."""
         return any(message["role"] == "user" for message in self.example.messages[:-1])
 
-    def sequence(self) -> Asked:
+    def sequence(self) -> TeacherRequest:
         """Return the question as the data ask it."""
-        return Asked(self.id, self.example.messages[:-1], self.answer, self.raw.place)
+        return TeacherRequest(self.id, self.example.messages[:-1], self.answer, self.raw.place)
 
-    def rationale(self, template: Callable[[Mapping[str, Any]], str]) -> Asked:
+    def rationale(self, template: Callable[[Mapping[str, Any]], str]) -> TeacherRequest:
         """Return the request to explain the right answer."""
         text = self.render(template, "distill.ask.prompt")
-        return Asked(self.id, [{"role": "user", "content": text}], self.answer, self.raw.place)
+        return TeacherRequest(
+            self.id, [{"role": "user", "content": text}], self.answer, self.raw.place
+        )
 
     def render(self, template: Callable[[Mapping[str, Any]], str], key: str) -> str:
         """Return a template over the row's fields, ``prompt`` and ``answer``.
@@ -101,13 +103,13 @@ class Lesson:
         return {"id": self.id, "messages": messages, **example.extras}
 
 
-def read_lessons(
+def read_queries(
     source: Iterable[RawRow],
     number: int,
     config: SourceConfig,
     data: DataConfig,
     ledger: SourceLedger,
-) -> Iterator[Lesson]:
+) -> Iterator[TeacherQuery]:
     """Yield the rows of a source that can be learned from; count the others in ``ledger``.
 
     Raises:
@@ -127,7 +129,7 @@ def read_lessons(
             continue
         own = raw.value.get("id")
         name = own if isinstance(own, str) and own else f"{raw.where}:{raw.number}"
-        yield Lesson(name, number, raw, example)
+        yield TeacherQuery(name, number, raw, example)
 
 
 def prefix_of(setting: str | None, number: int) -> Callable[[Mapping[str, Any]], str]:

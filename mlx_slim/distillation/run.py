@@ -16,8 +16,8 @@ from mlx_slim import events
 from mlx_slim.config.distill import TeacherConfig
 from mlx_slim.config.load import Resolved
 from mlx_slim.config.schema import Recipe
-from mlx_slim.distillation.logits import Logits
-from mlx_slim.distillation.mutual import Together
+from mlx_slim.distillation.logits import LogitDistillation
+from mlx_slim.distillation.mutual import MutualDistillation
 from mlx_slim.distillation.teachers import (
     Disagreement,
     disagreement,
@@ -59,11 +59,11 @@ def distill(
     if method in ("auto", "logits"):
         method = _method(recipe, teachers, observer)
     if method == "logits":
-        logits = Logits(recipe.distill, teachers)
+        logits = LogitDistillation(recipe.distill, teachers)
         return finetune(resolved, out, observer=observer, resume=resume, strategy=logits)
     if method == "mutual":
         _check_same_tokens(recipe, teachers[0], observer)
-        both = Together(recipe.distill, teachers[0])
+        both = MutualDistillation(recipe.distill, teachers[0])
         return finetune(resolved, out, observer=observer, resume=resume, strategy=both)
     return learn_from_texts(resolved, out, teachers, method, observer=observer, resume=resume)
 

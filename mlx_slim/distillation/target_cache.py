@@ -38,11 +38,11 @@ from mlx_slim.training.step import batch_arrays, part_count, supervised_rows
 
 _VERSION = 1  # of the files: raise it when the same key would give other numbers
 _SMALL = 1 << 16
-Said = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids (N, K), kept (N, K), rest (N,)
+TeacherTargets = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids (N, K), kept (N, K), rest (N,)
 
 
 @dataclass(frozen=True)
-class Layout:
+class TargetLayout:
     """The shape of a cache.
 
     Attributes:
@@ -80,10 +80,10 @@ class Layout:
         )
 
 
-def layout(rows: Rows, top_k: Literal["all"] | int, vocabulary: int) -> Layout:
+def target_layout(rows: Rows, top_k: Literal["all"] | int, vocabulary: int) -> TargetLayout:
     """Return the shape of what a teacher says of ``rows``."""
     kept = vocabulary if top_k == "all" else min(top_k, vocabulary)
-    return Layout(len(rows), int(rows.supervised.sum()), kept, vocabulary)
+    return TargetLayout(len(rows), int(rows.supervised.sum()), kept, vocabulary)
 
 
 def rows_print(rows: Rows) -> str:
@@ -98,7 +98,7 @@ def rows_print(rows: Rows) -> str:
 
 
 def cache_key(
-    teacher: dict[str, Any], tokenizer: str, rows: Rows, shape: Layout, temperature: float
+    teacher: dict[str, Any], tokenizer: str, rows: Rows, shape: TargetLayout, temperature: float
 ) -> dict[str, Any]:
     """Return what the numbers depend on.
 
@@ -120,10 +120,10 @@ def cache_key(
     }
 
 
-class Targets:
+class TargetCache:
     """A complete cache, memory-mapped and read-only."""
 
-    def __init__(self, folder: Path, shape: Layout) -> None:
+    def __init__(self, folder: Path, shape: TargetLayout) -> None:
         self.folder = folder
         self.kept = shape.kept
         self._files = {
@@ -144,10 +144,10 @@ class Targets:
         )
 
 
-class Unread:
+class PlaceholderTargets:
     """Stands in for a cache while only memory is measured: numbers of the right shapes."""
 
-    def __init__(self, shape: Layout) -> None:
+    def __init__(self, shape: TargetLayout) -> None:
         self.kept = shape.kept
 
     def columns(self, sources_N: np.ndarray) -> tuple[mx.array, mx.array, mx.array]:
@@ -163,7 +163,7 @@ def folder_of(cache: Path, key: dict[str, Any]) -> Path:
     return cache / hash_json(key)[:16]
 
 
-def open_complete(folder: Path, shape: Layout) -> Targets | None:
+def open_complete(folder: Path, shape: TargetLayout) -> TargetCache | None:
     """Return the cache in ``folder`` if it is complete, else None."""
     if not (folder / "complete.json").is_file():
         return None
@@ -172,10 +172,10 @@ def open_complete(folder: Path, shape: Layout) -> Targets | None:
         wanted = np.dtype(kind).itemsize * int(np.prod(size))
         if not file.is_file() or file.stat().st_size != wanted:
             return None
-    return Targets(folder, shape)
+    return TargetCache(folder, shape)
 
 
-def missing_bytes(folder: Path, shape: Layout) -> int:
+def missing_bytes(folder: Path, shape: TargetLayout) -> int:
     """Return the bytes that completing the cache will take from the disk."""
     if open_complete(folder, shape) is not None:
         return 0
@@ -213,9 +213,9 @@ def _put(handle: BinaryIO, numbers: np.ndarray, values: np.ndarray) -> None:
 def write(
     folder: Path,
     key: dict[str, Any],
-    shape: Layout,
+    shape: TargetLayout,
     batcher: Batcher,
-    answer: Callable[[Batch], Said],
+    answer: Callable[[Batch], TeacherTargets],
     *,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[float]:
@@ -263,7 +263,7 @@ def write(
     write_json(folder / "complete.json", {"rows": shape.rows, "targets": shape.targets})
 
 
-class Speaker:
+class TargetGenerator:
     """A teacher that is loaded, asked for its likeliest tokens.
 
     Args:
@@ -274,7 +274,7 @@ class Speaker:
     """
 
     def __init__(
-        self, model: nn.Module, shape: Layout, temperature: float, num_threads: int
+        self, model: nn.Module, shape: TargetLayout, temperature: float, num_threads: int
     ) -> None:
         self.model = model
         self._shape = shape
@@ -283,7 +283,7 @@ class Speaker:
         self._split = structure.split(model, shape.vocabulary)
         mx.eval(model.parameters())
 
-    def __call__(self, batch: Batch) -> Said:
+    def __call__(self, batch: Batch) -> TeacherTargets:
         """Return ids (N, K), log-probabilities (N, K) and the rest's (N,) of a batch's targets."""
         parts = batch.parts(part_count(self._num_threads, batch.computed_tokens))
         if len(parts) == 1:
@@ -293,7 +293,7 @@ class Speaker:
         ids, kept, rest = (np.concatenate(column) for column in zip(*said, strict=True))
         return ids, kept, rest
 
-    def _part(self, batch: Batch) -> Said:
+    def _part(self, batch: Batch) -> TeacherTargets:
         tokens_BT, positions_N, _, segments_BT = batch_arrays(batch)
         rows = supervised_rows(self.model, self._split, tokens_BT, positions_N, segments_BT)
         chunk = chunk_size(self._shape.vocabulary, None, self._num_threads)

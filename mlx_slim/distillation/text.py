@@ -1,7 +1,7 @@
 """Learning from what teachers write: their texts (arXiv 1606.07947), or reasons (2402.04616).
 
-Invariant: the teaching phase (``teach.py``) comes first, with no student in memory; what follows is
-a fine-tune over its rows, each target with its group's weight. Held-out rows are the data's own,
+Invariant: teachers write first (``generate.py``), with no student in memory; what follows is a
+fine-tune over these rows, each target with its group's weight. Held-out rows are the data's own,
 measured by plain cross-entropy, so that runs with other teachers and weights can be compared. A run
 that is cut off goes on with the next missing answer, or the next step. Used by
 ``distillation/run.py``.
@@ -24,8 +24,8 @@ from mlx_slim.config.load import Resolved
 from mlx_slim.config.schema import Recipe
 from mlx_slim.data.pipeline import Pipeline
 from mlx_slim.data.prepare import Prepared
-from mlx_slim.distillation.dataset import Taught, taught_from
-from mlx_slim.distillation.generate import RECORD, teach
+from mlx_slim.distillation.dataset import DistillationDataset, dataset_from_record
+from mlx_slim.distillation.generate import RECORD, generate_dataset
 from mlx_slim.errors import Interrupted
 from mlx_slim.finetuning.build import Tuned, prepare_data
 from mlx_slim.finetuning.run import finetune
@@ -81,7 +81,7 @@ def learn_from_texts(
 
         _check_student(recipe)
         try:
-            taught = _taught(recipe, teachers, method, out, observer, ready)
+            dataset = _prepare_dataset(recipe, teachers, method, out, observer, ready)
         except KeyboardInterrupt as stop:
             if not (out / STATE_FILE).exists():
                 raise
@@ -89,7 +89,7 @@ def learn_from_texts(
                 "stopped while the teachers wrote; their answers so far are kept",
                 f"resume with: {resume_command(resolved, out)}",
             ) from stop
-        strategy = Texts(taught, teachers)
+        strategy = TextDistillation(dataset, teachers)
         return finetune(resolved, out, observer=observer, resume=True, strategy=strategy)
 
 
@@ -100,19 +100,19 @@ def _check_student(recipe: Recipe) -> None:
     Pipeline(recipe.data, tokenizer, max_length=recipe.train.max_length)
 
 
-def _taught(
+def _prepare_dataset(
     recipe: Recipe, teachers: Sequence[TeacherConfig], method: str, out: Path, observer, ready
-) -> Taught:
+) -> DistillationDataset:
     """Go through the teaching phase on rank 0; the others read what came of it."""
     if world().rank() == 0:
-        taught = teach(recipe, teachers, method, out, observer, ready)
+        dataset = generate_dataset(recipe, teachers, method, out, observer, ready)
     if world().size() > 1:
         mx.eval(mx.distributed.all_sum(mx.array(1), group=world()))
-        taught = taught_from(read_object(out / RECORD), recipe, out)
-    return taught
+        dataset = dataset_from_record(read_object(out / RECORD), recipe, out)
+    return dataset
 
 
-class Texts(TrainingStrategy):
+class TextDistillation(TrainingStrategy):
     """Training on what teachers wrote.
 
     Args:
@@ -120,21 +120,21 @@ class Texts(TrainingStrategy):
         teachers: Who wrote it.
     """
 
-    def __init__(self, taught: Taught, teachers: Sequence[TeacherConfig]) -> None:
-        self.taught = taught
+    def __init__(self, dataset: DistillationDataset, teachers: Sequence[TeacherConfig]) -> None:
+        self.dataset = dataset
         self.teachers = teachers
         self._weights_S: np.ndarray | None = None
 
     def rows(self, recipe: Recipe, tuned: Tuned, out: Path, *, unchanged: bool) -> Prepared:
         """Return the taught rows."""
-        taught = self.taught
+        dataset = self.dataset
         return prepare_data(
-            recipe, tuned, out, unchanged=unchanged, data=taught.data, find=taught.find
+            recipe, tuned, out, unchanged=unchanged, data=dataset.data, find=dataset.find
         )
 
     def read(self, recipe: Recipe, tuned: Tuned, data: Prepared, out: Path) -> None:
         """Work out the weight of every target."""
-        self._weights_S = self.taught.weights(data)
+        self._weights_S = self.dataset.weights(data)
 
     def objectives(
         self, model: nn.Module, chunk: int | None, vocabulary: int, num_threads: int
@@ -147,16 +147,16 @@ class Texts(TrainingStrategy):
 
     def record(self) -> dict[str, Any]:
         """Return who taught what, for ``run.json``."""
-        report = self.taught.report
+        report = self.dataset.report
         counts = report["teachers"]
         return {
             "distill": {
                 "method": report["method"],
-                "answer_weight": self.taught.shares[0],
+                "answer_weight": self.dataset.loss_weights[0],
                 "teachers": [
-                    {**count, "model": public_name(teacher.model or ""), "weight": share}
-                    for count, teacher, share in zip(
-                        counts, self.teachers, self.taught.shares[1:], strict=True
+                    {**count, "model": public_name(teacher.model or ""), "weight": loss_weight}
+                    for count, teacher, loss_weight in zip(
+                        counts, self.teachers, self.dataset.loss_weights[1:], strict=True
                     )
                 ],
             }

@@ -141,11 +141,11 @@ def _run(
         _preflight(built.loop, built.prediction, budget)
 
     from_first_rank(partial(_begin, resolved, out, built.data, going, started))
-    if strategy.studies():  # teachers are loaded: the student makes room
+    if strategy.needs_targets():  # teachers are loaded: the student makes room
         del built
         gc.collect()
         mx.clear_cache()
-        if not strategy.study(observer):
+        if not strategy.generate_targets(observer):
             raise Interrupted(
                 "stopped while the teachers were asked; what they said is kept",
                 f"resume with: {resume_command(resolved, out)}",

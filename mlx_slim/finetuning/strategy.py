@@ -71,11 +71,11 @@ class TrainingStrategy:
         """Return what is minimised, and what held-out rows are measured by (None: the same)."""
         return from_rows(model, chunk, vocabulary, num_threads)
 
-    def studies(self) -> bool:
-        """Return whether ``study`` has work to do."""
+    def needs_targets(self) -> bool:
+        """Return whether ``generate_targets`` has work to do."""
         return False
 
-    def study(self, observer: events.Observer) -> bool:
+    def generate_targets(self, observer: events.Observer) -> bool:
         """Do what must be done while the student is not loaded; False if it was interrupted."""
         return True
 

@@ -18,9 +18,9 @@ from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError
 from mlx_slim.models.build import build
 from mlx_slim.planner.peak import breakdown
-from mlx_slim.planner.shapes import Shapes, leaves, shapes, to_dtype
+from mlx_slim.planner.shapes import TrainingShapes, leaves, to_dtype, training_shapes
 from mlx_slim.planner.suggest import Suggestion, suggestions
-from mlx_slim.planner.work import Speed, Work, expected_work, predicted_seconds
+from mlx_slim.planner.work import Speed, TrainingWork, expected_work, predicted_seconds
 from mlx_slim.runtime import (
     AUTO_SHARE,
     DTYPES,
@@ -101,7 +101,7 @@ def predict(
     gpu: bool | None = None,
     gpu_bytes: int | None = None,
     speed: Speed | None = None,
-    work: Work | None = None,
+    work: TrainingWork | None = None,
     local: bool = True,
     suggest: bool = True,
 ) -> Prediction:
@@ -130,50 +130,50 @@ def predict(
     if work is None:
         with contextlib.suppress(SlimError):
             work = expected_work(recipe, lengths, local=local)
-    counted: dict[tuple[str, str], Shapes] = {}  # what a suggestion changes of them
+    counted: dict[tuple[str, str], TrainingShapes] = {}  # what a suggestion changes of them
 
-    def shapes_of(recipe: Recipe) -> Shapes:
+    def shapes_of(recipe: Recipe) -> TrainingShapes:
         key = (recipe.method, recipe.train.optimizer)
         if key not in counted:
-            counted[key] = shapes(config, recipe, _dtype(recipe, gpu))
+            counted[key] = training_shapes(config, recipe, _dtype(recipe, gpu))
         return counted[key]
 
     def parts_of(recipe: Recipe) -> dict[str, int]:
-        found, size = shapes_of(recipe), _dtype(recipe, gpu).size
-        return _largest(found, breakdown(found, recipe, size, lengths, gpu, gpu_bytes))
+        shapes, size = shapes_of(recipe), _dtype(recipe, gpu).size
+        return _largest(shapes, breakdown(shapes, recipe, size, lengths, gpu, gpu_bytes))
 
     def cost_of(recipe: Recipe) -> tuple[int, float]:
-        tokens = work or Work(1 << 20, 1 << 20, recipe.train.max_length, "")
+        tokens = work or TrainingWork(1 << 20, 1 << 20, recipe.train.max_length, "")
         seconds = predicted_seconds(shapes_of(recipe), recipe, tokens, speed or _ANY_SPEED, gpu=gpu)
         return sum(parts_of(recipe).values()), seconds
 
-    found, parts = shapes_of(recipe), parts_of(recipe)
+    shapes, parts = shapes_of(recipe), parts_of(recipe)
     peak = sum(parts.values())
     return Prediction(
         predicted_peak_bytes=peak,
-        loading_peak_bytes=found.loading_bytes,
+        loading_peak_bytes=shapes.loading_bytes,
         budget_bytes=limit,
         fits=peak <= limit,
         predicted_seconds=cost_of(recipe)[1] if speed and work else None,
-        disk_bytes=_disk(found, recipe, work),
-        download_bytes=2 * found.parameters,
+        disk_bytes=_disk(shapes, recipe, work),
+        download_bytes=2 * shapes.parameters,
         breakdown=parts,
-        parameters=found.parameters,
-        trainable_parameters=found.trainable_parameters,
+        parameters=shapes.parameters,
+        trainable_parameters=shapes.trainable_parameters,
         dtype=dtype_name(_dtype(recipe, gpu)),
         tokens=work.tokens if work else None,
         tokens_basis=work.basis if work else "the rows are not counted yet",
-        rules_of_thumb=rules_of_thumb(found, recipe, _dtype(recipe, gpu)),
+        rules_of_thumb=rules_of_thumb(shapes, recipe, _dtype(recipe, gpu)),
         suggestions=suggestions(recipe, limit, cost_of) if suggest else [],
     )
 
 
-def _largest(found: Shapes, training: dict[str, int]) -> dict[str, int]:
+def _largest(shapes: TrainingShapes, training: dict[str, int]) -> dict[str, int]:
     """Return the parts of the larger peak: of training, or of loading."""
-    if found.loading_bytes <= sum(training.values()):
+    if shapes.loading_bytes <= sum(training.values()):
         return {**training, "loading": 0}
-    more = found.loading_bytes - found.base_bytes
-    return {**dict.fromkeys(training, 0), "weights": found.base_bytes, "loading": more}
+    more = shapes.loading_bytes - shapes.base_bytes
+    return {**dict.fromkeys(training, 0), "weights": shapes.base_bytes, "loading": more}
 
 
 def _dtype(recipe: Recipe, gpu: bool) -> mx.Dtype:
@@ -181,7 +181,7 @@ def _dtype(recipe: Recipe, gpu: bool) -> mx.Dtype:
     return resolve_dtype(name) if name != "auto" else (mx.bfloat16 if gpu else mx.float32)
 
 
-def rules_of_thumb(found: Shapes, recipe: Recipe, dtype: mx.Dtype) -> dict[str, int]:
+def rules_of_thumb(shapes: TrainingShapes, recipe: Recipe, dtype: mx.Dtype) -> dict[str, int]:
     """Return what two common rules say, in bytes; neither is what training needs.
 
     ``inference_formula``: M = P · 4 / (32 / Q) · 1.2 with P parameters loaded at Q bits: weights
@@ -189,34 +189,34 @@ def rules_of_thumb(found: Shapes, recipe: Recipe, dtype: mx.Dtype) -> dict[str, 
     """
     bits = recipe.quantize.bits if recipe.method == "qlora" else 8 * dtype.size
     return {
-        "inference_formula": int(found.parameters * 4 / (32 / bits) * 1.2),
-        "twelve_times": 12 * found.parameters * dtype.size,
+        "inference_formula": int(shapes.parameters * 4 / (32 / bits) * 1.2),
+        "twelve_times": 12 * shapes.parameters * dtype.size,
     }
 
 
-def _disk(found: Shapes, recipe: Recipe, work: Work | None) -> int:
+def _disk(shapes: TrainingShapes, recipe: Recipe, work: TrainingWork | None) -> int:
     """Bytes of the run folder at its largest."""
-    checkpoint = found.trainable_bytes + found.optimizer_bytes
-    result = found.trainable_bytes
+    checkpoint = shapes.trainable_bytes + shapes.optimizer_bytes
+    result = shapes.trainable_bytes
     if recipe.quantize.aware:
         bits = recipe.quantize.bits + 32 / recipe.quantize.group_size
-        result += int(found.parameters * bits / 8)
-    if found.quantized_here:
-        result += found.base_bytes
+        result += int(shapes.parameters * bits / 8)
+    if shapes.quantized_here:
+        result += shapes.base_bytes
     rows = 4 * work.tokens_per_epoch + work.tokens_per_epoch // 8 if work else 0
-    rows += _answers(found, recipe, work) if work else 0
+    rows += _answers(shapes, recipe, work) if work else 0
     beside = _SAVED_STEPS_BESIDES + (recipe.train.schedule == "wsd")  # one from before the decay
     return result + (recipe.train.keep + beside) * checkpoint + rows
 
 
-def _answers(found: Shapes, recipe: Recipe, work: Work) -> int:
+def _answers(shapes: TrainingShapes, recipe: Recipe, work: TrainingWork) -> int:
     """Bytes of teachers' targets in the run folder (``distillation/target_cache.py``)."""
     distill = recipe.distill
     if distill is None or distill.cache or distill.method not in ("auto", "logits"):
         return 0
-    kept = found.vocabulary if distill.top_k == "all" else min(distill.top_k, found.vocabulary)
+    kept = shapes.vocabulary if distill.top_k == "all" else min(distill.top_k, shapes.vocabulary)
     share = work.supervised if recipe.data.mask_prompt else 1.0
-    a_token = kept * (6 if found.vocabulary <= 1 << 16 else 8) + 4
+    a_token = kept * (6 if shapes.vocabulary <= 1 << 16 else 8) + 4
     return int(share * work.tokens_per_epoch) * a_token * len(distill.teachers)
 
 

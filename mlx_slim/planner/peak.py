@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mlx_slim.config.schema import Recipe
-from mlx_slim.planner.shapes import Block, Shapes
+from mlx_slim.planner.shapes import Block, TrainingShapes
 from mlx_slim.runtime import default_num_threads
 from mlx_slim.training.losses import chunk_size
 from mlx_slim.training.step import part_count
@@ -107,10 +107,10 @@ def _logit_copies(recipe: Recipe, capped: bool) -> float:
     return copies if distill.temperature == 1 else copies + LOGITS_HEATED
 
 
-def _share_of_loss(found: Shapes, recipe: Recipe) -> float:
+def _share_of_loss(shapes: TrainingShapes, recipe: Recipe) -> float:
     """Return the head's share of a step's operations, adapters and attention left out."""
-    head = 4 * found.vocabulary * found.width
-    blocks = 2 * sum(block.linear for block in found.blocks)
+    head = 4 * shapes.vocabulary * shapes.width
+    blocks = 2 * sum(block.linear for block in shapes.blocks)
     return head / (head + blocks * (3 if recipe.train.grad_checkpoint else 2))
 
 
@@ -124,7 +124,7 @@ def _column_bytes(recipe: Recipe, vocabulary: int) -> int:
 
 
 def breakdown(
-    found: Shapes,
+    shapes: TrainingShapes,
     recipe: Recipe,
     size: int,
     lengths: Sequence[int] | None,
@@ -141,7 +141,7 @@ def breakdown(
     their short peaks meet now and then.
 
     Args:
-        found: Of the model under this recipe.
+        shapes: Of the model under this recipe.
         recipe: Checked recipe.
         size: Bytes of a number of the computation.
         lengths: Tokens of each training row, where known.
@@ -156,44 +156,44 @@ def breakdown(
     rows, more = divmod(max(1, tokens // length), parts)  # the first parts have a row more
     part = (rows + (more > 0)) * length
     alive = (rows * num_threads + min(more, num_threads)) * length
-    widest = max(found.blocks, key=lambda block: _kept(block, recipe, length, gpu))
+    widest = max(shapes.blocks, key=lambda block: _kept(block, recipe, length, gpu))
     if train.grad_checkpoint:
-        kept = sum(KEPT_CHECKPOINTED * block.width for block in found.blocks)
+        kept = sum(KEPT_CHECKPOINTED * block.width for block in shapes.blocks)
         passing = RECOMPUTED * _kept(widest, recipe, length, gpu)
     else:
-        kept = sum(_kept(block, recipe, length, gpu) for block in found.blocks)
+        kept = sum(_kept(block, recipe, length, gpu) for block in shapes.blocks)
         passing = 0.0
     kept_bytes = kept * alive * size
     passing_one = (passing + _numbers(widest, PASSING, length)) * part * size
     passing_bytes = passing_one * (1 + TOGETHER * (num_threads - 1))
     chunk = min(
         chunk_size(
-            found.vocabulary, train.loss_chunk, num_threads, gpu_bytes=gpu_bytes if gpu else 0
+            shapes.vocabulary, train.loss_chunk, num_threads, gpu_bytes=gpu_bytes if gpu else 0
         ),
         part,
     )
-    meeting = min(1.0, LOSSES_TOGETHER + LOSSES_BY_SHARE * _share_of_loss(found, recipe))
-    if found.splits:
-        copies = _logit_copies(recipe, found.capped) + (
+    meeting = min(1.0, LOSSES_TOGETHER + LOSSES_BY_SHARE * _share_of_loss(shapes, recipe))
+    if shapes.splits:
+        copies = _logit_copies(recipe, shapes.capped) + (
             LOGITS_AHEAD if num_threads == 1 and not gpu else 0
         )
-        logits_one = copies * 4 * chunk * found.vocabulary
+        logits_one = copies * 4 * chunk * shapes.vocabulary
     else:
-        logits_one = (LOGITS_FULL * size + LOGITS_FULL32 * 4) * part * found.vocabulary
+        logits_one = (LOGITS_FULL * size + LOGITS_FULL32 * 4) * part * shapes.vocabulary
     logits = logits_one * (1 + meeting * (num_threads - 1))
-    kept_bytes += _column_bytes(recipe, found.vocabulary) * alive
-    table = 4 * found.vocabulary * found.width
-    dense = table if found.quantized and not gpu else 0  # the head's weight, shared by all parts
-    if found.head_trains:
+    kept_bytes += _column_bytes(recipe, shapes.vocabulary) * alive
+    table = 4 * shapes.vocabulary * shapes.width
+    dense = table if shapes.quantized and not gpu else 0  # the head's weight, shared by all parts
+    if shapes.head_trains:
         kept_bytes += (HEAD_GRADIENT + (0 if gpu else HEAD_AHEAD)) * table
-    if found.quantized and not gpu:
+    if shapes.quantized and not gpu:
         passing_bytes += DENSE_LAYER * 4 * widest.largest
         passing_one += DENSE_LAYER * 4 * widest.largest
     # One thread in its loss, another one in its backward pass.
     mixed = max(logits_one, passing_one) + meeting * (num_threads - 1) * min(
         logits_one, passing_one
     )
-    update = (UPDATE + 1) * 4 * found.largest
+    update = (UPDATE + 1) * 4 * shapes.largest
     moments = {
         "loss": (kept_bytes, logits + dense, 0),
         "mixed": (kept_bytes, mixed + dense, 0) if num_threads > 1 else (0, 0, 0),
@@ -201,19 +201,19 @@ def breakdown(
         "last": (
             passing_bytes + (table if full else 0),
             dense,
-            found.trainable_bytes if full else 0,
+            shapes.trainable_bytes if full else 0,
         ),
-        "update": (update - 4 * found.largest, 0, 4 * found.largest) if full else (0, 0, 0),
+        "update": (update - 4 * shapes.largest, 0, 4 * shapes.largest) if full else (0, 0, 0),
     }
     activations, logits, gradients = max(moments.values(), key=sum)
     # Summed over micro-batches there is one float32 gradient besides, and one of each part that is
     # done.
     done = parts - num_threads + (0 if full else 1)
-    gradients += found.gradient_bytes * (done + (train.accumulate > 1))
+    gradients += shapes.gradient_bytes * (done + (train.accumulate > 1))
     return {
-        "weights": found.base_bytes + found.rounded_bytes + found.adapter_bytes,
+        "weights": shapes.base_bytes + shapes.rounded_bytes + shapes.adapter_bytes,
         "gradients": int(gradients),
-        "optimizer": found.optimizer_bytes,
+        "optimizer": shapes.optimizer_bytes,
         "activations": int(activations),
         "logits": int(logits),
     }

@@ -31,7 +31,7 @@ SUPERVISED = 0.6  # share of Alpaca-like rows that are answers
 _HUB_ROWS = {"tatsu-lab/alpaca": (52_002, 120)}
 
 
-class Rows(NamedTuple):
+class RowEstimate(NamedTuple):
     """The rows of one epoch.
 
     Attributes:
@@ -47,7 +47,7 @@ class Rows(NamedTuple):
     supervised: float
 
 
-def expected_rows(recipe: Recipe, *, local: bool) -> Rows | None:
+def expected_rows(recipe: Recipe, *, local: bool) -> RowEstimate | None:
     """Return the rows of an epoch, or None where only a hub has a source.
 
     Args:
@@ -91,7 +91,7 @@ def expected_rows(recipe: Recipe, *, local: bool) -> Rows | None:
         return None
     count, mean = round(sum(trained)), tokens / sum(trained)
     basis = f"{count:,} rows of about {mean:.0f} tokens"
-    return Rows(int(tokens), int(squares / tokens), basis, supervised)
+    return RowEstimate(int(tokens), int(squares / tokens), basis, supervised)
 
 
 def _total(trained: list[float], sizes: list[np.ndarray]) -> float:

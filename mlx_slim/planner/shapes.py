@@ -61,7 +61,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Shapes:
+class TrainingShapes:
     """A model and what a recipe adds to it.
 
     Attributes:
@@ -186,7 +186,7 @@ def refuse_quantized(recipe: Recipe) -> None:
         )
 
 
-def shapes(config: dict[str, Any], recipe: Recipe, dtype: mx.Dtype) -> Shapes:
+def training_shapes(config: dict[str, Any], recipe: Recipe, dtype: mx.Dtype) -> TrainingShapes:
     """Return what ``recipe`` holds in memory over the model of ``config``.
 
     Args:
@@ -250,7 +250,7 @@ def shapes(config: dict[str, Any], recipe: Recipe, dtype: mx.Dtype) -> Shapes:
     state = Optimizer(bag, recipe.train).state()
     embeddings = [s for s in sites(model) if s.block is None]
     vocabulary, width = max((_table(s) for s in embeddings), default=(1, 1))
-    return Shapes(
+    return TrainingShapes(
         parameters=parameters,
         quantized=is_quantized(model),
         base_bytes=sum(kept.values()),

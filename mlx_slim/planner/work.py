@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from mlx_slim.config.schema import Recipe
 from mlx_slim.planner.rows import SUPERVISED, expected_rows
-from mlx_slim.planner.shapes import Shapes
+from mlx_slim.planner.shapes import TrainingShapes
 from mlx_slim.runtime import exp_nanoseconds, matmul_gflops, on_gpu
 
 FILLED = 0.93  # share of computed tokens that are real
@@ -25,7 +25,7 @@ PASSES = 4.0
 
 
 @dataclass(frozen=True)
-class Work:
+class TrainingWork:
     """Tokens of a run.
 
     Attributes:
@@ -77,7 +77,7 @@ def measure_speed(dtype: mx.Dtype) -> Speed:
 
 def expected_work(
     recipe: Recipe, lengths: Sequence[int] | None = None, *, local: bool = True
-) -> Work | None:
+) -> TrainingWork | None:
     """Return the tokens that ``recipe`` will train on, or None where they cannot be guessed.
 
     Args:
@@ -99,15 +99,17 @@ def expected_work(
     if train.steps is not None:
         tokens = int(train.steps * train.accumulate * train.batch_tokens * FILLED)
         basis = f"{train.steps:,} full steps"
-        return Work(tokens, tokens if per_epoch is None else per_epoch, length, basis, supervised)
+        return TrainingWork(
+            tokens, tokens if per_epoch is None else per_epoch, length, basis, supervised
+        )
     if per_epoch is None:
         return None
     basis = f"{train.epochs:g} x {basis}"
-    return Work(int(per_epoch * train.epochs), per_epoch, length, basis, supervised)
+    return TrainingWork(int(per_epoch * train.epochs), per_epoch, length, basis, supervised)
 
 
 def predicted_seconds(
-    found: Shapes, recipe: Recipe, work: Work, speed: Speed, *, gpu: bool
+    shapes: TrainingShapes, recipe: Recipe, work: TrainingWork, speed: Speed, *, gpu: bool
 ) -> float:
     """Return the wall time of training in seconds, without loading, validation and saving.
 
@@ -116,28 +118,28 @@ def predicted_seconds(
     """
     full = recipe.method == "full"
     again = 1 if recipe.train.grad_checkpoint else 0
-    linear = sum(block.linear for block in found.blocks)
-    adapters = 0 if full else found.trainable_parameters
+    linear = sum(block.linear for block in shapes.blocks)
+    adapters = 0 if full else shapes.trainable_parameters
     share = work.supervised if recipe.data.mask_prompt else 1.0
     passes = 2 + again + (1 if full else 0)
-    attention = sum((12 + 4 * again) * work.length * block.queries for block in found.blocks)
-    head = found.vocabulary * found.width
+    attention = sum((12 + 4 * again) * work.length * block.queries for block in shapes.blocks)
+    head = shapes.vocabulary * shapes.width
     flops = 2 * linear * passes + 6 * adapters + attention
     flops += share * head * (6 if full else 4)
     exponentials = sum(
-        (1 + again) * (block.inner + block.heads * work.length) for block in found.blocks
+        (1 + again) * (block.inner + block.heads * work.length) for block in shapes.blocks
     )
-    exponentials += share * found.vocabulary
+    exponentials += share * shapes.vocabulary
     kept = sum(
         6 * block.width + 2 * block.queries + 5 * block.inner + block.heads * work.length
-        for block in found.blocks
+        for block in shapes.blocks
     )
     seconds = flops / speed.flops
     seconds += exponentials * speed.exponential
     seconds += kept * PASSES * (1 + again / 2) * speed.element
     computed = work.tokens / FILLED
     total = computed * seconds
-    if found.quantized and not gpu:  # each micro-batch makes each layer's dense weight anew
+    if shapes.quantized and not gpu:  # each micro-batch makes each layer's dense weight anew
         batches = computed / recipe.train.batch_tokens
         total += batches * (linear + head) * (2 + again) * 2 * speed.element
     return total

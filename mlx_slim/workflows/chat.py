@@ -57,8 +57,8 @@ def _nobody(_: str) -> None:
 
 
 @dataclass
-class Speaker:
-    """A model and what it holds in its cache; ``open_speaker`` makes one.
+class ChatSession:
+    """A model and what it holds in its cache; ``open_session`` makes one.
 
     Attributes:
         model: The model, with its adapter.
@@ -230,14 +230,14 @@ def _shared(one: list[int], other: list[int]) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
-def open_speaker(
+def open_session(
     source: str | Path,
     adapter: Adapters | None = None,
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
     tell: Callable[[str], None] = _nobody,
-) -> Speaker:
+) -> ChatSession:
     """Load a model to talk with.
 
     On a CPU it computes in float32 and, memory allowing, on dequantized weights: a decoding step
@@ -268,6 +268,8 @@ def open_speaker(
     notes = loaded.notes
     over = _over(stack) if dense else None
     limit = limit_of(loaded.config, restarts=True)
-    speaker = Speaker(loaded.model, loaded.tokenizer, notes, over, dense, limit=limit, tell=tell)
+    speaker = ChatSession(
+        loaded.model, loaded.tokenizer, notes, over, dense, limit=limit, tell=tell
+    )
     speaker.use(adapter)
     return speaker

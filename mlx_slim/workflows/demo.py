@@ -72,7 +72,7 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Row:
+class DemoRow:
     """One method's line of the table; sizes in bytes, ``minutes`` of training.
 
     Attributes:
@@ -108,7 +108,7 @@ def demo(
     limit: int | None = None,
     overrides: Sequence[str] = (),
     watch: Callable[[str], AbstractContextManager[Observer]],
-) -> list[Row]:
+) -> list[DemoRow]:
     """Import, quantize, score, fine-tune, score again; write ``results.json`` and ``report.md``.
 
     Args:
@@ -152,7 +152,7 @@ def _run(
     limit: int | None,
     overrides: Sequence[str],
     watch: Callable[[str], AbstractContextManager[Observer]],
-) -> list[Row]:
+) -> list[DemoRow]:
     """Do all of it in the folder that this process holds."""
     with watch("demo: the model") as observer:
         dense = _dense(out / "model", model, observer)
@@ -160,7 +160,7 @@ def _run(
         if "qlora" in methods:
             settings = demo_recipe("qlora", dense, overrides).recipe.quantize
             small = _quantized(dense, out / "model-4bit", settings, observer)
-    rows: list[Row] = []
+    rows: list[DemoRow] = []
     for method in methods:
         base = small if method == "qlora" else dense
         resolved = demo_recipe(method, base, overrides)
@@ -310,11 +310,11 @@ def questions(
 # ------------------------------------------------------------------------------------ reporting
 
 
-def _row(method: str, base: Path, run: Path, before: Scored, after: Scored) -> Row:
+def _row(method: str, base: Path, run: Path, before: Scored, after: Scored) -> DemoRow:
     record = read_object(run / "run.json")
     result = record["result"]
     done = result["done"]
-    return Row(
+    return DemoRow(
         method=method,
         before=before,
         after=after,
@@ -341,7 +341,7 @@ HEADINGS = (
 )
 
 
-def cells(row: Row) -> tuple[str, ...]:
+def cells(row: DemoRow) -> tuple[str, ...]:
     """Return a row of the closing table, one text for each of ``HEADINGS``."""
     return (
         row.method,
@@ -356,7 +356,7 @@ def cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def _write(out: Path, model: str | None, recipe: Recipe, rows: list[Row]) -> None:
+def _write(out: Path, model: str | None, recipe: Recipe, rows: list[DemoRow]) -> None:
     """Write ``results.json`` and ``report.md``."""
     source = model or SMOLLM2_PACKAGE
     artifacts.write_json(

@@ -16,13 +16,13 @@ from mlx_slim.distillation.mutual import predicted
 from mlx_slim.errors import SlimError
 from mlx_slim.finetuning.profile import STEPS, Probe, probe
 from mlx_slim.planner import macs
-from mlx_slim.planner.known_models import model_config
 from mlx_slim.planner.memory import Prediction, predict
-from mlx_slim.planner.shapes import shapes
+from mlx_slim.planner.shapes import training_shapes
+from mlx_slim.planner.shipped_models import model_config
 from mlx_slim.planner.work import (
     FILLED,
     Speed,
-    Work,
+    TrainingWork,
     expected_work,
     measure_speed,
     predicted_seconds,
@@ -77,8 +77,8 @@ def plan(
         return found(speed), note
     seen = probe(recipe, observer or events.Broadcast([]), steps=steps)
     guessed = predict(config, recipe, lengths=seen.lengths, budget=limit, speed=speed)
-    batch = Work(int(seen.computed_tokens * FILLED), 0, seen.length, "")
-    shape = shapes(config, recipe, dtype)
+    batch = TrainingWork(int(seen.computed_tokens * FILLED), 0, seen.length, "")
+    shape = training_shapes(config, recipe, dtype)
     guess = predicted_seconds(shape, recipe, batch, speed, gpu=on_gpu())
     return _corrected(guessed, seen, seen.seconds_per_batch / guess), note
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from mlx_slim.distillation.answers import AnswerFile, Asked, Written
+from mlx_slim.distillation.answers import AnswerFile, TeacherRequest, TeacherResponse
 from mlx_slim.errors import SlimError
 
 
@@ -15,8 +15,8 @@ class Parrot:
 
     truncated = 0
 
-    def __init__(self, name="parrot", *, chunk=2, together=False, settings=None, fail=None):
-        self.name, self.chunk, self.together = name, chunk, together
+    def __init__(self, name="parrot", *, chunk=2, batch_dependent=False, settings=None, fail=None):
+        self.name, self.chunk, self.batch_dependent = name, chunk, batch_dependent
         self.settings = settings or {"model": "parrot"}
         self.asked: list[str] = []
         self._fail = fail
@@ -35,7 +35,9 @@ class Parrot:
 
 def questions(count=5, suffix=""):
     return [
-        Asked(f"row-{i}", [{"role": "user", "content": f"q{i}{suffix}"}], f"a{i}", f"line {i}")
+        TeacherRequest(
+            f"row-{i}", [{"role": "user", "content": f"q{i}{suffix}"}], f"a{i}", f"line {i}"
+        )
         for i in range(count)
     ]
 
@@ -89,7 +91,7 @@ def test_a_chunk_that_belongs_together_is_asked_again_as_a_whole(tmp_path):
     AnswerFile(path).collect(Parrot(), questions())
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines[:3], lines[4]]))
-    asked = Parrot(together=True)
+    asked = Parrot(batch_dependent=True)
     AnswerFile(path).collect(asked, questions())
     assert asked.asked == ["q2", "q3"]
     assert len(path.read_text().splitlines()) == 5
@@ -153,4 +155,4 @@ def test_a_broken_line_is_named(tmp_path):
     ],
 )
 def test_what_is_no_use_says_why(text, reason, edited, trouble):
-    assert Written("id", text, reason, edited).trouble == trouble
+    assert TeacherResponse("id", text, reason, edited).trouble == trouble

@@ -36,8 +36,8 @@ def recipe(rows: Path, base_url: str, method: str = "rationales", count: int = 1
     return from_values(values, "small", "test").recipe
 
 
-def teach(config, *words):
-    return phase.teach(config, config.distill.teachers, *words)
+def generate_dataset(config, *words):
+    return phase.generate_dataset(config, config.distill.teachers, *words)
 
 
 @pytest.fixture
@@ -52,10 +52,12 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def test_rationales_of_two_teachers_stand_behind_their_prefixes(rows, tmp_path):
     out = tmp_path / "run"
     with serving() as served:
-        taught = teach(recipe(rows, served.base_url, count=2), "rationales", out, Recorder())
-    assert taught.shares == [1.0, 1.0, 2.0]
-    assert [part.group for part in taught.parts] == [0, 1, 2]
-    own, first, second = (lines(out / part.file) for part in taught.parts)
+        dataset = generate_dataset(
+            recipe(rows, served.base_url, count=2), "rationales", out, Recorder()
+        )
+    assert dataset.loss_weights == [1.0, 1.0, 2.0]
+    assert [part.group for part in dataset.parts] == [0, 1, 2]
+    own, first, second = (lines(out / part.file) for part in dataset.parts)
     held_out = lines(out / "taught" / "validation.jsonl")
     assert (len(own), len(first), len(second), len(held_out)) == (9, 9, 9, 3)
     for data, one, two in zip(own, first, second, strict=True):
@@ -73,9 +75,13 @@ def test_rationales_of_two_teachers_stand_behind_their_prefixes(rows, tmp_path):
 def test_sequences_take_the_place_of_answers(rows, tmp_path):
     with serving() as served:
         config = recipe(rows, served.base_url, "sequence", count=2, weight=0.75)
-        taught = teach(config, "sequence", tmp_path / "run", Recorder())
-    assert taught.shares == [0.25, 0.25, 0.5]  # 1 − λ, and λ by the teachers' weights 1 and 2
-    own, first, _ = (lines(tmp_path / "run" / part.file) for part in taught.parts)
+        dataset = generate_dataset(config, "sequence", tmp_path / "run", Recorder())
+    assert dataset.loss_weights == [
+        0.25,
+        0.25,
+        0.5,
+    ]  # 1 − λ, and λ by the teachers' weights 1 and 2
+    own, first, _ = (lines(tmp_path / "run" / part.file) for part in dataset.parts)
     assert [row["prompt"] for row in first] == [row["prompt"] for row in own]
     assert all(row["completion"].startswith("Because") for row in first)
     asked = [request["messages"] for request in served.requests[:9]]
@@ -85,8 +91,8 @@ def test_sequences_take_the_place_of_answers(rows, tmp_path):
 def test_with_weight_one_only_the_teacher_is_heard(rows, tmp_path):
     with serving() as served:
         config = recipe(rows, served.base_url, "sequence", weight=1.0)
-        taught = teach(config, "sequence", tmp_path / "run", Recorder())
-    assert [part.group for part in taught.parts] == [1]
+        dataset = generate_dataset(config, "sequence", tmp_path / "run", Recorder())
+    assert [part.group for part in dataset.parts] == [1]
 
 
 def test_a_row_that_a_teacher_cannot_read_is_named(tmp_path):
@@ -108,8 +114,8 @@ def test_a_row_that_a_teacher_cannot_read_is_named(tmp_path):
 def test_a_complete_phase_asks_no_teacher_again(rows, tmp_path):
     with serving() as served:
         config = recipe(rows, served.base_url)
-        first = teach(config, "rationales", tmp_path / "run", Recorder())
-    again = teach(config, "rationales", tmp_path / "run", Recorder())  # nobody serves
+        first = generate_dataset(config, "rationales", tmp_path / "run", Recorder())
+    again = generate_dataset(config, "rationales", tmp_path / "run", Recorder())  # nobody serves
     assert again == first
 
 
@@ -127,10 +133,10 @@ def test_useless_answers_are_counted_and_not_learned(rows, tmp_path):
     seen = Recorder()
     with serving(script) as served:
         config = recipe(rows, served.base_url)
-        taught = teach(config, "rationales", tmp_path / "run", seen)
-    (report,) = taught.report["teachers"]
+        dataset = generate_dataset(config, "rationales", tmp_path / "run", seen)
+    (report,) = dataset.report["teachers"]
     found = {reason: entry["count"] for reason, entry in report["dropped"].items()}
-    used = lines(tmp_path / "run" / taught.parts[1].file)
+    used = lines(tmp_path / "run" / dataset.parts[1].file)
     assert set(found) <= {"empty", "cut at the longest answer", "repeats itself"} and found
     assert report["used"] == len(used) == 9 - sum(found.values())
     (warning,) = [e.message for e in seen.events if getattr(e, "level", "") == "warning"]
@@ -143,7 +149,7 @@ def test_nothing_usable_is_an_error_that_keeps_the_answers(rows, tmp_path):
         serving(lambda *_: (200, completion(""), {})) as served,
         pytest.raises(SlimError, match=r"t1: 0 of 9 answers used \(9 empty\)") as caught,
     ):
-        teach(recipe(rows, served.base_url), "rationales", tmp_path / "run", Recorder())
+        generate_dataset(recipe(rows, served.base_url), "rationales", tmp_path / "run", Recorder())
     assert "max_tokens" in caught.value.hint
     assert len(lines(tmp_path / "run" / "answers.jsonl")) == 9
 
@@ -152,17 +158,17 @@ def test_a_hand_edit_is_used_and_counted(rows, tmp_path):
     out, seen = tmp_path / "run", Recorder()
     with serving() as served:
         config = recipe(rows, served.base_url)
-        teach(config, "rationales", out, Recorder())
+        generate_dataset(config, "rationales", out, Recorder())
         found = lines(out / "answers.jsonl")
         found[4]["generation"] = "I know better."
         (out / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
         count = len(served.requests)
-        taught = teach(config, "rationales", out, seen)
+        dataset = generate_dataset(config, "rationales", out, seen)
         assert len(served.requests) == count
-    rows_of_teacher = lines(out / taught.parts[1].file)
+    rows_of_teacher = lines(out / dataset.parts[1].file)
     assert [r["completion"] for r in rows_of_teacher].count("I know better.") == 1
     assert any("1 edited by hand" in getattr(event, "message", "") for event in seen.events)
-    assert taught.report["teachers"][0]["edited"] == 1
+    assert dataset.report["teachers"][0]["edited"] == 1
 
 
 def test_everything_is_checked_before_the_first_question(rows, tmp_path):
@@ -183,16 +189,16 @@ def test_everything_is_checked_before_the_first_question(rows, tmp_path):
                 distill = config.distill.model_copy(update={"teachers": teachers})
                 config = config.model_copy(update={"distill": distill})
             with pytest.raises(SlimError, match=what):
-                teach(config, "rationales", tmp_path / "run", Recorder(), refuse)
+                generate_dataset(config, "rationales", tmp_path / "run", Recorder(), refuse)
         assert served.requests == []
 
 
 def test_a_cache_is_shared_between_runs(rows, tmp_path):
     with serving() as served:
         config = recipe(rows, served.base_url, cache=str(tmp_path / "cache"))
-        teach(config, "rationales", tmp_path / "one", Recorder())
+        generate_dataset(config, "rationales", tmp_path / "one", Recorder())
         count = len(served.requests)
-        teach(config, "rationales", tmp_path / "two", Recorder())
+        generate_dataset(config, "rationales", tmp_path / "two", Recorder())
         assert len(served.requests) == count == 9
     assert not (tmp_path / "one" / "answers.jsonl").exists()
 
@@ -202,7 +208,7 @@ import os, signal, sys
 from pathlib import Path
 from mlx_slim.distillation.answers import AnswerFile
 from tests.support.runs import Recorder
-from tests.distillation.test_generate import recipe, teach
+from tests.distillation.test_generate import generate_dataset, recipe
 
 append, calls = AnswerFile.append, []
 
@@ -216,17 +222,17 @@ def dying(self, *words):
 
 AnswerFile.append = dying
 rows, base_url, out = sys.argv[1:4]
-teach(recipe(Path(rows), base_url, count=2), "rationales", Path(out), Recorder())
+generate_dataset(recipe(Path(rows), base_url, count=2), "rationales", Path(out), Recorder())
 """
 
 
 def test_killed_and_resumed_gives_the_same_file(rows, tmp_path):
     with serving() as served:
         config = recipe(rows, served.base_url, count=2)
-        teach(config, "rationales", tmp_path / "straight", Recorder())
+        generate_dataset(config, "rationales", tmp_path / "straight", Recorder())
         out = tmp_path / "killed"
         run_until_killed(KILLED, rows, served.base_url, out)
         assert not (out / "teaching.json").exists()
-        teach(config, "rationales", out, Recorder())
+        generate_dataset(config, "rationales", out, Recorder())
     for name in ("answers.jsonl", "taught/0-data.jsonl", "taught/0-2-t2.jsonl"):
         assert (out / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()

@@ -6,8 +6,8 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_slim.distillation.losses import Taught, top
-from mlx_slim.distillation.mutual import FromOther
+from mlx_slim.distillation.losses import DistillationLoss, top
+from mlx_slim.distillation.mutual import PeerLoss
 from mlx_slim.models.logits import token_nll
 from mlx_slim.training.losses import NLL, linear_loss
 from tests.training.test_losses import (
@@ -57,7 +57,7 @@ def test_all_tokens_kept_is_the_definition_with_gradient(kind: str, temperature:
     mx.random.seed(0)
     p, q = 3 * mx.random.normal((N, V)), 3 * mx.random.normal((N, V))
     targets = mx.random.randint(0, V, (N,))
-    token_loss = Taught(kind, temperature, 1.0)
+    token_loss = DistillationLoss(kind, temperature, 1.0)
     columns = (targets, *_said(p, V, temperature))
 
     def plain(q: mx.array) -> mx.array:
@@ -87,7 +87,7 @@ def test_buckets_equal_their_definition_with_gradient(kind: str, k: int) -> None
     targets = mx.random.randint(0, V, (N,))
     for temperature, weight in ((1.0, 1.0), (1.0, 0.3), (2.0, 0.3)):
         columns = (targets, *_said(p, k, temperature))
-        token_loss = Taught(kind, temperature, weight)
+        token_loss = DistillationLoss(kind, temperature, weight)
 
         def plain(q: mx.array, t=temperature, w=weight, ids=columns[1]) -> mx.array:
             apart = _lumped(p, q, ids, kind, t).sum()
@@ -109,7 +109,8 @@ def test_more_tokens_come_nearer_from_below(kind: str) -> None:
     targets = mx.zeros((N,), dtype=mx.int32)
     full = _plain(p, q, kind, 1.0).sum().item()
     found = [
-        Taught(kind).value(q, targets, *_said(p, k, 1.0))[2].item() for k in (1, 2, 5, 20, 80, V)
+        DistillationLoss(kind).value(q, targets, *_said(p, k, 1.0))[2].item()
+        for k in (1, 2, 5, 20, 80, V)
     ]
     assert found == sorted(found)
     assert found[0] < 0.9 * full
@@ -123,7 +124,7 @@ def test_equal_distributions_are_apart_by_nothing_and_stay(kind: str, k: int) ->
     q = 5 * mx.random.normal((N, V))
     targets = mx.zeros((N,), dtype=mx.int32)
     for temperature in (1.0, 3.0):
-        token_loss = Taught(kind, temperature, 1.0)
+        token_loss = DistillationLoss(kind, temperature, 1.0)
         sums, logits_gradient = token_loss.value_and_gradient(q, targets, *_said(q, k, temperature))
         assert abs(sums[2].item()) < 1e-5 * N
         assert mx.abs(logits_gradient.probs_CV).max().item() < 1e-5
@@ -136,10 +137,12 @@ def test_certain_and_far_apart_stays_finite(kind: str, k: int) -> None:
     p, q = mx.zeros((2, V)), mx.zeros((2, V))
     p[:, 5], q[:, 50] = 1000.0, 1000.0
     columns = (mx.array([5, 50]), *_said(p, k, 1.0))
-    sums, logits_gradient = Taught(kind, 1.0, 0.5).value_and_gradient(q, *columns)
+    sums, logits_gradient = DistillationLoss(kind, 1.0, 0.5).value_and_gradient(q, *columns)
     assert mx.isfinite(sums).all().item()
     assert mx.isfinite(logits_gradient.probs_CV).all().item()
-    assert mx.isfinite(mx.grad(lambda q: Taught(kind).value(q, *columns)[0])(q)).all().item()
+    assert (
+        mx.isfinite(mx.grad(lambda q: DistillationLoss(kind).value(q, *columns)[0])(q)).all().item()
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -149,7 +152,7 @@ def test_chunked_equals_plain_for_every_head(kind: str, divergence: str, chunk: 
     head = _head(kind)
     hidden, p = mx.random.normal((N, D)), 2 * mx.random.normal((N, V))
     targets = mx.random.randint(0, V, (N,))
-    token_loss = Taught(divergence, 2.0, 0.4)
+    token_loss = DistillationLoss(divergence, 2.0, 0.4)
     columns = (targets, *_said(p, V, 2.0))
 
     def plain(hidden: mx.array) -> mx.array:
@@ -174,8 +177,8 @@ def test_two_teachers_count_by_their_shares() -> None:
     q = 2 * mx.random.normal((N, V))
     targets = mx.zeros((N,), dtype=mx.int32)
     said = [_said(2 * mx.random.normal((N, V)), k, 1.0) for k in (4, 9)]
-    alone = [Taught(weight=1.0).value_and_gradient(q, targets, *one) for one in said]
-    token_loss = Taught(weight=1.0, shares=(0.75, 0.25))
+    alone = [DistillationLoss(weight=1.0).value_and_gradient(q, targets, *one) for one in said]
+    token_loss = DistillationLoss(weight=1.0, loss_weights=(0.75, 0.25))
     sums, logits_gradient = token_loss.value_and_gradient(q, targets, *said[0], *said[1])
     expected = 0.75 * alone[0][0][2] + 0.25 * alone[1][0][2]
     assert sums[2].item() == pytest.approx(expected.item(), rel=1e-6)
@@ -194,7 +197,7 @@ def test_weight_zero_is_cross_entropy_bit_for_bit(kind: str) -> None:
     plain = _value_and_gradients(
         head, hidden, lambda h: linear_loss(h, head, NLL(), (targets,), chunk=8)
     )
-    token_loss = Taught("reverse", 2.0, 0.0)
+    token_loss = DistillationLoss("reverse", 2.0, 0.0)
     ours = _value_and_gradients(
         head, hidden, lambda h: linear_loss(h, head, token_loss, columns, chunk=8)[0]
     )
@@ -208,11 +211,11 @@ def test_the_peak_does_not_grow_with_the_rows(
     kind: str, gradient: bool, request: pytest.FixtureRequest
 ) -> None:
     said = top(mx.random.normal((ROWS, VOCABULARY)), 8, 1.0)
-    check_the_peak(kind, Taught(), gradient, False, True, request, *said)
+    check_the_peak(kind, DistillationLoss(), gradient, False, True, request, *said)
 
 
 @pytest.mark.parametrize("gradient", [True, False])
 def test_nor_does_that_of_two_students(gradient: bool, request: pytest.FixtureRequest) -> None:
-    token_loss = FromOther(_head("quantized", VOCABULARY), "symmetric", 1.0, 0.5)
+    token_loss = PeerLoss(_head("quantized", VOCABULARY), "symmetric", 1.0, 0.5)
     rows = mx.random.normal((ROWS, D))
     check_the_peak("quantized", token_loss, gradient, False, True, request, rows)

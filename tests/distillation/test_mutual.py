@@ -8,7 +8,7 @@ from mlx.utils import tree_flatten
 from mlx_lm import load
 
 from mlx_slim.data.batches import collate
-from mlx_slim.distillation.mutual import BothHeldOut, Mutual, Pair
+from mlx_slim.distillation.mutual import ModelPair, MutualObjective, MutualValidation
 from mlx_slim.models import structure
 from mlx_slim.models.logits import token_nll
 from mlx_slim.training.step import Stepper, batch_arrays
@@ -22,14 +22,14 @@ PACKED = collate(ROWS, [[0, 1], [2, 3]], isolate=True)
 
 
 @pytest.fixture
-def pair(tiny, tmp_path) -> Pair:
+def pair(tiny, tmp_path) -> ModelPair:
     first, _ = load(str(tiny("llama-tied")))
     second, _ = load(str(tiny_model(tmp_path / "second", seed=5, num_hidden_layers=2)))
     second.freeze()  # adapters of a kind: only some parameters learn
     second.model.layers[0].self_attn.q_proj.unfreeze()
     for norm in (first.model.norm, second.model.norm):
         norm.weight = 6 * norm.weight  # a fresh model is almost uniform
-    return Pair(first, second)
+    return ModelPair(first, second)
 
 
 @pytest.mark.parametrize("kind", KINDS_OF_DIVERGENCE)
@@ -53,7 +53,7 @@ def test_a_step_is_that_of_two_plain_models(pair, kind: str, temperature: float)
     pair.update(parameters)
     count = BATCH.supervised_tokens
     for chunk, num_threads, batch in ((5, 1, BATCH), (1000, 2, BATCH), (1000, 1, PACKED)):
-        objective = Mutual(pair, kind, temperature, weight, chunk=chunk, vocabulary=VOCAB)
+        objective = MutualObjective(pair, kind, temperature, weight, chunk=chunk, vocabulary=VOCAB)
         result = Stepper(pair, objective, num_threads=num_threads).step([batch])
         assert result.loss == pytest.approx(expected.item() / count, rel=1e-5)
         assert result.gradients.keys() == dict(tree_flatten(gradients)).keys()
@@ -65,10 +65,12 @@ def test_a_step_is_that_of_two_plain_models(pair, kind: str, temperature: float)
 
 def test_what_is_reported(pair) -> None:
     arrays = batch_arrays(BATCH)
-    training = Mutual(pair, "forward", 2.0, 0.5, vocabulary=VOCAB)(pair, arrays, gradient=False)
+    training = MutualObjective(pair, "forward", 2.0, 0.5, vocabulary=VOCAB)(
+        pair, arrays, gradient=False
+    )
     loss, first, second, apart = training.tolist()
     assert loss == pytest.approx(first + second + 2 * 0.5 * 4 * apart, rel=1e-5)
-    held_out = BothHeldOut(pair, "forward", 2.0, 0.5, vocabulary=VOCAB)
+    held_out = MutualValidation(pair, "forward", 2.0, 0.5, vocabulary=VOCAB)
     mean, *parts = held_out(pair, arrays, gradient=False).tolist()
     assert mean == pytest.approx((first + second) / 2, rel=1e-6)
     assert parts == [first, second, apart]

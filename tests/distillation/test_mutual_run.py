@@ -17,7 +17,7 @@ from mlx_slim.artifacts import load_tensors
 from mlx_slim.config.load import Resolved
 from mlx_slim.distillation.run import distill
 from mlx_slim.errors import Interrupted, SlimError
-from tests.distillation.test_run import taught
+from tests.distillation.test_run import recipe_with_teachers
 from tests.support.runs import Recorder, losses, write_rows
 from tests.support.tiny import tiny_model
 
@@ -29,7 +29,7 @@ def data(tmp_path_factory) -> Path:
 
 def _mutual(first: Path, second: Path, data: Path, method: str, **train: Any) -> Resolved:
     both = {"method": "mutual", "weight": 1.0}
-    return taught(first, data, [{"model": str(second)}], method, train, **both)
+    return recipe_with_teachers(first, data, [{"model": str(second)}], method, train, **both)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -9,16 +9,16 @@ from mlx_slim.config.expressions import compile_text
 from mlx_slim.config.schema import DataConfig, SourceConfig
 from mlx_slim.data.ledger import SourceLedger
 from mlx_slim.data.sources import RawRow
-from mlx_slim.distillation.queries import Lesson, prefix_of, read_lessons
+from mlx_slim.distillation.queries import TeacherQuery, prefix_of, read_queries
 from mlx_slim.errors import SlimError
 
 DATA = DataConfig()
 
 
-def lessons(*rows, system=None, data=DATA) -> list[Lesson]:
+def queries(*rows, system=None, data=DATA) -> list[TeacherQuery]:
     raws = [RawRow("a.jsonl", number, row, "line") for number, row in enumerate(rows, 1)]
     ledger = SourceLedger("a.jsonl", "file", 1.0, [])
-    return list(read_lessons(raws, 0, SourceConfig(path="x", system=system), data, ledger))
+    return list(read_queries(raws, 0, SourceConfig(path="x", system=system), data, ledger))
 
 
 QUESTION = {"id": "q/7", "prompt": "Water is", "completion": " wet", "choices": ["wet", "dry"]}
@@ -35,8 +35,8 @@ ALPACA = {"instruction": "Add.", "input": "1 1", "output": "2", "text": "ignored
 
 
 def test_the_default_request_shows_options_and_the_right_answer():
-    (lesson,) = lessons(QUESTION)
-    asked = lesson.rationale(compile_text(AskConfig().prompt))
+    (query,) = queries(QUESTION)
+    asked = query.rationale(compile_text(AskConfig().prompt))
     assert asked.id == "q/7"
     assert asked.messages == [
         {
@@ -45,29 +45,29 @@ def test_the_default_request_shows_options_and_the_right_answer():
             "Explain in two or three sentences why this answer is correct.",
         }
     ]
-    (plain,) = lessons({"prompt": "Water is", "completion": " wet"})
+    (plain,) = queries({"prompt": "Water is", "completion": " wet"})
     assert "Options" not in plain.rationale(compile_text(AskConfig().prompt)).messages[0]["content"]
     assert plain.id == "a.jsonl:1"
 
 
 def test_a_field_that_a_row_lacks_is_named():
-    (lesson,) = lessons({"prompt": "Water is", "completion": " wet"})
+    (query,) = queries({"prompt": "Water is", "completion": " wet"})
     with pytest.raises(SlimError, match=r"a\.jsonl, line 1.*'choices' is undefined") as caught:
-        lesson.rationale(compile_text("{{ choices | join(', ') }}"))
+        query.rationale(compile_text("{{ choices | join(', ') }}"))
     assert "answer, prompt, completion" in caught.value.hint
 
 
 def test_sequence_asks_what_the_data_ask():
-    chat, alpaca, plain = lessons(CHAT, ALPACA, {"prompt": "Water is", "completion": " wet"})
+    chat, alpaca, plain = queries(CHAT, ALPACA, {"prompt": "Water is", "completion": " wet"})
     assert [m["content"] for m in chat.sequence().messages] == ["Be short.", "One?", "1", "Two?"]
     assert alpaca.sequence().messages == [{"role": "user", "content": "Add.\n1 1"}]
-    (told,) = lessons({"prompt": "Water is", "completion": " wet"}, system="S")
+    (told,) = queries({"prompt": "Water is", "completion": " wet"}, system="S")
     assert [m["role"] for m in told.sequence().messages] == ["system", "user"]
     assert plain.sequence().answer == " wet"
 
 
 def test_answers_become_rows_of_the_same_form():
-    chat, alpaca, plain = lessons(CHAT, ALPACA, QUESTION)
+    chat, alpaca, plain = queries(CHAT, ALPACA, QUESTION)
     assert plain.row() == {"id": "q/7", "prompt": "Water is", "completion": " wet"}
     assert plain.row("dry \n", "[why] ") == {
         "id": "q/7", "prompt": "[why] Water is", "completion": " dry",
@@ -87,7 +87,7 @@ def test_answers_become_rows_of_the_same_form():
 
 
 def test_text_asks_nothing_and_is_kept():
-    (text,) = lessons({"text": "Once upon a time."})
+    (text,) = queries({"text": "Once upon a time."})
     assert not text.asks
     assert text.row() == {"text": "Once upon a time."}
 
@@ -101,13 +101,13 @@ def test_weights_of_turns_stay_with_the_row():
     """Rows that teachers wrote go through the student's template like any others."""
     turns = [dict(turn) for turn in CHAT["messages"]]
     turns[2]["train"], turns[4]["weight"] = False, 0.5
-    (lesson,) = lessons({"messages": turns})
-    assert all("weight" not in message for message in lesson.sequence().messages)
-    messages = lesson.row("zwei")["messages"]
+    (query,) = queries({"messages": turns})
+    assert all("weight" not in message for message in query.sequence().messages)
+    messages = query.row("zwei")["messages"]
     assert [message.get("weight") for message in messages] == [None, None, 0, None, 0.5]
     assert [message["content"] for message in messages][-1] == "zwei"
-    (again,) = lessons(lesson.row())
-    assert again.example.turn_weights == lesson.example.turn_weights
-    (listed,) = lessons({"prompt": turns[1:4], "completion": [CHAT["messages"][4]]})
-    (again,) = lessons(listed.row())
+    (again,) = queries(query.row())
+    assert again.example.turn_weights == query.example.turn_weights
+    (listed,) = queries({"prompt": turns[1:4], "completion": [CHAT["messages"][4]]})
+    (again,) = queries(listed.row())
     assert again.example.turn_weights == [0, 0, 0, 1]

@@ -27,7 +27,7 @@ from tests.support.runs import Recorder, losses, recipe, run_script, run_until_k
 from tests.support.tiny import byte_tokenizer, tiny_model
 
 
-def taught(
+def recipe_with_teachers(
     model: Path,
     data: Path,
     teachers: list[dict[str, Any]],
@@ -66,7 +66,7 @@ def validations(run: Path) -> list[dict[str, Any]]:
 def test_every_method_learns_from_a_teacher(tiny, data, teacher, tmp_path, method: str) -> None:
     out, recorder = tmp_path / "run", Recorder()
     fast = {"learning_rate": 1e-2, "steps": 12}
-    run = taught(tiny("llama"), data, [{"model": str(teacher)}], method, fast)
+    run = recipe_with_teachers(tiny("llama"), data, [{"model": str(teacher)}], method, fast)
     result = distill(run, out, observer=recorder)
     found = losses(out)
     assert found[12] < found[1]
@@ -93,7 +93,7 @@ def test_a_taught_student_comes_nearer_than_an_untaught_one(data, teacher, tmp_p
     steps = {"steps": 30, "learning_rate": 3e-3, "validate_every": 30, "save_every": 30}
     found = {}
     for weight in (0.0, 1.0):
-        run = taught(
+        run = recipe_with_teachers(
             student, data, [{"model": str(teacher)}], "full", steps, weight=weight, top_k="all"
         )
         distill(run, tmp_path / f"{weight}", observer=Recorder())
@@ -105,7 +105,9 @@ def test_a_taught_student_comes_nearer_than_an_untaught_one(data, teacher, tmp_p
 def test_weight_zero_is_plain_fine_tuning_bit_for_bit(tiny, data, teacher, tmp_path, method):
     plain, ours = tmp_path / "plain", tmp_path / "ours"
     finetune(recipe(tiny("llama"), data, method), plain, observer=Recorder())
-    zero = taught(tiny("llama"), data, [{"model": str(teacher)}], method, weight=0, temperature=2)
+    zero = recipe_with_teachers(
+        tiny("llama"), data, [{"model": str(teacher)}], method, weight=0, temperature=2
+    )
     distill(zero, ours, observer=Recorder())
     assert losses(ours) == losses(plain)
     scored = [[line["loss"] for line in validations(run)] for run in (plain, ours)]
@@ -115,7 +117,9 @@ def test_weight_zero_is_plain_fine_tuning_bit_for_bit(tiny, data, teacher, tmp_p
 
 def test_a_student_that_is_its_own_teacher_has_nothing_to_learn_from_it(tiny, data, tmp_path):
     recorder = Recorder()
-    own = taught(tiny("llama"), data, [{}], "full", {"steps": 1}, weight=1, temperature=2)
+    own = recipe_with_teachers(
+        tiny("llama"), data, [{}], "full", {"steps": 1}, weight=1, temperature=2
+    )
     distill(own, tmp_path / "run", observer=recorder)
     (step,) = [e for e in recorder.events if isinstance(e, events.StepDone)]
     assert abs(step.loss) < 1e-5
@@ -130,7 +134,7 @@ def test_teachers_count_by_weight_and_equal_ones_are_one(tiny, data, teacher, tm
         "b": [{"model": other}],
         "both": [{"model": str(teacher), "weight": 3}, {"model": other, "weight": 1}],
     }.items():
-        run = taught(tiny("llama"), data, teachers, "full", {"steps": 1}, weight=1)
+        run = recipe_with_teachers(tiny("llama"), data, teachers, "full", {"steps": 1}, weight=1)
         distill(run, tmp_path / name, observer=Recorder())
         first[name] = losses(tmp_path / name)[1]
     assert first["both"] == pytest.approx(0.75 * first["a"] + 0.25 * first["b"], rel=1e-5)
@@ -138,10 +142,12 @@ def test_teachers_count_by_weight_and_equal_ones_are_one(tiny, data, teacher, tm
 
 def test_a_shared_cache_is_written_once(tiny, data, teacher, tmp_path, monkeypatch) -> None:
     cache = str(tmp_path / "cache")
-    run = taught(tiny("llama"), data, [{"model": str(teacher)}], cache=cache)
+    run = recipe_with_teachers(tiny("llama"), data, [{"model": str(teacher)}], cache=cache)
     distill(run, tmp_path / "one", observer=Recorder())
     monkeypatch.setattr("mlx_slim.distillation.logits.load_teacher", None)  # asking it would fail
-    other = taught(tiny("llama"), data, [{"model": str(teacher)}], cache=cache, weight=0.9)
+    other = recipe_with_teachers(
+        tiny("llama"), data, [{"model": str(teacher)}], cache=cache, weight=0.9
+    )
     distill(other, tmp_path / "two", observer=Recorder())
     assert not (tmp_path / "two" / "targets").exists()
 
@@ -151,7 +157,7 @@ import os, signal, sys
 from pathlib import Path
 from mlx_slim.distillation import target_cache
 from mlx_slim.distillation.run import distill
-from tests.distillation.test_run import taught
+from tests.distillation.test_run import recipe_with_teachers
 
 model, data, teacher, out, moment, count, resume = sys.argv[1:8]
 asked = []
@@ -169,7 +175,7 @@ if moment == "cache":
             os.kill(os.getpid(), signal.SIGKILL)
         put(handle, numbers, values)
     target_cache._put = dies
-run = taught(Path(model), Path(data), [{"model": teacher}])
+run = recipe_with_teachers(Path(model), Path(data), [{"model": teacher}])
 distill(run, Path(out), observer=Observer(), resume=resume == "1")
 """
 
@@ -177,7 +183,7 @@ distill(run, Path(out), observer=Observer(), resume=resume == "1")
 def test_killed_while_asking_and_while_learning_equals_uninterrupted(
     tiny, data, teacher, tmp_path
 ) -> None:
-    run = taught(tiny("llama"), data, [{"model": str(teacher)}])
+    run = recipe_with_teachers(tiny("llama"), data, [{"model": str(teacher)}])
     straight, out = tmp_path / "straight", tmp_path / "killed"
     distill(run, straight, observer=Recorder())
     for number, (moment, count) in enumerate([("cache", 7), ("step", 5)]):
@@ -202,7 +208,7 @@ class CtrlC(Recorder):
 
 
 def test_ctrl_c_while_asking_keeps_what_was_said(tiny, data, teacher, tmp_path) -> None:
-    run = taught(tiny("llama"), data, [{"model": str(teacher)}])
+    run = recipe_with_teachers(tiny("llama"), data, [{"model": str(teacher)}])
     out = tmp_path / "run"
     with pytest.raises(Interrupted, match="while the teachers were asked") as caught:
         distill(run, out, observer=CtrlC())
@@ -217,7 +223,7 @@ def test_training_needs_the_memory_of_the_student_only(tiny, data, tmp_path) -> 
     large = tiny_model(tmp_path / "large", hidden_size=256, intermediate_size=1024)
     peaks = {}
     for name, model in {"large": large, "own": tiny("llama")}.items():
-        run = taught(tiny("llama"), data, [{"model": str(model)}], train={"steps": 2})
+        run = recipe_with_teachers(tiny("llama"), data, [{"model": str(model)}], train={"steps": 2})
         recorder = Recorder()
         distill(run, tmp_path / "runs" / name, observer=recorder)
         (done,) = [e for e in recorder.events if isinstance(e, events.Done)]
@@ -235,7 +241,7 @@ def test_other_tokens_are_said_and_refused_for_logits(tiny, data, tmp_path, monk
     vocab["A"], vocab["B"] = vocab["B"], vocab["A"]
     path.write_text(json.dumps(content))
     out = tmp_path / "run"
-    strict = taught(tiny("llama"), data, [{"model": str(other)}])
+    strict = recipe_with_teachers(tiny("llama"), data, [{"model": str(other)}])
     with pytest.raises(SlimError, match="2 have another id, such as 'A'"):
         distill(_with(strict, method="logits"), out, observer=Recorder())
     recorder = Recorder()
@@ -264,7 +270,7 @@ def test_another_end_alone_is_a_warning_for_logits(tiny, data, tmp_path) -> None
     other = tiny_model(tmp_path / "other", seed=2)
     byte_tokenizer(other, chat_template=None)
     recorder = Recorder()
-    run = taught(tiny("llama"), data, [{"model": str(other)}], train={"steps": 1})
+    run = recipe_with_teachers(tiny("llama"), data, [{"model": str(other)}], train={"steps": 1})
     distill(_with(run, method="logits"), tmp_path / "run", observer=recorder)
     warnings = [e for e in recorder.events if isinstance(e, events.Notice) and e.level == "warning"]
     assert "eos is '<|im_end|>' here" in warnings[0].message
@@ -275,16 +281,24 @@ def test_bad_input_leaves_no_folder(tiny, data, teacher, tmp_path) -> None:
     with pytest.raises(SlimError, match="has no teachers"):
         distill(recipe(tiny("llama"), data), out, observer=Recorder())
     with pytest.raises(SlimError, match="mlx-slim distill small"):
-        finetune(taught(tiny("llama"), data, [{"model": str(teacher)}]), out, observer=Recorder())
+        finetune(
+            recipe_with_teachers(tiny("llama"), data, [{"model": str(teacher)}]),
+            out,
+            observer=Recorder(),
+        )
     with pytest.raises(SlimError, match="nowhere"):
-        distill(taught(tiny("llama"), data, [{"model": "./nowhere"}]), out, observer=Recorder())
+        distill(
+            recipe_with_teachers(tiny("llama"), data, [{"model": "./nowhere"}]),
+            out,
+            observer=Recorder(),
+        )
     assert not out.exists()
 
 
 def test_a_disk_or_a_budget_that_is_too_small_is_refused_before(
     tiny, data, teacher, tmp_path, monkeypatch
 ) -> None:
-    run = taught(tiny("llama"), data, [{"model": str(teacher)}])
+    run = recipe_with_teachers(tiny("llama"), data, [{"model": str(teacher)}])
     memory = run.recipe.memory.model_copy(update={"budget": "100kB"})
     tight = run.recipe.model_copy(update={"memory": memory})
     with pytest.raises(ResourceError, match="weights of teacher model need"):
@@ -303,11 +317,13 @@ import json, sys
 from pathlib import Path
 from mlx_slim.distillation.run import distill
 from tests.support.runs import Recorder
-from tests.distillation.test_run import taught
+from tests.distillation.test_run import recipe_with_teachers
 
 model, data, teachers, out, method = sys.argv[1:6]
 steps = {"batch_tokens": 128, "steps": 6}
-run = taught(Path(model), Path(data), json.loads(teachers), train=steps, method=method)
+run = recipe_with_teachers(
+    Path(model), Path(data), json.loads(teachers), train=steps, method=method
+)
 distill(run, Path(out), observer=Recorder())
 """
 
@@ -316,7 +332,7 @@ distill(run, Path(out), observer=Recorder())
 def test_two_ranks_learn_as_one_does(tiny, data, teacher, tmp_path, method: str) -> None:
     teachers, one, two = [{"model": str(teacher)}], tmp_path / "one", tmp_path / "two"
     steps = {"batch_tokens": 128, "steps": 6, "accumulate": 2}
-    run = taught(tiny("llama"), data, teachers, train=steps, method=method)
+    run = recipe_with_teachers(tiny("llama"), data, teachers, train=steps, method=method)
     distill(run, one, observer=Recorder())
     words = (tiny("llama"), data, json.dumps(teachers), two, method)
     done = run_script(TWO_RANKS, *words, ranks=2)
@@ -328,7 +344,7 @@ def test_two_ranks_learn_as_one_does(tiny, data, teacher, tmp_path, method: str)
 
 
 def test_no_model_means_what_the_student_came_from(tiny, data, tmp_path) -> None:
-    run = taught(tiny("llama"), data, [{"weight": 2}])
+    run = recipe_with_teachers(tiny("llama"), data, [{"weight": 2}])
     assert run.recipe.distill is not None
     (nobody,) = run.recipe.distill.teachers
     assert with_model(nobody, run.recipe).model == str(tiny("llama"))
@@ -355,7 +371,7 @@ def test_the_try_before_the_teachers_is_one_of_the_shapes(
             super().__init__(*settings)
 
     monkeypatch.setattr(prepare, "Batcher", Limited)
-    small = taught(
+    small = recipe_with_teachers(
         tiny("llama"), data, [{"model": str(teacher)}], train={"steps": 1, "compile": True}
     )
     distill(small, tmp_path / "run", observer=Recorder())

@@ -10,14 +10,14 @@ from mlx_lm import load
 from mlx_slim.artifacts import read_json
 from mlx_slim.data.batches import Batcher, collate
 from mlx_slim.distillation import target_cache
-from mlx_slim.distillation.losses import Taught, top
+from mlx_slim.distillation.losses import DistillationLoss, top
 from mlx_slim.distillation.target_cache import (
-    Layout,
-    Speaker,
-    Unread,
+    PlaceholderTargets,
+    TargetGenerator,
+    TargetLayout,
     cache_key,
-    layout,
     open_complete,
+    target_layout,
 )
 from mlx_slim.errors import ResourceError
 from tests.support.rows import MemoryRows
@@ -31,14 +31,14 @@ def _batcher(rows: MemoryRows = ROWS) -> Batcher:
     return Batcher(rows, batch_tokens=64, max_length=32, mode="grouped", seed=0)
 
 
-def _key(shape: Layout, rows: MemoryRows = ROWS, temperature: float = 1.0) -> dict:
+def _key(shape: TargetLayout, rows: MemoryRows = ROWS, temperature: float = 1.0) -> dict:
     return cache_key({"weights": "a"}, "tokenizer", rows, shape, temperature)
 
 
-def _written(folder, model, shape: Layout, temperature: float = 1.0, num_threads: int = 1):
-    speaker = Speaker(model, shape, temperature, num_threads)
+def _written(folder, model, shape: TargetLayout, temperature: float = 1.0, num_threads: int = 1):
+    generator = TargetGenerator(model, shape, temperature, num_threads)
     key = _key(shape, temperature=temperature)
-    shares = list(target_cache.write(folder, key, shape, _batcher(), speaker))
+    shares = list(target_cache.write(folder, key, shape, _batcher(), generator))
     assert shares[-1] == 1.0
     assert shares == sorted(shares)
     found = open_complete(folder, shape)
@@ -60,7 +60,7 @@ def test_every_target_finds_its_own_numbers(
 ) -> None:
     model, _ = load(str(tiny(architecture)))
     for k, temperature in ((7, 1.0), (VOCAB, 2.0)):
-        shape = layout(ROWS, k, VOCAB)
+        shape = target_layout(ROWS, k, VOCAB)
         found = _written(tmp_path / f"{k}", model, shape, temperature, num_threads)
         for row in range(len(LENGTHS)):
             batch = collate(ROWS, [[row]], isolate=False)
@@ -91,10 +91,10 @@ def test_through_the_disk_more_tokens_come_nearer_from_below(tiny, tmp_path, div
     forward = (mx.exp(log_p) * (log_p - log_q)).sum().item()
     reverse = (mx.exp(log_q) * (log_q - log_p)).sum().item()
     full = {"forward": forward, "reverse": reverse, "symmetric": (forward + reverse) / 2}
-    token_loss = Taught(divergence)
+    token_loss = DistillationLoss(divergence)
     found = []
     for k in (1, 4, 16, 64, VOCAB):
-        cache = _written(tmp_path / f"{k}", teacher, layout(ROWS, k, VOCAB))
+        cache = _written(tmp_path / f"{k}", teacher, target_layout(ROWS, k, VOCAB))
         sums = token_loss.value(logits, no_targets, *cache.columns(everything))
         found.append(sums[2].item())
     assert found == sorted(found)
@@ -104,15 +104,15 @@ def test_through_the_disk_more_tokens_come_nearer_from_below(tiny, tmp_path, div
 
 def test_a_kill_loses_at_most_a_batch_and_the_rest_is_not_asked_again(tiny, tmp_path) -> None:
     model, _ = load(str(tiny("llama")))
-    shape = layout(ROWS, 6, VOCAB)
+    shape = target_layout(ROWS, 6, VOCAB)
     straight = _written(tmp_path / "straight", model, shape)
-    speaker, asked = Speaker(model, shape, 1.0, 1), []
+    generator, asked = TargetGenerator(model, shape, 1.0, 1), []
 
     def dies(batch):
         if len(asked) == 2:
             raise KeyboardInterrupt
         asked.append(batch.rows)
-        return speaker(batch)
+        return generator(batch)
 
     folder = tmp_path / "killed"
     with pytest.raises(KeyboardInterrupt):
@@ -122,7 +122,7 @@ def test_a_kill_loses_at_most_a_batch_and_the_rest_is_not_asked_again(tiny, tmp_
 
     def counts(batch):
         rest.append(batch.rows)
-        return speaker(batch)
+        return generator(batch)
 
     list(target_cache.write(folder, _key(shape), shape, _batcher(), counts))
     assert sum(asked) + sum(rest) == len(ROWS)
@@ -135,20 +135,22 @@ def test_a_kill_loses_at_most_a_batch_and_the_rest_is_not_asked_again(tiny, tmp_
 
 def test_stopping_keeps_what_was_said(tiny, tmp_path) -> None:
     model, _ = load(str(tiny("llama")))
-    shape = layout(ROWS, 6, VOCAB)
-    speaker = Speaker(model, shape, 1.0, 1)
+    shape = target_layout(ROWS, 6, VOCAB)
+    generator = TargetGenerator(model, shape, 1.0, 1)
     stopping = target_cache.write(
-        tmp_path / "c", _key(shape), shape, _batcher(), speaker, stop=lambda: True
+        tmp_path / "c", _key(shape), shape, _batcher(), generator, stop=lambda: True
     )
     (share,) = list(stopping)
     assert 0 < share < 1
     assert open_complete(tmp_path / "c", shape) is None
-    first = next(iter(target_cache.write(tmp_path / "c", _key(shape), shape, _batcher(), speaker)))
+    first = next(
+        iter(target_cache.write(tmp_path / "c", _key(shape), shape, _batcher(), generator))
+    )
     assert first > share
 
 
 def test_the_key_knows_all_that_the_numbers_depend_on() -> None:
-    shape = layout(ROWS, 6, VOCAB)
+    shape = target_layout(ROWS, 6, VOCAB)
     base = _key(shape)
     longer = MemoryRows([*LENGTHS[:-1], 30])
     other_ids = MemoryRows(LENGTHS, seed=1)
@@ -157,8 +159,8 @@ def test_the_key_knows_all_that_the_numbers_depend_on() -> None:
     different = [
         cache_key({"weights": "b"}, "tokenizer", ROWS, shape, 1.0),
         cache_key({"weights": "a"}, "another", ROWS, shape, 1.0),
-        _key(layout(ROWS, 7, VOCAB)),
-        _key(layout(ROWS, 6, VOCAB - 1)),
+        _key(target_layout(ROWS, 7, VOCAB)),
+        _key(target_layout(ROWS, 6, VOCAB - 1)),
         _key(shape, temperature=2.0),
         *(_key(shape, rows) for rows in (longer, other_ids, other_mask)),
     ]
@@ -169,11 +171,11 @@ def test_the_key_knows_all_that_the_numbers_depend_on() -> None:
 
 def test_another_key_in_the_folder_is_not_gone_on_with(tiny, tmp_path) -> None:
     model, _ = load(str(tiny("llama")))
-    shape = layout(ROWS, 6, VOCAB)
+    shape = target_layout(ROWS, 6, VOCAB)
     _written(tmp_path / "c", model, shape)
-    speaker = Speaker(model, shape, 3.0, 1)
+    generator = TargetGenerator(model, shape, 3.0, 1)
     key = _key(shape, temperature=3.0)
-    writing = target_cache.write(tmp_path / "c", key, shape, _batcher(), speaker)
+    writing = target_cache.write(tmp_path / "c", key, shape, _batcher(), generator)
     assert next(writing) < 1
     assert open_complete(tmp_path / "c", shape) is None
     list(writing)
@@ -184,7 +186,7 @@ def test_the_size_is_what_is_written_and_a_small_disk_is_refused(
     tiny, tmp_path, monkeypatch
 ) -> None:
     model, _ = load(str(tiny("llama")))
-    shape = layout(ROWS, 6, VOCAB)
+    shape = target_layout(ROWS, 6, VOCAB)
     folder = tmp_path / "c"
     assert target_cache.missing_bytes(folder, shape) == shape.nbytes
     _written(folder, model, shape)
@@ -201,7 +203,7 @@ def test_the_size_is_what_is_written_and_a_small_disk_is_refused(
 
 def test_a_cut_file_is_not_taken_for_complete(tiny, tmp_path) -> None:
     model, _ = load(str(tiny("llama")))
-    shape = layout(ROWS, 6, VOCAB)
+    shape = target_layout(ROWS, 6, VOCAB)
     _written(tmp_path / "c", model, shape)
     with (tmp_path / "c" / "kept.bin").open("r+b") as handle:
         handle.truncate(100)
@@ -209,12 +211,12 @@ def test_a_cut_file_is_not_taken_for_complete(tiny, tmp_path) -> None:
 
 
 def test_large_vocabularies_need_wider_ids() -> None:
-    assert Layout(1, 1, 4, 65536).id_type is np.uint16
-    assert Layout(1, 1, 4, 65537).id_type is np.int32
+    assert TargetLayout(1, 1, 4, 65536).id_type is np.uint16
+    assert TargetLayout(1, 1, 4, 65537).id_type is np.int32
 
 
 def test_the_stand_in_is_a_distribution() -> None:
-    ids, kept, rest = Unread(Layout(1, 1, 5, 100)).columns(np.full(3, -1))
+    ids, kept, rest = PlaceholderTargets(TargetLayout(1, 1, 5, 100)).columns(np.full(3, -1))
     total = mx.exp(kept).sum(axis=-1) + mx.exp(rest)
     assert mx.allclose(total, mx.ones(3))
     assert ids.shape == kept.shape == (3, 5)

@@ -93,8 +93,8 @@ def test_other_tokens_mean_learning_from_texts_and_it_is_said(tmp_path, speakers
     assert "learning from texts (distill.method=sequence)" in notices(seen)
     record = json.loads((tmp_path / "run" / "run.json").read_text())["distill"]
     assert (record["method"], record["answer_weight"]) == ("sequence", 0.0)
-    taught = (tmp_path / "run" / "taught" / "0-1-flows.jsonl").read_text().splitlines()
-    assert {json.loads(line)["completion"] for line in taught} == {FLOWS}
+    dataset = (tmp_path / "run" / "taught" / "0-1-flows.jsonl").read_text().splitlines()
+    assert {json.loads(line)["completion"] for line in dataset} == {FLOWS}
 
 
 def test_a_teacher_that_fails_leaves_what_it_said_and_the_run_goes_on(tiny, rows, tmp_path):

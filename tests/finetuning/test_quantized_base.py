@@ -27,7 +27,7 @@ from mlx_slim.finetuning.run_dir import summary_rows
 from mlx_slim.models.load import load
 from mlx_slim.quantization.apply import quantize_model
 from mlx_slim.quantization.base import load_base
-from mlx_slim.workflows.chat import open_speaker
+from mlx_slim.workflows.chat import open_session
 from mlx_slim.workflows.plan import plan
 from tests.support.runs import Recorder, recipe, write_rows
 from tests.support.tiny import tiny_model
@@ -172,14 +172,14 @@ def test_adapters_over_different_bases_are_not_mixed(made, dense, tmp_path):
     other, _ = trained(tmp_path, "eight", dense, quantize={"bits": 8})
     with pytest.raises(SlimError, match="add up over one base only"):
         logits(dense, [made[0].out, other.out])
-    speaker = open_speaker(dense, made[0].out)
+    speaker = open_session(dense, made[0].out)
     assert len(speaker.notes) == 1
     speaker.use(None)
     with pytest.raises(SlimError, match=r"8-bit .* loaded is 4-bit"):
         speaker.use(other.out)
     with pytest.raises(SlimError, match="loaded is the dense model"):
-        open_speaker(dense).use(made[0].out)
-    open_speaker(made[0].out / "base").use(made[0].out)  # given as it is: any adapter goes
+        open_session(dense).use(made[0].out)
+    open_session(made[0].out / "base").use(made[0].out)  # given as it is: any adapter goes
 
 
 def test_computing_in_bfloat16_keeps_the_base_in_it(dense, tmp_path):

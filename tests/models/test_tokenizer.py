@@ -16,7 +16,7 @@ from mlx_slim.evaluation.scoring.requests import Encoder
 from mlx_slim.models.load import load, load_tokenizer
 from mlx_slim.models.tokenizer import keep_within
 from mlx_slim.quantization.calibration import read_calibration
-from mlx_slim.workflows.chat import open_speaker
+from mlx_slim.workflows.chat import open_session
 from tests.support.tiny import SPECIALS, tiny_model
 
 TOOL = "<|tool|>"
@@ -142,7 +142,7 @@ def test_the_commands_refuse_it(wide, tmp_path, capsys):
 )
 def test_a_token_of_every_text_is_refused_at_load(wide, changes, message):
     settings(wide, **changes)
-    for act in (load, load_tokenizer, open_speaker):
+    for act in (load, load_tokenizer, open_session):
         with pytest.raises(SlimError, match=message):
             act(wide)
 
@@ -199,9 +199,9 @@ def test_half_a_character_is_refused_before_the_tokenizer(tmp_path):
     with pytest.raises(SlimError, match=r"the text that ends with .* is half of a character"):
         Encoder(load_tokenizer(folder), 64).request("a\udcff", " b")
     with pytest.raises(SlimError, match=r"the prompt: '.udcff' at character 2 is half"):
-        open_speaker(folder).text_ids("a\udcff")
+        open_session(folder).text_ids("a\udcff")
     with pytest.raises(SlimError, match=r"the user's message: '.udcff' at character 1 is half"):
-        open_speaker(folder).chat_ids([{"role": "user", "content": "\udcff"}])
+        open_session(folder).chat_ids([{"role": "user", "content": "\udcff"}])
     config = DataConfig(
         path=str(rows(tmp_path / "rows.jsonl", "b")), validation=0, system="x\ud83d"
     )

@@ -178,7 +178,7 @@ def test_rotations_that_depend_on_the_length_are_those_of_transformers(tmp_path,
 
 
 def test_generation_past_the_original_context_is_that_of_transformers(tmp_path):
-    from mlx_slim.workflows.chat import open_speaker
+    from mlx_slim.workflows.chat import open_session
 
     theirs = torch_model("phi3", {"rope_parameters": LONGROPE}, tmp_path / "m")
     ids = list(range(40, 40 + ORIGINAL - 6))
@@ -187,7 +187,7 @@ def test_generation_past_the_original_context_is_that_of_transformers(tmp_path):
             torch.tensor([ids]), max_new_tokens=20, do_sample=False, eos_token_id=None
         )[0].tolist()
     notes: list[str] = []
-    speaker = open_speaker(tmp_path / "m", tell=notes.append)
+    speaker = open_session(tmp_path / "m", tell=notes.append)
     for _ in speaker.stream(ids, max_tokens=20, temperature=0.0):
         pass
     found = speaker._cached_ids

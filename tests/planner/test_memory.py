@@ -19,10 +19,10 @@ from mlx_slim.models import structure
 from mlx_slim.models.activations import use_fast_swiglu
 from mlx_slim.models.quantized import use_fast_matmul
 from mlx_slim.planner import peak
-from mlx_slim.planner.known_models import KNOWN
 from mlx_slim.planner.memory import predict
-from mlx_slim.planner.shapes import shapes
-from mlx_slim.planner.work import Speed, Work, expected_work
+from mlx_slim.planner.shapes import training_shapes
+from mlx_slim.planner.shipped_models import SHIPPED_CONFIGS
+from mlx_slim.planner.work import Speed, TrainingWork, expected_work
 from mlx_slim.quantization.apply import quantize_model
 from mlx_slim.training.grad_checkpoint import checkpointed
 from mlx_slim.training.optim import Optimizer
@@ -48,13 +48,13 @@ def recipe(method: str = "lora", **sections: Any) -> Recipe:
 @pytest.mark.parametrize("model", PUBLISHED)
 def test_counts_are_the_published_ones(model: str):
     parameters, q_and_v, all_linear, four_bit = PUBLISHED[model]
-    config = KNOWN[model]
-    found = shapes(config, recipe("qlora"), mx.bfloat16)
+    config = SHIPPED_CONFIGS[model]
+    found = training_shapes(config, recipe("qlora"), mx.bfloat16)
     assert found.parameters == parameters
     assert found.trainable_parameters == all_linear
     assert found.base_bytes / 1e9 == pytest.approx(four_bit, abs=5e-4)
     targets = {"targets": ["q_proj", "v_proj"]}
-    found = shapes(config, recipe(adapter=targets), mx.bfloat16)
+    found = training_shapes(config, recipe(adapter=targets), mx.bfloat16)
     assert found.trainable_parameters == q_and_v
     assert found.base_bytes == 2 * parameters
 
@@ -81,7 +81,7 @@ def test_static_bytes_are_exact(architecture: str, method: str, optimizer: str):
     plan = recipe(method, train={"optimizer": optimizer})
     model = build(config, plan)
     real = Optimizer(model, plan.train)
-    found = shapes(config, plan, mx.float32)
+    found = training_shapes(config, plan, mx.float32)
     arrays = dict(tree_flatten(model.parameters()))
     cached = [v for k, v in arrays.items() if "_base_norm2" in k]
     assert found.base_bytes + found.adapter_bytes == sum(v.nbytes for v in arrays.values()) + (
@@ -207,7 +207,7 @@ def assert_peaks_agree(
 
 
 def test_every_knob_turns_the_right_way():
-    config = KNOWN["TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"]
+    config = SHIPPED_CONFIGS["TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"]
 
     def bytes_of(method: str = "lora", gpu: bool = True, **train: Any) -> int:
         plan = recipe(method, train=train)
@@ -257,12 +257,12 @@ def test_time_needs_a_speed_and_rows(tmp_path):
 def test_a_quantized_config_counts_as_quantized():
     config = config_of()
     packed = {**config, "quantization": {"group_size": 64, "bits": 4, "mode": "affine"}}
-    fresh = shapes(config, recipe("qlora"), mx.float32)
-    stored = shapes(packed, recipe("qlora"), mx.float32)
+    fresh = training_shapes(config, recipe("qlora"), mx.float32)
+    stored = training_shapes(packed, recipe("qlora"), mx.float32)
     assert stored.base_bytes == fresh.base_bytes
     assert stored.parameters == fresh.parameters
     with pytest.raises(SlimError, match="quantized"):
-        shapes(packed, recipe("full"), mx.float32)
+        training_shapes(packed, recipe("full"), mx.float32)
 
 
 @pytest.mark.parametrize(
@@ -271,14 +271,14 @@ def test_a_quantized_config_counts_as_quantized():
 )
 def test_a_config_that_fits_no_model_is_one_clear_line(config: dict[str, Any]):
     with pytest.raises(SlimError, match="no model can be built"):
-        shapes(config, recipe(), mx.float32)
+        training_shapes(config, recipe(), mx.float32)
 
 
 def test_planning_leaves_the_random_numbers_alone():
     mx.random.seed(3)
     expected = mx.random.uniform(shape=(4,)).tolist()
     mx.random.seed(3)
-    shapes(config_of(), recipe(), mx.float32)
+    training_shapes(config_of(), recipe(), mx.float32)
     assert mx.random.uniform(shape=(4,)).tolist() == expected
 
 
@@ -337,7 +337,7 @@ def test_only_what_is_learned_is_counted_as_supervised(tmp_path):
 
     file = tmp_path / "rows.jsonl"
 
-    def work(*rows: dict[str, Any], **data: Any) -> Work:
+    def work(*rows: dict[str, Any], **data: Any) -> TrainingWork:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         values = {"path": str(file), "template": "plain", "validation": 0, **data}
         found = expected_work(recipe(data=values, train={"max_length": 1024, "epochs": 1}))

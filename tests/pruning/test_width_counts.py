@@ -9,17 +9,18 @@ from mlx_slim.errors import SlimError
 from mlx_slim.models import structure
 from mlx_slim.models.build import build
 from mlx_slim.models.structure import HEADS, MLP
-from mlx_slim.planner.known_models import KNOWN
 from mlx_slim.planner.shapes import leaves
+from mlx_slim.planner.shipped_models import SHIPPED_CONFIGS
 from mlx_slim.pruning.counts import count
 from mlx_slim.pruning.options import PruneOptions
 from mlx_slim.pruning.plan import plan
 from mlx_slim.pruning.surgery import config_with_sizes, config_without_layers
 from mlx_slim.pruning.width import allowed_sizes, keep, sizes_for, sizes_within
 
-TINYLLAMA = KNOWN["TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"]
-LLAMA = KNOWN["meta-llama/Llama-2-7b-hf"]
-PHI, SMOL = KNOWN["microsoft/phi-2"], KNOWN["HuggingFaceTB/SmolLM2-135M-Instruct"]
+TINYLLAMA = SHIPPED_CONFIGS["TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"]
+LLAMA = SHIPPED_CONFIGS["meta-llama/Llama-2-7b-hf"]
+PHI = SHIPPED_CONFIGS["microsoft/phi-2"]
+SMOL = SHIPPED_CONFIGS["HuggingFaceTB/SmolLM2-135M-Instruct"]
 
 
 def _families(config):

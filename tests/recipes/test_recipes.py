@@ -12,8 +12,8 @@ from click.testing import CliRunner
 from mlx_slim.cli import plan, recipes
 from mlx_slim.config import library
 from mlx_slim.config.load import load_recipe
-from mlx_slim.planner.known_models import KNOWN, model_config
 from mlx_slim.planner.memory import predict
+from mlx_slim.planner.shipped_models import SHIPPED_CONFIGS, model_config
 
 # Those on Alpaca; recipes on tasks: test_task_recipes.py.
 NAMES = [
@@ -61,7 +61,7 @@ def test_pinned_named_and_known(name: str):
     teachers = recipe.distill.teachers if recipe.distill else []
     for pin in [recipe.revision, *(teacher.revision for teacher in teachers)]:
         assert re.fullmatch(r"[0-9a-f]{40}", pin or "")
-    assert recipe.model in KNOWN
+    assert recipe.model in SHIPPED_CONFIGS
 
 
 def test_all_recipes_see_the_same_rows_in_steps_of_the_same_size():

@@ -17,7 +17,7 @@ from mlx_slim.evaluation.tasks.rows import load_rows
 from mlx_slim.evaluation.tasks.spec import find_task
 from mlx_slim.evaluation.tasks.training_rows import finder, question_keys
 from mlx_slim.finetuning.run import finetune
-from mlx_slim.planner.known_models import KNOWN
+from mlx_slim.planner.shipped_models import SHIPPED_CONFIGS
 from mlx_slim.workflows.plan import plan as planned
 from tests.support.runs import Recorder
 from tests.support.tiny import speaking_model
@@ -89,7 +89,7 @@ def test_header_and_planner_agree(name):
     command = "distill" if name in TINYLLM else "train"
     assert f"mlx-slim {command} {name}" in text
     recipe = load_recipe(name).recipe
-    assert recipe.model in KNOWN and re.fullmatch(r"[0-9a-f]{40}", recipe.revision or "")
+    assert recipe.model in SHIPPED_CONFIGS and re.fullmatch(r"[0-9a-f]{40}", recipe.revision or "")
     assert recipe.data.template == "plain"  # tuned as it is asked
 
 

@@ -16,10 +16,10 @@ from mlx_slim import events
 from mlx_slim.config.schema import TrainConfig
 from mlx_slim.data.batches import Batcher, Mode, collate, padded
 from mlx_slim.data.shapes import SHAPES, VALIDATION_SHAPES, Shape
-from mlx_slim.distillation.losses import Taught
-from mlx_slim.distillation.mutual import Mutual, Pair
-from mlx_slim.distillation.objective import Distilled
-from mlx_slim.distillation.target_cache import Layout, Unread
+from mlx_slim.distillation.losses import DistillationLoss
+from mlx_slim.distillation.mutual import ModelPair, MutualObjective
+from mlx_slim.distillation.objective import DistillationObjective
+from mlx_slim.distillation.target_cache import PlaceholderTargets, TargetLayout
 from mlx_slim.training.loop import Loop
 from mlx_slim.training.step import Arrays, CrossEntropy, Objective, Scorer, Stepper
 from tests.support.rows import MemoryRows
@@ -94,11 +94,13 @@ def _objective(kind: str, folder: Path, tmp_path: Path) -> tuple[Any, Objective]
     model: Any = load(str(folder))[0]
     total = int(ROWS.supervised.sum())
     if kind == "mutual":
-        pair = Pair(model, load(str(tiny_model(tmp_path / "other", seed=1)))[0])
-        return pair, Mutual(pair, "symmetric", 2.0, 0.5, chunk=16)
+        pair = ModelPair(model, load(str(tiny_model(tmp_path / "other", seed=1)))[0])
+        return pair, MutualObjective(pair, "symmetric", 2.0, 0.5, chunk=16)
     if kind in ("distilled", "divergence"):
-        token_loss = Taught("reverse", 2.0, 0.5 if kind == "distilled" else 1.0)
-        return model, Distilled(token_loss, [Unread(Layout(len(ROWS), total, 4, VOCAB))], model, 16)
+        token_loss = DistillationLoss("reverse", 2.0, 0.5 if kind == "distilled" else 1.0)
+        return model, DistillationObjective(
+            token_loss, [PlaceholderTargets(TargetLayout(len(ROWS), total, 4, VOCAB))], model, 16
+        )
     weights_S = np.random.default_rng(0).uniform(0.2, 2, total).astype(np.float32)
     return model, CrossEntropy(model, 16, weights_S=weights_S if kind == "weighted" else None)
 

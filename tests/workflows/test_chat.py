@@ -12,7 +12,7 @@ from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError
 from mlx_slim.models.load import load
 from mlx_slim.models.save import save_model
-from mlx_slim.workflows.chat import LONGEST_PROMPT, open_speaker
+from mlx_slim.workflows.chat import LONGEST_PROMPT, open_session
 from tests.support.tiny import tiny_model
 
 
@@ -21,7 +21,7 @@ def answer(speaker, ids, max_tokens=12):
 
 
 def test_a_turn_computes_only_what_is_new_and_answers_as_if_afresh(tiny):
-    speaker = open_speaker(tiny("llama"))
+    speaker = open_session(tiny("llama"))
     messages = [{"role": "user", "content": "Name three fruits."}]
     first = answer(speaker, speaker.chat_ids(messages))
     assert speaker.last is not None
@@ -30,28 +30,28 @@ def test_a_turn_computes_only_what_is_new_and_answers_as_if_afresh(tiny):
     ids = speaker.chat_ids(messages)
     second = answer(speaker, ids)
     assert speaker.last.cached_tokens > 20
-    assert second == answer(open_speaker(tiny("llama")), ids)
+    assert second == answer(open_session(tiny("llama")), ids)
 
 
 def test_another_conversation_does_not_see_the_one_before(tiny):
-    speaker = open_speaker(tiny("llama"))
+    speaker = open_session(tiny("llama"))
     answer(speaker, speaker.text_ids("a long first prompt about something else"))
     ids = speaker.text_ids("a short one")
-    assert answer(speaker, ids) == answer(open_speaker(tiny("llama")), ids)
+    assert answer(speaker, ids) == answer(open_session(tiny("llama")), ids)
 
 
 def test_an_interrupted_answer_leaves_the_cache_right(tiny):
-    speaker = open_speaker(tiny("llama"))
+    speaker = open_session(tiny("llama"))
     ids = speaker.text_ids("count to ten")
     stream = speaker.stream(ids, max_tokens=12, temperature=0.0)
     next(stream)
     next(stream)
     stream.close()
-    assert answer(speaker, ids) == answer(open_speaker(tiny("llama")), ids)
+    assert answer(speaker, ids) == answer(open_session(tiny("llama")), ids)
 
 
 def test_the_same_prompt_twice(tiny):
-    speaker = open_speaker(tiny("llama"))
+    speaker = open_session(tiny("llama"))
     ids = speaker.text_ids("again and again")
     assert answer(speaker, ids) == answer(speaker, ids)
     assert speaker.last is not None
@@ -71,11 +71,11 @@ def test_an_adapter_changes_the_answer(tiny, tmp_path):
     save_adapter(
         tmp_path / "adapter", loaded.model, config, injected, dora=False, base=str(tiny("llama"))
     )
-    plain, tuned = open_speaker(tiny("llama")), open_speaker(tiny("llama"), tmp_path / "adapter")
+    plain, tuned = open_session(tiny("llama")), open_session(tiny("llama"), tmp_path / "adapter")
     ids = plain.text_ids("hello there")
     assert answer(plain, ids) != answer(tuned, ids)
     with pytest.raises(SlimError, match="no adapter folder"):
-        open_speaker(tiny("llama"), tmp_path / "absent")
+        open_session(tiny("llama"), tmp_path / "absent")
 
 
 def _flat(tree):
@@ -91,14 +91,14 @@ def test_a_quantized_model_answers_as_its_stock_self(tiny, tmp_path):
     loaded = load(tiny("llama"))
     model, config = quantize_model(loaded.model, loaded.config, 32, 4)
     save_model(tmp_path / "q4", model, loaded.tokenizer, config)
-    speaker = open_speaker(tmp_path / "q4")
+    speaker = open_session(tmp_path / "q4")
     ids = speaker.text_ids("hello there")
     stock, tokenizer = stock_load(str(tmp_path / "q4"))[:2]
     assert answer(speaker, ids) == generate(stock, tokenizer, ids, max_tokens=12)
 
 
 def test_a_base_model_cannot_chat_and_an_empty_prompt_is_refused(tmp_path):
-    speaker = open_speaker(tiny_model(tmp_path / "base", "llama", chat_template=None))
+    speaker = open_session(tiny_model(tmp_path / "base", "llama", chat_template=None))
     with pytest.raises(SlimError, match="no chat template"):
         speaker.chat_ids([{"role": "user", "content": "hello"}])
     with pytest.raises(SlimError, match="empty"):
@@ -107,13 +107,13 @@ def test_a_base_model_cannot_chat_and_an_empty_prompt_is_refused(tmp_path):
 
 def test_a_template_that_refuses_a_role_is_one_line(tmp_path):
     template = "{{ raise_exception('no system role') }}"
-    speaker = open_speaker(tiny_model(tmp_path / "strict", "llama", chat_template=template))
+    speaker = open_session(tiny_model(tmp_path / "strict", "llama", chat_template=template))
     with pytest.raises(SlimError, match="refuses roles system, user: no system role"):
         speaker.chat_ids([{"role": "system", "content": "x"}, {"role": "user", "content": "y"}])
 
 
 def test_several_templates_without_a_default_are_one_whole_line(tmp_path):
-    speaker = open_speaker(tiny_model(tmp_path / "several", "llama"))
+    speaker = open_session(tiny_model(tmp_path / "several", "llama"))
     speaker.tokenizer._tokenizer.chat_template = {"plain": "x", "rag": "y"}
     with pytest.raises(SlimError, match=r"templates \(plain, rag\), none called default") as error:
         speaker.chat_ids([{"role": "user", "content": "y"}])
@@ -121,7 +121,7 @@ def test_several_templates_without_a_default_are_one_whole_line(tmp_path):
 
 
 def test_a_prompt_of_megabytes_is_refused_before_it_is_tokenized(tiny):
-    speaker = open_speaker(tiny("llama"))
+    speaker = open_session(tiny("llama"))
     long = "a" * (LONGEST_PROMPT + 1)
     with pytest.raises(SlimError, match="the user's message has more than 1,048,576 characters"):
         speaker.chat_ids([{"role": "user", "content": long}])

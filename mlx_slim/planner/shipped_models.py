@@ -21,7 +21,7 @@ _LLAMA_1_2 = {
     "vocab_size": 32000,
 }
 
-KNOWN: dict[str, dict[str, Any]] = {
+SHIPPED_CONFIGS: dict[str, dict[str, Any]] = {
     "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T": {
         **_LLAMA_1_2,
         "hidden_size": 2048,
@@ -83,6 +83,6 @@ def model_config(recipe: Recipe) -> tuple[dict[str, Any], str]:
     Raises:
         SlimError: If the model is neither known, a folder, nor to be had from the hub.
     """
-    if recipe.model in KNOWN:
-        return KNOWN[recipe.model], "shapes from the table shipped with mlx-slim"
+    if recipe.model in SHIPPED_CONFIGS:
+        return SHIPPED_CONFIGS[recipe.model], "shapes from the table shipped with mlx-slim"
     return read_config(recipe.model, recipe.revision), "shapes from the model's config.json"
