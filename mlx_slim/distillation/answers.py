@@ -1,11 +1,11 @@
-"""What teachers wrote, one JSON line an answer: a cache that a person can read and edit.
+"""Responses of teachers, one JSON line each: a cache that a person can read and edit.
 
-Invariant: a line is on disk before the next answer is waited for; a torn last line is repaired, a
-resume asks only what is missing and ends with the same file. A line counts for exactly one teacher,
-one prompt and one way of asking (their hashes stand in it), so a changed prompt invalidates its
-lines and no others; what a person wrote into ``generation`` is kept and used. Of two lines for one
-answer the later one counts. Try it: ``mlx-slim distill tinyllm-openbookqa -o runs/try``, then edit
-``runs/try/answers.jsonl``.
+Invariant: a line is on disk before the next response is waited for; a torn last line is repaired, a
+resume requests only what is missing and ends with the same file. A line is valid for exactly one
+teacher, one prompt and one set of generation settings (it stores their hashes), so a changed prompt
+invalidates its lines and no others; a ``generation`` that a person edited is used. Of two lines for
+one request the later one is valid. Try it: ``mlx-slim distill tinyllm-openbookqa -o runs/try``,
+then edit ``runs/try/answers.jsonl``.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from pathlib import Path
 from typing import Any
 
 from mlx_slim.artifacts import disk_errors, fsync, hash_bytes, json_lines
-from mlx_slim.distillation.local_teacher import Message, Teacher, Unreadable
+from mlx_slim.distillation.local_teacher import Message, Teacher, UnreadableRequest
 from mlx_slim.errors import SlimError
 from mlx_slim.reading import parse_json
 
-_DIGITS = 16  # of a hash in a line: enough to tell, short enough to read past
-_REPEATED = 0.5  # below this share of distinct runs of words a text repeats itself
+_DIGITS = 16  # characters of a hash in a line: enough to differ, short enough to skip
+_REPEATED = 0.5  # below this fraction of distinct runs of words a text repeats itself
 _RUN, _MIN_WORDS = 4, 32
 _KEYS = ("id", "teacher", "generation", "stop_reason", "prompt_hash", "settings_hash")
 
 
 @dataclass(frozen=True)
 class TeacherRequest:
-    """One question to a teacher.
+    """One request to a teacher.
 
     Attributes:
         id: Of the training row.
         messages: What the teacher reads.
-        answer: The row's own answer, for whoever reads the file.
-        place: Where the row stands: file and line.
+        answer: The row's own answer, for people who read the file.
+        place: File and line of the row.
     """
 
     id: str
@@ -47,7 +47,7 @@ class TeacherRequest:
 
 @dataclass(frozen=True)
 class TeacherResponse:
-    """One answer as it stands in the file.
+    """One response, as the file has it.
 
     Attributes:
         id: Of the training row.
@@ -62,8 +62,8 @@ class TeacherResponse:
     edited: bool
 
     @property
-    def trouble(self) -> str:
-        """Why this is nothing to learn from; empty for a good answer.
+    def problem(self) -> str:
+        """Why this cannot be learned from; empty if it can.
 
         An edited text is only checked for being there.
         """
@@ -93,10 +93,10 @@ class AnswerFile:
     """The lines of all teachers of a run.
 
     Args:
-        path: The file; made with its first line.
+        path: The file; created with its first line.
 
     Raises:
-        SlimError: A line that is no answer; file and line are named.
+        SlimError: A line that is no response; file and line are named.
     """
 
     def __init__(self, path: Path) -> None:
@@ -119,7 +119,7 @@ class AnswerFile:
                 return
             try:
                 parse_json(last, "")
-                handle.write(b"\n")  # an editor that ends no last line
+                handle.write(b"\n")  # some editors write no newline at the end
             except SlimError:
                 handle.truncate(start)
 
@@ -127,29 +127,32 @@ class AnswerFile:
         key = (line["id"], line["teacher"], line["prompt_hash"], line["settings_hash"])
         self._lines[key] = line
 
-    def find(self, teacher: Teacher, asked: TeacherRequest) -> TeacherResponse | None:
-        """Return the answer of ``teacher`` to exactly this question, None if there is none."""
-        line = self._lines.get(self._key(teacher, asked))
+    def find(self, teacher: Teacher, request: TeacherRequest) -> TeacherResponse | None:
+        """Return the response of ``teacher`` to exactly this request, None if there is none."""
+        line = self._lines.get(self._key(teacher, request))
         if line is None:
             return None
         text = line["generation"]
         edited = line.get("generation_hash") != short_hash(text)
-        return TeacherResponse(asked.id, text, line["stop_reason"], edited)
+        return TeacherResponse(request.id, text, line["stop_reason"], edited)
 
     @staticmethod
-    def _key(teacher: Teacher, asked: TeacherRequest) -> tuple[str, str, str, str]:
-        return (asked.id, teacher.name, short_hash(asked.messages), short_hash(teacher.settings))
+    def _key(teacher: Teacher, request: TeacherRequest) -> tuple[str, str, str, str]:
+        prompt, settings = short_hash(request.messages), short_hash(teacher.settings)
+        return (request.id, teacher.name, prompt, settings)
 
-    def append(self, teacher: Teacher, asked: TeacherRequest, text: str, stop_reason: str) -> None:
-        """Write one answer to the end of the file, and to the disk."""
-        _, name, prompt, settings = self._key(teacher, asked)
+    def append(
+        self, teacher: Teacher, request: TeacherRequest, text: str, stop_reason: str
+    ) -> None:
+        """Append one response to the file, flushed to the disk."""
+        _, name, prompt, settings = self._key(teacher, request)
         text = text.encode("utf-8", "replace").decode()  # half a character cannot be written
-        alone = len(asked.messages) == 1
+        single = len(request.messages) == 1
         line = {
-            "id": asked.id,
+            "id": request.id,
             "teacher": name,
-            "prompt": asked.messages[0]["content"] if alone else asked.messages,
-            "answer": asked.answer,
+            "prompt": request.messages[0]["content"] if single else request.messages,
+            "answer": request.answer,
             "generation": text,
             "stop_reason": stop_reason,
             "prompt_hash": prompt,
@@ -168,40 +171,40 @@ class AnswerFile:
     def collect(
         self,
         teacher: Teacher,
-        questions: Sequence[TeacherRequest],
+        requests: Sequence[TeacherRequest],
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[TeacherResponse]:
-        """Return the teacher's answer to every question, in order; ask what is not in the file.
+        """Return the response to every request, in order; request what is not in the file.
 
-        Questions go in chunks of the teacher's size that do not depend on what is answered already.
-        Where one is missing, a teacher whose answers may depend on their neighbours (sums are
-        rounded otherwise in another batch) answers its whole chunk again.
+        Requests go in chunks of the teacher's size that do not depend on what is in the file. Where
+        a response is missing, a teacher whose responses depend on the batch (another batch is
+        rounded otherwise) answers its whole chunk again.
 
         Args:
-            teacher: Asked only if an answer is missing.
-            questions: All of them.
-            progress: Hears (answered, all) after each chunk that was asked.
+            teacher: Called only if a response is missing.
+            requests: All of them.
+            progress: Hears (responses, requests) after each chunk that the teacher answered.
 
         Raises:
-            SlimError: If a question cannot be read (its row is named), or is not answered.
+            SlimError: If the teacher cannot read a request (its row is named), or does not answer.
         """
-        for start in range(0, len(questions), teacher.chunk):
-            chunk = questions[start : start + teacher.chunk]
-            missing = [asked for asked in chunk if self.find(teacher, asked) is None]
+        for start in range(0, len(requests), teacher.chunk):
+            chunk = requests[start : start + teacher.chunk]
+            missing = [request for request in chunk if self.find(teacher, request) is None]
             if not missing:
                 continue
             again = list(chunk) if teacher.batch_dependent else missing
-            answers = teacher.answer([asked.messages for asked in again])
+            responses = teacher.answer([request.messages for request in again])
             try:
-                for asked, (text, reason) in zip(again, answers, strict=True):
-                    if self.find(teacher, asked) is None:
-                        self.append(teacher, asked, text, reason)
-            except Unreadable as error:
-                place = f"{again[error.index].place}, as {teacher.name} reads it"
+                for request, (text, reason) in zip(again, responses, strict=True):
+                    if self.find(teacher, request) is None:
+                        self.append(teacher, request, text, reason)
+            except UnreadableRequest as error:
+                place = f"{again[error.index].place}, for teacher {teacher.name}"
                 raise SlimError(f"{place}: {error.message}", error.hint) from error
-            progress(start + len(chunk), len(questions))
-        found = [self.find(teacher, asked) for asked in questions]
-        return [written for written in found if written is not None]
+            progress(start + len(chunk), len(requests))
+        stored = [self.find(teacher, request) for request in requests]
+        return [response for response in stored if response is not None]
 
 
 def _parsed(path: Path, number: int, raw: bytes) -> dict[str, Any]:
@@ -212,6 +215,7 @@ def _parsed(path: Path, number: int, raw: bytes) -> dict[str, Any]:
     ]  # fmt: skip
     if wrong:
         raise SlimError(
-            f"{where}: no text under {', '.join(wrong)}", "mend the line, or remove it to ask again"
+            f"{where}: no text under {', '.join(wrong)}",
+            "correct the line, or remove it to request it again",
         )
     return line

@@ -1,8 +1,8 @@
 """A teacher behind an OpenAI-compatible endpoint: llama.cpp, Ollama, mlx_lm.server, vLLM, others.
 
-Invariant: everything is bounded: requests at one time, the wait for each, tries, the size of a
+Invariant: everything is bounded: concurrent requests, the wait for each, tries, the size of a
 reply. The key is read from the environment, is sent to that one address only (no redirect is
-followed), and stands in no message, file or log. A refusal is one line that says what came back.
+followed), and appears in no message, file or log. An error is one line that quotes the reply.
 Try it: ``mlx_lm.server``, then ``mlx-slim distill RECIPE
 "distill.teachers=[{base_url: http://127.0.0.1:8080/v1, model: NAME}]"``.
 """
@@ -20,7 +20,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from mlx_slim.data.conversations import with_text_arguments
 from mlx_slim.distillation.local_teacher import Message
@@ -51,13 +51,13 @@ class EndpointTeacher:
     """A model that a server runs.
 
     Args:
-        name: In the answers' lines.
+        name: In the lines of ``answers.jsonl``.
         base_url: Up to and with ``/v1``.
         model: As the server calls it.
         api_key_env: Environment variable that holds the key, or None.
         max_tokens: Longest answer, tokens.
         until: Texts that end an answer.
-        concurrency: Requests at one time.
+        concurrency: Requests at a time.
         timeout: Seconds without a byte before a request is given up.
         retries: Tries after the first one, for 429, 5xx and lost connections.
         backoff: Seconds before the second try; doubled each time, at most half a minute.
@@ -97,7 +97,7 @@ class EndpointTeacher:
         }
         self._stop = threading.Event()
         handlers: list[Any] = [_NoRedirect()]
-        if parts.hostname in _LOOPBACK:  # a proxy could not reach it
+        if parts.hostname in _LOOPBACK:  # a proxy cannot reach it
             handlers.append(urllib.request.ProxyHandler({}))
         self._opener = urllib.request.build_opener(*handlers)
 
@@ -127,10 +127,10 @@ class EndpointTeacher:
                 try:
                     futures[index].set_result(self._ask(prompts[index], stop))
                 except BaseException as error:
-                    stop.set()  # questions before this one are answered or being asked
+                    stop.set()  # requests before this one are answered or being sent
                     futures[index].set_exception(error)
 
-        # Daemons: Ctrl-C does not wait for a server.
+        # Daemon threads, so that Ctrl-C does not wait for a server.
         for _ in range(min(self._concurrency, len(prompts))):
             threading.Thread(target=work, daemon=True).start()
         try:
@@ -140,11 +140,11 @@ class EndpointTeacher:
             stop.set()
 
     def close(self) -> None:
-        """Ask nothing more."""
+        """Send no further request."""
         self._stop.set()
 
     def _ask(self, messages: list[Message], stop: threading.Event) -> tuple[str, str]:
-        asked: dict[str, Any] = {
+        payload: dict[str, Any] = {
             "model": self._settings["model"],
             "messages": with_text_arguments(messages),
             "max_tokens": self._settings["max_tokens"],
@@ -152,21 +152,20 @@ class EndpointTeacher:
             "stream": False,
         }
         if self._settings["until"]:
-            asked["stop"] = self._settings["until"]
-        body = json.dumps(asked, ensure_ascii=False).encode("utf-8", "replace")
+            payload["stop"] = self._settings["until"]
+        body = json.dumps(payload, ensure_ascii=False).encode("utf-8", "replace")
         attempt = 0
-        while isinstance(found := self._try(body), _Transient):
+        while isinstance(result := self._try(body), _Transient):
             attempt += 1
             if attempt > self._retries or stop.is_set():
                 tries = "1 try" if attempt == 1 else f"{attempt} tries"
                 raise SlimError(
-                    f"teacher {self.name}: {self._url}: {found} ({tries})",
-                    "start the server, or give it more time with distill.ask.timeout; answers "
-                    "so far are kept",
+                    f"teacher {self.name}: {self._url}: {result} ({tries})",
+                    "start the server, or raise distill.ask.timeout; the answers so far are saved",
                 )
-            wait = self._backoff * 2 ** (attempt - 1) if found.wait is None else found.wait
+            wait = self._backoff * 2 ** (attempt - 1) if result.wait is None else result.wait
             stop.wait(min(wait, _LONGEST_WAIT))
-        return found
+        return result
 
     def _try(self, body: bytes) -> tuple[str, str] | _Transient:
         try:
@@ -198,7 +197,7 @@ class EndpointTeacher:
             raise _Transient(self._safe(text)) from None
 
     def _body(self, reply: http.client.HTTPResponse) -> bytes:
-        """Return the reply, all of which comes within the wait: not a byte now and then."""
+        """Return the reply; the whole of it, not only each block, must come within the timeout."""
         data, until = bytearray(), time.monotonic() + self._timeout
         while len(data) <= _LARGEST_REPLY and (block := reply.read1(1 << 16)):
             data += block
@@ -209,11 +208,11 @@ class EndpointTeacher:
     def _refused(self, error: urllib.error.HTTPError) -> Exception:
         """Return what an HTTP error means."""
         try:
-            said = self._safe(error.read(4096).decode("utf-8", "replace"))
+            detail = self._safe(error.read(4096).decode("utf-8", "replace"))
         except (OSError, http.client.HTTPException):
-            said = ""
+            detail = ""
         what = f"{error.code} {http.client.responses.get(error.code, '')}".strip()
-        what += f": {said}" if said else ""
+        what += f": {detail}" if detail else ""
         if error.code in _TRANSIENT or error.code >= 500:
             after = error.headers.get("Retry-After", "")
             return _Transient(what, float(after) if after.strip().isdecimal() else None)
@@ -221,12 +220,12 @@ class EndpointTeacher:
         if error.code < 400:
             place = self._safe(error.headers.get("Location", "nowhere"))
             return SlimError(
-                f"{where} redirects ({error.code}) to {place}: not followed",
-                "give the address that answers as base_url",
+                f"{where} redirects ({error.code}) to {place}, which is not followed",
+                "set base_url to the address of the server itself",
             )
         hint = "check base_url (it ends in /v1) and model"
         if error.code in (401, 403):
-            hint = "name the environment variable that holds the key as api_key_env"
+            hint = "set api_key_env to the environment variable that holds the key"
             hint = f"check the key in {self._key_name}" if self._key_name else hint
         return SlimError(f"{where} answered {what}", hint)
 
@@ -240,16 +239,16 @@ class EndpointTeacher:
             if not isinstance(text, str | None) or not isinstance(reason, str | None):
                 raise TypeError("content or finish_reason is no text")
         except (SlimError, ValueError, LookupError, TypeError, AttributeError):
-            said = self._safe(data[:4096].decode("utf-8", "replace"))
+            text = self._safe(data[:4096].decode("utf-8", "replace"))
             raise SlimError(
                 f"teacher {self.name}: {self._url} answered no chat completion: "
-                f"{said or 'nothing'}",
+                f"{text or 'nothing'}",
                 "check base_url: it should end in /v1",
             ) from None
         return text or "", _REASONS.get(reason or "", "eos")
 
     def _safe(self, text: str) -> str:
-        """Return a server's words as one short line, without the key."""
+        """Return a server's text as one short line, without the key."""
         line = " ".join(text.split())
         line = line.replace(self._key, "***") if self._key else line
         return line[:200]
@@ -257,7 +256,7 @@ class EndpointTeacher:
 
 def _is_cut(reply: http.client.HTTPResponse, data: bytes) -> bool:
     """Return whether a connection ended before its reply did."""
-    if reply.length is not None:  # what Content-Length says is still to come
+    if reply.length is not None:  # bytes of Content-Length that are missing
         return reply.length > 0
     if reply.chunked or not data.lstrip().startswith(b"{"):
         return False
@@ -268,20 +267,21 @@ def _is_cut(reply: http.client.HTTPResponse, data: bytes) -> bool:
     return False
 
 
-def _checked_url(base_url: str) -> Any:
+def _checked_url(base_url: str) -> SplitResult:
     try:
         parts = urlsplit(base_url)
         _ = parts.port
     except ValueError as error:
-        raise SlimError(f"base_url={base_url!r} is no address: {error}") from error
+        raise SlimError(f"base_url={base_url!r} is not a valid address: {error}") from error
     if parts.username or parts.password or parts.query or parts.fragment:
         raise SlimError(
-            "base_url holds more than an address: no user, password or query may stand in it",
-            "put a key into an environment variable, and name that as api_key_env",
+            "base_url must not contain a user, password or query",
+            "put the key into an environment variable and set api_key_env to its name",
         )
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise SlimError(
-            f"base_url={base_url!r} is no http(s) address", "as in http://127.0.0.1:8080/v1"
+            f"base_url={base_url!r} is not an http(s) address",
+            "an example: http://127.0.0.1:8080/v1",
         )
     return parts
 
@@ -293,5 +293,7 @@ def _key(variable: str | None) -> str:
     if not key:
         raise SlimError(f"api_key_env: the environment variable {variable} is not set")
     if not key.isascii() or not key.isprintable():
-        raise SlimError(f"api_key_env: {variable} holds characters that no key has")
+        raise SlimError(
+            f"api_key_env: the key in {variable} has characters outside printable ASCII"
+        )
     return key

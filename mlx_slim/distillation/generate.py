@@ -1,12 +1,13 @@
-"""The teaching phase of teachers that write text: rows → questions → answers → training rows.
+"""Rows → requests → responses → training rows: the phase in which teachers write text.
 
-Invariant: held-out rows are chosen first and no teacher is asked about them; teachers are asked one
-after the other, each let go of before the next; every answer is on disk as it comes. Every row and
-every answer that is not used is counted with a reason in ``teaching.json``, which is written last:
-with it, the phase is complete, and a resume asks no teacher. Used by ``mlx-slim distill``.
+Invariant: validation rows are chosen first and no teacher is asked about them; teachers are asked
+one after the other, each freed before the next is loaded; every response is on disk before the next
+one. Every row and every response that is not used is counted with a reason in ``dataset.json``,
+which is written last: with it, the phase is complete, and a resume asks no teacher. Try it:
+``mlx-slim distill tinyllm-openbookqa -o runs/try``.
 
 Files in the run folder: ``answers.jsonl`` (in ``distill.cache``, where that is set), ``dataset/``
-(rows of the data, of each teacher, and the held-out ones), ``teaching.json``.
+(rows of the data, of each teacher, and the validation rows), ``dataset.json``.
 """
 
 from __future__ import annotations
@@ -16,33 +17,37 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from mlx_slim import events
-from mlx_slim.artifacts import (
-    SCHEMA_VERSION,
-    hash_file,
-    hash_json,
-    write_json,
-)
+from mlx_slim.artifacts import SCHEMA_VERSION, hash_file, hash_json
 from mlx_slim.config.distill import DistillConfig, TeacherConfig
 from mlx_slim.config.expressions import compile_text
 from mlx_slim.config.schema import DataConfig, Recipe
 from mlx_slim.data.ledger import SourceLedger
 from mlx_slim.data.split import choose_validation, quotas
 from mlx_slim.distillation.answers import AnswerFile, TeacherRequest, TeacherResponse
-from mlx_slim.distillation.dataset import DistillationDataset, dataset_from_record, write_dataset
+from mlx_slim.distillation.dataset import (
+    FOLDER,
+    OLD_FOLDER,
+    OLD_RECORD,
+    RECORD,
+    DatasetRecord,
+    DistillationDataset,
+    DroppedResponses,
+    TeacherReport,
+    dataset_from_record,
+    read_record,
+    write_dataset,
+)
 from mlx_slim.distillation.endpoint import EndpointTeacher
 from mlx_slim.distillation.local_teacher import LocalTeacher, Teacher
 from mlx_slim.distillation.queries import TeacherQuery, read_queries
 from mlx_slim.distillation.teachers import name_of
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.tasks.training_rows import finder
-from mlx_slim.reading import library_errors, read_object, short
 from mlx_slim.runtime import resolve_dtype
 
 ANSWERS = "answers.jsonl"
-RECORD = "teaching.json"
 _FIRST = 5  # ids named for each reason
 
 
@@ -62,11 +67,11 @@ def generate_dataset(
         method: ``sequence`` or ``rationales``.
         out: The run folder, which exists.
         observer: Hears of progress and counts.
-        ready: Called when everything is checked, before the first question is asked.
+        ready: Called when everything is checked, before the first request.
 
     Raises:
-        SlimError: Rows that cannot be asked about, or a teacher that does not answer; what was
-            answered before stays.
+        SlimError: Rows that cannot be asked about, or a teacher that does not answer; earlier
+            responses stay.
     """
     config = recipe.distill
     assert config is not None
@@ -80,59 +85,70 @@ def generate_dataset(
             "seed": seed,
         }
     )
-    known = _complete(out, key, answers)
-    if known is not None:
-        return dataset_from_record(known, recipe, out)
+    complete = _complete(out, key, answers, observer)
+    if complete is not None:
+        return dataset_from_record(complete, recipe, out)
     ledgers, queries = _read(data, out)
-    held_out = _held_out(data, len(queries), seed)
-    train = [query for i, query in enumerate(queries) if i not in held_out]
+    validation = _validation(data, len(queries), seed)
+    train = [query for i, query in enumerate(queries) if i not in validation]
     asking = [query for query in train if query.asks]
     if not asking:
         raise SlimError(
-            f"none of the {len(train)} training rows asks anything",
+            f"none of the {len(train)} training rows has a question",
             "a teacher answers rows with a question; distill.method=logits takes plain text",
         )
     file = AnswerFile(answers)
-    questions = _questions(config, method, asking)
+    requests = _requests(config, method, asking)
     writers = [_writer(teacher, recipe) for teacher in teachers]
     _check_names([writer.name for writer in writers])
     ready()
-    observer.notify(events.Notice(_rows_sentence(ledgers, len(held_out), len(train), len(asking))))
-    written = [
-        _ask(writer, f"teacher {number} of {len(writers)}", questions, file, observer)
+    text = _rows_sentence(ledgers, len(validation), len(train), len(asking))
+    observer.notify(events.Notice(text))
+    results = [
+        _ask(writer, f"teacher {number} of {len(writers)}", requests, file, observer)
         for number, writer in enumerate(writers, 1)
     ]
-    report: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "key": key,
-        "method": method,
-        "rows_given": sum(ledger.given for ledger in ledgers),
-        "rows_dropped": _dropped(ledgers),
-        "rows_held_out": len(held_out),
-        "rows_without_a_question": len(train) - len(asking),
-        "answers": str(answers) if config.cache else ANSWERS,
-    }
-    report["teachers"] = [part.report for part in written]
-    for part in written:
-        observer.notify(events.Notice(part.sentence, level=part.level))
-    _check_usable(written, answers)
-    report["parts"] = write_dataset(
-        recipe, method, out, queries, held_out, asking, [part.by_id for part in written]
+    for result in results:
+        observer.notify(events.Notice(result.sentence, level=result.level))
+    _check_usable(results, answers)
+    texts = [result.texts for result in results]
+    files = write_dataset(recipe, method, out, queries, validation, asking, texts)
+    record = DatasetRecord(
+        schema_version=SCHEMA_VERSION,
+        key=key,
+        method=method,
+        rows_read=sum(ledger.given for ledger in ledgers),
+        rows_dropped=_dropped(ledgers),
+        validation_rows=len(validation),
+        rows_without_a_question=len(train) - len(asking),
+        answers=str(answers) if config.cache else ANSWERS,
+        teachers=[result.report for result in results],
+        parts=files,
+        answers_sha256=hash_file(answers),
     )
-    report["answers_sha256"] = hash_file(answers)
-    write_json(out / RECORD, report)
-    return dataset_from_record(report, recipe, out)
+    record.write(out)
+    return dataset_from_record(record, recipe, out)
 
 
-def _complete(out: Path, key: str, answers: Path) -> dict[str, Any] | None:
-    """Return the record of a phase that is complete, None if it must be gone through."""
-    if not (out / RECORD).is_file() or not answers.is_file():
+def _complete(
+    out: Path, key: str, answers: Path, observer: events.Observer
+) -> DatasetRecord | None:
+    """Return the record of a phase that is complete, None if it must be run."""
+    stored = read_record(out)
+    if stored is None or not answers.is_file():
         return None
-    record = read_object(out / RECORD, key=str, answers_sha256=str, parts=list)
-    same = record["key"] == key and record["answers_sha256"] == hash_file(answers)
-    with library_errors(f"{short(out / RECORD)} is damaged", "remove it: it is made again"):
-        files = [out / part["file"] for part in record["parts"]]
-    return record if same and all(file.is_file() for file in files) else None
+    record, file = stored
+    if record.key != key or record.answers_sha256 != hash_file(answers):
+        return None
+    if not all((out / part.file).is_file() for part in record.parts):
+        return None
+    if file.name == OLD_RECORD:
+        text = (
+            f"{file} and {OLD_FOLDER}/ are names of mlx-slim 0.1 and still read; new runs write "
+            f"{RECORD} and {FOLDER}/"
+        )
+        observer.notify(events.Notice(text))
+    return record
 
 
 # ------------------------------------------------------------------------------------ the rows
@@ -141,26 +157,28 @@ def _complete(out: Path, key: str, answers: Path) -> dict[str, Any] | None:
 def _read(data: DataConfig, out: Path) -> tuple[list[SourceLedger], list[TeacherQuery]]:
     """Return the usable rows of all sources, in order."""
     find = finder(out)
-    shares = quotas(data.max_rows, [source.weight for source in data.sources])
+    limits = quotas(data.max_rows, [source.weight for source in data.sources])
     ledgers: list[SourceLedger] = []
     queries: list[TeacherQuery] = []
-    for number, (config, quota) in enumerate(zip(data.sources, shares, strict=True)):
+    for number, (config, limit) in enumerate(zip(data.sources, limits, strict=True)):
         source = find(config)
         ledger = SourceLedger(source.name, source.kind, config.weight, source.ignored)
         ledgers.append(ledger)
-        queries += read_queries(islice(source, quota), number, config, data, ledger)
+        queries += read_queries(islice(source, limit), number, config, data, ledger)
     if not queries:
         reasons = "; ".join(text for ledger in ledgers for text in ledger.reasons())
-        raise SlimError(f"no row can be used: {reasons or 'none given'}", "give other rows")
+        raise SlimError(f"no row can be used: {reasons or 'there are none'}", "give other rows")
     return ledgers, queries
 
 
-def _rows_sentence(ledgers: Sequence[SourceLedger], held_out: int, train: int, asking: int) -> str:
-    """Return what became of the rows, in one line."""
-    text = f"rows: {sum(ledger.given for ledger in ledgers):,} given, {train:,} to learn"
+def _rows_sentence(
+    ledgers: Sequence[SourceLedger], validation: int, train: int, asking: int
+) -> str:
+    """Return the counts of rows, in one line."""
+    text = f"rows: {sum(ledger.given for ledger in ledgers):,} read, {train:,} for training"
     notes = [f"{count:,} {reason}" for reason, count in _dropped(ledgers).items()]
-    notes += [f"{held_out:,} held out"] if held_out else []
-    notes += [f"{train - asking:,} ask nothing"] if train > asking else []
+    notes += [f"{validation:,} for validation"] if validation else []
+    notes += [f"{train - asking:,} without a question"] if train > asking else []
     return text + (f" ({'; '.join(notes)})" if notes else "")
 
 
@@ -172,7 +190,8 @@ def _dropped(ledgers: Sequence[SourceLedger]) -> dict[str, int]:
     return dict(counts)
 
 
-def _held_out(data: DataConfig, count: int, seed: int) -> set[int]:
+def _validation(data: DataConfig, count: int, seed: int) -> set[int]:
+    """Return the numbers of the rows that are for validation."""
     if isinstance(data.validation, str):
         return set()
     return set(choose_validation(data.validation, count, seed).tolist())
@@ -182,53 +201,53 @@ def _held_out(data: DataConfig, count: int, seed: int) -> set[int]:
 
 
 @dataclass(frozen=True)
-class _Teaching:
-    """What one teacher gave: its usable answers by row, and its counts."""
+class _TeacherResult:
+    """Of one teacher: its usable texts by row (None where it has none), and its counts."""
 
-    by_id: list[str | None]
-    report: dict[str, Any]
+    texts: list[str | None]
+    report: TeacherReport
 
     @property
     def level(self) -> str:
-        return "warning" if self.report["dropped"] or self.report["prompts_cut"] else "info"
+        return "warning" if self.report.dropped or self.report.prompts_cut else "info"
 
     @property
     def sentence(self) -> str:
-        found = self.report
-        text = f"{found['teacher']}: {found['used']:,} of {found['asked']:,} answers used"
-        notes = [f"{entry['count']:,} {reason}" for reason, entry in found["dropped"].items()]
-        notes += [f"{found['edited']:,} edited by hand"] if found["edited"] else []
-        notes += [f"{found['prompts_cut']:,} prompts cut"] if found["prompts_cut"] else []
+        report = self.report
+        text = f"{report.teacher}: {report.used:,} of {report.asked:,} answers used"
+        notes = [f"{entry.count:,} {reason}" for reason, entry in report.dropped.items()]
+        notes += [f"{report.edited:,} edited by hand"] if report.edited else []
+        notes += [f"{report.prompts_cut:,} prompts cut"] if report.prompts_cut else []
         return text + (f" ({'; '.join(notes)})" if notes else "")
 
 
 def _ask(
     teacher: Teacher,
     title: str,
-    questions: Sequence[TeacherRequest],
+    requests: Sequence[TeacherRequest],
     file: AnswerFile,
     observer: events.Observer,
-) -> _Teaching:
-    """Ask one teacher everything that is not in the file, and let go of it."""
-    missing = sum(file.find(teacher, question) is None for question in questions)
-    text = f"{title}, {teacher.name}: {missing:,} answers to write"
-    observer.notify(events.Notice(f"{text}, {len(questions) - missing:,} kept"))
+) -> _TeacherResult:
+    """Send one teacher every request that the file has no response to, then free it."""
+    missing = sum(file.find(teacher, request) is None for request in requests)
+    text = f"{title}, {teacher.name}: {missing:,} answers to generate"
+    observer.notify(events.Notice(f"{text}, {len(requests) - missing:,} cached"))
 
-    told = 0
+    reported = 0
 
     def progress(done: int, total: int) -> None:
-        nonlocal told
-        if 10 * done // total > told:
-            told = 10 * done // total
-            observer.notify(events.Notice(f"teacher {teacher.name}: {10 * told}% answered"))
+        nonlocal reported
+        if 10 * done // total > reported:
+            reported = 10 * done // total
+            observer.notify(events.Notice(f"teacher {teacher.name}: {10 * reported}% answered"))
 
     try:
-        return _sifted(teacher, file.collect(teacher, questions, progress))
+        return _filtered(teacher, file.collect(teacher, requests, progress))
     finally:
         teacher.close()
 
 
-def _questions(
+def _requests(
     distill: DistillConfig, method: str, queries: Sequence[TeacherQuery]
 ) -> list[TeacherRequest]:
     if method == "sequence":
@@ -260,38 +279,36 @@ def _writer(config: TeacherConfig, recipe: Recipe) -> Teacher:
 def _check_names(names: Sequence[str]) -> None:
     if twice := [name for name in names if names.count(name) > 1]:
         raise SlimError(
-            f"two teachers are called {twice[0]}, and their answers stand in one file",
+            f"two teachers are called {twice[0]}, and one file holds the answers of all",
             "give each a name: distill.teachers=[{model: …, name: …}, …]",
         )
 
 
-def _sifted(teacher: Teacher, written: Sequence[TeacherResponse]) -> _Teaching:
-    """Part good answers from others, and count both."""
-    dropped: dict[str, dict[str, Any]] = {}
+def _filtered(teacher: Teacher, responses: Sequence[TeacherResponse]) -> _TeacherResult:
+    """Separate usable responses from others, and count both."""
+    dropped: dict[str, list[str]] = {}
     texts: list[str | None] = []
-    for answer in written:
-        trouble = answer.trouble
-        texts.append(None if trouble else answer.generation)
-        if trouble:
-            entry = dropped.setdefault(trouble, {"count": 0, "first": []})
-            entry["count"] += 1
-            entry["first"] = [*entry["first"], answer.id][:_FIRST]
-    report = {
-        "teacher": teacher.name,
-        "asked": len(written),
-        "used": sum(text is not None for text in texts),
-        "edited": sum(answer.edited for answer in written),
-        "prompts_cut": teacher.truncated,
-        "dropped": dropped,
-    }
-    return _Teaching(texts, report)
+    for response in responses:
+        problem = response.problem
+        texts.append(None if problem else response.generation)
+        if problem:
+            dropped.setdefault(problem, []).append(response.id)
+    report = TeacherReport(
+        teacher=teacher.name,
+        asked=len(responses),
+        used=sum(text is not None for text in texts),
+        edited=sum(response.edited for response in responses),
+        prompts_cut=teacher.truncated,
+        dropped={why: DroppedResponses(len(ids), ids[:_FIRST]) for why, ids in dropped.items()},
+    )
+    return _TeacherResult(texts, report)
 
 
-def _check_usable(written: Sequence[_Teaching], answers: Path) -> None:
-    for part in written:
-        if not part.report["used"]:
+def _check_usable(results: Sequence[_TeacherResult], answers: Path) -> None:
+    for result in results:
+        if not result.report.used:
             raise SlimError(
-                f"nothing to learn from {part.sentence}",
-                f"look at {answers}; raise distill.ask.max_tokens, name distill.ask.until, or take "
+                f"no answer can be used: {result.sentence}",
+                f"look at {answers}; raise distill.ask.max_tokens, set distill.ask.until, or take "
                 "another teacher",
             )

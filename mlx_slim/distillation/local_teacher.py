@@ -1,8 +1,8 @@
 """Teachers that write text: a model on this machine, or (``endpoint.py``) a server.
 
-Invariant: a teacher is loaded when the first answer is missing, alone, and let go of by ``close``;
-``settings`` is known before and holds everything that decides its answers, and no secret. Answers
-are greedy. Try it: ``mlx-slim distill tinyllm-openbookqa -o runs/try``.
+Invariant: a teacher is loaded when the first response is missing, alone, and freed by ``close``;
+``settings`` is available before and holds everything that decides its responses, and no secret.
+Decoding is greedy. Try it: ``mlx-slim distill tinyllm-openbookqa -o runs/try``.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from mlx_slim.models.load import load_tokenizer, read_config
 Message = dict[str, Any]
 
 
-class Unreadable(SlimError):
-    """A chat that a teacher cannot read: number ``index`` of those that it was given."""
+class UnreadableRequest(SlimError):
+    """A request that a teacher cannot read: number ``index`` of its prompts."""
 
     def __init__(self, index: int, error: SlimError) -> None:
         super().__init__(error.message, error.hint)
@@ -38,12 +38,12 @@ class Unreadable(SlimError):
 
 
 class Teacher(Protocol):
-    """Whoever answers in text.
+    """A model that answers in text.
 
     Attributes:
-        name: In the answers' lines.
-        chunk: Questions asked together.
-        together: Answers may depend on which questions are asked together (by rounding).
+        name: In the lines of ``answers.jsonl``.
+        chunk: Requests that are sent together.
+        batch_dependent: Responses may depend on what else is in the batch (by rounding).
         truncated: Prompts that were cut on the left so far.
     """
 
@@ -61,13 +61,13 @@ class Teacher(Protocol):
         """Yield (text, stop reason: ``eos``, ``until`` or ``length``) for each chat, in order.
 
         Raises:
-            Unreadable: One of the chats is at fault.
-            SlimError: Something else is.
+            UnreadableRequest: The teacher cannot read one of the chats.
+            SlimError: It does not answer.
         """
         ...
 
     def close(self) -> None:
-        """Let go of memory and threads."""
+        """Free memory and threads."""
         ...
 
 
@@ -96,20 +96,19 @@ class LocalTeacher:
         if config.adapter is not None:
             check_adapter(config.adapter)
         model = config.model or ""
-        known = fingerprint(config, dtype)
         self._tokenizer: Any = load_tokenizer(model, revision=config.revision)
         template = getattr(unwrap(self._tokenizer), "chat_template", None)
         self._chat = bool(template)
         self._model: Any = None
-        described = read_config(model, config.revision)
+        model_config = read_config(model, config.revision)
         self._encoder = Encoder(
             self._tokenizer,
-            max_length(described, self._tokenizer),
+            max_length(model_config, self._tokenizer),
             chat=self._chat,
-            limit=limit_of(described),
+            limit=limit_of(model_config),
         )
         self._settings = {
-            **known,
+            **fingerprint(config, dtype),
             "template": hash_bytes(str(template).encode()),
             "max_tokens": max_tokens,
             "until": self._until,
@@ -135,14 +134,14 @@ class LocalTeacher:
             stops=self._until,
             batch_size=self.chunk,
         )
-        for found in answers:
-            yield found.text, found.stop_reason
+        for answer in answers:
+            yield answer.text, answer.stop_reason
 
     def _read(self, index: int, chat: list[Message]) -> list[int]:
         try:
             return self._encoder.prompt(self.text(chat), self._max_tokens)
         except SlimError as error:
-            raise Unreadable(index, error) from error
+            raise UnreadableRequest(index, error) from error
 
     def text(self, chat: list[Message]) -> str:
         """Return the prompt that the model reads.
@@ -158,7 +157,7 @@ class LocalTeacher:
             raise SlimError(
                 f"the chat template of teacher {self.name} refuses a row: "
                 f"{' '.join(str(error).split())[:200]}",
-                "give it rows that it can read, or another teacher",
+                "give it rows that its template accepts, or take another teacher",
             ) from error
 
     def close(self) -> None:

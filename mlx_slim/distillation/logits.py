@@ -1,8 +1,8 @@
-"""Learning from cached logits of one teacher or several.
+"""Distillation from cached logits of one teacher or several.
 
-Invariant: a teacher and the student are never in memory together; what a teacher said is stored
-under a key of all that it depends on, and a run that is killed while a teacher speaks resumes
-there. Try it: ``mlx-slim distill distill-smollm2 -o runs/distilled``.
+Invariant: a teacher and the student are never in memory at the same time; the targets of a teacher
+are stored under a key of all that they depend on, and a run that is killed while targets are
+generated resumes there. Try it: ``mlx-slim distill distill-smollm2 -o runs/distilled``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mlx_slim import events
 from mlx_slim.artifacts import hash_json, public_name
 from mlx_slim.config.distill import DistillConfig, TeacherConfig
 from mlx_slim.config.schema import Recipe
-from mlx_slim.data.batches import Batcher
+from mlx_slim.data.batches import Batcher, Rows
 from mlx_slim.data.prepare import Prepared
 from mlx_slim.distillation import target_cache
 from mlx_slim.distillation.losses import DistillationLoss
@@ -52,12 +52,12 @@ CACHE_FOLDER = "targets"  # inside a run folder, unless distill.cache names anot
 
 @dataclass
 class _TargetSet:
-    """What one teacher says of one list of rows.
+    """The targets of one teacher for one list of rows.
 
     Attributes:
         shape: Of the cache.
-        key: What its numbers depend on.
-        folder: Where it is kept.
+        key: All that its numbers depend on.
+        folder: Of the cache.
         batcher: The rows.
     """
 
@@ -67,7 +67,7 @@ class _TargetSet:
     batcher: Batcher
 
     def columns(self) -> Columns:
-        """Return the numbers, or a stand-in of their shapes while they are not complete."""
+        """Return the targets, or placeholders of the same shapes while they are not complete."""
         return target_cache.open_complete(
             self.folder, self.shape
         ) or target_cache.PlaceholderTargets(self.shape)
@@ -78,7 +78,7 @@ class _TargetSet:
 
 
 class LogitDistillation(TrainingStrategy):
-    """Learning from teachers' cached logits.
+    """Distillation from cached logits.
 
     Args:
         config: The ``distill`` section.
@@ -95,7 +95,7 @@ class LogitDistillation(TrainingStrategy):
         self._validation: list[_TargetSet] = []
 
     def begin(self, recipe: Recipe, observer: events.Observer) -> None:
-        """Refuse a teacher that is too large for the memory budget.
+        """Check that every teacher fits into the memory budget.
 
         Raises:
             ResourceError: Names it.
@@ -121,20 +121,22 @@ class LogitDistillation(TrainingStrategy):
         return [self._config(teacher) for teacher in self.teachers]
 
     def read(self, recipe: Recipe, tuned: Tuned, data: Prepared, out: Path) -> None:
-        """Work out where each teacher's answers are kept, under what key."""
+        """Determine the cache of each teacher."""
         if self._train:
             return
         self._cache = Path(self.config.cache or out / CACHE_FOLDER)
         self._tokenizer = str(data.fingerprint["tokenizer"])
         for teacher in self.teachers:
-            known = fingerprint(teacher, self._dtype)
+            teacher_hash = fingerprint(teacher, self._dtype)
             shared = min(tuned.config["vocab_size"], self._config(teacher)["vocab_size"])
-            self._train.append(self._target_set(recipe, known, data.train, shared))
+            self._train.append(self._target_set(recipe, teacher_hash, data.train, shared))
             if data.validation is not None:
-                self._validation.append(self._target_set(recipe, known, data.validation, shared))
+                self._validation.append(
+                    self._target_set(recipe, teacher_hash, data.validation, shared)
+                )
 
     def _target_set(
-        self, recipe: Recipe, teacher: dict[str, Any], rows: Any, shared: int
+        self, recipe: Recipe, teacher: dict[str, Any], rows: Rows, shared: int
     ) -> _TargetSet:
         train = recipe.train
         shape = target_cache.target_layout(rows, self.config.top_k, shared)
@@ -147,7 +149,7 @@ class LogitDistillation(TrainingStrategy):
         return [*self._train, *self._validation]
 
     def _missing(self) -> int:
-        """Bytes that the answers will still take; one folder may serve two teachers."""
+        """Bytes that the targets will still take on disk; two teachers may use one folder."""
         return sum(
             {
                 s.folder: target_cache.missing_bytes(s.folder, s.shape) for s in self._target_sets
@@ -155,10 +157,10 @@ class LogitDistillation(TrainingStrategy):
         )
 
     def check_disk(self, out: Path) -> None:
-        """Refuse what the disk cannot hold of the answers.
+        """Check that the disk can hold the targets.
 
         Raises:
-            ResourceError: Says how much it is.
+            ResourceError: Names the bytes needed and free.
         """
         target_cache.check_disk(self._cache, self._missing())
 
@@ -173,7 +175,7 @@ class LogitDistillation(TrainingStrategy):
     def objectives(
         self, model: nn.Module, chunk: int | None, vocabulary: int, num_threads: int
     ) -> tuple[Objective, Objective | None]:
-        """Return the mixed loss of the rows, and cross-entropy with divergence of held-out ones."""
+        """Return the mixed loss for training, and cross-entropy with divergence for validation."""
         train = [target_set.columns() for target_set in self._train]
         validation = [target_set.columns() for target_set in self._validation]
         return (
@@ -186,26 +188,26 @@ class LogitDistillation(TrainingStrategy):
         )
 
     def needs_targets(self) -> bool:
-        """Return whether a teacher has something left to say."""
+        """Return whether targets are missing."""
         return not all(target_set.complete for target_set in self._target_sets)
 
     def generate_targets(self, observer: events.Observer) -> bool:
-        """Ask the teachers, each loaded alone; return False if the user stopped it."""
-        whole = True
+        """Run the teachers, each loaded alone; return False if the user stopped it."""
+        complete = True
         if world().rank() == 0:
             with StopRequest() as stop:
                 for number, teacher in enumerate(self.teachers):
-                    mine = [side[number] for side in (self._train, self._validation) if side]
-                    self._ask(teacher, [s for s in mine if not s.complete], observer, stop)
+                    sets = [part[number] for part in (self._train, self._validation) if part]
+                    self._generate(teacher, [s for s in sets if not s.complete], observer, stop)
                     if stop.requested:
-                        whole = False
+                        complete = False
                         break
         if world().size() > 1:
-            answers = mx.distributed.all_sum(mx.array(int(whole)), group=world())
-            whole = answers.item() == world().size()
-        return whole
+            ranks = mx.distributed.all_sum(mx.array(int(complete)), group=world())
+            complete = ranks.item() == world().size()
+        return complete
 
-    def _ask(
+    def _generate(
         self,
         teacher: TeacherConfig,
         target_sets: Sequence[_TargetSet],
@@ -216,12 +218,12 @@ class LogitDistillation(TrainingStrategy):
             return
         name, count = name_of(teacher), sum(target_set.shape.targets for target_set in target_sets)
         size = human_bytes(sum(target_set.shape.nbytes for target_set in target_sets))
-        kept = f"{target_sets[0].shape.kept:,} logits each"
-        text = f"teacher {name}: {count:,} tokens, {kept}, {size} in {self._cache}"
+        each = f"{target_sets[0].shape.top_k:,} logits each"
+        text = f"teacher {name}: {count:,} tokens, {each}, {size} in {self._cache}"
         observer.notify(events.Notice(text))
         mx.reset_peak_memory()
         model = load_teacher(teacher, self._dtype)
-        done, told = 0, 0
+        done, reported = 0, 0
         for target_set in target_sets:
             generator = target_cache.TargetGenerator(
                 model, target_set.shape, self.config.temperature, default_num_threads()
@@ -234,10 +236,10 @@ class LogitDistillation(TrainingStrategy):
                 generator,
                 stop=lambda: stop.requested,
             )
-            for share in steps:
-                tenths = int(10 * (done + share * target_set.shape.targets) / count)
-                if tenths > told:
-                    told = tenths
+            for fraction in steps:
+                tenths = int(10 * (done + fraction * target_set.shape.targets) / count)
+                if tenths > reported:
+                    reported = tenths
                     observer.notify(events.Notice(f"teacher {name}: {10 * tenths}%"))
             done += target_set.shape.targets
             if stop.requested:
@@ -249,7 +251,7 @@ class LogitDistillation(TrainingStrategy):
         mx.clear_cache()
 
     def record(self) -> dict[str, Any]:
-        """Return what was learned from, for ``run.json``."""
+        """Return the teachers and their targets, for ``run.json``."""
         return {
             "distill": {
                 "method": "logits",
@@ -257,12 +259,12 @@ class LogitDistillation(TrainingStrategy):
                     {
                         "name": name_of(teacher),
                         "model": public_name(teacher.model or ""),
-                        "share": share,
+                        "share": loss_weight,
                         "key": hash_json(target_set.key),
                         "targets": target_set.shape.targets,
-                        "kept": target_set.shape.kept,
+                        "kept": target_set.shape.top_k,
                     }
-                    for teacher, share, target_set in zip(
+                    for teacher, loss_weight, target_set in zip(
                         self.teachers, self.token_loss.loss_weights, self._train, strict=True
                     )
                 ],

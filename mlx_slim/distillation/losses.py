@@ -1,4 +1,4 @@
-"""How far a student's next-token distribution is from what a teacher said, and the way back.
+"""Divergence of a student's next-token distribution from a teacher's, and its gradient.
 
 Invariant: a divergence is that of k + 1 buckets: the teacher's k likeliest tokens, each alone, and
 all others lumped. Lumping never increases it: it is a lower bound of the divergence over all
@@ -9,10 +9,17 @@ T, p the teacher's, u_b = ∂D/∂log q_b:
     forward   D = Σ p log(p/q)    u = −p
     reverse   D = Σ q log(q/p)    u = q log(q/p)     (both up to terms that cancel below)
     symmetric the mean of both
-    T² ∂D/∂logit_j = T (u_j − q_j Σ_b u_b)                 j a token of its own
+    T² ∂D/∂logit_j = T (u_j − q_j Σ_b u_b)                 j one of the top tokens
                    = T (u_tail · q_j/q_tail − q_j Σ_b u_b) j in the tail
 
-so that forward at k = V gives T (q − p). Legend: C positions, V vocabulary, K kept tokens.
+so that forward at k = V gives T (q − p). Legend: C positions, V vocabulary, K top tokens of the
+teacher, B = K + 1 buckets. Try it: ``mlx-slim distill distill-smollm2 -o runs/distilled``.
+
+A worked example: V = 3, k = 1, T = 1, forward. The teacher has p = (0.7, 0.2, 0.1): stored are
+token 0 with log 0.7, and log 0.3 for the rest. The student has q = (0.5, 0.3, 0.2). Then
+D = 0.7 log(0.7/0.5) + 0.3 log(0.3/0.5) = 0.082, u = (−0.7, −0.3) and Σ u = −1. The gradient by
+logit 0 is −0.7 + 0.5 = −0.2; by the tail's logits −0.3 · 0.3/0.5 + 0.3 = 0.12 and
+−0.3 · 0.2/0.5 + 0.2 = 0.08.
 """
 
 from __future__ import annotations
@@ -29,8 +36,8 @@ from mlx_slim.training.losses import NLL, LogitsGradient, weighted_sum
 
 Divergence = Literal["forward", "reverse", "symmetric"]
 
-FLOOR = -100.0  # log of a probability that float32 cannot hold
-_NOTHING = -1e30  # a logit that no longer counts
+FLOOR = -100.0  # log of a probability; float32 has no smaller ones
+_NOTHING = -1e30  # logit of a token that is left out of a sum
 
 
 def tail(scaled_CV: mx.array, ids_CK: mx.array) -> mx.array:
@@ -39,11 +46,11 @@ def tail(scaled_CV: mx.array, ids_CK: mx.array) -> mx.array:
 
 
 def top(logits_CV: mx.array, k: int, temperature: float) -> tuple[mx.array, mx.array, mx.array]:
-    """Return what is kept of a teacher's logits.
+    """Return the part of a teacher's logits that is stored.
 
     Args:
         logits_CV: Any floating dtype.
-        k: Tokens that are kept.
+        k: Number of top tokens.
         temperature: T.
 
     Returns:
@@ -57,14 +64,14 @@ def top(logits_CV: mx.array, k: int, temperature: float) -> tuple[mx.array, mx.a
     else:
         ids_CK = mx.broadcast_to(mx.arange(width, dtype=mx.int32), scaled_CV.shape)
     total_C1 = logsumexp(scaled_CV)
-    kept_CK = mx.take_along_axis(scaled_CV, ids_CK, axis=-1) - total_C1
+    top_CK = mx.take_along_axis(scaled_CV, ids_CK, axis=-1) - total_C1
     rest_C = (tail(scaled_CV, ids_CK) - total_C1)[:, 0]
-    return ids_CK, mx.maximum(kept_CK, FLOOR), mx.maximum(rest_C, FLOOR)
+    return ids_CK, mx.maximum(top_CK, FLOOR), mx.maximum(rest_C, FLOOR)
 
 
-def _buckets(kept_CK: mx.array, rest_C: mx.array) -> mx.array:
+def _buckets(top_CK: mx.array, rest_C: mx.array) -> mx.array:
     """Return k + 1 log-probabilities (C, K + 1), the tail last."""
-    return mx.maximum(mx.concatenate([kept_CK, rest_C[:, None]], axis=-1), FLOOR)
+    return mx.maximum(mx.concatenate([top_CK, rest_C[:, None]], axis=-1), FLOOR)
 
 
 def between(log_p_CB: mx.array, log_q_CB: mx.array, kind: Divergence) -> mx.array:
@@ -88,17 +95,17 @@ def pull(log_p_CB: mx.array, log_q_CB: mx.array, kind: Divergence) -> mx.array:
 
 @dataclass(frozen=True)
 class DistillationLoss:
-    """The rule (1−λ)·CE + λ·T²·Σ_m share_m·D_m, with Σ CE and Σ_m share_m·D_m reported after it.
+    """The token loss (1−λ)·CE + λ·T²·Σ_m a_m·D_m; Σ CE and Σ_m a_m·D_m are reported after it.
 
-    Columns: ``targets_C``, then ``ids_CK``, ``kept_CK`` and ``rest_C`` (see ``top``) of each
-    teacher, and ``weights_C`` if not ones. At T = 1 cross-entropy and divergence share their
+    Columns: ``targets_C``, then ``ids_CK``, ``top_CK`` and ``rest_C`` (see ``top``) of each
+    teacher, and ``weights_C`` if not ones. At T = 1 cross-entropy and divergence use the same
     exponentials.
 
     Attributes:
         divergence: Of each teacher from the student.
-        temperature: T, the one that the columns were made at.
+        temperature: T, that of the columns.
         weight: λ.
-        shares: Of the teachers; they sum to 1.
+        loss_weights: a_m of the teachers; they sum to 1.
     """
 
     divergence: Divergence = "forward"
@@ -106,30 +113,30 @@ class DistillationLoss:
     weight: float = 0.5
     loss_weights: Sequence[float] = (1.0,)
 
-    def _columns(self, said: Sequence[mx.array]) -> tuple[Sequence[mx.array], list[mx.array]]:
-        """Return what teachers said, and the weights of the targets, if there are any."""
+    def _split(self, columns: Sequence[mx.array]) -> tuple[Sequence[mx.array], list[mx.array]]:
+        """Return the teachers' columns, and the weights of the targets, if there are any."""
         count = 3 * len(self.loss_weights)
-        return said[:count], list(said[count:])
+        return columns[:count], list(columns[count:])
 
     def _mixed(self, nll: mx.array, apart: mx.array) -> mx.array:
-        if self.weight == 0:  # not nll + 0: what plain cross-entropy gives, bit for bit
+        if self.weight == 0:  # bit for bit that of plain cross-entropy
             return mx.stack([nll, nll, apart])
         loss = (1 - self.weight) * nll + self.weight * self.temperature**2 * apart
         return mx.stack([loss, nll, apart])
 
     def value(self, logits_CV: mx.array, *columns: mx.array) -> mx.array:
         """Return Σ loss, Σ CE and Σ divergence, float32 (3,), nats."""
-        targets_C, *said = columns
-        said, weights = self._columns(said)
+        targets_C, *more = columns
+        teachers, weights = self._split(more)
         logits_CV = logits_CV.astype(mx.float32)
         scaled_CV = logits_CV / self.temperature
         total_C1 = logsumexp(scaled_CV)
         apart = mx.zeros((), dtype=mx.float32)
         for m, loss_weight in enumerate(self.loss_weights):
-            ids_CK, kept_CK, rest_C = said[3 * m : 3 * m + 3]
-            own_CK = mx.take_along_axis(scaled_CV, ids_CK, axis=-1) - total_C1
-            own_C = (tail(scaled_CV, ids_CK) - total_C1)[:, 0]
-            log_p_CB, log_q_CB = _buckets(kept_CK, rest_C), _buckets(own_CK, own_C)
+            ids_CK, top_CK, rest_C = teachers[3 * m : 3 * m + 3]
+            student_CK = mx.take_along_axis(scaled_CV, ids_CK, axis=-1) - total_C1
+            student_rest_C = (tail(scaled_CV, ids_CK) - total_C1)[:, 0]
+            log_p_CB, log_q_CB = _buckets(top_CK, rest_C), _buckets(student_CK, student_rest_C)
             apart_C = between(log_p_CB, log_q_CB, self.divergence)
             apart = apart + loss_weight * weighted_sum(apart_C, *weights)
         return self._mixed(NLL().value(logits_CV, targets_C, *weights), apart)
@@ -138,8 +145,8 @@ class DistillationLoss:
         self, logits_CV: mx.array, *columns: mx.array
     ) -> tuple[mx.array, LogitsGradient]:
         """Return the same, and the gradient of the loss by the logits."""
-        targets_C, *said = columns
-        said, weights = self._columns(said)
+        targets_C, *more = columns
+        teachers, weights = self._split(more)
         nll, plain = NLL().value_and_gradient(logits_CV, targets_C, *weights)
         scaled_CV = logits_CV if self.temperature == 1 else logits_CV / self.temperature
         peak_C1 = scaled_CV.max(axis=-1, keepdims=True)
@@ -149,20 +156,20 @@ class DistillationLoss:
         apart = mx.zeros((), dtype=mx.float32)
         probs_CV = None
         for m, loss_weight in enumerate(self.loss_weights):
-            ids_CK, kept_CK, rest_C = said[3 * m : 3 * m + 3]
+            ids_CK, top_CK, rest_C = teachers[3 * m : 3 * m + 3]
             weight = self.weight * self.temperature * loss_weight
-            # Summed without the kept ones: subtracting them would leave rounding of the large.
+            # Summed without the top tokens: subtracting them would leave their rounding errors.
             others_C1 = row_sums(mx.put_along_axis(exp_CV, ids_CK, mx.array(0.0), axis=-1))
-            own_CK = mx.take_along_axis(scaled_CV, ids_CK, axis=-1) - log_total_C1
-            log_p_CB = _buckets(kept_CK, rest_C)
-            log_q_CB = _buckets(own_CK, mx.log(others_C1 / total_C1)[:, 0])
+            student_CK = mx.take_along_axis(scaled_CV, ids_CK, axis=-1) - log_total_C1
+            log_p_CB = _buckets(top_CK, rest_C)
+            log_q_CB = _buckets(student_CK, mx.log(others_C1 / total_C1)[:, 0])
             apart_C = between(log_p_CB, log_q_CB, self.divergence)
             apart = apart + loss_weight * weighted_sum(apart_C, *weights)
             u_CB = pull(log_p_CB, log_q_CB, self.divergence)
             back_C1 = row_sums(u_CB)
             lumped_C1 = mx.where(others_C1 > 0, u_CB[:, -1:] / others_C1, 0.0)
             part_CV = exp_CV * (weight * (lumped_C1 - back_C1 / total_C1))
-            single_CK = weight * (u_CB[:, :-1] - mx.exp(own_CK) * back_C1)
+            single_CK = weight * (u_CB[:, :-1] - mx.exp(student_CK) * back_C1)
             part_CV = mx.put_along_axis(part_CV, ids_CK, single_CK, axis=-1)
             probs_CV = part_CV if probs_CV is None else probs_CV + part_CV
         sums = self._mixed(nll, apart)

@@ -1,11 +1,12 @@
-"""Two students that learn from the rows and from each other (deep mutual learning, 1706.00384).
+"""Mutual distillation: two students learn from the rows and from each other (arXiv 1706.00384).
 
-Invariant: L = Σ_i CE_i + λ·T²·D(other ‖ self) over both, the other's distribution held fixed: each
-student's gradient is the one it would have if the other were a teacher at that moment. Nothing is
-cached and no full logits exist: the other's logits are made from its hidden states, chunk by chunk.
-Both are loaded, adapted, saved (``first/``, ``second/``) and checked as one is; a checkpoint holds
-both, so a run resumes exactly. Legend: C positions of one chunk, N supervised positions, D width, V
-vocabulary.
+Invariant: L = Σ_i CE_i + λ·T²·D(other ‖ self) over both, the other's distribution constant: each
+student's gradient is the one it would have if the other were its teacher. Nothing is cached and
+full logits never exist: the other's logits are computed from its hidden states, chunk by chunk.
+Both are loaded, adapted, saved (``first/``, ``second/``) and verified as a single student is; a
+checkpoint holds both, so a run resumes exactly. Legend: C positions of one chunk, N supervised
+positions, D width, V vocabulary. Try it:
+``mlx-slim distill smollm2-lora distill.method=mutual "distill.teachers=[{}]" -o runs/mutual``.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class ModelPair(nn.Module):
         return [*structure.blocks(self.first), *structure.blocks(self.second)]
 
     def __call__(self, tokens_BT: mx.array, cache: list[Any] | None = None) -> mx.array:
-        """Return the logits of both, one beside the other (B, T, 2V)."""
+        """Return the logits of both, concatenated (B, T, 2V)."""
         count = len(structure.blocks(self.first))
         caches = (None, None) if cache is None else (cache[:count], cache[count:])
         logits = [self.first(tokens_BT, caches[0]), self.second(tokens_BT, caches[1])]
@@ -63,13 +64,13 @@ class ModelPair(nn.Module):
 
 @dataclass(frozen=True)
 class PeerLoss:
-    """The rule CE + λ·T²·D(other ‖ self); Σ CE and Σ D are reported after it.
+    """The token loss CE + λ·T²·D(other ‖ self); Σ CE and Σ D are reported after it.
 
     Columns: ``targets_C``, the other's hidden states (its logits if it does not split), and
     ``weights_C`` if not ones.
 
     Attributes:
-        other: Their map to logits.
+        other: Maps the other's hidden states to logits.
         divergence: ``forward`` is KL(other ‖ self).
         temperature: T.
         weight: λ.
@@ -114,16 +115,16 @@ class PeerLoss:
 
 
 class MutualObjective:
-    """The objective of a ``ModelPair``: both cross-entropies, and what each learns from the other.
+    """The objective of a ``ModelPair``: both cross-entropies, and both divergences.
 
     Args:
         model: The pair.
         divergence: ``forward`` is KL(other ‖ self).
         temperature: T.
         weight: λ.
-        chunk: Positions whose logits exist at one time; None chooses.
+        chunk: Positions whose logits exist at a time; None chooses.
         vocabulary: Token ids below this may be used for the probe.
-        num_threads: Parts of a batch that are computed side by side.
+        num_threads: Shards of a batch that are computed concurrently.
     """
 
     parts: tuple[str, ...] = ("first", "second", "divergence")
@@ -155,19 +156,20 @@ class MutualObjective:
             for one, split in zip((pair.first, pair.second), self._splits, strict=True)
         ]
         sums = []
-        for me, other in ((0, 1), (1, 0)):
-            if sums:  # one student after the other, or the chunks of both would live together
-                rows[me] = mx.depends([rows[me]], [sums[0]])[0]
+        for student, other in ((0, 1), (1, 0)):
+            if sums:  # one student after the other, or chunks of both would exist at a time
+                rows[student] = mx.depends([rows[student]], [sums[0]])[0]
             token_loss = PeerLoss(self._head(other), *self._settings)
             columns = (targets_N, mx.stop_gradient(rows[other]), *weights)
-            split = self._splits[me]
+            hidden, split = rows[student], self._splits[student]
             if split is None:
-                sums.append(token_loss.value(rows[me], *columns))
+                sums.append(token_loss.value(hidden, *columns))
                 continue
-            found = linear_loss(
-                rows[me], split.head, token_loss, columns, chunk=self._chunk, gradient=gradient
+            sums.append(
+                linear_loss(
+                    hidden, split.head, token_loss, columns, chunk=self._chunk, gradient=gradient
+                )
             )
-            sums.append(found)
         first, second = sums
         apart = 0.5 * (first[2] + second[2])
         return mx.stack([first[0] + second[0], first[1], second[1], apart])
@@ -178,7 +180,7 @@ class MutualObjective:
 
 
 class MutualValidation(MutualObjective):
-    """The mean cross-entropy of both on held-out rows; each one's, and D, beside it."""
+    """The mean cross-entropy of both on validation rows; that of each and D are reported."""
 
     def __call__(self, model: nn.Module, arrays: Arrays, *, gradient: bool) -> mx.array:
         """Return the mean Σ CE, Σ CE of each, and the mean of both Σ D, float32 (4,), nats."""
@@ -197,7 +199,7 @@ def second_recipe(recipe: Recipe, second: TeacherConfig) -> Recipe:
 
 
 class MutualDistillation(TrainingStrategy):
-    """Two students of one tokenizer.
+    """Mutual distillation of two students with one tokenizer.
 
     Args:
         config: The ``distill`` section.
@@ -207,13 +209,13 @@ class MutualDistillation(TrainingStrategy):
     def __init__(self, config: DistillConfig, second: TeacherConfig) -> None:
         self.config = config
         self.second = second
-        self._beside: Tuned | None = None  # the second student, without its weights
+        self._other: Tuned | None = None  # the second student, without its weights
 
     def begin(self, recipe: Recipe, observer: events.Observer) -> None:
-        """Refuse students that cannot learn from each other.
+        """Check that the students can learn from each other.
 
         Raises:
-            SlimError: If they have other numbers of logits, or are one and the same.
+            SlimError: If their vocabularies differ in size, or both are the same model.
         """
         assert self.second.model is not None
         sizes = [
@@ -222,14 +224,14 @@ class MutualDistillation(TrainingStrategy):
         ]
         if sizes[0] != sizes[1]:
             raise SlimError(
-                f"the students have {sizes[0]:,} and {sizes[1]:,} logits a token",
-                "take two models of one family",
+                f"the vocabularies of the students have {sizes[0]:,} and {sizes[1]:,} tokens",
+                "choose two models of one family",
             )
         same = (self.second.model, self.second.revision) == (recipe.model, recipe.revision)
         if same and recipe.method == "full":
             raise SlimError(
-                f"both students are {recipe.model}, trained in full: they would stay equal",
-                "give another model as distill.teachers=[{model: …}], or take method=lora",
+                f"both students are {recipe.model} under method=full: they would stay equal",
+                "set another model with distill.teachers=[{model: …}], or method=lora",
             )
 
     def model(self, recipe: Recipe) -> Tuned:
@@ -237,7 +239,7 @@ class MutualDistillation(TrainingStrategy):
         first = prepare_model(recipe)
         second = prepare_model(second_recipe(recipe, self.second))
         pair = ModelPair(first.model, second.model)
-        self._beside = replace(second, loaded=replace(second.loaded, model=nn.Module()))
+        self._other = replace(second, loaded=replace(second.loaded, model=nn.Module()))
         return Tuned(
             loaded=replace(first.loaded, model=pair),
             config=first.config,
@@ -248,11 +250,11 @@ class MutualDistillation(TrainingStrategy):
 
     @property
     def _second(self) -> Tuned:
-        assert self._beside is not None
-        return self._beside
+        assert self._other is not None
+        return self._other
 
     def expect(self, recipe: Recipe) -> Prediction:
-        """Return what both cost together, before anything is loaded."""
+        """Return the cost of both, before anything is loaded."""
         return predicted(read_config(recipe.model, recipe.revision), recipe)
 
     def readers(self) -> list[dict[str, Any]]:
@@ -260,7 +262,7 @@ class MutualDistillation(TrainingStrategy):
         return [self._second.config]
 
     def predict(self, recipe: Recipe, tuned: Tuned, lengths: Sequence[int]) -> Prediction:
-        """Return what both cost together."""
+        """Return the cost of both."""
         second = second_recipe(recipe, self.second)
         return combined(
             predict(planned_config(recipe, tuned), recipe, lengths=lengths),
@@ -270,7 +272,7 @@ class MutualDistillation(TrainingStrategy):
     def objectives(
         self, model: nn.Module, chunk: int | None, vocabulary: int, num_threads: int
     ) -> tuple[Objective, Objective | None]:
-        """Return what both minimise, and their mean cross-entropy for held-out rows."""
+        """Return the objective of both, and their mean cross-entropy for validation."""
         config = self.config
         settings = (
             config.divergence,
@@ -303,7 +305,7 @@ class MutualDistillation(TrainingStrategy):
         )
 
     def record(self) -> dict[str, Any]:
-        """Return who learned together, for ``run.json``."""
+        """Return the second student and the folders, for ``run.json``."""
         second = public_name(self.second.model or "")
         return {"distill": {"method": "mutual", "second": second, "folders": [FIRST, SECOND]}}
 
@@ -314,7 +316,7 @@ def predicted(
     look_up: Callable[[Recipe], dict[str, Any]] = lambda recipe: model_config(recipe)[0],
     **settings: Any,
 ) -> Prediction:
-    """Return what a run costs: of one student, or of both if there are two.
+    """Return the cost of a run: of one student, or of both if there are two.
 
     Args:
         config: Of the recipe's model.
@@ -323,7 +325,7 @@ def predicted(
         settings: For ``predict``.
 
     Raises:
-        SlimError: As ``predict``, or if the second student's configuration is not to be had.
+        SlimError: As ``predict``, or if the second student's configuration cannot be read.
     """
     first = predict(config, recipe, **settings)
     if recipe.distill is None or recipe.distill.method != "mutual":
@@ -333,12 +335,11 @@ def predicted(
 
 
 def combined(first: Prediction, second: Prediction) -> Prediction:
-    """Return what two runs in one process cost: sizes and times add up."""
+    """Return the cost of two runs in one process: sizes and times are added."""
     peak = first.predicted_peak_bytes + second.predicted_peak_bytes
     seconds = None
     if first.predicted_seconds is not None and second.predicted_seconds is not None:
         seconds = first.predicted_seconds + second.predicted_seconds
-    more = second.predicted_peak_bytes
     return replace(
         first,
         predicted_peak_bytes=peak,
@@ -351,7 +352,7 @@ def combined(first: Prediction, second: Prediction) -> Prediction:
         parameters=first.parameters + second.parameters,
         trainable_parameters=first.trainable_parameters + second.trainable_parameters,
         suggestions=[
-            replace(s, predicted_peak_bytes=s.predicted_peak_bytes + more)
+            replace(s, predicted_peak_bytes=s.predicted_peak_bytes + second.predicted_peak_bytes)
             for s in first.suggestions
         ],
     )

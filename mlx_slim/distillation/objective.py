@@ -1,9 +1,9 @@
-"""What a student that learns from cached teachers minimises.
+"""The objective of a student that learns from cached targets of teachers.
 
-Invariant: the loop, the step and the batches are those of fine-tuning; only the rule of the loss
-and the columns that it reads differ. Held-out rows are measured by cross-entropy, so that runs with
-other teachers and weights can be compared, and the divergence stands beside it. Legend: as
-``training/step.py``; K kept tokens.
+Invariant: the loop, the step and the batches are those of fine-tuning; only the token loss and the
+columns that it reads differ. Validation rows are measured by cross-entropy, so that runs with other
+teachers and weights can be compared, and the divergence is reported with it. Legend: as
+``training/step.py``; K top tokens. Try it: ``mlx-slim distill distill-smollm2 -o runs/distilled``.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from mlx_slim.training.step import Arrays, CrossEntropy, batch_arrays, target_we
 
 
 class Columns(Protocol):
-    """What one teacher said: ``targets.TargetCache``."""
+    """The targets of one teacher: ``target_cache.TargetCache``."""
 
     def columns(self, sources_N: np.ndarray) -> tuple[mx.array, mx.array, mx.array]:
-        """Return ids_NK, kept_NK and rest_N of numbered targets."""
+        """Return ids_NK, top_NK and rest_N of the numbered targets."""
         ...
 
 
 class DistillationObjective(CrossEntropy):
-    """(1−λ)·CE + λ·T²·Σ_m share_m·D_m over what teachers said of the training rows.
+    """(1−λ)·CE + λ·T²·Σ_m a_m·D_m over the training rows.
 
     Args:
-        token_loss: Divergence, T, λ and the teachers' shares.
-        said: Of each teacher, in the order of the shares.
+        token_loss: Divergence, T, λ and the teachers' loss weights.
+        teachers: The targets of each, in the order of the loss weights.
         model, chunk, vocabulary, num_threads: As ``CrossEntropy``.
     """
 
@@ -42,7 +42,7 @@ class DistillationObjective(CrossEntropy):
     def __init__(
         self,
         token_loss: DistillationLoss,
-        said: Sequence[Columns],
+        teachers: Sequence[Columns],
         model: nn.Module,
         chunk: int | None = None,
         vocabulary: int = 8,
@@ -50,16 +50,16 @@ class DistillationObjective(CrossEntropy):
     ) -> None:
         super().__init__(model, chunk, vocabulary, num_threads)
         self.token_loss = token_loss
-        self._said = list(said)
+        self._teachers = list(teachers)
 
     def arrays(self, batch: Batch) -> Arrays:
         """Return ``batch_arrays``, three columns of each teacher, and weights if it is padded."""
-        said = (column for one in self._said for column in one.columns(batch.sources_N))
-        return (*batch_arrays(batch), *said, *target_weights(batch))
+        targets = (column for t in self._teachers for column in t.columns(batch.sources_N))
+        return (*batch_arrays(batch), *targets, *target_weights(batch))
 
 
 class DistillationValidation(DistillationObjective):
-    """Cross-entropy of the held-out rows, with the divergence from the teachers beside it."""
+    """Cross-entropy of validation rows; the divergence from the teachers is reported with it."""
 
     parts: tuple[str, ...] = ("divergence",)
 

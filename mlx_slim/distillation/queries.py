@@ -1,13 +1,14 @@
-"""What a teacher is asked about a training row, and the rows that its answers become.
+"""Requests to a teacher about training rows, and the training rows that its responses become.
 
-Invariant: a row keeps its form (Alpaca, chat, completions), so that the student's template treats
-it as before; only the answer, or for a rationale the question's beginning too, is another. A
-rationale stands behind its teacher's own prefix, so a student that is asked without it answers and
-does not explain (arXiv 2402.04616).
+Invariant: a row keeps its format (Alpaca, chat, completions), so that the student's template treats
+it as before; only the answer, and for a rationale the beginning of the question, is replaced. A
+rationale is trained behind the prefix of its teacher, so a student that is prompted without a
+prefix answers and does not explain (arXiv 2402.04616). Try it:
+``mlx-slim distill tinyllm-openbookqa -o runs/try``.
 
     data       question            -> answer
-    sequence   question            -> the teacher's own text        (arXiv 1606.07947)
-    rationale  prefix_m + question -> why the answer is right, says teacher m
+    sequence   question            -> the teacher's text                        (arXiv 1606.07947)
+    rationale  prefix_m + question -> teacher m's explanation of the right answer
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ class TeacherQuery:
     """One training row that a teacher can be asked about.
 
     Attributes:
-        id: Its own ``id``, else where it stands.
+        id: The row's ``id``, else its file and line.
         source: Number of its source.
-        raw: As it came.
-        example: In normal form.
+        raw: The row as it was read.
+        example: The same in normal form.
     """
 
     id: str
@@ -43,16 +44,16 @@ class TeacherQuery:
 
     @property
     def answer(self) -> str:
-        """The row's own answer."""
+        """The answer in the data."""
         return self.example.texts[-1]
 
     @property
     def asks(self) -> bool:
-        """Whether there is a question before the last answer: plain text asks nothing."""
+        """Whether there is a question before the last answer: plain text has none."""
         return any(message["role"] == "user" for message in self.example.messages[:-1])
 
     def sequence(self) -> TeacherRequest:
-        """Return the question as the data ask it."""
+        """Return the request with the row's own question."""
         return TeacherRequest(self.id, self.example.messages[:-1], self.answer, self.raw.place)
 
     def rationale(self, template: Callable[[Mapping[str, Any]], str]) -> TeacherRequest:
@@ -63,13 +64,13 @@ class TeacherQuery:
         )
 
     def render(self, template: Callable[[Mapping[str, Any]], str], key: str) -> str:
-        """Return a template over the row's fields, ``prompt`` and ``answer``.
+        """Return a template, rendered with the row's fields, ``prompt`` and ``answer``.
 
         Raises:
             SlimError: A field that the row does not have; row and field are named.
         """
-        asked = [m["content"] for m in self.example.messages[:-1] if m["role"] == "user"]
-        fields = {"answer": self.answer.strip(), **self.raw.value, "prompt": asked[-1]}
+        turns = [m["content"] for m in self.example.messages[:-1] if m["role"] == "user"]
+        fields = {"answer": self.answer.strip(), **self.raw.value, "prompt": turns[-1]}
         try:
             return template(fields)
         except Exception as error:  # a template can raise anything
@@ -79,19 +80,19 @@ class TeacherQuery:
             ) from error
 
     def row(self, answer: str | None = None, prefix: str = "") -> dict[str, Any]:
-        """Return the row for training, perhaps with another answer, perhaps behind a prefix."""
+        """Return the row for training, with another answer and behind ``prefix`` if given."""
         example, fields = self.example, self.example.fields
         if example.kind == "text":
             return {"text": fields["text"]}
-        own = self.answer
-        lead = own[: len(own) - len(own.lstrip())]  # what stands between question and answer
-        text = own if answer is None else lead + answer.strip()
+        # White space between question and answer stays.
+        lead = self.answer[: len(self.answer) - len(self.answer.lstrip())]
+        text = self.answer if answer is None else lead + answer.strip()
         if example.kind == "completions":
             return {"id": self.id, "prompt": prefix + fields["prompt"], "completion": text}
         if example.kind == "alpaca":
-            kept = {k: fields[k] for k in ("input", "system") if fields.get(k)}
+            others = {k: fields[k] for k in ("input", "system") if fields.get(k)}
             question = prefix + fields["instruction"]
-            return {"id": self.id, "instruction": question, **kept, "output": text}
+            return {"id": self.id, "instruction": question, **others, "output": text}
         messages = [dict(message) for message in example.messages]
         last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=None)
         if prefix and last is not None:
@@ -127,8 +128,9 @@ def read_queries(
         except Dropped as dropped:
             ledger.drop(dropped.reason, raw)
             continue
-        own = raw.value.get("id")
-        name = own if isinstance(own, str) and own else f"{raw.where}:{raw.number}"
+        name = raw.value.get("id")
+        if not isinstance(name, str) or not name:
+            name = f"{raw.where}:{raw.number}"
         yield TeacherQuery(name, number, raw, example)
 
 

@@ -1,10 +1,10 @@
-"""Distill: teachers write down what they say, one at a time; then a student learns from it.
+"""Distill: the targets of each teacher are stored, one teacher at a time; then a student learns.
 
-Invariant: a fine-tune with another strategy: the same loop, run folder, resume, guard and check of
-what was saved. A teacher and the student are never in memory together; what a teacher said is kept
-under a key of all that it depends on, and a run that is killed while a teacher speaks goes on
-there. Which way of learning ``auto`` took, and why, is said. Try it:
-``mlx-slim distill distill-smollm2 -o runs/distilled``.
+Invariant: a fine-tune with another strategy: the same loop, run folder, resume, memory guard and
+verification of what was saved. A teacher and the student are never in memory at the same time; the
+targets of a teacher are stored under a key of all that they depend on, and a run that is killed
+while they are generated resumes there. A notice tells which method ``auto`` chose, and why. Try
+it: ``mlx-slim distill distill-smollm2 -o runs/distilled``.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from mlx_slim.config.schema import Recipe
 from mlx_slim.distillation.logits import LogitDistillation
 from mlx_slim.distillation.mutual import MutualDistillation
 from mlx_slim.distillation.teachers import (
-    Disagreement,
-    disagreement,
+    TokenizerDifference,
     name_of,
+    tokenizer_difference,
     with_model,
 )
 from mlx_slim.distillation.text import learn_from_texts
@@ -40,7 +40,7 @@ def distill(
         resolved: The recipe (with ``distill``) and where its values come from.
         out: The run folder; must be new unless ``resume``.
         observer: Hears of every event.
-        resume: Go on where a run was cut off, while teachers spoke or the student learned.
+        resume: Resume an interrupted run.
 
     Raises:
         SlimError: Bad input; a recipe without ``distill``; tokenizers that differ under
@@ -52,7 +52,7 @@ def distill(
     if recipe.distill is None:
         raise SlimError(
             f"{resolved.given} has no teachers",
-            "give distill.teachers=[{model: BIGGER}], or fine-tune: mlx-slim train",
+            "set distill.teachers=[{model: BIGGER}], or fine-tune: mlx-slim train",
         )
     teachers = [with_model(teacher, recipe) for teacher in recipe.distill.teachers]
     method = recipe.distill.method
@@ -69,41 +69,41 @@ def distill(
 
 
 def _method(recipe: Recipe, teachers: list[TeacherConfig], observer: events.Observer) -> str:
-    """Return ``logits`` where every teacher speaks the student's tokens, else ``sequence``.
+    """Return ``logits`` where every teacher has the student's tokenizer, else ``sequence``.
 
     Raises:
-        SlimError: If they do not, and ``method=logits`` was asked for.
+        SlimError: If one has not, and the recipe says ``method=logits``.
     """
-    wanted = recipe.distill.method if recipe.distill else "auto"
+    method = recipe.distill.method if recipe.distill else "auto"
     student = load_tokenizer(recipe.model, revision=recipe.revision)
     for teacher in teachers:
-        found = _difference(student, teacher)
-        if found is None:
+        difference = _difference(student, teacher)
+        if difference is None:
             continue
-        why = f"{name_of(teacher)} does not speak the student's tokens: {found.text}"
-        if wanted == "logits" and found.words:
-            raise SlimError(why, "learn from the teacher's texts: distill.method=sequence")
+        why = f"{name_of(teacher)} has a different tokenizer: {difference.text}"
+        if method == "logits" and difference.encodings:
+            raise SlimError(why, "train on the teacher's texts: distill.method=sequence")
         observer.notify(events.Notice(why, level="warning"))
-        if wanted == "auto":
-            text = "logits cannot be compared: learning from texts (distill.method=sequence)"
+        if method == "auto":
+            text = "logits cannot be compared: training on texts (distill.method=sequence)"
             observer.notify(events.Notice(text))
             return "sequence"
     return "logits"
 
 
 def _check_same_tokens(recipe: Recipe, second: TeacherConfig, observer: events.Observer) -> None:
-    """Refuse a second student that does not speak the first one's tokens."""
-    found = _difference(load_tokenizer(recipe.model, revision=recipe.revision), second)
-    if found is None:
+    """Check that the second student has the tokenizer of the first."""
+    difference = _difference(load_tokenizer(recipe.model, revision=recipe.revision), second)
+    if difference is None:
         return
-    why = f"{name_of(second)} does not speak the student's tokens: {found.text}"
-    if found.words:
-        raise SlimError(why, "take two models of one family")
+    why = f"{name_of(second)} has a different tokenizer: {difference.text}"
+    if difference.encodings:
+        raise SlimError(why, "choose two models of one family")
     observer.notify(events.Notice(why, level="warning"))
 
 
-def _difference(student: Any, teacher: TeacherConfig) -> Disagreement | None:
+def _difference(student: Any, teacher: TeacherConfig) -> TokenizerDifference | None:
     if teacher.base_url is not None:
-        return Disagreement("an endpoint gives texts, not logits", words=True)
+        return TokenizerDifference("an endpoint returns texts, not logits", encodings=True)
     assert teacher.model is not None
-    return disagreement(student, load_tokenizer(teacher.model, revision=teacher.revision))
+    return tokenizer_difference(student, load_tokenizer(teacher.model, revision=teacher.revision))

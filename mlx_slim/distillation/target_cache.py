@@ -1,15 +1,16 @@
-"""What a teacher says of every supervised token, on disk: k log-probabilities and the rest's.
+"""Targets of a teacher for every supervised token, on disk: k log-probabilities and the rest's.
 
 Invariant: a folder is for one teacher, one tokenizer, one list of rows, one temperature and one k
-(its key), and is whole once ``complete.json`` stands in it; a kill loses at most the batch that was
-being written, because a row is marked done after its numbers are on disk. Reading needs no memory
-but the rows asked for. Teachers are loaded one at a time to write it, and are not needed again.
+(its key), and is complete once it has ``complete.json``; a kill loses at most the batch that was
+being written, because a row is marked done after its numbers are on disk. Reading takes memory for
+the requested rows only. Teachers are loaded one at a time to write it, and are not needed again.
+Try it: ``mlx-slim distill distill-smollm2 -o runs/distilled``.
 
-Layout (S supervised ids of the rows in order, K kept tokens, R rows): ``ids.bin`` (S, K) uint16
+Layout (S supervised ids of the rows in order, K top tokens, R rows): ``ids.bin`` (S, K) uint16
 where that holds the vocabulary, else int32; ``kept.bin`` (S, K) float32; ``rest.bin`` (S,) float32;
 ``done.bin`` (R,) uint8; ``about.json``, the key in full. Logarithms of probabilities at temperature
-T. In float16 they would take a third less, shift a divergence of 0.3 by 2e-5 (logits in float16:
-by 7e-4) and make it negative between equal models (SmolLM2-135M against a tune of it).
+T. In float16 they would take a third less, change a divergence of 0.3 by 2e-5 (logits in
+float16: by 7e-4) and make it negative between equal models (SmolLM2-135M against a tune of it).
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ from mlx_slim.training.step import batch_arrays, part_count, supervised_rows
 
 _VERSION = 1  # of the files: raise it when the same key would give other numbers
 _SMALL = 1 << 16
-TeacherTargets = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids (N, K), kept (N, K), rest (N,)
+# ids_NK, top_NK (log-probabilities of these) and rest_N (that of all other tokens)
+TeacherTargets = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,13 @@ class TargetLayout:
     Attributes:
         rows: R.
         targets: S, supervised ids of all rows.
-        kept: K.
-        vocabulary: Tokens that teacher and student share.
+        top_k: K.
+        vocabulary: Tokens that both teacher and student have.
     """
 
     rows: int
     targets: int
-    kept: int
+    top_k: int
     vocabulary: int
 
     @property
@@ -66,8 +68,8 @@ class TargetLayout:
     def files(self) -> dict[str, tuple[Any, tuple[int, ...]]]:
         """Name -> dtype and shape."""
         return {
-            "ids.bin": (self.id_type, (self.targets, self.kept)),
-            "kept.bin": (np.float32, (self.targets, self.kept)),
+            "ids.bin": (self.id_type, (self.targets, self.top_k)),
+            "kept.bin": (np.float32, (self.targets, self.top_k)),
             "rest.bin": (np.float32, (self.targets,)),
             "done.bin": (np.uint8, (self.rows,)),
         }
@@ -81,9 +83,9 @@ class TargetLayout:
 
 
 def target_layout(rows: Rows, top_k: Literal["all"] | int, vocabulary: int) -> TargetLayout:
-    """Return the shape of what a teacher says of ``rows``."""
-    kept = vocabulary if top_k == "all" else min(top_k, vocabulary)
-    return TargetLayout(len(rows), int(rows.supervised.sum()), kept, vocabulary)
+    """Return the shape of a teacher's targets for ``rows``."""
+    k = vocabulary if top_k == "all" else min(top_k, vocabulary)
+    return TargetLayout(len(rows), int(rows.supervised.sum()), k, vocabulary)
 
 
 def rows_print(rows: Rows) -> str:
@@ -114,7 +116,7 @@ def cache_key(
         "teacher": teacher,
         "tokenizer": tokenizer,
         "rows": rows_print(rows),
-        "kept": shape.kept,
+        "kept": shape.top_k,
         "vocabulary": shape.vocabulary,
         "temperature": temperature,
     }
@@ -125,37 +127,37 @@ class TargetCache:
 
     def __init__(self, folder: Path, shape: TargetLayout) -> None:
         self.folder = folder
-        self.kept = shape.kept
+        self.top_k = shape.top_k
         self._files = {
             name: np.memmap(folder / name, kind, "r", shape=size)
             for name, (kind, size) in shape.files.items()
         }
 
     def columns(self, sources_N: np.ndarray) -> tuple[mx.array, mx.array, mx.array]:
-        """Return ids_NK int32, kept_NK and rest_N float32 of the targets numbered ``sources_N``.
+        """Return ids_NK int32, top_NK and rest_N float32 of the targets numbered ``sources_N``.
 
         −1, in a batch that is for measuring only, takes the last one's.
         """
-        ids, kept, rest = (self._files[name] for name in ("ids.bin", "kept.bin", "rest.bin"))
+        ids, top_k, rest = (self._files[name] for name in ("ids.bin", "kept.bin", "rest.bin"))
         return (
             mx.array(ids[sources_N].astype(np.int32)),
-            mx.array(kept[sources_N]),
+            mx.array(top_k[sources_N]),
             mx.array(rest[sources_N]),
         )
 
 
 class PlaceholderTargets:
-    """Stands in for a cache while only memory is measured: numbers of the right shapes."""
+    """Replaces a cache while only memory is measured: numbers of the right shapes."""
 
     def __init__(self, shape: TargetLayout) -> None:
-        self.kept = shape.kept
+        self.top_k = shape.top_k
 
     def columns(self, sources_N: np.ndarray) -> tuple[mx.array, mx.array, mx.array]:
         """Return uniform probabilities of the first K tokens."""
         count = len(sources_N)
-        ids_NK = mx.broadcast_to(mx.arange(self.kept, dtype=mx.int32), (count, self.kept))
-        kept_NK = mx.full((count, self.kept), -float(np.log(self.kept + 1)))
-        return ids_NK, kept_NK, kept_NK[:, 0]
+        ids_NK = mx.broadcast_to(mx.arange(self.top_k, dtype=mx.int32), (count, self.top_k))
+        top_NK = mx.full((count, self.top_k), -float(np.log(self.top_k + 1)))
+        return ids_NK, top_NK, top_NK[:, 0]
 
 
 def folder_of(cache: Path, key: dict[str, Any]) -> Path:
@@ -169,8 +171,8 @@ def open_complete(folder: Path, shape: TargetLayout) -> TargetCache | None:
         return None
     for name, (kind, size) in shape.files.items():
         file = folder / name
-        wanted = np.dtype(kind).itemsize * int(np.prod(size))
-        if not file.is_file() or file.stat().st_size != wanted:
+        expected = np.dtype(kind).itemsize * int(np.prod(size))
+        if not file.is_file() or file.stat().st_size != expected:
             return None
     return TargetCache(folder, shape)
 
@@ -184,7 +186,7 @@ def missing_bytes(folder: Path, shape: TargetLayout) -> int:
 
 
 def check_disk(cache: Path, needed: int) -> None:
-    """Refuse, before a teacher is loaded, what the disk cannot hold.
+    """Check, before a teacher is loaded, that the disk can hold the targets.
 
     Raises:
         ResourceError: Says how much is needed and free.
@@ -193,14 +195,14 @@ def check_disk(cache: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise ResourceError(
-            f"what the teachers say needs {human_bytes(needed)} in {cache}, "
+            f"the targets of the teachers need {human_bytes(needed)} in {cache}, "
             f"{human_bytes(free)} are free",
-            "keep fewer logits with distill.top_k, or set distill.cache to a larger disk",
+            "store fewer logits with distill.top_k, or set distill.cache to a larger disk",
         )
 
 
 def _put(handle: BinaryIO, numbers: np.ndarray, values: np.ndarray) -> None:
-    """Write each row of ``values`` at its number; a full disk is an ``OSError``, not a dead map."""
+    """Write each row of ``values`` at its number; a full disk raises ``OSError``, no SIGBUS."""
     runs = np.split(np.arange(len(numbers)), np.flatnonzero(np.diff(numbers) != 1) + 1)
     width = values.nbytes // len(values)
     for run in runs:
@@ -219,18 +221,18 @@ def write(
     *,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[float]:
-    """Fill the cache in ``folder``, going on where an earlier call was cut off.
+    """Fill the cache in ``folder``; an interrupted call is resumed.
 
     Args:
-        folder: Made if it is missing.
+        folder: Created if it is missing.
         key: See ``cache_key``.
         shape: Of the cache.
-        batcher: The rows, ``grouped``; the batches of its epoch 0 are asked.
-        answer: What the teacher says of the targets of a batch.
-        stop: Asked after each batch; true ends the iteration early, all written so far is kept.
+        batcher: The rows, ``grouped``; the batches of its epoch 0 are computed.
+        answer: Returns the teacher's targets of a batch.
+        stop: Called after each batch; true ends the iteration early, what is written stays.
 
     Yields:
-        The share of rows that is done, after each batch.
+        The fraction of rows that is done, after each batch.
 
     Raises:
         ResourceError: If the disk is full.
@@ -264,13 +266,13 @@ def write(
 
 
 class TargetGenerator:
-    """A teacher that is loaded, asked for its likeliest tokens.
+    """Computes the targets of a loaded teacher.
 
     Args:
         model: In evaluation mode.
         shape: Of the cache.
         temperature: T.
-        num_threads: Parts of a batch that are computed side by side on a CPU.
+        num_threads: Shards of a batch that are computed concurrently on a CPU.
     """
 
     def __init__(
@@ -284,25 +286,26 @@ class TargetGenerator:
         mx.eval(model.parameters())
 
     def __call__(self, batch: Batch) -> TeacherTargets:
-        """Return ids (N, K), log-probabilities (N, K) and the rest's (N,) of a batch's targets."""
-        parts = batch.parts(part_count(self._num_threads, batch.computed_tokens))
-        if len(parts) == 1:
-            return self._part(batch)
+        """Return the targets of a batch."""
+        shards = batch.parts(part_count(self._num_threads, batch.computed_tokens))
+        if len(shards) == 1:
+            return self._shard(batch)
         with blas.single_threaded():
-            said = side_by_side(self._part, [(part,) for part in parts], self._num_threads)
-        ids, kept, rest = (np.concatenate(column) for column in zip(*said, strict=True))
-        return ids, kept, rest
+            targets = side_by_side(self._shard, [(shard,) for shard in shards], self._num_threads)
+        ids_NK, top_NK, rest_N = (np.concatenate(column) for column in zip(*targets, strict=True))
+        return ids_NK, top_NK, rest_N
 
-    def _part(self, batch: Batch) -> TeacherTargets:
+    def _shard(self, batch: Batch) -> TeacherTargets:
         tokens_BT, positions_N, _, segments_BT = batch_arrays(batch)
         rows = supervised_rows(self.model, self._split, tokens_BT, positions_N, segments_BT)
         chunk = chunk_size(self._shape.vocabulary, None, self._num_threads)
         columns: list[tuple[np.ndarray, ...]] = []
         for start in range(0, rows.shape[0], chunk):
-            part = rows[start : start + chunk]
-            logits_CV = part if self._split is None else self._split.head(part)
-            said = top(logits_CV[:, : self._shape.vocabulary], self._shape.kept, self._temperature)
-            mx.eval(said)
-            columns.append(tuple(np.array(value) for value in said))
-        ids, kept, rest = (np.concatenate(column) for column in zip(*columns, strict=True))
-        return ids.astype(self._shape.id_type), kept, rest
+            hidden = rows[start : start + chunk]
+            logits_CV = hidden if self._split is None else self._split.head(hidden)
+            logits_CV = logits_CV[:, : self._shape.vocabulary]
+            targets = top(logits_CV, self._shape.top_k, self._temperature)
+            mx.eval(targets)
+            columns.append(tuple(np.array(value) for value in targets))
+        ids_NK, top_NK, rest_N = (np.concatenate(column) for column in zip(*columns, strict=True))
+        return ids_NK.astype(self._shape.id_type), top_NK, rest_N

@@ -1,8 +1,8 @@
-"""Who teaches: loaded with its adapter, known by its hash, and whether it speaks our tokens.
+"""Teachers: loading, a hash of what decides their logits, and the comparison of tokenizers.
 
-Invariant: logits are compared only where the same id means the same text on both sides and both cut
-texts into the same ids; equal vocabulary sizes prove nothing (Mistral-7B and LLaMA-2 both have
-32,000 tokens, of other words). Try it: ``mlx-slim distill distill-smollm2 --dry-run``.
+Invariant: logits are compared only where each id is the same token on both sides and both encode
+texts into the same ids; equal vocabulary sizes do not suffice (Mistral-7B and LLaMA-2 both have
+32,000 tokens, and they differ). Try it: ``mlx-slim distill distill-smollm2 --dry-run``.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ _SPECIAL = ("bos", "eos", "unk")
 
 
 def with_model(teacher: TeacherConfig, recipe: Recipe) -> TeacherConfig:
-    """Return ``teacher`` with its model filled in: None is what the student came from.
+    """Return ``teacher`` with its model filled in: by default the one the student was made from.
 
     Raises:
-        SlimError: If a pruned folder does not say where that is found.
+        SlimError: If a pruned folder names no hub id as its source.
     """
     if teacher.model is not None:
         return teacher
@@ -60,80 +60,83 @@ def with_model(teacher: TeacherConfig, recipe: Recipe) -> TeacherConfig:
     if not is_hub_id(origin["source"]):
         raise SlimError(
             f"{recipe.model} was pruned from a folder called {origin['source']}",
-            "say where it is: distill.teachers=[{model: FOLDER}]",
+            "set its folder: distill.teachers=[{model: FOLDER}]",
         )
-    found = {"model": origin["source"], "revision": origin.get("revision")}
-    return teacher.model_copy(update=found)
+    original = {"model": origin["source"], "revision": origin.get("revision")}
+    return teacher.model_copy(update=original)
 
 
 @dataclass(frozen=True)
-class Disagreement:
-    """What differs between two tokenizers, in one line.
+class TokenizerDifference:
+    """How two tokenizers differ.
 
     Attributes:
-        text: The first difference found.
-        words: Whether ids mean other texts or texts get other ids: then logits cannot be compared.
-            Else only the special tokens' roles differ.
+        text: The first difference, in one line.
+        encodings: Whether vocabularies or encodings differ: then logits cannot be compared. Else
+            only the roles of special tokens do.
     """
 
     text: str
-    words: bool
+    encodings: bool
 
 
-def disagreement(student: Any, teacher: Any) -> Disagreement | None:
+def tokenizer_difference(student: Any, teacher: Any) -> TokenizerDifference | None:
     """Return how two tokenizers differ, None if they agree.
 
     Compares the vocabulary maps, the encodings of a probe corpus, and which ids begin, end and
-    stand for the unknown.
+    stand for unknown tokens.
 
     Args:
         student: mlx-lm's ``TokenizerWrapper``, or a Hugging Face tokenizer.
         teacher: Likewise.
     """
     ours, theirs = unwrap(student), unwrap(teacher)
-    mine, other = ours.get_vocab(), theirs.get_vocab()
-    if mine != other:
-        return Disagreement(_vocabularies(mine, other), words=True)
+    vocabulary, other = ours.get_vocab(), theirs.get_vocab()
+    if vocabulary != other:
+        return TokenizerDifference(_vocabularies(vocabulary, other), encodings=True)
     for probe in PROBES:
         a, b = (list(t.encode(probe, add_special_tokens=False)) for t in (ours, theirs))
         if a != b:
-            return Disagreement(f"{probe[:24]!r} is {a[:6]}… here, {b[:6]}… there", words=True)
+            text = f"{probe[:24]!r} is {a[:6]}… for the student, {b[:6]}… for the teacher"
+            return TokenizerDifference(text, encodings=True)
     for name in _SPECIAL:
         a, b = (getattr(t, f"{name}_token_id", None) for t in (ours, theirs))
         if a != b:
-            words = (
+            one, two = (
                 repr(t.convert_ids_to_tokens(i)) if i is not None else "none"
                 for t, i in ((ours, a), (theirs, b))
             )
-            return Disagreement("{} is {} here, {} there".format(name, *words), words=False)
+            text = f"{name} is {one} for the student, {two} for the teacher"
+            return TokenizerDifference(text, encodings=False)
     return None
 
 
-def _vocabularies(mine: dict[str, int], other: dict[str, int]) -> str:
-    """Return the first difference of two vocabulary maps in words."""
-    moved = sorted((mine[w], w) for w in mine.keys() & other.keys() if mine[w] != other[w])
-    alone = sorted((mine[w], w) for w in mine.keys() - other.keys())
-    extra = sorted((other[w], w) for w in other.keys() - mine.keys())
-    sizes = f"{len(mine):,} tokens here, {len(other):,} there"
+def _vocabularies(student: dict[str, int], teacher: dict[str, int]) -> str:
+    """Return the first difference of two vocabulary maps as a sentence."""
+    shared = student.keys() & teacher.keys()
+    moved = sorted((student[t], t) for t in shared if student[t] != teacher[t])
+    removed = sorted((student[t], t) for t in student.keys() - teacher.keys())
+    added = sorted((teacher[t], t) for t in teacher.keys() - student.keys())
+    sizes = f"the student has {len(student):,} tokens, the teacher {len(teacher):,}"
     if moved:
-        number, word = moved[0]
-        example = f"{word!r}: {number} here, {other[word]} there"
-        return f"{sizes}; {len(moved):,} have another id, such as {example}"
-    number, word = (alone or extra)[0]
-    example = f"{word!r} ({number} {'here' if alone else 'there'})"
-    return f"{sizes}; {len(alone) + len(extra):,} are on one side only, such as {example}"
+        number, token = moved[0]
+        example = f"{token!r}: {number} for the student, {teacher[token]} for the teacher"
+        return f"{sizes}; {len(moved):,} have different ids, such as {example}"
+    number, token = (removed or added)[0]
+    example = f"{token!r} ({number}, {'student' if removed else 'teacher'})"
+    return f"{sizes}; {len(removed) + len(added):,} exist on one side only, such as {example}"
 
 
 def name_of(teacher: TeacherConfig) -> str:
-    """Return what reports call a teacher."""
+    """Return the name of a teacher in reports."""
     return teacher.name or public_name(teacher.model or "teacher")
 
 
 def fingerprint(teacher: TeacherConfig, dtype: mx.Dtype) -> dict[str, Any]:
-    """Return what a teacher's logits depend on: hashes of its files, and how they are computed.
+    """Return what decides a teacher's logits: hashes of its files, and the dtype.
 
     Raises:
-        SlimError: If it cannot be found.
+        SlimError: If the model is not there.
     """
     folder = resolve(_source(teacher), teacher.revision)
     adapter = None

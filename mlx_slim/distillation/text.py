@@ -1,15 +1,16 @@
-"""Learning from what teachers write: their texts (arXiv 1606.07947), or reasons (2402.04616).
+"""Distillation from texts of teachers (arXiv 1606.07947) or their rationales (arXiv 2402.04616).
 
 Invariant: teachers write first (``generate.py``), with no student in memory; what follows is a
-fine-tune over these rows, each target with its group's weight. Held-out rows are the data's own,
-measured by plain cross-entropy, so that runs with other teachers and weights can be compared. A run
-that is cut off goes on with the next missing answer, or the next step. Used by
-``distillation/run.py``.
+fine-tune over these rows, each target with its group's weight. Validation rows are
+rows of the data, measured by plain cross-entropy, so that runs with other teachers and weights can
+be compared. An interrupted run resumes with the next missing response, or the next step. Try it:
+``mlx-slim distill tinyllm-openbookqa -o runs/try``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,12 @@ from mlx_slim.config.load import Resolved
 from mlx_slim.config.schema import Recipe
 from mlx_slim.data.pipeline import Pipeline
 from mlx_slim.data.prepare import Prepared
-from mlx_slim.distillation.dataset import DistillationDataset, dataset_from_record
-from mlx_slim.distillation.generate import RECORD, generate_dataset
+from mlx_slim.distillation.dataset import (
+    DistillationDataset,
+    dataset_from_record,
+    read_record,
+)
+from mlx_slim.distillation.generate import generate_dataset
 from mlx_slim.errors import Interrupted
 from mlx_slim.finetuning.build import Tuned, prepare_data
 from mlx_slim.finetuning.run import finetune
@@ -39,7 +44,6 @@ from mlx_slim.finetuning.run_dir import (
 )
 from mlx_slim.finetuning.strategy import TrainingStrategy
 from mlx_slim.models.load import load_tokenizer, read_config
-from mlx_slim.reading import read_object
 from mlx_slim.runtime import world
 from mlx_slim.training.step import CrossEntropy, Objective
 
@@ -61,12 +65,12 @@ def learn_from_texts(
         teachers: Its teachers, each with its model.
         method: ``sequence`` or ``rationales``.
         observer: Hears of every event.
-        resume: Go on where the run was cut off.
+        resume: Resume an interrupted run.
 
     Raises:
-        SlimError: Bad input, or a teacher that does not answer; its answers so far are kept.
+        SlimError: Bad input, or a teacher that does not answer; its responses so far stay.
         ResourceError: As ``finetune``.
-        Interrupted: Ctrl-C; everything so far is kept.
+        Interrupted: Ctrl-C; everything so far is saved.
     """
     recipe = resolved.recipe
     with claim(out, recipe, observer, resume=resume) as started:
@@ -86,7 +90,7 @@ def learn_from_texts(
             if not (out / STATE_FILE).exists():
                 raise
             raise Interrupted(
-                "stopped while the teachers wrote; their answers so far are kept",
+                "stopped while the teachers generated answers; those so far are saved",
                 f"resume with: {resume_command(resolved, out)}",
             ) from stop
         strategy = TextDistillation(dataset, teachers)
@@ -94,30 +98,37 @@ def learn_from_texts(
 
 
 def _check_student(recipe: Recipe) -> None:
-    """Refuse a student that could not learn, before teachers work for it."""
+    """Refuse a student that cannot be trained, before the teachers write."""
     read_config(recipe.model, recipe.revision)
     tokenizer = load_tokenizer(recipe.model, revision=recipe.revision)
     Pipeline(recipe.data, tokenizer, max_length=recipe.train.max_length)
 
 
 def _prepare_dataset(
-    recipe: Recipe, teachers: Sequence[TeacherConfig], method: str, out: Path, observer, ready
+    recipe: Recipe,
+    teachers: Sequence[TeacherConfig],
+    method: str,
+    out: Path,
+    observer: events.Observer,
+    ready: Callable[[], None],
 ) -> DistillationDataset:
-    """Go through the teaching phase on rank 0; the others read what came of it."""
+    """Generate the dataset on rank 0; the other ranks read it."""
     if world().rank() == 0:
         dataset = generate_dataset(recipe, teachers, method, out, observer, ready)
     if world().size() > 1:
         mx.eval(mx.distributed.all_sum(mx.array(1), group=world()))
-        dataset = dataset_from_record(read_object(out / RECORD), recipe, out)
+        stored = read_record(out)
+        assert stored is not None
+        dataset = dataset_from_record(stored[0], recipe, out)
     return dataset
 
 
 class TextDistillation(TrainingStrategy):
-    """Training on what teachers wrote.
+    """Training on texts of teachers.
 
     Args:
-        taught: From the teaching phase.
-        teachers: Who wrote it.
+        dataset: What they wrote, and the data's rows.
+        teachers: As in the recipe, each with its model.
     """
 
     def __init__(self, dataset: DistillationDataset, teachers: Sequence[TeacherConfig]) -> None:
@@ -126,38 +137,33 @@ class TextDistillation(TrainingStrategy):
         self._weights_S: np.ndarray | None = None
 
     def rows(self, recipe: Recipe, tuned: Tuned, out: Path, *, unchanged: bool) -> Prepared:
-        """Return the taught rows."""
+        """Return the rows of the dataset, tokenised."""
         dataset = self.dataset
         return prepare_data(
             recipe, tuned, out, unchanged=unchanged, data=dataset.data, find=dataset.find
         )
 
     def read(self, recipe: Recipe, tuned: Tuned, data: Prepared, out: Path) -> None:
-        """Work out the weight of every target."""
+        """Compute the weight of every target."""
         self._weights_S = self.dataset.weights(data)
 
     def objectives(
         self, model: nn.Module, chunk: int | None, vocabulary: int, num_threads: int
     ) -> tuple[Objective, Objective | None]:
-        """Return weighted cross-entropy, and the plain one for held-out rows."""
+        """Return weighted cross-entropy, and the plain one for validation rows."""
         return (
             CrossEntropy(model, chunk, vocabulary, num_threads, self._weights_S),
             CrossEntropy(model, chunk, vocabulary, num_threads),
         )
 
     def record(self) -> dict[str, Any]:
-        """Return who taught what, for ``run.json``."""
-        report = self.dataset.report
-        counts = report["teachers"]
-        return {
-            "distill": {
-                "method": report["method"],
-                "answer_weight": self.dataset.loss_weights[0],
-                "teachers": [
-                    {**count, "model": public_name(teacher.model or ""), "weight": loss_weight}
-                    for count, teacher, loss_weight in zip(
-                        counts, self.teachers, self.dataset.loss_weights[1:], strict=True
-                    )
-                ],
-            }
-        }
+        """Return the method, the teachers and their loss weights, for ``run.json``."""
+        answer_weight, *weights = self.dataset.loss_weights
+        teachers = [
+            {**asdict(report), "model": public_name(teacher.model or ""), "weight": weight}
+            for report, teacher, weight in zip(
+                self.dataset.teachers, self.teachers, weights, strict=True
+            )
+        ]
+        method = self.dataset.method
+        return {"distill": {"method": method, "answer_weight": answer_weight, "teachers": teachers}}

@@ -55,7 +55,7 @@ def test_every_question_is_asked_once_and_the_lines_can_be_read(tmp_path):
     assert again.asked == []
 
 
-def test_two_teachers_share_a_file(tmp_path):
+def test_two_teachers_in_one_file(tmp_path):
     path = tmp_path / "answers.jsonl"
     file = AnswerFile(path)
     file.collect(Parrot("one"), questions(2))
@@ -86,7 +86,7 @@ def test_a_torn_last_line_is_repaired(tmp_path, cut):
     assert len(asked.asked) == (0 if cut == 1 else 1)  # without its newline the line is whole
 
 
-def test_a_chunk_that_belongs_together_is_asked_again_as_a_whole(tmp_path):
+def test_a_batch_dependent_teacher_answers_a_whole_chunk_again(tmp_path):
     path = tmp_path / "answers.jsonl"
     AnswerFile(path).collect(Parrot(), questions())
     lines = path.read_text().splitlines(keepends=True)
@@ -97,7 +97,7 @@ def test_a_chunk_that_belongs_together_is_asked_again_as_a_whole(tmp_path):
     assert len(path.read_text().splitlines()) == 5
 
 
-def test_an_edited_answer_is_kept_and_counted(tmp_path):
+def test_an_edited_answer_is_used_and_counted(tmp_path):
     path = tmp_path / "answers.jsonl"
     AnswerFile(path).collect(Parrot(), questions(3))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -105,9 +105,9 @@ def test_an_edited_answer_is_kept_and_counted(tmp_path):
     text = "\n".join(json.dumps(line, indent=None) for line in lines)
     path.write_text(f"\n{text}")  # an editor's blank line, and no newline at the end
     asked = Parrot()
-    found = AnswerFile(path).collect(asked, questions(3))
+    responses = AnswerFile(path).collect(asked, questions(3))
     assert asked.asked == []
-    assert [(w.generation, w.edited) for w in found] == [
+    assert [(w.generation, w.edited) for w in responses] == [
         ("q0, says parrot", False), ("By hand, and better.", True), ("q2, says parrot", False),
     ]  # fmt: skip
 
@@ -141,7 +141,7 @@ def test_a_broken_line_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "reason", "edited", "trouble"),
+    ("text", "reason", "edited", "problem"),
     [
         ("It rains because clouds cool.", "eos", False, ""),
         ("It rains because clouds cool.", "until", False, ""),
@@ -154,5 +154,5 @@ def test_a_broken_line_is_named(tmp_path):
         (" ".join(f"word{i}" for i in range(200)), "eos", False, ""),
     ],
 )
-def test_what_is_no_use_says_why(text, reason, edited, trouble):
-    assert TeacherResponse("id", text, reason, edited).trouble == trouble
+def test_the_problem_of_a_response(text, reason, edited, problem):
+    assert TeacherResponse("id", text, reason, edited).problem == problem

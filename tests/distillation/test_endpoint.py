@@ -29,11 +29,11 @@ def chats(*texts: str) -> list[list[dict]]:
 def test_answers_come_in_order_and_few_at_a_time():
     prompts = chats(*("x" * n for n in range(1, 13)))
     with serving(slow=0.02) as served:
-        found = list(teacher(served.base_url, concurrency=3, until=["\n\n"]).answer(prompts))
-    assert [text for text, _ in found] == [
+        replies = list(teacher(served.base_url, concurrency=3, until=["\n\n"]).answer(prompts))
+    assert [text for text, _ in replies] == [
         f"Because it has {n} characters: {('x' * n)[-12:]!r}." for n in range(1, 13)
     ]
-    assert {reason for _, reason in found} == {"eos"}
+    assert {reason for _, reason in replies} == {"eos"}
     assert 1 < served.most <= 3
     assert len(served.requests) == 12
     for request in served.requests:
@@ -58,8 +58,8 @@ def test_tool_calls_are_sent_as_the_api_has_them():
 def test_stop_reasons_and_an_answer_without_text():
     replies = [completion("a", "length"), completion(None), completion("c", "content_filter")]
     with serving(lambda n, _: (200, replies[n], {})) as served:
-        found = list(teacher(served.base_url, concurrency=1).answer(chats("1", "2", "3")))
-    assert found == [("a", "length"), ("", "eos"), ("c", "eos")]
+        replies = list(teacher(served.base_url, concurrency=1).answer(chats("1", "2", "3")))
+    assert replies == [("a", "length"), ("", "eos"), ("c", "eos")]
 
 
 @pytest.mark.parametrize("status", [429, 503])
@@ -81,15 +81,15 @@ def test_broken_for_ever_is_one_line_after_a_bounded_number_of_tries():
     assert len(served.requests) == 3
 
 
-def test_the_answers_before_a_failure_are_given():
+def test_the_answers_before_a_failure_are_yielded():
     def script(number, body):
         return (400, b"no", {}) if "bad" in str(body) else answers(number, body)
 
-    found = []
+    replies = []
     with serving(script) as served, pytest.raises(SlimError, match="400 Bad Request: no"):
         for answer in teacher(served.base_url).answer(chats("a", "b", "bad", "d")):
-            found.append(answer)  # noqa: PERF402 (what came before the error is wanted)
-    assert len(found) == 2
+            replies.append(answer)  # noqa: PERF402 (what came before the error is wanted)
+    assert len(replies) == 2
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_the_answers_before_a_failure_are_given():
         b'{"choices":[{"message":{"content":3}}]}',
     ],
 )
-def test_what_is_no_completion_is_said(reply):
+def test_a_reply_that_is_no_completion(reply):
     with (
         serving(lambda *_: (200, reply, {})) as served,
         pytest.raises(SlimError, match="no chat completion") as caught,
@@ -143,14 +143,14 @@ def test_a_reply_that_is_cut_short_is_asked_for_again():
     try:
         url = f"http://127.0.0.1:{server.server_address[1]}/v1"
         ways = ["length", "chunks", "connection"]
-        found = list(teacher(url, backoff=0.01).answer(chats(*ways)))
+        replies = list(teacher(url, backoff=0.01).answer(chats(*ways)))
         with pytest.raises(SlimError, match=r"cut short after .* bytes \(1 try\)"):
             list(teacher(url, retries=0).answer(chats("length", "other")))
     finally:
         server.shutdown()
         server.server_close()
         thread.join()
-    assert [text for text, _ in found] == [f"whole: {way}" for way in ways]
+    assert [text for text, _ in replies] == [f"whole: {way}" for way in ways]
 
 
 def test_silence_is_given_up():
@@ -164,7 +164,7 @@ def test_nobody_listens():
         list(teacher(url, retries=1).answer(chats("one")))
 
 
-def test_the_key_is_sent_and_never_said(monkeypatch, caplog):
+def test_the_key_is_sent_and_in_no_message(monkeypatch, caplog):
     monkeypatch.setenv("TEACHER_KEY", f" {KEY}\n")
 
     def script(_, body):
@@ -178,8 +178,8 @@ def test_the_key_is_sent_and_never_said(monkeypatch, caplog):
     assert served.requests[0]["authorization"] == f"Bearer {KEY}"
     assert "401 Unauthorized: bad key ***, begone" in caught.value.message
     assert "TEACHER_KEY" in caught.value.hint
-    said = "".join(traceback.format_exception(caught.value)) + caplog.text
-    assert KEY not in said + json.dumps(asked.settings) + caught.value.hint
+    text = "".join(traceback.format_exception(caught.value)) + caplog.text
+    assert KEY not in text + json.dumps(asked.settings) + caught.value.hint
     assert len(served.requests) == 1
 
 
@@ -197,12 +197,12 @@ def test_a_redirect_is_not_followed(monkeypatch):
 
 def test_addresses_and_keys_are_checked_before_anything_is_asked(monkeypatch):
     for url, what in (
-        ("file:///etc/passwd", "no http"),
-        ("ftp://host/v1", "no http"),
-        ("http://", "no http"),
-        ("http://host:port/v1", "no address"),
-        ("http://user:pass@host/v1", "more than an address"),
-        ("http://host/v1?key=1", "more than an address"),
+        ("file:///etc/passwd", "not an http"),
+        ("ftp://host/v1", "not an http"),
+        ("http://", "not an http"),
+        ("http://host:port/v1", "not a valid address"),
+        ("http://user:pass@host/v1", "must not contain"),
+        ("http://host/v1?key=1", "must not contain"),
     ):
         with pytest.raises(SlimError, match=what) as caught:
             teacher(url)

@@ -1,4 +1,4 @@
-"""The teaching phase: who is asked what, what is kept, what is dropped, and what is learned."""
+"""Teachers that write: which requests they get, what is cached, dropped and learned."""
 
 from __future__ import annotations
 
@@ -56,20 +56,20 @@ def test_rationales_of_two_teachers_stand_behind_their_prefixes(rows, tmp_path):
             recipe(rows, served.base_url, count=2), "rationales", out, Recorder()
         )
     assert dataset.loss_weights == [1.0, 1.0, 2.0]
-    assert [part.group for part in dataset.parts] == [0, 1, 2]
-    own, first, second = (lines(out / part.file) for part in dataset.parts)
-    held_out = lines(out / "taught" / "validation.jsonl")
-    assert (len(own), len(first), len(second), len(held_out)) == (9, 9, 9, 3)
-    for data, one, two in zip(own, first, second, strict=True):
+    assert [part.group for part in dataset.files] == [0, 1, 2]
+    from_data, first, second = (lines(out / part.file) for part in dataset.files)
+    validation = lines(out / "dataset" / "validation.jsonl")
+    assert (len(from_data), len(first), len(second), len(validation)) == (9, 9, 9, 3)
+    for data, one, two in zip(from_data, first, second, strict=True):
         assert one["prompt"] == f"[rationale 1] {data['prompt']}"
         assert two["prompt"] == f"[rationale 2] {data['prompt']}"
         assert one["completion"].startswith("Because it has")
     asked = [request["messages"][0]["content"] for request in served.requests]
     assert len(asked) == 18
-    for row in held_out:  # nobody was asked about these, and nobody learns them
+    for row in validation:  # no teacher was asked about these, no student learns them
         assert not [text for text in asked if text.startswith(row["prompt"] + "\n")]
-        assert row["id"] not in {data["id"] for data in own}
-    assert all(f"Correct answer: {row['completion']}" in "".join(asked) for row in own)
+        assert row["id"] not in {data["id"] for data in from_data}
+    assert all(f"Correct answer: {row['completion']}" in "".join(asked) for row in from_data)
 
 
 def test_sequences_take_the_place_of_answers(rows, tmp_path):
@@ -81,18 +81,18 @@ def test_sequences_take_the_place_of_answers(rows, tmp_path):
         0.25,
         0.5,
     ]  # 1 − λ, and λ by the teachers' weights 1 and 2
-    own, first, _ = (lines(tmp_path / "run" / part.file) for part in dataset.parts)
-    assert [row["prompt"] for row in first] == [row["prompt"] for row in own]
+    from_data, first, _ = (lines(tmp_path / "run" / part.file) for part in dataset.files)
+    assert [row["prompt"] for row in first] == [row["prompt"] for row in from_data]
     assert all(row["completion"].startswith("Because") for row in first)
     asked = [request["messages"] for request in served.requests[:9]]
-    assert sorted(m[0]["content"] for m in asked) == sorted(row["prompt"] for row in own)
+    assert sorted(m[0]["content"] for m in asked) == sorted(row["prompt"] for row in from_data)
 
 
-def test_with_weight_one_only_the_teacher_is_heard(rows, tmp_path):
+def test_with_weight_one_only_the_teacher_counts(rows, tmp_path):
     with serving() as served:
         config = recipe(rows, served.base_url, "sequence", weight=1.0)
         dataset = generate_dataset(config, "sequence", tmp_path / "run", Recorder())
-    assert [part.group for part in dataset.parts] == [1]
+    assert [part.group for part in dataset.files] == [1]
 
 
 def test_a_row_that_a_teacher_cannot_read_is_named(tmp_path):
@@ -106,8 +106,8 @@ def test_a_row_that_a_teacher_cannot_read_is_named(tmp_path):
     for method in ("sequence", "rationales"):
         config = recipe(path, "", method, teachers=[{"model": str(base), "name": "wide"}])
         with pytest.raises(SlimError) as caught:
-            teach(config, method, tmp_path / method, Recorder())
-        assert caught.value.message.startswith(f"{path.name}, line {bad + 1}, as wide reads it: ")
+            generate_dataset(config, method, tmp_path / method, Recorder())
+        assert caught.value.message.startswith(f"{path.name}, line {bad + 1}, for teacher wide: ")
         assert "the token '<|tool|>' has the id 264" in caught.value.message
 
 
@@ -134,11 +134,11 @@ def test_useless_answers_are_counted_and_not_learned(rows, tmp_path):
     with serving(script) as served:
         config = recipe(rows, served.base_url)
         dataset = generate_dataset(config, "rationales", tmp_path / "run", seen)
-    (report,) = dataset.report["teachers"]
-    found = {reason: entry["count"] for reason, entry in report["dropped"].items()}
-    used = lines(tmp_path / "run" / dataset.parts[1].file)
-    assert set(found) <= {"empty", "cut at the longest answer", "repeats itself"} and found
-    assert report["used"] == len(used) == 9 - sum(found.values())
+    (report,) = dataset.teachers
+    dropped = {reason: entry.count for reason, entry in report.dropped.items()}
+    used = lines(tmp_path / "run" / dataset.files[1].file)
+    assert set(dropped) <= {"empty", "cut at the longest answer", "repeats itself"} and dropped
+    assert report.used == len(used) == 9 - sum(dropped.values())
     (warning,) = [e.message for e in seen.events if getattr(e, "level", "") == "warning"]
     assert warning.startswith(f"t1: {len(used)} of 9 answers used (")
     assert "empty" in warning or "cut" in warning or "repeats" in warning
@@ -159,16 +159,16 @@ def test_a_hand_edit_is_used_and_counted(rows, tmp_path):
     with serving() as served:
         config = recipe(rows, served.base_url)
         generate_dataset(config, "rationales", out, Recorder())
-        found = lines(out / "answers.jsonl")
-        found[4]["generation"] = "I know better."
-        (out / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
+        stored = lines(out / "answers.jsonl")
+        stored[4]["generation"] = "I know better."
+        (out / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in stored))
         count = len(served.requests)
         dataset = generate_dataset(config, "rationales", out, seen)
         assert len(served.requests) == count
-    rows_of_teacher = lines(out / dataset.parts[1].file)
+    rows_of_teacher = lines(out / dataset.files[1].file)
     assert [r["completion"] for r in rows_of_teacher].count("I know better.") == 1
     assert any("1 edited by hand" in getattr(event, "message", "") for event in seen.events)
-    assert dataset.report["teachers"][0]["edited"] == 1
+    assert dataset.teachers[0].edited == 1
 
 
 def test_everything_is_checked_before_the_first_question(rows, tmp_path):
@@ -232,7 +232,7 @@ def test_killed_and_resumed_gives_the_same_file(rows, tmp_path):
         generate_dataset(config, "rationales", tmp_path / "straight", Recorder())
         out = tmp_path / "killed"
         run_until_killed(KILLED, rows, served.base_url, out)
-        assert not (out / "teaching.json").exists()
+        assert not (out / "dataset.json").exists()
         generate_dataset(config, "rationales", out, Recorder())
-    for name in ("answers.jsonl", "taught/0-data.jsonl", "taught/0-2-t2.jsonl"):
+    for name in ("answers.jsonl", "dataset/0-data.jsonl", "dataset/0-2-t2.jsonl"):
         assert (out / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()

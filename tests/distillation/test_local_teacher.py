@@ -39,7 +39,7 @@ def test_answers_end_where_the_model_ends_them(flows):
     assert list(teacher(flows, 5).answer(chats("Why?"))) == [("It fl", "length")]
 
 
-def test_the_model_reads_its_own_chat_template_and_answers_like_a_plain_loop(tiny):
+def test_the_model_reads_its_chat_template_and_answers_like_a_plain_loop(tiny):
     folder = tiny("qwen2")
     asked = teacher(folder)
     chat = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]
@@ -58,11 +58,11 @@ def test_a_base_model_reads_the_bare_question(tmp_path):
     assert asked.text(chats("Water is")[0]) == "Water is"
     loaded = load(str(folder), dtype=mx.float32)
     ids = loaded.tokenizer.encode("Water is")
-    found = list(asked.answer(chats("Water is")))
-    assert found == [plain_generate(loaded.model, loaded.tokenizer, ids, 12)]
+    answers_ = list(asked.answer(chats("Water is")))
+    assert answers_ == [plain_generate(loaded.model, loaded.tokenizer, ids, 12)]
 
 
-def test_nothing_is_loaded_before_the_first_answer_nor_kept_after_the_last(flows):
+def test_the_model_is_loaded_for_the_first_answer_and_freed_by_close(flows):
     asked = teacher(flows)
     assert asked._model is None
     list(asked.answer(chats("Why?")))
@@ -94,7 +94,7 @@ def test_settings_follow_what_decides_the_answers(flows, tmp_path):
     assert len(set(hashes)) == len(hashes)
 
 
-def test_what_is_not_there_is_said_before_anything_is_asked(flows, tmp_path):
+def test_a_missing_model_is_refused_before_the_first_request(flows, tmp_path):
     with pytest.raises(SlimError, match="nowhere"):
         teacher(tmp_path / "nowhere")
     with pytest.raises(SlimError, match="adapter"):

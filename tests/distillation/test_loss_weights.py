@@ -15,13 +15,13 @@ from mlx_slim.training.step import CrossEntropy, Stepper
 from tests.support.rows import MemoryRows
 
 GROUPS = np.array([0, 1, 2, 0, 1, 2, 2])
-SHARES = [1.0, 0.5, 3.0]
+LOSS_WEIGHTS = [1.0, 0.5, 3.0]
 
 
 def written_out(model: nn.Module, rows: MemoryRows) -> mx.array:
     """L = Σ_g a_g · mean over the targets of g of −log softmax(logits)[target], row by row."""
     total = mx.array(0.0)
-    for group, share in enumerate(SHARES):
+    for group, loss_weight in enumerate(LOSS_WEIGHTS):
         nll, count = mx.array(0.0), 0
         for number in np.flatnonzero(group == GROUPS):
             ids, supervised = rows.row(int(number))
@@ -30,7 +30,7 @@ def written_out(model: nn.Module, rows: MemoryRows) -> mx.array:
             for t in np.flatnonzero(supervised):
                 nll = nll - logp_TV[int(t) - 1, int(ids[t])]
                 count += 1
-        total = total + share * nll / count
+        total = total + loss_weight * nll / count
     return total
 
 
@@ -39,15 +39,15 @@ def test_one_batch_of_all_rows_gives_the_formula_and_its_gradient(tiny):
     model.freeze()
     model.layers[-1].unfreeze()
     rows = MemoryRows([9, 14, 6, 11, 5, 16, 7], seed=3)
-    weights_S = target_weights(rows.supervised, GROUPS, SHARES)
+    weights_S = target_weights(rows.supervised, GROUPS, LOSS_WEIGHTS)
     stepper = Stepper(model, CrossEntropy(model, chunk=8, weights_S=weights_S))
     order = [[3], [6], [0], [5], [1], [2], [4]]  # weights follow the targets, not the order
-    found = stepper.step([collate(rows, order, isolate=False)])
+    measured = stepper.step([collate(rows, order, isolate=False)])
     expected, gradients = nn.value_and_grad(model, lambda: written_out(model, rows))()
-    assert found.loss == pytest.approx(expected.item(), rel=1e-5)
+    assert measured.loss == pytest.approx(expected.item(), rel=1e-5)
     flat = dict(nn.utils.tree_flatten(gradients))
-    assert set(found.gradients) == set(trainable(model))
-    for path, value in found.gradients.items():
+    assert set(measured.gradients) == set(trainable(model))
+    for path, value in measured.gradients.items():
         error = mx.abs(value - flat[path]).max().item()
         assert error <= 1e-5 * max(1.0, mx.abs(flat[path]).max().item()), path
 
@@ -58,7 +58,7 @@ def test_micro_batches_give_the_same_step(tiny):
     model.layers[-1].unfreeze()
     rows = MemoryRows([9, 14, 6, 11, 5, 16, 7], seed=3)
     stepper = Stepper(
-        model, CrossEntropy(model, weights_S=target_weights(rows.supervised, GROUPS, SHARES))
+        model, CrossEntropy(model, weights_S=target_weights(rows.supervised, GROUPS, LOSS_WEIGHTS))
     )
     whole = stepper.step([collate(rows, [[i] for i in range(7)], isolate=False)])
     parts = stepper.step(
@@ -67,7 +67,7 @@ def test_micro_batches_give_the_same_step(tiny):
     assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
 
 
-def test_a_group_counts_by_its_share_whatever_its_size():
+def test_a_group_counts_by_its_loss_weight_not_its_size():
     supervised, groups = np.array([3, 100, 1]), np.array([0, 1, 0])
     weights_S = target_weights(supervised, groups, [1.0, 0.25])
     assert len(weights_S) == 104

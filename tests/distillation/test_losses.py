@@ -41,24 +41,24 @@ def _lumped(p_NV: mx.array, q_NV: mx.array, ids_NK: mx.array, kind: str, t: floa
     """The divergence of k + 1 buckets (N,), from probabilities."""
     p, q = mx.softmax(p_NV / t, axis=-1), mx.softmax(q_NV / t, axis=-1)
     p, q = (
-        mx.concatenate([kept, 1 - kept.sum(axis=-1, keepdims=True)], axis=-1)
-        for kept in (mx.take_along_axis(x, ids_NK, axis=-1) for x in (p, q))
+        mx.concatenate([probs, 1 - probs.sum(axis=-1, keepdims=True)], axis=-1)
+        for probs in (mx.take_along_axis(x, ids_NK, axis=-1) for x in (p, q))
     )
     return _plain(mx.log(p), mx.log(q), kind, 1.0)
 
 
-def _said(p_NV: mx.array, k: int, t: float) -> tuple[mx.array, ...]:
+def _targets(p_NV: mx.array, k: int, t: float) -> tuple[mx.array, ...]:
     return top(p_NV, k, t)
 
 
 @pytest.mark.parametrize("kind", KINDS_OF_DIVERGENCE)
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_all_tokens_kept_is_the_definition_with_gradient(kind: str, temperature: float) -> None:
+def test_with_all_tokens_it_is_the_definition_with_gradient(kind: str, temperature: float) -> None:
     mx.random.seed(0)
     p, q = 3 * mx.random.normal((N, V)), 3 * mx.random.normal((N, V))
     targets = mx.random.randint(0, V, (N,))
     token_loss = DistillationLoss(kind, temperature, 1.0)
-    columns = (targets, *_said(p, V, temperature))
+    columns = (targets, *_targets(p, V, temperature))
 
     def plain(q: mx.array) -> mx.array:
         return temperature**2 * _plain(p, q, kind, temperature).sum()
@@ -86,7 +86,7 @@ def test_buckets_equal_their_definition_with_gradient(kind: str, k: int) -> None
     p, q = 3 * mx.random.normal((N, V)), 3 * mx.random.normal((N, V))
     targets = mx.random.randint(0, V, (N,))
     for temperature, weight in ((1.0, 1.0), (1.0, 0.3), (2.0, 0.3)):
-        columns = (targets, *_said(p, k, temperature))
+        columns = (targets, *_targets(p, k, temperature))
         token_loss = DistillationLoss(kind, temperature, weight)
 
         def plain(q: mx.array, t=temperature, w=weight, ids=columns[1]) -> mx.array:
@@ -102,19 +102,28 @@ def test_buckets_equal_their_definition_with_gradient(kind: str, k: int) -> None
         assert mx.allclose(by_value, by_logits, rtol=1e-3, atol=1e-4)
 
 
+def test_the_worked_example() -> None:
+    """As in the module's docstring."""
+    p, q = mx.log(mx.array([[0.7, 0.2, 0.1]])), mx.log(mx.array([[0.5, 0.3, 0.2]]))
+    columns = (mx.array([0]), *top(p, 1, 1.0))
+    sums, gradient = DistillationLoss(weight=1.0).value_and_gradient(q, *columns)
+    assert sums[0].item() == pytest.approx(0.0823, abs=1e-4)
+    assert gradient.probs_CV[0].tolist() == pytest.approx([-0.2, 0.12, 0.08], abs=1e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS_OF_DIVERGENCE)
 def test_more_tokens_come_nearer_from_below(kind: str) -> None:
     mx.random.seed(2)
     p, q = 4 * mx.random.normal((N, V)), 4 * mx.random.normal((N, V))
     targets = mx.zeros((N,), dtype=mx.int32)
     full = _plain(p, q, kind, 1.0).sum().item()
-    found = [
-        DistillationLoss(kind).value(q, targets, *_said(p, k, 1.0))[2].item()
+    values = [
+        DistillationLoss(kind).value(q, targets, *_targets(p, k, 1.0))[2].item()
         for k in (1, 2, 5, 20, 80, V)
     ]
-    assert found == sorted(found)
-    assert found[0] < 0.9 * full
-    assert found[-1] == pytest.approx(full, rel=1e-5)
+    assert values == sorted(values)
+    assert values[0] < 0.9 * full
+    assert values[-1] == pytest.approx(full, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS_OF_DIVERGENCE)
@@ -125,7 +134,9 @@ def test_equal_distributions_are_apart_by_nothing_and_stay(kind: str, k: int) ->
     targets = mx.zeros((N,), dtype=mx.int32)
     for temperature in (1.0, 3.0):
         token_loss = DistillationLoss(kind, temperature, 1.0)
-        sums, logits_gradient = token_loss.value_and_gradient(q, targets, *_said(q, k, temperature))
+        sums, logits_gradient = token_loss.value_and_gradient(
+            q, targets, *_targets(q, k, temperature)
+        )
         assert abs(sums[2].item()) < 1e-5 * N
         assert mx.abs(logits_gradient.probs_CV).max().item() < 1e-5
 
@@ -136,7 +147,7 @@ def test_certain_and_far_apart_stays_finite(kind: str, k: int) -> None:
     """One-hot against one-hot elsewhere: probabilities that float32 cannot hold."""
     p, q = mx.zeros((2, V)), mx.zeros((2, V))
     p[:, 5], q[:, 50] = 1000.0, 1000.0
-    columns = (mx.array([5, 50]), *_said(p, k, 1.0))
+    columns = (mx.array([5, 50]), *_targets(p, k, 1.0))
     sums, logits_gradient = DistillationLoss(kind, 1.0, 0.5).value_and_gradient(q, *columns)
     assert mx.isfinite(sums).all().item()
     assert mx.isfinite(logits_gradient.probs_CV).all().item()
@@ -153,7 +164,7 @@ def test_chunked_equals_plain_for_every_head(kind: str, divergence: str, chunk: 
     hidden, p = mx.random.normal((N, D)), 2 * mx.random.normal((N, V))
     targets = mx.random.randint(0, V, (N,))
     token_loss = DistillationLoss(divergence, 2.0, 0.4)
-    columns = (targets, *_said(p, V, 2.0))
+    columns = (targets, *_targets(p, V, 2.0))
 
     def plain(hidden: mx.array) -> mx.array:
         logits = head(hidden)
@@ -172,19 +183,19 @@ def test_chunked_equals_plain_for_every_head(kind: str, divergence: str, chunk: 
     assert 3 * forward[0].item() == pytest.approx(expected[0].item(), rel=1e-5)
 
 
-def test_two_teachers_count_by_their_shares() -> None:
+def test_two_teachers_count_by_their_loss_weights() -> None:
     mx.random.seed(4)
     q = 2 * mx.random.normal((N, V))
     targets = mx.zeros((N,), dtype=mx.int32)
-    said = [_said(2 * mx.random.normal((N, V)), k, 1.0) for k in (4, 9)]
-    alone = [DistillationLoss(weight=1.0).value_and_gradient(q, targets, *one) for one in said]
+    teachers = [_targets(2 * mx.random.normal((N, V)), k, 1.0) for k in (4, 9)]
+    alone = [DistillationLoss(weight=1.0).value_and_gradient(q, targets, *one) for one in teachers]
     token_loss = DistillationLoss(weight=1.0, loss_weights=(0.75, 0.25))
-    sums, logits_gradient = token_loss.value_and_gradient(q, targets, *said[0], *said[1])
+    sums, logits_gradient = token_loss.value_and_gradient(q, targets, *teachers[0], *teachers[1])
     expected = 0.75 * alone[0][0][2] + 0.25 * alone[1][0][2]
     assert sums[2].item() == pytest.approx(expected.item(), rel=1e-6)
     mixed = 0.75 * alone[0][1].probs_CV + 0.25 * alone[1][1].probs_CV
     assert mx.allclose(logits_gradient.probs_CV, mixed, rtol=1e-4, atol=1e-6)
-    value = token_loss.value(q, targets, *said[0], *said[1])
+    value = token_loss.value(q, targets, *teachers[0], *teachers[1])
     assert mx.allclose(value, sums, rtol=1e-5)
 
 
@@ -193,7 +204,7 @@ def test_weight_zero_is_cross_entropy_bit_for_bit(kind: str) -> None:
     head = _head(kind)
     hidden = mx.random.normal((N, D))
     targets = mx.random.randint(0, V, (N,))
-    columns = (targets, *_said(mx.random.normal((N, V)), 5, 2.0))
+    columns = (targets, *_targets(mx.random.normal((N, V)), 5, 2.0))
     plain = _value_and_gradients(
         head, hidden, lambda h: linear_loss(h, head, NLL(), (targets,), chunk=8)
     )
@@ -210,8 +221,8 @@ def test_weight_zero_is_cross_entropy_bit_for_bit(kind: str) -> None:
 def test_the_peak_does_not_grow_with_the_rows(
     kind: str, gradient: bool, request: pytest.FixtureRequest
 ) -> None:
-    said = top(mx.random.normal((ROWS, VOCABULARY)), 8, 1.0)
-    check_the_peak(kind, DistillationLoss(), gradient, False, True, request, *said)
+    columns = top(mx.random.normal((ROWS, VOCABULARY)), 8, 1.0)
+    check_the_peak(kind, DistillationLoss(), gradient, False, True, request, *columns)
 
 
 @pytest.mark.parametrize("gradient", [True, False])

@@ -70,8 +70,8 @@ def test_what_is_reported(pair) -> None:
     )
     loss, first, second, apart = training.tolist()
     assert loss == pytest.approx(first + second + 2 * 0.5 * 4 * apart, rel=1e-5)
-    held_out = MutualValidation(pair, "forward", 2.0, 0.5, vocabulary=VOCAB)
-    mean, *parts = held_out(pair, arrays, gradient=False).tolist()
+    validation = MutualValidation(pair, "forward", 2.0, 0.5, vocabulary=VOCAB)
+    mean, *parts = validation(pair, arrays, gradient=False).tolist()
     assert mean == pytest.approx((first + second) / 2, rel=1e-6)
     assert parts == [first, second, apart]
 

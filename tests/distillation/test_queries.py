@@ -86,7 +86,7 @@ def test_answers_become_rows_of_the_same_form():
     assert chat.row()["messages"] == CHAT["messages"]  # and the example was not changed
 
 
-def test_text_asks_nothing_and_is_kept():
+def test_plain_text_has_no_question_and_stays():
     (text,) = queries({"text": "Once upon a time."})
     assert not text.asks
     assert text.row() == {"text": "Once upon a time."}

@@ -68,8 +68,8 @@ def test_every_method_learns_from_a_teacher(tiny, data, teacher, tmp_path, metho
     fast = {"learning_rate": 1e-2, "steps": 12}
     run = recipe_with_teachers(tiny("llama"), data, [{"model": str(teacher)}], method, fast)
     result = distill(run, out, observer=recorder)
-    found = losses(out)
-    assert found[12] < found[1]
+    results = losses(out)
+    assert results[12] < results[1]
     steps = [e for e in recorder.events if isinstance(e, events.StepDone)]
     for step in steps:  # λ = 0.5, T = 1
         assert step.parts is not None
@@ -87,18 +87,18 @@ def test_every_method_learns_from_a_teacher(tiny, data, teacher, tmp_path, metho
     assert result.done.reason == "complete"
 
 
-def test_a_taught_student_comes_nearer_than_an_untaught_one(data, teacher, tmp_path) -> None:
+def test_distillation_lowers_the_divergence(data, teacher, tmp_path) -> None:
     """At equal steps: held-out divergence from the teacher, over all tokens."""
     student = tiny_model(tmp_path / "student", seed=1)
     steps = {"steps": 30, "learning_rate": 3e-3, "validate_every": 30, "save_every": 30}
-    found = {}
+    results = {}
     for weight in (0.0, 1.0):
         run = recipe_with_teachers(
             student, data, [{"model": str(teacher)}], "full", steps, weight=weight, top_k="all"
         )
         distill(run, tmp_path / f"{weight}", observer=Recorder())
-        found[weight] = validations(tmp_path / f"{weight}")[-1]["parts"]["divergence"]
-    assert found[1.0] < 0.6 * found[0.0]
+        results[weight] = validations(tmp_path / f"{weight}")[-1]["parts"]["divergence"]
+    assert results[1.0] < 0.6 * results[0.0]
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "qlora"])
@@ -115,12 +115,12 @@ def test_weight_zero_is_plain_fine_tuning_bit_for_bit(tiny, data, teacher, tmp_p
     assert all(line["parts"]["divergence"] > 0 for line in validations(ours))
 
 
-def test_a_student_that_is_its_own_teacher_has_nothing_to_learn_from_it(tiny, data, tmp_path):
+def test_the_divergence_of_a_student_from_itself_is_zero(tiny, data, tmp_path):
     recorder = Recorder()
-    own = recipe_with_teachers(
+    same = recipe_with_teachers(
         tiny("llama"), data, [{}], "full", {"steps": 1}, weight=1, temperature=2
     )
-    distill(own, tmp_path / "run", observer=recorder)
+    distill(same, tmp_path / "run", observer=recorder)
     (step,) = [e for e in recorder.events if isinstance(e, events.StepDone)]
     assert abs(step.loss) < 1e-5
     assert step.grad_norm < 1e-4
@@ -199,7 +199,7 @@ def test_killed_while_asking_and_while_learning_equals_uninterrupted(
 
 
 class CtrlC(Recorder):
-    """Sends this process SIGINT when a teacher begins to speak."""
+    """Sends this process SIGINT when a teacher is loaded."""
 
     def notify(self, event) -> None:
         super().notify(event)
@@ -207,7 +207,7 @@ class CtrlC(Recorder):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_ctrl_c_while_asking_keeps_what_was_said(tiny, data, teacher, tmp_path) -> None:
+def test_ctrl_c_keeps_the_targets_so_far(tiny, data, teacher, tmp_path) -> None:
     run = recipe_with_teachers(tiny("llama"), data, [{"model": str(teacher)}])
     out = tmp_path / "run"
     with pytest.raises(Interrupted, match="while the teachers were asked") as caught:
@@ -233,7 +233,7 @@ def test_training_needs_the_memory_of_the_student_only(tiny, data, tmp_path) -> 
     assert peaks["large"] < peaks["own"] + 0.2 * weights  # threads meet now and then
 
 
-def test_other_tokens_are_said_and_refused_for_logits(tiny, data, tmp_path, monkeypatch) -> None:
+def test_logits_refuse_a_different_tokenizer(tiny, data, tmp_path, monkeypatch) -> None:
     other = tiny_model(tmp_path / "other")
     path = other / "tokenizer.json"
     content = json.loads(path.read_text())
@@ -242,7 +242,7 @@ def test_other_tokens_are_said_and_refused_for_logits(tiny, data, tmp_path, monk
     path.write_text(json.dumps(content))
     out = tmp_path / "run"
     strict = recipe_with_teachers(tiny("llama"), data, [{"model": str(other)}])
-    with pytest.raises(SlimError, match="2 have another id, such as 'A'"):
+    with pytest.raises(SlimError, match="2 have different ids, such as 'A'"):
         distill(_with(strict, method="logits"), out, observer=Recorder())
     recorder = Recorder()
     taken = []
@@ -252,9 +252,9 @@ def test_other_tokens_are_said_and_refused_for_logits(tiny, data, tmp_path, monk
     )
     distill(strict, out, observer=recorder)
     assert taken == [(str(other), "sequence")]
-    said = [e.message for e in recorder.events if isinstance(e, events.Notice)]
-    assert "2 have another id" in said[0]
-    assert "learning from texts" in said[1]
+    messages = [e.message for e in recorder.events if isinstance(e, events.Notice)]
+    assert "2 have different ids" in messages[0]
+    assert "training on texts" in messages[1]
     assert not out.exists()
 
 
@@ -352,8 +352,8 @@ def test_no_model_means_what_the_student_came_from(tiny, data, tmp_path) -> None
     pruned.mkdir()
     small = run.recipe.model_copy(update={"model": str(pruned)})
     (pruned / "prune.json").write_text('{"source": "owner/name", "revision": "abc"}')
-    found = with_model(nobody, small)
-    assert (found.model, found.revision, found.weight) == ("owner/name", "abc", 2)
+    teacher = with_model(nobody, small)
+    assert (teacher.model, teacher.revision, teacher.weight) == ("owner/name", "abc", 2)
     (pruned / "prune.json").write_text('{"source": "folder"}')
     with pytest.raises(SlimError, match="pruned from a folder called folder"):
         with_model(nobody, small)

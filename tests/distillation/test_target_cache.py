@@ -1,4 +1,4 @@
-"""What a teacher said, on disk: as its full logits say it, and whole after any kill."""
+"""Targets on disk: equal to those of the full logits, and complete after any kill."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def _key(shape: TargetLayout, rows: MemoryRows = ROWS, temperature: float = 1.0)
 def _written(folder, model, shape: TargetLayout, temperature: float = 1.0, num_threads: int = 1):
     generator = TargetGenerator(model, shape, temperature, num_threads)
     key = _key(shape, temperature=temperature)
-    shares = list(target_cache.write(folder, key, shape, _batcher(), generator))
-    assert shares[-1] == 1.0
-    assert shares == sorted(shares)
-    found = open_complete(folder, shape)
-    assert found is not None
-    return found
+    fractions = list(target_cache.write(folder, key, shape, _batcher(), generator))
+    assert fractions[-1] == 1.0
+    assert fractions == sorted(fractions)
+    cache = open_complete(folder, shape)
+    assert cache is not None
+    return cache
 
 
 def _logits(model, row: int) -> mx.array:
@@ -55,26 +55,26 @@ def _logits(model, row: int) -> mx.array:
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied", "phi"])
 @pytest.mark.parametrize("num_threads", [1, 2])
-def test_every_target_finds_its_own_numbers(
+def test_targets_are_read_back_by_number(
     tiny, tmp_path, architecture: str, num_threads: int
 ) -> None:
     model, _ = load(str(tiny(architecture)))
     for k, temperature in ((7, 1.0), (VOCAB, 2.0)):
         shape = target_layout(ROWS, k, VOCAB)
-        found = _written(tmp_path / f"{k}", model, shape, temperature, num_threads)
+        cache = _written(tmp_path / f"{k}", model, shape, temperature, num_threads)
         for row in range(len(LENGTHS)):
             batch = collate(ROWS, [[row]], isolate=False)
-            ids, kept, rest = found.columns(batch.sources_N)
+            ids, top_logs, rest = cache.columns(batch.sources_N)
             logits = _logits(model, row)
             expected = top(logits, k, temperature)
             best = mx.sort(expected[1], axis=-1)
-            assert mx.allclose(mx.sort(kept, axis=-1), best, atol=1e-4)
+            assert mx.allclose(mx.sort(top_logs, axis=-1), best, atol=1e-4)
             assert mx.allclose(rest, expected[2], atol=1e-3)
             scaled = logits / temperature
-            own = mx.take_along_axis(
+            at_ids = mx.take_along_axis(
                 scaled - mx.logsumexp(scaled, axis=-1, keepdims=True), ids, axis=-1
             )
-            assert mx.allclose(kept, own, atol=1e-4)
+            assert mx.allclose(top_logs, at_ids, atol=1e-4)
 
 
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "symmetric"])
@@ -85,21 +85,21 @@ def test_through_the_disk_more_tokens_come_nearer_from_below(tiny, tmp_path, div
         model.lm_head.weight = 8 * model.lm_head.weight
     everything = np.arange(int(ROWS.supervised.sum()))
     logits = mx.concatenate([_logits(student, row) for row in range(len(LENGTHS))])
-    said = mx.concatenate([_logits(teacher, row) for row in range(len(LENGTHS))])
+    teacher_logits = mx.concatenate([_logits(teacher, row) for row in range(len(LENGTHS))])
     no_targets = mx.zeros(len(everything), dtype=mx.int32)
-    log_p, log_q = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (said, logits))
+    log_p, log_q = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (teacher_logits, logits))
     forward = (mx.exp(log_p) * (log_p - log_q)).sum().item()
     reverse = (mx.exp(log_q) * (log_q - log_p)).sum().item()
     full = {"forward": forward, "reverse": reverse, "symmetric": (forward + reverse) / 2}
     token_loss = DistillationLoss(divergence)
-    found = []
+    values = []
     for k in (1, 4, 16, 64, VOCAB):
         cache = _written(tmp_path / f"{k}", teacher, target_layout(ROWS, k, VOCAB))
         sums = token_loss.value(logits, no_targets, *cache.columns(everything))
-        found.append(sums[2].item())
-    assert found == sorted(found)
-    assert found[0] < 0.9 * full[divergence]
-    assert found[-1] == pytest.approx(full[divergence], rel=1e-4)
+        values.append(sums[2].item())
+    assert values == sorted(values)
+    assert values[0] < 0.9 * full[divergence]
+    assert values[-1] == pytest.approx(full[divergence], rel=1e-4)
 
 
 def test_a_kill_loses_at_most_a_batch_and_the_rest_is_not_asked_again(tiny, tmp_path) -> None:
@@ -133,20 +133,20 @@ def test_a_kill_loses_at_most_a_batch_and_the_rest_is_not_asked_again(tiny, tmp_
         assert mx.array_equal(ours, theirs).item()
 
 
-def test_stopping_keeps_what_was_said(tiny, tmp_path) -> None:
+def test_stopping_keeps_what_was_written(tiny, tmp_path) -> None:
     model, _ = load(str(tiny("llama")))
     shape = target_layout(ROWS, 6, VOCAB)
     generator = TargetGenerator(model, shape, 1.0, 1)
     stopping = target_cache.write(
         tmp_path / "c", _key(shape), shape, _batcher(), generator, stop=lambda: True
     )
-    (share,) = list(stopping)
-    assert 0 < share < 1
+    (fraction,) = list(stopping)
+    assert 0 < fraction < 1
     assert open_complete(tmp_path / "c", shape) is None
     first = next(
         iter(target_cache.write(tmp_path / "c", _key(shape), shape, _batcher(), generator))
     )
-    assert first > share
+    assert first > fraction
 
 
 def test_the_key_knows_all_that_the_numbers_depend_on() -> None:
@@ -216,7 +216,7 @@ def test_large_vocabularies_need_wider_ids() -> None:
 
 
 def test_the_stand_in_is_a_distribution() -> None:
-    ids, kept, rest = PlaceholderTargets(TargetLayout(1, 1, 5, 100)).columns(np.full(3, -1))
-    total = mx.exp(kept).sum(axis=-1) + mx.exp(rest)
+    ids, top_logs, rest = PlaceholderTargets(TargetLayout(1, 1, 5, 100)).columns(np.full(3, -1))
+    total = mx.exp(top_logs).sum(axis=-1) + mx.exp(rest)
     assert mx.allclose(total, mx.ones(3))
-    assert ids.shape == kept.shape == (3, 5)
+    assert ids.shape == top_logs.shape == (3, 5)

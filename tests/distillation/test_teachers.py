@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_slim.config.distill import TeacherConfig
-from mlx_slim.distillation.teachers import disagreement, fingerprint, load_teacher, name_of
+from mlx_slim.distillation.teachers import fingerprint, load_teacher, name_of, tokenizer_difference
 from mlx_slim.errors import SlimError
 from mlx_slim.models.load import load_tokenizer
 from tests.support.adapters import made
@@ -46,35 +46,35 @@ def student(tmp_path_factory):
 
 
 def test_a_tokenizer_agrees_with_itself(student, tmp_path: Path) -> None:
-    assert disagreement(student, load_tokenizer(tiny_model(tmp_path / "t"))) is None
+    assert tokenizer_difference(student, load_tokenizer(tiny_model(tmp_path / "t"))) is None
 
 
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (_swap, "259 tokens here, 259 there; 2 have another id, such as 'A': "),
-        (_rename, "2 are on one side only, such as 'A' ("),
+        (_swap, "the student has 259 tokens, the teacher 259; 2 have different ids, such as 'A': "),
+        (_rename, "2 exist on one side only, such as 'A' ("),
         (_lowercase, "'The quick brown fox jump' is "),
     ],
 )
-def test_other_words_under_the_same_size_are_found(student, tmp_path, change, text: str) -> None:
-    found = disagreement(student, load_tokenizer(_changed(tmp_path / "t", change)))
-    assert found is not None
-    assert found.words
-    assert text in found.text
-    assert "\n" not in found.text
+def test_different_vocabularies_of_one_size(student, tmp_path, change, text: str) -> None:
+    difference = tokenizer_difference(student, load_tokenizer(_changed(tmp_path / "t", change)))
+    assert difference is not None
+    assert difference.encodings
+    assert text in difference.text
+    assert "\n" not in difference.text
 
 
-def test_another_end_is_told_apart_from_other_words(student, tmp_path: Path) -> None:
+def test_another_eos_differs_in_its_role_only(student, tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "t")
     byte_tokenizer(folder, chat_template=None)
-    found = disagreement(student, load_tokenizer(folder))
-    assert found is not None
-    assert not found.words
-    assert found.text == "eos is '<|im_end|>' here, '<|endoftext|>' there"
+    difference = tokenizer_difference(student, load_tokenizer(folder))
+    assert difference is not None
+    assert not difference.encodings
+    assert difference.text == "eos is '<|im_end|>' for the student, '<|endoftext|>' for the teacher"
 
 
-def test_a_teacher_wears_its_adapter_and_is_known_by_it(tiny, tmp_path: Path) -> None:
+def test_a_teacher_has_its_adapter_which_its_hash_includes(tiny, tmp_path: Path) -> None:
     base = str(tiny("llama"))
     adapter = made(tmp_path / "adapter", tiny("llama"))
     plain, dressed = (

@@ -40,8 +40,8 @@ def resolved(model, rows, teachers, method="rationales", steps=6, **distill_keys
 
 
 @pytest.fixture(scope="module")
-def speakers(tmp_path_factory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("speakers")
+def writing_teachers(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("writing_teachers")
     return [
         {"model": str(speaking_model(folder / "flows", FLOWS)), "weight": 2.0},
         {"model": str(speaking_model(folder / "mine", MINE)), "weight": 0.5},
@@ -57,9 +57,9 @@ def notices(seen: Recorder) -> str:
     return "\n".join(getattr(event, "message", "") for event in seen.events)
 
 
-def test_two_teachers_with_rationales(tiny, speakers, rows, tmp_path):
+def test_two_writing_teacherswith_rationales(tiny, writing_teachers, rows, tmp_path):
     out, seen = tmp_path / "run", Recorder()
-    recipe = resolved(tiny("llama"), rows, speakers)
+    recipe = resolved(tiny("llama"), rows, writing_teachers)
     distill(recipe, out, observer=seen)
     record = json.loads((out / "run.json").read_text())
     assert record["status"] == "complete"
@@ -71,15 +71,15 @@ def test_two_teachers_with_rationales(tiny, speakers, rows, tmp_path):
     assert sorted(losses(out)) == list(range(1, 7))
     ledger = json.loads((out / "data_ledger.json").read_text())
     assert [s["path"] for s in ledger["sources"]] == [
-        "taught/0-data.jsonl", "taught/0-1-flows.jsonl", "taught/0-2-mine.jsonl",
+        "dataset/0-data.jsonl", "dataset/0-1-flows.jsonl", "dataset/0-2-mine.jsonl",
     ]  # fmt: skip
-    assert "rows: 12 given, 9 to learn (3 held out)" in notices(seen)
+    assert "rows: 12 read, 9 for training (3 for validation)" in notices(seen)
     load_adapter(load(str(tiny("llama"))).model, out / "adapters")
     distill(recipe, out, observer=seen, resume=True)
     assert f"{out} is complete" in notices(seen)
 
 
-def test_other_tokens_mean_learning_from_texts_and_it_is_said(tmp_path, speakers, rows):
+def test_a_different_tokenizer_means_training_on_texts(tmp_path, writing_teachers, rows):
     student = tiny_model(tmp_path / "student")
     file = student / "tokenizer.json"
     content = json.loads(file.read_text())
@@ -88,16 +88,16 @@ def test_other_tokens_mean_learning_from_texts_and_it_is_said(tmp_path, speakers
     vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
     file.write_text(json.dumps(content))
     seen = Recorder()
-    recipe = resolved(student, rows, speakers[:1], "auto", weight=1.0)
+    recipe = resolved(student, rows, writing_teachers[:1], "auto", weight=1.0)
     distill(recipe, tmp_path / "run", observer=seen)
-    assert "learning from texts (distill.method=sequence)" in notices(seen)
+    assert "training on texts (distill.method=sequence)" in notices(seen)
     record = json.loads((tmp_path / "run" / "run.json").read_text())["distill"]
     assert (record["method"], record["answer_weight"]) == ("sequence", 0.0)
-    dataset = (tmp_path / "run" / "taught" / "0-1-flows.jsonl").read_text().splitlines()
+    dataset = (tmp_path / "run" / "dataset" / "0-1-flows.jsonl").read_text().splitlines()
     assert {json.loads(line)["completion"] for line in dataset} == {FLOWS}
 
 
-def test_a_teacher_that_fails_leaves_what_it_said_and_the_run_goes_on(tiny, rows, tmp_path):
+def test_a_teacher_that_fails_leaves_its_answers_and_the_run_resumes(tiny, rows, tmp_path):
     out = tmp_path / "run"
     broken = {"after": 4}
 
@@ -118,13 +118,16 @@ def test_a_teacher_that_fails_leaves_what_it_said_and_the_run_goes_on(tiny, rows
     assert (out / "run.json").exists()
 
 
-def test_what_cannot_work_leaves_no_folder(tiny, speakers, rows, tmp_path):
+def test_what_cannot_work_leaves_no_folder(tiny, writing_teachers, rows, tmp_path):
     out = tmp_path / "run"
     for recipe, what in (
-        (resolved(tmp_path / "none", rows, speakers), "none"),
-        (resolved(tiny("llama"), tmp_path / "none.jsonl", speakers), "none.jsonl"),
+        (resolved(tmp_path / "none", rows, writing_teachers), "none"),
+        (resolved(tiny("llama"), tmp_path / "none.jsonl", writing_teachers), "none.jsonl"),
         (resolved(tiny("llama"), rows, [{"model": str(tmp_path / "who")}]), "who"),
-        (resolved(tiny("llama"), rows, [speakers[0], speakers[0]]), "give each a name"),
+        (
+            resolved(tiny("llama"), rows, [writing_teachers[0], writing_teachers[0]]),
+            "give each a name",
+        ),
     ):
         with pytest.raises(SlimError) as caught:
             distill(recipe, out, observer=Recorder())
@@ -141,10 +144,10 @@ class CtrlC(Recorder):
             raise KeyboardInterrupt
 
 
-def test_ctrl_c_while_teachers_write(tiny, speakers, rows, tmp_path):
+def test_ctrl_c_while_writing_teacherswrite(tiny, writing_teachers, rows, tmp_path):
     out = tmp_path / "run"
-    recipe = resolved(tiny("llama"), rows, speakers)
-    with pytest.raises(Interrupted, match="their answers so far are kept") as caught:
+    recipe = resolved(tiny("llama"), rows, writing_teachers)
+    with pytest.raises(Interrupted, match="those so far are saved") as caught:
         distill(recipe, out, observer=CtrlC())
     assert "mlx-slim distill" in caught.value.hint and "--resume" in caught.value.hint
     distill(recipe, out, observer=Recorder(), resume=True)
@@ -154,8 +157,12 @@ def test_ctrl_c_while_teachers_write(tiny, speakers, rows, tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from mlx_slim.distillation import dataset
 from mlx_slim.distillation.run import distill
 from tests.distillation.test_text import resolved
+
+if sys.argv[6:] == ["0.1"]:  # the names of the files then
+    dataset.FOLDER, dataset.RECORD = dataset.OLD_FOLDER, dataset.OLD_RECORD
 
 class Observer:
     def notify(self, event):
@@ -168,20 +175,35 @@ distill(resolved(model, rows, teachers), Path(out), observer=Observer())
 """
 
 
-def test_killed_while_learning_and_resumed_is_the_same_to_the_bit(tiny, speakers, rows, tmp_path):
+def test_killed_in_training_and_resumed_is_the_same_to_the_bit(
+    tiny, writing_teachers, rows, tmp_path
+):
     straight, out = tmp_path / "straight", tmp_path / "killed"
-    recipe = resolved(tiny("llama"), rows, speakers)
+    recipe = resolved(tiny("llama"), rows, writing_teachers)
     distill(recipe, straight, observer=Recorder())
-    models = [teacher["model"] for teacher in speakers]
+    models = [teacher["model"] for teacher in writing_teachers]
     run_until_killed(KILLED, tiny("llama"), rows, *models, out)
     distill(recipe, out, observer=Recorder(), resume=True)
     assert losses(out) == losses(straight)
     assert (out / "answers.jsonl").read_bytes() == (straight / "answers.jsonl").read_bytes()
 
 
-def test_an_edit_after_learning_began_is_refused(tiny, speakers, rows, tmp_path):
+def test_a_run_of_0_1_is_resumed_under_its_old_file_names(tiny, writing_teachers, rows, tmp_path):
+    straight, out, seen = tmp_path / "straight", tmp_path / "killed", Recorder()
+    recipe = resolved(tiny("llama"), rows, writing_teachers)
+    distill(recipe, straight, observer=Recorder())
+    models = [teacher["model"] for teacher in writing_teachers]
+    run_until_killed(KILLED, tiny("llama"), rows, *models, out, "0.1")
+    assert (out / "taught" / "0-data.jsonl").is_file() and (out / "teaching.json").is_file()
+    distill(recipe, out, observer=seen, resume=True)
+    assert losses(out) == losses(straight)
+    assert notices(seen).count("are names of mlx-slim 0.1 and still read") == 1
+    assert not (out / "dataset").exists()
+
+
+def test_an_edit_after_training_began_is_refused(tiny, writing_teachers, rows, tmp_path):
     out = tmp_path / "run"
-    recipe = resolved(tiny("llama"), rows, speakers)
+    recipe = resolved(tiny("llama"), rows, writing_teachers)
     distill(recipe, out, observer=Recorder())
     (out / "run.json").unlink()
     file = out / "answers.jsonl"
@@ -190,7 +212,9 @@ def test_an_edit_after_learning_began_is_refused(tiny, speakers, rows, tmp_path)
         distill(recipe, out, observer=Recorder(), resume=True)
 
 
-def test_train_says_that_teachers_are_for_distill(tiny, speakers, rows, tmp_path):
+def test_train_refuses_a_recipe_with_teachers(tiny, writing_teachers, rows, tmp_path):
     with pytest.raises(SlimError, match="has teachers") as caught:
-        finetune(resolved(tiny("llama"), rows, speakers), tmp_path / "x", observer=Recorder())
+        finetune(
+            resolved(tiny("llama"), rows, writing_teachers), tmp_path / "x", observer=Recorder()
+        )
     assert "mlx-slim distill" in caught.value.hint
