@@ -7,8 +7,10 @@ already under the same fingerprint is reused. Try it: ``mlx-slim data preview sm
 
 from __future__ import annotations
 
+import filecmp
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +47,14 @@ class Prepared:
         validation: Held-out rows, or None.
         ledger: Every row accounted for (also in ``data_ledger.json``).
         fingerprint: What the rows were made from; compare with ``fingerprint_difference``.
+        note: What a user should know of rows that an older version stored; empty otherwise.
     """
 
     train: TokenStore
     validation: TokenStore | None
     ledger: dict[str, Any]
     fingerprint: dict[str, Any]
+    note: str = ""
 
 
 # ---------------------------------------------------------------------------- the whole
@@ -116,17 +120,35 @@ def prepare(
                 write_json(folder / LEDGER_FILE, ledger)
             return _open(tokens, known["fingerprint"], ledger)
         if unchanged:
-            lines = fingerprint_difference(without_rows(known["fingerprint"]), wanted)
-            raise SlimError(
-                f"the data of {folder} changed since it was started: {'; '.join(lines)}",
-                "resume with the same data, or start a new run",
-            )
-    with atomic_folder(tokens, replace=True) as temporary:
+            lines = fingerprint_difference(_as_of_today(known["fingerprint"]), wanted)
+            if lines:
+                raise SlimError(
+                    f"the data of {folder} changed since it was started: {'; '.join(lines)}",
+                    "resume with the same data, or start a new run",
+                )
+
+    def write(target: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         checker = overlap.Checker.from_mirror()
         with Workers(Tokeniser(pipeline, checker.index is not None), processes) as workers:
-            fingerprint, ledger = _write(
-                workers, checker, found, held_out, wanted, temporary, config=config, seed=seed
+            return _write(
+                workers, checker, found, held_out, wanted, target, config=config, seed=seed
             )
+
+    if unchanged and state.is_file():
+        version = known["fingerprint"].get("version")
+        with tempfile.TemporaryDirectory() as scratch:
+            write(Path(scratch))
+            if not _same_rows(tokens, Path(scratch)):
+                raise SlimError(
+                    f"{folder} was started by an older version (data.version {version}), and this "
+                    "one makes other tokens or targets of its rows",
+                    "finish it with the version that started it, or start a new run",
+                )
+        prepared = _open(tokens, known["fingerprint"], known["ledger"])
+        note = f"{tokens} was written by an older version (data.version {version}): same rows"
+        return replace(prepared, note=note)
+    with atomic_folder(tokens, replace=True) as temporary:
+        fingerprint, ledger = write(temporary)
         write_json(temporary / "prepared.json", {"fingerprint": fingerprint, "ledger": ledger})
     write_json(folder / LEDGER_FILE, ledger)
     return _open(tokens, fingerprint, ledger)
@@ -139,6 +161,27 @@ def _validation_source(
         return None
     source = SourceConfig(path=config.validation, format=config.format, split="validation")
     return find(source), source
+
+
+def _as_of_today(fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """Return an older version's fingerprint with this version's number and settings.
+
+    Settings that the older version did not have stand at what it did: it learned all answers.
+    """
+    known = without_rows(fingerprint)
+    return {**known, "version": _VERSION, "settings": {"learn": "all", **known["settings"]}}
+
+
+def _same_rows(old: Path, new: Path) -> bool:
+    """Return whether two folders of rows hold the same tokens, targets, weights and split."""
+    files = [
+        {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+        - {Path("prepared.json")}
+        for folder in (old, new)
+    ]
+    return files[0] == files[1] and all(
+        filecmp.cmp(old / name, new / name, shallow=False) for name in files[0]
+    )
 
 
 def _open(tokens: Path, fingerprint: dict[str, Any], ledger: dict[str, Any]) -> Prepared:

@@ -231,6 +231,8 @@ def _build(
     for note in tuned.loaded.notes:
         observer.notify(events.Notice(note))
     data = strategy.rows(recipe, tuned, out, unchanged=unchanged)
+    if data.note:
+        observer.notify(events.Notice(data.note))
     strategy.read(recipe, tuned, data, out)
     prediction = strategy.predict(recipe, tuned, data.train.lengths.tolist())
     tuned.callbacks += watch(recipe, tuned, observer)
