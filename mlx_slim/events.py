@@ -93,19 +93,22 @@ class ValidationDone(Event):
     parts: dict[str, float] | None = None
 
 
+FORGETTING_OF_0_1 = "held_out"  # name of the next event in a ``metrics.jsonl`` of version 0.1
+
+
 @dataclass(frozen=True)
-class HeldOutDone(Event):
+class ForgettingMeasured(Event):
     """A fixed general text was predicted after ``step`` (0: before the first one).
 
     Attributes:
         step: Optimizer steps done.
         bits_per_byte: Of the text.
         rise: Relative to the start: 0.02 is 2% more bits.
-        within: Whether that is no more than ``held_out.max_rise``.
+        within: Whether that is no more than ``forgetting.max_rise``.
         seconds: Wall time.
     """
 
-    name: ClassVar[str] = "held_out"
+    name: ClassVar[str] = "forgetting"
     step: int
     bits_per_byte: float
     rise: float
@@ -146,14 +149,15 @@ class Done(Event):
 
     Attributes:
         step: Optimizer steps done.
-        reason: ``complete``, ``early_stopping``, ``held_out``, ``interrupted`` or
+        reason: ``complete``, ``early_stopping``, ``forgetting``, ``interrupted`` or
             ``non_finite_loss``.
         tokens: Real tokens trained on, this run and the runs it resumed.
         seconds: Wall time of the training steps, seconds.
         best_validation: Lowest validation loss, nats per token; None without a validation split.
         best_step: The step it was reached at.
         peak_memory_bytes: MLX peak, bytes.
-        held_out_step: Newest step at which the held-out text was within its limit.
+        result_step: The step whose weights are the result: the one of the lowest validation loss,
+            unless a callback stopped the run and allows only an earlier one.
     """
 
     name: ClassVar[str] = "done"
@@ -164,16 +168,24 @@ class Done(Event):
     peak_memory_bytes: int
     best_validation: float | None = None
     best_step: int | None = None
-    held_out_step: int | None = None
+    result_step: int | None = None
 
-    @property
-    def kept_step(self) -> int:
-        """The step whose weights are the result: the best one, within the held-out limit."""
-        best, within = self.best_step, self.held_out_step
-        if self.reason != "held_out":
-            return self.step if best is None else best
-        within = within or 0
-        return within if best is None or best > within else best
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Done:
+        """Return the event of a ``run.json``; one of 0.1 had ``held_out_step``, no ``result_step``.
+
+        Raises:
+            TypeError: If a field is missing or is none of these.
+        """
+        record = dict(record)
+        if "held_out_step" in record:
+            within, best = record.pop("held_out_step"), record.get("best_step")
+            result = record.get("step") if best is None else best
+            if record.get("reason") == "held_out":
+                record["reason"] = "forgetting"
+                result = min(result, within or 0)
+            record.setdefault("result_step", result)
+        return cls(**record)
 
 
 @dataclass(frozen=True)

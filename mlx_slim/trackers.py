@@ -22,7 +22,7 @@ from mlx_slim.events import (
     Closing,
     Done,
     Event,
-    HeldOutDone,
+    ForgettingMeasured,
     Saved,
     Started,
     StepDone,
@@ -60,8 +60,8 @@ def scalars(event: Event) -> dict[str, float]:
         }
     if isinstance(event, ValidationDone):
         return {"validation/loss": event.loss, **_parts("validation", event.parts)}
-    if isinstance(event, HeldOutDone):
-        return {"held_out/bits_per_byte": event.bits_per_byte}
+    if isinstance(event, ForgettingMeasured):
+        return {"forgetting/bits_per_byte": event.bits_per_byte}
     return {}
 
 

@@ -90,6 +90,7 @@ def _text(resolved: Resolved, found: Prediction, note: str) -> str:
     peak = f"{human_bytes(found.predicted_peak_bytes)}, {fits} in {budget}"
     rules = found.rules_of_thumb
     rows = [
+        *(("old key", notice) for notice in resolved.notices),
         ("model", f"{recipe.model} ({found.parameters:,} parameters; {note})"),
         ("method", f"{recipe.method}, {found.trainable_parameters:,} trainable ({share:.2f}%)"),
         ("dtype", found.dtype),

@@ -25,7 +25,7 @@ from mlx_slim.data.sources import find as find_source
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.tasks.training_rows import finder
 from mlx_slim.finetuning.build import started_from
-from mlx_slim.finetuning.forgetting import read_held_out
+from mlx_slim.finetuning.forgetting import read_texts_of
 from mlx_slim.pruning.options import PruneOptions
 from mlx_slim.quantization.calibration import DEFAULT_SOURCE
 from mlx_slim.runtime import on_gpu
@@ -47,8 +47,8 @@ def code_version() -> str:
 def contents(recipe: Recipe) -> dict[str, Any]:
     """Return what identifies the contents of all that a recipe names by path, its models aside.
 
-    Training rows, a file of validation rows, a template's file, the text of ``held_out``, adapters
-    below its own or that it starts from, and those of its teachers.
+    Training rows, a file of validation rows, a template's file, the text of ``forgetting``,
+    adapters below its own or that it starts from, and those of its teachers.
 
     Raises:
         SlimError: If one of them is not there.
@@ -63,8 +63,8 @@ def contents(recipe: Recipe) -> dict[str, Any]:
         found: dict[str, Any] = {"rows": [source_print(find(c), c) for c in sources]}
     if Path(data.template).is_file():
         found["template"] = hash_file(Path(data.template))
-    if recipe.held_out is not None:
-        found["held_out"] = read_held_out(recipe.held_out).sha256
+    if recipe.forgetting is not None:
+        found["forgetting"] = read_texts_of(recipe.forgetting).sha256
     teachers = recipe.distill.teachers if recipe.distill else []
     adapters = [*recipe.adapter.on, *(t.adapter for t in teachers if t.adapter is not None)]
     folders = [one.folder for name in adapters for one in parse_adapters(name)]

@@ -189,13 +189,13 @@ def load_matrix(
         SlimError: If the file cannot be read, or has wrong keys or values.
     """
     text = str(name_or_path)
-    values, origins, file, problems = read_layers(text, overrides, Matrix, "matrices")
-    matrix = checked(Matrix, values, origins, problems, f"matrix {text}")
+    layers = read_layers(text, overrides, Matrix, "matrices")
+    matrix = checked(Matrix, layers.values, layers.origins, layers.problems, f"matrix {text}")
     if limit is not None:
         tasks = [t.model_copy(update={"limit": min(limit, t.limit or limit)}) for t in matrix.tasks]
         matrix = matrix.model_copy(update={"tasks": tasks})
     _check(matrix, text)
-    return expand(matrix, file.stem)
+    return expand(matrix, layers.file.stem)
 
 
 def _check(matrix: Matrix, text: str) -> None:

@@ -167,7 +167,7 @@ def _loaded(recipe: Recipe, kind: Kind, config: dict[str, Any] | None) -> int | 
     config = _known_config(recipe) if config is None else config
     if config is None:
         return None
-    rounds = recipe.quantize.model_copy(update={"aware": False})
+    rounds = recipe.quantize.model_copy(update={"qat": False})
     method = "qlora" if kind == "quantized" else "lora"
     plain = recipe.model_copy(update={"method": method, "quantize": rounds})
     return training_shapes(config, plain, resolve_dtype(recipe.train.dtype)).base_bytes

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from mlx_slim.config import library
+from mlx_slim.config.aliases import RECIPE, Aliases, current_path, rename
 from mlx_slim.config.problems import Keys, Origins, Words, words_for
 from mlx_slim.config.read import parse_scalar, read_mapping
 from mlx_slim.config.schema import Recipe, Section
@@ -46,12 +47,14 @@ class Resolved:
         origins: Dotted key -> ``default``, a file (with its line) or ``command line``, all keys.
         name: The recipe's name, or the stem of its file.
         given: What the user wrote: the recipe's name, or the path of its file.
+        notices: One line for each key that was given under an old name.
     """
 
     recipe: Recipe
     origins: dict[str, str]
     name: str
     given: str
+    notices: tuple[str, ...] = ()
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Resolved:
@@ -66,13 +69,40 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Resolved:
             the message counts them and ``details`` has one line each.
     """
     text = str(name_or_path)
-    values, origins, file, problems = read_layers(text, overrides, Recipe, "recipes")
-    return _check(values, origins, problems, file.stem, text)
+    layers = read_layers(text, overrides, Recipe, "recipes")
+    return _check(layers, layers.file.stem, text)
+
+
+@dataclass
+class Layers:
+    """Values of files and of the command line, laid over each other, unchecked.
+
+    Attributes:
+        values: Nested.
+        origins: Where each value came from.
+        aliases: Old keys that are still read.
+        file: The file that was named.
+        problems: One line for each override that cannot be read.
+        notices: One line for each key that was given under an old name.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: Origins = field(default_factory=dict)
+    aliases: Aliases = field(default_factory=dict)
+    file: Path = Path()
+    problems: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+    def add(self, values: dict[str, Any], origin: Callable[[Keys], str]) -> None:
+        """Lay ``values`` (nested) over what is there; ``origin`` says where a key stands."""
+        values, notices = rename(values, self.aliases, origin)
+        self.notices += [notice for notice in notices if notice not in self.notices]
+        _merge(values, (), self.values, self.origins, origin)
 
 
 def read_layers(
     name_or_path: str, overrides: Sequence[str], schema: type[Section], kind: library.Kind
-) -> tuple[dict[str, Any], Origins, Path, list[str]]:
+) -> Layers:
     """Return the values of a file and the command line, unchecked.
 
     Args:
@@ -81,9 +111,6 @@ def read_layers(
         schema: What the values are meant for.
         kind: Which shipped files are meant.
 
-    Returns:
-        Nested values, their origins, the file, and one line for each override that cannot be read.
-
     Raises:
         SlimError: Unknown name or unreadable file.
     """
@@ -91,11 +118,14 @@ def read_layers(
         file = Path(name_or_path)
     else:
         file = library.find(kind, name_or_path)
-    values: dict[str, Any] = {}
-    origins: Origins = {}
-    _apply_file(file, values, origins, ())
-    problems = _apply_overrides(overrides, values, origins, words_for(schema))
-    return values, origins, file, problems
+    layers = Layers(aliases=_aliases(schema), file=file)
+    _apply_file(file, layers, ())
+    _apply_overrides(overrides, layers, words_for(schema))
+    return layers
+
+
+def _aliases(schema: type[Section]) -> Aliases:
+    return RECIPE if schema is Recipe else {}
 
 
 def from_values(values: dict[str, Any], name: str, origin: str) -> Resolved:
@@ -118,21 +148,19 @@ def from_layers(layers: Sequence[tuple[dict[str, Any] | str, str]], name: str) -
     Raises:
         SlimError: As ``load_recipe``.
     """
-    merged: dict[str, Any] = {}
-    origins: Origins = {}
+    merged = Layers(aliases=_aliases(Recipe))
     for values, origin in layers:
         if isinstance(values, str):
-            _apply_file(library.find("recipes", values), merged, origins, ())
+            _apply_file(library.find("recipes", values), merged, ())
         else:
-            _merge(values, (), merged, origins, lambda _, origin=origin: origin)
-    return _check(merged, origins, [], name, name)
+            merged.add(values, lambda _, origin=origin: origin)
+    return _check(merged, name, name)
 
 
-def _check(
-    values: dict[str, Any], origins: Origins, problems: list[str], name: str, title: str
-) -> Resolved:
-    recipe = checked(Recipe, values, origins, problems, f"recipe {title}")
-    return Resolved(recipe, _all_origins(recipe, origins), name, title)
+def _check(layers: Layers, name: str, title: str) -> Resolved:
+    recipe = checked(Recipe, layers.values, layers.origins, layers.problems, f"recipe {title}")
+    origins = _all_origins(recipe, layers.origins)
+    return Resolved(recipe, origins, name, title, tuple(layers.notices))
 
 
 Checked = TypeVar("Checked", bound=Section)
@@ -170,8 +198,7 @@ def checked(
 
 def _apply_file(
     file: Path,
-    values: dict[str, Any],
-    origins: Origins,
+    layers: Layers,
     chain: tuple[Path, ...],
     count: Iterator[int] | None = None,
 ) -> None:
@@ -194,8 +221,9 @@ def _apply_file(
             "give a recipe's name, or a list of names",
         )
     for parent in parents:
-        _apply_file(_parent(file, parent), values, origins, (*chain, real), count)
-    _merge(content, (), values, origins, lambda path: f"{file.name}:{lines.get(path, 1)}")
+        _apply_file(_parent(file, parent), layers, (*chain, real), count)
+    lines |= {current_path(path, layers.aliases): line for path, line in lines.items()}
+    layers.add(content, lambda path: f"{file.name}:{lines.get(path, 1)}")
 
 
 def _parent(file: Path, name: str) -> Path:
@@ -215,10 +243,8 @@ def _override_value(path: Keys, text: str, words: Words) -> Any:
     return text if number and "string" in kinds and not kinds & {"integer", "number"} else value
 
 
-def _apply_overrides(
-    overrides: Sequence[str], values: dict[str, Any], origins: Origins, words: Words
-) -> list[str]:
-    problems: list[str] = []
+def _apply_overrides(overrides: Sequence[str], layers: Layers, words: Words) -> None:
+    problems = layers.problems
     for override in overrides:
         key, equals, text = override.partition("=")
         parts = tuple(key.strip().split("."))
@@ -232,15 +258,14 @@ def _apply_overrides(
             problems.append(f"extends ({COMMAND_LINE}): only a recipe file can extend another")
             continue
         try:
-            value = _override_value(parts, text, words)
+            value = _override_value(current_path(parts, layers.aliases), text, words)
         except SlimError as error:
             problems.append(f"{key} ({COMMAND_LINE}): {error.message}")
             continue
         nested: Any = value
         for part in reversed(parts):
             nested = {part: nested}
-        _merge(nested, (), values, origins, lambda _: COMMAND_LINE)
-    return problems
+        layers.add(nested, lambda _: COMMAND_LINE)
 
 
 def _merge(new: dict[str, Any], path: Keys, into: dict[str, Any], origins: Origins, origin) -> None:
@@ -302,7 +327,7 @@ def render(resolved: Resolved) -> str:
     recipe, origins = resolved.recipe, resolved.origins
     unused = {
         "adapter": recipe.method == "full",
-        "quantize": recipe.method != "qlora" and not recipe.quantize.aware,
+        "quantize": recipe.method != "qlora" and not recipe.quantize.qat,
     }
     rows: list[tuple[str, str]] = []
     section = ""
@@ -324,4 +349,5 @@ def render(resolved: Resolved) -> str:
         section = path[0] if len(path) > 1 else ""
         rows.append((f"{'  ' if len(path) > 1 else ''}{key.rsplit('.')[-1]}: {text}", origin))
     width = min(max(len(left) for left, _ in rows), 60)
-    return "\n".join(f"{left:<{width}}  # {note}" if note else left for left, note in rows)
+    lines = [f"{left:<{width}}  # {note}" if note else left for left, note in rows]
+    return "\n".join([*(f"# {notice}" for notice in resolved.notices), *lines])

@@ -42,13 +42,13 @@ class QuantizeConfig(Section):
         bits: Bits per code.
         group_size: Weights that share a scale.
         mode: ``affine`` (scale and bias), or a float format of the OCP MX or NVFP4 family.
-        aware: Train with weights rounded to this format (full, lora, dora) and save them in it.
+        qat: Train with weights rounded to this format (full, lora, dora) and save them in it.
     """
 
     bits: Literal[2, 3, 4, 5, 6, 8] = 4
     group_size: Literal[16, 32, 64, 128] = 64
     mode: Literal["affine", "mxfp4", "mxfp8", "nvfp4"] = "affine"
-    aware: bool = False
+    qat: bool = False
 
     @model_validator(mode="after")
     def _known_combination(self) -> QuantizeConfig:
@@ -231,7 +231,7 @@ class MemoryConfig(Section):
     budget: str | Bytes = "auto"
 
 
-class HeldOutConfig(Section):
+class ForgettingConfig(Section):
     """A general text that the run must not forget (arXiv 2403.15796).
 
     Attributes:
@@ -258,7 +258,7 @@ class Recipe(Section):
         revision: Commit or tag of a hub model.
         method: ``full``, ``lora``, ``qlora`` or ``dora``.
         distill: Teachers, for ``mlx-slim distill``; None for plain fine-tuning.
-        held_out: A text to watch; None watches none.
+        forgetting: A general text that is measured while the run trains; None measures none.
         report_to: Trackers besides ``metrics.jsonl`` (each its own extra).
     """
 
@@ -269,7 +269,7 @@ class Recipe(Section):
     quantize: QuantizeConfig = QuantizeConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
-    held_out: HeldOutConfig | None = None
+    forgetting: ForgettingConfig | None = None
     distill: DistillConfig | None = None
     memory: MemoryConfig = MemoryConfig()
     report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
@@ -277,9 +277,9 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _parts_fit(self) -> Recipe:
         problems = []
-        if self.quantize.aware and self.method == "qlora":
+        if self.quantize.qat and self.method == "qlora":
             problems.append(
-                "quantize.aware rounds float weights and method=qlora has a quantized base: use "
+                "quantize.qat rounds float weights and method=qlora has a quantized base: use "
                 "full, lora or dora"
             )
         adapter = self.adapter
@@ -295,8 +295,8 @@ class Recipe(Section):
             )
         if self.distill is not None and self.distill.method == "mutual":
             beside = {
-                "quantize.aware": self.quantize.aware,
-                "held_out": self.held_out,
+                "quantize.qat": self.quantize.qat,
+                "forgetting": self.forgetting,
                 "adapter.adaptive": self.adapter.adaptive,
                 "adapter.on": self.adapter.on,
                 "adapter.init_from": self.adapter.init_from,

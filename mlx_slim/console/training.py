@@ -22,7 +22,7 @@ from mlx_slim.console.parts import Clock, eta, memory_row, progress_row
 from mlx_slim.events import (
     Done,
     Event,
-    HeldOutDone,
+    ForgettingMeasured,
     Resumed,
     Saved,
     Started,
@@ -35,7 +35,7 @@ _SMOOTHING = 0.9  # of the running mean of the loss, a step
 _REASONS = {
     "complete": "done",
     "early_stopping": "stopped early: validation no longer improves",
-    "held_out": "stopped early: the held-out text costs more bits than allowed",
+    "forgetting": "stopped early: the text of forgetting.path costs more bits than allowed",
     "interrupted": "interrupted",
     "non_finite_loss": "stopped: the loss is not finite",
 }
@@ -61,7 +61,7 @@ def _parts(parts: dict[str, float] | None) -> str:
     return f" ({', '.join(each)})"
 
 
-def _held_out(event: HeldOutDone) -> str:
+def _forgetting(event: ForgettingMeasured) -> str:
     return f"{event.bits_per_byte:.4f} bits/byte ({event.rise:+.2%})"
 
 
@@ -76,7 +76,7 @@ class Progress:
         self.step: StepDone | None = None
         self.validation: ValidationDone | None = None
         self.best: ValidationDone | None = None
-        self.held_out: HeldOutDone | None = None
+        self.forgetting: ForgettingMeasured | None = None
         self.saved: Saved | Resumed | None = None
         self.done: Done | None = None
         self.smoothed = math.nan
@@ -98,8 +98,8 @@ class Progress:
                 self.validation = event
                 if event.best:
                     self.best = event
-            case HeldOutDone():
-                self.held_out = event
+            case ForgettingMeasured():
+                self.forgetting = event
             case Saved() | Resumed():
                 self.saved = event
             case Done():
@@ -152,9 +152,9 @@ class Progress:
                 mark = " (best)" if event.best else ""
                 parts = _parts(event.parts)
                 return f"validation at step {event.step}: loss {event.loss:.4f}{parts}{mark}"
-            case HeldOutDone():
+            case ForgettingMeasured():
                 over = "" if event.within else ": over the limit"
-                return f"held-out text at step {event.step}: {_held_out(event)}{over}"
+                return f"forgetting at step {event.step}: {_forgetting(event)}{over}"
             case Saved():
                 return f"saved {event.path}"
             case Resumed():
@@ -207,8 +207,8 @@ class View:
         validation = "–"
         if p.validation:
             validation = f"{p.validation.loss:.4f}{_parts(p.validation.parts)}"
-        if p.held_out:
-            validation += f"  held-out {_held_out(p.held_out)}"
+        if p.forgetting:
+            validation += f"  forgetting {_forgetting(p.forgetting)}"
         best = f"{p.best.loss:.4f} at step {p.best.step}" if p.best else "–"
         curve = sparkline(p.losses, max(0, width // 2 - 40 if wide else width - 40))
         cells = [

@@ -11,7 +11,7 @@ import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -32,8 +32,8 @@ from mlx_slim.distillation.teachers import (
     name_of,
 )
 from mlx_slim.errors import ResourceError
-from mlx_slim.finetuning.build import Tuned
-from mlx_slim.finetuning.strategy import TrainingStrategy
+from mlx_slim.finetuning.build import Tuned, prepare_data
+from mlx_slim.finetuning.strategy import SingleModel
 from mlx_slim.models.load import read_config
 from mlx_slim.planner.memory import weight_bytes
 from mlx_slim.runtime import (
@@ -77,7 +77,8 @@ class _TargetSet:
         return target_cache.open_complete(self.folder, self.shape) is not None
 
 
-class LogitDistillation(TrainingStrategy):
+@final
+class LogitDistillation:
     """Distillation from cached logits.
 
     Args:
@@ -88,13 +89,19 @@ class LogitDistillation(TrainingStrategy):
     def __init__(self, config: DistillConfig, teachers: list[TeacherConfig]) -> None:
         self.config = config
         self.teachers = teachers
+        self.student = SingleModel()
         self._dtype = mx.float32
         self._budget = 0
         self._cache = Path(CACHE_FOLDER)
         self._train: list[_TargetSet] = []
         self._validation: list[_TargetSet] = []
 
-    def begin(self, recipe: Recipe, observer: events.Observer) -> None:
+    @property
+    def targets(self) -> LogitDistillation:
+        """The teachers' logits, cached before the student is trained."""
+        return self
+
+    def check(self, recipe: Recipe) -> None:
         """Check that every teacher fits into the memory budget.
 
         Raises:
@@ -116,14 +123,16 @@ class LogitDistillation(TrainingStrategy):
         assert teacher.model is not None
         return read_config(teacher.model, teacher.revision)
 
-    def readers(self) -> list[dict[str, Any]]:
-        """Return the teachers' configs."""
-        return [self._config(teacher) for teacher in self.teachers]
+    def rows(self, recipe: Recipe, tuned: Tuned, out: Path, *, unchanged: bool) -> Prepared:
+        """Return the recipe's rows, within the limits of the teachers too."""
+        readers = [self._config(teacher) for teacher in self.teachers]
+        data = prepare_data(recipe, tuned, out, unchanged=unchanged, readers=readers)
+        if not self._train:
+            self._locate_targets(recipe, tuned, data, out)
+        return data
 
-    def read(self, recipe: Recipe, tuned: Tuned, data: Prepared, out: Path) -> None:
+    def _locate_targets(self, recipe: Recipe, tuned: Tuned, data: Prepared, out: Path) -> None:
         """Determine the cache of each teacher."""
-        if self._train:
-            return
         self._cache = Path(self.config.cache or out / CACHE_FOLDER)
         self._tokenizer = str(data.fingerprint["tokenizer"])
         for teacher in self.teachers:
@@ -148,7 +157,7 @@ class LogitDistillation(TrainingStrategy):
     def _target_sets(self) -> list[_TargetSet]:
         return [*self._train, *self._validation]
 
-    def _missing(self) -> int:
+    def _missing_bytes(self) -> int:
         """Bytes that the targets will still take on disk; two teachers may use one folder."""
         return sum(
             {
@@ -162,7 +171,7 @@ class LogitDistillation(TrainingStrategy):
         Raises:
             ResourceError: Names the bytes needed and free.
         """
-        target_cache.check_disk(self._cache, self._missing())
+        target_cache.check_disk(self._cache, self._missing_bytes())
 
     @property
     def token_loss(self) -> DistillationLoss:
@@ -187,11 +196,11 @@ class LogitDistillation(TrainingStrategy):
             else None,
         )
 
-    def needs_targets(self) -> bool:
+    def missing(self) -> bool:
         """Return whether targets are missing."""
         return not all(target_set.complete for target_set in self._target_sets)
 
-    def generate_targets(self, observer: events.Observer) -> bool:
+    def generate(self, observer: events.Observer) -> bool:
         """Run the teachers, each loaded alone; return False if the user stopped it."""
         complete = True
         if world().rank() == 0:

@@ -14,21 +14,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, final
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_slim import events
 from mlx_slim.artifacts import public_name
 from mlx_slim.config.distill import DistillConfig, TeacherConfig
 from mlx_slim.config.schema import Recipe
 from mlx_slim.data.batches import Batch
+from mlx_slim.data.prepare import Prepared
 from mlx_slim.distillation.losses import FLOOR, Divergence, between, pull
 from mlx_slim.distillation.teachers import with_model
 from mlx_slim.errors import SlimError
-from mlx_slim.finetuning.build import Tuned, prepare_model
-from mlx_slim.finetuning.strategy import TrainingStrategy, load_tuned, planned_config, save_tuned
+from mlx_slim.finetuning.build import Tuned, prepare_data, prepare_model
+from mlx_slim.finetuning.strategy import load_tuned, planned_config, save_tuned
 from mlx_slim.models import structure
 from mlx_slim.models.load import read_config
 from mlx_slim.models.logits import logsumexp, row_sums
@@ -198,7 +198,74 @@ def second_recipe(recipe: Recipe, second: TeacherConfig) -> Recipe:
     return recipe.model_copy(update=update)
 
 
-class MutualDistillation(TrainingStrategy):
+@final
+class StudentPair:
+    """Two students as one model, saved as two.
+
+    Args:
+        second: The second student.
+    """
+
+    def __init__(self, second: TeacherConfig) -> None:
+        self.second = second
+        self._other: Tuned | None = None  # the second student, without its weights
+
+    def prepare(self, recipe: Recipe) -> Tuned:
+        """Return both as one model."""
+        first = prepare_model(recipe)
+        second = prepare_model(second_recipe(recipe, self.second))
+        pair = ModelPair(first.model, second.model)
+        self._other = replace(second, loaded=replace(second.loaded, model=nn.Module()))
+        return Tuned(
+            loaded=replace(first.loaded, model=pair),
+            config=first.config,
+            injected=first.injected,
+            base=first.base,
+            total=first.total + second.total,
+        )
+
+    @property
+    def second_tuned(self) -> Tuned:
+        """The second student, without its weights; set by ``prepare``."""
+        assert self._other is not None
+        return self._other
+
+    def expect(self, recipe: Recipe) -> Prediction:
+        """Return the cost of both, before anything is loaded."""
+        return predicted(read_config(recipe.model, recipe.revision), recipe)
+
+    def predict(self, recipe: Recipe, tuned: Tuned, lengths: Sequence[int]) -> Prediction:
+        """Return the cost of both."""
+        second = second_recipe(recipe, self.second)
+        return combined(
+            predict(planned_config(recipe, tuned), recipe, lengths=lengths),
+            predict(
+                planned_config(second, self.second_tuned), second, lengths=lengths, suggest=False
+            ),
+        )
+
+    def artifact(self, recipe: Recipe, tuned: Tuned) -> str:
+        """Return the folder of the first student."""
+        return FIRST
+
+    def save(self, recipe: Recipe, tuned: Tuned, out: Path) -> None:
+        """Write both."""
+        pair = cast(ModelPair, tuned.model)
+        save_tuned(recipe, tuned, pair.first, out / FIRST)
+        second = second_recipe(recipe, self.second)
+        save_tuned(second, self.second_tuned, pair.second, out / SECOND)
+
+    def load_again(self, recipe: Recipe, tuned: Tuned, out: Path) -> nn.Module:
+        """Return both, loaded as a user would."""
+        adapted = tuned.injected is not None
+        second = second_recipe(recipe, self.second)
+        return ModelPair(
+            load_tuned(recipe, adapted, out / FIRST), load_tuned(second, adapted, out / SECOND)
+        )
+
+
+@final
+class MutualDistillation:
     """Mutual distillation of two students with one tokenizer.
 
     Args:
@@ -206,12 +273,14 @@ class MutualDistillation(TrainingStrategy):
         second: The second student.
     """
 
+    targets = None
+
     def __init__(self, config: DistillConfig, second: TeacherConfig) -> None:
         self.config = config
         self.second = second
-        self._other: Tuned | None = None  # the second student, without its weights
+        self.student = StudentPair(second)
 
-    def begin(self, recipe: Recipe, observer: events.Observer) -> None:
+    def check(self, recipe: Recipe) -> None:
         """Check that the students can learn from each other.
 
         Raises:
@@ -234,40 +303,10 @@ class MutualDistillation(TrainingStrategy):
                 "set another model with distill.teachers=[{model: …}], or method=lora",
             )
 
-    def model(self, recipe: Recipe) -> Tuned:
-        """Return both as one model."""
-        first = prepare_model(recipe)
-        second = prepare_model(second_recipe(recipe, self.second))
-        pair = ModelPair(first.model, second.model)
-        self._other = replace(second, loaded=replace(second.loaded, model=nn.Module()))
-        return Tuned(
-            loaded=replace(first.loaded, model=pair),
-            config=first.config,
-            injected=first.injected,
-            base=first.base,
-            total=first.total + second.total,
-        )
-
-    @property
-    def _second(self) -> Tuned:
-        assert self._other is not None
-        return self._other
-
-    def expect(self, recipe: Recipe) -> Prediction:
-        """Return the cost of both, before anything is loaded."""
-        return predicted(read_config(recipe.model, recipe.revision), recipe)
-
-    def readers(self) -> list[dict[str, Any]]:
-        """Return the second student's config."""
-        return [self._second.config]
-
-    def predict(self, recipe: Recipe, tuned: Tuned, lengths: Sequence[int]) -> Prediction:
-        """Return the cost of both."""
-        second = second_recipe(recipe, self.second)
-        return combined(
-            predict(planned_config(recipe, tuned), recipe, lengths=lengths),
-            predict(planned_config(second, self._second), second, lengths=lengths, suggest=False),
-        )
+    def rows(self, recipe: Recipe, tuned: Tuned, out: Path, *, unchanged: bool) -> Prepared:
+        """Return the recipe's rows, within the limits of both students."""
+        readers = [self.student.second_tuned.config]
+        return prepare_data(recipe, tuned, out, unchanged=unchanged, readers=readers)
 
     def objectives(
         self, model: nn.Module, chunk: int | None, vocabulary: int, num_threads: int
@@ -284,25 +323,6 @@ class MutualDistillation(TrainingStrategy):
         )
         pair = cast(ModelPair, model)
         return MutualObjective(pair, *settings), MutualValidation(pair, *settings)
-
-    def artifact(self, recipe: Recipe, tuned: Tuned) -> str:
-        """Return the folder of the first student."""
-        return FIRST
-
-    def save(self, recipe: Recipe, tuned: Tuned, out: Path) -> None:
-        """Write both."""
-        pair = cast(ModelPair, tuned.model)
-        save_tuned(recipe, tuned, pair.first, out / FIRST)
-        second = second_recipe(recipe, self.second)
-        save_tuned(second, self._second, pair.second, out / SECOND)
-
-    def load_again(self, recipe: Recipe, tuned: Tuned, out: Path) -> nn.Module:
-        """Return both, loaded as a user would."""
-        adapted = tuned.injected is not None
-        second = second_recipe(recipe, self.second)
-        return ModelPair(
-            load_tuned(recipe, adapted, out / FIRST), load_tuned(second, adapted, out / SECOND)
-        )
 
     def record(self) -> dict[str, Any]:
         """Return the second student and the folders, for ``run.json``."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -42,7 +42,7 @@ from mlx_slim.finetuning.run_dir import (
     resume_command,
     state_record,
 )
-from mlx_slim.finetuning.strategy import TrainingStrategy
+from mlx_slim.finetuning.strategy import CrossEntropyStrategy, SingleModel
 from mlx_slim.models.load import load_tokenizer, read_config
 from mlx_slim.runtime import world
 from mlx_slim.training.step import CrossEntropy, Objective
@@ -76,7 +76,7 @@ def learn_from_texts(
     with claim(out, recipe, observer, resume=resume) as started:
         if is_complete(out, recipe):
             return finetune(
-                resolved, out, observer=observer, resume=True, strategy=TrainingStrategy()
+                resolved, out, observer=observer, resume=True, strategy=CrossEntropyStrategy()
             )
 
         def ready() -> None:
@@ -123,7 +123,8 @@ def _prepare_dataset(
     return dataset
 
 
-class TextDistillation(TrainingStrategy):
+@final
+class TextDistillation:
     """Training on texts of teachers.
 
     Args:
@@ -131,21 +132,25 @@ class TextDistillation(TrainingStrategy):
         teachers: As in the recipe, each with its model.
     """
 
+    targets = None
+
     def __init__(self, dataset: DistillationDataset, teachers: Sequence[TeacherConfig]) -> None:
+        self.student = SingleModel()
         self.dataset = dataset
         self.teachers = teachers
         self._weights_S: np.ndarray | None = None
 
+    def check(self, recipe: Recipe) -> None:
+        """Accept every recipe: the student was checked before the teachers were run."""
+
     def rows(self, recipe: Recipe, tuned: Tuned, out: Path, *, unchanged: bool) -> Prepared:
-        """Return the rows of the dataset, tokenised."""
+        """Return the rows of the dataset, tokenised; compute the weight of every target."""
         dataset = self.dataset
-        return prepare_data(
+        data = prepare_data(
             recipe, tuned, out, unchanged=unchanged, data=dataset.data, find=dataset.find
         )
-
-    def read(self, recipe: Recipe, tuned: Tuned, data: Prepared, out: Path) -> None:
-        """Compute the weight of every target."""
-        self._weights_S = self.dataset.weights(data)
+        self._weights_S = dataset.weights(data)
+        return data
 
     def objectives(
         self, model: nn.Module, chunk: int | None, vocabulary: int, num_threads: int

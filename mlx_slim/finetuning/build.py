@@ -125,8 +125,8 @@ def prepare_model(recipe: Recipe) -> Tuned:
     """Return the base of ``recipe`` with its trainable parameters chosen: adapters, or all."""
     loaded, base = prepare_base(recipe)
     total = get_total_parameters(loaded.model)
-    aware = recipe.quantize.aware
-    rounds = make_policy(loaded.model, recipe.quantize).chosen if aware else {}
+    qat = recipe.quantize.qat
+    rounds = make_policy(loaded.model, recipe.quantize).chosen if qat else {}
     mx.random.seed(recipe.train.seed)
     injected = None
     if recipe.method == "full":
@@ -141,7 +141,7 @@ def prepare_model(recipe: Recipe) -> Tuned:
             start_from(loaded.model, stored, recipe.adapter, injected, dora=dora)
     mx.eval(loaded.model.parameters())
     tuned = Tuned(loaded, loaded.config, injected, total, base)
-    if aware:
+    if qat:
         stored = stored_dtype(folder_tensors(loaded.path))
         tuned.callbacks.append(QuantizationAware(loaded.model, rounds, stored))
     if injected is not None and recipe.adapter.adaptive is not None:
@@ -190,7 +190,7 @@ def prepare_data(
 def from_rows(
     model: nn.Module, chunk: int | None, vocabulary: int, num_threads: int
 ) -> tuple[Objective, Objective | None]:
-    """Return cross-entropy of the rows, for training and for held-out rows."""
+    """Return cross-entropy of the rows, for training and for validation rows."""
     return CrossEntropy(model, chunk, vocabulary, num_threads), None
 
 
@@ -205,7 +205,7 @@ def build_loop(
 ) -> Loop:
     """Return the loop of ``recipe``: batches, objective, threads.
 
-    ``objectives`` makes what is minimised and what held-out rows are measured by, from model,
+    ``objectives`` makes what is minimised and what validation rows are measured by, from model,
     ``train.loss_chunk``, vocabulary and threads.
 
     Raises:
@@ -214,7 +214,7 @@ def build_loop(
     config = recipe.train
     model = tuned.model
     compiled = on_gpu() if config.compile == "auto" else config.compile
-    held_out_limit = VALIDATION_SHAPES if compiled else None
+    validation_limit = VALIDATION_SHAPES if compiled else None
     limit = SHAPES - (VALIDATION_SHAPES if data.validation else 0) if compiled else None
     if limit is not None and recipe.distill is not None:
         limit -= (
@@ -238,14 +238,14 @@ def build_loop(
         return choose_mode(rows, *sizes, balance, limit)
 
     # Of few shapes, those of rows of like length are padded most.
-    held_out_mode: Mode = "grouped"
+    validation_mode: Mode = "grouped"
     if compiled and data.validation and mode != "grouped":
-        held_out_mode = cheaper(data.validation, held_out_limit)
+        validation_mode = cheaper(data.validation, validation_limit)
     mode = cheaper(data.train, limit) if mode == "auto" else mode
     # Each part has gradients of its own: cheap for adapters, a second model for full tuning.
     num_threads = 1 if recipe.method == "full" or compiled else default_num_threads()
     vocabulary = tuned.config.get("vocab_size", 8)
-    objective, held_out = objectives(model, config.loss_chunk, vocabulary, num_threads)
+    objective, validation_objective = objectives(model, config.loss_chunk, vocabulary, num_threads)
     if isinstance(objective, CrossEntropy) and objective.split is None:
         text = f"{tuned.config['model_type']}: body and head do not split; full logits are computed"
         observer.notify(events.Notice(text, level="warning"))
@@ -256,11 +256,11 @@ def build_loop(
     return Loop(
         model=model,
         objective=objective,
-        held_out=held_out,
+        validation_objective=validation_objective,
         config=config,
         batcher=batcher(data.train, mode, limit),
         validation=(
-            batcher(data.validation, held_out_mode, held_out_limit) if data.validation else None
+            batcher(data.validation, validation_mode, validation_limit) if data.validation else None
         ),
         observer=observer,
         checkpoints=out / "checkpoints",

@@ -1,9 +1,9 @@
-"""The general text of ``held_out``: read, cut into windows, measured by the scorer of ``eval``.
+"""Forgetting: a general text, cut into windows, measured between steps by the scorer of ``eval``.
 
 Invariant: bits per byte are those of ``mlx-slim eval --perplexity``
 (``evaluation/scoring/perplexity.py``) in windows of ``train.max_length``, by the weights as the run
 would save them: in evaluation mode, and rounded where it trains for quantization. Try it:
-``mlx-slim train smollm2-lora held_out.path=task:openbookqa held_out.rows=100 -o runs/watched``.
+``mlx-slim train smollm2-lora forgetting.path=task:openbookqa forgetting.rows=100 -o runs/try``.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-
-import mlx.core as mx
+from typing import Any, ClassVar, final
 
 from mlx_slim import events
 from mlx_slim.artifacts import hash_json
-from mlx_slim.config.schema import HeldOutConfig, Recipe, SourceConfig
+from mlx_slim.config.schema import ForgettingConfig, Recipe, SourceConfig
 from mlx_slim.data.formats import Dropped, read_example
 from mlx_slim.data.readers import suffix_of
 from mlx_slim.data.sources import find
@@ -31,14 +31,21 @@ from mlx_slim.evaluation.tasks.rows import load_rows
 from mlx_slim.evaluation.tasks.spec import find_task
 from mlx_slim.finetuning.build import Tuned
 from mlx_slim.models.limits import limit_of
-from mlx_slim.training.callbacks import SAVE, Callback, computing
-from mlx_slim.training.state import WATCHED, TrainState
+from mlx_slim.reading import field
+from mlx_slim.training.callbacks import (
+    Action,
+    CallbackState,
+    Monitor,
+    Verdict,
+    computing,
+)
+from mlx_slim.training.legacy import FORGETTING
 
 _TASK = "task:"
 
 
-def read_held_out(config: HeldOutConfig) -> Texts:
-    """Return the documents of ``held_out``.
+def read_texts_of(config: ForgettingConfig) -> Texts:
+    """Return the documents of the section ``forgetting``.
 
     Raises:
         SlimError: If there are none, or they cannot be read.
@@ -71,23 +78,24 @@ def _document(question: Question) -> str:
 def _texts(name: str, documents: list[str]) -> Texts:
     documents = [document for document in documents if document.strip()]
     if not documents:
-        raise SlimError(f"held_out.path={name} holds no text", "give some text to watch")
+        raise SlimError(f"forgetting.path={name} holds no text", "name a file or a task with text")
     size = sum(len(document.encode()) for document in documents)
     return Texts(name, documents, size, hash_json(documents))
 
 
-def watch(recipe: Recipe, tuned: Tuned, observer: events.Observer) -> list[HeldOut]:
-    """Return the callback that watches the text of ``recipe.held_out``; none without one.
+def measure_forgetting(recipe: Recipe, tuned: Tuned, observer: events.Observer) -> list[Forgetting]:
+    """Return the callback that measures the text of ``recipe.forgetting``; none without one.
 
     Raises:
         SlimError: If the text cannot be read.
     """
-    config = recipe.held_out
+    config = recipe.forgetting
     if config is None:
         return []
     tokenizer = tuned.loaded.tokenizer
     longest = min(max_length(tuned.config, tokenizer), recipe.train.max_length)
-    job = TextJob(read_held_out(config), Encoder(tokenizer, longest, limit=limit_of(tuned.config)))
+    encoder = Encoder(tokenizer, longest, limit=limit_of(tuned.config))
+    job = TextJob(read_texts_of(config), encoder)
     callbacks = list(tuned.callbacks)
 
     def measure() -> float:
@@ -99,91 +107,139 @@ def watch(recipe: Recipe, tuned: Tuned, observer: events.Observer) -> list[HeldO
         model.train(training)
         return float(job.summarize(records)["metrics"]["bits_per_byte"]["value"])
 
-    return [HeldOut(config, measure, observer, job.texts.sha256)]
+    return [Forgetting(config, measure, observer, job.texts.sha256)]
 
 
-REASON = "held_out"
+@dataclass(frozen=True)
+class Limit:
+    """How the measurements stand to the limit.
+
+    Attributes:
+        step: Newest step within it.
+        over: Measurements above it since then.
+    """
+
+    step: int | None = None
+    over: int = 0
 
 
-class HeldOut(Callback):
-    """Watches one text.
+@final
+class Forgetting(Monitor):
+    """Measures one text between steps, and ends the run when it costs too many bits.
 
     Args:
         config: Limit, interval and patience.
         measure: Returns bits per byte of the text, by the weights as they are now.
-        observer: Hears every measurement.
-        identity: Hash of the text, hexadecimal: a resumed run must watch the same.
+        observer: Gets every measurement.
+        identity: Hash of the text, hexadecimal: a resumed run must measure the same text.
     """
+
+    name: ClassVar[str] = FORGETTING
 
     def __init__(
         self,
-        config: HeldOutConfig,
+        config: ForgettingConfig,
         measure: Callable[[], float],
         observer: events.Observer,
         identity: str,
     ) -> None:
         self.config, self._measure, self._observer = config, measure, observer
-        self._identity = list(bytes.fromhex(identity))
+        self._identity = identity
+        self.start: float | None = None  # bits per byte before the first step
+        self.latest = Limit()
+        self._open: Limit | None = None  # before a measurement that only the last step made
 
-    def begin(self, position: TrainState) -> str:
-        """Measure the start, once a run; refuse to go on where the run was stopped already."""
-        if position.held_out_start is None:
+    def begin(self, step: int) -> Verdict:
+        """Measure the start, once a run; stop where the run was stopped already."""
+        if self.start is None:
             began = time.perf_counter()
-            position.held_out_start = self._measure()
-            self._tell(position, position.held_out_start, 0.0, True, began)
-        return REASON if position.held_out_over >= self.config.patience else ""
+            self.start = self._measure()
+            self._notify(step, self.start, 0.0, True, began)
+        return self._stop() if self.stopped() else Verdict()
 
-    def after(self, position: TrainState, last: bool) -> str:
+    def after(self, step: int, last: bool) -> Verdict:
         """Measure when it is time.
 
         Raises:
             SlimError: If it is time to stop and no measured weights were within the limit.
         """
-        if not (last or position.step % self.config.every == 0):
-            return ""
-        if position.step % self.config.every:
-            position.keep_open(WATCHED)
+        if not (last or step % self.config.every == 0):
+            return Verdict()
+        if step % self.config.every:
+            self._open = self.latest
         began = time.perf_counter()
-        bits, start = self._measure(), position.held_out_start
-        assert start is not None
-        rise = bits / start - 1
+        bits = self._measure()
+        assert self.start is not None
+        rise = bits / self.start - 1
         within = rise <= self.config.max_rise  # NaN is not
-        self._tell(position, bits, rise, within, began)
+        self._notify(step, bits, rise, within, began)
         if within:
-            position.held_out_step, position.held_out_over = position.step, 0
-            return SAVE
-        position.held_out_over += 1
+            self.latest = Limit(step, 0)
+            return Verdict(Action.SAVE)
+        over = self.latest.over + 1
         if last:
-            position.held_out_over = max(position.held_out_over, self.config.patience)
-        if position.held_out_over < self.config.patience:
-            return ""
-        if position.held_out_step is None:
+            over = max(over, self.config.patience)
+        self.latest = replace(self.latest, over=over)
+        if not self.stopped():
+            return Verdict()
+        if self.latest.step is None:
             raise SlimError(
-                f"the held-out text costs {rise:.1%} more bits after step {position.step} "
-                f"(limit {self.config.max_rise:.1%}), and no step before was within the limit",
-                f"lower train.learning_rate, or measure before: held_out.every below "
+                f"the text of forgetting.path costs {rise:.1%} more bits after step {step} "
+                f"(limit {self.config.max_rise:.1%}), and no earlier step was within the limit",
+                f"lower train.learning_rate, or measure earlier: forgetting.every below "
                 f"{self.config.every}",
             )
-        return REASON
+        return self._stop()
 
-    def _tell(
-        self, position: TrainState, bits: float, rise: float, within: bool, began: float
-    ) -> None:
+    def stopped(self) -> bool:
+        """Return whether the text was above the limit as often as ``patience`` allows."""
+        return self.latest.over >= self.config.patience
+
+    def _stop(self) -> Verdict:
+        return Verdict(Action.STOP, self.name, self.latest.step or 0)
+
+    def _notify(self, step: int, bits: float, rise: float, within: bool, began: float) -> None:
         seconds = time.perf_counter() - began
-        self._observer.notify(events.HeldOutDone(position.step, bits, rise, within, seconds))
+        self._observer.notify(events.ForgettingMeasured(step, bits, rise, within, seconds))
 
-    def state(self) -> dict[str, mx.array]:
-        """Return the text's hash."""
-        return {"text": mx.array(self._identity, mx.uint8)}
+    def required_steps(self) -> set[int]:
+        """Return the newest step within the limit: of this run, and of a longer one."""
+        steps = (self.latest.step, None if self._open is None else self._open.step)
+        return {step for step in steps if step is not None}
 
-    def load_state(self, flat: dict[str, mx.array]) -> None:
-        """Compare the hash.
+    def reopen(self, undo: bool) -> set[str]:
+        """Forget a measurement that only the last step of a shorter run made."""
+        before, self._open = self._open, None
+        if before is None or not undo:
+            return set()
+        self.latest = before
+        return {events.ForgettingMeasured.name, events.FORGETTING_OF_0_1}
+
+    def state(self) -> CallbackState:
+        """Return the hash of the text and the measurements so far."""
+        values = {"text": self._identity, "start": self.start, **asdict(self.latest)}
+        if self._open is not None:
+            values["open"] = asdict(self._open)
+        return CallbackState(values=values)
+
+    def load_state(self, state: CallbackState) -> None:
+        """Restore what ``state`` returned.
 
         Raises:
-            SlimError: If the text is another one now.
+            SlimError: If it is damaged, or the text is another one now.
         """
-        if flat["text"].tolist() != self._identity:
+        values, where = state.values, f"checkpoint: callbacks.{self.name}"
+        if field(values, where, "text", str) != self._identity:
             raise SlimError(
-                f"held_out.path={self.config.path} is another text than when the run started",
+                f"forgetting.path={self.config.path} is another text than when the run started",
                 "resume with the text that it started with, or start a new run",
             )
+        self.start = field(values, where, "start", float, None)
+        self.latest = _read_limit(values, where)
+        opened = field(values, where, "open", dict, None)
+        self._open = None if opened is None else _read_limit(opened, f"{where}: open")
+
+
+def _read_limit(values: dict[str, Any], where: str) -> Limit:
+    step = field(values, where, "step", int, None, low=0)
+    return Limit(step, field(values, where, "over", int, 0, low=0))

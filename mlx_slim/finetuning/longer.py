@@ -15,10 +15,11 @@ from pathlib import Path
 from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError
 from mlx_slim.finetuning.run_dir import RECORD, STATE_FILE, extended_run, fewer_steps, trained_as
-from mlx_slim.training.extension import describe, reopen
+from mlx_slim.training.callbacks import Monitor
+from mlx_slim.training.extension import describe
 from mlx_slim.training.loop import Loop, total_steps
 from mlx_slim.training.optim import Extended, warmup_steps
-from mlx_slim.training.state import read_position
+from mlx_slim.training.state import read_state
 
 
 @dataclass(frozen=True)
@@ -75,16 +76,16 @@ def go_on(out: Path, recipe: Recipe, loop: Loop, reached: Path | None) -> Going:
         raise _cannot(out, "no checkpoint is left from before its decay")
     if extended is None:
         return Going(start)
-    position = read_position(start)
-    if position.total == loop.total:  # of the longer run already
+    if read_state(start).total == loop.total:  # of the longer run already
         return Going(start, extended)
-    reopen(position, recipe.train, loop.total)
-    watched = recipe.held_out is not None and position.held_out_over >= recipe.held_out.patience
+    state, _ = loop.peek(start)
+    stopped_by = [one.name for one in loop.callbacks if isinstance(one, Monitor) and one.stopped()]
     patience = recipe.train.early_stopping
-    if watched or (patience is not None and position.since_best >= patience):
-        why = "its held-out text" if watched else "its validation"
-        raise _cannot(out, f"it was stopped by {why} after step {position.step:,}")
-    steps = position.step, read_position(reached).step
+    if patience is not None and state.since_best >= patience:
+        stopped_by.append("train.early_stopping")
+    if stopped_by:
+        raise _cannot(out, f"{stopped_by[0]} stopped it after step {state.step:,}")
+    steps = state.step, read_state(reached).step
     note = describe(recipe.train, extended, loop.total, *steps)
     return Going(start, extended, grown=grown, note=note)
 

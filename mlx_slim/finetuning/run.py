@@ -1,10 +1,9 @@
 """Fine-tune: prepare → run → save → verify.
 
-What a run learns from besides its rows, a ``TrainingStrategy`` says; distillation is one
-(``distill.py``). Invariant: the run folder appears only when a run can start, holds at every moment
-what ``resume`` needs, and gets ``run.json`` last, after the saved weights were loaded again and
-gave the same logits. Bad input leaves no folder behind. Try it: ``mlx-slim train smollm2-lora -o
-runs/try``.
+What is minimised, a ``TrainingStrategy`` says (``strategy.py``). Invariant: the run folder appears
+only when a run can start, holds at every moment what ``resume`` needs, and gets ``run.json`` last,
+after the saved weights were loaded again and gave the same logits. Bad input leaves no folder
+behind. Try it: ``mlx-slim train smollm2-lora -o runs/try``.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from mlx_slim.data.ledger import notes
 from mlx_slim.data.prepare import Prepared
 from mlx_slim.errors import Interrupted, ResourceError, SlimError
 from mlx_slim.finetuning.build import Tuned, build_loop
-from mlx_slim.finetuning.forgetting import watch
+from mlx_slim.finetuning.forgetting import measure_forgetting
 from mlx_slim.finetuning.longer import Going, go_on
 from mlx_slim.finetuning.run_dir import (
     RECORD,
@@ -38,7 +37,12 @@ from mlx_slim.finetuning.run_dir import (
     resume_command,
     state_record,
 )
-from mlx_slim.finetuning.strategy import TrainingStrategy, base_folder
+from mlx_slim.finetuning.strategy import (
+    CrossEntropyStrategy,
+    Student,
+    TrainingStrategy,
+    base_folder,
+)
 from mlx_slim.models import structure
 from mlx_slim.models.logits import logit_tolerance
 from mlx_slim.models.recorded import release
@@ -54,12 +58,10 @@ from mlx_slim.runtime import (
     world,
 )
 from mlx_slim.training import checkpoint, rotation
-from mlx_slim.training.extension import reopen
 from mlx_slim.training.grad_checkpoint import checkpointed
 from mlx_slim.training.loop import Loop
 from mlx_slim.training.metrics import MetricsFile
 from mlx_slim.training.optim import Extended, trainable
-from mlx_slim.training.state import read_position
 
 _CACHE_SHARE = 8  # MLX may keep 1/8 of the budget as free buffers
 
@@ -79,7 +81,7 @@ def finetune(
         out: The run folder; must be new unless ``resume``.
         observer: Hears of every event.
         resume: Go on from the newest checkpoint, exactly; or with more steps than it had.
-        strategy: How it learns; None is from its rows alone.
+        strategy: What is minimised; None is the cross-entropy of the rows.
 
     Raises:
         SlimError: Bad input, or a resume with another recipe or other data.
@@ -93,7 +95,9 @@ def finetune(
                 f"{resolved.given} has teachers (distill:), and this is plain fine-tuning",
                 f"use mlx-slim distill {resolved.given}, or drop them with distill=null",
             )
-        strategy = TrainingStrategy()
+        strategy = CrossEntropyStrategy()
+    for notice in resolved.notices:
+        observer.notify(events.Notice(notice, "warning"))
     with claim(out, recipe, observer, resume=resume) as started:
         try:
             return _run(resolved, out, observer, strategy, started)
@@ -125,8 +129,8 @@ def _run(
     first = world().rank() == 0
     if first and newest is None and not (out / RECORD).exists():
         metrics.clear()
-    strategy.begin(recipe, observer)
-    _check_loading(recipe, strategy.expect(recipe), budget)
+    strategy.check(recipe)
+    _check_loading(recipe, strategy.student.expect(recipe), budget)
     built = _build(recipe, strategy, out, listeners, budget, unchanged=started)
     going = Going(None)
     if started:
@@ -137,17 +141,18 @@ def _run(
     with checkpointed(structure.blocks(built.tuned.model), recipe.train.grad_checkpoint):
         if not (out / "checkpoints").exists():
             _check_disk(out, built.prediction)
-            strategy.check_disk(out)
+            if strategy.targets is not None:
+                strategy.targets.check_disk(out)
         _preflight(built.loop, built.prediction, budget)
 
     from_first_rank(partial(_begin, resolved, out, built.data, going, started))
-    if strategy.needs_targets():  # teachers are loaded: the student makes room
+    if strategy.targets is not None and strategy.targets.missing():  # the student makes room
         del built
         gc.collect()
         mx.clear_cache()
-        if not strategy.generate_targets(observer):
+        if not strategy.targets.generate(observer):
             raise Interrupted(
-                "stopped while the teachers were asked; what they said is kept",
+                "stopped while targets were computed; the targets so far are saved",
                 f"resume with: {resume_command(resolved, out)}",
             )
         mx.clear_cache()
@@ -159,7 +164,7 @@ def _run(
     tuned, loop = built.tuned, built.loop
     if first and newest is not None:
         saved = events.Saved(int(newest.name[5:]), f"{newest.parent.name}/{newest.name}")
-        metrics.rewind(saved, reopen(read_position(newest), recipe.train, loop.total))
+        metrics.rewind(saved, loop.peek(newest)[1])
     with checkpointed(structure.blocks(tuned.model), recipe.train.grad_checkpoint):
         if newest is not None:
             if going.note:
@@ -177,7 +182,7 @@ def _run(
             f"stopped after step {done.step} of {loop.total}; the state is saved",
             f"resume with: {resume_command(resolved, out)}",
         )
-    artifact = strategy.artifact(recipe, tuned)
+    artifact = strategy.student.artifact(recipe, tuned)
     result = Result(
         out=out,
         done=done,
@@ -195,8 +200,8 @@ def _run(
     mx.clear_cache()
     if world().rank() == 0:
         _best_weights(tuned, result)
-        strategy.save(recipe, tuned, out)
-        _verify(recipe, strategy, tuned, result)
+        strategy.student.save(recipe, tuned, out)
+        _verify(recipe, strategy.student, tuned, result)
         write_json(out / RECORD, _record(resolved, strategy, result, budget, going.extended))
     return result
 
@@ -227,15 +232,14 @@ def _build(
     *,
     unchanged: bool,
 ) -> _Built:
-    tuned = strategy.model(recipe)
+    tuned = strategy.student.prepare(recipe)
     for note in tuned.loaded.notes:
         observer.notify(events.Notice(note))
     data = strategy.rows(recipe, tuned, out, unchanged=unchanged)
     if data.note:
         observer.notify(events.Notice(data.note))
-    strategy.read(recipe, tuned, data, out)
-    prediction = strategy.predict(recipe, tuned, data.train.lengths.tolist())
-    tuned.callbacks += watch(recipe, tuned, observer)
+    prediction = strategy.student.predict(recipe, tuned, data.train.lengths.tolist())
+    tuned.callbacks += measure_forgetting(recipe, tuned, observer)
     loop = build_loop(recipe, tuned, data, out, observer, budget, strategy.objectives)
     return _Built(tuned, data, prediction, loop)
 
@@ -248,7 +252,7 @@ def _finished(out: Path, observer: events.Observer) -> Result:
     with library_errors(f"{short(file)} is damaged", "start a new run"):
         result = Result(
             out=out,
-            done=events.Done(**fields["done"]),
+            done=events.Done.from_record(fields["done"]),
             ledger=ledger,
             **{key: value for key, value in fields.items() if key != "done"},
         )
@@ -312,12 +316,12 @@ def _cheapest_fit(prediction: Prediction, peak: int, budget: int) -> str:
 def _best_weights(tuned: Tuned, result: Result) -> None:
     """Go back to the best step (the last one without a validation split)."""
     done = result.done
-    if done.kept_step != done.step:
-        best = rotation.path_of(result.out / "checkpoints", done.kept_step)
+    if done.result_step not in (None, done.step):
+        best = rotation.path_of(result.out / "checkpoints", done.result_step)
         checkpoint.load_weights(best, tuned.model)
 
 
-def _verify(recipe: Recipe, strategy: TrainingStrategy, tuned: Tuned, result: Result) -> None:
+def _verify(recipe: Recipe, student: Student, tuned: Tuned, result: Result) -> None:
     """Load what was saved as a user would, and compare logits.
 
     Raises:
@@ -330,7 +334,7 @@ def _verify(recipe: Recipe, strategy: TrainingStrategy, tuned: Tuned, result: Re
     mx.eval(expected)
     release(tuned.model)  # before the second copy comes
     tuned.callbacks.clear()
-    again = strategy.load_again(recipe, tuned, result.out)
+    again = student.load_again(recipe, tuned, result.out)
     again.eval()
     loaded = again(tokens_BT)
     worst = number(mx.abs(loaded.astype(mx.float32) - expected).max())

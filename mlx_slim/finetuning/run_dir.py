@@ -26,6 +26,7 @@ from mlx_slim.adapters.stack import parse_adapters
 from mlx_slim.adapters.store import adapter_hash
 from mlx_slim.artifacts import SCHEMA_VERSION
 from mlx_slim.claims import RunKind, run_folder
+from mlx_slim.config.aliases import RECIPE, rename
 from mlx_slim.config.load import Resolved
 from mlx_slim.config.schema import Recipe, TrainConfig
 from mlx_slim.data.prepare import Prepared
@@ -93,7 +94,8 @@ def claim(out: Path, recipe: Recipe, observer: events.Observer, *, resume: bool)
             if claimed.note:
                 observer.notify(events.Notice(claimed.note))
             if claimed.started:
-                _check_same(out, recipe)
+                for notice in _check_same(out, recipe):
+                    observer.notify(events.Notice(notice, "warning"))
             return claimed.started
 
         yield from_first_rank(hold)
@@ -137,12 +139,18 @@ def fewer_steps(out: Path, before: str, after: str) -> SlimError:
     )
 
 
-def _check_same(out: Path, recipe: Recipe) -> None:
+def _check_same(out: Path, recipe: Recipe) -> list[str]:
+    """Refuse another recipe than the one in ``out``; return a notice for each old key in that one.
+
+    Raises:
+        SlimError: Names each difference.
+    """
     file = out / STATE_FILE
     with library_errors(f"{short(file)} is damaged", "start a new run"):
         record = read_object(file, recipe=dict)
-        known = _completed(record["recipe"])
-    different = _differences(known, recipe.model_dump(mode="json"))
+        _, notices = rename(record["recipe"], RECIPE, lambda _: short(file))
+        started = _completed(record["recipe"])
+    different = _differences(started, recipe.model_dump(mode="json"))
     adapters = adapter_hashes(recipe)
     different += [
         f"{folder}: other contents"
@@ -154,11 +162,12 @@ def _check_same(out: Path, recipe: Recipe) -> None:
             f"{out} was started with another recipe: {'; '.join(different)}",
             "resume with the same values, or start a new run",
         )
-    old, new = known["train"], recipe.train
+    old, new = started["train"], recipe.train
     if old["steps"] is not None and new.steps is not None and new.steps < old["steps"]:
         raise fewer_steps(out, f"{old['steps']:,} steps", f"train.steps={new.steps}")
     if old["steps"] is None and new.steps is None and new.epochs < old["epochs"]:
         raise fewer_steps(out, f"{old['epochs']:g} epochs", f"train.epochs={new.epochs:g}")
+    return notices
 
 
 def adapter_hashes(recipe: Recipe) -> dict[str, str]:
@@ -168,11 +177,12 @@ def adapter_hashes(recipe: Recipe) -> dict[str, str]:
 
 
 def _completed(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return the recipe of a run with the keys that its version did not have.
+    """Return the recipe of a run under today's keys, and with those that its version did not have.
 
-    They get their defaults, except where that version computed otherwise: 0.1 decayed every
+    The latter get their defaults, except where that version computed otherwise: 0.1 decayed every
     parameter, and gave Muon's fallback the learning rate of Muon.
     """
+    recipe, _ = rename(recipe, RECIPE)
     train = dict(recipe["train"])
     if train["weight_decay"] > 0:
         train.setdefault("decay_all", True)

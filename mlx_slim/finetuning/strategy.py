@@ -1,8 +1,9 @@
-"""What a run learns from: the part of a fine-tune that distillation replaces.
+"""The training strategy: what a fine-tune minimises, over which rows, and what it saves.
 
-Invariant: model, rows, loop, run folder, resume and verification are the same for every strategy;
-one says only what is minimised, what must happen before, and what is saved. Try it: ``mlx-slim
-train smollm2-lora -o runs/try``.
+Invariant: loop, run folder, resume and verification are the same for every strategy. The plain one
+is here; distillation has others (``distillation/``). To add one, write a final class with the
+methods of ``TrainingStrategy`` and pass it to ``finetuning.run.finetune``. Try it: ``mlx-slim train
+smollm2-lora -o runs/try``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, final
 
 import mlx.nn as nn
 
@@ -33,72 +34,156 @@ from mlx_slim.training.step import Objective
 BASE = "base"
 
 
-class TrainingStrategy:
-    """How a run learns; this one from its rows alone, by cross-entropy."""
+class Student(Protocol):
+    """What is trained, saved and loaded again: one model, or two in one."""
 
-    def begin(self, recipe: Recipe, observer: events.Observer) -> None:
-        """Refuse, before anything is loaded, what cannot work."""
-
-    def model(self, recipe: Recipe) -> Tuned:
-        """Return what is trained."""
-        return prepare_model(recipe)
-
-    def rows(self, recipe: Recipe, tuned: Tuned, out: Path, *, unchanged: bool) -> Prepared:
-        """Return the rows, tokenised in ``out``; with ``unchanged`` refuse other ones."""
-        return prepare_data(recipe, tuned, out, unchanged=unchanged, readers=self.readers())
-
-    def readers(self) -> list[dict[str, Any]]:
-        """Return the configs of the models besides the student that read every row."""
-        return []
-
-    def read(self, recipe: Recipe, tuned: Tuned, data: Prepared, out: Path) -> None:
-        """Take note of the rows, before the objectives are asked for."""
+    def prepare(self, recipe: Recipe) -> Tuned:
+        """Return it with its trainable parameters chosen."""
+        ...
 
     def expect(self, recipe: Recipe) -> Prediction:
-        """Return what training will cost, as far as it is known before anything is loaded."""
-        return predict(read_config(recipe.model, recipe.revision), recipe)
+        """Return the cost of training, as far as it is predictable before anything is loaded."""
+        ...
 
     def predict(self, recipe: Recipe, tuned: Tuned, lengths: Sequence[int]) -> Prediction:
-        """Return what training will cost."""
-        return predict(planned_config(recipe, tuned), recipe, lengths=lengths)
+        """Return the cost of training on rows of these lengths, in tokens."""
+        ...
+
+    def artifact(self, recipe: Recipe, tuned: Tuned) -> str:
+        """Return the name of what is saved inside the run folder."""
+        ...
+
+    def save(self, recipe: Recipe, tuned: Tuned, out: Path) -> None:
+        """Write what was trained into the run folder ``out``."""
+        ...
+
+    def load_again(self, recipe: Recipe, tuned: Tuned, out: Path) -> nn.Module:
+        """Return what was saved, loaded as a user would."""
+        ...
+
+
+class TargetGeneration(Protocol):
+    """Targets that must be computed while the student is not loaded."""
 
     def check_disk(self, out: Path) -> None:
-        """Refuse what the disk cannot hold besides checkpoints."""
+        """Refuse to start when the disk cannot hold the targets.
+
+        Raises:
+            ResourceError: Gives their size.
+        """
+        ...
+
+    def missing(self) -> bool:
+        """Return whether some targets are not there yet."""
+        ...
+
+    def generate(self, observer: events.Observer) -> bool:
+        """Compute the missing targets; return False if it was interrupted."""
+        ...
+
+
+class TrainingStrategy(Protocol):
+    """What is minimised, over which rows, and what must happen before.
+
+    Every strategy is a final class; what strategies share are the functions below.
+    """
+
+    @property
+    def student(self) -> Student:
+        """What is trained."""
+        ...
+
+    @property
+    def targets(self) -> TargetGeneration | None:
+        """Targets to compute before training, or None."""
+        ...
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse, before anything is loaded, what cannot work.
+
+        Raises:
+            SlimError: The recipe does not fit the strategy.
+            ResourceError: The memory budget is too small.
+        """
+        ...
+
+    def rows(self, recipe: Recipe, tuned: Tuned, out: Path, *, unchanged: bool) -> Prepared:
+        """Return the rows, tokenised in ``out``; called before ``objectives``.
+
+        With ``unchanged`` other rows than those in ``out`` are an error.
+        """
+        ...
 
     def objectives(
         self, model: nn.Module, chunk: int | None, vocabulary: int, num_threads: int
     ) -> tuple[Objective, Objective | None]:
-        """Return what is minimised, and what held-out rows are measured by (None: the same)."""
-        return from_rows(model, chunk, vocabulary, num_threads)
+        """Return what is minimised, and what validation rows are measured by (None: the same)."""
+        ...
 
-    def needs_targets(self) -> bool:
-        """Return whether ``generate_targets`` has work to do."""
-        return False
+    def record(self) -> dict[str, Any]:
+        """Return the keys of ``run.json`` that describe the strategy."""
+        ...
 
-    def generate_targets(self, observer: events.Observer) -> bool:
-        """Do what must be done while the student is not loaded; False if it was interrupted."""
-        return True
+
+@final
+class SingleModel:
+    """The model of the recipe: adapters, the whole model, or a quantization-aware one."""
+
+    def prepare(self, recipe: Recipe) -> Tuned:
+        """Return the base with its adapters, or all of it to train."""
+        return prepare_model(recipe)
+
+    def expect(self, recipe: Recipe) -> Prediction:
+        """Return the cost of training without looking at rows."""
+        return predict(read_config(recipe.model, recipe.revision), recipe)
+
+    def predict(self, recipe: Recipe, tuned: Tuned, lengths: Sequence[int]) -> Prediction:
+        """Return the cost of training on rows of these lengths, in tokens."""
+        return predict(planned_config(recipe, tuned), recipe, lengths=lengths)
 
     def artifact(self, recipe: Recipe, tuned: Tuned) -> str:
-        """Return the name of what is saved inside the run folder."""
-        return "model" if tuned.injected is None or recipe.quantize.aware else "adapters"
+        """Return ``model`` or ``adapters``."""
+        return "model" if tuned.injected is None or recipe.quantize.qat else "adapters"
 
     def save(self, recipe: Recipe, tuned: Tuned, out: Path) -> None:
         """Write what was trained; of a quantization-aware run the adapters too."""
-        if tuned.injected is not None or not recipe.quantize.aware:
+        if tuned.injected is not None or not recipe.quantize.qat:
             folder = "model" if tuned.injected is None else "adapters"
             save_tuned(recipe, tuned, tuned.model, out / folder)
-        if recipe.quantize.aware:
+        if recipe.quantize.qat:
             save_quantized(out / "model", recipe, tuned)
 
     def load_again(self, recipe: Recipe, tuned: Tuned, out: Path) -> nn.Module:
         """Return what was saved, loaded as a user would."""
-        if recipe.quantize.aware:
+        if recipe.quantize.qat:
             return load(out / "model", dtype=resolve_dtype(recipe.train.dtype)).model
         return load_tuned(recipe, tuned.injected is not None, out / self.artifact(recipe, tuned))
 
+
+@final
+class CrossEntropyStrategy:
+    """Learning from the rows alone, by next-token cross-entropy."""
+
+    targets = None
+
+    def __init__(self) -> None:
+        self.student = SingleModel()
+
+    def check(self, recipe: Recipe) -> None:
+        """Accept every recipe."""
+
+    def rows(self, recipe: Recipe, tuned: Tuned, out: Path, *, unchanged: bool) -> Prepared:
+        """Return the recipe's rows."""
+        return prepare_data(recipe, tuned, out, unchanged=unchanged)
+
+    def objectives(
+        self, model: nn.Module, chunk: int | None, vocabulary: int, num_threads: int
+    ) -> tuple[Objective, Objective | None]:
+        """Return cross-entropy, for training and for validation."""
+        return from_rows(model, chunk, vocabulary, num_threads)
+
     def record(self) -> dict[str, Any]:
-        """Return what ``run.json`` says of the strategy."""
+        """Return nothing: the recipe says it all."""
         return {}
 
 

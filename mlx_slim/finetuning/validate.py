@@ -17,8 +17,8 @@ from mlx_slim.errors import SlimError
 from mlx_slim.finetuning.build import Tuned, prepare_data
 from mlx_slim.models.load import load
 from mlx_slim.runtime import resolve_dtype
-from mlx_slim.training.loop import validation_loss
-from mlx_slim.training.step import CrossEntropy, Scorer
+from mlx_slim.training.step import CrossEntropy
+from mlx_slim.training.validation import LossScorer, validation_loss
 
 
 @dataclass(frozen=True)
@@ -55,5 +55,5 @@ def validate(recipe: Recipe) -> Validated:
         objective = CrossEntropy(
             loaded.model, config.loss_chunk, loaded.config.get("vocab_size", 8)
         )
-        loss, _, supervised = validation_loss(Scorer(loaded.model, objective), batcher)
+        loss, _, supervised = validation_loss(LossScorer(loaded.model, objective), batcher)
         return Validated(recipe.model, loss, supervised, len(rows))

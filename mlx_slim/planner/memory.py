@@ -198,7 +198,7 @@ def _disk(shapes: TrainingShapes, recipe: Recipe, work: TrainingWork | None) -> 
     """Bytes of the run folder at its largest."""
     checkpoint = shapes.trainable_bytes + shapes.optimizer_bytes
     result = shapes.trainable_bytes
-    if recipe.quantize.aware:
+    if recipe.quantize.qat:
         bits = recipe.quantize.bits + 32 / recipe.quantize.group_size
         result += int(shapes.parameters * bits / 8)
     if shapes.quantized_here:

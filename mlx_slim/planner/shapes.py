@@ -70,7 +70,7 @@ class TrainingShapes:
         base_bytes: The base as it lies in memory.
         loading_bytes: The most that exists at once while it is loaded, a tensor at a time.
         quantized_here: Whether the run quantizes it.
-        rounded_bytes: The layers that ``quantize.aware`` rounds, a second time.
+        rounded_bytes: The layers that ``quantize.qat`` rounds, a second time.
         adapter_bytes: Adapter parameters and their frozen callbacks, bytes.
         trainable: Path -> shape.
         trainable_bytes: One copy of the trainable parameters, in the dtype that they are kept in.
@@ -177,9 +177,9 @@ def refuse_quantized(recipe: Recipe) -> None:
     Raises:
         SlimError: Says what would work.
     """
-    if recipe.method == "full" or recipe.quantize.aware:
+    if recipe.method == "full" or recipe.quantize.qat:
         full = recipe.method == "full"
-        why = "method=full trains every" if full else "quantize.aware rounds each"
+        why = "method=full trains every" if full else "quantize.qat rounds each"
         raise SlimError(
             f"{recipe.model} is quantized, and {why} weight",
             "use method=qlora, or dequantize it first: mlx-slim convert MODEL -o DIR --dequantize",
@@ -221,7 +221,7 @@ def training_shapes(config: dict[str, Any], recipe: Recipe, dtype: mx.Dtype) -> 
         )
     kept = {path: value.nbytes for path, value in leaves(model)}
     modules = dict(model.named_modules())
-    rounds = make_policy(model, recipe.quantize).chosen if recipe.quantize.aware else {}
+    rounds = make_policy(model, recipe.quantize).chosen if recipe.quantize.qat else {}
     rounded_bytes = sum(modules[path]["weight"].nbytes for path in rounds)
     chosen: list[Site] = []
     callbacks = 0

@@ -65,7 +65,7 @@ def _variants(recipe: Recipe) -> list[tuple[dict[str, Any], str]]:
     if recipe.method == "full":
         found.append(({"train.optimizer": "adafactor"}, _OPTIMIZER))
         found.append(({"method": "lora"}, _ADAPTERS))
-    if recipe.method != "qlora" and not recipe.quantize.aware:
+    if recipe.method != "qlora" and not recipe.quantize.qat:
         cost = _ADAPTERS if recipe.method == "full" else _FOUR_BIT
         found.append(({"method": "qlora"}, cost))
         found.append(({"method": "qlora", **again, **smaller(8)}, cost))

@@ -15,6 +15,7 @@ Shapes: R rank, L adapted layers. Try it:
 from __future__ import annotations
 
 import math
+from typing import ClassVar, final
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,19 +25,22 @@ from mlx_slim.adapters.adalora import AdaLoRALinear
 from mlx_slim.adapters.inject import adapters_of
 from mlx_slim.config.adapter import AdaptiveConfig
 from mlx_slim.errors import SlimError
-from mlx_slim.training.callbacks import Callback
+from mlx_slim.training.callbacks import CallbackState, UpdateHook
 
 _NAMES = ("lora_e", "lora_a", "lora_b")  # λ, Q, P
 _AXIS = {"lora_e": (), "lora_a": (0,), "lora_b": (1,)}  # that a triplet's entries lie along
 
 
-class RankBudget(Callback):
+@final
+class RankBudget(UpdateHook):
     """Scores and cuts the triplets of all AdaLoRA layers of ``model``.
 
     Args:
         model: With ``AdaLoRALinear`` layers of one rank.
         config: ``adapter.adaptive``.
     """
+
+    name: ClassVar[str] = "adalora"
 
     def __init__(self, model: nn.Module, config: AdaptiveConfig) -> None:
         self.config = config
@@ -131,14 +135,21 @@ class RankBudget(Callback):
             begin += layer.rank
         mx.eval([layer.lora_e for layer in self._layers.values()])
 
-    def state(self) -> dict[str, mx.array]:
+    def state(self) -> CallbackState:
         """Return sensitivities, uncertainties and the mask."""
-        flat = {f"mean/{key}": value for key, value in self._mean.items()}
-        flat |= {f"spread/{key}": value for key, value in self._spread.items()}
-        return {**flat, "mask": self._mask}
+        arrays = {f"mean/{key}": value for key, value in self._mean.items()}
+        arrays |= {f"spread/{key}": value for key, value in self._spread.items()}
+        return CallbackState({**arrays, "mask": self._mask})
 
-    def load_state(self, flat: dict[str, mx.array]) -> None:
-        """Take back what ``state`` returned."""
-        self._mean = {key: flat[f"mean/{key}"] for key in self._mean}
-        self._spread = {key: flat[f"spread/{key}"] for key in self._spread}
-        self._mask = flat["mask"]
+    def load_state(self, state: CallbackState) -> None:
+        """Restore what ``state`` returned.
+
+        Raises:
+            KeyError: If the arrays are those of other layers.
+        """
+        arrays = state.arrays
+        if difference := arrays.keys() ^ self.state().arrays.keys():
+            raise KeyError(min(difference))
+        self._mean = {key: arrays[f"mean/{key}"] for key in self._mean}
+        self._spread = {key: arrays[f"spread/{key}"] for key in self._spread}
+        self._mask = arrays["mask"]

@@ -1,10 +1,10 @@
-"""Everything a run needs to go on exactly, in one folder that is whole or absent.
+"""Everything that a run needs to resume exactly, in one folder that is whole or absent.
 
 Invariant: ``checkpoints/step-N`` is renamed into place after all its files are on disk, and holds
-trainable weights, optimizer state (moments, float32 masters, step), what callbacks remember and
-the loop's position. Nothing else has state: shuffles and dropout are functions of (seed, epoch,
-step), the learning rate of the step, and checkpoints are taken between optimizer steps, when
-nothing is accumulated.
+the trainable weights, the optimizer state (moments, float32 masters, step), the state of every
+callback and the train state. Nothing else has state: shuffles and dropout are functions of (seed,
+epoch, step), the learning rate of the step, and checkpoints are taken between optimizer steps, when
+nothing is accumulated. Try it: ``python -m pytest tests/training/test_checkpoint.py``.
 """
 
 from __future__ import annotations
@@ -12,37 +12,45 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_slim.artifacts import atomic_folder, load_tensors, save_tensors, write_json
 from mlx_slim.errors import SlimError
-from mlx_slim.training.callbacks import Callback, gather, hand_out
+from mlx_slim.reading import field, read_object, short
+from mlx_slim.training.callbacks import Callback, CallbackState, collect_states, restore_states
+from mlx_slim.training.legacy import is_legacy, upgrade_arrays, upgrade_state
 from mlx_slim.training.optim import Optimizer, set_trainable, trainable
-from mlx_slim.training.rotation import CARRIED, STATE, path_of
-from mlx_slim.training.state import TrainState, read_position
+from mlx_slim.training.rotation import CALLBACK_ARRAYS, OLD_ARRAYS, STATE, path_of
+from mlx_slim.training.state import CALLBACKS, TrainState, read_state
 
 
 def save(
     folder: Path,
-    position: TrainState,
+    state: TrainState,
     model: nn.Module,
     optimizer: Optimizer,
     callbacks: Sequence[Callback] = (),
 ) -> Path:
-    """Write the checkpoint of ``position`` under ``folder`` and return its path.
+    """Write the checkpoint of ``state`` under ``folder`` and return its path.
 
     Raises:
         ResourceError: If the disk is full; older checkpoints stay.
     """
-    target = path_of(folder, position.step)
+    target = path_of(folder, state.step)
+    states = collect_states(callbacks)
+    arrays = {
+        f"{name}/{key}": array for name, one in states.items() for key, array in one.arrays.items()
+    }
+    values = {name: one.values for name, one in states.items()}
     with atomic_folder(target, replace=True) as temporary:
         save_tensors(temporary / "weights.safetensors", trainable(model))
         save_tensors(temporary / "optimizer.safetensors", optimizer.state())
-        if carried := gather(callbacks):
-            save_tensors(temporary / CARRIED, carried)
-        write_json(temporary / STATE, asdict(position))
+        if arrays:
+            save_tensors(temporary / CALLBACK_ARRAYS, arrays)
+        write_json(temporary / STATE, {**asdict(state), CALLBACKS: values})
     return target
 
 
@@ -64,23 +72,62 @@ def load_weights(path: Path, model: nn.Module) -> None:
     mx.eval(model.parameters())
 
 
+def load_callbacks(path: Path, callbacks: Sequence[Callback]) -> TrainState:
+    """Restore the callbacks from the checkpoint at ``path``; return its train state.
+
+    Raises:
+        SlimError: If it is damaged, or belongs to other callbacks.
+    """
+    state, record = read_state(path), read_object(path / STATE)
+    legacy = is_legacy(record)
+    file = path / (OLD_ARRAYS if legacy else CALLBACK_ARRAYS)
+    arrays = load_tensors(file) if file.exists() else {}
+    if legacy:
+        record = upgrade_state(record)
+    values: dict[str, dict[str, Any]] = field(
+        record, short(path / STATE), CALLBACKS, dict, {}, of=dict
+    )
+    try:
+        if legacy:
+            arrays, values = upgrade_arrays(arrays, values)
+        restore_states(callbacks, _by_callback(arrays, values))
+    except KeyError as error:
+        raise SlimError(
+            f"{path} belongs to another recipe: {error} is in only one of the two",
+            "resume with the recipe that started the run",
+        ) from error
+    return state
+
+
+def _by_callback(
+    arrays: dict[str, mx.array], values: dict[str, dict[str, Any]]
+) -> dict[str, CallbackState]:
+    names = {*values, *(key.partition("/")[0] for key in arrays)}
+    return {
+        name: CallbackState(
+            {k.removeprefix(f"{name}/"): v for k, v in arrays.items() if k.startswith(f"{name}/")},
+            values.get(name, {}),
+        )
+        for name in names
+    }
+
+
 def load(
     path: Path, model: nn.Module, optimizer: Optimizer, callbacks: Sequence[Callback] = ()
 ) -> TrainState:
-    """Put the checkpoint at ``path`` back and return its position.
+    """Put the checkpoint at ``path`` back and return its train state.
 
     Raises:
-        SlimError: If it belongs to another model or optimizer.
+        SlimError: If it belongs to another model, optimizer or recipe.
     """
     load_weights(path, model)
     try:
         optimizer.load_state(load_tensors(path / "optimizer.safetensors"))
-        carried = path / CARRIED
-        hand_out(callbacks, load_tensors(carried) if carried.exists() else {})
     except KeyError as error:
         raise SlimError(
-            f"{path} was made with another optimizer: {error} is in one of the two only",
+            f"{path} was made with another optimizer: {error} is in only one of the two",
             "resume with the recipe that started the run",
         ) from error
+    state = load_callbacks(path, callbacks)
     mx.eval(optimizer.arrays())
-    return read_position(path)
+    return state

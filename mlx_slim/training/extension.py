@@ -1,8 +1,8 @@
-"""A run that is given more steps: which of its checkpoints the longer run goes on from.
+"""A run that is given more steps: which of its checkpoints the longer run resumes from.
 
 Invariant: a checkpoint belongs to a run if every step before it was taken at the rate that the run
 has there; nothing else depends on how many steps are to come, but for measurements after the last
-one, which ``TrainState.open`` undoes. So with ``constant`` the longer run goes on from the last
+one, which ``TrainState.open`` undoes. So with ``constant`` the longer run resumes from the last
 step, with ``wsd`` from the last checkpoint before the decay, and repeats, bit for bit, one that
 began so long; with ``linear`` and ``cosine`` the rates themselves go on (``optim.schedule``). It is
 decided from the files alone, so a kill changes nothing. Try it: ``mlx-slim train smollm2-lora -o
@@ -11,13 +11,15 @@ runs/try --resume train.steps=200``, after one of 100.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from mlx_slim import events
 from mlx_slim.config.schema import TrainConfig
 from mlx_slim.training import rotation
+from mlx_slim.training.callbacks import Monitor
 from mlx_slim.training.optim import Extended, Schedule, schedule, warmup_steps
-from mlx_slim.training.state import VALIDATED, WATCHED, TrainState, read_position
+from mlx_slim.training.state import TrainState, read_state
 
 
 def same_as_begun_longer(config: TrainConfig) -> bool:
@@ -39,27 +41,29 @@ def newest(folder: Path, config: TrainConfig, total: int, extended: Extended | N
         return next(paths, None)
     rate = schedule(config, total, extended)
 
-    def belongs(position: TrainState) -> bool:
-        its_total = position.total or extended.totals[0]
+    def belongs(state: TrainState) -> bool:
+        its_total = state.total or extended.totals[0]
         its_rate = schedule(config, its_total, extended.until(its_total))
-        return its_total == total or all(its_rate(n) == rate(n) for n in range(position.step))
+        return its_total == total or all(its_rate(n) == rate(n) for n in range(state.step))
 
-    return next((path for path in paths if belongs(read_position(path))), None)
+    return next((path for path in paths if belongs(read_state(path))), None)
 
 
-def reopen(position: TrainState, config: TrainConfig, total: int) -> set[str]:
-    """Undo in ``position`` what only the end of a shorter run measured; return those events.
+def reopen(
+    state: TrainState, monitors: Iterable[Monitor], config: TrainConfig, total: int
+) -> set[str]:
+    """Undo in ``state`` and ``monitors`` what only the last step of a shorter run measured.
 
     Where the longer run is not as if begun so long, the measurements stand.
+
+    Returns:
+        Names of the events of that step that a longer run does not report.
     """
-    if position.step >= total:
+    if state.step >= total:
         return set()
-    names = set(position.open)
-    if not same_as_begun_longer(config):
-        names, position.open = set(), {}
-    position.reopen()
-    found = {events.ValidationDone.name: VALIDATED, events.HeldOutDone.name: WATCHED}
-    return {event for event, fields in found.items() if names.intersection(fields)}
+    undo = same_as_begun_longer(config)
+    undone = {events.ValidationDone.name} if state.reopen(undo) else set()
+    return undone.union(*(monitor.reopen(undo) for monitor in monitors))
 
 
 def describe(config: TrainConfig, extended: Extended, total: int, start: int, reached: int) -> str:
@@ -69,7 +73,7 @@ def describe(config: TrainConfig, extended: Extended, total: int, start: int, re
         config: Of the run.
         extended: How it began.
         total: Its steps.
-        start: Steps done where it goes on.
+        start: Steps done where it resumes.
         reached: Steps that had been done.
     """
     last, usual = extended.totals[-1], warmup_steps(config, total)

@@ -24,11 +24,21 @@ from mlx_slim.errors import SlimError
 from mlx_slim.interrupts import Requested
 from mlx_slim.runtime import number, world
 from mlx_slim.training import checkpoint, rotation
-from mlx_slim.training.callbacks import SAVE, Callback, computing
+from mlx_slim.training.callbacks import (
+    Action,
+    Callback,
+    ForwardHook,
+    Monitor,
+    UpdateHook,
+    Verdict,
+    combine,
+    computing,
+)
 from mlx_slim.training.extension import newest, reopen, steps_before_decay
 from mlx_slim.training.optim import Extended, Optimizer, schedule
-from mlx_slim.training.state import VALIDATED, TrainState
-from mlx_slim.training.step import Objective, Scorer, Stepper, StepResult, per_token, total_weight
+from mlx_slim.training.state import TrainState, read_state
+from mlx_slim.training.step import Objective, Stepper, StepResult
+from mlx_slim.training.validation import LossScorer, validation_loss
 
 
 def steps_of_epoch(micro_batches: int, accumulate: int) -> int:
@@ -77,8 +87,8 @@ class Loop:
         objective: Summed loss of a batch.
         config: The ``train`` section.
         batcher: Training rows.
-        validation: Held-out rows, or None.
-        held_out: What is measured on them; None takes ``objective``.
+        validation: Validation rows, or None.
+        validation_objective: What is measured on them; None takes ``objective``.
         observer: Hears of every event.
         checkpoints: Folder of checkpoints.
         rate_scale: path -> multiple of the learning rate.
@@ -100,15 +110,22 @@ class Loop:
     budget_bytes: int = 0
     compiled: bool = False
     num_threads: int = 1
-    held_out: Objective | None = None
+    validation_objective: Objective | None = None
     callbacks: Sequence[Callback] = ()
     extended: Extended | None = None
-    position: TrainState = field(default_factory=TrainState)
+    state: TrainState = field(default_factory=TrainState)
 
     def __post_init__(self) -> None:
         """Build the optimizer and the schedule."""
         self.optimizer = Optimizer(self.model, self.config, self.rate_scale)
-        captured = [module for each in self.callbacks for module in each.captured()]
+        self._monitors = [one for one in self.callbacks if isinstance(one, Monitor)]
+        self._update_hooks = [one for one in self.callbacks if isinstance(one, UpdateHook)]
+        captured = [
+            module
+            for one in self.callbacks
+            if isinstance(one, ForwardHook)
+            for module in one.captured()
+        ]
         self.stepper = Stepper(
             self.model,
             self.objective,
@@ -116,16 +133,16 @@ class Loop:
             num_threads=self.num_threads,
             captured=captured,
         )
-        self.scorer = Scorer(
+        self.scorer = LossScorer(
             self.model,
-            self.held_out or self.objective,
+            self.validation_objective or self.objective,
             compiled=self.compiled,
             captured=captured,
         )
         self.total, self.epochs = total_steps(self.config, self.batcher)
         self.extend(self.extended)
-        for callback in self.callbacks:
-            callback.planned(self.total)
+        for hook in self._update_hooks:
+            hook.planned(self.total)
 
     def extend(self, extended: Extended | None) -> None:
         """Take the rates of a run that began as ``extended`` says."""
@@ -134,7 +151,7 @@ class Loop:
         self._stable = steps_before_decay(self.config, self.total, self.rate)
 
     def newest(self) -> Path | None:
-        """Return the newest checkpoint that this run can go on from."""
+        """Return the newest checkpoint that this run can resume from."""
         return newest(self.checkpoints, self.config, self.total, self.extended)
 
     def preflight(self) -> int:
@@ -146,15 +163,23 @@ class Loop:
             self.stepper.micro(self.batcher.largest_batch())
         return mx.get_peak_memory()
 
+    def peek(self, path: Path) -> tuple[TrainState, set[str]]:
+        """Return the train state to resume with from ``path``, and the events that it drops.
+
+        The callbacks get their state of the checkpoint; nothing else changes.
+        """
+        state = checkpoint.load_callbacks(path, self.callbacks)
+        return state, reopen(state, self._monitors, self.config, self.total)
+
     def resume(self, path: Path) -> None:
         """Continue from the checkpoint at ``path``."""
-        self.position = checkpoint.load(path, self.model, self.optimizer, self.callbacks)
-        reopen(self.position, self.config, self.total)
+        self.state = checkpoint.load(path, self.model, self.optimizer, self.callbacks)
+        reopen(self.state, self._monitors, self.config, self.total)
         name = f"{path.parent.name}/{path.name}"
         if world().rank() == 0:
-            rotation.remove_after(self.checkpoints, self.position.step)
+            rotation.remove_after(self.checkpoints, self.state.step)
             self._rotate()  # the kill may have come between the checkpoint and this
-        self.observer.notify(events.Resumed(step=self.position.step, path=name))
+        self.observer.notify(events.Resumed(step=self.state.step, path=name))
 
     def run(self) -> events.Done:
         """Train to the end and return how it ended.
@@ -162,36 +187,37 @@ class Loop:
         Raises:
             SlimError: If loss or gradient is not finite; nothing was updated with it.
         """
-        at = self.position
+        at = self.state
         self.observer.notify(
             events.Started(self.total, self.epochs, self.budget_bytes, first_step=at.step)
         )
         reason = "complete"
-        refused = {each.begin(at) for each in self.callbacks} - {""}
-        if not refused and self._exhausted() and at.step < self.total:
-            refused = {"early_stopping"}  # a resume from the checkpoint that it ended with
-        if refused:
-            reason = min(refused)
+        verdict = combine(monitor.begin(at.step) for monitor in self._monitors)
+        # Either: a resume from the checkpoint that the run was stopped with.
+        if verdict.action is Action.STOP:
+            reason = verdict.reason
+        elif self._exhausted() and at.step < self.total:
+            reason = "early_stopping"
         with StopRequest() as stop:
-            for epoch, share, plan in () if refused else self._steps():
-                self._step(epoch, share, plan)
+            for epoch, fraction, plan in self._steps() if reason == "complete" else ():
+                self._step(epoch, fraction, plan)
                 last = at.step == self.total
                 if last and at.step % self.config.validate_every:
-                    at.keep_open(VALIDATED)
+                    at.keep_open()
                 improved = self._due(self.config.validate_every, last) and self._validate()
                 stopping = stop.seen_by_any_rank()
                 exhausted = self._exhausted()
-                asked = {each.after(at, last) for each in self.callbacks} - {""}
+                verdict = combine(monitor.after(at.step, last) for monitor in self._monitors)
                 due = self._due(self.config.save_every, last) or at.step == self._stable
-                due = due or bool(asked)
+                due = due or verdict.action >= Action.SAVE
                 if improved or stopping or exhausted or due:
                     self._save()
                 if stopping or exhausted:
                     reason = "interrupted" if stopping and not last else "early_stopping"
                     reason = "complete" if last else reason
-                if demands := asked - {SAVE}:
-                    reason = min(demands)
-                if stopping or exhausted or demands:
+                if verdict.action is Action.STOP:
+                    reason = verdict.reason
+                if stopping or exhausted or verdict.action is Action.STOP:
                     break
         done = events.Done(
             step=at.step,
@@ -201,41 +227,46 @@ class Loop:
             peak_memory_bytes=mx.get_peak_memory(),
             best_validation=at.best_loss,
             best_step=at.best_step,
-            held_out_step=at.held_out_step,
+            result_step=self._result_step(verdict),
         )
         self.observer.notify(done)
         return done
 
+    def _result_step(self, verdict: Verdict) -> int:
+        """Return the step whose weights are the result of a run that ends with ``verdict``."""
+        step = self.state.step if self.state.best_step is None else self.state.best_step
+        return step if verdict.latest_step is None else min(step, verdict.latest_step)
+
     def _exhausted(self) -> bool:
         """Whether validation has not improved for as long as ``early_stopping`` allows."""
         patience = self.config.early_stopping
-        return patience is not None and self.position.since_best >= patience
+        return patience is not None and self.state.since_best >= patience
 
     def _due(self, every: int, last: bool) -> bool:
-        return last or self.position.step % every == 0
+        return last or self.state.step % every == 0
 
     def _steps(self) -> Iterator[tuple[int, float, list[list[list[int]]]]]:
-        """Yield epoch, share of it done after the step, and the step's plan over all ranks."""
-        at = self.position
+        """Yield epoch, fraction of it done after the step, and the step's plan over all ranks."""
+        at = self.state
         width = self.config.accumulate * world().size()
         while at.step < self.total:
             plan = self.batcher.plan(at.epoch)
             while at.taken < len(plan) and at.step < self.total:
-                share = plan[at.taken : at.taken + width]
-                at.taken += len(share)
-                yield at.epoch, at.taken / len(plan), share
+                step_plan = plan[at.taken : at.taken + width]
+                at.taken += len(step_plan)
+                yield at.epoch, at.taken / len(plan), step_plan
             if at.taken >= len(plan):
                 at.epoch, at.taken = at.epoch + 1, 0
 
     def _batches(self, plan: list[list[list[int]]]) -> Iterator[Batch]:
         """Yield this rank's micro-batches, each with its own random state for dropout."""
         for index in range(world().rank(), len(plan), world().size()):
-            entropy = [self.config.seed, self.position.step, index]
+            entropy = [self.config.seed, self.state.step, index]
             mx.random.seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
             yield self.batcher.batch(plan[index])
 
     def profile_steps(self, steps: int) -> tuple[list[float], int, int]:
-        """Take real steps of the largest micro-batch; the model is changed, the position is not.
+        """Take real steps of the largest micro-batch; the model is changed, the train state is not.
 
         A step has two micro-batches at most: more of them only take longer.
 
@@ -248,24 +279,24 @@ class Loop:
         self.model.train()
         mx.eval(self.optimizer.arrays())
         mx.reset_peak_memory()
-        worst = self.batcher.largest_batch()
-        batches = [worst] * min(2, self.config.accumulate)
+        largest = self.batcher.largest_batch()
+        batches = [largest] * min(2, self.config.accumulate)
         seconds = []
         for _ in range(steps):
             began = time.perf_counter()
             self._update(batches)
             seconds.append((time.perf_counter() - began) / len(batches))
-        return seconds, worst.computed_tokens, mx.get_peak_memory()
+        return seconds, largest.computed_tokens, mx.get_peak_memory()
 
     def _update(self, batches: Iterable[Batch]) -> tuple[StepResult, float, float]:
         """Take one optimizer step; return what was measured, the gradient norm and the rate."""
-        at = self.position
+        at = self.state
         self.model.train()
         with computing(self.callbacks):
             result = self.stepper.step(batches)
         gradients = result.gradients
-        for callback in self.callbacks:
-            gradients = callback.gradients(gradients)
+        for hook in self._update_hooks:
+            gradients = hook.gradients(gradients)
         norm = number(gradient_norm(gradients))
         if not (math.isfinite(result.loss) and math.isfinite(norm)):
             newest = rotation.latest(self.checkpoints)
@@ -282,12 +313,12 @@ class Loop:
         result.gradients.clear()  # from here on each lives until its parameter is updated
         del gradients
         self.optimizer.evaluate()
-        for callback in self.callbacks:
-            callback.updated(at.step + 1)
+        for hook in self._update_hooks:
+            hook.updated(at.step + 1)
         return result, norm, learning_rate
 
-    def _step(self, epoch: int, share: float, plan: list[list[list[int]]]) -> None:
-        at = self.position
+    def _step(self, epoch: int, fraction: float, plan: list[list[list[int]]]) -> None:
+        at = self.state
         began = time.perf_counter()
         result, norm, learning_rate = self._update(self._batches(plan))
         seconds = time.perf_counter() - began
@@ -298,7 +329,7 @@ class Loop:
             self.observer.notify(
                 events.StepDone(
                     step=at.step,
-                    epoch=round(epoch + share, 4),
+                    epoch=round(epoch + fraction, 4),
                     loss=result.loss,
                     tokens=result.tokens,
                     computed_tokens=result.computed,
@@ -316,11 +347,11 @@ class Loop:
         """Score the validation rows; return whether this is the best so far."""
         if self.validation is None:
             return False
-        at = self.position
+        at = self.state
         began = time.perf_counter()
         with computing(self.callbacks):
             loss, parts, supervised = validation_loss(self.scorer, self.validation)
-        settled = all(callback.settled(at.step) for callback in self.callbacks)
+        settled = all(hook.settled(at.step) for hook in self._update_hooks)
         better = math.isfinite(loss) and (at.best_loss is None or loss < at.best_loss)
         best = settled and better
         if best:
@@ -335,43 +366,24 @@ class Loop:
 
     def _save(self) -> None:
         """Write a checkpoint on rank 0."""
-        self.position.total = self.total
+        self.state.total = self.total
+        self.state.required = sorted(self._required())
         if world().rank() == 0:
             path = checkpoint.save(
-                self.checkpoints, self.position, self.model, self.optimizer, self.callbacks
+                self.checkpoints, self.state, self.model, self.optimizer, self.callbacks
             )
             self._rotate()
             name = f"{path.parent.name}/{path.name}"
-            self.observer.notify(events.Saved(self.position.step, name))
+            self.observer.notify(events.Saved(self.state.step, name))
+
+    def _required(self) -> set[int]:
+        """Return the steps of the checkpoints that may become the result."""
+        return self.state.best_steps().union(*(one.required_steps() for one in self._monitors))
 
     def _rotate(self) -> None:
-        needed = {self.position.step, *self.position.needed()}  # later ones may be of others
+        required = {self.state.step, *self._required()}  # later ones may be of other runs
         stable = [step for step in rotation.steps(self.checkpoints) if step <= self._stable]
         if stable:
             path = rotation.path_of(self.checkpoints, stable[-1])
-            needed |= {stable[-1], *checkpoint.read_position(path).needed()}
-        rotation.rotate(self.checkpoints, self.config.keep, *needed)
-
-
-def validation_loss(scorer: Scorer, batcher: Batcher) -> tuple[float, dict[str, float], int]:
-    """Return Σ loss / Σ supervised tokens of all rows (nats), the parts, the supervised tokens.
-
-    Weighted where rows weigh their turns. The rows and their order are fixed; ranks share the
-    micro-batches.
-    """
-    model, objective = scorer.model, scorer.objective
-    model.eval()
-    # Summed in Python: thousands of batches would lose digits in float32.
-    sums, supervised, weight = np.zeros(1 + len(objective.parts)), 0, 0.0
-    for groups in batcher.plan(0)[world().rank() :: world().size()]:
-        batch = batcher.batch(groups)
-        sums += np.array(scorer(batch))
-        supervised += batch.supervised_tokens
-        weight += batch.total_weight
-    model.train()
-    if world().size() > 1:
-        shared = mx.distributed.all_sum(mx.array(sums, dtype=mx.float32), group=world())
-        sums = np.array(shared, dtype=np.float64)
-        supervised = int(number(mx.distributed.all_sum(mx.array(supervised), group=world())))
-        weight = total_weight(weight)
-    return *per_token(objective, sums, weight), supervised
+            required |= {stable[-1], *read_state(path).required}
+        rotation.rotate(self.checkpoints, self.config.keep, required)

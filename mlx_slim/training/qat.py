@@ -19,14 +19,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, final
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_slim.adapters.lora import Adapter
 from mlx_slim.quantization.apply import rounded
-from mlx_slim.training.callbacks import Callback
+from mlx_slim.training.callbacks import ForwardHook
 
 
 @dataclass
@@ -39,7 +39,8 @@ class _Site:
     fixed: mx.array | None = None  # the rounded weight of a layer that does not change
 
 
-class QuantizationAware(Callback):
+@final
+class QuantizationAware(ForwardHook):
     """Rounds the weights while a batch is computed.
 
     Args:
@@ -47,6 +48,8 @@ class QuantizationAware(Callback):
         chosen: Path -> ``bits``, ``group_size`` and ``mode``: ``make_policy`` of the dense model.
         stored: Dtype that scales and biases will be stored in.
     """
+
+    name: ClassVar[str] = "qat"
 
     def __init__(
         self, model: nn.Module, chosen: dict[str, dict[str, Any]], stored: mx.Dtype

@@ -8,14 +8,16 @@ Nothing here needs MLX; what a checkpoint holds stands in ``checkpoint.py``. Try
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from mlx_slim.artifacts import remove_folder
 from mlx_slim.errors import SlimError
 
 STATE = "state.json"  # in every checkpoint
-CARRIED = "companions.safetensors"
-FILES = ("weights.safetensors", "optimizer.safetensors", CARRIED, STATE)
+CALLBACK_ARRAYS = "callbacks.safetensors"
+OLD_ARRAYS = "companions.safetensors"  # of version 0.1
+FILES = ("weights.safetensors", "optimizer.safetensors", CALLBACK_ARRAYS, OLD_ARRAYS, STATE)
 
 
 def _folders(folder: Path) -> dict[int, Path]:
@@ -50,13 +52,13 @@ def remove_after(folder: Path, step: int) -> None:
             raise SlimError(f"{path} holds files that are none of a checkpoint", "move them away")
 
 
-def rotate(folder: Path, keep: int, *needed: int | None) -> None:
-    """Remove all but the newest ``keep`` and the ``needed`` checkpoints, and those without a state.
+def rotate(folder: Path, keep: int, required: Collection[int]) -> None:
+    """Remove all but the newest ``keep`` and the ``required`` steps, and those without a state.
 
     The latter are what version 0.1 left when it was killed while it removed them.
     """
     whole = steps(folder)
-    stay = {*whole[-keep:], *needed} & {*whole}
+    stay = {*whole[-keep:], *required} & {*whole}
     for step, path in sorted(_folders(folder).items()):
         if step not in stay:
             remove_folder(path, FILES)

@@ -1,30 +1,28 @@
-"""Where a run stands between two optimizer steps: the part of a checkpoint that is numbers.
+"""The train state: how far a run is, between two optimizer steps; the numbers of a checkpoint.
 
 Invariant: with the trainable weights, the optimizer and the state of the callbacks, it is all that
-a run needs to go on exactly; see ``training/checkpoint.py``.
+a run needs to resume exactly; see ``training/checkpoint.py``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_slim.errors import SlimError
 from mlx_slim.reading import field, library_errors, read_object, short
+from mlx_slim.training.legacy import is_legacy, upgrade_state
 from mlx_slim.training.rotation import STATE
 
-VALIDATED = ("best_loss", "best_step", "since_best")
-
-
-WATCHED = ("held_out_step", "held_out_over")
+CALLBACKS = "callbacks"  # in ``state.json``: name of a callback -> its JSON values
+_VALIDATED = ("best_loss", "best_step", "since_best")
 
 
 @dataclass
 class TrainState:
-    """Where a run stands.
+    """How far a run is.
 
     Attributes:
         step: Optimizer steps done.
@@ -35,12 +33,10 @@ class TrainState:
         best_loss: Lowest validation loss so far, nats per token.
         best_step: Step it was reached at.
         since_best: Validations since then.
-        held_out_start: Bits per byte of the held-out text before the first step.
-        held_out_step: Newest step at which that text was within its limit.
-        held_out_over: Measurements above the limit since then.
         total: Steps that the run was to take when this was saved; None of version 0.1.
-        open: What the measurements after the last step alone have changed, as it was before: a
-            longer run has not made them.
+        open: The validation fields before the validation that only the last step made: a longer run
+            has not made it.
+        required: Steps of other checkpoints that may become the result of this run or a longer one.
     """
 
     step: int = 0
@@ -51,48 +47,51 @@ class TrainState:
     best_loss: float | None = None
     best_step: int | None = None
     since_best: int = 0
-    held_out_start: float | None = None
-    held_out_step: int | None = None
-    held_out_over: int = 0
     total: int | None = None
     open: dict[str, Any] = dataclasses.field(default_factory=dict)
+    required: list[int] = dataclasses.field(default_factory=list)
 
-    def keep_open(self, names: Sequence[str]) -> None:
-        """Remember ``names`` as they are, before a measurement that a longer run does not make."""
-        self.open |= {name: getattr(self, name) for name in names}
+    def keep_open(self) -> None:
+        """Remember the validation fields, before a validation that a longer run does not make."""
+        self.open = {name: getattr(self, name) for name in _VALIDATED}
 
-    def reopen(self) -> None:
-        """Forget those measurements."""
-        for name, value in self.open.items():
-            setattr(self, name, value)
+    def reopen(self, undo: bool) -> bool:
+        """Forget that validation, or with ``undo=False`` let it stand; return whether undone."""
+        undone = undo and bool(self.open)
+        if undone:
+            for name, value in self.open.items():
+                setattr(self, name, value)
         self.open = {}
+        return undone
 
-    def needed(self) -> set[int | None]:
-        """Return the steps whose weights may become the result, of this run or a longer one."""
-        names = ("best_step", "held_out_step")
-        return {at.get(name) for at in (vars(self), self.open) for name in names}
+    def best_steps(self) -> set[int]:
+        """Return the steps of the lowest validation loss: of this run, and of a longer one."""
+        steps = (self.best_step, self.open.get("best_step"))
+        return {step for step in steps if step is not None}
 
 
-def read_position(path: Path) -> TrainState:
-    """Return the position of the checkpoint at ``path``.
+def read_state(path: Path) -> TrainState:
+    """Return the train state of the checkpoint at ``path``.
 
     Raises:
         SlimError: If its ``state.json`` is damaged.
     """
     values, where = read_object(path / STATE), short(path / STATE)
-    whole = ("step", "epoch", "taken", "tokens", "since_best", "held_out_over")
-    for key in whole:
+    if is_legacy(values):
+        values = upgrade_state(values)
+    values.pop(CALLBACKS, None)
+    for key in ("step", "epoch", "taken", "tokens", "since_best"):
         field(values, where, key, int, 0, low=0)
-    for key in ("best_step", "held_out_step"):
-        field(values, where, key, int, None, low=0)
-    for key in ("seconds", "best_loss", "held_out_start"):
+    field(values, where, "best_step", int, None, low=0)
+    for key in ("seconds", "best_loss"):
         field(values, where, key, float, None)
     field(values, where, "total", int, None, low=1)
+    field(values, where, "required", list, [], of=int)
     opened = field(values, where, "open", dict, {})
     for key in opened:
         kind = float if key == "best_loss" else int
         field(opened, f"{where}: open", key, kind, None, low=None if kind is float else 0)
-    if unknown := opened.keys() - {*VALIDATED, *WATCHED}:
+    if unknown := opened.keys() - {*_VALIDATED}:
         raise SlimError(f"{where}: open names {min(unknown)}", "resume from an older checkpoint")
     with library_errors(f"{where} is damaged", "resume from an older checkpoint"):
         return TrainState(**values)

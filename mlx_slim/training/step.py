@@ -327,37 +327,3 @@ class Stepper:
             computed=computed,
             parts=parts,
         )
-
-
-class Scorer:
-    """The sums of an objective over batches, without gradients.
-
-    Args:
-        model: In evaluation mode while it is called.
-        objective: Summed loss of a batch.
-        compiled, captured: As ``Stepper``.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        objective: Objective,
-        *,
-        compiled: bool = False,
-        captured: Sequence[dict] = (),
-    ) -> None:
-        self.model = model
-        self.objective = objective
-
-        def sums(parameters: dict[str, mx.array], *arrays: Any) -> mx.array:
-            set_trainable(model, parameters)
-            return objective(model, arrays, gradient=False)
-
-        self._sums: Callable = mx.compile(sums, inputs=[*captured]) if compiled else sums
-
-    def __call__(self, batch: Batch) -> mx.array:
-        """Return what the objective returns."""
-        parameters = trainable(self.model)
-        sums = self._sums(parameters, *self.objective.arrays(batch))
-        set_trainable(self.model, parameters)
-        return sums

@@ -144,14 +144,14 @@ def test_rows_that_change_while_the_matrix_runs_cost_their_cells(files):
     assert "toy-base" in run_all(files, resume=True, only={"toy-base"}).complete
 
 
-@pytest.mark.parametrize("named", ["validation", "template", "held_out"])
+@pytest.mark.parametrize("named", ["validation", "template", "forgetting"])
 def test_files_that_a_recipe_names_count_by_content(files, named):
     write_rows(files / "validation.jsonl", 5)
     (files / "template.jinja").write_text("{{ messages[0].content }}")
     recipe = {
         "validation": {"data": {"path": "rows.jsonl", "validation": "validation.jsonl"}},
         "template": {"data": {"path": "rows.jsonl", "template": "template.jinja"}},
-        "held_out": {"data": {"path": "rows.jsonl"}, "held_out": {"path": "text.txt"}},
+        "forgetting": {"data": {"path": "rows.jsonl"}, "forgetting": {"path": "text.txt"}},
     }[named]
     file = {"validation": "validation.jsonl", "template": "template.jinja"}.get(named, "text.txt")
     resolved = from_values({"model": "x", **recipe}, "toy", "test")

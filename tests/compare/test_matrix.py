@@ -181,11 +181,11 @@ def test_what_cannot_be_fused(tmp_path, fused, said):
 def test_values_of_other_schemas_may_be_true_or_false(tmp_path):
     methods = {
         "narrow": {"kind": "pruned", "prune": {"ratio": 0.5, "heads": False}},
-        "aware": {"recipe": {"method": "full", "quantize": {"aware": True}}},
+        "qat": {"recipe": {"method": "full", "quantize": {"qat": True}}},
     }
     layout = load_matrix(str(write(tmp_path / "m.yaml", methods=methods)))
     assert not layout.refused
-    assert layout.cells[1].recipe.recipe.quantize.aware is True
+    assert layout.cells[1].recipe.recipe.quantize.qat is True
 
 
 def test_cells_that_start_from_another_cell(tmp_path):

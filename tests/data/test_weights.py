@@ -14,8 +14,8 @@ from mlx_slim.data.store import TokenRows, TokenStore, TokenWriter
 from mlx_slim.data.tokenize import Tokens
 from mlx_slim.errors import SlimError
 from mlx_slim.models.load import load
-from mlx_slim.training.loop import validation_loss
-from mlx_slim.training.step import CrossEntropy, Scorer, Stepper
+from mlx_slim.training.step import CrossEntropy, Stepper
+from mlx_slim.training.validation import LossScorer, validation_loss
 from tests.support.tiny import tiny_model
 
 Mode = Literal["grouped", "packed"]
@@ -123,7 +123,7 @@ def test_the_loss_is_the_weighted_mean(tmp_path, model, mode: Mode, limit):
     batcher = Batcher(store, 160, 48, mode, 0, limit)
     objective = CrossEntropy(model)
     expected = reference(model, rows)
-    loss, _, supervised = validation_loss(Scorer(model, objective), batcher)
+    loss, _, supervised = validation_loss(LossScorer(model, objective), batcher)
     assert loss == pytest.approx(expected, rel=1e-5)
     assert supervised == sum(int(row.supervised_T.sum()) for row in rows)
     batches = [batcher.batch(groups) for groups in batcher.plan(0)]

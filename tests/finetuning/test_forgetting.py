@@ -10,19 +10,19 @@ import pytest
 
 from mlx_slim import events
 from mlx_slim.config.load import from_values
-from mlx_slim.config.schema import HeldOutConfig
+from mlx_slim.config.schema import ForgettingConfig
 from mlx_slim.errors import Interrupted, SlimError
 from mlx_slim.evaluation.run import EvalOptions, evaluate
-from mlx_slim.finetuning.forgetting import read_held_out
+from mlx_slim.finetuning.forgetting import read_texts_of
 from mlx_slim.finetuning.run import finetune
 from tests.finetuning.test_resume import CtrlC
 from tests.support.evals import write_tasks
 from tests.support.runs import Recorder, losses, recipe, write_rows
 
 
-def _watched(model: Path, data: Path, text: Path | str, method: str = "lora", **held_out):
+def _watched(model: Path, data: Path, text: Path | str, method: str = "lora", **forgetting: object):
     values = recipe(model, data, method).recipe.model_dump(mode="json", exclude_none=True)
-    values["held_out"] = {"path": str(text), "every": 2, "max_rise": 9.0, **held_out}
+    values["forgetting"] = {"path": str(text), "every": 2, "max_rise": 9.0, **forgetting}
     if method == "full":
         values["train"] |= {"learning_rate": 0.02, "warmup": 0, "schedule": "constant"}
     return from_values(values, "watched", "test")
@@ -32,7 +32,7 @@ def _measured(run: Path) -> dict[int, float]:
     found = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
-        if record["event"] == "held_out":
+        if record["event"] == "forgetting":
             assert record["step"] not in found
             found[record["step"]] = record["bits_per_byte"]
     return found
@@ -50,11 +50,11 @@ def test_the_figure_is_that_of_eval(tiny, tmp_path, text):
     result = finetune(_watched(tiny("llama"), data, text), out, observer=Recorder())
     found = _measured(out)
     assert list(found) == [0, 2, 4, 6, 8, 10]
-    assert result.done.reason == "complete" and result.done.held_out_step == 10
+    assert result.done.reason == "complete" and found[10]
     for name, step in (("base", 0), ("tuned", 10)):
         options = EvalOptions(perplexity=text, max_length=128)
         if name == "tuned":
-            if result.done.kept_step != 10:
+            if result.done.result_step != 10:
                 continue
             options = EvalOptions(perplexity=text, max_length=128, adapter=out / "adapters")
         (scored,) = evaluate(tiny("llama"), [], tmp_path / name, options)
@@ -75,13 +75,13 @@ def test_a_run_that_forgets_stops_and_keeps_what_was_within(tiny, tmp_path, text
     strict = _watched(tiny("llama"), data, text, "full", max_rise=limit)
     recorder = Recorder()
     result = finetune(strict, out, observer=recorder)
-    assert result.done.reason == "held_out" and result.done.step == over
-    kept = result.done.kept_step
-    assert kept <= result.done.held_out_step < over
+    assert result.done.reason == "forgetting" and result.done.step == over
+    kept = result.done.result_step
+    assert kept < over and rises[kept] <= limit
     saved = mx.load(str(out / "model" / "model.safetensors"))
     expected = mx.load(str(out / "checkpoints" / f"step-{kept}" / "weights.safetensors"))
     assert all(mx.array_equal(saved[name], expected[name]) for name in expected)
-    assert any(isinstance(e, events.HeldOutDone) and not e.within for e in recorder.events)
+    assert any(isinstance(e, events.ForgettingMeasured) and not e.within for e in recorder.events)
 
 
 def test_resumed_equals_uninterrupted(tiny, tmp_path, text):
@@ -102,16 +102,16 @@ def test_resumed_equals_uninterrupted(tiny, tmp_path, text):
 
 def test_texts_come_from_tasks_rows_and_files(tmp_path):
     choice, generation, text = write_tasks(tmp_path / "tasks", 8)
-    found = read_held_out(HeldOutConfig(path=f"task:{choice}", rows=2))
+    found = read_texts_of(ForgettingConfig(path=f"task:{choice}", rows=2))
     assert found.documents[0].startswith("Questions and answers") and len(found.documents) == 4
     assert "Answer:" in found.documents[0]
-    assert read_held_out(HeldOutConfig(path=f"task:{generation}", rows=3)).documents[0] == (
+    assert read_texts_of(ForgettingConfig(path=f"task:{generation}", rows=3)).documents[0] == (
         "Say 0 alpha?: alpha"
     )
-    assert len(read_held_out(HeldOutConfig(path=str(text))).documents) == 1
+    assert len(read_texts_of(ForgettingConfig(path=str(text))).documents) == 1
     rows = write_rows(tmp_path / "rows.jsonl")
-    assert read_held_out(HeldOutConfig(path=str(rows), rows=2)).documents[1] == (
+    assert read_texts_of(ForgettingConfig(path=str(rows), rows=2)).documents[1] == (
         "1: alpha beta\n\nbetabeta"
     )
     with pytest.raises(SlimError, match="does not exist"):
-        read_held_out(HeldOutConfig(path=str(tmp_path / "none.jsonl")))
+        read_texts_of(ForgettingConfig(path=str(tmp_path / "none.jsonl")))

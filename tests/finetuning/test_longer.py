@@ -31,9 +31,9 @@ def asked(model: Path, rows: Path, method: str = "lora", watched: Path | None = 
     given = recipe(model, rows, method, **{"keep": 1, "validate_every": 3, **train})
     if watched is None:
         return given
-    held_out = {"path": str(watched), "every": 4, "max_rise": 100}
+    forgetting = {"path": str(watched), "every": 4, "max_rise": 100}
     values = given.recipe.model_dump(mode="json", exclude_unset=True)
-    return from_values({**values, "held_out": held_out}, "small", "test")
+    return from_values({**values, "forgetting": forgetting}, "small", "test")
 
 
 def lines(run: Path, *names: str) -> list[dict]:
@@ -57,11 +57,11 @@ def weights(run: Path) -> dict[str, bytes]:
 
 
 def same_result(one: Path, other: Path) -> None:
-    events = ("step", "validation", "held_out")
+    events = ("step", "validation", "forgetting")
     assert lines(one, *events) == lines(other, *events)
     assert weights(one) == weights(other)
     done = [json.loads((run / "run.json").read_text())["result"]["done"] for run in (one, other)]
-    for key in ("step", "reason", "tokens", "best_validation", "best_step", "held_out_step"):
+    for key in ("step", "reason", "tokens", "best_validation", "best_step", "result_step"):
         assert done[0][key] == done[1][key]
 
 

@@ -27,12 +27,12 @@ from tests.support.runs import Recorder, losses, recipe, write_rows
 from tests.support.tiny import tiny_model
 
 
-def aware(model: Path, data: Path, method: str, **changes):
+def qat_recipe(model: Path, data: Path, method: str, **changes):
     """Return the small recipe with three-bit weights in training."""
     values = recipe(model, data, method).recipe.model_dump(mode="json", exclude_none=True)
-    values["quantize"] = {"bits": 3, "group_size": 32, "aware": True}
+    values["quantize"] = {"bits": 3, "group_size": 32, "qat": True}
     values["train"] |= changes
-    return from_values(values, "aware", "test")
+    return from_values(values, "qat", "test")
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def aware(model: Path, data: Path, method: str, **changes):
 )
 def test_the_saved_model_is_the_one_that_was_validated(tiny, tmp_path, architecture, method):
     data, out = write_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
-    small = aware(tiny(architecture), data, method)
+    small = qat_recipe(tiny(architecture), data, method)
     result = finetune(small, out, observer=Recorder())
     assert losses(out)[10] < losses(out)[1]
     assert (out / "adapters").exists() == (method != "full")
@@ -56,10 +56,10 @@ def test_16_bit_sources_are_stored_as_they_came(tmp_path):
     source = tiny_model(tmp_path / "base", dtype=mx.bfloat16)
     out = tmp_path / "run"
     data = write_rows(tmp_path / "rows.jsonl")
-    result = finetune(aware(source, data, "full"), out, observer=Recorder())
+    result = finetune(qat_recipe(source, data, "full"), out, observer=Recorder())
     weights = mx.load(str(out / "model" / "model.safetensors"))
     assert weights["model.layers.0.mlp.up_proj.scales"].dtype == mx.bfloat16
-    again = validate(aware(out / "model", data, "full").recipe)
+    again = validate(qat_recipe(out / "model", data, "full").recipe)
     assert again.loss == pytest.approx(result.done.best_validation, rel=1e-3)
 
 
@@ -79,7 +79,7 @@ def test_16_bit_sources_are_stored_as_they_came(tmp_path):
 def test_what_is_saved_is_what_was_trained_in_any_dtype(tmp_path, method, dtype, stored):
     data, out = write_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
     base = tiny_model(tmp_path / "base", dtype=stored)
-    finetune(aware(base, data, method, dtype=dtype, steps=4), out, observer=Recorder())
+    finetune(qat_recipe(base, data, method, dtype=dtype, steps=4), out, observer=Recorder())
     assert (out / "run.json").exists()
     weights = mx.load(str(out / "model" / "model.safetensors"))
     assert weights["model.norm.weight"].dtype == stored
@@ -112,7 +112,7 @@ def test_a_saved_model_that_is_another_one_is_caught(tmp_path, monkeypatch, dtyp
     data, out = write_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
     with pytest.raises(SlimError, match="quantized logits differ"):
         finetune(
-            aware(tiny_model(tmp_path / "base"), data, "lora", dtype=dtype),
+            qat_recipe(tiny_model(tmp_path / "base"), data, "lora", dtype=dtype),
             out,
             observer=Recorder(),
         )
@@ -122,7 +122,7 @@ def test_a_saved_model_that_is_another_one_is_caught(tmp_path, monkeypatch, dtyp
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_resumed_equals_uninterrupted_and_checkpoints_are_floats(tiny, tmp_path, method):
     data = write_rows(tmp_path / "rows.jsonl")
-    small = aware(tiny("llama"), data, method)
+    small = qat_recipe(tiny("llama"), data, method)
     finetune(small, tmp_path / "straight", observer=Recorder())
     out = tmp_path / "stopped"
     with pytest.raises(Interrupted):
@@ -144,9 +144,9 @@ def test_it_beats_quantizing_afterwards(tiny, tmp_path):
     steps = {"steps": 60, "learning_rate": 3e-3, "validate_every": 60, "save_every": 60}
     two = {"bits": 2, "group_size": 32}
     found = {}
-    for name, is_aware in (("aware", True), ("afterwards", False)):
-        values = aware(tiny("llama"), data, "full", **steps).recipe.model_dump(mode="json")
-        values["quantize"] |= {**two, "aware": is_aware}
+    for name, is_qat in (("qat", True), ("afterwards", False)):
+        values = qat_recipe(tiny("llama"), data, "full", **steps).recipe.model_dump(mode="json")
+        values["quantize"] |= {**two, "qat": is_qat}
         values = {key: value for key, value in values.items() if value is not None}
         out = tmp_path / name
         done = finetune(from_values(values, name, "test"), out, observer=Recorder()).done
@@ -156,25 +156,27 @@ def test_it_beats_quantizing_afterwards(tiny, tmp_path):
     from mlx_slim.models.save import save_model
 
     save_model(tmp_path / "rounded", loaded.model, loaded.tokenizer, loaded.config)
-    afterwards = validate(aware(tmp_path / "rounded", data, "full").recipe).loss
-    assert found["aware"] < afterwards
+    afterwards = validate(qat_recipe(tmp_path / "rounded", data, "full").recipe).loss
+    assert found["qat"] < afterwards
     assert found["afterwards"] < afterwards
 
 
 def test_what_does_not_go_together_is_one_error(tiny, tmp_path):
     data = write_rows(tmp_path / "rows.jsonl")
     with pytest.raises(SlimError, match="method=qlora has a quantized base"):
-        aware(tiny("llama"), data, "qlora")
+        qat_recipe(tiny("llama"), data, "qlora")
     base = quantized(tmp_path / "q", tiny("llama"))
     for method in ("full", "lora"):
         with pytest.raises(SlimError, match="is quantized, and"):
-            finetune(aware(base, data, method), tmp_path / "run", observer=events.Broadcast([]))
+            finetune(
+                qat_recipe(base, data, method), tmp_path / "run", observer=events.Broadcast([])
+            )
         assert not (tmp_path / "run").exists()
 
 
 def test_the_planner_counts_the_rounded_copy(tiny, tmp_path):
     data = write_rows(tmp_path / "rows.jsonl")
-    small = aware(tiny("llama"), data, "lora").recipe
+    small = qat_recipe(tiny("llama"), data, "lora").recipe
     loaded = load(tiny("llama"))
     plain = small.model_copy(update={"quantize": QuantizeConfig()})
     parts = [predict(loaded.config, r, gpu=False).breakdown["weights"] for r in (small, plain)]

@@ -156,9 +156,9 @@ def test_an_early_stopped_run_takes_no_step_more_on_a_resume(tiny, tmp_path: Pat
     (out / "run.json").unlink()  # as if killed right after its last checkpoint
     (out / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines[:-2]))
     again = finetune(small, out, observer=Recorder(), resume=True).done
-    assert (again.reason, again.step, again.kept_step) == (
+    assert (again.reason, again.step, again.result_step) == (
         *("early_stopping", first.step),
-        first.kept_step,
+        first.result_step,
     )
     events = [
         json.loads(line)["event"] for line in (out / "metrics.jsonl").read_text().splitlines()

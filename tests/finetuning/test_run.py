@@ -65,7 +65,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tiny, tmp_path, monke
     original = Loop._step
 
     def poisoned(self, *args) -> None:
-        if self.position.step == 4:
+        if self.state.step == 4:
             head = self.stepper.objective.split.head.module
             head.weight = head.weight * float("nan")
         original(self, *args)

@@ -57,7 +57,7 @@ def test_pinned_named_and_known(name: str):
     kind = name.rsplit("-", 1)[1]
     expected = "full" if name in TAUGHT or kind == "qat" else kind
     assert recipe.method == expected
-    assert recipe.quantize.aware == (kind == "qat")
+    assert recipe.quantize.qat == (kind == "qat")
     teachers = recipe.distill.teachers if recipe.distill else []
     for pin in [recipe.revision, *(teacher.revision for teacher in teachers)]:
         assert re.fullmatch(r"[0-9a-f]{40}", pin or "")

@@ -193,10 +193,10 @@ def use_checkpoint(folder: Path, out: Path) -> None:
     from mlx_slim.artifacts import load_tensors, read_records
     from mlx_slim.events import Saved
     from mlx_slim.training.metrics import MetricsFile
-    from mlx_slim.training.state import read_position
+    from mlx_slim.training.state import read_state
 
     run = folder / "run"
-    read_position(run / "checkpoints" / "step-4")
+    read_state(run / "checkpoints" / "step-4")
     for name in ("weights", "optimizer"):
         load_tensors(run / "checkpoints" / "step-4" / f"{name}.safetensors")
     list(read_records(run / "metrics.jsonl"))

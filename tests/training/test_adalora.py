@@ -175,7 +175,7 @@ def test_killed_and_resumed_repeats_it_bit_for_bit(tiny, tmp_path):
     out = tmp_path / "stopped"
     with pytest.raises(Interrupted):
         finetune(text, out, observer=CtrlC())
-    state = mx.load(str(out / "checkpoints" / "step-3" / "companions.safetensors"))
+    state = mx.load(str(out / "checkpoints" / "step-3" / "callbacks.safetensors"))
     assert any(value.max().item() > 0 for name, value in state.items() if "mean/" in name)
     finetune(text, out, observer=Recorder(), resume=True)
     assert losses(out) == losses(tmp_path / "straight")

@@ -10,7 +10,7 @@ import pytest
 
 from mlx_slim.events import Saved
 from mlx_slim.training.metrics import MetricsFile
-from mlx_slim.training.state import TrainState, read_position
+from mlx_slim.training.state import TrainState, read_state
 from tests.test_reading import nested, refusal
 
 
@@ -27,9 +27,9 @@ from tests.test_reading import nested, refusal
 def test_a_position_that_cannot_be(tmp_path: Path, changes: dict, expected: str) -> None:
     known = TrainState(step=4, best_loss=1.5)
     (tmp_path / "state.json").write_text(json.dumps(asdict(known)))
-    assert read_position(tmp_path) == known
+    assert read_state(tmp_path) == known
     (tmp_path / "state.json").write_text(json.dumps(asdict(known) | changes))
-    found = refusal(read_position, tmp_path)
+    found = refusal(read_state, tmp_path)
     assert "state.json" in found
     assert expected in found
 

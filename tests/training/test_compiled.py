@@ -21,7 +21,8 @@ from mlx_slim.distillation.mutual import ModelPair, MutualObjective
 from mlx_slim.distillation.objective import DistillationObjective
 from mlx_slim.distillation.target_cache import PlaceholderTargets, TargetLayout
 from mlx_slim.training.loop import Loop
-from mlx_slim.training.step import Arrays, CrossEntropy, Objective, Scorer, Stepper
+from mlx_slim.training.step import Arrays, CrossEntropy, Objective, Stepper
+from mlx_slim.training.validation import LossScorer
 from tests.support.rows import MemoryRows
 from tests.support.tiny import VOCAB, tiny_model
 
@@ -46,11 +47,11 @@ def _loop(out: Path, rows: MemoryRows, mode: Mode, **settings: Any) -> Loop:
     model.freeze()
     model.model.layers[-1].mlp.down_proj.unfreeze()
     config = TrainConfig(**{"batch_tokens": 128, "max_length": 64, "epochs": 3, **settings})
-    held_out = MemoryRows(np.random.default_rng(5).integers(3, 60, 40).tolist())
+    validation = MemoryRows(np.random.default_rng(5).integers(3, 60, 40).tolist())
     limits = SHAPES - VALIDATION_SHAPES, VALIDATION_SHAPES
     batchers = [
         Batcher(some, config.batch_tokens, config.max_length, mode, 0, limit)
-        for some, limit in zip((rows, held_out), limits, strict=True)
+        for some, limit in zip((rows, validation), limits, strict=True)
     ]
     return Loop(
         model, Traced(model, chunk=64), config, *batchers, events.Broadcast([]), out, compiled=True
@@ -69,7 +70,7 @@ def test_a_run_of_three_epochs_traces_no_more_than_its_shapes(tmp_path, mode: Mo
     assert isinstance(loop.objective, Traced)
     loop.preflight()
     loop.run()
-    assert loop.position.step > 4 * SHAPES
+    assert loop.state.step > 4 * SHAPES
     assert loop.objective.calls <= SHAPES
 
 
@@ -123,7 +124,7 @@ def test_padding_changes_no_loss_and_no_gradient(tiny, tmp_path, mode: Mode, kin
     for path, value in plain.gradients.items():
         scale = mx.abs(value).max().item() + 1e-6
         assert mx.abs(ours.gradients[path] - value).max().item() < 1e-3 * scale, path
-    score = Scorer(model, objective)
+    score = LossScorer(model, objective)
     for batch, same in zip(batches, exact, strict=True):
         assert np.allclose(np.array(score(batch)), np.array(score(same)), rtol=1e-5)
 
@@ -138,7 +139,7 @@ def test_a_compiled_step_of_fixed_shapes_equals_an_exact_one(tmp_path, mode: Mod
     assert ours.loss == pytest.approx(plain.loss, rel=1e-5)
     for path, value in plain.gradients.items():
         assert mx.allclose(ours.gradients[path], value, rtol=1e-3, atol=1e-6), path
-    score = Scorer(loop.model, loop.objective)
+    score = LossScorer(loop.model, loop.objective)
     for groups, batch in zip(plan, exact, strict=True):
         sums = loop.scorer(loop.batcher.batch(groups))
         assert sums.item() == pytest.approx(score(batch).item(), rel=1e-5)

@@ -28,7 +28,7 @@ BATCHES = [[[0], [1], [2], [3]], [[4], [5], [6], [7]]]
 THREE = QuantizeConfig(bits=3, group_size=32)
 
 
-def aware(folder: Path, method: str, config: QuantizeConfig = THREE, **settings):
+def qat_model(folder: Path, method: str, config: QuantizeConfig = THREE, **settings):
     """Return (model, its rounding) for a method, adapters moved away from their start."""
     loaded = load(folder)
     chosen = make_policy(loaded.model, config).chosen
@@ -62,7 +62,7 @@ CASES = [
 @pytest.mark.parametrize("bits", [2, 4])
 def test_what_it_computes_is_the_quantized_model(tiny, architecture, method, settings, bits):
     config = QuantizeConfig(bits=bits, group_size=32)
-    loaded, rounding = aware(tiny(architecture), method, config, **settings)
+    loaded, rounding = qat_model(tiny(architecture), method, config, **settings)
     model = loaded.model
     before = {k: mx.array(v) for k, v in tree_flatten(model.parameters())}
     plain = model(IDS)
@@ -96,7 +96,7 @@ def test_other_formats_and_16_bit_scales():
 
 def _straight_through(folder: Path, method: str, batches, **settings) -> dict[str, mx.array]:
     """The slow way: w + stop_gradient(dequantize(quantize(w)) − w) in every layer, full logits."""
-    loaded, _ = aware(folder, method, **settings)
+    loaded, _ = qat_model(folder, method, **settings)
     model = loaded.model
     chosen = make_policy(load(folder).model, THREE).chosen
 
@@ -156,7 +156,7 @@ TIED = ("llama-tied", "lora", {"targets": ["all-linear", "embed_tokens"]})
 )
 def test_gradients_are_the_straight_through_ones(tiny, architecture, method, settings, way):
     expected = _straight_through(tiny(architecture), method, BATCHES, **settings)
-    loaded, rounding = aware(tiny(architecture), method, **settings)
+    loaded, rounding = qat_model(tiny(architecture), method, **settings)
     model = loaded.model
     settings = {key: value for key, value in way.items() if key != "checkpoint"}
     objective = CrossEntropy(model, chunk=16)
@@ -175,7 +175,7 @@ def test_gradients_are_the_straight_through_ones(tiny, architecture, method, set
 
 
 def test_doras_lengths_get_the_derivative_of_the_rounded_loss(tiny):
-    loaded, rounding = aware(tiny("llama"), "dora")
+    loaded, rounding = qat_model(tiny("llama"), "dora")
     model, objective = loaded.model, CrossEntropy(loaded.model, chunk=16)
     batch = collate(ROWS, BATCHES[1], isolate=False)
     adapter = model.layers[1].mlp.up_proj
