@@ -189,7 +189,7 @@ def test_what_cannot_grow_is_refused_and_left_as_it_was(tiny, rows, tmp_path):
     stopped |= {"validate_every": 1}
     wsd = {"steps": 6, **EXACT["wsd"]}
     cases = {
-        "by its validation after": stopped,
+        "train.early_stopping stopped it after": stopped,
         "before its decay": wsd,
         "checkpoints were removed": {"steps": 4, "schedule": "constant"},
     }
