@@ -27,7 +27,7 @@ FLOORS = (
     {"locks", "reading"},
     {"tensor_files"},
     {"artifacts", "events"},
-    {"claims"},
+    {"claims", "run_dir"},
     {"blas"},
     {"config", "runtime"},
     {"data", "models"},

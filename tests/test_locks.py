@@ -14,8 +14,9 @@ import pytest
 
 from mlx_slim import locks
 from mlx_slim.artifacts import atomic_file, atomic_folder, write_json
-from mlx_slim.claims import LOCK_FILE, RunKind, makes_folder, run_folder
+from mlx_slim.claims import makes_folder
 from mlx_slim.errors import Complete, SlimError
+from mlx_slim.run_dir import LOCK_FILE, RunDir, RunKind
 from tests.support.kills import contents
 
 ROOT = Path(__file__).parents[1]
@@ -43,11 +44,11 @@ LIVING = """
 import sys, time
 from pathlib import Path
 from mlx_slim.artifacts import atomic_file, atomic_folder
-from mlx_slim.claims import run_folder
+from mlx_slim.run_dir import RunDir
 from tests.test_locks import RUN
 out = Path(sys.argv[1])
 what = {"folder": lambda: atomic_folder(out), "file": lambda: atomic_file(out),
-        "run": lambda: run_folder(out, RUN, resume=False)}[sys.argv[2]]
+        "run": lambda: RunDir(out, RUN).claim(resume=False)}[sys.argv[2]]
 with what() as inside:
     if sys.argv[2] == "run":
         (out / "tokens").mkdir()
@@ -91,7 +92,7 @@ def test_a_folder_that_a_living_process_makes_is_refused_and_left_alone(living, 
         pass
     with (
         pytest.raises(SlimError, match="another process is writing"),
-        run_folder(out, RUN, resume=True),
+        RunDir(out, RUN).claim(resume=True),
     ):
         pass
     locks.remove_dead(tmp_path)
@@ -120,13 +121,13 @@ def test_a_run_of_a_living_process_is_refused_and_of_a_killed_one_begun_anew(
     before = contents(tmp_path)
     with (
         pytest.raises(SlimError, match="another process is writing"),
-        run_folder(out, RUN, resume=resume),
+        RunDir(out, RUN).claim(resume=resume),
     ):
         pass
     assert contents(tmp_path) == before
     process.kill()
     process.wait()
-    with run_folder(out, RUN, resume=resume) as claim:
+    with RunDir(out, RUN).claim(resume=resume) as claim:
         assert not claim.started
         assert ("to resume: starting" in claim.note) == resume
         assert list(contents(out)) == [LOCK_FILE]
@@ -178,7 +179,7 @@ def test_other_files_are_refused_and_nothing_is_removed(tmp_path) -> None:
         for resume in (False, True):
             with (
                 pytest.raises(SlimError, match="not empty and holds no run"),
-                run_folder(out, RUN, resume=resume),
+                RunDir(out, RUN).claim(resume=resume),
             ):
                 pass
         assert contents(out) == {mine: b"keep"}
@@ -188,22 +189,22 @@ def test_other_files_are_refused_and_nothing_is_removed(tmp_path) -> None:
     for name in ("tokens", "part_1", "notes.txt"):
         (out / name).write_text("keep")
     before = contents(out)
-    with pytest.raises(SlimError, match="not empty"), run_folder(out, RUN, resume=True):
+    with pytest.raises(SlimError, match="not empty"), RunDir(out, RUN).claim(resume=True):
         pass
     assert contents(out) == before
     (out / "notes.txt").unlink()
     (out / ".DS_Store").write_text("")
-    with run_folder(out, RUN, resume=False):
+    with RunDir(out, RUN).claim(resume=False):
         assert sorted(contents(out)) == [".DS_Store", LOCK_FILE]
 
 
 def test_a_run_that_is_there_needs_resume(tmp_path) -> None:
     out = tmp_path / "out"
-    with run_folder(out, RUN, resume=False):
+    with RunDir(out, RUN).claim(resume=False):
         write_json(out / "state.json", {})
-    with pytest.raises(SlimError, match="--resume"), run_folder(out, RUN, resume=False):
+    with pytest.raises(SlimError, match="--resume"), RunDir(out, RUN).claim(resume=False):
         pass
-    with run_folder(out, RUN, resume=True) as claim:
+    with RunDir(out, RUN).claim(resume=True) as claim:
         assert claim.started and not claim.note
     assert list(contents(out)) == ["state.json"]
 
@@ -280,13 +281,13 @@ def test_names_that_cannot_be_an_output(tmp_path, monkeypatch) -> None:
             work(Path("n" * length))
         with (
             pytest.raises(SlimError, match="File name too long"),
-            run_folder(Path("n" * length), RUN, resume=False),
+            RunDir(Path("n" * length), RUN).claim(resume=False),
         ):
             pass
     assert [path.name for path in tmp_path.iterdir()] == ["dangling"]
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
-    with run_folder(Path(), RUN, resume=False):
+    with RunDir(Path(), RUN).claim(resume=False):
         assert list(contents(Path())) == [LOCK_FILE]
 
 
@@ -297,7 +298,7 @@ def test_without_locks_one_line_says_so_and_nothing_is_removed(
         raise OSError(37, "No locks available")
 
     out = tmp_path / "out"
-    with run_folder(out, RUN, resume=False):
+    with RunDir(out, RUN).claim(resume=False):
         (out / "tokens").mkdir()
         left = contents(out)
         monkeypatch.setattr(fcntl, "flock", no_locks)
@@ -314,7 +315,7 @@ def test_without_locks_one_line_says_so_and_nothing_is_removed(
                 (other / name).mkdir()
             else:
                 (other / name).write_bytes(content)
-        with pytest.raises(SlimError, match="nobody knows"), run_folder(other, RUN, resume=True):
+        with pytest.raises(SlimError, match="nobody knows"), RunDir(other, RUN).claim(resume=True):
             pass
         assert (other / "tokens").is_dir()
         (tmp_path / ".b.mlx-slim-tmp" / "new").mkdir(parents=True)

@@ -6,7 +6,6 @@ Try it: ``mlx-slim compare matrix-tiny --dry-run``.
 
 from __future__ import annotations
 
-import shlex
 import subprocess
 import sys
 import time
@@ -63,7 +62,7 @@ def command(
     if only is not None:
         _one(layout, folder, only, quiet)
         return
-    words = [matrix, *overrides, "-o", str(folder)]
+    words = ["compare", matrix, *overrides]
     words += [] if limit is None else ["--limit", str(limit)]
     words += ["--quiet"] if quiet else []
     _run(layout, folder, words, resume)
@@ -73,17 +72,28 @@ def _run(layout: Layout, folder: Path, words: list[str], resume: bool) -> None:
     from mlx_slim.cli.report import show
     from mlx_slim.compare import runner
     from mlx_slim.reading import read_object
+    from mlx_slim.run_dir import RunDir
     from mlx_slim.runtime import human_seconds
 
     for name, why in layout.refused:
         click.echo(f"warning: {name} cannot run: {why}", err=True)
-    with runner.held(folder, resume=resume) as claimed:
+    run_dir = RunDir(folder, runner.MATRIX)
+    with run_dir.claim(resume=resume) as claimed:
         if claimed.note:
             click.echo(claimed.note)
         cells = runner.prepare(layout, folder, resume)
 
         def launch(cell: Cell) -> tuple[int, str]:
-            command = [sys.executable, "-m", "mlx_slim", "compare", *words, "--only", cell.name]
+            command = [
+                sys.executable,
+                "-m",
+                "mlx_slim",
+                *words,
+                "-o",
+                str(folder),
+                "--only",
+                cell.name,
+            ]
             note = folder / "failed" / f"{cell.name}.json"
             note.unlink(missing_ok=True)
             if (code := _exit_code(command, claimed.descriptor)) is None:
@@ -93,11 +103,8 @@ def _run(layout: Layout, folder: Path, words: list[str], resume: bool) -> None:
         def begun(number: int, cell: Cell) -> None:
             click.echo(f"\n── cell {number} of {len(cells)}: {cell.name}")
 
-        try:
+        with run_dir.resumable(lambda: words):
             ran = runner.run(cells, folder, launch, begun)
-        except Interrupted as stop:
-            command = shlex.join(["mlx-slim", "compare", *words, "--resume"])
-            raise Interrupted(stop.message, f"resume with: {command}") from stop
     for name, why in ran.failed:
         click.echo(f"warning: {name} failed: {why}", err=True)
     click.echo(f"\n{len(ran.complete)} of {len(cells)} cells in {human_seconds(ran.seconds)}")

@@ -11,13 +11,12 @@ import contextlib
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mlx_slim.artifacts import SCHEMA_VERSION, write_json
-from mlx_slim.claims import Claim, RunKind, run_folder
 from mlx_slim.compare import identity
 from mlx_slim.compare.matrix import Cell, Layout
 from mlx_slim.compare.predict import Line, plan
@@ -26,6 +25,7 @@ from mlx_slim.compare.store import MANIFEST, MATRIX_FILE
 from mlx_slim.errors import Interrupted, SlimError
 from mlx_slim.models.hub import SMOLLM2_PACKAGE
 from mlx_slim.reading import read_object
+from mlx_slim.run_dir import RunDir, RunKind
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 INTERRUPTED = Interrupted.exit_code
@@ -56,9 +56,7 @@ def prepare(layout: Layout, out: Path, resume: bool) -> list[Cell]:
     """
     lines = {line.cell: line for line in plan(layout)}
     cells = [cell for cell in layout.cells if not lines[cell.name].why_not]
-    with run_folder(out, MATRIX, resume=resume) as claimed:
-        if claimed.started:
-            _check_same(out, layout)
+    with RunDir(out, MATRIX).claim(resume=resume, match=lambda: _check_same(out, layout)):
         asked = write_questions(layout.matrix, out / "questions")
         write_json(out / MATRIX_FILE, {**_record(layout, cells, lines), **asked})
     return cells
@@ -108,17 +106,6 @@ def _record(layout: Layout, cells: list[Cell], lines: dict[str, Line]) -> dict[s
         "code": identity.code_version(),
         "provenance": identity.machine(),
     }
-
-
-@contextlib.contextmanager
-def held(out: Path, *, resume: bool) -> Iterator[Claim]:
-    """Hold the folder for one process, and for its children that get the claim's descriptor.
-
-    Raises:
-        SlimError: As ``claims.run_folder``.
-    """
-    with run_folder(out, MATRIX, resume=resume) as claimed:
-        yield claimed
 
 
 def run(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -31,15 +32,15 @@ from mlx_slim.distillation.dataset import (
     read_record,
 )
 from mlx_slim.distillation.generate import generate_dataset
-from mlx_slim.errors import Interrupted
 from mlx_slim.finetuning.build import Tuned, prepare_data
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.finetuning.run_dir import (
     STATE_FILE,
     Result,
     claim,
+    command_words,
     is_complete,
-    resume_command,
+    run_dir,
     state_record,
 )
 from mlx_slim.finetuning.strategy import CrossEntropyStrategy, SingleModel
@@ -84,15 +85,9 @@ def learn_from_texts(
                 write_json(out / STATE_FILE, state_record(resolved, None))
 
         _check_student(recipe)
-        try:
+        message = "stopped while the teachers generated answers; those so far are saved"
+        with run_dir(out).resumable(partial(command_words, resolved), message):
             dataset = _prepare_dataset(recipe, teachers, method, out, observer, ready)
-        except KeyboardInterrupt as stop:
-            if not (out / STATE_FILE).exists():
-                raise
-            raise Interrupted(
-                "stopped while the teachers generated answers; those so far are saved",
-                f"resume with: {resume_command(resolved, out)}",
-            ) from stop
         strategy = TextDistillation(dataset, teachers)
         return finetune(resolved, out, observer=observer, resume=True, strategy=strategy)
 

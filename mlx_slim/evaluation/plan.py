@@ -19,7 +19,6 @@ from typing import Any
 from mlx_slim import artifacts, runtime
 from mlx_slim.adapters.stack import Adapters, parse_adapters
 from mlx_slim.adapters.store import adapter_hash, check_adapter
-from mlx_slim.claims import check_run_folder
 from mlx_slim.data.templates import load_template
 from mlx_slim.data.tokenize import unwrap
 from mlx_slim.errors import ResourceError, RowLimit, SlimError, did_you_mean
@@ -39,6 +38,7 @@ from mlx_slim.models.lineage import trained_keys
 from mlx_slim.models.load import load_tokenizer, model_hash, read_config, resolve
 from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.reading import read_object
+from mlx_slim.run_dir import RunDir
 
 CODE = 3  # raised when the same settings give other numbers: an older folder is not gone on with
 _SAMPLE_BYTES = 500  # of a question on disk, about
@@ -94,7 +94,7 @@ def find_targets(
     _check_options(sources, names, options)
     first = runtime.world().rank() == 0
     folders = result_folders(sources, out)
-    started = _claim(out, folders, resume) if first else [False] * len(folders)
+    started = _check_folders(out, folders, resume) if first else [False] * len(folders)
     tasks = read_tasks(names, options)
     texts = None if options.perplexity is None else read_texts(options.perplexity)
     configs = [read_config(source, options.revision) for source in sources]
@@ -130,10 +130,10 @@ def _check_options(sources: list[str], names: list[str], options: EvalOptions) -
             raise SlimError(f"{name} is {value}, expected at least 1", "leave it out for all")
 
 
-def _claim(out: Path, folders: list[Path], resume: bool) -> list[bool]:
-    """Return for each folder whether it holds an evaluation to go on with."""
+def _check_folders(out: Path, folders: list[Path], resume: bool) -> list[bool]:
+    """Return for each folder whether it holds an evaluation to resume."""
     if folders == [out]:
-        return [check_run_folder(out, RESULTS, resume=resume)]
+        return [RunDir(out, RESULTS).check(resume=resume)]
     if (out / STATE_FILE).exists():
         raise SlimError(
             f"{out} holds the results of one model, and {len(folders)} are given",
@@ -141,9 +141,9 @@ def _claim(out: Path, folders: list[Path], resume: bool) -> list[bool]:
         )
     present = [folder.exists() and any(folder.iterdir()) for folder in folders]
     if not any(present):
-        check_run_folder(out, RESULTS, resume=resume)
+        RunDir(out, RESULTS).check(resume=resume)
     return [
-        check_run_folder(folder, RESULTS, resume=resume) if is_there else False
+        RunDir(folder, RESULTS).check(resume=resume) if is_there else False
         for folder, is_there in zip(folders, present, strict=True)
     ]
 

@@ -28,10 +28,10 @@ from mlx_slim.artifacts import (
     read_records,
     write_json,
 )
-from mlx_slim.claims import RunKind, run_folder
 from mlx_slim.data.fingerprint import fingerprint_difference
 from mlx_slim.errors import SlimError
 from mlx_slim.reading import field, parse_json, read_bytes, read_object, short, shown
+from mlx_slim.run_dir import RunDir, RunKind
 
 STATE_FILE = "eval.json"
 PROGRESS_FILE = "progress.jsonl"
@@ -119,7 +119,7 @@ class Folder:
         Raises:
             SlimError: If the folder was started otherwise, or another process writes it.
         """
-        with run_folder(self.path, RESULTS, resume=started), disk_errors(self.path):
+        with RunDir(self.path, RESULTS).claim(resume=started), disk_errors(self.path):
             try:
                 if not started:
                     write_json(self.path / STATE_FILE, state)

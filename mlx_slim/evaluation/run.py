@@ -8,20 +8,19 @@ byte for byte, as one that was not, on one process or on several. Try it:
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mlx_slim import artifacts, events, runtime
-from mlx_slim.errors import Interrupted
 from mlx_slim.evaluation.plan import EvalOptions, find_targets, result_folders
-from mlx_slim.evaluation.results import STATE_FILE
+from mlx_slim.evaluation.results import RESULTS
 from mlx_slim.evaluation.score import Target, score
 from mlx_slim.evaluation.scoring.perplexity import NAME as TEXT
+from mlx_slim.run_dir import RunDir, option_words
 
-__all__ = ["EvalOptions", "evaluate", "result_folders", "resume_command"]
+__all__ = ["EvalOptions", "command_words", "evaluate", "result_folders"]
 
 SUMMARY_FILE = "summary.json"
 _T = TypeVar("_T")
@@ -66,15 +65,11 @@ def evaluate(
     targets = _first_rank_first(lambda: find_targets(sources, names, out, options, resume))
     if resume and runtime.world().rank() == 0 and not any(target.started for target in targets):
         watcher.notify(events.Notice(f"{out} holds no results to resume: starting"))
-    try:
+    message = f"stopped; every whole chunk of questions is saved in {out}"
+    folders = [RunDir(target.folder, RESULTS) for target in targets]
+    words = partial(command_words, sources, names, options)
+    with RunDir(out, RESULTS).resumable(words, message, *folders):
         results = [score(target, watcher) for target in targets]
-    except KeyboardInterrupt as stop:
-        if not any((target.folder / STATE_FILE).exists() for target in targets):
-            raise
-        raise Interrupted(
-            f"stopped; every whole chunk of questions is saved in {out}",
-            f"go on with: {resume_command(sources, names, out, options)}",
-        ) from stop
     if len(targets) > 1 and runtime.world().rank() == 0:
         artifacts.write_json(out / SUMMARY_FILE, _summary(targets, results))
     return results
@@ -109,21 +104,7 @@ def _texts(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return [(TEXT, result[TEXT])] if TEXT in result else []
 
 
-def resume_command(
-    sources: Sequence[str], names: Sequence[str], out: Path, options: EvalOptions
-) -> str:
-    """Return the command that goes on with an evaluation, with the options it was started with."""
-    words = ["mlx-slim", "eval", *sources]
-    for name in names:
-        words += ["--task", name]
-    for field in fields(options):
-        value = getattr(options, field.name)
-        if value == field.default:
-            continue
-        flag = f"--{field.name.replace('_', '-')}"
-        if value is False:
-            words.append(f"--no-{field.name.replace('_', '-')}")
-            continue
-        given = value if isinstance(value, (list, tuple)) else [value]
-        words += [flag] if value is True else [w for one in given for w in (flag, str(one))]
-    return shlex.join([*words, "-o", str(out), "--resume"])
+def command_words(sources: Sequence[str], names: Sequence[str], options: EvalOptions) -> list[str]:
+    """Return the command that started an evaluation, without its folder: for ``RunDir``."""
+    tasks = [word for name in names for word in ("--task", name)]
+    return ["eval", *sources, *tasks, *option_words(options)]

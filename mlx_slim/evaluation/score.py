@@ -17,7 +17,6 @@ import mlx.core as mx
 
 from mlx_slim import artifacts, events, runtime
 from mlx_slim.adapters.stack import Weighted, load_adapters, used_folders
-from mlx_slim.claims import run_folder
 from mlx_slim.evaluation.jobs import Computed, Engine, Job, TaskJob
 from mlx_slim.evaluation.results import RESULTS, Entry, Folder, encode, load_results, samples_name
 from mlx_slim.evaluation.scoring.answer_cache import joins
@@ -25,6 +24,7 @@ from mlx_slim.evaluation.scoring.loglikelihood import MEMORY, Scorer
 from mlx_slim.evaluation.scoring.perplexity import NAME as TEXT
 from mlx_slim.models.quantized import densify, densify_pays
 from mlx_slim.quantization.base import load_base
+from mlx_slim.run_dir import RunDir
 
 NOT_TOLD = ("tasks", "code", "cache_bytes")  # of the state, in results.json
 _CACHE_SHARE = 8  # MLX may keep 1/8 of the memory as free buffers
@@ -85,7 +85,7 @@ def score(target: Target, observer: events.Observer) -> dict[str, Any]:
     folder = Folder(target.folder)
     complete: dict[str, Any] = {}
     if first and folder.complete:
-        with run_folder(target.folder, RESULTS, resume=True):
+        with RunDir(target.folder, RESULTS).claim(resume=True):
             pass  # what a kill after the last file left is removed
         observer.notify(events.Notice(f"{target.folder} is complete: nothing to do"))
         complete = load_results(target.folder)

@@ -33,8 +33,9 @@ from mlx_slim.finetuning.run_dir import (
     STATE_FILE,
     Result,
     claim,
+    command_words,
     is_complete,
-    resume_command,
+    run_dir,
     state_record,
 )
 from mlx_slim.finetuning.strategy import (
@@ -98,16 +99,11 @@ def finetune(
         strategy = CrossEntropyStrategy()
     for notice in resolved.notices:
         observer.notify(events.Notice(notice, "warning"))
-    with claim(out, recipe, observer, resume=resume) as started:
-        try:
-            return _run(resolved, out, observer, strategy, started)
-        except KeyboardInterrupt as stop:  # outside of the steps: loading, the final save
-            if not (out / STATE_FILE).exists():
-                raise
-            raise Interrupted(
-                f"stopped; what is complete is kept in {out}",
-                f"resume with: {resume_command(resolved, out)}",
-            ) from stop
+    with (
+        claim(out, recipe, observer, resume=resume) as started,
+        run_dir(out).resumable(partial(command_words, resolved)),
+    ):
+        return _run(resolved, out, observer, strategy, started)
 
 
 def _run(
@@ -151,10 +147,7 @@ def _run(
         gc.collect()
         mx.clear_cache()
         if not strategy.targets.generate(observer):
-            raise Interrupted(
-                "stopped while targets were computed; the targets so far are saved",
-                f"resume with: {resume_command(resolved, out)}",
-            )
+            raise Interrupted("stopped while targets were computed; the targets so far are saved")
         mx.clear_cache()
         mx.reset_peak_memory()
         if first and newest is None:
@@ -178,10 +171,7 @@ def _run(
                 listeners.notify(events.Notice(advice))
         done = loop.run()
     if done.reason == "interrupted":
-        raise Interrupted(
-            f"stopped after step {done.step} of {loop.total}; the state is saved",
-            f"resume with: {resume_command(resolved, out)}",
-        )
+        raise Interrupted(f"stopped after step {done.step} of {loop.total}; the state is saved")
     artifact = strategy.student.artifact(recipe, tuned)
     result = Result(
         out=out,

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,14 +24,14 @@ from mlx_slim import events
 from mlx_slim.adapters.stack import parse_adapters
 from mlx_slim.adapters.store import adapter_hash
 from mlx_slim.artifacts import SCHEMA_VERSION
-from mlx_slim.claims import RunKind, run_folder
 from mlx_slim.config.aliases import RECIPE, rename
-from mlx_slim.config.load import Resolved
+from mlx_slim.config.load import COMMAND_LINE, Resolved
 from mlx_slim.config.schema import Recipe, TrainConfig
 from mlx_slim.data.prepare import Prepared
 from mlx_slim.errors import SlimError
 from mlx_slim.finetuning.build import started_from
 from mlx_slim.reading import field, library_errors, read_object, short
+from mlx_slim.run_dir import RunDir, RunKind
 from mlx_slim.runtime import from_first_rank, human_bytes, human_seconds
 from mlx_slim.training.optim import Extended
 
@@ -78,6 +77,11 @@ class Result:
     base: str | None = None
 
 
+def run_dir(out: Path) -> RunDir:
+    """Return the folder of a fine-tune."""
+    return RunDir(out, RUN)
+
+
 @contextlib.contextmanager
 def claim(out: Path, recipe: Recipe, observer: events.Observer, *, resume: bool) -> Iterator[bool]:
     """Hold the folder ``out`` for a run; yield whether it was started before.
@@ -85,17 +89,20 @@ def claim(out: Path, recipe: Recipe, observer: events.Observer, *, resume: bool)
     Rank 0 holds it for all.
 
     Raises:
-        SlimError: As ``claims.run_folder``, or if it was started with another recipe.
+        SlimError: As ``RunDir.claim``, or if it was started with another recipe.
     """
     with contextlib.ExitStack() as stack:
+        notices: list[str] = []
+
+        def match() -> None:
+            notices.extend(_check_same(out, recipe))
 
         def hold() -> bool:
-            claimed = stack.enter_context(run_folder(out, RUN, resume=resume))
+            claimed = stack.enter_context(run_dir(out).claim(resume=resume, match=match))
             if claimed.note:
                 observer.notify(events.Notice(claimed.note))
-            if claimed.started:
-                for notice in _check_same(out, recipe):
-                    observer.notify(events.Notice(notice, "warning"))
+            for notice in () if claimed.nested else notices:
+                observer.notify(events.Notice(notice, "warning"))
             return claimed.started
 
         yield from_first_rank(hold)
@@ -223,19 +230,18 @@ def state_record(
     }
 
 
-def resume_command(resolved: Resolved, out: Path) -> str:
-    """Return the command that goes on with a run, with the overrides that it was started with."""
-    command = "train" if resolved.recipe.distill is None else "distill"
-    words = ["mlx-slim", command, resolved.given]
+def command_words(resolved: Resolved) -> list[str]:
+    """Return the command that started a run, without its folder: for ``RunDir.resumable``."""
+    words = ["train" if resolved.recipe.distill is None else "distill", resolved.given]
     for key, origin in resolved.origins.items():
-        if origin == "command line":
+        if origin == COMMAND_LINE:
             value: Any = resolved.recipe.model_dump(mode="json", exclude_unset=True)
             for part in key.split("."):
                 value = value[part]
             if isinstance(value, float) and value.is_integer():
                 value = int(value)
             words.append(f"{key}={value if isinstance(value, str) else json.dumps(value)}")
-    return shlex.join([*words, "-o", str(out), "--resume"])
+    return words
 
 
 def summary_rows(result: Result) -> dict[str, str]:

@@ -10,17 +10,16 @@ which the recovery was not trained on where its recipe holds rows back. Try it:
 from __future__ import annotations
 
 import json
-import shlex
-from dataclasses import asdict, fields
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mlx_slim.artifacts import SCHEMA_VERSION, write_json
-from mlx_slim.claims import RunKind, run_folder
 from mlx_slim.config.load import COMMAND_LINE, Resolved, load_recipe
 from mlx_slim.data.sources import find
 from mlx_slim.distillation.run import distill
-from mlx_slim.errors import Interrupted, SlimError
+from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.plan import EvalOptions, read_tasks
 from mlx_slim.events import Notice, Observer
 from mlx_slim.finetuning.run import finetune
@@ -31,6 +30,7 @@ from mlx_slim.pruning.plan import plan, weight_size
 from mlx_slim.pruning.report import MODEL, RECOVER, RecoverOptions, make_report
 from mlx_slim.pruning.run import RECORD_FILE, SCORES_FILE, prune
 from mlx_slim.reading import read_object
+from mlx_slim.run_dir import RunDir, RunKind, option_words
 
 __all__ = ["RecoverOptions", "prune_and_recover", "recovery_recipe", "run_recovery"]
 
@@ -112,11 +112,10 @@ def prune_and_recover(
         ResourceError: Not enough memory or disk.
         Interrupted: Ctrl-C; what is complete stays.
     """
-    with run_folder(out, RUN, resume=resume) as claimed:
+    match = partial(_check_same, out, source, options)
+    with RunDir(out, RUN).claim(resume=resume, match=match) as claimed:
         if claimed.note:
             observer.notify(Notice(claimed.note))
-        if claimed.started:
-            _check_same(out, source, options)
         return _run(source, out, options, after, observer, claimed.started)
 
 
@@ -140,7 +139,7 @@ def _run(
         read_tasks(list(after.tasks), EvalOptions(limit=after.limit, data_dir=after.data_dir))
     config = read_config(source, options.revision)
     plan(config, options, weight_size(config))
-    try:
+    with RunDir(out, RUN).resumable(partial(command_words, source, options, after)):
         record = _pruned(source, out, options, observer, started)
         tuned = None
         if resolved is not None:
@@ -148,14 +147,6 @@ def _run(
             observer.notify(Notice(f"recovering with {resolved.name}"))
             tuned = run_recovery(resolved, out / RECOVER, observer, resume=begun)
         report = make_report(source, out, options, after, record, resolved, tuned, observer)
-    except Interrupted as stop:
-        command = resume_command(source, out, options, after)
-        raise Interrupted(stop.message, f"resume with: {command}") from stop
-    except KeyboardInterrupt as stop:
-        raise Interrupted(
-            f"stopped; what is complete is kept in {out}",
-            f"resume with: {resume_command(source, out, options, after)}",
-        ) from stop
     write_json(out / REPORT_FILE, report)
     return report
 
@@ -201,22 +192,12 @@ def _pruned(
     return record
 
 
-def resume_command(
-    source: str | Path, out: Path, options: PruneOptions, after: RecoverOptions
-) -> str:
-    """Return the command that goes on with a run, with the options it was started with."""
-    words = ["mlx-slim", "prune", str(source)]
-    for field in fields(options):
-        value, flag = getattr(options, field.name), field.name.replace("_", "-")
-        if value == field.default:
-            continue
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            words += [f"--{flag}", str(value)]
+def command_words(source: str | Path, options: PruneOptions, after: RecoverOptions) -> list[str]:
+    """Return the command that started a run, without its folder: for ``RunDir.resumable``."""
+    words = ["prune", str(source), *option_words(options)]
     words += [] if after.recipe is None else ["--recover", after.recipe]
     for name in after.tasks:
         words += ["--task", name]
     words += [] if after.limit is None else ["--limit", str(after.limit)]
     words += [] if after.data_dir is None else ["--data-dir", str(after.data_dir)]
-    return shlex.join([*words, *after.overrides, "-o", str(out), "--resume"])
+    return [*words, *after.overrides]

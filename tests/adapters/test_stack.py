@@ -17,7 +17,7 @@ from mlx_slim.adapters.store import load_adapter
 from mlx_slim.config.load import from_values
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluation.run import EvalOptions, evaluate, resume_command
+from mlx_slim.evaluation.run import EvalOptions, command_words, evaluate
 from mlx_slim.export.fuse import FuseOptions, fuse
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.finetuning.run_dir import summary_rows
@@ -179,7 +179,7 @@ def test_eval_scores_the_sum_and_names_it(tiny, tmp_path):
         options = EvalOptions(perplexity=text, adapter=given)
         (results,) = evaluate(tiny("llama"), [], tmp_path / f"{name}-out", options)
         scored.append(results["perplexity"]["metrics"]["bits_per_byte"]["value"])
-        assert resume_command(["m"], [], tmp_path, options).count("--adapter") == len(scored)
+        assert command_words(["m"], [], options).count("--adapter") == len(scored)
     assert scored[0] == pytest.approx(scored[1], rel=1e-5)
     assert results["adapter"] == f"{halves[0]} + {halves[1]}"
 

@@ -69,7 +69,7 @@ def test_ctrl_c_keeps_what_is_computed_and_says_how_to_go_on(
     out = tmp_path / "an out"
     assert run([*map(str, words), "-o", str(out)]) == 130
     hint = capfd.readouterr().err.splitlines()[-1]
-    command = shlex.split(hint.removeprefix("hint: go on with: "))
+    command = shlex.split(hint.removeprefix("hint: resume with: "))
     assert command[:2] == ["mlx-slim", "eval"]
     assert command[-1] == "--resume"
     monkeypatch.undo()

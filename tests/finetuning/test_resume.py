@@ -17,7 +17,7 @@ from mlx_slim.config.load import load_recipe
 from mlx_slim.errors import Interrupted, SlimError
 from mlx_slim.events import StepDone
 from mlx_slim.finetuning.run import finetune
-from mlx_slim.finetuning.run_dir import resume_command
+from mlx_slim.finetuning.run_dir import command_words, run_dir
 from tests.support.runs import Recorder, losses, recipe, run_and_kill, write_rows
 
 KILLS = {
@@ -70,7 +70,7 @@ def test_ctrl_c_saves_and_prints_the_resume_command(tiny, tmp_path: Path) -> Non
     assert sorted(losses(out)) == list(range(1, 11))
 
 
-def test_the_printed_resume_command_goes_on_as_it_stands(tiny, tmp_path: Path) -> None:
+def test_the_printed_resume_command_resumes_as_it_stands(tiny, tmp_path: Path) -> None:
     folder = tmp_path / "my runs"
     folder.mkdir()
     data = write_rows(folder / "rows.jsonl")
@@ -104,7 +104,7 @@ def test_the_printed_resume_command_goes_on_as_it_stands(tiny, tmp_path: Path) -
     assert str(own) in shlex.split(caught.value.hint)
 
 
-def test_the_resume_command_says_what_was_given_and_no_more() -> None:
+def test_the_resume_command_has_what_was_set_and_no_more() -> None:
     given = [
         "data.path=rows.jsonl",
         "data.validation=32",
@@ -114,7 +114,7 @@ def test_the_resume_command_says_what_was_given_and_no_more() -> None:
         "distill.teachers=[{model: some/teacher}, {base_url: http://127.0.0.1/v1, model: it}]",
     ]
     resolved = load_recipe("smollm2-lora", given)
-    words = shlex.split(resume_command(resolved, Path("run")))
+    words = shlex.split(run_dir(Path("run")).resume_command(command_words(resolved)))
     assert words[:3] == ["mlx-slim", "distill", "smollm2-lora"]
     assert load_recipe("smollm2-lora", words[3:-3]).recipe == resolved.recipe
     assert "data.validation=32" in words

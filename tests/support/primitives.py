@@ -16,9 +16,10 @@ from pathlib import Path
 
 from mlx_slim import interrupts, locks
 from mlx_slim.artifacts import atomic_file, atomic_folder, remove_folder, write_json
-from mlx_slim.claims import LOCK_FILE, RunKind, makes_folder, run_folder
+from mlx_slim.claims import makes_folder
 from mlx_slim.errors import Complete
 from mlx_slim.events import Notice, Saved, Started
+from mlx_slim.run_dir import LOCK_FILE, RunDir, RunKind
 from mlx_slim.training.metrics import MetricsFile
 from mlx_slim.training.rotation import latest, path_of, rotate
 from tests.support.kills import Watch, contents, forked
@@ -72,7 +73,7 @@ def folder_removed(folder: Path) -> None:
 def run_claimed(folder: Path) -> None:
     """A run folder with rows before its state file, and work after it."""
     out = folder / "deep" / "run"
-    with run_folder(out, RUN, resume=True) as claim:
+    with RunDir(out, RUN).claim(resume=True) as claim:
         if not claim.started:
             with atomic_folder(out / "tokens", replace=True) as temporary:
                 (temporary / "ids.bin").write_text("ids")
@@ -85,7 +86,7 @@ def run_claimed(folder: Path) -> None:
 def run_claimed_anew(folder: Path) -> None:
     """The same without ``resume``: only a folder without a state can be started again."""
     out = folder / "run"
-    with run_folder(out, RUN, resume=(out / "state.json").exists()):
+    with RunDir(out, RUN).claim(resume=(out / "state.json").exists()):
         (out / "tokens").mkdir(exist_ok=True)
         (out / "tokens" / "ids.bin").write_text("ids")
         write_json(out / "state.json", {})
@@ -95,14 +96,14 @@ def run_refused(folder: Path) -> None:
     """A run that cannot start, and after it one that can; no word of ``resume``."""
     out = folder / "deep" / "run"
     try:
-        with run_folder(out, RUN, resume=(out / "state.json").exists()) as claim:
+        with RunDir(out, RUN).claim(resume=(out / "state.json").exists()) as claim:
             if not claim.started:
                 (out / "tokens").mkdir()
                 (out / "metrics.jsonl").touch()
                 raise ValueError
     except ValueError:
         assert not out.exists() or not [*out.iterdir()]
-    with run_folder(out, RUN, resume=(out / "state.json").exists()):
+    with RunDir(out, RUN).claim(resume=(out / "state.json").exists()):
         write_json(out / "state.json", {})
 
 
