@@ -2,7 +2,7 @@
 # Works with GNU make 3.81 (macOS) and newer; needs Python 3.10 or newer and a package index.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo compare test kills parity check format setup clean
+.PHONY: help demo compare test kills parity reference-losses check format setup clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -40,6 +40,7 @@ help:
 	@echo "make kills               end every command at each of its file operations and events, and go on: an hour"
 	@echo "     ARGS=\"--only eval\"  one command; --points 24 --seed 1: so many moments of all"
 	@echo "make parity              logits, adapters and scores against PyTorch, in $(PARITY)"
+	@echo "make reference-losses    compute the committed losses of tiny runs again"
 	@echo "make check               formatting, lint and types"
 	@echo "make format              mend formatting and imports"
 	@echo "make setup               create $(VENV) with everything the tests and checks need"
@@ -63,6 +64,10 @@ test: $(VENV)/.dev
 KILLS := $(if $(TMPDIR),$(TMPDIR),/tmp)/mlx-slim-kills
 kills: $(VENV)/.dev
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.support.kill_commands "$(KILLS)" $(ARGS)
+
+# Commit what changes with the reason; tests/test_reference_losses.py compares.
+reference-losses: $(VENV)/.dev
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.support.reference_losses
 
 # A test that skips for lack of PyTorch is a failure here.
 parity: $(PARITY)/.done
