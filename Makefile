@@ -1,5 +1,5 @@
 # Two commands on a fresh machine: `make demo` and `make test`. `make` lists the others.
-# Works with GNU make 3.81 (macOS) and newer; needs Python 3.10 or newer and a package index.
+# Works with GNU make 3.81 (macOS) and newer; needs Python 3.11 or newer and a package index.
 
 .DEFAULT_GOAL := help
 .PHONY: help demo compare test kills parity reference-losses check format setup clean
@@ -117,14 +117,14 @@ $(PARITY)/.done: pyproject.toml tests/requirements.lock tests/parity/requirement
 
 # The first Python that is new enough: macOS has an old python3 of its own. PYTHON=... wins.
 $(BIN)/python $(PARITY)/bin/python:
-	@for python in $(if $(PYTHON),"$(PYTHON)",python3 python3.13 python3.12 python3.11 python3.10); do \
+	@for python in $(if $(PYTHON),"$(PYTHON)",python3 python3.13 python3.12 python3.11); do \
 		command -v "$$python" >/dev/null 2>&1 || continue; \
-		"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || continue; \
+		"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || continue; \
 		"$$python" -c 'import ensurepip, venv' 2>/dev/null || { \
 			echo "error: $$python cannot make virtual environments; install its venv package" \
 				"(Debian: apt-get install python3-venv)" >&2; exit 1; }; \
 		"$$python" -m venv "$(@:/bin/python=)" && exit 0; \
 		rm -rf "$(@:/bin/python=)"; exit 1; \
 	done; \
-	echo "error: no Python 3.10 or newer found; install one, or say make PYTHON=/path/to/python3" >&2; \
+	echo "error: no Python 3.11 or newer found; install one, or say make PYTHON=/path/to/python3" >&2; \
 	exit 1

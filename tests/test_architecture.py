@@ -8,17 +8,13 @@ from __future__ import annotations
 import ast
 import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # pip brings it to Python 3.10 along with pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mlx_slim"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -68,12 +70,6 @@ def test_works_away_from_the_checkout(wheel, tmp_path):
 
 
 def test_the_lock_covers_every_dependency():
-    if sys.version_info < (3, 11):
-        pytest.skip("tomllib came with Python 3.11")
-    import re
-
-    import tomllib
-
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     for by_hand in ("parity", "bench"):  # PyTorch

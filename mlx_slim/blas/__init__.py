@@ -161,7 +161,7 @@ def _candidates(notes: list[str]) -> Iterator[tuple[str, str]]:
         for folder in _cache_folders():
             try:
                 yield "scipy-openblas32", str(_renamed_copy(original, folder))
-            except (OSError, ValueError, SlimError) as error:  # noqa: PERF203  a slow BLAS will do
+            except (OSError, ValueError, SlimError) as error:  # a slow BLAS will do
                 notes.append(f"{folder}: {error}")
     for name in _SYSTEM:
         yield "system", name

@@ -9,7 +9,6 @@ Try it: ``mlx-slim generate HuggingFaceTB/SmolLM2-135M-Instruct --prompt Hello``
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -305,8 +304,6 @@ def _build(folder: Path, normalized: Normalized, trust: bool) -> tuple[nn.Module
             f"{folder} brings its own model code, which is not run unless you say so",
             "read it, then pass --trust-remote-code",
         )
-    # mlx-lm 0.31, the last for Python 3.10, runs such code without being told to.
-    asks = "trust_remote_code" in inspect.signature(load_model).parameters
     kind = normalized.config["model_type"]
     with library_errors(
         f"{short(folder)} does not fit mlx-lm's model class {kind!r}",
@@ -317,7 +314,7 @@ def _build(folder: Path, normalized: Normalized, trust: bool) -> tuple[nn.Module
             lazy=True,
             model_config=normalized.config,
             get_model_classes=classes,
-            **({"trust_remote_code": trust} if asks else {}),
+            trust_remote_code=trust,
         )
     model.__dict__.pop("load_weights", None)
     return model, config
