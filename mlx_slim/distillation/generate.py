@@ -77,11 +77,13 @@ def generate_dataset(
     assert config is not None
     data, seed = recipe.data, recipe.train.seed
     answers = Path(config.cache or out) / ANSWERS
+    # mlx-slim 0.1 learned all answers and had no key for it: its datasets have the same hash.
+    unset = {"learn"} if data.learn == "all" else None
     key = hash_json(
         {
             "method": method,
             "distill": config.model_dump(mode="json", exclude={"cache"}),
-            "data": data.model_dump(mode="json"),
+            "data": data.model_dump(mode="json", exclude=unset),
             "seed": seed,
         }
     )
