@@ -19,14 +19,15 @@ from mlx_slim.config.load import Resolved, from_values, load_recipe
 from mlx_slim.distillation import run as teaching
 from mlx_slim.evaluation import plan as eval_plan
 from mlx_slim.evaluation import run as scoring
+from mlx_slim.finetuning import profile
 from mlx_slim.finetuning import run as training
 from mlx_slim.finetuning.run_dir import Result
+from mlx_slim.planner import run as planning
 from mlx_slim.planner.memory import Prediction
 from mlx_slim.pruning import run as pruning
 from mlx_slim.pruning.options import PruneOptions
 from mlx_slim.quantization import run as compress
 from mlx_slim.quantization.policy import quantize_config
-from mlx_slim.workflows import plan as planning
 
 Source = str | Path
 # A shipped recipe's name, the path of a YAML file, a recipe's values, or a resolved recipe.
@@ -142,7 +143,7 @@ def plan(
         SlimError: Bad input.
     """
     chosen = _resolved(recipe, overrides).recipe
-    return planning.plan(chosen, budget=budget, mac=mac, measure=probe)[0]
+    return planning.plan(chosen, budget=budget, mac=mac, probe=profile.probe if probe else None)[0]
 
 
 def quantize(

@@ -97,9 +97,9 @@ def _text(resolved: Resolved, found: Prediction, note: str) -> str:
         ("peak memory", f"{peak}{' (measured)' if measured else ''}"),
     ]
     if measured:
-        off = measured["predicted_peak_bytes"] / measured["peak_bytes"] - 1
+        off = measured.predicted_peak_bytes / measured.peak_bytes - 1
         rows.append(
-            ("  predicted", f"{human_bytes(measured['predicted_peak_bytes'])} ({off:+.1%})"),
+            ("  predicted", f"{human_bytes(measured.predicted_peak_bytes)} ({off:+.1%})"),
         )
     rows += [
         *((f"  {name}", human_bytes(size)) for name, size in found.breakdown.items()),
@@ -107,9 +107,9 @@ def _text(resolved: Resolved, found: Prediction, note: str) -> str:
         ("time", f"about {time} on this device ({tokens})" if found.predicted_seconds else tokens),
     ]
     if measured:
-        pace = human_duration(measured["seconds_per_batch"])
-        pace += f" for {measured['batch_tokens']:,} positions"
-        rows.append(("  measured", f"{pace}, {measured['steps']} steps of the largest batch"))
+        pace = human_duration(measured.seconds_per_batch)
+        pace += f" for {measured.batch_tokens:,} positions"
+        rows.append(("  measured", f"{pace}, {measured.steps} steps of the largest batch"))
     rows += [
         ("disk", f"run folder up to {human_bytes(found.disk_bytes)}; {download}"),
         (
@@ -164,10 +164,11 @@ def command(
     if recipe is None:
         raise SlimError("no recipe is named", "mlx-slim recipes lists them")
     from mlx_slim.config.load import load_recipe
-    from mlx_slim.workflows.plan import plan
+    from mlx_slim.finetuning.profile import probe as take_steps
+    from mlx_slim.planner.run import plan
 
     resolved = load_recipe(recipe, overrides)
-    found, note = plan(resolved.recipe, budget=budget, mac=mac, measure=probe)
+    found, note = plan(resolved.recipe, budget=budget, mac=mac, probe=take_steps if probe else None)
     if as_json:
         click.echo(json.dumps({"schema_version": 1, "recipe": resolved.name, **found.as_record()}))
     else:

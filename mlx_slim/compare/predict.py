@@ -16,7 +16,6 @@ from typing import Any
 from mlx_slim.compare.matrix import Cell, Kind, Layout, Matrix, prune_options
 from mlx_slim.compare.questions import plain_questions
 from mlx_slim.config.schema import Recipe
-from mlx_slim.distillation.mutual import predicted
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.scoring.answer_cache import planned_footprint
 from mlx_slim.evaluation.tasks.rows import count_rows
@@ -26,6 +25,7 @@ from mlx_slim.planner.memory import Prediction, predict
 from mlx_slim.planner.rows import CHARACTERS_PER_TOKEN
 from mlx_slim.planner.shapes import training_shapes
 from mlx_slim.planner.shipped_models import SHIPPED_CONFIGS, model_config
+from mlx_slim.planner.students import predict_run
 from mlx_slim.planner.work import Speed, TrainingWork, measure_speed
 from mlx_slim.pruning.plan import planned_config
 from mlx_slim.runtime import human_bytes, memory_budget, resolve_dtype
@@ -96,7 +96,7 @@ def predicted_run(
     if config is None:
         return None
     speed = _speed(recipe.train.dtype)
-    return predicted(config, recipe, _config, speed=speed, budget=budget, suggest=False)
+    return predict_run(config, recipe, _config, speed=speed, budget=budget, suggest=False)
 
 
 def plan(layout: Layout) -> list[Line]:

@@ -25,7 +25,6 @@ from mlx_slim.config.schema import Recipe
 from mlx_slim.data.batches import Batch
 from mlx_slim.data.prepare import Prepared
 from mlx_slim.distillation.losses import FLOOR, Divergence, between, pull
-from mlx_slim.distillation.teachers import with_model
 from mlx_slim.errors import SlimError
 from mlx_slim.finetuning.build import Tuned, prepare_data, prepare_model
 from mlx_slim.finetuning.strategy import load_tuned, planned_config, save_tuned
@@ -33,7 +32,7 @@ from mlx_slim.models import structure
 from mlx_slim.models.load import read_config
 from mlx_slim.models.logits import logsumexp, row_sums
 from mlx_slim.planner.memory import Prediction, predict
-from mlx_slim.planner.shipped_models import model_config
+from mlx_slim.planner.students import combined, predict_run, second_recipe
 from mlx_slim.training.losses import NLL, LogitsGradient, chunk_size, linear_loss, weighted_sum
 from mlx_slim.training.step import Arrays, Objective, batch_arrays, supervised_rows, target_weights
 
@@ -191,13 +190,6 @@ class MutualValidation(MutualObjective):
 FIRST, SECOND = "first", "second"
 
 
-def second_recipe(recipe: Recipe, second: TeacherConfig) -> Recipe:
-    """Return the recipe of the second student: another model and other random numbers."""
-    train = recipe.train.model_copy(update={"seed": (recipe.train.seed + 1) % 2**32})
-    update = {"model": second.model, "revision": second.revision, "train": train}
-    return recipe.model_copy(update=update)
-
-
 @final
 class StudentPair:
     """Two students as one model, saved as two.
@@ -232,7 +224,7 @@ class StudentPair:
 
     def expect(self, recipe: Recipe) -> Prediction:
         """Return the cost of both, before anything is loaded."""
-        return predicted(read_config(recipe.model, recipe.revision), recipe)
+        return predict_run(read_config(recipe.model, recipe.revision), recipe)
 
     def predict(self, recipe: Recipe, tuned: Tuned, lengths: Sequence[int]) -> Prediction:
         """Return the cost of both."""
@@ -328,51 +320,3 @@ class MutualDistillation:
         """Return the second student and the folders, for ``run.json``."""
         second = public_name(self.second.model or "")
         return {"distill": {"method": "mutual", "second": second, "folders": [FIRST, SECOND]}}
-
-
-def predicted(
-    config: dict[str, Any],
-    recipe: Recipe,
-    look_up: Callable[[Recipe], dict[str, Any]] = lambda recipe: model_config(recipe)[0],
-    **settings: Any,
-) -> Prediction:
-    """Return the cost of a run: of one student, or of both if there are two.
-
-    Args:
-        config: Of the recipe's model.
-        recipe: The run.
-        look_up: Finds the configuration of another recipe's model.
-        settings: For ``predict``.
-
-    Raises:
-        SlimError: As ``predict``, or if the second student's configuration cannot be read.
-    """
-    first = predict(config, recipe, **settings)
-    if recipe.distill is None or recipe.distill.method != "mutual":
-        return first
-    other = second_recipe(recipe, with_model(recipe.distill.teachers[0], recipe))
-    return combined(first, predict(look_up(other), other, **{**settings, "suggest": False}))
-
-
-def combined(first: Prediction, second: Prediction) -> Prediction:
-    """Return the cost of two runs in one process: sizes and times are added."""
-    peak = first.predicted_peak_bytes + second.predicted_peak_bytes
-    seconds = None
-    if first.predicted_seconds is not None and second.predicted_seconds is not None:
-        seconds = first.predicted_seconds + second.predicted_seconds
-    return replace(
-        first,
-        predicted_peak_bytes=peak,
-        loading_peak_bytes=first.loading_peak_bytes + second.loading_peak_bytes,
-        fits=peak <= first.budget_bytes,
-        predicted_seconds=seconds,
-        disk_bytes=first.disk_bytes + second.disk_bytes,
-        download_bytes=first.download_bytes + second.download_bytes,
-        breakdown={key: size + second.breakdown[key] for key, size in first.breakdown.items()},
-        parameters=first.parameters + second.parameters,
-        trainable_parameters=first.trainable_parameters + second.trainable_parameters,
-        suggestions=[
-            replace(s, predicted_peak_bytes=s.predicted_peak_bytes + second.predicted_peak_bytes)
-            for s in first.suggestions
-        ],
-    )

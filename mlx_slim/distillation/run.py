@@ -22,13 +22,13 @@ from mlx_slim.distillation.teachers import (
     TokenizerDifference,
     name_of,
     tokenizer_difference,
-    with_model,
 )
 from mlx_slim.distillation.text import learn_from_texts
 from mlx_slim.errors import SlimError
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.finetuning.run_dir import Result
 from mlx_slim.models.load import load_tokenizer
+from mlx_slim.planner.students import with_model
 
 
 def distill(

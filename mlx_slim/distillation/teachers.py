@@ -15,15 +15,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_slim.adapters.store import load_adapter
-from mlx_slim.artifacts import hash_files, is_hub_id, public_name
+from mlx_slim.artifacts import hash_files, public_name
 from mlx_slim.config.distill import TeacherConfig
-from mlx_slim.config.schema import Recipe
 from mlx_slim.data.tokenize import unwrap
 from mlx_slim.errors import SlimError
 from mlx_slim.models.load import load, resolve
 from mlx_slim.models.quantized import densify, densify_pays
 from mlx_slim.models.tensors import WEIGHTS
-from mlx_slim.reading import read_object
 from mlx_slim.runtime import dtype_name
 
 # Scripts, spaces, digits, code, signs: where tokenizers of one vocabulary still differ.
@@ -43,27 +41,6 @@ PROBES = (
     "<b>html</b> &amp; http://example.org/a?b=c&d=%20",
 )
 _SPECIAL = ("bos", "eos", "unk")
-
-
-def with_model(teacher: TeacherConfig, recipe: Recipe) -> TeacherConfig:
-    """Return ``teacher`` with its model filled in: by default the one the student was made from.
-
-    Raises:
-        SlimError: If a pruned folder names no hub id as its source.
-    """
-    if teacher.model is not None:
-        return teacher
-    record = Path(recipe.model) / "prune.json"
-    if not record.is_file():
-        return teacher.model_copy(update={"model": recipe.model, "revision": recipe.revision})
-    origin = read_object(record, source=str)
-    if not is_hub_id(origin["source"]):
-        raise SlimError(
-            f"{recipe.model} was pruned from a folder called {origin['source']}",
-            "set its folder: distill.teachers=[{model: FOLDER}]",
-        )
-    original = {"model": origin["source"], "revision": origin.get("revision")}
-    return teacher.model_copy(update=original)
 
 
 @dataclass(frozen=True)

@@ -9,41 +9,20 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_slim import events
 from mlx_slim.config.schema import Recipe
 from mlx_slim.finetuning.build import build_loop, prepare_data, prepare_model
 from mlx_slim.models import structure
+from mlx_slim.planner.run import Probe
 from mlx_slim.training.grad_checkpoint import checkpointed
 
 STEPS = 3
 
 
-@dataclass(frozen=True)
-class Probe:
-    """What the steps cost.
-
-    Attributes:
-        steps: Optimizer steps taken.
-        seconds_per_batch: Median time of one micro-batch, the first step left out (it warms up).
-        computed_tokens: Positions of that micro-batch.
-        length: Positions of its longest sequence.
-        peak_memory_bytes: MLX peak of the steps, weights and optimizer included.
-        lengths: Tokens of each training row.
-    """
-
-    steps: int
-    seconds_per_batch: float
-    computed_tokens: int
-    length: int
-    peak_memory_bytes: int
-    lengths: list[int]
-
-
-def probe(recipe: Recipe, observer: events.Observer, *, steps: int = STEPS) -> Probe:
-    """Load the model and the rows of ``recipe`` and take ``steps`` steps of its worst batch.
+def probe(recipe: Recipe, observer: events.Observer | None = None, *, steps: int = STEPS) -> Probe:
+    """Load the model and the rows of ``recipe`` and take ``steps`` steps of its largest batch.
 
     Raises:
         SlimError: As ``finetune`` does for input that cannot be used.
@@ -52,7 +31,7 @@ def probe(recipe: Recipe, observer: events.Observer, *, steps: int = STEPS) -> P
         folder = Path(name)
         tuned = prepare_model(recipe)
         data = prepare_data(recipe, tuned, folder, unchanged=False)
-        loop = build_loop(recipe, tuned, data, folder, observer, budget=0)
+        loop = build_loop(recipe, tuned, data, folder, observer or events.Broadcast([]), budget=0)
         with checkpointed(structure.blocks(tuned.model), recipe.train.grad_checkpoint):
             seconds, positions, peak = loop.profile_steps(steps)
         return Probe(

@@ -1,1 +1,1 @@
-"""Predicts memory, time and disk before anything runs, and what to change so that it fits."""
+"""Memory, time and disk of a run, predicted before it starts, and settings that make it fit."""

@@ -1,12 +1,12 @@
-"""The Macs that a run can be planned for: memory, bandwidth, and what the GPU may use of it.
+"""The Macs that a run can be planned for: memory, bandwidth, and the working set of the GPU.
 
-Invariant: a Mac's limit is what Metal recommends as working set
+Invariant: a Mac's limit is the working set that Metal recommends
 (``MTLDevice.recommendedMaxWorkingSetSize``): two thirds of memory below 36 GB and three quarters
 from there on. That rule gives the sizes that programs log on such machines to the megabyte:
 10,923 MiB of 16 GB, 21,845 of 32 (llama.cpp issue 2011), 49,152 of 64 (issue 1870), 73,728 of 96
 (issue 3213); newer systems allow more (107.5 GiB of 128 on macOS 26), never less. Bandwidths and
-memory sizes are Apple's technical specifications of each chip, in GB/s (1e9) and GB (2^30); where a
-chip comes in two widths the wider one stands. Try it: ``mlx-slim plan --macs``.
+memory sizes are Apple's technical specifications of each chip, in GB/s (1e9) and GB (2^30); of a
+chip with two bandwidths the higher one is listed. Try it: ``mlx-slim plan --macs``.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Mac:
         name: ``m2-16gb``, ``m4-max-64gb``.
         memory_gb: Unified memory, GB of 2^30 bytes.
         bandwidth: Of that memory, GB/s.
-        working_set_bytes: What MLX may use of it.
+        working_set_bytes: Memory that MLX may use.
     """
 
     name: str
@@ -58,12 +58,12 @@ class Mac:
 
 def working_set(memory_gb: int) -> int:
     """Return the bytes that MLX may use on a Mac with ``memory_gb`` of memory."""
-    share = 2 / 3 if memory_gb < 36 else 3 / 4
-    return int(memory_gb * 2**30 * share)
+    fraction = 2 / 3 if memory_gb < 36 else 3 / 4
+    return int(memory_gb * 2**30 * fraction)
 
 
 def budget(memory_gb: int) -> int:
-    """Return what ``memory.budget: auto`` will be there: nine tenths of the working set."""
+    """Return the value of ``memory.budget: auto`` on it: nine tenths of the working set."""
     return int(working_set(memory_gb) * AUTO_SHARE)
 
 
@@ -87,13 +87,13 @@ def find_mac(name: str) -> Mac:
     Raises:
         SlimError: If there is none.
     """
-    known = {mac.name: mac for mac in macs()}
-    wanted = name.strip().lower().replace(" ", "-").replace("_", "-")
-    if wanted not in known:
-        close = did_you_mean(wanted, known)
+    by_name = {mac.name: mac for mac in macs()}
+    key = name.strip().lower().replace(" ", "-").replace("_", "-")
+    if key not in by_name:
+        close = did_you_mean(key, by_name)
         hint = close if close.startswith("did") else "mlx-slim plan --macs lists them"
         raise SlimError(f"no Mac {name!r} in the table", hint)
-    return known[wanted]
+    return by_name[key]
 
 
 def markdown() -> str:

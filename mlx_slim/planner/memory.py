@@ -1,8 +1,8 @@
 """Peak memory, time and disk of a recipe, predicted before anything is loaded.
 
 Invariant: nothing here depends on the weights, and nothing is evaluated. Sizes are bytes of MLX
-memory (what ``mx.get_peak_memory`` counts); the Python process itself comes on top. The peak is put
-together in ``peak.py``. Try it: ``mlx-slim plan tinyllama-lora --budget 16GB``.
+memory (as ``mx.get_peak_memory`` counts); the Python process itself is not included. The peak is
+computed in ``peak.py``. Try it: ``mlx-slim plan tinyllama-lora --budget 16GB``.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from mlx_slim.runtime import (
     resolve_dtype,
 )
 
-_SAVED_STEPS_BESIDES = 2  # the best checkpoint, and the one being written
+_EXTRA_CHECKPOINTS = 2  # the best checkpoint, and the one being written
 # Suggestions are ranked by ratios of time; without a measured device, by those of operations.
 _ANY_SPEED = Speed(flops=1e12, exponential=1e-12, element=1e-11)
-# word in a parameter's path -> part of a model
-_PARTS = {
+# word in a parameter's path -> group of weights in ``analyze memory``
+_GROUPS = {
     "embed": "embedding",
     "lm_head": "head",
     "attn": "attention",
@@ -45,29 +45,48 @@ _PARTS = {
 
 
 @dataclass(frozen=True)
+class Measurement:
+    """Cost of a few real steps, as ``plan --json`` has it.
+
+    Attributes:
+        peak_bytes: MLX peak of the steps.
+        predicted_peak_bytes: What was predicted without measuring.
+        seconds_per_batch: Median time of the largest micro-batch.
+        batch_tokens: Its positions.
+        steps: Optimizer steps taken.
+    """
+
+    peak_bytes: int
+    predicted_peak_bytes: int
+    seconds_per_batch: float
+    batch_tokens: int
+    steps: int
+
+
+@dataclass(frozen=True)
 class Prediction:
-    """What a recipe will cost.
+    """The predicted cost of a recipe.
 
     Attributes:
         predicted_peak_bytes: Largest MLX memory in use, while the base is loaded or in training.
-        loading_peak_bytes: The former of these two.
-        budget_bytes: What it may use.
+        loading_peak_bytes: While the base is loaded.
+        budget_bytes: Memory that it may use.
         fits: Whether the peak is within the budget.
         predicted_seconds: Wall time of training; None without a speed or without rows to count.
         disk_bytes: The run folder at its largest (adapter or model, its checkpoints, and the base
             if the run quantizes it).
         download_bytes: The model's 16-bit weights, if they come from a hub.
-        breakdown: Parts of the peak: weights, gradients, optimizer, activations, logits, and
-            ``loading``, what is there besides the weights where most is needed while they load.
+        breakdown: Bytes of the peak by kind: weights, gradients, optimizer, activations, logits,
+            and ``loading``: what loading needs besides the weights where that is the peak.
         parameters: Numbers of the dense base.
         trainable_parameters: Numbers that are trained.
         dtype: Of computation.
-        tokens: Real tokens of the whole run, and ``tokens_basis`` says how we know.
-        rules_of_thumb: What two rules say in bytes, for comparison: ``inference_formula``,
+        tokens: Real tokens of the whole run.
+        tokens_basis: How they were counted, as text.
+        rules_of_thumb: Two common rules in bytes, for comparison: ``inference_formula``,
             M = P·4/(32/Q)·1.2, and ``twelve_times``, 12 x the model, for full fine-tuning.
-        measured: Of ``--probe``: ``peak_bytes``, ``seconds_per_batch``, ``batch_tokens``, ``steps``
-            and ``predicted_peak_bytes`` before it was measured; None without.
-        suggestions: What needs less: what fits first, then by cost.
+        measured: Of ``--probe``; None without.
+        suggestions: Settings that need less: those that fit first, then by cost.
     """
 
     predicted_peak_bytes: int
@@ -84,7 +103,7 @@ class Prediction:
     tokens: int | None
     tokens_basis: str
     rules_of_thumb: dict[str, int]
-    measured: dict[str, Any] | None = None
+    measured: Measurement | None = None
     suggestions: list[Suggestion] = field(default_factory=list)
 
     def as_record(self) -> dict[str, Any]:
@@ -105,19 +124,19 @@ def predict(
     local: bool = True,
     suggest: bool = True,
 ) -> Prediction:
-    """Predict what ``recipe`` costs over the model of ``config``.
+    """Predict the cost of ``recipe`` with the model of ``config``.
 
     Args:
         config: ``config.json``, normalised (``models.load.read_config``).
         recipe: Checked recipe.
-        lengths: Tokens of each training row, where known.
+        lengths: Tokens of each training row, if they are counted already.
         budget: Bytes; None takes ``memory.budget``.
         gpu: Plan for a GPU (True), a CPU (False) or this machine (None).
-        gpu_bytes: Memory of that GPU; None is this machine's, or what has ``budget`` as its
-            default.
+        gpu_bytes: Memory of that GPU; None takes this machine's, or that whose default budget is
+            ``budget``.
         speed: Of the device; None leaves ``predicted_seconds`` out.
         work: Tokens of the run; None estimates them from the recipe's rows, if they can be read.
-        local: Look for these on this machine; else what the hub has is meant.
+        local: Read the rows on this machine; else the hub's are meant.
         suggest: Look for cheaper settings.
 
     Raises:
@@ -130,25 +149,25 @@ def predict(
     if work is None:
         with contextlib.suppress(SlimError):
             work = expected_work(recipe, lengths, local=local)
-    counted: dict[tuple[str, str], TrainingShapes] = {}  # what a suggestion changes of them
+    cached: dict[tuple[str, str], TrainingShapes] = {}  # by the settings that change them
 
     def shapes_of(recipe: Recipe) -> TrainingShapes:
         key = (recipe.method, recipe.train.optimizer)
-        if key not in counted:
-            counted[key] = training_shapes(config, recipe, _dtype(recipe, gpu))
-        return counted[key]
+        if key not in cached:
+            cached[key] = training_shapes(config, recipe, _dtype(recipe, gpu))
+        return cached[key]
 
-    def parts_of(recipe: Recipe) -> dict[str, int]:
+    def breakdown_of(recipe: Recipe) -> dict[str, int]:
         shapes, size = shapes_of(recipe), _dtype(recipe, gpu).size
         return _largest(shapes, breakdown(shapes, recipe, size, lengths, gpu, gpu_bytes))
 
     def cost_of(recipe: Recipe) -> tuple[int, float]:
         tokens = work or TrainingWork(1 << 20, 1 << 20, recipe.train.max_length, "")
         seconds = predicted_seconds(shapes_of(recipe), recipe, tokens, speed or _ANY_SPEED, gpu=gpu)
-        return sum(parts_of(recipe).values()), seconds
+        return sum(breakdown_of(recipe).values()), seconds
 
-    shapes, parts = shapes_of(recipe), parts_of(recipe)
-    peak = sum(parts.values())
+    shapes, by_kind = shapes_of(recipe), breakdown_of(recipe)
+    peak = sum(by_kind.values())
     return Prediction(
         predicted_peak_bytes=peak,
         loading_peak_bytes=shapes.loading_bytes,
@@ -157,7 +176,7 @@ def predict(
         predicted_seconds=cost_of(recipe)[1] if speed and work else None,
         disk_bytes=_disk(shapes, recipe, work),
         download_bytes=2 * shapes.parameters,
-        breakdown=parts,
+        breakdown=by_kind,
         parameters=shapes.parameters,
         trainable_parameters=shapes.trainable_parameters,
         dtype=dtype_name(_dtype(recipe, gpu)),
@@ -169,7 +188,7 @@ def predict(
 
 
 def _largest(shapes: TrainingShapes, training: dict[str, int]) -> dict[str, int]:
-    """Return the parts of the larger peak: of training, or of loading."""
+    """Return the breakdown of the larger peak: of training, or of loading."""
     if shapes.loading_bytes <= sum(training.values()):
         return {**training, "loading": 0}
     more = shapes.loading_bytes - shapes.base_bytes
@@ -182,10 +201,10 @@ def _dtype(recipe: Recipe, gpu: bool) -> mx.Dtype:
 
 
 def rules_of_thumb(shapes: TrainingShapes, recipe: Recipe, dtype: mx.Dtype) -> dict[str, int]:
-    """Return what two common rules say, in bytes; neither is what training needs.
+    """Return the estimates of two common rules, in bytes; neither is the need of training.
 
     ``inference_formula``: M = P · 4 / (32 / Q) · 1.2 with P parameters loaded at Q bits: weights
-    and a fifth more, for inference. ``twelve_times``: 12 x the weights, said of full fine-tuning.
+    and a fifth more, for inference. ``twelve_times``: 12 x the weights, for full fine-tuning.
     """
     bits = recipe.quantize.bits if recipe.method == "qlora" else 8 * dtype.size
     return {
@@ -204,32 +223,32 @@ def _disk(shapes: TrainingShapes, recipe: Recipe, work: TrainingWork | None) -> 
     if shapes.quantized_here:
         result += shapes.base_bytes
     rows = 4 * work.tokens_per_epoch + work.tokens_per_epoch // 8 if work else 0
-    rows += _answers(shapes, recipe, work) if work else 0
-    beside = _SAVED_STEPS_BESIDES + (recipe.train.schedule == "wsd")  # one from before the decay
-    return result + (recipe.train.keep + beside) * checkpoint + rows
+    rows += _target_bytes(shapes, recipe, work) if work else 0
+    extra = _EXTRA_CHECKPOINTS + (recipe.train.schedule == "wsd")  # one from before the decay
+    return result + (recipe.train.keep + extra) * checkpoint + rows
 
 
-def _answers(shapes: TrainingShapes, recipe: Recipe, work: TrainingWork) -> int:
+def _target_bytes(shapes: TrainingShapes, recipe: Recipe, work: TrainingWork) -> int:
     """Bytes of teachers' targets in the run folder (``distillation/target_cache.py``)."""
     distill = recipe.distill
     if distill is None or distill.cache or distill.method not in ("auto", "logits"):
         return 0
-    kept = shapes.vocabulary if distill.top_k == "all" else min(distill.top_k, shapes.vocabulary)
-    share = work.supervised if recipe.data.mask_prompt else 1.0
-    a_token = kept * (6 if shapes.vocabulary <= 1 << 16 else 8) + 4
-    return int(share * work.tokens_per_epoch) * a_token * len(distill.teachers)
+    top_k = shapes.vocabulary if distill.top_k == "all" else min(distill.top_k, shapes.vocabulary)
+    fraction = work.supervised if recipe.data.mask_prompt else 1.0
+    a_token = top_k * (6 if shapes.vocabulary <= 1 << 16 else 8) + 4
+    return int(fraction * work.tokens_per_epoch) * a_token * len(distill.teachers)
 
 
 def weight_bytes(config: dict[str, Any]) -> dict[str, int]:
-    """Return the bytes of a model's parts as its config says they are stored.
+    """Return the bytes of a model's weights by kind, in the dtypes of its config.
 
-    The dtype of floating weights is the config's (bfloat16 where it names none).
+    Floating weights without a dtype in the config are bfloat16.
     """
     model = build(config)
     name = str(config.get("dtype") or config.get("torch_dtype"))
     to_dtype(model, DTYPES.get(name, mx.bfloat16))
-    parts: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for path, value in leaves(model):
-        part = next((part for word, part in _PARTS.items() if word in path), "other")
-        parts[part] = parts.get(part, 0) + value.nbytes
-    return parts
+        group = next((group for word, group in _GROUPS.items() if word in path), "other")
+        sizes[group] = sizes.get(group, 0) + value.nbytes
+    return sizes

@@ -1,10 +1,10 @@
 """The moment of a training step in which most memory is in use, from shapes.
 
 Invariant: weights, gradients and optimizer state are exact (``shapes.py``). Activations are counted
-from what autodiff keeps of a block, each factor one array of that size; those that no count gives
-were fitted. Both were checked against measured peaks (``mlx-slim bench plan``; ``docs/lab-log.md``
-has the figures). On a GPU nothing was measured: MLX's unfused attention and activations are
-counted, ``mx.compile`` may need less. Try it: ``mlx-slim analyze memory smollm2-lora``.
+from what autodiff stores of a block, each factor one array of that size; the others were fitted.
+Both were checked against measured peaks (``mlx-slim bench plan``; ``docs/lab-log.md`` has the
+figures). On a GPU nothing was measured: MLX's unfused attention and activations are counted,
+``mx.compile`` may need less. Try it: ``mlx-slim analyze memory smollm2-lora``.
 
 Numbers are per token unless a name says bytes.
 """
@@ -19,31 +19,31 @@ from mlx_slim.runtime import default_num_threads
 from mlx_slim.training.losses import chunk_size
 from mlx_slim.training.step import part_count
 
-# Arrays that a block keeps until its backward pass. ``width``: the inputs of attention and MLP;
-# ``norms``: the output of each; ``queries``: rotated queries, attention's output; ``keys``: rotated
-# keys, values; ``scores``: probabilities, and a fifth of them for masks.
-KEPT = {"width": 1.0, "norms": 1.0, "queries": 2.0, "keys": 2.0, "scores": 1.2}
-# Of the widest layer: gate, up and product under our SwiGLU; MLX's own keeps sigmoid and SiLU too;
-# GELU keeps the steps of its polynomial.
-KEPT_INNER = {"fast": 3.0, "gated": 5.0, "other": 6.0}
-KEPT_DROPOUT = 1.25  # of the inputs of adapted layers: each layer's dropped copy and its mask
-KEPT_DORA = 1.0  # of the outputs of adapted layers: before they are scaled
-KEPT_CHECKPOINTED = 1.4  # of the width: a checkpointed block keeps its input
-# Fitted: what exists besides, while one block is differentiated.
-PASSING = {"width": 1.3, "queries": 5.4, "keys": 3.1, "inner": 3.2, "scores": 1.8}
-RECOMPUTED = 1.4  # of a block's activations, when it is computed again
+# Arrays that are stored for a block until its backward pass. ``width``: the inputs of attention
+# and MLP; ``norms``: the output of each; ``queries``: rotated queries, attention's output;
+# ``keys``: rotated keys, values; ``scores``: probabilities, and a fifth of them for masks.
+STORED = {"width": 1.0, "norms": 1.0, "queries": 2.0, "keys": 2.0, "scores": 1.2}
+# Of the widest layer: gate, up and product under our SwiGLU; MLX's stores sigmoid and SiLU too;
+# GELU stores the steps of its polynomial.
+STORED_INNER = {"fast": 3.0, "gated": 5.0, "other": 6.0}
+STORED_DROPOUT = 1.25  # of the inputs of adapted layers: each layer's dropped copy and its mask
+STORED_DORA = 1.0  # of the outputs of adapted layers: before they are scaled
+STORED_CHECKPOINTED = 1.4  # of the width: the input of a checkpointed block is stored
+# Fitted: other arrays that exist while one block is differentiated.
+TRANSIENT = {"width": 1.3, "queries": 5.4, "keys": 3.1, "inner": 3.2, "scores": 1.8}
+RECOMPUTED = 1.4  # of a block's activations, when it is recomputed
 LOGITS = 3.0  # float32 copies of one chunk of logits
 LOGITS_AHEAD = 3.0  # more on a CPU with one thread, where MLX allocates ahead of the computation
-# More of them under teachers: mixed with cross-entropy, at a temperature, a further teacher.
+# More copies with teachers: mixed with cross-entropy, at a temperature, a further teacher.
 LOGITS_MIXED, LOGITS_HEATED, LOGITS_TEACHER = 1.0, 1.0, 2.0
-LOGITS_CAPPED = 3.0  # more under a soft cap: before it, its derivative and the product
+LOGITS_CAPPED = 3.0  # more with a soft cap: its input, its derivative and the product
 # Of a model that does not split, all positions at once: in the dtype of computation and in float32.
 LOGITS_FULL, LOGITS_FULL32 = 2.0, 3.5
 LOGITS_MUTUAL = 6.0  # the other student's, and both distributions
-COLUMN = 12  # bytes of a token that a teacher kept: its id twice, its log-probability
-TOGETHER = 0.5  # how much of such a short peak another thread has at the same moment
-# Of the loss: by its share of a step's operations, for the longer it takes the likelier they meet.
-LOSSES_TOGETHER, LOSSES_BY_SHARE = 0.2, 1.7
+COLUMN = 12  # bytes of a stored teacher token: its id twice, its log-probability
+OVERLAP = 0.5  # of such a short peak, what another thread needs at the same moment
+# Of the loss: grows with its fraction of a step's operations; a longer loss overlaps more often.
+LOSS_OVERLAP, LOSS_OVERLAP_GROWTH = 0.2, 1.7
 HEAD_GRADIENT = 3.0  # float32 copies of a trained head, while its gradient is summed
 HEAD_AHEAD = 1.5  # more of them on a CPU, where MLX allocates up to ten operations ahead
 DENSE_LAYER = 1.5  # float32 copies of the largest quantized layer, on a CPU
@@ -80,17 +80,17 @@ def _numbers(block: Block, factors: dict[str, float], length: int) -> float:
     return sum(factor * quantities[name] for name, factor in factors.items())
 
 
-def _kept(block: Block, recipe: Recipe, length: int, gpu: bool) -> float:
-    """Numbers per token that a block keeps for its backward pass."""
+def _stored(block: Block, recipe: Recipe, length: int, gpu: bool) -> float:
+    """Numbers per token that are stored for the backward pass of a block."""
     kind = "other" if not block.gated else "gated" if gpu else "fast"
-    residuals = (block.norms - 1) * block.width  # each sublayer after the first has its own input
-    numbers = _numbers(block, KEPT, length) + residuals + KEPT_INNER[kind] * block.inner
+    residuals = (block.norms - 1) * block.width  # each sublayer after the first stores its input
+    numbers = _numbers(block, STORED, length) + residuals + STORED_INNER[kind] * block.inner
     if recipe.method != "full" and recipe.adapter.dropout > 0:
-        # The copies stand in for the inputs themselves, which layers share.
+        # The copies replace the inputs themselves, which several layers use.
         shared = block.norms * block.width + block.queries + block.inner
-        numbers += KEPT_DROPOUT * block.inputs - min(shared, block.inputs)
+        numbers += STORED_DROPOUT * block.inputs - min(shared, block.inputs)
     if recipe.method == "dora":
-        numbers += KEPT_DORA * block.outputs
+        numbers += STORED_DORA * block.outputs
     return numbers
 
 
@@ -107,8 +107,8 @@ def _logit_copies(recipe: Recipe, capped: bool) -> float:
     return copies if distill.temperature == 1 else copies + LOGITS_HEATED
 
 
-def _share_of_loss(shapes: TrainingShapes, recipe: Recipe) -> float:
-    """Return the head's share of a step's operations, adapters and attention left out."""
+def _loss_fraction(shapes: TrainingShapes, recipe: Recipe) -> float:
+    """Return the head's fraction of a step's operations, without adapters and attention."""
     head = 4 * shapes.vocabulary * shapes.width
     blocks = 2 * sum(block.linear for block in shapes.blocks)
     return head / (head + blocks * (3 if recipe.train.grad_checkpoint else 2))
@@ -119,8 +119,8 @@ def _column_bytes(recipe: Recipe, vocabulary: int) -> int:
     distill = recipe.distill
     if distill is None or distill.method not in ("auto", "logits"):
         return 0
-    kept = vocabulary if distill.top_k == "all" else min(distill.top_k, vocabulary)
-    return COLUMN * kept * len(distill.teachers)
+    top_k = vocabulary if distill.top_k == "all" else min(distill.top_k, vocabulary)
+    return COLUMN * top_k * len(distill.teachers)
 
 
 def breakdown(
@@ -131,84 +131,83 @@ def breakdown(
     gpu: bool,
     gpu_bytes: int,
 ) -> dict[str, int]:
-    """Return the bytes of each part at the moment of the peak.
+    """Return the bytes of each kind at the moment of the peak.
 
     The peak is the largest of the moments of the last micro-batch: the loss (all activations and a
     chunk of logits), the first block of the backward pass (all activations and that block's
-    gradients on the way), one of these in each thread, the end of the backward pass (all parameter
-    gradients and one block), the update of the largest parameter. On a CPU, threads hold a part of
-    the batch each (``training/step.py``); they start one after the other: their activations add up,
-    their short peaks meet now and then.
+    gradients being computed), one of these in each thread, the end of the backward pass (all
+    parameter gradients and one block), the update of the largest parameter. On a CPU each thread
+    computes a shard of the batch (``training/step.py``); they start one after the other: their
+    activations add up, their short peaks overlap sometimes.
 
     Args:
         shapes: Of the model under this recipe.
         recipe: Checked recipe.
         size: Bytes of a number of the computation.
-        lengths: Tokens of each training row, where known.
+        lengths: Tokens of each training row, if they are counted already.
         gpu: Whether it runs on a GPU.
         gpu_bytes: Memory of that GPU.
     """
     train, full = recipe.train, recipe.method == "full"
     length, tokens = largest_batch(recipe, lengths)
     num_threads = 1 if gpu or full else default_num_threads()
-    parts = min(part_count(num_threads, tokens), max(1, tokens // length))
-    num_threads = min(num_threads, parts)
-    rows, more = divmod(max(1, tokens // length), parts)  # the first parts have a row more
-    part = (rows + (more > 0)) * length
+    shards = min(part_count(num_threads, tokens), max(1, tokens // length))
+    num_threads = min(num_threads, shards)
+    rows, more = divmod(max(1, tokens // length), shards)  # the first shards have one row more
+    shard = (rows + (more > 0)) * length
     alive = (rows * num_threads + min(more, num_threads)) * length
-    widest = max(shapes.blocks, key=lambda block: _kept(block, recipe, length, gpu))
+    widest = max(shapes.blocks, key=lambda block: _stored(block, recipe, length, gpu))
     if train.grad_checkpoint:
-        kept = sum(KEPT_CHECKPOINTED * block.width for block in shapes.blocks)
-        passing = RECOMPUTED * _kept(widest, recipe, length, gpu)
+        stored = sum(STORED_CHECKPOINTED * block.width for block in shapes.blocks)
+        recomputed = RECOMPUTED * _stored(widest, recipe, length, gpu)
     else:
-        kept = sum(_kept(block, recipe, length, gpu) for block in shapes.blocks)
-        passing = 0.0
-    kept_bytes = kept * alive * size
-    passing_one = (passing + _numbers(widest, PASSING, length)) * part * size
-    passing_bytes = passing_one * (1 + TOGETHER * (num_threads - 1))
+        stored = sum(_stored(block, recipe, length, gpu) for block in shapes.blocks)
+        recomputed = 0.0
+    activation_bytes = stored * alive * size
+    transient_one = (recomputed + _numbers(widest, TRANSIENT, length)) * shard * size
+    transient_bytes = transient_one * (1 + OVERLAP * (num_threads - 1))
     chunk = min(
         chunk_size(
             shapes.vocabulary, train.loss_chunk, num_threads, gpu_bytes=gpu_bytes if gpu else 0
         ),
-        part,
+        shard,
     )
-    meeting = min(1.0, LOSSES_TOGETHER + LOSSES_BY_SHARE * _share_of_loss(shapes, recipe))
+    overlap = min(1.0, LOSS_OVERLAP + LOSS_OVERLAP_GROWTH * _loss_fraction(shapes, recipe))
     if shapes.splits:
         copies = _logit_copies(recipe, shapes.capped) + (
             LOGITS_AHEAD if num_threads == 1 and not gpu else 0
         )
         logits_one = copies * 4 * chunk * shapes.vocabulary
     else:
-        logits_one = (LOGITS_FULL * size + LOGITS_FULL32 * 4) * part * shapes.vocabulary
-    logits = logits_one * (1 + meeting * (num_threads - 1))
-    kept_bytes += _column_bytes(recipe, shapes.vocabulary) * alive
+        logits_one = (LOGITS_FULL * size + LOGITS_FULL32 * 4) * shard * shapes.vocabulary
+    logits = logits_one * (1 + overlap * (num_threads - 1))
+    activation_bytes += _column_bytes(recipe, shapes.vocabulary) * alive
     table = 4 * shapes.vocabulary * shapes.width
-    dense = table if shapes.quantized and not gpu else 0  # the head's weight, shared by all parts
+    dense = table if shapes.quantized and not gpu else 0  # the head's weight, one for all shards
     if shapes.head_trains:
-        kept_bytes += (HEAD_GRADIENT + (0 if gpu else HEAD_AHEAD)) * table
+        activation_bytes += (HEAD_GRADIENT + (0 if gpu else HEAD_AHEAD)) * table
     if shapes.quantized and not gpu:
-        passing_bytes += DENSE_LAYER * 4 * widest.largest
-        passing_one += DENSE_LAYER * 4 * widest.largest
+        transient_bytes += DENSE_LAYER * 4 * widest.largest
+        transient_one += DENSE_LAYER * 4 * widest.largest
     # One thread in its loss, another one in its backward pass.
-    mixed = max(logits_one, passing_one) + meeting * (num_threads - 1) * min(
-        logits_one, passing_one
+    mixed = max(logits_one, transient_one) + overlap * (num_threads - 1) * min(
+        logits_one, transient_one
     )
     update = (UPDATE + 1) * 4 * shapes.largest
     moments = {
-        "loss": (kept_bytes, logits + dense, 0),
-        "mixed": (kept_bytes, mixed + dense, 0) if num_threads > 1 else (0, 0, 0),
-        "first": (kept_bytes + passing_bytes, dense, 0),
+        "loss": (activation_bytes, logits + dense, 0),
+        "mixed": (activation_bytes, mixed + dense, 0) if num_threads > 1 else (0, 0, 0),
+        "first": (activation_bytes + transient_bytes, dense, 0),
         "last": (
-            passing_bytes + (table if full else 0),
+            transient_bytes + (table if full else 0),
             dense,
             shapes.trainable_bytes if full else 0,
         ),
         "update": (update - 4 * shapes.largest, 0, 4 * shapes.largest) if full else (0, 0, 0),
     }
     activations, logits, gradients = max(moments.values(), key=sum)
-    # Summed over micro-batches there is one float32 gradient besides, and one of each part that is
-    # done.
-    done = parts - num_threads + (0 if full else 1)
+    # The sum over micro-batches is one more float32 gradient, and each finished shard has one.
+    done = shards - num_threads + (0 if full else 1)
     gradients += shapes.gradient_bytes * (done + (train.accumulate > 1))
     return {
         "weights": shapes.base_bytes + shapes.rounded_bytes + shapes.adapter_bytes,

@@ -1,7 +1,7 @@
-"""How many tokens the rows of a recipe are, and how many are learned, guessed from the first ones.
+"""Estimates the tokens of a recipe's rows, all and supervised, from the first rows of each source.
 
-Invariant: no tokenizer is needed and the network is never touched; rows that will be held out or
-dropped for their length are not counted. Used by ``work.py``; try it:
+Invariant: no tokenizer is needed and there is no network access; validation rows and rows that are
+dropped for their length are not counted. Try it:
 ``mlx-slim plan smollm2-lora data.path=rows.jsonl``.
 """
 
@@ -26,7 +26,7 @@ from mlx_slim.evaluation.tasks.training_rows import training_rows, with_split
 CHARACTERS_PER_TOKEN = 4.3  # English text in the tokenizers of the shipped recipes
 TEMPLATE_TOKENS = 40  # of a chat template or Alpaca's
 SAMPLE = 256  # rows of a source that are read
-SUPERVISED = 0.6  # share of Alpaca-like rows that are answers
+SUPERVISED = 0.6  # fraction of the tokens of Alpaca-like rows that are answers
 # tatsu-lab/alpaca: 52,002 rows, about 520 characters each under the Alpaca template.
 _HUB_ROWS = {"tatsu-lab/alpaca": (52_002, 120)}
 
@@ -36,9 +36,9 @@ class RowEstimate(NamedTuple):
 
     Attributes:
         tokens: Of all of them.
-        length: Of the row that a token stands in, on average, tokens.
-        basis: In words.
-        supervised: Share of the tokens that stand in what is learned; where prompts are masked.
+        length: Of the row that a token is in, averaged over tokens.
+        basis: How they were counted, as text.
+        supervised: Fraction of the tokens that is supervised, where prompts are masked.
     """
 
     tokens: int
@@ -48,40 +48,40 @@ class RowEstimate(NamedTuple):
 
 
 def expected_rows(recipe: Recipe, *, local: bool) -> RowEstimate | None:
-    """Return the rows of an epoch, or None where only a hub has a source.
+    """Return the rows of an epoch, or None where a source is on a hub only.
 
     Args:
         recipe: Its sources.
-        local: Look at files and the mirror on this machine; else what the hub has is meant.
+        local: Read files and the mirror on this machine; else the hub's rows are meant.
 
     Raises:
-        SlimError: If rows that should lie here do not, or cannot be read.
+        SlimError: If local rows are missing or cannot be read.
     """
     data, limit = recipe.data, recipe.train.max_length
-    shares = quotas(data.max_rows, [source.weight for source in data.sources])
+    quota_of = quotas(data.max_rows, [source.weight for source in data.sources])
     rows, lengths, weights, learned = [], [], [], []
-    for source, quota in zip(data.sources, shares, strict=True):
-        found = _local(source, data) if local else None
-        if found is None:
+    for source, quota in zip(data.sources, quota_of, strict=True):
+        counted = _local(source, data) if local else None
+        if counted is None:
             if source.path not in _HUB_ROWS:
                 return None
             count, length = _HUB_ROWS[source.path]
             count = max(0, min(count - source.skip, source.limit or count))
-            found = count, np.array([[length, SUPERVISED * length]])
-        count, sample = found
+            counted = count, np.array([[length, SUPERVISED * length]])
+        count, sample = counted
         used, supervised = _fitted(sample, data, limit).T
         rows.append(min(count, count if quota is None else quota) * len(used) / len(sample))
         lengths.append(used)
         learned.append(supervised)
         weights.append(source.weight)
     if isinstance(data.validation, str):
-        held_out = 0.0
+        validation = 0.0
         if local:
             find_local(SourceConfig(path=data.validation))
     else:
-        held_out = float(data.validation)
-    share = held_out if held_out < 1 else min(1.0, held_out / max(1.0, sum(rows)))
-    trained = [n * weight * (1 - share) for n, weight in zip(rows, weights, strict=True)]
+        validation = float(data.validation)
+    fraction = validation if validation < 1 else min(1.0, validation / max(1.0, sum(rows)))
+    trained = [n * weight * (1 - fraction) for n, weight in zip(rows, weights, strict=True)]
     supervised = _total(trained, learned) / max(1.0, _total(trained, lengths))
     if recipe.distill is not None and recipe.distill.method in ("sequence", "rationales"):
         trained, lengths = _with_texts(recipe.distill, trained, lengths, limit)
@@ -103,16 +103,18 @@ def _total(trained: list[float], sizes: list[np.ndarray]) -> float:
 def _with_texts(
     distill: DistillConfig, trained: list[float], lengths: list[np.ndarray], limit: int
 ) -> tuple[list[float], list[np.ndarray]]:
-    """Return counts and lengths with the rows of each teacher; reasons are as long as they may."""
-    texts, own = lengths, distill.weight < 1
+    """Return counts and lengths with the rows of each teacher; rationales have maximum length."""
+    texts, answers = lengths, distill.weight < 1
     if distill.method == "rationales":
-        texts, own = [np.minimum(used + distill.ask.max_tokens, limit) for used in lengths], True
+        texts = [np.minimum(used + distill.ask.max_tokens, limit) for used in lengths]
+        answers = True
     count = len(distill.teachers)
-    return (trained if own else []) + count * trained, (lengths if own else []) + count * texts
+    with_data = (trained, lengths) if answers else ([], [])
+    return with_data[0] + count * trained, with_data[1] + count * texts
 
 
 def _fitted(sample: np.ndarray, data: DataConfig, limit: int) -> np.ndarray:
-    """Return the lengths of the rows that stay, as they stay: (rows, 2), tokens and learned."""
+    """Return the sizes of the rows that are trained on: (rows, 2), tokens and supervised tokens."""
     sample = sample[sample[:, 0] > 0]
     if data.truncation in ("left", "right"):
         return np.minimum(sample, limit)
@@ -120,7 +122,7 @@ def _fitted(sample: np.ndarray, data: DataConfig, limit: int) -> np.ndarray:
 
 
 def _local(config: SourceConfig, data: DataConfig) -> tuple[int, np.ndarray] | None:
-    """Return how many rows a source has here, and (first rows, 2), as ``_length`` has them."""
+    """Return the number of rows of a local source, and ``_length`` of the first ones (rows, 2)."""
     extra = 1 if data.template == "plain" else TEMPLATE_TOKENS
     if config.task is not None:
         task = with_split(find_task(config.task), config.split)
@@ -146,7 +148,7 @@ def _local(config: SourceConfig, data: DataConfig) -> tuple[int, np.ndarray] | N
 
 
 def _length(row: RawRow, config: SourceConfig, data: DataConfig, extra: int) -> tuple[int, int]:
-    """Return about how many tokens a row is and how many are learned; 0 if none can be."""
+    """Return a row's tokens and supervised tokens, estimated; 0 for a row that is dropped."""
     try:
         example: Any = read_example(
             row,

@@ -1,4 +1,4 @@
-"""What a recipe puts in memory before the first step, counted from shapes alone.
+"""Memory of a recipe before the first step, counted from shapes alone.
 
 Invariant: nothing is evaluated and no weights are read. The model is built, cast, quantized and
 searched for adapter targets by the code that trains it, over arrays that MLX never computes; so
@@ -30,7 +30,7 @@ FULL_PRECISION_BYTES = 4
 
 @dataclass(frozen=True)
 class Block:
-    """One transformer block: numbers per token of the things that activations are made of.
+    """One transformer block: numbers per token of the quantities that activations consist of.
 
     Attributes:
         width: d, the residual stream.
@@ -38,8 +38,7 @@ class Block:
         queries: All query heads together.
         keys: All key heads together (values are as many).
         heads: Query heads.
-        inner: The widest layer, f; of a mixture of experts, those of the experts that one token
-            meets.
+        inner: The widest layer, f; in a mixture of experts, of all experts of one token.
         inputs: Σ inputs of the adapted layers.
         outputs: Σ outputs of the adapted layers.
         largest: Numbers of the largest weight matrix.
@@ -62,18 +61,18 @@ class Block:
 
 @dataclass(frozen=True)
 class TrainingShapes:
-    """A model and what a recipe adds to it.
+    """Sizes of a model and of what a recipe adds to it.
 
     Attributes:
         parameters: Numbers of the dense base model.
         quantized: Whether the base is quantized when training starts.
-        base_bytes: The base as it lies in memory.
-        loading_bytes: The most that exists at once while it is loaded, a tensor at a time.
+        base_bytes: The base in memory.
+        loading_bytes: Peak while it is loaded, a tensor at a time.
         quantized_here: Whether the run quantizes it.
         rounded_bytes: The layers that ``quantize.qat`` rounds, a second time.
-        adapter_bytes: Adapter parameters and their frozen callbacks, bytes.
+        adapter_bytes: Adapter parameters and their frozen arrays.
         trainable: Path -> shape.
-        trainable_bytes: One copy of the trainable parameters, in the dtype that they are kept in.
+        trainable_bytes: One copy of the trainable parameters, in their dtype.
         gradient_bytes: One float32 gradient of them.
         optimizer_bytes: Moments, counters and float32 masters.
         blocks: First to last.
@@ -172,10 +171,10 @@ def _sides(module: Any) -> tuple[int, ...]:
 
 
 def refuse_quantized(recipe: Recipe) -> None:
-    """Refuse a quantized model where ``recipe`` needs float weights.
+    """Check that the model is not quantized where ``recipe`` needs float weights.
 
     Raises:
-        SlimError: Says what would work.
+        SlimError: With what would work.
     """
     if recipe.method == "full" or recipe.quantize.qat:
         full = recipe.method == "full"
@@ -187,7 +186,7 @@ def refuse_quantized(recipe: Recipe) -> None:
 
 
 def training_shapes(config: dict[str, Any], recipe: Recipe, dtype: mx.Dtype) -> TrainingShapes:
-    """Return what ``recipe`` holds in memory over the model of ``config``.
+    """Return the sizes of the model of ``config`` under ``recipe``.
 
     Args:
         config: ``config.json``, normalised.
@@ -195,8 +194,8 @@ def training_shapes(config: dict[str, Any], recipe: Recipe, dtype: mx.Dtype) -> 
         dtype: Of the base's floating weights.
 
     Raises:
-        SlimError: If the model cannot be built, a target matches nothing, or full fine-tuning is
-            asked of a quantized model.
+        SlimError: If the model cannot be built, a target matches nothing, or the recipe
+            trains a quantized model in full.
     """
     model = build(config)
     dense = build({**config, "quantization": None}) if is_quantized(model) else model
@@ -219,12 +218,12 @@ def training_shapes(config: dict[str, Any], recipe: Recipe, dtype: mx.Dtype) -> 
             mode=settings.mode,
             class_predicate=lambda path, module: chosen_bits.get(path, False),
         )
-    kept = {path: value.nbytes for path, value in leaves(model)}
+    retained = {path: value.nbytes for path, value in leaves(model)}
     modules = dict(model.named_modules())
     rounds = make_policy(model, recipe.quantize).chosen if recipe.quantize.qat else {}
     rounded_bytes = sum(modules[path]["weight"].nbytes for path in rounds)
     chosen: list[Site] = []
-    callbacks = 0
+    frozen = 0
     if recipe.method == "full":
         trainable = {path: (value.shape, value.dtype) for path, value in leaves(model)}
     else:
@@ -236,12 +235,12 @@ def training_shapes(config: dict[str, Any], recipe: Recipe, dtype: mx.Dtype) -> 
             trainable[f"{site.path}.lora_b"] = ((rank, outputs), mx.float32)
             if recipe.adapter.adaptive is not None:
                 trainable[f"{site.path}.lora_e"] = ((rank,), mx.float32)
-                callbacks += 2 * (inputs + outputs + 1) * rank * FULL_PRECISION_BYTES
+                frozen += 2 * (inputs + outputs + 1) * rank * FULL_PRECISION_BYTES
             if recipe.adapter.init == "pissa":
-                callbacks += (inputs + outputs) * rank * FULL_PRECISION_BYTES
+                frozen += (inputs + outputs) * rank * FULL_PRECISION_BYTES
             if recipe.method == "dora":
                 trainable[f"{site.path}.m"] = ((outputs,), mx.float32)
-                callbacks += outputs * FULL_PRECISION_BYTES  # the cached row norms of W
+                frozen += outputs * FULL_PRECISION_BYTES  # the cached row norms of W
     bag = nn.Module()
     for path, (shape, kind) in trainable.items():
         bag[path] = mx.zeros(shape, dtype=kind)
@@ -253,11 +252,11 @@ def training_shapes(config: dict[str, Any], recipe: Recipe, dtype: mx.Dtype) -> 
     return TrainingShapes(
         parameters=parameters,
         quantized=is_quantized(model),
-        base_bytes=sum(kept.values()),
-        loading_bytes=_loading_bytes(stored, cast, kept, list(chosen_bits)),
+        base_bytes=sum(retained.values()),
+        loading_bytes=_loading_bytes(stored, cast, retained, list(chosen_bits)),
         quantized_here=quantized_here,
         rounded_bytes=rounded_bytes,
-        adapter_bytes=0 if recipe.method == "full" else one_copy + callbacks,
+        adapter_bytes=0 if recipe.method == "full" else one_copy + frozen,
         trainable={path: shape for path, (shape, _) in trainable.items()},
         trainable_bytes=one_copy,
         gradient_bytes=numbers * FULL_PRECISION_BYTES,
@@ -273,32 +272,32 @@ def training_shapes(config: dict[str, Any], recipe: Recipe, dtype: mx.Dtype) -> 
 
 
 def _loading_bytes(
-    stored: dict[str, int], cast: dict[str, int], kept: dict[str, int], quantized: list[str]
+    stored: dict[str, int], cast: dict[str, int], retained: dict[str, int], quantized: list[str]
 ) -> int:
     """Return the peak of loading: layers are quantized one by one, then the rest is read.
 
     Args:
         stored: Bytes of each parameter on disk.
         cast: In the dtype of computation.
-        kept: Of each parameter that stays.
+        retained: Of each parameter that stays.
         quantized: Layers that are quantized, in their order.
     """
-    held = peak = 0
+    loaded = peak = 0
 
     def read(name: str, more: int) -> None:
         nonlocal peak
         needed = cast[name] + (stored[name] if stored[name] != cast[name] else 0)
-        peak = max(peak, held + needed + more)
+        peak = max(peak, loaded + needed + more)
 
-    rest = dict(kept)
+    rest = dict(retained)
     for path in quantized:
         parts = [rest.pop(f"{path}.{part}", 0) for part in ("weight", "scales", "biases")]
         read(f"{path}.weight", sum(parts))
-        held += sum(parts)
+        loaded += sum(parts)
     for name, size in rest.items():
         read(name, 0)
-        held += size
-    return max(peak, held)
+        loaded += size
+    return max(peak, loaded)
 
 
 def _table(site: Site) -> tuple[int, int]:

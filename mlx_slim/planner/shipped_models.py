@@ -1,7 +1,8 @@
-"""Shapes of the models that the shipped recipes name, so that planning never waits for a hub.
+"""Shapes of the models that the shipped recipes name, so that a plan needs no hub.
 
 Invariant: these are the shape keys of each model's public ``config.json``, nothing else; a plan
-made from them needs no network and says so. Try it: ``mlx-slim plan mistral-qlora``.
+that uses them needs no network and reports them as its source. Try it:
+``mlx-slim plan mistral-qlora``.
 """
 
 from __future__ import annotations
@@ -78,10 +79,10 @@ SHIPPED_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def model_config(recipe: Recipe) -> tuple[dict[str, Any], str]:
-    """Return the config of the recipe's model, and in words where it is from.
+    """Return the config of the recipe's model, and its source as text.
 
     Raises:
-        SlimError: If the model is neither known, a folder, nor to be had from the hub.
+        SlimError: If the model is not in the table, no folder, and not on the hub.
     """
     if recipe.model in SHIPPED_CONFIGS:
         return SHIPPED_CONFIGS[recipe.model], "shapes from the table shipped with mlx-slim"

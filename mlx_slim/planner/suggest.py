@@ -1,8 +1,8 @@
 """Changes of a recipe that lower its peak memory, ranked by what they cost.
 
-Invariant: a suggestion's ``set`` goes on the command line as it is, and predicts there what it
-promises here. What only takes longer stands before what changes the result, in the order of
-``COSTS``; within each, the shorter time first. Try it:
+Invariant: a suggestion's ``set`` can be pasted on the command line, where it is predicted to need
+the memory given here. Changes that only take longer come before those that change the result, in
+the order of ``COSTS``; within each, the shorter time first. Try it:
 ``mlx-slim plan tinyllama-lora --budget 6GB``.
 """
 
@@ -10,31 +10,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from mlx_slim.config.schema import Recipe
 
-# What a change may cost besides time, the least first.
+# Costs of a change besides time, in ascending order.
 COSTS = (
     "",
     "another optimizer",
-    "rows over 256 tokens are lost",
+    "rows over 256 tokens are dropped",
     "a 4-bit base",
     "adapters instead of all weights",
 )
 _NOTHING, _OPTIMIZER, _ROWS, _FOUR_BIT, _ADAPTERS = COSTS
-WORTH = 0.97  # a change that saves less than 3% is none
+# dotted recipe key -> value
+Overrides = dict[str, bool | int | str]
+WORTH = 0.97  # a change must save at least 3%
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Overrides that lower the peak: ``set`` goes on the command line as it is.
+    """Overrides that lower the peak: ``set`` can be pasted on the command line.
 
     Attributes:
         set: ``key=value``, several with spaces between.
         predicted_peak_bytes: With it.
         time: Predicted seconds with it, as a multiple of those without.
-        cost: What it costs besides time, in words; empty if nothing.
+        cost: The cost besides time, as text; empty if there is none.
     """
 
     set: str
@@ -43,42 +44,42 @@ class Suggestion:
     cost: str = ""
 
 
-def _variants(recipe: Recipe) -> list[tuple[dict[str, Any], str]]:
-    """Changes that may lower the peak, each with what it costs besides time."""
+def _variants(recipe: Recipe) -> list[tuple[Overrides, str]]:
+    """Return changes that may lower the peak, each with its cost besides time."""
     train = recipe.train
-    found: list[tuple[dict[str, Any], str]] = []
+    options: list[tuple[Overrides, str]] = []
 
-    def smaller(parts: int) -> dict[str, Any]:
+    def smaller(parts: int) -> Overrides:
         """Return the same step in ``parts`` times as many micro-batches."""
         tokens = max(train.max_length, train.batch_tokens // parts)
         times = -(-train.batch_tokens // tokens)
         return {"train.batch_tokens": tokens, "train.accumulate": train.accumulate * times}
 
-    again: dict[str, Any] = {} if train.grad_checkpoint else {"train.grad_checkpoint": True}
+    checkpoint: Overrides = {} if train.grad_checkpoint else {"train.grad_checkpoint": True}
     pieces = [p for p in (2, 4, 8) if train.batch_tokens // p >= train.max_length]
-    found += [(smaller(p), _NOTHING) for p in pieces]
-    found.append((again, _NOTHING))
-    found += [({**again, **smaller(p)}, _NOTHING) for p in pieces]
+    options += [(smaller(p), _NOTHING) for p in pieces]
+    options.append((checkpoint, _NOTHING))
+    options += [({**checkpoint, **smaller(p)}, _NOTHING) for p in pieces]
     if train.max_length > 256:
         least = {"train.max_length": 256, "train.batch_tokens": min(train.batch_tokens, 512)}
-        found.append(({**again, **least}, _ROWS))
+        options.append(({**checkpoint, **least}, _ROWS))
     if recipe.method == "full":
-        found.append(({"train.optimizer": "adafactor"}, _OPTIMIZER))
-        found.append(({"method": "lora"}, _ADAPTERS))
+        options.append(({"train.optimizer": "adafactor"}, _OPTIMIZER))
+        options.append(({"method": "lora"}, _ADAPTERS))
     if recipe.method != "qlora" and not recipe.quantize.qat:
         cost = _ADAPTERS if recipe.method == "full" else _FOUR_BIT
-        found.append(({"method": "qlora"}, cost))
-        found.append(({"method": "qlora", **again, **smaller(8)}, cost))
-    unique: list[tuple[dict[str, Any], str]] = []
-    for change, cost in found:
-        if change and all(change != known for known, _ in unique):
+        options.append(({"method": "qlora"}, cost))
+        options.append(({"method": "qlora", **checkpoint, **smaller(8)}, cost))
+    unique: list[tuple[Overrides, str]] = []
+    for change, cost in options:
+        if change and all(change != other for other, _ in unique):
             unique.append((change, cost))
     return unique
 
 
-def _changed(recipe: Recipe, change: dict[str, Any]) -> Recipe:
-    values: dict[str, Any] = {}
-    sections: dict[str, dict[str, Any]] = {}
+def _changed(recipe: Recipe, change: Overrides) -> Recipe:
+    values: dict[str, object] = {}
+    sections: dict[str, Overrides] = {}
     for key, value in change.items():
         section, _, name = key.rpartition(".")
         if section:
@@ -93,7 +94,7 @@ def _changed(recipe: Recipe, change: dict[str, Any]) -> Recipe:
 def suggestions(
     recipe: Recipe, limit: int, cost_of: Callable[[Recipe], tuple[int, float]]
 ) -> list[Suggestion]:
-    """Return what lowers the peak; what fits ``limit`` stands first, cheapest first.
+    """Return changes that lower the peak: those that fit ``limit`` first, cheapest first.
 
     Args:
         recipe: To change.
@@ -101,29 +102,30 @@ def suggestions(
         cost_of: Recipe -> (peak in bytes, seconds).
     """
     peak, seconds = cost_of(recipe)
-    found: list[tuple[dict[str, Any], Suggestion]] = []
+    options: list[tuple[Overrides, Suggestion]] = []
     for change, cost in _variants(recipe):
         lower, longer = cost_of(_changed(recipe, change))
         if lower < WORTH * peak:
             text = " ".join(f"{name}={_yaml(value)}" for name, value in change.items())
             time = round(longer / max(seconds, 1e-9), 2)
-            found.append((change, Suggestion(text, lower, time, cost)))
+            options.append((change, Suggestion(text, lower, time, cost)))
 
-    def needless(change: dict[str, Any], made: Suggestion) -> bool:
-        """Return whether a part of it does as much: pieces keep gradients between them."""
+    def redundant(change: Overrides, suggestion: Suggestion) -> bool:
+        """Return whether a subset of the change saves as much: micro-batches sum gradients."""
         return any(
             part.items() < change.items()
-            and other.predicted_peak_bytes <= made.predicted_peak_bytes
-            and other.time <= made.time
-            for part, other in found
+            and other.predicted_peak_bytes <= suggestion.predicted_peak_bytes
+            and other.time <= suggestion.time
+            for part, other in options
         )
 
-    return sorted((made for change, made in found if not needless(change, made)), key=_rank(limit))
+    useful = (suggestion for change, suggestion in options if not redundant(change, suggestion))
+    return sorted(useful, key=_rank(limit))
 
 
 def _rank(limit: int) -> Callable[[Suggestion], tuple[bool, int, float]]:
     return lambda s: (s.predicted_peak_bytes > limit, COSTS.index(s.cost), s.time)
 
 
-def _yaml(value: Any) -> str:
+def _yaml(value: bool | int | str) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,8 +1,8 @@
-"""How much a run computes, and how long that takes on this device.
+"""The operations of a run, and the time that they take on this device.
 
-Invariant: time is operations divided by rates measured here and now (matrix products, exponentials
-and memory passes, which on a CPU cost more than the products); an estimate of the rows says that
-it is one. Legend: P numbers of the blocks' matrices, T row length, V vocabulary, d width.
+Invariant: time is operations divided by rates that are measured first (matrix products,
+exponentials and memory passes, which on a CPU cost more than the products); an estimate of the rows
+is marked as one. Legend: P numbers of the blocks' matrices, T row length, V vocabulary, d width.
 Try it: ``mlx-slim plan smollm2-lora``.
 """
 
@@ -19,8 +19,8 @@ from mlx_slim.planner.rows import SUPERVISED, expected_rows
 from mlx_slim.planner.shapes import TrainingShapes
 from mlx_slim.runtime import exp_nanoseconds, matmul_gflops, on_gpu
 
-FILLED = 0.93  # share of computed tokens that are real
-# Passes over memory per kept activation: written, read and differentiated.
+FILLED = 0.93  # fraction of computed tokens that are real
+# Passes over memory per stored activation: written, read and differentiated.
 PASSES = 4.0
 
 
@@ -32,8 +32,8 @@ class TrainingWork:
         tokens: Real tokens over all epochs or steps.
         tokens_per_epoch: Of one pass over the rows.
         length: Typical row length, tokens.
-        basis: How these are known, in words.
-        supervised: Share of the tokens that is learned where prompts are masked.
+        basis: How they were counted, as text.
+        supervised: Fraction of the tokens that is supervised, where prompts are masked.
     """
 
     tokens: int
@@ -78,20 +78,20 @@ def measure_speed(dtype: mx.Dtype) -> Speed:
 def expected_work(
     recipe: Recipe, lengths: Sequence[int] | None = None, *, local: bool = True
 ) -> TrainingWork | None:
-    """Return the tokens that ``recipe`` will train on, or None where they cannot be guessed.
+    """Return the tokens that ``recipe`` will train on, or None where they cannot be estimated.
 
     Args:
         recipe: Its sources, epochs and steps.
-        lengths: Tokens of each training row, where known.
-        local: Look at files and the mirror on this machine; else what the hub has is meant.
+        lengths: Tokens of each training row, if they are counted already.
+        local: Read files and the mirror on this machine; else the hub's rows are meant.
 
     Raises:
-        SlimError: If rows that should lie here do not, or cannot be read.
+        SlimError: If local rows are missing or cannot be read.
     """
     train = recipe.train
-    known = expected_rows(recipe, local=local) if lengths is None else None
-    supervised = known.supervised if known else SUPERVISED
-    per_epoch, length, basis = known[:3] if known else (None, train.max_length, "")
+    rows = expected_rows(recipe, local=local) if lengths is None else None
+    supervised = rows.supervised if rows else SUPERVISED
+    per_epoch, length, basis = rows[:3] if rows else (None, train.max_length, "")
     if lengths is not None:
         used = [min(n, train.max_length) for n in lengths]
         per_epoch, length = sum(used), int(sum(used) / max(1, len(used)))
@@ -117,29 +117,29 @@ def predicted_seconds(
     full fine-tuning and for recomputation; 12·T·q for attention; 4·V·d for a supervised token.
     """
     full = recipe.method == "full"
-    again = 1 if recipe.train.grad_checkpoint else 0
+    recomputed = 1 if recipe.train.grad_checkpoint else 0
     linear = sum(block.linear for block in shapes.blocks)
     adapters = 0 if full else shapes.trainable_parameters
-    share = work.supervised if recipe.data.mask_prompt else 1.0
-    passes = 2 + again + (1 if full else 0)
-    attention = sum((12 + 4 * again) * work.length * block.queries for block in shapes.blocks)
+    fraction = work.supervised if recipe.data.mask_prompt else 1.0
+    passes = 2 + recomputed + (1 if full else 0)
+    attention = sum((12 + 4 * recomputed) * work.length * block.queries for block in shapes.blocks)
     head = shapes.vocabulary * shapes.width
     flops = 2 * linear * passes + 6 * adapters + attention
-    flops += share * head * (6 if full else 4)
+    flops += fraction * head * (6 if full else 4)
     exponentials = sum(
-        (1 + again) * (block.inner + block.heads * work.length) for block in shapes.blocks
+        (1 + recomputed) * (block.inner + block.heads * work.length) for block in shapes.blocks
     )
-    exponentials += share * shapes.vocabulary
-    kept = sum(
+    exponentials += fraction * shapes.vocabulary
+    activations = sum(
         6 * block.width + 2 * block.queries + 5 * block.inner + block.heads * work.length
         for block in shapes.blocks
     )
     seconds = flops / speed.flops
     seconds += exponentials * speed.exponential
-    seconds += kept * PASSES * (1 + again / 2) * speed.element
+    seconds += activations * PASSES * (1 + recomputed / 2) * speed.element
     computed = work.tokens / FILLED
     total = computed * seconds
-    if shapes.quantized and not gpu:  # each micro-batch makes each layer's dense weight anew
+    if shapes.quantized and not gpu:  # each micro-batch dequantizes each layer again
         batches = computed / recipe.train.batch_tokens
-        total += batches * (linear + head) * (2 + again) * 2 * speed.element
+        total += batches * (linear + head) * (2 + recomputed) * 2 * speed.element
     return total

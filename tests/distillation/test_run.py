@@ -19,7 +19,6 @@ from mlx_slim.config.load import Resolved, from_values
 from mlx_slim.data.batches import Batcher
 from mlx_slim.data.shapes import SHAPES
 from mlx_slim.distillation.run import distill
-from mlx_slim.distillation.teachers import with_model
 from mlx_slim.errors import Interrupted, ResourceError, SlimError
 from mlx_slim.finetuning import build as prepare
 from mlx_slim.finetuning.run import finetune
@@ -341,22 +340,6 @@ def test_two_ranks_learn_as_one_does(tiny, data, teacher, tmp_path, method: str)
     for step, loss in theirs.items():
         assert math.isclose(ours[step], loss, rel_tol=1e-4), step
     assert (two / "run.json").exists(), done.stderr
-
-
-def test_no_model_means_what_the_student_came_from(tiny, data, tmp_path) -> None:
-    run = recipe_with_teachers(tiny("llama"), data, [{"weight": 2}])
-    assert run.recipe.distill is not None
-    (nobody,) = run.recipe.distill.teachers
-    assert with_model(nobody, run.recipe).model == str(tiny("llama"))
-    pruned = tmp_path / "pruned"
-    pruned.mkdir()
-    small = run.recipe.model_copy(update={"model": str(pruned)})
-    (pruned / "prune.json").write_text('{"source": "owner/name", "revision": "abc"}')
-    teacher = with_model(nobody, small)
-    assert (teacher.model, teacher.revision, teacher.weight) == ("owner/name", "abc", 2)
-    (pruned / "prune.json").write_text('{"source": "folder"}')
-    with pytest.raises(SlimError, match="pruned from a folder called folder"):
-        with_model(nobody, small)
 
 
 def test_the_try_before_the_teachers_is_one_of_the_shapes(

@@ -25,10 +25,10 @@ from mlx_slim.export.model import export_hf
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.finetuning.run_dir import summary_rows
 from mlx_slim.models.load import load
+from mlx_slim.planner.run import plan
 from mlx_slim.quantization.apply import quantize_model
 from mlx_slim.quantization.base import load_base
 from mlx_slim.workflows.chat import open_session
-from mlx_slim.workflows.plan import plan
 from tests.support.runs import Recorder, recipe, write_rows
 from tests.support.tiny import tiny_model
 

@@ -20,9 +20,9 @@ from mlx_slim.export.model import export_gguf, export_hf
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.models.build import WIDTHS, widths_of
 from mlx_slim.models.load import load
+from mlx_slim.planner.run import plan as plan_cost
 from mlx_slim.pruning.run import PruneOptions, prune
 from mlx_slim.quantization.run import CompressOptions, compress
-from mlx_slim.workflows.plan import plan as plan_cost
 from tests.support.prune import gap
 from tests.support.runs import Recorder, recipe, write_rows
 from tests.support.tiny import ARCHITECTURES, tiny_model

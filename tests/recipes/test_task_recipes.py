@@ -17,8 +17,8 @@ from mlx_slim.evaluation.tasks.rows import load_rows
 from mlx_slim.evaluation.tasks.spec import find_task
 from mlx_slim.evaluation.tasks.training_rows import finder, question_keys
 from mlx_slim.finetuning.run import finetune
+from mlx_slim.planner.run import plan as planned
 from mlx_slim.planner.shipped_models import SHIPPED_CONFIGS
-from mlx_slim.workflows.plan import plan as planned
 from tests.support.runs import Recorder
 from tests.support.tiny import speaking_model
 

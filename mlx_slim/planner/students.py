@@ -1,0 +1,98 @@
+"""Models that a distillation recipe names, and the cost of a run that trains two of them.
+
+Invariant: a teacher without a model is the one that the student was made from; the second student
+of ``method: mutual`` has the recipe of the first but for its model and seed. Sizes and times of two
+students in one process are added. Try it:
+``mlx-slim plan smollm2-lora distill.method=mutual "distill.teachers=[{}]"``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mlx_slim.artifacts import is_hub_id
+from mlx_slim.config.distill import TeacherConfig
+from mlx_slim.config.schema import Recipe
+from mlx_slim.errors import SlimError
+from mlx_slim.planner.memory import Prediction, predict
+from mlx_slim.planner.shipped_models import model_config
+from mlx_slim.reading import read_object
+
+
+def with_model(teacher: TeacherConfig, recipe: Recipe) -> TeacherConfig:
+    """Return ``teacher`` with its model filled in: by default the one the student was made from.
+
+    Raises:
+        SlimError: If a pruned folder names no hub id as its source.
+    """
+    if teacher.model is not None:
+        return teacher
+    record = Path(recipe.model) / "prune.json"
+    if not record.is_file():
+        return teacher.model_copy(update={"model": recipe.model, "revision": recipe.revision})
+    origin = read_object(record, source=str)
+    if not is_hub_id(origin["source"]):
+        raise SlimError(
+            f"{recipe.model} was pruned from a folder called {origin['source']}",
+            "set its folder: distill.teachers=[{model: FOLDER}]",
+        )
+    original = {"model": origin["source"], "revision": origin.get("revision")}
+    return teacher.model_copy(update=original)
+
+
+def second_recipe(recipe: Recipe, second: TeacherConfig) -> Recipe:
+    """Return the recipe of the second student: another model and another seed."""
+    train = recipe.train.model_copy(update={"seed": (recipe.train.seed + 1) % 2**32})
+    update = {"model": second.model, "revision": second.revision, "train": train}
+    return recipe.model_copy(update=update)
+
+
+def predict_run(
+    config: dict[str, Any],
+    recipe: Recipe,
+    look_up: Callable[[Recipe], dict[str, Any]] = lambda recipe: model_config(recipe)[0],
+    **settings: Any,
+) -> Prediction:
+    """Return the cost of a run: of one student, or of both if there are two.
+
+    Args:
+        config: Of the recipe's model.
+        recipe: The run.
+        look_up: Returns the configuration of another recipe's model.
+        settings: For ``predict``.
+
+    Raises:
+        SlimError: As ``predict``, or if the second student's configuration cannot be read.
+    """
+    first = predict(config, recipe, **settings)
+    if recipe.distill is None or recipe.distill.method != "mutual":
+        return first
+    other = second_recipe(recipe, with_model(recipe.distill.teachers[0], recipe))
+    return combined(first, predict(look_up(other), other, **{**settings, "suggest": False}))
+
+
+def combined(first: Prediction, second: Prediction) -> Prediction:
+    """Return the cost of two runs in one process: sizes and times are added."""
+    peak = first.predicted_peak_bytes + second.predicted_peak_bytes
+    seconds = None
+    if first.predicted_seconds is not None and second.predicted_seconds is not None:
+        seconds = first.predicted_seconds + second.predicted_seconds
+    return replace(
+        first,
+        predicted_peak_bytes=peak,
+        loading_peak_bytes=first.loading_peak_bytes + second.loading_peak_bytes,
+        fits=peak <= first.budget_bytes,
+        predicted_seconds=seconds,
+        disk_bytes=first.disk_bytes + second.disk_bytes,
+        download_bytes=first.download_bytes + second.download_bytes,
+        breakdown={key: size + second.breakdown[key] for key, size in first.breakdown.items()},
+        parameters=first.parameters + second.parameters,
+        trainable_parameters=first.trainable_parameters + second.trainable_parameters,
+        suggestions=[
+            replace(s, predicted_peak_bytes=s.predicted_peak_bytes + second.predicted_peak_bytes)
+            for s in first.suggestions
+        ],
+    )
