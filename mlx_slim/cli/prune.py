@@ -120,7 +120,7 @@ def command(
     after = RecoverOptions(recover, overrides, tasks, limit, data_dir)
     with Console("quiet" if as_json else "plain", output=output) as console:
         report = prune_and_recover(model, out, options, after, console, resume=resume)
-    click.echo(json.dumps(report) if as_json else "\n".join(report_lines(report)))
+    click.echo(json.dumps(report.as_json()) if as_json else "\n".join(report_lines(report)))
 
 
 def _count(text: str) -> int:

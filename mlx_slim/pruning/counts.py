@@ -1,4 +1,4 @@
-"""What a model weighs, layer by layer and group by group, counted from shapes alone.
+"""Parameters of a model by layer and by group, counted from shapes alone.
 
 Invariant: counts are exact and no weight is read: with C the numbers of a group,
 parameters after = parameters before − Σ removed groups · C. For a llama block with d inputs,
@@ -34,15 +34,15 @@ class Counts:
     sizes: dict[str, list[int]]
 
     def without_layers(self, layers: list[int]) -> int:
-        """Return the parameters that stay when ``layers`` go."""
+        """Return the parameters of the model without ``layers``."""
         return self.total - sum(self.blocks[i] for i in layers)
 
     def with_sizes(self, sizes: dict[str, list[int]]) -> int:
         """Return the parameters of the model with ``sizes``: kind -> groups of each layer."""
         total = self.total
-        for kind, wanted in sizes.items():
+        for kind, after in sizes.items():
             before, cost = self.sizes[kind], self.groups[kind]
-            total -= sum((b - w) * c for b, w, c in zip(before, wanted, cost, strict=True))
+            total -= sum((b - w) * c for b, w, c in zip(before, after, cost, strict=True))
         return total
 
 

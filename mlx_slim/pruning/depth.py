@@ -1,8 +1,8 @@
-"""Which layers a model can do without.
+"""Depth pruning: choosing the layers to remove.
 
-Invariant: protected layers are never among them, and at least one layer stays; similarities are
-float32 and leave out the first position of a row and special tokens, whose huge activations say
-nothing about a layer. Try it: ``mlx-slim prune MODEL -o DIR --method block-influence --ratio 0.1``.
+Invariant: protected layers are never chosen, and at least one layer remains; similarities are
+float32 and exclude the first position of a row and special tokens, whose huge activations do not
+depend on the layer. Try it: ``mlx-slim prune MODEL -o DIR --method block-influence --ratio 0.1``.
 
 Legend: N rows, B rows of a batch, T tokens a row, D width, L layers.
 """
@@ -18,7 +18,7 @@ import numpy as np
 
 from mlx_slim.errors import SlimError
 from mlx_slim.models import structure
-from mlx_slim.pruning.importance import Tick, Trail, batches_of
+from mlx_slim.pruning.importance import BlockInputs, Tick, batches_of
 from mlx_slim.pruning.route import Forward, routed
 from mlx_slim.runtime import number
 from mlx_slim.training.step import Arrays, CrossEntropy
@@ -33,7 +33,7 @@ class Removal:
     Attributes:
         layers: Numbers from 0, ascending.
         scores: Layer -> score of ``meaning``; for ``angular``, first layer of a block -> score.
-        meaning: What a score is.
+        meaning: Of the scores.
         steps: (layer, loss without it and those before it) in the order of ``perplexity``.
     """
 
@@ -56,34 +56,34 @@ def choose_layers(
 ) -> Removal:
     """Choose ``count`` of the ``allowed`` layers.
 
-    * ``block-influence``: the lowest 1 − mean cos(what enters, what leaves) (arXiv 2403.03853);
-    * ``angular``: the ``count`` layers in a row that turn the last position least
-      (arXiv 2403.17887): arccos(cos)/π;
-    * ``perplexity``: one after the other, whichever removal leaves the lowest loss;
+    * ``block-influence``: the lowest 1 − mean cos(input, output) (arXiv 2403.03853);
+    * ``angular``: the ``count`` consecutive layers with the smallest angle arccos(cos)/π between
+      input and output at the last position (arXiv 2403.17887);
+    * ``perplexity``: one by one, each time the layer whose removal gives the lowest loss;
     * ``random``: a seeded control.
 
     Args:
         model: Evaluated.
         method: One of ``METHODS``.
         count: Layers to remove.
-        allowed: Layers that may go, ascending.
+        allowed: Layers that may be removed, ascending.
         rows_NT: Calibration token ids; None for ``random``.
         seed: Of ``random``.
         special: Token ids whose positions similarities leave out.
-        tick: Hears the number of each layer as it is looked at.
+        tick: Called with the number of each layer when it is measured.
 
     Raises:
         SlimError: If no such layers exist.
     """
     if count > len(allowed):
         raise SlimError(
-            f"{count} layers cannot go: {len(allowed)} of "
+            f"{count} layers cannot be removed: {len(allowed)} of "
             f"{len(structure.blocks(model))} are not protected",
             "remove fewer, or protect fewer with --protect-first and --protect-last",
         )
     if method == "random":
         chosen = np.random.default_rng([seed, len(allowed)]).permutation(allowed)[:count]
-        return Removal(sorted(int(i) for i in chosen), {}, "drawn at random", [])
+        return Removal(sorted(int(i) for i in chosen), {}, "chosen at random", [])
     assert rows_NT is not None
     if method == "block-influence":
         scores = block_influence(model, rows_NT, special, tick)
@@ -107,7 +107,7 @@ def _cosine(a: mx.array, b: mx.array) -> mx.array:
 def block_influence(
     model: nn.Module, rows_NT: mx.array, special: Collection[int], tick: Tick = lambda layer: None
 ) -> list[float]:
-    """Return 1 − mean cos(entering, leaving) of each layer; 0 is a layer that does nothing."""
+    """Return 1 − mean cos(input, output) of each layer; 0 is the identity."""
     blocks = structure.blocks(model)
     totals, positions = np.zeros(len(blocks)), 0
     excluded = np.array(sorted(special), np.int64)
@@ -130,7 +130,7 @@ def block_influence(
             model(tokens_BT)
     if not positions:
         raise SlimError(
-            "the calibration text holds nothing but special tokens", "give other --calibration text"
+            "the calibration text has only special tokens", "set another --calibration text"
         )
     return [float(1.0 - total / positions) for total in totals]
 
@@ -176,10 +176,10 @@ def _by_perplexity(
         losses = dict.fromkeys((i for i in allowed if i not in removed), 0.0)
         for batch in batches:
             arrays = objective.arrays(batch)
-            trail = _trail_without(model, mx.array(batch.tokens_BT), removed)
+            entering = _inputs_without(model, mx.array(batch.tokens_BT), removed)
             for layer in losses:
                 losses[layer] += _loss_without(
-                    model, objective, arrays, trail, {*removed, layer}, layer
+                    model, objective, arrays, entering, {*removed, layer}, layer
                 )
                 tick(layer)
         losses = {layer: nll / targets for layer, nll in losses.items()}
@@ -190,10 +190,10 @@ def _by_perplexity(
     return Removal(sorted(removed), first, "loss without it, nats a token", steps)
 
 
-def _trail_without(model: nn.Module, tokens_BT: mx.array, removed: list[int]) -> list[mx.array]:
-    """Return what enters each block when ``removed`` are skipped."""
+def _inputs_without(model: nn.Module, tokens_BT: mx.array, removed: list[int]) -> list[mx.array]:
+    """Return the input of each block when ``removed`` are skipped."""
     if not removed:
-        return Trail(model, tokens_BT).entering
+        return BlockInputs(model, tokens_BT).entering
     entering: list[mx.array] = []
 
     def route(index: int, forward: Forward, hidden: mx.array) -> mx.array:

@@ -1,8 +1,8 @@
-"""How much each group of coupled weights matters, a layer at a time.
+"""Importance of each group of coupled weights, computed a layer at a time.
 
-Invariant: gradients and their squares exist for one block's weights at a time: a forward pass keeps
-what enters each block, then the loss is led back through the blocks from last to first. What grows
-with depth is activations of the calibration rows only. Sums are float32. Try it:
+Invariant: gradients and their squares exist for one block's weights at a time: a forward pass
+stores the input of each block, then the loss is differentiated block by block from last to first.
+Only the activations of the calibration rows grow with depth. Sums are float32. Try it:
 ``mlx-slim prune MODEL -o DIR --method taylor --ratio 0.2``.
 
 Legend: N rows, B rows of a batch, T tokens a row, D width, G groups of a family in one block.
@@ -57,9 +57,9 @@ def group_importance(
       (arXiv 2305.11627, element-wise first order);
     * ``taylor2``: Σ |w · g − ½ w² F|, F the mean of the squared gradients of single rows (the
       diagonal of the empirical Fisher matrix);
-    * ``vector``: |Σ w · g|: what the loss changes by, to first order, when the group is scaled;
-    * ``activation``: L2 over the rows, mean over the positions, of what the group sends to the
-      output layer (arXiv 2407.14679, forward only);
+    * ``vector``: |Σ w · g|: the first-order change of the loss when the group is scaled;
+    * ``activation``: L2 over the rows, mean over the positions, of the group's input to the output
+      layer (arXiv 2407.14679, forward only);
     * ``l2``: √Σ w²; ``random``: seeded; both controls.
 
     Args:
@@ -69,7 +69,7 @@ def group_importance(
         rows_NT: Calibration token ids; None for ``l2`` and ``random``.
         seed: Of ``random``.
         budget: Bytes that activations may take; None does not check.
-        tick: Hears the number of each block as it is done.
+        tick: Called with the number of each block when it is done.
 
     Raises:
         SlimError: If the activations exceed the budget, or a score is not finite.
@@ -86,16 +86,16 @@ def group_importance(
             for kind, family in _families(block, kinds).items():
                 if method == "random":
                     stream = np.random.default_rng([seed, layer, kinds.index(kind)])
-                    found = stream.random(family.count, np.float32)
+                    values = stream.random(family.count, np.float32)
                 else:
                     weights = _members(block, family)
-                    found = np.sqrt(_sums({p: mx.square(w) for p, w in weights.items()}, family))
-                scores[name_of(layer, kind)] = found
+                    values = np.sqrt(_sums({p: mx.square(w) for p, w in weights.items()}, family))
+                scores[name_of(layer, kind)] = values
             tick(layer)
     wrong = [name for name, values in scores.items() if not np.isfinite(values).all()]
     if wrong:
         raise SlimError(
-            f"the importance of {len(wrong)} groups of layers is not finite, first of {wrong[0]}",
+            f"the importance scores of {len(wrong)} layers are not finite, the first is {wrong[0]}",
             "the weights are damaged, or overflow their dtype",
         )
     return scores
@@ -119,7 +119,7 @@ def _sums(values: dict[str, mx.array], family: Coupled) -> np.ndarray:
     return np.array(total_G)
 
 
-class _Whole:
+class _CalibrationRows:
     """Calibration rows as ``Rows``: every token but the first is a target."""
 
     def __init__(self, rows_NT: np.ndarray) -> None:
@@ -137,7 +137,7 @@ class _Whole:
         return self._rows_NT[i], self._mask_T
 
     def weights(self, i: int) -> None:
-        """Return that all targets count alike."""
+        """Return None: all targets have weight 1."""
 
 
 def batches_of(rows_NT: mx.array, *, single: bool = False) -> list[Batch]:
@@ -147,15 +147,15 @@ def batches_of(rows_NT: mx.array, *, single: bool = False) -> list[Batch]:
         rows_NT: Token ids.
         single: A row a batch.
     """
-    rows = _Whole(np.array(rows_NT, np.int32))
+    rows = _CalibrationRows(np.array(rows_NT, np.int32))
     count = 1 if single else max(1, _BATCH_TOKENS // rows_NT.shape[1])
     groups = [range(i, min(i + count, len(rows))) for i in range(0, len(rows), count)]
     return [collate(rows, [[i] for i in group], isolate=False) for group in groups]
 
 
 @contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Keep the head's own gradient from being formed."""
+def _frozen_parameters(model: nn.Module) -> Iterator[None]:
+    """Freeze the parameters, so that no gradient of the head is computed."""
     model.freeze()
     try:
         yield
@@ -163,12 +163,12 @@ def _frozen(model: nn.Module) -> Iterator[None]:
         model.unfreeze()
 
 
-class Trail:
-    """What entered each block for one batch, and how to go on from there.
+class BlockInputs:
+    """The input of each block for one batch, and the forward pass from there.
 
     Attributes:
-        entering: hidden_BTD by block, and what left the last one.
-        forwards: Each block with its own mask.
+        entering: hidden_BTD by block, and the output of the last one.
+        forwards: Each block with its weights mask.
     """
 
     def __init__(self, model: nn.Module, tokens_BT: mx.array) -> None:
@@ -196,26 +196,28 @@ def _by_gradient(
     tick: Tick,
 ) -> Scores:
     blocks = structure.blocks(model)
-    with _frozen(model):
+    with _frozen_parameters(model):
         objective = CrossEntropy(model)
         batches = batches_of(rows_NT, single=method == "taylor2")
-        trails: list[Trail] = []
+        inputs: list[BlockInputs] = []
         for batch in batches:
-            trails.append(Trail(model, mx.array(batch.tokens_BT)))
-            _check_budget(trails, len(batches), budget)
-        pulls = []  # d loss / d what leaves the block, by batch
+            inputs.append(BlockInputs(model, mx.array(batch.tokens_BT)))
+            _check_budget(inputs, len(batches), budget)
+        upstream = []  # d loss / d output of the block, by batch
         scale = len(batches) if method == "taylor2" else 1
         targets = rows_NT.shape[0] * (rows_NT.shape[1] - 1) / scale
-        for trail, batch in zip(trails, batches, strict=True):
+        for block_inputs, batch in zip(inputs, batches, strict=True):
             arrays = objective.arrays(batch)
-            pull = _pull_of_the_head(model, objective, arrays, trail.entering.pop(), 1 / targets)
-            mx.eval(pull)
-            pulls.append(pull)
+            upstream_BTD = _head_gradient(
+                model, objective, arrays, block_inputs.entering.pop(), 1 / targets
+            )
+            mx.eval(upstream_BTD)
+            upstream.append(upstream_BTD)
         scores: Scores = {}
         for layer in reversed(range(len(blocks))):
             families = _families(blocks[layer], kinds)
             sums, squares = _block_gradients(
-                blocks[layer], layer, families, trails, pulls, method == "taylor2"
+                blocks[layer], layer, families, inputs, upstream, method == "taylor2"
             )
             for kind, family in families.items():
                 weights = _members(blocks[layer], family)
@@ -225,26 +227,26 @@ def _by_gradient(
                     if squares:
                         term = term - 0.5 * mx.square(weight) * squares[path] / scale
                     terms[path] = term if method == "vector" else mx.abs(term)
-                found = _sums(terms, family)
-                scores[name_of(layer, kind)] = np.abs(found)
+                values = _sums(terms, family)
+                scores[name_of(layer, kind)] = np.abs(values)
             tick(layer)
     return scores
 
 
-def _check_budget(trails: list[Trail], count: int, budget: int | None) -> None:
-    needed = count * sum(hidden.nbytes for hidden in trails[0].entering)
+def _check_budget(inputs: list[BlockInputs], count: int, budget: int | None) -> None:
+    needed = count * sum(hidden.nbytes for hidden in inputs[0].entering)
     if budget is not None and needed > budget:
         raise SlimError(
             f"the activations of the calibration rows take {human_bytes(needed)}, "
-            f"{human_bytes(budget)} are free for them",
-            "give fewer --samples or a smaller --length",
+            f"{human_bytes(budget)} are available",
+            "set fewer --samples or a smaller --length",
         )
 
 
-def _pull_of_the_head(
+def _head_gradient(
     model: nn.Module, objective: CrossEntropy, arrays: Arrays, last_BTD: mx.array, scale: float
 ) -> mx.array:
-    """Return d(scale · Σ loss) / d(what leaves the last block)."""
+    """Return d(scale · Σ loss) / d(output of the last block)."""
     blocks = structure.blocks(model)
 
     def tail(hidden_BTD: mx.array) -> mx.array:
@@ -261,37 +263,42 @@ def _block_gradients(
     block: nn.Module,
     layer: int,
     families: dict[str, Coupled],
-    trails: list[Trail],
-    pulls: list[mx.array],
+    inputs: list[BlockInputs],
+    upstream: list[mx.array],
     squared: bool,
 ) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
-    """Return Σ g and Σ g² over the batches for a block's weights; lead the pulls through it."""
+    """Return Σ g and Σ g² over the batches for a block's weights.
+
+    ``upstream``, the gradients by the block's output, become those by its input.
+    """
     everything = dict(tree_flatten(block.parameters()))
     paths = [path for family in families.values() for path, _ in family.members]
-    own = {path: everything[path] for path in paths}
+    weights = {path: everything[path] for path in paths}
     sums: dict[str, mx.array] = {}
     squares: dict[str, mx.array] = {}
-    for number, trail in enumerate(trails):
-        forward, pull = trail.forwards[layer], pulls[number]
+    for number, block_inputs in enumerate(inputs):
+        forward, upstream_BTD = block_inputs.forwards[layer], upstream[number]
 
         def through(
             parameters: dict[str, mx.array],
             hidden_BTD: mx.array,
             forward: Forward = forward,
-            pull: mx.array = pull,
+            upstream_BTD: mx.array = upstream_BTD,
         ) -> mx.array:
             block.update(tree_unflatten(list(parameters.items())))  # pyright: ignore
-            return (forward(hidden_BTD).astype(mx.float32) * pull.astype(mx.float32)).sum()
+            return (forward(hidden_BTD).astype(mx.float32) * upstream_BTD.astype(mx.float32)).sum()
 
-        gradients, pulls[number] = mx.grad(through, argnums=(0, 1))(own, trail.entering.pop())
-        block.update(tree_unflatten(list(own.items())))  # pyright: ignore
+        gradients, upstream[number] = mx.grad(through, argnums=(0, 1))(
+            weights, block_inputs.entering.pop()
+        )
+        block.update(tree_unflatten(list(weights.items())))  # pyright: ignore
         for path, gradient in gradients.items():
             gradient32 = gradient.astype(mx.float32)
             sums[path] = sums[path] + gradient32 if path in sums else gradient32
             if squared:
                 square = mx.square(gradient32)
                 squares[path] = squares[path] + square if path in squares else square
-        mx.eval(sums, squares, pulls[number])
+        mx.eval(sums, squares, upstream[number])
     return sums, squares
 
 

@@ -1,6 +1,6 @@
-"""What a user may ask of pruning, and what of it does not go together.
+"""Options of pruning, and which of them exclude each other.
 
-Invariant: every problem of the settings is said at once, before any model is looked at. Try it:
+Invariant: all problems of the options are reported at once, before any model is read. Try it:
 ``mlx-slim prune MODEL -o DIR --axis depth --no-heads``.
 """
 
@@ -19,7 +19,7 @@ from mlx_slim.pruning import depth, importance
 NAMED = "named"
 _DEFAULT = {"depth": "block-influence", "width": "taylor"}
 _METHODS = {"depth": depth.METHODS, "width": importance.METHODS}
-# Rows of calibration text x tokens: what arXiv 2305.11627 takes for gradients; forward passes and
+# Rows of calibration text x tokens: as in arXiv 2305.11627 for gradients; forward passes and
 # similarities are cheaper and noisier.
 _GRADIENT_ROWS, _FORWARD_ROWS = (10, 64), (32, 256)
 
@@ -29,25 +29,26 @@ _Size = Annotated[int, Field(ge=1, le=2**60, strict=True)]
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """What to remove, and on what text to judge it; the only home of these defaults.
+    """What to remove, and the calibration text; the only place of these defaults.
 
     Attributes:
         axis: ``depth`` (layers) or ``width`` (heads and neurons); None follows from the method.
         method: Of ``depth.METHODS`` or ``importance.METHODS``; None is block influence or taylor.
         layers: Layers by number, such as ``21-29,31``, instead of a method and a size.
-        ratio: Share of the layers, or (at most) of the groups of each layer that may shrink.
-        target_params: Most parameters that may stay.
-        target_bytes: Most bytes of weights that may stay.
-        heads: Prune attention heads; None does where the widths can be said.
+        ratio: Fraction of the layers, or (at most) of the groups of each layer that is not
+            protected.
+        target_params: Upper limit of the remaining parameters.
+        target_bytes: Upper limit of the remaining bytes of weights.
+        heads: Prune attention heads; None does where the config can express the widths.
         mlp: Prune MLP neurons; None does.
         uniform: The same widths in every layer.
-        ranking: ``layer`` or ``global``: groups compete inside their layer, or with all.
-        protect_first: First layers that stay as they are; None scales 4 of 32.
-        protect_last: Last layers that stay; None scales 2 of 32.
+        ranking: ``layer`` or ``global``: groups are ranked within their layer, or all together.
+        protect_first: First layers that are unchanged; None scales 4 of 32.
+        protect_last: Last layers that are unchanged; None scales 2 of 32.
         calibration: Text or data set; None is the Alpaca mirror.
         samples: Calibration rows; None chooses by method.
         length: Tokens of a row; None chooses by method.
-        held_out: Tokens that the result is judged on, about.
+        held_out: Tokens of validation text, about.
         seed: Of the random controls.
         revision: Commit or tag of a hub model.
     """
@@ -88,9 +89,9 @@ def method_of(options: PruneOptions) -> tuple[str, str]:
     if method is None:
         axis = axis or "width"
         return axis, _DEFAULT[axis]
-    for known in [axis] if axis else ["width", "depth"]:
-        if method in _METHODS[known]:
-            return known, method
+    for candidate in [axis] if axis else ["width", "depth"]:
+        if method in _METHODS[candidate]:
+            return candidate, method
     choices = _METHODS[axis] if axis else (*_METHODS["width"], *_METHODS["depth"])
     other = next((a for a in _METHODS if method in _METHODS[a]), None)
     hint = f"it is a method of --axis {other}" if other else did_you_mean(method, choices)
@@ -98,19 +99,19 @@ def method_of(options: PruneOptions) -> tuple[str, str]:
 
 
 def conflicts(options: PruneOptions, axis: str) -> list[tuple[str, str]]:
-    """Return (message, hint) of all that does not go together."""
+    """Return (message, hint) of all options that exclude each other."""
     problems: list[tuple[str, str]] = []
-    given = [
+    sizes = [
         name
         for name in ("layers", "ratio", "target_params", "target_bytes")
         if getattr(options, name) is not None
     ]
-    flags = [f"--{name.replace('_', '-')}" for name in given]
-    if len(given) != 1:
-        seen = "no size is given" if not given else f"{' and '.join(flags)} are both given"
-        problems.append((seen, "give one of --ratio, --target-params, --target-bytes, --layers"))
+    flags = [f"--{name.replace('_', '-')}" for name in sizes]
+    if len(sizes) != 1:
+        problem = "no size is set" if not sizes else f"{' and '.join(flags)} exclude each other"
+        problems.append((problem, "set one of --ratio, --target-params, --target-bytes, --layers"))
     if options.layers is not None and (axis != "depth" or options.method is not None):
-        problems.append(("--layers names layers: no --method or --axis width goes with it", ""))
+        problems.append(("--layers lists the layers: it excludes --method and --axis width", ""))
     if options.ratio is not None and not 0 < options.ratio < 1:
         problems.append((f"--ratio is {options.ratio:g}, expected more than 0 and less than 1", ""))
     for name in ("target_params", "target_bytes", "samples", "held_out"):
@@ -129,27 +130,27 @@ def conflicts(options: PruneOptions, axis: str) -> list[tuple[str, str]]:
         wide += [] if options.uniform else ["--no-uniform"]
         wide += [] if options.ranking == "layer" else ["--ranking"]
         if wide:
-            problems.append((f"{', '.join(wide)}: widths stay when layers go", "--axis width"))
+            problems.append((f"{', '.join(wide)}: only for width pruning", "set --axis width"))
     else:
         uneven = [*protected] + ([] if options.ranking == "layer" else ["--ranking global"])
         if options.uniform and uneven:
             problems.append(
-                (f"{', '.join(uneven)}: --uniform gives all layers one width", "--no-uniform")
+                (f"{', '.join(uneven)}: --uniform gives all layers one width", "set --no-uniform")
             )
         if options.heads is False and options.mlp is False:
             problems.append(("--no-heads and --no-mlp leave nothing to prune", ""))
     if options.layers is not None and protected:
-        problems.append((f"{', '.join(protected)}: --layers names what goes", ""))
+        problems.append((f"{', '.join(protected)}: --layers lists the layers to remove", ""))
     return problems
 
 
 def _kinds(options: PruneOptions) -> dict[str, bool]:
-    asked = {HEADS: options.heads, MLP: options.mlp}
-    return {kind: value for kind, value in asked.items() if value is not None}
+    kinds = {HEADS: options.heads, MLP: options.mlp}
+    return {kind: value for kind, value in kinds.items() if value is not None}
 
 
 def rows_of(options: PruneOptions, method: str) -> tuple[int, int]:
-    """Return calibration rows and their tokens; (0, 0) for a method that looks at none."""
+    """Return calibration rows and their tokens; (0, 0) for a method that needs none."""
     if method in ("l2", "random", NAMED):
         return 0, 0
     samples, length = _GRADIENT_ROWS if method in importance.GRADIENT else _FORWARD_ROWS

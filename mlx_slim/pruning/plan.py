@@ -1,6 +1,7 @@
-"""What a pruning will remove, as far as shapes and settings say it; all of it checked.
+"""The plan of a pruning: what shapes and options determine, all of it checked.
 
-Invariant: nothing is written and no weight is read; every problem of the settings is said at once.
+Invariant: nothing is written and no weight is read; all problems of the options are reported at
+once.
 Try it: ``mlx-slim prune MODEL -o DIR --ratio 0.2 --dry-run``.
 """
 
@@ -31,20 +32,20 @@ _PROTECT = (4, 2, 32)  # first and last layers of how many (arXiv 2305.11627)
 
 @dataclass(frozen=True)
 class Plan:
-    """A pruning that can be done.
+    """A pruning that is possible.
 
     Attributes:
         axis: ``depth`` or ``width``.
         method: Resolved; ``named`` for layers given by number.
-        layers: Layers that may go or shrink.
-        removed: Layers that go, where they are named.
-        count: Layers that go.
-        kinds: Families that shrink.
-        sizes: Groups that stay, by kind and layer.
-        before: Counts of the model as it is.
-        parameters: Parameters that stay.
-        rows: Calibration rows and their tokens; (0, 0) if the method looks at none.
-        notes: What a user should know, a line each.
+        layers: Layers that may be removed or narrowed.
+        removed: Layers to remove, where the options name them.
+        count: Number of layers to remove.
+        kinds: Kinds of groups to remove.
+        sizes: Remaining groups, by kind and layer.
+        before: Counts of the source.
+        parameters: Remaining parameters.
+        rows: Calibration rows and their tokens; (0, 0) if the method needs none.
+        notes: For the user, a line each.
     """
 
     axis: str
@@ -60,7 +61,7 @@ class Plan:
     notes: list[str]
 
     def lines(self) -> list[str]:
-        """Return what is known before any weight is read, a fact a line."""
+        """Return a summary, a fact a line."""
         total = len(self.before.blocks)
         what = (
             f"{self.count} of {total} layers"
@@ -75,20 +76,20 @@ class Plan:
                 f"{name:<10} {self.before.sizes[kind][first]:,} -> {sizes[first]:,} a layer"
             )
         before, after = self.before.total, self.parameters
-        lines.append(f"parameters {before:,} -> {after:,} ({after / before:.1%} stay)")
+        lines.append(f"parameters {before:,} -> {after:,} ({after / before:.1%} remain)")
         return lines + [f"note       {note}" for note in self.notes]
 
 
 def plan(config: dict[str, Any], options: PruneOptions, itemsize: int) -> Plan:
-    """Return what ``options`` will remove from the model of ``config``.
+    """Return the plan for the model of ``config``.
 
     Args:
         config: Normalised, of a dense model.
-        options: As the user gave them.
+        options: The user's.
         itemsize: Bytes of a stored weight, for ``target_bytes``.
 
     Raises:
-        SlimError: All that is wrong with the options, or what the model cannot do.
+        SlimError: All problems of the options, or an unsupported model.
     """
     axis, method = method_of(options)
     problems = conflicts(options, axis)
@@ -97,8 +98,8 @@ def plan(config: dict[str, Any], options: PruneOptions, itemsize: int) -> Plan:
     check_supported(config)
     if "quantization" in config:
         raise SlimError(
-            "the model is quantized: its groups cannot be cut",
-            "make it dense first: mlx-slim convert MODEL -o DIR --dequantize",
+            "the model is quantized: only dense models can be pruned",
+            "dequantize it first: mlx-slim convert MODEL -o DIR --dequantize",
         )
     model = build(config)
     counts = count(model)
@@ -114,24 +115,24 @@ def plan(config: dict[str, Any], options: PruneOptions, itemsize: int) -> Plan:
     if axis == "width" and options.uniform:
         free = list(range(total))
         notes.append(
-            "the same widths in every layer, so no layer is protected (--no-uniform protects the "
-            "first and last; only mlx-slim reads that)"
+            "all layers get the same widths, so none is protected (--no-uniform protects the first "
+            "and last; only mlx-slim reads such models)"
         )
     if not free:
         raise SlimError(
             f"all {total} layers are protected: {first} first and {last} last",
-            "give a smaller --protect-first or --protect-last",
+            "set a smaller --protect-first or --protect-last",
         )
     target = options.target_params
     if options.target_bytes is not None:
         target = options.target_bytes // itemsize
     if target is not None and target >= counts.total:
-        asked = f"{target:,} parameters"
+        size = f"{target:,} parameters"
         if options.target_bytes is not None:
-            asked = f"{human_bytes(options.target_bytes)} ({asked})"
+            size = f"{human_bytes(options.target_bytes)} ({size})"
         raise SlimError(
-            f"the model has {counts.total:,} parameters already, the target is {asked}",
-            "give a smaller target",
+            f"the model has {counts.total:,} parameters already, the target is {size}",
+            "set a smaller target",
         )
     if axis == "depth":
         return _depth(options, method, free, counts, target, notes)
@@ -139,22 +140,22 @@ def plan(config: dict[str, Any], options: PruneOptions, itemsize: int) -> Plan:
 
 
 def planned_config(config: dict[str, Any], options: PruneOptions) -> dict[str, Any]:
-    """Return the configuration that ``options`` will leave, as far as shapes say it.
+    """Return the configuration of the pruned model, as far as shapes determine it.
 
-    Which layers go is not known before they are measured: the last ones stand for them.
+    The layers to remove are chosen by measuring; the last ones are taken in their place.
 
     Raises:
         SlimError: As ``plan``.
     """
-    found = plan(config, options, weight_size(config))
-    if found.axis == "width":
-        return config_with_sizes(config, found.sizes, uniform=options.uniform)
+    planned = plan(config, options, weight_size(config))
+    if planned.axis == "width":
+        return config_with_sizes(config, planned.sizes, uniform=options.uniform)
     total = config["num_hidden_layers"]
-    return config_without_layers(config, found.removed or range(total - found.count, total))
+    return config_without_layers(config, planned.removed or range(total - planned.count, total))
 
 
 def weight_size(config: dict[str, Any]) -> int:
-    """Return the bytes of a weight as the config says they are stored; 2 where it does not."""
+    """Return the bytes of a stored weight by the config's dtype; 2 without one."""
     name = str(config.get("dtype") or config.get("torch_dtype"))
     return DTYPES.get(name, DTYPES["bfloat16"]).size
 
@@ -163,32 +164,35 @@ def parse_layers(text: str, total: int) -> list[int]:
     """Return the numbers of ``21-29,31``, ascending.
 
     Raises:
-        SlimError: If it is no such list, out of range, or leaves no layer.
+        SlimError: If it is not such a list, out of range, or leaves no layer.
     """
-    found: set[int] = set()
+    layers: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part)
         if not match or int(match[2] or match[1]) < int(match[1]):
-            raise SlimError(f"--layers {text!r} is not understood", "write it as 21-29 or 3,5,7-9")
+            raise SlimError(
+                f"--layers {text!r} is not a list of layers", "write it as 21-29 or 3,5,7-9"
+            )
         first, last = int(match[1]), int(match[2] or match[1])
         if last >= total:
             raise SlimError(
                 f"there is no layer {last}: the model has layers 0 to {total - 1}",
                 "layers are counted from 0",
             )
-        found |= set(range(first, last + 1))
-    if len(found) == total:
-        raise SlimError(f"--layers {text} removes all {total} layers", "keep at least one")
-    return sorted(found)
+        layers |= set(range(first, last + 1))
+    if len(layers) == total:
+        raise SlimError(f"--layers {text} removes all {total} layers", "leave at least one")
+    return sorted(layers)
 
 
 def _protection(options: PruneOptions, total: int) -> tuple[int, int]:
     first, last, of = _PROTECT
     pairs = ((options.protect_first, first), (options.protect_last, last))
-    found = [
-        min(usual, round(usual * total / of)) if given is None else given for given, usual in pairs
+    counts = [
+        min(usual, round(usual * total / of)) if option is None else option
+        for option, usual in pairs
     ]
-    return max(0, found[0]), max(0, found[1])
+    return max(0, counts[0]), max(0, counts[1])
 
 
 def _depth(
@@ -205,11 +209,11 @@ def _depth(
         if not number:
             raise SlimError(
                 f"--ratio {options.ratio:g} of {total} layers is less than one layer",
-                f"give at least {0.5 / total + 1e-4:.2g}",
+                f"set at least {0.5 / total + 1e-4:.2g}",
             )
     else:
         assert target is not None
-        # Blocks may differ; the lightest of them are what a choice may turn out to be.
+        # Blocks may differ in size; the method may choose the lightest.
         lightest = sorted(counts.blocks[i] for i in free)
         number = next(
             (n for n in range(1, len(free)) if counts.total - sum(lightest[:n]) <= target), 0
@@ -223,8 +227,9 @@ def _depth(
             )
     if number > len(free) or number >= total:
         raise SlimError(
-            f"{number} layers cannot go: {len(free)} of {total} are not protected, one must stay",
-            "give a smaller --ratio, or protect fewer with --protect-first and --protect-last",
+            f"{number} layers cannot be removed: {len(free)} of {total} are not protected, and one "
+            "must remain",
+            "set a smaller --ratio, or protect fewer with --protect-first and --protect-last",
         )
     protected = total - len(free)
     if protected:
@@ -256,17 +261,20 @@ def _width(
         if options.heads:
             raise SlimError(
                 f"mlx-lm derives the head size of {kind} from its number of heads: fewer heads "
-                "cannot be said with --uniform",
-                "leave --heads out, or give --no-uniform (only mlx-slim reads that)",
+                "cannot be written to a config with --uniform",
+                "leave out --heads, or set --no-uniform (only mlx-slim reads such models)",
             )
         heads = False
         notes.append(
-            f"heads stay: mlx-lm derives the head size of {kind} from their number "
-            "(--no-uniform prunes them; only mlx-slim reads that)"
+            f"heads are not pruned: mlx-lm derives the head size of {kind} from their number "
+            "(--no-uniform prunes them; only mlx-slim reads such models)"
         )
     kinds = ((HEADS,) if heads else ()) + ((MLP,) if options.mlp is not False else ())
     if not kinds:
-        raise SlimError(f"heads of {kind} stay with --uniform, and --no-mlp leaves nothing", "")
+        raise SlimError(
+            f"--uniform cannot prune heads of {kind}, and --no-mlp leaves nothing to prune",
+            "leave out --no-mlp",
+        )
     families = [structure.coupled(block) for block in structure.blocks(model)]
     divided = heads_must_divide(config) if options.uniform else None
     if options.ratio is not None:
@@ -276,9 +284,9 @@ def _width(
         sizes = sizes_within(families, target, kinds, free, counts, divided)
     if all(sizes[k] == counts.sizes[k] for k in kinds):
         raise SlimError(
-            f"--ratio {options.ratio:g} removes nothing: MLP widths go in steps of 64, heads in "
-            "whole groups",
-            "give a larger ratio",
+            f"--ratio {options.ratio:g} removes nothing: MLP widths change in steps of 64, heads "
+            "in whole groups",
+            "set a larger ratio",
         )
     still = [k for k in kinds if sizes[k] == counts.sizes[k]]
     if options.ratio is not None and still:
@@ -286,9 +294,11 @@ def _width(
         step = "the next number of KV groups" if still == [HEADS] else "64 of them"
         if still == [HEADS] and divided:
             step += f" whose heads divide hidden_size={divided}"
-        notes.append(f"{name} stay: a ratio of {options.ratio:g} does not reach {step}")
+        notes.append(f"{name} are not pruned: a ratio of {options.ratio:g} does not reach {step}")
     if not options.uniform:
-        notes.append("widths differ per layer: only mlx-slim reads the result, stock mlx-lm not")
+        notes.append(
+            "widths differ per layer: only mlx-slim reads the result, stock mlx-lm does not"
+        )
     config_with_sizes(config, sizes, uniform=options.uniform)
     stays = counts.with_sizes(sizes)
     rows = rows_of(options, method)

@@ -1,19 +1,20 @@
-"""Prune, tune what was pruned, and say what came back: one run folder, resumable in every phase.
+"""Prune, fine-tune the pruned model, and compare: one run folder, resumable in every phase.
 
-Invariant: a phase that is complete on disk is never done again: scores (``prune_scores``), the
-pruned model (``model/``), the recovery (``recover/``, with its own checkpoints), the answers
-(``scores/``); ``report.json`` is written last. All rows of the report are judged on the same text,
-which the recovery was not trained on where its recipe holds rows back. Try it:
+Invariant: a phase that is complete on disk is never repeated: scores (``prune_scores``), the pruned
+model (``model/``), the recovery (``recover/``, with its checkpoints), the answers (``scores/``);
+``report.json`` is written last. All models of the report are compared on the same text, which the
+recovery was not trained on where its recipe has validation rows. Try it:
 ``mlx-slim prune MODEL -o DIR --ratio 0.2 --recover smollm2-lora``.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mlx_slim.artifacts import SCHEMA_VERSION, write_json
 from mlx_slim.config.load import COMMAND_LINE, Resolved, load_recipe
@@ -27,9 +28,10 @@ from mlx_slim.finetuning.run_dir import STATE_FILE as TUNE_STATE
 from mlx_slim.models.load import read_config
 from mlx_slim.pruning.options import PruneOptions
 from mlx_slim.pruning.plan import plan, weight_size
+from mlx_slim.pruning.records import PruneRecord, RecoveryReport
 from mlx_slim.pruning.report import MODEL, RECOVER, RecoverOptions, make_report
 from mlx_slim.pruning.run import RECORD_FILE, SCORES_FILE, prune
-from mlx_slim.reading import read_object
+from mlx_slim.reading import library_errors, read_object
 from mlx_slim.run_dir import RunDir, RunKind, option_words
 
 __all__ = ["RecoverOptions", "prune_and_recover", "recovery_recipe", "run_recovery"]
@@ -46,9 +48,9 @@ RUN = RunKind(
 def recovery_recipe(
     after: RecoverOptions, pruned: Path, source: str | Path, revision: str | None
 ) -> Resolved | None:
-    """Return the recipe that tunes the model in ``pruned``; None without one.
+    """Return the recipe that fine-tunes the model in ``pruned``; None without one.
 
-    A teacher that names no model is ``source``, the original.
+    A teacher without a model is ``source``, the original.
 
     Raises:
         SlimError: If the recipe or an override is wrong, or names another model.
@@ -56,16 +58,16 @@ def recovery_recipe(
     if after.recipe is None:
         if after.overrides:
             raise SlimError(
-                f"{after.overrides[0]!r} is for a recipe, and none is given",
-                "give --recover RECIPE",
+                f"{after.overrides[0]!r} is an override, and there is no recipe",
+                "set --recover RECIPE",
             )
         return None
     if any(text.partition("=")[0] in ("model", "revision") for text in after.overrides):
         raise SlimError(
-            f"model ({COMMAND_LINE}): the recovery tunes the pruned model", "leave it out"
+            f"model ({COMMAND_LINE}): the recovery trains the pruned model", "leave it out"
         )
-    wanted = [*after.overrides, f"model={pruned}", "revision=null"]
-    resolved = load_recipe(after.recipe, wanted)
+    overrides = [*after.overrides, f"model={pruned}", "revision=null"]
+    resolved = load_recipe(after.recipe, overrides)
     if resolved.recipe.distill is None:
         return resolved
     teachers = [
@@ -74,17 +76,17 @@ def recovery_recipe(
         else teacher.model_dump(mode="json")
         for teacher in resolved.recipe.distill.teachers
     ]
-    return load_recipe(after.recipe, [*wanted, f"distill.teachers={json.dumps(teachers)}"])
+    return load_recipe(after.recipe, [*overrides, f"distill.teachers={json.dumps(teachers)}"])
 
 
 def run_recovery(resolved: Resolved, out: Path, observer: Observer, *, resume: bool) -> Path:
-    """Tune the pruned model as ``resolved`` says; return the adapter's or the model's folder.
+    """Fine-tune the pruned model; return the folder of the adapter or the model.
 
     Raises:
         SlimError, ResourceError, Interrupted: As ``finetune`` and ``distill``.
     """
-    learn = finetune if resolved.recipe.distill is None else distill
-    result = learn(resolved, out, observer=observer, resume=resume)
+    train = finetune if resolved.recipe.distill is None else distill
+    result = train(resolved, out, observer=observer, resume=resume)
     return out / result.artifact
 
 
@@ -96,21 +98,21 @@ def prune_and_recover(
     observer: Observer,
     *,
     resume: bool = False,
-) -> dict[str, Any]:
-    """Prune ``source``, recover and score it in the run folder ``out``; return ``report.json``.
+) -> RecoveryReport:
+    """Prune ``source``, recover and score it in the run folder ``out``.
 
     Args:
         source: Dense model, folder or hub id.
         out: The run folder; must be new unless ``resume``.
         options: What to remove.
-        after: How to go on.
-        observer: Hears of every event.
-        resume: Go on with a folder that was started with the same pruning.
+        after: Recipe and tasks after it.
+        observer: Gets every event.
+        resume: Resume a folder that was started with the same pruning.
 
     Raises:
-        SlimError: Whatever is wrong with the input, before any weight is read.
+        SlimError: Bad input, before any weight is read.
         ResourceError: Not enough memory or disk.
-        Interrupted: Ctrl-C; what is complete stays.
+        Interrupted: Ctrl-C; complete phases are kept.
     """
     match = partial(_check_same, out, source, options)
     with RunDir(out, RUN).claim(resume=resume, match=match) as claimed:
@@ -126,11 +128,11 @@ def _run(
     after: RecoverOptions,
     observer: Observer,
     started: bool,
-) -> dict[str, Any]:
+) -> RecoveryReport:
     """Prune, recover and score in the folder that this process holds."""
     if (out / REPORT_FILE).exists():
         observer.notify(Notice(f"{out} is complete: nothing to do"))
-        return read_object(out / REPORT_FILE)
+        return _read(out / REPORT_FILE, RecoveryReport.from_json)
     resolved = recovery_recipe(after, out / MODEL, source, options.revision)
     if resolved is not None:
         for data in resolved.recipe.data.sources:
@@ -143,12 +145,26 @@ def _run(
         record = _pruned(source, out, options, observer, started)
         tuned = None
         if resolved is not None:
-            begun = (out / RECOVER / TUNE_STATE).exists()
+            resumed = (out / RECOVER / TUNE_STATE).exists()
             observer.notify(Notice(f"recovering with {resolved.name}"))
-            tuned = run_recovery(resolved, out / RECOVER, observer, resume=begun)
+            tuned = run_recovery(resolved, out / RECOVER, observer, resume=resumed)
         report = make_report(source, out, options, after, record, resolved, tuned, observer)
-    write_json(out / REPORT_FILE, report)
+    write_json(out / REPORT_FILE, report.as_json())
     return report
+
+
+_Record = TypeVar("_Record")
+
+
+def _read(file: Path, from_json: Callable[[dict[str, Any]], _Record]) -> _Record:
+    """Return the record in ``file``.
+
+    Raises:
+        SlimError: If it is damaged.
+    """
+    values = read_object(file)
+    with library_errors(f"{file} is damaged", "start a new run"):
+        return from_json(values)
 
 
 def _check_same(out: Path, source: str | Path, options: PruneOptions) -> None:
@@ -171,11 +187,11 @@ def _request(source: str | Path, options: PruneOptions) -> dict[str, Any]:
 
 def _pruned(
     source: str | Path, out: Path, options: PruneOptions, observer: Observer, started: bool
-) -> dict[str, Any]:
-    """Return ``prune.json``; prune where that was not done yet."""
+) -> PruneRecord:
+    """Return the record of the pruned model; prune where that was not done yet."""
     if (out / MODEL / RECORD_FILE).exists():
         observer.notify(Notice(f"{out / MODEL} is pruned already"))
-        record = read_object(out / MODEL / RECORD_FILE)
+        record = _read(out / MODEL / RECORD_FILE, PruneRecord.from_json)
     else:
         if not started:
             write_json(out / STATE_FILE, _request(source, options))
@@ -185,10 +201,10 @@ def _pruned(
             if not started:  # bad input leaves nothing behind
                 (out / STATE_FILE).unlink(missing_ok=True)
             raise
-        record = result.record
+        record = result.details
         for line in result.lines():
             observer.notify(Notice(line))
-    write_json(out / RECORD_FILE, record)
+    write_json(out / RECORD_FILE, record.as_json())
     return record
 
 

@@ -1,8 +1,8 @@
-"""What pruning took and recovery brought back: three models on the same text and tasks.
+"""Three models on the same text and tasks: the original, the pruned and the recovered one.
 
-Invariant: all rows are judged on the same rows of text, which the recovery was not trained on where
-its recipe holds rows back; every share is computed from two stored scores, and the level of chance
-is counted from the questions themselves. Try it:
+Invariant: all models are compared on the same rows of text, which the recovery was not trained on
+where its recipe has validation rows; every percentage is computed from two stored scores, and the
+accuracy of guessing is counted from the questions themselves. Try it:
 ``mlx-slim prune MODEL -o DIR --ratio 0.2 --recover smollm2-lora``.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,16 @@ from mlx_slim.models.load import load, load_tokenizer, read_config
 from mlx_slim.models.recorded import RecordedLogits, release
 from mlx_slim.models.verified_save import compute_dtype
 from mlx_slim.pruning.options import PruneOptions
-from mlx_slim.pruning.run import held_out_rows
+from mlx_slim.pruning.records import (
+    ModelRow,
+    PruneRecord,
+    Recovery,
+    RecoveryReport,
+    TaskFigures,
+    TextFigures,
+    ValidationText,
+)
+from mlx_slim.pruning.run import validation_rows
 from mlx_slim.quantization.base import load_base
 from mlx_slim.quantization.calibration import DEFAULT_SOURCE, read_calibration
 from mlx_slim.runtime import human_bytes
@@ -62,55 +71,71 @@ class RecoverOptions:
     data_dir: Path | None = None
 
 
+@dataclass(frozen=True)
+class _Candidate:
+    """One of the models.
+
+    Attributes:
+        model: Folder or hub id.
+        adapter: Over it; None without one.
+        revision: Of a hub id.
+    """
+
+    model: str
+    adapter: Path | None = None
+    revision: str | None = None
+
+
 def make_report(
     source: str | Path,
     out: Path,
     options: PruneOptions,
     after: RecoverOptions,
-    record: dict[str, Any],
+    record: PruneRecord,
     resolved: Resolved | None,
     tuned: Path | None,
     observer: Observer,
-) -> dict[str, Any]:
-    """Judge the original, the pruned and the recovered model on the same text and tasks."""
+) -> RecoveryReport:
+    """Compare the original, the pruned and the recovered model on the same text and tasks."""
     adapter = tuned if tuned is not None and tuned.name == "adapters" else None
     full = tuned if adapter is None else None
-    models: dict[str, tuple[str, Path | None]] = {
-        "original": (str(source), None),
-        "pruned": (str(out / MODEL), None),
+    models = {
+        "original": _Candidate(str(source), revision=options.revision),
+        "pruned": _Candidate(str(out / MODEL)),
     }
     if tuned is not None:
-        models["recovered"] = (str(full or out / MODEL), adapter)
-    judged_NT, text = _judged_rows(out, options, resolved, observer)
-    rows: list[dict[str, Any]] = []
-    for name, (model, worn) in models.items():
-        pruned = name != "original"
-        rows.append(
-            {
-                "name": name,
-                "parameters": record["parameters_after" if pruned else "parameters_before"],
-                "bytes": record["bytes_after" if pruned else "bytes_before"] + _bytes_of(worn),
-                "adapter_parameters": _parameters_of(worn),
-                "tasks": _scored(out / SCORES / name, model, worn, options, after, observer, name),
-            }
+        models["recovered"] = _Candidate(str(full or out / MODEL), adapter)
+    rows_NT, text = _validation_rows(out, options, resolved, observer)
+    tokens = 0 if rows_NT is None else rows_NT.size
+    rows = [
+        ModelRow(
+            name=name,
+            parameters=record.parameters_before if name == "original" else record.parameters_after,
+            bytes=(record.bytes_before if name == "original" else record.bytes_after)
+            + _bytes_of(candidate.adapter),
+            adapter_parameters=_parameters_of(candidate.adapter),
+            tasks=_scored(out / SCORES / name, candidate, after, observer),
         )
-    if judged_NT is not None:
-        observer.notify(Notice(f"comparing on {judged_NT.size:,} held-out tokens: {text}"))
-        _judge(rows, models, judged_NT, options, out)
-    add_recovery(rows)
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "source": str(source),
-        "prune": {key: record[key] for key in ("axis", "method", "calibration", "options")},
-        "recipe": None if resolved is None else resolved.recipe.model_dump(mode="json"),
-        "held_out": {"text": text, "tokens": 0 if judged_NT is None else judged_NT.size},
-        "limit": after.limit,
-        "rows": rows,
-        "provenance": provenance(),
-    }
+        for name, candidate in models.items()
+    ]
+    if rows_NT is not None:
+        observer.notify(Notice(f"comparing on {tokens:,} validation tokens: {text}"))
+        figures = _compare(models, rows_NT, out)
+        rows = [replace(row, text=figures[row.name]) for row in rows]
+    summary = record.as_json()
+    return RecoveryReport(
+        schema_version=SCHEMA_VERSION,
+        source=str(source),
+        prune={key: summary[key] for key in ("axis", "method", "calibration", "options")},
+        recipe=None if resolved is None else resolved.recipe.model_dump(mode="json"),
+        validation=ValidationText(text, tokens),
+        limit=after.limit,
+        rows=with_recovery(rows),
+        provenance=provenance(),
+    )
 
 
-def _judged_rows(
+def _validation_rows(
     out: Path, options: PruneOptions, resolved: Resolved | None, observer: Observer
 ) -> tuple[mx.array | None, str]:
     """Return token ids (N, T) and what they are: the recipe's validation rows, if it has any."""
@@ -129,18 +154,18 @@ def _judged_rows(
         store = data.validation
         if store is not None:
             ids = np.concatenate([store.row(i)[0] for i in range(len(store))])[: options.held_out]
-            return held_out_rows(
+            return validation_rows(
                 mx.array(ids.astype(np.int32)), limit
             ), "the recipe's validation rows"
         observer.notify(
             Notice(
-                "the recipe holds no rows back (data.validation=0): perplexity is that of "
-                "calibration text, which it may have been trained on",
+                "the recipe has no validation rows (data.validation=0): perplexity is that of "
+                "calibration text, which may be in its training data",
                 "warning",
             )
         )
     try:
-        found = read_calibration(
+        calibration = read_calibration(
             options.calibration or DEFAULT_SOURCE,
             tokenizer,
             length=min(64, limit.tokens) if limit else 64,
@@ -148,9 +173,9 @@ def _judged_rows(
             held_out=max(1, options.held_out // 64),
         )
     except SlimError as error:
-        observer.notify(Notice(f"no held-out text: {error.message}", "warning"))
+        observer.notify(Notice(f"no validation text: {error.message}", "warning"))
         return None, "none"
-    return held_out_rows(found.held_out_NT.reshape(-1), limit), "calibration text"
+    return validation_rows(calibration.held_out_NT.reshape(-1), limit), "calibration text"
 
 
 def _bytes_of(adapter: Path | None) -> int:
@@ -165,122 +190,117 @@ def _parameters_of(adapter: Path | None) -> int:
 
 
 def _scored(
-    folder: Path,
-    model: str,
-    adapter: Path | None,
-    options: PruneOptions,
-    after: RecoverOptions,
-    observer: Observer,
-    name: str,
-) -> dict[str, Any]:
-    """Return each task's figures of one model; nothing without tasks."""
+    folder: Path, candidate: _Candidate, after: RecoverOptions, observer: Observer
+) -> dict[str, TaskFigures]:
+    """Return each task's figures of one model; none without tasks."""
     if not after.tasks:
         return {}
-    wanted = EvalOptions(
-        adapter=adapter,
+    options = EvalOptions(
+        adapter=candidate.adapter,
         limit=after.limit,
         data_dir=after.data_dir,
-        revision=options.revision if name == "original" else None,
+        revision=candidate.revision,
     )
-    begun = (folder / EVAL_STATE).exists()
-    (results,) = evaluate(model, list(after.tasks), folder, wanted, resume=begun, observer=observer)
+    started, tasks = (folder / EVAL_STATE).exists(), list(after.tasks)
+    (results,) = evaluate(
+        candidate.model, tasks, folder, options, resume=started, observer=observer
+    )
     return task_figures(results, folder)
 
 
-def _judge(
-    rows: list[dict[str, Any]],
-    models: dict[str, tuple[str, Path | None]],
-    judged_NT: mx.array,
-    options: PruneOptions,
-    out: Path,
-) -> None:
-    """Add perplexity and distance from the original to each row; one model at a time."""
-    dense = load(models["original"][0], revision=options.revision, dtype=compute_dtype()).model
-    original = RecordedLogits(dense.eval(), judged_NT, out)
+def _compare(models: dict[str, _Candidate], rows_NT: mx.array, out: Path) -> dict[str, TextFigures]:
+    """Return perplexity and distance from the original of each model, loaded one at a time."""
+    first = models["original"]
+    dense = load(first.model, revision=first.revision, dtype=compute_dtype()).model
+    original = RecordedLogits(dense.eval(), rows_NT, out)
     release(dense)
-    for row in rows:
-        model, adapter = models[row["name"]]
+    figures = {}
+    for name, candidate in models.items():
         other: Callable[..., Any] = original
-        if row["name"] != "original":
-            worn = [] if adapter is None else [adapter]
-            loaded = load_base(model, worn, dtype=compute_dtype()).model
-            if adapter is not None:
-                load_adapter(loaded, adapter)
+        if name != "original":
+            adapters = [] if candidate.adapter is None else [candidate.adapter]
+            loaded = load_base(candidate.model, adapters, dtype=compute_dtype()).model
+            if candidate.adapter is not None:
+                load_adapter(loaded, candidate.adapter)
             loaded.eval()
             other = loaded
-        found = fidelity.compare(original, other, judged_NT)
+        distance = fidelity.compare(original, other, rows_NT)
         if isinstance(other, nn.Module):
             release(other)
-        row["perplexity"] = math.exp(min(found.nll_model, 700.0))
-        row["kl"], row["top1"] = found.kl, found.top1
-
-
-def task_figures(results: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return task -> ``n``, ``metrics`` (name -> value) and ``chance``, from a scored folder."""
-    figures = {}
-    for task, section in results["tasks"].items():
-        figures[task] = {
-            "n": section["n"],
-            "metrics": {name: found["value"] for name, found in section["metrics"].items()},
-            "chance": chance(read_samples(folder / samples_name(task))),
-        }
+        perplexity = math.exp(min(distance.nll_model, 700.0))
+        figures[name] = TextFigures(perplexity, distance.kl, distance.top1)
     return figures
 
 
+def task_figures(results: dict[str, Any], folder: Path) -> dict[str, TaskFigures]:
+    """Return task -> figures, from a scored folder and its ``results.json``."""
+    return {
+        task: TaskFigures(
+            n=section["n"],
+            metrics={name: metric["value"] for name, metric in section["metrics"].items()},
+            chance=chance(read_samples(folder / samples_name(task))),
+        )
+        for task, section in results["tasks"].items()
+    }
+
+
 def chance(samples: list[dict[str, Any]]) -> float:
-    """Return the accuracy of guessing: the mean of 1 / choices; 0 where answers are written."""
+    """Return the accuracy of guessing: the mean of 1 / choices; 0 for generated answers."""
     counts = [len(sample.get("loglikelihoods") or []) for sample in samples]
     return sum(1 / count for count in counts if count) / max(len(counts), 1)
 
 
-def add_recovery(rows: list[dict[str, Any]]) -> None:
-    """Add to each row's tasks how much of the first row's score it has, in percent.
-
-    ``plain`` is 100 · score / score of the original (arXiv 2410.19185); ``chance_corrected`` takes
-    the level of chance off both, for accuracies. None where the original is not above it.
-    """
-    base = rows[0]["tasks"]
-    for row in rows:
-        for task, figures in row["tasks"].items():
-            figures["recovery"] = {
-                name: {
-                    "plain": _share(value, base[task]["metrics"][name], 0.0),
-                    "chance_corrected": _share(
-                        value, base[task]["metrics"][name], base[task]["chance"]
-                    )
-                    if name.startswith("acc") or not base[task]["chance"]
-                    else None,
-                }
-                for name, value in figures["metrics"].items()
-            }
+def with_recovery(rows: list[ModelRow]) -> list[ModelRow]:
+    """Return the rows with each task's scores as percentages of the first row's: ``Recovery``."""
+    base = rows[0].tasks
+    return [
+        replace(
+            row,
+            tasks={
+                task: replace(figures, recovery=_recovery(figures, base[task]))
+                for task, figures in row.tasks.items()
+            },
+        )
+        for row in rows
+    ]
 
 
-def _share(value: float, base: float, floor: float) -> float | None:
+def _recovery(figures: TaskFigures, base: TaskFigures) -> dict[str, Recovery]:
+    recovery = {}
+    for name, value in figures.metrics.items():
+        # The chance of a task is that of its accuracies.
+        comparable = name.startswith("acc") or not base.chance
+        corrected = _percentage(value, base.metrics[name], base.chance) if comparable else None
+        recovery[name] = Recovery(_percentage(value, base.metrics[name], 0.0), corrected)
+    return recovery
+
+
+def _percentage(value: float, base: float, floor: float) -> float | None:
     return 100 * (value - floor) / (base - floor) if base > floor else None
 
 
-def report_lines(report: dict[str, Any]) -> list[str]:
-    """Return ``report.json`` as an aligned table, a row a model."""
-    rows = report["rows"]
-    tasks = list(rows[0]["tasks"])
+def report_lines(report: RecoveryReport) -> list[str]:
+    """Return the report as an aligned table, a row a model."""
+    tasks = {task: _metric(figures) for task, figures in report.rows[0].tasks.items()}
     heading = ["", "parameters", "size", "perplexity", "KL"]
-    for task in tasks:
-        heading += [f"{task} {_metric(rows[0]['tasks'][task])}", "recovery", "above chance"]
+    for task, metric in tasks.items():
+        heading += [f"{task} {metric}", "recovery", "above chance"]
     table = [heading]
-    for row in rows:
-        own = f"{row['parameters']:,}"
-        if row["adapter_parameters"]:
-            own += f" + {row['adapter_parameters']:,}"
-        cells = [row["name"], own, human_bytes(row["bytes"])]
-        cells += [_number(row.get("perplexity"), ".2f"), _number(row.get("kl"), ".4f")]
-        for task in tasks:
-            figures = row["tasks"][task]
-            metric = _metric(figures)
-            recovery = figures["recovery"][metric]
+    for row in report.rows:
+        parameters = f"{row.parameters:,}"
+        if row.adapter_parameters:
+            parameters += f" + {row.adapter_parameters:,}"
+        cells = [row.name, parameters, human_bytes(row.bytes)]
+        cells += [
+            _number(row.text and row.text.perplexity, ".2f"),
+            _number(row.text and row.text.kl, ".4f"),
+        ]
+        for task, metric in tasks.items():
+            recovery = row.tasks[task].recovery[metric]
             cells += [
-                _number(figures["metrics"][metric], ".4f"),
-                _number(recovery["plain"], ".1f", "%"),
-                _number(recovery["chance_corrected"], ".1f", "%"),
+                _number(row.tasks[task].metrics[metric], ".4f"),
+                _number(recovery.plain, ".1f", "%"),
+                _number(recovery.chance_corrected, ".1f", "%"),
             ]
         table.append(cells)
     widths = [max(len(line[i]) for line in table) for i in range(len(heading))]
@@ -291,13 +311,13 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         ).rstrip()
         for line in table
     ]
-    held = report["held_out"]
-    return [*lines, f"perplexity and KL on {held['tokens']:,} tokens: {held['text']}"]
+    text = report.validation
+    return [*lines, f"perplexity and KL on {text.tokens:,} tokens: {text.text}"]
 
 
-def _metric(figures: dict[str, Any]) -> str:
-    metrics = figures["metrics"]
-    return next((name for name in _PREFERRED if name in metrics), next(iter(metrics)))
+def _metric(figures: TaskFigures) -> str:
+    names = figures.metrics
+    return next((name for name in _PREFERRED if name in names), next(iter(names)))
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:

@@ -1,8 +1,8 @@
-"""Cut layers and groups out of a model: fewer tensors, smaller tensors, the config that fits them.
+"""Removes layers and groups from a model and its config.
 
-Invariant: what stays is copied bit for bit, in its order; removing groups whose weights are zero
-changes no logit. The new model is built from the new config by the code that loads it, so what is
-measured is what will be read back. Try it: ``mlx-slim prune MODEL -o DIR --layers 21-29``.
+Invariant: the remaining weights are copied bit for bit, in order; removing groups whose weights are
+zero changes no logit. The new model is built from the new config by the code that loads models, so
+it is measured as it will be read back. Try it: ``mlx-slim prune MODEL -o DIR --layers 21-29``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mlx_slim.models.load import fill
 from mlx_slim.models.normalize import model_module
 from mlx_slim.models.recorded import release
 from mlx_slim.models.structure import HEADS, MLP
-from mlx_slim.pruning.width import Kept
+from mlx_slim.pruning.width import RetainedGroups
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "phi")
 _MODULES = ("llama", "qwen2", "qwen3", "phi")  # mlx-lm reads mistral with llama's class
@@ -35,15 +35,15 @@ _BY_LAYER = ("layer_types", "no_rope_layers", WIDTHS)
 
 
 def check_supported(config: dict[str, Any]) -> None:
-    """Refuse an architecture whose groups are not known here.
+    """Check that the architecture can be pruned.
 
     Raises:
-        SlimError: With what is known.
+        SlimError: With the supported ones.
     """
     if model_module(config).__name__.rsplit(".", 1)[-1] not in _MODULES:
         raise SlimError(
-            f"{config.get('model_type')} models cannot be pruned here",
-            f"known: {', '.join(SUPPORTED)}",
+            f"{config.get('model_type')} models cannot be pruned",
+            f"supported: {', '.join(SUPPORTED)}",
         )
 
 
@@ -54,7 +54,7 @@ def says_head_dim(config: dict[str, Any]) -> bool:
 
 
 def heads_must_divide(config: dict[str, Any]) -> int | None:
-    """Return what the number of query heads must divide to be said in ``config``; None if nothing.
+    """Return what the number of query heads must divide in ``config``; None if there is no rule.
 
     transformers, which reads the tokenizer, refuses other llama configs (5.x), head_dim or not.
     """
@@ -65,7 +65,7 @@ def config_without_layers(config: dict[str, Any], layers: Sequence[int]) -> dict
     """Return ``config`` without ``layers``: their number, and every list with an entry a layer.
 
     Raises:
-        SlimError: If what stays is no model that mlx-lm builds.
+        SlimError: If mlx-lm cannot build the remaining model.
     """
     config = copy.deepcopy(config)
     stays = [i for i in range(config["num_hidden_layers"]) if i not in set(layers)]
@@ -79,8 +79,8 @@ def config_without_layers(config: dict[str, Any], layers: Sequence[int]) -> dict
     kinds = config.get("layer_types")
     if isinstance(kinds, list) and "full_attention" not in kinds:
         raise SlimError(
-            f"of the {len(stays)} layers that would stay none has full attention",
-            "keep one of them: mlx-lm cannot build the model without",
+            f"none of the {len(stays)} remaining layers has full attention",
+            "leave one of them: mlx-lm cannot build a model without it",
         )
     return config
 
@@ -88,21 +88,22 @@ def config_without_layers(config: dict[str, Any], layers: Sequence[int]) -> dict
 def config_with_sizes(
     config: dict[str, Any], sizes: dict[str, list[int]], *, uniform: bool
 ) -> dict[str, Any]:
-    """Return ``config`` with the groups of each layer that stay: kind -> numbers by layer.
+    """Return ``config`` with other numbers of groups in each layer.
 
     Args:
         config: Of a dense model.
-        sizes: ``heads`` (key-value heads) and ``mlp`` (neurons); what is absent stays.
-        uniform: Say them with the config's own keys: they must be the same in all layers.
+        sizes: ``heads`` (key-value heads) and ``mlp`` (neurons): numbers by layer; an absent kind
+            is unchanged.
+        uniform: Use the config's standard keys: the numbers must be equal in all layers.
     """
     config = copy.deepcopy(config)
     model = build(config)
     widths = widths_of(model)
-    share = structure.coupled(structure.blocks(model)[0])[HEADS].share
+    queries_per_group = structure.coupled(structure.blocks(model)[0])[HEADS].share
     for layer, entry in enumerate(widths):
         if HEADS in sizes:
             entry["kv_heads"] = sizes[HEADS][layer]
-            entry["heads"] = share * sizes[HEADS][layer]
+            entry["heads"] = queries_per_group * sizes[HEADS][layer]
         if MLP in sizes:
             entry["intermediate_size"] = sizes[MLP][layer]
     if not uniform:
@@ -138,13 +139,18 @@ def without_layers(
 
 
 def with_groups(
-    model: nn.Module, config: dict[str, Any], kept: Kept, *, uniform: bool, donate: bool = False
+    model: nn.Module,
+    config: dict[str, Any],
+    retained: RetainedGroups,
+    *,
+    uniform: bool,
+    donate: bool = False,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Return a model of the groups ``kept`` (kind -> their numbers by layer), and its config.
+    """Return a model of the groups ``retained`` (kind -> their numbers by layer), and its config.
 
-    With ``donate``, ``model`` gives its weights up: each is freed as soon as it is cut.
+    With ``donate``, ``model`` loses its weights: each is freed as soon as it is cut.
     """
-    sizes = {kind: [len(numbers) for numbers in layers] for kind, layers in kept.items()}
+    sizes = {kind: [len(numbers) for numbers in layers] for kind, layers in retained.items()}
     new = config_with_sizes(config, sizes, uniform=uniform)
     weights: dict[str, Any] = dict(tree_flatten(model.parameters()))
     prefix = structure.blocks_path(model)
@@ -155,17 +161,17 @@ def with_groups(
         release(model)
     for layer, families in enumerate(coupled):
         for kind, family in families.items():
-            if kind not in kept or len(kept[kind][layer]) == family.count:
+            if kind not in retained or len(retained[kind][layer]) == family.count:
                 continue
             for path, axis in family.members:
                 name = f"{prefix}.{layer}.{path}"
-                weights[name] = _take(weights[name], axis, family.count, kept[kind][layer])
+                weights[name] = _take(weights[name], axis, family.count, retained[kind][layer])
         mx.eval([weights[f"{prefix}.{layer}.{path}"] for path in names[layer]])
     return _filled(new, weights), new
 
 
 def _take(value: mx.array, axis: int, count: int, groups: np.ndarray) -> mx.array:
-    """Return ``groups`` of the ``count`` equal parts that ``axis`` is made of."""
+    """Return ``groups`` of the ``count`` equal slices along ``axis``."""
     width = value.shape[axis] // count
     rows = (groups[:, None] * width + np.arange(width)).reshape(-1)
     return mx.take(value, mx.array(rows), axis=axis)

@@ -1,9 +1,9 @@
-"""How wide each layer stays, and which of its groups go.
+"""Width pruning: the new width of each layer, and the groups that it retains.
 
 Invariant: MLP widths stay multiples of 64, and so do heads · head_dim where a number of heads
-allows it, so that a pruned model still quantizes; a layer keeps at least one group. With
+allows it, so that a pruned model can be quantized; a layer retains at least one group. With
 ``uniform`` every layer gets the same widths, which any toolkit reads; otherwise protected layers
-keep theirs. Try it: ``mlx-slim prune MODEL -o DIR --ratio 0.2 --no-uniform``.
+are unchanged. Try it: ``mlx-slim prune MODEL -o DIR --ratio 0.2 --no-uniform``.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from mlx_slim.pruning.importance import Scores, name_of
 
 MULTIPLE = 64  # the group size of quantization
 
-# kind -> groups that stay, by layer
+# kind -> number of remaining groups, by layer
 Sizes = dict[str, list[int]]
-# kind -> ascending numbers of the groups that stay, by layer
-Kept = dict[str, list[np.ndarray]]
+# kind -> ascending indices of the remaining groups, by layer
+RetainedGroups = dict[str, list[np.ndarray]]
 
 
 def allowed_sizes(family: Coupled, divided: int | None = None) -> list[int]:
-    """Return the numbers of groups that may stay, descending, the present one first.
+    """Return the numbers of groups that may remain, descending, the present one first.
 
     Args:
         family: Of one layer.
-        divided: A number that query heads must divide; None does not ask.
+        divided: A number that query heads must divide; None for no such rule.
     """
     if family.kind == MLP:
         whole = range(family.count // MULTIPLE * MULTIPLE, 0, -MULTIPLE)
@@ -40,9 +40,9 @@ def allowed_sizes(family: Coupled, divided: int | None = None) -> list[int]:
     return [family.count, *reversed(smaller)]
 
 
-def at_least(allowed: list[int], wanted: float) -> int:
-    """Return the smallest allowed size of at least ``wanted``: never more goes than was asked."""
-    return min(size for size in allowed if size >= wanted - 1e-6)
+def at_least(allowed: list[int], minimum: float) -> int:
+    """Return the smallest allowed size of at least ``minimum``."""
+    return min(size for size in allowed if size >= minimum - 1e-6)
 
 
 def sizes_for(
@@ -52,13 +52,13 @@ def sizes_for(
     layers: list[int],
     divided: int | None = None,
 ) -> Sizes:
-    """Return the sizes of all layers when at most ``ratio`` of the groups of ``layers`` go.
+    """Return the sizes of all layers when at most ``ratio`` of the groups of ``layers`` is removed.
 
     ``divided``: see ``allowed_sizes``.
     """
     sizes: Sizes = {}
     for kind in kinds:
-        sizes[kind] = [found[kind].count for found in families]
+        sizes[kind] = [family_of[kind].count for family_of in families]
         for layer in layers:
             family = families[layer][kind]
             sizes[kind][layer] = at_least(
@@ -75,7 +75,7 @@ def sizes_within(
     counts: Counts,
     divided: int | None = None,
 ) -> Sizes:
-    """Return the largest sizes of at most ``target`` parameters, heads and neurons going alike.
+    """Return the largest sizes of at most ``target`` parameters, heads and neurons in proportion.
 
     Raises:
         SlimError: If even one group a layer is more.
@@ -94,9 +94,9 @@ def sizes_within(
             raise SlimError(
                 f"{target:,} parameters cannot be reached: the smallest of this kind has "
                 f"{counts.with_sizes(sizes):,}",
-                "remove layers too (--axis depth), or give a larger target",
+                "remove layers too (--axis depth), or set a larger target",
             )
-    if MLP in kinds:  # heads go in large steps: what they freed too much of stays as neurons
+    if MLP in kinds:  # heads change in large steps: surplus parameters go to neurons
         for stays in allowed:
             wider = {**sizes, MLP: [*sizes[MLP]]}
             for layer in layers:
@@ -106,32 +106,32 @@ def sizes_within(
     return sizes
 
 
-def keep(
+def retain(
     families: list[dict[str, Coupled]],
     scores: Scores,
     sizes: Sizes,
     layers: list[int],
     ranking: str,
-) -> Kept:
-    """Choose the groups that stay: those of the highest scores.
+) -> RetainedGroups:
+    """Choose the groups that remain: those with the highest scores.
 
     Args:
         families: Of each layer.
         scores: Of every group.
         sizes: From ``sizes_for`` or ``sizes_within``.
         layers: Those that may shrink.
-        ranking: ``layer`` keeps exactly ``sizes``; ``global`` compares the groups of all
-            ``layers``: as many go in all, each layer loses what matters least anywhere.
+        ranking: ``layer`` retains exactly ``sizes``; ``global`` ranks the groups of all ``layers``
+            together: as many are removed in all, wherever their scores are lowest.
     """
-    kept: Kept = {}
+    retained: RetainedGroups = {}
     for kind, counts in sizes.items():
         if ranking == "global":
             counts = _spread(kind, families, scores, counts, layers)
-        kept[kind] = []
+        retained[kind] = []
         for layer, stays in enumerate(counts):
             order = np.argsort(-scores[name_of(layer, kind)], kind="stable")
-            kept[kind].append(np.sort(order[:stays]))
-    return kept
+            retained[kind].append(np.sort(order[:stays]))
+    return retained
 
 
 def _spread(
@@ -149,7 +149,7 @@ def _spread(
     steps = {layer: allowed_sizes(families[layer][kind]) for layer in layers}
     ascending = {layer: np.sort(scores[name_of(layer, kind)]) for layer in layers}
     at = dict.fromkeys(layers, 0)
-    spread = [found[kind].count for found in families]
+    spread = [family_of[kind].count for family_of in families]
     excess = sum(spread[layer] - sizes[layer] for layer in layers)
     while excess > 0:
         best: tuple[float, int, int] | None = None

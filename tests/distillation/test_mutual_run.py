@@ -80,7 +80,7 @@ def test_two_students_resume_exactly(tiny, data, tmp_path) -> None:
 def test_students_that_cannot_learn_from_each_other_are_refused(tiny, data, tmp_path) -> None:
     wider = tiny_model(tmp_path / "wider", vocab_size=300)
     out = tmp_path / "run"
-    with pytest.raises(SlimError, match="264 and 300 logits"):
+    with pytest.raises(SlimError, match="264 and 300 tokens"):
         distill(_mutual(tiny("llama"), wider, data, "lora"), out, observer=Recorder())
     with pytest.raises(SlimError, match="they would stay equal"):
         distill(_mutual(tiny("llama"), tiny("llama"), data, "full"), out, observer=Recorder())

@@ -272,7 +272,7 @@ def test_another_end_alone_is_a_warning_for_logits(tiny, data, tmp_path) -> None
     run = recipe_with_teachers(tiny("llama"), data, [{"model": str(other)}], train={"steps": 1})
     distill(_with(run, method="logits"), tmp_path / "run", observer=recorder)
     warnings = [e for e in recorder.events if isinstance(e, events.Notice) and e.level == "warning"]
-    assert "eos is '<|im_end|>' here" in warnings[0].message
+    assert "eos is '<|im_end|>' for the student" in warnings[0].message
 
 
 def test_bad_input_leaves_no_folder(tiny, data, teacher, tmp_path) -> None:

@@ -175,30 +175,32 @@ distill(resolved(model, rows, teachers), Path(out), observer=Observer())
 """
 
 
+@pytest.fixture(scope="module")
+def straight(tiny, writing_teachers, tmp_path_factory) -> tuple[Path, Path]:
+    """Rows, and the folder of a run over them that was not interrupted."""
+    folder = tmp_path_factory.mktemp("straight")
+    rows = write_rows(folder / "rows.jsonl", 12)
+    distill(resolved(tiny("llama"), rows, writing_teachers), folder / "run", observer=Recorder())
+    return rows, folder / "run"
+
+
+@pytest.mark.parametrize("version", ["now", "0.1"])
 def test_killed_in_training_and_resumed_is_the_same_to_the_bit(
-    tiny, writing_teachers, rows, tmp_path
+    tiny, writing_teachers, straight, tmp_path, version
 ):
-    straight, out = tmp_path / "straight", tmp_path / "killed"
-    recipe = resolved(tiny("llama"), rows, writing_teachers)
-    distill(recipe, straight, observer=Recorder())
+    rows, uninterrupted = straight
+    out, seen = tmp_path / "killed", Recorder()
     models = [teacher["model"] for teacher in writing_teachers]
-    run_until_killed(KILLED, tiny("llama"), rows, *models, out)
-    distill(recipe, out, observer=Recorder(), resume=True)
-    assert losses(out) == losses(straight)
-    assert (out / "answers.jsonl").read_bytes() == (straight / "answers.jsonl").read_bytes()
-
-
-def test_a_run_of_0_1_is_resumed_under_its_old_file_names(tiny, writing_teachers, rows, tmp_path):
-    straight, out, seen = tmp_path / "straight", tmp_path / "killed", Recorder()
-    recipe = resolved(tiny("llama"), rows, writing_teachers)
-    distill(recipe, straight, observer=Recorder())
-    models = [teacher["model"] for teacher in writing_teachers]
-    run_until_killed(KILLED, tiny("llama"), rows, *models, out, "0.1")
-    assert (out / "taught" / "0-data.jsonl").is_file() and (out / "teaching.json").is_file()
-    distill(recipe, out, observer=seen, resume=True)
-    assert losses(out) == losses(straight)
-    assert notices(seen).count("are names of mlx-slim 0.1 and still read") == 1
-    assert not (out / "dataset").exists()
+    run_until_killed(KILLED, tiny("llama"), rows, *models, out, version)
+    old = version == "0.1"
+    assert (out / "taught" / "0-data.jsonl").is_file() is old
+    assert (out / "teaching.json").is_file() is old
+    distill(resolved(tiny("llama"), rows, writing_teachers), out, observer=seen, resume=True)
+    assert losses(out) == losses(uninterrupted)
+    stored = [folder / "answers.jsonl" for folder in (out, uninterrupted)]
+    assert stored[0].read_bytes() == stored[1].read_bytes()
+    assert notices(seen).count("are names of mlx-slim 0.1 and still read") == old
+    assert (out / "dataset").exists() is not old
 
 
 def test_an_edit_after_training_began_is_refused(tiny, writing_teachers, rows, tmp_path):

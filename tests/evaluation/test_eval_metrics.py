@@ -13,7 +13,8 @@ from mlx_slim.evaluation import jobs
 from mlx_slim.evaluation.comparison import compare
 from mlx_slim.evaluation.run import EvalOptions, evaluate
 from mlx_slim.events import EvalProgress
-from mlx_slim.pruning.report import add_recovery, task_figures
+from mlx_slim.pruning.records import ModelRow
+from mlx_slim.pruning.report import task_figures, with_recovery
 from tests.support.evals import CHUNK, samples_of, write_tasks
 from tests.support.runs import Recorder
 
@@ -54,6 +55,6 @@ def test_any_metric_alone_or_first(tiny, tmp_path, monkeypatch, metrics, first, 
     right_N = load_answers(out, "toy_choice").right_N
     assert list(right_N) == paired
     assert right_N[paired[0]].tolist() == [s[paired[0]] for s in samples_of(out, "toy_choice")]
-    figures = [{"tasks": task_figures(json.loads((out / "results.json").read_text()), out)}]
-    add_recovery(figures)
-    assert set(figures[0]["tasks"]["toy_choice"]["recovery"]) == set(metrics)
+    figures = task_figures(json.loads((out / "results.json").read_text()), out)
+    (row,) = with_recovery([ModelRow("original", 1, 1, 0, figures)])
+    assert set(row.tasks["toy_choice"].recovery) == set(metrics)

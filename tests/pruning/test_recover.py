@@ -19,8 +19,9 @@ from mlx_slim.errors import Interrupted, SlimError
 from mlx_slim.events import Notice, StepDone
 from mlx_slim.models.load import load
 from mlx_slim.pruning.options import PruneOptions
+from mlx_slim.pruning.records import ModelRow, RecoveryReport, TaskFigures
 from mlx_slim.pruning.recover import RecoverOptions, prune_and_recover
-from mlx_slim.pruning.report import add_recovery, chance, report_lines
+from mlx_slim.pruning.report import chance, report_lines, with_recovery
 from tests.support.evals import write_tasks
 from tests.support.runs import Recorder, losses, run_until_killed, write_rows
 
@@ -77,7 +78,7 @@ if moment == "scoring":
         return append(self, task, data, **measured)
     results.Folder.append = killing
 if moment == "report":
-    report._judge = die
+    report._compare = die
 after = json.loads(after)
 after = {k: tuple(v) if isinstance(v, list) else v for k, v in after.items()}
 prune_and_recover(
@@ -102,8 +103,10 @@ def _report(out: Path) -> dict:
 def test_a_report_of_three_rows(setting, tmp_path):
     model, options, after = setting
     out = tmp_path / "run"
-    report = prune_and_recover(model, out, options, after, Recorder())
+    record = prune_and_recover(model, out, options, after, Recorder())
+    report = record.as_json()
     assert report == json.loads(json.dumps(report)) == read_json(out / "report.json")
+    assert RecoveryReport.from_json(report) == record
     original, pruned, recovered = report["rows"]
     assert [row["name"] for row in report["rows"]] == ["original", "pruned", "recovered"]
     assert original["parameters"] > pruned["parameters"] == recovered["parameters"]
@@ -119,31 +122,31 @@ def test_a_report_of_three_rows(setting, tmp_path):
         assert set(figures["recovery"]) == set(figures["metrics"])
     assert (out / "scores" / "recovered" / "samples_toy_choice.jsonl").exists()
     assert read_json(out / "prune.json") == read_json(out / "model" / "prune.json")
-    lines = report_lines(report)
+    lines = report_lines(record)
     assert len(lines) == 5 and "above chance" in lines[0] and lines[3].startswith("recovered")
     adapted = load(out / "model").model
     load_adapter(adapted, out / "recover" / "adapters")
     again = Recorder()
-    assert prune_and_recover(model, out, options, after, again, resume=True) == report
+    assert prune_and_recover(model, out, options, after, again, resume=True) == record
     assert [e.message for e in again.events if isinstance(e, Notice)][-1].endswith("nothing to do")
 
 
-def test_held_out_rows_are_not_those_that_were_trained_on(setting, tmp_path):
+def test_validation_rows_are_not_trained_on(setting, tmp_path):
     from mlx_slim.data.store import TokenStore
 
     model, options, after = setting
     out = tmp_path / "run"
     prune_and_recover(model, out, options, RecoverOptions(after.recipe), Recorder())
     tokens = out / "recover" / "tokens"
-    held = TokenStore(tokens / "rows", index=np.load(tokens / "validation.npy"))
+    validation = TokenStore(tokens / "rows", index=np.load(tokens / "validation.npy"))
     trained = set(np.load(tokens / "train.npy").tolist())
-    assert len(held) == 4 and not trained & set(np.load(tokens / "validation.npy").tolist())
-    total = min(int(held.lengths.sum()), options.held_out)
+    assert len(validation) == 4 and not trained & set(np.load(tokens / "validation.npy").tolist())
+    total = min(int(validation.lengths.sum()), options.held_out)
     assert read_json(out / "report.json")["held_out"]["tokens"] == total
     heard = Recorder()
     none = RecoverOptions(after.recipe, ("data.validation=0", "train.steps=1"))
     report = prune_and_recover(model, tmp_path / "b", options, none, heard)
-    assert report["held_out"]["text"] == "calibration text"
+    assert report.validation.text == "calibration text"
     warnings = [e for e in heard.events if isinstance(e, Notice) and e.level == "warning"]
     assert any("may have been trained on" in event.message for event in warnings)
 
@@ -155,8 +158,10 @@ def test_other_ways_to_recover(setting, tmp_path, method):
     report = prune_and_recover(
         model, tmp_path / "run", options, RecoverOptions(after.recipe, overrides), Recorder()
     )
-    assert report["rows"][2]["perplexity"] != report["rows"][1]["perplexity"]
-    assert (report["rows"][2]["adapter_parameters"] == 0) is (method == "full")
+    _, pruned, recovered = report.rows
+    assert pruned.text and recovered.text
+    assert recovered.text.perplexity != pruned.text.perplexity
+    assert (recovered.adapter_parameters == 0) is (method == "full")
 
 
 def test_the_original_teaches_where_no_other_teacher_is_named(setting, tmp_path):
@@ -164,9 +169,11 @@ def test_the_original_teaches_where_no_other_teacher_is_named(setting, tmp_path)
     distilled = RecoverOptions(after.recipe, ("distill.weight=1.0", "train.steps=4"))
     out = tmp_path / "run"
     report = prune_and_recover(model, out, options, distilled, Recorder())
-    (teacher,) = report["recipe"]["distill"]["teachers"]
+    assert report.recipe is not None
+    (teacher,) = report.recipe["distill"]["teachers"]
     assert teacher["model"] == str(model)
-    assert report["rows"][2]["kl"] < report["rows"][1]["kl"]
+    _, pruned, recovered = report.rows
+    assert pruned.text and recovered.text and recovered.text.kl < pruned.text.kl
 
 
 def test_killed_in_every_phase_and_resumed_equals_uninterrupted(setting, tmp_path):
@@ -249,18 +256,16 @@ def test_bad_text_found_late_leaves_nothing(setting, tmp_path):
     assert not (tmp_path / "deep").exists()
 
 
-def test_shares_of_the_original():
-    rows = [
-        {"tasks": {"t": {"metrics": {"acc": score, "f1": score}, "chance": 0.25}}}
-        for score in (0.75, 0.5, 0.25)
-    ]
-    add_recovery(rows)
-    found = [row["tasks"]["t"]["recovery"] for row in rows]
-    assert [one["acc"]["plain"] for one in found] == pytest.approx([100, 200 / 3, 100 / 3])
-    assert [one["acc"]["chance_corrected"] for one in found] == pytest.approx([100, 50, 0])
-    assert found[0]["f1"]["chance_corrected"] is None
-    at_chance = [{"tasks": {"t": {"metrics": {"acc": 0.25}, "chance": 0.25}}}]
-    add_recovery(at_chance)
-    assert at_chance[0]["tasks"]["t"]["recovery"]["acc"]["chance_corrected"] is None
+def test_recovery_in_percent_of_the_original() -> None:
+    def row(**metrics: float) -> ModelRow:
+        return ModelRow("x", 1, 1, 0, {"t": TaskFigures(4, metrics, 0.25)})
+
+    rows = with_recovery([row(acc=score, f1=score) for score in (0.75, 0.5, 0.25)])
+    recovery = [row.tasks["t"].recovery for row in rows]
+    assert [one["acc"].plain for one in recovery] == pytest.approx([100, 200 / 3, 100 / 3])
+    assert [one["acc"].chance_corrected for one in recovery] == pytest.approx([100, 50, 0])
+    assert recovery[0]["f1"].chance_corrected is None
+    (at_chance,) = with_recovery([row(acc=0.25)])
+    assert at_chance.tasks["t"].recovery["acc"].chance_corrected is None
     assert chance([{"loglikelihoods": [0, 1]}, {"loglikelihoods": [0] * 4}]) == 0.375
     assert chance([{"generation": "x"}]) == 0.0

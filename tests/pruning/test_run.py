@@ -65,10 +65,10 @@ def test_every_width_method_gives_what_stock_mlx_lm_reads(tiny, tmp_path, option
     )
     scores = load_tensors(out / "prune_scores.safetensors")
     assert {scores[f"{i}.mlp"].shape for i in range(3)} == {(128,)}
-    kept = sorted(range(128), key=lambda i: -scores["1.mlp"].tolist()[i])[:64]
+    best = sorted(range(128), key=lambda i: -scores["1.mlp"].tolist()[i])[:64]
     before = load(tiny()).model.model.layers[1].mlp.up_proj.weight  # pyright: ignore
     after = ours.model.model.layers[1].mlp.up_proj.weight  # pyright: ignore
-    assert mx.array_equal(before[mx.array(sorted(kept))], after)
+    assert mx.array_equal(before[mx.array(sorted(best))], after)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "out"]
 
 
@@ -77,9 +77,9 @@ def test_every_architecture_by_width(tiny, tmp_path, options, architecture):
     result = prune(tiny(architecture), tmp_path / "out", options(ratio=0.5))
     stock, _ = stock_load(str(tmp_path / "out"))
     assert gap(load(tmp_path / "out").model, stock) < 1e-5
-    heads_stay = architecture in ("qwen2", "phi")
-    assert any("heads stay" in note for note in result.record["notes"]) is heads_stay
-    assert ("heads" in result.record["layers"][0]) is not heads_stay
+    without_heads = architecture in ("qwen2", "phi")
+    assert any("heads are not pruned" in note for note in result.record["notes"]) is without_heads
+    assert ("heads" in result.record["layers"][0]) is not without_heads
 
 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
@@ -185,7 +185,9 @@ def test_taylor_removes_less_that_matters_than_its_opposite(tiny, tmp_path, opti
     """Not a proof of worth (the model is random), but of the right end of the ranking."""
     from mlx_slim.pruning import run as module
 
-    kept = prune(tiny(), tmp_path / "a", options(ratio=0.5, heads=False)).record["fidelity"]
+    measured_fidelity = prune(tiny(), tmp_path / "a", options(ratio=0.5, heads=False)).record[
+        "fidelity"
+    ]
     honest = module.importance.group_importance
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -194,7 +196,7 @@ def test_taylor_removes_less_that_matters_than_its_opposite(tiny, tmp_path, opti
             lambda *a, **k: {name: -value for name, value in honest(*a, **k).items()},
         )
         worst = prune(tiny(), tmp_path / "b", options(ratio=0.5, heads=False)).record["fidelity"]
-    assert kept["kl"] < worst["kl"]
+    assert result.record["fidelity"]["kl"] < worst["kl"]
 
 
 def test_the_command_prints_what_went_and_writes_nothing_on_a_dry_run(tiny, tmp_path, text, capsys):

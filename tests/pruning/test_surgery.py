@@ -18,7 +18,7 @@ from tests.support.tiny import ARCHITECTURES
 HEADED = ["llama", "llama-mha", "llama-tied", "mistral", "qwen3"]
 
 
-def _kept(model, removed: dict[str, list[list[int]]]) -> dict[str, list[np.ndarray]]:
+def _retained(model, removed: dict[str, list[list[int]]]) -> dict[str, list[np.ndarray]]:
     families = [structure.coupled(block) for block in structure.blocks(model)]
     return {
         kind: [
@@ -42,8 +42,8 @@ def test_groups_of_zeros_leave_no_trace(tmp_path, architecture, uniform):
     for kind, layers in removed.items():
         for block, groups in zip(structure.blocks(model), layers, strict=True):
             scale_groups(block, kind, groups, 0.0)
-    kept = _kept(model, removed)
-    small, config = surgery.with_groups(model, source.config, kept, uniform=uniform)
+    retained = _retained(model, removed)
+    small, config = surgery.with_groups(model, source.config, retained, uniform=uniform)
     assert gap(model, small) < 1e-5
     assert (WIDTHS in config) is not uniform
     if uniform:
@@ -60,7 +60,7 @@ def test_slicing_equals_masking(tmp_path, architecture, kind):
     source = loaded(tmp_path, architecture, num_key_value_heads=2)
     groups = [[1], [0], [1]] if kind == HEADS else [[3, 50], [127], [0, 1, 64]]
     small, _ = surgery.with_groups(
-        source.model, source.config, _kept(source.model, {kind: groups}), uniform=False
+        source.model, source.config, _retained(source.model, {kind: groups}), uniform=False
     )
     for block, gone in zip(structure.blocks(source.model), groups, strict=True):
         family = structure.coupled(block)[kind]
@@ -75,7 +75,7 @@ def test_slicing_equals_masking(tmp_path, architecture, kind):
 def test_something_else_is_something_else(tmp_path):
     source = loaded(tmp_path)
     small, _ = surgery.with_groups(
-        source.model, source.config, _kept(source.model, {HEADS: [[1]] * 3}), uniform=True
+        source.model, source.config, _retained(source.model, {HEADS: [[1]] * 3}), uniform=True
     )
     assert gap(source.model, small) > 1e-3
 
@@ -109,8 +109,8 @@ def test_lists_with_an_entry_a_layer_are_cut_with_them(tmp_path):
 def test_fewer_heads_keep_their_size(tmp_path, head_dim):
     changes = {} if head_dim is None else {"head_dim": head_dim}
     source = loaded(tmp_path, "mistral", **changes)
-    kept = _kept(source.model, {HEADS: [[0]] * 3})
-    small, config = surgery.with_groups(source.model, source.config, kept, uniform=True)
+    retained = _retained(source.model, {HEADS: [[0]] * 3})
+    small, config = surgery.with_groups(source.model, source.config, retained, uniform=True)
     assert config["head_dim"] == (head_dim or 16)
     assert (config["num_attention_heads"], config["num_key_value_heads"]) == (2, 1)
     attention = structure.blocks(small)[0].self_attn  # pyright: ignore

@@ -15,7 +15,7 @@ from mlx_slim.pruning.counts import count
 from mlx_slim.pruning.options import PruneOptions
 from mlx_slim.pruning.plan import plan
 from mlx_slim.pruning.surgery import config_with_sizes, config_without_layers
-from mlx_slim.pruning.width import allowed_sizes, keep, sizes_for, sizes_within
+from mlx_slim.pruning.width import allowed_sizes, retain, sizes_for, sizes_within
 
 TINYLLAMA = SHIPPED_CONFIGS["TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"]
 LLAMA = SHIPPED_CONFIGS["meta-llama/Llama-2-7b-hf"]
@@ -78,7 +78,7 @@ def test_widths_still_quantize_and_no_more_goes_than_asked(config, ratio):
 
 
 @pytest.mark.parametrize("share", [0.9, 0.7, 0.5])
-def test_a_target_is_kept_and_nearly_used(share):
+def test_a_target_is_met_and_nearly_used(share):
     counts = count(build(SMOL))
     families = _families(SMOL)
     layers = list(range(4, 28))
@@ -105,18 +105,18 @@ def test_the_highest_scores_stay():
     families = [{MLP: structure.Coupled(MLP, 128, 1, 1, (), "")}] * 3
     random = np.random.default_rng(0)
     scores = {f"{i}.mlp": random.random(128).astype(np.float32) for i in range(3)}
-    kept = keep(families, scores, {MLP: [64, 128, 64]}, [0, 2], "layer")[MLP]
-    assert [len(groups) for groups in kept] == [64, 128, 64]
+    retained = retain(families, scores, {MLP: [64, 128, 64]}, [0, 2], "layer")[MLP]
+    assert [len(groups) for groups in retained] == [64, 128, 64]
     for layer in (0, 2):
-        gone = np.setdiff1d(np.arange(128), kept[layer])
-        assert scores[f"{layer}.mlp"][gone].max() <= scores[f"{layer}.mlp"][kept[layer]].min()
-        assert (np.diff(kept[layer]) > 0).all()
+        gone = np.setdiff1d(np.arange(128), retained[layer])
+        assert scores[f"{layer}.mlp"][gone].max() <= scores[f"{layer}.mlp"][retained[layer]].min()
+        assert (np.diff(retained[layer]) > 0).all()
 
 
 def test_global_ranking_cuts_where_least_is_lost():
     families = [{MLP: structure.Coupled(MLP, 256, 1, 1, (), "")}] * 4
     scores = {f"{i}.mlp": np.full(256, 1.0 + i, np.float32) for i in range(4)}
     sizes = {MLP: [256, 192, 192, 192]}
-    kept = keep(families, scores, sizes, [1, 2, 3], "global")[MLP]
-    assert [len(groups) for groups in kept] == [256, 64, 256, 256]
-    assert sum(map(len, kept)) == sum(sizes[MLP])
+    retained = retain(families, scores, sizes, [1, 2, 3], "global")[MLP]
+    assert [len(groups) for groups in retained] == [256, 64, 256, 256]
+    assert sum(map(len, retained)) == sum(sizes[MLP])
