@@ -1,4 +1,7 @@
-"""``mlx-slim demo``: two minutes of reading, ten of waiting, and a table that shows it works."""
+"""``mlx-slim demo``: fine-tune a real model on bundled data, scored before and after.
+
+Invariant: complete steps are reused. Try it: ``mlx-slim demo``.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ from mlx_slim.cli.options import Whole, output_mode
     type=Whole(1, 100),
     default=64,  # one batch of answers
     show_default=True,
-    help="Score the first N of 100 held-out rows.",
+    help="Score the first N of 100 validation rows.",
 )
 @output_mode("Events and results as JSON lines.", "Warnings and the table only.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
@@ -50,7 +53,7 @@ def command(
     from dataclasses import asdict
 
     from mlx_slim.console import Console
-    from mlx_slim.workflows import demo as workflow
+    from mlx_slim.finetuning import demo as workflow
 
     name = "demo" if model is None else f"demo-{Path(model).name}"
     out = output or Path("runs") / name

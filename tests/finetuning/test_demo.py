@@ -14,10 +14,13 @@ from mlx_slim.data import sources
 from mlx_slim.data.ledger import SourceLedger
 from mlx_slim.data.pipeline import Pipeline
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluation.tasks.spec import find_task
+from mlx_slim.evaluation.plan import EvalOptions, _task_job, read_tasks
+from mlx_slim.evaluation.scoring.requests import max_length
 from mlx_slim.events import Notice
+from mlx_slim.finetuning import demo as workflow
 from mlx_slim.finetuning.run_dir import RUN
-from mlx_slim.workflows import demo as workflow
+from mlx_slim.models.limits import limit_of
+from mlx_slim.models.load import load
 from tests.support.runs import Recorder
 
 # The byte tokenizer makes long rows.
@@ -51,7 +54,7 @@ def test_all_methods_then_nothing_left_to_do(tiny, tmp_path):
     assert list(written["methods"]) == methods
     report = (out / "report.md").read_text()
     assert all(f"| {method} |" in report for method in methods)
-    answers = (out / "scores" / "qlora" / "samples_demo.jsonl").read_text().splitlines()
+    answers = (out / "scores" / "qlora" / "samples_demo_exact_match.jsonl").read_text().splitlines()
     assert [json.loads(line)["doc_id"] for line in answers] == [0, 1, 2]
 
     files = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
@@ -60,15 +63,18 @@ def test_all_methods_then_nothing_left_to_do(tiny, tmp_path):
     assert sum("reused" in line for line in again.notices) >= 5
 
 
-@pytest.mark.parametrize("template", ["auto", "alpaca"])
-def test_prompts_are_the_training_prompts(tiny, template):
-    from mlx_slim.models.load import load
-
+def test_prompts_are_the_training_prompts(tiny):
     loaded = load(tiny())
-    overrides = (*SMALL, f"data.template={template}", f"data.path={workflow.data_files()[1]}")
-    recipe = workflow.demo_recipe("lora", tiny(), overrides).recipe
-    task, questions, prompts = workflow.questions(recipe, loaded)
-    assert (task.name, len(questions), len(prompts)) == (workflow.TASK, 100, 100)
+    recipe = workflow.demo_recipe(
+        "lora", tiny(), (*SMALL, f"data.path={workflow.data_files()[1]}")
+    ).recipe
+    (asked,) = read_tasks([workflow.TASK], EvalOptions())
+    longest = max_length(loaded.config, loaded.tokenizer)
+    limit = limit_of(loaded.config)
+    job = _task_job(asked, EvalOptions(), loaded.tokenizer, longest, limit, [])
+    questions = job.questions
+    prompts = [job.encoder.prompt(question.context, 1) for question in questions]
+    assert len(questions) == 100
     (config,) = recipe.data.sources
     source = sources.find(config)
     pipeline = Pipeline(recipe.data, loaded.tokenizer, max_length=recipe.train.max_length)
@@ -80,9 +86,20 @@ def test_prompts_are_the_training_prompts(tiny, template):
     assert recipe.data.system in loaded.tokenizer.decode(prompts[0])
 
 
-def test_the_task_prompts_with_the_recipe_s_system_message(tiny):
-    recipe = workflow.demo_recipe("lora", tiny(), ()).recipe
-    assert find_task(workflow.TASK).spec.description == recipe.data.system
+@pytest.mark.parametrize("override", ["data.system=Other", "data.template=alpaca"])
+def test_other_prompts_than_the_task_s_are_refused(tiny, tmp_path, override):
+    out = tmp_path / "demo"
+    with pytest.raises(SlimError, match=r"data\.\w+ is '\w+', and the demo scores with"):
+        workflow.demo(out, ["lora"], model=str(tiny()), overrides=[override], watch=_Heard().watch)
+    assert not out.exists()
+
+
+def test_a_changed_limit_scores_again(tiny, tmp_path):
+    heard = _Heard()
+    arguments = {"model": str(tiny()), "overrides": SMALL, "watch": heard.watch}
+    for limit in (1, 2):
+        (row,) = workflow.demo(tmp_path, ["lora"], limit=limit, **arguments)
+        assert row.before.n == row.after.n == limit
 
 
 def test_what_a_kill_left_before_the_start_is_no_obstacle(tiny, tmp_path):

@@ -1,68 +1,62 @@
-"""The demo: a real model learns a task that it could not do, and the proof is a table.
+"""The demo: a real model is fine-tuned for a task that it cannot do, and scored before and after.
 
-Invariant: the held-out rows are scored the same way before and after, with the prompts that
-training used; each method's "before" is the base that it tuned (the 4-bit one for QLoRA). Every
-step leaves a complete file or folder, and a second run reuses what is complete and says so. Try
-it: ``mlx-slim demo``, or ``mlx-slim demo --methods "lora qlora dora full"``.
+Invariant: the rows that are scored are not trained on, and their prompts are those of training;
+each method's "before" is the base that it tuned (the 4-bit one for QLoRA). Every step leaves a
+complete file or folder; a second run reuses what is complete and reports that. Try it:
+``mlx-slim demo``, or ``mlx-slim demo --methods "lora qlora dora full"``.
 
 Folder: ``model/`` (imported), ``model-4bit/``, ``runs/<method>/`` (run folders), ``scores/``
-(one JSON and one ``samples_demo.jsonl`` for each scored model), ``results.json``, ``report.md``.
+(for each scored model the folder of ``mlx-slim eval``, and its key), ``results.json``,
+``report.md``.
 """
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable, Sequence
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import get_args
 
 import mlx.core as mx
 
 from mlx_slim import artifacts, locks
-from mlx_slim.adapters.store import load_adapter
 from mlx_slim.claims import held
 from mlx_slim.config import library
 from mlx_slim.config.load import Resolved, load_recipe
-from mlx_slim.config.schema import Method, QuantizeConfig, Recipe
-from mlx_slim.data.templates import load_template
-from mlx_slim.data.tokenize import unwrap
+from mlx_slim.config.schema import DataConfig, Method, QuantizeConfig, Recipe
 from mlx_slim.errors import Interrupted, SlimError, did_you_mean
-from mlx_slim.evaluation.scoring.generate import generate_batch
-from mlx_slim.evaluation.scoring.requests import Encoder, max_length
-from mlx_slim.evaluation.tasks.metrics import record_generation, summarize
-from mlx_slim.evaluation.tasks.prompts import Chat, Question, build_questions
-from mlx_slim.evaluation.tasks.rows import load_rows
-from mlx_slim.evaluation.tasks.spec import Task, find_task
+from mlx_slim.evaluation.plan import EvalOptions
+from mlx_slim.evaluation.results import TIMINGS_FILE
+from mlx_slim.evaluation.run import evaluate
+from mlx_slim.evaluation.tasks.spec import find_task
 from mlx_slim.events import Notice, Observer
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.finetuning.run_dir import STATE_FILE
 from mlx_slim.models.convert import convert
 from mlx_slim.models.hub import SMOLLM2_PACKAGE, bundled_smollm2, resolve
-from mlx_slim.models.limits import limit_of
-from mlx_slim.models.load import Loaded, load, read_config
-from mlx_slim.models.quantized import densify
+from mlx_slim.models.load import read_config
 from mlx_slim.models.save import save_model
 from mlx_slim.quantization.apply import load_quantized
 from mlx_slim.reading import read_object
-from mlx_slim.runtime import dtype_name, human_bytes, human_duration, on_gpu, resolve_dtype
+from mlx_slim.runtime import dtype_name, human_bytes, human_duration, resolve_dtype
 
 TASK = "demo_exact_match"  # as in `mlx-slim eval --task`
 METHODS: tuple[str, ...] = get_args(Method)
-_FULL_RATE = 2.0e-4  # full tuning moves every weight: a tenth of the adapters' rate
+_FULL_RATE = 2.0e-4  # full fine-tuning changes every weight: a tenth of the adapters' rate
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A model's answers to the held-out rows.
+    """A model's answers to the validation rows.
 
     Attributes:
         n: Rows.
-        exact: Answers right to the letter.
-        same_json: Answers that parse to the right JSON value.
-        seconds: Time that generating them took.
+        exact: Answers that are equal to the expected text.
+        same_json: Answers that parse to the expected JSON value.
+        seconds: Time of generating them.
     """
 
     n: int
@@ -84,7 +78,7 @@ class DemoRow:
         tokens_per_second: Real tokens trained on, per second.
         peak_memory_bytes: MLX's peak while training.
         base_bytes: The base model on disk.
-        tuned_bytes: What training wrote: adapters, or a whole model.
+        tuned_bytes: Size of the adapters, or of the whole model.
         minutes: Wall time of the training steps.
     """
 
@@ -112,25 +106,25 @@ def demo(
     """Import, quantize, score, fine-tune, score again; write ``results.json`` and ``report.md``.
 
     Args:
-        out: The demo's folder; what is complete in it is reused.
+        out: The demo's folder; complete results in it are reused.
         methods: Of ``METHODS``, in the order to run.
         model: Hub id or folder; None takes SmolLM2-135M-Instruct from the package index.
-        limit: Held-out rows to score; None scores all.
+        limit: Validation rows to score; None scores all.
         overrides: Dotted recipe assignments, for all methods.
-        watch: Gives the observer of a part, by its title, for a ``with`` block.
+        watch: Returns the observer of a step by its title, for a ``with`` block.
 
     Returns:
         One row a method.
 
     Raises:
-        SlimError: Unknown method, or whatever a step raises.
-        Interrupted: Ctrl-C while training; the same command goes on from there.
+        SlimError: Unknown method or key, other prompts than the task's, or an error of a step.
+        Interrupted: Ctrl-C while training; the same command resumes.
     """
     if unknown := [name for name in methods if name not in METHODS]:
         raise SlimError(f"no method {unknown[0]!r}", did_you_mean(unknown[0], METHODS))
     methods = list(dict.fromkeys(methods))
     for method in methods:
-        demo_recipe(method, out, overrides)  # a mistyped key is said before any work
+        _check_prompts(demo_recipe(method, out, overrides).recipe.data)  # before any work
     with held(out.absolute()):
         _check_other_files(out)
         locks.remove_dead(out)
@@ -138,11 +132,12 @@ def demo(
 
 
 def _check_other_files(out: Path) -> None:
-    """Refuse a folder whose report or results are no demo's."""
-    known = artifacts.read_json(out / "results.json") if (out / "results.json").exists() else {}
-    ours = isinstance(known, dict) and isinstance(known.get("methods"), dict)
+    """Check that the report and the results in the folder are those of a demo."""
+    file = out / "results.json"
+    results = artifacts.read_json(file) if file.exists() else {}
+    ours = isinstance(results, dict) and isinstance(results.get("methods"), dict)
     if not ours and any((out / name).exists() for name in ("results.json", "report.md")):
-        raise SlimError(f"{out} holds results of something else", "choose another folder")
+        raise SlimError(f"{out} has results of another command", "choose another folder")
 
 
 def _run(
@@ -153,7 +148,7 @@ def _run(
     overrides: Sequence[str],
     watch: Callable[[str], AbstractContextManager[Observer]],
 ) -> list[DemoRow]:
-    """Do all of it in the folder that this process holds."""
+    """Run all steps in the folder, which this process has locked."""
     with watch("demo: the model") as observer:
         dense = _dense(out / "model", model, observer)
         small = dense
@@ -175,7 +170,7 @@ def _run(
 
 
 def data_files() -> tuple[Path, Path]:
-    """Return the bundled training rows and held-out rows."""
+    """Return the bundled training rows and validation rows."""
     folder = library.folder("evals") / "demo"
     return folder / "train.jsonl", folder / "test.jsonl"
 
@@ -184,7 +179,7 @@ def data_files() -> tuple[Path, Path]:
 
 
 def _dense(folder: Path, model: str | None, observer: Observer) -> Path:
-    """Return the folder of the model that was asked for, importing the default one once."""
+    """Return the folder of ``model``; the default one is imported once."""
     if model is not None:
         return resolve(model)
     if not _reused(folder, observer):
@@ -195,7 +190,7 @@ def _dense(folder: Path, model: str | None, observer: Observer) -> Path:
 
 
 def _quantized(dense: Path, folder: Path, settings: QuantizeConfig, observer: Observer) -> Path:
-    """Return a 4-bit copy of ``dense``, or ``dense`` itself if it is quantized already."""
+    """Return a quantized copy of ``dense``, or ``dense`` itself if it is quantized already."""
     if "quantization" in read_config(dense):
         return dense
     if not _reused(folder, observer):
@@ -218,93 +213,92 @@ def _reused(path: Path, observer: Observer) -> bool:
 
 def demo_recipe(method: str, base: Path, overrides: Sequence[str]) -> Resolved:
     """Return the recipe ``_demo`` for ``method`` over ``base``, with the user's ``overrides``."""
-    given = {"model": base, "method": method, "data.path": data_files()[0]}
+    values = {"model": base, "method": method, "data.path": data_files()[0]}
     if method == "full":
-        given["train.learning_rate"] = _FULL_RATE
-    return load_recipe("_demo", [*(f"{key}={value}" for key, value in given.items()), *overrides])
+        values["train.learning_rate"] = _FULL_RATE
+    return load_recipe("_demo", [*(f"{key}={value}" for key, value in values.items()), *overrides])
 
 
 def _train(run: Path, resolved: Resolved, observer: Observer) -> Path:
-    """Fine-tune into ``run``, going on where a killed run stopped."""
-    started = (run / STATE_FILE).exists()
-    try:
-        finetune(resolved, run, observer=observer, resume=started)
-    except Interrupted as stop:
-        raise Interrupted(stop.message, "the same command goes on from there") from stop
+    """Fine-tune into ``run``; an interrupted run is resumed."""
+    with _same_command():
+        finetune(resolved, run, observer=observer, resume=(run / STATE_FILE).exists())
     return run
+
+
+@contextlib.contextmanager
+def _same_command() -> Iterator[None]:
+    """Let the hint of an interrupted step name the demo."""
+    try:
+        yield
+    except Interrupted as stop:
+        raise Interrupted(stop.message, "the same command resumes") from stop
 
 
 # -------------------------------------------------------------------------------------- scoring
 
 
+def _check_prompts(data: DataConfig) -> None:
+    """Check that training uses the prompts of the task.
+
+    Raises:
+        SlimError: Names the key that changes them.
+    """
+    description = find_task(TASK).spec.description
+    for key, value, expected in (
+        ("system", data.system, description),
+        ("template", data.template, "auto"),
+    ):
+        if value != expected:
+            raise SlimError(
+                f"data.{key} is {value!r}, and the demo scores with {expected!r}",
+                "train with other prompts by mlx-slim train, and score by mlx-slim eval",
+            )
+
+
 def _score(
     recipe: Recipe, run: Path | None, folder: Path, limit: int | None, observer: Observer
 ) -> Scored:
-    """Return the score of the recipe's model, tuned by ``run`` if given; reuse ``folder``."""
-    tuned = [] if run is None else sorted(run.glob("adapters/*")) + sorted(run.glob("model/*"))
+    """Return the score of the recipe's model, tuned by ``run`` if set; a complete one is reused."""
+    model, adapter = resolve(recipe.model, recipe.revision), None
+    if run is not None and (run / "model").is_dir():
+        model = run / "model"
+    elif run is not None:
+        adapter = run / "adapters"
+    files = [*sorted(model.glob("*")), *(sorted(adapter.glob("*")) if adapter else [])]
     key = artifacts.hash_json(
         {
-            "rows": artifacts.hash_file(data_files()[1]),
             "limit": limit,
-            "data": recipe.data.model_dump(mode="json"),
-            "model": recipe.model,
-            "tuned": [artifacts.hash_file(path) for path in tuned],
+            "files": [artifacts.hash_file(path) for path in files if path.is_file()],
+            "provenance": artifacts.provenance(),
         }
     )
-    file = folder / "score.json"
-    if file.exists() and (known := read_object(file)).get("key") == key:
+    file = folder.with_name(f"{folder.name}.json")
+    stored = read_object(file) if file.exists() else {}
+    if stored.get("key") != key:
+        shutil.rmtree(folder, ignore_errors=True)
+        artifacts.write_json(file, {"key": key})
+    elif "score" in stored:
         observer.notify(Notice(f"{folder} is complete: reused"))
-        return Scored(**known["score"])
-    whole = run is not None and (run / "model").is_dir()
-    loaded = load(run / "model" if run and whole else recipe.model, dtype=resolve_dtype("auto"))
-    if run and not whole:
-        load_adapter(loaded.model, run / "adapters")
-    if not on_gpu():
-        densify(loaded.model)
-    task, asked, prompts = questions(recipe, loaded, limit)
-    answers = [str(question.target) for question in asked]
-    encode = loaded.tokenizer.encode
-    longest = max(len(encode(answer, add_special_tokens=False)) for answer in answers)
-    began = time.monotonic()
-    generated = generate_batch(
-        loaded.model,
-        loaded.tokenizer,
-        prompts,
-        max_tokens=longest + 2,  # with what closes it; no longer answer can be right
-    )
-    seconds = time.monotonic() - began
-    records = [
-        record_generation(task, question, answer.text, answer.stop_reason)
-        for question, answer in zip(asked, generated, strict=True)
-    ]
-    metrics = summarize(task, records)["metrics"]
-    exact, same_json = metrics["exact_match"]["k"], metrics["json_match"]["k"]
-    scored = Scored(len(records), exact, same_json, round(seconds, 2))
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    artifacts.write_text(folder / "samples_demo.jsonl", "".join(lines))
+        return Scored(**stored["score"])
+    options = EvalOptions(adapter=adapter, limit=limit)
+    with _same_command():
+        (results,) = evaluate(
+            model, TASK, folder, options, resume=folder.exists(), observer=observer
+        )
+    section = results["tasks"][TASK]
+    exact, same_json = (section["metrics"][name]["k"] for name in ("exact_match", "json_match"))
+    seconds = read_object(folder / TIMINGS_FILE)["tasks"][TASK]["seconds"]
+    scored = Scored(section["n"], exact, same_json, round(seconds, 2))
     artifacts.write_json(file, {"key": key, "score": asdict(scored)})
-    what = "the tuned model" if run else "the base"
+    name = "the base" if run is None else "the tuned model"
     observer.notify(
         Notice(
-            f"{what} answers {scored.exact} of {scored.n} held-out rows right "
+            f"{name} answers {exact} of {scored.n} validation rows correctly "
             f"({human_duration(seconds)})"
         )
     )
     return scored
-
-
-def questions(
-    recipe: Recipe, loaded: Loaded, limit: int | None = None
-) -> tuple[Task, list[Question], list[list[int]]]:
-    """Return the demo's task, its held-out questions, and their prompts as training reads them."""
-    task = find_task(TASK)
-    system = {"description": recipe.data.system or ""}
-    task = replace(task, spec=task.spec.model_copy(update=system))
-    chat = Chat.of(load_template(recipe.data.template, unwrap(loaded.tokenizer)))
-    asked = build_questions(task, load_rows(task), limit=limit, chat=chat)
-    longest = max_length(loaded.config, loaded.tokenizer)
-    encoder = Encoder(loaded.tokenizer, longest, chat=chat.own_bos, limit=limit_of(loaded.config))
-    return task, asked, [encoder.prompt(question.context, 1) for question in asked]
 
 
 # ------------------------------------------------------------------------------------ reporting
@@ -374,7 +368,7 @@ def _write(out: Path, model: str | None, recipe: Recipe, rows: list[DemoRow]) ->
         "# Demo",
         "",
         f"Model: {source}. Task: a messy expense message becomes one line of JSON; "
-        f"{rows[0].after.n} held-out rows, exact match of the whole line.",
+        f"{rows[0].after.n} validation rows, exact match of the whole line.",
         "",
         f"| {' | '.join(HEADINGS)} |",
         f"|{'---|' * len(HEADINGS)}",
