@@ -2,7 +2,7 @@
 # Works with GNU make 3.81 (macOS) and newer; needs Python 3.11 or newer and a package index.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo compare test kills parity reference-losses check format setup clean
+.PHONY: help demo compare test kills parity reference-losses check docs format setup clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -42,6 +42,7 @@ help:
 	@echo "make parity              logits, adapters and scores against PyTorch, in $(PARITY)"
 	@echo "make reference-losses    compute the committed losses of tiny runs again"
 	@echo "make check               formatting, lint and types"
+	@echo "make docs                the documentation, as a site in site/"
 	@echo "make format              mend formatting and imports"
 	@echo "make setup               create $(VENV) with everything the tests and checks need"
 	@echo "make clean               remove $(VENV), $(PARITY) and caches; runs/ stays"
@@ -79,6 +80,11 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# Opens from the disk: site/index.html loads nothing from the network.
+docs: $(VENV)/.dev
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -86,7 +92,7 @@ format: $(VENV)/.dev
 setup: $(VENV)/.dev
 
 clean:
-	rm -rf "$(VENV)" "$(PARITY)" build dist .pytest_cache .ruff_cache
+	rm -rf "$(VENV)" "$(PARITY)" build dist site .pytest_cache .ruff_cache
 	find mlx_slim tests evals -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---------------------------------------------------------------------------- the environment
@@ -103,7 +109,7 @@ $(VENV)/.base: pyproject.toml tests/requirements.lock | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml tests/requirements.lock | $(BIN)/python
 	@echo "installing mlx-slim with its test and check tools into $(VENV) (a minute or two)"
-	@$(PIP) --editable ".[test,check]"
+	@$(PIP) --editable ".[test,check,docs]"
 	@touch $(VENV)/.base $@
 
 $(PARITY)/.done: pyproject.toml tests/requirements.lock tests/parity/requirements.lock | $(PARITY)/bin/python

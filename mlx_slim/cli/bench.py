@@ -19,7 +19,13 @@ def command() -> None:
 @command.command("train")
 @click.argument("model")
 @click.option("--data", default="tatsu-lab/alpaca", show_default=True, help="Alpaca rows.")
-@click.option("--method", type=click.Choice(["lora", "qlora", "dora", "full"]), default="lora")
+@click.option(
+    "--method",
+    type=click.Choice(["lora", "qlora", "dora", "full"]),
+    default="lora",
+    show_default=True,
+    help="What is trained.",
+)
 @click.option(
     "--against",
     type=click.Choice(["mlx-lm", "lora", "qlora", "dora", "full"]),
@@ -27,13 +33,23 @@ def command() -> None:
     show_default=True,
     help="mlx-lm's trainer, or another method of ours.",
 )
-@click.option("--rows", type=Whole(12), default=48, show_default=True)
-@click.option("--batch", type=Whole(1), default=4, show_default=True)
-@click.option("--max-length", type=Whole(16), default=512, show_default=True)
+@click.option("--rows", type=Whole(12), default=48, show_default=True, help="Training rows.")
 @click.option(
-    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto"
+    "--batch", type=Whole(1), default=4, show_default=True, help="Rows of a batch of mlx-lm."
 )
-@click.option("--rounds", type=Whole(1), default=2, show_default=True)
+@click.option(
+    "--max-length", type=Whole(16), default=512, show_default=True, help="Longest row, tokens."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="Of the computation; auto is bfloat16 on a GPU, float32 on a CPU.",
+)
+@click.option(
+    "--rounds", type=Whole(1), default=2, show_default=True, help="Alternating runs; medians count."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the whole record as JSON.")
 def train(model: str, against: str, as_json: bool, **work: Any) -> None:
     """Train one epoch of the same rows on both sides, alternating, and compare."""
@@ -66,11 +82,23 @@ def train(model: str, against: str, as_json: bool, **work: Any) -> None:
 @click.option("--limit", type=Whole(1), default=100, show_default=True, help="Questions.")
 @click.option("--num-fewshot", type=SHOTS, help="Examples; the task's own by default.")
 @click.option("--data-dir", type=click.Path(), help="Data mirror; MLX_SLIM_DATA by default.")
-@click.option("--against", type=click.Choice(["mlx-lm"]), default="mlx-lm", show_default=True)
 @click.option(
-    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto"
+    "--against",
+    type=click.Choice(["mlx-lm"]),
+    default="mlx-lm",
+    show_default=True,
+    help="The other side: mlx-lm's scorer.",
 )
-@click.option("--rounds", type=Whole(1), default=1, show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="Of the computation; auto is bfloat16 on a GPU, float32 on a CPU.",
+)
+@click.option(
+    "--rounds", type=Whole(1), default=1, show_default=True, help="Alternating runs; medians count."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the whole record as JSON.")
 def evaluate(model: str, against: str, as_json: bool, **work: Any) -> None:
     """Score the same questions on both sides, alternating, and compare."""

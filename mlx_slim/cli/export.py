@@ -24,7 +24,13 @@ _ONLY = {
 
 @click.command(name="export")
 @click.argument("source")
-@click.option("--to", "target", required=True, type=click.Choice(["peft", "hf", "gguf"]))
+@click.option(
+    "--to",
+    "target",
+    required=True,
+    type=click.Choice(["peft", "hf", "gguf"]),
+    help="peft: an adapter; hf: a model for transformers and MLX-LM; gguf: for llama.cpp.",
+)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="New folder.")
 @click.option("--type", "kind", help="gguf: f16 (default), q8_0, q4_0 or q4_1.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="hf: dtype.")

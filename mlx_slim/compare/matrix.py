@@ -68,7 +68,13 @@ class MethodEntry(Section):
 
 
 class TaskEntry(Section):
-    """A task: ``limit`` questions of it (None: all), ``num_fewshot`` examples (None: its own)."""
+    """A task that every cell is scored on.
+
+    Attributes:
+        task: Name, or path of a task file.
+        limit: First questions of it (of each subject); None takes all.
+        num_fewshot: Solved examples before a question; None takes the task's own number.
+    """
 
     task: str
     limit: PositiveInt | None = None
@@ -76,14 +82,25 @@ class TaskEntry(Section):
 
 
 class SweepEntry(Section):
-    """The learning-rate sweep: ``steps`` of each candidate (None: a whole run), one ``seed``."""
+    """The learning-rate sweep, on validation loss.
+
+    Attributes:
+        steps: Optimizer steps of each candidate; None is a whole run.
+        seed: Of all candidates.
+    """
 
     steps: PositiveInt | None = None
     seed: Seed = 0
 
 
 class HeldOutEntry(Section):
-    """Text to measure forgetting on: the first ``rows`` of a text file, JSON lines or a task."""
+    """Text to measure forgetting on, in bits per byte.
+
+    Attributes:
+        path: Text file, or JSON lines with ``text``.
+        task: A task instead: its questions with their answers.
+        rows: First documents of it; None takes all.
+    """
 
     path: str | None = None
     task: str | None = None
@@ -91,7 +108,13 @@ class HeldOutEntry(Section):
 
 
 class OmitEntry(Section):
-    """A cell that is left out on purpose, and why."""
+    """A cell that is left out on purpose, and why.
+
+    Attributes:
+        model: Key of ``models``.
+        method: Key of ``methods``.
+        why: What the report says of it.
+    """
 
     model: str
     method: str

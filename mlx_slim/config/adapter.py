@@ -40,7 +40,7 @@ class AdaptiveConfig(Section):
 
 
 class AdapterConfig(Section):
-    """The low-rank adapter of ``lora``, ``qlora`` and ``dora`` (arXiv 2106.09685, 2402.09353).
+    """Of ``lora``, ``qlora`` and ``dora`` (arXiv 2106.09685, 2305.14314, 2402.09353).
 
     Attributes:
         rank: r, columns of A and rows of B.
