@@ -101,7 +101,7 @@ def read_blocks(path: Path) -> list[Block]:
 
 def write_hub(folder: Path, architecture: str = "llama-tied") -> Path:
     """Write a cache as huggingface-hub lays it out: every model of the recipes is a tiny one."""
-    model = tiny_model(folder / "tiny", architecture, num_hidden_layers=8, max_position_embeddings=2048)
+    model = tiny_model(folder / "tiny", architecture, intermediate_size=320, num_hidden_layers=6)
     wanted: set[tuple[str, str]] = set()
     for name in library.names("recipes"):
         recipe = load_recipe(name).recipe
