@@ -20,7 +20,7 @@ from pathlib import Path
 from mlx_slim.cli.main import run as run_command
 from mlx_slim.config import library
 from mlx_slim.config.load import load_recipe
-from tests.support.tiny import tiny_model
+from tests.support.tiny import speaking_model, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = {
@@ -99,23 +99,31 @@ def read_blocks(path: Path) -> list[Block]:
     return blocks
 
 
-def write_hub(folder: Path, architecture: str = "llama-tied") -> Path:
-    """Write a cache as huggingface-hub lays it out: every model of the recipes is a tiny one."""
-    model = tiny_model(folder / "tiny", architecture, intermediate_size=320, num_hidden_layers=6)
-    wanted: set[tuple[str, str]] = set()
+def write_hub(folder: Path) -> Path:
+    """Write a cache as huggingface-hub lays it out: every model of the recipes is a tiny one.
+
+    Students are random; teachers answer everything with one word, and end it.
+    """
+    student = tiny_model(
+        folder / "student", "llama-tied", intermediate_size=320, num_hidden_layers=6
+    )
+    teacher = speaking_model(folder / "teacher", "Paris")
     for name in library.names("recipes"):
         recipe = load_recipe(name).recipe
-        teachers = recipe.distill.teachers if recipe.distill else []
-        for one in [recipe, *teachers]:
-            if one.model and one.revision:
-                wanted.add((one.model, one.revision))
-    for name, revision in wanted:
-        home = folder / f"models--{name.replace('/', '--')}"
-        (home / "refs").mkdir(parents=True, exist_ok=True)
-        (home / "refs" / "main").write_text(revision)
-        (home / "snapshots").mkdir(exist_ok=True)
-        (home / "snapshots" / revision).symlink_to(model)
+        _write_repository(folder, recipe.model, recipe.revision, student)
+        for one in recipe.distill.teachers if recipe.distill else []:
+            _write_repository(folder, one.model, one.revision, teacher)
     return folder
+
+
+def _write_repository(hub: Path, name: str | None, revision: str | None, model: Path) -> None:
+    home = hub / f"models--{str(name).replace('/', '--')}"
+    if name is None or revision is None or (home / "snapshots" / revision).exists():
+        return
+    for inner in ("refs", "snapshots"):
+        (home / inner).mkdir(parents=True, exist_ok=True)
+    (home / "refs" / "main").write_text(revision)
+    (home / "snapshots" / revision).symlink_to(model)
 
 
 _WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa".split()
