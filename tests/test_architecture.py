@@ -33,7 +33,6 @@ FLOORS = (
     {"finetuning"},
     {"distillation"},
     {"pruning"},
-    {"workflows"},
     {"api"},
     {"console", "trackers", "compare", "bench"},
     {"cli"},

@@ -18,7 +18,7 @@ from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.interrupts import Terminated
 
 if TYPE_CHECKING:
-    from mlx_slim.workflows.chat import ChatSession
+    from mlx_slim.evaluation.chat import ChatSession
 
 _COMMANDS = {
     "/reset": "forget the conversation",

@@ -17,7 +17,7 @@ from mlx_slim.errors import SlimError
 
 def _read() -> str:
     """Return standard input, up to the first character that is too many."""
-    from mlx_slim.workflows.chat import LONGEST_PROMPT
+    from mlx_slim.evaluation.chat import LONGEST_PROMPT
 
     return sys.stdin.read(LONGEST_PROMPT + 1)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from mlx_slim.workflows.chat import ChatSession
+    from mlx_slim.evaluation.chat import ChatSession
 
 
 def open_and_tell(
@@ -21,7 +21,7 @@ def open_and_tell(
     Raises:
         SlimError: If the model or an adapter cannot be loaded.
     """
-    from mlx_slim.workflows.chat import open_session
+    from mlx_slim.evaluation.chat import open_session
 
     speaker = open_session(
         model,

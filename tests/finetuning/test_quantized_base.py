@@ -19,6 +19,7 @@ from mlx_slim.artifacts import read_json, write_json
 from mlx_slim.cli.generate import command as generate
 from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import SlimError
+from mlx_slim.evaluation.chat import open_session
 from mlx_slim.evaluation.run import EvalOptions, evaluate
 from mlx_slim.export.fuse import FuseOptions, fuse
 from mlx_slim.export.model import export_hf
@@ -28,7 +29,6 @@ from mlx_slim.models.load import load
 from mlx_slim.planner.run import plan
 from mlx_slim.quantization.apply import quantize_model
 from mlx_slim.quantization.base import load_base
-from mlx_slim.workflows.chat import open_session
 from tests.support.runs import Recorder, recipe, write_rows
 from tests.support.tiny import tiny_model
 
@@ -172,11 +172,11 @@ def test_adapters_over_different_bases_are_not_mixed(made, dense, tmp_path):
     other, _ = trained(tmp_path, "eight", dense, quantize={"bits": 8})
     with pytest.raises(SlimError, match="add up over one base only"):
         logits(dense, [made[0].out, other.out])
-    speaker = open_session(dense, made[0].out)
-    assert len(speaker.notes) == 1
-    speaker.use(None)
+    session = open_session(dense, made[0].out)
+    assert len(session.notes) == 1
+    session.use(None)
     with pytest.raises(SlimError, match=r"8-bit .* loaded is 4-bit"):
-        speaker.use(other.out)
+        session.use(other.out)
     with pytest.raises(SlimError, match="loaded is the dense model"):
         open_session(dense).use(made[0].out)
     open_session(made[0].out / "base").use(made[0].out)  # given as it is: any adapter goes

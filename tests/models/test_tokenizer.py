@@ -11,12 +11,12 @@ from mlx_slim.cli.main import run
 from mlx_slim.config.schema import DataConfig
 from mlx_slim.data.prepare import prepare
 from mlx_slim.errors import SlimError
+from mlx_slim.evaluation.chat import open_session
 from mlx_slim.evaluation.scoring.perplexity import TextJob, Texts
 from mlx_slim.evaluation.scoring.requests import Encoder
 from mlx_slim.models.load import load, load_tokenizer
 from mlx_slim.models.tokenizer import keep_within
 from mlx_slim.quantization.calibration import read_calibration
-from mlx_slim.workflows.chat import open_session
 from tests.support.tiny import SPECIALS, tiny_model
 
 TOOL = "<|tool|>"

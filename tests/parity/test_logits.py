@@ -178,7 +178,7 @@ def test_rotations_that_depend_on_the_length_are_those_of_transformers(tmp_path,
 
 
 def test_generation_past_the_original_context_is_that_of_transformers(tmp_path):
-    from mlx_slim.workflows.chat import open_session
+    from mlx_slim.evaluation.chat import open_session
 
     theirs = torch_model("phi3", {"rope_parameters": LONGROPE}, tmp_path / "m")
     ids = list(range(40, 40 + ORIGINAL - 6))

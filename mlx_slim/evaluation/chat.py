@@ -1,7 +1,7 @@
-"""A model that answers: load it with its adapter, and stream what it says.
+"""A model to chat with: loads it with its adapter and streams its answers.
 
-Invariant: what was already computed is never computed again. A turn keeps the longest prefix of the
-cached tokens that the new prompt shares, whatever the chat template did to the turns before.
+Invariant: nothing is computed twice. A turn reuses the longest prefix of the cached tokens that the
+new prompt begins with, however the chat template renders earlier turns.
 Try it: ``mlx-slim generate HuggingFaceTB/SmolLM2-135M-Instruct --prompt "Name three fruits."``.
 """
 
@@ -33,15 +33,15 @@ LONGEST_PROMPT = 1 << 20  # characters: 250,000 tokens of English, whose attenti
 
 @dataclass(frozen=True)
 class Reply:
-    """How an answer went.
+    """Figures of one answer.
 
     Attributes:
         prompt_tokens: Tokens of the whole prompt.
-        cached_tokens: Those of them that an earlier turn had computed.
+        cached_tokens: Those of them that an earlier turn computed.
         tokens: Tokens of the answer.
-        tokens_per_second: Of the answer, the prompt's time left out.
+        tokens_per_second: Of the answer, without the time of the prompt.
         peak_memory_bytes: MLX peak, bytes.
-        stop_reason: ``stop`` (the model ended) or ``length`` (``max_tokens`` was reached).
+        stop_reason: ``stop`` (end of text), ``length`` (``max_tokens``) or ``interrupted``.
     """
 
     prompt_tokens: int
@@ -52,23 +52,23 @@ class Reply:
     stop_reason: str
 
 
-def _nobody(_: str) -> None:
-    """Hear nothing."""
+def _ignore(_: str) -> None:
+    """Ignore a note."""
 
 
 @dataclass
 class ChatSession:
-    """A model and what it holds in its cache; ``open_session`` makes one.
+    """A model and its cache; ``open_session`` makes one.
 
     Attributes:
         model: The model, with its adapter.
         tokenizer: mlx-lm's wrapper.
-        notes: What was read in place of what was given.
-        over: How the base was quantized for the adapters; None if it is as it was given.
-        dense: Whether what was given is dense, so that other adapters may want another base.
-        last: How the last answer went; None before the first.
-        limit: The longest sequence that the model computes right.
-        tell: Hears once that it was passed.
+        notes: On what was loaded in place of the source.
+        over: How the base was quantized for the adapters; None if it was not.
+        dense: Whether the source is dense, so that other adapters may need another base.
+        last: Figures of the last answer; None before the first.
+        limit: The longest sequence that the model computes correctly.
+        tell: Called once when it is exceeded.
     """
 
     model: Any
@@ -78,15 +78,15 @@ class ChatSession:
     dense: bool = False
     last: Reply | None = None
     limit: RowLimit | None = None
-    tell: Callable[[str], None] = _nobody
+    tell: Callable[[str], None] = _ignore
     _cache: list[Any] | None = None
     _cached_ids: list[int] = field(default_factory=list)
 
     def use(self, adapter: Adapters | None) -> None:
-        """Answer with these adapters instead of those before; None is the model alone.
+        """Replace the adapters; None removes them.
 
         Raises:
-            SlimError: If they do not fit the model; it answers alone then.
+            SlimError: If they do not fit the model, which has none then.
         """
         remove_adapters(self.model)
         self._cache, self._cached_ids = None, []
@@ -95,7 +95,7 @@ class ChatSession:
                 raise SlimError(
                     f"{stack[0].folder} was trained over {_over(stack) or 'the dense model'}, "
                     f"loaded is {self.over or 'the dense model'}",
-                    "start again with that adapter: mlx-slim chat MODEL --adapter DIR",
+                    "start a chat with that adapter: mlx-slim chat MODEL --adapter DIR",
                 )
             load_adapters(self.model, stack)
         self.model.eval()
@@ -119,12 +119,12 @@ class ChatSession:
             roles = ", ".join(message["role"] for message in messages)
             raise SlimError(
                 f"the chat template refuses roles {roles}: {' '.join(str(error).split())[:200]}",
-                "mlx-slim generate MODEL --no-chat-template continues the prompt as it stands",
+                "mlx-slim generate MODEL --no-chat-template continues the prompt as it is",
             ) from error
         return self._encoded(text, special=False)
 
     def text_ids(self, text: str) -> list[int]:
-        """Return the tokens of ``text`` as it stands, special tokens at its start included."""
+        """Return the tokens of ``text`` as it is, with the special tokens of its beginning."""
         bos = self.tokenizer.bos_token
         special = bos is None or not text.startswith(bos)
         return self._encoded(text, special=special)
@@ -138,36 +138,36 @@ class ChatSession:
         """Yield the answer to the prompt ``ids`` in pieces; ``last`` is set as it grows.
 
         Raises:
-            SlimError: If the prompt is empty, or holds a token that the model does not know.
+            SlimError: If the prompt is empty, or has a token outside the model's vocabulary.
         """
         from mlx_lm.generate import stream_generate
         from mlx_lm.sample_utils import make_sampler
 
         if not ids:
-            raise SlimError("the prompt is empty", "give it some text")
+            raise SlimError("the prompt is empty", "enter some text")
         check_ids(self.tokenizer, ids, "the prompt")
         reused: int | None = None
-        said: list[int] = []
+        generated: list[int] = []
         try:
-            while True:  # again where the sequence passes the length at which the RoPE changes
-                known, room = ids + said, max_tokens - len(said)
-                cached = self._keep_prefix(known)
+            while True:  # repeated where the sequence exceeds the length at which the RoPE changes
+                tokens, room = ids + generated, max_tokens - len(generated)
+                cached = self._keep_prefix(tokens)
                 reused = cached if reused is None else reused
-                part, response = self._part(len(known), room), None
+                part, response = self._part(len(tokens), room), None
                 for response in stream_generate(
                     self.model,
                     self.tokenizer,
-                    mx.array(known[cached:]),
+                    mx.array(tokens[cached:]),
                     max_tokens=part,
                     sampler=make_sampler(temp=temperature),
                     prompt_cache=self._cache,
                 ):
-                    said.append(response.token)
-                    self._check(len(ids) + len(said))
+                    generated.append(response.token)
+                    self._check(len(ids) + len(generated))
                     self.last = Reply(
                         prompt_tokens=len(ids),
                         cached_tokens=reused,
-                        tokens=len(said),
+                        tokens=len(generated),
                         tokens_per_second=response.generation_tps,
                         peak_memory_bytes=mx.get_peak_memory(),
                         stop_reason=response.finish_reason or "interrupted",
@@ -176,35 +176,35 @@ class ChatSession:
                 if response is None or response.finish_reason != "length" or part == room:
                     break
         finally:
-            self._cached_ids = ids + said
+            self._cached_ids = ids + generated
 
-    def _part(self, known: int, room: int) -> int:
-        """Return how many of ``room`` tokens can follow before everything is computed anew.
+    def _part(self, length: int, room: int) -> int:
+        """Return how many of ``room`` tokens can follow before everything is recomputed.
 
-        A token is rotated by the length of the sequence that it is predicted from: as
-        transformers does, which drops its cache there.
+        A token is rotated by the length of the sequence that it is predicted from, as in
+        transformers, which drops its cache there.
         """
         boundary = boundary_of(self.model)
-        return room if boundary is None or known > boundary else min(room, boundary - known + 1)
+        return room if boundary is None or length > boundary else min(room, boundary - length + 1)
 
     def _check(self, tokens: int) -> None:
         if self.limit is not None and tokens > self.limit.tokens:
-            self.tell(f"{self.limit.why}: answers differ from transformers' beyond")
-            self.limit = None  # said once
+            self.tell(f"{self.limit.why}: longer answers differ from those of transformers")
+            self.limit = None  # once
 
     def _keep_prefix(self, ids: list[int]) -> int:
-        """Cut the cache to what ``ids`` begins with; return its tokens (at least one is left)."""
+        """Cut the cache to a prefix of ``ids``, without the last token; return its length."""
         from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
         if not set_length(self.model, len(ids)):
             self._cache = None
         if self._cache is not None:
-            held = getattr(self._cache[0], "offset", None)
-            if isinstance(held, int) and can_trim_prompt_cache(self._cache):
-                known = self._cached_ids[:held]
-                same = _shared(known, ids[:-1])
-                extra = held - same
-                if held == len(known) and trim_prompt_cache(self._cache, extra) == extra:
+            length = getattr(self._cache[0], "offset", None)
+            if isinstance(length, int) and can_trim_prompt_cache(self._cache):
+                cached = self._cached_ids[:length]
+                same = _shared(cached, ids[:-1])
+                extra = length - same
+                if length == len(cached) and trim_prompt_cache(self._cache, extra) == extra:
                     return same
         self._cache = make_prompt_cache(self.model)
         return 0
@@ -213,15 +213,15 @@ class ChatSession:
 def _check_prompt(text: str, what: str) -> None:
     if len(text) > LONGEST_PROMPT:
         raise SlimError(
-            f"{what} has more than {LONGEST_PROMPT:,} characters", "give it a shorter text"
+            f"{what} has more than {LONGEST_PROMPT:,} characters", "enter a shorter text"
         )
     check_text(text, what)
 
 
 def _over(stack: Sequence[Weighted]) -> QuantizedBase | None:
-    """Return how the base of ``stack`` is quantized, wherever it lies."""
-    found = recorded_base(used_folders(stack))
-    return None if found is None else replace(found[1], model="", revision=None, folder=None)
+    """Return how the base of ``stack`` is quantized, without its place."""
+    recorded = recorded_base(used_folders(stack))
+    return None if recorded is None else replace(recorded[1], model="", revision=None, folder=None)
 
 
 def _shared(one: list[int], other: list[int]) -> int:
@@ -236,19 +236,19 @@ def open_session(
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    tell: Callable[[str], None] = _nobody,
+    tell: Callable[[str], None] = _ignore,
 ) -> ChatSession:
-    """Load a model to talk with.
+    """Load a model to chat with.
 
     On a CPU it computes in float32 and, memory allowing, on dequantized weights: a decoding step
-    has one row, so rebuilding a quantized weight in every step costs more than the step.
+    has one row, so dequantizing a weight in every step costs more than the step.
 
     Args:
         source: Folder or hub id.
         adapter: Adapter folder, ours or mlx-lm's; of several (``DIR`` or ``DIR=WEIGHT``) the sum.
         revision: Branch, tag or commit of a hub id.
-        trust_remote_code: Run Python files that the repository brings.
-        tell: Hears what the user should know of an answer.
+        trust_remote_code: Run Python files of the repository.
+        tell: Called with notes for the user.
 
     Raises:
         SlimError: If the model or the adapter cannot be used.

@@ -10,52 +10,52 @@ from mlx_slim.adapters.inject import inject
 from mlx_slim.adapters.store import save_adapter
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError
+from mlx_slim.evaluation.chat import LONGEST_PROMPT, open_session
 from mlx_slim.models.load import load
 from mlx_slim.models.save import save_model
-from mlx_slim.workflows.chat import LONGEST_PROMPT, open_session
 from tests.support.tiny import tiny_model
 
 
-def answer(speaker, ids, max_tokens=12):
-    return "".join(speaker.stream(ids, max_tokens=max_tokens, temperature=0.0))
+def answer(session, ids, max_tokens=12):
+    return "".join(session.stream(ids, max_tokens=max_tokens, temperature=0.0))
 
 
 def test_a_turn_computes_only_what_is_new_and_answers_as_if_afresh(tiny):
-    speaker = open_session(tiny("llama"))
+    session = open_session(tiny("llama"))
     messages = [{"role": "user", "content": "Name three fruits."}]
-    first = answer(speaker, speaker.chat_ids(messages))
-    assert speaker.last is not None
-    assert speaker.last.cached_tokens == 0
+    first = answer(session, session.chat_ids(messages))
+    assert session.last is not None
+    assert session.last.cached_tokens == 0
     messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "And one?"}]
-    ids = speaker.chat_ids(messages)
-    second = answer(speaker, ids)
-    assert speaker.last.cached_tokens > 20
+    ids = session.chat_ids(messages)
+    second = answer(session, ids)
+    assert session.last.cached_tokens > 20
     assert second == answer(open_session(tiny("llama")), ids)
 
 
 def test_another_conversation_does_not_see_the_one_before(tiny):
-    speaker = open_session(tiny("llama"))
-    answer(speaker, speaker.text_ids("a long first prompt about something else"))
-    ids = speaker.text_ids("a short one")
-    assert answer(speaker, ids) == answer(open_session(tiny("llama")), ids)
+    session = open_session(tiny("llama"))
+    answer(session, session.text_ids("a long first prompt about something else"))
+    ids = session.text_ids("a short one")
+    assert answer(session, ids) == answer(open_session(tiny("llama")), ids)
 
 
 def test_an_interrupted_answer_leaves_the_cache_right(tiny):
-    speaker = open_session(tiny("llama"))
-    ids = speaker.text_ids("count to ten")
-    stream = speaker.stream(ids, max_tokens=12, temperature=0.0)
+    session = open_session(tiny("llama"))
+    ids = session.text_ids("count to ten")
+    stream = session.stream(ids, max_tokens=12, temperature=0.0)
     next(stream)
     next(stream)
     stream.close()
-    assert answer(speaker, ids) == answer(open_session(tiny("llama")), ids)
+    assert answer(session, ids) == answer(open_session(tiny("llama")), ids)
 
 
 def test_the_same_prompt_twice(tiny):
-    speaker = open_session(tiny("llama"))
-    ids = speaker.text_ids("again and again")
-    assert answer(speaker, ids) == answer(speaker, ids)
-    assert speaker.last is not None
-    assert speaker.last.cached_tokens == len(ids) - 1  # the last one gives the first logits
+    session = open_session(tiny("llama"))
+    ids = session.text_ids("again and again")
+    assert answer(session, ids) == answer(session, ids)
+    assert session.last is not None
+    assert session.last.cached_tokens == len(ids) - 1  # the last one gives the first logits
 
 
 def test_an_adapter_changes_the_answer(tiny, tmp_path):
@@ -91,39 +91,39 @@ def test_a_quantized_model_answers_as_its_stock_self(tiny, tmp_path):
     loaded = load(tiny("llama"))
     model, config = quantize_model(loaded.model, loaded.config, 32, 4)
     save_model(tmp_path / "q4", model, loaded.tokenizer, config)
-    speaker = open_session(tmp_path / "q4")
-    ids = speaker.text_ids("hello there")
+    session = open_session(tmp_path / "q4")
+    ids = session.text_ids("hello there")
     stock, tokenizer = stock_load(str(tmp_path / "q4"))[:2]
-    assert answer(speaker, ids) == generate(stock, tokenizer, ids, max_tokens=12)
+    assert answer(session, ids) == generate(stock, tokenizer, ids, max_tokens=12)
 
 
 def test_a_base_model_cannot_chat_and_an_empty_prompt_is_refused(tmp_path):
-    speaker = open_session(tiny_model(tmp_path / "base", "llama", chat_template=None))
+    session = open_session(tiny_model(tmp_path / "base", "llama", chat_template=None))
     with pytest.raises(SlimError, match="no chat template"):
-        speaker.chat_ids([{"role": "user", "content": "hello"}])
+        session.chat_ids([{"role": "user", "content": "hello"}])
     with pytest.raises(SlimError, match="empty"):
-        answer(speaker, [])
+        answer(session, [])
 
 
 def test_a_template_that_refuses_a_role_is_one_line(tmp_path):
     template = "{{ raise_exception('no system role') }}"
-    speaker = open_session(tiny_model(tmp_path / "strict", "llama", chat_template=template))
+    session = open_session(tiny_model(tmp_path / "strict", "llama", chat_template=template))
     with pytest.raises(SlimError, match="refuses roles system, user: no system role"):
-        speaker.chat_ids([{"role": "system", "content": "x"}, {"role": "user", "content": "y"}])
+        session.chat_ids([{"role": "system", "content": "x"}, {"role": "user", "content": "y"}])
 
 
 def test_several_templates_without_a_default_are_one_whole_line(tmp_path):
-    speaker = open_session(tiny_model(tmp_path / "several", "llama"))
-    speaker.tokenizer._tokenizer.chat_template = {"plain": "x", "rag": "y"}
+    session = open_session(tiny_model(tmp_path / "several", "llama"))
+    session.tokenizer._tokenizer.chat_template = {"plain": "x", "rag": "y"}
     with pytest.raises(SlimError, match=r"templates \(plain, rag\), none called default") as error:
-        speaker.chat_ids([{"role": "user", "content": "y"}])
+        session.chat_ids([{"role": "user", "content": "y"}])
     assert "--no-chat-template" in error.value.hint
 
 
 def test_a_prompt_of_megabytes_is_refused_before_it_is_tokenized(tiny):
-    speaker = open_session(tiny("llama"))
+    session = open_session(tiny("llama"))
     long = "a" * (LONGEST_PROMPT + 1)
     with pytest.raises(SlimError, match="the user's message has more than 1,048,576 characters"):
-        speaker.chat_ids([{"role": "user", "content": long}])
+        session.chat_ids([{"role": "user", "content": long}])
     with pytest.raises(SlimError, match="the prompt has more than"):
-        speaker.text_ids(long)
+        session.text_ids(long)
