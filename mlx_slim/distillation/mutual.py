@@ -33,7 +33,8 @@ from mlx_slim.models.load import read_config
 from mlx_slim.models.logits import logsumexp, row_sums
 from mlx_slim.planner.memory import Prediction, predict
 from mlx_slim.planner.students import combined, predict_run, second_recipe
-from mlx_slim.training.losses import NLL, LogitsGradient, chunk_size, linear_loss, weighted_sum
+from mlx_slim.training.chunk_size import chunk_size
+from mlx_slim.training.losses import NLL, LogitsGradient, linear_loss, weighted_sum
 from mlx_slim.training.step import Arrays, Objective, batch_arrays, supervised_rows, target_weights
 
 

@@ -34,7 +34,7 @@ from mlx_slim.distillation.losses import top
 from mlx_slim.errors import ResourceError
 from mlx_slim.models import structure
 from mlx_slim.runtime import human_bytes, side_by_side
-from mlx_slim.training.losses import chunk_size
+from mlx_slim.training.chunk_size import chunk_size
 from mlx_slim.training.step import batch_arrays, part_count, supervised_rows
 
 _VERSION = 1  # of the files: raise it when the same key would give other numbers

@@ -108,14 +108,14 @@ def _prepare_dataset(
     ready: Callable[[], None],
 ) -> DistillationDataset:
     """Generate the dataset on rank 0; the other ranks read it."""
+    if world().size() == 1:
+        return generate_dataset(recipe, teachers, method, out, observer, ready)
     if world().rank() == 0:
-        dataset = generate_dataset(recipe, teachers, method, out, observer, ready)
-    if world().size() > 1:
-        mx.eval(mx.distributed.all_sum(mx.array(1), group=world()))
-        stored = read_record(out)
-        assert stored is not None
-        dataset = dataset_from_record(stored[0], recipe, out)
-    return dataset
+        generate_dataset(recipe, teachers, method, out, observer, ready)
+    mx.eval(mx.distributed.all_sum(mx.array(1), group=world()))
+    stored = read_record(out)
+    assert stored is not None
+    return dataset_from_record(stored[0], recipe, out)
 
 
 @final

@@ -179,12 +179,12 @@ def prepare_data(
             limit=limit,
         )
 
+    if world().size() == 1:
+        return rows()
     if world().rank() == 0:
-        prepared = rows()
-    if world().size() > 1:
-        mx.eval(mx.distributed.all_sum(mx.array(1), group=world()))
-        prepared = rows()
-    return prepared
+        rows()  # writes what the other ranks, and then all of them, open
+    mx.eval(mx.distributed.all_sum(mx.array(1), group=world()))
+    return rows()
 
 
 def from_rows(

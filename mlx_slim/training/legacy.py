@@ -12,6 +12,7 @@ from collections import defaultdict
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 FORGETTING, ADALORA = "forgetting", "adalora"  # names of the callbacks that had a state in 0.1
 _MARKS = {"text": FORGETTING, "mask": ADALORA}  # an array that only this callback stored
@@ -62,7 +63,7 @@ def upgrade_arrays(
         if callback is None:
             raise KeyError(number)
         if callback == FORGETTING:
-            text = bytes(group["text"].tolist()).hex()
+            text = np.array(group["text"]).tobytes().hex()
             present[callback] = {"text": text, **values.get(callback, {})}
         else:
             upgraded |= {f"{callback}/{name}": array for name, array in group.items()}

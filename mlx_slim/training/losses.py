@@ -3,8 +3,10 @@
 Invariant: value and gradients equal those of the loss of ``head(hidden)`` in float32 for any chunk
 size; at most one chunk of logits is alive, and each logit is exponentiated once, because the
 gradient is formed together with the loss (the idea of arXiv 2411.09009, here without a kernel).
-What the loss is, a rule says: cross-entropy here, divergences from a teacher in ``distill/losses``.
-Legend: N supervised positions, C positions of one chunk, D width, V vocabulary.
+A ``TokenLoss`` says what is summed: cross-entropy here, divergences from a teacher in
+``distillation/losses.py``. To add one, write ``value`` and ``value_and_gradient``; the test in
+``tests/training/test_losses.py`` compares the two. Legend: N supervised positions, C positions of
+one chunk, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,40 +28,7 @@ from mlx_slim.models.quantized import (
     dequantize_weight,
 )
 from mlx_slim.models.structure import Head
-from mlx_slim.runtime import device_memory, on_gpu
-
-CHUNK_LOGITS = 1 << 23  # 8.4 M float32 logits: 34 MB each time a chunk of them is held on a CPU
-CHUNK_POSITIONS = 512  # of a chunk on a GPU
-GPU_COPIES_SHARE = 128  # one float32 copy of a chunk takes at most 1/128 of a GPU's memory
-
-
-def chunk_size(
-    vocabulary: int, setting: int | None, num_threads: int = 1, *, gpu_bytes: int | None = None
-) -> int:
-    """Return how many positions get logits at one time.
-
-    On a CPU about 34 MB of logits. On a GPU, a chunk of C positions reads the head twice, 2·D·V·b
-    bytes at b bytes a weight, and computes 4·C·D·V operations on it: on M-series GPUs, which do
-    about 36 operations for each byte that they can read, reading takes 36·b/(2·C) of the time of
-    computing, whatever D and V are. That is 7% of it at b = 2 and C = 512, and 65% at the 55
-    positions that 34 MB are at a vocabulary of 152k. Memory bounds it: about four float32 copies of
-    a chunk are alive, and 4·4·C·V bytes stay below 1/32 of the GPU's memory.
-
-    Args:
-        vocabulary: V.
-        setting: ``train.loss_chunk``, which wins.
-        num_threads: Parts of a batch that are computed side by side; together they hold one chunk.
-        gpu_bytes: Memory of the GPU that is planned for, 0 for a CPU; None is this machine.
-    """
-    if setting:
-        return setting
-    if gpu_bytes is None:
-        gpu_bytes = device_memory() if on_gpu() else 0
-    if not gpu_bytes:
-        return max(32, CHUNK_LOGITS // (vocabulary * num_threads))
-    return max(
-        32, min(CHUNK_POSITIONS, gpu_bytes // (GPU_COPIES_SHARE * 4 * vocabulary * num_threads))
-    )
+from mlx_slim.runtime import on_gpu
 
 
 def cross_entropy_sum(logits_NV: mx.array, targets_N: mx.array) -> mx.array:
@@ -74,18 +43,39 @@ def weighted_sum(values_C: mx.array, weights_C: mx.array | None = None) -> mx.ar
 
 @dataclass(frozen=True)
 class LogitsGradient:
-    """The gradient of a chunk's loss by its logits, in parts that are cheap to multiply.
+    """The gradient of a chunk's loss by its logits, as factors that are cheap to multiply.
 
-    It is ``normalizer_C · probs_CV / total_C1``, minus ``label_weight_C`` at each target: the
-    one-hot matrix is never built, and the softmax is divided after the product where the head is
-    frozen.
+    With y_C the targets, it is::
+
+        G_CV = normalizer_C · probs_CV / total_C1 − label_weight_C · onehot(y_C)
+
+    The one-hot matrix is never built, and the division by the total comes after the product with
+    the head where the head is frozen: C·D divisions in place of C·V.
+
+    Two tokens over a vocabulary of two, with targets 0 and 1 and loss weights 1 and 2. Their
+    softmax is (1/4, 3/4) and (1/5, 4/5), so the loss is −1·ln(1/4) − 2·ln(4/5), and the gradient
+    is 1·(1/4 − 1, 3/4) and 2·(1/5, 4/5 − 1):
+
+    >>> logits_CV = mx.log(mx.array([[1.0, 3.0], [1.0, 4.0]]))
+    >>> targets_C, weights_C = mx.array([0, 1]), mx.array([1.0, 2.0])
+    >>> loss, gradient = NLL().value_and_gradient(logits_CV, targets_C, weights_C)
+    >>> round(loss.item(), 4)
+    1.8326
+    >>> def digits(array):
+    ...     return [[round(value, 4) for value in row] for row in array.tolist()]
+    >>> digits(gradient.probs_CV / gradient.total_C1)
+    [[0.25, 0.75], [0.2, 0.8]]
+    >>> digits(gradient.by_hidden(mx.eye(2)))  # G_CV · W_VD, and W is the identity
+    [[-0.75, 0.75], [0.4, -0.4]]
+    >>> digits(gradient.by_head(mx.eye(2), [mx.zeros((2, 2))])[0])  # G_CVᵀ · hidden_CD
+    [[-0.75, 0.4], [0.75, -0.4]]
 
     Attributes:
-        share_CV: float32.
-        total_C1: float32, or None for ones.
-        scale_C: float32, or None for ones.
-        targets_C: Token ids, or None for no such term.
-        push_C: float32, or None for ones.
+        probs_CV: Unnormalized probabilities, float32: exp(logit − largest logit) for ``NLL``.
+        total_C1: Their sum, float32; None for 1.
+        normalizer_C: Loss weights of the positions, float32; None for 1.
+        targets_C: Token ids; None for no one-hot term.
+        label_weight_C: Loss weights of the one-hot term, float32; None for 1.
     """
 
     probs_CV: mx.array
@@ -105,9 +95,9 @@ class LogitsGradient:
             gradient_CD = gradient_CD * self.normalizer_C[:, None]
         if self.targets_C is None:
             return gradient_CD
-        return gradient_CD - self._pushed(weight.rows(self.targets_C).astype(mx.float32))
+        return gradient_CD - self._label_weighted(weight.rows(self.targets_C).astype(mx.float32))
 
-    def _pushed(self, rows_CD: mx.array) -> mx.array:
+    def _label_weighted(self, rows_CD: mx.array) -> mx.array:
         return rows_CD if self.label_weight_C is None else rows_CD * self.label_weight_C[:, None]
 
     def through(self, derivative_CV: mx.array | None) -> LogitsGradient:
@@ -121,7 +111,7 @@ class LogitsGradient:
         return replace(self, probs_CV=self.probs_CV * derivative_CV, label_weight_C=label_weight_C)
 
     def by_head(self, hidden_CD: mx.array, gradients: list[mx.array]) -> list[mx.array]:
-        """Return ``gradients`` with this chunk's part added, float32.
+        """Return ``gradients`` with this chunk's added, float32.
 
         Those are the gradients by the head's weight (V, D) and by its bias (V,), if it has one.
         """
@@ -134,7 +124,7 @@ class LogitsGradient:
         biases = [d_bias + probs_CV.sum(axis=0) for d_bias in biases]
         if self.targets_C is not None:
             label_weight = mx.array(1.0) if self.label_weight_C is None else self.label_weight_C
-            d_weight = d_weight.at[self.targets_C].subtract(self._pushed(hidden32))
+            d_weight = d_weight.at[self.targets_C].subtract(self._label_weighted(hidden32))
             biases = [d_bias.at[self.targets_C].subtract(label_weight) for d_bias in biases]
         return [d_weight, *biases]
 
@@ -183,7 +173,7 @@ class NLL:
 
 
 # Hidden states, columns and parameters of a chunk, and the gradients so far -> the chunk's sum, its
-# gradient by the hidden states, and the gradients with its part added.
+# gradient by the hidden states, and the gradients with its own added.
 _Part = Callable[
     [mx.array, list[mx.array], list[mx.array], list[mx.array]],
     tuple[mx.array, mx.array, list[mx.array]],
@@ -243,7 +233,7 @@ def _fused(
 
 
 def _by_logits_gradient(token_loss: TokenLoss, head: Head, weight: HeadWeight) -> _Part:
-    """Return the part of a head that is a plain matrix: trained if there are parameters."""
+    """Return the ``_Part`` of a head that is one matrix, trained if there are parameters."""
     bias_V = head.module.get("bias")
 
     def part(
@@ -267,7 +257,7 @@ def _by_logits_gradient(token_loss: TokenLoss, head: Head, weight: HeadWeight) -
 
 
 def _by_autodiff(token_loss: TokenLoss, head: Head, paths: list[str]) -> _Part:
-    """Return the part of a head with parts of its own, such as an adapter."""
+    """Return the ``_Part`` of any other head, such as one with an adapter."""
 
     def loss(
         hidden_CD: mx.array, parameters: list[mx.array], columns: list[mx.array]
@@ -323,13 +313,13 @@ def linear_loss(
         hidden_ND: Hidden states of the supervised positions only, any floating dtype.
         head: The model's head; dense, quantized, tied, biased or adapted.
         token_loss: What is summed over the positions.
-        columns: What the rule wants to know, one row a position; not differentiated.
+        columns: Arrays that the token loss needs, one row a position; not differentiated.
         chunk: Positions whose logits exist at one time.
         gradient: Whether the result will be differentiated (forms the gradient along the way).
         dense_VD: The dense weight of a quantized head, where it exists already.
 
     Returns:
-        What the rule returns: a float32 scalar in nats, or a vector that begins with it.
+        What ``token_loss`` returns: a float32 scalar in nats, or a vector that begins with it.
     """
     if not gradient:
         return _forward_only(hidden_ND, head, token_loss, columns, chunk)

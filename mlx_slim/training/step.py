@@ -25,7 +25,8 @@ from mlx_slim.data.batches import Batch
 from mlx_slim.models import structure
 from mlx_slim.models.quantized import dequantize_weight
 from mlx_slim.runtime import number, on_gpu, side_by_side, world
-from mlx_slim.training.losses import NLL, TokenLoss, chunk_size, linear_loss
+from mlx_slim.training.chunk_size import chunk_size
+from mlx_slim.training.losses import NLL, TokenLoss, linear_loss
 from mlx_slim.training.optim import set_trainable, trainable
 
 PART_TOKENS = 256  # below this a part of a batch is not worth its overhead

@@ -154,7 +154,7 @@ def test_a_checkpoint_with_a_file_of_somebody_else_stays(tmp_path) -> None:
     (tmp_path / "step-7").mkdir()  # not a checkpoint
     (tmp_path / "step-7" / "mine.txt").write_text("keep")
     (tmp_path / "step-8").write_text("a file")
-    rotate(tmp_path, 1)
+    rotate(tmp_path, 1, ())
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *("step-1", "step-3", "step-7", "step-8")
     ]

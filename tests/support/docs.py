@@ -126,7 +126,7 @@ def _write_repository(hub: Path, name: str | None, revision: str | None, model: 
     (home / "snapshots" / revision).symlink_to(model)
 
 
-_WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa".split()
+_WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
 
 
 def write_mirror(folder: Path, count: int = 40) -> Path:

@@ -121,7 +121,7 @@ def checkpoints_rotated(folder: Path) -> None:
     if newest is not None:
         step = json.loads((newest / "state.json").read_text())["step"]
         metrics.rewind(Saved(step, f"checkpoints/{newest.name}"))
-        rotate(checkpoints, 2, 2)
+        rotate(checkpoints, 2, {2})
     metrics.notify(Started(8, 1.0, 0, first_step=step))
     for number in range(step + 1, 9):
         metrics.notify(_Step(number))
@@ -129,7 +129,7 @@ def checkpoints_rotated(folder: Path) -> None:
             with atomic_folder(path_of(checkpoints, number), replace=True) as temporary:
                 (temporary / "weights.safetensors").write_text("w" * number)
                 write_json(temporary / "state.json", {"step": number})
-            rotate(checkpoints, 2, 2)
+            rotate(checkpoints, 2, {2})
             metrics.notify(Saved(number, f"checkpoints/step-{number}"))
     write_json(folder / "run" / "run.json", {})
 

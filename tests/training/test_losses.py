@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -9,11 +11,10 @@ from mlx.utils import tree_flatten
 
 from mlx_slim.models.logits import token_nll
 from mlx_slim.models.structure import Head
-from mlx_slim.planner.macs import working_set
+from mlx_slim.training import losses
 from mlx_slim.training.losses import (
     NLL,
     TokenLoss,
-    chunk_size,
     cross_entropy_sum,
     linear_cross_entropy,
     linear_loss,
@@ -232,28 +233,17 @@ def check_the_peak(
     assert many < 30
 
 
-def test_chunk_size_bounds_the_logits() -> None:
-    assert chunk_size(49152, None) * 49152 <= 1 << 24
-    assert chunk_size(32000, 7) == 7
-    assert chunk_size(32000, 7, gpu_bytes=1 << 40) == 7
+def test_the_worked_example_of_the_logits_gradient_is_what_the_code_computes() -> None:
+    (example,) = doctest.DocTestFinder().find(losses.LogitsGradient, globs=vars(losses))[:1]
+    failed, attempted = doctest.DocTestRunner().run(example)
+    assert (failed, attempted) == (0, 8)
 
 
-@pytest.mark.parametrize("vocabulary", [32_000, 49_152, 152_064, 262_144])
-@pytest.mark.parametrize("memory_gb", [8, 16, 64, 128])
-def test_a_gpus_chunk_reads_the_head_seldom_and_holds_a_share_of_its_memory(
-    vocabulary: int, memory_gb: int
-) -> None:
-    memory = working_set(memory_gb)
-    chunk = chunk_size(vocabulary, None, gpu_bytes=memory)
-    assert chunk <= 512
-    assert 4 * 4 * chunk * vocabulary <= memory / 32
-    assert chunk == 512 or 4 * 4 * (chunk + 1) * vocabulary > memory / 32
-    assert chunk >= chunk_size(vocabulary, None, gpu_bytes=0)
-    assert chunk_size(vocabulary, None, 2, gpu_bytes=memory) >= chunk // 2
-    if memory_gb >= 64:  # the head is read twice a chunk
-        assert 2 * -(-3000 // chunk) <= 20
+def test_the_worked_example_is_the_derivative_of_the_loss() -> None:
+    """The numbers of the docstring once more, by automatic differentiation."""
+    logits_CV, targets_C = mx.log(mx.array([[1.0, 3.0], [1.0, 4.0]])), mx.array([0, 1])
 
+    def loss(logits_CV: mx.array) -> mx.array:
+        return NLL().value(logits_CV, targets_C, mx.array([1.0, 2.0]))
 
-def test_this_machines_device_decides(as_on_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlx_slim.training.losses.device_memory", lambda: working_set(16))
-    assert chunk_size(152_064, None) == chunk_size(152_064, None, gpu_bytes=working_set(16)) > 110
+    assert mx.allclose(mx.grad(loss)(logits_CV), mx.array([[-0.75, 0.75], [0.4, -0.4]]), atol=1e-6)

@@ -20,7 +20,7 @@ def names(folder: Path) -> set[str]:
 
 def test_the_newest_and_the_needed_stay(tmp_path: Path) -> None:
     write(tmp_path, 2, 4, 6, 8, 10)
-    rotate(tmp_path, 2, 4, None, 99)
+    rotate(tmp_path, 2, {4, 99})
     assert names(tmp_path) == {"step-4", "step-8", "step-10"}
     assert steps(tmp_path) == [4, 8, 10]
     assert latest(tmp_path) == tmp_path / "step-10"
@@ -31,7 +31,7 @@ def test_a_checkpoint_that_was_half_removed_goes_and_other_names_stay(tmp_path: 
     (path_of(tmp_path, 2) / "state.json").unlink()
     (tmp_path / "step-best").mkdir()
     assert latest(tmp_path) == tmp_path / "step-4"
-    rotate(tmp_path, 3)
+    rotate(tmp_path, 3, ())
     assert names(tmp_path) == {"step-4", "step-best"}
 
 
@@ -42,5 +42,5 @@ def test_later_checkpoints_go(tmp_path: Path) -> None:
 
 
 def test_no_checkpoints(tmp_path: Path) -> None:
-    rotate(tmp_path / "none", 3)
+    rotate(tmp_path / "none", 3, ())
     assert latest(tmp_path / "none") is None
