@@ -41,6 +41,7 @@ _FOLDER = click.Path(path_type=Path)
     show_default=True,
     help="With a chat template, examples are turns.",
 )
+@click.option("--system", metavar="TEXT", help="System message (of a chat template).")
 @click.option(
     "--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16."
 )

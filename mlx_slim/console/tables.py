@@ -36,6 +36,7 @@ def show_results(
     for result, folder in zip(results, folders, strict=True):
         model = result["model"] + (f" + {result['adapter']}" if result["adapter"] else "")
         chat = ", chat template" if result["chat_template"] else ""
+        chat += ", system message" if result.get("system_instruction") else ""
         table = Table(box=None, padding=(0, 1, 0, 0), title_justify="left", title_style="bold")
         table.title = escape(f"{model} ({result['dtype']}{chat})")
         for heading in ("task", "shots", "metric", "value ± stderr", "k/n", "tok/s", "peak"):

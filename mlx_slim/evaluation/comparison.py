@@ -41,7 +41,7 @@ ASKED = (
     "n",
 )
 _READ = ("text_sha256", "window", "n")
-_SETTINGS = ("dtype", "chat_template", "max_length", "device")
+_SETTINGS = ("dtype", "chat_template", "system_instruction", "max_length", "device")
 POINTS, BITS = "points", "bits/byte"
 
 

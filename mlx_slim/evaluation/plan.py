@@ -59,6 +59,8 @@ class EvalOptions:
         dtype: ``auto`` (bfloat16 on a GPU, float32 on a CPU) or a name of ``runtime.DTYPES``.
         apply_chat_template: Put every prompt into the model's chat template, as the harness does.
         fewshot_as_multiturn: With it, examples are turns of their own.
+        system: Begins the system message of every prompt that goes through a chat template, before
+            the task's description, as the harness's ``--system_instruction``.
         max_length: Longest input, tokens; None takes the model's.
         batch_tokens: Tokens of a batch, and of the caches of answers that are written side by side;
             None chooses by memory.
@@ -75,6 +77,7 @@ class EvalOptions:
     dtype: str = "auto"
     apply_chat_template: bool = False
     fewshot_as_multiturn: bool = True
+    system: str | None = None
     max_length: int | None = None
     batch_tokens: int | None = None
     seed: int = 0
@@ -121,6 +124,13 @@ def _check_options(sources: list[str], names: list[str], options: EvalOptions) -
         raise SlimError(f"{twice[0]} is given twice", "name every model once")
     if not names and options.perplexity is None:
         raise SlimError("nothing to score", "give --task NAMES, --perplexity FILE, or both")
+    if options.system is not None and not options.system.strip():
+        raise SlimError(f"the system message is {options.system!r}", "leave --system out for none")
+    if options.system is not None and not names:
+        raise SlimError(
+            "--system begins the prompts of tasks, and no task is named",
+            "add --task, or leave it out",
+        )
     if options.dtype not in ("auto", *runtime.DTYPES):
         choices = ("auto", *runtime.DTYPES)
         raise SlimError(f"no dtype {options.dtype!r}", did_you_mean(options.dtype, choices))
@@ -217,6 +227,13 @@ def _task_job(
         chat = Chat.of(load_template("auto", tokenizer))
     elif options.apply_chat_template:
         chat = Chat.of_model(unwrap(tokenizer), options.fewshot_as_multiturn, notes)
+    if options.system is not None:
+        if chat is None:
+            raise SlimError(
+                f"--system is a turn of a chat template, and {task.name} is asked without one",
+                "add --apply-chat-template, or write the text into the task's description",
+            )
+        chat = chat.with_system(options.system)
     if chat is not None:
         questions = build_questions(
             task,
@@ -298,6 +315,7 @@ def _target(
         "seed": options.seed,
         "chat_template": options.apply_chat_template,
         "fewshot_as_multiturn": options.apply_chat_template and options.fewshot_as_multiturn,
+        "system_instruction": options.system,
         "max_length": longest,
         "batch_tokens": options.batch_tokens,
         **artifacts.provenance(),

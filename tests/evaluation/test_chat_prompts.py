@@ -59,6 +59,23 @@ def test_a_template_that_refuses_a_system_message_gets_none_and_it_is_said_once(
     assert "system message" in notes[0]
 
 
+@pytest.mark.parametrize(
+    ("system", "expected"),
+    [("Be brief.", "Be brief.\n\nChoose well."), ("Be brief.\n", "Be brief.\nChoose well.")],
+)
+def test_a_system_message_comes_before_the_description(tmp_path, system, expected):
+    _, chat = _chat(tmp_path, CHATML)
+    question = _questions(tmp_path, chat.with_system(system))[1]
+    assert question.context.startswith(_turn("system", expected))
+
+
+@pytest.mark.parametrize("template", [NO_SYSTEM, "{{ messages[-1]['content'] }}"])
+def test_a_template_without_a_system_message_refuses_one(tmp_path, template):
+    _, chat = _chat(tmp_path, template)
+    with pytest.raises(SlimError, match=r"takes no system message, and --system is .Be brief\."):
+        chat.with_system("Be brief.")
+
+
 def test_a_template_that_refuses_everything_is_one_line(tmp_path):
     _, chat = _chat(tmp_path, "{{ raise_exception('never') }}")
     with pytest.raises(SlimError, match="refuses the questions: never"):

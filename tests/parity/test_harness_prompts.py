@@ -142,18 +142,28 @@ TEMPLATES = {
 }
 
 
+def _tokenizer(folder: Path, template: str) -> Any:
+    byte_tokenizer(folder / "t", chat_template=TEMPLATES[template], bos=True)
+    return load_tokenizer(folder / "t")
+
+
+def _harness_model(tokenizer: Any) -> Any:
+    """Return the harness's own model around ``tokenizer``, without weights."""
+    from lm_eval.models.huggingface import HFLM
+
+    model = HFLM.__new__(HFLM)
+    model.tokenizer, model.chat_template_args = tokenizer, {}
+    model.add_bos_token, model.custom_prefix_token_id = None, None
+    return model
+
+
 @pytest.mark.parametrize("multiturn", [True, False])
 @pytest.mark.parametrize("template", list(TEMPLATES))
 @pytest.mark.parametrize("name", list(TASKS))
 def test_chat_prompts(tmp_path, name, template, multiturn):
-    from lm_eval.models.huggingface import HFLM
-
-    byte_tokenizer(tmp_path / "t", chat_template=TEMPLATES[template], bos=True)
-    tokenizer = load_tokenizer(tmp_path / "t")
+    tokenizer = _tokenizer(tmp_path, template)
     hf = unwrap(tokenizer)
-    theirs = HFLM.__new__(HFLM)
-    theirs.tokenizer, theirs.chat_template_args = hf, {}
-    theirs.add_bos_token, theirs.custom_prefix_token_id = None, None
+    theirs = _harness_model(hf)
     rows = write_task_rows(tmp_path, name)
     spec = find_task(name)
     chat = Chat.of_model(hf, multiturn, [])
@@ -170,6 +180,28 @@ def test_chat_prompts(tmp_path, name, template, multiturn):
     encoder = Encoder(tokenizer, 10_000)
     for question in ours[:2]:
         assert list(encoder.encode(question.context)) == theirs.tok_encode(question.context)
+
+
+@pytest.mark.parametrize("system", ["Be brief.", "Be brief.\n"])
+@pytest.mark.parametrize("multiturn", [True, False])
+@pytest.mark.parametrize("template", ["chatml", "bos", "mistral"])
+@pytest.mark.parametrize("name", ["openbookqa", "mmlu_anatomy"])  # without and with a description
+def test_system_messages(tmp_path, name, template, multiturn, system):
+    hf = unwrap(_tokenizer(tmp_path, template))
+    rows = write_task_rows(tmp_path, name)
+    task = find_task(name)
+    chat = Chat.of_model(hf, multiturn, []).with_system(system)
+    ours = build_questions(task, load_rows(task, tmp_path, HARNESS), 2, chat=chat, sampling=HARNESS)
+    expected = _theirs(
+        name,
+        2,
+        rows,
+        system_instruction=system,
+        apply_chat_template=True,
+        fewshot_as_multiturn=multiturn,
+        chat_template=_harness_model(hf).apply_chat_template,
+    )
+    assert [question.context for question in ours] == expected
 
 
 def _harness_task(rows: list[dict[str, Any]], **keys: Any) -> Any:

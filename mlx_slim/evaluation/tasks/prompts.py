@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jinja2 import TemplateError
@@ -71,11 +71,26 @@ class Chat:
         own_bos: What it renders brings its own special tokens.
         turns: (system, examples as (question, answer), user) -> the prompt, where examples are
             turns of their own; None puts them into the user's message.
+        system: Begins every system message, before the task's description.
     """
 
     render: Callable[[str, str], str]
     own_bos: bool = False
     turns: Callable[[str, list[tuple[str, str]], str], str] | None = None
+    system: str = ""
+
+    def with_system(self, text: str) -> Chat:
+        """Return these prompts with ``text`` as the beginning of every system message.
+
+        Raises:
+            SlimError: The template refuses or ignores a system message.
+        """
+        if self.render(text, "?") == self.render("", "?"):
+            raise SlimError(
+                f"the chat template takes no system message, and --system is {text!r:.60}",
+                "leave --system out",
+            )
+        return replace(self, system=text)
 
     @classmethod
     def of_model(cls, tokenizer: Any, multiturn: bool, notes: list[str]) -> Chat:
@@ -209,6 +224,8 @@ class _Writer:
                     f'for what the field holds write "{{{{ {text} }}}}"',
                 )
         description = self._run(self._description, "description", row, place)
+        if self._chat:
+            description = _joined(self._chat.system, description, self._task.spec.separator)
         asked = self._run(self._prompt, "prompt", row, place)
         if self._chat and self._chat.turns:
             pairs = [self._pair(index) for index in self._chosen(part, row)]
@@ -338,6 +355,14 @@ class _Writer:
 
     def _error(self, place: str, problem: str, hint: str = "") -> SlimError:
         return SlimError(f"task {self._task.name}: {place}: {problem}", hint)
+
+
+def _joined(system: str, description: str, separator: str) -> str:
+    """Return a system message and a description as one text, parted as the harness parts them."""
+    if not (system and description):
+        return system or description
+    spaced = system[-1].isspace() or description[0].isspace()
+    return system + ("" if spaced else separator) + description
 
 
 def _without_templates(spec: TaskSpec) -> Iterator[tuple[str, str]]:
