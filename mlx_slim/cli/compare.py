@@ -19,7 +19,7 @@ from mlx_slim.errors import Interrupted, SlimError, did_you_mean, without_secret
 from mlx_slim.interrupts import Requested
 
 if TYPE_CHECKING:
-    from mlx_slim.compare.matrix import Cell, Layout
+    from mlx_slim.compare.matrix import Cell, MatrixPlan
 
 _POLL = 0.05  # seconds between two looks at a cell that runs
 
@@ -68,7 +68,7 @@ def command(
     _run(layout, folder, words, resume)
 
 
-def _run(layout: Layout, folder: Path, words: list[str], resume: bool) -> None:
+def _run(layout: MatrixPlan, folder: Path, words: list[str], resume: bool) -> None:
     from mlx_slim.cli.report import show
     from mlx_slim.compare import runner
     from mlx_slim.reading import read_object
@@ -137,11 +137,11 @@ def _exit_code(command: list[str], descriptor: int) -> int | None:
     return None if stop.requested else code
 
 
-def _one(layout: Layout, folder: Path, name: str, quiet: bool) -> None:
+def _one(layout: MatrixPlan, folder: Path, name: str, quiet: bool) -> None:
     """Make one cell; leave its error where the matrix looks for it."""
     from mlx_slim.artifacts import write_json
     from mlx_slim.compare.cell import Making
-    from mlx_slim.compare.jobs import Job
+    from mlx_slim.compare.jobs import MatrixRun
     from mlx_slim.console import Console
 
     cell = next((cell for cell in layout.cells if cell.name == name), None)
@@ -152,7 +152,7 @@ def _one(layout: Layout, folder: Path, name: str, quiet: bool) -> None:
         raise SlimError(f"{folder} is not prepared", "run the matrix without --only first")
     try:
         with Console("quiet" if quiet else "auto", title=name) as console:
-            Making(Job(layout, folder, console), cell).run()
+            Making(MatrixRun(layout, folder, console), cell).run()
     except Interrupted as stop:
         raise Interrupted(stop.message, "the matrix goes on with --resume") from stop
     except SlimError as error:
@@ -168,7 +168,7 @@ def _one(layout: Layout, folder: Path, name: str, quiet: bool) -> None:
         raise
 
 
-def _show_plan(layout: Layout) -> None:
+def _show_plan(layout: MatrixPlan) -> None:
     """Print the plan as a table."""
     from mlx_slim.compare.predict import plan
     from mlx_slim.runtime import human_bytes, human_duration

@@ -17,7 +17,7 @@ from mlx_slim import artifacts
 from mlx_slim.analyze.intruders import find_intruders
 from mlx_slim.artifacts import SCHEMA_VERSION, write_json
 from mlx_slim.compare import identity
-from mlx_slim.compare.jobs import Job, adapters, free, whole
+from mlx_slim.compare.jobs import MatrixRun, adapters, free, whole
 from mlx_slim.compare.matrix import Cell
 from mlx_slim.compare.measured import measured
 from mlx_slim.compare.predict import predicted_run
@@ -41,7 +41,7 @@ class Making:
         cell: Which one.
     """
 
-    def __init__(self, job: Job, cell: Cell) -> None:
+    def __init__(self, job: MatrixRun, cell: Cell) -> None:
         self.job, self.cell = job, cell
         self.folder = job.out / "cells" / cell.name
         self.base = job.base(cell)

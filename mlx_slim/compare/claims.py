@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_slim.compare.store import Stored, StoredCell
+from mlx_slim.compare.store import StoredCell, StoredMatrix
 from mlx_slim.evaluation import pooled, stats
 from mlx_slim.evaluation.comparison import ASKED
 
@@ -20,7 +20,7 @@ Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Score:
+class MethodScore:
     """Mean over tasks and seeds of one method.
 
     Attributes:
@@ -41,7 +41,7 @@ class Score:
 
 
 @dataclass
-class Claim:
+class MethodComparison:
     """One comparison of two methods of a model; every difference is second minus first.
 
     Attributes:
@@ -65,8 +65,8 @@ class Claim:
     model: str
     what: str
     tasks: list[str]
-    first: Score
-    second: Score
+    first: MethodScore
+    second: MethodScore
     delta: float
     p_value: float
     before: list[np.ndarray] = field(repr=False)
@@ -112,9 +112,9 @@ class Claim:
         return {**kept, "first": vars(self.first), "second": vars(self.second)}
 
 
-def claims(stored: Stored, tasks: list[dict[str, Any]]) -> list[Claim]:
+def claims(stored: StoredMatrix, tasks: list[dict[str, Any]]) -> list[MethodComparison]:
     """Return the comparisons that the headline is made of, not corrected yet."""
-    found: list[Claim | None] = []
+    found: list[MethodComparison | None] = []
     for model in dict.fromkeys(cell.model for cell in stored.cells):
         methods: dict[str, list[StoredCell]] = {}
         for cell in stored.cells:
@@ -155,7 +155,7 @@ def _small_and_large(
     return (ways["qlora"], large) if "qlora" in ways and large else None
 
 
-def score_of(cells: list[StoredCell], tasks: list[dict[str, Any]]) -> Score:
+def score_of(cells: list[StoredCell], tasks: list[dict[str, Any]]) -> MethodScore:
     """Return the mean of one method's cells over ``tasks``, all of which they answered."""
     values = [_values(cells, task) for task in tasks]
     value = float(np.mean([x.mean() for x in values]))
@@ -168,7 +168,7 @@ def score_of(cells: list[StoredCell], tasks: list[dict[str, Any]]) -> Score:
         error = sum(c * (1 - c) / len(x) for c, x in pairs) ** 0.5 / len(values)
         above = value - chance > pooled.errors_wide() * error
     names, interval = [cell.name for cell in cells], pooled.mean_interval(values, pooled.SCORES)
-    return Score(cells[0].method, names, value, interval, chance, above)
+    return MethodScore(cells[0].method, names, value, interval, chance, above)
 
 
 def _values(cells: list[StoredCell], task: dict[str, Any]) -> np.ndarray:
@@ -196,7 +196,7 @@ def _same_questions(cells: list[StoredCell], task: str) -> bool:
 
 def _claim(
     what: str, first: list[StoredCell], second: list[StoredCell], tasks: list[dict[str, Any]]
-) -> Claim | None:
+) -> MethodComparison | None:
     """Return a claim; None if the two have no task in common."""
     common = shared_tasks([*first, *second], tasks)
     if not common:
@@ -205,7 +205,7 @@ def _claim(
     after = [_values(second, task) for task in common]
     scores = [score_of(cells, common) for cells in (first, second)]
     differences = [y - x for x, y in zip(before, after, strict=True)]
-    return Claim(
+    return MethodComparison(
         model=first[0].model,
         what=what,
         tasks=[task["task"] for task in common],
@@ -218,9 +218,9 @@ def _claim(
     )
 
 
-def means(stored: Stored, tasks: list[dict[str, Any]]) -> dict[str, list[Score]]:
+def means(stored: StoredMatrix, tasks: list[dict[str, Any]]) -> dict[str, list[MethodScore]]:
     """Return the mean over tasks and seeds of each method, by model; without any task, none."""
-    found: dict[str, list[Score]] = {}
+    found: dict[str, list[MethodScore]] = {}
     for model in dict.fromkeys(cell.model for cell in stored.cells):
         own = [cell for cell in stored.cells if cell.model == model]
         groups = [

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mlx_slim.artifacts import read_records
-from mlx_slim.compare.store import Stored, StoredCell
+from mlx_slim.compare.store import StoredCell, StoredMatrix
 from mlx_slim.reading import read_object
 
 FLIPS = 2  # of each direction, cell and task
@@ -61,7 +61,7 @@ ROWS = {"hellaswag": 10_042, "mmlu": 14_042, "gsm8k": 1_319, "arc_easy": 2_376}
 ROWS |= {"arc_challenge": 1_172, "openbookqa": 500}
 
 
-def published(stored: Stored, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def published(stored: StoredMatrix, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return our base scores beside published ones of the same task, shots and metric."""
     found = []
     for row in rows:
@@ -113,7 +113,7 @@ def curves(cell: StoredCell) -> dict[str, Any] | None:
     return {"cell": cell.name, "train": train[::every], "validation": validation}
 
 
-def extraction(stored: Stored) -> list[dict[str, Any]]:
+def extraction(stored: StoredMatrix) -> list[dict[str, Any]]:
     """Return, for generated answers, in how many no number was found, and how they ended."""
     return [
         {
@@ -132,7 +132,7 @@ def extraction(stored: Stored) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------------- flips
 
 
-def flips(stored: Stored, tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def flips(stored: StoredMatrix, tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return questions to read: the first that each cell gained and lost against its base."""
     found: list[dict[str, Any]] = []
     for task in tasks:
@@ -232,7 +232,7 @@ def _cut(text: str, *, end: bool = False) -> str:
 # ------------------------------------------------------------------------------------- settings
 
 
-def differences(stored: Stored) -> dict[str, Any]:
+def differences(stored: StoredMatrix) -> dict[str, Any]:
     """Return what all tuned cells have in common and what each has of its own, by recipe key."""
     flat = {
         cell.name: _flat(cell.manifest["recipe"]) for cell in stored.cells if cell.kind == "tuned"
@@ -262,7 +262,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def machine_of(stored: Stored) -> dict[str, Any]:
+def machine_of(stored: StoredMatrix) -> dict[str, Any]:
     """Return provenance: the matrix's own, and a line for each cell made elsewhere."""
     own = stored.record["provenance"]
     others = [

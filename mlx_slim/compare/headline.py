@@ -12,7 +12,7 @@ from __future__ import annotations
 from statistics import mean, median
 from typing import Any
 
-from mlx_slim.compare.claims import Claim, Score
+from mlx_slim.compare.claims import MethodComparison, MethodScore
 from mlx_slim.evaluation.stats import LEVEL
 
 _WAYS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA", "dora": "DoRA"}
@@ -21,8 +21,8 @@ _WAYS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA", "dora": "
 def headline(
     rows: list[dict[str, Any]],
     found: list[dict[str, Any]],
-    pooled: list[Claim],
-    scores: dict[str, list[Score]],
+    pooled: list[MethodComparison],
+    scores: dict[str, list[MethodScore]],
     tasks: list[dict[str, Any]],
 ) -> list[str]:
     """Return the sentences.
@@ -49,8 +49,10 @@ def headline(
     return lines
 
 
-def _of_model(rows: list[dict[str, Any]], claims: list[Claim], scores: list[Score]) -> list[str]:
-    by_what: dict[str, list[Claim]] = {}
+def _of_model(
+    rows: list[dict[str, Any]], claims: list[MethodComparison], scores: list[MethodScore]
+) -> list[str]:
+    by_what: dict[str, list[MethodComparison]] = {}
     for claim in claims:
         by_what.setdefault(claim.what, []).append(claim)
     if "pruned" in by_what:
@@ -70,7 +72,7 @@ def _of_model(rows: list[dict[str, Any]], claims: list[Claim], scores: list[Scor
     return lines
 
 
-def _kept(claim: Claim, rows: list[dict[str, Any]]) -> str:
+def _kept(claim: MethodComparison, rows: list[dict[str, Any]]) -> str:
     """Say how much of full fine-tuning's (or LoRA's) score QLoRA keeps."""
     small, large = (_rows_of(rows, score) for score in (claim.second, claim.first))
     bits = small[0]["train"].get("bits")
@@ -79,7 +81,7 @@ def _kept(claim: Claim, rows: list[dict[str, Any]]) -> str:
     return f"{_share(claim, who, other)}{_memory(small, large)}."
 
 
-def _share(claim: Claim, who: str, other: str) -> str:
+def _share(claim: MethodComparison, who: str, other: str) -> str:
     """Say which share of another score is kept, or that this can't be seen."""
     if claim.ratio is None or claim.ratio_above_chance is None:
         return (
@@ -97,7 +99,7 @@ def _share(claim: Claim, who: str, other: str) -> str:
     )
 
 
-def _gain(claim: Claim, methods: int) -> str:
+def _gain(claim: MethodComparison, methods: int) -> str:
     """Say what the best method adds to the base, and how it was picked."""
     who = _way(claim.second.method)
     if methods > 1:
@@ -117,7 +119,9 @@ def _gain(claim: Claim, methods: int) -> str:
     )
 
 
-def _pruned(claim: Claim, recovered: list[Claim], rows: list[dict[str, Any]]) -> str:
+def _pruned(
+    claim: MethodComparison, recovered: list[MethodComparison], rows: list[dict[str, Any]]
+) -> str:
     """Say what a pruned model kept, and what each way of recovery brought back."""
     cut = _rows_of(rows, claim.second)[0]["pruned"]
     size = cut["parameters_after"] / cut["parameters_before"]
@@ -138,7 +142,7 @@ def _pruned(claim: Claim, recovered: list[Claim], rows: list[dict[str, Any]]) ->
     )
 
 
-def _difference(claim: Claim) -> str:
+def _difference(claim: MethodComparison) -> str:
     """Return a difference with its interval: its size if it is flagged, else the plain word."""
     low, high = claim.interval
     delta = f"{_signed(claim.delta)} (interval {_signed(low)} to {_signed(high)}"
@@ -157,11 +161,11 @@ def _memory(small: list[dict[str, Any]], large: list[dict[str, Any]]) -> str:
     return f"; {mean(peaks[0]) / mean(peaks[1]):.0%} of the training memory, as predicted"
 
 
-def _rows_of(rows: list[dict[str, Any]], score: Score) -> list[dict[str, Any]]:
+def _rows_of(rows: list[dict[str, Any]], score: MethodScore) -> list[dict[str, Any]]:
     return [row for row in rows if row["name"] in score.cells]
 
 
-def _alone(score: Score) -> str:
+def _alone(score: MethodScore) -> str:
     """Return a score that is compared with nothing but chance."""
     low, high = score.interval
     chance = f"chance {_points(score.chance)}"

@@ -19,7 +19,7 @@ import mlx.core as mx
 from mlx_slim import artifacts
 from mlx_slim.artifacts import SCHEMA_VERSION, read_json, write_json
 from mlx_slim.compare import identity
-from mlx_slim.compare.matrix import Cell, Layout, cell_recipe, prune_options
+from mlx_slim.compare.matrix import Cell, MatrixPlan, cell_recipe, prune_options
 from mlx_slim.compare.store import MANIFEST, MATRIX_FILE
 from mlx_slim.config.load import Resolved
 from mlx_slim.distillation.mutual import FIRST
@@ -38,7 +38,7 @@ from mlx_slim.reading import read_object
 
 
 @dataclass
-class Job:
+class MatrixRun:
     """What the jobs of one matrix share.
 
     Attributes:
@@ -47,7 +47,7 @@ class Job:
         observer: Hears of every event.
     """
 
-    layout: Layout
+    layout: MatrixPlan
     out: Path
     observer: Observer
 

@@ -121,7 +121,7 @@ class OmitEntry(Section):
     why: str
 
 
-class Matrix(Section):
+class MatrixSpec(Section):
     """A whole comparison.
 
     Attributes:
@@ -159,8 +159,8 @@ class Cell:
 
     Attributes:
         name: Its folder's name.
-        model: Key of ``Matrix.models``.
-        method: Key of ``Matrix.methods``.
+        model: Key of ``MatrixSpec.models``.
+        method: Key of ``MatrixSpec.methods``.
         kind: Of the method.
         seed: Of training; None where nothing is trained.
         recipe: Of tuned cells, and what ``quantized`` ones are quantized with. The model is its
@@ -180,7 +180,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Layout:
+class MatrixPlan:
     """The cells of a matrix in the order to run them, and those that cannot be.
 
     Attributes:
@@ -191,7 +191,7 @@ class Layout:
         refused: (cell, why): wrong in the file; the others go on.
     """
 
-    matrix: Matrix
+    matrix: MatrixSpec
     name: str
     cells: list[Cell]
     omitted: list[tuple[str, str, str]] = field(default_factory=list)
@@ -200,7 +200,7 @@ class Layout:
 
 def load_matrix(
     name_or_path: str, overrides: Sequence[str] = (), *, limit: int | None = None
-) -> Layout:
+) -> MatrixPlan:
     """Return the cells that a file asks for.
 
     Args:
@@ -212,8 +212,8 @@ def load_matrix(
         SlimError: If the file cannot be read, or has wrong keys or values.
     """
     text = str(name_or_path)
-    layers = read_layers(text, overrides, Matrix, "matrices")
-    matrix = checked(Matrix, layers.values, layers.origins, layers.problems, f"matrix {text}")
+    layers = read_layers(text, overrides, MatrixSpec, "matrices")
+    matrix = checked(MatrixSpec, layers.values, layers.origins, layers.problems, f"matrix {text}")
     if limit is not None:
         tasks = [t.model_copy(update={"limit": min(limit, t.limit or limit)}) for t in matrix.tasks]
         matrix = matrix.model_copy(update={"tasks": tasks})
@@ -221,7 +221,7 @@ def load_matrix(
     return expand(matrix, layers.file.stem)
 
 
-def _check(matrix: Matrix, text: str) -> None:
+def _check(matrix: MatrixSpec, text: str) -> None:
     """Refuse what concerns the whole matrix: names, data in two places, a task asked twice."""
     problems = [
         f"{what}.{name}: a name has letters, digits, '.', '_' and '-' only"
@@ -249,9 +249,9 @@ def _check(matrix: Matrix, text: str) -> None:
         raise SlimError(f"matrix {text}: {len(problems)} problems", details=problems)
 
 
-def expand(matrix: Matrix, name: str) -> Layout:
+def expand(matrix: MatrixSpec, name: str) -> MatrixPlan:
     """Return the cells of a checked matrix, those left out, and those that it cannot have."""
-    layout = Layout(matrix, name, [])
+    layout = MatrixPlan(matrix, name, [])
     skipped = {(entry.model, entry.method): entry.why for entry in matrix.omit}
     for model, entry in matrix.models.items():
         wanted = list(matrix.methods) if entry.methods is None else entry.methods
@@ -266,7 +266,7 @@ def expand(matrix: Matrix, name: str) -> Layout:
     return layout
 
 
-def _add(layout: Layout, model: str, method: str) -> None:
+def _add(layout: MatrixPlan, model: str, method: str) -> None:
     """Add the cells of a model and a method: one a seed, or one."""
     matrix = layout.matrix
     for seed in matrix.seeds if _seeded(matrix, method) else [None]:
@@ -281,7 +281,7 @@ def _add(layout: Layout, model: str, method: str) -> None:
             layout.refused.append((name, why + (f" ({error.hint})" if error.hint else "")))
 
 
-def _seeded(matrix: Matrix, method: str) -> bool:
+def _seeded(matrix: MatrixSpec, method: str) -> bool:
     """Return whether cells of a method differ by seed: something is trained, here or before."""
     above = list(matrix.methods)
     while True:
@@ -294,7 +294,7 @@ def _seeded(matrix: Matrix, method: str) -> bool:
         method = entry.of
 
 
-def _cell(layout: Layout, model: str, method: str, seed: int | None, name: str) -> Cell:
+def _cell(layout: MatrixPlan, model: str, method: str, seed: int | None, name: str) -> Cell:
     matrix, entry = layout.matrix, layout.matrix.methods[method]
     parent = None
     if entry.kind == "fused" or entry.of is not None:
@@ -306,7 +306,7 @@ def _cell(layout: Layout, model: str, method: str, seed: int | None, name: str) 
     return Cell(name, model, method, entry.kind, seed, recipe, rates, parent)
 
 
-def _parent(layout: Layout, model: str, method: str, seed: int | None) -> str:
+def _parent(layout: MatrixPlan, model: str, method: str, seed: int | None) -> str:
     """Return the name of the cell that a cell starts from.
 
     Raises:
@@ -343,7 +343,7 @@ def _one_of(given: str | None, known: list[str]) -> str:
 
 
 def cell_recipe(
-    matrix: Matrix,
+    matrix: MatrixSpec,
     model: str,
     method: str,
     seed: int | None,
@@ -381,7 +381,7 @@ def cell_recipe(
     return from_layers(layers, name)
 
 
-def prune_options(matrix: Matrix, method: str) -> PruneOptions:
+def prune_options(matrix: MatrixSpec, method: str) -> PruneOptions:
     """Return the options of a pruned method.
 
     Raises:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from mlx_slim.compare.matrix import Cell, Kind, Layout, Matrix, prune_options
+from mlx_slim.compare.matrix import Cell, Kind, MatrixPlan, MatrixSpec, prune_options
 from mlx_slim.compare.questions import plain_questions
 from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError
@@ -99,7 +99,7 @@ def predicted_run(
     return predict_run(config, recipe, _config, speed=speed, budget=budget, suggest=False)
 
 
-def plan(layout: Layout) -> list[Line]:
+def plan(layout: MatrixPlan) -> list[Line]:
     """Return a line for every cell of the matrix, those that cannot run among them."""
     budget = memory_budget(layout.matrix.budget)
     configs: dict[str, dict[str, Any]] = {}  # of the cells that leave other shapes
@@ -112,7 +112,7 @@ def plan(layout: Layout) -> list[Line]:
     return list(lines.values())
 
 
-def _line(matrix: Matrix, cell: Cell, budget: int, configs: dict[str, dict[str, Any]]) -> Line:
+def _line(matrix: MatrixSpec, cell: Cell, budget: int, configs: dict[str, dict[str, Any]]) -> Line:
     """Return the plan of a cell, and note its model's configuration in ``configs``."""
     recipe = cell.recipe.recipe
     config = source = configs.get(cell.parent or "")

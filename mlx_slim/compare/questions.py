@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_slim.artifacts import hash_bytes, hash_json, write_json, write_text
-from mlx_slim.compare.matrix import HeldOutEntry, Matrix, TaskEntry
+from mlx_slim.compare.matrix import HeldOutEntry, MatrixSpec, TaskEntry
 from mlx_slim.config.task import TaskSpec
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.jobs import asked_of
@@ -55,7 +55,7 @@ class _Stored:
     asked: dict[str, Any]
 
 
-def write_questions(matrix: Matrix, folder: Path) -> dict[str, Any]:
+def write_questions(matrix: MatrixSpec, folder: Path) -> dict[str, Any]:
     """Write ``<task>.jsonl`` for each task, the held-out text, and ``tasks.json``.
 
     Returns:

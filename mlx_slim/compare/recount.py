@@ -29,7 +29,7 @@ from mlx_slim.compare.jobs import adapters, rounded_name, whole
 from mlx_slim.compare.matrix import Matrix, expand
 from mlx_slim.compare.measured import measured
 from mlx_slim.compare.questions import HELD_OUT, stored_questions, stored_task
-from mlx_slim.compare.store import Stored, StoredCell
+from mlx_slim.compare.store import StoredCell, StoredMatrix
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.results import PROGRESS_FILE, STATE_FILE, samples_name, whole_chunks
 from mlx_slim.evaluation.score import NOT_TOLD, section, timing
@@ -87,7 +87,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-def recount(stored: Stored, ledger: Ledger) -> None:
+def recount(stored: StoredMatrix, ledger: Ledger) -> None:
     """Check everything below the manifests, and the manifests, into ``ledger``."""
     folder = stored.folder / "questions"
     for name, digest in stored.record.get("questions_sha256", {}).items():

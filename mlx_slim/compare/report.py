@@ -64,7 +64,7 @@ def report(folder: Path) -> Report:
     return done
 
 
-def pages(stored: store.Stored, results: dict[str, Any]) -> dict[str, str]:
+def pages(stored: store.StoredMatrix, results: dict[str, Any]) -> dict[str, str]:
     """Return the text of each page, a function of what is stored.
 
     Raises:
@@ -74,7 +74,7 @@ def pages(stored: store.Stored, results: dict[str, Any]) -> dict[str, str]:
         return _pages(stored, results)
 
 
-def _pages(stored: store.Stored, results: dict[str, Any]) -> dict[str, str]:
+def _pages(stored: store.StoredMatrix, results: dict[str, Any]) -> dict[str, str]:
     curves = [curve for cell in stored.cells if (curve := evidence.curves(cell))]
     values = {**results, "plots": drawings(results, curves)}
     environment = _environment()
@@ -82,7 +82,7 @@ def _pages(stored: store.Stored, results: dict[str, Any]) -> dict[str, str]:
     return {name: environment.get_template(f"{name}.j2").render(values) for name in names}
 
 
-def build(stored: store.Stored) -> dict[str, Any]:
+def build(stored: store.StoredMatrix) -> dict[str, Any]:
     """Return everything that the report says, as one JSON object.
 
     Raises:
@@ -92,7 +92,7 @@ def build(stored: store.Stored) -> dict[str, Any]:
         return _build(stored)
 
 
-def _build(stored: store.Stored) -> dict[str, Any]:
+def _build(stored: store.StoredMatrix) -> dict[str, Any]:
     tasks = tables.tasks_of(stored)
     rows = [tables.row_of(cell, tasks) for cell in stored.cells]
     found, notes = tables.contrasts(stored, tasks)
@@ -126,7 +126,7 @@ def _build(stored: store.Stored) -> dict[str, Any]:
     }
 
 
-def _models(stored: store.Stored) -> dict[str, Any]:
+def _models(stored: store.StoredMatrix) -> dict[str, Any]:
     """Return the models with the hash of their weights, as the cells found them."""
     hashes = {cell.model: cell.manifest["weights_sha256"] for cell in stored.cells}
     return {

@@ -18,7 +18,7 @@ from typing import Any
 
 from mlx_slim.artifacts import SCHEMA_VERSION, write_json
 from mlx_slim.compare import identity
-from mlx_slim.compare.matrix import Cell, Layout
+from mlx_slim.compare.matrix import Cell, MatrixPlan
 from mlx_slim.compare.predict import Line, plan
 from mlx_slim.compare.questions import task_name, write_questions
 from mlx_slim.compare.store import MANIFEST, MATRIX_FILE
@@ -47,7 +47,7 @@ class Ran:
     seconds: float = 0.0
 
 
-def prepare(layout: Layout, out: Path, resume: bool) -> list[Cell]:
+def prepare(layout: MatrixPlan, out: Path, resume: bool) -> list[Cell]:
     """Claim the folder, write ``matrix.json`` and the questions; return the cells to run.
 
     Raises:
@@ -62,7 +62,7 @@ def prepare(layout: Layout, out: Path, resume: bool) -> list[Cell]:
     return cells
 
 
-def _check_same(out: Path, layout: Layout) -> None:
+def _check_same(out: Path, layout: MatrixPlan) -> None:
     known = read_object(out / MATRIX_FILE)
     if known.get("schema_version") != SCHEMA_VERSION:
         raise SlimError(
@@ -76,7 +76,7 @@ def _check_same(out: Path, layout: Layout) -> None:
         )
 
 
-def _record(layout: Layout, cells: list[Cell], lines: dict[str, Line]) -> dict[str, Any]:
+def _record(layout: MatrixPlan, cells: list[Cell], lines: dict[str, Line]) -> dict[str, Any]:
     matrix = layout.matrix
     omitted = [{"model": m, "method": w, "why": why} for m, w, why in layout.omitted]
     omitted += [

@@ -84,7 +84,7 @@ class StoredCell:
 
 
 @dataclass
-class Stored:
+class StoredMatrix:
     """A matrix on disk.
 
     Attributes:
@@ -102,7 +102,7 @@ class Stored:
     sweeps: list[dict[str, Any]]
 
 
-def load(folder: Path) -> Stored:
+def load(folder: Path) -> StoredMatrix:
     """Read a matrix folder.
 
     Raises:
@@ -121,7 +121,7 @@ def load(folder: Path) -> Stored:
     with library_errors(f"{short(file)} is damaged", AGAIN):
         refused = [(name, why) for name, why in record["refused"]]
         names = [Path(name).name for name in record["cells"]]
-    stored = Stored(folder, record, [], refused, [])
+    stored = StoredMatrix(folder, record, [], refused, [])
     for name in names:
         cell = _cell_or_why(folder, name)
         if isinstance(cell, str):

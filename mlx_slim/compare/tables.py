@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_slim.compare.claims import Claim
-from mlx_slim.compare.store import Stored, StoredCell
+from mlx_slim.compare.claims import MethodComparison
+from mlx_slim.compare.store import StoredCell, StoredMatrix
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation import stats
 from mlx_slim.evaluation.comparison import ASKED
@@ -24,7 +24,7 @@ from mlx_slim.evaluation.tasks.metrics import first_metric
 RESAMPLED = 60  # pairs of cells up to which a bootstrap is drawn within parts too
 
 
-def tasks_of(stored: Stored) -> list[dict[str, Any]]:
+def tasks_of(stored: StoredMatrix) -> list[dict[str, Any]]:
     """Return what was asked, in the order of the matrix: name, metric, n, shots."""
     found: dict[str, dict[str, Any]] = {}
     for cell in stored.cells:
@@ -127,7 +127,7 @@ _STEPS = {
 
 
 def contrasts(
-    stored: Stored, tasks: list[dict[str, Any]]
+    stored: StoredMatrix, tasks: list[dict[str, Any]]
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Return every paired comparison, and a line for each that could not be made.
 
@@ -153,7 +153,7 @@ def contrasts(
     return rows, notes
 
 
-def corrected(rows: list[dict[str, Any]], pooled: list[Claim]) -> None:
+def corrected(rows: list[dict[str, Any]], pooled: list[MethodComparison]) -> None:
     """Fill in p values corrected by Holm over all comparisons of a model, and what they say.
 
     A claim of the headline that is one row of the table takes that row's p value; the others are

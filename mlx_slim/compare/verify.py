@@ -56,7 +56,7 @@ def verify(folder: Path) -> Verified:
     return Verified(len(stored.cells), questions, ledger.numbers, stored.failed)
 
 
-def count_again(stored: store.Stored) -> tuple[Ledger, dict[str, Any]]:
+def count_again(stored: store.StoredMatrix) -> tuple[Ledger, dict[str, Any]]:
     """Return the comparison of all numbers, and ``results.json`` as it should be.
 
     Raises:

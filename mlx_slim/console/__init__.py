@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_slim import runtime
-from mlx_slim.console.training import Progress, sparkline
+from mlx_slim.console.training import TrainingProgress, sparkline
 from mlx_slim.events import Closing, Event, Notice
 
 __all__ = ["Console", "Display", "Mode", "Progress", "sparkline"]
@@ -88,7 +88,7 @@ class Console(Closing):
             terminal = self._output.is_terminal and not self._output.is_dumb_terminal
             mode = "live" if terminal else "plain"
         self.mode = mode
-        self.display = display or Progress()
+        self.display = display or TrainingProgress()
         self._silent = (runtime.world().rank() if rank is None else rank) != 0
         self._live: Live | None = None
         if mode == "live" and not self._silent:

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_slim.console.scoring import figure
-from mlx_slim.evaluation.comparison import BITS, Comparison, Row
+from mlx_slim.evaluation.comparison import BITS, Comparison, MetricComparison
 from mlx_slim.evaluation.results import TIMINGS_FILE
 from mlx_slim.reading import read_object
 from mlx_slim.runtime import human_bytes
@@ -112,7 +112,7 @@ def show_comparison(comparison: Comparison, *, terminal: Terminal | None = None)
     )
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: MetricComparison) -> list[str]:
     found = row.paired
     scale, digits = (1, 4) if row.unit == BITS else (100, 2)
     # Resamples of few documents are too alike; one question or document has no spread at all.

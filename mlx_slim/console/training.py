@@ -65,7 +65,7 @@ def _forgetting(event: ForgettingMeasured) -> str:
     return f"{event.bits_per_byte:.4f} bits/byte ({event.rise:+.2%})"
 
 
-class Progress:
+class TrainingProgress:
     """The state of a loop, gathered from its events; ``None`` where nothing was reported yet."""
 
     first: type[Event] = Started
@@ -168,15 +168,15 @@ class Progress:
                 )
         return None
 
-    def view(self, title: str) -> View:
+    def view(self, title: str) -> TrainingView:
         """Return the live view."""
-        return View(self, title)
+        return TrainingView(self, title)
 
 
-class View:
+class TrainingView:
     """The live view: the same number of rows at every moment, so nothing jumps."""
 
-    def __init__(self, progress: Progress, title: str) -> None:
+    def __init__(self, progress: TrainingProgress, title: str) -> None:
         self.progress, self.title = progress, title
 
     def __rich_console__(self, console: RichConsole, options: ConsoleOptions) -> RenderResult:

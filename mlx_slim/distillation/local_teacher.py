@@ -22,7 +22,7 @@ from mlx_slim.data.tokenize import unwrap
 from mlx_slim.distillation.teachers import fingerprint, load_teacher, name_of
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.scoring.generate import generate_batch
-from mlx_slim.evaluation.scoring.requests import Encoder, max_length
+from mlx_slim.evaluation.scoring.requests import RequestEncoder, max_length
 from mlx_slim.models.limits import limit_of
 from mlx_slim.models.load import load_tokenizer, read_config
 
@@ -101,7 +101,7 @@ class LocalTeacher:
         self._chat = bool(template)
         self._model: Any = None
         model_config = read_config(model, config.revision)
-        self._encoder = Encoder(
+        self._encoder = RequestEncoder(
             self._tokenizer,
             max_length(model_config, self._tokenizer),
             chat=self._chat,

@@ -46,7 +46,7 @@ POINTS, BITS = "points", "bits/byte"
 
 
 @dataclass(frozen=True)
-class Row:
+class MetricComparison:
     """One metric of one task; differences are second minus first.
 
     Attributes:
@@ -89,7 +89,7 @@ class Comparison:
 
     first: str
     second: str
-    rows: list[Row]
+    rows: list[MetricComparison]
     notes: list[str]
     draws: int
     seed: int
@@ -144,7 +144,7 @@ def compare(out_a: Path, out_b: Path, *, draws: int = stats.DRAWS, seed: int = 0
             f"{out_a} and {out_b} were not asked the same: {'; '.join(differing)}",
             "score both on the same rows, with the same shots and task versions",
         )
-    rows: list[Row] = []
+    rows: list[MetricComparison] = []
     for name in common:
         samples = [
             _samples(out, name, own[name])
@@ -156,7 +156,7 @@ def compare(out_a: Path, out_b: Path, *, draws: int = stats.DRAWS, seed: int = 0
     return Comparison(_who(results[0]), _who(results[1]), judged, notes, draws=draws, seed=seed)
 
 
-def _no_better_than_guessing(row: Row) -> str:
+def _no_better_than_guessing(row: MetricComparison) -> str:
     """Return a line if a task's verdict is about models that guess; empty otherwise."""
     if not row.verdict or row.chance is None:
         return ""
@@ -214,7 +214,7 @@ def _rows(
     seed: int,
     *,
     tests: int,
-) -> list[Row]:
+) -> list[MetricComparison]:
     keys = [[(s.get("subject"), s["doc_id"], s.get("window")) for s in side] for side in samples]
     if keys[0] != keys[1]:
         raise SlimError(f"{task}: the two files hold other questions", "score both models again")
@@ -232,7 +232,7 @@ def _rows(
         changed = list(zip(ids, a_N, b_N, strict=True))
         text = task == TEXT
         rows.append(
-            Row(
+            MetricComparison(
                 task=task,
                 metric=metric,
                 num_fewshot=section.get("num_fewshot"),
@@ -259,7 +259,7 @@ def _documents(windows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"doc_id": doc_id, "loglikelihood": value} for doc_id, value in sums.items()]
 
 
-def _judged(rows: list[Row]) -> list[Row]:
+def _judged(rows: list[MetricComparison]) -> list[MetricComparison]:
     """Return the rows with adjusted p values and verdicts on each task's first metric."""
     names: dict[str, list[str]] = {}
     for row in rows:
@@ -280,5 +280,5 @@ def _judged(rows: list[Row]) -> list[Row]:
             continue
         p_holm = adjusted[row.task]
         words = stats.verdict(row.paired.delta, p_holm, row.paired.detectable, unit=row.unit)
-        judged.append(Row(**{**vars(row), "p_holm": p_holm, "verdict": words}))
+        judged.append(MetricComparison(**{**vars(row), "p_holm": p_holm, "verdict": words}))
     return judged

@@ -19,9 +19,14 @@ import mlx.nn as nn
 
 from mlx_slim.artifacts import hash_json
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluation.scoring.generate import MOST_ANSWERS, Tally, generate_batch
-from mlx_slim.evaluation.scoring.loglikelihood import Scorer
-from mlx_slim.evaluation.scoring.requests import Encoder, Request, common_prefix, shared_length
+from mlx_slim.evaluation.scoring.generate import MOST_ANSWERS, GenerationCounts, generate_batch
+from mlx_slim.evaluation.scoring.loglikelihood import LoglikelihoodScorer
+from mlx_slim.evaluation.scoring.requests import (
+    Request,
+    RequestEncoder,
+    common_prefix,
+    shared_length,
+)
 from mlx_slim.evaluation.tasks.metrics import (
     figure,
     first_metric,
@@ -54,7 +59,7 @@ class Engine:
 
     model: nn.Module
     tokenizer: TokenizerWrapper
-    scorer: Scorer
+    scorer: LoglikelihoodScorer
     cache_bytes: int | None = None
     batch_tokens: int | None = None
 
@@ -80,7 +85,7 @@ class Computed:
     group: str = ""
 
 
-class Job(Protocol):
+class ScoringJob(Protocol):
     """A task with its questions: what an evaluation is made of."""
 
     @property
@@ -140,7 +145,7 @@ class TaskJob:
     num_fewshot: int
     limit: int | None
     questions: list[Question]
-    encoder: Encoder
+    encoder: RequestEncoder
     chat: bool = False
     shots_checksum: str | None = None
     sampling: str = FIRST
@@ -292,7 +297,7 @@ class TaskJob:
         batch = MOST_ANSWERS
         if engine.batch_tokens is not None:
             batch = max(1, min(batch, engine.batch_tokens // (max(map(len, prompts)) + longest)))
-        tally = Tally()
+        tally = GenerationCounts()
         answers = generate_batch(
             engine.model,
             engine.tokenizer,

@@ -22,13 +22,13 @@ from mlx_slim.adapters.store import adapter_hash, check_adapter
 from mlx_slim.data.templates import load_template
 from mlx_slim.data.tokenize import unwrap
 from mlx_slim.errors import ResourceError, RowLimit, SlimError, did_you_mean
-from mlx_slim.evaluation.jobs import Job, TaskJob
+from mlx_slim.evaluation.jobs import ScoringJob, TaskJob
 from mlx_slim.evaluation.results import RESULTS, STATE_FILE, Folder
 from mlx_slim.evaluation.score import Target
 from mlx_slim.evaluation.scoring.answer_cache import planned_footprint
 from mlx_slim.evaluation.scoring.perplexity import NAME as TEXT
-from mlx_slim.evaluation.scoring.perplexity import TextJob, Texts, read_texts
-from mlx_slim.evaluation.scoring.requests import Encoder, max_length
+from mlx_slim.evaluation.scoring.perplexity import TextDocuments, TextJob, read_texts
+from mlx_slim.evaluation.scoring.requests import RequestEncoder, max_length
 from mlx_slim.evaluation.tasks.prompts import Chat, Question, build_questions
 from mlx_slim.evaluation.tasks.rows import TaskRows, load_rows, shots_checksum
 from mlx_slim.evaluation.tasks.spec import Selection, expand
@@ -176,7 +176,7 @@ def result_folders(sources: Sequence[str], out: Path) -> list[Path]:
 
 
 @dataclass(frozen=True)
-class Asked:
+class TaskQuestions:
     """A task with its rows; no model is needed for it.
 
     Attributes:
@@ -190,7 +190,7 @@ class Asked:
     questions: list[Question]
 
 
-def read_tasks(names: list[str], options: EvalOptions) -> list[Asked]:
+def read_tasks(names: list[str], options: EvalOptions) -> list[TaskQuestions]:
     """Return the tasks and suites ``names`` with their rows, every prompt rendered.
 
     Raises:
@@ -208,12 +208,12 @@ def read_tasks(names: list[str], options: EvalOptions) -> list[Asked]:
             options.limit,
             sampling=selection.sampling,
         )
-        found.append(Asked(selection, rows, questions))
+        found.append(TaskQuestions(selection, rows, questions))
     return found
 
 
 def _task_job(
-    asked: Asked,
+    asked: TaskQuestions,
     options: EvalOptions,
     tokenizer: Any,
     longest: int,
@@ -249,7 +249,9 @@ def _task_job(
         num_fewshot=shots,
         limit=options.limit,
         questions=questions,
-        encoder=Encoder(tokenizer, longest, chat=chat is not None and chat.own_bos, limit=limit),
+        encoder=RequestEncoder(
+            tokenizer, longest, chat=chat is not None and chat.own_bos, limit=limit
+        ),
         chat=chat is not None,
         shots_checksum=shots_checksum(task, asked.rows, shots),
         sampling=asked.selection.sampling,
@@ -261,8 +263,8 @@ def _task_job(
 def _target(
     source: str,
     config: dict[str, Any],
-    tasks: Sequence[Asked],
-    texts: Texts | None,
+    tasks: Sequence[TaskQuestions],
+    texts: TextDocuments | None,
     options: EvalOptions,
 ) -> Target:
     """Return one model's target: its files are here and looked at, its weights are not loaded."""
@@ -289,11 +291,11 @@ def _target(
     longest = options.max_length or longest
     limit = limit_of(config)
     notes: list[str] = []
-    jobs: list[Job] = [
+    jobs: list[ScoringJob] = [
         _task_job(asked, options, tokenizer, longest, limit, notes) for asked in tasks
     ]
     if texts is not None:
-        jobs.append(TextJob(texts, Encoder(tokenizer, longest, limit=limit)))
+        jobs.append(TextJob(texts, RequestEncoder(tokenizer, longest, limit=limit)))
     positions = max(job.positions for job in jobs)
     least = planned_footprint(config, dtype.size).least(positions)
     takes += f", the keys and values of {positions:,} tokens {runtime.human_bytes(least)}"
@@ -346,7 +348,7 @@ def _check_memory(needed: int, takes: str, hint: str) -> None:
 
 
 def _trained_on(
-    artifacts: Sequence[Path], tasks: Sequence[Asked], options: EvalOptions
+    artifacts: Sequence[Path], tasks: Sequence[TaskQuestions], options: EvalOptions
 ) -> dict[str, dict[str, Any]]:
     """Return task -> how many of its questions the model was trained on, and in which run."""
     known = trained_keys(artifacts)
@@ -360,7 +362,7 @@ def _trained_on(
     return found
 
 
-def _check_disk(out: Path, jobs: list[Job]) -> None:
+def _check_disk(out: Path, jobs: list[ScoringJob]) -> None:
     """Refuse a disk that cannot hold the samples."""
     needed = _MIN_DISK + sum(_SAMPLE_BYTES * job.chunks[-1].stop for job in jobs)
     parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())

@@ -17,10 +17,10 @@ import mlx.core as mx
 
 from mlx_slim import artifacts, events, runtime
 from mlx_slim.adapters.stack import Weighted, load_adapters, used_folders
-from mlx_slim.evaluation.jobs import Computed, Engine, Job, TaskJob
+from mlx_slim.evaluation.jobs import Computed, Engine, ScoringJob, TaskJob
 from mlx_slim.evaluation.results import RESULTS, Entry, Folder, encode, load_results, samples_name
 from mlx_slim.evaluation.scoring.answer_cache import joins
-from mlx_slim.evaluation.scoring.loglikelihood import MEMORY, Scorer
+from mlx_slim.evaluation.scoring.loglikelihood import MEMORY, LoglikelihoodScorer
 from mlx_slim.evaluation.scoring.perplexity import NAME as TEXT
 from mlx_slim.models.quantized import densify, densify_pays
 from mlx_slim.quantization.base import load_base
@@ -60,7 +60,7 @@ class Target:
     batch_tokens: int | None
     notes: list[str]
     memory: int
-    jobs: list[Job]
+    jobs: list[ScoringJob]
     folder: Path
     started: bool
     state: dict[str, Any]
@@ -155,7 +155,7 @@ def _load(target: Target, observer: events.Observer) -> Engine:
         left = max(1, target.memory - mx.get_active_memory())
         target.state["cache_bytes"] = 1 << (left.bit_length() - 1)  # the same twice, as a rule
     cache_bytes = target.state["cache_bytes"] = _from_first_rank(target.state["cache_bytes"])
-    scorer = Scorer(
+    scorer = LoglikelihoodScorer(
         loaded.model, batch_tokens=target.batch_tokens, memory=min(MEMORY, cache_bytes // 2)
     )
     notes = [*target.notes, *loaded.notes, *scorer.notes]
@@ -167,7 +167,7 @@ def _load(target: Target, observer: events.Observer) -> Engine:
     return Engine(loaded.model, loaded.tokenizer, scorer, cache_bytes, target.batch_tokens)
 
 
-def _rounds(job: Job, engine: Engine, done: int) -> Iterator[tuple[list[bytes], float]]:
+def _rounds(job: ScoringJob, engine: Engine, done: int) -> Iterator[tuple[list[bytes], float]]:
     """Yield the next chunks, one a rank, as ``_pack`` packs them, and the seconds of each."""
     group = runtime.world()
     chunks = job.chunks
@@ -216,7 +216,7 @@ class _Watch:
             )
         )
 
-    def _answered(self, job: Job) -> int:
+    def _answered(self, job: ScoringJob) -> int:
         done = self._folder.done(job.name)
         return job.chunks[done - 1].stop if done else 0
 
@@ -225,11 +225,11 @@ class _Watch:
         finished = sum(sum(weights[: done[name]]) for name, weights in self._weights.items())
         return finished / self._total
 
-    def begin(self, job: Job) -> None:
+    def begin(self, job: ScoringJob) -> None:
         """Take up a task, perhaps in its middle."""
         self._records = self._folder.records(job.name)
 
-    def append(self, job: Job, parts: Sequence[bytes], seconds: float) -> None:
+    def append(self, job: ScoringJob, parts: Sequence[bytes], seconds: float) -> None:
         """Write the chunks of one round."""
         computed = 0
         for part in parts:
@@ -252,7 +252,7 @@ class _Watch:
             )
         )
 
-    def end(self, job: Job) -> None:
+    def end(self, job: ScoringJob) -> None:
         """Tell the score of a task."""
         section = _section(job, self._folder)
         measured = timing(self._folder.entries[job.name])
@@ -305,7 +305,7 @@ def _tokens(entries: Sequence[Entry]) -> dict[str, int]:
     }
 
 
-def _section(job: Job, folder: Folder) -> dict[str, Any]:
+def _section(job: ScoringJob, folder: Folder) -> dict[str, Any]:
     """Return a task's part of ``results.json``."""
     summary = job.summarize(folder.records(job.name))
     samples = folder.path / samples_name(job.name)

@@ -23,9 +23,9 @@ from mlx_slim.data.readers import suffix_of
 from mlx_slim.data.sources import find
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.jobs import Engine
-from mlx_slim.evaluation.scoring.loglikelihood import Scorer
-from mlx_slim.evaluation.scoring.perplexity import TextJob, Texts, read_texts
-from mlx_slim.evaluation.scoring.requests import Encoder, max_length
+from mlx_slim.evaluation.scoring.loglikelihood import LoglikelihoodScorer
+from mlx_slim.evaluation.scoring.perplexity import TextJob, TextDocuments, read_texts
+from mlx_slim.evaluation.scoring.requests import RequestEncoder, max_length
 from mlx_slim.evaluation.tasks.prompts import Question, build_questions
 from mlx_slim.evaluation.tasks.rows import load_rows
 from mlx_slim.evaluation.tasks.spec import find_task
@@ -44,7 +44,7 @@ from mlx_slim.training.legacy import FORGETTING
 _TASK = "task:"
 
 
-def read_texts_of(config: ForgettingConfig) -> Texts:
+def read_texts_of(config: ForgettingConfig) -> TextDocuments:
     """Return the documents of the section ``forgetting``.
 
     Raises:
@@ -75,12 +75,12 @@ def _document(question: Question) -> str:
     return f"{question.context} {question.target}"
 
 
-def _texts(name: str, documents: list[str]) -> Texts:
+def _texts(name: str, documents: list[str]) -> TextDocuments:
     documents = [document for document in documents if document.strip()]
     if not documents:
         raise SlimError(f"forgetting.path={name} holds no text", "name a file or a task with text")
     size = sum(len(document.encode()) for document in documents)
-    return Texts(name, documents, size, hash_json(documents))
+    return TextDocuments(name, documents, size, hash_json(documents))
 
 
 def measure_forgetting(recipe: Recipe, tuned: Tuned, observer: events.Observer) -> list[Forgetting]:
@@ -94,7 +94,7 @@ def measure_forgetting(recipe: Recipe, tuned: Tuned, observer: events.Observer) 
         return []
     tokenizer = tuned.loaded.tokenizer
     longest = min(max_length(tuned.config, tokenizer), recipe.train.max_length)
-    encoder = Encoder(tokenizer, longest, limit=limit_of(tuned.config))
+    encoder = RequestEncoder(tokenizer, longest, limit=limit_of(tuned.config))
     job = TextJob(read_texts_of(config), encoder)
     callbacks = list(tuned.callbacks)
 
@@ -102,7 +102,7 @@ def measure_forgetting(recipe: Recipe, tuned: Tuned, observer: events.Observer) 
         model = tuned.model
         training = model.training
         with computing(callbacks):
-            engine = Engine(model, tokenizer, Scorer(model))
+            engine = Engine(model, tokenizer, LoglikelihoodScorer(model))
             records = [r for chunk in job.chunks for r in job.compute(chunk, engine).records]
         model.train(training)
         return float(job.summarize(records)["metrics"]["bits_per_byte"]["value"])

@@ -9,7 +9,7 @@ import pytest
 from mlx_slim.artifacts import hash_file, read_json, write_json
 from mlx_slim.compare import cell as cells
 from mlx_slim.compare import identity, runner
-from mlx_slim.compare.jobs import Job
+from mlx_slim.compare.jobs import MatrixRun
 from mlx_slim.compare.matrix import load_matrix
 from mlx_slim.compare.questions import write_questions
 from mlx_slim.compare.report import report
@@ -139,7 +139,7 @@ def test_rows_that_change_while_the_matrix_runs_cost_their_cells(files):
         (files / "toy.jsonl").read_text().replace('"answer": 0', '"answer": 1')
     )
     with pytest.raises(SlimError, match="changed while the matrix was running"):
-        cells.Making(Job(layout, out, Recorder()), cell).run()
+        cells.Making(MatrixRun(layout, out, Recorder()), cell).run()
     assert not (out / "cells" / cell.name / "cell.json").exists()
     assert "toy-base" in run_all(files, resume=True, only={"toy-base"}).complete
 
@@ -166,7 +166,7 @@ def test_changed_rows_weights_or_code_change_the_key(files, tiny, monkeypatch):
     cell = next(cell for cell in layout.cells if cell.name == "toy-qlora-s0")
 
     def key() -> str:
-        return cells.Making(Job(layout, files / "out", Recorder()), cell).made_of
+        return cells.Making(MatrixRun(layout, files / "out", Recorder()), cell).made_of
 
     first = key()
     assert key() == first
@@ -185,4 +185,4 @@ def test_a_folder_that_an_older_version_prepared_is_one_line(files):
     del record["asked"]
     write_json(out / "matrix.json", record)
     with pytest.raises(SlimError, match="prepared by another version"):
-        cells.Making(Job(layout, out, Recorder()), cell).run()
+        cells.Making(MatrixRun(layout, out, Recorder()), cell).run()

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from mlx_slim.compare.evidence import _shown
-from mlx_slim.compare.matrix import Matrix
+from mlx_slim.compare.matrix import MatrixSpec
 from mlx_slim.compare.questions import stored_questions, stored_task, write_questions
 from mlx_slim.compare.recount import Ledger, _record
 from mlx_slim.evaluation.tasks.metrics import record_choice, record_generation
@@ -23,7 +23,7 @@ def test_several_right_answers_are_stored_and_judged_again(tmp_path, text):
         {**quiz(2, 1), "prompt": "p", "completion": "Nice"},
     ]
     task = write_task(tmp_path, text, rows=rows)
-    matrix = Matrix.model_validate(
+    matrix = MatrixSpec.model_validate(
         {
             "title": "t",
             "models": {"m": {"source": "m"}},

@@ -14,7 +14,7 @@ from mlx_slim.console import Console
 from mlx_slim.console.scoring import Scoring, figure
 from mlx_slim.console.tables import _cells, show_comparison, show_results
 from mlx_slim.evaluation import stats
-from mlx_slim.evaluation.comparison import BITS, Row, compare
+from mlx_slim.evaluation.comparison import BITS, MetricComparison, compare
 from mlx_slim.events import EvalDone, EvalProgress, EvalStarted, Event, Notice, TaskDone
 from tests.evaluation.test_comparison import answers, finished
 
@@ -156,7 +156,7 @@ def test_the_comparison_fits_80_columns(tmp_path):
 def test_the_interval_over_few_documents_is_the_one_shown():
     def shown(first: list[float], second: list[float]) -> str:
         found = stats.paired(first, second)
-        return _cells(Row("perplexity", "bits_per_byte", None, BITS, found, [], []))[3]
+        return _cells(MetricComparison("perplexity", "bits_per_byte", None, BITS, found, [], []))[3]
 
     low, high = shown([1.5, 1.2], [1.4, 1.2]).split("…")
     assert float(low) < -0.5 and float(high) > 0.5  # a resample of two lies between them

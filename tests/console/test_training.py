@@ -9,7 +9,7 @@ import math
 import pytest
 from rich.console import Console as RichConsole
 
-from mlx_slim.console import Console, Progress, sparkline
+from mlx_slim.console import Console, TrainingProgress, sparkline
 from mlx_slim.events import (
     Done,
     Event,
@@ -142,7 +142,7 @@ def test_an_unknown_event_is_no_error():
 
 
 def test_remaining_time_follows_the_recent_steps():
-    progress = Progress()
+    progress = TrainingProgress()
     assert progress.remaining_seconds() is None
     progress.update(Started(100, 1.0, 1), 0.0)
     progress.update(step(1), 50.0)  # the first step compiles
@@ -152,7 +152,7 @@ def test_remaining_time_follows_the_recent_steps():
 
 
 def test_the_smoothed_loss_starts_at_the_first_and_skips_what_is_not_finite():
-    progress = Progress()
+    progress = TrainingProgress()
     progress.update(step(1, 4.0), 0.0)
     assert progress.smoothed == pytest.approx(4.0)
     progress.update(step(2, math.inf), 1.0)

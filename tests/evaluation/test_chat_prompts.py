@@ -6,7 +6,7 @@ import pytest
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluation.scoring.requests import Encoder
+from mlx_slim.evaluation.scoring.requests import RequestEncoder
 from mlx_slim.evaluation.tasks.prompts import Chat, build_questions
 from mlx_slim.evaluation.tasks.rows import load_rows
 from tests.evaluation.support import CHOICE, quiz, write_task
@@ -86,6 +86,6 @@ def test_a_template_that_refuses_everything_is_one_line(tmp_path):
 def test_bos_comes_once_whoever_writes_it(tmp_path, template):
     tokenizer, chat = _chat(tmp_path, template + "{{ messages[-1]['content'] }}", bos=True)
     found = _questions(tmp_path, chat)[0]
-    ids = Encoder(tokenizer, 500).request(found.context, found.choices[0]).ids
+    ids = RequestEncoder(tokenizer, 500).request(found.context, found.choices[0]).ids
     assert ids.count(tokenizer.bos_token_id) == 1
     assert ids[0] == tokenizer.bos_token_id

@@ -13,7 +13,7 @@ from mlx_slim.data.prepare import prepare
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.chat import open_session
 from mlx_slim.evaluation.scoring.perplexity import TextJob, Texts
-from mlx_slim.evaluation.scoring.requests import Encoder
+from mlx_slim.evaluation.scoring.requests import RequestEncoder
 from mlx_slim.models.load import load, load_tokenizer
 from mlx_slim.models.tokenizer import keep_within
 from mlx_slim.quantization.calibration import read_calibration
@@ -89,7 +89,7 @@ def test_a_row_of_a_worker_process_is_named(wide, tmp_path):
 
 
 def test_questions_texts_and_calibration_that_hold_it(wide, tmp_path):
-    encoder = Encoder(load_tokenizer(wide), 64)
+    encoder = RequestEncoder(load_tokenizer(wide), 64)
     assert encoder.checks
     for act in (
         lambda: encoder.request(f"a {TOOL}", " b"),
@@ -197,7 +197,7 @@ def test_the_configs_end_token_is_learned_and_said(tmp_path, file):
 def test_half_a_character_is_refused_before_the_tokenizer(tmp_path):
     folder = tiny_model(tmp_path / "m")
     with pytest.raises(SlimError, match=r"the text that ends with .* is half of a character"):
-        Encoder(load_tokenizer(folder), 64).request("a\udcff", " b")
+        RequestEncoder(load_tokenizer(folder), 64).request("a\udcff", " b")
     with pytest.raises(SlimError, match=r"the prompt: '.udcff' at character 2 is half"):
         open_session(folder).text_ids("a\udcff")
     with pytest.raises(SlimError, match=r"the user's message: '.udcff' at character 1 is half"):

@@ -11,9 +11,9 @@ import mlx.core as mx
 import pytest
 
 from mlx_slim.evaluation.scoring.generate import generate_batch
-from mlx_slim.evaluation.scoring.loglikelihood import Scorer
+from mlx_slim.evaluation.scoring.loglikelihood import LoglikelihoodScorer
 from mlx_slim.evaluation.scoring.perplexity import windows
-from mlx_slim.evaluation.scoring.requests import Encoder, max_length
+from mlx_slim.evaluation.scoring.requests import RequestEncoder, max_length
 from mlx_slim.export.model import export_hf
 from mlx_slim.models.load import load
 from tests.parity.torch_side import needed, transformers
@@ -57,8 +57,8 @@ def asked(kind: str, arguments: list[tuple]) -> list:
 def test_log_likelihoods_are_those_of_the_harness(sides):
     theirs, ours = sides
     expected = theirs.loglikelihood(asked("loglikelihood", PAIRS), disable_tqdm=True)
-    encoder = Encoder(ours.tokenizer, LONGEST)
-    found = Scorer(ours.model).score([encoder.request(*pair) for pair in PAIRS])
+    encoder = RequestEncoder(ours.tokenizer, LONGEST)
+    found = LoglikelihoodScorer(ours.model).score([encoder.request(*pair) for pair in PAIRS])
     for (value, greedy), score in zip(expected, found, strict=True):
         assert score.loglikelihood == pytest.approx(value, abs=1e-3)
         assert score.greedy == greedy
@@ -69,10 +69,10 @@ def test_perplexity_is_that_of_the_harness(sides):
     theirs, ours = sides
     requests = asked("loglikelihood_rolling", [(TEXT,)])
     (expected,) = theirs.loglikelihood_rolling(requests, disable_tqdm=True)
-    encoder = Encoder(ours.tokenizer, LONGEST)
+    encoder = RequestEncoder(ours.tokenizer, LONGEST)
     parts = windows(encoder.document(TEXT), encoder.prefix(), LONGEST)
     assert len(parts) > 2
-    found = math.fsum(score.loglikelihood for score in Scorer(ours.model).score(parts))
+    found = math.fsum(score.loglikelihood for score in LoglikelihoodScorer(ours.model).score(parts))
     assert found == pytest.approx(expected, abs=1e-2)
 
 
@@ -82,7 +82,7 @@ def test_greedy_answers_are_those_of_the_harness(sides):
     options = {"until": ["zzz"], "max_gen_toks": 8, "do_sample": False}
     requests = asked("generate_until", [(context, dict(options)) for context in contexts])
     expected = theirs.generate_until(requests, disable_tqdm=True)
-    encoder = Encoder(ours.tokenizer, max_length=LONGEST)
+    encoder = RequestEncoder(ours.tokenizer, max_length=LONGEST)
     assert max_length(ours.config, ours.tokenizer) >= LONGEST
     prompts = [encoder.prompt(context, 8) for context in contexts]
     found = generate_batch(ours.model, ours.tokenizer, prompts, 8, stops=("zzz",))

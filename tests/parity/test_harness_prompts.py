@@ -13,7 +13,7 @@ import pytest
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from mlx_slim.data.tokenize import unwrap
-from mlx_slim.evaluation.scoring.requests import Encoder
+from mlx_slim.evaluation.scoring.requests import RequestEncoder
 from mlx_slim.evaluation.tasks.metrics import record_choice, record_generation
 from mlx_slim.evaluation.tasks.prompts import Chat, build_questions
 from mlx_slim.evaluation.tasks.rows import TaskRows, load_rows
@@ -177,7 +177,7 @@ def test_chat_prompts(tmp_path, name, template, multiturn):
         chat_template=theirs.apply_chat_template,
     )
     assert [question.context for question in ours] == expected
-    encoder = Encoder(tokenizer, 10_000)
+    encoder = RequestEncoder(tokenizer, 10_000)
     for question in ours[:2]:
         assert list(encoder.encode(question.context)) == theirs.tok_encode(question.context)
 

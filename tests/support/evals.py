@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from mlx_slim.evaluation.results import read_samples
-from mlx_slim.evaluation.scoring.requests import Encoder
+from mlx_slim.evaluation.scoring.requests import RequestEncoder
 from mlx_slim.evaluation.tasks.prompts import build_questions
 from mlx_slim.evaluation.tasks.rows import load_rows
 from mlx_slim.evaluation.tasks.spec import find_task
@@ -139,7 +139,7 @@ def differences(out: Path, loaded, tasks) -> list[str]:
     """Return where the choices scored in ``out`` are over 1e-3 nats from the plain scorer."""
     task = find_task(str(tasks[0]))
     questions = build_questions(task, load_rows(task), 0)
-    encoder = Encoder(loaded.tokenizer, 512)
+    encoder = RequestEncoder(loaded.tokenizer, 512)
     samples = samples_of(out, "toy_choice")
     found = []
     for question, sample in list(zip(questions, samples, strict=True))[::7]:

@@ -10,7 +10,7 @@ import yaml
 
 from mlx_slim.compare import cell as cells
 from mlx_slim.compare import runner
-from mlx_slim.compare.jobs import Job
+from mlx_slim.compare.jobs import MatrixRun
 from mlx_slim.compare.matrix import load_matrix
 from mlx_slim.errors import SlimError
 from tests.support.runs import Recorder, write_rows
@@ -79,7 +79,7 @@ def run_all(files: Path, *, resume: bool = False, overrides=(), only=None) -> ru
         if only is not None and cell.name not in only:
             return -signal.SIGKILL, ""
         try:
-            cells.Making(Job(layout, out, Recorder()), cell).run()
+            cells.Making(MatrixRun(layout, out, Recorder()), cell).run()
         except SlimError as error:
             return error.exit_code, error.message
         return 0, ""

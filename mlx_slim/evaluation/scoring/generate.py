@@ -57,7 +57,7 @@ class Generation:
 
 
 @dataclass
-class Tally:
+class GenerationCounts:
     """Positions that went through the model.
 
     Attributes:
@@ -94,7 +94,7 @@ def generate_batch(
     stops: Sequence[str] = (),
     batch_size: int = MOST_ANSWERS,
     cache_bytes: int | None = None,
-    tally: Tally | None = None,
+    tally: GenerationCounts | None = None,
 ) -> list[Generation]:
     """Return the greedy answer to each prompt, in order.
 

@@ -34,7 +34,7 @@ MIN_BATCH = 64  # positions: a smaller batch only costs overhead
 
 
 @dataclass(frozen=True)
-class Score:
+class RequestScore:
     """What the model thinks of a continuation.
 
     Attributes:
@@ -46,7 +46,7 @@ class Score:
     greedy: bool
 
 
-class Scorer:
+class LoglikelihoodScorer:
     """Scores requests on one model.
 
     Args:
@@ -82,7 +82,7 @@ class Scorer:
             self.notes.append(f"prefixes are not shared: {self._sharing.reason}")
         self._root: tuple[tuple[int, ...], Pool] = ((), [])
 
-    def score(self, requests: Sequence[Request], root: tuple[int, ...] = ()) -> list[Score]:
+    def score(self, requests: Sequence[Request], root: tuple[int, ...] = ()) -> list[RequestScore]:
         """Return the score of each request, in order.
 
         Args:
@@ -98,7 +98,7 @@ class Scorer:
             cut = len(root)
             requests = [Request(r.ids[cut:], r.start - cut) for r in requests]
         self.tokens_minimum += prefix_tree.fewest_tokens(requests)
-        scores: list[Score] = []
+        scores: list[RequestScore] = []
         for count, nodes in self._within_memory(list(requests)):
             found = self._compute(nodes, pool)
             scores += [found[index] for index in range(count)]
@@ -139,11 +139,11 @@ class Scorer:
             for part in self._within_memory(half)
         ]
 
-    def _compute(self, nodes: list[prefix_tree.Node], pool: Pool) -> dict[int, Score]:
+    def _compute(self, nodes: list[prefix_tree.Node], pool: Pool) -> dict[int, RequestScore]:
         """Return the score of each request that ``nodes`` score; ``pool`` holds the root."""
         places = pool[0][0].shape[0] if pool else 0
         paths = {-1: np.arange(places)}  # node -> places in the pool of the positions up to its end
-        scores: dict[int, Score] = {}
+        scores: dict[int, RequestScore] = {}
         levels = sorted({node.level for node in nodes if node.inner})
         steps = [[i for i, n in enumerate(nodes) if n.inner and n.level == at] for at in levels]
         steps.append([i for i, n in enumerate(nodes) if not n.inner])  # all leaves at once
@@ -157,8 +157,10 @@ class Scorer:
             results = self._run(work)
             for rows, (found, _) in zip(batches, results, strict=True):
                 for index, value, first in found:
-                    before = scores.get(index, Score(0.0, True))
-                    scores[index] = Score(before.loglikelihood + value, before.greedy and first)
+                    before = scores.get(index, RequestScore(0.0, True))
+                    scores[index] = RequestScore(
+                        before.loglikelihood + value, before.greedy and first
+                    )
                 for i in rows if nodes[rows[0]].inner else ():
                     own = np.arange(places, places + len(nodes[i].tokens))
                     paths[i] = np.concatenate([paths[nodes[i].parent], own])

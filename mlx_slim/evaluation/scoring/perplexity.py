@@ -28,14 +28,14 @@ from mlx_slim.data.readers import is_data, suffix_of
 from mlx_slim.data.sources import RawRow, find
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.jobs import Computed, Engine, check_finite
-from mlx_slim.evaluation.scoring.requests import Encoder, Request
+from mlx_slim.evaluation.scoring.requests import Request, RequestEncoder
 
 WINDOWS = 8  # of a chunk
 NAME = "perplexity"
 
 
 @dataclass(frozen=True)
-class Texts:
+class TextDocuments:
     """Documents to predict.
 
     Attributes:
@@ -51,7 +51,7 @@ class Texts:
     sha256: str
 
 
-def read_texts(path: Path) -> Texts:
+def read_texts(path: Path) -> TextDocuments:
     """Read a text file (one document) or a file of rows (``text`` of each is a document).
 
     Raises:
@@ -65,7 +65,7 @@ def read_texts(path: Path) -> Texts:
     if not documents:
         raise SlimError(f"{path} holds no text", "give a file with some text to predict")
     size = sum(len(document.encode()) for document in documents)
-    return Texts(path.name, documents, size, hash_json(documents))
+    return TextDocuments(path.name, documents, size, hash_json(documents))
 
 
 def _whole(path: Path) -> str:
@@ -123,7 +123,7 @@ class TextJob:
 
     name = NAME
 
-    def __init__(self, texts: Texts, encoder: Encoder) -> None:
+    def __init__(self, texts: TextDocuments, encoder: RequestEncoder) -> None:
         self.texts = texts
         self._window = encoder.max_length
         self._parts: list[tuple[int, Request]] = []
@@ -193,7 +193,7 @@ class TextJob:
         return "bits_per_token", nats / math.log(2) / tokens
 
 
-def summarize_text(texts: Texts, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarize_text(texts: TextDocuments, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return bits per byte and per token over all records, and the counts behind them.
 
     Args:

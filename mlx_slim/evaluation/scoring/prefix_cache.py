@@ -24,7 +24,7 @@ Pool = list[tuple[mx.array, mx.array]]  # of each layer: keys and values (P, H, 
 _PROBE = (7, 4, 5)  # where two rows branch off, and how many positions they go on
 
 
-class _Masks:
+class _PathMasks:
     """The mask of a batch, made once for all layers of one window size."""
 
     def __init__(self, offsets_R: np.ndarray, length: int, dtype: mx.Dtype) -> None:
@@ -69,7 +69,7 @@ class BranchCache:
         self,
         past: tuple[mx.array, mx.array, mx.array] | None,
         offset: mx.array | int,
-        masks: _Masks,
+        masks: _PathMasks,
     ) -> None:
         self.offset = offset
         self._past, self._masks = past, masks
@@ -109,7 +109,7 @@ def branch_caches(
         dtype: What attention computes in.
     """
     offsets_R = np.array([len(path) for path in paths])
-    masks = _Masks(offsets_R, length, dtype)
+    masks = _PathMasks(offsets_R, length, dtype)
     same = bool((offsets_R == offsets_R[0]).all())
     offset = int(offsets_R[0]) if same else mx.array(offsets_R.astype(np.int32))
     before = int(offsets_R.max())

@@ -82,7 +82,7 @@ def shared_length(one: Sequence[object], other: Sequence[object]) -> int:
     return length
 
 
-class Encoder:
+class RequestEncoder:
     """Encodes requests and prompts for one model.
 
     Args:

@@ -9,7 +9,7 @@ from mlx_lm import load
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.scoring import generate
 from mlx_slim.evaluation.scoring.answer_cache import footprint, joins, planned_footprint, shares
-from mlx_slim.evaluation.scoring.generate import Tally, generate_batch
+from mlx_slim.evaluation.scoring.generate import GenerationCounts, generate_batch
 from mlx_slim.models.load import load as load_ours
 from tests.support.tiny import MIXTURES, speaking_model, tiny_model
 
@@ -122,7 +122,7 @@ def test_stop_strings_end_an_answer_wherever_tokens_cut_them(tiny, batch_size):
     plain = generate_batch(model, tokenizer, prompts, 24, ())
     text = plain[1].text
     stops = (text[6:9], "never comes")  # several byte tokens, in the middle
-    tally = Tally()
+    tally = GenerationCounts()
     answers = generate_batch(
         model, tokenizer, prompts, 24, (), stops=stops, batch_size=batch_size, tally=tally
     )
@@ -138,7 +138,7 @@ def test_stop_strings_end_an_answer_wherever_tokens_cut_them(tiny, batch_size):
 def test_the_tally_counts_what_the_model_computed(tiny):
     model, tokenizer = load(str(tiny()))
     prompts = [[5, 6, 7, 8], [5, 6, 7, 9]]
-    tally = Tally()
+    tally = GenerationCounts()
     generate_batch(model, tokenizer, prompts, 3, (), tally=tally)
     assert tally.minimum == 5 + 2 * 2  # the prompts' five distinct prefixes, two more tokens each
     assert tally.computed >= tally.minimum

@@ -11,7 +11,7 @@ from mlx_lm.utils import _get_classes
 
 from mlx_slim.evaluation.run import EvalOptions, evaluate
 from mlx_slim.evaluation.scoring import loglikelihood
-from mlx_slim.evaluation.scoring.loglikelihood import Scorer
+from mlx_slim.evaluation.scoring.loglikelihood import LoglikelihoodScorer
 from mlx_slim.evaluation.scoring.requests import Request
 from mlx_slim.models.load import load
 from mlx_slim.models.quantized import densify
@@ -59,7 +59,7 @@ def _greedy_request(model, context: tuple[int, ...], length: int) -> Request:
 def test_equals_the_plain_scorer(tiny, architecture, batch_tokens):
     model = load(tiny(architecture)).model
     requests = [*_questions(), _greedy_request(model, (7, 8, 9), 5)]
-    scorer = Scorer(model, batch_tokens=batch_tokens)
+    scorer = LoglikelihoodScorer(model, batch_tokens=batch_tokens)
     assert scorer.notes == []
     scores = scorer.score(requests)
     assert _differences(scores, model, requests) == []
@@ -71,7 +71,7 @@ def test_equals_the_plain_scorer(tiny, architecture, batch_tokens):
 def test_a_shared_root_is_computed_once_and_changes_nothing(tiny, architecture):
     model = load(tiny(architecture)).model
     requests = _questions(root=SHOTS)
-    scorer = Scorer(model, batch_tokens=64)
+    scorer = LoglikelihoodScorer(model, batch_tokens=64)
     halves = [scorer.score(requests[:20], SHOTS), scorer.score(requests[20:], SHOTS)]
     assert _differences(halves[0] + halves[1], model, requests) == []
     once = scorer.tokens_minimum
@@ -86,15 +86,15 @@ def test_a_shared_root_is_computed_once_and_changes_nothing(tiny, architecture):
         )
         for part in (requests[:20], requests[20:])
     )
-    fresh = Scorer(model, batch_tokens=64)
+    fresh = LoglikelihoodScorer(model, batch_tokens=64)
     assert fresh.score(requests[20:], SHOTS) == halves[1]  # to the bit: whatever came before
 
 
 def test_little_memory_cuts_the_work_and_changes_no_score(tiny):
     model = load(tiny()).model
     requests = _questions(questions=12)
-    small = Scorer(model, memory=1)
-    plenty = Scorer(model)
+    small = LoglikelihoodScorer(model, memory=1)
+    plenty = LoglikelihoodScorer(model)
     for one, other in zip(small.score(requests), plenty.score(requests), strict=True):
         assert one.loglikelihood == pytest.approx(other.loglikelihood, abs=1e-4)
     assert small.tokens_computed > plenty.tokens_computed
@@ -110,7 +110,10 @@ def test_a_quantized_base(tiny, dense):
     if dense:
         assert densify(loaded.model) > 0
     requests = _questions()
-    assert _differences(Scorer(loaded.model).score(requests), loaded.model, requests) == []
+    assert (
+        _differences(LoglikelihoodScorer(loaded.model).score(requests), loaded.model, requests)
+        == []
+    )
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
@@ -118,7 +121,10 @@ def test_threads_change_no_score(tiny, num_threads, monkeypatch):
     monkeypatch.setattr(loglikelihood, "default_num_threads", lambda: num_threads)
     model = load(tiny()).model
     requests = _questions(questions=20)
-    assert _differences(Scorer(model, batch_tokens=64).score(requests), model, requests) == []
+    assert (
+        _differences(LoglikelihoodScorer(model, batch_tokens=64).score(requests), model, requests)
+        == []
+    )
 
 
 def _built(config: dict) -> object:
@@ -137,7 +143,7 @@ def test_sliding_windows_are_kept_by_the_mask():
         "layer_types": ["sliding_attention", "full_attention"],
     }  # fmt: skip
     model = _built(config)
-    scorer = Scorer(model)  # type: ignore[arg-type]
+    scorer = LoglikelihoodScorer(model)  # type: ignore[arg-type]
     assert scorer.sharing
     requests = _questions()
     assert _differences(scorer.score(requests), model, requests) == []
@@ -150,7 +156,7 @@ def test_a_recurrent_model_falls_back_and_says_so():
         "use_conv_bias": True, "time_step_rank": 4, "tie_word_embeddings": True,
     }  # fmt: skip
     model = _built(config)
-    scorer = Scorer(model)  # type: ignore[arg-type]
+    scorer = LoglikelihoodScorer(model)  # type: ignore[arg-type]
     assert not scorer.sharing
     assert any("prefixes are not shared: its cache is a ArraysCache" in n for n in scorer.notes)
     requests = _questions(questions=5)
@@ -177,7 +183,7 @@ def test_a_model_that_ignores_its_cache_is_found_out(tiny):
 
 
 def test_nothing_to_score(tiny):
-    assert Scorer(load(tiny()).model).score([]) == []
+    assert LoglikelihoodScorer(load(tiny()).model).score([]) == []
 
 
 REFERENCES = {  # task -> (reference file, questions of it that every test run scores)

@@ -8,7 +8,7 @@ import pytest
 
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.scoring.perplexity import TextJob, read_texts, windows
-from mlx_slim.evaluation.scoring.requests import Encoder
+from mlx_slim.evaluation.scoring.requests import RequestEncoder
 from mlx_slim.models.load import load_tokenizer
 
 
@@ -39,7 +39,7 @@ def test_rows_are_documents_of_their_own(tiny, tmp_path):
     texts = read_texts(path)
     assert texts.documents == ["one two", "drei\u2028vier"]
     assert texts.size == sum(len(text.encode()) for text in texts.documents)
-    job = TextJob(texts, Encoder(load_tokenizer(tiny("llama")), 512))
+    job = TextJob(texts, RequestEncoder(load_tokenizer(tiny("llama")), 512))
     assert job.chunks == [range(2)]
     records = [
         {"doc_id": 0, "window": 0, "tokens": 7, "loglikelihood": -8.0},

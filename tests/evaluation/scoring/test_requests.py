@@ -7,7 +7,7 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluation.scoring.requests import Encoder, Request, common_prefix, max_length
+from mlx_slim.evaluation.scoring.requests import Request, RequestEncoder, common_prefix, max_length
 from tests.support.tiny import byte_tokenizer
 
 
@@ -30,25 +30,25 @@ def _text(tokenizer, ids) -> str:
 
 
 def test_trailing_space_moves_to_the_continuation(plain):
-    request = Encoder(plain, 100).request("Answer: \n ", "yes")
+    request = RequestEncoder(plain, 100).request("Answer: \n ", "yes")
     assert _text(plain, request.ids[: request.start]) == "Answer:"
     assert _text(plain, request.ids[request.start :]) == " \n yes"
 
 
 def test_bos_comes_once_and_only_from_a_tokenizer_that_adds_it(plain, with_bos):
-    assert plain.bos_token_id not in Encoder(plain, 100).request("a", " b").ids
-    request = Encoder(with_bos, 100).request("a", " b")
+    assert plain.bos_token_id not in RequestEncoder(plain, 100).request("a", " b").ids
+    request = RequestEncoder(with_bos, 100).request("a", " b")
     assert request.ids.count(with_bos.bos_token_id) == 1
     assert request.ids[0] == with_bos.bos_token_id
     assert request.start == 2
-    templated = Encoder(with_bos, 100, chat=True).request("a", " b")
+    templated = RequestEncoder(with_bos, 100, chat=True).request("a", " b")
     assert with_bos.bos_token_id not in templated.ids
 
 
 @pytest.mark.parametrize("context", ["", "  "])
 def test_an_empty_context_is_one_bos(plain, with_bos, context):
     for tokenizer in (plain, with_bos):
-        request = Encoder(tokenizer, 100).request(context, "yes")
+        request = RequestEncoder(tokenizer, 100).request(context, "yes")
         assert request.start == 1
         assert request.ids[0] == tokenizer.bos_token_id
         assert request.ids.count(tokenizer.bos_token_id) == 1
@@ -67,19 +67,19 @@ def test_a_closing_eos_is_no_part_of_the_continuation(tmp_path):
     raw.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.encode("a")[-1] == 258
-    request = Encoder(tokenizer, 100).request("a", "b")
+    request = RequestEncoder(tokenizer, 100).request("a", "b")
     assert [request.ids[0], len(request.ids), request.start] == [257, 3, 2]
     assert _text(tokenizer, request.ids[2:]) == "b"
 
 
 def test_a_continuation_without_tokens_is_refused(plain, tmp_path):
     with pytest.raises(SlimError, match="the continuation '' of 'Answer:' has no tokens to score"):
-        Encoder(plain, 100).request("Answer:", "")
+        RequestEncoder(plain, 100).request("Answer:", "")
     byte_tokenizer(tmp_path)
     raw = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     raw.normalizer = normalizers.Replace("~", "")  # a text that this tokenizer does not see
     raw.save(str(tmp_path / "tokenizer.json"))
-    encoder = Encoder(load_tokenizer(tmp_path), 100)
+    encoder = RequestEncoder(load_tokenizer(tmp_path), 100)
     for context in ("Answer:", ""):
         with pytest.raises(SlimError, match=r"the continuation '~~' .*has no tokens to score"):
             encoder.request(context, "~~")
@@ -106,13 +106,13 @@ class _Merging:
 def test_a_merge_across_the_border_is_cut_by_length():
     # context "c a" is [3, 0], the whole "c ab" is [3, 2]: nothing is left after two ids, so the
     # last one is scored; with "bc" the harness's cut by length leaves [3].
-    encoder = Encoder(_Merging(), 100)
+    encoder = RequestEncoder(_Merging(), 100)
     assert encoder.request("c a", "b") == Request((3, 2), 1)
     assert encoder.request("c a", "b c") == Request((3, 2, 3), 2)
 
 
 def test_left_truncation_keeps_the_continuation_and_is_counted(plain):
-    encoder = Encoder(plain, 10)
+    encoder = RequestEncoder(plain, 10)
     whole = encoder.request("0123456", "xyz")  # 9 ids are read, 1 more is predicted
     assert (len(whole.ids), encoder.truncated) == (10, 0)
     assert len(encoder.request("01234567", "xyz").ids) == 11
@@ -129,7 +129,7 @@ def test_left_truncation_keeps_the_continuation_and_is_counted(plain):
 
 
 def test_a_prompt_leaves_room_for_the_answer(plain):
-    encoder = Encoder(plain, 10)
+    encoder = RequestEncoder(plain, 10)
     assert _text(plain, encoder.prompt("abcdefgh", 4)) == "cdefgh"
     assert encoder.truncated == 1
     assert encoder.prompt("", 4) == [plain.bos_token_id]
@@ -153,15 +153,17 @@ def test_common_prefix_is_of_inputs():
 
 def test_text_that_begins_with_bos_gets_no_other(with_bos):
     bos = with_bos.bos_token
-    encoder = Encoder(with_bos, 100)
+    encoder = RequestEncoder(with_bos, 100)
     request = encoder.request(f"{bos}a", " b")
     assert request.ids == encoder.request("a", " b").ids
     assert encoder.prompt(f"{bos}a", 1) == encoder.prompt("a", 1)
 
 
 def test_a_context_is_encoded_once_for_its_choices(plain, monkeypatch):
-    encoder = Encoder(plain, 100)
-    fresh = [Encoder(plain, 100).request(q, c) for q in "xy" for c in (" A", " B", " C", " D")]
+    encoder = RequestEncoder(plain, 100)
+    fresh = [
+        RequestEncoder(plain, 100).request(q, c) for q in "xy" for c in (" A", " B", " C", " D")
+    ]
     texts = []
     encode = encoder._ids
     monkeypatch.setattr(encoder, "_ids", lambda text: texts.append(text) or encode(text))
@@ -172,6 +174,6 @@ def test_a_context_is_encoded_once_for_its_choices(plain, monkeypatch):
 
 
 def test_a_document_has_the_bos_that_its_tokenizer_adds(plain, with_bos):
-    assert list(Encoder(plain, 100).document("ab")) == plain.encode("ab")
-    ids = Encoder(with_bos, 100).document("ab")
+    assert list(RequestEncoder(plain, 100).document("ab")) == plain.encode("ab")
+    ids = RequestEncoder(with_bos, 100).document("ab")
     assert (ids[0], len(ids)) == (with_bos.bos_token_id, 3)
