@@ -14,7 +14,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from mlx_slim.cli import main as entry
-from mlx_slim.compare.matrix import Matrix
+from mlx_slim.compare.matrix import MatrixSpec
 from mlx_slim.config.schema import Recipe
 from mlx_slim.config.section import Section
 from mlx_slim.config.task import TaskSpec
@@ -88,7 +88,9 @@ def all_numbers(kind: Any) -> list[tuple[str, Any]]:
     return list(numbers(schema, kind.__name__, schema))
 
 
-SCHEMAS = [one for kind in (Recipe, TaskSpec, Matrix, PruneOptions) for one in all_numbers(kind)]
+SCHEMAS = [
+    one for kind in (Recipe, TaskSpec, MatrixSpec, PruneOptions) for one in all_numbers(kind)
+]
 
 
 @pytest.mark.parametrize(("name", "schema"), SCHEMAS, ids=[name for name, _ in SCHEMAS])

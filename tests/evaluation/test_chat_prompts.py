@@ -6,10 +6,12 @@ import pytest
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from mlx_slim.errors import SlimError
+from mlx_slim.evaluation.run import EvalOptions, evaluate
 from mlx_slim.evaluation.scoring.requests import RequestEncoder
 from mlx_slim.evaluation.tasks.prompts import Chat, build_questions
 from mlx_slim.evaluation.tasks.rows import load_rows
 from tests.evaluation.support import CHOICE, quiz, write_task
+from tests.support.evals import write_tasks
 from tests.support.tiny import CHATML, byte_tokenizer
 
 NO_SYSTEM = (
@@ -89,3 +91,34 @@ def test_bos_comes_once_whoever_writes_it(tmp_path, template):
     ids = RequestEncoder(tokenizer, 500).request(found.context, found.choices[0]).ids
     assert ids.count(tokenizer.bos_token_id) == 1
     assert ids[0] == tokenizer.bos_token_id
+
+
+def test_a_system_message_changes_the_scores_and_is_recorded(tiny, tmp_path):
+    task = str(write_tasks(tmp_path)[0])
+
+    def scored(name: str, system: str | None) -> tuple[object, bytes]:
+        options = EvalOptions(apply_chat_template=True, system=system, limit=3)
+        (result,) = evaluate(tiny("llama"), task, tmp_path / name, options)
+        samples = (tmp_path / name / "samples_toy_choice.jsonl").read_bytes()
+        return result["system_instruction"], samples
+
+    plain, spoken = scored("plain", None), scored("spoken", "Be brief.")
+    assert (plain[0], spoken[0]) == (None, "Be brief.")
+    assert plain[1] != spoken[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"system": "Be brief."}, "toy_choice is asked without one"),
+        ({"system": " ", "apply_chat_template": True}, "the system message is ' '"),
+        ({"system": "Be brief.", "tasks": []}, "no task is named"),
+    ],
+)
+def test_a_system_message_without_effect_is_refused(tiny, tmp_path, options, text):
+    choice, _, prose = write_tasks(tmp_path)
+    tasks = options.get("tasks", [str(choice)])
+    chosen = {key: value for key, value in options.items() if key != "tasks"}
+    with pytest.raises(SlimError, match=text):
+        evaluate(tiny("llama"), tasks, tmp_path / "out", EvalOptions(perplexity=prose, **chosen))
+    assert not (tmp_path / "out").exists()

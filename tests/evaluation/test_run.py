@@ -196,35 +196,6 @@ def test_the_chat_template_is_off_unless_asked_for_and_said(tiny, tasks, whole, 
     assert not (tmp_path / "other").exists()
 
 
-def test_a_system_message_begins_chat_prompts_and_is_recorded(tiny, tasks, tmp_path):
-    chat = {"apply_chat_template": True}
-    plain = _score(tiny("llama"), tasks, tmp_path / "plain", **chat)
-    spoken = _score(tiny("llama"), tasks, tmp_path / "spoken", system="Be brief.", **chat)
-    assert (plain["system_instruction"], spoken["system_instruction"]) == (None, "Be brief.")
-    first, second = (files(tmp_path / name) for name in ("plain", "spoken"))
-    assert first["samples_toy_choice.jsonl"] != second["samples_toy_choice.jsonl"]
-
-
-@pytest.mark.parametrize(
-    ("words", "text"),
-    [
-        ({"system": "Be brief."}, "toy_choice is asked without one"),
-        ({"system": " ", "apply_chat_template": True}, "system message is ' '"),
-    ],
-)
-def test_a_system_message_without_use_is_refused(tiny, tasks, tmp_path, words, text):
-    with pytest.raises(SlimError, match=text):
-        _score(tiny("llama"), tasks, tmp_path / "out", **words)
-    with pytest.raises(SlimError, match="no task is named"):
-        evaluate(
-            tiny("llama"),
-            [],
-            tmp_path / "out",
-            EvalOptions(perplexity=tasks[2], system="Be brief."),
-        )
-    assert not (tmp_path / "out").exists()
-
-
 # ------------------------------------------------------------------------------------- folders
 
 

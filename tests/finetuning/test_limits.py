@@ -132,7 +132,7 @@ def test_long_texts_and_prompts_are_refused_in_scoring(sliding, tmp_path, capsys
 def test_scores_below_the_original_context_do_not_depend_on_what_stands_beside(stretched):
     import mlx.core as mx
 
-    from mlx_slim.evaluation.scoring.loglikelihood import Scorer
+    from mlx_slim.evaluation.scoring.loglikelihood import LoglikelihoodScorer
     from mlx_slim.evaluation.scoring.requests import Request
     from mlx_slim.models.load import load
     from tests.support.plain_scorer import plain_score
@@ -141,7 +141,7 @@ def test_scores_below_the_original_context_do_not_depend_on_what_stands_beside(s
     root = tuple(range(1, 17))
     requests = [Request((*root, 30 + i, *range(40, 40 + 4 * i)), 16) for i in range(4)]
     expected = [plain_score(model, request.ids, request.start) for request in requests]
-    found = Scorer(model).score(requests, root)
+    found = LoglikelihoodScorer(model).score(requests, root)
     for one, other in zip(found, expected, strict=True):
         assert one.loglikelihood == pytest.approx(other[0], abs=1e-4)
 

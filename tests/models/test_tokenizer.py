@@ -12,7 +12,7 @@ from mlx_slim.config.schema import DataConfig
 from mlx_slim.data.prepare import prepare
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.chat import open_session
-from mlx_slim.evaluation.scoring.perplexity import TextJob, Texts
+from mlx_slim.evaluation.scoring.perplexity import TextDocuments, TextJob
 from mlx_slim.evaluation.scoring.requests import RequestEncoder
 from mlx_slim.models.load import load, load_tokenizer
 from mlx_slim.models.tokenizer import keep_within
@@ -100,7 +100,7 @@ def test_questions_texts_and_calibration_that_hold_it(wide, tmp_path):
         with pytest.raises(SlimError, match=r"the token '<.tool.>' has the id 264"):
             act()
     with pytest.raises(SlimError, match=r"held\.txt, document 1: .*the token '<.tool.>'"):
-        TextJob(Texts("held.txt", ["a", f"b {TOOL}"], 12, ""), encoder)
+        TextJob(TextDocuments("held.txt", ["a", f"b {TOOL}"], 12, ""), encoder)
     (tmp_path / "text.txt").write_text(f"some text\n\nmore {TOOL} text")
     with pytest.raises(SlimError, match=r"text\.txt, line 3: the token '<.tool.>'"):
         read_calibration(
