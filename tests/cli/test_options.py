@@ -127,5 +127,5 @@ def test_a_key_refuses_what_is_no_number_in_its_range(kind, name, wrong) -> None
 def test_the_walk_finds_the_keys() -> None:
     names = {f"{kind.__name__}.{name}" for kind, name in FIELDS}
     assert len(names) > 45
-    known = ("AdapterConfig.layers", "TrainConfig.clip", "MemoryConfig.budget", "Matrix.seeds")
+    known = ("AdapterConfig.layers", "TrainConfig.clip", "MemoryConfig.budget", "MatrixSpec.seeds")
     assert names >= {*known, "TaskSpec.num_fewshot", "AskConfig.timeout", "SourceConfig.weight"}
