@@ -26,7 +26,7 @@ from typing import Any
 from mlx_slim.adapters.store import adapter_hash
 from mlx_slim.artifacts import hash_file, read_records
 from mlx_slim.compare.jobs import adapters, rounded_name, whole
-from mlx_slim.compare.matrix import Matrix, expand
+from mlx_slim.compare.matrix import MatrixSpec, expand
 from mlx_slim.compare.measured import measured
 from mlx_slim.compare.questions import HELD_OUT, stored_questions, stored_task
 from mlx_slim.compare.store import StoredCell, StoredMatrix
@@ -122,7 +122,7 @@ def _dropped(record: dict[str, Any]) -> Iterator[str]:
     """Yield a line for each cell that the matrix asks for and its list of cells has not."""
     if "matrix" not in record:
         return
-    layout = expand(Matrix.model_validate(record["matrix"]), record["name"])
+    layout = expand(MatrixSpec.model_validate(record["matrix"]), record["name"])
     known = {*record["cells"], *(name for name, _ in record["refused"])}
     left_out = [f"{entry['model']}-{entry['method']}" for entry in record["omitted"]]
     for name in (*(cell.name for cell in layout.cells), *(name for name, _ in layout.refused)):
