@@ -26,13 +26,12 @@ from mlx_slim.export.card import Card, describe
 from mlx_slim.export.fuse import find_adapter
 from mlx_slim.export.model import Exported, add_versions, teller
 from mlx_slim.models.load import Loaded, read_config
-from mlx_slim.models.logits import logit_tolerance
+from mlx_slim.models.logits_close import Change, logits_close, rounding
 from mlx_slim.models.structure import blocks
 from mlx_slim.models.tensors import few
 from mlx_slim.models.verified_save import compute_dtype
 from mlx_slim.quantization.base import load_base
 from mlx_slim.reading import field, read_object
-from mlx_slim.runtime import number
 
 _PROBE = 16  # tokens on which what was written is compared
 
@@ -187,13 +186,11 @@ def _check(out: Path, loaded: Loaded, tuned: nn.Module, given: PeftFolder) -> No
     plain.eval()
     tuned.eval()
     expected, logits = (model(ids_1T) for model in (plain, tuned))
-    tolerance = logit_tolerance(len(blocks(tuned)), expected.dtype, logits.dtype)
-    expected, logits = expected.astype(mx.float32), logits.astype(mx.float32)
-    gap = number(mx.abs(logits - expected).max() / mx.abs(expected).max())
-    if wrong or not gap <= tolerance:
+    tolerance = rounding(len(blocks(tuned)), expected.dtype, logits.dtype)
+    difference = logits_close(logits, expected, Change.WEIGHTS, tolerance=tolerance)
+    if wrong or not difference.close:
         raise SlimError(
-            f"{out}: what was written is not what PEFT computes: relative difference of the logits "
-            f"{gap:.2g}"
+            f"{out}: what was written is not what PEFT computes: {difference}"
             + (f", layers that differ: {few(wrong)}" if wrong else "")
             + "; it was not kept",
             "please report it",

@@ -17,11 +17,10 @@ from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError
 from mlx_slim.finetuning.build import Tuned
 from mlx_slim.models import structure
-from mlx_slim.models.logits import logit_tolerance
+from mlx_slim.models.logits_close import Change, logits_close, rounding
 from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.models.verified_save import save_checked, stored_dtype
 from mlx_slim.quantization.apply import quantize_model
-from mlx_slim.runtime import number
 from mlx_slim.training.callbacks import computing
 
 _PROBE = 16  # tokens on which the rounded and the quantized model are compared
@@ -51,14 +50,12 @@ def save_quantized(target: Path, recipe: Recipe, tuned: Tuned) -> None:
     shutil.rmtree(target, ignore_errors=True)
     save_checked(target, tuned.loaded, report.config, stored)
     saved = model(tokens_1T)
-    expected = trained.astype(mx.float32)
-    gap = number(mx.abs(saved.astype(mx.float32) - expected).max())
-    scale = number(mx.abs(expected).max())
     # Stored in 16 bits, norms, biases and layers without codes are rounded once more.
     depth, dtypes = len(structure.blocks(model)), (trained.dtype, saved.dtype, stored)
-    if not gap <= logit_tolerance(depth, *dtypes) * scale:
+    tolerance = rounding(depth, *dtypes)
+    difference = logits_close(saved, trained, Change.WEIGHTS, tolerance=tolerance)
+    if not difference.close:
         raise SlimError(
-            f"{target}: quantized logits differ by {gap:.3g} from those of training (largest logit "
-            f"{scale:.3g})",
+            f"{target}: against training, quantized {difference}",
             "this is a bug: please report it with run.json",
         )

@@ -45,7 +45,7 @@ from mlx_slim.finetuning.strategy import (
     base_folder,
 )
 from mlx_slim.models import structure
-from mlx_slim.models.logits import logit_tolerance
+from mlx_slim.models.logits_close import Change, logits_close, rounding
 from mlx_slim.models.recorded import release
 from mlx_slim.planner.memory import Prediction
 from mlx_slim.reading import library_errors, read_object, short
@@ -54,7 +54,6 @@ from mlx_slim.runtime import (
     from_first_rank,
     human_bytes,
     memory_budget,
-    number,
     resolve_dtype,
     world,
 )
@@ -320,20 +319,17 @@ def _verify(recipe: Recipe, student: Student, tuned: Tuned, result: Result) -> N
     tokens_BT = mx.arange(16)[None] % max(2, tuned.config.get("vocab_size", 16))
     tuned.model.eval()
     trained = tuned.model(tokens_BT)
-    expected = trained.astype(mx.float32)
-    mx.eval(expected)
+    mx.eval(trained)
     release(tuned.model)  # before the second copy comes
     tuned.callbacks.clear()
     again = student.load_again(recipe, tuned, result.out)
     again.eval()
     loaded = again(tokens_BT)
-    worst = number(mx.abs(loaded.astype(mx.float32) - expected).max())
-    scale = number(mx.abs(expected).max())
-    tolerance = logit_tolerance(len(structure.blocks(again)), trained.dtype, loaded.dtype)
-    if not worst <= tolerance * scale:
+    tolerance = rounding(len(structure.blocks(again)), trained.dtype, loaded.dtype)
+    difference = logits_close(loaded, trained, Change.WEIGHTS, tolerance=tolerance)
+    if not difference.close:
         raise SlimError(
-            f"{result.out / result.artifact}: reloaded logits differ by {worst:.3g} "
-            f"(largest logit {scale:.3g})",
+            f"{result.out / result.artifact}: reloaded {difference}",
             "this is a bug: please report it with run.json",
         )
 

@@ -19,6 +19,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_slim.models.logits_close import Change, logits_close
 from mlx_slim.models.structure import GATED_MLP
 from mlx_slim.runtime import number, on_gpu
 
@@ -118,10 +119,7 @@ def _fast_class(module: nn.Module) -> type | None:
         return None
     if expected.shape != ours.shape:
         return None
-    difference = mx.abs(expected.astype(mx.float32) - ours.astype(mx.float32)).max()
-    scale = number(mx.abs(expected.astype(mx.float32)).max())
-    tolerance = 1e-4 if expected.dtype == mx.float32 else 2e-2
-    if not number(difference) <= tolerance * scale:
+    if not logits_close(ours, expected, Change.FORWARD).close:
         return None
     kind = type(module)
     return type(f"Fast{kind.__name__}", (kind,), {"__call__": _forward, "fast_swiglu": True})

@@ -40,19 +40,3 @@ def kl_divergence(p_NV: mx.array, q_NV: mx.array) -> mx.array:
     log_p_NV = p_NV.astype(mx.float32) - logsumexp(p_NV)
     log_q_NV = q_NV.astype(mx.float32) - logsumexp(q_NV)
     return row_sums(mx.exp(log_p_NV) * (log_p_NV - log_q_NV))[:, 0]
-
-
-def logit_tolerance(layers: int, *dtypes: mx.Dtype) -> float:
-    """Return how far two computations of one model's logits may lie apart, of the largest logit.
-
-    A block rounds what it adds to the residual stream to the unit roundoff u of its dtype, and L
-    independent roundings add up to u·√L. Measured between bfloat16 or float16 and float32, the
-    largest difference is 1.0 to 2.0 of that (3 blocks, and the 30 of SmolLM2); 4 are allowed. Below
-    1e-3, the order of sums and a GPU's own float32 products decide.
-
-    Args:
-        layers: L.
-        dtypes: Those that were computed in, or that weights were rounded to on the way.
-    """
-    roundoff = max(mx.finfo(dtype).eps for dtype in dtypes) / 2
-    return max(1e-3, 4 * roundoff * layers**0.5)

@@ -8,6 +8,7 @@ still do not split are trained through these. Legend: B rows, T positions, D wid
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -16,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_slim.errors import SlimError
-from mlx_slim.runtime import number
+from mlx_slim.models.logits_close import Change, logits_close
 
 _Map = Callable[[mx.array], mx.array]
 _Body = Callable[..., mx.array]
@@ -191,8 +192,7 @@ def split(model: nn.Module, vocabulary: int = 8) -> Split | None:
     """
     tokens_BT = mx.arange(8)[None] % max(2, vocabulary)
     expected = model(tokens_BT).astype(mx.float32)
-    largest = number(mx.abs(expected).max())
-    best: tuple[float, Split | None] = (1e-3 * largest + 1e-6, None)
+    best: tuple[float, Split | None] = (math.inf, None)
     for candidate in _candidates(model):
         try:
             linear = candidate.head(candidate.body(tokens_BT, None))
@@ -202,10 +202,10 @@ def split(model: nn.Module, vocabulary: int = 8) -> Split | None:
         for scale, cap in _finishes(model) if same else ():
             head = replace(candidate.head, cap=cap)
             logits = head.finish(linear * scale).astype(mx.float32)
-            gap = number(mx.abs(logits - expected).max())
-            if gap < best[0]:  # the closest: small logits hardly show a cap
-                best = gap, Split(_scaled(candidate.body, scale), head)
-                if gap == 0:
+            difference = logits_close(logits, expected, Change.HEAD)
+            if difference.close and difference.gap < best[0]:  # small logits hardly show a cap
+                best = difference.gap, Split(_scaled(candidate.body, scale), head)
+                if difference.gap == 0:
                     return best[1]
     return best[1]
 
@@ -274,10 +274,7 @@ def packs(model: nn.Module) -> bool:
         alone = mx.concatenate([model(tokens_BT[row : row + 1, begin:])[0] for row, begin in rows])
     except (TypeError, ValueError, AttributeError):
         return False
-    # In 16 bits rotary embeddings at other absolute positions round differently.
-    tolerance = 1e-3 if packed.dtype == mx.float32 else 5e-2
-    difference = mx.abs(packed.astype(mx.float32) - alone.astype(mx.float32)).max()
-    return number(difference) <= tolerance * number(mx.abs(alone).max())
+    return logits_close(packed, alone, Change.SHAPES).close
 
 
 @dataclass(frozen=True)

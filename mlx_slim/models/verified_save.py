@@ -21,6 +21,7 @@ from mlx_slim.artifacts import atomic_folder
 from mlx_slim.errors import SlimError
 from mlx_slim.models.lineage import carry
 from mlx_slim.models.load import Loaded, cast, load, open_weights, read_weights
+from mlx_slim.models.logits_close import Change, logits_close
 from mlx_slim.models.recorded import release
 from mlx_slim.models.save import save_model
 from mlx_slim.models.tensors import FLOATS, Tensor, common_dtype
@@ -87,16 +88,15 @@ def _same(model: nn.Module, folder: Path, out: Path) -> None:
     """
     differing = _differing(model, folder)
     probe_1T = mx.arange(_PROBE)[None]
-    expected = model(probe_1T).astype(mx.float32)
+    expected = model(probe_1T)
     mx.eval(expected)
     release(model)
     again = load(folder, dtype=compute_dtype()).model
-    logits = again(probe_1T).astype(mx.float32)
-    gap = (mx.abs(logits - expected).max() / mx.abs(expected).max()).tolist()
-    if differing or not gap <= 1e-4:  # pyright: ignore
+    difference = logits_close(again(probe_1T), expected, Change.NOTHING)
+    if differing or not difference.close:
         raise SlimError(
-            f"{out}: the saved model is not the one that was measured: relative difference of the "
-            f"logits {gap:.2g}, {len(differing)} tensors differ {differing[:3]}; it was not kept",
+            f"{out}: the saved model is not the one that was measured: {difference}, "
+            f"{len(differing)} tensors differ {differing[:3]}; it was not kept",
             "the disk may be failing; else please report it",
         )
     model.update(again.parameters())

@@ -22,7 +22,7 @@ import mlx.nn as nn
 from mlx_lm.models import base
 from mlx_lm.models.cache import BatchKVCache, KVCache, RotatingKVCache, make_prompt_cache
 
-from mlx_slim.runtime import number
+from mlx_slim.models.logits_close import Change, logits_close
 
 STEP = BatchKVCache.step  # positions that a cache grows by
 PREFILL_TOKENS = 512  # of a prompt that are read at once
@@ -174,7 +174,7 @@ def shares(model: Any) -> bool:
             found += [model(tokens[:, i : i + 1], cache=joint) for i in (10, 11)]
     except (TypeError, ValueError, AttributeError):
         return False
-    return _alike(mx.concatenate(found, axis=1), expected[:, 6:])
+    return logits_close(mx.concatenate(found, axis=1), expected[:, 6:], Change.SHAPES).close
 
 
 def joins(model: Any) -> bool:
@@ -194,14 +194,7 @@ def joins(model: Any) -> bool:
         found = [model(last_RT[:, i : i + 1], cache=batch.prompt_cache) for i in (0, 1)]
     except (TypeError, ValueError, AttributeError, IndexError):
         return False
-    return _alike(mx.concatenate(found, axis=1), alone)
-
-
-def _alike(found: mx.array, expected: mx.array) -> bool:
-    # In 16 bits other shapes round differently.
-    tolerance = 1e-3 if expected.dtype == mx.float32 else 5e-2
-    difference = mx.abs(found.astype(mx.float32) - expected.astype(mx.float32)).max()
-    return number(difference) <= tolerance * number(mx.abs(expected).max())
+    return logits_close(mx.concatenate(found, axis=1), alone, Change.SHAPES).close
 
 
 @dataclass(frozen=True)

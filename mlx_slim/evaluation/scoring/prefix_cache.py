@@ -18,7 +18,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_slim.runtime import number, on_gpu
+from mlx_slim.models.logits_close import Change, logits_close
+from mlx_slim.runtime import on_gpu
 
 Pool = list[tuple[mx.array, mx.array]]  # of each layer: keys and values (P, H, D)
 _PROBE = (7, 4, 5)  # where two rows branch off, and how many positions they go on
@@ -202,10 +203,7 @@ def probe(model: nn.Module, body: Callable[..., mx.array]) -> Sharing:
         reason = f"it refuses a shared cache ({' '.join(str(error).split())[:120]})"
         return replace(refused, reason=reason)
     expected = mx.stack([alone[0, first : first + more], alone[1, second : second + more]])
-    difference = mx.abs(branched.astype(mx.float32) - expected.astype(mx.float32)).max()
-    scale = number(mx.abs(expected.astype(mx.float32)).max())
-    # In 16 bits other shapes round differently.
-    if number(difference) > (1e-3 if alone.dtype == mx.float32 else 5e-2) * scale:
+    if not logits_close(branched, expected, Change.SHAPES).close:
         return replace(refused, reason="with a shared cache its hidden states differ")
     size = sum(keys.nbytes + values.nbytes for keys, values in pool) // (2 * first)
     return replace(refused, position_bytes=size)
