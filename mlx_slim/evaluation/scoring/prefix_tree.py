@@ -12,8 +12,8 @@ on the requests alone, so the same requests always make the same tree.
 
 from __future__ import annotations
 
+import bisect
 import itertools
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -45,14 +45,14 @@ class Node:
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """Positions ``begin`` to ``end`` of the sequences ``low`` to ``high``, and what follows."""
 
     begin: int
     end: int
     low: int
     high: int
-    after: tuple[_Run, ...]
+    after: tuple[Run, ...]
 
 
 def fewest_tokens(requests: Sequence[Request]) -> int:
@@ -75,15 +75,15 @@ def build(requests: Sequence[Request], *, longest: int, sharing: bool = True) ->
     """
     sequences = sorted({request.inputs for request in requests})
     if sharing:
-        forest = _Planner(sequences).forest()
+        forest = plan(sequences)
     else:
-        forest = tuple(_Run(0, len(s), i, i + 1, ()) for i, s in enumerate(sequences))
+        forest = tuple(Run(0, len(s), i, i + 1, ()) for i, s in enumerate(sequences))
         longest = max((len(s) for s in sequences), default=1)
     nodes: list[Node] = []
-    paths: list[list[int]] = [[] for _ in sequences]
-
-    def grow(run: _Run, parent: int, path: list[int]) -> None:
-        path = list(path)
+    leaves = [-1] * len(sequences)  # index of the node that each sequence ends in
+    pending = [(run, -1) for run in reversed(forest)]
+    while pending:
+        run, parent = pending.pop()
         for begin in range(run.begin, run.end, longest):
             tokens = sequences[run.low][begin : min(begin + longest, run.end)]
             level = nodes[parent].level + 1 if parent >= 0 else 0
@@ -91,87 +91,88 @@ def build(requests: Sequence[Request], *, longest: int, sharing: bool = True) ->
                 nodes[parent].inner = True
             nodes.append(Node(tokens, parent, begin, level))
             parent = len(nodes) - 1
-            path.append(parent)
-        for index in range(run.low, run.high):
-            if len(sequences[index]) == run.end:
-                paths[index] = path
-        for child in run.after:
-            grow(child, parent, path)
-
-    for run in forest:
-        grow(run, -1, [])
+        if len(sequences[run.low]) == run.end:  # a prefix of the others is sorted before them
+            leaves[run.low] = parent
+        pending += [(child, parent) for child in reversed(run.after)]
     place = {sequence: index for index, sequence in enumerate(sequences)}
     for index, request in enumerate(requests):
-        for node in (nodes[i] for i in paths[place[request.inputs]]):
+        at = leaves[place[request.inputs]]
+        while at >= 0 and nodes[at].offset + len(nodes[at].tokens) >= request.start:
+            node = nodes[at]
             first = max(0, request.start - 1 - node.offset)
             for position in range(first, len(node.tokens)):
                 target = request.ids[node.offset + position + 1]
                 node.scored.setdefault(position, []).append((index, target))
+            at = node.parent
     return nodes
 
 
-class _Planner:
-    """Chooses which shared runs become rows: the cheapest way to compute sorted sequences."""
+_State = tuple[int, int, int]  # low, high, begin
+_Way = tuple[int, tuple[Run, ...]]  # cost in tokens, and the runs
 
-    def __init__(self, sequences: list[tuple[int, ...]]) -> None:
-        self._sequences = sequences
-        self._known: dict[tuple[int, int, int], tuple[int, tuple[_Run, ...]]] = {}
 
-    def forest(self) -> tuple[_Run, ...]:
-        if not self._sequences:
-            return ()
-        limit = sys.getrecursionlimit()
-        sys.setrecursionlimit(max(limit, 20_000))  # one level a branching point
-        try:
-            return self._best(0, len(self._sequences), 0)[1]
-        finally:
-            sys.setrecursionlimit(limit)
+def plan(sequences: Sequence[Sequence[int]]) -> tuple[Run, ...]:
+    """Return the runs that compute sorted, distinct sequences at the least cost.
 
-    def _best(self, low: int, high: int, begin: int) -> tuple[int, tuple[_Run, ...]]:
-        """Return cost and runs of positions ``begin``… of sequences that agree before it."""
-        key = (low, high, begin)
-        if key not in self._known:
-            self._known[key] = self._choose(low, high, begin)
-        return self._known[key]
+    Where sequences share the positions ``begin`` to ``end``, these are one run, or, where they are
+    at most ``ROW_COST``, each branch may compute them again. Where one sequence ends at ``end``, it
+    needs the run anyway, so the others share it. Each state is computed after those it depends on,
+    from an explicit stack: prefixes may be nested to any depth.
 
-    def _choose(self, low: int, high: int, begin: int) -> tuple[int, tuple[_Run, ...]]:
-        first, last = self._sequences[low], self._sequences[high - 1]
-        if high - low == 1:
-            if begin == len(first):
-                return 0, ()
-            return len(first) - begin + ROW_COST, (_Run(begin, len(first), low, high, ()),)
-        end = begin + shared_length(first[begin:], last[begin:])
-        groups = self._groups(low, high, end)
-        ended = len(first) == end  # the first sequence is a prefix of the others
-        again: tuple[int, tuple[_Run, ...]] | None = None
-        if end - begin <= ROW_COST or len(groups) == 1:  # longer runs are always worth sharing
-            again = self._joined(groups, begin)
-            if ended and end > begin:
-                alone = _Run(begin, end, low, low + 1, ())
-                again = again[0] + end - begin + ROW_COST, (alone, *again[1])
+    Args:
+        sequences: Token ids, in lexicographic order, none twice.
+    """
+    if not sequences:
+        return ()
+    ways: dict[_State, _Way] = {}
+    branches: dict[tuple[int, int], tuple[int, list[tuple[int, int]]]] = {}
+    stack: list[_State] = [(0, len(sequences), 0)]
+    while stack:
+        state = low, high, begin = stack[-1]
+        if (low, high) not in branches:
+            branches[low, high] = _branches(sequences, low, high, begin)
+        end, groups = branches[low, high]
+        ended = len(sequences[low]) == end
+        starts = [end] if end > begin and (ended or end - begin > ROW_COST) else [begin, end]
+        needed = {(*group, start) for start in starts for group in groups}
+        if missing := [other for other in needed if other not in ways]:
+            stack += missing
+            continue
+        stack.pop()
+
+        def joined(start: int, groups: list[tuple[int, int]] = groups) -> _Way:
+            each = [ways[(*group, start)] for group in groups]
+            return sum(cost for cost, _ in each), tuple(run for _, runs in each for run in runs)
+
         if end == begin:
-            assert again is not None
-            return again
-        cost, after = self._joined(groups, end)
-        shared = end - begin + ROW_COST + cost, (_Run(begin, end, low, high, after),)
-        return min(shared, again, key=lambda way: way[0]) if again else shared
+            ways[state] = joined(begin)
+            continue
+        cost, after = joined(end)
+        shared = end - begin + ROW_COST + cost, (Run(begin, end, low, high, after),)
+        again = joined(begin) if begin in starts else shared
+        ways[state] = min(shared, again, key=lambda way: way[0])
+    return ways[0, len(sequences), 0][1]
 
-    def _joined(self, groups: list[tuple[int, int]], begin: int) -> tuple[int, tuple[_Run, ...]]:
-        ways = [self._best(low, high, begin) for low, high in groups]
-        return sum(cost for cost, _ in ways), tuple(run for _, runs in ways for run in runs)
 
-    def _groups(self, low: int, high: int, end: int) -> list[tuple[int, int]]:
-        """Return the ranges of sequences that go on alike at position ``end``."""
-        index = low + (len(self._sequences[low]) == end)
-        groups: list[tuple[int, int]] = []
-        while index < high:
-            stop = index + 1
-            token = self._sequences[index][end]
-            while stop < high and self._sequences[stop][end] == token:
-                stop += 1
-            groups.append((index, stop))
-            index = stop
-        return groups
+def _branches(
+    sequences: Sequence[Sequence[int]], low: int, high: int, begin: int
+) -> tuple[int, list[tuple[int, int]]]:
+    """Return where sequences that agree before ``begin`` part, and the ranges that go on alike."""
+    first, last = sequences[low], sequences[high - 1]
+    end, most = begin, min(len(first), len(last))
+    while end < most and first[end] == last[end]:
+        end += 1
+    groups: list[tuple[int, int]] = []
+    index = low + (len(first) == end)
+    while index < high:
+        token = sequences[index][end]
+        if sequences[high - 1][end] == token:
+            stop = high
+        else:
+            stop = bisect.bisect_right(sequences, token, index, high, key=lambda s: s[end])
+        groups.append((index, stop))
+        index = stop
+    return end, groups
 
 
 def batches(nodes: Sequence[Node], indices: Sequence[int], budget: int) -> list[list[int]]:

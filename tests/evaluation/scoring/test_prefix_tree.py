@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 
 import pytest
 
@@ -98,3 +99,56 @@ def test_batches_hold_every_row_once_and_keep_the_budget():
     padding = sum(max(lengths[i] for i in rows) * len(rows) for rows in found) / sum(lengths)
     assert padding < 1.06
     assert prefix_tree.batches(nodes, [], 128) == []
+
+
+def _least_cost(sequences: list[tuple[int, ...]], begin: int = 0) -> int:
+    """Return the least cost by trying both ways at every shared run, by plain recursion."""
+    if len(sequences) == 1:
+        left = len(sequences[0]) - begin
+        return left + prefix_tree.ROW_COST if left else 0
+    end = begin
+    while all(len(s) > end for s in sequences) and len({s[end] for s in sequences}) == 1:
+        end += 1
+    groups: dict[int, list[tuple[int, ...]]] = {}
+    for sequence in sequences:
+        if len(sequence) > end:
+            groups.setdefault(sequence[end], []).append(sequence)
+    ended = any(len(sequence) == end for sequence in sequences)
+    row = end - begin + prefix_tree.ROW_COST if end > begin else 0
+    shared = row + sum(_least_cost(group, end) for group in groups.values())
+    again = (row if ended else 0) + sum(_least_cost(group, begin) for group in groups.values())
+    return min(shared, again)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_plan_is_the_cheapest_of_all(seed):
+    sequences = sorted({request.inputs for request in _random_requests(seed, 25)})
+    pending, cost = list(prefix_tree.plan(sequences)), 0
+    while pending:
+        run = pending.pop()
+        cost += run.end - run.begin + prefix_tree.ROW_COST
+        pending += run.after
+    assert cost == _least_cost(sequences)
+
+
+def test_prefixes_nested_20_000_deep_need_no_recursion():
+    limit = sys.getrecursionlimit()
+    depth = 20_000
+    pending = list(prefix_tree.plan([range(length) for length in range(1, depth + 1)]))
+    ends = []
+    while pending:
+        run = pending.pop()
+        assert run.end == run.begin + 1
+        ends.append(run.end)
+        pending += run.after
+    assert ends == list(range(1, depth + 1))
+    assert sys.getrecursionlimit() == limit
+
+
+def test_every_one_of_1_500_nested_requests_is_scored():
+    ids = tuple(range(1502))
+    requests = [Request(ids[:length], length - 1) for length in range(2, 1502)]
+    nodes = prefix_tree.build(requests, longest=100)
+    scored = [pair for node in nodes for pairs in node.scored.values() for pair in pairs]
+    assert sorted(scored) == [(index, index + 1) for index in range(1500)]
+    assert sum(len(node.tokens) for node in nodes) == prefix_tree.fewest_tokens(requests)
