@@ -17,7 +17,6 @@ from typing import Any
 from mlx_slim import events
 from mlx_slim.config.load import Resolved, from_values, load_recipe
 from mlx_slim.distillation import run as teaching
-from mlx_slim.evaluation import plan as eval_plan
 from mlx_slim.evaluation import run as scoring
 from mlx_slim.finetuning import profile
 from mlx_slim.finetuning import run as training
@@ -243,7 +242,7 @@ def evaluate(
     limit: int | None = None,
     num_fewshot: int | None = None,
     data_dir: Source | None = None,
-    options: eval_plan.EvalOptions | None = None,
+    options: EvalOptions | None = None,
     resume: bool = False,
     observer: events.Observer | None = None,
 ) -> list[dict[str, Any]]:
@@ -274,5 +273,5 @@ def evaluate(
         "data_dir": None if data_dir is None else Path(data_dir),
     }
     chosen = {key: value for key, value in given.items() if value is not None}
-    settings = replace(options or eval_plan.EvalOptions(), **chosen)
+    settings = replace(options or EvalOptions(), **chosen)
     return scoring.evaluate(model, tasks, Path(out), settings, resume=resume, observer=observer)

@@ -8,48 +8,39 @@ Invariant: everything a user can get wrong is said before any weight is read. Tr
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mlx_slim.cli.options import SEED, SHOTS, Whole, output_mode
+from mlx_slim.cli.options import options_of, output_mode
 from mlx_slim.errors import SlimError
+from mlx_slim.evaluation.options import EvalOptions
 
 _FOLDER = click.Path(path_type=Path)
 
 
 @click.command("eval")
 @click.argument("models", nargs=-1, metavar="[MODEL]...")
-@click.option(
-    "--adapter",
-    multiple=True,
-    metavar="DIR[=WEIGHT]",
-    help="Put this adapter (of several the weighted sum) on every model.",
-)
+@options_of(EvalOptions, "adapter")
 @click.option("--task", "tasks", multiple=True, metavar="NAMES", help="Tasks, suites, task files.")
-@click.option(
-    "--perplexity", type=_FOLDER, metavar="FILE", help="Bits per byte of a held-out text."
+@options_of(
+    EvalOptions,
+    "perplexity",
+    "limit",
+    "num_fewshot",
+    "data_dir",
+    "apply_chat_template",
+    "fewshot_as_multiturn",
+    "system",
+    "dtype",
+    "max_length",
+    "batch_tokens",
+    "seed",
+    "revision",
+    "trust_remote_code",
 )
-@click.option("--limit", type=Whole(1), metavar="N", help="First N rows (of a subject).")
-@click.option("--num-fewshot", type=SHOTS, metavar="K", help="Solved examples before a question.")
-@click.option("--data-dir", type=_FOLDER, metavar="DIR", help="Data mirror [MLX_SLIM_DATA].")
-@click.option("--apply-chat-template", is_flag=True, help="Prompts go through the chat template.")
-@click.option(
-    "--fewshot-as-multiturn/--no-fewshot-as-multiturn",
-    default=True,
-    show_default=True,
-    help="With a chat template, examples are turns.",
-)
-@click.option("--system", metavar="TEXT", help="System message (of a chat template).")
-@click.option(
-    "--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16."
-)
-@click.option("--max-length", type=Whole(2), metavar="N", help="Longest input, tokens.")
-@click.option("--batch-tokens", type=Whole(1), metavar="N", help="Tokens of a batch.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the bootstrap; recorded.")
-@click.option("--revision", metavar="REV", help="Branch, tag or commit of hub models.")
-@click.option("--trust-remote-code", is_flag=True, help="Run Python files of the model repository.")
 @click.option(
     "--compare", type=_FOLDER, nargs=2, metavar="OUT_A OUT_B", help="Compare two results."
 )
@@ -85,7 +76,7 @@ def command(
     from mlx_slim import runtime
     from mlx_slim.console import Console
     from mlx_slim.console.scoring import Scoring
-    from mlx_slim.evaluation.run import EvalOptions, evaluate, result_folders
+    from mlx_slim.evaluation.run import evaluate, result_folders
 
     with Console(mode, display=Scoring()) as console:
         results = evaluate(
@@ -116,13 +107,13 @@ def _compare(
     options: dict[str, Any],
 ) -> None:
     """Compare two folders; write ``comparison.json`` where ``-o`` says so."""
-    plain = {"fewshot_as_multiturn": True, "dtype": "auto"}
-    given = [k for k, value in options.items() if value and value != plain.get(k)]
-    given += ["MODEL"] if models else []
-    given += ["task"] if tasks else []
-    if given:
+    defaults = {field.name: field.default for field in fields(EvalOptions)}
+    unused = [k for k, value in options.items() if value and value != defaults.get(k)]
+    unused += ["MODEL"] if models else []
+    unused += ["task"] if tasks else []
+    if unused:
         raise SlimError(
-            f"--compare takes two output folders and nothing of a scoring: {', '.join(given)}",
+            f"--compare takes two output folders and nothing of a scoring: {', '.join(unused)}",
             "mlx-slim eval --compare OUT_A OUT_B [-o DIR]",
         )
     from mlx_slim.artifacts import check_writable, write_json

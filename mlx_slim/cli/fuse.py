@@ -11,7 +11,8 @@ from typing import Any
 
 import click
 
-from mlx_slim.cli.options import Whole
+from mlx_slim.cli.options import options_of
+from mlx_slim.export.options import FuseOptions
 
 
 @click.command(name="fuse")
@@ -29,16 +30,7 @@ from mlx_slim.cli.options import Whole
 @click.option(
     "--requantize", "mode", flag_value="requantize", help="Each layer in the format it had."
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Of the weights on disk; default the base's.",
-)
-@click.option("--force", is_flag=True, help="Write it even if the tune is lost.")
-@click.option("--calibration", help="Text file or data set to compare on; default Alpaca.")
-@click.option("--samples", type=Whole(1), default=4, show_default=True, help="Its rows.")
-@click.option("--length", type=Whole(8), default=256, show_default=True, help="Tokens of a row.")
-@click.option("--revision", help="Commit or tag of a hub model.")
+@options_of(FuseOptions, "dtype", "force", "calibration", "samples", "length", "revision")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def command(
     model: str,
@@ -56,9 +48,9 @@ def command(
     from rich.console import Console as RichConsole
 
     from mlx_slim.console import Console
-    from mlx_slim.export.fuse import FuseOptions, fuse
+    from mlx_slim.export.fuse import fuse
 
-    options = FuseOptions(mode=mode or "auto", **settings)  # pyright: ignore
+    options = FuseOptions(**({"mode": mode} if mode else {}), **settings)
     notices = RichConsole(highlight=False, stderr=as_json)
     with Console("quiet" if as_json else "plain", output=notices) as console:
         result = fuse(model, adapter, output, options, console)

@@ -1,19 +1,23 @@
-"""Options that several commands share, each declared once.
+"""Options of commands: those generated from an options class, and those that several share.
 
-Invariant: ``--json`` and ``--quiet`` reach a command as one ``mode`` of the console; every number
-has a least and a largest value. Try it:
-``mlx-slim train --help``.
+Invariant: what an options class owns (default, range, choices, help) is read from it;
+``--json`` and ``--quiet`` reach a command as one ``mode`` of the console; every number has a least
+and a largest value. Try it: ``mlx-slim train --help``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import types
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import click
+
+from mlx_slim.config.options import KEY, CommandLine
 
 Command = Callable[..., Any]
 
@@ -38,6 +42,70 @@ class Real(click.FloatRange):
 
 SEED = Whole(0, 2**32 - 1)
 SHOTS = Whole(0, 100)
+
+
+def options_of(owner: type, *names: str) -> Callable[[Command], Command]:
+    """Add the options of fields of a dataclass, in this order.
+
+    Args:
+        owner: Its fields are declared with ``config.options.option``.
+        names: Of the fields; the command gets their values under these names.
+    """
+    fields = {field.name: field for field in dataclasses.fields(owner)}
+    hints = get_type_hints(owner, include_extras=True)
+
+    def add(command: Command) -> Command:
+        for name in reversed(names):
+            command = _option(fields[name], hints[name])(command)
+        return command
+
+    return add
+
+
+def _option(field: dataclasses.Field[Any], hint: Any) -> Callable[[Command], Command]:
+    """Return one option: a flag, a pair of flags, or a value of the field's type."""
+    line: CommandLine = field.metadata[KEY]
+    flag = line.flag or f"--{field.name.replace('_', '-')}"
+    words: dict[str, Any] = {"help": line.help, "metavar": line.metavar}
+    if line.multiple:
+        return click.option(flag, field.name, multiple=True, **words)
+    kind = _bare(hint)
+    if kind is bool and field.default is False:
+        return click.option(flag, field.name, is_flag=True, **words)
+    words |= {"default": field.default, "show_default": field.default is not None}
+    if kind is bool:
+        return click.option(f"{flag}/--no-{flag[2:]}", field.name, **words)
+    return click.option(flag, field.name, type=_type(kind), **words)
+
+
+def _bare(hint: Any) -> Any:
+    """Return a type without its None."""
+    if get_origin(hint) in (types.UnionType, Union):
+        (hint,) = (one for one in get_args(hint) if one is not type(None))
+    return hint
+
+
+def _type(kind: Any) -> click.ParamType:
+    """Return the command line's type of ``str``, ``Path``, a Literal or a number with a range."""
+    if get_origin(kind) is Literal:
+        return click.Choice(get_args(kind))
+    if kind is Path:
+        return click.Path(path_type=Path)
+    if get_origin(kind) is not Annotated:
+        return click.STRING
+    number, *marks = get_args(kind)
+    limits = {
+        name: value
+        for mark in marks
+        for one in getattr(mark, "metadata", [mark])
+        for name in ("ge", "gt", "le", "lt")
+        if (value := getattr(one, name, None)) is not None
+    }
+    if number is int:
+        least = limits["ge"] if "ge" in limits else limits["gt"] + 1
+        return Whole(least, limits["le"] if "le" in limits else limits["lt"] - 1)
+    low, high = limits.get("ge", limits.get("gt")), limits.get("le", limits.get("lt"))
+    return Real(low, high, min_open="gt" in limits, max_open="lt" in limits)
 
 
 def output_mode(

@@ -12,53 +12,36 @@ from typing import Any
 
 import click
 
-from mlx_slim.cli.options import SEED, Whole
+from mlx_slim.cli.options import Whole, options_of
 from mlx_slim.errors import SlimError
+from mlx_slim.pruning.options import PruneOptions
 
 _PATH = click.Path(path_type=Path)
-_WIDTH = "taylor, taylor2, vector, activation, l2, random"
-_DEPTH = "block-influence, angular, perplexity, random"
 
 
 @click.command("prune")
 @click.argument("model")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("-o", "--out", required=True, type=_PATH, help="New folder.")
-@click.option("--axis", type=click.Choice(["depth", "width"]), help="Follows from the method.")
-@click.option("--method", help=f"Width: {_WIDTH} [taylor]. Depth: {_DEPTH} [block-influence].")
-@click.option("--layers", metavar="A-B,C", help="Remove these layers, counted from 0.")
+@options_of(PruneOptions, "axis", "method", "layers")
 @click.option("--ratio", type=float, help="Share of the layers, or of the groups of a layer.")
 @click.option("--target-params", metavar="N", help="Most parameters that stay: 100M, 1.1B.")
 @click.option("--target-bytes", metavar="SIZE", help="Most bytes that stay: 200MB.")
-@click.option("--heads/--no-heads", default=None, help="Prune attention heads (KV groups).")
-@click.option("--mlp/--no-mlp", default=None, help="Prune MLP neurons.")
-@click.option(
-    "--uniform/--no-uniform",
-    default=True,
-    show_default=True,
-    help="The same widths in every layer: stock mlx-lm reads it; else only mlx-slim.",
+@options_of(
+    PruneOptions,
+    "heads",
+    "mlp",
+    "uniform",
+    "ranking",
+    "protect_first",
+    "protect_last",
+    "calibration",
+    "samples",
+    "length",
+    "held_out",
+    "seed",
+    "revision",
 )
-@click.option(
-    "--ranking",
-    type=click.Choice(["layer", "global"]),
-    default="layer",
-    show_default=True,
-    help="Groups compete inside their layer, or with all (with --no-uniform).",
-)
-@click.option("--protect-first", type=Whole(0), help="First layers that stay [4 of 32].")
-@click.option("--protect-last", type=Whole(0), help="Last layers that stay [2 of 32].")
-@click.option("--calibration", metavar="TEXT", help="Text file or data set; default Alpaca.")
-@click.option("--samples", type=Whole(1), help="Calibration rows [10, forward only 32].")
-@click.option("--length", type=Whole(8), help="Tokens of a row [64, forward only 256].")
-@click.option(
-    "--held-out",
-    type=Whole(16),
-    default=2048,
-    show_default=True,
-    help="Tokens that the result is judged on.",
-)
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of --method random.")
-@click.option("--revision", help="Commit or tag of a hub model.")
 @click.option("--recover", metavar="RECIPE", help="Then tune it; KEY=VALUE go to the recipe.")
 @click.option("--task", "tasks", multiple=True, metavar="NAMES", help="Score before and after.")
 @click.option("--limit", type=Whole(1), metavar="N", help="First N rows of a task.")
@@ -89,7 +72,6 @@ def command(
     from rich.console import Console as RichConsole
 
     from mlx_slim.console import Console
-    from mlx_slim.pruning.options import PruneOptions
     from mlx_slim.runtime import parse_size
 
     options = PruneOptions(

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from mlx_slim import artifacts, runtime
-from mlx_slim.adapters.stack import Adapters, parse_adapters
+from mlx_slim.adapters.stack import parse_adapters
 from mlx_slim.adapters.store import adapter_hash, check_adapter
 from mlx_slim.data.templates import load_template
 from mlx_slim.data.tokenize import unwrap
 from mlx_slim.errors import ResourceError, RowLimit, SlimError, did_you_mean
 from mlx_slim.evaluation.jobs import ScoringJob, TaskJob
+from mlx_slim.evaluation.options import EvalOptions
 from mlx_slim.evaluation.results import RESULTS, STATE_FILE, Folder
 from mlx_slim.evaluation.score import Target
 from mlx_slim.evaluation.scoring.answer_cache import planned_footprint
@@ -43,46 +44,6 @@ from mlx_slim.run_dir import RunDir
 CODE = 3  # raised when the same settings give other numbers: an older folder is not gone on with
 _SAMPLE_BYTES = 500  # of a question on disk, about
 _MIN_DISK = 200_000  # the other files
-
-
-@dataclass(frozen=True)
-class EvalOptions:
-    """How to score; the only home of these defaults.
-
-    Attributes:
-        adapter: Adapter folder to put on every model; of several (``DIR`` or ``DIR=WEIGHT``) the
-            weighted sum.
-        num_fewshot: Solved examples before each question; None takes the task's own.
-        limit: First rows of a task (of each subject of a group); None takes all.
-        data_dir: Data mirror; None takes ``MLX_SLIM_DATA``, else the hub.
-        perplexity: Text file or JSON lines to predict, beside the tasks.
-        dtype: ``auto`` (bfloat16 on a GPU, float32 on a CPU) or a name of ``runtime.DTYPES``.
-        apply_chat_template: Put every prompt into the model's chat template, as the harness does.
-        fewshot_as_multiturn: With it, examples are turns of their own.
-        system: Begins the system message of every prompt that goes through a chat template, before
-            the task's description, as the harness's ``--system_instruction``.
-        max_length: Longest input, tokens; None takes the model's.
-        batch_tokens: Tokens of a batch, and of the caches of answers that are written side by side;
-            None chooses by memory.
-        seed: Recorded; scoring itself draws nothing.
-        revision: Branch, tag or commit of hub models.
-        trust_remote_code: Run Python files that a repository brings.
-    """
-
-    adapter: Adapters | None = None
-    num_fewshot: int | None = None
-    limit: int | None = None
-    data_dir: Path | None = None
-    perplexity: Path | None = None
-    dtype: str = "auto"
-    apply_chat_template: bool = False
-    fewshot_as_multiturn: bool = True
-    system: str | None = None
-    max_length: int | None = None
-    batch_tokens: int | None = None
-    seed: int = 0
-    revision: str | None = None
-    trust_remote_code: bool = False
 
 
 def find_targets(

@@ -16,7 +16,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -38,6 +38,7 @@ from mlx_slim.errors import ResourceError, SlimError
 from mlx_slim.events import Notice, Observer
 from mlx_slim.export.audit_text import audit_tokens
 from mlx_slim.export.fuse_audit import Effect, effect, weight_share
+from mlx_slim.export.options import FuseOptions, Mode
 from mlx_slim.models.limits import limit_of
 from mlx_slim.models.lineage import carry
 from mlx_slim.models.load import Loaded, cast, read_weights
@@ -58,34 +59,8 @@ from mlx_slim.runtime import (
     resolve_dtype,
 )
 
-Mode = Literal["auto", "merge", "keep", "dequantize", "requantize"]
 RECORD = "fuse.json"
 KEPT_ADAPTER = "adapters"
-
-
-@dataclass(frozen=True)
-class FuseOptions:
-    """How to fuse and how to judge it.
-
-    Attributes:
-        mode: ``keep`` puts the adapter beside its base; ``dequantize`` makes a dense model;
-            ``requantize`` returns each layer to the format it had; ``auto`` merges a dense base
-            and dequantizes a quantized one.
-        dtype: Of the floating weights on disk; None is the base's.
-        force: Write the result even if it lost the tune.
-        calibration: Text to compare on; None takes Alpaca or the demo's rows.
-        samples: Rows of that text.
-        length: Tokens of a row.
-        revision: Commit or tag of a hub model.
-    """
-
-    mode: Mode = "auto"
-    dtype: str | None = None
-    force: bool = False
-    calibration: str | None = None
-    samples: int = 4
-    length: int = 256
-    revision: str | None = None
 
 
 @dataclass(frozen=True)

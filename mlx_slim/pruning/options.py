@@ -6,11 +6,12 @@ Invariant: all problems of the options are reported at once, before any model is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from mlx_slim.config.options import option
 from mlx_slim.config.section import MOST
 from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.models.structure import HEADS, MLP
@@ -24,6 +25,8 @@ _METHODS = {"depth": depth.METHODS, "width": importance.METHODS}
 _GRADIENT_ROWS, _FORWARD_ROWS = (10, 64), (32, 256)
 
 
+_WIDTH = "taylor, taylor2, vector, activation, l2, random"
+_DEPTH, _BEST = "block-influence, angular, perplexity, random", "block-influence"
 _Size = Annotated[int, Field(ge=1, le=2**60, strict=True)]
 
 
@@ -53,24 +56,52 @@ class PruneOptions:
         revision: Commit or tag of a hub model.
     """
 
-    axis: Literal["depth", "width"] | None = None
-    method: str | None = None
-    layers: str | None = None
+    axis: Literal["depth", "width"] | None = field(
+        default=None, metadata=option("Follows from the method.")
+    )
+    method: str | None = field(
+        default=None, metadata=option(f"Width: {_WIDTH} [taylor]. Depth: {_DEPTH} [{_BEST}].")
+    )
+    layers: str | None = field(
+        default=None, metadata=option("Remove these layers, counted from 0.", metavar="A-B,C")
+    )
     ratio: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = None
     target_params: _Size | None = None
     target_bytes: _Size | None = None
-    heads: bool | None = None
-    mlp: bool | None = None
-    uniform: bool = True
-    ranking: Literal["layer", "global"] = "layer"
-    protect_first: Annotated[int, Field(ge=0, le=MOST, strict=True)] | None = None
-    protect_last: Annotated[int, Field(ge=0, le=MOST, strict=True)] | None = None
-    calibration: str | None = None
-    samples: Annotated[int, Field(ge=1, le=MOST, strict=True)] | None = None
-    length: Annotated[int, Field(ge=8, le=MOST, strict=True)] | None = None
-    held_out: Annotated[int, Field(ge=16, le=MOST, strict=True)] = 2048
-    seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
-    revision: str | None = None
+    heads: bool | None = field(default=None, metadata=option("Prune attention heads (KV groups)."))
+    mlp: bool | None = field(default=None, metadata=option("Prune MLP neurons."))
+    uniform: bool = field(
+        default=True,
+        metadata=option(
+            "The same widths in every layer: stock mlx-lm reads it; else only mlx-slim."
+        ),
+    )
+    ranking: Literal["layer", "global"] = field(
+        default="layer",
+        metadata=option("Groups compete inside their layer, or with all (with --no-uniform)."),
+    )
+    protect_first: Annotated[int, Field(ge=0, le=MOST, strict=True)] | None = field(
+        default=None, metadata=option("First layers that stay [4 of 32].")
+    )
+    protect_last: Annotated[int, Field(ge=0, le=MOST, strict=True)] | None = field(
+        default=None, metadata=option("Last layers that stay [2 of 32].")
+    )
+    calibration: str | None = field(
+        default=None, metadata=option("Text file or data set; default Alpaca.", metavar="TEXT")
+    )
+    samples: Annotated[int, Field(ge=1, le=MOST, strict=True)] | None = field(
+        default=None, metadata=option("Calibration rows [10, forward only 32].")
+    )
+    length: Annotated[int, Field(ge=8, le=MOST, strict=True)] | None = field(
+        default=None, metadata=option("Tokens of a row [64, forward only 256].")
+    )
+    held_out: Annotated[int, Field(ge=16, le=MOST, strict=True)] = field(
+        default=2048, metadata=option("Tokens that the result is judged on.")
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = field(
+        default=0, metadata=option("Of --method random.")
+    )
+    revision: str | None = field(default=None, metadata=option("Commit or tag of a hub model."))
 
 
 def one_error(problems: list[tuple[str, str]]) -> SlimError:

@@ -23,7 +23,7 @@ from mlx_slim.artifacts import SCHEMA_VERSION, load_tensors, provenance
 from mlx_slim.config.load import Resolved
 from mlx_slim.data.prepare import prepare
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluation.plan import EvalOptions
+from mlx_slim.evaluation.options import EvalOptions
 from mlx_slim.evaluation.results import STATE_FILE as EVAL_STATE
 from mlx_slim.evaluation.results import read_samples, samples_name
 from mlx_slim.evaluation.run import evaluate

@@ -22,7 +22,6 @@ import mlx.nn as nn
 
 from mlx_slim.artifacts import SCHEMA_VERSION
 from mlx_slim.claims import makes_folder
-from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import RowLimit, SlimError
 from mlx_slim.events import Notice, Observer
 from mlx_slim.models import fidelity
@@ -47,32 +46,8 @@ from mlx_slim.quantization.apply import (
 )
 from mlx_slim.quantization.calibration import DEFAULT_SOURCE, Calibration, read_calibration
 from mlx_slim.quantization.methods import check_method, quantize_with
+from mlx_slim.quantization.options import CompressOptions
 from mlx_slim.runtime import device_memory, human_bytes, human_duration, on_gpu
-
-
-@dataclass(frozen=True)
-class CompressOptions:
-    """How to quantize and how to judge it.
-
-    Attributes:
-        quantize: Bits, group size and mode.
-        method: ``rtn`` (rounding to nearest) or a calibrated method of ``quantize.methods``.
-        recipe: A mixed recipe of mlx-lm, with ``rtn`` only.
-        calibration: Text or data set to calibrate and judge on; None is the Alpaca mirror.
-        samples: Calibration rows, at most.
-        length: Tokens of a calibration row.
-        fidelity_samples: Held-out rows that the result is judged on; 0 leaves the judging out.
-        revision: Commit or tag of a hub model.
-    """
-
-    quantize: QuantizeConfig
-    method: str = "rtn"
-    recipe: str | None = None
-    calibration: str | None = None
-    samples: int = 32
-    length: int = 256
-    fidelity_samples: int = 4
-    revision: str | None = None
 
 
 @dataclass(frozen=True)

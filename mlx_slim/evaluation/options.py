@@ -1,0 +1,87 @@
+"""How to score: the values that ``mlx-slim eval`` takes.
+
+Invariant: the only home of these defaults; nothing heavy is imported. Try it:
+``mlx-slim eval --help``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from mlx_slim.config.options import option
+from mlx_slim.config.section import MOST, PositiveInt, Seed
+from mlx_slim.config.task import MOST_SHOTS
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """How to score; the only home of these defaults.
+
+    Attributes:
+        adapter: Adapter folder to put on every model; of several (``DIR`` or ``DIR=WEIGHT``) the
+            weighted sum.
+        num_fewshot: Solved examples before each question; None takes the task's own.
+        limit: First rows of a task (of each subject of a group); None takes all.
+        data_dir: Data mirror; None takes ``MLX_SLIM_DATA``, else the hub.
+        perplexity: Text file or JSON lines to predict, beside the tasks.
+        dtype: ``auto`` (bfloat16 on a GPU, float32 on a CPU) or a name of ``runtime.DTYPES``.
+        apply_chat_template: Put every prompt into the model's chat template, as the harness does.
+        fewshot_as_multiturn: With it, examples are turns of their own.
+        system: Begins the system message of every prompt that goes through a chat template, before
+            the task's description, as the harness's ``--system_instruction``.
+        max_length: Longest input, tokens; None takes the model's.
+        batch_tokens: Tokens of a batch, and of the caches of answers that are written side by side;
+            None chooses by memory.
+        seed: Recorded; scoring itself draws nothing.
+        revision: Branch, tag or commit of hub models.
+        trust_remote_code: Run Python files that a repository brings.
+    """
+
+    adapter: str | Path | Sequence[str | Path] | None = field(
+        default=None,
+        metadata=option(
+            "Put this adapter (of several the weighted sum) on every model.",
+            metavar="DIR[=WEIGHT]",
+            multiple=True,
+        ),
+    )
+    num_fewshot: Annotated[int, Field(ge=0, le=MOST_SHOTS)] | None = field(
+        default=None, metadata=option("Solved examples before a question.", metavar="K")
+    )
+    limit: PositiveInt | None = field(
+        default=None, metadata=option("First N rows (of a subject).", metavar="N")
+    )
+    data_dir: Path | None = field(
+        default=None, metadata=option("Data mirror [MLX_SLIM_DATA].", metavar="DIR")
+    )
+    perplexity: Path | None = field(
+        default=None, metadata=option("Bits per byte of a held-out text.", metavar="FILE")
+    )
+    dtype: str = field(default="auto", metadata=option("auto, float32, bfloat16, float16."))
+    apply_chat_template: bool = field(
+        default=False, metadata=option("Prompts go through the chat template.")
+    )
+    fewshot_as_multiturn: bool = field(
+        default=True, metadata=option("With a chat template, examples are turns.")
+    )
+    system: str | None = field(
+        default=None, metadata=option("System message (of a chat template).", metavar="TEXT")
+    )
+    max_length: Annotated[int, Field(ge=2, le=MOST)] | None = field(
+        default=None, metadata=option("Longest input, tokens.", metavar="N")
+    )
+    batch_tokens: PositiveInt | None = field(
+        default=None, metadata=option("Tokens of a batch.", metavar="N")
+    )
+    seed: Seed = field(default=0, metadata=option("Of the bootstrap; recorded."))
+    revision: str | None = field(
+        default=None, metadata=option("Branch, tag or commit of hub models.", metavar="REV")
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata=option("Run Python files of the model repository.")
+    )

@@ -1,0 +1,48 @@
+"""How to fuse: the values that ``mlx-slim fuse`` takes.
+
+Invariant: the only home of these defaults; nothing heavy is imported. Try it:
+``mlx-slim fuse --help``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mlx_slim.config.options import option
+from mlx_slim.config.section import MOST, PositiveInt
+
+Mode = Literal["auto", "merge", "keep", "dequantize", "requantize"]
+
+
+@dataclass(frozen=True)
+class FuseOptions:
+    """How to fuse and how to judge it.
+
+    Attributes:
+        mode: ``keep`` puts the adapter beside its base; ``dequantize`` makes a dense model;
+            ``requantize`` returns each layer to the format it had; ``auto`` merges a dense base
+            and dequantizes a quantized one.
+        dtype: Of the floating weights on disk; None is the base's.
+        force: Write the result even if it lost the tune.
+        calibration: Text to compare on; None takes Alpaca or the demo's rows.
+        samples: Rows of that text.
+        length: Tokens of a row.
+        revision: Commit or tag of a hub model.
+    """
+
+    mode: Mode = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = field(
+        default=None, metadata=option("Of the weights on disk; default the base's.")
+    )
+    force: bool = field(default=False, metadata=option("Write it even if the tune is lost."))
+    calibration: str | None = field(
+        default=None, metadata=option("Text file or data set to compare on; default Alpaca.")
+    )
+    samples: PositiveInt = field(default=4, metadata=option("Its rows."))
+    length: Annotated[int, Field(ge=8, le=MOST)] = field(
+        default=256, metadata=option("Tokens of a row.")
+    )
+    revision: str | None = field(default=None, metadata=option("Commit or tag of a hub model."))

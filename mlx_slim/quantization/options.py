@@ -1,0 +1,60 @@
+"""How to quantize: the values that ``mlx-slim quantize`` takes.
+
+Invariant: the only home of these defaults; nothing heavy is imported. Try it:
+``mlx-slim quantize --help``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from pydantic import Field
+
+from mlx_slim.config.options import option
+from mlx_slim.config.schema import QuantizeConfig
+from mlx_slim.config.section import MOST, Count, PositiveInt
+
+
+@dataclass(frozen=True)
+class CompressOptions:
+    """How to quantize and how to judge it.
+
+    Attributes:
+        quantize: Bits, group size and mode.
+        method: ``rtn`` (rounding to nearest) or a calibrated method of ``quantization.methods``.
+        recipe: A mixed recipe of mlx-lm, with ``rtn`` only.
+        calibration: Text or data set to calibrate and judge on; None is the Alpaca mirror.
+        samples: Calibration rows, at most.
+        length: Tokens of a calibration row.
+        fidelity_samples: Held-out rows that the result is judged on; 0 leaves the judging out.
+        revision: Commit or tag of a hub model.
+    """
+
+    quantize: QuantizeConfig
+    method: str = field(default="rtn", metadata=option("rtn, awq, gptq, dwq or dynamic."))
+    recipe: str | None = field(
+        default=None,
+        metadata=option(
+            "Mixed precision of method rtn: mixed_2_6, mixed_3_4, mixed_3_6 or mixed_4_6.",
+        ),
+    )
+    calibration: str | None = field(
+        default=None, metadata=option("Text file or data set; default Alpaca.")
+    )
+    samples: PositiveInt = field(
+        default=32,
+        metadata=option(
+            "Rows that awq, gptq, dwq and dynamic look at.", flag="--calibration-samples"
+        ),
+    )
+    length: Annotated[int, Field(ge=8, le=MOST)] = field(
+        default=256, metadata=option("Tokens of a row.", flag="--calibration-length")
+    )
+    fidelity_samples: Count = field(
+        default=4,
+        metadata=option(
+            "Held-out rows that the result is compared with its source on; 0: not at all."
+        ),
+    )
+    revision: str | None = field(default=None, metadata=option("Commit or tag of a hub model."))

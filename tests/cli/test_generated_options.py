@@ -1,0 +1,98 @@
+"""Options that are generated from the class that owns their defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import click
+import pytest
+from click.testing import CliRunner
+from pydantic import Field
+
+from mlx_slim.cli import main as entry
+from mlx_slim.cli.options import options_of
+from mlx_slim.config.options import KEY, option
+from mlx_slim.evaluation.options import EvalOptions
+from mlx_slim.export.options import FuseOptions
+from mlx_slim.pruning.options import PruneOptions
+from mlx_slim.quantization.options import CompressOptions
+
+OWNERS = {
+    "eval": EvalOptions,
+    "fuse": FuseOptions,
+    "prune": PruneOptions,
+    "quantize": CompressOptions,
+}
+
+
+@dataclass(frozen=True)
+class Oven:
+    """Every kind of field."""
+
+    degrees: Annotated[int, Field(ge=50, lt=300)] = field(
+        default=180, metadata=option("Heat.", metavar="N")
+    )
+    fraction: Annotated[float, Field(gt=0, le=1)] = field(default=0.5, metadata=option("Part."))
+    mode: Literal["fan", "grill"] = field(default="fan", metadata=option("How."))
+    light: bool = field(default=False, metadata=option("Light."))
+    door: bool = field(default=True, metadata=option("Door."))
+    rack: bool | None = field(default=None, metadata=option("Rack."))
+    book: Path | None = field(default=None, metadata=option("Recipes.", flag="--cook-book"))
+    dish: tuple[str, ...] | None = field(default=None, metadata=option("Dish.", multiple=True))
+
+
+def _values(*words: str) -> dict[str, Any]:
+    taken: dict[str, Any] = {}
+
+    @click.command()
+    @options_of(Oven, *(one.name for one in fields(Oven)))
+    def bake(**values: Any) -> None:
+        taken.update(values)
+
+    result = CliRunner().invoke(bake, list(words))
+    if result.exit_code:
+        raise click.UsageError(result.output)
+    return taken
+
+
+def test_values_are_the_defaults_of_the_class() -> None:
+    expected = {one.name: one.default for one in fields(Oven)} | {"dish": ()}
+    assert _values() == expected
+
+
+def test_values_have_the_types_of_the_class() -> None:
+    words = "--degrees 200 --fraction 1 --mode grill --light --no-door --rack --cook-book b --dish a"
+    assert _values(*words.split(), "--dish", "c") == {
+        "degrees": 200,
+        "fraction": 1.0,
+        "mode": "grill",
+        "light": True,
+        "door": False,
+        "rack": True,
+        "book": Path("b"),
+        "dish": ("a", "c"),
+    }
+
+
+@pytest.mark.parametrize(
+    "words", ["--degrees 49", "--degrees 300", "--fraction 0", "--fraction 1.1", "--mode steam"]
+)
+def test_ranges_and_choices_are_those_of_the_type(words: str) -> None:
+    with pytest.raises(click.UsageError):
+        _values(*words.split())
+
+
+@pytest.mark.parametrize("name", list(OWNERS))
+def test_a_command_has_every_declared_option_with_the_default_of_its_class(name: str) -> None:
+    command = entry.command.get_command(click.Context(entry.command), name)  # type: ignore[attr-defined]
+    params = {param.name: param for param in command.params}
+    for one in fields(OWNERS[name]):
+        if (line := one.metadata.get(KEY)) is None:
+            continue
+        param = params[one.name]
+        assert isinstance(param, click.Option)
+        assert param.help == line.help
+        if one.default not in (None, False):
+            assert param.default == one.default
