@@ -63,8 +63,8 @@ def test_values_are_the_defaults_of_the_class() -> None:
 
 
 def test_values_have_the_types_of_the_class() -> None:
-    words = "--degrees 200 --fraction 1 --mode grill --light --no-door --rack --cook-book b --dish a"
-    assert _values(*words.split(), "--dish", "c") == {
+    words = "--degrees 200 --fraction 1 --mode grill --light --no-door --rack --cook-book b"
+    assert _values(*words.split(), "--dish", "a", "--dish", "c") == {
         "degrees": 200,
         "fraction": 1.0,
         "mode": "grill",
