@@ -18,6 +18,7 @@ from mlx_slim import events
 from mlx_slim.config.load import Resolved, from_values, load_recipe
 from mlx_slim.distillation import run as teaching
 from mlx_slim.evaluation import run as scoring
+from mlx_slim.evaluation.options import EvalOptions
 from mlx_slim.finetuning import profile
 from mlx_slim.finetuning import run as training
 from mlx_slim.finetuning.run_dir import Result

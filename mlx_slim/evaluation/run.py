@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mlx_slim import artifacts, events, runtime
-from mlx_slim.evaluation.plan import EvalOptions, find_targets, result_folders
+from mlx_slim.evaluation.options import EvalOptions
+from mlx_slim.evaluation.plan import find_targets, result_folders
 from mlx_slim.evaluation.results import RESULTS
 from mlx_slim.evaluation.score import Target, score
 from mlx_slim.evaluation.scoring.perplexity import NAME as TEXT

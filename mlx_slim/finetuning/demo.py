@@ -28,7 +28,7 @@ from mlx_slim.config import library
 from mlx_slim.config.load import Resolved, load_recipe
 from mlx_slim.config.schema import DataConfig, Method, QuantizeConfig, Recipe
 from mlx_slim.errors import Interrupted, SlimError, did_you_mean
-from mlx_slim.evaluation.plan import EvalOptions
+from mlx_slim.evaluation.options import EvalOptions
 from mlx_slim.evaluation.results import TIMINGS_FILE
 from mlx_slim.evaluation.run import evaluate
 from mlx_slim.evaluation.tasks.spec import find_task

@@ -24,7 +24,7 @@ from mlx_slim.data.sources import find
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.jobs import Engine
 from mlx_slim.evaluation.scoring.loglikelihood import LoglikelihoodScorer
-from mlx_slim.evaluation.scoring.perplexity import TextJob, TextDocuments, read_texts
+from mlx_slim.evaluation.scoring.perplexity import TextDocuments, TextJob, read_texts
 from mlx_slim.evaluation.scoring.requests import RequestEncoder, max_length
 from mlx_slim.evaluation.tasks.prompts import Question, build_questions
 from mlx_slim.evaluation.tasks.rows import load_rows

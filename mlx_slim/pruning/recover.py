@@ -21,7 +21,8 @@ from mlx_slim.config.load import COMMAND_LINE, Resolved, load_recipe
 from mlx_slim.data.sources import find
 from mlx_slim.distillation.run import distill
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluation.plan import EvalOptions, read_tasks
+from mlx_slim.evaluation.options import EvalOptions
+from mlx_slim.evaluation.plan import read_tasks
 from mlx_slim.events import Notice, Observer
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.finetuning.run_dir import STATE_FILE as TUNE_STATE
