@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import mlx_slim  # noqa: F401  # first: it puts the fast BLAS under MLX, as every command does
-from tests.support.tiny import tiny_model
+from tests.support.tiny import TinyModels, tiny_model
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,7 +20,7 @@ def interruptible() -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory):
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     """Return a function: architecture name -> folder of a tiny model, made once a session."""
     made: dict[str, Path] = {}
 

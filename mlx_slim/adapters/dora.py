@@ -80,7 +80,7 @@ class DoRALinear(LoRALinear):
         """Return diag(m / ‖V‖) · V (O, I), float32."""
         return (self.m / self.norm())[:, None] * super().merged_weight()
 
-    def stand_in(self, target: mx.array) -> mx.array:
+    def fake_quantize(self, target: mx.array) -> mx.array:
         """Return ‖V‖/m · target − ΔW (O, I), float32; ‖V‖ stays what it is now."""
         norm_O = self.norm()
         mx.eval(norm_O)
@@ -88,6 +88,6 @@ class DoRALinear(LoRALinear):
         self._held_norm_O = norm_O
         return ratio_O[:, None] * target.astype(mx.float32) - self._update_OI()
 
-    def stand_in_ends(self) -> None:
+    def end_fake_quantize(self) -> None:
         """‖V‖ is computed again."""
         self._held_norm_O = None

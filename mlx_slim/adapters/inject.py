@@ -1,8 +1,8 @@
 """Put adapters on the chosen layers of a model.
 
 Invariant: afterwards everything is frozen but the adapters' own parameters, the output is the
-base's, and every target of the recipe was found: one that matches nothing is an error. Adapters are
-made in the model's order, so one ``mx.random.seed`` gives one set of parameters.
+base's, and every target of the recipe matches a layer: one that matches none is an error. Adapters
+are made in the model's order, so one ``mx.random.seed`` gives one set of parameters.
 
 Try it: ``python -m pytest tests/adapters/test_inject.py``.
 """
@@ -60,23 +60,23 @@ class Site:
 def sites(model: Any) -> list[Site]:
     """Return every linear, embedding and expert layer, in the model's order.
 
-    A layer that carries an adapter already stands there as itself, under its own path.
+    A layer that has an adapter is listed as the layer itself, under its path without the adapter.
     """
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-    wanted = (*LINEAR_TYPES, *EMBEDDING_TYPES, SwitchLinear, QuantizedSwitchLinear)
+    types = (*LINEAR_TYPES, *EMBEDDING_TYPES, SwitchLinear, QuantizedSwitchLinear)
     transformer = blocks(model)
     indices = {id(block): index for index, block in enumerate(transformer)}
     names = {id(module): path for path, module in model.named_modules() if id(module) in indices}
     prefixes = sorted(((names[key] + ".", index) for key, index in indices.items()), reverse=True)
     carried = {id(adapter.base): path for path, adapter in adapters_of(model)}
-    found = []
+    matching = []
     for path, module in in_order(model):
-        if isinstance(module, wanted):
+        if isinstance(module, types):
             path = carried.get(id(module), path)
             prefix, block = next((p for p in prefixes if path.startswith(p[0])), ("", None))
-            found.append(Site(block, path[len(prefix) :], path, module))
-    return found
+            matching.append(Site(block, path[len(prefix) :], path, module))
+    return matching
 
 
 def in_order(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -147,14 +147,14 @@ def choose(model: Any, config: AdapterConfig) -> list[Site]:
     for target in targets:
         matched = _matches(target, candidates)
         if not matched:
-            known = {s.inside for s in everything}
+            names = {s.inside for s in everything}
             if "." not in target:
-                known = {name.rsplit(".", 1)[-1] for name in known}
-            hint = did_you_mean(target, known | {"all-linear"})
+                names = {name.rsplit(".", 1)[-1] for name in names}
+            hint = did_you_mean(target, names | {"all-linear"})
             raise SlimError(f"adapter.targets: {target!r} matches no layer of this model", hint)
         selected.update(s.path for s in matched)
     if not selected:
-        raise SlimError("adapter.targets is empty", "name layers, or say all-linear")
+        raise SlimError("adapter.targets is empty", "name layers, or set all-linear")
     return [s for s in everything if s.path in selected]
 
 
@@ -217,7 +217,7 @@ def place(
 
 
 def summary(placed: list[tuple[str, Adapter]], scale: float, alpha: float) -> Injected:
-    """Return what stands in the model now."""
+    """Return the adapters in the model."""
     parameters = sum(adapter[name].size for _, adapter in placed for name in adapter.trainable)
     return Injected([path for path, _ in placed], scale, alpha, parameters)
 
@@ -264,17 +264,17 @@ def inject(
     _check_kinds(chosen, dora, adaptive)
     _check_rank(chosen, config.rank)
     below = below or {}
-    own = {site.path for site in chosen}
-    carrying = [site for site in sites(model) if site.path in own or site.path in below]
+    chosen_paths = {site.path for site in chosen}
+    carrying = [site for site in sites(model) if site.path in chosen_paths or site.path in below]
     placed = place(
         model, carrying, config.rank, scale, config.dropout, dora=dora, adaptive=adaptive
     )
     for path, adapter in placed:
         if path in below:
             adapter.lie_on(*below[path])
-        if path not in own:
+        if path not in chosen_paths:
             adapter.freeze()
-    placed = [(path, adapter) for path, adapter in placed if path in own]
+    placed = [(path, adapter) for path, adapter in placed if path in chosen_paths]
     if config.init == "pissa":
         for _, adapter in placed:
             start_pissa(adapter)

@@ -35,7 +35,7 @@ def dimensions(module: Any) -> tuple[int, int]:
 
 
 class Adapter(nn.Module):
-    """The two factors, and what all adapters share.
+    """The two factors, and what is common to all adapters.
 
     Args:
         shape: (I, O) of a linear layer, (V, D) of an embedding.
@@ -47,7 +47,7 @@ class Adapter(nn.Module):
         lora_a: A (I, R), float32, uniform in ±1/√I.
         lora_b: B (R, O), float32, zero.
         start_a, start_b: Frozen factors whose product is subtracted (PiSSA); absent otherwise.
-        under_a, under_b: Frozen adapters that this one lies on, their scale in B; absent otherwise.
+        under_a, under_b: Frozen adapters below this one, their scale in B; absent otherwise.
     """
 
     base_name = "linear"
@@ -79,7 +79,7 @@ class Adapter(nn.Module):
         self.freeze(keys=["under_a", "under_b"], recurse=False)
 
     def factors(self) -> tuple[mx.array, mx.array]:
-        """Return (A, B) of its own update ΔWᵀ = s · A B, start included, what lies below not."""
+        """Return (A, B) of the update ΔWᵀ = s · A B, start included, adapters below not."""
         if "start_a" not in self:
             return self.lora_a, self.lora_b
         return (
@@ -91,15 +91,15 @@ class Adapter(nn.Module):
         """Return the adapted weight, laid out as the base's, in float32."""
         raise NotImplementedError
 
-    def stand_in(self, target: mx.array) -> mx.array:
-        """Return the base weight with which this adapter answers as the plain weight ``target``.
+    def fake_quantize(self, target: mx.array) -> mx.array:
+        """Return the base weight with which this adapter computes x · ``target``ᵀ.
 
-        Both are laid out as the base's; ``stand_in_ends`` follows once the base has its own again.
+        Both have the shape of the base weight. Call ``end_fake_quantize`` once it is restored.
         """
         raise NotImplementedError
 
-    def stand_in_ends(self) -> None:
-        """The base weight is the base's own again."""
+    def end_fake_quantize(self) -> None:
+        """The base weight was restored: drop what depended on the fake-quantized one."""
 
     def _dropped(self, x: mx.array) -> tuple[mx.array, float]:
         """Return x with its dropped elements zero, and s with the rest's compensation in it."""
@@ -147,7 +147,7 @@ class LoRALinear(Adapter):
         """Return W + ΔW (O, I), float32."""
         return dequantize_weight(self.linear).astype(mx.float32) + self._update_OI()
 
-    def stand_in(self, target: mx.array) -> mx.array:
+    def fake_quantize(self, target: mx.array) -> mx.array:
         """Return target − ΔW (O, I), float32."""
         return target.astype(mx.float32) - self._update_OI()
 
@@ -198,6 +198,6 @@ class LoRAEmbedding(Adapter):
         """Return W + ΔW (V, D), float32."""
         return dequantize_weight(self.embedding).astype(mx.float32) + self._update_VD()
 
-    def stand_in(self, target: mx.array) -> mx.array:
+    def fake_quantize(self, target: mx.array) -> mx.array:
         """Return target − ΔW (V, D), float32."""
         return target.astype(mx.float32) - self._update_VD()

@@ -24,7 +24,7 @@ from mlx_slim.adapters.inject import Injected, adapters_of, sites
 from mlx_slim.adapters.lora import LoRAEmbedding
 from mlx_slim.adapters.peft_plain import PeftLayer, PlainLayer
 from mlx_slim.adapters.peft_rules import CONFIG, PREFIX, WEIGHTS, PeftFolder
-from mlx_slim.adapters.store import Stored, put
+from mlx_slim.adapters.store import StoredAdapter, put
 from mlx_slim.artifacts import save_tensors, write_json
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError
@@ -67,7 +67,7 @@ def write_peft(
         if isinstance(adapter, LoRAEmbedding):
             if tied:
                 raise SlimError(
-                    f"{path} is adapted and is the head of this model too, which PEFT cannot say",
+                    f"{path} is adapted and is the head of this model too: not supported by PEFT",
                     "fuse the adapter (mlx-slim fuse) and export the model: --to hf",
                 )
             tensors[f"{name}.lora_embedding_A"] = a_IR.T
@@ -109,12 +109,12 @@ def _target_modules(model: nn.Module, paths: list[str]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Imported:
+class ImportedAdapter:
     """A PEFT folder put on a model.
 
     Attributes:
-        injected: What stands in the model now.
-        config: The adapter section of a recipe that says the same.
+        injected: The adapters in the model.
+        config: The adapter section of the equivalent recipe.
         dora: Whether it is DoRA.
         notes: What was changed on the way.
     """
@@ -125,49 +125,49 @@ class Imported:
     notes: list[str]
 
 
-def place_peft(model: nn.Module, given: PeftFolder) -> Imported:
+def place_peft(model: nn.Module, folder: PeftFolder) -> ImportedAdapter:
     """Put the adapters of a PEFT folder on ``model`` as layers of ours.
 
     Args:
-        model: The base that ``given`` was read for, without adapters; changed in place.
-        given: What ``read_folder`` returned.
+        model: The base that ``folder`` was read for, without adapters; changed in place.
+        folder: What ``read_folder`` returned.
     """
-    stored = as_stored(model, given)
+    stored = as_stored(model, folder)
     rank = stored.rank
     notes = []
-    if any(layer.start is not None for layer in given.layers.values()):
+    if any(layer.start is not None for layer in folder.layers.values()):
         notes.append(
-            f"what {given.start} took out of the base is put back by factors of their own: the "
-            "adapter stands on the original base with twice the rank"
+            f"what {folder.start} took out of the base is added back by additional factors: the "
+            "adapter is for the original base and has twice the rank"
         )
-    if any(_rank(layer) < rank for layer in given.layers.values()):
+    if any(_rank(layer) < rank for layer in folder.layers.values()):
         notes.append(f"layers of smaller rank padded with zeros to rank {rank}")
-    if any(layer.scale != given.scale for layer in given.layers.values()):
-        notes.append(f"layers of another scale brought to {given.scale:g}: B takes the ratio")
+    if any(layer.scale != folder.scale for layer in folder.layers.values()):
+        notes.append(f"layers of another scale brought to {folder.scale:g}: B takes the ratio")
     with library_errors(f"{CONFIG} cannot be imported", "take the config that PEFT wrote"):
         config = AdapterConfig(
             rank=rank,
-            alpha=given.scale * (math.sqrt(rank) if given.rslora else rank),
-            dropout=given.dropout,
-            scaling="rslora" if given.rslora else "standard",
+            alpha=folder.scale * (math.sqrt(rank) if folder.rslora else rank),
+            dropout=folder.dropout,
+            scaling="rslora" if folder.rslora else "standard",
             targets=list(dict.fromkeys(site.inside for site in stored.chosen)),
         )
-    return Imported(put(model, stored), config, given.dora, notes)
+    return ImportedAdapter(put(model, stored), config, folder.dora, notes)
 
 
-def as_stored(model: nn.Module, given: PeftFolder) -> Stored:
+def as_stored(model: nn.Module, folder: PeftFolder) -> StoredAdapter:
     """Return a PEFT folder as an adapter folder of ours would have it, for ``model``."""
-    rank = max(_rank(layer) for layer in given.layers.values())
+    rank = max(_rank(layer) for layer in folder.layers.values())
     tensors: dict[str, mx.array] = {}
-    for path, layer in given.layers.items():
-        a_IR, b_RO = _factors(layer, given.scale)
+    for path, layer in folder.layers.items():
+        a_IR, b_RO = _factors(layer, folder.scale)
         pad = rank - a_IR.shape[1]
         tensors[f"{path}.lora_a"] = mx.pad(a_IR, [(0, 0), (0, pad)])
         tensors[f"{path}.lora_b"] = mx.pad(b_RO, [(0, pad), (0, 0)])
         if layer.m_O is not None:
             tensors[f"{path}.m"] = layer.m_O
-    chosen = [site for site in sites(model) if site.path in given.layers]
-    return Stored(chosen, tensors, rank, given.scale, given.dropout, given.dora)
+    chosen = [site for site in sites(model) if site.path in folder.layers]
+    return StoredAdapter(chosen, tensors, rank, folder.scale, folder.dropout, folder.dora)
 
 
 def _rank(layer: PeftLayer) -> int:
@@ -185,23 +185,23 @@ def _factors(layer: PeftLayer, scale: float) -> tuple[mx.array, mx.array]:
     return a_IR, b_RO
 
 
-def place_plain(model: nn.Module, given: PeftFolder) -> None:
-    """Put ``given`` on ``model`` by PEFT's formula, written out; for comparison."""
+def place_plain(model: nn.Module, folder: PeftFolder) -> None:
+    """Put ``folder`` on ``model`` by PEFT's formula, written out; for comparison."""
     modules = {site.path: site.module for site in sites(model)}
-    plain = [(path, PlainLayer(modules[path], layer)) for path, layer in given.layers.items()]
+    plain = [(path, PlainLayer(modules[path], layer)) for path, layer in folder.layers.items()]
     model.update_modules(tree_unflatten(plain))
 
 
-def differing(model: nn.Module, given: PeftFolder) -> list[str]:
+def differing(model: nn.Module, folder: PeftFolder) -> list[str]:
     """Return the layers whose weight with the adapters of ``model`` is not the one PEFT forms.
 
     One layer's weight is formed at a time. Allowed are 1e-3 of the change, which is what a GPU's
     float32 products round, and 1e-5 of the weight.
     """
     adapters = dict(adapters_of(model))
-    wrong = sorted(adapters.keys() ^ given.layers.keys())
-    for path in adapters.keys() & given.layers.keys():
-        plain = PlainLayer(adapters[path].base, given.layers[path])
+    wrong = sorted(adapters.keys() ^ folder.layers.keys())
+    for path in adapters.keys() & folder.layers.keys():
+        plain = PlainLayer(adapters[path].base, folder.layers[path])
         weight, change = plain.weight(), plain.change()
         gap = number(mx.linalg.norm(adapters[path].merged_weight() - weight))
         allowed = 1e-3 * number(mx.linalg.norm(change)) + 1e-5 * number(mx.linalg.norm(weight))

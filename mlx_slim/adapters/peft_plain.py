@@ -22,8 +22,8 @@ import numpy as np
 
 from mlx_slim.models.quantized import dequantize_weight
 
-_DEFINED = 1e-4  # largest share of ‖W‖ by which rounding may move what is taken out
-_ROUNDING = 8 * np.finfo(np.float32).eps  # of a decomposition in float32, in shares of ‖W‖₂
+_DEFINED = 1e-4  # largest fraction of ‖W‖ by which rounding may move what is taken out
+_ROUNDING = 8 * np.finfo(np.float32).eps  # of a decomposition in float32, in fractions of ‖W‖₂
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def _pissa(weight_OI: np.ndarray, rank: int, scale: float) -> tuple[np.ndarray, 
     """Return A₀, B₀ with s·B₀A₀ the best approximation of rank R, and how far rounding moves it.
 
     Between the singular values R and R + 1 the vectors turn by the rounding of W over their
-    difference; what is taken out moves by σ_R times that. In shares of ‖W‖.
+    difference; what is taken out moves by σ_R times that. In fractions of ‖W‖.
     """
     u_OK, sigma_K, vt_KI = np.linalg.svd(weight_OI, full_matrices=False)
     root_R = np.sqrt(sigma_K[:rank] / scale)
@@ -82,7 +82,7 @@ def _pissa(weight_OI: np.ndarray, rank: int, scale: float) -> tuple[np.ndarray, 
 
 
 def _olora(weight_OI: np.ndarray, rank: int, scale: float) -> tuple[np.ndarray, np.ndarray, float]:
-    """Return A₀, B₀ from W = QR, and how far rounding moves their product, in shares of ‖W‖.
+    """Return A₀, B₀ from W = QR, and how far rounding moves their product, in fractions of ‖W‖.
 
     B₀A₀ is W projected on its first R columns, as sure as these are independent; all of W where R
     is the smaller side.
@@ -95,7 +95,7 @@ def _olora(weight_OI: np.ndarray, rank: int, scale: float) -> tuple[np.ndarray, 
 
 
 def base_weight(module: nn.Module, layer: PeftLayer | None) -> mx.array:
-    """Return W − s·B₀A₀, laid out as the module's weight, float32: what lies under the adapter."""
+    """Return W − s·B₀A₀, laid out as the module's weight, float32: the weight below the adapter."""
     weight = dequantize_weight(module).astype(mx.float32)
     if layer is None or layer.start is None:
         return weight

@@ -1,6 +1,6 @@
 """Read an adapter folder of Hugging Face PEFT by PEFT's rules.
 
-Invariant: the rules stand here alone, and every tensor is given back as it is stored. What cannot
+Invariant: PEFT's rules are here alone, and every tensor is returned as it is stored. What cannot
 be expressed here is refused by name: settings that change the meaning of the tensors, and starts
 (``init_lora_weights``) that changed the base in a way that cannot be computed again. So are tensors
 of layers that PEFT would leave out (``peft_targets``). Rank and lora_alpha are those of the layer
@@ -24,7 +24,7 @@ import mlx.nn as nn
 from mlx_slim.adapters.inject import EMBEDDING_TYPES, sites
 from mlx_slim.adapters.lora import dimensions
 from mlx_slim.adapters.peft_plain import PeftLayer, base_weight, taken_out
-from mlx_slim.adapters.peft_targets import check_patterns, of_layer, targeted, wanted
+from mlx_slim.adapters.peft_targets import check_patterns, of_layer, target_settings, targeted
 from mlx_slim.adapters.store import CONFIG
 from mlx_slim.adapters.store import PEFT_WEIGHTS as WEIGHTS
 from mlx_slim.artifacts import load_tensors
@@ -149,11 +149,11 @@ def _check_start(path: Path, settings: dict[str, Any]) -> None:
     start = _start_of(settings)
     if isinstance(start, bool | str | None) and start in (*_BASE_KEPT, *_BASE_COMPUTED):
         return
-    says = f"{path}: init_lora_weights is {shown(start)}"
+    setting = f"{path}: init_lora_weights is {shown(start)}"
     if not isinstance(start, str) or not _BASE_CHANGED.fullmatch(start):
-        raise SlimError(f"{says}, which is not known here: it may change the base", _MERGE)
+        raise SlimError(f"{setting}, an unknown initialization: it may change the base", _MERGE)
     raise SlimError(
-        f"{says}: PEFT changed the base before training, so that over the original one this "
+        f"{setting}: PEFT changed the base before training, so that over the original one this "
         "adapter computes another model",
         _MERGE if start == "loftq" else _CONVERT,
     )
@@ -189,14 +189,14 @@ def read_folder(folder: Path, model: nn.Module, *, tied: bool = False) -> PeftFo
     if beyond := [p for p, site in places.items() if p in parts and not targeted(settings, site)]:
         raise SlimError(
             f"{folder} holds tensors of {few(beyond)}, which PEFT leaves out: its {CONFIG} has "
-            f"{wanted(settings)}",
+            f"{target_settings(settings)}",
             "name these layers in target_modules if they belong to the adapter, else remove them",
         )
     embeddings = [path for path in modules if path in parts and parts[path]["embedding"]]
     if embeddings and tied:
         raise SlimError(
             f"{folder} adapts {few(embeddings)}, which is the head of this model too: PEFT leaves "
-            "the head as it was, which cannot be said here",
+            "the head as it was, which is not supported",
             _MERGE,
         )
     start = _start_of(settings)
@@ -204,8 +204,14 @@ def read_folder(folder: Path, model: nn.Module, *, tied: bool = False) -> PeftFo
     for path in modules:
         if path not in parts:
             continue
-        found, scale = parts[path], _rank_and_scale(settings, path)[1]
-        layer = PeftLayer(found["a"], found["b"], found.get("m"), scale, found["embedding"])
+        layer_parts, scale = parts[path], _rank_and_scale(settings, path)[1]
+        layer = PeftLayer(
+            layer_parts["a"],
+            layer_parts["b"],
+            layer_parts.get("m"),
+            scale,
+            layer_parts["embedding"],
+        )
         if start in _BASE_COMPUTED and not layer.embedding:  # PEFT starts embeddings as usual
             layer = replace(layer, start=_taken_out(folder, start, path, layer, modules[path]))
         layers[path] = layer
@@ -222,24 +228,24 @@ def read_folder(folder: Path, model: nn.Module, *, tied: bool = False) -> PeftFo
 
 
 def _misfits(
-    path: str, found: dict[str, Any], settings: dict[str, Any], module: nn.Module, dora: bool
+    path: str, layer_parts: dict[str, Any], settings: dict[str, Any], module: nn.Module, dora: bool
 ) -> list[str]:
     """Return what of a layer's tensors is missing, or has not the shape that PEFT gives it."""
     inputs, outputs = dimensions(module)
-    wanted = {"a", "b", "m"} if dora and not found["embedding"] else {"a", "b"}
-    given = {kind for kind in "abm" if kind in found}
-    if given != wanted:
-        return [f"{path} has {sorted(given)} of its factors, expected {sorted(wanted)}"]
-    if found["embedding"] != isinstance(module, EMBEDDING_TYPES):
-        return [f"{path} is {'no' if found['embedding'] else 'an'} embedding of this model"]
+    expected_kinds = {"a", "b", "m"} if dora and not layer_parts["embedding"] else {"a", "b"}
+    present = {kind for kind in "abm" if kind in layer_parts}
+    if present != expected_kinds:
+        return [f"{path} has {sorted(present)} of its factors, expected {sorted(expected_kinds)}"]
+    if layer_parts["embedding"] != isinstance(module, EMBEDDING_TYPES):
+        return [f"{path} is {'no' if layer_parts['embedding'] else 'an'} embedding of this model"]
     rank = _rank_and_scale(settings, path)[0]
-    if _start_of(settings) in _BASE_COMPUTED and not found["embedding"]:
+    if _start_of(settings) in _BASE_COMPUTED and not layer_parts["embedding"]:
         rank = min(rank, inputs, outputs)  # W has no more singular vectors
     expected = {"a": (rank, inputs), "b": (outputs, rank), "m": (outputs,)}
     return [
-        f"{path}: {kind.upper()} is {found[kind].shape}, expected {expected[kind]}"
-        for kind in sorted(given)
-        if found[kind].shape != expected[kind]
+        f"{path}: {kind.upper()} is {layer_parts[kind].shape}, expected {expected[kind]}"
+        for kind in sorted(present)
+        if layer_parts[kind].shape != expected[kind]
     ]
 
 
@@ -316,17 +322,17 @@ def _taken_out(
     Raises:
         SlimError: If the weight is quantized, or does not determine them.
     """
-    says = f"{folder}: init_lora_weights is {start!r}"
+    setting = f"{folder}: init_lora_weights is {start!r}"
     if "scales" in module:
         raise SlimError(
-            f"{says}: what it took out of the base can be computed from the base's own weights "
+            f"{setting}: what it took out of the base can be computed from the base's own weights "
             f"only, and {path} is quantized here",
             "give the dense base with --model; what is imported works over both",
         )
     factors = taken_out(start, module["weight"], layer.a_RI.shape[0], layer.scale)
     if factors is None:
         raise SlimError(
-            f"{says}, and the base does not determine what it took out of {path}: "
+            f"{setting}, and the base does not determine what it took out of {path}: "
             + ("singular values" if start == "pissa" else "first columns")
             + f" around rank {layer.a_RI.shape[0]} are too much alike",
             _CONVERT,

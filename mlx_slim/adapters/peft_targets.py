@@ -50,11 +50,11 @@ def check_patterns(settings: dict[str, Any], where: str) -> None:
             with _pattern_errors(f"{where}: {key}"):
                 compile_pattern(pattern)
     for key, kind in _TARGETS.items():
-        given = settings.get(key)
-        values = given if isinstance(given, list) else [] if given is None else [given]
+        value = settings.get(key)
+        values = value if isinstance(value, list) else [] if value is None else [value]
         if any(type(value) is not kind for value in values):
             what = "names, or a pattern" if kind is str else "numbers of layers"
-            raise SlimError(f"{where}: {key} is {shown(given)}, expected {what}", _TAKE)
+            raise SlimError(f"{where}: {key} is {shown(value)}, expected {what}", _TAKE)
 
 
 def of_layer(patterns: dict[str, Any] | None, path: str, default: float) -> float:
@@ -68,7 +68,7 @@ def of_layer(patterns: dict[str, Any] | None, path: str, default: float) -> floa
 def targeted(settings: dict[str, Any], site: Site) -> bool:
     """Return whether PEFT puts an adapter on a layer.
 
-    Without ``target_modules`` PEFT has a list of its own for each kind of model: all are taken.
+    Without ``target_modules`` PEFT has a default list for each model type: all are taken.
 
     Args:
         settings: ``adapter_config.json``.
@@ -86,13 +86,13 @@ def targeted(settings: dict[str, Any], site: Site) -> bool:
         return _named(targets, path)
     patterns = settings.get("layers_pattern") or r"[^.]*"
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if found := _match(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", path):
-            return int(found["idx"]) in (layers if isinstance(layers, list) else [layers])
+        if match := _match(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", path):
+            return int(match["idx"]) in (layers if isinstance(layers, list) else [layers])
     return False
 
 
-def wanted(settings: dict[str, Any]) -> str:
-    """Return the settings that say which layers are adapted, for a message."""
+def target_settings(settings: dict[str, Any]) -> str:
+    """Return the settings that select the adapted layers, for a message."""
     return ", ".join(f"{key} {shown(settings[key])}" for key in _TARGETS if settings.get(key))
 
 

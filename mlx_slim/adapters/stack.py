@@ -3,7 +3,7 @@
 Invariant: a sum of LoRAs is a LoRA, exactly: Σ wᵢ sᵢ AᵢBᵢ is the product of the factors laid side
 by side, [A₁ A₂ …] and [w₁s₁B₁; w₂s₂B₂; …], whatever their ranks, scales and layers are. So weights
 1 and 0 are the first adapter alone, and the order does not matter but for rounding. A DoRA scales
-the whole weight and is no sum: it stands alone, with weight 1. Try it:
+the whole weight and is no sum: it cannot be combined, and its weight is 1. Try it:
 ``mlx-slim generate MODEL --adapter runs/a/adapters=0.7 --adapter runs/b/adapters=0.3 --prompt Hi``.
 
 Shapes: I inputs, O outputs, R the sum of all ranks.
@@ -20,7 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_slim.adapters.inject import Injected, place, sites, summary
-from mlx_slim.adapters.store import CONFIG, Stored, load_adapter, read_adapter
+from mlx_slim.adapters.store import CONFIG, StoredAdapter, load_adapter, read_adapter
 from mlx_slim.errors import SlimError
 
 # One adapter or several, each DIR or DIR=WEIGHT.
@@ -36,19 +36,21 @@ class Weighted:
     weight: float = 1.0
 
     def __str__(self) -> str:
-        """Return it as it is given: ``DIR`` or ``DIR=WEIGHT``."""
+        """Return it as on the command line: ``DIR`` or ``DIR=WEIGHT``."""
         return str(self.folder) if self.weight == 1 else f"{self.folder}={self.weight:g}"
 
 
-def parse_adapters(given: Adapters | None) -> list[Weighted]:
+def parse_adapters(adapters: Adapters | None) -> list[Weighted]:
     """Return adapter folders with their weights; a run folder means the adapters in it.
 
     Raises:
         SlimError: If a weight is no finite number.
     """
-    if given is None:
+    if adapters is None:
         return []
-    return [_parse(str(one)) for one in ([given] if isinstance(given, (str, Path)) else given)]
+    return [
+        _parse(str(one)) for one in ([adapters] if isinstance(adapters, (str, Path)) else adapters)
+    ]
 
 
 def _parse(text: str) -> Weighted:
@@ -134,5 +136,5 @@ def combined(model: nn.Module, stack: Sequence[Weighted]) -> Factors:
     return factors
 
 
-def _outputs(stored: Stored, path: str) -> int:
+def _outputs(stored: StoredAdapter, path: str) -> int:
     return stored.tensors[f"{path}.lora_b"].shape[1]

@@ -1,7 +1,7 @@
 """Start a run from an adapter that is there already, ours, mlx-lm's or PEFT's.
 
 Invariant: before its first step the model computes what the base with that adapter computes, and
-the run trains these factors on; what the recipe says of rank, scale, layers and kind is what the
+the run trains these factors on; the recipe's rank, scale, layers and kind is what the
 folder holds, or it is refused. Try it:
 ``mlx-slim train smollm2-lora adapter.init_from=runs/a data.path=more.jsonl -o runs/b``.
 """
@@ -17,14 +17,14 @@ import mlx.nn as nn
 from mlx_slim.adapters.inject import Injected, adapters_of
 from mlx_slim.adapters.peft import as_stored
 from mlx_slim.adapters.peft_rules import read_folder
-from mlx_slim.adapters.store import CONFIG, Stored, read_adapter
+from mlx_slim.adapters.store import CONFIG, StoredAdapter, read_adapter
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError
 from mlx_slim.models.tensors import few
 from mlx_slim.reading import read_object
 
 
-def read_start(model: nn.Module, folder: Path, *, tied: bool) -> Stored:
+def read_start(model: nn.Module, folder: Path, *, tied: bool) -> StoredAdapter:
     """Return the adapter of ``folder``, checked against ``model``.
 
     Args:
@@ -42,7 +42,7 @@ def read_start(model: nn.Module, folder: Path, *, tied: bool) -> Stored:
 
 def start_from(
     model: nn.Module,
-    stored: Stored,
+    stored: StoredAdapter,
     config: AdapterConfig,
     injected: Injected,
     *,

@@ -102,11 +102,11 @@ def _selected(model: Any, num_layers: int, keys: list[str] | None) -> set[str]:
     if keys is None:
         keys = sorted({site.inside for site in everything if site.block is not None})
     first = len(blocks(model)) - num_layers if num_layers > 0 else 0
-    wanted = set(keys)
+    paths = set(keys)
     return {
         s.path
         for s in everything
-        if s.path in wanted or (s.block is not None and s.block >= first and s.inside in wanted)
+        if s.path in paths or (s.block is not None and s.block >= first and s.inside in paths)
     }
 
 
@@ -251,7 +251,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Injected:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredAdapter:
     """An adapter folder that fits a model.
 
     Attributes:
@@ -271,7 +271,7 @@ class Stored:
     dora: bool
 
 
-def put(model: nn.Module, stored: Stored) -> Injected:
+def put(model: nn.Module, stored: StoredAdapter) -> Injected:
     """Put ``stored`` on ``model``, which it was read for and which has no adapters yet."""
     placed = place(
         model, stored.chosen, stored.rank, stored.scale, stored.dropout, dora=stored.dora
@@ -281,7 +281,7 @@ def put(model: nn.Module, stored: Stored) -> Injected:
     return summary(placed, stored.scale, stored.scale * stored.rank)
 
 
-def read_adapter(model: nn.Module, folder: Path) -> Stored:
+def read_adapter(model: nn.Module, folder: Path) -> StoredAdapter:
     """Return the adapter of ``folder``, checked against ``model``, which stays as it is.
 
     Raises:
@@ -289,20 +289,20 @@ def read_adapter(model: nn.Module, folder: Path) -> Stored:
     """
     config, tensors = _read(folder)
     dora, rank, scale, dropout, num_layers, keys = _settings(config, folder)
-    made_for = f"the adapter was made for {config['model']}" if config.get("model") else ""
+    base_note = f"the adapter was made for {config['model']}" if config.get("model") else ""
     selected = _selected(model, num_layers, keys)
     chosen = [site for site in sites(model) if site.path in selected]
     problems = _differences(chosen, tensors, rank, dora)
     if problems:
-        raise SlimError(f"{folder} does not fit this model: {_listed(problems)}", made_for)
+        raise SlimError(f"{folder} does not fit this model: {_listed(problems)}", base_note)
     refuse_other_than_numbers(tensors.items(), str(folder))
     ours, theirs = base_sample(model), config.get("base_sample")
     if theirs and not _same_base(ours, theirs):
         raise SlimError(
             f"{folder} was trained on another base of the same shape",
-            f"{made_for}: load that base" if made_for else "load the base it was trained on",
+            f"{base_note}: load that base" if base_note else "load the base it was trained on",
         )
-    return Stored(chosen, tensors, rank, scale, dropout, dora)
+    return StoredAdapter(chosen, tensors, rank, scale, dropout, dora)
 
 
 def _differences(

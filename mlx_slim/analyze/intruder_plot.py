@@ -15,7 +15,7 @@ import numpy as np
 from mlx_slim.analyze.intruders import Intruders
 
 
-def plot(found: Intruders) -> str:
+def plot(intruders: Intruders) -> str:
     """Return an SVG: the cosine of each leading direction, and intruders by block and layer."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -25,27 +25,27 @@ def plot(found: Intruders) -> str:
         figure = Figure(figsize=(11, 4.2), layout="constrained")
         FigureCanvasSVG(figure)
         left, right = figure.subplots(1, 2, width_ratios=[1, 1.3])
-        _cosines(left, found)
-        _by_layer(figure, right, found)
-        total = found.overall()
+        _cosines(left, intruders)
+        _by_layer(figure, right, intruders)
+        total = intruders.overall()
         figure.suptitle(
             f"{total['intruders']} intruder dimensions in {total['matrices']} matrices "
-            f"(k = {found.k}, ε = {found.epsilon:g})"
+            f"(k = {intruders.k}, ε = {intruders.epsilon:g})"
         )
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": "mlx-slim"})
     return buffer.getvalue()
 
 
-def _cosines(axes: Any, found: Intruders) -> None:
-    for matrix in found.matrices:
+def _cosines(axes: Any, intruders: Intruders) -> None:
+    for matrix in intruders.matrices:
         cosine = np.array(matrix.cosine)
         rank = np.arange(1, len(cosine) + 1)
-        new = cosine < found.epsilon
+        new = cosine < intruders.epsilon
         axes.plot(rank[~new], cosine[~new], ".", color="#8899aa", alpha=0.4, markersize=4)
         axes.plot(rank[new], cosine[new], ".", color="#c0392b", markersize=5)
-    axes.axhline(found.epsilon, color="#c0392b", linewidth=0.8, linestyle="--")
-    axes.axvline(found.k + 0.5, color="#444444", linewidth=0.8, linestyle=":")
+    axes.axhline(intruders.epsilon, color="#c0392b", linewidth=0.8, linestyle="--")
+    axes.axvline(intruders.k + 0.5, color="#444444", linewidth=0.8, linestyle=":")
     axes.set(
         xlabel="leading direction of the tuned weight",
         ylabel="largest |cosine| with a direction of the base",
@@ -53,9 +53,9 @@ def _cosines(axes: Any, found: Intruders) -> None:
     )
 
 
-def _by_layer(figure: Any, axes: Any, found: Intruders) -> None:
+def _by_layer(figure: Any, axes: Any, intruders: Intruders) -> None:
     blocks: dict[str, dict[int, int]] = {}
-    for matrix in found.matrices:
+    for matrix in intruders.matrices:
         number = re.search(r"\.(\d+)\.", matrix.path)
         name = matrix.path.rsplit(".", 1)[-1]
         blocks.setdefault(name, {})[int(number[1]) if number else 0] = matrix.intruders

@@ -64,7 +64,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Matrix:
+class MatrixSpectra:
     """What tuning did to one weight.
 
     Attributes:
@@ -110,18 +110,20 @@ class Intruders:
     kind: str
     k: int
     epsilon: float
-    matrices: list[Matrix]
+    matrices: list[MatrixSpectra]
 
     def overall(self) -> dict[str, float]:
         """Return the totals over all matrices."""
-        found, whole, moved, stayed = np.array([m.energies for m in self.matrices]).sum(axis=0)
+        intruder_energy, whole, moved, stayed = np.array([m.energies for m in self.matrices]).sum(
+            axis=0
+        )
         intruders = sum(m.intruders for m in self.matrices)
         return {
             "matrices": len(self.matrices),
             "intruders": intruders,
             "matrices_with_intruders": sum(m.intruders > 0 for m in self.matrices),
             "intruders_per_matrix": intruders / len(self.matrices),
-            "energy": float(found / whole),
+            "energy": float(intruder_energy / whole),
             "delta_norm": float(np.sqrt(moved / stayed)),
             "effective_rank": float(np.mean([m.effective_rank for m in self.matrices])),
         }
@@ -149,7 +151,7 @@ class Intruders:
 
 def examine(
     pair: Pair, k: int, epsilon: float, cache: Path | None = None, deepest: int = 0
-) -> Matrix:
+) -> MatrixSpectra:
     """Return what tuning did to one weight.
 
     Args:
@@ -177,7 +179,7 @@ def examine(
         )
     new = cosine[:k] < epsilon
     energies = (float((top.sigma_K[:k][new] ** 2).sum()), _square(pair.tuned_OI), moved, stayed)
-    return Matrix(
+    return MatrixSpectra(
         path=pair.path,
         shape=(pair.base_OI.shape[0], pair.base_OI.shape[1]),
         intruders=int(new.sum()),
@@ -218,7 +220,7 @@ def adapter_pairs(source: str, adapter: Path) -> tuple[str, Iterator[Pair]]:
     """Return (kind, pairs) of a base and an adapter folder.
 
     A dense base is quantized first where the adapter's run did so (QLoRA); runs of earlier versions
-    say so in ``run.json`` alone.
+    record it in ``run.json`` only.
 
     Raises:
         SlimError: As ``load`` and ``load_adapter`` do.
@@ -274,7 +276,7 @@ def find_intruders(
     k: int = 10,
     epsilon: float = 0.5,
     cache: Path | None = None,
-    progress: Callable[[Matrix], None] = lambda matrix: None,
+    progress: Callable[[MatrixSpectra], None] = lambda matrix: None,
 ) -> Intruders:
     """Compare every tuned weight with its base.
 

@@ -49,8 +49,8 @@ def spectrum(weight_OI: np.ndarray) -> Spectrum:
     gram = weight @ weight.T if wide else weight.T @ weight
     values, vectors = np.linalg.eigh(gram)
     sigma = np.sqrt(np.maximum(values[::-1], 0.0))
-    kept = sigma > _NULL * max(sigma[0], 1e-300)
-    sigma, vectors = sigma[kept], vectors[:, ::-1][:, kept]
+    nonzero = sigma > _NULL * max(sigma[0], 1e-300)
+    sigma, vectors = sigma[nonzero], vectors[:, ::-1][:, nonzero]
     left = vectors if wide else weight @ vectors / sigma
     return Spectrum(left.astype(np.float32), sigma.astype(np.float32))
 
@@ -80,11 +80,11 @@ def cached_spectrum(weight_OI: np.ndarray, folder: Path | None) -> Spectrum:
             stored = load_tensors(file)
             left = np.array(stored["left"]).astype(np.float32)
             return Spectrum(left, np.array(stored["sigma"]))
-    found = spectrum(weight_OI)
+    computed = spectrum(weight_OI)
     with contextlib.suppress(SlimError), atomic_file(file) as temporary:
-        left = mx.array(found.left_OK.astype(np.float16))
-        save_tensors(temporary, {"left": left, "sigma": mx.array(found.sigma_K)})
-    return found
+        left = mx.array(computed.left_OK.astype(np.float16))
+        save_tensors(temporary, {"left": left, "sigma": mx.array(computed.sigma_K)})
+    return computed
 
 
 def leading(weight_OI: np.ndarray, count: int, start_OK: np.ndarray) -> Spectrum:
@@ -122,8 +122,8 @@ def effective_rank(sigma_K: np.ndarray) -> float:
     sigma = sigma_K[sigma_K > 0].astype(np.float64)
     if not len(sigma):
         return 0.0
-    share = sigma / sigma.sum()
-    return float(np.exp(-(share * np.log(share)).sum()))
+    weights = sigma / sigma.sum()
+    return float(np.exp(-(weights * np.log(weights)).sum()))
 
 
 def singular_values(weight_OI: np.ndarray) -> np.ndarray:

@@ -47,7 +47,7 @@ def audit_tokens(
     )
     for name in names:
         try:
-            found = read_calibration(name, tokenizer, length=length, seen=0, held_out=rows)
+            found = read_calibration(name, tokenizer, length=length, seen=0, validation=rows)
         except SlimError:
             if name == names[-1]:
                 raise
@@ -55,5 +55,5 @@ def audit_tokens(
         text = (
             Path(source).name if source else ("Alpaca" if name == names[0] else "the demo's rows")
         )
-        return found.held_out_NT, text
+        return found.validation_NT, text
     raise AssertionError("unreachable")

@@ -78,14 +78,14 @@ class Tuned:
 
 def started_from(recipe: Recipe) -> list[Path]:
     """Return the adapter folder that ``recipe`` starts from, if it does."""
-    given = recipe.adapter.init_from
-    return [] if given is None else [adapter_folder(Path(given).expanduser())]
+    init_from = recipe.adapter.init_from
+    return [] if init_from is None else [adapter_folder(Path(init_from).expanduser())]
 
 
 def prepare_base(recipe: Recipe) -> tuple[Loaded, QuantizedBase | None]:
     """Load the base of ``recipe``, each layer quantized as it is read where the method wants it.
 
-    Adapters that lie under the new one (``adapter.on``), or that it starts from
+    Adapters below the new one (``adapter.on``), or that it starts from
     (``adapter.init_from``), bring the base that they were trained over.
 
     Returns:
@@ -95,12 +95,12 @@ def prepare_base(recipe: Recipe) -> tuple[Loaded, QuantizedBase | None]:
         SlimError: If the model cannot be loaded, or does not fit the method or those adapters.
     """
     below = [*used_folders(parse_adapters(recipe.adapter.on)), *started_from(recipe)]
-    named, own = recorded_base(below), quantized_base(recipe)
-    if own is not None and named is not None and not own.same_weights(named[1]):
-        key = "init_from" if [named[0]] == started_from(recipe) else "on"
+    recorded, quantized = recorded_base(below), quantized_base(recipe)
+    if quantized is not None and recorded is not None and not quantized.same_weights(recorded[1]):
+        key = "init_from" if [recorded[0]] == started_from(recipe) else "on"
         raise SlimError(
-            f"adapter.{key}: {named[0]} was trained over {named[1]} in {named[1].dtype}, this "
-            f"recipe quantizes to {own} in {own.dtype}",
+            f"adapter.{key}: {recorded[0]} was trained over {recorded[1]} in "
+            f"{recorded[1].dtype}, this recipe quantizes to {quantized} in {quantized.dtype}",
             "give quantize and train.dtype the values that it was trained with",
         )
 
@@ -114,11 +114,11 @@ def prepare_base(recipe: Recipe) -> tuple[Loaded, QuantizedBase | None]:
 
     dtype = resolve_dtype(recipe.train.dtype)
     settings: dict[str, Any] = {"revision": recipe.revision, "dtype": dtype, "transform": fit}
-    if own is not None:
-        return load(recipe.model, **settings), own
+    if quantized is not None:
+        return load(recipe.model, **settings), quantized
     loaded = load_base(recipe.model, below, **settings)
     dense = "quantization" not in read_config(recipe.model, recipe.revision)
-    return loaded, named[1] if named is not None and dense else None
+    return loaded, recorded[1] if recorded is not None and dense else None
 
 
 def prepare_model(recipe: Recipe) -> Tuned:
@@ -161,7 +161,7 @@ def prepare_data(
 ) -> Prepared:
     """Tokenise the rows on rank 0, then open them on every rank.
 
-    ``data`` stands for ``recipe.data`` where a run learns from other rows, ``find`` finds them;
+    ``data`` replaces ``recipe.data`` where a run is trained on other rows, ``find`` opens them;
     ``readers`` are the configs of other models that read them.
     """
     limit = shortest([tuned.config, *readers])
@@ -218,7 +218,7 @@ def build_loop(
     limit = SHAPES - (VALIDATION_SHAPES if data.validation else 0) if compiled else None
     if limit is not None and recipe.distill is not None:
         limit -= (
-            1  # of the largest batch, tried before the teachers are asked and the model is rebuilt
+            1  # of the largest batch, tried before targets are generated and the model is rebuilt
         )
     mode = config.batching
     if mode != "grouped" and not structure.packs(model):
@@ -242,7 +242,7 @@ def build_loop(
     if compiled and data.validation and mode != "grouped":
         validation_mode = cheaper(data.validation, validation_limit)
     mode = cheaper(data.train, limit) if mode == "auto" else mode
-    # Each part has gradients of its own: cheap for adapters, a second model for full tuning.
+    # Each chunk has separate gradients: cheap for adapters, a second model for full tuning.
     num_threads = 1 if recipe.method == "full" or compiled else default_num_threads()
     vocabulary = tuned.config.get("vocab_size", 8)
     objective, validation_objective = objectives(model, config.loss_chunk, vocabulary, num_threads)

@@ -112,7 +112,7 @@ def measure_forgetting(recipe: Recipe, tuned: Tuned, observer: events.Observer) 
 
 @dataclass(frozen=True)
 class Limit:
-    """How the measurements stand to the limit.
+    """The measurements so far against the limit.
 
     Attributes:
         step: Newest step within it.

@@ -2,8 +2,8 @@
 
 Invariant: nothing in its folder changes until the longer run can start. Then ``recipe.json`` says
 the new length and how the run began, and after that ``run.json`` goes, so that a kill between the
-two leaves a ``run.json`` of fewer steps than ``recipe.json`` asks for, which is known as such. What
-the longer run goes on from, ``training/extension.py`` decides. Try it:
+two leaves a ``run.json`` of fewer steps than ``recipe.json`` asks for, which is recognised.
+``training/extension.py`` decides which checkpoint the longer run resumes from. Try it:
 ``mlx-slim train smollm2-lora -o runs/try --resume train.steps=200``, after one of 100.
 """
 
@@ -23,8 +23,8 @@ from mlx_slim.training.state import read_state
 
 
 @dataclass(frozen=True)
-class Going:
-    """How a run goes on.
+class ResumePlan:
+    """How a run resumes.
 
     Attributes:
         start: The checkpoint; None begins with the first step.
@@ -41,8 +41,8 @@ class Going:
     note: str = ""
 
 
-def go_on(out: Path, recipe: Recipe, loop: Loop, reached: Path | None) -> Going:
-    """Return how the run in ``out`` goes on under ``recipe``, and give ``loop`` its rates.
+def plan_resume(out: Path, recipe: Recipe, loop: Loop, reached: Path | None) -> ResumePlan:
+    """Return how the run in ``out`` resumes with ``recipe``, and give ``loop`` its rates.
 
     Args:
         out: A run that was started.
@@ -51,19 +51,20 @@ def go_on(out: Path, recipe: Recipe, loop: Loop, reached: Path | None) -> Going:
         reached: The newest checkpoint there.
 
     Raises:
-        SlimError: If it has fewer steps than the run was to take, or has more and cannot go on.
+        SlimError: If it has fewer steps than the run was to take, or has more and cannot be
+        resumed.
     """
     before = _steps(out / STATE_FILE, loop)
     done = _steps(out / RECORD, loop) if (out / RECORD).exists() else 0
     if loop.total < before:
         raise fewer_steps(out, f"{before:,} steps", f"{loop.total:,}")
     if done == loop.total:
-        return Going(reached, complete=True)
+        return ResumePlan(reached, complete=True)
     grown = loop.total > before
     if reached is None:
         if done:
             raise _cannot(out, "its checkpoints were removed")
-        return Going(None, grown=grown)
+        return ResumePlan(None, grown=grown)
     extended = extended_run(out)
     if grown:
         if recipe.adapter.adaptive:
@@ -75,9 +76,9 @@ def go_on(out: Path, recipe: Recipe, loop: Loop, reached: Path | None) -> Going:
     if start is None:
         raise _cannot(out, "no checkpoint is left from before its decay")
     if extended is None:
-        return Going(start)
+        return ResumePlan(start)
     if read_state(start).total == loop.total:  # of the longer run already
-        return Going(start, extended)
+        return ResumePlan(start, extended)
     state, _ = loop.peek(start)
     stopped_by = [one.name for one in loop.callbacks if isinstance(one, Monitor) and one.stopped()]
     patience = recipe.train.early_stopping
@@ -87,7 +88,7 @@ def go_on(out: Path, recipe: Recipe, loop: Loop, reached: Path | None) -> Going:
         raise _cannot(out, f"{stopped_by[0]} stopped it after step {state.step:,}")
     steps = state.step, read_state(reached).step
     note = describe(recipe.train, extended, loop.total, *steps)
-    return Going(start, extended, grown=grown, note=note)
+    return ResumePlan(start, extended, grown=grown, note=note)
 
 
 def _steps(file: Path, loop: Loop) -> int:

@@ -27,7 +27,7 @@ from mlx_slim.data.prepare import Prepared
 from mlx_slim.errors import Interrupted, ResourceError, SlimError
 from mlx_slim.finetuning.build import Tuned, build_loop
 from mlx_slim.finetuning.forgetting import measure_forgetting
-from mlx_slim.finetuning.longer import Going, go_on
+from mlx_slim.finetuning.longer import ResumePlan, plan_resume
 from mlx_slim.finetuning.run_dir import (
     RECORD,
     STATE_FILE,
@@ -127,12 +127,12 @@ def _run(
     strategy.check(recipe)
     _check_loading(recipe, strategy.student.expect(recipe), budget)
     built = _build(recipe, strategy, out, listeners, budget, unchanged=started)
-    going = Going(None)
+    resume_plan = ResumePlan(None)
     if started:
-        going = go_on(out, recipe, built.loop, newest)
-        if going.complete:
+        resume_plan = plan_resume(out, recipe, built.loop, newest)
+        if resume_plan.complete:
             return _finished(out, observer)
-    newest = going.start
+    newest = resume_plan.start
     with checkpointed(structure.blocks(built.tuned.model), recipe.train.grad_checkpoint):
         if not (out / "checkpoints").exists():
             _check_disk(out, built.prediction)
@@ -140,7 +140,7 @@ def _run(
                 strategy.targets.check_disk(out)
         _preflight(built.loop, built.prediction, budget)
 
-    from_first_rank(partial(_begin, resolved, out, built.data, going, started))
+    from_first_rank(partial(_begin, resolved, out, built.data, resume_plan, started))
     if strategy.targets is not None and strategy.targets.missing():  # the student makes room
         del built
         gc.collect()
@@ -150,17 +150,17 @@ def _run(
         mx.clear_cache()
         mx.reset_peak_memory()
         if first and newest is None:
-            metrics.clear()  # what is said of the run is said again
+            metrics.clear()  # its events are written again
         built = _build(recipe, strategy, out, listeners, budget, unchanged=True)
-        built.loop.extend(going.extended)
+        built.loop.extend(resume_plan.extended)
     tuned, loop = built.tuned, built.loop
     if first and newest is not None:
         saved = events.Saved(int(newest.name[5:]), f"{newest.parent.name}/{newest.name}")
         metrics.rewind(saved, loop.peek(newest)[1])
     with checkpointed(structure.blocks(tuned.model), recipe.train.grad_checkpoint):
         if newest is not None:
-            if going.note:
-                listeners.notify(events.Notice(going.note))
+            if resume_plan.note:
+                listeners.notify(events.Notice(resume_plan.note))
             loop.resume(newest)
         else:
             advice = rank_advice(recipe, loop.total)
@@ -191,14 +191,16 @@ def _run(
         _best_weights(tuned, result)
         strategy.student.save(recipe, tuned, out)
         _verify(recipe, strategy.student, tuned, result)
-        write_json(out / RECORD, _record(resolved, strategy, result, budget, going.extended))
+        write_json(out / RECORD, _record(resolved, strategy, result, budget, resume_plan.extended))
     return result
 
 
-def _begin(resolved: Resolved, out: Path, data: Prepared, going: Going, started: bool) -> None:
-    """Let the folder say that the run can start, or that it takes more steps now."""
-    if not started or going.grown:
-        write_json(out / STATE_FILE, state_record(resolved, data, going.extended))
+def _begin(
+    resolved: Resolved, out: Path, data: Prepared, resume_plan: ResumePlan, started: bool
+) -> None:
+    """Record in the folder that the run can start, or that it takes more steps now."""
+    if not started or resume_plan.grown:
+        write_json(out / STATE_FILE, state_record(resolved, data, resume_plan.extended))
     (out / RECORD).unlink(missing_ok=True)  # of the run that was shorter
 
 

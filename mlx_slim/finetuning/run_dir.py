@@ -1,4 +1,4 @@
-"""The folder of a fine-tune: who may start in it, who may go on, and what it says at the end.
+"""The folder of a fine-tune: who may start or resume in it, and its result.
 
 Invariant: a folder that cannot start a run is left as it was; a resume needs the same recipe, but
 for more steps (and, in ``data/prepare.py``, the same rows); ``run.json`` means complete. Files:
@@ -59,9 +59,9 @@ class Result:
         artifact: ``adapters`` or ``model`` inside the run folder.
         trainable: Trainable parameters.
         total: All parameters (of the dense model).
-        predicted_peak_bytes: What the planner said.
+        predicted_peak_bytes: The planner's prediction.
         ledger: Rows given, used, cut and dropped.
-        on: Adapters that lie under the new one.
+        on: Adapters below the new one.
         base: Folder inside the run folder of the base that the run quantized; None if it did not.
     """
 
@@ -119,11 +119,11 @@ def trained_as(file: Path) -> TrainConfig:
 def extended_run(out: Path) -> Extended | None:
     """Return how the run in ``out`` began, if it was given more steps since."""
     file = out / STATE_FILE
-    known = read_object(file).get("extended")
-    if known is None:
+    extended = read_object(file).get("extended")
+    if extended is None:
         return None
     with library_errors(f"{short(file)} is damaged", "start a new run"):
-        return Extended(int(known["warmup"]), tuple(int(total) for total in known["totals"]))
+        return Extended(int(extended["warmup"]), tuple(int(total) for total in extended["totals"]))
 
 
 def is_complete(out: Path, recipe: Recipe) -> bool:
@@ -133,9 +133,9 @@ def is_complete(out: Path, recipe: Recipe) -> bool:
     """
     if not (out / RECORD).exists():
         return False
-    known = trained_as(out / RECORD)
+    extended = trained_as(out / RECORD)
     steps, epochs = recipe.train.steps, recipe.train.epochs
-    return known.steps == steps and (steps is not None or known.epochs == epochs)
+    return extended.steps == steps and (steps is not None or extended.epochs == epochs)
 
 
 def fewer_steps(out: Path, before: str, after: str) -> SlimError:
@@ -178,7 +178,7 @@ def _check_same(out: Path, recipe: Recipe) -> list[str]:
 
 
 def adapter_hashes(recipe: Recipe) -> dict[str, str]:
-    """Return folder -> hash of the adapters that a run stands on or starts from."""
+    """Return folder -> hash of the adapters that a run stacks on or starts from."""
     below = [one.folder for one in parse_adapters(recipe.adapter.on)]
     return {str(folder): adapter_hash(folder) for folder in (*below, *started_from(recipe))}
 

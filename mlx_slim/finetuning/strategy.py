@@ -85,7 +85,7 @@ class TargetGeneration(Protocol):
 class TrainingStrategy(Protocol):
     """What is minimised, over which rows, and what must happen before.
 
-    Every strategy is a final class; what strategies share are the functions below.
+    Every strategy is a final class; what strategies have in common are the functions below.
     """
 
     @property
@@ -183,7 +183,7 @@ class CrossEntropyStrategy:
         return from_rows(model, chunk, vocabulary, num_threads)
 
     def record(self) -> dict[str, Any]:
-        """Return nothing: the recipe says it all."""
+        """Return nothing: the recipe describes it."""
         return {}
 
 
@@ -202,7 +202,7 @@ def base_folder(target: Path) -> Path:
 def save_tuned(recipe: Recipe, tuned: Tuned, model: nn.Module, target: Path) -> None:
     """Write the adapters of ``model``, or all of it, to the folder ``target``.
 
-    A base that was quantized here lies beside them: they would be another model over another one.
+    A base that was quantized here is saved beside them: over another base they are another model.
     """
     if tuned.injected is not None:
         more = {}

@@ -1,7 +1,7 @@
 """The loss of a model on a recipe's validation rows, without training it.
 
 Invariant: the rows, their template and their order are those of a run of the same recipe, and the
-loss is computed by the loop's own code; so the figure stands beside a run's ``validation`` lines.
+loss is computed by the loop's code; so it is comparable with a run's ``validation`` lines.
 Try it: ``mlx-slim train smollm2-lora model=runs/other/model --validate``.
 """
 
@@ -42,14 +42,14 @@ def validate(recipe: Recipe) -> Validated:
     """Return the loss of ``recipe.model`` as it is, dense or quantized, on the validation rows.
 
     Raises:
-        SlimError: If the model or the rows cannot be used, or no rows are held out.
+        SlimError: If the model or the rows cannot be used, or there are no validation rows.
     """
     loaded = load(recipe.model, revision=recipe.revision, dtype=resolve_dtype(recipe.train.dtype))
     tuned = Tuned(loaded, loaded.config, None, 0)
     with tempfile.TemporaryDirectory() as name:
         rows = prepare_data(recipe, tuned, Path(name), unchanged=False).validation
         if not rows:
-            raise SlimError("this recipe holds no rows out", "set data.validation=0.02")
+            raise SlimError("this recipe has no validation rows", "set data.validation=0.02")
         config = recipe.train
         batcher = Batcher(rows, config.batch_tokens, config.max_length, "grouped", config.seed)
         objective = CrossEntropy(

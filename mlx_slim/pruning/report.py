@@ -170,12 +170,12 @@ def _validation_rows(
             tokenizer,
             length=min(64, limit.tokens) if limit else 64,
             seen=0,
-            held_out=max(1, options.held_out // 64),
+            validation=max(1, options.held_out // 64),
         )
     except SlimError as error:
         observer.notify(Notice(f"no validation text: {error.message}", "warning"))
         return None, "none"
-    return validation_rows(calibration.held_out_NT.reshape(-1), limit), "calibration text"
+    return validation_rows(calibration.validation_NT.reshape(-1), limit), "calibration text"
 
 
 def _bytes_of(adapter: Path | None) -> int:

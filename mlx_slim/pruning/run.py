@@ -210,7 +210,7 @@ def _text(
             loaded.tokenizer,
             length=width,
             seen=samples,
-            held_out=max(1, -(-options.held_out // width)),
+            validation=max(1, -(-options.held_out // width)),
             limit=limit,
         )
     except SlimError as error:
@@ -220,7 +220,9 @@ def _text(
         raise
     if samples and len(text.seen_NT) < samples:
         notify(f"the text gives {len(text.seen_NT)} of {samples} calibration rows", "warning")
-    return (text.seen_NT if samples else None), validation_rows(text.held_out_NT.reshape(-1), limit)
+    return (text.seen_NT if samples else None), validation_rows(
+        text.validation_NT.reshape(-1), limit
+    )
 
 
 def _row_length(limit: RowLimit | None) -> int:

@@ -34,7 +34,7 @@ class QuantizeReport:
     """What quantization did.
 
     Attributes:
-        config: The model config with ``quantization`` filled in; the given one is left alone.
+        config: The model config with ``quantization`` filled in; the argument is not changed.
         method: ``rtn``, ``awq``, ``gptq``, ``dwq`` or ``dynamic``.
         bits_per_weight: Bytes of all parameters × 8 / number of weights, norms and scales included.
         bytes_before: Bytes of all parameters of the source.
@@ -106,11 +106,11 @@ def load_quantized(
     Raises:
         SlimError: As ``load`` and ``quantize_model`` do.
     """
-    found: list[QuantizeReport] = []
+    reports: list[QuantizeReport] = []
 
     def transform(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
-        found.append(quantize_model(model, config, quantize, recipe))
-        return found[0].config
+        reports.append(quantize_model(model, config, quantize, recipe))
+        return reports[0].config
 
     loaded = load(
         source,
@@ -119,7 +119,7 @@ def load_quantized(
         trust_remote_code=trust_remote_code,
         transform=transform,
     )
-    return loaded, found[0]
+    return loaded, reports[0]
 
 
 def _quantized(module: nn.Module, settings: dict[str, Any]) -> nn.Module:
@@ -147,13 +147,13 @@ def _quantized(module: nn.Module, settings: dict[str, Any]) -> nn.Module:
 def rounded(
     weight: mx.array, stored: mx.Dtype, *, bits: int, group_size: int, mode: str
 ) -> mx.array:
-    """Return ``weight`` quantized and dequantized, in its own dtype.
+    """Return ``weight`` quantized and dequantized, in the same dtype.
 
     Args:
         weight: (..., I), I divisible by ``group_size``.
         stored: Dtype that scales and biases lie in on disk: they are rounded to it too.
         bits: Bits per code.
-        group_size: Weights that share a scale.
+        group_size: Weights with one scale.
         mode: ``affine``, ``mxfp4``, ``mxfp8`` or ``nvfp4``.
     """
     settings: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": mode}

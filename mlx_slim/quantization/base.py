@@ -38,7 +38,7 @@ class QuantizedBase:
         quantize: ``bits``, ``group_size`` and ``mode``.
         dtype: That it was cast to before it was rounded.
         stored: What the dense model's weights are stored in.
-        folder: Where the quantized model lies, seen from the adapter's folder; None: nowhere.
+        folder: The quantized model, relative to the adapter's folder; None if it is not stored.
     """
 
     model: str
@@ -85,7 +85,7 @@ def recorded_base(adapters: Sequence[Path]) -> tuple[Path, QuantizedBase] | None
     Raises:
         SlimError: If two adapters name bases that are rounded differently.
     """
-    found: tuple[Path, QuantizedBase] | None = None
+    recorded: tuple[Path, QuantizedBase] | None = None
     for folder in adapters:
         file = folder / CONFIG
         config = read_object(file) if file.is_file() else {}
@@ -93,14 +93,14 @@ def recorded_base(adapters: Sequence[Path]) -> tuple[Path, QuantizedBase] | None
         if record is None:
             continue
         named = _named(record, f"{short(file)}: {RECORD}")
-        if found is not None and not found[1].same_weights(named):
+        if recorded is not None and not recorded[1].same_weights(named):
             raise SlimError(
-                f"{found[0]} was trained over {found[1]} in {found[1].dtype}, {folder} over "
-                f"{named} in {named.dtype}",
+                f"{recorded[0]} was trained over {recorded[1]} in {recorded[1].dtype}, "
+                f"{folder} over {named} in {named.dtype}",
                 "adapters add up over one base only: leave one of them out",
             )
-        found = found or (folder, named)
-    return found
+        recorded = recorded or (folder, named)
+    return recorded
 
 
 def _named(record: dict[str, Any], where: str) -> QuantizedBase:
@@ -113,10 +113,11 @@ def _named(record: dict[str, Any], where: str) -> QuantizedBase:
             f"{where}: dtype is {shown(record['dtype'])}", did_you_mean(record["dtype"], DTYPES)
         )
     settings = field(record, where, "quantize", dict)
-    kept = record.get("folder")
-    if kept is not None and not re.fullmatch(r"(\.\./)?[\w-][\w.-]*", kept):
+    base_folder = record.get("folder")
+    if base_folder is not None and not re.fullmatch(r"(\.\./)?[\w-][\w.-]*", base_folder):
         raise SlimError(
-            f"{where}: folder is {shown(kept)}, expected one beside the adapter", "copy it again"
+            f"{where}: folder is {shown(base_folder)}, expected one beside the adapter",
+            "copy it again",
         )
     with library_errors(f"{where} cannot be used", "copy it again"):
         QuantizeConfig(**settings)
@@ -148,19 +149,23 @@ def load_base(
     Raises:
         SlimError: As ``load``; if the adapters name different bases.
     """
-    given: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    found = recorded_base(adapters)
-    if found is None or "quantization" in read_config(source, revision):
-        return load(source, dtype=dtype, transform=transform, **given)
-    adapter, named = found
-    kept = None if named.folder is None else (adapter / named.folder).resolve()
+    source_options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    recorded = recorded_base(adapters)
+    if recorded is None or "quantization" in read_config(source, revision):
+        return load(source, dtype=dtype, transform=transform, **source_options)
+    adapter, named = recorded
+    base_folder = None if named.folder is None else (adapter / named.folder).resolve()
     trained = f"{adapter} was trained over {source} in {named}"
-    if kept is not None and (kept / "config.json").is_file() and _same(source, revision, named):
-        loaded = load(kept, dtype=dtype)
-        note = f"{trained}: computing over {kept}"
+    if (
+        base_folder is not None
+        and (base_folder / "config.json").is_file()
+        and _same(source, revision, named)
+    ):
+        loaded = load(base_folder, dtype=dtype)
+        note = f"{trained}: computing over {base_folder}"
     else:
         settings = QuantizeConfig(**named.quantize)
-        loaded, _ = load_quantized(source, settings, dtype=DTYPES[named.dtype], **given)
+        loaded, _ = load_quantized(source, settings, dtype=DTYPES[named.dtype], **source_options)
         if dtype is not None and dtype != DTYPES[named.dtype]:
             cast(loaded.model, dtype)
             read_weights(loaded.model)
@@ -179,5 +184,5 @@ def _same(source: str | Path, revision: str | None, named: QuantizedBase) -> boo
 
 
 def as_record(named: QuantizedBase, folder: str) -> dict[str, Any]:
-    """Return what ``adapter_config.json`` says of a base that is kept in ``folder``."""
+    """Return the entry of ``adapter_config.json`` for a base that is stored in ``folder``."""
     return {RECORD: asdict(replace(named, folder=folder))}

@@ -1,6 +1,6 @@
 """Calibration text: token ids that quantization may look at, and others that it may not.
 
-Invariant: nothing is fetched but what the user named; the held-out rows are never seen by the
+Invariant: nothing is fetched but what the user named; the validation rows are never seen by the
 method that they judge. Try it: ``mlx-slim quantize MODEL -o DIR --calibration notes.txt``.
 
 Shapes: N rows, T tokens a row.
@@ -27,11 +27,11 @@ class Calibration:
 
     Attributes:
         seen_NT: For the method, int32; may be empty.
-        held_out_NT: For judging it, int32; at least one row.
+        validation_NT: To measure the result on, int32; at least one row.
     """
 
     seen_NT: mx.array
-    held_out_NT: mx.array
+    validation_NT: mx.array
 
 
 def read_calibration(
@@ -40,7 +40,7 @@ def read_calibration(
     *,
     length: int,
     seen: int,
-    held_out: int,
+    validation: int,
     limit: RowLimit | None = None,
 ) -> Calibration:
     """Read ``source`` through the model's own template and cut the stream into rows.
@@ -50,7 +50,7 @@ def read_calibration(
         tokenizer: The model's.
         length: T, tokens a row.
         seen: Rows for the method, at most.
-        held_out: Rows for judging, at most.
+        validation: Rows to measure the result on, at most.
         limit: The longest row that the model computes right.
 
     Raises:
@@ -59,7 +59,7 @@ def read_calibration(
     if limit is not None:
         hint = f"give --calibration-length {limit.tokens}"
         limit.check(length, f"a calibration row of {source}", hint)
-    needed = (seen + held_out) * length
+    needed = (seen + validation) * length
     ids = np.fromiter(_stream(source, tokenizer, needed), np.int32)
     rows = len(ids) // length
     least = 2 if seen else 1
@@ -68,10 +68,10 @@ def read_calibration(
             f"{source} gives {len(ids):,} tokens, {least * length:,} are needed",
             f"give more text, or rows shorter than --calibration-length {length}",
         )
-    # Held-out rows come first, so that they stay the same whatever the method asks for.
-    judged = min(held_out, rows - min(seen, rows // 2))
+    # Validation rows come first, so that they are the same for every method.
+    validation_rows = min(validation, rows - min(seen, rows // 2))
     ids_NT = mx.array(ids[: rows * length].reshape(rows, length))
-    return Calibration(ids_NT[judged : judged + seen], ids_NT[:judged])
+    return Calibration(ids_NT[validation_rows : validation_rows + seen], ids_NT[:validation_rows])
 
 
 def _stream(source: str, tokenizer: Any, needed: int) -> Iterator[int]:
@@ -90,11 +90,13 @@ def _stream(source: str, tokenizer: Any, needed: int) -> Iterator[int]:
         template="plain" if unnamed else "auto",
     )
     pipeline = Pipeline(config, tokenizer, max_length=max(needed, 8))
-    found = find(config.sources[0])
-    given = 0
-    for row in pipeline.rows(found, config.sources[0], SourceLedger(source, found.kind, 1.0, [])):
-        ids = row.tokens.ids_T[: needed - given]
-        given += len(ids)
+    source_rows = find(config.sources[0])
+    count = 0
+    for row in pipeline.rows(
+        source_rows, config.sources[0], SourceLedger(source, source_rows.kind, 1.0, [])
+    ):
+        ids = row.tokens.ids_T[: needed - count]
+        count += len(ids)
         yield from ids.tolist()
-        if given >= needed:
+        if count >= needed:
             return

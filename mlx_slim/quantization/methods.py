@@ -1,6 +1,6 @@
-"""The calibrated methods of mlx-lm: AWQ, GPTQ, DWQ and dynamic precision, fed with given tokens.
+"""The calibrated methods of mlx-lm: AWQ, GPTQ, DWQ and dynamic precision, on calibration tokens.
 
-Invariant: what a method cannot do is said before anything is loaded or computed; the model is
+Invariant: what a method cannot do is an error before anything is loaded or computed; the model is
 changed in place and what was left out is listed, as with plain rounding. Try it:
 ``mlx-slim quantize MODEL -o DIR --method awq --calibration notes.txt``.
 
@@ -65,7 +65,7 @@ def check_method(
         return
     if recipe is not None:
         raise SlimError(
-            f"method {method} has no recipes, {recipe!r} was given",
+            f"method {method} has no recipes, and recipe is {recipe!r}",
             "use --method rtn with a recipe, or --method dynamic for mixed precision",
         )
     if quantize.mode != "affine":
@@ -226,13 +226,13 @@ def _dwq(
     # One row in eight, one batch at least, measures the progress that mlx-lm reports.
     rows = [(row, 0) for row in tokens_NT.tolist()]  # pyright: ignore
     batch = min(_DWQ_BATCH, max(1, len(rows) // 2))
-    held_out = max(batch, len(rows) // 8) if len(rows) > 1 else 0
+    validation_count = max(batch, len(rows) // 8) if len(rows) > 1 else 0
     dwq_quantize(
         model,
         lambda batch, *_args, **_kwargs: teacher(batch),
         optim.Adam(learning_rate=_DWQ_RATE, bias_correction=True),
-        rows[held_out:],
-        rows[:held_out] or rows,
+        rows[validation_count:],
+        rows[:validation_count] or rows,
         batch_size=batch,
         max_seq_length=tokens_NT.shape[1],
         seed=0,

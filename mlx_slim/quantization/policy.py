@@ -38,16 +38,16 @@ def quantize_config(
     if mode not in _DEFAULTS:
         raise SlimError(f"unknown mode {mode!r}", did_you_mean(mode, _DEFAULTS))
     default_bits, default_group = _DEFAULTS[mode]
-    given = {
+    values = {
         "bits": default_bits if bits is None else bits,
         "group_size": default_group if group_size is None else group_size,
         "mode": mode,
     }
     try:
-        return QuantizeConfig.model_validate(given)
+        return QuantizeConfig.model_validate(values)
     except ValidationError as error:
         problems = [
-            f"{'.'.join(map(str, problem['loc']))}={given[str(problem['loc'][0])]}: "
+            f"{'.'.join(map(str, problem['loc']))}={values[str(problem['loc'][0])]}: "
             f"{problem['msg'][0].lower()}{problem['msg'][1:]}"
             if problem["loc"]
             else problem["msg"].removeprefix("Value error, ")
@@ -93,7 +93,7 @@ def make_policy(model: nn.Module, config: QuantizeConfig, recipe: str | None = N
 
     Args:
         model: A dense model.
-        config: Bits, group size and mode of a layer that no recipe speaks of.
+        config: Bits, group size and mode of a layer that the mixed-precision recipe does not name.
         recipe: One of ``RECIPES`` (mlx-lm's mixed precision, affine only), or None.
 
     Raises:
@@ -155,8 +155,10 @@ def _decider(
     model: nn.Module, config: QuantizeConfig, recipe: str | None
 ) -> Callable[[str, nn.Module], Decision]:
     if recipe is None:
-        own: Callable[[str, nn.Module], Decision] | None = getattr(model, "quant_predicate", None)
-        return own or (lambda path, module: True)
+        predicate: Callable[[str, nn.Module], Decision] | None = getattr(
+            model, "quant_predicate", None
+        )
+        return predicate or (lambda path, module: True)
     if recipe not in RECIPES:
         raise SlimError(f"unknown recipe {recipe!r}", did_you_mean(recipe, RECIPES))
     if config.mode != "affine":

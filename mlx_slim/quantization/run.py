@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import re
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ class Compressed:
     Attributes:
         path: The folder.
         report: Sizes, layers quantized and layers left out.
-        fidelity: Distance from the source on held-out text; None if there was no text.
+        fidelity: Distance from the source on validation text; None if there was no text.
         method_seconds: Wall time of the quantization itself, seconds.
         seconds: Wall time of everything, seconds.
         peak_memory_bytes: MLX peak, bytes.
@@ -86,7 +87,7 @@ class Compressed:
 
     def lines(self) -> list[str]:
         """Return what a person reads, one fact a line."""
-        report, found = self.report, self.fidelity
+        report, fidelity = self.report, self.fidelity
         ratio = report.bytes_before / report.bytes_after
         lines = [
             f"{self.path}: {report.bits_per_weight:.3f} bits per weight",
@@ -99,11 +100,11 @@ class Compressed:
             by_reason.setdefault(skip.reason, []).append(skip.path)
         for reason, paths in by_reason.items():
             lines.append(f"left out   {len(paths)} layers: {reason}: {', '.join(_short(paths))}")
-        if found is not None:
+        if fidelity is not None:
             lines.append(
-                f"fidelity   KL {found.kl:.4f} nats, same top-1 token {found.top1:.1%}, perplexity "
-                f"{math.exp(found.nll_source):.2f} -> {math.exp(found.nll_model):.2f} "
-                f"({found.tokens:,} held-out tokens)"
+                f"fidelity   KL {fidelity.kl:.4f} nats, same top-1 token {fidelity.top1:.1%}, "
+                f"perplexity {math.exp(fidelity.nll_source):.2f} -> "
+                f"{math.exp(fidelity.nll_model):.2f} ({fidelity.tokens:,} validation tokens)"
             )
         lines.append(
             f"took       {human_duration(self.seconds)} "
@@ -135,7 +136,7 @@ def compress(
         SlimError: If anything given cannot be used, or the saved model is not the measured one.
     """
 
-    def say(message: str, level: str = "info") -> None:
+    def notify(message: str, level: str = "info") -> None:
         if observer is not None:
             observer.notify(Notice(message, level))
 
@@ -146,16 +147,16 @@ def compress(
     if "quantization" in config:
         refuse_quantized(nn.Module(), config)
     mx.reset_peak_memory()
-    say(f"loading {source}")
+    notify(f"loading {source}")
     settings: dict[str, Any] = {"revision": options.revision, "dtype": compute_dtype()}
     tensors = folder_tensors(resolve(source, options.revision))
     stored = stored_dtype(tensors)
     tokenizer = load_tokenizer(source, revision=options.revision)
-    calibration = _calibration(tokenizer, limit_of(config), options, say)
+    calibration = _calibration(tokenizer, limit_of(config), options, notify)
     numbers = sum(math.prod(tensor.shape) for tensor in tensors.values())
     needed = numbers * (compute_dtype() or stored).size
     if calibration is not None and options.method == "rtn" and needed > device_memory():
-        say(
+        notify(
             f"fidelity is not measured: the dense model takes {human_bytes(needed)}, this device "
             f"holds {human_bytes(device_memory())}",
             "warning",
@@ -165,9 +166,9 @@ def compress(
     if calibration is not None:
         dense = load(source, **settings)
         refuse_quantized(dense.model, dense.config)
-        original = RecordedLogits(dense.model, calibration.held_out_NT, out)
+        original = RecordedLogits(dense.model, calibration.validation_NT, out)
 
-    say(f"quantizing: {options.method}, {_format(options)}")
+    notify(f"quantizing: {options.method}, {_format(options)}")
     tic = time.perf_counter()
     if dense is None:
         loaded, report = load_quantized(source, options.quantize, options.recipe, **settings)
@@ -190,9 +191,9 @@ def compress(
 
     measured = None
     if calibration is not None and original is not None:
-        say(f"comparing with the source on {calibration.held_out_NT.size:,} held-out tokens")
-        measured = fidelity.compare(original, loaded.model, calibration.held_out_NT)
-    say(f"saving {out} and reading it back")
+        notify(f"comparing with the source on {calibration.held_out_NT.size:,} validation tokens")
+        measured = fidelity.compare(original, loaded.model, calibration.validation_NT)
+    notify(f"saving {out} and reading it back")
     save_checked(out, loaded, report.config, stored)
     return Compressed(
         path=out,
@@ -212,7 +213,7 @@ def _format(options: CompressOptions) -> str:
 
 
 def _calibration(
-    tokenizer: Any, limit: RowLimit | None, options: CompressOptions, say: Any
+    tokenizer: Any, limit: RowLimit | None, options: CompressOptions, notify: Callable[..., None]
 ) -> Calibration | None:
     """Return calibration rows; None if nothing needs them, or the default is not to be had."""
     seen = 0 if options.method == "rtn" else options.samples
@@ -225,12 +226,12 @@ def _calibration(
             tokenizer,
             length=options.length,
             seen=seen,
-            held_out=max(1, options.fidelity_samples),
+            validation=max(1, options.fidelity_samples),
             limit=limit,
         )
     except SlimError as error:
         if options.calibration is None and not seen:
-            say(f"fidelity is not measured: {error.message}; give --calibration FILE", "warning")
+            notify(f"fidelity is not measured: {error.message}; give --calibration FILE", "warning")
             return None
         raise
 

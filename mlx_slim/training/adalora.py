@@ -79,8 +79,8 @@ class RankBudget(UpdateHook):
 
     def budget(self, step: int) -> int:
         """Return the triplets in use after ``step`` steps, over all layers."""
-        share = (step - self._first) / (self._last - self._first)
-        left = (1 - min(1.0, max(0.0, share))) ** 3
+        progress = (step - self._first) / (self._last - self._first)
+        left = (1 - min(1.0, max(0.0, progress))) ** 3
         return self._end + round((self._start - self._end) * left)
 
     def gradients(self, gradients: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -124,9 +124,9 @@ class RankBudget(UpdateHook):
         if step == self._last or (due and step < self._last):
             # The least important go; of equals the later ones, the same on every machine.
             order = np.argsort(-np.array(self.importance()), kind="stable")
-            kept = np.zeros(self._start, np.float32)
-            kept[order[: self.budget(step)]] = 1
-            self._mask = mx.array(kept)
+            retained = np.zeros(self._start, np.float32)
+            retained[order[: self.budget(step)]] = 1
+            self._mask = mx.array(retained)
         elif step < self._last:
             return
         begin = 0

@@ -4,7 +4,7 @@ Invariant: a checkpoint belongs to a run if every step before it was taken at th
 has there; nothing else depends on how many steps are to come, but for measurements after the last
 one, which ``TrainState.open`` undoes. So with ``constant`` the longer run resumes from the last
 step, with ``wsd`` from the last checkpoint before the decay, and repeats, bit for bit, one that
-began so long; with ``linear`` and ``cosine`` the rates themselves go on (``optim.schedule``). It is
+began so long; with ``linear`` and ``cosine`` the rates continue (``optim.schedule``). It is
 decided from the files alone, so a kill changes nothing. Try it: ``mlx-slim train smollm2-lora -o
 runs/try --resume train.steps=200``, after one of 100.
 """
@@ -67,7 +67,7 @@ def reopen(
 
 
 def describe(config: TrainConfig, extended: Extended, total: int, start: int, reached: int) -> str:
-    """Return what the user should know of the longer run.
+    """Return the notice about the longer run.
 
     Args:
         config: Of the run.
@@ -77,7 +77,7 @@ def describe(config: TrainConfig, extended: Extended, total: int, start: int, re
         reached: Steps that had been done.
     """
     last, usual = extended.totals[-1], warmup_steps(config, total)
-    text = f"{last:,} steps become {total:,}, going on after step {start:,}"
+    text = f"{last:,} steps become {total:,}, resuming after step {start:,}"
     if not same_as_begun_longer(config):
         rate = schedule(config, last, extended.until(last))(last - 1)
         return (

@@ -1,6 +1,6 @@
 """Gradient checkpointing of chosen blocks, on and off.
 
-Invariant: only the instances asked for change, by giving them a subclass of their own class, so
+Invariant: only the chosen instances change: each gets a subclass of its class, so
 parameter paths, ``isinstance`` and every other model in the process stay as they were. A
 checkpointed block keeps its input and recomputes the rest in the backward pass (arXiv 1604.06174).
 """

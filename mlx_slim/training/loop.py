@@ -2,7 +2,7 @@
 
 Invariant: the trajectory is a function of (weights, rows, configuration). Killing the process at
 any moment and resuming repeats it bit for bit; the loop's whole memory is ``TrainState`` plus what
-``checkpoint`` stores. It reports through events and knows no console.
+``checkpoint`` stores. It reports through events only.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class StopRequest(Requested):
     """Ctrl-C, SIGTERM or SIGHUP ends the run after the current step; a second one at once."""
 
     def seen_by_any_rank(self) -> bool:
-        """Return whether any rank was asked to stop, the same answer on all."""
+        """Return whether any rank received a stop signal, the same answer on all."""
         if world().size() == 1:
             return self.requested
         return number(mx.distributed.all_sum(mx.array(int(self.requested)), group=world())) > 0
@@ -94,7 +94,7 @@ class Loop:
         rate_scale: path -> multiple of the learning rate.
         budget_bytes: Memory budget, reported with the start.
         compiled: Fuse the step with ``mx.compile``.
-        num_threads: Parts of a micro-batch computed side by side on a CPU.
+        num_threads: Threads that compute chunks of a micro-batch on a CPU.
         callbacks: What else takes part (``training/callbacks.py``).
         extended: How the run began, if it was given more steps later (``extend``).
     """
@@ -259,7 +259,7 @@ class Loop:
                 at.epoch, at.taken = at.epoch + 1, 0
 
     def _batches(self, plan: list[list[list[int]]]) -> Iterator[Batch]:
-        """Yield this rank's micro-batches, each with its own random state for dropout."""
+        """Yield this rank's micro-batches, each with the random state of its dropout."""
         for index in range(world().rank(), len(plan), world().size()):
             entropy = [self.config.seed, self.state.step, index]
             mx.random.seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))

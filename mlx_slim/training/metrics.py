@@ -37,7 +37,7 @@ class MetricsFile:
     def rewind(self, saved: Saved, without: Collection[str] = ()) -> None:
         """Cut the file back to a checkpoint; its own line is added if a kill came before it.
 
-        The line of the start stands there already and is not written twice, unless the run is to
+        The line of the start is there already and is not written twice, unless the run is to
         take more steps now.
 
         Args:
@@ -45,9 +45,9 @@ class MetricsFile:
             without: Events of its step that go too.
         """
         self._resuming = True
-        own = json.dumps(saved.as_record())
-        kept: list[str] = []
-        end = 0  # lines after it belong to no step: said again, or about to be
+        saved_line = json.dumps(saved.as_record())
+        lines: list[str] = []
+        end = 0  # lines after it belong to no step: they are written again
         for _, raw in json_lines(self.path) if self.path.exists() else ():
             line = raw.decode(errors="replace").rstrip("\n")
             try:
@@ -58,17 +58,17 @@ class MetricsFile:
             if step is None:
                 break
             past = step > saved.step or record.get("event") == Done.name
-            if past or line == own:
+            if past or line == saved_line:
                 break
             if record.get("step") == saved.step and record.get("event") in without:
                 continue
-            kept.append(line)
+            lines.append(line)
             if record.get("event") == Started.name:
                 self._total = record.get("total_steps")
-                end = len(kept)
+                end = len(lines)
             elif "step" in record:
-                end = len(kept)
-        write_text(self.path, "".join(line + "\n" for line in [*kept[:end], own]))
+                end = len(lines)
+        write_text(self.path, "".join(line + "\n" for line in [*lines[:end], saved_line]))
 
     def notify(self, event: Event) -> None:
         """Append one line."""

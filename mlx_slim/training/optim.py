@@ -1,4 +1,4 @@
-"""Optimizers and schedules: mlx's own, bias-corrected, over float32 masters where needed.
+"""Optimizers and schedules: those of mlx, bias-corrected, over float32 masters where needed.
 
 Invariant: every optimizer computes in float32. Parameters kept in 16 bits get a float32 master
 copy, because 0.02 − 1e-5 rounds back to 0.02 in bfloat16. The learning rate is a plain function of
@@ -23,7 +23,7 @@ Schedule = Callable[[int], float]
 
 
 def warmup_steps(config: TrainConfig, total_steps: int) -> int:
-    """Return the warm-up in steps: a share of the run when below 1, else a count."""
+    """Return the warm-up in steps: a fraction of the run when below 1, else a count."""
     count = config.warmup * total_steps if config.warmup < 1 else config.warmup
     return min(math.ceil(count), max(total_steps - 1, 0))
 
@@ -33,7 +33,7 @@ class Extended:
     """The beginning of a run that was given more steps later.
 
     Attributes:
-        warmup: Its warm-up, optimizer steps, whatever share of the longer run that is.
+        warmup: Its warm-up, optimizer steps, whatever fraction of the longer run that is.
         totals: The steps that it was to take before, in order.
     """
 
@@ -50,7 +50,7 @@ def schedule(config: TrainConfig, total_steps: int, extended: Extended | None = 
 
     Warm-up rises linearly from peak/W to the peak. Then ``constant`` stays, ``linear`` and
     ``cosine`` fall to ``min_lr_ratio`` · peak, reached right after the last step, and ``wsd`` stays
-    until the last ``decay`` share of the steps and falls linearly there (arXiv 2404.06395).
+    until the last ``decay`` fraction of the steps and falls linearly there (arXiv 2404.06395).
 
     A run that was ``extended`` keeps its warm-up. ``linear`` and ``cosine`` then fall once more,
     from the last rate that they had reached, over the steps that were added; ``constant`` and
@@ -82,8 +82,8 @@ def schedule(config: TrainConfig, total_steps: int, extended: Extended | None = 
             return falling(step)
         progress = min(1.0, (step - warmup) / decaying)
         if config.schedule == "wsd":
-            share = max(config.decay, 1 / decaying)
-            return peak + (floor - peak) * min(1.0, max(0.0, (progress - 1) / share + 1))
+            decay_fraction = max(config.decay, 1 / decaying)
+            return peak + (floor - peak) * min(1.0, max(0.0, (progress - 1) / decay_fraction + 1))
         return peak
 
     return rate
@@ -129,11 +129,11 @@ def set_trainable(model: nn.Module, values: dict[str, mx.array]) -> None:
 
 @dataclass(frozen=True)
 class _Group:
-    """Parameters that share an mlx optimizer.
+    """Parameters of one mlx optimizer.
 
     Attributes:
         name: Of the optimizer.
-        scale: Multiple of the learning rate that was asked for (LoRA+).
+        scale: Multiple of the recipe's learning rate (LoRA+).
         fallback: Multiple besides, of what Muon does not take.
         weight_decay: Of its parameters.
     """
@@ -146,13 +146,13 @@ class _Group:
     def key(self, path: str) -> str:
         """Return where a checkpoint holds the state of ``path``.
 
-        Groups that differ in decay alone share their counters there, which are equal.
+        Groups that differ only in decay have one set of counters there: they are equal.
         """
         return f"{self.name}@{self.scale!r}/{path}/"
 
 
 class Optimizer:
-    """Groups of parameters, each with its own mlx optimizer and multiple of the learning rate.
+    """Groups of parameters, each with an mlx optimizer and a multiple of the learning rate.
 
     Trees are flat here, ``path -> array``, so that any subset of parameters is a tree.
 

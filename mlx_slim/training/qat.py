@@ -2,10 +2,10 @@
 
 Invariant: inside ``computing`` every layer that ``mlx-slim quantize`` would quantize (the same
 ``make_policy``, so the same layers, bits and groups) computes with dequantize(quantize(w)), and the
-gradient reaches w as if it were w's own: w_fq = w + stop_gradient(dequantize(quantize(w)) − w)
-(arXiv 1308.3432). As the derivative of w_fq by w is 1, that is: evaluate the gradient at the
+gradient reaches w unchanged (straight-through): w_fq = w + stop_gradient(dequantize(quantize(w)) −
+w) (arXiv 1308.3432). As the derivative of w_fq by w is 1, that is: evaluate the gradient at the
 rounded weights, apply it to the float ones. So weights are rounded once an optimizer step, whatever
-the batches, threads and checkpointed blocks inside it, and the loss knows nothing of it.
+the batches, threads and checkpointed blocks inside it, and the loss does not depend on it.
 
 Of an adapter the merged weight is rounded: the base weight W is replaced by round(W') − (W' − W),
 with which the adapter's own forward pass gives x · round(W')ᵀ and its own gradients. For DoRA that
@@ -31,7 +31,7 @@ from mlx_slim.training.callbacks import ForwardHook
 
 @dataclass
 class _Site:
-    """A layer to round: where its weight lies, its adapter, its format."""
+    """A layer to fake-quantize: the module with its weight, its adapter, its format."""
 
     layer: nn.Module
     adapter: Adapter | None
@@ -76,7 +76,7 @@ class QuantizationAware(ForwardHook):
             for site, weight in zip(self._sites, floats, strict=True):
                 site.layer["weight"] = weight
                 if site.adapter is not None:
-                    site.adapter.stand_in_ends()
+                    site.adapter.end_fake_quantize()
 
     def _weight(self, site: _Site) -> mx.array:
         weight = site.layer["weight"]
@@ -84,7 +84,7 @@ class QuantizationAware(ForwardHook):
             target = rounded(
                 site.adapter.merged_weight().astype(weight.dtype), self._stored, **site.format
             )
-            return site.adapter.stand_in(target).astype(weight.dtype)
+            return site.adapter.fake_quantize(target).astype(weight.dtype)
         if site.fixed is not None:
             return site.fixed
         value = rounded(weight, self._stored, **site.format)

@@ -2,7 +2,7 @@
 
 Invariant: ``step-N`` is renamed into place when it is whole and is renamed away before it is
 removed, so a kill leaves none that is half there; one that holds a file of somebody else's stays.
-Nothing here needs MLX; what a checkpoint holds stands in ``checkpoint.py``. Try it:
+Nothing here needs MLX; ``checkpoint.py`` reads and writes what a checkpoint holds. Try it:
 ``python -m pytest tests/training/test_rotation.py``.
 """
 
@@ -21,8 +21,8 @@ FILES = ("weights.safetensors", "optimizer.safetensors", CALLBACK_ARRAYS, OLD_AR
 
 
 def _folders(folder: Path) -> dict[int, Path]:
-    found = {path.name[5:]: path for path in folder.glob("step-*")}
-    return {int(name): found[name] for name in found if name.isdigit()}
+    folders = {path.name[5:]: path for path in folder.glob("step-*")}
+    return {int(name): folders[name] for name in folders if name.isdigit()}
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -37,15 +37,15 @@ def steps(folder: Path) -> list[int]:
 
 def latest(folder: Path) -> Path | None:
     """Return the newest whole checkpoint under ``folder``, or None."""
-    known = steps(folder)
-    return path_of(folder, known[-1]) if known else None
+    whole = steps(folder)
+    return path_of(folder, whole[-1]) if whole else None
 
 
 def remove_after(folder: Path, step: int) -> None:
     """Remove the checkpoints of later steps, the newest first.
 
     Raises:
-        SlimError: If one holds a file of somebody else's: the run would go on from it.
+        SlimError: If one holds a file of somebody else's: the run would resume from it.
     """
     for later, path in sorted(_folders(folder).items(), reverse=True):
         if later > step and (path / STATE).exists() and not remove_folder(path, FILES):

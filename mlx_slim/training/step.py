@@ -40,7 +40,7 @@ def part_count(num_threads: int, tokens: int) -> int:
     return 1 if num_threads == 1 else min(2 * num_threads, max(num_threads, tokens // PART_TOKENS))
 
 
-# The arrays of a batch, in an objective's own order; None where a batch has no such array.
+# The arrays of a batch, in the order of the objective; None where a batch has no such array.
 Arrays = tuple[Any, ...]
 
 
@@ -72,7 +72,7 @@ class CrossEntropy:
         model: Decides once whether it splits into body and head.
         chunk: Positions whose logits exist at one time; None chooses.
         vocabulary: Token ids below this may be used for the probe.
-        num_threads: Parts of a batch that are computed side by side, and share those positions.
+        num_threads: Threads that compute chunks of a batch, with ``chunk`` positions in total.
         weights_S: float32 weight of each target, by its number in the store (``Batch.sources_N``);
             None is 1 for all.
     """
@@ -166,8 +166,8 @@ def target_weights(batch: Batch, weights_S: np.ndarray | None = None) -> list[mx
     """
     weights_N = batch.weights_N
     if weights_S is not None:
-        own_N = weights_S[batch.sources_N].astype(np.float32)
-        weights_N = own_N if weights_N is None else own_N * weights_N
+        loss_weights_N = weights_S[batch.sources_N].astype(np.float32)
+        weights_N = loss_weights_N if weights_N is None else loss_weights_N * weights_N
     return [] if weights_N is None else [mx.array(weights_N)]
 
 
@@ -222,9 +222,8 @@ class Stepper:
         objective: Summed loss of a batch.
         compiled: Fuse forward and backward pass with ``mx.compile``, which keeps a trace of each
             shape that it meets: ``data/shapes.py`` makes them few.
-        num_threads: Parts of a micro-batch computed side by side on a CPU, each in a thread of its
-        own; a
-            compiled one stays whole.
+        num_threads: Threads that compute chunks of a micro-batch side by side on a CPU; a compiled
+            one stays whole.
         captured: Modules whose frozen arrays change between steps: a compiled step reads them anew.
     """
 
@@ -263,7 +262,7 @@ class Stepper:
         parts = batch.parts(part_count(self._num_threads, batch.computed_tokens))
         if len(parts) == 1:
             return self._part(batch, None)
-        # A thread draws its dropout from a seed of its own part, whichever part is built first.
+        # Dropout is drawn from a seed of the chunk, whichever chunk is built first.
         work = [(part, int(number(mx.random.randint(0, 2**31 - 1)))) for part in parts]
         mx.eval(self.model.parameters())  # a thread cannot evaluate what another one began
         sharing = getattr(self.objective, "sharing", contextlib.nullcontext)
@@ -289,7 +288,7 @@ class Stepper:
         return sums, gradients
 
     def step(self, batches: Iterable[Batch]) -> StepResult:
-        """Return loss and gradient over ``batches`` (this rank's share; it may be empty)."""
+        """Return loss and gradient over ``batches`` (those of this rank; there may be none)."""
         gradients: dict[str, mx.array] = {}
         sums = mx.zeros((1 + len(self.objective.parts),), dtype=mx.float32)
         supervised = tokens = computed = 0

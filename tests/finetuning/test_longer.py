@@ -27,7 +27,7 @@ def rows(tmp_path_factory) -> Path:
 
 
 def asked(model: Path, rows: Path, method: str = "lora", watched: Path | None = None, **train):
-    """Return a recipe, with a held-out text if there is one."""
+    """Return a recipe, with a text to measure forgetting on if there is one."""
     given = recipe(model, rows, method, **{"keep": 1, "validate_every": 3, **train})
     if watched is None:
         return given

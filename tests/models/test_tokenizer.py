@@ -104,7 +104,7 @@ def test_questions_texts_and_calibration_that_hold_it(wide, tmp_path):
     (tmp_path / "text.txt").write_text(f"some text\n\nmore {TOOL} text")
     with pytest.raises(SlimError, match=r"text\.txt, line 3: the token '<.tool.>'"):
         read_calibration(
-            str(tmp_path / "text.txt"), load_tokenizer(wide), length=8, seen=1, held_out=1
+            str(tmp_path / "text.txt"), load_tokenizer(wide), length=8, seen=1, validation=1
         )
 
 

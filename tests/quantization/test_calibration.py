@@ -28,24 +28,24 @@ def test_text_and_jsonl(tokenizer, tmp_path):
         )
     )
     for source in (text, rows):
-        found = read_calibration(str(source), tokenizer, length=16, seen=5, held_out=3)
-        assert found.seen_NT.shape == (5, 16) and found.held_out_NT.shape == (3, 16)
+        found = read_calibration(str(source), tokenizer, length=16, seen=5, validation=3)
+        assert found.seen_NT.shape == (5, 16) and found.validation_NT.shape == (3, 16)
         assert found.seen_NT.dtype == mx.int32
-        again = read_calibration(str(source), tokenizer, length=16, seen=2, held_out=3)
-        assert mx.array_equal(found.held_out_NT, again.held_out_NT)
-        first = tokenizer.decode(found.held_out_NT[0].tolist())
+        again = read_calibration(str(source), tokenizer, length=16, seen=2, validation=3)
+        assert mx.array_equal(found.validation_NT, again.validation_NT)
+        first = tokenizer.decode(found.validation_NT[0].tolist())
         assert first not in tokenizer.decode(found.seen_NT.flatten().tolist())
 
 
 def test_short_text_is_shared_out(tokenizer, tmp_path):
     text = tmp_path / "short.txt"
     text.write_text("x" * 16 * 4)
-    found = read_calibration(str(text), tokenizer, length=16, seen=64, held_out=64)
-    assert found.seen_NT.shape[0] == 2 and found.held_out_NT.shape[0] == 2
+    found = read_calibration(str(text), tokenizer, length=16, seen=64, validation=64)
+    assert found.seen_NT.shape[0] == 2 and found.validation_NT.shape[0] == 2
     with pytest.raises(SlimError, match=r"gives 6\d tokens, 80 are needed"):
-        read_calibration(str(text), tokenizer, length=40, seen=1, held_out=1)
+        read_calibration(str(text), tokenizer, length=40, seen=1, validation=1)
 
 
 def test_a_missing_file(tokenizer, tmp_path):
     with pytest.raises(SlimError, match="does not exist"):
-        read_calibration(str(tmp_path / "no.txt"), tokenizer, length=16, seen=1, held_out=1)
+        read_calibration(str(tmp_path / "no.txt"), tokenizer, length=16, seen=1, validation=1)

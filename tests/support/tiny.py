@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -115,6 +115,14 @@ def byte_tokenizer(folder: Path, *, chat_template: str | None = CHATML, bos: boo
     if chat_template:
         config["chat_template"] = chat_template
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+class TinyModels(Protocol):
+    """The fixture ``tiny``: architecture name -> folder of a tiny model."""
+
+    def __call__(self, architecture: str = "llama") -> Path:
+        """Return the folder, made once a session."""
+        ...
 
 
 def tiny_model(
