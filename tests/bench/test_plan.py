@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from mlx_slim.bench import plan as bench
 from mlx_slim.models.load import load
 
 
-def test_the_benchmark_runs_a_case_once(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_benchmark_runs_a_case_once(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(bench, "SHAPES", {"given": ((128, 2),), "random": ()})
     monkeypatch.setattr(bench, "METHODS", ("full",))
     monkeypatch.setattr(bench, "random_model", lambda folder, _: folder)
@@ -27,7 +30,7 @@ def test_the_benchmark_runs_a_case_once(tiny, tmp_path: Path, monkeypatch: pytes
     assert bench.bench_plan(str(tiny("llama")), out, lines.append)["cases"] == record["cases"]
 
 
-def test_the_random_model_of_the_benchmark_loads(tiny, tmp_path: Path):
+def test_the_random_model_of_the_benchmark_loads(tiny: Callable[..., Path], tmp_path: Path) -> None:
     folder = bench.random_model(tmp_path / "random", str(tiny("llama")))
     loaded = load(folder)
     assert loaded.config["model_type"] == "phi"

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mlx_slim.distillation.answers import AnswerFile, TeacherRequest, TeacherResponse
+from mlx_slim.distillation.local_teacher import Message
 from mlx_slim.errors import SlimError
 
 
@@ -15,13 +19,21 @@ class Parrot:
 
     truncated = 0
 
-    def __init__(self, name="parrot", *, chunk=2, batch_dependent=False, settings=None, fail=None):
+    def __init__(
+        self,
+        name: str = "parrot",
+        *,
+        chunk: int = 2,
+        batch_dependent: bool = False,
+        settings: dict[str, Any] | None = None,
+        fail: str | None = None,
+    ) -> None:
         self.name, self.chunk, self.batch_dependent = name, chunk, batch_dependent
         self.settings = settings or {"model": "parrot"}
         self.asked: list[str] = []
         self._fail = fail
 
-    def answer(self, prompts):
+    def answer(self, prompts: Sequence[list[Message]]) -> Iterator[tuple[str, str]]:
         for prompt in prompts:
             text = prompt[-1]["content"]
             if text == self._fail:
@@ -29,11 +41,11 @@ class Parrot:
             self.asked.append(text)
             yield f"{text}, says {self.name}", "eos"
 
-    def close(self):
+    def close(self) -> None:
         pass
 
 
-def questions(count=5, suffix=""):
+def questions(count: int = 5, suffix: str = "") -> list[TeacherRequest]:
     return [
         TeacherRequest(
             f"row-{i}", [{"role": "user", "content": f"q{i}{suffix}"}], f"a{i}", f"line {i}"
@@ -42,7 +54,7 @@ def questions(count=5, suffix=""):
     ]
 
 
-def test_every_question_is_asked_once_and_the_lines_can_be_read(tmp_path):
+def test_every_question_is_asked_once_and_the_lines_can_be_read(tmp_path: Path) -> None:
     path = tmp_path / "new" / "answers.jsonl"
     first = AnswerFile(path).collect(Parrot(), questions())
     assert [w.generation for w in first] == [f"q{i}, says parrot" for i in range(5)]
@@ -55,7 +67,7 @@ def test_every_question_is_asked_once_and_the_lines_can_be_read(tmp_path):
     assert again.asked == []
 
 
-def test_two_teachers_in_one_file(tmp_path):
+def test_two_teachers_in_one_file(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     file = AnswerFile(path)
     file.collect(Parrot("one"), questions(2))
@@ -65,7 +77,7 @@ def test_two_teachers_in_one_file(tmp_path):
     ]  # fmt: skip
 
 
-def test_a_failure_keeps_what_came_before_and_a_resume_gives_the_same_file(tmp_path):
+def test_a_failure_keeps_what_came_before_and_a_resume_gives_the_same_file(tmp_path: Path) -> None:
     straight, path = tmp_path / "straight.jsonl", tmp_path / "answers.jsonl"
     AnswerFile(straight).collect(Parrot(), questions())
     with pytest.raises(SlimError, match="dead"):
@@ -76,7 +88,7 @@ def test_a_failure_keeps_what_came_before_and_a_resume_gives_the_same_file(tmp_p
 
 
 @pytest.mark.parametrize("cut", [1, 20, 150])
-def test_a_torn_last_line_is_repaired(tmp_path, cut):
+def test_a_torn_last_line_is_repaired(tmp_path: Path, cut: int) -> None:
     straight, path = tmp_path / "straight.jsonl", tmp_path / "answers.jsonl"
     AnswerFile(straight).collect(Parrot(), questions())
     path.write_bytes(straight.read_bytes()[:-cut])
@@ -86,7 +98,7 @@ def test_a_torn_last_line_is_repaired(tmp_path, cut):
     assert len(asked.asked) == (0 if cut == 1 else 1)  # without its newline the line is whole
 
 
-def test_a_batch_dependent_teacher_answers_a_whole_chunk_again(tmp_path):
+def test_a_batch_dependent_teacher_answers_a_whole_chunk_again(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     AnswerFile(path).collect(Parrot(), questions())
     lines = path.read_text().splitlines(keepends=True)
@@ -97,7 +109,7 @@ def test_a_batch_dependent_teacher_answers_a_whole_chunk_again(tmp_path):
     assert len(path.read_text().splitlines()) == 5
 
 
-def test_an_edited_answer_is_used_and_counted(tmp_path):
+def test_an_edited_answer_is_used_and_counted(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     AnswerFile(path).collect(Parrot(), questions(3))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -112,7 +124,7 @@ def test_an_edited_answer_is_used_and_counted(tmp_path):
     ]  # fmt: skip
 
 
-def test_what_changed_is_asked_again_and_nothing_else(tmp_path):
+def test_what_changed_is_asked_again_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     AnswerFile(path).collect(Parrot(), questions(3))
     changed = [*questions(2), *questions(3, suffix="!")[2:]]
@@ -125,7 +137,7 @@ def test_what_changed_is_asked_again_and_nothing_else(tmp_path):
     assert AnswerFile(path).collect(Parrot(), questions(3))[2].generation == "q2, says parrot"
 
 
-def test_a_broken_line_is_named(tmp_path):
+def test_a_broken_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     AnswerFile(path).collect(Parrot(), questions(3))
     good = path.read_text().splitlines()
@@ -154,5 +166,5 @@ def test_a_broken_line_is_named(tmp_path):
         (" ".join(f"word{i}" for i in range(200)), "eos", False, ""),
     ],
 )
-def test_the_problem_of_a_response(text, reason, edited, problem):
+def test_the_problem_of_a_response(text: str, reason: str, edited: bool, problem: str) -> None:
     assert TeacherResponse("id", text, reason, edited).problem == problem

@@ -6,6 +6,7 @@ import json
 import threading
 import traceback
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from tests.support.runs import free_port
 KEY = "sk-very-secret-0123456789"
 
 
-def teacher(base_url: str, **changes) -> EndpointTeacher:
+def teacher(base_url: str, **changes: Any) -> EndpointTeacher:
     settings = {"max_tokens": 16, "retries": 2, "backoff": 0.01, "timeout": 5.0, **changes}
     return EndpointTeacher("t", base_url, "some-model", **settings)
 
@@ -26,7 +27,7 @@ def chats(*texts: str) -> list[list[dict]]:
     return [[{"role": "user", "content": text}] for text in texts]
 
 
-def test_answers_come_in_order_and_few_at_a_time():
+def test_answers_come_in_order_and_few_at_a_time() -> None:
     prompts = chats(*("x" * n for n in range(1, 13)))
     with serving(slow=0.02) as served:
         replies = list(teacher(served.base_url, concurrency=3, until=["\n\n"]).answer(prompts))
@@ -44,7 +45,7 @@ def test_answers_come_in_order_and_few_at_a_time():
         assert request["authorization"] is None
 
 
-def test_tool_calls_are_sent_as_the_api_has_them():
+def test_tool_calls_are_sent_as_the_api_has_them() -> None:
     """Rows hold arguments as objects, the API has JSON text."""
     function = {"name": "look", "arguments": {"at": "Köln", "n": None}}
     call = {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "function": function}]}
@@ -55,7 +56,7 @@ def test_tool_calls_are_sent_as_the_api_has_them():
     assert function["arguments"] == {"at": "Köln", "n": None}
 
 
-def test_stop_reasons_and_an_answer_without_text():
+def test_stop_reasons_and_an_answer_without_text() -> None:
     replies = [completion("a", "length"), completion(None), completion("c", "content_filter")]
     with serving(lambda n, _: (200, replies[n], {})) as served:
         replies = list(teacher(served.base_url, concurrency=1).answer(chats("1", "2", "3")))
@@ -63,8 +64,8 @@ def test_stop_reasons_and_an_answer_without_text():
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_busy_then_well(status):
-    def script(number, body):
+def test_busy_then_well(status: int) -> None:
+    def script(number: int, body: dict[str, Any]):
         return (status, {}, {"Retry-After": "0"}) if number < 2 else answers(number, body)
 
     with serving(script) as served:
@@ -72,7 +73,7 @@ def test_busy_then_well(status):
     assert len(served.requests) == 3
 
 
-def test_broken_for_ever_is_one_line_after_a_bounded_number_of_tries():
+def test_broken_for_ever_is_one_line_after_a_bounded_number_of_tries() -> None:
     with (
         serving(lambda *_: (500, b"out of\nmemory", {})) as served,
         pytest.raises(SlimError, match=r"500 Internal Server Error: out of memory \(3 tries\)"),
@@ -81,8 +82,8 @@ def test_broken_for_ever_is_one_line_after_a_bounded_number_of_tries():
     assert len(served.requests) == 3
 
 
-def test_the_answers_before_a_failure_are_yielded():
-    def script(number, body):
+def test_the_answers_before_a_failure_are_yielded() -> None:
+    def script(number: int, body: dict[str, Any]):
         return (400, b"no", {}) if "bad" in str(body) else answers(number, body)
 
     replies = []
@@ -102,7 +103,7 @@ def test_the_answers_before_a_failure_are_yielded():
         b'{"choices":[{"message":{"content":3}}]}',
     ],
 )
-def test_a_reply_that_is_no_completion(reply):
+def test_a_reply_that_is_no_completion(reply: Any) -> None:
     with (
         serving(lambda *_: (200, reply, {})) as served,
         pytest.raises(SlimError, match="no chat completion") as caught,
@@ -135,7 +136,7 @@ class _CutShort(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_reply_that_is_cut_short_is_asked_for_again():
+def test_a_reply_that_is_cut_short_is_asked_for_again() -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), _CutShort)
     server.seen = []  # type: ignore[attr-defined]
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -153,21 +154,23 @@ def test_a_reply_that_is_cut_short_is_asked_for_again():
     assert [text for text, _ in replies] == [f"whole: {way}" for way in ways]
 
 
-def test_silence_is_given_up():
+def test_silence_is_given_up() -> None:
     with serving(slow=0.5) as served, pytest.raises(SlimError, match=r"no answer within 0\.1 s"):
         list(teacher(served.base_url, timeout=0.1, retries=1).answer(chats("one")))
 
 
-def test_nobody_listens():
+def test_nobody_listens() -> None:
     with pytest.raises(SlimError, match=r"[Rr]efused.*2 tries"):
         url = f"http://127.0.0.1:{free_port()}/v1"
         list(teacher(url, retries=1).answer(chats("one")))
 
 
-def test_the_key_is_sent_and_in_no_message(monkeypatch, caplog):
+def test_the_key_is_sent_and_in_no_message(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("TEACHER_KEY", f" {KEY}\n")
 
-    def script(_, body):
+    def script(_: int, body: dict[str, Any]):
         return 401, f"bad key {KEY}, begone".encode(), {}
 
     caplog.set_level("DEBUG")
@@ -183,7 +186,7 @@ def test_the_key_is_sent_and_in_no_message(monkeypatch, caplog):
     assert len(served.requests) == 1
 
 
-def test_a_redirect_is_not_followed(monkeypatch):
+def test_a_redirect_is_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEACHER_KEY", KEY)
     with serving() as other:
         moved = {"Location": f"{other.base_url}/chat/completions"}
@@ -195,7 +198,9 @@ def test_a_redirect_is_not_followed(monkeypatch):
     assert other.requests == []
 
 
-def test_addresses_and_keys_are_checked_before_anything_is_asked(monkeypatch):
+def test_addresses_and_keys_are_checked_before_anything_is_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for url, what in (
         ("file:///etc/passwd", "not an http"),
         ("ftp://host/v1", "not an http"),

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from mlx_slim.config.load import from_values
+from mlx_slim.config.schema import Recipe
 from mlx_slim.data.split import choose_validation
 from mlx_slim.distillation import generate as phase
+from mlx_slim.distillation.dataset import DistillationDataset
 from mlx_slim.errors import SlimError
 from tests.models.test_tokenizer import with_tokens
 from tests.support.endpoint import answers, completion, serving
@@ -18,7 +20,9 @@ from tests.support.runs import Recorder, run_until_killed, write_rows
 from tests.support.tiny import tiny_model
 
 
-def recipe(rows: Path, base_url: str, method: str = "rationales", count: int = 1, **distill: Any):
+def recipe(
+    rows: Path, base_url: str, method: str = "rationales", count: int = 1, **distill: Any
+) -> Recipe:
     teachers = [
         {"model": "m", "name": f"t{n}", "base_url": base_url, "weight": float(n)}
         for n in range(1, count + 1)
@@ -36,12 +40,13 @@ def recipe(rows: Path, base_url: str, method: str = "rationales", count: int = 1
     return from_values(values, "small", "test").recipe
 
 
-def generate_dataset(config, *words):
+def generate_dataset(config: Recipe, *words: Any) -> DistillationDataset:
+    assert config.distill is not None
     return phase.generate_dataset(config, config.distill.teachers, *words)
 
 
 @pytest.fixture
-def rows(tmp_path) -> Path:
+def rows(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "rows.jsonl", 12)
 
 
@@ -49,7 +54,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_rationales_of_two_teachers_stand_behind_their_prefixes(rows, tmp_path):
+def test_rationales_of_two_teachers_stand_behind_their_prefixes(rows: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     with serving() as served:
         dataset = generate_dataset(
@@ -72,7 +77,7 @@ def test_rationales_of_two_teachers_stand_behind_their_prefixes(rows, tmp_path):
     assert all(f"Correct answer: {row['completion']}" in "".join(asked) for row in from_data)
 
 
-def test_sequences_take_the_place_of_answers(rows, tmp_path):
+def test_sequences_take_the_place_of_answers(rows: Path, tmp_path: Path) -> None:
     with serving() as served:
         config = recipe(rows, served.base_url, "sequence", count=2, weight=0.75)
         dataset = generate_dataset(config, "sequence", tmp_path / "run", Recorder())
@@ -88,14 +93,14 @@ def test_sequences_take_the_place_of_answers(rows, tmp_path):
     assert sorted(m[0]["content"] for m in asked) == sorted(row["prompt"] for row in from_data)
 
 
-def test_with_weight_one_only_the_teacher_counts(rows, tmp_path):
+def test_with_weight_one_only_the_teacher_counts(rows: Path, tmp_path: Path) -> None:
     with serving() as served:
         config = recipe(rows, served.base_url, "sequence", weight=1.0)
         dataset = generate_dataset(config, "sequence", tmp_path / "run", Recorder())
     assert [part.group for part in dataset.files] == [1]
 
 
-def test_a_row_that_a_teacher_cannot_read_is_named(tmp_path):
+def test_a_row_that_a_teacher_cannot_read_is_named(tmp_path: Path) -> None:
     """Its tokenizer gives a token that its embedding has no row for."""
     base = with_tokens(tiny_model(tmp_path / "model"), "<|tool|>")
     held_out = choose_validation(3, 12, 0).tolist()
@@ -111,7 +116,7 @@ def test_a_row_that_a_teacher_cannot_read_is_named(tmp_path):
         assert "the token '<|tool|>' has the id 264" in caught.value.message
 
 
-def test_a_complete_phase_asks_no_teacher_again(rows, tmp_path):
+def test_a_complete_phase_asks_no_teacher_again(rows: Path, tmp_path: Path) -> None:
     with serving() as served:
         config = recipe(rows, served.base_url)
         first = generate_dataset(config, "rationales", tmp_path / "run", Recorder())
@@ -119,8 +124,8 @@ def test_a_complete_phase_asks_no_teacher_again(rows, tmp_path):
     assert again == first
 
 
-def test_useless_answers_are_counted_and_not_learned(rows, tmp_path):
-    def script(number, body):
+def test_useless_answers_are_counted_and_not_learned(rows: Path, tmp_path: Path) -> None:
+    def script(number: int, body: dict[str, Any]):
         text = body["messages"][0]["content"]
         if "1: " in text:
             return 200, completion("  "), {}
@@ -144,7 +149,7 @@ def test_useless_answers_are_counted_and_not_learned(rows, tmp_path):
     assert "empty" in warning or "cut" in warning or "repeats" in warning
 
 
-def test_nothing_usable_is_an_error_that_keeps_the_answers(rows, tmp_path):
+def test_nothing_usable_is_an_error_that_keeps_the_answers(rows: Path, tmp_path: Path) -> None:
     with (
         serving(lambda *_: (200, completion(""), {})) as served,
         pytest.raises(SlimError, match=r"t1: 0 of 9 answers used \(9 empty\)") as caught,
@@ -154,7 +159,7 @@ def test_nothing_usable_is_an_error_that_keeps_the_answers(rows, tmp_path):
     assert len(lines(tmp_path / "run" / "answers.jsonl")) == 9
 
 
-def test_a_hand_edit_is_used_and_counted(rows, tmp_path):
+def test_a_hand_edit_is_used_and_counted(rows: Path, tmp_path: Path) -> None:
     out, seen = tmp_path / "run", Recorder()
     with serving() as served:
         config = recipe(rows, served.base_url)
@@ -171,7 +176,7 @@ def test_a_hand_edit_is_used_and_counted(rows, tmp_path):
     assert dataset.teachers[0].edited == 1
 
 
-def test_everything_is_checked_before_the_first_question(rows, tmp_path):
+def test_everything_is_checked_before_the_first_question(rows: Path, tmp_path: Path) -> None:
     def refuse() -> None:
         raise AssertionError("not ready")
 
@@ -193,7 +198,7 @@ def test_everything_is_checked_before_the_first_question(rows, tmp_path):
         assert served.requests == []
 
 
-def test_a_cache_is_shared_between_runs(rows, tmp_path):
+def test_a_cache_is_shared_between_runs(rows: Path, tmp_path: Path) -> None:
     with serving() as served:
         config = recipe(rows, served.base_url, cache=str(tmp_path / "cache"))
         generate_dataset(config, "rationales", tmp_path / "one", Recorder())
@@ -226,7 +231,7 @@ generate_dataset(recipe(Path(rows), base_url, count=2), "rationales", Path(out),
 """
 
 
-def test_killed_and_resumed_gives_the_same_file(rows, tmp_path):
+def test_killed_and_resumed_gives_the_same_file(rows: Path, tmp_path: Path) -> None:
     with serving() as served:
         config = recipe(rows, served.base_url, count=2)
         generate_dataset(config, "rationales", tmp_path / "straight", Recorder())

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 from mlx_slim.config.distill import TeacherConfig
@@ -17,29 +21,31 @@ from tests.support.tiny import speaking_model, tiny_model
 FLOWS = "It flows."
 
 
-def teacher(model, max_tokens=12, **more) -> LocalTeacher:
+def teacher(model: nn.Module, max_tokens: int = 12, **more: Any) -> LocalTeacher:
     until = more.pop("until", ())
     config = TeacherConfig(model=str(model), **more)
     return LocalTeacher(config, dtype=mx.float32, max_tokens=max_tokens, until=until)
 
 
-def chats(*texts):
+def chats(*texts: Any) -> list[list[dict[str, Any]]]:
     return [[{"role": "user", "content": text}] for text in texts]
 
 
 @pytest.fixture(scope="module")
-def flows(tmp_path_factory):
+def flows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return speaking_model(tmp_path_factory.mktemp("speaks") / "flows", FLOWS)
 
 
-def test_answers_end_where_the_model_ends_them(flows):
+def test_answers_end_where_the_model_ends_them(flows: Path) -> None:
     asked = teacher(flows)
     assert list(asked.answer(chats("Why?", "And why is that so?"))) == [(FLOWS, "eos")] * 2
     assert list(teacher(flows, until=["ow"]).answer(chats("Why?"))) == [("It fl", "until")]
     assert list(teacher(flows, 5).answer(chats("Why?"))) == [("It fl", "length")]
 
 
-def test_the_model_reads_its_chat_template_and_answers_like_a_plain_loop(tiny):
+def test_the_model_reads_its_chat_template_and_answers_like_a_plain_loop(
+    tiny: Callable[..., Path],
+) -> None:
     folder = tiny("qwen2")
     asked = teacher(folder)
     chat = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]
@@ -52,7 +58,7 @@ def test_the_model_reads_its_chat_template_and_answers_like_a_plain_loop(tiny):
     assert list(asked.answer([chat])) == [plain_generate(loaded.model, loaded.tokenizer, ids, 12)]
 
 
-def test_a_base_model_reads_the_bare_question(tmp_path):
+def test_a_base_model_reads_the_bare_question(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "base", chat_template=None, bos=True)
     asked = teacher(folder)
     assert asked.text(chats("Water is")[0]) == "Water is"
@@ -62,7 +68,7 @@ def test_a_base_model_reads_the_bare_question(tmp_path):
     assert answers_ == [plain_generate(loaded.model, loaded.tokenizer, ids, 12)]
 
 
-def test_the_model_is_loaded_for_the_first_answer_and_freed_by_close(flows):
+def test_the_model_is_loaded_for_the_first_answer_and_freed_by_close(flows: Path) -> None:
     asked = teacher(flows)
     assert asked._model is None
     list(asked.answer(chats("Why?")))
@@ -72,13 +78,13 @@ def test_the_model_is_loaded_for_the_first_answer_and_freed_by_close(flows):
     assert list(asked.answer(chats("Why?"))) == [(FLOWS, "eos")]
 
 
-def test_prompts_that_are_cut_are_counted(flows):
+def test_prompts_that_are_cut_are_counted(flows: Path) -> None:
     asked = teacher(flows)
     list(asked.answer(chats("short", "x" * 600)))
     assert asked.truncated == 1
 
 
-def test_settings_follow_what_decides_the_answers(flows, tmp_path):
+def test_settings_follow_what_decides_the_answers(flows: Path, tmp_path: Path) -> None:
     same, other = teacher(flows), speaking_model(tmp_path / "other", "By me!")
     assert same.settings == teacher(flows).settings
     different = [
@@ -94,7 +100,7 @@ def test_settings_follow_what_decides_the_answers(flows, tmp_path):
     assert len(set(hashes)) == len(hashes)
 
 
-def test_a_missing_model_is_refused_before_the_first_request(flows, tmp_path):
+def test_a_missing_model_is_refused_before_the_first_request(flows: Path, tmp_path: Path) -> None:
     with pytest.raises(SlimError, match="nowhere"):
         teacher(tmp_path / "nowhere")
     with pytest.raises(SlimError, match="adapter"):

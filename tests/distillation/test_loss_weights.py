@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -34,7 +37,9 @@ def written_out(model: nn.Module, rows: MemoryRows) -> mx.array:
     return total
 
 
-def test_one_batch_of_all_rows_gives_the_formula_and_its_gradient(tiny):
+def test_one_batch_of_all_rows_gives_the_formula_and_its_gradient(
+    tiny: Callable[..., Path],
+) -> None:
     model = load(str(tiny("llama")), dtype=mx.float32).model
     model.freeze()
     model.layers[-1].unfreeze()
@@ -52,7 +57,7 @@ def test_one_batch_of_all_rows_gives_the_formula_and_its_gradient(tiny):
         assert error <= 1e-5 * max(1.0, mx.abs(flat[path]).max().item()), path
 
 
-def test_micro_batches_give_the_same_step(tiny):
+def test_micro_batches_give_the_same_step(tiny: Callable[..., Path]) -> None:
     model = load(str(tiny("llama")), dtype=mx.float32).model
     model.freeze()
     model.layers[-1].unfreeze()
@@ -67,7 +72,7 @@ def test_micro_batches_give_the_same_step(tiny):
     assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
 
 
-def test_a_group_counts_by_its_loss_weight_not_its_size():
+def test_a_group_counts_by_its_loss_weight_not_its_size() -> None:
     supervised, groups = np.array([3, 100, 1]), np.array([0, 1, 0])
     weights_S = target_weights(supervised, groups, [1.0, 0.25])
     assert len(weights_S) == 104
@@ -77,6 +82,6 @@ def test_a_group_counts_by_its_loss_weight_not_its_size():
     assert weights_S[of_target == 1].sum() / total == pytest.approx(0.25)
 
 
-def test_one_group_of_weight_one_is_plain_training():
+def test_one_group_of_weight_one_is_plain_training() -> None:
     weights_S = target_weights(np.array([3, 5]), np.array([0, 0]), [1.0, 0.5])
     assert weights_S.tolist() == [1.0] * 8

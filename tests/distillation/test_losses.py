@@ -89,7 +89,9 @@ def test_buckets_equal_their_definition_with_gradient(kind: str, k: int) -> None
         columns = (targets, *_targets(p, k, temperature))
         token_loss = DistillationLoss(kind, temperature, weight)
 
-        def plain(q: mx.array, t=temperature, w=weight, ids=columns[1]) -> mx.array:
+        def plain(
+            q: mx.array, t: float = temperature, w: float = weight, ids: mx.array = columns[1]
+        ) -> mx.array:
             apart = _lumped(p, q, ids, kind, t).sum()
             return (1 - w) * token_nll(q, targets).sum() + w * t**2 * apart
 

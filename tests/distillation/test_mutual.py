@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
@@ -22,7 +25,7 @@ PACKED = collate(ROWS, [[0, 1], [2, 3]], isolate=True)
 
 
 @pytest.fixture
-def pair(tiny, tmp_path) -> ModelPair:
+def pair(tiny: Callable[..., Path], tmp_path: Path) -> ModelPair:
     first, _ = load(str(tiny("llama-tied")))
     second, _ = load(str(tiny_model(tmp_path / "second", seed=5, num_hidden_layers=2)))
     second.freeze()  # adapters of a kind: only some parameters learn
@@ -34,7 +37,7 @@ def pair(tiny, tmp_path) -> ModelPair:
 
 @pytest.mark.parametrize("kind", KINDS_OF_DIVERGENCE)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_a_step_is_that_of_two_plain_models(pair, kind: str, temperature: float) -> None:
+def test_a_step_is_that_of_two_plain_models(pair: ModelPair, kind: str, temperature: float) -> None:
     tokens, positions, targets, _ = batch_arrays(BATCH)
     weight = 0.7
 
@@ -63,7 +66,7 @@ def test_a_step_is_that_of_two_plain_models(pair, kind: str, temperature: float)
             assert error < 2e-3 * scale, path
 
 
-def test_what_is_reported(pair) -> None:
+def test_what_is_reported(pair: ModelPair) -> None:
     arrays = batch_arrays(BATCH)
     training = MutualObjective(pair, "forward", 2.0, 0.5, vocabulary=VOCAB)(
         pair, arrays, gradient=False
@@ -76,7 +79,7 @@ def test_what_is_reported(pair) -> None:
     assert parts == [first, second, apart]
 
 
-def test_a_pair_looks_like_a_model(pair) -> None:
+def test_a_pair_looks_like_a_model(pair: ModelPair) -> None:
     assert len(structure.blocks(pair)) == 5
     assert structure.packs(pair)
     assert pair(mx.array([[1, 2]])).shape == (1, 2, 2 * VOCAB)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from mlx_slim.artifacts import load_tensors
 from mlx_slim.config.load import Resolved
 from mlx_slim.distillation.run import distill
 from mlx_slim.errors import Interrupted, SlimError
+from mlx_slim.events import Event
 from tests.distillation.test_run import recipe_with_teachers
 from tests.support.runs import Recorder, losses, write_rows
 from tests.support.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
 
 
@@ -33,7 +35,9 @@ def _mutual(first: Path, second: Path, data: Path, method: str, **train: Any) ->
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_two_students_learn_and_are_both_saved(tiny, data, tmp_path, method: str) -> None:
+def test_two_students_learn_and_are_both_saved(
+    tiny: Callable[..., Path], data: Path, tmp_path: Path, method: str
+) -> None:
     second = tiny_model(tmp_path / "second", seed=4, num_hidden_layers=2)
     out = tmp_path / "run"
     recorder = Recorder()
@@ -56,13 +60,13 @@ def test_two_students_learn_and_are_both_saved(tiny, data, tmp_path, method: str
     }
 
 
-def test_two_students_resume_exactly(tiny, data, tmp_path) -> None:
+def test_two_students_resume_exactly(tiny: Callable[..., Path], data: Path, tmp_path: Path) -> None:
     run = _mutual(tiny("llama"), tiny("llama"), data, "lora")  # apart by their adapters' start
     straight, out = tmp_path / "straight", tmp_path / "stopped"
     distill(run, straight, observer=Recorder())
 
     class Stop(Recorder):
-        def notify(self, event) -> None:
+        def notify(self, event: Event) -> None:
             if isinstance(event, events.StepDone) and event.step == 3:
                 os.kill(os.getpid(), signal.SIGINT)
 
@@ -77,7 +81,9 @@ def test_two_students_resume_exactly(tiny, data, tmp_path) -> None:
         assert all(mx.array_equal(ours[key], theirs[key]).item() for key in ours)
 
 
-def test_students_that_cannot_learn_from_each_other_are_refused(tiny, data, tmp_path) -> None:
+def test_students_that_cannot_learn_from_each_other_are_refused(
+    tiny: Callable[..., Path], data: Path, tmp_path: Path
+) -> None:
     wider = tiny_model(tmp_path / "wider", vocab_size=300)
     out = tmp_path / "run"
     with pytest.raises(SlimError, match="264 and 300 tokens"):

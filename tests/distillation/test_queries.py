@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from mlx_slim.config.distill import AskConfig
@@ -15,7 +18,7 @@ from mlx_slim.errors import SlimError
 DATA = DataConfig()
 
 
-def queries(*rows, system=None, data=DATA) -> list[TeacherQuery]:
+def queries(*rows: Any, system: str | None = None, data: Path = DATA) -> list[TeacherQuery]:
     raws = [RawRow("a.jsonl", number, row, "line") for number, row in enumerate(rows, 1)]
     ledger = SourceLedger("a.jsonl", "file", 1.0, [])
     return list(read_queries(raws, 0, SourceConfig(path="x", system=system), data, ledger))
@@ -34,7 +37,7 @@ CHAT = {
 ALPACA = {"instruction": "Add.", "input": "1 1", "output": "2", "text": "ignored"}
 
 
-def test_the_default_request_shows_options_and_the_right_answer():
+def test_the_default_request_shows_options_and_the_right_answer() -> None:
     (query,) = queries(QUESTION)
     asked = query.rationale(compile_text(AskConfig().prompt))
     assert asked.id == "q/7"
@@ -50,14 +53,14 @@ def test_the_default_request_shows_options_and_the_right_answer():
     assert plain.id == "a.jsonl:1"
 
 
-def test_a_field_that_a_row_lacks_is_named():
+def test_a_field_that_a_row_lacks_is_named() -> None:
     (query,) = queries({"prompt": "Water is", "completion": " wet"})
     with pytest.raises(SlimError, match=r"a\.jsonl, line 1.*'choices' is undefined") as caught:
         query.rationale(compile_text("{{ choices | join(', ') }}"))
     assert "answer, prompt, completion" in caught.value.hint
 
 
-def test_sequence_asks_what_the_data_ask():
+def test_sequence_asks_what_the_data_ask() -> None:
     chat, alpaca, plain = queries(CHAT, ALPACA, {"prompt": "Water is", "completion": " wet"})
     assert [m["content"] for m in chat.sequence().messages] == ["Be short.", "One?", "1", "Two?"]
     assert alpaca.sequence().messages == [{"role": "user", "content": "Add.\n1 1"}]
@@ -66,7 +69,7 @@ def test_sequence_asks_what_the_data_ask():
     assert plain.sequence().answer == " wet"
 
 
-def test_answers_become_rows_of_the_same_form():
+def test_answers_become_rows_of_the_same_form() -> None:
     chat, alpaca, plain = queries(CHAT, ALPACA, QUESTION)
     assert plain.row() == {"id": "q/7", "prompt": "Water is", "completion": " wet"}
     assert plain.row("dry \n", "[why] ") == {
@@ -86,18 +89,18 @@ def test_answers_become_rows_of_the_same_form():
     assert chat.row()["messages"] == CHAT["messages"]  # and the example was not changed
 
 
-def test_plain_text_has_no_question_and_stays():
+def test_plain_text_has_no_question_and_stays() -> None:
     (text,) = queries({"text": "Once upon a time."})
     assert not text.asks
     assert text.row() == {"text": "Once upon a time."}
 
 
-def test_prefixes_tell_teachers_apart():
+def test_prefixes_tell_teachers_apart() -> None:
     assert [prefix_of(None, n)({}) for n in (1, 2)] == ["[rationale 1] ", "[rationale 2] "]
     assert prefix_of("{{ choices[0] }}? ", 1)({"choices": ["wet"]}) == "wet? "
 
 
-def test_weights_of_turns_stay_with_the_row():
+def test_weights_of_turns_stay_with_the_row() -> None:
     """Rows that teachers wrote go through the student's template like any others."""
     turns = [dict(turn) for turn in CHAT["messages"]]
     turns[2]["train"], turns[4]["weight"] = False, 0.5

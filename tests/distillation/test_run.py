@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mlx_slim.data.batches import Batcher
 from mlx_slim.data.shapes import SHAPES
 from mlx_slim.distillation.run import distill
 from mlx_slim.errors import Interrupted, ResourceError, SlimError
+from mlx_slim.events import Event
 from mlx_slim.finetuning import build as prepare
 from mlx_slim.finetuning.run import finetune
 from tests.support.runs import Recorder, losses, recipe, run_script, run_until_killed, write_rows
@@ -42,12 +44,12 @@ def recipe_with_teachers(
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory, data: Path) -> Path:
+def teacher(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     """A tiny model that has learned the rows; of another seed and depth than the students."""
     folder = tmp_path_factory.mktemp("teacher")
     start = tiny_model(folder / "start", seed=7, num_hidden_layers=2)
@@ -62,7 +64,9 @@ def validations(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "dora", "qlora"])
-def test_every_method_learns_from_a_teacher(tiny, data, teacher, tmp_path, method: str) -> None:
+def test_every_method_learns_from_a_teacher(
+    tiny: Callable[..., Path], data: Path, teacher: Path, tmp_path: Path, method: str
+) -> None:
     out, recorder = tmp_path / "run", Recorder()
     fast = {"learning_rate": 1e-2, "steps": 12}
     run = recipe_with_teachers(tiny("llama"), data, [{"model": str(teacher)}], method, fast)
@@ -86,7 +90,7 @@ def test_every_method_learns_from_a_teacher(tiny, data, teacher, tmp_path, metho
     assert result.done.reason == "complete"
 
 
-def test_distillation_lowers_the_divergence(data, teacher, tmp_path) -> None:
+def test_distillation_lowers_the_divergence(data: Path, teacher: Path, tmp_path: Path) -> None:
     """At equal steps: held-out divergence from the teacher, over all tokens."""
     student = tiny_model(tmp_path / "student", seed=1)
     steps = {"steps": 30, "learning_rate": 3e-3, "validate_every": 30, "save_every": 30}
@@ -101,7 +105,9 @@ def test_distillation_lowers_the_divergence(data, teacher, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "qlora"])
-def test_weight_zero_is_plain_fine_tuning_bit_for_bit(tiny, data, teacher, tmp_path, method):
+def test_weight_zero_is_plain_fine_tuning_bit_for_bit(
+    tiny: Callable[..., Path], data: Path, teacher: Path, tmp_path: Path, method: str
+) -> None:
     plain, ours = tmp_path / "plain", tmp_path / "ours"
     finetune(recipe(tiny("llama"), data, method), plain, observer=Recorder())
     zero = recipe_with_teachers(
@@ -114,7 +120,9 @@ def test_weight_zero_is_plain_fine_tuning_bit_for_bit(tiny, data, teacher, tmp_p
     assert all(line["parts"]["divergence"] > 0 for line in validations(ours))
 
 
-def test_the_divergence_of_a_student_from_itself_is_zero(tiny, data, tmp_path):
+def test_the_divergence_of_a_student_from_itself_is_zero(
+    tiny: Callable[..., Path], data: Path, tmp_path: Path
+) -> None:
     recorder = Recorder()
     same = recipe_with_teachers(
         tiny("llama"), data, [{}], "full", {"steps": 1}, weight=1, temperature=2
@@ -125,7 +133,9 @@ def test_the_divergence_of_a_student_from_itself_is_zero(tiny, data, tmp_path):
     assert step.grad_norm < 1e-4
 
 
-def test_teachers_count_by_weight_and_equal_ones_are_one(tiny, data, teacher, tmp_path) -> None:
+def test_teachers_count_by_weight_and_equal_ones_are_one(
+    tiny: Callable[..., Path], data: Path, teacher: Path, tmp_path: Path
+) -> None:
     other = str(tiny_model(tmp_path / "other", seed=3))
     first = {}
     for name, teachers in {
@@ -139,7 +149,13 @@ def test_teachers_count_by_weight_and_equal_ones_are_one(tiny, data, teacher, tm
     assert first["both"] == pytest.approx(0.75 * first["a"] + 0.25 * first["b"], rel=1e-5)
 
 
-def test_a_shared_cache_is_written_once(tiny, data, teacher, tmp_path, monkeypatch) -> None:
+def test_a_shared_cache_is_written_once(
+    tiny: Callable[..., Path],
+    data: Path,
+    teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     cache = str(tmp_path / "cache")
     run = recipe_with_teachers(tiny("llama"), data, [{"model": str(teacher)}], cache=cache)
     distill(run, tmp_path / "one", observer=Recorder())
@@ -180,7 +196,7 @@ distill(run, Path(out), observer=Observer(), resume=resume == "1")
 
 
 def test_killed_while_asking_and_while_learning_equals_uninterrupted(
-    tiny, data, teacher, tmp_path
+    tiny: Callable[..., Path], data: Path, teacher: Path, tmp_path: Path
 ) -> None:
     run = recipe_with_teachers(tiny("llama"), data, [{"model": str(teacher)}])
     straight, out = tmp_path / "straight", tmp_path / "killed"
@@ -200,13 +216,15 @@ def test_killed_while_asking_and_while_learning_equals_uninterrupted(
 class CtrlC(Recorder):
     """Sends this process SIGINT when a teacher is loaded."""
 
-    def notify(self, event) -> None:
+    def notify(self, event: Event) -> None:
         super().notify(event)
         if isinstance(event, events.Notice) and "tokens, 16 logits each" in event.message:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_ctrl_c_keeps_the_targets_so_far(tiny, data, teacher, tmp_path) -> None:
+def test_ctrl_c_keeps_the_targets_so_far(
+    tiny: Callable[..., Path], data: Path, teacher: Path, tmp_path: Path
+) -> None:
     run = recipe_with_teachers(tiny("llama"), data, [{"model": str(teacher)}])
     out = tmp_path / "run"
     with pytest.raises(Interrupted, match="while the teachers were asked") as caught:
@@ -217,7 +235,9 @@ def test_ctrl_c_keeps_the_targets_so_far(tiny, data, teacher, tmp_path) -> None:
     assert sorted(losses(out)) == list(range(1, 11))
 
 
-def test_training_needs_the_memory_of_the_student_only(tiny, data, tmp_path) -> None:
+def test_training_needs_the_memory_of_the_student_only(
+    tiny: Callable[..., Path], data: Path, tmp_path: Path
+) -> None:
     """The peak of training holds nothing of a teacher that weighs more than all of it."""
     large = tiny_model(tmp_path / "large", hidden_size=256, intermediate_size=1024)
     peaks = {}
@@ -232,7 +252,9 @@ def test_training_needs_the_memory_of_the_student_only(tiny, data, tmp_path) -> 
     assert peaks["large"] < peaks["own"] + 0.2 * weights  # threads meet now and then
 
 
-def test_logits_refuse_a_different_tokenizer(tiny, data, tmp_path, monkeypatch) -> None:
+def test_logits_refuse_a_different_tokenizer(
+    tiny: Callable[..., Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = tiny_model(tmp_path / "other")
     path = other / "tokenizer.json"
     content = json.loads(path.read_text())
@@ -265,7 +287,9 @@ def _with(resolved: Resolved, **changes: Any) -> Resolved:
     return replace(resolved, recipe=resolved.recipe.model_copy(update={"distill": section}))
 
 
-def test_another_end_alone_is_a_warning_for_logits(tiny, data, tmp_path) -> None:
+def test_another_end_alone_is_a_warning_for_logits(
+    tiny: Callable[..., Path], data: Path, tmp_path: Path
+) -> None:
     other = tiny_model(tmp_path / "other", seed=2)
     byte_tokenizer(other, chat_template=None)
     recorder = Recorder()
@@ -275,7 +299,9 @@ def test_another_end_alone_is_a_warning_for_logits(tiny, data, tmp_path) -> None
     assert "eos is '<|im_end|>' for the student" in warnings[0].message
 
 
-def test_bad_input_leaves_no_folder(tiny, data, teacher, tmp_path) -> None:
+def test_bad_input_leaves_no_folder(
+    tiny: Callable[..., Path], data: Path, teacher: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     with pytest.raises(SlimError, match="has no teachers"):
         distill(recipe(tiny("llama"), data), out, observer=Recorder())
@@ -295,7 +321,11 @@ def test_bad_input_leaves_no_folder(tiny, data, teacher, tmp_path) -> None:
 
 
 def test_a_disk_or_a_budget_that_is_too_small_is_refused_before(
-    tiny, data, teacher, tmp_path, monkeypatch
+    tiny: Callable[..., Path],
+    data: Path,
+    teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = recipe_with_teachers(tiny("llama"), data, [{"model": str(teacher)}])
     memory = run.recipe.memory.model_copy(update={"budget": "100kB"})
@@ -328,7 +358,9 @@ distill(run, Path(out), observer=Recorder())
 
 
 @pytest.mark.parametrize("method", ["logits", "sequence", "mutual"])
-def test_two_ranks_learn_as_one_does(tiny, data, teacher, tmp_path, method: str) -> None:
+def test_two_ranks_learn_as_one_does(
+    tiny: Callable[..., Path], data: Path, teacher: Path, tmp_path: Path, method: str
+) -> None:
     teachers, one, two = [{"model": str(teacher)}], tmp_path / "one", tmp_path / "two"
     steps = {"batch_tokens": 128, "steps": 6, "accumulate": 2}
     run = recipe_with_teachers(tiny("llama"), data, teachers, train=steps, method=method)
@@ -343,8 +375,12 @@ def test_two_ranks_learn_as_one_does(tiny, data, teacher, tmp_path, method: str)
 
 
 def test_the_try_before_the_teachers_is_one_of_the_shapes(
-    tmp_path, tiny, data, teacher, monkeypatch
-):
+    tmp_path: Path,
+    tiny: Callable[..., Path],
+    data: Path,
+    teacher: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(mx, "compile", lambda function, **_: function)
     limits: list[int] = []
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm import load
 
 from mlx_slim.artifacts import read_json
-from mlx_slim.data.batches import Batcher, collate
+from mlx_slim.data.batches import Batch, Batcher, collate
 from mlx_slim.distillation import target_cache
 from mlx_slim.distillation.losses import DistillationLoss, top
 from mlx_slim.distillation.target_cache import (
@@ -35,7 +39,13 @@ def _key(shape: TargetLayout, rows: MemoryRows = ROWS, temperature: float = 1.0)
     return cache_key({"weights": "a"}, "tokenizer", rows, shape, temperature)
 
 
-def _written(folder, model, shape: TargetLayout, temperature: float = 1.0, num_threads: int = 1):
+def _written(
+    folder: Path,
+    model: nn.Module,
+    shape: TargetLayout,
+    temperature: float = 1.0,
+    num_threads: int = 1,
+):
     generator = TargetGenerator(model, shape, temperature, num_threads)
     key = _key(shape, temperature=temperature)
     fractions = list(target_cache.write(folder, key, shape, _batcher(), generator))
@@ -46,7 +56,7 @@ def _written(folder, model, shape: TargetLayout, temperature: float = 1.0, num_t
     return cache
 
 
-def _logits(model, row: int) -> mx.array:
+def _logits(model: nn.Module, row: int) -> mx.array:
     """The teacher's logits of a row's targets, computed alone."""
     ids, supervised = ROWS.row(row)
     logits = model(mx.array(ids[None]))[0]
@@ -56,7 +66,7 @@ def _logits(model, row: int) -> mx.array:
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied", "phi"])
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_targets_are_read_back_by_number(
-    tiny, tmp_path, architecture: str, num_threads: int
+    tiny: Callable[..., Path], tmp_path: Path, architecture: str, num_threads: int
 ) -> None:
     model, _ = load(str(tiny(architecture)))
     for k, temperature in ((7, 1.0), (VOCAB, 2.0)):
@@ -78,7 +88,9 @@ def test_targets_are_read_back_by_number(
 
 
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "symmetric"])
-def test_through_the_disk_more_tokens_come_nearer_from_below(tiny, tmp_path, divergence) -> None:
+def test_through_the_disk_more_tokens_come_nearer_from_below(
+    tiny: Callable[..., Path], tmp_path: Path, divergence: str
+) -> None:
     teacher, _ = load(str(tiny("llama")))
     student, _ = load(str(tiny_model(tmp_path / "student", seed=1)))
     for model in (teacher, student):  # sharper than a fresh model, which is almost uniform
@@ -102,13 +114,15 @@ def test_through_the_disk_more_tokens_come_nearer_from_below(tiny, tmp_path, div
     assert values[-1] == pytest.approx(full[divergence], rel=1e-4)
 
 
-def test_a_kill_loses_at_most_a_batch_and_the_rest_is_not_asked_again(tiny, tmp_path) -> None:
+def test_a_kill_loses_at_most_a_batch_and_the_rest_is_not_asked_again(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     model, _ = load(str(tiny("llama")))
     shape = target_layout(ROWS, 6, VOCAB)
     straight = _written(tmp_path / "straight", model, shape)
     generator, asked = TargetGenerator(model, shape, 1.0, 1), []
 
-    def dies(batch):
+    def dies(batch: Batch):
         if len(asked) == 2:
             raise KeyboardInterrupt
         asked.append(batch.rows)
@@ -120,7 +134,7 @@ def test_a_kill_loses_at_most_a_batch_and_the_rest_is_not_asked_again(tiny, tmp_
     assert open_complete(folder, shape) is None
     rest = []
 
-    def counts(batch):
+    def counts(batch: Batch):
         rest.append(batch.rows)
         return generator(batch)
 
@@ -133,7 +147,7 @@ def test_a_kill_loses_at_most_a_batch_and_the_rest_is_not_asked_again(tiny, tmp_
         assert mx.array_equal(ours, theirs).item()
 
 
-def test_stopping_keeps_what_was_written(tiny, tmp_path) -> None:
+def test_stopping_keeps_what_was_written(tiny: Callable[..., Path], tmp_path: Path) -> None:
     model, _ = load(str(tiny("llama")))
     shape = target_layout(ROWS, 6, VOCAB)
     generator = TargetGenerator(model, shape, 1.0, 1)
@@ -169,7 +183,9 @@ def test_the_key_knows_all_that_the_numbers_depend_on() -> None:
     assert _key(shape, MemoryRows(LENGTHS)) == base
 
 
-def test_another_key_in_the_folder_is_not_gone_on_with(tiny, tmp_path) -> None:
+def test_another_key_in_the_folder_is_not_gone_on_with(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     model, _ = load(str(tiny("llama")))
     shape = target_layout(ROWS, 6, VOCAB)
     _written(tmp_path / "c", model, shape)
@@ -183,7 +199,7 @@ def test_another_key_in_the_folder_is_not_gone_on_with(tiny, tmp_path) -> None:
 
 
 def test_the_size_is_what_is_written_and_a_small_disk_is_refused(
-    tiny, tmp_path, monkeypatch
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, _ = load(str(tiny("llama")))
     shape = target_layout(ROWS, 6, VOCAB)
@@ -201,7 +217,7 @@ def test_the_size_is_what_is_written_and_a_small_disk_is_refused(
     assert caught.value.exit_code == 3
 
 
-def test_a_cut_file_is_not_taken_for_complete(tiny, tmp_path) -> None:
+def test_a_cut_file_is_not_taken_for_complete(tiny: Callable[..., Path], tmp_path: Path) -> None:
     model, _ = load(str(tiny("llama")))
     shape = target_layout(ROWS, 6, VOCAB)
     _written(tmp_path / "c", model, shape)

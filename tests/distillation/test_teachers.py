@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -16,7 +18,7 @@ from tests.support.adapters import made
 from tests.support.tiny import byte_tokenizer, tiny_model
 
 
-def _changed(folder: Path, change) -> Path:
+def _changed(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     """A byte tokenizer whose ``tokenizer.json`` was changed."""
     tiny_model(folder)
     path = folder / "tokenizer.json"
@@ -41,11 +43,11 @@ def _lowercase(content: dict) -> None:
 
 
 @pytest.fixture(scope="module")
-def student(tmp_path_factory):
+def student(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load_tokenizer(tiny_model(tmp_path_factory.mktemp("student")))
 
 
-def test_a_tokenizer_agrees_with_itself(student, tmp_path: Path) -> None:
+def test_a_tokenizer_agrees_with_itself(student: Any, tmp_path: Path) -> None:
     assert tokenizer_difference(student, load_tokenizer(tiny_model(tmp_path / "t"))) is None
 
 
@@ -57,7 +59,9 @@ def test_a_tokenizer_agrees_with_itself(student, tmp_path: Path) -> None:
         (_lowercase, "'The quick brown fox jump' is "),
     ],
 )
-def test_different_vocabularies_of_one_size(student, tmp_path, change, text: str) -> None:
+def test_different_vocabularies_of_one_size(
+    student: Any, tmp_path: Path, change: Callable[[dict[str, Any]], None], text: str
+) -> None:
     difference = tokenizer_difference(student, load_tokenizer(_changed(tmp_path / "t", change)))
     assert difference is not None
     assert difference.encodings
@@ -65,7 +69,7 @@ def test_different_vocabularies_of_one_size(student, tmp_path, change, text: str
     assert "\n" not in difference.text
 
 
-def test_another_eos_differs_in_its_role_only(student, tmp_path: Path) -> None:
+def test_another_eos_differs_in_its_role_only(student: Any, tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "t")
     byte_tokenizer(folder, chat_template=None)
     difference = tokenizer_difference(student, load_tokenizer(folder))
@@ -74,7 +78,9 @@ def test_another_eos_differs_in_its_role_only(student, tmp_path: Path) -> None:
     assert difference.text == "eos is '<|im_end|>' for the student, '<|endoftext|>' for the teacher"
 
 
-def test_a_teacher_has_its_adapter_which_its_hash_includes(tiny, tmp_path: Path) -> None:
+def test_a_teacher_has_its_adapter_which_its_hash_includes(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     base = str(tiny("llama"))
     adapter = made(tmp_path / "adapter", tiny("llama"))
     plain, dressed = (

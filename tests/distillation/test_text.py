@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mlx_slim.adapters.store import load_adapter
-from mlx_slim.config.load import from_values
+from mlx_slim.config.load import Resolved, from_values
 from mlx_slim.distillation.run import distill
 from mlx_slim.errors import Interrupted, SlimError
+from mlx_slim.events import Event
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.models.load import load
 from tests.support.endpoint import answers, serving
@@ -20,7 +23,14 @@ from tests.support.tiny import speaking_model, tiny_model
 FLOWS, MINE = "It flows.", "By me!"
 
 
-def resolved(model, rows, teachers, method="rationales", steps=6, **distill_keys):
+def resolved(
+    model: Path,
+    rows: Path,
+    teachers: list[dict[str, Any]],
+    method: str = "rationales",
+    steps: int = 6,
+    **distill_keys: Any,
+) -> Resolved:
     values = {
         "model": str(model),
         "adapter": {"dropout": 0.1},
@@ -40,7 +50,7 @@ def resolved(model, rows, teachers, method="rationales", steps=6, **distill_keys
 
 
 @pytest.fixture(scope="module")
-def writing_teachers(tmp_path_factory) -> list[dict]:
+def writing_teachers(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("writing_teachers")
     return [
         {"model": str(speaking_model(folder / "flows", FLOWS)), "weight": 2.0},
@@ -49,7 +59,7 @@ def writing_teachers(tmp_path_factory) -> list[dict]:
 
 
 @pytest.fixture
-def rows(tmp_path) -> Path:
+def rows(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "rows.jsonl", 12)
 
 
@@ -57,7 +67,9 @@ def notices(seen: Recorder) -> str:
     return "\n".join(getattr(event, "message", "") for event in seen.events)
 
 
-def test_two_writing_teacherswith_rationales(tiny, writing_teachers, rows, tmp_path):
+def test_two_writing_teacherswith_rationales(
+    tiny: Callable[..., Path], writing_teachers: list[dict[str, Any]], rows: Path, tmp_path: Path
+) -> None:
     out, seen = tmp_path / "run", Recorder()
     recipe = resolved(tiny("llama"), rows, writing_teachers)
     distill(recipe, out, observer=seen)
@@ -79,7 +91,9 @@ def test_two_writing_teacherswith_rationales(tiny, writing_teachers, rows, tmp_p
     assert f"{out} is complete" in notices(seen)
 
 
-def test_a_different_tokenizer_means_training_on_texts(tmp_path, writing_teachers, rows):
+def test_a_different_tokenizer_means_training_on_texts(
+    tmp_path: Path, writing_teachers: list[dict[str, Any]], rows: Path
+) -> None:
     student = tiny_model(tmp_path / "student")
     file = student / "tokenizer.json"
     content = json.loads(file.read_text())
@@ -97,11 +111,13 @@ def test_a_different_tokenizer_means_training_on_texts(tmp_path, writing_teacher
     assert {json.loads(line)["completion"] for line in dataset} == {FLOWS}
 
 
-def test_a_teacher_that_fails_leaves_its_answers_and_the_run_resumes(tiny, rows, tmp_path):
+def test_a_teacher_that_fails_leaves_its_answers_and_the_run_resumes(
+    tiny: Callable[..., Path], rows: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     broken = {"after": 4}
 
-    def script(number, body):
+    def script(number: int, body: dict[str, Any]):
         return (500, b"", {}) if number >= broken["after"] else answers(number, body)
 
     with serving(script) as served:
@@ -118,7 +134,9 @@ def test_a_teacher_that_fails_leaves_its_answers_and_the_run_resumes(tiny, rows,
     assert (out / "run.json").exists()
 
 
-def test_what_cannot_work_leaves_no_folder(tiny, writing_teachers, rows, tmp_path):
+def test_what_cannot_work_leaves_no_folder(
+    tiny: Callable[..., Path], writing_teachers: list[dict[str, Any]], rows: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     for recipe, what in (
         (resolved(tmp_path / "none", rows, writing_teachers), "none"),
@@ -138,13 +156,15 @@ def test_what_cannot_work_leaves_no_folder(tiny, writing_teachers, rows, tmp_pat
 class CtrlC(Recorder):
     """Raises what Ctrl-C raises when the second teacher is about to write."""
 
-    def notify(self, event) -> None:
+    def notify(self, event: Event) -> None:
         super().notify(event)
         if "teacher 2 of 2" in getattr(event, "message", ""):
             raise KeyboardInterrupt
 
 
-def test_ctrl_c_while_writing_teacherswrite(tiny, writing_teachers, rows, tmp_path):
+def test_ctrl_c_while_writing_teacherswrite(
+    tiny: Callable[..., Path], writing_teachers: list[dict[str, Any]], rows: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     recipe = resolved(tiny("llama"), rows, writing_teachers)
     with pytest.raises(Interrupted, match="those so far are saved") as caught:
@@ -176,7 +196,11 @@ distill(resolved(model, rows, teachers), Path(out), observer=Observer())
 
 
 @pytest.fixture(scope="module")
-def straight(tiny, writing_teachers, tmp_path_factory) -> tuple[Path, Path]:
+def straight(
+    tiny: Callable[..., Path],
+    writing_teachers: list[dict[str, Any]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, Path]:
     """Rows, and the folder of a run over them that was not interrupted."""
     folder = tmp_path_factory.mktemp("straight")
     rows = write_rows(folder / "rows.jsonl", 12)
@@ -186,8 +210,12 @@ def straight(tiny, writing_teachers, tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("version", ["now", "0.1"])
 def test_killed_in_training_and_resumed_is_the_same_to_the_bit(
-    tiny, writing_teachers, straight, tmp_path, version
-):
+    tiny: Callable[..., Path],
+    writing_teachers: list[dict[str, Any]],
+    straight: tuple[Path, Path],
+    tmp_path: Path,
+    version: str,
+) -> None:
     rows, uninterrupted = straight
     out, seen = tmp_path / "killed", Recorder()
     models = [teacher["model"] for teacher in writing_teachers]
@@ -203,7 +231,9 @@ def test_killed_in_training_and_resumed_is_the_same_to_the_bit(
     assert (out / "dataset").exists() is not old
 
 
-def test_an_edit_after_training_began_is_refused(tiny, writing_teachers, rows, tmp_path):
+def test_an_edit_after_training_began_is_refused(
+    tiny: Callable[..., Path], writing_teachers: list[dict[str, Any]], rows: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     recipe = resolved(tiny("llama"), rows, writing_teachers)
     distill(recipe, out, observer=Recorder())
@@ -214,7 +244,9 @@ def test_an_edit_after_training_began_is_refused(tiny, writing_teachers, rows, t
         distill(recipe, out, observer=Recorder(), resume=True)
 
 
-def test_train_refuses_a_recipe_with_teachers(tiny, writing_teachers, rows, tmp_path):
+def test_train_refuses_a_recipe_with_teachers(
+    tiny: Callable[..., Path], writing_teachers: list[dict[str, Any]], rows: Path, tmp_path: Path
+) -> None:
     with pytest.raises(SlimError, match="has teachers") as caught:
         finetune(
             resolved(tiny("llama"), rows, writing_teachers), tmp_path / "x", observer=Recorder()

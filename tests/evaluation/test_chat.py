@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import mlx.core as mx
 import pytest
 from mlx_lm.utils import quantize_model
@@ -10,17 +14,19 @@ from mlx_slim.adapters.inject import inject
 from mlx_slim.adapters.store import save_adapter
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluation.chat import LONGEST_PROMPT, open_session
+from mlx_slim.evaluation.chat import LONGEST_PROMPT, ChatSession, open_session
 from mlx_slim.models.load import load
 from mlx_slim.models.save import save_model
 from tests.support.tiny import tiny_model
 
 
-def answer(session, ids, max_tokens=12):
+def answer(session: ChatSession, ids: list[int], max_tokens: int = 12) -> str:
     return "".join(session.stream(ids, max_tokens=max_tokens, temperature=0.0))
 
 
-def test_a_turn_computes_only_what_is_new_and_answers_as_if_afresh(tiny):
+def test_a_turn_computes_only_what_is_new_and_answers_as_if_afresh(
+    tiny: Callable[..., Path],
+) -> None:
     session = open_session(tiny("llama"))
     messages = [{"role": "user", "content": "Name three fruits."}]
     first = answer(session, session.chat_ids(messages))
@@ -33,14 +39,14 @@ def test_a_turn_computes_only_what_is_new_and_answers_as_if_afresh(tiny):
     assert second == answer(open_session(tiny("llama")), ids)
 
 
-def test_another_conversation_does_not_see_the_one_before(tiny):
+def test_another_conversation_does_not_see_the_one_before(tiny: Callable[..., Path]) -> None:
     session = open_session(tiny("llama"))
     answer(session, session.text_ids("a long first prompt about something else"))
     ids = session.text_ids("a short one")
     assert answer(session, ids) == answer(open_session(tiny("llama")), ids)
 
 
-def test_an_interrupted_answer_leaves_the_cache_right(tiny):
+def test_an_interrupted_answer_leaves_the_cache_right(tiny: Callable[..., Path]) -> None:
     session = open_session(tiny("llama"))
     ids = session.text_ids("count to ten")
     stream = session.stream(ids, max_tokens=12, temperature=0.0)
@@ -50,7 +56,7 @@ def test_an_interrupted_answer_leaves_the_cache_right(tiny):
     assert answer(session, ids) == answer(open_session(tiny("llama")), ids)
 
 
-def test_the_same_prompt_twice(tiny):
+def test_the_same_prompt_twice(tiny: Callable[..., Path]) -> None:
     session = open_session(tiny("llama"))
     ids = session.text_ids("again and again")
     assert answer(session, ids) == answer(session, ids)
@@ -58,7 +64,7 @@ def test_the_same_prompt_twice(tiny):
     assert session.last.cached_tokens == len(ids) - 1  # the last one gives the first logits
 
 
-def test_an_adapter_changes_the_answer(tiny, tmp_path):
+def test_an_adapter_changes_the_answer(tiny: Callable[..., Path], tmp_path: Path) -> None:
     loaded = load(tiny("llama"))
     config = AdapterConfig(rank=4)
     injected = inject(loaded.model, config, dora=False)
@@ -78,13 +84,15 @@ def test_an_adapter_changes_the_answer(tiny, tmp_path):
         open_session(tiny("llama"), tmp_path / "absent")
 
 
-def _flat(tree):
+def _flat(tree: Any):
     from mlx.utils import tree_flatten
 
     return tree_flatten(tree)
 
 
-def test_a_quantized_model_answers_as_its_stock_self(tiny, tmp_path):
+def test_a_quantized_model_answers_as_its_stock_self(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     from mlx_lm import load as stock_load
     from mlx_lm.generate import generate
 
@@ -97,7 +105,7 @@ def test_a_quantized_model_answers_as_its_stock_self(tiny, tmp_path):
     assert answer(session, ids) == generate(stock, tokenizer, ids, max_tokens=12)
 
 
-def test_a_base_model_cannot_chat_and_an_empty_prompt_is_refused(tmp_path):
+def test_a_base_model_cannot_chat_and_an_empty_prompt_is_refused(tmp_path: Path) -> None:
     session = open_session(tiny_model(tmp_path / "base", "llama", chat_template=None))
     with pytest.raises(SlimError, match="no chat template"):
         session.chat_ids([{"role": "user", "content": "hello"}])
@@ -105,14 +113,14 @@ def test_a_base_model_cannot_chat_and_an_empty_prompt_is_refused(tmp_path):
         answer(session, [])
 
 
-def test_a_template_that_refuses_a_role_is_one_line(tmp_path):
+def test_a_template_that_refuses_a_role_is_one_line(tmp_path: Path) -> None:
     template = "{{ raise_exception('no system role') }}"
     session = open_session(tiny_model(tmp_path / "strict", "llama", chat_template=template))
     with pytest.raises(SlimError, match="refuses roles system, user: no system role"):
         session.chat_ids([{"role": "system", "content": "x"}, {"role": "user", "content": "y"}])
 
 
-def test_several_templates_without_a_default_are_one_whole_line(tmp_path):
+def test_several_templates_without_a_default_are_one_whole_line(tmp_path: Path) -> None:
     session = open_session(tiny_model(tmp_path / "several", "llama"))
     session.tokenizer._tokenizer.chat_template = {"plain": "x", "rag": "y"}
     with pytest.raises(SlimError, match=r"templates \(plain, rag\), none called default") as error:
@@ -120,7 +128,7 @@ def test_several_templates_without_a_default_are_one_whole_line(tmp_path):
     assert "--no-chat-template" in error.value.hint
 
 
-def test_a_prompt_of_megabytes_is_refused_before_it_is_tokenized(tiny):
+def test_a_prompt_of_megabytes_is_refused_before_it_is_tokenized(tiny: Callable[..., Path]) -> None:
     session = open_session(tiny("llama"))
     long = "a" * (LONGEST_PROMPT + 1)
     with pytest.raises(SlimError, match="the user's message has more than 1,048,576 characters"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -36,7 +38,7 @@ class _Heard(Recorder):
         return [event.message for event in self.events if isinstance(event, Notice)]
 
 
-def test_all_methods_then_nothing_left_to_do(tiny, tmp_path):
+def test_all_methods_then_nothing_left_to_do(tiny: Callable[..., Path], tmp_path: Path) -> None:
     out = tmp_path / "demo"
     methods = ["qlora", "lora", "dora", "full"]
     first, again = _Heard(), _Heard()
@@ -63,7 +65,7 @@ def test_all_methods_then_nothing_left_to_do(tiny, tmp_path):
     assert sum("reused" in line for line in again.notices) >= 5
 
 
-def test_prompts_are_the_training_prompts(tiny):
+def test_prompts_are_the_training_prompts(tiny: Callable[..., Path]) -> None:
     loaded = load(tiny())
     recipe = workflow.demo_recipe(
         "lora", tiny(), (*SMALL, f"data.path={workflow.data_files()[1]}")
@@ -87,14 +89,16 @@ def test_prompts_are_the_training_prompts(tiny):
 
 
 @pytest.mark.parametrize("override", ["data.system=Other", "data.template=alpaca"])
-def test_other_prompts_than_the_task_s_are_refused(tiny, tmp_path, override):
+def test_other_prompts_than_the_task_s_are_refused(
+    tiny: Callable[..., Path], tmp_path: Path, override: str
+) -> None:
     out = tmp_path / "demo"
     with pytest.raises(SlimError, match=r"data\.\w+ is '\w+', and the demo scores with"):
         workflow.demo(out, ["lora"], model=str(tiny()), overrides=[override], watch=_Heard().watch)
     assert not out.exists()
 
 
-def test_a_changed_limit_scores_again(tiny, tmp_path):
+def test_a_changed_limit_scores_again(tiny: Callable[..., Path], tmp_path: Path) -> None:
     heard = _Heard()
     arguments = {"model": str(tiny()), "overrides": SMALL, "watch": heard.watch}
     for limit in (1, 2):
@@ -102,7 +106,9 @@ def test_a_changed_limit_scores_again(tiny, tmp_path):
         assert row.before.n == row.after.n == limit
 
 
-def test_what_a_kill_left_before_the_start_is_no_obstacle(tiny, tmp_path):
+def test_what_a_kill_left_before_the_start_is_no_obstacle(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     run = tmp_path / "runs" / "lora"
     (run / "tokens").mkdir(parents=True)
     (run / LOCK_FILE).write_text(json.dumps({"command": RUN.command, "before": RUN.before}))
@@ -113,7 +119,9 @@ def test_what_a_kill_left_before_the_start_is_no_obstacle(tiny, tmp_path):
     assert row.after.n == 2
 
 
-def test_a_changed_recipe_is_refused_over_an_old_run(tiny, tmp_path):
+def test_a_changed_recipe_is_refused_over_an_old_run(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     heard = _Heard()
     arguments = {"model": str(tiny()), "limit": 2, "watch": heard.watch}
     workflow.demo(tmp_path, ["lora"], overrides=SMALL, **arguments)
@@ -123,20 +131,20 @@ def test_a_changed_recipe_is_refused_over_an_old_run(tiny, tmp_path):
         )
 
 
-def test_unknown_method_writes_nothing(tmp_path):
+def test_unknown_method_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(SlimError, match="no method 'qlra'") as caught:
         workflow.demo(tmp_path / "demo", ["qlra"], watch=_Heard().watch)
     assert "qlora" in caught.value.hint
     assert not (tmp_path / "demo").exists()
 
 
-def test_mistyped_key_writes_nothing(tmp_path):
+def test_mistyped_key_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(SlimError, match=r"train\.stepz"):
         workflow.demo(tmp_path / "demo", overrides=["train.stepz=3"], watch=_Heard().watch)
     assert not (tmp_path / "demo").exists()
 
 
-def test_command_prints_the_table(tiny, tmp_path):
+def test_command_prints_the_table(tiny: Callable[..., Path], tmp_path: Path) -> None:
     words = ["demo", "--model", str(tiny()), "--methods", "lora", "--limit", "2", "--quiet"]
     done = CliRunner().invoke(command, [*words, "-o", str(tmp_path / "demo"), *SMALL])
     assert done.exit_code == 0, done.output

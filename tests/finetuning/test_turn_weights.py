@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from mlx_slim.config.load import from_values
 from mlx_slim.errors import Interrupted, SlimError
-from mlx_slim.events import Notice, StepDone
+from mlx_slim.events import Event, Notice, StepDone
 from mlx_slim.finetuning.run import finetune
 from tests.support.runs import Recorder, losses, recipe
 
@@ -21,7 +22,7 @@ TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": 
 class CtrlC(Recorder):
     """Sends this process SIGINT after a step."""
 
-    def notify(self, event) -> None:
+    def notify(self, event: Event) -> None:
         super().notify(event)
         if isinstance(event, StepDone) and event.step == 5:
             os.kill(os.getpid(), signal.SIGINT)
@@ -42,7 +43,9 @@ def write_chats(path: Path, weight: float, count: int = 24) -> Path:
 
 
 @pytest.mark.parametrize("batching", ["grouped", "packed"])
-def test_weighted_rows_resume_bit_for_bit(tiny, tmp_path: Path, batching: str) -> None:
+def test_weighted_rows_resume_bit_for_bit(
+    tiny: Callable[..., Path], tmp_path: Path, batching: str
+) -> None:
     model, data = tiny("llama"), write_chats(tmp_path / "rows.jsonl", 0.25)
     straight, recorder = tmp_path / "straight", Recorder()
     finetune(recipe(model, data, batching=batching), straight, observer=recorder)
@@ -59,7 +62,9 @@ def test_weighted_rows_resume_bit_for_bit(tiny, tmp_path: Path, batching: str) -
     assert said[0].endswith("tools that the template leaves out: 1 (first: rows.jsonl, line 4)")
 
 
-def test_weight_0_is_what_learning_the_last_answer_is(tiny, tmp_path: Path) -> None:
+def test_weight_0_is_what_learning_the_last_answer_is(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     model, counts = tiny("llama"), []
     for name, weight, learn in (("all", 1, "all"), ("zero", 0, "all"), ("last", 1, "last")):
         data = write_chats(tmp_path / f"{name}.jsonl", weight)

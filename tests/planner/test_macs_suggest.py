@@ -12,7 +12,7 @@ from mlx_slim.planner.macs import SIZES, find_mac, macs, markdown, smallest_that
 from mlx_slim.planner.suggest import COSTS, suggestions
 
 
-def test_working_sets_are_those_that_metal_reports():
+def test_working_sets_are_those_that_metal_reports() -> None:
     # MiB, as programs log them on such machines
     assert working_set(16) // 2**20 == 10922
     assert working_set(32) // 2**20 == 21845
@@ -24,7 +24,7 @@ def test_working_sets_are_those_that_metal_reports():
     assert limits == sorted(limits)
 
 
-def test_macs_are_found_by_name():
+def test_macs_are_found_by_name() -> None:
     mac = find_mac("M2 16GB")
     assert (mac.name, mac.memory_gb, mac.bandwidth) == ("m2-16gb", 16, 100)
     assert mac.working_set_bytes == working_set(16)
@@ -53,7 +53,7 @@ def ranked(limit: int, method: str = "lora", **train: Any) -> list[Any]:
     return suggestions(recipe, limit, price)
 
 
-def test_what_fits_stands_first_then_what_costs_least():
+def test_what_fits_stands_first_then_what_costs_least() -> None:
     found = ranked(3200)
     assert found[0].set == "train.batch_tokens=2048 train.accumulate=2"
     assert (found[0].time, found[0].cost) == (1.0, "")
@@ -64,13 +64,13 @@ def test_what_fits_stands_first_then_what_costs_least():
     assert all(s.predicted_peak_bytes < 0.97 * 5096 for s in found)
 
 
-def test_a_smaller_optimizer_costs_less_than_giving_up_full_tuning():
+def test_a_smaller_optimizer_costs_less_than_giving_up_full_tuning() -> None:
     costs = [s.cost for s in ranked(10**6, "full") if s.cost]
     assert costs.index("another optimizer") < costs.index("adapters instead of all weights")
     assert "a 4-bit base" not in costs
 
 
-def test_no_change_with_a_part_that_does_as_much():
+def test_no_change_with_a_part_that_does_as_much() -> None:
     def pieces_cost(recipe: Recipe) -> tuple[int, float]:
         peak, time = price(recipe)
         return peak + (3000 if recipe.train.accumulate > 1 else 0), time
@@ -83,6 +83,6 @@ def test_no_change_with_a_part_that_does_as_much():
     assert "train.grad_checkpoint=true" in found and both not in found
 
 
-def test_a_recipe_that_is_small_already_gets_no_empty_advice():
+def test_a_recipe_that_is_small_already_gets_no_empty_advice() -> None:
     found = ranked(10, "qlora", batch_tokens=256, max_length=256, grad_checkpoint=True)
     assert found == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -46,7 +47,7 @@ def recipe(method: str = "lora", **sections: Any) -> Recipe:
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
-def test_counts_are_the_published_ones(model: str):
+def test_counts_are_the_published_ones(model: str) -> None:
     parameters, q_and_v, all_linear, four_bit = PUBLISHED[model]
     config = SHIPPED_CONFIGS[model]
     found = training_shapes(config, recipe("qlora"), mx.bfloat16)
@@ -76,7 +77,7 @@ def build(config: dict[str, Any], plan: Recipe) -> Any:
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 @pytest.mark.parametrize("method", ["full", "lora", "qlora", "dora"])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
-def test_static_bytes_are_exact(architecture: str, method: str, optimizer: str):
+def test_static_bytes_are_exact(architecture: str, method: str, optimizer: str) -> None:
     config = ARCHITECTURES[architecture]
     plan = recipe(method, train={"optimizer": optimizer})
     model = build(config, plan)
@@ -127,7 +128,7 @@ def config_of(**changes: Any) -> dict[str, Any]:
 )
 def test_prediction_is_near_the_measured_peak(
     plan: Recipe, batch: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     assert_peaks_agree(config_of(), plan, batch, monkeypatch, rel=0.15)
 
 
@@ -154,7 +155,7 @@ _HEADS = {
 @pytest.mark.parametrize("head", list(_HEADS))
 def test_heads_with_a_finish_are_planned_as_they_are_computed(
     head: str, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     """Chunks of logits under a soft cap or a scale; all of them where nothing splits."""
     if head == "whole":
         monkeypatch.setattr(structure, "_candidates", lambda model: [])
@@ -206,7 +207,7 @@ def assert_peaks_agree(
     assert moving == pytest.approx(measured, rel=rel)
 
 
-def test_every_knob_turns_the_right_way():
+def test_every_knob_turns_the_right_way() -> None:
     config = SHIPPED_CONFIGS["TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"]
 
     def bytes_of(method: str = "lora", gpu: bool = True, **train: Any) -> int:
@@ -227,7 +228,7 @@ def test_every_knob_turns_the_right_way():
     assert bytes_of(gpu=False) > base  # float32 where a GPU has bfloat16
 
 
-def test_lengths_known_beat_lengths_allowed():
+def test_lengths_known_beat_lengths_allowed() -> None:
     plan = recipe(train={"batching": "grouped"})
     short = predict(config_of(), plan, lengths=[64] * 1000, gpu=False, budget=1)
     few = predict(config_of(), plan, lengths=[64] * 4, gpu=False, budget=1)
@@ -236,7 +237,7 @@ def test_lengths_known_beat_lengths_allowed():
     assert short.tokens == 3 * 64 * 1000
 
 
-def test_time_needs_a_speed_and_rows(tmp_path):
+def test_time_needs_a_speed_and_rows(tmp_path: Path) -> None:
     config = config_of()
     speed = Speed(flops=1e11, exponential=3e-8, element=3e-10)
     plan = recipe(data={"path": "nobody/nothing"})
@@ -254,7 +255,7 @@ def test_time_needs_a_speed_and_rows(tmp_path):
     assert "46 rows" in work.basis
 
 
-def test_a_quantized_config_counts_as_quantized():
+def test_a_quantized_config_counts_as_quantized() -> None:
     config = config_of()
     packed = {**config, "quantization": {"group_size": 64, "bits": 4, "mode": "affine"}}
     fresh = training_shapes(config, recipe("qlora"), mx.float32)
@@ -269,12 +270,12 @@ def test_a_quantized_config_counts_as_quantized():
     "config",
     [{"model_type": "nonsense"}, {"model_type": "llama"}, config_of(num_attention_heads=0)],
 )
-def test_a_config_that_fits_no_model_is_one_clear_line(config: dict[str, Any]):
+def test_a_config_that_fits_no_model_is_one_clear_line(config: dict[str, Any]) -> None:
     with pytest.raises(SlimError, match="no model can be built"):
         training_shapes(config, recipe(), mx.float32)
 
 
-def test_planning_leaves_the_random_numbers_alone():
+def test_planning_leaves_the_random_numbers_alone() -> None:
     mx.random.seed(3)
     expected = mx.random.uniform(shape=(4,)).tolist()
     mx.random.seed(3)
@@ -282,7 +283,9 @@ def test_planning_leaves_the_random_numbers_alone():
     assert mx.random.uniform(shape=(4,)).tolist() == expected
 
 
-def test_tokens_are_guessed_from_the_rows_that_will_be_used(tmp_path, monkeypatch):
+def test_tokens_are_guessed_from_the_rows_that_will_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Half of the rows are too long, the columns that nobody reads are longer still."""
     monkeypatch.setenv("MLX_SLIM_DATA", str(tmp_path))
     rows = [
@@ -294,7 +297,7 @@ def test_tokens_are_guessed_from_the_rows_that_will_be_used(tmp_path, monkeypatc
     as_array = tmp_path / "rows.json"
     as_array.write_text(json.dumps(rows, indent=1))
 
-    def tokens(path=file, distill: dict[str, Any] | None = None, **data: Any) -> int:
+    def tokens(path: Path = file, distill: dict[str, Any] | None = None, **data: Any) -> int:
         values = {"path": str(path), "template": "plain", "validation": 0, **data}
         taught = {"distill": distill} if distill else {}
         train = {"max_length": 256, "epochs": 1}
@@ -325,7 +328,7 @@ def test_tokens_are_guessed_from_the_rows_that_will_be_used(tmp_path, monkeypatc
     assert part is not None and part.tokens == 2 * 50 * 21
 
 
-def test_only_what_is_learned_is_counted_as_supervised(tmp_path):
+def test_only_what_is_learned_is_counted_as_supervised(tmp_path: Path) -> None:
     """The last of three answers, rows without one left out, and what a turn's weight says."""
 
     def chat(*answers: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from mlx_slim.planner.run import plan
 from tests.support.runs import recipe, write_rows
 
 
-def test_a_probe_measures_memory_and_time(tiny, tmp_path: Path):
+def test_a_probe_measures_memory_and_time(tiny: Callable[..., Path], tmp_path: Path) -> None:
     small = recipe(tiny("llama"), write_rows(tmp_path / "rows.jsonl"), "qlora", accumulate=2).recipe
     guess, _ = plan(small, budget="1GB")
     prediction, _ = plan(small, budget="1GB", probe=probe)
@@ -29,7 +30,9 @@ def test_a_probe_measures_memory_and_time(tiny, tmp_path: Path):
     assert list(tmp_path.iterdir()) == [tmp_path / "rows.jsonl"]
 
 
-def test_a_probe_leaves_the_base_alone_and_counts_its_rows(tiny, tmp_path: Path):
+def test_a_probe_leaves_the_base_alone_and_counts_its_rows(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", 12)
     small = recipe(tiny("phi"), rows, "full", steps=None, epochs=2).recipe
     before = {p.name: p.read_bytes() for p in tiny("phi").iterdir()}
@@ -39,7 +42,7 @@ def test_a_probe_leaves_the_base_alone_and_counts_its_rows(tiny, tmp_path: Path)
     assert prediction.measured and prediction.measured.batch_tokens <= 256
 
 
-def test_for_a_mac(tiny, tmp_path: Path):
+def test_for_a_mac(tiny: Callable[..., Path], tmp_path: Path) -> None:
     small = recipe(tiny("llama"), Path("someone/absent")).recipe
     prediction, note = plan(small, mac="m2-16gb")
     assert prediction.dtype == "bfloat16"
@@ -51,7 +54,7 @@ def test_for_a_mac(tiny, tmp_path: Path):
         plan(small, mac="m2-16gb", probe=probe)
 
 
-def test_rules_of_thumb(tiny, tmp_path: Path):
+def test_rules_of_thumb(tiny: Callable[..., Path], tmp_path: Path) -> None:
     prediction, _ = plan(recipe(tiny("llama"), Path("someone/absent")).recipe, mac="m2-16gb")
     assert prediction.rules_of_thumb == {
         "inference_formula": int(prediction.parameters * 4 / (32 / 16) * 1.2),
@@ -62,7 +65,7 @@ def test_rules_of_thumb(tiny, tmp_path: Path):
     assert rule == int(prediction.parameters * 4 / (32 / 4) * 1.2)
 
 
-def test_the_command(tiny, tmp_path: Path):
+def test_the_command(tiny: Callable[..., Path], tmp_path: Path) -> None:
     run = CliRunner().invoke
     words = ["smollm2-lora", f"model={tiny('llama')}", "revision=null", "train.steps=2"]
     text = run(command.command, [*words, "--for", "m4-max-64gb"]).output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from mlx_slim.planner.run import plan
 from mlx_slim.planner.students import with_model
 
 
-def test_teachers_cost_the_student_a_few_columns_and_two_students_add_up(tiny) -> None:
+def test_teachers_cost_the_student_a_few_columns_and_two_students_add_up(
+    tiny: Callable[..., Path],
+) -> None:
     def cost(*overrides: str) -> Prediction:
         words = [f"model={tiny('llama')}", "revision=null", *overrides]
         return plan(load_recipe("smollm2-lora", words).recipe, budget="4GB")[0]
@@ -33,7 +36,9 @@ def test_teachers_cost_the_student_a_few_columns_and_two_students_add_up(tiny) -
     assert twin.breakdown["weights"] == 2 * alone.breakdown["weights"]
 
 
-def test_a_teacher_without_a_model_is_the_students_original(tiny, tmp_path: Path) -> None:
+def test_a_teacher_without_a_model_is_the_students_original(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     words = [f"model={tiny('llama')}", "revision=null", "distill.teachers=[{weight: 2}]"]
     recipe = load_recipe("smollm2-lora", words).recipe
     assert recipe.distill is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,11 +18,11 @@ from mlx_slim.pruning.surgery import without_layers
 from tests.support.prune import ROWS, loaded, make_identity
 
 
-def _model(tmp_path, layers=5, architecture="llama"):
+def _model(tmp_path: Path, layers: int = 5, architecture: str = "llama"):
     return loaded(tmp_path, architecture, num_hidden_layers=layers)
 
 
-def _hidden(model) -> list[np.ndarray]:
+def _hidden(model: nn.Module) -> list[np.ndarray]:
     """What enters each block and leaves the last, computed by hand."""
     h = model.model.embed_tokens(ROWS[:, :-1])
     mask = nn.MultiHeadAttention.create_additive_causal_mask(h.shape[1])
@@ -31,12 +32,12 @@ def _hidden(model) -> list[np.ndarray]:
     return [np.array(state, np.float64) for state in states]
 
 
-def _cosine(a, b):
+def _cosine(a: mx.array, b: mx.array):
     return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "phi"])
-def test_an_identity_layer_has_no_influence_and_goes(tmp_path, architecture):
+def test_an_identity_layer_has_no_influence_and_goes(tmp_path: Path, architecture: str) -> None:
     source = _model(tmp_path, architecture=architecture)
     make_identity(structure.blocks(source.model)[2])
     scores = block_influence(source.model, ROWS, ())
@@ -47,7 +48,7 @@ def test_an_identity_layer_has_no_influence_and_goes(tmp_path, architecture):
             assert method == "perplexity" or removal.layers == [2], method
 
 
-def test_block_influence_is_the_mean_over_the_positions_that_count(tmp_path):
+def test_block_influence_is_the_mean_over_the_positions_that_count(tmp_path: Path) -> None:
     model = _model(tmp_path).model
     states = _hidden(model)
     tokens = np.array(ROWS[:, :-1])
@@ -61,7 +62,7 @@ def test_block_influence_is_the_mean_over_the_positions_that_count(tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_angles_span_the_block_at_the_last_position(tmp_path, count):
+def test_angles_span_the_block_at_the_last_position(tmp_path: Path, count: int) -> None:
     model = _model(tmp_path).model
     states = _hidden(model)
     expected = [
@@ -74,7 +75,9 @@ def test_angles_span_the_block_at_the_last_position(tmp_path, count):
     assert removal.layers == list(range(first, first + count))
 
 
-def test_perplexity_is_greedy_and_its_losses_are_those_of_the_smaller_models(tmp_path):
+def test_perplexity_is_greedy_and_its_losses_are_those_of_the_smaller_models(
+    tmp_path: Path,
+) -> None:
     source = _model(tmp_path)
 
     def loss(layers: list[int]) -> float:
@@ -93,7 +96,7 @@ def test_perplexity_is_greedy_and_its_losses_are_those_of_the_smaller_models(tmp
     assert removal.layers == sorted([one, two])
 
 
-def test_random_is_seeded_and_protection_holds(tmp_path):
+def test_random_is_seeded_and_protection_holds(tmp_path: Path) -> None:
     model = _model(tmp_path, 8).model
     draws = {
         seed: choose_layers(model, "random", 3, [2, 3, 4, 5], None, seed=seed).layers

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -18,18 +20,18 @@ KINDS = (HEADS, MLP)
 TESTED = ["llama", "qwen2", "phi"]
 
 
-def _loss(model, rows_NT=ROWS) -> mx.array:
+def _loss(model: nn.Module, rows_NT: mx.array = ROWS) -> mx.array:
     losses = nn.losses.cross_entropy(model(rows_NT[:, :-1]), rows_NT[:, 1:])
     return losses.mean()
 
 
-def _gradients(model, rows_NT) -> dict[str, np.ndarray]:
+def _gradients(model: nn.Module, rows_NT: mx.array) -> dict[str, np.ndarray]:
     """Gradients of every weight of the model at once: the slow way."""
     _, gradients = nn.value_and_grad(model, lambda m: _loss(m, rows_NT))(model)
     return {path: np.array(value) for path, value in tree_flatten(gradients)}
 
 
-def _reference(model, method: str, layer: int, kind: str) -> np.ndarray:
+def _reference(model: nn.Module, method: str, layer: int, kind: str) -> np.ndarray:
     family = structure.coupled(structure.blocks(model)[layer])[kind]
     weights = {path: np.array(value) for path, value in tree_flatten(model.parameters())}
     whole = _gradients(model, ROWS)
@@ -49,7 +51,9 @@ def _reference(model, method: str, layer: int, kind: str) -> np.ndarray:
 
 @pytest.mark.parametrize("architecture", TESTED)
 @pytest.mark.parametrize("method", ["taylor", "taylor2", "vector"])
-def test_a_layer_at_a_time_equals_all_at_once(tmp_path, architecture, method):
+def test_a_layer_at_a_time_equals_all_at_once(
+    tmp_path: Path, architecture: str, method: str
+) -> None:
     model = loaded(tmp_path, architecture).model
     scores = group_importance(model, method, KINDS, ROWS)
     for layer, kind in [(0, HEADS), (0, MLP), (2, HEADS), (2, MLP)]:
@@ -59,7 +63,9 @@ def test_a_layer_at_a_time_equals_all_at_once(tmp_path, architecture, method):
 
 @pytest.mark.parametrize("architecture", TESTED)
 @pytest.mark.parametrize("kind", KINDS)
-def test_first_order_predicts_the_measured_change_of_loss(tmp_path, architecture, kind):
+def test_first_order_predicts_the_measured_change_of_loss(
+    tmp_path: Path, architecture: str, kind: str
+) -> None:
     """Scaling a group by 1 − ε changes the loss by −ε Σ w · g, which ``vector`` is the size of."""
     model = loaded(tmp_path, architecture).model
     block = structure.blocks(model)[1]
@@ -75,7 +81,9 @@ def test_first_order_predicts_the_measured_change_of_loss(tmp_path, architecture
 
 
 @pytest.mark.parametrize("architecture", TESTED)
-def test_activation_is_what_a_group_sends_to_the_output_layer(tmp_path, architecture):
+def test_activation_is_what_a_group_sends_to_the_output_layer(
+    tmp_path: Path, architecture: str
+) -> None:
     model = loaded(tmp_path, architecture).model
     scores = group_importance(model, "activation", KINDS, ROWS)
     block = structure.blocks(model)[1]
@@ -86,7 +94,9 @@ def test_activation_is_what_a_group_sends_to_the_output_layer(tmp_path, architec
         layer, seen = owner[name], []
 
         class Look(nn.Module):
-            def __call__(self, x, seen=seen, layer=layer):
+            def __call__(
+                self, x: mx.array, seen: list[mx.array] = seen, layer: nn.Module = layer
+            ) -> mx.array:
                 seen.append(x)
                 return layer(x)
 
@@ -98,7 +108,7 @@ def test_activation_is_what_a_group_sends_to_the_output_layer(tmp_path, architec
         np.testing.assert_allclose(scores[name_of(1, kind)], expected, rtol=1e-4)
 
 
-def test_groups_of_zeros_are_worth_nothing(tmp_path):
+def test_groups_of_zeros_are_worth_nothing(tmp_path: Path) -> None:
     model = loaded(tmp_path).model
     scale_groups(structure.blocks(model)[1], MLP, [7, 99], 0.0)
     scale_groups(structure.blocks(model)[1], HEADS, [1], 0.0)
@@ -109,7 +119,7 @@ def test_groups_of_zeros_are_worth_nothing(tmp_path):
         assert np.flatnonzero(scores[name_of(1, HEADS)] == 0).tolist() == [1], method
 
 
-def test_random_is_seeded(tmp_path):
+def test_random_is_seeded(tmp_path: Path) -> None:
     model = loaded(tmp_path).model
     one, same, other = (
         group_importance(model, "random", KINDS, None, seed=seed) for seed in (3, 3, 4)
@@ -119,7 +129,7 @@ def test_random_is_seeded(tmp_path):
     assert not np.array_equal(one[name_of(0, MLP)], one[name_of(1, MLP)])
 
 
-def test_the_model_is_left_as_it_was(tmp_path):
+def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     model = loaded(tmp_path).model
     before = dict(tree_flatten(model.parameters()))
     kinds = [type(block) for block in structure.blocks(model)]
@@ -132,7 +142,7 @@ def test_the_model_is_left_as_it_was(tmp_path):
     assert dict(tree_flatten(model.trainable_parameters())).keys() == before.keys()
 
 
-def test_memory_does_not_grow_with_layers_times_weights(tmp_path):
+def test_memory_does_not_grow_with_layers_times_weights(tmp_path: Path) -> None:
     def rise(layers: int) -> int:
         model = loaded(
             tmp_path / str(layers), num_hidden_layers=layers, hidden_size=256, intermediate_size=768
@@ -149,13 +159,13 @@ def test_memory_does_not_grow_with_layers_times_weights(tmp_path):
     assert many - few < block  # six more layers, and less than one more of them
 
 
-def test_activations_over_the_budget_are_refused(tmp_path):
+def test_activations_over_the_budget_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SlimError, match="activations of the calibration rows") as caught:
         group_importance(loaded(tmp_path).model, "taylor", KINDS, ROWS, budget=1000)
     assert "--samples" in caught.value.hint
 
 
-def test_a_score_that_is_no_number_is_refused(tmp_path):
+def test_a_score_that_is_no_number_is_refused(tmp_path: Path) -> None:
     model = loaded(tmp_path).model
     block = structure.blocks(model)[0]
     scale_groups(block, MLP, [0], float("inf"))

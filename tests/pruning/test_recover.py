@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,7 +17,7 @@ from mlx_slim.adapters.store import load_adapter
 from mlx_slim.artifacts import read_json
 from mlx_slim.cli.main import run
 from mlx_slim.errors import Interrupted, SlimError
-from mlx_slim.events import Notice, StepDone
+from mlx_slim.events import Event, Notice, StepDone
 from mlx_slim.models.load import load
 from mlx_slim.pruning.options import PruneOptions
 from mlx_slim.pruning.records import ModelRow, RecoveryReport, TaskFigures
@@ -27,7 +28,7 @@ from tests.support.runs import Recorder, losses, run_until_killed, write_rows
 
 
 @pytest.fixture
-def setting(tiny, tmp_path):
+def setting(tiny: Callable[..., Path], tmp_path: Path) -> tuple[Path, PruneOptions, RecoverOptions]:
     """A model, a recipe of ten steps, tasks, and the options that prune and recover it."""
     rows = write_rows(tmp_path / "rows.jsonl")
     choice, _, text = write_tasks(tmp_path / "tasks", 9)
@@ -88,7 +89,9 @@ prune_and_recover(
 """
 
 
-def _kill(setting, out: Path, moment: str, *, resume: bool) -> None:
+def _kill(
+    setting: tuple[Path, PruneOptions, RecoverOptions], out: Path, moment: str, *, resume: bool
+) -> None:
     model, options, after = setting
     words = [model, out, json.dumps(vars(options)), json.dumps(vars(after)), moment, int(resume)]
     run_until_killed(KILLER, *words)
@@ -100,7 +103,9 @@ def _report(out: Path) -> dict:
     return report
 
 
-def test_a_report_of_three_rows(setting, tmp_path):
+def test_a_report_of_three_rows(
+    setting: tuple[Path, PruneOptions, RecoverOptions], tmp_path: Path
+) -> None:
     model, options, after = setting
     out = tmp_path / "run"
     record = prune_and_recover(model, out, options, after, Recorder())
@@ -131,7 +136,9 @@ def test_a_report_of_three_rows(setting, tmp_path):
     assert [e.message for e in again.events if isinstance(e, Notice)][-1].endswith("nothing to do")
 
 
-def test_validation_rows_are_not_trained_on(setting, tmp_path):
+def test_validation_rows_are_not_trained_on(
+    setting: tuple[Path, PruneOptions, RecoverOptions], tmp_path: Path
+) -> None:
     from mlx_slim.data.store import TokenStore
 
     model, options, after = setting
@@ -152,7 +159,9 @@ def test_validation_rows_are_not_trained_on(setting, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["full", "qlora"])
-def test_other_ways_to_recover(setting, tmp_path, method):
+def test_other_ways_to_recover(
+    setting: tuple[Path, PruneOptions, RecoverOptions], tmp_path: Path, method: str
+) -> None:
     model, options, after = setting
     overrides = (f"method={method}", "quantize.group_size=32", "train.steps=2")
     report = prune_and_recover(
@@ -164,7 +173,9 @@ def test_other_ways_to_recover(setting, tmp_path, method):
     assert (recovered.adapter_parameters == 0) is (method == "full")
 
 
-def test_the_original_teaches_where_no_other_teacher_is_named(setting, tmp_path):
+def test_the_original_teaches_where_no_other_teacher_is_named(
+    setting: tuple[Path, PruneOptions, RecoverOptions], tmp_path: Path
+) -> None:
     model, options, after = setting
     distilled = RecoverOptions(after.recipe, ("distill.weight=1.0", "train.steps=4"))
     out = tmp_path / "run"
@@ -176,7 +187,9 @@ def test_the_original_teaches_where_no_other_teacher_is_named(setting, tmp_path)
     assert pruned.text and recovered.text and recovered.text.kl < pruned.text.kl
 
 
-def test_killed_in_every_phase_and_resumed_equals_uninterrupted(setting, tmp_path):
+def test_killed_in_every_phase_and_resumed_equals_uninterrupted(
+    setting: tuple[Path, PruneOptions, RecoverOptions], tmp_path: Path
+) -> None:
     model, options, after = setting
     straight, out = tmp_path / "straight", tmp_path / "killed"
     prune_and_recover(model, straight, options, after, Recorder())
@@ -201,18 +214,23 @@ def test_killed_in_every_phase_and_resumed_equals_uninterrupted(setting, tmp_pat
 class CtrlC(Recorder):
     """Sends this process SIGINT at the first event that fits."""
 
-    def __init__(self, when) -> None:
+    def __init__(self, when: Callable[[Event], bool]) -> None:
         super().__init__()
         self.when = when
 
-    def notify(self, event) -> None:
+    def notify(self, event: Event) -> None:
         super().notify(event)
         if self.when(event):
             os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.parametrize("phase", ["measuring", "step"])
-def test_ctrl_c_prints_the_command_that_goes_on(setting, tmp_path, phase, capsys):
+def test_ctrl_c_prints_the_command_that_goes_on(
+    setting: tuple[Path, PruneOptions, RecoverOptions],
+    tmp_path: Path,
+    phase: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     model, options, after = setting
     out = tmp_path / "my run"
     watcher = CtrlC(
@@ -229,7 +247,9 @@ def test_ctrl_c_prints_the_command_that_goes_on(setting, tmp_path, phase, capsys
     assert sorted(losses(out / "recover")) == list(range(1, 7))
 
 
-def test_another_pruning_is_refused_with_the_difference(setting, tmp_path):
+def test_another_pruning_is_refused_with_the_difference(
+    setting: tuple[Path, PruneOptions, RecoverOptions], tmp_path: Path
+) -> None:
     model, options, after = setting
     out = tmp_path / "run"
     with pytest.raises(Interrupted):
@@ -246,7 +266,9 @@ def test_another_pruning_is_refused_with_the_difference(setting, tmp_path):
         prune_and_recover(model, out, options, after, Recorder())
 
 
-def test_bad_text_found_late_leaves_nothing(setting, tmp_path):
+def test_bad_text_found_late_leaves_nothing(
+    setting: tuple[Path, PruneOptions, RecoverOptions], tmp_path: Path
+) -> None:
     model, options, after = setting
     empty = tmp_path / "empty.txt"
     empty.write_text("too short")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -32,15 +35,15 @@ DEPTH_METHODS = ["block-influence", "angular", "perplexity", "random"]
 
 
 @pytest.fixture
-def text(tmp_path):
+def text(tmp_path: Path) -> Path:
     path = tmp_path / "notes.txt"
     path.write_text("\n".join(f"{i}: a line of plain words to look at" for i in range(90)))
     return path
 
 
 @pytest.fixture
-def options(text):
-    def make(**changes):
+def options(text: Path) -> Callable[..., PruneOptions]:
+    def make(**changes: Any):
         settings = {"samples": 4, "length": 32, "held_out": 128, "calibration": str(text)}
         return PruneOptions(**{**settings, **changes})
 
@@ -48,7 +51,9 @@ def options(text):
 
 
 @pytest.mark.parametrize("method", WIDTH_METHODS)
-def test_every_width_method_gives_what_stock_mlx_lm_reads(tiny, tmp_path, options, method):
+def test_every_width_method_gives_what_stock_mlx_lm_reads(
+    tiny: Callable[..., Path], tmp_path: Path, options: Callable[..., PruneOptions], method: str
+) -> None:
     out = tmp_path / "out"
     result = prune(tiny(), out, options(method=method, ratio=0.5))
     ours = load(out)
@@ -73,7 +78,12 @@ def test_every_width_method_gives_what_stock_mlx_lm_reads(tiny, tmp_path, option
 
 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
-def test_every_architecture_by_width(tiny, tmp_path, options, architecture):
+def test_every_architecture_by_width(
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    options: Callable[..., PruneOptions],
+    architecture: str,
+) -> None:
     result = prune(tiny(architecture), tmp_path / "out", options(ratio=0.5))
     stock, _ = stock_load(str(tmp_path / "out"))
     assert gap(load(tmp_path / "out").model, stock) < 1e-5
@@ -84,7 +94,13 @@ def test_every_architecture_by_width(tiny, tmp_path, options, architecture):
 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 @pytest.mark.parametrize("method", DEPTH_METHODS)
-def test_every_architecture_by_depth(tiny, tmp_path, options, architecture, method):
+def test_every_architecture_by_depth(
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    options: Callable[..., PruneOptions],
+    architecture: str,
+    method: str,
+) -> None:
     result = prune(
         tiny(architecture), tmp_path / "out", options(axis="depth", method=method, ratio=0.34)
     )
@@ -101,7 +117,13 @@ def test_every_architecture_by_depth(tiny, tmp_path, options, architecture, meth
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied", "qwen2", "phi"])
 @pytest.mark.parametrize("ranking", ["layer", "global"])
-def test_widths_that_differ_are_ours_alone(tiny, tmp_path, options, architecture, ranking):
+def test_widths_that_differ_are_ours_alone(
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    options: Callable[..., PruneOptions],
+    architecture: str,
+    ranking: str,
+) -> None:
     out = tmp_path / "out"
     result = prune(
         tiny(architecture),
@@ -122,7 +144,9 @@ def test_widths_that_differ_are_ours_alone(tiny, tmp_path, options, architecture
     assert record["kl"] > 0 and record["tokens"] == 128
 
 
-def test_what_loads_can_be_tuned_scored_quantized_and_planned(tiny, tmp_path, options, text):
+def test_what_loads_can_be_tuned_scored_quantized_and_planned(
+    tiny: Callable[..., Path], tmp_path: Path, options: Callable[..., PruneOptions], text: Path
+) -> None:
     small = tmp_path / "small"
     prune(tiny(), small, options(ratio=0.5, uniform=False, protect_first=1, protect_last=1))
     data = write_rows(tmp_path / "rows.jsonl")
@@ -153,7 +177,9 @@ def test_what_loads_can_be_tuned_scored_quantized_and_planned(tiny, tmp_path, op
 
 
 @pytest.mark.parametrize(("architecture", "heads"), [("mistral", 3), ("llama", 4), ("qwen3", 3)])
-def test_numbers_of_heads_that_transformers_accepts(tmp_path, options, architecture, heads):
+def test_numbers_of_heads_that_transformers_accepts(
+    tmp_path: Path, options: Callable[..., PruneOptions], architecture: str, heads: int
+) -> None:
     """Its llama config wants heads that divide hidden_size, whatever head_dim says."""
     changes = {"num_key_value_heads": 4, "head_dim": 64, "intermediate_size": 256}
     source = tiny_model(tmp_path / "source", architecture, **changes)
@@ -164,7 +190,9 @@ def test_numbers_of_heads_that_transformers_accepts(tmp_path, options, architect
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
-def test_the_stored_dtype_stays(tmp_path, options, dtype):
+def test_the_stored_dtype_stays(
+    tmp_path: Path, options: Callable[..., PruneOptions], dtype: mx.Dtype
+) -> None:
     source = tiny_model(tmp_path / "source", dtype=dtype)
     result = prune(source, tmp_path / "out", options(ratio=0.5))
     model, _ = stock_load(str(tmp_path / "out"))
@@ -174,14 +202,18 @@ def test_the_stored_dtype_stays(tmp_path, options, dtype):
 
 
 @pytest.mark.parametrize("unit", [1, 4])
-def test_targets_hold(tiny, tmp_path, options, unit):
+def test_targets_hold(
+    tiny: Callable[..., Path], tmp_path: Path, options: Callable[..., PruneOptions], unit: int
+) -> None:
     whole = 144_832  # parameters of the tiny llama
     name = "target_params" if unit == 1 else "target_bytes"
     result = prune(tiny(), tmp_path / "out", options(**{name: int(0.8 * whole) * unit}))
     assert result.record["parameters_after"] <= 0.8 * whole
 
 
-def test_taylor_removes_less_that_matters_than_its_opposite(tiny, tmp_path, options):
+def test_taylor_removes_less_that_matters_than_its_opposite(
+    tiny: Callable[..., Path], tmp_path: Path, options: Callable[..., PruneOptions]
+) -> None:
     """Not a proof of worth (the model is random), but of the right end of the ranking."""
     from mlx_slim.pruning import run as module
 
@@ -197,7 +229,9 @@ def test_taylor_removes_less_that_matters_than_its_opposite(tiny, tmp_path, opti
     assert result.record["fidelity"]["kl"] < worst["kl"]
 
 
-def test_the_command_prints_what_went_and_writes_nothing_on_a_dry_run(tiny, tmp_path, text, capsys):
+def test_the_command_prints_what_went_and_writes_nothing_on_a_dry_run(
+    tiny: Callable[..., Path], tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     common = [str(tiny()), "--calibration", str(text), "--length", "32", "--held-out", "128"]
     assert run(["prune", *common, "-o", str(tmp_path / "a"), "--ratio", "0.5", "--dry-run"]) == 0
     dry = capsys.readouterr().out

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -18,7 +21,7 @@ from tests.support.tiny import ARCHITECTURES
 HEADED = ["llama", "llama-mha", "llama-tied", "mistral", "qwen3"]
 
 
-def _retained(model, removed: dict[str, list[list[int]]]) -> dict[str, list[np.ndarray]]:
+def _retained(model: nn.Module, removed: dict[str, list[list[int]]]) -> dict[str, list[np.ndarray]]:
     families = [structure.coupled(block) for block in structure.blocks(model)]
     return {
         kind: [
@@ -31,7 +34,7 @@ def _retained(model, removed: dict[str, list[list[int]]]) -> dict[str, list[np.n
 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 @pytest.mark.parametrize("uniform", [True, False])
-def test_groups_of_zeros_leave_no_trace(tmp_path, architecture, uniform):
+def test_groups_of_zeros_leave_no_trace(tmp_path: Path, architecture: str, uniform: bool) -> None:
     source = loaded(tmp_path, architecture)
     model = source.model
     removed: dict[str, list[list[int]]] = {MLP: [[*range(5, 69)], [*range(64)], [*range(64, 128)]]}
@@ -55,7 +58,7 @@ def test_groups_of_zeros_leave_no_trace(tmp_path, architecture, uniform):
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "phi"])
 @pytest.mark.parametrize("kind", [HEADS, MLP])
-def test_slicing_equals_masking(tmp_path, architecture, kind):
+def test_slicing_equals_masking(tmp_path: Path, architecture: str, kind: str) -> None:
     """Masking silences what a group sends to the output layer; its own weights stay."""
     source = loaded(tmp_path, architecture, num_key_value_heads=2)
     groups = [[1], [0], [1]] if kind == HEADS else [[3, 50], [127], [0, 1, 64]]
@@ -72,7 +75,7 @@ def test_slicing_equals_masking(tmp_path, architecture, kind):
     assert gap(source.model, small) < 1e-5
 
 
-def test_something_else_is_something_else(tmp_path):
+def test_something_else_is_something_else(tmp_path: Path) -> None:
     source = loaded(tmp_path)
     small, _ = surgery.with_groups(
         source.model, source.config, _retained(source.model, {HEADS: [[1]] * 3}), uniform=True
@@ -81,7 +84,7 @@ def test_something_else_is_something_else(tmp_path):
 
 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
-def test_a_layer_that_does_nothing_can_go(tmp_path, architecture):
+def test_a_layer_that_does_nothing_can_go(tmp_path: Path, architecture: str) -> None:
     source = loaded(tmp_path, architecture)
     make_identity(structure.blocks(source.model)[1])
     small, config = surgery.without_layers(source.model, source.config, [1])
@@ -89,7 +92,7 @@ def test_a_layer_that_does_nothing_can_go(tmp_path, architecture):
     assert gap(source.model, small) < 1e-6
 
 
-def test_lists_with_an_entry_a_layer_are_cut_with_them(tmp_path):
+def test_lists_with_an_entry_a_layer_are_cut_with_them(tmp_path: Path) -> None:
     kinds = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
     source = loaded(
         tmp_path, num_hidden_layers=4, layer_types=kinds, sliding_window=4, max_window_layers=3
@@ -106,7 +109,7 @@ def test_lists_with_an_entry_a_layer_are_cut_with_them(tmp_path):
 
 
 @pytest.mark.parametrize("head_dim", [None, 32])
-def test_fewer_heads_keep_their_size(tmp_path, head_dim):
+def test_fewer_heads_keep_their_size(tmp_path: Path, head_dim: int) -> None:
     changes = {} if head_dim is None else {"head_dim": head_dim}
     source = loaded(tmp_path, "mistral", **changes)
     retained = _retained(source.model, {HEADS: [[0]] * 3})
@@ -117,7 +120,7 @@ def test_fewer_heads_keep_their_size(tmp_path, head_dim):
     assert attention.rope.dims == (head_dim or 16)
 
 
-def test_widths_that_do_not_fit_are_refused(tmp_path):
+def test_widths_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     config = loaded(tmp_path).config
     good = {"heads": 2, "kv_heads": 1, "intermediate_size": 64}
     assert widths_of(build({**config, WIDTHS: [good] * 3})) == [good] * 3
@@ -132,7 +135,7 @@ def test_widths_that_do_not_fit_are_refused(tmp_path):
             build({**config, WIDTHS: widths})
 
 
-def test_other_architectures_are_refused():
+def test_other_architectures_are_refused() -> None:
     with pytest.raises(SlimError, match="gemma models cannot be pruned") as caught:
         surgery.check_supported({"model_type": "gemma"})
     assert "llama" in caught.value.hint

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -23,11 +25,11 @@ PHI = SHIPPED_CONFIGS["microsoft/phi-2"]
 SMOL = SHIPPED_CONFIGS["HuggingFaceTB/SmolLM2-135M-Instruct"]
 
 
-def _families(config):
+def _families(config: dict[str, Any]):
     return [structure.coupled(block) for block in structure.blocks(build(config))]
 
 
-def _total(config) -> int:
+def _total(config: dict[str, Any]) -> int:
     return sum(value.size for _, value in leaves(build(config)))
 
 
@@ -40,7 +42,9 @@ def _total(config) -> int:
         (LLAMA, {"ratio": 0.5, "uniform": False}, 4_107_538_432),
     ],
 )  # fmt: skip
-def test_published_counts_hold_exactly(config, options, expected):
+def test_published_counts_hold_exactly(
+    config: dict[str, Any], options: dict[str, Any], expected: int
+) -> None:
     found = plan(config, PruneOptions(**options), 2)
     assert found.parameters == expected
     if found.axis == "depth":
@@ -50,7 +54,7 @@ def test_published_counts_hold_exactly(config, options, expected):
 
 
 @pytest.mark.parametrize("config", [TINYLLAMA, PHI, SMOL])
-def test_the_closed_form_is_what_is_built(config):
+def test_the_closed_form_is_what_is_built(config: dict[str, Any]) -> None:
     counts = count(build(config))
     assert counts.total == _total(config)
     d, heads = config["hidden_size"], config["num_attention_heads"]
@@ -67,7 +71,9 @@ def test_the_closed_form_is_what_is_built(config):
 
 @pytest.mark.parametrize("config", [TINYLLAMA, PHI, SMOL, LLAMA])
 @pytest.mark.parametrize("ratio", [0.1, 0.25, 0.5, 0.9])
-def test_widths_still_quantize_and_no_more_goes_than_asked(config, ratio):
+def test_widths_still_quantize_and_no_more_goes_than_asked(
+    config: dict[str, Any], ratio: float
+) -> None:
     families = _families(config)
     layers = list(range(len(families)))
     sizes = sizes_for(families, ratio, (HEADS, MLP), layers)
@@ -78,7 +84,7 @@ def test_widths_still_quantize_and_no_more_goes_than_asked(config, ratio):
 
 
 @pytest.mark.parametrize("share", [0.9, 0.7, 0.5])
-def test_a_target_is_met_and_nearly_used(share):
+def test_a_target_is_met_and_nearly_used(share: float) -> None:
     counts = count(build(SMOL))
     families = _families(SMOL)
     layers = list(range(4, 28))
@@ -93,7 +99,7 @@ def test_a_target_is_met_and_nearly_used(share):
         sizes_within(families, counts.total // 5, (HEADS,), layers, counts)
 
 
-def test_head_counts_where_no_count_is_a_multiple_of_64():
+def test_head_counts_where_no_count_is_a_multiple_of_64() -> None:
     family = structure.Coupled(HEADS, 5, 1, 40, (), "")
     assert allowed_sizes(family) == [5, 4, 3, 2, 1]
     family = structure.Coupled(HEADS, 8, 1, 16, (), "")
@@ -101,7 +107,7 @@ def test_head_counts_where_no_count_is_a_multiple_of_64():
     assert allowed_sizes(structure.Coupled(MLP, 200, 1, 1, (), "")) == [200, 192, 128, 64]
 
 
-def test_the_highest_scores_stay():
+def test_the_highest_scores_stay() -> None:
     families = [{MLP: structure.Coupled(MLP, 128, 1, 1, (), "")}] * 3
     random = np.random.default_rng(0)
     scores = {f"{i}.mlp": random.random(128).astype(np.float32) for i in range(3)}
@@ -113,7 +119,7 @@ def test_the_highest_scores_stay():
         assert (np.diff(retained[layer]) > 0).all()
 
 
-def test_global_ranking_cuts_where_least_is_lost():
+def test_global_ranking_cuts_where_least_is_lost() -> None:
     families = [{MLP: structure.Coupled(MLP, 256, 1, 1, (), "")}] * 4
     scores = {f"{i}.mlp": np.full(256, 1.0 + i, np.float32) for i in range(4)}
     sizes = {MLP: [256, 192, 192, 192]}
