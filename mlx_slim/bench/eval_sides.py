@@ -1,7 +1,8 @@
 """One side of a scoring benchmark, in a process of its own: ours, or mlx-lm's scorer.
 
 Invariant: both sides see the same prompts, dtype and BLAS, and are timed from the texts to the
-answers. Run by ``bench/evaluate.py``.
+answers. Try it:
+``mlx-slim bench eval MODEL --task hellaswag --limit 100 --against mlx-lm``.
 """
 
 from __future__ import annotations
@@ -65,14 +66,14 @@ def ours(work: dict[str, Any]) -> dict[str, Any]:
     begin = time.perf_counter()
     computed = [job.compute(chunk, engine) for chunk in job.chunks]
     seconds = time.perf_counter() - begin
-    records = [record for part in computed for record in part.records]
+    records = [record for chunk in computed for record in chunk.records]
     key = "loglikelihoods" if questions[0].choices else "generation"
-    roots = {part.group: part.root for part in computed}  # computed once for each group
-    tokens = sum(part.tokens_computed for part in computed) + sum(roots.values())
-    fewest = sum(part.tokens_minimum for part in computed) + sum(roots.values())
+    roots = {chunk.group: chunk.root for chunk in computed}  # computed once for each group
+    tokens = sum(chunk.tokens_computed for chunk in computed) + sum(roots.values())
+    minimum = sum(chunk.tokens_minimum for chunk in computed) + sum(roots.values())
     setup = {
         "tokens_computed": tokens,
-        "tokens_minimum": fewest,
+        "tokens_minimum": minimum,
         "tokens_computed_per_question": tokens / len(records),
     }
     return _summary(seconds, [record[key] for record in records], setup)
@@ -91,17 +92,17 @@ def mlx_lm(work: dict[str, Any]) -> dict[str, Any]:
     mx.eval(peer._model.parameters())
     pairs = [(q.context, choice) for q in questions for choice in q.choices]
     options = {"until": list(task.spec.until), "max_gen_toks": task.spec.max_tokens}
-    asked: list[Any] = [SimpleNamespace(args=pair) for pair in pairs]
+    requests: list[Any] = [SimpleNamespace(args=pair) for pair in pairs]
     mx.reset_peak_memory()
     begin = time.perf_counter()
     if pairs:
-        found = iter(peer.loglikelihood(asked))
+        scores = iter(peer.loglikelihood(requests))
         answers: list[Any] = [
-            [value for value, _ in itertools.islice(found, len(q.choices))] for q in questions
+            [value for value, _ in itertools.islice(scores, len(q.choices))] for q in questions
         ]
     else:
-        asked = [SimpleNamespace(args=(q.context, dict(options))) for q in questions]
-        answers = list(peer.generate_until(asked))
+        requests = [SimpleNamespace(args=(q.context, dict(options))) for q in questions]
+        answers = list(peer.generate_until(requests))
     seconds = time.perf_counter() - begin
     return _summary(seconds, answers, {})
 

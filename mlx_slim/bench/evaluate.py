@@ -37,11 +37,11 @@ def bench_eval(
         data_dir: Data mirror; None takes ``MLX_SLIM_DATA``, else the hub.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
         rounds: Times each side runs, alternating.
-        progress: Hears a line before each run.
+        progress: Called with a line before each run.
 
     Returns:
         The record that DESIGN.md calls ``bench … --json``. ``ratio.speed`` is that of questions
-        per second; ``agreement`` says how far the answers of the two sides are apart.
+        per second; ``agreement`` compares the answers of the two sides.
 
     Raises:
         SlimError: If mlx-lm's scorer cannot be imported, or a side fails.
@@ -67,8 +67,8 @@ def bench_eval(
             progress(f"round {number + 1}/{rounds}: {side}")
             sides[name] = run_side("eval_sides", side, work)
             answers[name] = sides[name].pop("answers")
-            fewest = sides["ours"]["tokens_minimum"]  # the same work for both
-            sides[name]["tokens_per_second"] = fewest / sides[name]["seconds"]
+            minimum = sides["ours"]["tokens_minimum"]  # the same work for both
+            sides[name]["tokens_per_second"] = minimum / sides[name]["seconds"]
             progress(f"  {sides[name]['questions_per_second']:.3f} questions/s")
         results.append(sides)
     result = record({**work, "against": "mlx-lm"}, "mlx_lm", results)
@@ -88,9 +88,9 @@ def agreement(ours: list[Any], theirs: list[Any]) -> dict[str, Any]:
         one.index(max(one)) == other.index(max(other))
         for one, other in zip(ours, theirs, strict=True)
     )
-    worst = max(
+    largest = max(
         abs(a - b)
         for one, other in zip(ours, theirs, strict=True)
         for a, b in zip(one, other, strict=True)
     )
-    return {"questions": len(ours), "same_prediction": same, "largest_difference_nats": worst}
+    return {"questions": len(ours), "same_prediction": same, "largest_difference_nats": largest}

@@ -1,4 +1,4 @@
-"""The planner against the truth: predicted and measured peak memory over a grid of small runs.
+"""Predicted against measured peak memory, over a grid of small runs.
 
 Invariant: each case is a real run (rows, loop, optimizer) in a process of its own, predicted from
 shapes and row lengths alone, as ``train`` predicts it; the second model is random, of another
@@ -30,7 +30,7 @@ from mlx_slim.models.save import save_model
 from mlx_slim.runtime import human_bytes
 
 WITHIN = 0.15
-# (row length, rows of a batch): of the given model, and of the random one
+# (row length, rows of a batch): of the user's model ("given"), and of the random one
 SHAPES = {"given": ((128, 4), (512, 2)), "random": ((128, 8), (512, 4))}
 _WORDS = ("the", "quick", "brown", "fox", "reads", "seven", "books", "about", "old", "ships")
 # 52 M parameters with a vocabulary of 49,152: biases, layer norms, no gate, one norm a block.
@@ -74,9 +74,9 @@ def cases(model: str, random: Path, rows: Path) -> Iterator[tuple[str, dict[str,
     for which, source in (("given", model), ("random", str(random))):
         for length, count in SHAPES[which]:
             for method in METHODS:
-                for again in (False, True):
+                for checkpoint in (False, True):
                     yield (
-                        f"{which} {method} {count}x{length}{' checkpointed' if again else ''}",
+                        f"{which} {method} {count}x{length}{' checkpointed' if checkpoint else ''}",
                         {
                             "model": source,
                             "method": method,
@@ -89,7 +89,7 @@ def cases(model: str, random: Path, rows: Path) -> Iterator[tuple[str, dict[str,
                                 "steps": 2,
                                 "max_length": length,
                                 "batch_tokens": count * length,
-                                "grad_checkpoint": again,
+                                "grad_checkpoint": checkpoint,
                             },
                         },
                     )
@@ -101,11 +101,12 @@ def bench_plan(model: str, out: Path | None, progress: Callable[[str], None]) ->
     Args:
         model: Hub id or folder of a dense model.
         out: File of finished cases (JSON lines), read first and written after each case.
-        progress: Hears a line after each case.
+        progress: Called with a line after each case.
 
     Returns:
         ``cases`` (each with ``predicted_peak_bytes``, ``measured_peak_bytes``, ``error``), ``n``,
-        ``within`` (share of the cases that are at most 15% off), ``median_error``, ``worst_error``.
+        ``within`` (fraction of the cases with an error of at most 15%), ``median_error``,
+        ``worst_error``.
     """
     done: dict[str, dict[str, Any]] = {}
     with contextlib.ExitStack() as stack:
@@ -117,9 +118,9 @@ def bench_plan(model: str, out: Path | None, progress: Callable[[str], None]) ->
         random = random_model(folder / "random", model)
         for case, work in cases(model, random, folder):
             if case not in done:
-                found = run_side("sides", "probe", work)
-                error = found["predicted_peak_bytes"] / found["measured_peak_bytes"] - 1
-                done[case] = {"case": case, "error": round(error, 4), **found}
+                peaks = run_side("sides", "probe", work)
+                error = peaks["predicted_peak_bytes"] / peaks["measured_peak_bytes"] - 1
+                done[case] = {"case": case, "error": round(error, 4), **peaks}
                 if out is not None:
                     write_text(out, "".join(json.dumps(r) + "\n" for r in done.values()))
             progress(_line(done[case]))
@@ -130,7 +131,7 @@ def _finished(out: Path) -> dict[str, dict[str, Any]]:
     """Return the cases in a file of an earlier call, none if it is not there."""
     records = list(read_records(out)) if os.path.lexists(out) else []
     if not all({"case", "error", "predicted_peak_bytes"} <= record.keys() for record in records):
-        raise SlimError(f"{out} holds something else than finished cases", "choose another file")
+        raise SlimError(f"{out} has other records than finished cases", "choose another file")
     return {record["case"]: record for record in records}
 
 

@@ -1,8 +1,9 @@
-"""One side of a benchmark, in a process of its own: our training, mlx-lm's, or a few steps of ours.
+"""One side of a benchmark, in its own process: our training, mlx-lm's, or a few of our steps.
 
 Invariant: both sides see the same rows, model, dtype, adapter shape and BLAS; real tokens are the
 ids of the rows, padding not counted; the first steps (compilation, caches) are not timed, and the
-peak is counted from the moment the model is ready. Run by ``bench/train.py`` and ``bench/plan.py``.
+peak is counted from the moment the model is ready. Try it:
+``mlx-slim bench train MODEL --data tatsu-lab/alpaca --against mlx-lm``.
 """
 
 from __future__ import annotations

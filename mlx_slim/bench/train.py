@@ -38,7 +38,7 @@ def _rows(path: str, model: str, count: int, max_length: int, out: Path) -> int:
         if len(lines) == count:
             break
     if len(lines) < count:
-        raise SlimError(f"{path} has {len(lines)} usable rows, the benchmark wants {count}")
+        raise SlimError(f"{path} has {len(lines)} usable rows, the benchmark needs {count}")
     out.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return tokens
 
@@ -68,7 +68,7 @@ def bench_train(
         max_length: Longest row, tokens.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
         rounds: Times each side runs, alternating.
-        progress: Hears a line before each run.
+        progress: Called with a line before each run.
 
     Returns:
         The record that DESIGN.md calls ``bench … --json``.
@@ -88,14 +88,14 @@ def bench_train(
         results: list[dict[str, Any]] = []
         for number in range(rounds):
             progress(f"round {number + 1}/{rounds}: {method}")
-            mine = run_side("sides", "ours", work)
-            progress(f"  {mine['tokens_per_second']:.1f} tokens/s; against {against}")
+            ours = run_side("sides", "ours", work)
+            progress(f"  {ours['tokens_per_second']:.1f} tokens/s; against {against}")
             if against == "mlx-lm":
                 theirs = run_side("sides", "mlx-lm", work)
             else:
                 theirs = run_side("sides", "ours", {**work, "method": against})
             progress(f"  {theirs['tokens_per_second']:.1f} tokens/s")
-            results.append({"ours": mine, other: theirs})
+            results.append({"ours": ours, other: theirs})
     described = {key: value for key, value in work.items() if key != "rows"}
     described |= {"data": data, "rows": rows, "real_tokens": tokens, "against": against}
     return record(described, other, results)

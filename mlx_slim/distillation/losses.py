@@ -84,7 +84,7 @@ def between(log_p_CB: mx.array, log_q_CB: mx.array, kind: Divergence) -> mx.arra
     return reverse_C if kind == "reverse" else 0.5 * (forward_C + reverse_C)
 
 
-def pull(log_p_CB: mx.array, log_q_CB: mx.array, kind: Divergence) -> mx.array:
+def bucket_gradient(log_p_CB: mx.array, log_q_CB: mx.array, kind: Divergence) -> mx.array:
     """Return u = ∂D/∂log q of each bucket (C, B), up to multiples of q, which cancel."""
     forward_CB = -mx.exp(log_p_CB)
     if kind == "forward":
@@ -165,7 +165,7 @@ class DistillationLoss:
             log_q_CB = _buckets(student_CK, mx.log(others_C1 / total_C1)[:, 0])
             apart_C = between(log_p_CB, log_q_CB, self.divergence)
             apart = apart + loss_weight * weighted_sum(apart_C, *weights)
-            u_CB = pull(log_p_CB, log_q_CB, self.divergence)
+            u_CB = bucket_gradient(log_p_CB, log_q_CB, self.divergence)
             back_C1 = row_sums(u_CB)
             lumped_C1 = mx.where(others_C1 > 0, u_CB[:, -1:] / others_C1, 0.0)
             part_CV = exp_CV * (weight * (lumped_C1 - back_C1 / total_C1))

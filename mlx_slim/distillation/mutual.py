@@ -24,7 +24,7 @@ from mlx_slim.config.distill import DistillConfig, TeacherConfig
 from mlx_slim.config.schema import Recipe
 from mlx_slim.data.batches import Batch
 from mlx_slim.data.prepare import Prepared
-from mlx_slim.distillation.losses import FLOOR, Divergence, between, pull
+from mlx_slim.distillation.losses import FLOOR, Divergence, between, bucket_gradient
 from mlx_slim.errors import SlimError
 from mlx_slim.finetuning.build import Tuned, prepare_data, prepare_model
 from mlx_slim.finetuning.strategy import load_tuned, planned_config, save_tuned
@@ -104,7 +104,7 @@ class PeerLoss:
         nll, plain = NLL().value_and_gradient(logits_CV, targets_C, *weights)
         log_p_CV, log_q_CV = self._logs(self.other(rows_CX)), self._logs(logits_CV)
         apart_C = between(log_p_CV, log_q_CV, self.divergence)
-        u_CV = pull(log_p_CV, log_q_CV, self.divergence)
+        u_CV = bucket_gradient(log_p_CV, log_q_CV, self.divergence)
         apart_CV = u_CV - mx.exp(log_q_CV) * row_sums(u_CV)
         probs_CV = plain.probs_CV / row_sums(plain.probs_CV)
         probs_CV = probs_CV + self.weight * self.temperature * apart_CV

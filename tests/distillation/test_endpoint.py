@@ -154,7 +154,7 @@ def test_a_reply_that_is_cut_short_is_asked_for_again() -> None:
     assert [text for text, _ in replies] == [f"whole: {way}" for way in ways]
 
 
-def test_silence_is_given_up() -> None:
+def test_silence_is_an_error_after_the_timeout() -> None:
     with serving(slow=0.5) as served, pytest.raises(SlimError, match=r"no answer within 0\.1 s"):
         list(teacher(served.base_url, timeout=0.1, retries=1).answer(chats("one")))
 

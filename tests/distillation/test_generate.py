@@ -103,8 +103,8 @@ def test_with_weight_one_only_the_teacher_counts(rows: Path, tmp_path: Path) -> 
 def test_a_row_that_a_teacher_cannot_read_is_named(tmp_path: Path) -> None:
     """Its tokenizer gives a token that its embedding has no row for."""
     base = with_tokens(tiny_model(tmp_path / "model"), "<|tool|>")
-    held_out = choose_validation(3, 12, 0).tolist()
-    bad = next(i for i in range(9, -1, -1) if i not in held_out)
+    validation = choose_validation(3, 12, 0).tolist()
+    bad = next(i for i in range(9, -1, -1) if i not in validation)
     rows = [{"prompt": f"row {i}" + " <|tool|>" * (i == bad), "completion": "x"} for i in range(12)]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

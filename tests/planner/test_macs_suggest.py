@@ -24,7 +24,7 @@ def test_working_sets_are_those_that_metal_reports() -> None:
     assert limits == sorted(limits)
 
 
-def test_macs_are_found_by_name() -> None:
+def test_macs_by_name() -> None:
     mac = find_mac("M2 16GB")
     assert (mac.name, mac.memory_gb, mac.bandwidth) == ("m2-16gb", 16, 100)
     assert mac.working_set_bytes == working_set(16)
@@ -54,14 +54,14 @@ def ranked(limit: int, method: str = "lora", **train: Any) -> list[Any]:
 
 
 def test_what_fits_stands_first_then_what_costs_least() -> None:
-    found = ranked(3200)
-    assert found[0].set == "train.batch_tokens=2048 train.accumulate=2"
-    assert (found[0].time, found[0].cost) == (1.0, "")
-    fit = [s.predicted_peak_bytes <= 3200 for s in found]
+    prediction = ranked(3200)
+    assert prediction[0].set == "train.batch_tokens=2048 train.accumulate=2"
+    assert (prediction[0].time, prediction[0].cost) == (1.0, "")
+    fit = [s.predicted_peak_bytes <= 3200 for s in prediction]
     assert fit == sorted(fit, reverse=True)
-    inside = [(COSTS.index(s.cost), s.time) for s in found if s.predicted_peak_bytes <= 3200]
+    inside = [(COSTS.index(s.cost), s.time) for s in prediction if s.predicted_peak_bytes <= 3200]
     assert inside == sorted(inside)
-    assert all(s.predicted_peak_bytes < 0.97 * 5096 for s in found)
+    assert all(s.predicted_peak_bytes < 0.97 * 5096 for s in prediction)
 
 
 def test_a_smaller_optimizer_costs_less_than_giving_up_full_tuning() -> None:
@@ -79,10 +79,10 @@ def test_no_change_with_a_part_that_does_as_much() -> None:
     recipe = Recipe(model="x", method="full", train=train)
     both = "train.grad_checkpoint=true train.batch_tokens=2048 train.accumulate=2"
     assert both in [s.set for s in suggestions(recipe, 10**6, price)]
-    found = [s.set for s in suggestions(recipe, 10**6, pieces_cost)]
-    assert "train.grad_checkpoint=true" in found and both not in found
+    prediction = [s.set for s in suggestions(recipe, 10**6, pieces_cost)]
+    assert "train.grad_checkpoint=true" in prediction and both not in prediction
 
 
 def test_a_recipe_that_is_small_already_gets_no_empty_advice() -> None:
-    found = ranked(10, "qlora", batch_tokens=256, max_length=256, grad_checkpoint=True)
-    assert found == []
+    prediction = ranked(10, "qlora", batch_tokens=256, max_length=256, grad_checkpoint=True)
+    assert prediction == []

@@ -50,14 +50,14 @@ def recipe(method: str = "lora", **sections: Any) -> Recipe:
 def test_counts_are_the_published_ones(model: str) -> None:
     parameters, q_and_v, all_linear, four_bit = PUBLISHED[model]
     config = SHIPPED_CONFIGS[model]
-    found = training_shapes(config, recipe("qlora"), mx.bfloat16)
-    assert found.parameters == parameters
-    assert found.trainable_parameters == all_linear
-    assert found.base_bytes / 1e9 == pytest.approx(four_bit, abs=5e-4)
+    prediction = training_shapes(config, recipe("qlora"), mx.bfloat16)
+    assert prediction.parameters == parameters
+    assert prediction.trainable_parameters == all_linear
+    assert prediction.base_bytes / 1e9 == pytest.approx(four_bit, abs=5e-4)
     targets = {"targets": ["q_proj", "v_proj"]}
-    found = training_shapes(config, recipe(adapter=targets), mx.bfloat16)
-    assert found.trainable_parameters == q_and_v
-    assert found.base_bytes == 2 * parameters
+    prediction = training_shapes(config, recipe(adapter=targets), mx.bfloat16)
+    assert prediction.trainable_parameters == q_and_v
+    assert prediction.base_bytes == 2 * parameters
 
 
 def build(config: dict[str, Any], plan: Recipe) -> Any:
@@ -82,14 +82,14 @@ def test_static_bytes_are_exact(architecture: str, method: str, optimizer: str) 
     plan = recipe(method, train={"optimizer": optimizer})
     model = build(config, plan)
     real = Optimizer(model, plan.train)
-    found = training_shapes(config, plan, mx.float32)
+    prediction = training_shapes(config, plan, mx.float32)
     arrays = dict(tree_flatten(model.parameters()))
     cached = [v for k, v in arrays.items() if "_base_norm2" in k]
-    assert found.base_bytes + found.adapter_bytes == sum(v.nbytes for v in arrays.values()) + (
-        0 if cached or method != "dora" else sum(m._base_norm2_O.nbytes for m in _doras(model))
-    )
-    assert found.optimizer_bytes == sum(value.nbytes for value in real.state().values())
-    assert found.trainable == {
+    assert prediction.base_bytes + prediction.adapter_bytes == sum(
+        v.nbytes for v in arrays.values()
+    ) + (0 if cached or method != "dora" else sum(m._base_norm2_O.nbytes for m in _doras(model)))
+    assert prediction.optimizer_bytes == sum(value.nbytes for value in real.state().values())
+    assert prediction.trainable == {
         path: value.shape for path, value in tree_flatten(model.trainable_parameters())
     }
 
@@ -200,8 +200,8 @@ def assert_peaks_agree(
         mx.reset_peak_memory()
         stepper.micro(rows)
         measured = mx.get_peak_memory() - before
-    found = predict(config, plan, gpu=False, budget=1, suggest=False)
-    parts = found.breakdown
+    prediction = predict(config, plan, gpu=False, budget=1, suggest=False)
+    parts = prediction.breakdown
     moving = parts["activations"] + parts["logits"] + parts["gradients"]
     assert held <= parts["weights"]
     assert moving == pytest.approx(measured, rel=rel)
@@ -228,7 +228,7 @@ def test_every_knob_turns_the_right_way() -> None:
     assert bytes_of(gpu=False) > base  # float32 where a GPU has bfloat16
 
 
-def test_lengths_known_beat_lengths_allowed() -> None:
+def test_counted_lengths_replace_the_longest_allowed() -> None:
     plan = recipe(train={"batching": "grouped"})
     short = predict(config_of(), plan, lengths=[64] * 1000, gpu=False, budget=1)
     few = predict(config_of(), plan, lengths=[64] * 4, gpu=False, budget=1)
@@ -299,9 +299,9 @@ def test_tokens_are_guessed_from_the_rows_that_will_be_used(
 
     def tokens(path: Path = file, distill: dict[str, Any] | None = None, **data: Any) -> int:
         values = {"path": str(path), "template": "plain", "validation": 0, **data}
-        taught = {"distill": distill} if distill else {}
+        with_teacher = {"distill": distill} if distill else {}
         train = {"max_length": 256, "epochs": 1}
-        work = expected_work(recipe(data=values, train=train, **taught))
+        work = expected_work(recipe(data=values, train=train, **with_teacher))
         assert work is not None
         return work.tokens
 
@@ -343,9 +343,9 @@ def test_only_what_is_learned_is_counted_as_supervised(tmp_path: Path) -> None:
     def work(*rows: dict[str, Any], **data: Any) -> TrainingWork:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         values = {"path": str(file), "template": "plain", "validation": 0, **data}
-        found = expected_work(recipe(data=values, train={"max_length": 1024, "epochs": 1}))
-        assert found is not None
-        return found
+        prediction = expected_work(recipe(data=values, train={"max_length": 1024, "epochs": 1}))
+        assert prediction is not None
+        return prediction
 
     three = [chat({}, {}, {})] * 8
     assert work(*three).supervised == pytest.approx(300 / 601, rel=0.01)

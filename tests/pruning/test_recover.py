@@ -155,7 +155,7 @@ def test_validation_rows_are_not_trained_on(
     report = prune_and_recover(model, tmp_path / "b", options, none, heard)
     assert report.validation.text == "calibration text"
     warnings = [e for e in heard.events if isinstance(e, Notice) and e.level == "warning"]
-    assert any("may have been trained on" in event.message for event in warnings)
+    assert any("which may be in its training data" in event.message for event in warnings)
 
 
 @pytest.mark.parametrize("method", ["full", "qlora"])
@@ -266,7 +266,7 @@ def test_another_pruning_is_refused_with_the_difference(
         prune_and_recover(model, out, options, after, Recorder())
 
 
-def test_bad_text_found_late_leaves_nothing(
+def test_a_text_that_is_too_short_leaves_nothing(
     setting: tuple[Path, PruneOptions, RecoverOptions], tmp_path: Path
 ) -> None:
     model, options, after = setting

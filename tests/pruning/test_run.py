@@ -225,8 +225,10 @@ def test_taylor_removes_less_that_matters_than_its_opposite(
             "group_importance",
             lambda *a, **k: {name: -value for name, value in honest(*a, **k).items()},
         )
-        worst = prune(tiny(), tmp_path / "b", options(ratio=0.5, heads=False)).record["fidelity"]
-    assert result.record["fidelity"]["kl"] < worst["kl"]
+        reversed_ranking = prune(tiny(), tmp_path / "b", options(ratio=0.5, heads=False)).record[
+            "fidelity"
+        ]
+    assert result.record["fidelity"]["kl"] < reversed_ranking["kl"]
 
 
 def test_the_command_prints_what_went_and_writes_nothing_on_a_dry_run(

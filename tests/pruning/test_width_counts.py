@@ -45,12 +45,12 @@ def _total(config: dict[str, Any]) -> int:
 def test_published_counts_hold_exactly(
     config: dict[str, Any], options: dict[str, Any], expected: int
 ) -> None:
-    found = plan(config, PruneOptions(**options), 2)
-    assert found.parameters == expected
-    if found.axis == "depth":
-        assert _total(config_without_layers(config, found.removed)) == expected
+    planned = plan(config, PruneOptions(**options), 2)
+    assert planned.parameters == expected
+    if planned.axis == "depth":
+        assert _total(config_without_layers(config, planned.removed)) == expected
     else:
-        assert _total(config_with_sizes(config, found.sizes, uniform=False)) == expected
+        assert _total(config_with_sizes(config, planned.sizes, uniform=False)) == expected
 
 
 @pytest.mark.parametrize("config", [TINYLLAMA, PHI, SMOL])
@@ -83,14 +83,14 @@ def test_widths_still_quantize_and_no_more_goes_than_asked(
     assert 0 <= (heads.count - sizes[HEADS][0]) <= ratio * heads.count
 
 
-@pytest.mark.parametrize("share", [0.9, 0.7, 0.5])
-def test_a_target_is_met_and_nearly_used(share: float) -> None:
+@pytest.mark.parametrize("fraction", [0.9, 0.7, 0.5])
+def test_a_target_is_met_and_nearly_used(fraction: float) -> None:
     counts = count(build(SMOL))
     families = _families(SMOL)
     layers = list(range(4, 28))
-    target = int(share * counts.total)
+    target = int(fraction * counts.total)
     for kinds in ((HEADS, MLP), (MLP,)):
-        if share < 0.7:
+        if fraction < 0.7:
             continue
         after = counts.with_sizes(sizes_within(families, target, kinds, layers, counts))
         step = 64 * counts.groups[MLP][0] * len(layers)
