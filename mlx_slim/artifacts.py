@@ -11,15 +11,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import io
 import json
 import os
 import platform
-import re
 import shutil
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -27,6 +24,10 @@ from typing import Any, cast
 
 from mlx_slim import locks, reading
 from mlx_slim.errors import DISK_FULL, ResourceError, SlimError
+from mlx_slim.hashing import hash_bytes as hash_bytes
+from mlx_slim.hashing import hash_file as hash_file
+from mlx_slim.hashing import hash_files as hash_files
+from mlx_slim.hashing import hash_json as hash_json
 from mlx_slim.reading import read_json as read_json  # what ``write_json`` wrote
 from mlx_slim.tensor_files import safetensors_header
 
@@ -338,39 +339,6 @@ def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
     if type(record) is not dict:
         raise SlimError(f"{path}, line {number} is no JSON object")
     return record
-
-
-def hash_bytes(data: bytes) -> str:
-    """Return the SHA-256 of ``data``, hexadecimal."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def hash_json(value: Any) -> str:
-    """Return the SHA-256 of ``value`` as canonical JSON (sorted keys)."""
-    return hash_bytes(json.dumps(value, sort_keys=True, ensure_ascii=False).encode())
-
-
-def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a regular file, hexadecimal."""
-    digest = hashlib.sha256()
-    with reading.open_regular(path) as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def hash_files(paths: Iterable[Path]) -> str:
-    """Return one SHA-256 over names and contents; a hub blob's name tells its hash unread."""
-
-    def one(path: Path) -> str:
-        name = path.resolve().name if path.is_symlink() else ""
-        return name if re.fullmatch(r"[0-9a-f]{64}", name) else hash_file(path)
-
-    files = sorted(paths)
-    with ThreadPoolExecutor() as pool:
-        return hash_json(
-            dict(zip((path.name for path in files), pool.map(one, files), strict=True))
-        )
 
 
 def is_hub_id(name: str) -> bool:

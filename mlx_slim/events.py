@@ -275,6 +275,58 @@ class EvalDone(Event):
     peak_memory_bytes: int
 
 
+@dataclass(frozen=True)
+class StageProgress(Event):
+    """A stage of work began, is further, or ended (``progress.stage`` reports it).
+
+    Attributes:
+        stage: What is done, in words.
+        done: Work done so far, in ``unit`` (may be a fraction).
+        total: All of it; None where that is unknown.
+        unit: Plural noun; empty where only the time is known.
+        finished: Whether the stage has ended.
+    """
+
+    name: ClassVar[str] = "progress"
+    stage: str
+    done: float = 0.0
+    total: float | None = None
+    unit: str = ""
+    finished: bool = False
+
+
+@dataclass(frozen=True)
+class EvalAnswering(Event):
+    """Questions of a chunk are being answered: those of it that are, are not on disk yet.
+
+    Attributes:
+        task: The task.
+        answered: Its questions answered, those on disk included.
+        questions: All its questions.
+        share: Part of the whole evaluation's work that is done, 0 … 1.
+    """
+
+    name: ClassVar[str] = "eval_answering"
+    task: str
+    answered: int
+    questions: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Predicted(Event):
+    """What a run was predicted to need, before its first step.
+
+    Attributes:
+        predicted_peak_bytes: Peak memory.
+        breakdown: Bytes by what takes them at the peak.
+    """
+
+    name: ClassVar[str] = "predicted"
+    predicted_peak_bytes: int
+    breakdown: dict[str, int]
+
+
 class Observer(Protocol):
     """Anything that wants to hear of events: console, ``metrics.jsonl``, TensorBoard, tests."""
 

@@ -87,6 +87,23 @@ def acquire(path: Path) -> Lock | None:
         os.close(descriptor)
 
 
+def is_locked(path: Path) -> bool:
+    """Return whether a living process holds the lock of the file ``path``; nothing is written."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _warn(path: Path, error: OSError) -> None:
     global _warned
     if not _warned:

@@ -12,18 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_slim.cli.options import Real, Whole
+from mlx_slim.cli.options import Real, Whole, alive, show_next
+from mlx_slim.next_steps import step
 
 if TYPE_CHECKING:
     from mlx_slim.analyze.intruders import Intruders, Matrix
 
 
-@click.group("analyze")
+@click.group("analyze", epilog="Example: mlx-slim analyze memory tinyllama-lora")
 def command() -> None:
     """See what tuning did to the weights, and where memory goes."""
 
 
-@command.command("intruders")
+@command.command(
+    "intruders",
+    epilog="Example: mlx-slim analyze intruders models/mine --adapter runs/mine/adapters -o out",
+)
 @click.argument("base")
 @click.option("--adapter", type=click.Path(path_type=Path), help="Adapter folder.")
 @click.option("--tuned", help="A whole tuned model: folder or hub id.")
@@ -72,7 +76,7 @@ def intruders(
             click.echo(_line(matrix), err=True)
 
     inputs = {"base": base, "adapter": adapter, "tuned": tuned, "k": k, "epsilon": epsilon}
-    with new_folder(output, "analyze intruders", inputs):
+    with alive(), new_folder(output, "analyze intruders", inputs):
         found = find_intruders(
             base,
             adapter=adapter,
@@ -92,6 +96,7 @@ def intruders(
     for line in _summary(found):
         click.echo(line)
     click.echo(f"written    {output}")
+    show_next(step("see them", "less", output / "intruders.json"))
 
 
 def _line(matrix: Matrix) -> str:
@@ -118,7 +123,7 @@ def _summary(found: Intruders) -> list[str]:
     ]
 
 
-@command.command("memory")
+@command.command("memory", epilog="Example: mlx-slim analyze memory tinyllama-lora")
 @click.argument("recipe_or_model")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
@@ -136,17 +141,24 @@ def memory(recipe_or_model: str, overrides: tuple[str, ...], as_json: bool) -> N
         bar = "█" * round(40 * share)
         click.echo(f"{name:<{width}}  {human_bytes(size):>9}  {share:6.1%}  {bar}")
     click.echo(f"{'total':<{width}}  {human_bytes(parts['total_bytes']):>9}")
+    named = [recipe_or_model] if overrides or _is_recipe(recipe_or_model) else []
+    named = named or ["smollm2-lora", f"model={recipe_or_model}", "revision=null"]
+    show_next(step("see what makes it fit", "mlx-slim", "plan", *named, *overrides))
+
+
+def _is_recipe(name: str) -> bool:
+    from mlx_slim.config import library
+
+    return name in library.names("recipes") or name.endswith((".yaml", ".yml"))
 
 
 def _parts(name: str, overrides: tuple[str, ...]) -> dict[str, Any]:
-    from mlx_slim.config import library
     from mlx_slim.config.load import load_recipe
     from mlx_slim.models.load import read_config
     from mlx_slim.planner.memory import predict, weight_bytes
     from mlx_slim.planner.shipped_models import model_config
 
-    is_recipe = name in library.names("recipes") or name.endswith((".yaml", ".yml"))
-    if is_recipe or (overrides and not Path(name).is_dir()):
+    if _is_recipe(name) or (overrides and not Path(name).is_dir()):
         recipe = load_recipe(name, overrides).recipe
         parts = predict(model_config(recipe)[0], recipe, suggest=False).breakdown
     else:

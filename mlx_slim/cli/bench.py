@@ -8,15 +8,16 @@ from typing import Any
 
 import click
 
-from mlx_slim.cli.options import SHOTS, Whole
+from mlx_slim.cli.options import SHOTS, Whole, alive, show_next
+from mlx_slim.next_steps import step
 
 
-@click.group("bench")
+@click.group("bench", epilog="Example: mlx-slim bench train models/mine")
 def command() -> None:
     """Measure speed and memory side by side with mlx-lm, each side in its own process."""
 
 
-@command.command("train")
+@command.command("train", epilog="Example: mlx-slim bench train models/mine --against mlx-lm")
 @click.argument("model")
 @click.option("--data", default="tatsu-lab/alpaca", show_default=True, help="Alpaca rows.")
 @click.option(
@@ -61,7 +62,8 @@ def train(model: str, against: str, as_json: bool, **work: Any) -> None:
     def progress(line: str) -> None:
         click.echo(line, err=True)
 
-    record = bench_train(model, against=against, progress=progress, **work)
+    with alive():
+        record = bench_train(model, against=against, progress=progress, **work)
     if as_json:
         click.echo(json.dumps(record, indent=2))
         return
@@ -74,9 +76,12 @@ def train(model: str, against: str, as_json: bool, **work: Any) -> None:
         )
     ratio = record["ratio"]
     click.echo(f"ratio    {ratio['speed']:.2f} x speed, {ratio['peak_memory']:.2f} x peak memory")
+    show_next(step("measure scoring too", "mlx-slim", "bench", "eval", model))
 
 
-@command.command("eval")
+@command.command(
+    "eval", epilog="Example: mlx-slim bench eval models/mine --task hellaswag --limit 50"
+)
 @click.argument("model")
 @click.option("--task", default="hellaswag", show_default=True, help="Name or file of a task.")
 @click.option("--limit", type=Whole(1), default=100, show_default=True, help="Questions.")
@@ -108,7 +113,8 @@ def evaluate(model: str, against: str, as_json: bool, **work: Any) -> None:
     def progress(line: str) -> None:
         click.echo(line, err=True)
 
-    record = bench_eval(model, progress=progress, **work)
+    with alive():
+        record = bench_eval(model, progress=progress, **work)
     if as_json:
         click.echo(json.dumps(record, indent=2))
         return
@@ -125,9 +131,10 @@ def evaluate(model: str, against: str, as_json: bool, **work: Any) -> None:
         f"{ratio['computed_to_minimum']:.3f} x the fewest possible"
     )
     click.echo("answers  " + ", ".join(f"{k} {v}" for k, v in record["agreement"].items()))
+    show_next(step("measure training too", "mlx-slim", "bench", "train", model))
 
 
-@command.command("plan")
+@command.command("plan", epilog="Example: mlx-slim bench plan models/mine")
 @click.argument("model")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Finished cases; go on from them."
@@ -142,7 +149,8 @@ def plan(model: str, output: Path | None, as_json: bool) -> None:
 
     if not as_json:
         click.echo(f"{'case':36} {'predicted':>10} {'measured':>10} {'error':>7}")
-    record = bench_plan(model, output, lambda line: click.echo(line, err=as_json))
+    with alive():
+        record = bench_plan(model, output, lambda line: click.echo(line, err=as_json))
     if as_json:
         click.echo(json.dumps(record, indent=2))
         return
@@ -150,3 +158,4 @@ def plan(model: str, output: Path | None, as_json: bool) -> None:
         f"{record['n']} runs, {record['within_15_percent']:.0%} within 15%; error: median "
         f"{record['median_error']:.1%}, worst {record['worst_error']:.1%}"
     )
+    show_next(step("measure training", "mlx-slim", "bench", "train", model))

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mlx_slim.cli.options import speaker_options
+from mlx_slim.cli.options import show_next, speaker_options
 from mlx_slim.cli.speaker import open_and_tell
 from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.interrupts import Terminated
+from mlx_slim.next_steps import train_on, use_model
 
 if TYPE_CHECKING:
     from mlx_slim.evaluation.chat import ChatSession
@@ -37,7 +38,7 @@ def _switch(speaker: ChatSession, names: list[str]) -> None:
     click.echo(f"adapter: {' '.join(names) or 'none'}; the conversation goes on", err=True)
 
 
-@click.command()
+@click.command(epilog="Example: mlx-slim chat models/mine --adapter runs/mine/adapters")
 @speaker_options(max_tokens=512, temp=0.7)
 def command(
     model: str,
@@ -100,3 +101,5 @@ def command(
             continue
         click.echo()
         messages.append({"role": "assistant", "content": "".join(pieces)})
+    if interactive:
+        show_next(*use_model(model, adapter)[1:], train_on(model))

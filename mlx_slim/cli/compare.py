@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _POLL = 0.05  # seconds between two looks at a cell that runs
 
 
-@click.command("compare")
+@click.command("compare", epilog="Example: mlx-slim compare matrix-tiny -o runs/matrix-tiny")
 @click.argument("matrix", required=False)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder [runs/MATRIX].")

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import click
 
+from mlx_slim.cli.options import alive, show_next
+from mlx_slim.next_steps import step, train_on
 
-@click.command(name="convert")
+
+@click.command(name="convert", epilog="Example: mlx-slim convert model.gguf -o models/mine")
 @click.argument("source")
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write."
@@ -35,14 +38,15 @@ def command(
     from mlx_slim.models.convert import convert
     from mlx_slim.runtime import human_bytes, resolve_dtype
 
-    report = convert(
-        source,
-        output,
-        dtype=resolve_dtype(dtype) if dtype else None,
-        dequantize=dequantize,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
+    with alive():
+        report = convert(
+            source,
+            output,
+            dtype=resolve_dtype(dtype) if dtype else None,
+            dequantize=dequantize,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
     click.echo(f"{report.path}: {report.parameters:,} parameters in {report.tensors} tensors")
     click.echo(
         f"  {human_bytes(report.bytes)}, {report.bits_per_weight:.2f} bits per weight, "
@@ -52,3 +56,8 @@ def command(
         click.echo(f"  {note}")
     same = "equal to the source's, bit for bit" if report.exact else f"KL {report.kl:.2g} nats"
     click.echo(f"  reloaded and compared: logits {same}")
+    show_next(
+        step("talk with it", "mlx-slim", "chat", output),
+        step("make it smaller", "mlx-slim", "quantize", output, "-o", f"{output}-4bit"),
+        train_on(output),
+    )

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_slim.cli.options import Whole
+from mlx_slim.cli.options import Whole, alive, show_next
 from mlx_slim.errors import SlimError
+from mlx_slim.next_steps import step
+from mlx_slim.progress import tracked
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -23,12 +25,12 @@ if TYPE_CHECKING:
     from mlx_slim.data.pipeline import PreparedRow
 
 
-@click.group()
+@click.group(epilog="Example: mlx-slim data preview smollm2-lora")
 def command() -> None:
     """Look at data as the training loop will see it."""
 
 
-@command.command()
+@command.command(epilog="Example: mlx-slim data preview smollm2-lora data.path=rows.jsonl")
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--rows", type=Whole(1), default=3, show_default=True, help="Rows to show.")
@@ -48,7 +50,8 @@ def preview(recipe: str, overrides: tuple[str, ...], rows: int) -> None:
     from mlx_slim.models.load import load_tokenizer
 
     resolved = load_recipe(recipe, overrides).recipe
-    tokenizer = load_tokenizer(resolved.model, revision=resolved.revision)
+    with alive():
+        tokenizer = load_tokenizer(resolved.model, revision=resolved.revision)
     pipeline = Pipeline(resolved.data, tokenizer, max_length=resolved.train.max_length)
     console = Console(highlight=False, soft_wrap=True)
     marks = ("", "") if console.color_system else ("⟦", "⟧")
@@ -74,6 +77,11 @@ def preview(recipe: str, overrides: tuple[str, ...], rows: int) -> None:
                 console.print(line, style="yellow", markup=False)
             seen |= ledger.columns
         check_renamed(resolved.data.columns, seen)
+    words = [recipe, *overrides]
+    show_next(
+        step("see what it costs", "mlx-slim", "plan", *words),
+        step("train on it", "mlx-slim", "train", *words, "-o", "runs/mine"),
+    )
 
 
 def _legend(opening: str, closing: str) -> Text:
@@ -110,7 +118,7 @@ def _row(row: PreparedRow, tokenizer: Any, opening: str, closing: str) -> Text:
     return text
 
 
-@command.command()
+@command.command(epilog="Example: mlx-slim data overlap rows.jsonl")
 @click.argument("source", metavar="RECIPE_OR_FILE")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--data-dir", metavar="DIR", help="Evaluation data (default: MLX_SLIM_DATA).")
@@ -126,13 +134,15 @@ def overlap(source: str, overrides: tuple[str, ...], data_dir: str | None, as_js
             f"no evaluation data in {data_dir or 'MLX_SLIM_DATA'}",
             "name the data mirror with --data-dir or MLX_SLIM_DATA",
         )
-    for place, texts in _texts(config):
-        checker.add(place, texts)
+    with alive():
+        for place, texts in tracked(_texts(config), "comparing with the evaluation data", "rows"):
+            checker.add(place, texts)
     report = checker.report()
     if as_json:
         click.echo(json.dumps(report, indent=2))
         return
     _print_report(report)
+    show_next(step("see the rows", "mlx-slim", "data", "preview", "RECIPE", f"data.path={source}"))
 
 
 def _data_config(source: str, overrides: tuple[str, ...]) -> DataConfig:

@@ -10,10 +10,10 @@ from typing import Any
 
 import click
 
-from mlx_slim.cli.options import Whole, output_mode
+from mlx_slim.cli.options import Whole, output_mode, show_next
 
 
-@click.command("demo")
+@click.command("demo", epilog='Example: mlx-slim demo --methods "lora qlora"')
 @click.option("--model", help="Hub id or folder. Default: SmolLM2-135M-Instruct, no hub needed.")
 @click.option(
     "--methods",
@@ -54,6 +54,7 @@ def command(
 
     from mlx_slim.console import Console
     from mlx_slim.finetuning import demo as workflow
+    from mlx_slim.finetuning.demo_page import demo_steps
 
     name = "demo" if model is None else f"demo-{Path(model).name}"
     out = output or Path("runs") / name
@@ -70,6 +71,10 @@ def command(
         return
     _show(workflow.HEADINGS, [workflow.cells(row) for row in rows])
     click.echo(f"report: {out / 'report.md'}, every answer: {out / 'scores'}")
+    if mode == "quiet":
+        return
+    best = max(rows, key=lambda row: row.after.exact)
+    show_next(*demo_steps(out / "runs" / best.method))
 
 
 def _show(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:

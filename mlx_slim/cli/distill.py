@@ -11,7 +11,7 @@ from mlx_slim.cli.train import go
 from mlx_slim.config.load import load_recipe, render
 
 
-@click.command("distill")
+@click.command("distill", epilog="Example: mlx-slim distill distill-smollm2 -o runs/distilled")
 @run_options
 def command(
     recipe: str,

@@ -16,6 +16,10 @@ from typing import Any
 
 import click
 
+from mlx_slim.cli.options import alive, show_next
+from mlx_slim.next_steps import step
+from mlx_slim.progress import stage
+
 SLOW_GFLOPS = 25.0  # float32 on a CPU: the reference BLAS gives 2-5, OpenBLAS 50 and more a core
 
 
@@ -161,11 +165,12 @@ def _blas_line(blas: dict[str, Any]) -> str:
     return f"MLX's own ({blas['note']})"
 
 
-@click.command()
+@click.command(epilog="Example: mlx-slim doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
 def command(as_json: bool) -> None:
     """Check this machine: device, memory, speed, hub; how to mend it."""
-    facts = examine()
+    with alive(), stage("measuring this machine and asking the hub"):
+        facts = examine()
     if as_json:
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         return
@@ -189,3 +194,7 @@ def command(as_json: bool) -> None:
         console.print(line.append("\n  mend: ", "green").append(warning["mend"]), soft_wrap=True)
     if not facts["warnings"]:
         console.print(Text("all is well", style="green"))
+    show_next(
+        step("see it work", "mlx-slim", "demo"),
+        step("choose a recipe", "mlx-slim", "recipes"),
+    )

@@ -14,14 +14,18 @@ from typing import Any
 
 import click
 
-from mlx_slim.cli.options import options_of, output_mode
+from mlx_slim.cli.options import alive, options_of, output_mode, show_next
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.options import EvalOptions
+from mlx_slim.next_steps import step
+from mlx_slim.progress import stage
 
 _FOLDER = click.Path(path_type=Path)
 
 
-@click.command("eval")
+@click.command(
+    "eval", epilog="Example: mlx-slim eval models/mine --task openbookqa --limit 100 -o runs/scores"
+)
 @click.argument("models", nargs=-1, metavar="[MODEL]...")
 @options_of(EvalOptions, "adapter")
 @click.option("--task", "tasks", multiple=True, metavar="NAMES", help="Tasks, suites, task files.")
@@ -94,7 +98,13 @@ def command(
         return
     from mlx_slim.console.tables import show_results
 
-    show_results(results, result_folders(models, out))
+    folders = result_folders(models, out)
+    show_results(results, folders)
+    other = folders[1] if len(folders) > 1 else "OTHER_SCORES"
+    show_next(
+        step("compare it with another", "mlx-slim", "eval", "--compare", folders[0], other),
+        step("read its answers", "less", *sorted(folders[0].glob("samples_*.jsonl"))[:1]),
+    )
 
 
 def _compare(
@@ -124,7 +134,8 @@ def _compare(
         if target.exists():
             raise SlimError(f"{target} exists already", "choose another output folder")
         check_writable(target.parent)
-    comparison = compare(outs[0], outs[1], seed=seed)
+    with alive(), stage("resampling both results"):
+        comparison = compare(outs[0], outs[1], seed=seed)
     if target is not None:
         write_json(target, comparison.as_record(), replace=False)
     if as_json:
@@ -135,3 +146,4 @@ def _compare(
     show_comparison(comparison)
     if target is not None:
         click.echo(f"written: {target}")
+    show_next(step("read the answers", "less", *sorted(outs[1].glob("samples_*.jsonl"))[:1]))

@@ -22,7 +22,10 @@ _ONLY = {
 }
 
 
-@click.command(name="export")
+@click.command(
+    name="export",
+    epilog="Example: mlx-slim export models/fused --to gguf --type q8_0 -o models/gguf",
+)
 @click.argument("source")
 @click.option(
     "--to",

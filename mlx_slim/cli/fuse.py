@@ -11,11 +11,15 @@ from typing import Any
 
 import click
 
-from mlx_slim.cli.options import options_of
+from mlx_slim.cli.options import options_of, show_next
 from mlx_slim.export.options import FuseOptions
+from mlx_slim.next_steps import use_model
 
 
-@click.command(name="fuse")
+@click.command(
+    name="fuse",
+    epilog="Example: mlx-slim fuse models/mine --adapter runs/mine/adapters -o models/fused",
+)
 @click.argument("model")
 @click.option(
     "--adapter",
@@ -56,3 +60,5 @@ def command(
         result = fuse(model, adapter, output, options, console)
     for line in [json.dumps(result.as_record())] if as_json else result.lines():
         click.echo(line)
+    if not as_json:
+        show_next(*use_model(output))

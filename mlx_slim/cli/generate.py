@@ -10,9 +10,10 @@ import sys
 
 import click
 
-from mlx_slim.cli.options import speaker_options
+from mlx_slim.cli.options import show_next, speaker_options
 from mlx_slim.cli.speaker import open_and_tell
 from mlx_slim.errors import SlimError
+from mlx_slim.next_steps import step, train_on
 
 
 def _read() -> str:
@@ -22,7 +23,7 @@ def _read() -> str:
     return sys.stdin.read(LONGEST_PROMPT + 1)
 
 
-@click.command()
+@click.command(epilog='Example: mlx-slim generate models/mine --prompt "Name three fruits."')
 @speaker_options(max_tokens=256, temp=0.0)
 @click.option("--prompt", required=True, metavar="TEXT", help="What to say; - reads it from stdin.")
 @click.option("--no-chat-template", is_flag=True, help="Continue the prompt as it stands.")
@@ -69,3 +70,5 @@ def command(
             f"peak memory {human_bytes(reply.peak_memory_bytes)}, end: {reply.stop_reason}",
             err=True,
         )
+    on = [word for one in adapter for word in ("--adapter", one)]
+    show_next(step("talk with it", "mlx-slim", "chat", model, *on), train_on(model))

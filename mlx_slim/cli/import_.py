@@ -9,8 +9,13 @@ from pathlib import Path
 
 import click
 
+from mlx_slim.cli.options import show_next
+from mlx_slim.next_steps import use_model
 
-@click.command(name="import")
+
+@click.command(
+    name="import", epilog="Example: mlx-slim import peft-folder -o adapters --model models/mine"
+)
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="New folder.")
 @click.option("--model", help="Folder or hub id of the base; default the one the adapter names.")
@@ -23,3 +28,4 @@ def command(source: Path, output: Path, model: str | None) -> None:
         done = import_peft(source, output, base=model, observer=console)
     for line in done.lines():
         click.echo(line)
+    show_next(*use_model(model or "MODEL", [output], name=output))

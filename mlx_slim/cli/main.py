@@ -34,7 +34,22 @@ from mlx_slim.errors import (
     printable,
 )
 
-# name -> (module in mlx_slim.cli, line of help), in the order that a user meets them
+# What people want -> the commands for it, in the order that a user meets them.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "Start": ("doctor", "demo", "recipes", "tasks"),
+    "Look": ("data", "plan", "generate", "chat", "analyze"),
+    "Make smaller": ("convert", "quantize", "prune"),
+    "Teach": ("train", "distill"),
+    "Prove": ("eval", "compare", "report", "bench"),
+    "Hand over": ("fuse", "export", "import", "upload"),
+}
+COMPLETION = """\b
+Tab completion, one line in the start-up file of your shell:
+  bash  eval "$(_MLX_SLIM_COMPLETE=bash_source mlx-slim)"                (~/.bashrc)
+  zsh   eval "$(_MLX_SLIM_COMPLETE=zsh_source mlx-slim)"                 (~/.zshrc)
+  fish  _MLX_SLIM_COMPLETE=fish_source mlx-slim | source  (~/.config/fish/config.fish)"""
+
+# name -> (module in mlx_slim.cli, line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("doctor", "Check this machine: device, memory, speed, hub; how to mend it."),
     "demo": ("demo", "Fine-tune a real model on bundled data, and score before and after."),
@@ -55,7 +70,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "prune": ("prune", "Remove layers or widths that matter least."),
     "distill": ("distill", "Train a small model on what a large one says."),
     "compare": ("compare", "Run a matrix of experiments."),
-    "report": ("report", "Write the report of an experiment matrix."),
+    "report": ("report", "Draw the page of a run, also live, or of an experiment matrix."),
     "analyze": ("analyze", "See what tuning did to the weights, and where memory goes."),
     "bench": ("bench", "Measure speed and memory side by side with mlx-lm."),
 }
@@ -95,25 +110,36 @@ class LazyGroup(click.Group):
         if command is None:
             if name.startswith("-"):  # an option of the group itself: click has the message
                 return super().resolve_command(ctx, args)
+            if ctx.resilient_parsing:  # a shell that completes: it has nothing to offer
+                return None, None, []
             raise SlimError(f"no command {name!r}", did_you_mean(name, available()))
         return name, command, args[1:]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list of commands without importing any."""
-        if rows := [(name, line) for name, (_, line) in available().items()]:
-            with formatter.section("Commands"):
-                formatter.write_dl(rows)
+        commands = available()
+        width = max(map(len, commands), default=0)
+        for title, names in GROUPS.items():
+            if rows := [
+                (name.ljust(width), commands[name][1]) for name in names if name in commands
+            ]:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
 
 
 @click.group(
     cls=LazyGroup,
     invoke_without_command=True,
+    epilog=COMPLETION,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.version_option(__version__, prog_name="mlx-slim")
 @click.pass_context
 def command(ctx: click.Context) -> None:
-    """Make a language model smaller and better at your task, and know what it cost."""
+    """Make a language model smaller and better at your task, and know what it cost.
+
+    Example: mlx-slim demo, then mlx-slim train smollm2-lora data.path=your-rows.jsonl -o runs/mine
+    """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
     else:

@@ -13,11 +13,24 @@ import types
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import click
 
 from mlx_slim.config.options import KEY, CommandLine
+from mlx_slim.next_steps import NextStep
+
+if TYPE_CHECKING:
+    from mlx_slim.console import Console
 
 Command = Callable[..., Any]
 
@@ -133,6 +146,30 @@ def output_mode(
     return add
 
 
+def alive() -> Console:
+    """Return a console for a ``with`` block: standard error says what is under way in it."""
+    from rich.console import Console as Terminal
+
+    from mlx_slim.console import Console
+
+    return Console("plain", output=Terminal(stderr=True, highlight=False))
+
+
+def show_next(*steps: NextStep) -> None:
+    """Print what one would type next, on standard error: it is no part of a command's output."""
+    width = max(len(one.why) for one in steps)
+    click.echo("next:", err=True)
+    for one in steps:
+        click.echo(f"  {one.why:<{width}}  {one.command}", err=True)
+
+
+def recipe_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Return the shipped recipes whose names begin with ``incomplete``, for a shell."""
+    from mlx_slim.config import library
+
+    return [name for name in library.names("recipes") if name.startswith(incomplete)]
+
+
 def run_options(command: Command) -> Command:
     """Add what every command has that runs a recipe into a folder."""
     folder = click.Path(path_type=Path)
@@ -144,7 +181,7 @@ def run_options(command: Command) -> Command:
         ),
         click.option("-o", "--out", type=folder, help="Run folder [runs/RECIPE]."),
         click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]..."),
-        click.argument("recipe"),
+        click.argument("recipe", shell_complete=recipe_names),
     ):
         command = add(command)
     return command

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mlx_slim.cli.options import alive, recipe_names, show_next
 from mlx_slim.errors import SlimError
+from mlx_slim.next_steps import step
 
 if TYPE_CHECKING:
     from mlx_slim.config.load import Resolved
@@ -118,7 +120,10 @@ def _text(resolved: Resolved, found: Prediction, note: str) -> str:
             f"12 x the model (full fine-tuning) {human_bytes(rules['twelve_times'])}",
         ),
     ]
-    if advice := rank_advice(recipe, recipe.train.steps):
+    steps = recipe.train.steps
+    if steps is None and found.tokens:
+        steps = found.tokens // (recipe.train.batch_tokens * recipe.train.accumulate)
+    if advice := rank_advice(recipe, steps):
         rows.append(("rank", advice))
     lines = [f"{label:<14}{text}" for label, text in rows]
     if found.suggestions:
@@ -133,8 +138,8 @@ def _text(resolved: Resolved, found: Prediction, note: str) -> str:
     return "\n".join(lines)
 
 
-@click.command()
-@click.argument("recipe", required=False)
+@click.command(epilog="Example: mlx-slim plan tinyllama-lora --for m2-16gb")
+@click.argument("recipe", required=False, shell_complete=recipe_names)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--budget", metavar="SIZE", help="Plan for this much memory, e.g. 16GB.")
 @click.option("--for", "mac", metavar="MAC", help="Plan for a Mac, e.g. m2-16gb (see --macs).")
@@ -159,7 +164,9 @@ def command(
         click.echo(markdown())
         return
     if as_table:
-        click.echo(table())
+        with alive():
+            text = table()
+        click.echo(text)
         return
     if recipe is None:
         raise SlimError("no recipe is named", "mlx-slim recipes lists them")
@@ -168,8 +175,13 @@ def command(
     from mlx_slim.planner.run import plan
 
     resolved = load_recipe(recipe, overrides)
-    found, note = plan(resolved.recipe, budget=budget, mac=mac, probe=take_steps if probe else None)
+    steps = take_steps if probe else None
+    with alive():
+        found, note = plan(resolved.recipe, budget=budget, mac=mac, probe=steps)
     if as_json:
         click.echo(json.dumps({"schema_version": 1, "recipe": resolved.name, **found.as_record()}))
     else:
         click.echo(_text(resolved, found, note))
+        command = "train" if resolved.recipe.distill is None else "distill"
+        words = ["mlx-slim", command, recipe, *overrides]
+        show_next(step("run it", *words, "-o", f"runs/{resolved.name}"))

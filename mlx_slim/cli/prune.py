@@ -12,14 +12,18 @@ from typing import Any
 
 import click
 
-from mlx_slim.cli.options import Whole, options_of
+from mlx_slim.cli.options import Whole, options_of, show_next
 from mlx_slim.errors import SlimError
+from mlx_slim.next_steps import NextStep, step, train_on, use_model
 from mlx_slim.pruning.options import PruneOptions
 
 _PATH = click.Path(path_type=Path)
 
 
-@click.command("prune")
+@click.command(
+    "prune",
+    epilog="Example: mlx-slim prune models/mine -o models/narrow --method taylor --ratio 0.2",
+)
 @click.argument("model")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("-o", "--out", required=True, type=_PATH, help="New folder.")
@@ -95,6 +99,8 @@ def command(
         with Console("quiet" if as_json else "plain", output=output) as console:
             result = prune(model, out, options, console)
         click.echo(json.dumps(result.record) if as_json else "\n".join(result.lines()))
+        if not as_json:
+            show_next(*use_model(out), train_on(out))
         return
     from mlx_slim.pruning.recover import RecoverOptions, prune_and_recover
     from mlx_slim.pruning.report import report_lines
@@ -103,6 +109,25 @@ def command(
     with Console("quiet" if as_json else "plain", output=output) as console:
         report = prune_and_recover(model, out, options, after, console, resume=resume)
     click.echo(json.dumps(report.as_json()) if as_json else "\n".join(report_lines(report)))
+    if not as_json:
+        show_next(*_after(out))
+
+
+def _after(out: Path) -> list[NextStep]:
+    """Return what one would type after a run with --recover or --task."""
+    from mlx_slim.pruning.report import MODEL, RECOVER
+    from mlx_slim.reading import read_object
+
+    record = out / RECOVER / "run.json"
+    if not record.is_file():
+        return [*use_model(out / MODEL), train_on(out / MODEL)]
+    result = read_object(record, result=dict)["result"]
+    tuned = out / RECOVER / result["artifact"]
+    page = step("look at its page", "mlx-slim", "report", out)
+    if result["artifact"] == "model":
+        return [page, *use_model(tuned, name=out)]
+    base = out / RECOVER / result["base"] if result.get("base") else out / MODEL
+    return [page, *use_model(base, [tuned], name=out)]
 
 
 def _count(text: str) -> int:

@@ -8,12 +8,16 @@ from typing import Any
 
 import click
 
-from mlx_slim.cli.options import Whole, options_of
+from mlx_slim.cli.options import Whole, options_of, show_next
 from mlx_slim.config.schema import QuantizeConfig
+from mlx_slim.next_steps import train_on, use_model
 from mlx_slim.quantization.options import CompressOptions
 
 
-@click.command(name="quantize")
+@click.command(
+    name="quantize",
+    epilog="Example: mlx-slim quantize models/mine -o models/mine-4bit --bits 4 --method awq",
+)
 @click.argument("model")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="New folder.")
 @click.option(
@@ -66,3 +70,4 @@ def command(
         return
     for line in result.lines():
         click.echo(line)
+    show_next(*use_model(output), train_on(output, "smollm2-qlora"))

@@ -10,26 +10,35 @@ from pathlib import Path
 
 import click
 
+from mlx_slim.cli.options import alive, show_next
 from mlx_slim.errors import SlimError
+from mlx_slim.next_steps import step
 
 
 def _list() -> None:
     from mlx_slim.cli.plan import on_a_mac
     from mlx_slim.config import library
     from mlx_slim.config.load import load_recipe
+    from mlx_slim.progress import tracked
     from mlx_slim.runtime import human_bytes
 
     rows = [("recipe", "method", "memory", "model")]
-    for name in library.names("recipes"):
-        recipe = load_recipe(name).recipe
-        peak = human_bytes(on_a_mac(name)[0].predicted_peak_bytes)
-        rows.append((name, recipe.method, peak, recipe.model))
+    with alive():
+        for name in tracked(library.names("recipes"), "predicting", "recipes"):
+            recipe = load_recipe(name).recipe
+            peak = human_bytes(on_a_mac(name)[0].predicted_peak_bytes)
+            rows.append((name, recipe.method, peak, recipe.model))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         click.echo("  ".join(cells).rstrip())
     click.echo(
         "\nmemory: predicted peak on a Mac (bfloat16); for this machine: mlx-slim plan RECIPE"
+    )
+    show_next(
+        step("read one", "mlx-slim", "recipes", rows[1][0]),
+        step("see what it costs here", "mlx-slim", "plan", "smollm2-lora"),
+        step("make one your own", "mlx-slim", "recipes", "smollm2-lora", "--copy", "mine.yaml"),
     )
 
 
@@ -57,7 +66,7 @@ def _copy(name: str, path: Path) -> None:
     write_text(path, "\n".join(header) + "\n" + body, replace=False)
 
 
-@click.command()
+@click.command(epilog="Example: mlx-slim recipes smollm2-lora --copy mine.yaml")
 @click.argument("name", required=False)
 @click.option("--copy", "path", type=click.Path(path_type=Path), help="Write it to a .yaml file.")
 def command(name: str | None, path: Path | None) -> None:
@@ -73,3 +82,4 @@ def command(name: str | None, path: Path | None) -> None:
         click.echo(f"{path}: change it, then mlx-slim train {path} -o RUN")
     else:
         click.echo(library.find("recipes", name).read_text(encoding="utf-8").rstrip())
+        show_next(step("run it", "mlx-slim", "train", name, "-o", f"runs/{name}"))

@@ -1,39 +1,121 @@
-"""``mlx-slim report``: the page of a matrix, made again or checked against what is stored."""
+"""``mlx-slim report``: the page of a run, or of a matrix, made again from what is stored.
+
+Invariant: what kind of folder it is, the folder says; a page is a function of its records. Try it:
+``mlx-slim report runs/try``, and ``mlx-slim report runs/try --watch`` while it trains.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from mlx_slim.cli.options import Whole, alive, show_next
+from mlx_slim.errors import SlimError
+from mlx_slim.interrupts import Terminated
+from mlx_slim.next_steps import look_at, step
+from mlx_slim.progress import stage
 
-@click.command("report")
+if TYPE_CHECKING:
+    from http.server import ThreadingHTTPServer
+
+
+@click.command("report", epilog="Example: mlx-slim report runs/smollm2-lora --watch")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--verify", is_flag=True, help="Count every published number again; write nothing.")
-def command(folder: Path, verify: bool) -> None:
-    """Write report.html, report.md and results.json of the matrix in FOLDER."""
-    if not verify:
-        show(folder)
-        return
-    from mlx_slim.compare.verify import verify as check
+@click.option("--verify", is_flag=True, help="Of a matrix: count every number again; no page.")
+@click.option("--watch", is_flag=True, help="Of a run: serve the page live, on this machine only.")
+@click.option("--port", type=Whole(0, 65535), default=0, help="Of --watch [a free one].")
+def command(folder: Path, verify: bool, watch: bool, port: int) -> None:
+    """Write the page of the run or matrix in FOLDER: report.html.
 
-    found = check(folder)
-    for cell, why in found.missing:
-        click.echo(f"warning: {cell} is not among them: {why}", err=True)
-    click.echo(
-        f"{found.numbers:,} numbers of {found.cells} of {found.cells + len(found.missing)} cells "
-        f"counted again from {found.questions:,} answers: all agree, and every score × n is a "
-        "whole number"
-    )
+    Of a run (train, distill, prune --recover; complete, running or killed): curves, memory, rows,
+    answers before and after. Of a matrix: also report.md and results.json.
+    """
+    run = _run_of(folder)
+    if verify and run is not None:
+        raise SlimError(f"{folder} is a run: --verify is for a matrix", "leave --verify out")
+    if watch and run is None:
+        raise SlimError(f"{folder} holds no run to watch", "give the folder that train -o named")
+    if port and not watch:
+        raise SlimError(f"--port {port} is for --watch", "add --watch, or leave it out")
+    if watch:
+        assert run is not None
+        _watch(run, port)
+    elif run is None and not (folder / "matrix.json").exists():
+        raise SlimError(
+            f"{folder} holds neither a run (recipe.json) nor a matrix (matrix.json)",
+            "give the folder that train, distill, prune --recover or compare wrote",
+        )
+    elif run is not None:
+        from mlx_slim.finetuning.report import write_page
+
+        page = write_page(run)
+        click.echo(f"report: {page}")
+        show_next(
+            look_at(page),
+            step("see it live", "mlx-slim", "report", folder, "--watch"),
+        )
+    elif verify:
+        from mlx_slim.compare.verify import verify as check
+
+        with alive(), stage(f"counting {folder} again"):
+            found = check(folder)
+        for cell, why in found.missing:
+            click.echo(f"warning: {cell} is not among them: {why}", err=True)
+        click.echo(
+            f"{found.numbers:,} numbers of {found.cells} of {found.cells + len(found.missing)} "
+            f"cells counted again from {found.questions:,} answers: all agree, and every score × n "
+            "is a whole number"
+        )
+    else:
+        show(folder)
+
+
+def _run_of(folder: Path) -> Path | None:
+    """Return the run folder that ``folder`` is, or that prune --recover made in it."""
+    from mlx_slim.finetuning.report import is_run
+    from mlx_slim.pruning.report import RECOVER
+
+    for candidate in (folder, folder / RECOVER):
+        if is_run(candidate):
+            return candidate
+    return None
+
+
+def _watch(run: Path, port: int) -> None:
+    """Serve the page until Ctrl-C."""
+    from mlx_slim.finetuning.report import render
+    from mlx_slim.finetuning.watch import server
+
+    render(run)  # what is damaged, it says before anything listens
+    with server(run, port) as serving:
+        _serve(serving, run)
+
+
+def _serve(serving: ThreadingHTTPServer, run: Path) -> None:
+    host, port = serving.server_address[:2]
+    click.echo(f"{run}: http://{host!s}:{port} (Ctrl-C ends it)")
+    try:
+        serving.serve_forever()
+    except Terminated:
+        raise
+    except KeyboardInterrupt:
+        click.echo("no longer served")
 
 
 def show(folder: Path) -> None:
     """Write the report and say where it is and what it says."""
     from mlx_slim.compare.report import report
 
-    done = report(folder)
+    with alive(), stage(f"drawing the report of {folder}"):
+        done = report(folder)
     for line in done.results["headline"]:
         click.echo(line)
     for item in done.results["failed"]:
         click.echo(f"warning: {item['cell']}: {item['why']}", err=True)
     click.echo(f"report: {done.page}")
+    show_next(
+        look_at(done.page),
+        step("count it again", "mlx-slim", "report", folder, "--verify"),
+    )

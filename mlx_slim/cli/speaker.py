@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mlx_slim.cli.options import alive
+
 if TYPE_CHECKING:
     from mlx_slim.evaluation.chat import ChatSession
 
@@ -23,13 +25,14 @@ def open_and_tell(
     """
     from mlx_slim.evaluation.chat import open_session
 
-    speaker = open_session(
-        model,
-        adapter,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        tell=lambda text: click.echo(f"\nnote: {text}", err=True),
-    )
+    with alive():
+        speaker = open_session(
+            model,
+            adapter,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            tell=lambda text: click.echo(f"\nnote: {text}", err=True),
+        )
     for note in speaker.notes:
         click.echo(note, err=True)
     return speaker

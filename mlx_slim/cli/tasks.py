@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_slim.cli.options import SHOTS
+from mlx_slim.cli.options import SHOTS, show_next
 from mlx_slim.errors import SlimError
+from mlx_slim.next_steps import score, step
 
 if TYPE_CHECKING:
     from mlx_slim.evaluation.tasks.prompts import Chat, Question
@@ -68,6 +69,10 @@ def _list(data_dir: str | None, as_json: bool) -> None:
                 f"{task.name}_{task.parts[0]} … {task.name}_{task.parts[-1]}"
             )
     click.echo("a task of your own is one YAML file: mlx-slim tasks mine.yaml")
+    show_next(
+        step("see its first prompt", "mlx-slim", "tasks", tasks[0].name),
+        score("MODEL", out="runs/scores"),
+    )
 
 
 def _record(task: Task) -> dict[str, Any]:
@@ -144,7 +149,7 @@ def _print_question(question: Question, shots: int) -> None:
         click.echo("\n".join([f"--- {heading} ---", *map(str, question.targets)]))
 
 
-@click.command()
+@click.command(epilog="Example: mlx-slim tasks openbookqa")
 @click.argument("name", required=False)
 @click.option("--data-dir", metavar="DIR", help="Evaluation data (default: MLX_SLIM_DATA).")
 @click.option("--num-fewshot", type=SHOTS, help="Examples in the prompt shown.")
@@ -159,3 +164,5 @@ def command(name: str | None, data_dir: str | None, num_fewshot: int | None, as_
     from mlx_slim.evaluation.tasks.spec import find_task
 
     _show(find_task(name), data_dir, num_fewshot, as_json)
+    if not as_json:
+        show_next(score("MODEL", task=name, out="runs/scores"))

@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_slim.cli.options import run_options
+from mlx_slim.cli.options import alive, run_options, show_next
 from mlx_slim.config.load import Resolved, load_recipe, render
 
 if TYPE_CHECKING:
     from mlx_slim.finetuning.run_dir import Result
 
 
-@click.command("train")
+@click.command(
+    "train",
+    epilog="Example: mlx-slim train smollm2-lora data.path=rows.jsonl train.steps=50 -o runs/mine",
+)
 @run_options
 @click.option("--validate", is_flag=True, help="Only score MODEL, as it is, on the held-out rows.")
 def command(
@@ -58,7 +61,8 @@ def go(
     """Run a workflow that trains, with the console and the trackers listening."""
     from mlx_slim import events
     from mlx_slim.console import Console
-    from mlx_slim.finetuning.run_dir import summary_rows
+    from mlx_slim.finetuning.run_dir import steps_after, summary_rows
+    from mlx_slim.runtime import world
     from mlx_slim.trackers import Trackers
 
     folder = out or Path("runs") / resolved.name
@@ -70,13 +74,17 @@ def go(
         observer = events.Broadcast([console, trackers])
         result = workflow(resolved, folder, observer=observer, resume=resume)
         console.summary(f"{resolved.name}: done", summary_rows(result))
+    if mode == "auto" and world().rank() == 0:
+        command = "train" if resolved.recipe.distill is None else "distill"
+        show_next(*steps_after(result, command, resolved.given))
 
 
 def _validate(resolved: Resolved, as_json: bool) -> None:
     """Print the model's loss on the validation rows."""
     from mlx_slim.finetuning.validate import validate
 
-    found = validate(resolved.recipe)
+    with alive():
+        found = validate(resolved.recipe)
     if as_json:
         click.echo(json.dumps({"event": "validated", **asdict(found)}))
         return

@@ -257,7 +257,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         if isinstance(value, dict) and value:
             found |= _flat(value, f"{prefix}{key}.")
-        elif key != "report_to":
+        elif key not in ("report_to", "report_answers"):
             found[f"{prefix}{key}"] = value
     return found
 

@@ -81,7 +81,9 @@ def train_key(recipe: Recipe, weights: list[str], named: dict[str, Any]) -> str:
         weights: Hashes of the models that it starts from, and of its teachers.
         named: ``contents``.
     """
-    values = recipe.model_dump(mode="json", exclude={"model", "revision", "memory", "report_to"})
+    values = recipe.model_dump(
+        mode="json", exclude={"model", "revision", "memory", "report_to", "report_answers"}
+    )
     for name in ("log_every", "save_every", "keep"):
         del values["train"][name]
     if values.get("distill"):

@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup
 
 from mlx_slim.artifacts import SCHEMA_VERSION, write_json, write_text
 from mlx_slim.claims import held
 from mlx_slim.compare import claims, evidence, headline, plots, store, tables
 from mlx_slim.errors import SlimError
+from mlx_slim.pages import environment as page_environment
 from mlx_slim.reading import library_errors, short
-from mlx_slim.runtime import byte_unit, human_bytes, human_seconds
+from mlx_slim.runtime import byte_unit
 
 FEW = 30  # cells that a plot names one by one
 _TEMPLATES = Path(__file__).with_name("templates")
@@ -293,24 +294,13 @@ def _forest(results: dict[str, Any], named: list[dict[str, Any]]) -> str | None:
 
 
 def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=lambda name: bool(name and name.endswith(".html.j2")),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment(_TEMPLATES)
     environment.filters.update(
         points=_points,
         signed=lambda value: f"{100 * value:+.1f}".replace("-", "−"),
         p=_p,
-        bytes=lambda size: human_bytes(size).replace(" ", "\u00a0"),
-        duration=human_seconds,
-        rate=lambda value: f"{value:.1e}".replace("e-0", "e-").replace(".0e", "e"),
-        count=lambda value: f"{value:,}",
         cell=lambda text: " ".join(str(text).split()).replace("|", "\\|"),
     )
-    environment.globals["css"] = Markup((_TEMPLATES / "report.css").read_text(encoding="utf-8"))
     environment.globals["contrast_of"] = _contrast_of
     environment.globals["by_pair"] = _by_pair
     return environment

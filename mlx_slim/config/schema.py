@@ -259,6 +259,8 @@ class Recipe(Section):
         method: ``full``, ``lora``, ``qlora`` or ``dora``.
         distill: Teachers, for ``mlx-slim distill``; None for plain fine-tuning.
         forgetting: A general text that is measured while the run trains; None measures none.
+        report_answers: Validation rows that are answered before and after training, for the page
+            of the run; 0 none.
         report_to: Trackers besides ``metrics.jsonl`` (each its own extra).
     """
 
@@ -272,6 +274,7 @@ class Recipe(Section):
     forgetting: ForgettingConfig | None = None
     distill: DistillConfig | None = None
     memory: MemoryConfig = MemoryConfig()
+    report_answers: Annotated[int, Field(ge=0, le=16)] = 3
     report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
 
     @model_validator(mode="after")

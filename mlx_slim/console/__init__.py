@@ -1,36 +1,43 @@
 """What a user sees of a loop: a live view, plain lines, JSON lines, or next to nothing.
 
 Invariant: the loop never waits for the console and never learns of it; only rank 0 shows anything;
-the terminal's cursor comes back however the loop ends (``with Console() as console``). Standard
-output holds JSON lines and nothing else in ``json`` mode. Try it:
+the terminal's cursor comes back however the loop ends (``with Console() as console``). Inside that
+block no command is silent: a terminal shows what is under way, a pipe gets a line of it after two
+seconds of silence (``stages.py``). Standard output holds JSON lines and nothing else in ``json``
+mode. Try it:
 ``mlx-slim train smollm2-lora -o run``, and the same piped into ``cat``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import signal
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 from rich.console import Console as RichConsole
-from rich.console import RenderableType
+from rich.console import ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
 from rich.markup import escape
 from rich.panel import Panel
+from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from mlx_slim import runtime
+from mlx_slim import progress, runtime
+from mlx_slim.console.stages import OFTEN, Stages
 from mlx_slim.console.training import TrainingProgress, sparkline
-from mlx_slim.events import Closing, Event, Notice
+from mlx_slim.events import Closing, EvalAnswering, Event, Notice, StageProgress
 
 __all__ = ["Console", "Display", "Mode", "Progress", "sparkline"]
 
 Mode = Literal["auto", "live", "plain", "json", "quiet"]
+_BEAT = 0.25  # seconds between two looks at how long nothing was shown
 
 
 class Display(Protocol):
@@ -55,6 +62,21 @@ class Display(Protocol):
     def view(self, title: str) -> RenderableType:
         """Return the live view, which shows the state at the moment it is rendered."""
         ...
+
+
+class _Status:
+    """One line of a terminal, of the moment that it is rendered at: what is under way."""
+
+    def __init__(self, stages: Stages) -> None:
+        self._stages = stages
+        self._spinner = Spinner("dots")
+
+    def __rich_console__(self, console: RichConsole, options: ConsoleOptions) -> RenderResult:
+        """Render at the width of the terminal."""
+        text = Text(self._stages.line(time.monotonic()), style="dim", no_wrap=True)
+        text.truncate(max(1, options.max_width - 3), overflow="ellipsis")
+        self._spinner.update(text=text)
+        yield self._spinner
 
 
 def _finite(value: Any) -> Any:
@@ -84,6 +106,9 @@ class Console(Closing):
         output: RichConsole | None = None,
     ) -> None:
         self._output = output or RichConsole(highlight=False)
+        self._output.file = (
+            self._output.file
+        )  # who redirects standard output later, does not get it
         if mode == "auto":
             terminal = self._output.is_terminal and not self._output.is_dumb_terminal
             mode = "live" if terminal else "plain"
@@ -93,25 +118,101 @@ class Console(Closing):
         self._live: Live | None = None
         if mode == "live" and not self._silent:
             view = self.display.view(title)
-            self._live = Live(view, console=self._output, refresh_per_second=8)
+            self._live = self._new_live(view)
+        self._shown = time.monotonic()  # when a line was shown last
+        self._stages = Stages(self._shown)
+        self._status: Live | None = None
+        self._lock = threading.RLock()  # the pulse is another thread
+        self._closing = threading.Event()
+        self._pulse: threading.Thread | None = None
+        self._listening: contextlib.AbstractContextManager[None] | None = None
+
+    def __enter__(self) -> Console:
+        """Hear of every stage of work, and show that it goes on."""
+        self._listening = progress.listening(self)
+        self._listening.__enter__()
+        if self.mode in ("live", "plain") and not self._silent:
+            self._pulse = threading.Thread(target=self._beat, name="console", daemon=True)
+            self._pulse.start()
+        return self
 
     def close(self) -> None:
-        """Stop the live view, leave its last state, show the cursor; safe to call twice."""
-        if self._live is not None and self._live.is_started:
-            self._live.stop()
+        """Stop what is live, leave its last state, show the cursor; safe to call twice."""
+        self._closing.set()
+        if self._listening is not None:
+            self._listening.__exit__(None, None, None)
+            self._listening = None
+        if self._pulse is not None and self._pulse is not threading.current_thread():
+            self._pulse.join()
+            self._pulse = None
+        with self._lock:
+            self._end_status()
+            if self._live is not None and self._live.is_started:
+                self._live.stop()
 
     def notify(self, event: Event) -> None:
         """Show one event."""
         if self._silent:
             return
         try:
-            self._show(event)
-        except BrokenPipeError:  # the reader left (``| head``): as if it had pressed Ctrl-C
-            self._silent = True
-            signal.raise_signal(signal.SIGINT)
+            with self._lock:
+                self._show(event, time.monotonic())
+        except BrokenPipeError:
+            self._abandon()
 
-    def _show(self, event: Event) -> None:
-        self.display.update(event, time.monotonic())
+    def _abandon(self) -> None:
+        """Stop: the reader left (``| head``). As if it had pressed Ctrl-C."""
+        self._silent = True
+        signal.raise_signal(signal.SIGINT)
+
+    def _beat(self) -> None:
+        """Look again and again at how long nothing was shown."""
+        try:
+            while not self._closing.wait(_BEAT):
+                with self._lock:
+                    self.tick(time.monotonic())
+        except BrokenPipeError:
+            self._abandon()
+
+    def tick(self, now: float) -> None:
+        """Show what is under way, where nothing was shown for too long.
+
+        Args:
+            now: Seconds of a monotonic clock.
+        """
+        if self._silent or self.mode not in ("live", "plain"):
+            return
+        if self._output.is_terminal and not self._output.is_dumb_terminal:
+            if self._status is None and not (self._live and self._live.is_started):
+                self._status = self._new_live(_Status(self._stages), transient=True)
+                self._status.start()
+            return
+        if now - self._shown >= self._stages.interval(now):
+            self._line(self._stages.line(now))
+
+    def _new_live(self, shown: RenderableType, *, transient: bool = False) -> Live:
+        """Return a live display; a stream that goes to a file or a pipe stays what it is."""
+        return Live(
+            shown,
+            console=self._output,
+            refresh_per_second=8,
+            transient=transient,
+            redirect_stdout=sys.stdout.isatty(),
+            redirect_stderr=sys.stderr.isatty(),
+        )
+
+    def _end_status(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+    def _show(self, event: Event, now: float) -> None:
+        self._stages.update(event, now)
+        self.display.update(event, now)
+        if isinstance(event, (StageProgress, EvalAnswering)):
+            if self.mode == "json" and now - self._shown >= OFTEN:
+                self._line(json.dumps(event.as_record(), ensure_ascii=False))
+            return
         if self.mode == "json":
             record = {key: _finite(value) for key, value in event.as_record().items()}
             self._line(json.dumps(record, ensure_ascii=False))
@@ -128,6 +229,7 @@ class Console(Closing):
             style = "yellow" if event.level == "warning" else "dim"
             self._output.print(Text(self._plain(event) or "", style=style), soft_wrap=True)
         elif isinstance(event, self.display.first) and not live.is_started:
+            self._end_status()
             live.start()
         elif isinstance(event, self.display.last):
             live.refresh()
@@ -140,6 +242,10 @@ class Console(Closing):
 
     def _line(self, line: str) -> None:
         """Write one line as it is: no colour, no wrapping."""
+        self._shown = time.monotonic()
+        if self._status is not None:  # the line goes above it
+            self._output.print(Text(line), soft_wrap=True)
+            return
         self._output.file.write(line + "\n")
         self._output.file.flush()
 

@@ -27,6 +27,13 @@ class Clock:
         """Note that ``done`` (of any unit) was reached at ``now``, seconds."""
         self._times.append((done, now))
 
+    def rate(self) -> float | None:
+        """Return the units a second of the last marks; None before there are two."""
+        if len(self._times) < 2:
+            return None
+        (first, begun), (last, now) = self._times[0], self._times[-1]
+        return (last - first) / (now - begun) if last > first and now > begun else None
+
     def left(self, total: float | None, waited: float = 0.0) -> float | None:
         """Return the seconds until ``total`` is reached; None if that is unknown.
 
@@ -34,12 +41,10 @@ class Clock:
             total: In the unit of ``mark``.
             waited: Seconds since the last mark.
         """
-        if total is None or len(self._times) < 2:
+        rate = self.rate()
+        if total is None or rate is None:
             return None
-        (first, begun), (last, now) = self._times[0], self._times[-1]
-        if last <= first:
-            return None
-        return (now - begun) / (last - first) * max(0.0, total - last) - waited
+        return max(0.0, total - self._times[-1][0]) / rate - waited
 
 
 def eta(seconds: float | None) -> str:

@@ -17,7 +17,14 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_slim.console.parts import Clock, eta, memory_row, progress_row
-from mlx_slim.events import EvalDone, EvalProgress, EvalStarted, Event, TaskDone
+from mlx_slim.events import (
+    EvalAnswering,
+    EvalDone,
+    EvalProgress,
+    EvalStarted,
+    Event,
+    TaskDone,
+)
 from mlx_slim.runtime import human_bytes, human_seconds
 
 
@@ -38,18 +45,24 @@ class Scoring:
         self.latest: EvalProgress | None = None
         self.done: EvalDone | None = None
         self.finished = 0
-        self._clock = Clock()
+        self.answering: EvalProgress | EvalAnswering | None = None
+        self._clock, self._questions = Clock(), Clock()
 
     def update(self, event: Event, now: float) -> None:
         """Take one event that happened at ``now``, seconds of a monotonic clock."""
         match event:
             case EvalStarted():  # of the first model, or of the next
                 self.started, self.latest, self.finished = event, None, 0
-                self._clock = Clock()
+                self.answering = None
+                self._clock, self._questions = Clock(), Clock()
                 self._clock.mark(event.share, now)
             case EvalProgress():
-                self.latest = event
+                self.latest = self.answering = event
                 self._clock.mark(event.share, now)
+            case EvalAnswering():
+                self.answering = event
+                self._clock.mark(event.share, now)
+                self._questions.mark(event.answered, now)
             case TaskDone():
                 self.finished += 1
             case EvalDone():
@@ -81,6 +94,14 @@ class Scoring:
                 return f"results in {event.path} ({human_seconds(event.seconds)})"
         return None
 
+    def asked(self) -> str:
+        """Return ``37 of 1,000 questions, 0.8 questions/s``."""
+        if self.answering is None:
+            return "–"
+        rate = self._questions.rate()
+        speed = f", {rate:.2g} questions/s" if rate else ""
+        return f"{self.answering.answered:,} of {self.answering.questions:,} questions{speed}"
+
     def view(self, title: str) -> View:
         """Return the live view."""
         return View(self, title)
@@ -96,7 +117,8 @@ class View:
         """Render at the width of the terminal."""
         state, latest, started = self.scoring, self.scoring.latest, self.scoring.started
         tasks = len(started.tasks) if started else 0
-        share = latest.share if latest else started.share if started else None
+        recent = state.answering or started
+        share = recent.share if recent else None
         label = f"task {min(state.finished + 1, tasks)}/{tasks}"
         end = "done" if state.done else f"eta {state.remaining(time.monotonic())}"
         lines = [
@@ -114,11 +136,12 @@ class View:
 
     def _numbers(self, wide: bool) -> Table:
         latest, started = self.scoring.latest, self.scoring.started
-        name = latest.task if latest else started.tasks[0] if started else "–"
+        recent = self.scoring.answering
+        name = recent.task if recent else started.tasks[0] if started else "–"
         cells = [
             ("task", name),
             (latest.metric if latest else "score", f"{latest.value:.4f}" if latest else "–"),
-            ("answered", f"{latest.answered:,} of {latest.questions:,}" if latest else "–"),
+            ("answered", self.scoring.asked().replace(" questions", "", 1)),
             ("tokens/s", f"{latest.tokens_per_second:,.0f}" if latest else "–"),
         ]
         per_row = 2 if wide else 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from typing import Any
 
 from rich.console import Console as RichConsole
@@ -25,6 +26,7 @@ from mlx_slim.events import (
     ForgettingMeasured,
     Resumed,
     Saved,
+    StageProgress,
     Started,
     StepDone,
     ValidationDone,
@@ -75,6 +77,7 @@ class TrainingProgress:
         self.started: Started | None = None
         self.step: StepDone | None = None
         self.validation: ValidationDone | None = None
+        self.validating: float | None = None
         self.best: ValidationDone | None = None
         self.forgetting: ForgettingMeasured | None = None
         self.saved: Saved | Resumed | None = None
@@ -102,6 +105,9 @@ class TrainingProgress:
                 self.forgetting = event
             case Saved() | Resumed():
                 self.saved = event
+            case StageProgress(stage="validating"):
+                share = event.done / event.total if event.total else 0.0
+                self.validating = None if event.finished else share
             case Done():
                 self.done = event
 
@@ -125,9 +131,13 @@ class TrainingProgress:
         """Optimizer steps of the whole run, once the loop has said so."""
         return self.started.total_steps if self.started else None
 
-    def remaining_seconds(self) -> float | None:
-        """Return the seconds left at the rate of the recent steps, or None if it is unknown."""
-        return self._clock.left(self.total_steps)
+    def remaining_seconds(self, now: float | None = None) -> float | None:
+        """Return the seconds left at the rate of the recent steps, or None if it is unknown.
+
+        ``now`` counts what has passed since the last step.
+        """
+        waited = 0.0 if now is None else self._clock.since(now)
+        return self._clock.left(self.total_steps, waited)
 
     def plain(self, event: Event) -> str | None:
         """Return the line of ``event`` for a pipe or a file, without colour; None for no line."""
@@ -188,7 +198,7 @@ class TrainingView:
             progress_row(
                 f"step {p.steps_done}/{p.total_steps or '–'}",
                 p.steps_done / p.total_steps if p.total_steps else None,
-                end or f"eta {eta(p.remaining_seconds())}",
+                end or f"eta {eta(p.remaining_seconds(time.monotonic()))}",
             ),
             self._numbers(width),
             memory_row(
@@ -205,7 +215,9 @@ class TrainingView:
         wide = width >= 76
         epochs = f" of {p.started.total_epochs:g}" if p.started else ""
         validation = "–"
-        if p.validation:
+        if p.validating is not None:
+            validation = f"{p.validating:.0%} of the rows …"
+        elif p.validation:
             validation = f"{p.validation.loss:.4f}{_parts(p.validation.parts)}"
         if p.forgetting:
             validation += f"  forgetting {_forgetting(p.forgetting)}"

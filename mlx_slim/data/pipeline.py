@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_slim.artifacts import public_name
 from mlx_slim.config.schema import DataConfig, SourceConfig
 from mlx_slim.data.formats import Dropped, Example, check_columns, read_example
 from mlx_slim.data.ledger import SourceLedger
@@ -24,6 +25,7 @@ from mlx_slim.data.templates import Template, load_template
 from mlx_slim.data.tokenize import Encoder, Tokens, check_ids, check_text, unwrap
 from mlx_slim.data.workers import Workers
 from mlx_slim.errors import RowLimit, SlimError
+from mlx_slim.progress import stage
 
 _CHUNK_ROWS = 256  # rows tokenised at once
 _CHUNK_CHARACTERS = 1 << 20
@@ -275,7 +277,9 @@ def tokenised(
     limit: int | None = None,
 ) -> Iterator[Tokenised]:
     """Yield the tokens of a source in order; count every row in ``ledger``."""
-    for answer in workers.map(Task(rows, config) for rows in _chunks(source, limit)):
-        ledger.merge(answer.ledger)
-        yield answer
+    with stage(f"tokenising {public_name(source.name)}", limit, "rows") as reading:
+        for answer in workers.map(Task(rows, config) for rows in _chunks(source, limit)):
+            ledger.merge(answer.ledger)
+            reading.reach(ledger.given)
+            yield answer
     ledger.blank_lines = source.blank_lines

@@ -256,6 +256,10 @@ class StudentPair:
             load_tuned(recipe, adapted, out / FIRST), load_tuned(second, adapted, out / SECOND)
         )
 
+    def responder(self, model: nn.Module) -> nn.Module:
+        """Return the first student."""
+        return cast(ModelPair, model).first
+
 
 @final
 class MutualDistillation:

@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_slim import artifacts, events, runtime
+from mlx_slim import artifacts, events, progress, runtime
 from mlx_slim.adapters.stack import Weighted, load_adapters, used_folders
 from mlx_slim.evaluation.jobs import Computed, Engine, ScoringJob, TaskJob
 from mlx_slim.evaluation.results import RESULTS, Entry, Folder, encode, load_results, samples_name
@@ -108,8 +108,9 @@ def score(target: Target, observer: events.Observer) -> dict[str, Any]:
         watch = _Watch(target, folder, observer)
         for job in target.jobs:
             watch.begin(job)
-            for parts, seconds in _rounds(job, engine, folder.done(job.name)):
-                watch.append(job, parts, seconds)
+            with progress.listening(watch):
+                for parts, seconds in _rounds(job, engine, folder.done(job.name)):
+                    watch.append(job, parts, seconds)
             watch.end(job)
         results = _results(target, folder)
         folder.finish(results, _timings(target, folder))
@@ -203,6 +204,7 @@ class _Watch:
         self._weights = {job.name: list(map(job.weight, job.chunks)) for job in target.jobs}
         self._total = sum(map(sum, self._weights.values()))
         self._records: list[dict[str, Any]] = []
+        self._job: ScoringJob | None = None
         answered = sum(self._answered(job) for job in target.jobs)
         observer.notify(
             events.EvalStarted(
@@ -227,7 +229,28 @@ class _Watch:
 
     def begin(self, job: ScoringJob) -> None:
         """Take up a task, perhaps in its middle."""
+        self._job = job
         self._records = self._folder.records(job.name)
+
+    def notify(self, event: events.Event) -> None:
+        """Tell how far the chunk under way is, by the part of its work that is done.
+
+        With several ranks, they are as far as this one.
+        """
+        if self._job is None or not isinstance(event, events.StageProgress) or not event.total:
+            return
+        job, done = self._job, self._folder.done(self._job.name)
+        chunks = job.chunks[done : done + runtime.world().size()]
+        part = min(1.0, event.done / event.total)
+        weight = sum(self._weights[job.name][done : done + len(chunks)]) / self._total
+        self._observer.notify(
+            events.EvalAnswering(
+                task=job.name,
+                answered=self._answered(job) + int(part * sum(map(len, chunks))),
+                questions=job.chunks[-1].stop,
+                share=self._share() + part * weight,
+            )
+        )
 
     def append(self, job: ScoringJob, parts: Sequence[bytes], seconds: float) -> None:
         """Write the chunks of one round."""

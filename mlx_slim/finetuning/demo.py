@@ -29,10 +29,11 @@ from mlx_slim.config.load import Resolved, load_recipe
 from mlx_slim.config.schema import DataConfig, Method, QuantizeConfig, Recipe
 from mlx_slim.errors import Interrupted, SlimError, did_you_mean
 from mlx_slim.evaluation.options import EvalOptions
-from mlx_slim.evaluation.results import TIMINGS_FILE
+from mlx_slim.evaluation.results import TIMINGS_FILE, samples_name
 from mlx_slim.evaluation.run import evaluate
 from mlx_slim.evaluation.tasks.spec import find_task
 from mlx_slim.events import Notice, Observer
+from mlx_slim.finetuning.demo_page import write_answered_page
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.finetuning.run_dir import STATE_FILE
 from mlx_slim.models.convert import convert
@@ -164,6 +165,8 @@ def _run(
             before = _score(resolved.recipe, None, out / "scores" / name, limit, observer)
             run = _train(out / "runs" / method, resolved, observer)
             after = _score(resolved.recipe, run, out / "scores" / method, limit, observer)
+            scores = (out / "scores" / one / samples_name(TASK) for one in (name, method))
+            write_answered_page(run, data_files()[1], *scores)
         rows.append(_row(method, base, run, before, after))
         _write(out, model, resolved.recipe, rows)
     return rows

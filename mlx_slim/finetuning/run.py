@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_slim import events
 from mlx_slim.adapters.advice import rank_advice
@@ -25,9 +26,11 @@ from mlx_slim.config.schema import Recipe
 from mlx_slim.data.ledger import notes
 from mlx_slim.data.prepare import Prepared
 from mlx_slim.errors import Interrupted, ResourceError, SlimError
+from mlx_slim.finetuning.answers import answer_after, answer_before
 from mlx_slim.finetuning.build import Tuned, build_loop
 from mlx_slim.finetuning.forgetting import measure_forgetting
 from mlx_slim.finetuning.longer import ResumePlan, plan_resume
+from mlx_slim.finetuning.report import write_page
 from mlx_slim.finetuning.run_dir import (
     RECORD,
     STATE_FILE,
@@ -48,6 +51,7 @@ from mlx_slim.models import structure
 from mlx_slim.models.logits_close import Change, logits_close, rounding
 from mlx_slim.models.recorded import release
 from mlx_slim.planner.memory import Prediction
+from mlx_slim.progress import stage
 from mlx_slim.reading import library_errors, read_object, short
 from mlx_slim.runtime import (
     dtype_name,
@@ -154,6 +158,7 @@ def _run(
         built = _build(recipe, strategy, out, listeners, budget, unchanged=True)
         built.loop.extend(resume_plan.extended)
     tuned, loop = built.tuned, built.loop
+    tokenizer, validation = tuned.loaded.tokenizer, built.data.validation
     if first and newest is not None:
         saved = events.Saved(int(newest.name[5:]), f"{newest.parent.name}/{newest.name}")
         metrics.rewind(saved, loop.peek(newest)[1])
@@ -168,6 +173,14 @@ def _run(
                 listeners.notify(events.Notice(line, "warning"))
             if advice:
                 listeners.notify(events.Notice(advice))
+            prediction = built.prediction
+            listeners.notify(
+                events.Predicted(prediction.predicted_peak_bytes, prediction.breakdown)
+            )
+            if first:
+                responder = strategy.student.responder(tuned.model)
+                wanted = recipe.report_answers
+                answer_before(out, responder, tokenizer, validation, wanted, budget)
         done = loop.run()
     if done.reason == "interrupted":
         raise Interrupted(f"stopped after step {done.step} of {loop.total}; the state is saved")
@@ -189,9 +202,14 @@ def _run(
     mx.clear_cache()
     if world().rank() == 0:
         _best_weights(tuned, result)
-        strategy.student.save(recipe, tuned, out)
-        _verify(recipe, strategy.student, tuned, result)
-        write_json(out / RECORD, _record(resolved, strategy, result, budget, resume_plan.extended))
+        with stage(f"saving {result.artifact}"):
+            strategy.student.save(recipe, tuned, out)
+        with stage(f"loading {result.artifact} again and comparing"):
+            again = _verify(recipe, strategy.student, tuned, result)
+        answer_after(out, strategy.student.responder(again), tokenizer, validation, budget)
+        record = _record(resolved, strategy, result, budget, resume_plan.extended)
+        write_page(out, record)
+        write_json(out / RECORD, record)
     return result
 
 
@@ -312,8 +330,8 @@ def _best_weights(tuned: Tuned, result: Result) -> None:
         checkpoint.load_weights(best, tuned.model)
 
 
-def _verify(recipe: Recipe, student: Student, tuned: Tuned, result: Result) -> None:
-    """Load what was saved as a user would, and compare logits.
+def _verify(recipe: Recipe, student: Student, tuned: Tuned, result: Result) -> nn.Module:
+    """Load what was saved as a user would, and compare logits; return it.
 
     Raises:
         SlimError: If they differ.
@@ -334,6 +352,7 @@ def _verify(recipe: Recipe, student: Student, tuned: Tuned, result: Result) -> N
             f"{result.out / result.artifact}: reloaded {difference}",
             "this is a bug: please report it with run.json",
         )
+    return again
 
 
 def _record(

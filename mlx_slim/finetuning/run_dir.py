@@ -30,6 +30,7 @@ from mlx_slim.config.schema import Recipe, TrainConfig
 from mlx_slim.data.prepare import Prepared
 from mlx_slim.errors import SlimError
 from mlx_slim.finetuning.build import started_from
+from mlx_slim.next_steps import NextStep, after_run
 from mlx_slim.reading import field, library_errors, read_object, short
 from mlx_slim.run_dir import RunDir, RunKind
 from mlx_slim.runtime import from_first_rank, human_bytes, human_seconds
@@ -43,7 +44,14 @@ RUN = RunKind(
     before=("tokens", "data_ledger.json", "metrics.jsonl", "task_rows", "training_rows.json"),
 )
 # Changing these on a resume cannot change the trajectory.
-_FREE_ON_RESUME = ("memory", "report_to", "train.log_every", "train.save_every", "train.keep")
+_FREE_ON_RESUME = (
+    "memory",
+    "report_to",
+    "report_answers",
+    "train.log_every",
+    "train.save_every",
+    "train.keep",
+)
 # These may grow: the run then takes more steps (``finetune.py``).
 _LENGTH = ("train.steps", "train.epochs")
 
@@ -112,7 +120,7 @@ def trained_as(file: Path) -> TrainConfig:
     """Return the ``train`` section of a run's ``recipe.json`` or ``run.json``."""
     with library_errors(f"{short(file)} is damaged", "start a new run"):
         return TrainConfig.model_validate(
-            _completed(read_object(file, recipe=dict)["recipe"])["train"]
+            current_recipe(read_object(file, recipe=dict)["recipe"])["train"]
         )
 
 
@@ -156,7 +164,7 @@ def _check_same(out: Path, recipe: Recipe) -> list[str]:
     with library_errors(f"{short(file)} is damaged", "start a new run"):
         record = read_object(file, recipe=dict)
         _, notices = rename(record["recipe"], RECIPE, lambda _: short(file))
-        started = _completed(record["recipe"])
+        started = current_recipe(record["recipe"])
     different = _differences(started, recipe.model_dump(mode="json"))
     adapters = adapter_hashes(recipe)
     different += [
@@ -183,7 +191,7 @@ def adapter_hashes(recipe: Recipe) -> dict[str, str]:
     return {str(folder): adapter_hash(folder) for folder in (*below, *started_from(recipe))}
 
 
-def _completed(recipe: dict[str, Any]) -> dict[str, Any]:
+def current_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
     """Return the recipe of a run under today's keys, and with those that its version did not have.
 
     The latter get their defaults, except where that version computed otherwise: 0.1 decayed every
@@ -222,6 +230,7 @@ def state_record(
     return {
         "schema_version": SCHEMA_VERSION,
         "name": resolved.name,
+        "given": resolved.given,
         "recipe": resolved.recipe.model_dump(mode="json"),
         "origins": resolved.origins,
         "data": None if data is None else data.fingerprint,
@@ -244,6 +253,12 @@ def command_words(resolved: Resolved) -> list[str]:
     return words
 
 
+def steps_after(result: Result, command: str, recipe: str) -> list[NextStep]:
+    """Return what one would type after ``mlx-slim COMMAND RECIPE`` gave ``result``."""
+    named = result.model, result.artifact, result.on, result.base
+    return after_run(result.out, command, recipe, *named)
+
+
 def summary_rows(result: Result) -> dict[str, str]:
     """Return the closing summary as name -> text."""
     done, totals = result.done, result.ledger["totals"]
@@ -258,12 +273,6 @@ def summary_rows(result: Result) -> dict[str, str]:
         "peak memory": f"{human_bytes(done.peak_memory_bytes)} measured, "
         f"{human_bytes(result.predicted_peak_bytes)} predicted",
         "saved": f"{result.out / result.artifact} (reloaded, same logits)",
-        "try it": " ".join(
-            ["mlx-slim generate", str(result.out / result.base) if result.base else result.model]
-            + [f"--adapter {one}" for one in (*result.on, result.out / result.artifact)]
-        )
-        if (result.out / result.artifact / "adapter_config.json").exists()
-        else f"mlx-slim generate {result.out / result.artifact}",
     }
     if (result.out / "second").is_dir():
         rows["second student"] = f"{result.out / 'second'} (reloaded, same logits)"

@@ -61,6 +61,10 @@ class Student(Protocol):
         """Return what was saved, loaded as a user would."""
         ...
 
+    def responder(self, model: nn.Module) -> nn.Module:
+        """Return the part of what is trained, or of what was loaded again, that answers prompts."""
+        ...
+
 
 class TargetGeneration(Protocol):
     """Targets that must be computed while the student is not loaded."""
@@ -158,6 +162,10 @@ class SingleModel:
         if recipe.quantize.qat:
             return load(out / "model", dtype=resolve_dtype(recipe.train.dtype)).model
         return load_tuned(recipe, tuned.injected is not None, out / self.artifact(recipe, tuned))
+
+    def responder(self, model: nn.Module) -> nn.Module:
+        """Return ``model``."""
+        return model
 
 
 @final

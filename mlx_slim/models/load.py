@@ -19,7 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from mlx_slim.artifacts import hash_files
+from mlx_slim.artifacts import hash_files, public_name
 from mlx_slim.errors import SlimError
 from mlx_slim.models.activations import use_fast_swiglu
 from mlx_slim.models.bounds import CONFIG, check_config, check_tokenizer, read_configs
@@ -41,6 +41,7 @@ from mlx_slim.models.tensors import (
     same_bytes,
 )
 from mlx_slim.models.tokenizer import fit_tokenizer
+from mlx_slim.progress import stage, tracked
 from mlx_slim.reading import library_errors, short
 
 if TYPE_CHECKING:
@@ -129,11 +130,14 @@ def load(
             are not exactly those of the model.
     """
     folder = resolve(source, revision, trust_remote_code=trust_remote_code)
-    model, config, notes = open_weights(folder, dtype=dtype, trust_remote_code=trust_remote_code)
-    with library_errors(f"{short(folder)}: its weights cannot be read"):
-        if transform is not None:
-            config = transform(model, config)
-        read_weights(model, short(folder))
+    with stage(f"loading {public_name(source)}"):
+        model, config, notes = open_weights(
+            folder, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        with library_errors(f"{short(folder)}: its weights cannot be read"):
+            if transform is not None:
+                config = transform(model, config)
+            read_weights(model, short(folder))
     with library_errors(f"{short(folder)} does not compute", "take the config of the original"):
         model(mx.zeros((1, 2), mx.int32))  # type: ignore[operator]  # shapes only: not evaluated
     use_fast_matmul(model)
@@ -181,7 +185,8 @@ def read_weights(model: nn.Module, where: str = "the weights") -> None:
     Raises:
         SlimError: If one holds NaN or infinity.
     """
-    refuse_other_than_numbers(tree_flatten(model.parameters()), where)  # type: ignore[arg-type]
+    tensors: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
+    refuse_other_than_numbers(tracked(tensors, f"reading {where}", "tensors"), where)
 
 
 def load_tokenizer(

@@ -21,6 +21,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from mlx_slim.artifacts import disk_errors
+from mlx_slim.progress import tracked
 
 
 class RecordedLogits:
@@ -44,7 +45,8 @@ class RecordedLogits:
         with disk_errors(folder):
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - open while it lives
             weakref.finalize(self, self._file.close)
-            for row_T in tokens_NT:
+            rows = tracked(tokens_NT, "recording what the source answers", "rows", len(tokens_NT))
+            for row_T in rows:
                 logits_TV = model(row_T[None])[0]
                 raw: Any = mx.contiguous(logits_TV.view(mx.uint8))
                 mx.eval(raw)

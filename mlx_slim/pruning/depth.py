@@ -18,7 +18,8 @@ import numpy as np
 
 from mlx_slim.errors import SlimError
 from mlx_slim.models import structure
-from mlx_slim.pruning.importance import BlockInputs, Tick, batches_of
+from mlx_slim.progress import tracked
+from mlx_slim.pruning.importance import BlockInputs, batches_of
 from mlx_slim.pruning.route import Forward, routed
 from mlx_slim.runtime import number
 from mlx_slim.training.step import Arrays, CrossEntropy
@@ -52,7 +53,6 @@ def choose_layers(
     *,
     seed: int = 0,
     special: Collection[int] = (),
-    tick: Tick = lambda layer: None,
 ) -> Removal:
     """Choose ``count`` of the ``allowed`` layers.
 
@@ -70,7 +70,6 @@ def choose_layers(
         rows_NT: Calibration token ids; None for ``random``.
         seed: Of ``random``.
         special: Token ids whose positions similarities leave out.
-        tick: Called with the number of each layer when it is measured.
 
     Raises:
         SlimError: If no such layers exist.
@@ -86,16 +85,16 @@ def choose_layers(
         return Removal(sorted(int(i) for i in chosen), {}, "chosen at random", [])
     assert rows_NT is not None
     if method == "block-influence":
-        scores = block_influence(model, rows_NT, special, tick)
+        scores = block_influence(model, rows_NT, special)
         ranked = sorted(allowed, key=lambda layer: scores[layer])
         return Removal(sorted(ranked[:count]), dict(enumerate(scores)), "block influence", [])
     if method == "angular":
-        distances = angular_distance(model, rows_NT, count, tick)
+        distances = angular_distance(model, rows_NT, count)
         starts = [i for i in allowed if all(i + k in allowed for k in range(count))]
         first = min(starts, key=lambda i: distances[i])
         meaning = f"angle over {count} layers, of π"
         return Removal(list(range(first, first + count)), dict(enumerate(distances)), meaning, [])
-    return _by_perplexity(model, count, allowed, rows_NT, tick)
+    return _by_perplexity(model, count, allowed, rows_NT)
 
 
 def _cosine(a: mx.array, b: mx.array) -> mx.array:
@@ -104,14 +103,12 @@ def _cosine(a: mx.array, b: mx.array) -> mx.array:
     return (a * b).sum(-1) / mx.maximum(lengths, 1e-30)
 
 
-def block_influence(
-    model: nn.Module, rows_NT: mx.array, special: Collection[int], tick: Tick = lambda layer: None
-) -> list[float]:
+def block_influence(model: nn.Module, rows_NT: mx.array, special: Collection[int]) -> list[float]:
     """Return 1 − mean cos(input, output) of each layer; 0 is the identity."""
     blocks = structure.blocks(model)
     totals, positions = np.zeros(len(blocks)), 0
     excluded = np.array(sorted(special), np.int64)
-    for batch in batches_of(rows_NT):
+    for batch in tracked(batches_of(rows_NT), "measuring block influence", "batches"):
         tokens_BT = mx.array(batch.tokens_BT)
         counts = ~np.isin(batch.tokens_BT, excluded)
         counts[:, 0] = False
@@ -123,7 +120,6 @@ def block_influence(
         ) -> mx.array:
             out = forward(hidden)
             totals[index] += number(mx.where(counted_BT, _cosine(hidden, out), 0.0).sum())
-            tick(index)
             return out
 
         with routed(blocks, route):
@@ -135,13 +131,11 @@ def block_influence(
     return [float(1.0 - total / positions) for total in totals]
 
 
-def angular_distance(
-    model: nn.Module, rows_NT: mx.array, count: int, tick: Tick = lambda layer: None
-) -> list[float]:
+def angular_distance(model: nn.Module, rows_NT: mx.array, count: int) -> list[float]:
     """Return the mean angle / π at the last position over layers i … i + count − 1, for each i."""
     blocks = structure.blocks(model)
     totals = np.zeros(len(blocks) - count + 1)
-    for batch in batches_of(rows_NT):
+    for batch in tracked(batches_of(rows_NT), "measuring angles", "batches"):
         last: list[mx.array] = []
 
         def route(
@@ -152,7 +146,6 @@ def angular_distance(
             out = forward(hidden)
             last.append(out[:, -1])
             mx.eval(last)
-            tick(index)
             return out
 
         with routed(blocks, route):
@@ -163,25 +156,22 @@ def angular_distance(
     return [float(total / len(rows_NT)) for total in totals]
 
 
-def _by_perplexity(
-    model: nn.Module, count: int, allowed: list[int], rows_NT: mx.array, tick: Tick
-) -> Removal:
+def _by_perplexity(model: nn.Module, count: int, allowed: list[int], rows_NT: mx.array) -> Removal:
     objective = CrossEntropy(model)
     batches = batches_of(rows_NT)
     targets = rows_NT.shape[0] * (rows_NT.shape[1] - 1)
     removed: list[int] = []
     steps: list[tuple[int, float]] = []
     first: dict[int, float] = {}
-    for _ in range(count):
+    for _ in tracked(range(count), "choosing layers by perplexity", "layers"):
         losses = dict.fromkeys((i for i in allowed if i not in removed), 0.0)
-        for batch in batches:
+        for batch in tracked(batches, "measuring perplexity", "batches"):
             arrays = objective.arrays(batch)
             entering = _inputs_without(model, mx.array(batch.tokens_BT), removed)
             for layer in losses:
                 losses[layer] += _loss_without(
                     model, objective, arrays, entering, {*removed, layer}, layer
                 )
-                tick(layer)
         losses = {layer: nll / targets for layer, nll in losses.items()}
         first = first or losses
         best = min(losses, key=lambda layer: losses[layer])

@@ -11,7 +11,7 @@ Legend: N rows, B rows of a batch, T tokens a row, D width, G groups of a family
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -23,6 +23,7 @@ from mlx_slim.data.batches import Batch, collate
 from mlx_slim.errors import SlimError
 from mlx_slim.models import structure
 from mlx_slim.models.structure import Coupled
+from mlx_slim.progress import tracked
 from mlx_slim.pruning.route import Forward, routed, watched
 from mlx_slim.runtime import human_bytes
 from mlx_slim.training.step import Arrays, CrossEntropy
@@ -33,7 +34,6 @@ _BATCH_TOKENS = 2048  # tokens that go through a block together
 
 # "LAYER.KIND" -> scores (G,), float32; more is more important
 Scores = dict[str, np.ndarray]
-Tick = Callable[[int], None]
 
 
 def name_of(layer: int, kind: str) -> str:
@@ -49,7 +49,6 @@ def group_importance(
     *,
     seed: int = 0,
     budget: int | None = None,
-    tick: Tick = lambda layer: None,
 ) -> Scores:
     """Score every group of ``kinds`` in every block.
 
@@ -69,17 +68,16 @@ def group_importance(
         rows_NT: Calibration token ids; None for ``l2`` and ``random``.
         seed: Of ``random``.
         budget: Bytes that activations may take; None does not check.
-        tick: Called with the number of each block when it is done.
 
     Raises:
         SlimError: If the activations exceed the budget, or a score is not finite.
     """
     if method in GRADIENT:
         assert rows_NT is not None
-        scores = _by_gradient(model, method, kinds, rows_NT, budget, tick)
+        scores = _by_gradient(model, method, kinds, rows_NT, budget)
     elif method == "activation":
         assert rows_NT is not None
-        scores = _by_activation(model, kinds, rows_NT, tick)
+        scores = _by_activation(model, kinds, rows_NT)
     else:
         scores = {}
         for layer, block in enumerate(structure.blocks(model)):
@@ -91,7 +89,6 @@ def group_importance(
                     weights = _members(block, family)
                     values = np.sqrt(_sums({p: mx.square(w) for p, w in weights.items()}, family))
                 scores[name_of(layer, kind)] = values
-            tick(layer)
     wrong = [name for name, values in scores.items() if not np.isfinite(values).all()]
     if wrong:
         raise SlimError(
@@ -193,14 +190,13 @@ def _by_gradient(
     kinds: tuple[str, ...],
     rows_NT: mx.array,
     budget: int | None,
-    tick: Tick,
 ) -> Scores:
     blocks = structure.blocks(model)
     with _frozen_parameters(model):
         objective = CrossEntropy(model)
         batches = batches_of(rows_NT, single=method == "taylor2")
         inputs: list[BlockInputs] = []
-        for batch in batches:
+        for batch in tracked(batches, "reading the calibration rows", "batches"):
             inputs.append(BlockInputs(model, mx.array(batch.tokens_BT)))
             _check_budget(inputs, len(batches), budget)
         upstream = []  # d loss / d output of the block, by batch
@@ -214,7 +210,8 @@ def _by_gradient(
             mx.eval(upstream_BTD)
             upstream.append(upstream_BTD)
         scores: Scores = {}
-        for layer in reversed(range(len(blocks))):
+        backwards = list(reversed(range(len(blocks))))
+        for layer in tracked(backwards, f"measuring {method}", "layers"):
             families = _families(blocks[layer], kinds)
             sums, squares = _block_gradients(
                 blocks[layer], layer, families, inputs, upstream, method == "taylor2"
@@ -229,7 +226,6 @@ def _by_gradient(
                     terms[path] = term if method == "vector" else mx.abs(term)
                 values = _sums(terms, family)
                 scores[name_of(layer, kind)] = np.abs(values)
-            tick(layer)
     return scores
 
 
@@ -302,9 +298,7 @@ def _block_gradients(
     return sums, squares
 
 
-def _by_activation(
-    model: nn.Module, kinds: tuple[str, ...], rows_NT: mx.array, tick: Tick
-) -> Scores:
+def _by_activation(model: nn.Module, kinds: tuple[str, ...], rows_NT: mx.array) -> Scores:
     blocks = structure.blocks(model)
     squares: dict[str, mx.array] = {}  # Σ over rows of the squared norm, (T, G)
     with contextlib.ExitStack() as stack:
@@ -323,10 +317,9 @@ def _by_activation(
         def route(index: int, forward: Forward, hidden_BTD: mx.array) -> mx.array:
             out = forward(hidden_BTD)
             mx.eval(out, squares)
-            tick(index)
             return out
 
         stack.enter_context(routed(blocks, route))
-        for batch in batches_of(rows_NT):
+        for batch in tracked(batches_of(rows_NT), "measuring activation", "batches"):
             model(mx.array(batch.tokens_BT))
     return {name: np.array(mx.sqrt(total_TG).mean(axis=0)) for name, total_TG in squares.items()}

@@ -14,7 +14,7 @@ import contextlib
 import copy
 import io
 import os
-import sys
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +25,7 @@ from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import ResourceError, SlimError, did_you_mean
 from mlx_slim.models.quantized import quantize_into_fast, use_fast_matmul
 from mlx_slim.models.save import quantization_of
+from mlx_slim.progress import Stage, stage
 from mlx_slim.quantization.apply import (
     QuantizeReport,
     parameter_bytes,
@@ -137,9 +138,27 @@ def quantize_with(
     return report(model, new_config, method, before, skipped)
 
 
+_COUNTS = re.compile(r"(\d+)/(\d+)")
+
+
+class _Bars(io.StringIO):
+    """Reads progress bars (``12/30``) off the stream that a library draws them on."""
+
+    def __init__(self, opened: Stage) -> None:
+        super().__init__()
+        self._stage = opened
+
+    def write(self, text: str) -> int:
+        """Take what a bar shows."""
+        if counts := _COUNTS.search(text):
+            self._stage.total = float(counts[2])
+            self._stage.reach(float(counts[1]))
+        return len(text)
+
+
 @contextlib.contextmanager
 def _as_library() -> Iterator[None]:
-    """Let mlx-lm's scripts run quietly: progress bars only where somebody can see them.
+    """Let mlx-lm's scripts run quietly: what their progress bars count is a stage of ours.
 
     Compilation is off on a CPU, where it would need a C++ compiler for a handful of operations.
     """
@@ -148,12 +167,12 @@ def _as_library() -> Iterator[None]:
     if not compiled:
         mx.disable_compile()
     try:
-        with contextlib.redirect_stdout(sink):
-            if sys.stderr.isatty():
-                yield
-            else:
-                with contextlib.redirect_stderr(sink):
-                    yield
+        with (
+            stage("calibrating", None, "steps") as calibrating,
+            contextlib.redirect_stdout(sink),
+            contextlib.redirect_stderr(_Bars(calibrating)),
+        ):
+            yield
     finally:
         if not compiled:
             mx.enable_compile()

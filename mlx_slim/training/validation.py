@@ -14,6 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_slim.data.batches import Batch, Batcher
+from mlx_slim.progress import tracked
 from mlx_slim.runtime import number, world
 from mlx_slim.training.optim import set_trainable, trainable
 from mlx_slim.training.step import Objective, per_token, total_weight
@@ -63,7 +64,8 @@ def validation_loss(scorer: LossScorer, batcher: Batcher) -> tuple[float, dict[s
     model.eval()
     # Summed in Python: thousands of batches would lose digits in float32.
     sums, supervised, weight = np.zeros(1 + len(objective.parts)), 0, 0.0
-    for groups in batcher.plan(0)[world().rank() :: world().size()]:
+    plan = batcher.plan(0)[world().rank() :: world().size()]
+    for groups in tracked(plan, "validating", "micro-batches"):
         batch = batcher.batch(groups)
         sums += np.array(scorer(batch))
         supervised += batch.supervised_tokens

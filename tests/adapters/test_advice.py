@@ -14,10 +14,12 @@ from tests.support.runs import Recorder, recipe, write_rows
 @pytest.mark.parametrize(
     ("method", "rank", "steps", "applies"),
     [
-        ("lora", 8, None, True),
+        ("lora", 8, None, False),  # not known to be long
+        ("lora", 8, 1000, True),
+        ("lora", 8, 400, False),  # the demo: 0 intruders were counted after it
         ("qlora", 15, 1000, True),
         ("lora", 16, 1000, False),
-        ("dora", 8, 99, False),
+        ("dora", 8, 999, False),
         ("full", 8, 1000, False),
     ],
 )

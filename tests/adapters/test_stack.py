@@ -20,11 +20,10 @@ from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.run import EvalOptions, command_words, evaluate
 from mlx_slim.export.fuse import FuseOptions, fuse
 from mlx_slim.finetuning.run import finetune
-from mlx_slim.finetuning.run_dir import summary_rows
 from mlx_slim.models.load import load
 from tests.adapters.support import IDS, relative_error, shake
 from tests.support.adapters import made, quantized, tuned_logits
-from tests.support.runs import Recorder, losses, recipe, write_rows
+from tests.support.runs import Recorder, losses, recipe, talk_command, write_rows
 
 OPTIONS = FuseOptions(samples=2, length=32)
 
@@ -167,7 +166,7 @@ def test_training_one_after_the_other(tiny, tmp_path, method):
     second = mx.load(str(tmp_path / "second" / "adapters" / "adapters.safetensors"))
     assert {name.rsplit(".", 2)[1] for name in second} == {"q_proj", "v_proj"}
     assert len(before) == 42 and len(second) == 12
-    assert f"--adapter {first} --adapter {tmp_path / 'second'}" in summary_rows(result)["try it"]
+    assert f"--adapter {first} --adapter {tmp_path / 'second'}" in talk_command(result)
 
 
 def test_eval_scores_the_sum_and_names_it(tiny, tmp_path):

@@ -24,12 +24,11 @@ from mlx_slim.evaluation.run import EvalOptions, evaluate
 from mlx_slim.export.fuse import FuseOptions, fuse
 from mlx_slim.export.model import export_hf
 from mlx_slim.finetuning.run import finetune
-from mlx_slim.finetuning.run_dir import summary_rows
 from mlx_slim.models.load import load
 from mlx_slim.planner.run import plan
 from mlx_slim.quantization.apply import quantize_model
 from mlx_slim.quantization.base import load_base
-from tests.support.runs import Recorder, recipe, write_rows
+from tests.support.runs import Recorder, recipe, talk_command, write_rows
 from tests.support.tiny import tiny_model
 
 IDS = mx.arange(3, 35)[None]
@@ -80,8 +79,8 @@ def logits(source, adapter, dtype=mx.float32):
 
 def test_what_is_advertised_is_what_was_trained(made, dense, expected):
     out = made[0].out
-    words = summary_rows(made[0])["try it"].split()
-    assert words == ["mlx-slim", "generate", str(out / "base"), "--adapter", str(out / "adapters")]
+    words = talk_command(made[0]).split()
+    assert words == ["mlx-slim", "chat", str(out / "base"), "--adapter", str(out / "adapters")]
     found, notes = logits(words[2], words[4])
     assert mx.array_equal(found, expected).item() and notes == []
     found, notes = logits(dense, out)
@@ -201,7 +200,7 @@ def test_a_run_of_an_earlier_version_still_loads_and_reports(made, dense, tmp_pa
     del record["result"]["base"]
     write_json(out / "run.json", record)
     again = finetune(made[1], out, observer=Recorder(), resume=True)
-    assert summary_rows(again)["try it"].startswith(f"mlx-slim generate {dense}")
+    assert talk_command(again).startswith(f"mlx-slim chat {dense}")
     assert logits(dense, out)[1] == []
     assert adapter_pairs(str(dense), out / "adapters")[0] == "lora"
 
@@ -211,4 +210,4 @@ def test_a_quantized_model_is_its_own_base(made, tmp_path):
     assert not (result.out / "base").exists() and result.base is None
     config = json.loads((result.out / "adapters" / "adapter_config.json").read_text())
     assert "quantized_base" not in config
-    assert str(made[0].out / "base") in summary_rows(result)["try it"]
+    assert str(made[0].out / "base") in talk_command(result)

@@ -13,6 +13,7 @@ from typing import Any
 
 from mlx_slim.config.load import Resolved, from_values
 from mlx_slim.events import Event
+from mlx_slim.finetuning.run_dir import Result, steps_after
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
 
@@ -38,6 +39,7 @@ def recipe(model: Path, data: Path, method: str = "lora", **train: Any) -> Resol
         "adapter": {"dropout": 0.1},
         "quantize": {"group_size": 32},
         "data": {"path": str(data), "validation": 4},
+        "report_answers": 0,  # half a second a run
         "train": {
             "steps": 10,
             "batch_tokens": 256,
@@ -59,6 +61,13 @@ class Recorder:
 
     def notify(self, event: Event) -> None:
         self.events.append(event)
+
+
+def talk_command(result: Result) -> str:
+    """Return the command that a run advertises to talk with what it made."""
+    return next(
+        one.command for one in steps_after(result, "train", "r") if one.why == "talk with it"
+    )
 
 
 def losses(run: Path) -> dict[int, float]:

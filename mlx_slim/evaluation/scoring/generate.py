@@ -31,6 +31,7 @@ from mlx_slim.evaluation.scoring.answer_cache import (
 )
 from mlx_slim.evaluation.scoring.prefix_tree import fewest_tokens
 from mlx_slim.evaluation.scoring.requests import Request, shared_length
+from mlx_slim.progress import stage
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -145,7 +146,9 @@ def generate_batch(
     )
     ids: dict[int, list[int]] = {}
     reasons: dict[int, Literal["eos", "until", "length"]] = {}
-    try:
+    with contextlib.ExitStack() as open_until_done:
+        open_until_done.callback(generator.close)
+        answering = open_until_done.enter_context(stage("answering", len(prompts), "questions"))
         uids = generator.insert(
             [list(prompts[index][shared:]) for index in order],
             max_tokens=[max_tokens] * len(order),
@@ -169,8 +172,8 @@ def generate_batch(
                     reasons[index] = "length"
             if stopped:
                 generator.remove(stopped)
-    finally:
-        generator.close()
+            growing = sum(len(ids[i]) for i in ids if i not in reasons)
+            answering.reach(len(reasons) + growing / (max_tokens + 1))
     if tally is not None:
         tally.computed += counted.positions
         sampled = sum(len(ids[i]) + (reasons[i] == "eos") - 1 for i in ids)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,12 +26,16 @@ from mlx_slim.evaluation.scoring.requests import Request, common_prefix, shared_
 from mlx_slim.models import structure
 from mlx_slim.models.logits import logsumexp
 from mlx_slim.models.rope import boundary_of, set_length
+from mlx_slim.progress import Stage, stage
 from mlx_slim.runtime import default_num_threads, on_gpu, side_by_side
 
 MEMORY = 2**30  # bytes of keys and values that are kept for sharing
 HEAD_LOGITS = 1 << 24  # logits that exist at one time
 MIN_ROOT = 16  # a shorter prefix of everything is not worth keeping between calls
 MIN_BATCH = 64  # positions: a smaller batch only costs overhead
+
+# (request, log p, whether first choice) of each scored target of a batch, and its keys and values
+Computed = tuple[list[tuple[int, float, bool]], Pool]
 
 
 @dataclass(frozen=True)
@@ -99,9 +104,12 @@ class LoglikelihoodScorer:
             requests = [Request(r.ids[cut:], r.start - cut) for r in requests]
         self.tokens_minimum += prefix_tree.fewest_tokens(requests)
         scores: list[RequestScore] = []
-        for count, nodes in self._within_memory(list(requests)):
-            found = self._compute(nodes, pool)
-            scores += [found[index] for index in range(count)]
+        rounds = self._within_memory(list(requests))
+        total = sum(len(node.tokens) for _, nodes in rounds for node in nodes)
+        with stage("scoring", total, "tokens") as reading:
+            for count, nodes in rounds:
+                found = self._compute(nodes, pool, reading)
+                scores += [found[index] for index in range(count)]
         return scores
 
     def shared_root(self, requests: Sequence[Request], root: tuple[int, ...]) -> tuple[int, ...]:
@@ -139,7 +147,9 @@ class LoglikelihoodScorer:
             for part in self._within_memory(half)
         ]
 
-    def _compute(self, nodes: list[prefix_tree.Node], pool: Pool) -> dict[int, RequestScore]:
+    def _compute(
+        self, nodes: list[prefix_tree.Node], pool: Pool, reading: Stage
+    ) -> dict[int, RequestScore]:
         """Return the score of each request that ``nodes`` score; ``pool`` holds the root."""
         places = pool[0][0].shape[0] if pool else 0
         paths = {-1: np.arange(places)}  # node -> places in the pool of the positions up to its end
@@ -154,7 +164,7 @@ class LoglikelihoodScorer:
                 for rows in batches
             ]
             self.tokens_computed += sum(len(rows) * len(nodes[rows[0]].tokens) for rows in batches)
-            results = self._run(work)
+            results = self._run(work, reading)
             for rows, (found, _) in zip(batches, results, strict=True):
                 for index, value, first in found:
                     before = scores.get(index, RequestScore(0.0, True))
@@ -176,16 +186,22 @@ class LoglikelihoodScorer:
         )
         return min(self.batch_tokens, max(MIN_BATCH, math.ceil(1.05 * total / max(share, 1))))
 
-    def _run(self, work: list[tuple]) -> list[tuple[list[tuple[int, float, bool]], Pool]]:
+    def _run(self, work: list[tuple], reading: Stage) -> list[Computed]:
         """Compute batches: on a CPU side by side, one thread of BLAS each."""
+
+        def forward(nodes: list[prefix_tree.Node], *arguments: Any) -> Computed:
+            computed = self._forward(nodes, *arguments)
+            reading.advance(sum(len(node.tokens) for node in nodes))
+            return computed
+
         if len(work) < 2 or default_num_threads() == 1:
-            return [self._forward(*arguments) for arguments in work]
+            return [forward(*arguments) for arguments in work]
         with blas.single_threaded():
-            return side_by_side(self._forward, work, default_num_threads())
+            return side_by_side(forward, work, default_num_threads())
 
     def _forward(
         self, nodes: list[prefix_tree.Node], paths: list[np.ndarray], pool: Pool
-    ) -> tuple[list[tuple[int, float, bool]], Pool]:
+    ) -> Computed:
         """Compute one batch, one row a node.
 
         Returns:

@@ -1,0 +1,171 @@
+"""Answers to a few validation rows, before and after training, for the page of a run.
+
+Invariant: they change nothing: random state, weights and mode of the model are what they were
+before, so a run takes the same steps with and without them. One model is in memory: what is trained
+answers before its first step (its adapters do nothing yet), and what was saved answers when it is
+loaded again to be checked. Answers are greedy and short. Try it:
+``mlx-slim train smollm2-lora -o runs/try`` and open ``runs/try/report.html``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_slim.artifacts import SCHEMA_VERSION, write_json
+from mlx_slim.data.store import TokenStore
+from mlx_slim.data.tokenize import unwrap
+from mlx_slim.evaluation.scoring.generate import generate_batch
+from mlx_slim.progress import stage
+from mlx_slim.reading import read_object
+
+ANSWERS_FILE = "answers.json"
+MAX_TOKENS = 64  # of an answer
+LONGEST_PROMPT = 512  # tokens: a longer row is passed over
+
+
+def split(ids_T: np.ndarray, supervised_T: np.ndarray) -> tuple[list[int], list[int]]:
+    """Return a row's prompt and its last answer, as token ids.
+
+    A text that is learned from its start on is cut in the middle.
+    """
+    learned = np.flatnonzero(supervised_T)
+    end = int(learned[-1]) + 1
+    gaps = np.flatnonzero(np.diff(learned) > 1)
+    start = int(learned[gaps[-1] + 1] if len(gaps) else learned[0])
+    if start <= 1:
+        start = max(1, end // 2)
+    return ids_T[:start].tolist(), ids_T[start:end].tolist()
+
+
+def choose(rows: TokenStore, count: int) -> list[tuple[list[int], list[int]]]:
+    """Return prompt and reference of the first ``count`` rows whose prompts are short enough."""
+    chosen: list[tuple[list[int], list[int]]] = []
+    for number in range(len(rows)):
+        if len(chosen) == count:
+            break
+        prompt, reference = split(*rows.row(number))
+        if len(prompt) <= LONGEST_PROMPT:
+            chosen.append((prompt, reference))
+    return chosen
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A prompt with its reference, and what both models answered."""
+
+    prompt: str
+    reference: str
+    before: str
+    after: str
+
+
+def write_answers(out: Path, rows: Sequence[Answered]) -> None:
+    """Write ``answers.json`` of a run whose held-out rows were answered elsewhere."""
+    record = {"schema_version": SCHEMA_VERSION, "max_tokens": MAX_TOKENS, "skipped": None}
+    write_json(out / ANSWERS_FILE, {**record, "rows": [asdict(row) for row in rows]})
+
+
+def answer_before(
+    out: Path,
+    model: nn.Module,
+    tokenizer: Any,
+    rows: TokenStore | None,
+    count: int,
+    budget: int,
+) -> None:
+    """Write ``answers.json`` with the answers of a model that has learned nothing yet.
+
+    Where there are none, it says why.
+
+    Args:
+        out: The run folder.
+        model: Not changed.
+        tokenizer: Its tokenizer.
+        rows: Validation rows, or None.
+        count: Of them to answer.
+        budget: Memory that the run may use, bytes.
+    """
+    chosen = choose(rows, count) if rows is not None else []
+    record: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "max_tokens": MAX_TOKENS,
+        "skipped": _why_none(rows, count, chosen),
+        "rows": [],
+    }
+    if chosen:
+        decode = unwrap(tokenizer).decode
+        answers, trouble = _answers("before training", model, tokenizer, chosen, budget)
+        record["skipped"] = trouble
+        record["rows"] = [
+            {
+                "prompt": decode(prompt, skip_special_tokens=True).strip(),
+                "reference": decode(reference[:MAX_TOKENS], skip_special_tokens=True),
+                "before": before,
+                "after": None,
+            }
+            for (prompt, reference), before in zip(chosen, answers, strict=False)
+        ]
+    write_json(out / ANSWERS_FILE, record)
+
+
+def answer_after(
+    out: Path, model: nn.Module, tokenizer: Any, rows: TokenStore | None, budget: int
+) -> None:
+    """Add the answers of the tuned ``model`` to ``answers.json``, where there are some."""
+    file = out / ANSWERS_FILE
+    if rows is None or not file.exists() or not (record := read_object(file, rows=list))["rows"]:
+        return
+    chosen = choose(rows, len(record["rows"]))
+    answers, trouble = _answers("after training", model, tokenizer, chosen, budget)
+    record["skipped"] = trouble
+    for row, answer in zip(record["rows"], answers, strict=False):
+        row["after"] = answer
+    write_json(file, record)
+
+
+def _why_none(rows: TokenStore | None, count: int, chosen: Sequence[object]) -> str | None:
+    if chosen:
+        return None
+    if not count:
+        return "report_answers is 0"
+    if rows is None:
+        return "no rows are held out (data.validation is 0)"
+    return f"every validation row has a prompt of more than {LONGEST_PROMPT} tokens"
+
+
+def _answers(
+    when: str,
+    model: nn.Module,
+    tokenizer: Any,
+    chosen: Sequence[tuple[list[int], list[int]]],
+    budget: int,
+) -> tuple[list[str], str | None]:
+    """Return one text a prompt, or why there is none."""
+    prompts = [prompt for prompt, _ in chosen]
+    room = max(1, budget - mx.get_active_memory())
+    try:
+        with _unchanged(model), stage(f"answering validation rows {when}"):
+            found = generate_batch(model, tokenizer, prompts, MAX_TOKENS, cache_bytes=room)
+    except Exception as error:  # of a model that cannot generate: not worth a run
+        return [], " ".join(f"the model gave no answer: {type(error).__name__}: {error}".split())
+    return [one.text for one in found], None
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Let a block use ``model`` without a trace: greedy answers draw no random number."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+        mx.clear_cache()

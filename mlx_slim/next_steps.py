@@ -1,0 +1,111 @@
+"""What one would type next, with the paths that a command was given, quoted for a shell.
+
+Invariant: the same commands stand at the end of a command and on the page of its run. Nothing heavy
+is imported. Try it: ``mlx-slim train smollm2-lora -o runs/try``.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+YOUR_ROWS = "your-rows.jsonl"
+
+
+@dataclass(frozen=True)
+class NextStep:
+    """A command worth typing next.
+
+    Attributes:
+        why: What it does, a verb first.
+        command: As it is typed.
+    """
+
+    why: str
+    command: str
+
+
+def step(why: str, *words: object) -> NextStep:
+    """Return a step whose command is ``words``, quoted."""
+    return NextStep(why, shlex.join(map(str, words)))
+
+
+def look_at(page: Path) -> NextStep:
+    """Return how to open a page in the browser."""
+    opener = "open" if sys.platform == "darwin" else "xdg-open"
+    return step("look at its page", opener, page)
+
+
+def train_on(model: str | Path, recipe: str = "smollm2-lora") -> NextStep:
+    """Return how to train a model on rows of one's own."""
+    words = [f"model={model}", "revision=null", f"data.path={YOUR_ROWS}", "-o", "runs/mine"]
+    return step("teach it your rows", "mlx-slim", "train", recipe, *words)
+
+
+def score(
+    model: str | Path, adapters: Sequence[str | Path] = (), *, out: str, task: str = "openbookqa"
+) -> NextStep:
+    """Return how to score a model into the folder ``out``."""
+    on = [word for adapter in adapters for word in ("--adapter", adapter)]
+    words = ["mlx-slim", "eval", model, *on, "--task", task, "--limit", 100, "-o", out]
+    return step("score it", *words)
+
+
+def use_model(
+    model: str | Path, adapters: Sequence[str | Path] = (), *, name: str | Path = ""
+) -> list[NextStep]:
+    """Return what one does with a model and the adapters on it: talk, score, send to Ollama.
+
+    Args:
+        model: Hub id or folder.
+        adapters: Folders (``DIR`` or ``DIR=WEIGHT``).
+        name: New folders beside it begin so; the model's path by default.
+    """
+    on = [word for adapter in adapters for word in ("--adapter", adapter)]
+    name = name or (model if Path(model).exists() else Path(model).name)
+    steps = [
+        step("talk with it", "mlx-slim", "chat", model, *on),
+        score(model, adapters, out=f"{name}-scores"),
+    ]
+    source: str | Path = model
+    if adapters:
+        source = f"{name}-fused"
+        steps.append(step("merge it", "mlx-slim", "fuse", model, *on, "-o", source))
+    gguf = f"{name}-gguf"
+    return [*steps, step("for Ollama", "mlx-slim", "export", source, "--to", "gguf", "-o", gguf)]
+
+
+def after_run(
+    out: Path,
+    command: str,
+    recipe: str,
+    model: str,
+    artifact: str,
+    on: Sequence[str] = (),
+    base: str | None = None,
+) -> list[NextStep]:
+    """Return what one does with a complete run.
+
+    Args:
+        out: The run folder.
+        command: ``train`` or ``distill``.
+        recipe: Its name or file.
+        model: The base.
+        artifact: ``adapters`` or ``model``, inside the folder.
+        on: Adapters below the new one.
+        base: Folder inside of a base that the run quantized, or None.
+    """
+    tuned = out / artifact
+    adapted = (tuned / "adapter_config.json").exists()
+    if adapted:
+        steps = use_model(out / base if base else model, [*on, tuned], name=out)
+    else:
+        steps = use_model(tuned, name=out)
+    yours = step(
+        "your own rows",
+        *("mlx-slim", command, recipe, f"data.path={YOUR_ROWS}", "-o", out.with_name("mine")),
+    )
+    return [look_at(out / "report.html"), *steps, yours]

@@ -1,0 +1,217 @@
+"""The page of a run: complete, running, killed; what it says, that it escapes, how it looks."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from mlx_slim import locks
+from mlx_slim.artifacts import read_json
+from mlx_slim.cli.main import run
+from mlx_slim.config.load import Resolved
+from mlx_slim.errors import Interrupted
+from mlx_slim.finetuning.report import render
+from mlx_slim.finetuning.run import finetune
+from mlx_slim.run_dir import LOCK_FILE
+from tests.compare.test_report import CHROMIUM, PROBE
+from tests.support.runs import Recorder, losses, recipe
+
+BAD = "<script>alert(1)</script>"
+
+
+def rows(path: Path) -> Path:
+    """Write rows whose prompts are markup; one is too long and dropped."""
+    lines = [{"prompt": f"{BAD} {i}", "completion": f"<b>{i}</b>"} for i in range(14)]
+    lines.append({"prompt": "long " * 60, "completion": "x"})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def with_answers(resolved: Resolved, count: int = 3) -> Resolved:
+    """Return the recipe with so many answers on its page."""
+    values = resolved.recipe.model_dump()
+    changed = type(resolved.recipe).model_validate({**values, "report_answers": count})
+    return Resolved(changed, resolved.origins, resolved.name, resolved.given)
+
+
+@pytest.fixture(scope="module")
+def complete(tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a complete LoRA run of six steps, with three answers."""
+    folder = tmp_path_factory.mktemp("page")
+    resolved = recipe(tiny("llama"), rows(folder / "rows.jsonl"), steps=6, validate_every=2)
+    finetune(with_answers(resolved), folder / "run", observer=Recorder())
+    return folder / "run"
+
+
+@pytest.fixture
+def copy(complete: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(complete, tmp_path / "my run"))
+
+
+def test_the_page_is_there_at_the_end_and_stands_alone(complete: Path) -> None:
+    page = (complete / "report.html").read_text()
+    assert not re.findall(r"(?:src|href)=[\"']?(?:https?:)?//", page)
+    assert "<script" not in page and "@import" not in page
+    assert BAD not in page and "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "&lt;b&gt;" in page
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert "prefers-color-scheme: dark" in page and "@media print" in page
+    assert page.count('<svg class="chart"') == 4
+
+
+def test_the_page_says_what_the_records_say(complete: Path) -> None:
+    page = (complete / "report.html").read_text()
+    record, ledger = read_json(complete / "run.json"), read_json(complete / "data_ledger.json")
+    done = record["result"]["done"]
+    assert f"{done['best_validation']:.4f} at step {done['best_step']}" in page
+    assert "6 of 6" in page and "predicted before the run" in page
+    assert f"{ledger['totals']['rows_used']} of {ledger['totals']['rows_given']} rows" in page
+    assert "longer than 128 tokens" in page and "rows.jsonl" in page
+    for name in ("training, smoothed", "validation", "predicted peak"):
+        assert name in page
+    for row in read_json(complete / "answers.json")["rows"]:
+        assert row["before"] is not None and row["after"] is not None
+    assert f"mlx-slim chat {record['result']['model']} --adapter {complete / 'adapters'}" in page
+
+
+def test_answers_are_of_validation_rows_with_their_references(complete: Path) -> None:
+    answers = read_json(complete / "answers.json")
+    assert len(answers["rows"]) == 3 and answers["skipped"] is None
+    for row in answers["rows"]:
+        number = re.search(r"</script> (\d+)", row["prompt"])
+        assert number and row["reference"].strip() == f"<b>{number[1]}</b>"
+        assert not row["prompt"].rstrip().endswith("</b>")
+
+
+def test_no_path_but_those_that_were_typed(complete: Path, monkeypatch) -> None:
+    monkeypatch.chdir(complete.parent)
+    page = render(Path("run"))
+    typed = read_json(complete / "recipe.json")["recipe"]
+    for shown in (typed["model"], typed["data"]["path"]):
+        page = page.replace(shown, "")
+    assert "--adapter run/adapters" in page
+    assert str(complete) not in page and str(Path.home()) not in page.replace("/root", "")
+
+
+def test_quoted_commands_in_a_folder_with_a_space(copy: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(copy.parent)
+    assert run(["report", copy.name]) == 0
+    out = capsys.readouterr()
+    assert out.out == f"report: {Path(copy.name) / 'report.html'}\n"
+    assert "mlx-slim report 'my run' --watch" in out.err
+    assert "&#39;my run/adapters&#39;" in (copy / "report.html").read_text()
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_a_killed_run_shows_what_there_is(copy: Path, torn: bool) -> None:
+    (copy / "run.json").unlink()
+    lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
+    half = "".join(line for line in lines if '"step": 4' not in line and '"step": 5' not in line)
+    cut = half[: half.index('"event": "step", "step": 3') + 40] if torn else half
+    (copy / "metrics.jsonl").write_text(cut)
+    page = render(copy)
+    assert "stopped" in page and "--resume" in page
+    assert page.count('<svg class="chart"') == 4
+
+
+def test_before_the_first_step_and_while_it_runs(copy: Path) -> None:
+    for name in ("run.json", "metrics.jsonl", "answers.json", "data_ledger.json"):
+        (copy / name).unlink()
+    lock = locks.acquire(copy / LOCK_FILE)
+    assert lock is not None
+    page = render(copy)
+    lock.release()
+    assert "running" in page and "No step was taken yet" in page
+    assert "not counted yet" in page and "the run wrote none" in page
+    assert "stopped" in render(copy)
+
+
+def test_answers_change_no_step_and_survive_a_resume(tiny, complete: Path, tmp_path: Path) -> None:
+    resolved = recipe(tiny("llama"), complete.parent / "rows.jsonl", steps=6, validate_every=2)
+    finetune(resolved, tmp_path / "without", observer=Recorder())
+    assert losses(tmp_path / "without") == losses(complete)
+    assert read_json(tmp_path / "without" / "answers.json")["skipped"] == "report_answers is 0"
+
+    class Stop(Recorder):
+        def notify(self, event) -> None:
+            if getattr(event, "step", 0) == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        finetune(with_answers(resolved), tmp_path / "run", observer=Stop())
+    finetune(with_answers(resolved), tmp_path / "run", observer=Recorder(), resume=True)
+    assert losses(tmp_path / "run") == losses(complete)
+    assert read_json(tmp_path / "run" / "answers.json") == read_json(complete / "answers.json")
+
+
+def test_full_tuning_answers_before_it_has_learned(tiny, complete: Path, tmp_path: Path) -> None:
+    data = complete.parent / "rows.jsonl"
+    resolved = with_answers(recipe(tiny("llama"), data, "full", steps=6, validate_every=2))
+    finetune(resolved, tmp_path / "run", observer=Recorder())
+    answers, others = (read_json(path / "answers.json") for path in (tmp_path / "run", complete))
+    for row, other in zip(answers["rows"], others["rows"], strict=True):
+        assert row["before"] == other["before"]  # of the same base, whatever trains on it
+        assert row["after"] is not None
+    assert (
+        f"mlx-slim chat {tmp_path / 'run' / 'model'}" in (tmp_path / "run/report.html").read_text()
+    )
+
+
+def test_without_validation_rows_it_says_why(tiny, tmp_path: Path) -> None:
+    values = with_answers(recipe(tiny("llama"), rows(tmp_path / "rows.jsonl"), steps=1))
+    record = values.recipe.model_dump()
+    record["data"]["validation"] = 0
+    changed = type(values.recipe).model_validate(record)
+    finetune(Resolved(changed, {}, "small", "test"), tmp_path / "run", observer=Recorder())
+    assert "no rows are held out" in (tmp_path / "run/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["report", "EMPTY"], "neither a run"),
+        (["report", "EMPTY", "--watch"], "holds no run to watch"),
+        (["report", "RUN", "--verify"], "--verify is for a matrix"),
+        (["report", "RUN", "--port", "80"], "--watch"),
+    ],
+)
+def test_bad_input_is_one_line(complete: Path, tmp_path: Path, capsys, words, message) -> None:
+    places = {"EMPTY": str(tmp_path), "RUN": str(complete)}
+    assert run([places.get(word, word) for word in words]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_record_is_one_line(copy: Path, capsys) -> None:
+    (copy / "data_ledger.json").write_text('{"totals": 3}')
+    assert run(["report", str(copy)]) == 2
+    assert "damaged" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+@pytest.mark.parametrize("width", [500, 1280])
+def test_it_opens_in_a_browser_with_curves_and_answers(complete: Path, tmp_path, width) -> None:
+    page = tmp_path / "probe.html"
+    text = (complete / "report.html").read_text()
+    page.write_text(text.replace("</body>", PROBE + "</body>"))
+    dumped = subprocess.run(
+        [
+            *(str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
+            *(f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},1600"),
+            *("--enable-logging=stderr", "--v=0", "--dump-dom", page.as_uri()),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    found = json.loads(re.search(r"<title>(\{.*?\})</title>", dumped.stdout)[1])  # type: ignore[index]
+    assert found["plots"] == 4
+    assert (found["wide"], found["bad"], found["empty"]) == (False, 0, 0)
+    assert dumped.stdout.count("after training") == 3
+    assert "CONSOLE" not in dumped.stderr

@@ -1,0 +1,67 @@
+"""What one would type next: real paths, quoted for a shell, of options that exist."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from mlx_slim.artifacts import write_json
+from mlx_slim.cli.main import command
+from mlx_slim.cli.options import show_next
+from mlx_slim.next_steps import NextStep, after_run, look_at, score, step, train_on, use_model
+
+
+def parsed(words: list[str]) -> click.Context:
+    """Parse a command line as the program does, without running it."""
+    context = click.Context(command)
+    name, found, rest = command.resolve_command(context, words)
+    assert found is not None
+    return found.make_context(name, rest, parent=context)
+
+
+def run_folder(path: Path, artifact: str) -> Path:
+    if artifact == "adapters":
+        write_json(path / artifact / "adapter_config.json", {})
+    return path
+
+
+@pytest.mark.parametrize("artifact", ["adapters", "model"])
+@pytest.mark.parametrize("base", [None, "base"])
+def test_every_step_is_a_command_that_parses(tmp_path: Path, artifact: str, base) -> None:
+    out = run_folder(tmp_path / "my run's", artifact)
+    steps = [
+        *after_run(out, "train", "smollm2-lora", "owner/name", artifact, ["below"], base),
+        *use_model("owner/name", ["a=0.7", "b=0.3"]),
+        train_on(out),
+        score("owner/name", out="scores"),
+    ]
+    for one in steps:
+        words = shlex.split(one.command)
+        if words[0] == "mlx-slim":
+            parsed(words[1:])
+        else:
+            assert one == look_at(out / "report.html")
+
+
+def test_paths_are_real_and_quoted(tmp_path: Path) -> None:
+    out = run_folder(tmp_path / "my run", "adapters")
+    commands = [one.command for one in after_run(out, "train", "r", "m", "adapters")]
+    assert any(f"--adapter '{out / 'adapters'}'" in line for line in commands)
+    assert all(shlex.join(shlex.split(line)) == line for line in commands)
+    qlora = after_run(out, "train", "r", "m", "adapters", (), "base")
+    assert any(f"chat '{out / 'base'}'" in one.command for one in qlora)
+
+
+def test_a_new_folder_of_a_hub_model_is_named_by_its_last_part() -> None:
+    lines = [one.command for one in use_model("owner/name")]
+    assert lines[-1] == "mlx-slim export owner/name --to gguf -o name-gguf"
+
+
+def test_the_block_is_short_aligned_and_on_standard_error(capsys) -> None:
+    show_next(step("talk", "mlx-slim", "chat", "a b"), NextStep("merge it", "mlx-slim fuse"))
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "next:\n  talk      mlx-slim chat 'a b'\n  merge it  mlx-slim fuse\n"
