@@ -70,10 +70,12 @@ class Stages:
                 del self._open[len(names) - 1 - names[::-1].index(event.stage) :]
             self._label = _WORKING
             return
-        if event.stage not in names or event.done == 0:
+        if event.stage not in names:
             self._open.append(_Open(event, now))
-        self._open[-1].event = event
-        self._open[-1].clock.mark(event.done, now)
+            names.append(event.stage)
+        one = self._open[names.index(event.stage)]
+        one.event = event
+        one.clock.mark(event.done, now)
 
     def line(self, now: float) -> str:
         """Return what is under way: ``comparing: 3 of 8 rows, 1.2 rows/s, 0:04 left``."""

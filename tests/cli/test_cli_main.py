@@ -83,7 +83,31 @@ def leaves(command: click.Command, path: tuple[str, ...] = ()) -> list[tuple[str
 
 
 COMMANDS = [path for path in leaves(entry.command) if path]
-VERBS = ["Check", "Compare", "Complete", "Convert", "Count", "Fine-tune", "Fold", "List", "Look", "Measure", "Predict", "Prune", "Quantize", "Read", "Run", "Say", "Score", "See", "Show", "Talk", "Train", "Upload", "Write"]
+VERBS = [
+    "Check",
+    "Compare",
+    "Complete",
+    "Convert",
+    "Count",
+    "Fine-tune",
+    "Fold",
+    "List",
+    "Look",
+    "Measure",
+    "Predict",
+    "Prune",
+    "Quantize",
+    "Read",
+    "Run",
+    "Say",
+    "Score",
+    "See",
+    "Show",
+    "Talk",
+    "Train",
+    "Upload",
+    "Write",
+]
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
