@@ -20,9 +20,9 @@ from mlx_slim.errors import Interrupted, SlimError
 from mlx_slim.events import Event, Notice, StepDone
 from mlx_slim.models.load import load
 from mlx_slim.pruning.options import PruneOptions
-from mlx_slim.pruning.records import ModelRow, RecoveryReport, TaskFigures
+from mlx_slim.pruning.records import RecoveryReport
 from mlx_slim.pruning.recover import RecoverOptions, prune_and_recover
-from mlx_slim.pruning.report import chance, report_lines, with_recovery
+from mlx_slim.pruning.report import report_lines
 from tests.support.evals import write_tasks
 from tests.support.runs import Recorder, losses, run_until_killed, write_rows
 
@@ -276,18 +276,3 @@ def test_a_text_that_is_too_short_leaves_nothing(
     with pytest.raises(SlimError, match="tokens"):
         prune_and_recover(model, tmp_path / "deep" / "run", wrong, after, Recorder())
     assert not (tmp_path / "deep").exists()
-
-
-def test_recovery_in_percent_of_the_original() -> None:
-    def row(**metrics: float) -> ModelRow:
-        return ModelRow("x", 1, 1, 0, {"t": TaskFigures(4, metrics, 0.25)})
-
-    rows = with_recovery([row(acc=score, f1=score) for score in (0.75, 0.5, 0.25)])
-    recovery = [row.tasks["t"].recovery for row in rows]
-    assert [one["acc"].plain for one in recovery] == pytest.approx([100, 200 / 3, 100 / 3])
-    assert [one["acc"].chance_corrected for one in recovery] == pytest.approx([100, 50, 0])
-    assert recovery[0]["f1"].chance_corrected is None
-    (at_chance,) = with_recovery([row(acc=0.25)])
-    assert at_chance.tasks["t"].recovery["acc"].chance_corrected is None
-    assert chance([{"loglikelihoods": [0, 1]}, {"loglikelihoods": [0] * 4}]) == 0.375
-    assert chance([{"generation": "x"}]) == 0.0

@@ -1,0 +1,35 @@
+"""The table of Macs."""
+
+from __future__ import annotations
+
+import pytest
+
+from mlx_slim.errors import SlimError
+from mlx_slim.planner.macs import SIZES, find_mac, macs, markdown, smallest_that_fits, working_set
+
+
+def test_working_sets_are_those_that_metal_reports() -> None:
+    # MiB, as programs log them on such machines
+    assert working_set(16) // 2**20 == 10922
+    assert working_set(32) // 2**20 == 21845
+    assert working_set(64) // 2**20 == 49152
+    assert working_set(96) // 2**20 == 73728
+    assert smallest_that_fits(1) == 8
+    assert smallest_that_fits(10**12) is None
+    limits = [working_set(size) for size in SIZES]
+    assert limits == sorted(limits)
+
+
+def test_macs_by_name() -> None:
+    mac = find_mac("M2 16GB")
+    assert (mac.name, mac.memory_gb, mac.bandwidth) == ("m2-16gb", 16, 100)
+    assert mac.working_set_bytes == working_set(16)
+    assert find_mac("m4-max-128gb").bandwidth == 546
+    assert len({mac.name for mac in macs()}) == len(macs())
+    assert markdown().count("\n") == len(macs()) + 1
+    with pytest.raises(SlimError, match="no Mac 'm2-17gb'") as caught:
+        find_mac("m2-17gb")
+    assert "did you mean 'm2-" in caught.value.hint
+    with pytest.raises(SlimError) as caught:
+        find_mac("quantum")
+    assert "--macs" in caught.value.hint
