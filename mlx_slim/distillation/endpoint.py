@@ -35,7 +35,9 @@ _REASONS = {"length": "length", "stop": "eos"}
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:
+    def redirect_request(
+        self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: Any
+    ) -> None:
         """Follow nothing: the key is for one address."""
 
 

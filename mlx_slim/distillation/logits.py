@@ -251,11 +251,12 @@ class LogitDistillation:
                     reported = tenths
                     observer.notify(events.Notice(f"teacher {name}: {10 * tenths}%"))
             done += target_set.shape.targets
+            del generator, steps
             if stop.requested:
                 break
         peak = human_bytes(mx.get_peak_memory())
         observer.notify(events.Notice(f"teacher {name} is freed; peak memory {peak}"))
-        del model, generator, steps
+        del model
         gc.collect()
         mx.clear_cache()
 

@@ -7,8 +7,9 @@ dropped for their length are not counted. Try it:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -124,6 +125,7 @@ def _fitted(sample: np.ndarray, data: DataConfig, limit: int) -> np.ndarray:
 def _local(config: SourceConfig, data: DataConfig) -> tuple[int, np.ndarray] | None:
     """Return the number of rows of a local source, and ``_length`` of the first ones (rows, 2)."""
     extra = 1 if data.template == "plain" else TEMPLATE_TOKENS
+    files: Sequence[Path] | None = None  # None: only counting tells how many rows there are
     if config.task is not None:
         task = with_split(find_task(config.task), config.split)
         if local_rows(task) is None:
@@ -134,11 +136,11 @@ def _local(config: SourceConfig, data: DataConfig) -> tuple[int, np.ndarray] | N
         source = find_local(config)
         if source is None:
             return None
-        rows = source
+        rows, files = source, source.files
     rest = iter(rows)
     first = list(islice(rest, SAMPLE))
     sample = np.array([_length(row, config, data, extra) for row in first]).reshape(-1, 2)
-    lines = [None] if config.task is not None else [count_lines(file) for file in source.files]
+    lines = [None] if files is None else [count_lines(file) for file in files]
     if None in lines:
         count = sum(1 for _ in chain(first, rest))
     else:

@@ -132,7 +132,7 @@ class _CutShort(BaseHTTPRequestHandler):
         self.wfile.write(cut)
         self.close_connection = True
 
-    def log_message(self, *_: object) -> None:
+    def log_message(self, format: str, *args: Any) -> None:
         pass
 
 

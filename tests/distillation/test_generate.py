@@ -14,6 +14,7 @@ from mlx_slim.data.split import choose_validation
 from mlx_slim.distillation import generate as phase
 from mlx_slim.distillation.dataset import DistillationDataset
 from mlx_slim.errors import SlimError
+from mlx_slim.events import Notice
 from tests.models.test_tokenizer import with_tokens
 from tests.support.endpoint import answers, completion, serving
 from tests.support.runs import Recorder, run_until_killed, write_rows
@@ -144,7 +145,7 @@ def test_useless_answers_are_counted_and_not_learned(rows: Path, tmp_path: Path)
     used = lines(tmp_path / "run" / dataset.files[1].file)
     assert set(dropped) <= {"empty", "cut at the longest answer", "repeats itself"} and dropped
     assert report.used == len(used) == 9 - sum(dropped.values())
-    (warning,) = [e.message for e in seen.events if getattr(e, "level", "") == "warning"]
+    (warning,) = [e.message for e in seen.events if isinstance(e, Notice) and e.level == "warning"]
     assert warning.startswith(f"t1: {len(used)} of 9 answers used (")
     assert "empty" in warning or "cut" in warning or "repeats" in warning
 
@@ -186,6 +187,7 @@ def test_everything_is_checked_before_the_first_question(rows: Path, tmp_path: P
             ({}, "KEY_THAT_IS_NOT_SET is not set"),
         ):
             config = recipe(rows, served.base_url, count=2, ask=ask)
+            assert config.distill is not None
             if not ask:
                 keyed = config.distill.teachers[1].model_copy(
                     update={"api_key_env": "KEY_THAT_IS_NOT_SET"}

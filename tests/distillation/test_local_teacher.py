@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import pytest
 
 from mlx_slim.config.distill import TeacherConfig
@@ -21,7 +20,7 @@ from tests.support.tiny import speaking_model, tiny_model
 FLOWS = "It flows."
 
 
-def teacher(model: nn.Module, max_tokens: int = 12, **more: Any) -> LocalTeacher:
+def teacher(model: Path, max_tokens: int = 12, **more: Any) -> LocalTeacher:
     until = more.pop("until", ())
     config = TeacherConfig(model=str(model), **more)
     return LocalTeacher(config, dtype=mx.float32, max_tokens=max_tokens, until=until)

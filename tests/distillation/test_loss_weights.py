@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from mlx_slim.data.batches import collate
 from mlx_slim.distillation.loss_weights import target_weights
 from mlx_slim.models.load import load
+from mlx_slim.runtime import number
 from mlx_slim.training.optim import trainable
 from mlx_slim.training.step import CrossEntropy, Stepper
 from tests.support.rows import MemoryRows
@@ -26,8 +29,8 @@ def written_out(model: nn.Module, rows: MemoryRows) -> mx.array:
     total = mx.array(0.0)
     for group, loss_weight in enumerate(LOSS_WEIGHTS):
         nll, count = mx.array(0.0), 0
-        for number in np.flatnonzero(group == GROUPS):
-            ids, supervised = rows.row(int(number))
+        for row in np.flatnonzero(group == GROUPS):
+            ids, supervised = rows.row(int(row))
             logits_TV = model(mx.array(ids)[None])[0].astype(mx.float32)
             logp_TV = logits_TV - mx.logsumexp(logits_TV, axis=-1, keepdims=True)
             for t in np.flatnonzero(supervised):
@@ -40,7 +43,7 @@ def written_out(model: nn.Module, rows: MemoryRows) -> mx.array:
 def test_one_batch_of_all_rows_gives_the_formula_and_its_gradient(
     tiny: Callable[..., Path],
 ) -> None:
-    model = load(str(tiny("llama")), dtype=mx.float32).model
+    model: Any = load(str(tiny("llama")), dtype=mx.float32).model
     model.freeze()
     model.layers[-1].unfreeze()
     rows = MemoryRows([9, 14, 6, 11, 5, 16, 7], seed=3)
@@ -50,15 +53,15 @@ def test_one_batch_of_all_rows_gives_the_formula_and_its_gradient(
     measured = stepper.step([collate(rows, order, isolate=False)])
     expected, gradients = nn.value_and_grad(model, lambda: written_out(model, rows))()
     assert measured.loss == pytest.approx(expected.item(), rel=1e-5)
-    flat = dict(nn.utils.tree_flatten(gradients))
+    flat = dict(tree_flatten(gradients))
     assert set(measured.gradients) == set(trainable(model))
     for path, value in measured.gradients.items():
-        error = mx.abs(value - flat[path]).max().item()
-        assert error <= 1e-5 * max(1.0, mx.abs(flat[path]).max().item()), path
+        error = number(mx.abs(value - flat[path]).max())
+        assert error <= 1e-5 * max(1.0, number(mx.abs(flat[path]).max())), path
 
 
 def test_micro_batches_give_the_same_step(tiny: Callable[..., Path]) -> None:
-    model = load(str(tiny("llama")), dtype=mx.float32).model
+    model: Any = load(str(tiny("llama")), dtype=mx.float32).model
     model.freeze()
     model.layers[-1].unfreeze()
     rows = MemoryRows([9, 14, 6, 11, 5, 16, 7], seed=3)

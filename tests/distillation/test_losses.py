@@ -6,9 +6,10 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_slim.distillation.losses import DistillationLoss, top
+from mlx_slim.distillation.losses import DistillationLoss, Divergence, top
 from mlx_slim.distillation.mutual import PeerLoss
 from mlx_slim.models.logits import token_nll
+from mlx_slim.runtime import number
 from mlx_slim.training.losses import NLL, linear_loss
 from tests.training.test_losses import (
     KINDS,
@@ -28,7 +29,7 @@ __all__ = ["as_on_gpu"]
 KINDS_OF_DIVERGENCE = ["forward", "reverse", "symmetric"]
 
 
-def _plain(p_NV: mx.array, q_NV: mx.array, kind: str, temperature: float) -> mx.array:
+def _plain(p_NV: mx.array, q_NV: mx.array, kind: Divergence, temperature: float) -> mx.array:
     """The divergence over all tokens (N,), from its definition."""
     log_p = p_NV / temperature - mx.logsumexp(p_NV / temperature, axis=-1, keepdims=True)
     log_q = q_NV / temperature - mx.logsumexp(q_NV / temperature, axis=-1, keepdims=True)
@@ -37,7 +38,9 @@ def _plain(p_NV: mx.array, q_NV: mx.array, kind: str, temperature: float) -> mx.
     return {"forward": forward, "reverse": reverse, "symmetric": (forward + reverse) / 2}[kind]
 
 
-def _lumped(p_NV: mx.array, q_NV: mx.array, ids_NK: mx.array, kind: str, t: float) -> mx.array:
+def _lumped(
+    p_NV: mx.array, q_NV: mx.array, ids_NK: mx.array, kind: Divergence, t: float
+) -> mx.array:
     """The divergence of k + 1 buckets (N,), from probabilities."""
     p, q = mx.softmax(p_NV / t, axis=-1), mx.softmax(q_NV / t, axis=-1)
     p, q = (
@@ -53,7 +56,9 @@ def _targets(p_NV: mx.array, k: int, t: float) -> tuple[mx.array, ...]:
 
 @pytest.mark.parametrize("kind", KINDS_OF_DIVERGENCE)
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_with_all_tokens_it_is_the_definition_with_gradient(kind: str, temperature: float) -> None:
+def test_with_all_tokens_it_is_the_definition_with_gradient(
+    kind: Divergence, temperature: float
+) -> None:
     mx.random.seed(0)
     p, q = 3 * mx.random.normal((N, V)), 3 * mx.random.normal((N, V))
     targets = mx.random.randint(0, V, (N,))
@@ -67,7 +72,7 @@ def test_with_all_tokens_it_is_the_definition_with_gradient(kind: str, temperatu
     sums, logits_gradient = token_loss.value_and_gradient(q, *columns)
     assert sums[0].item() == pytest.approx(expected.item(), rel=1e-5)
     assert sums[1].item() == pytest.approx(token_nll(q, targets).sum().item(), rel=1e-6)
-    assert temperature**2 * sums[2].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert temperature**2 * number(sums[2]) == pytest.approx(expected.item(), rel=1e-5)
     assert mx.allclose(logits_gradient.probs_CV, by_logits, rtol=1e-3, atol=1e-5)
     by_value = mx.grad(lambda q: token_loss.value(q, *columns)[0])(q)
     assert mx.allclose(by_value, by_logits, rtol=1e-3, atol=1e-5)
@@ -81,7 +86,7 @@ def test_with_all_tokens_it_is_the_definition_with_gradient(kind: str, temperatu
 
 @pytest.mark.parametrize("kind", KINDS_OF_DIVERGENCE)
 @pytest.mark.parametrize("k", [1, 7, 60])
-def test_buckets_equal_their_definition_with_gradient(kind: str, k: int) -> None:
+def test_buckets_equal_their_definition_with_gradient(kind: Divergence, k: int) -> None:
     mx.random.seed(1)
     p, q = 3 * mx.random.normal((N, V)), 3 * mx.random.normal((N, V))
     targets = mx.random.randint(0, V, (N,))
@@ -114,13 +119,13 @@ def test_the_worked_example() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS_OF_DIVERGENCE)
-def test_more_tokens_come_nearer_from_below(kind: str) -> None:
+def test_more_tokens_come_nearer_from_below(kind: Divergence) -> None:
     mx.random.seed(2)
     p, q = 4 * mx.random.normal((N, V)), 4 * mx.random.normal((N, V))
     targets = mx.zeros((N,), dtype=mx.int32)
-    full = _plain(p, q, kind, 1.0).sum().item()
+    full = number(_plain(p, q, kind, 1.0).sum())
     values = [
-        DistillationLoss(kind).value(q, targets, *_targets(p, k, 1.0))[2].item()
+        number(DistillationLoss(kind).value(q, targets, *_targets(p, k, 1.0))[2])
         for k in (1, 2, 5, 20, 80, V)
     ]
     assert values == sorted(values)
@@ -130,7 +135,7 @@ def test_more_tokens_come_nearer_from_below(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS_OF_DIVERGENCE)
 @pytest.mark.parametrize("k", [1, 10, V])
-def test_equal_distributions_are_apart_by_nothing_and_stay(kind: str, k: int) -> None:
+def test_equal_distributions_are_apart_by_nothing_and_stay(kind: Divergence, k: int) -> None:
     mx.random.seed(3)
     q = 5 * mx.random.normal((N, V))
     targets = mx.zeros((N,), dtype=mx.int32)
@@ -139,13 +144,13 @@ def test_equal_distributions_are_apart_by_nothing_and_stay(kind: str, k: int) ->
         sums, logits_gradient = token_loss.value_and_gradient(
             q, targets, *_targets(q, k, temperature)
         )
-        assert abs(sums[2].item()) < 1e-5 * N
-        assert mx.abs(logits_gradient.probs_CV).max().item() < 1e-5
+        assert abs(number(sums[2])) < 1e-5 * N
+        assert number(mx.abs(logits_gradient.probs_CV).max()) < 1e-5
 
 
 @pytest.mark.parametrize("kind", KINDS_OF_DIVERGENCE)
 @pytest.mark.parametrize("k", [3, V])
-def test_certain_and_far_apart_stays_finite(kind: str, k: int) -> None:
+def test_certain_and_far_apart_stays_finite(kind: Divergence, k: int) -> None:
     """One-hot against one-hot elsewhere: probabilities that float32 cannot hold."""
     p, q = mx.zeros((2, V)), mx.zeros((2, V))
     p[:, 5], q[:, 50] = 1000.0, 1000.0
@@ -161,7 +166,7 @@ def test_certain_and_far_apart_stays_finite(kind: str, k: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("divergence", KINDS_OF_DIVERGENCE)
 @pytest.mark.parametrize("chunk", [5, 1000])
-def test_chunked_equals_plain_for_every_head(kind: str, divergence: str, chunk: int) -> None:
+def test_chunked_equals_plain_for_every_head(kind: Divergence, divergence: str, chunk: int) -> None:
     head = _head(kind)
     hidden, p = mx.random.normal((N, D)), 2 * mx.random.normal((N, V))
     targets = mx.random.randint(0, V, (N,))
@@ -194,7 +199,7 @@ def test_two_teachers_count_by_their_loss_weights() -> None:
     token_loss = DistillationLoss(weight=1.0, loss_weights=(0.75, 0.25))
     sums, logits_gradient = token_loss.value_and_gradient(q, targets, *teachers[0], *teachers[1])
     expected = 0.75 * alone[0][0][2] + 0.25 * alone[1][0][2]
-    assert sums[2].item() == pytest.approx(expected.item(), rel=1e-6)
+    assert number(sums[2]) == pytest.approx(expected.item(), rel=1e-6)
     mixed = 0.75 * alone[0][1].probs_CV + 0.25 * alone[1][1].probs_CV
     assert mx.allclose(logits_gradient.probs_CV, mixed, rtol=1e-4, atol=1e-6)
     value = token_loss.value(q, targets, *teachers[0], *teachers[1])
@@ -202,7 +207,7 @@ def test_two_teachers_count_by_their_loss_weights() -> None:
 
 
 @pytest.mark.parametrize("kind", ["untied", "frozen", "quantized", "adapted"])
-def test_weight_zero_is_cross_entropy_bit_for_bit(kind: str) -> None:
+def test_weight_zero_is_cross_entropy_bit_for_bit(kind: Divergence) -> None:
     head = _head(kind)
     hidden = mx.random.normal((N, D))
     targets = mx.random.randint(0, V, (N,))
@@ -221,7 +226,7 @@ def test_weight_zero_is_cross_entropy_bit_for_bit(kind: str) -> None:
 @pytest.mark.parametrize("gradient", [True, False])
 @pytest.mark.parametrize("kind", ["frozen", "quantized", "adapted"])
 def test_the_peak_does_not_grow_with_the_rows(
-    kind: str, gradient: bool, request: pytest.FixtureRequest
+    kind: Divergence, gradient: bool, request: pytest.FixtureRequest
 ) -> None:
     columns = top(mx.random.normal((ROWS, VOCABULARY)), 8, 1.0)
     check_the_peak(kind, DistillationLoss(), gradient, False, True, request, *columns)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -11,9 +12,11 @@ from mlx.utils import tree_flatten
 from mlx_lm import load
 
 from mlx_slim.data.batches import collate
+from mlx_slim.distillation.losses import Divergence
 from mlx_slim.distillation.mutual import ModelPair, MutualObjective, MutualValidation
 from mlx_slim.models import structure
 from mlx_slim.models.logits import token_nll
+from mlx_slim.runtime import number
 from mlx_slim.training.step import Stepper, batch_arrays
 from tests.distillation.test_losses import KINDS_OF_DIVERGENCE, _plain
 from tests.support.rows import MemoryRows
@@ -26,8 +29,8 @@ PACKED = collate(ROWS, [[0, 1], [2, 3]], isolate=True)
 
 @pytest.fixture
 def pair(tiny: Callable[..., Path], tmp_path: Path) -> ModelPair:
-    first, _ = load(str(tiny("llama-tied")))
-    second, _ = load(str(tiny_model(tmp_path / "second", seed=5, num_hidden_layers=2)))
+    first: Any = load(str(tiny("llama-tied")))[0]
+    second: Any = load(str(tiny_model(tmp_path / "second", seed=5, num_hidden_layers=2)))[0]
     second.freeze()  # adapters of a kind: only some parameters learn
     second.model.layers[0].self_attn.q_proj.unfreeze()
     for norm in (first.model.norm, second.model.norm):
@@ -37,7 +40,9 @@ def pair(tiny: Callable[..., Path], tmp_path: Path) -> ModelPair:
 
 @pytest.mark.parametrize("kind", KINDS_OF_DIVERGENCE)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_a_step_is_that_of_two_plain_models(pair: ModelPair, kind: str, temperature: float) -> None:
+def test_a_step_is_that_of_two_plain_models(
+    pair: ModelPair, kind: Divergence, temperature: float
+) -> None:
     tokens, positions, targets, _ = batch_arrays(BATCH)
     weight = 0.7
 
@@ -58,11 +63,11 @@ def test_a_step_is_that_of_two_plain_models(pair: ModelPair, kind: str, temperat
     for chunk, num_threads, batch in ((5, 1, BATCH), (1000, 2, BATCH), (1000, 1, PACKED)):
         objective = MutualObjective(pair, kind, temperature, weight, chunk=chunk, vocabulary=VOCAB)
         result = Stepper(pair, objective, num_threads=num_threads).step([batch])
-        assert result.loss == pytest.approx(expected.item() / count, rel=1e-5)
+        assert result.loss == pytest.approx(number(expected) / count, rel=1e-5)
         assert result.gradients.keys() == dict(tree_flatten(gradients)).keys()
-        for path, value in tree_flatten(gradients):
-            scale = mx.abs(value).max().item() / count + 1e-7
-            error = mx.abs(result.gradients[path] - value / count).max().item()
+        for path, value in dict(tree_flatten(gradients)).items():
+            scale = number(mx.abs(value).max()) / count + 1e-7
+            error = number(mx.abs(result.gradients[path] - value / count).max())
             assert error < 2e-3 * scale, path
 
 
@@ -71,10 +76,10 @@ def test_what_is_reported(pair: ModelPair) -> None:
     training = MutualObjective(pair, "forward", 2.0, 0.5, vocabulary=VOCAB)(
         pair, arrays, gradient=False
     )
-    loss, first, second, apart = training.tolist()
+    loss, first, second, apart = (number(value) for value in training)
     assert loss == pytest.approx(first + second + 2 * 0.5 * 4 * apart, rel=1e-5)
     validation = MutualValidation(pair, "forward", 2.0, 0.5, vocabulary=VOCAB)
-    mean, *parts = validation(pair, arrays, gradient=False).tolist()
+    mean, *parts = (number(value) for value in validation(pair, arrays, gradient=False))
     assert mean == pytest.approx((first + second) / 2, rel=1e-6)
     assert parts == [first, second, apart]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from mlx_slim.errors import SlimError
 DATA = DataConfig()
 
 
-def queries(*rows: Any, system: str | None = None, data: Path = DATA) -> list[TeacherQuery]:
+def queries(*rows: Any, system: str | None = None, data: DataConfig = DATA) -> list[TeacherQuery]:
     raws = [RawRow("a.jsonl", number, row, "line") for number, row in enumerate(rows, 1)]
     ledger = SourceLedger("a.jsonl", "file", 1.0, [])
     return list(read_queries(raws, 0, SourceConfig(path="x", system=system), data, ledger))
@@ -102,7 +101,7 @@ def test_prefixes_tell_teachers_apart() -> None:
 
 def test_weights_of_turns_stay_with_the_row() -> None:
     """Rows that teachers wrote go through the student's template like any others."""
-    turns = [dict(turn) for turn in CHAT["messages"]]
+    turns: list[dict[str, Any]] = [dict(turn) for turn in CHAT["messages"]]
     turns[2]["train"], turns[4]["weight"] = False, 0.5
     (query,) = queries({"messages": turns})
     assert all("weight" not in message for message in query.sequence().messages)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,7 +15,7 @@ from mlx_lm import load
 from mlx_slim.artifacts import read_json
 from mlx_slim.data.batches import Batch, Batcher, collate
 from mlx_slim.distillation import target_cache
-from mlx_slim.distillation.losses import DistillationLoss, top
+from mlx_slim.distillation.losses import DistillationLoss, Divergence, top
 from mlx_slim.distillation.target_cache import (
     PlaceholderTargets,
     TargetGenerator,
@@ -68,7 +69,7 @@ def _logits(model: nn.Module, row: int) -> mx.array:
 def test_targets_are_read_back_by_number(
     tiny: Callable[..., Path], tmp_path: Path, architecture: str, num_threads: int
 ) -> None:
-    model, _ = load(str(tiny(architecture)))
+    model: Any = load(str(tiny(architecture)))[0]
     for k, temperature in ((7, 1.0), (VOCAB, 2.0)):
         shape = target_layout(ROWS, k, VOCAB)
         cache = _written(tmp_path / f"{k}", model, shape, temperature, num_threads)
@@ -89,10 +90,10 @@ def test_targets_are_read_back_by_number(
 
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "symmetric"])
 def test_through_the_disk_more_tokens_come_nearer_from_below(
-    tiny: Callable[..., Path], tmp_path: Path, divergence: str
+    tiny: Callable[..., Path], tmp_path: Path, divergence: Divergence
 ) -> None:
-    teacher, _ = load(str(tiny("llama")))
-    student, _ = load(str(tiny_model(tmp_path / "student", seed=1)))
+    teacher: Any = load(str(tiny("llama")))[0]
+    student: Any = load(str(tiny_model(tmp_path / "student", seed=1)))[0]
     for model in (teacher, student):  # sharper than a fresh model, which is almost uniform
         model.lm_head.weight = 8 * model.lm_head.weight
     everything = np.arange(int(ROWS.supervised.sum()))
@@ -117,7 +118,7 @@ def test_through_the_disk_more_tokens_come_nearer_from_below(
 def test_a_kill_loses_at_most_a_batch_and_the_rest_is_not_asked_again(
     tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
-    model, _ = load(str(tiny("llama")))
+    model: Any = load(str(tiny("llama")))[0]
     shape = target_layout(ROWS, 6, VOCAB)
     straight = _written(tmp_path / "straight", model, shape)
     generator, asked = TargetGenerator(model, shape, 1.0, 1), []
@@ -148,7 +149,7 @@ def test_a_kill_loses_at_most_a_batch_and_the_rest_is_not_asked_again(
 
 
 def test_stopping_keeps_what_was_written(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    model, _ = load(str(tiny("llama")))
+    model: Any = load(str(tiny("llama")))[0]
     shape = target_layout(ROWS, 6, VOCAB)
     generator = TargetGenerator(model, shape, 1.0, 1)
     stopping = target_cache.write(
@@ -186,7 +187,7 @@ def test_the_key_knows_all_that_the_numbers_depend_on() -> None:
 def test_another_key_in_the_folder_is_not_gone_on_with(
     tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
-    model, _ = load(str(tiny("llama")))
+    model: Any = load(str(tiny("llama")))[0]
     shape = target_layout(ROWS, 6, VOCAB)
     _written(tmp_path / "c", model, shape)
     generator = TargetGenerator(model, shape, 3.0, 1)
@@ -201,7 +202,7 @@ def test_another_key_in_the_folder_is_not_gone_on_with(
 def test_the_size_is_what_is_written_and_a_small_disk_is_refused(
     tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, _ = load(str(tiny("llama")))
+    model: Any = load(str(tiny("llama")))[0]
     shape = target_layout(ROWS, 6, VOCAB)
     folder = tmp_path / "c"
     assert target_cache.missing_bytes(folder, shape) == shape.nbytes
@@ -218,7 +219,7 @@ def test_the_size_is_what_is_written_and_a_small_disk_is_refused(
 
 
 def test_a_cut_file_is_not_taken_for_complete(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    model, _ = load(str(tiny("llama")))
+    model: Any = load(str(tiny("llama")))[0]
     shape = target_layout(ROWS, 6, VOCAB)
     _written(tmp_path / "c", model, shape)
     with (tmp_path / "c" / "kept.bin").open("r+b") as handle:

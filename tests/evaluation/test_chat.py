@@ -49,7 +49,7 @@ def test_another_conversation_does_not_see_the_one_before(tiny: Callable[..., Pa
 def test_an_interrupted_answer_leaves_the_cache_right(tiny: Callable[..., Path]) -> None:
     session = open_session(tiny("llama"))
     ids = session.text_ids("count to ten")
-    stream = session.stream(ids, max_tokens=12, temperature=0.0)
+    stream: Any = session.stream(ids, max_tokens=12, temperature=0.0)
     next(stream)
     next(stream)
     stream.close()
@@ -84,7 +84,7 @@ def test_an_adapter_changes_the_answer(tiny: Callable[..., Path], tmp_path: Path
         open_session(tiny("llama"), tmp_path / "absent")
 
 
-def _flat(tree: Any):
+def _flat(tree: Any) -> list[tuple[str, Any]]:
     from mlx.utils import tree_flatten
 
     return tree_flatten(tree)

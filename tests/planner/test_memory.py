@@ -21,7 +21,7 @@ from mlx_slim.models.activations import use_fast_swiglu
 from mlx_slim.models.quantized import use_fast_matmul
 from mlx_slim.planner import peak
 from mlx_slim.planner.memory import predict
-from mlx_slim.planner.shapes import training_shapes
+from mlx_slim.planner.shapes import leaves, training_shapes
 from mlx_slim.planner.shipped_models import SHIPPED_CONFIGS
 from mlx_slim.planner.work import Speed, TrainingWork, expected_work
 from mlx_slim.quantization.apply import quantize_model
@@ -90,7 +90,8 @@ def test_static_bytes_are_exact(architecture: str, method: str, optimizer: str) 
     ) + (0 if cached or method != "dora" else sum(m._base_norm2_O.nbytes for m in _doras(model)))
     assert prediction.optimizer_bytes == sum(value.nbytes for value in real.state().values())
     assert prediction.trainable == {
-        path: value.shape for path, value in tree_flatten(model.trainable_parameters())
+        path: value.shape
+        for path, value in dict(tree_flatten(model.trainable_parameters())).items()
     }
 
 
@@ -195,7 +196,7 @@ def assert_peaks_agree(
     with checkpointed(structure.blocks(model), plan.train.grad_checkpoint):
         mx.eval(optimizer.arrays())
         mx.clear_cache()
-        held = sum(v.nbytes for _, v in tree_flatten(model.parameters()))
+        weights = sum(v.nbytes for _, v in leaves(model))
         before = mx.get_active_memory()  # other tests' models may still be alive
         mx.reset_peak_memory()
         stepper.micro(rows)
@@ -203,7 +204,7 @@ def assert_peaks_agree(
     prediction = predict(config, plan, gpu=False, budget=1, suggest=False)
     parts = prediction.breakdown
     moving = parts["activations"] + parts["logits"] + parts["gradients"]
-    assert held <= parts["weights"]
+    assert weights <= parts["weights"]
     assert moving == pytest.approx(measured, rel=rel)
 
 
@@ -299,7 +300,7 @@ def test_tokens_are_guessed_from_the_rows_that_will_be_used(
 
     def tokens(path: Path = file, distill: dict[str, Any] | None = None, **data: Any) -> int:
         values = {"path": str(path), "template": "plain", "validation": 0, **data}
-        with_teacher = {"distill": distill} if distill else {}
+        with_teacher: dict[str, Any] = {"distill": distill} if distill else {}
         train = {"max_length": 256, "epochs": 1}
         work = expected_work(recipe(data=values, train=train, **with_teacher))
         assert work is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,6 +16,7 @@ from mlx_slim.errors import SlimError
 from mlx_slim.models import structure
 from mlx_slim.pruning.depth import METHODS, angular_distance, block_influence, choose_layers
 from mlx_slim.pruning.surgery import without_layers
+from mlx_slim.runtime import number
 from tests.support.prune import ROWS, loaded, make_identity
 
 
@@ -22,7 +24,7 @@ def _model(tmp_path: Path, layers: int = 5, architecture: str = "llama"):
     return loaded(tmp_path, architecture, num_hidden_layers=layers)
 
 
-def _hidden(model: nn.Module) -> list[np.ndarray]:
+def _hidden(model: Any) -> list[np.ndarray]:
     """What enters each block and leaves the last, computed by hand."""
     h = model.model.embed_tokens(ROWS[:, :-1])
     mask = nn.MultiHeadAttention.create_additive_causal_mask(h.shape[1])
@@ -32,7 +34,7 @@ def _hidden(model: nn.Module) -> list[np.ndarray]:
     return [np.array(state, np.float64) for state in states]
 
 
-def _cosine(a: mx.array, b: mx.array):
+def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
 
 
@@ -83,7 +85,7 @@ def test_perplexity_is_greedy_and_its_losses_are_those_of_the_smaller_models(
     def loss(layers: list[int]) -> float:
         small, _ = without_layers(source.model, source.config, layers)
         logits = small(ROWS[:, :-1])  # pyright: ignore
-        return float(nn.losses.cross_entropy(logits, ROWS[:, 1:]).mean().item())
+        return number(nn.losses.cross_entropy(logits, ROWS[:, 1:]).mean())
 
     removal = choose_layers(source.model, "perplexity", 2, [1, 2, 3, 4], ROWS)
     first = {layer: loss([layer]) for layer in (1, 2, 3, 4)}
