@@ -82,7 +82,7 @@ check: $(VENV)/.dev
 
 # Opens from the disk: site/index.html loads nothing from the network.
 docs: $(VENV)/.dev
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "open site/index.html"
 
 format: $(VENV)/.dev

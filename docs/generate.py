@@ -379,7 +379,10 @@ def cited() -> dict[str, list[str]]:
     """Return arXiv id -> the files whose docstrings name it, ``mlx_slim/...``."""
     files: dict[str, list[str]] = {}
     for path in sorted(PACKAGE.rglob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        source = path.read_text(encoding="utf-8")
+        if not ARXIV.search(source):
+            continue
+        tree = ast.parse(source)
         kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
         texts = [
             ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds)
