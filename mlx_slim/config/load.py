@@ -268,7 +268,13 @@ def _apply_overrides(overrides: Sequence[str], layers: Layers, words: Words) -> 
         layers.add(nested, lambda _: COMMAND_LINE)
 
 
-def _merge(new: dict[str, Any], path: Keys, into: dict[str, Any], origins: Origins, origin) -> None:
+def _merge(
+    new: dict[str, Any],
+    path: Keys,
+    into: dict[str, Any],
+    origins: Origins,
+    origin: Callable[[Keys], str],
+) -> None:
     """Lay ``new`` over ``into`` at ``path``: mappings merge, everything else replaces."""
     for key, value in new.items():
         here = (*path, key)

@@ -35,9 +35,9 @@ def linear(inputs: int, outputs: int, *, bias: bool, bits: int | None, seed: int
     """A frozen random linear layer, dense or quantized (group 64)."""
     mx.random.seed(seed)
     layer = nn.Linear(inputs, outputs, bias=bias)
-    made = layer.to_quantized(64, bits) if bits else layer
-    made.freeze()
-    return made
+    module = layer.to_quantized(64, bits) if bits else layer
+    module.freeze()
+    return module
 
 
 def dense(layer: nn.Module) -> mx.array:

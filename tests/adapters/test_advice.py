@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from mlx_slim import events
@@ -9,6 +11,7 @@ from mlx_slim.adapters.advice import rank_advice
 from mlx_slim.config.schema import AdapterConfig, Recipe
 from mlx_slim.finetuning.run import finetune
 from tests.support.runs import Recorder, recipe, write_rows
+from tests.support.tiny import TinyModels
 
 
 @pytest.mark.parametrize(
@@ -23,13 +26,15 @@ from tests.support.runs import Recorder, recipe, write_rows
         ("full", 8, 1000, False),
     ],
 )
-def test_where_it_applies(method, rank, steps, applies):
+def test_where_it_applies(method: str, rank: int, steps: int | None, applies: bool) -> None:
     text = rank_advice(Recipe(model="m", method=method, adapter=AdapterConfig(rank=rank)), steps)
     assert bool(text) == applies
     assert "\n" not in text
 
 
-def test_a_run_says_it_once(tiny, tmp_path, monkeypatch):
+def test_a_run_says_it_once(
+    tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("mlx_slim.adapters.advice.STEPS", 2)
     data, recorder = write_rows(tmp_path / "rows.jsonl"), Recorder()
     finetune(recipe(tiny("llama"), data, steps=3), tmp_path / "run", observer=recorder)

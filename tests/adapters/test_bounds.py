@@ -13,13 +13,14 @@ from mlx_slim.adapters import peft_rules
 from mlx_slim.adapters.store import CONFIG, WEIGHTS, check_adapter, load_adapter
 from mlx_slim.models.load import load
 from mlx_slim.quantization.base import recorded_base
-from tests.support.adapters import made
+from tests.support.adapters import write_adapter
+from tests.support.tiny import TinyModels
 from tests.test_reading import nested, refusal
 
 
 @pytest.fixture
-def adapter(tiny, tmp_path: Path) -> Path:
-    return made(tmp_path / "adapter", tiny("llama"))
+def adapter(tiny: TinyModels, tmp_path: Path) -> Path:
+    return write_adapter(tmp_path / "adapter", tiny("llama"))
 
 
 def edit(folder: Path, lora: dict[str, Any] | None = None, **changes: Any) -> None:
@@ -44,7 +45,9 @@ def edit(folder: Path, lora: dict[str, Any] | None = None, **changes: Any) -> No
         ({}, {"lora_parameters": []}, "has no lora_parameters"),
     ],
 )
-def test_settings(adapter: Path, tiny, lora, changes, expected: str) -> None:
+def test_settings(
+    adapter: Path, tiny: TinyModels, lora: dict[str, Any], changes: dict[str, Any], expected: str
+) -> None:
     edit(adapter, lora, **changes)
     model = load(tiny("llama")).model
     assert expected in refusal(load_adapter, model, adapter)
@@ -55,8 +58,8 @@ def test_settings(adapter: Path, tiny, lora, changes, expected: str) -> None:
 def test_files(adapter: Path, name: str) -> None:
     (adapter / name).unlink()
     os.mkfifo(adapter / name)
-    found = refusal(check_adapter, adapter)
-    assert name in found
+    message = refusal(check_adapter, adapter)
+    assert name in message
     (adapter / name).unlink()
     (adapter / name).write_text(nested(5000))
     assert name in refusal(check_adapter, adapter)
@@ -75,7 +78,9 @@ def test_files(adapter: Path, name: str) -> None:
         ({"more": 1}, "more"),
     ],
 )
-def test_a_quantized_base_that_cannot_be(adapter: Path, changes, expected: str) -> None:
+def test_a_quantized_base_that_cannot_be(
+    adapter: Path, changes: dict[str, Any], expected: str
+) -> None:
     record = {
         "model": "org/name",
         "revision": None,
@@ -118,13 +123,13 @@ def test_settings_of_peft(tmp_path: Path, changes: dict[str, Any], expected: str
     (tmp_path / CONFIG).write_text(json.dumps(settings))
     assert peft_rules.read_settings(tmp_path)["r"] == 8
     (tmp_path / CONFIG).write_text(json.dumps({**settings, **changes}))
-    found = refusal(peft_rules.read_settings, tmp_path)
-    assert CONFIG in found
-    assert expected in found
+    message = refusal(peft_rules.read_settings, tmp_path)
+    assert CONFIG in message
+    assert expected in message
 
 
 def test_a_pattern_that_does_not_end() -> None:
     settings = {"r": 8, "lora_alpha": 16, "alpha_pattern": {"(a|a)+c?": 4}}
-    found = refusal(peft_rules._rank_and_scale, settings, "a" * 60 + "!")
-    assert CONFIG in found
-    assert "(a|a)+c?" in found and "takes more than 1 s" in found
+    message = refusal(peft_rules._rank_and_scale, settings, "a" * 60 + "!")
+    assert CONFIG in message
+    assert "(a|a)+c?" in message and "takes more than 1 s" in message

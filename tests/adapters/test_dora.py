@@ -13,7 +13,15 @@ from tests.adapters.support import dense, linear, relative_error, shake
 CASES = [(bits, bias) for bits in (None, 3, 4, 5, 6, 8) for bias in (True, False)]
 
 
-def slow(weight, bias, x, a, b, m, scale):
+def slow(
+    weight: mx.array,
+    bias: mx.array | None,
+    x: mx.array,
+    a: mx.array,
+    b: mx.array,
+    m: mx.array,
+    scale: float,
+) -> mx.array:
     """M · V / ‖V‖ with V formed in full, the norm constant to autodiff."""
     v = weight + scale * (a @ b).T
     norm = mx.stop_gradient(mx.linalg.norm(v, axis=1))
@@ -21,7 +29,7 @@ def slow(weight, bias, x, a, b, m, scale):
 
 
 @pytest.mark.parametrize(("bits", "bias"), CASES)
-def test_start_forward_and_gradients(bits, bias):
+def test_start_forward_and_gradients(bits: int | None, bias: bool) -> None:
     base = linear(128, 96, bias=bias, bits=bits)
     adapter = DoRALinear(base, 4, 2.0)
     x = mx.random.normal((2, 7, 128))
@@ -39,11 +47,11 @@ def test_start_forward_and_gradients(bits, bias):
 
     target = mx.random.normal((2, 7, 96))
 
-    def fast_loss(x, a, b, m):
+    def fast_loss(x: mx.array, a: mx.array, b: mx.array, m: mx.array):
         adapter.lora_a, adapter.lora_b, adapter.m = a, b, m
         return ((adapter(x) - target) ** 2).sum()
 
-    def slow_loss(x, a, b, m):
+    def slow_loss(x: mx.array, a: mx.array, b: mx.array, m: mx.array):
         return ((slow(weight, offset, x, a, b, m, 2.0) - target) ** 2).sum()
 
     everything = (0, 1, 2, 3)
@@ -55,7 +63,7 @@ def test_start_forward_and_gradients(bits, bias):
         assert relative_error(value, expected) < 1e-4
 
 
-def test_the_cached_norm_and_the_base_are_no_parameters_of_the_adapter():
+def test_the_cached_norm_and_the_base_are_no_parameters_of_the_adapter() -> None:
     adapter = DoRALinear(linear(64, 48, bias=True, bits=4), 4, 2.0)
     assert set(adapter.trainable_parameters()) >= {"lora_a", "lora_b", "m"}
     assert {k for k, v in adapter.parameters().items() if isinstance(v, mx.array)} == {
@@ -66,7 +74,7 @@ def test_the_cached_norm_and_the_base_are_no_parameters_of_the_adapter():
     assert "bias" in adapter.linear
 
 
-def test_a_zero_row_stays_zero_instead_of_nan():
+def test_a_zero_row_stays_zero_instead_of_nan() -> None:
     base = linear(64, 48, bias=False, bits=None)
     base["weight"][5] = 0
     adapter = DoRALinear(base, 4, 2.0)
@@ -76,7 +84,7 @@ def test_a_zero_row_stays_zero_instead_of_nan():
 
 
 @pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
-def test_float_formats(mode):
+def test_float_formats(mode: str) -> None:
     mx.random.seed(0)
     base = nn.Linear(128, 96).to_quantized(mode=mode)
     base.freeze()
@@ -89,7 +97,7 @@ def test_float_formats(mode):
     assert relative_error(adapter(x), expected) < 0.01
 
 
-def test_over_the_fast_cpu_layers():
+def test_over_the_fast_cpu_layers() -> None:
     base = linear(128, 96, bias=True, bits=4)
     adapter = DoRALinear(base, 4, 2.0)
     shake(adapter)
@@ -99,7 +107,7 @@ def test_over_the_fast_cpu_layers():
     assert relative_error(adapter(x), before) < 1e-5
 
 
-def test_16_bit_base_keeps_dtype():
+def test_16_bit_base_keeps_dtype() -> None:
     base = linear(64, 48, bias=True, bits=None)
     base.set_dtype(mx.bfloat16)
     adapter = DoRALinear(base, 4, 2.0)

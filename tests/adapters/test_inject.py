@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
@@ -11,6 +14,7 @@ from mlx_slim.adapters.inject import Site, inject, sites
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError
 from tests.adapters.support import IDS, stock_model
+from tests.support.tiny import TinyModels
 
 # r=8: (config, parameters of q,v, parameters of all linears), counted by hand from the shapes.
 LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
@@ -54,7 +58,7 @@ REAL = {
 }
 
 
-def unallocated(config: dict):
+def unallocated(config: dict) -> nn.Module:
     """A model of the real size whose random weights are never computed."""
     if config["model_type"] == "mistral":
         config = config | {"model_type": "llama"}  # what mlx-lm maps it to
@@ -64,7 +68,7 @@ def unallocated(config: dict):
 
 @pytest.mark.parametrize("name", REAL)
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"])
-def test_parameter_counts_of_the_real_shapes(name, targets):
+def test_parameter_counts_of_the_real_shapes(name: str, targets: str) -> None:
     config, query_value, everything = REAL[name]
     model = unallocated(config)
     injected = inject(model, AdapterConfig(rank=8, targets=targets), dora=False)
@@ -76,7 +80,9 @@ def test_parameter_counts_of_the_real_shapes(name, targets):
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied", "phi", "mistral", "qwen2"])
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("bits", [None, 4])
-def test_logits_at_the_start_are_the_base_s(architecture, dora, bits, tiny):
+def test_logits_at_the_start_are_the_base_s(
+    architecture: str, dora: bool, bits: int | None, tiny: TinyModels
+) -> None:
     model = stock_model(tiny(architecture), bits)
     expected = model(IDS)
     injected = inject(model, AdapterConfig(rank=4), dora=dora)
@@ -89,11 +95,11 @@ def test_logits_at_the_start_are_the_base_s(architecture, dora, bits, tiny):
     assert injected.alpha == 16.0
 
 
-def paths(model, **settings) -> list[str]:
+def paths(model: nn.Module, **settings: Any) -> list[str]:
     return inject(model, AdapterConfig(rank=4, **settings), dora=False).paths
 
 
-def test_choosing_targets_and_layers(tiny):
+def test_choosing_targets_and_layers(tiny: TinyModels) -> None:
     def fresh():
         return stock_model(tiny("llama"))
 
@@ -121,7 +127,9 @@ def test_choosing_targets_and_layers(tiny):
         ("a{1000000000}", "repeats its parts more than"),
     ],
 )
-def test_a_pattern_of_targets_is_bounded(tiny, monkeypatch, pattern, words):
+def test_a_pattern_of_targets_is_bounded(
+    tiny: TinyModels, monkeypatch: pytest.MonkeyPatch, pattern: str, words: str
+) -> None:
     monkeypatch.setattr("mlx_slim.config.patterns.SECONDS", 0.05)
     words = words.replace("1 s", "0.05 s")
     model = stock_model(tiny("llama"))
@@ -132,7 +140,7 @@ def test_a_pattern_of_targets_is_bounded(tiny, monkeypatch, pattern, words):
         paths(model, targets=f"re:{pattern}")
 
 
-def test_one_seed_gives_one_adapter(tiny):
+def test_one_seed_gives_one_adapter(tiny: TinyModels) -> None:
     states = []
     for seed in (5, 5, 6):
         model = stock_model(tiny("llama"))
@@ -159,7 +167,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_errors_change_nothing(case, tiny):
+def test_errors_change_nothing(case: str, tiny: TinyModels) -> None:
     settings, message, hint = WRONG[case]
     model = stock_model(tiny("llama"))
     before = [name for name, _ in tree_flatten(model.parameters())]
@@ -171,14 +179,14 @@ def test_errors_change_nothing(case, tiny):
     assert [name for name, _ in tree_flatten(model.parameters())] == before
 
 
-def test_twice_is_an_error(tiny):
+def test_twice_is_an_error(tiny: TinyModels) -> None:
     model = stock_model(tiny("llama"))
     inject(model, AdapterConfig(), dora=False)
     with pytest.raises(SlimError, match="adapters already"):
         inject(model, AdapterConfig(), dora=False)
 
 
-def test_experts_are_refused_by_name_of_the_layer():
+def test_experts_are_refused_by_name_of_the_layer() -> None:
     config = LLAMA | {"model_type": "mixtral", "hidden_size": 64, "num_hidden_layers": 1}
     config |= {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     config |= {"vocab_size": 64, "num_local_experts": 2, "num_experts_per_tok": 1}

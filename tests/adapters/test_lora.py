@@ -18,7 +18,7 @@ WIDTHS = [None, 2, 3, 4, 5, 6, 8]
 
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("bias", [True, False])
-def test_dimensions_and_output_at_the_start(bits, bias):
+def test_dimensions_and_output_at_the_start(bits: int | None, bias: bool) -> None:
     base = linear(128, 96, bias=bias, bits=bits)
     assert dimensions(base) == (128, 96)
     x = mx.random.normal((2, 7, 128))
@@ -31,7 +31,7 @@ def test_dimensions_and_output_at_the_start(bits, bias):
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_embedding_at_the_start_and_as_a_head(bits):
+def test_embedding_at_the_start_and_as_a_head(bits: int | None) -> None:
     base: nn.Module = nn.Embedding(100, 64)
     if bits:
         base = base.to_quantized(64, bits)
@@ -48,7 +48,7 @@ def test_embedding_at_the_start_and_as_a_head(bits):
 
 
 @pytest.mark.parametrize("bits", [None, 4])
-def test_update_is_the_formula_and_has_rank_r(bits):
+def test_update_is_the_formula_and_has_rank_r(bits: int | None) -> None:
     base = linear(128, 96, bias=True, bits=bits)
     adapter = LoRALinear(base, 4, 3.0)
     shake(adapter)
@@ -60,7 +60,7 @@ def test_update_is_the_formula_and_has_rank_r(bits):
     assert np.linalg.matrix_rank(np.array(adapter.merged_weight() - weight), tol=1e-3) == 4
 
 
-def test_gradients_at_the_start_and_of_the_formula():
+def test_gradients_at_the_start_and_of_the_formula() -> None:
     base = linear(64, 48, bias=True, bits=None)
     adapter = LoRALinear(base, 4, 2.0)
     x, target = mx.random.normal((3, 6, 64)), mx.random.normal((3, 6, 48))
@@ -87,7 +87,7 @@ def test_gradients_at_the_start_and_of_the_formula():
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
-def test_parameters_stay_float32_over_a_16_bit_base(dtype):
+def test_parameters_stay_float32_over_a_16_bit_base(dtype: mx.Dtype) -> None:
     base = linear(64, 48, bias=True, bits=None)
     base.set_dtype(dtype)
     adapter = LoRALinear(base, 4, 2.0)
@@ -103,7 +103,7 @@ def test_parameters_stay_float32_over_a_16_bit_base(dtype):
     assert grad.dtype == mx.float32
 
 
-def test_dropout_only_in_training_and_unbiased():
+def test_dropout_only_in_training_and_unbiased() -> None:
     base = linear(64, 48, bias=False, bits=None)
     adapter = LoRALinear(base, 4, 2.0, dropout=0.25)
     shake(adapter)
@@ -116,7 +116,7 @@ def test_dropout_only_in_training_and_unbiased():
     assert relative_error(mean, plain - base(x)) < 0.05
 
 
-def test_the_chunked_loss_through_a_head_with_dropout_has_its_own_gradient():
+def test_the_chunked_loss_through_a_head_with_dropout_has_its_own_gradient() -> None:
     base = linear(32, 40, bias=False, bits=None)
     head = LoRALinear(base, 4, 2.0, dropout=0.5)
     shake(head)
@@ -130,8 +130,8 @@ def test_the_chunked_loss_through_a_head_with_dropout_has_its_own_gradient():
 
     grad = mx.grad(loss)(start)
     direction = grad / mx.linalg.norm(grad)
-    slope = (loss(start + 1e-2 * direction) - loss(start - 1e-2 * direction)).item() / 2e-2
-    assert slope == pytest.approx(mx.linalg.norm(grad).item(), rel=0.02)
+    derivative = (loss(start + 1e-2 * direction) - loss(start - 1e-2 * direction)).item() / 2e-2
+    assert derivative == pytest.approx(mx.linalg.norm(grad).item(), rel=0.02)
 
 
 class Block(nn.Module):
@@ -143,7 +143,7 @@ class Block(nn.Module):
         return self.inner(self.inner(x))
 
 
-def test_checkpointed_dropout_has_the_gradient_of_its_own_forward_pass():
+def test_checkpointed_dropout_has_the_gradient_of_its_own_forward_pass() -> None:
     base = linear(32, 32, bias=False, bits=None)
     block = Block(LoRALinear(base, 4, 2.0, dropout=0.5))
     shake(block)
@@ -160,5 +160,5 @@ def test_checkpointed_dropout_has_the_gradient_of_its_own_forward_pass():
         mx.random.seed(3)
         grad = nn.value_and_grad(block, lambda m: (m(x) ** 2).sum())(block)[1]["inner"]["lora_a"]
         direction = grad / mx.linalg.norm(grad)
-        slope = (loss(1e-3, direction) - loss(-1e-3, direction)) / 2e-3
-    assert slope == pytest.approx(mx.linalg.norm(grad).item(), rel=0.02)
+        derivative = (loss(1e-3, direction) - loss(-1e-3, direction)) / 2e-3
+    assert derivative == pytest.approx(mx.linalg.norm(grad).item(), rel=0.02)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -12,6 +14,7 @@ from mlx_slim.adapters.lora import LoRALinear
 from mlx_slim.adapters.merge import merge
 from mlx_slim.config.schema import AdapterConfig
 from tests.adapters.support import IDS, relative_error, shake, stock_model
+from tests.support.tiny import TinyModels
 
 CASES = [
     ("llama", {}, False, None),
@@ -27,7 +30,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("architecture", "settings", "dora", "bits"), CASES)
-def test_merged_is_unmerged(architecture, settings, dora, bits, tiny):
+def test_merged_is_unmerged(
+    architecture: str, settings: dict[str, Any], dora: bool, bits: int, tiny: TinyModels
+) -> None:
     model = stock_model(tiny(architecture), bits)
     plain = {name for name, _ in tree_flatten(stock_model(tiny(architecture)).parameters())}
     injected = inject(model, AdapterConfig(rank=4, **settings), dora=dora)
@@ -44,7 +49,7 @@ def test_merged_is_unmerged(architecture, settings, dora, bits, tiny):
 
 
 @pytest.mark.parametrize("size", [0.001, 0.01, 0.1])
-def test_the_sum_is_made_in_float32_and_cast_last(size):
+def test_the_sum_is_made_in_float32_and_cast_last(size: float) -> None:
     mx.random.seed(0)
     base = nn.Linear(256, 256, bias=False)
     base.set_dtype(mx.bfloat16)
@@ -59,15 +64,15 @@ def test_the_sum_is_made_in_float32_and_cast_last(size):
     merge(holder)
     merged = holder.layers[0]["weight"]
     assert merged.dtype == mx.bfloat16
-    kept = relative_error(merged.astype(mx.float32) - weight, delta)
+    relative = relative_error(merged.astype(mx.float32) - weight, delta)
     rounded = base["weight"] + delta.astype(mx.bfloat16)
     naive = relative_error(rounded.astype(mx.float32) - weight, delta)
-    assert kept <= naive
+    assert relative <= naive
     # What one cast of the sum costs: half a unit in the last place, ~0.17% of a weight.
-    assert kept < 0.0025 / size
+    assert relative < 0.0025 / size
 
 
-def test_a_dtype_can_be_asked_for(tiny):
+def test_a_dtype_can_be_asked_for(tiny: TinyModels) -> None:
     model = stock_model(tiny("llama"), 4)
     model.set_dtype(mx.bfloat16)
     inject(model, AdapterConfig(rank=4, targets="q_proj"), dora=False)

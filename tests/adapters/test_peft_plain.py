@@ -20,24 +20,24 @@ def product(start: str, weight: np.ndarray, rank: int, scale: float) -> np.ndarr
     return scale * np.array(b_OR @ a_RI)
 
 
-def test_pissa_takes_out_the_best_approximation():
+def test_pissa_takes_out_the_best_approximation() -> None:
     sigma = np.linalg.svd(WEIGHT.astype(np.float64), compute_uv=False)
     rest = WEIGHT - product("pissa", WEIGHT, 3, 0.5)
     assert np.linalg.norm(rest) == pytest.approx(np.sqrt((sigma[3:] ** 2).sum()), rel=1e-5)
 
 
-def test_olora_takes_out_the_projection_on_the_first_columns():
+def test_olora_takes_out_the_projection_on_the_first_columns() -> None:
     first = WEIGHT[:, :3].astype(np.float64)
     projected = first @ np.linalg.pinv(first) @ WEIGHT
     assert np.allclose(product("olora", WEIGHT, 3, 2.0), 2 * projected, atol=1e-5)
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
-def test_the_whole_weight_needs_no_gap(start):
+def test_the_whole_weight_needs_no_gap(start: str) -> None:
     assert np.allclose(product(start, np.eye(8, dtype=np.float32), 8, 1.0), np.eye(8), atol=1e-6)
 
 
-def test_a_weight_that_does_not_determine_it_has_none():
+def test_a_weight_that_does_not_determine_it_has_none() -> None:
     repeated = WEIGHT.copy()
     repeated[:, 1] = repeated[:, 0]
     assert taken_out("olora", mx.array(repeated), 3, 1.0) is None
@@ -48,7 +48,7 @@ def test_a_weight_that_does_not_determine_it_has_none():
 
 
 @pytest.mark.parametrize("bits", [None, 8])
-def test_a_plain_layer_is_the_formula(bits):
+def test_a_plain_layer_is_the_formula(bits: int | None) -> None:
     module = linear(64, 24, bias=True, bits=bits)
     rng = np.random.default_rng(1)
     a, b = (mx.array(rng.normal(size=shape), dtype=mx.float32) for shape in ((4, 64), (24, 4)))

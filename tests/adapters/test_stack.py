@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -22,24 +23,27 @@ from mlx_slim.export.fuse import FuseOptions, fuse
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.models.load import load
 from tests.adapters.support import IDS, relative_error, shake
-from tests.support.adapters import made, quantized, tuned_logits
+from tests.support.adapters import quantized, tuned_logits, write_adapter
 from tests.support.runs import Recorder, losses, recipe, talk_command, write_rows
+from tests.support.tiny import TinyModels
 
 OPTIONS = FuseOptions(samples=2, length=32)
 
 
 @pytest.fixture
-def two(tiny, tmp_path: Path) -> tuple[Path, Path]:
+def two(tiny: TinyModels, tmp_path: Path) -> tuple[Path, Path]:
     """Two adapters of other ranks, scales and layers."""
     base = tiny("llama-tied")
-    one = made(tmp_path / "one", base, rank=4, targets=["q_proj", "up_proj", "embed_tokens"])
-    other = made(tmp_path / "other", base, rank=3, scale=0.7, layers=[1, 2], init="pissa")
+    one = write_adapter(
+        tmp_path / "one", base, rank=4, targets=["q_proj", "up_proj", "embed_tokens"]
+    )
+    other = write_adapter(tmp_path / "other", base, rank=3, scale=0.7, layers=[1, 2], init="pissa")
     return one, other
 
 
-def _logits(base: Path, *given: str) -> mx.array:
+def _logits(base: Path, *adapters: str) -> mx.array:
     model = load(base).model
-    load_adapters(model, parse_adapters(given))
+    load_adapters(model, parse_adapters(adapters))
     return model(IDS)
 
 
@@ -50,7 +54,7 @@ def _merged(base: Path, adapter: Path) -> dict[str, mx.array]:
     return dict(tree_flatten(model.parameters()))
 
 
-def test_a_stack_is_the_sum_of_the_merged_deltas(tiny, two):
+def test_a_stack_is_the_sum_of_the_merged_deltas(tiny: TinyModels, two: Any) -> None:
     base = tiny("llama-tied")
     plain = dict(tree_flatten(load(base).model.parameters()))
     deltas = [
@@ -69,7 +73,9 @@ def test_a_stack_is_the_sum_of_the_merged_deltas(tiny, two):
     assert relative_error(model(IDS), summed(IDS)) < 1e-5
 
 
-def test_weights_one_and_zero_are_the_first_alone_and_order_does_not_matter(tiny, two):
+def test_weights_one_and_zero_are_the_first_alone_and_order_does_not_matter(
+    tiny: TinyModels, two: Any
+) -> None:
     base, (one, other) = tiny("llama-tied"), two
     assert mx.array_equal(_logits(base, f"{one}=1", f"{other}=0"), tuned_logits(base, one))
     assert (
@@ -82,7 +88,7 @@ def test_weights_one_and_zero_are_the_first_alone_and_order_does_not_matter(tiny
     assert relative_error(half, tuned_logits(base, one)) < 1e-6
 
 
-def test_adapters_come_off_as_they_went_on(tiny, two):
+def test_adapters_come_off_as_they_went_on(tiny: TinyModels, two: Any) -> None:
     model = load(tiny("llama-tied")).model
     before = model(IDS)
     load_adapters(model, parse_adapters([two[0], two[1]]))
@@ -92,53 +98,59 @@ def test_adapters_come_off_as_they_went_on(tiny, two):
     assert mx.array_equal(model(IDS), tuned_logits(tiny("llama-tied"), two[0]))
 
 
-def test_names_and_weights(tmp_path):
+def test_names_and_weights(tmp_path: Path) -> None:
     odd = tmp_path / "lr=0.5"
     odd.mkdir()
     assert parse_adapters(str(odd))[0].weight == 1
-    (found,) = parse_adapters([f"{odd}=0.25"])
-    assert (found.folder, found.weight, str(found)) == (odd, 0.25, f"{odd}=0.25")
+    (parsed,) = parse_adapters([f"{odd}=0.25"])
+    assert (parsed.folder, parsed.weight, str(parsed)) == (odd, 0.25, f"{odd}=0.25")
     assert parse_adapters(None) == []
     for wrong in ("a=much", "a=nan", "a=inf", "a="):
         with pytest.raises(SlimError, match="is no weight"):
             parse_adapters([wrong])
 
 
-def test_a_dora_stands_alone(tiny, tmp_path):
+def test_a_dora_stands_alone(tiny: TinyModels, tmp_path: Path) -> None:
     base = tiny("llama")
-    dora, lora = made(tmp_path / "d", base, dora=True), made(tmp_path / "l", base)
+    dora, lora = write_adapter(tmp_path / "d", base, dora=True), write_adapter(tmp_path / "l", base)
     assert mx.array_equal(_logits(base, str(dora), f"{lora}=0"), tuned_logits(base, dora))
-    for given in ([dora, lora], [f"{dora}=0.5"]):
+    for adapters in ([dora, lora], [f"{dora}=0.5"]):
         with pytest.raises(SlimError, match="a DoRA scales the whole weight"):
-            load_adapters(load(base).model, parse_adapters(given))
+            load_adapters(load(base).model, parse_adapters(adapters))
     with pytest.raises(SlimError, match="other than 0"):
         load_adapters(load(base).model, parse_adapters([f"{lora}=0"]))
 
 
 @pytest.mark.parametrize("bits", [None, 4])
-def test_fuse_adds_up_and_keeps_the_sum_beside_its_base(tiny, tmp_path, bits):
+def test_fuse_adds_up_and_keeps_the_sum_beside_its_base(
+    tiny: TinyModels, tmp_path: Path, bits: int | None
+) -> None:
     base = quantized(tmp_path / "q", tiny("llama"), bits) if bits else tiny("llama")
-    one = made(tmp_path / "one", base, rank=4)
-    other = made(tmp_path / "other", base, rank=2, targets=["v_proj", "down_proj"], size=0.1)
-    given = [f"{one}=0.6", str(other)]
-    expected = _logits(base, *given)
-    result = fuse(base, given, tmp_path / "out", OPTIONS)
+    one = write_adapter(tmp_path / "one", base, rank=4)
+    other = write_adapter(
+        tmp_path / "other", base, rank=2, targets=["v_proj", "down_proj"], size=0.1
+    )
+    adapters = [f"{one}=0.6", str(other)]
+    expected = _logits(base, *adapters)
+    result = fuse(base, adapters, tmp_path / "out", OPTIONS)
     fused, _ = stock_load(str(tmp_path / "out"))
     assert mx.allclose(fused(IDS), expected, rtol=1e-3, atol=1e-4 * mx.abs(expected).max())
     record = json.loads((tmp_path / "out" / "fuse.json").read_text())
     assert [each.get("weight", 1) for each in record["adapters"]] == [0.6, 1]
     assert result.layers == 21
-    fuse(base, given, tmp_path / "kept", FuseOptions("keep", samples=2, length=32))
-    kept = tmp_path / "kept"
-    stock, _ = stock_load(str(kept), adapter_path=str(kept / "adapters"))
+    fuse(base, adapters, tmp_path / "kept", FuseOptions("keep", samples=2, length=32))
+    unquantized = tmp_path / "kept"
+    stock, _ = stock_load(str(unquantized), adapter_path=str(unquantized / "adapters"))
     assert relative_error(stock(IDS), expected) < 1e-3 if bits else 1e-5
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied"])
-def test_a_new_adapter_lies_on_the_old_ones(tiny, tmp_path, architecture):
+def test_a_new_adapter_lies_on_the_old_ones(
+    tiny: TinyModels, tmp_path: Path, architecture: str
+) -> None:
     base = tiny(architecture)
     targets = ["q_proj", "embed_tokens"] if architecture == "llama-tied" else ["q_proj", "o_proj"]
-    below = made(tmp_path / "below", base, targets=targets)
+    below = write_adapter(tmp_path / "below", base, targets=targets)
     model = load(base).model
     under = combined(model, parse_adapters([f"{below}=0.5"]))
     mx.random.seed(0)
@@ -153,7 +165,7 @@ def test_a_new_adapter_lies_on_the_old_ones(tiny, tmp_path, architecture):
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_training_one_after_the_other(tiny, tmp_path, method):
+def test_training_one_after_the_other(tiny: TinyModels, tmp_path: Path, method: str) -> None:
     base, data = tiny("llama"), write_rows(tmp_path / "rows.jsonl")
     first = tmp_path / "first"
     finetune(recipe(base, data, method), first, observer=Recorder())
@@ -169,13 +181,13 @@ def test_training_one_after_the_other(tiny, tmp_path, method):
     assert f"--adapter {first} --adapter {tmp_path / 'second'}" in talk_command(result)
 
 
-def test_eval_scores_the_sum_and_names_it(tiny, tmp_path):
-    adapter, text = made(tmp_path / "one", tiny("llama")), tmp_path / "text.txt"
+def test_eval_scores_the_sum_and_names_it(tiny: TinyModels, tmp_path: Path) -> None:
+    adapter, text = write_adapter(tmp_path / "one", tiny("llama")), tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 9)
     halves = [f"{adapter}=0.5", f"{adapter}=0.5"]
     scored = []
-    for name, given in (("one", adapter), ("halves", halves)):
-        options = EvalOptions(perplexity=text, adapter=given)
+    for name, adapters in (("one", adapter), ("halves", halves)):
+        options = EvalOptions(perplexity=text, adapter=adapters)
         (results,) = evaluate(tiny("llama"), [], tmp_path / f"{name}-out", options)
         scored.append(results["perplexity"]["metrics"]["bits_per_byte"]["value"])
         assert command_words(["m"], [], options).count("--adapter") == len(scored)
@@ -183,7 +195,7 @@ def test_eval_scores_the_sum_and_names_it(tiny, tmp_path):
     assert results["adapter"] == f"{halves[0]} + {halves[1]}"
 
 
-def test_what_does_not_stack_is_one_error(tiny, tmp_path):
+def test_what_does_not_stack_is_one_error(tiny: TinyModels, tmp_path: Path) -> None:
     base, data = tiny("llama"), write_rows(tmp_path / "rows.jsonl")
     for method, text in (("dora", "a DoRA is no sum"), ("full", "trains no adapter")):
         values = recipe(base, data, method).recipe.model_dump(mode="json", exclude_none=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mlx_slim.adapters.store import load_adapter, save_adapter
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import ResourceError, SlimError
 from tests.adapters.support import IDS, shake, stock_model
-from tests.support.tiny import tiny_model
+from tests.support.tiny import TinyModels, tiny_model
 
 CASES = {
     "lora": ("llama", {}, False),
@@ -42,7 +43,9 @@ CASES = {
 }
 
 
-def trained(folder: Path, config: AdapterConfig, dora: bool = False, bits: int | None = None):
+def trained(
+    folder: Path, config: AdapterConfig, dora: bool = False, bits: int | None = None
+) -> Any:
     model = stock_model(folder, bits)
     injected = inject(model, config, dora=dora)
     shake(model)
@@ -50,7 +53,9 @@ def trained(folder: Path, config: AdapterConfig, dora: bool = False, bits: int |
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_stock_mlx_lm_and_we_read_the_same_logits(case, tiny, tmp_path):
+def test_stock_mlx_lm_and_we_read_the_same_logits(
+    case: str, tiny: TinyModels, tmp_path: Path
+) -> None:
     architecture, settings, dora, *bits = CASES[case]
     bits = bits[0] if bits else None
     config = AdapterConfig(rank=4, alpha=8, **settings)
@@ -81,7 +86,7 @@ def test_stock_mlx_lm_and_we_read_the_same_logits(case, tiny, tmp_path):
         assert loaded.parameters == injected.parameters
 
 
-def test_the_config_tells_people_and_tools_what_it_is(tiny, tmp_path):
+def test_the_config_tells_people_and_tools_what_it_is(tiny: TinyModels, tmp_path: Path) -> None:
     config = AdapterConfig(rank=4, alpha=8, targets=["v_proj", "q_proj"], layers=2)
     model, injected = trained(tiny("llama"), config)
     save_adapter(tmp_path / "a", model, config, injected, dora=False, base="org/base")
@@ -116,7 +121,9 @@ def test_the_config_tells_people_and_tools_what_it_is(tiny, tmp_path):
         {"num_layers": 1, "keys": ["self_attn.q_proj", "lm_head"]},
     ],
 )
-def test_adapters_of_stock_mlx_lm_load_here(settings, dora, tiny, tmp_path):
+def test_adapters_of_stock_mlx_lm_load_here(
+    settings: dict[str, Any], dora: bool, tiny: TinyModels, tmp_path: Path
+) -> None:
     stock = stock_model(tiny("llama"))
     stock.freeze()
     parameters: dict[str, Any] = {"rank": 4, "scale": 20.0, "dropout": 0.0}
@@ -140,7 +147,9 @@ def test_adapters_of_stock_mlx_lm_load_here(settings, dora, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("bits", [3, 5, 6])
-def test_dora_over_3_5_and_6_bits_loads_here_where_mlx_lm_miscounts(bits, tiny, tmp_path):
+def test_dora_over_3_5_and_6_bits_loads_here_where_mlx_lm_miscounts(
+    bits: int, tiny: TinyModels, tmp_path: Path
+) -> None:
     config = AdapterConfig(rank=4)
     model, injected = trained(tiny("llama"), config, dora=True, bits=bits)
     save_adapter(tmp_path / "a", model, config, injected, dora=True, base="tiny")
@@ -151,7 +160,7 @@ def test_dora_over_3_5_and_6_bits_loads_here_where_mlx_lm_miscounts(bits, tiny, 
     assert mx.array_equal(again(IDS), model(IDS))
 
 
-def test_the_same_base_in_another_format_is_the_same_base(tiny, tmp_path):
+def test_the_same_base_in_another_format_is_the_same_base(tiny: TinyModels, tmp_path: Path) -> None:
     config = AdapterConfig(rank=4)
     model, injected = trained(tiny("llama"), config)
     save_adapter(tmp_path / "a", model, config, injected, dora=False, base="tiny")
@@ -163,7 +172,9 @@ def test_the_same_base_in_another_format_is_the_same_base(tiny, tmp_path):
     assert half(IDS).dtype == mx.bfloat16
 
 
-def test_dropout_sleeps_in_a_model_that_is_loaded_to_be_used(tiny, tmp_path):
+def test_dropout_sleeps_in_a_model_that_is_loaded_to_be_used(
+    tiny: TinyModels, tmp_path: Path
+) -> None:
     config = AdapterConfig(rank=4, dropout=0.5)
     model, injected = trained(tiny("llama"), config)
     save_adapter(tmp_path / "a", model, config, injected, dora=False, base="tiny")
@@ -176,7 +187,7 @@ def test_dropout_sleeps_in_a_model_that_is_loaded_to_be_used(tiny, tmp_path):
 
 
 @pytest.fixture
-def stored(tiny, tmp_path) -> Path:
+def stored(tiny: TinyModels, tmp_path: Path) -> Path:
     config = AdapterConfig(rank=4, targets=["q_proj", "v_proj"])
     model, injected = trained(tiny("llama"), config)
     save_adapter(tmp_path / "a", model, config, injected, dora=False, base="org/right")
@@ -192,17 +203,19 @@ def refused(folder: Path, model: Any) -> SlimError:
     return caught.value
 
 
-def change(folder: Path, edit) -> None:
+def change(folder: Path, edit: Callable[[dict[str, mx.array]], Any]) -> None:
     tensors = mx.load(str(folder / "adapters.safetensors"))
     edit(tensors)
     mx.eval(tensors)
     mx.save_safetensors(str(folder / "adapters.safetensors"), tensors)
 
 
-def test_missing_extra_and_wrongly_shaped_tensors_come_in_one_error(stored, tiny):
+def test_missing_extra_and_wrongly_shaped_tensors_come_in_one_error(
+    stored: Path, tiny: TinyModels
+) -> None:
     q, v = "model.layers.0.self_attn.q_proj", "model.layers.2.self_attn.v_proj"
 
-    def edit(tensors):
+    def edit(tensors: dict[str, mx.array]):
         del tensors[f"{q}.lora_b"]
         tensors["model.layers.9.mlp.up_proj.lora_a"] = mx.zeros((3, 2))
         tensors[f"{v}.lora_a"] = mx.zeros((64, 5))
@@ -214,7 +227,7 @@ def test_missing_extra_and_wrongly_shaped_tensors_come_in_one_error(stored, tiny
     assert f"{v}.lora_a is (64, 5), expected (64, 4)" in message
 
 
-def test_another_base_is_named(stored, tiny, tmp_path):
+def test_another_base_is_named(stored: Path, tiny: TinyModels, tmp_path: Path) -> None:
     error = refused(stored, stock_model(tiny("llama-mha")))
     assert "v_proj.lora_b is (4, 32), expected (4, 64)" in error.message
     assert "org/right" in error.hint
@@ -224,7 +237,7 @@ def test_another_base_is_named(stored, tiny, tmp_path):
     assert "org/right" in error.hint
 
 
-def test_unusable_folders(stored, tiny, tmp_path):
+def test_unusable_folders(stored: Path, tiny: TinyModels, tmp_path: Path) -> None:
     model = stock_model(tiny("llama"))
     assert "no adapter folder" in refused(tmp_path / "nowhere", model).message
 
@@ -256,7 +269,7 @@ def test_unusable_folders(stored, tiny, tmp_path):
         assert expected in refused(folder, model).message
 
 
-def test_saving_again_replaces_the_folder(stored, tiny):
+def test_saving_again_replaces_the_folder(stored: Path, tiny: TinyModels) -> None:
     config = AdapterConfig(rank=2)
     model, injected = trained(tiny("llama"), config)
     save_adapter(stored, model, config, injected, dora=False, base="tiny")
@@ -265,7 +278,7 @@ def test_saving_again_replaces_the_folder(stored, tiny):
     assert [entry.name for entry in stored.parent.iterdir()] == ["a"]
 
 
-def test_an_unwritable_place_is_one_line(tiny, tmp_path):
+def test_an_unwritable_place_is_one_line(tiny: TinyModels, tmp_path: Path) -> None:
     config = AdapterConfig(rank=2)
     model, injected = trained(tiny("llama"), config)
     (tmp_path / "file").write_text("")
@@ -273,7 +286,9 @@ def test_an_unwritable_place_is_one_line(tiny, tmp_path):
         save_adapter(tmp_path / "file" / "a", model, config, injected, dora=False, base="tiny")
 
 
-def test_a_full_disk_is_one_line_and_keeps_the_former_adapter(stored, tiny, monkeypatch):
+def test_a_full_disk_is_one_line_and_keeps_the_former_adapter(
+    stored: Path, tiny: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_args: object, **_kwargs: object) -> None:
         raise RuntimeError("[write] Unable to write 3900094 bytes to file.")
 
@@ -293,7 +308,9 @@ def test_a_full_disk_is_one_line_and_keeps_the_former_adapter(stored, tiny, monk
 
 
 @pytest.mark.parametrize("bits", [None, 4])
-def test_the_trained_tensors_are_all_that_a_checkpoint_needs(bits, tiny):
+def test_the_trained_tensors_are_all_that_a_checkpoint_needs(
+    bits: int | None, tiny: TinyModels
+) -> None:
     """PiSSA's frozen start is made again from the base, to the bit."""
     config = AdapterConfig(rank=4, init="pissa")
     model, _ = trained(tiny("llama"), config, bits=bits)

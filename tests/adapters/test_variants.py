@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -24,7 +26,9 @@ def decaying(rows: int, columns: int) -> mx.array:
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (200, 320), (320, 200)])
-def test_principal_factors_are_the_best_approximation_and_repeatable(shape):
+def test_principal_factors_are_the_best_approximation_and_repeatable(
+    shape: tuple[int, int],
+) -> None:
     weight = decaying(*shape)
     a, b = principal_factors(weight, 8, 2.0)
     assert a.shape == (shape[0], 8)
@@ -43,7 +47,7 @@ def test_principal_factors_are_the_best_approximation_and_repeatable(shape):
 
 
 @pytest.mark.parametrize("shape", [(24, 90), (90, 24)])
-def test_the_factors_are_those_of_the_full_svd(shape):
+def test_the_factors_are_those_of_the_full_svd(shape: tuple[int, int]) -> None:
     weight = decaying(*shape)
     a, b = principal_factors(weight, 6, 0.5)
     u, sigma, vt = mx.linalg.svd(weight, stream=mx.cpu)
@@ -55,11 +59,13 @@ def test_the_factors_are_those_of_the_full_svd(shape):
 
 
 @pytest.mark.parametrize("shape", [(64, 6000), (6000, 64), (128, 6000), (6000, 128)])
-def test_a_long_matrix_makes_no_square_of_its_long_side(shape, monkeypatch):
+def test_a_long_matrix_makes_no_square_of_its_long_side(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     largest = []
     real = np.linalg.svd
 
-    def svd(matrix, *rest, **settings):
+    def svd(matrix: mx.array, *rest: Any, **settings: Any):
         parts = real(matrix, *rest, **settings)
         largest.append(max(part.size for part in (matrix, *parts)))
         return parts
@@ -76,7 +82,7 @@ def test_a_long_matrix_makes_no_square_of_its_long_side(shape, monkeypatch):
 
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("kind", [LoRALinear, DoRALinear])
-def test_pissa_is_the_residual_plus_a_trained_pair(kind, bits):
+def test_pissa_is_the_residual_plus_a_trained_pair(kind: str, bits: int | None) -> None:
     base = linear(128, 96, bias=True, bits=bits)
     weight = mx.array(dense(base))
     x = mx.random.normal((5, 128))
@@ -113,7 +119,7 @@ def test_pissa_is_the_residual_plus_a_trained_pair(kind, bits):
         assert relative_error(value, expected) < 1e-4
 
 
-def test_pissa_over_an_embedding():
+def test_pissa_over_an_embedding() -> None:
     base = nn.Embedding(60, 32)
     base.freeze()
     adapter = LoRAEmbedding(base, 4, 2.0)
@@ -123,7 +129,7 @@ def test_pissa_over_an_embedding():
     assert relative_error(adapter.as_linear(x), base.as_linear(x)) < 1e-5
 
 
-def test_scales_and_rates():
+def test_scales_and_rates() -> None:
     assert AdapterConfig(rank=16, alpha=32).resolved_scale == 2.0
     assert AdapterConfig(rank=16, alpha=32, scaling="rslora").resolved_scale == 8.0
     config = AdapterConfig(lora_plus_ratio=16)

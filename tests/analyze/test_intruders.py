@@ -1,4 +1,4 @@
-"""Intruder dimensions: planted ones are found, absent ones are not, dense SVD agrees."""
+"""Intruder dimensions: planted ones are counted, absent ones are not, dense SVD agrees."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from mlx_slim.models.load import load
 from mlx_slim.models.quantized import dequantize_weight
 from mlx_slim.models.save import save_model
 from mlx_slim.quantization.apply import quantize_model
+from tests.support.tiny import TinyModels
 
 
 def base_of(shape: tuple[int, int], seed: int = 0) -> np.ndarray:
@@ -39,33 +40,33 @@ def low_rank(shape: tuple[int, int], strength: float, rank: int = 4) -> Pair:
 
 @pytest.mark.parametrize("shape", [(96, 64), (64, 96), (80, 80), (300, 60)])
 @pytest.mark.parametrize("strength", [0.01, 1, 3, 30])
-def test_the_cheap_way_agrees_with_dense_svd(shape: tuple[int, int], strength: float):
+def test_the_cheap_way_agrees_with_dense_svd(shape: tuple[int, int], strength: float) -> None:
     pair = low_rank(shape, strength)
     before = np.linalg.svd(pair.base_OI.astype(np.float64), full_matrices=False)[0]
     left, sigma, _ = np.linalg.svd(pair.tuned_OI.astype(np.float64), full_matrices=False)
     cosine = np.abs(before.T @ left[:, :10]).max(axis=0)
-    found = examine(pair, 10, 0.5)
-    assert found.cosine == pytest.approx(cosine, abs=2e-3)
-    assert found.sigma == pytest.approx(sigma[:10], rel=1e-4)
-    assert found.intruders == (cosine < 0.5).sum()
-    share = (sigma[:10][cosine < 0.5] ** 2).sum() / (sigma**2).sum()
-    assert found.energy == pytest.approx(share, abs=1e-4)
+    examined = examine(pair, 10, 0.5)
+    assert examined.cosine == pytest.approx(cosine, abs=2e-3)
+    assert examined.sigma == pytest.approx(sigma[:10], rel=1e-4)
+    assert examined.intruders == (cosine < 0.5).sum()
+    fraction = (sigma[:10][cosine < 0.5] ** 2).sum() / (sigma**2).sum()
+    assert examined.energy == pytest.approx(fraction, abs=1e-4)
     norm = np.linalg.norm(pair.tuned_OI - pair.base_OI) / np.linalg.norm(pair.base_OI)
-    assert found.delta_norm == pytest.approx(norm, rel=1e-4)
+    assert examined.delta_norm == pytest.approx(norm, rel=1e-4)
     without = examine(Pair("layer", pair.base_OI, pair.tuned_OI), 10, 0.5)
-    assert without.effective_rank == pytest.approx(found.effective_rank, rel=0.02)
+    assert without.effective_rank == pytest.approx(examined.effective_rank, rel=0.02)
 
 
-def test_a_planted_direction_is_found_and_no_change_has_none():
+def test_a_planted_direction_is_found_and_no_change_has_none() -> None:
     base = base_of((120, 40))
     left = np.linalg.svd(base, full_matrices=True)[0]
     planted = left[:, -1:] * 3 * np.linalg.norm(base, 2)  # outside all that the base can say
     row = np.ones((1, 40), np.float32) / np.sqrt(40)
-    found = examine(Pair("layer", base, base + planted @ row, (planted, row)), 10, 0.5)
-    assert found.intruders == 1
-    assert found.cosine[0] < 0.3
-    assert found.effective_rank == pytest.approx(1)
-    assert 0.5 < found.energy < 1
+    examined = examine(Pair("layer", base, base + planted @ row, (planted, row)), 10, 0.5)
+    assert examined.intruders == 1
+    assert examined.cosine[0] < 0.3
+    assert examined.effective_rank == pytest.approx(1)
+    assert 0.5 < examined.energy < 1
     same = examine(Pair("layer", base, base), 10, 0.5)
     assert (same.intruders, same.energy, same.delta_norm, same.effective_rank) == (0, 0, 0, 0)
 
@@ -82,26 +83,26 @@ def adapter_of(model_folder: Path, out: Path, *, dora: bool = False, strength: f
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_adapters(tiny, tmp_path: Path, dora: bool):
+def test_adapters(tiny: TinyModels, tmp_path: Path, dora: bool) -> None:
     folder = tiny("llama")
     zero = adapter_of(folder, tmp_path / "zero", dora=dora)
-    found = find_intruders(str(folder), adapter=zero)
-    assert found.kind == ("dora" if dora else "lora")
-    assert found.overall()["intruders"] == 0
-    assert found.overall()["delta_norm"] < 1e-6
+    examined = find_intruders(str(folder), adapter=zero)
+    assert examined.kind == ("dora" if dora else "lora")
+    assert examined.overall()["intruders"] == 0
+    assert examined.overall()["delta_norm"] < 1e-6
     loud = adapter_of(folder, tmp_path / "loud", dora=dora, strength=1.0)
-    found = find_intruders(str(folder), adapter=loud, k=5, cache=tmp_path / "cache")
-    assert len(found.matrices) == 21
-    assert found.overall()["intruders"] > 0
-    assert found.overall()["effective_rank"] <= (64 if dora else 2)
-    counts = {(s["k"], s["epsilon"]): s["intruders"] for s in found.sweep()}
-    assert counts[5, 0.5] == found.overall()["intruders"]
+    examined = find_intruders(str(folder), adapter=loud, k=5, cache=tmp_path / "cache")
+    assert len(examined.matrices) == 21
+    assert examined.overall()["intruders"] > 0
+    assert examined.overall()["effective_rank"] <= (64 if dora else 2)
+    counts = {(s["k"], s["epsilon"]): s["intruders"] for s in examined.sweep()}
+    assert counts[5, 0.5] == examined.overall()["intruders"]
     assert counts[1, 0.3] <= counts[5, 0.3] <= counts[5, 0.9] <= counts[20, 0.9]
     again = find_intruders(str(folder), adapter=loud, k=5, cache=tmp_path / "cache")
-    assert again.overall() == pytest.approx(found.overall(), rel=1e-3)
+    assert again.overall() == pytest.approx(examined.overall(), rel=1e-3)
 
 
-def test_qlora_starts_from_the_dequantized_base(tiny, tmp_path: Path):
+def test_qlora_starts_from_the_dequantized_base(tiny: TinyModels, tmp_path: Path) -> None:
     loaded = load(tiny("llama"))
     settings = QuantizeConfig(group_size=32)
     config = quantize_model(loaded.model, loaded.config, settings).config
@@ -119,7 +120,7 @@ def test_qlora_starts_from_the_dequantized_base(tiny, tmp_path: Path):
     )
 
 
-def test_whole_models(tiny, tmp_path: Path):
+def test_whole_models(tiny: TinyModels, tmp_path: Path) -> None:
     loaded = load(tiny("llama"))
     changed = dict(tree_flatten(loaded.model.parameters()))
     name = "model.layers.1.mlp.up_proj.weight"
@@ -127,8 +128,8 @@ def test_whole_models(tiny, tmp_path: Path):
     loaded.model.load_weights([(name, changed[name] + one @ other)], strict=False)
     tuned = tmp_path / "tuned"
     save_model(tuned, loaded.model, loaded.tokenizer, loaded.config)
-    found = find_intruders(str(tiny("llama")), tuned=str(tuned))
-    assert {m.path: m.intruders for m in found.matrices if m.delta_norm} == {
+    examined = find_intruders(str(tiny("llama")), tuned=str(tuned))
+    assert {m.path: m.intruders for m in examined.matrices if m.delta_norm} == {
         "model.layers.1.mlp.up_proj": 1
     }
     with pytest.raises(SlimError, match="other layers"):
@@ -137,7 +138,9 @@ def test_whole_models(tiny, tmp_path: Path):
         find_intruders(str(tiny("llama")))
 
 
-def test_the_command_writes_json_and_a_plot(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_command_writes_json_and_a_plot(
+    tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MLX_SLIM_CACHE", str(tmp_path / "cache"))
     adapter = adapter_of(tiny("llama"), tmp_path / "adapter", strength=1.0)
     out = tmp_path / "out"
@@ -160,13 +163,13 @@ def test_the_command_writes_json_and_a_plot(tiny, tmp_path: Path, monkeypatch: p
     assert run(analyze.command, [*words, "--tuned", "x"]).exit_code == 2
 
 
-def test_memory_of_a_recipe_and_of_a_model(tiny):
+def test_memory_of_a_recipe_and_of_a_model(tiny: TinyModels) -> None:
     run = CliRunner().invoke
-    found = json.loads(run(analyze.command, ["memory", "smollm2-lora", "--json"]).output)
-    assert found["total_bytes"] == sum(found["parts"].values())
+    examined = json.loads(run(analyze.command, ["memory", "smollm2-lora", "--json"]).output)
+    assert examined["total_bytes"] == sum(examined["parts"].values())
     folder = str(tiny("llama"))
-    found = json.loads(run(analyze.command, ["memory", folder, "--json"]).output)
+    examined = json.loads(run(analyze.command, ["memory", folder, "--json"]).output)
     parameters = dict(tree_flatten(load(folder).model.parameters()))
-    assert found["total_bytes"] == sum(value.nbytes for value in parameters.values())
-    assert {"embedding", "head", "attention", "mlp", "norms"} == set(found["parts"])
+    assert examined["total_bytes"] == sum(value.nbytes for value in parameters.values())
+    assert {"embedding", "head", "attention", "mlp", "norms"} == set(examined["parts"])
     assert "attention" in run(analyze.command, ["memory", folder]).output

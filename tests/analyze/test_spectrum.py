@@ -27,36 +27,38 @@ def decaying(shape: tuple[int, int], seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_spectrum_is_that_of_a_dense_svd(shape: tuple[int, int]):
+def test_the_spectrum_is_that_of_a_dense_svd(shape: tuple[int, int]) -> None:
     weight = decaying(shape)
     left, sigma, _ = np.linalg.svd(weight.astype(np.float64), full_matrices=False)
-    found = spectrum(weight)
-    assert found.sigma_K == pytest.approx(sigma, rel=1e-5)
-    assert np.abs((left * found.left_OK).sum(axis=0)) == pytest.approx(1.0, abs=1e-5)
+    computed = spectrum(weight)
+    assert computed.sigma_K == pytest.approx(sigma, rel=1e-5)
+    assert np.abs((left * computed.left_OK).sum(axis=0)) == pytest.approx(1.0, abs=1e-5)
     assert singular_values(weight) == pytest.approx(sigma, rel=1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_directions_of_nothing_are_left_out(shape: tuple[int, int]):
+def test_directions_of_nothing_are_left_out(shape: tuple[int, int]) -> None:
     rng = np.random.default_rng(1)
     weight = (rng.standard_normal((shape[0], 5)) @ rng.standard_normal((5, shape[1]))).astype("f4")
-    found = spectrum(weight)
-    assert found.sigma_K.shape == (5,)
-    assert found.left_OK.T @ found.left_OK == pytest.approx(np.eye(5), abs=1e-5)
+    computed = spectrum(weight)
+    assert computed.sigma_K.shape == (5,)
+    assert computed.left_OK.T @ computed.left_OK == pytest.approx(np.eye(5), abs=1e-5)
     assert len(spectrum(np.zeros(shape, np.float32)).sigma_K) == 0
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("start", [0, 8])
-def test_subspace_iteration_finds_the_leading_ones(shape: tuple[int, int], start: int):
+def test_subspace_iteration_finds_the_leading_ones(shape: tuple[int, int], start: int) -> None:
     weight = decaying(shape, 2)
     left, sigma, _ = np.linalg.svd(weight.astype(np.float64), full_matrices=False)
-    found = leading(weight, 6, spectrum(decaying(shape, 3)).left_OK[:, :start])
-    assert found.sigma_K == pytest.approx(sigma[:6], rel=1e-5)
-    assert np.abs((left[:, :6] * found.left_OK).sum(axis=0)) == pytest.approx(1.0, abs=1e-3)
+    computed = leading(weight, 6, spectrum(decaying(shape, 3)).left_OK[:, :start])
+    assert computed.sigma_K == pytest.approx(sigma[:6], rel=1e-5)
+    assert np.abs((left[:, :6] * computed.left_OK).sum(axis=0)) == pytest.approx(1.0, abs=1e-3)
 
 
-def test_the_cache_answers_and_survives_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_cache_answers_and_survives_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weight = decaying((40, 30))
     first = cached_spectrum(weight, tmp_path)
     (file,) = tmp_path.glob("*.safetensors")
@@ -72,7 +74,7 @@ def test_the_cache_answers_and_survives_damage(tmp_path: Path, monkeypatch: pyte
     assert not list(tmp_path.glob(".*"))
 
 
-def test_effective_rank():
+def test_effective_rank() -> None:
     assert effective_rank(np.zeros(3)) == 0
     assert effective_rank(np.array([2.0, 0, 0])) == pytest.approx(1)
     assert effective_rank(np.array([1.0, 1, 1])) == pytest.approx(3)

@@ -7,7 +7,7 @@ import io
 import pytest
 
 from mlx_slim.cli.main import run
-from tests.support.adapters import made
+from tests.support.adapters import write_adapter
 from tests.support.tiny import tiny_model
 
 
@@ -101,7 +101,9 @@ def test_chat_ends_with_its_input(tiny, capsys, monkeypatch):
 
 def test_adapters_are_summed_and_switched(tiny, capsys, monkeypatch, tmp_path):
     base = str(tiny("llama"))
-    one, other = (made(tmp_path / name, tiny("llama"), size=0.3) for name in ("one", "other"))
+    one, other = (
+        write_adapter(tmp_path / name, tiny("llama"), size=0.3) for name in ("one", "other")
+    )
     zero = ["--adapter", f"{one}=0.5", "--adapter", f"{one}=-0.5"]
     words = ["generate", base, "--prompt", "hello", "--max-tokens", "6"]
     outputs = []

@@ -14,7 +14,7 @@ from mlx_slim.config.distill import TeacherConfig
 from mlx_slim.distillation.teachers import fingerprint, load_teacher, name_of, tokenizer_difference
 from mlx_slim.errors import SlimError
 from mlx_slim.models.load import load_tokenizer
-from tests.support.adapters import made
+from tests.support.adapters import write_adapter
 from tests.support.tiny import byte_tokenizer, tiny_model
 
 
@@ -82,7 +82,7 @@ def test_a_teacher_has_its_adapter_which_its_hash_includes(
     tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     base = str(tiny("llama"))
-    adapter = made(tmp_path / "adapter", tiny("llama"))
+    adapter = write_adapter(tmp_path / "adapter", tiny("llama"))
     plain, dressed = (
         TeacherConfig(model=base),
         TeacherConfig(model=base, adapter=str(adapter), name="dressed"),

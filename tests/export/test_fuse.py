@@ -15,7 +15,7 @@ from mlx_slim.export.fuse import FuseOptions, fuse
 from mlx_slim.export.fuse_audit import effect
 from mlx_slim.models.load import load
 from tests.adapters.support import IDS
-from tests.support.adapters import made, quantized, tuned_logits
+from tests.support.adapters import quantized, tuned_logits, write_adapter
 from tests.support.tiny import tiny_model
 
 OPTIONS = FuseOptions(samples=2, length=32)
@@ -33,7 +33,7 @@ CASES = [
 def test_fused_is_base_plus_adapter(tiny, tmp_path, architecture, settings, dora, bits):
     base = tiny(architecture)
     base = quantized(tmp_path / "q", base, bits) if bits else base
-    adapter = made(tmp_path / "a", base, dora=dora, **settings)
+    adapter = write_adapter(tmp_path / "a", base, dora=dora, **settings)
     result = fuse(base, adapter, tmp_path / "out", OPTIONS)
     assert result.mode == ("dequantize" if bits else "merge")
     expected = tuned_logits(base, adapter)
@@ -48,7 +48,7 @@ def test_fused_is_base_plus_adapter(tiny, tmp_path, architecture, settings, dora
 
 def test_requantizing_a_small_tune_is_refused_and_leaves_nothing(tiny, tmp_path):
     base = quantized(tmp_path / "q", tiny("llama"))
-    adapter = made(tmp_path / "a", base, size=0.004)
+    adapter = write_adapter(tmp_path / "a", base, size=0.004)
     before = {path.name for path in tmp_path.iterdir()}
     options = FuseOptions(mode="requantize", samples=2, length=32)
     with pytest.raises(SlimError, match="loses the tune") as caught:
@@ -65,7 +65,7 @@ def test_requantizing_a_small_tune_is_refused_and_leaves_nothing(tiny, tmp_path)
 
 def test_requantizing_a_large_tune_is_allowed(tiny, tmp_path):
     base = quantized(tmp_path / "q", tiny("llama"), 8)
-    adapter = made(tmp_path / "a", base, size=0.3)
+    adapter = write_adapter(tmp_path / "a", base, size=0.3)
     result = fuse(base, adapter, tmp_path / "out", FuseOptions("requantize", samples=2, length=32))
     assert result.lost == "" and result.effect.kept > 0.9 and result.weights_kept > 0.9
     model = load(tmp_path / "out").model
@@ -74,7 +74,7 @@ def test_requantizing_a_large_tune_is_allowed(tiny, tmp_path):
 
 def test_kept_beside_the_base_nothing_changes(tiny, tmp_path):
     base = quantized(tmp_path / "q", tiny("llama"))
-    adapter = made(tmp_path / "a", base)
+    adapter = write_adapter(tmp_path / "a", base)
     result = fuse(base, adapter, tmp_path / "out", FuseOptions("keep", samples=2, length=32))
     assert result.effect.kl == 0 and result.effect.kept == pytest.approx(1, abs=1e-5)
     out = tmp_path / "out"
@@ -84,7 +84,7 @@ def test_kept_beside_the_base_nothing_changes(tiny, tmp_path):
 
 def test_a_delta_that_16_bits_swallow_is_refused(tmp_path):
     base = tiny_model(tmp_path / "base", dtype=mx.bfloat16)
-    adapter = made(tmp_path / "a", base, size=0.0001)
+    adapter = write_adapter(tmp_path / "a", base, size=0.0001)
     with pytest.raises(SlimError, match="loses the tune") as caught:
         fuse(base, adapter, tmp_path / "out", OPTIONS)
     assert "--dtype float32" in caught.value.hint
@@ -93,7 +93,7 @@ def test_a_delta_that_16_bits_swallow_is_refused(tmp_path):
 
 
 def test_too_little_memory_is_said_before_the_work(tiny, tmp_path, monkeypatch):
-    adapter = made(tmp_path / "a", tiny("llama"))
+    adapter = write_adapter(tmp_path / "a", tiny("llama"))
     monkeypatch.setattr("mlx_slim.export.fuse.device_memory", lambda: 1000)
     with pytest.raises(ResourceError, match=r"beside the base, 1\.00 kB are free") as caught:
         fuse(tiny("llama"), adapter, tmp_path / "out", OPTIONS)
@@ -102,7 +102,7 @@ def test_too_little_memory_is_said_before_the_work(tiny, tmp_path, monkeypatch):
 
 def test_an_adapter_without_effect_loses_nothing(tiny, tmp_path):
     base = tiny("llama")
-    result = fuse(base, made(tmp_path / "a", base, size=0.0), tmp_path / "out", OPTIONS)
+    result = fuse(base, write_adapter(tmp_path / "a", base, size=0.0), tmp_path / "out", OPTIONS)
     assert result.effect.kept == 1 and result.effect.kl == 0 and result.weights_kept == 1
 
 
@@ -134,8 +134,8 @@ def test_the_share_kept_is_a_projection():
 def test_what_cannot_be_fused_is_one_line(tiny, tmp_path, capfd, words, says):
     wide = tiny_model(tmp_path / "wide", intermediate_size=96)
     places = {
-        "adapter": made(tmp_path / "a", tiny("llama")),
-        "other": made(tmp_path / "b", wide),
+        "adapter": write_adapter(tmp_path / "a", tiny("llama")),
+        "other": write_adapter(tmp_path / "b", wide),
         "nothing": tmp_path / "nothing",
     }
     words = [word.format(**places) for word in words]
@@ -146,7 +146,7 @@ def test_what_cannot_be_fused_is_one_line(tiny, tmp_path, capfd, words, says):
 
 
 def test_the_base_must_be_the_one_it_was_trained_on(tiny, tmp_path):
-    adapter = made(tmp_path / "a", tiny("llama"))
+    adapter = write_adapter(tmp_path / "a", tiny("llama"))
     other = tiny_model(tmp_path / "other", seed=5)
     with pytest.raises(SlimError, match="another base of the same shape"):
         fuse(other, adapter, tmp_path / "out", OPTIONS)
@@ -154,7 +154,7 @@ def test_the_base_must_be_the_one_it_was_trained_on(tiny, tmp_path):
 
 
 def test_the_command_prints_and_stores_the_audit(tiny, tmp_path, capfd):
-    adapter = made(tmp_path / "run" / "adapters", tiny("llama"))
+    adapter = write_adapter(tmp_path / "run" / "adapters", tiny("llama"))
     words = ["fuse", str(tiny("llama")), "--adapter", str(adapter.parent), "--samples", "2"]
     assert run([*words, "--length", "32", "-o", str(tmp_path / "out"), "--json"]) == 0
     record = json.loads(capfd.readouterr().out)

@@ -24,7 +24,7 @@ from mlx_slim.models.convert import convert
 from mlx_slim.models.gguf.load import import_gguf
 from mlx_slim.models.load import load
 from tests.adapters.support import IDS
-from tests.support.adapters import made, quantized, tuned_logits
+from tests.support.adapters import quantized, tuned_logits, write_adapter
 from tests.support.tiny import tiny_model
 
 CASES = [
@@ -39,7 +39,7 @@ CASES = [
 @pytest.mark.parametrize(("architecture", "settings", "dora"), CASES)
 def test_peft_and_back_is_the_same_adapter(tiny, tmp_path, architecture, settings, dora):
     base = tiny(architecture)
-    adapter = made(tmp_path / "a", base, dora=dora, **settings)
+    adapter = write_adapter(tmp_path / "a", base, dora=dora, **settings)
     export_peft(adapter, tmp_path / "peft")
     written = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert written["use_dora"] is dora
@@ -56,8 +56,8 @@ def test_peft_and_back_is_the_same_adapter(tiny, tmp_path, architecture, setting
 
 
 def test_one_name_for_one_layer_and_full_paths_for_a_choice(tiny, tmp_path):
-    made(tmp_path / "a", tiny("llama"), targets=["q_proj"])
-    made(tmp_path / "b", tiny("llama"), targets=["q_proj"], layers=[1])
+    write_adapter(tmp_path / "a", tiny("llama"), targets=["q_proj"])
+    write_adapter(tmp_path / "b", tiny("llama"), targets=["q_proj"], layers=[1])
     found = []
     for name in "ab":
         export_peft(tmp_path / name, tmp_path / f"peft-{name}")
@@ -66,7 +66,9 @@ def test_one_name_for_one_layer_and_full_paths_for_a_choice(tiny, tmp_path):
 
 
 def test_ranks_and_alphas_of_single_layers_become_one(tiny, tmp_path):
-    export_peft(made(tmp_path / "a", tiny("llama"), targets=["q_proj", "v_proj"]), tmp_path / "p")
+    export_peft(
+        write_adapter(tmp_path / "a", tiny("llama"), targets=["q_proj", "v_proj"]), tmp_path / "p"
+    )
     expected = tuned_logits(tiny("llama"), tmp_path / "a")
     tensors = load_tensors(tmp_path / "p" / peft_rules.WEIGHTS)
     for name, value in tensors.items():
@@ -86,7 +88,7 @@ def test_ranks_and_alphas_of_single_layers_become_one(tiny, tmp_path):
 
 
 def test_an_adapted_tied_head_is_refused(tiny, tmp_path):
-    adapter = made(tmp_path / "a", tiny("llama-tied"), targets=["embed_tokens"])
+    adapter = write_adapter(tmp_path / "a", tiny("llama-tied"), targets=["embed_tokens"])
     with pytest.raises(SlimError, match="is the head of this model too") as caught:
         export_peft(adapter, tmp_path / "out")
     assert "mlx-slim fuse" in caught.value.hint
@@ -104,7 +106,7 @@ def test_an_adapted_tied_head_is_refused(tiny, tmp_path):
     ],
 )
 def test_what_peft_can_and_we_cannot_is_refused(tiny, tmp_path, change, says):
-    export_peft(made(tmp_path / "a", tiny("llama")), tmp_path / "p")
+    export_peft(write_adapter(tmp_path / "a", tiny("llama")), tmp_path / "p")
     settings = peft_rules.read_settings(tmp_path / "p")
     (tmp_path / "p" / peft_rules.CONFIG).write_text(json.dumps({**settings, **change}))
     with pytest.raises(SlimError) as caught:
@@ -114,7 +116,7 @@ def test_what_peft_can_and_we_cannot_is_refused(tiny, tmp_path, change, says):
 
 def test_an_adapter_of_another_base_lists_names_and_shapes(tiny, tmp_path):
     wide = tiny_model(tmp_path / "wide", intermediate_size=96)
-    export_peft(made(tmp_path / "a", wide), tmp_path / "p")
+    export_peft(write_adapter(tmp_path / "a", wide), tmp_path / "p")
     with pytest.raises(SlimError, match="does not fit this model") as caught:
         import_peft(tmp_path / "p", tmp_path / "out", base=str(tiny("llama")))
     assert "mlp.down_proj: A is (4, 96), expected (4, 128)" in caught.value.message
@@ -133,7 +135,7 @@ def test_an_adapter_of_another_base_lists_names_and_shapes(tiny, tmp_path):
 
 
 def test_a_copy_of_a_base_layer_must_be_the_base_s(tiny, tmp_path):
-    export_peft(made(tmp_path / "a", tiny("llama"), targets=["lm_head"]), tmp_path / "p")
+    export_peft(write_adapter(tmp_path / "a", tiny("llama"), targets=["lm_head"]), tmp_path / "p")
     weight = load(tiny("llama")).model.lm_head.weight
     tensors = load_tensors(tmp_path / "p" / peft_rules.WEIGHTS)
     mx.eval(tensors)
@@ -150,7 +152,7 @@ def test_a_copy_of_a_base_layer_must_be_the_base_s(tiny, tmp_path):
 
 def test_a_base_that_moved_is_one_line(tiny, tmp_path, capfd):
     base = Path(shutil.copytree(tiny("llama"), tmp_path / "base"))
-    adapter = made(tmp_path / "a", base)
+    adapter = write_adapter(tmp_path / "a", base)
     export_peft(adapter, tmp_path / "p")
     base.rename(tmp_path / "moved")
     for words in (["export", adapter, "--to", "peft"], ["import", tmp_path / "p"]):
@@ -259,7 +261,7 @@ def test_a_wrong_row_order_is_found_before_the_folder_appears(tiny, tmp_path, mo
 
 @pytest.mark.parametrize("target", ["peft", "hf", "gguf"])
 def test_an_interrupted_export_leaves_nothing(tiny, tmp_path, monkeypatch, target):
-    adapter = made(tmp_path / "a", tiny("llama"))
+    adapter = write_adapter(tmp_path / "a", tiny("llama"))
 
     def stop(*_args, **_kwargs):
         raise KeyboardInterrupt
@@ -286,7 +288,7 @@ def test_what_cannot_be_exported_is_one_line(tiny, tmp_path, capfd, words, says)
     places = {
         "llama": tiny("llama"),
         "phi": tiny("phi"),
-        "adapter": made(tmp_path / "a", tiny("llama")),
+        "adapter": write_adapter(tmp_path / "a", tiny("llama")),
         "nowhere": tmp_path / "nowhere",
     }
     words = [word.format(**places) for word in words]
@@ -303,7 +305,7 @@ def test_an_output_named_like_a_file_is_refused(tiny, tmp_path):
 
 
 def test_an_adapter_of_peft_is_sent_to_import(tiny, tmp_path):
-    export_peft(made(tmp_path / "a", tiny("llama")), tmp_path / "p")
+    export_peft(write_adapter(tmp_path / "a", tiny("llama")), tmp_path / "p")
     with pytest.raises(SlimError, match="is an adapter of PEFT") as caught:
         load_adapter(load(tiny("llama")).model, tmp_path / "p")
     assert f"mlx-slim import {tmp_path / 'p'}" in caught.value.hint

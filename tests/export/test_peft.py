@@ -17,7 +17,7 @@ from mlx_slim.export.peft import export_peft, import_peft
 from mlx_slim.models.load import load
 from mlx_slim.models.save import save_model
 from tests.adapters.support import IDS
-from tests.support.adapters import made, quantized, tuned_logits
+from tests.support.adapters import quantized, tuned_logits, write_adapter
 
 
 def peft_settings(folder: Path, **change) -> None:
@@ -31,7 +31,7 @@ CHANGED = ["pissa_niter_16", "corda", "lora_ga", "loftq"]
 
 @pytest.mark.parametrize("start", [*CHANGED, "of-a-later-peft", 3, ["pissa"]])
 def test_a_start_that_changed_the_base_is_refused(tiny, tmp_path, start, capfd):
-    export_peft(made(tmp_path / "a", tiny("llama")), tmp_path / "p")
+    export_peft(write_adapter(tmp_path / "a", tiny("llama")), tmp_path / "p")
     peft_settings(tmp_path / "p", init_lora_weights=start)
     assert run(["import", str(tmp_path / "p"), "-o", str(tmp_path / "out")]) == 2
     error = capfd.readouterr().err
@@ -42,7 +42,7 @@ def test_a_start_that_changed_the_base_is_refused(tiny, tmp_path, start, capfd):
 
 
 def test_a_start_that_left_the_base_is_plain_lora(tiny, tmp_path):
-    expected = tuned_logits(tiny("llama"), made(tmp_path / "a", tiny("llama")))
+    expected = tuned_logits(tiny("llama"), write_adapter(tmp_path / "a", tiny("llama")))
     export_peft(tmp_path / "a", tmp_path / "p")
     for number, start in enumerate([False, None, "gaussian", "eva", "mica", "orthogonal"]):
         peft_settings(tmp_path / "p", init_lora_weights=start)
@@ -53,7 +53,7 @@ def test_a_start_that_left_the_base_is_plain_lora(tiny, tmp_path):
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_a_start_that_can_be_computed_again_stands_on_the_original_base(tiny, tmp_path, start):
     base = tiny("llama")
-    adapter = made(tmp_path / "a", base, targets=["q_proj", "up_proj"], rank=4, alpha=6)
+    adapter = write_adapter(tmp_path / "a", base, targets=["q_proj", "up_proj"], rank=4, alpha=6)
     export_peft(adapter, tmp_path / "p")
     peft_settings(tmp_path / "p", init_lora_weights=start)
     done = import_peft(tmp_path / "p", tmp_path / "back")
@@ -94,7 +94,9 @@ def test_a_base_that_does_not_determine_a_start_is_refused(tiny, tmp_path):
         if "q_proj" in module:
             module.q_proj.weight = mx.eye(64)
     save_model(tmp_path / "even", model.model, model.tokenizer, model.config)
-    export_peft(made(tmp_path / "a", tmp_path / "even", targets=["q_proj"]), tmp_path / "p")
+    export_peft(
+        write_adapter(tmp_path / "a", tmp_path / "even", targets=["q_proj"]), tmp_path / "p"
+    )
     peft_settings(tmp_path / "p", init_lora_weights="pissa")
     with pytest.raises(SlimError, match="singular values around rank 4 are too much alike"):
         import_peft(tmp_path / "p", tmp_path / "out")
@@ -102,7 +104,7 @@ def test_a_base_that_does_not_determine_a_start_is_refused(tiny, tmp_path):
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_the_check_is_peft_s_formula_and_not_our_reading(tiny, tmp_path, monkeypatch, dora):
-    adapter = made(tmp_path / "a", tiny("llama"), dora=dora, size=1e-3)
+    adapter = write_adapter(tmp_path / "a", tiny("llama"), dora=dora, size=1e-3)
     export_peft(adapter, tmp_path / "p")
     right = peft._factors
 
@@ -127,7 +129,7 @@ def test_the_check_is_peft_s_formula_and_not_our_reading(tiny, tmp_path, monkeyp
     ],
 )
 def test_ranks_and_alphas_are_those_that_the_settings_say(tiny, tmp_path, change, says):
-    export_peft(made(tmp_path / "a", tiny("llama"), targets=["q_proj"]), tmp_path / "p")
+    export_peft(write_adapter(tmp_path / "a", tiny("llama"), targets=["q_proj"]), tmp_path / "p")
     peft_settings(tmp_path / "p", **change)
     with pytest.raises(SlimError) as caught:
         import_peft(tmp_path / "p", tmp_path / "out")
@@ -161,7 +163,9 @@ BEYOND = [
 
 def test_tensors_beyond_the_target_modules_are_refused_as_peft_leaves_them_out(tiny, tmp_path):
     """``make parity`` holds the same settings against PEFT."""
-    export_peft(made(tmp_path / "a", tiny("llama"), targets=["q_proj", "v_proj"]), tmp_path / "p")
+    export_peft(
+        write_adapter(tmp_path / "a", tiny("llama"), targets=["q_proj", "v_proj"]), tmp_path / "p"
+    )
     model = load(tiny("llama")).model
     for change in NAMED:
         peft_settings(tmp_path / "p", **change)

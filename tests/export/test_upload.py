@@ -10,7 +10,7 @@ from mlx_slim.cli.main import run
 from mlx_slim.errors import SlimError
 from mlx_slim.export.peft import export_peft
 from mlx_slim.export.upload import upload
-from tests.support.adapters import made
+from tests.support.adapters import write_adapter
 
 TOKEN = "hf_" + "secret" * 5
 
@@ -60,7 +60,7 @@ def hub(monkeypatch):
 
 @pytest.fixture
 def folder(tiny, tmp_path):
-    export_peft(made(tmp_path / "a", tiny("llama")), tmp_path / "p", base_name="me/base")
+    export_peft(write_adapter(tmp_path / "a", tiny("llama")), tmp_path / "p", base_name="me/base")
     return tmp_path / "p"
 
 
@@ -86,7 +86,7 @@ def test_yes_makes_a_private_repository(folder, hub):
 
 def test_a_folder_without_a_card_gets_one(tiny, tmp_path, hub):
     fake = hub(private=True)
-    adapter = made(tmp_path / "a", tiny("llama"))
+    adapter = write_adapter(tmp_path / "a", tiny("llama"))
     done = upload(adapter, "me/thing", yes=True)
     kind, name, content = fake.calls[0]
     assert (kind, name) == ("file", "README.md") and b"library_name" in content

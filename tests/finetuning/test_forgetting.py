@@ -18,6 +18,7 @@ from mlx_slim.finetuning.run import finetune
 from tests.finetuning.test_resume import CtrlC
 from tests.support.evals import write_tasks
 from tests.support.runs import Recorder, losses, recipe, write_rows
+from tests.support.tiny import TinyModels
 
 
 def _watched(model: Path, data: Path, text: Path | str, method: str = "lora", **forgetting: object):
@@ -29,13 +30,13 @@ def _watched(model: Path, data: Path, text: Path | str, method: str = "lora", **
 
 
 def _measured(run: Path) -> dict[int, float]:
-    found = {}
+    measured = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
         if record["event"] == "forgetting":
-            assert record["step"] not in found
-            found[record["step"]] = record["bits_per_byte"]
-    return found
+            assert record["step"] not in measured
+            measured[record["step"]] = record["bits_per_byte"]
+    return measured
 
 
 @pytest.fixture
@@ -45,12 +46,12 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_figure_is_that_of_eval(tiny, tmp_path, text):
+def test_the_figure_is_that_of_eval(tiny: TinyModels, tmp_path: Path, text: str) -> None:
     data, out = write_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
     result = finetune(_watched(tiny("llama"), data, text), out, observer=Recorder())
-    found = _measured(out)
-    assert list(found) == [0, 2, 4, 6, 8, 10]
-    assert result.done.reason == "complete" and found[10]
+    measured = _measured(out)
+    assert list(measured) == [0, 2, 4, 6, 8, 10]
+    assert result.done.reason == "complete" and measured[10]
     for name, step in (("base", 0), ("tuned", 10)):
         options = EvalOptions(perplexity=text, max_length=128)
         if name == "tuned":
@@ -59,10 +60,12 @@ def test_the_figure_is_that_of_eval(tiny, tmp_path, text):
             options = EvalOptions(perplexity=text, max_length=128, adapter=out / "adapters")
         (scored,) = evaluate(tiny("llama"), [], tmp_path / name, options)
         value = scored["perplexity"]["metrics"]["bits_per_byte"]["value"]
-        assert found[step] == pytest.approx(value, rel=1e-5)
+        assert measured[step] == pytest.approx(value, rel=1e-5)
 
 
-def test_a_run_that_forgets_stops_and_keeps_what_was_within(tiny, tmp_path, text):
+def test_a_run_that_forgets_stops_and_keeps_what_was_within(
+    tiny: TinyModels, tmp_path: Path, text: str
+) -> None:
     data, out = write_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
     text.write_text("@#$%ZXQ~{}" * 40)  # nothing of it in the rows
     free = _watched(tiny("llama"), data, text, "full")
@@ -76,15 +79,15 @@ def test_a_run_that_forgets_stops_and_keeps_what_was_within(tiny, tmp_path, text
     recorder = Recorder()
     result = finetune(strict, out, observer=recorder)
     assert result.done.reason == "forgetting" and result.done.step == over
-    kept = result.done.result_step
-    assert kept < over and rises[kept] <= limit
+    result_step = result.done.result_step
+    assert result_step < over and rises[result_step] <= limit
     saved = mx.load(str(out / "model" / "model.safetensors"))
-    expected = mx.load(str(out / "checkpoints" / f"step-{kept}" / "weights.safetensors"))
+    expected = mx.load(str(out / "checkpoints" / f"step-{result_step}" / "weights.safetensors"))
     assert all(mx.array_equal(saved[name], expected[name]) for name in expected)
     assert any(isinstance(e, events.ForgettingMeasured) and not e.within for e in recorder.events)
 
 
-def test_resumed_equals_uninterrupted(tiny, tmp_path, text):
+def test_resumed_equals_uninterrupted(tiny: TinyModels, tmp_path: Path, text: str) -> None:
     data, out = write_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
     small = _watched(tiny("llama"), data, text)
     finetune(small, tmp_path / "straight", observer=Recorder())
@@ -100,11 +103,13 @@ def test_resumed_equals_uninterrupted(tiny, tmp_path, text):
     assert _measured(out) == _measured(tmp_path / "straight")
 
 
-def test_texts_come_from_tasks_rows_and_files(tmp_path):
+def test_texts_come_from_tasks_rows_and_files(tmp_path: Path) -> None:
     choice, generation, text = write_tasks(tmp_path / "tasks", 8)
-    found = read_texts_of(ForgettingConfig(path=f"task:{choice}", rows=2))
-    assert found.documents[0].startswith("Questions and answers") and len(found.documents) == 4
-    assert "Answer:" in found.documents[0]
+    measured = read_texts_of(ForgettingConfig(path=f"task:{choice}", rows=2))
+    assert (
+        measured.documents[0].startswith("Questions and answers") and len(measured.documents) == 4
+    )
+    assert "Answer:" in measured.documents[0]
     assert read_texts_of(ForgettingConfig(path=f"task:{generation}", rows=3)).documents[0] == (
         "Say 0 alpha?: alpha"
     )

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mlx_slim.cli.main import run
-from mlx_slim.config.load import from_values
+from mlx_slim.config.load import Resolved, from_values
 from mlx_slim.distillation.run import distill
 from mlx_slim.errors import SlimError
 from mlx_slim.finetuning.run import finetune
-from tests.support.adapters import made
+from tests.support.adapters import write_adapter
 from tests.support.runs import Recorder, losses
-from tests.support.tiny import tiny_model
+from tests.support.tiny import TinyModels, tiny_model
 
 WINDOW = 32
 LONGROPE = {
@@ -27,13 +29,13 @@ NAMED = f"sliding window of {WINDOW} tokens"
 
 
 @pytest.fixture(scope="module")
-def sliding(tmp_path_factory) -> Path:
+def sliding(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose window its class ignores."""
     return tiny_model(tmp_path_factory.mktemp("sliding") / "m", "mistral", sliding_window=WINDOW)
 
 
 @pytest.fixture(scope="module")
-def stretched(tmp_path_factory) -> Path:
+def stretched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose rotary embedding changes behind ``WINDOW`` tokens."""
     folder = tmp_path_factory.mktemp("stretched") / "m"
     return tiny_model(folder, "llama", rope_scaling=LONGROPE)
@@ -46,7 +48,13 @@ def rows(path: Path, *lengths: int) -> Path:
     return path
 
 
-def recipe(model: Path, data: Path, validation=0, distill=None, **train):
+def recipe(
+    model: Path,
+    data: Path,
+    validation: Path | int = 0,
+    distill: dict[str, Any] | None = None,
+    **train: Any,
+) -> Resolved:
     values = {
         "model": str(model),
         "method": "lora",
@@ -56,14 +64,16 @@ def recipe(model: Path, data: Path, validation=0, distill=None, **train):
     return from_values(values | ({"distill": distill} if distill else {}), "small", "test")
 
 
-def refused(resolved, out: Path, start=finetune) -> str:
+def refused(resolved: Resolved, out: Path, start: Callable[..., Any] = finetune) -> str:
     with pytest.raises(SlimError) as caught:
         start(resolved, out, observer=Recorder())
     assert not out.exists() and caught.value.exit_code == 2
     return str(caught.value)
 
 
-def test_a_long_row_is_refused_in_training_and_its_line_named(sliding, tmp_path):
+def test_a_long_row_is_refused_in_training_and_its_line_named(
+    sliding: Path, tmp_path: Path
+) -> None:
     data = rows(tmp_path / "rows.jsonl", 20, WINDOW + 8, 20)
     text = refused(recipe(sliding, data), tmp_path / "run")
     assert NAMED in text and "rows.jsonl" in text and "2" in text and "max_length=32" in text
@@ -72,7 +82,7 @@ def test_a_long_row_is_refused_in_training_and_its_line_named(sliding, tmp_path)
     assert len(losses(tmp_path / "run")) == 3
 
 
-def test_a_long_validation_row_is_refused(sliding, tmp_path):
+def test_a_long_validation_row_is_refused(sliding: Path, tmp_path: Path) -> None:
     data = rows(tmp_path / "rows.jsonl", 20, 20)
     other = rows(tmp_path / "other.jsonl", 20, WINDOW + 8)
     text = refused(recipe(sliding, data, validation=other), tmp_path / "run")
@@ -80,26 +90,32 @@ def test_a_long_validation_row_is_refused(sliding, tmp_path):
 
 
 @pytest.mark.parametrize("model", ["sliding", "stretched"])
-def test_packed_rows_count_by_themselves(model, tmp_path, request):
+def test_packed_rows_count_by_themselves(
+    model: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """Rows within the limit, in sequences beyond it, have the losses that they have alone."""
     folder = request.getfixturevalue(model)
     data = rows(tmp_path / "rows.jsonl", *([WINDOW - 12] * 16))
-    found = {}
+    scores = {}
     for mode in ("packed", "grouped"):
         resolved = recipe(folder, data, batching=mode, steps=1, max_length=128, batch_tokens=512)
         finetune(resolved, tmp_path / mode, observer=Recorder())
-        found[mode] = losses(tmp_path / mode)[1]
-    assert found["packed"] == pytest.approx(found["grouped"], abs=2e-5)
+        scores[mode] = losses(tmp_path / mode)[1]
+    assert scores["packed"] == pytest.approx(scores["grouped"], abs=2e-5)
 
 
-def test_a_row_beyond_the_original_context_is_refused_in_training(stretched, tmp_path):
+def test_a_row_beyond_the_original_context_is_refused_in_training(
+    stretched: Path, tmp_path: Path
+) -> None:
     data = rows(tmp_path / "rows.jsonl", WINDOW + 8, 20)
     text = refused(recipe(stretched, data), tmp_path / "run")
     assert "RoPE" in text and f"longer than {WINDOW} tokens" in text and "rows.jsonl" in text
 
 
 @pytest.mark.parametrize("method", ["logits", "mutual"])
-def test_rows_are_refused_that_a_teacher_would_compute_wrong(tiny, sliding, tmp_path, method):
+def test_rows_are_refused_that_a_teacher_would_compute_wrong(
+    tiny: TinyModels, sliding: Path, tmp_path: Path, method: str
+) -> None:
     data = rows(tmp_path / "rows.jsonl", 20, WINDOW + 8, 20, 20)
     resolved = recipe(
         tiny(), data, distill={"method": method, "teachers": [{"model": str(sliding)}]}
@@ -108,7 +124,9 @@ def test_rows_are_refused_that_a_teacher_would_compute_wrong(tiny, sliding, tmp_
     assert NAMED in text and "rows.jsonl" in text
 
 
-def test_long_texts_and_prompts_are_refused_in_scoring(sliding, tmp_path, capsys):
+def test_long_texts_and_prompts_are_refused_in_scoring(
+    sliding: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = tmp_path / "notes.txt"
     text.write_text("some words to predict, " * 10)
     words = ["eval", str(sliding), "--perplexity", str(text), "-o", str(tmp_path / "out")]
@@ -129,7 +147,9 @@ def test_long_texts_and_prompts_are_refused_in_scoring(sliding, tmp_path, capsys
         assert not (tmp_path / "scores").exists()
 
 
-def test_scores_below_the_original_context_do_not_depend_on_what_stands_beside(stretched):
+def test_scores_below_the_original_context_do_not_depend_on_what_stands_beside(
+    stretched: Path,
+) -> None:
     import mlx.core as mx
 
     from mlx_slim.evaluation.scoring.loglikelihood import LoglikelihoodScorer
@@ -141,8 +161,8 @@ def test_scores_below_the_original_context_do_not_depend_on_what_stands_beside(s
     root = tuple(range(1, 17))
     requests = [Request((*root, 30 + i, *range(40, 40 + 4 * i)), 16) for i in range(4)]
     expected = [plain_score(model, request.ids, request.start) for request in requests]
-    found = LoglikelihoodScorer(model).score(requests, root)
-    for one, other in zip(found, expected, strict=True):
+    scores = LoglikelihoodScorer(model).score(requests, root)
+    for one, other in zip(scores, expected, strict=True):
         assert one.loglikelihood == pytest.approx(other[0], abs=1e-4)
 
 
@@ -153,7 +173,9 @@ def test_scores_below_the_original_context_do_not_depend_on_what_stands_beside(s
         ["prune", "--method", "block-influence", "--ratio", "0.3", "--length", "64"],
     ],
 )
-def test_long_calibration_rows_are_refused(sliding, tmp_path, capsys, words):
+def test_long_calibration_rows_are_refused(
+    sliding: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
     text = tmp_path / "notes.txt"
     text.write_text("some words to calibrate on, " * 200)
     command = [words[0], str(sliding), "-o", str(tmp_path / "out"), *words[1:]]
@@ -165,16 +187,20 @@ def test_long_calibration_rows_are_refused(sliding, tmp_path, capsys, words):
     assert run(command) == 0
 
 
-def test_an_audit_text_is_as_long_as_the_model_computes_right(sliding, tmp_path, capsys):
+def test_an_audit_text_is_as_long_as_the_model_computes_right(
+    sliding: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = tmp_path / "notes.txt"
     text.write_text("some words to compare on, " * 200)
-    adapter = made(tmp_path / "a", sliding)
+    adapter = write_adapter(tmp_path / "a", sliding)
     words = ["fuse", str(sliding), "--adapter", str(adapter), "-o", str(tmp_path / "out")]
     assert run([*words, "--calibration", str(text), "--samples", "4"]) == 0
     assert f"{4 * WINDOW} tokens" in capsys.readouterr().out
 
 
-def test_generation_says_once_that_it_passed_the_window(sliding, stretched, capsys):
+def test_generation_says_once_that_it_passed_the_window(
+    sliding: Path, stretched: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def told(model: Path, tokens: int) -> int:
         words = ["generate", str(model), "--prompt", "hello, hello", "--no-chat-template"]
         assert run([*words, "--max-tokens", str(tokens)]) == 0

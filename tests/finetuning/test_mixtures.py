@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,17 +22,19 @@ from mlx_slim.runtime import on_gpu
 from tests.support.evals import WORDS, differences, samples_of, write_tasks
 from tests.support.plain_scorer import plain_generate
 from tests.support.runs import Recorder, losses, recipe, write_rows
-from tests.support.tiny import MIXTURES, VOCAB
+from tests.support.tiny import MIXTURES, VOCAB, TinyModels
 
 
 @pytest.mark.skipif(on_gpu(), reason="a GPU keeps mlx-lm's own forward")
 @pytest.mark.parametrize("tokens", [5, 100])  # sorted by expert from 64 choices on
 @pytest.mark.parametrize("architecture", list(MIXTURES))
-def test_the_cpu_path_gives_the_logits_and_gradients_of_mlx_lm(tiny, architecture, tokens):
+def test_the_cpu_path_gives_the_logits_and_gradients_of_mlx_lm(
+    tiny: TinyModels, architecture: str, tokens: int
+) -> None:
     model, _ = stock_load(str(tiny(architecture)))
     ids = mx.random.randint(0, VOCAB, (1, tokens), key=mx.random.key(3))
 
-    def loss(model):
+    def loss(model: nn.Module):
         return nn.losses.cross_entropy(model(ids)[:, :-1], ids[:, 1:]).mean()
 
     logits = np.array(model(ids))
@@ -50,7 +53,7 @@ def test_the_cpu_path_gives_the_logits_and_gradients_of_mlx_lm(tiny, architectur
 
 @pytest.mark.parametrize("architecture", list(MIXTURES))
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
-def test_training(tiny, tmp_path, architecture, method):
+def test_training(tiny: TinyModels, tmp_path: Path, architecture: str, method: str) -> None:
     rows = write_rows(tmp_path / "rows.jsonl")
     settings = recipe(tiny(architecture), rows, method, steps=4, validate_every=9, save_every=9)
     if method != "full":
@@ -58,13 +61,13 @@ def test_training(tiny, tmp_path, architecture, method):
         values["adapter"] = {"targets": ["q_proj", "v_proj", "o_proj"]}
         settings = from_values(values, "small", "test")
     finetune(settings, tmp_path / "run", observer=Recorder())
-    found = losses(tmp_path / "run")
-    assert found[4] < found[1]
+    trained_losses = losses(tmp_path / "run")
+    assert trained_losses[4] < trained_losses[1]
     assert (tmp_path / "run" / "run.json").exists()
 
 
 @pytest.mark.parametrize("architecture", list(MIXTURES))
-def test_scoring(tiny, tmp_path, architecture):
+def test_scoring(tiny: TinyModels, tmp_path: Path, architecture: str) -> None:
     tasks = write_tasks(tmp_path / "tasks")
     names = [str(task) for task in tasks[:2]]
     evaluate(tiny(architecture), names, tmp_path / "out", EvalOptions())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -19,7 +21,7 @@ from mlx_slim.models.recorded import RecordedLogits, release
 from mlx_slim.pruning import report as prune_report
 from mlx_slim.pruning.run import PruneOptions, prune
 from mlx_slim.quantization.run import CompressOptions, compress
-from tests.support.adapters import made, quantized
+from tests.support.adapters import quantized, write_adapter
 from tests.support.runs import Recorder, recipe, write_rows
 from tests.support.tiny import tiny_model
 
@@ -29,25 +31,25 @@ ONE = 1.35  # of a model: activations, one row's logits, one tensor compared
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory) -> Path:
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("dense") / "m", dtype=mx.bfloat16, **SHAPE)
 
 
 @pytest.fixture(scope="module")
-def size(dense) -> int:
+def size(dense: Path) -> int:
     """Bytes of the model in float32, which a CPU computes in."""
     return sum(2 * value.nbytes for _, value in tree_flatten(load(dense).model.parameters()))
 
 
 @pytest.fixture
-def text(tmp_path) -> str:
+def text(tmp_path: Path) -> str:
     path = tmp_path / "notes.txt"
     path.write_text("\n".join(f"{i}: a line of plain words to look at" for i in range(90)))
     return str(path)
 
 
 @pytest.fixture
-def peak():
+def peak() -> Callable[[], int]:
     """Return the most that MLX held since the test began, besides what was there before."""
     mx.clear_cache()
     before = mx.get_active_memory()
@@ -55,18 +57,29 @@ def peak():
     return lambda: mx.get_peak_memory() - before
 
 
-def test_quantize(dense, size, text, peak, tmp_path):
+def test_quantize(
+    dense: Path, size: int, text: str, peak: Callable[[], int], tmp_path: Path
+) -> None:
     settings = CompressOptions(QuantizeConfig(), calibration=text, length=32, fidelity_samples=2)
     assert compress(dense, tmp_path / "q", settings).fidelity is not None
     assert 0.9 * size < peak() < ONE * size
 
 
-def test_quantize_without_a_comparison_never_holds_the_dense_model(dense, size, peak, tmp_path):
+def test_quantize_without_a_comparison_never_holds_the_dense_model(
+    dense: Path, size: int, peak: Callable[[], int], tmp_path: Path
+) -> None:
     compress(dense, tmp_path / "q", CompressOptions(QuantizeConfig(), fidelity_samples=0))
     assert peak() < 0.3 * size
 
 
-def test_quantize_a_model_that_does_not_fit_dense(dense, size, text, peak, tmp_path, monkeypatch):
+def test_quantize_a_model_that_does_not_fit_dense(
+    dense: Path,
+    size: int,
+    text: str,
+    peak: Callable[[], int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("mlx_slim.quantization.run.device_memory", lambda: size // 2)
     heard = Recorder()
     settings = CompressOptions(QuantizeConfig(), calibration=text, length=32)
@@ -76,24 +89,28 @@ def test_quantize_a_model_that_does_not_fit_dense(dense, size, text, peak, tmp_p
 
 
 @pytest.mark.parametrize("mode", ["merge", "keep"])
-def test_fuse(dense, size, text, peak, tmp_path, mode):
-    adapter = made(tmp_path / "a", dense)
+def test_fuse(
+    dense: Path, size: int, text: str, peak: Callable[[], int], tmp_path: Path, mode: str
+) -> None:
+    adapter = write_adapter(tmp_path / "a", dense)
     mx.reset_peak_memory()
     fuse(dense, adapter, tmp_path / "f", FuseOptions(mode=mode, calibration=text, length=32))
     assert peak() < ONE * size
 
 
 @pytest.mark.parametrize("mode", ["dequantize", "requantize"])
-def test_fuse_over_a_quantized_base(dense, size, text, peak, tmp_path, mode):
+def test_fuse_over_a_quantized_base(
+    dense: Path, size: int, text: str, peak: Callable[[], int], tmp_path: Path, mode: str
+) -> None:
     base = quantized(tmp_path / "q", dense, 4)
-    adapter = made(tmp_path / "a", base)
+    adapter = write_adapter(tmp_path / "a", base)
     mx.reset_peak_memory()
     options = FuseOptions(mode=mode, calibration=text, length=32, force=True)
     fuse(base, adapter, tmp_path / "f", options)
     assert peak() < (ONE if mode == "dequantize" else 0.5) * size
 
 
-def test_export(dense, size, text, peak, tmp_path):
+def test_export(dense: Path, size: int, text: str, peak: Callable[[], int], tmp_path: Path) -> None:
     export_hf(dense, tmp_path / "hf")
     assert peak() < ONE * size
     export_gguf(dense, tmp_path / "gguf", kind="q8_0", calibration=text)
@@ -101,13 +118,17 @@ def test_export(dense, size, text, peak, tmp_path):
 
 
 @pytest.mark.parametrize("how", [{"method": "l2", "ratio": 0.2}, {"layers": "3-4"}], ids=str)
-def test_prune(dense, size, text, peak, tmp_path, how):
+def test_prune(
+    dense: Path, size: int, text: str, peak: Callable[[], int], tmp_path: Path, how: dict[str, Any]
+) -> None:
     options = PruneOptions(calibration=text, samples=2, length=32, held_out=128, **how)
     assert prune(dense, tmp_path / "p", options).record["fidelity"]
     assert peak() < ONE * size
 
 
-def test_the_report_of_a_pruned_model(dense, size, peak, tmp_path):
+def test_the_report_of_a_pruned_model(
+    dense: Path, size: int, peak: Callable[[], int], tmp_path: Path
+) -> None:
     models = {name: (str(dense), None) for name in ("original", "pruned", "recovered")}
     rows = [{"name": name} for name in models]
     judged_NT = mx.arange(64).reshape(2, 32)
@@ -117,10 +138,17 @@ def test_the_report_of_a_pruned_model(dense, size, peak, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "qlora"])
-def test_the_end_of_a_fine_tune(dense, size, peak, tmp_path, monkeypatch, method):
+def test_the_end_of_a_fine_tune(
+    dense: Path,
+    size: int,
+    peak: Callable[[], int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+) -> None:
     best_weights = module._best_weights
 
-    def from_here(*words):  # the first thing that is done once the last step is over
+    def from_here(*words: str):  # the first thing that is done once the last step is over
         held.append(mx.get_active_memory())
         mx.reset_peak_memory()
         best_weights(*words)
@@ -135,7 +163,9 @@ def test_the_end_of_a_fine_tune(dense, size, peak, tmp_path, monkeypatch, method
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
-def test_a_recording_answers_as_the_model_does(dense, dtype, tmp_path):
+def test_a_recording_answers_as_the_model_does(
+    dense: Path, dtype: mx.Dtype, tmp_path: Path
+) -> None:
     model, other = (load(dense, dtype=kind).model for kind in (dtype, mx.float32))
     other.update({"lm_head": {"weight": other["lm_head"]["weight"] * 1.1}})
     tokens_NT = mx.random.randint(0, 260, (3, 70))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -12,7 +14,7 @@ from mlx_lm import load as stock_load
 from mlx_slim import events
 from mlx_slim.adapters.lora import LoRALinear
 from mlx_slim.adapters.merge import merge
-from mlx_slim.config.load import from_values
+from mlx_slim.config.load import Resolved, from_values
 from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import Interrupted, SlimError
 from mlx_slim.finetuning.run import finetune
@@ -24,10 +26,10 @@ from mlx_slim.quantization.apply import quantize_model
 from tests.finetuning.test_resume import CtrlC
 from tests.support.adapters import quantized
 from tests.support.runs import Recorder, losses, recipe, write_rows
-from tests.support.tiny import tiny_model
+from tests.support.tiny import TinyModels, tiny_model
 
 
-def qat_recipe(model: Path, data: Path, method: str, **changes):
+def qat_recipe(model: Path, data: Path, method: str, **changes: Any) -> Resolved:
     """Return the small recipe with three-bit weights in training."""
     values = recipe(model, data, method).recipe.model_dump(mode="json", exclude_none=True)
     values["quantize"] = {"bits": 3, "group_size": 32, "qat": True}
@@ -38,7 +40,9 @@ def qat_recipe(model: Path, data: Path, method: str, **changes):
 @pytest.mark.parametrize(
     ("architecture", "method"), [("llama-tied", "full"), ("llama", "lora"), ("qwen2", "dora")]
 )
-def test_the_saved_model_is_the_one_that_was_validated(tiny, tmp_path, architecture, method):
+def test_the_saved_model_is_the_one_that_was_validated(
+    tiny: TinyModels, tmp_path: Path, architecture: str, method: str
+) -> None:
     data, out = write_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
     small = qat_recipe(tiny(architecture), data, method)
     result = finetune(small, out, observer=Recorder())
@@ -52,7 +56,7 @@ def test_the_saved_model_is_the_one_that_was_validated(tiny, tmp_path, architect
     assert json.loads((out / "run.json").read_text())["result"]["artifact"] == "model"
 
 
-def test_16_bit_sources_are_stored_as_they_came(tmp_path):
+def test_16_bit_sources_are_stored_as_they_came(tmp_path: Path) -> None:
     source = tiny_model(tmp_path / "base", dtype=mx.bfloat16)
     out = tmp_path / "run"
     data = write_rows(tmp_path / "rows.jsonl")
@@ -76,7 +80,9 @@ def test_16_bit_sources_are_stored_as_they_came(tmp_path):
         ("full", "float32", mx.float16),
     ],
 )
-def test_what_is_saved_is_what_was_trained_in_any_dtype(tmp_path, method, dtype, stored):
+def test_what_is_saved_is_what_was_trained_in_any_dtype(
+    tmp_path: Path, method: str, dtype: str, stored: mx.Dtype
+) -> None:
     data, out = write_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
     base = tiny_model(tmp_path / "base", dtype=stored)
     finetune(qat_recipe(base, data, method, dtype=dtype, steps=4), out, observer=Recorder())
@@ -85,11 +91,11 @@ def test_what_is_saved_is_what_was_trained_in_any_dtype(tmp_path, method, dtype,
     assert weights["model.norm.weight"].dtype == stored
 
 
-def _other_bits(model, config, quantize, *rest):
+def _other_bits(model: Any, config: dict[str, Any], quantize: QuantizeConfig, *rest: Any):
     return quantize_model(model, config, quantize.model_copy(update={"bits": 4}), *rest)
 
 
-def _one_layer_off(model, config, quantize, *rest):
+def _one_layer_off(model: Any, config: dict[str, Any], quantize: QuantizeConfig, *rest: Any):
     report = quantize_model(model, config, quantize, *rest)
     layer = model.layers[1].mlp.down_proj
     layer.scales, layer.biases = 0.8 * layer.scales, 0.8 * layer.biases
@@ -98,7 +104,9 @@ def _one_layer_off(model, config, quantize, *rest):
 
 @pytest.mark.parametrize("wrong", ["adapters lost", _other_bits, _one_layer_off])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_saved_model_that_is_another_one_is_caught(tmp_path, monkeypatch, dtype, wrong):
+def test_a_saved_model_that_is_another_one_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, wrong: Callable[..., Any]
+) -> None:
     if callable(wrong):
         monkeypatch.setattr("mlx_slim.finetuning.qat_save.quantize_model", wrong)
     else:
@@ -120,7 +128,9 @@ def test_a_saved_model_that_is_another_one_is_caught(tmp_path, monkeypatch, dtyp
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_resumed_equals_uninterrupted_and_checkpoints_are_floats(tiny, tmp_path, method):
+def test_resumed_equals_uninterrupted_and_checkpoints_are_floats(
+    tiny: TinyModels, tmp_path: Path, method: str
+) -> None:
     data = write_rows(tmp_path / "rows.jsonl")
     small = qat_recipe(tiny("llama"), data, method)
     finetune(small, tmp_path / "straight", observer=Recorder())
@@ -139,29 +149,29 @@ def test_resumed_equals_uninterrupted_and_checkpoints_are_floats(tiny, tmp_path,
     assert all(mx.array_equal(files[0][name], files[1][name]) for name in files[1])
 
 
-def test_it_beats_quantizing_afterwards(tiny, tmp_path):
+def test_it_beats_quantizing_afterwards(tiny: TinyModels, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", 48)
     steps = {"steps": 60, "learning_rate": 3e-3, "validate_every": 60, "save_every": 60}
     two = {"bits": 2, "group_size": 32}
-    found = {}
+    best_losses = {}
     for name, is_qat in (("qat", True), ("afterwards", False)):
         values = qat_recipe(tiny("llama"), data, "full", **steps).recipe.model_dump(mode="json")
         values["quantize"] |= {**two, "qat": is_qat}
         values = {key: value for key, value in values.items() if value is not None}
         out = tmp_path / name
         done = finetune(from_values(values, name, "test"), out, observer=Recorder()).done
-        found[name] = done.best_validation
+        best_losses[name] = done.best_validation
     loaded = load(tmp_path / "afterwards" / "model")
     quantize_model(loaded.model, loaded.config, QuantizeConfig(**two))
     from mlx_slim.models.save import save_model
 
     save_model(tmp_path / "rounded", loaded.model, loaded.tokenizer, loaded.config)
     afterwards = validate(qat_recipe(tmp_path / "rounded", data, "full").recipe).loss
-    assert found["qat"] < afterwards
-    assert found["afterwards"] < afterwards
+    assert best_losses["qat"] < afterwards
+    assert best_losses["afterwards"] < afterwards
 
 
-def test_what_does_not_go_together_is_one_error(tiny, tmp_path):
+def test_what_does_not_go_together_is_one_error(tiny: TinyModels, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl")
     with pytest.raises(SlimError, match="method=qlora has a quantized base"):
         qat_recipe(tiny("llama"), data, "qlora")
@@ -174,7 +184,7 @@ def test_what_does_not_go_together_is_one_error(tiny, tmp_path):
         assert not (tmp_path / "run").exists()
 
 
-def test_the_planner_counts_the_rounded_copy(tiny, tmp_path):
+def test_the_planner_counts_the_rounded_copy(tiny: TinyModels, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl")
     small = qat_recipe(tiny("llama"), data, "lora").recipe
     loaded = load(tiny("llama"))
@@ -188,9 +198,9 @@ def test_the_planner_counts_the_rounded_copy(tiny, tmp_path):
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_reloaded_model_that_is_another_one_is_caught_in_bfloat16(
-    tiny, tmp_path, monkeypatch, method
-):
-    def off(*arguments):
+    tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def off(*arguments: Any):
         model = load_tuned(*arguments)
         layer = model.layers[1].mlp.down_proj
         layer = layer.linear if "linear" in layer else layer

@@ -9,16 +9,18 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
 
 from mlx_slim.config.load import load_recipe
 from mlx_slim.errors import Interrupted, SlimError
-from mlx_slim.events import StepDone
+from mlx_slim.events import Event, StepDone
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.finetuning.run_dir import command_words, run_dir
 from tests.support.runs import Recorder, losses, recipe, run_and_kill, write_rows
+from tests.support.tiny import TinyModels
 
 KILLS = {
     # moment, count: step 10 is in the second epoch; file 6 is the optimizer of the third checkpoint
@@ -30,7 +32,9 @@ KILLS = {
 
 
 @pytest.mark.parametrize("method", list(KILLS))
-def test_killed_and_resumed_equals_uninterrupted(tiny, tmp_path: Path, method: str) -> None:
+def test_killed_and_resumed_equals_uninterrupted(
+    tiny: TinyModels, tmp_path: Path, method: str
+) -> None:
     model, data = tiny("llama"), write_rows(tmp_path / "rows.jsonl")
     straight = tmp_path / "straight"
     finetune(recipe(model, data, method), straight, observer=Recorder())
@@ -52,13 +56,13 @@ def test_killed_and_resumed_equals_uninterrupted(tiny, tmp_path: Path, method: s
 class CtrlC(Recorder):
     """Sends this process SIGINT after a step."""
 
-    def notify(self, event) -> None:
+    def notify(self, event: Event) -> None:
         super().notify(event)
         if isinstance(event, StepDone) and event.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_ctrl_c_saves_and_prints_the_resume_command(tiny, tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_prints_the_resume_command(tiny: TinyModels, tmp_path: Path) -> None:
     model, data = tiny("llama"), write_rows(tmp_path / "rows.jsonl")
     out = tmp_path / "run"
     with pytest.raises(Interrupted, match="after step 3 of 10") as caught:
@@ -70,12 +74,12 @@ def test_ctrl_c_saves_and_prints_the_resume_command(tiny, tmp_path: Path) -> Non
     assert sorted(losses(out)) == list(range(1, 11))
 
 
-def test_the_printed_resume_command_resumes_as_it_stands(tiny, tmp_path: Path) -> None:
+def test_the_printed_resume_command_resumes_as_it_stands(tiny: TinyModels, tmp_path: Path) -> None:
     folder = tmp_path / "my runs"
     folder.mkdir()
     data = write_rows(folder / "rows.jsonl")
-    own = folder / "small.yaml"
-    own.write_text(f"model: {tiny('llama')}\ndata: {{path: nowhere.jsonl, validation: 0}}\n")
+    file = folder / "small.yaml"
+    file.write_text(f"model: {tiny('llama')}\ndata: {{path: nowhere.jsonl, validation: 0}}\n")
     overrides = [
         f"data.path={data}",
         "adapter.targets=[q_proj, v_proj]",
@@ -85,7 +89,7 @@ def test_the_printed_resume_command_resumes_as_it_stands(tiny, tmp_path: Path) -
     ]
     out = folder / "run"
     with pytest.raises(Interrupted) as caught:
-        finetune(load_recipe(str(own), overrides), out, observer=CtrlC())
+        finetune(load_recipe(str(file), overrides), out, observer=CtrlC())
     program = tmp_path / "bin" / "mlx-slim"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m mlx_slim "$@"\n')
@@ -101,11 +105,11 @@ def test_the_printed_resume_command_resumes_as_it_stands(tiny, tmp_path: Path) -
     )
     assert done.returncode == 0, done.stderr
     assert sorted(losses(out)) == list(range(1, 7))
-    assert str(own) in shlex.split(caught.value.hint)
+    assert str(file) in shlex.split(caught.value.hint)
 
 
 def test_the_resume_command_has_what_was_set_and_no_more() -> None:
-    given = [
+    overrides = [
         "data.path=rows.jsonl",
         "data.validation=32",
         "data.columns={prompt: question}",
@@ -113,7 +117,7 @@ def test_the_resume_command_has_what_was_set_and_no_more() -> None:
         "train.steps=null",
         "distill.teachers=[{model: some/teacher}, {base_url: http://127.0.0.1/v1, model: it}]",
     ]
-    resolved = load_recipe("smollm2-lora", given)
+    resolved = load_recipe("smollm2-lora", overrides)
     words = shlex.split(run_dir(Path("run")).resume_command(command_words(resolved)))
     assert words[:3] == ["mlx-slim", "distill", "smollm2-lora"]
     assert load_recipe("smollm2-lora", words[3:-3]).recipe == resolved.recipe
@@ -121,7 +125,9 @@ def test_the_resume_command_has_what_was_set_and_no_more() -> None:
     assert 'distill.teachers=[{"model": "some/teacher"}' in " ".join(words)
 
 
-def test_another_recipe_or_other_data_is_refused_with_the_difference(tiny, tmp_path: Path) -> None:
+def test_another_recipe_or_other_data_is_refused_with_the_difference(
+    tiny: TinyModels, tmp_path: Path
+) -> None:
     model, data = tiny("llama"), write_rows(tmp_path / "rows.jsonl")
     out = tmp_path / "run"
     with pytest.raises(Interrupted):
@@ -137,7 +143,7 @@ def test_another_recipe_or_other_data_is_refused_with_the_difference(tiny, tmp_p
     assert json.loads((out / "run.json").read_text())["status"] == "complete"
 
 
-def test_resume_of_nothing_starts_and_says_so(tiny, tmp_path: Path) -> None:
+def test_resume_of_nothing_starts_and_says_so(tiny: TinyModels, tmp_path: Path) -> None:
     model, data = tiny("llama"), write_rows(tmp_path / "rows.jsonl")
     recorder = Recorder()
     out = tmp_path / "run"
@@ -146,7 +152,9 @@ def test_resume_of_nothing_starts_and_says_so(tiny, tmp_path: Path) -> None:
     assert (out / "run.json").exists()
 
 
-def test_an_early_stopped_run_takes_no_step_more_on_a_resume(tiny, tmp_path: Path) -> None:
+def test_an_early_stopped_run_takes_no_step_more_on_a_resume(
+    tiny: TinyModels, tmp_path: Path
+) -> None:
     model, data = tiny("llama"), write_rows(tmp_path / "rows.jsonl")
     small = recipe(model, data, learning_rate=1.0, early_stopping=1, validate_every=1)
     out = tmp_path / "run"
@@ -167,7 +175,7 @@ def test_an_early_stopped_run_takes_no_step_more_on_a_resume(tiny, tmp_path: Pat
     assert events == [json.loads(line)["event"] for line in lines]
 
 
-def test_a_finished_run_is_left_alone(tiny, tmp_path: Path) -> None:
+def test_a_finished_run_is_left_alone(tiny: TinyModels, tmp_path: Path) -> None:
     model, data = tiny("llama"), write_rows(tmp_path / "rows.jsonl")
     out = tmp_path / "run"
     first = finetune(recipe(model, data, steps=2), out, observer=Recorder())
@@ -179,7 +187,7 @@ def test_a_finished_run_is_left_alone(tiny, tmp_path: Path) -> None:
         finetune(recipe(model, data, steps=2), out, observer=Recorder())
 
 
-def test_a_run_that_cannot_start_leaves_no_folder(tiny, tmp_path: Path) -> None:
+def test_a_run_that_cannot_start_leaves_no_folder(tiny: TinyModels, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl")
     data.write_text(data.read_text() + "{broken\n")
     out = tmp_path / "deep" / "run"
@@ -200,7 +208,13 @@ def test_a_run_that_cannot_start_leaves_no_folder(tiny, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_run_of_an_older_version_goes_on_as_it_began(tiny, tmp_path, train, refused, same):
+def test_a_run_of_an_older_version_goes_on_as_it_began(
+    tiny: TinyModels,
+    tmp_path: Path,
+    train: dict[str, Any],
+    refused: str | None,
+    same: dict[str, Any],
+) -> None:
     """Its recipe lacks the newer keys: they stand for what that version did."""
     model, data, out = tiny("llama"), write_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
     with pytest.raises(Interrupted):

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -16,17 +17,18 @@ from mlx_slim.errors import ResourceError, SlimError
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.training.loop import Loop
 from tests.support.runs import Recorder, losses, recipe, run_script, write_rows
+from tests.support.tiny import TinyModels
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied", "phi", "mistral", "qwen2"])
 @pytest.mark.parametrize("method", ["lora", "qlora", "dora", "full"])
 def test_every_method_learns_and_loads_in_stock_mlx_lm(
-    tiny, tmp_path: Path, architecture: str, method: str
+    tiny: TinyModels, tmp_path: Path, architecture: str, method: str
 ) -> None:
     data, out = write_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
     result = finetune(recipe(tiny(architecture), data, method, steps=6), out, observer=Recorder())
-    found = losses(out)
-    assert found[6] < found[1]
+    step_losses = losses(out)
+    assert step_losses[6] < step_losses[1]
     assert result.done.reason == "complete"
     if method == "full":
         model, _ = stock_load(str(out / "model"))
@@ -39,7 +41,7 @@ def test_every_method_learns_and_loads_in_stock_mlx_lm(
     assert (out / "data_ledger.json").exists()
 
 
-def test_the_best_validation_step_is_what_is_saved(tiny, tmp_path: Path) -> None:
+def test_the_best_validation_step_is_what_is_saved(tiny: TinyModels, tmp_path: Path) -> None:
     data, out = write_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
     wild = recipe(
         tiny("llama"),
@@ -60,11 +62,13 @@ def test_the_best_validation_step_is_what_is_saved(tiny, tmp_path: Path) -> None
         assert result.done.step == result.done.best_step + 2
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(tiny, tmp_path, monkeypatch) -> None:
+def test_a_loss_that_is_not_finite_stops_before_the_update(
+    tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data, out = write_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
     original = Loop._step
 
-    def poisoned(self, *args) -> None:
+    def poisoned(self: Loop, *args: Any) -> None:
         if self.state.step == 4:
             head = self.stepper.objective.split.head.module
             head.weight = head.weight * float("nan")
@@ -79,7 +83,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tiny, tmp_path, monke
     assert max(losses(out)) == 4
 
 
-def test_over_budget_is_refused_before_training_with_what_fits(tiny, tmp_path: Path) -> None:
+def test_over_budget_is_refused_before_training_with_what_fits(
+    tiny: TinyModels, tmp_path: Path
+) -> None:
     data, out = write_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
     small = recipe(tiny("llama"), data)
     memory = small.recipe.memory.model_copy(update={"budget": "300kB"})
@@ -91,7 +97,7 @@ def test_over_budget_is_refused_before_training_with_what_fits(tiny, tmp_path: P
     assert not out.exists()
 
 
-def test_halving_batch_tokens_halves_activation_memory(tiny, tmp_path: Path) -> None:
+def test_halving_batch_tokens_halves_activation_memory(tiny: TinyModels, tmp_path: Path) -> None:
     from mlx_slim.data.batches import Batcher
     from mlx_slim.training.step import CrossEntropy, Stepper
     from tests.support.rows import MemoryRows
@@ -121,7 +127,9 @@ finetune(recipe(Path(model), Path(data), method, batch_tokens=128), Path(out), o
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_two_ranks_equal_one_with_the_same_global_batch(tiny, tmp_path: Path, method: str) -> None:
+def test_two_ranks_equal_one_with_the_same_global_batch(
+    tiny: TinyModels, tmp_path: Path, method: str
+) -> None:
     model, data = tiny("llama"), write_rows(tmp_path / "rows.jsonl", 25)
     one = tmp_path / "one"
     finetune(recipe(model, data, method, batch_tokens=128, accumulate=2), one, observer=Recorder())

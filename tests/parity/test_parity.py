@@ -24,7 +24,7 @@ from tests.parity.torch_side import (
     torch_logits,
     transformers,
 )
-from tests.support.adapters import made, quantized
+from tests.support.adapters import quantized, write_adapter
 from tests.support.tiny import byte_tokenizer
 
 
@@ -58,7 +58,7 @@ TO_PEFT = [
 @pytest.mark.parametrize(("architecture", "settings", "dora"), TO_PEFT)
 def test_an_exported_adapter_answers_alike_in_peft(base, tmp_path, architecture, settings, dora):
     folder = base(architecture)
-    adapter = made(tmp_path / "a", folder, dora=dora, **settings)
+    adapter = write_adapter(tmp_path / "a", folder, dora=dora, **settings)
     export_peft(adapter, tmp_path / "peft")
     model = peft.PeftModel.from_pretrained(in_torch(folder), tmp_path / "peft")
     plain = mlx_logits(folder)
@@ -144,7 +144,7 @@ def test_every_architecture_keeps_names_and_values(tmp_path, kind):
 
 def test_a_fused_model_is_what_peft_merges(base, tmp_path):
     folder = base("llama")
-    adapter = made(tmp_path / "a", folder, dora=True)
+    adapter = write_adapter(tmp_path / "a", folder, dora=True)
     fuse(folder, adapter, tmp_path / "fused", FuseOptions(samples=1, length=32))
     export_peft(adapter, tmp_path / "peft")
     merged = peft.PeftModel.from_pretrained(in_torch(folder), tmp_path / "peft").merge_and_unload()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -13,6 +15,7 @@ from mlx_slim.errors import SlimError
 from mlx_slim.models.quantized import is_quantized
 from mlx_slim.quantization.apply import quantize_model
 from mlx_slim.quantization.policy import RECIPES, make_policy
+from tests.support.tiny import TinyModels
 
 # Relative Frobenius error on Gaussian weights: bfloat16, group 64 for the affine formats.
 ERRORS = [
@@ -29,7 +32,7 @@ ERRORS = [
 
 
 @pytest.fixture
-def source(tiny):
+def source(tiny: TinyModels) -> Path:
     """Return a function: architecture -> (fresh dense model, config)."""
 
     def get(architecture: str = "llama"):
@@ -41,7 +44,9 @@ def source(tiny):
 
 
 @pytest.mark.parametrize(("mode", "bits", "group", "expected"), ERRORS)
-def test_relative_error_and_bits_per_weight(mode, bits, group, expected):
+def test_relative_error_and_bits_per_weight(
+    mode: str, bits: int, group: int, expected: float
+) -> None:
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -72,7 +77,7 @@ def test_relative_error_and_bits_per_weight(mode, bits, group, expected):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied", "phi", "qwen2"])
-def test_every_layer_is_quantized_or_explained(source, architecture):
+def test_every_layer_is_quantized_or_explained(source: Path, architecture: str) -> None:
     model, config = source(architecture)
     names = {path for path, _ in model.named_modules()}
     result = quantize_model(model, config, QuantizeConfig(bits=4, group_size=32))
@@ -86,7 +91,7 @@ def test_every_layer_is_quantized_or_explained(source, architecture):
     assert mx.isfinite(model(mx.array([[1, 2, 3, 4, 5]]))).all()
 
 
-def test_a_width_that_the_group_does_not_divide_is_listed(source):
+def test_a_width_that_the_group_does_not_divide_is_listed(source: Path) -> None:
     model, config = source()
     result = quantize_model(model, config, QuantizeConfig(bits=4, group_size=128))
     assert result.quantized == {"4-bit affine, group 128": 3}  # down_proj: 128 inputs
@@ -96,7 +101,7 @@ def test_a_width_that_the_group_does_not_divide_is_listed(source):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_mixed_recipes(source, recipe):
+def test_mixed_recipes(source: Path, recipe: str) -> None:
     low, high = (int(part) for part in recipe.split("_")[1:])
     model, config = source()
     result = quantize_model(model, config, QuantizeConfig(group_size=32), recipe)
@@ -106,7 +111,7 @@ def test_mixed_recipes(source, recipe):
     assert per_layer.get("model.layers.1.self_attn.q_proj", per_layer)["bits"] == low
 
 
-def test_refusals(source):
+def test_refusals(source: Path) -> None:
     model, config = source("phi")
     with pytest.raises(SlimError, match="does not fit phi"):
         make_policy(model, QuantizeConfig(), "mixed_3_6")
@@ -119,7 +124,7 @@ def test_refusals(source):
         quantize_model(model, config, QuantizeConfig(group_size=32))
 
 
-def test_no_layer_fits():
+def test_no_layer_fits() -> None:
     model = nn.Sequential(nn.Linear(24, 8))
     with pytest.raises(SlimError, match="input widths are 24"):
         quantize_model(model, {}, QuantizeConfig(group_size=32))

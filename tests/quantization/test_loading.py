@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
@@ -27,7 +30,7 @@ SHAPE = {"hidden_size": 128, "intermediate_size": 512, "vocab_size": 4096, "num_
 SLACK = 1 << 16
 
 
-def peak_of(work):
+def peak_of(work: Callable[[], Any]) -> int:
     """Return what ``work`` gives, and the bytes that MLX held at most while it worked."""
     mx.clear_cache()
     before = mx.get_active_memory()  # other tests' models may still be alive
@@ -35,14 +38,16 @@ def peak_of(work):
     return work(), mx.get_peak_memory() - before
 
 
-def held(model) -> int:
+def held(model: nn.Module) -> int:
     return sum(value.nbytes for _, value in tree_flatten(model.parameters()))
 
 
 @pytest.mark.parametrize("compute", [mx.float32, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("stored", [mx.float32, mx.bfloat16, mx.float16], ids=str)
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied"])
-def test_a_base_is_loaded_one_tensor_at_a_time(architecture, stored, compute, tmp_path: Path):
+def test_a_base_is_loaded_one_tensor_at_a_time(
+    architecture: str, stored: mx.Dtype, compute: mx.Dtype, tmp_path: Path
+) -> None:
     folder = tiny_model(tmp_path / "m", architecture, dtype=stored, shards=3, **SHAPE)
     largest = max(tensor.nbytes for tensor in folder_tensors(folder).values())
     as_computed = largest // stored.size * compute.size
@@ -65,7 +70,7 @@ def test_a_base_is_loaded_one_tensor_at_a_time(architecture, stored, compute, tm
     assert all(mx.array_equal(one[key], other[key]).item() for key in one)
 
 
-def test_a_float_format_is_rounded_in_pieces_and_gives_the_same_codes(tmp_path: Path):
+def test_a_float_format_is_rounded_in_pieces_and_gives_the_same_codes(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "m", dtype=mx.bfloat16, hidden_size=256, vocab_size=600)
     settings = QuantizeConfig(mode="mxfp4", bits=4, group_size=32)
     (loaded, report), peak = peak_of(lambda: load_quantized(folder, settings))
@@ -80,7 +85,7 @@ def test_a_float_format_is_rounded_in_pieces_and_gives_the_same_codes(tmp_path: 
     assert loaded.config["quantization"] == {"group_size": 32, "bits": 4, "mode": "mxfp4"}
 
 
-def test_a_head_that_repeats_the_embedding_is_compared_unread(tmp_path: Path):
+def test_a_head_that_repeats_the_embedding_is_compared_unread(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "m", "llama", dtype=mx.bfloat16, shards=1, **SHAPE)
     file = next(folder.glob("*.safetensors"))
     weights = dict(mx.load(str(file)))
@@ -97,7 +102,9 @@ def test_a_head_that_repeats_the_embedding_is_compared_unread(tmp_path: Path):
     assert "lm_head" not in load(folder).model
 
 
-def test_a_base_that_does_not_fit_while_it_loads_is_refused_before(tmp_path: Path, monkeypatch):
+def test_a_base_that_does_not_fit_while_it_loads_is_refused_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tiny_model(tmp_path / "m", dtype=mx.bfloat16, **SHAPE)
     resolved = recipe(folder, write_rows(tmp_path / "rows.jsonl"), batch_tokens=128)
     needed = predict(read_config(folder), resolved.recipe, suggest=False).loading_peak_bytes
@@ -109,17 +116,25 @@ def test_a_base_that_does_not_fit_while_it_loads_is_refused_before(tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
-def test_the_plan_says_which_peak_is_the_larger_one(tmp_path: Path):
+def test_the_plan_says_which_peak_is_the_larger_one(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "m", "llama", dtype=mx.float32, **SHAPE)
     small = {"batch_tokens": 8, "max_length": 8, "dtype": "bfloat16", "loss_chunk": 8}
     run = recipe(folder, write_rows(tmp_path / "rows.jsonl"), **small).recipe
     config = {**read_config(folder), "num_hidden_layers": 1, "vocab_size": 60_000}
-    found = predict(config, run, suggest=False, gpu=True)
-    assert found.breakdown["loading"] > 0
-    assert found.predicted_peak_bytes == found.loading_peak_bytes == sum(found.breakdown.values())
+    prediction = predict(config, run, suggest=False, gpu=True)
+    assert prediction.breakdown["loading"] > 0
+    assert (
+        prediction.predicted_peak_bytes
+        == prediction.loading_peak_bytes
+        == sum(prediction.breakdown.values())
+    )
     longer = run.model_copy(
         update={"train": run.train.model_copy(update={"batch_tokens": 4096, "max_length": 4096})}
     )
-    found = predict(config, longer, suggest=False, gpu=True)
-    assert found.breakdown["loading"] == 0
-    assert found.predicted_peak_bytes == sum(found.breakdown.values()) > found.loading_peak_bytes
+    prediction = predict(config, longer, suggest=False, gpu=True)
+    assert prediction.breakdown["loading"] == 0
+    assert (
+        prediction.predicted_peak_bytes
+        == sum(prediction.breakdown.values())
+        > prediction.loading_peak_bytes
+    )

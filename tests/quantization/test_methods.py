@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -14,12 +16,13 @@ from mlx_slim.errors import ResourceError, SlimError
 from mlx_slim.models.save import saved_config
 from mlx_slim.quantization import methods
 from mlx_slim.quantization.methods import check_method, quantize_with
+from tests.support.tiny import TinyModels
 
 TOKENS = mx.random.randint(0, 256, (4, 16), key=mx.random.key(0)).astype(mx.int32)
 
 
 @pytest.fixture
-def source(tiny):
+def source(tiny: TinyModels) -> Path:
     """Return a function: architecture -> (fresh dense model, config)."""
 
     def get(architecture: str = "llama"):
@@ -31,7 +34,9 @@ def source(tiny):
 
 @pytest.mark.parametrize("method", methods.CALIBRATED)
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied", "phi"])
-def test_method_quantizes_every_matrix(source, method, architecture, capfd):
+def test_method_quantizes_every_matrix(
+    source: Path, method: str, architecture: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     if method == "awq" and architecture == "phi":
         pytest.skip("mlx-lm's AWQ does not know phi: see test_refusals")
     model, config = source(architecture)
@@ -48,14 +53,14 @@ def test_method_quantizes_every_matrix(source, method, architecture, capfd):
     assert captured.out == "" and captured.err == ""
 
 
-def test_dynamic_lands_between_its_two_widths(source):
+def test_dynamic_lands_between_its_two_widths(source: Path) -> None:
     model, config = source()
     result = quantize_with(model, config, QuantizeConfig(bits=4, group_size=32), "dynamic", TOKENS)
     assert set(result.quantized) == {"4-bit affine, group 32", "5-bit affine, group 32"}
     assert 6.0 < result.bits_per_weight < 7.1  # float32 scales: two more bits a weight
 
 
-def test_dwq_learns_scales_only(source):
+def test_dwq_learns_scales_only(source: Path) -> None:
     model, config = source()
     plain, _ = source()
     methods.quantize_model(plain, config, QuantizeConfig(group_size=32))
@@ -65,7 +70,7 @@ def test_dwq_learns_scales_only(source):
     assert changed and {name.rsplit(".", 1)[-1] for name in changed} <= {"scales", "biases"}
 
 
-def test_refusals(source):
+def test_refusals(source: Path) -> None:
     quantize = QuantizeConfig
     for arguments, message in [
         (("awqq", quantize()), "unknown method 'awqq'"),
@@ -90,7 +95,7 @@ def test_refusals(source):
     assert type(model.layers[0].self_attn.q_proj) is nn.Linear
 
 
-def test_gptq_hessians_that_do_not_fit(source, monkeypatch):
+def test_gptq_hessians_that_do_not_fit(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, config = source()
     monkeypatch.setattr(methods, "device_memory", lambda: 1000)
     with pytest.raises(ResourceError, match="Hessian"):

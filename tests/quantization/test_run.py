@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -17,7 +19,7 @@ from mlx_slim.models import quantized, verified_save
 from mlx_slim.quantization import run as module
 from mlx_slim.quantization.policy import quantize_config
 from mlx_slim.quantization.run import CompressOptions, compress
-from tests.support.tiny import tiny_model
+from tests.support.tiny import TinyModels, tiny_model
 
 FORMATS = [("affine", bits, 32) for bits in (2, 3, 4, 5, 6, 8)]
 FORMATS += [("affine", 4, 64), ("affine", 4, 128), ("mxfp4", 4, 32)]
@@ -25,20 +27,22 @@ FORMATS += [("mxfp8", 8, 32), ("nvfp4", 4, 16)]
 
 
 @pytest.fixture
-def text(tmp_path):
+def text(tmp_path: Path) -> Path:
     path = tmp_path / "notes.txt"
     path.write_text("\n".join(f"{i}: a line of plain words to look at" for i in range(60)))
     return path
 
 
-def _options(text, quantize=None, **changes) -> CompressOptions:
+def _options(text: Path, quantize: QuantizeConfig | None = None, **changes: Any) -> CompressOptions:
     settings = {"length": 32, "samples": 3, "fidelity_samples": 3, **changes}
     config = quantize or QuantizeConfig(group_size=32)
     return CompressOptions(config, calibration=str(text), **settings)
 
 
 @pytest.mark.parametrize(("mode", "bits", "group"), FORMATS)
-def test_stock_mlx_lm_loads_every_format(tiny, tmp_path, text, mode, bits, group):
+def test_stock_mlx_lm_loads_every_format(
+    tiny: TinyModels, tmp_path: Path, text: Path, mode: str, bits: int, group: int
+) -> None:
     options = _options(text, QuantizeConfig(mode=mode, bits=bits, group_size=group))
     result = compress(tiny(), tmp_path / "out", options)
     model, tokenizer = stock_load(str(tmp_path / "out"))
@@ -53,7 +57,9 @@ def test_stock_mlx_lm_loads_every_format(tiny, tmp_path, text, mode, bits, group
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq", "dwq", "dynamic", "mixed_3_6"])
-def test_methods_and_recipes_load_too(tiny, tmp_path, text, method):
+def test_methods_and_recipes_load_too(
+    tiny: TinyModels, tmp_path: Path, text: Path, method: str
+) -> None:
     changes = {"recipe": method} if method.startswith("mixed") else {"method": method}
     out = tmp_path / "out"
     compress(tiny(), out, _options(text, **changes))
@@ -64,7 +70,7 @@ def test_methods_and_recipes_load_too(tiny, tmp_path, text, method):
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
-def test_the_stored_dtype_stays(tmp_path, text, dtype):
+def test_the_stored_dtype_stays(tmp_path: Path, text: Path, dtype: mx.Dtype) -> None:
     source = tiny_model(tmp_path / "source", dtype=dtype)
     result = compress(source, tmp_path / "out", _options(text))
     model, _ = stock_load(str(tmp_path / "out"))
@@ -79,17 +85,17 @@ def test_the_stored_dtype_stays(tmp_path, text, dtype):
     assert result.report.bytes_after == size
 
 
-def test_more_bits_are_nearer(tiny, tmp_path, text):
+def test_more_bits_are_nearer(tiny: TinyModels, tmp_path: Path, text: Path) -> None:
     kl = []
     for bits in (2, 4, 8):
         options = _options(text, QuantizeConfig(bits=bits, group_size=32))
-        found = compress(tiny(), tmp_path / str(bits), options).fidelity
-        assert found is not None
-        kl.append(found.kl)
+        fidelity = compress(tiny(), tmp_path / str(bits), options).fidelity
+        assert fidelity is not None
+        kl.append(fidelity.kl)
     assert kl[0] > kl[1] > kl[2]
 
 
-def test_refusals_leave_nothing_behind(tiny, tmp_path, text):
+def test_refusals_leave_nothing_behind(tiny: TinyModels, tmp_path: Path, text: Path) -> None:
     out = tmp_path / "out"
     exists = tmp_path / "exists"
     exists.mkdir()
@@ -112,10 +118,12 @@ def test_refusals_leave_nothing_behind(tiny, tmp_path, text):
     assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", "exists", "out"}
 
 
-def test_a_saved_model_that_differs_is_not_kept(tiny, tmp_path, text, monkeypatch):
+def test_a_saved_model_that_differs_is_not_kept(
+    tiny: TinyModels, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     honest = verified_save.load
 
-    def damaged(source, **options):
+    def damaged(source: Path, **options: Any):
         loaded = honest(source, **options)
         if str(source).endswith("model"):
             norm = loaded.model.model.norm
@@ -128,7 +136,9 @@ def test_a_saved_model_that_differs_is_not_kept(tiny, tmp_path, text, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_without_text_rounding_goes_on_and_says_so(tiny, tmp_path, monkeypatch):
+def test_without_text_rounding_goes_on_and_says_so(
+    tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MLX_SLIM_DATA", str(tmp_path))
     monkeypatch.setattr(module, "DEFAULT_SOURCE", str(tmp_path / "none.jsonl"))
     heard: list[Event] = []
@@ -147,7 +157,9 @@ def test_without_text_rounding_goes_on_and_says_so(tiny, tmp_path, monkeypatch):
         )
 
 
-def test_command_line(tiny, tmp_path, text, capsys):
+def test_command_line(
+    tiny: TinyModels, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     common = ["--calibration", str(text), "--calibration-length", "32"]
     arguments = [str(tiny()), "-o", str(tmp_path / "a"), "--group-size", "128", *common]
     assert run(["quantize", *arguments]) == 0
@@ -174,7 +186,7 @@ def test_command_line(tiny, tmp_path, text, capsys):
     assert not (tmp_path / "c").exists()
 
 
-def test_defaults_of_the_modes():
+def test_defaults_of_the_modes() -> None:
     assert quantize_config() == QuantizeConfig()
     assert quantize_config(mode="nvfp4").group_size == 16
     assert quantize_config(mode="mxfp8").bits == 8

@@ -15,7 +15,9 @@ from mlx_slim.models.save import save_model
 from tests.adapters.support import IDS, shake
 
 
-def made(folder: Path, base: Path, *, dora: bool = False, size: float = 0.05, **settings) -> Path:
+def write_adapter(
+    folder: Path, base: Path, *, dora: bool = False, size: float = 0.05, **settings
+) -> Path:
     """Write an adapter folder for ``base``, moved away from its start; return it."""
     loaded = load(base)
     config = AdapterConfig(**{"rank": 4, **settings})

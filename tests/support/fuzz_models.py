@@ -109,10 +109,10 @@ def use_gguf(folder: Path, out: Path) -> None:
 
 def make_adapter(folder: Path) -> None:
     from mlx_slim.quantization.base import QuantizedBase, as_record
-    from tests.support.adapters import made
+    from tests.support.adapters import write_adapter
 
     make_model(folder / _BASE)
-    made(folder / "adapter", folder / _BASE)
+    write_adapter(folder / "adapter", folder / _BASE)
     file = folder / "adapter" / "adapter_config.json"
     named = QuantizedBase(
         model=str(folder / _BASE),
@@ -138,10 +138,10 @@ def make_peft(folder: Path) -> None:
     from mlx_slim.adapters.peft import write_peft
     from mlx_slim.adapters.store import load_adapter
     from mlx_slim.models.load import load
-    from tests.support.adapters import made
+    from tests.support.adapters import write_adapter
 
     make_model(folder / _BASE)
-    made(folder / "mlx", folder / _BASE)
+    write_adapter(folder / "mlx", folder / _BASE)
     loaded = load(folder / _BASE)
     injected = load_adapter(loaded.model, folder / "mlx")
     (folder / "peft").mkdir()

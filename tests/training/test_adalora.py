@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -24,6 +25,7 @@ from mlx_slim.training.optim import set_trainable, trainable
 from tests.adapters.support import IDS, linear, relative_error, shake
 from tests.finetuning.test_resume import CtrlC
 from tests.support.runs import Recorder, losses, recipe, write_rows
+from tests.support.tiny import TinyModels
 
 SETTINGS = AdaptiveConfig(target_rank=2, warmup=4, final=6, interval=3)
 
@@ -32,12 +34,12 @@ def _budget(folder: Path, rank: int = 5, config: AdaptiveConfig = SETTINGS, tota
     model = load(folder).model
     mx.random.seed(0)
     inject(model, AdapterConfig(rank=rank, adaptive=config), dora=False)
-    found = RankBudget(model, config)
-    found.planned(total)
-    return model, found
+    budget = RankBudget(model, config)
+    budget.planned(total)
+    return model, budget
 
 
-def test_the_budget_falls_along_a_cubic_with_exact_ends(tiny):
+def test_the_budget_falls_along_a_cubic_with_exact_ends(tiny: TinyModels) -> None:
     model, budget = _budget(tiny("llama"))
     layers = len(adapters_of(model))
     values = [budget.budget(step) for step in range(31)]
@@ -47,7 +49,7 @@ def test_the_budget_falls_along_a_cubic_with_exact_ends(tiny):
     assert values[14] == 2 * layers + round(3 * layers / 8)
 
 
-def test_a_fresh_layer_is_its_base_and_orthonormal():
+def test_a_fresh_layer_is_its_base_and_orthonormal() -> None:
     base = linear(48, 32, bias=True, bits=None)
     layer = AdaLoRALinear(base, 6, 2.0)
     x = mx.random.normal((3, 48))
@@ -60,7 +62,7 @@ def test_a_fresh_layer_is_its_base_and_orthonormal():
     assert relative_error(layer.merged_weight(), base["weight"] + update) < 1e-6
 
 
-def test_gradients_importance_and_cuts_are_those_of_a_plain_reference(tiny):
+def test_gradients_importance_and_cuts_are_those_of_a_plain_reference(tiny: TinyModels) -> None:
     model, budget = _budget(tiny("llama"))
     shake(model, 0.1)
     paths = [path for path, _ in adapters_of(model)]
@@ -68,11 +70,11 @@ def test_gradients_importance_and_cuts_are_those_of_a_plain_reference(tiny):
     mean: dict[str, np.ndarray] = {}
     spread: dict[str, np.ndarray] = {}
     for step in range(1, 31):
-        given = {
+        arrays = {
             k: mx.array(rng.normal(size=v.shape), mx.float32) for k, v in trainable(model).items()
         }
         weights = {k: np.array(v, np.float64) for k, v in trainable(model).items()}
-        ours = budget.gradients(given)
+        ours = budget.gradients(arrays)
         for path in paths:
             a, b = weights[f"{path}.lora_a"], weights[f"{path}.lora_b"]
             parts = {
@@ -82,7 +84,7 @@ def test_gradients_importance_and_cuts_are_those_of_a_plain_reference(tiny):
             }
             for name, penalty in parts.items():
                 key = f"{path}.{name}"
-                gradient = np.array(given[key], np.float64) + penalty
+                gradient = np.array(arrays[key], np.float64) + penalty
                 np.testing.assert_allclose(np.array(ours[key]), gradient, atol=1e-4)
                 now = np.abs(weights[key] * gradient)
                 mean[key] = 0.85 * mean.get(key, 0) + 0.15 * now
@@ -112,7 +114,7 @@ def test_gradients_importance_and_cuts_are_those_of_a_plain_reference(tiny):
             assert left == set(best)
 
 
-def test_the_penalty_is_the_gradient_of_its_formula(tiny):
+def test_the_penalty_is_the_gradient_of_its_formula(tiny: TinyModels) -> None:
     model, budget = _budget(tiny("llama"))
     shake(model, 0.1)
     path, layer = adapters_of(model)[0]
@@ -123,12 +125,12 @@ def test_the_penalty_is_the_gradient_of_its_formula(tiny):
 
     expected = mx.grad(penalty, argnums=(0, 1))(layer.lora_a, layer.lora_b)
     zero = {key: mx.zeros(value.shape) for key, value in trainable(model).items()}
-    found = budget.gradients(zero)
-    assert relative_error(found[f"{path}.lora_a"], expected[0]) < 1e-5
-    assert relative_error(found[f"{path}.lora_b"], expected[1]) < 1e-5
+    penalized = budget.gradients(zero)
+    assert relative_error(penalized[f"{path}.lora_a"], expected[0]) < 1e-5
+    assert relative_error(penalized[f"{path}.lora_b"], expected[1]) < 1e-5
 
 
-def test_what_is_left_is_saved_as_a_plain_lora(tiny, tmp_path):
+def test_what_is_left_is_saved_as_a_plain_lora(tiny: TinyModels, tmp_path: Path) -> None:
     config = AdapterConfig(rank=6, adaptive=AdaptiveConfig(target_rank=2))
     model = load(tiny("llama")).model
     injected = inject(model, config, dora=False)
@@ -146,7 +148,7 @@ def test_what_is_left_is_saved_as_a_plain_lora(tiny, tmp_path):
         assert relative_error(other(IDS), model(IDS)) < 1e-5
 
 
-def _adaptive(model: Path, data: Path, **changes):
+def _adaptive(model: Path, data: Path, **changes: Any):
     values = recipe(model, data).recipe.model_dump(mode="json", exclude_none=True)
     values["adapter"] |= {
         "rank": 6,
@@ -156,7 +158,7 @@ def _adaptive(model: Path, data: Path, **changes):
     return from_values(values, "adaptive", "test")
 
 
-def test_a_run_ends_at_its_target_and_learns(tiny, tmp_path):
+def test_a_run_ends_at_its_target_and_learns(tiny: TinyModels, tmp_path: Path) -> None:
     data, out = write_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
     small = _adaptive(tiny("llama"), data)
     result = finetune(small, out, observer=Recorder())
@@ -167,7 +169,7 @@ def test_a_run_ends_at_its_target_and_learns(tiny, tmp_path):
     stock_load(str(tiny("llama")), adapter_path=str(out / "adapters"))
 
 
-def test_killed_and_resumed_repeats_it_bit_for_bit(tiny, tmp_path):
+def test_killed_and_resumed_repeats_it_bit_for_bit(tiny: TinyModels, tmp_path: Path) -> None:
     model, data = tiny("llama"), write_rows(tmp_path / "rows.jsonl")
     text = _adaptive(model, data)
     finetune(text, tmp_path / "straight", observer=Recorder())
@@ -186,7 +188,7 @@ def test_killed_and_resumed_repeats_it_bit_for_bit(tiny, tmp_path):
     assert all(mx.array_equal(files[0][name], files[1][name]) for name in files[1])
 
 
-def test_what_does_not_go_together_is_one_error(tiny, tmp_path):
+def test_what_does_not_go_together_is_one_error(tiny: TinyModels, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl")
     with pytest.raises(SlimError, match="target_rank=9 is above rank=6"):
         _adaptive(tiny("llama"), data, adaptive={"target_rank": 9})

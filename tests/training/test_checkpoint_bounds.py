@@ -25,13 +25,13 @@ from tests.test_reading import nested, refusal
     ],
 )
 def test_a_position_that_cannot_be(tmp_path: Path, changes: dict, expected: str) -> None:
-    known = TrainState(step=4, best_loss=1.5)
-    (tmp_path / "state.json").write_text(json.dumps(asdict(known)))
-    assert read_state(tmp_path) == known
-    (tmp_path / "state.json").write_text(json.dumps(asdict(known) | changes))
-    found = refusal(read_state, tmp_path)
-    assert "state.json" in found
-    assert expected in found
+    state = TrainState(step=4, best_loss=1.5)
+    (tmp_path / "state.json").write_text(json.dumps(asdict(state)))
+    assert read_state(tmp_path) == state
+    (tmp_path / "state.json").write_text(json.dumps(asdict(state) | changes))
+    message = refusal(read_state, tmp_path)
+    assert "state.json" in message
+    assert expected in message
 
 
 @pytest.mark.parametrize("line", [nested(5000), "[]", "7", '{"event": "step", "step": "x"}'])
@@ -40,6 +40,6 @@ def test_metrics_end_at_a_line_that_is_none(tmp_path: Path, line: str) -> None:
     first = '{"event": "step", "step": 1}'
     file.write_text(f"{first}\n{line}\n" + '{"event": "step", "step": 2}\n')
     MetricsFile(file).rewind(Saved(2, "checkpoints/step-2"))
-    kept = file.read_text().splitlines()
-    assert kept[0] == first
-    assert [json.loads(one)["event"] for one in kept] == ["step", "saved"]
+    lines = file.read_text().splitlines()
+    assert lines[0] == first
+    assert [json.loads(one)["event"] for one in lines] == ["step", "saved"]

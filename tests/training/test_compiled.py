@@ -24,7 +24,7 @@ from mlx_slim.training.loop import Loop
 from mlx_slim.training.step import Arrays, CrossEntropy, Objective, Stepper
 from mlx_slim.training.validation import LossScorer
 from tests.support.rows import MemoryRows
-from tests.support.tiny import VOCAB, tiny_model
+from tests.support.tiny import VOCAB, TinyModels, tiny_model
 
 pytestmark = pytest.mark.skipif(
     shutil.which("c++") is None, reason="mx.compile needs a C++ compiler on a CPU"
@@ -64,7 +64,7 @@ def _resident() -> int:
 
 
 @pytest.mark.parametrize("mode", ["grouped", "packed"])
-def test_a_run_of_three_epochs_traces_no_more_than_its_shapes(tmp_path, mode: Mode) -> None:
+def test_a_run_of_three_epochs_traces_no_more_than_its_shapes(tmp_path: Path, mode: Mode) -> None:
     rows = MemoryRows(np.random.default_rng(3).integers(3, 60, 250).tolist())
     loop = _loop(tmp_path, rows, mode, validate_every=40)
     assert isinstance(loop.objective, Traced)
@@ -77,7 +77,7 @@ def test_a_run_of_three_epochs_traces_no_more_than_its_shapes(tmp_path, mode: Mo
 @pytest.mark.skipif(
     not Path("/proc/self/statm").exists(), reason="resident memory is read on Linux"
 )
-def test_host_memory_does_not_grow_with_the_batches(tmp_path) -> None:
+def test_host_memory_does_not_grow_with_the_batches(tmp_path: Path) -> None:
     rows = MemoryRows(np.random.default_rng(4).integers(3, 60, 1200).tolist())
     loop = _loop(tmp_path, rows, "grouped", epochs=1)
     plan = loop.batcher.plan(0)
@@ -108,7 +108,9 @@ def _objective(kind: str, folder: Path, tmp_path: Path) -> tuple[Any, Objective]
 
 @pytest.mark.parametrize("mode", ["grouped", "packed"])
 @pytest.mark.parametrize("kind", ["plain", "weighted", "distilled", "divergence", "mutual"])
-def test_padding_changes_no_loss_and_no_gradient(tiny, tmp_path, mode: Mode, kind: str) -> None:
+def test_padding_changes_no_loss_and_no_gradient(
+    tiny: TinyModels, tmp_path: Path, mode: Mode, kind: str
+) -> None:
     model, objective = _objective(kind, tiny("llama"), tmp_path)
     plan = Batcher(ROWS, 200, 64, mode, 0).plan(0)[:4]
     exact = [collate(ROWS, groups, isolate=mode == "packed") for groups in plan]
@@ -130,7 +132,7 @@ def test_padding_changes_no_loss_and_no_gradient(tiny, tmp_path, mode: Mode, kin
 
 
 @pytest.mark.parametrize("mode", ["grouped", "packed"])
-def test_a_compiled_step_of_fixed_shapes_equals_an_exact_one(tmp_path, mode: Mode) -> None:
+def test_a_compiled_step_of_fixed_shapes_equals_an_exact_one(tmp_path: Path, mode: Mode) -> None:
     loop = _loop(tmp_path, ROWS, mode)
     plan = loop.batcher.plan(0)
     exact = [collate(ROWS, groups, isolate=mode == "packed") for groups in plan]

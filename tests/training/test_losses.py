@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import doctest
+from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -61,7 +63,7 @@ def _head(kind: str, vocabulary: int = V) -> Head:
     return Head(head, tied=False, cap=0.5 if kind == "frozen-capped" else None)
 
 
-def _value_and_gradients(head: Head, hidden: mx.array, loss):
+def _value_and_gradients(head: Head, hidden: mx.array, loss: Callable[[mx.array], mx.array]) -> Any:
     def fn(parameters: dict, hidden: mx.array) -> mx.array:
         head.module.update(parameters)
         return loss(hidden)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -33,7 +35,7 @@ class Small(nn.Module):
         self.lm_head = {"weight": draw(6, 5)}
 
 
-def _config(**values) -> TrainConfig:
+def _config(**values: Any) -> TrainConfig:
     return TrainConfig(**{"learning_rate": 1e-2, **values})
 
 
@@ -48,7 +50,7 @@ def _gradients(model: nn.Module, step: int) -> dict[str, mx.array]:
 # ------------------------------------------------------------------------------------- schedules
 
 
-def _rates(total: int = 100, **values) -> list[float]:
+def _rates(total: int = 100, **values: Any) -> list[float]:
     rate = schedule(_config(learning_rate=1.0, **values), total)
     return [rate(step) for step in range(total)]
 
@@ -89,7 +91,7 @@ def test_wsd_is_stable_then_falls_in_the_last_share() -> None:
 @pytest.mark.parametrize("name", ["linear", "cosine", "wsd"])
 @pytest.mark.parametrize("total", [1, 2, 7, 100])
 @pytest.mark.parametrize("ratio", [0.0, 0.1])
-def test_decays_never_rise_and_end_above_their_floor(name, total: int, ratio: float) -> None:
+def test_decays_never_rise_and_end_above_their_floor(name: str, total: int, ratio: float) -> None:
     rates = _rates(total, warmup=0, schedule=name, min_lr_ratio=ratio)
     assert rates[0] == 1.0
     assert all(later <= earlier for earlier, later in itertools.pairwise(rates))
@@ -166,7 +168,7 @@ def test_small_updates_add_up_whatever_the_dtype(name: str, dtype: mx.Dtype) -> 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_state_round_trip_is_bit_for_bit(name: str, dtype: mx.Dtype, tmp_path) -> None:
+def test_state_round_trip_is_bit_for_bit(name: str, dtype: mx.Dtype, tmp_path: Path) -> None:
     config = _config(optimizer=name, weight_decay=0.0 if name == "adam" else 0.1)
 
     def run(model: nn.Module, optimizer: Optimizer, steps: range) -> None:
@@ -240,18 +242,20 @@ def test_a_checkpoint_without_exemptions_has_the_same_names() -> None:
 
 def test_what_muon_does_not_take_has_a_rate_of_its_own() -> None:
     moved = {}
-    for given in (None, 2e-3):
+    for fallback in (None, 2e-3):
         model = Small()
-        config = _config(optimizer="muon", learning_rate=0.02, fallback_learning_rate=given)
+        config = _config(optimizer="muon", learning_rate=0.02, fallback_learning_rate=fallback)
         optimizer, rate = Optimizer(model, config), schedule(config, 100)
         before = dict(trainable(model))
         # Half of the peak: both are scheduled alike.
         half = min(range(3, 100), key=lambda step: abs(rate(step) - 0.01))
         optimizer.update({p: mx.ones(v.shape) for p, v in before.items()}, rate(half))
-        moved[given] = {p: float((before[p] - v).max().item()) for p, v in trainable(model).items()}
-        share = rate(half) / 0.02
+        moved[fallback] = {
+            p: float((before[p] - v).max().item()) for p, v in trainable(model).items()
+        }
+        progress = rate(half) / 0.02
         for path in ("embed_tokens.weight", "norm.weight", "lm_head.weight"):
-            assert moved[given][path] == pytest.approx((given or 3e-4) * share, rel=1e-3)
+            assert moved[fallback][path] == pytest.approx((fallback or 3e-4) * progress, rel=1e-3)
     assert moved[None]["up_proj.weight"] == moved[2e-3]["up_proj.weight"] > 1e-3
 
 

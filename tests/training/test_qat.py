@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -11,9 +13,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_slim.adapters.inject import inject
 from mlx_slim.adapters.merge import merge
 from mlx_slim.config.schema import AdapterConfig, QuantizeConfig
-from mlx_slim.data.batches import collate
+from mlx_slim.data.batches import Batch, collate
 from mlx_slim.models import structure
-from mlx_slim.models.load import load
+from mlx_slim.models.load import Loaded, load
 from mlx_slim.quantization.apply import quantize_model, rounded
 from mlx_slim.quantization.policy import make_policy
 from mlx_slim.training.grad_checkpoint import checkpointed
@@ -22,13 +24,16 @@ from mlx_slim.training.qat import QuantizationAware
 from mlx_slim.training.step import CrossEntropy, Stepper
 from tests.adapters.support import IDS, relative_error, shake
 from tests.support.rows import MemoryRows
+from tests.support.tiny import TinyModels
 
 ROWS = MemoryRows([5, 9, 17, 3, 30, 12, 2, 25])
 BATCHES = [[[0], [1], [2], [3]], [[4], [5], [6], [7]]]
 THREE = QuantizeConfig(bits=3, group_size=32)
 
 
-def qat_model(folder: Path, method: str, config: QuantizeConfig = THREE, **settings):
+def qat_model(
+    folder: Path, method: str, config: QuantizeConfig = THREE, **settings: Any
+) -> tuple[Loaded, QuantizationAware]:
     """Return (model, its rounding) for a method, adapters moved away from their start."""
     loaded = load(folder)
     chosen = make_policy(loaded.model, config).chosen
@@ -60,7 +65,9 @@ CASES = [
 
 @pytest.mark.parametrize(("architecture", "method", "settings"), CASES)
 @pytest.mark.parametrize("bits", [2, 4])
-def test_what_it_computes_is_the_quantized_model(tiny, architecture, method, settings, bits):
+def test_what_it_computes_is_the_quantized_model(
+    tiny: TinyModels, architecture: str, method: str, settings: dict[str, Any], bits: int
+) -> None:
     config = QuantizeConfig(bits=bits, group_size=32)
     loaded, rounding = qat_model(tiny(architecture), method, config, **settings)
     model = loaded.model
@@ -78,7 +85,7 @@ def test_what_it_computes_is_the_quantized_model(tiny, architecture, method, set
     assert relative_error(ours, plain) > 1e-2
 
 
-def test_other_formats_and_16_bit_scales():
+def test_other_formats_and_16_bit_scales() -> None:
     mx.random.seed(0)
     weight = mx.random.normal((8, 64))
     for mode, bits, group in (("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)):
@@ -94,7 +101,9 @@ def test_other_formats_and_16_bit_scales():
     assert not mx.allclose(ours, mx.dequantize(codes, scales, biases, group_size=32, bits=3))
 
 
-def _straight_through(folder: Path, method: str, batches, **settings) -> dict[str, mx.array]:
+def _straight_through(
+    folder: Path, method: str, batches: Sequence[Batch], **settings: Any
+) -> dict[str, mx.array]:
     """The slow way: w + stop_gradient(dequantize(quantize(w)) − w) in every layer, full logits."""
     loaded, _ = qat_model(folder, method, **settings)
     model = loaded.model
@@ -109,7 +118,9 @@ def _straight_through(folder: Path, method: str, batches, **settings) -> dict[st
     plain = load(folder).model
     places = dict(plain.named_modules())
 
-    def loss(parameters, tokens, positions, targets):
+    def loss(
+        parameters: dict[str, mx.array], tokens: mx.array, positions: mx.array, targets: mx.array
+    ):
         model.update(tree_unflatten(list(parameters.items())))
         for path in chosen:
             module = names[path]
@@ -154,7 +165,9 @@ TIED = ("llama-tied", "lora", {"targets": ["all-linear", "embed_tokens"]})
         ("llama", "dora", {}, {"compiled": True}),
     ],
 )
-def test_gradients_are_the_straight_through_ones(tiny, architecture, method, settings, way):
+def test_gradients_are_the_straight_through_ones(
+    tiny: TinyModels, architecture: str, method: str, settings: dict[str, Any], way: str
+) -> None:
     expected = _straight_through(tiny(architecture), method, BATCHES, **settings)
     loaded, rounding = qat_model(tiny(architecture), method, **settings)
     model = loaded.model
@@ -174,15 +187,15 @@ def test_gradients_are_the_straight_through_ones(tiny, architecture, method, set
         assert relative_error(result.gradients[path], value) < 1e-3, path
 
 
-def test_doras_lengths_get_the_derivative_of_the_rounded_loss(tiny):
+def test_doras_lengths_get_the_derivative_of_the_rounded_loss(tiny: TinyModels) -> None:
     loaded, rounding = qat_model(tiny("llama"), "dora")
     model, objective = loaded.model, CrossEntropy(loaded.model, chunk=16)
     batch = collate(ROWS, BATCHES[1], isolate=False)
     adapter = model.layers[1].mlp.up_proj
     m_O = adapter.m
     with rounding.computing():
-        found = Stepper(model, objective).step([batch])
-    derivative = (found.gradients["model.layers.1.mlp.up_proj.m"] * m_O).sum().item()
+        result = Stepper(model, objective).step([batch])
+    derivative = (result.gradients["model.layers.1.mlp.up_proj.m"] * m_O).sum().item()
 
     def loss(factor: float) -> float:
         adapter.m = m_O * factor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from mlx_slim.config.schema import DataConfig
-from mlx_slim.data.batches import Batcher, collate
+from mlx_slim.data.batches import Batch, Batcher, collate
 from mlx_slim.data.prepare import prepare
 from mlx_slim.data.store import TokenStore
 from mlx_slim.models.load import load
@@ -32,7 +33,9 @@ class Setting:
 
 
 @pytest.fixture(scope="module")
-def setting(smollm2: Path, data_mirror: Path, references: Path, tmp_path_factory) -> Setting:
+def setting(
+    smollm2: Path, data_mirror: Path, references: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Setting:
     reference = json.loads(
         (references / "alpaca_loss_and_gradients.json").read_text(encoding="utf-8")
     )
@@ -54,7 +57,7 @@ def setting(smollm2: Path, data_mirror: Path, references: Path, tmp_path_factory
     return Setting(loaded.model, prepared.train, reference)
 
 
-def _step(setting: Setting, batches) -> StepResult:
+def _step(setting: Setting, batches: Sequence[Batch]) -> StepResult:
     return Stepper(setting.model, CrossEntropy(setting.model)).step(batches)
 
 
@@ -84,8 +87,8 @@ def test_loss_and_every_gradient_norm_equal_pytorch(setting: Setting) -> None:
     assert result.supervised == reference["supervised"]
     assert result.loss == pytest.approx(reference["mean_loss"], rel=1e-4)
     assert set(result.gradients) == set(reference["gradient_norms"])
-    found = {path: _norm(value) for path, value in result.gradients.items()}
-    assert found == pytest.approx(reference["gradient_norms"], rel=1e-3)
+    measured = {path: _norm(value) for path, value in result.gradients.items()}
+    assert measured == pytest.approx(reference["gradient_norms"], rel=1e-3)
     assert _total(result) == pytest.approx(reference["total_gradient_norm"], rel=1e-3)
 
 
@@ -101,5 +104,5 @@ def test_packed_rows_give_the_same_loss_and_gradients(setting: Setting) -> None:
     del packed  # 0.5 GB
     grouped = _step(setting, [collate(setting.rows, [[i] for i in short], isolate=False)])
     assert total == pytest.approx(_total(grouped), rel=1e-3)
-    found = {path: _norm(value) for path, value in grouped.gradients.items()}
-    assert norms == pytest.approx(found, rel=2e-3)
+    measured = {path: _norm(value) for path, value in grouped.gradients.items()}
+    assert norms == pytest.approx(measured, rel=2e-3)

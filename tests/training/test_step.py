@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -15,6 +16,7 @@ from mlx_slim.training.grad_checkpoint import checkpointed
 from mlx_slim.training.optim import trainable
 from mlx_slim.training.step import CrossEntropy, Stepper, StepResult
 from tests.support.rows import MemoryRows
+from tests.support.tiny import TinyModels
 
 LENGTHS = [5, 9, 17, 3, 30, 12, 2, 25, 8, 31]
 ROWS = MemoryRows(LENGTHS)
@@ -24,7 +26,13 @@ GROUPED = [[[0], [1], [2]], [[3], [4], [5], [6]], [[7], [8], [9]]]
 
 
 def _result(
-    folder, plan, *, isolate=False, checkpoint=False, compiled=False, num_threads=1
+    folder: Path,
+    plan: list[list[list[int]]],
+    *,
+    isolate: bool = False,
+    checkpoint: bool = False,
+    compiled: bool = False,
+    num_threads: int = 1,
 ) -> StepResult:
     model, _ = load(str(folder))
     stepper = Stepper(
@@ -70,19 +78,21 @@ def _differing(ours: StepResult, plain: StepResult) -> list[str]:
         "threads-packed-checkpointed",
     ],
 )
-def test_every_way_gives_the_gradient_of_separate_rows(tiny, architecture: str, way: dict) -> None:
+def test_every_way_gives_the_gradient_of_separate_rows(
+    tiny: TinyModels, architecture: str, way: dict
+) -> None:
     folder = tiny(architecture)
     assert _differing(_result(folder, **way), _result(folder, SEPARATE)) == []
 
 
 @pytest.mark.parametrize("isolate", [False, True])
-def test_compiled_equals_eager(tiny, isolate: bool) -> None:
+def test_compiled_equals_eager(tiny: TinyModels, isolate: bool) -> None:
     plan = PACKED if isolate else GROUPED
     eager = _result(tiny("llama"), plan, isolate=isolate)
     assert _differing(_result(tiny("llama"), plan, isolate=isolate, compiled=True), eager) == []
 
 
-def test_loss_is_the_token_mean_not_a_mean_of_means(tiny) -> None:
+def test_loss_is_the_token_mean_not_a_mean_of_means(tiny: TinyModels) -> None:
     model, _ = load(str(tiny("llama")))
     parts = [
         Stepper(model, CrossEntropy(model)).step([collate(ROWS, g, isolate=False)]) for g in GROUPED
@@ -95,7 +105,7 @@ def test_loss_is_the_token_mean_not_a_mean_of_means(tiny) -> None:
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
-def test_weights_are_found_by_the_number_of_a_target(tiny, num_threads: int) -> None:
+def test_weights_are_found_by_the_number_of_a_target(tiny: TinyModels, num_threads: int) -> None:
     """A row of weight 0 is as if it had no targets, however it is batched."""
     model, _ = load(str(tiny("llama")))
     weights_S = np.ones(int(ROWS.supervised.sum()), np.float32)
@@ -107,13 +117,13 @@ def test_weights_are_found_by_the_number_of_a_target(tiny, num_threads: int) -> 
         collate(ROWS, [[i]], isolate=False) for i in range(len(LENGTHS)) if i != 4
     )
     assert ours.supervised == int(ROWS.supervised.sum())  # counted, with nothing to add
-    share = plain.supervised / ours.supervised
-    assert ours.loss == pytest.approx(share * plain.loss, rel=1e-5)
+    fraction = plain.supervised / ours.supervised
+    assert ours.loss == pytest.approx(fraction * plain.loss, rel=1e-5)
     for path, value in plain.gradients.items():
-        assert mx.allclose(ours.gradients[path], share * value, rtol=1e-3, atol=1e-6), path
+        assert mx.allclose(ours.gradients[path], fraction * value, rtol=1e-3, atol=1e-6), path
 
 
-def test_checkpointing_is_undone_and_touches_no_other_instance(tiny) -> None:
+def test_checkpointing_is_undone_and_touches_no_other_instance(tiny: TinyModels) -> None:
     model, _ = load(str(tiny("llama")))
     other, _ = load(str(tiny("llama")))
     before = [type(block) for block in structure.blocks(model)]
@@ -126,7 +136,7 @@ def test_checkpointing_is_undone_and_touches_no_other_instance(tiny) -> None:
     assert [type(block) for block in structure.blocks(model)] == before
 
 
-def test_checkpointing_saves_memory(tiny) -> None:
+def test_checkpointing_saves_memory(tiny: TinyModels) -> None:
     def peak(checkpoint: bool) -> int:
         model, _ = load(str(tiny("llama")))
         model.freeze()
@@ -141,7 +151,7 @@ def test_checkpointing_saves_memory(tiny) -> None:
     assert peak(True) < 0.7 * peak(False)
 
 
-def test_models_that_do_not_split_use_full_logits(tiny) -> None:
+def test_models_that_do_not_split_use_full_logits(tiny: TinyModels) -> None:
     model, _ = load(str(tiny("llama")))
     objective = CrossEntropy(model, chunk=16)
     assert objective.split is not None
@@ -154,7 +164,7 @@ def test_models_that_do_not_split_use_full_logits(tiny) -> None:
     )
 
 
-def test_the_batcher_feeds_every_row_once(tiny) -> None:
+def test_the_batcher_feeds_every_row_once(tiny: TinyModels) -> None:
     for mode in ("grouped", "packed"):
         batcher = Batcher(ROWS, batch_tokens=64, max_length=32, mode=mode, seed=3)
         seen = sorted(i for batch in batcher.plan(1) for group in batch for i in group)
