@@ -172,13 +172,13 @@ def read_folder(folder: Path, model: nn.Module, *, tied: bool = False) -> PeftFo
             listed); a start that the base does not determine, or a quantized base for one.
     """
     settings = read_settings(folder)
-    parts, copies = _tensors(folder)
+    stored, copies = _tensors(folder)
     places = {site.path: site for site in sites(model)}
     modules = {path: site.module for path, site in places.items()}
-    problems = [f"not in the model: {path}" for path in parts if path not in modules]
+    problems = [f"not in the model: {path}" for path in stored if path not in modules]
     dora = bool(settings.get("use_dora"))
-    for path in parts.keys() & modules.keys():
-        problems += _misfits(path, parts[path], settings, modules[path], dora)
+    for path in stored.keys() & modules.keys():
+        problems += _misfits(path, stored[path], settings, modules[path], dora)
     if problems:
         name = settings.get("base_model_name_or_path")
         some = "; ".join(problems[:8]) + (f" and {len(problems) - 8} more" * (len(problems) > 8))
@@ -186,13 +186,13 @@ def read_folder(folder: Path, model: nn.Module, *, tied: bool = False) -> PeftFo
             f"{folder} does not fit this model: {some[:2000]}",
             f"it was made for {name}" if name else "give the base that it was made for: --model",
         )
-    if beyond := [p for p, site in places.items() if p in parts and not targeted(settings, site)]:
+    if beyond := [p for p, site in places.items() if p in stored and not targeted(settings, site)]:
         raise SlimError(
             f"{folder} holds tensors of {few(beyond)}, which PEFT leaves out: its {CONFIG} has "
             f"{target_settings(settings)}",
             "name these layers in target_modules if they belong to the adapter, else remove them",
         )
-    embeddings = [path for path in modules if path in parts and parts[path]["embedding"]]
+    embeddings = [path for path in modules if path in stored and stored[path].embedding]
     if embeddings and tied:
         raise SlimError(
             f"{folder} adapts {few(embeddings)}, which is the head of this model too: PEFT leaves "
@@ -202,16 +202,11 @@ def read_folder(folder: Path, model: nn.Module, *, tied: bool = False) -> PeftFo
     start = _start_of(settings)
     layers = {}
     for path in modules:
-        if path not in parts:
+        if path not in stored:
             continue
-        layer_parts, scale = parts[path], _rank_and_scale(settings, path)[1]
-        layer = PeftLayer(
-            layer_parts["a"],
-            layer_parts["b"],
-            layer_parts.get("m"),
-            scale,
-            layer_parts["embedding"],
-        )
+        factors, scale = stored[path].factors, _rank_and_scale(settings, path)[1]
+        embedding = stored[path].embedding
+        layer = PeftLayer(factors["a"], factors["b"], factors.get("m"), scale, embedding)
         if start in _BASE_COMPUTED and not layer.embedding:  # PEFT starts embeddings as usual
             layer = replace(layer, start=_taken_out(folder, start, path, layer, modules[path]))
         layers[path] = layer
@@ -228,24 +223,24 @@ def read_folder(folder: Path, model: nn.Module, *, tied: bool = False) -> PeftFo
 
 
 def _misfits(
-    path: str, layer_parts: dict[str, Any], settings: dict[str, Any], module: nn.Module, dora: bool
+    path: str, stored: _LayerTensors, settings: dict[str, Any], module: nn.Module, dora: bool
 ) -> list[str]:
     """Return what of a layer's tensors is missing, or has not the shape that PEFT gives it."""
     inputs, outputs = dimensions(module)
-    expected_kinds = {"a", "b", "m"} if dora and not layer_parts["embedding"] else {"a", "b"}
-    present = {kind for kind in "abm" if kind in layer_parts}
+    expected_kinds = {"a", "b", "m"} if dora and not stored.embedding else {"a", "b"}
+    present = stored.factors.keys()
     if present != expected_kinds:
         return [f"{path} has {sorted(present)} of its factors, expected {sorted(expected_kinds)}"]
-    if layer_parts["embedding"] != isinstance(module, EMBEDDING_TYPES):
-        return [f"{path} is {'no' if layer_parts['embedding'] else 'an'} embedding of this model"]
+    if stored.embedding != isinstance(module, EMBEDDING_TYPES):
+        return [f"{path} is {'no' if stored.embedding else 'an'} embedding of this model"]
     rank = _rank_and_scale(settings, path)[0]
-    if _start_of(settings) in _BASE_COMPUTED and not layer_parts["embedding"]:
+    if _start_of(settings) in _BASE_COMPUTED and not stored.embedding:
         rank = min(rank, inputs, outputs)  # W has no more singular vectors
     expected = {"a": (rank, inputs), "b": (outputs, rank), "m": (outputs,)}
     return [
-        f"{path}: {kind.upper()} is {layer_parts[kind].shape}, expected {expected[kind]}"
+        f"{path}: {kind.upper()} is {stored.factors[kind].shape}, expected {expected[kind]}"
         for kind in sorted(present)
-        if layer_parts[kind].shape != expected[kind]
+        if stored.factors[kind].shape != expected[kind]
     ]
 
 
@@ -255,8 +250,21 @@ def _rank_and_scale(settings: dict[str, Any], path: str) -> tuple[int, float]:
     return rank, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
-def _tensors(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, mx.array]]:
-    """Return path -> {"a": (R, I), "b": (O, R), "m": (O,), "embedding": whether}, and copies.
+@dataclass(frozen=True)
+class _LayerTensors:
+    """What a PEFT file stores of one layer.
+
+    Attributes:
+        factors: ``a`` (R, I), ``b`` (O, R) and, of a DoRA, ``m`` (O,), float32; as far as stored.
+        embedding: Whether they have the names of an embedding's.
+    """
+
+    factors: dict[str, mx.array]
+    embedding: bool
+
+
+def _tensors(folder: Path) -> tuple[dict[str, _LayerTensors], dict[str, mx.array]]:
+    """Return path -> tensors of the adapted layers, and copies.
 
     The copies, path -> weight, are of layers of the base: PEFT adds them to adapted embeddings.
     """
@@ -268,7 +276,7 @@ def _tensors(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, mx.arra
         )
     loaded = load_tensors(file)
     refuse_other_than_numbers(loaded.items(), str(file))
-    parts: dict[str, dict[str, Any]] = {}
+    layers: dict[str, _LayerTensors] = {}
     copies: dict[str, mx.array] = {}
     unknown = []
     for name, value in loaded.items():
@@ -282,17 +290,18 @@ def _tensors(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, mx.arra
         if match is None:
             unknown.append(f"{name} {tuple(value.shape)}")
             continue
-        entry = parts.setdefault(match[1], {"embedding": False})
-        entry[_KINDS[match[2]]] = value.astype(mx.float32)
-        entry["embedding"] |= "embedding" in match[2]
-    if unknown or not parts:
+        stored = layers.get(match[1], _LayerTensors({}, False))
+        factors = {**stored.factors, _KINDS[match[2]]: value.astype(mx.float32)}
+        embedding = stored.embedding or "embedding" in match[2]
+        layers[match[1]] = _LayerTensors(factors, embedding)
+    if unknown or not layers:
         raise SlimError(
             f"{file} holds tensors that are no part of a LoRA or DoRA: {few(unknown)}"
             if unknown
             else f"{file} holds no tensors",
             _MERGE,
         )
-    return parts, copies
+    return layers, copies
 
 
 def _check_copies(
