@@ -47,7 +47,7 @@ class RunKind:
 
     @property
     def article(self) -> str:
-        """What stands before ``holds``."""
+        """The article before ``holds``, in messages."""
         return "" if self.holds.endswith("s") else "a "
 
 

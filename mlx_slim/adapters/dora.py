@@ -24,7 +24,7 @@ _TINY = 1e-30  # keeps an all-zero row (a pruned neuron) at 0 instead of 0/0
 
 
 def without_bias(linear: Any) -> Any:
-    """Return ``linear`` as it is, or a shallow copy that shares its arrays and has no bias."""
+    """Return ``linear`` as it is, or a shallow copy with the same arrays and no bias."""
     if "bias" not in linear:
         return linear
     bare = copy.copy(linear)

@@ -41,7 +41,7 @@ class Adapter(nn.Module):
         shape: (I, O) of a linear layer, (V, D) of an embedding.
         rank: R.
         scale: s in ΔWᵀ = s · A B.
-        dropout: Share of the adapter's inputs dropped in training.
+        dropout: Fraction of the adapter's inputs dropped in training.
 
     Attributes:
         lora_a: A (I, R), float32, uniform in ±1/√I.
@@ -127,7 +127,7 @@ class LoRALinear(Adapter):
         linear: ``nn.Linear`` or ``nn.QuantizedLinear`` (or a subclass), with or without a bias.
         rank: R.
         scale: s.
-        dropout: Share of the adapter's inputs dropped in training.
+        dropout: Fraction of the adapter's inputs dropped in training.
     """
 
     def __init__(self, linear: Any, rank: int, scale: float, dropout: float = 0.0) -> None:
@@ -159,7 +159,7 @@ class LoRAEmbedding(Adapter):
         embedding: ``nn.Embedding`` or ``nn.QuantizedEmbedding`` (or a subclass).
         rank: R.
         scale: s.
-        dropout: Share of the update's inputs dropped in training.
+        dropout: Fraction of the update's inputs dropped in training.
     """
 
     base_name = "embedding"

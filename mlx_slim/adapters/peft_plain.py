@@ -104,7 +104,7 @@ def base_weight(module: nn.Module, layer: PeftLayer | None) -> mx.array:
 
 
 class PlainLayer(nn.Module):
-    """A layer with its W' as the formula above has it, formed anew in float32 at every call."""
+    """A layer with its W' as the formula above has it, computed in float32 at every call."""
 
     def __init__(self, module: nn.Module, layer: PeftLayer) -> None:
         super().__init__()

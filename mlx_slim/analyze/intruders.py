@@ -287,7 +287,7 @@ def find_intruders(
         k: Leading directions looked at.
         epsilon: Largest cosine of an intruder.
         cache: Folder of base spectra; None keeps none.
-        progress: Hears of each matrix.
+        progress: Called with each matrix.
 
     Raises:
         SlimError: If neither or both of ``adapter`` and ``tuned`` are given, or do not fit.

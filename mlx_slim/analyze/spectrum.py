@@ -23,7 +23,7 @@ from mlx_slim.artifacts import atomic_file, load_tensors, save_tensors
 from mlx_slim.errors import SlimError
 from mlx_slim.models import hub
 
-_NULL = 1e-6  # directions below this share of the largest singular value are not the matrix's own
+_NULL = 1e-6  # directions below this fraction of the largest singular value are rounding
 _SPARE = 8  # directions iterated besides those that are wanted
 _ROUNDS = 40
 _TOLERANCE = 1e-4  # of the residual of a singular pair, relative to its square
@@ -63,7 +63,7 @@ def cache_folder() -> Path:
 def cached_spectrum(weight_OI: np.ndarray, folder: Path | None) -> Spectrum:
     """Return the spectrum of ``weight_OI``, from ``folder`` if it was computed before.
 
-    Stored vectors are float16 (cosines are then off by 1e-4 at most). A damaged file is made anew;
+    Stored vectors are float16 (cosines are then off by 1e-4 at most). A damaged file is computed again;
     a full disk is no reason to fail.
 
     Args:

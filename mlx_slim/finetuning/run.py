@@ -83,8 +83,8 @@ def finetune(
     Args:
         resolved: The recipe and where its values come from.
         out: The run folder; must be new unless ``resume``.
-        observer: Hears of every event.
-        resume: Go on from the newest checkpoint, exactly; or with more steps than it had.
+        observer: Receives every event.
+        resume: Resume from the newest checkpoint, exactly; or with more steps than it had.
         strategy: What is minimised; None is the cross-entropy of the rows.
 
     Raises:

@@ -5,7 +5,7 @@ for more steps (and, in ``data/prepare.py``, the same rows); ``run.json`` means 
 ``recipe.json`` (at the start), ``metrics.jsonl``, ``tokens/``, ``data_ledger.json``,
 ``checkpoints/``, then ``adapters/`` (and ``base/``, if the run quantized it) or ``model/``, then
 ``run.json``. A run that is given more steps gets another ``recipe.json`` when it can start, and
-loses its ``run.json`` then; what it had learned stays until the end.
+loses its ``run.json`` then; its adapters or model stay until the end.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def is_complete(out: Path, recipe: Recipe) -> bool:
 def fewer_steps(out: Path, before: str, after: str) -> SlimError:
     """Return the refusal of a resume that would end before the run did, or was to."""
     return SlimError(
-        f"{out} is a run of {before}, {after} are fewer: what was learned cannot be taken back",
+        f"{out} is a run of {before}, {after} are fewer: a run cannot take steps back",
         "resume with as many or more, or start a new run",
     )
 

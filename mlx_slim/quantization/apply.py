@@ -151,7 +151,7 @@ def rounded(
 
     Args:
         weight: (..., I), I divisible by ``group_size``.
-        stored: Dtype that scales and biases lie in on disk: they are rounded to it too.
+        stored: Dtype of scales and biases on disk: they are rounded to it too.
         bits: Bits per code.
         group_size: Weights with one scale.
         mode: ``affine``, ``mxfp4``, ``mxfp8`` or ``nvfp4``.

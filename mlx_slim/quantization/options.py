@@ -27,7 +27,7 @@ class CompressOptions:
         calibration: Text or data set to calibrate and judge on; None is the Alpaca mirror.
         samples: Calibration rows, at most.
         length: Tokens of a calibration row.
-        fidelity_samples: Held-out rows that the result is judged on; 0 leaves the judging out.
+        fidelity_samples: Validation rows that the result is compared on; 0: no comparison.
         revision: Commit or tag of a hub model.
     """
 
@@ -54,7 +54,7 @@ class CompressOptions:
     fidelity_samples: Count = field(
         default=4,
         metadata=option(
-            "Held-out rows that the result is compared with its source on; 0: not at all."
+            "Validation rows on which the result is compared with its source; 0: none."
         ),
     )
     revision: str | None = field(default=None, metadata=option("Commit or tag of a hub model."))

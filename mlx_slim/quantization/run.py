@@ -129,7 +129,7 @@ def compress(
         source: MLX or Hugging Face folder, or hub id, of a dense model.
         out: Must not exist.
         options: See ``CompressOptions``.
-        observer: Hears a ``Notice`` for each stage.
+        observer: Receives a ``Notice`` for each stage.
 
     Raises:
         ResourceError: If memory or disk do not suffice.

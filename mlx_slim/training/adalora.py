@@ -28,7 +28,7 @@ from mlx_slim.errors import SlimError
 from mlx_slim.training.callbacks import CallbackState, UpdateHook
 
 _NAMES = ("lora_e", "lora_a", "lora_b")  # λ, Q, P
-_AXIS = {"lora_e": (), "lora_a": (0,), "lora_b": (1,)}  # that a triplet's entries lie along
+_AXIS = {"lora_e": (), "lora_a": (0,), "lora_b": (1,)}  # axes of the entries of one triplet
 
 
 @final

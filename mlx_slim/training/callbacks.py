@@ -146,7 +146,7 @@ class Monitor(StatefulCallback):
         """The run takes more steps than planned: forget what only its former last step measured.
 
         Args:
-            undo: False lets those measurements stand.
+            undo: False keeps those measurements.
 
         Returns:
             Names of the events of that step to drop from ``metrics.jsonl``.

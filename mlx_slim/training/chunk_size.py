@@ -28,7 +28,7 @@ def chunk_size(
     Args:
         vocabulary: V.
         setting: ``train.loss_chunk``, which wins.
-        num_threads: Parts of a batch that are computed side by side; together they hold one chunk.
+        num_threads: Threads that compute a batch side by side; their chunks add up to one.
         gpu_bytes: Memory of the GPU that is planned for, 0 for a CPU; None is this machine.
     """
     if setting:

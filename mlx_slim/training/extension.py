@@ -54,7 +54,7 @@ def reopen(
 ) -> set[str]:
     """Undo in ``state`` and ``monitors`` what only the last step of a shorter run measured.
 
-    Where the longer run is not as if begun so long, the measurements stand.
+    Where the longer run is not as if begun so long, the measurements are kept.
 
     Returns:
         Names of the events of that step that a longer run does not report.
@@ -81,7 +81,7 @@ def describe(config: TrainConfig, extended: Extended, total: int, start: int, re
     if not same_as_begun_longer(config):
         rate = schedule(config, last, extended.until(last))(last - 1)
         return (
-            f"{text}: after step {last:,} the rate falls once more, from {rate:.3g} where it stood "
+            f"{text}: after step {last:,} the rate falls once more, from the {rate:.3g} it had reached "
             f"({config.schedule}); a run that begins with {total:,} steps has other rates and "
             "other losses"
         )

@@ -89,7 +89,7 @@ class Loop:
         batcher: Training rows.
         validation: Validation rows, or None.
         validation_objective: What is measured on them; None takes ``objective``.
-        observer: Hears of every event.
+        observer: Receives every event.
         checkpoints: Folder of checkpoints.
         rate_scale: path -> multiple of the learning rate.
         budget_bytes: Memory budget, reported with the start.

@@ -2,7 +2,7 @@
 
 Invariant: value and gradients equal those of the loss of ``head(hidden)`` in float32 for any chunk
 size; at most one chunk of logits is alive, and each logit is exponentiated once, because the
-gradient is formed together with the loss (the idea of arXiv 2411.09009, here without a kernel).
+gradient is formed with the loss (the idea of arXiv 2411.09009, here without a kernel).
 A ``TokenLoss`` says what is summed: cross-entropy here, divergences from a teacher in
 ``distillation/losses.py``. To add one, write ``value`` and ``value_and_gradient``; the test in
 ``tests/training/test_losses.py`` compares the two. Legend: N supervised positions, C positions of

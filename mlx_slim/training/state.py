@@ -56,7 +56,7 @@ class TrainState:
         self.open = {name: getattr(self, name) for name in _VALIDATED}
 
     def reopen(self, undo: bool) -> bool:
-        """Forget that validation, or with ``undo=False`` let it stand; return whether undone."""
+        """Forget that validation, or keep it with ``undo=False``; return whether undone."""
         undone = undo and bool(self.open)
         if undone:
             for name, value in self.open.items():

@@ -224,7 +224,7 @@ class Stepper:
             shape that it meets: ``data/shapes.py`` makes them few.
         num_threads: Threads that compute chunks of a micro-batch side by side on a CPU; a compiled
             one stays whole.
-        captured: Modules whose frozen arrays change between steps: a compiled step reads them anew.
+        captured: Modules whose frozen arrays change between steps: inputs of a compiled step.
     """
 
     def __init__(
@@ -277,7 +277,7 @@ class Stepper:
 
     def _part(self, batch: Batch, seed: int | None) -> tuple[mx.array, dict[str, mx.array]]:
         """Build the graph of a batch, one thread at a time, and evaluate it."""
-        with self._building:  # building writes parameters into the shared model
+        with self._building:  # building writes parameters into the model of all threads
             if seed is not None:
                 mx.random.seed(seed)
             parameters = trainable(self.model)

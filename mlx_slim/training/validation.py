@@ -57,8 +57,8 @@ class LossScorer:
 def validation_loss(scorer: LossScorer, batcher: Batcher) -> tuple[float, dict[str, float], int]:
     """Return Σ loss / Σ supervised tokens of all rows (nats), the parts, the supervised tokens.
 
-    Weighted where rows weigh their turns. The rows and their order are fixed; ranks share the
-    micro-batches.
+    Weighted where rows weigh their turns. The rows and their order are fixed; each rank
+    computes some of the micro-batches.
     """
     model, objective = scorer.model, scorer.objective
     model.eval()
@@ -72,8 +72,8 @@ def validation_loss(scorer: LossScorer, batcher: Batcher) -> tuple[float, dict[s
         weight += batch.total_weight
     model.train()
     if world().size() > 1:
-        shared = mx.distributed.all_sum(mx.array(sums, dtype=mx.float32), group=world())
-        sums = np.array(shared, dtype=np.float64)
+        total = mx.distributed.all_sum(mx.array(sums, dtype=mx.float32), group=world())
+        sums = np.array(total, dtype=np.float64)
         supervised = int(number(mx.distributed.all_sum(mx.array(supervised), group=world())))
         weight = total_weight(weight)
     return *per_token(objective, sums, weight), supervised
