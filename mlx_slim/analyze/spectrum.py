@@ -63,8 +63,8 @@ def cache_folder() -> Path:
 def cached_spectrum(weight_OI: np.ndarray, folder: Path | None) -> Spectrum:
     """Return the spectrum of ``weight_OI``, from ``folder`` if it was computed before.
 
-    Stored vectors are float16 (cosines are then off by 1e-4 at most). A damaged file is computed again;
-    a full disk is no reason to fail.
+    Stored vectors are float16 (cosines are then off by 1e-4 at most). A damaged file is computed
+    again; a full disk is no reason to fail.
 
     Args:
         weight_OI: Float32.

@@ -81,7 +81,7 @@ def describe(config: TrainConfig, extended: Extended, total: int, start: int, re
     if not same_as_begun_longer(config):
         rate = schedule(config, last, extended.until(last))(last - 1)
         return (
-            f"{text}: after step {last:,} the rate falls once more, from the {rate:.3g} it had reached "
+            f"{text}: after step {last:,} the rate falls again, from {rate:.3g} "
             f"({config.schedule}); a run that begins with {total:,} steps has other rates and "
             "other losses"
         )

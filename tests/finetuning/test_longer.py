@@ -14,8 +14,6 @@ from mlx_slim.config.load import Resolved, from_values
 from mlx_slim.errors import SlimError
 from mlx_slim.events import Notice
 from mlx_slim.finetuning.run import finetune
-from mlx_slim.training.extension import newest
-from mlx_slim.training.optim import Extended, schedule
 from tests.support.runs import Recorder, losses, recipe, run_until_killed, write_rows
 from tests.support.tiny import TinyModels
 
@@ -275,16 +273,3 @@ def test_the_command_line_raises_the_steps(
     assert command([*words, "--resume", "train.steps=5"]) == 0
     assert "as a run that begins with 5 steps" in capfd.readouterr().out
     assert len(losses(tmp_path / "run")) == 5
-
-
-def test_rates_of_a_run_that_was_extended_twice(tmp_path: Path) -> None:
-    config = small_recipe(
-        tmp_path, tmp_path, schedule="linear", learning_rate=1.0, warmup=2
-    ).recipe.train
-    rate = schedule(config, 20, Extended(2, (6, 10)))
-    first = schedule(config, 6)
-    assert [rate(n) for n in range(6)] == [first(n) for n in range(6)]
-    assert rate(6) == rate(5) == pytest.approx(0.25)
-    assert rate(10) == rate(9) == pytest.approx(0.25 / 4)
-    assert rate(19) == pytest.approx(0.25 / 4 / 10)
-    assert newest(tmp_path / "none", config, 20, Extended(2, (6, 10))) is None

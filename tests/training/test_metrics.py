@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from mlx_slim.events import Done, Notice, Resumed, Saved, Started, ValidationDone
 from mlx_slim.training.metrics import MetricsFile
+from tests.test_reading import nested
 
 BEFORE = [Notice("of the rows"), Started(4, 1.0, 0)]
 SAVED = Saved(2, "checkpoints/step-2")
@@ -60,3 +63,14 @@ def test_a_run_from_its_first_step_keeps_nothing(tmp_path: Path) -> None:
     metrics.notify(BEFORE[1])
     metrics.clear()
     assert not metrics.path.exists()
+
+
+@pytest.mark.parametrize("line", [nested(5000), "[]", "7", '{"event": "step", "step": "x"}'])
+def test_metrics_end_at_a_line_that_is_none(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "metrics.jsonl"
+    first = '{"event": "step", "step": 1}'
+    file.write_text(f"{first}\n{line}\n" + '{"event": "step", "step": 2}\n')
+    MetricsFile(file).rewind(Saved(2, "checkpoints/step-2"))
+    lines = file.read_text().splitlines()
+    assert lines[0] == first
+    assert [json.loads(one)["event"] for one in lines] == ["step", "saved"]
