@@ -153,10 +153,10 @@ def _answers(
     room = max(1, budget - mx.get_active_memory())
     try:
         with _unchanged(model), stage(f"answering validation rows {when}"):
-            found = generate_batch(model, tokenizer, prompts, MAX_TOKENS, cache_bytes=room)
+            answers = generate_batch(model, tokenizer, prompts, MAX_TOKENS, cache_bytes=room)
     except Exception as error:  # of a model that cannot generate: not worth a run
         return [], " ".join(f"the model gave no answer: {type(error).__name__}: {error}".split())
-    return [one.text for one in found], None
+    return [one.text for one in answers], None
 
 
 @contextmanager

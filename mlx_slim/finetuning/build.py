@@ -44,7 +44,7 @@ from mlx_slim.runtime import default_num_threads, on_gpu, resolve_dtype, world
 from mlx_slim.training.adalora import RankBudget
 from mlx_slim.training.callbacks import Callback
 from mlx_slim.training.loop import Loop
-from mlx_slim.training.qat import QuantizationAware
+from mlx_slim.training.qat import FakeQuantizer
 from mlx_slim.training.step import CrossEntropy, Objective
 
 Objectives = Callable[[nn.Module, int | None, int, int], tuple[Objective, Objective | None]]
@@ -143,7 +143,7 @@ def prepare_model(recipe: Recipe) -> Tuned:
     tuned = Tuned(loaded, loaded.config, injected, total, base)
     if qat:
         stored = stored_dtype(folder_tensors(loaded.path))
-        tuned.callbacks.append(QuantizationAware(loaded.model, rounds, stored))
+        tuned.callbacks.append(FakeQuantizer(loaded.model, rounds, stored))
     if injected is not None and recipe.adapter.adaptive is not None:
         tuned.callbacks.append(RankBudget(loaded.model, recipe.adapter.adaptive))
     return tuned

@@ -253,10 +253,10 @@ def _commands(
     out: Path, state: Mapping[str, Any], result: Mapping[str, Any] | None
 ) -> list[NextStep]:
     """Return what one would type next: to use the run, or to go on with it."""
-    given = str(state.get("given") or state.get("name") or "RECIPE")
+    source = str(state.get("given") or state.get("name") or "RECIPE")
     if result is None:
         recipe = Recipe.model_validate(current_recipe(state["recipe"]))
-        resolved = Resolved(recipe, state.get("origins", {}), str(state.get("name")), given)
+        resolved = Resolved(recipe, state.get("origins", {}), str(state.get("name")), source)
         return [
             step("resume it", "mlx-slim", *command_words(resolved), "-o", out, "--resume"),
             step("watch it", "mlx-slim", "report", out, "--watch"),
@@ -264,7 +264,7 @@ def _commands(
     return after_run(
         out,
         command="train" if state["recipe"].get("distill") is None else "distill",
-        recipe=given,
+        recipe=source,
         model=result["model"],
         artifact=result["artifact"],
         on=result.get("on") or (),

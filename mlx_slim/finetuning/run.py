@@ -179,8 +179,8 @@ def _run(
             )
             if first:
                 responder = strategy.student.responder(tuned.model)
-                wanted = recipe.report_answers
-                answer_before(out, responder, tokenizer, validation, wanted, budget)
+                count = recipe.report_answers
+                answer_before(out, responder, tokenizer, validation, count, budget)
         done = loop.run()
     if done.reason == "interrupted":
         raise Interrupted(f"stopped after step {done.step} of {loop.total}; the state is saved")

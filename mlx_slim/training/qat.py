@@ -40,7 +40,7 @@ class _Site:
 
 
 @final
-class QuantizationAware(ForwardHook):
+class FakeQuantizer(ForwardHook):
     """Rounds the weights while a batch is computed.
 
     Args:

@@ -15,11 +15,13 @@ from mlx_slim.artifacts import read_json
 from mlx_slim.cli.main import run
 from mlx_slim.config.load import Resolved
 from mlx_slim.errors import Interrupted
+from mlx_slim.events import Event
 from mlx_slim.finetuning.report import render
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.run_dir import LOCK_FILE
 from tests.compare.test_report import CHROMIUM, PROBE
 from tests.support.runs import Recorder, losses, recipe
+from tests.support.tiny import TinyModels
 
 BAD = "<script>alert(1)</script>"
 
@@ -40,7 +42,7 @@ def with_answers(resolved: Resolved, count: int = 3) -> Resolved:
 
 
 @pytest.fixture(scope="module")
-def complete(tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def complete(tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a complete LoRA run of six steps, with three answers."""
     folder = tmp_path_factory.mktemp("page")
     resolved = recipe(tiny("llama"), rows(folder / "rows.jsonl"), steps=6, validate_every=2)
@@ -89,7 +91,7 @@ def test_answers_are_of_validation_rows_with_their_references(complete: Path) ->
         assert not row["prompt"].rstrip().endswith("</b>")
 
 
-def test_no_path_but_those_that_were_typed(complete: Path, monkeypatch) -> None:
+def test_no_path_but_those_that_were_typed(complete: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(complete.parent)
     page = render(Path("run"))
     typed = read_json(complete / "recipe.json")["recipe"]
@@ -99,7 +101,9 @@ def test_no_path_but_those_that_were_typed(complete: Path, monkeypatch) -> None:
     assert str(complete) not in page and str(Path.home()) not in page.replace("/root", "")
 
 
-def test_quoted_commands_in_a_folder_with_a_space(copy: Path, monkeypatch, capsys) -> None:
+def test_quoted_commands_in_a_folder_with_a_space(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(copy.parent)
     assert run(["report", copy.name]) == 0
     out = capsys.readouterr()
@@ -132,14 +136,16 @@ def test_before_the_first_step_and_while_it_runs(copy: Path) -> None:
     assert "stopped" in render(copy)
 
 
-def test_answers_change_no_step_and_survive_a_resume(tiny, complete: Path, tmp_path: Path) -> None:
+def test_answers_change_no_step_and_survive_a_resume(
+    tiny: TinyModels, complete: Path, tmp_path: Path
+) -> None:
     resolved = recipe(tiny("llama"), complete.parent / "rows.jsonl", steps=6, validate_every=2)
     finetune(resolved, tmp_path / "without", observer=Recorder())
     assert losses(tmp_path / "without") == losses(complete)
     assert read_json(tmp_path / "without" / "answers.json")["skipped"] == "report_answers is 0"
 
     class Stop(Recorder):
-        def notify(self, event) -> None:
+        def notify(self, event: Event) -> None:
             if getattr(event, "step", 0) == 3:
                 raise KeyboardInterrupt
 
@@ -150,7 +156,9 @@ def test_answers_change_no_step_and_survive_a_resume(tiny, complete: Path, tmp_p
     assert read_json(tmp_path / "run" / "answers.json") == read_json(complete / "answers.json")
 
 
-def test_full_tuning_answers_before_it_has_learned(tiny, complete: Path, tmp_path: Path) -> None:
+def test_full_tuning_answers_before_it_has_learned(
+    tiny: TinyModels, complete: Path, tmp_path: Path
+) -> None:
     data = complete.parent / "rows.jsonl"
     resolved = with_answers(recipe(tiny("llama"), data, "full", steps=6, validate_every=2))
     finetune(resolved, tmp_path / "run", observer=Recorder())
@@ -163,7 +171,7 @@ def test_full_tuning_answers_before_it_has_learned(tiny, complete: Path, tmp_pat
     )
 
 
-def test_without_validation_rows_it_says_why(tiny, tmp_path: Path) -> None:
+def test_without_validation_rows_it_says_why(tiny: TinyModels, tmp_path: Path) -> None:
     values = with_answers(recipe(tiny("llama"), rows(tmp_path / "rows.jsonl"), steps=1))
     record = values.recipe.model_dump()
     record["data"]["validation"] = 0
@@ -181,14 +189,20 @@ def test_without_validation_rows_it_says_why(tiny, tmp_path: Path) -> None:
         (["report", "RUN", "--port", "80"], "--watch"),
     ],
 )
-def test_bad_input_is_one_line(complete: Path, tmp_path: Path, capsys, words, message) -> None:
+def test_bad_input_is_one_line(
+    complete: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    message: str,
+) -> None:
     places = {"EMPTY": str(tmp_path), "RUN": str(complete)}
     assert run([places.get(word, word) for word in words]) == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_damaged_record_is_one_line(copy: Path, capsys) -> None:
+def test_a_damaged_record_is_one_line(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (copy / "data_ledger.json").write_text('{"totals": 3}')
     assert run(["report", str(copy)]) == 2
     assert "damaged" in capsys.readouterr().err
@@ -196,7 +210,9 @@ def test_a_damaged_record_is_one_line(copy: Path, capsys) -> None:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 @pytest.mark.parametrize("width", [500, 1280])
-def test_it_opens_in_a_browser_with_curves_and_answers(complete: Path, tmp_path, width) -> None:
+def test_it_opens_in_a_browser_with_curves_and_answers(
+    complete: Path, tmp_path: Path, width: int
+) -> None:
     page = tmp_path / "probe.html"
     text = (complete / "report.html").read_text()
     page.write_text(text.replace("</body>", PROBE + "</body>"))

@@ -20,7 +20,7 @@ from mlx_slim.quantization.apply import quantize_model, rounded
 from mlx_slim.quantization.policy import make_policy
 from mlx_slim.training.grad_checkpoint import checkpointed
 from mlx_slim.training.optim import trainable
-from mlx_slim.training.qat import QuantizationAware
+from mlx_slim.training.qat import FakeQuantizer
 from mlx_slim.training.step import CrossEntropy, Stepper
 from tests.adapters.support import IDS, relative_error, shake
 from tests.support.rows import MemoryRows
@@ -33,7 +33,7 @@ THREE = QuantizeConfig(bits=3, group_size=32)
 
 def qat_model(
     folder: Path, method: str, config: QuantizeConfig = THREE, **settings: Any
-) -> tuple[Loaded, QuantizationAware]:
+) -> tuple[Loaded, FakeQuantizer]:
     """Return (model, its rounding) for a method, adapters moved away from their start."""
     loaded = load(folder)
     chosen = make_policy(loaded.model, config).chosen
@@ -48,7 +48,7 @@ def qat_model(
             dora=method == "dora",
         )
         shake(loaded.model)
-    return loaded, QuantizationAware(loaded.model, chosen, mx.float32)
+    return loaded, FakeQuantizer(loaded.model, chosen, mx.float32)
 
 
 CASES = [
