@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
 from mlx_slim import __version__, interrupts
 from mlx_slim.errors import (
@@ -114,6 +115,15 @@ class LazyGroup(click.Group):
                 return None, None, []
             raise SlimError(f"no command {name!r}", did_you_mean(name, available()))
         return name, command, args[1:]
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Return what a shell offers after ``mlx-slim``, without importing any command."""
+        names = [
+            CompletionItem(name, help=line)
+            for name, (_, line) in available().items()
+            if name.startswith(incomplete)
+        ]
+        return [*names, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list of commands without importing any."""

@@ -13,7 +13,7 @@ from mlx_lm import load
 from mlx_slim.evaluation.run import EvalOptions, evaluate
 from mlx_slim.evaluation.scoring import loglikelihood
 from mlx_slim.evaluation.scoring.generate import generate_batch
-from mlx_slim.evaluation.scoring.loglikelihood import Scorer
+from mlx_slim.evaluation.scoring.loglikelihood import LoglikelihoodScorer
 from mlx_slim.evaluation.scoring.requests import Request
 from mlx_slim.events import EvalAnswering, EvalProgress, StageProgress
 from mlx_slim.models.fidelity import compare
@@ -44,7 +44,7 @@ def test_an_event_with_every_token_of_an_answer(tiny) -> None:
 def test_an_event_with_every_batch_of_log_likelihoods(tiny, monkeypatch, threads) -> None:
     monkeypatch.setattr(loglikelihood, "default_num_threads", lambda: threads)
     model, _ = load(str(tiny()))
-    scorer = Scorer(model, batch_tokens=64)
+    scorer = LoglikelihoodScorer(model, batch_tokens=64)
     numbers = np.random.default_rng(0).integers(5, 200, (40, 24))
     requests = [Request(tuple(map(int, row)), 20) for row in numbers]
     recorder = Recorder()
