@@ -166,7 +166,9 @@ def test_certain_and_far_apart_stays_finite(kind: Divergence, k: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("divergence", KINDS_OF_DIVERGENCE)
 @pytest.mark.parametrize("chunk", [5, 1000])
-def test_chunked_equals_plain_for_every_head(kind: Divergence, divergence: str, chunk: int) -> None:
+def test_chunked_equals_plain_for_every_head(
+    kind: Divergence, divergence: Divergence, chunk: int
+) -> None:
     head = _head(kind)
     hidden, p = mx.random.normal((N, D)), 2 * mx.random.normal((N, V))
     targets = mx.random.randint(0, V, (N,))
