@@ -48,8 +48,8 @@ def notes(version: str, root: Path = ROOT) -> str:
 def main() -> int:
     """Print the notes of the tag given, or the problems; return the exit code."""
     tag = sys.argv[1]
-    if found := problems(tag):
-        print("\n".join(f"error: {line}" for line in found), file=sys.stderr)
+    if lines := problems(tag):
+        print("\n".join(f"error: {line}" for line in lines), file=sys.stderr)
         return 1
     print(notes(tag.removeprefix("v")))
     return 0

@@ -25,9 +25,9 @@ run = finetune(
         "train.steps": int(os.environ.get("MLX_SLIM_EXAMPLE_STEPS", "200")),
         "train.validate_every": 2,
         "train.early_stopping": 6,  # steps without a better validation loss
-        "held_out.path": "examples/data/text.txt",
-        "held_out.every": 2,
-        "held_out.max_rise": 0.05,  # of bits per byte: 5%
+        "forgetting.path": "examples/data/text.txt",
+        "forgetting.every": 2,
+        "forgetting.max_rise": 0.05,  # of bits per byte: 5%
     },
 )
 for line in (out / "metrics.jsonl").read_text().splitlines():

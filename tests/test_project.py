@@ -120,10 +120,10 @@ def test_a_release_prints_its_changes(notes: ModuleType, tree: Path) -> None:
 
 
 def test_a_release_that_is_not_ready_says_everything_at_once(notes: ModuleType, tree: Path) -> None:
-    found = "\n".join(notes.problems("v1.3.0", tree))
-    assert found.count("\n") == 2
+    lines = "\n".join(notes.problems("v1.3.0", tree))
+    assert lines.count("\n") == 2
     for name in ("pyproject.toml has version 1.2.3", "CITATION.cff has version 1.2.3", "## 1.3.0"):
-        assert name in found
+        assert name in lines
     changelog = tree / "CHANGELOG.md"
     changelog.write_text(changelog.read_text().replace("Unreleased\n", "Unreleased\n\n- New.\n"))
     assert "under '## Unreleased'" in "\n".join(notes.problems("v1.2.3", tree))
@@ -131,5 +131,5 @@ def test_a_release_that_is_not_ready_says_everything_at_once(notes: ModuleType, 
 
 
 def test_versions_agree(notes: ModuleType) -> None:
-    found = notes.problems(f"v{PROJECT['version']}")
-    assert not [line for line in found if "CHANGELOG" not in line]
+    lines = notes.problems(f"v{PROJECT['version']}")
+    assert not [line for line in lines if "CHANGELOG" not in line]

@@ -32,13 +32,13 @@ def computed() -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_losses_are_those_committed(computed: dict[str, Any], name: str) -> None:
-    found, expected = computed["losses"][name], EXPECTED["losses"][name]
-    assert found.keys() == expected.keys()
+    losses, expected = computed["losses"][name], EXPECTED["losses"][name]
+    assert losses.keys() == expected.keys()
     for event, values in expected.items():
         if computed["machine"] == EXPECTED["machine"]:
-            assert found[event] == values
+            assert losses[event] == values
         else:
-            assert found[event] == pytest.approx(values, rel=1e-5)
+            assert losses[event] == pytest.approx(values, rel=1e-5)
 
 
 def test_every_run_learns() -> None:

@@ -23,7 +23,7 @@ from tests.support.runs import Recorder, losses
 
 FIXTURES = Path(__file__).parent / "fixtures" / "v0_1"
 REFERENCE = json.loads((FIXTURES / "reference.json").read_text())
-TAUGHT = ("logits", "rationales")
+DISTILLED = ("logits", "rationales")
 # 0.1 decayed every parameter; since then norms and biases are spared unless a recipe says so.
 AS_0_1 = {"qat": {"train.decay_all": True}}
 
@@ -50,7 +50,7 @@ def close(name: str) -> dict[int, float]:
 @pytest.mark.parametrize("name", REFERENCE)
 def test_an_interrupted_run_resumes_to_the_losses_of_0_1(files: Path, name: str) -> None:
     run = Path("stopped") / name
-    learn = distill if name in TAUGHT else finetune
+    learn = distill if name in DISTILLED else finetune
     recorder = Recorder()
     result = learn(f"{name}.yaml", run, overrides=AS_0_1.get(name), resume=True, observer=recorder)
     assert result.done.reason == "complete" and result.done.step == 6
@@ -83,7 +83,7 @@ def test_rows_that_this_version_reads_otherwise_are_refused(files: Path) -> None
 def test_a_recipe_of_0_1_runs(files: Path, name: str) -> None:
     if name == "rationales":
         pytest.skip("its teacher is a server; the resumed run reads its texts")
-    learn = distill if name in TAUGHT else finetune
+    learn = distill if name in DISTILLED else finetune
     learn(f"{name}.yaml", Path("again"), overrides=AS_0_1.get(name), observer=Recorder())
     assert losses(Path("again")) == close(name)
 
@@ -125,10 +125,10 @@ def test_a_matrix_reports_resumes_and_verifies(files: Path, capsys: pytest.Captu
     assert scores(files) == published
     capsys.readouterr()
     assert command(["report", "matrix", "--verify"]) == 2
-    seen = capsys.readouterr().err
+    text = capsys.readouterr().err
     assert (
-        "does not hold what was asked" in seen
-        and "mlx-slim compare MATRIX -o matrix --resume" in seen
+        "does not hold what was asked" in text
+        and "mlx-slim compare MATRIX -o matrix --resume" in text
     )
     assert command(["compare", "toy.yaml", "-o", "matrix", "--resume"]) == 0
     assert scores(files) == published

