@@ -9,6 +9,7 @@ Try it: ``mlx-slim compare matrix-tiny -o DIR --only smollm2-base``.
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from mlx_slim.compare.matrix import Cell
 from mlx_slim.compare.measured import measured
 from mlx_slim.compare.predict import predicted_run
 from mlx_slim.compare.questions import HELD_OUT, task_name
+from mlx_slim.compare.records import CellRecord, DiskUse, IntruderCounts
 from mlx_slim.compare.store import MANIFEST
 from mlx_slim.config.load import Resolved
 from mlx_slim.errors import SlimError
@@ -62,7 +64,8 @@ class Making:
         self._made()
         model, adapter = self._answers()
         scored = self._score(model, adapter)
-        write_json(mark, self._manifest(model, adapter, scored))
+        record = asdict(self._record(model, adapter, scored))
+        write_json(mark, {"schema_version": SCHEMA_VERSION, "name": self.cell.name, **record})
 
     # ------------------------------------------------------------------------------ identity
 
@@ -162,66 +165,66 @@ class Making:
 
     # ------------------------------------------------------------------------------ the record
 
-    def _manifest(
+    def _record(
         self, model: Path, adapter: Path | None, scored: dict[str, dict[str, Any]]
-    ) -> dict[str, Any]:
+    ) -> CellRecord:
         cell = self.cell
         recipe = self.resolved.recipe if cell.kind == "tuned" else cell.recipe.recipe
         entry = self.job.layout.matrix.models[cell.model]
         # As the matrix says it: no folder of this machine.
-        given = {
+        source = {
             "model": entry.source,
             "revision": entry.revision,
             "distill": cell.recipe.recipe.distill,
         }
-        found = measured(self.folder)
-        if found["train"] is not None:
-            guess = predicted_run(recipe)
-            found["train"]["predicted_seconds"] = guess.predicted_seconds if guess else None
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "name": cell.name,
-            "model": cell.model,
-            "method": cell.method,
-            "kind": cell.kind,
-            "seed": cell.seed,
-            "parent": cell.parent,
-            "keys": self.keys,
-            "recipe": recipe.model_copy(update=given).model_dump(mode="json"),
-            "dtype": next(iter(scored.values()))["dtype"],
-            "tasks": [name for name in scored if name != HELD_OUT],
-            "disk": {"model": _size(model), "adapter": _size(adapter) if adapter else 0},
-            **found,
-            "intruders": self._intruders() if cell.kind == "tuned" else None,
-            "weights_sha256": self.job.weights(self.job.dense(cell.model)),
-            "code": identity.code_version(),
-            "provenance": identity.machine(),
-        }
+        costs = measured(self.folder)
+        if costs.train is not None and (prediction := predicted_run(recipe)) is not None:
+            seconds = prediction.predicted_seconds
+            costs = replace(costs, train=replace(costs.train, predicted_seconds=seconds))
+        return CellRecord(
+            schema_version=SCHEMA_VERSION,
+            name=cell.name,
+            model=cell.model,
+            method=cell.method,
+            kind=cell.kind,
+            seed=cell.seed,
+            parent=cell.parent,
+            keys=self.keys,
+            recipe=recipe.model_copy(update=source).model_dump(mode="json"),
+            dtype=next(iter(scored.values()))["dtype"],
+            tasks=[name for name in scored if name != HELD_OUT],
+            disk=DiskUse(_size(model), _size(adapter) if adapter else 0),
+            **vars(costs),
+            intruders=self._intruders() if cell.kind == "tuned" else None,
+            weights_sha256=self.job.weights(self.job.dense(cell.model)),
+            code=identity.code_version(),
+            provenance=identity.machine(),
+        )
 
-    def _intruders(self) -> dict[str, Any] | None:
+    def _intruders(self) -> IntruderCounts | None:
         """Count intruder dimensions; the base's spectra are computed once for all cells."""
         if not self.job.layout.matrix.intruders:
             return None
         model, adapter = self._answers()
         self.job.say("counting intruder dimensions")
-        found = find_intruders(
+        intruders = find_intruders(
             str(self.base),
             adapter=adapter,
             tuned=str(model) if adapter is None else None,
             cache=self.job.out / "models" / "spectra",
         )
-        total = found.overall()
-        return {
-            "count": int(total["intruders"]),
-            "directions": found.k * int(total["matrices"]),
-            "matrices": int(total["matrices"]),
-            "matrices_with": int(total["matrices_with_intruders"]),
-            "energy": total["energy"],
-            "relative_norm": total["delta_norm"],
-            "effective_rank": total["effective_rank"],
-            "k": found.k,
-            "epsilon": found.epsilon,
-        }
+        total = intruders.overall()
+        return IntruderCounts(
+            count=int(total["intruders"]),
+            directions=intruders.k * int(total["matrices"]),
+            matrices=int(total["matrices"]),
+            matrices_with=int(total["matrices_with_intruders"]),
+            energy=total["energy"],
+            relative_norm=total["delta_norm"],
+            effective_rank=total["effective_rank"],
+            k=intruders.k,
+            epsilon=intruders.epsilon,
+        )
 
 
 def _size(folder: Path) -> int:

@@ -140,7 +140,7 @@ def claims(stored: StoredMatrix, tasks: list[dict[str, Any]]) -> list[MethodComp
 def starts_from(cells: list[StoredCell], parents: list[StoredCell]) -> bool:
     """Return whether ``cells`` were made from ``parents``."""
     names = {cell.name for cell in parents}
-    return all(cell.manifest.get("parent") in names for cell in cells)
+    return all(cell.record.parent in names for cell in cells)
 
 
 def _small_and_large(
@@ -149,8 +149,8 @@ def _small_and_large(
     """Return a QLoRA method, and full fine-tuning or LoRA of the same model."""
     ways: dict[str, str] = {}
     for method in tuned:
-        if methods[method][0].manifest.get("parent") is None:
-            ways.setdefault(methods[method][0].manifest["recipe"]["method"], method)
+        if methods[method][0].record.parent is None:
+            ways.setdefault(methods[method][0].record.recipe["method"], method)
     large = ways.get("full") or ways.get("lora")
     return (ways["qlora"], large) if "qlora" in ways and large else None
 

@@ -67,8 +67,8 @@ def published(stored: StoredMatrix, rows: list[dict[str, Any]]) -> list[dict[str
     for row in rows:
         if row["kind"] != "base":
             continue
-        model = stored.record["models"][row["model"]]
-        figures = PUBLISHED.get(model.get("known_as") or model["source"], {})
+        model = stored.record.models[row["model"]]
+        figures = PUBLISHED.get(model.known_as or model.source, {})
         cell = next(cell for cell in stored.cells if cell.name == row["name"])
         for (task, shots, metric), value in figures.items():
             answers = cell.answers.get(task)
@@ -234,9 +234,7 @@ def _cut(text: str, *, end: bool = False) -> str:
 
 def differences(stored: StoredMatrix) -> dict[str, Any]:
     """Return what all tuned cells have in common and what each has of its own, by recipe key."""
-    flat = {
-        cell.name: _flat(cell.manifest["recipe"]) for cell in stored.cells if cell.kind == "tuned"
-    }
+    flat = {cell.name: _flat(cell.record.recipe) for cell in stored.cells if cell.kind == "tuned"}
     if not flat:
         return {"common": {}, "own": {}}
     keys = list(dict.fromkeys(key for values in flat.values() for key in values))
@@ -264,10 +262,8 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def machine_of(stored: StoredMatrix) -> dict[str, Any]:
     """Return provenance: the matrix's own, and a line for each cell made elsewhere."""
-    own = stored.record["provenance"]
-    others = [
-        cell.name for cell in stored.cells if cell.manifest.get("provenance") not in (None, own)
-    ]
+    own = stored.record.provenance
+    others = [cell.name for cell in stored.cells if cell.record.provenance not in (None, own)]
     return {**own, "cells_made_elsewhere": others}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from mlx_slim import artifacts
 from mlx_slim.artifacts import SCHEMA_VERSION, read_json, write_json
 from mlx_slim.compare import identity
 from mlx_slim.compare.matrix import Cell, MatrixPlan, cell_recipe, prune_options
+from mlx_slim.compare.records import SweepRecord, TriedRate
 from mlx_slim.compare.store import MANIFEST, MATRIX_FILE
 from mlx_slim.config.load import Resolved
 from mlx_slim.distillation.mutual import FIRST
@@ -161,7 +162,7 @@ class MatrixRun:
         """
         matrix = self.layout.matrix
         folder = self.out / "sweeps" / f"{cell.model}-{cell.method}"
-        tried: list[dict[str, Any]] = []
+        tried: list[TriedRate] = []
         runs = []
         for rate in cell.rates:
             changes: dict[str, Any] = {"learning_rate": rate, "seed": matrix.sweep.seed}
@@ -177,26 +178,28 @@ class MatrixRun:
         for rate, resolved, key in runs:
             self.say(f"learning rate {rate:g}")
             loss = self._tried(folder / f"{rate:g}", resolved, key)
-            tried.append({"learning_rate": rate, "validation_loss": loss})
-        finite = [item for item in tried if item["validation_loss"] is not None]
+            tried.append(TriedRate(rate, loss))
+        finite = {
+            r.learning_rate: r.validation_loss for r in tried if r.validation_loss is not None
+        }
         if not finite:
             raise SlimError(
                 f"{cell.model} {cell.method}: no learning rate of the sweep gave a validation loss",
                 "set recipe.data.validation, or try lower learning_rates",
             )
-        best = min(finite, key=lambda item: item["validation_loss"])["learning_rate"]
+        best = min(finite, key=finite.__getitem__)
         recipe = runs[0][1].recipe
-        record = {
-            "schema_version": SCHEMA_VERSION,
-            "model": cell.model,
-            "method": cell.method,
-            "steps": matrix.sweep.steps or recipe.train.steps or f"{recipe.train.epochs:g} epochs",
-            "seed": matrix.sweep.seed,
-            "rates": tried,
-            "chosen": best,
-            "keys": keys,
-        }
-        write_json(mark, record)
+        record = SweepRecord(
+            schema_version=SCHEMA_VERSION,
+            model=cell.model,
+            method=cell.method,
+            steps=matrix.sweep.steps or recipe.train.steps or f"{recipe.train.epochs:g} epochs",
+            seed=matrix.sweep.seed,
+            rates=tried,
+            chosen=best,
+            keys=keys,
+        )
+        write_json(mark, asdict(record))
         return best
 
     def _tried(self, run: Path, resolved: Resolved, key: str) -> float | None:

@@ -11,10 +11,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from mlx_slim.compare.records import Kind
 from mlx_slim.config import library
 from mlx_slim.config.load import Resolved, checked, from_layers, read_layers
 from mlx_slim.config.section import Bytes, PositiveInt, Rate, Section, Seed
@@ -22,7 +23,6 @@ from mlx_slim.config.task import MOST_SHOTS
 from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.pruning.options import PruneOptions
 
-Kind = Literal["base", "quantized", "pruned", "tuned", "fused"]
 # Kinds that leave a model of their own, which another method can start from.
 _WHOLE = ("pruned", "fused", "tuned")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

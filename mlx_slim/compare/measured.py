@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mlx_slim.compare.records import FuseFidelity, Measured, PruneSummary, TrainingCost
 from mlx_slim.export.fuse import RECORD as FUSE_FILE
 from mlx_slim.pruning.run import RECORD_FILE as PRUNE_FILE
 from mlx_slim.reading import read_object
@@ -17,12 +18,8 @@ _PRUNED = ("axis", "method", "parameters_before", "parameters_after", "fidelity"
 _FUSED = ("kl", "top1", "tokens", "kept")
 
 
-def measured(folder: Path) -> dict[str, Any]:
-    """Return the measured part of the manifest of the cell in ``folder``.
-
-    Returns:
-        ``train`` (None where nothing was trained), ``learning_rate``, ``bits_per_byte``,
-        ``eval_seconds``, ``eval_peak_memory_bytes``, ``fidelity`` (of a fused cell), ``pruned``.
+def measured(folder: Path) -> Measured:
+    """Return the measured part of the record of the cell in ``folder``.
 
     Raises:
         SlimError: If a file is missing or no JSON.
@@ -37,35 +34,32 @@ def measured(folder: Path) -> dict[str, Any]:
     fused, pruned = (folder / "model" / name for name in (FUSE_FILE, PRUNE_FILE))
     effect = read_object(fused)["effect"] if fused.is_file() else None
     cut = read_object(pruned) if pruned.is_file() else None
-    train = _train(folder / "run" / "run.json")
-    return {
-        "train": train,
-        "learning_rate": None if train is None else train.pop("learning_rate"),
-        "bits_per_byte": figures["bits_per_byte"]["value"] if figures else None,
-        "eval_seconds": sum(timing["seconds"] for timing in timings) or None,
-        "eval_peak_memory_bytes": max((t["peak_memory_bytes"] for t in timings), default=None),
-        "fidelity": {key: effect[key] for key in _FUSED} if effect else None,
-        "pruned": {key: cut[key] for key in _PRUNED} if cut else None,
-    }
+    run = folder / "run" / "run.json"
+    record = read_object(run) if run.is_file() else None
+    return Measured(
+        train=_train(record) if record else None,
+        learning_rate=record["recipe"]["train"]["learning_rate"] if record else None,
+        bits_per_byte=figures["bits_per_byte"]["value"] if figures else None,
+        eval_seconds=sum(timing["seconds"] for timing in timings) or None,
+        eval_peak_memory_bytes=max((t["peak_memory_bytes"] for t in timings), default=None),
+        fidelity=FuseFidelity(**{key: effect[key] for key in _FUSED}) if effect else None,
+        pruned=PruneSummary(**{key: cut[key] for key in _PRUNED}) if cut else None,
+    )
 
 
-def _train(file: Path) -> dict[str, Any] | None:
-    """Return what a training run cost; None without one."""
-    if not file.is_file():
-        return None
-    record = read_object(file)
+def _train(record: dict[str, Any]) -> TrainingCost:
+    """Return what a training run cost, from its ``run.json``."""
     recipe, result, done = record["recipe"], record["result"], record["result"]["done"]
-    return {
-        "method": recipe["method"],
-        "bits": recipe["quantize"]["bits"] if recipe["method"] == "qlora" else None,
-        "trainable": result["trainable"],
-        "total": result["total"],
-        "tokens": done["tokens"],
-        "seconds": done["seconds"],
-        "tokens_per_second": done["tokens"] / max(1e-9, done["seconds"]),
-        "peak_memory_bytes": done["peak_memory_bytes"],
-        "predicted_peak_bytes": result["predicted_peak_bytes"],
-        "steps": done["step"],
-        "best_validation": done["best_validation"],
-        "learning_rate": recipe["train"]["learning_rate"],
-    }
+    return TrainingCost(
+        method=recipe["method"],
+        bits=recipe["quantize"]["bits"] if recipe["method"] == "qlora" else None,
+        trainable=result["trainable"],
+        total=result["total"],
+        tokens=done["tokens"],
+        seconds=done["seconds"],
+        tokens_per_second=done["tokens"] / max(1e-9, done["seconds"]),
+        peak_memory_bytes=done["peak_memory_bytes"],
+        predicted_peak_bytes=result["predicted_peak_bytes"],
+        steps=done["step"],
+        best_validation=done["best_validation"],
+    )

@@ -14,6 +14,7 @@ from typing import Any
 
 from mlx_slim.artifacts import hash_bytes, hash_json, write_json, write_text
 from mlx_slim.compare.matrix import HeldOutEntry, MatrixSpec, TaskEntry
+from mlx_slim.compare.records import HeldOutText
 from mlx_slim.config.task import TaskSpec
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.jobs import asked_of
@@ -99,7 +100,7 @@ def _of_task(task: Task, entry: TaskEntry) -> _Stored:
     return _Stored(lines, asked_of(task, shots, entry.limit, rows.checksum, shots_sha256))
 
 
-def _held_out(held: HeldOutEntry) -> tuple[_Stored, dict[str, Any]]:
+def _held_out(held: HeldOutEntry) -> tuple[_Stored, HeldOutText]:
     """Return the held-out texts, and what they are in words."""
     if held.path is not None:
         texts, name = read_texts(Path(held.path)).documents[: held.rows], Path(held.path).name
@@ -112,7 +113,7 @@ def _held_out(held: HeldOutEntry) -> tuple[_Stored, dict[str, Any]]:
     texts = [text for text in texts if text.strip()]  # as the scorer reads them
     size = sum(len(text.encode()) for text in texts)
     stored = _Stored([{"text": text} for text in texts], {"text_sha256": hash_json(texts)})
-    return stored, {"name": f"{name}, {len(texts)} texts", "bytes": size}
+    return stored, HeldOutText(f"{name}, {len(texts)} texts", size)
 
 
 def stored_task(folder: Path, name: str, definition_sha256: str) -> Task:

@@ -20,6 +20,7 @@ import contextlib
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from mlx_slim.compare.jobs import adapters, rounded_name, whole
 from mlx_slim.compare.matrix import MatrixSpec, expand
 from mlx_slim.compare.measured import measured
 from mlx_slim.compare.questions import HELD_OUT, stored_questions, stored_task
+from mlx_slim.compare.records import MatrixRecord, SweepRecord
 from mlx_slim.compare.store import StoredCell, StoredMatrix
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.results import PROGRESS_FILE, STATE_FILE, samples_name, whole_chunks
@@ -90,23 +92,22 @@ def _short(value: Any) -> str:
 def recount(stored: StoredMatrix, ledger: Ledger) -> None:
     """Check everything below the manifests, and the manifests, into ``ledger``."""
     folder = stored.folder / "questions"
-    for name, digest in stored.record.get("questions_sha256", {}).items():
+    for name, digest in stored.record.questions_sha256.items():
         if not (file := folder / f"{name}.jsonl").is_file() or hash_file(file) != digest:
             ledger.problems.append(f"{file} is not what was asked")
     with _noted(ledger):
         ledger.problems += _dropped(stored.record)
-    asked = stored.record.get("asked", {})
-    if stored.record["held_out"] is not None:
+    asked = stored.record.asked or {}
+    held_out = stored.record.held_out
+    if held_out is not None:
         with _noted(ledger):
             texts = read_texts(folder / f"{HELD_OUT}.jsonl")
-            ledger.compare(
-                "matrix.json.held_out.bytes", stored.record["held_out"]["bytes"], texts.size
-            )
+            ledger.compare("matrix.json.held_out.bytes", held_out.bytes, texts.size)
     for cell in stored.cells:
-        for task in cell.manifest["tasks"]:
+        for task in cell.record.tasks:
             with _noted(ledger):
                 _task(ledger, cell, task, folder, asked.get(task))
-        if stored.record["held_out"] is not None:
+        if held_out is not None:
             with _noted(ledger):
                 _text(ledger, cell, folder, asked.get(HELD_OUT))
         with _noted(ledger):
@@ -118,13 +119,13 @@ def recount(stored: StoredMatrix, ledger: Ledger) -> None:
             _sweep(ledger, stored.folder, sweep)
 
 
-def _dropped(record: dict[str, Any]) -> Iterator[str]:
+def _dropped(record: MatrixRecord) -> Iterator[str]:
     """Yield a line for each cell that the matrix asks for and its list of cells has not."""
-    if "matrix" not in record:
+    if record.matrix is None:
         return
-    layout = expand(MatrixSpec.model_validate(record["matrix"]), record["name"])
-    known = {*record["cells"], *(name for name, _ in record["refused"])}
-    left_out = [f"{entry['model']}-{entry['method']}" for entry in record["omitted"]]
+    layout = expand(MatrixSpec.model_validate(record.matrix), record.name)
+    known = {*record.cells, *(name for name, _ in record.refused)}
+    left_out = [f"{entry.model}-{entry.method}" for entry in record.omitted]
     for name in (*(cell.name for cell in layout.cells), *(name for name, _ in layout.refused)):
         if name not in known and not any(
             name == pair or name.startswith(f"{pair}-s") for pair in left_out
@@ -220,7 +221,7 @@ def _asked(
 def _answered(ledger: Ledger, folder: Path, cell: StoredCell) -> None:
     """Check that the cell's own model gave its answers: another cell's stand in no other place."""
     weights, adapter = _hashes(folder, cell)
-    names = [*cell.manifest["tasks"]]
+    names = [*cell.record.tasks]
     names += [HELD_OUT] if (cell.folder / "eval" / HELD_OUT).is_dir() else []
     for name in names:
         results, where = (
@@ -238,17 +239,17 @@ def _hashes(folder: Path, cell: StoredCell) -> tuple[str | None, str | None]:
 
     The second is empty where the model answers without an adapter.
     """
-    manifest, parent = cell.manifest, cell.manifest["parent"]
+    record, parent = cell.record, cell.record.parent
     if cell.kind in ("fused", "pruned") or whole(cell.folder) is not None:
         return _hash(whole(cell.folder)), ""
     tuned = cell.kind == "tuned"
     place = adapters(cell.folder)
     adapter = (adapter_hash(place) if place.is_dir() else None) if tuned else ""
-    if cell.kind == "quantized" or (tuned and manifest["recipe"]["method"] == "qlora"):
-        name = rounded_name(parent or manifest["model"], manifest["recipe"]["quantize"])
+    if cell.kind == "quantized" or (tuned and record.recipe["method"] == "qlora"):
+        name = rounded_name(parent or record.model, record.recipe["quantize"])
         return _hash(folder / "models" / name), adapter
     if parent is None:
-        return manifest["weights_sha256"], adapter
+        return record.weights_sha256, adapter
     return _hash(whole(folder / "cells" / parent)), adapter
 
 
@@ -261,22 +262,23 @@ def _hash(model: Path | None) -> str | None:
 
 def _manifest(ledger: Ledger, cell: StoredCell) -> None:
     """Check ``cell.json`` against what the cell's own steps left."""
-    found, manifest = measured(cell.folder), cell.manifest
-    said = {key: manifest.get(key) for key in found}
-    if said["train"] is not None:  # the guess of a moment's speed: nothing below holds it
-        said["train"] = {k: v for k, v in said["train"].items() if k != "predicted_seconds"}
-    ledger.compare(f"{cell.name}", said, json.loads(json.dumps(found)))
+    record, again = cell.record, asdict(measured(cell.folder))
+    published = {key: value for key, value in asdict(record).items() if key in again}
+    for values in (published, again):  # predicted from a moment's speed: nothing below holds it
+        if values["train"] is not None:
+            del values["train"]["predicted_seconds"]
+    ledger.compare(f"{cell.name}", published, json.loads(json.dumps(again)))
     sizes = {"model": whole(cell.folder), "adapter": adapters(cell.folder)}
     for part, place in sizes.items():
         if place is not None and place.is_dir():
             size = sum(path.stat().st_size for path in place.glob("*.safetensors"))
-            ledger.compare(f"{cell.name}.disk.{part}", manifest["disk"][part], size)
+            ledger.compare(f"{cell.name}.disk.{part}", getattr(record.disk, part), size)
     if cell.kind == "tuned":
         _run(ledger, cell.name, cell.folder / "run")
         recipe = read_object(cell.folder / "run" / "run.json")["recipe"]
         recipes = [
             {key: value for key, value in values.items() if key not in _PLACES}
-            for values in (manifest["recipe"], recipe)
+            for values in (record.recipe, recipe)
         ]
         ledger.compare(f"{cell.name}.recipe", *recipes)
 
@@ -309,11 +311,11 @@ def _rows(record: dict[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
     return {key: record["totals"][key] for key in sums}, sums
 
 
-def _sweep(ledger: Ledger, folder: Path, sweep: dict[str, Any]) -> None:
+def _sweep(ledger: Ledger, folder: Path, sweep: SweepRecord) -> None:
     """Check a sweep against its runs, and its choice against its losses."""
-    name = f"{sweep['model']}-{sweep['method']}"
-    for tried in sweep["rates"]:
-        rate, loss = tried["learning_rate"], tried["validation_loss"]
+    name = f"{sweep.model}-{sweep.method}"
+    for tried in sweep.rates:
+        rate, loss = tried.learning_rate, tried.validation_loss
         run = folder / "sweeps" / name / f"{rate:g}"
         if loss is not None:
             _run(ledger, f"sweep {name} {rate:g}", run)
@@ -323,12 +325,12 @@ def _sweep(ledger: Ledger, folder: Path, sweep: dict[str, Any]) -> None:
             )
             trained = done["recipe"]["train"]
             ledger.compare(f"sweep {name} rate", rate, trained["learning_rate"])
-            ledger.compare(f"sweep {name} seed", sweep["seed"], trained["seed"])
-            if not isinstance(sweep["steps"], str):
-                ledger.compare(f"sweep {name} steps", sweep["steps"], trained["steps"])
-    losses = {r["learning_rate"]: r["validation_loss"] for r in sweep["rates"]}
+            ledger.compare(f"sweep {name} seed", sweep.seed, trained["seed"])
+            if not isinstance(sweep.steps, str):
+                ledger.compare(f"sweep {name} steps", sweep.steps, trained["steps"])
+    losses = {r.learning_rate: r.validation_loss for r in sweep.rates}
     finite = {rate: loss for rate, loss in losses.items() if loss is not None}
-    ledger.compare(f"sweep {name} chosen", sweep["chosen"], min(finite, key=lambda r: finite[r]))
+    ledger.compare(f"sweep {name} chosen", sweep.chosen, min(finite, key=lambda r: finite[r]))
 
 
 def differing_texts(folder: Path, rendered: dict[str, str]) -> Iterator[str]:

@@ -8,7 +8,7 @@ or a data set wrote is escaped. Try it: ``mlx-slim report DIR``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +102,8 @@ def _build(stored: store.StoredMatrix) -> dict[str, Any]:
     record = stored.record
     return {
         "schema_version": SCHEMA_VERSION,
-        "title": record["title"],
-        "note": record.get("note", ""),
+        "title": record.title,
+        "note": record.note,
         "headline": headline.headline(rows, found, pooled, scores, tasks),
         "claims": [claim.record() for claim in pooled],
         "means": {model: [vars(score) for score in own] for model, own in scores.items()},
@@ -114,25 +114,25 @@ def _build(stored: store.StoredMatrix) -> dict[str, Any]:
         "contrasts": found,
         "notes": notes,
         "published": evidence.published(stored, rows),
-        "sweeps": stored.sweeps,
-        "held_out": record.get("held_out"),
+        "sweeps": [asdict(sweep) for sweep in stored.sweeps],
+        "held_out": asdict(record.held_out) if record.held_out else None,
         "extraction": evidence.extraction(stored),
         "flips": evidence.flips(stored, tasks),
         "settings": evidence.differences(stored),
         "ledgers": {cell.name: lines for cell in stored.cells if (lines := evidence.ledger(cell))},
-        "omitted": record["omitted"],
+        "omitted": [asdict(cell) for cell in record.omitted],
         "failed": [{"cell": name, "why": why} for name, why in stored.failed],
-        "code": record.get("code"),
+        "code": record.code,
         "provenance": evidence.machine_of(stored),
     }
 
 
 def _models(stored: store.StoredMatrix) -> dict[str, Any]:
     """Return the models with the hash of their weights, as the cells found them."""
-    hashes = {cell.model: cell.manifest["weights_sha256"] for cell in stored.cells}
+    hashes = {cell.model: cell.record.weights_sha256 for cell in stored.cells}
     return {
-        name: {**entry, "weights_sha256": hashes.get(name)}
-        for name, entry in stored.record["models"].items()
+        name: {**asdict(entry), "weights_sha256": hashes.get(name)}
+        for name, entry in stored.record.models.items()
     }
 
 

@@ -8,19 +8,18 @@ can be made from whatever is there. Try it: ``mlx-slim compare matrix-tiny -o ru
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from mlx_slim.artifacts import SCHEMA_VERSION, write_json
 from mlx_slim.compare import identity
 from mlx_slim.compare.matrix import Cell, MatrixPlan
 from mlx_slim.compare.predict import Line, plan
 from mlx_slim.compare.questions import task_name, write_questions
+from mlx_slim.compare.records import MatrixRecord, ModelRecord, OmittedCell
 from mlx_slim.compare.store import MANIFEST, MATRIX_FILE
 from mlx_slim.errors import Interrupted, SlimError
 from mlx_slim.models.hub import SMOLLM2_PACKAGE
@@ -58,7 +57,7 @@ def prepare(layout: MatrixPlan, out: Path, resume: bool) -> list[Cell]:
     cells = [cell for cell in layout.cells if not lines[cell.name].why_not]
     with RunDir(out, MATRIX).claim(resume=resume, match=lambda: _check_same(out, layout)):
         asked = write_questions(layout.matrix, out / "questions")
-        write_json(out / MATRIX_FILE, {**_record(layout, cells, lines), **asked})
+        write_json(out / MATRIX_FILE, asdict(replace(_record(layout, cells, lines), **asked)))
     return cells
 
 
@@ -76,36 +75,36 @@ def _check_same(out: Path, layout: MatrixPlan) -> None:
         )
 
 
-def _record(layout: MatrixPlan, cells: list[Cell], lines: dict[str, Line]) -> dict[str, Any]:
+def _record(layout: MatrixPlan, cells: list[Cell], lines: dict[str, Line]) -> MatrixRecord:
     matrix = layout.matrix
-    omitted = [{"model": m, "method": w, "why": why} for m, w, why in layout.omitted]
+    omitted = [OmittedCell(*item) for item in layout.omitted]
     omitted += [
-        {"model": cell.model, "method": cell.method, "why": lines[cell.name].why_not}
+        OmittedCell(cell.model, cell.method, lines[cell.name].why_not)
         for cell in layout.cells
         if lines[cell.name].why_not
     ]
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "name": layout.name,
-        "title": matrix.title,
-        "note": matrix.note,
-        "matrix": matrix.model_dump(mode="json"),
-        "models": {
-            name: {
-                "source": entry.source,
-                "revision": entry.revision,
-                "known_as": SMOLLM2 if entry.source == SMOLLM2_PACKAGE else None,
-            }
+    return MatrixRecord(
+        schema_version=SCHEMA_VERSION,
+        name=layout.name,
+        title=matrix.title,
+        note=matrix.note,
+        matrix=matrix.model_dump(mode="json"),
+        models={
+            name: ModelRecord(
+                entry.source,
+                entry.revision,
+                SMOLLM2 if entry.source == SMOLLM2_PACKAGE else None,
+            )
             for name, entry in matrix.models.items()
         },
-        "methods": list(matrix.methods),
-        "tasks": [task_name(entry.task) for entry in matrix.tasks],
-        "cells": [cell.name for cell in cells],
-        "refused": [list(item) for item in layout.refused],
-        "omitted": list({json.dumps(item): item for item in omitted}.values()),
-        "code": identity.code_version(),
-        "provenance": identity.machine(),
-    }
+        methods=list(matrix.methods),
+        tasks=[task_name(entry.task) for entry in matrix.tasks],
+        cells=[cell.name for cell in cells],
+        refused=list(layout.refused),
+        omitted=list(dict.fromkeys(omitted)),
+        code=identity.code_version(),
+        provenance=identity.machine(),
+    )
 
 
 def run(

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from mlx_slim.artifacts import SCHEMA_VERSION, read_records
+from mlx_slim.compare.records import CellRecord, Kind, MatrixRecord, SweepRecord, read_record
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.results import check_sample
 from mlx_slim.evaluation.tasks.metrics import counted
@@ -68,19 +69,33 @@ class StoredCell:
     """A complete cell: its manifest and its answers by task."""
 
     folder: Path
-    manifest: dict[str, Any]
+    record: CellRecord
     answers: dict[str, Answers] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """Of the cell."""
-        return self.manifest["name"]
+        return self.record.name
 
-    def __getattr__(self, key: str) -> Any:
-        """Return ``model``, ``method``, ``kind`` or ``seed`` of the manifest."""
-        if key in ("model", "method", "kind", "seed"):
-            return self.manifest[key]
-        raise AttributeError(key)
+    @property
+    def model(self) -> str:
+        """Key of the matrix's models."""
+        return self.record.model
+
+    @property
+    def method(self) -> str:
+        """Key of the matrix's methods."""
+        return self.record.method
+
+    @property
+    def kind(self) -> Kind:
+        """Of the method."""
+        return self.record.kind
+
+    @property
+    def seed(self) -> int | None:
+        """Of training; None where nothing is trained."""
+        return self.record.seed
 
 
 @dataclass
@@ -96,10 +111,10 @@ class StoredMatrix:
     """
 
     folder: Path
-    record: dict[str, Any]
+    record: MatrixRecord
     cells: list[StoredCell]
     failed: list[tuple[str, str]]
-    sweeps: list[dict[str, Any]]
+    sweeps: list[SweepRecord]
 
 
 def load(folder: Path) -> StoredMatrix:
@@ -111,27 +126,17 @@ def load(folder: Path) -> StoredMatrix:
     file = folder / MATRIX_FILE
     if not file.is_file():
         raise SlimError(f"{folder} holds no {MATRIX_FILE}", "give the folder of mlx-slim compare")
-    record = read_object(file)
-    version = record.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise SlimError(
-            f"{file} has schema_version {version!r}, this mlx-slim reads {SCHEMA_VERSION}",
-            "report it with the version that made it, or run the matrix again",
-        )
-    with library_errors(f"{short(file)} is damaged", AGAIN):
-        refused = [(name, why) for name, why in record["refused"]]
-        names = [Path(name).name for name in record["cells"]]
-    stored = StoredMatrix(folder, record, [], refused, [])
-    for name in names:
+    record = read_record(file, MatrixRecord)
+    stored = StoredMatrix(folder, record, [], list(record.refused), [])
+    for name in (Path(name).name for name in record.cells):
         cell = _cell_or_why(folder, name)
         if isinstance(cell, str):
             stored.failed.append((name, cell))
         else:
             stored.cells.append(cell)
     for path in sorted(folder.glob("sweeps/*/sweep.json")):
-        sweep = read_object(path)
-        if sweep.get("schema_version") == SCHEMA_VERSION:
-            stored.sweeps.append(sweep)
+        if read_object(path).get("schema_version") == SCHEMA_VERSION:
+            stored.sweeps.append(read_record(path, SweepRecord))
     return stored
 
 
@@ -155,13 +160,9 @@ def load_cell(folder: Path) -> StoredCell:
     file = folder / MANIFEST
     if not file.is_file():
         raise SlimError("not run")
-    manifest = read_object(file)
-    version = manifest.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise SlimError(f"made by another version (schema {version!r}, not {SCHEMA_VERSION})")
-    cell = StoredCell(folder, manifest)
+    cell = StoredCell(folder, read_record(file, CellRecord))
     with library_errors(f"{short(file)} is damaged", AGAIN):
-        for task in manifest["tasks"]:
+        for task in cell.record.tasks:
             cell.answers[task] = load_answers(folder / "eval" / task, task)
     return cell
 

@@ -39,13 +39,13 @@ def tasks_of(stored: StoredMatrix) -> list[dict[str, Any]]:
                     **{key: section.get(key) for key in ASKED},
                 },
             )
-    order = stored.record["tasks"]
+    order = stored.record.tasks
     return sorted(found.values(), key=lambda t: order.index(t["task"]) if t["task"] in order else 0)
 
 
 def row_of(cell: StoredCell, tasks: list[dict[str, Any]]) -> dict[str, Any]:
     """Return a cell's line of the matrix table."""
-    manifest = cell.manifest
+    record = asdict(cell.record)
     scores = {}
     for task in tasks:
         answers = cell.answers.get(task["task"])
@@ -65,15 +65,15 @@ def row_of(cell: StoredCell, tasks: list[dict[str, Any]]) -> dict[str, Any]:
     kept = ("name", "model", "method", "kind", "seed", "dtype", "learning_rate", "train", "disk")
     kept += ("parent", "pruned")
     return {
-        **{key: manifest.get(key) for key in kept},
+        **{key: record[key] for key in kept},
         "scores": scores,
         "mean": mean(s["value"] for s in scores.values()) if scores else None,
-        "bits_per_byte": manifest.get("bits_per_byte"),
-        "eval_peak_memory_bytes": manifest.get("eval_peak_memory_bytes"),
-        "eval_seconds": manifest.get("eval_seconds"),
-        "predicted": manifest.get("predicted"),
-        "fidelity": manifest.get("fidelity"),
-        "intruders": manifest.get("intruders"),
+        "bits_per_byte": record["bits_per_byte"],
+        "eval_peak_memory_bytes": record["eval_peak_memory_bytes"],
+        "eval_seconds": record["eval_seconds"],
+        "predicted": None,
+        "fidelity": record["fidelity"],
+        "intruders": record["intruders"],
     }
 
 
@@ -83,7 +83,7 @@ def row_of(cell: StoredCell, tasks: list[dict[str, Any]]) -> dict[str, Any]:
 def pairs(cells: list[StoredCell]) -> list[tuple[StoredCell, StoredCell, str]]:
     """Return (first, second, the question that their difference answers) of one model's cells."""
     base = next((cell for cell in cells if cell.kind == "base"), None)
-    starts = {cell.name: cell.manifest.get("parent") for cell in cells}
+    starts = {cell.name: cell.record.parent for cell in cells}
     of_name = {cell.name: cell for cell in cells}
     rounded = next(
         (cell for cell in cells if cell.kind == "quantized" and starts[cell.name] is None), None
@@ -92,7 +92,7 @@ def pairs(cells: list[StoredCell]) -> list[tuple[StoredCell, StoredCell, str]]:
     if base is not None:
         found += [(base, cell, "against the base") for cell in cells if cell is not base]
     tuned = [cell for cell in cells if cell.kind == "tuned"]
-    ways = {cell.method: cell.manifest["recipe"]["method"] for cell in tuned}
+    ways = {cell.method: cell.record.recipe["method"] for cell in tuned}
     if rounded is not None:
         found += [
             (rounded, cell, "what tuning adds to the 4-bit base")

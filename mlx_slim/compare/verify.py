@@ -36,7 +36,7 @@ def verify(folder: Path) -> Verified:
         SlimError: If a number differs (``details`` has a line each), or nothing was published.
     """
     stored = store.load(folder)
-    if "asked" not in stored.record:  # version 0.1
+    if stored.record.asked is None:  # version 0.1
         raise SlimError(
             f"{folder} was made by an older version and does not hold what was asked, from which "
             "every number is counted again",

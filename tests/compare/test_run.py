@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,7 +36,7 @@ def exchange(out: Path, *names: str) -> None:
     for cell in cells:
         manifest = read_json(cell / "cell.json")
         train = manifest["train"]
-        manifest |= measured(cell)
+        manifest |= asdict(measured(cell))
         if train is not None:
             manifest["train"] = train
         write_json(cell / "cell.json", manifest)

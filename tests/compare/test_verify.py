@@ -82,7 +82,7 @@ def found_below(folder: Path) -> list[str]:
     ledger = Ledger()
     recount(stored, ledger)
     lost = [
-        f"{name}: {why}" for name, why in stored.failed if why != stored.record["refused"][0][1]
+        f"{name}: {why}" for name, why in stored.failed if why != stored.record.refused[0][1]
     ]
     return ledger.problems + lost
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,7 @@ def _cell(
     if kind == "fused":
         effect = {"kl": 0.001, "top1": 0.99, "tokens": 512, "kept": 0.999}
         write_json(cell / "model" / "fuse.json", {"effect": effect})
-    found = measured(cell)
+    found = asdict(measured(cell))
     if found["train"]:
         found["train"]["predicted_seconds"] = 210.0
     write_json(
