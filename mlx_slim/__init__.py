@@ -31,7 +31,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Return a function of ``mlx_slim.api``, which imports MLX: only when it is asked for."""
+    """Return a function of ``mlx_slim.api``, which imports MLX: only when it is used."""
     if name in __all__:
         return getattr(import_module("mlx_slim.api"), name)
     raise AttributeError(f"module 'mlx_slim' has no attribute {name!r}")

@@ -86,7 +86,7 @@ def finetune(
         recipe: A shipped recipe's name, a YAML file, the values of a recipe, or a ``Resolved``.
         out: The run folder; must be new unless ``resume``.
         overrides: Dotted keys and their values: ``{"train.steps": 100}``.
-        resume: Go on from the newest checkpoint, exactly.
+        resume: Continue from the newest checkpoint, bit for bit.
         observer: Hears of every event (``mlx_slim.events``).
 
     Raises:
@@ -111,7 +111,7 @@ def distill(
         recipe: As in ``finetune``; its ``distill`` section names the teachers.
         out: The run folder; must be new unless ``resume``.
         overrides: As in ``finetune``: ``{"distill.teachers": [{"model": "BIGGER"}]}``.
-        resume: Go on where it was cut off: with the next answer of a teacher, or the next step.
+        resume: Continue with the next teacher response or the next step.
         observer: Hears of every event.
 
     Raises:
@@ -173,7 +173,7 @@ def quantize(
         calibration: Text or data set to calibrate and judge on; None is Alpaca.
         samples: Calibration rows, at most.
         length: Tokens of a calibration row.
-        fidelity_samples: Held-out rows that the result is judged on; 0: not at all.
+        fidelity_samples: Rows, not used for calibration, that the result is compared on; 0: none.
         revision: Commit or tag of a hub model.
         observer: Hears a notice for each stage.
 
@@ -222,14 +222,14 @@ def prune(
         SlimError: If anything given cannot be used.
         ResourceError: If memory or disk do not suffice.
     """
-    given = {
+    chosen_options = {
         "ratio": ratio,
         "method": method,
         "layers": layers,
         "target_params": target_params,
         "calibration": calibration,
     }
-    chosen = {key: value for key, value in given.items() if value is not None}
+    chosen = {key: value for key, value in chosen_options.items() if value is not None}
     settings = replace(options or PruneOptions(), **chosen)
     return pruning.prune(model, Path(out), settings, observer)
 
@@ -259,7 +259,7 @@ def evaluate(
         num_fewshot: Solved examples before each question; None takes the task's own.
         data_dir: Data mirror; None takes ``MLX_SLIM_DATA``, else the hub.
         options: Everything else; what is given above wins.
-        resume: Go on with ``out``.
+        resume: Continue the evaluation in ``out``.
         observer: Hears of every event.
 
     Raises:
@@ -267,12 +267,12 @@ def evaluate(
         ResourceError: Not enough memory or disk.
         Interrupted: Ctrl-C; what is computed stays.
     """
-    given = {
+    chosen_options = {
         "adapter": adapter,
         "limit": limit,
         "num_fewshot": num_fewshot,
         "data_dir": None if data_dir is None else Path(data_dir),
     }
-    chosen = {key: value for key, value in given.items() if value is not None}
+    chosen = {key: value for key, value in chosen_options.items() if value is not None}
     settings = replace(options or EvalOptions(), **chosen)
     return scoring.evaluate(model, tasks, Path(out), settings, resume=resume, observer=observer)

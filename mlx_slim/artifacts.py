@@ -92,7 +92,7 @@ def fsync(descriptor: int) -> None:
     """Return once an open file is on the storage medium.
 
     macOS's ``fsync`` stops at the drive's cache; ``F_FULLFSYNC`` empties that too. File systems
-    that refuse it (network shares, FAT) get the plain call.
+    that refuse it (network drives, FAT) get the plain call.
     """
     full = getattr(fcntl, "F_FULLFSYNC", None)
     if full is not None:
@@ -157,15 +157,15 @@ def _place(temporary: Path, path: Path) -> None:
 @contextlib.contextmanager
 def parent_of(path: Path) -> Iterator[None]:
     """Make the folder that ``path`` will lie in; remove what was made if the work fails."""
-    made = first_missing(path.parent)
+    first_folder = first_missing(path.parent)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
-        if made is not None:
+        if first_folder is not None:
             folder = path.parent
             with contextlib.suppress(OSError):  # not empty: somebody else's
-                while folder != made.parent:
+                while folder != first_folder.parent:
                     folder.rmdir()
                     folder = folder.parent
         raise
@@ -192,8 +192,8 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
             new.mkdir()
             yield new
             if work.record:
-                made = {"files": _files(new), "weights": weight_sizes(new)}
-                write_json(new / RECORD_FILE, {**work.record, **made})
+                contents = {"files": _files(new), "weights": weight_sizes(new)}
+                write_json(new / RECORD_FILE, {**work.record, **contents})
             for file in new.rglob("*"):
                 if file.is_file():
                     _fsync(file)
@@ -235,8 +235,8 @@ def exists_already(path: Path, why: str = "") -> SlimError:
 
 def _files(folder: Path) -> list[str]:
     """Return the paths of all files in ``folder``, inside it."""
-    found = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-    return sorted(found)
+    names = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    return sorted(names)
 
 
 def weight_sizes(folder: Path) -> dict[str, int]:
@@ -315,7 +315,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the objects of a file of JSON lines that this package wrote, one a line.
 
     Raises:
-        SlimError: If the file is missing or cannot be read, or a line is no JSON object; names the
+        SlimError: If the file cannot be read, or a line is not a JSON object; names the
             line.
     """
     lines = json_lines(path)
@@ -337,7 +337,7 @@ def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
         line, f"{reading.short(path)}, line {number} is damaged: it", halves=True
     )
     if type(record) is not dict:
-        raise SlimError(f"{path}, line {number} is no JSON object")
+        raise SlimError(f"{path}, line {number} is not a JSON object")
     return record
 
 

@@ -66,7 +66,7 @@ class SlimError(Exception):
 
 
 class ResourceError(SlimError):
-    """Not enough memory or disk: said before anything starts."""
+    """Not enough memory or disk: raised before anything starts."""
 
     exit_code = 3
 
@@ -106,7 +106,9 @@ def check_working_folder() -> None:
     try:
         Path.cwd()
     except OSError as error:
-        raise SlimError("the working folder was removed", "go to another one: cd") from error
+        raise SlimError(
+            "the working directory was removed", "change to another directory"
+        ) from error
 
 
 def check_temporary_folder() -> None:
@@ -125,14 +127,14 @@ def check_temporary_folder() -> None:
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Return a hint for a mistyped ``word``: the closest of ``choices``, else all of them."""
-    known = list(choices)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+    names = list(choices)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(names))}"
 
 
 @dataclass(frozen=True)
 class RowLimit:
-    """The longest row that a model computes as it was trained; see ``models/limits.py``.
+    """The longest row that a model computes as it was trained; see ``models/row_limits.py``.
 
     Attributes:
         tokens: Of the row.

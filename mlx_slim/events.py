@@ -14,13 +14,21 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 @dataclass(frozen=True)
 class Event:
-    """Base of every event; ``name`` is the ``event`` field of its record."""
+    """Base of every event; ``name`` is the ``event`` field of its record.
+
+    ``record_keys``: field → its key in the record, where they differ (file formats are stable).
+    """
 
     name: ClassVar[str] = ""
+    record_keys: ClassVar[dict[str, str]] = {}
 
     def as_record(self) -> dict[str, Any]:
         """Return the JSON object of this event, ``event`` first, unset fields left out."""
-        fields = {key: value for key, value in asdict(self).items() if value is not None}
+        fields = {
+            self.record_keys.get(key, key): value
+            for key, value in asdict(self).items()
+            if value is not None
+        }
         return {"event": self.name, **fields}
 
 
@@ -58,11 +66,12 @@ class StepDone(Event):
         grad_norm: L2 norm of the gradient before clipping.
         active_memory_bytes: MLX memory in use after the step, bytes.
         peak_memory_bytes: MLX peak since the run began, bytes.
-        parts: What the loss is made of, by name, nats per token (``cross_entropy``, ``divergence``
-            of a distillation); None where it is one thing.
+        metrics: The terms of the loss by name, nats per token (``cross_entropy`` and ``divergence``
+            of a distillation); None where it has one term. ``parts`` in the record.
     """
 
     name: ClassVar[str] = "step"
+    record_keys: ClassVar[dict[str, str]] = {"metrics": "parts"}
     step: int
     epoch: float
     loss: float
@@ -74,23 +83,24 @@ class StepDone(Event):
     grad_norm: float
     active_memory_bytes: int
     peak_memory_bytes: int
-    parts: dict[str, float] | None = None
+    metrics: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
 class ValidationDone(Event):
     """The fixed validation split was scored after ``step``; ``best`` if it is the lowest so far.
 
-    ``parts``: what else was measured on it, by name, nats per token.
+    ``metrics``: the terms of the loss by name, nats per token; ``parts`` in the record.
     """
 
     name: ClassVar[str] = "validation"
+    record_keys: ClassVar[dict[str, str]] = {"metrics": "parts"}
     step: int
     loss: float
     supervised_tokens: int
     seconds: float
     best: bool
-    parts: dict[str, float] | None = None
+    metrics: dict[str, float] | None = None
 
 
 FORGETTING_OF_0_1 = "held_out"  # name of the next event in a ``metrics.jsonl`` of version 0.1
@@ -127,7 +137,7 @@ class Saved(Event):
 
 @dataclass(frozen=True)
 class Resumed(Event):
-    """Training goes on from the checkpoint at ``path`` (relative to the run folder)."""
+    """Training resumes from the checkpoint at ``path`` (relative to the run folder)."""
 
     name: ClassVar[str] = "resumed"
     step: int
@@ -190,7 +200,7 @@ class Done(Event):
 
 @dataclass(frozen=True)
 class EvalStarted(Event):
-    """A model is loaded, and its questions are about to be asked.
+    """A model is loaded, and scoring is about to start.
 
     Attributes:
         model: Hub id or folder.
@@ -198,16 +208,17 @@ class EvalStarted(Event):
         tasks: Names of the tasks, in order.
         questions: Questions of all tasks.
         answered: Those that an earlier run had answered.
-        share: Part of the whole evaluation's work that this was, 0 … 1.
+        fraction: Fraction of the whole evaluation's work that this was, 0 … 1.
         budget_bytes: Memory of the device, bytes.
     """
 
     name: ClassVar[str] = "eval_started"
+    record_keys: ClassVar[dict[str, str]] = {"fraction": "share"}
     model: str
     tasks: tuple[str, ...]
     questions: int
     answered: int
-    share: float
+    fraction: float
     budget_bytes: int
     adapter: str | None = None
 
@@ -222,19 +233,20 @@ class EvalProgress(Event):
         questions: All its questions.
         metric: The task's first metric.
         value: That metric over the questions answered so far.
-        share: Part of the whole evaluation's work that is done, 0 … 1.
+        fraction: Fraction of the whole evaluation's work that is done, 0 … 1.
         tokens_per_second: Tokens computed per second of this process, recently.
         active_memory_bytes: MLX memory in use, bytes.
         peak_memory_bytes: MLX peak since the model was loaded, bytes.
     """
 
     name: ClassVar[str] = "eval_progress"
+    record_keys: ClassVar[dict[str, str]] = {"fraction": "share"}
     task: str
     answered: int
     questions: int
     metric: str
     value: float
-    share: float
+    fraction: float
     tokens_per_second: float
     active_memory_bytes: int
     peak_memory_bytes: int
@@ -335,10 +347,10 @@ class Observer(Protocol):
         ...
 
 
-_Self = TypeVar("_Self", bound="Closing")
+_Self = TypeVar("_Self", bound="ClosingObserver")
 
 
-class Closing:
+class ClosingObserver:
     """An observer that ``with`` closes, however the block ends."""
 
     def close(self) -> None:

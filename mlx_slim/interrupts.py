@@ -2,8 +2,8 @@
 
 Invariant: a command that is stopped leaves as it leaves on an error: each ``finally`` runs, so no
 temporary and no child stays. What must not be cut in half (a lock and its entry, a rename and what
-follows it) runs under ``undivided``, which holds the signal back for that moment. A signal that was
-ignored when the program started (``nohup``) stays ignored. Try it: start a command and
+follows it) runs under ``deferred_signals``, which holds the signal back for that moment. A signal
+that was ignored when the program started (``nohup``) stays ignored. Try it: start a command and
 ``kill -TERM`` it.
 """
 
@@ -23,7 +23,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAME = 0.5  # seconds in which several signals are one: a terminal and a parent both send theirs
 
 _Handler = Callable[[int, FrameType | None], Any]
-_Listener = TypeVar("_Listener", bound="Requested")
+_Listener = TypeVar("_Listener", bound="SignalFlag")
 
 
 class Terminated(KeyboardInterrupt):
@@ -46,7 +46,7 @@ def _handled_by(handler: _Handler) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def raised() -> Iterator[None]:
+def raise_on_signal() -> Iterator[None]:
     """Raise KeyboardInterrupt (``Terminated``) in the main thread when a signal comes.
 
     Those that follow within half a second are the same wish: they do not cut the clean-up short.
@@ -77,7 +77,7 @@ def raised() -> Iterator[None]:
         sys.unraisablehook = hook
 
 
-class Requested:
+class SignalFlag:
     """Notes the wish to stop instead of raising it; a second wish is raised.
 
     Attributes:
@@ -106,7 +106,7 @@ class Requested:
 
 
 @contextlib.contextmanager
-def undivided() -> Iterator[None]:
+def deferred_signals() -> Iterator[None]:
     """Hold signals back until the block is done, and send the first one again then."""
     held: list[int] = []
     try:

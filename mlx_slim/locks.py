@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlx_slim.errors import SlimError
-from mlx_slim.interrupts import undivided
+from mlx_slim.interrupts import deferred_signals
 
 TAG = ".mlx-slim-"
 _FOLDER = re.compile(r"\.(.+)\.mlx-slim-tmp")
@@ -134,14 +134,14 @@ def temporary_file(path: Path) -> Iterator[Path]:
     """Yield a new, empty, locked file beside ``path``; it is removed, if it has its name still."""
     held: list[Lock] = []
     try:
-        with undivided():
+        with deferred_signals():
             while not held:
                 name = f".{path.name}{TAG}{secrets.token_hex(4)}{path.suffix}"
                 if (lock := acquire(path.with_name(name))) is not None:
                     held.append(lock)
         yield held[0].path
     finally:
-        with undivided():
+        with deferred_signals():
             for lock in held:
                 lock.path.unlink(missing_ok=True)
                 lock.release()
@@ -151,7 +151,7 @@ def temporary_file(path: Path) -> Iterator[Path]:
 
 
 @dataclass
-class Work:
+class TemporaryFolder:
     """The temporary folder of an output, held by this process.
 
     Attributes:
@@ -167,7 +167,7 @@ class Work:
     record: dict[str, object] = field(default_factory=dict)
 
 
-_held: dict[str, Work] = {}
+_held: dict[str, TemporaryFolder] = {}
 
 
 def _key(path: Path) -> str:
@@ -175,7 +175,7 @@ def _key(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def hold(path: Path) -> Iterator[Work]:
+def hold(path: Path) -> Iterator[TemporaryFolder]:
     """Hold the output ``path``, which need not exist; its folder must.
 
     What a dead process left of it is completed or removed first. Held again inside, it is the same.
@@ -183,20 +183,20 @@ def hold(path: Path) -> Iterator[Work]:
     Raises:
         SlimError: If a living process holds it.
     """
-    if (known := _held.get(_key(path))) is not None:
-        yield known
+    if (folder := _held.get(_key(path))) is not None:
+        yield folder
         return
     try:
-        with undivided():
+        with deferred_signals():
             work = _held[_key(path)] = _begin(path)
         yield work
     finally:
-        with undivided():
+        with deferred_signals():
             if (held := _held.pop(_key(path), None)) is not None:
                 _end(held)
 
 
-def _begin(path: Path) -> Work:
+def _begin(path: Path) -> TemporaryFolder:
     folder = path.with_name(f".{path.name}{TAG}tmp")
     while True:
         folder.mkdir(exist_ok=True)
@@ -206,11 +206,11 @@ def _begin(path: Path) -> Work:
             continue
         if lock is None:
             raise in_use(path)
-        work = Work(path, folder, lock)
+        work = TemporaryFolder(path, folder, lock)
         if not lock.works and {entry.name for entry in folder.iterdir()} != {_LOCK}:
             lock.release()
             raise SlimError(
-                f"{folder} is there, and without locks nobody knows whether its process lives",
+                f"{folder} is there, and without file locks its process may still be running",
                 f"remove it if no other command writes {path}",
             )
         settle(work)
@@ -222,7 +222,7 @@ def in_use(path: Path) -> SlimError:
     return SlimError(f"another process is writing {path}", "wait for it, or stop it first")
 
 
-def settle(work: Work) -> None:
+def settle(work: TemporaryFolder) -> None:
     """Finish a replacement of which the half is done, and remove what else is in the folder."""
     new, old = work.folder / NEW, work.folder / OLD
     if old.exists() and not os.path.lexists(work.path):
@@ -245,7 +245,7 @@ def _keep_others(old: Path, new: Path) -> None:
             file.rename(target)
 
 
-def _end(work: Work) -> None:
+def _end(work: TemporaryFolder) -> None:
     settle(work)
     with contextlib.suppress(OSError):  # in it: somebody else's, or the next one's lock
         work.lock.path.unlink(missing_ok=True)
@@ -287,7 +287,7 @@ def _remove_if_dead(temporary: Path, output: Path, is_folder: bool) -> None:
     if not lock.works:
         lock.release()
     elif is_folder:
-        _end(Work(output, temporary, lock))
+        _end(TemporaryFolder(output, temporary, lock))
     else:
         temporary.unlink(missing_ok=True)
         lock.release()

@@ -190,7 +190,7 @@ def read_text(path: Path, limit: int = MAX_BYTES) -> str:
         return read_bytes(path, limit).decode("utf-8")
     except UnicodeDecodeError as error:
         raise SlimError(
-            f"{short(path)} is no UTF-8: {error.reason} at byte {error.start}"
+            f"{short(path)} is not UTF-8: {error.reason} at byte {error.start}"
         ) from error
 
 
@@ -221,7 +221,7 @@ def parse_json(text: bytes | str, where: str, *, unique: bool = False, halves: b
         raise _deep(where) from error
     except UnicodeEncodeError as error:
         half = f"\\u{ord(error.object[error.start]):04x}"
-        raise SlimError(f"{where} cannot be read as JSON: {half} is half a character") from error
+        raise SlimError(f"{where} cannot be read as JSON: {half} is half of a character") from error
     except ValueError as error:
         raise SlimError(f"{where} cannot be read as JSON: {error}") from error
     return value
@@ -285,7 +285,7 @@ def read_object(path: Path, **kinds: type) -> dict[str, Any]:
     """
     value = read_json(path)
     if type(value) is not dict:
-        raise SlimError(f"{short(path)} is no JSON object: {shown(value)}", _AGAIN)
+        raise SlimError(f"{short(path)} is not a JSON object: {shown(value)}", _AGAIN)
     for key, kind in kinds.items():
         field(value, short(path), key, kind)
     return value

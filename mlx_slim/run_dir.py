@@ -23,7 +23,7 @@ from typing import Any
 from mlx_slim import locks
 from mlx_slim.artifacts import check_writable, disk_errors, first_missing
 from mlx_slim.errors import Interrupted, SlimError
-from mlx_slim.interrupts import undivided
+from mlx_slim.interrupts import deferred_signals
 from mlx_slim.reading import field, read_object
 
 LOCK_FILE = ".mlx-slim.lock"
@@ -139,7 +139,7 @@ class RunDir:
         lock = missing = None
         started = begun = False
         try:
-            with disk_errors(out), undivided():
+            with disk_errors(out), deferred_signals():
                 missing = first_missing(out)
                 lock = _lock(out)
                 _claimed[key] = lock.descriptor
@@ -155,7 +155,7 @@ class RunDir:
                 match()
             yield ClaimedDir(started, note, lock.descriptor)
         finally:
-            with undivided():
+            with deferred_signals():
                 if lock is not None:
                     _claimed.pop(key, None)
                     if begun and not self.started:  # it could not start

@@ -27,7 +27,7 @@ from mlx_slim import blas
 from mlx_slim.errors import SlimError
 
 HUB_SECONDS = 3.0
-AUTO_SHARE = 0.9  # of what the device can hold: the budget of a run that names none
+AUTO_FRACTION = 0.9  # of what the device can hold: the budget of a run that names none
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _SIZES = ("B", "kB", "MB", "GB", "TB", "PB", "EB")
 _UNITS = {"": 1, **{name.lower(): 1000**n for n, name in enumerate(_SIZES[:5])}}
@@ -40,14 +40,14 @@ def on_gpu() -> bool:
 
 
 def default_num_threads() -> int:
-    """Return how many parts of a batch to compute side by side: one a core, at most four.
+    """Return how many shards of a batch to compute in parallel: one a core, at most four.
 
     Without a GPU, MLX runs everything but matrix products on one thread per stream.
     """
     return 1 if on_gpu() else min(4, blas.physical_cores())
 
 
-def side_by_side(function: Callable, work: Sequence[tuple], threads: int) -> list:
+def run_in_threads(function: Callable, work: Sequence[tuple], threads: int) -> list:
     """Return ``function(*arguments)`` for each of ``work``, in order, computed by ``threads``.
 
     An MLX stream belongs to its thread, and a thread that ends with a stream open aborts the
@@ -69,10 +69,10 @@ def side_by_side(function: Callable, work: Sequence[tuple], threads: int) -> lis
             mx.clear_streams()
 
     # As many tasks as threads, and each waits for work that others leave: one task a thread.
-    together = threading.Barrier(threads)
+    barrier = threading.Barrier(threads)
     with ThreadPoolExecutor(threads) as pool:
-        parts = [pool.submit(lambda: (together.wait(), drain())[1]) for _ in range(threads)]
-        results = {index: value for part in parts for index, value in part.result().items()}
+        futures = [pool.submit(lambda: (barrier.wait(), drain())[1]) for _ in range(threads)]
+        results = {index: value for part in futures for index, value in part.result().items()}
     return [results[index] for index in range(len(work))]
 
 
@@ -94,8 +94,8 @@ def world() -> mx.distributed.Group:
     return mx.distributed.init()
 
 
-def share(data: bytes) -> list[bytes]:
-    """Return what every rank gave, in the order of ranks; all ranks must call it together."""
+def all_gather_bytes(data: bytes) -> list[bytes]:
+    """Return what every rank gave, in the order of ranks; all ranks must call it."""
     group = world()
     if group.size() == 1:
         return [data]
@@ -123,9 +123,9 @@ def from_first_rank(work: Callable[[], Any]) -> Any:
             answer = {"code": error.exit_code}
             raise
         finally:
-            share(json.dumps(answer).encode())
+            all_gather_bytes(json.dumps(answer).encode())
         return answer["value"]
-    answer = json.loads(share(b"")[0])
+    answer = json.loads(all_gather_bytes(b"")[0])
     if "code" in answer:
         raise SystemExit(answer["code"])
     return answer["value"]
@@ -171,7 +171,7 @@ def parse_size(text: str | int) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*", str(text).lower())
     if not match or match[2] not in _UNITS:
-        raise SlimError(f"memory size {text!r} is not understood", "write it as 16GB or 16GiB")
+        raise SlimError(f"memory size {text!r} is not a size", "write it as 16GB or 16GiB")
     size = float(match[1]) * _UNITS[match[2]]
     if not 1 <= size <= 2**60:
         raise SlimError(
@@ -183,7 +183,7 @@ def parse_size(text: str | int) -> int:
 def memory_budget(setting: str | int) -> int:
     """Return the budget in bytes of a recipe's ``memory.budget``: ``auto`` is 90% of the device."""
     if setting == "auto":
-        return int(device_memory() * AUTO_SHARE)
+        return int(device_memory() * AUTO_FRACTION)
     return parse_size(setting)
 
 
@@ -192,7 +192,7 @@ def hub_offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
-def hub_trouble() -> str:
+def hub_error() -> str:
     """Return why the hub does not answer, in one line; empty when it does.
 
     One short request: the hub's own clients try again for half a minute before they give up.
@@ -216,7 +216,7 @@ def hub_trouble() -> str:
     return answer[0] if answer else f"no answer in {HUB_SECONDS:.0f} s"
 
 
-def number(scalar: mx.array) -> float:
+def to_float(scalar: mx.array) -> float:
     """Return the value of a scalar array that is not complex."""
     return float(cast(float, scalar.item()))
 

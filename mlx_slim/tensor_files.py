@@ -28,7 +28,7 @@ _BITS = {
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorEntry:
     """Where a tensor lies: its safetensors dtype (``BF16``), shape, first byte and bytes."""
 
     dtype: str
@@ -37,7 +37,7 @@ class Stored:
     nbytes: int
 
 
-def safetensors_header(path: Path) -> dict[str, Stored]:
+def safetensors_header(path: Path) -> dict[str, TensorEntry]:
     """Return the tensors of a safetensors file, each checked against the file's size.
 
     Raises:
@@ -52,7 +52,7 @@ def safetensors_header(path: Path) -> dict[str, Stored]:
             raise SlimError(f"{where} would take {length:,} of {size:,} bytes", _AGAIN)
         header = parse_json(handle.read(length), where, unique=True)
     if type(header) is not dict:
-        raise SlimError(f"{where} is no object: {shown(header)}", _AGAIN)
+        raise SlimError(f"{where} is not an object: {shown(header)}", _AGAIN)
     header.pop("__metadata__", None)
     start = 8 + length
     tensors = {name: _stored(entry, name, where, start) for name, entry in header.items()}
@@ -87,7 +87,7 @@ def check_apart(path: Path, places: Iterable[tuple[int, int, str]]) -> None:
         last = place
 
 
-def _stored(entry: Any, name: str, where: str, start: int) -> Stored:
+def _stored(entry: Any, name: str, where: str, start: int) -> TensorEntry:
     what = f"{where}, tensor {shown(name)}"
     if type(entry) is not dict:
         raise SlimError(f"{what} is {shown(entry)}, expected an object", _AGAIN)
@@ -106,4 +106,4 @@ def _stored(entry: Any, name: str, where: str, start: int) -> Stored:
             f"{math.prod(shape) * bits // 8:,}",
             _AGAIN,
         )
-    return Stored(dtype, tuple(shape), start + place[0], nbytes)
+    return TensorEntry(dtype, tuple(shape), start + place[0], nbytes)

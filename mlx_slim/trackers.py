@@ -19,7 +19,7 @@ from mlx_slim import runtime
 from mlx_slim.artifacts import write_text
 from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.events import (
-    Closing,
+    ClosingObserver,
     Done,
     Event,
     ForgettingMeasured,
@@ -56,17 +56,17 @@ def scalars(event: Event) -> dict[str, float]:
             "train/epoch": event.epoch,
             "memory/active_bytes": float(event.active_memory_bytes),
             "memory/peak_bytes": float(event.peak_memory_bytes),
-            **_parts("train", event.parts),
+            **_loss_metrics("train", event.metrics),
         }
     if isinstance(event, ValidationDone):
-        return {"validation/loss": event.loss, **_parts("validation", event.parts)}
+        return {"validation/loss": event.loss, **_loss_metrics("validation", event.metrics)}
     if isinstance(event, ForgettingMeasured):
         return {"forgetting/bits_per_byte": event.bits_per_byte}
     return {}
 
 
-def _parts(group: str, parts: Mapping[str, float] | None) -> dict[str, float]:
-    return {f"{group}/{name}": value for name, value in (parts or {}).items()}
+def _loss_metrics(group: str, metrics: Mapping[str, float] | None) -> dict[str, float]:
+    return {f"{group}/{name}": value for name, value in (metrics or {}).items()}
 
 
 class TensorBoard:
@@ -111,7 +111,7 @@ class WeightsAndBiases:
     """Sends the numbers to Weights & Biases (``WANDB_MODE=offline`` keeps them here).
 
     Args:
-        folder: The run folder; ``wandb_id`` in it lets a resumed run go on in the same chart.
+        folder: The run folder; ``wandb_id`` in it lets a resumed run continue the same chart.
         name: The run's name.
         config: The resolved recipe.
 
@@ -156,7 +156,7 @@ class WeightsAndBiases:
             self._run = None
 
 
-class Trackers(Closing):
+class Trackers(ClosingObserver):
     """The trackers of ``report_to`` as one observer; a context manager that closes them.
 
     Args:
@@ -184,15 +184,15 @@ class Trackers(Closing):
             "wandb": lambda: WeightsAndBiases(folder, name or folder.name, config or {}),
         }
         self.observers: list[TensorBoard | WeightsAndBiases] = []
-        wanted = list(names)
-        for one in wanted:
+        requested = list(names)
+        for one in requested:
             if one not in makers:
                 raise SlimError(f"report_to names {one!r}", did_you_mean(one, makers))
         if (runtime.world().rank() if rank is None else rank) != 0:
-            wanted = []
-        for one in wanted:
+            requested = []
+        for one in requested:
             _package(one, one)
-        self._waiting = [makers[one] for one in wanted]
+        self._waiting = [makers[one] for one in requested]
 
     def notify(self, event: Event) -> None:
         """Pass ``event`` on to each tracker; they begin, and write, only when a loop starts."""

@@ -22,13 +22,13 @@ def interruptible() -> None:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     """Return a function: architecture name -> folder of a tiny model, made once a session."""
-    made: dict[str, Path] = {}
+    created: dict[str, Path] = {}
 
     def get(architecture: str = "llama") -> Path:
-        if architecture not in made:
+        if architecture not in created:
             folder = tmp_path_factory.mktemp("models") / architecture
-            made[architecture] = tiny_model(folder, architecture)
-        return made[architecture]
+            created[architecture] = tiny_model(folder, architecture)
+        return created[architecture]
 
     return get
 

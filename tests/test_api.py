@@ -68,13 +68,13 @@ def test_a_recipe_may_be_a_name_a_file_values_or_resolved(tiny, tmp_path: Path):
     values = {"model": str(tiny("llama")), "data": {"path": "x"}, "train": {"batch_tokens": 1024}}
     changed = {"train.batch_tokens": 512, "method": "qlora", "quantize.group_size": 32}
     (tmp_path / "mine.yaml").write_text(json.dumps(values))
-    found = [
+    actual = [
         plan(recipe, overrides=changed, budget="1GB")
         for recipe in (values, tmp_path / "mine.yaml", load_recipe(str(tmp_path / "mine.yaml")))
     ]
-    assert len({f.predicted_peak_bytes for f in found}) == 1
-    assert found[0].predicted_peak_bytes < plan(values, budget="1GB").predicted_peak_bytes
-    assert found[0].budget_bytes == 10**9
+    assert len({f.predicted_peak_bytes for f in actual}) == 1
+    assert actual[0].predicted_peak_bytes < plan(values, budget="1GB").predicted_peak_bytes
+    assert actual[0].budget_bytes == 10**9
     assert values["train"] == {"batch_tokens": 1024}  # the caller's values stay
     assert plan("tinyllama-lora", mac="M2 16GB").fits
 

@@ -24,7 +24,7 @@ def send(number: int) -> None:
 @pytest.mark.parametrize("number", interrupts.SIGNALS)
 def test_each_signal_is_an_interrupt_and_the_handlers_come_back(number) -> None:
     before = [signal.getsignal(each) for each in interrupts.SIGNALS]
-    with pytest.raises(KeyboardInterrupt) as caught, interrupts.raised():
+    with pytest.raises(KeyboardInterrupt) as caught, interrupts.raise_on_signal():
         send(number)
     assert isinstance(caught.value, interrupts.Terminated) == (number != signal.SIGINT)
     assert [signal.getsignal(each) for each in interrupts.SIGNALS] == before
@@ -32,7 +32,7 @@ def test_each_signal_is_an_interrupt_and_the_handlers_come_back(number) -> None:
 
 def test_what_follows_at_once_does_not_cut_the_clean_up_short() -> None:
     done = []
-    with pytest.raises(KeyboardInterrupt), interrupts.raised():
+    with pytest.raises(KeyboardInterrupt), interrupts.raise_on_signal():
         try:
             send(signal.SIGINT)
         finally:
@@ -47,7 +47,11 @@ def test_what_follows_at_once_does_not_cut_the_clean_up_short() -> None:
 def test_a_signal_that_was_ignored_stays_ignored() -> None:
     former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with interrupts.raised(), interrupts.Requested() as stop, interrupts.undivided():
+        with (
+            interrupts.raise_on_signal(),
+            interrupts.SignalFlag() as stop,
+            interrupts.deferred_signals(),
+        ):
             send(signal.SIGHUP)
         assert not stop.requested
     finally:
@@ -56,14 +60,14 @@ def test_a_signal_that_was_ignored_stays_ignored() -> None:
 
 def test_an_undivided_block_is_done_before_the_interrupt() -> None:
     done = []
-    with interrupts.raised():
-        with pytest.raises(interrupts.Terminated), interrupts.undivided():
-            with interrupts.undivided():
+    with interrupts.raise_on_signal():
+        with pytest.raises(interrupts.Terminated), interrupts.deferred_signals():
+            with interrupts.deferred_signals():
                 send(signal.SIGTERM)
                 done.append("inner")
             done.append("outer")
         assert done == ["inner", "outer"]
-        with interrupts.Requested() as stop, interrupts.undivided():
+        with interrupts.SignalFlag() as stop, interrupts.deferred_signals():
             send(signal.SIGINT)
         assert stop.requested  # sent again to who listened before
 
@@ -73,7 +77,7 @@ def test_an_interrupt_in_a_destructor_is_not_lost(capfd) -> None:
         def __del__(self) -> None:
             send(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt), interrupts.raised():
+    with pytest.raises(KeyboardInterrupt), interrupts.raise_on_signal():
         Slow()
         time.sleep(5)
     assert "Traceback" not in capfd.readouterr().err

@@ -17,8 +17,8 @@ from mlx_slim.evaluation.run import EvalOptions, evaluate
 from mlx_slim.evaluation.scoring.perplexity import read_texts
 from mlx_slim.events import Saved
 from mlx_slim.training.metrics import MetricsFile
-from tests.support.evals import files, samples_of, write_tasks
-from tests.support.tiny import speaking_model
+from tests.support.evals import result_files, samples_of, write_tasks
+from tests.support.tiny import fixed_answer_model
 
 CUTS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
 TEXT = "".join(f"a{cut}" for cut in CUTS)
@@ -49,7 +49,7 @@ def test_samples(tmp_path):
     ("line", "text"),
     [
         (b'{"a": ', "line 1500 is damaged"),
-        (b"[1]", "line 1500 is no JSON object"),
+        (b"[1]", "line 1500 is not a JSON object"),
         (b'{"a": 1}, {"b": 2}', "line 1500 is damaged"),
         (b"\xff", "line 1500 is damaged"),
     ],
@@ -96,16 +96,16 @@ def test_rows_of_users_and_held_out_texts(tmp_path):
 def test_an_answer_may_hold_any_line_separator(tmp_path, monkeypatch, answer):
     monkeypatch.setattr(jobs, "GENERATION_CHUNK", 8)
     tasks = write_tasks(tmp_path / "tasks")
-    model, out = speaking_model(tmp_path / "speaks", answer), tmp_path / "out"
+    model, out = fixed_answer_model(tmp_path / "speaks", answer), tmp_path / "out"
     options = EvalOptions()
     spec = tasks[1].read_text().replace("- a\n", "").replace("max_tokens: 12", "max_tokens: 30")
     task = tasks[1].with_name("any_answer.yaml")
     task.write_text(spec)
     evaluate(model, [str(task)], out, options)
     assert {sample["generation"] for sample in samples_of(out, "any_answer")} == {answer}
-    complete = files(out)
+    complete = result_files(out)
     (out / "results.json").unlink()
     progress = out / "progress.jsonl"
     progress.write_bytes(progress.read_bytes().split(b"\n")[0] + b"\n")
     evaluate(model, [str(task)], out, options, resume=True)
-    assert files(out) == complete
+    assert result_files(out) == complete

@@ -63,7 +63,7 @@ def test_a_path_that_cannot_be_followed(tmp_path: Path) -> None:
 def test_a_file_that_is_too_large_or_no_text(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"ab\xff")
     assert "3 bytes, expected at most 2" in refusal(read_text, tmp_path / "file", 2)
-    assert "no UTF-8" in refusal(read_text, tmp_path / "file")
+    assert "not UTF-8" in refusal(read_text, tmp_path / "file")
 
 
 # ------------------------------ JSON
@@ -80,16 +80,16 @@ def nested(depth: int) -> str:
         (nested(200_000), "nested deeper than 64"),
         ('{"a": ' * 3000 + "1" + "}" * 3000, "nested deeper than 64"),
         (f'{{"a": {"9" * 6000}}}', "6,000 digits"),
-        ('{"a": "\\ud83d"}', "\\ud83d is half a character"),
+        ('{"a": "\\ud83d"}', "\\ud83d is half of a character"),
         ('{"a": 1', "cannot be read as JSON"),
         (b'{"a": "\xff"}', "cannot be read as JSON"),
         (b'{"a": "\xed\xa0\x80"}', "cannot be read as JSON"),
     ],
 )
 def test_hostile_json(text, expected: str) -> None:
-    found = refusal(parse_json, text, "config.json")
-    assert found.startswith("config.json")
-    assert expected in found
+    actual = refusal(parse_json, text, "config.json")
+    assert actual.startswith("config.json")
+    assert expected in actual
 
 
 def test_json_within_bounds() -> None:
@@ -120,7 +120,7 @@ def test_an_object_with_keys(tmp_path: Path) -> None:
     assert "run.json: recipe is [], expected an object" in refusal(read_object, file, recipe=dict)
     assert "run.json has no 'data'" in refusal(read_object, file, data=dict)
     file.write_text("[]")
-    assert "is no JSON object" in refusal(read_object, file)
+    assert "is not a JSON object" in refusal(read_object, file)
     with pytest.raises(SlimError, match="does not exist"):
         read_json(tmp_path / "none.json")
 
@@ -142,9 +142,9 @@ def test_an_object_with_keys(tmp_path: Path) -> None:
 )
 def test_a_field_of_another_type_or_out_of_range(kind, value, expected: str) -> None:
     bounds = {"low": 1, "high": 8} if kind in (int, float) else {}
-    found = refusal(field, {"rank": value}, "a.json", "rank", kind, **bounds)
-    assert "a.json: rank is" in found
-    assert expected in found
+    actual = refusal(field, {"rank": value}, "a.json", "rank", kind, **bounds)
+    assert "a.json: rank is" in actual
+    assert expected in actual
 
 
 def test_a_field_that_fits() -> None:
@@ -153,12 +153,12 @@ def test_a_field_that_fits() -> None:
     assert field({"r": None}, "x", "r", int, 4) == 4
     assert field({"r": "x" * 9}, "x", "r", str, high=9) == "x" * 9
     assert field({"r": [1, 2.5]}, "x", "r", list, of=float) == [1, 2.5]
-    found = refusal(field, {"r": ["a", 1]}, "x", "r", list, of=str)
-    assert "x: r[1] is 1, expected a string" in found
-    found = refusal(field, {"r": {"a": "b", "c": None}}, "x", "r", dict, of=str)
-    assert "x: r['c'] is None, expected a string" in found
-    found = refusal(field, {"r": 1.0}, "x", "r", float, low=0, below=1)
-    assert "r is 1.0, expected a number from 0 to below 1" in found
+    actual = refusal(field, {"r": ["a", 1]}, "x", "r", list, of=str)
+    assert "x: r[1] is 1, expected a string" in actual
+    actual = refusal(field, {"r": {"a": "b", "c": None}}, "x", "r", dict, of=str)
+    assert "x: r['c'] is None, expected a string" in actual
+    actual = refusal(field, {"r": 1.0}, "x", "r", float, low=0, below=1)
+    assert "r is 1.0, expected a number from 0 to below 1" in actual
     assert "has no 'r'" in refusal(field, {}, "x", "r", int)
 
 

@@ -42,14 +42,14 @@ GOOD = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
 def test_a_header_that_does_not_fit_its_file(tmp_path: Path, entry, expected: str) -> None:
     file = safetensors(tmp_path / "model.safetensors", {"w": entry})
     for read in (safetensors_header, load_tensors):
-        found = refusal(read, file)
-        assert "model.safetensors" in found
-        assert expected in found
+        actual = refusal(read, file)
+        assert "model.safetensors" in actual
+        assert expected in actual
 
 
 def test_headers_that_are_no_objects(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
-    assert "is no object" in refusal(safetensors_header, safetensors(file, []))
+    assert "is not an object" in refusal(safetensors_header, safetensors(file, []))
     assert "nested deeper" in refusal(safetensors_header, safetensors(file, nested(5000).encode()))
     text = json.dumps({"w": GOOD})
     twice = f"{text[:-1]}, {text[1:]}".encode()
@@ -75,7 +75,7 @@ def test_tensors_that_share_bytes_are_refused(tmp_path: Path, places) -> None:
 
     header = {name: entry(place) for name, place in zip("ab", places, strict=True)}
     file = safetensors(tmp_path / "model.safetensors", header)
-    found = refusal(load_tensors, file)
-    assert "model.safetensors is corrupt: the tensors" in found and "share bytes" in found
+    actual = refusal(load_tensors, file)
+    assert "model.safetensors is corrupt: the tensors" in actual and "share bytes" in actual
     header = {"a": entry([0, 8]), "empty": entry([8, 8]), "b": entry([8, 16])}
     assert set(safetensors_header(safetensors(file, header))) == {"a", "b", "empty"}

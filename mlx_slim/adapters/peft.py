@@ -29,7 +29,7 @@ from mlx_slim.artifacts import save_tensors, write_json
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError
 from mlx_slim.reading import library_errors
-from mlx_slim.runtime import number
+from mlx_slim.runtime import to_float
 
 
 def write_peft(
@@ -203,8 +203,8 @@ def differing(model: nn.Module, folder: PeftFolder) -> list[str]:
     for path in adapters.keys() & folder.layers.keys():
         plain = PlainLayer(adapters[path].base, folder.layers[path])
         weight, change = plain.weight(), plain.change()
-        gap = number(mx.linalg.norm(adapters[path].merged_weight() - weight))
-        allowed = 1e-3 * number(mx.linalg.norm(change)) + 1e-5 * number(mx.linalg.norm(weight))
+        gap = to_float(mx.linalg.norm(adapters[path].merged_weight() - weight))
+        allowed = 1e-3 * to_float(mx.linalg.norm(change)) + 1e-5 * to_float(mx.linalg.norm(weight))
         if not gap <= allowed:
             wrong.append(path)
     return wrong

@@ -29,10 +29,10 @@ from mlx_slim.adapters.store import CONFIG
 from mlx_slim.adapters.store import PEFT_WEIGHTS as WEIGHTS
 from mlx_slim.artifacts import load_tensors
 from mlx_slim.errors import SlimError
-from mlx_slim.models.finite import refuse_other_than_numbers
+from mlx_slim.models.finite import check_finite
 from mlx_slim.models.tensors import few
 from mlx_slim.reading import field, read_object, short, shown
-from mlx_slim.runtime import number
+from mlx_slim.runtime import to_float
 
 PREFIX = "base_model.model."
 _TAKE = "take the config that PEFT wrote"
@@ -275,7 +275,7 @@ def _tensors(folder: Path) -> tuple[dict[str, _LayerTensors], dict[str, mx.array
             "adapter_model.bin is a pickle, which can run code when read: save it as safetensors",
         )
     loaded = load_tensors(file)
-    refuse_other_than_numbers(loaded.items(), str(file))
+    check_finite(loaded.items(), str(file))
     layers: dict[str, _LayerTensors] = {}
     copies: dict[str, mx.array] = {}
     unknown = []
@@ -316,7 +316,7 @@ def _check_copies(
         if here is not None and here.shape == value.shape:
             there = value.astype(mx.float32)
             rounding = 0.2 if "scales" in modules[path] else 0.005
-            if number(mx.linalg.norm(here - there)) <= rounding * number(mx.linalg.norm(there)):
+            if to_float(mx.linalg.norm(here - there)) <= rounding * to_float(mx.linalg.norm(there)):
                 continue
         raise SlimError(
             f"{folder} brings a {path} of its own, {value.shape}, that is not the base's", _MERGE

@@ -42,7 +42,7 @@ from mlx_slim.artifacts import (
 )
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError
-from mlx_slim.models.finite import refuse_other_than_numbers
+from mlx_slim.models.finite import check_finite
 from mlx_slim.models.structure import blocks
 from mlx_slim.reading import field, read_object, short
 
@@ -295,7 +295,7 @@ def read_adapter(model: nn.Module, folder: Path) -> StoredAdapter:
     problems = _differences(chosen, tensors, rank, dora)
     if problems:
         raise SlimError(f"{folder} does not fit this model: {_listed(problems)}", base_note)
-    refuse_other_than_numbers(tensors.items(), str(folder))
+    check_finite(tensors.items(), str(folder))
     ours, theirs = base_sample(model), config.get("base_sample")
     if theirs and not _same_base(ours, theirs):
         raise SlimError(

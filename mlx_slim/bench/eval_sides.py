@@ -52,14 +52,14 @@ def ours(work: dict[str, Any]) -> dict[str, Any]:
     from mlx_slim.evaluation.jobs import Engine, TaskJob
     from mlx_slim.evaluation.scoring.loglikelihood import LoglikelihoodScorer
     from mlx_slim.evaluation.scoring.requests import RequestEncoder, max_length
-    from mlx_slim.models.limits import limit_of
     from mlx_slim.models.load import load
+    from mlx_slim.models.row_limits import row_limit
     from mlx_slim.runtime import resolve_dtype
 
     task, questions, shots = _questions(work)
     loaded = load(work["model"], dtype=resolve_dtype(work["dtype"]))
     engine = Engine(loaded.model, loaded.tokenizer, LoglikelihoodScorer(loaded.model))
-    longest, limit = max_length(loaded.config, loaded.tokenizer), limit_of(loaded.config)
+    longest, limit = max_length(loaded.config, loaded.tokenizer), row_limit(loaded.config)
     encoder = RequestEncoder(loaded.tokenizer, longest, limit=limit)
     job = TaskJob(task, "", shots, work["limit"], questions, encoder)
     mx.reset_peak_memory()

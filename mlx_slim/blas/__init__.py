@@ -205,8 +205,8 @@ def _renamed_copy(original: Path, folder: Path) -> Path:
         build = hashlib.sha256(_FORMAT + str(size).encode() + head + handle.read())
     copy = folder / f"openblas-{build.hexdigest()[:16]}.so"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    found = folder.stat()
-    if found.st_uid not in (os.getuid(), 0) or found.st_mode & 0o002:
+    stats = folder.stat()
+    if stats.st_uid not in (os.getuid(), 0) or stats.st_mode & 0o002:
         raise OSError("others may write to this folder")
     locks.remove_dead(folder)
     if _is_whole(copy, size):

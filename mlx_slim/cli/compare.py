@@ -16,7 +16,7 @@ import click
 
 from mlx_slim.cli.options import Whole
 from mlx_slim.errors import Interrupted, SlimError, did_you_mean, without_secrets
-from mlx_slim.interrupts import Requested
+from mlx_slim.interrupts import SignalFlag
 
 if TYPE_CHECKING:
     from mlx_slim.compare.matrix import Cell, MatrixPlan
@@ -122,7 +122,7 @@ def _exit_code(command: list[str], descriptor: int) -> int | None:
 
     The process is told of the signal, whoever got it, and saves its state.
     """
-    with Requested() as stop:
+    with SignalFlag() as stop:
         process = subprocess.Popen(command, pass_fds=[descriptor])
         told = False
         try:

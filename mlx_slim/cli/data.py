@@ -70,7 +70,7 @@ def preview(recipe: str, overrides: tuple[str, ...], rows: int) -> None:
             console.rule(f"{source.name} ({source.kind}, weight {config.weight:g})")
             for row in islice(pipeline.rows(source, config, ledger), rows):
                 console.print(_row(row, unwrap(tokenizer), *marks))
-            read = f"of the first {ledger.given:,} rows"
+            read = f"of the first {ledger.rows_read:,} rows"
             dropped = "; ".join(ledger.reasons()) or "none"
             console.print(f"{read}, dropped: {dropped}", style="dim", markup=False)
             for line in notes({"sources": [ledger.as_record()]}):

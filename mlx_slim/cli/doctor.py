@@ -46,7 +46,7 @@ def hub() -> dict[str, Any]:
     answer: dict[str, Any] = {"endpoint": constants.ENDPOINT}
     if constants.is_offline_mode():
         return {**answer, "state": "offline by choice"}
-    if trouble := runtime.hub_trouble():
+    if trouble := runtime.hub_error():
         return {**answer, "state": "unreachable", "why": trouble}
     return {**answer, "state": "reachable"}
 

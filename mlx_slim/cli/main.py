@@ -186,7 +186,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     streams = sys.stdout, sys.stderr
-    with interrupts.raised():
+    with interrupts.raise_on_signal():
         try:
             result: Any = command.main(args=words, prog_name="mlx-slim", standalone_mode=False)
             if sys.stdout is not None:

@@ -20,7 +20,7 @@ from mlx_slim.adapters.stack import parse_adapters
 from mlx_slim.adapters.store import adapter_hash
 from mlx_slim.artifacts import hash_bytes, hash_file, hash_json, provenance
 from mlx_slim.config.schema import Recipe, SourceConfig
-from mlx_slim.data.fingerprint import source_print
+from mlx_slim.data.fingerprint import source_fingerprint
 from mlx_slim.data.sources import find as find_source
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.tasks.training_rows import finder
@@ -60,7 +60,7 @@ def contents(recipe: Recipe) -> dict[str, Any]:
         sources.append(SourceConfig.model_validate(held_back))
     with TemporaryDirectory() as folder:
         find = finder(Path(folder))
-        found: dict[str, Any] = {"rows": [source_print(find(c), c) for c in sources]}
+        found: dict[str, Any] = {"rows": [source_fingerprint(find(c), c) for c in sources]}
     if Path(data.template).is_file():
         found["template"] = hash_file(Path(data.template))
     if recipe.forgetting is not None:
@@ -99,7 +99,7 @@ def prune_key(weights: str, options: PruneOptions) -> str:
     text = None
     config = SourceConfig(path=options.calibration or DEFAULT_SOURCE)
     with contextlib.suppress(SlimError):  # a method that looks at no text does without
-        text = source_print(find_source(config), config)
+        text = source_fingerprint(find_source(config), config)
     named = {"prune": asdict(options), "text": text}
     return hash_json({**named, "weights": weights, "code": code_version()})
 

@@ -1,4 +1,4 @@
-"""The recipe's ``distill`` section: who teaches, and what the student takes from it.
+"""The recipe's ``distill`` section: teachers, and what the student learns from them.
 
 Invariant: a default or a bound of distillation stands here and nowhere else. A recipe without the
 section is a fine-tune. Try it:
@@ -25,7 +25,7 @@ class TeacherConfig(Section):
         adapter: Folder of an adapter that the teacher wears.
         base_url: An OpenAI-compatible endpoint that answers for the teacher.
         api_key_env: Name of the environment variable that holds the endpoint's key.
-        weight: This teacher's share of the divergence (logits; shares are divided by their sum), or
+        weight: Weight of this teacher's divergence (logits; weights are divided by their sum), or
             α of its rationales (arXiv 2402.04616).
         name: What reports call it; None takes the last part of ``model``.
         prefix: What a student reads before a question to give this teacher's rationale, Jinja over
@@ -76,8 +76,8 @@ RATIONALE = """\
 Explain in two or three sentences why this answer is correct."""
 
 
-class AskConfig(Section):
-    """How a teacher that writes text is asked; its answers are greedy.
+class QueryConfig(Section):
+    """How a text teacher is queried; its responses are greedy.
 
     Attributes:
         prompt: For its rationale: Jinja over the row's fields, ``prompt``, ``answer`` and, in rows
@@ -122,8 +122,8 @@ class DistillConfig(Section):
         weight: λ, the share of the divergence or of the teachers' texts; 0 is plain fine-tuning.
         top_k: Logits of a teacher that are kept for each token (the rest is one bucket), or
             ``all``.
-        cache: Folder of what teachers said, shared between runs; None keeps it in the run folder.
-        ask: How teachers that write text are asked.
+        cache: Folder of cached teacher targets, shared between runs; None: in the run folder.
+        ask: How text teachers are queried.
     """
 
     teachers: Annotated[list[TeacherConfig], Field(min_length=1)] = Field(
@@ -135,7 +135,7 @@ class DistillConfig(Section):
     weight: Fraction = 0.5
     top_k: Literal["all"] | PositiveInt = 64
     cache: str | None = None
-    ask: AskConfig = AskConfig()
+    ask: QueryConfig = QueryConfig()
 
     @model_validator(mode="after")
     def _two_students(self) -> DistillConfig:

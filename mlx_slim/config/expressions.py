@@ -29,22 +29,22 @@ def _regex_replace(text: Any, pattern: str, replacement: str = "") -> str:
     def one(match: Any) -> str:
         copies = replacement.count("\\") * len(match[0])  # each may be a reference to the match
         budget().reserve(len(replacement) + copies, "a text")
-        return budget().made(match.expand(replacement))
+        return budget().count_value(match.expand(replacement))
 
     return compile_pattern(pattern).replace(str(text), one)
 
 
 def _place_in(answer: Any, labels: Sequence[Any]) -> int:
     """Return the place of an answer among its labels; "2" is "B" where labels are letters."""
-    wanted, known = str(answer).strip(), [str(label).strip() for label in labels]
-    if wanted not in known:
-        if wanted.isdecimal() and 0 < int(wanted) <= 26:
-            wanted = chr(ord("A") + int(wanted) - 1)
-        elif len(wanted) == 1 and "A" <= wanted <= "Z":
-            wanted = str(ord(wanted) - ord("A") + 1)
-    if wanted not in known:
-        raise ValueError(f"the answer {answer!r} is none of the labels {', '.join(known)}")
-    return known.index(wanted)
+    label, allowed = str(answer).strip(), [str(label).strip() for label in labels]
+    if label not in allowed:
+        if label.isdecimal() and 0 < int(label) <= 26:
+            label = chr(ord("A") + int(label) - 1)
+        elif len(label) == 1 and "A" <= label <= "Z":
+            label = str(ord(label) - ord("A") + 1)
+    if label not in allowed:
+        raise ValueError(f"the answer {answer!r} is not one of the labels {', '.join(allowed)}")
+    return allowed.index(label)
 
 
 @lru_cache(maxsize=1)
@@ -61,14 +61,14 @@ def compile_text(source: str) -> Callable[[Row], str]:
     """Return the template as a function: row -> text.
 
     Raises:
-        ValueError: If ``source`` is no Jinja template.
+        ValueError: If ``source`` is not a Jinja template.
     """
     if not any(mark in source for mark in ("{{", "{%", "{#")):
         return lambda _: source
     try:
         return BoundedTemplate(_environment(), source).render
     except TemplateError as error:
-        raise ValueError(f"no Jinja template: {error.message}") from error
+        raise ValueError(f"not a Jinja template: {error.message}") from error
 
 
 def compile_value(source: str) -> Callable[[Row], Any]:
@@ -77,13 +77,13 @@ def compile_value(source: str) -> Callable[[Row], Any]:
     One ``{{ expression }}`` gives its value (a list, a number); anything else gives text.
 
     Raises:
-        ValueError: If ``source`` is no Jinja template.
+        ValueError: If ``source`` is not a Jinja template.
     """
     text = source.strip()
     try:
         body = _parsed(text).body
     except TemplateError as error:
-        raise ValueError(f"no Jinja template: {error.message}") from error
+        raise ValueError(f"not a Jinja template: {error.message}") from error
     alone = len(body) == 1 and isinstance(body[0], nodes.Output) and len(body[0].nodes) == 1
     if not alone or not text.startswith("{{"):
         return compile_text(source)
@@ -92,7 +92,7 @@ def compile_value(source: str) -> Callable[[Row], Any]:
     try:
         expression = guarded(compiled, inner)
     except TemplateError as error:  # a filter that does not exist
-        raise ValueError(f"no Jinja template: {error.message}") from error
+        raise ValueError(f"not a Jinja template: {error.message}") from error
 
     def value(row: Row) -> Any:
         def run() -> Any:
@@ -111,12 +111,12 @@ def names_in(source: str) -> set[str]:
     """Return the names of the row's fields that a template reads.
 
     Raises:
-        ValueError: If ``source`` is no Jinja template.
+        ValueError: If ``source`` is not a Jinja template.
     """
     try:
         return meta.find_undeclared_variables(_parsed(source))
     except TemplateError as error:
-        raise ValueError(f"no Jinja template: {error.message}") from error
+        raise ValueError(f"not a Jinja template: {error.message}") from error
 
 
 def _parsed(source: str) -> nodes.Template:

@@ -1,7 +1,7 @@
 """Where the shipped recipes and task definitions lie.
 
 Invariant: a checkout uses its top-level ``recipes/`` and ``evals/``, an installed wheel the copy
-inside the package; callers see names only. Files that begin with an underscore are shared parts:
+inside the package; callers see names only. Files that begin with an underscore are shared bases:
 found by name (``extends: _alpaca``), never listed; matrices lie among the recipes, and their names
 begin with ``matrix-``. Try it: ``mlx-slim recipes``.
 """
@@ -42,7 +42,7 @@ def folder(kind: Kind) -> Path:
 
 
 def names(kind: Kind) -> list[str]:
-    """Return the names of ``kind``, sorted, without the shared parts."""
+    """Return the names of ``kind``, sorted, without the shared bases."""
     stems = (path.stem for path in folder(kind).glob("*.yaml"))
     return sorted(stem for stem in stems if stem[0] != "_" and _is_of(kind, stem))
 

@@ -46,14 +46,14 @@ class Resolved:
         recipe: Checked and frozen.
         origins: Dotted key -> ``default``, a file (with its line) or ``command line``, all keys.
         name: The recipe's name, or the stem of its file.
-        given: What the user wrote: the recipe's name, or the path of its file.
+        source: What the user wrote: the recipe's name, or the path of its file.
         notices: One line for each key that was given under an old name.
     """
 
     recipe: Recipe
     origins: dict[str, str]
     name: str
-    given: str
+    source: str
     notices: tuple[str, ...] = ()
 
 
@@ -182,13 +182,13 @@ def checked(
         SlimError: With several problems the message counts them and ``details`` lists them.
     """
     words = words_for(schema)
-    known, found = words.screen(values, origins)
-    problems = problems + found
+    accepted, rejected = words.screen(values, origins)
+    problems = problems + rejected
     result = None
     try:
-        result = schema.model_validate(known)
+        result = schema.model_validate(accepted)
     except ValidationError as error:
-        problems += words.explain(error, known, origins)
+        problems += words.explain(error, accepted, origins)
     if problems or result is None:
         if len(problems) == 1:
             raise SlimError(f"{what}: {problems[0]}")
@@ -247,23 +247,27 @@ def _apply_overrides(overrides: Sequence[str], layers: Layers, words: Words) -> 
     problems = layers.problems
     for override in overrides:
         key, equals, text = override.partition("=")
-        parts = tuple(key.strip().split("."))
-        if not equals or not all(parts):
-            problems.append(f"{shown(override)} ({COMMAND_LINE}) is no override: write key=value")
+        names = tuple(key.strip().split("."))
+        if not equals or not all(names):
+            problems.append(
+                f"{shown(override)} ({COMMAND_LINE}) is not an override: write key=value"
+            )
             continue
-        if len(parts) > MAX_DEPTH:
-            problems.append(f"{shown(key)} ({COMMAND_LINE}) has {len(parts)} parts: no key has")
+        if len(names) > MAX_DEPTH:
+            problems.append(
+                f"{shown(key)} ({COMMAND_LINE}) has {len(names)} names, at most {MAX_DEPTH} fit"
+            )
             continue
-        if parts[0] == "extends":
+        if names[0] == "extends":
             problems.append(f"extends ({COMMAND_LINE}): only a recipe file can extend another")
             continue
         try:
-            value = _override_value(current_path(parts, layers.aliases), text, words)
+            value = _override_value(current_path(names, layers.aliases), text, words)
         except SlimError as error:
             problems.append(f"{key} ({COMMAND_LINE}): {error.message}")
             continue
         nested: Any = value
-        for part in reversed(parts):
+        for part in reversed(names):
             nested = {part: nested}
         layers.add(nested, lambda _: COMMAND_LINE)
 
@@ -297,12 +301,12 @@ def _merge(
 
 
 def _leaves(section: Section, path: Keys = ()) -> list[tuple[Keys, Any]]:
-    found: list[tuple[Keys, Any]] = []
+    leaves: list[tuple[Keys, Any]] = []
     for key in type(section).model_fields:
         value = getattr(section, key)
         here = (*path, key)
-        found += _leaves(value, here) if isinstance(value, Section) else [(here, value)]
-    return found
+        leaves += _leaves(value, here) if isinstance(value, Section) else [(here, value)]
+    return leaves
 
 
 def _all_origins(recipe: Recipe, origins: Origins) -> dict[str, str]:
@@ -345,8 +349,8 @@ def render(resolved: Resolved) -> str:
             if value is None:
                 attribute = getattr(recipe.adapter, f"resolved_{path[1]}")
                 text = f"{attribute:g}"
-                given = getattr(recipe.adapter, other) is not None
-                origin = f"follows from {other}" if given or path[1] == "scale" else DEFAULT
+                is_set = getattr(recipe.adapter, other) is not None
+                origin = f"follows from {other}" if is_set or path[1] == "scale" else DEFAULT
         elif key == "train.epochs" and recipe.train.steps is not None:
             origin += ", steps wins"
         if len(path) > 1 and path[0] != section:

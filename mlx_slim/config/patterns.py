@@ -36,7 +36,7 @@ class Pattern:
         source: In Python's syntax.
 
     Raises:
-        ValueError: If it is no regular expression, or too large.
+        ValueError: If it is not a valid regular expression, or too large.
     """
 
     def __init__(self, source: str) -> None:
@@ -51,7 +51,9 @@ class Pattern:
             self._compiled = regex.compile(_Translation(source, flags).text, regex.V0)
         except (re.error, regex.error, RecursionError, OverflowError) as error:
             reason = "nested too deeply" if isinstance(error, RecursionError) else error
-            raise ValueError(f"{_short(source)} is no regular expression: {reason}") from error
+            raise ValueError(
+                f"{_short(source)} is not a valid regular expression: {reason}"
+            ) from error
         self.source = source
 
     def matches(self, text: str) -> list[Any]:
@@ -83,8 +85,8 @@ class Pattern:
     def _bounded(self, text: str, search: Callable[[], Any]) -> Any:
         if len(text) * len(self.source) > _MOST_WORK:
             raise SlimError(
-                f"the pattern {_short(self.source)} has {len(self.source)} characters, and a text "
-                f"{len(text)}: together too many to search",
+                f"the pattern {_short(self.source)} has {len(self.source)} characters, the text "
+                f"{len(text)}: too many to search",
                 "shorten the pattern",
             )
         try:
@@ -102,7 +104,7 @@ def compile_pattern(source: str) -> Pattern:
     """Return the pattern, compiled once.
 
     Raises:
-        ValueError: If ``source`` is no regular expression, or too large.
+        ValueError: If ``source`` is not a valid regular expression, or too large.
     """
     return Pattern(source)
 
@@ -123,10 +125,10 @@ class _Translation:
         self.source, self.at = source, 0
         self.ascii, self.verbose = bool(flags & re.ASCII), bool(flags & re.VERBOSE)
         self.sizes, self.last = [0], 0  # atoms of each open group, and of the last atom
-        parts: list[str] = []
+        pieces: list[str] = []
         while self.at < len(source):
-            parts.append(self._next())
-        self.text = "".join(parts)
+            pieces.append(self._next())
+        self.text = "".join(pieces)
 
     def _next(self) -> str:
         source, start = self.source, self.at
@@ -151,12 +153,12 @@ class _Translation:
             self._count(inner)
             return character
         if character == "{":
-            found = _REPEAT.match(source, start)
-            if found is None or found[0] == "{}":
+            repeat = _REPEAT.match(source, start)
+            if repeat is None or repeat[0] == "{}":
                 return self._atom(r"\{")
-            self._repeat(int(found[1] or 0))
-            self.at = found.end()
-            return found[0]
+            self._repeat(int(repeat[1] or 0))
+            self.at = repeat.end()
+            return repeat[0]
         return self._atom(character)
 
     def _atom(self, text: str) -> str:
@@ -167,9 +169,7 @@ class _Translation:
         self.last = size
         self.sizes[-1] += size
         if self.sizes[-1] > _MOST_COPIES:
-            raise ValueError(
-                f"{_short(self.source)} repeats its parts more than {_MOST_COPIES} times"
-            )
+            raise ValueError(f"{_short(self.source)} repeats groups more than {_MOST_COPIES} times")
 
     def _repeat(self, least: int) -> None:
         self._count(self.last * max(least - 1, 0))

@@ -119,21 +119,21 @@ class Words:
         return self._kinds(self._at(path) or {})
 
     def _allowed(self, schema: dict[str, Any]) -> str:
-        parts: list[str] = []
+        pieces: list[str] = []
         for choice in self._choices(schema):
             if "enum" in choice:
-                parts.append("one of " + ", ".join(str(value) for value in choice["enum"]))
+                pieces.append("one of " + ", ".join(str(value) for value in choice["enum"]))
             elif "const" in choice:
-                parts.append(str(choice["const"]))
+                pieces.append(str(choice["const"]))
             elif choice.get("type") in ("integer", "number"):
-                parts.append(_number(choice))
+                pieces.append(_number(choice))
             elif choice.get("type") == "array":
                 item = self._allowed(choice["items"])
                 least = f" of at least {choice['minItems']}" if "minItems" in choice else ""
-                parts.append(f"a list{least}, each {item}")
+                pieces.append(f"a list{least}, each {item}")
             else:
-                parts.append(_TYPES.get(choice.get("type", ""), "a value"))
-        return " or ".join(dict.fromkeys(parts))
+                pieces.append(_TYPES.get(choice.get("type", ""), "a value"))
+        return " or ".join(dict.fromkeys(pieces))
 
     def _wrong(self, path: Keys, value: Any, origins: Origins) -> str:
         seen = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -142,20 +142,20 @@ class Words:
         allowed = self._allowed(self._at(path) or {})
         return f"{'.'.join(path)} ({_origin(path, origins)}) is {seen}: expected {allowed}"
 
-    def _known_keys(self, path: Keys) -> list[str]:
+    def _valid_keys(self, path: Keys) -> list[str]:
         return [key for c in self._choices(self._at(path) or {}) for key in c.get("properties", {})]
 
     def _every_key(self, schema: dict[str, Any], path: Keys = ()) -> list[Keys]:
-        found: list[Keys] = []
+        keys: list[Keys] = []
         for key, value in schema.get("properties", {}).items():
             here = (*path, key)
-            found.append(here)
+            keys.append(here)
             for choice in self._choices(value):  # a section may be absent: null or the section
-                found += self._every_key(choice, here)
-        return found
+                keys += self._every_key(choice, here)
+        return keys
 
     def _unknown(self, path: Keys, origins: Origins) -> str:
-        siblings = self._known_keys(path[:-1])
+        siblings = self._valid_keys(path[:-1])
         every = [".".join(key) for key in self._every_key(self.root)]
         close = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.6)
         elsewhere = [key for key in every if key.rsplit(".", 1)[-1] == path[-1]]
@@ -167,7 +167,7 @@ class Words:
         else:
             hint = did_you_mean(dotted, every)
             if not hint.startswith("did you mean"):
-                hint = f"known: {', '.join(sorted(siblings or self._known_keys(())))}"
+                hint = f"known: {', '.join(sorted(siblings or self._valid_keys(())))}"
         return f"{dotted} ({_origin(path, origins)}) is no key: {hint}"
 
     def screen(self, values: dict[str, Any], origins: Origins) -> tuple[dict[str, Any], list[str]]:
@@ -185,7 +185,7 @@ class Words:
             schema = self._at(path)
             if schema is None or not any(c.get("type") == "object" for c in self._choices(schema)):
                 return value  # a section where a value belongs: the type check says so
-            known = {}
+            accepted = {}
             for key, item in value.items():
                 here = (*path, key)
                 inner = self._at(here)
@@ -196,8 +196,8 @@ class Words:
                 elif isinstance(item, bool) and inner and "boolean" not in self._kinds(inner):
                     problems.append(self._wrong(here, item, origins))
                 else:
-                    known[key] = walk(item, here)
-            return known
+                    accepted[key] = walk(item, here)
+            return accepted
 
         return walk(values, ()), problems
 
@@ -219,7 +219,7 @@ class Words:
                 lines[path] = place + reason
             else:
                 lines[path] = self._wrong(path, value, origins)
-        # A list whose element is wrong also "is no text": keep the innermost complaint only.
+        # A list whose element is wrong also "is not text": keep the innermost complaint only.
         return [
             line
             for path, line in lines.items()

@@ -60,7 +60,7 @@ def parse_scalar(text: str) -> Any:
     try:
         return _parse(text, {}, "")
     except yaml.YAMLError as error:
-        raise SlimError(f"{shown(text)} is no YAML value: {_where(error)}") from error
+        raise SlimError(f"{shown(text)} is not a YAML value: {_where(error)}") from error
 
 
 def _where(error: yaml.YAMLError) -> str:
@@ -140,8 +140,8 @@ class _Builder:
             self._fail(node, f"an integer of more than {MAX_DIGITS} digits")
         return value
 
-    def _check_tag(self, node: yaml.Node, *known: str) -> None:
-        if node.tag not in known:
+    def _check_tag(self, node: yaml.Node, *tags: str) -> None:
+        if node.tag not in tags:
             self._fail(node, f"the tag {shown(node.tag)} is not read here")
 
     def _fail(self, node: yaml.Node, problem: str, cause: Exception | None = None) -> NoReturn:
@@ -166,7 +166,7 @@ def read_mapping(file: Path) -> tuple[dict[str, Any], Lines]:
     try:
         value = _parse(text, lines, f"{where}, ")
     except yaml.YAMLError as error:
-        raise SlimError(f"{where} is no valid YAML: {_where(error)}") from error
+        raise SlimError(f"{where} is not valid YAML: {_where(error)}") from error
     if value is None:
         raise SlimError(f"{where} is empty", "it should hold `key: value` lines")
     if not isinstance(value, dict):

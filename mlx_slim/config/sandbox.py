@@ -58,26 +58,26 @@ class _Counting(CodeGenerator):
             self.write(", ")
         self.write("))")
 
-    def _made(self, visit: Any, node: Any, frame: Frame) -> None:
-        self.write("environment.made(")
+    def _count_value(self, visit: Any, node: Any, frame: Frame) -> None:
+        self.write("environment.count_value(")
         visit(node, frame)
         self.write(")")
 
     def visit_List(self, node: nodes.List, frame: Frame) -> None:
-        self._made(super().visit_List, node, frame)
+        self._count_value(super().visit_List, node, frame)
 
     def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:
-        self._made(super().visit_Dict, node, frame)
+        self._count_value(super().visit_Dict, node, frame)
 
     def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:
         if node.ctx == "load":
-            self._made(super().visit_Tuple, node, frame)
+            self._count_value(super().visit_Tuple, node, frame)
         else:
             super().visit_Tuple(node, frame)
 
     def visit_Getitem(self, node: nodes.Getitem, frame: Frame) -> None:
         if isinstance(node.arg, nodes.Slice):
-            self._made(super().visit_Getitem, node, frame)
+            self._count_value(super().visit_Getitem, node, frame)
         else:
             super().visit_Getitem(node, frame)
 
@@ -89,7 +89,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(["+", "-", "*", "/", "//", "%", "**"])
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options, optimized=False, autoescape=False, finalize=_written)
+        super().__init__(**options, optimized=False, autoescape=False, finalize=_output)
         self.filters = bounded_filters(self.filters)
         self.tests = bounded_tests(self.tests)
         self.globals = bounded_globals()
@@ -105,15 +105,15 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         """Count what a block of the template does (compiled into it)."""
         return budget().step(steps, characters)
 
-    def made(self, value: Any) -> Any:
+    def count_value(self, value: Any) -> Any:
         """Count a value of the template (compiled into it)."""
-        return budget().made(value)
+        return budget().count_value(value)
 
     def concatenate(self, values: tuple[Any, ...]) -> str:
         """Return the values as one text: ``a ~ b``."""
         used = budget()
         used.reserve(sum(map(used.size, values)), "a text")
-        return used.made("".join(map(str, values)))
+        return used.count_value("".join(map(str, values)))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Compute ``left operator right``, its size counted first."""
@@ -121,9 +121,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         both = type(left), type(right)
         if operator == "+" and both == (str, str):  # what templates do most
             used.reserve(len(left) + len(right), "a text")
-            return used.made(left + right)
+            return used.count_value(left + right)
         used.reserve(size_of_operation(operator, left, right))
-        return used.made(super().call_binop(context, operator, left, right))
+        return used.count_value(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Call a function, a macro or a method that templates may call."""
@@ -133,7 +133,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if used.depth > DEEPEST:
             raise TooMuch(f"the template's macros call each other more than {DEEPEST} deep")
         try:
-            return used.made(super().call(__context, __obj, *args, **kwargs), each)
+            return used.count_value(super().call(__context, __obj, *args, **kwargs), each)
         finally:
             used.depth -= 1
 
@@ -150,7 +150,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return run
 
 
-def _written(value: Any) -> Any:
+def _output(value: Any) -> Any:
     """Count what ``{{ … }}`` writes."""
     used = budget()
     if isinstance(value, str):
@@ -171,7 +171,7 @@ class BoundedTemplate:
         source: Jinja.
 
     Raises:
-        TemplateError: If it is no Jinja, or too large.
+        TemplateError: If it is not Jinja, or too large.
     """
 
     def __init__(self, environment: BoundedEnvironment, source: str) -> None:
@@ -197,7 +197,7 @@ class BoundedTemplate:
             used = budget()
             for piece in self._template.generate(values):
                 pieces.append(piece)
-                used.written += len(piece)
+                used.output_length += len(piece)
             return "".join(pieces), used.spans
 
         return guarded(run, "", values.values())

@@ -20,7 +20,7 @@ SECONDS = 1.0  # CPU time of one rendering, and of one compilation
 # What a rendering has at its disposal, and how much more for each character or item of its inputs.
 _STEPS, _STEPS_EACH = 200_000, 50  # blocks run, functions called
 _LARGEST, _LARGEST_EACH = 1 << 19, 4  # characters and items of one value
-_MADE, _MADE_EACH = 32 << 20, 64  # bytes of all values made and text written
+_BYTES, _BYTES_EACH = 32 << 20, 64  # bytes of all values made and text written
 DEEPEST = 100  # containers inside containers, macros inside macros
 _CLOCK = 64  # steps between two looks at the clock
 _LONG_INTEGER = 1 << 14  # bits
@@ -48,11 +48,14 @@ class Budget:
     def __init__(self, inputs: Iterable[Any] = ()) -> None:
         self._sizes: dict[int, tuple[Any, int, int]] = {}  # id -> the container, its size and depth
         self.largest = 1 << 40
-        given = sum(self.size(value) for value in inputs)
-        self.largest = _LARGEST + _LARGEST_EACH * given
-        self._steps, self._made = _STEPS + _STEPS_EACH * given, _MADE + _MADE_EACH * given
+        input_size = sum(self.size(value) for value in inputs)
+        self.largest = _LARGEST + _LARGEST_EACH * input_size
+        self._steps, self._bytes = (
+            _STEPS + _STEPS_EACH * input_size,
+            _BYTES + _BYTES_EACH * input_size,
+        )
         self._clock, self._until = _CLOCK, time.thread_time() + SECONDS
-        self.written = 0  # characters of the text so far
+        self.output_length = 0  # characters of the text so far
         self.spans: list[tuple[int, int]] = []  # that extensions mark in it
         self.depth = 0
 
@@ -67,7 +70,7 @@ class Budget:
     def step(self, steps: int = 1, characters: int = 0) -> bool:
         """Count blocks or calls, and characters that they write; returns True."""
         self._steps -= steps
-        self._made -= characters
+        self._bytes -= characters
         self._clock -= steps
         if self._steps < 0:
             raise TooMuch("the template runs too long: too many loops or calls")
@@ -75,7 +78,7 @@ class Budget:
             self._clock = _CLOCK
             if time.thread_time() > self._until:
                 raise TooMuch(f"the template takes more than {SECONDS:g} s")
-        if self._made < 0:
+        if self._bytes < 0:
             raise TooMuch("the template makes too much text or too long lists")
         return True
 
@@ -117,9 +120,9 @@ class Budget:
             raise TooMuch("a namespace is no value: name one of its attributes")
         else:
             return (0 if isinstance(value, Undefined) else 30), 0
-        known = self._sizes.get(id(value))
-        if known is not None:
-            return known[1], known[2]
+        cached = self._sizes.get(id(value))
+        if cached is not None:
+            return cached[1], cached[2]
         size, depth = 2, 0
         if len(value) > self.largest:
             self.reserve(len(value))
@@ -135,7 +138,7 @@ class Budget:
         self._sizes[id(value)] = (value, size, depth + 1)  # it lives on, so its id is its own
         return size, depth + 1
 
-    def made(self, value: Any, each: int = 16) -> Any:
+    def count_value(self, value: Any, each: int = 16) -> Any:
         """Count a value that was made and return it; what a generator gives is counted as it comes.
 
         Args:
@@ -158,4 +161,4 @@ class Budget:
 
     def _counted(self, values: Iterator[Any]) -> Iterator[Any]:
         for value in values:
-            yield self.made(value)
+            yield self.count_value(value)

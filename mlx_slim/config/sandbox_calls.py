@@ -74,8 +74,8 @@ def size_of_format(template: str, values: tuple[Any, ...]) -> int:
         widths += fields * max((abs(value) for value in _numbers(values)), default=0)
     again = fields if _NAMED.search(template) else 1  # a value may be written that often
     plain = all(isinstance(value, str) for value in values) and not _QUOTED.search(template)
-    written = budget().size(list(values)) * (1 if plain else 10)
-    return len(template) + widths + max(again, 1) * written
+    output_size = budget().size(list(values)) * (1 if plain else 10)
+    return len(template) + widths + max(again, 1) * output_size
 
 
 def _numbers(values: Any) -> list[int]:
@@ -161,8 +161,8 @@ def before_call(
 
 def bounded_filters(filters: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
     """Return Jinja's filters, each with its bound, and ``tojson`` as transformers has it."""
-    kept = {name: one for name, one in filters.items() if name not in _ABSENT_FILTERS}
-    return {name: bounded(name, one) for name, one in (kept | {"tojson": tojson}).items()}
+    allowed = {name: one for name, one in filters.items() if name not in _ABSENT_FILTERS}
+    return {name: bounded(name, one) for name, one in (allowed | {"tojson": tojson}).items()}
 
 
 def bounded_tests(tests: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
@@ -187,19 +187,19 @@ def bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         used = budget()
-        head, given = args[:first], [*args[first:]]
-        if name in ("join", "sum") and given and isinstance(given[0], GeneratorType):
-            given[0] = list(given[0])
-        for value in (*given, *kwargs.values()):
+        head, rest = args[:first], [*args[first:]]
+        if name in ("join", "sum") and rest and isinstance(rest[0], GeneratorType):
+            rest[0] = list(rest[0])
+        for value in (*rest, *kwargs.values()):
             used.size(value)
             if isinstance(value, list | tuple | dict | range):
                 used.step(len(value))
         if not free:
-            _check_widths(name, (*given[1:], *kwargs.values()))
-        if (size := _size_of_filter(name, given, kwargs)) is not None:
+            _check_widths(name, (*rest[1:], *kwargs.values()))
+        if (size := _size_of_filter(name, rest, kwargs)) is not None:
             used.reserve(size, "a value")
-        text = bool(given) and isinstance(given[0], str)
-        return used.made(function(*head, *given, **kwargs), 80 if text else 16)
+        text = bool(rest) and isinstance(rest[0], str)
+        return used.count_value(function(*head, *rest, **kwargs), 80 if text else 16)
 
     return run
 
@@ -247,11 +247,11 @@ def tojson(
         return json.dumps(value, **options)
     if (len(indent) if isinstance(indent, str) else indent or 0) > _WIDEST_INDENT:
         raise TooMuch(f"tojson(indent={indent}): at most {_WIDEST_INDENT}")
-    parts: list[str] = []  # one by one, because an indent can be much longer than the value
+    pieces: list[str] = []  # one by one, because an indent can be much longer than the value
     for part in json.JSONEncoder(**options, indent=indent).iterencode(value):
         budget().step(0, len(part))
-        parts.append(part)
-    return "".join(parts)
+        pieces.append(part)
+    return "".join(pieces)
 
 
 class _TemplateDict:

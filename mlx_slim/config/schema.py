@@ -51,7 +51,7 @@ class QuantizeConfig(Section):
     qat: bool = False
 
     @model_validator(mode="after")
-    def _known_combination(self) -> QuantizeConfig:
+    def _valid_combination(self) -> QuantizeConfig:
         fixed = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
         if self.mode in fixed and (self.bits, self.group_size) != fixed[self.mode]:
             bits, group = fixed[self.mode]
@@ -125,8 +125,8 @@ class DataConfig(Section):
     @property
     def sources(self) -> list[SourceConfig]:
         """``path`` as a list of sources, each with its format filled in."""
-        given = [SourceConfig(path=self.path)] if isinstance(self.path, str) else self.path
-        return [s if s.format else s.model_copy(update={"format": self.format}) for s in given]
+        sources = [SourceConfig(path=self.path)] if isinstance(self.path, str) else self.path
+        return [s if s.format else s.model_copy(update={"format": self.format}) for s in sources]
 
 
 class TrainConfig(Section):
@@ -278,7 +278,7 @@ class Recipe(Section):
     report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
 
     @model_validator(mode="after")
-    def _parts_fit(self) -> Recipe:
+    def _sections_fit(self) -> Recipe:
         problems = []
         if self.quantize.qat and self.method == "qlora":
             problems.append(

@@ -33,11 +33,11 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        given = value if isinstance(value, list) else [value]
-        if any(isinstance(one, bool) for one in given):
+        values = value if isinstance(value, list) else [value]
+        if any(isinstance(one, bool) for one in values):
             field = cls.model_fields[str(info.field_name)]
             if not _mentions_bool(field.annotation):
-                raise ValueError("true and false are no numbers")
+                raise ValueError("true and false are not numbers")
         return value
 
 

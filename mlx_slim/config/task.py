@@ -34,8 +34,8 @@ class TaskData(Section):
         revision: Commit of a hub data set.
         split: The scored split; in a data mirror, the file ``<mirror>/<split>.jsonl``.
         shots: Split (or file) that few-shot examples are the first rows of.
-        spare_shot: Where examples are drawn as the harness draws them, one more is drawn than asked
-            for and the question itself left out; holds where ``shots`` is ``split``, too.
+        spare_shot: Where examples are drawn as the harness draws them, one more is drawn and the
+            question itself is left out; holds where ``shots`` is ``split``, too.
         hub_splits: What the hub calls a split, where that differs.
         mirror: Folder in the data mirror; the task's name unless given.
         records: Key of a list in a JSON file whose entries are the rows.
@@ -81,20 +81,20 @@ class Filter(Section):
 
 
 class Subgroups(Section):
-    """Parts of a task that are scored apart, each with its own few-shot examples.
+    """Subtasks that are scored separately, each with its own few-shot examples.
 
     Attributes:
         field: The row's field that names its part.
-        categories: Category -> its parts; a row of any other part is an error.
+        categories: Category -> its subtasks; a row of any other subtask is an error.
     """
 
     field: str
     categories: dict[str, list[str]]
 
     @property
-    def parts(self) -> dict[str, str]:
+    def subtasks(self) -> dict[str, str]:
         """Part -> its category."""
-        return {part: name for name, parts in self.categories.items() for part in parts}
+        return {name: group for group, names in self.categories.items() for name in names}
 
 
 class TaskSpec(Section):
@@ -110,19 +110,19 @@ class TaskSpec(Section):
         data: Where the rows lie.
         fields: What a row must hold: ``field: type`` (dots reach into objects), or its values.
         overlap: Fields that hold the question, for ``mlx-slim data overlap``.
-        subgroups: Parts scored apart.
+        subgroups: Subtasks scored separately.
         num_fewshot: Examples before the question unless ``--num-fewshot`` says otherwise.
         description: Before everything; the system message where a chat template is used.
         prompt: The question.
         choices: Continuations of multiple choice: templates, or one expression that gives a list;
             none may be empty.
         target: The right answer, or a list of them of which any counts: a choice's place or text
-            (``evaluation/targets.py`` has the rule); for generation the text. Templates, or one
+            (``evaluation/targets.py`` says how); for generation the text. Templates, or one
             expression.
         delimiter: Between prompt and answer.
         separator: Between examples.
         metrics: The figures kept; the kind's own unless given.
-        chat: The prompt goes through the model's chat template, asked for or not.
+        chat: The prompt always goes through the model's chat template.
         until: Texts that end an answer.
         max_tokens: Longest answer, tokens.
         filters: Name -> how an answer is read out of the text; gives the metric ``<name>_match``.
@@ -184,10 +184,10 @@ class TaskSpec(Section):
             raise ValueError("kind generation does not use choices")
         if self.target == []:
             raise ValueError("target is an empty list: expected at least one right answer")
-        known = self._known_metrics
-        if unknown := [name for name in self.metrics if name not in known]:
+        metrics = self._metrics_of_kind
+        if unknown := [name for name in self.metrics if name not in metrics]:
             raise ValueError(
-                f"no metric {unknown[0]!r} for {self.kind}: known are {', '.join(known)}"
+                f"no metric {unknown[0]!r} for {self.kind}: known are {', '.join(metrics)}"
             )
         if self.num_fewshot and not self.data.shots:
             raise ValueError(
@@ -196,7 +196,7 @@ class TaskSpec(Section):
         return self
 
     @property
-    def _known_metrics(self) -> tuple[str, ...]:
+    def _metrics_of_kind(self) -> tuple[str, ...]:
         if self.kind == "multiple_choice":
             return _CHOICE_METRICS
         return (*(f"{name}_match" for name in self.filters), *_WHOLE_METRICS)

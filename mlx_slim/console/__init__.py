@@ -32,7 +32,7 @@ from rich.text import Text
 from mlx_slim import progress, runtime
 from mlx_slim.console.stages import OFTEN, Stages
 from mlx_slim.console.training import TrainingProgress, sparkline
-from mlx_slim.events import Closing, EvalAnswering, Event, Notice, StageProgress
+from mlx_slim.events import ClosingObserver, EvalAnswering, Event, Notice, StageProgress
 
 __all__ = ["Console", "Display", "Mode", "Progress", "sparkline"]
 
@@ -84,7 +84,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class Console(Closing):
+class Console(ClosingObserver):
     """The observer that shows a loop to its user; use it as a context manager.
 
     Args:

@@ -55,13 +55,13 @@ class Scoring:
                 self.started, self.latest, self.finished = event, None, 0
                 self.answering = None
                 self._clock, self._questions = Clock(), Clock()
-                self._clock.mark(event.share, now)
+                self._clock.mark(event.fraction, now)
             case EvalProgress():
                 self.latest = self.answering = event
-                self._clock.mark(event.share, now)
+                self._clock.mark(event.fraction, now)
             case EvalAnswering():
                 self.answering = event
-                self._clock.mark(event.share, now)
+                self._clock.mark(event.fraction, now)
                 self._questions.mark(event.answered, now)
             case TaskDone():
                 self.finished += 1
@@ -118,11 +118,11 @@ class View:
         state, latest, started = self.scoring, self.scoring.latest, self.scoring.started
         tasks = len(started.tasks) if started else 0
         recent = state.answering or started
-        share = recent.share if recent else None
+        fraction = recent.fraction if recent else None
         label = f"task {min(state.finished + 1, tasks)}/{tasks}"
         end = "done" if state.done else f"eta {state.remaining(time.monotonic())}"
         lines = [
-            progress_row(label, share, end),
+            progress_row(label, fraction, end),
             self._numbers(options.max_width >= 76),
             memory_row(
                 latest.active_memory_bytes if latest else 0,

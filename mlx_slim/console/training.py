@@ -153,14 +153,14 @@ class TrainingProgress:
                 left = eta(self.remaining_seconds())
                 return (
                     f"step {event.step}/{self.total_steps or '–'} epoch {event.epoch:.2f} "
-                    f"loss {event.loss:.4f}{_parts(event.parts)} lr {event.learning_rate:.2e} "
+                    f"loss {event.loss:.4f}{_parts(event.metrics)} lr {event.learning_rate:.2e} "
                     f"{event.tokens_per_second:.0f} tok/s grad {event.grad_norm:.3f} "
                     f"mem {runtime.human_bytes(event.active_memory_bytes)} "
                     f"peak {runtime.human_bytes(event.peak_memory_bytes)} eta {left}"
                 )
             case ValidationDone():
                 mark = " (best)" if event.best else ""
-                parts = _parts(event.parts)
+                parts = _parts(event.metrics)
                 return f"validation at step {event.step}: loss {event.loss:.4f}{parts}{mark}"
             case ForgettingMeasured():
                 over = "" if event.within else ": over the limit"
@@ -218,7 +218,7 @@ class TrainingView:
         if p.validating is not None:
             validation = f"{p.validating:.0%} of the rows …"
         elif p.validation:
-            validation = f"{p.validation.loss:.4f}{_parts(p.validation.parts)}"
+            validation = f"{p.validation.loss:.4f}{_parts(p.validation.metrics)}"
         if p.forgetting:
             validation += f"  forgetting {_forgetting(p.forgetting)}"
         best = f"{p.best.loss:.4f} at step {p.best.step}" if p.best else "–"

@@ -16,11 +16,28 @@ from typing import Literal
 import numpy as np
 
 from mlx_slim.data import plans
-from mlx_slim.data.collate import Batch, Rows, collate, filled, first_targets, padded, to_the_end
+from mlx_slim.data.collate import (
+    Batch,
+    RowStore,
+    collate,
+    filled,
+    first_targets,
+    padded,
+    to_the_end,
+)
 from mlx_slim.data.plans import Frame, Plan, Run
-from mlx_slim.data.shapes import Shapes, grouped_shapes, needed, packed_shapes
+from mlx_slim.data.shapes import BatchShapes, grouped_shapes, needed, packed_shapes
 
-__all__ = ["Batch", "Batcher", "Mode", "Rows", "choose_mode", "collate", "first_targets", "padded"]
+__all__ = [
+    "Batch",
+    "Batcher",
+    "Mode",
+    "RowStore",
+    "choose_mode",
+    "collate",
+    "first_targets",
+    "padded",
+]
 
 Mode = Literal["grouped", "packed"]
 
@@ -41,7 +58,7 @@ class Batcher:
             (``data/shapes.py``); None leaves each as it is.
     """
 
-    rows: Rows
+    rows: RowStore
     batch_tokens: int
     max_length: int
     mode: Mode
@@ -64,13 +81,13 @@ class Batcher:
         return plans.packed(self._lengths, order, self.max_length, rng)
 
     @cached_property
-    def _grouped(self) -> tuple[Shapes, list[Run]]:
+    def _grouped(self) -> tuple[BatchShapes, list[Run]]:
         assert self.limit is not None
         supervised = self.rows.supervised
         return grouped_shapes(self._lengths, supervised, self.batch_tokens, self.seed, self.limit)
 
     @cached_property
-    def _packed(self) -> tuple[Shapes | None, int]:
+    def _packed(self) -> tuple[BatchShapes | None, int]:
         """The shapes, and the sequences of a micro-batch."""
         most = max(1, self.batch_tokens // self.max_length)
         if self.limit is None:
@@ -84,7 +101,7 @@ class Batcher:
         )
 
     @property
-    def shapes(self) -> Shapes | None:
+    def shapes(self) -> BatchShapes | None:
         """The shapes of all micro-batches of all epochs; None where each has its own."""
         if self.limit is None:
             return None
@@ -120,7 +137,7 @@ class Batcher:
         Where shapes are fixed it is the largest of them. Grouped micro-batches have as many rows in
         every epoch, so only the width can differ, up to the longest row of the bucket. Packed
         sequences are filled differently in each epoch: they are taken as full, and as many as
-        best-fit can leave (any two together exceed the capacity).
+        best-fit can leave (the sum of any two exceeds the capacity).
         """
         lengths = self._lengths
         if self.shapes is not None:
@@ -163,7 +180,7 @@ class Batcher:
 
 
 def choose_mode(
-    rows: Rows,
+    rows: RowStore,
     batch_tokens: int,
     max_length: int,
     seed: int,

@@ -36,7 +36,7 @@ class _Generation(Extension):
     @pass_eval_context
     def _marked(self, _: Any, caller: Any) -> str:
         text, used = caller(), budget()
-        used.spans.append((used.written, used.written + len(text)))
+        used.spans.append((used.output_length, used.output_length + len(text)))
         return text
 
 
@@ -59,7 +59,7 @@ def parse_chat(source: str, *, strict: bool = False) -> nodes.Template:
     """Return the syntax tree of a template, compiled once to see that it can be.
 
     Raises:
-        TemplateError: If it is no Jinja, or too large.
+        TemplateError: If it is not Jinja, or too large.
     """
     _compiled(source, strict)
     return guarded(lambda: _environment(strict).parse(source), source)
@@ -110,27 +110,27 @@ def apply_chat_template(tokenizer: Any, messages: list[dict[str, Any]], **names:
     inner: Any = getattr(tokenizer, "_tokenizer", None)
     wrapped = hasattr(inner, "apply_chat_template")
     inner = inner if wrapped else tokenizer
-    own = type(inner).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
-    given = [{key: item for key, item in m.items() if item is not None} for m in messages]
+    overrides = type(inner).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
+    without_nulls = [{key: item for key, item in m.items() if item is not None} for m in messages]
     names = {"add_generation_prompt": True, **names}
     try:
-        if own or getattr(tokenizer, "_chat_template", None) is not None:  # Python, no Jinja
-            return str(tokenizer.apply_chat_template(given, tokenize=False, **names))
+        if overrides or getattr(tokenizer, "_chat_template", None) is not None:  # Python, no Jinja
+            return str(tokenizer.apply_chat_template(without_nulls, tokenize=False, **names))
         source = inner.get_chat_template(tools=names.get("tools"))
     except Exception as error:
         templates = inner.chat_template
         several = none_default(templates) if isinstance(templates, dict) else ""
         raise TemplateRuntimeError(several or str(error) or type(error).__name__) from error
     thinks = {"enable_thinking": tokenizer.has_thinking} if wrapped else {}
-    return render_chat(source, given, **{**inner.special_tokens_map, **thinks, **names})[0]
+    return render_chat(source, without_nulls, **{**inner.special_tokens_map, **thinks, **names})[0]
 
 
 def _with_reasoning(message: Mapping[str, Any]) -> Mapping[str, Any]:
     """Name a turn's reasoning as every template reads it."""
     if not isinstance(message, Mapping):
         raise TemplateRuntimeError("a turn is no object")
-    known = (message[name] for name in _REASONING if message.get(name) is not None)
-    reasoning = next(known, None)
+    values = (message[name] for name in _REASONING if message.get(name) is not None)
+    reasoning = next(values, None)
     if reasoning is None:
         return message
     return {"thinking": reasoning, **message, "reasoning_content": reasoning}

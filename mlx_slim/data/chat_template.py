@@ -128,7 +128,7 @@ class ChatTemplate:
         except TemplateError as error:
             raise SlimError(
                 f"the chat template refuses this row: {' '.join(str(error).split())[:200]}",
-                "mend the row, or choose data.template=chatml, alpaca or plain",
+                "fix the row, or choose data.template=chatml, alpaca or plain",
             ) from error
 
     def _tried(self, messages: Messages, extras: dict[str, Any], prompt: bool) -> str | None:
@@ -203,13 +203,13 @@ class ChatTemplate:
 
     def _by_prefix(self, chat: _Chat, turn: int) -> Span:
         """Return a turn's span where both its prompt and its end are prefixes of the text."""
-        asked = self._tried(chat.messages[:turn], chat.extras, True) if turn else None
+        prompt = self._tried(chat.messages[:turn], chat.extras, True) if turn else None
         through = self._tried(chat.messages[: turn + 1], chat.extras, False)
-        if asked is None or through is None or not chat.text.startswith(through):
+        if prompt is None or through is None or not chat.text.startswith(through):
             raise unclear(turn)
-        if not through.startswith(asked) or through == asked:
+        if not through.startswith(prompt) or through == prompt:
             raise unclear(turn)
-        return len(asked), len(through)
+        return len(prompt), len(through)
 
     def _to_the_end(self, chat: _Chat, spans: list[Span]) -> tuple[str, list[Span]]:
         """Let the last span reach the end of the text, less a prompt that always stands there."""
@@ -239,8 +239,8 @@ class ChatTemplate:
             raise unclear(answers[0])
         if any(turn not in answers for turn in turns):
             raise SlimError(
-                "the chat template has generation marks around what no assistant said",
-                "mend its {% generation %} marks, or choose another data.template",
+                "the chat template has generation marks around text that is not the assistant's",
+                "fix its {% generation %} marks, or choose another data.template",
             )
         if set(answers) - set(turns):
             notes = [*notes, "answers without generation marks of the template (not learned)"]
@@ -256,7 +256,7 @@ class ChatTemplate:
 
 
 def _turn_of(borders: Borders, span: Span) -> int:
-    """Return the turn whose text stands in a span, or next to it."""
+    """Return the turn whose text is in a span, or next to it."""
     start, end = span
     places = sorted((at, borders.chat.marks[n].turn) for n, at in borders.whole.places.items())
     inside = [turn for at, turn in places if start <= at <= end]
@@ -276,7 +276,7 @@ def _missing(messages: Messages, borders: Borders) -> list[str]:
             elif not borders.comes_out(turn):
                 raise SlimError(
                     f"turn {turn + 1}: the chat template leaves out the answer",
-                    "mend the row, or choose another data.template",
+                    "fix the row, or choose another data.template",
                 )
         elif borders.chat.marked(turn) and not borders.comes_out(turn):
             notes.append(f"{message['role']} messages that the template leaves out")

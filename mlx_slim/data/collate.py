@@ -1,7 +1,7 @@
-"""Rows of a token store as one micro-batch: inputs, and where and what the loss asks.
+"""Rows of a token store as one micro-batch: inputs, positions of the loss and its targets.
 
-Invariant: every supervised target of every row is asked for once, with its loss weight; padding
-asks for nothing (weight 0). Used by ``batches.py``.
+Invariant: every supervised target of every row is predicted once, with its loss weight; padding
+has weight 0. Used by ``batches.py``.
 Legend: B sequences, T positions, N supervised positions.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 from mlx_slim.data.shapes import Shape
 
 
-class Rows(Protocol):
+class RowStore(Protocol):
     """What a token store offers: see ``data/store.py``."""
 
     lengths: np.ndarray
@@ -37,7 +37,7 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: inputs, and where and what the loss asks.
+    """One micro-batch: inputs, and which targets the loss counts at which positions.
 
     A row of ids 0..L-1 is fed without its last id, and position t predicts id t+1::
 
@@ -69,7 +69,7 @@ class Batch:
     rows: int
     weights_N: np.ndarray | None = None
 
-    def parts(self, count: int) -> list[Batch]:
+    def shards(self, count: int) -> list[Batch]:
         """Return up to ``count`` batches of neighbouring sequences that make up this one.
 
         Only a batch that stays whole keeps what it is padded with.
@@ -82,14 +82,14 @@ class Batch:
         count = min(count, batch)
         if count <= 1:
             return [self]
-        parts = []
+        shards = []
         for rows in np.array_split(np.arange(batch), count):
             here = targets & np.isin(self.positions_N // width, rows)
             positions = self.positions_N[here] - rows[0] * width
             used = int((positions % width).max()) + 1  # later positions predict nothing
             segments = None if self.segments_BT is None else self.segments_BT[rows, :used]
             weights = None if self.weights_N is None else self.weights_N[here]
-            part = Batch(
+            shard = Batch(
                 tokens_BT=self.tokens_BT[rows, :used],
                 positions_N=(positions // width * used + positions % width).astype(np.int32),
                 targets_N=self.targets_N[here],
@@ -99,8 +99,8 @@ class Batch:
                 rows=round(self.rows * len(rows) / batch),
                 weights_N=None if weights is None or (weights == 1).all() else weights,
             )
-            parts.append(part)
-        return parts
+            shards.append(shard)
+        return shards
 
     @property
     def computed_tokens(self) -> int:
@@ -121,13 +121,13 @@ class Batch:
         return float(self.weights_N.sum(dtype=np.float64))
 
 
-def first_targets(rows: Rows) -> np.ndarray:
+def first_targets(rows: RowStore) -> np.ndarray:
     """Return how many targets the rows before each row have, int64 (rows,)."""
     return np.cumsum(rows.supervised, dtype=np.int64) - rows.supervised
 
 
 def collate(
-    rows: Rows,
+    rows: RowStore,
     groups: Sequence[Sequence[int]],
     *,
     isolate: bool,
@@ -144,7 +144,7 @@ def collate(
         firsts: ``first_targets(rows)``, where it was computed before.
     """
     firsts = first_targets(rows) if firsts is None else firsts
-    parts: list[list[tuple[np.ndarray, np.ndarray, int]]] = []
+    sequences: list[list[tuple[np.ndarray, np.ndarray, int]]] = []
     weights: list[np.ndarray | None] = []
     real = 0
     for group in groups:
@@ -153,17 +153,17 @@ def collate(
             ids, supervised = rows.row(index)
             real += len(ids)
             last = int(np.flatnonzero(supervised)[-1])
-            own = rows.weights(index)
-            weights.append(None if own is None else own[supervised])
+            row_weights = rows.weights(index)
+            weights.append(None if row_weights is None else row_weights[supervised])
             sequence.append((ids[: last + 1], supervised[: last + 1], int(firsts[index])))
-        parts.append(sequence)
-    width = max(width, *(sum(len(ids) - 1 for ids, _, _ in sequence) for sequence in parts))
-    tokens_BT = np.zeros((len(parts), width), dtype=np.int32)
-    segments_BT = np.full((len(parts), width), -1, dtype=np.int32)
+        sequences.append(sequence)
+    width = max(width, *(sum(len(ids) - 1 for ids, _, _ in sequence) for sequence in sequences))
+    tokens_BT = np.zeros((len(sequences), width), dtype=np.int32)
+    segments_BT = np.full((len(sequences), width), -1, dtype=np.int32)
     positions: list[np.ndarray] = []
     targets: list[np.ndarray] = []
     sources: list[np.ndarray] = []
-    for b, sequence in enumerate(parts):
+    for b, sequence in enumerate(sequences):
         start = 0
         for number, (ids, supervised, first) in enumerate(sequence):
             stop = start + len(ids) - 1
@@ -188,8 +188,8 @@ def collate(
 
 def _joined(weights: list[np.ndarray | None]) -> np.ndarray | None:
     """Return the weights of all rows' targets; a store has them for every row or for none."""
-    known = [each for each in weights if each is not None]
-    return np.concatenate(known).astype(np.float32) if known else None
+    present = [each for each in weights if each is not None]
+    return np.concatenate(present).astype(np.float32) if present else None
 
 
 def to_the_end(batch: Batch) -> Batch:

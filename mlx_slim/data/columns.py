@@ -54,8 +54,8 @@ def recognised(names: Iterable[str]) -> dict[str, str] | None:
     if len(contexts) > 1:
         return None
     ask, answer = ("instruction", "output") if contexts else ("prompt", "completion")
-    found = {ask: asks[0], answer: answers[0]}
-    return found | ({"input": contexts[0]} if contexts else {})
+    names = {ask: asks[0], answer: answers[0]}
+    return names | ({"input": contexts[0]} if contexts else {})
 
 
 def proposal(value: Mapping[str, Any], format: str = "auto") -> str:
@@ -86,8 +86,8 @@ def _likely(value: Mapping[str, Any], format: str) -> dict[str, str] | None:
             return {"messages": chats[0]}
     texts = [name for name, item in value.items() if isinstance(item, str)]
     if format in ("auto", "text") and len(texts) == 1:
-        known = format == "auto" and texts[0].lower() in (*_MORE_ASK, *_MORE_ANSWER)
-        return None if known else {"text": texts[0]}
+        is_named = format == "auto" and texts[0].lower() in (*_MORE_ASK, *_MORE_ANSWER)
+        return None if is_named else {"text": texts[0]}
     if format in ("chat", "text"):
         return None
     answer = _first(_MORE_ANSWER, texts)
@@ -125,7 +125,7 @@ def option(names: Mapping[str, str]) -> str:
     return f"data.columns={{{', '.join(pairs)}}}"
 
 
-def _first(known: Iterable[str], names: list[str]) -> str | None:
+def _first(candidates: Iterable[str], names: list[str]) -> str | None:
     """Return the first known name that a column has, whatever its case, as the column writes it."""
     lower = {name.lower(): name for name in reversed(names)}
-    return next((lower[name] for name in known if name in lower), None)
+    return next((lower[name] for name in candidates if name in lower), None)

@@ -29,7 +29,7 @@ _ROLES = {
 _CALLS = ("function_call", "tool_call")  # roles whose text is a call
 # Names for learning a turn or not: OpenAI's exports', axolotl's, ms-swift's; torchtune's says not.
 _FLAGS = ("train", "training", "train_on_turn", "trainable", "loss", "masked")
-_OWN = {"from", "value", "role", "content", "function_call", "weight", *_FLAGS}
+_READ_KEYS = {"from", "value", "role", "content", "function_call", "weight", *_FLAGS}
 _TEXT_FILES = re.compile(r"\.(json|jsonl|ndjson)(\.\w+)?$")  # whose nulls were written by someone
 _NULLABLE = frozenset({"default", "const", "example"})  # of a schema: null is a value there
 _MOST_WEIGHT = 1e6
@@ -80,8 +80,8 @@ def _turns_of(text: Any) -> list[dict[str, Any]] | None:
     except (ValueError, RecursionError):
         return None
     pairs = ({"role", "content"}, {"from", "value"})
-    known = (isinstance(t, dict) and any(pair <= t.keys() for pair in pairs) for t in turns)
-    return turns if turns and all(known) else None
+    are_turns = (isinstance(t, dict) and any(pair <= t.keys() for pair in pairs) for t in turns)
+    return turns if turns and all(are_turns) else None
 
 
 def read_conversation(row: RawRow, value: Mapping[str, Any]) -> Conversation:
@@ -103,23 +103,23 @@ def read_conversation(row: RawRow, value: Mapping[str, Any]) -> Conversation:
     if isinstance(turns, str) and turns.lstrip().startswith("["):
         turns = _parsed(row, turns, "the list of turns")
     if not isinstance(turns, list):
-        raise SlimError(f"{row.place}: the turns are {type(turns).__name__}, expected a list")
+        raise SlimError(f"{row.place}: turns is {type(turns).__name__}, expected a list")
     padded = not _TEXT_FILES.search(row.where)
     tools = _tools(row, value.get("tools", value.get("functions")), padded)
     reader = _Reader(row, padded, _declared(tools))
     messages, weights, notes = [], [], []
     for index, turn in enumerate(turns, 1):
         messages.append(reader.message(index, turn))
-        weight, asked = reader.weight(index, turn)
+        weight, marked = reader.weight(index, turn)
         answer = messages[-1]["role"] == "assistant"
         weights.append(weight if answer and index > context else 0.0)
-        if asked and not answer:
+        if marked and not answer:
             notes.append("turns marked to be learned that are no assistant's (not learned)")
     return Conversation(messages, weights, tools, tuple(dict.fromkeys(notes)))
 
 
-def _turn_list(given: Any, role: str) -> list[Any]:
-    return given if isinstance(given, list) else [{"role": role, "content": given}]
+def _turn_list(value: Any, role: str) -> list[Any]:
+    return value if isinstance(value, list) else [{"role": role, "content": value}]
 
 
 @dataclass(frozen=True)
@@ -143,11 +143,11 @@ class _Reader:
         """Return one turn as ``{role, content, …}``, whichever of the dialects it is in."""
         if not isinstance(turn, dict):
             raise self._wrong(index, f"{type(turn).__name__}, expected an object")
-        rest = {k: v for k, v in turn.items() if k not in _OWN and v is not None}
-        given = turn.get("role", turn.get("from"))
-        role = _ROLES.get(given) if isinstance(given, str) else None
+        rest = {k: v for k, v in turn.items() if k not in _READ_KEYS and v is not None}
+        name = turn.get("role", turn.get("from"))
+        role = _ROLES.get(name) if isinstance(name, str) else None
         if role is None:
-            seen = f"role {given!r}" if given is not None else f"keys {', '.join(turn) or 'none'}"
+            seen = f"role {name!r}" if name is not None else f"keys {', '.join(turn) or 'none'}"
             raise self._wrong(
                 index,
                 f"{seen}, expected {{role, content}} or {{from, value}}",
@@ -156,7 +156,7 @@ class _Reader:
             )
         content = turn.get("content", turn.get("value"))
         calls = rest.pop("tool_calls", None) or turn.get("function_call")
-        if given in _CALLS and not calls:
+        if name in _CALLS and not calls:
             content, calls = None, self._json(index, content, "the call")
         if calls:
             rest["tool_calls"] = self._calls(index, calls)
@@ -164,9 +164,9 @@ class _Reader:
 
     def _content(self, index: int, content: Any, role: str) -> str:
         if isinstance(content, list):  # the parts of the OpenAI API
-            parts = [part.get("text") if isinstance(part, dict) else part for part in content]
-            texts = [part for part in parts if isinstance(part, str)]
-            content = "".join(texts) if len(texts) == len(parts) else content
+            pieces = [piece.get("text") if isinstance(piece, dict) else piece for piece in content]
+            texts = [piece for piece in pieces if isinstance(piece, str)]
+            content = "".join(texts) if len(texts) == len(pieces) else content
         if content is None:
             return ""
         if role == "tool" and isinstance(content, (dict, list)):
@@ -182,14 +182,14 @@ class _Reader:
             return json.loads(text)
         except (ValueError, RecursionError) as error:
             raise self._wrong(
-                index, f"{what} is no JSON: {text[:40]!r}", "expected a name and its arguments"
+                index, f"{what} is not JSON: {text[:40]!r}", "expected a name and its arguments"
             ) from error
 
-    def _calls(self, index: int, given: Any) -> list[dict[str, Any]]:
+    def _calls(self, index: int, value: Any) -> list[dict[str, Any]]:
         """Return tool calls as ``{type, function: {name, arguments}}``."""
-        given = self._json(index, given, "tool_calls")
+        value = self._json(index, value, "tool_calls")
         calls = []
-        for call in given if isinstance(given, list) else [given]:
+        for call in value if isinstance(value, list) else [value]:
             call = self._json(index, call, "a tool call")
             call = (
                 {k: v for k, v in call.items() if v is not None} if isinstance(call, dict) else {}
@@ -199,7 +199,7 @@ class _Reader:
                 function, call = call, {}
             if not isinstance(function, dict) or not isinstance(function.get("name"), str):
                 raise self._wrong(
-                    index, f"a tool call is {str(given)[:40]!r}", "expected a name and arguments"
+                    index, f"a tool call is {str(value)[:40]!r}", "expected a name and arguments"
                 )
             function = {k: v for k, v in function.items() if v is not None}
             parameters = function.pop("parameters", {})
@@ -209,24 +209,26 @@ class _Reader:
             calls.append({"type": "function", **call, "function": function})
         return calls
 
-    def _arguments(self, index: int, name: str, given: Any) -> dict[str, Any]:
-        text = isinstance(given, str)
+    def _arguments(self, index: int, name: str, value: Any) -> dict[str, Any]:
+        text = isinstance(value, str)
         for _ in range(2):  # an export of an export is quoted twice
-            given = self._json(index, given or "{}", f"arguments of {name!r}")
-        if not isinstance(given, dict):
+            value = self._json(index, value or "{}", f"arguments of {name!r}")
+        if not isinstance(value, dict):
             raise self._wrong(
-                index, f"arguments of {name!r} are {type(given).__name__}, expected an object"
+                index, f"arguments of {name!r} are {type(value).__name__}, expected an object"
             )
         if text:
-            return given  # a null in it was written by someone
+            return value  # a null in it was written by someone
         if self.padded:
-            return without_nulls(given)
-        known = self.declared.get(name)
-        return {k: v for k, v in given.items() if v is not None or known is None or k in known}
+            return without_nulls(value)
+        parameters = self.declared.get(name)
+        return {
+            k: v for k, v in value.items() if v is not None or parameters is None or k in parameters
+        }
 
     def weight(self, index: int, turn: dict[str, Any]) -> tuple[float, bool]:
         """Return the loss weight that a turn asks for, and whether it asks to be learned."""
-        weight, asked = 1.0, False
+        weight, marked = 1.0, False
         for name in _FLAGS:
             flag = turn.get(name)
             if flag is None or (name == "loss" and isinstance(flag, float)):
@@ -236,48 +238,48 @@ class _Reader:
             if name == "masked":
                 weight *= 1 - flag
                 continue
-            weight, asked = weight * flag, asked or bool(flag)
+            weight, marked = weight * flag, marked or bool(flag)
         if turn.get("mask") is not None:
             raise self._wrong(
                 index,
                 f"mask is {shown(turn['mask'])}, which some read as learned and some as hidden",
                 "say train: true or train: false for each turn instead",
             )
-        given = turn.get("weight")
-        if given is not None:
-            if not isinstance(given, (int, float)) or not 0 <= given <= _MOST_WEIGHT:
+        factor = turn.get("weight")
+        if factor is not None:
+            if not isinstance(factor, (int, float)) or not 0 <= factor <= _MOST_WEIGHT:
                 raise self._wrong(
-                    index, f"weight is {given!r}, expected a number from 0 to {_MOST_WEIGHT:g}"
+                    index, f"weight is {factor!r}, expected a number from 0 to {_MOST_WEIGHT:g}"
                 )
-            weight *= given
-        return float(weight), asked
+            weight *= factor
+        return float(weight), marked
 
 
-def _parsed(row: RawRow, given: Any, what: str) -> Any:
+def _parsed(row: RawRow, value: Any, what: str) -> Any:
     """Return what a string says in JSON; anything else as it is."""
-    if not isinstance(given, str):
-        return given
+    if not isinstance(value, str):
+        return value
     try:
-        return json.loads(given)
+        return json.loads(value)
     except (ValueError, RecursionError) as error:
         raise SlimError(
-            f"{row.place}: {what}: {given[:40]!r}, expected JSON",
-            "mend the row, or drop the column",
+            f"{row.place}: {what}: {value[:40]!r}, expected JSON",
+            "fix the row, or drop the column",
         ) from error
 
 
-def _tools(row: RawRow, given: Any, padded: bool) -> list[dict[str, Any]]:
+def _tools(row: RawRow, schemas: Any, padded: bool) -> list[dict[str, Any]]:
     """Return tool schemas as OpenAI's list of ``{type, function}``."""
     hint = "expected a list of schemas {type: function, function: {name, parameters}}"
 
-    whole = _parsed(row, given, "tools") if given else None
+    whole = _parsed(row, schemas, "tools") if schemas else None
     whole = (_parsed(row, whole, "tools") if whole else None) or []  # it may be quoted twice
     tools = []
     for each in whole if isinstance(whole, list) else [whole]:
         tool = _parsed(row, each, "a tool")
         if not isinstance(tool, dict):
             raise SlimError(f"{row.place}: a tool is {str(tool)[:40]!r}", hint)
-        if not isinstance(given, str) and not isinstance(each, str):
+        if not isinstance(schemas, str) and not isinstance(each, str):
             tool = without_nulls(tool, frozenset() if padded else _NULLABLE)
         if "function" not in tool and "name" in tool:
             bare = {k: v for k, v in tool.items() if (k, v) != ("type", "function")}

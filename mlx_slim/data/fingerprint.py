@@ -1,6 +1,6 @@
 """What tokenised rows were made from: content, template, tokenizer, settings.
 
-Invariant: equal fingerprints mean equal rows in equal order; a difference can be said in words.
+Invariant: equal fingerprints mean equal rows in equal order; a difference is described in words.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from mlx_slim.config.schema import SourceConfig
 from mlx_slim.data.sources import Source
 
 
-def source_print(source: Source, config: SourceConfig) -> dict[str, Any]:
+def source_fingerprint(source: Source, config: SourceConfig) -> dict[str, Any]:
     """Return what identifies a source and how it is read."""
     return {
         **source.fingerprint(),

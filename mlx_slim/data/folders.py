@@ -89,8 +89,8 @@ def _by_split(folder: Path, split: str) -> FolderRows:
     )
     data = [path for path in every if is_data(path) and path.name not in _ABOUT]
     if not data:
-        known = ", ".join(sorted(READERS))
-        raise SlimError(f"the folder {folder} holds no data file", f"data files are {known}")
+        extensions = ", ".join(sorted(READERS))
+        raise SlimError(f"the folder {folder} holds no data file", f"data files are {extensions}")
     chosen = next((named for name in _names(split) if (named := _named(folder, data, name))), [])
     if not chosen:
         splits = [name for names in _SPLITS for name in names]
@@ -123,7 +123,7 @@ def _exactly(folder: Path, path: Path, split: str) -> bool:
 def _saved_split(folder: Path, split: str) -> Path:
     splits = read_object(folder / _DICT).get("splits")
     if not isinstance(splits, list) or not all(isinstance(name, str) for name in splits):
-        raise SlimError(f"{folder / _DICT}: 'splits' is no list of names", "save the data again")
+        raise SlimError(f"{folder / _DICT}: 'splits' is not a list of names", "save the data again")
     name = next((name for name in _names(split) if name in splits), None)
     if name is None:
         raise SlimError(
@@ -163,7 +163,7 @@ def _within(folder: Path, name: str) -> str:
     """Return a file name of a description; refuse one that leads out of its folder."""
     path = Path(name)
     if path.is_absolute() or ".." in path.parts or not path.parts:
-        raise SlimError(f"{folder}: the file name {name!r} leads out of the folder")
+        raise SlimError(f"{folder}: the file name {name!r} is outside the folder")
     return name
 
 
@@ -198,12 +198,12 @@ def _entries(folder: Path) -> dict[str, Any]:
     """Return LLaMA-Factory's list of data sets; empty if the folder has none."""
     if not (folder / INFO).is_file():
         return {}
-    found = read_json(folder / INFO)
-    if not isinstance(found, dict):
+    listing = read_json(folder / INFO)
+    if not isinstance(listing, dict):
         return {}
     return {
         name: entry
-        for name, entry in found.items()
+        for name, entry in listing.items()
         if isinstance(entry, dict) and any(place in entry for place in _PLACES)
     }
 
@@ -226,7 +226,7 @@ def _listed(folder: Path, entries: dict[str, Any], name: str | None) -> FolderRo
     elif target.is_file() and is_data(target):
         files = [target]
     else:
-        what = "is no data file" if target.is_file() else "does not exist"
+        what = "is not a data file" if target.is_file() else "does not exist"
         raise SlimError(f"{where}: file_name {entry['file_name']!r} {what}", "check the name")
     change = _sharegpt(entry) if entry.get("formatting") == "sharegpt" else _alpaca(entry)
     return FolderRows(files, [], change, json.dumps(entry, sort_keys=True))
@@ -245,46 +245,46 @@ def _check_entry(entry: Mapping[str, Any], where: str) -> None:
     unknown = sorted(entry.keys() - _KEYS)
     if unknown or entry.get("ranking"):
         what = "ranking (pairs of answers)" if entry.get("ranking") else unknown[0]
-        raise SlimError(f"{where}: {what} is not followed here", "leave it out of the entry")
+        raise SlimError(f"{where}: {what} is not supported", "remove it from the entry")
     formatting = entry.get("formatting", "alpaca")
     if formatting not in ("alpaca", "sharegpt"):
         raise SlimError(f"{where}: unknown formatting {formatting!r}", "known: alpaca, sharegpt")
     columns = _SHAREGPT if formatting == "sharegpt" else _ALPACA
-    for key, known in (("columns", columns), ("tags", _TAGS)):
-        given = entry.get(key, {})
-        if not isinstance(given, dict) or not all(isinstance(v, str) for v in given.values()):
-            raise SlimError(f"{where}: {key} is {str(given)[:60]!r}, expected names")
-        for name in given:
-            if name not in known:
+    for key, choices in (("columns", columns), ("tags", _TAGS)):
+        names = entry.get(key, {})
+        if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
+            raise SlimError(f"{where}: {key} is {str(names)[:60]!r}, expected names")
+        for name in names:
+            if name not in choices:
                 raise SlimError(
-                    f"{where}: {key}.{name} is not followed here", did_you_mean(name, known)
+                    f"{where}: {key}.{name} is not supported", did_you_mean(name, choices)
                 )
 
 
 def _renamed(
-    row: dict[str, Any], columns: Mapping[str, str], known: Mapping[str, tuple[str, str | None]]
+    row: dict[str, Any], columns: Mapping[str, str], ours_of: Mapping[str, tuple[str, str | None]]
 ) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, (ours, default) in known.items():
+    renamed: dict[str, Any] = {}
+    for key, (ours, default) in ours_of.items():
         theirs = columns.get(key, default)
         if theirs in row:
-            found[ours] = row[theirs]
+            renamed[ours] = row[theirs]
         elif key in columns:
             raise SlimError(
                 f"{INFO} calls the {key} {theirs!r}, the row has {', '.join(row) or 'no column'}",
-                "mend the entry's columns",
+                "fix the entry's columns",
             )
-    return found
+    return renamed
 
 
 def _alpaca(entry: Mapping[str, Any]) -> Change:
     columns = entry.get("columns", {})
 
     def change(row: dict[str, Any]) -> dict[str, Any]:
-        found = _renamed(row, columns, _ALPACA)
-        if set(columns) == {"prompt"} and "output" not in found:
-            return {"text": found["instruction"]}  # a prompt alone is text to go on with
-        return found
+        renamed = _renamed(row, columns, _ALPACA)
+        if set(columns) == {"prompt"} and "output" not in renamed:
+            return {"text": renamed["instruction"]}  # a prompt alone is text to continue
+        return renamed
 
     return change
 
@@ -294,20 +294,20 @@ def _sharegpt(entry: Mapping[str, Any]) -> Change:
     role_tag, content_tag = tags["role_tag"], tags["content_tag"]
     roles = {tags[tag]: ours for tag, ours in _ROLES.items()}
 
-    def turn(given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        known = {"from", "value", role_tag, content_tag}
-        rest = {key: item for key, item in given.items() if key not in known}
-        role = given.get(role_tag)
+    def turn(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        standard = {"from", "value", role_tag, content_tag}
+        rest = {key: item for key, item in value.items() if key not in standard}
+        role = value.get(role_tag)
         role = roles.get(role, role) if isinstance(role, str) else role
-        return {**rest, "from": role, "value": given.get(content_tag)}
+        return {**rest, "from": role, "value": value.get(content_tag)}
 
     def change(row: dict[str, Any]) -> dict[str, Any]:
-        found = _renamed(row, columns, _SHAREGPT)
-        turns = found.get("conversations")
+        renamed = _renamed(row, columns, _SHAREGPT)
+        turns = renamed.get("conversations")
         if isinstance(turns, list):
-            found["conversations"] = [turn(given) for given in turns]
-        return found
+            renamed["conversations"] = [turn(each) for each in turns]
+        return renamed
 
     return change

@@ -135,15 +135,15 @@ def read_example(
     renamed |= {ours: row.value[theirs] for ours, theirs in present.items()}
     if "system" not in renamed and "system_prompt" in renamed:
         renamed["system"] = renamed.pop("system_prompt")
-    known = _known_names(row, renamed) if format == "auto" else {}
-    renamed = _under(renamed, known)
+    recognized = _recognized_names(row, renamed) if format == "auto" else {}
+    renamed = _under(renamed, recognized)
     value = {key: item for key, item in renamed.items() if item is not None}
     kind = _kind(value) if format == "auto" else format
     if kind == "completions":
         value = with_turns(value)
     if kind == "chat" or (kind == "completions" and is_prompt_list(value)):
         return _chat(row, value, system, learn)
-    wanted = {
+    columns_of = {
         "alpaca": ("instruction", "input", "output", "system"),
         "completions": ("prompt", "completion", "system"),
         "text": ("text",),
@@ -151,10 +151,10 @@ def read_example(
     needed = {"alpaca": {"instruction", "output"}, "completions": {"prompt", "completion"}}
     if kind is None or not needed.get(kind, {"text"}) <= renamed.keys():
         raise _wrong_columns(row, format)
-    called: dict[str, str] = {**known, **present}  # as the row calls its columns
+    called: dict[str, str] = {**recognized, **present}  # as the row calls its columns
     fields = {
         name: _string(row, value[name], called.get(name) or name)
-        for name in wanted[kind]
+        for name in columns_of[kind]
         if name in value
     }
     if kind == "text":
@@ -167,8 +167,8 @@ def read_example(
     else:
         _need(fields, "instruction", "empty instruction")
         _need(fields, "output", "empty answer")
-        parts = (fields["instruction"], fields.get("input", ""))
-        prompt, answer = "\n".join(part for part in parts if part), fields["output"]
+        lines = (fields["instruction"], fields.get("input", ""))
+        prompt, answer = "\n".join(part for part in lines if part), fields["output"]
     fields |= {"prompt": prompt, "completion": answer, "system": system or ""}
     if kind == "alpaca" and (earlier := _history(row, value)):
         turns = _turns(system, prompt, answer)
@@ -178,7 +178,7 @@ def read_example(
     return Example(kind, _turns(system, prompt, answer), fields)
 
 
-def _known_names(row: RawRow, columns: dict[str, Any]) -> dict[str, str]:
+def _recognized_names(row: RawRow, columns: dict[str, Any]) -> dict[str, str]:
     """Return the renames, ours to the row's, of a row whose columns mean a known format.
 
     Columns that are null count only where the others do not say it: a row without its answer.
@@ -191,15 +191,15 @@ def _known_names(row: RawRow, columns: dict[str, Any]) -> dict[str, str]:
         beside = _complete(names) == {"text"}
         if _complete(names) and not beside:
             return {}
-        if (found := recognised(name for name in names if name != "text")) is not None:
-            parts = [str(names[theirs] or "").strip() for theirs in found.values()]
-            if beside and not all(part in str(names["text"]) for part in parts):
+        if (renames := recognised(name for name in names if name != "text")) is not None:
+            texts = [str(names[theirs] or "").strip() for theirs in renames.values()]
+            if beside and not all(part in str(names["text"]) for part in texts):
                 raise SlimError(
-                    f"{row.place}: 'text' stands beside {', '.join(found.values())}; which is "
+                    f"{row.place}: 'text' stands beside {', '.join(renames.values())}; which is "
                     "learned, the text or the answer?",
-                    f"data.format=text, or {shlex.quote(option(found))} without it",
+                    f"data.format=text, or {shlex.quote(option(renames))} without it",
                 )
-            return found
+            return renames
         if beside:
             return {}
     return {}
@@ -300,15 +300,15 @@ def _chat(row: RawRow, value: Mapping[str, Any], system: str | None, learn: str)
     for message, weight in zip(messages, weights, strict=True):
         if weight and not message["content"].strip() and not message.get("tool_calls"):
             raise Dropped("empty answer")
-    kept = slice(answers[-1] + 1)
-    if not any(weights[kept]):
+    used = slice(answers[-1] + 1)
+    if not any(weights[used]):
         raise Dropped("no answer to learn: weight 0")
     return Example(
         "chat",
-        messages[kept],
+        messages[used],
         {},
         {"tools": chat.tools} if chat.tools else {},
-        cut_turns=len(messages) - len(messages[kept]),
-        weights=weights[kept],
+        cut_turns=len(messages) - len(messages[used]),
+        weights=weights[used],
         notes=chat.notes,
     )

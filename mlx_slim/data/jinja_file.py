@@ -36,17 +36,17 @@ def read_jinja(path: Path, tokenizer: Any) -> tuple[str, Callable[[Example], Ren
         What decides the text, for hashing, and how a row is rendered.
 
     Raises:
-        SlimError: If the file cannot be read, is no Jinja, or names what no row has.
+        SlimError: If the file cannot be read, is not Jinja, or names what no row has.
     """
     source = read_text(path, 4 * LONGEST_SOURCE)
     try:
-        tree = parse_chat(source, strict=True)
+        syntax = parse_chat(source, strict=True)
     except TemplateError as error:
         line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
         raise SlimError(f"{path.name}{line}: {error.message}") from error
-    used = meta.find_undeclared_variables(tree)
+    used = meta.find_undeclared_variables(syntax)
     for name in sorted(used - VARIABLES):
-        at = [n.lineno for n in tree.find_all(nodes.Name) if n.name == name]
+        at = [n.lineno for n in syntax.find_all(nodes.Name) if n.name == name]
         raise SlimError(
             f"{path.name}, line {min(at, default=1)}: undefined variable {name!r}",
             did_you_mean(name, VARIABLES),
@@ -60,7 +60,7 @@ def read_jinja(path: Path, tokenizer: Any) -> tuple[str, Callable[[Example], Ren
         over_messages = "messages" in used and example.kind != "text"
         whole = chat(example) if over_messages else _by_fields(example, render)
         bos = special["bos_token"]
-        return replace(whole, own_bos=bool(bos) and whole.text.startswith(bos))
+        return replace(whole, has_bos=bool(bos) and whole.text.startswith(bos))
 
     return f"{special} {source}", row
 
@@ -90,8 +90,8 @@ def _by_fields(example: Example, render: Render) -> Rendered:
         marked, _ = render(example.messages, **{**names, "output": _MARKER, "completion": _MARKER})
     except TemplateError as error:
         raise SlimError(f"the template refuses this row: {error}") from error
-    before, found, _ = marked.partition(_MARKER)
-    if not found or not full.startswith(before):
+    before, matched, _ = marked.partition(_MARKER)
+    if not matched or not full.startswith(before):
         raise SlimError(
             "the answer does not come out of the template where 'output' or 'completion' stands"
         )

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from mlx_slim.data.lines import CHUNK, LONGEST, Progress, lines, not_utf8, one_line, open_data
+from mlx_slim.data.lines import CHUNK, LONGEST, ReadStatus, lines, not_utf8, one_line, open_data
 from mlx_slim.errors import SlimError
 from mlx_slim.reading import MAX_DEPTH, MAX_DIGITS, check_depth, shown
 
@@ -31,12 +31,12 @@ _UNFINISHED = 16  # characters: a fault this near to the end may be a value that
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return an object; refuse a key that stands twice, of which one would be lost."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    token = dict(pairs)
+    if len(token) != len(pairs):
         counts = Counter(name for name, _ in pairs)
         twice = next(name for name in counts if counts[name] > 1)
         raise ValueError(f"the key {shown(twice)} stands twice in one object")
-    return found
+    return token
 
 
 def _whole(digits: str) -> int:
@@ -89,7 +89,7 @@ def refuse_halves(value: Any, place: str, key: str = "") -> None:
             refuse_halves(item, place, key)
 
 
-def read_jsonl(path: Path, progress: Progress) -> Iterator[tuple[int, Any]]:
+def read_jsonl(path: Path, progress: ReadStatus) -> Iterator[tuple[int, Any]]:
     """Yield (line number, value) of each line.
 
     A file that begins like another kind of JSON (an array, or an object over several lines) is
@@ -130,7 +130,7 @@ def _begins_with(path: Path, character: str) -> bool:
     return head.startswith(character.encode())
 
 
-def read_json(path: Path, progress: Progress) -> Iterator[tuple[int, Any]]:
+def read_json(path: Path, progress: ReadStatus) -> Iterator[tuple[int, Any]]:
     """Yield (row number, value) of an array, of values one after another, or of a wrapped list."""
     progress.unit = "row"
     with open_data(path) as handle:
@@ -152,7 +152,7 @@ def read_json(path: Path, progress: Progress) -> Iterator[tuple[int, Any]]:
 class _JsonStream:
     """A sliding window over a UTF-8 JSON file, decoded value by value."""
 
-    def __init__(self, path: Path, handle: BinaryIO, progress: Progress) -> None:
+    def __init__(self, path: Path, handle: BinaryIO, progress: ReadStatus) -> None:
         self.path, self.handle, self.progress = path, handle, progress
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self.text, self.at, self.line, self.offset, self.done = "", 0, 1, 0, False
@@ -192,10 +192,10 @@ class _JsonStream:
 
     def take(self, expected: str) -> None:
         """Step over the next character, which must be one of ``expected``."""
-        found = self.peek()
-        if not found or found not in expected:
+        token = self.peek()
+        if not token or token not in expected:
             names = " or ".join(f"{character!r}" for character in expected)
-            self.fail(f"expected {names}, found {found or 'the end'!r}")
+            self.fail(f"expected {names}, found {token or 'the end'!r}")
         self.at += 1
 
     def value(self, row: int) -> Any:
@@ -212,10 +212,10 @@ class _JsonStream:
                 self.fail("nested too deeply", 0)
             except ValueError as error:
                 at = getattr(error, "pos", None)
-                goes_on = at is not None and (
+                continues = at is not None and (
                     len(self.text) - at < _UNFINISHED or _what(error).startswith("Unterminated")
                 )
-                if not goes_on or not self.more():
+                if not continues or not self.more():
                     self.fail(_what(error), (self.at if at is None else at) - self.at)
         self.line += self.text.count("\n", self.at, end)
         self.at = end

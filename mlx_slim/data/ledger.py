@@ -17,13 +17,13 @@ from mlx_slim.data.store import TokenRows
 
 _FIRST = 5  # places named for each reason
 _SUMS = (
-    *("given", "used", "tokens", "supervised_tokens"),
+    *("rows_read", "used", "tokens", "supervised_tokens"),
     *("cut_turns", "cut_tokens", "cut_characters"),
 )
 
 
 @dataclass
-class Tally:
+class RowCount:
     """A count, and the first places that it counted."""
 
     count: int = 0
@@ -35,7 +35,7 @@ class Tally:
         if len(self.first) < _FIRST:
             self.first.append(raw.place)
 
-    def merge(self, later: Tally) -> None:
+    def merge(self, later: RowCount) -> None:
         """Count what ``later`` counted, of rows after these."""
         self.count += later.count
         self.first += later.first[: _FIRST - len(self.first)]
@@ -43,13 +43,13 @@ class Tally:
 
 @dataclass
 class SourceLedger:
-    """What became of the rows of one source (``given``: rows; ``tokens``: tokens used)."""
+    """What became of the rows of one source (``rows_read``: rows; ``tokens``: tokens used)."""
 
     path: str
     kind: str
     weight: float
     ignored_files: list[str]
-    given: int = 0
+    rows_read: int = 0
     used: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
@@ -57,19 +57,19 @@ class SourceLedger:
     cut_turns: int = 0
     cut_tokens: int = 0
     cut_characters: int = 0  # of texts cut before they were tokenised
-    truncated: Tally = field(default_factory=Tally)
-    dropped: dict[str, Tally] = field(default_factory=dict)
+    truncated: RowCount = field(default_factory=RowCount)
+    dropped: dict[str, RowCount] = field(default_factory=dict)
     formats: dict[str, int] = field(default_factory=dict)
-    noted: dict[str, Tally] = field(default_factory=dict)
+    noted: dict[str, RowCount] = field(default_factory=dict)
     columns: set[str] = field(default_factory=set)  # of its rows; noted where some are renamed
 
     def drop(self, reason: str, raw: RawRow) -> None:
         """Count a row that is not used."""
-        self.dropped.setdefault(reason, Tally()).add(raw)
+        self.dropped.setdefault(reason, RowCount()).add(raw)
 
     def note(self, what: str, raw: RawRow) -> None:
         """Count a row that is used, though not all of it as it says."""
-        self.noted.setdefault(what, Tally()).add(raw)
+        self.noted.setdefault(what, RowCount()).add(raw)
 
     def truncate(self, raw: RawRow, tokens: int) -> None:
         """Count a row that lost ``tokens`` tokens."""
@@ -93,9 +93,9 @@ class SourceLedger:
             setattr(self, name, getattr(self, name) + getattr(later, name))
         self.truncated.merge(later.truncated)
         for reason, tally in later.dropped.items():
-            self.dropped.setdefault(reason, Tally()).merge(tally)
+            self.dropped.setdefault(reason, RowCount()).merge(tally)
         for what, tally in later.noted.items():
-            self.noted.setdefault(what, Tally()).merge(tally)
+            self.noted.setdefault(what, RowCount()).merge(tally)
         for kind, count in later.formats.items():
             self.formats[kind] = self.formats.get(kind, 0) + count
         self.columns |= later.columns
@@ -111,7 +111,7 @@ class SourceLedger:
             "kind": self.kind,
             "weight": self.weight,
             "formats": self.formats,
-            "rows_given": self.given,
+            "rows_given": self.rows_read,
             "rows_used": self.used,
             "rows_truncated": {"count": self.truncated.count, "first": self.truncated.first},
             "tokens_cut": self.cut_tokens,
@@ -144,7 +144,7 @@ def notes(ledger: dict[str, Any]) -> list[str]:
 def totals(ledgers: list[SourceLedger], hashes: np.ndarray) -> dict[str, Any]:
     """Return the sums over all sources; ``hashes`` (uint64, one a used row) give duplicates."""
     return {
-        "rows_given": sum(ledger.given for ledger in ledgers),
+        "rows_given": sum(ledger.rows_read for ledger in ledgers),
         "rows_used": sum(ledger.used for ledger in ledgers),
         "rows_truncated": sum(ledger.truncated.count for ledger in ledgers),
         "rows_dropped": sum(t.count for ledger in ledgers for t in ledger.dropped.values()),

@@ -29,7 +29,7 @@ _WIDE = (
 )
 
 
-class Progress(Protocol):
+class ReadStatus(Protocol):
     """What a reader tells while it reads: blank lines skipped, and what its numbers count."""
 
     blank_lines: int
@@ -90,7 +90,9 @@ class _Unpacked(gzip.GzipFile):
         return block
 
 
-def lines(path: Path, progress: Progress, *, keep_blank: bool = False) -> Iterator[tuple[int, str]]:
+def lines(
+    path: Path, progress: ReadStatus, *, keep_blank: bool = False
+) -> Iterator[tuple[int, str]]:
     r"""Yield (line number, text) of a UTF-8 file; count blank lines and skip them.
 
     Lines end in ``\n``, ``\r\n`` or ``\r``, which the text keeps; other characters that Unicode
@@ -122,22 +124,22 @@ def _split(handle: BinaryIO, name: str) -> Iterator[bytes]:
     """Yield lines with their ends, reading as much again as is waiting (linear for any line)."""
     waiting, number = b"", 0
     while block := handle.read(max(CHUNK, len(waiting))):
-        found = (waiting + block).splitlines(keepends=True)
-        number += len(found) - 1
+        whole = (waiting + block).splitlines(keepends=True)
+        number += len(whole) - 1
         # The last line may go on, and a CR at its end may be half of a CRLF.
-        waiting = b"" if found[-1].endswith(b"\n") else found.pop()
+        waiting = b"" if whole[-1].endswith(b"\n") else whole.pop()
         number += not waiting
         if len(waiting) > LONGEST:
             raise SlimError(
                 f"{name}, line {number + 1} has more than {LONGEST >> 20} MB", "break it up"
             )
-        yield from found
+        yield from whole
     if waiting:
         yield waiting
 
 
 def not_utf8(path: Path, line: int, offset: int, byte: int) -> SlimError:
-    """Return the error about a byte that is no UTF-8."""
+    """Return the error about a byte that is not UTF-8."""
     return SlimError(
         f"{path.name}, line {line}: byte 0x{byte:02x} at byte offset {offset} is not UTF-8",
         "save the file as UTF-8, for example: iconv -f latin1 -t utf-8",

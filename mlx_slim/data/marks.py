@@ -172,9 +172,9 @@ class MarkedChat:
         return [{**m, "content": mark} if i == turn else m for i, m in enumerate(self.messages)]
 
     def placed(self, output: str) -> Placement | None:
-        """Return where the marks stand in an output; None if one of a text stands there twice."""
+        """Return the places of the marks in an output; None if a mark of a text occurs twice."""
         places: dict[int, int] = {}
-        for number, at in _found(output):
+        for number, at in _mark_places(output):
             if number >= len(self.marks):
                 return None
             if number not in places:
@@ -184,7 +184,7 @@ class MarkedChat:
         return Placement(MARKS.sub("", output), places, self.marks)
 
 
-def _found(output: str) -> Iterator[tuple[int, int]]:
+def _mark_places(output: str) -> Iterator[tuple[int, int]]:
     """Yield the number of each mark and its place in the output without marks."""
     for count, match in enumerate(MARKS.finditer(output)):
         yield ord(match.group()) - _FIRST, match.start() - count

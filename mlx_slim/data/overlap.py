@@ -88,9 +88,9 @@ def build_index(mirror: Path) -> Index:
         if file is None:
             continue
         for text in _questions(file, spec):
-            own = words(text)
-            codes.extend([vocabulary.setdefault(word, len(vocabulary) + 1) for word in own])
-            lengths.append(len(own))
+            text_words = words(text)
+            codes.extend([vocabulary.setdefault(word, len(vocabulary) + 1) for word in text_words])
+            lengths.append(len(text_words))
         datasets.append(name)
         edges.append(len(lengths))
     codes_W, length_Q = np.array(codes, np.uint64), np.array(lengths, np.int64)
@@ -98,9 +98,9 @@ def build_index(mirror: Path) -> Index:
     left_W = np.repeat(np.cumsum(length_Q), length_Q) - np.arange(len(codes_W))  # words to its end
     hashes: list[np.ndarray] = []
     owners: list[np.ndarray] = []
-    for n, wanted_Q in ((LONG, length_Q >= LONG), (SHORT, length_Q < LONG)):
+    for n, is_length_Q in ((LONG, length_Q >= LONG), (SHORT, length_Q < LONG)):
         runs_G = _runs(codes_W, n)
-        whole_G = ((left_W >= n) & wanted_Q[owner_W])[: len(runs_G)]
+        whole_G = ((left_W >= n) & is_length_Q[owner_W])[: len(runs_G)]
         hashes.append(runs_G[whole_G])
         owners.append(owner_W[: len(runs_G)][whole_G])
     every = np.concatenate(hashes)
@@ -123,7 +123,7 @@ class Checker:
     index: Index | None
     rows: int = 0
     overlapping: int = 0
-    found: dict[str, dict[str, Any]] = field(default_factory=dict)
+    questions: dict[str, dict[str, Any]] = field(default_factory=dict)
     _waiting: list[str] = field(default_factory=list)  # their places
     _codes: array[int] = field(default_factory=lambda: array("Q"))
     _ends: list[int] = field(default_factory=list)
@@ -156,8 +156,8 @@ class Checker:
         pairs: list[np.ndarray] = []
         for n in (LONG, SHORT):
             runs_G = _runs(codes_W, n)
-            known_G = np.convolve(codes_W == 0, np.ones(n), "valid")[: len(runs_G)] < 0.5
-            at_G = np.flatnonzero(known_G) if len(runs_G) else np.empty(0, np.int64)
+            is_shared_G = np.convolve(codes_W == 0, np.ones(n), "valid")[: len(runs_G)] < 0.5
+            at_G = np.flatnonzero(is_shared_G) if len(runs_G) else np.empty(0, np.int64)
             low = np.searchsorted(self.index.hashes_G, runs_G[at_G], "left")
             last = len(self.index.hashes_G) - 1
             hit = (
@@ -184,7 +184,7 @@ class Checker:
         datasets_P = np.searchsorted(self.index.edges, questions_P, "right") - 1
         for number in np.unique(datasets_P):
             mine = datasets_P == number
-            entry = self.found.setdefault(
+            entry = self.questions.setdefault(
                 self.index.datasets[number], {"rows": 0, "questions": set(), "first": []}
             )
             rows = np.unique(rows_P[mine])
@@ -200,7 +200,7 @@ class Checker:
             return {"checked": False, "why": f"no evaluation data under {MIRROR_VARIABLE}"}
         datasets = {}
         for number, name in enumerate(self.index.datasets):
-            entry = self.found.get(name, {"rows": 0, "questions": set(), "first": []})
+            entry = self.questions.get(name, {"rows": 0, "questions": set(), "first": []})
             edges = self.index.edges
             datasets[name] = {
                 "questions": int(edges[number + 1] - edges[number]),

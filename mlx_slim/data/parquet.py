@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mlx_slim.data.lines import UNPACKED, UNPACKED_RATIO, Progress
+from mlx_slim.data.lines import UNPACKED, UNPACKED_RATIO, ReadStatus
 from mlx_slim.errors import SlimError
 from mlx_slim.reading import MAX_DEPTH, library_errors, open_regular, shown
 
@@ -29,14 +29,17 @@ _ROW_BYTES = 256 << 20
 _EACH = 64  # bytes of a Python object
 
 
-def read_parquet(path: Path, progress: Progress) -> Iterator[tuple[int, Any]]:
+def read_parquet(path: Path, progress: ReadStatus) -> Iterator[tuple[int, Any]]:
     """Yield (row number, row), batch by batch.
 
     Raises:
         SlimError: If the file is damaged, unpacks to far more than it has, or names a column twice.
     """
     progress.unit = "row"
-    with open_regular(path) as handle, library_errors(f"{path.name} is no readable Parquet"):
+    with (
+        open_regular(path) as handle,
+        library_errors(f"{path.name} is not a readable Parquet file"),
+    ):
         size = _check_footer(handle, path.name)
         yield from _rows(path, handle, size)
 
@@ -64,7 +67,7 @@ def _rows(path: Path, handle: BinaryIO, size: int) -> Iterator[tuple[int, Any]]:
             )
             count = max(1, min(BATCH, _BATCH_BYTES * rows // max(held, 1)))
             for batch in file.iter_batches(batch_size=count, row_groups=[group]):
-                for part, needed in parts_of(batch, name, number):
+                for part, needed in split_batch(batch, name, number):
                     unpacked += needed
                     if unpacked > max(UNPACKED, UNPACKED_RATIO * size):
                         raise SlimError(
@@ -95,13 +98,13 @@ def check_names(fields: list[Any], name: str) -> None:
         check_names([kind.field(index) for index in range(kind.num_fields)], name)
 
 
-def parts_of(batch: Any, name: str, number: int) -> Iterator[tuple[Any, int]]:
+def split_batch(batch: Any, name: str, number: int) -> Iterator[tuple[Any, int]]:
     """Yield (slice, bytes) of a batch so that each becomes little enough at once."""
     needed = sum(_bytes(column) for column in batch.columns)
     if batch.num_rows > 1 and needed > _BATCH_BYTES:
         half = batch.num_rows // 2
-        yield from parts_of(batch.slice(0, half), name, number)
-        yield from parts_of(batch.slice(half), name, number + half)
+        yield from split_batch(batch.slice(0, half), name, number)
+        yield from split_batch(batch.slice(half), name, number + half)
         return
     if needed > _ROW_BYTES:
         raise SlimError(f"{name}, row {number + 1}: {needed >> 20} MB, expected at most 256", _HINT)
@@ -153,7 +156,9 @@ def _check_footer(handle: BinaryIO, name: str) -> int:
     tail = handle.read(8)
     length = int.from_bytes(tail[:4], "little")
     if size < 12 or tail[4:] != _MAGIC:
-        raise SlimError(f"{name} is no readable Parquet: not complete, or another kind", _AGAIN)
+        raise SlimError(
+            f"{name} is not a readable Parquet file: not complete, or another kind", _AGAIN
+        )
     if length > min(size - 12, _MOST_FOOTER):
         raise SlimError(f"{name} is damaged: its footer would take {length:,} bytes of {size:,}")
     handle.seek(size - 8 - length)

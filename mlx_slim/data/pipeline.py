@@ -22,7 +22,7 @@ from mlx_slim.data.rendered import Rendered
 from mlx_slim.data.sources import RawRow, Source
 from mlx_slim.data.store import TokenRows
 from mlx_slim.data.templates import Template, load_template
-from mlx_slim.data.tokenize import Encoder, Tokens, check_ids, check_text, unwrap
+from mlx_slim.data.tokenize import RowEncoder, Tokens, check_ids, check_text, unwrap
 from mlx_slim.data.workers import Workers
 from mlx_slim.errors import RowLimit, SlimError
 from mlx_slim.progress import stage
@@ -33,7 +33,7 @@ _CHUNK_CHARACTERS = 1 << 20
 
 @dataclass(frozen=True)
 class PreparedRow:
-    """One row on its way to disk: where it stood, what it said, how it reads, its tokens."""
+    """One row on its way to disk: its place, its content, its rendered text, its tokens."""
 
     raw: RawRow
     example: Example
@@ -61,7 +61,7 @@ class Pipeline:
         check_columns(config.columns)
         self.config, self.max_length, self.limit = config, max_length, limit
         self.template: Template = load_template(config.template, unwrap(tokenizer))
-        self.encoder = Encoder(tokenizer, mask_prompt=config.mask_prompt)
+        self.encoder = RowEncoder(tokenizer, mask_prompt=config.mask_prompt)
 
     def __getstate__(self) -> tuple[Any, ...]:
         return self.config, self.max_length, self.limit, self.encoder
@@ -89,7 +89,7 @@ class Pipeline:
         texts: list[tuple[Example, Rendered] | str] = []  # or why the row is dropped
         failure: SlimError | None = None
         for raw in rows:
-            ledger.given += 1
+            ledger.rows_read += 1
             try:
                 texts.append(self._text(raw, config, ledger))
             except Dropped as dropped:
@@ -191,14 +191,14 @@ class Pipeline:
             raise self._too_long(raw, f"{length:,} tokens")
         if policy == "drop":
             raise Dropped(self._reason)
-        kept = np.arange(limit)
+        indices = np.arange(limit)
         if policy == "left":
             head = int(row.ids_T[0] == self.encoder.bos)
-            kept[head:] += length - limit
-        supervised = row.supervised_T[kept]
+            indices[head:] += length - limit
+        supervised = row.supervised_T[indices]
         supervised[:1] = False
-        weights = None if row.weights_T is None else row.weights_T[kept] * supervised
-        return Tokens(row.ids_T[kept], supervised, weights)
+        weights = None if row.weights_T is None else row.weights_T[indices] * supervised
+        return Tokens(row.ids_T[indices], supervised, weights)
 
 
 def _chunks(source: Source, limit: int | None) -> Iterator[list[RawRow]]:
@@ -236,7 +236,7 @@ def _characters(value: Any) -> int:
 
 
 @dataclass(frozen=True)
-class Task:
+class RowChunk:
     """Neighbouring rows of one source to be tokenised."""
 
     rows: list[RawRow]
@@ -244,8 +244,8 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Tokenised:
-    """Their tokens, what became of them, and their texts where asked for."""
+class TokenizedChunk:
+    """Their tokens, what became of them, and their texts if requested."""
 
     tokens: TokenRows
     ledger: SourceLedger
@@ -253,33 +253,33 @@ class Tokenised:
 
 
 @dataclass(frozen=True)
-class Tokeniser:
+class ChunkTokenizer:
     """What is done with a chunk of rows, in this process or in another (see ``workers``)."""
 
     pipeline: Pipeline
     texts: bool  # whether they are compared with evaluation data
 
-    def __call__(self, task: Task) -> Tokenised:
+    def __call__(self, task: RowChunk) -> TokenizedChunk:
         """Tokenise one chunk."""
         ledger = SourceLedger("", "", 1.0, [])
         prepared = self.pipeline.chunk(task.rows, task.config, ledger)
         tokens = TokenRows.of([row.tokens for row in prepared])
         ledger.use(tokens)
         texts = [(row.raw._replace(value={}), row.example.texts) for row in prepared]
-        return Tokenised(tokens, ledger, texts if self.texts else [])
+        return TokenizedChunk(tokens, ledger, texts if self.texts else [])
 
 
-def tokenised(
-    workers: Workers[Task, Tokenised],
+def tokenize_source(
+    workers: Workers[RowChunk, TokenizedChunk],
     source: Source,
     config: SourceConfig,
     ledger: SourceLedger,
     limit: int | None = None,
-) -> Iterator[Tokenised]:
+) -> Iterator[TokenizedChunk]:
     """Yield the tokens of a source in order; count every row in ``ledger``."""
     with stage(f"tokenising {public_name(source.name)}", limit, "rows") as reading:
-        for answer in workers.map(Task(rows, config) for rows in _chunks(source, limit)):
+        for answer in workers.map(RowChunk(rows, config) for rows in _chunks(source, limit)):
             ledger.merge(answer.ledger)
-            reading.reach(ledger.given)
+            reading.reach(ledger.rows_read)
             yield answer
     ledger.blank_lines = source.blank_lines

@@ -42,9 +42,9 @@ def by_class(classes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def tallest(classes: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Return, for each row, the greatest length in its class."""
-    found = np.zeros(int(classes.max()) + 1, dtype=np.int64)
-    np.maximum.at(found, classes, lengths)
-    return found[classes]
+    longest = np.zeros(int(classes.max()) + 1, dtype=np.int64)
+    np.maximum.at(longest, classes, lengths)
+    return longest[classes]
 
 
 def grouped(
@@ -90,7 +90,7 @@ def runs(rows: np.ndarray, lengths: np.ndarray, levels: np.ndarray, budget: int)
         levels: Largest length of each class, ascending.
         budget: Largest B·T, unless one row is longer.
     """
-    found, start, descending = [], 0, -lengths[rows]
+    chosen, start, descending = [], 0, -lengths[rows]
     while start < len(rows):
         width = -int(descending[start])
         batch = max(1, budget // width)
@@ -99,9 +99,9 @@ def runs(rows: np.ndarray, lengths: np.ndarray, levels: np.ndarray, budget: int)
         count = min(-(-(stop - start) // batch), (len(rows) - start) // batch)
         batch = batch if count else len(rows) - start
         stop = start + max(1, count) * batch
-        found.append(Run(rows[start:stop], Frame(batch, width)))
+        chosen.append(Run(rows[start:stop], Frame(batch, width)))
         start = stop
-    return found
+    return chosen
 
 
 def deal(run: Run, supervised: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -122,9 +122,9 @@ def deal(run: Run, supervised: np.ndarray, rng: np.random.Generator) -> np.ndarr
         low, high = low[apart], high[apart]
         more_P = sums[high] - sums[low]
         columns = rng.permutation(batch)[:_CHOICE]
-        given_PC = supervised[dealt[high][:, columns]]
-        taken_PC = supervised[dealt[low][:, columns]]
-        left_PX = np.abs(more_P[:, None, None] - 2 * (given_PC[:, :, None] - taken_PC[:, None]))
+        high_PC = supervised[dealt[high][:, columns]]
+        low_PC = supervised[dealt[low][:, columns]]
+        left_PX = np.abs(more_P[:, None, None] - 2 * (high_PC[:, :, None] - low_PC[:, None]))
         left_PX = left_PX.reshape(len(low), -1)
         best = left_PX.argmin(axis=1)
         better = left_PX[np.arange(len(low)), best] < more_P

@@ -1,6 +1,6 @@
 """Data configuration in, tokenised rows and their ledger out.
 
-Invariant: every row given is used, or stands in the ledger with a reason; the same sources and
+Invariant: every row given is used, or counted in the ledger with a reason; the same sources and
 settings give the same rows in the same order, whatever the batches look like later. What is on disk
 already under the same fingerprint is reused. Try it: ``mlx-slim data preview smollm2-lora``.
 """
@@ -19,10 +19,16 @@ import numpy as np
 from mlx_slim.artifacts import atomic_folder, hash_json, write_json
 from mlx_slim.config.schema import DataConfig, SourceConfig
 from mlx_slim.data import overlap, sources
-from mlx_slim.data.fingerprint import fingerprint_difference, source_print, without_rows
+from mlx_slim.data.fingerprint import fingerprint_difference, source_fingerprint, without_rows
 from mlx_slim.data.formats import check_renamed
 from mlx_slim.data.ledger import SourceLedger, split_ledger, totals
-from mlx_slim.data.pipeline import Pipeline, Task, Tokenised, Tokeniser, tokenised
+from mlx_slim.data.pipeline import (
+    ChunkTokenizer,
+    Pipeline,
+    RowChunk,
+    TokenizedChunk,
+    tokenize_source,
+)
 from mlx_slim.data.sources import Source
 from mlx_slim.data.split import choose_validation, quotas, weighted
 from mlx_slim.data.store import TokenStore, TokenWriter
@@ -44,7 +50,7 @@ class Prepared:
 
     Attributes:
         train: Training rows, sources in order, weights applied.
-        validation: Held-out rows, or None.
+        validation: Validation rows, or None.
         ledger: Every row accounted for (also in ``data_ledger.json``).
         fingerprint: What the rows were made from; compare with ``fingerprint_difference``.
         note: What a user should know of rows that an older version stored; empty otherwise.
@@ -92,12 +98,14 @@ def prepare(
     if limit is not None and limit.tokens >= max_length:
         limit = None
     pipeline = Pipeline(config, tokenizer, max_length=max_length, limit=limit)
-    found = [(find(source), source) for source in config.sources]
-    held_out = _validation_source(config, find)
-    wanted = {
+    sources = [(find(source), source) for source in config.sources]
+    validation_source = _validation_source(config, find)
+    settings = {
         "version": _VERSION,
-        "sources": [source_print(*pair) for pair in found],
-        "validation": source_print(*held_out) if held_out else config.validation,
+        "sources": [source_fingerprint(*pair) for pair in sources],
+        "validation": source_fingerprint(*validation_source)
+        if validation_source
+        else config.validation,
         "template": {"name": pipeline.template.name, "sha256": pipeline.template.key},
         "tokenizer": pipeline.encoder.fingerprint(),
         "settings": {
@@ -113,20 +121,27 @@ def prepare(
     tokens = folder / "tokens"
     state = tokens / "prepared.json"
     stored = read_object(state, fingerprint=dict, ledger=dict) if state.is_file() else None
-    if stored is not None and without_rows(stored["fingerprint"]) == wanted:
+    if stored is not None and without_rows(stored["fingerprint"]) == settings:
         if not (folder / LEDGER_FILE).is_file():
             write_json(folder / LEDGER_FILE, stored["ledger"])
         return _open(tokens, stored["fingerprint"], stored["ledger"])
 
     def write(target: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         checker = overlap.Checker.from_mirror()
-        with Workers(Tokeniser(pipeline, checker.index is not None), processes) as workers:
+        with Workers(ChunkTokenizer(pipeline, checker.index is not None), processes) as workers:
             return _write(
-                workers, checker, found, held_out, wanted, target, config=config, seed=seed
+                workers,
+                checker,
+                sources,
+                validation_source,
+                settings,
+                target,
+                config=config,
+                seed=seed,
             )
 
     if stored is not None and unchanged:
-        lines = fingerprint_difference(_as_of_today(stored["fingerprint"]), wanted)
+        lines = fingerprint_difference(_as_of_today(stored["fingerprint"]), settings)
         if lines:
             raise SlimError(
                 f"the data of {folder} changed since it was started: {'; '.join(lines)}",
@@ -194,11 +209,11 @@ def _open(tokens: Path, fingerprint: dict[str, Any], ledger: dict[str, Any]) -> 
 
 
 def _write(
-    workers: Workers[Task, Tokenised],
+    workers: Workers[RowChunk, TokenizedChunk],
     checker: overlap.Checker,
-    found: list[tuple[Source, SourceConfig]],
-    held_out: tuple[Source, SourceConfig] | None,
-    wanted: dict[str, Any],
+    sources: list[tuple[Source, SourceConfig]],
+    validation_source: tuple[Source, SourceConfig] | None,
+    settings: dict[str, Any],
     folder: Path,
     *,
     config: DataConfig,
@@ -207,12 +222,12 @@ def _write(
     """Read, tokenise, split; return the full fingerprint and the ledger."""
     writer = TokenWriter(folder / "rows")
     ledgers: list[SourceLedger] = []
-    shares = quotas(config.max_rows, [source.weight for _, source in found])
+    row_quotas = quotas(config.max_rows, [source.weight for _, source in sources])
     bounds = [0]
-    for (source, source_config), quota in zip(found, shares, strict=True):
+    for (source, source_config), quota in zip(sources, row_quotas, strict=True):
         ledger = SourceLedger(source.name, source.kind, source_config.weight, source.ignored)
         ledgers.append(ledger)
-        for answer in tokenised(workers, source, source_config, ledger, quota):
+        for answer in tokenize_source(workers, source, source_config, ledger, quota):
             writer.add(answer.tokens)
             for raw, texts in answer.texts:
                 checker.add(raw, texts)
@@ -223,44 +238,48 @@ def _write(
         reasons = "; ".join(text for ledger in ledgers for text in ledger.reasons())
         shorter = "raise train.max_length or cut rows with data.truncation=right; "
         raise SlimError(
-            f"no row can be used: {sum(ledger.given for ledger in ledgers):,} given, {reasons}",
+            f"no row can be used: {sum(ledger.rows_read for ledger in ledgers):,} given, {reasons}",
             shorter * ("longer than" in reasons) + "see them with: mlx-slim data preview",
         )
     validation_ledger = None
-    if held_out:
-        validation_ledger = SourceLedger(held_out[0].name, held_out[0].kind, 1.0, [])
+    if validation_source:
+        validation_ledger = SourceLedger(
+            validation_source[0].name, validation_source[0].kind, 1.0, []
+        )
         held_writer = TokenWriter(folder / "held_out")
-        for answer in tokenised(workers, *held_out, validation_ledger):
+        for answer in tokenize_source(workers, *validation_source, validation_ledger):
             held_writer.add(answer.tokens)
         held_hashes = held_writer.close()
         if not len(held_hashes):
-            raise SlimError(f"no row of the validation file {held_out[0].name} can be used")
+            raise SlimError(
+                f"no row of the validation file {validation_source[0].name} can be used"
+            )
         validation, candidates = np.arange(len(held_hashes)), np.arange(len(hashes))
     else:
         validation = choose_validation(config.validation, len(hashes), seed)
         held_hashes = hashes[validation]
         candidates = np.setdiff1d(np.arange(len(hashes)), validation)
     leaked = np.isin(hashes[candidates], held_hashes)
-    kept = candidates[~leaked]
-    if not len(kept):
+    remaining = candidates[~leaked]
+    if not len(remaining):
         raise SlimError(
-            f"no training row is left: all {len(candidates):,} stand in the validation set too",
+            f"no training row is left: all {len(candidates):,} are in the validation set too",
             "set data.validation=0, or give other rows",
         )
-    train = weighted(kept, bounds, [source.weight for _, source in found], seed)
+    train = weighted(remaining, bounds, [source.weight for _, source in sources], seed)
     np.save(folder / "train.npy", train)
     np.save(folder / "validation.npy", validation)
     fingerprint = {
-        **wanted,
+        **settings,
         "sources": [
-            {**source, "rows": ledger.given}
-            for source, ledger in zip(wanted["sources"], ledgers, strict=True)
+            {**source, "rows": ledger.rows_read}
+            for source, ledger in zip(settings["sources"], ledgers, strict=True)
         ],
     }
     ledger = {
         "schema_version": 1,
-        "template": wanted["template"]["name"],
-        "max_length": wanted["settings"]["max_length"],
+        "template": settings["template"]["name"],
+        "max_length": settings["settings"]["max_length"],
         "truncation": config.truncation,
         "sources": [ledger.as_record() for ledger in ledgers],
         "totals": totals(ledgers, hashes),

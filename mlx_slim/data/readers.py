@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from mlx_slim.data.json_rows import read_json, read_jsonl
-from mlx_slim.data.lines import Progress, lines
+from mlx_slim.data.lines import ReadStatus, lines
 from mlx_slim.data.parquet import read_parquet
 from mlx_slim.data.tables import read_arrow, read_csv, read_tsv
 
 
-def _read_text(path: Path, progress: Progress) -> Iterator[tuple[int, Any]]:
+def _read_text(path: Path, progress: ReadStatus) -> Iterator[tuple[int, Any]]:
     """Yield the paragraphs (parted by blank lines) of a text file, numbered by their first line."""
     progress.unit = "line"
     first, previous, paragraph = 0, 0, []
@@ -32,7 +32,7 @@ def _read_text(path: Path, progress: Progress) -> Iterator[tuple[int, Any]]:
         yield first, {"text": "".join(paragraph).strip("\r\n")}
 
 
-Reader = Callable[[Path, Progress], Iterator[tuple[int, Any]]]
+Reader = Callable[[Path, ReadStatus], Iterator[tuple[int, Any]]]
 _TEXT: dict[str, Reader] = {
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,

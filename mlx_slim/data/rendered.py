@@ -16,14 +16,14 @@ class Rendered:
     Attributes:
         text: All of it.
         spans: Character ranges [start, end) of the answers, each with what closes it.
-        own_bos: The template writes the BOS token itself, if the model wants one.
+        has_bos: The template writes the BOS token itself, if the model wants one.
         weights: Loss weight of each span; None is 1 for all.
         notes: What the template left out that the row has, for the ledger.
     """
 
     text: str
     spans: list[tuple[int, int]]
-    own_bos: bool = False
+    has_bos: bool = False
     weights: list[float] | None = None
     notes: tuple[str, ...] = ()
 
@@ -37,15 +37,15 @@ class Rendered:
         """Return the first ``head`` characters, then [start, end) and the spans in them."""
         text, shift = self.text[:head] + self.text[start:end], head - start
         inside = [(max(a, start) + shift, min(b, end) + shift, w) for a, b, w in self.weighted]
-        kept = [(a, b, w) for a, b, w in inside if a < b]
-        weights = [w for *_, w in kept] if self.weights else None
-        return replace(self, text=text, spans=[(a, b) for a, b, _ in kept], weights=weights)
+        clipped = [(a, b, w) for a, b, w in inside if a < b]
+        weights = [w for *_, w in clipped] if self.weights else None
+        return replace(self, text=text, spans=[(a, b) for a, b, _ in clipped], weights=weights)
 
 
-def join_pieces(parts: list[tuple[str, float | None]]) -> Rendered:
+def join_pieces(pieces: list[tuple[str, float | None]]) -> Rendered:
     """Join (text, weight) pieces; an answer has a weight, everything else None."""
     text, spans, weights = "", [], []
-    for piece, weight in parts:
+    for piece, weight in pieces:
         if weight is not None:
             spans.append((len(text), len(text) + len(piece)))
             weights.append(weight)

@@ -24,7 +24,7 @@ SHAPES = 24  # traces that the compiled functions of a run may make, validation 
 VALIDATION_SHAPES = 3  # of these, for held-out rows
 _GRID = 256  # values that are told apart when levels are chosen
 _WIDTHS = 128  # classes of length that are tried at most
-_SHARES = (
+_FRACTIONS = (
     np.inf,
     1.0,
     0.6,
@@ -85,15 +85,15 @@ class Levels:
 
     def levels(self, count: int) -> list[int]:
         """Return ``count`` levels, ascending; no value is above the last."""
-        found, stop = [], len(self._grid)
+        levels, stop = [], len(self._grid)
         for starts in reversed(self._starts[:count]):
-            found.append(int(self._grid[stop - 1]))
+            levels.append(int(self._grid[stop - 1]))
             stop = int(starts[stop - 1])
-        return found[::-1]
+        return levels[::-1]
 
 
 @dataclass(frozen=True)
-class Shapes:
+class BatchShapes:
     """The shapes of a store's micro-batches.
 
     Attributes:
@@ -182,7 +182,7 @@ def _allot(counted: Counted, limit: int) -> tuple[list[Shape], list[int]]:
     return shapes, totals
 
 
-def _settled(shapes: list[Shape], lengths: np.ndarray, supervised: np.ndarray) -> Shapes:
+def _settled(shapes: list[Shape], lengths: np.ndarray, supervised: np.ndarray) -> BatchShapes:
     """Return the shapes in order, with room for what epochs that were not counted may ask for.
 
     Every row was in a micro-batch that was counted, so each fits the largest shape of its frame.
@@ -195,7 +195,7 @@ def _settled(shapes: list[Shape], lengths: np.ndarray, supervised: np.ndarray) -
         settled.add(Shape(batch, width, targets))
     price = _TARGET_PRICE * lengths.sum() / supervised.sum()  # of a target, in positions
     ordered = sorted(settled, key=lambda s: (s.batch * s.width + price * s.targets, s))
-    return Shapes(tuple(ordered), lengths, supervised)
+    return BatchShapes(tuple(ordered), lengths, supervised)
 
 
 def _micro_batches(run: Run) -> int:
@@ -212,11 +212,11 @@ def _options(rows: np.ndarray, lengths: np.ndarray, budget: int, limit: int) -> 
     best: dict[int, tuple[int, Runs]] = {}
     table = Levels(lengths[rows], _WIDTHS)
     for count in range(1, len(table.costs) + 1):
-        found = runs(rows, lengths, np.array(table.levels(count)), budget)
-        choices = [found]
-        if len(found) > 1 and found[-1].frame.batch < found[-2].frame.batch:
+        chosen_runs = runs(rows, lengths, np.array(table.levels(count)), budget)
+        choices = [chosen_runs]
+        if len(chosen_runs) > 1 and chosen_runs[-1].frame.batch < chosen_runs[-2].frame.batch:
             # The rest as a frame of its own, or padded with empty rows.
-            choices.append([*found[:-1], Run(found[-1].rows, found[-2].frame)])
+            choices.append([*chosen_runs[:-1], Run(chosen_runs[-1].rows, chosen_runs[-2].frame)])
         for choice in choices:
             frames = len({run.frame for run in choice})
             positions = sum(map(_positions, choice))
@@ -225,12 +225,12 @@ def _options(rows: np.ndarray, lengths: np.ndarray, budget: int, limit: int) -> 
     return {frames: choice for frames, (_, choice) in best.items()}
 
 
-def _counted(found: Runs, supervised: np.ndarray, seed: int, epochs: int) -> Counted:
+def _counted(chosen_runs: Runs, supervised: np.ndarray, seed: int, epochs: int) -> Counted:
     """Return the targets of the micro-batches of each frame in the first epochs."""
     counted: dict[Frame, list[np.ndarray]] = {}
     for epoch in range(epochs):
         rng = np.random.default_rng([seed, epoch])
-        for run in found:
+        for run in chosen_runs:
             targets = supervised[deal(run, supervised, rng)].sum(axis=1)
             counted.setdefault(run.frame, []).append(targets)
     return {frame: np.concatenate(targets) for frame, targets in counted.items()}
@@ -248,7 +248,7 @@ class _Store:
     def tried(self, rows: np.ndarray, limit: int) -> dict[int, tuple[float, int]]:
         """Return, by the number of shapes for ``rows``, the least price and its number of frames.
 
-        A price is positions and targets, padding counted, as shares of the real ones of the store.
+        A price is positions and targets, padding counted, over the real ones of the store.
 
         Args:
             rows: Row numbers, the longest first.
@@ -261,9 +261,9 @@ class _Store:
         options = _options(sample, self.lengths, self.budget, limit)
         best: dict[int, tuple[float, int]] = {}
         for frames in sorted(options)[:: -max(1, len(options) // _TRIED)]:
-            found = options[frames]
-            totals = _allot(_counted(found, self.supervised, self.seed, 1), limit)[1]
-            positions = scale * sum(map(_positions, found)) / self.lengths.sum()
+            chosen_runs = options[frames]
+            totals = _allot(_counted(chosen_runs, self.supervised, self.seed, 1), limit)[1]
+            positions = scale * sum(map(_positions, chosen_runs)) / self.lengths.sum()
             for shapes, targets in enumerate(totals, frames):
                 price = positions + _TARGET_PRICE * scale * targets / self.supervised.sum()
                 best[shapes] = min(best.get(shapes, (np.inf, 0)), (price, frames))
@@ -272,14 +272,16 @@ class _Store:
     def chosen(self, rows: np.ndarray, shapes: int, frames: int) -> tuple[list[Shape], Runs]:
         """Return shapes and runs for ``rows``."""
         options = _options(rows, self.lengths, self.budget, frames)
-        found = options[max(options)]
-        epochs = min(_EPOCHS, -(-_SAMPLE // max(1, sum(map(_micro_batches, found)))))
-        return _allot(_counted(found, self.supervised, self.seed, epochs), shapes)[0], found
+        chosen_runs = options[max(options)]
+        epochs = min(_EPOCHS, -(-_SAMPLE // max(1, sum(map(_micro_batches, chosen_runs)))))
+        return _allot(_counted(chosen_runs, self.supervised, self.seed, epochs), shapes)[
+            0
+        ], chosen_runs
 
 
 def grouped_shapes(
     lengths: np.ndarray, supervised: np.ndarray, budget: int, seed: int, limit: int
-) -> tuple[Shapes, Runs]:
+) -> tuple[BatchShapes, Runs]:
     """Return at most ``limit`` shapes for rows of like length, and the runs to deal in each epoch.
 
     A row with more targets than a micro-batch has on average makes any micro-batch one of many
@@ -296,20 +298,20 @@ def grouped_shapes(
     order = np.argsort(-lengths, kind="stable")
     average = budget * supervised.sum() / lengths.sum()
     trials = []
-    for share in _SHARES:
-        many = supervised[order] > share * average
+    for fraction in _FRACTIONS:
+        many = supervised[order] > fraction * average
         apart, rest = store.tried(order[many], _APART), store.tried(order[~many], limit)
         for (few, first), (more, second) in product(apart.items(), rest.items()):
             if few + more <= limit:
-                trials.append((first[0] + second[0], share, (few, first[1]), (more, second[1])))
-    _, share, *counts = min(trials)
-    many = supervised[order] > share * average
-    shapes, found = [], []
+                trials.append((first[0] + second[0], fraction, (few, first[1]), (more, second[1])))
+    _, fraction, *counts = min(trials)
+    many = supervised[order] > fraction * average
+    shapes, all_runs = [], []
     for rows, (count, frames) in zip((order[many], order[~many]), counts, strict=True):
         if len(rows):
-            some, own = store.chosen(rows, count, frames)
-            shapes, found = shapes + some, found + own
-    return _settled(shapes, lengths, supervised), found
+            some, some_runs = store.chosen(rows, count, frames)
+            shapes, all_runs = shapes + some, all_runs + some_runs
+    return _settled(shapes, lengths, supervised), all_runs
 
 
 def packed_shapes(
@@ -318,7 +320,7 @@ def packed_shapes(
     supervised: np.ndarray,
     frame: Frame,
     limit: int,
-) -> tuple[Shapes, int]:
+) -> tuple[BatchShapes, int]:
     """Return at most ``limit`` shapes for packed rows, and the sequences of a micro-batch.
 
     These are as many as fill all micro-batches alike, so that the last one is hardly padded.

@@ -33,7 +33,7 @@ _HUB_ID = re.compile(
 
 
 class RawRow(NamedTuple):
-    """One row as it stands in its source: ``number`` counts lines or rows (``unit``), from 1."""
+    """One row of a source: ``number`` counts lines or rows (``unit``), from 1."""
 
     where: str
     number: int
@@ -167,16 +167,16 @@ def find_local(config: SourceConfig) -> Source | None:
     """
     if config.task is not None:
         raise SlimError(
-            f"{config.path} is a task, and rows of a file or a data set are wanted here",
+            f"{config.path} is a task, but rows of a file or a data set are expected here",
             "train and distill read tasks",
         )
     path = Path(config.path).expanduser()
-    found = _data_files(path, config.split)
-    if found is None and (listed := split_folder(config.path)) is not None:
-        found = find_in_folder(listed[0], config.split, listed[1])
-    if found is not None:
-        source = Source(config.path, "file", found.files, found.ignored)
-        source.change, source.definition = found.change, found.definition
+    files = _data_files(path, config.split)
+    if files is None and (listed := split_folder(config.path)) is not None:
+        files = find_in_folder(listed[0], config.split, listed[1])
+    if files is not None:
+        source = Source(config.path, "file", files.files, files.ignored)
+        source.change, source.definition = files.change, files.definition
         return _ranged(source, config)
     match = _HUB_ID.fullmatch(config.path)
     if match is None or is_data(path):
@@ -240,9 +240,9 @@ def _load_hub(match: re.Match[str], config: SourceConfig) -> Any:
     import datasets
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    from mlx_slim.runtime import hub_offline, hub_trouble
+    from mlx_slim.runtime import hub_error, hub_offline
 
-    trouble = "HF_HUB_OFFLINE is set" if hub_offline() else hub_trouble()
+    trouble = "HF_HUB_OFFLINE is set" if hub_offline() else hub_error()
     hint = f"give a local path, or a mirror through {MIRROR_VARIABLE}=<folder>"
     datasets.disable_progress_bars()
     try:
@@ -253,7 +253,8 @@ def _load_hub(match: re.Match[str], config: SourceConfig) -> Any:
     except (OfflineModeIsEnabled, ConnectionError, HfHubHTTPError, OSError) as error:
         why = f"it is not in the cache, and {trouble}" if trouble else one_line(error)
         raise SlimError(
-            f"data set {config.path!r} is no local path and cannot be had from the hub: {why}", hint
+            f"data set {config.path!r} is neither a local path nor available from the hub: {why}",
+            hint,
         ) from error
     except Exception as error:  # datasets raises many kinds: bad config, bad split, bad file
         raise SlimError(f"data set {config.path!r}: {one_line(error)}", hint) from error

@@ -3,9 +3,9 @@ r"""Which characters of a rendered conversation are an answer, from where its tu
 Invariant: a span begins where the model takes over from the prompt and ends behind what closes the
 turn; it is read off renderings, never searched for by its text. Used by ``chat_template.py``:
 
-    asked  … H①i<|im_end|>\n<|im_start|>assistant\n            messages before the turn, prompted
+    prompt … H①i<|im_end|>\n<|im_start|>assistant\n            messages before the turn, prompted
     whole  … H①i<|im_end|>\n<|im_start|>assistant\n②Hello③<|im_end|>\n …
-                                                   [ begins where ``asked`` ends, counted from ①
+                                                   [ begins where ``prompt`` ends, counted from ①
 
 Only what stands between two turns is compared, so a template may rewrite earlier ones (cut their
 thoughts, move the system message). Where the prompt does not come out that way, a turn begins with
@@ -57,47 +57,51 @@ class Borders:
         """
         start = self._taken_over(turn)
         if start is None:
-            start = self._own_text(turn)
+            start = self._text_start(turn)
         end = self._end(turn)
         if start is None or end is None or start >= end:
             raise unclear(turn)
         return start, end
 
     def comes_out(self, turn: int) -> bool:
-        """Return whether any mark of a turn stands in the text."""
+        """Return whether any mark of a turn is in the text."""
         return bool(self.whole.of(turn))
 
     def text_comes_out(self, turn: int) -> bool:
-        """Return whether any text of an answer stands in the text, besides its calls."""
+        """Return whether any text of an answer is in the text, besides its calls."""
         return bool(self.whole.of(turn, Kind.BEGIN, Kind.END))
 
-    def _asked(self, turn: int, prompt: bool) -> tuple[int, str] | None:
+    def _rendered_prompt(self, turn: int, prompt: bool) -> tuple[int, str] | None:
         """Return what the messages before a turn render, from the last mark that the whole has.
 
         That is the mark's place in the whole text, and what follows it in the rendering.
         """
-        asked = self.render(self.chat.messages[:turn], prompt) if turn else None
-        placed = None if asked is None else self.chat.placed(asked)
+        rendered = self.render(self.chat.messages[:turn], prompt) if turn else None
+        placed = None if rendered is None else self.chat.placed(rendered)
         if placed is None:
             return None
-        known = [number for number in placed.places if number in self.whole.places]
-        if not known:
+        common = [number for number in placed.places if number in self.whole.places]
+        if not common:
             return 0, placed.text
-        last = max(known, key=placed.places.__getitem__)
+        last = max(common, key=placed.places.__getitem__)
         return self.whole.places[last], placed.text[placed.places[last] :]
 
     def _taken_over(self, turn: int) -> int | None:
         """Return where the prompt for a turn ends in the whole text, None if it is not in it."""
-        asked, own = self._asked(turn, True), self.whole.of(turn)
-        if asked is None or not own or not self.whole.text.startswith(asked[1], asked[0]):
+        prompt, marks_of_turn = self._rendered_prompt(turn, True), self.whole.of(turn)
+        if (
+            prompt is None
+            or not marks_of_turn
+            or not self.whole.text.startswith(prompt[1], prompt[0])
+        ):
             return None
-        start = asked[0] + len(asked[1])
+        start = prompt[0] + len(prompt[1])
         for number, at in self.whole.places.items():
-            if start <= at < own[-1] and self.chat.marks[number].turn != turn:
+            if start <= at < marks_of_turn[-1] and self.chat.marks[number].turn != turn:
                 return None  # such as a system message that stands in this turn
         return start
 
-    def _own_text(self, turn: int) -> int | None:
+    def _text_start(self, turn: int) -> int | None:
         """Return where a turn's text begins; for calls alone, where a text would stand."""
         begin = self.whole.of(turn, Kind.BEGIN)
         if begin or self.whole.of(turn, Kind.END):
@@ -115,18 +119,23 @@ class Borders:
 
     def _where_prompt_differs(self, turn: int) -> int | None:
         """Return where a turn and the prompt for it part, at a tag of either, behind its head."""
-        asked, bare = self._asked(turn, True), self._asked(turn, False)
-        if asked is None or bare is None or asked[0] != bare[0]:
+        prompt, bare = self._rendered_prompt(turn, True), self._rendered_prompt(turn, False)
+        if prompt is None or bare is None or prompt[0] != bare[0]:
             return None
-        at, rest = asked
+        at, rest = prompt
         here = self.whole.text[at:]
         apart = (i for i, (a, b) in enumerate(zip(rest, here, strict=False)) if a != b)
         same = next(apart, min(len(rest), len(here)))
         for text in (rest, here):
             cut = [m.start() for m in TAG.finditer(text) if m.start() < same < m.end()]
             same = min([same, *cut])
-        own = self.whole.of(turn)
-        sure = rest.startswith(bare[1]) and len(bare[1]) < same and own and at + same < own[0]
+        marks_of_turn = self.whole.of(turn)
+        sure = (
+            rest.startswith(bare[1])
+            and len(bare[1]) < same
+            and marks_of_turn
+            and at + same < marks_of_turn[0]
+        )
         return at + same if sure else None
 
     def _end(self, turn: int) -> int | None:

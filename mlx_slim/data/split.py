@@ -1,4 +1,4 @@
-"""Which rows train, which are held out, and how often each comes.
+"""Which rows train, which validate, and how often each is used.
 
 Invariant: everything depends on the seed, the rows and the settings of the data alone, never on the
 batches.
@@ -20,28 +20,30 @@ def quotas(max_rows: int | None, weights: list[float]) -> list[int | None]:
 
 
 def choose_validation(setting: float | str, rows: int, seed: int) -> np.ndarray:
-    """Return the sorted indices of the held-out rows: a share below 1, else a count."""
-    share = float(setting)
-    count = round(share * rows) if share < 1 else int(share)
-    if share >= 1 and count >= rows:
+    """Return the sorted indices of the validation rows: a fraction below 1, else a count."""
+    fraction = float(setting)
+    count = round(fraction * rows) if fraction < 1 else int(fraction)
+    if fraction >= 1 and count >= rows:
         raise SlimError(
             f"data.validation={count} rows, but only {rows} rows are usable",
-            "hold out fewer rows, or set data.validation=0",
+            "use fewer validation rows, or set data.validation=0",
         )
     count = min(count, rows - 1)
     return np.sort(np.random.default_rng([seed, 1]).permutation(rows)[:count])
 
 
-def weighted(kept: np.ndarray, bounds: list[int], weights: list[float], seed: int) -> np.ndarray:
+def weighted(
+    rows_left: np.ndarray, bounds: list[int], weights: list[float], seed: int
+) -> np.ndarray:
     """Return the training index: each source's rows as often as its weight says."""
-    parts: list[np.ndarray] = []
+    indices: list[np.ndarray] = []
     for number, weight in enumerate(weights):
-        rows = kept[(kept >= bounds[number]) & (kept < bounds[number + 1])]
+        rows = rows_left[(rows_left >= bounds[number]) & (rows_left < bounds[number + 1])]
         whole, rest = int(weight), weight - int(weight)
         generator = np.random.default_rng([seed, 2, number])
         some = np.sort(generator.permutation(rows)[: round(rest * len(rows))])
-        parts += [rows] * whole + [some]
-    train = np.concatenate(parts)
+        indices += [rows] * whole + [some]
+    train = np.concatenate(indices)
     if not len(train):
         raise SlimError(f"weights {weights} leave no training row", "raise data.path weights")
     return train

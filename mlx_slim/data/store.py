@@ -93,8 +93,8 @@ class TokenWriter:
         self._ids.write(rows.ids_S.tobytes())
         self._supervised.write(rows.supervised_S.tobytes())
         if self._weights is not None:
-            own = rows.supervised_S if rows.weights_S is None else rows.weights_S
-            self._weights.write(own.astype(np.float32).tobytes())
+            extra = rows.supervised_S if rows.weights_S is None else rows.weights_S
+            self._weights.write(extra.astype(np.float32).tobytes())
         self._lengths.frombytes(rows.lengths_R.tobytes())
         self._counts.frombytes(rows.counts_R.tobytes())
         self._hashes.frombytes(rows.hashes_R.tobytes())

@@ -13,15 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mlx_slim.data.lines import Progress, lines, one_line
-from mlx_slim.data.parquet import BATCH, check_names, parts_of
+from mlx_slim.data.lines import ReadStatus, lines, one_line
+from mlx_slim.data.parquet import BATCH, check_names, split_batch
 from mlx_slim.errors import SlimError
 from mlx_slim.reading import library_errors, open_regular, shown
 
 _LARGEST_CELL = 1 << 26  # characters: a quote that is never closed would take the whole file
 
 
-def read_csv(path: Path, progress: Progress) -> Iterator[tuple[int, Any]]:
+def read_csv(path: Path, progress: ReadStatus) -> Iterator[tuple[int, Any]]:
     """Yield (line number, row) of a table with a header; quoted cells may hold line ends.
 
     Cells are separated by commas, or in a file whose header has none, by semicolons or tabs.
@@ -29,12 +29,12 @@ def read_csv(path: Path, progress: Progress) -> Iterator[tuple[int, Any]]:
     yield from _table(path, progress, None)
 
 
-def read_tsv(path: Path, progress: Progress) -> Iterator[tuple[int, Any]]:
+def read_tsv(path: Path, progress: ReadStatus) -> Iterator[tuple[int, Any]]:
     """Yield (line number, row) of a table with a header, cells separated by tabs."""
     yield from _table(path, progress, "\t")
 
 
-def _table(path: Path, progress: Progress, delimiter: str | None) -> Iterator[tuple[int, Any]]:
+def _table(path: Path, progress: ReadStatus, delimiter: str | None) -> Iterator[tuple[int, Any]]:
     progress.unit = "line"
     csv.field_size_limit(_LARGEST_CELL)
     skipped = 0  # blank lines before the header
@@ -73,8 +73,8 @@ def _table(path: Path, progress: Progress, delimiter: str | None) -> Iterator[tu
                 )
     except csv.Error as error:
         raise SlimError(
-            f"{path.name}, line {last + 1}: no valid table: {one_line(error)}",
-            'a cell with a quote, a separator or a line end stands in quotes: "say ""hi"""',
+            f"{path.name}, line {last + 1}: not a valid table: {one_line(error)}",
+            'quote cells that contain a quote, a separator or a line end: "say ""hi"""',
         ) from error
 
 
@@ -86,7 +86,7 @@ def _check_header(path: Path, header: list[str]) -> None:
             raise SlimError(f"{path.name}: {what}", "the first line names the columns, each once")
 
 
-def read_arrow(path: Path, progress: Progress) -> Iterator[tuple[int, Any]]:
+def read_arrow(path: Path, progress: ReadStatus) -> Iterator[tuple[int, Any]]:
     """Yield (row number, row) of an Arrow file: a stream, as ``datasets`` writes, or IPC."""
     import pyarrow
 
@@ -99,7 +99,7 @@ def read_arrow(path: Path, progress: Progress) -> Iterator[tuple[int, Any]]:
             check_names(list(batch.schema), path.name)
             batch.validate(full=True)  # offsets of a damaged file lead anywhere
             for start in range(0, batch.num_rows, BATCH):
-                for part, _ in parts_of(batch.slice(start, BATCH), path.name, number):
+                for part, _ in split_batch(batch.slice(start, BATCH), path.name, number):
                     for value in part.to_pylist():
                         number += 1
                         yield number, value

@@ -41,7 +41,7 @@ class Template:
     """A way to render rows.
 
     Attributes:
-        name: What the recipe said, resolved (``model``, ``alpaca``, …).
+        name: The recipe's setting, resolved (``model``, ``alpaca``, …).
         key: Hash of everything that decides the text.
         render: Example → Rendered; raises SlimError without the row's place.
     """
@@ -60,7 +60,7 @@ def load_template(setting: str, tokenizer: Any) -> Template:
 
     Raises:
         SlimError: If the name is unknown, the file is missing or no Jinja, or the model has no
-            chat template though ``model`` was asked for.
+            chat template though the setting is ``model``.
     """
     eos = tokenizer.eos_token or ""
     chat = getattr(tokenizer, "chat_template", None)
@@ -88,7 +88,8 @@ def load_template(setting: str, tokenizer: Any) -> Template:
     path = Path(setting).expanduser()
     if not path.is_file():
         raise SlimError(
-            f"data.template={setting!r} is no template and no file", did_you_mean(setting, NAMES)
+            f"data.template={setting!r} is neither a template nor a file",
+            did_you_mean(setting, NAMES),
         )
     content, render = read_jinja(path, tokenizer)
     return Template(path.name, hash_bytes(f"jinja 2 {content}".encode()), render)
@@ -143,23 +144,25 @@ def _closed(example: Example, index: int, eos: str) -> str:
 def _alpaca(example: Example, eos: str) -> Rendered:
     if example.kind == "text":
         return _bare(example)
-    parts: list[tuple[str, float | None]] = []
-    given = example.fields.get("input", "")
-    preamble = _ALPACA_INPUT if given else _ALPACA_ALONE
+    pieces: list[tuple[str, float | None]] = []
+    input_text = example.fields.get("input", "")
+    preamble = _ALPACA_INPUT if input_text else _ALPACA_ALONE
     for index, message in enumerate(example.messages):
-        gap = "\n\n" if parts else ""
+        gap = "\n\n" if pieces else ""
         if message["role"] in ("system", "developer"):
             preamble = message["content"].rstrip() + "\n\n"
             continue
         if message["role"] == "assistant":
             answer = _closed(example, index, eos), example.turn_weights[index]
-            parts += [(f"{gap}### Response:\n", None), answer]
+            pieces += [(f"{gap}### Response:\n", None), answer]
             continue
         text = example.fields["instruction"] if example.kind == "alpaca" else message["content"]
-        block = f"### Instruction:\n{text}" + (f"\n\n### Input:\n{given}" if given else "")
-        parts.append((gap + preamble + block, None))
+        block = f"### Instruction:\n{text}" + (
+            f"\n\n### Input:\n{input_text}" if input_text else ""
+        )
+        pieces.append((gap + preamble + block, None))
         preamble = ""
-    return join_pieces(parts)
+    return join_pieces(pieces)
 
 
 def _plain(example: Example, eos: str) -> Rendered:
@@ -169,21 +172,21 @@ def _plain(example: Example, eos: str) -> Rendered:
         system = example.fields["system"]
         prompt = f"{system}\n\n{example.fields['prompt']}" if system else example.fields["prompt"]
         return join_pieces([(prompt, None), (example.fields["completion"], 1.0)])
-    parts: list[tuple[str, float | None]] = []
+    pieces: list[tuple[str, float | None]] = []
     for index, message in enumerate(example.messages):
         if message["role"] == "assistant":
-            parts.append((_closed(example, index, eos), example.turn_weights[index]))
+            pieces.append((_closed(example, index, eos), example.turn_weights[index]))
         else:
-            parts.append((("\n" if parts else "") + message["content"] + "\n", None))
-    return join_pieces(parts)
+            pieces.append((("\n" if pieces else "") + message["content"] + "\n", None))
+    return join_pieces(pieces)
 
 
 def _chatml(example: Example) -> Rendered:
     if example.kind == "text":
         return _bare(example)
-    parts: list[tuple[str, float | None]] = []
+    pieces: list[tuple[str, float | None]] = []
     for message, weight in zip(example.messages, example.turn_weights, strict=True):
         answer = message["role"] == "assistant"
-        parts.append((f"<|im_start|>{message['role']}\n", None))
-        parts.append((f"{message['content']}<|im_end|>\n", weight if answer else None))
-    return join_pieces(parts)
+        pieces.append((f"<|im_start|>{message['role']}\n", None))
+        pieces.append((f"{message['content']}<|im_end|>\n", weight if answer else None))
+    return join_pieces(pieces)

@@ -1,6 +1,6 @@
 """Text to token ids, with an exact supervised flag for every token.
 
-Invariant: the ids are the tokenization of the whole text (never of its parts), BOS stands once, and
+Invariant: the ids are the tokenization of the whole text (never of pieces), BOS stands once, and
 the last answer ends in EOS. A token is supervised when its first non-space character lies in an
 answer: a token that straddles the border counts for the side that its word is on, whichever way a
 tokenizer reports offsets (byte-level ones trim the space, others do not). ``supervised[0]`` is
@@ -94,7 +94,7 @@ def check_text(text: str, what: str) -> None:
         ) from error
 
 
-class Encoder:
+class RowEncoder:
     """Tokenizes rendered rows.
 
     Args:
@@ -169,7 +169,7 @@ class Encoder:
             begin_T = _first_characters(row.text, flat.reshape(-1, 2))
             for start, end, weight in row.weighted:
                 weights_T[(begin_T >= start) & (begin_T < end)] = weight
-        if self.adds_bos and not row.own_bos and (not len(ids_T) or ids_T[0] != self.bos):
+        if self.adds_bos and not row.has_bos and (not len(ids_T) or ids_T[0] != self.bos):
             ids_T = np.insert(ids_T, 0, np.int32(self.bos or 0))
             weights_T = np.insert(weights_T, 0, np.float32(0))
         if self.eos is not None and not self._closed(row.text, ids_T):

@@ -30,11 +30,11 @@ from mlx_slim.interrupts import SIGNALS
 ALONE = 32  # chunks that this process does itself before it starts others (8,192 rows)
 _MOST = 16  # processes that one reader and writer can keep at work
 
-Task = TypeVar("Task")
+Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
 
-class Workers(Generic[Task, Answer]):
+class Workers(Generic[Item, Answer]):
     """Does ``work`` in several processes; a context manager.
 
     Args:
@@ -43,7 +43,7 @@ class Workers(Generic[Task, Answer]):
         count: Processes; None takes one a core. 1 does everything in this process.
     """
 
-    def __init__(self, work: Callable[[Task], Answer], count: int | None = None) -> None:
+    def __init__(self, work: Callable[[Item], Answer], count: int | None = None) -> None:
         self._work = work
         self._count = min(_MOST, physical_cores()) if count is None else count
         self._alone = ALONE
@@ -51,7 +51,7 @@ class Workers(Generic[Task, Answer]):
         self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
         self._threads: ThreadPoolExecutor | None = None
 
-    def __enter__(self) -> Workers[Task, Answer]:
+    def __enter__(self) -> Workers[Item, Answer]:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -63,7 +63,7 @@ class Workers(Generic[Task, Answer]):
         for process in self._processes:
             process.close()
 
-    def map(self, tasks: Iterable[Task]) -> Iterator[Answer]:
+    def map(self, tasks: Iterable[Item]) -> Iterator[Answer]:
         """Yield the answers in the order of the tasks.
 
         Raises:
@@ -86,7 +86,7 @@ class Workers(Generic[Task, Answer]):
         if failure is not None:
             raise failure
 
-    def _submit(self, task: Task) -> Future[Answer]:
+    def _submit(self, task: Item) -> Future[Answer]:
         if self._count > 1 and self._alone <= 0:
             if self._threads is None:
                 self._start()
@@ -113,7 +113,7 @@ class Workers(Generic[Task, Answer]):
             self._idle.put(self._processes[-1])
         self._threads = ThreadPoolExecutor(self._count)  # they only wait for pipes
 
-    def _elsewhere(self, task: Task) -> Answer:
+    def _elsewhere(self, task: Item) -> Answer:
         process = self._idle.get()
         try:
             return process.ask(task)

@@ -119,7 +119,7 @@ def generate_dataset(
         schema_version=SCHEMA_VERSION,
         key=key,
         method=method,
-        rows_read=sum(ledger.given for ledger in ledgers),
+        rows_read=sum(ledger.rows_read for ledger in ledgers),
         rows_dropped=_dropped(ledgers),
         validation_rows=len(validation),
         rows_without_a_question=len(train) - len(asking),
@@ -177,7 +177,7 @@ def _rows_sentence(
     ledgers: Sequence[SourceLedger], validation: int, train: int, asking: int
 ) -> str:
     """Return the counts of rows, in one line."""
-    text = f"rows: {sum(ledger.given for ledger in ledgers):,} read, {train:,} for training"
+    text = f"rows: {sum(ledger.rows_read for ledger in ledgers):,} read, {train:,} for training"
     notes = [f"{count:,} {reason}" for reason, count in _dropped(ledgers).items()]
     notes += [f"{validation:,} for validation"] if validation else []
     notes += [f"{train - asking:,} without a question"] if train > asking else []

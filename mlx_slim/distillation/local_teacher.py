@@ -23,8 +23,8 @@ from mlx_slim.distillation.teachers import fingerprint, load_teacher, name_of
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.scoring.generate import generate_batch
 from mlx_slim.evaluation.scoring.requests import RequestEncoder, max_length
-from mlx_slim.models.limits import limit_of
 from mlx_slim.models.load import load_tokenizer, read_config
+from mlx_slim.models.row_limits import row_limit
 
 Message = dict[str, Any]
 
@@ -105,7 +105,7 @@ class LocalTeacher:
             self._tokenizer,
             max_length(model_config, self._tokenizer),
             chat=self._chat,
-            limit=limit_of(model_config),
+            limit=row_limit(model_config),
         )
         self._settings = {
             **fingerprint(config, dtype),

@@ -20,7 +20,7 @@ from mlx_slim import events
 from mlx_slim.artifacts import hash_json, public_name
 from mlx_slim.config.distill import DistillConfig, TeacherConfig
 from mlx_slim.config.schema import Recipe
-from mlx_slim.data.batches import Batcher, Rows
+from mlx_slim.data.batches import Batcher, RowStore
 from mlx_slim.data.prepare import Prepared
 from mlx_slim.distillation import target_cache
 from mlx_slim.distillation.losses import DistillationLoss
@@ -145,7 +145,7 @@ class LogitDistillation:
                 )
 
     def _target_set(
-        self, recipe: Recipe, teacher: dict[str, Any], rows: Rows, shared: int
+        self, recipe: Recipe, teacher: dict[str, Any], rows: RowStore, shared: int
     ) -> _TargetSet:
         train = recipe.train
         shape = target_cache.target_layout(rows, self.config.top_k, shared)

@@ -117,7 +117,7 @@ def read_queries(
         SlimError: Rows that are wrong, as in ``data.formats``.
     """
     for raw in source:
-        ledger.given += 1
+        ledger.rows_read += 1
         try:
             example = read_example(
                 raw,

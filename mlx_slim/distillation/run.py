@@ -51,7 +51,7 @@ def distill(
     recipe = resolved.recipe
     if recipe.distill is None:
         raise SlimError(
-            f"{resolved.given} has no teachers",
+            f"{resolved.source} has no teachers",
             "set distill.teachers=[{model: BIGGER}], or fine-tune: mlx-slim train",
         )
     teachers = [with_model(teacher, recipe) for teacher in recipe.distill.teachers]

@@ -29,11 +29,11 @@ import numpy as np
 
 from mlx_slim import blas
 from mlx_slim.artifacts import disk_errors, fsync, hash_json, read_json, write_json
-from mlx_slim.data.batches import Batch, Batcher, Rows
+from mlx_slim.data.batches import Batch, Batcher, RowStore
 from mlx_slim.distillation.losses import top
 from mlx_slim.errors import ResourceError
 from mlx_slim.models import structure
-from mlx_slim.runtime import human_bytes, side_by_side
+from mlx_slim.runtime import human_bytes, run_in_threads
 from mlx_slim.training.chunk_size import chunk_size
 from mlx_slim.training.step import batch_arrays, part_count, supervised_rows
 
@@ -82,13 +82,13 @@ class TargetLayout:
         )
 
 
-def target_layout(rows: Rows, top_k: Literal["all"] | int, vocabulary: int) -> TargetLayout:
+def target_layout(rows: RowStore, top_k: Literal["all"] | int, vocabulary: int) -> TargetLayout:
     """Return the shape of a teacher's targets for ``rows``."""
     k = vocabulary if top_k == "all" else min(top_k, vocabulary)
     return TargetLayout(len(rows), int(rows.supervised.sum()), k, vocabulary)
 
 
-def rows_print(rows: Rows) -> str:
+def rows_print(rows: RowStore) -> str:
     """Return a hash of all token ids and supervised masks, in order."""
     digest = hashlib.sha256()
     for i in range(len(rows)):
@@ -100,7 +100,7 @@ def rows_print(rows: Rows) -> str:
 
 
 def cache_key(
-    teacher: dict[str, Any], tokenizer: str, rows: Rows, shape: TargetLayout, temperature: float
+    teacher: dict[str, Any], tokenizer: str, rows: RowStore, shape: TargetLayout, temperature: float
 ) -> dict[str, Any]:
     """Return what the numbers depend on.
 
@@ -287,11 +287,11 @@ class TargetGenerator:
 
     def __call__(self, batch: Batch) -> TeacherTargets:
         """Return the targets of a batch."""
-        shards = batch.parts(part_count(self._num_threads, batch.computed_tokens))
+        shards = batch.shards(part_count(self._num_threads, batch.computed_tokens))
         if len(shards) == 1:
             return self._shard(batch)
         with blas.single_threaded():
-            targets = side_by_side(self._shard, [(shard,) for shard in shards], self._num_threads)
+            targets = run_in_threads(self._shard, [(shard,) for shard in shards], self._num_threads)
         ids_NK, top_NK, rest_N = (np.concatenate(column) for column in zip(*targets, strict=True))
         return ids_NK, top_NK, rest_N
 

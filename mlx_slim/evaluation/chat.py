@@ -21,10 +21,10 @@ from mlx_slim.adapters.stack import Adapters, Weighted, load_adapters, parse_ada
 from mlx_slim.data.chat_render import apply_chat_template
 from mlx_slim.data.tokenize import check_ids, check_text, unwrap
 from mlx_slim.errors import RowLimit, SlimError
-from mlx_slim.models.limits import limit_of
 from mlx_slim.models.load import read_config
 from mlx_slim.models.quantized import densify, densify_pays
 from mlx_slim.models.rope import boundary_of, set_length
+from mlx_slim.models.row_limits import row_limit
 from mlx_slim.quantization.base import QuantizedBase, load_base, recorded_base
 from mlx_slim.reading import library_errors
 
@@ -267,7 +267,7 @@ def open_session(
         densify(loaded.model)
     notes = loaded.notes
     over = _over(stack) if dense else None
-    limit = limit_of(loaded.config, restarts=True)
+    limit = row_limit(loaded.config, restarts=True)
     speaker = ChatSession(
         loaded.model, loaded.tokenizer, notes, over, dense, limit=limit, tell=tell
     )

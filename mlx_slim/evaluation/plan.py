@@ -34,9 +34,9 @@ from mlx_slim.evaluation.tasks.prompts import Chat, Question, build_questions
 from mlx_slim.evaluation.tasks.rows import TaskRows, load_rows, shots_checksum
 from mlx_slim.evaluation.tasks.spec import Selection, expand
 from mlx_slim.evaluation.tasks.training_rows import question_keys
-from mlx_slim.models.limits import limit_of
 from mlx_slim.models.lineage import trained_keys
 from mlx_slim.models.load import load_tokenizer, model_hash, read_config, resolve
+from mlx_slim.models.row_limits import row_limit
 from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.reading import read_object
 from mlx_slim.run_dir import RunDir
@@ -250,7 +250,7 @@ def _target(
             "choose a smaller one",
         )
     longest = options.max_length or longest
-    limit = limit_of(config)
+    limit = row_limit(config)
     notes: list[str] = []
     jobs: list[ScoringJob] = [
         _task_job(asked, options, tokenizer, longest, limit, notes) for asked in tasks

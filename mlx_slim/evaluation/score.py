@@ -128,7 +128,7 @@ def _say_cut(target: Target, results: dict[str, Any], observer: events.Observer)
 
 def _from_first_rank(value: Any) -> Any:
     """Return rank 0's ``value`` on every rank."""
-    return json.loads(runtime.share(json.dumps(value).encode())[0])
+    return json.loads(runtime.all_gather_bytes(json.dumps(value).encode())[0])
 
 
 def _load(target: Target, observer: events.Observer) -> Engine:
@@ -179,7 +179,7 @@ def _rounds(job: ScoringJob, engine: Engine, done: int) -> Iterator[tuple[list[b
         own = b""
         if group.rank() < count:
             own = _pack(job.compute(chunks[begin + group.rank()], engine))
-        parts = runtime.share(own)[:count]
+        parts = runtime.all_gather_bytes(own)[:count]
         yield parts, (time.perf_counter() - began) / count
 
 
@@ -213,7 +213,7 @@ class _Watch:
                 tasks=tuple(job.name for job in target.jobs),
                 questions=sum(job.chunks[-1].stop for job in target.jobs),
                 answered=answered,
-                share=self._share(),
+                fraction=self._share(),
                 budget_bytes=runtime.device_memory(),
             )
         )
@@ -268,7 +268,7 @@ class _Watch:
                 questions=job.chunks[-1].stop,
                 metric=metric,
                 value=value,
-                share=self._share(),
+                fraction=self._share(),
                 tokens_per_second=computed / max(seconds * len(parts), 1e-9),
                 active_memory_bytes=mx.get_active_memory(),
                 peak_memory_bytes=_peak(self._folder),

@@ -39,11 +39,11 @@ from mlx_slim.events import Notice, Observer
 from mlx_slim.export.audit_text import audit_tokens
 from mlx_slim.export.fuse_audit import Effect, effect, weight_share
 from mlx_slim.export.options import FuseOptions, Mode
-from mlx_slim.models.limits import limit_of
 from mlx_slim.models.lineage import carry
 from mlx_slim.models.load import Loaded, cast, read_weights
 from mlx_slim.models.quantized import densify, dequantize_weight, is_quantized, use_fast_matmul
-from mlx_slim.models.recorded import RecordedLogits
+from mlx_slim.models.recorded_logits import RecordedLogits
+from mlx_slim.models.row_limits import row_limit
 from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.models.verified_save import compute_dtype, save_checked, stored_dtype
 from mlx_slim.quantization.apply import parameter_bytes
@@ -54,9 +54,9 @@ from mlx_slim.runtime import (
     device_memory,
     dtype_name,
     human_bytes,
-    number,
     on_gpu,
     resolve_dtype,
+    to_float,
 )
 
 RECORD = "fuse.json"
@@ -180,7 +180,7 @@ def fuse(
         options.calibration,
         options.samples,
         options.length,
-        limit_of(loaded.config),
+        row_limit(loaded.config),
     )
     model = loaded.model.eval()
     base = RecordedLogits(model, tokens_NT, out)
@@ -275,7 +275,7 @@ def _fold(model: nn.Module, mode: str, stored: mx.Dtype) -> tuple[dict[str, floa
                 read_weights(layer)
             model.update_modules(tree_unflatten([(path, layer)]))
             now = dequantize_weight(layer)
-        sizes[path] = number(mx.square(wanted - base).sum())
+        sizes[path] = to_float(mx.square(wanted - base).sum())
         shares |= weight_share([(path, base, wanted, now)])
     if mode == "keep":
         remove_adapters(model)

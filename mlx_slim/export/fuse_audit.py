@@ -19,7 +19,7 @@ import mlx.core as mx
 from mlx_slim.errors import SlimError
 from mlx_slim.models.fidelity import CHUNK, Model
 from mlx_slim.models.logits import kl_divergence, logsumexp, row_sums
-from mlx_slim.runtime import number
+from mlx_slim.runtime import to_float
 
 MIN_KEPT = 0.5
 
@@ -72,7 +72,7 @@ def effect(base: Model, tuned: Model, fused: Model, tokens_NT: mx.array) -> Effe
         mx.eval(rows)
         for start in range(0, row_T.size, CHUNK):
             parts = _chunk(*(row_TV[start : start + CHUNK] for row_TV in rows))
-            sums = [total + number(part) for total, part in zip(sums, parts, strict=True)]
+            sums = [total + to_float(part) for total, part in zip(sums, parts, strict=True)]
     tokens = tokens_NT.size
     along, size, kl, kl_base, agree = sums
     if not mx.isfinite(mx.array(sums)).all():
@@ -110,7 +110,7 @@ def weight_share(triples: Iterable[tuple[str, mx.array, mx.array, mx.array]]) ->
     for path, base, tuned, fused in triples:
         base, tuned, fused = (weight.astype(mx.float32) for weight in (base, tuned, fused))
         change = tuned - base
-        size = number(row_sums(mx.square(change)).sum())
-        along = number(row_sums(change * (fused - base)).sum())
+        size = to_float(row_sums(mx.square(change)).sum())
+        along = to_float(row_sums(change * (fused - base)).sum())
         shares[path] = along / size if size > 0 else 1.0
     return shares

@@ -28,13 +28,13 @@ from mlx_slim.models import fidelity
 from mlx_slim.models.gguf.load import import_gguf
 from mlx_slim.models.gguf.write import TYPES, check_writable_as_gguf, write_gguf
 from mlx_slim.models.hf import check_writable_as_hf, hf_config
-from mlx_slim.models.limits import limit_of
 from mlx_slim.models.load import cast, load, open_weights, read_config
 from mlx_slim.models.quantized import dense_parameters, densify, is_quantized
-from mlx_slim.models.recorded import RecordedLogits, release
+from mlx_slim.models.recorded_logits import RecordedLogits, free_weights
+from mlx_slim.models.row_limits import row_limit
 from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.models.verified_save import compute_dtype, save_checked, stored_dtype
-from mlx_slim.runtime import dtype_name, human_bytes, number, resolve_dtype
+from mlx_slim.runtime import dtype_name, human_bytes, resolve_dtype, to_float
 
 # Relative error of a tensor that a block format may cause; a wrong row order causes 1.4.
 _ROUNDING = {"f16": 0.002, "q8_0": 0.02, "q4_0": 0.3, "q4_1": 0.3}
@@ -186,9 +186,11 @@ def export_gguf(
         notes = write_gguf(
             temporary / file, loaded.model, loaded.tokenizer, loaded.config, kind, name
         )
-        tokens_NT, text = audit_tokens(loaded.tokenizer, calibration, limit=limit_of(loaded.config))
+        tokens_NT, text = audit_tokens(
+            loaded.tokenizer, calibration, limit=row_limit(loaded.config)
+        )
         original = RecordedLogits(loaded.model, tokens_NT, out)
-        release(loaded.model)
+        free_weights(loaded.model)
         say("reading it back")
         again = import_gguf(temporary / file).model
         unread = open_weights(loaded.path, dtype=compute_dtype())[0]
@@ -248,11 +250,11 @@ def _largest_error(model: nn.Module, again: nn.Module) -> tuple[float, str]:
     wanted, found = dense_parameters(model), dense_parameters(again)
     if wanted.keys() != found.keys():
         return float("inf"), ", ".join(sorted(wanted.keys() ^ found.keys())[:3])
-    release(model)
+    free_weights(model)
     worst = (0.0, "")
     while wanted:
         path, value = wanted.popitem()
         a, b = (dense().astype(mx.float32) for dense in (value, found.pop(path)))
-        size = number(mx.linalg.norm(a))
-        worst = max(worst, (number(mx.linalg.norm(a - b)) / size if size else 0.0, path))
+        size = to_float(mx.linalg.norm(a))
+        worst = max(worst, (to_float(mx.linalg.norm(a - b)) / size if size else 0.0, path))
     return worst

@@ -29,10 +29,10 @@ from mlx_slim.data.store import TokenStore
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.tasks.training_rows import finder
 from mlx_slim.models import structure
-from mlx_slim.models.limits import shortest
 from mlx_slim.models.load import Loaded, load, read_config
 from mlx_slim.models.quantized import is_quantized
 from mlx_slim.models.rope import boundary_of
+from mlx_slim.models.row_limits import shortest_limit
 from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.models.tokenizer import keep_within
 from mlx_slim.models.verified_save import stored_dtype
@@ -164,7 +164,7 @@ def prepare_data(
     ``data`` replaces ``recipe.data`` where a run is trained on other rows, ``find`` opens them;
     ``readers`` are the configs of other models that read them.
     """
-    limit = shortest([tuned.config, *readers])
+    limit = shortest_limit([tuned.config, *readers])
     keep_within(tuned.loaded.tokenizer, [tuned.config, *readers])
 
     def rows() -> Prepared:
@@ -221,7 +221,7 @@ def build_loop(
             1  # of the largest batch, tried before targets are generated and the model is rebuilt
         )
     mode = config.batching
-    if mode != "grouped" and not structure.packs(model):
+    if mode != "grouped" and not structure.supports_packing(model):
         if mode == "packed":
             raise SlimError(
                 f"rows packed into one sequence do not stay apart in {tuned.config['model_type']}",

@@ -30,7 +30,7 @@ from mlx_slim.evaluation.tasks.prompts import Question, build_questions
 from mlx_slim.evaluation.tasks.rows import load_rows
 from mlx_slim.evaluation.tasks.spec import find_task
 from mlx_slim.finetuning.build import Tuned
-from mlx_slim.models.limits import limit_of
+from mlx_slim.models.row_limits import row_limit
 from mlx_slim.reading import field
 from mlx_slim.training.callbacks import (
     Action,
@@ -94,7 +94,7 @@ def measure_forgetting(recipe: Recipe, tuned: Tuned, observer: events.Observer) 
         return []
     tokenizer = tuned.loaded.tokenizer
     longest = min(max_length(tuned.config, tokenizer), recipe.train.max_length)
-    encoder = RequestEncoder(tokenizer, longest, limit=limit_of(tuned.config))
+    encoder = RequestEncoder(tokenizer, longest, limit=row_limit(tuned.config))
     job = TextJob(read_texts_of(config), encoder)
     callbacks = list(tuned.callbacks)
 

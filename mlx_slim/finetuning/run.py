@@ -49,7 +49,7 @@ from mlx_slim.finetuning.strategy import (
 )
 from mlx_slim.models import structure
 from mlx_slim.models.logits_close import Change, logits_close, rounding
-from mlx_slim.models.recorded import release
+from mlx_slim.models.recorded_logits import free_weights
 from mlx_slim.planner.memory import Prediction
 from mlx_slim.progress import stage
 from mlx_slim.reading import library_errors, read_object, short
@@ -96,8 +96,8 @@ def finetune(
     if strategy is None:
         if recipe.distill is not None:
             raise SlimError(
-                f"{resolved.given} has teachers (distill:), and this is plain fine-tuning",
-                f"use mlx-slim distill {resolved.given}, or drop them with distill=null",
+                f"{resolved.source} has teachers (distill:), and this is plain fine-tuning",
+                f"use mlx-slim distill {resolved.source}, or drop them with distill=null",
             )
         strategy = CrossEntropyStrategy()
     for notice in resolved.notices:
@@ -340,7 +340,7 @@ def _verify(recipe: Recipe, student: Student, tuned: Tuned, result: Result) -> n
     tuned.model.eval()
     trained = tuned.model(tokens_BT)
     mx.eval(trained)
-    release(tuned.model)  # before the second copy comes
+    free_weights(tuned.model)  # before the second copy comes
     tuned.callbacks.clear()
     again = student.load_again(recipe, tuned, result.out)
     again.eval()

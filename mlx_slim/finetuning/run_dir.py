@@ -230,7 +230,7 @@ def state_record(
     return {
         "schema_version": SCHEMA_VERSION,
         "name": resolved.name,
-        "given": resolved.given,
+        "given": resolved.source,
         "recipe": resolved.recipe.model_dump(mode="json"),
         "origins": resolved.origins,
         "data": None if data is None else data.fingerprint,
@@ -241,7 +241,7 @@ def state_record(
 
 def command_words(resolved: Resolved) -> list[str]:
     """Return the command that started a run, without its folder: for ``RunDir.resumable``."""
-    words = ["train" if resolved.recipe.distill is None else "distill", resolved.given]
+    words = ["train" if resolved.recipe.distill is None else "distill", resolved.source]
     for key, origin in resolved.origins.items():
         if origin == COMMAND_LINE:
             value: Any = resolved.recipe.model_dump(mode="json", exclude_unset=True)

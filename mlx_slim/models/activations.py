@@ -1,4 +1,4 @@
-"""The activations of feed-forward parts: SwiGLU three times as fast on a CPU, GELU as trained.
+"""The activations of feed-forward blocks: SwiGLU three times as fast on a CPU, GELU as trained.
 
 MLX evaluates an exponential in 15-20 ns on a CPU and a power of two in 6; SwiGLU is one exponential
 an element and was a third of a forward pass beside the matmuls. ``use_fast_swiglu`` gives each
@@ -21,7 +21,7 @@ import mlx.nn as nn
 
 from mlx_slim.models.logits_close import Change, logits_close
 from mlx_slim.models.structure import GATED_MLP
-from mlx_slim.runtime import number, on_gpu
+from mlx_slim.runtime import on_gpu, to_float
 
 _LOG2_E = 1.4426950408889634
 
@@ -50,9 +50,9 @@ def _swiglu_vjp(
     primals: list[mx.array], cotangent: mx.array, _output: mx.array
 ) -> tuple[mx.array, mx.array]:
     gate, up = (value.astype(mx.float32) for value in primals)
-    share = _sigmoid(gate)
-    silu = gate * share
-    derivative = share + silu * (1.0 - share)
+    sigmoid = _sigmoid(gate)
+    silu = gate * sigmoid
+    derivative = sigmoid + silu * (1.0 - sigmoid)
     return (
         (cotangent * up * derivative).astype(primals[0].dtype),
         (cotangent * silu).astype(primals[1].dtype),
@@ -113,7 +113,7 @@ def _fast_class(module: nn.Module) -> type | None:
     x = mx.random.normal((2, width), key=mx.random.key(0))
     try:
         # Wide enough to tell SiLU from GELU: both are x / 2 near zero.
-        x = x * (4.0 / max(number(mx.abs(gate(x)).max()), 1e-6))
+        x = x * (4.0 / max(to_float(mx.abs(gate(x)).max()), 1e-6))
         expected, ours = cast(Any, module)(x), _forward(module, x)
     except (TypeError, ValueError, AttributeError):  # wants more than one input
         return None
@@ -140,7 +140,7 @@ def _tanh_plain(self: Any, x: mx.array) -> mx.array:
 
 
 def use_tanh_gelu(model: nn.Module, activation: str | None) -> None:
-    """Let the feed-forward parts of ``model`` compute GELU by tanh, where that is ``activation``.
+    """Let the feed-forward blocks of ``model`` compute GELU by tanh, where that is ``activation``.
 
     Args:
         model: As its class builds it; changed in place if the class only knows the erf formula.

@@ -9,8 +9,6 @@ of the config's own keys. Try it: ``mlx-slim prune MODEL -o DIR --ratio 0.2 --dr
 
 from __future__ import annotations
 
-import inspect
-import sys
 from typing import Any, cast
 
 import mlx.core as mx
@@ -20,6 +18,7 @@ from mlx_slim.errors import SlimError
 from mlx_slim.models import rope_install, structure
 from mlx_slim.models.activations import use_tanh_gelu
 from mlx_slim.models.reference import reference_of
+from mlx_slim.models.rope_support import support_of
 from mlx_slim.reading import library_errors
 
 WIDTHS = "mlx_slim_widths"
@@ -66,9 +65,9 @@ def construct(config: dict[str, Any]) -> nn.Module:
     from mlx_lm.utils import _get_classes
 
     model_class, args_class = _get_classes(config)
-    source = inspect.getsource(sys.modules[model_class.__module__])
-    given = config if rope_install.reads_scaling(source) else rope_install.plain_config(config)
-    model = model_class(args_class.from_dict(given))
+    reads_scaling = support_of(model_class.__module__).reads_scaling
+    arguments = config if reads_scaling else rope_install.plain_config(config)
+    model = model_class(args_class.from_dict(arguments))
     apply_widths(model, config)
     reference = reference_of(config)
     rope_install.install(model, config, reference)
@@ -101,12 +100,12 @@ def apply_widths(model: nn.Module, config: dict[str, Any]) -> None:
                 f"config.json: {WIDTHS}[{index}] is {entry!r}",
                 f"expected {', '.join(sorted(_KEYS))}, whole numbers above 0",
             )
-        share = families[structure.HEADS].share
-        if entry["heads"] != share * entry["kv_heads"]:
+        group_size = families[structure.HEADS].queries_per_group
+        if entry["heads"] != group_size * entry["kv_heads"]:
             raise SlimError(
                 f"config.json: {WIDTHS}[{index}] has {entry['heads']} heads over "
                 f"{entry['kv_heads']} key-value heads",
-                f"{share} query heads share a key-value head in this model",
+                f"{group_size} query heads share a key-value head in this model",
             )
         counts = {structure.HEADS: entry["kv_heads"], structure.MLP: entry["intermediate_size"]}
         structure.resize(block, counts)
@@ -114,18 +113,18 @@ def apply_widths(model: nn.Module, config: dict[str, Any]) -> None:
 
 def widths_of(model: nn.Module) -> list[dict[str, int]]:
     """Return ``mlx_slim_widths`` of a dense model."""
-    found = []
+    widths = []
     for block in structure.blocks(model):
         families = structure.coupled(block)
         heads = families[structure.HEADS]
-        found.append(
+        widths.append(
             {
-                "heads": heads.count * heads.share,
+                "heads": heads.count * heads.queries_per_group,
                 "kv_heads": heads.count,
                 "intermediate_size": families[structure.MLP].count,
             }
         )
-    return found
+    return widths
 
 
 def refuse_varied(config: dict[str, Any], format_name: str) -> None:
@@ -136,6 +135,6 @@ def refuse_varied(config: dict[str, Any], format_name: str) -> None:
     """
     if config.get(WIDTHS) is not None:
         raise SlimError(
-            f"this model's widths differ per layer, which {format_name} cannot say here",
+            f"this model's widths differ per layer, which {format_name} cannot store",
             "prune with --uniform: then every toolkit reads it",
         )

@@ -28,7 +28,7 @@ from mlx_slim.models.quantized import densify, is_quantized, use_fast_matmul
 from mlx_slim.models.save import save_model, saved_config
 from mlx_slim.models.tokenizer import description
 from mlx_slim.reading import shown
-from mlx_slim.runtime import dtype_name, number
+from mlx_slim.runtime import dtype_name, to_float
 
 # Largest KL divergence (nats a token) between source and output: rounding to bfloat16 costs 0.01 on
 # SmolLM2-135M, a wrong tensor whole nats.
@@ -92,19 +92,19 @@ def convert(
     # Built beside the output and moved into place only after the check.
     with atomic_folder(out) as temporary:
         staged = temporary / "model"
-        written = _write(source, staged, dtype, dequantize, revision, trust_remote_code)
+        result = _write(source, staged, dtype, dequantize, revision, trust_remote_code)
         mx.clear_cache()  # the source is gone: two models never share the memory
         again = load(staged, trust_remote_code=trust_remote_code)
-        kl, exact = _compare(written.logits_LV, _probe(again.model, again.config))
-        found = description(again.tokenizer)
-        for name, value in written.tokenizer.items():
-            if found[name] != value:
+        kl, exact = _compare(result.logits_LV, _probe(again.model, again.config))
+        reloaded = description(again.tokenizer)
+        for name, value in result.tokenizer.items():
+            if reloaded[name] != value:
                 raise SlimError(
                     f"the converted tokenizer differs from that of {source}: the {name} is "
-                    f"{shown(found[name])}, there {shown(value)}",
+                    f"{shown(reloaded[name])}, there {shown(value)}",
                     "nothing was written; please report it",
                 )
-        limit = _MAX_KL_SAME if written.same_dtypes else _MAX_KL
+        limit = _MAX_KL_SAME if result.same_dtypes else _MAX_KL
         if not (exact or kl <= limit):
             raise SlimError(
                 f"the converted model differs from {source}: KL {kl:.3g} nats a token, expected "
@@ -114,11 +114,11 @@ def convert(
         for file in staged.iterdir():
             shutil.move(file, temporary / file.name)
         staged.rmdir()
-    return _report(out, again.model, again.config, kl, exact, written.notes)
+    return _report(out, again.model, again.config, kl, exact, result.notes)
 
 
 @dataclass(frozen=True)
-class _Written:
+class _Conversion:
     """What remains of the source once its model is freed."""
 
     logits_LV: mx.array
@@ -134,7 +134,7 @@ def _write(
     dequantize: bool,
     revision: str | None,
     trust: bool,
-) -> _Written:
+) -> _Conversion:
     tokenizer: Any
     if str(source).lower().endswith(".gguf"):
         imported = import_gguf(Path(source).expanduser())
@@ -156,7 +156,7 @@ def _write(
         read_weights(model)
     same = before == {path: value.dtype for path, value in _parameters(model).items()}
     save_model(folder, model, tokenizer, config, code_from=code_from)
-    return _Written(logits_LV, description(tokenizer), same, notes)
+    return _Conversion(logits_LV, description(tokenizer), same, notes)
 
 
 def _parameters(model: nn.Module) -> dict[str, mx.array]:
@@ -192,8 +192,8 @@ def _probe(model: nn.Module, config: dict[str, Any]) -> mx.array:
     return logits
 
 
-def _compare(expected_LV: mx.array, found_LV: mx.array) -> tuple[float, bool]:
+def _compare(expected_LV: mx.array, converted_LV: mx.array) -> tuple[float, bool]:
     """Return KL(expected ‖ found) in nats a token, and whether the logits are equal."""
-    exact = bool(mx.array_equal(expected_LV, found_LV, equal_nan=True).item())
-    kl = number(kl_divergence(expected_LV, found_LV).mean())
+    exact = bool(mx.array_equal(expected_LV, converted_LV, equal_nan=True).item())
+    kl = to_float(kl_divergence(expected_LV, converted_LV).mean())
     return (0.0 if exact else abs(kl)), exact

@@ -65,9 +65,9 @@ def compare(source: Model, model: Model, tokens_NT: mx.array) -> Fidelity:
         for start in range(0, length, CHUNK):
             next_C = row_T[start + 1 : start + CHUNK + 1]
             sums = _compare(p_TV[start : start + CHUNK], q_TV[start : start + CHUNK], next_C)
-            parts = [float(part) for part in sums.tolist()]  # pyright: ignore
-            kl, agree = kl + parts[0], agree + parts[1]
-            nll_source, nll_model = nll_source + parts[2], nll_model + parts[3]
+            means = [float(part) for part in sums.tolist()]  # pyright: ignore
+            kl, agree = kl + means[0], agree + means[1]
+            nll_source, nll_model = nll_source + means[2], nll_model + means[3]
     tokens, targets = rows * length, rows * (length - 1)
     if not mx.isfinite(mx.array([kl, nll_source, nll_model])).all():
         raise SlimError(

@@ -36,7 +36,7 @@ def is_finite(value: mx.array) -> bool:
     return positive < infinity and negative < minus_infinity
 
 
-def refuse_other_than_numbers(tensors: Iterable[tuple[str, mx.array]], where: str) -> None:
+def check_finite(tensors: Iterable[tuple[str, mx.array]], where: str) -> None:
     """Evaluate tensors one at a time, and refuse NaN and infinities.
 
     Args:

@@ -62,11 +62,11 @@ def use_row_masks(model: nn.Module) -> bool:
     """
     from mlx_lm.models.gemma2 import Attention
 
-    found = [module for module in model.modules() if type(module) is Attention]
+    attentions = [module for module in model.modules() if type(module) is Attention]
     kind = _by_row(Attention)
-    for module in found:
+    for module in attentions:
         module.__class__ = kind
-    return bool(found)
+    return bool(attentions)
 
 
 def _by_row(kind: type) -> type:

@@ -1,8 +1,8 @@
 """A model as Hugging Face's transformers expects it: names, dense weights, configuration.
 
 Invariant: only architectures whose tensors have the same names and values on both sides are written
-(compared with transformers itself, see ``tests/parity``); RoPE is said both the old way and the new
-one. Try it: ``mlx-slim export MODEL --to hf -o DIR``.
+(compared with transformers itself, see ``tests/parity``); RoPE is stored in both forms.
+Try it: ``mlx-slim export MODEL --to hf -o DIR``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def check_writable_as_hf(config: dict[str, Any]) -> None:
     kind = config.get("model_type", "")
     if kind not in CLASSES:
         raise SlimError(
-            f"{kind} models cannot be exported to Hugging Face's format here",
+            f"{kind} models cannot be exported to the Hugging Face format",
             f"{did_you_mean(kind, CLASSES)}; mlx-lm stores their tensors under other names",
         )
 

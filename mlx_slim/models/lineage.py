@@ -34,10 +34,10 @@ def trained_keys(artifacts: Iterable[Path]) -> dict[str, str]:
     Returns:
         Key of ``evaluate.training_rows.question_key`` -> the run folder.
     """
-    found: dict[str, str] = {}
+    keys: dict[str, str] = {}
     for place, entry in _declared(artifacts):
-        found.update(dict.fromkeys(entry["keys"], str(place)))
-    return found
+        keys.update(dict.fromkeys(entry["keys"], str(place)))
+    return keys
 
 
 def carry(folder: Path, artifacts: Iterable[Path]) -> None:

@@ -22,9 +22,9 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_slim.artifacts import hash_files, public_name
 from mlx_slim.errors import SlimError
 from mlx_slim.models.activations import use_fast_swiglu
-from mlx_slim.models.bounds import CONFIG, check_config, check_tokenizer, read_configs
 from mlx_slim.models.build import construct
-from mlx_slim.models.finite import refuse_other_than_numbers
+from mlx_slim.models.config_checks import CONFIG, check_config, check_tokenizer, read_configs
+from mlx_slim.models.finite import check_finite
 from mlx_slim.models.gemma import use_exact_scale, use_row_masks
 from mlx_slim.models.hub import resolve, resolve_config
 from mlx_slim.models.normalize import Normalized, normalize_config
@@ -186,7 +186,7 @@ def read_weights(model: nn.Module, where: str = "the weights") -> None:
         SlimError: If one holds NaN or infinity.
     """
     tensors: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
-    refuse_other_than_numbers(tracked(tensors, f"reading {where}", "tensors"), where)
+    check_finite(tracked(tensors, f"reading {where}", "tensors"), where)
 
 
 def load_tokenizer(
@@ -225,8 +225,8 @@ def read_config(source: str | Path, revision: str | None = None) -> dict[str, An
 
 def model_files(folder: Path) -> list[Path]:
     """Return the files of a model folder that its answers depend on, sorted."""
-    found = {path for pattern in _FILES for path in folder.glob(pattern) if path.is_file()}
-    return sorted(found)
+    files = {path for pattern in _FILES for path in folder.glob(pattern) if path.is_file()}
+    return sorted(files)
 
 
 def model_hash(folder: Path) -> str:
@@ -243,12 +243,12 @@ def cast(model: nn.Module, dtype: mx.Dtype) -> None:
     Nothing is evaluated (``read_weights`` does it). Integer codes stay; the float32 tensor scale of
     nvfp4 layers stays.
     """
-    wanted = getattr(model, "cast_predicate", None) or (lambda path: True)
+    predicate = getattr(model, "cast_predicate", None) or (lambda path: True)
 
     def one(path: str, value: Any) -> Any:
         if not mx.issubdtype(value.dtype, mx.floating) or path.endswith("global_scale"):
             return value
-        return value.astype(dtype) if wanted(path) else value
+        return value.astype(dtype) if predicate(path) else value
 
     model.update(tree_map_with_path(one, model.parameters()))
 
@@ -265,7 +265,9 @@ def _normalized(
 ) -> Normalized:
     """Return the normalised config, held against the tensors of the folder before."""
     check_config(raw, folder, tensors)
-    with library_errors(f"{short(folder / CONFIG)} cannot be used", "take that of the original"):
+    with library_errors(
+        f"{short(folder / CONFIG)} cannot be used", "use the original model's file"
+    ):
         return normalize_config(raw, names)
 
 
@@ -306,13 +308,13 @@ def _build(folder: Path, normalized: Normalized, trust: bool) -> tuple[nn.Module
 
     if normalized.config.get("model_file") and not trust:
         raise SlimError(
-            f"{folder} brings its own model code, which is not run unless you say so",
-            "read it, then pass --trust-remote-code",
+            f"{folder} has its own model code, which is not run by default",
+            "review it, then pass --trust-remote-code",
         )
     kind = normalized.config["model_type"]
     with library_errors(
         f"{short(folder)} does not fit mlx-lm's model class {kind!r}",
-        "its config.json or its weights are not what that model type needs",
+        "its config.json or its weights do not match that model type",
     ):
         model, config = load_model(
             folder,
@@ -334,18 +336,18 @@ class _Config:
         return config
 
 
-def fill(model: nn.Module, folder: Path, given: dict[str, mx.array]) -> nn.Module:
-    """Put ``given`` into ``model`` if they are exactly its parameters, else say all that is off."""
-    wanted = dict(tree_flatten(model.parameters()))
+def fill(model: nn.Module, folder: Path, tensors: dict[str, mx.array]) -> nn.Module:
+    """Put ``tensors`` into ``model``; raise with all differences if they are not its parameters."""
+    expected = dict(tree_flatten(model.parameters()))
     problems = []
-    if missing := sorted(wanted.keys() - given.keys()):
+    if missing := sorted(expected.keys() - tensors.keys()):
         problems.append(f"{len(missing)} missing tensors ({few(missing)})")
-    if extra := sorted(given.keys() - wanted.keys()):
+    if extra := sorted(tensors.keys() - expected.keys()):
         problems.append(f"{len(extra)} unexpected tensors ({few(extra)})")
     shapes = [
-        f"{name} is {list(given[name].shape)}, expected {list(wanted[name].shape)}"
-        for name in sorted(wanted.keys() & given.keys())
-        if given[name].shape != wanted[name].shape
+        f"{name} is {list(tensors[name].shape)}, expected {list(expected[name].shape)}"
+        for name in sorted(expected.keys() & tensors.keys())
+        if tensors[name].shape != expected[name].shape
     ]
     if shapes:
         problems.append(f"{len(shapes)} wrong shapes ({few(shapes)})")
@@ -354,7 +356,7 @@ def fill(model: nn.Module, folder: Path, given: dict[str, mx.array]) -> nn.Modul
             f"{folder}: weights and config.json disagree: {'; '.join(problems)}",
             "config.json and the weights must come from the same model",
         )
-    return nn.Module.load_weights(model, list(given.items()), strict=False)
+    return nn.Module.load_weights(model, list(tensors.items()), strict=False)
 
 
 def _load_tokenizer(

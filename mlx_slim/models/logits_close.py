@@ -13,7 +13,7 @@ from enum import Enum
 
 import mlx.core as mx
 
-from mlx_slim.runtime import number
+from mlx_slim.runtime import to_float
 
 
 class Change(Enum):
@@ -84,8 +84,8 @@ def logits_close(
         wide = actual.dtype == expected.dtype == mx.float32
         tolerance = TOLERANCES[change][0 if wide else 1]
     expected = expected.astype(mx.float32)
-    gap = number(mx.abs(actual.astype(mx.float32) - expected).max())
-    return Closeness(gap, number(mx.abs(expected).max()), tolerance)
+    gap = to_float(mx.abs(actual.astype(mx.float32) - expected).max())
+    return Closeness(gap, to_float(mx.abs(expected).max()), tolerance)
 
 
 def rounding(layers: int, *dtypes: mx.Dtype) -> float:

@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import difflib
 import importlib
-import inspect
 import pkgutil
 from collections.abc import Collection
 from importlib import metadata
@@ -23,10 +22,11 @@ from mlx_slim.errors import SlimError
 from mlx_slim.models.reference import reference_of
 from mlx_slim.models.rope import TYPES, is_positive
 from mlx_slim.models.rope_install import differs_in_stock, kind_of
+from mlx_slim.models.rope_support import support_of
 
 _BASE_THETA = 10000.0
-_ORIGINAL = "take the config of the original"
-_PARTS = {"partial_rotary_factor", "rotary_pct", "rotary_dim"}
+_ORIGINAL = "use the original model's config"
+_ROTATED = {"partial_rotary_factor", "rotary_pct", "rotary_dim"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +78,8 @@ def normalize_config(
 def _note_stock(config: dict[str, Any], module: ModuleType, notes: list[str]) -> None:
     """Say where mlx-lm by itself would compute other logits of this config."""
     ropes = [rope for rope in reference_of(config).rope if rope and rope["rope_type"] in TYPES]
-    source = inspect.getsource(module) if ropes else ""
-    if other := {rope["rope_type"] for rope in ropes if differs_in_stock(rope, source)}:
+    support = support_of(module.__name__)
+    if other := {rope["rope_type"] for rope in ropes if differs_in_stock(rope, support)}:
         names = ", ".join(sorted(other))
         notes.append(f"RoPE {names} is computed as transformers does; mlx-lm by itself does not")
 
@@ -104,13 +104,13 @@ def model_module(config: dict[str, Any]) -> ModuleType:
     try:
         model_class, _ = _get_classes(config)
     except (ValueError, AttributeError, SystemExit) as error:
-        known = {*architectures(), *MODEL_REMAPPING}
-        close = difflib.get_close_matches(model_type, sorted(known), n=1, cutoff=0.6)
+        types = {*architectures(), *MODEL_REMAPPING}
+        close = difflib.get_close_matches(model_type, sorted(types), n=1, cutoff=0.6)
         version = metadata.version("mlx-lm")
         hint = f"did you mean {close[0]!r}?" if close and close[0] != model_type else ""
         raise SlimError(
-            f"unknown model type {model_type!r}: not among the {len(known)} of mlx-lm {version}",
-            hint or "a newer mlx-lm may know it",
+            f"unknown model type {model_type!r}: not among the {len(types)} of mlx-lm {version}",
+            hint or "a newer mlx-lm may support it",
         ) from error
     return importlib.import_module(model_class.__module__)
 
@@ -167,14 +167,16 @@ def _flatten_rope(
     if scaling and "rope_parameters" not in fields and (inside or config.get("rope_parameters")):
         # transformers >= 5 reads these and forgets rope_parameters.
         config["rope_parameters"], config["rope_scaling"] = scaling, None
-    given = config.get("rope_parameters")
-    if given is not None and not isinstance(given, dict):
-        raise SlimError(f"config.json: rope_parameters is {given!r}, expected an object", _ORIGINAL)
-    if isinstance(given, dict) and "rope_parameters" not in fields:
-        if not (given and all(isinstance(value, dict) for value in given.values())):
-            _lift_rope(config, given, fields, notes)
+    parameters = config.get("rope_parameters")
+    if parameters is not None and not isinstance(parameters, dict):
+        raise SlimError(
+            f"config.json: rope_parameters is {parameters!r}, expected an object", _ORIGINAL
+        )
+    if isinstance(parameters, dict) and "rope_parameters" not in fields:
+        if not (parameters and all(isinstance(value, dict) for value in parameters.values())):
+            _lift_rope(config, parameters, fields, notes)
             del config["rope_parameters"]
-        elif (main := _one_rope(config, given, fields, notes)) is not None:
+        elif (main := _one_rope(config, parameters, fields, notes)) is not None:
             _lift_rope(config, main, fields, notes)
             del config["rope_parameters"]
     if "rope_theta" in fields and config.get("rope_theta") is None:
@@ -211,36 +213,36 @@ def _lift_pattern(config: dict[str, Any], notes: list[str]) -> None:
         raise SlimError(
             f"layer_types of {config['model_type']!r} are no regular pattern of sliding and full "
             "attention, the only one that the mlx-lm class can do",
-            "loading it would give wrong logits; a newer mlx-lm may know it",
+            "loading it would give wrong logits; a newer mlx-lm may support it",
         )
     config["sliding_window_pattern"] = pattern
     notes.append(f"sliding_window_pattern {pattern} taken from layer_types")
 
 
 def _one_rope(
-    config: dict[str, Any], given: dict[str, Any], fields: set[str], notes: list[str]
+    config: dict[str, Any], parameters: dict[str, Any], fields: set[str], notes: list[str]
 ) -> dict[str, Any] | None:
     """Return the main entry of per-layer-type parameters; the sliding one goes to its own key.
 
     None where the class cannot express them: ``rope_install.py`` puts them in, layer by layer.
     """
-    main = given.get("full_attention") or next(iter(given.values()))
+    main = parameters.get("full_attention") or next(iter(parameters.values()))
     for local in ("rope_local_base_freq", "swa_rope_theta"):
-        if local in fields and "sliding_attention" in given:
-            sliding = given["sliding_attention"]
+        if local in fields and "sliding_attention" in parameters:
+            sliding = parameters["sliding_attention"]
             if sliding.get("rope_type", "default") == "default" and "rope_theta" in sliding:
                 config[local] = sliding["rope_theta"]
                 notes.append(f"{local} {config[local]:g} taken from rope_parameters")
                 return main
-    if any(value != main for value in given.values()):
+    if any(value != main for value in parameters.values()):
         if reference_of(config).by_layer:
             config["rope_theta"] = main.get("rope_theta", config.get("rope_theta"))
-            notes.append(f"rotary embeddings by layer type ({', '.join(sorted(given))})")
+            notes.append(f"rotary embeddings by layer type ({', '.join(sorted(parameters))})")
             return None
         raise SlimError(
-            f"rope_parameters differ by layer type ({', '.join(sorted(given))}), which the mlx-lm "
-            f"class of {config.get('model_type')!r} cannot express",
-            "loading it would give wrong logits; a newer mlx-lm may know it",
+            f"rope_parameters differ by layer type ({', '.join(sorted(parameters))}), which the "
+            f"mlx-lm class of {config.get('model_type')!r} does not support",
+            "loading it would give wrong logits; a newer mlx-lm may support it",
         )
     return main
 
@@ -268,11 +270,11 @@ def _default_part(config: dict[str, Any], notes: list[str]) -> None:
 
 
 def _lift_rope(
-    config: dict[str, Any], given: dict[str, Any], fields: set[str], notes: list[str]
+    config: dict[str, Any], parameters: dict[str, Any], fields: set[str], notes: list[str]
 ) -> None:
-    given = dict(given)
-    theta = given.pop("rope_theta", None)
-    part = given.pop("partial_rotary_factor", None)
+    parameters = dict(parameters)
+    theta = parameters.pop("rope_theta", None)
+    part = parameters.pop("partial_rotary_factor", None)
     if theta is not None:
         config["rope_theta"] = theta
         if "rotary_emb_base" in fields:
@@ -283,12 +285,12 @@ def _lift_rope(
         if "rotary_pct" in fields:
             config["rotary_pct"] = part
         notes.append(f"partial_rotary_factor {part:g} taken from rope_parameters")
-    kind = given.get("rope_type") or given.get("type") or "default"
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind == "default":
         config["rope_scaling"] = None
         return
-    config["rope_scaling"] = given
-    original = given.get("original_max_position_embeddings")
+    config["rope_scaling"] = parameters
+    original = parameters.get("original_max_position_embeddings")
     if original is not None and "original_max_position_embeddings" in fields:
         config.setdefault("original_max_position_embeddings", original)
     notes.append(f"rope_scaling {kind} taken from rope_parameters")
@@ -297,22 +299,13 @@ def _lift_rope(
 def _check_rope_type(
     config: dict[str, Any], kind: str, module: ModuleType, fields: set[str]
 ) -> None:
-    """Refuse a RoPE type that neither ``models/rope_install.py`` nor the class knows."""
+    """Refuse a RoPE type that neither ``models/rope_install.py`` nor the class computes."""
     if kind == "default" or kind_of({"type": kind}) in TYPES:
         return
-    from mlx_lm.models import rope_utils
-
-    source = inspect.getsource(module)
-    if "rope_scaling" not in fields or source.count("rope_scaling") == 1:
-        known = False
-    elif "initialize_rope(" in source:
-        known = f'"{kind}"' in inspect.getsource(rope_utils.initialize_rope)
-    else:  # a class that compares no names takes its one type unconditionally
-        known = '"linear"' not in source or f'"{kind}"' in source
-    if not known:
+    if "rope_scaling" not in fields or not support_of(module.__name__).computes(kind):
         raise SlimError(
             f"RoPE type {kind!r} is unknown to the mlx-lm class of {config['model_type']!r}",
-            "loading it would give wrong logits; a newer mlx-lm may know it",
+            "loading it would give wrong logits; a newer mlx-lm may support it",
         )
 
 
@@ -325,12 +318,12 @@ def _check_rope_values(config: dict[str, Any], fields: set[str]) -> None:
     has_theta = fields & {"rope_theta", "rotary_emb_base", "layer_rope_theta"}
     if isinstance(theta, (int, float)) and theta != _BASE_THETA and not has_theta:
         raise SlimError(
-            f"rope_theta {theta:g} cannot be given to the mlx-lm class of {name!r}",
-            "loading it would give wrong logits; a newer mlx-lm may know it",
+            f"rope_theta {theta:g} is not supported by the mlx-lm class of {name!r}",
+            "loading it would give wrong logits; a newer mlx-lm may support it",
         )
     part = config.get("partial_rotary_factor")
-    if isinstance(part, (int, float)) and part != 1 and not fields & _PARTS:
+    if isinstance(part, (int, float)) and part != 1 and not fields & _ROTATED:
         raise SlimError(
-            f"partial_rotary_factor {part:g} cannot be given to the mlx-lm class of {name!r}",
-            "loading it would give wrong logits; a newer mlx-lm may know it",
+            f"partial_rotary_factor {part:g} is not supported by the mlx-lm class of {name!r}",
+            "loading it would give wrong logits; a newer mlx-lm may support it",
         )

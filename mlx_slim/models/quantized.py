@@ -21,13 +21,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_slim.models.unpack import unpack
+from mlx_slim.models.dequantize import dequantize
 from mlx_slim.runtime import device_memory, on_gpu
 
 # Rows from which rebuilding the weight pays. Measured on two cores: 2 rows for 576 x 1536 affine,
 # 4 for mxfp4 and nvfp4 (whose quantized matmul is twice as fast), 5 for 4096 x 4096.
 MIN_ROWS = 4
-DENSE_SHARE = 0.5  # of the memory, that a dequantized model may take
+DENSE_FRACTION = 0.5  # of the memory, that a dequantized model may take
 
 
 def dequantize_weight(module: nn.Module) -> mx.array:
@@ -112,7 +112,7 @@ HeadWeight = DenseWeight | QuantizedWeight
 
 def _dense(module: nn.Module, weight_OQ: mx.array) -> mx.array:
     """Return the float32 weight of a quantized ``module`` whose packed weight is ``weight_OQ``."""
-    return unpack(weight_OQ, module["scales"], module.get("biases"), **_format(module))
+    return dequantize(weight_OQ, module["scales"], module.get("biases"), **_format(module))
 
 
 def _format(module: nn.Module) -> dict[str, Any]:
@@ -257,14 +257,16 @@ def dense_parameters(model: nn.Module) -> dict[str, Callable[[], mx.array]]:
     An entry holds the arrays it is made of, and the dense one is its caller's.
     """
     flat = dict(tree_flatten(model.parameters()))
-    found: dict[str, Callable[[], mx.array]] = {}
+    parameters: dict[str, Callable[[], mx.array]] = {}
     for path, module in model.named_modules():
         if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
             weight, scales, biases = (
                 flat.pop(f"{path}.{part}", None) for part in ("weight", "scales", "biases")
             )
-            found[f"{path}.weight"] = partial(unpack, weight, scales, biases, **_format(module))
-    return {**found, **{path: partial(_itself, value) for path, value in flat.items()}}
+            parameters[f"{path}.weight"] = partial(
+                dequantize, weight, scales, biases, **_format(module)
+            )
+    return {**parameters, **{path: partial(_itself, value) for path, value in flat.items()}}
 
 
 def _itself(value: mx.array) -> mx.array:
@@ -277,7 +279,7 @@ def densify_pays(model: nn.Module) -> bool:
         return False
     from mlx_lm.utils import get_total_parameters
 
-    return 4 * get_total_parameters(model) < DENSE_SHARE * device_memory()
+    return 4 * get_total_parameters(model) < DENSE_FRACTION * device_memory()
 
 
 def is_quantized(model: nn.Module) -> bool:

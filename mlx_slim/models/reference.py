@@ -42,7 +42,7 @@ class Reference:
         positions: ``max_position_embeddings``, tokens; None if the config does not say.
         by_layer: The parameters of ``rope`` differ between layers.
         activation: Of the feed-forward part, such as ``silu``; None if the config does not say.
-        known: transformers said so; else the raw keys were read.
+        from_transformers: transformers knows the model type; else the raw keys were read.
     """
 
     rope: list[dict[str, Any] | None]
@@ -50,20 +50,20 @@ class Reference:
     positions: int | None
     by_layer: bool
     activation: str | None
-    known: bool
+    from_transformers: bool
 
 
 def reference_of(config: dict[str, Any]) -> Reference:
     """Return what transformers computes for ``config``, raw or normalised."""
     text = config.get("text_config")
     inner = text if isinstance(text, dict) else config
-    known = _known(config)
-    layers = inner.get("num_hidden_layers") if known is None else known.num_hidden_layers
+    reference = _reference_config(config)
+    layers = inner.get("num_hidden_layers") if reference is None else reference.num_hidden_layers
     layers = layers if isinstance(layers, int) else 0
-    if known is None:
+    if reference is None:
         return _raw(inner, layers)
-    rope = getattr(known, "rope_parameters", None) or None
-    types = _layer_types(known, layers)
+    rope = getattr(reference, "rope_parameters", None) or None
+    types = _layer_types(reference, layers)
     if isinstance(rope, dict) and any(isinstance(value, dict) for value in rope.values()):
         # By layer type, transformers reads "truncate" beside the types, never in one.
         read = {
@@ -76,32 +76,32 @@ def reference_of(config: dict[str, Any]) -> Reference:
         ropes = [rope] * layers
     return Reference(
         ropes,
-        _windows(known, types, layers),
-        getattr(known, "max_position_embeddings", None),
+        _windows(reference, types, layers),
+        getattr(reference, "max_position_embeddings", None),
         any(one != ropes[0] for one in ropes),
-        getattr(known, "hidden_act", None) or getattr(known, "hidden_activation", None),
+        getattr(reference, "hidden_act", None) or getattr(reference, "hidden_activation", None),
         True,
     )
 
 
-def _known(config: dict[str, Any]) -> Any | None:
+def _reference_config(config: dict[str, Any]) -> Any | None:
     """Return transformers' text configuration object; None where it has none for ``config``."""
     from transformers import AutoConfig
 
-    given = {key: value for key, value in copy.deepcopy(config).items() if key not in _UNRELATED}
-    kind = given.pop("model_type", None)
-    text = given.get("text_config")
-    for part in (given, text if isinstance(text, dict) else {}):
+    values = {key: value for key, value in copy.deepcopy(config).items() if key not in _UNRELATED}
+    kind = values.pop("model_type", None)
+    text = values.get("text_config")
+    for part in (values, text if isinstance(text, dict) else {}):
         for key in ("rope_scaling", "rope_parameters"):
             _rename(part.get(key), part)
     log = logging.getLogger("transformers")
     level = log.level
     log.setLevel(logging.CRITICAL)  # its remarks on a config are not about this command
     try:
-        known = AutoConfig.for_model(str(kind), **given).get_text_config()
-        if hasattr(known, "standardize_rope_params"):  # again, with what is an extra key of its
-            known.standardize_rope_params()  # class, as transformers does where it rotates
-        return known
+        reference = AutoConfig.for_model(str(kind), **values).get_text_config()
+        if hasattr(reference, "standardize_rope_params"):  # again, with what is an extra key of its
+            reference.standardize_rope_params()  # class, as transformers does where it rotates
+        return reference
     except Exception:  # each class validates in its own way; the raw keys are read then
         return None
     finally:
@@ -120,21 +120,23 @@ def _rename(rope: Any, config: dict[str, Any]) -> None:
             rope.setdefault("original_max_position_embeddings", original)
 
 
-def _layer_types(known: Any, layers: int) -> list[str] | None:
+def _layer_types(reference: Any, layers: int) -> list[str] | None:
     """Return the layer types that the modelling code reads; a mere extra key is not read."""
-    types = getattr(known, "layer_types", None) if hasattr(type(known), "layer_types") else None
+    types = (
+        getattr(reference, "layer_types", None) if hasattr(type(reference), "layer_types") else None
+    )
     if not isinstance(types, (list, tuple)):
         return None
     return list(types) if len(types) == layers else [str(_FULL)] * layers
 
 
-def _windows(known: Any, types: list[str] | None, layers: int) -> list[int | None]:
-    declared = hasattr(type(known), "sliding_window")  # not read where it is a mere extra key
-    window = known.sliding_window if declared else None
+def _windows(reference: Any, types: list[str] | None, layers: int) -> list[int | None]:
+    declared = hasattr(type(reference), "sliding_window")  # not read where it is a mere extra key
+    window = reference.sliding_window if declared else None
     if (
         not isinstance(window, int)
         or window < 1
-        or getattr(known, "use_sliding_window", 1) is False
+        or getattr(reference, "use_sliding_window", 1) is False
     ):
         return [None] * layers
     if types is None:

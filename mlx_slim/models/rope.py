@@ -100,7 +100,7 @@ class LengthRoPE(ScaledRoPE):
     """A rotary embedding that turns differently once the sequence is longer than ``boundary``.
 
     transformers looks at the last position of what it computes; so does this, unless ``length``
-    says how long the whole sequence is that is computed in parts (``set_length``).
+    has the length of the whole sequence that is computed in segments (``set_length``).
 
     Args:
         dims: As ``ScaledRoPE``.
@@ -152,7 +152,7 @@ class LengthRoPE(ScaledRoPE):
 
 
 def set_length(model: nn.Module, length: int | None) -> bool:
-    """Say how long the sequences are that ``model`` will compute in parts, or padded.
+    """Set the length of the sequences that ``model`` will compute in segments, or padded.
 
     Args:
         model: Any model; nothing happens where its RoPE does not depend on the length.
@@ -164,9 +164,9 @@ def set_length(model: nn.Module, length: int | None) -> bool:
     same = True
     for module in model.modules():
         if isinstance(module, LengthRoPE):
-            known = module.length
-            same &= known == length or (
-                known is not None and length is not None and module.alike(known, length)
+            length = module.length
+            same &= length == length or (
+                length is not None and length is not None and module.alike(length, length)
             )
             module.length = length
     return same
@@ -179,8 +179,8 @@ def boundary_of(model: nn.Module, *, dynamic_only: bool = False) -> int | None:
         model: Any model.
         dynamic_only: Count only what changes with every further token (dynamic NTK).
     """
-    found = [m for m in model.modules() if isinstance(m, LengthRoPE)]
-    return min((m.boundary for m in found if m.ntk or not dynamic_only), default=None)
+    embeddings = [m for m in model.modules() if isinstance(m, LengthRoPE)]
+    return min((m.boundary for m in embeddings if m.ntk or not dynamic_only), default=None)
 
 
 # ------------------------------------------------------------------------------ frequencies
@@ -259,7 +259,7 @@ def is_positive(value: Any) -> bool:
 
 
 def _bad(kind: str, what: str) -> SlimError:
-    return SlimError(f"config.json: RoPE type {kind!r} {what}", "take the config of the original")
+    return SlimError(f"config.json: RoPE type {kind!r} {what}", "use the original model's config")
 
 
 def _llama3(rope: dict[str, Any], plain: np.ndarray, original: int) -> np.ndarray:

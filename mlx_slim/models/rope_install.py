@@ -1,6 +1,6 @@
 """The rotary embeddings of a config, put into the model that its mlx-lm class makes.
 
-mlx-lm's classes leave out parts of what a config can ask for (``attention_factor`` and ``truncate``
+mlx-lm's classes leave out some of what a config can request (``attention_factor`` and ``truncate``
 of yarn, the short factors of longrope), or ignore scaling altogether. Invariant: a model that is
 built here rotates as transformers does, at every length, or it is refused; what its class already
 does the same way (no scaling) is left alone. Try it: ``make parity``.
@@ -9,7 +9,6 @@ does the same way (no scaling) is left alone. Try it: ``make parity``.
 from __future__ import annotations
 
 import copy
-import inspect
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -20,8 +19,9 @@ from mlx_slim.errors import SlimError
 from mlx_slim.models import structure
 from mlx_slim.models.reference import Reference
 from mlx_slim.models.rope import TYPES, check_values, make_rope
+from mlx_slim.models.rope_support import RopeSupport, support_of
 
-_HINT = "loading it would give wrong logits; a newer mlx-lm may know it"
+_HINT = "loading it would give wrong logits; a newer mlx-lm may support it"
 _NAME = re.compile(r"(RoPE|RotaryEmbedding)$")  # of the classes of rotary embeddings
 
 
@@ -35,41 +35,29 @@ def plain_config(config: dict[str, Any]) -> dict[str, Any]:
         config["text_config"] = plain_config(config["text_config"])
     if kind_of(config.get("rope_scaling")) in TYPES:
         config["rope_scaling"] = None
-    given = config.get("rope_parameters")
-    if isinstance(given, dict):
-        if kind_of(given) in TYPES:
-            given = {**given, "type": "default", "rope_type": "default"}
+    parameters = config.get("rope_parameters")
+    if isinstance(parameters, dict):
+        if kind_of(parameters) in TYPES:
+            parameters = {**parameters, "type": "default", "rope_type": "default"}
         config["rope_parameters"] = {
             key: {**value, "type": "default", "rope_type": "default"}
             if kind_of(value) in TYPES
             else value
-            for key, value in given.items()
+            for key, value in parameters.items()
         }
     return config
 
 
-def reads_scaling(source: str) -> bool:
-    """Return whether a model class uses the scaling for more than a shared rotary embedding.
-
-    Args:
-        source: Of its module: those with a rotary embedding of their own, and those that scale
-            the softmax by yarn's ``mscale`` too.
-    """
-    return "mscale" in source or bool(
-        re.search(r"^class \w+(RoPE|RotaryEmbedding)\(", source, re.M)
-    )
-
-
-def differs_in_stock(rope: dict[str, Any], source: str) -> bool:
+def differs_in_stock(rope: dict[str, Any], support: RopeSupport) -> bool:
     """Return whether mlx-lm's own class rotates otherwise than transformers does.
 
     Args:
         rope: ``rope_parameters`` of transformers, of a type in ``TYPES``.
-        source: Of the class's module.
+        support: Of the class's module.
     """
     kind = rope["rope_type"]
-    if "initialize_rope(" not in source and kind not in source:
-        return True  # scaling is ignored
+    if not support.computes(kind):
+        return True  # the class ignores scaling
     if kind == "longrope":
         return rope.get("short_factor") != rope.get("long_factor") or "attention_factor" in rope
     if kind != "yarn":
@@ -105,47 +93,49 @@ def install(model: nn.Module, config: dict[str, Any], reference: Reference) -> N
     if not scaled and not reference.by_layer:
         return
     done = set()
-    made: dict[tuple, nn.Module] = {}
+    replacements: dict[tuple, nn.Module] = {}
     blocks = structure.blocks(model)
     for rope, block in zip(reference.rope, blocks, strict=False):
         for owner, name in list(_slots(block)) if rope else ():
             assert rope is not None
             old = owner[name]
-            new = _replacement(rope, old, reference, made)
+            new = _replacement(rope, old, reference, replacements)
             if new is not None:
                 owner[name] = new
             if new is not None or not _stock(old):
                 done.add(rope["rope_type"])
     if missing := scaled - done:
         raise SlimError(
-            f"RoPE type {min(missing)!r} cannot be put into the mlx-lm class of "
+            f"RoPE type {min(missing)!r} is not supported by the mlx-lm class of "
             f"{config.get('model_type')!r}",
             _HINT,
         )
 
 
 def _replacement(
-    rope: dict[str, Any], old: nn.Module, reference: Reference, made: dict[tuple, nn.Module]
+    rope: dict[str, Any], old: nn.Module, reference: Reference, replacements: dict[tuple, nn.Module]
 ) -> nn.Module | None:
-    """Return what stands in for ``old``; None where it does what ``rope`` says."""
+    """Return the replacement of ``old``; None where ``old`` computes ``rope``."""
     kind = rope["rope_type"]
     if not _stock(old):
         if kind in TYPES:
-            _check_own(rope, old)
+            _check_embedding(rope, old)
         return None
     dims = int(old.dims if hasattr(old, "dims") else old.dim)  # type: ignore[arg-type]
     traditional = bool(getattr(old, "traditional", False))
     key = (id(rope), dims, traditional)
-    if key not in made:
+    if key not in replacements:
         if kind in TYPES:
-            made[key] = make_rope(
+            replacements[key] = make_rope(
                 rope, dims, positions=reference.positions, traditional=traditional
             )
         elif kind == "default" and reference.by_layer and rope.get("rope_theta"):
-            made[key] = nn.RoPE(dims, traditional=traditional, base=float(rope["rope_theta"]))
+            replacements[key] = nn.RoPE(
+                dims, traditional=traditional, base=float(rope["rope_theta"])
+            )
         else:
             return None
-    return made[key]
+    return replacements[key]
 
 
 def _slots(block: nn.Module) -> Iterator[tuple[nn.Module, str]]:
@@ -157,25 +147,26 @@ def _slots(block: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 
 def _stock(module: nn.Module) -> bool:
-    """Return whether a rotary embedding is one that every class shares."""
+    """Return whether a rotary embedding is one of mlx-lm's shared ones."""
     from mlx_lm.models import rope_utils
 
     return isinstance(module, nn.RoPE) or type(module).__module__ == rope_utils.__name__
 
 
-def _check_own(rope: dict[str, Any], module: nn.Module) -> None:
-    """Refuse what the rotary embedding that a class brings itself does not read.
+def _check_embedding(rope: dict[str, Any], module: nn.Module) -> None:
+    """Refuse what the rotary embedding that only this model class has does not compute.
 
     Raises:
         SlimError: Names it.
     """
     check_values(rope)
     kind, where = rope["rope_type"], type(module).__module__
-    source = inspect.getsource(inspect.getmodule(type(module)) or type(module))
-    if kind not in type(module).__name__.lower() and f'"{kind}"' not in source:
+    if not where.startswith("mlx_lm.models."):
+        return  # the model's own code
+    if kind not in support_of(where).embedding_types:
         raise SlimError(f"RoPE type {kind!r} is unknown to {where}", _HINT)
     for key, default in (("attention_factor", None), ("truncate", True)):
         value = rope.get(key, default)
-        if value != default and key not in source:
+        if value != default:
             text = f"config.json: {key}={value} of RoPE type {kind!r} is not read by {where}"
             raise SlimError(text, _HINT)

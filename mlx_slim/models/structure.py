@@ -108,7 +108,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     if not isinstance(layers, list) or not layers:
         raise SlimError(
             f"{type(model).__module__} has no list of blocks called 'layers'",
-            "this architecture cannot be tuned here",
+            "this architecture is not supported for training",
         )
     return layers
 
@@ -257,7 +257,7 @@ class SegmentCache:
         return self._mask & (self._distance < window_size)
 
 
-def packs(model: nn.Module) -> bool:
+def supports_packing(model: nn.Module) -> bool:
     """Return whether packed segments stay apart in this model, checked on a probe.
 
     The last segment of each of two rows, packed otherwise, must see the same logits as alone.
@@ -279,7 +279,7 @@ def packs(model: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Coupled:
-    """Groups that can only leave a block together (arXiv 2305.11627).
+    """Groups that can only be removed as a whole (arXiv 2305.11627).
 
     A group of ``heads`` is one key-value head, its query heads and the output columns that read
     them; one of ``mlp`` is a neuron: its rows and its column.
@@ -287,16 +287,16 @@ class Coupled:
     Attributes:
         kind: ``heads`` or ``mlp``.
         count: Groups.
-        share: Query heads of a group; 1 for neurons.
+        queries_per_group: Query heads of a group; 1 for neurons.
         width: Inputs of the output layer that a group owns.
-        members: (path inside the block, axis) of each tensor; the axis is ``count`` equal parts in
+        members: (path inside the block, axis) of each tensor; the axis is ``count`` equal slices in
             the order of the groups.
         output: Path of the layer that reads the groups.
     """
 
     kind: str
     count: int
-    share: int
+    queries_per_group: int
     width: int
     members: tuple[tuple[str, int], ...]
     output: str
@@ -304,7 +304,7 @@ class Coupled:
 
 def coupled(block: nn.Module) -> dict[str, Coupled]:
     """Return the families of coupled groups of a dense block; those that it is known to have."""
-    found = {}
+    families = {}
     attention, mlp = block.get(_ATTENTION), block.get(_FEED_FORWARD)
     if isinstance(attention, nn.Module):
         output = next((name for name in _OUTPUTS if name in attention), None)
@@ -312,21 +312,21 @@ def coupled(block: nn.Module) -> dict[str, Coupled]:
             heads, groups = _count(attention, _HEAD_COUNTS), _count(attention, _KV_COUNTS)
             width = attention[output]["weight"].shape[1] // groups
             rows = (_QUERIES, *_KEYS)
-            found[HEADS] = _family(
+            families[HEADS] = _family(
                 HEADS, groups, heads // groups, width, _ATTENTION, attention, rows, output
             )
     if isinstance(mlp, nn.Module):
         names = next((names for names in _MLP_LAYERS if all(n in mlp for n in names)), None)
         if names:
             count = mlp[names[-1]]["weight"].shape[1]
-            found[MLP] = _family(MLP, count, 1, 1, _FEED_FORWARD, mlp, names[:-1], names[-1])
-    return found
+            families[MLP] = _family(MLP, count, 1, 1, _FEED_FORWARD, mlp, names[:-1], names[-1])
+    return families
 
 
 def _family(
     kind: str,
     count: int,
-    share: int,
+    queries_per_group: int,
     width: int,
     path: str,
     owner: nn.Module,
@@ -340,7 +340,7 @@ def _family(
         if part in owner[name]
     ]
     members.append((f"{path}.{output}.weight", 1))
-    return Coupled(kind, count, share, width, tuple(members), f"{path}.{output}")
+    return Coupled(kind, count, queries_per_group, width, tuple(members), f"{path}.{output}")
 
 
 def _count(attention: nn.Module, names: tuple[str, ...]) -> int:
@@ -366,7 +366,10 @@ def resize(block: nn.Module, counts: dict[str, int]) -> None:
             layer[leaf] = mx.zeros(shape, dtype=layer[leaf].dtype)
         if kind == HEADS:
             attention = block[_ATTENTION]
-            for names, value in ((_HEAD_COUNTS, count * family.share), (_KV_COUNTS, count)):
+            for names, value in (
+                (_HEAD_COUNTS, count * family.queries_per_group),
+                (_KV_COUNTS, count),
+            ):
                 for name in names:
                     if hasattr(attention, name):
                         setattr(attention, name, value)

@@ -51,15 +51,15 @@ def read_index(folder: Path) -> dict[str, str]:
         SlimError: If it is no such file, or a file that it names would lie outside the folder.
     """
     path = folder / INDEX
-    known: dict[str, str] = field(read_object(path), short(path), "weight_map", dict, {}, of=str)
-    for tensor, name in known.items():
+    files_of: dict[str, str] = field(read_object(path), short(path), "weight_map", dict, {}, of=str)
+    for tensor, name in files_of.items():
         if name != Path(name).name or len(name) > _LONGEST_NAME:
             raise SlimError(
                 f"{short(path)}: weight_map gives {shown(tensor)} the file {shown(name)}, "
                 "expected the name of a file beside it",
                 "download or copy it again",
             )
-    return known
+    return files_of
 
 
 def folder_tensors(folder: Path) -> dict[str, Tensor]:
@@ -82,14 +82,14 @@ def folder_tensors(folder: Path) -> dict[str, Tensor]:
         raise _no_weights(folder)
     tensors: dict[str, Tensor] = {}
     for file in files:
-        found = read_header(file)
-        twice = sorted(found.keys() & tensors.keys())
+        header = read_header(file)
+        twice = sorted(header.keys() & tensors.keys())
         if twice:
             raise SlimError(
                 f"{file.name} and {tensors[twice[0]].file.name} of {folder} both hold {few(twice)}",
                 "keep the files of one model only",
             )
-        tensors.update(found)
+        tensors.update(header)
     missing = sorted(promised.keys() - tensors.keys())
     if missing:
         raise SlimError(

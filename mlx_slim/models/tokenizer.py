@@ -30,7 +30,7 @@ PROBES = (
 
 
 def fit_tokenizer(tokenizer: TokenizerWrapper, config: dict[str, Any], where: str) -> list[str]:
-    """Complete a tokenizer from its model's config, and check that they belong together.
+    """Complete a tokenizer from its model's config, and check that they match.
 
     Args:
         tokenizer: mlx-lm's wrapper; the Hugging Face tokenizer inside may get an end token, and
@@ -79,8 +79,8 @@ def description(tokenizer: Any) -> dict[str, Any]:
         "vocabulary": inner.get_vocab(),
         "begin and end token": (inner.bos_token_id, inner.eos_token_id),
         "chat template": inner.chat_template,
-        **{f"ids of {text[:20]!r}": found for text, found in ids.items()},
-        **{f"text of {text[:20]!r}": inner.decode(found) for text, found in ids.items()},
+        **{f"ids of {text[:20]!r}": token_ids for text, token_ids in ids.items()},
+        **{f"text of {text[:20]!r}": inner.decode(token_ids) for text, token_ids in ids.items()},
     }
 
 
@@ -110,27 +110,27 @@ def _end(inner: Any, vocabulary: dict[str, int], config: dict[str, Any]) -> list
     """Give a tokenizer without an end token the config's; return what to say."""
     if inner.eos_token_id is not None:
         return []
-    given = config.get("eos_token_id")
-    ids = given if isinstance(given, list) else [] if given is None else [given]
+    configured = config.get("eos_token_id")
+    ids = configured if isinstance(configured, list) else [] if configured is None else [configured]
     tokens = {index: token for token, index in vocabulary.items()}
-    known = [tokens[index] for index in ids if index in tokens]
-    if not known:
+    names = [tokens[index] for index in ids if index in tokens]
+    if not names:
         return [
             "neither the tokenizer nor the config names an end token: answers do not learn to end"
         ]
-    inner.eos_token = known[0]
-    return [f"the tokenizer names no end token: the config's, {known[0]!r}, ends texts"]
+    inner.eos_token = names[0]
+    return [f"the tokenizer names no end token: the config's, {names[0]!r}, ends texts"]
 
 
 def _always(inner: Any, outside: dict[str, int]) -> list[tuple[str, str]]:
     """Return the tokens of ``outside`` that every text would hold: (what it is, token)."""
-    found = []
+    special = []
     if inner.eos_token in outside:
-        found.append(("the end token", inner.eos_token))
+        special.append(("the end token", inner.eos_token))
     if inner.bos_token in outside and inner("a").input_ids[:1] == [inner.bos_token_id]:
-        found.append(("the first token of every text", inner.bos_token))
+        special.append(("the first token of every text", inner.bos_token))
     template = inner.chat_template
     sources = template.values() if isinstance(template, dict) else [template or ""]
     used = [token for token in outside if any(token in source for source in sources)]
     added = inner.get_added_vocab() if used else {}
-    return found + [("the chat template's", token) for token in used if token in added]
+    return special + [("the chat template's", token) for token in used if token in added]

@@ -22,7 +22,7 @@ from mlx_slim.errors import SlimError
 from mlx_slim.models.lineage import carry
 from mlx_slim.models.load import Loaded, cast, load, open_weights, read_weights
 from mlx_slim.models.logits_close import Change, logits_close
-from mlx_slim.models.recorded import release
+from mlx_slim.models.recorded_logits import free_weights
 from mlx_slim.models.save import save_model
 from mlx_slim.models.tensors import FLOATS, Tensor, common_dtype
 from mlx_slim.runtime import DTYPES, on_gpu
@@ -90,13 +90,13 @@ def _same(model: nn.Module, folder: Path, out: Path) -> None:
     probe_1T = mx.arange(_PROBE)[None]
     expected = model(probe_1T)
     mx.eval(expected)
-    release(model)
+    free_weights(model)
     again = load(folder, dtype=compute_dtype()).model
     difference = logits_close(again(probe_1T), expected, Change.NOTHING)
     if differing or not difference.close:
         raise SlimError(
             f"{out}: the saved model is not the one that was measured: {difference}, "
-            f"{len(differing)} tensors differ {differing[:3]}; it was not kept",
+            f"{len(differing)} tensors differ {differing[:3]}; it was removed",
             "the disk may be failing; else please report it",
         )
     model.update(again.parameters())

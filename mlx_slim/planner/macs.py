@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlx_slim.errors import SlimError, did_you_mean
-from mlx_slim.runtime import AUTO_SHARE, human_bytes
+from mlx_slim.runtime import AUTO_FRACTION, human_bytes
 
 SIZES = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128)
 
@@ -64,7 +64,7 @@ def working_set(memory_gb: int) -> int:
 
 def budget(memory_gb: int) -> int:
     """Return the value of ``memory.budget: auto`` on it: nine tenths of the working set."""
-    return int(working_set(memory_gb) * AUTO_SHARE)
+    return int(working_set(memory_gb) * AUTO_FRACTION)
 
 
 def smallest_that_fits(peak_bytes: int) -> int | None:

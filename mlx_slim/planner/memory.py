@@ -22,7 +22,7 @@ from mlx_slim.planner.shapes import TrainingShapes, leaves, to_dtype, training_s
 from mlx_slim.planner.suggest import Suggestion, suggestions
 from mlx_slim.planner.work import Speed, TrainingWork, expected_work, predicted_seconds
 from mlx_slim.runtime import (
-    AUTO_SHARE,
+    AUTO_FRACTION,
     DTYPES,
     device_memory,
     dtype_name,
@@ -145,7 +145,7 @@ def predict(
     gpu = on_gpu() if gpu is None else gpu
     limit = memory_budget(recipe.memory.budget) if budget is None else budget
     if gpu_bytes is None:
-        gpu_bytes = device_memory() if on_gpu() else int(limit / AUTO_SHARE)
+        gpu_bytes = device_memory() if on_gpu() else int(limit / AUTO_FRACTION)
     if work is None:
         with contextlib.suppress(SlimError):
             work = expected_work(recipe, lengths, local=local)

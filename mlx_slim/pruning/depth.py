@@ -21,7 +21,7 @@ from mlx_slim.models import structure
 from mlx_slim.progress import tracked
 from mlx_slim.pruning.importance import BlockInputs, batches_of
 from mlx_slim.pruning.route import Forward, routed
-from mlx_slim.runtime import number
+from mlx_slim.runtime import to_float
 from mlx_slim.training.step import Arrays, CrossEntropy
 
 METHODS = ("block-influence", "angular", "perplexity", "random")
@@ -119,7 +119,7 @@ def block_influence(model: nn.Module, rows_NT: mx.array, special: Collection[int
             index: int, forward: Forward, hidden: mx.array, counted_BT: mx.array = counted_BT
         ) -> mx.array:
             out = forward(hidden)
-            totals[index] += number(mx.where(counted_BT, _cosine(hidden, out), 0.0).sum())
+            totals[index] += to_float(mx.where(counted_BT, _cosine(hidden, out), 0.0).sum())
             return out
 
         with routed(blocks, route):
@@ -152,7 +152,7 @@ def angular_distance(model: nn.Module, rows_NT: mx.array, count: int) -> list[fl
             model(mx.array(batch.tokens_BT))
         for first in range(len(totals)):
             cosine_B = mx.clip(_cosine(last[first], last[first + count]), -1.0, 1.0)
-            totals[first] += number(mx.arccos(cosine_B).sum()) / np.pi
+            totals[first] += to_float(mx.arccos(cosine_B).sum()) / np.pi
     return [float(total / len(rows_NT)) for total in totals]
 
 
@@ -215,4 +215,4 @@ def _loss_without(
         return hidden if index in skipped else forward(hidden)
 
     with routed(structure.blocks(model), route):
-        return number(objective(model, arrays, gradient=False))
+        return to_float(objective(model, arrays, gradient=False))

@@ -29,9 +29,9 @@ from mlx_slim.evaluation.results import read_samples, samples_name
 from mlx_slim.evaluation.run import evaluate
 from mlx_slim.events import Notice, Observer
 from mlx_slim.models import fidelity
-from mlx_slim.models.limits import limit_of
 from mlx_slim.models.load import load, load_tokenizer, read_config
-from mlx_slim.models.recorded import RecordedLogits, release
+from mlx_slim.models.recorded_logits import RecordedLogits, free_weights
+from mlx_slim.models.row_limits import row_limit
 from mlx_slim.models.verified_save import compute_dtype
 from mlx_slim.pruning.options import PruneOptions
 from mlx_slim.pruning.records import (
@@ -139,7 +139,7 @@ def _validation_rows(
     out: Path, options: PruneOptions, resolved: Resolved | None, observer: Observer
 ) -> tuple[mx.array | None, str]:
     """Return token ids (N, T) and what they are: the recipe's validation rows, if it has any."""
-    tokenizer, limit = load_tokenizer(out / MODEL), limit_of(read_config(out / MODEL))
+    tokenizer, limit = load_tokenizer(out / MODEL), row_limit(read_config(out / MODEL))
     if resolved is not None:
         recipe = resolved.recipe
         data = prepare(
@@ -213,7 +213,7 @@ def _compare(models: dict[str, _Candidate], rows_NT: mx.array, out: Path) -> dic
     first = models["original"]
     dense = load(first.model, revision=first.revision, dtype=compute_dtype()).model
     original = RecordedLogits(dense.eval(), rows_NT, out)
-    release(dense)
+    free_weights(dense)
     figures = {}
     for name, candidate in models.items():
         other: Callable[..., Any] = original
@@ -226,7 +226,7 @@ def _compare(models: dict[str, _Candidate], rows_NT: mx.array, out: Path) -> dic
             other = loaded
         distance = fidelity.compare(original, other, rows_NT)
         if isinstance(other, nn.Module):
-            release(other)
+            free_weights(other)
         perplexity = math.exp(min(distance.nll_model, 700.0))
         figures[name] = TextFigures(perplexity, distance.kl, distance.top1)
     return figures

@@ -34,9 +34,9 @@ from mlx_slim.errors import RowLimit, SlimError
 from mlx_slim.events import Notice, Observer
 from mlx_slim.models import fidelity, structure
 from mlx_slim.models.build import WIDTHS
-from mlx_slim.models.limits import limit_of
 from mlx_slim.models.load import Loaded, cast, load, read_config, read_weights, resolve
-from mlx_slim.models.recorded import RecordedLogits, release
+from mlx_slim.models.recorded_logits import RecordedLogits, free_weights
+from mlx_slim.models.row_limits import row_limit
 from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.models.verified_save import compute_dtype, save_checked, stored_dtype
 from mlx_slim.pruning import importance, surgery, width
@@ -202,7 +202,7 @@ def _text(
     A method without calibration rows is validated if there is text.
     """
     samples, length = planned.rows
-    limit = limit_of(loaded.config)
+    limit = row_limit(loaded.config)
     width = length or _row_length(limit)
     try:
         text = read_calibration(
@@ -319,7 +319,7 @@ def _cut(
     if planned.axis == "depth":
         removed = [int(i) for i in scores[_LAYERS]]
         model, config = surgery.without_layers(loaded.model, loaded.config, removed)
-        release(loaded.model)
+        free_weights(loaded.model)
         return model, config, _removed_layers(planned, removed, scores)
     families = [structure.coupled(block) for block in structure.blocks(loaded.model)]
     retained = width.retain(families, scores, planned.sizes, planned.layers, options.ranking)

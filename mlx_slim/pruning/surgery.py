@@ -24,7 +24,7 @@ from mlx_slim.models.activations import use_fast_swiglu
 from mlx_slim.models.build import WIDTHS, build, widths_of
 from mlx_slim.models.load import fill
 from mlx_slim.models.normalize import model_module
-from mlx_slim.models.recorded import release
+from mlx_slim.models.recorded_logits import free_weights
 from mlx_slim.models.structure import HEADS, MLP
 from mlx_slim.pruning.width import RetainedGroups
 
@@ -99,7 +99,7 @@ def config_with_sizes(
     config = copy.deepcopy(config)
     model = build(config)
     widths = widths_of(model)
-    queries_per_group = structure.coupled(structure.blocks(model)[0])[HEADS].share
+    queries_per_group = structure.coupled(structure.blocks(model)[0])[HEADS].queries_per_group
     for layer, entry in enumerate(widths):
         if HEADS in sizes:
             entry["kv_heads"] = sizes[HEADS][layer]
@@ -158,7 +158,7 @@ def with_groups(
     names = [[path for path, _ in tree_flatten(block.parameters())] for block in blocks]
     coupled = [structure.coupled(block) for block in blocks]
     if donate:
-        release(model)
+        free_weights(model)
     for layer, families in enumerate(coupled):
         for kind, family in families.items():
             if kind not in retained or len(retained[kind][layer]) == family.count:

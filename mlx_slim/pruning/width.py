@@ -34,7 +34,9 @@ def allowed_sizes(family: Coupled, divided: int | None = None) -> list[int]:
         whole = range(family.count // MULTIPLE * MULTIPLE, 0, -MULTIPLE)
         return [family.count, *(size for size in whole if size != family.count)]
     smaller = [
-        n for n in range(1, family.count) if not divided or divided % (n * family.share) == 0
+        n
+        for n in range(1, family.count)
+        if not divided or divided % (n * family.queries_per_group) == 0
     ]
     smaller = [n for n in smaller if n * family.width % MULTIPLE == 0] or smaller
     return [family.count, *reversed(smaller)]

@@ -20,9 +20,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import SlimError
+from mlx_slim.models.dequantize import dequantize
 from mlx_slim.models.load import Loaded, load, read_weights
 from mlx_slim.models.quantized import is_quantized, use_fast_matmul
-from mlx_slim.models.unpack import unpack
 from mlx_slim.quantization.policy import Skipped, leaves, make_policy
 from mlx_slim.runtime import on_gpu
 
@@ -166,7 +166,7 @@ def rounded(
     scales, biases = parts[0], parts[1] if len(parts) > 1 else None
     if on_gpu():
         return mx.dequantize(codes, scales, biases, **settings).astype(weight.dtype)
-    return unpack(codes, scales, biases, **settings).astype(weight.dtype)
+    return dequantize(codes, scales, biases, **settings).astype(weight.dtype)
 
 
 def refuse_quantized(model: nn.Module, config: dict[str, Any]) -> None:

@@ -26,7 +26,6 @@ from mlx_slim.claims import makes_folder
 from mlx_slim.errors import RowLimit, SlimError
 from mlx_slim.events import Notice, Observer
 from mlx_slim.models import fidelity
-from mlx_slim.models.limits import limit_of
 from mlx_slim.models.load import (
     cast,
     load,
@@ -35,7 +34,8 @@ from mlx_slim.models.load import (
     read_weights,
     resolve,
 )
-from mlx_slim.models.recorded import RecordedLogits
+from mlx_slim.models.recorded_logits import RecordedLogits
+from mlx_slim.models.row_limits import row_limit
 from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.models.verified_save import compute_dtype, save_checked, stored_dtype
 from mlx_slim.quantization.apply import (
@@ -152,7 +152,7 @@ def compress(
     tensors = folder_tensors(resolve(source, options.revision))
     stored = stored_dtype(tensors)
     tokenizer = load_tokenizer(source, revision=options.revision)
-    calibration = _calibration(tokenizer, limit_of(config), options, notify)
+    calibration = _calibration(tokenizer, row_limit(config), options, notify)
     numbers = sum(math.prod(tensor.shape) for tensor in tensors.values())
     needed = numbers * (compute_dtype() or stored).size
     if calibration is not None and options.method == "rtn" and needed > device_memory():
@@ -191,7 +191,7 @@ def compress(
 
     measured = None
     if calibration is not None and original is not None:
-        notify(f"comparing with the source on {calibration.held_out_NT.size:,} validation tokens")
+        notify(f"comparing with the source on {calibration.validation_NT.size:,} validation tokens")
         measured = fidelity.compare(original, loaded.model, calibration.validation_NT)
     notify(f"saving {out} and reading it back")
     save_checked(out, loaded, report.config, stored)

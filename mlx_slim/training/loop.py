@@ -21,8 +21,8 @@ from mlx_slim import events
 from mlx_slim.config.schema import TrainConfig
 from mlx_slim.data.batches import Batch, Batcher
 from mlx_slim.errors import SlimError
-from mlx_slim.interrupts import Requested
-from mlx_slim.runtime import number, world
+from mlx_slim.interrupts import SignalFlag
+from mlx_slim.runtime import to_float, world
 from mlx_slim.training import checkpoint, rotation
 from mlx_slim.training.callbacks import (
     Action,
@@ -68,14 +68,14 @@ def gradient_norm(gradients: dict[str, mx.array]) -> mx.array:
     return mx.sqrt(sum((value @ value for value in flat), mx.array(0.0)))
 
 
-class StopRequest(Requested):
+class StopRequest(SignalFlag):
     """Ctrl-C, SIGTERM or SIGHUP ends the run after the current step; a second one at once."""
 
     def seen_by_any_rank(self) -> bool:
         """Return whether any rank received a stop signal, the same answer on all."""
         if world().size() == 1:
             return self.requested
-        return number(mx.distributed.all_sum(mx.array(int(self.requested)), group=world())) > 0
+        return to_float(mx.distributed.all_sum(mx.array(int(self.requested)), group=world())) > 0
 
 
 @dataclass
@@ -297,7 +297,7 @@ class Loop:
         gradients = result.gradients
         for hook in self._update_hooks:
             gradients = hook.gradients(gradients)
-        norm = number(gradient_norm(gradients))
+        norm = to_float(gradient_norm(gradients))
         if not (math.isfinite(result.loss) and math.isfinite(norm)):
             newest = rotation.latest(self.checkpoints)
             raise SlimError(
@@ -339,7 +339,7 @@ class Loop:
                     grad_norm=norm,
                     active_memory_bytes=mx.get_active_memory(),
                     peak_memory_bytes=mx.get_peak_memory(),
-                    parts=result.parts or None,
+                    metrics=result.parts or None,
                 )
             )
 

@@ -24,7 +24,7 @@ from mlx_slim import blas
 from mlx_slim.data.batches import Batch
 from mlx_slim.models import structure
 from mlx_slim.models.quantized import dequantize_weight
-from mlx_slim.runtime import number, on_gpu, side_by_side, world
+from mlx_slim.runtime import on_gpu, run_in_threads, to_float, world
 from mlx_slim.training.chunk_size import chunk_size
 from mlx_slim.training.losses import NLL, TokenLoss, linear_loss
 from mlx_slim.training.optim import set_trainable, trainable
@@ -259,15 +259,15 @@ class Stepper:
 
     def micro(self, batch: Batch) -> tuple[mx.array, dict[str, mx.array]]:
         """Return the sums of one micro-batch and the gradient of its loss, evaluated."""
-        parts = batch.parts(part_count(self._num_threads, batch.computed_tokens))
+        parts = batch.shards(part_count(self._num_threads, batch.computed_tokens))
         if len(parts) == 1:
             return self._part(batch, None)
         # Dropout is drawn from a seed of the chunk, whichever chunk is built first.
-        work = [(part, int(number(mx.random.randint(0, 2**31 - 1)))) for part in parts]
+        work = [(part, int(to_float(mx.random.randint(0, 2**31 - 1)))) for part in parts]
         mx.eval(self.model.parameters())  # a thread cannot evaluate what another one began
         sharing = getattr(self.objective, "sharing", contextlib.nullcontext)
         with blas.single_threaded(), sharing():
-            results = side_by_side(self._part, work, self._num_threads)
+            results = run_in_threads(self._part, work, self._num_threads)
         sums, gradients = results[0]
         for part_sums, part_gradients in results[1:]:
             sums = sums + part_sums
@@ -314,7 +314,7 @@ class Stepper:
             gradients = {path: value * group.size() for path, value in flat}
             sums = mx.distributed.all_sum(sums, group=group)
             supervised, tokens, computed = (
-                int(number(mx.distributed.all_sum(mx.array(count), group=group)))
+                int(to_float(mx.distributed.all_sum(mx.array(count), group=group)))
                 for count in (supervised, tokens, computed)
             )
             weight = total_weight(weight)

@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_slim.data.batches import Batch, Batcher
 from mlx_slim.progress import tracked
-from mlx_slim.runtime import number, world
+from mlx_slim.runtime import to_float, world
 from mlx_slim.training.optim import set_trainable, trainable
 from mlx_slim.training.step import Objective, per_token, total_weight
 
@@ -74,6 +74,6 @@ def validation_loss(scorer: LossScorer, batcher: Batcher) -> tuple[float, dict[s
     if world().size() > 1:
         total = mx.distributed.all_sum(mx.array(sums, dtype=mx.float32), group=world())
         sums = np.array(total, dtype=np.float64)
-        supervised = int(number(mx.distributed.all_sum(mx.array(supervised), group=world())))
+        supervised = int(to_float(mx.distributed.all_sum(mx.array(supervised), group=world())))
         weight = total_weight(weight)
     return *per_token(objective, sums, weight), supervised

@@ -109,7 +109,7 @@ def test_a_quantized_base_that_cannot_be(
         ({"base_model_name_or_path": 3}, "base_model_name_or_path is 3"),
         ({"rank_pattern": []}, "rank_pattern is [], expected an object"),
         ({"rank_pattern": {"q_proj": "8"}}, "rank_pattern['q_proj'] is '8', expected a whole"),
-        ({"alpha_pattern": {"(": 8}}, "alpha_pattern: '(' is no regular expression"),
+        ({"alpha_pattern": {"(": 8}}, "alpha_pattern: '(' is not a valid regular expression"),
         ({"alpha_pattern": {"q_proj": float("nan")}}, "alpha_pattern['q_proj'] is nan"),
         ({"init_lora_weights": ["x" * 5000]}, "init_lora_weights is"),
         ({"bias": {"a": [1]}}, "bias is {'a': [1]}"),

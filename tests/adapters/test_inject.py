@@ -122,9 +122,9 @@ def test_choosing_targets_and_layers(tiny: TinyModels) -> None:
 @pytest.mark.parametrize(
     ("pattern", "words"),
     [
-        ("(", "is no regular expression"),
+        ("(", "is not a valid regular expression"),
         (r"(a|aa)+$", "takes more than 1 s"),
-        ("a{1000000000}", "repeats its parts more than"),
+        ("a{1000000000}", "repeats groups more than"),
     ],
 )
 def test_a_pattern_of_targets_is_bounded(
@@ -156,7 +156,7 @@ WRONG = {
     "typo-dotted": ({"targets": ["self_attn.k_prj"]}, "matches no layer", "'self_attn.k_proj'"),
     "half-a-name": ({"targets": ["proj"]}, "'proj' matches no layer", ""),
     "regex-nothing": ({"targets": "re:nothing"}, "matches no layer", "all-linear"),
-    "regex-broken": ({"targets": "re:("}, "no regular expression", ""),
+    "regex-broken": ({"targets": "re:("}, "not a valid regular expression", ""),
     "no-targets": ({"targets": []}, "targets is empty", "all-linear"),
     "no-layers": ({"layers": []}, "empty list", "0 to 2"),
     "layer-index": ({"layers": [0, 3, 7]}, "[3, 7]", "0 to 2"),

@@ -23,7 +23,7 @@ from mlx_slim.export.fuse import FuseOptions, fuse
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.models.load import load
 from tests.adapters.support import IDS, relative_error, shake
-from tests.support.adapters import quantized, tuned_logits, write_adapter
+from tests.support.adapters import tuned_logits, write_adapter, write_quantized
 from tests.support.runs import Recorder, losses, recipe, talk_command, write_rows
 from tests.support.tiny import TinyModels
 
@@ -125,7 +125,7 @@ def test_a_dora_stands_alone(tiny: TinyModels, tmp_path: Path) -> None:
 def test_fuse_adds_up_and_keeps_the_sum_beside_its_base(
     tiny: TinyModels, tmp_path: Path, bits: int | None
 ) -> None:
-    base = quantized(tmp_path / "q", tiny("llama"), bits) if bits else tiny("llama")
+    base = write_quantized(tmp_path / "q", tiny("llama"), bits) if bits else tiny("llama")
     one = write_adapter(tmp_path / "one", base, rank=4)
     other = write_adapter(
         tmp_path / "other", base, rank=2, targets=["v_proj", "down_proj"], size=0.1

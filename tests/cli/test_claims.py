@@ -16,7 +16,7 @@ from mlx_slim.cli.main import run
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation import results
 from mlx_slim.training.rotation import latest, remove_after, rotate
-from tests.support.kills import contents, hidden
+from tests.support.kills import contents, temporaries
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,7 +77,7 @@ def test_the_second_of_two_commands_into_one_output_is_refused(
     assert second.returncode == 2, second.stderr
     assert f"another process is writing {out}" in second.stderr
     assert second.stderr.count("\n") == 2
-    assert not hidden(contents(tmp_path))
+    assert not temporaries(contents(tmp_path))
 
 
 def test_an_output_that_appears_meanwhile_stays(command, tmp_path, monkeypatch, capfd) -> None:
@@ -98,7 +98,7 @@ def test_an_output_that_appears_meanwhile_stays(command, tmp_path, monkeypatch, 
     error = capfd.readouterr().err
     assert f"error: {out} exists already: it appeared while this one was made" in error
     assert contents(out) == {"mine.txt": b"keep"}
-    assert not hidden(contents(tmp_path))
+    assert not temporaries(contents(tmp_path))
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -122,7 +122,7 @@ def test_a_file_that_appears_meanwhile_stays(tmp_path, monkeypatch, links, kind)
             "link": lambda: out.symlink_to("nowhere"),
         }[kind]()
     assert out.is_symlink() or out.is_dir() or out.read_text() == "theirs"
-    assert not hidden(path.name for path in tmp_path.iterdir())
+    assert not temporaries(path.name for path in tmp_path.iterdir())
     with pytest.raises(SlimError, match="exists already"):
         write_text(out, "again", replace=False)
     write_text(tmp_path / "new.yaml", "ours", replace=False)
@@ -236,7 +236,7 @@ def test_sigterm_while_a_file_is_written_leaves_nothing(command, tmp_path) -> No
     work = tmp_path / "work"
     told = stop("file", signal.SIGTERM, [*command, "-o", str(work / "out")])
     left = contents(work) if work.exists() else {}
-    assert not hidden(left), left
+    assert not temporaries(left), left
     assert not left or "with: mlx-slim" in told  # a run to go on with
 
 
@@ -244,4 +244,4 @@ def test_sighup_at_an_event_saves_the_state_of_a_run(small, tmp_path) -> None:
     out = tmp_path / "work" / "out"
     told = stop("event", signal.SIGHUP, ["train", str(small), "-o", str(out)])
     assert f"-o {out} --resume" in told
-    assert not hidden(contents(tmp_path / "work"))
+    assert not temporaries(contents(tmp_path / "work"))

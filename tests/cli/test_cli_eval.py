@@ -10,7 +10,7 @@ import pytest
 
 from mlx_slim.cli.main import run
 from mlx_slim.evaluation import results
-from tests.support.evals import files, write_tasks
+from tests.support.evals import result_files, write_tasks
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_ctrl_c_keeps_what_is_computed_and_says_how_to_go_on(
     assert run(command[1:]) == 0
     words[-1] = "--json"
     assert run([*map(str, words), "-o", str(tmp_path / "whole")]) == 0
-    assert files(out) == files(tmp_path / "whole")
+    assert result_files(out) == result_files(tmp_path / "whole")
     capfd.readouterr()
 
 

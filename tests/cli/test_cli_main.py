@@ -283,12 +283,12 @@ def test_closed_streams_and_a_working_folder_that_is_gone(tmp_path):
     )
     gone = shell("mkdir gone; cd gone; rmdir ../gone; mlx-slim tasks")
     assert (gone.returncode, gone.stdout) == (2, "")
-    assert gone.stderr.startswith("error: the working folder was removed\nhint: ")
+    assert gone.stderr.startswith("error: the working directory was removed\nhint: ")
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_characters_that_a_terminal_cannot_show_are_no_error(encoding, tmp_path):
-    """A strict stream, as outside of the C locale: an é in ASCII, a file name that is no UTF-8."""
+    """A strict stream, as outside of the C locale: an é in ASCII, a file name that is not UTF-8."""
     name = os.fsdecode("né".encode() + b"\xff.yaml")
     for word, code in (("recipes", 2), ("tasks", 2)):
         done = subprocess.run(

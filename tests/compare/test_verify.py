@@ -81,9 +81,7 @@ def found_below(folder: Path) -> list[str]:
     stored = store.load(folder)
     ledger = Ledger()
     recount(stored, ledger)
-    lost = [
-        f"{name}: {why}" for name, why in stored.failed if why != stored.record.refused[0][1]
-    ]
+    lost = [f"{name}: {why}" for name, why in stored.failed if why != stored.record.refused[0][1]]
     return ledger.problems + lost
 
 

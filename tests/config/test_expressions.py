@@ -27,5 +27,5 @@ from mlx_slim.config.expressions import compile_value
     ],
 )
 def test_a_sign_is_no_white_space_mark(source, value) -> None:
-    found = compile_value(source)({"n": 3})
-    assert found == value and type(found) is type(value)
+    actual = compile_value(source)({"n": 3})
+    assert actual == value and type(actual) is type(value)

@@ -142,7 +142,7 @@ def test_all_problems_at_once_each_with_key_value_range_and_origin(load):
         "train.batch_tokens (command line) is true: "
         "expected a whole number (at least 8 and at most 1e+09)",
         "data.path.0.weigth (command line) is no key: did you mean 'data.path.0.weight'?",
-        "'nonsense' (command line) is no override: write key=value",
+        "'nonsense' (command line) is not an override: write key=value",
         "train.learning_rate (command line) is NaN: expected a number (above 0 and below 10)",
     ):
         assert expected in shown
@@ -160,7 +160,7 @@ def test_all_problems_at_once_each_with_key_value_range_and_origin(load):
         ("train.batch_tokens=100", r"batch_tokens=100 is below max_length=512"),
         ("extends=other", "only a recipe file can extend another"),
         ("adapter.layers=[1,-2]", "adapter.layers"),
-        ("adapter.targets=[q_proj", "no YAML value: line 1"),
+        ("adapter.targets=[q_proj", "not a YAML value: line 1"),
         ("=3", "write key=value"),
         ("train..steps=3", "write key=value"),
     ],
@@ -184,8 +184,8 @@ def test_wrong_override(load, override, message):
         (b"model: x\ntrain:\n  seed: 1\n  seed: 2\n", r"line 4: key train.seed is given twice"),
         (b"method: lora\n", "model is missing"),
         (b"model: 3\n", r"model \(r.yaml:1\) is 3: expected text"),
-        (b"model: x\ntrain: &a\n  seed: *a\n", "no valid YAML"),
-        (b"model: !!python/name:os.system x\n", "no valid YAML"),
+        (b"model: x\ntrain: &a\n  seed: *a\n", "not valid YAML"),
+        (b"model: !!python/name:os.system x\n", "not valid YAML"),
         (b"? [a]\n: b\n", "a key must be a plain word"),
         (b"model: x\nextends: {a: b}\n", "line 2: extends is"),
         (b"model: x\nextends: r\n", "extend each other in a circle: r.yaml -> r.yaml"),

@@ -149,7 +149,7 @@ def test_tasks_templates_are_bounded_and_keep_their_meaning():
     with pytest.raises(TemplateError, match="at most"):
         compile_value("{{ [q] * 10**9 }}")({"q": 1})
     for compiled in (compile_text, compile_value):
-        with pytest.raises(ValueError, match="no Jinja template: No filter named 'pper'"):
+        with pytest.raises(ValueError, match="not a Jinja template: No filter named 'pper'"):
             compiled("{{ q | pper }}")
     with pytest.raises(TemplateError, match="takes more than 1 s"):
         compile_text("{{ q | regex_replace('(a|aa)+$', '') }}")({"q": "a" * 60 + "b"})

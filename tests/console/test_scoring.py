@@ -28,7 +28,7 @@ def progress(answered: int) -> EvalProgress:
         questions=1000,
         metric="acc_norm",
         value=0.43,
-        share=answered / 2000,
+        fraction=answered / 2000,
         tokens_per_second=1234.5,
         active_memory_bytes=3_100_000_000,
         peak_memory_bytes=5_200_000_000,

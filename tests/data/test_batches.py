@@ -94,13 +94,13 @@ def test_rows_of_max_length_fill_the_budget() -> None:
 def test_worst_bounds_every_epoch(mode: Mode, seed: int) -> None:
     lengths, max_length, budget = _random_lengths(seed)
     batcher = Batcher(MemoryRows(lengths.tolist()), budget, max_length, mode, seed)
-    worst = batcher.largest_batch()
+    largest = batcher.largest_batch()
     areas = [_area(batcher, groups) for epoch in range(40) for groups in batcher.plan(epoch)]
-    assert max(areas) <= worst.computed_tokens <= budget
-    assert sum(part.computed_tokens for part in worst.parts(2)) == worst.computed_tokens
+    assert max(areas) <= largest.computed_tokens <= budget
+    assert sum(part.computed_tokens for part in largest.shards(2)) == largest.computed_tokens
     if mode == "grouped":  # and it is no larger than a bucket makes it
-        rows = len(worst.tokens_BT)
-        assert worst.computed_tokens < max(areas) + rows * BUCKET
+        rows = len(largest.tokens_BT)
+        assert largest.computed_tokens < max(areas) + rows * BUCKET
 
 
 def test_worst_of_few_packed_rows_is_not_a_full_batch() -> None:
@@ -130,7 +130,7 @@ def test_collate_of_packed_rows() -> None:
     assert batch.positions_N.tolist() == [0, 2, 3, 4, 5]
     assert batch.targets_N.tolist() == [21, 12, 13, 31, 32]
     assert batch.sources_N.tolist() == [2, 0, 1, 3, 4]
-    halves = batch.parts(2)
+    halves = batch.shards(2)
     assert [part.sources_N.tolist() for part in halves] == [[2, 0, 1], [3, 4]]
     assert (batch.real_tokens, batch.rows) == (10, 3)
 

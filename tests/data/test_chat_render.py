@@ -162,9 +162,9 @@ def test_the_text_and_the_marks_are_those_of_transformers(source, chat, prompt):
                 render_chat(source, CHATS[chat], **names)
             assert str(caught.value) == str(error)
             continue
-        text, found = render_chat(source, CHATS[chat], **names)
+        text, actual = render_chat(source, CHATS[chat], **names)
         assert text == texts[0]
-        assert found == (list(spans[0]) if marked else [])
+        assert actual == (list(spans[0]) if marked else [])
 
 
 def test_a_real_tokenizer_s_prompt_is_the_one_that_it_makes_itself(smollm2):

@@ -165,7 +165,7 @@ def test_pairs_of_answers_are_read_as_the_chosen_one_where_the_hint_is_followed(
         read({"prompt": "Hi", "chosen": turns, "rejected": turns})
     assert refused.value.hint == "name the columns: 'data.columns={messages: chosen}'"
     with pytest.raises(SlimError) as refused:
-        read({"prompt": "Hi", "answers": ["Yes."]})  # a question alone is no text to learn
+        read({"prompt": "Hi", "answers": ["Yes."]})  # a question alone is not text to learn
     assert "text:" not in refused.value.hint
 
 

@@ -58,21 +58,22 @@ def test_tools_are_a_list_of_schemas(columns):
     assert read({"messages": [USER, DONE], **columns}).extras == {"tools": [TOOL]}
 
 
-@pytest.mark.parametrize("given", ["", "[]", [], "null"])
-def test_no_tools_are_none(given):
-    assert read({"messages": [USER, DONE], "tools": given}).extras == {}
+@pytest.mark.parametrize("inputs", ["", "[]", [], "null"])
+def test_no_tools_are_none(inputs):
+    assert read({"messages": [USER, DONE], "tools": inputs}).extras == {}
 
 
 @pytest.mark.parametrize(
-    "given", [{"at": "Ulm", "n": 3}, '{"at": "Ulm", "n": 3}', '"{\\"at\\": \\"Ulm\\", \\"n\\": 3}"']
+    "inputs",
+    [{"at": "Ulm", "n": 3}, '{"at": "Ulm", "n": 3}', '"{\\"at\\": \\"Ulm\\", \\"n\\": 3}"'],
 )
-def test_arguments_are_an_object(given):
-    assert arguments_of(read({"messages": [USER, call(given), DONE]})) == {"at": "Ulm", "n": 3}
+def test_arguments_are_an_object(inputs):
+    assert arguments_of(read({"messages": [USER, call(inputs), DONE]})) == {"at": "Ulm", "n": 3}
 
 
-@pytest.mark.parametrize("given", ["", "{}", {}, None])
-def test_no_arguments_are_an_empty_object(given):
-    assert arguments_of(read({"messages": [USER, call(given), DONE]})) == {}
+@pytest.mark.parametrize("inputs", ["", "{}", {}, None])
+def test_no_arguments_are_an_empty_object(inputs):
+    assert arguments_of(read({"messages": [USER, call(inputs), DONE]})) == {}
 
 
 @pytest.mark.parametrize(
@@ -141,8 +142,8 @@ PADDED = {"type": "function", "function": {"name": "look", "strict": None, "para
 
 @pytest.mark.parametrize("where", ["rows.parquet", "data-0.arrow", "owner/name"])
 def test_nulls_that_a_table_pads_with_are_removed(where):
-    given = {"at": "Ulm", "n": None, "deep": {"a": None, "b": [None, {"c": None}]}}
-    example = read({"messages": [USER, call(given), DONE], "tools": [PADDED]}, where)
+    inputs = {"at": "Ulm", "n": None, "deep": {"a": None, "b": [None, {"c": None}]}}
+    example = read({"messages": [USER, call(inputs), DONE], "tools": [PADDED]}, where)
     assert arguments_of(example) == {"at": "Ulm", "deep": {"b": [None, {}]}}
     parameters = example.extras["tools"][0]["function"]["parameters"]
     assert parameters["properties"] == {"at": {"type": "string", "enum": ["a", None]}, "n": {}}
@@ -150,13 +151,13 @@ def test_nulls_that_a_table_pads_with_are_removed(where):
 
 
 def test_nulls_that_someone_wrote_are_kept():
-    given = {"at": "Ulm", "n": None, "zone": None}
-    text = json.dumps(given)
+    inputs = {"at": "Ulm", "n": None, "zone": None}
+    text = json.dumps(inputs)
     for where in ("rows.parquet", "rows.jsonl", "rows.json", "rows.jsonl.gz"):
-        assert arguments_of(read({"messages": [USER, call(text), DONE]}, where)) == given
-    assert arguments_of(read({"messages": [USER, call(given), DONE]})) == given
+        assert arguments_of(read({"messages": [USER, call(text), DONE]}, where)) == inputs
+    assert arguments_of(read({"messages": [USER, call(inputs), DONE]})) == inputs
     # No tool has a parameter of that name: another row of the table, exported as JSON, does.
-    example = read({"messages": [USER, call(given), DONE], "tools": [TOOL]})
+    example = read({"messages": [USER, call(inputs), DONE], "tools": [TOOL]})
     assert arguments_of(example) == {"at": "Ulm", "n": None}
     schemas = read({"messages": [USER, DONE], "tools": [PADDED]}).extras["tools"]
     properties = schemas[0]["function"]["parameters"]["properties"]
@@ -262,9 +263,9 @@ def test_a_turn_that_asks_to_be_learned_and_is_no_answer_is_noted():
         (weighted({"train": "no"}), "turn 2: train is 'no', expected true or false"),
         ({"messages": [USER, DONE], "tools": "hammer"}, "tools: 'hammer', expected JSON"),
         ({"messages": [USER, DONE], "tools": [3]}, "a tool is '3'"),
-        ({"messages": [USER, call("{at: Ulm}"), DONE]}, "turn 2: arguments of 'look' is no JSON"),
+        ({"messages": [USER, call("{at: Ulm}"), DONE]}, "turn 2: arguments of 'look' is not JSON"),
         ({"messages": [USER, call("[1]"), DONE]}, "turn 2: arguments of 'look' are list"),
-        ({"messages": [USER, call("9" * 5000), DONE]}, "turn 2: arguments of 'look' is no JSON"),
+        ({"messages": [USER, call("9" * 5000), DONE]}, "turn 2: arguments of 'look' is not JSON"),
         ({"messages": [USER, {**DONE, "tool_calls": [3]}]}, "turn 2: a tool call is"),
         ({"messages": [USER, {**DONE, "tool_calls": [{"id": "1"}]}]}, "turn 2: a tool call is"),
         ({"conversations": [{"from": "function_call", "value": "look"}]}, "turn 1: the call is no"),
@@ -279,8 +280,8 @@ def test_what_cannot_be_read_is_one_line(value, message):
 
 
 def test_tools_that_are_quoted_twice_or_flat_are_read_and_what_is_no_schema_is_refused():
-    given = json.dumps(json.dumps([TOOL]))
-    assert read({"messages": [USER, DONE], "tools": given}).extras == {"tools": [TOOL]}
+    inputs = json.dumps(json.dumps([TOOL]))
+    assert read({"messages": [USER, DONE], "tools": inputs}).extras == {"tools": [TOOL]}
     flat = {"type": "function", **SCHEMA}
     assert read({"messages": [USER, DONE], "tools": [flat]}).extras == {"tools": [TOOL]}
     for wrong in ({"look": SCHEMA}, [{"function": "look"}], [{"type": "function"}], '{"look": 1}'):

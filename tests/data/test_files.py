@@ -51,9 +51,9 @@ def write(path: Path, content: bytes | str) -> Path:
     ],
 )
 def test_rows_of_every_kind(tmp_path, name, content, unit):
-    found = rows(write(tmp_path / name, content))
-    assert [row.value for row in found] == [AB, CD]
-    assert found[0].place.startswith(f"{name}, {unit} ")
+    actual = rows(write(tmp_path / name, content))
+    assert [row.value for row in actual] == [AB, CD]
+    assert actual[0].place.startswith(f"{name}, {unit} ")
 
 
 def test_a_single_object_is_a_row_even_where_a_column_is_called_data(tmp_path):
@@ -66,8 +66,8 @@ def test_text_keeps_what_unicode_calls_line_ends(tmp_path):
     row = {"prompt": "a\u2028b\x85c\x00", "completion": "d\u2029e"}
     path = write(tmp_path / "a.jsonl", json.dumps(row, ensure_ascii=False) + f"\n{ONE}\n")
     assert [r.value for r in rows(path)] == [row, AB]
-    (found,) = rows(write(tmp_path / "b.txt", "one\u2028still one\x85\ntwo"))
-    assert found.value == {"text": "one\u2028still one\x85\ntwo"}
+    (actual,) = rows(write(tmp_path / "b.txt", "one\u2028still one\x85\ntwo"))
+    assert actual.value == {"text": "one\u2028still one\x85\ntwo"}
     assert len(rows(write(tmp_path / "c.txt", "one\r\rtwo\r"))) == 2
 
 
@@ -129,8 +129,8 @@ def test_arrow_files(tmp_path, stream):
         ),
         ("a.csv", "prompt,prompt\na,b\n", "two columns are called 'prompt'", ""),
         ("a.csv", ",prompt,\n0,a,b\n", "a column has no name", ""),
-        ("a.csv", 'prompt,completion\na,b\nc,"d', "a.csv, line 3: no valid table", ""),
-        ("a.tsv", 'prompt\tcompletion\n"a" x\tb\n', "a.tsv, line 2: no valid table", "in quotes"),
+        ("a.csv", 'prompt,completion\na,b\nc,"d', "a.csv, line 3: not a valid table", ""),
+        ("a.tsv", 'prompt\tcompletion\n"a" x\tb\n', "a.tsv, line 2: not a valid table", "quote"),
         ("a.csv", "prompt,completion\n", "empty, no row", ""),
         ("a.csv", b"prompt,completion\na,\xe9\n", "a.csv, line 2: byte 0xe9 at byte offset 20", ""),
         (

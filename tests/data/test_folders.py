@@ -93,7 +93,7 @@ def test_saved_data_sets(tmp_path, make):
 @pytest.mark.parametrize("name", ["../secret.arrow", "/etc/passwd", ""])
 def test_a_saved_data_set_names_files_of_its_own(tmp_path, name):
     (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
-    with pytest.raises(SlimError, match="leads out of the folder"):
+    with pytest.raises(SlimError, match="is outside the folder"):
         read(tmp_path)
 
 
@@ -163,13 +163,13 @@ def test_one_of_several_is_named(factory):
 
 
 def test_the_entry_is_part_of_the_fingerprint(factory):
-    def known(folder):
+    def existing(folder):
         return sources.find(SourceConfig(path=str(folder))).fingerprint()["sha256"]
 
-    first = known(factory(german=GERMAN))
+    first = existing(factory(german=GERMAN))
     columns = {**GERMAN["columns"], "response": "text"}
-    assert known(factory(german={**GERMAN, "columns": columns})) != first
-    assert known(factory(german=GERMAN)) == first
+    assert existing(factory(german={**GERMAN, "columns": columns})) != first
+    assert existing(factory(german=GERMAN)) == first
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_the_entry_is_part_of_the_fingerprint(factory):
         ({"columns": {"images": "i"}}, "columns.images is not followed"),
         ({"columns": {"prompt": 3}}, "columns is .*expected names"),
         ({"columns": {"prompt": "nope"}}, "row 1: .* calls the prompt 'nope', the row has frage"),
-        ({"file_name": "../german.json"}, "leads out of the folder"),
+        ({"file_name": "../german.json"}, "is outside the folder"),
         ({"file_name": "absent.json"}, "file_name 'absent.json' does not exist"),
         ({"file_name": 3}, "file_name is 3"),
     ],

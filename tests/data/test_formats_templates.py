@@ -237,7 +237,7 @@ def test_unknown_and_missing_templates(make, base_tokens):
         ({"instruction": "a"}, {}, "columns seen: instruction; expected"),
         ({"instruction": 3, "output": "b"}, {}, "'instruction' is int 3, expected a string"),
         ({"text": ["a"]}, {}, "'text' is list"),
-        ({"messages": "a"}, {}, "the turns are str"),
+        ({"messages": "a"}, {}, "turns is str"),
         ({"messages": [3]}, {}, "turn 1: int"),
         ({"messages": [{"role": "usr", "content": "a"}]}, {}, "turn 1: role 'usr'"),
         ({"messages": [{"content": "a"}]}, {}, "turn 1: keys content"),

@@ -9,7 +9,7 @@ import pytest
 
 from mlx_slim.data.formats import Example
 from mlx_slim.data.templates import load_template
-from mlx_slim.data.tokenize import Encoder
+from mlx_slim.data.tokenize import RowEncoder
 from mlx_slim.errors import SlimError
 from tests.data.conftest import learned, load_bytes
 from tests.support.chat_templates import EOT, PIECES, TEMPLATES, TOOLS
@@ -31,10 +31,10 @@ def tokenizers(tmp_path_factory):
 
 def conversation(rng: random.Random, name: str) -> list[dict[str, Any]]:
     """Return random turns; answers repeat what other turns say."""
-    said = [rng.choice(WORDS) for _ in range(3)]
+    notes = [rng.choice(WORDS) for _ in range(3)]
 
     def text() -> str:
-        return rng.choice([*said, rng.choice(WORDS)])
+        return rng.choice([*notes, rng.choice(WORDS)])
 
     messages: list[dict[str, Any]] = []
     if rng.random() < 0.5:
@@ -66,7 +66,7 @@ def conversation(rng: random.Random, name: str) -> list[dict[str, Any]]:
 def test_ids_and_weights_are_those_of_a_plain_reference(tokenizers, name):
     """The reference tokenizes piece by piece, which bytes allow, and never renders a template."""
     tokenizer = tokenizers[name]
-    template, encoder = load_template("model", tokenizer), Encoder(tokenizer, mask_prompt=True)
+    template, encoder = load_template("model", tokenizer), RowEncoder(tokenizer, mask_prompt=True)
     for seed in range(100):
         rng = random.Random(seed)
         messages = conversation(rng, name)
@@ -75,15 +75,15 @@ def test_ids_and_weights_are_those_of_a_plain_reference(tokenizers, name):
         ]
         ids, expected = [], []
         for piece, turn in PIECES[name](messages):
-            own = tokenizer(piece, add_special_tokens=False).input_ids
-            ids += own
-            expected += [0.0 if turn is None else weights[turn]] * len(own)
+            separate = tokenizer(piece, add_special_tokens=False).input_ids
+            ids += separate
+            expected += [0.0 if turn is None else weights[turn]] * len(separate)
         rendered = template.render(Example("chat", messages, weights=weights))
         (tokens,) = encoder.encode([rendered])
         assert tokenizer.decode(tokens.ids_T) == tokenizer.decode(ids), (seed, messages)
         assert tokens.ids_T.tolist() == ids
-        found = tokens.supervised_T if tokens.weights_T is None else tokens.weights_T
-        assert found.tolist() == expected, (seed, messages, tokenizer.decode(ids))
+        actual = tokens.supervised_T if tokens.weights_T is None else tokens.weights_T
+        assert actual.tolist() == expected, (seed, messages, tokenizer.decode(ids))
         assert tokens.supervised_T.tolist() == [weight > 0 for weight in expected]
         text = "".join(
             p for p, turn in PIECES[name](messages) if turn is not None and weights[turn]
@@ -99,7 +99,7 @@ def test_every_span_but_those_of_weight_0_without_masking(tokenizers, name):
     ]
     template = load_template("model", tokenizers[name])
     rendered = template.render(Example("chat", messages, weights=[0, 0, 0, 1]))
-    (tokens,) = Encoder(tokenizers[name], mask_prompt=False).encode([rendered])
+    (tokens,) = RowEncoder(tokenizers[name], mask_prompt=False).encode([rendered])
     text = tokenizers[name].decode(tokens.ids_T)
     left = tokenizers[name].decode(tokens.ids_T[1:][~tokens.supervised_T[1:]])
     assert left.strip().removesuffix(EOT).strip() == "wrong", text
@@ -118,7 +118,9 @@ CALL = {"role": "assistant", "content": "", "tool_calls": [
     {"type": "function", "function": {"name": "look", "arguments": {"at": "Köln", "n": None}}}
 ]}  # fmt: skip
 DONE = {"role": "assistant", "content": "Dry."}
-GIVEN = {"tools": [{"type": "function", "function": {"name": "look", "parameters": {"x": 1}}}]}
+GENERATION_MARKS = {
+    "tools": [{"type": "function", "function": {"name": "look", "parameters": {"x": 1}}}]
+}
 CALLED = '<tool_call>\n{"name": "look", "arguments": {"at": "Köln"}}\n</tool_call>'
 
 
@@ -152,7 +154,7 @@ def test_several_named_templates(make, tmp_path):
     named = {"default": CHATML, "tool_use": TOOLS, "rag": "{{ raise_exception('no') }}"}
     tokenizer = load_bytes(tmp_path / "t")
     tokenizer.chat_template = named
-    prepared = make([row(USER, DONE), row(USER, CALL, **GIVEN), row(USER, CALL)],
+    prepared = make([row(USER, DONE), row(USER, CALL, **GENERATION_MARKS), row(USER, CALL)],
                     tokenizer=tokenizer)  # fmt: skip
     assert "You help." not in learned(prepared, tokenizer, 0)[0]
     assert '"parameters": {"x": 1}' in learned(prepared, tokenizer, 1)[0]
@@ -160,7 +162,7 @@ def test_several_named_templates(make, tmp_path):
     assert prepared.ledger["template"] == "model (default, tool_use)"
     tokenizer.chat_template = {"default": CHATML, "rag": CHATML}
     with pytest.raises(SlimError, match=r"rows.jsonl, line 2: turn 2: .* tool 'look'"):
-        make([row(USER, DONE), row(USER, CALL, **GIVEN)], tokenizer=tokenizer)
+        make([row(USER, DONE), row(USER, CALL, **GENERATION_MARKS)], tokenizer=tokenizer)
     tokenizer.chat_template = {"rag": CHATML, "tool_use": TOOLS}
     with pytest.raises(SlimError, match=r"several chat templates \(rag, tool_use\), none"):
         make([row(USER, DONE)], tokenizer=tokenizer)
@@ -230,9 +232,9 @@ def test_jinja_file_over_fields_refuses_calls(make, tmp_path):
 
 
 def test_what_a_template_leaves_out_is_counted(make, tmp_path):
-    rows = [row(USER, DONE, **GIVEN), row(USER, DONE)]
-    said = "tools that the template leaves out"
-    noted = {said: {"count": 1, "first": ["rows.jsonl, line 1"]}}
+    rows = [row(USER, DONE, **GENERATION_MARKS), row(USER, DONE)]
+    notes = "tools that the template leaves out"
+    noted = {notes: {"count": 1, "first": ["rows.jsonl, line 1"]}}
     for setting in ("model", "chatml", "plain"):
         assert make(rows, template=setting).ledger["sources"][0]["rows_noted"] == noted
     mute = "{% for m in messages if m.role != 'system' %}{{ m.content }}<|im_end|>{% endfor %}"

@@ -117,7 +117,7 @@ def deep_schema(path: Path) -> None:
         (row_bomb, "20,000,000 rows in"),
         (list_bomb, "holds 30,000,000 values"),
         (deep_schema, "nested deeper than 64 levels"),
-        (lambda path: path.write_bytes(b""), "no readable Parquet: not complete"),
+        (lambda path: path.write_bytes(b""), "not a readable Parquet file: not complete"),
         (lambda path: path.write_bytes(b"PAR1" + b"\xff" * 8 + b"PAR1"), "footer would take"),
         (lambda path: path.write_bytes(b"PAR1\0\x01\0\0\0PAR1"), "no schema"),
     ],

@@ -76,8 +76,8 @@ def test_whatever_the_rows_there_are_no_more_shapes(mode: Mode, limit: int, seed
     for epoch in range(12):
         plan = batcher.plan(epoch)
         assert sorted(i for groups in plan for g in groups for i in g) == list(range(len(rows)))
-        wanted = needed(plan, np.maximum(rows.lengths - 1, 1), rows.supervised)
-        assert (wanted <= batcher.shapes.of_each(plan)).all()
+        expected = needed(plan, np.maximum(rows.lengths - 1, 1), rows.supervised)
+        assert (expected <= batcher.shapes.of_each(plan)).all()
         assert {tuple(shape) for shape in batcher.shapes.of_each(plan)} <= set(shapes)
 
 
@@ -121,8 +121,8 @@ def test_dealt_micro_batches_have_nearly_equal_targets_and_other_rows_in_each_ep
     dealt = [deal(run, supervised, np.random.default_rng(epoch)) for epoch in range(2)]
     sums = supervised[dealt[0]].sum(axis=1)
     assert sums.max() <= 1.02 * sums.mean()
-    together = [{frozenset(p) for row in d.tolist() for p in combinations(row, 2)} for d in dealt]
-    assert len(together[0] & together[1]) < 0.1 * len(together[0])
+    joint = [{frozenset(p) for row in d.tolist() for p in combinations(row, 2)} for d in dealt]
+    assert len(joint[0] & joint[1]) < 0.1 * len(joint[0])
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -135,14 +135,14 @@ def test_padding_counts_for_nothing(mode: Mode) -> None:
         assert batcher.shapes is not None
         assert batcher.shapes.of(groups) == (*batch.tokens_BT.shape, len(batch.targets_N))
         assert batch.weights_N is not None
-        kept = batch.weights_N == 1
-        assert batch.targets_N[kept].tolist() == plain.targets_N.tolist()
-        assert batch.sources_N[kept].tolist() == plain.sources_N.tolist()
-        assert (batch.sources_N[~kept] == -1).all()
-        picked = batch.tokens_BT.reshape(-1)[batch.positions_N[kept]]
+        retained = batch.weights_N == 1
+        assert batch.targets_N[retained].tolist() == plain.targets_N.tolist()
+        assert batch.sources_N[retained].tolist() == plain.sources_N.tolist()
+        assert (batch.sources_N[~retained] == -1).all()
+        picked = batch.tokens_BT.reshape(-1)[batch.positions_N[retained]]
         assert picked.tolist() == plain.tokens_BT.reshape(-1)[plain.positions_N].tolist()
-        parts = batch.parts(2)
-        assert sum(part.supervised_tokens for part in parts) == plain.supervised_tokens
+        pieces = batch.shards(2)
+        assert sum(part.supervised_tokens for part in pieces) == plain.supervised_tokens
         real, supervised = real + batch.real_tokens, supervised + batch.supervised_tokens
     assert (real, supervised) == (int(rows.lengths.sum()), int(rows.supervised.sum()))
 
@@ -151,10 +151,10 @@ def test_padding_counts_for_nothing(mode: Mode) -> None:
 def test_what_is_measured_is_the_largest_shape(mode: Mode) -> None:
     rows = MemoryRows(np.random.default_rng(2).integers(3, 60, 90).tolist())
     batcher = Batcher(rows, 256, 64, mode, 0, 6)
-    worst, seen = batcher.largest_batch(), shapes_of(batcher, 20)
+    largest, seen = batcher.largest_batch(), shapes_of(batcher, 20)
     assert batcher.shapes is not None
-    assert (*worst.tokens_BT.shape, worst.supervised_tokens) in batcher.shapes.shapes
-    assert worst.computed_tokens >= (seen[:, 0] * seen[:, 1]).max()
+    assert (*largest.tokens_BT.shape, largest.supervised_tokens) in batcher.shapes.shapes
+    assert largest.computed_tokens >= (seen[:, 0] * seen[:, 1]).max()
     computed, squares = batcher.computed()
     first = shapes_of(batcher, 1)
     assert computed == (first[:, 0] * first[:, 1]).sum()

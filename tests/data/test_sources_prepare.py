@@ -108,15 +108,20 @@ def test_offline_never_asks_the_hub(tmp_path):
 def test_a_hub_data_set_is_pinned_and_streams(tmp_path, monkeypatch):
     import datasets
 
-    asked = {}
+    requested = {}
 
     def load_dataset(name, config, **rest):
-        asked.update(name=name, config=config, **rest)
+        requested.update(name=name, config=config, **rest)
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert read("some/set:main@abc123", split="test") == ROWS
-    assert asked == {"name": "some/set", "config": "main", "split": "test", "revision": "abc123"}
+    assert requested == {
+        "name": "some/set",
+        "config": "main",
+        "split": "test",
+        "revision": "abc123",
+    }
     source = sources.find(SourceConfig(path="some/set"))
     assert source.fingerprint()["sha256"] == source.fingerprint()["sha256"]
 
@@ -136,7 +141,7 @@ def test_a_hub_data_set_is_pinned_and_streams(tmp_path, monkeypatch):
         ("a.json", b"[]", "empty"),
         ("a.json", b'[{"text": "a"},\n3]', "row 2: a row is a JSON object, not int"),
         ("a.json", b'[{"text": "a"},\n{"text": "\xe9"}]', "line 2: byte 0xe9 at byte offset 26 is"),
-        ("a.parquet", b"nonsense", "a.parquet is no readable Parquet"),
+        ("a.parquet", b"nonsense", "a.parquet is not a readable Parquet file"),
         ("a.xls", b"a,b", "unknown extension '.xls'"),
         ("a.txt", b"ok\n\xff", "a.txt, line 2: byte 0xff at byte offset 3"),
     ],
@@ -199,10 +204,12 @@ def texts(store: TokenStore):
 
 
 def test_validation_share_count_and_path(make, tmp_path):
-    share = make(ROWS, validation=0.1)
-    assert (len(share.train), len(share.validation)) == (36, 4)
-    assert not set(texts(share.train)) & set(texts(share.validation))
-    assert sorted(texts(share.train) + texts(share.validation)) == sorted(texts(make(ROWS).train))
+    fraction = make(ROWS, validation=0.1)
+    assert (len(fraction.train), len(fraction.validation)) == (36, 4)
+    assert not set(texts(fraction.train)) & set(texts(fraction.validation))
+    assert sorted(texts(fraction.train) + texts(fraction.validation)) == sorted(
+        texts(make(ROWS).train)
+    )
     count = make(ROWS, validation=7)
     assert (len(count.train), len(count.validation)) == (33, 7)
     path = jsonl(tmp_path / "held.jsonl", ROWS[:3])
@@ -220,9 +227,9 @@ def test_the_split_depends_on_the_seed_alone(tmp_path, tokens):
     config = DataConfig(path=str(path), validation=0.2)
 
     def split(seed, name):
-        made = prepare(config, tokens, max_length=512, seed=seed, folder=tmp_path / name)
-        assert made.validation is not None
-        return texts(made.validation)
+        created = prepare(config, tokens, max_length=512, seed=seed, folder=tmp_path / name)
+        assert created.validation is not None
+        return texts(created.validation)
 
     assert split(0, "a") == split(0, "b") != split(1, "c")
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mlx_slim.data import tokenize
 from mlx_slim.data.templates import Rendered
-from mlx_slim.data.tokenize import Encoder, _first_characters, _next_words
+from mlx_slim.data.tokenize import RowEncoder, _first_characters, _next_words
 from mlx_slim.errors import SlimError
 
 
@@ -45,7 +45,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 def test_a_straddling_word_belongs_to_the_answer(make, prompt, answer):
     tokenizer = make()
     row = Rendered(prompt + answer, [(len(prompt), len(prompt + answer))])
-    ids, supervised, _ = Encoder(tokenizer, mask_prompt=True).encode([row])[0]
+    ids, supervised, _ = RowEncoder(tokenizer, mask_prompt=True).encode([row])[0]
     assert tokenizer.convert_ids_to_tokens(ids[supervised])[-2:] in (
         ["▁yes", "</s>"],
         ["Ġyes", "</s>"],
@@ -56,7 +56,7 @@ def test_a_straddling_word_belongs_to_the_answer(make, prompt, answer):
 def test_spaces_before_the_border_belong_to_the_prompt():
     tokenizer = byte_level()
     row = Rendered("Q:   yes", [(5, 8)])
-    ids, supervised, _ = Encoder(tokenizer, mask_prompt=True).encode([row])[0]
+    ids, supervised, _ = RowEncoder(tokenizer, mask_prompt=True).encode([row])[0]
     assert tokenizer.convert_ids_to_tokens(ids) == ["Q", ":", "ĠĠ", "Ġyes", "</s>"]
     assert supervised.tolist() == [False, False, False, True, True]
 
@@ -66,7 +66,7 @@ def test_a_slow_tokenizer_is_refused():
         is_fast = False
 
     with pytest.raises(SlimError, match="Slow gives no character offsets"):
-        Encoder(Slow(), mask_prompt=True)
+        RowEncoder(Slow(), mask_prompt=True)
 
 
 def _first_characters_one_by_one(text: str, offsets: np.ndarray) -> list[int]:
@@ -102,7 +102,7 @@ def test_spaces_are_those_of_python():
 
 def test_long_texts_are_tokenized_a_few_at_a_time(monkeypatch):
     tokenizer = byte_level()
-    encoder = Encoder(tokenizer, mask_prompt=True)
+    encoder = RowEncoder(tokenizer, mask_prompt=True)
     rows = [Rendered("x" * size, [(0, size)]) for size in (5, 30, 3, 4, 40, 2)]
     whole = encoder.encode(rows)
     sizes, original = [], encoder._encode
@@ -113,7 +113,7 @@ def test_long_texts_are_tokenized_a_few_at_a_time(monkeypatch):
 
     monkeypatch.setattr(tokenize, "_CHARACTERS", 10)
     monkeypatch.setattr(encoder, "_encode", counting)
-    parts = encoder.encode(rows)
+    pieces = encoder.encode(rows)
     assert sizes == [2, 3, 1]
-    assert [row.ids_T.tolist() for row in parts] == [row.ids_T.tolist() for row in whole]
+    assert [row.ids_T.tolist() for row in pieces] == [row.ids_T.tolist() for row in whole]
     assert encoder.encode([]) == []

@@ -54,9 +54,9 @@ def test_a_store_keeps_weights_wherever_they_begin(tmp_path):
         store = store_of(tmp_path / str(number), *chunks)
         for i, row in enumerate(row for chunk in chunks for row in chunk):
             ids, supervised = store.row(i)
-            found = store.weights(i)
-            assert found is not None
-            assert found.tolist() == weights_of(row).tolist()
+            actual = store.weights(i)
+            assert actual is not None
+            assert actual.tolist() == weights_of(row).tolist()
             assert ids.tolist() == row.ids_T.tolist()
             assert supervised.tolist() == row.supervised_T.tolist()
     store = store_of(tmp_path / "plain", plain)
@@ -82,17 +82,19 @@ def test_every_target_is_asked_for_once_with_its_weight(tmp_path, mode: Mode, li
         for t in np.flatnonzero(row.supervised_T)
     )
     for epoch in range(2):
-        found, total, count = [], 0.0, 0
+        actual, total, count = [], 0.0, 0
         for groups in batcher.plan(epoch):
             whole = batcher.batch(groups)
             assert whole.weights_N is not None
-            for batch in whole.parts(random.Random(epoch).randint(1, 3)):
+            for batch in whole.shards(random.Random(epoch).randint(1, 3)):
                 weights = batch.weights_N
                 weights = np.ones(len(batch.targets_N)) if weights is None else weights
-                found += [(int(t), float(w)) for t, w in zip(batch.targets_N, weights, strict=True)]
+                actual += [
+                    (int(t), float(w)) for t, w in zip(batch.targets_N, weights, strict=True)
+                ]
                 total += batch.total_weight
                 count += batch.supervised_tokens
-        assert sorted(pair for pair in found if pair[1] > 0) == expected
+        assert sorted(pair for pair in actual if pair[1] > 0) == expected
         assert count == len(expected)
         assert total == pytest.approx(sum(weight for _, weight in expected))
 

@@ -206,7 +206,7 @@ def test_the_first_error_in_order_is_raised(count, at_once):
         with pytest.raises(SlimError) as caught:
             next(answers)
     assert caught.value.message == "row 3 is wrong"
-    assert (caught.value.hint, caught.value.details) == ("mend row 3", ["a detail"])
+    assert (caught.value.hint, caught.value.details) == ("fix row 3", ["a detail"])
     with (
         Workers(chunks.double, count) as pool,
         pytest.raises(SlimError, match="the file ends in the middle"),

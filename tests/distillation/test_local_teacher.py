@@ -15,7 +15,7 @@ from mlx_slim.distillation.local_teacher import LocalTeacher
 from mlx_slim.errors import SlimError
 from mlx_slim.models.load import load
 from tests.support.plain_scorer import plain_generate
-from tests.support.tiny import speaking_model, tiny_model
+from tests.support.tiny import fixed_answer_model, tiny_model
 
 FLOWS = "It flows."
 
@@ -32,7 +32,7 @@ def chats(*texts: Any) -> list[list[dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def flows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return speaking_model(tmp_path_factory.mktemp("speaks") / "flows", FLOWS)
+    return fixed_answer_model(tmp_path_factory.mktemp("speaks") / "flows", FLOWS)
 
 
 def test_answers_end_where_the_model_ends_them(flows: Path) -> None:
@@ -84,7 +84,7 @@ def test_prompts_that_are_cut_are_counted(flows: Path) -> None:
 
 
 def test_settings_follow_what_decides_the_answers(flows: Path, tmp_path: Path) -> None:
-    same, other = teacher(flows), speaking_model(tmp_path / "other", "By me!")
+    same, other = teacher(flows), fixed_answer_model(tmp_path / "other", "By me!")
     assert same.settings == teacher(flows).settings
     different = [
         teacher(flows, max_tokens=13),
@@ -104,7 +104,7 @@ def test_a_missing_model_is_refused_before_the_first_request(flows: Path, tmp_pa
         teacher(tmp_path / "nowhere")
     with pytest.raises(SlimError, match="adapter"):
         teacher(flows, adapter=str(tmp_path))
-    folder = speaking_model(tmp_path / "strict", FLOWS)
+    folder = fixed_answer_model(tmp_path / "strict", FLOWS)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config["chat_template"] = "{{ raise_exception('no system here') }}"
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

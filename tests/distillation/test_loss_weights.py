@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from mlx_slim.data.batches import collate
 from mlx_slim.distillation.loss_weights import target_weights
 from mlx_slim.models.load import load
-from mlx_slim.runtime import number
+from mlx_slim.runtime import to_float
 from mlx_slim.training.optim import trainable
 from mlx_slim.training.step import CrossEntropy, Stepper
 from tests.support.rows import MemoryRows
@@ -56,8 +56,8 @@ def test_one_batch_of_all_rows_gives_the_formula_and_its_gradient(
     flat = dict(tree_flatten(gradients))
     assert set(measured.gradients) == set(trainable(model))
     for path, value in measured.gradients.items():
-        error = number(mx.abs(value - flat[path]).max())
-        assert error <= 1e-5 * max(1.0, number(mx.abs(flat[path]).max())), path
+        error = to_float(mx.abs(value - flat[path]).max())
+        assert error <= 1e-5 * max(1.0, to_float(mx.abs(flat[path]).max())), path
 
 
 def test_micro_batches_give_the_same_step(tiny: Callable[..., Path]) -> None:

@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten
 from mlx_slim.distillation.losses import DistillationLoss, Divergence, top
 from mlx_slim.distillation.mutual import PeerLoss
 from mlx_slim.models.logits import token_nll
-from mlx_slim.runtime import number
+from mlx_slim.runtime import to_float
 from mlx_slim.training.losses import NLL, linear_loss
 from tests.training.test_losses import (
     KINDS,
@@ -72,7 +72,7 @@ def test_with_all_tokens_it_is_the_definition_with_gradient(
     sums, logits_gradient = token_loss.value_and_gradient(q, *columns)
     assert sums[0].item() == pytest.approx(expected.item(), rel=1e-5)
     assert sums[1].item() == pytest.approx(token_nll(q, targets).sum().item(), rel=1e-6)
-    assert temperature**2 * number(sums[2]) == pytest.approx(expected.item(), rel=1e-5)
+    assert temperature**2 * to_float(sums[2]) == pytest.approx(expected.item(), rel=1e-5)
     assert mx.allclose(logits_gradient.probs_CV, by_logits, rtol=1e-3, atol=1e-5)
     by_value = mx.grad(lambda q: token_loss.value(q, *columns)[0])(q)
     assert mx.allclose(by_value, by_logits, rtol=1e-3, atol=1e-5)
@@ -123,9 +123,9 @@ def test_more_tokens_come_nearer_from_below(kind: Divergence) -> None:
     mx.random.seed(2)
     p, q = 4 * mx.random.normal((N, V)), 4 * mx.random.normal((N, V))
     targets = mx.zeros((N,), dtype=mx.int32)
-    full = number(_plain(p, q, kind, 1.0).sum())
+    full = to_float(_plain(p, q, kind, 1.0).sum())
     values = [
-        number(DistillationLoss(kind).value(q, targets, *_targets(p, k, 1.0))[2])
+        to_float(DistillationLoss(kind).value(q, targets, *_targets(p, k, 1.0))[2])
         for k in (1, 2, 5, 20, 80, V)
     ]
     assert values == sorted(values)
@@ -144,8 +144,8 @@ def test_equal_distributions_are_apart_by_nothing_and_stay(kind: Divergence, k: 
         sums, logits_gradient = token_loss.value_and_gradient(
             q, targets, *_targets(q, k, temperature)
         )
-        assert abs(number(sums[2])) < 1e-5 * N
-        assert number(mx.abs(logits_gradient.probs_CV).max()) < 1e-5
+        assert abs(to_float(sums[2])) < 1e-5 * N
+        assert to_float(mx.abs(logits_gradient.probs_CV).max()) < 1e-5
 
 
 @pytest.mark.parametrize("kind", KINDS_OF_DIVERGENCE)
@@ -201,7 +201,7 @@ def test_two_teachers_count_by_their_loss_weights() -> None:
     token_loss = DistillationLoss(weight=1.0, loss_weights=(0.75, 0.25))
     sums, logits_gradient = token_loss.value_and_gradient(q, targets, *teachers[0], *teachers[1])
     expected = 0.75 * alone[0][0][2] + 0.25 * alone[1][0][2]
-    assert number(sums[2]) == pytest.approx(expected.item(), rel=1e-6)
+    assert to_float(sums[2]) == pytest.approx(expected.item(), rel=1e-6)
     mixed = 0.75 * alone[0][1].probs_CV + 0.25 * alone[1][1].probs_CV
     assert mx.allclose(logits_gradient.probs_CV, mixed, rtol=1e-4, atol=1e-6)
     value = token_loss.value(q, targets, *teachers[0], *teachers[1])

@@ -16,7 +16,7 @@ from mlx_slim.distillation.losses import Divergence
 from mlx_slim.distillation.mutual import ModelPair, MutualObjective, MutualValidation
 from mlx_slim.models import structure
 from mlx_slim.models.logits import token_nll
-from mlx_slim.runtime import number
+from mlx_slim.runtime import to_float
 from mlx_slim.training.step import Stepper, batch_arrays
 from tests.distillation.test_losses import KINDS_OF_DIVERGENCE, _plain
 from tests.support.rows import MemoryRows
@@ -63,11 +63,11 @@ def test_a_step_is_that_of_two_plain_models(
     for chunk, num_threads, batch in ((5, 1, BATCH), (1000, 2, BATCH), (1000, 1, PACKED)):
         objective = MutualObjective(pair, kind, temperature, weight, chunk=chunk, vocabulary=VOCAB)
         result = Stepper(pair, objective, num_threads=num_threads).step([batch])
-        assert result.loss == pytest.approx(number(expected) / count, rel=1e-5)
+        assert result.loss == pytest.approx(to_float(expected) / count, rel=1e-5)
         assert result.gradients.keys() == dict(tree_flatten(gradients)).keys()
         for path, value in dict(tree_flatten(gradients)).items():
-            scale = number(mx.abs(value).max()) / count + 1e-7
-            error = number(mx.abs(result.gradients[path] - value / count).max())
+            scale = to_float(mx.abs(value).max()) / count + 1e-7
+            error = to_float(mx.abs(result.gradients[path] - value / count).max())
             assert error < 2e-3 * scale, path
 
 
@@ -76,15 +76,15 @@ def test_what_is_reported(pair: ModelPair) -> None:
     training = MutualObjective(pair, "forward", 2.0, 0.5, vocabulary=VOCAB)(
         pair, arrays, gradient=False
     )
-    loss, first, second, apart = (number(value) for value in training)
+    loss, first, second, apart = (to_float(value) for value in training)
     assert loss == pytest.approx(first + second + 2 * 0.5 * 4 * apart, rel=1e-5)
     validation = MutualValidation(pair, "forward", 2.0, 0.5, vocabulary=VOCAB)
-    mean, *parts = (number(value) for value in validation(pair, arrays, gradient=False))
+    mean, *parts = (to_float(value) for value in validation(pair, arrays, gradient=False))
     assert mean == pytest.approx((first + second) / 2, rel=1e-6)
     assert parts == [first, second, apart]
 
 
 def test_a_pair_looks_like_a_model(pair: ModelPair) -> None:
     assert len(structure.blocks(pair)) == 5
-    assert structure.packs(pair)
+    assert structure.supports_packing(pair)
     assert pair(mx.array([[1, 2]])).shape == (1, 2, 2 * VOCAB)

@@ -43,7 +43,7 @@ def test_two_students_learn_and_are_both_saved(
     recorder = Recorder()
     run = _mutual(tiny("llama"), second, data, method, learning_rate=1e-2)
     distill(run, out, observer=recorder)
-    steps = [e.parts for e in recorder.events if isinstance(e, events.StepDone)]
+    steps = [e.metrics for e in recorder.events if isinstance(e, events.StepDone)]
     for student in ("first", "second"):
         assert steps[-1][student] < steps[0][student]  # type: ignore[index]
     if method == "full":

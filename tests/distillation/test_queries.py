@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mlx_slim.config.distill import AskConfig
+from mlx_slim.config.distill import QueryConfig
 from mlx_slim.config.expressions import compile_text
 from mlx_slim.config.schema import DataConfig, SourceConfig
 from mlx_slim.data.ledger import SourceLedger
@@ -18,7 +18,7 @@ DATA = DataConfig()
 
 
 def queries(*rows: Any, system: str | None = None, data: DataConfig = DATA) -> list[TeacherQuery]:
-    raws = [RawRow("a.jsonl", number, row, "line") for number, row in enumerate(rows, 1)]
+    raws = [RawRow("a.jsonl", to_float, row, "line") for to_float, row in enumerate(rows, 1)]
     ledger = SourceLedger("a.jsonl", "file", 1.0, [])
     return list(read_queries(raws, 0, SourceConfig(path="x", system=system), data, ledger))
 
@@ -38,7 +38,7 @@ ALPACA = {"instruction": "Add.", "input": "1 1", "output": "2", "text": "ignored
 
 def test_the_default_request_shows_options_and_the_right_answer() -> None:
     (query,) = queries(QUESTION)
-    asked = query.rationale(compile_text(AskConfig().prompt))
+    asked = query.rationale(compile_text(QueryConfig().prompt))
     assert asked.id == "q/7"
     assert asked.messages == [
         {
@@ -48,7 +48,9 @@ def test_the_default_request_shows_options_and_the_right_answer() -> None:
         }
     ]
     (plain,) = queries({"prompt": "Water is", "completion": " wet"})
-    assert "Options" not in plain.rationale(compile_text(AskConfig().prompt)).messages[0]["content"]
+    assert (
+        "Options" not in plain.rationale(compile_text(QueryConfig().prompt)).messages[0]["content"]
+    )
     assert plain.id == "a.jsonl:1"
 
 

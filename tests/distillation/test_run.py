@@ -75,10 +75,10 @@ def test_every_method_learns_from_a_teacher(
     assert results[12] < results[1]
     steps = [e for e in recorder.events if isinstance(e, events.StepDone)]
     for step in steps:  # λ = 0.5, T = 1
-        assert step.parts is not None
-        mixed = 0.5 * step.parts["cross_entropy"] + 0.5 * step.parts["divergence"]
+        assert step.metrics is not None
+        mixed = 0.5 * step.metrics["cross_entropy"] + 0.5 * step.metrics["divergence"]
         assert step.loss == pytest.approx(mixed, rel=1e-5)
-    assert steps[-1].parts["divergence"] < steps[0].parts["divergence"]  # type: ignore[index]
+    assert steps[-1].metrics["divergence"] < steps[0].metrics["divergence"]  # type: ignore[index]
     if method == "full":
         stock_load(str(out / "model"))
     else:
@@ -167,7 +167,7 @@ def test_a_shared_cache_is_written_once(
     assert not (tmp_path / "two" / "targets").exists()
 
 
-KILLER = """
+KILL_SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 from mlx_slim.distillation import target_cache
@@ -201,9 +201,9 @@ def test_killed_while_asking_and_while_learning_equals_uninterrupted(
     run = recipe_with_teachers(tiny("llama"), data, [{"model": str(teacher)}])
     straight, out = tmp_path / "straight", tmp_path / "killed"
     distill(run, straight, observer=Recorder())
-    for number, (moment, count) in enumerate([("cache", 7), ("step", 5)]):
-        words = [tiny("llama"), data, teacher, out, moment, count, int(number > 0)]
-        run_until_killed(KILLER, *words)
+    for to_float, (moment, count) in enumerate([("cache", 7), ("step", 5)]):
+        words = [tiny("llama"), data, teacher, out, moment, count, int(to_float > 0)]
+        run_until_killed(KILL_SCRIPT, *words)
         complete = list(out.glob("targets/*/complete.json"))
         assert len(complete) == (2 if moment == "step" else 0)
     distill(run, out, observer=Recorder(), resume=True)

@@ -18,7 +18,7 @@ from mlx_slim.finetuning.run import finetune
 from mlx_slim.models.load import load
 from tests.support.endpoint import answers, serving
 from tests.support.runs import Recorder, losses, run_until_killed, write_rows
-from tests.support.tiny import speaking_model, tiny_model
+from tests.support.tiny import fixed_answer_model, tiny_model
 
 FLOWS, MINE = "It flows.", "By me!"
 
@@ -53,8 +53,8 @@ def resolved(
 def writing_teachers(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("writing_teachers")
     return [
-        {"model": str(speaking_model(folder / "flows", FLOWS)), "weight": 2.0},
-        {"model": str(speaking_model(folder / "mine", MINE)), "weight": 0.5},
+        {"model": str(fixed_answer_model(folder / "flows", FLOWS)), "weight": 2.0},
+        {"model": str(fixed_answer_model(folder / "mine", MINE)), "weight": 0.5},
     ]
 
 
@@ -117,8 +117,8 @@ def test_a_teacher_that_fails_leaves_its_answers_and_the_run_resumes(
     out = tmp_path / "run"
     broken = {"after": 4}
 
-    def script(number: int, body: dict[str, Any]):
-        return (500, b"", {}) if number >= broken["after"] else answers(number, body)
+    def script(to_float: int, body: dict[str, Any]):
+        return (500, b"", {}) if to_float >= broken["after"] else answers(to_float, body)
 
     with serving(script) as served:
         teachers = [{"model": "m", "name": "t", "base_url": served.base_url}]

@@ -27,7 +27,7 @@ from tests.adapters.support import shake
 from tests.support.evals import (
     CHUNK,
     differences,
-    files,
+    result_files,
     samples_of,
     score_in_process,
     write_tasks,
@@ -134,14 +134,14 @@ def test_an_adapter_changes_the_scores_and_is_recorded(tiny, tasks, adapter, who
     load_adapter(loaded.model, adapter)
     assert differences(tmp_path / "out", loaded, tasks) == []
     assert (
-        files(tmp_path / "out")["samples_toy_choice.jsonl"]
-        != (files(whole)["samples_toy_choice.jsonl"])
+        result_files(tmp_path / "out")["samples_toy_choice.jsonl"]
+        != (result_files(whole)["samples_toy_choice.jsonl"])
     )
 
 
 @pytest.mark.parametrize("dense", [True, False])
 def test_a_quantized_base(tiny, tasks, tmp_path, monkeypatch, dense):
-    monkeypatch.setattr("mlx_slim.models.quantized.DENSE_SHARE", 0.5 if dense else 0.0)
+    monkeypatch.setattr("mlx_slim.models.quantized.DENSE_FRACTION", 0.5 if dense else 0.0)
     loaded = load(tiny("llama"))
     report = quantize_model(loaded.model, loaded.config, QuantizeConfig(bits=4, group_size=32))
     folder = tmp_path / "q4"
@@ -187,8 +187,8 @@ def test_the_chat_template_is_off_unless_asked_for_and_said(tiny, tasks, whole, 
     assert result["chat_template"] is True
     assert result["tasks"]["toy_choice"]["chat_template"] is True
     assert (
-        files(tmp_path / "out")["samples_toy_choice.jsonl"]
-        != (files(whole)["samples_toy_choice.jsonl"])
+        result_files(tmp_path / "out")["samples_toy_choice.jsonl"]
+        != (result_files(whole)["samples_toy_choice.jsonl"])
     )
     bare = tiny_model(tmp_path / "bare", chat_template=None)
     with pytest.raises(SlimError, match="no chat template"):
@@ -210,7 +210,7 @@ def test_killed_twice_and_resumed_the_files_are_the_same(tiny, tasks, whole, tmp
     assert not (out / "results.json").exists()
     recorder = Recorder()
     _score(tiny("llama"), tasks, out, resume=True, observer=recorder)
-    assert files(out) == files(whole)
+    assert result_files(out) == result_files(whole)
     (started,) = [event for event in recorder.events if isinstance(event, EvalStarted)]
     assert started.answered > 0
 
@@ -218,7 +218,7 @@ def test_killed_twice_and_resumed_the_files_are_the_same(tiny, tasks, whole, tmp
 def test_two_ranks_write_what_one_writes(tiny, tasks, whole, tmp_path):
     out = tmp_path / "out"
     score_in_process(tiny("llama"), list(tasks[:2]), tasks[2], out, ranks=2)
-    assert files(out) == files(whole)
+    assert result_files(out) == result_files(whole)
     assert json.loads((out / "timings.json").read_text())["ranks"] == 2
 
 
@@ -229,7 +229,7 @@ def test_a_damaged_chunk_is_computed_again(tiny, tasks, whole, tmp_path):
     samples = out / "samples_toy_answer.jsonl"
     samples.write_bytes(samples.read_bytes().replace(b'"doc_id": 20', b'"doc_id": 21'))
     _score(tiny("llama"), tasks, out, resume=True)
-    assert files(out) == files(whole)
+    assert result_files(out) == result_files(whole)
 
 
 def test_a_finished_folder_is_left_alone(tiny, tasks, whole):
@@ -288,7 +288,7 @@ def test_a_folder_with_results_needs_resume_and_a_new_one_needs_none(tiny, tasks
     recorder = Recorder()
     _score(tiny("llama"), tasks, tmp_path / "new", resume=True, observer=recorder)
     assert "holds no results to resume: starting" in recorder.events[0].message
-    assert files(tmp_path / "new") == files(whole)
+    assert result_files(tmp_path / "new") == result_files(whole)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine").write_text("keep")
     for resume in (True, False):
@@ -302,7 +302,7 @@ def test_what_a_kill_left_of_the_first_file_is_in_nobodys_way(tiny, tasks, whole
     (out / ".eval.json.mlx-slim-0123abcd.json").write_text("{")
     (out / LOCK_FILE).touch()
     _score(tiny("llama"), tasks, out)
-    assert files(out) == files(whole)
+    assert result_files(out) == result_files(whole)
     assert not list(out.glob(".*"))
 
 
@@ -338,7 +338,7 @@ def test_several_models_get_a_folder_each(tiny, tasks, whole, tmp_path):
     names = [str(task) for task in tasks[:2]]
     results = evaluate(models, names, out, options)
     assert [result["model"] for result in results] == [str(model) for model in models]
-    assert files(out / "llama") == files(whole)
+    assert result_files(out / "llama") == result_files(whole)
     summary = json.loads((out / "summary.json").read_text())["models"]
     assert list(summary) == ["llama", "mistral"]
     assert summary["llama"]["toy_choice"] == results[0]["tasks"]["toy_choice"]["metrics"]
@@ -378,7 +378,7 @@ def test_what_an_observer_hears(tiny, tasks, tmp_path):
         "toy_answer": "exact_match",
         "perplexity": "bits_per_token",
     }
-    shares = [event.share for event in progress]
+    shares = [event.fraction for event in progress]
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(1.0)
     assert len({event.task for event in progress}) == 3

@@ -15,7 +15,7 @@ from mlx_slim.export.fuse import FuseOptions, fuse
 from mlx_slim.export.fuse_audit import effect
 from mlx_slim.models.load import load
 from tests.adapters.support import IDS
-from tests.support.adapters import quantized, tuned_logits, write_adapter
+from tests.support.adapters import tuned_logits, write_adapter, write_quantized
 from tests.support.tiny import tiny_model
 
 OPTIONS = FuseOptions(samples=2, length=32)
@@ -32,7 +32,7 @@ CASES = [
 @pytest.mark.parametrize("bits", [None, 4])
 def test_fused_is_base_plus_adapter(tiny, tmp_path, architecture, settings, dora, bits):
     base = tiny(architecture)
-    base = quantized(tmp_path / "q", base, bits) if bits else base
+    base = write_quantized(tmp_path / "q", base, bits) if bits else base
     adapter = write_adapter(tmp_path / "a", base, dora=dora, **settings)
     result = fuse(base, adapter, tmp_path / "out", OPTIONS)
     assert result.mode == ("dequantize" if bits else "merge")
@@ -47,7 +47,7 @@ def test_fused_is_base_plus_adapter(tiny, tmp_path, architecture, settings, dora
 
 
 def test_requantizing_a_small_tune_is_refused_and_leaves_nothing(tiny, tmp_path):
-    base = quantized(tmp_path / "q", tiny("llama"))
+    base = write_quantized(tmp_path / "q", tiny("llama"))
     adapter = write_adapter(tmp_path / "a", base, size=0.004)
     before = {path.name for path in tmp_path.iterdir()}
     options = FuseOptions(mode="requantize", samples=2, length=32)
@@ -64,7 +64,7 @@ def test_requantizing_a_small_tune_is_refused_and_leaves_nothing(tiny, tmp_path)
 
 
 def test_requantizing_a_large_tune_is_allowed(tiny, tmp_path):
-    base = quantized(tmp_path / "q", tiny("llama"), 8)
+    base = write_quantized(tmp_path / "q", tiny("llama"), 8)
     adapter = write_adapter(tmp_path / "a", base, size=0.3)
     result = fuse(base, adapter, tmp_path / "out", FuseOptions("requantize", samples=2, length=32))
     assert result.lost == "" and result.effect.kept > 0.9 and result.weights_kept > 0.9
@@ -73,7 +73,7 @@ def test_requantizing_a_large_tune_is_allowed(tiny, tmp_path):
 
 
 def test_kept_beside_the_base_nothing_changes(tiny, tmp_path):
-    base = quantized(tmp_path / "q", tiny("llama"))
+    base = write_quantized(tmp_path / "q", tiny("llama"))
     adapter = write_adapter(tmp_path / "a", base)
     result = fuse(base, adapter, tmp_path / "out", FuseOptions("keep", samples=2, length=32))
     assert result.effect.kl == 0 and result.effect.kept == pytest.approx(1, abs=1e-5)

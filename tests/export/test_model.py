@@ -24,7 +24,7 @@ from mlx_slim.models.convert import convert
 from mlx_slim.models.gguf.load import import_gguf
 from mlx_slim.models.load import load
 from tests.adapters.support import IDS
-from tests.support.adapters import quantized, tuned_logits, write_adapter
+from tests.support.adapters import tuned_logits, write_adapter, write_quantized
 from tests.support.tiny import tiny_model
 
 CASES = [
@@ -172,7 +172,7 @@ def test_a_base_that_moved_is_one_line(tiny, tmp_path, capfd):
 @pytest.mark.parametrize("bits", [None, 4])
 def test_hf_folders_are_dense_and_say_rope_both_ways(tiny, tmp_path, architecture, bits):
     source = tiny(architecture)
-    source = quantized(tmp_path / "q", source, bits) if bits else source
+    source = write_quantized(tmp_path / "q", source, bits) if bits else source
     export_hf(source, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "quantization" not in config and "quantization_config" not in config
@@ -226,7 +226,7 @@ def test_blocks_go_there_and_back_bit_for_bit(tiny, tmp_path, kind):
 
 
 def test_gguf_of_a_quantized_model_and_of_scaled_rope(tiny, tmp_path):
-    source = quantized(tmp_path / "q", tiny("llama"), 8)
+    source = write_quantized(tmp_path / "q", tiny("llama"), 8)
     export_gguf(source, tmp_path / "out", kind="f16")
     again = import_gguf(tmp_path / "out" / "q-f16.gguf").model
     expected = load(source).model(IDS)
@@ -275,7 +275,7 @@ def test_an_interrupted_export_leaves_nothing(tiny, tmp_path, monkeypatch, targe
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["{phi}", "--to", "gguf"], "phi models cannot be exported to GGUF here"),
+        (["{phi}", "--to", "gguf"], "phi models cannot be exported to GGUF"),
         (["{llama}", "--to", "gguf", "--type", "q5_1"], "unknown GGUF type 'q5_1'"),
         (["{llama}", "--to", "hf", "--type", "q8_0"], "--type means nothing with --to hf"),
         (["{adapter}", "--to", "hf"], "is an adapter, not a model"),
@@ -326,7 +326,7 @@ def test_a_tokenizer_that_does_not_read_back_is_refused(tiny, tmp_path):
     content = json.loads((folder / "tokenizer.json").read_text())
     content["normalizer"] = {"type": "Lowercase"}
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(SlimError, match="tokenizer cannot be said in GGUF"):
+    with pytest.raises(SlimError, match="tokenizer cannot be stored in GGUF"):
         export_gguf(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -17,7 +17,7 @@ from mlx_slim.export.peft import export_peft, import_peft
 from mlx_slim.models.load import load
 from mlx_slim.models.save import save_model
 from tests.adapters.support import IDS
-from tests.support.adapters import quantized, tuned_logits, write_adapter
+from tests.support.adapters import tuned_logits, write_adapter, write_quantized
 
 
 def peft_settings(folder: Path, **change) -> None:
@@ -75,7 +75,7 @@ def test_a_start_that_can_be_computed_again_stands_on_the_original_base(tiny, tm
     assert (mx.abs(logits - expected).max() / mx.abs(expected).max()).item() < 1e-4
     assert (mx.abs(tuned_logits(base, adapter) - expected).max()).item() > 1e-2
 
-    small = quantized(tmp_path / "q", base)
+    small = write_quantized(tmp_path / "q", base)
     with pytest.raises(SlimError, match="q_proj is quantized here") as caught:
         import_peft(tmp_path / "p", tmp_path / "out", base=str(small))
     assert "--model" in caught.value.hint and not (tmp_path / "out").exists()
@@ -123,7 +123,7 @@ def test_the_check_is_peft_s_formula_and_not_our_reading(tiny, tmp_path, monkeyp
     [
         ({"r": 8}, "q_proj: A is (4, 64), expected (8, 64)"),
         ({"rank_pattern": {"q_proj": 2}}, "q_proj: A is (4, 64), expected (2, 64)"),
-        ({"rank_pattern": {"(": 2}}, "rank_pattern: '(' is no regular expression"),
+        ({"rank_pattern": {"(": 2}}, "rank_pattern: '(' is not a valid regular expression"),
         ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern['q_proj'] is None"),
         ({"alpha_pattern": [4]}, "alpha_pattern is [4], expected an object"),
     ],

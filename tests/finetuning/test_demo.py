@@ -21,8 +21,8 @@ from mlx_slim.evaluation.scoring.requests import max_length
 from mlx_slim.events import Notice
 from mlx_slim.finetuning import demo as workflow
 from mlx_slim.finetuning.run_dir import RUN
-from mlx_slim.models.limits import limit_of
 from mlx_slim.models.load import load
+from mlx_slim.models.row_limits import row_limit
 from tests.support.runs import Recorder
 
 # The byte tokenizer makes long rows.
@@ -72,7 +72,7 @@ def test_prompts_are_the_training_prompts(tiny: Callable[..., Path]) -> None:
     ).recipe
     (asked,) = read_tasks([workflow.TASK], EvalOptions())
     longest = max_length(loaded.config, loaded.tokenizer)
-    limit = limit_of(loaded.config)
+    limit = row_limit(loaded.config)
     job = _task_job(asked, EvalOptions(), loaded.tokenizer, longest, limit, [])
     questions = job.questions
     prompts = [job.encoder.prompt(question.context, 1) for question in questions]

@@ -115,7 +115,7 @@ def test_a_falling_rate_goes_on_from_where_it_stood(
     assert [line["loss"] for line in records] != [line["loss"] for line in begun]
 
 
-KILLER = """
+KILL_SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 from mlx_slim.finetuning import run as module
@@ -165,7 +165,7 @@ def test_a_kill_of_the_longer_run_changes_nothing(
     finetune(longer, tmp_path / "a", observer=Recorder(), resume=True)
     out = tmp_path / "b"
     for moment, number in moments:
-        run_until_killed(KILLER, tiny("llama"), rows, out, name, moment, number)
+        run_until_killed(KILL_SCRIPT, tiny("llama"), rows, out, name, moment, number)
         assert (out / "run.json").exists() == (moment == "record")
         assert json.loads((out / "recipe.json").read_text())["recipe"]["train"]["steps"] == 12
     finetune(longer, out, observer=Recorder(), resume=True)

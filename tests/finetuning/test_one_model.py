@@ -17,11 +17,11 @@ from mlx_slim.finetuning import run as module
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.models import fidelity
 from mlx_slim.models.load import load
-from mlx_slim.models.recorded import RecordedLogits, release
+from mlx_slim.models.recorded_logits import RecordedLogits, free_weights
 from mlx_slim.pruning import report as prune_report
 from mlx_slim.pruning.run import PruneOptions, prune
 from mlx_slim.quantization.run import CompressOptions, compress
-from tests.support.adapters import quantized, write_adapter
+from tests.support.adapters import write_adapter, write_quantized
 from tests.support.runs import Recorder, recipe, write_rows
 from tests.support.tiny import tiny_model
 
@@ -102,7 +102,7 @@ def test_fuse(
 def test_fuse_over_a_quantized_base(
     dense: Path, size: int, text: str, peak: Callable[[], int], tmp_path: Path, mode: str
 ) -> None:
-    base = quantized(tmp_path / "q", dense, 4)
+    base = write_quantized(tmp_path / "q", dense, 4)
     adapter = write_adapter(tmp_path / "a", base)
     mx.reset_peak_memory()
     options = FuseOptions(mode=mode, calibration=text, length=32, force=True)
@@ -174,7 +174,7 @@ def test_a_recording_answers_as_the_model_does(
     recorded = RecordedLogits(model, tokens_NT, tmp_path / "not" / "there")
     assert set(tmp_path.iterdir()) == before, "the file has no name"
     logits = model(tokens_NT[1:2])
-    release(model)
+    free_weights(model)
     assert not any(value.size for _, value in tree_flatten(model.parameters()))
     assert recorded(tokens_NT[1:2]).dtype == dtype
     assert mx.array_equal(recorded(tokens_NT[1:2]), logits).item()

@@ -24,7 +24,7 @@ from mlx_slim.models.load import load
 from mlx_slim.planner.memory import predict
 from mlx_slim.quantization.apply import quantize_model
 from tests.finetuning.test_resume import CtrlC
-from tests.support.adapters import quantized
+from tests.support.adapters import write_quantized
 from tests.support.runs import Recorder, losses, recipe, write_rows
 from tests.support.tiny import TinyModels, tiny_model
 
@@ -175,7 +175,7 @@ def test_what_does_not_go_together_is_one_error(tiny: TinyModels, tmp_path: Path
     data = write_rows(tmp_path / "rows.jsonl")
     with pytest.raises(SlimError, match="method=qlora has a quantized base"):
         qat_recipe(tiny("llama"), data, "qlora")
-    base = quantized(tmp_path / "q", tiny("llama"))
+    base = write_quantized(tmp_path / "q", tiny("llama"))
     for method in ("full", "lora"):
         with pytest.raises(SlimError, match="is quantized, and"):
             finetune(

@@ -15,15 +15,15 @@ SOURCE, OTHER = (3 * mx.random.normal((V, V), key=mx.random.key(k)) for k in (2,
 
 
 def test_equal_models_are_at_zero():
-    found = fidelity.compare(lambda x: SOURCE[x], lambda x: SOURCE[x], TOKENS)
-    assert found.kl == 0.0 and found.top1 == 1.0 and found.tokens == 27
-    assert found.nll_source == found.nll_model
+    actual = fidelity.compare(lambda x: SOURCE[x], lambda x: SOURCE[x], TOKENS)
+    assert actual.kl == 0.0 and actual.top1 == 1.0 and actual.tokens == 27
+    assert actual.nll_source == actual.nll_model
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 9, 64])
 def test_against_a_plain_computation(monkeypatch, chunk):
     monkeypatch.setattr(fidelity, "CHUNK", chunk)
-    found = fidelity.compare(lambda x: SOURCE[x], lambda x: OTHER[x], TOKENS)
+    actual = fidelity.compare(lambda x: SOURCE[x], lambda x: OTHER[x], TOKENS)
     tokens = np.array(TOKENS)
 
     def log_softmax(table: mx.array) -> np.ndarray:
@@ -31,9 +31,9 @@ def test_against_a_plain_computation(monkeypatch, chunk):
         return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
     p, q = log_softmax(SOURCE), log_softmax(OTHER)
-    assert found.kl == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), rel=1e-5)
-    assert found.top1 == pytest.approx((p.argmax(-1) == q.argmax(-1)).mean())
-    for log, nll in ((p, found.nll_source), (q, found.nll_model)):
+    assert actual.kl == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), rel=1e-5)
+    assert actual.top1 == pytest.approx((p.argmax(-1) == q.argmax(-1)).mean())
+    for log, nll in ((p, actual.nll_source), (q, actual.nll_model)):
         target = np.take_along_axis(log[:, :-1], tokens[:, 1:, None], -1)
         assert nll == pytest.approx(-target.mean(), rel=1e-5)
 

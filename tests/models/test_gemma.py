@@ -11,7 +11,7 @@ from mlx_lm import load as stock_load
 
 from mlx_slim.models.gemma import use_exact_scale, use_row_masks
 from mlx_slim.models.load import load
-from mlx_slim.models.structure import SegmentCache, packs
+from mlx_slim.models.structure import SegmentCache, supports_packing
 from tests.support.tiny import tiny_model
 
 SETTINGS = {
@@ -49,9 +49,9 @@ def test_the_first_block_reads_embeddings_times_the_root(tmp_path, dtype):
     assert not use_exact_scale(model)  # loading did it
     ids = mx.array([[3, 1, 4]])
     weights = np.array(model.model.embed_tokens(ids).astype(mx.float32), dtype=np.float64)
-    found = np.array(_first_input(model.model, ids).astype(mx.float32))
+    actual = np.array(_first_input(model.model, ids).astype(mx.float32))
     tolerance = 1e-6 if dtype == mx.float32 else 1e-2
-    np.testing.assert_allclose(found, weights * math.sqrt(40), rtol=tolerance)
+    np.testing.assert_allclose(actual, weights * math.sqrt(40), rtol=tolerance)
 
 
 def test_the_library_alone_is_off(tmp_path):
@@ -91,5 +91,5 @@ def test_gemma_2_keeps_packed_rows_apart(tmp_path, rows):
 def test_rows_that_the_library_alone_mixes_are_not_packed(tmp_path):
     folder = tiny_model(tmp_path / "g", "llama", **GEMMA_2)
     stock, _ = stock_load(str(folder))
-    assert not packs(stock)
-    assert packs(load(folder).model)
+    assert not supports_packing(stock)
+    assert supports_packing(load(folder).model)

@@ -139,9 +139,9 @@ def test_sliding_layers_keep_their_own_theta():
             "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
         },
     }
-    found = normalize_config(config).config
-    assert (found["rope_theta"], found["rope_local_base_freq"]) == (1e6, 1e4)
-    assert found["rope_scaling"]["factor"] == 8.0
+    actual = normalize_config(config).config
+    assert (actual["rope_theta"], actual["rope_local_base_freq"]) == (1e6, 1e4)
+    assert actual["rope_scaling"]["factor"] == 8.0
     assert "rope_parameters" in config
 
 
@@ -344,13 +344,13 @@ def test_hub_failures_are_one_line(monkeypatch, tmp_path, name, words):
 
 
 def test_pickle_is_never_asked_of_the_hub(monkeypatch, tmp_path):
-    asked = {}
+    requested = {}
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda *a, **k: asked.update(k) or str(tmp_path)
+        "huggingface_hub.snapshot_download", lambda *a, **k: requested.update(k) or str(tmp_path)
     )
     assert resolve("someone/model") == tmp_path
-    assert not any(p.endswith((".bin", ".pt", ".pth", ".py")) for p in asked["allow_patterns"])
+    assert not any(p.endswith((".bin", ".pt", ".pth", ".py")) for p in requested["allow_patterns"])
 
 
 def test_bundled_weights_come_with_uv_where_there_is_no_pip(monkeypatch, tmp_path):

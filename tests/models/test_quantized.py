@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 
 from mlx_slim.models import quantized
-from mlx_slim.models.unpack import unpack
+from mlx_slim.models.dequantize import dequantize
 from mlx_slim.runtime import on_gpu
 
 pytestmark = pytest.mark.skipif(on_gpu(), reason="nothing is replaced on a GPU")
@@ -77,7 +77,7 @@ def test_every_code_of_a_float_format(mode: str):
         options = {"group_size": group, "bits": bits, "mode": mode}
         scales = mx.full((1, groups), scale, mx.uint8)
         expected = mx.dequantize(weight, scales, dtype=mx.float32, **options)
-        assert mx.array_equal(unpack(weight, scales, None, **options), expected)
+        assert mx.array_equal(dequantize(weight, scales, None, **options), expected)
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
@@ -175,14 +175,14 @@ def test_checkpointed_step_agrees():
     quantized.use_fast_matmul(stack)
     _, plain = step(x)
 
-    def remat(x: mx.array) -> mx.array:
+    def checkpointed_loss(x: mx.array) -> mx.array:
         def run(parameters: dict, x: mx.array) -> mx.array:
             stack.update(parameters)
             return stack(x)
 
         return mx.square(mx.checkpoint(run)(stack.trainable_parameters(), x)).sum()
 
-    _, checkpointed = nn.value_and_grad(stack, remat)(x)
+    _, checkpointed = nn.value_and_grad(stack, checkpointed_loss)(x)
     for gradients in (plain, checkpointed):
         assert _close(gradients["first"]["weight"], expected["first"]["weight"], 1e-4)
 

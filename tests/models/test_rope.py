@@ -109,7 +109,7 @@ def features(steps: int, width: int = DIMS, rows: int = 2) -> np.ndarray:
     return np.random.default_rng(steps).standard_normal((rows, 3, steps, width)).astype(np.float32)
 
 
-def made(rope: dict) -> ScaledRoPE:
+def created(rope: dict) -> ScaledRoPE:
     return make_rope({**rope, "rope_theta": THETA}, DIMS, positions=POSITIONS)
 
 
@@ -117,31 +117,31 @@ def made(rope: dict) -> ScaledRoPE:
 @pytest.mark.parametrize("name", KINDS)
 def test_angles_and_scale_are_those_of_transformers_at_every_length(name, width):
     rope = KINDS[name]
-    ours = made(rope)
+    ours = created(rope)
     for steps, offset in ((5, 0), (ORIGINAL, 0), (ORIGINAL + 1, 0), (3, 90), (POSITIONS + 44, 0)):
         x = features(steps, width)
-        found = np.array(ours(mx.array(x), offset=offset))
-        assert np.abs(found - rotated(x, rope, offset)).max() < 2e-4, (steps, offset)
+        actual = np.array(ours(mx.array(x), offset=offset))
+        assert np.abs(actual - rotated(x, rope, offset)).max() < 2e-4, (steps, offset)
 
 
 @pytest.mark.parametrize("name", ["longrope", "dynamic", "yarn"])
 def test_rows_of_a_batch_may_begin_at_different_positions(name):
-    ours, x = made(KINDS[name]), features(4)
+    ours, x = created(KINDS[name]), features(4)
     offsets = mx.array([10, 300])
-    found = np.array(ours(mx.array(x), offset=offsets))
+    actual = np.array(ours(mx.array(x), offset=offsets))
     for row, offset in enumerate((10, 300)):
         expected = rotated(x[row : row + 1], KINDS[name], offset, length=304)
-        assert np.abs(found[row] - expected[0]).max() < 2e-4
+        assert np.abs(actual[row] - expected[0]).max() < 2e-4
 
 
 def test_a_sequence_computed_in_parts_is_that_of_its_whole_length():
-    ours = made(LONGROPE)
+    ours = created(LONGROPE)
     model = nn.Sequential(ours)
     x = features(100)
     whole = np.array(ours(mx.array(x)))
     assert not set_length(model, 100)
-    parts = [np.array(ours(mx.array(x[:, :, i : i + 20]), offset=i)) for i in range(0, 100, 20)]
-    assert np.abs(np.concatenate(parts, axis=2) - whole).max() < 1e-5
+    pieces = [np.array(ours(mx.array(x[:, :, i : i + 20]), offset=i)) for i in range(0, 100, 20)]
+    assert np.abs(np.concatenate(pieces, axis=2) - whole).max() < 1e-5
     assert set_length(model, 200), "both are beyond the original context: keys stay right"
     assert not set_length(model, 50), "keys of the long factors are of no use below"
     set_length(model, None)
@@ -149,18 +149,18 @@ def test_a_sequence_computed_in_parts_is_that_of_its_whole_length():
 
 
 def test_it_compiles_differentiates_and_holds_no_parameters():
-    ours = made({**YARN, "attention_factor": 1.5})
+    ours = created({**YARN, "attention_factor": 1.5})
     assert ours.parameters() == {}
     x = mx.array(features(6))
     plain = ours(x)
     assert mx.allclose(mx.compile(ours)(x), plain, atol=1e-5)
-    slope = mx.grad(lambda x: (ours(x) * plain).sum())(x)
-    assert mx.allclose(slope, 1.5**2 * x, atol=1e-4), "a rotation's transpose, scaled twice"
+    cotangent = mx.grad(lambda x: (ours(x) * plain).sum())(x)
+    assert mx.allclose(cotangent, 1.5**2 * x, atol=1e-4), "a rotation's transpose, scaled twice"
 
 
 def test_in_bfloat16_the_scale_is_not_rounded_before_it_is_used():
     scale = 0.1 * math.log(4.0) + 1  # 1.13863; the nearest bfloat16 number is 1.140625
-    ours = made({**YARN, "attention_factor": scale})
+    ours = created({**YARN, "attention_factor": scale})
     x = mx.array(features(4096, rows=1)).astype(mx.bfloat16)
     norms = [float(mx.square(y.astype(mx.float32)).sum().item()) for y in (ours(x), x)]
     assert norms[0] / norms[1] == pytest.approx(scale**2, rel=4e-4)
@@ -178,7 +178,7 @@ BAD = [
 @pytest.mark.parametrize(("rope", "word"), BAD)
 def test_parameters_that_cannot_be_are_refused(rope, word):
     with pytest.raises(SlimError, match=word):
-        made(rope)
+        created(rope)
 
 
 # ------------------------------------------------------------------------------ in a model
@@ -200,9 +200,9 @@ def test_every_class_gets_them_by_both_names(tmp_path, architecture, name):
         rope = {k: v[: DIMS // 4] if isinstance(v, list) else v for k, v in rope.items()}
     changes = {"rope_scaling": rope, "max_position_embeddings": POSITIONS}
     old = tiny_model(tmp_path / "old", architecture, **changes, rope_theta=5e4)
-    found = ropes(old)
-    assert all(isinstance(one, ScaledRoPE) for one in found)
-    assert len(set(map(id, found))) == 1, "one for all layers"
+    actual = ropes(old)
+    assert all(isinstance(one, ScaledRoPE) for one in actual)
+    assert len(set(map(id, actual))) == 1, "one for all layers"
     config = json.loads((old / "config.json").read_text())
     del config["rope_scaling"], config["rope_theta"]
     new = tmp_path / "new"
@@ -248,7 +248,7 @@ def test_a_converted_model_loads_the_same_way(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "rope", "said"),
+    ("architecture", "rope", "message"),
     [
         ("llama", YARN, False),
         ("llama", LLAMA3, False),
@@ -259,15 +259,17 @@ def test_a_converted_model_loads_the_same_way(tmp_path):
         ("phi", KINDS["linear"], True),
     ],
 )
-def test_it_is_said_where_mlx_lm_by_itself_computes_otherwise(tmp_path, architecture, rope, said):
+def test_it_is_said_where_mlx_lm_by_itself_computes_otherwise(
+    tmp_path, architecture, rope, message
+):
     import mlx_lm
 
     folder = tiny_model(tmp_path / "m", architecture, rope_scaling=rope)
     loaded = load(folder)
-    assert any("mlx-lm by itself does not" in note for note in loaded.notes) == said
+    assert any("mlx-lm by itself does not" in note for note in loaded.notes) == message
     stock, _ = mlx_lm.load(str(folder))
     ids = mx.arange(20)[None]
-    assert bool(mx.allclose(stock(ids), loaded.model(ids), atol=1e-5).item()) != said
+    assert bool(mx.allclose(stock(ids), loaded.model(ids), atol=1e-5).item()) != message
 
 
 def test_a_theta_that_is_left_out_is_transformers_default(tmp_path):

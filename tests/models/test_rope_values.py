@@ -46,14 +46,14 @@ def test_rope_scaling_wins_over_rope_parameters_as_in_transformers():
         "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 77.0},
         "rope_scaling": {"rope_type": "linear", "factor": 5.0},
     }
-    found = normalize_config(config).config
-    assert found["rope_theta"] == 3e5 and found["rope_scaling"]["factor"] == 5.0
+    actual = normalize_config(config).config
+    assert actual["rope_theta"] == 3e5 and actual["rope_scaling"]["factor"] == 5.0
 
 
 def test_a_theta_inside_rope_scaling_is_the_one_that_counts():
     scaling = {"rope_type": "default", "rope_theta": 5e5}
-    found = normalize_config({**LLAMA, "rope_theta": 1e4, "rope_scaling": scaling}).config
-    assert found["rope_theta"] == 5e5
+    actual = normalize_config({**LLAMA, "rope_theta": 1e4, "rope_scaling": scaling}).config
+    assert actual["rope_theta"] == 5e5
 
 
 def test_an_original_context_beside_the_scaling_is_read():
@@ -69,11 +69,11 @@ def test_the_default_theta_is_that_of_full_attention():
 
 def test_a_rotated_part_that_is_left_out_is_that_of_transformers():
     config = {**LLAMA, "model_type": "phi", "intermediate_size": 128, "vocab_size": 64}
-    found = normalize_config(config)
-    assert found.config["partial_rotary_factor"] == 0.5  # mlx-lm's class would take 0.4
-    assert any("partial_rotary_factor" in note for note in found.notes)
-    given = normalize_config({**config, "partial_rotary_factor": 0.25})
-    assert given.config["partial_rotary_factor"] == 0.25
+    actual = normalize_config(config)
+    assert actual.config["partial_rotary_factor"] == 0.5  # mlx-lm's class would take 0.4
+    assert any("partial_rotary_factor" in note for note in actual.notes)
+    inputs = normalize_config({**config, "partial_rotary_factor": 0.25})
+    assert inputs.config["partial_rotary_factor"] == 0.25
 
 
 @pytest.mark.parametrize(("part", "refused"), [(None, True), (0.5, True), (1.0, False)])
@@ -84,7 +84,7 @@ def test_a_class_that_rotates_all_of_a_head_refuses_a_part(part, refused):
     if not refused:
         assert normalize_config(config).config["partial_rotary_factor"] == part
         return
-    with pytest.raises(SlimError, match=r"partial_rotary_factor 0\.5 cannot be given"):
+    with pytest.raises(SlimError, match=r"partial_rotary_factor 0\.5 is not supported"):
         normalize_config(config)
 
 

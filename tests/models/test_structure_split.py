@@ -10,7 +10,7 @@ import pytest
 from mlx_lm.utils import _get_classes
 
 from mlx_slim.models.structure import split
-from mlx_slim.runtime import number
+from mlx_slim.runtime import to_float
 
 V = 96
 _COMMON = {
@@ -69,14 +69,14 @@ def _model(name: str, dtype: mx.Dtype) -> nn.Module:
 @pytest.mark.parametrize("name", list(MODELS))
 def test_logits_are_those_of_body_and_head(name: str, dtype: mx.Dtype) -> None:
     model = _model(name, dtype)
-    found = split(model, V)
-    assert found is not None
+    actual = split(model, V)
+    assert actual is not None
     tokens_BT = mx.array([[3, 9, 27, 81, 50, 54], [1, 2, 4, 8, 16, 32]])
     expected = model(tokens_BT).astype(mx.float32)
-    logits = found.head(found.body(tokens_BT, None)).astype(mx.float32)
+    logits = actual.head(actual.body(tokens_BT, None)).astype(mx.float32)
     tolerance = 1e-5 if dtype == mx.float32 else 3e-2
-    assert number(mx.abs(logits - expected).max()) <= tolerance * number(mx.abs(expected).max())
-    assert (found.head.cap is not None) == (name in ("gemma2", "nanochat"))
+    assert to_float(mx.abs(logits - expected).max()) <= tolerance * to_float(mx.abs(expected).max())
+    assert (actual.head.cap is not None) == (name in ("gemma2", "nanochat"))
 
 
 def test_a_head_that_is_something_else_does_not_split() -> None:

@@ -115,12 +115,12 @@ def refused(capsys, *arguments: object) -> str:
 
 
 def test_the_commands_refuse_it(wide, tmp_path, capsys):
-    said = "the token '<|tool|>' has the id 264, the model's embedding has 264 rows"
-    assert f"the prompt: {said}" in refused(capsys, "generate", wide, "--prompt", TOOL)
+    texts_seen = "the token '<|tool|>' has the id 264, the model's embedding has 264 rows"
+    assert f"the prompt: {texts_seen}" in refused(capsys, "generate", wide, "--prompt", TOOL)
     path, out = rows(tmp_path / "rows.jsonl", "b", TOOL), tmp_path / "run"
-    given = [f"model={wide}", "revision=null", f"data.path={path}", "data.template=auto"]
-    line = refused(capsys, "train", "smollm2-lora", *given, "train.steps=1", "-o", out)
-    assert f"rows.jsonl, line 2: {said}" in line
+    inputs = [f"model={wide}", "revision=null", f"data.path={path}", "data.template=auto"]
+    line = refused(capsys, "train", "smollm2-lora", *inputs, "train.steps=1", "-o", out)
+    assert f"rows.jsonl, line 2: {texts_seen}" in line
     (tmp_path / "task.yaml").write_text(
         "kind: multiple_choice\ndata: {path: questions.jsonl, split: test}\n"
         "prompt: '{{ question }}'\nchoices: ['x', 'y']\ntarget: '{{ answer }}'\n"
@@ -129,7 +129,7 @@ def test_the_commands_refuse_it(wide, tmp_path, capsys):
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
     line = refused(capsys, "eval", wide, "--task", tmp_path / "task.yaml", "-o", tmp_path / "s")
     assert "task, question 1: " in line
-    assert said in line
+    assert texts_seen in line
 
 
 @pytest.mark.parametrize(

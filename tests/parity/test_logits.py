@@ -14,8 +14,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_slim.models.limits import limit_of
 from mlx_slim.models.load import load
+from mlx_slim.models.row_limits import row_limit
 from tests.parity.torch_side import TINY, torch, transformers
 from tests.support.tiny import byte_tokenizer
 
@@ -156,7 +156,7 @@ def test_logits_are_those_of_transformers(tmp_path, name):
     kind, changes, right = CASES[name]
     theirs = torch_model(kind, changes, tmp_path / "m")
     loaded = load(tmp_path / "m", dtype=mx.float32)
-    limit = limit_of(loaded.config)
+    limit = row_limit(loaded.config)
     assert (limit is None) == right
     for length in LENGTHS:
         if limit is None or length <= limit.tokens:
@@ -171,7 +171,7 @@ def test_rotations_that_depend_on_the_length_are_those_of_transformers(tmp_path,
     kind, changes, boundary = BY_LENGTH[name]
     theirs = torch_model(kind, changes, tmp_path / "m")
     loaded = load(tmp_path / "m", dtype=mx.float32)
-    limit = limit_of(loaded.config)
+    limit = row_limit(loaded.config)
     assert limit is not None and limit.tokens == boundary
     for length in LENGTHS:
         assert gap(theirs, loaded.model, length) < TOLERANCE, length

@@ -24,7 +24,7 @@ from tests.parity.torch_side import (
     torch_logits,
     transformers,
 )
-from tests.support.adapters import quantized, write_adapter
+from tests.support.adapters import write_adapter, write_quantized
 from tests.support.tiny import byte_tokenizer
 
 
@@ -109,7 +109,7 @@ def test_an_adapter_of_peft_answers_alike_here(base, tmp_path, architecture, set
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied", "mistral", "phi", "qwen2"])
 def test_exported_models_load_in_transformers(tiny, tmp_path, architecture, bits):
     source = tiny(architecture)
-    source = quantized(tmp_path / "q", source, bits) if bits else source
+    source = write_quantized(tmp_path / "q", source, bits) if bits else source
     export_hf(source, tmp_path / "hf")
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "hf", dtype=torch.float32, output_loading_info=True

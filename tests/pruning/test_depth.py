@@ -16,12 +16,12 @@ from mlx_slim.errors import SlimError
 from mlx_slim.models import structure
 from mlx_slim.pruning.depth import METHODS, angular_distance, block_influence, choose_layers
 from mlx_slim.pruning.surgery import without_layers
-from mlx_slim.runtime import number
-from tests.support.prune import ROWS, loaded, make_identity
+from mlx_slim.runtime import to_float
+from tests.support.prune import ROWS, load_tiny, make_identity
 
 
 def _model(tmp_path: Path, layers: int = 5, architecture: str = "llama"):
-    return loaded(tmp_path, architecture, num_hidden_layers=layers)
+    return load_tiny(tmp_path, architecture, num_hidden_layers=layers)
 
 
 def _hidden(model: Any) -> list[np.ndarray]:
@@ -85,7 +85,7 @@ def test_perplexity_is_greedy_and_its_losses_are_those_of_the_smaller_models(
     def loss(layers: list[int]) -> float:
         small, _ = without_layers(source.model, source.config, layers)
         logits = small(ROWS[:, :-1])  # pyright: ignore
-        return number(nn.losses.cross_entropy(logits, ROWS[:, 1:]).mean())
+        return to_float(nn.losses.cross_entropy(logits, ROWS[:, 1:]).mean())
 
     removal = choose_layers(source.model, "perplexity", 2, [1, 2, 3, 4], ROWS)
     first = {layer: loss([layer]) for layer in (1, 2, 3, 4)}

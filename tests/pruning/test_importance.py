@@ -14,8 +14,8 @@ from mlx_slim.errors import SlimError
 from mlx_slim.models import structure
 from mlx_slim.models.structure import HEADS, MLP
 from mlx_slim.pruning.importance import METHODS, group_importance, name_of
-from mlx_slim.runtime import number
-from tests.support.prune import ROWS, layer_of, loaded, scale_groups
+from mlx_slim.runtime import to_float
+from tests.support.prune import ROWS, layer_of, load_tiny, scale_groups
 
 KINDS = (HEADS, MLP)
 TESTED = ["llama", "qwen2", "phi"]
@@ -55,7 +55,7 @@ def _reference(model: nn.Module, method: str, layer: int, kind: str) -> np.ndarr
 def test_a_layer_at_a_time_equals_all_at_once(
     tmp_path: Path, architecture: str, method: str
 ) -> None:
-    model = loaded(tmp_path, architecture).model
+    model = load_tiny(tmp_path, architecture).model
     scores = group_importance(model, method, KINDS, ROWS)
     for layer, kind in [(0, HEADS), (0, MLP), (2, HEADS), (2, MLP)]:
         expected = _reference(model, method, layer, kind)
@@ -68,7 +68,7 @@ def test_first_order_predicts_the_measured_change_of_loss(
     tmp_path: Path, architecture: str, kind: str
 ) -> None:
     """Scaling a group by 1 − ε changes the loss by −ε Σ w · g, which ``vector`` is the size of."""
-    model = loaded(tmp_path, architecture).model
+    model = load_tiny(tmp_path, architecture).model
     block = structure.blocks(model)[1]
     scores = group_importance(model, "vector", (kind,), ROWS)[name_of(1, kind)]
     group = int(np.argmax(scores))
@@ -76,7 +76,7 @@ def test_first_order_predicts_the_measured_change_of_loss(
     losses = []
     for factor in (1 - step, 1 / (1 - step) * (1 + step)):
         scale_groups(block, kind, [group], factor)
-        losses.append(number(_loss(model)))
+        losses.append(to_float(_loss(model)))
     measured = abs(losses[1] - losses[0]) / (2 * step)
     assert measured == pytest.approx(float(scores[group]), rel=0.03, abs=2e-6)
 
@@ -85,7 +85,7 @@ def test_first_order_predicts_the_measured_change_of_loss(
 def test_activation_is_what_a_group_sends_to_the_output_layer(
     tmp_path: Path, architecture: str
 ) -> None:
-    model = loaded(tmp_path, architecture).model
+    model = load_tiny(tmp_path, architecture).model
     scores = group_importance(model, "activation", KINDS, ROWS)
     block = structure.blocks(model)[1]
     for kind in KINDS:
@@ -110,7 +110,7 @@ def test_activation_is_what_a_group_sends_to_the_output_layer(
 
 
 def test_groups_of_zeros_are_worth_nothing(tmp_path: Path) -> None:
-    model = loaded(tmp_path).model
+    model = load_tiny(tmp_path).model
     scale_groups(structure.blocks(model)[1], MLP, [7, 99], 0.0)
     scale_groups(structure.blocks(model)[1], HEADS, [1], 0.0)
     for method in (m for m in METHODS if m != "random"):
@@ -121,7 +121,7 @@ def test_groups_of_zeros_are_worth_nothing(tmp_path: Path) -> None:
 
 
 def test_random_is_seeded(tmp_path: Path) -> None:
-    model = loaded(tmp_path).model
+    model = load_tiny(tmp_path).model
     one, same, other = (
         group_importance(model, "random", KINDS, None, seed=seed) for seed in (3, 3, 4)
     )
@@ -131,7 +131,7 @@ def test_random_is_seeded(tmp_path: Path) -> None:
 
 
 def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
-    model = loaded(tmp_path).model
+    model = load_tiny(tmp_path).model
     before = dict(tree_flatten(model.parameters()))
     kinds = [type(block) for block in structure.blocks(model)]
     for method in METHODS:
@@ -145,7 +145,7 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
 
 def test_memory_does_not_grow_with_layers_times_weights(tmp_path: Path) -> None:
     def rise(layers: int) -> int:
-        model = loaded(
+        model = load_tiny(
             tmp_path / str(layers), num_hidden_layers=layers, hidden_size=256, intermediate_size=768
         ).model
         mx.clear_cache()
@@ -162,12 +162,12 @@ def test_memory_does_not_grow_with_layers_times_weights(tmp_path: Path) -> None:
 
 def test_activations_over_the_budget_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SlimError, match="activations of the calibration rows") as caught:
-        group_importance(loaded(tmp_path).model, "taylor", KINDS, ROWS, budget=1000)
+        group_importance(load_tiny(tmp_path).model, "taylor", KINDS, ROWS, budget=1000)
     assert "--samples" in caught.value.hint
 
 
 def test_a_score_that_is_no_number_is_refused(tmp_path: Path) -> None:
-    model = loaded(tmp_path).model
+    model = load_tiny(tmp_path).model
     block = structure.blocks(model)[0]
     scale_groups(block, MLP, [0], float("inf"))
     with pytest.raises(SlimError, match="not finite"):

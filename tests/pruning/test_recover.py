@@ -43,7 +43,7 @@ def setting(tiny: Callable[..., Path], tmp_path: Path) -> tuple[Path, PruneOptio
 
 
 # Does what the command does, and kills itself where it is told to.
-KILLER = """
+KILL_SCRIPT = """
 import json, os, signal, sys
 from pathlib import Path
 from mlx_slim.evaluation import results
@@ -94,7 +94,7 @@ def _kill(
 ) -> None:
     model, options, after = setting
     words = [model, out, json.dumps(vars(options)), json.dumps(vars(after)), moment, int(resume)]
-    run_until_killed(KILLER, *words)
+    run_until_killed(KILL_SCRIPT, *words)
 
 
 def _report(out: Path) -> dict:

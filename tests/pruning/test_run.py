@@ -26,7 +26,7 @@ from mlx_slim.planner.run import plan as plan_cost
 from mlx_slim.planner.shapes import leaves
 from mlx_slim.pruning.run import PruneOptions, prune
 from mlx_slim.quantization.run import CompressOptions, compress
-from tests.support.prune import gap
+from tests.support.prune import relative_gap
 from tests.support.runs import Recorder, recipe, write_rows
 from tests.support.tiny import ARCHITECTURES, tiny_model
 
@@ -59,7 +59,7 @@ def test_every_width_method_gives_what_stock_mlx_lm_reads(
     ours = load(out)
     stock, tokenizer = stock_load(str(out))[:2]
     assert tokenizer.encode("hi")
-    assert gap(stock, ours.model) < 1e-5
+    assert relative_gap(stock, ours.model) < 1e-5
     assert {w["intermediate_size"] for w in widths_of(ours.model)} == {64}
     assert ours.config["num_key_value_heads"] == 1 and ours.config["head_dim"] == 16
     record = read_json(out / "prune.json")
@@ -84,7 +84,7 @@ def test_every_architecture_by_width(
 ) -> None:
     result = prune(tiny(architecture), tmp_path / "out", options(ratio=0.5))
     stock: Any = stock_load(str(tmp_path / "out"))[0]
-    assert gap(load(tmp_path / "out").model, stock) < 1e-5
+    assert relative_gap(load(tmp_path / "out").model, stock) < 1e-5
     without_heads = architecture in ("qwen2", "phi")
     assert any("heads are not pruned" in note for note in result.record["notes"]) is without_heads
     assert ("heads" in result.record["layers"][0]) is not without_heads
@@ -104,11 +104,11 @@ def test_every_architecture_by_depth(
     )
     stock: Any = stock_load(str(tmp_path / "out"))[0]
     assert len(stock.layers) == 2
-    assert gap(load(tmp_path / "out").model, stock) < 1e-5
+    assert relative_gap(load(tmp_path / "out").model, stock) < 1e-5
     gone = [entry["layer"] for entry in result.record["layers"] if entry["removed"]]
     assert len(gone) == 1
     named = prune(tiny(architecture), tmp_path / "named", options(layers=str(gone[0])))
-    assert gap(stock, load(tmp_path / "named").model) < 1e-5
+    assert relative_gap(stock, load(tmp_path / "named").model) < 1e-5
     assert named.record["method"] == "named"
     assert named.record["parameters_after"] == result.record["parameters_after"]
 
@@ -154,12 +154,12 @@ def test_what_loads_can_be_tuned_scored_quantized_and_planned(
         assert plan_cost(resolved.recipe)[0].predicted_peak_bytes > 0
     tuned = load(small).model
     load_adapter(tuned, tmp_path / "lora" / "adapters")
-    assert gap(tuned, load(small).model) > 0
+    assert relative_gap(tuned, load(small).model) > 0
     again = load(tmp_path / "full" / "model")
     assert again.config[WIDTHS] == load(small).config[WIDTHS]
     bits = CompressOptions(QuantizeConfig(bits=8, group_size=32), fidelity_samples=0)
     compress(small, tmp_path / "bits", bits)
-    assert gap(load(small).model, load(tmp_path / "bits").model) < 0.1
+    assert relative_gap(load(small).model, load(tmp_path / "bits").model) < 0.1
     (scores,) = evaluate(small, [], tmp_path / "scores", EvalOptions(perplexity=text))
     assert scores["perplexity"]["metrics"]["bits_per_byte"]["value"] > 0
     fuse(small, tmp_path / "lora" / "adapters", tmp_path / "fused")

@@ -15,7 +15,7 @@ from mlx_slim.models import structure
 from mlx_slim.models.build import WIDTHS, build, widths_of
 from mlx_slim.models.structure import HEADS, MLP
 from mlx_slim.pruning import surgery
-from tests.support.prune import gap, layer_of, loaded, make_identity, scale_groups
+from tests.support.prune import layer_of, load_tiny, make_identity, relative_gap, scale_groups
 from tests.support.tiny import ARCHITECTURES
 
 # uniform heads need a head_dim that the config can say; the others are read by our own loader
@@ -36,7 +36,7 @@ def _retained(model: nn.Module, removed: dict[str, list[list[int]]]) -> dict[str
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 @pytest.mark.parametrize("uniform", [True, False])
 def test_groups_of_zeros_leave_no_trace(tmp_path: Path, architecture: str, uniform: bool) -> None:
-    source = loaded(tmp_path, architecture)
+    source = load_tiny(tmp_path, architecture)
     model = source.model
     removed: dict[str, list[list[int]]] = {MLP: [[*range(5, 69)], [*range(64)], [*range(64, 128)]]}
     if not uniform:
@@ -48,7 +48,7 @@ def test_groups_of_zeros_leave_no_trace(tmp_path: Path, architecture: str, unifo
             scale_groups(block, kind, groups, 0.0)
     retained = _retained(model, removed)
     small, config = surgery.with_groups(model, source.config, retained, uniform=uniform)
-    assert gap(model, small) < 1e-5
+    assert relative_gap(model, small) < 1e-5
     assert (WIDTHS in config) is not uniform
     if uniform:
         assert config["intermediate_size"] == 64
@@ -61,7 +61,7 @@ def test_groups_of_zeros_leave_no_trace(tmp_path: Path, architecture: str, unifo
 @pytest.mark.parametrize("kind", [HEADS, MLP])
 def test_slicing_equals_masking(tmp_path: Path, architecture: str, kind: str) -> None:
     """Masking silences what a group sends to the output layer; its own weights stay."""
-    source = loaded(tmp_path, architecture, num_key_value_heads=2)
+    source = load_tiny(tmp_path, architecture, num_key_value_heads=2)
     groups = [[1], [0], [1]] if kind == HEADS else [[3, 50], [127], [0, 1, 64]]
     small, _ = surgery.with_groups(
         source.model, source.config, _retained(source.model, {kind: groups}), uniform=False
@@ -73,36 +73,36 @@ def test_slicing_equals_masking(tmp_path: Path, architecture: str, kind: str) ->
         weight = np.array(output.weight)
         weight[:, columns] = 0.0
         output.weight = mx.array(weight)
-    assert gap(source.model, small) < 1e-5
+    assert relative_gap(source.model, small) < 1e-5
 
 
 def test_something_else_is_something_else(tmp_path: Path) -> None:
-    source = loaded(tmp_path)
+    source = load_tiny(tmp_path)
     small, _ = surgery.with_groups(
         source.model, source.config, _retained(source.model, {HEADS: [[1]] * 3}), uniform=True
     )
-    assert gap(source.model, small) > 1e-3
+    assert relative_gap(source.model, small) > 1e-3
 
 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 def test_a_layer_that_does_nothing_can_go(tmp_path: Path, architecture: str) -> None:
-    source = loaded(tmp_path, architecture)
+    source = load_tiny(tmp_path, architecture)
     make_identity(structure.blocks(source.model)[1])
     small, config = surgery.without_layers(source.model, source.config, [1])
     assert config["num_hidden_layers"] == 2
-    assert gap(source.model, small) < 1e-6
+    assert relative_gap(source.model, small) < 1e-6
 
 
 def test_lists_with_an_entry_a_layer_are_cut_with_them(tmp_path: Path) -> None:
     kinds = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
-    source = loaded(
+    source = load_tiny(
         tmp_path, num_hidden_layers=4, layer_types=kinds, sliding_window=4, max_window_layers=3
     )
     make_identity(structure.blocks(source.model)[1])
     small, config = surgery.without_layers(source.model, source.config, [1])
     assert config["layer_types"] == [kinds[0], *kinds[2:]]
     assert config["max_window_layers"] == 2
-    assert gap(source.model, small) < 1e-6
+    assert relative_gap(source.model, small) < 1e-6
     config = surgery.config_without_layers({**source.config, WIDTHS: [1, 2, 3, 4]}, [0, 2])
     assert config[WIDTHS] == [2, 4] and config["max_window_layers"] == 1
     with pytest.raises(SlimError, match="has full attention"):
@@ -112,7 +112,7 @@ def test_lists_with_an_entry_a_layer_are_cut_with_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize("head_dim", [None, 32])
 def test_fewer_heads_keep_their_size(tmp_path: Path, head_dim: int) -> None:
     changes = {} if head_dim is None else {"head_dim": head_dim}
-    source = loaded(tmp_path, "mistral", **changes)
+    source = load_tiny(tmp_path, "mistral", **changes)
     retained = _retained(source.model, {HEADS: [[0]] * 3})
     small, config = surgery.with_groups(source.model, source.config, retained, uniform=True)
     assert config["head_dim"] == (head_dim or 16)
@@ -122,7 +122,7 @@ def test_fewer_heads_keep_their_size(tmp_path: Path, head_dim: int) -> None:
 
 
 def test_widths_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    config = loaded(tmp_path).config
+    config = load_tiny(tmp_path).config
     good = {"heads": 2, "kv_heads": 1, "intermediate_size": 64}
     assert widths_of(build({**config, WIDTHS: [good] * 3})) == [good] * 3
     for widths, message in [

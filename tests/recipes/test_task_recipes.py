@@ -20,7 +20,7 @@ from mlx_slim.finetuning.run import finetune
 from mlx_slim.planner.run import plan as planned
 from mlx_slim.planner.shipped_models import SHIPPED_CONFIGS
 from tests.support.runs import Recorder
-from tests.support.tiny import speaking_model
+from tests.support.tiny import fixed_answer_model
 
 TASKS = ("arc-challenge", "arc-easy", "bioasq", "hellaswag", "openbookqa", "pubmedqa")
 TAILORED = [f"tailored-{task}" for task in TASKS]
@@ -73,8 +73,8 @@ def mirror(tmp_path_factory) -> Path:
 def speakers(tmp_path_factory) -> list[Path]:
     folder = tmp_path_factory.mktemp("speakers")
     return [
-        speaking_model(folder / "flows", "It flows."),
-        speaking_model(folder / "mine", "By me!"),
+        fixed_answer_model(folder / "flows", "It flows."),
+        fixed_answer_model(folder / "mine", "By me!"),
     ]
 
 

@@ -27,7 +27,7 @@ def write_adapter(
     return folder
 
 
-def quantized(folder: Path, source: Path, bits: int = 4) -> Path:
+def write_quantized(folder: Path, source: Path, bits: int = 4) -> Path:
     """Write ``source`` quantized in groups of 32; return the folder."""
     loaded = load(source)
     nn.quantize(loaded.model, 32, bits)

@@ -32,7 +32,7 @@ def noisy(task: int) -> int:
 
 def refuse_three(task: int) -> int:
     if task == 3:
-        raise SlimError("row 3 is wrong", "mend row 3", ["a detail"])
+        raise SlimError("row 3 is wrong", "fix row 3", ["a detail"])
     return task
 
 

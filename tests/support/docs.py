@@ -20,7 +20,7 @@ from pathlib import Path
 from mlx_slim.cli.main import run as run_command
 from mlx_slim.config import library
 from mlx_slim.config.load import load_recipe
-from tests.support.tiny import speaking_model, tiny_model
+from tests.support.tiny import fixed_answer_model, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = {
@@ -107,7 +107,7 @@ def write_hub(folder: Path) -> Path:
     student = tiny_model(
         folder / "student", "llama-tied", intermediate_size=320, num_hidden_layers=6
     )
-    teacher = speaking_model(folder / "teacher", "Paris")
+    teacher = fixed_answer_model(folder / "teacher", "Paris")
     for name in library.names("recipes"):
         recipe = load_recipe(name).recipe
         _write_repository(folder, recipe.model, recipe.revision, student)

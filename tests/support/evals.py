@@ -122,7 +122,7 @@ def score_in_process(
     assert done.returncode == expected, done.stdout + done.stderr
 
 
-def files(out: Path) -> dict[str, bytes]:
+def result_files(out: Path) -> dict[str, bytes]:
     """Return the samples of a folder by name, and ``results.json`` without its seconds."""
     found = {path.name: path.read_bytes() for path in sorted(out.glob("samples_*.jsonl"))}
     results = json.loads((out / "results.json").read_text())

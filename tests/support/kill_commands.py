@@ -6,7 +6,7 @@ before its console hears of each.
 Invariant: after a kill, ``--resume`` (or the same command, where there is none) ends with the bytes
 of the run that was not killed, and leaves no name beside or inside the output that this one has
 not. Every fourth moment is a SIGTERM instead: exit code 130, and no temporary is left. What may
-differ is named in ``kills.plain`` and nowhere else: times, sizes of memory. All imports happen
+differ is named in ``kills.comparable`` and nowhere else: times, sizes of memory. All imports happen
 once; every run is a fork of this process, which itself computes nothing.
 
 ``python -m tests.support.kill_commands FOLDER`` kills at every moment of every command
@@ -44,15 +44,15 @@ from mlx_slim.pruning import recover  # noqa: F401
 from tests.support.kills import (
     Watch,
     announce_events,
+    comparable,
     contents,
-    forked,
-    hidden,
     import_modules,
     name_modules,
-    plain,
+    run_forked,
+    temporaries,
 )
 from tests.support.runs import write_rows
-from tests.support.tiny import speaking_model, tiny_model
+from tests.support.tiny import fixed_answer_model, tiny_model
 
 TRAIN = {
     "method": "lora",
@@ -237,7 +237,7 @@ class Trial:
 
     def _fork(self, resume: bool, limit: int | None = None, number: int = signal.SIGKILL) -> int:
         self.log = self.work.parent / "log"
-        return forked(partial(self._run, resume, limit, number, self.log))
+        return run_forked(partial(self._run, resume, limit, number, self.log))
 
     def undisturbed(self) -> None:
         """Run once to the end, and keep what it made."""
@@ -248,7 +248,7 @@ class Trial:
         self.moments = (self.log.parent / "moments").read_text().splitlines()
         import_modules(self.log.parent / "modules")
         self.expected = self._found()
-        assert not hidden(self.expected), f"{self.name}: {hidden(self.expected)}"
+        assert not temporaries(self.expected), f"{self.name}: {temporaries(self.expected)}"
         if not self.command.resumes:
             again = self._fork(False)
             told = self.log.read_text()
@@ -256,7 +256,7 @@ class Trial:
             assert self._found() == self.expected
 
     def _found(self) -> dict[str, Any]:
-        return {name: plain(name, content) for name, content in contents(self.work).items()}
+        return {name: comparable(name, content) for name, content in contents(self.work).items()}
 
     def _resume(self, moment: int) -> bool:
         """Whether to say ``--resume``: always where it is needed, else every other time."""
@@ -274,7 +274,7 @@ class Trial:
             code = self._fork(False, moment, signal.SIGTERM)
             if code not in (0, Interrupted.exit_code):  # 0: all was done already
                 return f"exit code {code} after SIGTERM: {self.log.read_text()[-2000:]}"
-            if left := hidden(contents(self.work)):
+            if left := temporaries(contents(self.work)):
                 return f"SIGTERM leaves {left}"
         elif (code := self._fork(False, moment)) != -9:
             return f"exit code {code} instead of a kill"
@@ -310,7 +310,7 @@ def prepare(given: Path) -> None:
     given.mkdir(parents=True)
     tiny_model(given / "source", seed=0)
     tiny_model(given / "other", seed=1)
-    speaking_model(given / "speaker", "By me!")
+    fixed_answer_model(given / "speaker", "By me!")
     write_rows(given / "rows.jsonl", 16)
     (given / "toytask.yaml").write_text(yaml.safe_dump(TASK, sort_keys=False))
     rows = [
@@ -385,7 +385,7 @@ def main(words: list[str]) -> int:
     for module, _ in COMMANDS.values():
         importlib.import_module(f"mlx_slim.cli.{module}")
     base = asked.folder.resolve()
-    assert forked(partial(prepare, base / "given")) == 0
+    assert run_forked(partial(prepare, base / "given")) == 0
     import_modules(base / "given" / "modules")
     tell = partial(print, flush=True)
     if asked.points is None:

@@ -62,7 +62,7 @@ class Watch:
             os.kill(os.getpid(), self.number)
 
 
-def forked(work: Callable[[], None]) -> int:
+def run_forked(work: Callable[[], None]) -> int:
     """Run ``work`` in a forked process; return its exit code, negative for a signal."""
     child = os.fork()
     if child == 0:
@@ -83,7 +83,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
     }
 
 
-def hidden(names: Iterable[str]) -> list[str]:
+def temporaries(names: Iterable[str]) -> list[str]:
     """Return the temporaries and locks among ``names``."""
     return [name for name in names if "mlx-slim-" in name or name.endswith(".lock")]
 
@@ -123,7 +123,7 @@ _TIMES = re.compile(
 _PAGES = ("report.html", "report.md", "results.csv")
 
 
-def plain(name: str, content: bytes | None) -> Any:
+def comparable(name: str, content: bytes | None) -> Any:
     """Return what of a file must be equal."""
     if content is None or name.endswith((".safetensors", ".bin", ".npy", ".gguf")):
         return content

@@ -22,7 +22,14 @@ from mlx_slim.evaluation.tasks.metrics import record_choice, record_generation, 
 from mlx_slim.evaluation.tasks.prompts import Question
 from mlx_slim.evaluation.tasks.spec import find_task
 
-SHARES = {"base": 0.30, "quantized": 0.27, "full": 0.47, "lora": 0.45, "dora": 0.455, "qlora": 0.43}
+ACCURACIES = {
+    "base": 0.30,
+    "quantized": 0.27,
+    "full": 0.47,
+    "lora": 0.45,
+    "dora": 0.455,
+    "qlora": 0.43,
+}
 WEIGHTS = "ab" * 32
 TEXT = "A text that nothing was trained on. " * 30
 CHOICES = [" one", " <script>alert(1)</script>", " three", " four"]
@@ -135,7 +142,7 @@ def _cell(
     kind = method if method in ("base", "quantized", "fused") else "tuned"
     draw = random.Random(name)
     for task, questions in asked.items():
-        answers = [_record(task, q, SHARES.get(method, 0.43), draw) for q in questions]
+        answers = [_record(task, q, ACCURACIES.get(method, 0.43), draw) for q in questions]
         write_evaluation(cell / "eval" / task, task, _asked(task, questions), answers)
     _held_out(folder, cell / "eval" / "held_out", draw)
     recipe = {

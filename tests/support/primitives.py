@@ -22,7 +22,7 @@ from mlx_slim.events import Notice, Saved, Started
 from mlx_slim.run_dir import LOCK_FILE, RunDir, RunKind
 from mlx_slim.training.metrics import MetricsFile
 from mlx_slim.training.rotation import latest, path_of, rotate
-from tests.support.kills import Watch, contents, forked
+from tests.support.kills import Watch, contents, run_forked
 
 RUN = RunKind("try", "run", "state.json", ("tokens", "metrics.jsonl"))
 
@@ -156,7 +156,7 @@ PRIMITIVES = (
 
 
 def _stopped(work: Callable[[Path], None], folder: Path, moment: int) -> None:
-    with interrupts.raised():
+    with interrupts.raise_on_signal():
         try:
             Watch([folder], moment, signal.SIGTERM)
             work(folder)
@@ -172,7 +172,7 @@ def every_moment(work: Callable[[Path], None], base: Path) -> int:
     """
     whole = base / "whole"
     whole.mkdir(parents=True)
-    assert forked(lambda: work(whole)) == 0
+    assert run_forked(lambda: work(whole)) == 0
     expected = contents(whole)
     assert not [name for name in expected if locks.TAG in name or LOCK_FILE in name], expected
     moment = 0
@@ -185,7 +185,7 @@ def every_moment(work: Callable[[Path], None], base: Path) -> int:
                 Watch([folder], limit)
                 work(folder)
 
-            return forked(run)
+            return run_forked(run)
 
         code = killed(moment)
         assert code in (0, -9), f"{work.__name__}: moment {moment}: exit code {code}"
@@ -194,14 +194,14 @@ def every_moment(work: Callable[[Path], None], base: Path) -> int:
             return moment
         stopped = base / f"{moment}-stopped"
         stopped.mkdir()
-        assert forked(partial(_stopped, work, stopped, moment)) in (0, 130), work.__name__
+        assert run_forked(partial(_stopped, work, stopped, moment)) in (0, 130), work.__name__
         left = [name for name in contents(stopped) if locks.TAG in name or LOCK_FILE in name]
         assert not left, f"{work.__name__}: SIGTERM at moment {moment} leaves {left}"
-        assert forked(partial(work, stopped)) == 0, f"{work.__name__}: stopped at {moment}"
+        assert run_forked(partial(work, stopped)) == 0, f"{work.__name__}: stopped at {moment}"
         assert contents(stopped) == expected, f"{work.__name__}: stopped at {moment}"
         if moment % 2:
             killed(moment // 2)
-        assert forked(partial(work, folder)) == 0, (
+        assert run_forked(partial(work, folder)) == 0, (
             f"{work.__name__}: moment {moment} does not go on"
         )
         found = contents(folder)

@@ -16,7 +16,7 @@ TOKENS = mx.array(np.random.default_rng(0).integers(0, 250, (2, 12)))
 ROWS = mx.array(np.random.default_rng(1).integers(0, 250, (6, 24)))
 
 
-def loaded(folder: Path, architecture: str = "llama", **changes: Any) -> Loaded:
+def load_tiny(folder: Path, architecture: str = "llama", **changes: Any) -> Loaded:
     """Return a tiny model; biases are drawn, so that a wrong one shows."""
     model = load(tiny_model(folder / architecture, architecture, **changes))
     key = mx.random.key(7)
@@ -59,7 +59,7 @@ def make_identity(block: Any) -> None:
             layer.bias = mx.zeros_like(layer.bias)
 
 
-def gap(a: Any, b: Any, tokens: mx.array = TOKENS) -> float:
+def relative_gap(a: Any, b: Any, tokens: mx.array = TOKENS) -> float:
     """Return the largest difference of logits over the largest logit."""
     one, other = a(tokens), b(tokens)
     return float((mx.abs(one - other).max() / mx.abs(one).max()).item())

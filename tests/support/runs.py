@@ -81,7 +81,7 @@ def losses(run: Path) -> dict[int, float]:
     return found
 
 
-KILLER = """
+KILL_SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 from mlx_slim.finetuning.run import finetune
@@ -167,4 +167,4 @@ def run_and_kill(
         resume: Go on with the run in ``out``.
     """
     arguments = [model, data, out, method, moment, count, int(resume)]
-    run_until_killed(KILLER, *arguments)
+    run_until_killed(KILL_SCRIPT, *arguments)

@@ -164,7 +164,7 @@ def tiny_model(
     return folder
 
 
-def speaking_model(folder: Path, text: str) -> Path:
+def fixed_answer_model(folder: Path, text: str) -> Path:
     """Write a model that answers everything with ``text``, whose characters are all different.
 
     Embeddings are unit vectors, blocks add nothing, and the head names each token's successor.

@@ -27,7 +27,7 @@ from mlx_slim.models import structure
 from mlx_slim.models.logits import logsumexp
 from mlx_slim.models.rope import boundary_of, set_length
 from mlx_slim.progress import Stage, stage
-from mlx_slim.runtime import default_num_threads, on_gpu, side_by_side
+from mlx_slim.runtime import default_num_threads, on_gpu, run_in_threads
 
 MEMORY = 2**30  # bytes of keys and values that are kept for sharing
 HEAD_LOGITS = 1 << 24  # logits that exist at one time
@@ -197,7 +197,7 @@ class LoglikelihoodScorer:
         if len(work) < 2 or default_num_threads() == 1:
             return [forward(*arguments) for arguments in work]
         with blas.single_threaded():
-            return side_by_side(forward, work, default_num_threads())
+            return run_in_threads(forward, work, default_num_threads())
 
     def _forward(
         self, nodes: list[prefix_tree.Node], paths: list[np.ndarray], pool: Pool

@@ -159,7 +159,7 @@ def summarize(task: Task, records: Sequence[Mapping[str, Any]]) -> dict[str, Any
     by_part: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
         by_part.setdefault(record["subject"], []).append(record)
-    category = task.spec.subgroups.parts
+    category = task.spec.subgroups.subtasks
     found = {part: _plain(task, by_part[part]) for part in task.parts if part in by_part}
     whole = _group(task, found, records)
     categories = {}

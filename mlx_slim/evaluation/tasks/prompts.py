@@ -149,7 +149,7 @@ class Chat:
             whole = rendered(system, user)
             return whole.text[: whole.spans[0][0]]
 
-        return cls(render, rendered("", "?").own_bos)
+        return cls(render, rendered("", "?").has_bos)
 
 
 def build_questions(

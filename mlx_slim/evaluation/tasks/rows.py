@@ -253,7 +253,7 @@ def _read(task: Task, source: Source) -> Iterator[RawRow]:
     where = compile_value(spec.data.where) if spec.data.where else None
     checks = [_Check(path, kind) for path, kind in spec.fields.items()]
     groups = spec.subgroups
-    parts = groups.parts if groups else {}
+    parts = groups.subtasks if groups else {}
     file = source.files[0] if len(source.files) == 1 else None
     for raw in records(source, spec.data.records):
         row = raw._replace(where=raw.where.replace(file.name, str(file), 1)) if file else raw

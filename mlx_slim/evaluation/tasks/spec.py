@@ -66,7 +66,7 @@ class Task:
     def parts(self) -> tuple[str, ...]:
         """The parts that this task's figures are pooled from; none for a plain task."""
         grouped = self.spec.subgroups is not None and self.part is None
-        return tuple(self.spec.subgroups.parts) if grouped and self.spec.subgroups else ()
+        return tuple(self.spec.subgroups.subtasks) if grouped and self.spec.subgroups else ()
 
 
 @dataclass(frozen=True)

@@ -59,13 +59,13 @@ class GGUFTensor:
 class GGUFFile:
     """A parsed GGUF file: metadata as Python values (numeric arrays as numpy) and its tensors.
 
-    ``parts`` says which file of a split one holds a tensor.
+    ``shards``: tensor name → the file that it is in, where the GGUF is split.
     """
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
-    parts: dict[str, Path] = dataclasses.field(default_factory=dict)
+    shards: dict[str, Path] = dataclasses.field(default_factory=dict)
 
     def read(self, name: str) -> dict[str, mx.array]:
         """Return tensor ``name`` as MLX arrays.
@@ -82,7 +82,7 @@ class GGUFFile:
             return self._arrays(name, tensor)
 
     def _arrays(self, name: str, tensor: GGUFTensor) -> dict[str, mx.array]:
-        path = self.parts.get(name, self.path)
+        path = self.shards.get(name, self.path)
         data = np.memmap(path, np.uint8, "r", tensor.offset, (tensor.nbytes,))
         if tensor.kind in _PACKED:
             raw = np.asarray(data).reshape(tensor.shape[0], tensor.shape[1] // _GROUP, -1)
@@ -172,8 +172,8 @@ def pack_blocks(kind: str, layer: Any) -> np.ndarray | None:
         codes = np.stack([packed & 0xF, packed >> 4], axis=-1).reshape(*scales.shape, _GROUP)
         quants = codes[..., : _GROUP // 2] | (codes[..., _GROUP // 2 :] << 4)
     heads = halves if kind == "Q4_1" else halves[:1]
-    parts = [half[..., None].view(np.uint8) for half in heads]
-    return np.concatenate([*parts, quants], axis=-1).reshape(scales.shape[0], -1)
+    halves = [half[..., None].view(np.uint8) for half in heads]
+    return np.concatenate([*halves, quants], axis=-1).reshape(scales.shape[0], -1)
 
 
 _PACKED = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q8_0": _q8_0}
@@ -263,7 +263,7 @@ def read_gguf(path: Path) -> GGUFFile:
         head = handle.read(8)
     version = int.from_bytes(head[4:8], "little")
     if head[:4] != b"GGUF" or size < 24:
-        raise SlimError(f"{path} is no GGUF file: it starts with {head[:4]!r}, not b'GGUF'")
+        raise SlimError(f"{path} is not a GGUF file: it starts with {head[:4]!r}, not b'GGUF'")
     if version not in (2, 3):
         raise SlimError(
             f"{path} is GGUF version {version}, expected 2 or 3 (little-endian)",
@@ -279,7 +279,7 @@ def read_gguf(path: Path) -> GGUFFile:
             raise SlimError(f"{path} is corrupt: it has the metadata {shown(key)} twice", _AGAIN)
         metadata[key] = cursor.value(cursor.scalar("I"))
     _check_metadata(metadata, path)
-    found: list[tuple[str, str, tuple[int, ...], int, int]] = []
+    entries: list[tuple[str, str, tuple[int, ...], int, int]] = []
     for _ in range(tensor_count):
         name = cursor.string()
         dimensions = cursor.scalar("I")
@@ -302,20 +302,20 @@ def read_gguf(path: Path) -> GGUFFile:
                 _AGAIN,
             )
         nbytes = math.prod(shape) // block * block_bytes
-        found.append((name, quantization.name, shape, offset, nbytes))
+        entries.append((name, quantization.name, shape, offset, nbytes))
     align = metadata.get("general.alignment", 32)
     start = (cursor.at + align - 1) // align * align
-    check_apart(path, [(at, at + size, name) for name, *_, at, size in found])
-    end = max((start + offset + nbytes for *_, offset, nbytes in found), default=start)
+    check_apart(path, [(at, at + size, name) for name, *_, at, size in entries])
+    end = max((start + offset + nbytes for *_, offset, nbytes in entries), default=start)
     if end > size:
         raise SlimError(
-            f"{path} is truncated: {size} bytes, its header promises {end}",
+            f"{path} is truncated: {size} bytes, its header says {end}",
             "download or copy it again",
         )
     tensors = {
         name: GGUFTensor(kind, shape, start + offset, nbytes)
-        for name, kind, shape, offset, nbytes in found
+        for name, kind, shape, offset, nbytes in entries
     }
-    if len(tensors) < len(found):
+    if len(tensors) < len(entries):
         raise SlimError(f"{path} is corrupt: it has two tensors of one name", _AGAIN)
     return GGUFFile(path, metadata, tensors)

@@ -17,8 +17,8 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_slim.errors import SlimError, did_you_mean
-from mlx_slim.models.bounds import MOST_WIDE
 from mlx_slim.models.build import construct
+from mlx_slim.models.config_checks import MOST_WIDE
 from mlx_slim.models.gguf.file import BITS, GGUFFile, GGUFTensor
 from mlx_slim.models.gguf.split import open_gguf
 from mlx_slim.models.gguf.tokenizer import build_tokenizer
@@ -78,7 +78,7 @@ ARCHITECTURES = {
 
 
 @dataclass(frozen=True)
-class Imported:
+class GGUFModel:
     """A GGUF file as a model: config in Hugging Face's terms and a fast tokenizer."""
 
     model: nn.Module
@@ -87,7 +87,7 @@ class Imported:
     notes: list[str]
 
 
-def import_gguf(path: Path) -> Imported:
+def import_gguf(path: Path) -> GGUFModel:
     """Read ``path`` into an mlx-lm model, losslessly where MLX has the format.
 
     Raises:
@@ -101,7 +101,7 @@ def import_gguf(path: Path) -> Imported:
         return _import(file)
 
 
-def _import(file: GGUFFile) -> Imported:
+def _import(file: GGUFFile) -> GGUFModel:
     from mlx_slim.models.load import fill, read_weights
 
     path = file.path
@@ -128,7 +128,7 @@ def _import(file: GGUFFile) -> Imported:
     dense = {t.kind for t in file.tensors.values()} - {*BITS, "F32", "F16", "BF16"}
     if dense:
         notes.append(f"{', '.join(sorted(dense))} tensors dequantized to float16")
-    return Imported(model, build_tokenizer(file.metadata, notes), config, notes)
+    return GGUFModel(model, build_tokenizer(file.metadata, notes), config, notes)
 
 
 def _bits(weights: dict[str, mx.array], scales: str) -> int:
@@ -153,7 +153,9 @@ def _config(file: GGUFFile, architecture: _Architecture, notes: list[str]) -> di
             "convert the original Hugging Face folder instead",
         )
     if len(file.tensors.get("token_embd.weight", _NONE).shape) != 2:
-        raise SlimError(f"{file.path} has no tensor token_embd.weight", "it holds no whole model")
+        raise SlimError(
+            f"{file.path} has no tensor token_embd.weight", "it is not a complete model"
+        )
     width, heads = count("embedding_length"), count("attention.head_count")
     head_dim = count("attention.key_length", width // heads)
     rotated = count("rope.dimension_count", head_dim)

@@ -69,15 +69,15 @@ def _by_hand(
     backend = fast.backend_tokenizer
     if backend.normalizer is not None:
         text = backend.normalizer.normalize_str(text)
-    parts = [text] if text else []
+    words = [text] if text else []
     if backend.pre_tokenizer is not None:
-        parts = [part for part, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+        words = [part for part, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
     pieces: list[str] = []
-    for part in parts:
+    for part in words:
         whole = backend.model.ignore_merges and part in vocabulary
         for piece in [part] if whole else _joined(list(part), best):
-            known = piece in vocabulary
-            pieces += [piece] if known else [f"<0x{byte:02X}>" for byte in piece.encode()]
+            ranked = piece in vocabulary
+            pieces += [piece] if ranked else [f"<0x{byte:02X}>" for byte in piece.encode()]
     return pieces
 
 
@@ -85,8 +85,8 @@ def _joined(symbols: list[str], best: Callable[[str, str], Any]) -> list[str]:
     """Join the best pair of neighbours, the leftmost first, until none is left."""
     while True:
         ranks = [best(left, right) for left, right in pairwise(symbols)]
-        known = [(rank, at) for at, rank in enumerate(ranks) if rank is not None]
-        if not known:
+        ranked = [(rank, at) for at, rank in enumerate(ranks) if rank is not None]
+        if not ranked:
             return symbols
-        at = min(known)[1]
+        at = min(ranked)[1]
         symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]

@@ -76,7 +76,7 @@ def build_tokenizer(metadata: dict[str, Any], notes: list[str]) -> PreTrainedTok
     if twice := len(tokens) - len(set(tokens)):
         notes.append(f"{twice:,} tokens stand twice in the file: one id of each is never used")
     types = _types(metadata, tokens)
-    metadata = _known_ids(metadata, tokens, notes)
+    metadata = _valid_ids(metadata, tokens, notes)
     with library_errors("the tokenizer cannot be rebuilt from the GGUF file", _HINT):
         if kind == "gpt2":
             tokenizer, best = _bpe(metadata, tokens, types, notes)
@@ -114,9 +114,7 @@ def _types(metadata: dict[str, Any], tokens: list[str]) -> list[int]:
     if types is None:
         raise _lacks("token_type", metadata)
     if len(types) != len(tokens):
-        raise SlimError(
-            f"the GGUF file has {len(tokens):,} tokens and the types of {len(types):,}", _HINT
-        )
+        raise SlimError(f"the GGUF file has {len(tokens):,} tokens but {len(types):,} types", _HINT)
     return [int(kind) for kind in types]
 
 
@@ -128,9 +126,9 @@ def _lacks(key: str, metadata: dict[str, Any]) -> SlimError:
     )
 
 
-def _known_ids(metadata: dict[str, Any], tokens: list[str], notes: list[str]) -> dict[str, Any]:
+def _valid_ids(metadata: dict[str, Any], tokens: list[str], notes: list[str]) -> dict[str, Any]:
     """Return the metadata without ids that are no token's, where nothing hangs on them."""
-    found = dict(metadata)
+    checked = dict(metadata)
     for key in _SPECIAL:
         index = _id(metadata, key)
         if index is None or index < len(tokens):
@@ -141,9 +139,9 @@ def _known_ids(metadata: dict[str, Any], tokens: list[str], notes: list[str]) ->
                 f"{len(tokens):,} tokens",
                 _HINT,
             )
-        del found[f"tokenizer.ggml.{key}_token_id"]
+        del checked[f"tokenizer.ggml.{key}_token_id"]
         notes.append(f"tokenizer.ggml.{key}_token_id is {index}, no token's: left out")
-    return found
+    return checked
 
 
 def _template(metadata: dict[str, Any]) -> str | dict[str, str] | None:
@@ -156,7 +154,7 @@ def _template(metadata: dict[str, Any]) -> str | dict[str, str] | None:
     }
     for name, value in named.items():
         if not isinstance(value, str):
-            raise SlimError(f"the GGUF file's chat template {name!r} is no text", _HINT)
+            raise SlimError(f"the GGUF file's chat template {name!r} is not text", _HINT)
     if not named:
         return default
     return {**({} if default is None else {"default": default}), **named}
@@ -173,7 +171,7 @@ def _bpe(
         notes.append("the file names no pre-tokenizer: GPT-2's is assumed")
     if pre not in PRE_TOKENIZERS:
         raise SlimError(
-            f"the pre-tokenizer {pre!r} of the GGUF file is not known here",
+            f"the pre-tokenizer {pre!r} of the GGUF file is not supported",
             f"{did_you_mean(pre, PRE_TOKENIZERS)}; or convert the original Hugging Face folder",
         )
     cut = PRE_TOKENIZERS[pre]
@@ -206,19 +204,19 @@ def _read_merges(
     metadata: dict[str, Any], tokens: list[str], types: list[int], notes: list[str]
 ) -> list[tuple[str, str]]:
     """Return the merges; refuse a list from which the longer tokens cannot be made."""
-    given = metadata.get("tokenizer.ggml.merges", [])
-    for merge in given:
+    lines = metadata.get("tokenizer.ggml.merges", [])
+    for merge in lines:
         if not isinstance(merge, str) or merge.count(" ") != 1:
-            raise SlimError(f"the GGUF file's merge {merge!r} is no pair of tokens", _HINT)
-    merges: list[tuple[str, str]] = [tuple(merge.split(" ")) for merge in given]
+            raise SlimError(f"the GGUF file's merge {merge!r} is not a pair of tokens", _HINT)
+    merges: list[tuple[str, str]] = [tuple(merge.split(" ")) for merge in lines]
     longer = [t for t, kind in zip(tokens, types, strict=True) if kind == _NORMAL and len(t) > 1]
-    made = {left + right for left, right in merges}
-    unmade = [token for token in longer if token not in made]
+    merged = {left + right for left, right in merges}
+    unmade = [token for token in longer if token not in merged]
     if unmade and not merges:
         raise _lacks("merges", metadata)
     if len(unmade) > len(longer) / 100:
         raise SlimError(
-            f"the GGUF file's merges do not make {len(unmade):,} of its {len(longer):,} longer "
+            f"the GGUF file's merges do not produce {len(unmade):,} of its {len(longer):,} longer "
             f"tokens, such as {unmade[0]!r}",
             "it was not converted whole: take another file, or convert the Hugging Face folder",
         )
@@ -240,7 +238,7 @@ def _spm(metadata: dict[str, Any], tokens: list[str], types: list[int]) -> tuple
         )
     pieces = [i for i, kind in enumerate(types) if kind == _NORMAL and len(tokens[i]) > 1]
     if len(pieces) > 1 and len({float(scores[i]) for i in pieces}) == 1:
-        raise SlimError("the GGUF file's scores are all one: they say no order of merges", _HINT)
+        raise SlimError("the GGUF file's scores are all equal and give no order of merges", _HINT)
     unknown = _id(metadata, "unknown")
     vocab: dict[str, int] = {}
     for index, token in enumerate(tokens):
@@ -257,9 +255,9 @@ def _spm(metadata: dict[str, Any], tokens: list[str], types: list[int]) -> tuple
     space = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
     steps: list[Any] = [normalizers.Prepend("▁")] if space else []
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
-    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     strip = [decoders.Strip(content=" ", left=1)] if space else []
-    tokenizer.decoder = decoders.Sequence([*parts, *strip])
+    tokenizer.decoder = decoders.Sequence([*steps, *strip])
 
     def best(left: str, right: str) -> float | None:
         index = vocab.get(left + right)
@@ -273,13 +271,13 @@ def _merges(
 ) -> list[tuple[str, str]]:
     """Return every pair of pieces that makes a piece, best score of the result first."""
     plain = {token for token, kind in zip(tokens, types, strict=True) if kind in (_NORMAL, _UNUSED)}
-    found = [
+    ranked = [
         (-float(scores[vocab[token]]), vocab[token[:cut]], token[:cut], token[cut:])
         for token in plain
         for cut in range(1, len(token))
         if token[:cut] in plain and token[cut:] in plain
     ]
-    return [(left, right) for _, _, left, right in sorted(found)]
+    return [(left, right) for _, _, left, right in sorted(ranked)]
 
 
 def _add_special_tokens(

@@ -37,12 +37,12 @@ def vocabulary(tokenizer: Any, config: dict[str, Any]) -> dict[str, Any]:
     backend = getattr(fast, "backend_tokenizer", None)
     if backend is None:
         raise _refused("it is no fast tokenizer (tokenizer.json)")
-    parts = json.loads(backend.to_str())
-    model = parts["model"]
+    definition = json.loads(backend.to_str())
+    model = definition["model"]
     if model.get("type") != "BPE":
         raise _refused(f"it is of type {model.get('type')}, expected BPE")
     pieces = bool(model.get("byte_fallback"))
-    metadata = _tokens(parts, int(config["vocab_size"]), pieces)
+    metadata = _tokens(definition, int(config["vocab_size"]), pieces)
     metadata["tokenizer.ggml.model"] = "llama" if pieces else "gpt2"
     _roles(metadata, fast, config)
     metadata |= _templates(fast.chat_template)
@@ -51,29 +51,29 @@ def vocabulary(tokenizer: Any, config: dict[str, Any]) -> dict[str, Any]:
 
 def _refused(reason: str) -> SlimError:
     return SlimError(
-        f"this tokenizer cannot be said in GGUF here: {reason}",
+        f"this tokenizer cannot be stored in GGUF: {reason}",
         "export --to hf and use llama.cpp's converter",
     )
 
 
-def _tokens(parts: dict[str, Any], size: int, pieces: bool) -> dict[str, Any]:
-    vocab: dict[str, int] = dict(parts["model"]["vocab"])
-    added = {entry["id"]: entry for entry in parts.get("added_tokens", [])}
+def _tokens(definition: dict[str, Any], size: int, pieces: bool) -> dict[str, Any]:
+    vocab: dict[str, int] = dict(definition["model"]["vocab"])
+    added = {entry["id"]: entry for entry in definition.get("added_tokens", [])}
     for index, entry in added.items():
         vocab.setdefault(entry["content"], index)
     if max(vocab.values()) >= size:
         raise _refused(f"it has {max(vocab.values()) + 1} tokens, the model {size}")
     merges = [
         tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge)
-        for merge in parts["model"].get("merges", [])
+        for merge in definition["model"].get("merges", [])
     ]
-    made = {left + right for left, right in merges}
+    merged = {left + right for left, right in merges}
     tokens = [f"[PAD{index}]" for index in range(size)]
     types = np.full(size, _UNUSED, np.int32)
-    unknown = parts["model"].get("unk_token")
+    unknown = definition["model"].get("unk_token")
     for token, index in vocab.items():
         tokens[index] = token
-        types[index] = _NORMAL if pieces or len(token) == 1 or token in made else _UNUSED
+        types[index] = _NORMAL if pieces or len(token) == 1 or token in merged else _UNUSED
         if index in added:
             types[index] = _CONTROL if added[index]["special"] else _USER
         elif pieces and len(token) == 6 and token.startswith("<0x"):
@@ -101,10 +101,10 @@ def _templates(template: str | dict[str, str] | None) -> dict[str, Any]:
     names = {name: re.sub(r"[^A-Za-z0-9]", "_", name) for name in template if name != "default"}
     if len(set(names.values())) < len(names):
         raise _refused(f"of its chat templates {', '.join(names)} two have one name there")
-    found: dict[str, Any] = {f"{TEMPLATE}.{names[name]}": template[name] for name in names}
+    templates: dict[str, Any] = {f"{TEMPLATE}.{names[name]}": template[name] for name in names}
     if names:
-        found[f"{TEMPLATE}s"] = list(names.values())
-    return found | ({TEMPLATE: template["default"]} if "default" in template else {})
+        templates[f"{TEMPLATE}s"] = list(names.values())
+    return templates | ({TEMPLATE: template["default"]} if "default" in template else {})
 
 
 def _roles(metadata: dict[str, Any], fast: Any, config: dict[str, Any]) -> None:

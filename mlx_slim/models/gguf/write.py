@@ -33,7 +33,7 @@ _FILE_TYPES["q4_1"] = "MOSTLY_Q4_1"
 
 
 def check_writable_as_gguf(config: dict[str, Any]) -> None:
-    """Refuse a model that cannot be said in GGUF, before its weights are read.
+    """Refuse a model that cannot be stored in GGUF, before its weights are read.
 
     Raises:
         SlimError: With what would work.
@@ -42,14 +42,14 @@ def check_writable_as_gguf(config: dict[str, Any]) -> None:
     kind = config.get("model_type", "")
     if kind not in WRITES:
         raise SlimError(
-            f"{kind} models cannot be exported to GGUF here",
+            f"{kind} models cannot be exported to GGUF",
             f"{did_you_mean(kind, WRITES)}; or export --to hf and use llama.cpp's converter",
         )
     scaling = config.get("rope_scaling") or {}
     rope = scaling.get("rope_type") or scaling.get("type") or "default"
     if rope not in ("default", "linear", "yarn", "llama3"):
         raise SlimError(
-            f"RoPE scaling {rope!r} cannot be exported to GGUF here",
+            f"RoPE scaling {rope!r} cannot be exported to GGUF",
             "export --to hf and use llama.cpp's converter",
         )
 

@@ -11,7 +11,7 @@ from mlx_slim.evaluation.scoring import generate
 from mlx_slim.evaluation.scoring.answer_cache import footprint, joins, planned_footprint, shares
 from mlx_slim.evaluation.scoring.generate import GenerationCounts, generate_batch
 from mlx_slim.models.load import load as load_ours
-from tests.support.tiny import MIXTURES, speaking_model, tiny_model
+from tests.support.tiny import MIXTURES, fixed_answer_model, tiny_model
 
 # Models that mlx-lm batches otherwise: masks of another shape, states that padding would enter.
 OTHERS = {
@@ -222,7 +222,7 @@ def test_mlx_lm_attends_as_before_afterwards(tiny):
 
 
 def test_special_tokens_leave_the_text_and_still_stop_it(tmp_path):
-    folder = speaking_model(tmp_path / "m", "ab")
+    folder = fixed_answer_model(tmp_path / "m", "ab")
     model, tokenizer = load(str(folder))
     prompt, special = tokenizer.encode("x"), tokenizer.convert_tokens_to_ids("<|im_start|>")
     (plain,) = generate_batch(model, tokenizer, [prompt], 3, ())

@@ -17,7 +17,7 @@ from mlx_slim.evaluation.scoring.loglikelihood import LoglikelihoodScorer
 from mlx_slim.evaluation.scoring.requests import Request
 from mlx_slim.events import EvalAnswering, EvalProgress, StageProgress
 from mlx_slim.models.fidelity import compare
-from mlx_slim.models.recorded import RecordedLogits
+from mlx_slim.models.recorded_logits import RecordedLogits
 from mlx_slim.progress import listening
 from tests.support.evals import write_tasks
 from tests.support.runs import Recorder

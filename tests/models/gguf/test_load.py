@@ -112,8 +112,8 @@ def write_gguf(
         if name == "llama" and short.endswith(("q_proj", "k_proj")):
             array = interleave(array, heads if short.endswith("q_proj") else kv_heads)
         _add(writer, f"{prefix}{BACK[short]}.{leaf}", array, kind)
-    for target, parts in fused.items():
-        joined = np.concatenate([parts["q"], parts["k"], parts["v"]])
+    for target, shards in fused.items():
+        joined = np.concatenate([shards["q"], shards["k"], shards["v"]])
         _add(writer, target, joined, GGMLQuantizationType.F32)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -231,7 +231,7 @@ def test_foreign_and_truncated_files(tiny, tmp_path):
     path = tmp_path / "m.gguf"
     assert "does not exist" in one_line(path)
     path.write_bytes(b"PK\x03\x04 not this" * 9)
-    assert "no GGUF file" in one_line(path)
+    assert "not a GGUF file" in one_line(path)
     path.write_bytes(b"GGUF" + (9).to_bytes(4, "little") + bytes(64))
     assert "version 9" in one_line(path)
     write_gguf(path, tiny("llama"), "llama")

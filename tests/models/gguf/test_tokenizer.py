@@ -31,7 +31,7 @@ def byte_level(**changes: Any) -> dict[str, Any]:
 
     tokens = [*sorted(ByteLevel.alphabet()), "Ġt", "he", "Ġthe", "in", "<|end|>"]
     merges = ["Ġ t", "h e", "Ġt he", "i n"]
-    given = {
+    inputs = {
         "model": "gpt2",
         "pre": "gpt-2",
         "tokens": tokens,
@@ -40,15 +40,17 @@ def byte_level(**changes: Any) -> dict[str, Any]:
         "eos_token_id": 260,
         **changes,
     }
-    known = {f"tokenizer.ggml.{key}": value for key, value in given.items() if value is not None}
-    return {"general.architecture": "llama", "tokenizer.chat_template": CHATML, **known}
+    existing = {
+        f"tokenizer.ggml.{key}": value for key, value in inputs.items() if value is not None
+    }
+    return {"general.architecture": "llama", "tokenizer.chat_template": CHATML, **existing}
 
 
 def pieces(**changes: Any) -> dict[str, Any]:
     """The metadata of a small SentencePiece tokenizer."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokens += ["▁a", "ab", "▁ab", "▁", "a", "b", "c", "▁▁", "w", "o", "r", "wo", "or"]
-    given = {
+    inputs = {
         "model": "llama",
         "tokens": tokens,
         "scores": np.array(
@@ -60,8 +62,10 @@ def pieces(**changes: Any) -> dict[str, Any]:
         "unknown_token_id": 0,
         **changes,
     }
-    known = {f"tokenizer.ggml.{key}": value for key, value in given.items() if value is not None}
-    return {"general.architecture": "llama", **known}
+    existing = {
+        f"tokenizer.ggml.{key}": value for key, value in inputs.items() if value is not None
+    }
+    return {"general.architecture": "llama", **existing}
 
 
 def test_whole_files_are_rebuilt():
@@ -88,14 +92,14 @@ def test_whole_files_are_rebuilt():
         ),
         (byte_level(merges=[]), "no tokenizer.ggml.merges"),
         (byte_level(merges=["Ġ t", "h e"]), "merges do not make 2 of its 4 longer tokens, such as"),
-        (byte_level(merges=["Ġ t", "h e", "Ġthe", "i n"]), "merge 'Ġthe' is no pair of tokens"),
+        (byte_level(merges=["Ġ t", "h e", "Ġthe", "i n"]), "merge 'Ġthe' is not a pair of tokens"),
         (byte_level(merges=["Ġ t", "h e", "Ġt he", "i n", "q qq"]), "cannot be rebuilt"),
         (byte_level(token_type=None), "no tokenizer.ggml.token_type, which a tokenizer of type"),
         (byte_level(token_type=np.array([1])), "has 261 tokens and the types of 1"),
         (byte_level(eos_token_id=999), "eos_token_id is 999, it has 261 tokens"),
         (pieces(scores=None), "no tokenizer.ggml.scores, which a tokenizer of type 'llama' needs"),
         (pieces(scores=np.zeros(3)), "has 272 tokens and the scores of 3"),
-        (pieces(scores=np.zeros(272)), "scores are all one"),
+        (pieces(scores=np.zeros(272)), "scores are all equal"),
         (pieces(token_type=None), "no tokenizer.ggml.token_type"),
         (pieces(bos_token_id=272), "bos_token_id is 272, it has 272 tokens"),
     ],
@@ -201,11 +205,11 @@ def split_in(path: Path, count: int, **changes: Any) -> list[Path]:
                 if not name.startswith("GGUF.") and name != "general.architecture":
                     kind, *inner = field.types
                     writer.add_key_value(name, field.contents(), kind, inner[0] if inner else None)
-        said = {"no": number, "count": count, **changes.get(str(number), {})}
-        writer.add_uint16("split.no", said["no"])
-        writer.add_uint16("split.count", said["count"])
-        writer.add_int32("split.tensors.count", said.get("tensors", len(names)))
-        again = reader.tensors[:1] if said.get("again") else []
+        texts_seen = {"no": number, "count": count, **changes.get(str(number), {})}
+        writer.add_uint16("split.no", texts_seen["no"])
+        writer.add_uint16("split.count", texts_seen["count"])
+        writer.add_int32("split.tensors.count", texts_seen.get("tensors", len(names)))
+        again = reader.tensors[:1] if texts_seen.get("again") else []
         for tensor in [*reader.tensors[number::count], *again]:
             writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
         writer.write_header_to_file()
@@ -221,14 +225,14 @@ def test_split_files_are_one_model_given_any_part(tiny, tmp_path, kind):
     path = tmp_path / "m.gguf"
     write_gguf(path, tiny("llama"), "llama", {"*": kind})
     expected = import_gguf(path)
-    parts = split_in(path, 3)
+    halves = split_in(path, 3)
     path.unlink()
-    for part in parts:
-        found = import_gguf(part)
-        assert found.config == expected.config
-        assert mx.array_equal(found.model(IDS), expected.model(IDS))
-        assert found.tokenizer.get_vocab() == expected.tokenizer.get_vocab()
-    assert convert(parts[1], tmp_path / "out").exact
+    for part in halves:
+        actual = import_gguf(part)
+        assert actual.config == expected.config
+        assert mx.array_equal(actual.model(IDS), expected.model(IDS))
+        assert actual.tokenizer.get_vocab() == expected.tokenizer.get_vocab()
+    assert convert(halves[1], tmp_path / "out").exact
     assert load(tmp_path / "out").config["num_hidden_layers"] == 3
 
 
@@ -243,9 +247,9 @@ def test_split_files_are_one_model_given_any_part(tiny, tmp_path, kind):
 )
 def test_parts_that_do_not_belong_together(tiny, tmp_path, changes, message):
     write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama")
-    parts = split_in(tmp_path / "m.gguf", 3, **changes)
+    halves = split_in(tmp_path / "m.gguf", 3, **changes)
     with pytest.raises(SlimError, match=message):
-        import_gguf(parts[0])
+        import_gguf(halves[0])
 
 
 def test_missing_parts_are_named(tiny, tmp_path):

@@ -9,8 +9,8 @@ import mlx.core as mx
 import pytest
 
 from mlx_slim.errors import SlimError
-from mlx_slim.models.limits import limit_of, shortest
 from mlx_slim.models.normalize import normalize_config
+from mlx_slim.models.row_limits import row_limit, shortest_limit
 from tests.support.tiny import ARCHITECTURES
 
 WINDOW = 16
@@ -27,7 +27,7 @@ _LONGROPE = {
 
 def limit(kind: str, **changes: Any):
     config = {**ARCHITECTURES["llama"], "model_type": kind, **changes}
-    return limit_of(normalize_config(config).config)
+    return row_limit(normalize_config(config).config)
 
 
 @pytest.mark.parametrize(
@@ -62,34 +62,34 @@ def limit(kind: str, **changes: Any):
 )
 def test_a_window_counts_where_transformers_has_it_and_the_class_has_not(kind, changes, tokens):
     extra = {"minicpm": {"scale_depth": 1.0, "scale_emb": 1.0}}.get(kind, {})
-    found = limit(kind, **changes, **extra)
-    assert (found.tokens if found else None) == tokens
-    if found and tokens == WINDOW:
-        assert f"sliding window of {WINDOW} tokens" in found.why and kind in found.why
+    actual = limit(kind, **changes, **extra)
+    assert (actual.tokens if actual else None) == tokens
+    if actual and tokens == WINDOW:
+        assert f"sliding window of {WINDOW} tokens" in actual.why and kind in actual.why
 
 
 def test_generation_that_starts_anew_has_no_limit_with_longrope():
     for scaling, tokens in ((_LONGROPE, None), ({"type": "dynamic", "factor": 2.0}, 512)):
         config = normalize_config({**ARCHITECTURES["llama"], "rope_scaling": scaling}).config
-        found = limit_of(config, restarts=True)
-        assert (found.tokens if found else None) == tokens
+        actual = row_limit(config, restarts=True)
+        assert (actual.tokens if actual else None) == tokens
 
 
 def test_a_pruned_or_quantized_config_has_the_same_limit():
     config = {**ARCHITECTURES["mistral"], "sliding_window": WINDOW}
     config["quantization"] = {"group_size": 32, "bits": 4}
-    found = limit_of(normalize_config(config).config)
-    assert found is not None and found.tokens == WINDOW
+    actual = row_limit(normalize_config(config).config)
+    assert actual is not None and actual.tokens == WINDOW
 
 
 def test_the_shortest_limit_of_several_models_counts():
     configs = [{**ARCHITECTURES["mistral"], "sliding_window": n} for n in (64, WINDOW, None)]
-    found = shortest([normalize_config(config).config for config in configs])
-    assert found is not None and found.tokens == WINDOW
-    found.check(WINDOW, "a row")
+    actual = shortest_limit([normalize_config(config).config for config in configs])
+    assert actual is not None and actual.tokens == WINDOW
+    actual.check(WINDOW, "a row")
     with pytest.raises(SlimError, match=r"rows\.jsonl, row 3: 17 tokens.*window of 16"):
-        found.check(WINDOW + 1, "rows.jsonl, row 3")
-    assert shortest([ARCHITECTURES["llama"]]) is None
+        actual.check(WINDOW + 1, "rows.jsonl, row 3")
+    assert shortest_limit([ARCHITECTURES["llama"]]) is None
 
 
 def test_looking_at_a_large_model_computes_nothing():

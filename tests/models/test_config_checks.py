@@ -15,7 +15,7 @@ import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mlx_slim.errors import SlimError
-from mlx_slim.models.bounds import check_config
+from mlx_slim.models.config_checks import check_config
 from mlx_slim.models.gguf.file import read_gguf
 from mlx_slim.models.gguf.load import import_gguf
 from mlx_slim.models.load import load, load_tokenizer, read_config
@@ -36,10 +36,10 @@ def edit(file: Path, **changes: Any) -> None:
 def refused(model: Path) -> str:
     """Return why a folder does not load; it takes no time and no memory."""
     began, before = time.process_time(), mx.get_active_memory()
-    found = refusal(load, model)
+    actual = refusal(load, model)
     assert time.process_time() - began < 3
     assert mx.get_active_memory() - before < 1 << 20
-    return found
+    return actual
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_config_that_cannot_be(model: Path, changes: dict[str, Any], expected:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("[]", "no JSON object"),
+        ("[]", "not a JSON object"),
         (nested(5000), "nested deeper"),
         ('{"a": ' + "9" * 6000 + "}", "6,000 digits"),
         ('{"a": "\\ud800"}', "half a character"),
@@ -98,9 +98,9 @@ def test_a_config_that_cannot_be(model: Path, changes: dict[str, Any], expected:
 )
 def test_files_that_are_no_objects(model: Path, name: str, text: str, expected: str) -> None:
     (model / name).write_text(text)
-    found = refused(model)
-    assert name in found
-    assert expected in found
+    actual = refused(model)
+    assert name in actual
+    assert expected in actual
 
 
 @pytest.mark.parametrize(
@@ -118,8 +118,8 @@ def test_files_that_are_no_files(model: Path, name: str, kind: str) -> None:
     if name == "vocab.json" and kind != "FIFO":
         load(model)  # nothing reads it
         return
-    found = refused(model)
-    assert "tokenizer" in found if name == "tokenizer.json" else name in found
+    actual = refused(model)
+    assert "tokenizer" in actual if name == "tokenizer.json" else name in actual
 
 
 @pytest.mark.parametrize("file", [None, "../model.safetensors", "/etc/passwd", "a/b", "x" * 5000])
@@ -130,9 +130,9 @@ def test_an_index_that_names_no_file_beside_it(model: Path, file: str | None) ->
     (model.parent / "model.safetensors").write_bytes(b"outside")
     values["weight_map"]["lm_head.weight"] = file
     index.write_text(json.dumps(values))
-    found = refused(model)
-    assert "weight_map" in found
-    assert "expected" in found
+    actual = refused(model)
+    assert "weight_map" in actual
+    assert "expected" in actual
     for shard in model.glob("*.safetensors"):
         shard.unlink()
     with pytest.raises(SlimError, match="weight_map"):
@@ -166,9 +166,9 @@ def test_an_index_that_names_no_file_beside_it(model: Path, file: str | None) ->
 )
 def test_a_tokenizer_that_cannot_be(model: Path, file: str, changes: dict, expected: str) -> None:
     edit(model / file, **changes)
-    found = refusal(load_tokenizer, model)
-    assert file in found
-    assert expected in found
+    actual = refusal(load_tokenizer, model)
+    assert file in actual
+    assert expected in actual
 
 
 def test_what_is_usual_is_read(model: Path) -> None:
@@ -242,9 +242,9 @@ def test_gguf_metadata(tmp_path: Path, gguf: bytes, key, kind, value, expected: 
     changed, at = bytearray(gguf), _value(gguf, key)
     changed[at - 4 : at + 4] = kind.to_bytes(4, "little") + value
     (tmp_path / "m.gguf").write_bytes(changed)
-    found = refusal(import_gguf, tmp_path / "m.gguf")
-    assert "m.gguf" in found
-    assert expected in found
+    actual = refusal(import_gguf, tmp_path / "m.gguf")
+    assert "m.gguf" in actual
+    assert expected in actual
 
 
 @pytest.mark.parametrize(
@@ -262,9 +262,9 @@ def test_gguf_tensors(tmp_path: Path, gguf: bytes, offset: int, value: int, expe
     size = 4 if offset < 0 else 8
     changed[at : at + size] = value.to_bytes(size, "little")
     (tmp_path / "m.gguf").write_bytes(changed)
-    found = refusal(read_gguf, tmp_path / "m.gguf")
-    assert "token_embd.weight" in found
-    assert expected in found
+    actual = refusal(read_gguf, tmp_path / "m.gguf")
+    assert "token_embd.weight" in actual
+    assert expected in actual
 
 
 def test_gguf_lists_in_lists(tmp_path: Path, gguf: bytes) -> None:

@@ -24,7 +24,7 @@ GENERATION = "generation_config.json"
 TEMPLATES = "additional_chat_templates"
 MOST_LAYERS = 4096  # where there are no weights to count
 MOST_WIDE = 1 << 24
-_ORIGINAL = "take the config of the original"
+_ORIGINAL = "use the original model's config"
 _LAYERS = re.compile(r"(num|n)(_hidden|_decoder)?_layers?")
 # mscale_all_dim is a factor of yarn (DeepSeek), no width.
 _WIDE = re.compile(r"(?!mscale).*_(size|dim|heads?|experts|rank|embd)|d_model|dim|n_head|n_heads")
@@ -52,7 +52,7 @@ def read_configs(folder: Path) -> dict[str, Any]:
     if not (path.exists() or path.is_symlink()):
         raise SlimError(
             f"{short(folder)} has no config.json",
-            "give the folder of a model; adapters are given beside it, with --adapter",
+            "give the folder of a model; pass adapters with --adapter",
         )
     config = read_object(path)
     code = field(config, short(path), "model_file", str, None)
@@ -183,11 +183,11 @@ def check_tokenizer(folder: Path) -> None:
                 open_regular(path).close()
     for path in (*folder.glob("*.jinja"), *folder.glob(f"{TEMPLATES}/*.jinja")):
         read_text(path, _MOST_TEMPLATE)
-    known = {name: read_object(folder / name) for name in _OBJECTS if (folder / name).is_file()}
-    _check_fast(known.get("tokenizer.json"), short(folder / "tokenizer.json"))
-    _check_settings(known.get("tokenizer_config.json"), short(folder / "tokenizer_config.json"))
+    objects = {name: read_object(folder / name) for name in _OBJECTS if (folder / name).is_file()}
+    _check_fast(objects.get("tokenizer.json"), short(folder / "tokenizer.json"))
+    _check_settings(objects.get("tokenizer_config.json"), short(folder / "tokenizer_config.json"))
     for name in ("added_tokens.json", "vocab.json"):
-        for token, index in known.get(name, {}).items():
+        for token, index in objects.get(name, {}).items():
             _check_id(index, f"{short(folder / name)}: {shown(token)}")
 
 
@@ -196,19 +196,19 @@ def _check_id(index: Any, what: str) -> None:
         raise SlimError(f"{what} is {shown(index)}, expected a token id", _ORIGINAL)
 
 
-def _check_fast(parts: dict[str, Any] | None, where: str) -> None:
+def _check_fast(tokenizer: dict[str, Any] | None, where: str) -> None:
     """Check what ``tokenizer.json`` allocates by; its model is checked by its own library."""
-    if parts is None:
+    if tokenizer is None:
         return
-    field(parts, where, "model", dict)
-    for index, token in enumerate(field(parts, where, "added_tokens", list, [])):
+    field(tokenizer, where, "model", dict)
+    for index, token in enumerate(field(tokenizer, where, "added_tokens", list, [])):
         what = f"{where}: added_tokens[{index}]"
         if type(token) is not dict:
             raise SlimError(f"{what} is {shown(token)}, expected an object", _ORIGINAL)
         _check_id(token.get("id"), f"{what}.id")
         field(token, what, "content", str)
     for section in ("padding", "truncation"):
-        for path, _, value in _numbers(field(parts, where, section, dict, {}), section):
+        for path, _, value in _numbers(field(tokenizer, where, section, dict, {}), section):
             if not 0 <= value <= MOST_WIDE or (path.endswith("multiple_of") and value < 1):
                 raise _bad(where, path, value, f"a whole number of at most {MOST_WIDE:,}")
 

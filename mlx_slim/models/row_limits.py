@@ -26,7 +26,7 @@ from mlx_slim.models.reference import reference_of
 from mlx_slim.models.rope import boundary_of
 
 
-def limit_of(config: dict[str, Any], *, restarts: bool = False) -> RowLimit | None:
+def row_limit(config: dict[str, Any], *, restarts: bool = False) -> RowLimit | None:
     """Return the limit of the model of a normalised config; None if there is none.
 
     Args:
@@ -43,9 +43,9 @@ def limit_of(config: dict[str, Any], *, restarts: bool = False) -> RowLimit | No
     return _limit(json.dumps(dense, sort_keys=True), restarts)
 
 
-def shortest(configs: Iterable[dict[str, Any]]) -> RowLimit | None:
+def shortest_limit(configs: Iterable[dict[str, Any]]) -> RowLimit | None:
     """Return the limit of rows that several models read, of their normalised configs."""
-    limits = [limit for config in configs if (limit := limit_of(config))]
+    limits = [limit for config in configs if (limit := row_limit(config))]
     return min(limits, key=lambda limit: limit.tokens, default=None)
 
 
@@ -65,7 +65,7 @@ def _limit(config_json: str, restarts: bool) -> RowLimit | None:
             if pair[0] != pair[1]
         ]
         # Which layers slide is a guess where transformers does not know the type: the class knows.
-        if wrong and (reference.known or not any(seen or ())):
+        if wrong and (reference.from_transformers or not any(seen or ())):
             kind = config.get("model_type")
             width = min(wrong)
             text = f"mlx-lm's class of {kind!r} ignores the sliding window of {width:,} tokens"
@@ -76,31 +76,31 @@ def _limit(config_json: str, restarts: bool) -> RowLimit | None:
     return min(limits, key=lambda limit: limit.tokens, default=None)
 
 
-class _Masks:
-    """What was asked for a mask: which window, and by which layer where a layer asks itself."""
+class _MaskLog:
+    """The masks that were requested: which window, and by which layer."""
 
     def __init__(self) -> None:
         self.window_of: dict[int, int | None] = {}  # id of a mask -> its window
-        self.kept: list[mx.array] = []  # so that no id is used twice
+        self.masks: list[mx.array] = []  # so that no id is used twice
         self.layer: int | None = None
-        self.asked: dict[int, int | None] = {}
+        self.windows: dict[int, int | None] = {}
 
     def make(self, length: int, window: int | None) -> mx.array:
         mask = mx.zeros((length, length), dtype=mx.bool_)
-        self.kept.append(mask)
+        self.masks.append(mask)
         self.window_of[id(mask)] = window
         if self.layer is not None:
-            self.asked[self.layer] = window
+            self.windows[self.layer] = window
         return mask
 
 
 class _Cache:
-    """A key-value cache that remembers nothing but the masks it was asked for."""
+    """A key-value cache that records nothing but the masks requested of it."""
 
     offset = 0
     keys = values = None
 
-    def __init__(self, masks: _Masks) -> None:
+    def __init__(self, masks: _MaskLog) -> None:
         self._masks = masks
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -115,7 +115,7 @@ class _Cache:
 class _Watched:
     """A block that notes the mask it is given, then does what it does."""
 
-    def __init__(self, block: Any, index: int, masks: _Masks) -> None:
+    def __init__(self, block: Any, index: int, masks: _MaskLog) -> None:
         self._block, self._index, self._masks = block, index, masks
 
     def __getattr__(self, name: str) -> Any:
@@ -125,7 +125,7 @@ class _Watched:
         masks = self._masks
         for value in (*arguments, *named.values()):
             if id(value) in masks.window_of:
-                masks.asked[self._index] = masks.window_of[id(value)]
+                masks.windows[self._index] = masks.window_of[id(value)]
         masks.layer = self._index
         try:
             return self._block(*arguments, **named)
@@ -135,7 +135,7 @@ class _Watched:
 
 def _windows(model: nn.Module) -> list[int | None] | None:
     """Return the window that each layer of ``model`` keeps to; None if that cannot be seen."""
-    masks = _Masks()
+    masks = _MaskLog()
     blocks = structure.blocks(model)
     caches = [_Cache(masks) for _ in blocks]
     try:
@@ -143,11 +143,11 @@ def _windows(model: nn.Module) -> list[int | None] | None:
             model(mx.zeros((1, 4), dtype=mx.int32), cache=caches)  # type: ignore[operator]
     except (TypeError, ValueError, AttributeError, KeyError, IndexError):
         return None  # wants caches of another kind
-    return [masks.asked.get(index) for index in range(len(blocks))]
+    return [masks.windows.get(index) for index in range(len(blocks))]
 
 
 @contextmanager
-def _watching(model: nn.Module, masks: _Masks) -> Iterator[None]:
+def _watching(model: nn.Module, masks: _MaskLog) -> Iterator[None]:
     """Put watchers around the blocks, where the model itself looks for them."""
     *path, name = structure.blocks_path(model).split(".")
     owner: Any = model

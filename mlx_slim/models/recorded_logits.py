@@ -30,7 +30,7 @@ class RecordedLogits:
     Args:
         model: Token ids (1, T) to logits (1, T, V).
         tokens_NT: The rows.
-        beside: The file lies on the disk of this path: 1 to 4 bytes a logit.
+        beside: The file is stored on the disk of this path: 1 to 4 bytes a logit.
 
     Raises:
         ResourceError: If that disk is full.
@@ -66,7 +66,7 @@ def _key(tokens: mx.array) -> bytes:
     return np.array(tokens, np.int64).tobytes()
 
 
-def release(model: nn.Module) -> None:
+def free_weights(model: nn.Module) -> None:
     """Free the weights of ``model``, whoever still holds the module; it computes no more."""
     model.update(tree_map(lambda _: mx.array([]), model.parameters()))
     mx.clear_cache()

@@ -15,7 +15,7 @@ import mlx.core as mx
 _CODES_PER_RUN = {3: 8, 5: 8, 6: 4}
 
 
-def unpack(
+def dequantize(
     weight_OQ: mx.array,
     scales_ON: mx.array,
     biases_ON: mx.array | None,
