@@ -16,7 +16,7 @@ from mlx_slim.cli.options import Real, Whole, alive, show_next
 from mlx_slim.next_steps import step
 
 if TYPE_CHECKING:
-    from mlx_slim.analyze.intruders import Intruders, Matrix
+    from mlx_slim.analyze.intruders import Intruders, MatrixSpectra
 
 
 @click.group("analyze", epilog="Example: mlx-slim analyze memory tinyllama-lora")
@@ -71,7 +71,7 @@ def intruders(
     )
     from mlx_slim.claims import new_folder
 
-    def progress(matrix: Matrix) -> None:
+    def progress(matrix: MatrixSpectra) -> None:
         if not as_json:
             click.echo(_line(matrix), err=True)
 
@@ -99,7 +99,7 @@ def intruders(
     show_next(step("see them", "less", output / "intruders.json"))
 
 
-def _line(matrix: Matrix) -> str:
+def _line(matrix: MatrixSpectra) -> str:
     from mlx_slim.runtime import human_duration
 
     return (
