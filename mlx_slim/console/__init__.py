@@ -34,7 +34,7 @@ from mlx_slim.console.stages import OFTEN, Stages
 from mlx_slim.console.training import TrainingProgress, sparkline
 from mlx_slim.events import ClosingObserver, EvalAnswering, Event, Notice, StageProgress
 
-__all__ = ["Console", "Display", "Mode", "Progress", "sparkline"]
+__all__ = ["Console", "Display", "Mode", "TrainingProgress", "sparkline"]
 
 Mode = Literal["auto", "live", "plain", "json", "quiet"]
 _BEAT = 0.25  # seconds between two looks at how long nothing was shown
