@@ -139,6 +139,12 @@ class TrainingProgress:
         waited = 0.0 if now is None else self._clock.since(now)
         return self._clock.left(self.total_steps, waited)
 
+    def left_or_spent(self, now: float) -> str:
+        """Return the time left; during the first step, which tells no rate yet, the time spent."""
+        left = self.remaining_seconds(now)
+        spent = self._clock.since(now)
+        return f"eta {eta(left)}" if left is not None or spent < 1 else f"{eta(spent)} so far"
+
     def plain(self, event: Event) -> str | None:
         """Return the line of ``event`` for a pipe or a file, without colour; None for no line."""
         match event:
@@ -198,7 +204,7 @@ class TrainingView:
             progress_row(
                 f"step {p.steps_done}/{p.total_steps or '–'}",
                 p.steps_done / p.total_steps if p.total_steps else None,
-                end or f"eta {eta(p.remaining_seconds(time.monotonic()))}",
+                end or p.left_or_spent(time.monotonic()),
             ),
             self._numbers(width),
             memory_row(

@@ -11,6 +11,7 @@ from rich.console import Console as RichConsole
 from mlx_slim.console import Console
 from mlx_slim.console.scoring import Scoring
 from mlx_slim.console.stages import Stages
+from mlx_slim.console.training import TrainingProgress
 from mlx_slim.events import EvalAnswering, EvalStarted, Notice, StageProgress, Started
 from tests.console.test_training import step
 
@@ -142,6 +143,15 @@ def test_the_pulse_shows_by_itself_and_ends_with_the_block() -> None:
             pulse.join(0.05)
     assert "comparing: 1 of 8 rows" in file.getvalue()
     assert pulse is not None and not pulse.is_alive()
+
+
+def test_a_slow_first_step_shows_that_time_passes() -> None:
+    display = TrainingProgress()
+    display.update(Started(40, 1.0, 10**9), 100.0)
+    assert display.left_or_spent(100.5) == "eta –"
+    assert display.left_or_spent(141.0) == "0:41 so far"
+    display.update(step(1), 150.0)
+    assert display.left_or_spent(160.0).startswith("eta ")
 
 
 def test_validation_is_seen_in_the_live_view() -> None:
