@@ -106,6 +106,6 @@ def after_run(
         steps = use_model(tuned, name=out)
     yours = step(
         "your own rows",
-        *("mlx-slim", command, recipe, f"data.path={YOUR_ROWS}", "-o", out.with_name("mine")),
+        *("mlx-slim", command, recipe, f"data.path={YOUR_ROWS}", "-o", out.with_name("yours")),
     )
     return [look_at(out / "report.html"), *steps, yours]
