@@ -19,7 +19,7 @@ def rows(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def small(tiny, rows: Path, tmp_path: Path) -> Path:
+def small(tiny: Callable[..., Path], rows: Path, tmp_path: Path) -> Path:
     """A recipe that would run."""
     path = tmp_path / "small.yaml"
     path.write_text(

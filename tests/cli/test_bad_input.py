@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,7 +33,9 @@ from tests.support.tiny import tiny_model
     ],
     ids=["json", "empty", "blank", "columns", "list", "latin-1", "types", "binary"],
 )
-def test_rows_that_cannot_be_read(fails, small, rows, tmp_path, content, expected) -> None:
+def test_rows_that_cannot_be_read(
+    fails: Callable[..., str], small: Path, rows: Path, tmp_path: Path, content: Any, expected: Any
+) -> None:
     rows.write_bytes(content)
     for words in (["train", small, "-o", tmp_path / "run"], ["plan", small]):
         text = fails(*words)
@@ -39,7 +43,7 @@ def test_rows_that_cannot_be_read(fails, small, rows, tmp_path, content, expecte
 
 
 def test_a_line_of_ten_megabytes_is_dropped_and_then_nothing_is_left(
-    fails, small, rows, tmp_path
+    fails: Callable[..., str], small: Path, rows: Path, tmp_path: Path
 ) -> None:
     rows.write_text(json.dumps({"prompt": "a", "completion": "word " * 2_000_000}) + "\n")
     began = time.perf_counter()
@@ -51,14 +55,18 @@ def test_a_line_of_ten_megabytes_is_dropped_and_then_nothing_is_left(
     assert "line 1" in text
 
 
-def test_a_malformed_line_of_ten_megabytes_is_not_printed(fails, small, rows, tmp_path) -> None:
+def test_a_malformed_line_of_ten_megabytes_is_not_printed(
+    fails: Callable[..., str], small: Path, rows: Path, tmp_path: Path
+) -> None:
     rows.write_text('{"prompt": "a", "completion": "' + "word " * 2_000_000)
     text = fails("train", small, "-o", tmp_path / "run")
     assert "line 1" in text
     assert len(text) < 500
 
 
-def test_rows_that_are_not_there(fails, small, rows, tmp_path) -> None:
+def test_rows_that_are_not_there(
+    fails: Callable[..., str], small: Path, rows: Path, tmp_path: Path
+) -> None:
     for words in (["train", small, "-o", tmp_path / "run"], ["plan", small]):
         for key in ("data.path", "data.validation"):
             text = fails(*words, f"{key}={tmp_path}/rovs.jsonl")
@@ -71,7 +79,7 @@ def test_rows_that_are_not_there(fails, small, rows, tmp_path) -> None:
 # ------------------------------ recipes
 
 
-def test_an_unknown_recipe(fails, tmp_path) -> None:
+def test_an_unknown_recipe(fails: Callable[..., str], tmp_path: Path) -> None:
     text = fails("train", "smolm2-lora", "-o", tmp_path / "run")
     assert "smollm2-lora" in text
 
@@ -105,12 +113,14 @@ def test_an_unknown_recipe(fails, tmp_path) -> None:
         ("report_to=[tensorbord]", "tensorboard"),
     ],
 )
-def test_overrides_that_make_no_sense(fails, small, tmp_path, override, expected) -> None:
+def test_overrides_that_make_no_sense(
+    fails: Callable[..., str], small: Path, tmp_path: Path, override: str, expected: str
+) -> None:
     text = fails("train", small, override, "-o", tmp_path / "run")
     assert expected in text, text
 
 
-def test_a_recipe_that_is_no_yaml(fails, tmp_path) -> None:
+def test_a_recipe_that_is_no_yaml(fails: Callable[..., str], tmp_path: Path) -> None:
     recipe = tmp_path / "bad.yaml"
     for content in (b"model: [a\ntrain: }", b"- a\n- b\n", b"model: caf\xe9\n", b""):
         recipe.write_bytes(content)
@@ -121,7 +131,9 @@ def test_a_recipe_that_is_no_yaml(fails, tmp_path) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+def finished(
+    tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, Path]:
     """A run that is complete: its recipe, its rows and its folder."""
     folder = tmp_path_factory.mktemp("finished")
     rows = write_rows(folder / "rows.jsonl", 6)
@@ -134,27 +146,31 @@ def finished(tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path
     return recipe, rows, folder / "run"
 
 
-def test_an_adapter_of_another_base(fails, finished, tmp_path) -> None:
+def test_an_adapter_of_another_base(
+    fails: Callable[..., str], finished: Any, tmp_path: Path
+) -> None:
     other = tiny_model(tmp_path / "other", "llama", hidden_size=32)
     text = fails("generate", other, "--adapter", finished[2] / "adapters", "--prompt", "a")
     assert "adapters" in text
 
 
-def test_an_adapter_that_is_not_there(fails, tiny, tmp_path) -> None:
+def test_an_adapter_that_is_not_there(
+    fails: Callable[..., str], tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     assert "no-such" in fails(
         "generate", tiny("llama"), "--adapter", tmp_path / "no-such", "--prompt", "a"
     )
     assert "adapter" in fails("generate", tiny("llama"), "--adapter", tmp_path, "--prompt", "a")
 
 
-def test_resume_of_a_changed_recipe(fails, finished) -> None:
+def test_resume_of_a_changed_recipe(fails: Callable[..., str], finished: Any) -> None:
     recipe, _, out = finished
     text = fails("train", recipe, "train.learning_rate=0.5", "-o", out, "--resume")
     assert "train.learning_rate: 0.0002 → 0.5" in text
     assert "holds a run already" in fails("train", recipe, "-o", out)
 
 
-def test_resume_of_changed_rows(fails, finished, tmp_path) -> None:
+def test_resume_of_changed_rows(fails: Callable[..., str], finished: Any, tmp_path: Path) -> None:
     recipe, rows, out = finished
     copy = tmp_path / "run"
     shutil.copytree(out, copy)
@@ -167,7 +183,9 @@ def test_resume_of_changed_rows(fails, finished, tmp_path) -> None:
         rows.write_bytes(content)
 
 
-def test_resume_of_a_damaged_checkpoint(fails, finished, tmp_path) -> None:
+def test_resume_of_a_damaged_checkpoint(
+    fails: Callable[..., str], finished: Any, tmp_path: Path
+) -> None:
     recipe, _, out = finished
     copy = tmp_path / "run"
     shutil.copytree(out, copy)
@@ -179,14 +197,22 @@ def test_resume_of_a_damaged_checkpoint(fails, finished, tmp_path) -> None:
 # ------------------------------ memory, Ctrl-C
 
 
-def test_over_the_memory_budget_names_what_fits(fails, small, tmp_path) -> None:
+def test_over_the_memory_budget_names_what_fits(
+    fails: Callable[..., str], small: Path, tmp_path: Path
+) -> None:
     text = fails("train", small, "memory.budget=600kB", "-o", tmp_path / "run", code=3)
     assert "budget is 600 kB" in text
     assert "hint: " in text
 
 
 @pytest.mark.parametrize("where", ["load_base", "prepare"])
-def test_interrupt_before_training(fails, small, tmp_path, monkeypatch, where) -> None:
+def test_interrupt_before_training(
+    fails: Callable[..., str],
+    small: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+) -> None:
     from mlx_slim.finetuning import build as prepare
 
     def interrupt(*_: object, **__: object) -> None:
@@ -202,7 +228,9 @@ def test_interrupt_before_training(fails, small, tmp_path, monkeypatch, where) -
 @pytest.mark.parametrize(
     "name", ["ｆｕｌｌ　ｗｉｄｔｈ", "🦙 run", "two\nlines", "[bold]x[/bold]", "a'b\"c"]
 )
-def test_odd_names_are_names(small, tmp_path, capfd, name) -> None:
+def test_odd_names_are_names(
+    small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
     out = tmp_path / name / "run"
     assert run(["train", str(small), "--quiet", "-o", str(out)]) == 0
     assert (out / "run.json").is_file()
@@ -216,7 +244,9 @@ def test_odd_names_are_names(small, tmp_path, capfd, name) -> None:
 @pytest.mark.parametrize(
     "prompt", ["🦙🎉", "ｆｕｌｌ", "a\nb\n", "", "\ud800", "<|im_end|>", "x" * 3000]
 )
-def test_odd_prompts(tiny, capfd, prompt) -> None:
+def test_odd_prompts(
+    tiny: Callable[..., Path], capfd: pytest.CaptureFixture[str], prompt: Any
+) -> None:
     words = ["generate", str(tiny("llama")), "--prompt", prompt, "--max-tokens", "2"]
     code = run(words)
     lines = capfd.readouterr().err.splitlines()
@@ -227,7 +257,9 @@ def test_odd_prompts(tiny, capfd, prompt) -> None:
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "x" * 300])
-def test_a_name_that_no_file_can_have(fails, tiny, tmp_path, name) -> None:
+def test_a_name_that_no_file_can_have(
+    fails: Callable[..., str], tiny: Callable[..., Path], tmp_path: Path, name: Any
+) -> None:
     model = tiny("llama")
     for words in (
         ["generate", name, "--prompt", "a"],

@@ -7,7 +7,9 @@ import os
 import shutil
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,12 +22,14 @@ def _copy(model: Path, target: Path) -> Path:
 # ------------------------------ model
 
 
-def _edit_config(folder: Path, **changes) -> None:
+def _edit_config(folder: Path, **changes: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
 
 
-def test_an_unknown_model_type(fails, small, tiny, tmp_path) -> None:
+def test_an_unknown_model_type(
+    fails: Callable[..., str], small: Path, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     model = _copy(tiny("llama"), tmp_path / "model")
     _edit_config(model, model_type="lama")
     text = fails("train", small, f"model={model}", "-o", tmp_path / "run")
@@ -99,7 +103,16 @@ def _wrong_shape(model: Path) -> None:
     ids=lambda value: value.__name__[1:] if callable(value) else "",
 )
 @pytest.mark.parametrize("command", ["train", "quantize", "generate", "convert"])
-def test_a_damaged_model(fails, small, rows, tiny, tmp_path, damage, expected, command) -> None:
+def test_a_damaged_model(
+    fails: Callable[..., str],
+    small: Path,
+    rows: Path,
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    damage: Any,
+    expected: Any,
+    command: str,
+) -> None:
     model = _copy(tiny("llama"), tmp_path / "model")
     damage(model)
     out = tmp_path / "out"
@@ -113,7 +126,7 @@ def test_a_damaged_model(fails, small, rows, tiny, tmp_path, damage, expected, c
     assert all(word in text for word in expected), text
 
 
-def test_a_folder_without_a_model(fails, small, tmp_path) -> None:
+def test_a_folder_without_a_model(fails: Callable[..., str], small: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "config.json" in fails("train", small, f"model={tmp_path}/empty", "-o", tmp_path / "run")
     assert "does not exist" in fails("train", small, f"model={tmp_path}/no", "-o", tmp_path / "run")
@@ -123,7 +136,13 @@ def test_a_folder_without_a_model(fails, small, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("command", ["train", "generate", "convert", "quantize", "plan"])
-def test_the_hub_is_off_limits(fails, small, tmp_path, monkeypatch, command) -> None:
+def test_the_hub_is_off_limits(
+    fails: Callable[..., str],
+    small: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     out = tmp_path / "out"
@@ -139,7 +158,9 @@ def test_the_hub_is_off_limits(fails, small, tmp_path, monkeypatch, command) -> 
     assert "folder" in text
 
 
-def test_data_on_the_hub_is_off_limits(fails, small, tmp_path, monkeypatch) -> None:
+def test_data_on_the_hub_is_off_limits(
+    fails: Callable[..., str], small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("MLX_SLIM_DATA", raising=False)
     text = fails("train", small, "data.path=nobody/nothing", "-o", tmp_path / "run")
@@ -148,7 +169,13 @@ def test_data_on_the_hub_is_off_limits(fails, small, tmp_path, monkeypatch) -> N
 
 
 @pytest.mark.parametrize("what", ["model", "data.path"])
-def test_the_hub_cannot_be_reached(fails, small, tmp_path, monkeypatch, what) -> None:
+def test_the_hub_cannot_be_reached(
+    fails: Callable[..., str],
+    small: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+) -> None:
     """One short try, not half a minute of retries."""
     from huggingface_hub import constants
 

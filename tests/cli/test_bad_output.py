@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mlx_slim.cli.main import run
 
 
-def test_output_that_exists(fails, small, tiny, tmp_path) -> None:
+def test_output_that_exists(
+    fails: Callable[..., str], small: Path, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("keep me")
@@ -23,7 +26,12 @@ def test_output_that_exists(fails, small, tiny, tmp_path) -> None:
     assert (out / "mine.txt").read_text() == "keep me"
 
 
-def test_an_output_that_the_same_command_made_is_complete(fails, tiny, tmp_path, capfd) -> None:
+def test_an_output_that_the_same_command_made_is_complete(
+    fails: Callable[..., str],
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     out = tmp_path / "out"
     words = ["quantize", str(tiny("llama")), "-o", str(out), "--group-size", "32"]
     words += ["--fidelity-samples", "0"]
@@ -37,7 +45,9 @@ def test_an_output_that_the_same_command_made_is_complete(fails, tiny, tmp_path,
     assert "exists already" in fails("convert", tiny("llama"), "-o", out)
 
 
-def test_output_under_a_file(fails, small, rows, tiny) -> None:
+def test_output_under_a_file(
+    fails: Callable[..., str], small: Path, rows: Path, tiny: Callable[..., Path]
+) -> None:
     for words in (
         ["train", small, "-o", rows / "run"],
         ["quantize", tiny("llama"), "-o", rows / "out"],
@@ -47,7 +57,9 @@ def test_output_under_a_file(fails, small, rows, tiny) -> None:
         assert "rows.jsonl" in text
 
 
-def test_output_that_is_a_file(fails, small, rows, tiny) -> None:
+def test_output_that_is_a_file(
+    fails: Callable[..., str], small: Path, rows: Path, tiny: Callable[..., Path]
+) -> None:
     for words in (
         ["train", small, "-o", rows],
         ["quantize", tiny("llama"), "-o", rows],
@@ -56,7 +68,9 @@ def test_output_that_is_a_file(fails, small, rows, tiny) -> None:
         assert "rows.jsonl" in fails(*words)
 
 
-def test_output_in_new_folders(small, tmp_path, capfd) -> None:
+def test_output_in_new_folders(
+    small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """A missing parent is made, not refused."""
     assert run(["train", str(small), "--quiet", "-o", str(tmp_path / "a" / "b" / "run")]) == 0
     assert (tmp_path / "a" / "b" / "run" / "run.json").is_file()
@@ -65,7 +79,9 @@ def test_output_in_new_folders(small, tmp_path, capfd) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
 @pytest.mark.parametrize("place", ["/proc/x", "/proc/a/x", "/proc/self/fd/x"])
-def test_a_place_where_nothing_can_be_made(fails, small, tiny, place) -> None:
+def test_a_place_where_nothing_can_be_made(
+    fails: Callable[..., str], small: Path, tiny: Callable[..., Path], place: str
+) -> None:
     """The system says that the new file does not exist, rather than that it may not be made."""
     for words in (
         ["recipes", "smollm2-lora", "--copy", f"{place}.yaml"],
@@ -92,7 +108,9 @@ def _mounted(folder: Path, options: str) -> Iterator[Path]:
 
 
 @pytest.fixture(params=["train", "quantize", "convert", "eval"])
-def writing(request: pytest.FixtureRequest, small: Path, tiny, tmp_path: Path) -> list[object]:
+def writing(
+    request: pytest.FixtureRequest, small: Path, tiny: Callable[..., Path], tmp_path: Path
+) -> list[object]:
     """A command line that would write; its last word, the output, is missing."""
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog.\n\n" * 200)
@@ -105,13 +123,13 @@ def writing(request: pytest.FixtureRequest, small: Path, tiny, tmp_path: Path) -
     return [*words[request.param], "-o"]
 
 
-def test_a_read_only_file_system(fails, writing, tmp_path) -> None:
+def test_a_read_only_file_system(fails: Callable[..., str], writing: Any, tmp_path: Path) -> None:
     with _mounted(tmp_path / "disk", "ro") as disk:
         assert "cannot write" in fails(*writing, disk / "a" / "out")
 
 
 @pytest.mark.parametrize("size", ["4k", "64k"])
-def test_a_full_disk(fails, writing, tmp_path, size) -> None:
+def test_a_full_disk(fails: Callable[..., str], writing: Any, tmp_path: Path, size: str) -> None:
     with _mounted(tmp_path / "disk", f"size={size}") as disk:
         text = fails(*writing, disk / "a" / "out", code=3)
         assert "disk" in text

@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,7 +31,7 @@ def text(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(params=["train", "distill", "eval", "convert", "quantize", "prune", "export"])
-def command(request, small: Path, tiny, text: Path) -> list[str]:
+def command(request: Any, small: Path, tiny: Callable[..., Path], text: Path) -> list[str]:
     """A command line without its output."""
     source = tiny("llama")
     other = tiny("llama-mha")
@@ -47,7 +49,7 @@ def command(request, small: Path, tiny, text: Path) -> list[str]:
 
 
 def test_the_second_of_two_commands_into_one_output_is_refused(
-    command, tmp_path, monkeypatch, capfd
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The other one runs while this one reports its first event inside of its claim."""
     out = tmp_path / "deep" / "out"
@@ -80,7 +82,9 @@ def test_the_second_of_two_commands_into_one_output_is_refused(
     assert not temporaries(contents(tmp_path))
 
 
-def test_an_output_that_appears_meanwhile_stays(command, tmp_path, monkeypatch, capfd) -> None:
+def test_an_output_that_appears_meanwhile_stays(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """It is there, with something in it, when the finished folder is to get its name."""
     out = tmp_path / "out"
     if command[0] in ("train", "distill", "eval"):  # their folder is there from the beginning
@@ -103,7 +107,9 @@ def test_an_output_that_appears_meanwhile_stays(command, tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("links", [True, False])
 @pytest.mark.parametrize("kind", ["file", "folder", "link"])
-def test_a_file_that_appears_meanwhile_stays(tmp_path, monkeypatch, links, kind) -> None:
+def test_a_file_that_appears_meanwhile_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool, kind: str
+) -> None:
     out = tmp_path / "recipe.yaml"
     if not links:  # exFAT
 
@@ -130,7 +136,7 @@ def test_a_file_that_appears_meanwhile_stays(tmp_path, monkeypatch, links, kind)
     assert (tmp_path / "new.yaml").stat().st_nlink == 1
 
 
-def test_what_somebody_put_into_a_folder_that_is_replaced_goes_over(tmp_path) -> None:
+def test_what_somebody_put_into_a_folder_that_is_replaced_goes_over(tmp_path: Path) -> None:
     out = tmp_path / "adapters"
     for content in ("old", "new"):
         with atomic_folder(out, replace=True) as folder:
@@ -144,7 +150,7 @@ def test_what_somebody_put_into_a_folder_that_is_replaced_goes_over(tmp_path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["adapters"]
 
 
-def test_a_checkpoint_with_a_file_of_somebody_else_stays(tmp_path) -> None:
+def test_a_checkpoint_with_a_file_of_somebody_else_stays(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         folder = tmp_path / f"step-{step}"
         folder.mkdir()
@@ -167,7 +173,9 @@ def test_a_checkpoint_with_a_file_of_somebody_else_stays(tmp_path) -> None:
     assert (tmp_path / "step-7" / "mine.txt").exists()
 
 
-def test_a_resume_of_an_evaluation_touches_its_own_files_only(tiny, text, tmp_path, capfd) -> None:
+def test_a_resume_of_an_evaluation_touches_its_own_files_only(
+    tiny: Callable[..., Path], text: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     words = ["eval", str(tiny("llama")), "--perplexity", str(text), "-o", str(out)]
     assert run(words) == 0
@@ -178,7 +186,9 @@ def test_a_resume_of_an_evaluation_touches_its_own_files_only(tiny, text, tmp_pa
     capfd.readouterr()
 
 
-def test_folders_of_something_else_are_no_demo_and_no_finished_cases(tmp_path, capfd) -> None:
+def test_folders_of_something_else_are_no_demo_and_no_finished_cases(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "report.md").write_text("mine")
     assert run(["demo", "-o", str(tmp_path)]) == 2
     (tmp_path / "results.json").write_text('{"mine": 1}')
@@ -232,7 +242,7 @@ def stop(moment: str, number: int, words: list[str]) -> str:
     return done.stderr
 
 
-def test_sigterm_while_a_file_is_written_leaves_nothing(command, tmp_path) -> None:
+def test_sigterm_while_a_file_is_written_leaves_nothing(command: Any, tmp_path: Path) -> None:
     work = tmp_path / "work"
     told = stop("file", signal.SIGTERM, [*command, "-o", str(work / "out")])
     left = contents(work) if work.exists() else {}
@@ -240,7 +250,7 @@ def test_sigterm_while_a_file_is_written_leaves_nothing(command, tmp_path) -> No
     assert not left or "with: mlx-slim" in told  # a run to go on with
 
 
-def test_sighup_at_an_event_saves_the_state_of_a_run(small, tmp_path) -> None:
+def test_sighup_at_an_event_saves_the_state_of_a_run(small: Path, tmp_path: Path) -> None:
     out = tmp_path / "work" / "out"
     told = stop("event", signal.SIGHUP, ["train", str(small), "-o", str(out)])
     assert f"-o {out} --resume" in told

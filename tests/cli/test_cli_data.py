@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +13,7 @@ from mlx_slim.cli.main import run
 
 
 @pytest.fixture
-def recipe(tiny, tmp_path):
+def recipe(tiny: Callable[..., Path], tmp_path: Path) -> Path:
     rows = tmp_path / "rows.jsonl"
     lines = [{"prompt": f"question {n}", "completion": f"answer [b]{n}[/b]"} for n in range(4)]
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -22,7 +25,7 @@ def recipe(tiny, tmp_path):
     return path
 
 
-def test_preview_marks_what_is_learned(recipe, capsys):
+def test_preview_marks_what_is_learned(recipe: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["data", "preview", str(recipe), "--rows", "2"]) == 0
     out = capsys.readouterr().out
     assert "⟦answer [b]0[/b]<|im_end|>" in out
@@ -31,7 +34,9 @@ def test_preview_marks_what_is_learned(recipe, capsys):
     assert "supervised" in out
 
 
-def test_preview_shows_what_is_cut_and_dropped(recipe, capsys):
+def test_preview_shows_what_is_cut_and_dropped(
+    recipe: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["data", "preview", str(recipe), "train.max_length=40"]
     assert run([*words, "data.truncation=left"]) == 0
     assert "TRUNCATED from" in capsys.readouterr().out
@@ -39,14 +44,18 @@ def test_preview_shows_what_is_cut_and_dropped(recipe, capsys):
     assert "4 longer than 40 tokens" in capsys.readouterr().out
 
 
-def test_preview_of_missing_data_is_one_line(recipe, capsys):
+def test_preview_of_missing_data_is_one_line(
+    recipe: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(["data", "preview", str(recipe), "data.path=./nothing.jsonl"]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" or "Traceback" not in captured.out
     assert "nothing.jsonl does not exist" in captured.err
 
 
-def test_overlap_of_a_file_and_of_a_recipe(recipe, tmp_path, capsys, monkeypatch):
+def test_overlap_of_a_file_and_of_a_recipe(
+    recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("MLX_SLIM_DATA", raising=False)
     rows = tmp_path / "rows.jsonl"
     assert run(["data", "overlap", str(rows)]) == 2

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +13,7 @@ from mlx_slim.cli.main import run
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch):
+def quick(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Skip the measuring, and the network."""
     rates = {"matmul_float32_gflops": 150.0, "matmul_bfloat16_gflops": 3.0, "exp_ns": 20.0}
     monkeypatch.setattr(doctor, "speed", lambda: rates)
@@ -19,7 +21,9 @@ def quick(monkeypatch: pytest.MonkeyPatch):
     return rates
 
 
-def test_json_has_the_facts(quick, capsys, tmp_path, monkeypatch):
+def test_json_has_the_facts(
+    quick: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "alpaca").mkdir()
     (tmp_path / "alpaca" / "train.jsonl").write_text("{}\n")
     monkeypatch.setenv("MLX_SLIM_DATA", str(tmp_path))
@@ -32,7 +36,9 @@ def test_json_has_the_facts(quick, capsys, tmp_path, monkeypatch):
     assert facts["schema_version"] == 1
 
 
-def test_what_is_slow_or_absent_comes_with_a_way_out(quick, capsys, monkeypatch):
+def test_what_is_slow_or_absent_comes_with_a_way_out(
+    quick: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     quick["matmul_float32_gflops"] = 3.0
     monkeypatch.setattr(doctor, "hub", lambda: {"endpoint": "hub", "state": "unreachable"})
     monkeypatch.setattr(doctor, "compiler", lambda: {"needed": True, "path": None})
@@ -44,14 +50,14 @@ def test_what_is_slow_or_absent_comes_with_a_way_out(quick, capsys, monkeypatch)
     assert text.count("mend: ") == 4
 
 
-def test_offline_by_choice_is_not_a_problem(monkeypatch):
+def test_offline_by_choice_is_not_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert doctor.hub()["state"] == "offline by choice"
 
 
-def test_an_unreachable_hub_is_said_soon(monkeypatch):
+def test_an_unreachable_hub_is_said_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -61,6 +67,6 @@ def test_an_unreachable_hub_is_said_soon(monkeypatch):
     assert answer["why"]
 
 
-def test_the_rates_are_measured():
+def test_the_rates_are_measured() -> None:
     rates = doctor.speed()
     assert all(value > 0 for value in rates.values())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +25,13 @@ def text(task: Path) -> Path:
     return task.parent / "text.txt"
 
 
-def test_score_and_compare(tiny, task, text, tmp_path, capfd):
+def test_score_and_compare(
+    tiny: Callable[..., Path],
+    task: Any,
+    text: Any,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     for name, shots in (("a", 0), ("b", 0), ("c", 1)):
         words = ["eval", tiny("llama" if name == "a" else "mistral"), "--task", task]
         if name != "c":
@@ -44,7 +52,9 @@ def test_score_and_compare(tiny, task, text, tmp_path, capfd):
     assert "num_fewshot: 0 → 1" in capfd.readouterr().err
 
 
-def test_json_lines(tiny, task, tmp_path, capfd):
+def test_json_lines(
+    tiny: Callable[..., Path], task: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     words = ["eval", tiny("llama"), "--task", task, "--limit", "2", "--json", "-o", tmp_path / "x"]
     assert run(list(map(str, words))) == 0
     records = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
@@ -54,11 +64,16 @@ def test_json_lines(tiny, task, tmp_path, capfd):
 
 
 def test_ctrl_c_keeps_what_is_computed_and_says_how_to_go_on(
-    tiny, task, text, tmp_path, capfd, monkeypatch
-):
+    tiny: Callable[..., Path],
+    task: Any,
+    text: Any,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     append, calls = results.Folder.append, []
 
-    def interrupted(self, name, data, **measured):
+    def interrupted(self: Any, name: str, data: Any, **measured: Any):
         calls.append(name)
         if len(calls) == 2:
             raise KeyboardInterrupt
@@ -80,7 +95,9 @@ def test_ctrl_c_keeps_what_is_computed_and_says_how_to_go_on(
     capfd.readouterr()
 
 
-def test_bad_input_is_one_line_and_nothing_is_written(fails, tiny, task, text, tmp_path):
+def test_bad_input_is_one_line_and_nothing_is_written(
+    fails: Callable[..., str], tiny: Callable[..., Path], task: Any, text: Any, tmp_path: Path
+) -> None:
     model, out = tiny("llama"), tmp_path / "out"
     start = ["eval", model, "--task", task]
     cases = [
@@ -110,7 +127,9 @@ def test_bad_input_is_one_line_and_nothing_is_written(fails, tiny, task, text, t
         assert said in fails(*words), words
 
 
-def test_an_adapter_that_does_not_fit(fails, tiny, task, tmp_path):
+def test_an_adapter_that_does_not_fit(
+    fails: Callable[..., str], tiny: Callable[..., Path], task: Any, tmp_path: Path
+) -> None:
     folder = tmp_path / "adapters"
     folder.mkdir()
     words = ["eval", tiny("llama"), "--task", task, "--adapter", folder, "-o", tmp_path / "out"]
@@ -120,7 +139,9 @@ def test_an_adapter_that_does_not_fit(fails, tiny, task, tmp_path):
     assert "safetensors" in fails(*words)
 
 
-def test_rows_that_do_not_fit_the_task(fails, tiny, task, tmp_path):
+def test_rows_that_do_not_fit_the_task(
+    fails: Callable[..., str], tiny: Callable[..., Path], task: Any, tmp_path: Path
+) -> None:
     rows = task.parent / "rows.jsonl"
     rows.write_text(rows.read_text().replace('"question"', '"query"'))
     text = fails("eval", tiny("llama"), "--task", task, "-o", tmp_path / "out")
@@ -128,7 +149,13 @@ def test_rows_that_do_not_fit_the_task(fails, tiny, task, tmp_path):
     assert "rows.jsonl" in text
 
 
-def test_the_output_of_several_models(fails, tiny, task, tmp_path, capfd):
+def test_the_output_of_several_models(
+    fails: Callable[..., str],
+    tiny: Callable[..., Path],
+    task: Any,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     out = tmp_path / "out"
     words = ["eval", tiny("llama"), tiny("phi"), "--task", task, "--limit", "1", "-o", out]
     assert run(list(map(str, words))) == 0

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from mlx_slim.pruning.plan import parse_layers
@@ -47,17 +51,23 @@ from tests.support.runs import write_rows
         (["--ratio", "0.5", "--task", "arc_eazy"], "arc_easy"),
     ],
 )
-def test_bad_input(fails, tiny, tmp_path, words, expected) -> None:
+def test_bad_input(
+    fails: Callable[..., str], tiny: Callable[..., Path], tmp_path: Path, words: Any, expected: str
+) -> None:
     assert expected in fails("prune", tiny("llama"), "-o", tmp_path / "out", *words)
 
 
-def test_all_problems_at_once(fails, tiny, tmp_path) -> None:
+def test_all_problems_at_once(
+    fails: Callable[..., str], tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     words = ["--ratio", "2", "--layers", "1", "--no-heads"]
     text = fails("prune", tiny("llama"), "-o", tmp_path / "out", *words)
     assert "3 problems" in text and "--ratio is 2" in text and "--no-heads" in text
 
 
-def test_models_that_cannot_be_pruned(fails, tiny, tmp_path) -> None:
+def test_models_that_cannot_be_pruned(
+    fails: Callable[..., str], tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     from mlx_slim.config.schema import QuantizeConfig
 
     bits = tmp_path / "bits"
@@ -69,7 +79,9 @@ def test_models_that_cannot_be_pruned(fails, tiny, tmp_path) -> None:
         assert "nothing" in fails("prune", tiny(kind), *words[:-1], "--no-mlp")
 
 
-def test_outputs_that_exist(fails, tiny, tmp_path) -> None:
+def test_outputs_that_exist(
+    fails: Callable[..., str], tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("keep me")

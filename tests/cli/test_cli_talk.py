@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +14,9 @@ from tests.support.adapters import write_adapter
 from tests.support.tiny import tiny_model
 
 
-def test_generate_prints_the_answer_alone(tiny, capsys):
+def test_generate_prints_the_answer_alone(
+    tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["generate", str(tiny("llama")), "--prompt", "hello", "--max-tokens", "5"]
     assert run(words) == 0
     first = capsys.readouterr()
@@ -21,7 +26,9 @@ def test_generate_prints_the_answer_alone(tiny, capsys):
     assert capsys.readouterr().out == first.out
 
 
-def test_a_seed_decides_what_is_sampled(tiny, capsys):
+def test_a_seed_decides_what_is_sampled(
+    tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     words = [
         "generate",
         str(tiny("llama")),
@@ -39,7 +46,9 @@ def test_a_seed_decides_what_is_sampled(tiny, capsys):
     assert outputs[0] == outputs[1] != outputs[2]
 
 
-def test_generate_reads_standard_input(tiny, capsys, monkeypatch):
+def test_generate_reads_standard_input(
+    tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = ["generate", str(tiny("llama")), "--max-tokens", "5", "--prompt"]
     assert run([*words, "hello"]) == 0
     typed = capsys.readouterr().out
@@ -59,7 +68,9 @@ def test_generate_reads_standard_input(tiny, capsys, monkeypatch):
         ([], "--prompt"),
     ],
 )
-def test_bad_input_of_generate_is_one_line(words, message, tiny, capsys):
+def test_bad_input_of_generate_is_one_line(
+    words: Any, message: str, tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(["generate", str(tiny("llama")), *words]) == 2
     captured = capsys.readouterr()
     assert message in captured.err
@@ -67,20 +78,26 @@ def test_bad_input_of_generate_is_one_line(words, message, tiny, capsys):
     assert captured.out == ""
 
 
-def test_an_absent_model_is_one_line(capsys, monkeypatch, tmp_path):
+def test_an_absent_model_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert run(["generate", str(tmp_path / "absent"), "--prompt", "x"]) == 2
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_a_base_model_continues_but_takes_no_system_message(tmp_path, capsys):
+def test_a_base_model_continues_but_takes_no_system_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = str(tiny_model(tmp_path / "base", "llama", chat_template=None))
     assert run(["generate", folder, "--prompt", "once", "--max-tokens", "3"]) == 0
     assert run(["generate", folder, "--prompt", "once", "--system", "be brief"]) == 2
     assert "no chat template" in capsys.readouterr().err
 
 
-def test_chat_holds_a_conversation_and_its_commands(tiny, capsys, monkeypatch):
+def test_chat_holds_a_conversation_and_its_commands(
+    tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     lines = "hello\n/reset\nhello\n/rest\n\n/exit\nnever read\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     words = ["chat", str(tiny("llama")), "--max-tokens", "6", "--temp", "0"]
@@ -93,13 +110,20 @@ def test_chat_holds_a_conversation_and_its_commands(tiny, capsys, monkeypatch):
     assert captured.out
 
 
-def test_chat_ends_with_its_input(tiny, capsys, monkeypatch):
+def test_chat_ends_with_its_input(
+    tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("hello"))
     assert run(["chat", str(tiny("llama")), "--max-tokens", "3", "--system", "be brief"]) == 0
     assert capsys.readouterr().out
 
 
-def test_adapters_are_summed_and_switched(tiny, capsys, monkeypatch, tmp_path):
+def test_adapters_are_summed_and_switched(
+    tiny: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
     base = str(tiny("llama"))
     one, other = (
         write_adapter(tmp_path / name, tiny("llama"), size=0.3) for name in ("one", "other")
@@ -126,13 +150,15 @@ def test_adapters_are_summed_and_switched(tiny, capsys, monkeypatch, tmp_path):
     assert answers != alone * 3
 
 
-def outputs_of_chat(base, monkeypatch, capsys) -> str:
+def outputs_of_chat(
+    base: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> str:
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
     assert run(["chat", base, "--max-tokens", "6", "--temp", "0"]) == 0
     return capsys.readouterr().out
 
 
-def test_a_base_model_does_not_chat(tmp_path, capsys):
+def test_a_base_model_does_not_chat(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(tiny_model(tmp_path / "base", "llama", chat_template=None))
     assert run(["chat", folder]) == 2
     assert "hint: it is a base model" in capsys.readouterr().err

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +13,7 @@ from tests.evaluation.support import CHOICE, GENERATION, mmlu_row, quiz, write_r
 
 
 @pytest.fixture
-def mirror(tmp_path, monkeypatch):
+def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("MLX_SLIM_DATA", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     rows = [mmlu_row("anatomy", n) for n in range(6)]
@@ -22,7 +24,9 @@ def mirror(tmp_path, monkeypatch):
     return tmp_path / "mirror"
 
 
-def test_the_list_has_every_task_and_suite(mirror, capsys):
+def test_the_list_has_every_task_and_suite(
+    mirror: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(["tasks", "--data-dir", str(mirror)]) == 0
     out = capsys.readouterr().out
     for words in ("arc_challenge", "gsm8k", "strict_match", "CC BY-SA 4.0", "absent",
@@ -37,7 +41,9 @@ def test_the_list_has_every_task_and_suite(mirror, capsys):
     assert listed["suites"]["seed"] == {"hellaswag": 0, "gsm8k": 5, "mmlu": 5}
 
 
-def test_a_task_shows_its_file_and_its_first_prompt(mirror, capsys):
+def test_a_task_shows_its_file_and_its_first_prompt(
+    mirror: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["tasks", "mmlu_anatomy", "--data-dir", str(mirror)]
     assert run([*words, "--num-fewshot", "1"]) == 0
     out = capsys.readouterr().out
@@ -51,7 +57,7 @@ def test_a_task_shows_its_file_and_its_first_prompt(mirror, capsys):
     assert (shown["first"]["target"], shown["missing"]) == (0, [])
 
 
-def test_missing_rows_are_said(mirror, capsys):
+def test_missing_rows_are_said(mirror: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["tasks", "arc_easy", "--data-dir", str(mirror)]) == 0
     out = capsys.readouterr().out
     assert f"missing   task arc_easy has no rows: {mirror}/arc_easy/test.jsonl does not" in out
@@ -63,20 +69,22 @@ def test_missing_rows_are_said(mirror, capsys):
     assert "arc_easy/train.jsonl does not exist" in out and "first prompt, 0 shots" in out
 
 
-def test_the_demo_s_task_shows_system_and_user(capsys):
+def test_the_demo_s_task_shows_system_and_user(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["tasks", "demo-exact-match"]) == 0
     out = capsys.readouterr().out
     assert "<system>\nExpense to JSON" in out and "--- right answer ---" in out
 
 
-def test_a_file_of_ones_own(mirror, tmp_path, capsys):
+def test_a_file_of_ones_own(
+    mirror: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_task(tmp_path, CHOICE, rows=[quiz(1, "x")])
     assert run(["tasks", str(tmp_path / "mine.yaml")]) == 0
     out = capsys.readouterr().out
     assert "Q: what is 1?\nA:" in out and "* ' x'" in out
 
 
-def test_wrong_names_and_files(mirror, tmp_path, fails):
+def test_wrong_names_and_files(mirror: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
     assert "did you mean 'gsm8k'" in fails("tasks", "gsm9k")
     assert "seed is a suite" in fails("tasks", "seed")
     assert "--num-fewshot needs" in fails("tasks", "--num-fewshot", "2")
@@ -85,7 +93,9 @@ def test_wrong_names_and_files(mirror, tmp_path, fails):
     assert "2 problems" in said and "did you mean 'prompt'" in said
 
 
-def test_several_right_answers_are_shown(mirror, tmp_path, capsys):
+def test_several_right_answers_are_shown(
+    mirror: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     task = write_task(tmp_path, CHOICE, rows=[quiz(1, [1, 0])], shots=[])
     assert run(["tasks", str(task.file)]) == 0
     assert "* ' n1'\n* ' x'" in capsys.readouterr().out
@@ -97,7 +107,9 @@ def test_several_right_answers_are_shown(mirror, tmp_path, capsys):
     assert "--- right answers, any counts ---\none\ntwo\n" in capsys.readouterr().out
 
 
-def test_a_prompt_that_cannot_be_made_is_an_error_as_in_scoring(mirror, tmp_path, fails):
+def test_a_prompt_that_cannot_be_made_is_an_error_as_in_scoring(
+    mirror: Path, tmp_path: Path, fails: Callable[..., str]
+) -> None:
     """Absent rows are no fault of the task; a template, a target or a row that fails is."""
     named = CHOICE.replace("{{ question }}", "{{ quest }}")
     task = write_task(tmp_path, named, rows=[quiz(1, "x")], shots=[quiz(2, "x")])

@@ -6,7 +6,8 @@ Options and fields are found by walking over all of them, so that a new one is h
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -42,7 +43,9 @@ NUMBERS = [
 
 
 @pytest.mark.parametrize(("command", "option"), NUMBERS)
-def test_an_option_refuses_what_is_no_number_and_what_is_out_of_range(command, option) -> None:
+def test_an_option_refuses_what_is_no_number_and_what_is_out_of_range(
+    command: Any, option: Any
+) -> None:
     kind = option.type
     assert kind.min is not None and kind.max is not None, "a number without a range"
     context = click.Context(command)
@@ -55,7 +58,9 @@ def test_an_option_refuses_what_is_no_number_and_what_is_out_of_range(command, o
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999", "0", "1", "-0.5"])
-def test_a_ratio_is_refused_by_pruning_itself(value, tiny, tmp_path, capsys) -> None:
+def test_a_ratio_is_refused_by_pruning_itself(
+    value: str, tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["prune", str(tiny("llama")), "-o", str(tmp_path / "out"), "--ratio", value]
     assert entry.run(words) == 2
     assert "expected more than 0 and less than 1" in capsys.readouterr().err
@@ -94,7 +99,7 @@ SCHEMAS = [
 
 
 @pytest.mark.parametrize(("name", "schema"), SCHEMAS, ids=[name for name, _ in SCHEMAS])
-def test_a_key_has_a_range(name, schema) -> None:
+def test_a_key_has_a_range(name: Any, schema: Any) -> None:
     low = schema.get("minimum", schema.get("exclusiveMinimum"))
     high = schema.get("maximum", schema.get("exclusiveMaximum", schema.get("const")))
     assert (low is not None and high is not None) or "const" in schema, name
@@ -118,7 +123,7 @@ FIELDS = [
     ("kind", "name"), FIELDS, ids=[f"{kind.__name__}.{name}" for kind, name in FIELDS]
 )
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf, True, [True], 10**30, -(10**30)])
-def test_a_key_refuses_what_is_no_number_in_its_range(kind, name, wrong) -> None:
+def test_a_key_refuses_what_is_no_number_in_its_range(kind: Any, name: Any, wrong: Any) -> None:
     with pytest.raises(ValidationError) as caught:
         kind.model_validate({name: wrong})
     assert any(error["loc"][:1] == (name,) for error in caught.value.errors())

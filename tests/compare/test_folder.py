@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from mlx_slim import locks
@@ -12,7 +14,7 @@ from mlx_slim.compare.matrix import load_matrix
 from mlx_slim.errors import Interrupted, SlimError
 
 
-def test_a_folder_that_is_none_or_another_matrix_is_refused(files, tmp_path):
+def test_a_folder_that_is_none_or_another_matrix_is_refused(files: Path, tmp_path: Path) -> None:
     layout = load_matrix(str(files / "toy.yaml"))
     other = tmp_path / "other"
     other.mkdir()
@@ -30,14 +32,14 @@ def test_a_folder_that_is_none_or_another_matrix_is_refused(files, tmp_path):
     assert [path.name for path in other.iterdir()] == ["matrix.json"]
 
 
-def test_rows_that_are_not_there_leave_no_folder(files):
+def test_rows_that_are_not_there_leave_no_folder(files: Path) -> None:
     (files / "toy.jsonl").unlink()
     with pytest.raises(SlimError, match=r"toy\.jsonl"):
         runner.prepare(load_matrix(str(files / "toy.yaml")), files / "out", False)
     assert not (files / "out").exists()
 
 
-def test_one_process_at_a_time_and_an_interruption_stops_everything(files):
+def test_one_process_at_a_time_and_an_interruption_stops_everything(files: Path) -> None:
     layout = load_matrix(str(files / "toy.yaml"))
     todo = runner.prepare(layout, files / "two", False)
     lock = locks.acquire(files / "two" / LOCK_FILE)

@@ -21,7 +21,7 @@ def answered(folder: Path, right: dict[str, int]) -> dict[str, Any]:
     return report(folder).results
 
 
-def test_one_more_right_answer_of_a_hundred_lifts_nothing(tmp_path):
+def test_one_more_right_answer_of_a_hundred_lifts_nothing(tmp_path: Path) -> None:
     folder = write_matrix(tmp_path / "m", methods=("base", "lora"), questions=TASK)
     first, last = answered(folder, {"toy0-base": 40, "toy0-lora-s0": 41})["headline"]
     assert first == (
@@ -36,7 +36,7 @@ def test_one_more_right_answer_of_a_hundred_lifts_nothing(tmp_path):
     )
 
 
-def test_the_table_and_the_headline_hold_to_one_level(tmp_path):
+def test_the_table_and_the_headline_hold_to_one_level(tmp_path: Path) -> None:
     folder = write_matrix(tmp_path / "m", methods=("base", "lora", "dora", "qlora"), questions=TASK)
     right = {"toy0-base": 40, "toy0-lora-s0": 46, "toy0-dora-s0": 41, "toy0-qlora-s0": 40}
     results = answered(folder, right)
@@ -54,7 +54,7 @@ def test_the_table_and_the_headline_hold_to_one_level(tmp_path):
     assert "of what is above chance: 40.0 of 46.0 points, chance 25.0; no detectable" in kept
 
 
-def test_at_the_chance_level_nothing_is_kept(tmp_path):
+def test_at_the_chance_level_nothing_is_kept(tmp_path: Path) -> None:
     folder = write_matrix(tmp_path / "m", methods=("base", "lora", "qlora"), questions=TASK)
     right = {"toy0-base": 24, "toy0-lora-s0": 26, "toy0-qlora-s0": 25}
     results = answered(folder, right)
@@ -73,7 +73,7 @@ def test_at_the_chance_level_nothing_is_kept(tmp_path):
     "methods",
     [("lora",), ("lora", "qlora"), ("quantized",), ("fused",), ("quantized", "qlora", "fused")],
 )
-def test_a_matrix_without_a_base_is_reported(tmp_path, methods):
+def test_a_matrix_without_a_base_is_reported(tmp_path: Path, methods: Any) -> None:
     folder = write_matrix(tmp_path / "m", methods=methods)
     results = report(folder).results
     assert any("no untrained base" in line for line in results["headline"])
@@ -83,7 +83,7 @@ def test_a_matrix_without_a_base_is_reported(tmp_path, methods):
         assert "no untrained base" in (folder / name).read_text()
 
 
-def test_several_models_and_seeds(tmp_path):
+def test_several_models_and_seeds(tmp_path: Path) -> None:
     folder = write_matrix(tmp_path / "m", models=2, seeds=2, methods=("base", "lora"))
     results = report(folder).results
     assert [line.split(": ")[0] for line in results["headline"][:2]] == ["toy0", "toy1"]
@@ -97,7 +97,7 @@ def test_several_models_and_seeds(tmp_path):
     assert claim["delta"] == pytest.approx(claim["second"]["value"] - claim["first"]["value"])
 
 
-def test_too_few_questions_to_detect_anything(tmp_path):
+def test_too_few_questions_to_detect_anything(tmp_path: Path) -> None:
     folder = write_matrix(tmp_path / "m", methods=("base", "lora"), questions={"hellaswag": 4})
     results = answered(folder, {"toy0-base": 0, "toy0-lora-s0": 4})
     assert "too few questions to detect any" in results["headline"][0]
@@ -106,7 +106,7 @@ def test_too_few_questions_to_detect_anything(tmp_path):
 
 
 @pytest.mark.parametrize("right", [0, 1, 100])
-def test_equal_answers_are_no_certainty(tmp_path, right):
+def test_equal_answers_are_no_certainty(tmp_path: Path, right: int) -> None:
     """All right, all wrong, never another answer: the intervals still have a width."""
     folder = write_matrix(tmp_path / "m", methods=("base", "lora", "qlora"), questions=TASK)
     names = ("toy0-base", "toy0-lora-s0", "toy0-qlora-s0")
@@ -118,7 +118,7 @@ def test_equal_answers_are_no_certainty(tmp_path, right):
         assert claim["interval"][0] < 0 < claim["interval"][1]
 
 
-def test_measured_memory_decides_no_word(tmp_path):
+def test_measured_memory_decides_no_word(tmp_path: Path) -> None:
     folder = write_matrix(tmp_path / "m")
     before = report(folder).results["headline"]
     for path in folder.glob("cells/*/cell.json"):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,14 +27,14 @@ MEASURED = {"seconds", "tokens_per_second", "peak_memory_bytes", "predicted_seco
 MEASURED |= {"eval_seconds", "eval_peak_memory_bytes"}
 
 
-def unmeasured(value):
+def unmeasured(value: Any) -> Any:
     """Return JSON without times and measured memory."""
     if isinstance(value, dict):
         return {key: unmeasured(inner) for key, inner in value.items() if key not in MEASURED}
     return [unmeasured(inner) for inner in value] if isinstance(value, list) else value
 
 
-def test_what_is_no_time_is_the_same_twice(files, tiny):
+def test_what_is_no_time_is_the_same_twice(files: Path, tiny: Callable[..., Path]) -> None:
     methods = {
         "base": {"kind": "base"},
         "small": {"kind": "pruned", "prune": {"ratio": 0.5, "calibration": "rows.jsonl"}},
@@ -69,7 +72,9 @@ def test_what_is_no_time_is_the_same_twice(files, tiny):
     assert model_hash(small[0]) != model_hash(small[1])
 
 
-def test_changed_answers_definitions_and_texts_are_scored_again_and_nothing_else(files):
+def test_changed_answers_definitions_and_texts_are_scored_again_and_nothing_else(
+    files: Path,
+) -> None:
     """The keys know rows, definition and text by content, not by name."""
     out = files / "out"
     (files / "other.yaml").write_text(TASK.replace("toy.jsonl", "other.jsonl"))
@@ -116,7 +121,7 @@ def test_changed_answers_definitions_and_texts_are_scored_again_and_nothing_else
     }
 
 
-def test_answers_that_no_field_declares_count_too(files):
+def test_answers_that_no_field_declares_count_too(files: Path) -> None:
     """A task may name fewer fields than its templates read."""
     (files / "toytask.yaml").write_text(TASK.replace(", answer: integer", ""))
     layout = load_matrix(str(files / "toy.yaml"))
@@ -131,7 +136,7 @@ def test_answers_that_no_field_declares_count_too(files):
     assert asked()["rows_sha256"] != before["rows_sha256"]
 
 
-def test_rows_that_change_while_the_matrix_runs_cost_their_cells(files):
+def test_rows_that_change_while_the_matrix_runs_cost_their_cells(files: Path) -> None:
     layout = load_matrix(str(files / "toy.yaml"))
     out = files / "out"
     cell = runner.prepare(layout, out, False)[0]
@@ -145,7 +150,7 @@ def test_rows_that_change_while_the_matrix_runs_cost_their_cells(files):
 
 
 @pytest.mark.parametrize("named", ["validation", "template", "forgetting"])
-def test_files_that_a_recipe_names_count_by_content(files, named):
+def test_files_that_a_recipe_names_count_by_content(files: Path, named: str) -> None:
     write_rows(files / "validation.jsonl", 5)
     (files / "template.jinja").write_text("{{ messages[0].content }}")
     recipe = {
@@ -161,7 +166,9 @@ def test_files_that_a_recipe_names_count_by_content(files, named):
     assert identity.contents(resolved.recipe) != before
 
 
-def test_changed_rows_weights_or_code_change_the_key(files, tiny, monkeypatch):
+def test_changed_rows_weights_or_code_change_the_key(
+    files: Path, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     layout = load_matrix(str(files / "toy.yaml"))
     cell = next(cell for cell in layout.cells if cell.name == "toy-qlora-s0")
 
@@ -177,7 +184,7 @@ def test_changed_rows_weights_or_code_change_the_key(files, tiny, monkeypatch):
     assert key() != second
 
 
-def test_a_folder_that_an_older_version_prepared_is_one_line(files):
+def test_a_folder_that_an_older_version_prepared_is_one_line(files: Path) -> None:
     layout = load_matrix(str(files / "toy.yaml"))
     out = files / "out"
     cell = runner.prepare(layout, out, False)[0]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -35,12 +37,12 @@ SMALL = {
 }
 
 
-def write(path: Path, **changes) -> Path:
+def write(path: Path, **changes: Any) -> Path:
     path.write_text(yaml.safe_dump({**SMALL, **changes}, sort_keys=False))
     return path
 
 
-def test_shipped_matrices_and_no_recipe_among_them():
+def test_shipped_matrices_and_no_recipe_among_them() -> None:
     assert library.names("matrices") == [
         "matrix-14",
         "matrix-7b",
@@ -55,7 +57,7 @@ def test_shipped_matrices_and_no_recipe_among_them():
     assert listed == library.names("matrices")
 
 
-def test_fourteen_variants_and_their_controls():
+def test_fourteen_variants_and_their_controls() -> None:
     layout = load_matrix("matrix-14")
     assert not layout.refused
     variants = {
@@ -75,7 +77,7 @@ def test_fourteen_variants_and_their_controls():
     assert all(len(cell.rates) > 1 for cell in layout.cells if cell.kind == "tuned")
 
 
-def test_ways_to_be_taught_and_pinned_teachers():
+def test_ways_to_be_taught_and_pinned_teachers() -> None:
     layout = load_matrix("matrix-tinyllm")
     assert not layout.refused
     taught = {cell.method: cell.recipe.recipe.distill for cell in layout.cells}
@@ -96,7 +98,7 @@ def test_ways_to_be_taught_and_pinned_teachers():
 
 
 @pytest.mark.parametrize("name", library.names("matrices"))
-def test_all_cells_see_the_same_rows_in_steps_of_the_same_size(name: str):
+def test_all_cells_see_the_same_rows_in_steps_of_the_same_size(name: str) -> None:
     cells = [cell for cell in load_matrix(name).cells if cell.kind == "tuned"]
     first = cells[0].recipe.recipe
     for cell in cells:
@@ -109,7 +111,7 @@ def test_all_cells_see_the_same_rows_in_steps_of_the_same_size(name: str):
         assert recipe.train.model_dump(exclude=ignored) == first.train.model_dump(exclude=ignored)
 
 
-def test_overrides_and_limit(tmp_path):
+def test_overrides_and_limit(tmp_path: Path) -> None:
     path = write(tmp_path / "m.yaml")
     layout = load_matrix(str(path), ["recipe.train.steps=7", "seeds=[3, 4]"], limit=2)
     tuned = [cell for cell in layout.cells if cell.method == "lora"]
@@ -136,13 +138,13 @@ def test_overrides_and_limit(tmp_path):
         ({"tasks": []}, "tasks"),
     ],
 )
-def test_a_wrong_file_is_one_clear_error(tmp_path, changes, said):
+def test_a_wrong_file_is_one_clear_error(tmp_path: Path, changes: Any, said: str) -> None:
     with pytest.raises(SlimError) as caught:
         load_matrix(str(write(tmp_path / "m.yaml", **changes)))
     assert said in str(caught.value)
 
 
-def test_a_wrong_cell_is_named_and_the_others_stay(tmp_path):
+def test_a_wrong_cell_is_named_and_the_others_stay(tmp_path: Path) -> None:
     models = {
         "toy": {"source": "x", "methods": ["base", "loar"]},
         "a": {"source": "x", "methods": ["b-c"]},
@@ -167,7 +169,7 @@ def test_a_wrong_cell_is_named_and_the_others_stay(tmp_path):
         ({"kind": "fused", "of": "full"}, "no adapters to fuse"),
     ],
 )
-def test_what_cannot_be_fused(tmp_path, fused, said):
+def test_what_cannot_be_fused(tmp_path: Path, fused: Any, said: str) -> None:
     methods = {
         "base": {"kind": "base"},
         "full": {"recipe": {"method": "full"}},
@@ -178,7 +180,7 @@ def test_what_cannot_be_fused(tmp_path, fused, said):
     assert said in dict(layout.refused)["toy-fused-s0"]
 
 
-def test_values_of_other_schemas_may_be_true_or_false(tmp_path):
+def test_values_of_other_schemas_may_be_true_or_false(tmp_path: Path) -> None:
     methods = {
         "narrow": {"kind": "pruned", "prune": {"ratio": 0.5, "heads": False}},
         "qat": {"recipe": {"method": "full", "quantize": {"qat": True}}},
@@ -188,7 +190,7 @@ def test_values_of_other_schemas_may_be_true_or_false(tmp_path):
     assert layout.cells[1].recipe.recipe.quantize.qat is True
 
 
-def test_cells_that_start_from_another_cell(tmp_path):
+def test_cells_that_start_from_another_cell(tmp_path: Path) -> None:
     methods = {
         "base": {"kind": "base"},
         "small": {"kind": "pruned", "prune": {"ratio": 0.5}},
@@ -222,7 +224,7 @@ def test_cells_that_start_from_another_cell(tmp_path):
         ({"kind": "base", "of": "small"}, "a base is the model as it is"),
     ],
 )
-def test_what_nothing_can_start_from(tmp_path, child, said):
+def test_what_nothing_can_start_from(tmp_path: Path, child: Any, said: str) -> None:
     methods = {
         "base": {"kind": "base"},
         "small": {"kind": "pruned", "prune": {"ratio": 0.5}},
@@ -234,7 +236,7 @@ def test_what_nothing_can_start_from(tmp_path, child, said):
     assert said in next(why for name, why in layout.refused if name.startswith("toy-child"))
 
 
-def test_plan_says_what_runs_what_does_not_fit_and_why(tmp_path):
+def test_plan_says_what_runs_what_does_not_fit_and_why(tmp_path: Path) -> None:
     done = CliRunner().invoke(
         command, ["compare", "matrix-14", "--dry-run", "budget=20GB", "seeds=[0]", "--limit", "10"]
     )
@@ -246,7 +248,9 @@ def test_plan_says_what_runs_what_does_not_fit_and_why(tmp_path):
     assert "the budget is 20.0 GB" in done.output
 
 
-def test_rows_that_are_not_there_are_no_matter_to_cells_that_train_on_none(tmp_path, tiny):
+def test_rows_that_are_not_there_are_no_matter_to_cells_that_train_on_none(
+    tmp_path: Path, tiny: Callable[..., Path]
+) -> None:
     rows = {"data": {"path": str(tmp_path / "gone.jsonl")}}
     methods = {"base": {"kind": "base"}}
     models = {"toy": {"source": str(tiny("llama"))}}
@@ -255,7 +259,9 @@ def test_rows_that_are_not_there_are_no_matter_to_cells_that_train_on_none(tmp_p
     assert not line.why_not and line.peak_bytes
 
 
-def test_what_is_only_scored_must_fit_too_at_the_bits_that_it_has(tmp_path, tiny):
+def test_what_is_only_scored_must_fit_too_at_the_bits_that_it_has(
+    tmp_path: Path, tiny: Callable[..., Path]
+) -> None:
     methods = {
         "base": {"kind": "base"},
         "base-4bit": {"kind": "quantized"},

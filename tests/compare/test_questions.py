@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +19,7 @@ from tests.evaluation.support import CHOICE, GENERATION, quiz, write_task
 
 
 @pytest.mark.parametrize("text", [CHOICE, GENERATION])
-def test_several_right_answers_are_stored_and_judged_again(tmp_path, text):
+def test_several_right_answers_are_stored_and_judged_again(tmp_path: Path, text: Any) -> None:
     rows = [
         {**quiz(1, [1, 0]), "prompt": "p", "completion": ["Paris", "Lyon"]},
         {**quiz(2, 1), "prompt": "p", "completion": "Nice"},
@@ -54,6 +56,6 @@ def test_several_right_answers_are_stored_and_judged_again(tmp_path, text):
             ledger.problems.clear()
 
 
-def test_a_reader_sees_all_that_is_right():
+def test_a_reader_sees_all_that_is_right() -> None:
     assert _shown([1, 0], {"choices": [" a", " b"]}) == "b or a"
     assert _shown(["x", "y"], None) == "x or y"

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,7 +33,7 @@ def copy(matrix: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(matrix, tmp_path / "copy"))
 
 
-def test_page_stands_alone_and_escapes_what_it_shows(matrix):
+def test_page_stands_alone_and_escapes_what_it_shows(matrix: Path) -> None:
     page = (matrix / "report.html").read_text()
     assert not re.findall(r"(?:src|href)=[\"']?(?:https?:)?//", page)
     assert "<script" not in page and "@import" not in page
@@ -45,7 +46,7 @@ def test_page_stands_alone_and_escapes_what_it_shows(matrix):
     assert not re.findall(r"#0[ab]0[ab]0\d", page)  # every placeholder became a variable
 
 
-def test_page_markdown_and_json_say_the_same(matrix):
+def test_page_markdown_and_json_say_the_same(matrix: Path) -> None:
     results = read_json(matrix / "results.json")
     texts = [(matrix / name).read_text() for name in ("report.html", "report.md")]
     assert results["headline"][0].startswith("4-bit QLoRA keeps")
@@ -64,7 +65,7 @@ def test_page_markdown_and_json_say_the_same(matrix):
     assert all(line in texts[1] for line in results["headline"])
 
 
-def test_differences_are_paired_corrected_and_of_the_right_cells(matrix):
+def test_differences_are_paired_corrected_and_of_the_right_cells(matrix: Path) -> None:
     results = read_json(matrix / "results.json")
     found = {(c["first"], c["second"], c["why"]) for c in results["contrasts"]}
     assert ("toy0-base", "toy0-quantized", "against the base") in found
@@ -78,7 +79,7 @@ def test_differences_are_paired_corrected_and_of_the_right_cells(matrix):
         assert "equal" not in row["verdict"]
 
 
-def test_extraction_published_flips_and_settings(matrix):
+def test_extraction_published_flips_and_settings(matrix: Path) -> None:
     results = read_json(matrix / "results.json")
     answers = (matrix / "cells/toy0-base/eval/gsm8k/samples_gsm8k.jsonl").read_text().splitlines()
     invalid = sum(json.loads(line)["strict"] == "[invalid]" for line in answers)
@@ -93,7 +94,7 @@ def test_extraction_published_flips_and_settings(matrix):
     assert "adapter.rank" in results["settings"]["common"]
 
 
-def test_several_seeds_get_a_mean_and_a_spread(tmp_path):
+def test_several_seeds_get_a_mean_and_a_spread(tmp_path: Path) -> None:
     folder = write_matrix(tmp_path / "m", seeds=3, methods=("base", "lora"))
     results = report(folder).results
     (item,) = results["seeds"]
@@ -103,7 +104,7 @@ def test_several_seeds_get_a_mean_and_a_spread(tmp_path):
     assert "SD" in (folder / "report.md").read_text()
 
 
-def test_cells_with_other_questions_are_not_compared(copy):
+def test_cells_with_other_questions_are_not_compared(copy: Path) -> None:
     path = copy / "cells/toy0-lora-s0/eval/hellaswag/results.json"
     results = read_json(path)
     results["tasks"]["hellaswag"]["rows_sha256"] = "f" * 64
@@ -115,7 +116,7 @@ def test_cells_with_other_questions_are_not_compared(copy):
     )
 
 
-def test_one_damaged_old_or_missing_cell_costs_itself_only(copy):
+def test_one_damaged_old_or_missing_cell_costs_itself_only(copy: Path) -> None:
     cells = copy / "cells"
     (cells / "toy0-full-s0/eval/mmlu/samples_mmlu.jsonl").write_text("{broken\n")
     manifest = read_json(cells / "toy0-dora-s0/cell.json")
@@ -129,7 +130,9 @@ def test_one_damaged_old_or_missing_cell_costs_itself_only(copy):
     assert "no memory" in (copy / "report.html").read_text()
 
 
-def test_a_folder_of_another_version_or_of_nothing_is_one_line(copy, capsys):
+def test_a_folder_of_another_version_or_of_nothing_is_one_line(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     record = read_json(copy / "matrix.json")
     write_json(copy / "matrix.json", {**record, "schema_version": 7})
     assert run(["report", str(copy)]) == 2
@@ -153,7 +156,9 @@ def test_a_folder_of_another_version_or_of_nothing_is_one_line(copy, capsys):
         ("sweeps/toy0-lora/sweep.json", {"rows": 5, "runs": 5, "model": None}),
     ],
 )
-def test_a_damaged_record_is_one_line_or_costs_its_cell(copy, capsys, file, change):
+def test_a_damaged_record_is_one_line_or_costs_its_cell(
+    copy: Path, capsys: pytest.CaptureFixture[str], file: str, change: Any
+) -> None:
     write_json(copy / file, {**read_json(copy / file), **change})
     for words in ([], ["--verify"]):
         code = run(["report", str(copy), *words])
@@ -163,7 +168,7 @@ def test_a_damaged_record_is_one_line_or_costs_its_cell(copy, capsys, file, chan
         assert code == 0 or str(copy) in errors
 
 
-def test_an_answer_that_is_no_share_costs_its_cell(copy):
+def test_an_answer_that_is_no_share_costs_its_cell(copy: Path) -> None:
     path = copy / "cells/toy0-full-s0/eval/hellaswag/samples_hellaswag.jsonl"
     path.write_text(path.read_text().replace('"acc": 1', '"acc": 7', 1))
     failed = {item["cell"]: item["why"] for item in report(copy).results["failed"]}
@@ -186,7 +191,9 @@ addEventListener('load', () => {
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 @pytest.mark.parametrize("width", [500, 1280])
-def test_opens_in_a_browser_without_errors_or_overflow(matrix, tmp_path, width):
+def test_opens_in_a_browser_without_errors_or_overflow(
+    matrix: Path, tmp_path: Path, width: int
+) -> None:
     page = tmp_path / "probe.html"
     text = (matrix / "report.html").read_text()
     page.write_text(text.replace("</body>", PROBE + "</body>"))

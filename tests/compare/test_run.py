@@ -7,9 +7,11 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -42,7 +44,7 @@ def exchange(out: Path, *names: str) -> None:
         write_json(cell / "cell.json", manifest)
 
 
-def test_pruned_recovered_distilled_and_rounded(files, tiny):
+def test_pruned_recovered_distilled_and_rounded(files: Path, tiny: Callable[..., Path]) -> None:
     small = {"kind": "pruned", "prune": {"method": "l2", "ratio": 0.5}}
     both = {"method": "lora", "distill": {"method": "mutual"}}
     methods = {
@@ -112,7 +114,7 @@ def test_pruned_recovered_distilled_and_rounded(files, tiny):
     assert {name for name in after if after[name] == before[name]} == {"toy-base"}
 
 
-def test_killed_resumed_and_only_what_changed_is_made_again(files):
+def test_killed_resumed_and_only_what_changed_is_made_again(files: Path) -> None:
     out = files / "out"
     first = run_all(files, only={"toy-base", "toy-lora-s0"})
     assert set(first.complete) == {"toy-base", "toy-lora-s0"}
@@ -151,7 +153,7 @@ def test_killed_resumed_and_only_what_changed_is_made_again(files):
     assert len(third.complete) == 5
 
 
-def test_another_task_scores_again_and_trains_nothing(files):
+def test_another_task_scores_again_and_trains_nothing(files: Path) -> None:
     run_all(files, only={"toy-base", "toy-base-4bit", "toy-qlora-s0"})
     out = files / "out"
     trained = (out / "cells/toy-qlora-s0/run/run.json").stat().st_mtime_ns
@@ -163,7 +165,7 @@ def test_another_task_scores_again_and_trains_nothing(files):
     assert report(out).results["tasks"][0]["n"] == 12
 
 
-def test_a_manifest_of_another_version_is_made_again(files):
+def test_a_manifest_of_another_version_is_made_again(files: Path) -> None:
     run_all(files, only={"toy-base"})
     path = files / "out/cells/toy-base/cell.json"
     write_json(path, {**read_json(path), "schema_version": 0})
@@ -171,7 +173,9 @@ def test_a_manifest_of_another_version_is_made_again(files):
     assert read_json(path)["schema_version"] == 1
 
 
-def test_an_interrupted_matrix_prints_the_command_that_goes_on(files, monkeypatch, capsys):
+def test_an_interrupted_matrix_prints_the_command_that_goes_on(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The cell says 130, as after Ctrl-C, which both processes hear."""
     cell = SimpleNamespace(poll=lambda: 130)
     with monkeypatch.context() as patch:
@@ -186,7 +190,9 @@ def test_an_interrupted_matrix_prints_the_command_that_goes_on(files, monkeypatc
     assert command([*words[1:-1], "--dry-run"]) == 0
 
 
-def test_command_line_runs_cells_in_processes_and_fails_at_the_end(files, tiny):
+def test_command_line_runs_cells_in_processes_and_fails_at_the_end(
+    files: Path, tiny: Callable[..., Path]
+) -> None:
     methods = {"base": {"kind": "base"}, "lora": {"recipe": {"method": "lora"}}}
     path = write_yaml(files, tiny(), methods=methods, held_out=None)
     root = Path(__file__).parents[2]
@@ -206,12 +212,14 @@ def test_command_line_runs_cells_in_processes_and_fails_at_the_end(files, tiny):
     assert "Traceback" not in done.stderr
 
 
-def test_a_signal_to_the_matrix_alone_ends_its_cell_and_the_matrix(files, monkeypatch, capsys):
+def test_a_signal_to_the_matrix_alone_ends_its_cell_and_the_matrix(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """``kill PID`` reaches one process: it tells the cell, waits for it, and begins no other."""
     told = []
 
     class Cell:
-        def __init__(self, command, pass_fds) -> None:
+        def __init__(self, command: Any, pass_fds: Any) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
         def poll(self) -> int | None:

@@ -64,7 +64,7 @@ def _fill(folder: Path, questions: int) -> None:
         write_json(out / "results.json", section)
 
 
-def test_many_cells_and_questions_make_a_report_in_bounded_memory(tmp_path):
+def test_many_cells_and_questions_make_a_report_in_bounded_memory(tmp_path: Path) -> None:
     methods = ("base", "full", "lora", "qlora", "dora")
     folder = write_matrix(
         tmp_path / "m", models=CELLS // 20, seeds=5, methods=methods[1:], questions={"mmlu": 4}

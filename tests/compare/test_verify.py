@@ -98,14 +98,14 @@ def rehash(out: Path, task: str) -> None:
     write_json(out / "results.json", results)
 
 
-def test_everything_is_counted_again(matrix):
+def test_everything_is_counted_again(matrix: Path) -> None:
     found = verify(matrix)
     assert found.cells == 2 and found.questions == 2 * 131 and found.numbers > 3_000
     done = CliRunner().invoke(command, ["report", str(matrix), "--verify"])
     assert "all agree" in done.output
 
 
-def test_no_number_of_the_report_can_be_changed(matrix):
+def test_no_number_of_the_report_can_be_changed(matrix: Path) -> None:
     claimed = read_json(matrix / "results.json")
     again = json.loads(json.dumps(build(store.load(matrix))))
     paths = list(leaves(claimed))
@@ -128,7 +128,7 @@ def test_no_number_of_the_report_can_be_changed(matrix):
         "run/run.json",
     ],
 )
-def test_no_number_below_it_can_be_changed(copy, name):
+def test_no_number_below_it_can_be_changed(copy: Path, name: str) -> None:
     file = copy / CELL / name
     content = read_json(file)
     every = list(leaves(content))
@@ -145,7 +145,7 @@ def test_no_number_below_it_can_be_changed(copy, name):
 
 
 @pytest.mark.parametrize("task", ["pubmedqa", "gsm8k", "perplexity"])
-def test_no_number_of_a_sample_can_be_changed(copy, task):
+def test_no_number_of_a_sample_can_be_changed(copy: Path, task: str) -> None:
     out = copy / CELL / "eval" / ("held_out" if task == "perplexity" else task)
     samples = out / f"samples_{task}.jsonl"
     lines = samples.read_text().splitlines()
@@ -158,7 +158,7 @@ def test_no_number_of_a_sample_can_be_changed(copy, task):
             assert found_below(copy), path
 
 
-def test_forged_hashes_do_not_hide_what_contradicts_itself(copy):
+def test_forged_hashes_do_not_hide_what_contradicts_itself(copy: Path) -> None:
     """``acc`` against its log-likelihoods, a mark against its text, an answer against the key."""
 
     def forged(task: str, change: dict[str, Any]) -> list[str]:
@@ -195,14 +195,14 @@ def test_forged_hashes_do_not_hide_what_contradicts_itself(copy):
         ("run/run.json", ("result", "done", "tokens")),
     ],
 )
-def test_a_report_made_after_the_change_does_not_hide_it(copy, file, path):
+def test_a_report_made_after_the_change_does_not_hide_it(copy: Path, file: str, path: Any) -> None:
     target = copy / CELL / file
     write_json(target, changed(read_json(target), path))
     write_json(copy / "results.json", build(store.load(copy)))
     assert count_again(store.load(copy))[0].problems
 
 
-def test_pages_sweeps_questions_and_missing_files(copy):
+def test_pages_sweeps_questions_and_missing_files(copy: Path) -> None:
     def problems() -> list[str]:
         return count_again(store.load(copy))[0].problems
 
@@ -230,7 +230,7 @@ def test_pages_sweeps_questions_and_missing_files(copy):
     assert any("tasks.json does not exist" in line for line in problems())
 
 
-def test_a_cell_that_was_removed_is_said(copy):
+def test_a_cell_that_was_removed_is_said(copy: Path) -> None:
     """Before the report is made again its numbers are missed; afterwards the cell itself is."""
     shutil.rmtree(copy / CELL)
     with pytest.raises(SlimError, match="numbers are not what the stored answers give") as caught:
@@ -256,7 +256,7 @@ def test_a_cell_that_was_removed_is_said(copy):
     ]
 
 
-def test_score_times_n_is_whole():
+def test_score_times_n_is_whole() -> None:
     assert not whole("x", 94 / 200, 94, 200)
     assert whole("x", 0.4725, 94, 200)
     assert whole("x", 0.47, 93, 200)

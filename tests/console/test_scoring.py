@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console as RichConsole
@@ -45,7 +46,7 @@ STORY: list[Event] = [
 ]
 
 
-def show(mode, *, terminal=False, width=100, rank=0) -> str:
+def show(mode: Any, *, terminal: Any = False, width: Any = 100, rank: Any = 0) -> str:
     file = io.StringIO()
     output = RichConsole(file=file, force_terminal=terminal, width=width, height=30)
     with Console(mode, display=Scoring(), rank=rank, output=output) as console:
@@ -54,7 +55,7 @@ def show(mode, *, terminal=False, width=100, rank=0) -> str:
     return file.getvalue()
 
 
-def test_plain_lines():
+def test_plain_lines() -> None:
     lines = show("auto").splitlines()
     assert lines[1] == "scoring models/[x]: hellaswag, gsm8k: 2,000 questions, 128 answered before"
     assert lines[2].startswith("hellaswag 256/1000 acc_norm 0.4300 1,234 tok/s peak 5.20 GB eta ")
@@ -63,13 +64,13 @@ def test_plain_lines():
     assert "\x1b" not in show("plain")
 
 
-def test_quiet_and_other_ranks(capsys):
+def test_quiet_and_other_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     assert show("quiet") == "results in runs/out (2:02)\n"
     assert capsys.readouterr().err == "warning: something to know\n"
     assert show("auto", rank=1) == ""
 
 
-def test_json_lines_are_events():
+def test_json_lines_are_events() -> None:
     records = [json.loads(line) for line in show("json").splitlines()]
     assert [record["event"] for record in records] == [
         *["notice", "eval_started", *["eval_progress"] * 4, "task", "notice", "eval_done"]
@@ -78,7 +79,7 @@ def test_json_lines_are_events():
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
-def test_the_live_view_keeps_its_height_and_its_width(width):
+def test_the_live_view_keeps_its_height_and_its_width(width: int) -> None:
     state = Scoring()
     heights = set()
     for moment, event in enumerate(STORY):
@@ -95,7 +96,7 @@ def test_the_live_view_keeps_its_height_and_its_width(width):
     assert "\x1b[?25h" in text
 
 
-def test_the_remaining_time_is_judged_by_the_share():
+def test_the_remaining_time_is_judged_by_the_share() -> None:
     state = Scoring()
     state.update(STORY[1], 0.0)
     assert state.remaining() == "–"
@@ -105,7 +106,7 @@ def test_the_remaining_time_is_judged_by_the_share():
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_the_result_table_has_errors_counts_speed_and_memory(tmp_path, width):
+def test_the_result_table_has_errors_counts_speed_and_memory(tmp_path: Path, width: int) -> None:
     out = tmp_path / "out"
     group = {"n": 40, "micro": {"acc": {"value": 0.25, "stderr": 0.07, "k": 10}}}
     result = {
@@ -141,7 +142,7 @@ def test_the_result_table_has_errors_counts_speed_and_memory(tmp_path, width):
     assert max(map(len, lines[:-1])) <= width
 
 
-def test_the_comparison_fits_80_columns(tmp_path):
+def test_the_comparison_fits_80_columns(tmp_path: Path) -> None:
     a = finished(tmp_path / "a", {"arc_challenge": answers("1100" * 60)})
     b = finished(tmp_path / "b", {"arc_challenge": answers("1110" * 60)})
     file = io.StringIO()
@@ -153,7 +154,7 @@ def test_the_comparison_fits_80_columns(tmp_path):
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_the_interval_over_few_documents_is_the_one_shown():
+def test_the_interval_over_few_documents_is_the_one_shown() -> None:
     def shown(first: list[float], second: list[float]) -> str:
         found = stats.paired(first, second)
         return _cells(MetricComparison("perplexity", "bits_per_byte", None, BITS, found, [], []))[3]
@@ -163,12 +164,12 @@ def test_the_interval_over_few_documents_is_the_one_shown():
     assert shown([1.5], [1.2]) == "–"
 
 
-def test_a_figure_without_an_error():
+def test_a_figure_without_an_error() -> None:
     assert figure({"value": 0.5, "stderr": None}) == "0.5000"
     assert figure(FIGURE) == "0.4299 ± 0.0049"
 
 
-def test_the_folder_is_named_below_the_table(tmp_path: Path):
+def test_the_folder_is_named_below_the_table(tmp_path: Path) -> None:
     write_json(tmp_path / "timings.json", {"tasks": {}})
     file = io.StringIO()
     empty = {"model": "m", "adapter": None, "dtype": "d", "chat_template": False, "tasks": {}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from typing import Any, Never
 
 import pytest
 from rich.console import Console as RichConsole
@@ -54,7 +55,15 @@ STORY: list[Event] = [
 ROWS = {"rows": "118 used of 120", "peak memory": "5.2 GB", "a [markup] name": "run/[x]"}
 
 
-def show(mode, *, terminal=False, width=100, rank=0, story=STORY, fail=False) -> str:
+def show(
+    mode: Any,
+    *,
+    terminal: Any = False,
+    width: Any = 100,
+    rank: Any = 0,
+    story: Any = STORY,
+    fail: Any = False,
+) -> str:
     file = io.StringIO()
     output = RichConsole(file=file, force_terminal=terminal, width=width, height=30)
     console = Console(mode, title="tiny [lora]", rank=rank, output=output)
@@ -67,7 +76,7 @@ def show(mode, *, terminal=False, width=100, rank=0, story=STORY, fail=False) ->
     return file.getvalue()
 
 
-def test_plain_lines_have_one_line_an_event_and_no_colour():
+def test_plain_lines_have_one_line_an_event_and_no_colour() -> None:
     text = show("auto")
     assert "\x1b" not in text
     assert text.count("\nstep ") == 30
@@ -80,32 +89,32 @@ def test_plain_lines_have_one_line_an_event_and_no_colour():
     assert "a [markup] name  run/[x]" in text
 
 
-def test_json_has_one_event_a_line_and_nothing_else():
+def test_json_has_one_event_a_line_and_nothing_else() -> None:
     records = [json.loads(line) for line in show("json").splitlines()]
     assert [record["event"] for record in records] == [*(e.name for e in STORY), "summary"]
     assert records[-1]["rows"] == ROWS
     assert records[3] == STORY[3].as_record()
 
 
-def test_json_knows_no_nan():
+def test_json_knows_no_nan() -> None:
     record = json.loads(show("json", story=[step(1, math.nan)]).splitlines()[0])
     assert record["loss"] is None
 
 
-def test_quiet_says_only_warnings_and_the_end(capsys):
+def test_quiet_says_only_warnings_and_the_end(capsys: pytest.CaptureFixture[str]) -> None:
     text = show("quiet")
     assert text.startswith("done after 40 steps")
     assert "118 used of 120" in text
     assert capsys.readouterr().err == "warning: the budget is near\n"
 
 
-def test_other_ranks_are_silent():
+def test_other_ranks_are_silent() -> None:
     for mode in ("live", "plain", "json", "quiet"):
         assert show(mode, rank=1, terminal=mode == "live") == ""
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 120, 200])
-def test_the_live_view_shows_the_numbers_at_any_width(width):
+def test_the_live_view_shows_the_numbers_at_any_width(width: int) -> None:
     text = show("auto", terminal=True, width=width)
     assert "step 40/40" in text
     if width >= 60:
@@ -114,7 +123,7 @@ def test_the_live_view_shows_the_numbers_at_any_width(width):
     assert text.rindex(SHOW_CURSOR) > text.rindex(HIDE_CURSOR)
 
 
-def test_the_cursor_comes_back_after_a_failure():
+def test_the_cursor_comes_back_after_a_failure() -> Never:
     file = io.StringIO()
     output = RichConsole(file=file, force_terminal=True, width=80, height=30)
     with pytest.raises(ValueError, match="the loop failed"), Console(rank=0, output=output) as c:
@@ -124,12 +133,12 @@ def test_the_cursor_comes_back_after_a_failure():
     assert file.getvalue().rindex(SHOW_CURSOR) > file.getvalue().rindex(HIDE_CURSOR)
 
 
-def test_a_dumb_terminal_gets_plain_lines(monkeypatch):
+def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     assert "step 11/40 epoch" in show("auto", terminal=True)
 
 
-def test_an_unknown_event_is_no_error():
+def test_an_unknown_event_is_no_error() -> None:
     class Other(Event):
         name = "other"
 
@@ -141,7 +150,7 @@ def test_an_unknown_event_is_no_error():
     assert json.loads(show("json", story=[Other()]).splitlines()[0]) == {"event": "other"}
 
 
-def test_remaining_time_follows_the_recent_steps():
+def test_remaining_time_follows_the_recent_steps() -> None:
     progress = TrainingProgress()
     assert progress.remaining_seconds() is None
     progress.update(Started(100, 1.0, 1), 0.0)
@@ -151,7 +160,7 @@ def test_remaining_time_follows_the_recent_steps():
     assert progress.remaining_seconds() == pytest.approx(40.0)
 
 
-def test_the_smoothed_loss_starts_at_the_first_and_skips_what_is_not_finite():
+def test_the_smoothed_loss_starts_at_the_first_and_skips_what_is_not_finite() -> None:
     progress = TrainingProgress()
     progress.update(step(1, 4.0), 0.0)
     assert progress.smoothed == pytest.approx(4.0)
@@ -161,7 +170,7 @@ def test_the_smoothed_loss_starts_at_the_first_and_skips_what_is_not_finite():
     assert progress.smoothed == pytest.approx((0.9 * 4 + 2) / 1.9)
 
 
-def test_sparkline():
+def test_sparkline() -> None:
     assert sparkline([1.0], 10) == ""
     assert sparkline([3.0, 2.0, 1.0], 10) == "█▅▁"
     assert sparkline([1.0, 1.0], 10) == "▁▁"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
@@ -20,14 +24,14 @@ NO_SYSTEM = (
 )
 
 
-def _questions(folder, chat):
+def _questions(folder: Path, chat: Any):
     text = CHOICE + "description: Choose well.\n"
     rows, shots = [quiz(i) for i in range(3)], [quiz(100 + i) for i in range(4)]
     task = write_task(folder, text, rows=rows, shots=shots)
     return build_questions(task, load_rows(task), 2, chat=chat)
 
 
-def _chat(folder, template, multiturn=True, notes=None, bos=False):
+def _chat(folder: Path, template: str, multiturn: Any = True, notes: Any = None, bos: Any = False):
     byte_tokenizer(folder / "tokenizer", chat_template=template, bos=bos)
     tokenizer = load_tokenizer(folder / "tokenizer")
     return tokenizer, Chat.of_model(tokenizer._tokenizer, multiturn, [] if notes is None else notes)
@@ -37,7 +41,7 @@ def _turn(role: str, text: str) -> str:
     return f"<|im_start|>{role}\n{text}<|im_end|>\n"
 
 
-def test_examples_are_turns_or_lie_in_the_question(tmp_path):
+def test_examples_are_turns_or_lie_in_the_question(tmp_path: Path) -> None:
     _, chat = _chat(tmp_path, CHATML)
     found = _questions(tmp_path, chat)[1]
     shots = [
@@ -52,7 +56,9 @@ def test_examples_are_turns_or_lie_in_the_question(tmp_path):
     assert found.context == system + _turn("user", joined) + "<|im_start|>assistant\n"
 
 
-def test_a_template_that_refuses_a_system_message_gets_none_and_it_is_said_once(tmp_path):
+def test_a_template_that_refuses_a_system_message_gets_none_and_it_is_said_once(
+    tmp_path: Path,
+) -> None:
     notes: list[str] = []
     _, chat = _chat(tmp_path, NO_SYSTEM, notes=notes)
     found = _questions(tmp_path, chat)
@@ -65,27 +71,29 @@ def test_a_template_that_refuses_a_system_message_gets_none_and_it_is_said_once(
     ("system", "expected"),
     [("Be brief.", "Be brief.\n\nChoose well."), ("Be brief.\n", "Be brief.\nChoose well.")],
 )
-def test_a_system_message_comes_before_the_description(tmp_path, system, expected):
+def test_a_system_message_comes_before_the_description(
+    tmp_path: Path, system: str, expected: str
+) -> None:
     _, chat = _chat(tmp_path, CHATML)
     question = _questions(tmp_path, chat.with_system(system))[1]
     assert question.context.startswith(_turn("system", expected))
 
 
 @pytest.mark.parametrize("template", [NO_SYSTEM, "{{ messages[-1]['content'] }}"])
-def test_a_template_without_a_system_message_refuses_one(tmp_path, template):
+def test_a_template_without_a_system_message_refuses_one(tmp_path: Path, template: Any) -> None:
     _, chat = _chat(tmp_path, template)
     with pytest.raises(SlimError, match=r"takes no system message, and --system is .Be brief\."):
         chat.with_system("Be brief.")
 
 
-def test_a_template_that_refuses_everything_is_one_line(tmp_path):
+def test_a_template_that_refuses_everything_is_one_line(tmp_path: Path) -> None:
     _, chat = _chat(tmp_path, "{{ raise_exception('never') }}")
     with pytest.raises(SlimError, match="refuses the questions: never"):
         _questions(tmp_path, chat)
 
 
 @pytest.mark.parametrize("template", ["{{ bos_token }}", ""])
-def test_bos_comes_once_whoever_writes_it(tmp_path, template):
+def test_bos_comes_once_whoever_writes_it(tmp_path: Path, template: str) -> None:
     tokenizer, chat = _chat(tmp_path, template + "{{ messages[-1]['content'] }}", bos=True)
     found = _questions(tmp_path, chat)[0]
     ids = RequestEncoder(tokenizer, 500).request(found.context, found.choices[0]).ids
@@ -93,7 +101,9 @@ def test_bos_comes_once_whoever_writes_it(tmp_path, template):
     assert ids[0] == tokenizer.bos_token_id
 
 
-def test_a_system_message_changes_the_scores_and_is_recorded(tiny, tmp_path):
+def test_a_system_message_changes_the_scores_and_is_recorded(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     task = str(write_tasks(tmp_path)[0])
 
     def scored(name: str, system: str | None) -> tuple[object, bytes]:
@@ -115,7 +125,9 @@ def test_a_system_message_changes_the_scores_and_is_recorded(tiny, tmp_path):
         ({"system": "Be brief.", "tasks": []}, "no task is named"),
     ],
 )
-def test_a_system_message_without_effect_is_refused(tiny, tmp_path, options, text):
+def test_a_system_message_without_effect_is_refused(
+    tiny: Callable[..., Path], tmp_path: Path, options: Any, text: str
+) -> None:
     choice, _, prose = write_tasks(tmp_path)
     tasks = options.get("tasks", [str(choice)])
     chosen = {key: value for key, value in options.items() if key != "tasks"}

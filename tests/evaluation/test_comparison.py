@@ -40,7 +40,7 @@ def answers(right: str, **more: Any) -> list[dict[str, Any]]:
     return [{"doc_id": i, "acc": int(bit), **more} for i, bit in enumerate(right)]
 
 
-def test_flips_both_ways_and_the_difference(tmp_path):
+def test_flips_both_ways_and_the_difference(tmp_path: Path) -> None:
     a = finished(tmp_path / "a", {"toy": answers("1111100000" * 6)})
     b = finished(tmp_path / "b", {"toy": answers("0111110000" * 6)})
     found = compare(a, b)
@@ -56,7 +56,7 @@ def test_flips_both_ways_and_the_difference(tmp_path):
     assert compare(better, a).rows[0].verdict == "lower by 30 points"
 
 
-def test_holm_is_over_the_tasks_first_metrics(tmp_path):
+def test_holm_is_over_the_tasks_first_metrics(tmp_path: Path) -> None:
     def both(acc: str, norm: str) -> list[dict[str, Any]]:
         pairs = zip(acc, norm, strict=True)
         return [{"doc_id": i, "acc": int(x), "acc_norm": int(y)} for i, (x, y) in enumerate(pairs)]
@@ -71,7 +71,7 @@ def test_holm_is_over_the_tasks_first_metrics(tmp_path):
         assert rows[key].p_holm == pytest.approx(min(1.0, 2 * rows[key].paired.p_value))
 
 
-def test_parts_are_resampled_apart(tmp_path):
+def test_parts_are_resampled_apart(tmp_path: Path) -> None:
     rows = [answers("1" * 20, subject="s"), answers("0" * 20, subject="t")]
     first = [*rows[0], *({**row, "doc_id": row["doc_id"] + 20} for row in rows[1])]
     second = [{**row, "acc": 1} for row in first]
@@ -80,7 +80,7 @@ def test_parts_are_resampled_apart(tmp_path):
     assert compare(a, b).rows[0].paired.bootstrap == (0.5, 0.5)
 
 
-def test_text_is_compared_in_bits_per_byte(tmp_path):
+def test_text_is_compared_in_bits_per_byte(tmp_path: Path) -> None:
     def windows(nats: float) -> list[dict[str, Any]]:
         return [
             {"doc_id": 0, "window": i, "tokens": 9, "loglikelihood": -nats * (10 + i)}
@@ -97,7 +97,7 @@ def test_text_is_compared_in_bits_per_byte(tmp_path):
     assert compare(a, same).rows[-1].verdict == "no difference in any part"
 
 
-def test_a_text_of_several_documents_is_paired_by_document(tmp_path):
+def test_a_text_of_several_documents_is_paired_by_document(tmp_path: Path) -> None:
     def windows(nats: list[float]) -> list[dict[str, Any]]:
         return [
             {"doc_id": doc_id, "window": 2 * doc_id + i, "tokens": 9, "loglikelihood": -x * (i + 1)}
@@ -128,7 +128,7 @@ def test_a_text_of_several_documents_is_paired_by_document(tmp_path):
         ({"definition_sha256": "d"}, "toy.definition_sha256"),
     ],
 )
-def test_what_was_asked_otherwise_is_refused(tmp_path, change, text):
+def test_what_was_asked_otherwise_is_refused(tmp_path: Path, change: Any, text: str) -> None:
     a = finished(tmp_path / "a", {"toy": answers("10")})
     b = finished(tmp_path / "b", {"toy": answers("10")}, **change)
     with pytest.raises(SlimError, match="not asked the same") as caught:
@@ -136,14 +136,14 @@ def test_what_was_asked_otherwise_is_refused(tmp_path, change, text):
     assert text in caught.value.message
 
 
-def test_other_questions_are_refused(tmp_path):
+def test_other_questions_are_refused(tmp_path: Path) -> None:
     a = finished(tmp_path / "a", {"toy": answers("10")})
     b = finished(tmp_path / "b", {"toy": answers("10")[::-1]})
     with pytest.raises(SlimError, match="other questions"):
         compare(a, b)
 
 
-def test_settings_and_tasks_that_differ_are_noted(tmp_path):
+def test_settings_and_tasks_that_differ_are_noted(tmp_path: Path) -> None:
     a = finished(tmp_path / "a", {"toy": answers("10"), "more": answers("11")})
     b = finished(tmp_path / "b", {"toy": answers("10")})
     results = json.loads((b / "results.json").read_text())
@@ -153,7 +153,7 @@ def test_settings_and_tasks_that_differ_are_noted(tmp_path):
     assert "settings differ: dtype: 'float32' → 'bfloat16'" in notes
 
 
-def test_what_is_not_there_or_damaged_is_one_line(tmp_path):
+def test_what_is_not_there_or_damaged_is_one_line(tmp_path: Path) -> None:
     a = finished(tmp_path / "a", {"toy": answers("10")})
     b = finished(tmp_path / "b", {"other": answers("10")})
     with pytest.raises(SlimError, match="no task in common"):
@@ -196,7 +196,7 @@ def test_what_is_not_there_or_damaged_is_one_line(tmp_path):
         ({"doc_id": 1, "acc": 1, "subject": "law"}, "some questions have a subject"),
     ],
 )
-def test_answers_that_cannot_be_counted_are_refused(tmp_path, record, text):
+def test_answers_that_cannot_be_counted_are_refused(tmp_path: Path, record: Any, text: str) -> None:
     a = finished(tmp_path / "a", {"toy": answers("10")})
     b = finished(tmp_path / "b", {"toy": [*answers("1"), record]})
     with pytest.raises(SlimError, match=text):
@@ -215,7 +215,7 @@ def test_answers_that_cannot_be_counted_are_refused(tmp_path, record, text):
         ({"perplexity": {"n": 1, "bytes": 0}}, "bytes is 0, expected a whole number from 1"),
     ],
 )
-def test_results_that_are_none_are_refused(tmp_path, change, text):
+def test_results_that_are_none_are_refused(tmp_path: Path, change: Any, text: str) -> None:
     a = finished(tmp_path / "a", {"toy": answers("10")})
     b = finished(tmp_path / "b", {"toy": answers("10")})
     write_json(b / "results.json", json.loads((b / "results.json").read_text()) | change)
@@ -223,7 +223,7 @@ def test_results_that_are_none_are_refused(tmp_path, change, text):
         compare(a, b)
 
 
-def test_chance_and_the_corrected_level_are_stated(tmp_path):
+def test_chance_and_the_corrected_level_are_stated(tmp_path: Path) -> None:
     guesses = {"loglikelihoods": [-1.0, -2.0]}
     names = ("x", "y", "z")
     a = finished(tmp_path / "a", {t: answers("10" * 30, **guesses) for t in names})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ def _read(name: str) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def make():
+def make() -> Any:
     spec = importlib.util.spec_from_file_location("make_demo", FOLDER / "make.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -26,13 +27,13 @@ def make():
     return module
 
 
-def test_the_files_are_what_the_script_makes(make):
+def test_the_files_are_what_the_script_makes(make: Any) -> None:
     train, test = make.make()
     assert train == _read("train")
     assert test == _read("test")
 
 
-def test_enough_rows_and_no_overlap(make):
+def test_enough_rows_and_no_overlap(make: Any) -> None:
     train, test = _read("train"), _read("test")
     assert len(train) >= 600
     assert len(test) >= 100
@@ -43,7 +44,7 @@ def test_enough_rows_and_no_overlap(make):
     assert not set(make.TRAIN_PATTERNS) & set(make.TEST_PATTERNS)
 
 
-def test_answers_are_canonical_and_learnable(make):
+def test_answers_are_canonical_and_learnable(make: Any) -> None:
     train, test = _read("train"), _read("test")
     for row in [*train, *test]:
         answer = json.loads(row["completion"])
@@ -57,7 +58,7 @@ def test_answers_are_canonical_and_learnable(make):
         assert {json.loads(row["completion"])[key] for row in test} <= seen
 
 
-def test_the_readme_shows_a_held_out_row():
+def test_the_readme_shows_a_held_out_row() -> None:
     readme = (FOLDER.parents[1] / "README.md").read_text(encoding="utf-8")
     assert any(
         f"`{row['prompt']}`" in readme and row["completion"] in readme for row in _read("test")

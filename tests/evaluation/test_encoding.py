@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -43,7 +45,7 @@ def _byte_level(*splits: str) -> Tokenizer:
     return tokenizer
 
 
-def _sentencepiece(pre_tokenizer=None, prepend: bool = True) -> Tokenizer:
+def _sentencepiece(pre_tokenizer: Any = None, prepend: bool = True) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     steps = [normalizers.Prepend("▁")] if prepend else []
     tokenizer.normalizer = normalizers.Sequence(  # type: ignore[assignment]
@@ -140,7 +142,9 @@ def _wrapped(tokenizer: Tokenizer, ends: str, **added: bool) -> PreTrainedTokeni
 
 @pytest.mark.parametrize("ends", ["", "bos", "eos", "both"])
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_the_ids_are_those_of_the_whole_text(kind, ends, monkeypatch):
+def test_the_ids_are_those_of_the_whole_text(
+    kind: Any, ends: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(encoding, "_WORTH", 1)  # the shortest texts too
     make, shares = KINDS[kind]
     tokenizer = _wrapped(make(), ends, rstrip=ends == "both", lstrip=ends == "eos")
@@ -162,7 +166,7 @@ def test_the_ids_are_those_of_the_whole_text(kind, ends, monkeypatch):
 
 
 @pytest.mark.parametrize("token", ["\nA", "Answer", "a\nB"])
-def test_tokens_across_a_cut_turn_it_off(token):
+def test_tokens_across_a_cut_turn_it_off(token: str) -> None:
     tokenizer = _wrapped(_byte_level(), "")
     tokenizer.add_tokens([AddedToken(token)])
     encoder = PrefixEncoder(tokenizer)  # type: ignore[arg-type]
@@ -174,19 +178,19 @@ def test_tokens_across_a_cut_turn_it_off(token):
 class _Counting:
     """A tokenizer that counts the characters that it encodes."""
 
-    def __init__(self, tokenizer) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self.characters = 0
 
     def __getattr__(self, name: str):
         return getattr(self._tokenizer, name)
 
-    def encode(self, text: str, **options):
+    def encode(self, text: str, **options: Any):
         self.characters += len(text)
         return self._tokenizer.encode(text, **options)
 
 
-def test_a_context_is_encoded_once_for_its_choices():
+def test_a_context_is_encoded_once_for_its_choices() -> None:
     counting = _Counting(_wrapped(_byte_level(), "bos"))
     encoder = PrefixEncoder(counting)  # type: ignore[arg-type]
     shots = "".join(f"Question: number {i}?\nAnswer: {i}\n\n" for i in range(40))
@@ -198,7 +202,7 @@ def test_a_context_is_encoded_once_for_its_choices():
     assert counting.characters < 3 * len(shots)  # of 50 times
 
 
-def test_real_prompts(smollm2, data_mirror):
+def test_real_prompts(smollm2: Path, data_mirror: Path) -> None:
     task = find_task("mmlu")
     questions = build_questions(task, load_rows(task, data_mirror), limit=1)
     tokenizer = load_tokenizer(smollm2)

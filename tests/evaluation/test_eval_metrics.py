@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -37,7 +39,15 @@ def _task(folder: Path, metrics: list[str], parts: bool) -> Path:
         (["acc_norm", "macro_f1"], "acc_norm", ["acc_norm"]),
     ],
 )
-def test_any_metric_alone_or_first(tiny, tmp_path, monkeypatch, metrics, first, paired, parts):
+def test_any_metric_alone_or_first(
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    metrics: Any,
+    first: str,
+    paired: Any,
+    parts: bool,
+) -> None:
     monkeypatch.setattr(jobs, "CHOICE_CHUNK", CHUNK)
     task = _task(tmp_path / "task", metrics, parts)
     recorder = Recorder()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -17,7 +19,7 @@ from mlx_slim.evaluation.pooled import (
 from mlx_slim.evaluation.stats import detectable_difference, mcnemar, standard_error
 
 
-def test_one_task_is_mcnemars_test_and_its_error_and_power():
+def test_one_task_is_mcnemars_test_and_its_error_and_power() -> None:
     rng = np.random.default_rng(0)
     differences = rng.choice([-1.0, 0.0, 1.0], 150, p=[0.1, 0.7, 0.2])
     gained, lost = int((differences > 0).sum()), int((differences < 0).sum())
@@ -31,7 +33,7 @@ def test_one_task_is_mcnemars_test_and_its_error_and_power():
 @pytest.mark.parametrize("tests", [1, 6])
 @pytest.mark.parametrize("n", [1, 12, 50, 400])
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.1])
-def test_intervals_of_differences_cover_what_is_true(share, n, tests):
+def test_intervals_of_differences_cover_what_is_true(share: float, n: int, tests: int) -> None:
     rng = np.random.default_rng(n)
     for delta in (0.0, share):
         chances = [(share - delta) / 2, 1 - share, (share + delta) / 2]
@@ -42,7 +44,7 @@ def test_intervals_of_differences_cover_what_is_true(share, n, tests):
 
 
 @pytest.mark.parametrize("n", [1, 5, 40, 1000])
-def test_no_interval_is_a_point(n):
+def test_no_interval_is_a_point(n: int) -> None:
     for right in (np.ones(n), np.zeros(n)):
         low, high = mean_interval([right], SCORES)
         assert 0 <= low <= right[0] <= high <= 1
@@ -56,7 +58,7 @@ def test_no_interval_is_a_point(n):
     assert low < kept == 1 < high
 
 
-def test_signs_are_drawn_where_tasks_weigh_differently():
+def test_signs_are_drawn_where_tasks_weigh_differently() -> None:
     """Brute force over all signs of a few differences."""
     tasks = [np.array([1.0, 1.0, 0.0, -1.0]), np.array([1.0, 1.0, 0.0, 0.0, 0.5, 0.5])]
     weighted = np.concatenate([x / len(x) for x in tasks])
@@ -70,7 +72,7 @@ def test_signs_are_drawn_where_tasks_weigh_differently():
 @pytest.mark.parametrize(
     ("sizes", "share"), [((200, 60), 0.3), ((100, 100), 0.2), ((80, 30), 0.04)]
 )
-def test_the_stated_power_is_reached(sizes, share):
+def test_the_stated_power_is_reached(sizes: Any, share: float) -> None:
     """A true mean difference of the stated size is flagged in four of five cases, or more."""
     rng = np.random.default_rng(5)
 
@@ -90,7 +92,7 @@ def test_the_stated_power_is_reached(sizes, share):
     assert flagged / runs < (0.86 if share > 0.1 else 1.01)
 
 
-def test_ratios_cover_what_is_true_and_chance_is_taken_off():
+def test_ratios_cover_what_is_true_and_chance_is_taken_off() -> None:
     rng = np.random.default_rng(2)
     runs, hits = 400, 0
     for _ in range(runs):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import random
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +16,7 @@ from mlx_slim.evaluation.tasks.spec import FIRST, HARNESS, expand, suites
 from tests.evaluation.support import CHOICE, quiz, write_task
 
 
-def _shots(questions) -> list[list[int]]:
+def _shots(questions: Any) -> list[list[int]]:
     """Return the numbers of each question's examples, in their order."""
     return [
         [int(part.split("?")[0].split()[-1]) for part in q.context.split("Q: ")[1:-1]]
@@ -22,14 +24,14 @@ def _shots(questions) -> list[list[int]]:
     ]
 
 
-def _task(folder, text=CHOICE, rows=6, shots=130):
+def _task(folder: Path, text: Any = CHOICE, rows: Any = 6, shots: Any = 130):
     return write_task(
         folder, text, rows=[quiz(i) for i in range(rows)],
         shots=[quiz(100 + i) for i in range(shots)],
     )  # fmt: skip
 
 
-def test_one_generator_a_task_and_one_draw_a_row_in_order(tmp_path):
+def test_one_generator_a_task_and_one_draw_a_row_in_order(tmp_path: Path) -> None:
     task = _task(tmp_path)
     rows = load_rows(task, sampling=HARNESS)
     generator = random.Random(1234)
@@ -40,7 +42,7 @@ def test_one_generator_a_task_and_one_draw_a_row_in_order(tmp_path):
     assert _shots(build_questions(task, rows, 5)) == [[100, 101, 102, 103, 104]] * 6
 
 
-def test_a_question_is_never_its_own_example(tmp_path):
+def test_a_question_is_never_its_own_example(tmp_path: Path) -> None:
     task = _task(tmp_path, CHOICE.replace("shots.jsonl", "rows.jsonl"))
     found = _shots(build_questions(task, load_rows(task, sampling=HARNESS), 4, sampling=HARNESS))
     generator = random.Random(1234)
@@ -51,7 +53,7 @@ def test_a_question_is_never_its_own_example(tmp_path):
         build_questions(task, load_rows(task), 6, sampling=HARNESS)
 
 
-def test_the_leaderboard_names_its_sampling():
+def test_the_leaderboard_names_its_sampling() -> None:
     found = expand(["leaderboard-v1"])
     assert {selection.sampling for selection in found} == {HARNESS}
     assert {selection.sampling for selection in expand(["seed"])} == {FIRST}
@@ -60,7 +62,7 @@ def test_the_leaderboard_names_its_sampling():
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs the extra bench")
 @pytest.mark.parametrize("spare", [False, True])
-def test_the_draws_are_those_of_the_harness(tmp_path, spare):
+def test_the_draws_are_those_of_the_harness(tmp_path: Path, spare: bool) -> None:
     from lm_eval.api.samplers import ContextSampler
 
     text = CHOICE.replace("shots.jsonl}", f"shots.jsonl, spare_shot: {str(spare).lower()}}}")

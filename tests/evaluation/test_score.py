@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +28,15 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         (1, 36, 12, "prompts were cut on the left to 24 tokens, which leaves 12 for the answer"),
     ],
 )
-def test_prompts_that_were_cut_are_said(tiny, tasks, tmp_path, place, longest, asked, words):
+def test_prompts_that_were_cut_are_said(
+    tiny: Callable[..., Path],
+    tasks: Any,
+    tmp_path: Path,
+    place: int,
+    longest: int,
+    asked: int,
+    words: str,
+) -> None:
     options = EvalOptions(max_length=longest, num_fewshot=0)
     name = tasks[place].stem
     for resume in (False, True):  # the second time all is there already
@@ -45,7 +55,9 @@ def test_prompts_that_were_cut_are_said(tiny, tasks, tmp_path, place, longest, a
         assert warnings == [f"{name}: {cut} of {asked} {words}"]
 
 
-def test_the_console_says_it_in_every_mode_and_not_without_a_cut(tiny, tasks, tmp_path, capfd):
+def test_the_console_says_it_in_every_mode_and_not_without_a_cut(
+    tiny: Callable[..., Path], tasks: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     words = ["eval", str(tiny("llama")), "--task", str(tasks[1])]
     for mode in ("", "--quiet", "--json"):
         out = tmp_path / f"cut{mode}"
@@ -57,7 +69,9 @@ def test_the_console_says_it_in_every_mode_and_not_without_a_cut(tiny, tasks, tm
     assert "cut" not in "".join(capfd.readouterr()).replace(str(tmp_path), "")
 
 
-def test_an_empty_choice_is_refused_before_anything_is_written(tiny, tmp_path):
+def test_an_empty_choice_is_refused_before_anything_is_written(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps({"q": "?", "a": "x", "b": " "}))
     (tmp_path / "mine.yaml").write_text(
         "kind: multiple_choice\ndata: {path: rows.jsonl}\nprompt: '{{ q }}'\nmetrics: [acc]\n"
@@ -68,7 +82,9 @@ def test_an_empty_choice_is_refused_before_anything_is_written(tiny, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_choice_that_the_tokenizer_does_not_see_is_named(tiny, tmp_path):
+def test_a_choice_that_the_tokenizer_does_not_see_is_named(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps({"q": "?"}))
     (tmp_path / "mine.yaml").write_text(
         "kind: multiple_choice\ndata: {path: rows.jsonl}\nprompt: '{{ q }}'\n"

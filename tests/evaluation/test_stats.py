@@ -25,7 +25,7 @@ from mlx_slim.evaluation.stats import (
 )
 
 
-def test_mcnemar_is_the_closed_form_and_scipys_binomial_test():
+def test_mcnemar_is_the_closed_form_and_scipys_binomial_test() -> None:
     assert mcnemar(60, 40) == pytest.approx(0.0569, abs=5e-5)
     assert mcnemar(30, 10) == pytest.approx(0.0022, abs=5e-5)
     assert mcnemar(0, 0) == 1.0
@@ -43,7 +43,7 @@ def _pair(both: int, gained: int, lost: int, neither: int) -> tuple[list[int], l
     return first, second
 
 
-def test_the_standard_error_is_the_closed_form():
+def test_the_standard_error_is_the_closed_form() -> None:
     n, b, c = 500, 40, 25
     first, second = _pair(200, b, c, n - 200 - b - c)
     expected = math.sqrt(((b + c) / n - ((b - c) / n) ** 2) / n)
@@ -56,7 +56,7 @@ def test_the_standard_error_is_the_closed_form():
     assert found.second - found.first == pytest.approx(found.delta)
 
 
-def test_the_minimum_detectable_difference_is_near_the_formula_of_many_pairs():
+def test_the_minimum_detectable_difference_is_near_the_formula_of_many_pairs() -> None:
     for discordant, n in ((1004, 10042), (3000, 14042), (60, 300)):
         formula = 2.80 * math.sqrt(discordant / n / n)
         assert formula < detectable_difference(discordant, n) < 1.08 * formula
@@ -64,7 +64,7 @@ def test_the_minimum_detectable_difference_is_near_the_formula_of_many_pairs():
 
 
 @pytest.mark.parametrize(("discordant", "n", "tests"), [(1, 100, 1), (0, 40, 1), (2, 60, 12)])
-def test_what_is_said_to_be_detectable_can_be_flagged(discordant, n, tests):
+def test_what_is_said_to_be_detectable_can_be_flagged(discordant: int, n: int, tests: int) -> None:
     """One discordant pair of 100 shows nothing: the test needs six that point one way."""
     found = detectable_difference(discordant, n, tests)
     assert mcnemar(math.floor(found * n), 0) <= 0.05 / tests
@@ -86,7 +86,7 @@ def _drawn(rng: np.random.Generator, n: int, share: float, delta: float, runs: i
     ("n", "discordant", "tests"),
     [(100, 10, 1), (100, 1, 1), (100, 25, 6), (400, 60, 12), (1000, 300, 38)],
 )
-def test_the_stated_power_is_the_power_after_holm(n, discordant, tests):
+def test_the_stated_power_is_the_power_after_holm(n: int, discordant: int, tests: int) -> None:
     """Simulated: one true difference of the stated size in a family without any other."""
     rng = np.random.default_rng(n + tests)
     runs, share = 1_500, discordant / n
@@ -101,7 +101,7 @@ def test_the_stated_power_is_the_power_after_holm(n, discordant, tests):
     assert 0.77 < flagged / runs < 0.84
 
 
-def test_the_power_of_a_t_test_is_as_stated_for_few_documents():
+def test_the_power_of_a_t_test_is_as_stated_for_few_documents() -> None:
     rng = np.random.default_rng(1)
     for n, tests in ((5, 1), (12, 4)):
         shape = rng.normal(0, 1, n)
@@ -113,7 +113,7 @@ def test_the_power_of_a_t_test_is_as_stated_for_few_documents():
     assert detectable_mean(np.ones(1)) is None and detectable_mean(np.ones(4)) == 0
 
 
-def test_chance_and_what_is_above_it():
+def test_chance_and_what_is_above_it() -> None:
     two = {"loglikelihoods": [0.0, 0.0]}
     assert chance_level([two, {"loglikelihoods": [0.0] * 4}]) == pytest.approx(0.375)
     assert chance_level([{"generation": ""}]) == 0.0
@@ -122,7 +122,7 @@ def test_chance_and_what_is_above_it():
     assert above_chance(1, 100, 0.0) and not above_chance(0, 100, 0.0)
 
 
-def test_the_bootstrap_covers_like_an_index_bootstrap():
+def test_the_bootstrap_covers_like_an_index_bootstrap() -> None:
     rng = np.random.default_rng(3)
     differences = rng.choice([-1.0, 0.0, 1.0], 120, p=[0.15, 0.6, 0.25])
     means = differences[rng.integers(0, 120, (20_000, 120))].mean(axis=1)
@@ -134,7 +134,7 @@ def test_the_bootstrap_covers_like_an_index_bootstrap():
     assert (found[1] - found[0]) / (2 * 1.96) == pytest.approx(error, rel=0.1)
 
 
-def test_the_bootstrap_keeps_to_its_strata():
+def test_the_bootstrap_keeps_to_its_strata() -> None:
     # All the difference lies between the strata: within them nothing varies.
     differences = np.array([1.0] * 50 + [0.0] * 50)
     strata = ["a"] * 50 + ["b"] * 50
@@ -146,7 +146,7 @@ def test_the_bootstrap_keeps_to_its_strata():
     assert shuffled == pytest.approx(bootstrap_interval(mixed, draws=20_000), abs=0.02)
 
 
-def test_real_values_get_a_paired_t_test():
+def test_real_values_get_a_paired_t_test() -> None:
     rng = np.random.default_rng(0)
     first = rng.normal(2.0, 1.0, 80)
     second = first + rng.normal(0.05, 0.1, 80)
@@ -157,14 +157,14 @@ def test_real_values_get_a_paired_t_test():
     assert paired([0.5, 0.7], [0.5, 0.7]).p_value == 1.0
 
 
-def test_holm_steps_down():
+def test_holm_steps_down() -> None:
     assert holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
     assert holm([0.2]) == [0.2]
     assert holm([]) == []
     assert holm([0.9, 0.8]) == [1.0, 1.0]
 
 
-def test_no_difference_is_never_called_equal():
+def test_no_difference_is_never_called_equal() -> None:
     same = paired(*_pair(50, 5, 5, 40))
     words = verdict(same.delta, same.p_value, same.detectable)
     assert words == f"no detectable difference (MDE {100 * same.detectable:.2g} points)"
@@ -172,19 +172,19 @@ def test_no_difference_is_never_called_equal():
     assert verdict(-0.02, 0.04, 0.01, unit="bits/byte") == "lower by 0.02 bits/byte"
 
 
-def test_what_cannot_be_paired_is_refused():
+def test_what_cannot_be_paired_is_refused() -> None:
     with pytest.raises(SlimError, match="2 and 3 questions"):
         paired([1, 0], [1, 0, 1])
     with pytest.raises(SlimError, match="0 and 0"):
         paired([], [])
 
 
-def test_one_question_bears_no_interval():
+def test_one_question_bears_no_interval() -> None:
     assert paired([0], [1]).interval == (-1.0, 1.0)
     assert paired([1.5], [1.2]).interval is None
 
 
-def test_the_interval_over_few_documents_is_students():
+def test_the_interval_over_few_documents_is_students() -> None:
     first, second = np.zeros(4), np.array([0.1, 0.3, -0.1, 0.2])
     found = paired(first, second)
     low, high = found.interval

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from mlx_slim.evaluation.targets import read_choices, right_places, right_texts
@@ -24,7 +26,7 @@ WORDS, NUMBERS = ["red", "blue", "green"], ["1", "2", "4"]
         ("-1", ["-1", "1"], (0,)),
     ],
 )
-def test_places(value, choices, places):
+def test_places(value: Any, choices: Any, places: Any) -> None:
     assert right_places(value, choices) == places
 
 
@@ -43,7 +45,7 @@ def test_places(value, choices, places):
         ("9" * 6000, ["9" * 6000, "nine"]),
     ],
 )
-def test_digits_beside_numbers_are_ambiguous(value, choices):
+def test_digits_beside_numbers_are_ambiguous(value: Any, choices: Any) -> None:
     with pytest.raises(ValueError, match=r"is ambiguous: the choices .* place_in .* int "):
         right_places(value, choices)
 
@@ -63,13 +65,13 @@ def test_digits_beside_numbers_are_ambiguous(value, choices):
         ({"text": "red"}, "{'text'"),
     ],
 )
-def test_what_is_no_choice_is_named(value, seen):
+def test_what_is_no_choice_is_named(value: Any, seen: str) -> None:
     with pytest.raises(ValueError, match=f"the target is {seen}") as caught:
         right_places(value, WORDS)
     assert len(str(caught.value)) < 200
 
 
-def test_texts():
+def test_texts() -> None:
     assert right_texts("Paris") == ("Paris",)
     assert right_texts(18) == ("18",)
     assert right_texts(["Paris", "paris", "Paris", 3.5]) == ("Paris", "paris", "3.5")
@@ -84,7 +86,7 @@ def test_texts():
         right_texts([1, 2], as_json=True)
 
 
-def test_choices_are_texts_and_numbers():
+def test_choices_are_texts_and_numbers() -> None:
     assert read_choices(["a ", 2, 2.5, True, "…"]) == ["a ", "2", "2.5", "True", "…"]
     for bad in (None, ["a"], {}):
         with pytest.raises(ValueError, match=r"choice 2 of 2 is .*: expected a text or a number"):

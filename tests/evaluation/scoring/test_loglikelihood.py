@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -37,7 +40,7 @@ def _questions(seed: int = 0, questions: int = 9, root: tuple[int, ...] = ()) ->
     return requests
 
 
-def _differences(scores, model, requests) -> list[str]:
+def _differences(scores: Any, model: Any, requests: Any) -> list[str]:
     """Return what the plain scorer finds otherwise, by more than 1e-3 nats."""
     found = []
     for index, (score, request) in enumerate(zip(scores, requests, strict=True)):
@@ -47,7 +50,7 @@ def _differences(scores, model, requests) -> list[str]:
     return found
 
 
-def _greedy_request(model, context: tuple[int, ...], length: int) -> Request:
+def _greedy_request(model: Any, context: tuple[int, ...], length: int) -> Request:
     ids = list(context)
     for _ in range(length):
         ids.append(int(mx.argmax(model(mx.array([ids]))[0, -1]).item()))
@@ -56,7 +59,9 @@ def _greedy_request(model, context: tuple[int, ...], length: int) -> Request:
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-mha", "llama-tied", "phi", "mistral"])
 @pytest.mark.parametrize("batch_tokens", [24, 512])
-def test_equals_the_plain_scorer(tiny, architecture, batch_tokens):
+def test_equals_the_plain_scorer(
+    tiny: Callable[..., Path], architecture: str, batch_tokens: int
+) -> None:
     model = load(tiny(architecture)).model
     requests = [*_questions(), _greedy_request(model, (7, 8, 9), 5)]
     scorer = LoglikelihoodScorer(model, batch_tokens=batch_tokens)
@@ -68,7 +73,9 @@ def test_equals_the_plain_scorer(tiny, architecture, batch_tokens):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "phi"])
-def test_a_shared_root_is_computed_once_and_changes_nothing(tiny, architecture):
+def test_a_shared_root_is_computed_once_and_changes_nothing(
+    tiny: Callable[..., Path], architecture: str
+) -> None:
     model = load(tiny(architecture)).model
     requests = _questions(root=SHOTS)
     scorer = LoglikelihoodScorer(model, batch_tokens=64)
@@ -90,7 +97,7 @@ def test_a_shared_root_is_computed_once_and_changes_nothing(tiny, architecture):
     assert fresh.score(requests[20:], SHOTS) == halves[1]  # to the bit: whatever came before
 
 
-def test_little_memory_cuts_the_work_and_changes_no_score(tiny):
+def test_little_memory_cuts_the_work_and_changes_no_score(tiny: Callable[..., Path]) -> None:
     model = load(tiny()).model
     requests = _questions(questions=12)
     small = LoglikelihoodScorer(model, memory=1)
@@ -101,7 +108,7 @@ def test_little_memory_cuts_the_work_and_changes_no_score(tiny):
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_a_quantized_base(tiny, dense):
+def test_a_quantized_base(tiny: Callable[..., Path], dense: bool) -> None:
     from mlx_slim.config.schema import QuantizeConfig
     from mlx_slim.quantization.apply import quantize_model
 
@@ -117,7 +124,9 @@ def test_a_quantized_base(tiny, dense):
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
-def test_threads_change_no_score(tiny, num_threads, monkeypatch):
+def test_threads_change_no_score(
+    tiny: Callable[..., Path], num_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loglikelihood, "default_num_threads", lambda: num_threads)
     model = load(tiny()).model
     requests = _questions(questions=20)
@@ -135,7 +144,7 @@ def _built(config: dict) -> object:
     return model
 
 
-def test_sliding_windows_are_kept_by_the_mask():
+def test_sliding_windows_are_kept_by_the_mask() -> None:
     config = {
         "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128,
         "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
@@ -149,7 +158,7 @@ def test_sliding_windows_are_kept_by_the_mask():
     assert _differences(scorer.score(requests), model, requests) == []
 
 
-def test_a_recurrent_model_falls_back_and_says_so():
+def test_a_recurrent_model_falls_back_and_says_so() -> None:
     config = {
         "model_type": "mamba", "vocab_size": 264, "hidden_size": 32, "intermediate_size": 64,
         "state_size": 8, "num_hidden_layers": 2, "conv_kernel": 4, "use_bias": False,
@@ -163,16 +172,16 @@ def test_a_recurrent_model_falls_back_and_says_so():
     assert _differences(scorer.score(requests, SHOTS), model, requests) == []
 
 
-def test_a_model_that_ignores_its_cache_is_found_out(tiny):
+def test_a_model_that_ignores_its_cache_is_found_out(tiny: Callable[..., Path]) -> None:
     model = load(tiny()).model
 
     class Forgetful:
         """Attends to the batch alone: a shared prefix would be lost."""
 
-        def __call__(self, tokens, cache=None):
+        def __call__(self, tokens: Any, cache: Any = None):
             return type(model).__call__(model, tokens)
 
-        def __getattr__(self, name):
+        def __getattr__(self, name: str):
             return getattr(model, name)
 
     from mlx_slim.evaluation.scoring.prefix_cache import probe
@@ -182,7 +191,7 @@ def test_a_model_that_ignores_its_cache_is_found_out(tiny):
     assert probe(model, forgetful).reason  # type: ignore[arg-type]
 
 
-def test_nothing_to_score(tiny):
+def test_nothing_to_score(tiny: Callable[..., Path]) -> None:
     assert LoglikelihoodScorer(load(tiny()).model).score([]) == []
 
 
@@ -193,7 +202,9 @@ REFERENCES = {  # task -> (reference file, questions of it that every test run s
 }
 
 
-def test_real_scores_are_those_of_the_reference_harness(smollm2, data_mirror, references, tmp_path):
+def test_real_scores_are_those_of_the_reference_harness(
+    smollm2: Path, data_mirror: Path, references: Path, tmp_path: Path
+) -> None:
     """Every log-likelihood within 0.01 nats of PyTorch's; all questions: see the lab log."""
     for task, (name, count) in REFERENCES.items():
         expected = json.loads((references / f"{name}.json").read_text(encoding="utf-8"))

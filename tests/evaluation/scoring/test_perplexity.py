@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +15,7 @@ from mlx_slim.evaluation.scoring.requests import RequestEncoder
 from mlx_slim.models.load import load_tokenizer
 
 
-def test_the_windows_are_those_of_the_harness():
+def test_the_windows_are_those_of_the_harness() -> None:
     found = windows(range(10), 99, 4)
     assert [(request.inputs, request.ids[request.start :]) for request in found] == [
         ((99, 0, 1, 2), (0, 1, 2, 3)),
@@ -23,7 +26,7 @@ def test_the_windows_are_those_of_the_harness():
 
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 8, 9, 23])
 @pytest.mark.parametrize("longest", [1, 2, 4, 30])
-def test_every_token_is_predicted_once_with_full_windows(count, longest):
+def test_every_token_is_predicted_once_with_full_windows(count: int, longest: int) -> None:
     found = windows(range(count), 99, longest)
     targets = [token for request in found for token in request.ids[request.start :]]
     assert targets == list(range(count))
@@ -33,7 +36,7 @@ def test_every_token_is_predicted_once_with_full_windows(count, longest):
     assert all(len(request.inputs) >= full for request in found)
 
 
-def test_rows_are_documents_of_their_own(tiny, tmp_path):
+def test_rows_are_documents_of_their_own(tiny: Callable[..., Path], tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "one two"}\n\n{"text": " "}\n{"text": "drei\\u2028vier", "id": 3}\n')
     texts = read_texts(path)
@@ -68,13 +71,15 @@ def test_rows_are_documents_of_their_own(tiny, tmp_path):
         ("rows.csv", b"body\na\n", "line 2 has body"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_one_line(tmp_path, name, content, text):
+def test_a_file_that_cannot_be_used_is_one_line(
+    tmp_path: Path, name: str, content: Any, text: str
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SlimError, match=text):
         read_texts(tmp_path / name)
 
 
-def test_a_missing_file_and_a_folder(tmp_path):
+def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
     with pytest.raises(SlimError, match="does not exist"):
         read_texts(tmp_path / "none.txt")
     with pytest.raises(SlimError, match="is a folder"):

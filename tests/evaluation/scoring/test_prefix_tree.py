@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from typing import Any
 
 import pytest
 
@@ -37,7 +38,9 @@ def _asked(requests: list[Request]) -> set[tuple[int, int, int]]:
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("longest", [3, 100])
 @pytest.mark.parametrize("sharing", [True, False])
-def test_paths_spell_the_inputs_and_every_target_is_scored_once(seed, longest, sharing):
+def test_paths_spell_the_inputs_and_every_target_is_scored_once(
+    seed: Any, longest: int, sharing: bool
+) -> None:
     requests = _random_requests(seed)
     nodes = prefix_tree.build(requests, longest=longest, sharing=sharing)
     found = []
@@ -60,7 +63,7 @@ def test_paths_spell_the_inputs_and_every_target_is_scored_once(seed, longest, s
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_the_minimum_is_the_number_of_distinct_prefixes(seed):
+def test_the_minimum_is_the_number_of_distinct_prefixes(seed: Any) -> None:
     requests = _random_requests(seed)
     prefixes = {
         request.inputs[:end] for request in requests for end in range(1, len(request.inputs) + 1)
@@ -70,7 +73,7 @@ def test_the_minimum_is_the_number_of_distinct_prefixes(seed):
     assert computed >= len(prefixes)
 
 
-def test_a_long_shared_run_is_computed_once_and_a_short_one_again():
+def test_a_long_shared_run_is_computed_once_and_a_short_one_again() -> None:
     context = tuple(range(10, 40))
     requests = [Request((*context, ending, 1, 2, 3), 30) for ending in range(4)]
     nodes = prefix_tree.build(requests, longest=100)
@@ -80,14 +83,14 @@ def test_a_long_shared_run_is_computed_once_and_a_short_one_again():
     assert [len(node.tokens) for node in prefix_tree.build(two, longest=100)] == [9, 9]
 
 
-def test_one_token_answers_are_one_pass():
+def test_one_token_answers_are_one_pass() -> None:
     requests = [Request((5, 6, 7, letter), 3) for letter in (1, 2, 3, 4)]
     (node,) = prefix_tree.build(requests, longest=100)
     assert node.tokens == (5, 6, 7)
     assert node.scored == {2: [(0, 1), (1, 2), (2, 3), (3, 4)]}
 
 
-def test_batches_hold_every_row_once_and_keep_the_budget():
+def test_batches_hold_every_row_once_and_keep_the_budget() -> None:
     draw = random.Random(1)
     lengths = [draw.randint(1, 60) for _ in range(100)] + [300]
     nodes = [prefix_tree.Node((0,) * length, -1, 0, 0) for length in lengths]
@@ -121,7 +124,7 @@ def _least_cost(sequences: list[tuple[int, ...]], begin: int = 0) -> int:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_the_plan_is_the_cheapest_of_all(seed):
+def test_the_plan_is_the_cheapest_of_all(seed: Any) -> None:
     sequences = sorted({request.inputs for request in _random_requests(seed, 25)})
     pending, cost = list(prefix_tree.plan(sequences)), 0
     while pending:
@@ -131,7 +134,7 @@ def test_the_plan_is_the_cheapest_of_all(seed):
     assert cost == _least_cost(sequences)
 
 
-def test_prefixes_nested_20_000_deep_need_no_recursion():
+def test_prefixes_nested_20_000_deep_need_no_recursion() -> None:
     limit = sys.getrecursionlimit()
     depth = 20_000
     pending = list(prefix_tree.plan([range(length) for length in range(1, depth + 1)]))
@@ -145,7 +148,7 @@ def test_prefixes_nested_20_000_deep_need_no_recursion():
     assert sys.getrecursionlimit() == limit
 
 
-def test_every_one_of_1_500_nested_requests_is_scored():
+def test_every_one_of_1_500_nested_requests_is_scored() -> None:
     ids = tuple(range(1502))
     requests = [Request(ids[:length], length - 1) for length in range(2, 1502)]
     nodes = prefix_tree.build(requests, longest=100)

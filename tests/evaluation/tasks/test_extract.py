@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from mlx_slim.config.task import Filter
@@ -35,7 +38,7 @@ GOLDEN = [
 
 
 @pytest.mark.parametrize(("text", "strict", "flexible"), GOLDEN)
-def test_gsm8k_golden_strings(text, strict, flexible):
+def test_gsm8k_golden_strings(text: Any, strict: Any, flexible: Any) -> None:
     filters = GSM8K.spec.filters
     assert normalize(GSM8K.spec, extract(filters["strict"], text)) == strict
     assert normalize(GSM8K.spec, extract(filters["flexible"], text)) == flexible
@@ -50,11 +53,11 @@ def test_gsm8k_golden_strings(text, strict, flexible):
         ("a #### 1\n#### 7.", "7"),
     ],
 )
-def test_gsm8k_targets_lose_their_working(target, compared):
+def test_gsm8k_targets_lose_their_working(target: str, compared: str) -> None:
     assert normalize(GSM8K.spec, target) == compared
 
 
-def test_a_gsm8k_record_has_the_agreed_shape():
+def test_a_gsm8k_record_has_the_agreed_shape() -> None:
     question = Question(0, None, "Question: …\nAnswer:", (), (), "So\n#### 18")
     record = record_generation(GSM8K, question, "It is $18\n#### 17", "until")
     assert record == {
@@ -69,18 +72,18 @@ def test_a_gsm8k_record_has_the_agreed_shape():
     assert summary["metrics"]["strict_match"]["k"] == 0
 
 
-def test_a_filter_takes_the_first_or_last_match_and_its_first_group():
+def test_a_filter_takes_the_first_or_last_match_and_its_first_group() -> None:
     assert extract(Filter(pattern=r"\d"), "a1b2") == "1"
     assert extract(Filter(pattern=r"\d", take="last"), "a1b2") == "2"
     assert extract(Filter(pattern=r"x(a)?(b)?", take="last"), "xa xb") == "b"
     assert extract(Filter(pattern=r"x(a)?"), "x") == NO_ANSWER
 
 
-def _record(task, text, target):
+def _record(task: Any, text: Any, target: Any):
     return record_generation(task, Question(0, None, "p", (), (), target), text, "eos")
 
 
-def test_exact_and_json_match():
+def test_exact_and_json_match() -> None:
     task = find_task("demo_exact_match")
     target = '{"a":"1","b":null}'
     texts = (target, f" {target}\n", '{"b": null, "a": "1"}', '{"a":1,"b":null}', "sorry", "")
@@ -91,14 +94,14 @@ def test_exact_and_json_match():
                                 "json_match"]  # fmt: skip
 
 
-def test_text_that_is_no_json_never_matches_as_json():
+def test_text_that_is_no_json_never_matches_as_json() -> None:
     assert not same_json("yes", "yes")
     assert not same_json("[" * 100_000, "[]")
     assert same_json('{"a": 1, "b": 2}', '{"b":2,"a":1}')
     assert not same_json('"1"', "1")
 
 
-def test_case_and_patterns_are_ignored_on_both_sides(tmp_path):
+def test_case_and_patterns_are_ignored_on_both_sides(tmp_path: Path) -> None:
     task = write_task(tmp_path, GENERATION + "ignore_case: true\nignore: ['[.!]']\n")
     assert _record(task, "Paris!", "paris.")["exact_match"] == 1
     assert _record(task, "Paris?", "paris.")["exact_match"] == 0

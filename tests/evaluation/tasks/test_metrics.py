@@ -6,6 +6,8 @@ import json
 import math
 import random
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,12 +24,12 @@ from mlx_slim.evaluation.tasks.spec import find_task
 from tests.evaluation.support import GENERATION, write_task
 
 
-def _question(texts, target=0, subject=None, doc_id=0):
+def _question(texts: Any, target: Any = 0, subject: Any = None, doc_id: Any = 0):
     choices = tuple(f" {text}" for text in texts)
     return Question(doc_id, subject, "c", choices, tuple(map(len, texts)), target)
 
 
-def test_a_record_has_the_agreed_shape():
+def test_a_record_has_the_agreed_shape() -> None:
     question = _question(["a" * 10, "b" * 40, "cc"], target=1)
     record = record_choice(find_task("hellaswag"), question, [-10.0, -20.0, -9.0], [0, 0, 1])
     assert record == {
@@ -39,7 +41,7 @@ def test_a_record_has_the_agreed_shape():
     assert "acc_norm" not in record
 
 
-def test_acc_norm_divides_by_characters_not_bytes():
+def test_acc_norm_divides_by_characters_not_bytes() -> None:
     question = _question(["éé", "abc"], target=0)  # 2 and 3 characters, 4 and 3 bytes
     record = record_choice(find_task("arc_easy"), question, [-3.0, -4.0], [False, False])
     assert (record["acc"], record["acc_norm"]) == (1, 0)  # -1.5 against -1.33
@@ -49,14 +51,14 @@ def test_acc_norm_divides_by_characters_not_bytes():
     assert record["acc_norm"] == 1  # by bytes -0.75 would win
 
 
-def test_the_first_of_equals_wins():
+def test_the_first_of_equals_wins() -> None:
     record = record_choice(find_task("mmlu"), _question("abcd", 1), [-2, -1, -1, -1], [0] * 4)
     assert (record["prediction"], record["acc"]) == (1, 1)
     infinite = [float("-inf")] * 2
     assert record_choice(find_task("mmlu"), _question("ab"), infinite, [0, 0])["prediction"] == 0
 
 
-def test_any_of_several_right_choices_counts():
+def test_any_of_several_right_choices_counts() -> None:
     question = replace(_question(["a" * 10, "b" * 40, "cc"], target=1), others=(2,))
     record = record_choice(find_task("hellaswag"), question, [-10.0, -20.0, -9.0], [0, 0, 1])
     assert (record["prediction"], record["acc"], record["acc_norm"]) == (2, 1, 1)
@@ -66,7 +68,7 @@ def test_any_of_several_right_choices_counts():
 
 
 @pytest.mark.parametrize(("text", "right"), [(" paris.", 1), ("PARIS, France", 1), ("Lyon", 0)])
-def test_any_of_several_right_texts_counts(tmp_path, text, right):
+def test_any_of_several_right_texts_counts(tmp_path: Path, text: str, right: int) -> None:
     rules = "ignore_case: true\nignore: ['\\.']\nmetrics: [exact_match, word_match]\n"
     rules += "filters: {word: {pattern: '(\\w+)'}}\n"
     task = write_task(tmp_path, GENERATION + rules)
@@ -76,7 +78,7 @@ def test_any_of_several_right_texts_counts(tmp_path, text, right):
     assert (record["exact_match"], record["word_match"]) == (right, right)
 
 
-def test_any_of_several_right_values_counts(tmp_path):
+def test_any_of_several_right_values_counts(tmp_path: Path) -> None:
     task = write_task(tmp_path, GENERATION + "metrics: [json_match]\n")
     question = Question(0, None, "c", (), (), '{"a": 1, "b": 2}', ("[1]",))
     answers = ('{"b":2,"a":1}', "[ 1 ]", "[2]", "null", "no")
@@ -84,14 +86,14 @@ def test_any_of_several_right_values_counts(tmp_path):
     assert [record["json_match"] for record in records] == [1, 1, 0, 0, 0]
 
 
-def test_nan_is_refused():
+def test_nan_is_refused() -> None:
     with pytest.raises(SlimError, match="question 7: a log-likelihood is not a number"):
         record_choice(find_task("mmlu"), _question("ab", doc_id=7), [-1, float("nan")], [0, 0])
     with pytest.raises(ValueError, match="1 log-likelihoods for 2"):
         record_choice(find_task("mmlu"), _question("ab"), [-1], [0])
 
 
-def test_stderr_is_the_sample_s():
+def test_stderr_is_the_sample_s() -> None:
     values = [1] * 46 + [0] * 54
     mean = sum(values) / 100
     sample = math.sqrt(sum((v - mean) ** 2 for v in values) / 99) / math.sqrt(100)
@@ -101,7 +103,7 @@ def test_stderr_is_the_sample_s():
     assert stderr(1, 1) is None and stderr(0, 0) is None
 
 
-def test_pooled_stderr_is_that_of_the_pooled_variance():
+def test_pooled_stderr_is_that_of_the_pooled_variance() -> None:
     # parts of 3 and 5 questions, 2 and 1 right
     variances = [1 / 3, 0.2]  # sample variances: p(1-p)·n/(n-1)
     errors = [math.sqrt(v / n) for v, n in zip(variances, (3, 5), strict=True)]
@@ -122,7 +124,7 @@ def _mmlu(**rights: list[int]):
     ]
 
 
-def test_mmlu_is_pooled_by_subject_category_and_over_all():
+def test_mmlu_is_pooled_by_subject_category_and_over_all() -> None:
     records = _mmlu(
         anatomy=[1, 1, 0, 1], astronomy=[0, 1], philosophy=[0, 0, 0], virology=[1, 0, 1, 0, 1]
     )
@@ -145,24 +147,24 @@ def test_mmlu_is_pooled_by_subject_category_and_over_all():
     assert set(summary["categories"]) == {"stem", "humanities", "other"}
 
 
-def test_one_question_a_subject_has_no_standard_error():
+def test_one_question_a_subject_has_no_standard_error() -> None:
     summary = summarize(find_task("mmlu"), _mmlu(anatomy=[1], virology=[0]))
     assert summary["micro"]["acc"] == {"value": 0.5, "stderr": None, "k": 1}
     assert summary["macro"]["acc"]["stderr"] is None
     assert summarize(find_task("mmlu"), [])["n"] == 0
 
 
-def test_a_subject_alone_is_a_plain_task():
+def test_a_subject_alone_is_a_plain_task() -> None:
     summary = summarize(find_task("mmlu_anatomy"), _mmlu(anatomy=[1, 0]))
     assert set(summary) == {"n", "metrics"}
     assert summary["metrics"]["acc"] == {"value": 0.5, "stderr": 0.5, "k": 1}
 
 
-def _pairs(pairs):
+def _pairs(pairs: Any):
     return [{"target": t, "prediction": p, "acc": int(t == p)} for t, p in pairs]
 
 
-def _slow_f1(pairs):
+def _slow_f1(pairs: Any):
     classes = {value for pair in pairs for value in pair}
     scores = []
     for c in classes:
@@ -174,7 +176,7 @@ def _slow_f1(pairs):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_macro_f1_and_its_jackknife(seed):
+def test_macro_f1_and_its_jackknife(seed: Any) -> None:
     rng = random.Random(seed)
     pairs = [(rng.choice([0, 0, 0, 1, 2]), rng.choice([0, 0, 1])) for _ in range(20)]
     figure = summarize(find_task("pubmedqa"), _pairs(pairs))["metrics"]["macro_f1"]
@@ -186,8 +188,8 @@ def test_macro_f1_and_its_jackknife(seed):
     assert figure["k"] is None
 
 
-def test_macro_f1_of_known_cases():
-    def value(pairs):
+def test_macro_f1_of_known_cases() -> None:
+    def value(pairs: Any):
         return summarize(find_task("pubmedqa"), _pairs(pairs))["metrics"]["macro_f1"]["value"]
 
     assert value([(0, 0), (1, 1), (2, 2)]) == 1.0

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +21,7 @@ SIZES = {
 }  # fmt: skip
 
 
-def _questions(task: Task, rows, shots=(), num_fewshot=0, **more):
+def _questions(task: Task, rows: Any, shots: Any = (), num_fewshot: Any = 0, **more: Any):
     return build_questions(task, TaskRows(rows, shots, "", ""), num_fewshot, **more)
 
 
@@ -30,7 +33,9 @@ def _questions(task: Task, rows, shots=(), num_fewshot=0, **more):
         ("mmlu_us_foreign_policy_5shot", "mmlu_us_foreign_policy"),
     ],
 )
-def test_prompts_are_the_reference_s_to_the_byte(data_mirror, references, file, name):
+def test_prompts_are_the_reference_s_to_the_byte(
+    data_mirror: Path, references: Path, file: str, name: str
+) -> None:
     known = json.loads((references / f"{file}.json").read_text(encoding="utf-8"))
     task = find_task(name)
     rows = load_rows(task, data_mirror)
@@ -41,7 +46,7 @@ def test_prompts_are_the_reference_s_to_the_byte(data_mirror, references, file, 
 
 
 @pytest.mark.parametrize("name", sorted(SIZES))
-def test_every_task_renders_every_row_of_the_mirror(data_mirror, name):
+def test_every_task_renders_every_row_of_the_mirror(data_mirror: Path, name: Any) -> None:
     task = find_task(name)
     chat = Chat(lambda system, user: f"{system}|{user}|") if task.spec.chat else None
     questions = build_questions(task, load_rows(task, data_mirror), chat=chat)
@@ -58,11 +63,11 @@ def test_every_task_renders_every_row_of_the_mirror(data_mirror, name):
             assert question.context == question.context.rstrip(" ")
 
 
-def test_all_shipped_tasks_are_rendered_above():
+def test_all_shipped_tasks_are_rendered_above() -> None:
     assert {task.name for task in list_tasks()} - set(SIZES) == {"bioasq"}
 
 
-def test_suites_say_which_training_rows_the_mirror_lacks(data_mirror):
+def test_suites_say_which_training_rows_the_mirror_lacks(data_mirror: Path) -> None:
     lacking = {}
     for selection in expand(["leaderboard-v1"]):
         rows = load_rows(selection.task, data_mirror)
@@ -75,7 +80,7 @@ def test_suites_say_which_training_rows_the_mirror_lacks(data_mirror):
     assert set(lacking) <= {"arc_challenge", "hellaswag"}
 
 
-def test_gsm8k_shots_are_the_first_five_training_rows(tmp_path):
+def test_gsm8k_shots_are_the_first_five_training_rows(tmp_path: Path) -> None:
     rows = [{"question": f"q{n}", "answer": f"a{n} #### {n}"} for n in range(8)]
     write_rows(tmp_path / "gsm8k" / "train.jsonl", rows)
     write_rows(tmp_path / "gsm8k" / "test.jsonl", [{"question": "t", "answer": "x #### 1"}])
@@ -88,7 +93,7 @@ def test_gsm8k_shots_are_the_first_five_training_rows(tmp_path):
         build_questions(task, load_rows(task, tmp_path), 9)
 
 
-def test_mmlu_shots_are_the_subject_s_own_and_limits_are_per_subject():
+def test_mmlu_shots_are_the_subject_s_own_and_limits_are_per_subject() -> None:
     rows = [mmlu_row(subject, n) for n in range(3) for subject in ("virology", "us_foreign_policy")]
     shots = [mmlu_row(s, n) for n in (7, 8) for s in ("us_foreign_policy", "virology", "anatomy")]
     questions = _questions(find_task("mmlu"), rows, shots, 2, limit=2)
@@ -106,7 +111,7 @@ def test_mmlu_shots_are_the_subject_s_own_and_limits_are_per_subject():
         _questions(find_task("mmlu"), rows, shots, 3)
 
 
-def test_a_question_is_never_among_its_own_examples():
+def test_a_question_is_never_among_its_own_examples() -> None:
     rows = [
         {"question": f"q{n}?", "context": {"contexts": [f"c{n}", "d"]}, "final_decision": "maybe"}
         for n in range(4)
@@ -121,7 +126,7 @@ def test_a_question_is_never_among_its_own_examples():
         _questions(find_task("pubmedqa"), rows, rows, 4)
 
 
-def test_a_question_is_no_example_of_itself_wherever_examples_come_from(tmp_path):
+def test_a_question_is_no_example_of_itself_wherever_examples_come_from(tmp_path: Path) -> None:
     rows = [{"prompt": f"p{n}", "completion": f"c{n}"} for n in range(3)]
     task = write_task(tmp_path, GENERATION, rows=rows)  # its data.shots is its data.path
     contexts = [q.context for q in build_questions(task, load_rows(task), 1)]
@@ -132,7 +137,7 @@ def test_a_question_is_no_example_of_itself_wherever_examples_come_from(tmp_path
         build_questions(task, load_rows(task), 2)
 
 
-def test_hellaswag_is_cleaned():
+def test_hellaswag_is_cleaned() -> None:
     row = {
         "activity_label": "Cooking", "ctx_a": "[header] How to cook [title] Take a pan. [step] Heat"
         "  it.", "ctx_b": "THEN you", "endings": [" stir [title] well", "a [x] b", "c", "d"],
@@ -148,21 +153,21 @@ def test_hellaswag_is_cleaned():
     ("labels", "key", "place"),
     [("ABCD", "C", 2), ("1234", "3", 2), ("ABCD", "2", 1), ("1234", "D", 3), ("ABCDE", " E", 4)],
 )
-def test_arc_answer_keys_are_letters_or_numbers(labels, key, place):
+def test_arc_answer_keys_are_letters_or_numbers(labels: str, key: str, place: int) -> None:
     choices = {"text": [f"t{label}" for label in labels], "label": list(labels)}
     row = {"question": "q", "choices": choices, "answerKey": key}
     (question,) = _questions(find_task("arc_easy"), [row])
     assert question.target == place
 
 
-def test_a_key_that_is_no_label_is_one_line():
+def test_a_key_that_is_no_label_is_one_line() -> None:
     row = {"question": "q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "E"}
     with pytest.raises(SlimError, match="task arc_easy: row 1: target: the answer 'E' is none of"):
         _questions(find_task("arc_easy"), [row])
 
 
 @pytest.mark.parametrize("answer", [1, "1", "x"])
-def test_a_target_is_a_place_or_a_choice(tmp_path, answer):
+def test_a_target_is_a_place_or_a_choice(tmp_path: Path, answer: int | str) -> None:
     task = write_task(tmp_path, CHOICE, rows=[quiz(5, answer)], shots=[quiz(6, answer)])
     (question,) = build_questions(task, load_rows(task), 1)
     assert question.target == 1
@@ -170,7 +175,7 @@ def test_a_target_is_a_place_or_a_choice(tmp_path, answer):
 
 
 @pytest.mark.parametrize("answer", [2, -1, "y", True, None, 0.5, [[0]], [2], {"x": 1}])
-def test_any_other_target_is_one_line(tmp_path, answer):
+def test_any_other_target_is_one_line(tmp_path: Path, answer: Any) -> None:
     task = write_task(tmp_path, CHOICE, rows=[quiz(5), quiz(5, answer)])
     with pytest.raises(SlimError, match=r"line 2: the target is .* from 0 to 1"):
         build_questions(task, load_rows(task))
@@ -191,7 +196,7 @@ def test_any_other_target_is_one_line(tmp_path, answer):
         ),
     ],
 )
-def test_a_template_that_fails_names_row_and_field(tmp_path, prompt, words):
+def test_a_template_that_fails_names_row_and_field(tmp_path: Path, prompt: str, words: str) -> None:
     text = CHOICE.replace('"Q: {{ question }}\\nA:"', json.dumps(prompt))
     task = write_task(tmp_path, text, rows=[quiz(1)])
     with pytest.raises(SlimError, match=words) as caught:
@@ -200,7 +205,7 @@ def test_a_template_that_fails_names_row_and_field(tmp_path, prompt, words):
     assert "question, options, answer" in caught.value.hint
 
 
-def test_choices_must_be_a_list_with_text(tmp_path):
+def test_choices_must_be_a_list_with_text(tmp_path: Path) -> None:
     for bad, words in (("{{ question }}", "choices is 'what is 1"), ("{{ [] }}", "choices is")):
         task = write_task(tmp_path, CHOICE.replace("{{ options }}", bad), rows=[quiz(1)])
         with pytest.raises(SlimError, match=words):
@@ -217,7 +222,9 @@ def test_choices_must_be_a_list_with_text(tmp_path):
 @pytest.mark.parametrize(
     "more", ["", "metrics: [acc]\n", "metrics: [acc]\ndelimiter: ''\n", "delimiter: 'A: '\n"]
 )
-def test_a_choice_of_no_visible_character_is_refused_with_its_row(tmp_path, empty, more):
+def test_a_choice_of_no_visible_character_is_refused_with_its_row(
+    tmp_path: Path, empty: str, more: str
+) -> None:
     rows = [quiz(1), {**quiz(2), "options": ["x", empty]}]
     each = CHOICE.replace('"{{ options }}"', '["{{ options[0] }}", "{{ options[1] }}"]')
     for text in (CHOICE, each):
@@ -228,7 +235,7 @@ def test_a_choice_of_no_visible_character_is_refused_with_its_row(tmp_path, empt
             build_questions(task, TaskRows([quiz(3)], load_rows(task).shots, "", ""), 2)
 
 
-def test_a_list_of_right_answers_shows_its_first_in_an_example(tmp_path):
+def test_a_list_of_right_answers_shows_its_first_in_an_example(tmp_path: Path) -> None:
     task = write_task(tmp_path, CHOICE, rows=[quiz(1, ["x", 0, 1])], shots=[quiz(2, [1, 0])])
     (question,) = build_questions(task, load_rows(task), 1)
     assert (question.target, question.others, question.targets) == (1, (0,), (1, 0))
@@ -244,7 +251,7 @@ def test_a_list_of_right_answers_shows_its_first_in_an_example(tmp_path):
     "target",
     ["'{{ options }}'", "'{{ options | map(\"lower\") }}'", "['{{ options[0] }}', x]"],
 )
-def test_right_answers_are_a_list_a_filter_or_templates(tmp_path, target):
+def test_right_answers_are_a_list_a_filter_or_templates(tmp_path: Path, target: str) -> None:
     text = "kind: generation\ndata: {path: rows.jsonl}\nfields: {question: text}\nprompt: '?'\n"
     task = write_task(tmp_path, f"{text}target: {target}\n", rows=[quiz(1)])
     found = load_rows(task)
@@ -255,20 +262,20 @@ def test_right_answers_are_a_list_a_filter_or_templates(tmp_path, target):
     assert load_rows(task).checksum != found.checksum
 
 
-def test_macro_f1_needs_one_right_choice(tmp_path):
+def test_macro_f1_needs_one_right_choice(tmp_path: Path) -> None:
     task = write_task(tmp_path, CHOICE + "metrics: [acc, macro_f1]\n", rows=[quiz(1, [0, 1])])
     with pytest.raises(SlimError, match=r"line 1: the target is \[0, 1\]: macro_f1 needs one"):
         build_questions(task, load_rows(task))
 
 
-def test_templates_keep_their_last_line_break_and_choices_may_be_templates(tmp_path):
+def test_templates_keep_their_last_line_break_and_choices_may_be_templates(tmp_path: Path) -> None:
     text = CHOICE.replace("\\nA:", "\\n").replace('"{{ options }}"', '[1, "{{ options[1] }}!"]')
     (question,) = _questions(write_task(tmp_path, text), [quiz(1)])
     assert question.context == "Q: what is 1?\n"
     assert question.choices == (" 1", " x!")
 
 
-def test_a_chat_template_goes_around_and_takes_the_delimiter(tmp_path):
+def test_a_chat_template_goes_around_and_takes_the_delimiter(tmp_path: Path) -> None:
     text = CHOICE + "description: Be {{ question[0] }}.\n"
     task = write_task(tmp_path, text)
     chat = Chat(lambda system, user: f"<s>{system}</s><u>{user}</u>")
@@ -279,7 +286,7 @@ def test_a_chat_template_goes_around_and_takes_the_delimiter(tmp_path):
     assert question.context == "Be w.Q: what is 1?\nA:"
 
 
-def test_chat_prompts_are_the_training_prompts(tiny, tmp_path):
+def test_chat_prompts_are_the_training_prompts(tiny: Callable[..., Path], tmp_path: Path) -> None:
     from mlx_slim.data.templates import load_template
     from mlx_slim.models.load import load_tokenizer
 
@@ -301,7 +308,7 @@ def test_chat_prompts_are_the_training_prompts(tiny, tmp_path):
     assert not plain.own_bos
 
 
-def test_generation_rows_of_ones_own(tmp_path):
+def test_generation_rows_of_ones_own(tmp_path: Path) -> None:
     rows = [{"prompt": f"p{n}", "completion": f"c{n}"} for n in range(3)]
     task = write_task(tmp_path, GENERATION, rows=rows)
     contexts = [q.context for q in build_questions(task, load_rows(task), 0)]
@@ -312,7 +319,9 @@ def test_generation_rows_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     ("key", "text"), [("prompt", "question"), ("target", "answer"), ("choices", "[x, options]")]
 )
-def test_the_bare_name_of_a_field_is_refused_as_a_text_of_every_row(tmp_path, key, text):
+def test_the_bare_name_of_a_field_is_refused_as_a_text_of_every_row(
+    tmp_path: Path, key: str, text: str
+) -> None:
     lines = [line for line in CHOICE.splitlines() if not line.startswith(f"{key}:")]
     task = write_task(tmp_path, "\n".join([*lines, f"{key}: {text}"]), rows=[quiz(1)])
     name = {"choices": "options"}.get(key, text)
@@ -321,7 +330,7 @@ def test_the_bare_name_of_a_field_is_refused_as_a_text_of_every_row(tmp_path, ke
     assert refused.value.hint.endswith(f'write "{{{{ {name} }}}}"')
 
 
-def test_a_text_of_every_row_that_is_no_field_stays(tmp_path):
+def test_a_text_of_every_row_that_is_no_field_stays(tmp_path: Path) -> None:
     text = CHOICE.replace('"{{ options }}"', "[yes, no]").replace('"{{ answer }}"', "yes")
     (question,) = _questions(write_task(tmp_path, text, rows=[quiz(1)]), [quiz(1)])
     assert (question.choices, question.target) == ((" yes", " no"), 0)

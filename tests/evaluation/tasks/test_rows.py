@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,12 +23,14 @@ ARC = {
 
 
 @pytest.fixture(autouse=True)
-def no_hub(monkeypatch):
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLX_SLIM_DATA", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-def test_a_mirror_is_found_by_argument_or_variable(tmp_path, monkeypatch):
+def test_a_mirror_is_found_by_argument_or_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_rows(tmp_path / "arc_easy" / "test.jsonl", [ARC, ARC])
     task = find_task("arc_easy")
     by_argument = load_rows(task, tmp_path)
@@ -38,7 +42,7 @@ def test_a_mirror_is_found_by_argument_or_variable(tmp_path, monkeypatch):
     assert count_rows(task) == 2
 
 
-def test_missing_rows_say_what_and_where(tmp_path):
+def test_missing_rows_say_what_and_where(tmp_path: Path) -> None:
     for data_dir, words in ((None, "names a data mirror"), (tmp_path, "arc_easy/test.jsonl")):
         with pytest.raises(SlimError, match=words) as caught:
             load_rows(find_task("arc_easy"), data_dir)
@@ -52,7 +56,7 @@ def test_missing_rows_say_what_and_where(tmp_path):
         load_rows(find_task("arc_easy"), tmp_path)
 
 
-def test_missing_shots_do_not_matter_until_they_are_wanted(tmp_path):
+def test_missing_shots_do_not_matter_until_they_are_wanted(tmp_path: Path) -> None:
     write_rows(tmp_path / "arc_challenge" / "test.jsonl", [ARC])
     found = load_rows(find_task("arc_challenge"), tmp_path)
     with pytest.raises(SlimError, match=r"split 'train': .*arc_challenge/train\.jsonl does not"):
@@ -61,7 +65,7 @@ def test_missing_shots_do_not_matter_until_they_are_wanted(tmp_path):
     assert len(found.shots) == 3
 
 
-def test_bioasq_reads_the_official_file_and_says_how_to_get_it(tmp_path):
+def test_bioasq_reads_the_official_file_and_says_how_to_get_it(tmp_path: Path) -> None:
     task = find_task("bioasq")
     with pytest.raises(SlimError, match=r"bioasq/test\.jsonl") as caught:
         load_rows(task, tmp_path)
@@ -90,7 +94,9 @@ def test_bioasq_reads_the_official_file_and_says_how_to_get_it(tmp_path):
         ({"choices": "a"}, "no field 'choices.text'"),
     ],
 )
-def test_a_wrong_row_is_one_line_with_file_line_field_and_expectation(tmp_path, change, words):
+def test_a_wrong_row_is_one_line_with_file_line_field_and_expectation(
+    tmp_path: Path, change: Any, words: str
+) -> None:
     write_rows(tmp_path / "arc_easy" / "test.jsonl", [ARC, {**ARC, **change}])
     with pytest.raises(SlimError, match=words) as caught:
         load_rows(find_task("arc_easy"), tmp_path)
@@ -98,7 +104,7 @@ def test_a_wrong_row_is_one_line_with_file_line_field_and_expectation(tmp_path, 
     assert "\n" not in str(caught.value)
 
 
-def test_other_wrong_rows(tmp_path):
+def test_other_wrong_rows(tmp_path: Path) -> None:
     write_rows(tmp_path / "mmlu" / "test.jsonl", [{**mmlu_row("anatomy", 1), "answer": "B"}])
     with pytest.raises(SlimError, match='answer is "B": expected a whole number'):
         load_rows(find_task("mmlu"), tmp_path)
@@ -119,7 +125,7 @@ def test_other_wrong_rows(tmp_path):
         load_rows(find_task("gsm8k"), tmp_path)
 
 
-def test_a_part_has_its_own_rows_and_numbers(tmp_path):
+def test_a_part_has_its_own_rows_and_numbers(tmp_path: Path) -> None:
     rows = [mmlu_row("anatomy", 0), mmlu_row("virology", 1), mmlu_row("anatomy", 2)]
     write_rows(tmp_path / "mmlu" / "test.jsonl", rows)
     found = load_rows(find_task("mmlu_anatomy"), tmp_path)
@@ -130,8 +136,8 @@ def test_a_part_has_its_own_rows_and_numbers(tmp_path):
         load_rows(find_task("mmlu_philosophy"), tmp_path)
 
 
-def test_the_checksum_covers_the_fields_that_the_task_names(tmp_path):
-    def checksum(row):
+def test_the_checksum_covers_the_fields_that_the_task_names(tmp_path: Path) -> None:
+    def checksum(row: Any):
         write_rows(tmp_path / "arc_easy" / "test.jsonl", [row])
         return load_rows(find_task("arc_easy"), tmp_path).checksum
 
@@ -141,7 +147,7 @@ def test_the_checksum_covers_the_fields_that_the_task_names(tmp_path):
     assert checksum({**ARC, "answerKey": "A"}) != same
 
 
-def test_files_of_a_users_task(tmp_path, monkeypatch):
+def test_files_of_a_users_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -162,7 +168,7 @@ def test_files_of_a_users_task(tmp_path, monkeypatch):
         load_rows(task)
 
 
-def test_a_users_task_can_name_a_data_set_of_the_mirror(tmp_path):
+def test_a_users_task_can_name_a_data_set_of_the_mirror(tmp_path: Path) -> None:
     task = write_task(tmp_path, CHOICE.replace("rows.jsonl, shots: shots.jsonl", "some/quiz"))
     write_rows(tmp_path / "mirror" / "quiz" / "test.jsonl", [quiz(1)])
     assert load_rows(task, tmp_path / "mirror").rows == [quiz(1)]
@@ -173,10 +179,10 @@ def test_a_users_task_can_name_a_data_set_of_the_mirror(tmp_path):
         load_rows(write_task(tmp_path, text), tmp_path / "mirror")
 
 
-def test_the_hub_is_asked_for_the_pinned_revision(monkeypatch):
+def test_the_hub_is_asked_for_the_pinned_revision(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def load(match, config):
+    def load(match: Any, config: Any):
         asked.append((match["id"], match["config"], match["rev"], config.split))
         row = {"pubid": 1, "question": "q", "context": {"contexts": ["c"]}, "final_decision": "no"}
         return [row]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +18,7 @@ SHIPPED = {
 }  # fmt: skip
 
 
-def test_the_shipped_tasks_are_pinned_and_licensed():
+def test_the_shipped_tasks_are_pinned_and_licensed() -> None:
     tasks = {task.name: task for task in list_tasks()}
     assert set(tasks) == SHIPPED
     for task in tasks.values():
@@ -27,7 +29,7 @@ def test_the_shipped_tasks_are_pinned_and_licensed():
             assert task.spec.fields and task.spec.overlap
 
 
-def test_mmlu_has_57_parts_in_4_categories_each_a_task():
+def test_mmlu_has_57_parts_in_4_categories_each_a_task() -> None:
     mmlu = find_task("mmlu")
     groups = mmlu.spec.subgroups
     assert groups is not None
@@ -41,7 +43,7 @@ def test_mmlu_has_57_parts_in_4_categories_each_a_task():
     assert find_task("demo-exact-match") == find_task("demo_exact_match")
 
 
-def test_suites_bring_their_own_shots():
+def test_suites_bring_their_own_shots() -> None:
     chosen = expand(["leaderboard-v1"])
     assert {s.task.name: s.num_fewshot for s in chosen} == {
         "arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "gsm8k": 5,
@@ -54,7 +56,7 @@ def test_suites_bring_their_own_shots():
         assert set(members) <= SHIPPED
 
 
-def test_expand_takes_defaults_commas_and_repeats():
+def test_expand_takes_defaults_commas_and_repeats() -> None:
     chosen = expand(["gsm8k,arc_easy", "arc-easy"])
     assert [(s.task.name, s.num_fewshot) for s in chosen] == [("gsm8k", 5), ("arc_easy", 0)]
     assert [s.num_fewshot for s in expand(["gsm8k", "mmlu"], 2)] == [2, 2]
@@ -75,18 +77,18 @@ def test_expand_takes_defaults_commas_and_repeats():
         (["gsm8k"], -1, "from 0 to 100"),
     ],
 )
-def test_wrong_names_are_one_line(names, shots, words):
+def test_wrong_names_are_one_line(names: Any, shots: int | None, words: str) -> None:
     with pytest.raises(SlimError, match=words):
         expand(names, shots)
 
 
-def test_a_suite_is_no_task():
+def test_a_suite_is_no_task() -> None:
     with pytest.raises(SlimError, match="seed is a suite") as caught:
         find_task("seed")
     assert "hellaswag" in caught.value.hint
 
 
-def test_a_file_of_ones_own(tmp_path):
+def test_a_file_of_ones_own(tmp_path: Path) -> None:
     task = write_task(tmp_path, CHOICE)
     assert (task.name, task.kind, task.num_fewshot) == ("mine", "multiple_choice", 0)
     assert task.metrics == ("acc", "acc_norm")
@@ -121,7 +123,7 @@ def test_a_file_of_ones_own(tmp_path):
         ("", "empty"),
     ],
 )
-def test_wrong_files_name_key_and_line(tmp_path, text, words):
+def test_wrong_files_name_key_and_line(tmp_path: Path, text: Any, words: str) -> None:
     with pytest.raises(SlimError) as caught:
         write_task(tmp_path, text)
     assert re.search(words, str(caught.value)), str(caught.value)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +27,7 @@ from tests.support.runs import Recorder
 
 
 @pytest.fixture
-def mirror(tmp_path, monkeypatch):
+def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """OpenBookQA with 12 scored and 8 training questions."""
     folder = tmp_path / "mirror" / "openbookqa"
     folder.mkdir(parents=True)
@@ -43,11 +46,11 @@ def mirror(tmp_path, monkeypatch):
     return folder
 
 
-def source(split="train", **more) -> SourceConfig:
+def source(split: Any = "train", **more: Any) -> SourceConfig:
     return SourceConfig(path="task:openbookqa", split=split, **more)
 
 
-def test_rows_are_written_once_and_declared(mirror, tmp_path):
+def test_rows_are_written_once_and_declared(mirror: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     found = finder(out)(source(skip=2, limit=3))
     rows = [raw.value for raw in found]
@@ -65,7 +68,7 @@ def test_rows_are_written_once_and_declared(mirror, tmp_path):
         finder(out)(source(skip=2, limit=4))
 
 
-def test_the_scored_split_is_not_taken_whole(mirror, tmp_path):
+def test_the_scored_split_is_not_taken_whole(mirror: Path, tmp_path: Path) -> None:
     with pytest.raises(SlimError, match="whose rows are scored") as caught:
         finder(tmp_path / "run")(source("test"))
     assert "skip: 250, limit: 50" in caught.value.hint
@@ -75,13 +78,13 @@ def test_the_scored_split_is_not_taken_whole(mirror, tmp_path):
         finder(tmp_path / "run")(source("test", skip=12))
 
 
-def test_a_task_s_other_names_are_errors(mirror, tmp_path):
+def test_a_task_s_other_names_are_errors(mirror: Path, tmp_path: Path) -> None:
     with pytest.raises(SlimError, match="no task is called 'openbokqa'") as caught:
         finder(tmp_path)(SourceConfig(path="task:openbokqa"))
     assert "openbookqa" in caught.value.hint
 
 
-def run(model, tmp_path, split, method="lora", **more):
+def run(model: Any, tmp_path: Path, split: Any, method: Any = "lora", **more: Any) -> Path:
     values = {
         "model": str(model),
         "method": method,
@@ -97,14 +100,16 @@ def run(model, tmp_path, split, method="lora", **more):
     return out
 
 
-def test_scoring_counts_the_questions_that_were_trained_on(mirror, tiny, tmp_path):
+def test_scoring_counts_the_questions_that_were_trained_on(
+    mirror: Path, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     model = tiny("llama")
     out = run(model, tmp_path, "test", skip=8, limit=3)
     ledger = json.loads((out / "data_ledger.json").read_text())
     assert ledger["sources"][0]["path"] == "task:openbookqa"
     assert ledger["totals"]["rows_used"] == 3
 
-    def score(name, **options):
+    def score(name: str, **options: Any):
         seen = Recorder()
         (result,) = evaluate(
             model, "openbookqa", tmp_path / name, EvalOptions(**options), observer=seen
@@ -127,7 +132,9 @@ def test_scoring_counts_the_questions_that_were_trained_on(mirror, tiny, tmp_pat
         assert warnings == []
 
 
-def test_what_is_made_of_a_trained_model_declares_its_rows(mirror, tiny, tmp_path):
+def test_what_is_made_of_a_trained_model_declares_its_rows(
+    mirror: Path, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     text = tmp_path / "text.txt"
     text.write_text("to be or not to be that is the question\n" * 40)
     model = tiny("llama")
@@ -152,7 +159,9 @@ def test_what_is_made_of_a_trained_model_declares_its_rows(mirror, tiny, tmp_pat
     assert not trained_keys([model])
 
 
-def test_rows_of_the_training_split_are_none_of_the_scored_ones(mirror, tiny, tmp_path):
+def test_rows_of_the_training_split_are_none_of_the_scored_ones(
+    mirror: Path, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     out = run(tiny("llama"), tmp_path, "train")
     (result,) = evaluate(
         tiny("llama"), "openbookqa", tmp_path / "scores", EvalOptions(adapter=out / "adapters")
@@ -161,7 +170,9 @@ def test_rows_of_the_training_split_are_none_of_the_scored_ones(mirror, tiny, tm
     assert len(trained_keys([out / "adapters"])) == 8
 
 
-def test_a_resume_refuses_rows_that_were_changed(mirror, tiny, tmp_path):
+def test_a_resume_refuses_rows_that_were_changed(
+    mirror: Path, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     out = run(tiny("llama"), tmp_path, "train")
     (out / "run.json").unlink()
     file = next((out / "task_rows").iterdir())
@@ -171,7 +182,7 @@ def test_a_resume_refuses_rows_that_were_changed(mirror, tiny, tmp_path):
         finetune(from_values(recipe, "small", "test"), out, observer=Recorder(), resume=True)
 
 
-def test_a_task_of_one_s_own_with_parts(tmp_path, tiny):
+def test_a_task_of_one_s_own_with_parts(tmp_path: Path, tiny: Callable[..., Path]) -> None:
     choice, _, _ = write_tasks(tmp_path / "tasks")
     found = finder(tmp_path / "run")(SourceConfig(path=f"task:{choice}", skip=20, limit=2))
     assert [raw.value["id"] for raw in found] == ["toy_choice/train/20", "toy_choice/train/21"]

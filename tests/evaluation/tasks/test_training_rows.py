@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from mlx_slim.errors import SlimError
@@ -18,7 +20,7 @@ from mlx_slim.evaluation.tasks.training_rows import (
 from tests.support.evals import write_tasks
 
 
-def test_choices_are_asked_and_answered_as_they_are_scored(tmp_path):
+def test_choices_are_asked_and_answered_as_they_are_scored(tmp_path: Path) -> None:
     choice, _, _ = write_tasks(tmp_path)
     task = find_task(str(choice))
     found = load_rows(task)
@@ -35,7 +37,7 @@ def test_choices_are_asked_and_answered_as_they_are_scored(tmp_path):
         training_rows(task, found, 99, None)
 
 
-def test_generation_gives_the_whole_worked_answer(tmp_path):
+def test_generation_gives_the_whole_worked_answer(tmp_path: Path) -> None:
     _, answer, _ = write_tasks(tmp_path)
     task = find_task(str(answer))
     (row,) = training_rows(task, load_rows(task), 2, 1)
@@ -43,7 +45,7 @@ def test_generation_gives_the_whole_worked_answer(tmp_path):
     assert "choices" not in row
 
 
-def test_a_task_that_is_asked_as_a_chat_gives_the_messages():
+def test_a_task_that_is_asked_as_a_chat_gives_the_messages() -> None:
     task = find_task("demo_exact_match")
     found = load_rows(task)
     row = training_rows(task, found, 0, 1)[0]
@@ -57,7 +59,7 @@ def test_a_task_that_is_asked_as_a_chat_gives_the_messages():
 @pytest.mark.parametrize(
     "name", ["arc_easy", "arc_challenge", "openbookqa", "pubmedqa", "gsm8k", "hellaswag"]
 )
-def test_real_rows_are_the_scorer_s_to_the_byte(data_mirror, name):
+def test_real_rows_are_the_scorer_s_to_the_byte(data_mirror: Path, name: str) -> None:
     task = find_task(name)
     found = load_rows(task, data_mirror)
     questions = build_questions(task, found, 0, 80)
@@ -69,7 +71,7 @@ def test_real_rows_are_the_scorer_s_to_the_byte(data_mirror, name):
             assert row["completion"] == " " + found.rows[question.doc_id]["answer"]
 
 
-def test_keys_follow_what_is_asked_not_where_it_stands(tmp_path):
+def test_keys_follow_what_is_asked_not_where_it_stands(tmp_path: Path) -> None:
     choice, _, _ = write_tasks(tmp_path)
     task = find_task(str(choice))
     found = load_rows(task)
@@ -85,7 +87,7 @@ def test_keys_follow_what_is_asked_not_where_it_stands(tmp_path):
         assert (question_key(question) == keys[0]) is same
 
 
-def test_which_splits_are_scored(tmp_path):
+def test_which_splits_are_scored(tmp_path: Path) -> None:
     choice, _, _ = write_tasks(tmp_path)
     own = find_task(str(choice))
     assert is_scored(own, "train") and is_scored(own, "test") and is_scored(own, "rows.jsonl")
