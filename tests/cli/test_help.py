@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import click
 import pytest
@@ -51,7 +52,9 @@ VERBS = [
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
-def test_the_help_of_a_command_has_a_verb_and_an_example(path, capsys):
+def test_the_help_of_a_command_has_a_verb_and_an_example(
+    path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert entry.run([*path, "--help"]) == 0
     _, text = capsys.readouterr().out.split("\n\n", 1)
     assert text.split()[0] in VERBS
@@ -59,7 +62,9 @@ def test_the_help_of_a_command_has_a_verb_and_an_example(path, capsys):
     assert example.startswith(f"mlx-slim {' '.join(path)}")
 
 
-def test_every_command_stands_in_one_group_by_what_people_want(capsys):
+def test_every_command_stands_in_one_group_by_what_people_want(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     grouped = [name for names in entry.GROUPS.values() for name in names]
     assert sorted(grouped) == sorted(entry.COMMANDS)
     assert entry.run(["--help"]) == 0
@@ -71,7 +76,9 @@ def test_every_command_stands_in_one_group_by_what_people_want(capsys):
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_the_help_says_how_a_shell_completes_and_it_does(shell, capsys):
+def test_the_help_says_how_a_shell_completes_and_it_does(
+    shell: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     entry.run(["--help"])
     assert f"_MLX_SLIM_COMPLETE={shell}_source mlx-slim" in capsys.readouterr().out
     source = slim(_MLX_SLIM_COMPLETE=f"{shell}_source")
@@ -88,14 +95,14 @@ def test_the_help_says_how_a_shell_completes_and_it_does(shell, capsys):
         ("mlx-slim nonsense ", set(entry.available())),
     ],
 )
-def test_what_a_shell_is_offered(typed, offered):
+def test_what_a_shell_is_offered(typed: str, offered: Any) -> None:
     words = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split(" ")) - 1)}
     done = slim(_MLX_SLIM_COMPLETE="bash_complete", **words)
     assert {line.partition(",")[2] for line in done.stdout.splitlines()} == offered
     assert done.stderr == ""
 
 
-def test_a_shell_that_completes_waits_for_no_heavy_import():
+def test_a_shell_that_completes_waits_for_no_heavy_import() -> None:
     code = (
         "import os, sys; from mlx_slim.cli import main;"
         "os.environ.update(_MLX_SLIM_COMPLETE='bash_complete', COMP_WORDS='mlx-slim ', "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from rich.console import Console as RichConsole
@@ -61,7 +62,7 @@ def plain() -> tuple[Console, io.StringIO]:
     return console, file
 
 
-def test_a_pipe_hears_every_two_seconds_in_the_first_minute_then_every_ten(plain) -> None:
+def test_a_pipe_hears_every_two_seconds_in_the_first_minute_then_every_ten(plain: Any) -> None:
     console, file = plain
     console._stages.update(stage(1), 0.0)
     printed = []
@@ -77,7 +78,7 @@ def test_a_pipe_hears_every_two_seconds_in_the_first_minute_then_every_ten(plain
     assert "comparing: 1 of 8 rows" in file.getvalue()
 
 
-def test_lines_of_the_command_itself_count_as_shown(plain) -> None:
+def test_lines_of_the_command_itself_count_as_shown(plain: Any) -> None:
     console, file = plain
     console.notify(Notice("here"))  # shown now, by the real clock
     console.tick(console._shown + 1.9)
@@ -86,7 +87,7 @@ def test_lines_of_the_command_itself_count_as_shown(plain) -> None:
     assert file.getvalue().splitlines()[1].startswith("here (0:0")
 
 
-def test_a_slow_step_and_slow_questions_are_named(plain) -> None:
+def test_a_slow_step_and_slow_questions_are_named(plain: Any) -> None:
     console, file = plain
     console.notify(Started(40, 1.0, 10**9))
     console.notify(step(3))
@@ -100,7 +101,7 @@ def test_a_slow_step_and_slow_questions_are_named(plain) -> None:
 
 
 @pytest.mark.parametrize("mode", ["json", "quiet"])
-def test_other_modes_stay_as_they_are(mode) -> None:
+def test_other_modes_stay_as_they_are(mode: str) -> None:
     file = io.StringIO()
     console = Console(mode, rank=0, output=RichConsole(file=file))
     console.notify(stage(1))

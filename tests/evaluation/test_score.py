@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from mlx_slim.cli.main import run
@@ -14,6 +15,7 @@ from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.run import EvalOptions, evaluate
 from tests.support.evals import write_tasks
 from tests.support.runs import Recorder
+from tests.support.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +104,14 @@ def test_a_choice_that_the_tokenizer_does_not_see_is_named(
     ):
         evaluate(str(model), str(tmp_path / "mine.yaml"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_score_that_is_no_number_leaves_nothing(tasks: tuple[Path, Path], tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model", shards=1)
+    file = next(model.glob("*.safetensors"))
+    tensors = dict(mx.load(str(file)).items())
+    tensors["model.norm.weight"] = mx.full(tensors["model.norm.weight"].shape, 3e38)  # overflows
+    mx.save_safetensors(str(file), tensors)
+    with pytest.raises(SlimError, match="question 0"):
+        evaluate(model, str(tasks[0]), tmp_path / "new" / "out")
+    assert not (tmp_path / "new").exists()

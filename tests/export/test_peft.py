@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -20,7 +22,7 @@ from tests.adapters.support import IDS
 from tests.support.adapters import tuned_logits, write_adapter, write_quantized
 
 
-def peft_settings(folder: Path, **change) -> None:
+def peft_settings(folder: Path, **change: Any) -> None:
     """Change the settings of a PEFT folder."""
     settings = json.loads((folder / peft_rules.CONFIG).read_text())
     (folder / peft_rules.CONFIG).write_text(json.dumps({**settings, **change}))
@@ -30,7 +32,9 @@ CHANGED = ["pissa_niter_16", "corda", "lora_ga", "loftq"]
 
 
 @pytest.mark.parametrize("start", [*CHANGED, "of-a-later-peft", 3, ["pissa"]])
-def test_a_start_that_changed_the_base_is_refused(tiny, tmp_path, start, capfd):
+def test_a_start_that_changed_the_base_is_refused(
+    tiny: Callable[..., Path], tmp_path: Path, start: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
     export_peft(write_adapter(tmp_path / "a", tiny("llama")), tmp_path / "p")
     peft_settings(tmp_path / "p", init_lora_weights=start)
     assert run(["import", str(tmp_path / "p"), "-o", str(tmp_path / "out")]) == 2
@@ -41,7 +45,9 @@ def test_a_start_that_changed_the_base_is_refused(tiny, tmp_path, start, capfd):
     assert "merge_and_unload" in error and not (tmp_path / "out").exists()
 
 
-def test_a_start_that_left_the_base_is_plain_lora(tiny, tmp_path):
+def test_a_start_that_left_the_base_is_plain_lora(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     expected = tuned_logits(tiny("llama"), write_adapter(tmp_path / "a", tiny("llama")))
     export_peft(tmp_path / "a", tmp_path / "p")
     for number, start in enumerate([False, None, "gaussian", "eva", "mica", "orthogonal"]):
@@ -51,7 +57,9 @@ def test_a_start_that_left_the_base_is_plain_lora(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
-def test_a_start_that_can_be_computed_again_stands_on_the_original_base(tiny, tmp_path, start):
+def test_a_start_that_can_be_computed_again_stands_on_the_original_base(
+    tiny: Callable[..., Path], tmp_path: Path, start: str
+) -> None:
     base = tiny("llama")
     adapter = write_adapter(tmp_path / "a", base, targets=["q_proj", "up_proj"], rank=4, alpha=6)
     export_peft(adapter, tmp_path / "p")
@@ -88,7 +96,9 @@ def adapter_on_any_base(adapter: Path) -> Path:
     return adapter
 
 
-def test_a_base_that_does_not_determine_a_start_is_refused(tiny, tmp_path):
+def test_a_base_that_does_not_determine_a_start_is_refused(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     model = load(tiny("llama"))
     for _, module in model.model.named_modules():
         if "q_proj" in module:
@@ -103,12 +113,14 @@ def test_a_base_that_does_not_determine_a_start_is_refused(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_the_check_is_peft_s_formula_and_not_our_reading(tiny, tmp_path, monkeypatch, dora):
+def test_the_check_is_peft_s_formula_and_not_our_reading(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dora: bool
+) -> None:
     adapter = write_adapter(tmp_path / "a", tiny("llama"), dora=dora, size=1e-3)
     export_peft(adapter, tmp_path / "p")
     right = peft._factors
 
-    def wrong(layer, scale):
+    def wrong(layer: Any, scale: Any):
         a_IR, b_RO = right(layer, scale)
         return a_IR, 1.01 * b_RO
 
@@ -128,7 +140,9 @@ def test_the_check_is_peft_s_formula_and_not_our_reading(tiny, tmp_path, monkeyp
         ({"alpha_pattern": [4]}, "alpha_pattern is [4], expected an object"),
     ],
 )
-def test_ranks_and_alphas_are_those_that_the_settings_say(tiny, tmp_path, change, says):
+def test_ranks_and_alphas_are_those_that_the_settings_say(
+    tiny: Callable[..., Path], tmp_path: Path, change: Any, says: str
+) -> None:
     export_peft(write_adapter(tmp_path / "a", tiny("llama"), targets=["q_proj"]), tmp_path / "p")
     peft_settings(tmp_path / "p", **change)
     with pytest.raises(SlimError) as caught:
@@ -161,7 +175,9 @@ BEYOND = [
 ]
 
 
-def test_tensors_beyond_the_target_modules_are_refused_as_peft_leaves_them_out(tiny, tmp_path):
+def test_tensors_beyond_the_target_modules_are_refused_as_peft_leaves_them_out(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     """``make parity`` holds the same settings against PEFT."""
     export_peft(
         write_adapter(tmp_path / "a", tiny("llama"), targets=["q_proj", "v_proj"]), tmp_path / "p"

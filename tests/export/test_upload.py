@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -23,7 +26,7 @@ class Hub:
     def __init__(self, private: bool | None = None, failure: Exception | None = None) -> None:
         self.private, self.failure, self.calls = private, failure, []
 
-    def repo_info(self, repo, **_):
+    def repo_info(self, repo: Any, **_: Any) -> Any:
         from huggingface_hub.errors import RepositoryNotFoundError
 
         if self.private is None:
@@ -32,13 +35,13 @@ class Hub:
             raise error
         return SimpleNamespace(private=self.private)
 
-    def create_repo(self, repo, **options):
+    def create_repo(self, repo: Any, **options: Any) -> None:
         self.calls.append(("create", repo, options["private"]))
 
-    def upload_file(self, **options):
+    def upload_file(self, **options: Any) -> None:
         self.calls.append(("file", options["path_in_repo"], options["path_or_fileobj"]))
 
-    def upload_folder(self, **options):
+    def upload_folder(self, **options: Any) -> Any:
         if self.failure:
             raise self.failure
         self.allowed = options["allow_patterns"]
@@ -47,8 +50,8 @@ class Hub:
 
 
 @pytest.fixture
-def hub(monkeypatch):
-    def install(**options) -> Hub:
+def hub(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def install(**options: Any) -> Hub:
         made_hub = Hub(**options)
         monkeypatch.setattr("huggingface_hub.HfApi", lambda: made_hub)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -59,12 +62,12 @@ def hub(monkeypatch):
 
 
 @pytest.fixture
-def folder(tiny, tmp_path):
+def folder(tiny: Callable[..., Path], tmp_path: Path) -> Path:
     export_peft(write_adapter(tmp_path / "a", tiny("llama")), tmp_path / "p", base_name="me/base")
     return tmp_path / "p"
 
 
-def test_a_dry_run_sends_nothing(folder, hub, capfd):
+def test_a_dry_run_sends_nothing(folder: Path, hub: Any, capfd: pytest.CaptureFixture[str]) -> None:
     calls = hub().calls
     assert run(["upload", str(folder), "--repo", "me/thing"]) == 0
     out = capfd.readouterr().out
@@ -72,7 +75,7 @@ def test_a_dry_run_sends_nothing(folder, hub, capfd):
     assert "nothing was sent" in out and calls == [] and TOKEN not in out
 
 
-def test_yes_makes_a_private_repository(folder, hub):
+def test_yes_makes_a_private_repository(folder: Path, hub: Any) -> None:
     fake = hub()
     (folder / ".cache").mkdir()
     done = upload(folder, "me/thing", yes=True)
@@ -84,7 +87,9 @@ def test_yes_makes_a_private_repository(folder, hub):
     assert ("create", "me/thing", False) in fake.calls
 
 
-def test_a_folder_without_a_card_gets_one(tiny, tmp_path, hub):
+def test_a_folder_without_a_card_gets_one(
+    tiny: Callable[..., Path], tmp_path: Path, hub: Any
+) -> None:
     fake = hub(private=True)
     adapter = write_adapter(tmp_path / "a", tiny("llama"))
     done = upload(adapter, "me/thing", yes=True)
@@ -94,7 +99,7 @@ def test_a_folder_without_a_card_gets_one(tiny, tmp_path, hub):
     assert any("a path of this machine" in note for note in done.notes)
 
 
-def test_a_public_repository_needs_the_word(folder, hub):
+def test_a_public_repository_needs_the_word(folder: Path, hub: Any) -> None:
     fake = hub(private=False)
     with pytest.raises(SlimError, match="exists and is public"):
         upload(folder, "me/thing", yes=True)
@@ -102,7 +107,9 @@ def test_a_public_repository_needs_the_word(folder, hub):
     assert upload(folder, "me/thing", yes=True, public=True).done
 
 
-def test_a_refusal_is_one_line_without_the_token(folder, hub, capfd):
+def test_a_refusal_is_one_line_without_the_token(
+    folder: Path, hub: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
     hub(failure=RuntimeError(f"401 for Authorization: Bearer {TOKEN}\nlog in"))
     assert run(["upload", str(folder), "--repo", "me/thing", "--yes"]) == 2
     error = capfd.readouterr().err
@@ -110,7 +117,9 @@ def test_a_refusal_is_one_line_without_the_token(folder, hub, capfd):
     assert "secret" not in error.replace("(secret)", "") and error.count("error:") == 1
 
 
-def test_what_cannot_be_uploaded(folder, tmp_path, hub, monkeypatch):
+def test_what_cannot_be_uploaded(
+    folder: Path, tmp_path: Path, hub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hub()
     for name in ("noslash", "a/b/c", "me/bad name", "--x/y"):
         with pytest.raises(SlimError, match="no repository name"):
@@ -129,7 +138,9 @@ def test_what_cannot_be_uploaded(folder, tmp_path, hub, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["file", "inside", "folder", "nothing", "deep"])
-def test_links_are_refused_and_named(folder, tmp_path, hub, capfd, kind):
+def test_links_are_refused_and_named(
+    folder: Path, tmp_path: Path, hub: Any, capfd: pytest.CaptureFixture[str], kind: str
+) -> None:
     calls = hub(private=True).calls
     secret = tmp_path / "elsewhere" / "passwords.txt"
     secret.parent.mkdir()
@@ -154,7 +165,9 @@ def test_links_are_refused_and_named(folder, tmp_path, hub, capfd, kind):
     assert "passwords" not in "\n".join(upload(folder, "me/thing").lines())
 
 
-def test_names_reach_the_terminal_escaped(folder, hub, capfd):
+def test_names_reach_the_terminal_escaped(
+    folder: Path, hub: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
     """A line feed would forge a line of the list; an escape sequence would be obeyed."""
     hub()
     names = {"a\nnothing was sent": r"a\nnothing was sent", "b\x1b[2K\u202e": r"b\x1b[2K\u202e"}

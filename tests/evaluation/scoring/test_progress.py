@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def stages(recorder: Recorder, name: str) -> list[StageProgress]:
     return [e for e in recorder.events if isinstance(e, StageProgress) and e.stage == name]
 
 
-def test_an_event_with_every_token_of_an_answer(tiny) -> None:
+def test_an_event_with_every_token_of_an_answer(tiny: Callable[..., Path]) -> None:
     model, tokenizer = load(str(tiny()))
     prompts = [tokenizer.encode(text, add_special_tokens=False) for text in ("abc", "defg", "h")]
     recorder = Recorder()
@@ -41,7 +42,9 @@ def test_an_event_with_every_token_of_an_answer(tiny) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_an_event_with_every_batch_of_log_likelihoods(tiny, monkeypatch, threads) -> None:
+def test_an_event_with_every_batch_of_log_likelihoods(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
     monkeypatch.setattr(loglikelihood, "default_num_threads", lambda: threads)
     model, _ = load(str(tiny()))
     scorer = LoglikelihoodScorer(model, batch_tokens=64)
@@ -58,7 +61,7 @@ def test_an_event_with_every_batch_of_log_likelihoods(tiny, monkeypatch, threads
 
 @pytest.mark.parametrize("place", [0, 1], ids=["choices", "answers"])
 def test_an_evaluation_tells_of_its_questions_between_what_is_on_disk(
-    tiny, tmp_path: Path, place: int
+    tiny: Callable[..., Path], tmp_path: Path, place: int
 ) -> None:
     task = write_tasks(tmp_path / "tasks", 12)[:2][place]
     recorder = Recorder()
@@ -71,7 +74,9 @@ def test_an_evaluation_tells_of_its_questions_between_what_is_on_disk(
     assert len(told) >= 6 and isinstance(told[0], EvalAnswering)
 
 
-def test_a_comparison_tells_of_each_row_that_either_model_reads(tiny, tmp_path: Path) -> None:
+def test_a_comparison_tells_of_each_row_that_either_model_reads(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     model, _ = load(str(tiny()))
     rows_NT = mx.array(np.random.default_rng(0).integers(5, 200, (5, 16)))
     recorder = Recorder()
