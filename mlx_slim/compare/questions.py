@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_slim.artifacts import hash_bytes, hash_json, write_json, write_text
-from mlx_slim.compare.matrix import HeldOutEntry, MatrixSpec, TaskEntry
+from mlx_slim.compare.matrix_spec import HeldOutEntry, MatrixSpec, TaskEntry
 from mlx_slim.compare.records import HeldOutText
 from mlx_slim.config.task import TaskSpec
 from mlx_slim.errors import SlimError

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -33,10 +34,10 @@ def slim(*words: str, **environment: str) -> subprocess.CompletedProcess:
 def command(monkeypatch: pytest.MonkeyPatch):
     """Return a function that makes ``mlx-slim doctor`` do what it is given."""
 
-    def install(body):
+    def install(body: Any):
         @click.command()
         @click.option("--rounds", type=int)
-        def fake(rounds):
+        def fake(rounds: Any):
             body()
 
         monkeypatch.setattr(entry.LazyGroup, "get_command", lambda self, ctx, name: fake)
@@ -51,7 +52,7 @@ def raising(error: BaseException):
     return body
 
 
-def test_help_lists_the_commands_and_imports_nothing_heavy():
+def test_help_lists_the_commands_and_imports_nothing_heavy() -> None:
     code = (
         "import sys; from mlx_slim.cli.main import run; run(['--help']);"
         "heavy = {'mlx.core', 'mlx_lm', 'transformers', 'datasets', 'rich', 'numpy'};"
@@ -68,26 +69,32 @@ def test_help_lists_the_commands_and_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize("name", list(entry.available()))
-def test_every_command_loads_and_explains_itself(name: str, capsys):
+def test_every_command_loads_and_explains_itself(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert entry.run([name, "--help"]) == 0
     assert "Usage: mlx-slim" in capsys.readouterr().out
 
 
-def test_a_module_that_is_absent_is_no_command(monkeypatch, capsys):
+def test_a_module_that_is_absent_is_no_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(entry.COMMANDS, "fly", ("no_such_module", "Fly."))
     assert "fly" not in entry.available()
     assert entry.run(["fly"]) == 2
     assert "no command 'fly'" in capsys.readouterr().err
 
 
-def test_version_and_bare_call(capsys):
+def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
     assert entry.run(["--version"]) == 0
     assert __version__ in capsys.readouterr().out
     assert entry.run([]) == 0
     assert "Make smaller:" in capsys.readouterr().out
 
 
-def test_a_mistyped_command_and_option_are_met_with_the_closest(capsys):
+def test_a_mistyped_command_and_option_are_met_with_the_closest(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert entry.run(["docter"]) == 2
     assert capsys.readouterr().err == ("error: no command 'docter'\nhint: did you mean 'doctor'?\n")
     assert entry.run(["doctor", "--jsno"]) == 2
@@ -105,7 +112,9 @@ def test_a_mistyped_command_and_option_are_met_with_the_closest(capsys):
         (click.FileError("x.yaml", "no such file"), 2, "x.yaml"),
     ],
 )
-def test_failures_are_one_line_and_a_code(error, code, text, command, capsys):
+def test_failures_are_one_line_and_a_code(
+    error: Any, code: int, text: str, command: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     command(raising(error))
     assert entry.run(["doctor"]) == code
     captured = capsys.readouterr()
@@ -114,7 +123,9 @@ def test_failures_are_one_line_and_a_code(error, code, text, command, capsys):
     assert captured.out == ""
 
 
-def test_a_message_with_line_breaks_is_still_one_line(command, capsys):
+def test_a_message_with_line_breaks_is_still_one_line(
+    command: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     command(raising(SlimError("two\nlines", "a\nhint")))
     entry.run(["doctor"])
     assert capsys.readouterr().err == "error: two lines\nhint: a hint\n"
@@ -138,8 +149,11 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_our_own_mistakes_are_one_line_and_a_traceback_in_a_file(
-    command, capsys, temporary, monkeypatch
-):
+    command: Any,
+    capsys: pytest.CaptureFixture[str],
+    temporary: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("SOME_API_KEY", "opensesame")
     command(raising(ZeroDivisionError("two\nlines with opensesame and hf_abcdefghijkl")))
     assert entry.run(["doctor", "--rounds", "1"]) == 1
@@ -154,7 +168,9 @@ def test_our_own_mistakes_are_one_line_and_a_traceback_in_a_file(
 
 
 @pytest.mark.parametrize("option", ["-o {}", "--out {}", "--output={}"])
-def test_the_traceback_lies_beside_the_output(command, capsys, tmp_path, temporary, option):
+def test_the_traceback_lies_beside_the_output(
+    command: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, temporary: Path, option: str
+) -> None:
     command(raising(ZeroDivisionError("bug")))
     words = option.format(tmp_path / "run").split()
     assert entry._ended(ZeroDivisionError("bug"), ["doctor", *words]) == 1
@@ -165,8 +181,11 @@ def test_the_traceback_lies_beside_the_output(command, capsys, tmp_path, tempora
 
 
 def test_without_a_temporary_folder_the_mistake_is_still_one_line(
-    command, capsys, tmp_path, monkeypatch
-):
+    command: Any,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
     command(raising(RuntimeError("bug")))
     assert entry.run(["doctor"]) == 1
@@ -185,7 +204,9 @@ def test_without_a_temporary_folder_the_mistake_is_still_one_line(
         (RuntimeError("[METAL] Command buffer failed: Insufficient Memory"), "not enough memory"),
     ],
 )
-def test_what_the_machine_lacks_is_no_mistake_of_ours(error, text, command, capsys, temporary):
+def test_what_the_machine_lacks_is_no_mistake_of_ours(
+    error: Any, text: str, command: Any, capsys: pytest.CaptureFixture[str], temporary: Path
+) -> None:
     command(raising(error))
     assert entry.run(["doctor"]) == 3
     assert text in capsys.readouterr().err
@@ -195,8 +216,12 @@ def test_what_the_machine_lacks_is_no_mistake_of_ours(error, text, command, caps
 @pytest.mark.parametrize("name", ["TMPDIR", "TMP", "TEMP", "TEMPDIR"])
 @pytest.mark.parametrize("kind", ["absent", "a file"])
 def test_a_temporary_folder_that_is_none_is_said_before_anything_starts(
-    name, kind, capsys, tmp_path, monkeypatch
-):
+    name: str,
+    kind: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for other in ("TMPDIR", "TMP", "TEMP", "TEMPDIR"):
         monkeypatch.delenv(other, raising=False)
     if kind == "a file":
@@ -207,7 +232,7 @@ def test_a_temporary_folder_that_is_none_is_said_before_anything_starts(
     assert capsys.readouterr().err.splitlines()[0] == expected
 
 
-def test_a_traceback_that_does_not_fit_on_the_disk_leaves_no_file(tmp_path):
+def test_a_traceback_that_does_not_fit_on_the_disk_leaves_no_file(tmp_path: Path) -> None:
     work = "from mlx_slim.cli import crash; print(crash._write(ValueError('x' * 9000), []))"
     done = subprocess.run(
         ["bash", "-c", f'ulimit -f 1; {sys.executable} -c "{work}"'],
@@ -220,14 +245,18 @@ def test_a_traceback_that_does_not_fit_on_the_disk_leaves_no_file(tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
-def test_debugging_shows_the_traceback_of_our_own_mistake(command, monkeypatch):
+def test_debugging_shows_the_traceback_of_our_own_mistake(
+    command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MLX_SLIM_DEBUG", "1")
     command(raising(ZeroDivisionError("bug")))
     with pytest.raises(ZeroDivisionError):
         entry.run(["doctor"])
 
 
-def test_debugging_shows_the_traceback_of_a_users_mistake(command, monkeypatch):
+def test_debugging_shows_the_traceback_of_a_users_mistake(
+    command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MLX_SLIM_DEBUG", "1")
     command(raising(SlimError("seen")))
     with pytest.raises(SlimError):
@@ -235,7 +264,7 @@ def test_debugging_shows_the_traceback_of_a_users_mistake(command, monkeypatch):
 
 
 @pytest.mark.parametrize("words", ["--help", "tasks", "data preview {} --rows 24"])
-def test_a_reader_that_leaves_is_no_error(words, small):
+def test_a_reader_that_leaves_is_no_error(words: str, small: Any) -> None:
     words = words.format(small)
     result = subprocess.run(
         ["bash", "-o", "pipefail", "-c", f"{sys.executable} -m mlx_slim {words} | (exec <&-)"],
@@ -248,7 +277,7 @@ def test_a_reader_that_leaves_is_no_error(words, small):
     assert not any(word in result.stderr for word in ("error", "Traceback", "Broken"))
 
 
-def test_a_reader_that_leaves_a_run_stops_it_as_ctrl_c_does(small, tmp_path):
+def test_a_reader_that_leaves_a_run_stops_it_as_ctrl_c_does(small: Any, tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = f"{sys.executable} -m mlx_slim train {small} -o {out}"
     result = subprocess.run(
@@ -263,7 +292,7 @@ def test_a_reader_that_leaves_a_run_stops_it_as_ctrl_c_does(small, tmp_path):
     assert "stopped" in error and f"-o {out} --resume" in hint
 
 
-def test_closed_streams_and_a_working_folder_that_is_gone(tmp_path):
+def test_closed_streams_and_a_working_folder_that_is_gone(tmp_path: Path) -> None:
     def shell(text: str) -> subprocess.CompletedProcess:
         return subprocess.run(
             ["bash", "-c", text.replace("mlx-slim", f"{sys.executable} -m mlx_slim")],
@@ -287,7 +316,7 @@ def test_closed_streams_and_a_working_folder_that_is_gone(tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
-def test_characters_that_a_terminal_cannot_show_are_no_error(encoding, tmp_path):
+def test_characters_that_a_terminal_cannot_show_are_no_error(encoding: str, tmp_path: Path) -> None:
     """A strict stream, as outside of the C locale: an é in ASCII, a file name that is not UTF-8."""
     name = os.fsdecode("né".encode() + b"\xff.yaml")
     for word, code in (("recipes", 2), ("tasks", 2)):
@@ -317,7 +346,7 @@ def test_characters_that_a_terminal_cannot_show_are_no_error(encoding, tmp_path)
     assert done.stdout.decode(encoding) == f"{minus}\\udcff\n'n\\udcff'\n", done.stderr
 
 
-def test_the_process_gives_the_exit_code():
+def test_the_process_gives_the_exit_code() -> None:
     result = slim("docter")
     assert (result.returncode, result.stdout) == (2, "")
     assert "Traceback" not in result.stderr

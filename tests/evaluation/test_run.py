@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -14,9 +16,9 @@ from mlx_slim.adapters.inject import inject
 from mlx_slim.adapters.store import save_adapter
 from mlx_slim.claims import LOCK_FILE
 from mlx_slim.config.schema import AdapterConfig, QuantizeConfig
-from mlx_slim.errors import ResourceError, SlimError
+from mlx_slim.errors import SlimError
 from mlx_slim.evaluation import jobs
-from mlx_slim.evaluation.run import EvalOptions, evaluate, result_folders
+from mlx_slim.evaluation.run import EvalOptions, evaluate
 from mlx_slim.evaluation.scoring import perplexity
 from mlx_slim.evaluation.scoring.requests import max_length
 from mlx_slim.events import EvalDone, EvalProgress, EvalStarted, TaskDone
@@ -36,6 +38,9 @@ from tests.support.plain_scorer import plain_generate, plain_score
 from tests.support.runs import Recorder
 from tests.support.tiny import tiny_model
 
+Tiny = Callable[..., Path]
+Files = tuple[Path, Path, Path]  # two tasks and a text
+
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,12 +50,12 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
 @pytest.fixture(scope="module")
-def whole(tiny, tasks, tmp_path_factory) -> Path:
+def whole(tiny: Tiny, tasks: Files, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished evaluation that nothing interrupted."""
     out = tmp_path_factory.mktemp("whole") / "out"
     with pytest.MonkeyPatch.context() as patch:
@@ -61,7 +66,7 @@ def whole(tiny, tasks, tmp_path_factory) -> Path:
     return out
 
 
-def _score(model: Path, tasks: tuple[Path, Path, Path], out: Path, **words):
+def _score(model: Path, tasks: Files, out: Path, **words: Any):
     names = [str(task) for task in tasks[:2]]
     resume, observer = words.pop("resume", False), words.pop("observer", None)
     options = EvalOptions(perplexity=tasks[2], **words)
@@ -71,7 +76,7 @@ def _score(model: Path, tasks: tuple[Path, Path, Path], out: Path, **words):
 # ------------------------------------------------------------------------------------- numbers
 
 
-def test_the_results_are_those_of_the_plain_scorer(tiny, tasks, whole):
+def test_the_results_are_those_of_the_plain_scorer(tiny: Tiny, tasks: Files, whole: Path) -> None:
     loaded = load(tiny("llama"))
     samples = samples_of(whole, "toy_choice")
     assert differences(whole, loaded, tasks) == []
@@ -92,7 +97,9 @@ def test_the_results_are_those_of_the_plain_scorer(tiny, tasks, whole):
         assert (sample["generation"], sample["stop_reason"]) == (text, reason)
 
 
-def test_perplexity_is_that_of_one_long_forward_pass(tiny, tasks, tmp_path):
+def test_perplexity_is_that_of_one_long_forward_pass(
+    tiny: Tiny, tasks: Files, tmp_path: Path
+) -> None:
     import math
 
     text = tmp_path / "short.txt"
@@ -113,7 +120,7 @@ def test_perplexity_is_that_of_one_long_forward_pass(tiny, tasks, tmp_path):
 
 
 @pytest.fixture
-def adapter(tiny, tmp_path: Path) -> Path:
+def adapter(tiny: Tiny, tmp_path: Path) -> Path:
     loaded = load(tiny("llama"))
     config = AdapterConfig()
     injected = inject(loaded.model, config, dora=False)
@@ -123,7 +130,9 @@ def adapter(tiny, tmp_path: Path) -> Path:
     return folder
 
 
-def test_an_adapter_changes_the_scores_and_is_recorded(tiny, tasks, adapter, whole, tmp_path):
+def test_an_adapter_changes_the_scores_and_is_recorded(
+    tiny: Tiny, tasks: Files, adapter: Any, whole: Path, tmp_path: Path
+) -> None:
     from mlx_slim.adapters.store import load_adapter
 
     _score(tiny("llama"), tasks, tmp_path / "out", adapter=adapter)
@@ -140,7 +149,9 @@ def test_an_adapter_changes_the_scores_and_is_recorded(tiny, tasks, adapter, who
 
 
 @pytest.mark.parametrize("dense", [True, False])
-def test_a_quantized_base(tiny, tasks, tmp_path, monkeypatch, dense):
+def test_a_quantized_base(
+    tiny: Tiny, tasks: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dense: bool
+) -> None:
     monkeypatch.setattr("mlx_slim.models.quantized.DENSE_FRACTION", 0.5 if dense else 0.0)
     loaded = load(tiny("llama"))
     report = quantize_model(loaded.model, loaded.config, QuantizeConfig(bits=4, group_size=32))
@@ -153,13 +164,15 @@ def test_a_quantized_base(tiny, tasks, tmp_path, monkeypatch, dense):
 
 
 @pytest.mark.parametrize("architecture", ["phi", "mistral"])
-def test_other_architectures(tiny, tasks, tmp_path, architecture):
+def test_other_architectures(tiny: Tiny, tasks: Files, tmp_path: Path, architecture: str) -> None:
     _score(tiny(architecture), tasks, tmp_path / "out")
     loaded = load(tiny(architecture))
     assert differences(tmp_path / "out", loaded, tasks) == []
 
 
-def test_the_rows_that_examples_come_from_are_recorded(tiny, tasks, whole, tmp_path):
+def test_the_rows_that_examples_come_from_are_recorded(
+    tiny: Tiny, tasks: Files, whole: Path, tmp_path: Path
+) -> None:
     options = EvalOptions(num_fewshot=1, limit=2)
     (result,) = evaluate(tiny("llama"), [str(tasks[0])], tmp_path / "out", options)
     assert len(result["tasks"]["toy_choice"]["shots_sha256"]) == 64
@@ -167,21 +180,23 @@ def test_the_rows_that_examples_come_from_are_recorded(tiny, tasks, whole, tmp_p
     assert without["tasks"]["toy_choice"]["shots_sha256"] is None
 
 
-def test_a_tokenizer_that_adds_bos(tasks, tmp_path):
+def test_a_tokenizer_that_adds_bos(tasks: Files, tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "bos", bos=True)
     _score(model, tasks, tmp_path / "out")
     loaded = load(model)
     assert differences(tmp_path / "out", loaded, tasks) == []
 
 
-def test_truncated_requests_are_counted(tiny, tasks, tmp_path):
+def test_truncated_requests_are_counted(tiny: Tiny, tasks: Files, tmp_path: Path) -> None:
     result = _score(tiny("llama"), tasks, tmp_path / "out", max_length=48)
     assert result["tasks"]["toy_choice"]["truncated"] > 0
     assert result["max_length"] == 48
     assert max_length(load(tiny("llama")).config, load(tiny("llama")).tokenizer) == 512
 
 
-def test_the_chat_template_is_off_unless_asked_for_and_said(tiny, tasks, whole, tmp_path):
+def test_the_chat_template_is_off_unless_asked_for_and_said(
+    tiny: Tiny, tasks: Files, whole: Path, tmp_path: Path
+) -> None:
     assert json.loads((whole / "results.json").read_text())["chat_template"] is False
     result = _score(tiny("llama"), tasks, tmp_path / "out", apply_chat_template=True)
     assert result["chat_template"] is True
@@ -199,7 +214,9 @@ def test_the_chat_template_is_off_unless_asked_for_and_said(tiny, tasks, whole, 
 # ------------------------------------------------------------------------------------- folders
 
 
-def test_killed_twice_and_resumed_the_files_are_the_same(tiny, tasks, whole, tmp_path):
+def test_killed_twice_and_resumed_the_files_are_the_same(
+    tiny: Tiny, tasks: Files, whole: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     run_one = (tiny("llama"), list(tasks[:2]), tasks[2], out)
     score_in_process(*run_one, moment="samples", count=2)
@@ -215,14 +232,18 @@ def test_killed_twice_and_resumed_the_files_are_the_same(tiny, tasks, whole, tmp
     assert started.answered > 0
 
 
-def test_two_ranks_write_what_one_writes(tiny, tasks, whole, tmp_path):
+def test_two_ranks_write_what_one_writes(
+    tiny: Tiny, tasks: Files, whole: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     score_in_process(tiny("llama"), list(tasks[:2]), tasks[2], out, ranks=2)
     assert result_files(out) == result_files(whole)
     assert json.loads((out / "timings.json").read_text())["ranks"] == 2
 
 
-def test_a_damaged_chunk_is_computed_again(tiny, tasks, whole, tmp_path):
+def test_a_damaged_chunk_is_computed_again(
+    tiny: Tiny, tasks: Files, whole: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     shutil.copytree(whole, out)
     (out / "results.json").unlink()
@@ -232,7 +253,7 @@ def test_a_damaged_chunk_is_computed_again(tiny, tasks, whole, tmp_path):
     assert result_files(out) == result_files(whole)
 
 
-def test_a_finished_folder_is_left_alone(tiny, tasks, whole):
+def test_a_finished_folder_is_left_alone(tiny: Tiny, tasks: Files, whole: Path) -> None:
     before = {path.name: path.read_bytes() for path in whole.iterdir()}
     recorder = Recorder()
     result = _score(tiny("llama"), tasks, whole, resume=True, observer=recorder)
@@ -256,7 +277,9 @@ def test_a_finished_folder_is_left_alone(tiny, tasks, whole):
         ({"seed": 3}, "seed: 0 → 3"),
     ],
 )
-def test_a_resume_with_other_values_is_refused(tiny, tasks, whole, tmp_path, change, text):
+def test_a_resume_with_other_values_is_refused(
+    tiny: Tiny, tasks: Files, whole: Path, tmp_path: Path, change: Any, text: str
+) -> None:
     out = tmp_path / "out"
     shutil.copytree(whole, out)
     (out / "results.json").unlink()
@@ -270,7 +293,7 @@ def test_a_resume_with_other_values_is_refused(tiny, tasks, whole, tmp_path, cha
     assert text in caught.value.message
 
 
-def test_other_weights_are_refused_on_resume(tiny, tasks, tmp_path):
+def test_other_weights_are_refused_on_resume(tiny: Tiny, tasks: Files, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny("llama"), model)
     out = tmp_path / "out"
@@ -282,7 +305,9 @@ def test_other_weights_are_refused_on_resume(tiny, tasks, tmp_path):
         _score(model, tasks, out, resume=True)
 
 
-def test_a_folder_with_results_needs_resume_and_a_new_one_needs_none(tiny, tasks, whole, tmp_path):
+def test_a_folder_with_results_needs_resume_and_a_new_one_needs_none(
+    tiny: Tiny, tasks: Files, whole: Path, tmp_path: Path
+) -> None:
     with pytest.raises(SlimError, match="holds results already"):
         _score(tiny("llama"), tasks, whole)
     recorder = Recorder()
@@ -296,7 +321,9 @@ def test_a_folder_with_results_needs_resume_and_a_new_one_needs_none(tiny, tasks
             _score(tiny("llama"), tasks, tmp_path / "other", resume=resume)
 
 
-def test_what_a_kill_left_of_the_first_file_is_in_nobodys_way(tiny, tasks, whole, tmp_path):
+def test_what_a_kill_left_of_the_first_file_is_in_nobodys_way(
+    tiny: Tiny, tasks: Files, whole: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / ".eval.json.mlx-slim-0123abcd.json").write_text("{")
@@ -306,7 +333,9 @@ def test_what_a_kill_left_of_the_first_file_is_in_nobodys_way(tiny, tasks, whole
     assert not list(out.glob(".*"))
 
 
-def test_two_processes_do_not_write_one_folder(tiny, tasks, whole, tmp_path):
+def test_two_processes_do_not_write_one_folder(
+    tiny: Tiny, tasks: Files, whole: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     shutil.copytree(whole, out)
     (out / "results.json").unlink()
@@ -317,21 +346,12 @@ def test_two_processes_do_not_write_one_folder(tiny, tasks, whole, tmp_path):
     lock.release()
 
 
-def test_a_score_that_is_no_number_leaves_nothing(tasks, tmp_path):
-    model = tiny_model(tmp_path / "model", shards=1)
-    file = next(model.glob("*.safetensors"))
-    tensors = dict(mx.load(str(file)).items())
-    tensors["model.norm.weight"] = mx.full(tensors["model.norm.weight"].shape, 3e38)  # overflows
-    mx.save_safetensors(str(file), tensors)
-    with pytest.raises(SlimError, match="question 0"):
-        _score(model, tasks, tmp_path / "new" / "out")
-    assert not (tmp_path / "new").exists()
-
-
 # ------------------------------------------------------------------------------------- several
 
 
-def test_several_models_get_a_folder_each(tiny, tasks, whole, tmp_path):
+def test_several_models_get_a_folder_each(
+    tiny: Tiny, tasks: Files, whole: Path, tmp_path: Path
+) -> None:
     models = [tiny("llama"), tiny("mistral")]
     out = tmp_path / "out"
     options = EvalOptions(perplexity=tasks[2])
@@ -351,20 +371,10 @@ def test_several_models_get_a_folder_each(tiny, tasks, whole, tmp_path):
         evaluate(models, names, whole, options, resume=True)
 
 
-def test_folders_are_named_safely_and_apart():
-    out = Path("out")
-    sources = ["a/x", "b/x", "owner/X", "../odd name:1", "/"]
-    assert [folder.name for folder in result_folders(sources, out)] == [
-        *["x", "x-2", "X-3"],
-        *["odd-name-1", "model"],
-    ]
-    assert result_folders(["a/x"], out) == [out]
-
-
 # -------------------------------------------------------------------------------------- events
 
 
-def test_what_an_observer_hears(tiny, tasks, tmp_path):
+def test_what_an_observer_hears(tiny: Tiny, tasks: Files, tmp_path: Path) -> None:
     recorder = Recorder()
     _score(tiny("llama"), tasks, tmp_path / "out", observer=recorder)
     heard = [event for event in recorder.events if event.name != "notice"]
@@ -384,15 +394,3 @@ def test_what_an_observer_hears(tiny, tasks, tmp_path):
     assert len({event.task for event in progress}) == 3
     done = [event for event in heard if isinstance(event, TaskDone)]
     assert [event.task for event in done] == ["toy_choice", "toy_answer", "perplexity"]
-
-
-def test_too_little_memory_or_disk_is_said_before_anything(tiny, tasks, tmp_path, monkeypatch):
-    monkeypatch.setattr("mlx_slim.runtime.device_memory", lambda: 1000)
-    with pytest.raises(ResourceError, match="the device has"):
-        _score(tiny("llama"), tasks, tmp_path / "out")
-    monkeypatch.undo()
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(ResourceError, match="the disk has"):
-        _score(tiny("llama"), tasks, tmp_path / "out")
-    assert not (tmp_path / "out").exists()

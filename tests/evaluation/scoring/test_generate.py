@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import mlx.core as mx
 import pytest
 from mlx_lm import load
@@ -57,7 +61,7 @@ OTHERS = {
 }
 
 
-def _reference(model, prompt: list[int], max_tokens: int, stops: set[int]) -> list[int]:
+def _reference(model: Any, prompt: list[int], max_tokens: int, stops: set[int]) -> list[int]:
     ids = list(prompt)
     while len(ids) < len(prompt) + max_tokens:
         token = int(mx.argmax(model(mx.array([ids]))[0, -1]).item())
@@ -67,7 +71,7 @@ def _reference(model, prompt: list[int], max_tokens: int, stops: set[int]) -> li
     return ids[len(prompt) :]
 
 
-def _prompts(tokenizer, shared: str) -> list[list[int]]:
+def _prompts(tokenizer: Any, shared: str) -> list[list[int]]:
     words = ["a", "pay the rent", "is this a much longer question than others?", "xyz 12", "q"]
     return [tokenizer.encode(shared + word, add_special_tokens=False) for word in words]
 
@@ -75,7 +79,9 @@ def _prompts(tokenizer, shared: str) -> list[list[int]]:
 @pytest.mark.parametrize("architecture", ["llama", "phi"])
 @pytest.mark.parametrize("shared", ["", "the same beginning: "])
 @pytest.mark.parametrize("batch_size", [2, 64])
-def test_equals_one_at_a_time(tiny, architecture, shared, batch_size):
+def test_equals_one_at_a_time(
+    tiny: Callable[..., Path], architecture: str, shared: str, batch_size: int
+) -> None:
     model, tokenizer = load(str(tiny(architecture)))
     prompts = _prompts(tokenizer, shared)
     first = _reference(model, prompts[1], 12, set())
@@ -89,14 +95,14 @@ def test_equals_one_at_a_time(tiny, architecture, shared, batch_size):
     assert answers[1].stop_reason == "eos"
 
 
-def test_stops_at_the_tokenizers_own_end_by_default(tiny):
+def test_stops_at_the_tokenizers_own_end_by_default(tiny: Callable[..., Path]) -> None:
     model, tokenizer = load(str(tiny()))
     prompts = _prompts(tokenizer, "")
     tokenizer.eos_token_ids = {_reference(model, prompts[0], 1, set())[0]}
     assert generate_batch(model, tokenizer, prompts[:1], 5)[0].ids == []
 
 
-def test_identical_prompts_share_all_but_their_last_token(tiny):
+def test_identical_prompts_share_all_but_their_last_token(tiny: Callable[..., Path]) -> None:
     model, tokenizer = load(str(tiny()))
     prompt = tokenizer.encode("twice the same prompt", add_special_tokens=False)
     one, two = generate_batch(model, tokenizer, [prompt, prompt], 6, ())
@@ -104,7 +110,7 @@ def test_identical_prompts_share_all_but_their_last_token(tiny):
     assert one.ids == _reference(model, prompt, 6, set())
 
 
-def test_no_prompts_and_empty_prompt(tiny):
+def test_no_prompts_and_empty_prompt(tiny: Callable[..., Path]) -> None:
     model, tokenizer = load(str(tiny()))
     assert generate_batch(model, tokenizer, [], 5) == []
     with pytest.raises(SlimError, match="prompt 1 has no tokens"):
@@ -116,7 +122,9 @@ def _cut(text: str, stops: tuple[str, ...]) -> str:
 
 
 @pytest.mark.parametrize("batch_size", [2, 64])
-def test_stop_strings_end_an_answer_wherever_tokens_cut_them(tiny, batch_size):
+def test_stop_strings_end_an_answer_wherever_tokens_cut_them(
+    tiny: Callable[..., Path], batch_size: int
+) -> None:
     model, tokenizer = load(str(tiny()))
     prompts = _prompts(tokenizer, "the same beginning: ")
     plain = generate_batch(model, tokenizer, prompts, 24, ())
@@ -135,7 +143,7 @@ def test_stop_strings_end_an_answer_wherever_tokens_cut_them(tiny, batch_size):
     assert len(answers[1].ids) < 24  # it left the batch
 
 
-def test_the_tally_counts_what_the_model_computed(tiny):
+def test_the_tally_counts_what_the_model_computed(tiny: Callable[..., Path]) -> None:
     model, tokenizer = load(str(tiny()))
     prompts = [[5, 6, 7, 8], [5, 6, 7, 9]]
     tally = GenerationCounts()
@@ -144,13 +152,15 @@ def test_the_tally_counts_what_the_model_computed(tiny):
     assert tally.computed >= tally.minimum
 
 
-def _many(tokenizer) -> list[list[int]]:
+def _many(tokenizer: Any) -> list[list[int]]:
     return [tokenizer.encode("b" * 300 + f" number {i}") for i in range(24)]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "phi"])
 @pytest.mark.parametrize("budget", [6e6, 2e7])
-def test_memory_stays_within_the_budget_and_answers_are_the_same(tiny, architecture, budget):
+def test_memory_stays_within_the_budget_and_answers_are_the_same(
+    tiny: Callable[..., Path], architecture: str, budget: float
+) -> None:
     model, tokenizer = load(str(tiny(architecture)))
     prompts = _many(tokenizer)
     expected = [_reference(model, prompts[i], 4, set()) for i in (0, 11, 23)]
@@ -162,14 +172,14 @@ def test_memory_stays_within_the_budget_and_answers_are_the_same(tiny, architect
     assert [answers[i].ids for i in (0, 11, 23)] == expected
 
 
-def _unlike(tokenizer) -> list[list[int]]:
+def _unlike(tokenizer: Any) -> list[list[int]]:
     lengths = (1, 60, 3, 7, 33, 2)
     return [tokenizer.encode("of one beginning " + "ab" * n + str(n)) for n in lengths]
 
 
 @pytest.mark.parametrize("budget", [1, 10**9])
 @pytest.mark.parametrize("name", list(OTHERS))
-def test_prompts_beside_it_change_no_answer(tmp_path, name, budget):
+def test_prompts_beside_it_change_no_answer(tmp_path: Path, name: Any, budget: Any) -> None:
     folder = tiny_model(tmp_path / "m", "llama", **OTHERS[name])
     loaded = load_ours(folder, dtype=mx.float32)
     prompts = _unlike(loaded.tokenizer)
@@ -181,7 +191,9 @@ def test_prompts_beside_it_change_no_answer(tmp_path, name, budget):
     assert joins(loaded.model) == (name not in ("mamba", "gpt_bigcode"))
 
 
-def test_the_prefix_is_held_once(tiny, monkeypatch):
+def test_the_prefix_is_held_once(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, tokenizer = load(str(tiny("llama-mha")))
     prompts = _many(tokenizer)
     peaks = []
@@ -196,7 +208,7 @@ def test_the_prefix_is_held_once(tiny, monkeypatch):
     assert peaks[0] < peaks[1] - 12 * prefix
 
 
-def test_windows_are_copied_and_bounded(tmp_path):
+def test_windows_are_copied_and_bounded(tmp_path: Path) -> None:
     changes = {"sliding_window": 64, "sliding_window_pattern": 2, "head_dim": 16}
     changes |= {"query_pre_attn_scalar": 16, "rope_local_base_freq": 1e4}
     folder = tiny_model(tmp_path / "g", "llama", **{**changes, "model_type": "gemma3_text"})
@@ -212,7 +224,7 @@ def test_windows_are_copied_and_bounded(tmp_path):
     ).cache_bytes(1000)  # fmt: skip
 
 
-def test_mlx_lm_attends_as_before_afterwards(tiny):
+def test_mlx_lm_attends_as_before_afterwards(tiny: Callable[..., Path]) -> None:
     from mlx_lm.models import base, llama
 
     model, tokenizer = load(str(tiny()))
@@ -221,7 +233,7 @@ def test_mlx_lm_attends_as_before_afterwards(tiny):
     assert llama.scaled_dot_product_attention is base.scaled_dot_product_attention
 
 
-def test_special_tokens_leave_the_text_and_still_stop_it(tmp_path):
+def test_special_tokens_leave_the_text_and_still_stop_it(tmp_path: Path) -> None:
     folder = fixed_answer_model(tmp_path / "m", "ab")
     model, tokenizer = load(str(folder))
     prompt, special = tokenizer.encode("x"), tokenizer.convert_tokens_to_ids("<|im_start|>")
