@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
 
 
-def test_the_readme_has_examples():
+def test_the_readme_has_examples() -> None:
     assert EXAMPLES
     for name in ("distill", "evaluate", "finetune", "plan", "prune", "quantize"):
         assert any(f"{name}(" in text for text in EXAMPLES), name
@@ -27,8 +28,12 @@ def test_the_readme_has_examples():
 
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_the_examples_of_the_readme_run(
-    example: str, tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
-):
+    example: str,
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLX_SLIM_DATA", raising=False)
     write_rows(tmp_path / "rows.jsonl", 40)
@@ -50,7 +55,7 @@ def test_the_examples_of_the_readme_run(
     assert json.loads((tmp_path / "runs/back/run.json").read_text())["distill"]["teachers"]
 
 
-def test_importing_the_package_brings_nothing_heavy():
+def test_importing_the_package_brings_nothing_heavy() -> None:
     code = (
         "import sys, mlx_slim\n"
         "heavy = {'mlx.core', 'mlx_lm', 'numpy', 'click', 'mlx_slim.api'} & set(sys.modules)\n"
@@ -63,7 +68,9 @@ def test_importing_the_package_brings_nothing_heavy():
     assert done.stdout.splitlines() == ["[]", "True True True True"]
 
 
-def test_a_recipe_may_be_a_name_a_file_values_or_resolved(tiny, tmp_path: Path):
+def test_a_recipe_may_be_a_name_a_file_values_or_resolved(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     plan = mlx_slim.plan
     values = {"model": str(tiny("llama")), "data": {"path": "x"}, "train": {"batch_tokens": 1024}}
     changed = {"train.batch_tokens": 512, "method": "qlora", "quantize.group_size": 32}
@@ -79,7 +86,7 @@ def test_a_recipe_may_be_a_name_a_file_values_or_resolved(tiny, tmp_path: Path):
     assert plan("tinyllama-lora", mac="M2 16GB").fits
 
 
-def test_errors_are_those_of_the_commands(tmp_path: Path):
+def test_errors_are_those_of_the_commands(tmp_path: Path) -> None:
     with pytest.raises(SlimError, match="no Mac 'm9'"):
         mlx_slim.plan("tinyllama-lora", mac="m9")
     with pytest.raises(SlimError, match="stepz"):

@@ -89,7 +89,7 @@ def listed(offences: list[str]) -> str:
     return "\n" + "\n".join(offences)
 
 
-def test_imports_go_downward_only():
+def test_imports_go_downward_only() -> None:
     offences = []
     for path in sources():
         part = part_of(path)
@@ -112,7 +112,7 @@ def _module(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def test_no_circles_between_files():
+def test_no_circles_between_files() -> None:
     """Inside a folder too, and for imports inside functions: each file can be read by itself."""
     files = {_module(path): path for path in sources()}
     wanted = {
@@ -128,7 +128,7 @@ def test_no_circles_between_files():
         pytest.fail(f"a circle: {' → '.join(error.args[1])}")
 
 
-def test_only_the_console_and_the_cli_talk_to_the_terminal():
+def test_only_the_console_and_the_cli_talk_to_the_terminal() -> None:
     offences = []
     for path in sources():
         if path.name == "__main__.py" or FLOOR.get(part_of(path), 0) >= FLOOR["console"]:
@@ -144,7 +144,7 @@ def test_only_the_console_and_the_cli_talk_to_the_terminal():
     assert not offences, listed(offences)
 
 
-def test_a_command_imports_what_is_heavy_inside_its_function():
+def test_a_command_imports_what_is_heavy_inside_its_function() -> None:
     offences = [
         f"{short(path)}:{line}: {name} at the top slows every start"
         for path in sources()
@@ -155,7 +155,7 @@ def test_a_command_imports_what_is_heavy_inside_its_function():
     assert not offences, listed(offences)
 
 
-def test_every_module_says_what_it_is_for():
+def test_every_module_says_what_it_is_for() -> None:
     offences = []
     for path in sources():
         text = ast.get_docstring(tree_of(path)) or ""
@@ -169,7 +169,7 @@ def test_every_module_says_what_it_is_for():
     assert not offences, listed(offences)
 
 
-def test_files_are_small():
+def test_files_are_small() -> None:
     offences = []
     for path in [*sources(), *sorted((ROOT / "tests").rglob("*.py"))]:
         lines = len(path.read_text(encoding="utf-8").splitlines())
@@ -178,7 +178,7 @@ def test_files_are_small():
     assert not offences, listed(offences)
 
 
-def test_nothing_names_a_place_on_one_machine():
+def test_nothing_names_a_place_on_one_machine() -> None:
     files = [*sources(), *sorted((ROOT / "tests").rglob("*.py"))]
     files += [*ROOT.glob("recipes/**/*.yaml"), *ROOT.glob("evals/**/*.yaml")]
     files += [ROOT / name for name in ("Makefile", "README.md", "pyproject.toml", "CHANGELOG.md")]
@@ -196,7 +196,7 @@ def _requirements(lines: list[str]) -> set[str]:
     return {re.split(r"[^A-Za-z0-9_-]", line)[0].lower() for line in lines}
 
 
-def test_what_is_imported_is_declared_and_extras_stay_optional():
+def test_what_is_imported_is_declared_and_extras_stay_optional() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     needed = _requirements(project["dependencies"])
     optional = set().union(*map(_requirements, project["optional-dependencies"].values()))
@@ -233,7 +233,7 @@ def readme_tree(text: str) -> list[tuple[int, str, str]]:
     return entries
 
 
-def test_the_tree_in_the_readme_is_the_tree_on_disk():
+def test_the_tree_in_the_readme_is_the_tree_on_disk() -> None:
     readme = ROOT / "README.md"
     assert readme.exists(), f"README.md is missing: it holds the annotated tree after {MARKER}"
     entries = readme_tree(readme.read_text(encoding="utf-8"))
@@ -261,7 +261,7 @@ def test_the_tree_in_the_readme_is_the_tree_on_disk():
 
 
 @pytest.mark.parametrize("folder", ["recipes", "evals"])
-def test_what_ships_in_the_wheel_exists(folder: str):
+def test_what_ships_in_the_wheel_exists(folder: str) -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     included = tomllib.loads(text)["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
     assert (ROOT / folder).is_dir() == (folder in included), (

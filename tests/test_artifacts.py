@@ -31,14 +31,16 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
-def test_a_durable_write_on_macos_empties_the_drives_cache(synced: list[str], tmp_path: Path):
+def test_a_durable_write_on_macos_empties_the_drives_cache(
+    synced: list[str], tmp_path: Path
+) -> None:
     write_text(tmp_path / "a.txt", "whole")
     assert synced == ["full", "full"]  # the file, then the folder that names it
 
 
 def test_a_file_system_without_it_gets_the_plain_call(
     synced: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
+) -> None:
     def refuse(*_: Any) -> int:
         raise OSError(errno.ENOTSUP, "not supported")
 
@@ -49,7 +51,7 @@ def test_a_file_system_without_it_gets_the_plain_call(
     assert synced == ["plain"] * 4
 
 
-def test_metrics_are_durable_when_a_checkpoint_is(synced: list[str], tmp_path: Path):
+def test_metrics_are_durable_when_a_checkpoint_is(synced: list[str], tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
     metrics.notify(Notice("a step"))
     assert synced == []  # a step waits for no drive

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -133,7 +134,9 @@ def _write(given: Path, out: Path) -> None:
         (_half, "refused", "an output of an input that was refused"),
     ],
 )
-def test_the_harness_notices(tmp_path: Path, monkeypatch, use, outcome, problem) -> None:
+def test_the_harness_notices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: Any, outcome: str, problem: str
+) -> None:
     monkeypatch.setattr(fuzz_run, "SECONDS", 0.5)
     (tmp_path / "valid" / "one").mkdir(parents=True)
     (tmp_path / "valid" / "one" / "a.json").write_text('{"a": [1, 2]}')

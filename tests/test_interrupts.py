@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +24,7 @@ def send(number: int) -> None:
 
 
 @pytest.mark.parametrize("number", interrupts.SIGNALS)
-def test_each_signal_is_an_interrupt_and_the_handlers_come_back(number) -> None:
+def test_each_signal_is_an_interrupt_and_the_handlers_come_back(number: Any) -> None:
     before = [signal.getsignal(each) for each in interrupts.SIGNALS]
     with pytest.raises(KeyboardInterrupt) as caught, interrupts.raise_on_signal():
         send(number)
@@ -72,7 +74,7 @@ def test_an_undivided_block_is_done_before_the_interrupt() -> None:
         assert stop.requested  # sent again to who listened before
 
 
-def test_an_interrupt_in_a_destructor_is_not_lost(capfd) -> None:
+def test_an_interrupt_in_a_destructor_is_not_lost(capfd: pytest.CaptureFixture[str]) -> None:
     class Slow:
         def __del__(self) -> None:
             send(signal.SIGINT)
@@ -108,7 +110,9 @@ sys.addaudithook(hear)
 
 
 @pytest.mark.parametrize("moment", [1, 60, 115, 300, 560])
-def test_ctrl_c_while_a_command_is_loaded_gives_no_traceback(moment, tiny, tmp_path) -> None:
+def test_ctrl_c_while_a_command_is_loaded_gives_no_traceback(
+    moment: int, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     (tmp_path / "sitecustomize.py").write_text(INTERRUPTING.format(moment=moment))
     (tmp_path / "work").mkdir()
     process = start("convert", tiny("llama"), "-o", "out", cwd=tmp_path / "work", path=tmp_path)
@@ -119,7 +123,9 @@ def test_ctrl_c_while_a_command_is_loaded_gives_no_traceback(moment, tiny, tmp_p
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_conversation_ends_on_a_signal_that_is_no_ctrl_c(number, tiny, tmp_path) -> None:
+def test_a_conversation_ends_on_a_signal_that_is_no_ctrl_c(
+    number: Any, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     process = start("chat", tiny("llama"), "--max-tokens", "400", cwd=tmp_path)
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write("hello\n")
@@ -130,7 +136,7 @@ def test_a_conversation_ends_on_a_signal_that_is_no_ctrl_c(number, tiny, tmp_pat
     process.communicate()
 
 
-def test_the_end_of_a_command_is_quiet(monkeypatch) -> None:
+def test_the_end_of_a_command_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal while the exit code is on its way: the system's own end, without a traceback."""
     monkeypatch.setattr(entry, "run", lambda: 7)
     former = {number: signal.getsignal(number) for number in interrupts.SIGNALS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -30,14 +31,14 @@ def as_lines(records: list[dict]) -> bytes:
     return "".join(line + "\n" for line in lines).encode()
 
 
-def test_a_line_ends_at_a_line_feed(tmp_path):
+def test_a_line_ends_at_a_line_feed(tmp_path: Path) -> None:
     data = b"one\rtwo\xe2\x80\xa8three\n\x85\x0b\nlast"
     (tmp_path / "f").write_bytes(data)
     expected = [(1, b"one\rtwo\xe2\x80\xa8three\n"), (2, b"\x85\x0b\n"), (3, b"last")]
     assert list(json_lines(data)) == list(json_lines(tmp_path / "f")) == expected
 
 
-def test_samples(tmp_path):
+def test_samples(tmp_path: Path) -> None:
     records = [{"doc_id": i, "generation": TEXT * 3} for i in range(3000)]
     (tmp_path / "s.jsonl").write_bytes(encode(records))
     assert read_samples(tmp_path / "s.jsonl") == records
@@ -54,7 +55,9 @@ def test_samples(tmp_path):
         (b"\xff", "line 1500 is damaged"),
     ],
 )
-def test_a_damaged_line_is_named_and_those_before_it_are_read(tmp_path, line, text):
+def test_a_damaged_line_is_named_and_those_before_it_are_read(
+    tmp_path: Path, line: bytes, text: str
+) -> None:
     lines = [b'{"a": 1}'] * 2000
     lines[1499] = line
     (tmp_path / "s.jsonl").write_bytes(b"\n".join(lines))
@@ -68,7 +71,7 @@ def test_a_damaged_line_is_named_and_those_before_it_are_read(tmp_path, line, te
         read_samples(tmp_path / "none.jsonl")
 
 
-def test_metrics_are_rewound_to_the_same_bytes(tmp_path):
+def test_metrics_are_rewound_to_the_same_bytes(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "metrics.jsonl")
     kept = as_lines([{"event": "step", "step": i, "note": TEXT} for i in (1, 2)])
     file.path.write_bytes(kept + as_lines([{"event": "step", "step": 3}]))
@@ -77,13 +80,13 @@ def test_metrics_are_rewound_to_the_same_bytes(tmp_path):
     assert file.path.read_bytes() == kept + (json.dumps(saved.as_record()) + "\n").encode()
 
 
-def test_answers_of_teachers(tmp_path):
+def test_answers_of_teachers(tmp_path: Path) -> None:
     keys = ("id", "teacher", "prompt_hash", "settings_hash", "stop_reason", "generation")
     (tmp_path / "answers.jsonl").write_bytes(as_lines([dict.fromkeys(keys, TEXT)] * 2))
     assert len(AnswerFile(tmp_path / "answers.jsonl")._lines) == 1
 
 
-def test_rows_of_users_and_held_out_texts(tmp_path):
+def test_rows_of_users_and_held_out_texts(tmp_path: Path) -> None:
     rows = [{"text": TEXT}, {"text": f"{TEXT}2"}]
     (tmp_path / "rows.jsonl").write_bytes(as_lines(rows))
     source = find_local(SourceConfig(path=str(tmp_path / "rows.jsonl")))
@@ -93,7 +96,9 @@ def test_rows_of_users_and_held_out_texts(tmp_path):
 
 
 @pytest.mark.parametrize("answer", ["x\u2028\x85\x0b\x0c\x1c\x1d\x1e\ry", "x\u2029y"])
-def test_an_answer_may_hold_any_line_separator(tmp_path, monkeypatch, answer):
+def test_an_answer_may_hold_any_line_separator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
     monkeypatch.setattr(jobs, "GENERATION_CHUNK", 8)
     tasks = write_tasks(tmp_path / "tasks")
     model, out = fixed_answer_model(tmp_path / "speaks", answer), tmp_path / "out"

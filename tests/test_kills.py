@@ -32,7 +32,9 @@ def test_killed_at_drawn_moments_every_command_ends_as_the_undisturbed_one(tmp_p
     assert len(moments) == POINTS and all(line.endswith(": equal") for line in moments), moments
 
 
-def test_a_command_that_is_none_is_named_before_anything_runs(tmp_path: Path, capfd) -> None:
+def test_a_command_that_is_none_is_named_before_anything_runs(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
         kill_commands.main([str(tmp_path / "out"), "--only", "convert", "trian"])
     assert caught.value.code == 2 and not list(tmp_path.iterdir())

@@ -8,7 +8,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,7 +63,7 @@ with what() as inside:
 
 
 @pytest.fixture
-def living(tmp_path: Path):
+def living(tmp_path: Path) -> Iterator[Any]:
     """Start a process that holds an output; it goes on when a line is written to it."""
     started: list[subprocess.Popen[str]] = []
 
@@ -84,7 +86,9 @@ def living(tmp_path: Path):
         process.communicate()
 
 
-def test_a_folder_that_a_living_process_makes_is_refused_and_left_alone(living, tmp_path) -> None:
+def test_a_folder_that_a_living_process_makes_is_refused_and_left_alone(
+    living: Any, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     process = living(out, "folder")
     before = contents(tmp_path)
@@ -102,7 +106,9 @@ def test_a_folder_that_a_living_process_makes_is_refused_and_left_alone(living, 
     assert contents(tmp_path) == {"out": None}
 
 
-def test_two_living_processes_write_one_file_one_after_the_other(living, tmp_path) -> None:
+def test_two_living_processes_write_one_file_one_after_the_other(
+    living: Any, tmp_path: Path
+) -> None:
     out = tmp_path / "cache" / "a.json"
     process = living(out, "file")
     write_json(out, "ours")
@@ -114,7 +120,7 @@ def test_two_living_processes_write_one_file_one_after_the_other(living, tmp_pat
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_run_of_a_living_process_is_refused_and_of_a_killed_one_begun_anew(
-    living, tmp_path, resume
+    living: Any, tmp_path: Path, resume: bool
 ) -> None:
     out = tmp_path / "out"
     process = living(out, "run")
@@ -133,7 +139,7 @@ def test_a_run_of_a_living_process_is_refused_and_of_a_killed_one_begun_anew(
         assert list(contents(out)) == [LOCK_FILE]
 
 
-def test_a_lock_does_not_outlive_its_process_in_a_forked_or_started_one(tmp_path) -> None:
+def test_a_lock_does_not_outlive_its_process_in_a_forked_or_started_one(tmp_path: Path) -> None:
     script = f"""
 import os, subprocess, sys, time
 from pathlib import Path
@@ -171,7 +177,7 @@ with atomic_folder(Path({str(tmp_path / "out")!r})):
     assert contents(tmp_path) == {"out": None}
 
 
-def test_other_files_are_refused_and_nothing_is_removed(tmp_path) -> None:
+def test_other_files_are_refused_and_nothing_is_removed(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     for mine in ("notes.txt", "tokens", ".hidden"):
@@ -198,7 +204,7 @@ def test_other_files_are_refused_and_nothing_is_removed(tmp_path) -> None:
         assert sorted(contents(out)) == [".DS_Store", LOCK_FILE]
 
 
-def test_a_run_that_is_there_needs_resume(tmp_path) -> None:
+def test_a_run_that_is_there_needs_resume(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with RunDir(out, RUN).claim(resume=False):
         write_json(out / "state.json", {})
@@ -209,7 +215,7 @@ def test_a_run_that_is_there_needs_resume(tmp_path) -> None:
     assert list(contents(out)) == ["state.json"]
 
 
-def test_a_folder_that_appears_meanwhile_stays(tmp_path) -> None:
+def test_a_folder_that_appears_meanwhile_stays(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(SlimError, match="appeared while"), atomic_folder(out) as temporary:
         (temporary / "ours").touch()
@@ -218,7 +224,7 @@ def test_a_folder_that_appears_meanwhile_stays(tmp_path) -> None:
     assert contents(tmp_path) == {"out": None, "out/theirs": b"keep"}
 
 
-def test_complete_is_what_the_same_command_made_of_the_same_contents(tmp_path) -> None:
+def test_complete_is_what_the_same_command_made_of_the_same_contents(tmp_path: Path) -> None:
     calls = []
 
     @makes_folder("try", "speed")
@@ -266,7 +272,7 @@ def test_complete_is_what_the_same_command_made_of_the_same_contents(tmp_path) -
     assert sorted(contents(source)) == ["model.safetensors", "out", *created]
 
 
-def test_names_that_cannot_be_an_output(tmp_path, monkeypatch) -> None:
+def test_names_that_cannot_be_an_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     @makes_folder("try")
     def work(out: Path) -> None:
         raise AssertionError("nothing is computed for an output that cannot be written")
@@ -292,7 +298,7 @@ def test_names_that_cannot_be_an_output(tmp_path, monkeypatch) -> None:
 
 
 def test_without_locks_one_line_says_so_and_nothing_is_removed(
-    tmp_path, monkeypatch, caplog
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def no_locks(*_: object) -> None:
         raise OSError(37, "No locks available")

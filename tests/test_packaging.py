@@ -9,6 +9,7 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(folder.glob("*.whl"))
 
 
-def test_holds_the_package_the_recipes_and_the_evals(wheel):
+def test_holds_the_package_the_recipes_and_the_evals(wheel: Any) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     for kind in ("recipes", "evals"):
         ours = [path for path in (ROOT / kind).rglob("*") if path.is_file()]
@@ -42,7 +43,7 @@ def test_holds_the_package_the_recipes_and_the_evals(wheel):
     assert not [name for name in names if name.startswith("tests/") or "__pycache__" in name]
 
 
-def test_works_away_from_the_checkout(wheel, tmp_path):
+def test_works_away_from_the_checkout(wheel: Any, tmp_path: Path) -> None:
     """Installed without dependencies, which the running interpreter lends."""
     target = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(target)
@@ -69,7 +70,7 @@ def test_works_away_from_the_checkout(wheel, tmp_path):
     assert "train.steps" in dry or "steps" in dry
 
 
-def test_the_lock_covers_every_dependency():
+def test_the_lock_covers_every_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     for by_hand in ("parity", "bench"):  # PyTorch
@@ -87,7 +88,7 @@ def test_the_lock_covers_every_dependency():
     assert not [line for line in beside if "://" in line or line.startswith("-")]
 
 
-def test_the_readme_shows_what_the_planner_predicts():
+def test_the_readme_shows_what_the_planner_predicts() -> None:
     from mlx_slim.cli.plan import table
 
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -95,7 +96,7 @@ def test_the_readme_shows_what_the_planner_predicts():
     assert shown == table(), "paste what `mlx-slim plan --table` prints into the README"
 
 
-def test_every_recipe_has_a_make_target():
+def test_every_recipe_has_a_make_target() -> None:
     from mlx_slim.config import library
 
     text = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")

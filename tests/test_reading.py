@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ from mlx_slim.reading import (
 )
 
 
-def refusal(call, *arguments, **named) -> str:
+def refusal(call: Any, *arguments: Any, **named: Any) -> str:
     with pytest.raises(SlimError) as caught:
         call(*arguments, **named)
     text = str(caught.value)
@@ -86,7 +87,7 @@ def nested(depth: int) -> str:
         (b'{"a": "\xed\xa0\x80"}', "cannot be read as JSON"),
     ],
 )
-def test_hostile_json(text, expected: str) -> None:
+def test_hostile_json(text: Any, expected: str) -> None:
     actual = refusal(parse_json, text, "config.json")
     assert actual.startswith("config.json")
     assert expected in actual
@@ -140,7 +141,7 @@ def test_an_object_with_keys(tmp_path: Path) -> None:
         (dict, [], "an object"),
     ],
 )
-def test_a_field_of_another_type_or_out_of_range(kind, value, expected: str) -> None:
+def test_a_field_of_another_type_or_out_of_range(kind: Any, value: Any, expected: str) -> None:
     bounds = {"low": 1, "high": 8} if kind in (int, float) else {}
     actual = refusal(field, {"rank": value}, "a.json", "rank", kind, **bounds)
     assert "a.json: rank is" in actual

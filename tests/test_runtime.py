@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from mlx_slim import blas, runtime
 from mlx_slim.compare.identity import machine
 
 
-def test_nothing_about_the_machine_needs_linux(monkeypatch: pytest.MonkeyPatch):
+def test_nothing_about_the_machine_needs_linux(monkeypatch: pytest.MonkeyPatch) -> None:
     exists = Path.exists
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(
@@ -62,11 +63,11 @@ def test_nothing_about_the_machine_needs_linux(monkeypatch: pytest.MonkeyPatch):
         (np.float32(0.5e9), "500 MB"),
     ],
 )
-def test_sizes_have_three_figures_and_the_unit_of_what_is_written(size, text):
+def test_sizes_have_three_figures_and_the_unit_of_what_is_written(size: Any, text: str) -> None:
     assert runtime.human_bytes(size) == text
 
 
-def test_no_size_is_written_with_an_exponent_and_each_reads_back():
+def test_no_size_is_written_with_an_exponent_and_each_reads_back() -> None:
     for power in range(13):
         for digits in (1, 9.949, 9.951, 9.9949, 9.9951, 99.949, 99.951, 5.555):
             size = round(digits * 10**power)
@@ -100,11 +101,11 @@ def test_no_size_is_written_with_an_exponent_and_each_reads_back():
         (1e9, "11,574.1 days", "277777:46:40"),
     ],
 )
-def test_times_carry_over_at_their_borders(seconds, short, clock):
+def test_times_carry_over_at_their_borders(seconds: float, short: str, clock: str) -> None:
     assert (runtime.human_duration(seconds), runtime.human_seconds(seconds)) == (short, clock)
 
 
-def test_nothing_else_rounds_a_size():
+def test_nothing_else_rounds_a_size() -> None:
     """Another rounding beside ``runtime`` would drift: 1e9 and 1e6 stand for other things."""
     package = Path(runtime.__file__).parent
     pattern = re.compile(
@@ -123,14 +124,16 @@ def test_nothing_else_rounds_a_size():
     ],
     ids=["metal", "cuda"],
 )
-def test_the_budget_on_a_gpu_is_that_of_the_gpu(info, size, monkeypatch: pytest.MonkeyPatch):
+def test_the_budget_on_a_gpu_is_that_of_the_gpu(
+    info: dict[str, Any], size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The keys are those that MLX 0.32.4 reports on either; the host's memory counts on neither."""
     monkeypatch.setattr(runtime, "on_gpu", lambda: True)
     monkeypatch.setattr(runtime.mx, "device_info", lambda: info)
     assert runtime.device_memory() == size
 
 
-def test_float32_is_float32_unless_the_user_says_otherwise():
+def test_float32_is_float32_unless_the_user_says_otherwise() -> None:
     code = "import os, mlx_slim; print(os.environ['MLX_ENABLE_TF32'])"
     for setting, expected in ((None, "0"), ("1", "1")):
         environment = {k: v for k, v in os.environ.items() if k != "MLX_ENABLE_TF32"}

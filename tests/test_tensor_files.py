@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from mlx_slim.tensor_files import safetensors_header
 from tests.test_reading import nested, refusal
 
 
-def safetensors(path: Path, header, data: bytes = b"\0" * 16) -> Path:
+def safetensors(path: Path, header: Any, data: bytes = b"\0" * 16) -> Path:
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
     return path
@@ -39,7 +40,7 @@ GOOD = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
         ({**GOOD, "data_offsets": [16, 32]}, "truncated or corrupt"),
     ],
 )
-def test_a_header_that_does_not_fit_its_file(tmp_path: Path, entry, expected: str) -> None:
+def test_a_header_that_does_not_fit_its_file(tmp_path: Path, entry: Any, expected: str) -> None:
     file = safetensors(tmp_path / "model.safetensors", {"w": entry})
     for read in (safetensors_header, load_tensors):
         actual = refusal(read, file)
@@ -69,7 +70,7 @@ def test_a_good_header(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "places", [([0, 16], [0, 16]), ([0, 16], [4, 8]), ([0, 8], [4, 16]), ([8, 16], [0, 12])]
 )
-def test_tensors_that_share_bytes_are_refused(tmp_path: Path, places) -> None:
+def test_tensors_that_share_bytes_are_refused(tmp_path: Path, places: Any) -> None:
     def entry(place: list[int]) -> dict:
         return {"dtype": "F32", "shape": [(place[1] - place[0]) // 4], "data_offsets": place}
 

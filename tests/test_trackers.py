@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -29,19 +31,19 @@ class FakeRun:
         self.summary: dict = {}
         self.finished = 0
 
-    def log(self, values, step):
+    def log(self, values: Any, step: Any) -> None:
         self.logged.append((step, values))
 
-    def finish(self):
+    def finish(self) -> None:
         self.finished += 1
 
 
 @pytest.fixture
-def wandb(monkeypatch):
+def wandb(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Stand in for the package: no account, no network."""
     fake = SimpleNamespace(calls=[], run=FakeRun())
 
-    def init(**settings):
+    def init(**settings: Any) -> Any:
         fake.calls.append(settings)
         return fake.run
 
@@ -50,7 +52,7 @@ def wandb(monkeypatch):
     return fake
 
 
-def test_wandb_gets_the_numbers_and_a_resumed_run_keeps_its_id(wandb, tmp_path):
+def test_wandb_gets_the_numbers_and_a_resumed_run_keeps_its_id(wandb: Any, tmp_path: Path) -> None:
     for number in range(2):
         config = {"model": "tiny"}
         with Trackers(["wandb"], tmp_path, name="try", config=config, rank=0) as trackers:
@@ -69,8 +71,8 @@ def test_wandb_gets_the_numbers_and_a_resumed_run_keeps_its_id(wandb, tmp_path):
     assert wandb.run.finished == 2
 
 
-def test_wandb_that_refuses_is_one_line(wandb, tmp_path):
-    def refuse(**settings):
+def test_wandb_that_refuses_is_one_line(wandb: Any, tmp_path: Path) -> None:
+    def refuse(**settings: Any) -> None:
         raise RuntimeError("no API key")
 
     wandb.init = refuse
@@ -81,7 +83,9 @@ def test_wandb_that_refuses_is_one_line(wandb, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_a_missing_package_is_one_line_with_the_install_command(name, tmp_path, monkeypatch):
+def test_a_missing_package_is_one_line_with_the_install_command(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for module in ("wandb", "tensorboard", "tensorboard.summary.writer.event_file_writer"):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(SlimError, match="not installed") as caught:
@@ -89,24 +93,24 @@ def test_a_missing_package_is_one_line_with_the_install_command(name, tmp_path, 
     assert f"pip install 'mlx-slim[{name}]'" in caught.value.hint
 
 
-def test_an_unknown_tracker_and_other_ranks(wandb, tmp_path):
+def test_an_unknown_tracker_and_other_ranks(wandb: Any, tmp_path: Path) -> None:
     with pytest.raises(SlimError, match="did you mean 'tensorboard'"):
         Trackers(["tensorbord"], tmp_path, rank=0)
     assert Trackers(["wandb"], tmp_path, rank=1).observers == []
     assert wandb.calls == []
 
 
-def test_only_numbers_of_steps_and_validation_are_drawn():
+def test_only_numbers_of_steps_and_validation_are_drawn() -> None:
     assert scalars(DONE) == {}
     assert set(scalars(step(1))) >= {"train/loss", "memory/peak_bytes"}
 
 
 @pytest.mark.parametrize("fail", [False, True])
-def test_tensorboard_reads_what_was_written(fail, tmp_path):
+def test_tensorboard_reads_what_was_written(fail: bool, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    def loop():
+    def loop() -> None:
         with Trackers(["tensorboard"], tmp_path, rank=0) as trackers:
             for event in EVENTS:
                 trackers.notify(event)

@@ -55,7 +55,7 @@ def python(*arguments: str, check: bool = True, **environment: str) -> subproces
     )
 
 
-def test_names_resolve_without_their_prefix(original: Path, tmp_path: Path):
+def test_names_resolve_without_their_prefix(original: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.so"
     copy.write_bytes(elf.without_prefix(original.read_bytes(), b"scipy_"))
     library = ctypes.CDLL(str(copy))
@@ -65,7 +65,9 @@ def test_names_resolve_without_their_prefix(original: Path, tmp_path: Path):
     assert not hasattr(library, "no_such_symbol")
 
 
-def test_every_symbol_of_the_original_is_found_under_its_new_name(original: Path, tmp_path: Path):
+def test_every_symbol_of_the_original_is_found_under_its_new_name(
+    original: Path, tmp_path: Path
+) -> None:
     if not shutil.which("nm"):
         pytest.skip("nm is not installed")
     copy = tmp_path / "copy.so"
@@ -79,13 +81,13 @@ def test_every_symbol_of_the_original_is_found_under_its_new_name(original: Path
     assert [name for name in names if not hasattr(library, name)] == []
 
 
-def test_mlx_computes_with_the_copy_and_computes_right(original: Path, tmp_path: Path):
+def test_mlx_computes_with_the_copy_and_computes_right(original: Path, tmp_path: Path) -> None:
     output = python("-c", USES_MLX, MLX_SLIM_CACHE=str(tmp_path)).stdout.split()
     (copy,) = (tmp_path / "blas").iterdir()
     assert output == ["scipy-openblas32", str(copy)]
 
 
-def test_it_finds_itself_and_not_the_reference_blas_of_mlx(original: Path, tmp_path: Path):
+def test_it_finds_itself_and_not_the_reference_blas_of_mlx(original: Path, tmp_path: Path) -> None:
     code = (
         "import mlx_slim, mlx.core, ctypes\n"
         "maps = open('/proc/self/maps').read()\n"
@@ -95,20 +97,20 @@ def test_it_finds_itself_and_not_the_reference_blas_of_mlx(original: Path, tmp_p
     assert output[1].startswith(str(tmp_path))
 
 
-def test_opting_out_leaves_mlx_alone(tmp_path: Path):
+def test_opting_out_leaves_mlx_alone(tmp_path: Path) -> None:
     output = python("-c", USES_MLX, MLX_SLIM_BLAS="off", MLX_SLIM_CACHE=str(tmp_path)).stdout
     assert output.split() == ["off", "None"]
     assert not list(tmp_path.iterdir())
 
 
-def test_too_late_is_said_and_nothing_is_done(tmp_path: Path):
+def test_too_late_is_said_and_nothing_is_done(tmp_path: Path) -> None:
     code = "import mlx.core, mlx_slim; print(mlx_slim.blas.status())"
     output = python("-c", code, MLX_SLIM_CACHE=str(tmp_path)).stdout
     assert "source='late'" in output
     assert "import mlx_slim before mlx.core" in output
 
 
-def test_another_library_can_be_named(original: Path, tmp_path: Path):
+def test_another_library_can_be_named(original: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.so"
     other.write_bytes(elf.without_prefix(original.read_bytes(), b"scipy_"))
     output = python("-c", USES_MLX, MLX_SLIM_BLAS=str(other)).stdout.split()
@@ -116,7 +118,9 @@ def test_another_library_can_be_named(original: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("content", [None, b"not a library"])
-def test_a_named_library_that_cannot_be_used_is_reported(content: bytes | None, tmp_path: Path):
+def test_a_named_library_that_cannot_be_used_is_reported(
+    content: bytes | None, tmp_path: Path
+) -> None:
     other = tmp_path / "other.so"
     if content is not None:
         other.write_bytes(content)
@@ -126,14 +130,14 @@ def test_a_named_library_that_cannot_be_used_is_reported(content: bytes | None, 
     assert "cannot be used" in output
 
 
-def test_a_library_without_blas_is_refused(original: Path):
+def test_a_library_without_blas_is_refused(original: Path) -> None:
     code = "import mlx_slim; print(mlx_slim.blas.status())"
     output = python("-c", code, MLX_SLIM_BLAS=str(original)).stdout  # its names have the prefix
     assert "does not export cblas_sgemm" in output
 
 
 @pytest.mark.parametrize("damage", ["truncate", "garbage", "empty"])
-def test_a_damaged_copy_is_made_again(damage: str, original: Path, tmp_path: Path):
+def test_a_damaged_copy_is_made_again(damage: str, original: Path, tmp_path: Path) -> None:
     folder = tmp_path / "blas"
     copy = blas._renamed_copy(original, folder)
     whole = copy.read_bytes()
@@ -143,13 +147,13 @@ def test_a_damaged_copy_is_made_again(damage: str, original: Path, tmp_path: Pat
     assert list(folder.iterdir()) == [copy]  # no temporary file is left
 
 
-def test_a_whole_copy_is_not_written_again(original: Path, tmp_path: Path):
+def test_a_whole_copy_is_not_written_again(original: Path, tmp_path: Path) -> None:
     copy = blas._renamed_copy(original, tmp_path)
     before = copy.stat().st_mtime_ns
     assert blas._renamed_copy(original, tmp_path).stat().st_mtime_ns == before
 
 
-def test_two_processes_may_make_the_copy_at_once(original: Path, tmp_path: Path):
+def test_two_processes_may_make_the_copy_at_once(original: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLX_SLIM_CACHE": str(tmp_path)}
     environment.pop("LD_PRELOAD", None)
     processes = [
@@ -164,7 +168,9 @@ def test_two_processes_may_make_the_copy_at_once(original: Path, tmp_path: Path)
     assert all(process.returncode == 0 for process in processes)
 
 
-def test_an_unwritable_cache_falls_back_to_the_temporary_folder(original: Path, tmp_path: Path):
+def test_an_unwritable_cache_falls_back_to_the_temporary_folder(
+    original: Path, tmp_path: Path
+) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("a file, not a folder")
     temporary = tmp_path / "temporary"
@@ -175,13 +181,13 @@ def test_an_unwritable_cache_falls_back_to_the_temporary_folder(original: Path, 
     assert path.startswith(str(temporary))
 
 
-def test_a_folder_that_others_may_write_to_is_not_trusted(original: Path, tmp_path: Path):
+def test_a_folder_that_others_may_write_to_is_not_trusted(original: Path, tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     with pytest.raises(OSError, match="others may write"):
         blas._renamed_copy(original, tmp_path)
 
 
-def test_the_module_prints_a_path_to_preload(original: Path, tmp_path: Path):
+def test_the_module_prints_a_path_to_preload(original: Path, tmp_path: Path) -> None:
     result = python("-m", "mlx_slim.blas", MLX_SLIM_CACHE=str(tmp_path))
     path = result.stdout.strip()
     assert Path(path).is_file()
@@ -193,13 +199,13 @@ def test_the_module_prints_a_path_to_preload(original: Path, tmp_path: Path):
     assert python("-c", code, LD_PRELOAD=path).stdout.strip() == "262144.0"
 
 
-def test_the_module_prints_nothing_after_opting_out():
+def test_the_module_prints_nothing_after_opting_out() -> None:
     result = python("-m", "mlx_slim.blas", MLX_SLIM_BLAS="off", check=False)
     assert (result.returncode, result.stdout) == (1, "")
     assert "MLX_SLIM_BLAS" in result.stderr
 
 
-def test_no_fast_blas_at_all_is_reported_and_harmless(monkeypatch: pytest.MonkeyPatch):
+def test_no_fast_blas_at_all_is_reported_and_harmless(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blas, "_scipy_openblas", lambda: None)
     monkeypatch.setattr(blas, "_SYSTEM", ("libno_such_blas.so",))
     monkeypatch.setattr(blas, "bound_library", lambda: None)
@@ -210,26 +216,26 @@ def test_no_fast_blas_at_all_is_reported_and_harmless(monkeypatch: pytest.Monkey
     assert "pip install scipy-openblas32" in status.note
 
 
-def test_files_that_are_no_library_are_refused(original: Path):
+def test_files_that_are_no_library_are_refused(original: Path) -> None:
     whole = original.read_bytes()
     for data in (b"", b"text", whole[:50], whole[:4000], b"\x7fELF\x01\x01" + whole[6:]):
         with pytest.raises(elf.ElfError):
             elf.without_prefix(data, b"scipy_")
 
 
-def test_hash_of_a_symbol_name():
+def test_hash_of_a_symbol_name() -> None:
     assert elf.sysv_hash(b"") == 0
     assert elf.sysv_hash(b"printf") == 0x077905A6  # the value that `readelf` and the gABI give
     assert elf.sysv_hash(b"syscall") == 0x0B09985C
 
 
-def test_a_table_needs_room():
+def test_a_table_needs_room() -> None:
     assert len(elf._hash_table([b"", b"a", b"b"], 4 * 8)) == 4 * (2 + 3 + 3)
     with pytest.raises(elf.ElfError, match="no room"):
         elf._hash_table([b"", b"a", b"b"], 4 * 5)
 
 
-def test_soname_differs_from_the_original(original: Path):
+def test_soname_differs_from_the_original(original: Path) -> None:
     data = elf.without_prefix(original.read_bytes(), b"scipy_")
     tables = [s for s in elf._segments(bytearray(data)) if s[0] == elf._PT_DYNAMIC]
     (_, offset, _, length) = tables[0]
@@ -239,7 +245,7 @@ def test_soname_differs_from_the_original(original: Path):
     assert elf._DT_GNU_HASH not in tags
 
 
-def test_threads_are_the_physical_cores_unless_the_user_says_otherwise(original: Path):
+def test_threads_are_the_physical_cores_unless_the_user_says_otherwise(original: Path) -> None:
     code = (
         "import ctypes, mlx_slim; print(ctypes.CDLL(None).openblas_get_num_threads(), "
         "mlx_slim.blas.physical_cores())"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from mlx_slim.errors import SlimError
 
 
 @pytest.fixture
-def load(tmp_path: Path):
+def load(tmp_path: Path) -> Any:
     def run(text: str, *overrides: str) -> Resolved:
         path = tmp_path / "r.yaml"
         path.write_text(text, encoding="utf-8")
@@ -20,13 +21,13 @@ def load(tmp_path: Path):
     return run
 
 
-def test_a_recipe_without_the_section_is_a_fine_tune(load):
+def test_a_recipe_without_the_section_is_a_fine_tune(load: Any) -> None:
     resolved = load("model: x\n")
     assert resolved.recipe.distill is None
     assert "distill: null" in render(resolved)
 
 
-def test_overrides_reach_into_the_section_and_its_list(load):
+def test_overrides_reach_into_the_section_and_its_list(load: Any) -> None:
     text = "model: x\ndistill:\n  teachers: [{model: a}]\n  temperature: 4\n"
     teachers = "distill.teachers=[{model: b, weight: 2}, {model: c, base_url: 'http://d/v1'}]"
     resolved = load(text, teachers, "distill.weight=1", "distill.top_k=all")
@@ -43,7 +44,7 @@ def test_overrides_reach_into_the_section_and_its_list(load):
     assert 'teachers: [{"model": "b", "weight": 2.0}' in render(resolved)
 
 
-def test_one_override_makes_the_section_with_the_students_own_origin_as_teacher(load):
+def test_one_override_makes_the_section_with_the_students_own_origin_as_teacher(load: Any) -> None:
     distill = load("model: x\n", "distill.temperature=2").recipe.distill
     assert distill is not None
     assert [teacher.model for teacher in distill.teachers] == [None]
@@ -68,6 +69,6 @@ def test_one_override_makes_the_section_with_the_students_own_origin_as_teacher(
         ("distill={method: mutual, teachers: [{model: a, adapter: d}]}", "without base_url"),
     ],
 )
-def test_wrong_values(load, override: str, message: str):
+def test_wrong_values(load: Any, override: str, message: str) -> None:
     with pytest.raises(SlimError, match=message):
         load("model: x\n", override)

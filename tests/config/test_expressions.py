@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from mlx_slim.config.expressions import compile_value
@@ -26,6 +28,6 @@ from mlx_slim.config.expressions import compile_value
         ("-{{ n }}", "-3"),
     ],
 )
-def test_a_sign_is_no_white_space_mark(source, value) -> None:
+def test_a_sign_is_no_white_space_mark(source: str, value: Any) -> None:
     actual = compile_value(source)({"n": 3})
     assert actual == value and type(actual) is type(value)

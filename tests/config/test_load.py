@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,14 +19,14 @@ def write(folder: Path, name: str, text: str) -> str:
 
 
 @pytest.fixture
-def load(tmp_path: Path):
+def load(tmp_path: Path) -> Any:
     def run(text: str, *overrides: str) -> Resolved:
         return load_recipe(write(tmp_path, "r", text), overrides)
 
     return run
 
 
-def test_later_layers_win_and_are_named(tmp_path: Path):
+def test_later_layers_win_and_are_named(tmp_path: Path) -> None:
     write(tmp_path, "base", "model: a/base\ntrain: {clip: 2.0, epochs: 5}\n")
     write(tmp_path, "extra", "train:\n  seed: 7\n  clip: 3.0\n")
     top = write(tmp_path, "top", "extends: [base, extra]\nmethod: dora\ntrain:\n  seed: 8\n")
@@ -40,7 +41,7 @@ def test_later_layers_win_and_are_named(tmp_path: Path):
     assert resolved.origins["train.batch_tokens"] == "default"
 
 
-def test_every_key_has_an_origin_and_a_line(load):
+def test_every_key_has_an_origin_and_a_line(load: Any) -> None:
     resolved = load("model: x\n")
     shown = render(resolved)
     for key, origin in resolved.origins.items():
@@ -49,7 +50,7 @@ def test_every_key_has_an_origin_and_a_line(load):
     assert len({line.index("  # ") for line in shown.splitlines() if "  # " in line}) == 1
 
 
-def test_lists_replace_and_mappings_merge(load, tmp_path: Path):
+def test_lists_replace_and_mappings_merge(load: Any, tmp_path: Path) -> None:
     write(tmp_path, "p", "model: x\nadapter: {targets: [q_proj, v_proj]}\nreport_to: [wandb]\n")
     text = "extends: p\ndata: {columns: {prompt: q}}\nreport_to: [tensorboard]\n"
     recipe = load(text, "adapter.targets=[o_proj]", "data.columns.completion=a").recipe
@@ -67,7 +68,9 @@ def test_lists_replace_and_mappings_merge(load, tmp_path: Path):
         ("adapter: {alpha: 16}", "adapter.scaling=rslora", 16.0, 16 / 8**0.5),
     ],
 )
-def test_the_later_of_alpha_and_scale_wins_and_both_are_shown(load, text, override, alpha, scale):
+def test_the_later_of_alpha_and_scale_wins_and_both_are_shown(
+    load: Any, text: str, override: str, alpha: float, scale: Any
+) -> None:
     resolved = load(f"model: x\n{text}\n", override)
     assert resolved.recipe.adapter.resolved_alpha == pytest.approx(alpha)
     assert resolved.recipe.adapter.resolved_scale == pytest.approx(scale)
@@ -78,12 +81,12 @@ def test_the_later_of_alpha_and_scale_wins_and_both_are_shown(load, text, overri
     assert f"{scale:g}" in lines["scale"]
 
 
-def test_the_later_of_steps_and_epochs_wins(load):
+def test_the_later_of_steps_and_epochs_wins(load: Any) -> None:
     assert load("model: x\ntrain: {steps: 9}\n", "train.epochs=2").recipe.train.steps is None
     assert load("model: x\ntrain: {epochs: 9}\n", "train.steps=4").recipe.train.steps == 4
 
 
-def test_both_in_one_file_is_an_error(load):
+def test_both_in_one_file_is_an_error(load: Any) -> None:
     with pytest.raises(SlimError, match=r"alpha=16.* and scale=2.* are both set"):
         load("model: x\nadapter: {alpha: 16, scale: 2}\n")
 
@@ -97,11 +100,13 @@ def test_both_in_one_file_is_an_error(load):
         ("train.grad_checkpoint=true", "grad_checkpoint", True),
     ],
 )
-def test_numbers_are_read_as_people_write_them(load, override, key, value):
+def test_numbers_are_read_as_people_write_them(
+    load: Any, override: str, key: str, value: int | bool | float
+) -> None:
     assert getattr(load("model: x\n", override).recipe.train, key) == value
 
 
-def test_text_stays_text(load):
+def test_text_stays_text(load: Any) -> None:
     overrides = ["revision=0123456", "data.path=2024", "data.system=a: [b", "model=7"]
     recipe = load("model: x\n", *overrides).recipe
     assert (recipe.revision, recipe.data.path, recipe.model) == ("0123456", "2024", "7")
@@ -110,13 +115,13 @@ def test_text_stays_text(load):
     assert load("model: x\nrevision: 1e5\n", "revision=null").recipe.revision is None
 
 
-def test_numbers_do_not_depend_on_what_others_did_to_yaml(load):
+def test_numbers_do_not_depend_on_what_others_did_to_yaml(load: Any) -> None:
     import mlx_lm.lora  # noqa: F401 (adds a resolver to yaml.SafeLoader)
 
     assert load("model: x\ntrain: {learning_rate: 1e-5}\n").recipe.train.learning_rate == 1e-5
 
 
-def test_all_problems_at_once_each_with_key_value_range_and_origin(load):
+def test_all_problems_at_once_each_with_key_value_range_and_origin(load: Any) -> None:
     with pytest.raises(SlimError) as error:
         load(
             "model: x\nmehtod: lora\ntrain:\n  clip: -1\n  stpes: 3\nadapter: {rank: 0}\n",
@@ -165,7 +170,7 @@ def test_all_problems_at_once_each_with_key_value_range_and_origin(load):
         ("train..steps=3", "write key=value"),
     ],
 )
-def test_wrong_override(load, override, message):
+def test_wrong_override(load: Any, override: str, message: str) -> None:
     with pytest.raises(SlimError, match=message):
         load("model: x\n", override)
 
@@ -192,14 +197,14 @@ def test_wrong_override(load, override, message):
         (b"model: x\nextends: nowhere\n", "no recipe is called 'nowhere'"),
     ],
 )
-def test_wrong_file(tmp_path: Path, content: bytes, message: str):
+def test_wrong_file(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "r.yaml"
     path.write_bytes(content)
     with pytest.raises(SlimError, match=message):
         load_recipe(str(path))
 
 
-def test_a_missing_file_and_an_unknown_name():
+def test_a_missing_file_and_an_unknown_name() -> None:
     with pytest.raises(SlimError, match="does not exist"):
         load_recipe("nowhere/r.yaml")
     with pytest.raises(SlimError) as error:
@@ -207,7 +212,7 @@ def test_a_missing_file_and_an_unknown_name():
     assert "did you mean 'tinyllama-lora'?" in error.value.hint
 
 
-def test_byte_order_mark_and_a_directory(tmp_path: Path):
+def test_byte_order_mark_and_a_directory(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_bytes(b"\xef\xbb\xbfmodel: x\n")
     assert load_recipe(str(path)).recipe.model == "x"
@@ -216,14 +221,14 @@ def test_byte_order_mark_and_a_directory(tmp_path: Path):
         load_recipe(str(tmp_path / "d.yaml"))
 
 
-def test_from_values_names_its_origin():
+def test_from_values_names_its_origin() -> None:
     resolved = from_values({"model": "x", "train": {"steps": 3}}, "demo", "demo")
     assert resolved.origins["train.steps"] == "demo"
     with pytest.raises(SlimError, match=r"train.stpes \(demo\) is no key"):
         from_values({"model": "x", "train": {"stpes": 3}}, "demo", "demo")
 
 
-def test_shared_parts_are_found_and_not_listed():
+def test_shared_parts_are_found_and_not_listed() -> None:
     names = library.names("recipes")
     assert "tinyllama-lora" in names
     assert not any(name.startswith("_") for name in names)

@@ -7,6 +7,7 @@ import re
 import threading
 import time
 import warnings
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,7 @@ TEXTS = [
 ]  # fmt: skip
 
 
-def test_a_pattern_means_what_re_makes_of_it():
+def test_a_pattern_means_what_re_makes_of_it() -> None:
     separate = [filter_.pattern for task in list_tasks() for filter_ in task.spec.filters.values()]
     separate += [pattern for task in list_tasks() for pattern in task.spec.ignore]
     assert separate
@@ -60,7 +61,7 @@ def test_a_pattern_means_what_re_makes_of_it():
         ("[a-z]" * 200, "more than 100 sets"),
     ],
 )
-def test_a_pattern_that_cannot_be_compiled_is_one_line(source, words):
+def test_a_pattern_that_cannot_be_compiled_is_one_line(source: Any, words: str) -> None:
     start = time.thread_time()
     with pytest.raises(ValueError, match=words) as caught:
         compile_pattern(source)
@@ -76,7 +77,7 @@ def test_a_pattern_that_cannot_be_compiled_is_one_line(source, words):
         ("(?i)" + "ß" * 3000, "s" * 60000, "too many to search"),  # no timeout reaches it
     ],
 )
-def test_a_search_ends_in_a_worker_thread_too(source, text, words):
+def test_a_search_ends_in_a_worker_thread_too(source: str, text: Any, words: str) -> None:
     raised: list[SlimError] = []
 
     def search() -> None:

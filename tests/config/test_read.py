@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,7 +39,9 @@ _LAUGHS = "a0: &a0 [x]\n" + "".join(
         ("a: \0", "special characters"),
     ],
 )
-def test_what_is_no_plain_value_of_a_decent_size_is_one_line(tmp_path: Path, text, words):
+def test_what_is_no_plain_value_of_a_decent_size_is_one_line(
+    tmp_path: Path, text: Any, words: str
+) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(text)
     start = time.thread_time()
@@ -49,7 +52,7 @@ def test_what_is_no_plain_value_of_a_decent_size_is_one_line(tmp_path: Path, tex
     assert time.thread_time() - start < 2
 
 
-def test_aliases_of_a_decent_number_are_read(tmp_path: Path):
+def test_aliases_of_a_decent_number_are_read(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("a: &x {b: [1, !!str 2]}\nc: *x\n")
     value, lines = read_mapping(path)
@@ -60,7 +63,7 @@ def test_aliases_of_a_decent_number_are_read(tmp_path: Path):
 @pytest.mark.parametrize(
     "text", ["[" * 5000, "&a [*a]", "9" * 6000, '"', "!!int x", "\0", "\ud800"]
 )
-def test_an_override_that_is_no_value_is_one_short_line(text):
+def test_an_override_that_is_no_value_is_one_short_line(text: str) -> None:
     with pytest.raises(SlimError) as caught:
         parse_scalar(text)
     assert len(str(caught.value)) < 300
@@ -71,13 +74,13 @@ def test_an_override_that_is_no_value_is_one_short_line(text):
     "override",
     [".".join(["a"] * 5000) + "=1", "x" * 100_000, "train.steps=" + "[" * 3000, "a\0b=\0"],
 )
-def test_an_override_of_any_size_is_one_short_line(override):
+def test_an_override_of_any_size_is_one_short_line(override: Any) -> None:
     with pytest.raises(SlimError) as caught:
         load_recipe("smollm2-lora", [override])
     assert len(str(caught.value)) < 1000
 
 
-def test_recipes_that_are_no_files_are_refused_at_once(tmp_path: Path):
+def test_recipes_that_are_no_files_are_refused_at_once(tmp_path: Path) -> None:
     fifo, loop, null = tmp_path / "f.yaml", tmp_path / "l.yaml", tmp_path / "z.yaml"
     os.mkfifo(fifo)
     loop.symlink_to(loop)
@@ -91,7 +94,7 @@ def test_recipes_that_are_no_files_are_refused_at_once(tmp_path: Path):
         assert len(str(caught.value)) < 1500
 
 
-def test_recipes_that_extend_many_are_counted(tmp_path: Path):
+def test_recipes_that_extend_many_are_counted(tmp_path: Path) -> None:
     for number in range(30):
         parent = "" if number == 29 else f"extends: [r{number + 1}.yaml, r{number + 1}.yaml]\n"
         (tmp_path / f"r{number}.yaml").write_text(f"{parent}model: x\n")

@@ -124,7 +124,7 @@ def measure() -> None:
             before = peak
 
 
-def test_templates_end_and_keep_within_their_memory():
+def test_templates_end_and_keep_within_their_memory() -> None:
     command = "from tests.config.test_sandbox import measure; measure()"
     done = subprocess.run(
         [sys.executable, "-c", command],
@@ -137,13 +137,13 @@ def test_templates_end_and_keep_within_their_memory():
     assert done.stdout == ""
 
 
-def test_the_bounds_grow_with_the_row():
+def test_the_bounds_grow_with_the_row() -> None:
     long = "word " * 1_000_000
     text, _ = render_chat("{{ messages[0].content.strip() * 2 }}", [{"content": long}])
     assert text == long.strip() * 2
 
 
-def test_tasks_templates_are_bounded_and_keep_their_meaning():
+def test_tasks_templates_are_bounded_and_keep_their_meaning() -> None:
     with pytest.raises(TemplateError, match="at most"):
         compile_text("{{ 'a' * 10**9 }}")({})
     with pytest.raises(TemplateError, match="at most"):

@@ -21,24 +21,24 @@ def load_bytes(folder: Path, *, chat_template: str | None = CHATML, bos: bool = 
 
 
 @pytest.fixture(scope="session")
-def tokens(tmp_path_factory):
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The byte tokenizer of a chat model."""
     return load_bytes(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="session")
-def base_tokens(tmp_path_factory):
+def base_tokens(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The byte tokenizer of a base model: no chat template, a BOS token."""
     return load_bytes(tmp_path_factory.mktemp("tokenizer"), chat_template=None, bos=True)
 
 
 @pytest.fixture(autouse=True)
-def no_mirror(monkeypatch):
+def no_mirror(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLX_SLIM_DATA", raising=False)
 
 
 @pytest.fixture
-def make(tmp_path, tokens):
+def make(tmp_path: Path, tokens: Any) -> Any:
     """Return a function: rows (or a path) and settings -> Prepared."""
 
     def go(

@@ -6,6 +6,9 @@ JSON schemas, reversed messages, splits at ``</think>``, ``loop``'s neighbours, 
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -145,7 +148,9 @@ CHATS = [
 @pytest.mark.parametrize("prompt", [False, True])
 @pytest.mark.parametrize("chat", range(len(CHATS)))
 @pytest.mark.parametrize("source", [LLAMA3, MISTRAL, QWEN, MACROS], ids=list("lmqx"))
-def test_the_text_and_the_marks_are_those_of_transformers(source, chat, prompt):
+def test_the_text_and_the_marks_are_those_of_transformers(
+    source: Any, chat: Any, prompt: bool
+) -> None:
     marked = "{% generation %}" in source
     for tools in (None, TOOLS):
         names = {"tools": tools, "bos_token": "<s>", "eos_token": "</s>"}
@@ -167,7 +172,7 @@ def test_the_text_and_the_marks_are_those_of_transformers(source, chat, prompt):
         assert actual == (list(spans[0]) if marked else [])
 
 
-def test_a_real_tokenizer_s_prompt_is_the_one_that_it_makes_itself(smollm2):
+def test_a_real_tokenizer_s_prompt_is_the_one_that_it_makes_itself(smollm2: Path) -> None:
     tokenizer = load_tokenizer(str(smollm2))
     chats = [chat for chat in CHATS if all(isinstance(turn["content"], str) for turn in chat)]
     for one in (tokenizer, tokenizer._tokenizer):  # mlx-lm's wrapper, and transformers' own
@@ -176,7 +181,7 @@ def test_a_real_tokenizer_s_prompt_is_the_one_that_it_makes_itself(smollm2):
             assert apply_chat_template(one, chat) == theirs
 
 
-def test_values_that_are_no_json_reach_no_template():
+def test_values_that_are_no_json_reach_no_template() -> None:
     class Sneaky(str):
         def write(self) -> str:
             return "written"
@@ -186,7 +191,7 @@ def test_values_that_are_no_json_reach_no_template():
     assert render_chat("{{ messages[0].other }}", chat)[0] == "<object>"
 
 
-def test_a_long_chat_stays_within_the_bounds():
+def test_a_long_chat_stays_within_the_bounds() -> None:
     chat = [{"role": "user", "content": "word " * 2000}, {"role": "assistant", "content": "x"}]
     text, spans = render_chat(QWEN, chat * 1000)
     assert len(text) > 10_000_000

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,18 +38,20 @@ DOLLY = {"instruction": "When?", "context": "It was 1912.", "response": "In 1912
         {"prompt": "When?\nIt was 1912.", "response": "In 1912.", "context": None},
     ],
 )
-def test_the_answer_is_learned(make, tokens, row):
+def test_the_answer_is_learned(make: Any, tokens: Any, row: Any) -> None:
     text, answer = learned(make([row]), tokens)
     assert "<|im_start|>user\nWhen?\nIt was 1912.<|im_end|>" in text
     assert answer == "In 1912.<|im_end|>\n"
 
 
-def test_a_context_stands_where_alpaca_has_its_input(make, tokens):
+def test_a_context_stands_where_alpaca_has_its_input(make: Any, tokens: Any) -> None:
     text, _ = learned(make([DOLLY], template="alpaca"), tokens)
     assert "### Instruction:\nWhen?\n\n### Input:\nIt was 1912.\n\n### Response:" in text
 
 
-def test_a_row_without_its_answer_is_dropped_and_a_system_prompt_is_one(make, tokens):
+def test_a_row_without_its_answer_is_dropped_and_a_system_prompt_is_one(
+    make: Any, tokens: Any
+) -> None:
     rows = [{**DOLLY, "response": None}, {**DOLLY, "response": ""}]
     rows += [{"system_prompt": "Be short.", "question": "Hi?", "response": "Yes."}]
     prepared = make(rows)
@@ -56,7 +60,7 @@ def test_a_row_without_its_answer_is_dropped_and_a_system_prompt_is_one(make, to
     assert learned(prepared, tokens)[0].startswith("<|im_start|>system\nBe short.")
 
 
-def test_names_that_were_read_stay_what_they_were():
+def test_names_that_were_read_stay_what_they_were() -> None:
     assert recognised(["instruction", "input", "response"])["input"] == "input"
     for names in (
         ["question", "choices", "answer"],
@@ -85,13 +89,15 @@ def test_names_that_were_read_stay_what_they_were():
         ({"body": "So.", "n": 3}, "o."),
     ],
 )
-def test_the_hinted_option_works(make, tokens, row, answer, tmp_path):
+def test_the_hinted_option_works(
+    make: Any, tokens: Any, row: dict[str, Any], answer: str, tmp_path: Path
+) -> None:
     with pytest.raises(SlimError, match="columns seen") as error:
         make([row])
     assert _learned_as_typed(error.value.hint, tokens, tmp_path).startswith(answer)
 
 
-def _learned_as_typed(hint: str, tokens, folder) -> str:
+def _learned_as_typed(hint: str, tokens: Any, folder: Any) -> str:
     """Add the option of a hint to a shipped recipe; return what the first row teaches."""
     overrides = [f"data.path={folder / 'rows.jsonl'}", "data.template=auto", "data.validation=0"]
     recipe = load_recipe("smollm2-lora", [*overrides, shlex.split(hint)[-1]]).recipe
@@ -116,13 +122,15 @@ def _learned_as_typed(hint: str, tokens, folder) -> str:
         ({"question": "When?", "solution": "In 1912."}, "alpaca"),
     ],
 )
-def test_the_hint_of_a_row_in_another_format_works(make, tokens, row, format, tmp_path):
+def test_the_hint_of_a_row_in_another_format_works(
+    make: Any, tokens: Any, row: Any, format: str, tmp_path: Path
+) -> None:
     with pytest.raises(SlimError, match="columns seen") as error:
         make([row], format=format)
     assert _learned_as_typed(error.value.hint, tokens, tmp_path) == "In 1912.<|im_end|>\n"
 
 
-def test_no_option_is_proposed_where_columns_do_not_say_it(make):
+def test_no_option_is_proposed_where_columns_do_not_say_it(make: Any) -> None:
     for row in (
         {"question": "a", "choices": ["b"], "answer": "b"},
         {"x": 1},
@@ -134,17 +142,17 @@ def test_no_option_is_proposed_where_columns_do_not_say_it(make):
 
 
 @pytest.mark.parametrize("history", ["x", [["a"]], [["a", 3]], [3]])
-def test_a_history_is_pairs(make, history):
+def test_a_history_is_pairs(make: Any, history: Any) -> None:
     with pytest.raises(SlimError, match="'history' holds"):
         make([{"instruction": "a", "output": "b", "history": history}])
 
 
-def read(value, **settings):
+def read(value: Any, **settings: Any) -> Any:
     options = {"columns": {}, "system": None, **settings}
     return read_example(RawRow("rows.jsonl", 1, value), settings.pop("format", "auto"), **options)
 
 
-def test_a_passage_beside_question_and_answer_is_neither_learned_alone_nor_left_out():
+def test_a_passage_beside_question_and_answer_is_neither_learned_alone_nor_left_out() -> None:
     row = {"question": "When?", "answer": "In 1912."}
     with pytest.raises(SlimError, match="'text' stands beside question, answer") as refused:
         read({**row, "text": "The ship was built in 1912."})
@@ -159,7 +167,7 @@ def test_a_passage_beside_question_and_answer_is_neither_learned_alone_nor_left_
             read({**row, name: ["The ship was built in 1912."]})
 
 
-def test_pairs_of_answers_are_read_as_the_chosen_one_where_the_hint_is_followed():
+def test_pairs_of_answers_are_read_as_the_chosen_one_where_the_hint_is_followed() -> None:
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]
     with pytest.raises(SlimError) as refused:
         read({"prompt": "Hi", "chosen": turns, "rejected": turns})
@@ -169,20 +177,20 @@ def test_pairs_of_answers_are_read_as_the_chosen_one_where_the_hint_is_followed(
     assert "text:" not in refused.value.hint
 
 
-def test_a_value_of_another_type_is_named_as_the_row_names_it():
+def test_a_value_of_another_type_is_named_as_the_row_names_it() -> None:
     with pytest.raises(SlimError, match="'answer' is int 4, expected a string"):
         read({"question": "2+2?", "answer": 4})
     with pytest.raises(SlimError, match="'sum' is int 4"):
         read({"q": "2+2?", "sum": 4}, columns={"prompt": "q", "completion": "sum"})
 
 
-def test_what_was_asked_about_is_not_proposed_as_the_answer():
+def test_what_was_asked_about_is_not_proposed_as_the_answer() -> None:
     squad = {"question": "When?", "context": "In 1912.", "answers": {"text": ["1912"]}}
     with pytest.raises(SlimError, match="the whole question in one"):
         read(squad)
 
 
-def test_the_way_out_fits_why_no_row_can_be_used(make):
+def test_the_way_out_fits_why_no_row_can_be_used(make: Any) -> None:
     turns = [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "No.", "weight": 0},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,12 +55,12 @@ def arguments_of(example: Example) -> Any:
         {"functions": json.dumps([SCHEMA])},
     ],
 )
-def test_tools_are_a_list_of_schemas(columns):
+def test_tools_are_a_list_of_schemas(columns: dict[str, Any]) -> None:
     assert read({"messages": [USER, DONE], **columns}).extras == {"tools": [TOOL]}
 
 
 @pytest.mark.parametrize("inputs", ["", "[]", [], "null"])
-def test_no_tools_are_none(inputs):
+def test_no_tools_are_none(inputs: Any) -> None:
     assert read({"messages": [USER, DONE], "tools": inputs}).extras == {}
 
 
@@ -67,12 +68,12 @@ def test_no_tools_are_none(inputs):
     "inputs",
     [{"at": "Ulm", "n": 3}, '{"at": "Ulm", "n": 3}', '"{\\"at\\": \\"Ulm\\", \\"n\\": 3}"'],
 )
-def test_arguments_are_an_object(inputs):
+def test_arguments_are_an_object(inputs: dict[str, Any] | str) -> None:
     assert arguments_of(read({"messages": [USER, call(inputs), DONE]})) == {"at": "Ulm", "n": 3}
 
 
 @pytest.mark.parametrize("inputs", ["", "{}", {}, None])
-def test_no_arguments_are_an_empty_object(inputs):
+def test_no_arguments_are_an_empty_object(inputs: dict[str, Any] | str | None) -> None:
     assert arguments_of(read({"messages": [USER, call(inputs), DONE]})) == {}
 
 
@@ -91,7 +92,7 @@ def test_no_arguments_are_an_empty_object(inputs):
         {"role": "model", "tool_calls": [{"name": "look", "arguments": {"at": "Ulm"}}]},
     ],
 )
-def test_calls_of_every_dialect(turn):
+def test_calls_of_every_dialect(turn: dict[str, Any]) -> None:
     messages = read({"messages": [USER, turn, DONE]}).messages
     function = {"name": "look", "arguments": {"at": "Ulm"}}
     assert messages[1] == {
@@ -101,7 +102,7 @@ def test_calls_of_every_dialect(turn):
     }
 
 
-def test_roles_of_sharegpt():
+def test_roles_of_sharegpt() -> None:
     turns = [
         *({"from": "system", "value": "s"}, {"from": "human", "value": "h"}),
         *({"from": "model", "value": "m"}, {"from": "observation", "value": "o"}),
@@ -114,13 +115,13 @@ def test_roles_of_sharegpt():
     assert example.turn_weights == [0, 0, 1, 0, 0, 1]
 
 
-def test_what_a_tool_gave_may_be_an_object():
+def test_what_a_tool_gave_may_be_an_object() -> None:
     result = {"role": "function", "name": "look", "content": {"rain": False, "wo": "Köln"}}
     message = read({"messages": [USER, call({}), result, DONE]}).messages[2]
     assert message == {"role": "tool", "name": "look", "content": '{"rain": false, "wo": "Köln"}'}
 
 
-def test_lists_of_messages_as_prompt_and_completion():
+def test_lists_of_messages_as_prompt_and_completion() -> None:
     earlier = [USER, {"role": "assistant", "content": "Where?"}, {"role": "user", "content": "Ulm"}]
     example = read({"prompt": earlier, "completion": [DONE], "tools": [TOOL]})
     assert example.kind == "chat"
@@ -141,7 +142,7 @@ PADDED = {"type": "function", "function": {"name": "look", "strict": None, "para
 
 
 @pytest.mark.parametrize("where", ["rows.parquet", "data-0.arrow", "owner/name"])
-def test_nulls_that_a_table_pads_with_are_removed(where):
+def test_nulls_that_a_table_pads_with_are_removed(where: str) -> None:
     inputs = {"at": "Ulm", "n": None, "deep": {"a": None, "b": [None, {"c": None}]}}
     example = read({"messages": [USER, call(inputs), DONE], "tools": [PADDED]}, where)
     assert arguments_of(example) == {"at": "Ulm", "deep": {"b": [None, {}]}}
@@ -150,7 +151,7 @@ def test_nulls_that_a_table_pads_with_are_removed(where):
     assert "strict" not in example.extras["tools"][0]["function"]
 
 
-def test_nulls_that_someone_wrote_are_kept():
+def test_nulls_that_someone_wrote_are_kept() -> None:
     inputs = {"at": "Ulm", "n": None, "zone": None}
     text = json.dumps(inputs)
     for where in ("rows.parquet", "rows.jsonl", "rows.json", "rows.jsonl.gz"):
@@ -166,7 +167,7 @@ def test_nulls_that_someone_wrote_are_kept():
     assert schemas.extras["tools"] == [PADDED]
 
 
-def test_a_parquet_file_of_two_tools(make, tmp_path):
+def test_a_parquet_file_of_two_tools(make: Any, tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow.parquet")
     import pyarrow as pa
 
@@ -218,13 +219,13 @@ def weighted(*answers: dict[str, Any]) -> dict[str, Any]:
         ({"masked": 0, "mask": None}, 1),
     ],
 )
-def test_weights_of_turns(keys, weight):
+def test_weights_of_turns(keys: dict[str, Any], weight: float) -> None:
     example = read(weighted(keys, {}))
     assert example.turn_weights == [0, weight, 0, 1]
     assert not {"weight", "train", "training", "loss"} & example.messages[1].keys()
 
 
-def test_only_the_last_answer_is_learned():
+def test_only_the_last_answer_is_learned() -> None:
     assert read(weighted({}, {}, {}), learn="last").turn_weights == [0, 0, 0, 0, 0, 1]
     assert read(weighted({}, {"weight": 0.5}), learn="last").turn_weights == [0, 0, 0, 0.5]
     row = {"instruction": "a", "output": "b", "history": [["c", "d"]]}
@@ -233,7 +234,7 @@ def test_only_the_last_answer_is_learned():
     assert read({"prompt": "a", "completion": "b"}, learn="last").turn_weights == [0, 1]
 
 
-def test_rows_without_an_answer_to_learn_are_dropped():
+def test_rows_without_an_answer_to_learn_are_dropped() -> None:
     with pytest.raises(Dropped, match="weight 0"):
         read(weighted({"weight": 0}, {"train": False}))
     with pytest.raises(Dropped, match="weight 0"):
@@ -243,7 +244,7 @@ def test_rows_without_an_answer_to_learn_are_dropped():
     assert read(weighted({"content": "", "weight": 0}, {})).turn_weights == [0, 0, 0, 1]
 
 
-def test_a_turn_that_asks_to_be_learned_and_is_no_answer_is_noted():
+def test_a_turn_that_asks_to_be_learned_and_is_no_answer_is_noted() -> None:
     example = read({"messages": [{**USER, "train": True}, DONE]})
     assert example.turn_weights == [0, 1]
     assert example.notes == ("turns marked to be learned that are no assistant's (not learned)",)
@@ -273,13 +274,13 @@ def test_a_turn_that_asks_to_be_learned_and_is_no_answer_is_noted():
         ({"messages": "[{"}, "the list of turns: '\\[{', expected JSON"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_read_is_one_line(value, message):
+def test_what_cannot_be_read_is_one_line(value: Any, message: str) -> None:
     with pytest.raises(SlimError, match=f"rows.jsonl, line 1.*{message}") as error:
         read_example(RawRow("rows.jsonl", 1, value, "line"), "auto", columns={}, system=None)
     assert "\n" not in str(error.value)
 
 
-def test_tools_that_are_quoted_twice_or_flat_are_read_and_what_is_no_schema_is_refused():
+def test_tools_that_are_quoted_twice_or_flat_are_read_and_what_is_no_schema_is_refused() -> None:
     inputs = json.dumps(json.dumps([TOOL]))
     assert read({"messages": [USER, DONE], "tools": inputs}).extras == {"tools": [TOOL]}
     flat = {"type": "function", **SCHEMA}
@@ -291,12 +292,12 @@ def test_tools_that_are_quoted_twice_or_flat_are_read_and_what_is_no_schema_is_r
 
 @pytest.mark.parametrize("name", ["train_on_turn", "trainable", "loss"])
 @pytest.mark.parametrize("flag", [False, 0])
-def test_flags_of_a_turn_by_other_names(name, flag):
+def test_flags_of_a_turn_by_other_names(name: str, flag: int | bool) -> None:
     turns = [USER, {**DONE, name: flag}, USER, DONE]
     assert read({"messages": turns}).turn_weights == [0.0, 0.0, 0.0, 1.0]
 
 
-def test_lists_of_turns_that_a_table_holds_as_json_text_are_turns():
+def test_lists_of_turns_that_a_table_holds_as_json_text_are_turns() -> None:
     prompt, completion = json.dumps([USER]), json.dumps([DONE])
     for row in (
         {"prompt": prompt, "completion": completion},

@@ -6,6 +6,7 @@ import gzip
 import json
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ AB, CD = {"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}
 ONE, TWO = json.dumps(AB), json.dumps(CD)
 
 
-def rows(path: Path):
+def rows(path: Path) -> Any:
     return list(sources.find(SourceConfig(path=str(path))))
 
 
@@ -50,19 +51,19 @@ def write(path: Path, content: bytes | str) -> Path:
         ("A.CSV.GZ", gzip.compress(b"prompt,completion\na,b\nc,d\n", mtime=0), "line"),
     ],
 )
-def test_rows_of_every_kind(tmp_path, name, content, unit):
+def test_rows_of_every_kind(tmp_path: Path, name: str, content: Any, unit: str) -> None:
     actual = rows(write(tmp_path / name, content))
     assert [row.value for row in actual] == [AB, CD]
     assert actual[0].place.startswith(f"{name}, {unit} ")
 
 
-def test_a_single_object_is_a_row_even_where_a_column_is_called_data(tmp_path):
+def test_a_single_object_is_a_row_even_where_a_column_is_called_data(tmp_path: Path) -> None:
     row = {"prompt": "a", "completion": "b", "data": "x", "items": []}
     assert rows(write(tmp_path / "a.json", json.dumps(row)))[0].value == row
     assert rows(write(tmp_path / "b.jsonl", ONE))[0].place == "b.jsonl, line 1"
 
 
-def test_text_keeps_what_unicode_calls_line_ends(tmp_path):
+def test_text_keeps_what_unicode_calls_line_ends(tmp_path: Path) -> None:
     row = {"prompt": "a\u2028b\x85c\x00", "completion": "d\u2029e"}
     path = write(tmp_path / "a.jsonl", json.dumps(row, ensure_ascii=False) + f"\n{ONE}\n")
     assert [r.value for r in rows(path)] == [row, AB]
@@ -71,25 +72,25 @@ def test_text_keeps_what_unicode_calls_line_ends(tmp_path):
     assert len(rows(write(tmp_path / "c.txt", "one\r\rtwo\r"))) == 2
 
 
-def test_blank_lines_before_a_header_count_as_lines(tmp_path):
+def test_blank_lines_before_a_header_count_as_lines(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "\n\nprompt;completion\na;b\n\nc;d\n")
     assert [row.number for row in rows(path)] == [4, 6]
 
 
-def test_cells_may_hold_separators_quotes_and_lines(tmp_path):
+def test_cells_may_hold_separators_quotes_and_lines(tmp_path: Path) -> None:
     text = 'prompt,completion\n"a, ""b""\r\n\r\nc",d\n'
     (row,) = rows(write(tmp_path / "a.csv", text))
     assert row.value == {"prompt": 'a, "b"\r\n\r\nc', "completion": "d"}
     assert row.place == "a.csv, line 2"
 
 
-def test_the_index_that_pandas_writes_is_a_column_of_its_own(tmp_path):
+def test_the_index_that_pandas_writes_is_a_column_of_its_own(tmp_path: Path) -> None:
     (row,) = rows(write(tmp_path / "a.csv", ",prompt,completion\n0,a,b\n"))
     assert row.value == {"Unnamed: 0": "0", **AB}
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_arrow_files(tmp_path, stream):
+def test_arrow_files(tmp_path: Path, stream: bool) -> None:
     import pyarrow
 
     table = pyarrow.Table.from_pylist([AB, CD] * 1500)
@@ -143,7 +144,9 @@ def test_arrow_files(tmp_path, stream):
         ("a.jsonl.zst", ONE, "unknown extension '.zst'", "data files are .arrow, .csv"),
     ],
 )
-def test_what_cannot_be_read_is_one_line(tmp_path, name, content, message, hint):
+def test_what_cannot_be_read_is_one_line(
+    tmp_path: Path, name: str, content: Any, message: str, hint: str
+) -> None:
     path = write(tmp_path / name, content)
     with pytest.raises(SlimError, match=message) as error:
         rows(path)
@@ -151,12 +154,12 @@ def test_what_cannot_be_read_is_one_line(tmp_path, name, content, message, hint)
     assert "\n" not in str(error.value)
 
 
-def test_pairs_of_surrogates_are_characters(tmp_path):
+def test_pairs_of_surrogates_are_characters(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '{"prompt": "\\ud83d\\ude00", "completion": "b"}')
     assert rows(path)[0].value["prompt"] == "😀"
 
 
-def test_endings_count_in_any_case_and_with_gz():
+def test_endings_count_in_any_case_and_with_gz() -> None:
     assert suffix_of("x.train.JSONL.GZ") == ".jsonl.gz"
     assert suffix_of("x.jsonl") == ".jsonl"
     assert not is_data("x.gz")
@@ -164,7 +167,7 @@ def test_endings_count_in_any_case_and_with_gz():
 
 
 @pytest.mark.parametrize("name", ["big.jsonl", "big.json", "big.csv", "wrapped.json", "cr.jsonl"])
-def test_memory_does_not_grow_with_the_file(tmp_path, name):
+def test_memory_does_not_grow_with_the_file(tmp_path: Path, name: str) -> None:
     text = "x" * 4000
     row = json.dumps({"prompt": text, "completion": "b"})
     end = "\r" if name == "cr.jsonl" else "\n"
@@ -185,14 +188,14 @@ def test_memory_does_not_grow_with_the_file(tmp_path, name):
     assert peak < 9_000_000  # of 24 MB
 
 
-def test_lines_are_counted_where_they_are_rows(tmp_path):
+def test_lines_are_counted_where_they_are_rows(tmp_path: Path) -> None:
     assert count_lines(write(tmp_path / "a.jsonl", f"\n\ufeff{ONE}\n\n{TWO}")) == 2
     assert count_lines(write(tmp_path / "b.jsonl", f"[{ONE},{TWO}]")) is None
     assert count_lines(write(tmp_path / "c.jsonl", json.dumps(AB, indent=1))) is None
     assert count_lines(write(tmp_path / "d.csv", "prompt,completion\na,b")) is None
 
 
-def test_two_columns_of_one_name_are_refused(tmp_path):
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 

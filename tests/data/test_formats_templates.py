@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,13 +42,13 @@ CHAT_TEXT = (
 
 
 @pytest.mark.parametrize("row", [CHAT, SHAREGPT])
-def test_every_assistant_turn_is_supervised(make, tokens, row):
+def test_every_assistant_turn_is_supervised(make: Any, tokens: Any, row: Any) -> None:
     text, answers = learned(make([row]), tokens)
     assert text == CHAT_TEXT
     assert answers == "Hello<|im_end|>\nCiao<|im_end|>\n"
 
 
-def test_ids_are_the_plain_tokenization_of_the_text(make, tokens):
+def test_ids_are_the_plain_tokenization_of_the_text(make: Any, tokens: Any) -> None:
     prepared = make([ALPACA, CHAT, {"prompt": "Größe 😀?", "completion": " naïve 日本"}])
     for number in range(3):
         ids, supervised = prepared.train.row(number)
@@ -55,7 +57,7 @@ def test_ids_are_the_plain_tokenization_of_the_text(make, tokens):
     assert learned(prepared, tokens, 2)[1] == " naïve 日本<|im_end|>\n"
 
 
-def test_generation_marks_of_the_template_are_used(make, tmp_path):
+def test_generation_marks_of_the_template_are_used(make: Any, tmp_path: Path) -> None:
     marked = CHATML.replace(
         "{{ message['content'] }}<|im_end|>\n",
         "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}"
@@ -68,7 +70,7 @@ def test_generation_marks_of_the_template_are_used(make, tmp_path):
     assert answers == "Hello<|im_end|>\nCiao<|im_end|>\n"  # what closes the turn is learned too
 
 
-def test_a_template_that_rewrites_earlier_turns(make, tmp_path):
+def test_a_template_that_rewrites_earlier_turns(make: Any, tmp_path: Path) -> None:
     """The last answer gets an empty thought, earlier ones lose it: ends are found by EOS."""
     thinking = CHATML.replace(
         "{{ message['content'] }}<|im_end|>",
@@ -80,7 +82,7 @@ def test_a_template_that_rewrites_earlier_turns(make, tmp_path):
     assert answers == "Hello<|im_end|>\n<think></think>Ciao<|im_end|>\n"
 
 
-def test_a_template_that_hides_its_prompt_is_refused(make, tmp_path):
+def test_a_template_that_hides_its_prompt_is_refused(make: Any, tmp_path: Path) -> None:
     template = "{{ messages|length }}{% for m in messages %}{{ m.content|length }}{{ m.content }}"
     template += "|{% endfor %}"
     tokenizer = load_bytes(tmp_path / "hides", chat_template=template)
@@ -89,14 +91,14 @@ def test_a_template_that_hides_its_prompt_is_refused(make, tmp_path):
     assert "chatml" in error.value.hint
 
 
-def test_a_template_that_refuses_the_row(make, tmp_path):
+def test_a_template_that_refuses_the_row(make: Any, tmp_path: Path) -> None:
     template = "{{ raise_exception('roles must alternate') }}"
     tokenizer = load_bytes(tmp_path / "refuses", chat_template=template)
     with pytest.raises(SlimError, match=r"rows.jsonl, line 1: .*roles must alternate"):
         make([CHAT], tokenizer=tokenizer)
 
 
-def test_alpaca_prompt_is_stanfords(make, base_tokens):
+def test_alpaca_prompt_is_stanfords(make: Any, base_tokens: Any) -> None:
     prepared = make([ALPACA, {**ALPACA, "input": ""}], tokenizer=base_tokens)
     text, answer = learned(prepared, base_tokens)
     assert text == (
@@ -123,32 +125,34 @@ def test_alpaca_prompt_is_stanfords(make, base_tokens):
         ({"text": "Once upon"}, "alpaca", "Once upon", "Once upon"),
     ],
 )
-def test_a_base_model_trains(make, base_tokens, row, template, text, answer):
+def test_a_base_model_trains(
+    make: Any, base_tokens: Any, row: Any, template: str, text: Any, answer: str
+) -> None:
     whole, supervised = learned(make([row], tokenizer=base_tokens, template=template), base_tokens)
     bos = "" if text.startswith("<|im_start|>") else "<|im_start|>"
     assert whole == f"{bos}{text}<|endoftext|>"  # BOS once, EOS once
     assert supervised == f"{answer}<|endoftext|>"
 
 
-def test_alpaca_template_with_many_turns(make, base_tokens):
+def test_alpaca_template_with_many_turns(make: Any, base_tokens: Any) -> None:
     text, answers = learned(make([CHAT], tokenizer=base_tokens, template="alpaca"), base_tokens)
     assert text.count("### Instruction:") == text.count("### Response:") == 2
     assert answers == "Hello<|endoftext|>Ciao<|endoftext|>"
 
 
-def test_without_masking_every_token_but_the_first_is_supervised(make):
+def test_without_masking_every_token_but_the_first_is_supervised(make: Any) -> None:
     _, supervised = make([CHAT], mask_prompt=False).train.row(0)
     assert not supervised[0]
     assert supervised[1:].all()
 
 
-def test_system_message_where_the_row_has_none(make, tokens):
+def test_system_message_where_the_row_has_none(make: Any, tokens: Any) -> None:
     prepared = make([ALPACA, CHAT], system="Be kind.")
     assert learned(prepared, tokens)[0].startswith("<|im_start|>system\nBe kind.<|im_end|>")
     assert "Be kind" not in learned(prepared, tokens, 1)[0]
 
 
-def test_formats_are_decided_per_row(make):
+def test_formats_are_decided_per_row(make: Any) -> None:
     rows = [ALPACA, CHAT, {"prompt": "a", "completion": "b"}, {"text": "c"}]
     assert make(rows).ledger["sources"][0]["formats"] == {
         **{"alpaca": 1, "chat": 1},
@@ -156,7 +160,7 @@ def test_formats_are_decided_per_row(make):
     }
 
 
-def test_columns_are_renamed(make, tokens):
+def test_columns_are_renamed(make: Any, tokens: Any) -> None:
     rows = [{"question": "a", "answer": "b"}]
     prepared = make(rows, columns={"prompt": "question", "completion": "answer"})
     assert learned(prepared, tokens)[1] == "b<|im_end|>\n"
@@ -165,13 +169,13 @@ def test_columns_are_renamed(make, tokens):
     assert "prompt" in error.value.hint
 
 
-def test_columns_change_places(make, tokens):
+def test_columns_change_places(make: Any, tokens: Any) -> None:
     rows = [{"prompt": "b", "completion": "a"}]
     prepared = make(rows, columns={"prompt": "completion", "completion": "prompt"})
     assert learned(prepared, tokens)[1] == "b<|im_end|>\n"
 
 
-def test_a_rename_that_no_row_has_is_refused(make):
+def test_a_rename_that_no_row_has_is_refused(make: Any) -> None:
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d", "role": "x"}]
     make(rows, columns={"system": "role"})  # one row has it
     with pytest.raises(SlimError, match="no row has the column 'rolle'") as error:
@@ -181,7 +185,9 @@ def test_a_rename_that_no_row_has_is_refused(make):
         make(rows, columns={"prompt": "prompt", "completion": "prompt"})
 
 
-def test_jinja_file_over_fields_and_over_messages(make, tmp_path, base_tokens):
+def test_jinja_file_over_fields_and_over_messages(
+    make: Any, tmp_path: Path, base_tokens: Any
+) -> None:
     fields = tmp_path / "fields.jinja"
     fields.write_text("Q: {{ instruction }} {{ input }}\nA: {{ output }}\n###")
     text, answer = learned(make([ALPACA], tokenizer=base_tokens, template=str(fields)), base_tokens)
@@ -206,21 +212,21 @@ def test_jinja_file_over_fields_and_over_messages(make, tmp_path, base_tokens):
         ("nothing", "the answer does not come out"),
     ],
 )
-def test_bad_jinja(make, tmp_path, source, message):
+def test_bad_jinja(make: Any, tmp_path: Path, source: str, message: str) -> None:
     path = tmp_path / "t.jinja"
     path.write_text(source)
     with pytest.raises(SlimError, match=message):
         make([ALPACA], template=str(path))
 
 
-def test_jinja_is_sandboxed(make, tmp_path):
+def test_jinja_is_sandboxed(make: Any, tmp_path: Path) -> None:
     path = tmp_path / "t.jinja"
     path.write_text("{{ output.__class__.__mro__ }}{{ output }}")
     with pytest.raises(SlimError):
         make([ALPACA], template=str(path))
 
 
-def test_unknown_and_missing_templates(make, base_tokens):
+def test_unknown_and_missing_templates(make: Any, base_tokens: Any) -> None:
     with pytest.raises(SlimError, match="chatmll") as error:
         make([ALPACA], template="chatmll")
     assert "chatml" in error.value.hint
@@ -244,7 +250,9 @@ def test_unknown_and_missing_templates(make, base_tokens):
         ({"messages": [{"role": "user", "content": 3}]}, {}, "turn 1: content is int"),
     ],
 )
-def test_wrong_rows_are_named(make, row, settings, message):
+def test_wrong_rows_are_named(
+    make: Any, row: dict[str, Any], settings: dict[str, Any], message: str
+) -> None:
     good = ALPACA if settings.get("format") == "alpaca" else {"text": "a"}
     with pytest.raises(SlimError, match=f"rows.jsonl, line 2.*{message}" if "line" not in message
                        else message) as error:  # fmt: skip
@@ -252,7 +260,7 @@ def test_wrong_rows_are_named(make, row, settings, message):
     assert "\n" not in str(error.value)
 
 
-def test_unlearnable_rows_are_dropped_and_counted(make):
+def test_unlearnable_rows_are_dropped_and_counted(make: Any) -> None:
     rows = [
         ALPACA,
         {**ALPACA, "output": " "},
@@ -275,7 +283,9 @@ def test_unlearnable_rows_are_dropped_and_counted(make):
     assert record["rows_dropped"]["no assistant turn"]["first"] == ["rows.jsonl, line 5"]
 
 
-def test_reference_ids_and_spans(make, data_mirror, references, smollm2_gguf):
+def test_reference_ids_and_spans(
+    make: Any, data_mirror: Any, references: Any, smollm2_gguf: Any
+) -> None:
     """Token ids and supervised spans of 16 Alpaca rows, as the PyTorch reference has them."""
     tokenizer = build_tokenizer(read_gguf(smollm2_gguf).metadata, [])
     rows = data_mirror / "alpaca" / "train.jsonl"

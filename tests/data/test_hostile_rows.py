@@ -7,6 +7,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -32,7 +33,7 @@ def refused(path: Path) -> str:
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".txt", ".parquet", ".arrow"])
-def test_what_is_no_file_is_refused_at_once(tmp_path: Path, suffix):
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path, suffix: str) -> None:
     fifo, loop, zero = (tmp_path / f"{name}{suffix}" for name in ("fifo", "loop", "zero"))
     os.mkfifo(fifo)
     loop.symlink_to(loop)
@@ -56,19 +57,19 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path, suffix):
     ],
     ids=["deep", "deeper", "digits", "twice", "half", "number"],
 )
-def test_json_is_bounded(tmp_path: Path, text, words):
+def test_json_is_bounded(tmp_path: Path, text: Any, words: str) -> None:
     for name, whole in (("a.jsonl", text), ("a.json", f"[{text}]")):
         (tmp_path / name).write_text(whole)
         assert words in refused(tmp_path / name)
 
 
-def test_a_line_has_an_end(tmp_path: Path):
+def test_a_line_has_an_end(tmp_path: Path) -> None:
     for name in ("a.jsonl", "a.json", "a.txt", "a.csv"):
         (tmp_path / name).write_bytes(LONG)
         assert "more than 64 MB" in refused(tmp_path / name)
 
 
-def test_a_packed_file_does_not_unpack_for_ever(tmp_path: Path):
+def test_a_packed_file_does_not_unpack_for_ever(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.gz"
     with gzip.open(path, "wb", compresslevel=9) as handle:
         for _ in range(72):
@@ -79,7 +80,7 @@ def test_a_packed_file_does_not_unpack_for_ever(tmp_path: Path):
     assert [row.value for row in find(SourceConfig(path=str(path)))] == rows
 
 
-def test_an_arrow_file_s_texts_stay_in_their_dictionary(tmp_path: Path):
+def test_an_arrow_file_s_texts_stay_in_their_dictionary(tmp_path: Path) -> None:
     indices = pa.nulls(30_000, pa.int32()).fill_null(0)
     long = pa.DictionaryArray.from_arrays(indices, pa.array(["y" * (1 << 20)]))
     rows = pa.ListArray.from_arrays(pa.array([0, 30_000], pa.int32()), long)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ NO_TOOLS = ("cut thoughts", "folded", "headers", "renamed", "script", "marked")
 
 
 @pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory):
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("templates")
     return {
         name: load_bytes(folder / name.replace(" ", "-"), chat_template=source)
@@ -63,7 +64,7 @@ def conversation(rng: random.Random, name: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_ids_and_weights_are_those_of_a_plain_reference(tokenizers, name):
+def test_ids_and_weights_are_those_of_a_plain_reference(tokenizers: Any, name: Any) -> None:
     """The reference tokenizes piece by piece, which bytes allow, and never renders a template."""
     tokenizer = tokenizers[name]
     template, encoder = load_template("model", tokenizer), RowEncoder(tokenizer, mask_prompt=True)
@@ -92,7 +93,7 @@ def test_ids_and_weights_are_those_of_a_plain_reference(tokenizers, name):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_every_span_but_those_of_weight_0_without_masking(tokenizers, name):
+def test_every_span_but_those_of_weight_0_without_masking(tokenizers: Any, name: Any) -> None:
     messages = [
         *({"role": "user", "content": "a"}, {"role": "assistant", "content": "wrong"}),
         *({"role": "user", "content": "b"}, {"role": "assistant", "content": "right"}),
@@ -138,7 +139,9 @@ CALLED = '<tool_call>\n{"name": "look", "arguments": {"at": "Köln"}}\n</tool_ca
         ),
     ],
 )
-def test_arguments_are_what_the_template_wants(make, tmp_path, printed, expected):
+def test_arguments_are_what_the_template_wants(
+    make: Any, tmp_path: Path, printed: str, expected: str
+) -> None:
     template = CHATML.replace(
         "<|im_end|>",
         "{% for call in message.tool_calls %}{% set f = call.function %}<call>{{ f.name }} "
@@ -150,7 +153,7 @@ def test_arguments_are_what_the_template_wants(make, tmp_path, printed, expected
     assert answers == f"<call>look {expected}</call>{EOT}\n"
 
 
-def test_several_named_templates(make, tmp_path):
+def test_several_named_templates(make: Any, tmp_path: Path) -> None:
     named = {"default": CHATML, "tool_use": TOOLS, "rag": "{{ raise_exception('no') }}"}
     tokenizer = load_bytes(tmp_path / "t")
     tokenizer.chat_template = named
@@ -168,7 +171,7 @@ def test_several_named_templates(make, tmp_path):
         make([row(USER, DONE)], tokenizer=tokenizer)
 
 
-def test_a_template_that_asks_for_no_text_beside_calls(make, tmp_path):
+def test_a_template_that_asks_for_no_text_beside_calls(make: Any, tmp_path: Path) -> None:
     """Some look for a null text, where the call is written; an empty one would be the answer."""
     silent = CHATML.replace(
         "{{ message['content'] }}<|im_end|>",
@@ -185,7 +188,7 @@ def test_a_template_that_asks_for_no_text_beside_calls(make, tmp_path):
         make([row(USER, {**CALL, "content": "I look."})], tokenizer=tokenizer)
 
 
-def test_a_call_in_python_is_refused(make, tmp_path):
+def test_a_call_in_python_is_refused(make: Any, tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls %}"
     template += (
         "{{ c.function.arguments.items() }}{{ c.function.arguments }}{% endfor %}{% endfor %}"
@@ -195,7 +198,7 @@ def test_a_call_in_python_is_refused(make, tmp_path):
         make([row(USER, CALL)], tokenizer=tokenizer)
 
 
-def test_text_beside_calls_that_is_left_out_is_counted(make, tmp_path):
+def test_text_beside_calls_that_is_left_out_is_counted(make: Any, tmp_path: Path) -> None:
     tokenizer = load_bytes(tmp_path / "t", chat_template=TEMPLATES["actions"])
     prepared = make([row(USER, {**CALL, "content": "I look."})], tokenizer=tokenizer)
     assert learned(prepared, tokenizer)[1] == f'<|act|>look({{"at": "Köln", "n": null}}){EOT}'
@@ -205,7 +208,7 @@ def test_text_beside_calls_that_is_left_out_is_counted(make, tmp_path):
 
 @pytest.mark.parametrize("setting", ["model", "chatml", "alpaca", "plain"])
 @pytest.mark.parametrize("content", ["", "I look."])
-def test_a_template_that_drops_calls_is_refused(make, setting, content):
+def test_a_template_that_drops_calls_is_refused(make: Any, setting: str, content: str) -> None:
     """A plain ChatML template ignores ``tool_calls``: the answer would be empty, or half of it."""
     turns = row(USER, {**CALL, "content": content}, {"role": "tool", "content": "dry"}, DONE)
     with pytest.raises(SlimError, match=r"rows.jsonl, line 1: turn 2: .*leaves out") as error:
@@ -214,7 +217,7 @@ def test_a_template_that_drops_calls_is_refused(make, setting, content):
     assert "tool calls" in error.value.hint
 
 
-def test_one_call_of_several_that_is_dropped_is_refused(make, tmp_path):
+def test_one_call_of_several_that_is_dropped_is_refused(make: Any, tmp_path: Path) -> None:
     first = TOOLS.replace(" in message.tool_calls %}", " in message.tool_calls[:1] %}")
     assert first != TOOLS
     tokenizer = load_bytes(tmp_path / "t", chat_template=first)
@@ -224,14 +227,14 @@ def test_one_call_of_several_that_is_dropped_is_refused(make, tmp_path):
         make([row(USER, two)], tokenizer=tokenizer)
 
 
-def test_jinja_file_over_fields_refuses_calls(make, tmp_path):
+def test_jinja_file_over_fields_refuses_calls(make: Any, tmp_path: Path) -> None:
     path = tmp_path / "t.jinja"
     path.write_text("{{ prompt }}: {{ completion }}")
     with pytest.raises(SlimError, match=r"line 1: turn 2: .*'look'"):
         make([row(USER, CALL)], template=str(path))
 
 
-def test_what_a_template_leaves_out_is_counted(make, tmp_path):
+def test_what_a_template_leaves_out_is_counted(make: Any, tmp_path: Path) -> None:
     rows = [row(USER, DONE, **GENERATION_MARKS), row(USER, DONE)]
     notes = "tools that the template leaves out"
     noted = {notes: {"count": 1, "first": ["rows.jsonl, line 1"]}}
@@ -248,14 +251,14 @@ def test_what_a_template_leaves_out_is_counted(make, tmp_path):
 # ------------------------------------------------------------------------------- the rest
 
 
-def test_an_answer_that_does_not_come_out_is_refused(make, tmp_path):
+def test_an_answer_that_does_not_come_out_is_refused(make: Any, tmp_path: Path) -> None:
     last = "{% for m in messages %}{% if not loop.first %}{{ messages[0].content }}{% endif %}"
     tokenizer = load_bytes(tmp_path / "t", chat_template=last + f"{EOT}{{% endfor %}}")
     with pytest.raises(SlimError, match="line 1: turn 2: the chat template leaves out the answer"):
         make([row(USER, DONE)], tokenizer=tokenizer)
 
 
-def test_a_prompt_that_always_stands_at_the_end_is_not_learned(make, tmp_path):
+def test_a_prompt_that_always_stands_at_the_end_is_not_learned(make: Any, tmp_path: Path) -> None:
     always = CHATML.replace("{% if add_generation_prompt %}", "{% if true %}")
     tokenizer = load_bytes(tmp_path / "t", chat_template=always)
     text, answers = learned(make([row(USER, DONE)], tokenizer=tokenizer), tokenizer)
@@ -263,7 +266,7 @@ def test_a_prompt_that_always_stands_at_the_end_is_not_learned(make, tmp_path):
     assert text.endswith(answers)
 
 
-def test_a_system_message_in_the_first_answer_is_not_learned(make, tmp_path):
+def test_a_system_message_in_the_first_answer_is_not_learned(make: Any, tmp_path: Path) -> None:
     tokenizer = load_bytes(tmp_path / "t", chat_template=TEMPLATES["renamed"])
     system = {"role": "system", "content": "Say AI."}
     turns = row(system, {"role": "assistant", "content": "AI"}, USER, DONE)
@@ -272,7 +275,7 @@ def test_a_system_message_in_the_first_answer_is_not_learned(make, tmp_path):
     assert answers == f"AI{EOT}\nDry.{EOT}\n"
 
 
-def test_weights_by_generation_marks(make, tmp_path):
+def test_weights_by_generation_marks(make: Any, tmp_path: Path) -> None:
     """Marks that leave out an answer: it is not learned, and that is counted."""
     some = TEMPLATES["marked"].replace("== 'assistant' %}", "== 'assistant' and loop.last %}", 1)
     turns = [USER, {**DONE, "content": "Wet."}, USER, {**DONE, "weight": 0.5}]
@@ -285,7 +288,7 @@ def test_weights_by_generation_marks(make, tmp_path):
     assert any("without generation marks" in n for n in prepared.ledger["sources"][0]["rows_noted"])
 
 
-def test_answers_that_marks_would_change(make, tmp_path):
+def test_answers_that_marks_would_change(make: Any, tmp_path: Path) -> None:
     """A template that counts characters: prompt and end are prefixes, so spans are certain."""
     counts = CHATML.replace("\n{{ message['content'] }}", "\n{{ message['content'] }}"
                             "({{ message['content'] | length }})")  # fmt: skip
@@ -295,14 +298,14 @@ def test_answers_that_marks_would_change(make, tmp_path):
     assert answers == f"Dry.(4){EOT}\nLook.(5){EOT}\n"
 
 
-def test_two_answers_in_a_row_and_empty_turns(make, tokens):
+def test_two_answers_in_a_row_and_empty_turns(make: Any, tokens: Any) -> None:
     turns = [{"role": "user", "content": ""}, DONE, {**DONE, "content": "Wet."},
              {"role": "user", "content": " "}, DONE]  # fmt: skip
     _, answers = learned(make([row(*turns)]), tokens)
     assert answers == f"Dry.{EOT}\nWet.{EOT}\nDry.{EOT}\n"
 
 
-def test_alpaca_template_where_the_assistant_begins(make, base_tokens):
+def test_alpaca_template_where_the_assistant_begins(make: Any, base_tokens: Any) -> None:
     system = {"role": "system", "content": "Be kind."}
     text, answers = learned(
         make([row(system, DONE, USER, DONE)], tokenizer=base_tokens, template="alpaca"), base_tokens

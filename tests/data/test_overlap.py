@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +17,7 @@ QUESTION = "How many of the nine brown hens that live in the old red barn lay eg
 
 
 @pytest.fixture
-def mirror(tmp_path):
+def mirror(tmp_path: Path) -> Any:
     jsonl(tmp_path / "mirror" / "gsm8k" / "test.jsonl", [
         {"question": QUESTION, "answer": "3"}, {"question": "Too short.", "answer": "1"},
     ])  # fmt: skip
@@ -25,7 +27,7 @@ def mirror(tmp_path):
     return tmp_path / "mirror"
 
 
-def test_overlap_is_found_whatever_the_case_and_punctuation(mirror):
+def test_overlap_is_found_whatever_the_case_and_punctuation(mirror: Any) -> None:
     checker = Checker.from_mirror(mirror)
     rows = [
         f"Please answer: {QUESTION.upper().replace(' ', ', ')} Thanks",
@@ -48,7 +50,9 @@ def test_overlap_is_found_whatever_the_case_and_punctuation(mirror):
     assert report["datasets"]["arc_easy"]["rows_overlapping"] == 1
 
 
-def test_the_ledger_says_whether_overlap_was_checked(make, mirror, monkeypatch):
+def test_the_ledger_says_whether_overlap_was_checked(
+    make: Any, mirror: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert make(ROWS).ledger["evaluation_overlap"]["checked"] is False
     monkeypatch.setenv("MLX_SLIM_DATA", str(mirror))
     rows = [*ROWS, {"prompt": QUESTION, "completion": "3"}]
@@ -56,7 +60,7 @@ def test_the_ledger_says_whether_overlap_was_checked(make, mirror, monkeypatch):
     assert report["rows_overlapping"] == 1
 
 
-def test_what_a_question_is_the_task_definitions_say(tmp_path):
+def test_what_a_question_is_the_task_definitions_say(tmp_path: Path) -> None:
     mirror = tmp_path / "mirror"
     jsonl(mirror / "openbookqa" / "test.jsonl", [{"question_stem": QUESTION}])
     (mirror / "bioasq").mkdir()
@@ -71,7 +75,7 @@ def test_what_a_question_is_the_task_definitions_say(tmp_path):
     }  # fmt: skip
 
 
-def test_every_question_field_of_the_tasks_is_in_the_mirror(data_mirror):
+def test_every_question_field_of_the_tasks_is_in_the_mirror(data_mirror: Any) -> None:
     build_index.cache_clear()
     index = build_index(data_mirror)
     assert set(index.datasets) >= {"hellaswag", "mmlu", "gsm8k", "openbookqa", "pubmedqa"}

@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -43,7 +44,7 @@ KINDS = [
 
 
 @pytest.mark.parametrize("options", KINDS)
-def test_every_type_is_read_as_pyarrow_reads_it(tmp_path: Path, options):
+def test_every_type_is_read_as_pyarrow_reads_it(tmp_path: Path, options: Any) -> None:
     pairs = pa.map_(pa.string(), pa.int64())
     table = pa.table(
         {
@@ -122,7 +123,7 @@ def deep_schema(path: Path) -> None:
         (lambda path: path.write_bytes(b"PAR1\0\x01\0\0\0PAR1"), "no schema"),
     ],
 )
-def test_a_file_that_unpacks_to_too_much_is_one_line(tmp_path: Path, make, words):
+def test_a_file_that_unpacks_to_too_much_is_one_line(tmp_path: Path, make: Any, words: str) -> None:
     path = tmp_path / "t.parquet"
     make(path)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -137,7 +138,7 @@ def test_a_file_that_unpacks_to_too_much_is_one_line(tmp_path: Path, make, words
     assert grown * (1 if sys.platform == "darwin" else 1024) < 160 << 20
 
 
-def test_two_columns_of_one_name_are_refused(tmp_path: Path):
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
     pq.write_table(table, path)
@@ -145,7 +146,7 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path):
         rows_of(path)
 
 
-def test_a_damaged_file_is_one_line(tmp_path: Path):
+def test_a_damaged_file_is_one_line(tmp_path: Path) -> None:
     draw = random.Random(0)
     path = tmp_path / "t.parquet"
     sources = []

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,11 +20,11 @@ from mlx_slim.errors import SlimError
 ROWS = [{"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(40)]
 
 
-def read(path, **settings):
+def read(path: Any, **settings: Any) -> Any:
     return [row.value for row in sources.find(SourceConfig(path=str(path), **settings))]
 
 
-def jsonl(path: Path, rows) -> Path:
+def jsonl(path: Path, rows: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -32,7 +33,7 @@ def jsonl(path: Path, rows) -> Path:
 # ------------------------------------------------------------------ sources
 
 
-def test_every_kind_of_file_gives_the_same_rows(tmp_path):
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -46,7 +47,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
         assert read(tmp_path / name) == ROWS, name
 
 
-def test_text_files_give_paragraphs(tmp_path):
+def test_text_files_give_paragraphs(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\nline\n\n\n\ntwo\r\n\nthree")
     source = sources.find(SourceConfig(path=str(tmp_path / "a.txt")))
     rows = list(source)
@@ -54,7 +55,7 @@ def test_text_files_give_paragraphs(tmp_path):
     assert [row.number for row in rows] == [1, 6, 8]
 
 
-def test_folders_take_the_split_or_all(tmp_path):
+def test_folders_take_the_split_or_all(tmp_path: Path) -> None:
     jsonl(tmp_path / "all" / "b.jsonl", ROWS[2:])
     jsonl(tmp_path / "all" / "a.jsonl", ROWS[:2])
     (tmp_path / "all" / "README.md").write_text("x")
@@ -70,7 +71,9 @@ def test_folders_take_the_split_or_all(tmp_path):
         read(tmp_path / "empty")
 
 
-def test_a_mirror_stands_for_the_hub_and_a_path_before_it(tmp_path, monkeypatch):
+def test_a_mirror_stands_for_the_hub_and_a_path_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     jsonl(tmp_path / "mirror" / "alpaca" / "train.jsonl", ROWS)
     monkeypatch.setenv("MLX_SLIM_DATA", str(tmp_path / "mirror"))
     monkeypatch.chdir(tmp_path)
@@ -82,7 +85,7 @@ def test_a_mirror_stands_for_the_hub_and_a_path_before_it(tmp_path, monkeypatch)
     assert read("tatsu-lab/alpaca") == ROWS[:1]
 
 
-def test_offline_never_asks_the_hub(tmp_path):
+def test_offline_never_asks_the_hub(tmp_path: Path) -> None:
     import subprocess
     import sys
 
@@ -105,12 +108,14 @@ def test_offline_never_asks_the_hub(tmp_path):
     assert done.stdout.count("\n") == 1
 
 
-def test_a_hub_data_set_is_pinned_and_streams(tmp_path, monkeypatch):
+def test_a_hub_data_set_is_pinned_and_streams(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import datasets
 
     requested = {}
 
-    def load_dataset(name, config, **rest):
+    def load_dataset(name: Any, config: Any, **rest: Any) -> Any:
         requested.update(name=name, config=config, **rest)
         return datasets.Dataset.from_list(ROWS)
 
@@ -146,14 +151,16 @@ def test_a_hub_data_set_is_pinned_and_streams(tmp_path, monkeypatch):
         ("a.txt", b"ok\n\xff", "a.txt, line 2: byte 0xff at byte offset 3"),
     ],
 )
-def test_bad_files_are_one_clear_line(tmp_path, name, content, message):
+def test_bad_files_are_one_clear_line(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SlimError, match=message) as error:
         read(tmp_path / name)
     assert "\n" not in str(error.value)
 
 
-def test_missing_and_unreadable_files(tmp_path):
+def test_missing_and_unreadable_files(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "rows.jsonl", ROWS)
     with pytest.raises(SlimError, match="does not exist") as error:
         read(tmp_path / "row.jsonl")
@@ -166,7 +173,7 @@ def test_missing_and_unreadable_files(tmp_path):
             read(path)
 
 
-def test_blank_lines_are_skipped_and_counted(make, tmp_path):
+def test_blank_lines_are_skipped_and_counted(make: Any, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('\n{"text": "a"}\n\n  \n{"text": "b"}\n')
     record = make(path).ledger["sources"][0]
@@ -175,7 +182,7 @@ def test_blank_lines_are_skipped_and_counted(make, tmp_path):
 
 @pytest.mark.parametrize("policy", ["drop", "left", "right"])
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
-def test_a_ten_megabyte_line(make, tmp_path, policy, suffix):
+def test_a_ten_megabyte_line(make: Any, tmp_path: Path, policy: str, suffix: str) -> None:
     rows = [{"prompt": "a", "completion": "x" * 10_000_000}, ROWS[0]]
     path = jsonl(tmp_path / "big.jsonl", rows)
     if suffix == ".json":
@@ -191,7 +198,7 @@ def test_a_ten_megabyte_line(make, tmp_path, policy, suffix):
     assert dropped == (policy == "drop")
 
 
-def test_nothing_usable_says_why(make):
+def test_nothing_usable_says_why(make: Any) -> None:
     with pytest.raises(SlimError, match="no row can be used: 40 given, 40 longer than 8 tokens"):
         make(ROWS, max_length=8)
 
@@ -199,11 +206,11 @@ def test_nothing_usable_says_why(make):
 # ------------------------------------------------------------------ split, weights, duplicates
 
 
-def texts(store: TokenStore):
+def texts(store: TokenStore) -> Any:
     return [bytes(store.row(i)[0].astype(np.uint16)) for i in range(len(store))]
 
 
-def test_validation_share_count_and_path(make, tmp_path):
+def test_validation_share_count_and_path(make: Any, tmp_path: Path) -> None:
     fraction = make(ROWS, validation=0.1)
     assert (len(fraction.train), len(fraction.validation)) == (36, 4)
     assert not set(texts(fraction.train)) & set(texts(fraction.validation))
@@ -222,11 +229,11 @@ def test_validation_share_count_and_path(make, tmp_path):
         make(ROWS[:3], validation=str(path))
 
 
-def test_the_split_depends_on_the_seed_alone(tmp_path, tokens):
+def test_the_split_depends_on_the_seed_alone(tmp_path: Path, tokens: Any) -> None:
     path = jsonl(tmp_path / "rows.jsonl", ROWS)
     config = DataConfig(path=str(path), validation=0.2)
 
-    def split(seed, name):
+    def split(seed: Any, name: Any) -> Any:
         created = prepare(config, tokens, max_length=512, seed=seed, folder=tmp_path / name)
         assert created.validation is not None
         return texts(created.validation)
@@ -234,14 +241,14 @@ def test_the_split_depends_on_the_seed_alone(tmp_path, tokens):
     assert split(0, "a") == split(0, "b") != split(1, "c")
 
 
-def test_one_row_and_an_empty_share(make):
+def test_one_row_and_an_empty_share(make: Any) -> None:
     for rows in (ROWS[:1], ROWS[:5]):
         prepared = make(rows, validation=0.02)
         assert len(prepared.train) == len(rows)
         assert prepared.validation is None
 
 
-def test_duplicates_are_counted_and_never_on_both_sides(make):
+def test_duplicates_are_counted_and_never_on_both_sides(make: Any) -> None:
     rows = ROWS + ROWS
     prepared = make(rows, validation=10)
     assert prepared.ledger["totals"]["exact_duplicates"] == 40
@@ -249,11 +256,11 @@ def test_duplicates_are_counted_and_never_on_both_sides(make):
     assert prepared.ledger["split"]["removed_from_train_as_duplicates_of_validation"] > 0
 
 
-def test_weights_repeat_and_halve(make, tmp_path):
+def test_weights_repeat_and_halve(make: Any, tmp_path: Path) -> None:
     a, b = jsonl(tmp_path / "a.jsonl", ROWS[:10]), jsonl(tmp_path / "b.jsonl", ROWS[10:30])
     mix = [{"path": str(a), "weight": 2.5}, {"path": str(b), "weight": 0.5}]
 
-    def go(**settings):
+    def go(**settings: Any) -> Any:
         return prepare(
             DataConfig(path=mix, validation=0, **settings), make.tokenizer, max_length=512,
             seed=3, folder=tmp_path / "mix",
@@ -268,7 +275,7 @@ def test_weights_repeat_and_halve(make, tmp_path):
     assert [s["rows_given"] for s in small.ledger["sources"]] == [5, 1]
 
 
-def test_max_rows_reads_no_further(make, tmp_path):
+def test_max_rows_reads_no_further(make: Any, tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", ROWS[:5])
     path.write_text(path.read_text() + "broken\n")
     assert len(make(path, max_rows=5).train) == 5
@@ -277,7 +284,7 @@ def test_max_rows_reads_no_further(make, tmp_path):
 # ------------------------------------------------------------------ store, cache, fingerprint
 
 
-def test_rows_of_the_same_fingerprint_are_reused(make, tmp_path):
+def test_rows_of_the_same_fingerprint_are_reused(make: Any, tmp_path: Path) -> None:
     first = make(ROWS, validation=3)
     state = tmp_path / "prepared" / "tokens" / "prepared.json"
     before = state.stat().st_mtime_ns
@@ -290,7 +297,7 @@ def test_rows_of_the_same_fingerprint_are_reused(make, tmp_path):
     assert json.loads((tmp_path / "prepared" / "data_ledger.json").read_text()) == first.ledger
 
 
-def test_differences_are_said_in_words(make):
+def test_differences_are_said_in_words(make: Any) -> None:
     first = make(ROWS).fingerprint
     other = make(ROWS[:-1], max_length=100, mask_prompt=False).fingerprint
     lines = fingerprint_difference(first, other)
@@ -301,7 +308,7 @@ def test_differences_are_said_in_words(make):
     assert fingerprint_difference(first, first) == []
 
 
-def test_the_store_says_what_it_holds(make):
+def test_the_store_says_what_it_holds(make: Any) -> None:
     store = make(ROWS).train
     rows = [store.row(i) for i in range(len(store))]
     assert store.lengths.tolist() == [len(ids) for ids, _ in rows]
@@ -312,7 +319,7 @@ def test_the_store_says_what_it_holds(make):
         rows[0][0][0] = 1
 
 
-def test_a_damaged_store_is_refused(make):
+def test_a_damaged_store_is_refused(make: Any) -> None:
     folder = make(ROWS).train.folder
     with (folder / "ids.bin").open("r+b") as file:
         file.truncate(40)
@@ -323,14 +330,14 @@ def test_a_damaged_store_is_refused(make):
         TokenStore(folder)
 
 
-def test_nothing_is_left_after_a_failure(make, tmp_path):
+def test_nothing_is_left_after_a_failure(make: Any, tmp_path: Path) -> None:
     with pytest.raises(SlimError):
         make([*ROWS, {"x": "y"}])
     assert not (tmp_path / "prepared").exists()
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
-def test_reading_streams(tmp_path, suffix):
+def test_reading_streams(tmp_path: Path, suffix: str) -> None:
     import tracemalloc
 
     rows = [{"text": "x" * 1000}] * 20_000
@@ -347,7 +354,7 @@ def test_reading_streams(tmp_path, suffix):
     assert peak < 8e6
 
 
-def test_a_source_can_be_a_range_of_rows(make, tmp_path):
+def test_a_source_can_be_a_range_of_rows(make: Any, tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", [{"text": f"row {i}"} for i in range(10)])
     raws = list(sources.find(SourceConfig(path=str(path), skip=3, limit=2)))
     assert [(raw.number, raw.value["text"]) for raw in raws] == [(4, "row 3"), (5, "row 4")]

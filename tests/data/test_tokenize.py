@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("make", [metaspace, byte_level])
 @pytest.mark.parametrize(("prompt", "answer"), [("Q:", " yes"), ("Q: ", "yes")])
-def test_a_straddling_word_belongs_to_the_answer(make, prompt, answer):
+def test_a_straddling_word_belongs_to_the_answer(make: Any, prompt: str, answer: str) -> None:
     tokenizer = make()
     row = Rendered(prompt + answer, [(len(prompt), len(prompt + answer))])
     ids, supervised, _ = RowEncoder(tokenizer, mask_prompt=True).encode([row])[0]
@@ -53,7 +54,7 @@ def test_a_straddling_word_belongs_to_the_answer(make, prompt, answer):
     assert supervised.sum() == 2
 
 
-def test_spaces_before_the_border_belong_to_the_prompt():
+def test_spaces_before_the_border_belong_to_the_prompt() -> None:
     tokenizer = byte_level()
     row = Rendered("Q:   yes", [(5, 8)])
     ids, supervised, _ = RowEncoder(tokenizer, mask_prompt=True).encode([row])[0]
@@ -61,7 +62,7 @@ def test_spaces_before_the_border_belong_to_the_prompt():
     assert supervised.tolist() == [False, False, False, True, True]
 
 
-def test_a_slow_tokenizer_is_refused():
+def test_a_slow_tokenizer_is_refused() -> None:
     class Slow:
         is_fast = False
 
@@ -80,7 +81,7 @@ def _first_characters_one_by_one(text: str, offsets: np.ndarray) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_first_characters_equal_those_of_a_slow_reference(seed):
+def test_first_characters_equal_those_of_a_slow_reference(seed: Any) -> None:
     rng = np.random.default_rng(seed)
     text = "".join(rng.choice(list("ab é\n\t\u00a0\u2003\u3000\u3001𝒳😀\ufeff"), 80))
     ends = np.sort(rng.integers(0, len(text) + 1, 40))
@@ -92,7 +93,7 @@ def test_first_characters_equal_those_of_a_slow_reference(seed):
     assert firsts == _first_characters_one_by_one(text, offsets)
 
 
-def test_spaces_are_those_of_python():
+def test_spaces_are_those_of_python() -> None:
     text = "".join(map(chr, range(sys.maxunicode + 1)))
     spaces = np.array([character.isspace() for character in text])
     assert ((_next_words(text)[:-1] > np.arange(len(text))) == spaces).all()
@@ -100,14 +101,14 @@ def test_spaces_are_those_of_python():
     assert _next_words("").tolist() == [0]
 
 
-def test_long_texts_are_tokenized_a_few_at_a_time(monkeypatch):
+def test_long_texts_are_tokenized_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = byte_level()
     encoder = RowEncoder(tokenizer, mask_prompt=True)
     rows = [Rendered("x" * size, [(0, size)]) for size in (5, 30, 3, 4, 40, 2)]
     whole = encoder.encode(rows)
     sizes, original = [], encoder._encode
 
-    def counting(part):
+    def counting(part: Any) -> Any:
         sizes.append(len(part))
         return original(part)
 

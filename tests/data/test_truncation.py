@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from mlx_slim.errors import SlimError
 
 
-def test_truncation_policies(make, tokens):
+def test_truncation_policies(make: Any, tokens: Any) -> None:
     rows = [{"prompt": "p" * 20, "completion": "c" * 30}, {"prompt": "a", "completion": "b"}]
     whole = make(rows).train.row(0)[0]
     limit = 60
@@ -31,7 +33,9 @@ def test_truncation_policies(make, tokens):
 
 @pytest.mark.parametrize("length", [200, 100_000])  # the second is cut before it is tokenised
 @pytest.mark.parametrize("wrote_bos", [True, False])
-def test_a_left_cut_leaves_the_bos_in_front(make, tokens, base_tokens, length, wrote_bos):
+def test_a_left_cut_leaves_the_bos_in_front(
+    make: Any, tokens: Any, base_tokens: Any, length: int, wrote_bos: bool
+) -> None:
     """One that the tokenizer adds, and one that the chat template writes."""
     tokenizer = tokens if wrote_bos else base_tokens
     row = [{"prompt": "p" * length, "completion": "the end"}]
@@ -44,7 +48,7 @@ def test_a_left_cut_leaves_the_bos_in_front(make, tokens, base_tokens, length, w
     assert tokenizer.decode(ids[supervised]).strip().startswith("the end")
 
 
-def test_a_left_cut_without_bos_keeps_the_last_tokens(make, base_tokens):
+def test_a_left_cut_without_bos_keeps_the_last_tokens(make: Any, base_tokens: Any) -> None:
     row = [{"text": "".join(map(str, range(100)))}]
     base_tokens.bos_token = None
     whole = make(row, tokenizer=base_tokens).train.row(0)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -46,7 +47,7 @@ def weights_of(row: Tokens) -> np.ndarray:
     return row.supervised_T.astype(np.float32) if row.weights_T is None else row.weights_T
 
 
-def test_a_store_keeps_weights_wherever_they_begin(tmp_path):
+def test_a_store_keeps_weights_wherever_they_begin(tmp_path: Path) -> None:
     plain, weighted = rows_of(0, weighted=False), rows_of(1)
     for number, chunks in enumerate(
         ([plain, weighted], [weighted, plain], [plain, weighted, plain])
@@ -72,7 +73,9 @@ def test_a_store_keeps_weights_wherever_they_begin(tmp_path):
 @pytest.mark.parametrize("mode", ["grouped", "packed"])
 @pytest.mark.parametrize("limit", [None, 4])
 @pytest.mark.parametrize("seed", range(3))
-def test_every_target_is_asked_for_once_with_its_weight(tmp_path, mode: Mode, limit, seed):
+def test_every_target_is_asked_for_once_with_its_weight(
+    tmp_path: Path, mode: Mode, limit: int | None, seed: Any
+) -> None:
     rows = rows_of(seed)
     store = store_of(tmp_path, rows)
     batcher = Batcher(store, 160, 48, mode, seed, limit)
@@ -100,7 +103,7 @@ def test_every_target_is_asked_for_once_with_its_weight(tmp_path, mode: Mode, li
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load(tiny_model(tmp_path_factory.mktemp("model")), dtype=mx.float32).model
 
 
@@ -119,7 +122,9 @@ def reference(model: Any, rows: list[Tokens]) -> float:
 
 @pytest.mark.parametrize("mode", ["grouped", "packed"])
 @pytest.mark.parametrize("limit", [None, 4])
-def test_the_loss_is_the_weighted_mean(tmp_path, model, mode: Mode, limit):
+def test_the_loss_is_the_weighted_mean(
+    tmp_path: Path, model: Any, mode: Mode, limit: int | None
+) -> None:
     rows = rows_of(5)
     store = store_of(tmp_path, rows)
     batcher = Batcher(store, 160, 48, mode, 0, limit)
@@ -141,7 +146,7 @@ def test_the_loss_is_the_weighted_mean(tmp_path, model, mode: Mode, limit):
         assert np.allclose(np.array(steps[0].gradients[path]), np.array(gradient), atol=1e-5)
 
 
-def test_equal_weights_are_no_weights(tmp_path, model):
+def test_equal_weights_are_no_weights(tmp_path: Path, model: Any) -> None:
     rows = rows_of(7, weighted=False)
     twice = [row._replace(weights_T=2 * weights_of(row)) for row in rows]
     results = []
@@ -167,7 +172,7 @@ def with_weight(weight: float) -> dict[str, Any]:
     return {"messages": turns}
 
 
-def test_counts_and_truncation_know_the_weights(make, tokens):
+def test_counts_and_truncation_know_the_weights(make: Any, tokens: Any) -> None:
     whole = make([CHAT, with_weight(0), with_weight(0.5)])
     counts = whole.train.supervised.tolist()
     wrong = len("It is five.") + 2  # what ends the turn, and a newline
@@ -186,7 +191,7 @@ def test_counts_and_truncation_know_the_weights(make, tokens):
         assert tokens.decode(ids[weights == 0.5]) in "It is five.<|im_end|>\n"
 
 
-def test_an_end_token_that_is_added_has_its_turns_weight(make, base_tokens):
+def test_an_end_token_that_is_added_has_its_turns_weight(make: Any, base_tokens: Any) -> None:
     row = with_weight(1)
     row["messages"][3]["weight"] = 0
     prepared = make([row], tokenizer=base_tokens, template="plain")
@@ -196,7 +201,7 @@ def test_an_end_token_that_is_added_has_its_turns_weight(make, base_tokens):
     assert not supervised[-1]
 
 
-def test_learning_the_last_answer_only_is_another_data_set(make, tokens):
+def test_learning_the_last_answer_only_is_another_data_set(make: Any, tokens: Any) -> None:
     every, last = make([CHAT]), make([CHAT], learn="last")
     ids, supervised = last.train.row(0)
     assert tokens.decode(ids[supervised]) == "Sorry, four.<|im_end|>\n"

@@ -25,7 +25,7 @@ from tests.support import chunks
 
 
 @pytest.fixture
-def at_once(monkeypatch):
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other processes from the first chunk on, and chunks of a few rows."""
     monkeypatch.setattr(workers, "ALONE", 0)
     monkeypatch.setattr(pipeline, "_CHUNK_ROWS", 7)
@@ -56,7 +56,9 @@ def _mixed_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def test_the_number_of_processes_changes_no_byte(tmp_path, tokens, at_once, monkeypatch):
+def test_the_number_of_processes_changes_no_byte(
+    tmp_path: Path, tokens: Any, at_once: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     question = "Which of the nine old brown hens in the red barn will lay eggs today?"
     mirror = tmp_path / "mirror" / "gsm8k" / "test.jsonl"
     mirror.parent.mkdir(parents=True)
@@ -94,7 +96,9 @@ def test_the_number_of_processes_changes_no_byte(tmp_path, tokens, at_once, monk
 
 
 @pytest.mark.parametrize("truncation", ["drop", "left", "right"])
-def test_where_chunks_end_changes_nothing(truncation, make, monkeypatch):
+def test_where_chunks_end_changes_nothing(
+    truncation: str, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def outcome(rows: int) -> tuple[Any, ...]:
         monkeypatch.setattr(pipeline, "_CHUNK_ROWS", rows)
         shutil.rmtree(tmp_path / "prepared", ignore_errors=True)
@@ -107,7 +111,9 @@ def test_where_chunks_end_changes_nothing(truncation, make, monkeypatch):
     assert json.dumps(outcome(7)[0]) == json.dumps(whole[0])  # the order of reasons too
 
 
-def test_the_first_row_that_cannot_be_used_is_named(tmp_path, tokens, monkeypatch):
+def test_the_first_row_that_cannot_be_used_is_named(
+    tmp_path: Path, tokens: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever is wrong with it, and wherever chunks end."""
     good = json.dumps({"prompt": "q", "completion": "a"})
     wrong = {
@@ -127,7 +133,9 @@ def test_the_first_row_that_cannot_be_used_is_named(tmp_path, tokens, monkeypatc
     assert not (tmp_path / "out").exists()
 
 
-def test_few_rows_start_no_process(tmp_path, tokens, monkeypatch):
+def test_few_rows_start_no_process(
+    tmp_path: Path, tokens: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(subprocess, "Popen", None)
     path = tmp_path / "rows.jsonl"
     row = json.dumps({"prompt": "q", "completion": "a"}) + "\n"
@@ -137,7 +145,9 @@ def test_few_rows_start_no_process(tmp_path, tokens, monkeypatch):
     assert len(data.train) == 2000
 
 
-def test_chunks_are_small_in_rows_and_in_characters(tmp_path, monkeypatch):
+def test_chunks_are_small_in_rows_and_in_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mlx_slim.data.sources import Source
 
     def sizes(rows: list[dict[str, Any]]) -> list[int]:
@@ -154,13 +164,13 @@ def test_chunks_are_small_in_rows_and_in_characters(tmp_path, monkeypatch):
 # ------------------------------------------------------------------ processes
 
 
-def test_answers_come_in_order(at_once):
+def test_answers_come_in_order(at_once: Any) -> None:
     with Workers(chunks.slow_at_first, 3) as pool:
         assert list(pool.map(range(12))) == list(range(12))
         assert list(pool.map(range(3))) == [0, 1, 2]  # the same processes serve the next source
 
 
-def test_all_processes_work_and_end(at_once):
+def test_all_processes_work_and_end(at_once: Any) -> None:
     with Workers(chunks.process, 2) as pool:
         pids = set(pool.map(range(40)))
     assert len(pids) == 2
@@ -168,19 +178,19 @@ def test_all_processes_work_and_end(at_once):
     assert not any(alive(pid) for pid in pids)
 
 
-def test_one_process_is_this_one(at_once):
+def test_one_process_is_this_one(at_once: Any) -> None:
     with Workers(chunks.process, 1) as pool:
         assert set(pool.map(range(5))) == {os.getpid()}
 
 
-def test_the_first_chunks_are_done_here(monkeypatch):
+def test_the_first_chunks_are_done_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "ALONE", 3)
     with Workers(chunks.process, 2) as pool:
         pids = [*pool.map(range(2)), *pool.map(range(4))]
     assert [pid == os.getpid() for pid in pids] == [True] * 3 + [False] * 3
 
 
-def test_few_chunks_are_under_way(at_once):
+def test_few_chunks_are_under_way(at_once: Any) -> None:
     taken = []
 
     def tasks() -> Iterator[int]:
@@ -195,7 +205,7 @@ def test_few_chunks_are_under_way(at_once):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_the_first_error_in_order_is_raised(count, at_once):
+def test_the_first_error_in_order_is_raised(count: int, at_once: Any) -> None:
     def tasks() -> Iterator[int]:
         yield from range(5)
         raise SlimError("the file ends in the middle")
@@ -214,27 +224,31 @@ def test_the_first_error_in_order_is_raised(count, at_once):
         list(pool.map(tasks()))
 
 
-def test_what_is_printed_there_is_no_answer(at_once, capfd):
+def test_what_is_printed_there_is_no_answer(
+    at_once: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
     with Workers(chunks.noisy, 2) as pool:
         assert list(pool.map(range(4))) == [0, 1, 2, 3]
     assert capfd.readouterr().out == ""
 
 
-def test_a_fault_there_keeps_its_traceback(at_once):
+def test_a_fault_there_keeps_its_traceback(at_once: Any) -> None:
     with Workers(chunks.broken, 2) as pool, pytest.raises(RuntimeError) as caught:
         list(pool.map([1]))
     assert str(caught.value) == "in a process that tokenises rows: KeyError: 'a fault of ours'"
     assert "chunks.py" in str(caught.value.__cause__)
 
 
-def test_a_process_that_dies_is_one_clear_line(at_once):
+def test_a_process_that_dies_is_one_clear_line(at_once: Any) -> None:
     with Workers(chunks.die, 2) as pool, pytest.raises(SlimError) as caught:
         list(pool.map(range(8)))
     assert caught.value.message == "a process that tokenises rows died (signal 9)"
     assert "memory" in caught.value.hint
 
 
-def test_a_process_that_cannot_start_is_one_clear_line(at_once, monkeypatch):
+def test_a_process_that_cannot_start_is_one_clear_line(
+    at_once: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
 
@@ -246,7 +260,7 @@ def test_a_process_that_cannot_start_is_one_clear_line(at_once, monkeypatch):
     )
 
 
-def test_rows_are_tokenised_without_mlx(at_once):
+def test_rows_are_tokenised_without_mlx(at_once: Any) -> None:
     with Workers(chunks.heavy_modules, 2) as pool:
         modules = ["mlx_slim.data.pipeline", "transformers.utils.chat_template_utils"]
         assert list(pool.map([modules])) == [[]]
@@ -266,7 +280,7 @@ with workers.Workers(chunks.process, 2) as pool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_nobody_outlives_the_program(number):
+def test_nobody_outlives_the_program(number: Any) -> None:
     program = subprocess.Popen(
         [sys.executable, "-c", _SCRIPT.format(path=sys.path)],
         stdout=subprocess.PIPE,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -14,7 +18,7 @@ from mlx_slim.runtime import on_gpu
 cpu_only = pytest.mark.skipif(on_gpu(), reason="a GPU keeps mlx-lm's own forward")
 
 
-def test_exp_is_exact_to_a_few_bits_and_saturates():
+def test_exp_is_exact_to_a_few_bits_and_saturates() -> None:
     x = np.linspace(-80, 80, 10_001).astype(np.float32)
     ours = np.array(exp(mx.array(x)), dtype=np.float64)
     np.testing.assert_allclose(ours, np.exp(x.astype(np.float64)), rtol=8e-6)
@@ -23,15 +27,15 @@ def test_exp_is_exact_to_a_few_bits_and_saturates():
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-def test_swiglu_and_its_gradient_equal_autodiff(dtype):
+def test_swiglu_and_its_gradient_equal_autodiff(dtype: Any) -> None:
     gate = (mx.random.normal((64, 32), key=mx.random.key(1)) * 6).astype(dtype)
     up = mx.random.normal((64, 32), key=mx.random.key(2)).astype(dtype)
     weight = mx.random.normal((64, 32), key=mx.random.key(3))
 
-    def ours(gate, up):
+    def ours(gate: Any, up: Any) -> Any:
         return (swiglu(gate, up) * weight).sum()
 
-    def plain(gate, up):
+    def plain(gate: Any, up: Any) -> Any:
         return (nn.silu(gate.astype(mx.float32)) * up.astype(mx.float32) * weight).sum()
 
     value, gradients = mx.value_and_grad(ours, argnums=(0, 1))(gate, up)
@@ -44,7 +48,7 @@ def test_swiglu_and_its_gradient_equal_autodiff(dtype):
         assert difference <= tolerance * mx.abs(other).max().item()
 
 
-def test_the_gradient_is_finite_where_the_exponential_overflows():
+def test_the_gradient_is_finite_where_the_exponential_overflows() -> None:
     gate = mx.array([-500.0, -100.0, 0.0, 100.0, 500.0])
     gradient = mx.grad(lambda g: swiglu(g, mx.ones(5)).sum())(gate)
     np.testing.assert_allclose(np.array(gradient), [0.0, 0.0, 0.5, 1.0, 1.0], atol=1e-6)
@@ -52,7 +56,9 @@ def test_the_gradient_is_finite_where_the_exponential_overflows():
 
 @cpu_only
 @pytest.mark.parametrize("architecture", ["llama", "mistral"])
-def test_logits_stay_and_a_second_call_changes_nothing(tiny, architecture):
+def test_logits_stay_and_a_second_call_changes_nothing(
+    tiny: Callable[..., Path], architecture: str
+) -> None:
     model, _ = load(str(tiny(architecture)))
     tokens = mx.array([[1, 5, 2, 9, 4]])
     before = model(tokens)
@@ -75,7 +81,7 @@ class _GeluGated(nn.Module):
         return self.down_proj(nn.gelu_approx(self.gate_proj(x)) * self.up_proj(x))
 
 
-def test_an_mlp_with_another_activation_is_left_alone():
+def test_an_mlp_with_another_activation_is_left_alone() -> None:
     mlp = _GeluGated()
     mlp.gate_proj.weight = mlp.gate_proj.weight * 1e-3  # near zero the two functions look alike
     model = nn.Sequential(mlp)
@@ -83,6 +89,6 @@ def test_an_mlp_with_another_activation_is_left_alone():
     assert type(model.layers[0]) is _GeluGated
 
 
-def test_phi_has_no_gated_mlp(tiny):
+def test_phi_has_no_gated_mlp(tiny: Callable[..., Path]) -> None:
     model, _ = load(str(tiny("phi")))
     assert use_fast_swiglu(model) == 0

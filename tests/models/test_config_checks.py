@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from tests.test_reading import nested, refusal
 
 
 @pytest.fixture
-def model(tiny, tmp_path: Path) -> Path:
+def model(tiny: Callable[..., Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
 
 
@@ -208,7 +209,7 @@ def test_defaults_of_transformers_are_no_false_alarm(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def gguf(tiny, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def gguf(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> bytes:
     file = tmp_path_factory.mktemp("gguf") / "m.gguf"
     write_gguf(file, tiny("llama"), "llama", {"*": "Q8_0"}, general__alignment=32)
     return file.read_bytes()
@@ -238,7 +239,9 @@ def _shape(data: bytes, name: bytes) -> int:
         (b"tokenizer.ggml.eos_token_id", 5, b"\xff" * 4, "eos_token_id is -1"),
     ],
 )
-def test_gguf_metadata(tmp_path: Path, gguf: bytes, key, kind, value, expected: str) -> None:
+def test_gguf_metadata(
+    tmp_path: Path, gguf: bytes, key: bytes, kind: int, value: Any, expected: str
+) -> None:
     changed, at = bytearray(gguf), _value(gguf, key)
     changed[at - 4 : at + 4] = kind.to_bytes(4, "little") + value
     (tmp_path / "m.gguf").write_bytes(changed)

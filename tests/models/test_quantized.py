@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,7 +21,7 @@ FORMATS = [("affine", bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (
 FORMATS += [("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)]
 
 
-def _layer(mode: str, bits: int, group: int, *, bias: bool = True, dtype=mx.float32):
+def _layer(mode: str, bits: int, group: int, *, bias: bool = True, dtype: Any = mx.float32) -> Any:
     mx.random.seed(bits)
     dense = nn.Linear(128, 96, bias=bias)
     dense.set_dtype(dtype)
@@ -34,7 +35,7 @@ def _close(a: mx.array, b: mx.array, tolerance: float = 1e-5) -> bool:
 
 
 @pytest.mark.parametrize(("mode", "bits", "group"), FORMATS)
-def test_same_output_and_gradient(mode: str, bits: int, group: int):
+def test_same_output_and_gradient(mode: str, bits: int, group: int) -> None:
     layer = _layer(mode, bits, group)
     x = mx.random.normal((2, 9, 128))
     plain = layer(x)
@@ -50,7 +51,7 @@ def test_same_output_and_gradient(mode: str, bits: int, group: int):
 
 
 @pytest.mark.parametrize(("mode", "bits", "group"), FORMATS)
-def test_dense_weight_is_that_of_mlx(mode: str, bits: int, group: int):
+def test_dense_weight_is_that_of_mlx(mode: str, bits: int, group: int) -> None:
     layer = _layer(mode, bits, group)
     expected = mx.dequantize(
         layer.weight,
@@ -67,7 +68,7 @@ def test_dense_weight_is_that_of_mlx(mode: str, bits: int, group: int):
 
 
 @pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
-def test_every_code_of_a_float_format(mode: str):
+def test_every_code_of_a_float_format(mode: str) -> None:
     bits, group = (8, 32) if mode == "mxfp8" else (4, 16 if mode == "nvfp4" else 32)
     codes = [code for code in range(256) if bits == 4 or code & 127 != 127]  # 127 is NaN
     codes += codes[: -len(codes) % 128]
@@ -81,7 +82,7 @@ def test_every_code_of_a_float_format(mode: str):
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
-def test_sixteen_bit_activations(dtype: mx.Dtype):
+def test_sixteen_bit_activations(dtype: mx.Dtype) -> None:
     layer = _layer("affine", 4, 64, dtype=dtype)
     x = mx.random.normal((8, 128)).astype(dtype)
     plain = layer(x)
@@ -90,7 +91,7 @@ def test_sixteen_bit_activations(dtype: mx.Dtype):
     assert _close(layer(x), plain, 2e-2)
 
 
-def test_embedding_head_and_tied_gradient():
+def test_embedding_head_and_tied_gradient() -> None:
     embedding = nn.QuantizedEmbedding(96, 128)
     x = mx.random.normal((7, 128))
     head, rows = embedding.as_linear(x), embedding(mx.array([3, 5]))
@@ -102,7 +103,7 @@ def test_embedding_head_and_tied_gradient():
     assert _close(x @ quantized.dequantize_weight(embedding).T, head)
 
 
-def test_parameters_and_adapters_are_unchanged():
+def test_parameters_and_adapters_are_unchanged() -> None:
     layer, embedding = _layer("affine", 4, 64), nn.QuantizedEmbedding(96, 128)
     before = {key: value.shape for key, value in tree_flatten(layer.parameters())}
     trainable = [key for key, _ in tree_flatten(layer.trainable_parameters())]
@@ -118,7 +119,7 @@ def test_parameters_and_adapters_are_unchanged():
     assert LoRAEmbedding.from_base(embedding, r=4).lora_b.shape == (4, 128)
 
 
-def test_classes_are_left_alone():
+def test_classes_are_left_alone() -> None:
     forward = nn.QuantizedLinear.__call__
     layer, other = _layer("affine", 4, 64), _layer("affine", 4, 64)
     quantized.use_fast_matmul(layer)
@@ -127,7 +128,7 @@ def test_classes_are_left_alone():
 
 
 class _Stack(nn.Module):
-    def __init__(self, depth: int, width: int):
+    def __init__(self, depth: int, width: int) -> None:
         super().__init__()
         self.first = nn.Linear(width, 1)
         self.layers = [nn.QuantizedLinear(width, width, bias=False) for _ in range(depth)]
@@ -148,7 +149,7 @@ def _stack(depth: int, width: int = 256) -> _Stack:
     return stack
 
 
-def test_no_dense_weight_is_kept():
+def test_no_dense_weight_is_kept() -> None:
     """The peak of a training step must not grow by a dense weight for each layer."""
 
     def peak(depth: int) -> int:
@@ -167,7 +168,7 @@ def test_no_dense_weight_is_kept():
     assert peak(24) - peak(6) < 2 * dense
 
 
-def test_checkpointed_step_agrees():
+def test_checkpointed_step_agrees() -> None:
     stack = _stack(3)
     x = mx.random.normal((6, 256))
     step = nn.value_and_grad(stack, lambda x: mx.square(stack(x)).sum())
@@ -188,7 +189,7 @@ def test_checkpointed_step_agrees():
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="mx.compile needs a C++ compiler on a CPU")
-def test_compiled_step_agrees():
+def test_compiled_step_agrees() -> None:
     stack = _stack(3)
     quantized.use_fast_matmul(stack)
     step = nn.value_and_grad(stack, lambda x: mx.square(stack(x)).sum())
@@ -200,7 +201,7 @@ def test_compiled_step_agrees():
         assert _close(gradients["first"]["weight"], plain["first"]["weight"])
 
 
-def test_scales_that_learn_get_gradients():
+def test_scales_that_learn_get_gradients() -> None:
     layer = _layer("affine", 4, 64)
     x = mx.random.normal((5, 128))
     layer.unfreeze(keys=["scales", "biases"])
@@ -212,15 +213,15 @@ def test_scales_that_learn_get_gradients():
         assert _close(value, expected[name], 1e-4)
 
 
-def test_densify_gives_the_same_outputs():
+def test_densify_gives_the_same_outputs() -> None:
     class Model(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.embed = nn.QuantizedEmbedding(96, 128)
             self.layer = _layer("affine", 4, 64)
             self.norm = nn.RMSNorm(128)
 
-        def __call__(self, x):
+        def __call__(self, x: Any) -> Any:
             return self.layer(self.norm(self.embed(x)))
 
     model = Model()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -82,7 +83,7 @@ def reference(rope: dict, length: int) -> tuple[list[float], float]:
             scale = (0.1 * rope["mscale"] * log + 1) / (0.1 * rope["mscale_all_dim"] * log + 1)
         scale = scale or 0.1 * math.log(factor) + 1
 
-        def pair(turns):
+        def pair(turns: Any) -> Any:
             return DIMS * math.log(ORIGINAL / (turns * 2 * math.pi)) / (2 * math.log(THETA))
 
         low, high = pair(rope.get("beta_fast", 32)), pair(rope.get("beta_slow", 1))
@@ -115,7 +116,7 @@ def created(rope: dict) -> ScaledRoPE:
 
 @pytest.mark.parametrize("width", [DIMS, DIMS + 8])
 @pytest.mark.parametrize("name", KINDS)
-def test_angles_and_scale_are_those_of_transformers_at_every_length(name, width):
+def test_angles_and_scale_are_those_of_transformers_at_every_length(name: Any, width: Any) -> None:
     rope = KINDS[name]
     ours = created(rope)
     for steps, offset in ((5, 0), (ORIGINAL, 0), (ORIGINAL + 1, 0), (3, 90), (POSITIONS + 44, 0)):
@@ -125,7 +126,7 @@ def test_angles_and_scale_are_those_of_transformers_at_every_length(name, width)
 
 
 @pytest.mark.parametrize("name", ["longrope", "dynamic", "yarn"])
-def test_rows_of_a_batch_may_begin_at_different_positions(name):
+def test_rows_of_a_batch_may_begin_at_different_positions(name: str) -> None:
     ours, x = created(KINDS[name]), features(4)
     offsets = mx.array([10, 300])
     actual = np.array(ours(mx.array(x), offset=offsets))
@@ -134,7 +135,7 @@ def test_rows_of_a_batch_may_begin_at_different_positions(name):
         assert np.abs(actual[row] - expected[0]).max() < 2e-4
 
 
-def test_a_sequence_computed_in_parts_is_that_of_its_whole_length():
+def test_a_sequence_computed_in_parts_is_that_of_its_whole_length() -> None:
     ours = created(LONGROPE)
     model = nn.Sequential(ours)
     x = features(100)
@@ -148,7 +149,7 @@ def test_a_sequence_computed_in_parts_is_that_of_its_whole_length():
     assert np.array_equal(np.array(ours(mx.array(x))), whole)
 
 
-def test_it_compiles_differentiates_and_holds_no_parameters():
+def test_it_compiles_differentiates_and_holds_no_parameters() -> None:
     ours = created({**YARN, "attention_factor": 1.5})
     assert ours.parameters() == {}
     x = mx.array(features(6))
@@ -158,7 +159,7 @@ def test_it_compiles_differentiates_and_holds_no_parameters():
     assert mx.allclose(cotangent, 1.5**2 * x, atol=1e-4), "a rotation's transpose, scaled twice"
 
 
-def test_in_bfloat16_the_scale_is_not_rounded_before_it_is_used():
+def test_in_bfloat16_the_scale_is_not_rounded_before_it_is_used() -> None:
     scale = 0.1 * math.log(4.0) + 1  # 1.13863; the nearest bfloat16 number is 1.140625
     ours = created({**YARN, "attention_factor": scale})
     x = mx.array(features(4096, rows=1)).astype(mx.bfloat16)
@@ -176,7 +177,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("rope", "word"), BAD)
-def test_parameters_that_cannot_be_are_refused(rope, word):
+def test_parameters_that_cannot_be_are_refused(rope: Any, word: Any) -> None:
     with pytest.raises(SlimError, match=word):
         created(rope)
 
@@ -194,7 +195,7 @@ def logits(folder: Path, length: int = 90) -> np.ndarray:
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3", "phi"])
 @pytest.mark.parametrize("name", ["linear", "yarn, attention factor", "longrope", "llama3"])
-def test_every_class_gets_them_by_both_names(tmp_path, architecture, name):
+def test_every_class_gets_them_by_both_names(tmp_path: Path, architecture: str, name: str) -> None:
     rope = KINDS[name]
     if architecture == "phi":  # half of the head is rotated
         rope = {k: v[: DIMS // 4] if isinstance(v, list) else v for k, v in rope.items()}
@@ -216,7 +217,7 @@ def test_every_class_gets_them_by_both_names(tmp_path, architecture, name):
     assert np.abs(logits(new) - plain).max() > 1e-3
 
 
-def test_missing_original_context_is_that_of_the_config(tmp_path):
+def test_missing_original_context_is_that_of_the_config(tmp_path: Path) -> None:
     scaling = {"rope_type": "yarn", "factor": 4.0}
     folder = tiny_model(tmp_path / "m", rope_scaling=scaling, max_position_embeddings=128)
     full = {**scaling, "original_max_position_embeddings": 128, "rope_theta": THETA}
@@ -224,7 +225,7 @@ def test_missing_original_context_is_that_of_the_config(tmp_path):
     assert mx.array_equal(ropes(folder)[0]._freqs, expected._freqs)
 
 
-def test_layer_types_may_rotate_differently(tmp_path):
+def test_layer_types_may_rotate_differently(tmp_path: Path) -> None:
     layers = ["sliding_attention", "full_attention", "sliding_attention"]
     nested = {
         "full_attention": {**YARN, "rope_theta": 1e6},
@@ -237,7 +238,7 @@ def test_layer_types_may_rotate_differently(tmp_path):
     assert [ropes(folder)[i].base for i in (0, 2)] == [1e4, 1e4]
 
 
-def test_a_converted_model_loads_the_same_way(tmp_path):
+def test_a_converted_model_loads_the_same_way(tmp_path: Path) -> None:
     changes = {"rope_scaling": LONGROPE, "max_position_embeddings": POSITIONS}
     folder = tiny_model(tmp_path / "m", **changes)
     convert(folder, tmp_path / "again")
@@ -260,8 +261,8 @@ def test_a_converted_model_loads_the_same_way(tmp_path):
     ],
 )
 def test_it_is_said_where_mlx_lm_by_itself_computes_otherwise(
-    tmp_path, architecture, rope, message
-):
+    tmp_path: Path, architecture: str, rope: Any, message: bool
+) -> None:
     import mlx_lm
 
     folder = tiny_model(tmp_path / "m", architecture, rope_scaling=rope)
@@ -272,7 +273,7 @@ def test_it_is_said_where_mlx_lm_by_itself_computes_otherwise(
     assert bool(mx.allclose(stock(ids), loaded.model(ids), atol=1e-5).item()) != message
 
 
-def test_a_theta_that_is_left_out_is_transformers_default(tmp_path):
+def test_a_theta_that_is_left_out_is_transformers_default(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "m", "qwen2")
     config = json.loads((folder / "config.json").read_text())
     del config["rope_theta"]

@@ -25,7 +25,7 @@ _LONGROPE = {
 }
 
 
-def limit(kind: str, **changes: Any):
+def limit(kind: str, **changes: Any) -> Any:
     config = {**ARCHITECTURES["llama"], "model_type": kind, **changes}
     return row_limit(normalize_config(config).config)
 
@@ -60,7 +60,9 @@ def limit(kind: str, **changes: Any):
         ("minicpm", {"sliding_window": WINDOW, "dim_model_base": 64}, WINDOW),  # mlx-lm's alone
     ],
 )
-def test_a_window_counts_where_transformers_has_it_and_the_class_has_not(kind, changes, tokens):
+def test_a_window_counts_where_transformers_has_it_and_the_class_has_not(
+    kind: str, changes: Any, tokens: Any
+) -> None:
     extra = {"minicpm": {"scale_depth": 1.0, "scale_emb": 1.0}}.get(kind, {})
     actual = limit(kind, **changes, **extra)
     assert (actual.tokens if actual else None) == tokens
@@ -68,21 +70,21 @@ def test_a_window_counts_where_transformers_has_it_and_the_class_has_not(kind, c
         assert f"sliding window of {WINDOW} tokens" in actual.why and kind in actual.why
 
 
-def test_generation_that_starts_anew_has_no_limit_with_longrope():
+def test_generation_that_starts_anew_has_no_limit_with_longrope() -> None:
     for scaling, tokens in ((_LONGROPE, None), ({"type": "dynamic", "factor": 2.0}, 512)):
         config = normalize_config({**ARCHITECTURES["llama"], "rope_scaling": scaling}).config
         actual = row_limit(config, restarts=True)
         assert (actual.tokens if actual else None) == tokens
 
 
-def test_a_pruned_or_quantized_config_has_the_same_limit():
+def test_a_pruned_or_quantized_config_has_the_same_limit() -> None:
     config = {**ARCHITECTURES["mistral"], "sliding_window": WINDOW}
     config["quantization"] = {"group_size": 32, "bits": 4}
     actual = row_limit(normalize_config(config).config)
     assert actual is not None and actual.tokens == WINDOW
 
 
-def test_the_shortest_limit_of_several_models_counts():
+def test_the_shortest_limit_of_several_models_counts() -> None:
     configs = [{**ARCHITECTURES["mistral"], "sliding_window": n} for n in (64, WINDOW, None)]
     actual = shortest_limit([normalize_config(config).config for config in configs])
     assert actual is not None and actual.tokens == WINDOW
@@ -92,7 +94,7 @@ def test_the_shortest_limit_of_several_models_counts():
     assert shortest_limit([ARCHITECTURES["llama"]]) is None
 
 
-def test_looking_at_a_large_model_computes_nothing():
+def test_looking_at_a_large_model_computes_nothing() -> None:
     large = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
     large |= {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000}
     mx.reset_peak_memory()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,7 +22,9 @@ IDS = mx.array([[5, 9, 200, 31, 77]])
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied", "mistral", "qwen2", "phi"])
-def test_saved_model_loads_in_stock_mlx_lm(tiny, tmp_path, architecture):
+def test_saved_model_loads_in_stock_mlx_lm(
+    tiny: Callable[..., Path], tmp_path: Path, architecture: str
+) -> None:
     ours = load(tiny(architecture))
     before = dict(tree_flatten(ours.model.parameters()))
     save_model(tmp_path / "out", ours.model, ours.tokenizer, ours.config)
@@ -33,7 +38,9 @@ def test_saved_model_loads_in_stock_mlx_lm(tiny, tmp_path, architecture):
     assert tokenizer.eos_token_ids == ours.tokenizer.eos_token_ids
 
 
-def test_mixed_quantization_is_read_off_the_model(tiny, tmp_path):
+def test_mixed_quantization_is_read_off_the_model(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     ours = load(tiny("llama"))
     nn.quantize(
         ours.model,
@@ -55,7 +62,9 @@ def test_mixed_quantization_is_read_off_the_model(tiny, tmp_path):
         assert mx.allclose(model(IDS), ours.model(IDS), atol=1e-4)  # ours multiplies through BLAS
 
 
-def test_plain_model_loses_a_stale_quantization_entry(tiny, tmp_path):
+def test_plain_model_loses_a_stale_quantization_entry(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     ours = load(tiny("llama"))
     stale = {**ours.config, "quantization": {"group_size": 64, "bits": 4}}
     save_model(tmp_path / "out", ours.model, ours.tokenizer, stale)
@@ -64,13 +73,15 @@ def test_plain_model_loses_a_stale_quantization_entry(tiny, tmp_path):
     assert "quantization" in stale
 
 
-def test_existing_output_is_refused(tiny, tmp_path):
+def test_existing_output_is_refused(tiny: Callable[..., Path], tmp_path: Path) -> None:
     ours = load(tiny("llama"))
     with pytest.raises(SlimError, match="exists already"):
         save_model(tmp_path, ours.model, ours.tokenizer, ours.config)
 
 
-def test_full_disk_is_said_before_writing(tiny, tmp_path, monkeypatch):
+def test_full_disk_is_said_before_writing(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours = load(tiny("llama"))
     usage = save.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(save.shutil, "disk_usage", lambda path: usage._replace(free=1000))
@@ -79,10 +90,12 @@ def test_full_disk_is_said_before_writing(tiny, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_failing_writer_leaves_nothing(tiny, tmp_path, monkeypatch):
+def test_failing_writer_leaves_nothing(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours = load(tiny("llama"))
 
-    def fail(*args, **kwargs):
+    def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("[write] Unable to write 10 bytes\nto file.")
 
     monkeypatch.setattr("mlx_lm.utils.save_model", fail)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -18,13 +19,15 @@ def _rows(path: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def loaded(smollm2):
+def loaded(smollm2: Path) -> Any:
     loaded = load(smollm2, dtype=mx.float32)
     densify(loaded.model)  # the same float32 weights, unpacked once and not for every question
     return loaded
 
 
-def test_chat_template_gives_the_reference_token_ids(loaded, data_mirror, references):
+def test_chat_template_gives_the_reference_token_ids(
+    loaded: Any, data_mirror: Any, references: Any
+) -> None:
     reference = json.loads(
         (references / "alpaca_loss_and_gradients.json").read_text(encoding="utf-8")
     )
@@ -39,7 +42,7 @@ def test_chat_template_gives_the_reference_token_ids(loaded, data_mirror, refere
         assert loaded.tokenizer.apply_chat_template(messages) == expected["ids"]
 
 
-def test_tokenizer_from_gguf_round_trips(loaded):
+def test_tokenizer_from_gguf_round_trips(loaded: Any) -> None:
     text = "  Hello   world\n\n\t12345, 3.14: naïve café — 'tis I'LL 日本語 🎉\r\n x <|im_end|>"
     ids = loaded.tokenizer.encode(text)
     assert loaded.tokenizer.decode(ids) == text

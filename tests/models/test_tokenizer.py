@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,14 +36,14 @@ def with_tokens(folder: Path, *tokens: str, special: bool = True) -> Path:
     return folder
 
 
-def settings(folder: Path, **changes) -> None:
+def settings(folder: Path, **changes: Any) -> None:
     path = folder / "tokenizer_config.json"
     config = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
 
 @pytest.fixture
-def wide(tmp_path):
+def wide(tmp_path: Path) -> Any:
     """A model whose tokenizer knows one token more than its embedding has rows (264)."""
     return with_tokens(tiny_model(tmp_path / "wide"), TOOL)
 
@@ -53,7 +54,7 @@ def rows(path: Path, *completions: str) -> Path:
     return path
 
 
-def test_a_token_that_no_text_holds_is_only_said(wide):
+def test_a_token_that_no_text_holds_is_only_said(wide: Any) -> None:
     loaded = load(wide)
     assert any("1 tokens of the tokenizer have no row in the embedding of 264 rows" in note
                for note in loaded.notes)  # fmt: skip
@@ -63,11 +64,11 @@ def test_a_token_that_no_text_holds_is_only_said(wide):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_rows_that_hold_it_are_named(wide, tmp_path, processes):
+def test_rows_that_hold_it_are_named(wide: Any, tmp_path: Path, processes: int) -> None:
     path = rows(tmp_path / "rows.jsonl", "b", f"c {TOOL}")
     config = DataConfig(path=str(path), validation=0)
 
-    def prepared(config):
+    def prepared(config: Any) -> Any:
         return prepare(config, load_tokenizer(wide), max_length=64, seed=0,
                        folder=tmp_path / "p", processes=processes)  # fmt: skip
 
@@ -80,7 +81,7 @@ def test_rows_that_hold_it_are_named(wide, tmp_path, processes):
     assert len(prepared(config.model_copy(update={"max_rows": 1})).train) == 1
 
 
-def test_a_row_of_a_worker_process_is_named(wide, tmp_path):
+def test_a_row_of_a_worker_process_is_named(wide: Any, tmp_path: Path) -> None:
     path = rows(tmp_path / "rows.jsonl", *["b"] * 9000, TOOL)
     config = DataConfig(path=str(path), validation=0)
     with pytest.raises(SlimError, match=r"line 9001: the token '<.tool.>' has the id 264"):
@@ -88,7 +89,7 @@ def test_a_row_of_a_worker_process_is_named(wide, tmp_path):
                 processes=2)  # fmt: skip
 
 
-def test_questions_texts_and_calibration_that_hold_it(wide, tmp_path):
+def test_questions_texts_and_calibration_that_hold_it(wide: Any, tmp_path: Path) -> None:
     encoder = RequestEncoder(load_tokenizer(wide), 64)
     assert encoder.checks
     for act in (
@@ -108,13 +109,15 @@ def test_questions_texts_and_calibration_that_hold_it(wide, tmp_path):
         )
 
 
-def refused(capsys, *arguments: object) -> str:
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """Return the one line of a command that refuses its input."""
     assert run([str(argument) for argument in arguments]) == 2
     return " ".join(capsys.readouterr().err.split())
 
 
-def test_the_commands_refuse_it(wide, tmp_path, capsys):
+def test_the_commands_refuse_it(
+    wide: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     texts_seen = "the token '<|tool|>' has the id 264, the model's embedding has 264 rows"
     assert f"the prompt: {texts_seen}" in refused(capsys, "generate", wide, "--prompt", TOOL)
     path, out = rows(tmp_path / "rows.jsonl", "b", TOOL), tmp_path / "run"
@@ -140,14 +143,16 @@ def test_the_commands_refuse_it(wide, tmp_path, capsys):
         ({"chat_template": [{"name": "default", "template": TOOL}]}, "the chat template's '<.tool"),
     ],
 )
-def test_a_token_of_every_text_is_refused_at_load(wide, changes, message):
+def test_a_token_of_every_text_is_refused_at_load(
+    wide: Any, changes: dict[str, Any], message: str
+) -> None:
     settings(wide, **changes)
     for act in (load, load_tokenizer, open_session):
         with pytest.raises(SlimError, match=message):
             act(wide)
 
 
-def test_a_first_token_is_refused_where_texts_begin_with_it(tmp_path):
+def test_a_first_token_is_refused_where_texts_begin_with_it(tmp_path: Path) -> None:
     folder = with_tokens(tiny_model(tmp_path / "m", bos=True), TOOL)
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text())
@@ -163,7 +168,7 @@ def test_a_first_token_is_refused_where_texts_begin_with_it(tmp_path):
     assert load_tokenizer(folder).embedding_rows == 264
 
 
-def test_of_several_models_the_smallest_embedding_counts(tmp_path):
+def test_of_several_models_the_smallest_embedding_counts(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tiny_model(tmp_path / "m"))
     keep_within(tokenizer, [{"vocab_size": 264}, {"vocab_size": 260}])
     assert getattr(tokenizer, "embedding_rows", None) is None
@@ -175,7 +180,7 @@ def test_of_several_models_the_smallest_embedding_counts(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
-def test_the_configs_end_token_is_learned_and_said(tmp_path, file):
+def test_the_configs_end_token_is_learned_and_said(tmp_path: Path, file: str) -> None:
     folder = tiny_model(tmp_path / "m", chat_template=None)
     settings(folder, eos_token=None)
     before = load(folder)
@@ -194,7 +199,7 @@ def test_the_configs_end_token_is_learned_and_said(tmp_path, file):
     assert (ids[-1], supervised[-1]) == (end, True)
 
 
-def test_half_a_character_is_refused_before_the_tokenizer(tmp_path):
+def test_half_a_character_is_refused_before_the_tokenizer(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "m")
     with pytest.raises(SlimError, match=r"the text that ends with .* is half of a character"):
         RequestEncoder(load_tokenizer(folder), 64).request("a\udcff", " b")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,7 +17,7 @@ from tests.adapters.support import IDS, shake
 
 
 def write_adapter(
-    folder: Path, base: Path, *, dora: bool = False, size: float = 0.05, **settings
+    folder: Path, base: Path, *, dora: bool = False, size: float = 0.05, **settings: Any
 ) -> Path:
     """Write an adapter folder for ``base``, moved away from its start; return it."""
     loaded = load(base)

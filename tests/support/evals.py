@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -135,7 +136,7 @@ def samples_of(out: Path, task: str) -> list[dict]:
     return read_samples(out / f"samples_{task}.jsonl")
 
 
-def differences(out: Path, loaded, tasks) -> list[str]:
+def differences(out: Path, loaded: Any, tasks: Any) -> list[str]:
     """Return where the choices scored in ``out`` are over 1e-3 nats from the plain scorer."""
     task = find_task(str(tasks[0]))
     questions = build_questions(task, load_rows(task), 0)

@@ -140,7 +140,9 @@ def one_case(seed: int, case: int, valid: Path, scratch: Path, only: list[Target
     }
 
 
-def _work(seed: int, cases: list[int], valid: Path, scratch: Path, only: list[Target], out: int):
+def _work(
+    seed: int, cases: list[int], valid: Path, scratch: Path, only: list[Target], out: int
+) -> None:
     for case in cases:
         os.write(out, (json.dumps({"begin": case}) + "\n").encode())
         found = one_case(seed, case, valid, scratch, only)

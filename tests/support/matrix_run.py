@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -40,7 +41,7 @@ def write_files(folder: Path, model: Path) -> Path:
     return folder
 
 
-def write_yaml(folder: Path, model: Path, **changes) -> Path:
+def write_yaml(folder: Path, model: Path, **changes: Any) -> Path:
     matrix = {
         "title": "toy",
         "recipe": {
@@ -69,13 +70,15 @@ def write_yaml(folder: Path, model: Path, **changes) -> Path:
     return path
 
 
-def run_all(files: Path, *, resume: bool = False, overrides=(), only=None) -> runner.Ran:
+def run_all(
+    files: Path, *, resume: bool = False, overrides: Any = (), only: Any = None
+) -> runner.Ran:
     """Run the matrix in this process."""
     layout = load_matrix(str(files / "toy.yaml"), overrides)
     out = files / "out"
     todo = runner.prepare(layout, out, resume)
 
-    def launch(cell) -> tuple[int, str]:
+    def launch(cell: Any) -> tuple[int, str]:
         if only is not None and cell.name not in only:
             return -signal.SIGKILL, ""
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,9 @@ def _add(writer: GGUFWriter, name: str, array: np.ndarray, kind: GGMLQuantizatio
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied", "qwen2", "phi"])
-def test_float_files_give_the_same_logits(tiny, tmp_path, architecture):
+def test_float_files_give_the_same_logits(
+    tiny: Callable[..., Path], tmp_path: Path, architecture: str
+) -> None:
     pre = "qwen2" if architecture == "qwen2" else "gpt-2"
     write_gguf(tmp_path / "m.gguf", tiny(architecture), architecture, pre=pre)
     report = convert(tmp_path / "m.gguf", tmp_path / "out")
@@ -148,7 +151,7 @@ def test_float_files_give_the_same_logits(tiny, tmp_path, architecture):
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "F16"])
-def test_blocks_stay_code_for_code(tiny, tmp_path, kind):
+def test_blocks_stay_code_for_code(tiny: Callable[..., Path], tmp_path: Path, kind: str) -> None:
     path = tmp_path / "m.gguf"
     rounded = write_gguf(path, tiny("llama"), "llama", {"*": kind})
     stored, _ = mx.load(str(path), return_metadata=True)
@@ -172,7 +175,7 @@ def test_blocks_stay_code_for_code(tiny, tmp_path, kind):
         )
 
 
-def test_mixed_formats_are_written_per_layer(tiny, tmp_path):
+def test_mixed_formats_are_written_per_layer(tiny: Callable[..., Path], tmp_path: Path) -> None:
     kinds = {"*": "Q4_0", "embed_tokens": "Q8_0", "lm_head": "F16", "down_proj": "Q8_0"}
     write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama", kinds)
     report = convert(tmp_path / "m.gguf", tmp_path / "out")
@@ -186,7 +189,7 @@ def test_mixed_formats_are_written_per_layer(tiny, tmp_path):
         assert "scales" not in model.lm_head
 
 
-def test_other_blocks_are_dequantized_and_said(tiny, tmp_path):
+def test_other_blocks_are_dequantized_and_said(tiny: Callable[..., Path], tmp_path: Path) -> None:
     rounded = write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama", {"down_proj": "Q5_1"})
     imported = import_gguf(tmp_path / "m.gguf")
     assert "Q5_1 tensors dequantized to float16" in imported.notes
@@ -195,7 +198,7 @@ def test_other_blocks_are_dequantized_and_said(tiny, tmp_path):
     assert np.allclose(weight, rounded["model.layers.0.mlp.down_proj.weight"], atol=1e-3)
 
 
-def test_dequantize_writes_dense_weights(tiny, tmp_path):
+def test_dequantize_writes_dense_weights(tiny: Callable[..., Path], tmp_path: Path) -> None:
     rounded = write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama", {"*": "Q4_1"})
     report = convert(tmp_path / "m.gguf", tmp_path / "out", dequantize=True, dtype=mx.float32)
     assert report.dtype == "float32"
@@ -205,7 +208,9 @@ def test_dequantize_writes_dense_weights(tiny, tmp_path):
         assert np.allclose(np.array(value), rounded[name], atol=1e-6), name
 
 
-def test_converted_tiny_model_keeps_codes_under_a_dtype(tiny, tmp_path):
+def test_converted_tiny_model_keeps_codes_under_a_dtype(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama", {"*": "Q4_0"})
     report = convert(tmp_path / "m.gguf", tmp_path / "out", dtype=mx.float32)
     layer = load(tmp_path / "out").model.layers[0].self_attn.q_proj
@@ -227,7 +232,7 @@ def one_line(path: Path) -> str:
     return str(caught.value)
 
 
-def test_foreign_and_truncated_files(tiny, tmp_path):
+def test_foreign_and_truncated_files(tiny: Callable[..., Path], tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     assert "does not exist" in one_line(path)
     path.write_bytes(b"PK\x03\x04 not this" * 9)
@@ -241,7 +246,7 @@ def test_foreign_and_truncated_files(tiny, tmp_path):
         assert "truncated" in one_line(path)
 
 
-def test_unknown_architecture_and_pre_tokenizer(tiny, tmp_path):
+def test_unknown_architecture_and_pre_tokenizer(tiny: Callable[..., Path], tmp_path: Path) -> None:
     writer = GGUFWriter(tmp_path / "a.gguf", "lama")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -262,7 +267,9 @@ def test_unknown_architecture_and_pre_tokenizer(tiny, tmp_path):
         ({"llama__rope__dimension_count": 8}, "rotates 8 of 16"),
     ],
 )
-def test_what_the_class_cannot_do_is_refused(tiny, tmp_path, meta, word):
+def test_what_the_class_cannot_do_is_refused(
+    tiny: Callable[..., Path], tmp_path: Path, meta: dict[str, Any], word: str
+) -> None:
     write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama", **meta)
     assert word in one_line(tmp_path / "m.gguf")
 
@@ -270,7 +277,7 @@ def test_what_the_class_cannot_do_is_refused(tiny, tmp_path, meta, word):
 # the tokenizers
 
 
-def test_sentencepiece_tokens_follow_the_scores():
+def test_sentencepiece_tokens_follow_the_scores() -> None:
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     pieces += ["▁a", "ab", "▁ab", "▁", "a", "b", "c"]
     scores = [0.0] * 259 + [-1.0, -0.5, -2.0, -9.0, -9.0, -9.0, -9.0]
@@ -292,7 +299,7 @@ def test_sentencepiece_tokens_follow_the_scores():
     assert tokenizer.decode(tokenizer.encode("ab cé"), skip_special_tokens=True) == "ab cé"
 
 
-def test_unknown_tokenizer_type():
+def test_unknown_tokenizer_type() -> None:
     with pytest.raises(SlimError, match="type 'bert'"):
         build_tokenizer({"tokenizer.ggml.model": "bert", "tokenizer.ggml.tokens": ["a"]}, [])
 
@@ -300,7 +307,9 @@ def test_unknown_tokenizer_type():
 # the command
 
 
-def test_command_prints_a_summary_and_refuses_existing_output(tiny, tmp_path):
+def test_command_prints_a_summary_and_refuses_existing_output(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     out = str(tmp_path / "out")
     done = CliRunner().invoke(command, [str(tiny("llama")), "-o", out, "--dtype", "float32"])
     assert done.exit_code == 0, done.output
@@ -311,10 +320,12 @@ def test_command_prints_a_summary_and_refuses_existing_output(tiny, tmp_path):
     assert "exists already" in again.exception.message
 
 
-def test_a_wrong_output_is_not_kept(tiny, tmp_path, monkeypatch):
+def test_a_wrong_output_is_not_kept(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mlx_slim.models import convert as module
 
-    def spoiled(folder, model, *args, **kwargs):
+    def spoiled(folder: Any, model: Any, *args: Any, **kwargs: Any) -> None:
         model.model.norm.weight = model.model.norm.weight * 3
         save(folder, model, *args, **kwargs)
 
@@ -325,7 +336,7 @@ def test_a_wrong_output_is_not_kept(tiny, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_rounding_to_bfloat16_passes_the_check(tiny, tmp_path):
+def test_rounding_to_bfloat16_passes_the_check(tiny: Callable[..., Path], tmp_path: Path) -> None:
     report = convert(tiny("llama"), tmp_path / "out", dtype=mx.bfloat16)
     assert report.dtype == "bfloat16"
     assert not report.exact

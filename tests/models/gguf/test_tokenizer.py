@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def pieces(**changes: Any) -> dict[str, Any]:
     return {"general.architecture": "llama", **existing}
 
 
-def test_whole_files_are_rebuilt():
+def test_whole_files_are_rebuilt() -> None:
     notes: list[str] = []
     tokenizer = build_tokenizer(byte_level(), notes)
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("in the<|end|>")) == [
@@ -104,13 +105,13 @@ def test_whole_files_are_rebuilt():
         (pieces(bos_token_id=272), "bos_token_id is 272, it has 272 tokens"),
     ],
 )
-def test_what_a_file_lacks_is_one_line(metadata, message):
+def test_what_a_file_lacks_is_one_line(metadata: Any, message: str) -> None:
     with pytest.raises(SlimError, match=message) as error:
         build_tokenizer(metadata, [])
     assert "\n" not in str(error.value)
 
 
-def test_what_is_missing_but_not_needed_is_said():
+def test_what_is_missing_but_not_needed_is_said() -> None:
     notes: list[str] = []
     metadata = byte_level(eos_token_id=None, padding_token_id=999, seperator_token_id=3)
     metadata.pop("tokenizer.chat_template")
@@ -126,11 +127,11 @@ def test_what_is_missing_but_not_needed_is_said():
     assert notes == ["1 tokens stand twice in the file: one id of each is never used"]
 
 
-def test_a_mistake_in_rebuilding_is_found(monkeypatch):
+def test_a_mistake_in_rebuilding_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Merges in the wrong order cut text otherwise than the scores say; so does a lost token."""
     right = gguf_tokenizer._merges
 
-    def reversed_merges(*args):
+    def reversed_merges(*args: Any) -> Any:
         return right(*args)[::-1]
 
     monkeypatch.setattr(gguf_tokenizer, "_merges", reversed_merges)
@@ -141,10 +142,12 @@ def test_a_mistake_in_rebuilding_is_found(monkeypatch):
         build_tokenizer(byte_level(eos_token_id=None), [])
 
 
-def test_a_converted_tokenizer_that_differs_is_not_kept(tiny, tmp_path, monkeypatch):
+def test_a_converted_tokenizer_that_differs_is_not_kept(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mlx_slim.models import convert as module
 
-    def spoiled(folder, model, tokenizer, *args, **kwargs):
+    def spoiled(folder: Any, model: Any, tokenizer: Any, *args: Any, **kwargs: Any) -> None:
         save(folder, model, tokenizer, *args, **kwargs)
         path = folder / "tokenizer.json"
         content = json.loads(path.read_text())
@@ -161,7 +164,7 @@ def test_a_converted_tokenizer_that_differs_is_not_kept(tiny, tmp_path, monkeypa
 # ------------------------------------------------------------------------- several templates
 
 
-def test_named_templates_go_there_and_back(tmp_path):
+def test_named_templates_go_there_and_back(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "m")
     tokenizer = load_tokenizer(folder)
     tokenizer.chat_template = NAMED
@@ -178,7 +181,7 @@ def test_named_templates_go_there_and_back(tmp_path):
     assert again == {"rag_v2" if name == "rag v2" else name: text for name, text in NAMED.items()}
 
 
-def test_templates_without_a_default_go_there_and_back(tmp_path):
+def test_templates_without_a_default_go_there_and_back(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "m")
     tokenizer = load_tokenizer(folder)
     tokenizer.chat_template = {"tool_use": CHATML, "rag": CHATML}
@@ -221,7 +224,9 @@ def split_in(path: Path, count: int, **changes: Any) -> list[Path]:
 
 
 @pytest.mark.parametrize("kind", ["F32", "Q8_0"])
-def test_split_files_are_one_model_given_any_part(tiny, tmp_path, kind):
+def test_split_files_are_one_model_given_any_part(
+    tiny: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
     path = tmp_path / "m.gguf"
     write_gguf(path, tiny("llama"), "llama", {"*": kind})
     expected = import_gguf(path)
@@ -245,14 +250,16 @@ def test_split_files_are_one_model_given_any_part(tiny, tmp_path, kind):
         ({"1": {"again": True}}, "is not part 2 of 3: it holds .* again"),
     ],
 )
-def test_parts_that_do_not_belong_together(tiny, tmp_path, changes, message):
+def test_parts_that_do_not_belong_together(
+    tiny: Callable[..., Path], tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama")
     halves = split_in(tmp_path / "m.gguf", 3, **changes)
     with pytest.raises(SlimError, match=message):
         import_gguf(halves[0])
 
 
-def test_missing_parts_are_named(tiny, tmp_path):
+def test_missing_parts_are_named(tiny: Callable[..., Path], tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama")
     first, second, third = split_in(tmp_path / "m.gguf", 3)
     third.unlink()
