@@ -262,7 +262,7 @@ def test_unknown_architecture_and_pre_tokenizer(tiny: Callable[..., Path], tmp_p
     ("meta", "word"),
     [
         ({"llama__expert_count": 8}, "mixture of experts"),
-        ({"split__count": 3}, "one of 3 parts"),
+        ({"split__count": 3}, "one of 3 shards"),
         ({"llama__rope__scaling__type": "longrope"}, "'longrope'"),
         ({"llama__rope__dimension_count": 8}, "rotates 8 of 16"),
     ],
