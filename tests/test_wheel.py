@@ -79,8 +79,10 @@ def test_installed_from_the_index_it_trains_the_packaged_model(
     cache = {"MLX_SLIM_CACHE": str(tmp_path / "cache")} if install is by_uv else {}
     file = run(python, "-c", MODEL, cwd=tmp_path, PATH=path, **cache).strip()
     run(slim, "convert", file, "-o", "model", cwd=tmp_path)
-    changes = ["model=model", "revision=null", "data.path=evals/demo/train.jsonl"]
-    changes += ["data.format=completions", "data.template=auto", "data.max_rows=8"]
+    rows = [{"prompt": f"{i} and one", "completion": f"{i + 1}"} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = ["model=model", "revision=null", "data.path=rows.jsonl"]
+    changes += ["data.format=completions", "data.template=auto"]
     changes += [
         "data.validation=0",
         "train.steps=2",
