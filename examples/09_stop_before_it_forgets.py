@@ -36,4 +36,6 @@ for line in (out / "metrics.jsonl").read_text().splitlines():
         print(f"step {event['step']}: validation loss {event['loss']:.4f}")
     elif "bits_per_byte" in event:
         print(f"step {event['step']}: the text takes {event['bits_per_byte']:.4f} bits a byte")
-print(f"ended after step {run.done.step} ({run.done.reason}), weights of step {run.done.kept_step}")
+print(
+    f"ended after step {run.done.step} ({run.done.reason}), weights of step {run.done.result_step}"
+)

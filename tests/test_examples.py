@@ -62,7 +62,7 @@ def out(models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def shell(path: Path) -> str:
     """Run a shell script; return what it printed."""
     done = subprocess.run(
-        ["bash", str(path)], capture_output=True, text=True, check=False, timeout=300
+        ["bash", str(path)], capture_output=True, text=True, check=False, timeout=900
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
