@@ -22,13 +22,13 @@ def _forgetting(values: list[float], **settings: int) -> tuple[Forgetting, Recor
 
 def _run(forgetting: Forgetting, steps: int) -> tuple[int, list[Verdict]]:
     """Return the last step, and the verdict after each."""
-    verdicts = []
+    verdicts: list[Verdict] = []
     assert forgetting.begin(0) == CONTINUE
     for step in range(1, steps + 1):
         verdicts.append(forgetting.after(step, step == steps))
         if verdicts[-1].action is Action.STOP:
             break
-    return step, verdicts
+    return len(verdicts), verdicts
 
 
 def _stop(step: int) -> Verdict:
