@@ -345,8 +345,7 @@ def tasks_page() -> str:
 
 
 def recipes_page() -> str:
-    """Return the page of the shipped recipes: what each is, and which Macs hold it."""
-    from mlx_slim.cli import plan
+    """Return the page of the shipped recipes and matrices: what each is."""
     from mlx_slim.config import library
 
     rows = []
@@ -360,14 +359,9 @@ def recipes_page() -> str:
     return "\n\n".join(
         [
             "# Shipped recipes",
-            "`mlx-slim recipes NAME` shows one, `--copy FILE.yaml` makes a file of your own.",
+            "`mlx-slim recipes NAME` shows one, `--copy FILE.yaml` makes a file of your own. [Which "
+            "Mac holds which](../memory-and-speed.md#recipes-and-macs).",
             table(("recipe", "what it does"), rows),
-            "## Which Mac holds it",
-            "Predicted peak memory in bfloat16, and the Macs that hold it in nine tenths of what "
-            "their GPU may use, which is the budget that training keeps. `mlx-slim plan RECIPE` "
-            "predicts for the machine you are on, `--for m2-16gb` for another one. The prediction "
-            "was checked against measured peaks on Linux CPUs; no Mac was available.",
-            plan.table(),
             "## Matrices",
             "For `mlx-slim compare`.",
             table(("matrix", "what it compares"), matrices),

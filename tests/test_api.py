@@ -1,9 +1,8 @@
-"""The functions: the README's examples, lazy imports, names that are packages too."""
+"""The functions: lazy imports, names that are packages too."""
 
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,45 +13,15 @@ import pytest
 import mlx_slim
 from mlx_slim.config.load import load_recipe
 from mlx_slim.errors import SlimError
-from tests.support.runs import write_rows
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
 
 
-def test_the_readme_has_examples() -> None:
-    assert EXAMPLES
+def test_the_guide_shows_every_function() -> None:
+    """Its examples run in ``tests/docs/test_blocks.py``."""
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     for name in ("distill", "evaluate", "finetune", "plan", "prune", "quantize"):
-        assert any(f"{name}(" in text for text in EXAMPLES), name
-
-
-@pytest.mark.parametrize("example", EXAMPLES)
-def test_the_examples_of_the_readme_run(
-    example: str,
-    tiny: Callable[..., Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLX_SLIM_DATA", raising=False)
-    write_rows(tmp_path / "rows.jsonl", 40)
-    model = tiny("llama-tied")
-    # The same recipe over a tiny model that needs no hub.
-    (tmp_path / "tiny.yaml").write_text(
-        f"extends: smollm2-lora\nmodel: {model}\nrevision: null\n"
-        "data: {format: auto}\ntrain: {max_length: 512, batch_tokens: 1024, accumulate: 1}\n"
-    )
-    text = example.replace('"smollm2-lora"', '"./tiny.yaml"')
-    # No data mirror: the same rows are the text that importance is measured on.
-    text = text.replace("ratio=0.5)", 'ratio=0.5, calibration="rows.jsonl")')
-    text = text.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(model))
-    exec(compile(text, "README.md", "exec"), {})
-    assert "fits: True" in capsys.readouterr().out
-    assert json.loads((tmp_path / "runs/api/run.json").read_text())["status"] == "complete"
-    assert (tmp_path / "models/four-bit/config.json").exists()
-    assert (tmp_path / "runs/scores/results.json").exists()
-    assert json.loads((tmp_path / "runs/back/run.json").read_text())["distill"]["teachers"]
+        assert f"{name}(" in text, name
 
 
 def test_importing_the_package_brings_nothing_heavy() -> None:

@@ -1,4 +1,4 @@
-"""The house plan, held by a test: floors, small files, docstrings, and a README that is true.
+"""The house plan, held by a test: floors, small files, docstrings, and a tree that is true.
 
 Every failure lists all offenders, so that one run is enough to mend them.
 """
@@ -181,6 +181,7 @@ def test_files_are_small() -> None:
 def test_nothing_names_a_place_on_one_machine() -> None:
     files = [*sources(), *sorted((ROOT / "tests").rglob("*.py"))]
     files += [*ROOT.glob("recipes/**/*.yaml"), *ROOT.glob("evals/**/*.yaml")]
+    files += [*ROOT.glob("docs/*.md"), *ROOT.glob("docs/*.py"), ROOT / "mkdocs.yml"]
     files += [ROOT / name for name in ("Makefile", "README.md", "pyproject.toml", "CHANGELOG.md")]
     offences = [
         f"{short(path)}:{number}: {found[0]}"
@@ -217,12 +218,12 @@ def test_what_is_imported_is_declared_and_extras_stay_optional() -> None:
     assert not offences, listed(offences)
 
 
-def readme_tree(text: str) -> list[tuple[int, str, str]]:
+def documented_tree(text: str) -> list[tuple[int, str, str]]:
     """Return (column, name, what it says) of each line of the block after ``MARKER``."""
     block = re.search(re.escape(MARKER) + r"\s*```\w*\n(.*?)```", text, re.DOTALL)
     assert block, (
-        f"README.md needs the line {MARKER} followed by a fenced block: a line `mlx_slim/`, then "
-        "one indented line for each package (`train/`) and module (`errors.py`) directly in it, "
+        f"docs/architecture.md needs the line {MARKER} followed by a fenced block: a line "
+        "`mlx_slim/`, then one indented line for each package (`train/`) and module (`errors.py`) directly in it, "
         "each with two spaces and what it is for; other top-level entries stand unindented"
     )
     entries = []
@@ -233,10 +234,9 @@ def readme_tree(text: str) -> list[tuple[int, str, str]]:
     return entries
 
 
-def test_the_tree_in_the_readme_is_the_tree_on_disk() -> None:
-    readme = ROOT / "README.md"
-    assert readme.exists(), f"README.md is missing: it holds the annotated tree after {MARKER}"
-    entries = readme_tree(readme.read_text(encoding="utf-8"))
+def test_the_documented_tree_is_the_tree_on_disk() -> None:
+    page = ROOT / "docs" / "architecture.md"
+    entries = documented_tree(page.read_text(encoding="utf-8"))
     start = next((i for i, (_, name, _) in enumerate(entries) if name == "mlx_slim/"), None)
     assert start is not None, "the tree has no line `mlx_slim/`"
     base = entries[start][0]
@@ -249,14 +249,17 @@ def test_the_tree_in_the_readme_is_the_tree_on_disk() -> None:
     children = {name: says for column, name, says in inside if column == first}
     on_disk = {f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
     on_disk |= {path.name for path in PACKAGE.glob("*.py") if not path.name.startswith("__")}
-    offences = [f"mlx_slim/{name} is not in the README's tree" for name in on_disk - set(children)]
-    offences += [f"the README's tree names mlx_slim/{name}" for name in set(children) - on_disk]
+    offences = [
+        f"mlx_slim/{name} is not in the tree of docs/architecture.md"
+        for name in on_disk - set(children)
+    ]
+    offences += [f"docs/architecture.md names mlx_slim/{name}" for name in set(children) - on_disk]
     offences += [
         f"mlx_slim/{name}: the tree does not say what" for name, s in children.items() if not s
     ]
     for column, name, _ in entries:
         if column == base and not (ROOT / name).exists():
-            offences.append(f"the README's tree names {name}, which is not on disk")
+            offences.append(f"docs/architecture.md names {name}, which is not on disk")
     assert not offences, listed(sorted(offences))
 
 

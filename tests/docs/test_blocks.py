@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from tests.support.docs import KINDS, ROOT, Block, read_blocks, run_block, write_hub, write_mirror
 
 # The log quotes commands of its day; the other pages are promises.
-PAGES = [*sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [page for page in PAGES if page.name not in ("lab-log.md", "messages.md", "glossary.md")]
 BLOCKS = {page.relative_to(ROOT).as_posix(): read_blocks(page) for page in PAGES}
 RUNNABLE = {name: blocks for name, blocks in BLOCKS.items() if any(b.runs for b in blocks)}
