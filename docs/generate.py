@@ -291,14 +291,14 @@ def recipe_page() -> str:
 
 def files_page() -> str:
     """Return the page of the keys of a matrix and of a task."""
-    from mlx_slim.compare.matrix import Matrix
+    from mlx_slim.compare.schema import MatrixSpec
 
     return "\n\n".join(
         [
             "# Matrix and task files",
             "## Matrix",
             "What `mlx-slim compare MATRIX` reads: models × methods × tasks.",
-            *section_tables(Matrix, level=3),
+            *section_tables(MatrixSpec, level=3),
             "## Task",
             "What `mlx-slim eval MODEL --task FILE.yaml` reads.",
             *section_tables(TaskSpec, level=3),
@@ -359,8 +359,8 @@ def recipes_page() -> str:
     return "\n\n".join(
         [
             "# Shipped recipes",
-            "`mlx-slim recipes NAME` shows one, `--copy FILE.yaml` makes a file of your own. [Which "
-            "Mac holds which](../memory-and-speed.md#recipes-and-macs).",
+            "`mlx-slim recipes NAME` shows one, `--copy FILE.yaml` makes a file of your own. "
+            "[Which Mac holds which](../memory-and-speed.md#recipes-and-macs).",
             table(("recipe", "what it does"), rows),
             "## Matrices",
             "For `mlx-slim compare`.",

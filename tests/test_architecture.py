@@ -223,8 +223,9 @@ def documented_tree(text: str) -> list[tuple[int, str, str]]:
     block = re.search(re.escape(MARKER) + r"\s*```\w*\n(.*?)```", text, re.DOTALL)
     assert block, (
         f"docs/architecture.md needs the line {MARKER} followed by a fenced block: a line "
-        "`mlx_slim/`, then one indented line for each package (`train/`) and module (`errors.py`) directly in it, "
-        "each with two spaces and what it is for; other top-level entries stand unindented"
+        "`mlx_slim/`, then one indented line for each package (`train/`) and module (`errors.py`) "
+        "directly in it, each with two spaces and what it is for; other top-level entries stand "
+        "unindented"
     )
     entries = []
     for line in block[1].splitlines():
