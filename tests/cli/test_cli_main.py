@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def slim(*words: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch):
+def command(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that makes ``mlx-slim doctor`` do what it is given."""
 
     def install(body: Any):
@@ -45,7 +46,7 @@ def command(monkeypatch: pytest.MonkeyPatch):
     return install
 
 
-def raising(error: BaseException):
+def raising(error: BaseException) -> Callable[[], None]:
     def body():
         raise error
 
