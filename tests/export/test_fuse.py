@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -30,7 +33,14 @@ CASES = [
 
 @pytest.mark.parametrize(("architecture", "settings", "dora"), CASES)
 @pytest.mark.parametrize("bits", [None, 4])
-def test_fused_is_base_plus_adapter(tiny, tmp_path, architecture, settings, dora, bits):
+def test_fused_is_base_plus_adapter(
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    architecture: Any,
+    settings: Any,
+    dora: Any,
+    bits: int | None,
+) -> None:
     base = tiny(architecture)
     base = write_quantized(tmp_path / "q", base, bits) if bits else base
     adapter = write_adapter(tmp_path / "a", base, dora=dora, **settings)
@@ -46,7 +56,9 @@ def test_fused_is_base_plus_adapter(tiny, tmp_path, architecture, settings, dora
     assert record["base"] == base.name and record["provenance"]["versions"]["mlx"]
 
 
-def test_requantizing_a_small_tune_is_refused_and_leaves_nothing(tiny, tmp_path):
+def test_requantizing_a_small_tune_is_refused_and_leaves_nothing(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     base = write_quantized(tmp_path / "q", tiny("llama"))
     adapter = write_adapter(tmp_path / "a", base, size=0.004)
     before = {path.name for path in tmp_path.iterdir()}
@@ -63,7 +75,7 @@ def test_requantizing_a_small_tune_is_refused_and_leaves_nothing(tiny, tmp_path)
     assert json.loads((tmp_path / "out" / "fuse.json").read_text())["lost"] == forced.lost
 
 
-def test_requantizing_a_large_tune_is_allowed(tiny, tmp_path):
+def test_requantizing_a_large_tune_is_allowed(tiny: Callable[..., Path], tmp_path: Path) -> None:
     base = write_quantized(tmp_path / "q", tiny("llama"), 8)
     adapter = write_adapter(tmp_path / "a", base, size=0.3)
     result = fuse(base, adapter, tmp_path / "out", FuseOptions("requantize", samples=2, length=32))
@@ -72,7 +84,7 @@ def test_requantizing_a_large_tune_is_allowed(tiny, tmp_path):
     assert all("scales" in layer.mlp.up_proj for layer in model.layers)
 
 
-def test_kept_beside_the_base_nothing_changes(tiny, tmp_path):
+def test_kept_beside_the_base_nothing_changes(tiny: Callable[..., Path], tmp_path: Path) -> None:
     base = write_quantized(tmp_path / "q", tiny("llama"))
     adapter = write_adapter(tmp_path / "a", base)
     result = fuse(base, adapter, tmp_path / "out", FuseOptions("keep", samples=2, length=32))
@@ -82,7 +94,7 @@ def test_kept_beside_the_base_nothing_changes(tiny, tmp_path):
     assert "--adapter" in result.lines()[-1]
 
 
-def test_a_delta_that_16_bits_swallow_is_refused(tmp_path):
+def test_a_delta_that_16_bits_swallow_is_refused(tmp_path: Path) -> None:
     base = tiny_model(tmp_path / "base", dtype=mx.bfloat16)
     adapter = write_adapter(tmp_path / "a", base, size=0.0001)
     with pytest.raises(SlimError, match="loses the tune") as caught:
@@ -92,7 +104,9 @@ def test_a_delta_that_16_bits_swallow_is_refused(tmp_path):
     assert fuse(base, adapter, tmp_path / "out", wide).effect.kept == pytest.approx(1, abs=0.02)
 
 
-def test_too_little_memory_is_said_before_the_work(tiny, tmp_path, monkeypatch):
+def test_too_little_memory_is_said_before_the_work(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     adapter = write_adapter(tmp_path / "a", tiny("llama"))
     monkeypatch.setattr("mlx_slim.export.fuse.device_memory", lambda: 1000)
     with pytest.raises(ResourceError, match=r"beside the base, 1\.00 kB are free") as caught:
@@ -100,18 +114,18 @@ def test_too_little_memory_is_said_before_the_work(tiny, tmp_path, monkeypatch):
     assert caught.value.exit_code == 3 and not (tmp_path / "out").exists()
 
 
-def test_an_adapter_without_effect_loses_nothing(tiny, tmp_path):
+def test_an_adapter_without_effect_loses_nothing(tiny: Callable[..., Path], tmp_path: Path) -> None:
     base = tiny("llama")
     result = fuse(base, write_adapter(tmp_path / "a", base, size=0.0), tmp_path / "out", OPTIONS)
     assert result.effect.kept == 1 and result.effect.kl == 0 and result.weights_kept == 1
 
 
-def test_the_share_kept_is_a_projection():
+def test_the_share_kept_is_a_projection() -> None:
     mx.random.seed(0)
     tokens = mx.zeros((2, 70), dtype=mx.int32)
     base, change, noise = (mx.random.normal((1, 70, 50)) for _ in range(3))
 
-    def model(logits):
+    def model(logits: Any):
         return lambda _: logits
 
     half = effect(model(base), model(base + 0.1 * change), model(base + 0.05 * change), tokens)
@@ -131,7 +145,13 @@ def test_the_share_kept_is_a_projection():
         (["--adapter", "{adapter}", "--calibration", "{nothing}"], "nothing"),
     ],
 )
-def test_what_cannot_be_fused_is_one_line(tiny, tmp_path, capfd, words, says):
+def test_what_cannot_be_fused_is_one_line(
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    words: Any,
+    says: str,
+) -> None:
     wide = tiny_model(tmp_path / "wide", intermediate_size=96)
     places = {
         "adapter": write_adapter(tmp_path / "a", tiny("llama")),
@@ -145,7 +165,9 @@ def test_what_cannot_be_fused_is_one_line(tiny, tmp_path, capfd, words, says):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_base_must_be_the_one_it_was_trained_on(tiny, tmp_path):
+def test_the_base_must_be_the_one_it_was_trained_on(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     adapter = write_adapter(tmp_path / "a", tiny("llama"))
     other = tiny_model(tmp_path / "other", seed=5)
     with pytest.raises(SlimError, match="another base of the same shape"):
@@ -153,7 +175,9 @@ def test_the_base_must_be_the_one_it_was_trained_on(tiny, tmp_path):
     assert not adapters_of(load(other).model)
 
 
-def test_the_command_prints_and_stores_the_audit(tiny, tmp_path, capfd):
+def test_the_command_prints_and_stores_the_audit(
+    tiny: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     adapter = write_adapter(tmp_path / "run" / "adapters", tiny("llama"))
     words = ["fuse", str(tiny("llama")), "--adapter", str(adapter.parent), "--samples", "2"]
     assert run([*words, "--length", "32", "-o", str(tmp_path / "out"), "--json"]) == 0

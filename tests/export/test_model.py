@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -37,7 +39,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("architecture", "settings", "dora"), CASES)
-def test_peft_and_back_is_the_same_adapter(tiny, tmp_path, architecture, settings, dora):
+def test_peft_and_back_is_the_same_adapter(
+    tiny: Callable[..., Path], tmp_path: Path, architecture: Any, settings: Any, dora: Any
+) -> None:
     base = tiny(architecture)
     adapter = write_adapter(tmp_path / "a", base, dora=dora, **settings)
     export_peft(adapter, tmp_path / "peft")
@@ -55,7 +59,9 @@ def test_peft_and_back_is_the_same_adapter(tiny, tmp_path, architecture, setting
     assert "PeftModel.from_pretrained" in card and str(tmp_path) not in card
 
 
-def test_one_name_for_one_layer_and_full_paths_for_a_choice(tiny, tmp_path):
+def test_one_name_for_one_layer_and_full_paths_for_a_choice(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     write_adapter(tmp_path / "a", tiny("llama"), targets=["q_proj"])
     write_adapter(tmp_path / "b", tiny("llama"), targets=["q_proj"], layers=[1])
     found = []
@@ -65,7 +71,9 @@ def test_one_name_for_one_layer_and_full_paths_for_a_choice(tiny, tmp_path):
     assert found == [["q_proj"], ["model.layers.1.self_attn.q_proj"]]
 
 
-def test_ranks_and_alphas_of_single_layers_become_one(tiny, tmp_path):
+def test_ranks_and_alphas_of_single_layers_become_one(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     export_peft(
         write_adapter(tmp_path / "a", tiny("llama"), targets=["q_proj", "v_proj"]), tmp_path / "p"
     )
@@ -87,7 +95,7 @@ def test_ranks_and_alphas_of_single_layers_become_one(tiny, tmp_path):
     assert sum("note" in line for line in done.lines()) == 2
 
 
-def test_an_adapted_tied_head_is_refused(tiny, tmp_path):
+def test_an_adapted_tied_head_is_refused(tiny: Callable[..., Path], tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "a", tiny("llama-tied"), targets=["embed_tokens"])
     with pytest.raises(SlimError, match="is the head of this model too") as caught:
         export_peft(adapter, tmp_path / "out")
@@ -105,7 +113,9 @@ def test_an_adapted_tied_head_is_refused(tiny, tmp_path):
         ({"lora_alpha": "x"}, "lora_alpha is 'x'"),
     ],
 )
-def test_what_peft_can_and_we_cannot_is_refused(tiny, tmp_path, change, says):
+def test_what_peft_can_and_we_cannot_is_refused(
+    tiny: Callable[..., Path], tmp_path: Path, change: Any, says: str
+) -> None:
     export_peft(write_adapter(tmp_path / "a", tiny("llama")), tmp_path / "p")
     settings = peft_rules.read_settings(tmp_path / "p")
     (tmp_path / "p" / peft_rules.CONFIG).write_text(json.dumps({**settings, **change}))
@@ -114,7 +124,9 @@ def test_what_peft_can_and_we_cannot_is_refused(tiny, tmp_path, change, says):
     assert says in caught.value.message and not (tmp_path / "out").exists()
 
 
-def test_an_adapter_of_another_base_lists_names_and_shapes(tiny, tmp_path):
+def test_an_adapter_of_another_base_lists_names_and_shapes(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     wide = tiny_model(tmp_path / "wide", intermediate_size=96)
     export_peft(write_adapter(tmp_path / "a", wide), tmp_path / "p")
     with pytest.raises(SlimError, match="does not fit this model") as caught:
@@ -134,7 +146,9 @@ def test_an_adapter_of_another_base_lists_names_and_shapes(tiny, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_copy_of_a_base_layer_must_be_the_base_s(tiny, tmp_path):
+def test_a_copy_of_a_base_layer_must_be_the_base_s(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     export_peft(write_adapter(tmp_path / "a", tiny("llama"), targets=["lm_head"]), tmp_path / "p")
     weight = load(tiny("llama")).model.lm_head.weight
     tensors = load_tensors(tmp_path / "p" / peft_rules.WEIGHTS)
@@ -150,7 +164,9 @@ def test_a_copy_of_a_base_layer_must_be_the_base_s(tiny, tmp_path):
         import_peft(tmp_path / "p", tmp_path / "other")
 
 
-def test_a_base_that_moved_is_one_line(tiny, tmp_path, capfd):
+def test_a_base_that_moved_is_one_line(
+    tiny: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     base = Path(shutil.copytree(tiny("llama"), tmp_path / "base"))
     adapter = write_adapter(tmp_path / "a", base)
     export_peft(adapter, tmp_path / "p")
@@ -170,7 +186,9 @@ def test_a_base_that_moved_is_one_line(tiny, tmp_path, capfd):
 
 @pytest.mark.parametrize("architecture", ["llama", "phi", "llama-tied"])
 @pytest.mark.parametrize("bits", [None, 4])
-def test_hf_folders_are_dense_and_say_rope_both_ways(tiny, tmp_path, architecture, bits):
+def test_hf_folders_are_dense_and_say_rope_both_ways(
+    tiny: Callable[..., Path], tmp_path: Path, architecture: str, bits: int | None
+) -> None:
     source = tiny(architecture)
     source = write_quantized(tmp_path / "q", source, bits) if bits else source
     export_hf(source, tmp_path / "out")
@@ -185,7 +203,9 @@ def test_hf_folders_are_dense_and_say_rope_both_ways(tiny, tmp_path, architectur
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied", "mistral", "qwen2"])
 @pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_0", "q4_1"])
-def test_gguf_reads_back_here_and_with_the_reader_of_gguf(tiny, tmp_path, architecture, kind):
+def test_gguf_reads_back_here_and_with_the_reader_of_gguf(
+    tiny: Callable[..., Path], tmp_path: Path, architecture: str, kind: str
+) -> None:
     source = load(tiny(architecture))
     done = export_gguf(tiny(architecture), tmp_path / "out", kind=kind)
     file = tmp_path / "out" / f"{tiny(architecture).name}-{kind}.gguf"
@@ -212,7 +232,9 @@ def test_gguf_reads_back_here_and_with_the_reader_of_gguf(tiny, tmp_path, archit
 
 
 @pytest.mark.parametrize("kind", ["q4_0", "q4_1", "q8_0"])
-def test_blocks_go_there_and_back_bit_for_bit(tiny, tmp_path, kind):
+def test_blocks_go_there_and_back_bit_for_bit(
+    tiny: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
     export_gguf(tiny("llama"), tmp_path / "first", kind=kind)
     first = tmp_path / "first" / f"llama-{kind}.gguf"
     convert(first, tmp_path / "mlx")
@@ -225,7 +247,9 @@ def test_blocks_go_there_and_back_bit_for_bit(tiny, tmp_path, kind):
     assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
-def test_gguf_of_a_quantized_model_and_of_scaled_rope(tiny, tmp_path):
+def test_gguf_of_a_quantized_model_and_of_scaled_rope(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     source = write_quantized(tmp_path / "q", tiny("llama"), 8)
     export_gguf(source, tmp_path / "out", kind="f16")
     again = import_gguf(tmp_path / "out" / "q-f16.gguf").model
@@ -244,12 +268,14 @@ def test_gguf_of_a_quantized_model_and_of_scaled_rope(tiny, tmp_path):
         assert mx.abs(imported.model(IDS) - expected).max() < 0.003 * mx.abs(expected).max()
 
 
-def test_a_wrong_row_order_is_found_before_the_folder_appears(tiny, tmp_path, monkeypatch):
+def test_a_wrong_row_order_is_found_before_the_folder_appears(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mlx_slim.models.gguf import write as gguf_write
 
     honest = gguf_write._array
 
-    def swapped(model, full, *rest):
+    def swapped(model: Any, full: Any, *rest: Any):
         array = honest(model, full, *rest)
         return array[::-1].copy() if full.endswith("1.self_attn.k_proj.weight") else array
 
@@ -260,10 +286,12 @@ def test_a_wrong_row_order_is_found_before_the_folder_appears(tiny, tmp_path, mo
 
 
 @pytest.mark.parametrize("target", ["peft", "hf", "gguf"])
-def test_an_interrupted_export_leaves_nothing(tiny, tmp_path, monkeypatch, target):
+def test_an_interrupted_export_leaves_nothing(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
     adapter = write_adapter(tmp_path / "a", tiny("llama"))
 
-    def stop(*_args, **_kwargs):
+    def stop(*_args: Any, **_kwargs: Any):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Card, "write", stop)
@@ -284,7 +312,13 @@ def test_an_interrupted_export_leaves_nothing(tiny, tmp_path, monkeypatch, targe
         (["{nowhere}", "--to", "hf"], "does not exist"),
     ],
 )
-def test_what_cannot_be_exported_is_one_line(tiny, tmp_path, capfd, words, says):
+def test_what_cannot_be_exported_is_one_line(
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    words: Any,
+    says: str,
+) -> None:
     places = {
         "llama": tiny("llama"),
         "phi": tiny("phi"),
@@ -298,20 +332,22 @@ def test_what_cannot_be_exported_is_one_line(tiny, tmp_path, capfd, words, says)
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_named_like_a_file_is_refused(tiny, tmp_path):
+def test_an_output_named_like_a_file_is_refused(tiny: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(SlimError, match="the output is a folder") as caught:
         export_gguf(tiny("llama"), tmp_path / "model.gguf")
     assert caught.value.hint == f"use -o {tmp_path / 'model'}"
 
 
-def test_an_adapter_of_peft_is_sent_to_import(tiny, tmp_path):
+def test_an_adapter_of_peft_is_sent_to_import(tiny: Callable[..., Path], tmp_path: Path) -> None:
     export_peft(write_adapter(tmp_path / "a", tiny("llama")), tmp_path / "p")
     with pytest.raises(SlimError, match="is an adapter of PEFT") as caught:
         load_adapter(load(tiny("llama")).model, tmp_path / "p")
     assert f"mlx-slim import {tmp_path / 'p'}" in caught.value.hint
 
 
-def test_an_architecture_with_other_names_is_refused(tiny, tmp_path):
+def test_an_architecture_with_other_names_is_refused(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(tiny("llama"), tmp_path / "m"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "mixtral"}))
@@ -321,7 +357,9 @@ def test_an_architecture_with_other_names_is_refused(tiny, tmp_path):
         export_gguf(folder, tmp_path / "out")
 
 
-def test_a_tokenizer_that_does_not_read_back_is_refused(tiny, tmp_path):
+def test_a_tokenizer_that_does_not_read_back_is_refused(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(tiny("llama"), tmp_path / "m"))
     content = json.loads((folder / "tokenizer.json").read_text())
     content["normalizer"] = {"type": "Lowercase"}
@@ -331,7 +369,7 @@ def test_a_tokenizer_that_does_not_read_back_is_refused(tiny, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_every_parameter_is_written(tiny, tmp_path):
+def test_every_parameter_is_written(tiny: Callable[..., Path], tmp_path: Path) -> None:
     export_gguf(tiny("llama"), tmp_path / "out", kind="f16")
     names = {name for name, _ in tree_flatten(load(tiny("llama")).model.parameters())}
     again = import_gguf(tmp_path / "out" / "llama-f16.gguf").model
