@@ -76,7 +76,7 @@ def go(
         console.summary(f"{resolved.name}: done", summary_rows(result))
     if mode == "auto" and world().rank() == 0:
         command = "train" if resolved.recipe.distill is None else "distill"
-        show_next(*steps_after(result, command, resolved.given))
+        show_next(*steps_after(result, command, resolved.source))
 
 
 def _validate(resolved: Resolved, as_json: bool) -> None:

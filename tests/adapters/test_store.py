@@ -258,7 +258,7 @@ def test_unusable_folders(stored: Path, tiny: TinyModels, tmp_path: Path) -> Non
     folder = broken("config")
     for text, expected in {
         "{": "cannot be read as JSON",
-        "[]": "no JSON object",
+        "[]": "is not a JSON object",
         '{"r": 8, "lora_alpha": 16}': "no lora_parameters",
         '{"lora_parameters": {"rank": 4}, "num_layers": 1}': "'scale'",
         '{"lora_parameters": {"rank": "x", "scale": 1}, "num_layers": 1}': "rank is 'x', expected",

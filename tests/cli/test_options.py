@@ -133,4 +133,4 @@ def test_the_walk_finds_the_keys() -> None:
     names = {f"{kind.__name__}.{name}" for kind, name in FIELDS}
     assert len(names) > 45
     known = ("AdapterConfig.layers", "TrainConfig.clip", "MemoryConfig.budget", "MatrixSpec.seeds")
-    assert names >= {*known, "TaskSpec.num_fewshot", "AskConfig.timeout", "SourceConfig.weight"}
+    assert names >= {*known, "TaskSpec.num_fewshot", "QueryConfig.timeout", "SourceConfig.weight"}

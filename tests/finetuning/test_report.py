@@ -38,7 +38,7 @@ def with_answers(resolved: Resolved, count: int = 3) -> Resolved:
     """Return the recipe with so many answers on its page."""
     values = resolved.recipe.model_dump()
     changed = type(resolved.recipe).model_validate({**values, "report_answers": count})
-    return Resolved(changed, resolved.origins, resolved.name, resolved.given)
+    return Resolved(changed, resolved.origins, resolved.name, resolved.source)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from mlx_slim.compare import runner
 from mlx_slim.compare.jobs import MatrixRun
 from mlx_slim.compare.matrix import load_matrix
 from mlx_slim.errors import SlimError
+from mlx_slim.run_dir import RunDir
 from tests.support.runs import Recorder, write_rows
 
 TASK = """
@@ -87,5 +88,5 @@ def run_all(
             return error.exit_code, error.message
         return 0, ""
 
-    with runner.held(out, resume=True):
+    with RunDir(out, runner.MATRIX).claim(resume=True):
         return runner.run(todo, out, launch, lambda number, cell: None)
