@@ -315,14 +315,14 @@ class EvalAnswering(Event):
         task: The task.
         answered: Its questions answered, those on disk included.
         questions: All its questions.
-        share: Part of the whole evaluation's work that is done, 0 … 1.
+        fraction: Fraction of the whole evaluation's work that is done, 0 … 1.
     """
 
     name: ClassVar[str] = "eval_answering"
     task: str
     answered: int
     questions: int
-    share: float
+    fraction: float
 
 
 @dataclass(frozen=True)

@@ -248,7 +248,7 @@ class _Watch:
                 task=job.name,
                 answered=self._answered(job) + int(part * sum(map(len, chunks))),
                 questions=job.chunks[-1].stop,
-                share=self._share() + part * weight,
+                fraction=self._share() + part * weight,
             )
         )
 

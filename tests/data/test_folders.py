@@ -176,10 +176,10 @@ def test_the_entry_is_part_of_the_fingerprint(factory: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ranking": True}, "german: ranking .* is not followed"),
-        ({"num_samples": 3}, "german: num_samples is not followed"),
+        ({"ranking": True}, "german: ranking .* is not supported"),
+        ({"num_samples": 3}, "german: num_samples is not supported"),
         ({"formatting": "chatml"}, "unknown formatting 'chatml'"),
-        ({"columns": {"images": "i"}}, "columns.images is not followed"),
+        ({"columns": {"images": "i"}}, "columns.images is not supported"),
         ({"columns": {"prompt": 3}}, "columns is .*expected names"),
         ({"columns": {"prompt": "nope"}}, "row 1: .* calls the prompt 'nope', the row has frage"),
         ({"file_name": "../german.json"}, "is outside the folder"),
