@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,7 +39,7 @@ EXPECTED = {
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A student and a teacher, with room for the longest chat."""
     folder = tmp_path_factory.mktemp("models")
-    long = {"max_position_embeddings": 2048, "intermediate_size": 256}
+    long: dict[str, Any] = {"max_position_embeddings": 2048, "intermediate_size": 256}
     return (
         tiny_model(folder / "student", **long),
         tiny_model(folder / "teacher", seed=1, **long),
