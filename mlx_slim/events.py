@@ -319,6 +319,7 @@ class EvalAnswering(Event):
     """
 
     name: ClassVar[str] = "eval_answering"
+    record_keys: ClassVar[dict[str, str]] = {"fraction": "share"}
     task: str
     answered: int
     questions: int

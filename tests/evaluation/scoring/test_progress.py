@@ -69,8 +69,8 @@ def test_an_evaluation_tells_of_its_questions_between_what_is_on_disk(
     evaluate(str(tiny("llama")), str(task), tmp_path / "out", options, observer=recorder)
     told = [e for e in recorder.events if isinstance(e, (EvalAnswering, EvalProgress))]
     assert [event.answered for event in told] == sorted(event.answered for event in told)
-    assert [event.share for event in told] == sorted(event.share for event in told)
-    assert told[-1].answered == told[-1].questions == 12 and told[-1].share == 1
+    assert [event.fraction for event in told] == sorted(event.fraction for event in told)
+    assert told[-1].answered == told[-1].questions == 12 and told[-1].fraction == 1
     assert len(told) >= 6 and isinstance(told[0], EvalAnswering)
 
 
