@@ -90,7 +90,7 @@ def _olora(weight_OI: np.ndarray, rank: int, scale: float) -> tuple[np.ndarray, 
     q_OK, r_KI = np.linalg.qr(weight_OI)
     a_RI, b_OR = r_KI[:rank], q_OK[:, :rank]
     part = rank < min(weight_OI.shape)
-    moved = _ROUNDING * float(np.linalg.cond(a_RI[:, :rank])) if part else 0.0
+    moved = float(_ROUNDING * float(np.linalg.cond(a_RI[:, :rank]))) if part else 0.0
     return np.ascontiguousarray(a_RI), np.ascontiguousarray(b_OR), moved
 
 
