@@ -291,7 +291,7 @@ def recipe_page() -> str:
 
 def files_page() -> str:
     """Return the page of the keys of a matrix and of a task."""
-    from mlx_slim.compare.schema import MatrixSpec
+    from mlx_slim.compare.matrix_spec import MatrixSpec
 
     return "\n\n".join(
         [
