@@ -162,7 +162,9 @@ def test_arc_answer_keys_are_letters_or_numbers(labels: str, key: str, place: in
 
 def test_a_key_that_is_no_label_is_one_line() -> None:
     row = {"question": "q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "E"}
-    with pytest.raises(SlimError, match="task arc_easy: row 1: target: the answer 'E' is not one of"):
+    with pytest.raises(
+        SlimError, match="task arc_easy: row 1: target: the answer 'E' is not one of"
+    ):
         _questions(find_task("arc_easy"), [row])
 
 
