@@ -55,6 +55,8 @@ def command(
     from mlx_slim.compare.matrix import load_matrix
 
     layout = load_matrix(matrix, overrides, limit=limit)
+    for notice in layout.notices if only is None else ():  # the cells' processes read it too
+        click.echo(f"note: {notice}", err=True)
     folder = out or Path("runs") / layout.name
     if dry_run:
         _show_plan(layout)
@@ -140,7 +142,7 @@ def _exit_code(command: list[str], descriptor: int) -> int | None:
 def _one(layout: MatrixPlan, folder: Path, name: str, quiet: bool) -> None:
     """Make one cell; leave its error where the matrix looks for it."""
     from mlx_slim.artifacts import write_json
-    from mlx_slim.compare.cell import Making
+    from mlx_slim.compare.cell import CellRun
     from mlx_slim.compare.jobs import MatrixRun
     from mlx_slim.console import Console
 
@@ -152,7 +154,7 @@ def _one(layout: MatrixPlan, folder: Path, name: str, quiet: bool) -> None:
         raise SlimError(f"{folder} is not prepared", "run the matrix without --only first")
     try:
         with Console("quiet" if quiet else "auto", title=name) as console:
-            Making(MatrixRun(layout, folder, console), cell).run()
+            CellRun(MatrixRun(layout, folder, console), cell).run()
     except Interrupted as stop:
         raise Interrupted(stop.message, "the matrix goes on with --resume") from stop
     except SlimError as error:

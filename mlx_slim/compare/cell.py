@@ -1,15 +1,15 @@
 """Make, score and record one cell of a matrix.
 
 Invariant: the manifest ``cell.json`` is written last; what is complete under the same key is
-reused, what has another key is made anew, and a killed training or evaluation goes on where it
-stopped. A cell reads nothing of another one but a parent's adapters or model.
+reused, what has another key is computed again, and a killed training or evaluation resumes where
+it stopped. A cell reads nothing of another one but a parent's adapters or model.
 Try it: ``mlx-slim compare matrix-tiny -o DIR --only smollm2-base``.
 """
 
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from mlx_slim.compare.jobs import MatrixRun, adapters, free, whole
 from mlx_slim.compare.matrix import Cell
 from mlx_slim.compare.measured import measured
 from mlx_slim.compare.predict import predicted_run
-from mlx_slim.compare.questions import HELD_OUT, task_name
-from mlx_slim.compare.records import CellRecord, DiskUse, IntruderCounts
+from mlx_slim.compare.questions import task_name
+from mlx_slim.compare.records import FORGETTING, CellRecord, DiskUse, IntruderCounts, as_json
 from mlx_slim.compare.store import MANIFEST
 from mlx_slim.config.load import Resolved
 from mlx_slim.errors import SlimError
@@ -35,8 +35,8 @@ from mlx_slim.reading import read_object
 KEYS_FILE = "keys.json"
 
 
-class Making:
-    """One cell while it is made.
+class CellRun:
+    """The steps that make one cell.
 
     Args:
         job: What the cells of the matrix share.
@@ -49,22 +49,25 @@ class Making:
         self.base = job.base(cell)
 
     def run(self) -> None:
-        """Make, score and record the cell; what is there under the same keys stays.
+        """Make, score and record the cell; results under the same keys are reused.
 
         Raises:
             SlimError: Whatever a step raises; the cell has no manifest then.
         """
         mark = self.folder / MANIFEST
         if mark.exists():
-            known = read_object(mark)
-            if known.get("schema_version") == SCHEMA_VERSION and known.get("keys") == self.keys:
+            manifest = read_object(mark)
+            if (
+                manifest.get("schema_version") == SCHEMA_VERSION
+                and manifest.get("keys") == self.keys
+            ):
                 self.job.say(f"{self.cell.name} is complete: reused")
                 return
             mark.unlink()
-        self._made()
+        self._build()
         model, adapter = self._answers()
         scored = self._score(model, adapter)
-        record = asdict(self._record(model, adapter, scored))
+        record = as_json(self._record(model, adapter, scored))
         write_json(mark, {"schema_version": SCHEMA_VERSION, "name": self.cell.name, **record})
 
     # ------------------------------------------------------------------------------ identity
@@ -77,7 +80,7 @@ class Making:
         return job.resolved(cell, cell.name, rate)
 
     @cached_property
-    def made_of(self) -> str:
+    def model_key(self) -> str:
         """What the answering model depends on: a key of training, or a hash of weights."""
         job, cell = self.job, self.cell
         if cell.kind == "tuned":
@@ -85,7 +88,7 @@ class Making:
         if cell.kind == "fused":
             parent = job.out / "cells" / str(cell.parent) / MANIFEST
             if not parent.exists():
-                raise SlimError(f"{cell.parent} is not there, and {cell.name} is made of it")
+                raise SlimError(f"{cell.name} is made from {cell.parent}, which is missing")
             return artifacts.hash_json([read_object(parent)["keys"]["made_of"], "fused"])
         if cell.kind == "pruned":
             return identity.prune_key(job.weights(self.base), job.pruning(cell))
@@ -93,18 +96,20 @@ class Making:
 
     @cached_property
     def keys(self) -> dict[str, str]:
-        """The keys of the manifest: what the model is made of, and each evaluation."""
-        asked = self.job.asked.items()
-        scored = {f"eval {name}": identity.score_key(self.made_of, what) for name, what in asked}
-        return {"made_of": self.made_of, **scored}
+        """The keys of the manifest: the model's inputs, and each evaluation's."""
+        requests = self.job.requests.items()
+        scored = {
+            f"eval {name}": identity.score_key(self.model_key, what) for name, what in requests
+        }
+        return {"made_of": self.model_key, **scored}
 
     # ------------------------------------------------------------------------------ making
 
-    def _made(self) -> None:
+    def _build(self) -> None:
         """Train, fuse or prune, unless that is done."""
-        made = [self.folder / name for name in ("run", "model", "eval")]
-        key = {"made_of": self.made_of}
-        self.job.match(self.folder, key, KEYS_FILE, made)
+        outputs = [self.folder / name for name in ("run", "model", "eval")]
+        key = {"made_of": self.model_key}
+        self.job.match(self.folder, key, KEYS_FILE, outputs)
         if self.cell.kind == "tuned":
             self.job.train(self.resolved, self.folder / "run")
             shutil.rmtree(self.folder / "run" / "checkpoints", ignore_errors=True)
@@ -134,32 +139,32 @@ class Making:
 
     def _score(self, model: Path, adapter: Path | None) -> dict[str, dict[str, Any]]:
         """Score every task into a folder of its own; return the results by task."""
-        found = {}
+        results = {}
         for entry in self.job.layout.matrix.tasks:
             options = EvalOptions(adapter=adapter, limit=entry.limit, num_fewshot=entry.num_fewshot)
-            found[task_name(entry.task)] = self._evaluated(entry.task, model, options)
-        text = self.job.out / "questions" / f"{HELD_OUT}.jsonl"
-        if self.job.layout.matrix.held_out is not None:
+            results[task_name(entry.task)] = self._evaluated(entry.task, model, options)
+        text = self.job.out / "questions" / f"{FORGETTING}.jsonl"
+        if self.job.layout.matrix.forgetting is not None:
             options = EvalOptions(adapter=adapter, perplexity=text)
-            found[HELD_OUT] = self._evaluated(HELD_OUT, model, options)
-        return found
+            results[FORGETTING] = self._evaluated(FORGETTING, model, options)
+        return results
 
     def _evaluated(self, task: str, model: Path, options: EvalOptions) -> dict[str, Any]:
-        name = HELD_OUT if task == HELD_OUT else task_name(task)
+        name = FORGETTING if task == FORGETTING else task_name(task)
         out = self.folder / "eval" / name
         self.job.match(self.folder, {"key": self.keys[f"eval {name}"]}, f"eval-{name}.json", [out])
-        tasks = [] if task == HELD_OUT else [task]
+        tasks = [] if task == FORGETTING else [task]
         started = (out / "eval.json").exists()
         observer = self.job.observer
         (results,) = evaluate(str(model), tasks, out, options, resume=started, observer=observer)
         free()
-        section = results["perplexity"] if task == HELD_OUT else results["tasks"][name]
-        asked = self.job.asked[name]
-        if any(section.get(key) != value for key, value in asked.items()):
+        section = results["perplexity"] if task == FORGETTING else results["tasks"][name]
+        request = self.job.requests[name]
+        if any(section.get(key) != value for key, value in request.items()):
             shutil.rmtree(out)
             raise SlimError(
                 f"{name}: its rows or its definition changed while the matrix was running",
-                "go on with --resume: what they change is scored again",
+                "run the same command with --resume: what they change is scored again",
             )
         return results
 
@@ -171,7 +176,7 @@ class Making:
         cell = self.cell
         recipe = self.resolved.recipe if cell.kind == "tuned" else cell.recipe.recipe
         entry = self.job.layout.matrix.models[cell.model]
-        # As the matrix says it: no folder of this machine.
+        # As in the matrix file: no folder of this machine.
         source = {
             "model": entry.source,
             "revision": entry.revision,
@@ -192,7 +197,7 @@ class Making:
             keys=self.keys,
             recipe=recipe.model_copy(update=source).model_dump(mode="json"),
             dtype=next(iter(scored.values()))["dtype"],
-            tasks=[name for name in scored if name != HELD_OUT],
+            tasks=[name for name in scored if name != FORGETTING],
             disk=DiskUse(_size(model), _size(adapter) if adapter else 0),
             **vars(costs),
             intruders=self._intruders() if cell.kind == "tuned" else None,

@@ -1,8 +1,8 @@
 """What the headline compares: two methods on the mean over tasks and seeds, paired.
 
 Invariant: a claim is a comparison like those of the table: on the same questions, its p value in
-the same family, its power stated at the corrected level. Scores stand beside what guessing gives;
-a ratio to a model that guesses is none. Try it: ``mlx-slim report DIR``.
+the same family, its power stated at the corrected level. Each score has the score of guessing
+beside it; there is no ratio to a model that guesses. Try it: ``mlx-slim report DIR``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class MethodScore:
     Attributes:
         method: Its name in the matrix.
         cells: Names of its cells.
-        value: The mean, a share.
+        value: The mean, a fraction.
         interval: 95% interval over questions.
         chance: Mean over tasks of what guessing gives.
         above_chance: Whether the score is detectably more.
@@ -96,7 +96,7 @@ class MethodComparison:
         return self.p_holm < 1 - stats.LEVEL
 
     def judge(self, p_holm: float, tests: int) -> None:
-        """Take the corrected p value and the size of the family, and say what they mean."""
+        """Take the corrected p value and the size of the family, and set the verdict."""
         self.p_holm, self.tests = p_holm, tests
         self.interval = pooled.mean_interval(self.differences, pooled.PAIRS, tests)
         self.ratio = pooled.ratio(self.before, self.after, tests=tests)
@@ -108,13 +108,13 @@ class MethodComparison:
 
     def record(self) -> dict[str, Any]:
         """Return the claim as JSON."""
-        kept = {key: value for key, value in vars(self).items() if key not in ("before", "after")}
-        return {**kept, "first": vars(self.first), "second": vars(self.second)}
+        values = {key: value for key, value in vars(self).items() if key not in ("before", "after")}
+        return {**values, "first": vars(self.first), "second": vars(self.second)}
 
 
 def claims(stored: StoredMatrix, tasks: list[dict[str, Any]]) -> list[MethodComparison]:
     """Return the comparisons that the headline is made of, not corrected yet."""
-    found: list[MethodComparison | None] = []
+    comparisons: list[MethodComparison | None] = []
     for model in dict.fromkeys(cell.model for cell in stored.cells):
         methods: dict[str, list[StoredCell]] = {}
         for cell in stored.cells:
@@ -125,16 +125,18 @@ def claims(stored: StoredMatrix, tasks: list[dict[str, Any]]) -> list[MethodComp
         tuned = [m for m in methods if methods[m][0].kind == "tuned"]
         if pruned and base is not None:
             for method in pruned:
-                found.append(_claim("pruned", methods[base], methods[method], tasks))
+                comparisons.append(_claim("pruned", methods[base], methods[method], tasks))
                 back = [m for m in tuned if starts_from(methods[m], methods[method])]
-                found += [_claim("recovered", methods[method], methods[m], tasks) for m in back]
+                comparisons += [
+                    _claim("recovered", methods[method], methods[m], tasks) for m in back
+                ]
             continue
         if (sides := _small_and_large(methods, tuned)) is not None:
             small, large = sides
-            found.append(_claim("kept", methods[large], methods[small], tasks))
+            comparisons.append(_claim("kept", methods[large], methods[small], tasks))
         if base is not None:
-            found += [_claim("gain", methods[base], methods[m], tasks) for m in tuned]
-    return [claim for claim in found if claim is not None]
+            comparisons += [_claim("gain", methods[base], methods[m], tasks) for m in tuned]
+    return [claim for claim in comparisons if claim is not None]
 
 
 def starts_from(cells: list[StoredCell], parents: list[StoredCell]) -> bool:
@@ -172,7 +174,7 @@ def score_of(cells: list[StoredCell], tasks: list[dict[str, Any]]) -> MethodScor
 
 
 def _values(cells: list[StoredCell], task: dict[str, Any]) -> np.ndarray:
-    """Return each question's share of right answers over the seeds."""
+    """Return each question's fraction of right answers over the seeds."""
     columns = [cell.answers[task["task"]].right_N[task["metric"]] for cell in cells]
     return np.mean(np.stack(columns), axis=0, dtype=float)
 
@@ -186,9 +188,9 @@ def _same_questions(cells: list[StoredCell], task: str) -> bool:
     if not all(task in cell.answers for cell in cells):
         return False
     first, *others = (cell.answers[task] for cell in cells)
-    asked = {key: first.section.get(key) for key in ASKED}
+    request = {key: first.section.get(key) for key in ASKED}
     return all(
-        {key: other.section.get(key) for key in ASKED} == asked
+        {key: other.section.get(key) for key in ASKED} == request
         and np.array_equal(first.doc_ids_N, other.doc_ids_N)
         for other in others
     )
@@ -220,13 +222,13 @@ def _claim(
 
 def means(stored: StoredMatrix, tasks: list[dict[str, Any]]) -> dict[str, list[MethodScore]]:
     """Return the mean over tasks and seeds of each method, by model; without any task, none."""
-    found: dict[str, list[MethodScore]] = {}
+    scores: dict[str, list[MethodScore]] = {}
     for model in dict.fromkeys(cell.model for cell in stored.cells):
-        own = [cell for cell in stored.cells if cell.model == model]
+        members = [cell for cell in stored.cells if cell.model == model]
         groups = [
-            [cell for cell in own if cell.method == method]
-            for method in dict.fromkeys(cell.method for cell in own)
+            [cell for cell in members if cell.method == method]
+            for method in dict.fromkeys(cell.method for cell in members)
         ]
         shared = [(cells, shared_tasks(cells, tasks)) for cells in groups]
-        found[model] = [score_of(cells, common) for cells, common in shared if common]
-    return found
+        scores[model] = [score_of(cells, common) for cells, common in shared if common]
+    return scores

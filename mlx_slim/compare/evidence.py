@@ -1,8 +1,8 @@
-"""What stands beside the scores: published figures, curves, flips, failures, settings.
+"""Evidence reported with the scores: published figures, curves, flips, failures, settings.
 
 Invariant: nothing here is chosen by its outcome: flips are the first of each kind in row order,
-every cell's curve is shown, and published figures stand beside ours only where task, shots and
-metric agree (a part of the rows is said to be one). Try it: ``mlx-slim report DIR``.
+every cell's curve is shown, and published figures are compared with ours only where task,
+shots and metric agree (a subset of the rows is labelled as one). Try it: ``mlx-slim report DIR``.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ ROWS |= {"arc_challenge": 1_172, "openbookqa": 500}
 
 def published(stored: StoredMatrix, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return our base scores beside published ones of the same task, shots and metric."""
-    found = []
+    comparisons = []
     for row in rows:
         if row["kind"] != "base":
             continue
         model = stored.record.models[row["model"]]
-        figures = PUBLISHED.get(model.known_as or model.source, {})
+        figures = PUBLISHED.get(model.hub_id or model.source, {})
         cell = next(cell for cell in stored.cells if cell.name == row["name"])
         for (task, shots, metric), value in figures.items():
             answers = cell.answers.get(task)
@@ -79,7 +79,7 @@ def published(stored: StoredMatrix, rows: list[dict[str, Any]]) -> list[dict[str
                 continue
             ours, n = float(right_N.mean()), len(right_N)
             error = (ours * (1 - ours) / max(1, n - 1)) ** 0.5
-            found.append(
+            comparisons.append(
                 {
                     "model": row["model"],
                     "task": task,
@@ -94,7 +94,7 @@ def published(stored: StoredMatrix, rows: list[dict[str, Any]]) -> list[dict[str
                     "within": abs(ours - value / 100) <= 1.96 * error,
                 }
             )
-    return found
+    return comparisons
 
 
 def curves(cell: StoredCell) -> dict[str, Any] | None:
@@ -114,7 +114,7 @@ def curves(cell: StoredCell) -> dict[str, Any] | None:
 
 
 def extraction(stored: StoredMatrix) -> list[dict[str, Any]]:
-    """Return, for generated answers, in how many no number was found, and how they ended."""
+    """Return, for generated answers, in how many no number could be read, and how they ended."""
     return [
         {
             "cell": cell.name,
@@ -134,7 +134,7 @@ def extraction(stored: StoredMatrix) -> list[dict[str, Any]]:
 
 def flips(stored: StoredMatrix, tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return questions to read: the first that each cell gained and lost against its base."""
-    found: list[dict[str, Any]] = []
+    changed: list[dict[str, Any]] = []
     for task in tasks:
         questions = _Questions(stored.folder / "questions" / f"{task['task']}.jsonl")
         for cell in stored.cells:
@@ -143,22 +143,22 @@ def flips(stored: StoredMatrix, tasks: list[dict[str, Any]]) -> list[dict[str, A
             )
             if base is None or base is cell or cell.kind == "fused":
                 continue
-            found += _flips(base, cell, task, questions)
-    return found
+            changed += _flips(base, cell, task, questions)
+    return changed
 
 
 class _Questions:
-    """What was asked, by position; empty if it was not stored."""
+    """The questions of a task by position; empty if they were not stored."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def at(self, wanted: set[int]) -> dict[int, dict[str, Any]]:
-        """Return the questions at the positions ``wanted``."""
-        if not wanted or not self.path.is_file():
+    def at(self, indices: set[int]) -> dict[int, dict[str, Any]]:
+        """Return the questions at the positions ``indices``."""
+        if not indices or not self.path.is_file():
             return {}
-        rows = enumerate(islice(read_records(self.path), max(wanted) + 1))
-        return {i: row for i, row in rows if i in wanted}
+        rows = enumerate(islice(read_records(self.path), max(indices) + 1))
+        return {i: row for i, row in rows if i in indices}
 
 
 def _flips(
@@ -173,9 +173,9 @@ def _flips(
         "gained": np.flatnonzero(after_N > before_N)[:FLIPS].tolist(),
         "lost": np.flatnonzero(after_N < before_N)[:FLIPS].tolist(),
     }
-    wanted = {index for indices in chosen.values() for index in indices}
-    asked = questions.at(wanted)
-    ours, theirs = (_records(answers.samples, wanted) for answers in (a, b))
+    selected = {index for indices in chosen.values() for index in indices}
+    shown = questions.at(selected)
+    ours, theirs = (_records(answers.samples, selected) for answers in (a, b))
     return [
         {
             "cell": cell.name,
@@ -183,25 +183,25 @@ def _flips(
             "task": name,
             "direction": direction,
             "doc_id": ours[index]["doc_id"],
-            "prompt": _cut(asked[index]["prompt"], end=True) if index in asked else None,
-            "target": _shown(ours[index]["target"], asked.get(index)),
-            "before": _answer(ours[index], asked.get(index), metric),
-            "after": _answer(theirs[index], asked.get(index), metric),
+            "prompt": _cut(shown[index]["prompt"], end=True) if index in shown else None,
+            "target": _shown(ours[index]["target"], shown.get(index)),
+            "before": _answer(ours[index], shown.get(index), metric),
+            "after": _answer(theirs[index], shown.get(index), metric),
         }
         for direction, indices in chosen.items()
         for index in indices
     ]
 
 
-def _records(path: Path, wanted: set[int]) -> dict[int, dict[str, Any]]:
-    if not wanted:
+def _records(path: Path, indices: set[int]) -> dict[int, dict[str, Any]]:
+    if not indices:
         return {}
-    rows = enumerate(islice(read_records(path), max(wanted) + 1))
-    return {i: row for i, row in rows if i in wanted}
+    rows = enumerate(islice(read_records(path), max(indices) + 1))
+    return {i: row for i, row in rows if i in indices}
 
 
 def _answer(record: dict[str, Any], question: dict[str, Any] | None, metric: str) -> str:
-    """Return what a model answered: its text, or the ending that it found likeliest."""
+    """Return what a model answered: its text, or the ending that is likeliest."""
     if "generation" in record:
         return _cut(record["generation"])
     if metric == "acc_norm" and question and question.get("lengths"):
@@ -233,7 +233,7 @@ def _cut(text: str, *, end: bool = False) -> str:
 
 
 def differences(stored: StoredMatrix) -> dict[str, Any]:
-    """Return what all tuned cells have in common and what each has of its own, by recipe key."""
+    """Return what all tuned cells have in common and what differs, by recipe key."""
     flat = {cell.name: _flat(cell.record.recipe) for cell in stored.cells if cell.kind == "tuned"}
     if not flat:
         return {"common": {}, "own": {}}
@@ -251,20 +251,22 @@ def differences(stored: StoredMatrix) -> dict[str, Any]:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:
-            found |= _flat(value, f"{prefix}{key}.")
+            flat |= _flat(value, f"{prefix}{key}.")
         elif key not in ("report_to", "report_answers"):
-            found[f"{prefix}{key}"] = value
-    return found
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def machine_of(stored: StoredMatrix) -> dict[str, Any]:
-    """Return provenance: the matrix's own, and a line for each cell made elsewhere."""
-    own = stored.record.provenance
-    others = [cell.name for cell in stored.cells if cell.record.provenance not in (None, own)]
-    return {**own, "cells_made_elsewhere": others}
+    """Return provenance: the matrix's, and a line for each cell made elsewhere."""
+    provenance = stored.record.provenance
+    others = [
+        cell.name for cell in stored.cells if cell.record.provenance not in (None, provenance)
+    ]
+    return {**provenance, "cells_made_elsewhere": others}
 
 
 def ledger(cell: StoredCell) -> dict[str, Any] | None:

@@ -1,9 +1,9 @@
-"""The result of a matrix in a few sentences, none of which says more than its numbers bear.
+"""The result of a matrix in a few sentences, each supported by its numbers.
 
 Invariant: every sentence comes from a claim (``claims.py``) with its interval and the chance level;
 where the corrected test flags nothing it says "no detectable difference", where a model guesses it
-says that nothing can be seen; a method that was picked by its score on the test is said to be. No
-measured time or memory decides a word: two runs of one matrix say the same.
+says that retention cannot be measured; a method that was selected by its test score is labelled so.
+No measured time or memory changes the text: two runs of one matrix give the same sentences.
 Try it: ``mlx-slim report DIR``.
 """
 
@@ -20,7 +20,7 @@ _WAYS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA", "dora": "
 
 def headline(
     rows: list[dict[str, Any]],
-    found: list[dict[str, Any]],
+    contrasts: list[dict[str, Any]],
     pooled: list[MethodComparison],
     scores: dict[str, list[MethodScore]],
     tasks: list[dict[str, Any]],
@@ -29,23 +29,23 @@ def headline(
 
     Args:
         rows: Lines of the matrix table.
-        found: Paired comparisons of the table, corrected.
+        contrasts: Paired comparisons of the table, corrected.
         pooled: Claims, corrected.
         scores: Model -> the mean of each of its methods.
-        tasks: What was asked.
+        tasks: The tasks, with metric and number of questions.
     """
     lines: list[str] = []
     several = len(scores) > 1
-    for model, own in scores.items():
+    for model, methods in scores.items():
         cells = [row for row in rows if row["model"] == model]
         claims = [claim for claim in pooled if claim.model == model]
-        said = _of_model(cells, claims, own)
+        sentences = _of_model(cells, claims, methods)
         if several:
-            lines += [f"{model}: {line}" for line in said]
+            lines += [f"{model}: {line}" for line in sentences]
         else:
-            lines += [line[0].upper() + line[1:] for line in said]
-    if found:
-        lines.append(_resolution(found, tasks))
+            lines += [line[0].upper() + line[1:] for line in sentences]
+    if contrasts:
+        lines.append(_resolution(contrasts, tasks))
     return lines
 
 
@@ -57,37 +57,39 @@ def _of_model(
         by_what.setdefault(claim.what, []).append(claim)
     if "pruned" in by_what:
         return [_pruned(claim, by_what.get("recovered", []), rows) for claim in by_what["pruned"]]
-    lines = [_kept(claim, rows) for claim in by_what.get("kept", [])]
+    lines = [_retention(claim, rows) for claim in by_what.get("kept", [])]
     if gains := by_what.get("gain"):
         lines.append(_gain(max(gains, key=lambda claim: claim.second.value), len(gains)))
     if lines:
         if not any(row["kind"] == "base" for row in rows):
-            lines.append("this matrix has no untrained base: what tuning adds can't be seen.")
+            lines.append(
+                "this matrix has no untrained base, so the effect of tuning cannot be measured."
+            )
         return lines
     base = [row["method"] for row in rows if row["kind"] == "base"]
     shown = [s for s in scores if s.method in base] or scores
     lines = [f"{_way(score.method)} has {_alone(score)}." for score in shown]
     if not base:
-        lines.append("this matrix has no untrained base: what was changed has no measure.")
+        lines.append("this matrix has no untrained base, so no effect can be measured.")
     return lines
 
 
-def _kept(claim: MethodComparison, rows: list[dict[str, Any]]) -> str:
+def _retention(claim: MethodComparison, rows: list[dict[str, Any]]) -> str:
     """Say how much of full fine-tuning's (or LoRA's) score QLoRA keeps."""
     small, large = (_rows_of(rows, score) for score in (claim.second, claim.first))
     bits = small[0]["train"].get("bits")
     who = f"{f'{bits}-bit ' if bits else ''}{_way(claim.second.method)}"
     other = _way(claim.first.method)
-    return f"{_share(claim, who, other)}{_memory(small, large)}."
+    return f"{_ratio(claim, who, other)}{_memory(small, large)}."
 
 
-def _share(claim: MethodComparison, who: str, other: str) -> str:
-    """Say which share of another score is kept, or that this can't be seen."""
+def _ratio(claim: MethodComparison, who: str, other: str) -> str:
+    """Say which fraction of another score is retained, or that it cannot be measured."""
     if claim.ratio is None or claim.ratio_above_chance is None:
         return (
             f"{other} has {_points(claim.first.value)} points ({_over(claim.tasks)}), not "
-            f"detectably above chance ({_points(claim.first.chance)}): what {who} keeps of them "
-            f"({_points(claim.second.value)}) can't be seen"
+            f"detectably above chance ({_points(claim.first.chance)}): how much of it {who} keeps "
+            f"({_points(claim.second.value)} points) cannot be measured"
         )
     above = ""
     if claim.first.chance > 0:
@@ -103,18 +105,16 @@ def _gain(claim: MethodComparison, methods: int) -> str:
     """Say what the best method adds to the base, and how it was picked."""
     who = _way(claim.second.method)
     if methods > 1:
-        who += (
-            f", the best of {methods} methods (picked on these same questions, which flatters it),"
-        )
+        who += f", the best of {methods} methods (selected on these questions: biased upwards),"
     base, after = _points(claim.first.value), _points(claim.second.value)
     if claim.seen:
         verb = "lifts" if claim.delta > 0 else "lowers"
-        said = f"{who} {verb} the untrained base from {base} to {after} points"
+        sentence = f"{who} {verb} the untrained base from {base} to {after} points"
     else:
-        said = f"{who} has {after} points, the untrained base {base}"
+        sentence = f"{who} has {after} points, the untrained base {base}"
     floor = "" if claim.second.above_chance else f", which {after} is not detectably above"
     return (
-        f"{said} ({_over(claim.tasks)}, chance {_points(claim.first.chance)}{floor}): "
+        f"{sentence} ({_over(claim.tasks)}, chance {_points(claim.first.chance)}{floor}): "
         f"{_difference(claim)}."
     )
 
@@ -122,7 +122,7 @@ def _gain(claim: MethodComparison, methods: int) -> str:
 def _pruned(
     claim: MethodComparison, recovered: list[MethodComparison], rows: list[dict[str, Any]]
 ) -> str:
-    """Say what a pruned model kept, and what each way of recovery brought back."""
+    """Say what a pruned model retains, and what each recovery method regains."""
     cut = _rows_of(rows, claim.second)[0]["pruned"]
     size = cut["parameters_after"] / cut["parameters_before"]
     back = [
@@ -138,12 +138,12 @@ def _pruned(
     name = claim.second.method
     then = f"; {_listed(back)} ({'; '.join(words)})" if back else ""
     return (
-        f"pruned by {name}: {size:.0%} of the parameters; {_share(claim, 'it', 'the base')}{then}."
+        f"pruned by {name}: {size:.0%} of the parameters; {_ratio(claim, 'it', 'the base')}{then}."
     )
 
 
 def _difference(claim: MethodComparison) -> str:
-    """Return a difference with its interval: its size if it is flagged, else the plain word."""
+    """Return a difference with its interval: its size only if it is significant."""
     low, high = claim.interval
     delta = f"{_signed(claim.delta)} (interval {_signed(low)} to {_signed(high)}"
     if claim.seen:
@@ -154,7 +154,7 @@ def _difference(claim: MethodComparison) -> str:
 
 
 def _memory(small: list[dict[str, Any]], large: list[dict[str, Any]]) -> str:
-    """Return the share of training memory, as predicted: a measured one differs between runs."""
+    """Return the fraction of training memory, as predicted: a measured one differs between runs."""
     peaks = [[row["train"]["predicted_peak_bytes"] for row in side] for side in (small, large)]
     if not all(size for side in peaks for size in side):
         return ""
@@ -176,20 +176,20 @@ def _alone(score: MethodScore) -> str:
     )
 
 
-def _resolution(found: list[dict[str, Any]], tasks: list[dict[str, Any]]) -> str:
-    """Say how small a true difference is found, for each task."""
-    parts = []
+def _resolution(contrasts: list[dict[str, Any]], tasks: list[dict[str, Any]]) -> str:
+    """Say how small a true difference can be detected, for each task."""
+    texts = []
     for task in tasks:
-        own = [row["detectable"] for row in found if row["task"] == task["task"]]
-        known = [size for size in own if size is not None]
-        if own:
-            size = f"{_points(median(known))} points" if known else "none"
-            parts.append(f"{size} on {task['task']} (n={task['n']:,})")
-    tests = max(row["family"] for row in found)
+        sizes = [row["detectable"] for row in contrasts if row["task"] == task["task"]]
+        finite = [size for size in sizes if size is not None]
+        if sizes:
+            size = f"{_points(median(finite))} points" if finite else "none"
+            texts.append(f"{size} on {task['task']} (n={task['n']:,})")
+    tests = max(row["family"] for row in contrasts)
     level = f"{100 * (1 - LEVEL):.0f}%" + (f" over {tests} comparisons" if tests > 1 else "")
     return (
         f"Tests and intervals of differences are held to {level}. MDE, the true difference that "
-        f"such a test finds in 4 of 5 cases: {_listed(parts)}. Smaller ones often can't be seen."
+        f"such a test detects in 4 of 5 cases: {_listed(texts)}. Smaller ones are often missed."
     )
 
 
@@ -218,7 +218,7 @@ def _p(value: float) -> str:
     return "p < .001" if value < 0.001 else f"p = {value:.3f}".replace("0.", ".")
 
 
-def _listed(parts: list[str]) -> str:
-    if len(parts) < 2:
-        return "".join(parts)
-    return f"{', '.join(parts[:-1])} and {parts[-1]}"
+def _listed(items: list[str]) -> str:
+    if len(items) < 2:
+        return "".join(items)
+    return f"{', '.join(items[:-1])} and {items[-1]}"

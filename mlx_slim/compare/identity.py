@@ -1,9 +1,10 @@
 """What a cell's numbers depend on, as one hash.
 
 Invariant: equal keys mean equal inputs by content: recipe and the files that it names, training
-rows, models with their tokenizers, the rows, definition and examples of each task, the held-out
-text, and the code that computes (not the code that shows). Anything else, such as a memory budget
-or a tracker, may change between two runs. Try it: ``mlx-slim compare matrix-tiny --dry-run``.
+rows, models with their tokenizers, the rows, definition and examples of each task, the forgetting
+text, and the code that computes (not the code that displays). Anything else, such as a memory
+budget or a tracker, may change between two runs. Try it: ``mlx-slim compare matrix-tiny
+--dry-run``.
 """
 
 from __future__ import annotations
@@ -48,36 +49,36 @@ def contents(recipe: Recipe) -> dict[str, Any]:
     """Return what identifies the contents of all that a recipe names by path, its models aside.
 
     Training rows, a file of validation rows, a template's file, the text of ``forgetting``,
-    adapters below its own or that it starts from, and those of its teachers.
+    adapters that its own is stacked on or starts from, and those of its teachers.
 
     Raises:
-        SlimError: If one of them is not there.
+        SlimError: If one of them is missing.
     """
     data = recipe.data
     sources = list(data.sources)
     if isinstance(data.validation, str):
-        held_back = {"path": data.validation, "format": data.format, "split": "validation"}
-        sources.append(SourceConfig.model_validate(held_back))
+        validation = {"path": data.validation, "format": data.format, "split": "validation"}
+        sources.append(SourceConfig.model_validate(validation))
     with TemporaryDirectory() as folder:
         find = finder(Path(folder))
-        found: dict[str, Any] = {"rows": [source_fingerprint(find(c), c) for c in sources]}
+        hashes: dict[str, Any] = {"rows": [source_fingerprint(find(c), c) for c in sources]}
     if Path(data.template).is_file():
-        found["template"] = hash_file(Path(data.template))
+        hashes["template"] = hash_file(Path(data.template))
     if recipe.forgetting is not None:
-        found["forgetting"] = read_texts_of(recipe.forgetting).sha256
+        hashes["forgetting"] = read_texts_of(recipe.forgetting).sha256
     teachers = recipe.distill.teachers if recipe.distill else []
     adapters = [*recipe.adapter.on, *(t.adapter for t in teachers if t.adapter is not None)]
     folders = [one.folder for name in adapters for one in parse_adapters(name)]
     if folders := [*folders, *started_from(recipe)]:
-        found["adapters"] = [adapter_hash(folder) for folder in folders]
-    return found
+        hashes["adapters"] = [adapter_hash(folder) for folder in folders]
+    return hashes
 
 
 def train_key(recipe: Recipe, weights: list[str], named: dict[str, Any]) -> str:
     """Return the identity of a training run.
 
     Args:
-        recipe: Where its models and its cache lie makes no difference.
+        recipe: The paths of its models and its cache do not count.
         weights: Hashes of the models that it starts from, and of its teachers.
         named: ``contents``.
     """
@@ -98,15 +99,15 @@ def prune_key(weights: str, options: PruneOptions) -> str:
     """Return the identity of a pruning of a model with that hash; its calibration text counts."""
     text = None
     config = SourceConfig(path=options.calibration or DEFAULT_SOURCE)
-    with contextlib.suppress(SlimError):  # a method that looks at no text does without
+    with contextlib.suppress(SlimError):  # a method without calibration needs no text
         text = source_fingerprint(find_source(config), config)
     named = {"prune": asdict(options), "text": text}
     return hash_json({**named, "weights": weights, "code": code_version()})
 
 
-def score_key(model: str, asked: dict[str, Any]) -> str:
-    """Return the identity of an evaluation: what answers (a key or a hash), and what is asked."""
-    return hash_json({"model": model, "asked": asked, "code": code_version()})
+def score_key(model: str, request: dict[str, Any]) -> str:
+    """Return the identity of an evaluation: the model (a key or a hash), and the request."""
+    return hash_json({"model": model, "request": request, "code": code_version()})
 
 
 def machine() -> dict[str, Any]:
@@ -126,5 +127,5 @@ def machine() -> dict[str, Any]:
         name = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), "")
     where = f"{platform.system()} {platform.machine()}"
     memory = human_bytes(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    parts = [name, f"{os.cpu_count()} CPU cores", f"{memory} memory", where]
-    return {**provenance(), "machine": ", ".join(part for part in parts if part)}
+    facts = [name, f"{os.cpu_count()} CPU cores", f"{memory} memory", where]
+    return {**provenance(), "machine": ", ".join(fact for fact in facts if fact)}

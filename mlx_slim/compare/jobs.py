@@ -1,7 +1,7 @@
 """What the cells of one matrix share: imported and rounded models, and chosen learning rates.
 
-Invariant: each is made once and reused under the same key; under another key it is made anew; a
-killed training goes on where it stopped.
+Invariant: each is computed once and reused under the same key; under another key it is computed
+again; a killed training resumes where it stopped.
 Try it: ``mlx-slim compare matrix-tiny -o DIR --only smollm2-base``.
 """
 
@@ -20,7 +20,7 @@ from mlx_slim import artifacts
 from mlx_slim.artifacts import SCHEMA_VERSION, read_json, write_json
 from mlx_slim.compare import identity
 from mlx_slim.compare.matrix import Cell, MatrixPlan, cell_recipe, prune_options
-from mlx_slim.compare.records import SweepRecord, TriedRate
+from mlx_slim.compare.records import MatrixRecord, SweepRecord, TriedRate, read_record
 from mlx_slim.compare.store import MANIFEST, MATRIX_FILE
 from mlx_slim.config.load import Resolved
 from mlx_slim.distillation.mutual import FIRST
@@ -45,7 +45,7 @@ class MatrixRun:
     Attributes:
         layout: The matrix.
         out: Its folder.
-        observer: Hears of every event.
+        observer: Notified of every event.
     """
 
     layout: MatrixPlan
@@ -53,19 +53,19 @@ class MatrixRun:
     observer: Observer
 
     @cached_property
-    def asked(self) -> dict[str, dict[str, Any]]:
-        """What each evaluation asks, by content, as it was when the folder was prepared.
+    def requests(self) -> dict[str, dict[str, Any]]:
+        """The request of each evaluation, by content, as it was when the folder was prepared.
 
         Raises:
-            SlimError: If it was prepared by a version that did not note it.
+            SlimError: If it was prepared by a version that did not record it.
         """
-        asked = read_object(self.out / MATRIX_FILE).get("asked")
-        if asked is None:
+        requests = read_record(self.out / MATRIX_FILE, MatrixRecord).requests
+        if requests is None:
             raise SlimError(
                 f"{self.out} was prepared by another version",
                 "run the whole matrix again with --resume",
             )
-        return asked
+        return requests
 
     def say(self, text: str) -> None:
         """Notify of one line."""
@@ -98,11 +98,11 @@ class MatrixRun:
         """
         if cell.parent is None or cell.kind == "fused":
             return self.dense(cell.model)
-        made = self.out / "cells" / cell.parent
-        model = whole(made) if (made / MANIFEST).exists() else None
+        parent = self.out / "cells" / cell.parent
+        model = whole(parent) if (parent / MANIFEST).exists() else None
         if model is not None:
             return model
-        raise SlimError(f"{cell.parent} is not there, and {cell.name} starts from it")
+        raise SlimError(f"{cell.name} starts from {cell.parent}, which is missing")
 
     def quantized(self, cell: Cell) -> Path:
         """Return the folder of the model that ``cell`` starts from, rounded, made once."""
@@ -129,12 +129,12 @@ class MatrixRun:
             for path in model_files(folder)
         }
         cache = self.out / "models" / "hashes.json"
-        known = read_object(cache) if cache.exists() else {}
+        hashes = read_object(cache) if cache.exists() else {}
         name = self._called(folder)
-        if known.get(name, {}).get("files") != files:
-            known[name] = {"sha256": model_hash(folder), "files": files}
-            write_json(cache, known)
-        return known[name]["sha256"]
+        if hashes.get(name, {}).get("files") != files:
+            hashes[name] = {"sha256": model_hash(folder), "files": files}
+            write_json(cache, hashes)
+        return hashes[name]["sha256"]
 
     def _called(self, folder: Path) -> str:
         """Return a model folder's name in ``hashes.json``: no path of this machine."""
@@ -173,8 +173,8 @@ class MatrixRun:
             runs.append((rate, resolved, self.train_key(cell, resolved)))
         keys = {f"{rate:g}": key for rate, _, key in runs}
         mark = folder / "sweep.json"
-        if mark.exists() and (known := read_object(mark)).get("keys") == keys:
-            return known["chosen"]
+        if mark.exists() and (stored := read_object(mark)).get("keys") == keys:
+            return stored["chosen"]
         for rate, resolved, key in runs:
             self.say(f"learning rate {rate:g}")
             loss = self._tried(folder / f"{rate:g}", resolved, key)
@@ -220,8 +220,8 @@ class MatrixRun:
     def resolved(self, cell: Cell, name: str, changes: dict[str, Any]) -> Resolved:
         """Return a recipe that runs here: over a folder, with ``changes``.
 
-        Teachers that are not named are the matrix's model itself, as it was before anything was
-        done to it; what they say is kept once for all cells.
+        Teachers that are not named are the unchanged model of the matrix; their targets are
+        cached once for all cells.
         """
         values = {"model": str(self.base(cell)), "revision": None, **changes}
         if (distill := cell.recipe.recipe.distill) is not None:
@@ -246,18 +246,18 @@ class MatrixRun:
         return identity.train_key(recipe, [self.weights(self.base(cell)), *teachers], named)
 
     def match(self, folder: Path, keys: dict[str, str], file: str, stale: list[Path]) -> None:
-        """Remove what was made under other keys, and note the ones that hold now."""
+        """Remove results of other keys, and record the current keys."""
         mark = folder / file
         if mark.exists() and read_json(mark) == keys:
             return
         for path in stale:
             if path.exists():
-                self.say(f"{path.relative_to(self.out)}: its inputs changed, made anew")
+                self.say(f"{path.relative_to(self.out)}: its inputs changed, computed again")
                 shutil.rmtree(path)
         write_json(mark, keys)
 
     def train(self, resolved: Resolved, run: Path) -> dict[str, Any]:
-        """Fine-tune, going on where a killed run stopped; return the result of ``run.json``."""
+        """Fine-tune, resuming where a killed run stopped; return the result of ``run.json``."""
         started = (run / STATE_FILE).exists()
         learn = finetune if resolved.recipe.distill is None else distill
         learn(resolved, run, observer=self.observer, resume=started)
@@ -268,14 +268,14 @@ class MatrixRun:
 def whole(folder: Path) -> Path | None:
     """Return the model that the cell in ``folder`` made; None if it made adapters, or nothing.
 
-    Of two students that learned together the first one speaks for the cell.
+    In mutual distillation the first student is the cell's model.
     """
-    made = (folder / "model", folder / "run" / "model", folder / "run" / FIRST)
-    return next((model for model in made if (model / "config.json").is_file()), None)
+    candidates = (folder / "model", folder / "run" / "model", folder / "run" / FIRST)
+    return next((model for model in candidates if (model / "config.json").is_file()), None)
 
 
 def adapters(folder: Path) -> Path:
-    """Return the adapters that the cell in ``folder`` trained; of two students the first one's."""
+    """Return the adapters that the cell in ``folder`` trained: of two students the first's."""
     first = folder / "run" / FIRST
     return first if first.is_dir() else folder / "run" / "adapters"
 
@@ -291,6 +291,6 @@ def rounded_name(source: str, quantize: dict[str, Any]) -> str:
 
 
 def free() -> None:
-    """Give memory back between two models."""
+    """Release memory between two models."""
     gc.collect()
     mx.clear_cache()

@@ -1,8 +1,8 @@
-"""The matrix of experiments: models × methods × tasks, as a file says them.
+"""The matrix of experiments: models × methods × tasks, as read from a file.
 
-Invariant: all cells share one data set, template, order and truncation (``recipe.data`` stands in
-one place, and a model or method that changes it is refused); a cell that cannot be made is named
-with its reason, and the others stay. Try it: ``mlx-slim compare matrix-tiny --dry-run``.
+Invariant: all cells share one data set, template, order and truncation (``recipe.data`` is in
+one place, and a model or method that changes it is refused); a cell that cannot be made is listed
+with its reason, and the others run. Try it: ``mlx-slim compare matrix-tiny --dry-run``.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class MatrixPlan:
         name: Of the file.
         cells: A parent stands before its children.
         omitted: (model, method, why): left out on purpose.
-        refused: (cell, why): wrong in the file; the others go on.
+        refused: (cell, why): wrong in the file; the others run.
+        notices: One line for each key of the file that has an old name.
     """
 
     matrix: MatrixSpec
@@ -70,6 +71,7 @@ class MatrixPlan:
     cells: list[Cell]
     omitted: list[tuple[str, str, str]] = field(default_factory=list)
     refused: list[tuple[str, str]] = field(default_factory=list)
+    notices: tuple[str, ...] = ()
 
 
 def load_matrix(
@@ -92,11 +94,11 @@ def load_matrix(
         tasks = [t.model_copy(update={"limit": min(limit, t.limit or limit)}) for t in matrix.tasks]
         matrix = matrix.model_copy(update={"tasks": tasks})
     _check(matrix, text)
-    return expand(matrix, layers.file.stem)
+    return expand(matrix, layers.file.stem, layers.notices)
 
 
 def _check(matrix: MatrixSpec, text: str) -> None:
-    """Refuse what concerns the whole matrix: names, data in two places, a task asked twice."""
+    """Refuse what concerns the whole matrix: names, data in two places, a repeated task."""
     problems = [
         f"{what}.{name}: a name has letters, digits, '.', '_' and '-' only"
         for what in ("models", "methods")
@@ -110,26 +112,24 @@ def _check(matrix: MatrixSpec, text: str) -> None:
             if "data" in entry.recipe
         ]
     tasks = [entry.task for entry in matrix.tasks]
-    problems += [
-        f"tasks: {t} is asked for twice" for t in dict.fromkeys(tasks) if tasks.count(t) > 1
-    ]
+    problems += [f"tasks: {t} is listed twice" for t in dict.fromkeys(tasks) if tasks.count(t) > 1]
     for entry in matrix.omit:
-        for key, known in (("model", matrix.models), ("method", matrix.methods)):
-            if (name := getattr(entry, key)) not in known:
-                problems.append(f"omit: no {key} {name!r}: {did_you_mean(name, known)}")
+        for key, entries in (("model", matrix.models), ("method", matrix.methods)):
+            if (name := getattr(entry, key)) not in entries:
+                problems.append(f"omit: no {key} {name!r}: {did_you_mean(name, entries)}")
     if len(problems) == 1:
         raise SlimError(f"matrix {text}: {problems[0]}")
     if problems:
         raise SlimError(f"matrix {text}: {len(problems)} problems", details=problems)
 
 
-def expand(matrix: MatrixSpec, name: str) -> MatrixPlan:
+def expand(matrix: MatrixSpec, name: str, notices: Sequence[str] = ()) -> MatrixPlan:
     """Return the cells of a checked matrix, those left out, and those that it cannot have."""
-    layout = MatrixPlan(matrix, name, [])
+    layout = MatrixPlan(matrix, name, [], notices=tuple(notices))
     skipped = {(entry.model, entry.method): entry.why for entry in matrix.omit}
     for model, entry in matrix.models.items():
-        wanted = list(matrix.methods) if entry.methods is None else entry.methods
-        for method in dict.fromkeys(wanted):
+        methods = list(matrix.methods) if entry.methods is None else entry.methods
+        for method in dict.fromkeys(methods):
             if method not in matrix.methods:
                 hint = did_you_mean(method, matrix.methods)
                 layout.refused.append((f"{model}-{method}", f"no method {method!r}: {hint}"))
@@ -162,8 +162,8 @@ def _seeded(matrix: MatrixSpec, method: str) -> bool:
         entry = matrix.methods[method]
         if entry.kind in ("tuned", "fused"):
             return True
-        known = above[: above.index(method)]
-        if entry.of not in known:
+        earlier = above[: above.index(method)]
+        if entry.of not in earlier:
             return False
         method = entry.of
 
@@ -184,26 +184,28 @@ def _parent(layout: MatrixPlan, model: str, method: str, seed: int | None) -> st
     """Return the name of the cell that a cell starts from.
 
     Raises:
-        SlimError: If there is none, or it has not what is wanted of it.
+        SlimError: If there is none, or it is of the wrong kind.
     """
     methods = layout.matrix.methods
     entry, fuses = methods[method], methods[method].kind == "fused"
     if entry.kind == "base":
         raise SlimError(f"methods.{method}.of: a base is the model as it is", "remove the key")
     above = list(methods)[: list(methods).index(method)]
-    wanted = ("tuned",) if fuses else _WHOLE
-    if entry.of not in above or methods[entry.of].kind not in wanted:
-        known = [key for key in above if methods[key].kind in wanted]
-        what = "no tuned method above it" if fuses else f"no {_either(wanted)} method above it"
-        raise SlimError(f"methods.{method}.of is {entry.of!r}, {what}", _one_of(entry.of, known))
+    kinds = ("tuned",) if fuses else _WHOLE
+    if entry.of not in above or methods[entry.of].kind not in kinds:
+        candidates = [key for key in above if methods[key].kind in kinds]
+        what = "no tuned method above it" if fuses else f"no {_either(kinds)} method above it"
+        raise SlimError(
+            f"methods.{method}.of is {entry.of!r}, {what}", _one_of(entry.of, candidates)
+        )
     parent = f"{model}-{entry.of}" + (f"-s{seed}" if _seeded(layout.matrix, entry.of) else "")
-    made = next((cell for cell in layout.cells if cell.name == parent), None)
-    if made is None:
+    start = next((cell for cell in layout.cells if cell.name == parent), None)
+    if start is None:
         raise SlimError(f"there is no cell {parent} to {'fuse' if fuses else 'start from'}")
-    whole = made.recipe.recipe.method == "full"
+    whole = start.recipe.recipe.method == "full"
     if fuses and whole:
         raise SlimError(f"{parent} is tuned in full: it has no adapters to fuse")
-    if not fuses and made.kind == "tuned" and not whole:
+    if not fuses and start.kind == "tuned" and not whole:
         raise SlimError(f"{parent} is adapters over another model", "fuse it first: kind: fused")
     return parent
 
@@ -212,8 +214,8 @@ def _either(words: Sequence[str]) -> str:
     return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
-def _one_of(given: str | None, known: list[str]) -> str:
-    return did_you_mean(given or "", known) if known else ""
+def _one_of(name: str | None, names: list[str]) -> str:
+    return did_you_mean(name or "", names) if names else ""
 
 
 def cell_recipe(
@@ -261,15 +263,15 @@ def prune_options(matrix: MatrixSpec, method: str) -> PruneOptions:
     Raises:
         SlimError: If one is unknown or wrong.
     """
-    given = matrix.methods[method].prune
-    known = [field.name for field in fields(PruneOptions)]
-    said = [(key, did_you_mean(key, known)) for key in given if key not in known]
+    values = matrix.methods[method].prune
+    names = [field.name for field in fields(PruneOptions)]
+    problems = [(key, did_you_mean(key, names)) for key in values if key not in names]
     try:
-        options = TypeAdapter(PruneOptions).validate_python(given)
+        options = TypeAdapter(PruneOptions).validate_python(values)
     except ValidationError as error:
-        said += [(".".join(map(str, e["loc"])), e["msg"]) for e in error.errors()]
-    if said:
-        raise SlimError("; ".join(f"methods.{method}.prune.{key}: {why}" for key, why in said))
+        problems += [(".".join(map(str, e["loc"])), e["msg"]) for e in error.errors()]
+    if problems:
+        raise SlimError("; ".join(f"methods.{method}.prune.{key}: {why}" for key, why in problems))
     return options
 
 

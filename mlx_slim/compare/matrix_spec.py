@@ -80,7 +80,7 @@ class SweepEntry(Section):
     seed: Seed = 0
 
 
-class HeldOutEntry(Section):
+class ForgettingEntry(Section):
     """Text to measure forgetting on, in bits per byte.
 
     Attributes:
@@ -100,7 +100,7 @@ class OmitEntry(Section):
     Attributes:
         model: Key of ``models``.
         method: Key of ``methods``.
-        why: What the report says of it.
+        why: The reason, shown in the report.
     """
 
     model: str
@@ -120,7 +120,7 @@ class MatrixSpec(Section):
         tasks: What every cell is scored on.
         seeds: Each tuned cell is trained once with each.
         sweep: How learning rates are chosen.
-        held_out: Text for forgetting; None leaves it out.
+        forgetting: Text for forgetting; None leaves it out.
         omit: Cells left out on purpose.
         intruders: Count intruder dimensions of tuned cells.
         budget: Memory a cell may use; one that is predicted to need more is omitted.
@@ -134,7 +134,7 @@ class MatrixSpec(Section):
     tasks: Annotated[list[TaskEntry], Field(min_length=1)]
     seeds: list[Seed] = Field(default_factory=lambda: [0], min_length=1)
     sweep: SweepEntry = SweepEntry()
-    held_out: HeldOutEntry | None = None
+    forgetting: ForgettingEntry | None = None
     omit: list[OmitEntry] = Field(default_factory=list)
     intruders: bool = True
     budget: str | Bytes = "auto"

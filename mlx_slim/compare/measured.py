@@ -1,4 +1,4 @@
-"""What a cell cost and what became of it, read from the files that the run itself left.
+"""What a cell cost and how well it was compressed, read from the files of its run.
 
 Invariant: a function of stored files alone, no model and no clock: the manifest is written from it
 and checked against it. Try it: ``mlx-slim report DIR --verify``.
@@ -9,13 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mlx_slim.compare.records import FuseFidelity, Measured, PruneSummary, TrainingCost
+from mlx_slim.compare.records import FORGETTING, FuseFidelity, Measured, PruneSummary, TrainingCost
 from mlx_slim.export.fuse import RECORD as FUSE_FILE
 from mlx_slim.pruning.run import RECORD_FILE as PRUNE_FILE
 from mlx_slim.reading import read_object
 
 _PRUNED = ("axis", "method", "parameters_before", "parameters_after", "fidelity")
-_FUSED = ("kl", "top1", "tokens", "kept")
+_FUSED = ("kl", "top1", "tokens")
 
 
 def measured(folder: Path) -> Measured:
@@ -29,7 +29,7 @@ def measured(folder: Path) -> Measured:
         for path in sorted(folder.glob("eval/*/timings.json"))
         for timing in read_object(path)["tasks"].values()
     ]
-    text = folder / "eval" / "held_out" / "results.json"
+    text = folder / "eval" / FORGETTING / "results.json"
     figures = read_object(text)["perplexity"]["metrics"] if text.is_file() else None
     fused, pruned = (folder / "model" / name for name in (FUSE_FILE, PRUNE_FILE))
     effect = read_object(fused)["effect"] if fused.is_file() else None
@@ -42,9 +42,14 @@ def measured(folder: Path) -> Measured:
         bits_per_byte=figures["bits_per_byte"]["value"] if figures else None,
         eval_seconds=sum(timing["seconds"] for timing in timings) or None,
         eval_peak_memory_bytes=max((t["peak_memory_bytes"] for t in timings), default=None),
-        fidelity=FuseFidelity(**{key: effect[key] for key in _FUSED}) if effect else None,
+        fidelity=_fidelity(effect) if effect else None,
         pruned=PruneSummary(**{key: cut[key] for key in _PRUNED}) if cut else None,
     )
+
+
+def _fidelity(effect: dict[str, Any]) -> FuseFidelity:
+    """Return the fidelity of a fused model, from its ``fuse.json``."""
+    return FuseFidelity(retained=effect["kept"], **{key: effect[key] for key in _FUSED})
 
 
 def _train(record: dict[str, Any]) -> TrainingCost:

@@ -59,15 +59,15 @@ def _figure(width: float, height: float, name: str, **subplots: Any) -> Iterator
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    made: list[str] = []
+    svgs: list[str] = []
     style: dict[Any, Any] = {**mpl.rcParamsDefault, "backend": "svg", **_STYLE}
     with mpl.rc_context(style):
         figure = Figure(figsize=(width, height))
         axes = figure.subplots(**subplots)
-        yield axes, made
+        yield axes, svgs
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    made.append(_themed(buffer.getvalue(), name))
+    svgs.append(_themed(buffer.getvalue(), name))
 
 
 def _themed(svg: str, name: str) -> str:
@@ -103,11 +103,11 @@ def pareto(
     """Return a scatter of score against a cost, with the points that nothing beats joined.
 
     Args:
-        points: ``x``, ``y`` (a share), ``label``, ``series``.
+        points: ``x``, ``y`` (a fraction), ``label``, ``series``.
         lines: Levels without a cost: ``y``, ``label``.
         axis: ``name``, ``label``, ``unit`` (x is divided by it), ``less`` (less is better).
     """
-    with _figure(3.7, 3.1, f"pareto-{axis['name']}") as (ax, made):
+    with _figure(3.7, 3.1, f"pareto-{axis['name']}") as (ax, svgs):
         best = _front(points, axis["less"])
         if len(best) > 1:
             xs, ys = zip(*best, strict=True)
@@ -127,7 +127,7 @@ def pareto(
         ax.set_ylabel("mean score, points")
         ax.xaxis.set_major_formatter(_in(axis["unit"]))
         ax.yaxis.set_major_formatter(_points)
-    return made[0]
+    return svgs[0]
 
 
 def _front(points: Sequence[dict[str, Any]], less: bool) -> list[tuple[float, float]]:
@@ -189,7 +189,7 @@ def losses(curves: Sequence[dict[str, Any]], name: str) -> str:
         curves: ``label``, ``series``, ``train`` and ``validation`` as [step, loss].
         name: For ids.
     """
-    with _figure(5.4, 3.1, f"loss-{name}") as (ax, made):
+    with _figure(5.4, 3.1, f"loss-{name}") as (ax, svgs):
         for curve in curves:
             tint = color(curve["series"])
             steps, values = _columns(curve["train"])
@@ -202,7 +202,7 @@ def losses(curves: Sequence[dict[str, Any]], name: str) -> str:
         ax.set_ylabel("loss, nats per supervised token")
         if len(curves) <= 12:
             ax.legend(frameon=False, fontsize=8.5, labelcolor=_INK, loc="upper right", ncols=2)
-    return made[0]
+    return svgs[0]
 
 
 def _columns(pairs: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
@@ -232,7 +232,7 @@ def dumbbells(rows: Sequence[dict[str, Any]], name: str, label: str, unit: float
         label: Of the x axis.
         unit: Values are divided by it.
     """
-    with _figure(5.4, 0.75 + 0.27 * len(rows), name) as (ax, made):
+    with _figure(5.4, 0.75 + 0.27 * len(rows), name) as (ax, svgs):
         places = range(len(rows), 0, -1)
         for place, row in zip(places, rows, strict=True):
             tint = color(row["series"])
@@ -244,7 +244,7 @@ def dumbbells(rows: Sequence[dict[str, Any]], name: str, label: str, unit: float
         ax.set_xlim(0, 1.06 * max(max(row["predicted"], row["measured"]) for row in rows))
         ax.set_xlabel(label)
         ax.xaxis.set_major_formatter(_in(unit))
-    return made[0]
+    return svgs[0]
 
 
 def _named(ax: Any, places: Sequence[int], rows: Sequence[dict[str, Any]]) -> None:
@@ -263,7 +263,7 @@ def dots(rows: Sequence[dict[str, Any]], name: str, label: str, level: float | N
         label: Of the x axis.
         level: Of the base; None for no line.
     """
-    with _figure(5.4, 0.75 + 0.27 * len(rows), name) as (ax, made):
+    with _figure(5.4, 0.75 + 0.27 * len(rows), name) as (ax, svgs):
         places = range(len(rows), 0, -1)
         if level is not None:
             ax.axvline(level, color=_SOFT, linewidth=1, linestyle=(0, (4, 3)))
@@ -275,21 +275,21 @@ def dots(rows: Sequence[dict[str, Any]], name: str, label: str, level: float | N
         _named(ax, places, rows)
         ax.margins(x=0.12)
         ax.set_xlabel(label)
-    return made[0]
+    return svgs[0]
 
 
 def forest(panels: Sequence[dict[str, Any]], labels: Sequence[str]) -> str:
     """Return paired differences with their intervals: a panel a task, a line a cell.
 
     Args:
-        panels: ``task`` and ``rows``: ``delta``, ``low``, ``high`` (shares), ``series``,
+        panels: ``task`` and ``rows``: ``delta``, ``low``, ``high`` (fractions), ``series``,
             ``sure`` (the corrected p is under 5%), or None where there is no comparison.
         labels: Of the lines.
     """
     count = len(panels)
     width = 1.5 + 1.75 * count
     size = (min(width, 9.2), 0.9 + 0.27 * len(labels))
-    with _figure(*size, "forest", nrows=1, ncols=count, sharey=True, squeeze=False) as (grid, made):
+    with _figure(*size, "forest", nrows=1, ncols=count, sharey=True, squeeze=False) as (grid, svgs):
         places = range(len(labels), 0, -1)
         for ax, panel in zip(grid[0], panels, strict=True):
             ax.axvline(0, color=_SOFT, linewidth=1)
@@ -310,12 +310,12 @@ def forest(panels: Sequence[dict[str, Any]], labels: Sequence[str]) -> str:
         ax.set_ylim(0.4, len(labels) + 0.6)
         for ax in grid[0]:
             ax.tick_params(axis="y", labelcolor=_INK)
-    return made[0]
+    return svgs[0]
 
 
 def agreement(points: Sequence[dict[str, Any]], name: str, label: str, unit: float) -> str:
     """Return measured against predicted as a scatter with its diagonal, for many cells."""
-    with _figure(3.7, 3.4, name) as (ax, made):
+    with _figure(3.7, 3.4, name) as (ax, svgs):
         high = max(max(p["predicted"], p["measured"]) for p in points) * 1.08
         ax.plot([0, high], [0, high], color=_SOFT, linewidth=1)
         for point in points:
@@ -325,4 +325,4 @@ def agreement(points: Sequence[dict[str, Any]], name: str, label: str, unit: flo
         ax.set_ylabel(f"measured, {label}")
         ax.xaxis.set_major_formatter(_in(unit))
         ax.yaxis.set_major_formatter(_in(unit))
-    return made[0]
+    return svgs[0]

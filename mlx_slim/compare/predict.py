@@ -3,7 +3,7 @@
 Invariant: nothing is downloaded but a configuration and nothing is written; a cell that is
 predicted not to fit is omitted with both figures, whether it is trained or only scored. Training is
 predicted by ``planner/memory.py``; what is not trained needs its weights, as many bits each as it
-has; scoring is a count of tokens times the forward share of a training step.
+has; scoring is a count of tokens times the forward fraction of a training step.
 Try it: ``mlx-slim compare matrix-14 --dry-run``.
 """
 
@@ -33,8 +33,8 @@ from mlx_slim.runtime import human_bytes, memory_budget, resolve_dtype
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FORWARD = 0.3  # of a LoRA step: measured on a CPU, SmolLM2-135M
 LOADING = 12.0  # seconds that a cell spends beside training and scoring
-WRITTEN = 120  # tokens of a generated answer, about
-WRITING = 6.0  # a generated token costs so many times a read one
+GENERATED_TOKENS = 120  # tokens of a generated answer, about
+GENERATION_COST = 6.0  # a generated token costs so many times a read one
 _UNKNOWN_ROWS = (1_000, 200)  # questions and tokens of a task whose rows are not here
 
 
@@ -47,7 +47,7 @@ class Line:
         kind: Of its method.
         peak_bytes: Predicted peak of training; where nothing is trained, the weights that are
             loaded (of a pruned cell those of the model that it is cut from).
-        train_seconds: Training, its share of the sweep included.
+        train_seconds: Training, including its part of the sweep.
         score_seconds: Scoring all tasks.
         why_not: Why it is omitted; empty if it runs.
     """
@@ -71,8 +71,8 @@ def _config(recipe: Recipe) -> dict[str, Any]:
     return model_config(recipe)[0]
 
 
-def _known_config(recipe: Recipe) -> dict[str, Any] | None:
-    """Return the configuration of a recipe's model; None if it is not to be had."""
+def _config_or_none(recipe: Recipe) -> dict[str, Any] | None:
+    """Return the configuration of a recipe's model; None if it is not available."""
     try:
         return _config(recipe)
     except SlimError:
@@ -82,7 +82,7 @@ def _known_config(recipe: Recipe) -> dict[str, Any] | None:
 def predicted_run(
     recipe: Recipe, budget: int | None = None, config: dict[str, Any] | None = None
 ) -> Prediction | None:
-    """Return the prediction of a run on this machine; None if the model's shapes are not to be had.
+    """Return the prediction of a run on this machine; None if the model's shapes are unknown.
 
     Args:
         recipe: The run.
@@ -92,7 +92,7 @@ def predicted_run(
     Raises:
         SlimError: If the model cannot be built.
     """
-    config = _known_config(recipe) if config is None else config
+    config = _config_or_none(recipe) if config is None else config
     if config is None:
         return None
     speed = _speed(recipe.train.dtype)
@@ -128,27 +128,27 @@ def _line(matrix: MatrixSpec, cell: Cell, budget: int, configs: dict[str, dict[s
             if peak is None:
                 return Line(cell.name, cell.kind, None, None, None)
             scoring = _scoring(recipe, tokens, config)
-            asked = [_positions(entry.task, entry.limit) for entry in matrix.tasks]
+            lengths = [_positions(entry.task, entry.limit) for entry in matrix.tasks]
             dtype = resolve_dtype(recipe.train.dtype)
-            known = _config(recipe) if config is None else config
-            peak += planned_footprint(known, dtype.size).least(max(asked, default=1))
+            shapes = _config(recipe) if config is None else config
+            peak += planned_footprint(shapes, dtype.size).least(max(lengths, default=1))
             return Line(cell.name, cell.kind, peak, None, scoring, _over(peak, budget))
-        found = predicted_run(recipe, budget, config)
+        prediction = predicted_run(recipe, budget, config)
     except SlimError as error:
         return Line(cell.name, cell.kind, None, None, None, error.message)
-    if found is None:  # whether there is such a model turns out when it runs
+    if prediction is None:  # whether there is such a model turns out when it runs
         return Line(cell.name, cell.kind, None, None, None)
-    train = found.predicted_seconds
+    train = prediction.predicted_seconds
     if train is not None and len(cell.rates) > 1 and cell.seed == matrix.seeds[0]:
-        steps = found.tokens or 0
+        steps = prediction.tokens or 0
         if matrix.sweep.steps is not None:
             one = recipe.model_copy(
                 update={"train": recipe.train.model_copy(update={"steps": matrix.sweep.steps})}
             )
             short = predicted_run(one, budget, config)
             steps = (short.tokens if short else None) or steps
-        train += train * len(cell.rates) * steps / max(1, found.tokens or 1)
-    peak = found.predicted_peak_bytes
+        train += train * len(cell.rates) * steps / max(1, prediction.tokens or 1)
+    peak = prediction.predicted_peak_bytes
     scoring = _scoring(recipe, tokens, config)
     return Line(cell.name, cell.kind, peak, train, scoring, _over(peak, budget))
 
@@ -164,7 +164,7 @@ def _loaded(recipe: Recipe, kind: Kind, config: dict[str, Any] | None) -> int | 
     Raises:
         SlimError: If the model cannot be built.
     """
-    config = _known_config(recipe) if config is None else config
+    config = _config_or_none(recipe) if config is None else config
     if config is None:
         return None
     rounds = recipe.quantize.model_copy(update={"qat": False})
@@ -180,15 +180,17 @@ def _over(peak: int, budget: int) -> str:
 
 
 def _scoring(recipe: Recipe, tokens: int, config: dict[str, Any] | None) -> float:
-    """Return the seconds that reading so many tokens takes: a share of a LoRA step each."""
+    """Return the seconds that reading so many tokens takes: a fraction of a LoRA step each."""
     plain = recipe.model_copy(update={"method": "lora"})
     speed = _speed(recipe.train.dtype)
     work = TrainingWork(tokens, tokens, recipe.train.max_length, "")
     try:
-        found = predict(config or _config(recipe), plain, speed=speed, work=work, suggest=False)
+        prediction = predict(
+            config or _config(recipe), plain, speed=speed, work=work, suggest=False
+        )
     except SlimError:
         return 0.0
-    return LOADING + FORWARD * (found.predicted_seconds or 0.0)
+    return LOADING + FORWARD * (prediction.predicted_seconds or 0.0)
 
 
 @lru_cache(maxsize=64)
@@ -198,8 +200,8 @@ def _positions(name: str, limit: int | None) -> int:
     if count_rows(task) is None:
         return _UNKNOWN_ROWS[1]
     read = max(len(q.context) + sum(map(len, q.choices)) for q in plain_questions(task, limit))
-    written = task.spec.max_tokens if task.kind == "generation" else 0
-    return int(read / CHARACTERS_PER_TOKEN) + written
+    generated = task.spec.max_tokens if task.kind == "generation" else 0
+    return int(read / CHARACTERS_PER_TOKEN) + generated
 
 
 @lru_cache(maxsize=64)
@@ -211,5 +213,7 @@ def _tokens(name: str, limit: int | None) -> int:
         return (limit or count) * length
     questions = plain_questions(task, limit)
     read = sum(len(q.context) + sum(map(len, q.choices)) for q in questions)
-    written = WRITTEN * WRITING * len(questions) if task.kind == "generation" else 0
-    return int(read / CHARACTERS_PER_TOKEN + written)
+    generated = (
+        GENERATED_TOKENS * GENERATION_COST * len(questions) if task.kind == "generation" else 0
+    )
+    return int(read / CHARACTERS_PER_TOKEN + generated)

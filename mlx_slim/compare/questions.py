@@ -1,6 +1,6 @@
-"""What a matrix asks, stored once for all cells, so that a report needs no data set.
+"""The questions of a matrix, stored once for all cells, so that a report needs no data set.
 
-Invariant: a question is shown as a reader would want it: without solved examples and without chat
+Invariant: a question is stored for reading: without solved examples and without chat
 markup; the order is that of the per-question files. With its right answer, its lengths and the
 task's definition (``tasks.json``) every score can be counted again. Used by ``compare/runner.py``.
 """
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_slim.artifacts import hash_bytes, hash_json, write_json, write_text
-from mlx_slim.compare.matrix_spec import HeldOutEntry, MatrixSpec, TaskEntry
-from mlx_slim.compare.records import HeldOutText
+from mlx_slim.compare.matrix_spec import ForgettingEntry, MatrixSpec, TaskEntry
+from mlx_slim.compare.records import FORGETTING, ForgettingText
 from mlx_slim.config.task import TaskSpec
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.jobs import asked_of
@@ -24,7 +24,6 @@ from mlx_slim.evaluation.tasks.rows import TaskRows, load_rows, shots_checksum
 from mlx_slim.evaluation.tasks.spec import Task, find_task
 from mlx_slim.reading import read_object
 
-HELD_OUT = "held_out"
 TASKS_FILE = "tasks.json"
 
 
@@ -39,10 +38,10 @@ def plain_questions(task: Task, limit: int | None, rows: TaskRows | None = None)
     Args:
         task: The task.
         limit: First rows only, or None.
-        rows: Its rows, where they are read already.
+        rows: Its rows, where they have been read.
 
     Raises:
-        SlimError: If its rows are not to be had.
+        SlimError: If its rows are not available.
     """
     chat = Chat(lambda system, user: f"{system}\n\n{user}".strip()) if task.spec.chat else None
     return build_questions(task, rows or load_rows(task), 0, limit, chat=chat)
@@ -53,18 +52,19 @@ class _Stored:
     """Lines of one file, and what identifies them for the keys of the cells."""
 
     lines: list[dict[str, Any]]
-    asked: dict[str, Any]
+    request: dict[str, Any]
 
 
 def write_questions(matrix: MatrixSpec, folder: Path) -> dict[str, Any]:
-    """Write ``<task>.jsonl`` for each task, the held-out text, and ``tasks.json``.
+    """Write ``<task>.jsonl`` for each task, the forgetting text, and ``tasks.json``.
 
     Returns:
-        For ``matrix.json``: ``asked`` (what identifies each task's questions and the text, by
-        content), ``questions_sha256`` (of each file) and ``held_out`` (the text in words, or None).
+        Fields of ``MatrixRecord``: ``requests`` (what identifies each task's questions and the
+        text, by content), ``questions_sha256`` (of each file) and ``forgetting`` (the text in
+        words, or None).
 
     Raises:
-        SlimError: If rows are not to be had, or ``held_out`` names no text.
+        SlimError: If rows are not available, or ``forgetting`` names no text.
     """
     files: dict[str, _Stored] = {}  # all of them, before anything is written
     tasks: dict[str, Any] = {}
@@ -76,8 +76,8 @@ def write_questions(matrix: MatrixSpec, folder: Path) -> dict[str, Any]:
         }
         files[task.name] = _of_task(task, entry)
     described = None
-    if matrix.held_out is not None:
-        files[HELD_OUT], described = _held_out(matrix.held_out)
+    if matrix.forgetting is not None:
+        files[FORGETTING], described = _forgetting(matrix.forgetting)
     hashes = {}
     for name, stored in files.items():
         lines = [json.dumps(row, ensure_ascii=False) for row in stored.lines]
@@ -86,9 +86,9 @@ def write_questions(matrix: MatrixSpec, folder: Path) -> dict[str, Any]:
         hashes[name] = hash_bytes(text.encode())
     write_json(folder / TASKS_FILE, tasks)
     return {
-        "asked": {name: stored.asked for name, stored in files.items()},
+        "requests": {name: stored.request for name, stored in files.items()},
         "questions_sha256": hashes,
-        "held_out": described,
+        "forgetting": described,
     }
 
 
@@ -100,32 +100,32 @@ def _of_task(task: Task, entry: TaskEntry) -> _Stored:
     return _Stored(lines, asked_of(task, shots, entry.limit, rows.checksum, shots_sha256))
 
 
-def _held_out(held: HeldOutEntry) -> tuple[_Stored, HeldOutText]:
-    """Return the held-out texts, and what they are in words."""
-    if held.path is not None:
-        texts, name = read_texts(Path(held.path)).documents[: held.rows], Path(held.path).name
-    elif held.task is not None:
-        task = find_task(held.task)
-        texts = [question.context for question in plain_questions(task, held.rows)]
+def _forgetting(entry: ForgettingEntry) -> tuple[_Stored, ForgettingText]:
+    """Return the forgetting texts, and their description."""
+    if entry.path is not None:
+        texts, name = read_texts(Path(entry.path)).documents[: entry.rows], Path(entry.path).name
+    elif entry.task is not None:
+        task = find_task(entry.task)
+        texts = [question.context for question in plain_questions(task, entry.rows)]
         name = f"the prompts of {task.name}"
     else:
-        raise SlimError("held_out names no text", "give held_out.path or held_out.task")
+        raise SlimError("forgetting names no text", "give forgetting.path or forgetting.task")
     texts = [text for text in texts if text.strip()]  # as the scorer reads them
     size = sum(len(text.encode()) for text in texts)
     stored = _Stored([{"text": text} for text in texts], {"text_sha256": hash_json(texts)})
-    return stored, HeldOutText(f"{name}, {len(texts)} texts", size)
+    return stored, ForgettingText(f"{name}, {len(texts)} texts", size)
 
 
 def stored_task(folder: Path, name: str, definition_sha256: str) -> Task:
-    """Return a task as it was asked, from ``tasks.json`` in ``folder``.
+    """Return a task as it was scored, from ``tasks.json`` in ``folder``.
 
     Raises:
         SlimError: If the definition is not stored, or is not the one with that hash.
     """
-    known = read_object(folder / TASKS_FILE).get(name)
-    if known is None or hash_json(known["definition"]) != definition_sha256:
+    entry = read_object(folder / TASKS_FILE).get(name)
+    if entry is None or hash_json(entry["definition"]) != definition_sha256:
         raise SlimError(f"{folder / TASKS_FILE} is not the definition of {name} that was scored")
-    return Task(TaskSpec.model_validate(known["definition"]), folder / TASKS_FILE, known["part"])
+    return Task(TaskSpec.model_validate(entry["definition"]), folder / TASKS_FILE, entry["part"])
 
 
 def stored_questions(folder: Path, name: str) -> list[Question]:

@@ -1,7 +1,8 @@
-"""The JSON records of a matrix folder, as frozen classes: what is written is what is read.
+"""The JSON records of a matrix folder, as frozen classes: written and read by the same definition.
 
 Invariant: a record that lacks a field or holds another type is refused with one line that names the
-file and the field; fields that version 0.1 did not write have a default. Files:
+file and the field; fields that version 0.1 did not write have a default; an alias is the key on
+disk. Files:
 ``matrix.json`` (MatrixRecord), ``cells/<name>/cell.json`` (CellRecord),
 ``sweeps/<model>-<method>/sweep.json`` (SweepRecord). Try it: ``mlx-slim report DIR``.
 """
@@ -10,14 +11,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from mlx_slim.artifacts import SCHEMA_VERSION
 from mlx_slim.errors import SlimError
 from mlx_slim.reading import read_object, short
 
+FORGETTING = "held_out"  # the text's name in files and folders of a matrix
 Kind = Literal["base", "quantized", "pruned", "tuned", "fused"]
 _Record = TypeVar("_Record")
 
@@ -65,12 +67,12 @@ class TrainingCost:
 
 @dataclass(frozen=True)
 class FuseFidelity:
-    """How near a fused model is to base and adapter, as ``fuse_audit.Effect`` measured it."""
+    """Fidelity of a fused model to base and adapter: fields of ``fuse_audit.Effect``."""
 
     kl: float
     top1: float
     tokens: int
-    kept: float
+    retained: Annotated[float, Field(alias="kept")]
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Measured:
     Attributes:
         train: None where nothing was trained.
         learning_rate: The one that was used; None likewise.
-        bits_per_byte: Of the held-out text; None without one.
+        bits_per_byte: Of the forgetting text; None without one.
         eval_seconds: Wall time of all evaluations; None if there is none.
         eval_peak_memory_bytes: The most of any evaluation; None likewise.
         fidelity: Of a fused cell.
@@ -142,7 +144,7 @@ class CellRecord(Measured):
         intruders: Of a tuned cell; None where they are not counted.
         weights_sha256: Of the model of the matrix.
         code: Version and hash of the source.
-        provenance: Machine and versions; None in a folder that does not say.
+        provenance: Machine and versions; None in a folder without them.
     """
 
     schema_version: int
@@ -165,11 +167,11 @@ class CellRecord(Measured):
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """A model of a matrix; ``known_as`` is the hub id of one that the package brings."""
+    """A model of a matrix; ``hub_id`` is the hub id of one that the package brings."""
 
     source: str
     revision: str | None = None
-    known_as: str | None = None
+    hub_id: Annotated[str | None, Field(alias="known_as")] = None
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ class OmittedCell:
 
 
 @dataclass(frozen=True)
-class HeldOutText:
+class ForgettingText:
     """The text for forgetting, in words and bytes of UTF-8."""
 
     name: str
@@ -207,9 +209,9 @@ class MatrixRecord:
         omitted: Those left out on purpose or for lack of memory.
         code: Version and hash of the source.
         provenance: Machine and versions.
-        asked: What identifies each task's questions; None in a folder made by version 0.1.
+        requests: What identifies each task's questions; None in a folder made by version 0.1.
         questions_sha256: Of each file of questions.
-        held_out: The text for forgetting, or None.
+        forgetting: The text for forgetting, or None.
     """
 
     schema_version: int
@@ -225,9 +227,9 @@ class MatrixRecord:
     omitted: list[OmittedCell]
     code: str | None = None
     provenance: dict[str, Any]
-    asked: dict[str, dict[str, Any]] | None = None
+    requests: Annotated[dict[str, dict[str, Any]] | None, Field(alias="asked")] = None
     questions_sha256: dict[str, str] = field(default_factory=dict)
-    held_out: HeldOutText | None = None
+    forgetting: Annotated[ForgettingText | None, Field(alias=FORGETTING)] = None
 
 
 @dataclass(frozen=True)
@@ -250,6 +252,11 @@ class SweepRecord:
     rates: list[TriedRate]
     chosen: float
     keys: dict[str, str] = field(default_factory=dict)
+
+
+def as_json(record: object) -> dict[str, Any]:
+    """Return the JSON object of a record, under the keys on disk."""
+    return TypeAdapter(type(record)).dump_python(record, by_alias=True)
 
 
 def read_record(file: Path, kind: type[_Record]) -> _Record:

@@ -1,13 +1,13 @@
-"""Every number of a cell, made again from the lowest level that is stored.
+"""Every number of a cell, computed again from the lowest level that is stored.
 
 Invariant: a level is checked against the one below it and nothing else. Log-likelihoods and texts
 give each answer's marks; those give k, accuracies, macro F1, groups, standard errors; nats and
 bytes give bits per byte; chunks give tokens and seconds; the events of training give what it cost.
-Where files only agree because all of them were changed alike, nothing here can tell.
+A change that was made consistently to all of the files is not detected.
 Used by ``compare/verify.py``.
 
-    questions/<task>.jsonl, tasks.json                 what was asked, the right answers
-      samples_<task>.jsonl, progress.jsonl, eval.json  what the model said, chunk by chunk
+    questions/<task>.jsonl, tasks.json                 the questions, the right answers
+      samples_<task>.jsonl, progress.jsonl, eval.json  the model's answers, chunk by chunk
         eval/<task>/results.json, timings.json         figures over it
     run/metrics.jsonl → run/run.json                   training, event by event
           cells/<name>/cell.json                       the manifest
@@ -20,7 +20,6 @@ import contextlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,10 @@ from mlx_slim.artifacts import hash_file, read_records
 from mlx_slim.compare.jobs import adapters, rounded_name, whole
 from mlx_slim.compare.matrix import MatrixSpec, expand
 from mlx_slim.compare.measured import measured
-from mlx_slim.compare.questions import HELD_OUT, stored_questions, stored_task
-from mlx_slim.compare.records import MatrixRecord, SweepRecord
+from mlx_slim.compare.questions import stored_questions, stored_task
+from mlx_slim.compare.records import FORGETTING, MatrixRecord, SweepRecord, as_json
 from mlx_slim.compare.store import StoredCell, StoredMatrix
+from mlx_slim.config.aliases import MATRIX, rename
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.results import PROGRESS_FILE, STATE_FILE, samples_name, whole_chunks
 from mlx_slim.evaluation.score import NOT_TOLD, section, timing
@@ -44,7 +44,7 @@ from mlx_slim.models.load import model_hash
 from mlx_slim.reading import read_object
 
 _NEAR = 1e-9
-# Of the recipe, what the manifest says in the words of the matrix, not of this machine.
+# Keys of the recipe that the manifest takes from the matrix, without paths of this machine.
 _PLACES = ("model", "revision", "distill", "memory")
 
 
@@ -94,22 +94,22 @@ def recount(stored: StoredMatrix, ledger: Ledger) -> None:
     folder = stored.folder / "questions"
     for name, digest in stored.record.questions_sha256.items():
         if not (file := folder / f"{name}.jsonl").is_file() or hash_file(file) != digest:
-            ledger.problems.append(f"{file} is not what was asked")
+            ledger.problems.append(f"{file} was changed: its hash is not the one in matrix.json")
     with _noted(ledger):
         ledger.problems += _dropped(stored.record)
-    asked = stored.record.asked or {}
-    held_out = stored.record.held_out
-    if held_out is not None:
+    requests = stored.record.requests or {}
+    forgetting = stored.record.forgetting
+    if forgetting is not None:
         with _noted(ledger):
-            texts = read_texts(folder / f"{HELD_OUT}.jsonl")
-            ledger.compare("matrix.json.held_out.bytes", held_out.bytes, texts.size)
+            texts = read_texts(folder / f"{FORGETTING}.jsonl")
+            ledger.compare(f"matrix.json.{FORGETTING}.bytes", forgetting.bytes, texts.size)
     for cell in stored.cells:
         for task in cell.record.tasks:
             with _noted(ledger):
-                _task(ledger, cell, task, folder, asked.get(task))
-        if held_out is not None:
+                _task(ledger, cell, task, folder, requests.get(task))
+        if forgetting is not None:
             with _noted(ledger):
-                _text(ledger, cell, folder, asked.get(HELD_OUT))
+                _text(ledger, cell, folder, requests.get(FORGETTING))
         with _noted(ledger):
             _answered(ledger, stored.folder, cell)
         with _noted(ledger):
@@ -120,22 +120,23 @@ def recount(stored: StoredMatrix, ledger: Ledger) -> None:
 
 
 def _dropped(record: MatrixRecord) -> Iterator[str]:
-    """Yield a line for each cell that the matrix asks for and its list of cells has not."""
+    """Yield a line for each cell of the matrix that its list of cells lacks."""
     if record.matrix is None:
         return
-    layout = expand(MatrixSpec.model_validate(record.matrix), record.name)
-    known = {*record.cells, *(name for name, _ in record.refused)}
+    values, _ = rename(record.matrix, MATRIX)  # of version 0.1
+    layout = expand(MatrixSpec.model_validate(values), record.name)
+    listed = {*record.cells, *(name for name, _ in record.refused)}
     left_out = [f"{entry.model}-{entry.method}" for entry in record.omitted]
     for name in (*(cell.name for cell in layout.cells), *(name for name, _ in layout.refused)):
-        if name not in known and not any(
+        if name not in listed and not any(
             name == pair or name.startswith(f"{pair}-s") for pair in left_out
         ):
-            yield f"matrix.json.cells: {name} is missing, which the matrix asks for"
+            yield f"matrix.json.cells: {name} is missing, though it is part of the matrix"
 
 
 @contextlib.contextmanager
 def _noted(ledger: Ledger) -> Iterator[None]:
-    """Turn an error into a problem: a file that is missing or damaged holds nothing that agrees."""
+    """Record the error of a missing or damaged file as a problem."""
     try:
         yield
     except SlimError as error:
@@ -143,14 +144,14 @@ def _noted(ledger: Ledger) -> Iterator[None]:
     except OSError as error:
         ledger.problems.append(f"{error.filename}: {error.strerror}")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        ledger.problems.append(f"a file is not as it was written: {error!r}")
+        ledger.problems.append(f"a file was changed after it was written: {error!r}")
 
 
 # ------------------------------------------------------------------------------------ evaluations
 
 
 def _task(
-    ledger: Ledger, cell: StoredCell, name: str, folder: Path, asked: dict[str, Any] | None
+    ledger: Ledger, cell: StoredCell, name: str, folder: Path, request: dict[str, Any] | None
 ) -> None:
     out, where = cell.folder / "eval" / name, f"{cell.name} {name}"
     published = read_object(out / "results.json")["tasks"][name]
@@ -163,19 +164,19 @@ def _task(
         place = f"{where}, question {question.doc_id}"
         ledger.compare(place, record, _record(task, question, record))
     _evaluation(ledger, out, name, where, summarize(task, records))
-    _asked(ledger, where, published, asked)
+    _same_request(ledger, where, published, request)
 
 
 def _record(task: Task, question: Question, record: dict[str, Any]) -> dict[str, Any]:
-    """Return a record made again from what the model said."""
+    """Return a record computed again from the model's output."""
     if task.kind == "generation":
         return record_generation(task, question, record["generation"], record["stop_reason"])
     return record_choice(task, question, record["loglikelihoods"], record["greedy"])
 
 
-def _text(ledger: Ledger, cell: StoredCell, folder: Path, asked: dict[str, Any] | None) -> None:
-    out, where = cell.folder / "eval" / HELD_OUT, f"{cell.name} {HELD_OUT}"
-    texts = read_texts(folder / f"{HELD_OUT}.jsonl")
+def _text(ledger: Ledger, cell: StoredCell, folder: Path, request: dict[str, Any] | None) -> None:
+    out, where = cell.folder / "eval" / FORGETTING, f"{cell.name} {FORGETTING}"
+    texts = read_texts(folder / f"{FORGETTING}.jsonl")
     records = list(read_records(out / samples_name(TEXT)))
     published = read_object(out / "results.json")[TEXT]
     windows = [record["window"] for record in records]
@@ -185,7 +186,7 @@ def _text(ledger: Ledger, cell: StoredCell, folder: Path, asked: dict[str, Any] 
     ledger.compare(f"{where} documents", sorted(set(documents)), order)
     ledger.compare(f"{where} text_sha256", published["text_sha256"], texts.sha256)
     _evaluation(ledger, out, TEXT, where, summarize_text(texts, records))
-    _asked(ledger, where, published, asked)
+    _same_request(ledger, where, published, request)
 
 
 def _evaluation(ledger: Ledger, out: Path, name: str, where: str, summary: dict[str, Any]) -> None:
@@ -201,28 +202,28 @@ def _evaluation(ledger: Ledger, out: Path, name: str, where: str, summary: dict[
     sections = {**results["tasks"], **({TEXT: results[TEXT]} if TEXT in results else {})}
     published = {key: value for key, value in sections[name].items() if key != "trained_on"}
     ledger.compare(where, published, again)
-    settings = {key: value for key, value in results.items() if key not in ("tasks", TEXT)}
-    given = {key: value for key, value in state.items() if key not in NOT_TOLD}
-    ledger.compare(f"{where} settings", settings, given)
+    reported = {key: value for key, value in results.items() if key not in ("tasks", TEXT)}
+    expected = {key: value for key, value in state.items() if key not in NOT_TOLD}
+    ledger.compare(f"{where} settings", reported, expected)
     timings = read_object(out / "timings.json")["tasks"]
     ledger.compare(f"{where} timings", timings, {name: timing(entries)})
 
 
-def _asked(
-    ledger: Ledger, where: str, published: dict[str, Any], asked: dict[str, Any] | None
+def _same_request(
+    ledger: Ledger, where: str, published: dict[str, Any], request: dict[str, Any] | None
 ) -> None:
-    """Check that all cells were asked what the matrix says."""
-    if asked is None:
-        ledger.problems.append(f"{where}: matrix.json does not say what was asked")
+    """Check that the request of a cell is the matrix's."""
+    if request is None:
+        ledger.problems.append(f"{where}: matrix.json does not record the request")
         return
-    ledger.compare(f"{where} asked", {key: published.get(key) for key in asked}, asked)
+    ledger.compare(f"{where} request", {key: published.get(key) for key in request}, request)
 
 
 def _answered(ledger: Ledger, folder: Path, cell: StoredCell) -> None:
-    """Check that the cell's own model gave its answers: another cell's stand in no other place."""
+    """Check that the cell's own model gave its answers: those of another cell are refused."""
     weights, adapter = _hashes(folder, cell)
     names = [*cell.record.tasks]
-    names += [HELD_OUT] if (cell.folder / "eval" / HELD_OUT).is_dir() else []
+    names += [FORGETTING] if (cell.folder / "eval" / FORGETTING).is_dir() else []
     for name in names:
         results, where = (
             read_object(cell.folder / "eval" / name / "results.json"),
@@ -261,10 +262,10 @@ def _hash(model: Path | None) -> str | None:
 
 
 def _manifest(ledger: Ledger, cell: StoredCell) -> None:
-    """Check ``cell.json`` against what the cell's own steps left."""
-    record, again = cell.record, asdict(measured(cell.folder))
-    published = {key: value for key, value in asdict(record).items() if key in again}
-    for values in (published, again):  # predicted from a moment's speed: nothing below holds it
+    """Check ``cell.json`` against the files of the cell's steps."""
+    record, again = cell.record, as_json(measured(cell.folder))
+    published = {key: value for key, value in as_json(record).items() if key in again}
+    for values in (published, again):  # predicted from the current speed, which no file stores
         if values["train"] is not None:
             del values["train"]["predicted_seconds"]
     ledger.compare(f"{cell.name}", published, json.loads(json.dumps(again)))
@@ -338,4 +339,4 @@ def differing_texts(folder: Path, rendered: dict[str, str]) -> Iterator[str]:
     for name, text in rendered.items():
         file = folder / name
         if not file.is_file() or file.read_text(encoding="utf-8") != text:
-            yield f"{name} does not say what the stored answers give"
+            yield f"{name} differs from what the stored answers give"

@@ -1,8 +1,8 @@
 """One page that shows a matrix and its evidence; the same in Markdown and as JSON.
 
-Invariant: everything is made from what is stored, by one function (``build``), and the three files
-are three views of its result; the page needs no network and no script, and every text that a model
-or a data set wrote is escaped. Try it: ``mlx-slim report DIR``.
+Invariant: everything is computed from stored files by one function (``build``), and the three files
+render its result; the page needs no network and no script, and all text of models and data sets
+is escaped. Try it: ``mlx-slim report DIR``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from markupsafe import Markup
 from mlx_slim.artifacts import SCHEMA_VERSION, write_json, write_text
 from mlx_slim.claims import held
 from mlx_slim.compare import claims, evidence, headline, plots, store, tables
+from mlx_slim.compare.records import FORGETTING, as_json
 from mlx_slim.errors import SlimError
 from mlx_slim.pages import environment as page_environment
 from mlx_slim.reading import library_errors, short
@@ -58,7 +59,7 @@ def report(folder: Path) -> Report:
     results = build(stored)
     texts = pages(stored, results)
     done = Report(folder, results)
-    with held(done.page):  # two that write at once would leave pages of one and the other
+    with held(done.page):  # two writers at once would mix the pages of both
         write_json(folder / "results.json", results)
         for name, text in texts.items():
             write_text(folder / name, text)
@@ -77,7 +78,8 @@ def pages(stored: store.StoredMatrix, results: dict[str, Any]) -> dict[str, str]
 
 def _pages(stored: store.StoredMatrix, results: dict[str, Any]) -> dict[str, str]:
     curves = [curve for cell in stored.cells if (curve := evidence.curves(cell))]
-    values = {**results, "plots": drawings(results, curves)}
+    forgetting = results[FORGETTING]
+    values = {**results, "forgetting": forgetting, "plots": drawings(results, curves)}
     environment = _environment()
     names = ("report.md", "report.html")
     return {name: environment.get_template(f"{name}.j2").render(values) for name in names}
@@ -96,26 +98,26 @@ def build(stored: store.StoredMatrix) -> dict[str, Any]:
 def _build(stored: store.StoredMatrix) -> dict[str, Any]:
     tasks = tables.tasks_of(stored)
     rows = [tables.row_of(cell, tasks) for cell in stored.cells]
-    found, notes = tables.contrasts(stored, tasks)
+    contrasts, notes = tables.contrasts(stored, tasks)
     pooled, scores = claims.claims(stored, tasks), claims.means(stored, tasks)
-    tables.corrected(found, pooled)
+    tables.corrected(contrasts, pooled)
     record = stored.record
     return {
         "schema_version": SCHEMA_VERSION,
         "title": record.title,
         "note": record.note,
-        "headline": headline.headline(rows, found, pooled, scores, tasks),
+        "headline": headline.headline(rows, contrasts, pooled, scores, tasks),
         "claims": [claim.record() for claim in pooled],
-        "means": {model: [vars(score) for score in own] for model, own in scores.items()},
+        "means": {model: [vars(score) for score in methods] for model, methods in scores.items()},
         "models": _models(stored),
         "tasks": tasks,
         "rows": rows,
         "seeds": tables.seeds_of(rows, tasks),
-        "contrasts": found,
+        "contrasts": contrasts,
         "notes": notes,
         "published": evidence.published(stored, rows),
         "sweeps": [asdict(sweep) for sweep in stored.sweeps],
-        "held_out": asdict(record.held_out) if record.held_out else None,
+        FORGETTING: as_json(record.forgetting) if record.forgetting else None,
         "extraction": evidence.extraction(stored),
         "flips": evidence.flips(stored, tasks),
         "settings": evidence.differences(stored),
@@ -128,10 +130,10 @@ def _build(stored: store.StoredMatrix) -> dict[str, Any]:
 
 
 def _models(stored: store.StoredMatrix) -> dict[str, Any]:
-    """Return the models with the hash of their weights, as the cells found them."""
+    """Return the models with the hash of their weights, as recorded by the cells."""
     hashes = {cell.model: cell.record.weights_sha256 for cell in stored.cells}
     return {
-        name: {**asdict(entry), "weights_sha256": hashes.get(name)}
+        name: {**as_json(entry), "weights_sha256": hashes.get(name)}
         for name, entry in stored.record.models.items()
     }
 
@@ -146,13 +148,13 @@ def drawings(results: dict[str, Any], curves: list[dict[str, Any]]) -> dict[str,
     label = _labels(rows)
     named = [{**row, "label": label[row["name"]], "series": series(row)} for row in rows]
     trained = [row for row in named if row["train"]]
-    made: dict[str, Any] = {"pareto": _paretos(named, trained)}
+    svgs: dict[str, Any] = {"pareto": _paretos(named, trained)}
     of_cell = {row["name"]: row for row in named}
-    made["losses"] = []
+    svgs["losses"] = []
     several = len({row["model"] for row in rows}) > 1
     for model in dict.fromkeys(row["model"] for row in rows):
         members = [curve for curve in curves if of_cell[curve["cell"]]["model"] == model]
-        own = [
+        labelled = [
             {
                 **curve,
                 "label": of_cell[curve["cell"]]["label"],
@@ -160,24 +162,24 @@ def drawings(results: dict[str, Any], curves: list[dict[str, Any]]) -> dict[str,
             }
             for i, curve in enumerate(members)
         ]
-        if own and sum(len(curve["train"]) for curve in own):
-            made["losses"].append((model, plots.losses(own, model)))
+        if labelled and sum(len(curve["train"]) for curve in labelled):
+            svgs["losses"].append((model, plots.losses(labelled, model)))
     memory = [
         {**row, "predicted": predicted, "measured": row["train"]["peak_memory_bytes"]}
         for row in trained
         if (predicted := row["train"].get("predicted_peak_bytes"))
     ]
     unit, name = byte_unit(max((row["measured"] for row in memory), default=0))
-    made["memory"] = _predicted(memory, "memory", f"peak memory of training, {name}", unit)
+    svgs["memory"] = _predicted(memory, "memory", f"peak memory of training, {name}", unit)
     time = [
         {**row, "predicted": predicted / 60, "measured": row["train"]["seconds"] / 60}
         for row in trained
         if (predicted := row["train"].get("predicted_seconds"))
     ]
-    made["time"] = _predicted(time, "time", "training time, minutes", 1)
-    made["forgetting"] = _forgetting(named)
-    made["forest"] = _forest(results, named)
-    return {key: _markup(value) for key, value in made.items()}
+    svgs["time"] = _predicted(time, "time", "training time, minutes", 1)
+    svgs["forgetting"] = _forgetting(named)
+    svgs["forest"] = _forest(results, named)
+    return {key: _markup(value) for key, value in svgs.items()}
 
 
 def _markup(value: Any) -> Any:
@@ -187,7 +189,7 @@ def _markup(value: Any) -> Any:
 
 
 def _labels(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """Return a short name for each cell: what all have in common is left out."""
+    """Return a short name for each cell: what all cells have in common is left out."""
     models = {row["model"] for row in rows}
     seeds = {row["seed"] for row in rows if row["seed"] is not None}
     return {
@@ -226,23 +228,23 @@ def _paretos(named: list[dict[str, Any]], trained: list[dict[str, Any]]) -> list
             if row["mean"] is not None
         ]
 
-    found = []
+    plotted = []
     if trained:
         peak = points(trained, lambda row: row["train"]["peak_memory_bytes"])
         unit, name = byte_unit(max((point["x"] for point in peak), default=0))
         label = f"peak memory of training, {name}"
         axis = {"name": "memory", "label": label, "unit": unit, "less": True}
-        found.append(("Score against memory", plots.pareto(peak, lines, axis)))
+        plotted.append(("Score against memory", plots.pareto(peak, lines, axis)))
         speed = points(trained, lambda row: row["train"]["tokens_per_second"])
         axis = {"name": "speed", "label": "tokens/s in training", "unit": 1, "less": False}
-        found.append(("Score against speed", plots.pareto(speed, lines, axis)))
+        plotted.append(("Score against speed", plots.pareto(speed, lines, axis)))
     stored = points([row for row in named if row["disk"]], lambda row: sum(row["disk"].values()))
     if stored:
         unit, name = byte_unit(max(point["x"] for point in stored))
         label = f"model and adapter on disk, {name}"
         axis = {"name": "disk", "label": label, "unit": unit, "less": True}
-        found.append(("Score against size", plots.pareto(stored, [], axis)))
-    return found
+        plotted.append(("Score against size", plots.pareto(stored, [], axis)))
+    return plotted
 
 
 def _predicted(rows: list[dict[str, Any]], name: str, label: str, unit: float) -> str | None:
@@ -259,7 +261,9 @@ def _forgetting(named: list[dict[str, Any]]) -> str | None:
         return None
     bases = [row for row in rows if row["kind"] == "base"]
     level = bases[0]["value"] if len(bases) == 1 else None
-    return plots.dots(rows, "forgetting", "bits per byte of held-out text (less is better)", level)
+    return plots.dots(
+        rows, "forgetting", "bits per byte of the forgetting text (less is better)", level
+    )
 
 
 def _forest(results: dict[str, Any], named: list[dict[str, Any]]) -> str | None:
@@ -275,15 +279,15 @@ def _forest(results: dict[str, Any], named: list[dict[str, Any]]) -> str | None:
     for task in results["tasks"]:
         lines: list[dict[str, Any] | None] = []
         for row in rows:
-            found = against.get((row["name"], task["task"]))
+            contrast = against.get((row["name"], task["task"]))
             lines.append(
-                found
+                contrast
                 and {
-                    "delta": found["delta"],
-                    "low": found["interval"][0],
-                    "high": found["interval"][1],
+                    "delta": contrast["delta"],
+                    "low": contrast["interval"][0],
+                    "high": contrast["interval"][1],
                     "series": row["series"],
-                    "sure": found["p_holm"] < 0.05,
+                    "sure": contrast["p_holm"] < 0.05,
                 }
             )
         panels.append({"task": task["task"], "rows": lines})
@@ -330,9 +334,9 @@ def _contrast_of(contrasts: list[dict[str, Any]], name: str, task: str) -> dict[
 
 def _by_pair(contrasts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return a line for each pair of cells: first, second, why, and its contrasts by task."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    by_pair: dict[tuple[str, str], dict[str, Any]] = {}
     for row in contrasts:
         line = {"first": row["first"], "second": row["second"], "why": row["why"], "tasks": {}}
-        pair = found.setdefault((row["first"], row["second"]), line)
+        pair = by_pair.setdefault((row["first"], row["second"]), line)
         pair["tasks"][row["task"]] = row
-    return list(found.values())
+    return list(by_pair.values())

@@ -1,8 +1,9 @@
 """Run a matrix: every cell in a process of its own, one after the other.
 
-Invariant: a cell that fails, is killed or runs out of memory costs itself only; only one process
-runs a folder at a time; ``matrix.json`` says what was asked before anything runs, so that a report
-can be made from whatever is there. Try it: ``mlx-slim compare matrix-tiny -o runs/tiny``.
+Invariant: a cell that fails, is killed or runs out of memory does not affect the others; only one
+process runs a folder at a time; ``matrix.json`` records the requests before anything runs, so that
+a report can be made from the cells that are complete. Try it: ``mlx-slim compare matrix-tiny -o
+runs/tiny``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mlx_slim.artifacts import SCHEMA_VERSION, write_json
@@ -19,7 +20,7 @@ from mlx_slim.compare import identity
 from mlx_slim.compare.matrix import Cell, MatrixPlan
 from mlx_slim.compare.predict import Line, plan
 from mlx_slim.compare.questions import task_name, write_questions
-from mlx_slim.compare.records import MatrixRecord, ModelRecord, OmittedCell
+from mlx_slim.compare.records import MatrixRecord, ModelRecord, OmittedCell, as_json
 from mlx_slim.compare.store import MANIFEST, MATRIX_FILE
 from mlx_slim.errors import Interrupted, SlimError
 from mlx_slim.models.hub import SMOLLM2_PACKAGE
@@ -32,7 +33,7 @@ MATRIX = RunKind("compare", "matrix", MATRIX_FILE, ("questions",))
 
 
 @dataclass
-class Ran:
+class MatrixOutcome:
     """How a matrix ended.
 
     Attributes:
@@ -56,21 +57,21 @@ def prepare(layout: MatrixPlan, out: Path, resume: bool) -> list[Cell]:
     lines = {line.cell: line for line in plan(layout)}
     cells = [cell for cell in layout.cells if not lines[cell.name].why_not]
     with RunDir(out, MATRIX).claim(resume=resume, match=lambda: _check_same(out, layout)):
-        asked = write_questions(layout.matrix, out / "questions")
-        write_json(out / MATRIX_FILE, asdict(replace(_record(layout, cells, lines), **asked)))
+        questions = write_questions(layout.matrix, out / "questions")
+        write_json(out / MATRIX_FILE, as_json(replace(_record(layout, cells, lines), **questions)))
     return cells
 
 
 def _check_same(out: Path, layout: MatrixPlan) -> None:
-    known = read_object(out / MATRIX_FILE)
-    if known.get("schema_version") != SCHEMA_VERSION:
+    stored = read_object(out / MATRIX_FILE)
+    if stored.get("schema_version") != SCHEMA_VERSION:
         raise SlimError(
-            f"{out} was made by another version (schema {known.get('schema_version')!r})",
+            f"{out} was made by another version (schema {stored.get('schema_version')!r})",
             "choose another output folder",
         )
-    if known.get("name") != layout.name:
+    if stored.get("name") != layout.name:
         raise SlimError(
-            f"{out} holds the matrix {known.get('name')!r}, not {layout.name!r}",
+            f"{out} holds the matrix {stored.get('name')!r}, not {layout.name!r}",
             "choose another output folder",
         )
 
@@ -112,7 +113,7 @@ def run(
     out: Path,
     launch: Callable[[Cell], tuple[int, str]],
     begun: Callable[[int, Cell], None],
-) -> Ran:
+) -> MatrixOutcome:
     """Run cells one after the other.
 
     Args:
@@ -120,12 +121,12 @@ def run(
         out: The matrix folder.
         launch: Runs one cell; returns its exit code (negative: killed by that signal) and its
             error in one line.
-        begun: Hears which cell begins.
+        begun: Called before each cell, with its number.
 
     Raises:
         Interrupted: If a cell was interrupted; what is complete stays.
     """
-    ran = Ran()
+    ran = MatrixOutcome()
     began = time.monotonic()
     for number, cell in enumerate(cells, 1):
         begun(number, cell)
@@ -145,7 +146,7 @@ def run(
 
 
 def _reason(code: int) -> str:
-    """Return why a process ended, when it did not say."""
+    """Return why a process ended without an error message."""
     if code < 0:
         with contextlib.suppress(ValueError):
             name = signal.Signals(-code).name

@@ -1,10 +1,10 @@
-"""What a matrix leaves on disk, read back: manifests, results, and one bit a question.
+"""The files of a matrix, read back: manifests, results, and one bit a question.
 
 Invariant: a cell counts only with its manifest, which is written last; every vector of right and
 wrong answers comes from the stored per-question files, so every published number can be made again.
-A file that cannot be used costs its own cell, with one line. Try it: ``mlx-slim report DIR``.
+A file that cannot be used excludes its cell only, with one line. Try it: ``mlx-slim report DIR``.
 
-Folder: ``matrix.json``, ``questions/<task>.jsonl`` (what was asked), ``cells/<name>/cell.json``
+Folder: ``matrix.json``, ``questions/<task>.jsonl`` (the questions), ``cells/<name>/cell.json``
 (the manifest) with ``run/`` (training) and ``eval/<task>/`` (scores), ``sweeps/<model>-<method>/``
 (``sweep.json``), ``failed/<name>.json`` (why a cell is missing).
 """
@@ -41,9 +41,9 @@ class Answers:
         samples: The per-question file.
         doc_ids_N: Row numbers.
         right_N: metric -> 0/1 for each question.
-        subjects_N: Index into ``subjects``; None for a task without parts.
-        subjects: Names of the parts.
-        chance: Share that guessing gets right: one choice of each question's, no free answer.
+        subjects_N: Index into ``subjects``; None for a task without subjects.
+        subjects: Names of the subjects.
+        chance: Fraction that guessing gets right; 0 for free answers.
         unextracted: Generations in which a filter found no answer, by filter.
         stopped: How generations ended, counted.
     """

@@ -2,7 +2,7 @@
 
 Invariant: a score is a whole number of questions over their count; every difference is paired on
 the same questions, its p value exact (McNemar) and corrected (Holm) over all comparisons of one
-model; "equal" is never said, only how small a difference could be seen.
+model; the verdict is never "equal", but how small a difference could be detected.
 Try it: ``mlx-slim report DIR``.
 """
 
@@ -15,22 +15,23 @@ from typing import Any
 import numpy as np
 
 from mlx_slim.compare.claims import MethodComparison
+from mlx_slim.compare.records import as_json
 from mlx_slim.compare.store import StoredCell, StoredMatrix
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation import stats
 from mlx_slim.evaluation.comparison import ASKED
 from mlx_slim.evaluation.tasks.metrics import first_metric
 
-RESAMPLED = 60  # pairs of cells up to which a bootstrap is drawn within parts too
+RESAMPLED = 60  # pairs of cells up to which a bootstrap is drawn within subjects too
 
 
 def tasks_of(stored: StoredMatrix) -> list[dict[str, Any]]:
-    """Return what was asked, in the order of the matrix: name, metric, n, shots."""
-    found: dict[str, dict[str, Any]] = {}
+    """Return the tasks in the order of the matrix: name, metric, n, shots."""
+    by_name: dict[str, dict[str, Any]] = {}
     for cell in stored.cells:
         for name, answers in cell.answers.items():
             section = answers.section
-            found.setdefault(
+            by_name.setdefault(
                 name,
                 {
                     "task": name,
@@ -40,12 +41,14 @@ def tasks_of(stored: StoredMatrix) -> list[dict[str, Any]]:
                 },
             )
     order = stored.record.tasks
-    return sorted(found.values(), key=lambda t: order.index(t["task"]) if t["task"] in order else 0)
+    return sorted(
+        by_name.values(), key=lambda t: order.index(t["task"]) if t["task"] in order else 0
+    )
 
 
 def row_of(cell: StoredCell, tasks: list[dict[str, Any]]) -> dict[str, Any]:
     """Return a cell's line of the matrix table."""
-    record = asdict(cell.record)
+    record = as_json(cell.record)
     scores = {}
     for task in tasks:
         answers = cell.answers.get(task["task"])
@@ -62,10 +65,10 @@ def row_of(cell: StoredCell, tasks: list[dict[str, Any]]) -> dict[str, Any]:
             "metrics": answers.section["metrics"],
             **{key: answers.section[key] for key in ("micro", "macro") if key in answers.section},
         }
-    kept = ("name", "model", "method", "kind", "seed", "dtype", "learning_rate", "train", "disk")
-    kept += ("parent", "pruned")
+    keys = ("name", "model", "method", "kind", "seed", "dtype", "learning_rate", "train", "disk")
+    keys += ("parent", "pruned")
     return {
-        **{key: record[key] for key in kept},
+        **{key: record[key] for key in keys},
         "scores": scores,
         "mean": mean(s["value"] for s in scores.values()) if scores else None,
         "bits_per_byte": record["bits_per_byte"],
@@ -88,13 +91,13 @@ def pairs(cells: list[StoredCell]) -> list[tuple[StoredCell, StoredCell, str]]:
     rounded = next(
         (cell for cell in cells if cell.kind == "quantized" and starts[cell.name] is None), None
     )
-    found: list[tuple[StoredCell, StoredCell, str]] = []
+    compared: list[tuple[StoredCell, StoredCell, str]] = []
     if base is not None:
-        found += [(base, cell, "against the base") for cell in cells if cell is not base]
+        compared += [(base, cell, "against the base") for cell in cells if cell is not base]
     tuned = [cell for cell in cells if cell.kind == "tuned"]
     ways = {cell.method: cell.record.recipe["method"] for cell in tuned}
     if rounded is not None:
-        found += [
+        compared += [
             (rounded, cell, "what tuning adds to the 4-bit base")
             for cell in tuned
             if ways[cell.method] == "qlora" and starts[cell.name] is None
@@ -105,7 +108,7 @@ def pairs(cells: list[StoredCell]) -> list[tuple[StoredCell, StoredCell, str]]:
         middle = next((name for name in names if ways[name] == "lora"), names[0])
         for cell in members:
             if cell.method != middle:
-                found += [
+                compared += [
                     (other, cell, "between methods")
                     for other in members
                     if other.method == middle and other.seed == cell.seed
@@ -113,8 +116,8 @@ def pairs(cells: list[StoredCell]) -> list[tuple[StoredCell, StoredCell, str]]:
     for cell in cells:
         parent = of_name.get(starts[cell.name] or "")
         if parent is not None:
-            found.append((parent, cell, _STEPS[cell.kind]))
-    return found
+            compared.append((parent, cell, _STEPS[cell.kind]))
+    return compared
 
 
 # What the difference between a cell and the one that it starts from says, by the cell's kind.
@@ -138,10 +141,10 @@ def contrasts(
     by_model: dict[str, list[StoredCell]] = {}
     for cell in stored.cells:
         by_model.setdefault(cell.model, []).append(cell)
-    found = {model: pairs(cells) for model, cells in by_model.items()}
-    resample = sum(map(len, found.values())) <= RESAMPLED
-    for model, compared in found.items():
-        for first, second, why in compared:
+    by_pair = {model: pairs(cells) for model, cells in by_model.items()}
+    resample = sum(map(len, by_pair.values())) <= RESAMPLED
+    for model, pairs_of_model in by_pair.items():
+        for first, second, why in pairs_of_model:
             for task in tasks:
                 try:
                     row = contrast(first, second, task, resample=resample)
@@ -154,28 +157,28 @@ def contrasts(
 
 
 def corrected(rows: list[dict[str, Any]], pooled: list[MethodComparison]) -> None:
-    """Fill in p values corrected by Holm over all comparisons of a model, and what they say.
+    """Fill in p values corrected by Holm over all comparisons of a model, and their verdicts.
 
     A claim of the headline that is one row of the table takes that row's p value; the others are
     members of the family.
     """
     for model in dict.fromkeys([*(row["model"] for row in rows), *(c.model for c in pooled)]):
-        own = [row for row in rows if row["model"] == model]
+        members = [row for row in rows if row["model"] == model]
         of_pair: dict[tuple[str, ...], dict[str, Any]] = {
-            (row["first"], row["second"], row["task"]): row for row in own
+            (row["first"], row["second"], row["task"]): row for row in members
         }
         claims = [claim for claim in pooled if claim.model == model]
         further = [claim for claim in claims if claim.pair not in of_pair]
-        tests = len(own) + len(further)
-        p_values = [*(row["p_value"] for row in own), *(claim.p_value for claim in further)]
+        tests = len(members) + len(further)
+        p_values = [*(row["p_value"] for row in members), *(claim.p_value for claim in further)]
         adjusted = stats.holm(p_values)
-        for row, p_holm in zip(own, adjusted, strict=False):
+        for row, p_holm in zip(members, adjusted, strict=False):
             row["p_holm"], row["family"] = p_holm, tests
             row["detectable"] = stats.detectable_difference(
                 row["gained"] + row["lost"], row["n"], tests
             )
             row["verdict"] = stats.verdict(row["delta"], p_holm, row["detectable"])
-        for claim, p_holm in zip(further, adjusted[len(own) :], strict=True):
+        for claim, p_holm in zip(further, adjusted[len(members) :], strict=True):
             claim.judge(p_holm, tests)
         for claim in claims:
             if claim.pair in of_pair:
@@ -191,10 +194,10 @@ def contrast(
         first: Usually the base.
         second: What is compared with it.
         task: Name, metric.
-        resample: Draw the bootstrap within parts (MMLU's subjects) too, an eighth of a second.
+        resample: Draw the bootstrap within subjects (of MMLU) too, an eighth of a second.
 
     Raises:
-        SlimError: If the two were not asked the same questions.
+        SlimError: If the two did not answer the same questions.
     """
     name, metric = task["task"], task["metric"]
     a, b = first.answers.get(name), second.answers.get(name)
@@ -230,7 +233,7 @@ def seeds_of(rows: list[dict[str, Any]], tasks: list[dict[str, Any]]) -> list[di
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["model"], row["method"]), []).append(row)
-    found = []
+    lines = []
     for (model, method), members in groups.items():
         if len(members) < 2:
             continue
@@ -239,7 +242,7 @@ def seeds_of(rows: list[dict[str, Any]], tasks: list[dict[str, Any]]) -> list[di
             for task in tasks
             if all(task["task"] in row["scores"] for row in members)
         }
-        found.append(
+        lines.append(
             {
                 "model": model,
                 "method": method,
@@ -247,4 +250,4 @@ def seeds_of(rows: list[dict[str, Any]], tasks: list[dict[str, Any]]) -> list[di
                 "tasks": {t: {"mean": mean(v), "sd": stdev(v)} for t, v in values.items()},
             }
         )
-    return found
+    return lines

@@ -1,8 +1,8 @@
 """Count every published number again from the lowest level that is stored.
 
-Invariant: nothing is taken from what is published but the claim; log-likelihoods, generated texts,
-nats and training events give it again (``recount.py``), digit by digit, score × n is a whole
-number, and the pages say what the numbers say. Try it: ``mlx-slim report DIR --verify``.
+Invariant: every published number is compared with one computed again from log-likelihoods,
+generated texts, nats and training events (``recount.py``); score × n is a whole number, and the
+pages show these numbers. Try it: ``mlx-slim report DIR --verify``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mlx_slim.reading import library_errors, read_object, short
 
 @dataclass(frozen=True)
 class Verified:
-    """What was counted: cells, answers, numbers that agree; and (cell, why) of those not there."""
+    """Counts of cells, answers and numbers that agree; and (cell, why) of missing cells."""
 
     cells: int
     questions: int
@@ -36,10 +36,10 @@ def verify(folder: Path) -> Verified:
         SlimError: If a number differs (``details`` has a line each), or nothing was published.
     """
     stored = store.load(folder)
-    if stored.record.asked is None:  # version 0.1
+    if stored.record.requests is None:  # version 0.1
         raise SlimError(
-            f"{folder} was made by an older version and does not hold what was asked, from which "
-            "every number is counted again",
+            f"{folder} was made by an older version and lacks the requests, which are needed to "
+            "verify its numbers",
             f"complete it with: mlx-slim compare MATRIX -o {folder} --resume",
         )
     ledger, results = count_again(stored)
@@ -47,9 +47,9 @@ def verify(folder: Path) -> Verified:
     if ledger.problems:
         raise SlimError(
             f"{folder}: {len(ledger.problems)} numbers are not what the stored answers give",
-            "a file was changed after the report: mlx-slim report DIR makes the pages again; what "
-            "was scored or trained is made again by mlx-slim compare --resume, once its folder in "
-            "cells/ is removed",
+            "a file was changed after the report: mlx-slim report DIR writes the pages again; to "
+            "score or train a cell again, remove its folder in cells/ and run mlx-slim compare "
+            "--resume",
             details=ledger.problems[:20],
         )
     questions = sum(answers.n for cell in stored.cells for answers in cell.answers.values())

@@ -15,6 +15,7 @@ from mlx_slim.errors import SlimError
 
 Aliases = Mapping[Keys, str]  # path of the old key -> the new name of its last part
 RECIPE: Aliases = {("held_out",): "forgetting", ("quantize", "aware"): "qat"}
+MATRIX: Aliases = {("held_out",): "forgetting"}
 
 
 def current_path(path: Keys, aliases: Aliases) -> Keys:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from mlx_slim.config import library
-from mlx_slim.config.aliases import RECIPE, Aliases, current_path, rename
+from mlx_slim.config.aliases import MATRIX, RECIPE, Aliases, current_path, rename
 from mlx_slim.config.problems import Keys, Origins, Words, words_for
 from mlx_slim.config.read import parse_scalar, read_mapping
 from mlx_slim.config.schema import Recipe, Section
@@ -73,6 +73,9 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Resolved:
     return _check(layers, layers.file.stem, text)
 
 
+_ALIASES: dict[library.Kind, Aliases] = {"recipes": RECIPE, "matrices": MATRIX}
+
+
 @dataclass
 class Layers:
     """Values of files and of the command line, laid over each other, unchecked.
@@ -118,14 +121,10 @@ def read_layers(
         file = Path(name_or_path)
     else:
         file = library.find(kind, name_or_path)
-    layers = Layers(aliases=_aliases(schema), file=file)
+    layers = Layers(aliases=_ALIASES.get(kind, {}), file=file)
     _apply_file(file, layers, ())
     _apply_overrides(overrides, layers, words_for(schema))
     return layers
-
-
-def _aliases(schema: type[Section]) -> Aliases:
-    return RECIPE if schema is Recipe else {}
 
 
 def from_values(values: dict[str, Any], name: str, origin: str) -> Resolved:
@@ -148,7 +147,7 @@ def from_layers(layers: Sequence[tuple[dict[str, Any] | str, str]], name: str) -
     Raises:
         SlimError: As ``load_recipe``.
     """
-    merged = Layers(aliases=_aliases(Recipe))
+    merged = Layers(aliases=RECIPE)
     for values, origin in layers:
         if isinstance(values, str):
             _apply_file(library.find("recipes", values), merged, ())

@@ -1,6 +1,6 @@
 """Text on which models are compared after a change.
 
-Invariant: there is always some: what the user named, else Alpaca where a mirror or the hub has it,
+Invariant: there is always one: what the user named, else Alpaca where a mirror or the hub has it,
 else the demo's rows, which ship with the package; which one it was is part of the result. Try it:
 ``mlx-slim fuse MODEL --adapter DIR -o OUT --calibration notes.txt``.
 
@@ -33,10 +33,10 @@ def audit_tokens(
 
     Args:
         tokenizer: The model's.
-        source: Text file or data set; None takes what there is.
+        source: Text file or data set; None takes the default.
         rows: N, at most.
         length: T, at most.
-        limit: The longest row that the model computes right; T is no longer.
+        limit: The longest row that the model computes correctly; T is at most that.
 
     Raises:
         SlimError: If ``source`` cannot be read or is too short.
@@ -47,7 +47,7 @@ def audit_tokens(
     )
     for name in names:
         try:
-            found = read_calibration(name, tokenizer, length=length, seen=0, validation=rows)
+            calibration = read_calibration(name, tokenizer, length=length, seen=0, validation=rows)
         except SlimError:
             if name == names[-1]:
                 raise
@@ -55,5 +55,5 @@ def audit_tokens(
         text = (
             Path(source).name if source else ("Alpaca" if name == names[0] else "the demo's rows")
         )
-        return found.validation_NT, text
+        return calibration.validation_NT, text
     raise AssertionError("unreachable")

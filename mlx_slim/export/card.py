@@ -1,7 +1,7 @@
 """The model card: what an artifact is, where it comes from and what was measured.
 
-Invariant: numbers are read from the records that lie with the artifact (``run.json``,
-``fuse.json``, results of ``mlx-slim eval``), none is made up; no path of this machine is named. Try
+Invariant: numbers are read only from the records beside the artifact (``run.json``,
+``fuse.json``, results of ``mlx-slim eval``); no path of this machine is named. Try
 it: ``mlx-slim export runs/mine --to peft -o peft`` writes one.
 """
 
@@ -64,14 +64,14 @@ class Card:
 
 
 def records_of(folder: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Return (file name, content) of the records that lie in ``folder`` or, of a run, above it."""
-    found = []
+    """Return (file name, content) of the records in ``folder`` or, of a run, above it."""
+    records = []
     for name in ("run.json", RECORD, "results.json"):
         for place in (folder, folder.parent):
             if (place / name).is_file() and (place == folder or name == "run.json"):
-                found.append((name, read_object(place / name)))
+                records.append((name, read_object(place / name)))
                 break
-    return found
+    return records
 
 
 def describe(folder: Path, card: Card) -> None:
@@ -103,26 +103,26 @@ def _run(record: dict[str, Any], card: Card) -> None:
             ("peak memory of training", human_bytes(done["peak_memory_bytes"])),
         ]
     if result.get("trainable"):
-        share = f"{result['trainable']:,} of {result['total']:,} parameters"
-        card.provenance.append(("trained", share))
+        trained = f"{result['trainable']:,} of {result['total']:,} parameters"
+        card.provenance.append(("trained", trained))
     path = data.get("path")
     sources = path if isinstance(path, list) else [{"path": path}]
     names = [public_name(entry["path"]) for entry in sources if entry.get("path")]
     card.provenance += [("method", str(recipe.get("method"))), ("data", ", ".join(names))]
     if recipe.get("method") != "full":
         adapter = recipe.get("adapter", {})
-        said = {key: value for key, value in adapter.items() if value is not None}
-        card.provenance.append(("adapter", json.dumps(said)))
+        settings = {key: value for key, value in adapter.items() if value is not None}
+        card.provenance.append(("adapter", json.dumps(settings)))
     keys = ("optimizer", "learning_rate", "schedule", "epochs", "steps", "batch_tokens", "seed")
-    said = {key: train[key] for key in keys if train.get(key) is not None}
-    card.provenance.append(("training", json.dumps(said)))
+    settings = {key: train[key] for key in keys if train.get(key) is not None}
+    card.provenance.append(("training", json.dumps(settings)))
     _versions(record, card)
 
 
 def _fuse(record: dict[str, Any], card: Card) -> None:
     effect = record["effect"]
     card.metrics += [
-        ("adapter's effect kept by the fuse", f"{effect['kept']:.1%}"),
+        ("adapter's effect retained by the fuse", f"{effect['kept']:.1%}"),
         ("KL from base + adapter", f"{effect['kl']:.2g} nats a token (the base: "
          f"{effect['kl_base']:.2g}), on {effect['tokens']:,} tokens of {record['text']}"),
         ("same top-1 token as base + adapter", f"{effect['top1']:.1%}"),
@@ -138,11 +138,11 @@ def _fuse(record: dict[str, Any], card: Card) -> None:
 
 
 def _results(record: dict[str, Any], card: Card) -> None:
-    for task, found in record.get("tasks", {}).items():
-        for metric, value in found.get("metrics", {}).items():
+    for task, scores in record.get("tasks", {}).items():
+        for metric, value in scores.get("metrics", {}).items():
             error = f" ± {value['stderr']:.4f}" if value.get("stderr") is not None else ""
-            shots = found.get("num_fewshot", 0)
-            text = f"{value['value']:.4f}{error} ({found.get('n')} questions, {shots}-shot)"
+            shots = scores.get("num_fewshot", 0)
+            text = f"{value['value']:.4f}{error} ({scores.get('n')} questions, {shots}-shot)"
             card.metrics.append((f"{task}, {metric}", text))
 
 

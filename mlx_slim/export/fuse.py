@@ -1,20 +1,20 @@
-"""Fold an adapter into its model, and prove that the tune is still there.
+"""Fold an adapter into its model, and check that its effect is retained.
 
 Invariant: weights are summed in float32 and cast last; what is audited is what is stored, rounding
 included; one model is in memory: the logits of base and tuned model are recorded, then its layers
 are fused one by one. A fuse that loses the tune (``export/fuse_audit.py``: under half of the effect
-kept, or no nearer to the tuned model than the base was) is refused and leaves nothing behind,
+retained, or no nearer to the tuned model than the base was) is refused and writes nothing,
 unless forced. ``fuse.json`` in the output holds the audit. Try it:
 ``mlx-slim fuse MODEL --adapter runs/mine/adapters -o fused``.
 
-A change of 2% of a 4-bit weight is less than a rounding step: requantizing keeps about a seventh of
-it. So a quantized base is dequantized unless told otherwise, or the adapter kept beside it.
+A change of 2% of a 4-bit weight is less than a rounding step: requantizing retains about a seventh
+of it. So a quantized base is dequantized by default; ``--keep`` stores the adapter beside it.
 """
 
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import ResourceError, SlimError
 from mlx_slim.events import Notice, Observer
 from mlx_slim.export.audit_text import audit_tokens
-from mlx_slim.export.fuse_audit import Effect, effect, weight_share
+from mlx_slim.export.fuse_audit import Effect, effect, weight_retention
 from mlx_slim.export.options import FuseOptions, Mode
 from mlx_slim.models.lineage import carry
 from mlx_slim.models.load import Loaded, cast, read_weights
@@ -60,12 +60,12 @@ from mlx_slim.runtime import (
 )
 
 RECORD = "fuse.json"
-KEPT_ADAPTER = "adapters"
+ADAPTER_FOLDER = "adapters"
 
 
 @dataclass(frozen=True)
 class Fused:
-    """What came out.
+    """A fused model and its audit.
 
     Attributes:
         path: The folder.
@@ -73,10 +73,10 @@ class Fused:
         layers: Adapted layers.
         dtype: Of the floating weights.
         bytes: Size of the weights on disk.
-        text: What was compared on.
-        effect: What is left of the tune.
-        weights_kept: Share of the weight change that is left, all layers together.
-        worst_layer: Path and share of the layer that kept least.
+        text: Name of the text that was compared on.
+        effect: How much of the tune is retained.
+        weights_retained: Fraction of the weight change that is left, over all layers.
+        least_retained: Path and fraction of the layer that retains least.
         lost: Why the tune counts as lost; empty if it does not.
     """
 
@@ -87,30 +87,43 @@ class Fused:
     bytes: int
     text: str
     effect: Effect
-    weights_kept: float
-    worst_layer: tuple[str, float]
+    weights_retained: float
+    least_retained: tuple[str, float]
     lost: str
 
     def as_record(self) -> dict[str, Any]:
         """Return what ``--json`` prints and ``fuse.json`` holds."""
-        return {"schema_version": SCHEMA_VERSION, **asdict(self), "path": self.path.name}
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "path": self.path.name,
+            "mode": self.mode,
+            "layers": self.layers,
+            "dtype": self.dtype,
+            "bytes": self.bytes,
+            "text": self.text,
+            "effect": self.effect.as_record(),
+            "weights_kept": self.weights_retained,
+            "worst_layer": self.least_retained,
+            "lost": self.lost,
+        }
 
     def lines(self) -> list[str]:
-        """Return what a person reads, one fact a line."""
-        found, (path, share) = self.effect, self.worst_layer
+        """Return the summary, one fact a line."""
+        audit, (path, fraction) = self.effect, self.least_retained
         lines = [
             f"{self.path}: {self.mode}, {self.layers} layers, {self.dtype}, "
             f"{human_bytes(self.bytes)}",
-            f"audit      {found.kept:.1%} of the adapter's effect kept, KL {found.kl:.2g} nats "
-            f"from base + adapter (the base: {found.kl_base:.2g}), same top-1 token "
-            f"{found.top1:.1%} ({found.tokens:,} tokens of {self.text})",
-            f"weights    {self.weights_kept:.1%} of the change kept, least in {path}: {share:.1%}",
+            f"audit      {audit.retained:.1%} of the adapter's effect kept, KL {audit.kl:.2g} nats "
+            f"from base + adapter (the base: {audit.kl_base:.2g}), same top-1 token "
+            f"{audit.top1:.1%} ({audit.tokens:,} tokens of {self.text})",
+            f"weights    {self.weights_retained:.1%} of the change kept, least in {path}: "
+            f"{fraction:.1%}",
         ]
         if self.lost:
             lines.append(f"warning: the tune is lost: {self.lost}; written because of --force")
         if self.mode == "keep":
             lines.append(
-                f"try it     mlx-slim chat {self.path} --adapter {self.path / KEPT_ADAPTER}"
+                f"try it     mlx-slim chat {self.path} --adapter {self.path / ADAPTER_FOLDER}"
             )
         else:
             lines.append(f"try it     mlx-slim chat {self.path}")
@@ -123,7 +136,7 @@ def find_adapter(folder: Path) -> Path:
     Raises:
         SlimError: If there is none.
     """
-    for candidate in (folder, folder / KEPT_ADAPTER):
+    for candidate in (folder, folder / ADAPTER_FOLDER):
         if (candidate / CONFIG).is_file():
             return candidate
     raise SlimError(
@@ -148,7 +161,7 @@ def fuse(
             (``DIR`` or ``DIR=WEIGHT``) the weighted sum.
         out: Must not exist.
         options: See ``FuseOptions``.
-        observer: Hears a ``Notice`` for each stage.
+        observer: Gets a ``Notice`` for each stage.
 
     Raises:
         ResourceError: If memory or disk are too small.
@@ -187,10 +200,10 @@ def fuse(
     injected = load_adapters(model, stack)
     tuned = RecordedLogits(model.eval(), tokens_NT, out)
     say(f"folding {len(injected.paths)} layers: {mode}")
-    shares, overall = _fold(model, mode, stored)
+    fractions, overall = _fold(model, mode, stored)
     say(f"comparing base, base + adapter and fused model on {tokens_NT.size:,} tokens")
-    found = effect(base, tuned, tuned if mode == "keep" else model, tokens_NT)
-    lost = found.lost()
+    audit = effect(base, tuned, tuned if mode == "keep" else model, tokens_NT)
+    lost = audit.lost()
     if lost and not options.force:
         raise SlimError(f"this fuse loses the tune: {lost}; nothing was written", _way_out(mode))
 
@@ -201,9 +214,9 @@ def fuse(
         dtype=dtype_name(stored),
         bytes=0,
         text=text,
-        effect=found,
-        weights_kept=overall,
-        worst_layer=min(shares.items(), key=lambda item: item[1]),
+        effect=audit,
+        weights_retained=overall,
+        least_retained=min(fractions.items(), key=lambda item: item[1]),
         lost=lost,
     )
     say(f"saving {out} and reading it back")
@@ -211,8 +224,8 @@ def fuse(
     def beside(folder: Path) -> None:
         nonlocal result
         if mode == "keep":
-            _keep(folder / KEPT_ADAPTER, model, stack, str(source))
-            carry(folder / KEPT_ADAPTER, folders)
+            _keep(folder / ADAPTER_FOLDER, model, stack, str(source))
+            carry(folder / ADAPTER_FOLDER, folders)
         size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
         result = replace(result, bytes=size)
         write_json(folder / RECORD, _record(result, source, stack))
@@ -223,7 +236,7 @@ def fuse(
 
 
 def _keep(folder: Path, model: nn.Module, stack: list[Weighted], base: str) -> None:
-    """Write the adapter beside its base: one as it is, several as the one that they add up to."""
+    """Write the adapter beside its base: one unchanged, several as their weighted sum."""
     if len(stack) == 1 and stack[0].weight == 1:
         shutil.copytree(stack[0].folder, folder)
         return
@@ -236,7 +249,7 @@ def _mode(mode: Mode, loaded: Loaded) -> str:
     quantized = is_quantized(loaded.model)
     if mode == "requantize" and not quantized:
         raise SlimError(
-            f"{loaded.source} is not quantized: there is no format to return to",
+            f"{loaded.source} is not quantized: there is no format to quantize it back to",
             "fuse it without --requantize, then: mlx-slim quantize FUSED -o DIR",
         )
     if mode == "keep" or (quantized and mode == "requantize"):
@@ -246,26 +259,26 @@ def _mode(mode: Mode, loaded: Loaded) -> str:
 
 def _way_out(mode: str) -> str:
     if mode == "requantize":
-        return "use --dequantize or --keep, or --force to write it all the same"
-    return "use --dtype float32 or --keep, or --force to write it all the same"
+        return "use --dequantize or --keep, or --force to write it anyway"
+    return "use --dtype float32 or --keep, or --force to write it anyway"
 
 
 def _fold(model: nn.Module, mode: str, stored: mx.Dtype) -> tuple[dict[str, float], float]:
     """Fuse ``model`` in place, as it will be stored, in the dtype that models compute in.
 
     Returns:
-        The share of each layer's change that is left, and that of all together.
+        The fraction of each layer's change that is left, and that over all layers.
     """
     compute = compute_dtype()
     wide = compute is not None or mode == "requantize"
     _check_memory(model, mode, 4 if wide else stored.size)
-    shares: dict[str, float] = {}
+    fractions: dict[str, float] = {}
     sizes: dict[str, float] = {}
     waiting = adapters_of(model)[::-1]
     while waiting:  # popped, so that each former layer is freed as soon as it is replaced
         path, adapter = waiting.pop()
-        base, wanted = dequantize_weight(adapter.base), adapter.merged_weight()
-        now = wanted
+        base, merged = dequantize_weight(adapter.base), adapter.merged_weight()
+        now = merged
         if mode != "keep":
             layer = merged_layer(adapter, mx.float32 if wide else stored)
             if mode == "requantize":
@@ -275,8 +288,8 @@ def _fold(model: nn.Module, mode: str, stored: mx.Dtype) -> tuple[dict[str, floa
                 read_weights(layer)
             model.update_modules(tree_unflatten([(path, layer)]))
             now = dequantize_weight(layer)
-        sizes[path] = to_float(mx.square(wanted - base).sum())
-        shares |= weight_share([(path, base, wanted, now)])
+        sizes[path] = to_float(mx.square(merged - base).sum())
+        fractions |= weight_retention([(path, base, merged, now)])
     if mode == "keep":
         remove_adapters(model)
     else:
@@ -288,12 +301,12 @@ def _fold(model: nn.Module, mode: str, stored: mx.Dtype) -> tuple[dict[str, floa
         use_fast_matmul(model)
     model.freeze()
     total = sum(sizes.values())
-    along = sum(shares[path] * sizes[path] for path in shares)
-    return shares, along / total if total > 0 else 1.0
+    along = sum(fractions[path] * sizes[path] for path in fractions)
+    return fractions, along / total if total > 0 else 1.0
 
 
 def _check_memory(model: nn.Module, mode: str, itemsize: int) -> None:
-    """Refuse to start where a dense layer, or what the model grows by, does not fit beside it."""
+    """Refuse to start where a dense layer, or the growth of the model, does not fit beside it."""
     layers = {path: adapter.base for path, adapter in adapters_of(model)}
     if mode == "dequantize":
         layers |= {path: each for path, each in model.named_modules() if "scales" in each}
@@ -336,8 +349,8 @@ def _record(result: Fused, source: str | Path, stack: list[Weighted]) -> dict[st
 
 def _described(one: Weighted) -> dict[str, Any]:
     settings = read_object(one.folder / CONFIG)
-    kept = ("fine_tune_type", "lora_parameters", "trained_with", "model")
+    keys = ("fine_tune_type", "lora_parameters", "trained_with", "model")
     if settings.get("model"):
         settings["model"] = public_name(settings["model"])
-    found = {key: settings[key] for key in kept if key in settings}
-    return found if one.weight == 1 else {**found, "weight": one.weight}
+    described = {key: settings[key] for key in keys if key in settings}
+    return described if one.weight == 1 else {**described, "weight": one.weight}

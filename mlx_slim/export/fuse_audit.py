@@ -2,8 +2,8 @@
 
 Invariant: three models read the same tokens (the base, the base with its adapter, the fused one),
 log-probabilities are float32, and one row's logits of each exist at a time. The effect of the
-adapter is the change it makes to the log-probabilities; the share kept is the projection of the
-fused model's change on it, so noise that points elsewhere does not count as kept. Try it:
+adapter is the change it makes to the log-probabilities; the fraction retained is the projection of
+the fused model's change on it, so orthogonal noise does not count as retained. Try it:
 ``mlx-slim fuse MODEL --adapter DIR -o OUT``.
 
 Shapes: N rows, T tokens a row, C positions compared at a time, V vocabulary.
@@ -12,7 +12,7 @@ Shapes: N rows, T tokens a row, C positions compared at a time, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import mlx.core as mx
 
@@ -21,7 +21,7 @@ from mlx_slim.models.fidelity import CHUNK, Model
 from mlx_slim.models.logits import kl_divergence, logsumexp, row_sums
 from mlx_slim.runtime import to_float
 
-MIN_KEPT = 0.5
+MIN_RETAINED = 0.5
 
 
 @dataclass(frozen=True)
@@ -29,20 +29,26 @@ class Effect:
     """What is left of a tune.
 
     Attributes:
-        kept: Share of the adapter's effect on the log-probabilities that the fused model has, as a
+        retained: Fraction of the adapter's effect on the log-probabilities that the fused model
+        has, as a
             projection weighted by the tuned model's probabilities: 1 is all, 0 none. 1 for an
             adapter without an effect.
         kl: Mean KL(tuned ‖ fused), nats a token.
         kl_base: Mean KL(tuned ‖ base), nats a token: the size of the effect.
-        top1: Share of positions where tuned and fused model find the same token likeliest.
+        top1: Fraction of positions where tuned and fused model have the same most likely token.
         tokens: Positions compared.
     """
 
-    kept: float
+    retained: float
     kl: float
     kl_base: float
     top1: float
     tokens: int
+
+    def as_record(self) -> dict[str, float]:
+        """Return the audit as ``fuse.json`` holds it."""
+        values = asdict(self)
+        return {"kept": values.pop("retained"), **values}
 
     def lost(self) -> str:
         """Return why the tune counts as lost, in a few words; empty if it does not.
@@ -50,8 +56,11 @@ class Effect:
         Lost: less than half of the effect is kept, or the fused model is no nearer to the tuned one
         than the base was.
         """
-        if not self.kept >= MIN_KEPT:
-            return f"it keeps {self.kept:.0%} of the adapter's effect, {MIN_KEPT:.0%} are wanted"
+        if not self.retained >= MIN_RETAINED:
+            return (
+                f"it keeps {self.retained:.0%} of the adapter's effect, at least "
+                f"{MIN_RETAINED:.0%} is required"
+            )
         if self.kl > 1e-6 and self.kl >= self.kl_base:
             return (
                 f"it is no nearer to the tuned model (KL {self.kl:.3g}) than the base was "
@@ -71,17 +80,22 @@ def effect(base: Model, tuned: Model, fused: Model, tokens_NT: mx.array) -> Effe
         rows = [model(row_T[None])[0] for model in (base, tuned, fused)]
         mx.eval(rows)
         for start in range(0, row_T.size, CHUNK):
-            parts = _chunk(*(row_TV[start : start + CHUNK] for row_TV in rows))
-            sums = [total + to_float(part) for total, part in zip(sums, parts, strict=True)]
+            chunk_sums = _chunk(*(row_TV[start : start + CHUNK] for row_TV in rows))
+            sums = [
+                total + to_float(chunk_sum)
+                for total, chunk_sum in zip(sums, chunk_sums, strict=True)
+            ]
     tokens = tokens_NT.size
     along, size, kl, kl_base, agree = sums
     if not mx.isfinite(mx.array(sums)).all():
         raise SlimError(
-            "a logit is not finite: the comparison means nothing",
+            "a logit is not finite: the comparison is not valid",
             "the adapter or the base is damaged, or the weights overflow their dtype",
         )
-    kept = along / size if size / tokens > 1e-12 else 1.0
-    return Effect(kept, max(0.0, kl / tokens), max(0.0, kl_base / tokens), agree / tokens, tokens)
+    retained = along / size if size / tokens > 1e-12 else 1.0
+    return Effect(
+        retained, max(0.0, kl / tokens), max(0.0, kl_base / tokens), agree / tokens, tokens
+    )
 
 
 def _chunk(base_CV: mx.array, tuned_CV: mx.array, fused_CV: mx.array) -> tuple[mx.array, ...]:
@@ -100,17 +114,19 @@ def _chunk(base_CV: mx.array, tuned_CV: mx.array, fused_CV: mx.array) -> tuple[m
     )
 
 
-def weight_share(triples: Iterable[tuple[str, mx.array, mx.array, mx.array]]) -> dict[str, float]:
-    """Return path -> share of each layer's weight change that the fused weight has.
+def weight_retention(
+    triples: Iterable[tuple[str, mx.array, mx.array, mx.array]],
+) -> dict[str, float]:
+    """Return path -> fraction of each layer's weight change that the fused weight has.
 
     Args:
         triples: (path, base, tuned, fused) weights of the adapted layers; 1 where nothing changed.
     """
-    shares = {}
+    retained = {}
     for path, base, tuned, fused in triples:
         base, tuned, fused = (weight.astype(mx.float32) for weight in (base, tuned, fused))
         change = tuned - base
         size = to_float(row_sums(mx.square(change)).sum())
         along = to_float(row_sums(change * (fused - base)).sum())
-        shares[path] = along / size if size > 0 else 1.0
-    return shares
+        retained[path] = along / size if size > 0 else 1.0
+    return retained

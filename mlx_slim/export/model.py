@@ -1,9 +1,9 @@
-"""Models leave for other toolkits: Hugging Face folders and GGUF files.
+"""Export of models to other toolkits: Hugging Face folders and GGUF files.
 
-Invariant: whatever is written was read back first and answers as its source does (bit for bit, or
-within the rounding of a block format, tensor by tensor); an interrupted export leaves nothing. Each
-output carries a card (``README.md``) with its metrics and provenance. Try it:
-``mlx-slim export MODEL --to gguf --type q8_0 -o DIR``.
+Invariant: whatever is written was read back first and gives the results of its source (bit for bit,
+or within the rounding of a block format, tensor by tensor); an interrupted export leaves nothing.
+Each output carries a card (``README.md``) with its metrics and provenance. Try it: ``mlx-slim
+export MODEL --to gguf --type q8_0 -o DIR``.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Exported:
 
     Attributes:
         path: The folder.
-        facts: What a person should know, one fact a line.
-        commands: How to use it, as they stand.
+        facts: The summary, one fact a line.
+        commands: How to use it, ready to run.
     """
 
     path: Path
@@ -59,8 +59,8 @@ class Exported:
         return [*self.facts, *(f"use it     {command}" for command in self.commands)]
 
 
-def teller(observer: Observer | None) -> Callable[[str], None]:
-    """Return what notifies ``observer``, if there is one, of a stage."""
+def stage_notifier(observer: Observer | None) -> Callable[[str], None]:
+    """Return a function that notifies ``observer``, if there is one, of a stage."""
     return lambda text: observer.notify(Notice(text)) if observer is not None else None
 
 
@@ -101,13 +101,13 @@ def export_hf(
         out: Must not exist.
         dtype: Of the weights; None keeps the source's (of its scales, if quantized).
         revision: Commit or tag of a hub model.
-        observer: Hears a ``Notice`` for each stage.
+        observer: Gets a ``Notice`` for each stage.
 
     Raises:
         ResourceError: If the disk is too small.
-        SlimError: If the architecture has other names there, or what is read back differs.
+        SlimError: If the architecture has no equivalent there, or what is read back differs.
     """
-    say = teller(observer)
+    say = stage_notifier(observer)
     source = _model_folder(source)
     check_writable_as_hf(read_config(source, revision))
     say(f"loading {source}")
@@ -161,13 +161,13 @@ def export_gguf(
         kind: ``f16``, ``q8_0``, ``q4_0`` or ``q4_1``.
         calibration: Text on which the file is compared with its source.
         revision: Commit or tag of a hub model.
-        observer: Hears a ``Notice`` for each stage.
+        observer: Gets a ``Notice`` for each stage.
 
     Raises:
         ResourceError: If the disk is too small.
-        SlimError: If GGUF cannot say it, or the file does not read back as the model.
+        SlimError: If GGUF cannot represent the model, or the file does not read back as the model.
     """
-    say = teller(observer)
+    say = stage_notifier(observer)
     if out.suffix == ".gguf":
         raise SlimError(
             f"{out} names a file: the output is a folder (GGUF, Modelfile, card)",
@@ -194,10 +194,10 @@ def export_gguf(
         say("reading it back")
         again = import_gguf(temporary / file).model
         unread = open_weights(loaded.path, dtype=compute_dtype())[0]
-        worst, path = _largest_error(unread, again)
-        if not worst <= _ROUNDING[kind]:
+        error, path = _largest_error(unread, again)
+        if not error <= _ROUNDING[kind]:
             raise SlimError(
-                f"{file}: {path} reads back with a relative error of {worst:.2g}, at most "
+                f"{file}: {path} reads back with a relative error of {error:.2g}, at most "
                 f"{_ROUNDING[kind]:g} is rounding; it was not kept",
                 "please report it",
             )
@@ -205,10 +205,10 @@ def export_gguf(
         if (compute := compute_dtype()) is not None:
             cast(again, compute)
         say(f"comparing with the source on {tokens_NT.size:,} tokens")
-        found = fidelity.compare(original, again, tokens_NT)
+        agreement = fidelity.compare(original, again, tokens_NT)
         fact = (
-            f"KL {found.kl:.2g} nats, same top-1 token {found.top1:.1%} "
-            f"({found.tokens:,} tokens of {text})"
+            f"KL {agreement.kl:.2g} nats, same top-1 token {agreement.top1:.1%} "
+            f"({agreement.tokens:,} tokens of {text})"
         )
         (temporary / "Modelfile").write_text(f"FROM ./{file}\n", encoding="utf-8")
         commands = gguf_commands(out, file, name)
@@ -227,7 +227,7 @@ def export_gguf(
     facts = [
         f"{out / file}: {kind.upper()}, {human_bytes(size)}",
         *(f"note       {note}" for note in notes),
-        f"checked    read back, largest rounding {worst:.2g}; {fact}",
+        f"checked    read back, largest rounding {error:.2g}; {fact}",
     ]
     return Exported(out, facts, commands)
 
@@ -247,14 +247,14 @@ def _largest_error(model: nn.Module, again: nn.Module) -> tuple[float, str]:
 
     Both are compared a parameter at a time, and ``model`` is released as far as it is compared.
     """
-    wanted, found = dense_parameters(model), dense_parameters(again)
-    if wanted.keys() != found.keys():
-        return float("inf"), ", ".join(sorted(wanted.keys() ^ found.keys())[:3])
+    source, exported = dense_parameters(model), dense_parameters(again)
+    if source.keys() != exported.keys():
+        return float("inf"), ", ".join(sorted(source.keys() ^ exported.keys())[:3])
     free_weights(model)
-    worst = (0.0, "")
-    while wanted:
-        path, value = wanted.popitem()
-        a, b = (dense().astype(mx.float32) for dense in (value, found.pop(path)))
+    largest = (0.0, "")
+    while source:
+        path, value = source.popitem()
+        a, b = (dense().astype(mx.float32) for dense in (value, exported.pop(path)))
         size = to_float(mx.linalg.norm(a))
-        worst = max(worst, (to_float(mx.linalg.norm(a - b)) / size if size else 0.0, path))
-    return worst
+        largest = max(largest, (to_float(mx.linalg.norm(a - b)) / size if size else 0.0, path))
+    return largest

@@ -1,8 +1,8 @@
-"""Adapters leave for Hugging Face PEFT, and come from there.
+"""Export of adapters to Hugging Face PEFT, and import from it.
 
 Invariant: what is written is read back first and compared with PEFT's formula, written out
 (``adapters/peft_plain.py``): weights of every layer, and logits. A base that cannot be loaded, or
-that the adapter does not fit, is one line, and nothing is left. Try it:
+that the adapter does not fit, is one line, and nothing is written. Try it:
 ``mlx-slim export runs/mine --to peft -o peft`` and ``mlx-slim import peft -o adapters``.
 """
 
@@ -24,7 +24,7 @@ from mlx_slim.errors import SlimError
 from mlx_slim.events import Observer
 from mlx_slim.export.card import Card, describe
 from mlx_slim.export.fuse import find_adapter
-from mlx_slim.export.model import Exported, add_versions, teller
+from mlx_slim.export.model import Exported, add_versions, stage_notifier
 from mlx_slim.models.load import Loaded, read_config
 from mlx_slim.models.logits_close import Change, logits_close, rounding
 from mlx_slim.models.structure import blocks
@@ -36,18 +36,18 @@ from mlx_slim.reading import field, read_object
 _PROBE = 16  # tokens on which what was written is compared
 
 
-def _base_of(adapter: str | Path, named: str | None, given: str | None) -> str:
-    base = given or named
+def _base_of(adapter: str | Path, recorded: str | None, requested: str | None) -> str:
+    base = requested or recorded
     if not base:
         raise SlimError(f"{adapter} names no base model", "give it with --model")
     return base
 
 
-def _load_base(adapter: Path, base: str, given: bool) -> Loaded:
+def _load_base(adapter: Path, base: str, requested: bool) -> Loaded:
     try:
         return load_base(base, [adapter], dtype=compute_dtype())
     except SlimError as error:
-        if given:
+        if requested:
             raise
         raise SlimError(
             f"the base of {adapter} cannot be loaded: {error.message}",
@@ -71,13 +71,13 @@ def export_peft(
         out: Must not exist.
         base: Folder or hub id of the base; None takes the one that the adapter names.
         base_name: What ``base_model_name_or_path`` says; None repeats the base.
-        observer: Hears a ``Notice`` for each stage.
+        observer: Gets a ``Notice`` for each stage.
 
     Raises:
-        SlimError: If the adapter does not fit the base, the base cannot be loaded, PEFT cannot say
-            it, or what is read back differs; nothing is written.
+        SlimError: If the adapter does not fit the base, the base cannot be loaded, PEFT cannot
+            represent it, or what is read back differs; nothing is written.
     """
-    say = teller(observer)
+    say = stage_notifier(observer)
     source = find_adapter(source)
     settings = read_object(source / CONFIG)
     if "peft_type" in settings:
@@ -141,46 +141,46 @@ def import_peft(
         source: A folder that PEFT's ``save_pretrained`` wrote.
         out: Must not exist.
         base: Folder or hub id of the base; None takes the one that the adapter names.
-        observer: Hears a ``Notice`` for each stage.
+        observer: Gets a ``Notice`` for each stage.
 
     Raises:
         SlimError: If it is no LoRA or DoRA, does not fit the base, or reads back differently.
     """
-    say = teller(observer)
+    say = stage_notifier(observer)
     settings = read_settings(source)
     place = _base_of(source, settings.get("base_model_name_or_path"), base)
     say(f"loading {place}")
     loaded = _load_base(source, place, base is not None)
     tuned = copy.deepcopy(loaded.model)
     tied = bool(loaded.config.get("tie_word_embeddings"))
-    given = read_folder(source, loaded.model, tied=tied)
-    found = place_peft(tuned, given)
+    peft = read_folder(source, loaded.model, tied=tied)
+    placed = place_peft(tuned, peft)
     with atomic_folder(out) as temporary:
         folder = temporary / "adapters"
-        save_adapter(folder, tuned, found.config, found.injected, dora=found.dora, base=place)
+        save_adapter(folder, tuned, placed.config, placed.injected, dora=placed.dora, base=place)
         again = copy.deepcopy(loaded.model)
         load_adapter(again, folder)
-        _check(out, loaded, again, given)
+        _check(out, loaded, again, peft)
         for file in list(folder.iterdir()):
             file.rename(temporary / file.name)
         folder.rmdir()
-    kind = "DoRA" if found.dora else "LoRA"
-    injected = found.injected
+    kind = "DoRA" if placed.dora else "LoRA"
+    injected = placed.injected
     facts = [
-        f"{out}: {kind} over {len(injected.paths)} layers, rank {found.config.rank}, scale "
+        f"{out}: {kind} over {len(injected.paths)} layers, rank {placed.config.rank}, scale "
         f"{injected.scale:g}, {injected.parameters:,} parameters",
-        *(f"note       {note}" for note in found.notes),
+        *(f"note       {note}" for note in placed.notes),
         "checked    read back, the logits of PEFT's formula",
     ]
     command = ["mlx-slim", "chat", place, "--adapter", str(out)]
     return Exported(out, facts, [shlex.join(command)])
 
 
-def _check(out: Path, loaded: Loaded, tuned: nn.Module, given: PeftFolder) -> None:
-    """Raise unless ``tuned`` is the base with ``given`` as PEFT computes it."""
-    wrong = differing(tuned, given)
+def _check(out: Path, loaded: Loaded, tuned: nn.Module, peft: PeftFolder) -> None:
+    """Raise unless ``tuned`` is the base with ``peft`` as PEFT computes it."""
+    wrong = differing(tuned, peft)
     plain = copy.deepcopy(loaded.model)
-    place_plain(plain, given)
+    place_plain(plain, peft)
     vocabulary = int(loaded.config.get("vocab_size") or 256)
     ids_1T = mx.array([[(7919 * i + 11) % vocabulary for i in range(_PROBE)]])
     plain.eval()

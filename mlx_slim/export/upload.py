@@ -1,8 +1,8 @@
 """Put a folder on the hub, through huggingface-hub.
 
 Invariant: nothing leaves this machine unless ``yes``, and nothing but files of the folder, never
-what a link leads to; a new repository is private unless public
-is said, and a public one is not written to without; no token is read here or printed. Try it:
+the target of a link; a new repository is private unless
+``public``, and a public one is not written to without it; no token is read here or printed. Try it:
 ``mlx-slim upload fused --repo me/my-model``, which only says what it would do.
 """
 
@@ -52,7 +52,7 @@ class Uploaded:
         lines = [f"{verb} {len(self.files)} files, {total}, to {self.repo} ({seen})"]
         lines += [f"  {name}  {human_bytes(size)}" for name, size in self.files]
         lines += [f"note: {note}" for note in self.notes]
-        lines.append(self.url if self.done else "nothing was sent; add --yes to do it")
+        lines.append(self.url if self.done else "nothing was sent; add --yes to upload")
         return [printable(line) for line in lines]
 
 
@@ -107,17 +107,17 @@ def _files(folder: Path) -> list[tuple[str, int]]:
             f"{folder} holds links, which may lead out of it: {few(links)}",
             "put copies of the files in their place (cp -L); only files of the folder are uploaded",
         )
-    found = [
+    sized = [
         (path.relative_to(folder).as_posix(), path.stat().st_size)
         for path in shown
         if path.is_file()
     ]
-    if not any(name.endswith((".safetensors", ".gguf")) for name, _ in found):
+    if not any(name.endswith((".safetensors", ".gguf")) for name, _ in sized):
         raise SlimError(
             f"{folder} holds no weights (.safetensors or .gguf)",
             "give the folder of a model or an adapter",
         )
-    return found
+    return sized
 
 
 def _notes(folder: Path, files: list[tuple[str, int]]) -> list[str]:
@@ -187,7 +187,7 @@ def _send(folder: Path, names: list[str], repo: str, public: bool, revision: str
     except Exception as error:  # the client's errors: no login, no network, no right
         reason = without_secrets(" ".join(str(error).split()))[:300]
         raise SlimError(
-            f"the hub did not take it: {type(error).__name__}: {reason}",
+            f"the hub refused the upload: {type(error).__name__}: {reason}",
             "hf auth login, and check that the owner is you or your organisation",
         ) from None
     return str(getattr(done, "repo_url", "") or f"{api.endpoint}/{repo}")

@@ -144,7 +144,7 @@ def test_rows_that_change_while_the_matrix_runs_cost_their_cells(files: Path) ->
         (files / "toy.jsonl").read_text().replace('"answer": 0', '"answer": 1')
     )
     with pytest.raises(SlimError, match="changed while the matrix was running"):
-        cells.Making(MatrixRun(layout, out, Recorder()), cell).run()
+        cells.CellRun(MatrixRun(layout, out, Recorder()), cell).run()
     assert not (out / "cells" / cell.name / "cell.json").exists()
     assert "toy-base" in run_all(files, resume=True, only={"toy-base"}).complete
 
@@ -173,7 +173,7 @@ def test_changed_rows_weights_or_code_change_the_key(
     cell = next(cell for cell in layout.cells if cell.name == "toy-qlora-s0")
 
     def key() -> str:
-        return cells.Making(MatrixRun(layout, files / "out", Recorder()), cell).made_of
+        return cells.CellRun(MatrixRun(layout, files / "out", Recorder()), cell).model_key
 
     first = key()
     assert key() == first
@@ -192,4 +192,4 @@ def test_a_folder_that_an_older_version_prepared_is_one_line(files: Path) -> Non
     del record["asked"]
     write_json(out / "matrix.json", record)
     with pytest.raises(SlimError, match="prepared by another version"):
-        cells.Making(MatrixRun(layout, out, Recorder()), cell).run()
+        cells.CellRun(MatrixRun(layout, out, Recorder()), cell).run()

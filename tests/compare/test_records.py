@@ -28,7 +28,7 @@ def test_cells_and_the_matrix_are_read_whole(folder: Path) -> None:
     record = read_record(folder / "matrix.json", MatrixRecord)
     assert record.refused == [("toy0-qlroa", "no method 'qlroa': did you mean 'qlora'?")]
     assert record.omitted[0].why == "does not fit"
-    assert record.models["toy0"].known_as is None
+    assert record.models["toy0"].hub_id is None
 
 
 def test_a_sweep_is_written_as_it_is_read(tmp_path: Path) -> None:

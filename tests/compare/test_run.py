@@ -194,7 +194,7 @@ def test_command_line_runs_cells_in_processes_and_fails_at_the_end(
     files: Path, tiny: Callable[..., Path]
 ) -> None:
     methods = {"base": {"kind": "base"}, "lora": {"recipe": {"method": "lora"}}}
-    path = write_yaml(files, tiny(), methods=methods, held_out=None)
+    path = write_yaml(files, tiny(), methods=methods, forgetting=None)
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-m", "mlx_slim", "compare", str(path), "-o", "cli", "--quiet"],

@@ -49,8 +49,8 @@ def test_fused_is_base_plus_adapter(
     expected = tuned_logits(base, adapter)
     model, _ = stock_load(str(tmp_path / "out"))
     assert mx.allclose(model(IDS), expected, rtol=1e-3, atol=1e-4 * mx.abs(expected).max())
-    assert result.effect.kept == pytest.approx(1, abs=0.02) and result.effect.top1 > 0.95
-    assert result.weights_kept == pytest.approx(1, abs=0.02)
+    assert result.effect.retained == pytest.approx(1, abs=0.02) and result.effect.top1 > 0.95
+    assert result.weights_retained == pytest.approx(1, abs=0.02)
     record = json.loads((tmp_path / "out" / "fuse.json").read_text())
     assert record["effect"]["kl"] == result.effect.kl and record["lost"] == ""
     assert record["base"] == base.name and record["provenance"]["versions"]["mlx"]
@@ -68,7 +68,7 @@ def test_requantizing_a_small_tune_is_refused_and_leaves_nothing(
     assert caught.value.exit_code == 2 and "--force" in caught.value.hint
     assert {path.name for path in tmp_path.iterdir()} == before
     forced = fuse(base, adapter, tmp_path / "out", FuseOptions(**{**vars(options), "force": True}))
-    assert forced.lost and forced.weights_kept < 0.5
+    assert forced.lost and forced.weights_retained < 0.5
     assert any("lost" in line for line in forced.lines())
     again = load(tmp_path / "out")
     assert again.config["quantization"] == load(base).config["quantization"]
@@ -79,7 +79,7 @@ def test_requantizing_a_large_tune_is_allowed(tiny: Callable[..., Path], tmp_pat
     base = write_quantized(tmp_path / "q", tiny("llama"), 8)
     adapter = write_adapter(tmp_path / "a", base, size=0.3)
     result = fuse(base, adapter, tmp_path / "out", FuseOptions("requantize", samples=2, length=32))
-    assert result.lost == "" and result.effect.kept > 0.9 and result.weights_kept > 0.9
+    assert result.lost == "" and result.effect.retained > 0.9 and result.weights_retained > 0.9
     model = load(tmp_path / "out").model
     assert all("scales" in layer.mlp.up_proj for layer in model.layers)
 
@@ -88,7 +88,7 @@ def test_kept_beside_the_base_nothing_changes(tiny: Callable[..., Path], tmp_pat
     base = write_quantized(tmp_path / "q", tiny("llama"))
     adapter = write_adapter(tmp_path / "a", base)
     result = fuse(base, adapter, tmp_path / "out", FuseOptions("keep", samples=2, length=32))
-    assert result.effect.kl == 0 and result.effect.kept == pytest.approx(1, abs=1e-5)
+    assert result.effect.kl == 0 and result.effect.retained == pytest.approx(1, abs=1e-5)
     out = tmp_path / "out"
     assert mx.array_equal(tuned_logits(out, out / "adapters"), tuned_logits(base, adapter))
     assert "--adapter" in result.lines()[-1]
@@ -101,7 +101,7 @@ def test_a_delta_that_16_bits_swallow_is_refused(tmp_path: Path) -> None:
         fuse(base, adapter, tmp_path / "out", OPTIONS)
     assert "--dtype float32" in caught.value.hint
     wide = FuseOptions(dtype="float32", samples=2, length=32)
-    assert fuse(base, adapter, tmp_path / "out", wide).effect.kept == pytest.approx(1, abs=0.02)
+    assert fuse(base, adapter, tmp_path / "out", wide).effect.retained == pytest.approx(1, abs=0.02)
 
 
 def test_too_little_memory_is_said_before_the_work(
@@ -117,7 +117,7 @@ def test_too_little_memory_is_said_before_the_work(
 def test_an_adapter_without_effect_loses_nothing(tiny: Callable[..., Path], tmp_path: Path) -> None:
     base = tiny("llama")
     result = fuse(base, write_adapter(tmp_path / "a", base, size=0.0), tmp_path / "out", OPTIONS)
-    assert result.effect.kept == 1 and result.effect.kl == 0 and result.weights_kept == 1
+    assert result.effect.retained == 1 and result.effect.kl == 0 and result.weights_retained == 1
 
 
 def test_the_share_kept_is_a_projection() -> None:
@@ -129,11 +129,11 @@ def test_the_share_kept_is_a_projection() -> None:
         return lambda _: logits
 
     half = effect(model(base), model(base + 0.1 * change), model(base + 0.05 * change), tokens)
-    assert half.kept == pytest.approx(0.5, abs=0.02) and half.tokens == 140
+    assert half.retained == pytest.approx(0.5, abs=0.02) and half.tokens == 140
     none = effect(model(base), model(base + 0.1 * change), model(base), tokens)
-    assert none.kept == 0 and none.kl == pytest.approx(none.kl_base) and "0%" in none.lost()
+    assert none.retained == 0 and none.kl == pytest.approx(none.kl_base) and "0%" in none.lost()
     noisy = effect(model(base), model(base + 0.1 * change), model(base + noise), tokens)
-    assert abs(noisy.kept) < 0.5 and noisy.lost()
+    assert abs(noisy.retained) < 0.5 and noisy.lost()
 
 
 @pytest.mark.parametrize(

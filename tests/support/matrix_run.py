@@ -63,7 +63,7 @@ def write_yaml(folder: Path, model: Path, **changes: Any) -> Path:
         },
         "tasks": [{"task": "./toytask.yaml", "limit": 10}],
         "sweep": {"steps": 2},
-        "held_out": {"path": "text.txt"},
+        "forgetting": {"path": "text.txt"},
         **changes,
     }
     path = folder / "toy.yaml"
@@ -73,7 +73,7 @@ def write_yaml(folder: Path, model: Path, **changes: Any) -> Path:
 
 def run_all(
     files: Path, *, resume: bool = False, overrides: Any = (), only: Any = None
-) -> runner.Ran:
+) -> runner.MatrixOutcome:
     """Run the matrix in this process."""
     layout = load_matrix(str(files / "toy.yaml"), overrides)
     out = files / "out"
@@ -83,7 +83,7 @@ def run_all(
         if only is not None and cell.name not in only:
             return -signal.SIGKILL, ""
         try:
-            cells.Making(MatrixRun(layout, out, Recorder()), cell).run()
+            cells.CellRun(MatrixRun(layout, out, Recorder()), cell).run()
         except SlimError as error:
             return error.exit_code, error.message
         return 0, ""
