@@ -81,7 +81,7 @@ def export_peft(
     source = find_adapter(source)
     settings = read_object(source / CONFIG)
     if "peft_type" in settings:
-        raise SlimError(f"{source} is an adapter of PEFT already", "nothing to do")
+        raise SlimError(f"{source} is a PEFT adapter already", "no export is needed")
     place = _base_of(source, field(settings, str(source / CONFIG), "model", str, None), base)
     say(f"loading {place}")
     loaded = _load_base(source, place, base is not None)

@@ -2,7 +2,7 @@
 
 Invariant: counts are exact and no weight is read: with C the numbers of a group,
 parameters after = parameters before − Σ removed groups · C. For a llama block with d inputs,
-a heads, k key-value heads of size h and f neurons, all groups together are
+a heads, k key-value heads of size h and f neurons, all groups in total are
 2·d·a·h + 2·d·k·h + 3·d·f. Try it: ``mlx-slim prune MODEL -o DIR --ratio 0.25 --dry-run``.
 """
 

@@ -111,8 +111,8 @@ def _sums(values: dict[str, mx.array], family: Coupled) -> np.ndarray:
     """Return Σ of ``values`` (shaped like the members) over each group (G,), float32."""
     total_G = mx.zeros(family.count)
     for path, axis in family.members:
-        parts = mx.moveaxis(values[path], axis, 0).reshape(family.count, -1)
-        total_G = total_G + parts.sum(axis=1)
+        grouped = mx.moveaxis(values[path], axis, 0).reshape(family.count, -1)
+        total_G = total_G + grouped.sum(axis=1)
     return np.array(total_G)
 
 
@@ -308,8 +308,8 @@ def _by_activation(model: nn.Module, kinds: tuple[str, ...], rows_NT: mx.array) 
                 def look(
                     x_BTI: mx.array, name: str = name_of(layer, kind), family: Coupled = family
                 ) -> None:
-                    parts = x_BTI.astype(mx.float32).reshape(*x_BTI.shape[:2], family.count, -1)
-                    total_TG = mx.square(parts).sum(axis=(0, 3))
+                    grouped = x_BTI.astype(mx.float32).reshape(*x_BTI.shape[:2], family.count, -1)
+                    total_TG = mx.square(grouped).sum(axis=(0, 3))
                     squares[name] = squares[name] + total_TG if name in squares else total_TG
 
                 stack.enter_context(watched(block, family.output, look))

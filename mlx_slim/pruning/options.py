@@ -45,7 +45,7 @@ class PruneOptions:
         heads: Prune attention heads; None does where the config can express the widths.
         mlp: Prune MLP neurons; None does.
         uniform: The same widths in every layer.
-        ranking: ``layer`` or ``global``: groups are ranked within their layer, or all together.
+        ranking: ``layer`` or ``global``: groups are ranked within their layer, or over all layers.
         protect_first: First layers that are unchanged; None scales 4 of 32.
         protect_last: Last layers that are unchanged; None scales 2 of 32.
         calibration: Text or data set; None is the Alpaca mirror.

@@ -359,10 +359,10 @@ def _removed_layers(planned: Plan, removed: list[int], scores: Scores) -> list[L
 
 def ranges(numbers: list[int]) -> str:
     """Return ``3,5-9`` for ascending ``[3, 5, 6, 7, 8, 9]``."""
-    parts: list[list[int]] = []
+    ranges: list[list[int]] = []
     for number in numbers:
-        if parts and parts[-1][-1] == number - 1:
-            parts[-1][1:] = [number]
+        if ranges and ranges[-1][-1] == number - 1:
+            ranges[-1][1:] = [number]
         else:
-            parts.append([number])
-    return ",".join("-".join(map(str, part)) for part in parts)
+            ranges.append([number])
+    return ",".join("-".join(map(str, part)) for part in ranges)

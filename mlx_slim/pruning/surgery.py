@@ -54,7 +54,7 @@ def says_head_dim(config: dict[str, Any]) -> bool:
 
 
 def heads_must_divide(config: dict[str, Any]) -> int | None:
-    """Return what the number of query heads must divide in ``config``; None if there is no rule.
+    """Return what the number of query heads must divide in ``config``; None if it is unconstrained.
 
     transformers, which reads the tokenizer, refuses other llama configs (5.x), head_dim or not.
     """
@@ -122,7 +122,7 @@ def config_with_sizes(
 def without_layers(
     model: nn.Module, config: dict[str, Any], layers: Sequence[int]
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Return a model without ``layers`` that shares the weights of ``model``, and its config."""
+    """Return a model without ``layers`` that reuses the weights of ``model``, and its config."""
     new = config_without_layers(config, layers)
     prefix = structure.blocks_path(model)
     stays = [i for i in range(len(structure.blocks(model))) if i not in set(layers)]

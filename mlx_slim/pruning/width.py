@@ -28,7 +28,7 @@ def allowed_sizes(family: Coupled, divided: int | None = None) -> list[int]:
 
     Args:
         family: Of one layer.
-        divided: A number that query heads must divide; None for no such rule.
+        divided: A number that query heads must divide; None without that constraint.
     """
     if family.kind == MLP:
         whole = range(family.count // MULTIPLE * MULTIPLE, 0, -MULTIPLE)
@@ -123,7 +123,7 @@ def retain(
         sizes: From ``sizes_for`` or ``sizes_within``.
         layers: Those that may shrink.
         ranking: ``layer`` retains exactly ``sizes``; ``global`` ranks the groups of all ``layers``
-            together: as many are removed in all, wherever their scores are lowest.
+            in one list: as many are removed in total, those with the lowest scores.
     """
     retained: RetainedGroups = {}
     for kind, counts in sizes.items():

@@ -22,9 +22,9 @@ def test_a_folder_that_is_none_or_another_matrix_is_refused(files: Path, tmp_pat
     with pytest.raises(SlimError, match="holds no matrix"):
         runner.prepare(layout, other, False)
     (other / "notes.txt").unlink()
-    for record, said in (({"schema_version": 5}, "another version"), ({}, "another version")):
+    for record, message in (({"schema_version": 5}, "another version"), ({}, "another version")):
         write_json(other / "matrix.json", record)
-        with pytest.raises(SlimError, match=said):
+        with pytest.raises(SlimError, match=message):
             runner.prepare(layout, other, True)
     write_json(other / "matrix.json", {"schema_version": 1, "name": "else"})
     with pytest.raises(SlimError, match="holds the matrix 'else'"):

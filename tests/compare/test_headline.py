@@ -47,23 +47,25 @@ def test_the_table_and_the_headline_hold_to_one_level(tmp_path: Path) -> None:
     assert row["family"] == claim["tests"] == len(results["contrasts"]) == 5
     assert row["verdict"] == claim["verdict"] == "no detectable difference (MDE 10 points)"
     assert row["detectable"] == claim["detectable"]
-    kept, best, _ = results["headline"]
-    assert "the best of 3 methods (picked on these same questions" in best
+    retention, best, _ = results["headline"]
+    assert "the best of 3 methods (selected on these questions" in best
     assert "no detectable difference, +6.0" in best
-    assert kept.startswith("4-bit QLoRA keeps 87% (interval 73% to 101%) of LoRA's score; 71% (")
-    assert "of what is above chance: 40.0 of 46.0 points, chance 25.0; no detectable" in kept
+    assert retention.startswith(
+        "4-bit QLoRA keeps 87% (interval 73% to 101%) of LoRA's score; 71% ("
+    )
+    assert "of what is above chance: 40.0 of 46.0 points, chance 25.0; no detectable" in retention
 
 
 def test_at_the_chance_level_nothing_is_kept(tmp_path: Path) -> None:
     folder = write_matrix(tmp_path / "m", methods=("base", "lora", "qlora"), questions=TASK)
     right = {"toy0-base": 24, "toy0-lora-s0": 26, "toy0-qlora-s0": 25}
     results = answered(folder, right)
-    kept, best, _ = results["headline"]
-    assert kept.startswith(
-        "LoRA has 26.0 points (score), not detectably above chance (25.0): what 4-bit QLoRA keeps "
-        "of them (25.0) can't be seen"
+    retention, best, _ = results["headline"]
+    assert retention.startswith(
+        "LoRA has 26.0 points (score), not detectably above chance (25.0): how much of it 4-bit "
+        "QLoRA keeps (25.0 points) cannot be measured"
     )
-    assert "%" not in kept.split("; ")[0]
+    assert "%" not in retention.split("; ")[0]
     assert "chance 25.0, which 26.0 is not detectably above" in best
     claim = next(c for c in results["claims"] if c["what"] == "kept")
     assert claim["ratio_above_chance"] is None and not claim["first"]["above_chance"]

@@ -42,12 +42,12 @@ def test_what_is_no_time_is_the_same_twice(files: Path, tiny: Callable[..., Path
         "qlora": {"recipe": {"method": "qlora"}},
     }
     write_yaml(files, tiny(), models={"toy": {"source": str(tiny())}}, methods=methods)
-    found = []
+    folders = []
     for name in ("first", "second"):
         run_all(files)
         out = (files / "out").rename(files / name)
         hashes = read_json(out / "models" / "hashes.json")
-        found.append(
+        folders.append(
             {
                 "results": unmeasured(report(out).results),
                 "hashes": {model: entry["sha256"] for model, entry in hashes.items()},
@@ -62,9 +62,9 @@ def test_what_is_no_time_is_the_same_twice(files: Path, tiny: Callable[..., Path
                 ],
             }
         )
-    assert found[0] == found[1]
-    assert len(found[0]["samples"]) == 8
-    assert set(found[0]["hashes"]) >= {"cells/toy-small/model", "models/toy-4bit-g32-affine"}
+    assert folders[0] == folders[1]
+    assert len(folders[0]["samples"]) == 8
+    assert set(folders[0]["hashes"]) >= {"cells/toy-small/model", "models/toy-4bit-g32-affine"}
     small = [files / name / "cells/toy-small/model" for name in ("first", "second")]
     assert read_json(small[0] / "prune.json") != read_json(small[1] / "prune.json")
     assert model_hash(small[0]) == model_hash(small[1])
@@ -84,9 +84,9 @@ def test_changed_answers_definitions_and_texts_are_scored_again_and_nothing_else
     only = {"toy-base", "toy-qlora-s0"}
 
     def resumed() -> set[str]:
-        """Return what was made anew, of the two cells."""
-        made = [*out.glob("cells/*/run/run.json"), *out.glob("cells/*/eval/*/results.json")]
-        before = {path: path.stat().st_mtime_ns for path in made}
+        """Return what was computed again, of the two cells."""
+        outputs = [*out.glob("cells/*/run/run.json"), *out.glob("cells/*/eval/*/results.json")]
+        before = {path: path.stat().st_mtime_ns for path in outputs}
         done = run_all(files, resume=True, overrides=[tasks], only=only)
         assert set(done.complete) == only
         return {
@@ -126,14 +126,14 @@ def test_answers_that_no_field_declares_count_too(files: Path) -> None:
     (files / "toytask.yaml").write_text(TASK.replace(", answer: integer", ""))
     layout = load_matrix(str(files / "toy.yaml"))
 
-    def asked() -> dict:
-        return write_questions(layout.matrix, files / "questions")["asked"]["toytask"]
+    def request() -> dict:
+        return write_questions(layout.matrix, files / "questions")["requests"]["toytask"]
 
-    before = asked()
+    before = request()
     (files / "toy.jsonl").write_text(
         (files / "toy.jsonl").read_text().replace('"answer": 0', '"answer": 1')
     )
-    assert asked()["rows_sha256"] != before["rows_sha256"]
+    assert request()["rows_sha256"] != before["rows_sha256"]
 
 
 def test_rows_that_change_while_the_matrix_runs_cost_their_cells(files: Path) -> None:
@@ -189,7 +189,7 @@ def test_a_folder_that_an_older_version_prepared_is_one_line(files: Path) -> Non
     out = files / "out"
     cell = runner.prepare(layout, out, False)[0]
     record = read_json(out / "matrix.json")
-    del record["asked"]
+    del record["requests"]
     write_json(out / "matrix.json", record)
     with pytest.raises(SlimError, match="prepared by another version"):
         cells.CellRun(MatrixRun(layout, out, Recorder()), cell).run()

@@ -77,18 +77,18 @@ def test_fourteen_variants_and_their_controls() -> None:
     assert all(len(cell.rates) > 1 for cell in layout.cells if cell.kind == "tuned")
 
 
-def test_ways_to_be_taught_and_pinned_teachers() -> None:
+def test_distillation_methods_and_pinned_teachers() -> None:
     layout = load_matrix("matrix-tinyllm")
     assert not layout.refused
-    taught = {cell.method: cell.recipe.recipe.distill for cell in layout.cells}
-    methods = {name: config.method for name, config in taught.items() if config is not None}
+    distillation = {cell.method: cell.recipe.recipe.distill for cell in layout.cells}
+    methods = {name: config.method for name, config in distillation.items() if config is not None}
     assert methods == {
         "one-teacher": "rationales",
         "two-teachers": "rationales",
         "taught": "logits",
         "mutual": "mutual",
     }
-    one, two = (taught[name].teachers for name in ("one-teacher", "two-teachers"))
+    one, two = (distillation[name].teachers for name in ("one-teacher", "two-teachers"))
     assert two[0] == one[0] and len(two) == 2
     assert all(re.fullmatch(r"[0-9a-f]{40}", teacher.revision or "") for teacher in two)
     # The two students of the last cell cost what two runs cost.
@@ -123,7 +123,7 @@ def test_overrides_and_limit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"modles": {}}, "did you mean 'models'"),
         ({"seeds": ["x"]}, "seeds.0"),
@@ -134,14 +134,14 @@ def test_overrides_and_limit(tmp_path: Path) -> None:
             "all cells share one data set",
         ),
         ({"omit": [{"model": "ty", "method": "lora", "why": "x"}]}, "did you mean 'toy'"),
-        ({"tasks": [{"task": "arc_easy"}, {"task": "arc_easy"}]}, "asked for twice"),
+        ({"tasks": [{"task": "arc_easy"}, {"task": "arc_easy"}]}, "listed twice"),
         ({"tasks": []}, "tasks"),
     ],
 )
-def test_a_wrong_file_is_one_clear_error(tmp_path: Path, changes: Any, said: str) -> None:
+def test_a_wrong_file_is_one_clear_error(tmp_path: Path, changes: Any, message: str) -> None:
     with pytest.raises(SlimError) as caught:
         load_matrix(str(write(tmp_path / "m.yaml", **changes)))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_wrong_cell_is_named_and_the_others_stay(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_wrong_cell_is_named_and_the_others_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fused", "said"),
+    ("fused", "message"),
     [
         ({"kind": "fused"}, "no tuned method"),
         ({"kind": "fused", "of": "qlroa"}, "did you mean 'qlora'"),
@@ -169,7 +169,7 @@ def test_a_wrong_cell_is_named_and_the_others_stay(tmp_path: Path) -> None:
         ({"kind": "fused", "of": "full"}, "no adapters to fuse"),
     ],
 )
-def test_what_cannot_be_fused(tmp_path: Path, fused: Any, said: str) -> None:
+def test_what_cannot_be_fused(tmp_path: Path, fused: Any, message: str) -> None:
     methods = {
         "base": {"kind": "base"},
         "full": {"recipe": {"method": "full"}},
@@ -177,7 +177,7 @@ def test_what_cannot_be_fused(tmp_path: Path, fused: Any, said: str) -> None:
         "fused": fused,
     }
     layout = load_matrix(str(write(tmp_path / "m.yaml", methods=methods)))
-    assert said in dict(layout.refused)["toy-fused-s0"]
+    assert message in dict(layout.refused)["toy-fused-s0"]
 
 
 def test_values_of_other_schemas_may_be_true_or_false(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_cells_that_start_from_another_cell(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("child", "said"),
+    ("child", "message"),
     [
         ({"of": "smal"}, "did you mean 'small'"),
         ({"of": "base"}, "no pruned, fused or tuned method above it"),
@@ -224,7 +224,7 @@ def test_cells_that_start_from_another_cell(tmp_path: Path) -> None:
         ({"kind": "base", "of": "small"}, "a base is the model as it is"),
     ],
 )
-def test_what_nothing_can_start_from(tmp_path: Path, child: Any, said: str) -> None:
+def test_what_nothing_can_start_from(tmp_path: Path, child: Any, message: str) -> None:
     methods = {
         "base": {"kind": "base"},
         "small": {"kind": "pruned", "prune": {"ratio": 0.5}},
@@ -233,7 +233,7 @@ def test_what_nothing_can_start_from(tmp_path: Path, child: Any, said: str) -> N
         "later": {"kind": "pruned", "prune": {"ratio": 0.5}},
     }
     layout = load_matrix(str(write(tmp_path / "m.yaml", methods=methods)))
-    assert said in next(why for name, why in layout.refused if name.startswith("toy-child"))
+    assert message in next(why for name, why in layout.refused if name.startswith("toy-child"))
 
 
 def test_plan_says_what_runs_what_does_not_fit_and_why(tmp_path: Path) -> None:

@@ -33,8 +33,8 @@ def test_several_right_answers_are_stored_and_judged_again(tmp_path: Path, text:
             "tasks": [{"task": str(task.file)}],
         }
     )
-    asked = write_questions(matrix, tmp_path / "questions")["asked"]["mine"]
-    again = stored_task(tmp_path / "questions", "mine", asked["definition_sha256"])
+    request = write_questions(matrix, tmp_path / "questions")["requests"]["mine"]
+    again = stored_task(tmp_path / "questions", "mine", request["definition_sha256"])
     questions = stored_questions(tmp_path / "questions", "mine")
     assert questions == build_questions(task, load_rows(task))
     assert [len(question.targets) for question in questions] == [2, 1]

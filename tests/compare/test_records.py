@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mlx_slim.artifacts import SCHEMA_VERSION, write_json
-from mlx_slim.compare.records import CellRecord, MatrixRecord, SweepRecord, TriedRate, read_record
+from mlx_slim.compare.records import (
+    CellRecord,
+    MatrixRecord,
+    SweepRecord,
+    TriedRate,
+    as_json,
+    read_record,
+)
 from mlx_slim.errors import SlimError
 from tests.support.matrix import write_matrix
 
@@ -22,9 +28,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_cells_and_the_matrix_are_read_whole(folder: Path) -> None:
     for file in folder.glob("cells/*/cell.json"):
-        written = json.loads(file.read_text())
-        again = json.loads(json.dumps(asdict(read_record(file, CellRecord))))
-        assert again == written
+        on_disk = json.loads(file.read_text())
+        again = json.loads(json.dumps(as_json(read_record(file, CellRecord))))
+        assert again == on_disk
     record = read_record(folder / "matrix.json", MatrixRecord)
     assert record.refused == [("toy0-qlroa", "no method 'qlroa': did you mean 'qlora'?")]
     assert record.omitted[0].why == "does not fit"
@@ -34,7 +40,7 @@ def test_cells_and_the_matrix_are_read_whole(folder: Path) -> None:
 def test_a_sweep_is_written_as_it_is_read(tmp_path: Path) -> None:
     rates = [TriedRate(1e-3, 2.5), TriedRate(1e-1, None)]
     record = SweepRecord(SCHEMA_VERSION, "toy", "lora", "3 epochs", 0, rates, 1e-3, {"0.001": "a"})
-    write_json(tmp_path / "sweep.json", asdict(record))
+    write_json(tmp_path / "sweep.json", as_json(record))
     assert read_record(tmp_path / "sweep.json", SweepRecord) == record
 
 

@@ -77,8 +77,8 @@ def test_many_cells_and_questions_make_a_report_in_bounded_memory(tmp_path: Path
     for name in names:
         (bases / "cells" / name).rename(folder / "cells" / name)
     first = [name for name in record["cells"] if name.endswith("full-s4")]
-    kept = [name for name in record["cells"] if name not in first]
-    write_json(folder / "matrix.json", {**record, "cells": [*names, *kept], "refused": []})
+    others = [name for name in record["cells"] if name not in first]
+    write_json(folder / "matrix.json", {**record, "cells": [*names, *others], "refused": []})
     _fill(folder, QUESTIONS)
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(folder)],

@@ -76,7 +76,7 @@ def changed(value: Any, path: tuple[Any, ...]) -> Any:
     return value
 
 
-def found_below(folder: Path) -> list[str]:
+def problems_below(folder: Path) -> list[str]:
     """Return what is wrong below the published report."""
     stored = store.load(folder)
     ledger = Ledger()
@@ -99,8 +99,8 @@ def rehash(out: Path, task: str) -> None:
 
 
 def test_everything_is_counted_again(matrix: Path) -> None:
-    found = verify(matrix)
-    assert found.cells == 2 and found.questions == 2 * 131 and found.numbers > 3_000
+    verified = verify(matrix)
+    assert verified.cells == 2 and verified.questions == 2 * 131 and verified.numbers > 3_000
     done = CliRunner().invoke(command, ["report", str(matrix), "--verify"])
     assert "all agree" in done.output
 
@@ -137,11 +137,11 @@ def test_no_number_below_it_can_be_changed(copy: Path, name: str) -> None:
     passed = set()
     for path in every:
         write_json(file, changed(content, path))
-        if not found_below(copy):
+        if not problems_below(copy):
             passed.add(".".join(map(str, path)))
     assert passed <= COPIED
     write_json(file, content)
-    assert not found_below(copy)
+    assert not problems_below(copy)
 
 
 @pytest.mark.parametrize("task", ["pubmedqa", "gsm8k", "perplexity"])
@@ -155,7 +155,7 @@ def test_no_number_of_a_sample_can_be_changed(copy: Path, task: str) -> None:
             told = [*lines]
             told[index] = json.dumps(changed(record, path))
             samples.write_text("".join(line + "\n" for line in told))
-            assert found_below(copy), path
+            assert problems_below(copy), path
 
 
 def test_forged_hashes_do_not_hide_what_contradicts_itself(copy: Path) -> None:
@@ -168,10 +168,10 @@ def test_forged_hashes_do_not_hide_what_contradicts_itself(copy: Path) -> None:
         record = json.loads(before.splitlines()[0])
         samples.write_text(before.replace(json.dumps(record), json.dumps({**record, **change}), 1))
         rehash(out, task)
-        found = found_below(copy)
+        problems = problems_below(copy)
         samples.write_text(before)
         rehash(out, task)
-        return found
+        return problems
 
     record = json.loads((copy / CELL / "eval/pubmedqa/samples_pubmedqa.jsonl").open().readline())
     place = "toy0-lora-s0 pubmedqa, question 0.acc"
@@ -181,7 +181,7 @@ def test_forged_hashes_do_not_hide_what_contradicts_itself(copy: Path) -> None:
     assert forged("pubmedqa", {"loglikelihoods": [-1.0, -5.0, -0.5]})
     assert any(".strict" in line for line in forged("gsm8k", {"generation": "#### 4321"}))
     assert forged("gsm8k", {"strict": "77", "strict_match": 1, "target": "77"})
-    assert not found_below(copy)
+    assert not problems_below(copy)
 
 
 @pytest.mark.parametrize(
@@ -219,11 +219,11 @@ def test_pages_sweeps_questions_and_missing_files(copy: Path) -> None:
     write_json(sweep, {**record, "chosen": 2e-3})
     assert any("sweep toy0-lora chosen" in line for line in problems())
     write_json(sweep, record)
-    asked = copy / "questions/pubmedqa.jsonl"
-    lines = asked.read_text()
-    asked.write_text(lines.replace('"target": 0', '"target": 1', 1))
-    assert any("is not what was asked" in line for line in problems())
-    asked.write_text(lines)
+    questions = copy / "questions/pubmedqa.jsonl"
+    lines = questions.read_text()
+    questions.write_text(lines.replace('"target": 0', '"target": 1', 1))
+    assert any("was changed: its hash" in line for line in problems())
+    questions.write_text(lines)
     (copy / CELL / "eval/gsm8k/progress.jsonl").unlink()
     assert any("progress.jsonl" in line for line in problems())
     (copy / "questions/tasks.json").unlink()
@@ -246,13 +246,13 @@ def test_a_cell_that_was_removed_is_said(copy: Path) -> None:
     models = {"toy0": {"source": "HuggingFaceTB/SmolLM2-135M-Instruct"}}
     methods = {"base": {"kind": "base"}, "lora": {"recipe": {"method": "lora"}}}
     methods |= {"huge": {"recipe": {"method": "full"}}}
-    asked = {"title": "toy", "models": models, "methods": methods, "tasks": [{"task": "gsm8k"}]}
-    record |= {"matrix": {**asked, "seeds": [0]}, "cells": ["toy0-base", "toy0-lora-s0"]}
+    spec = {"title": "toy", "models": models, "methods": methods, "tasks": [{"task": "gsm8k"}]}
+    record |= {"matrix": {**spec, "seeds": [0]}, "cells": ["toy0-base", "toy0-lora-s0"]}
     write_json(copy / "matrix.json", record)
-    assert found_below(copy) == ["toy0-lora-s0: not run"]
+    assert problems_below(copy) == ["toy0-lora-s0: not run"]
     write_json(copy / "matrix.json", {**record, "cells": ["toy0-base"]})
-    assert found_below(copy) == [
-        "matrix.json.cells: toy0-lora-s0 is missing, which the matrix asks for"
+    assert problems_below(copy) == [
+        "matrix.json.cells: toy0-lora-s0 is missing, though it is part of the matrix"
     ]
 
 

@@ -45,10 +45,10 @@ def test_peft_and_back_is_the_same_adapter(
     base = tiny(architecture)
     adapter = write_adapter(tmp_path / "a", base, dora=dora, **settings)
     export_peft(adapter, tmp_path / "peft")
-    written = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
-    assert written["use_dora"] is dora
-    assert written["use_rslora"] is (settings.get("scaling") == "rslora")
-    assert written["base_model_name_or_path"] == str(base)
+    config_on_disk = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config_on_disk["use_dora"] is dora
+    assert config_on_disk["use_rslora"] is (settings.get("scaling") == "rslora")
+    assert config_on_disk["base_model_name_or_path"] == str(base)
     import_peft(tmp_path / "peft", tmp_path / "back")
     assert mx.allclose(tuned_logits(base, tmp_path / "back"), tuned_logits(base, adapter))
     ours = load_tensors(adapter / "adapters.safetensors")
@@ -64,11 +64,11 @@ def test_one_name_for_one_layer_and_full_paths_for_a_choice(
 ) -> None:
     write_adapter(tmp_path / "a", tiny("llama"), targets=["q_proj"])
     write_adapter(tmp_path / "b", tiny("llama"), targets=["q_proj"], layers=[1])
-    found = []
+    targets = []
     for name in "ab":
         export_peft(tmp_path / name, tmp_path / f"peft-{name}")
-        found.append(peft_rules.read_settings(tmp_path / f"peft-{name}")["target_modules"])
-    assert found == [["q_proj"], ["model.layers.1.self_attn.q_proj"]]
+        targets.append(peft_rules.read_settings(tmp_path / f"peft-{name}")["target_modules"])
+    assert targets == [["q_proj"], ["model.layers.1.self_attn.q_proj"]]
 
 
 def test_ranks_and_alphas_of_single_layers_become_one(
@@ -179,8 +179,8 @@ def test_a_base_that_moved_is_one_line(
     moved = str(tmp_path / "moved")
     words = ["export", str(adapter), "--to", "peft", "-o", str(tmp_path / "out"), "--model", moved]
     assert run([*words, "--base-name", "me/base"]) == 0
-    written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert written["base_model_name_or_path"] == "me/base"
+    config_on_disk = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config_on_disk["base_model_name_or_path"] == "me/base"
     assert 'base_model: "me/base"' in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -196,8 +196,8 @@ def test_hf_folders_are_dense_and_say_rope_both_ways(
     assert "quantization" not in config and "quantization_config" not in config
     assert config["architectures"][0].endswith("ForCausalLM")
     assert config["rope_parameters"]["rope_theta"] == config["rope_theta"] == 10000.0
-    expected, found = load(source).model(IDS), load(tmp_path / "out").model(IDS)
-    assert mx.allclose(found, expected, rtol=1e-4, atol=1e-5)
+    expected, logits = load(source).model(IDS), load(tmp_path / "out").model(IDS)
+    assert mx.allclose(logits, expected, rtol=1e-4, atol=1e-5)
     assert "from_pretrained" in (tmp_path / "out" / "README.md").read_text()
 
 

@@ -52,11 +52,11 @@ class Hub:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Any:
     def install(**options: Any) -> Hub:
-        made_hub = Hub(**options)
-        monkeypatch.setattr("huggingface_hub.HfApi", lambda: made_hub)
+        fake_hub = Hub(**options)
+        monkeypatch.setattr("huggingface_hub.HfApi", lambda: fake_hub)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-        return made_hub
+        return fake_hub
 
     return install
 
@@ -113,7 +113,7 @@ def test_a_refusal_is_one_line_without_the_token(
     hub(failure=RuntimeError(f"401 for Authorization: Bearer {TOKEN}\nlog in"))
     assert run(["upload", str(folder), "--repo", "me/thing", "--yes"]) == 2
     error = capfd.readouterr().err
-    assert "the hub did not take it: RuntimeError: 401" in error and "hf auth login" in error
+    assert "the hub refused the upload: RuntimeError: 401" in error and "hf auth login" in error
     assert "secret" not in error.replace("(secret)", "") and error.count("error:") == 1
 
 
@@ -157,9 +157,9 @@ def test_links_are_refused_and_named(
     link.symlink_to(target)
     for more in ([], ["--yes"]):
         assert run(["upload", str(folder), "--repo", "me/thing", *more]) == 2
-        said = capfd.readouterr()
+        printed = capfd.readouterr()
         name = link.relative_to(folder).as_posix()
-        assert f"holds links, which may lead out of it: {name}" in said.err and said.out == ""
+        assert f"holds links, which may lead out of it: {name}" in printed.err and printed.out == ""
     assert calls == []
     link.rename(folder / ".hidden")  # hidden files are never uploaded
     assert "passwords" not in "\n".join(upload(folder, "me/thing").lines())

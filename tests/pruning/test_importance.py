@@ -104,8 +104,8 @@ def test_activation_is_what_a_group_sends_to_the_output_layer(
         owner[name] = Look()
         model(ROWS[:, :-1])
         owner[name] = layer
-        parts = np.array(seen[0]).reshape(len(ROWS), ROWS.shape[1] - 1, family.count, -1)
-        expected = np.sqrt((parts**2).sum(axis=(0, 3))).mean(axis=0)
+        grouped = np.array(seen[0]).reshape(len(ROWS), ROWS.shape[1] - 1, family.count, -1)
+        expected = np.sqrt((grouped**2).sum(axis=(0, 3))).mean(axis=0)
         np.testing.assert_allclose(scores[name_of(1, kind)], expected, rtol=1e-4)
 
 

@@ -92,7 +92,7 @@ MATRIX = {
     "tasks": [{"task": "./toytask.yaml", "limit": 4}],
     "sweep": {"steps": 1},
     "intruders": False,
-    "held_out": {"path": "text.txt"},
+    "forgetting": {"path": "text.txt"},
 }
 
 
