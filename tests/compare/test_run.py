@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +19,7 @@ from mlx_slim.cli.main import run as command
 from mlx_slim.compare import runner
 from mlx_slim.compare.matrix import load_matrix
 from mlx_slim.compare.measured import measured
+from mlx_slim.compare.records import as_json
 from mlx_slim.compare.report import report
 from mlx_slim.compare.verify import verify
 from mlx_slim.errors import SlimError
@@ -38,7 +38,7 @@ def exchange(out: Path, *names: str) -> None:
     for cell in cells:
         manifest = read_json(cell / "cell.json")
         train = manifest["train"]
-        manifest |= asdict(measured(cell))
+        manifest |= as_json(measured(cell))
         if train is not None:
             manifest["train"] = train
         write_json(cell / "cell.json", manifest)

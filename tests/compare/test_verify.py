@@ -212,7 +212,7 @@ def test_pages_sweeps_questions_and_missing_files(copy: Path) -> None:
     assert not problems()
     with pytest.raises(SlimError, match="1 numbers are not what the stored answers give") as caught:
         verify(copy)
-    assert caught.value.details == ["report.md does not say what the stored answers give"]
+    assert caught.value.details == ["report.md differs from what the stored answers give"]
     page.write_text(text)
     sweep = copy / "sweeps/toy0-lora/sweep.json"
     record = read_json(sweep)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mlx_slim.artifacts import SCHEMA_VERSION, hash_bytes, hash_file, provenance, write_json
 from mlx_slim.compare.measured import measured
 from mlx_slim.compare.questions import stored_questions
+from mlx_slim.compare.records import as_json
 from mlx_slim.evaluation.jobs import asked_of
 from mlx_slim.evaluation.results import Entry, Folder, encode, samples_name
 from mlx_slim.evaluation.score import section, timing
@@ -161,7 +161,7 @@ def _cell(
     if kind == "fused":
         effect = {"kl": 0.001, "top1": 0.99, "tokens": 512, "kept": 0.999}
         write_json(cell / "model" / "fuse.json", {"effect": effect})
-    found = asdict(measured(cell))
+    found = as_json(measured(cell))
     if found["train"]:
         found["train"]["predicted_seconds"] = 210.0
     write_json(
