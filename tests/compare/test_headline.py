@@ -56,7 +56,7 @@ def test_the_table_and_the_headline_hold_to_one_level(tmp_path: Path) -> None:
     assert "of what is above chance: 40.0 of 46.0 points, chance 25.0; no detectable" in retention
 
 
-def test_at_the_chance_level_nothing_is_kept(tmp_path: Path) -> None:
+def test_at_the_chance_level_retention_is_not_measured(tmp_path: Path) -> None:
     folder = write_matrix(tmp_path / "m", methods=("base", "lora", "qlora"), questions=TASK)
     right = {"toy0-base": 24, "toy0-lora-s0": 26, "toy0-qlora-s0": 25}
     results = answered(folder, right)

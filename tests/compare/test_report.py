@@ -169,7 +169,7 @@ def test_a_damaged_record_is_one_line_or_costs_its_cell(
         assert code == 0 or str(copy) in errors
 
 
-def test_an_answer_that_is_no_share_costs_its_cell(copy: Path) -> None:
+def test_an_answer_that_is_no_fraction_excludes_its_cell(copy: Path) -> None:
     path = copy / "cells/toy0-full-s0/eval/hellaswag/samples_hellaswag.jsonl"
     path.write_text(path.read_text().replace('"acc": 1', '"acc": 7', 1))
     failed = {item["cell"]: item["why"] for item in report(copy).results["failed"]}

@@ -114,7 +114,7 @@ def test_pruned_recovered_distilled_and_rounded(files: Path, tiny: Callable[...,
     assert {name for name in after if after[name] == before[name]} == {"toy-base"}
 
 
-def test_killed_resumed_and_only_what_changed_is_made_again(files: Path) -> None:
+def test_killed_resumed_and_only_what_changed_is_computed_again(files: Path) -> None:
     out = files / "out"
     first = run_all(files, only={"toy-base", "toy-lora-s0"})
     assert set(first.complete) == {"toy-base", "toy-lora-s0"}
@@ -165,7 +165,7 @@ def test_another_task_scores_again_and_trains_nothing(files: Path) -> None:
     assert report(out).results["tasks"][0]["n"] == 12
 
 
-def test_a_manifest_of_another_version_is_made_again(files: Path) -> None:
+def test_a_manifest_of_another_version_is_computed_again(files: Path) -> None:
     run_all(files, only={"toy-base"})
     path = files / "out/cells/toy-base/cell.json"
     write_json(path, {**read_json(path), "schema_version": 0})

@@ -195,7 +195,7 @@ def test_forged_hashes_do_not_hide_what_contradicts_itself(copy: Path) -> None:
         ("run/run.json", ("result", "done", "tokens")),
     ],
 )
-def test_a_report_made_after_the_change_does_not_hide_it(copy: Path, file: str, path: Any) -> None:
+def test_a_report_after_the_change_does_not_hide_it(copy: Path, file: str, path: Any) -> None:
     target = copy / CELL / file
     write_json(target, changed(read_json(target), path))
     write_json(copy / "results.json", build(store.load(copy)))
@@ -230,7 +230,7 @@ def test_pages_sweeps_questions_and_missing_files(copy: Path) -> None:
     assert any("tasks.json does not exist" in line for line in problems())
 
 
-def test_a_cell_that_was_removed_is_said(copy: Path) -> None:
+def test_a_removed_cell_is_reported(copy: Path) -> None:
     """Before the report is made again its numbers are missed; afterwards the cell itself is."""
     shutil.rmtree(copy / CELL)
     with pytest.raises(SlimError, match="numbers are not what the stored answers give") as caught:

@@ -84,7 +84,9 @@ def test_requantizing_a_large_tune_is_allowed(tiny: Callable[..., Path], tmp_pat
     assert all("scales" in layer.mlp.up_proj for layer in model.layers)
 
 
-def test_kept_beside_the_base_nothing_changes(tiny: Callable[..., Path], tmp_path: Path) -> None:
+def test_an_adapter_stored_beside_the_base_changes_nothing(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     base = write_quantized(tmp_path / "q", tiny("llama"))
     adapter = write_adapter(tmp_path / "a", base)
     result = fuse(base, adapter, tmp_path / "out", FuseOptions("keep", samples=2, length=32))
@@ -104,7 +106,7 @@ def test_a_delta_that_16_bits_swallow_is_refused(tmp_path: Path) -> None:
     assert fuse(base, adapter, tmp_path / "out", wide).effect.retained == pytest.approx(1, abs=0.02)
 
 
-def test_too_little_memory_is_said_before_the_work(
+def test_too_little_memory_is_refused_before_the_work(
     tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = write_adapter(tmp_path / "a", tiny("llama"))
@@ -120,7 +122,7 @@ def test_an_adapter_without_effect_loses_nothing(tiny: Callable[..., Path], tmp_
     assert result.effect.retained == 1 and result.effect.kl == 0 and result.weights_retained == 1
 
 
-def test_the_share_kept_is_a_projection() -> None:
+def test_the_retained_fraction_is_a_projection() -> None:
     mx.random.seed(0)
     tokens = mx.zeros((2, 70), dtype=mx.int32)
     base, change, noise = (mx.random.normal((1, 70, 50)) for _ in range(3))

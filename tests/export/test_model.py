@@ -268,7 +268,7 @@ def test_gguf_of_a_quantized_model_and_of_scaled_rope(
         assert mx.abs(imported.model(IDS) - expected).max() < 0.003 * mx.abs(expected).max()
 
 
-def test_a_wrong_row_order_is_found_before_the_folder_appears(
+def test_a_wrong_row_order_is_refused_before_the_folder_appears(
     tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlx_slim.models.gguf import write as gguf_write
