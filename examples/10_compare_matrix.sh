@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A matrix of your own: models × methods × tasks from one file, one report with paired tests, and
-# every published number counted again from the stored answers.
+# every published number recomputed from the stored answers.
 #
 # Takes:   5 minutes on an M2 or on 4 CPU cores, 3 GB of memory, 0.5 GB of disk;
 #          network: the model, once (0.3 GB)

@@ -309,7 +309,7 @@ class StageProgress(Event):
 
 @dataclass(frozen=True)
 class EvalAnswering(Event):
-    """Questions of a chunk are being answered: those of it that are, are not on disk yet.
+    """Questions of a chunk are being answered; its answers are not on disk yet.
 
     Attributes:
         task: The task.

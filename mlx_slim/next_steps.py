@@ -42,7 +42,7 @@ def look_at(page: Path) -> NextStep:
 def train_on(model: str | Path, recipe: str = "smollm2-lora") -> NextStep:
     """Return how to train a model on rows of one's own."""
     words = [f"model={model}", "revision=null", f"data.path={YOUR_ROWS}", "-o", "runs/mine"]
-    return step("teach it your rows", "mlx-slim", "train", recipe, *words)
+    return step("train it on your rows", "mlx-slim", "train", recipe, *words)
 
 
 def score(

@@ -17,9 +17,9 @@ from mlx_slim.next_steps import NextStep, after_run, look_at, score, step, train
 def parsed(words: list[str]) -> click.Context:
     """Parse a command line as the program does, without running it."""
     context = click.Context(command)
-    name, found, rest = command.resolve_command(context, words)
-    assert found is not None
-    return found.make_context(name, rest, parent=context)
+    name, subcommand, rest = command.resolve_command(context, words)
+    assert subcommand is not None
+    return subcommand.make_context(name, rest, parent=context)
 
 
 def run_folder(path: Path, artifact: str) -> Path:

@@ -37,10 +37,10 @@ def command() -> None:
     default=0.5,
     show_default=True,
     type=Real(0, 1, min_open=True),
-    help="A direction further than this cosine from all of the base's is an intruder.",
+    help="A direction whose cosine to all of the base's is below this is an intruder.",
 )
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="New folder.")
-@click.option("--no-cache", is_flag=True, help="Keep no spectra of the base on disk.")
+@click.option("--no-cache", is_flag=True, help="Do not cache the base's spectra on disk.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def intruders(
     base: str,
@@ -52,7 +52,7 @@ def intruders(
     no_cache: bool,
     as_json: bool,
 ) -> None:
-    """Count the directions that tuning put on top of the weights of BASE (arXiv 2410.21228).
+    """Count the singular directions that tuning added to the weights of BASE (arXiv 2410.21228).
 
     Writes intruders.json and intruders.svg. An adapter that a QLoRA run trained is compared with
     the quantized base that it was trained on.
@@ -77,7 +77,7 @@ def intruders(
 
     inputs = {"base": base, "adapter": adapter, "tuned": tuned, "k": k, "epsilon": epsilon}
     with alive(), new_folder(output, "analyze intruders", inputs):
-        found = find_intruders(
+        result = find_intruders(
             base,
             adapter=adapter,
             tuned=tuned,
@@ -86,14 +86,18 @@ def intruders(
             cache=None if no_cache else cache_folder(),
             progress=progress,
         )
-        record = {"schema_version": SCHEMA_VERSION, **found.as_record(), "provenance": provenance()}
+        record = {
+            "schema_version": SCHEMA_VERSION,
+            **result.as_record(),
+            "provenance": provenance(),
+        }
         with atomic_folder(output) as temporary:
-            write_text(temporary / "intruders.svg", plot(found))
+            write_text(temporary / "intruders.svg", plot(result))
             write_json(temporary / "intruders.json", record)
     if as_json:
         click.echo(json.dumps(record))
         return
-    for line in _summary(found):
+    for line in _summary(result):
         click.echo(line)
     click.echo(f"written    {output}")
     show_next(step("see them", "less", output / "intruders.json"))
@@ -109,13 +113,13 @@ def _line(matrix: MatrixSpectra) -> str:
     )
 
 
-def _summary(found: Intruders) -> list[str]:
-    total = found.overall()
-    near = [found.count(found.k, epsilon) for epsilon in (0.3, 0.7, 0.9)]
+def _summary(intruders: Intruders) -> list[str]:
+    total = intruders.overall()
+    near = [intruders.count(intruders.k, epsilon) for epsilon in (0.3, 0.7, 0.9)]
     return [
-        f"intruders  {total['intruders']:.0f} of {total['matrices'] * found.k:.0f} leading "
+        f"intruders  {total['intruders']:.0f} of {total['matrices'] * intruders.k:.0f} leading "
         f"directions, in {total['matrices_with_intruders']:.0f} of {total['matrices']:.0f} matrices"
-        f" (k={found.k}, epsilon={found.epsilon:g}; at 0.3, 0.7, 0.9: "
+        f" (k={intruders.k}, epsilon={intruders.epsilon:g}; at 0.3, 0.7, 0.9: "
         f"{', '.join(map(str, near))})",
         f"energy     {total['energy']:.3%} of the tuned weights' is in them",
         f"change     |dW|/|W| = {total['delta_norm']:.4f}, effective rank of dW "
@@ -128,19 +132,19 @@ def _summary(found: Intruders) -> list[str]:
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def memory(recipe_or_model: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Say what fills the memory: of a recipe while it trains, or of a model as it lies there."""
+    """Show what takes memory: of a recipe in training, or of a model's weights."""
     from mlx_slim.runtime import human_bytes
 
-    parts = _parts(recipe_or_model, overrides)
+    breakdown = _breakdown(recipe_or_model, overrides)
     if as_json:
-        click.echo(json.dumps({"schema_version": 1, "of": recipe_or_model, **parts}))
+        click.echo(json.dumps({"schema_version": 1, "of": recipe_or_model, **breakdown}))
         return
-    width = max(map(len, parts["parts"]))
-    for name, size in sorted(parts["parts"].items(), key=lambda item: -item[1]):
-        share = size / max(1, parts["total_bytes"])
-        bar = "█" * round(40 * share)
-        click.echo(f"{name:<{width}}  {human_bytes(size):>9}  {share:6.1%}  {bar}")
-    click.echo(f"{'total':<{width}}  {human_bytes(parts['total_bytes']):>9}")
+    width = max(map(len, breakdown["parts"]))
+    for name, size in sorted(breakdown["parts"].items(), key=lambda item: -item[1]):
+        fraction = size / max(1, breakdown["total_bytes"])
+        bar = "█" * round(40 * fraction)
+        click.echo(f"{name:<{width}}  {human_bytes(size):>9}  {fraction:6.1%}  {bar}")
+    click.echo(f"{'total':<{width}}  {human_bytes(breakdown['total_bytes']):>9}")
     named = [recipe_or_model] if overrides or _is_recipe(recipe_or_model) else []
     named = named or ["smollm2-lora", f"model={recipe_or_model}", "revision=null"]
     show_next(step("see what makes it fit", "mlx-slim", "plan", *named, *overrides))
@@ -152,7 +156,7 @@ def _is_recipe(name: str) -> bool:
     return name in library.names("recipes") or name.endswith((".yaml", ".yml"))
 
 
-def _parts(name: str, overrides: tuple[str, ...]) -> dict[str, Any]:
+def _breakdown(name: str, overrides: tuple[str, ...]) -> dict[str, Any]:
     from mlx_slim.config.load import load_recipe
     from mlx_slim.models.load import read_config
     from mlx_slim.planner.memory import predict, weight_bytes
@@ -160,7 +164,7 @@ def _parts(name: str, overrides: tuple[str, ...]) -> dict[str, Any]:
 
     if _is_recipe(name) or (overrides and not Path(name).is_dir()):
         recipe = load_recipe(name, overrides).recipe
-        parts = predict(model_config(recipe)[0], recipe, suggest=False).breakdown
+        sizes = predict(model_config(recipe)[0], recipe, suggest=False).breakdown
     else:
-        parts = weight_bytes(read_config(name))
-    return {"total_bytes": sum(parts.values()), "parts": parts}
+        sizes = weight_bytes(read_config(name))
+    return {"total_bytes": sum(sizes.values()), "parts": sizes}

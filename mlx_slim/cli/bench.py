@@ -1,4 +1,4 @@
-"""``mlx-slim bench``: measure side by side, quote ratios; and the planner against the truth."""
+"""``mlx-slim bench``: speed and memory against mlx-lm; predicted against measured memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def command() -> None:
     type=click.Choice(["mlx-lm", "lora", "qlora", "dora", "full"]),
     default="mlx-lm",
     show_default=True,
-    help="mlx-lm's trainer, or another method of ours.",
+    help="mlx-lm's trainer, or another method of mlx-slim.",
 )
 @click.option("--rows", type=Whole(12), default=48, show_default=True, help="Training rows.")
 @click.option(
@@ -137,13 +137,16 @@ def evaluate(model: str, against: str, as_json: bool, **work: Any) -> None:
 @command.command("plan", epilog="Example: mlx-slim bench plan models/mine")
 @click.argument("model")
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Finished cases; go on from them."
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="File of finished cases, which are not run again.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the whole record as JSON.")
 def plan(model: str, output: Path | None, as_json: bool) -> None:
     """Compare predicted with measured peak memory over 32 small runs (a quarter of an hour).
 
-    MODEL is a small dense model; a random one of another architecture is made besides.
+    MODEL is a small dense model; a random model of another architecture is added.
     """
     from mlx_slim.bench.plan import bench_plan
 
@@ -156,6 +159,6 @@ def plan(model: str, output: Path | None, as_json: bool) -> None:
         return
     click.echo(
         f"{record['n']} runs, {record['within_15_percent']:.0%} within 15%; error: median "
-        f"{record['median_error']:.1%}, worst {record['worst_error']:.1%}"
+        f"{record['median_error']:.1%}, largest {record['worst_error']:.1%}"
     )
     show_next(step("measure training", "mlx-slim", "bench", "train", model))

@@ -1,7 +1,7 @@
-"""``mlx-slim chat``: talk with a model, turn by turn.
+"""``mlx-slim chat``: an interactive conversation with a model.
 
 Invariant: the whole conversation is the prompt of every turn, computed only where it is new; Ctrl-C
-stops an answer and not the conversation. Try it: ``mlx-slim chat MODEL --adapter run/adapters``.
+ends the answer, not the conversation. Try it: ``mlx-slim chat MODEL --adapter run/adapters``.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
     from mlx_slim.evaluation.chat import ChatSession
 
 _COMMANDS = {
-    "/reset": "forget the conversation",
+    "/reset": "start a new conversation",
     "/adapter": "switch adapters: /adapter DIR[=WEIGHT] ..., or /adapter none",
     "/exit": "leave (also Ctrl-D)",
 }
 
 
 def _switch(speaker: ChatSession, names: list[str]) -> None:
-    """Put other adapters on; where they do not fit, say so: the model answers alone then."""
+    """Load other adapters; if they do not fit, report it and use the model without adapters."""
     try:
         speaker.use(None if names in ([], ["none"]) else names)
     except SlimError as error:
         click.echo(f"error: {error}; no adapter now", err=True)
         return
-    click.echo(f"adapter: {' '.join(names) or 'none'}; the conversation goes on", err=True)
+    click.echo(f"adapter: {' '.join(names) or 'none'}; the conversation continues", err=True)
 
 
 @click.command(epilog="Example: mlx-slim chat models/mine --adapter runs/mine/adapters")
@@ -50,9 +50,9 @@ def command(
     revision: str | None,
     trust_remote_code: bool,
 ) -> None:
-    """Talk with MODEL (a folder or a hub id).
+    """Chat with MODEL (a folder or a hub id).
 
-    /reset forgets, /adapter switches adapters, /exit or Ctrl-D leaves.
+    /reset starts a new conversation, /adapter switches adapters, /exit or Ctrl-D leaves.
     """
     import mlx.core as mx
 
@@ -68,23 +68,23 @@ def command(
         click.echo("; ".join(f"{name}: {what}" for name, what in _COMMANDS.items()), err=True)
     while True:
         try:
-            said = input("> " if interactive else "").strip()
+            line = input("> " if interactive else "").strip()
         except EOFError:
             break
-        if not said:
+        if not line:
             continue
-        if said.startswith("/"):
-            if said == "/exit":
+        if line.startswith("/"):
+            if line == "/exit":
                 break
-            if said == "/reset":
+            if line == "/reset":
                 messages = list(start)
-                click.echo("forgotten", err=True)
-            elif said.split()[0] == "/adapter":
-                _switch(speaker, said.split()[1:])
+                click.echo("new conversation", err=True)
+            elif line.split()[0] == "/adapter":
+                _switch(speaker, line.split()[1:])
             else:
-                click.echo(f"no command {said!r}: {did_you_mean(said, _COMMANDS)}", err=True)
+                click.echo(f"no command {line!r}: {did_you_mean(line, _COMMANDS)}", err=True)
             continue
-        messages.append({"role": "user", "content": said})
+        messages.append({"role": "user", "content": line})
         pieces: list[str] = []
         try:
             ids = speaker.chat_ids(messages)
@@ -95,7 +95,7 @@ def command(
             raise
         except KeyboardInterrupt:
             click.echo(" …", nl=False)
-        except SlimError as error:  # of this turn only: the conversation goes on without it
+        except SlimError as error:  # of this turn only: the conversation continues without it
             click.echo(f"error: {error}", err=True)
             messages.pop()
             continue

@@ -1,6 +1,6 @@
-"""``mlx-slim compare``: run a matrix of experiments, each cell in a process of its own.
+"""``mlx-slim compare``: run a matrix of experiments, each cell in a separate process.
 
-Invariant: this file prints and starts processes; what a cell is and does stands in ``compare/``.
+Invariant: this file prints and starts processes; cells are defined in ``compare/``.
 Try it: ``mlx-slim compare matrix-tiny --dry-run``.
 """
 
@@ -21,17 +21,17 @@ from mlx_slim.interrupts import SignalFlag
 if TYPE_CHECKING:
     from mlx_slim.compare.matrix import Cell, MatrixPlan
 
-_POLL = 0.05  # seconds between two looks at a cell that runs
+_POLL = 0.05  # seconds between polls of a running cell
 
 
 @click.command("compare", epilog="Example: mlx-slim compare matrix-tiny -o runs/matrix-tiny")
 @click.argument("matrix", required=False)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder [runs/MATRIX].")
-@click.option("--resume", is_flag=True, help="Go on: compute what is missing or has changed.")
+@click.option("--resume", is_flag=True, help="Resume: compute what is missing or has changed.")
 @click.option("--dry-run", is_flag=True, help="Print cells, predicted memory and time; do nothing.")
 @click.option("--limit", type=Whole(1), help="At most N questions of each task.")
-@click.option("--only", metavar="CELL", help="Make one cell of a prepared folder, here and now.")
+@click.option("--only", metavar="CELL", help="Run one cell of a prepared folder in this process.")
 @click.option("--quiet", is_flag=True, help="Warnings and the end only.")
 def command(
     matrix: str | None,
@@ -115,23 +115,23 @@ def _run(layout: MatrixPlan, folder: Path, words: list[str], resume: bool) -> No
         count = len(ran.failed) + len(layout.refused)
         raise SlimError(
             f"{count} of {len(cells) + len(layout.refused)} cells failed; the others are done",
-            "mend what the warnings say, then the same command with --resume",
+            "fix what the warnings name, then run the same command with --resume",
         )
 
 
 def _exit_code(command: list[str], descriptor: int) -> int | None:
-    """Run a cell's process, which holds the folder too; return None if a signal stopped it.
+    """Run a cell's process, which holds the folder's lock too; return None if a signal stopped it.
 
-    The process is told of the signal, whoever got it, and saves its state.
+    The signal is forwarded to the process, which saves its state.
     """
     with SignalFlag() as stop:
         process = subprocess.Popen(command, pass_fds=[descriptor])
-        told = False
+        forwarded = False
         try:
             while (code := process.poll()) is None:
-                if stop.requested and not told:
+                if stop.requested and not forwarded:
                     process.terminate()
-                    told = True
+                    forwarded = True
                 time.sleep(_POLL)
         except KeyboardInterrupt:  # a second signal: at once
             process.terminate()
@@ -140,7 +140,7 @@ def _exit_code(command: list[str], descriptor: int) -> int | None:
 
 
 def _one(layout: MatrixPlan, folder: Path, name: str, quiet: bool) -> None:
-    """Make one cell; leave its error where the matrix looks for it."""
+    """Run one cell; write its error to the file that the matrix reads."""
     from mlx_slim.artifacts import write_json
     from mlx_slim.compare.cell import CellRun
     from mlx_slim.compare.jobs import MatrixRun
@@ -156,14 +156,14 @@ def _one(layout: MatrixPlan, folder: Path, name: str, quiet: bool) -> None:
         with Console("quiet" if quiet else "auto", title=name) as console:
             CellRun(MatrixRun(layout, folder, console), cell).run()
     except Interrupted as stop:
-        raise Interrupted(stop.message, "the matrix goes on with --resume") from stop
+        raise Interrupted(stop.message, "the matrix resumes with --resume") from stop
     except SlimError as error:
         reason = "; ".join([error.message, *error.details])
         reason += f" ({error.hint})" if error.hint else ""
         note = {"cell": name, "reason": reason, "exit_code": error.exit_code}
         write_json(folder / "failed" / f"{name}.json", note)
         raise
-    except Exception as error:  # our own mistake: the report names it
+    except Exception as error:  # a bug of mlx-slim: the report names it
         reason = " ".join(f"internal error: {type(error).__name__}: {error}".split())
         note = {"cell": name, "reason": without_secrets(reason), "exit_code": 1}
         write_json(folder / "failed" / f"{name}.json", note)

@@ -1,7 +1,7 @@
-"""What nobody foresaw: one line for the user, and the traceback in a file for a report.
+"""Unexpected errors: one line for the user, and the traceback in a file for a bug report.
 
-Invariant: the file holds no token and no argument of the command, and nothing that fails here hides
-the failure itself. Used by ``cli/main.py``; ``MLX_SLIM_DEBUG=1`` shows the traceback instead.
+Invariant: the file holds no token and no argument of the command, and an error here does not hide
+the original one. Used by ``cli/main.py``; ``MLX_SLIM_DEBUG=1`` shows the traceback instead.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _NO_MEMORY = re.compile(
 
 
 def explained(error: BaseException, words: Sequence[str]) -> SlimError:
-    """Return the failure as one line: of the machine where that is what it is, else as ours.
+    """Return the error as one line: a resource error if it is one, else an internal error.
 
     Args:
-        error: What reached the top of a command.
+        error: The exception that left the command.
         words: The command line.
     """
     if isinstance(error, OSError) and (refusal := no_such_name(error)):
@@ -62,13 +62,13 @@ def explained(error: BaseException, words: Sequence[str]) -> SlimError:
 
 
 class InternalError(SlimError):
-    """Our own mistake."""
+    """A bug of mlx-slim."""
 
     exit_code = 1
 
 
 def _write(error: BaseException, words: Sequence[str]) -> Path | None:
-    """Write the traceback beside the output, or to the temporary folder; None if neither can be."""
+    """Write the traceback beside the output, or to the temporary folder; None if neither works."""
     lines = [f"{key}: {value}" for key, value in provenance().items()]
     lines += ["", *traceback.format_exception(type(error), error, error.__traceback__)]
     for folder, name in _places(words):
@@ -77,7 +77,7 @@ def _write(error: BaseException, words: Sequence[str]) -> Path | None:
             try:
                 with os.fdopen(descriptor, "w", encoding="utf-8", errors="replace") as handle:
                     handle.write(without_secrets("\n".join(map(str.rstrip, lines))) + "\n")
-            except OSError:  # nothing or half of it is in it
+            except OSError:  # incomplete
                 Path(file).unlink(missing_ok=True)
                 raise
             return Path(file)

@@ -1,6 +1,6 @@
-"""``mlx-slim data``: look at data as the training loop will see it.
+"""``mlx-slim data``: show data as the training loop will see it.
 
-Invariant: what ``preview`` shows went through the very pipeline that training uses; nothing is
+Invariant: ``preview`` uses the same pipeline as training; nothing is
 written. Try it: ``mlx-slim data preview smollm2-lora --rows 2``, ``mlx-slim data overlap a.jsonl``.
 """
 
@@ -88,7 +88,7 @@ def _legend(opening: str, closing: str) -> Text:
     from rich.text import Text
 
     return Text.assemble(
-        ("dim text: read, not learned", "dim"),
+        ("dim text: context, without loss", "dim"),
         "; ",
         (f"{opening}supervised: the loss counts these tokens{closing}", "bold green"),
     )

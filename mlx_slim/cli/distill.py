@@ -1,4 +1,4 @@
-"""``mlx-slim distill``: a student learns from its rows and from teachers."""
+"""``mlx-slim distill``: train a student on its rows and on teachers' outputs."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def command(
     dry_run: bool,
     mode: str,
 ) -> None:
-    """Train the model of RECIPE on its rows and on what teachers say of them.
+    """Train the model of RECIPE on its rows and on teachers' outputs for them.
 
-    Teachers are loaded one at a time, before the student; what they say is kept on disk. Any recipe
-    can be given teachers: mlx-slim distill smollm2-lora "distill.teachers=[{model: BIGGER}]"
+    Teachers are loaded one at a time, before the student; their outputs are stored on disk. Any
+    recipe can have teachers: mlx-slim distill smollm2-lora "distill.teachers=[{model: BIGGER}]"
     """
     resolved = load_recipe(recipe, overrides)
     if dry_run:

@@ -1,7 +1,7 @@
-"""``mlx-slim doctor``: what this machine is, how fast it is, and what to mend.
+"""``mlx-slim doctor``: device, speed and problems of this machine.
 
-Invariant: it reads and measures for a few seconds and writes nothing; every warning comes with what
-to do. ``--json`` has the same facts under stable names. Try it: ``mlx-slim doctor``.
+Invariant: it reads and measures for a few seconds and writes nothing; every warning has a
+remedy. ``--json`` has the same facts under stable names. Try it: ``mlx-slim doctor``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SLOW_GFLOPS = 25.0  # float32 on a CPU: the reference BLAS gives 2-5, OpenBLAS 5
 
 
 def speed() -> dict[str, Any]:
-    """Return the measured rates; bfloat16 on a CPU is tried on a small product, it is slow."""
+    """Return the measured rates; bfloat16 on a CPU, which is slow, on a small product."""
     import mlx.core as mx
 
     from mlx_slim import runtime
@@ -38,7 +38,7 @@ def speed() -> dict[str, Any]:
 
 
 def hub() -> dict[str, Any]:
-    """Return whether the hub answers: ``reachable``, ``unreachable`` or ``offline by choice``."""
+    """Return the hub's state: ``reachable``, ``unreachable`` or ``offline by choice``."""
     from huggingface_hub import constants
 
     from mlx_slim import runtime
@@ -55,9 +55,9 @@ def data_mirror() -> dict[str, Any]:
     """Return the folder of ``MLX_SLIM_DATA`` and its data sets (``<name>/<split>.jsonl``)."""
     value = os.environ.get("MLX_SLIM_DATA", "")
     folder = Path(value).expanduser()
-    found = value != "" and folder.is_dir()
-    names = sorted({file.parent.name for file in folder.glob("*/*.jsonl*")}) if found else []
-    return {"folder": value or None, "found": found, "datasets": names}
+    exists = value != "" and folder.is_dir()
+    names = sorted({file.parent.name for file in folder.glob("*/*.jsonl*")}) if exists else []
+    return {"folder": value or None, "found": exists, "datasets": names}
 
 
 def compiler() -> dict[str, Any]:
@@ -99,31 +99,33 @@ def examine() -> dict[str, Any]:
 
 
 def _warnings(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return (problem, what to do) of everything that is worth mending."""
-    found = []
+    """Return (problem, what to do) of each problem."""
+    problems = []
     rate, blas = facts["speed"]["matmul_float32_gflops"], facts["blas"]
     if facts["device"]["type"] == "cpu" and rate < SLOW_GFLOPS:
         mend = {
             "off": "unset MLX_SLIM_BLAS",
             "late": blas["note"],
             "none": blas["note"] if "cannot" in blas["note"] else "pip install scipy-openblas32",
-        }.get(blas["source"], "see whether other programs keep the cores busy (uptime)")
-        found.append((f"float32 matmul runs at {rate:g} GFLOP/s, which is slow", mend))
+        }.get(blas["source"], "check whether other programs use the cores (uptime)")
+        problems.append((f"float32 matmul runs at {rate:g} GFLOP/s, which is slow", mend))
     elif blas["note"] and blas["source"] not in ("off", "platform"):
-        found.append(("the fast BLAS is not the usual one", blas["note"]))
+        problems.append(("another BLAS than the default is in use", blas["note"]))
     if facts["compiler"]["needed"] and facts["compiler"]["path"] is None:
-        found.append(("no g++: compiled functions run uncompiled", "install g++ (build-essential)"))
+        problems.append(
+            ("no g++: compiled functions run uncompiled", "install g++ (build-essential)")
+        )
     if facts["hub"]["state"] == "unreachable":
-        mend = "give local folders as models, or set HF_ENDPOINT; HF_HUB_OFFLINE=1 stops the tries"
-        found.append((f"{facts['hub']['endpoint']} does not answer", mend))
+        mend = "give local folders as models, or set HF_ENDPOINT; HF_HUB_OFFLINE=1 disables it"
+        problems.append((f"{facts['hub']['endpoint']} does not answer", mend))
     if facts["data"]["folder"] and not facts["data"]["found"]:
-        problem = f"MLX_SLIM_DATA={facts['data']['folder']} is no folder"
-        found.append((problem, "name a folder that holds <dataset>/<split>.jsonl"))
-    return found
+        problem = f"MLX_SLIM_DATA={facts['data']['folder']} is not a folder"
+        problems.append((problem, "name a folder that holds <dataset>/<split>.jsonl"))
+    return problems
 
 
 def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return (name, value) lines for people."""
+    """Return (name, value) lines of the table."""
     from mlx_slim.runtime import human_bytes
 
     device, memory, rates = facts["device"], facts["memory"], facts["speed"]
@@ -169,7 +171,7 @@ def _blas_line(blas: dict[str, Any]) -> str:
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
 def command(as_json: bool) -> None:
     """Check this machine: device, memory, speed, hub; how to mend it."""
-    with alive(), stage("measuring this machine and asking the hub"):
+    with alive(), stage("measuring this machine and contacting the hub"):
         facts = examine()
     if as_json:
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))

@@ -1,6 +1,6 @@
-"""``mlx-slim eval``: score models on tasks and held-out text, and compare two results.
+"""``mlx-slim eval``: score models on tasks and texts, and compare two results.
 
-Invariant: everything a user can get wrong is said before any weight is read. Try it:
+Invariant: user errors are reported before any weight is read. Try it:
 ``mlx-slim eval MODEL --task openbookqa,arc_easy --limit 100 -o OUT``, then
 ``mlx-slim eval --compare OUT OUT_2``.
 """
@@ -49,7 +49,7 @@ _FOLDER = click.Path(path_type=Path)
     "--compare", type=_FOLDER, nargs=2, metavar="OUT_A OUT_B", help="Compare two results."
 )
 @click.option("-o", "--out", type=_FOLDER, help="New folder for the results.")
-@click.option("--resume", is_flag=True, help="Go on with OUT where it stopped.")
+@click.option("--resume", is_flag=True, help="Resume the evaluation in OUT.")
 @output_mode("Events and results as JSON lines.", "Warnings and the table only.")
 def command(
     models: tuple[str, ...],
@@ -64,12 +64,12 @@ def command(
     """Score MODEL (a folder or a hub id; several get a folder each inside OUT) on tasks.
 
     mlx-slim tasks lists the tasks. OUT gets results.json and, question by question,
-    samples_TASK.jsonl; a run that was stopped goes on with --resume.
+    samples_TASK.jsonl; a stopped evaluation resumes with --resume.
     """
     options["adapter"] = options["adapter"] or None
     if not options["fewshot_as_multiturn"] and not options["apply_chat_template"]:
         raise SlimError(
-            "--no-fewshot-as-multiturn says how a chat template is used, and none is",
+            "--no-fewshot-as-multiturn needs a chat template",
             "add --apply-chat-template, or leave it out",
         )
     if compare:
@@ -116,14 +116,14 @@ def _compare(
     as_json: bool,
     options: dict[str, Any],
 ) -> None:
-    """Compare two folders; write ``comparison.json`` where ``-o`` says so."""
+    """Compare two folders; write ``comparison.json`` if ``-o`` is given."""
     defaults = {field.name: field.default for field in fields(EvalOptions)}
     unused = [k for k, value in options.items() if value and value != defaults.get(k)]
     unused += ["MODEL"] if models else []
     unused += ["task"] if tasks else []
     if unused:
         raise SlimError(
-            f"--compare takes two output folders and nothing of a scoring: {', '.join(unused)}",
+            f"--compare takes two output folders and no scoring option: {', '.join(unused)}",
             "mlx-slim eval --compare OUT_A OUT_B [-o DIR]",
         )
     from mlx_slim.artifacts import check_writable, write_json

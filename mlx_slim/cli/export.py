@@ -43,24 +43,22 @@ _ONLY = {
 @click.option("--revision", help="Commit or tag of a hub model.")
 def command(source: str, target: str, output: Path, **options: str | None) -> None:
     """Write SOURCE (an adapter or run folder, a model folder or hub id) for another toolkit."""
-    given = {name: value for name, value in options.items() if value is not None}
-    for name in given:
+    set_options = {name: value for name, value in options.items() if value is not None}
+    for name in set_options:
         if target not in _ONLY[name]:
             flag = "--type" if name == "kind" else f"--{name.replace('_', '-')}"
-            raise SlimError(
-                f"{flag} means nothing with --to {target}", f"it is for {_ONLY[name][0]}"
-            )
+            raise SlimError(f"{flag} is not used with --to {target}", f"it is for {_ONLY[name][0]}")
     from mlx_slim.console import Console
     from mlx_slim.export import model as export
     from mlx_slim.export.peft import export_peft
 
     with Console("plain") as console:
         if target == "peft":
-            base = given.pop("model", None)
-            done = export_peft(Path(source), output, base=base, observer=console, **given)
+            base = set_options.pop("model", None)
+            done = export_peft(Path(source), output, base=base, observer=console, **set_options)
         elif target == "hf":
-            done = export.export_hf(source, output, observer=console, **given)
+            done = export.export_hf(source, output, observer=console, **set_options)
         else:
-            done = export.export_gguf(source, output, observer=console, **given)
+            done = export.export_gguf(source, output, observer=console, **set_options)
     for line in done.lines():
         click.echo(line)

@@ -1,4 +1,4 @@
-"""``mlx-slim fuse``: an adapter folded into its model, and the proof that the tune is still there.
+"""``mlx-slim fuse``: merge an adapter into its model, with an audit of the result.
 
 Try it: ``mlx-slim fuse MODEL --adapter runs/mine/adapters -o fused``.
 """
@@ -44,10 +44,10 @@ def command(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Fold an adapter into MODEL (a folder or hub id) and write a new folder.
+    """Merge an adapter into MODEL (a folder or hub id) and write a new folder.
 
     Of several adapters it is the weighted sum. A dense base is merged; a quantized one becomes
-    dense unless --requantize (which is refused where it rounds the tune away) or --keep.
+    dense unless --requantize (refused where rounding would undo the tuning) or --keep.
     """
     from rich.console import Console as RichConsole
 

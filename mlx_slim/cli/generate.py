@@ -1,6 +1,6 @@
 """``mlx-slim generate``: one prompt, one answer.
 
-Invariant: standard output holds the answer and nothing else; how it went is a line on standard
+Invariant: standard output holds the answer and nothing else; statistics are a line on standard
 error. Try it: ``mlx-slim generate MODEL --prompt "Name three fruits." --max-tokens 40``.
 """
 
@@ -17,7 +17,7 @@ from mlx_slim.next_steps import step, train_on
 
 
 def _read() -> str:
-    """Return standard input, up to the first character that is too many."""
+    """Return standard input, up to one character above the limit."""
     from mlx_slim.evaluation.chat import LONGEST_PROMPT
 
     return sys.stdin.read(LONGEST_PROMPT + 1)
@@ -25,8 +25,8 @@ def _read() -> str:
 
 @click.command(epilog='Example: mlx-slim generate models/mine --prompt "Name three fruits."')
 @speaker_options(max_tokens=256, temp=0.0)
-@click.option("--prompt", required=True, metavar="TEXT", help="What to say; - reads it from stdin.")
-@click.option("--no-chat-template", is_flag=True, help="Continue the prompt as it stands.")
+@click.option("--prompt", required=True, metavar="TEXT", help="The prompt; - reads it from stdin.")
+@click.option("--no-chat-template", is_flag=True, help="Continue the prompt as plain text.")
 def command(
     model: str,
     adapter: tuple[str, ...],

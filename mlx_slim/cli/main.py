@@ -1,9 +1,9 @@
-"""The entry point: which commands exist, and how a failure looks.
+"""The entry point: the commands, and the format of errors.
 
-Invariant: a command's module is imported only when that command runs; its line in ``--help`` stands
+Invariant: a command's module is imported only when that command runs; its line in ``--help`` is
 here. Every failure is one ``error:`` line and one ``hint:`` line on standard error, without a
-traceback (``MLX_SLIM_DEBUG=1`` shows it); that of our own mistakes is in a file (``crash.py``).
-Exit codes: 0 done, 1 our own mistake, 2 input, 3 memory or disk, 130 interrupted (Ctrl-C, SIGTERM,
+traceback (``MLX_SLIM_DEBUG=1`` shows it); that of an internal error is in a file (``crash.py``).
+Exit codes: 0 done, 1 internal error, 2 input, 3 memory or disk, 130 interrupted (Ctrl-C, SIGTERM,
 SIGHUP). Try it: ``mlx-slim --help``.
 """
 
@@ -35,12 +35,12 @@ from mlx_slim.errors import (
     printable,
 )
 
-# What people want -> the commands for it, in the order that a user meets them.
+# Heading of --help -> its commands, in the order of use.
 GROUPS: dict[str, tuple[str, ...]] = {
     "Start": ("doctor", "demo", "recipes", "tasks"),
     "Look": ("data", "plan", "generate", "chat", "analyze"),
     "Make smaller": ("convert", "quantize", "prune"),
-    "Teach": ("train", "distill"),
+    "Train": ("train", "distill"),
     "Prove": ("eval", "compare", "report", "bench"),
     "Hand over": ("fuse", "export", "import", "upload"),
 }
@@ -52,24 +52,24 @@ Tab completion, one line in the start-up file of your shell:
 
 # name -> (module in mlx_slim.cli, line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
-    "doctor": ("doctor", "Check this machine: device, memory, speed, hub; how to mend it."),
+    "doctor": ("doctor", "Check this machine: device, memory, speed, hub; how to fix it."),
     "demo": ("demo", "Fine-tune a real model on bundled data, and score before and after."),
     "recipes": ("recipes", "List, show and copy the run configurations."),
     "tasks": ("tasks", "List and show the evaluation tasks."),
     "data": ("data", "Look at data as the training loop will see it."),
     "convert": ("convert", "Turn a hub model, an HF folder or a GGUF into an MLX folder."),
-    "quantize": ("quantize", "Make a model smaller, and say what it lost."),
+    "quantize": ("quantize", "Quantize a model, and measure what it lost."),
     "plan": ("plan", "Predict peak memory, time and disk of a recipe."),
     "train": ("train", "Fine-tune: full, LoRA, QLoRA or DoRA."),
     "eval": ("eval", "Score a model on evaluation tasks."),
     "generate": ("generate", "Complete one prompt."),
-    "chat": ("chat", "Talk with a model."),
+    "chat": ("chat", "Chat with a model."),
     "fuse": ("fuse", "Merge an adapter into its model, with an audit."),
     "export": ("export", "Write an adapter or a model for another toolkit."),
     "import": ("import_", "Read an adapter of another toolkit."),
     "upload": ("upload", "Put a folder on the hub: private, and a dry run by default."),
-    "prune": ("prune", "Remove layers or widths that matter least."),
-    "distill": ("distill", "Train a small model on what a large one says."),
+    "prune": ("prune", "Remove the least important layers, heads or neurons."),
+    "distill": ("distill", "Train a small model on the outputs of a larger one."),
     "compare": ("compare", "Run a matrix of experiments."),
     "report": ("report", "Draw the page of a run, also live, or of an experiment matrix."),
     "analyze": ("analyze", "See what tuning did to the weights, and where memory goes."),
@@ -111,13 +111,13 @@ class LazyGroup(click.Group):
         if command is None:
             if name.startswith("-"):  # an option of the group itself: click has the message
                 return super().resolve_command(ctx, args)
-            if ctx.resilient_parsing:  # a shell that completes: it has nothing to offer
+            if ctx.resilient_parsing:  # shell completion of an unknown command: nothing
                 return None, None, []
             raise SlimError(f"no command {name!r}", did_you_mean(name, available()))
         return name, command, args[1:]
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Return what a shell offers after ``mlx-slim``, without importing any command."""
+        """Return the completions after ``mlx-slim``, without importing any command."""
         names = [
             CompletionItem(name, help=line)
             for name, (_, line) in available().items()
@@ -165,13 +165,13 @@ def _fail(message: str, hint: str, code: int, details: Sequence[str] = ()) -> in
         for line in lines:
             indent = "  " * line.startswith("  ")
             click.echo(indent + printable(" ".join(line.split())), err=True)
-    except OSError:  # nobody listens
+    except OSError:  # standard error is closed
         _silence(sys.stderr)
     return code
 
 
 def _usage_hint(error: click.UsageError) -> str:
-    """Return the way out of a usage error: the closest option, else where the help stands."""
+    """Return the hint of a usage error: the closest option, else the help command."""
     if isinstance(error, click.NoSuchOption) and error.possibilities:
         return f"did you mean {error.possibilities[0]!r}?"
     path = error.ctx.command_path if error.ctx else "mlx-slim"
@@ -204,7 +204,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _ended(error: Exception, words: list[str]) -> int:
-    """Say how a command ended that did not return; return the exit code."""
+    """Report the error that ended a command; return the exit code."""
     debugging = os.environ.get("MLX_SLIM_DEBUG", "0") not in ("", "0")
     if isinstance(error, Complete):
         record = {"schema_version": 1, "status": "complete", "path": str(error.path)}
@@ -219,7 +219,7 @@ def _ended(error: Exception, words: list[str]) -> int:
         return _fail(error.format_message(), _usage_hint(error), 2)
     if isinstance(error, click.ClickException):
         return _fail(error.format_message(), "", 2)
-    if isinstance(error, BrokenPipeError):  # the reader has what it wanted: ``| head``
+    if isinstance(error, BrokenPipeError):  # the reader closed the pipe: ``| head``
         _silence(sys.stdout)
         return 0
     if debugging:
@@ -232,15 +232,15 @@ def _ended(error: Exception, words: list[str]) -> int:
 
 
 def _silence(stream: Any) -> None:
-    """Send a stream nowhere: what is still buffered must not fail again at exit."""
+    """Redirect a stream to the null device: its buffer must not fail again at exit."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _prepare_streams() -> None:
-    """Let no character that a terminal cannot show, and no byte that it cannot mean, be an error.
+    """Make encoding errors of the standard streams harmless.
 
-    A byte that is no character comes in as half of one, which is refused where text is wanted.
+    An undecodable byte of standard input becomes a surrogate, which is refused where text is read.
     """
     for name, instead in (
         ("stdin", "surrogateescape"),
@@ -248,7 +248,7 @@ def _prepare_streams() -> None:
         ("stderr", "backslashreplace"),
     ):
         stream = getattr(sys, name)
-        if stream is None:  # closed by who started us: no file of ours takes its place
+        if stream is None:  # closed by the parent: its descriptor must not be reused by a file
             setattr(sys, name, Path(os.devnull).open("r+", encoding="utf-8"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors=instead)
@@ -259,9 +259,11 @@ def main() -> NoReturn:
     _prepare_streams()
     try:
         code = run()
-    except KeyboardInterrupt:  # while the end was being told
+    except KeyboardInterrupt:  # while the error was printed
         code = Interrupted.exit_code
-    for number in interrupts.SIGNALS:  # nothing is left to clean up: the system ends us, silently
+    for (
+        number
+    ) in interrupts.SIGNALS:  # nothing is left to clean up: the default action may end the process
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
     sys.exit(code)

@@ -1,8 +1,8 @@
 """Options of commands: those generated from an options class, and those that several share.
 
 Invariant: what an options class owns (default, range, choices, help) is read from it;
-``--json`` and ``--quiet`` reach a command as one ``mode`` of the console; every number has a least
-and a largest value. Try it: ``mlx-slim train --help``.
+``--json`` and ``--quiet`` reach a command as one ``mode`` of the console; every number has a
+minimum and a maximum. Try it: ``mlx-slim train --help``.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ Command = Callable[..., Any]
 
 
 class Whole(click.IntRange):
-    """A whole number with both bounds; what counts things ends at a thousand million."""
+    """A whole number with both bounds, by default at most 10⁹."""
 
     def __init__(self, least: int, most: int = 1_000_000_000) -> None:
         super().__init__(least, most)
 
 
 class Real(click.FloatRange):
-    """A number inside its bounds; NaN, which no bound keeps out, is none."""
+    """A finite number within its bounds; NaN is refused."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the number, or fail with the range."""
-        found = super().convert(value, param, ctx)
-        if not math.isfinite(found):
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
             self.fail(f"{value} is not in the range {self._describe_range()}.", param, ctx)
-        return found
+        return number
 
 
 SEED = Whole(0, 2**32 - 1)
@@ -92,7 +92,7 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> Callable[[Command], Com
 
 
 def _bare(hint: Any) -> Any:
-    """Return a type without its None."""
+    """Return a type without ``None``."""
     if get_origin(hint) in (types.UnionType, Union):
         (hint,) = (one for one in get_args(hint) if one is not type(None))
     return hint
@@ -147,7 +147,7 @@ def output_mode(
 
 
 def alive() -> Console:
-    """Return a console for a ``with`` block: standard error says what is under way in it."""
+    """Return a console for a ``with`` block: progress goes to standard error."""
     from rich.console import Console as Terminal
 
     from mlx_slim.console import Console
@@ -156,7 +156,7 @@ def alive() -> Console:
 
 
 def show_next(*steps: NextStep) -> None:
-    """Print what one would type next, on standard error: it is no part of a command's output."""
+    """Print the suggested next commands on standard error, apart from a command's output."""
     width = max(len(one.why) for one in steps)
     click.echo("next:", err=True)
     for one in steps:
@@ -171,13 +171,13 @@ def recipe_names(ctx: click.Context, param: click.Parameter, incomplete: str) ->
 
 
 def run_options(command: Command) -> Command:
-    """Add what every command has that runs a recipe into a folder."""
+    """Add the options of commands that run a recipe into a folder."""
     folder = click.Path(path_type=Path)
     for add in (
         output_mode(),
         click.option("--dry-run", is_flag=True, help="Print the resolved recipe, write nothing."),
         click.option(
-            "--resume", is_flag=True, help="Go on where it was cut off, or with more steps."
+            "--resume", is_flag=True, help="Resume an interrupted run, or train more steps."
         ),
         click.option("-o", "--out", type=folder, help="Run folder [runs/RECIPE]."),
         click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]..."),
@@ -188,7 +188,7 @@ def run_options(command: Command) -> Command:
 
 
 def speaker_options(max_tokens: int, temp: float) -> Callable[[Command], Command]:
-    """Add what every command has that lets a model speak: the model, its adapters, the sampling.
+    """Add the options of ``generate`` and ``chat``: model, adapters, sampling.
 
     Args:
         max_tokens: Default of ``--max-tokens``.

@@ -1,4 +1,4 @@
-"""``mlx-slim plan``: what a recipe will cost, before it costs anything.
+"""``mlx-slim plan``: predicted memory, time and disk of a recipe.
 
 Invariant: nothing is written; without ``--probe`` nothing is downloaded but a config and no weights
 are read. ``--json`` has the fields that other programs read. Try it:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def on_a_mac(name: str) -> tuple[Prediction, int | None]:
     """Return the prediction of a shipped recipe for the smallest Mac that holds it (bfloat16).
 
-    And that Mac's memory in GB; None where no Mac in the table holds it.
+    The second value is that Mac's memory in GB; None where no Mac in the table is large enough.
     """
     from mlx_slim.config.load import load_recipe
     from mlx_slim.planner.macs import SIZES, budget, smallest_that_fits, working_set
@@ -34,27 +34,27 @@ def on_a_mac(name: str) -> tuple[Prediction, int | None]:
     recipe = load_recipe(name).recipe
     config, _ = model_config(recipe)
     size: int | None = SIZES[0]
-    while True:  # a larger Mac computes larger chunks of logits: the peak is its own
+    while True:  # a larger Mac computes larger chunks of logits, so its peak differs
         mac = {"gpu": True, "budget": budget(size), "gpu_bytes": working_set(size)}
-        found = predict(config, recipe, **mac, local=False, suggest=False)
-        if found.fits:
-            return found, size
-        size = smallest_that_fits(found.predicted_peak_bytes)
+        prediction = predict(config, recipe, **mac, local=False, suggest=False)
+        if prediction.fits:
+            return prediction, size
+        size = smallest_that_fits(prediction.predicted_peak_bytes)
         if size is None:
-            return found, None
+            return prediction, None
 
 
 def cost_header(name: str) -> str:
-    """Return the two lines that stand in the header of a shipped recipe."""
+    """Return the two comment lines with the cost of a shipped recipe."""
     from mlx_slim.runtime import human_bytes
 
-    found, smallest = on_a_mac(name)
+    prediction, smallest = on_a_mac(name)
     fits = f"fits a Mac with {smallest} GB" if smallest else "fits no Mac in the table"
-    peak = human_bytes(found.predicted_peak_bytes)
+    peak = human_bytes(prediction.predicted_peak_bytes)
     return (
         f"# Predicted on a Mac (bfloat16): peak memory {peak}, {fits}.\n"
-        f"# On disk: run folder up to {human_bytes(found.disk_bytes)}, "
-        f"model download {human_bytes(found.download_bytes)}."
+        f"# On disk: run folder up to {human_bytes(prediction.disk_bytes)}, "
+        f"model download {human_bytes(prediction.download_bytes)}."
     )
 
 
@@ -69,33 +69,40 @@ def table() -> str:
         "|---|---|" + "---|" * len(SIZES),
     ]
     for name in library.names("recipes"):
-        found, smallest = on_a_mac(name)
+        prediction, smallest = on_a_mac(name)
         fits = (smallest is not None and smallest <= size for size in SIZES)
         marks = " | ".join("✓" if one else "–" for one in fits)
-        lines.append(f"| {name} | {human_bytes(found.predicted_peak_bytes)} | {marks} |")
+        lines.append(f"| {name} | {human_bytes(prediction.predicted_peak_bytes)} | {marks} |")
     return "\n".join(lines)
 
 
-def _text(resolved: Resolved, found: Prediction, note: str) -> str:
+def _text(resolved: Resolved, prediction: Prediction, note: str) -> str:
     from mlx_slim.adapters.advice import rank_advice
     from mlx_slim.runtime import human_bytes, human_duration
 
-    recipe, measured = resolved.recipe, found.measured
-    fits = "fits" if found.fits else "does NOT fit"
-    budget = human_bytes(found.budget_bytes)
-    share = 100 * found.trainable_parameters / max(1, found.parameters)
-    time = "unknown" if found.predicted_seconds is None else human_duration(found.predicted_seconds)
+    recipe, measured = resolved.recipe, prediction.measured
+    fits = "fits" if prediction.fits else "does NOT fit"
+    budget = human_bytes(prediction.budget_bytes)
+    percent = 100 * prediction.trainable_parameters / max(1, prediction.parameters)
+    time = (
+        "unknown"
+        if prediction.predicted_seconds is None
+        else human_duration(prediction.predicted_seconds)
+    )
     tokens = "length unknown: the rows are on a hub, or too long to use"
-    if found.tokens:
-        tokens = f"{found.tokens:,} tokens, {found.tokens_basis}"
-    download = f"model download {human_bytes(found.download_bytes)}"
-    peak = f"{human_bytes(found.predicted_peak_bytes)}, {fits} in {budget}"
-    rules = found.rules_of_thumb
+    if prediction.tokens:
+        tokens = f"{prediction.tokens:,} tokens, {prediction.tokens_basis}"
+    download = f"model download {human_bytes(prediction.download_bytes)}"
+    peak = f"{human_bytes(prediction.predicted_peak_bytes)}, {fits} in {budget}"
+    formulas = prediction.rules_of_thumb
     rows = [
         *(("old key", notice) for notice in resolved.notices),
-        ("model", f"{recipe.model} ({found.parameters:,} parameters; {note})"),
-        ("method", f"{recipe.method}, {found.trainable_parameters:,} trainable ({share:.2f}%)"),
-        ("dtype", found.dtype),
+        ("model", f"{recipe.model} ({prediction.parameters:,} parameters; {note})"),
+        (
+            "method",
+            f"{recipe.method}, {prediction.trainable_parameters:,} trainable ({percent:.2f}%)",
+        ),
+        ("dtype", prediction.dtype),
         ("peak memory", f"{peak}{' (measured)' if measured else ''}"),
     ]
     if measured:
@@ -104,35 +111,38 @@ def _text(resolved: Resolved, found: Prediction, note: str) -> str:
             ("  predicted", f"{human_bytes(measured.predicted_peak_bytes)} ({off:+.1%})"),
         )
     rows += [
-        *((f"  {name}", human_bytes(size)) for name, size in found.breakdown.items()),
-        ("to load it", f"{human_bytes(found.loading_peak_bytes)}, a tensor at a time"),
-        ("time", f"about {time} on this device ({tokens})" if found.predicted_seconds else tokens),
+        *((f"  {name}", human_bytes(size)) for name, size in prediction.breakdown.items()),
+        ("to load it", f"{human_bytes(prediction.loading_peak_bytes)}, a tensor at a time"),
+        (
+            "time",
+            f"about {time} on this device ({tokens})" if prediction.predicted_seconds else tokens,
+        ),
     ]
     if measured:
         pace = human_duration(measured.seconds_per_batch)
         pace += f" for {measured.batch_tokens:,} positions"
         rows.append(("  measured", f"{pace}, {measured.steps} steps of the largest batch"))
     rows += [
-        ("disk", f"run folder up to {human_bytes(found.disk_bytes)}; {download}"),
+        ("disk", f"run folder up to {human_bytes(prediction.disk_bytes)}; {download}"),
         (
-            "rules",
-            f"M = P*4/(32/Q)*1.2 (inference) says {human_bytes(rules['inference_formula'])}; "
-            f"12 x the model (full fine-tuning) {human_bytes(rules['twelve_times'])}",
+            "formulas",
+            f"M = P*4/(32/Q)*1.2 (inference) says {human_bytes(formulas['inference_formula'])}; "
+            f"12 x the model (full fine-tuning) {human_bytes(formulas['twelve_times'])}",
         ),
     ]
     steps = recipe.train.steps
-    if steps is None and found.tokens:
-        steps = found.tokens // (recipe.train.batch_tokens * recipe.train.accumulate)
+    if steps is None and prediction.tokens:
+        steps = prediction.tokens // (recipe.train.batch_tokens * recipe.train.accumulate)
     if advice := rank_advice(recipe, steps):
         rows.append(("rank", advice))
     lines = [f"{label:<14}{text}" for label, text in rows]
-    if found.suggestions:
-        title = "to use less" if found.fits else "to make it fit"
+    if prediction.suggestions:
+        title = "to use less" if prediction.fits else "to make it fit"
         lines += ["", f"{title}, cheapest first:"]
-        width = max(len(s.set) for s in found.suggestions)
-        for s in found.suggestions:
+        width = max(len(s.set) for s in prediction.suggestions)
+        for s in prediction.suggestions:
             cost = ", ".join(filter(None, [f"{s.time:.2f} x the time", s.cost]))
-            over = "" if s.predicted_peak_bytes <= found.budget_bytes else "  (still too much)"
+            over = "" if s.predicted_peak_bytes <= prediction.budget_bytes else "  (still too much)"
             size = human_bytes(s.predicted_peak_bytes)
             lines.append(f"  {s.set:<{width}}  {size:>8}  {cost}{over}")
     return "\n".join(lines)
@@ -146,7 +156,7 @@ def _text(resolved: Resolved, found: Prediction, note: str) -> str:
 @click.option("--probe", is_flag=True, help="Measure three real steps of the largest batch here.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @click.option("--table", "as_table", is_flag=True, help="All shipped recipes against all Macs.")
-@click.option("--macs", "as_macs", is_flag=True, help="The Macs that --for knows.")
+@click.option("--macs", "as_macs", is_flag=True, help="List the Macs of --for.")
 def command(
     recipe: str | None,
     overrides: tuple[str, ...],
@@ -177,11 +187,13 @@ def command(
     resolved = load_recipe(recipe, overrides)
     steps = take_steps if probe else None
     with alive():
-        found, note = plan(resolved.recipe, budget=budget, mac=mac, probe=steps)
+        prediction, note = plan(resolved.recipe, budget=budget, mac=mac, probe=steps)
     if as_json:
-        click.echo(json.dumps({"schema_version": 1, "recipe": resolved.name, **found.as_record()}))
+        click.echo(
+            json.dumps({"schema_version": 1, "recipe": resolved.name, **prediction.as_record()})
+        )
     else:
-        click.echo(_text(resolved, found, note))
+        click.echo(_text(resolved, prediction, note))
         command = "train" if resolved.recipe.distill is None else "distill"
         words = ["mlx-slim", command, recipe, *overrides]
         show_next(step("run it", *words, "-o", f"runs/{resolved.name}"))

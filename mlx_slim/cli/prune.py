@@ -1,6 +1,6 @@
-"""``mlx-slim prune``: remove what matters least, and say what that cost and what came back.
+"""``mlx-slim prune``: remove the least important layers or widths, and measure the effect.
 
-Invariant: everything a user can get wrong is said before any weight is read. Try it:
+Invariant: user errors are reported before any weight is read. Try it:
 ``mlx-slim prune MODEL -o DIR --ratio 0.2 --dry-run``, then the same without ``--dry-run``.
 """
 
@@ -28,9 +28,11 @@ _PATH = click.Path(path_type=Path)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("-o", "--out", required=True, type=_PATH, help="New folder.")
 @options_of(PruneOptions, "axis", "method", "layers")
-@click.option("--ratio", type=float, help="Share of the layers, or of the groups of a layer.")
-@click.option("--target-params", metavar="N", help="Most parameters that stay: 100M, 1.1B.")
-@click.option("--target-bytes", metavar="SIZE", help="Most bytes that stay: 200MB.")
+@click.option(
+    "--ratio", type=float, help="Fraction of the layers, or of the groups of a layer, to remove."
+)
+@click.option("--target-params", metavar="N", help="Most parameters to keep: 100M, 1.1B.")
+@click.option("--target-bytes", metavar="SIZE", help="Most bytes to keep: 200MB.")
 @options_of(
     PruneOptions,
     "heads",
@@ -46,11 +48,13 @@ _PATH = click.Path(path_type=Path)
     "seed",
     "revision",
 )
-@click.option("--recover", metavar="RECIPE", help="Then tune it; KEY=VALUE go to the recipe.")
+@click.option(
+    "--recover", metavar="RECIPE", help="Tune it afterwards; KEY=VALUE change the recipe."
+)
 @click.option("--task", "tasks", multiple=True, metavar="NAMES", help="Score before and after.")
 @click.option("--limit", type=Whole(1), metavar="N", help="First N rows of a task.")
 @click.option("--data-dir", type=_PATH, metavar="DIR", help="Data mirror [MLX_SLIM_DATA].")
-@click.option("--resume", is_flag=True, help="Go on with a run that has --recover or --task.")
+@click.option("--resume", is_flag=True, help="Resume a run that has --recover or --task.")
 @click.option("--dry-run", is_flag=True, help="Print the counts and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object at the end.")
 def command(
@@ -114,7 +118,7 @@ def command(
 
 
 def _after(out: Path) -> list[NextStep]:
-    """Return what one would type after a run with --recover or --task."""
+    """Return the suggested commands after a run with --recover or --task."""
     from mlx_slim.pruning.report import MODEL, RECOVER
     from mlx_slim.reading import read_object
 
@@ -138,31 +142,31 @@ def _count(text: str) -> int:
     try:
         return round(float(lower.rstrip("kmb")) * unit)
     except (ValueError, OverflowError) as error:
-        raise SlimError(f"--target-params {text!r} is no number", "write it as 900M") from error
+        raise SlimError(f"--target-params {text!r} is not a number", "write it as 900M") from error
 
 
 def _dry_run(model: str, options: Any, as_json: bool) -> None:
-    """Print what shapes alone say."""
+    """Print the counts, from shapes alone."""
     from mlx_slim.models.load import read_config
     from mlx_slim.planner.shipped_models import SHIPPED_CONFIGS
     from mlx_slim.pruning.plan import plan, weight_size
 
     config = SHIPPED_CONFIGS.get(model) or read_config(model, options.revision)
     size = weight_size(config)
-    found = plan(config, options, size)
+    pruning = plan(config, options, size)
     if not as_json:
-        click.echo("\n".join(found.lines()))
+        click.echo("\n".join(pruning.lines()))
         return
     record = {
-        "axis": found.axis,
-        "method": found.method,
-        "layers": found.layers,
-        "removed_layers": found.count,
-        "sizes": found.sizes,
-        "parameters_before": found.before.total,
-        "parameters_after": found.parameters,
-        "bytes_before": found.before.total * size,
-        "bytes_after": found.parameters * size,
-        "notes": found.notes,
+        "axis": pruning.axis,
+        "method": pruning.method,
+        "layers": pruning.layers,
+        "removed_layers": pruning.count,
+        "sizes": pruning.sizes,
+        "parameters_before": pruning.before.total,
+        "parameters_after": pruning.parameters,
+        "bytes_before": pruning.before.total * size,
+        "bytes_after": pruning.parameters * size,
+        "notes": pruning.notes,
     }
     click.echo(json.dumps(record))

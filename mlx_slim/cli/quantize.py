@@ -1,4 +1,4 @@
-"""``mlx-slim quantize``: a smaller model, and what it lost."""
+"""``mlx-slim quantize``: a smaller model, and its fidelity to the source."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def command(
 ) -> None:
     """Quantize MODEL (a folder or hub id) into a new MLX folder.
 
-    Prints bits per weight, sizes, the layers left out and why, and how far the result is from its
-    source: mean KL and how often both find the same next token likeliest.
+    Prints bits per weight, sizes, the layers left out and why, and the fidelity to the source: mean
+    KL divergence and top-1 agreement.
     """
     from rich.console import Console as RichConsole
 

@@ -43,10 +43,10 @@ def _list() -> None:
 
 
 def _copy(name: str, path: Path) -> None:
-    """Write the recipe with the parts that it extends to ``path``.
+    """Write the recipe, with the recipes that it extends merged, to ``path``.
 
     Raises:
-        SlimError: If ``path`` exists, or is no ``.yaml``.
+        SlimError: If ``path`` exists, or is not a ``.yaml`` file.
     """
     import yaml
 
@@ -55,7 +55,7 @@ def _copy(name: str, path: Path) -> None:
     from mlx_slim.config.load import load_recipe
 
     if path.suffix not in (".yaml", ".yml"):
-        raise SlimError(f"{path} is no .yaml file", f"try --copy {path}.yaml")
+        raise SlimError(f"{path} is not a .yaml file", f"try --copy {path}.yaml")
     if path.exists():
         raise SlimError(f"{path} exists already", "choose another name")
     recipe = load_recipe(name).recipe

@@ -1,6 +1,6 @@
-"""``mlx-slim report``: the page of a run, or of a matrix, made again from what is stored.
+"""``mlx-slim report``: the page of a run or a matrix, rebuilt from its records.
 
-Invariant: what kind of folder it is, the folder says; a page is a function of its records. Try it:
+Invariant: the kind of folder is detected; a page is a function of its records. Try it:
 ``mlx-slim report runs/try``, and ``mlx-slim report runs/try --watch`` while it trains.
 """
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @click.command("report", epilog="Example: mlx-slim report runs/smollm2-lora --watch")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--verify", is_flag=True, help="Of a matrix: count every number again; no page.")
+@click.option("--verify", is_flag=True, help="Of a matrix: recompute every number; no page.")
 @click.option("--watch", is_flag=True, help="Of a run: serve the page live, on this machine only.")
 @click.option("--port", type=Whole(0, 65535), default=0, help="Of --watch [a free one].")
 def command(folder: Path, verify: bool, watch: bool, port: int) -> None:
@@ -59,21 +59,21 @@ def command(folder: Path, verify: bool, watch: bool, port: int) -> None:
     elif verify:
         from mlx_slim.compare.verify import verify as check
 
-        with alive(), stage(f"counting {folder} again"):
-            found = check(folder)
-        for cell, why in found.missing:
-            click.echo(f"warning: {cell} is not among them: {why}", err=True)
+        with alive(), stage(f"recomputing the numbers of {folder}"):
+            verified = check(folder)
+        for cell, why in verified.missing:
+            click.echo(f"warning: {cell} is missing: {why}", err=True)
         click.echo(
-            f"{found.numbers:,} numbers of {found.cells} of {found.cells + len(found.missing)} "
-            f"cells counted again from {found.questions:,} answers: all agree, and every score × n "
-            "is a whole number"
+            f"{verified.numbers:,} numbers of {verified.cells} of "
+            f"{verified.cells + len(verified.missing)} cells recomputed from "
+            f"{verified.questions:,} answers: all agree, and every score × n is a whole number"
         )
     else:
         show(folder)
 
 
 def _run_of(folder: Path) -> Path | None:
-    """Return the run folder that ``folder`` is, or that prune --recover made in it."""
+    """Return the run folder that ``folder`` is, or that prune --recover wrote in it."""
     from mlx_slim.finetuning.report import is_run
     from mlx_slim.pruning.report import RECOVER
 
@@ -88,7 +88,7 @@ def _watch(run: Path, port: int) -> None:
     from mlx_slim.finetuning.report import render
     from mlx_slim.finetuning.watch import server
 
-    render(run)  # what is damaged, it says before anything listens
+    render(run)  # damaged records are reported before the server starts
     with server(run, port) as serving:
         _serve(serving, run)
 
@@ -101,11 +101,11 @@ def _serve(serving: ThreadingHTTPServer, run: Path) -> None:
     except Terminated:
         raise
     except KeyboardInterrupt:
-        click.echo("no longer served")
+        click.echo("server stopped")
 
 
 def show(folder: Path) -> None:
-    """Write the report and say where it is and what it says."""
+    """Write the report; print its path and headline."""
     from mlx_slim.compare.report import report
 
     with alive(), stage(f"drawing the report of {folder}"):
@@ -117,5 +117,5 @@ def show(folder: Path) -> None:
     click.echo(f"report: {done.page}")
     show_next(
         look_at(done.page),
-        step("count it again", "mlx-slim", "report", folder, "--verify"),
+        step("recompute its numbers", "mlx-slim", "report", folder, "--verify"),
     )

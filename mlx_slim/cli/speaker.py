@@ -1,6 +1,6 @@
-"""A model opened for ``generate`` and ``chat``; what it has to say goes to standard error.
+"""A model loaded for ``generate`` and ``chat``; its notes go to standard error.
 
-Invariant: standard output holds the model's text alone. Try it: ``mlx-slim chat MODEL``.
+Invariant: standard output holds the generated text only. Try it: ``mlx-slim chat MODEL``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""``mlx-slim tasks``: the evaluation tasks, and a task's first prompt as a model will read it.
+"""``mlx-slim tasks``: the evaluation tasks, and a task's first prompt as the model reads it.
 
-Invariant: what is shown is built by the code that scores; nothing is written. Rows that are not on
-this machine are said, and the rest is shown; a row that cannot be asked is an error, as in scoring.
+Invariant: what is shown is built by the code that scores; nothing is written. Rows that are not
+on this machine are reported, and the rest is shown; an invalid row is an error, as in scoring.
 Try it: ``mlx-slim tasks``, ``mlx-slim tasks mmlu_anatomy --num-fewshot 1``.
 """
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def _rows(task: Task, data_dir: str | None) -> int | None:
-    """Return the number of rows on this machine; None without them."""
+    """Return the number of rows on this machine; None if they are missing."""
     from mlx_slim.evaluation.tasks.rows import count_rows
 
     try:
@@ -63,10 +63,10 @@ def _list(data_dir: str | None, as_json: bool) -> None:
         shots = ", ".join(f"{task} {number}-shot" for task, number in members.items())
         click.echo(f"suite {name}: {shots}")
     for task in tasks:
-        if task.parts:
+        if task.subtasks:
             click.echo(
-                f"{task.name} has {len(task.parts)} parts, each a task: "
-                f"{task.name}_{task.parts[0]} … {task.name}_{task.parts[-1]}"
+                f"{task.name} has {len(task.subtasks)} subtasks, each a task: "
+                f"{task.name}_{task.subtasks[0]} … {task.name}_{task.subtasks[-1]}"
             )
     click.echo("a task of your own is one YAML file: mlx-slim tasks mine.yaml")
     show_next(
@@ -77,9 +77,9 @@ def _list(data_dir: str | None, as_json: bool) -> None:
 
 def _record(task: Task) -> dict[str, Any]:
     spec = task.spec.model_dump(exclude_defaults=True, mode="json")
-    known = {"name": task.name, "version": task.version, "kind": task.kind}
-    known |= {"num_fewshot": task.num_fewshot, "metrics": list(task.metrics)}
-    return {**spec, **known, "parts": list(task.parts)}
+    properties = {"name": task.name, "version": task.version, "kind": task.kind}
+    properties |= {"num_fewshot": task.num_fewshot, "metrics": list(task.metrics)}
+    return {**spec, **properties, "parts": list(task.subtasks)}
 
 
 def _show(task: Task, data_dir: str | None, num_fewshot: int | None, as_json: bool) -> None:
@@ -88,32 +88,36 @@ def _show(task: Task, data_dir: str | None, num_fewshot: int | None, as_json: bo
 
     shots = task.num_fewshot if num_fewshot is None else num_fewshot
     missing: list[str] = []
-    found, question = None, None
+    task_rows, question = None, None
     try:
-        found = load_rows(task, data_dir)
+        task_rows = load_rows(task, data_dir)
         try:
-            question = build_questions(task, found, shots, 1, chat=_roles(task))[0]
+            question = build_questions(task, task_rows, shots, 1, chat=_roles(task))[0]
         except RowsAbsent as error:  # of the examples
             missing.append(str(error))
             shots = 0
-            question = build_questions(task, found, shots, 1, chat=_roles(task))[0]
+            question = build_questions(task, task_rows, shots, 1, chat=_roles(task))[0]
     except RowsAbsent as error:
         missing.append(str(error))
     if as_json:
         record = {"schema_version": 1, **_record(task)}
-        if found:
-            record |= {"found": found.source, "rows": len(found.rows), "checksum": found.checksum}
+        if task_rows:
+            record |= {
+                "found": task_rows.source,
+                "rows": len(task_rows.rows),
+                "checksum": task_rows.checksum,
+            }
         first = _first(question, shots) if question else None
         click.echo(json.dumps({**record, "first": first, "missing": missing}, indent=2))
         return
     click.echo(task.file.read_text(encoding="utf-8").rstrip() + "\n")
-    part = f", the part {task.part} of {task.spec.name}" if task.part else ""
+    part = f", subtask {task.part} of {task.spec.name}" if task.part else ""
     click.echo(f"task      {task.name}{part}, version {task.version}")
     click.echo(f"metrics   {', '.join(task.metrics)}")
     click.echo(f"shots     {task.num_fewshot}, unless --num-fewshot says otherwise")
-    if found:
-        click.echo(f"rows      {len(found.rows):,} in {found.source}")
-        click.echo(f"checksum  {found.checksum}")
+    if task_rows:
+        click.echo(f"rows      {len(task_rows.rows):,} in {task_rows.source}")
+        click.echo(f"checksum  {task_rows.checksum}")
     for line in missing:
         click.echo(f"missing   {line}")
     if question:
@@ -121,7 +125,7 @@ def _show(task: Task, data_dir: str | None, num_fewshot: int | None, as_json: bo
 
 
 def _roles(task: Task) -> Chat | None:
-    """Stand in for the chat template of a model that is not known yet."""
+    """Return a placeholder for the chat template, since there is no model here."""
     from mlx_slim.evaluation.tasks.prompts import Chat
 
     if not task.spec.chat:

@@ -1,4 +1,4 @@
-"""``mlx-slim train``: run a recipe, or go on with one."""
+"""``mlx-slim train``: run or resume a recipe."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     epilog="Example: mlx-slim train smollm2-lora data.path=rows.jsonl train.steps=50 -o runs/mine",
 )
 @run_options
-@click.option("--validate", is_flag=True, help="Only score MODEL, as it is, on the held-out rows.")
+@click.option(
+    "--validate", is_flag=True, help="Only score MODEL, untrained, on the validation rows."
+)
 def command(
     recipe: str,
     overrides: tuple[str, ...],
@@ -32,7 +34,7 @@ def command(
     validate: bool,
     mode: str,
 ) -> None:
-    """Fine-tune as RECIPE says: a shipped recipe's name or a YAML file.
+    """Fine-tune with RECIPE: a shipped recipe's name or a YAML file.
 
     Any key can be set: mlx-slim train smollm2-lora train.steps=50 data.path=rows.jsonl -o runs/a
     """
@@ -84,11 +86,11 @@ def _validate(resolved: Resolved, as_json: bool) -> None:
     from mlx_slim.finetuning.validate import validate
 
     with alive():
-        found = validate(resolved.recipe)
+        result = validate(resolved.recipe)
     if as_json:
-        click.echo(json.dumps({"event": "validated", **asdict(found)}))
+        click.echo(json.dumps({"event": "validated", **asdict(result)}))
         return
     click.echo(
-        f"{found.model}: validation loss {found.loss:.4f} nats/token "
-        f"({found.supervised:,} supervised tokens, {found.rows:,} rows)"
+        f"{result.model}: validation loss {result.loss:.4f} nats/token "
+        f"({result.supervised:,} supervised tokens, {result.rows:,} rows)"
     )

@@ -1,4 +1,4 @@
-"""``mlx-slim upload``: a folder on the hub; private, and a dry run, unless told otherwise.
+"""``mlx-slim upload``: a folder on the hub; private, and a dry run, by default.
 
 Try it: ``mlx-slim upload fused --repo me/my-model``.
 """
@@ -17,7 +17,7 @@ from mlx_slim.progress import stage
 @click.command(name="upload", epilog="Example: mlx-slim upload models/fused --repo me/my-model")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--repo", required=True, metavar="OWNER/NAME", help="Model repository on the hub.")
-@click.option("--yes", is_flag=True, help="Do it; without, only say what would happen.")
+@click.option("--yes", is_flag=True, help="Upload; without it only print what would happen.")
 @click.option("--public", is_flag=True, help="A public repository; default private.")
 @click.option("--revision", help="Branch to commit to.")
 def command(folder: Path, repo: str, yes: bool, public: bool, revision: str | None) -> None:

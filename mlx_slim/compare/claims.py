@@ -14,7 +14,7 @@ import numpy as np
 
 from mlx_slim.compare.store import StoredCell, StoredMatrix
 from mlx_slim.evaluation import pooled, stats
-from mlx_slim.evaluation.comparison import ASKED
+from mlx_slim.evaluation.comparison import COMPARED_KEYS
 
 Interval = tuple[float, float]
 
@@ -188,9 +188,9 @@ def _same_questions(cells: list[StoredCell], task: str) -> bool:
     if not all(task in cell.answers for cell in cells):
         return False
     first, *others = (cell.answers[task] for cell in cells)
-    request = {key: first.section.get(key) for key in ASKED}
+    request = {key: first.section.get(key) for key in COMPARED_KEYS}
     return all(
-        {key: other.section.get(key) for key in ASKED} == request
+        {key: other.section.get(key) for key in COMPARED_KEYS} == request
         and np.array_equal(first.doc_ids_N, other.doc_ids_N)
         for other in others
     )

@@ -17,7 +17,7 @@ from mlx_slim.compare.matrix_spec import ForgettingEntry, MatrixSpec, TaskEntry
 from mlx_slim.compare.records import FORGETTING, ForgettingText
 from mlx_slim.config.task import TaskSpec
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluation.jobs import asked_of
+from mlx_slim.evaluation.jobs import definition_record
 from mlx_slim.evaluation.scoring.perplexity import read_texts
 from mlx_slim.evaluation.tasks.prompts import Chat, Question, build_questions
 from mlx_slim.evaluation.tasks.rows import TaskRows, load_rows, shots_checksum
@@ -97,7 +97,7 @@ def _of_task(task: Task, entry: TaskEntry) -> _Stored:
     shots = task.num_fewshot if entry.num_fewshot is None else entry.num_fewshot
     lines = [_line(question) for question in plain_questions(task, entry.limit, rows)]
     shots_sha256 = shots_checksum(task, rows, shots)
-    return _Stored(lines, asked_of(task, shots, entry.limit, rows.checksum, shots_sha256))
+    return _Stored(lines, definition_record(task, shots, entry.limit, rows.checksum, shots_sha256))
 
 
 def _forgetting(entry: ForgettingEntry) -> tuple[_Stored, ForgettingText]:

@@ -19,7 +19,7 @@ from mlx_slim.compare.records import as_json
 from mlx_slim.compare.store import StoredCell, StoredMatrix
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation import stats
-from mlx_slim.evaluation.comparison import ASKED
+from mlx_slim.evaluation.comparison import COMPARED_KEYS
 from mlx_slim.evaluation.tasks.metrics import first_metric
 
 RESAMPLED = 60  # pairs of cells up to which a bootstrap is drawn within subjects too
@@ -37,7 +37,7 @@ def tasks_of(stored: StoredMatrix) -> list[dict[str, Any]]:
                     "task": name,
                     "metric": first_metric(answers.right_N),
                     "chance": answers.chance,
-                    **{key: section.get(key) for key in ASKED},
+                    **{key: section.get(key) for key in COMPARED_KEYS},
                 },
             )
     order = stored.record.tasks
@@ -203,7 +203,7 @@ def contrast(
     a, b = first.answers.get(name), second.answers.get(name)
     if a is None or b is None:
         return None
-    differing = [key for key in ASKED if a.section.get(key) != b.section.get(key)]
+    differing = [key for key in COMPARED_KEYS if a.section.get(key) != b.section.get(key)]
     if differing or not np.array_equal(a.doc_ids_N, b.doc_ids_N):
         what = ", ".join(differing) or "row numbers"
         raise SlimError(f"{name}: {first.name} and {second.name} are not compared: {what} differ")

@@ -1,9 +1,9 @@
-"""What a user sees of a loop: a live view, plain lines, JSON lines, or next to nothing.
+"""The output of a loop: a live view, plain lines, JSON lines, or warnings only.
 
-Invariant: the loop never waits for the console and never learns of it; only rank 0 shows anything;
-the terminal's cursor comes back however the loop ends (``with Console() as console``). Inside that
-block no command is silent: a terminal shows what is under way, a pipe gets a line of it after two
-seconds of silence (``stages.py``). Standard output holds JSON lines and nothing else in ``json``
+Invariant: the loop does not depend on the console; only rank 0 shows anything;
+the terminal's cursor is restored however the loop ends (``with Console() as console``). Inside that
+block no command is silent: a terminal shows the current stage, a pipe gets a line after two seconds
+of silence (``stages.py``). Standard output holds JSON lines and nothing else in ``json``
 mode. Try it:
 ``mlx-slim train smollm2-lora -o run``, and the same piped into ``cat``.
 """
@@ -37,11 +37,11 @@ from mlx_slim.events import ClosingObserver, EvalAnswering, Event, Notice, Stage
 __all__ = ["Console", "Display", "Mode", "TrainingProgress", "sparkline"]
 
 Mode = Literal["auto", "live", "plain", "json", "quiet"]
-_BEAT = 0.25  # seconds between two looks at how long nothing was shown
+_BEAT = 0.25  # seconds between checks for silence
 
 
 class Display(Protocol):
-    """What one kind of loop looks like, gathered from its events.
+    """The view of one kind of loop, built from its events.
 
     Attributes:
         first: The event that the live view appears with.
@@ -65,7 +65,7 @@ class Display(Protocol):
 
 
 class _Status:
-    """One line of a terminal, of the moment that it is rendered at: what is under way."""
+    """One line of a terminal, computed when it is rendered: the current stage."""
 
     def __init__(self, stages: Stages) -> None:
         self._stages = stages
@@ -80,7 +80,7 @@ class _Status:
 
 
 def _finite(value: Any) -> Any:
-    """Return ``value`` with numbers that JSON does not know (NaN, infinities) as null."""
+    """Return ``value`` with numbers that JSON cannot represent (NaN, infinities) as null."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -90,8 +90,8 @@ class Console(ClosingObserver):
     Args:
         mode: ``live`` (a terminal's default), ``plain`` (the default otherwise), ``json`` (one
             event a line) or ``quiet`` (warnings, the end and the summary).
-        title: What runs, one line: it heads the live view.
-        display: What the loop looks like; a fine-tune by default.
+        title: One line: the heading of the live view.
+        display: View of the loop; a fine-tune by default.
         rank: This process's rank; every rank but 0 is silent. Default: ``runtime.world``'s.
         output: Where to write, for tests; standard output by default.
     """
@@ -108,7 +108,7 @@ class Console(ClosingObserver):
         self._output = output or RichConsole(highlight=False)
         self._output.file = (
             self._output.file
-        )  # who redirects standard output later, does not get it
+        )  # fixed now: a later redirection of standard output has no effect
         if mode == "auto":
             terminal = self._output.is_terminal and not self._output.is_dumb_terminal
             mode = "live" if terminal else "plain"
@@ -119,16 +119,16 @@ class Console(ClosingObserver):
         if mode == "live" and not self._silent:
             view = self.display.view(title)
             self._live = self._new_live(view)
-        self._shown = time.monotonic()  # when a line was shown last
+        self._shown = time.monotonic()  # time of the last line
         self._stages = Stages(self._shown)
         self._status: Live | None = None
-        self._lock = threading.RLock()  # the pulse is another thread
+        self._lock = threading.RLock()  # the pulse runs in another thread
         self._closing = threading.Event()
         self._pulse: threading.Thread | None = None
         self._listening: contextlib.AbstractContextManager[None] | None = None
 
     def __enter__(self) -> Console:
-        """Hear of every stage of work, and show that it goes on."""
+        """Subscribe to stage events, and start the thread that reports progress."""
         self._listening = progress.listening(self)
         self._listening.__enter__()
         if self.mode in ("live", "plain") and not self._silent:
@@ -137,7 +137,7 @@ class Console(ClosingObserver):
         return self
 
     def close(self) -> None:
-        """Stop what is live, leave its last state, show the cursor; safe to call twice."""
+        """Stop the live views, leave their last state, show the cursor; safe to call twice."""
         self._closing.set()
         if self._listening is not None:
             self._listening.__exit__(None, None, None)
@@ -161,12 +161,12 @@ class Console(ClosingObserver):
             self._abandon()
 
     def _abandon(self) -> None:
-        """Stop: the reader left (``| head``). As if it had pressed Ctrl-C."""
+        """Stop as after Ctrl-C: the reader closed the pipe (``| head``)."""
         self._silent = True
         signal.raise_signal(signal.SIGINT)
 
     def _beat(self) -> None:
-        """Look again and again at how long nothing was shown."""
+        """Check periodically for silence."""
         try:
             while not self._closing.wait(_BEAT):
                 with self._lock:
@@ -175,7 +175,7 @@ class Console(ClosingObserver):
             self._abandon()
 
     def tick(self, now: float) -> None:
-        """Show what is under way, where nothing was shown for too long.
+        """Show the current stage after a period of silence.
 
         Args:
             now: Seconds of a monotonic clock.
@@ -191,7 +191,7 @@ class Console(ClosingObserver):
             self._line(self._stages.line(now))
 
     def _new_live(self, shown: RenderableType, *, transient: bool = False) -> Live:
-        """Return a live display; a stream that goes to a file or a pipe stays what it is."""
+        """Return a live display; a stream that goes to a file or a pipe is not redirected."""
         return Live(
             shown,
             console=self._output,

@@ -1,4 +1,4 @@
-"""What a user sees of an evaluation: questions answered, running accuracy, remaining time.
+"""The view of an evaluation: questions answered, running accuracy, remaining time.
 
 Invariant: a running figure is over the questions that are on disk, and the live view keeps its
 height. Try it: ``mlx-slim eval MODEL --task openbookqa -o OUT``, and the same piped into ``cat``.
@@ -16,7 +16,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from mlx_slim.console.parts import Clock, eta, memory_row, progress_row
+from mlx_slim.console.widgets import Clock, eta, memory_row, progress_row
 from mlx_slim.events import (
     EvalAnswering,
     EvalDone,
@@ -35,7 +35,7 @@ def figure(metric: dict[str, Any]) -> str:
 
 
 class Scoring:
-    """The state of an evaluation, gathered from its events."""
+    """The state of an evaluation, built from its events."""
 
     first: type[Event] = EvalStarted
     last: type[Event] = EvalDone
@@ -69,7 +69,7 @@ class Scoring:
                 self.done = event
 
     def remaining(self, now: float | None = None) -> str:
-        """Return the time left as text; ``now`` counts what has passed since the last event."""
+        """Return the time left as text; ``now`` subtracts the time since the last event."""
         waited = 0.0 if now is None else self._clock.since(now)
         return eta(self._clock.left(1.0, waited))
 
@@ -79,8 +79,8 @@ class Scoring:
             case EvalStarted():
                 model = f"{event.model} + {event.adapter}" if event.adapter else event.model
                 before = f", {event.answered:,} answered before" if event.answered else ""
-                asked = f"{event.questions:,} questions{before}"
-                return f"scoring {model}: {', '.join(event.tasks)}: {asked}"
+                questions = f"{event.questions:,} questions{before}"
+                return f"scoring {model}: {', '.join(event.tasks)}: {questions}"
             case EvalProgress():
                 return (
                     f"{event.task} {event.answered}/{event.questions} "
@@ -88,13 +88,13 @@ class Scoring:
                     f"peak {human_bytes(event.peak_memory_bytes)} eta {self.remaining()}"
                 )
             case TaskDone():
-                parts = [f"{name} {figure(value)}" for name, value in event.metrics.items()]
-                return f"{event.task}: {', '.join(parts)} ({human_seconds(event.seconds)})"
+                figures = [f"{name} {figure(value)}" for name, value in event.metrics.items()]
+                return f"{event.task}: {', '.join(figures)} ({human_seconds(event.seconds)})"
             case EvalDone():
                 return f"results in {event.path} ({human_seconds(event.seconds)})"
         return None
 
-    def asked(self) -> str:
+    def questions_answered(self) -> str:
         """Return ``37 of 1,000 questions, 0.8 questions/s``."""
         if self.answering is None:
             return "–"
@@ -141,7 +141,7 @@ class View:
         cells = [
             ("task", name),
             (latest.metric if latest else "score", f"{latest.value:.4f}" if latest else "–"),
-            ("answered", self.scoring.asked().replace(" questions", "", 1)),
+            ("answered", self.scoring.questions_answered().replace(" questions", "", 1)),
             ("tokens/s", f"{latest.tokens_per_second:,.0f}" if latest else "–"),
         ]
         per_row = 2 if wide else 1

@@ -1,15 +1,15 @@
-"""What is shown between the lines of a command: the stage of work under way, its rate, its end.
+"""The status line of a command: the current stage, its rate and its remaining time.
 
-Invariant: whatever a command does, ``Stages.line`` names it and says for how long it has run, so a
-console that shows the line is never silent; rates and remaining times are those of the stage. Try
-it: ``mlx-slim quantize MODEL -o DIR``.
+Invariant: ``Stages.line`` always names the current work and its duration, so a console that shows
+the line is never silent; rates and remaining times are those of the stage.
+Try it: ``mlx-slim quantize MODEL -o DIR``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mlx_slim.console.parts import Clock, eta
+from mlx_slim.console.widgets import Clock, eta
 from mlx_slim.events import (
     EvalAnswering,
     EvalProgress,
@@ -24,7 +24,7 @@ from mlx_slim.runtime import human_bytes, human_seconds
 
 OFTEN, _SELDOM = 2.0, 10.0  # seconds of silence
 _WORKING = "working"
-_FIRST = 60.0  # seconds of a stage in which lines come often
+_FIRST = 60.0  # seconds of a stage with frequent lines
 
 
 @dataclass
@@ -37,7 +37,7 @@ class _Open:
 
 
 class Stages:
-    """The stages under way, innermost last; the latest notice where there is none."""
+    """The open stages, innermost last; the latest notice where there is none."""
 
     def __init__(self, now: float) -> None:
         self._open: list[_Open] = []
@@ -66,7 +66,7 @@ class Stages:
     def _advance(self, event: StageProgress, now: float) -> None:
         names = [one.event.stage for one in self._open]
         if event.finished:
-            if event.stage in names:  # and what it left open inside it
+            if event.stage in names:  # and the stages still open inside it
                 del self._open[len(names) - 1 - names[::-1].index(event.stage) :]
             self._label = _WORKING
             return
@@ -78,24 +78,24 @@ class Stages:
         one.clock.mark(event.done, now)
 
     def line(self, now: float) -> str:
-        """Return what is under way: ``comparing: 3 of 8 rows, 1.2 rows/s, 0:04 left``."""
+        """Return the status line: ``comparing: 3 of 8 rows, 1.2 rows/s, 0:04 left``."""
         if not self._open:
             return f"{self._label} ({human_seconds(now - self._since)})"
         one = self._open[-1]
         event, spent = one.event, human_seconds(now - one.began)
         if not event.unit:
             return f"{event.stage} ({spent})"
-        parts = [_count(event)]
+        phrases = [_count(event)]
         if rate := one.clock.rate():
-            parts.append(_rate(rate, event.unit))
+            phrases.append(_rate(rate, event.unit))
         left = one.clock.left(event.total, one.clock.since(now))
-        parts.append(f"{spent} so far" if left is None else f"{eta(left)} left")
-        return f"{event.stage}: {', '.join(parts)}"
+        phrases.append(f"{spent} so far" if left is None else f"{eta(left)} left")
+        return f"{event.stage}: {', '.join(phrases)}"
 
     def interval(self, now: float) -> float:
         """Return after how many seconds of silence a pipe gets a line.
 
-        Two in the first minute of a stage, ten later: a log of hours stays readable.
+        Two in the first minute of a stage, ten later, so that long logs stay short.
         """
         since = self._open[-1].began if self._open else self._since
         return OFTEN if now - since < _FIRST else _SELDOM

@@ -1,6 +1,6 @@
 """The tables that an evaluation and a comparison end with; they fit 80 columns.
 
-Invariant: every figure stands beside its standard error and its count. Try it:
+Invariant: every figure has its standard error and its count beside it. Try it:
 ``mlx-slim eval --compare OUT_A OUT_B``.
 """
 
@@ -29,7 +29,7 @@ def show_results(
 
     Args:
         results: As ``evaluate`` returns them.
-        folders: Where they lie, for the timings.
+        folders: Their folders, for the timings.
         terminal: Where to print; standard output by default.
     """
     terminal = terminal or Terminal(highlight=False)
@@ -65,7 +65,7 @@ def _sections(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _figures(section: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
-    """Yield label of a part (empty for the task itself), metric, value and count."""
+    """Yield label of a category (empty for the task itself), metric, value and count."""
     for metric, value in section["metrics"].items():
         yield "", metric, figure(value), _count(value, section)
     for metric, value in section.get("macro", {}).items():
@@ -106,28 +106,28 @@ def show_comparison(comparison: Comparison, *, terminal: Terminal | None = None)
     terminal.print(
         f"CI: paired bootstrap, {comparison.draws:,} resamples, seed {comparison.seed} (text: "
         "Student's t over documents); p: exact McNemar (text: paired t); Holm: over the tasks; "
-        "MDE: true difference that the corrected test finds in 4 of 5 cases; B+/A+: right only in "
+        "MDE: true difference that the corrected test flags with 80% power; B+/A+: right only in "
         "B, only in A",
         style="dim",
     )
 
 
 def _cells(row: MetricComparison) -> list[str]:
-    found = row.paired
+    paired = row.paired
     scale, digits = (1, 4) if row.unit == BITS else (100, 2)
-    # Resamples of few documents are too alike; one question or document has no spread at all.
-    known = found.interval if row.unit == BITS or found.n < 2 else found.bootstrap
+    # The bootstrap underestimates the spread of few documents; one question has none.
+    interval_values = paired.interval if row.unit == BITS or paired.n < 2 else paired.bootstrap
     interval = "–"
-    if known is not None:
-        low, high = (value * scale for value in known)
+    if interval_values is not None:
+        low, high = (value * scale for value in interval_values)
         interval = f"{low:+.{digits}f}…{high:+.{digits}f}"
-    flips = "" if row.unit == BITS else f"{found.gained}/{found.lost}"
+    flips = "" if row.unit == BITS else f"{paired.gained}/{paired.lost}"
     return [
-        f"{found.first * scale:.{digits}f}",
-        f"{found.second * scale:.{digits}f}",
-        f"{found.delta * scale:+.{digits}f}",
+        f"{paired.first * scale:.{digits}f}",
+        f"{paired.second * scale:.{digits}f}",
+        f"{paired.delta * scale:+.{digits}f}",
         interval,
         flips,
-        f"{found.p_value:.3g}",
+        f"{paired.p_value:.3g}",
         "" if row.p_holm is None else f"{row.p_holm:.3g}",
     ]

@@ -1,6 +1,6 @@
-"""What a user sees of a fine-tune: loss, speed, memory, remaining time.
+"""The view of a fine-tune: loss, speed, memory, remaining time.
 
-Invariant: the live view has the same number of rows at every moment, so nothing jumps. Try it:
+Invariant: the live view has the same number of rows at every moment. Try it:
 ``mlx-slim train smollm2-lora -o run``.
 """
 
@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_slim import runtime
-from mlx_slim.console.parts import Clock, eta, memory_row, progress_row
+from mlx_slim.console.widgets import Clock, eta, memory_row, progress_row
 from mlx_slim.events import (
     Done,
     Event,
@@ -33,7 +33,7 @@ from mlx_slim.events import (
 )
 
 _BARS = "▁▂▃▄▅▆▇█"
-_SMOOTHING = 0.9  # of the running mean of the loss, a step
+_SMOOTHING = 0.9  # decay per step of the running mean of the loss
 _REASONS = {
     "complete": "done",
     "early_stopping": "stopped early: validation no longer improves",
@@ -55,11 +55,11 @@ def sparkline(values: list[float], width: int) -> str:
     return "".join(_BARS[round((mean - low) / span * (len(_BARS) - 1))] for mean in means)
 
 
-def _parts(parts: dict[str, float] | None) -> str:
-    """Return `` (cross entropy 1.2345, divergence 0.1234)``; nothing for a loss of one part."""
-    if not parts:
+def _metrics(metrics: dict[str, float] | None) -> str:
+    """Return `` (cross entropy 1.2345, divergence 0.1234)``; empty if there are none."""
+    if not metrics:
         return ""
-    each = (f"{name.replace('_', ' ')} {value:.4f}" for name, value in parts.items())
+    each = (f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())
     return f" ({', '.join(each)})"
 
 
@@ -68,7 +68,7 @@ def _forgetting(event: ForgettingMeasured) -> str:
 
 
 class TrainingProgress:
-    """The state of a loop, gathered from its events; ``None`` where nothing was reported yet."""
+    """The state of a loop, built from its events; ``None`` where nothing was reported yet."""
 
     first: type[Event] = Started
     last: type[Event] = Done
@@ -106,8 +106,8 @@ class TrainingProgress:
             case Saved() | Resumed():
                 self.saved = event
             case StageProgress(stage="validating"):
-                share = event.done / event.total if event.total else 0.0
-                self.validating = None if event.finished else share
+                fraction = event.done / event.total if event.total else 0.0
+                self.validating = None if event.finished else fraction
             case Done():
                 self.done = event
 
@@ -128,19 +128,19 @@ class TrainingProgress:
 
     @property
     def total_steps(self) -> int | None:
-        """Optimizer steps of the whole run, once the loop has said so."""
+        """Optimizer steps of the whole run, once the loop has reported it."""
         return self.started.total_steps if self.started else None
 
     def remaining_seconds(self, now: float | None = None) -> float | None:
         """Return the seconds left at the rate of the recent steps, or None if it is unknown.
 
-        ``now`` counts what has passed since the last step.
+        ``now`` subtracts the time since the last step.
         """
         waited = 0.0 if now is None else self._clock.since(now)
         return self._clock.left(self.total_steps, waited)
 
     def left_or_spent(self, now: float) -> str:
-        """Return the time left; during the first step, which tells no rate yet, the time spent."""
+        """Return the time left; during the first step, the time spent."""
         left = self.remaining_seconds(now)
         spent = self._clock.since(now)
         return f"eta {eta(left)}" if left is not None or spent < 1 else f"{eta(spent)} so far"
@@ -159,15 +159,15 @@ class TrainingProgress:
                 left = eta(self.remaining_seconds())
                 return (
                     f"step {event.step}/{self.total_steps or '–'} epoch {event.epoch:.2f} "
-                    f"loss {event.loss:.4f}{_parts(event.metrics)} lr {event.learning_rate:.2e} "
+                    f"loss {event.loss:.4f}{_metrics(event.metrics)} lr {event.learning_rate:.2e} "
                     f"{event.tokens_per_second:.0f} tok/s grad {event.grad_norm:.3f} "
                     f"mem {runtime.human_bytes(event.active_memory_bytes)} "
                     f"peak {runtime.human_bytes(event.peak_memory_bytes)} eta {left}"
                 )
             case ValidationDone():
                 mark = " (best)" if event.best else ""
-                parts = _parts(event.metrics)
-                return f"validation at step {event.step}: loss {event.loss:.4f}{parts}{mark}"
+                metrics = _metrics(event.metrics)
+                return f"validation at step {event.step}: loss {event.loss:.4f}{metrics}{mark}"
             case ForgettingMeasured():
                 over = "" if event.within else ": over the limit"
                 return f"forgetting at step {event.step}: {_forgetting(event)}{over}"
@@ -190,7 +190,7 @@ class TrainingProgress:
 
 
 class TrainingView:
-    """The live view: the same number of rows at every moment, so nothing jumps."""
+    """The live view: the same number of rows at every moment, so the output does not move."""
 
     def __init__(self, progress: TrainingProgress, title: str) -> None:
         self.progress, self.title = progress, title
@@ -224,7 +224,7 @@ class TrainingView:
         if p.validating is not None:
             validation = f"{p.validating:.0%} of the rows …"
         elif p.validation:
-            validation = f"{p.validation.loss:.4f}{_parts(p.validation.metrics)}"
+            validation = f"{p.validation.loss:.4f}{_metrics(p.validation.metrics)}"
         if p.forgetting:
             validation += f"  forgetting {_forgetting(p.forgetting)}"
         best = f"{p.best.loss:.4f} at step {p.best.step}" if p.best else "–"

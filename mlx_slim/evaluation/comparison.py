@@ -1,8 +1,8 @@
-"""Two finished evaluations, question by question.
+"""Paired comparison of two finished evaluations, question by question.
 
-Invariant: only what was asked alike is compared: the same rows (by checksum and row number), shots
-and task versions, or an error that names what differs. One test a task, on its first metric, makes
-the family that Holm's correction is over; the other metrics are shown without a verdict.
+Invariant: results are compared only where rows (by checksum and row number), shots and task
+versions are equal; else an error names what differs. Holm's correction covers one test per task, on
+its first metric; the other metrics are shown without a verdict.
 Try it: ``mlx-slim eval --compare OUT_A OUT_B``.
 """
 
@@ -29,8 +29,8 @@ from mlx_slim.evaluation.scoring.perplexity import NAME as TEXT
 from mlx_slim.evaluation.tasks.metrics import counted, first_metric
 from mlx_slim.reading import field, short
 
-# What two results must share to be compared.
-ASKED = (
+# What must be equal in two results that are compared.
+COMPARED_KEYS = (
     "task_version",
     "num_fewshot",
     "limit",
@@ -54,12 +54,12 @@ class MetricComparison:
         metric: ``acc_norm``, …, or ``bits_per_byte``, where lower is better.
         num_fewshot: Solved examples before each question; None for text.
         unit: ``points`` (hundredths) or ``bits/byte``.
-        paired: The statistics; shares, or bits per byte.
+        paired: The statistics; fractions of the questions, or bits per byte.
         gained: ``doc_id`` of the questions where only the second is right.
         lost: ``doc_id`` of the questions where only the first is right.
         p_holm: p value adjusted over the tasks; None for a task's further metrics.
-        verdict: In words; empty for further metrics.
-        chance: Share that guessing gets right; None where nothing is counted.
+        verdict: One sentence; empty for further metrics.
+        chance: Expected accuracy of guessing; None where no answers are counted.
     """
 
     task: str
@@ -76,7 +76,7 @@ class MetricComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that two evaluations have in common.
+    """The comparison of all tasks that two evaluations have in common.
 
     Attributes:
         first: Model (and adapter) of the first.
@@ -109,8 +109,8 @@ def compare(out_a: Path, out_b: Path, *, draws: int = stats.DRAWS, seed: int = 0
         seed: Of the bootstrap.
 
     Raises:
-        SlimError: If either is not complete or damaged, they have no task in common, or a common
-            task was asked otherwise.
+        SlimError: If either is incomplete or damaged, they have no task in common, or a common
+            task was scored with other rows, shots or task versions.
     """
     results = [load_results(out) for out in (out_a, out_b)]
     sections = [
@@ -126,8 +126,8 @@ def compare(out_a: Path, out_b: Path, *, draws: int = stats.DRAWS, seed: int = 0
         )
     notes = [
         f"{name}: only in {out}"
-        for out, own in zip((out_a, out_b), sections, strict=True)
-        for name in own
+        for out, by_task in zip((out_a, out_b), sections, strict=True)
+        for name in by_task
         if name not in common
     ]
     settings = [{key: result.get(key) for key in _SETTINGS} for result in results]
@@ -136,19 +136,19 @@ def compare(out_a: Path, out_b: Path, *, draws: int = stats.DRAWS, seed: int = 0
     ]
     differing: list[str] = []
     for name in common:
-        keys = _READ if name == TEXT else ASKED
-        asked = [{key: own[name].get(key) for key in keys} for own in sections]
-        differing += fingerprint_difference(asked[0], asked[1], name)
+        keys = _READ if name == TEXT else COMPARED_KEYS
+        compared = [{key: by_task[name].get(key) for key in keys} for by_task in sections]
+        differing += fingerprint_difference(compared[0], compared[1], name)
     if differing:
         raise SlimError(
-            f"{out_a} and {out_b} were not asked the same: {'; '.join(differing)}",
+            f"{out_a} and {out_b} cannot be compared: {'; '.join(differing)}",
             "score both on the same rows, with the same shots and task versions",
         )
     rows: list[MetricComparison] = []
     for name in common:
         samples = [
-            _samples(out, name, own[name])
-            for out, own in zip((out_a, out_b), sections, strict=True)
+            _samples(out, name, by_task[name])
+            for out, by_task in zip((out_a, out_b), sections, strict=True)
         ]
         rows += _rows(name, sections[0][name], samples, draws, seed, tests=len(common))
     judged = _judged(rows)
@@ -217,9 +217,11 @@ def _rows(
 ) -> list[MetricComparison]:
     keys = [[(s.get("subject"), s["doc_id"], s.get("window")) for s in side] for side in samples]
     if keys[0] != keys[1]:
-        raise SlimError(f"{task}: the two files hold other questions", "score both models again")
+        raise SlimError(
+            f"{task}: the two files hold different questions", "score both models again"
+        )
     strata = [key[0] for key in keys[0]] if keys[0][0][0] is not None else None
-    if task == TEXT:  # a part's share, such that the mean over parts is bits per byte
+    if task == TEXT:  # scaled such that the mean over documents is bits per byte
         samples = [_documents(side) for side in samples]
         scale = -len(samples[0]) / math.log(2) / section["bytes"]
         values = {"bits_per_byte": [[s["loglikelihood"] * scale for s in x] for x in samples]}
@@ -247,9 +249,9 @@ def _rows(
 
 
 def _documents(windows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one record a document: its windows depend on each other. One document stays windows.
+    """Return one record a document: its windows are not independent.
 
-    The bootstrap then draws documents.
+    The bootstrap draws documents; a single document is drawn by its windows instead.
     """
     sums: dict[Any, float] = {}
     for window in windows:

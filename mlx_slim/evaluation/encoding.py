@@ -1,10 +1,11 @@
-r"""Token ids of texts that begin alike: what a text shares with the one before it is encoded once.
+r"""Token ids of texts with common prefixes, each of which is encoded once.
 
 Invariant: the ids are those of the whole text. A text is cut only between a line feed and a letter,
 and only for tokenizers none of whose tokens holds a line feed before a letter: no merge and no
 piece crosses such a cut, so both sides are encoded as they are within the text. The left side is
-taken from the text before, which goes on with the same letter; the right side is encoded behind
-its line feed, whose ids are dropped. Other tokenizers, and texts without a cut, are encoded whole.
+taken from the previous text, which has the same letter after the cut; the right side is encoded
+with its line feed, whose ids are dropped. Other tokenizers, and texts without a cut, are encoded
+whole.
 Try it: ``mlx-slim eval MODEL --task mmlu --limit 5 -o OUT``.
 
     before  Question: …\n|Answer: Paris
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 # A token that a cut would divide; byte-level vocabularies write a line feed as "Ċ".
 _DIVIDED = re.compile(r"[\nĊ][A-Za-z]")
-_WORTH = 64  # characters: what is shared is looked for from there on
+_WORTH = 64  # characters: a shorter shared prefix is encoded again
 
 
 class PrefixEncoder:
@@ -34,13 +35,16 @@ class PrefixEncoder:
 
     def __init__(self, tokenizer: TokenizerWrapper) -> None:
         self._tokenizer = tokenizer
-        self._fronts: dict[bool, int] = {}  # of the ids of a line feed, those that stand before it
+        self._fronts: dict[bool, int] = {}  # special -> number of ids that a line feed takes
         if _divides_nothing(tokenizer):
             for special in (False, True):
                 if (front := self._front(special)) is not None:
                     self._fronts[special] = front
         self._before: tuple[str, bool, list[int]] = ("", False, [])
-        self._cut: tuple[int, int] = (0, 0)  # place in the text before, and the ids left of it
+        self._cut: tuple[int, int] = (
+            0,
+            0,
+        )  # place in the previous text, and the number of ids before it
 
     def encode(self, text: str, special: bool) -> list[int]:
         """Return the ids of ``text``.
@@ -56,8 +60,8 @@ class PrefixEncoder:
         return ids
 
     def _extended(self, text: str, special: bool) -> list[int] | None:
-        """Return the ids of ``text`` from those of the text before; None if they share no cut."""
-        before, as_before, known = self._before
+        """Return the ids of ``text`` from those of the previous text; None if they share no cut."""
+        before, as_before, before_ids = self._before
         if special not in self._fronts or special != as_before:
             return None
         place = _last_cut(text, _shared_length(text, before))
@@ -65,11 +69,11 @@ class PrefixEncoder:
             return None
         if place != self._cut[0]:
             right = self._right(before, place, special)
-            left = len(known) - len(right)
-            if known[left:] != right:
+            left = len(before_ids) - len(right)
+            if before_ids[left:] != right:
                 return None
             self._cut = (place, left)
-        return known[: self._cut[1]] + self._right(text, place, special)
+        return before_ids[: self._cut[1]] + self._right(text, place, special)
 
     def _right(self, text: str, place: int, special: bool) -> list[int]:
         return self._whole(text[place - 1 :], special)[self._fronts[special] :]
@@ -80,8 +84,8 @@ class PrefixEncoder:
     def _front(self, special: bool) -> int | None:
         """Return how many ids a line feed has before what follows it; None if letters change it."""
         alone = self._whole("\n", special)
-        found = {len(alone) - self._closing(alone, special, letter) for letter in ascii_letters}
-        return found.pop() if len(found) == 1 and min(found) > 0 else None
+        counts = {len(alone) - self._closing(alone, special, letter) for letter in ascii_letters}
+        return counts.pop() if len(counts) == 1 and min(counts) > 0 else None
 
     def _closing(self, alone: list[int], special: bool, letter: str) -> int:
         """Return how many ids of ``alone`` follow a letter behind it; all of them if it changes."""

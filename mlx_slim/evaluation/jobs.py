@@ -1,8 +1,8 @@
-"""Questions in, records out, a chunk at a time.
+"""Scoring jobs: a chunk of questions becomes records.
 
 Invariant: a chunk's records and counts are a function of the chunk, the model and the settings
-alone, never of which chunks were computed before or beside it: so an evaluation can be resumed, or
-cut over several processes, and give the same bytes. Try it:
+alone, never of the chunks computed before or in parallel: an evaluation that was resumed, or split
+over several processes, gives the same bytes. Try it:
 ``mlx-slim eval MODEL --task openbookqa --limit 100 -o OUT``.
 """
 
@@ -40,21 +40,21 @@ from mlx_slim.evaluation.tasks.spec import FIRST, Task
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-# Questions of a chunk: large enough for full batches, small enough to lose little in a kill.
+# Questions of a chunk: large enough for full batches; a kill loses at most one chunk.
 CHOICE_CHUNK = 128
 GENERATION_CHUNK = 64
 
 
 @dataclass
 class Engine:
-    """A model that answers.
+    """A loaded model with what is needed to score it.
 
     Attributes:
-        model: In evaluation mode, its adapter on it.
+        model: In evaluation mode, with its adapters.
         tokenizer: mlx-lm's wrapper.
         scorer: Log-likelihoods.
-        cache_bytes: What the caches of generated answers may take; None takes what the device has.
-        batch_tokens: Most positions of answers side by side; None leaves it to the bytes.
+        cache_bytes: Limit of the caches of generated answers; None takes the device's budget.
+        batch_tokens: Most positions of a batch of answers; None: only ``cache_bytes`` limits them.
     """
 
     model: nn.Module
@@ -66,14 +66,14 @@ class Engine:
 
 @dataclass(frozen=True)
 class Computed:
-    """What a chunk gave.
+    """The result of one chunk.
 
     Attributes:
         records: One a question, in row order.
         tokens_computed: Tokens that went through the model, those of ``root`` not counted.
         tokens_minimum: The fewest possible, every distinct prefix once, likewise.
         truncated: Requests cut on the left.
-        root: Tokens that this chunk shares with the others of its subject, computed before them.
+        root: Tokens of the prefix common to all chunks of the subject, computed once.
         group: The subject, or the empty string: ``root`` counts once for each.
     """
 
@@ -86,7 +86,7 @@ class Computed:
 
 
 class ScoringJob(Protocol):
-    """A task with its questions: what an evaluation is made of."""
+    """A task (or text) with its questions, ready to be scored."""
 
     @property
     def name(self) -> str:
@@ -100,11 +100,11 @@ class ScoringJob(Protocol):
 
     @property
     def positions(self) -> int:
-        """Positions of the longest request, about."""
+        """Approximate positions of the longest request."""
         ...
 
     def weight(self, chunk: range) -> int:
-        """Return the chunk's work in characters, about: for the remaining time."""
+        """Return the approximate work of a chunk in characters, for the remaining time."""
         ...
 
     def compute(self, chunk: range, engine: Engine) -> Computed:
@@ -129,7 +129,7 @@ class TaskJob:
     """A task of ``evaluate.spec`` as one model reads it; made before its weights are loaded.
 
     Attributes:
-        task: What to ask and how to judge.
+        task: Prompts, answers and metrics.
         checksum: Of its rows.
         num_fewshot: Solved examples before each question.
         limit: First rows only (of each subject), or None.
@@ -159,15 +159,15 @@ class TaskJob:
     def chunks(self) -> list[range]:
         """Consecutive questions of one subject."""
         size = GENERATION_CHUNK if self.generates else CHOICE_CHUNK
-        found: list[range] = []
+        chunks: list[range] = []
         numbered = range(len(self.questions))
         for _, group in itertools.groupby(numbered, lambda i: self.questions[i].subject):
             members = list(group)
-            found += [
+            chunks += [
                 range(start, min(start + size, members[-1] + 1))
                 for start in range(members[0], members[-1] + 1, size)
             ]
-        return found
+        return chunks
 
     @property
     def generates(self) -> bool:
@@ -176,30 +176,30 @@ class TaskJob:
 
     @property
     def positions(self) -> int:
-        """Positions of the longest question, its answer included, about: by its characters."""
+        """Approximate positions of the longest question (in characters), its answer included."""
         cut = self.encoder.truncated
         longest = max(
             self.questions, key=lambda q: len(q.context) + max(map(len, q.choices or " "))
         )
         if self.generates:
-            found = len(self._prompt(longest)) + self.task.spec.max_tokens
+            positions = len(self._prompt(longest)) + self.task.spec.max_tokens
         else:
-            found = max(len(request.ids) for request in self._requests([longest]))
+            positions = max(len(request.ids) for request in self._requests([longest]))
         self.encoder.truncated = cut
-        return found
+        return positions
 
     def weight(self, chunk: range) -> int:
-        """Return the characters that a chunk computes, what its questions share counted once."""
+        """Return the characters that a chunk computes; a common prefix counts once."""
         questions = [self.questions[i] for i in chunk]
         first, last = min(q.context for q in questions), max(q.context for q in questions)
         shared = shared_length(first, last)
-        own = sum(len(q.context) - shared + sum(map(len, q.choices)) for q in questions)
-        # A generated token costs about as much as ten that are read: it comes alone.
+        distinct = sum(len(q.context) - shared + sum(map(len, q.choices)) for q in questions)
+        # A generated token costs about as much as ten prompt tokens: one forward pass each.
         answers = len(questions) * 40 * (self.task.spec.max_tokens if self.generates else 0)
-        return shared + own + answers
+        return shared + distinct + answers
 
     def check_questions(self) -> None:
-        """Refuse a question that the model would compute wrong, before any is asked.
+        """Refuse a question that the model would compute wrong, before any is scored.
 
         Raises:
             SlimError: Names it.
@@ -236,12 +236,14 @@ class TaskJob:
         scores = iter(scorer.score(requests, root))
         records = []
         for question in questions:
-            own = list(itertools.islice(scores, len(question.choices)))
-            values = [score.loglikelihood for score in own]
+            choice_scores = list(itertools.islice(scores, len(question.choices)))
+            values = [score.loglikelihood for score in choice_scores]
             check_finite(values, f"{self.name}, question {question.doc_id}")
-            greedy = [score.greedy for score in own]
+            greedy = [score.greedy for score in choice_scores]
             records.append(record_choice(self.task, question, values, greedy))
-        again = scorer.tokens_root - before[2]  # a root that another chunk may have left: not ours
+        again = (
+            scorer.tokens_root - before[2]
+        )  # the root may be an earlier chunk's: not counted here
         return Computed(
             records,
             scorer.tokens_computed - before[0] - again,
@@ -264,7 +266,7 @@ class TaskJob:
 
     @contextlib.contextmanager
     def _named(self, question: Question) -> Iterator[None]:
-        """Say of which question an error is."""
+        """Add the question to the message of an error."""
         try:
             yield
         except SlimError as error:
@@ -272,23 +274,25 @@ class TaskJob:
             raise SlimError(f"{where}: {error.message}", error.hint) from error
 
     def cut_note(self, truncated: int) -> str:
-        """Return in words that ``truncated`` of its prompts were cut."""
+        """Return the warning that ``truncated`` of its prompts were cut."""
         longest, new = self.encoder.max_length, self.task.spec.max_tokens
         if self.generates:
-            asked, which = len(self.questions), "prompts"
+            prompts, which = len(self.questions), "prompts"
             room = f"{longest - new:,} tokens, which leaves {new:,} for the answer"
         else:
-            asked = sum(len(question.choices) for question in self.questions)
+            prompts = sum(len(question.choices) for question in self.questions)
             which, room = "prompts (one a choice)", f"{longest:,} tokens"
-        return f"{self.name}: {truncated:,} of {asked:,} {which} were cut on the left to {room}"
+        return f"{self.name}: {truncated:,} of {prompts:,} {which} were cut on the left to {room}"
 
     def _root(self, subject: str | None) -> tuple[int, ...]:
-        """Return the ids that the questions of a subject begin with: its examples, as a rule."""
-        own = [question for question in self.questions if question.subject == subject]
+        """Return the ids that all questions of a subject begin with: usually its examples."""
+        siblings = [question for question in self.questions if question.subject == subject]
         cut = self.encoder.truncated
-        root = common_prefix(self._requests([own[0], own[len(own) // 2], own[-1]]))
+        root = common_prefix(
+            self._requests([siblings[0], siblings[len(siblings) // 2], siblings[-1]])
+        )
         self.encoder.truncated = cut
-        return root if len(own) > 1 else ()
+        return root if len(siblings) > 1 else ()
 
     def _generate(self, questions: list[Question], engine: Engine) -> Computed:
         task, cut = self.task, self.encoder.truncated
@@ -316,11 +320,11 @@ class TaskJob:
 
     def describe(self) -> dict[str, Any]:
         """Return what a resume must match."""
-        asked = asked_of(
+        definition = definition_record(
             self.task, self.num_fewshot, self.limit, self.checksum, self.shots_checksum
         )
         sampling = self.sampling if self.num_fewshot else None
-        return {**asked, "chat_template": self.chat, "fewshot_sampling": sampling}
+        return {**definition, "chat_template": self.chat, "fewshot_sampling": sampling}
 
     def summarize(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return the task's metrics over all records."""
@@ -332,10 +336,10 @@ class TaskJob:
         return name, figure(name, records)["value"]
 
 
-def asked_of(
+def definition_record(
     task: Task, num_fewshot: int, limit: int | None, rows_sha256: str, shots_sha256: str | None
 ) -> dict[str, Any]:
-    """Return what identifies the questions of a task, whatever model reads them.
+    """Return what identifies the questions of a task, independent of the model.
 
     Args:
         task: With its definition.
@@ -355,10 +359,10 @@ def asked_of(
 
 
 def check_finite(values: Sequence[float], where: str) -> None:
-    """Refuse log-likelihoods that are no numbers.
+    """Refuse log-likelihoods that are not finite.
 
     Raises:
-        SlimError: Says where.
+        SlimError: Names ``where``.
     """
     if not all(map(math.isfinite, values)):
         raise SlimError(

@@ -25,19 +25,19 @@ class EvalOptions:
     Attributes:
         adapter: Adapter folder to put on every model; of several (``DIR`` or ``DIR=WEIGHT``) the
             weighted sum.
-        num_fewshot: Solved examples before each question; None takes the task's own.
+        num_fewshot: Solved examples before each question; None takes the task's default.
         limit: First rows of a task (of each subject of a group); None takes all.
         data_dir: Data mirror; None takes ``MLX_SLIM_DATA``, else the hub.
-        perplexity: Text file or JSON lines to predict, beside the tasks.
+        perplexity: Text file or JSON lines to predict, in addition to the tasks.
         dtype: ``auto`` (bfloat16 on a GPU, float32 on a CPU) or a name of ``runtime.DTYPES``.
         apply_chat_template: Put every prompt into the model's chat template, as the harness does.
-        fewshot_as_multiturn: With it, examples are turns of their own.
+        fewshot_as_multiturn: With a chat template, examples are separate turns.
         system: Begins the system message of every prompt that goes through a chat template, before
             the task's description, as the harness's ``--system_instruction``.
         max_length: Longest input, tokens; None takes the model's.
-        batch_tokens: Tokens of a batch, and of the caches of answers that are written side by side;
-            None chooses by memory.
-        seed: Recorded; scoring itself draws nothing.
+        batch_tokens: Tokens of a batch, and of the caches of one batch of generated answers; None
+            chooses by memory.
+        seed: Recorded; scoring itself is not random.
         revision: Branch, tag or commit of hub models.
         trust_remote_code: Run Python files that a repository brings.
     """
@@ -60,14 +60,14 @@ class EvalOptions:
         default=None, metadata=option("Data mirror [MLX_SLIM_DATA].", metavar="DIR")
     )
     perplexity: Path | None = field(
-        default=None, metadata=option("Bits per byte of a held-out text.", metavar="FILE")
+        default=None, metadata=option("Bits per byte of a text file.", metavar="FILE")
     )
     dtype: str = field(default="auto", metadata=option("auto, float32, bfloat16, float16."))
     apply_chat_template: bool = field(
-        default=False, metadata=option("Prompts go through the chat template.")
+        default=False, metadata=option("Apply the chat template to prompts.")
     )
     fewshot_as_multiturn: bool = field(
-        default=True, metadata=option("With a chat template, examples are turns.")
+        default=True, metadata=option("With a chat template, examples are separate turns.")
     )
     system: str | None = field(
         default=None, metadata=option("System message (of a chat template).", metavar="TEXT")

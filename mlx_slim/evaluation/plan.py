@@ -1,4 +1,4 @@
-"""What an evaluation will ask of which model, all of it checked.
+"""The plan of an evaluation: models, tasks and options, checked.
 
 Invariant: nothing is written and no weight is read here; what passes can be scored, unless an
 adapter does not fit its model. Used by ``evaluation/run.py``.
@@ -41,8 +41,8 @@ from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.reading import read_object
 from mlx_slim.run_dir import RunDir
 
-CODE = 3  # raised when the same settings give other numbers: an older folder is not gone on with
-_SAMPLE_BYTES = 500  # of a question on disk, about
+CODE = 3  # raised when the same settings give other numbers: an older folder is not resumed
+_SAMPLE_BYTES = 500  # approximate size of a question on disk
 _MIN_DISK = 200_000  # the other files
 
 
@@ -69,9 +69,9 @@ def find_targets(
         target = _target(source, config, tasks, texts, options)
         target.folder, target.started = folder, begun
         if begun:
-            known = read_object(folder / STATE_FILE)
+            stored = read_object(folder / STATE_FILE)
             for key in ("dense", "cache_bytes"):
-                target.state[key] = known.get(key)
+                target.state[key] = stored.get(key)
             Folder(folder).match(target.state)
         targets.append(target)
     _check_disk(out, [job for target in targets for job in target.jobs])
@@ -157,7 +157,7 @@ def read_tasks(names: list[str], options: EvalOptions) -> list[TaskQuestions]:
     Raises:
         SlimError: Unknown names, data that cannot be had, or rows that do not fit.
     """
-    found = []
+    tasks = []
     for selection in expand(names, options.num_fewshot) if names else []:
         if selection.task.name == TEXT:
             raise SlimError(f"a task may not be called {TEXT}", "rename it: set name in its file")
@@ -169,12 +169,12 @@ def read_tasks(names: list[str], options: EvalOptions) -> list[TaskQuestions]:
             options.limit,
             sampling=selection.sampling,
         )
-        found.append(TaskQuestions(selection, rows, questions))
-    return found
+        tasks.append(TaskQuestions(selection, rows, questions))
+    return tasks
 
 
 def _task_job(
-    asked: TaskQuestions,
+    task_questions: TaskQuestions,
     options: EvalOptions,
     tokenizer: Any,
     longest: int,
@@ -182,40 +182,41 @@ def _task_job(
     notes: list[str],
 ) -> TaskJob:
     """Return a task as the model with that tokenizer reads it."""
-    task, shots, questions = asked.selection.task, asked.selection.num_fewshot, asked.questions
+    selection = task_questions.selection
+    task, shots, questions = selection.task, selection.num_fewshot, task_questions.questions
     chat = None
-    if task.spec.chat:  # asked as rows for training are
+    if task.spec.chat:  # rendered as training rows are
         chat = Chat.of(load_template("auto", tokenizer))
     elif options.apply_chat_template:
         chat = Chat.of_model(unwrap(tokenizer), options.fewshot_as_multiturn, notes)
     if options.system is not None:
         if chat is None:
             raise SlimError(
-                f"--system is a turn of a chat template, and {task.name} is asked without one",
+                f"--system is a turn of a chat template, and {task.name} does not use one",
                 "add --apply-chat-template, or write the text into the task's description",
             )
         chat = chat.with_system(options.system)
     if chat is not None:
         questions = build_questions(
             task,
-            asked.rows,
+            task_questions.rows,
             shots,
             options.limit,
             chat=chat,
-            sampling=asked.selection.sampling,
+            sampling=selection.sampling,
         )
     job = TaskJob(
         task=task,
-        checksum=asked.rows.checksum,
+        checksum=task_questions.rows.checksum,
         num_fewshot=shots,
         limit=options.limit,
         questions=questions,
         encoder=RequestEncoder(
-            tokenizer, longest, chat=chat is not None and chat.own_bos, limit=limit
+            tokenizer, longest, chat=chat is not None and chat.renders_bos, limit=limit
         ),
         chat=chat is not None,
-        shots_checksum=shots_checksum(task, asked.rows, shots),
-        sampling=asked.selection.sampling,
+        shots_checksum=shots_checksum(task, task_questions.rows, shots),
+        sampling=selection.sampling,
     )
     job.check_questions()
     return job
@@ -228,7 +229,7 @@ def _target(
     texts: TextDocuments | None,
     options: EvalOptions,
 ) -> Target:
-    """Return one model's target: its files are here and looked at, its weights are not loaded."""
+    """Return one model's target: its files are present and checked, its weights are not loaded."""
     trust = options.trust_remote_code
     folder = resolve(source, options.revision, trust_remote_code=trust)
     dtype = runtime.resolve_dtype(options.dtype)
@@ -253,7 +254,7 @@ def _target(
     limit = row_limit(config)
     notes: list[str] = []
     jobs: list[ScoringJob] = [
-        _task_job(asked, options, tokenizer, longest, limit, notes) for asked in tasks
+        _task_job(one_task, options, tokenizer, longest, limit, notes) for one_task in tasks
     ]
     if texts is not None:
         jobs.append(TextJob(texts, RequestEncoder(tokenizer, longest, limit=limit)))
@@ -312,15 +313,15 @@ def _trained_on(
     artifacts: Sequence[Path], tasks: Sequence[TaskQuestions], options: EvalOptions
 ) -> dict[str, dict[str, Any]]:
     """Return task -> how many of its questions the model was trained on, and in which run."""
-    known = trained_keys(artifacts)
-    found: dict[str, dict[str, Any]] = {}
-    for asked in tasks if known else []:
-        task = asked.selection.task
-        keys = [key for key in question_keys(task, asked.rows, options.limit) if key in known]
+    trained = trained_keys(artifacts)
+    overlaps: dict[str, dict[str, Any]] = {}
+    for one_task in tasks if trained else []:
+        task = one_task.selection.task
+        keys = [key for key in question_keys(task, one_task.rows, options.limit) if key in trained]
         if keys:
-            runs = sorted({Path(known[key]).name for key in keys})
-            found[task.name] = {"questions": len(keys), "runs": runs}
-    return found
+            runs = sorted({Path(trained[key]).name for key in keys})
+            overlaps[task.name] = {"questions": len(keys), "runs": runs}
+    return overlaps
 
 
 def _check_disk(out: Path, jobs: list[ScoringJob]) -> None:

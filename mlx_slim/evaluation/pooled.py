@@ -1,12 +1,12 @@
-"""The mean over several tasks: is there a difference, what is kept, how little could be seen?
+"""Statistics of the mean over several tasks: difference, retention, detectable difference.
 
-Invariant: everything is paired, question by question, inside each task; tasks weigh the same. For
-one task it is ``stats.py``'s: the test is McNemar's then, exactly. Used by the report's headline.
+Invariant: everything is paired, question by question, inside each task; tasks have equal weight.
+For one task the test is McNemar's exact test, as in ``stats.py``. Used by the report's headline.
 
-A mean over tasks of k/n is no k of anything, so its test draws the signs of the differences: where
-there is no difference, each is as likely to point one way as the other (Fisher's randomization
-test, paired). Intervals are normal ones with a few observations added (Agresti & Coull 1998; of
-differences Agresti & Min 2005); those of ratios come by the delta method.
+A mean of k/n over tasks is not a count, so its test draws the signs of the differences: without a
+true difference both signs are equally likely (Fisher's paired randomization test). Intervals are
+normal ones with a few observations added (Agresti & Coull 1998; of differences Agresti & Min 2005);
+those of ratios come by the delta method.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SIGNS = 100_000  # draws of the signs
 
 @dataclass(frozen=True)
 class Added:
-    """Observations put beside a task's own, so that no interval is a point where all agree.
+    """Observations added to each task, so that no interval has width 0 where all answers agree.
 
     Attributes:
         n: How many.
@@ -36,19 +36,19 @@ class Added:
     squares: float
 
 
-PAIRS = Added(2, 0.0, 1.0)  # half a pair of each kind: right both, wrong both, won, lost
+PAIRS = Added(2, 0.0, 1.0)  # half a pair of each kind: both right, both wrong, gained, lost
 SCORES = Added(4, 2.0, 2.0)  # two right, two wrong
 
 
 def mean_and_error(values: Sequence[np.ndarray], added: Added) -> tuple[float, float]:
     """Return the mean over tasks of the mean over each task's questions, and its standard error.
 
-    Both with ``added`` in each task: where no answer differs, or all are right, the plain error is
-    0, which no number of questions bears.
+    Both with ``added`` in each task: where no answer differs, or all are right, the plain error
+    would be 0.
 
     Args:
         values: One array a task, a value a question.
-        added: ``PAIRS`` for paired differences, ``SCORES`` for shares of right answers.
+        added: ``PAIRS`` for paired differences, ``SCORES`` for accuracies.
     """
     means = [(x.sum() + added.total) / (len(x) + added.n) for x in values]
     squares = [((x**2).sum() + added.squares) / (len(x) + added.n) for x in values]
@@ -60,7 +60,7 @@ def mean_and_error(values: Sequence[np.ndarray], added: Added) -> tuple[float, f
 def mean_interval(
     values: Sequence[np.ndarray], added: Added, tests: int = 1
 ) -> tuple[float, float]:
-    """Return the interval of a mean over tasks, within what such a mean can be.
+    """Return the confidence interval of a mean over tasks, clipped to its possible range.
 
     Args:
         values: As ``mean_and_error``.
@@ -82,11 +82,11 @@ def errors_wide(tests: int = 1) -> float:
 def sign_flip(differences: Sequence[np.ndarray], *, draws: int = SIGNS, seed: int = 0) -> float:
     """Return the two-sided p of a mean over tasks, under random signs of the differences.
 
-    Where all differences weigh the same this is McNemar's exact test of them all.
+    Where all differences have the same weight this is McNemar's exact test of them all.
 
     Args:
         differences: One array a task: second minus first, one a question.
-        draws: Of the signs, where they do not weigh the same.
+        draws: Of the signs, where the weights differ.
         seed: Of the draws.
     """
     weighted = np.concatenate([x / len(x) for x in differences])
@@ -95,24 +95,24 @@ def sign_flip(differences: Sequence[np.ndarray], *, draws: int = SIGNS, seed: in
         return mcnemar(int((weighted > 0).sum()), int((weighted < 0).sum()))
     wins = np.random.default_rng(seed).binomial(counts, 0.5, (draws, len(sizes)))
     sums_B = (2 * wins - counts) @ sizes
-    found = int((np.abs(sums_B) >= abs(float(weighted.sum())) - 1e-9).sum())
-    return (found + 1) / (draws + 1)
+    extremes = int((np.abs(sums_B) >= abs(float(weighted.sum())) - 1e-9).sum())
+    return (extremes + 1) / (draws + 1)
 
 
 def detectable_pooled(differences: Sequence[np.ndarray], tests: int = 1) -> float | None:
     """Return the smallest true mean over tasks that ``sign_flip`` flags with 80% power.
 
-    That of one task of as many questions as would give the mean the same variance, T² / Σ 1/nₜ, and
-    of the same share of discordant pairs: exact where the tasks are equally large.
+    Computed as for one task of T² / Σ 1/nₜ questions (the same variance of the mean) and the same
+    fraction of discordant pairs: exact where the tasks are equally large.
 
     Args:
         differences: As ``sign_flip``.
         tests: Of the family: each is held to 5% divided by it.
     """
     inverse = sum(1 / len(x) for x in differences)
-    share = sum(float((x**2).mean()) / len(x) for x in differences) / inverse
+    discordant_fraction = sum(float((x**2).mean()) / len(x) for x in differences) / inverse
     n = int(len(differences) ** 2 / inverse + 1e-9)
-    return detectable_difference(round(share * n, 9), n, tests)
+    return detectable_difference(round(discordant_fraction * n, 9), n, tests)
 
 
 def ratio(
@@ -122,12 +122,12 @@ def ratio(
     *,
     tests: int = 1,
 ) -> tuple[float, tuple[float, float]] | None:
-    """Return how much of the first mean the second keeps, and its paired interval (delta method).
+    """Return the ratio of the second mean to the first, and its paired interval (delta method).
 
     Args:
         first: One array a task: the values of the first, one a question.
         second: Of the second, on the same questions.
-        chance: Mean chance level, taken off both; 0 leaves them.
+        chance: Mean chance level, subtracted from both.
         tests: Of the family: the interval leaves out 5% divided by it.
 
     Returns:
@@ -137,8 +137,8 @@ def ratio(
     above = float(np.mean([x.mean() for x in second])) - chance
     if below <= 0:
         return None
-    kept = above / below
-    left_N = [y - kept * x for x, y in zip(first, second, strict=True)]
+    retention = above / below
+    left_N = [y - retention * x for x, y in zip(first, second, strict=True)]
     error = mean_and_error(left_N, PAIRS)[1] / below
     half = errors_wide(tests) * error
-    return kept, (kept - half, kept + half)
+    return retention, (retention - half, retention + half)

@@ -1,9 +1,10 @@
-"""The folder of an evaluation: streamed while it is computed, exact after a kill.
+"""The output folder of an evaluation: written chunk by chunk, exact after a kill.
 
 Invariant: a chunk of questions is on disk whole, with its line in ``progress.jsonl``, or it counts
-as never computed. A resume cuts ``samples_<task>.jsonl`` back to the last whole chunk and goes on,
-so the finished file is that of an uninterrupted run, byte for byte; ``results.json`` is too, but
-for ``seconds``. Try it: ``mlx-slim eval MODEL --task openbookqa -o OUT``, kill it, ``--resume``.
+as never computed. A resume truncates ``samples_<task>.jsonl`` to the last whole chunk and
+continues, so the finished file is that of an uninterrupted run, byte for byte; so is
+``results.json``, except for ``seconds``. Try it: ``mlx-slim eval MODEL --task openbookqa -o OUT``,
+kill it, ``--resume``.
 
 Files: ``eval.json`` (at the start: what a resume must match), ``samples_<task>.jsonl`` and
 ``progress.jsonl`` (streamed, flushed to disk a chunk at a time), ``timings.json`` (what differs
@@ -117,7 +118,7 @@ class Folder:
         A folder that gets no chunk is removed again.
 
         Raises:
-            SlimError: If the folder was started otherwise, or another process writes it.
+            SlimError: If the folder was started with other settings, or another process writes it.
         """
         with RunDir(self.path, RESULTS).claim(resume=started), disk_errors(self.path):
             try:
@@ -136,34 +137,34 @@ class Folder:
         """Refuse to mix two evaluations.
 
         Raises:
-            SlimError: Says all that differs.
+            SlimError: Names every difference.
         """
-        known = read_object(self.path / STATE_FILE)
-        if different := fingerprint_difference(known, json.loads(json.dumps(state)), ""):
+        started_state = read_object(self.path / STATE_FILE)
+        if different := fingerprint_difference(started_state, json.loads(json.dumps(state)), ""):
             raise SlimError(
-                f"{self.path} was started otherwise: {'; '.join(different)}",
+                f"{self.path} was started with other settings: {'; '.join(different)}",
                 "resume with the same values, or choose another output folder",
             )
 
     def _rewind(self) -> None:
         """Keep the chunks up to the first that is not whole, and cut the files back to them."""
         progress = self.path / PROGRESS_FILE
-        kept, length = whole_chunks(self.path)
-        ends = {samples_name(task): known[-1].end for task, known in kept.items() if known}
+        chunks, length = whole_chunks(self.path)
+        ends = {samples_name(task): entries[-1].end for task, entries in chunks.items() if entries}
         tasks = read_json(self.path / STATE_FILE)["tasks"]
         samples = [self.path / samples_name(task) for task in tasks]
         for path in [progress, *(path for path in samples if path.exists())]:
             with path.open("r+b") as handle:
                 handle.truncate(length if path == progress else ends.get(path.name, 0))
                 fsync(handle.fileno())
-        self.entries = kept
+        self.entries = chunks
 
     def done(self, task: str) -> int:
         """Return how many chunks of ``task`` are on disk."""
         return len(self.entries.get(task, []))
 
     def append(self, task: str, data: bytes, **measured: Any) -> Entry:
-        """Add the next chunk of ``task``: its samples first, then the line that makes it count.
+        """Add the next chunk of ``task``: its samples first, then its line in ``progress.jsonl``.
 
         Args:
             task: Its name.
@@ -173,9 +174,9 @@ class Folder:
         Raises:
             ResourceError: If the disk is full; what was there before stays whole.
         """
-        known = self.entries.setdefault(task, [])
-        end = (known[-1].end if known else 0) + len(data)
-        entry = Entry(task, len(known), end, hash_bytes(data), **measured)
+        entries = self.entries.setdefault(task, [])
+        end = (entries[-1].end if entries else 0) + len(data)
+        entry = Entry(task, len(entries), end, hash_bytes(data), **measured)
         for path, block in (
             (self.path / samples_name(task), data),
             (self.path / PROGRESS_FILE, _line(entry).encode()),
@@ -184,7 +185,7 @@ class Folder:
                 handle.write(block)
                 handle.flush()
                 fsync(handle.fileno())
-        known.append(entry)
+        entries.append(entry)
         return entry
 
     def records(self, task: str) -> list[dict[str, Any]]:
@@ -205,20 +206,20 @@ def whole_chunks(out: Path) -> tuple[dict[str, list[Entry]], int]:
         Task -> its chunks, each of which has the bytes in the samples file that were hashed when it
         was written; and the bytes of ``progress.jsonl`` that name them.
     """
-    kept: dict[str, list[Entry]] = {}
+    chunks: dict[str, list[Entry]] = {}
     length = 0
     for _, line in json_lines(read_bytes(out / PROGRESS_FILE)):
         entry = _entry(line)
         if entry is None:
             break
-        known = kept.setdefault(entry.task, [])
-        begin = known[-1].end if known else 0
+        entries = chunks.setdefault(entry.task, [])
+        begin = entries[-1].end if entries else 0
         part = _part(out / samples_name(entry.task), begin, entry.end)
-        if entry.chunk != len(known) or hash_bytes(part) != entry.sha256:
+        if entry.chunk != len(entries) or hash_bytes(part) != entry.sha256:
             break
-        known.append(entry)
+        entries.append(entry)
         length += len(line)
-    return kept, length
+    return chunks, length
 
 
 def _line(entry: Entry) -> str:

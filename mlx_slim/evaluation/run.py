@@ -1,8 +1,8 @@
-"""Score models on tasks and held-out text: prepare → run → save.
+"""Score models on tasks and texts: prepare → run → save.
 
-Invariant: names, data, adapters, output and memory are checked before any weight is read; what was
-computed is on disk; a run that was killed goes on with ``resume`` and ends with the same samples,
-byte for byte, as one that was not, on one process or on several. Try it:
+Invariant: names, data, adapters, output and memory are checked before any weight is read; computed
+chunks are on disk; a killed run resumes with ``resume`` and its samples are byte for byte those of
+an uninterrupted one, on one process or on several. Try it:
 ``mlx-slim eval MODEL --task openbookqa,arc_easy --limit 100 -o OUT``.
 """
 
@@ -29,7 +29,7 @@ _T = TypeVar("_T")
 
 class _Nobody:
     def notify(self, event: events.Event) -> None:
-        """Hear nothing."""
+        """Ignore the event."""
 
 
 def evaluate(
@@ -48,8 +48,8 @@ def evaluate(
         tasks: Names of tasks and suites, or paths of task files.
         out: The output folder; must be new unless ``resume``.
         options: How; the defaults of ``EvalOptions`` otherwise.
-        resume: Go on with ``out``, where it was started with the same values.
-        observer: Hears of every event, on rank 0.
+        resume: Continue the evaluation in ``out``, which was started with the same values.
+        observer: Notified of every event, on rank 0.
 
     Returns:
         The results of each model, as in its ``results.json``.
@@ -77,7 +77,7 @@ def evaluate(
 
 
 def _first_rank_first(work: Callable[[], _T]) -> _T:
-    """Return ``work()`` on every rank: rank 0 goes first, and it alone says what is wrong."""
+    """Return ``work()`` on every rank: rank 0 goes first, and it alone reports errors."""
     done: list[_T] = []
     runtime.from_first_rank(lambda: done.append(work()))
     return done[0] if done else work()

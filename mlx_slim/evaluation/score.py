@@ -1,7 +1,7 @@
 """One model on all its tasks: the loop over chunks, on one process or several.
 
 Invariant: ranks take the chunks in turn, and rank 0 writes them in order, so the files do not
-depend on how many ranks there are. Used by ``evaluation/run.py``.
+depend on the number of ranks. Used by ``evaluation/run.py``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mlx_slim.quantization.base import load_base
 from mlx_slim.run_dir import RunDir
 
 NOT_TOLD = ("tasks", "code", "cache_bytes")  # of the state, in results.json
-_CACHE_SHARE = 8  # MLX may keep 1/8 of the memory as free buffers
+_CACHE_FRACTION = 8  # MLX may keep 1/8 of the memory as free buffers
 
 
 @dataclass
@@ -42,11 +42,11 @@ class Target:
         dtype: To compute in.
         trust_remote_code: Run Python files that the repository brings.
         batch_tokens: Tokens of a batch, or None.
-        notes: What to say of the prompts.
-        memory: Bytes that weights, caches and work may take together.
+        notes: Notices about the prompts.
+        memory: Limit of weights, caches and activations, bytes.
         jobs: Tasks and texts.
         folder: Where the results go.
-        started: Whether the folder holds an evaluation to go on with (on rank 0).
+        started: Whether the folder holds an evaluation to resume (on rank 0).
         state: What a resume must match.
         trained_on: Task -> how many of its questions the model was trained on, and in which runs.
     """
@@ -71,7 +71,7 @@ def score(target: Target, observer: events.Observer) -> dict[str, Any]:
     """Score one model; write its folder on rank 0.
 
     Args:
-        target: The model and what to ask it.
+        target: The model and its tasks.
         observer: Hears of progress.
 
     Returns:
@@ -86,15 +86,15 @@ def score(target: Target, observer: events.Observer) -> dict[str, Any]:
     complete: dict[str, Any] = {}
     if first and folder.complete:
         with RunDir(target.folder, RESULTS).claim(resume=True):
-            pass  # what a kill after the last file left is removed
+            pass  # temporary files of a killed process are removed
         observer.notify(events.Notice(f"{target.folder} is complete: nothing to do"))
         complete = load_results(target.folder)
     if complete := _from_first_rank(complete):
         _say_cut(target, complete, observer)
         return complete
     for name, seen in target.trained_on.items():
-        asked = next(job.chunks[-1].stop for job in target.jobs if job.name == name)
-        text = f"{name}: {seen['questions']} of the {asked} questions asked were trained on in "
+        num_questions = next(job.chunks[-1].stop for job in target.jobs if job.name == name)
+        text = f"{name}: {seen['questions']} of the {num_questions} questions were trained on in "
         observer.notify(events.Notice(text + ", ".join(seen["runs"]), level="warning"))
     engine = _load(target, observer)
     if not first:
@@ -109,8 +109,8 @@ def score(target: Target, observer: events.Observer) -> dict[str, Any]:
         for job in target.jobs:
             watch.begin(job)
             with progress.listening(watch):
-                for parts, seconds in _rounds(job, engine, folder.done(job.name)):
-                    watch.append(job, parts, seconds)
+                for packed_chunks, seconds in _rounds(job, engine, folder.done(job.name)):
+                    watch.append(job, packed_chunks, seconds)
             watch.end(job)
         results = _results(target, folder)
         folder.finish(results, _timings(target, folder))
@@ -120,7 +120,7 @@ def score(target: Target, observer: events.Observer) -> dict[str, Any]:
 
 
 def _say_cut(target: Target, results: dict[str, Any], observer: events.Observer) -> None:
-    """Tell of each task whose prompts did not fit, and so were not read whole."""
+    """Warn of each task whose prompts were cut to fit."""
     for job in target.jobs:
         if isinstance(job, TaskJob) and (truncated := results["tasks"][job.name]["truncated"]):
             observer.notify(events.Notice(job.cut_note(truncated), level="warning"))
@@ -137,7 +137,7 @@ def _load(target: Target, observer: events.Observer) -> Engine:
     Whether to dequantize, and the bytes of caches, are decided once and kept for a resume.
     """
     observer.notify(events.Notice(f"loading {target.source}"))
-    mx.set_cache_limit(runtime.device_memory() // _CACHE_SHARE)
+    mx.set_cache_limit(runtime.device_memory() // _CACHE_FRACTION)
     loaded = load_base(
         target.source,
         used_folders(target.stack),
@@ -154,7 +154,9 @@ def _load(target: Target, observer: events.Observer) -> Engine:
         load_adapters(loaded.model, target.stack)
     if target.state["cache_bytes"] is None:
         left = max(1, target.memory - mx.get_active_memory())
-        target.state["cache_bytes"] = 1 << (left.bit_length() - 1)  # the same twice, as a rule
+        target.state["cache_bytes"] = 1 << (
+            left.bit_length() - 1
+        )  # a power of two: usually the same in every run
     cache_bytes = target.state["cache_bytes"] = _from_first_rank(target.state["cache_bytes"])
     scorer = LoglikelihoodScorer(
         loaded.model, batch_tokens=target.batch_tokens, memory=min(MEMORY, cache_bytes // 2)
@@ -162,7 +164,9 @@ def _load(target: Target, observer: events.Observer) -> Engine:
     notes = [*target.notes, *loaded.notes, *scorer.notes]
     generates = any(isinstance(job, TaskJob) and job.generates for job in target.jobs)
     if generates and not joins(loaded.model):
-        notes.append("answers are written one at a time: padding would change them in this model")
+        notes.append(
+            "answers are generated one at a time: this model's results change with padding"
+        )
     for note in notes:
         observer.notify(events.Notice(note))
     return Engine(loaded.model, loaded.tokenizer, scorer, cache_bytes, target.batch_tokens)
@@ -176,11 +180,11 @@ def _rounds(job: ScoringJob, engine: Engine, done: int) -> Iterator[tuple[list[b
         count = min(group.size(), len(chunks) - begin)
         began = time.perf_counter()
         mx.reset_peak_memory()
-        own = b""
+        packed = b""
         if group.rank() < count:
-            own = _pack(job.compute(chunks[begin + group.rank()], engine))
-        parts = runtime.all_gather_bytes(own)[:count]
-        yield parts, (time.perf_counter() - began) / count
+            packed = _pack(job.compute(chunks[begin + group.rank()], engine))
+        gathered = runtime.all_gather_bytes(packed)[:count]
+        yield gathered, (time.perf_counter() - began) / count
 
 
 def _pack(computed: Computed) -> bytes:
@@ -197,7 +201,7 @@ def _pack(computed: Computed) -> bytes:
 
 
 class _Watch:
-    """Writes chunks as they come, and says how far it is."""
+    """Writes chunks as they are computed, and reports progress."""
 
     def __init__(self, target: Target, folder: Folder, observer: events.Observer) -> None:
         self._folder, self._observer, self._target = folder, observer, target
@@ -213,7 +217,7 @@ class _Watch:
                 tasks=tuple(job.name for job in target.jobs),
                 questions=sum(job.chunks[-1].stop for job in target.jobs),
                 answered=answered,
-                fraction=self._share(),
+                fraction=self._fraction(),
                 budget_bytes=runtime.device_memory(),
             )
         )
@@ -222,20 +226,20 @@ class _Watch:
         done = self._folder.done(job.name)
         return job.chunks[done - 1].stop if done else 0
 
-    def _share(self) -> float:
+    def _fraction(self) -> float:
         done = {name: self._folder.done(name) for name in self._weights}
         finished = sum(sum(weights[: done[name]]) for name, weights in self._weights.items())
         return finished / self._total
 
     def begin(self, job: ScoringJob) -> None:
-        """Take up a task, perhaps in its middle."""
+        """Start a task, or resume it."""
         self._job = job
         self._records = self._folder.records(job.name)
 
     def notify(self, event: events.Event) -> None:
-        """Tell how far the chunk under way is, by the part of its work that is done.
+        """Report progress within the current chunk.
 
-        With several ranks, they are as far as this one.
+        Other ranks are assumed to have progressed as far as this one.
         """
         if self._job is None or not isinstance(event, events.StageProgress) or not event.total:
             return
@@ -248,14 +252,14 @@ class _Watch:
                 task=job.name,
                 answered=self._answered(job) + int(part * sum(map(len, chunks))),
                 questions=job.chunks[-1].stop,
-                fraction=self._share() + part * weight,
+                fraction=self._fraction() + part * weight,
             )
         )
 
-    def append(self, job: ScoringJob, parts: Sequence[bytes], seconds: float) -> None:
+    def append(self, job: ScoringJob, packed_chunks: Sequence[bytes], seconds: float) -> None:
         """Write the chunks of one round."""
         computed = 0
-        for part in parts:
+        for part in packed_chunks:
             head, data = part.split(b"\n", 1)
             entry = self._folder.append(job.name, data, **json.loads(head), seconds=seconds)
             self._records += [json.loads(line) for _, line in artifacts.json_lines(data)]
@@ -268,15 +272,15 @@ class _Watch:
                 questions=job.chunks[-1].stop,
                 metric=metric,
                 value=value,
-                fraction=self._share(),
-                tokens_per_second=computed / max(seconds * len(parts), 1e-9),
+                fraction=self._fraction(),
+                tokens_per_second=computed / max(seconds * len(packed_chunks), 1e-9),
                 active_memory_bytes=mx.get_active_memory(),
                 peak_memory_bytes=_peak(self._folder),
             )
         )
 
     def end(self, job: ScoringJob) -> None:
-        """Tell the score of a task."""
+        """Report the score of a task."""
         section = _section(job, self._folder)
         measured = timing(self._folder.entries[job.name])
         self._observer.notify(
@@ -293,7 +297,9 @@ class _Watch:
 
     def done(self) -> events.EvalDone:
         """Return the last event."""
-        entries = [entry for known in self._folder.entries.values() for entry in known]
+        entries = [
+            entry for task_entries in self._folder.entries.values() for entry in task_entries
+        ]
         return events.EvalDone(
             model=self._target.source,
             path=str(self._folder.path),
@@ -303,11 +309,15 @@ class _Watch:
 
 
 def _peak(folder: Folder) -> int:
-    return max(entry.peak_memory_bytes for known in folder.entries.values() for entry in known)
+    return max(
+        entry.peak_memory_bytes
+        for task_entries in folder.entries.values()
+        for entry in task_entries
+    )
 
 
 def timing(entries: Sequence[Entry]) -> dict[str, Any]:
-    """Return what differs from one run to the next."""
+    """Return what differs between runs."""
     seconds = sum(entry.seconds for entry in entries)
     return {
         "seconds": seconds,
@@ -317,7 +327,7 @@ def timing(entries: Sequence[Entry]) -> dict[str, Any]:
 
 
 def _tokens(entries: Sequence[Entry]) -> dict[str, int]:
-    """Return the tokens of a task; what its subjects' questions share counts once a subject."""
+    """Return the tokens of a task; a subject's common prefix counts once."""
     roots: dict[str, int] = {}
     for entry in entries:
         roots[entry.group] = max(entry.root, roots.get(entry.group, 0))
@@ -336,18 +346,18 @@ def _section(job: ScoringJob, folder: Folder) -> dict[str, Any]:
 
 
 def section(
-    asked: dict[str, Any], summary: dict[str, Any], entries: Sequence[Entry], samples: Path
+    description: dict[str, Any], summary: dict[str, Any], entries: Sequence[Entry], samples: Path
 ) -> dict[str, Any]:
     """Return a task's part of ``results.json`` from what is stored.
 
     Args:
-        asked: What a resume must match.
+        description: What a resume must match.
         summary: The figures over its records.
         entries: Its chunks.
         samples: The file of its records.
     """
     return {
-        **asked,
+        **description,
         **summary,
         "seconds": sum(entry.seconds for entry in entries),
         **_tokens(entries),
@@ -357,7 +367,7 @@ def section(
 
 
 def _results(target: Target, folder: Folder) -> dict[str, Any]:
-    """Return ``results.json``: nothing in it but ``seconds`` differs from one run to the next."""
+    """Return ``results.json``: only ``seconds`` differs between runs."""
     settings = {key: value for key, value in target.state.items() if key not in NOT_TOLD}
     sections = {job.name: _section(job, folder) for job in target.jobs}
     for name, seen in target.trained_on.items():

@@ -1,16 +1,16 @@
-"""Two models on the same questions: is there a difference, and how small a one could be seen?
+"""Paired statistics of two models on the same questions: difference and detectable difference.
 
-Invariant: everything is paired, question by question; intervals are about the difference, never
-about each side alone. Values are 0/1 for accuracies and real numbers for text (nats a window); the
+Invariant: everything is paired, question by question; intervals are of the difference, never
+of one model alone. Values are 0/1 for accuracies and real numbers for text (nats a window); the
 difference is always second minus first. Try it: ``mlx-slim eval --compare OUT_A OUT_B``.
 Legend: N questions, B bootstrap draws, M discordant pairs.
 
 Sources: McNemar 1947 (exact form: a binomial test of the discordant pairs); Holm 1979; Efron 1979;
 METHODS .7: SE √[((b+c)/n − ((b−c)/n)²)/n]. The minimum detectable difference is the smallest true
-one that the test flags with 80% power at 5% divided by the number of tests, which is what Holm's
-correction asks of the first. Of McNemar's test the power is counted exactly, over the binomial
-number of discordant pairs and of those that one side wins; 2.80 · √(discordant share / n) is its
-limit for one test and many pairs.
+one that the test flags with 80% power at 5% divided by the number of tests, the level of the first
+step of Holm's correction. The power of McNemar's test is exact: a sum over the binomial number of
+discordant pairs and of those won by one side; 2.80 · √(discordant fraction / n) is its limit for
+one test and many pairs.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class Paired:
         delta: ``second - first``.
         stderr: Standard error of ``delta``.
         interval: Confidence interval of ``delta`` at ``LEVEL``: normal for 0/1 values, else
-            Student's t. One question bears none: everything for 0/1 values, else None.
+            Student's t. Of one question: (-1, 1) for 0/1 values, else None.
         bootstrap: Percentile interval of ``DRAWS`` paired resamples, within strata.
         gained: Questions where only the second is right.
         lost: Questions where only the first is right.
         p_value: Exact McNemar for 0/1 values, else a paired t test.
-        detectable: The smallest true difference that the corrected test finds in 4 of 5 cases;
-            None if so few questions cannot show any.
+        detectable: The smallest true difference that the corrected test flags with 80% power;
+            None if there are too few questions for any.
     """
 
     n: int
@@ -89,8 +89,8 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Return the percentile interval of the mean difference over paired resamples.
 
-    Drawing n questions with replacement draws a multinomial count of each value that occurs, so a
-    resample costs as much as there are values, three for accuracies, not as there are questions.
+    Drawing n questions with replacement draws a multinomial count of each value that occurs, so the
+    cost of a resample grows with the number of values (three for accuracies), not of questions.
 
     Args:
         differences_N: Second minus first, one a question.
@@ -119,21 +119,21 @@ def bootstrap_interval(
 def detectable_difference(discordant: float, n: int, tests: int = 1) -> float | None:
     """Return the smallest true difference that McNemar's exact test flags with 80% power.
 
-    With a share of discordant pairs as observed, M of n are discordant (binomial), and the better
-    side wins each with probability (1 + δ/share)/2. A difference above the share takes more
-    discordant pairs, all won by one side; at least so many that the test can flag them.
+    With a fraction f of discordant pairs as observed, M of n are discordant (binomial), and the
+    better side wins each with probability (1 + δ/f)/2. A difference above f takes more discordant
+    pairs, all won by one side; at least as many as the test needs to flag them.
 
     Args:
-        discordant: Questions that only one side got right; a mean may be no whole number.
+        discordant: Questions that only one side got right; a mean may be a fraction.
         n: Questions.
         tests: Of the family: each is held to 5% divided by it.
 
     Returns:
-        A share of the questions; None if even a difference of all questions is not flagged.
+        A fraction of the questions; None if even a difference of all questions is not flagged.
     """
     from scipy.stats import binom
 
-    level, share = (1 - LEVEL) / tests, discordant / n
+    level, discordant_fraction = (1 - LEVEL) / tests, discordant / n
     least = int(np.ceil(1 - np.log2(level) - 1e-9))  # 2 · 2^−M ≤ level
 
     def one_sided(delta: float) -> float:
@@ -142,21 +142,21 @@ def detectable_difference(discordant: float, n: int, tests: int = 1) -> float | 
     if one_sided(1.0) < 0:
         return None
     if discordant:
-        low, high = binom.interval(1 - 1e-7, n, share)
+        low, high = binom.interval(1 - 1e-7, n, discordant_fraction)
         pairs_M = np.unique(np.linspace(low, high, _PAIRS).astype(int))
-        weight_M = binom.pmf(pairs_M, n, share)
+        weight_M = binom.pmf(pairs_M, n, discordant_fraction)
         flagged_M = binom.ppf(level / 2, pairs_M, 0.5).astype(int)  # fewest wins that are too few
         flagged_M -= 2 * binom.cdf(flagged_M, pairs_M, 0.5) > level
 
         def power(delta: float) -> float:
-            wins = (1 + delta / share) / 2
-            found_M = binom.cdf(flagged_M, pairs_M, wins)
-            found_M = found_M + binom.sf(pairs_M - flagged_M - 1, pairs_M, wins)
-            return float(weight_M @ found_M / weight_M.sum()) - POWER
+            wins = (1 + delta / discordant_fraction) / 2
+            power_M = binom.cdf(flagged_M, pairs_M, wins)
+            power_M = power_M + binom.sf(pairs_M - flagged_M - 1, pairs_M, wins)
+            return float(weight_M @ power_M / weight_M.sum()) - POWER
 
-        if power(share) >= 0:
-            return _root(power, 0.0, share)
-    return _root(one_sided, share, 1.0)
+        if power(discordant_fraction) >= 0:
+            return _root(power, 0.0, discordant_fraction)
+    return _root(one_sided, discordant_fraction, 1.0)
 
 
 def _root(function: Callable[[float], float], low: float, high: float) -> float:
@@ -191,10 +191,10 @@ def detectable_mean(differences_N: np.ndarray, tests: int = 1) -> float | None:
 
 
 def chance_level(samples: Sequence[Mapping[str, Any]]) -> float | None:
-    """Return the share that guessing gets right: one choice of each question's, no free answer.
+    """Return the expected accuracy of guessing: 1/choices, or 0 for generated answers.
 
     Args:
-        samples: Per-question records of one task; None is returned if they are neither.
+        samples: Per-question records of one task; other kinds of records give None.
     """
     if all("loglikelihoods" in sample for sample in samples):
         return float(np.mean([1 / len(sample["loglikelihoods"]) for sample in samples]))
@@ -202,12 +202,12 @@ def chance_level(samples: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def above_chance(right: float, n: int, chance: float) -> bool:
-    """Return whether so many right answers of n are more than guessing gives (2.5%, one-sided).
+    """Return whether ``right`` answers of n are above chance (2.5%, one-sided).
 
     Args:
-        right: Right answers; a mean over several runs may be no whole number.
+        right: Right answers; a mean over several runs may be a fraction.
         n: Questions.
-        chance: Share that guessing gets right.
+        chance: Expected accuracy of guessing.
     """
     from scipy.stats import binom
 
@@ -290,10 +290,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def verdict(delta: float, p_value: float, detectable: float | None, *, unit: str = "points") -> str:
-    """Return the comparison in words; ``equal`` is not one of them.
+    """Return the comparison as a phrase; it never claims equality.
 
     Args:
-        delta: Second minus first: a share where ``unit`` is ``points``, else in that unit.
+        delta: Second minus first: a fraction where ``unit`` is ``points``, else in that unit.
         p_value: Adjusted for the family.
         detectable: The minimum detectable difference, as ``delta``; None if there is none.
         unit: ``points`` (hundredths), or what ``delta`` is measured in.

@@ -1,6 +1,6 @@
-"""A row's choices and its right answers, read by one rule.
+"""A row's choices and its right answers, read in one way for all tasks.
 
-Invariant: every choice has a character that can be seen; what is right is certain, or the row is
+Invariant: every choice has a visible character; the right answer is unambiguous, or the row is
 refused. Of a list of right answers any counts, as in lm-evaluation-harness 0.4 (there:
 ``multiple_target``), and the first is the answer of a solved example. Try it:
 ``mlx-slim tasks mine.yaml``.
@@ -10,8 +10,8 @@ refused. Of a list of right answers any counts, as in lm-evaluation-harness 0.4 
                       numbers they are refused, unless text and place name the same choice
     generation        a text or a number
 
-The harness reads digits as a place if a template gives them and as a text if a bare field does: so
-one row can mean two answers, and neither is guessed.
+The harness reads digits as a place if a template gives them and as a text if a bare field does: one
+row can mean two answers, so such a row is refused.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def _place(value: Any, choices: Sequence[str]) -> int:
                 "numbers, so it may be one of them or a place; write place_in for the choice "
                 "({{ answer | place_in(choices) }}), int for the place ({{ answer | int }})"
             )
-        if (found := place if text is None else text) is not None:
-            return found
+        if (index := place if text is None else text) is not None:
+            return index
     elif isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(choices):
         return value
     raise ValueError(

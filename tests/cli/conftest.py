@@ -35,10 +35,10 @@ def fails(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Fails:
     """Run a command line that must fail cleanly; return its error line and what follows it."""
 
     def check(*words: object, code: int = 2, keeps: bool = False) -> str:
-        def tree() -> set[str]:
+        def files() -> set[str]:
             return {str(path) for path in tmp_path.rglob("*")}
 
-        before = tree()
+        before = files()
         capfd.readouterr()
         assert run([str(word) for word in words]) == code
         lines = capfd.readouterr().err.splitlines()
@@ -48,7 +48,7 @@ def fails(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Fails:
         assert all(line.startswith(("hint: ", "  ")) for line in lines[at + 1 :]), lines
         assert not any("Traceback" in line for line in lines)
         if not keeps:
-            assert tree() == before
+            assert files() == before
         return "\n".join(lines[at:])
 
     return check

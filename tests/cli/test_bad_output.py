@@ -26,7 +26,7 @@ def test_output_that_exists(
     assert (out / "mine.txt").read_text() == "keep me"
 
 
-def test_an_output_that_the_same_command_made_is_complete(
+def test_an_output_of_the_same_command_is_complete(
     fails: Callable[..., str],
     tiny: Callable[..., Path],
     tmp_path: Path,
@@ -79,7 +79,7 @@ def test_output_in_new_folders(
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
 @pytest.mark.parametrize("place", ["/proc/x", "/proc/a/x", "/proc/self/fd/x"])
-def test_a_place_where_nothing_can_be_made(
+def test_a_place_where_nothing_can_be_created(
     fails: Callable[..., str], small: Path, tiny: Callable[..., Path], place: str
 ) -> None:
     """The system says that the new file does not exist, rather than that it may not be made."""

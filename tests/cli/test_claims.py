@@ -145,8 +145,8 @@ def test_what_somebody_put_into_a_folder_that_is_replaced_goes_over(tmp_path: Pa
         (out / "notes" / "mine.txt").write_text("keep")
         (out / "link").unlink(missing_ok=True)
         (out / "link").symlink_to("nowhere")
-    found = {"link": None, "notes": None, "notes/mine.txt": b"keep", "weights": b"new"}
-    assert contents(out) == found
+    existing = {"link": None, "notes": None, "notes/mine.txt": b"keep", "weights": b"new"}
+    assert contents(out) == existing
     assert [path.name for path in tmp_path.iterdir()] == ["adapters"]
 
 
@@ -173,7 +173,7 @@ def test_a_checkpoint_with_a_file_of_somebody_else_stays(tmp_path: Path) -> None
     assert (tmp_path / "step-7" / "mine.txt").exists()
 
 
-def test_a_resume_of_an_evaluation_touches_its_own_files_only(
+def test_a_resume_of_an_evaluation_touches_only_its_files(
     tiny: Callable[..., Path], text: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -198,12 +198,12 @@ def test_folders_of_something_else_are_no_demo_and_no_finished_cases(
     told = capfd.readouterr().err
     assert told.count("has results of another command") == 2
     assert told.count("has other records than finished cases") == 1
-    kept = {
+    remaining = {
         "report.md": b"mine",
         "results.json": b'{"mine": 1}',
         "rows.jsonl": b'{"prompt": "a"}\n',
     }
-    assert contents(tmp_path) == kept
+    assert contents(tmp_path) == remaining
 
 
 STOPPED = """

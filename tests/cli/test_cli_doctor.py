@@ -57,7 +57,7 @@ def test_offline_by_choice_is_not_a_problem(monkeypatch: pytest.MonkeyPatch) -> 
     assert doctor.hub()["state"] == "offline by choice"
 
 
-def test_an_unreachable_hub_is_said_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_reported_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

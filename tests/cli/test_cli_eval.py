@@ -120,11 +120,11 @@ def test_bad_input_is_one_line_and_nothing_is_written(
         ([*start, "-o", text], "is a file"),
         ([*start, "-o", text / "out"], "text.txt is a file"),
         (["eval", "--compare", tmp_path, tmp_path], "holds no results.json"),
-        (["eval", "--compare", tmp_path, tmp_path, "--limit", "3"], "nothing of a scoring: limit"),
-        (["eval", model, "--compare", tmp_path, tmp_path], "nothing of a scoring: MODEL"),
+        (["eval", "--compare", tmp_path, tmp_path, "--limit", "3"], "no scoring option: limit"),
+        (["eval", model, "--compare", tmp_path, tmp_path], "no scoring option: MODEL"),
     ]
-    for words, said in cases:
-        assert said in fails(*words), words
+    for words, expected in cases:
+        assert expected in fails(*words), words
 
 
 def test_an_adapter_that_does_not_fit(

@@ -149,7 +149,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_our_own_mistakes_are_one_line_and_a_traceback_in_a_file(
+def test_an_internal_error_is_one_line_and_a_traceback_in_a_file(
     command: Any,
     capsys: pytest.CaptureFixture[str],
     temporary: Path,
@@ -169,7 +169,7 @@ def test_our_own_mistakes_are_one_line_and_a_traceback_in_a_file(
 
 
 @pytest.mark.parametrize("option", ["-o {}", "--out {}", "--output={}"])
-def test_the_traceback_lies_beside_the_output(
+def test_the_traceback_is_beside_the_output(
     command: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, temporary: Path, option: str
 ) -> None:
     command(raising(ZeroDivisionError("bug")))
@@ -216,7 +216,7 @@ def test_what_the_machine_lacks_is_no_mistake_of_ours(
 
 @pytest.mark.parametrize("name", ["TMPDIR", "TMP", "TEMP", "TEMPDIR"])
 @pytest.mark.parametrize("kind", ["absent", "a file"])
-def test_a_temporary_folder_that_is_none_is_said_before_anything_starts(
+def test_an_invalid_temporary_folder_is_reported_before_anything_starts(
     name: str,
     kind: str,
     capsys: pytest.CaptureFixture[str],
@@ -246,7 +246,7 @@ def test_a_traceback_that_does_not_fit_on_the_disk_leaves_no_file(tmp_path: Path
     assert not [*tmp_path.iterdir()]
 
 
-def test_debugging_shows_the_traceback_of_our_own_mistake(
+def test_debugging_shows_the_traceback_of_an_internal_error(
     command: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLX_SLIM_DEBUG", "1")

@@ -103,7 +103,7 @@ def test_chat_holds_a_conversation_and_its_commands(
     words = ["chat", str(tiny("llama")), "--max-tokens", "6", "--temp", "0"]
     assert run(words) == 0
     captured = capsys.readouterr()
-    assert "forgotten" in captured.err
+    assert "new conversation" in captured.err
     assert "did you mean '/reset'?" in captured.err
     half = len(captured.out) // 2
     assert captured.out[:half] == captured.out[half:]  # after /reset the answer is the same
@@ -131,8 +131,8 @@ def test_adapters_are_summed_and_switched(
     zero = ["--adapter", f"{one}=0.5", "--adapter", f"{one}=-0.5"]
     words = ["generate", base, "--prompt", "hello", "--max-tokens", "6"]
     outputs = []
-    for given in ([], zero, ["--adapter", str(one)]):
-        assert run([*words, *given]) == 0
+    for options in ([], zero, ["--adapter", str(one)]):
+        assert run([*words, *options]) == 0
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1] != outputs[2]
     assert run([*words, "--adapter", f"{other}=x"]) == 2
@@ -143,7 +143,7 @@ def test_adapters_are_summed_and_switched(
     assert run(["chat", base, "--max-tokens", "6", "--temp", "0"]) == 0
     captured = capsys.readouterr()
     answers = captured.out
-    assert captured.err.count("the conversation goes on") == 2
+    assert captured.err.count("the conversation continues") == 2
     assert "nowhere is no adapter folder" in captured.err
     alone = outputs_of_chat(base, monkeypatch, capsys)
     assert answers.startswith(alone) and answers.endswith(alone)

@@ -31,7 +31,7 @@ def test_the_list_has_every_task_and_suite(
     out = capsys.readouterr().out
     for words in ("arc_challenge", "gsm8k", "strict_match", "CC BY-SA 4.0", "absent",
                   "suite leaderboard-v1: arc_challenge 25-shot, hellaswag 10-shot",
-                  "mmlu has 57 parts"):  # fmt: skip
+                  "mmlu has 57 subtasks"):  # fmt: skip
         assert words in out
     assert run(["tasks", "--data-dir", str(mirror), "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
@@ -47,7 +47,7 @@ def test_a_task_shows_its_file_and_its_first_prompt(
     words = ["tasks", "mmlu_anatomy", "--data-dir", str(mirror)]
     assert run([*words, "--num-fewshot", "1"]) == 0
     out = capsys.readouterr().out
-    assert "the part anatomy of mmlu" in out and "subgroups:" in out
+    assert "subtask anatomy of mmlu" in out and "subgroups:" in out
     assert "first prompt, 1 shots" in out and "* ' A'" in out
     assert out.count("about anatomy.") == 1 and out.count("\nAnswer:") == 2
     assert run([*words, "--json"]) == 0
@@ -57,7 +57,7 @@ def test_a_task_shows_its_file_and_its_first_prompt(
     assert (shown["first"]["target"], shown["missing"]) == (0, [])
 
 
-def test_missing_rows_are_said(mirror: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_rows_are_reported(mirror: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["tasks", "arc_easy", "--data-dir", str(mirror)]) == 0
     out = capsys.readouterr().out
     assert f"missing   task arc_easy has no rows: {mirror}/arc_easy/test.jsonl does not" in out
@@ -75,7 +75,7 @@ def test_the_demo_s_task_shows_system_and_user(capsys: pytest.CaptureFixture[str
     assert "<system>\nExpense to JSON" in out and "--- right answer ---" in out
 
 
-def test_a_file_of_ones_own(
+def test_a_users_task_file(
     mirror: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_task(tmp_path, CHOICE, rows=[quiz(1, "x")])
@@ -89,8 +89,8 @@ def test_wrong_names_and_files(mirror: Path, tmp_path: Path, fails: Callable[...
     assert "seed is a suite" in fails("tasks", "seed")
     assert "--num-fewshot needs" in fails("tasks", "--num-fewshot", "2")
     (tmp_path / "bad.yaml").write_text(CHOICE + "promt: x\nnum_fewshots: 3\n")
-    said = fails("tasks", tmp_path / "bad.yaml")
-    assert "2 problems" in said and "did you mean 'prompt'" in said
+    message = fails("tasks", tmp_path / "bad.yaml")
+    assert "2 problems" in message and "did you mean 'prompt'" in message
 
 
 def test_several_right_answers_are_shown(
@@ -107,15 +107,15 @@ def test_several_right_answers_are_shown(
     assert "--- right answers, any counts ---\none\ntwo\n" in capsys.readouterr().out
 
 
-def test_a_prompt_that_cannot_be_made_is_an_error_as_in_scoring(
+def test_a_prompt_that_cannot_be_rendered_is_an_error_as_in_scoring(
     mirror: Path, tmp_path: Path, fails: Callable[..., str]
 ) -> None:
     """Absent rows are no fault of the task; a template, a target or a row that fails is."""
     named = CHOICE.replace("{{ question }}", "{{ quest }}")
     task = write_task(tmp_path, named, rows=[quiz(1, "x")], shots=[quiz(2, "x")])
     for more in ([], ["--json"], ["--num-fewshot", "0"]):
-        said = fails("tasks", task.file, *more)
-        assert "prompt:" in said and "quest" in said and "rows.jsonl" in said
+        message = fails("tasks", task.file, *more)
+        assert "prompt:" in message and "quest" in message and "rows.jsonl" in message
     task = write_task(tmp_path, CHOICE, rows=[quiz(1, "nothing of these")], shots=[])
     assert "target" in fails("tasks", task.file)
     task = write_task(tmp_path, CHOICE, rows=[quiz(1, "x")], shots=[quiz(2, "nothing of these")])

@@ -28,9 +28,9 @@ def commands(command: click.Command, name: str) -> Iterator[tuple[str, click.Com
         return
     context = click.Context(command)
     for inner in command.list_commands(context):
-        found = command.get_command(context, inner)
-        assert found is not None
-        yield from commands(found, f"{name} {inner}".strip())
+        subcommand = command.get_command(context, inner)
+        assert subcommand is not None
+        yield from commands(subcommand, f"{name} {inner}".strip())
 
 
 NUMBERS = [
@@ -132,5 +132,15 @@ def test_a_key_refuses_what_is_no_number_in_its_range(kind: Any, name: Any, wron
 def test_the_walk_finds_the_keys() -> None:
     names = {f"{kind.__name__}.{name}" for kind, name in FIELDS}
     assert len(names) > 45
-    known = ("AdapterConfig.layers", "TrainConfig.clip", "MemoryConfig.budget", "MatrixSpec.seeds")
-    assert names >= {*known, "TaskSpec.num_fewshot", "QueryConfig.timeout", "SourceConfig.weight"}
+    expected = (
+        "AdapterConfig.layers",
+        "TrainConfig.clip",
+        "MemoryConfig.budget",
+        "MatrixSpec.seeds",
+    )
+    assert names >= {
+        *expected,
+        "TaskSpec.num_fewshot",
+        "QueryConfig.timeout",
+        "SourceConfig.weight",
+    }

@@ -238,8 +238,8 @@ def test_a_removed_cell_is_reported(copy: Path) -> None:
     assert any("rows: 2 published, 1 found" in line for line in caught.value.details)
     report(copy)
     done = CliRunner().invoke(command, ["report", str(copy), "--verify"])
-    assert "warning: toy0-lora-s0 is not among them: not run" in done.output
-    assert "of 1 of 3 cells counted again" in done.output  # one was refused from the start
+    assert "warning: toy0-lora-s0 is missing: not run" in done.output
+    assert "of 1 of 3 cells recomputed" in done.output  # one was refused from the start
 
     # Its name removed from the list too: the matrix itself still asks for it.
     record = read_json(copy / "matrix.json")

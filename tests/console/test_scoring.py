@@ -96,7 +96,7 @@ def test_the_live_view_keeps_its_height_and_its_width(width: int) -> None:
     assert "\x1b[?25h" in text
 
 
-def test_the_remaining_time_is_judged_by_the_share() -> None:
+def test_the_remaining_time_follows_from_the_fraction_done() -> None:
     state = Scoring()
     state.update(STORY[1], 0.0)
     assert state.remaining() == "–"
@@ -156,8 +156,10 @@ def test_the_comparison_fits_80_columns(tmp_path: Path) -> None:
 
 def test_the_interval_over_few_documents_is_the_one_shown() -> None:
     def shown(first: list[float], second: list[float]) -> str:
-        found = stats.paired(first, second)
-        return _cells(MetricComparison("perplexity", "bits_per_byte", None, BITS, found, [], []))[3]
+        result = stats.paired(first, second)
+        return _cells(MetricComparison("perplexity", "bits_per_byte", None, BITS, result, [], []))[
+            3
+        ]
 
     low, high = shown([1.5, 1.2], [1.4, 1.2]).split("…")
     assert float(low) < -0.5 and float(high) > 0.5  # a resample of two lies between them

@@ -84,10 +84,10 @@ def test_an_adapter_changes_the_answer(tiny: Callable[..., Path], tmp_path: Path
         open_session(tiny("llama"), tmp_path / "absent")
 
 
-def _flat(tree: Any) -> list[tuple[str, Any]]:
+def _flat(nested: Any) -> list[tuple[str, Any]]:
     from mlx.utils import tree_flatten
 
-    return list(dict(tree_flatten(tree)).items())
+    return list(dict(tree_flatten(nested)).items())
 
 
 def test_a_quantized_model_answers_as_its_stock_self(

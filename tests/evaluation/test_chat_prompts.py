@@ -43,26 +43,26 @@ def _turn(role: str, text: str) -> str:
 
 def test_examples_are_turns_or_lie_in_the_question(tmp_path: Path) -> None:
     _, chat = _chat(tmp_path, CHATML)
-    found = _questions(tmp_path, chat)[1]
+    question = _questions(tmp_path, chat)[1]
     shots = [
         _turn("user", f"Q: what is {n}?\nA:") + _turn("assistant", f"n{n}") for n in (100, 101)
     ]
-    system, asked = _turn("system", "Choose well."), _turn("user", "Q: what is 1?\nA:")
-    assert found.context == system + "".join(shots) + asked + "<|im_start|>assistant\n"
-    assert found.choices == ("n1", "x")
+    system, user_turn = _turn("system", "Choose well."), _turn("user", "Q: what is 1?\nA:")
+    assert question.context == system + "".join(shots) + user_turn + "<|im_start|>assistant\n"
+    assert question.choices == ("n1", "x")
     _, chat = _chat(tmp_path, CHATML, multiturn=False)
     joined = "Q: what is 100?\nA: n100\n\nQ: what is 101?\nA: n101\n\nQ: what is 1?\nA:"
-    found = _questions(tmp_path, chat)[1]
-    assert found.context == system + _turn("user", joined) + "<|im_start|>assistant\n"
+    question = _questions(tmp_path, chat)[1]
+    assert question.context == system + _turn("user", joined) + "<|im_start|>assistant\n"
 
 
-def test_a_template_that_refuses_a_system_message_gets_none_and_it_is_said_once(
+def test_a_template_that_refuses_a_system_message_gets_none_with_one_notice(
     tmp_path: Path,
 ) -> None:
     notes: list[str] = []
     _, chat = _chat(tmp_path, NO_SYSTEM, notes=notes)
-    found = _questions(tmp_path, chat)
-    assert all("Choose well" not in question.context for question in found)
+    questions = _questions(tmp_path, chat)
+    assert all("Choose well" not in question.context for question in questions)
     assert len(notes) == 1
     assert "system message" in notes[0]
 
@@ -95,8 +95,8 @@ def test_a_template_that_refuses_everything_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("template", ["{{ bos_token }}", ""])
 def test_bos_comes_once_whoever_writes_it(tmp_path: Path, template: str) -> None:
     tokenizer, chat = _chat(tmp_path, template + "{{ messages[-1]['content'] }}", bos=True)
-    found = _questions(tmp_path, chat)[0]
-    ids = RequestEncoder(tokenizer, 500).request(found.context, found.choices[0]).ids
+    question = _questions(tmp_path, chat)[0]
+    ids = RequestEncoder(tokenizer, 500).request(question.context, question.choices[0]).ids
     assert ids.count(tokenizer.bos_token_id) == 1
     assert ids[0] == tokenizer.bos_token_id
 
@@ -120,7 +120,7 @@ def test_a_system_message_changes_the_scores_and_is_recorded(
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"system": "Be brief."}, "toy_choice is asked without one"),
+        ({"system": "Be brief."}, "toy_choice does not use one"),
         ({"system": " ", "apply_chat_template": True}, "the system message is ' '"),
         ({"system": "Be brief.", "tasks": []}, "no task is named"),
     ],

@@ -33,9 +33,9 @@ CORPUS = ["The answer is Ann's.\nQuestion: what has 12 coins?\n\nA. one\nB. two\
 
 def _byte_level(*splits: str) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
-    parts = [pre_tokenizers.Split(Regex(split), "isolated") for split in splits]
+    splitters = [pre_tokenizers.Split(Regex(split), "isolated") for split in splits]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
-        [*parts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not splits)]
+        [*splitters, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not splits)]
     )
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     trainer = trainers.BpeTrainer(
@@ -53,10 +53,10 @@ def _sentencepiece(pre_tokenizer: Any = None, prepend: bool = True) -> Tokenizer
     )
     if pre_tokenizer is not None:
         tokenizer.pre_tokenizer = pre_tokenizer
-    parts = [pre_tokenizers.Split("\n", "isolated")]
+    splitters = [pre_tokenizers.Split("\n", "isolated")]
     learner = Tokenizer(models.BPE(unk_token="<unk>"))
     learner.normalizer = tokenizer.normalizer
-    learner.pre_tokenizer = pre_tokenizers.Sequence(parts)  # type: ignore[assignment]
+    learner.pre_tokenizer = pre_tokenizers.Sequence(splitters)  # type: ignore[assignment]
     alphabet = [chr(code) for code in range(33, 127)]
     trainer = trainers.BpeTrainer(
         vocab_size=400, special_tokens=["<unk>"], initial_alphabet=alphabet, show_progress=False
@@ -146,11 +146,11 @@ def test_the_ids_are_those_of_the_whole_text(
     kind: Any, ends: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encoding, "_WORTH", 1)  # the shortest texts too
-    make, shares = KINDS[kind]
+    make, has_cuts = KINDS[kind]
     tokenizer = _wrapped(make(), ends, rstrip=ends == "both", lstrip=ends == "eos")
     encoder = PrefixEncoder(tokenizer)  # type: ignore[arg-type]
-    if shares is not None:
-        assert bool(encoder._fronts) == shares
+    if has_cuts is not None:
+        assert bool(encoder._fronts) == has_cuts
     draw = random.Random(f"{kind} {ends}")
     text, shared = "The first of them.\n" * 5, 0
     for _ in range(400):

@@ -21,16 +21,16 @@ from tests.support.evals import CHUNK, samples_of, write_tasks
 from tests.support.runs import Recorder
 
 
-def _task(folder: Path, metrics: list[str], parts: bool) -> Path:
+def _task(folder: Path, metrics: list[str], grouped: bool) -> Path:
     file = write_tasks(folder)[0]
     spec = yaml.safe_load(file.read_text())
-    if not parts:
+    if not grouped:
         del spec["subgroups"]
     file.write_text(yaml.safe_dump({**spec, "metrics": metrics}))
     return file
 
 
-@pytest.mark.parametrize("parts", [False, True])
+@pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize(
     ("metrics", "first", "paired"),
     [
@@ -46,10 +46,10 @@ def test_any_metric_alone_or_first(
     metrics: Any,
     first: str,
     paired: Any,
-    parts: bool,
+    grouped: bool,
 ) -> None:
     monkeypatch.setattr(jobs, "CHOICE_CHUNK", CHUNK)
-    task = _task(tmp_path / "task", metrics, parts)
+    task = _task(tmp_path / "task", metrics, grouped)
     recorder = Recorder()
     for number, model in enumerate(("llama", "mistral")):
         out = tmp_path / f"out{number}"

@@ -32,14 +32,14 @@ def test_one_task_is_mcnemars_test_and_its_error_and_power() -> None:
 
 @pytest.mark.parametrize("tests", [1, 6])
 @pytest.mark.parametrize("n", [1, 12, 50, 400])
-@pytest.mark.parametrize("share", [0.0, 0.02, 0.1])
-def test_intervals_of_differences_cover_what_is_true(share: float, n: int, tests: int) -> None:
+@pytest.mark.parametrize("fraction", [0.0, 0.02, 0.1])
+def test_intervals_of_differences_cover_what_is_true(fraction: float, n: int, tests: int) -> None:
     rng = np.random.default_rng(n)
-    for delta in (0.0, share):
-        chances = [(share - delta) / 2, 1 - share, (share + delta) / 2]
+    for delta in (0.0, fraction):
+        chances = [(fraction - delta) / 2, 1 - fraction, (fraction + delta) / 2]
         drawn = [rng.choice([-1.0, 0.0, 1.0], n, p=chances) for _ in range(600)]
-        found = [mean_interval([x], PAIRS, tests) for x in drawn]
-        hits = np.mean([low <= delta <= high for low, high in found])
+        intervals = [mean_interval([x], PAIRS, tests) for x in drawn]
+        hits = np.mean([low <= delta <= high for low, high in intervals])
         assert hits > 1 - 0.05 / tests - 0.05  # the plain one: 0 where no pair differs
 
 
@@ -54,8 +54,8 @@ def test_no_interval_is_a_point(n: int) -> None:
         assert -1 <= low < high <= 1 and low <= same[0] <= high
         low, high = mean_interval([same, same], PAIRS)
         assert low < high
-    kept, (low, high) = ratio([np.ones(n)], [np.ones(n)]) or (0, (0, 0))
-    assert low < kept == 1 < high
+    retention, (low, high) = ratio([np.ones(n)], [np.ones(n)]) or (0, (0, 0))
+    assert low < retention == 1 < high
 
 
 def test_signs_are_drawn_where_tasks_weigh_differently() -> None:
@@ -70,26 +70,26 @@ def test_signs_are_drawn_where_tasks_weigh_differently() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "share"), [((200, 60), 0.3), ((100, 100), 0.2), ((80, 30), 0.04)]
+    ("sizes", "fraction"), [((200, 60), 0.3), ((100, 100), 0.2), ((80, 30), 0.04)]
 )
-def test_the_stated_power_is_reached(sizes: Any, share: float) -> None:
+def test_the_stated_power_is_reached(sizes: Any, fraction: float) -> None:
     """A true mean difference of the stated size is flagged in four of five cases, or more."""
     rng = np.random.default_rng(5)
 
     def drawn(delta: float) -> list[np.ndarray]:
-        there = max(share, delta)
+        there = max(fraction, delta)
         chances = [(there - delta) / 2, 1 - there, (there + delta) / 2]
         return [rng.choice([-1.0, 0.0, 1.0], n, p=chances) for n in sizes]
 
     expected = [np.zeros(n) for n in sizes]
     for x in expected:
-        pairs = round(share * len(x))
+        pairs = round(fraction * len(x))
         x[:pairs] = np.resize([1.0, -1.0], pairs)
     delta = detectable_pooled(expected, 3)
     runs = 300
     flagged = sum(sign_flip(drawn(delta), draws=4_000) <= 0.05 / 3 for _ in range(runs))
     assert flagged / runs > 0.74
-    assert flagged / runs < (0.86 if share > 0.1 else 1.01)
+    assert flagged / runs < (0.86 if fraction > 0.1 else 1.01)
 
 
 def test_ratios_cover_what_is_true_and_chance_is_taken_off() -> None:

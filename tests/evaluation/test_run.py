@@ -105,16 +105,16 @@ def test_perplexity_is_that_of_one_long_forward_pass(
     text = tmp_path / "short.txt"
     text.write_text("Grün ist die Wiese, und die Kühe grasen.")
     evaluate(tiny("llama"), [], tmp_path / "out", EvalOptions(perplexity=text))
-    found = json.loads((tmp_path / "out" / "results.json").read_text())["perplexity"]
+    perplexity = json.loads((tmp_path / "out" / "results.json").read_text())["perplexity"]
     loaded = load(tiny("llama"))
     ids = [loaded.tokenizer.bos_token_id, *loaded.tokenizer.encode(text.read_text())]
     value, _ = plain_score(loaded.model, ids, 1)
     size = len(text.read_bytes())
-    assert (found["bytes"], found["tokens"]) == (size, len(ids) - 1)
-    assert found["metrics"]["bits_per_byte"]["value"] == pytest.approx(
+    assert (perplexity["bytes"], perplexity["tokens"]) == (size, len(ids) - 1)
+    assert perplexity["metrics"]["bits_per_byte"]["value"] == pytest.approx(
         -value / math.log(2) / size, rel=1e-5
     )
-    assert found["metrics"]["bits_per_token"]["value"] == pytest.approx(
+    assert perplexity["metrics"]["bits_per_token"]["value"] == pytest.approx(
         -value / math.log(2) / (len(ids) - 1), rel=1e-5
     )
 
@@ -194,7 +194,7 @@ def test_truncated_requests_are_counted(tiny: Tiny, tasks: Files, tmp_path: Path
     assert max_length(load(tiny("llama")).config, load(tiny("llama")).tokenizer) == 512
 
 
-def test_the_chat_template_is_off_unless_asked_for_and_said(
+def test_the_chat_template_is_off_by_default_and_recorded(
     tiny: Tiny, tasks: Files, whole: Path, tmp_path: Path
 ) -> None:
     assert json.loads((whole / "results.json").read_text())["chat_template"] is False
@@ -285,10 +285,10 @@ def test_a_resume_with_other_values_is_refused(
     (out / "results.json").unlink()
     if "num_fewshot" in change:
         change = {**change, "perplexity": None}
-        with pytest.raises(SlimError, match="started otherwise") as caught:
+        with pytest.raises(SlimError, match="started with other settings") as caught:
             evaluate(tiny("llama"), [str(tasks[0])], out, EvalOptions(num_fewshot=1), resume=True)
     else:
-        with pytest.raises(SlimError, match="started otherwise") as caught:
+        with pytest.raises(SlimError, match="started with other settings") as caught:
             _score(tiny("llama"), tasks, out, resume=True, **change)
     assert text in caught.value.message
 
@@ -388,9 +388,9 @@ def test_what_an_observer_hears(tiny: Tiny, tasks: Files, tmp_path: Path) -> Non
         "toy_answer": "exact_match",
         "perplexity": "bits_per_token",
     }
-    shares = [event.fraction for event in progress]
-    assert shares == sorted(shares)
-    assert shares[-1] == pytest.approx(1.0)
+    fractions = [event.fraction for event in progress]
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == pytest.approx(1.0)
     assert len({event.task for event in progress}) == 3
     done = [event for event in heard if isinstance(event, TaskDone)]
     assert [event.task for event in done] == ["toy_choice", "toy_answer", "perplexity"]

@@ -36,17 +36,19 @@ def test_one_generator_a_task_and_one_draw_a_row_in_order(tmp_path: Path) -> Non
     rows = load_rows(task, sampling=HARNESS)
     generator = random.Random(1234)
     expected = [[100 + i for i in generator.sample(range(130), 5)] for _ in range(6)]
-    found = _shots(build_questions(task, rows, 5, sampling=HARNESS))
-    assert found == expected
+    shots = _shots(build_questions(task, rows, 5, sampling=HARNESS))
+    assert shots == expected
     assert _shots(build_questions(task, rows, 5, 2, sampling=HARNESS)) == expected[:2]
     assert _shots(build_questions(task, rows, 5)) == [[100, 101, 102, 103, 104]] * 6
 
 
-def test_a_question_is_never_its_own_example(tmp_path: Path) -> None:
+def test_a_question_is_never_an_example_of_itself(tmp_path: Path) -> None:
     task = _task(tmp_path, CHOICE.replace("shots.jsonl", "rows.jsonl"))
-    found = _shots(build_questions(task, load_rows(task, sampling=HARNESS), 4, sampling=HARNESS))
+    questions_shots = _shots(
+        build_questions(task, load_rows(task, sampling=HARNESS), 4, sampling=HARNESS)
+    )
     generator = random.Random(1234)
-    for number, shots in enumerate(found):
+    for number, shots in enumerate(questions_shots):
         drawn = generator.sample(range(6), 5)
         assert shots == [i for i in drawn if i != number][:4]
     with pytest.raises(SlimError, match="has 6 rows for them"):
@@ -54,8 +56,8 @@ def test_a_question_is_never_its_own_example(tmp_path: Path) -> None:
 
 
 def test_the_leaderboard_names_its_sampling() -> None:
-    found = expand(["leaderboard-v1"])
-    assert {selection.sampling for selection in found} == {HARNESS}
+    selections = expand(["leaderboard-v1"])
+    assert {selection.sampling for selection in selections} == {HARNESS}
     assert {selection.sampling for selection in expand(["seed"])} == {FIRST}
     assert "sampling" not in suites()["leaderboard-v1"]
 

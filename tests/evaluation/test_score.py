@@ -24,19 +24,19 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize(
-    ("place", "longest", "asked", "words"),
+    ("place", "longest", "num_questions", "words"),
     [
         (0, 70, 36, "prompts (one a choice) were cut on the left to 70 tokens"),
         (1, 36, 12, "prompts were cut on the left to 24 tokens, which leaves 12 for the answer"),
     ],
 )
-def test_prompts_that_were_cut_are_said(
+def test_prompts_that_were_cut_are_reported(
     tiny: Callable[..., Path],
     tasks: Any,
     tmp_path: Path,
     place: int,
     longest: int,
-    asked: int,
+    num_questions: int,
     words: str,
 ) -> None:
     options = EvalOptions(max_length=longest, num_fewshot=0)
@@ -52,9 +52,9 @@ def test_prompts_that_were_cut_are_said(
             observer=recorder,
         )
         cut = result["tasks"][name]["truncated"]
-        assert 0 < cut < asked
+        assert 0 < cut < num_questions
         warnings = [e.message for e in recorder.events if getattr(e, "level", "") == "warning"]
-        assert warnings == [f"{name}: {cut} of {asked} {words}"]
+        assert warnings == [f"{name}: {cut} of {num_questions} {words}"]
 
 
 def test_the_console_says_it_in_every_mode_and_not_without_a_cut(
@@ -63,8 +63,8 @@ def test_the_console_says_it_in_every_mode_and_not_without_a_cut(
     words = ["eval", str(tiny("llama")), "--task", str(tasks[1])]
     for mode in ("", "--quiet", "--json"):
         out = tmp_path / f"cut{mode}"
-        given = [*words, "--max-length", "36", "-o", str(out), *filter(None, [mode])]
-        assert run(given) == 0
+        arguments = [*words, "--max-length", "36", "-o", str(out), *filter(None, [mode])]
+        assert run(arguments) == 0
         printed = "".join(capfd.readouterr())
         assert printed.count("of 12 prompts were cut on the left to 24 tokens") == 1, mode
     assert run([*words, "-o", str(tmp_path / "whole")]) == 0

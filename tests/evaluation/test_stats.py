@@ -47,13 +47,13 @@ def test_the_standard_error_is_the_closed_form() -> None:
     n, b, c = 500, 40, 25
     first, second = _pair(200, b, c, n - 200 - b - c)
     expected = math.sqrt(((b + c) / n - ((b - c) / n) ** 2) / n)
-    found = paired(first, second)
-    assert found.stderr == pytest.approx(expected)
-    assert found.delta == pytest.approx((b - c) / n)
-    assert (found.gained, found.lost, found.n) == (b, c, n)
+    result = paired(first, second)
+    assert result.stderr == pytest.approx(expected)
+    assert result.delta == pytest.approx((b - c) / n)
+    assert (result.gained, result.lost, result.n) == (b, c, n)
     half = 1.959963984540054 * expected
-    assert found.interval == pytest.approx((found.delta - half, found.delta + half))
-    assert found.second - found.first == pytest.approx(found.delta)
+    assert result.interval == pytest.approx((result.delta - half, result.delta + half))
+    assert result.second - result.first == pytest.approx(result.delta)
 
 
 def test_the_minimum_detectable_difference_is_near_the_formula_of_many_pairs() -> None:
@@ -64,22 +64,22 @@ def test_the_minimum_detectable_difference_is_near_the_formula_of_many_pairs() -
 
 
 @pytest.mark.parametrize(("discordant", "n", "tests"), [(1, 100, 1), (0, 40, 1), (2, 60, 12)])
-def test_what_is_said_to_be_detectable_can_be_flagged(discordant: int, n: int, tests: int) -> None:
+def test_a_detectable_difference_can_be_flagged(discordant: int, n: int, tests: int) -> None:
     """One discordant pair of 100 shows nothing: the test needs six that point one way."""
-    found = detectable_difference(discordant, n, tests)
-    assert mcnemar(math.floor(found * n), 0) <= 0.05 / tests
+    detectable = detectable_difference(discordant, n, tests)
+    assert mcnemar(math.floor(detectable * n), 0) <= 0.05 / tests
     most = next(m for m in range(n) if mcnemar(m, 0) <= 0.05 / tests)
-    assert found > most / n
+    assert detectable > most / n
     for few in range(1, 6):
         assert detectable_difference(0, few) is None
     assert "too few questions" in verdict(1.0, 1.0, None)
 
 
-def _drawn(rng: np.random.Generator, n: int, share: float, delta: float, runs: int) -> list:
-    """Return (gained, lost) of ``runs`` comparisons with that share of discordant pairs."""
-    share = max(share, delta)
-    wins = (share + delta) / 2
-    return rng.multinomial(n, [wins, share - wins, 1 - share], runs)[:, :2].tolist()
+def _drawn(rng: np.random.Generator, n: int, fraction: float, delta: float, runs: int) -> list:
+    """Return (gained, lost) of ``runs`` comparisons with that fraction of discordant pairs."""
+    fraction = max(fraction, delta)
+    wins = (fraction + delta) / 2
+    return rng.multinomial(n, [wins, fraction - wins, 1 - fraction], runs)[:, :2].tolist()
 
 
 @pytest.mark.parametrize(
@@ -89,10 +89,10 @@ def _drawn(rng: np.random.Generator, n: int, share: float, delta: float, runs: i
 def test_the_stated_power_is_the_power_after_holm(n: int, discordant: int, tests: int) -> None:
     """Simulated: one true difference of the stated size in a family without any other."""
     rng = np.random.default_rng(n + tests)
-    runs, share = 1_500, discordant / n
+    runs, fraction = 1_500, discordant / n
     delta = detectable_difference(discordant, n, tests)
-    true = _drawn(rng, n, share, delta, runs)
-    null = np.array(_drawn(rng, n, share, 0.0, runs * (tests - 1))).reshape(runs, tests - 1, 2)
+    true = _drawn(rng, n, fraction, delta, runs)
+    null = np.array(_drawn(rng, n, fraction, 0.0, runs * (tests - 1))).reshape(runs, tests - 1, 2)
     p_of = functools.cache(mcnemar)
     flagged = 0
     for pair, others in zip(true, null.tolist(), strict=True):
@@ -108,8 +108,8 @@ def test_the_power_of_a_t_test_is_as_stated_for_few_documents() -> None:
         shape = (shape - shape.mean()) / shape.std(ddof=1)  # a spread of exactly 1
         delta = detectable_mean(shape, tests)
         samples = rng.normal(delta, 1, (4_000, n))
-        share = (ttest_1samp(samples, 0, axis=1).pvalue <= 0.05 / tests).mean()
-        assert 0.78 < share < 0.82
+        flagged = (ttest_1samp(samples, 0, axis=1).pvalue <= 0.05 / tests).mean()
+        assert 0.78 < flagged < 0.82
     assert detectable_mean(np.ones(1)) is None and detectable_mean(np.ones(4)) == 0
 
 
@@ -127,11 +127,11 @@ def test_the_bootstrap_covers_like_an_index_bootstrap() -> None:
     differences = rng.choice([-1.0, 0.0, 1.0], 120, p=[0.15, 0.6, 0.25])
     means = differences[rng.integers(0, 120, (20_000, 120))].mean(axis=1)
     expected = np.quantile(means, [0.025, 0.975])
-    found = bootstrap_interval(differences, draws=20_000)
-    assert found == pytest.approx(tuple(expected), abs=0.012)
-    assert found == bootstrap_interval(differences, draws=20_000)
+    interval = bootstrap_interval(differences, draws=20_000)
+    assert interval == pytest.approx(tuple(expected), abs=0.012)
+    assert interval == bootstrap_interval(differences, draws=20_000)
     error = standard_error(differences)
-    assert (found[1] - found[0]) / (2 * 1.96) == pytest.approx(error, rel=0.1)
+    assert (interval[1] - interval[0]) / (2 * 1.96) == pytest.approx(error, rel=0.1)
 
 
 def test_the_bootstrap_keeps_to_its_strata() -> None:
@@ -150,10 +150,10 @@ def test_real_values_get_a_paired_t_test() -> None:
     rng = np.random.default_rng(0)
     first = rng.normal(2.0, 1.0, 80)
     second = first + rng.normal(0.05, 0.1, 80)
-    found = paired(first.tolist(), second.tolist())
-    assert found.p_value == pytest.approx(ttest_rel(second, first).pvalue)
-    assert found.detectable == pytest.approx(2.8 * found.stderr, rel=0.03)
-    assert found.bootstrap == pytest.approx(found.interval, abs=0.01)
+    result = paired(first.tolist(), second.tolist())
+    assert result.p_value == pytest.approx(ttest_rel(second, first).pvalue)
+    assert result.detectable == pytest.approx(2.8 * result.stderr, rel=0.03)
+    assert result.bootstrap == pytest.approx(result.interval, abs=0.01)
     assert paired([0.5, 0.7], [0.5, 0.7]).p_value == 1.0
 
 
@@ -186,7 +186,7 @@ def test_one_question_bears_no_interval() -> None:
 
 def test_the_interval_over_few_documents_is_students() -> None:
     first, second = np.zeros(4), np.array([0.1, 0.3, -0.1, 0.2])
-    found = paired(first, second)
-    low, high = found.interval
+    result = paired(first, second)
+    low, high = result.interval
     half = 3.182446305284263 * second.std(ddof=1) / 2  # t of 3 degrees of freedom
     assert (low, high) == pytest.approx((second.mean() - half, second.mean() + half))

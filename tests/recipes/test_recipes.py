@@ -163,7 +163,7 @@ def test_list_show_and_copy(tmp_path: Path):
     assert "exists already" in str(
         run(recipes.command, ["phi2-lora", "--copy", str(path)]).exception
     )
-    assert "no .yaml" in str(run(recipes.command, ["phi2-lora", "--copy", "x"]).exception)
+    assert "not a .yaml" in str(run(recipes.command, ["phi2-lora", "--copy", "x"]).exception)
     assert run(recipes.command, ["--copy", str(path)]).exit_code != 0
 
 

@@ -14,7 +14,7 @@ from mlx_slim.artifacts import SCHEMA_VERSION, hash_bytes, hash_file, provenance
 from mlx_slim.compare.measured import measured
 from mlx_slim.compare.questions import stored_questions
 from mlx_slim.compare.records import as_json
-from mlx_slim.evaluation.jobs import asked_of
+from mlx_slim.evaluation.jobs import definition_record
 from mlx_slim.evaluation.results import Entry, Folder, encode, samples_name
 from mlx_slim.evaluation.score import section, timing
 from mlx_slim.evaluation.scoring.perplexity import read_texts, summarize_text
@@ -112,7 +112,7 @@ def write_matrix(
 
 
 def _questions(task: str, count: int) -> list[Question]:
-    parts = find_task(task).parts
+    parts = find_task(task).subtasks
     found = []
     for i in range(count):
         written = task == "gsm8k"
@@ -131,7 +131,9 @@ def _questions(task: str, count: int) -> list[Question]:
 
 def _asked(task: str, questions: list[Question]) -> dict[str, Any]:
     shots = 5 if task != "hellaswag" else 0
-    return asked_of(find_task(task), shots, len(questions), "0" * 64, "1" * 64 if shots else None)
+    return definition_record(
+        find_task(task), shots, len(questions), "0" * 64, "1" * 64 if shots else None
+    )
 
 
 def _cell(

@@ -1,12 +1,12 @@
-"""Caches of answers that grow side by side: their common prefix is held once.
+"""Key-value caches of answers generated in one batch: their common prefix is stored once.
 
-Invariant: every answer attends to the prefix and to its own tokens, with one softmax over both, as
+Invariant: every answer attends to the prefix and its own tokens with one softmax over both, as
 if it had a copy of the prefix. The prefix's keys and values (1, H, P, D) are shared where a layer
 keeps all its keys and values and attends through mlx-lm's function, checked on a probe; layers with
-a window or a recurrent state get copies. How many answers fit is counted in bytes before the first.
+a window or a recurrent state get copies. The batch size is computed from bytes beforehand.
 Try it: ``mlx-slim bench eval MODEL --task gsm8k --limit 16``.
 Legend: B answers, G query heads of a key-value head, H key-value heads, T new positions, P
-positions of the prefix, L own positions, D width of a head.
+positions of the prefix, L positions after the prefix, D width of a head.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from mlx_lm.models.cache import BatchKVCache, KVCache, RotatingKVCache, make_pro
 
 from mlx_slim.models.logits_close import Change, logits_close
 
-STEP = BatchKVCache.step  # positions that a cache grows by
-PREFILL_TOKENS = 512  # of a prompt that are read at once
+STEP = BatchKVCache.step  # positions by which a cache grows
+PREFILL_TOKENS = 512  # tokens of a prompt per forward pass
 _ATTENTION = "scaled_dot_product_attention"
-_GROWING = 1.5  # while a cache grows, a layer's old and new keys are both there
+_GROWING = 1.5  # while a cache grows, a layer's old and new keys are both in memory
 _LOGIT_BYTES = 16  # logits, their logarithms, the step before: float32 each
 _PROBE = (5, 3, 1, 2, 6, 4, 0, 2, 1, 5, 3, 6)
 
 
 class Prefix:
-    """One layer's keys and values after the prefix, evaluated; stands for a prompt's cache.
+    """One layer's keys and values after the prefix, evaluated; replaces a prompt's cache.
 
     Args:
         cache: The layer's own cache after the prefix.
@@ -60,7 +60,7 @@ class Prefix:
 
 
 class SuffixCache(BatchKVCache):
-    """The own keys and values of a batch of answers behind one prefix.
+    """Keys and values of a batch of answers, without those of their common prefix.
 
     Args:
         left_padding: Of each row.
@@ -75,7 +75,7 @@ class SuffixCache(BatchKVCache):
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None, **_: Any
     ) -> mx.array:
-        """Return the mask (B, 1, T, L) of the own positions."""
+        """Return the mask (B, 1, T, L) of the positions after the prefix."""
         if window_size is not None:
             raise ValueError("a window may end inside the prefix")
         return super().make_mask(N)
@@ -90,7 +90,7 @@ def _attend(
     mask: mx.array | None,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    """mlx-lm's attention, over a shared prefix and own positions where ``cache`` has one."""
+    """mlx-lm's attention, over a shared prefix and the later positions where ``cache`` has one."""
     if not isinstance(cache, SuffixCache):
         return base.scaled_dot_product_attention(
             queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks
@@ -100,7 +100,7 @@ def _attend(
     prefix = cache.prefix
     rows, _, new, _ = queries.shape
     mask = mx.broadcast_to(mask, (rows, 1, new, keys.shape[2]))
-    if new > 1:  # a few prompts that are read: one layer's copies at a time
+    if new > 1:  # prefill of a few prompts: copies of one layer at a time
         shape = (rows, *prefix.keys.shape[1:3])
         before = [mx.broadcast_to(x, (*shape, x.shape[-1])) for x in (prefix.keys, prefix.values)]
         seen = mx.ones((rows, 1, new, prefix.length), dtype=mx.bool_)
@@ -124,7 +124,7 @@ def _one_each(
 ) -> mx.array:
     """Return attention (B, H·G, 1, D) of one new position of each answer.
 
-    The queries of all answers meet the prefix as one matrix, so its keys are read once.
+    The queries of all answers are multiplied with the prefix's keys as one matrix, read once.
     """
     rows, heads, _, width = queries.shape
     groups = keys.shape[1]
@@ -137,11 +137,11 @@ def _one_each(
         return x.reshape(groups, rows, heads // groups, -1).transpose(1, 0, 2, 3)
 
     before_BHGP = unfolded(folded(queries_BHGD) @ prefix.keys[0].swapaxes(-1, -2))
-    own_BHGL = queries_BHGD @ keys.swapaxes(-1, -2)
-    own_BHGL = mx.where(mask, own_BHGL, mx.finfo(own_BHGL.dtype).min)
-    weights = mx.softmax(mx.concatenate([before_BHGP, own_BHGL], axis=-1), axis=-1, precise=True)
-    before_BHGP, own_BHGL = mx.split(weights, [prefix.length], axis=-1)
-    result = unfolded(folded(before_BHGP) @ prefix.values[0]) + own_BHGL @ values
+    suffix_BHGL = queries_BHGD @ keys.swapaxes(-1, -2)
+    suffix_BHGL = mx.where(mask, suffix_BHGL, mx.finfo(suffix_BHGL.dtype).min)
+    weights = mx.softmax(mx.concatenate([before_BHGP, suffix_BHGL], axis=-1), axis=-1, precise=True)
+    before_BHGP, suffix_BHGL = mx.split(weights, [prefix.length], axis=-1)
+    result = unfolded(folded(before_BHGP) @ prefix.values[0]) + suffix_BHGL @ values
     return result.reshape(rows, heads, 1, values.shape[-1])
 
 
@@ -159,29 +159,29 @@ def shared_attention(model: nn.Module) -> Iterator[None]:
             setattr(module, _ATTENTION, base.scaled_dot_product_attention)
 
 
-def shares(model: Any) -> bool:
+def supports_shared_prefix(model: Any) -> bool:
     """Return whether answers of ``model`` can share a prefix: checked against a plain pass."""
     caches = make_prompt_cache(model)
     if not all(type(cache) is KVCache for cache in caches):
         return False
-    tokens = mx.array([_PROBE, (*_PROBE[:6], *_PROBE[:6])])  # two rows of one beginning
+    tokens = mx.array([_PROBE, (*_PROBE[:6], *_PROBE[:6])])  # two rows with a common prefix
     expected = model(tokens)
     model(tokens[:1, :6], cache=caches)
     try:
         with shared_attention(model):
             joint: list[Any] = [SuffixCache([0, 0], Prefix(cache, True)) for cache in caches]
-            found = [model(tokens[:, 6:10], cache=joint)]
-            found += [model(tokens[:, i : i + 1], cache=joint) for i in (10, 11)]
+            logits = [model(tokens[:, 6:10], cache=joint)]
+            logits += [model(tokens[:, i : i + 1], cache=joint) for i in (10, 11)]
     except (TypeError, ValueError, AttributeError):
         return False
-    return logits_close(mx.concatenate(found, axis=1), expected[:, 6:], Change.SHAPES).close
+    return logits_close(mx.concatenate(logits, axis=1), expected[:, 6:], Change.SHAPES).close
 
 
 def joins(model: Any) -> bool:
-    """Return whether prompts of unlike lengths can be answered side by side.
+    """Return whether prompts of different lengths can be answered in one batch.
 
-    Checked against each alone: recurrent layers may take padding into their state, and attention
-    may refuse a mask of each row.
+    Checked against each prompt alone: recurrent layers may take padding into their state, and
+    attention may not support a mask per row.
     """
     from mlx_lm.generate import PromptProcessingBatch
 
@@ -191,15 +191,15 @@ def joins(model: Any) -> bool:
         batch = PromptProcessingBatch(model, [0, 1], [make_prompt_cache(model) for _ in prompts])
         batch.prompt([prompt[:-2] for prompt in prompts])
         last_RT = mx.array([prompt[-2:] for prompt in prompts])
-        found = [model(last_RT[:, i : i + 1], cache=batch.prompt_cache) for i in (0, 1)]
+        logits = [model(last_RT[:, i : i + 1], cache=batch.prompt_cache) for i in (0, 1)]
     except (TypeError, ValueError, AttributeError, IndexError):
         return False
-    return logits_close(mx.concatenate(found, axis=1), alone, Change.SHAPES).close
+    return logits_close(mx.concatenate(logits, axis=1), alone, Change.SHAPES).close
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What one answer's cache holds.
+    """Memory of one answer's cache.
 
     Attributes:
         layers: (bytes of a position, most positions or None) of each layer.
@@ -219,20 +219,20 @@ class Footprint:
         )
 
     def least(self, positions: int) -> int:
-        """Return the bytes that one request of so many positions needs beside the weights."""
+        """Return the bytes that one request of ``positions`` needs in addition to the weights."""
         return self.cache_bytes(positions) + _LOGIT_BYTES * self.vocabulary
 
-    def answers(self, budget: int, own: int, before: int, shared: bool) -> int:
-        """Return how many answers fit side by side into ``budget`` bytes, at least one.
+    def answers(self, budget: int, behind: int, before: int, shared: bool) -> int:
+        """Return the largest batch of answers that fits into ``budget`` bytes, at least one.
 
         Args:
             budget: For caches and logits.
-            own: Positions of the longest prompt behind the prefix, and of its answer.
+            behind: Positions after the prefix of the longest prompt and its answer.
             before: Positions of the prefix.
-            shared: Whether it is held once.
+            shared: Whether the prefix is stored once.
         """
         once = self.cache_bytes(before) * (1 if shared else 2)
-        each = self.cache_bytes(own + STEP if shared else before + own + STEP) * _GROWING
+        each = self.cache_bytes(behind + STEP if shared else before + behind + STEP) * _GROWING
         return max(1, int((budget - once) / (each + _LOGIT_BYTES * self.vocabulary)))
 
 
@@ -240,8 +240,8 @@ def planned_footprint(config: dict[str, Any], itemsize: int) -> Footprint:
     """Return what the caches of a model will hold, from its ``config.json``.
 
     Args:
-        config: Of the model; windows are not counted, so this is the most.
-        itemsize: Bytes of a number that it computes in.
+        config: Of the model; windows are ignored, so this is an upper bound.
+        itemsize: Bytes of an element of the compute dtype.
     """
     text = {**config, **(config.get("text_config") or {})}
 

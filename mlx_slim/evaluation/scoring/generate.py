@@ -1,12 +1,12 @@
 """Greedy answers to many prompts at once, on mlx-lm's continuous batching.
 
-Invariant: a prompt's answer does not depend on which prompts are beside it or on the batch size
+Invariant: a prompt's answer does not depend on the other prompts of its batch or on the batch size
 (up to the rounding of float sums), and answers come back in the order of the prompts. The prefix
 that all prompts share (a system message, few-shot examples) is computed once and, where the model
-allows it, held once; how many answers grow side by side follows from the bytes of their caches, and
-is one where a model mixes padding into its state. On a CPU, call
-``models.quantized.densify`` first when memory allows: a decoding step has few rows, so rebuilding
-quantized weights in every step would cost more than the step itself. Try it: ``mlx-slim demo``.
+allows it, stored once; the batch size follows from the bytes of the caches, and is 1 where padding
+would change a model's state. On a CPU, call ``models.quantized.densify`` first when memory allows:
+a decoding step has few rows, so dequantizing the weights in every step would cost more than the
+step itself. Try it: ``mlx-slim demo``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mlx_slim.evaluation.scoring.answer_cache import (
     footprint,
     joins,
     shared_attention,
-    shares,
+    supports_shared_prefix,
 )
 from mlx_slim.evaluation.scoring.prefix_tree import fewest_tokens
 from mlx_slim.evaluation.scoring.requests import Request, shared_length
@@ -36,8 +36,8 @@ from mlx_slim.progress import stage
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-MOST_ANSWERS = 64  # side by side: more gain little
-PREFILL = 4  # prompts read together: of like length, so that little is padding
+MOST_ANSWERS = 64  # of a batch: more gain little
+PREFILL = 4  # prompts of one prefill: of similar length, so that little is padding
 MIN_SHARED = 8  # a shorter common prefix is not worth a forward pass of its own
 
 
@@ -105,11 +105,11 @@ def generate_batch(
         prompts: Token ids, special tokens included, at least one each.
         max_tokens: Longest answer, tokens.
         stop_ids: Tokens that end an answer; None takes the tokenizer's own.
-        stops: Strings that end an answer, however the tokens cut them; the row leaves the batch
+        stops: Strings that end an answer, also across tokens; the row leaves the batch
             at once.
-        batch_size: Most answers that grow side by side.
-        cache_bytes: What keys, values and logits may take beside the weights; fewer answers grow
-            side by side where they would not fit, and at least one does. None takes what the
+        batch_size: Most answers generated in one batch.
+        cache_bytes: Limit of keys, values and logits, without the weights; the batch is smaller
+            where they would not fit, and at least 1. None takes what the
             device's memory budget leaves.
         tally: Counts the positions computed.
 
@@ -123,25 +123,27 @@ def generate_batch(
             raise SlimError(f"prompt {index} has no tokens", "every prompt needs at least one")
     ends = set(tokenizer.eos_token_ids if stop_ids is None else stop_ids)
     until = _Until(tokenizer, stops)
-    # Longest first: memory peaks at once, and prompts of one batch are of like length.
+    # Longest first: memory peaks at once, and prompts of one batch are of similar length.
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     shared = _shared_prefix(prompts)
     counted = _Counted(model)
-    once = bool(shared) and shares(model)
+    once = bool(shared) and supports_shared_prefix(model)
     if prompts:
         if cache_bytes is None:
             cache_bytes = runtime.memory_budget("auto") - mx.get_active_memory()
-        own = max(map(len, prompts)) - shared + max_tokens
-        batch_size = min(batch_size, footprint(model).answers(cache_bytes, own, shared, once))
+        longest = max(map(len, prompts)) - shared + max_tokens
+        batch_size = min(batch_size, footprint(model).answers(cache_bytes, longest, shared, once))
     if batch_size > 1 and len(prompts) > 1 and not joins(model):
         batch_size = 1
     prefix = _prefill(counted, list(prompts[0][:shared]), once) if shared else None
-    together = max(1, min(PREFILL, batch_size // 2))
+    prefill_batch = max(1, min(PREFILL, batch_size // 2))
     generator = BatchGenerator(
         cast(nn.Module, counted),
         stop_tokens=[[end] for end in ends],
-        completion_batch_size=max(1, batch_size - together),  # beside the prompts being read
-        prefill_batch_size=together,
+        completion_batch_size=max(
+            1, batch_size - prefill_batch
+        ),  # besides the prompts of the prefill
+        prefill_batch_size=prefill_batch,
         prefill_step_size=PREFILL_TOKENS,
     )
     ids: dict[int, list[int]] = {}

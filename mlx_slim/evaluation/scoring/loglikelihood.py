@@ -2,8 +2,8 @@
 
 Invariant: a score is the one that a plain forward pass over the request alone gives, up to the
 rounding of float sums; and the scores of one call depend on its requests and on the scorer's
-settings only, never on earlier calls, so work can be cut, resumed and spread over machines and
-still give the same bits. The head runs on scored positions only; answers of one token need one
+settings only, never on earlier calls, so work that is split, resumed or distributed over machines
+gives the same bits. The head runs on scored positions only; answers of one token need one
 pass for all choices. Try it: ``mlx-slim bench eval MODEL --task hellaswag --against mlx-lm``.
 Legend: R rows, T positions, N scored positions, D width, V vocabulary.
 """
@@ -21,7 +21,7 @@ import numpy as np
 
 from mlx_slim import blas
 from mlx_slim.evaluation.scoring import prefix_tree
-from mlx_slim.evaluation.scoring.prefix_cache import Pool, branch_caches, grown, kept, probe
+from mlx_slim.evaluation.scoring.prefix_cache import Pool, batch_pool, branch_caches, grown, probe
 from mlx_slim.evaluation.scoring.requests import Request, common_prefix, shared_length
 from mlx_slim.models import structure
 from mlx_slim.models.logits import logsumexp
@@ -29,9 +29,9 @@ from mlx_slim.models.rope import boundary_of, set_length
 from mlx_slim.progress import Stage, stage
 from mlx_slim.runtime import default_num_threads, on_gpu, run_in_threads
 
-MEMORY = 2**30  # bytes of keys and values that are kept for sharing
+MEMORY = 2**30  # bytes of keys and values that are cached for sharing
 HEAD_LOGITS = 1 << 24  # logits that exist at one time
-MIN_ROOT = 16  # a shorter prefix of everything is not worth keeping between calls
+MIN_ROOT = 16  # a shorter prefix of everything is not cached between calls
 MIN_BATCH = 64  # positions: a smaller batch only costs overhead
 
 # (request, log p, whether first choice) of each scored target of a batch, and its keys and values
@@ -40,7 +40,7 @@ Computed = tuple[list[tuple[int, float, bool]], Pool]
 
 @dataclass(frozen=True)
 class RequestScore:
-    """What the model thinks of a continuation.
+    """Score of a continuation.
 
     Attributes:
         loglikelihood: Σ log p(token | all before it), nats.
@@ -62,7 +62,7 @@ class LoglikelihoodScorer:
     Attributes:
         tokens_computed: Positions that went through the model so far, padding included.
         tokens_minimum: The fewest possible for the same requests: every distinct prefix once.
-        tokens_root: Those of both that roots took.
+        tokens_root: The part of both that was for roots.
         notes: What the user should know, such as why prefixes cannot be shared.
     """
 
@@ -91,9 +91,9 @@ class LoglikelihoodScorer:
         """Return the score of each request, in order.
 
         Args:
-            requests: Any number; they are batched together.
+            requests: Any number; they are batched.
             root: Ids that begin this and further calls' requests, such as few-shot examples: their
-                keys and values are kept until a call has another root.
+                keys and values are cached until a call has another root.
         """
         if not requests:
             return []
@@ -108,8 +108,8 @@ class LoglikelihoodScorer:
         total = sum(len(node.tokens) for _, nodes in rounds for node in nodes)
         with stage("scoring", total, "tokens") as reading:
             for count, nodes in rounds:
-                found = self._compute(nodes, pool, reading)
-                scores += [found[index] for index in range(count)]
+                computed = self._compute(nodes, pool, reading)
+                scores += [computed[index] for index in range(count)]
         return scores
 
     def shared_root(self, requests: Sequence[Request], root: tuple[int, ...]) -> tuple[int, ...]:
@@ -120,7 +120,7 @@ class LoglikelihoodScorer:
         return root[:length] if length >= MIN_ROOT else ()
 
     def _pool_of(self, root: tuple[int, ...]) -> Pool:
-        """Return keys and values of ``root``, computed by itself unless it was the last one."""
+        """Return keys and values of ``root``, computed unless it is the cached one."""
         if root and self._root[0] != root:
             self.tokens_minimum += len(root)
             pool: Pool = []
@@ -135,7 +135,7 @@ class LoglikelihoodScorer:
         return self._root[1] if root else []
 
     def _within_memory(self, requests: list[Request]) -> list[tuple[int, list[prefix_tree.Node]]]:
-        """Return runs of requests, as their number and tree, that fit into ``memory``."""
+        """Return groups of consecutive requests, as (number, nodes), that fit into ``memory``."""
         nodes = prefix_tree.build(requests, longest=self.batch_tokens, sharing=self.sharing)
         inner = sum(len(node.tokens) for node in nodes if node.inner)
         if len(requests) == 1 or inner * self._sharing.position_bytes <= self.memory:
@@ -165,26 +165,26 @@ class LoglikelihoodScorer:
             ]
             self.tokens_computed += sum(len(rows) * len(nodes[rows[0]].tokens) for rows in batches)
             results = self._run(work, reading)
-            for rows, (found, _) in zip(batches, results, strict=True):
-                for index, value, first in found:
+            for rows, (token_scores, _) in zip(batches, results, strict=True):
+                for index, value, first in token_scores:
                     before = scores.get(index, RequestScore(0.0, True))
                     scores[index] = RequestScore(
                         before.loglikelihood + value, before.greedy and first
                     )
                 for i in rows if nodes[rows[0]].inner else ():
-                    own = np.arange(places, places + len(nodes[i].tokens))
-                    paths[i] = np.concatenate([paths[nodes[i].parent], own])
-                    places += len(own)
+                    row_places = np.arange(places, places + len(nodes[i].tokens))
+                    paths[i] = np.concatenate([paths[nodes[i].parent], row_places])
+                    places += len(row_places)
             pool = grown(pool, [part for _, part in results])
         return scores
 
     def _budget(self, nodes: list[prefix_tree.Node], step: list[int]) -> int:
         """Return the positions of a batch such that all threads get batches of like size."""
         total = sum(len(nodes[i].tokens) for i in step)
-        share = (
+        num_batches = (
             math.ceil(total / (default_num_threads() * self.batch_tokens)) * default_num_threads()
         )
-        return min(self.batch_tokens, max(MIN_BATCH, math.ceil(1.05 * total / max(share, 1))))
+        return min(self.batch_tokens, max(MIN_BATCH, math.ceil(1.05 * total / max(num_batches, 1))))
 
     def _run(self, work: list[tuple], reading: Stage) -> list[Computed]:
         """Compute batches: on a CPU side by side, one thread of BLAS each."""
@@ -222,13 +222,13 @@ class LoglikelihoodScorer:
             flat = np.flatnonzero(
                 np.arange(length) < np.array([[len(node.tokens)] for node in nodes])
             )
-            part = kept(caches, flat)
+            part = batch_pool(caches, flat)
             mx.eval(part)
         pairs = [
             (row * length + position, index, target)
             for row, node in enumerate(nodes)
-            for position, asked in sorted(node.scored.items())
-            for index, target in asked
+            for position, targets in sorted(node.scored.items())
+            for index, target in targets
         ]
         if not pairs:
             mx.eval(hidden_RTD)
@@ -243,7 +243,7 @@ class LoglikelihoodScorer:
         row_of = {position: row for row, position in enumerate(positions)}
         scored_ND = hidden_ND[mx.array(positions)]
         chunk = max(1, HEAD_LOGITS // self._vocabulary)
-        found: list[tuple[int, float, bool]] = []
+        scores: list[tuple[int, float, bool]] = []
         for begin in range(0, len(positions), chunk):
             here = [p for p in pairs if begin <= row_of[p[0]] < begin + chunk]
             logits_NV = self._head(scored_ND[begin : begin + chunk]).astype(mx.float32)
@@ -253,5 +253,5 @@ class LoglikelihoodScorer:
             first = mx.argmax(logits_NV, axis=-1)[rows] == targets
             mx.eval(values, first)
             results = zip(here, np.array(values).tolist(), np.array(first).tolist(), strict=True)
-            found += [(index, value, is_first) for (_, index, _), value, is_first in results]
-        return found
+            scores += [(index, value, is_first) for (_, index, _), value, is_first in results]
+        return scores

@@ -1,11 +1,11 @@
-"""How well a model predicts a held-out text: bits per byte and bits per token.
+"""Perplexity of a text: bits per byte and bits per token.
 
-Invariant: every token of every document is predicted exactly once, in windows as long as the model
-reads, as the reference harness cuts them (``loglikelihood_rolling``): the first begins after BOS
-(else EOS), the following ones after the token before them, and the last reaches back so that it is
-as long as the others. A tokenizer that adds BOS adds it there as well, so it is predicted after the
-first one. Bits per byte do not depend on the tokenizer, so models can be compared.
-Try it: ``mlx-slim eval MODEL --perplexity held-out.txt -o OUT``.
+Invariant: every token of every document is predicted exactly once, in windows of the model's
+longest input, as the reference harness cuts them (``loglikelihood_rolling``): the first begins
+after BOS (else EOS), the following ones after the token before them, and the last begins earlier so
+that it is as long as the others. A tokenizer that adds BOS adds it there as well, so it is
+predicted after the first one. Bits per byte do not depend on the tokenizer, so models can be
+compared. Try it: ``mlx-slim eval MODEL --perplexity text.txt -o OUT``.
 
     longest input 4       tokens 0 1 2 3 4 5 6 7 8 9
     inputs   B 0 1 2      targets 0 1 2 3
@@ -126,7 +126,7 @@ class TextJob:
     def __init__(self, texts: TextDocuments, encoder: RequestEncoder) -> None:
         self.texts = texts
         self._window = encoder.max_length
-        self._parts: list[tuple[int, Request]] = []
+        self._requests: list[tuple[int, Request]] = []
         for doc_id, text in enumerate(texts.documents):
             try:
                 ids = encoder.document(text)
@@ -134,25 +134,25 @@ class TextJob:
                 where = f"{texts.name}, document {doc_id}"
                 raise SlimError(f"{where}: {error.message}", error.hint) from error
             cut = windows(ids, encoder.prefix(), encoder.max_length)
-            self._parts += [(doc_id, request) for request in cut]
-        for number, (doc_id, request) in enumerate(self._parts):
+            self._requests += [(doc_id, request) for request in cut]
+        for number, (doc_id, request) in enumerate(self._requests):
             where = f"{texts.name}, document {doc_id}, window {number}"
             encoder.check(len(request.inputs), where)
 
     @property
     def chunks(self) -> list[range]:
         """Windows in order."""
-        count = len(self._parts)
+        count = len(self._requests)
         return [range(i, min(i + WINDOWS, count)) for i in range(0, count, WINDOWS)]
 
     @property
     def positions(self) -> int:
         """Positions of the longest window."""
-        return max(len(request.ids) for _, request in self._parts)
+        return max(len(request.ids) for _, request in self._requests)
 
     def weight(self, chunk: range) -> int:
         """Return the work of a chunk in characters, about four a token."""
-        return sum(4 * len(self._parts[i][1].ids) for i in chunk)
+        return sum(4 * len(self._requests[i][1].ids) for i in chunk)
 
     def compute(self, chunk: range, engine: Engine) -> Computed:
         """Score the windows of a chunk.
@@ -162,10 +162,10 @@ class TextJob:
         """
         scorer = engine.scorer
         before = scorer.tokens_computed, scorer.tokens_minimum
-        parts = [self._parts[i] for i in chunk]
-        scores = scorer.score([request for _, request in parts])
+        window_requests = [self._requests[i] for i in chunk]
+        scores = scorer.score([request for _, request in window_requests])
         records = []
-        for number, (doc_id, request), score in zip(chunk, parts, scores, strict=True):
+        for number, (doc_id, request), score in zip(chunk, window_requests, scores, strict=True):
             check_finite([score.loglikelihood], f"{self.texts.name}, window {number}")
             tokens = len(request.ids) - request.start
             record = {"doc_id": doc_id, "window": number, "tokens": tokens}
@@ -179,7 +179,7 @@ class TextJob:
             "file": self.texts.name,
             "text_sha256": self.texts.sha256,
             "window": self._window,
-            "windows": len(self._parts),
+            "windows": len(self._requests),
         }
 
     def summarize(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:

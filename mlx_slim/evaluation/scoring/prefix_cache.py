@@ -1,9 +1,9 @@
-"""Rows of a batch that go on from different places of a tree of prefixes.
+"""Key-value caches for batches whose rows continue different prefixes.
 
 Models ask a key-value cache for a mask, for an offset and for the keys to attend to; the caches
-here answer for every row by itself, so one batch may hold branches of many prefixes of many
-lengths. Invariant: a row sees its own path and nothing else, at the positions it would have alone.
-Keys and values live once, in a pool of positions; rotating windows are kept by the mask.
+here answer per row, so one batch may hold continuations of many prefixes of different lengths.
+Invariant: a row attends to its own path only, at the positions it would have alone. Keys and values
+are stored once, in a pool of positions; the mask implements rotating windows.
 Legend: R rows, T positions of a row, L positions before it, P positions of the pool, H heads, D
 width of a head.
 """
@@ -22,26 +22,26 @@ from mlx_slim.models.logits_close import Change, logits_close
 from mlx_slim.runtime import on_gpu
 
 Pool = list[tuple[mx.array, mx.array]]  # of each layer: keys and values (P, H, D)
-_PROBE = (7, 4, 5)  # where two rows branch off, and how many positions they go on
+_PROBE = (7, 4, 5)  # lengths of two prefixes, and of what follows each
 
 
 class _PathMasks:
-    """The mask of a batch, made once for all layers of one window size."""
+    """The mask of a batch, computed once for all layers of one window size."""
 
     def __init__(self, offsets_R: np.ndarray, length: int, dtype: mx.Dtype) -> None:
         self._offsets_R, self._length, self._dtype = offsets_R, length, dtype
-        self._made: dict[int | None, mx.array] = {}
+        self._masks: dict[int | None, mx.array] = {}
 
     def __call__(self, window: int | None) -> mx.array:
-        if window not in self._made:
-            self._made[window] = self._make(window)
-        return self._made[window]
+        if window not in self._masks:
+            self._masks[window] = self._make(window)
+        return self._masks[window]
 
     def _make(self, window: int | None) -> mx.array:
         """Return (R, 1, T, L + T): the columns are the padded path, then the row itself."""
         before = int(self._offsets_R.max(initial=0))
-        own = np.arange(self._length)
-        queries_RT = self._offsets_R[:, None] + own
+        columns = np.arange(self._length)
+        queries_RT = self._offsets_R[:, None] + columns
         path_RL = np.broadcast_to(np.arange(before), (len(self._offsets_R), before))
         keys_RS = np.concatenate([path_RL, queries_RT], axis=1)
         real_RS = np.concatenate(
@@ -52,13 +52,13 @@ class _PathMasks:
         if window is not None:
             seen_RTS &= distance_RTS < window
         mask = mx.array(seen_RTS[:, None].view(np.uint8)).astype(mx.bool_)
-        if on_gpu():  # what the fused kernel likes; on a CPU adding is cheaper than choosing
+        if on_gpu():  # the fused kernel is fastest with booleans; on a CPU adding is cheaper
             return mask
         return mx.where(mask, 0.0, mx.finfo(self._dtype).min).astype(self._dtype)
 
 
 class BranchCache:
-    """One layer's keys and values for a batch of branches, in the shape of a key-value cache.
+    """One layer's keys and values for a batch of continuations, with the interface of a KV cache.
 
     Args:
         past: Pool of this layer and the (R, L) places of each row's path in it; None for roots.
@@ -78,7 +78,7 @@ class BranchCache:
         self.values: mx.array | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Return the keys and values (R, H, L + T, D) that the rows may look at."""
+        """Return the keys and values (R, H, L + T, D) that the rows may attend to."""
         self.keys, self.values = keys, values
         if self._past is None:
             return keys, values
@@ -88,13 +88,13 @@ class BranchCache:
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None, **_: Any
     ) -> mx.array:
-        """Return the mask (R, 1, T, L + T): causal, own path only, inside the window."""
+        """Return the mask (R, 1, T, L + T): causal, within the row's path and the window."""
         return self._masks(window_size)
 
 
-def _behind(pool_PHD: mx.array, path_RL: mx.array, own_RHTD: mx.array) -> mx.array:
+def _behind(pool_PHD: mx.array, path_RL: mx.array, new_RHTD: mx.array) -> mx.array:
     past_RLHD = mx.take(pool_PHD, path_RL, axis=0)
-    return mx.concatenate([past_RLHD.transpose(0, 2, 1, 3), own_RHTD], axis=2)
+    return mx.concatenate([past_RLHD.transpose(0, 2, 1, 3), new_RHTD], axis=2)
 
 
 def branch_caches(
@@ -103,7 +103,7 @@ def branch_caches(
     """Return the caches of a batch, one a layer.
 
     Args:
-        layers: Caches that the model asks for.
+        layers: Caches that the model expects.
         paths: For each row the places in ``pool`` of the positions before it.
         length: T, positions of a row, padding included.
         pool: Keys and values computed so far; empty if no row has a path.
@@ -123,8 +123,8 @@ def branch_caches(
     return [BranchCache((keys, values, places), offset, masks) for keys, values in pool]
 
 
-def kept(caches: Sequence[BranchCache], real: np.ndarray) -> Pool:
-    """Return the keys and values of a batch, padding removed, as further positions of the pool.
+def batch_pool(caches: Sequence[BranchCache], real: np.ndarray) -> Pool:
+    """Return the keys and values of a batch, padding removed, as new positions of the pool.
 
     Args:
         caches: After the forward pass.
@@ -132,17 +132,17 @@ def kept(caches: Sequence[BranchCache], real: np.ndarray) -> Pool:
     """
     places = mx.array(real.astype(np.int32))
 
-    def flat(own_RHTD: mx.array | None) -> mx.array:
-        assert own_RHTD is not None
-        R, H, T, D = own_RHTD.shape
-        return mx.take(own_RHTD.transpose(0, 2, 1, 3).reshape(R * T, H, D), places, axis=0)
+    def flat(new_RHTD: mx.array | None) -> mx.array:
+        assert new_RHTD is not None
+        R, H, T, D = new_RHTD.shape
+        return mx.take(new_RHTD.transpose(0, 2, 1, 3).reshape(R * T, H, D), places, axis=0)
 
     return [(flat(cache.keys), flat(cache.values)) for cache in caches]
 
 
-def grown(pool: Pool, parts: Sequence[Pool]) -> Pool:
-    """Return ``pool`` with ``parts`` behind it, evaluated layer by layer."""
-    sources = [source for source in (pool, *parts) if source]
+def grown(pool: Pool, additions: Sequence[Pool]) -> Pool:
+    """Return ``pool`` with ``additions`` behind it, evaluated layer by layer."""
+    sources = [source for source in (pool, *additions) if source]
     if len(sources) == 1:
         return sources[0]
     result: Pool = []
@@ -160,7 +160,7 @@ class Sharing:
 
     Attributes:
         reason: Why they cannot; empty if they can.
-        layers: Caches that the model asks for.
+        layers: Caches that the model expects.
         position_bytes: Bytes of keys and values of one position.
         dtype: What the hidden states and the masks are in.
     """
@@ -172,35 +172,35 @@ class Sharing:
 
 
 def probe(model: nn.Module, body: Callable[..., mx.array]) -> Sharing:
-    """Return whether two rows that branch off at different places get the states they have alone.
+    """Check that two rows with prefixes of different lengths get the states they have alone.
 
     Args:
-        model: Asked for the caches it makes: only plain and rotating keys and values are shared.
+        model: Its caches must be plain or rotating keys and values to be shared.
         body: tokens (R, T), caches -> hidden states or logits (R, T, …).
     """
     from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-    made = make_prompt_cache(model)
+    caches = make_prompt_cache(model)
     first, second, more = _PROBE
     tokens_RT = mx.array(
         [[5, 3, 1, 2, 6, 4, 0, 2, 1, 5, 3, 6], [1, 4, 6, 3, 3, 0, 5, 2, 4, 6, 1, 2]]
     )
     alone = body(tokens_RT, None)
-    refused = Sharing("", len(made), 0, alone.dtype)
-    if not all(isinstance(cache, (KVCache, RotatingKVCache)) for cache in made):
-        kinds = " and a ".join(sorted({type(cache).__name__ for cache in made}))
+    refused = Sharing("", len(caches), 0, alone.dtype)
+    if not all(isinstance(cache, (KVCache, RotatingKVCache)) for cache in caches):
+        kinds = " and a ".join(sorted({type(cache).__name__ for cache in caches}))
         return replace(refused, reason=f"its cache is a {kinds}")
     try:
         empty = np.zeros(0, dtype=np.int32)
-        roots = branch_caches(len(made), [empty, empty], first, [], alone.dtype)
+        roots = branch_caches(len(caches), [empty, empty], first, [], alone.dtype)
         body(tokens_RT[:, :first], roots)
-        pool = kept(roots, np.arange(2 * first))
+        pool = batch_pool(roots, np.arange(2 * first))
         paths = [np.arange(first), first + np.arange(second)]
-        branches = branch_caches(len(made), paths, more, pool, alone.dtype)
+        suffixes = branch_caches(len(caches), paths, more, pool, alone.dtype)
         rows = [tokens_RT[0, first : first + more], tokens_RT[1, second : second + more]]
-        branched = body(mx.stack(rows), branches)
+        branched = body(mx.stack(rows), suffixes)
     except (TypeError, ValueError, AttributeError, AssertionError) as error:
-        reason = f"it refuses a shared cache ({' '.join(str(error).split())[:120]})"
+        reason = f"it does not accept a shared cache ({' '.join(str(error).split())[:120]})"
         return replace(refused, reason=reason)
     expected = mx.stack([alone[0, first : first + more], alone[1, second : second + more]])
     if not logits_close(branched, expected, Change.SHAPES).close:

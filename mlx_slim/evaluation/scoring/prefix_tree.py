@@ -1,9 +1,9 @@
-"""Requests that begin alike, as a tree of token runs: every shared run is computed once.
+"""Prefix tree of requests: every shared run of tokens is computed once.
 
 Invariant: the tokens on the path from a root to a node are a prefix of some request's inputs, each
 request's inputs are one such path, and every scored position lies in exactly one node of it. A run
-that is too short to pay for a row of its own is computed again by each branch. The choice depends
-on the requests alone, so the same requests always make the same tree.
+too short to be worth a row of its own is computed again in each child. The choice depends on the
+requests alone, so the same requests always give the same prefix tree.
 
     "Question: " ─┬─ "Which … ? Answer:" ─┬─ " the sun"
                   │                       └─ " the moon"
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from mlx_slim.evaluation.scoring.requests import Request, shared_length
 
-ROW_COST = 4  # tokens: what a row of its own costs beside its tokens, docs/lab-log.md
+ROW_COST = 4  # tokens: overhead of a row, docs/lab-log.md
 BATCH_COST = 8  # tokens: the same for a batch
 
 
@@ -45,14 +45,14 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Run:
+class TokenRun:
     """Positions ``begin`` to ``end`` of the sequences ``low`` to ``high``, and what follows."""
 
     begin: int
     end: int
     low: int
     high: int
-    after: tuple[Run, ...]
+    after: tuple[TokenRun, ...]
 
 
 def fewest_tokens(requests: Sequence[Request]) -> int:
@@ -77,7 +77,7 @@ def build(requests: Sequence[Request], *, longest: int, sharing: bool = True) ->
     if sharing:
         forest = plan(sequences)
     else:
-        forest = tuple(Run(0, len(s), i, i + 1, ()) for i, s in enumerate(sequences))
+        forest = tuple(TokenRun(0, len(s), i, i + 1, ()) for i, s in enumerate(sequences))
         longest = max((len(s) for s in sequences), default=1)
     nodes: list[Node] = []
     leaves = [-1] * len(sequences)  # index of the node that each sequence ends in
@@ -108,14 +108,14 @@ def build(requests: Sequence[Request], *, longest: int, sharing: bool = True) ->
 
 
 _State = tuple[int, int, int]  # low, high, begin
-_Way = tuple[int, tuple[Run, ...]]  # cost in tokens, and the runs
+_Way = tuple[int, tuple[TokenRun, ...]]  # cost in tokens, and the runs
 
 
-def plan(sequences: Sequence[Sequence[int]]) -> tuple[Run, ...]:
+def plan(sequences: Sequence[Sequence[int]]) -> tuple[TokenRun, ...]:
     """Return the runs that compute sorted, distinct sequences at the least cost.
 
     Where sequences share the positions ``begin`` to ``end``, these are one run, or, where they are
-    at most ``ROW_COST``, each branch may compute them again. Where one sequence ends at ``end``, it
+    at most ``ROW_COST``, each child may compute them again. Where one sequence ends at ``end``, it
     needs the run anyway, so the others share it. Each state is computed after those it depends on,
     from an explicit stack: prefixes may be nested to any depth.
 
@@ -125,13 +125,13 @@ def plan(sequences: Sequence[Sequence[int]]) -> tuple[Run, ...]:
     if not sequences:
         return ()
     ways: dict[_State, _Way] = {}
-    branches: dict[tuple[int, int], tuple[int, list[tuple[int, int]]]] = {}
+    splits: dict[tuple[int, int], tuple[int, list[tuple[int, int]]]] = {}
     stack: list[_State] = [(0, len(sequences), 0)]
     while stack:
         state = low, high, begin = stack[-1]
-        if (low, high) not in branches:
-            branches[low, high] = _branches(sequences, low, high, begin)
-        end, groups = branches[low, high]
+        if (low, high) not in splits:
+            splits[low, high] = _groups_after(sequences, low, high, begin)
+        end, groups = splits[low, high]
         ended = len(sequences[low]) == end
         starts = [end] if end > begin and (ended or end - begin > ROW_COST) else [begin, end]
         needed = {(*group, start) for start in starts for group in groups}
@@ -148,16 +148,16 @@ def plan(sequences: Sequence[Sequence[int]]) -> tuple[Run, ...]:
             ways[state] = joined(begin)
             continue
         cost, after = joined(end)
-        shared = end - begin + ROW_COST + cost, (Run(begin, end, low, high, after),)
+        shared = end - begin + ROW_COST + cost, (TokenRun(begin, end, low, high, after),)
         again = joined(begin) if begin in starts else shared
         ways[state] = min(shared, again, key=lambda way: way[0])
     return ways[0, len(sequences), 0][1]
 
 
-def _branches(
+def _groups_after(
     sequences: Sequence[Sequence[int]], low: int, high: int, begin: int
 ) -> tuple[int, list[tuple[int, int]]]:
-    """Return where sequences that agree before ``begin`` part, and the ranges that go on alike."""
+    """Return where sequences equal up to ``begin`` differ, and the ranges of equal next ids."""
     first, last = sequences[low], sequences[high - 1]
     end, most = begin, min(len(first), len(last))
     while end < most and first[end] == last[end]:
@@ -178,8 +178,8 @@ def _branches(
 def batches(nodes: Sequence[Node], indices: Sequence[int], budget: int) -> list[list[int]]:
     """Return ``indices`` of nodes in batches of at most ``budget`` positions, padding included.
 
-    Rows go longest first; where a batch ends is chosen for the fewest positions in all. A row that
-    is longer than the budget makes a batch of its own.
+    Rows are sorted longest first; batch boundaries minimize the total positions. A row that
+    is longer than the budget is a batch by itself.
     """
     order = sorted(indices, key=lambda i: (-len(nodes[i].tokens), -nodes[i].offset, i))
     lengths = [len(nodes[i].tokens) for i in order]

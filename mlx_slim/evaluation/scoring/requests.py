@@ -1,9 +1,9 @@
-r"""Text becomes token ids, exactly as the reference harness cuts it.
+r"""Token ids of contexts and continuations, exactly as the reference harness tokenizes them.
 
-Invariant: ``ids`` is one tokenization of context and continuation together, and its first
+Invariant: ``ids`` is one tokenization of context + continuation, and its first
 ``start`` ids are as many as the context alone has; spaces that end a context belong to the
-continuation; BOS comes once: from a tokenizer that adds it, unless the text begins with it, as what
-a chat template wrote may. What texts share is encoded once (``encoding.py``). What does not fit is
+continuation; BOS occurs once: a tokenizer that adds it does not where the text begins with it, as a
+rendered chat template may. Shared prefixes are encoded once (``encoding.py``). What does not fit is
 cut on the left and counted. Try it: ``mlx-slim eval MODEL --task hellaswag --limit 100 -o out``.
 
     context "Question: …\nAnswer:"      continuation " Paris"
@@ -51,7 +51,7 @@ def max_length(config: dict[str, Any], tokenizer: TokenizerWrapper) -> int:
 
     Args:
         config: The model's ``config.json``.
-        tokenizer: Asked when the config does not say.
+        tokenizer: Used where the config has no length.
     """
     text = config.get("text_config")
     for source in (config, text if isinstance(text, dict) else {}):
@@ -66,7 +66,7 @@ def common_prefix(requests: Sequence[Request]) -> tuple[int, ...]:
     """Return the longest run of ids that begins the inputs of every request."""
     if not requests:
         return ()
-    # Enough to look at two: tuples are compared lexicographically.
+    # Two suffice: tuples are compared lexicographically.
     first = min(request.inputs for request in requests)
     last = max(request.inputs for request in requests)
     return first[: shared_length(first, last)]
@@ -88,9 +88,9 @@ class RequestEncoder:
     Args:
         tokenizer: The model's tokenizer.
         max_length: Most ids that the model may read at once.
-        chat: The texts come out of a template as rows for training do: it alone brings special
-            tokens. Otherwise the tokenizer's are added, as the harness does with templates too.
-        limit: The longest input that the model computes right; what is longer, after cutting to
+        chat: The texts are rendered by a training template, which includes all special tokens.
+            Otherwise the tokenizer adds its own, as the harness does with templates too.
+        limit: The longest input that the model computes correctly; what is longer, after cutting to
             ``max_length``, is refused.
 
     Attributes:
@@ -113,7 +113,7 @@ class RequestEncoder:
         self._bos = "" if prefix is None else str(tokenizer.decode([prefix]))
         self.max_length = max_length
         self.truncated = 0
-        # Some tokenizers close every text with EOS: it is no part of the text.
+        # Some tokenizers append EOS to every text: it is not part of the text.
         probe = self._ids("a")
         bare = tokenizer.encode("a", add_special_tokens=False)
         self._closing = len(probe) - len(bare) if probe[: len(bare)] == bare else 0
@@ -176,10 +176,10 @@ class RequestEncoder:
         return ids[-room:]
 
     def check(self, tokens: int, what: str) -> None:
-        """Refuse an input of so many ids if the model would compute it wrong.
+        """Refuse an input of ``tokens`` ids if the model would compute it wrong.
 
         Raises:
-            SlimError: Names it.
+            SlimError: Names the input.
         """
         if self.limit is not None:
             hint = (
@@ -212,7 +212,7 @@ class RequestEncoder:
         return tuple(self._ids(text))
 
     def _encoded(self, context: str) -> tuple[int, ...]:
-        """Return the ids of a context: choices of one question come one after the other."""
+        """Return the ids of a context, cached for the further choices of its question."""
         if context != self._context[0]:
             self._context = (context, self.encode(context))
         return self._context[1]
@@ -241,7 +241,7 @@ class RequestEncoder:
         return None
 
     def prefix(self) -> int:
-        """Return the id that stands for an empty context: BOS, else EOS."""
+        """Return the id used for an empty context: BOS, else EOS."""
         if (token := self._prefix()) is not None:
             return token
         raise SlimError(

@@ -1,8 +1,8 @@
-"""Answers read out of generated text, and compared as lm-evaluation-harness compares them.
+"""Answers extracted from generated text, and compared as lm-evaluation-harness compares them.
 
-Invariant: a filter gives the first or the last match of its pattern, of that match the first group
-that caught something, ends stripped; a text without a match gives ``NO_ANSWER``, which is never
-right. What ``ignore`` names is removed from both sides, in order, before they are compared. Try it:
+Invariant: a filter gives the first or the last match of its pattern, of that match the first
+non-empty group, stripped; a text without a match gives ``NO_ANSWER``, which is never right. What
+``ignore`` names is removed from both sides, in order, before they are compared. Try it:
 ``mlx-slim eval MODEL --task gsm8k --limit 10 -o out``.
 """
 
@@ -16,13 +16,13 @@ from mlx_slim.config.task import Filter, TaskSpec
 NO_ANSWER = "[invalid]"
 
 
-def extract(rule: Filter, text: str) -> str:
-    """Return the answer that ``rule`` reads out of ``text``, or ``NO_ANSWER``."""
-    matches = compile_pattern(rule.pattern).matches(text)
+def extract(answer_filter: Filter, text: str) -> str:
+    """Return the answer that ``answer_filter`` reads out of ``text``, or ``NO_ANSWER``."""
+    matches = compile_pattern(answer_filter.pattern).matches(text)
     if not matches:
         return NO_ANSWER
-    found = matches[0 if rule.take == "first" else -1]
-    groups = found.groups() or (found[0],)
+    match = matches[0 if answer_filter.take == "first" else -1]
+    groups = match.groups() or (match[0],)
     answer = next((group for group in groups if group), "")
     return answer.strip() or NO_ANSWER
 

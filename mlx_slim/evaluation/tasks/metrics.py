@@ -3,14 +3,14 @@
 Invariant: an answer is right if it is one of the question's right ones; ``target`` of a record is
 that one, or the list of them. ``k`` and ``n`` are whole numbers and ``value`` is k/n, so every
 figure can be recounted from the samples. The likeliest choice is the first of equals. Standard
-errors are those of the harness: √(p(1−p)/(n−1)), and for a task with parts the parts' variances
+errors are those of the harness: √(p(1−p)/(n−1)), and for a task with subtasks their variances
 pooled by size. Where none is defined (n = 1) it is None. Try it:
 ``mlx-slim eval MODEL --task mmlu --limit 5 -o out``.
 
     macro F1    mean over the classes that occur (as answer or prediction) of 2·TP/(2·TP + FP + FN);
                 its standard error is the jackknife's
     micro       all questions alike: Σk / Σn
-    macro       all parts alike: the mean of their values
+    macro       all subtasks alike: the mean of their values
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def record_choice(
 
     Args:
         task: Its task.
-        question: What was asked.
+        question: The question.
         loglikelihoods: Of each choice, natural logarithm.
         greedy: Whether greedy decoding would give the choice.
 
     Raises:
-        SlimError: If a log-likelihood is no number (the model computes nonsense).
+        SlimError: If a log-likelihood is NaN.
     """
     values = [float(value) for value in loglikelihoods]
     if len(values) != len(question.choices):
@@ -74,7 +74,7 @@ def record_generation(task: Task, question: Question, text: str, stop_reason: st
 
     Args:
         task: Its task.
-        question: What was asked.
+        question: The question.
         text: The answer, cut before its stop.
         stop_reason: ``until``, ``length`` or ``eos``.
     """
@@ -84,7 +84,10 @@ def record_generation(task: Task, question: Question, text: str, stop_reason: st
     if question.subject is not None:
         record["subject"] = question.subject
     record |= {"generation": text, "stop_reason": stop_reason}
-    answers = {name: normalize(spec, extract(rule, text)) for name, rule in spec.filters.items()}
+    answers = {
+        name: normalize(spec, extract(answer_filter, text))
+        for name, answer_filter in spec.filters.items()
+    }
     record |= answers
     record["target"] = _one_or_all(targets)
     for metric in task.metrics:
@@ -99,7 +102,7 @@ def record_generation(task: Task, question: Question, text: str, stop_reason: st
 
 
 def _one_or_all(targets: Sequence[int | str]) -> Any:
-    """Return the right answer, or the list of them: what stands in a record."""
+    """Return the right answer, or the list of them, as a record holds it."""
     return targets[0] if len(targets) == 1 else list(targets)
 
 
@@ -108,7 +111,7 @@ def _first_best(values: Sequence[float]) -> int:
 
 
 def first_metric(metrics: Iterable[str]) -> str:
-    """Return the metric that stands for a task: of the usual ones the first, else its own first."""
+    """Return the main metric of a task: the first of ``_FIRST`` that it has, else its own first."""
     names = list(metrics)
     return next((name for name in _FIRST if name in names), names[0])
 
@@ -116,7 +119,7 @@ def first_metric(metrics: Iterable[str]) -> str:
 def counted(metrics: Iterable[str], record: Mapping[str, Any]) -> list[str]:
     """Return the metrics that have a value for each question, in order.
 
-    Where a task keeps none (``macro_f1`` alone), ``acc`` stands for it: every choice has it.
+    Where there is none (``macro_f1`` alone), ``acc`` is used: every choice record has it.
     """
     return [name for name in metrics if name in record] or ["acc"]
 
@@ -128,15 +131,15 @@ def stderr(k: int, n: int) -> float | None:
     """Return √(p(1−p)/(n−1)) of k right answers out of n; None for fewer than two."""
     if n < 2:
         return None
-    share = k / n
-    return math.sqrt(share * (1 - share) / (n - 1))
+    mean = k / n
+    return math.sqrt(mean * (1 - mean) / (n - 1))
 
 
 def pooled_stderr(errors: Sequence[float | None], sizes: Sequence[int]) -> float | None:
-    """Return the standard error over all questions of several parts, as the harness pools it.
+    """Return the standard error over all questions of several subtasks, as the harness pools it.
 
-    √(Σ (n_i − 1)·n_i·se_i² / (Σ n_i − parts) / Σ n_i); a part of one question has no variance to
-    add. None where no part has two questions.
+    √(Σ (n_i − 1)·n_i·se_i² / (Σ n_i − subtasks) / Σ n_i); a subtask of one question adds no
+    variance. None where no subtask has two questions.
     """
     freedom = sum(sizes) - len(sizes)
     if freedom < 1:
@@ -150,25 +153,27 @@ def summarize(task: Task, records: Sequence[Mapping[str, Any]]) -> dict[str, Any
 
     Returns:
         ``n`` and ``metrics`` (metric -> ``value``, ``stderr``, ``k``; ``k`` is None where a metric
-        counts nothing). A task with parts adds ``micro`` (the same figures) and ``macro``, the
+        counts nothing). A task with subtasks adds ``micro`` (the same figures) and ``macro``, the
         same two for each of its ``categories``, and ``subtasks``.
     """
-    if not task.parts:
+    if not task.subtasks:
         return _plain(task, records)
-    assert task.spec.subgroups is not None  # it has parts
+    assert task.spec.subgroups is not None  # it has subtasks
     by_part: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
         by_part.setdefault(record["subject"], []).append(record)
     category = task.spec.subgroups.subtasks
-    found = {part: _plain(task, by_part[part]) for part in task.parts if part in by_part}
-    whole = _group(task, found, records)
+    summaries = {part: _plain(task, by_part[part]) for part in task.subtasks if part in by_part}
+    whole = _group(task, summaries, records)
     categories = {}
     for name in task.spec.subgroups.categories:
-        members = {part: summary for part, summary in found.items() if category[part] == name}
+        members = {part: summary for part, summary in summaries.items() if category[part] == name}
         if members:
             inside = [record for part in members for record in by_part[part]]
             categories[name] = _group(task, members, inside)
-    subtasks = {part: {**summary, "category": category[part]} for part, summary in found.items()}
+    subtasks = {
+        part: {**summary, "category": category[part]} for part, summary in summaries.items()
+    }
     return {
         "n": len(records),
         "metrics": whole["micro"],
@@ -195,23 +200,23 @@ def figure(metric: str, records: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def _group(
-    task: Task, parts: Mapping[str, dict[str, Any]], records: Sequence[Mapping[str, Any]]
+    task: Task, subtasks: Mapping[str, dict[str, Any]], records: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Return ``n``, ``micro`` and ``macro`` over several parts."""
+    """Return ``n``, ``micro`` and ``macro`` over several subtasks."""
     micro: dict[str, Figure] = {}
     macro: dict[str, Figure] = {}
-    sizes = [summary["n"] for summary in parts.values()]
+    sizes = [summary["n"] for summary in subtasks.values()]
     for metric in task.metrics:
-        figures = [summary["metrics"][metric] for summary in parts.values()]
+        figures = [summary["metrics"][metric] for summary in subtasks.values()]
         errors = [figure["stderr"] for figure in figures]
         micro[metric] = figure(metric, records)
         if micro[metric]["k"] is not None:
             micro[metric]["stderr"] = pooled_stderr(errors, sizes)
-        known = [error for error in errors if error is not None]
-        alone = len(known) < len(errors) or not errors
+        defined = [error for error in errors if error is not None]
+        alone = len(defined) < len(errors) or not errors
         macro[metric] = {
             "value": math.fsum(figure["value"] for figure in figures) / max(len(figures), 1),
-            "stderr": None if alone else math.hypot(*known) / len(known),
+            "stderr": None if alone else math.hypot(*defined) / len(defined),
             "k": None,
         }
     return {"n": len(records), "micro": micro, "macro": macro}

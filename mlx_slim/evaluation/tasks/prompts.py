@@ -1,11 +1,10 @@
-"""Rows become questions: the whole prompt, the continuations, the right answer.
+"""Questions from rows: prompt, continuations and right answer.
 
-Invariant: the text is what lm-evaluation-harness builds: description, examples parted by
+Invariant: the text is what lm-evaluation-harness builds: description, examples separated by
 ``separator``, the question, and a ``delimiter`` before an answer that belongs to the answer. With
 ``harness`` sampling the examples are the harness's own draws: one generator a task, one draw a row,
-in row order. Else, and for the parts of a task, they are the first rows of the task's few-shot
-split (of the question's own part), and a question is never among its own examples: the next row
-stands in for it.
+in row order. Else, and for tasks with subtasks, they are the first rows of the few-shot split (of
+the question's subtask), and a question is never among its own examples: the next row replaces it.
 Try it: ``mlx-slim tasks mmlu_anatomy``.
 
     description + (prompt + delimiter + answer + separator) × shots + prompt | delimiter + choice
@@ -31,7 +30,7 @@ from mlx_slim.evaluation.tasks.rows import TaskRows
 from mlx_slim.evaluation.tasks.spec import FIRST, HARNESS, Task
 
 _SEED = 1234  # of the harness's draws
-_STAND_IN = "answer"  # what comes before an answer does not depend on it
+_PLACEHOLDER = "answer"  # what comes before an answer does not depend on it
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Question:
 
     Attributes:
         doc_id: Its row's number in the task's own rows, from 0.
-        subject: Its part of the task, None where a task has none.
+        subject: Its subtask, None where a task has none.
         context: The whole prompt, without a delimiter at the end.
         choices: Continuations as scored, delimiter included; none for generation.
         lengths: Characters of each choice without its delimiter.
@@ -58,7 +57,7 @@ class Question:
 
     @property
     def targets(self) -> tuple[int | str, ...]:
-        """All that is right."""
+        """All right answers."""
         return (self.target, *self.others)
 
 
@@ -70,12 +69,12 @@ class Chat:
         render: (system, user) -> the prompt, up to where the answer begins.
         own_bos: What it renders brings its own special tokens.
         turns: (system, examples as (question, answer), user) -> the prompt, where examples are
-            turns of their own; None puts them into the user's message.
+            separate turns; None puts them into the user's message.
         system: Begins every system message, before the task's description.
     """
 
     render: Callable[[str, str], str]
-    own_bos: bool = False
+    renders_bos: bool = False
     turns: Callable[[str, list[tuple[str, str]], str], str] | None = None
     system: str = ""
 
@@ -94,12 +93,13 @@ class Chat:
 
     @classmethod
     def of_model(cls, tokenizer: Any, multiturn: bool, notes: list[str]) -> Chat:
-        """Return the prompts of the model's own chat template, as the harness asks for them.
+        """Return the prompts of the model's own chat template, as the harness renders them.
 
         Args:
             tokenizer: Has the template.
-            multiturn: Examples are turns of their own.
-            notes: Gets a line, once, where the template refuses a system message: it has none then.
+            multiturn: Examples are separate turns.
+            notes: Receives one line where the template refuses a system message, which is then
+                left out.
         """
         refused = "the chat template takes no system message: task descriptions are left out"
 
@@ -141,8 +141,8 @@ class Chat:
         def rendered(system: str, user: str) -> Rendered:
             messages = [{"role": "system", "content": system}] if system else []
             messages += [{"role": "user", "content": user}]
-            messages += [{"role": "assistant", "content": _STAND_IN}]
-            fields = {"prompt": user, "completion": _STAND_IN, "system": system}
+            messages += [{"role": "assistant", "content": _PLACEHOLDER}]
+            fields = {"prompt": user, "completion": _PLACEHOLDER, "system": system}
             return template.render(Example("completions", messages, fields))
 
         def render(system: str, user: str) -> str:
@@ -167,16 +167,17 @@ def build_questions(
         task: The task.
         task_rows: Its rows.
         num_fewshot: Examples before each question; None takes the task's own number.
-        limit: Only the first ``limit`` rows, of each part where the task has parts.
+        limit: Only the first ``limit`` rows, of each subtask where the task has any.
         chat: Put description and prompt through a chat template; the choices have no delimiter
             then, as in the harness.
-        sampling: ``first`` rows as examples, or the draws of the ``harness``; a task with parts has
+        sampling: ``first`` rows as examples, or the draws of the ``harness``; a task with subtasks
+        has
             the first rows of each either way, as MMLU has there.
 
     Raises:
         SlimError: A row without a field that a template names (the row and the field are named),
-            an empty choice, a target that is no choice or may be two (``evaluation/targets.py``),
-            or fewer few-shot rows than asked for.
+            an empty choice, a target that is no choice or is ambiguous (``evaluation/targets.py``),
+            or fewer few-shot rows than ``num_fewshot``.
     """
     shots = task.num_fewshot if num_fewshot is None else num_fewshot
     writer = _Writer(task, task_rows, shots, chat, sampling)
@@ -226,12 +227,12 @@ class _Writer:
         description = self._run(self._description, "description", row, place)
         if self._chat:
             description = _joined(self._chat.system, description, self._task.spec.separator)
-        asked = self._run(self._prompt, "prompt", row, place)
+        prompt_text = self._run(self._prompt, "prompt", row, place)
         if self._chat and self._chat.turns:
             pairs = [self._pair(index) for index in self._chosen(part, row)]
-            context = self._chat.turns(description, pairs, asked)
+            context = self._chat.turns(description, pairs, prompt_text)
         else:
-            prompt = self._prefix(part, row) + asked
+            prompt = self._prefix(part, row) + prompt_text
             context = self._chat.render(description, prompt) if self._chat else description + prompt
         choices = self._choices(row, place)
         target, *others = self._answers(row, choices, place)
@@ -249,7 +250,7 @@ class _Writer:
         """Return the examples before a question, each with the separator after it."""
         spec = self._task.spec
         pairs = [self._pair(index) for index in self._chosen(part, row)]
-        return "".join(f"{asked}{spec.delimiter}{text}{spec.separator}" for asked, text in pairs)
+        return "".join(f"{prompt}{spec.delimiter}{text}{spec.separator}" for prompt, text in pairs)
 
     def _chosen(self, part: str | None, row: Mapping[str, Any]) -> list[int]:
         """Return the examples of a question: their places among the few-shot rows."""
@@ -275,23 +276,24 @@ class _Writer:
         return chosen
 
     def _drawn(self, generator: random.Random, row: Mapping[str, Any]) -> list[int]:
-        """Return the next draw: rows for the examples of the next question, as the harness has it.
+        """Return the next draw: the examples of the next question, as in the harness.
 
-        Where a question may be among its own examples, one more is drawn and it is left out.
+        Where a question may be among its own examples, one more is drawn, and the question is left
+        out.
         """
         pool, data = self._rows.shots, self._task.spec.data
         spare = data.spare_shot or data.shots in (data.split, data.path)
         if len(pool) < self._count + spare:
             raise self._too_few(len(pool), None)
-        found = generator.sample(range(len(pool)), self._count + spare)
+        drawn = generator.sample(range(len(pool)), self._count + spare)
         if spare:
-            found = [index for index in found if pool[index] != row][: self._count]
-            if len(found) < self._count:  # the row stands there several times
+            drawn = [index for index in drawn if pool[index] != row][: self._count]
+            if len(drawn) < self._count:  # the row occurs several times
                 others = [index for index in range(len(pool)) if pool[index] != row]
                 if len(others) < self._count:
                     raise self._too_few(len(others), None)
-                found = generator.sample(others, self._count)
-        return found
+                drawn = generator.sample(others, self._count)
+        return drawn
 
     def _pair(self, index: int) -> tuple[str, str]:
         """Return question and answer of an example."""
@@ -302,7 +304,7 @@ class _Writer:
     def _too_few(self, count: int, part: str | None) -> SlimError:
         of = f" of {part}" if part else ""
         return SlimError(
-            f"task {self._task.name}: {self._count} shots asked for, but its split "
+            f"task {self._task.name}: {self._count} shots requested, but its split "
             f"{self._task.spec.data.shots!r} has {count} rows{of} for them",
             "ask for fewer with --num-fewshot",
         )
@@ -358,7 +360,7 @@ class _Writer:
 
 
 def _joined(system: str, description: str, separator: str) -> str:
-    """Return a system message and a description as one text, parted as the harness parts them."""
+    """Return a system message and a description as one text, separated as in the harness."""
     if not (system and description):
         return system or description
     spaced = system[-1].isspace() or description[0].isspace()
@@ -366,10 +368,10 @@ def _joined(system: str, description: str, separator: str) -> str:
 
 
 def _without_templates(spec: TaskSpec) -> Iterator[tuple[str, str]]:
-    """Yield (key, text) of what asks and answers where the text is the same for every row."""
+    """Yield (key, text) of prompt, target and choices that are the same for every row."""
     for key in ("prompt", "target", "choices"):
-        given = getattr(spec, key) or []
-        for text in [given] if isinstance(given, str) else given:
+        texts = getattr(spec, key) or []
+        for text in [texts] if isinstance(texts, str) else texts:
             if not names_in(text):
                 yield key, text.strip()
 

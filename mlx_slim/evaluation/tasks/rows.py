@@ -1,9 +1,9 @@
-"""A task's rows: found, checked, and known by a checksum.
+"""A task's rows: located, checked, and identified by a checksum.
 
 Invariant: rows come from one place, in one order: the task's own file, the data mirror
 (``<mirror>/<task>/<split>.jsonl``), the hub at the pinned revision. A mirror that has the task's
 folder is never completed from the hub. Every row is checked against the task's ``fields`` before
-the first question is asked. The checksum covers the fields that the task names or its templates
+the first question is scored. The checksum covers the fields that the task names or its templates
 read, so that a mirror and the hub agree. Few-shot rows are read when they are first needed. Try it:
 ``mlx-slim tasks gsm8k --data-dir DIR``.
 """
@@ -31,7 +31,7 @@ from mlx_slim.evaluation.tasks.spec import FIRST, Task
 
 
 class RowsAbsent(SlimError):
-    """A split of a task is nowhere on this machine, and cannot be fetched."""
+    """A split of a task is not on this machine and cannot be fetched."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class TaskRows:
         rows: The scored rows, in order.
         shots: Rows for few-shot examples; may be read at first use, and raise SlimError then.
         checksum: sha256 of the scored rows' fields.
-        source: Where they were found.
-        places: File and line of each row, for complaints.
+        source: Their location.
+        places: File and line of each row, for error messages.
     """
 
     rows: Sequence[dict[str, Any]]
@@ -53,12 +53,12 @@ class TaskRows:
     places: Sequence[str] = ()
 
     def place(self, index: int) -> str:
-        """Return where row ``index`` stands."""
+        """Return the file and line of row ``index``."""
         return self.places[index] if index < len(self.places) else f"row {index + 1}"
 
 
 class _Shots(Sequence[dict[str, Any]]):
-    """Few-shot rows that are read when one is asked for."""
+    """Few-shot rows that are read at first access."""
 
     def __init__(self, read: Callable[[], list[dict[str, Any]]]) -> None:
         self._read = read
@@ -80,7 +80,7 @@ def count_rows(task: Task, data_dir: str | Path | None = None) -> int | None:
     """Return the number of scored rows on this machine; None if only the hub can have them.
 
     Raises:
-        SlimError: If they should lie here and do not, or cannot be read.
+        SlimError: If they should be here and are not, or cannot be read.
     """
     source = local_rows(task, data_dir)
     if source is None:
@@ -92,10 +92,10 @@ def count_rows(task: Task, data_dir: str | Path | None = None) -> int | None:
 
 
 def local_rows(task: Task, data_dir: str | Path | None = None) -> Source | None:
-    """Return where the scored rows lie on this machine; None if only the hub can have them.
+    """Return the scored rows' location on this machine; None if only the hub can have them.
 
     Raises:
-        SlimError: If they should lie here and do not.
+        SlimError: If they should be here and are not.
     """
     return _local(task, task.spec.data.split, _mirror(data_dir))[0]
 
@@ -109,7 +109,7 @@ def load_rows(task: Task, data_dir: str | Path | None = None, sampling: str = FI
         sampling: How examples will be chosen: draws are made from all rows of their split.
 
     Raises:
-        RowsAbsent: If they are nowhere.
+        RowsAbsent: If they exist nowhere.
         SlimError: If they cannot be read, or are not as the task says: one line with file, line,
             field and what is expected.
     """
@@ -132,9 +132,9 @@ def load_rows(task: Task, data_dir: str | Path | None = None, sampling: str = FI
     )
 
 
-def shots_checksum(task: Task, found: TaskRows, num_fewshot: int) -> str | None:
+def shots_checksum(task: Task, task_rows: TaskRows, num_fewshot: int) -> str | None:
     """Return the sha256 of the rows that examples are taken from; None without examples."""
-    return _checksum(task, found.shots) if num_fewshot else None
+    return _checksum(task, task_rows.shots) if num_fewshot else None
 
 
 def _shots(
@@ -156,7 +156,7 @@ def _shots(
             f"{error.message}",
             error.hint,
         ) from error
-    # The examples are the first rows, of each part where there are parts.
+    # The examples are the first rows, of each subtask where there are any.
     most = MOST_SHOTS if sampling == FIRST and not task.spec.subgroups else None
     return [raw.value for raw in islice(_read(task, source), most)]
 
@@ -165,34 +165,34 @@ def _shots(
 
 
 def _mirror(data_dir: str | Path | None) -> Path | None:
-    given = data_dir or os.environ.get(MIRROR_VARIABLE)
-    if not given:
+    setting = data_dir or os.environ.get(MIRROR_VARIABLE)
+    if not setting:
         return None
-    path = Path(given).expanduser()
+    path = Path(setting).expanduser()
     if data_dir and not path.is_dir():
         raise SlimError(f"the data folder {path} does not exist", "check --data-dir")
     return path
 
 
 def _find(task: Task, split: str, mirror: Path | None) -> Source:
-    """Find a split: a file of the task's own, then the mirror, then the hub.
+    """Find a split: the task's own file, then the mirror, then the hub.
 
     Raises:
-        RowsAbsent: If it is nowhere.
+        RowsAbsent: If it exists nowhere.
     """
     try:
-        found, looked = _local(task, split, mirror)
-        return found or _on_hub(task, split, looked)
+        source, looked = _local(task, split, mirror)
+        return source or _on_hub(task, split, looked)
     except SlimError as error:
         raise RowsAbsent(error.message, error.hint) from error
 
 
 def _local(task: Task, split: str, mirror: Path | None) -> tuple[Source | None, list[Path]]:
-    """Return the split's source on this machine, else where it was looked for."""
+    """Return the split's source on this machine, else the paths that were tried."""
     data = task.spec.data
-    own = split if is_data(split) else data.path
-    if own and is_data(own):
-        return _own_file(task, own, split), []
+    file_name = split if is_data(split) else data.path
+    if file_name and is_data(file_name):
+        return _task_file(task, file_name, split), []
     looked: list[Path] = []
     if mirror:
         names = [data.mirror or task.spec.name]
@@ -200,8 +200,8 @@ def _local(task: Task, split: str, mirror: Path | None) -> tuple[Source | None, 
             names.append(data.path.rsplit("/", 1)[-1])
         for name in dict.fromkeys(names):
             folder = mirror / name
-            if found := split_file(folder, split):
-                return Source(str(found), "mirror", [found]), []
+            if file := split_file(folder, split):
+                return Source(str(file), "mirror", [file]), []
             looked.append(folder / f"{split}{SUFFIXES[0]}")
             if folder.is_dir():
                 there = sorted(path.name for path in folder.iterdir() if is_data(path))
@@ -212,13 +212,13 @@ def _local(task: Task, split: str, mirror: Path | None) -> tuple[Source | None, 
     return None, looked
 
 
-def _own_file(task: Task, name: str, split: str) -> Source:
+def _task_file(task: Task, name: str, split: str) -> Source:
     """Find a file beside the task's own file, else from the current directory."""
     for path in (task.file.parent / Path(name).expanduser(), Path(name).expanduser()):
         if path.is_file():
-            found = sources.find_local(SourceConfig(path=str(path), split=split))
-            assert found is not None  # it exists
-            return found
+            source = sources.find_local(SourceConfig(path=str(path), split=split))
+            assert source is not None  # it exists
+            return source
     raise SlimError(
         f"task {task.name}: {task.file.parent / name} does not exist",
         task.spec.data.missing or "data.path is looked for beside the task's file",
@@ -253,7 +253,7 @@ def _read(task: Task, source: Source) -> Iterator[RawRow]:
     where = compile_value(spec.data.where) if spec.data.where else None
     checks = [_Check(path, kind) for path, kind in spec.fields.items()]
     groups = spec.subgroups
-    parts = groups.subtasks if groups else {}
+    subtasks = groups.subtasks if groups else {}
     file = source.files[0] if len(source.files) == 1 else None
     for raw in records(source, spec.data.records):
         row = raw._replace(where=raw.where.replace(file.name, str(file), 1)) if file else raw
@@ -267,11 +267,11 @@ def _read(task: Task, source: Source) -> Iterator[RawRow]:
                 )
         if groups:
             part = row.value.get(groups.field)
-            if part not in parts:
+            if part not in subtasks:
                 raise SlimError(
                     f"task {task.name}: {row.place}: {groups.field} is {part!r}, "
-                    f"none of the {len(parts)} parts of {spec.name}",
-                    did_you_mean(str(part), parts) if len(str(part)) > 2 else "",
+                    f"none of the {len(subtasks)} subtasks of {spec.name}",
+                    did_you_mean(str(part), subtasks) if len(str(part)) > 2 else "",
                 )
             if task.part not in (None, part):
                 continue
@@ -350,7 +350,7 @@ def _checksum(task: Task, rows: Sequence[Mapping[str, Any]]) -> str:
         names = sorted(groups.union(names, *read))
     digest = hashlib.sha256()
     for row in rows:
-        kept = {name: row.get(name) for name in names} if names else row
-        text = json.dumps(kept, sort_keys=True, ensure_ascii=False, default=str)
+        hashed = {name: row.get(name) for name in names} if names else row
+        text = json.dumps(hashed, sort_keys=True, ensure_ascii=False, default=str)
         digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
     return digest.hexdigest()

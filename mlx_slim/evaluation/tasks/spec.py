@@ -1,7 +1,7 @@
-"""Which tasks there are, by name: shipped ones, their parts, suites, and a user's own file.
+"""Tasks by name: shipped ones, their subtasks, suites, and a user's own file.
 
-Invariant: a name means one task with one definition; a part of a task (``mmlu_anatomy``) is made
-from the whole one's file. ``-`` and ``_`` are the same in a name. Try it: ``mlx-slim tasks``.
+Invariant: a name means one task with one definition; a subtask (``mmlu_anatomy``) is defined by the
+file of the whole task. ``-`` and ``_`` are the same in a name. Try it: ``mlx-slim tasks``.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Task:
 
     Attributes:
         spec: Its definition.
-        file: Where that stands; data files are looked for beside it first.
-        part: The one part that is scored (``anatomy`` of MMLU), None for all.
+        file: Its YAML file; data files are looked up beside it first.
+        part: The one subtask that is scored (``anatomy`` of MMLU), None for all.
     """
 
     spec: TaskSpec
@@ -54,17 +54,17 @@ class Task:
 
     @property
     def num_fewshot(self) -> int:
-        """Examples before the question, unless asked for otherwise."""
+        """Default number of examples before the question."""
         return self.spec.num_fewshot
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The figures kept."""
+        """Metrics that are recorded."""
         return self.spec.scores
 
     @property
-    def parts(self) -> tuple[str, ...]:
-        """The parts that this task's figures are pooled from; none for a plain task."""
+    def subtasks(self) -> tuple[str, ...]:
+        """The subtasks that this task's figures are pooled from; none for a plain task."""
         grouped = self.spec.subgroups is not None and self.part is None
         return tuple(self.spec.subgroups.subtasks) if grouped and self.spec.subgroups else ()
 
@@ -85,7 +85,7 @@ class Selection:
 
 
 def list_tasks() -> list[Task]:
-    """Return the shipped tasks by name, without their parts."""
+    """Return the shipped tasks by name, without their subtasks."""
     return [_shipped(name) for name in library.names("evals")]
 
 
@@ -117,16 +117,16 @@ def find_task(name: str | Path) -> Task:
     if text.endswith((".yaml", ".yml")) or "/" in text:
         file = Path(text).expanduser()
         return Task(read_task(file), file)
-    wanted = text.replace("-", "_")
+    task_name = text.replace("-", "_")
     shipped = library.names("evals")
-    if wanted in shipped:
-        return _shipped(wanted)
+    if task_name in shipped:
+        return _shipped(task_name)
     every = [*shipped, *suites()]
     for whole in shipped:
-        if wanted.startswith(f"{whole}_") and (parts := _shipped(whole).parts):
-            if (part := wanted.removeprefix(f"{whole}_")) in parts:
+        if task_name.startswith(f"{whole}_") and (subtasks := _shipped(whole).subtasks):
+            if (part := task_name.removeprefix(f"{whole}_")) in subtasks:
                 return replace(_shipped(whole), part=part)
-            every += [f"{whole}_{part}" for part in parts]
+            every += [f"{whole}_{part}" for part in subtasks]
     if text in suites():
         names = ", ".join(suites()[text])
         raise SlimError(f"{text} is a suite, not a task", f"its tasks are {names}")
@@ -141,7 +141,7 @@ def expand(names: Sequence[str], num_fewshot: int | None = None) -> list[Selecti
     """Return the tasks that ``names`` mean, in order, each once.
 
     Args:
-        names: Tasks, suites and files; commas part them too.
+        names: Tasks, suites and files; or several, separated by commas.
         num_fewshot: Examples for every task; None takes each task's own. Suites have their own.
 
     Raises:
@@ -152,29 +152,30 @@ def expand(names: Sequence[str], num_fewshot: int | None = None) -> list[Selecti
         raise SlimError(
             f"num_fewshot is {num_fewshot}: expected a whole number from 0 to {MOST_SHOTS}"
         )
-    known = suites()
+    shots_of = suites()
     chosen: dict[str, Selection] = {}
     for name in (part.strip() for text in names for part in str(text).split(",")):
         if not name:
             continue
-        if name in known:
+        if name in shots_of:
             if num_fewshot is not None:
                 raise SlimError(
                     f"the suite {name} has its own shots, but num_fewshot={num_fewshot} is given",
-                    f"leave it out, or name the tasks: {','.join(known[name])}",
+                    f"leave it out, or name the tasks: {','.join(shots_of[name])}",
                 )
             sampling = _suites_file()[name].get(_SAMPLING, FIRST)
-            found = [
-                Selection(find_task(task), shots, sampling) for task, shots in known[name].items()
+            selections = [
+                Selection(find_task(task), shots, sampling)
+                for task, shots in shots_of[name].items()
             ]
         else:
             task = find_task(name)
-            found = [Selection(task, task.num_fewshot if num_fewshot is None else num_fewshot)]
-        for selection in found:
+            selections = [Selection(task, task.num_fewshot if num_fewshot is None else num_fewshot)]
+        for selection in selections:
             other = chosen.setdefault(selection.task.name, selection)
             if other != selection:
                 raise SlimError(
-                    f"the task {other.task.name} is asked for twice, in different ways",
+                    f"the task {other.task.name} is named twice, with different shots or files",
                     "score it in two runs, each with its own -o",
                 )
     if not chosen:

@@ -1,10 +1,10 @@
-"""A task's own rows as training rows: asked as the scorer asks, answered as it wants.
+"""A task's rows as training rows, in the format that the scorer reads.
 
 Invariant: ``prompt`` + ``completion`` is, byte for byte, the bare prompt and the right continuation
-that the scorer reads with no examples; a task that is asked through a chat template gives the
-messages that it puts in. So what was tuned is what is asked. Rows of ``task:NAME`` are rendered
+that the scorer reads with no examples; a task that uses a chat template gives the
+same messages. So training and evaluation use the same prompts. Rows of ``task:NAME`` are rendered
 once, into ``task_rows/`` of the run folder; a resume reads that file, so it sees the same rows
-whatever became of the mirror. The scored split is never taken whole. Try it: ``mlx-slim data
+even if the mirror has changed. The scored split is never used whole. Try it: ``mlx-slim data
 preview smollm2-lora 'data.path=[{path: "task:gsm8k", limit: 3}]'``.
 """
 
@@ -59,54 +59,54 @@ def is_scored(task: Task, split: str) -> bool:
 
 
 def question_key(question: Question) -> str:
-    """Return a hash of what a bare question says: its words, case and punctuation aside."""
+    """Return a hash of a bare question's words, without case and punctuation."""
     text = " ".join([question.context, *question.choices])
     return hash_bytes(" ".join(words(text)).encode())
 
 
-def question_keys(task: Task, found: TaskRows, limit: int | None = None) -> list[str]:
-    """Return the key of every question of a task, whatever examples it is scored with.
+def question_keys(task: Task, task_rows: TaskRows, limit: int | None = None) -> list[str]:
+    """Return the key of every question of a task, independent of its examples.
 
     Args:
         task: The task.
-        found: Its rows.
+        task_rows: Its rows.
         limit: As for ``build_questions``.
     """
-    return [question_key(question) for question in build_questions(task, found, 0, limit)]
+    return [question_key(question) for question in build_questions(task, task_rows, 0, limit)]
 
 
 def training_rows(
-    task: Task, found: TaskRows, skip: int, limit: int | None
+    task: Task, task_rows: TaskRows, skip: int, limit: int | None
 ) -> list[dict[str, Any]]:
     """Return rows [skip, skip + limit) of a task as completions, or as chats.
 
     Args:
         task: The task, over the split that the rows are of.
-        found: Its rows, all of them.
+        task_rows: Its rows, all of them.
         skip: Rows left out at the beginning.
         limit: Rows after them; None takes all.
 
     Returns:
         A row each: ``id`` (``task/split/number``), ``prompt``, ``completion`` (``messages`` instead
-        for a task that is asked through a chat template), ``answer`` without its delimiter,
+        for a task that uses a chat template), ``answer`` without its delimiter,
         ``choices`` (multiple choice) and ``key`` (``question_key``).
 
     Raises:
         SlimError: As ``build_questions``, and if ``skip`` leaves nothing.
     """
-    numbers = range(len(found.rows))[skip : None if limit is None else skip + limit]
+    numbers = range(len(task_rows.rows))[skip : None if limit is None else skip + limit]
     if not numbers:
         raise SlimError(
-            f"task:{task.name}: skip={skip} leaves none of the {len(found.rows)} rows of split "
+            f"task:{task.name}: skip={skip} leaves none of the {len(task_rows.rows)} rows of split "
             f"{task.spec.data.split!r}",
             "skip fewer rows than there are",
         )
     chosen = TaskRows(
-        [found.rows[number] for number in numbers],
+        [task_rows.rows[number] for number in numbers],
         [],
-        found.checksum,
-        found.source,
-        [found.place(number) for number in numbers],
+        task_rows.checksum,
+        task_rows.source,
+        [task_rows.place(number) for number in numbers],
     )
     bare = build_questions(task, chosen, 0)
     systems = build_questions(task, chosen, 0, chat=_SYSTEM) if task.spec.chat else bare
@@ -146,20 +146,20 @@ FOLDER = "task_rows"
 
 
 def finder(out: Path) -> Callable[[SourceConfig], Source]:
-    """Return how sources are found for a run in ``out``: as ever, and tasks besides.
+    """Return the function that finds sources for a run in ``out``: as ``sources.find``, and tasks.
 
-    The function raises SlimError if a source is nowhere, or is a scored split taken whole.
+    The function raises SlimError if a source does not exist, or is a whole scored split.
     """
 
     def find(config: SourceConfig) -> Source:
         if config.task is None:
             return sources.find(config)
-        return Source(config.path, "task", [_written(config, out)])
+        return Source(config.path, "task", [_rows_file(config, out)])
 
     return find
 
 
-def _written(config: SourceConfig, out: Path) -> Path:
+def _rows_file(config: SourceConfig, out: Path) -> Path:
     """Return the file of a task's rows, written if this run has none yet."""
     task = find_task(config.task or "")
     if is_scored(task, config.split) and not (config.skip or config.limit):
@@ -169,30 +169,30 @@ def _written(config: SourceConfig, out: Path) -> Path:
             f"data.path=[{{path: {config.path}, split: {config.split}, skip: 250, limit: 50}}]",
         )
     chosen = with_split(task, config.split)
-    wanted = {
+    request = {
         "task": task.name,
         "split": config.split,
         "skip": config.skip,
         "limit": config.limit,
         "definition_sha256": hash_json(chosen.spec.model_dump(exclude_defaults=True)),
     }
-    known = entries_of(out / RECORD)
-    for entry in known:
+    entries = entries_of(out / RECORD)
+    for entry in entries:
         file = out / entry["file"]
-        if all(entry[key] == value for key, value in wanted.items()) and file.is_file():
+        if all(entry[key] == value for key, value in request.items()) and file.is_file():
             return file
     rows = training_rows(chosen, load_rows(chosen), config.skip, config.limit)
-    name = f"{task.name}-{hash_json(wanted)[:8]}.jsonl"
+    name = f"{task.name}-{hash_json(request)[:8]}.jsonl"
     file = out / FOLDER / name
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_text(file, text)
     entry = {
-        **wanted,
+        **request,
         "scored_split": is_scored(task, config.split),
         "file": f"{FOLDER}/{name}",
         "sha256": hash_file(file),
         "rows": [int(row["id"].rsplit("/", 1)[1]) for row in rows],
         "keys": [row["key"] for row in rows],
     }
-    write_json(out / RECORD, {"schema_version": SCHEMA_VERSION, "sources": [*known, entry]})
+    write_json(out / RECORD, {"schema_version": SCHEMA_VERSION, "sources": [*entries, entry]})
     return file

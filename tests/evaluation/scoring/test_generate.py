@@ -12,7 +12,12 @@ from mlx_lm import load
 
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.scoring import generate
-from mlx_slim.evaluation.scoring.answer_cache import footprint, joins, planned_footprint, shares
+from mlx_slim.evaluation.scoring.answer_cache import (
+    footprint,
+    joins,
+    planned_footprint,
+    supports_shared_prefix,
+)
 from mlx_slim.evaluation.scoring.generate import GenerationCounts, generate_batch
 from mlx_slim.models.load import load as load_ours
 from tests.support.tiny import MIXTURES, fixed_answer_model, tiny_model
@@ -95,14 +100,16 @@ def test_equals_one_at_a_time(
     assert answers[1].stop_reason == "eos"
 
 
-def test_stops_at_the_tokenizers_own_end_by_default(tiny: Callable[..., Path]) -> None:
+def test_stops_at_the_tokenizers_eos_by_default(tiny: Callable[..., Path]) -> None:
     model, tokenizer = load(str(tiny()))
     prompts = _prompts(tokenizer, "")
     tokenizer.eos_token_ids = {_reference(model, prompts[0], 1, set())[0]}
     assert generate_batch(model, tokenizer, prompts[:1], 5)[0].ids == []
 
 
-def test_identical_prompts_share_all_but_their_last_token(tiny: Callable[..., Path]) -> None:
+def test_identical_prompts_have_all_but_their_last_token_in_common(
+    tiny: Callable[..., Path],
+) -> None:
     model, tokenizer = load(str(tiny()))
     prompt = tokenizer.encode("twice the same prompt", add_special_tokens=False)
     one, two = generate_batch(model, tokenizer, [prompt, prompt], 6, ())
@@ -213,13 +220,13 @@ def test_windows_are_copied_and_bounded(tmp_path: Path) -> None:
     changes |= {"query_pre_attn_scalar": 16, "rope_local_base_freq": 1e4}
     folder = tiny_model(tmp_path / "g", "llama", **{**changes, "model_type": "gemma3_text"})
     model, tokenizer = load(str(folder))
-    assert not shares(model)
+    assert not supports_shared_prefix(model)
     prompts = _many(tokenizer)[:8]
     one, many = (generate_batch(model, tokenizer, prompts, 4, (), batch_size=n) for n in (1, 8))
     assert one == many
-    found = footprint(model)
-    assert {window for _, window in found.layers} == {64, None}
-    assert found.cache_bytes(1000) < planned_footprint({"hidden_size": 64, "head_dim": 16,
+    memory = footprint(model)
+    assert {window for _, window in memory.layers} == {64, None}
+    assert memory.cache_bytes(1000) < planned_footprint({"hidden_size": 64, "head_dim": 16,
         "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}, 4,
     ).cache_bytes(1000)  # fmt: skip
 
@@ -228,7 +235,7 @@ def test_mlx_lm_attends_as_before_afterwards(tiny: Callable[..., Path]) -> None:
     from mlx_lm.models import base, llama
 
     model, tokenizer = load(str(tiny()))
-    assert shares(model)
+    assert supports_shared_prefix(model)
     generate_batch(model, tokenizer, _prompts(tokenizer, "the same beginning: "), 2, ())
     assert llama.scaled_dot_product_attention is base.scaled_dot_product_attention
 

@@ -41,13 +41,13 @@ def _questions(seed: int = 0, questions: int = 9, root: tuple[int, ...] = ()) ->
 
 
 def _differences(scores: Any, model: Any, requests: Any) -> list[str]:
-    """Return what the plain scorer finds otherwise, by more than 1e-3 nats."""
-    found = []
+    """Return the scores that differ from the plain scorer's by more than 1e-3 nats."""
+    differences = []
     for index, (score, request) in enumerate(zip(scores, requests, strict=True)):
         expected, greedy = plain_score(model, request.ids, request.start)
         if abs(score.loglikelihood - expected) > 1e-3 or score.greedy != greedy:
-            found.append(f"request {index}: {score}, expected {expected} {greedy}")
-    return found
+            differences.append(f"request {index}: {score}, expected {expected} {greedy}")
+    return differences
 
 
 def _greedy_request(model: Any, context: tuple[int, ...], length: int) -> Request:
@@ -144,7 +144,7 @@ def _built(config: dict) -> object:
     return model
 
 
-def test_sliding_windows_are_kept_by_the_mask() -> None:
+def test_the_mask_implements_sliding_windows() -> None:
     config = {
         "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128,
         "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
@@ -172,7 +172,7 @@ def test_a_recurrent_model_falls_back_and_says_so() -> None:
     assert _differences(scorer.score(requests, SHOTS), model, requests) == []
 
 
-def test_a_model_that_ignores_its_cache_is_found_out(tiny: Callable[..., Path]) -> None:
+def test_a_model_that_ignores_its_cache_is_detected(tiny: Callable[..., Path]) -> None:
     model = load(tiny()).model
 
     class Forgetful:
@@ -211,15 +211,15 @@ def test_real_scores_are_those_of_the_reference_harness(
         out = tmp_path / task
         evaluate(smollm2, [task], out, EvalOptions(limit=count, data_dir=data_mirror))
         lines = (out / f"samples_{task}.jsonl").read_text(encoding="utf-8").splitlines()
-        found = [json.loads(line) for line in lines]
-        assert len(found) == count
-        for sample, wanted in zip(found, expected["samples"], strict=False):
-            values, known = sample["loglikelihoods"], wanted["loglikelihoods"]
-            assert values == pytest.approx(known, abs=0.01)
-            best = sorted(known)[-2:]
+        samples = [json.loads(line) for line in lines]
+        assert len(samples) == count
+        for sample, reference in zip(samples, expected["samples"], strict=False):
+            values, reference_values = sample["loglikelihoods"], reference["loglikelihoods"]
+            assert values == pytest.approx(reference_values, abs=0.01)
+            best = sorted(reference_values)[-2:]
             if best[1] - best[0] > 0.01:
-                assert sample["prediction"] == known.index(max(known))
-                assert sample["acc"] == wanted["acc"]
-            if "acc_norm" in wanted:
-                assert sample["acc_norm"] == wanted["acc_norm"]
-            assert sample["target"] == wanted["target"]
+                assert sample["prediction"] == reference_values.index(max(reference_values))
+                assert sample["acc"] == reference["acc"]
+            if "acc_norm" in reference:
+                assert sample["acc_norm"] == reference["acc_norm"]
+            assert sample["target"] == reference["target"]

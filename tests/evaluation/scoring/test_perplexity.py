@@ -16,8 +16,8 @@ from mlx_slim.models.load import load_tokenizer
 
 
 def test_the_windows_are_those_of_the_harness() -> None:
-    found = windows(range(10), 99, 4)
-    assert [(request.inputs, request.ids[request.start :]) for request in found] == [
+    requests = windows(range(10), 99, 4)
+    assert [(request.inputs, request.ids[request.start :]) for request in requests] == [
         ((99, 0, 1, 2), (0, 1, 2, 3)),
         ((3, 4, 5, 6), (4, 5, 6, 7)),
         ((5, 6, 7, 8), (8, 9)),
@@ -27,16 +27,16 @@ def test_the_windows_are_those_of_the_harness() -> None:
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 8, 9, 23])
 @pytest.mark.parametrize("longest", [1, 2, 4, 30])
 def test_every_token_is_predicted_once_with_full_windows(count: int, longest: int) -> None:
-    found = windows(range(count), 99, longest)
-    targets = [token for request in found for token in request.ids[request.start :]]
+    requests = windows(range(count), 99, longest)
+    targets = [token for request in requests for token in request.ids[request.start :]]
     assert targets == list(range(count))
-    assert all(len(request.inputs) <= longest for request in found)
-    assert all(request.start >= 1 for request in found)
+    assert all(len(request.inputs) <= longest for request in requests)
+    assert all(request.start >= 1 for request in requests)
     full = min(longest, count)
-    assert all(len(request.inputs) >= full for request in found)
+    assert all(len(request.inputs) >= full for request in requests)
 
 
-def test_rows_are_documents_of_their_own(tiny: Callable[..., Path], tmp_path: Path) -> None:
+def test_each_row_is_a_document(tiny: Callable[..., Path], tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "one two"}\n\n{"text": " "}\n{"text": "drei\\u2028vier", "id": 3}\n')
     texts = read_texts(path)

@@ -15,18 +15,18 @@ from mlx_slim.evaluation.scoring.requests import Request
 def _random_requests(seed: int, count: int = 60) -> list[Request]:
     """Requests that branch off from each other's prefixes, duplicates among them."""
     draw = random.Random(seed)
-    known: list[tuple[int, ...]] = [()]
+    prefixes: list[tuple[int, ...]] = [()]
     requests = []
     for _ in range(count):
-        base = draw.choice(known)
+        base = draw.choice(prefixes)
         base = base[: draw.randint(0, len(base))]
         ids = base + tuple(draw.randint(0, 3) for _ in range(draw.randint(2, 14)))
-        known.append(ids)
+        prefixes.append(ids)
         requests.append(Request(ids, draw.randint(1, len(ids) - 1)))
     return requests + requests[:3]
 
 
-def _asked(requests: list[Request]) -> set[tuple[int, int, int]]:
+def _scored_targets(requests: list[Request]) -> set[tuple[int, int, int]]:
     """(request, input position, target) of everything that must be scored."""
     return {
         (index, place - 1, request.ids[place])
@@ -43,7 +43,7 @@ def test_paths_spell_the_inputs_and_every_target_is_scored_once(
 ) -> None:
     requests = _random_requests(seed)
     nodes = prefix_tree.build(requests, longest=longest, sharing=sharing)
-    found = []
+    scored = []
     paths: list[tuple[int, ...]] = []
     for index, node in enumerate(nodes):
         assert node.parent < index
@@ -57,9 +57,9 @@ def test_paths_spell_the_inputs_and_every_target_is_scored_once(
             for request, target in pairs:
                 end = node.offset + position
                 assert requests[request].ids[: end + 1] == paths[index][: end + 1]
-                found.append((request, end, target))
-    assert len(found) == len(set(found))
-    assert set(found) == _asked(requests)
+                scored.append((request, end, target))
+    assert len(scored) == len(set(scored))
+    assert set(scored) == _scored_targets(requests)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -94,12 +94,12 @@ def test_batches_hold_every_row_once_and_keep_the_budget() -> None:
     draw = random.Random(1)
     lengths = [draw.randint(1, 60) for _ in range(100)] + [300]
     nodes = [prefix_tree.Node((0,) * length, -1, 0, 0) for length in lengths]
-    found = prefix_tree.batches(nodes, range(len(nodes)), 128)
-    assert sorted(i for rows in found for i in rows) == list(range(101))
-    for rows in found:
+    groups = prefix_tree.batches(nodes, range(len(nodes)), 128)
+    assert sorted(i for rows in groups for i in rows) == list(range(101))
+    for rows in groups:
         padded = max(lengths[i] for i in rows) * len(rows)
         assert padded <= 128 or len(rows) == 1
-    padding = sum(max(lengths[i] for i in rows) * len(rows) for rows in found) / sum(lengths)
+    padding = sum(max(lengths[i] for i in rows) * len(rows) for rows in groups) / sum(lengths)
     assert padding < 1.06
     assert prefix_tree.batches(nodes, [], 128) == []
 

@@ -140,7 +140,7 @@ def test_a_prompt_leaves_room_for_the_answer(plain: Any) -> None:
         encoder.prompt("abc", 10)
 
 
-def test_the_longest_input_is_found_in_config_or_tokenizer(plain: Any) -> None:
+def test_the_longest_input_comes_from_config_or_tokenizer(plain: Any) -> None:
     assert max_length({"max_position_embeddings": 77}, plain) == 77
     assert max_length({"text_config": {"n_ctx": 5}}, plain) == 5
     assert max_length({}, plain) == 512

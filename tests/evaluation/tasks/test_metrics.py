@@ -69,9 +69,9 @@ def test_any_of_several_right_choices_counts() -> None:
 
 @pytest.mark.parametrize(("text", "right"), [(" paris.", 1), ("PARIS, France", 1), ("Lyon", 0)])
 def test_any_of_several_right_texts_counts(tmp_path: Path, text: str, right: int) -> None:
-    rules = "ignore_case: true\nignore: ['\\.']\nmetrics: [exact_match, word_match]\n"
-    rules += "filters: {word: {pattern: '(\\w+)'}}\n"
-    task = write_task(tmp_path, GENERATION + rules)
+    settings = "ignore_case: true\nignore: ['\\.']\nmetrics: [exact_match, word_match]\n"
+    settings += "filters: {word: {pattern: '(\\w+)'}}\n"
+    task = write_task(tmp_path, GENERATION + settings)
     question = Question(0, None, "c", (), (), "Paris", ("Paris, France.",))
     record = record_generation(task, question, text, "eos")
     assert record["target"] == ["paris", "paris, france"]
@@ -188,7 +188,7 @@ def test_macro_f1_and_its_jackknife(seed: Any) -> None:
     assert figure["k"] is None
 
 
-def test_macro_f1_of_known_cases() -> None:
+def test_macro_f1_of_reference_cases() -> None:
     def value(pairs: Any):
         return summarize(find_task("pubmedqa"), _pairs(pairs))["metrics"]["macro_f1"]["value"]
 

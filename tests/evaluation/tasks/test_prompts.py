@@ -36,13 +36,13 @@ def _questions(task: Task, rows: Any, shots: Any = (), num_fewshot: Any = 0, **m
 def test_prompts_are_the_reference_s_to_the_byte(
     data_mirror: Path, references: Path, file: str, name: str
 ) -> None:
-    known = json.loads((references / f"{file}.json").read_text(encoding="utf-8"))
+    reference = json.loads((references / f"{file}.json").read_text(encoding="utf-8"))
     task = find_task(name)
     rows = load_rows(task, data_mirror)
-    questions = build_questions(task, rows, known["num_fewshot"], len(known["samples"]))
+    questions = build_questions(task, rows, reference["num_fewshot"], len(reference["samples"]))
     first = questions[0]
-    assert known["first_arguments"] == [[first.context, choice] for choice in first.choices]
-    assert [sample["target"] for sample in known["samples"]] == [q.target for q in questions]
+    assert reference["first_arguments"] == [[first.context, choice] for choice in first.choices]
+    assert [sample["target"] for sample in reference["samples"]] == [q.target for q in questions]
 
 
 @pytest.mark.parametrize("name", sorted(SIZES))
@@ -89,11 +89,11 @@ def test_gsm8k_shots_are_the_first_five_training_rows(tmp_path: Path) -> None:
     shots = "".join(f"Question: q{n}\nAnswer: a{n} #### {n}\n\n" for n in range(5))
     assert question.context == f"{shots}Question: t\nAnswer:"
     assert (question.choices, question.target) == ((), "x #### 1")
-    with pytest.raises(SlimError, match="9 shots asked for, but its split 'train' has 8 rows"):
+    with pytest.raises(SlimError, match="9 shots requested, but its split 'train' has 8 rows"):
         build_questions(task, load_rows(task, tmp_path), 9)
 
 
-def test_mmlu_shots_are_the_subject_s_own_and_limits_are_per_subject() -> None:
+def test_mmlu_shots_and_limits_are_per_subject() -> None:
     rows = [mmlu_row(subject, n) for n in range(3) for subject in ("virology", "us_foreign_policy")]
     shots = [mmlu_row(s, n) for n in (7, 8) for s in ("us_foreign_policy", "virology", "anatomy")]
     questions = _questions(find_task("mmlu"), rows, shots, 2, limit=2)
@@ -107,11 +107,11 @@ def test_mmlu_shots_are_the_subject_s_own_and_limits_are_per_subject() -> None:
         "us_foreign_policy question 0\nA. a0\nB. b0\nC. c0\nD. d0\nAnswer:"
     )
     assert questions[0].choices == (" A", " B", " C", " D")
-    with pytest.raises(SlimError, match=r"3 shots asked for.* has 2 rows of virology"):
+    with pytest.raises(SlimError, match=r"3 shots requested.* has 2 rows of virology"):
         _questions(find_task("mmlu"), rows, shots, 3)
 
 
-def test_a_question_is_never_among_its_own_examples() -> None:
+def test_a_question_is_never_among_its_examples() -> None:
     rows = [
         {"question": f"q{n}?", "context": {"contexts": [f"c{n}", "d"]}, "final_decision": "maybe"}
         for n in range(4)
@@ -122,7 +122,7 @@ def test_a_question_is_never_among_its_own_examples() -> None:
     for question, row in zip(questions, rows, strict=True):
         assert question.context.count(row["question"]) == 1
         assert question.context.count("Answer:") == 3
-    with pytest.raises(SlimError, match="4 shots asked for"):
+    with pytest.raises(SlimError, match="4 shots requested"):
         _questions(find_task("pubmedqa"), rows, rows, 4)
 
 
@@ -133,7 +133,7 @@ def test_a_question_is_no_example_of_itself_wherever_examples_come_from(tmp_path
     assert contexts == ["p1 c1\n\np0", "p0 c0\n\np1", "p0 c0\n\np2"]
     task = write_task(tmp_path, GENERATION.replace("shots: rows", "shots: ./other"), other=rows[:2])
     assert [q.context for q in build_questions(task, load_rows(task), 1)] == contexts
-    with pytest.raises(SlimError, match=r"2 shots asked for.* has 1 rows"):
+    with pytest.raises(SlimError, match=r"2 shots requested.* has 1 rows"):
         build_questions(task, load_rows(task), 2)
 
 
@@ -256,12 +256,12 @@ def test_a_list_of_right_answers_shows_its_first_in_an_example(tmp_path: Path) -
 def test_right_answers_are_a_list_a_filter_or_templates(tmp_path: Path, target: str) -> None:
     text = "kind: generation\ndata: {path: rows.jsonl}\nfields: {question: text}\nprompt: '?'\n"
     task = write_task(tmp_path, f"{text}target: {target}\n", rows=[quiz(1)])
-    found = load_rows(task)
-    assert build_questions(task, found)[0].targets == ("n1", "x")
+    task_rows = load_rows(task)
+    assert build_questions(task, task_rows)[0].targets == ("n1", "x")
     write_rows(tmp_path / "rows.jsonl", [{**quiz(1), "answer": 1}])
-    assert load_rows(task).checksum == found.checksum  # no template reads the answer
+    assert load_rows(task).checksum == task_rows.checksum  # no template reads the answer
     write_rows(tmp_path / "rows.jsonl", [{**quiz(1), "options": ["n2", "x"]}])
-    assert load_rows(task).checksum != found.checksum
+    assert load_rows(task).checksum != task_rows.checksum
 
 
 def test_macro_f1_needs_one_right_choice(tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_chat_prompts_are_the_training_prompts(tiny: Callable[..., Path], tmp_pa
     tokenizer = load_tokenizer(tiny())
     task = find_task("demo_exact_match")
     chat = Chat.of(load_template("auto", tokenizer))
-    assert chat.own_bos
+    assert chat.renders_bos
     first = build_questions(task, load_rows(task), limit=1, chat=chat)[0]
     messages = [
         {"role": "system", "content": task.spec.description},
@@ -307,10 +307,10 @@ def test_chat_prompts_are_the_training_prompts(tiny: Callable[..., Path], tmp_pa
     plain = Chat.of(load_template("auto", tokenizer))
     first = build_questions(task, load_rows(task), limit=1, chat=plain)[0]
     assert first.context == f"{task.spec.description}\n\n{messages[1]['content']}"
-    assert not plain.own_bos
+    assert not plain.renders_bos
 
 
-def test_generation_rows_of_ones_own(tmp_path: Path) -> None:
+def test_generation_rows_of_a_users_task(tmp_path: Path) -> None:
     rows = [{"prompt": f"p{n}", "completion": f"c{n}"} for n in range(3)]
     task = write_task(tmp_path, GENERATION, rows=rows)
     contexts = [q.context for q in build_questions(task, load_rows(task), 0)]

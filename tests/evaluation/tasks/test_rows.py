@@ -28,7 +28,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-def test_a_mirror_is_found_by_argument_or_variable(
+def test_a_mirror_is_set_by_argument_or_variable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_rows(tmp_path / "arc_easy" / "test.jsonl", [ARC, ARC])
@@ -56,13 +56,13 @@ def test_missing_rows_say_what_and_where(tmp_path: Path) -> None:
         load_rows(find_task("arc_easy"), tmp_path)
 
 
-def test_missing_shots_do_not_matter_until_they_are_wanted(tmp_path: Path) -> None:
+def test_missing_shots_do_not_matter_until_they_are_used(tmp_path: Path) -> None:
     write_rows(tmp_path / "arc_challenge" / "test.jsonl", [ARC])
-    found = load_rows(find_task("arc_challenge"), tmp_path)
+    task_rows = load_rows(find_task("arc_challenge"), tmp_path)
     with pytest.raises(SlimError, match=r"split 'train': .*arc_challenge/train\.jsonl does not"):
-        len(found.shots)
+        len(task_rows.shots)
     write_rows(tmp_path / "arc_challenge" / "train.jsonl", [ARC] * 3)
-    assert len(found.shots) == 3
+    assert len(task_rows.shots) == 3
 
 
 def test_bioasq_reads_the_official_file_and_says_how_to_get_it(tmp_path: Path) -> None:
@@ -75,12 +75,12 @@ def test_bioasq_reads_the_official_file_and_says_how_to_get_it(tmp_path: Path) -
                  {**yes, "exact_answer": "no", "ideal_answer": ["x"]}]  # fmt: skip
     (tmp_path / "bioasq").mkdir()
     (tmp_path / "bioasq" / "test.json").write_text(json.dumps({"questions": questions}))
-    found = load_rows(task, tmp_path)
-    assert [row["exact_answer"] for row in found.rows] == ["yes", "no"]
+    task_rows = load_rows(task, tmp_path)
+    assert [row["exact_answer"] for row in task_rows.rows] == ["yes", "no"]
     assert count_rows(task, tmp_path) == 2
-    assert found.place(1).endswith("test.json, questions, row 3")
+    assert task_rows.place(1).endswith("test.json, questions, row 3")
     write_rows(tmp_path / "bioasq" / "test.jsonl", questions)
-    assert load_rows(task, tmp_path).checksum == found.checksum
+    assert load_rows(task, tmp_path).checksum == task_rows.checksum
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_other_wrong_rows(tmp_path: Path) -> None:
     with pytest.raises(SlimError, match="answer is true: expected a whole number"):
         load_rows(find_task("mmlu"), tmp_path)
     write_rows(tmp_path / "mmlu" / "test.jsonl", [mmlu_row("anatomie", 1)])
-    with pytest.raises(SlimError, match="none of the 57 parts of mmlu") as caught:
+    with pytest.raises(SlimError, match="none of the 57 subtasks of mmlu") as caught:
         load_rows(find_task("mmlu"), tmp_path)
     assert "anatomy" in caught.value.hint
     scene = {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": ["d"], "label": 3}
@@ -125,12 +125,12 @@ def test_other_wrong_rows(tmp_path: Path) -> None:
         load_rows(find_task("gsm8k"), tmp_path)
 
 
-def test_a_part_has_its_own_rows_and_numbers(tmp_path: Path) -> None:
+def test_a_subtask_has_separate_rows_and_numbers(tmp_path: Path) -> None:
     rows = [mmlu_row("anatomy", 0), mmlu_row("virology", 1), mmlu_row("anatomy", 2)]
     write_rows(tmp_path / "mmlu" / "test.jsonl", rows)
-    found = load_rows(find_task("mmlu_anatomy"), tmp_path)
-    assert found.rows == [rows[0], rows[2]]
-    assert found.place(1).endswith("line 3")
+    task_rows = load_rows(find_task("mmlu_anatomy"), tmp_path)
+    assert task_rows.rows == [rows[0], rows[2]]
+    assert task_rows.place(1).endswith("line 3")
     assert count_rows(find_task("mmlu_anatomy"), tmp_path) == 2
     with pytest.raises(SlimError, match="no row of philosophy"):
         load_rows(find_task("mmlu_philosophy"), tmp_path)
@@ -152,14 +152,14 @@ def test_files_of_a_users_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     import pyarrow.parquet
 
     task = write_task(tmp_path, CHOICE, rows=[quiz(1), quiz(2)], shots=[quiz(3)])
-    found = load_rows(task)
-    assert (len(found.rows), len(found.shots)) == (2, 1)
+    task_rows = load_rows(task)
+    assert (len(task_rows.rows), len(task_rows.shots)) == (2, 1)
     (tmp_path / "rows.json").write_text(json.dumps([quiz(1), quiz(2)]))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([quiz(1), quiz(2)]),
                                 tmp_path / "rows.parquet")  # fmt: skip
     for name in ("rows.json", "rows.parquet"):
         other = write_task(tmp_path, CHOICE.replace("rows.jsonl", name))
-        assert load_rows(other).checksum == found.checksum
+        assert load_rows(other).checksum == task_rows.checksum
     (tmp_path / "shots.jsonl").unlink()
     with pytest.raises(SlimError, match=r"shots\.jsonl does not exist"):
         len(load_rows(task).shots)
@@ -180,21 +180,21 @@ def test_a_users_task_can_name_a_data_set_of_the_mirror(tmp_path: Path) -> None:
 
 
 def test_the_hub_is_asked_for_the_pinned_revision(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    requests = []
 
     def load(match: Any, config: Any):
-        asked.append((match["id"], match["config"], match["rev"], config.split))
+        requests.append((match["id"], match["config"], match["rev"], config.split))
         row = {"pubid": 1, "question": "q", "context": {"contexts": ["c"]}, "final_decision": "no"}
         return [row]
 
     monkeypatch.setattr(sources, "_load_hub", load)
     task = find_task("pubmedqa")
-    found = load_rows(task)
+    task_rows = load_rows(task)
     revision = task.spec.data.revision
-    assert asked == [("qiaojin/PubMedQA", "pqa_labeled", revision, "train")]
-    assert found.source == f"qiaojin/PubMedQA:pqa_labeled@{revision}"
-    assert found.place(0).endswith(", row 1")
-    assert shots_checksum(task, found, 0) is None
-    assert shots_checksum(task, found, 1) == found.checksum
+    assert requests == [("qiaojin/PubMedQA", "pqa_labeled", revision, "train")]
+    assert task_rows.source == f"qiaojin/PubMedQA:pqa_labeled@{revision}"
+    assert task_rows.place(0).endswith(", row 1")
+    assert shots_checksum(task, task_rows, 0) is None
+    assert shots_checksum(task, task_rows, 1) == task_rows.checksum
     with pytest.raises(SlimError, match="no field 'question_stem'"):
         load_rows(find_task("openbookqa"))

@@ -33,17 +33,17 @@ def test_mmlu_has_57_parts_in_4_categories_each_a_task() -> None:
     mmlu = find_task("mmlu")
     groups = mmlu.spec.subgroups
     assert groups is not None
-    assert len(mmlu.parts) == 57
-    sizes = {name: len(parts) for name, parts in groups.categories.items()}
+    assert len(mmlu.subtasks) == 57
+    sizes = {name: len(subtasks) for name, subtasks in groups.categories.items()}
     assert sizes == {"stem": 19, "humanities": 13, "social_sciences": 12, "other": 13}
-    for part in mmlu.parts:
+    for part in mmlu.subtasks:
         task = find_task(f"mmlu_{part}")
-        assert (task.name, task.part, task.parts) == (f"mmlu_{part}", part, ())
+        assert (task.name, task.part, task.subtasks) == (f"mmlu_{part}", part, ())
     assert find_task("mmlu-us-foreign-policy").name == "mmlu_us_foreign_policy"
     assert find_task("demo-exact-match") == find_task("demo_exact_match")
 
 
-def test_suites_bring_their_own_shots() -> None:
+def test_suites_define_their_shots() -> None:
     chosen = expand(["leaderboard-v1"])
     assert {s.task.name: s.num_fewshot for s in chosen} == {
         "arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "gsm8k": 5,
@@ -72,7 +72,7 @@ def test_expand_takes_defaults_commas_and_repeats() -> None:
         (["./none.yaml"], None, "none.yaml does not exist"),
         ([], None, "no task is named"),
         (["seed"], 3, "the suite seed has its own shots"),
-        (["seed", "hellaswag", "gsm8k", "leaderboard-v1"], None, "hellaswag is asked for twice"),
+        (["seed", "hellaswag", "gsm8k", "leaderboard-v1"], None, "hellaswag is named twice"),
         (["gsm8k"], 1000, "from 0 to 100"),
         (["gsm8k"], -1, "from 0 to 100"),
     ],
@@ -88,7 +88,7 @@ def test_a_suite_is_no_task() -> None:
     assert "hellaswag" in caught.value.hint
 
 
-def test_a_file_of_ones_own(tmp_path: Path) -> None:
+def test_a_users_task_file(tmp_path: Path) -> None:
     task = write_task(tmp_path, CHOICE)
     assert (task.name, task.kind, task.num_fewshot) == ("mine", "multiple_choice", 0)
     assert task.metrics == ("acc", "acc_norm")

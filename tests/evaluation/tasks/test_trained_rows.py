@@ -52,8 +52,8 @@ def source(split: Any = "train", **more: Any) -> SourceConfig:
 
 def test_rows_are_written_once_and_declared(mirror: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    found = finder(out)(source(skip=2, limit=3))
-    rows = [raw.value for raw in found]
+    raw_rows = finder(out)(source(skip=2, limit=3))
+    rows = [raw.value for raw in raw_rows]
     assert [row["prompt"] for row in rows] == [
         f"The train question number {i} is about" for i in (2, 3, 4)
     ]
@@ -120,7 +120,7 @@ def test_scoring_counts_the_questions_that_were_trained_on(
     section, warnings = score("all", adapter=out / "adapters")
     assert section["trained_on"] == {"questions": 3, "runs": ["run-test"]}
     assert warnings == [
-        "openbookqa: 3 of the 12 questions asked were trained on in run-test",
+        "openbookqa: 3 of the 12 questions were trained on in run-test",
     ]
     assert score("few", adapter=out / "adapters", limit=10)[0]["trained_on"]["questions"] == 2
     # Disjoint rows, and an untrained model, are not warned of.
@@ -132,7 +132,7 @@ def test_scoring_counts_the_questions_that_were_trained_on(
         assert warnings == []
 
 
-def test_what_is_made_of_a_trained_model_declares_its_rows(
+def test_a_model_derived_from_a_trained_one_declares_its_rows(
     mirror: Path, tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     text = tmp_path / "text.txt"
@@ -141,20 +141,20 @@ def test_what_is_made_of_a_trained_model_declares_its_rows(
     adapters = run(model, tmp_path, "test", skip=8, limit=3) / "adapters"
     keys = trained_keys([adapters]).keys()
     assert len(keys) == 3
-    made = {name: tmp_path / name for name in ("fused", "kept", "narrow", "rounded")}
+    models = {name: tmp_path / name for name in ("fused", "kept", "narrow", "rounded")}
     dense = FuseOptions(calibration=str(text), length=16)
-    fuse(model, adapters, made["fused"], dense)
-    fuse(model, adapters, made["kept"], replace(dense, mode="keep"))
+    fuse(model, adapters, models["fused"], dense)
+    fuse(model, adapters, models["kept"], replace(dense, mode="keep"))
     half = PruneOptions(ratio=0.5, method="l2", calibration=str(text), length=16, held_out=16)
-    prune(made["fused"], made["narrow"], half)
+    prune(models["fused"], models["narrow"], half)
     four_bit = CompressOptions(QuantizeConfig(group_size=32), fidelity_samples=0)
-    compress(made["narrow"], made["rounded"], four_bit)
-    again = run(made["fused"], tmp_path, "train", "full")
+    compress(models["narrow"], models["rounded"], four_bit)
+    again = run(models["fused"], tmp_path, "train", "full")
     for name in ("fused", "narrow", "rounded"):
-        assert trained_keys([made[name]]).keys() == keys, name
+        assert trained_keys([models[name]]).keys() == keys, name
     # Base and adapter side by side: it is the adapter that was trained on them.
-    assert not trained_keys([made["kept"]])
-    assert trained_keys([made["kept"] / "adapters"]).keys() == keys
+    assert not trained_keys([models["kept"]])
+    assert trained_keys([models["kept"] / "adapters"]).keys() == keys
     assert trained_keys([again / "model"]).keys() > keys
     assert not trained_keys([model])
 
@@ -182,8 +182,8 @@ def test_a_resume_refuses_rows_that_were_changed(
         finetune(from_values(recipe, "small", "test"), out, observer=Recorder(), resume=True)
 
 
-def test_a_task_of_one_s_own_with_parts(tmp_path: Path, tiny: Callable[..., Path]) -> None:
+def test_a_users_task_with_subtasks(tmp_path: Path, tiny: Callable[..., Path]) -> None:
     choice, _, _ = write_tasks(tmp_path / "tasks")
-    found = finder(tmp_path / "run")(SourceConfig(path=f"task:{choice}", skip=20, limit=2))
-    assert [raw.value["id"] for raw in found] == ["toy_choice/train/20", "toy_choice/train/21"]
+    raw_rows = finder(tmp_path / "run")(SourceConfig(path=f"task:{choice}", skip=20, limit=2))
+    assert [raw.value["id"] for raw in raw_rows] == ["toy_choice/train/20", "toy_choice/train/21"]
     assert find_task(str(choice)).name == "toy_choice"

@@ -1,4 +1,4 @@
-"""Rows that live views are made of."""
+"""Building blocks of live views: clock, progress row, memory row."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from rich.text import Text
 
 from mlx_slim import runtime
 
-_RECENT = 30  # steps that the remaining time is judged by: a slow first one is soon forgotten
+_RECENT = 30  # steps in the estimate of the remaining time: a slow first one drops out
 
 
 class Clock:
-    """How long it will take: the rate of the last steps, carried on to the end."""
+    """Estimate of the remaining time from the rate of the last steps."""
 
     def __init__(self) -> None:
         self._times: deque[tuple[float, float]] = deque(maxlen=_RECENT)
@@ -24,7 +24,7 @@ class Clock:
         return now - self._times[-1][1] if self._times else 0.0
 
     def mark(self, done: float, now: float) -> None:
-        """Note that ``done`` (of any unit) was reached at ``now``, seconds."""
+        """Record that ``done`` (of any unit) was reached at ``now``, seconds."""
         self._times.append((done, now))
 
     def rate(self) -> float | None:
@@ -52,22 +52,22 @@ def eta(seconds: float | None) -> str:
     return "–" if seconds is None else runtime.human_seconds(seconds)
 
 
-def progress_row(label: str, share: float | None, end: str) -> Table:
-    """Return a bar between what it is about and how it ends."""
+def progress_row(label: str, fraction: float | None, end: str) -> Table:
+    """Return a progress bar between ``label`` and ``end``."""
     row = Table.grid(expand=True, padding=(0, 1))
     row.add_column(no_wrap=True)
     row.add_column(ratio=1)
     row.add_column(no_wrap=True, justify="right")
-    percent = "  – " if share is None else f"{share:>4.0%}"
-    bar = ProgressBar(total=1.0, completed=share or 0.0)
+    percent = "  – " if fraction is None else f"{fraction:>4.0%}"
+    bar = ProgressBar(total=1.0, completed=fraction or 0.0)
     row.add_row(Text(label, style="bold"), bar, f"{percent}  {end}")
     return row
 
 
 def memory_row(active: int, peak: int, budget: int) -> Table:
-    """Return memory in use and at its peak, in bytes, as a bar of the budget."""
-    share = peak / budget if budget else 0.0
-    style = "green" if share < 0.75 else "yellow" if share < 0.9 else "red"
+    """Return memory in use and at its peak, in bytes, as a bar relative to the budget."""
+    fraction = peak / budget if budget else 0.0
+    style = "green" if fraction < 0.75 else "yellow" if fraction < 0.9 else "red"
     row = Table.grid(expand=True, padding=(0, 1))
     row.add_column(style="dim", width=13, no_wrap=True)
     row.add_column(ratio=1)
