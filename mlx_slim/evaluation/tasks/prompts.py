@@ -67,7 +67,7 @@ class Chat:
 
     Attributes:
         render: (system, user) -> the prompt, up to where the answer begins.
-        own_bos: What it renders brings its own special tokens.
+        renders_bos: The rendered text includes special tokens.
         turns: (system, examples as (question, answer), user) -> the prompt, where examples are
             separate turns; None puts them into the user's message.
         system: Begins every system message, before the task's description.
