@@ -30,7 +30,9 @@ def run_folder(path: Path, artifact: str) -> Path:
 
 @pytest.mark.parametrize("artifact", ["adapters", "model"])
 @pytest.mark.parametrize("base", [None, "base"])
-def test_every_step_is_a_command_that_parses(tmp_path: Path, artifact: str, base) -> None:
+def test_every_step_is_a_command_that_parses(
+    tmp_path: Path, artifact: str, base: str | None
+) -> None:
     out = run_folder(tmp_path / "my run's", artifact)
     steps = [
         *after_run(out, "train", "smollm2-lora", "owner/name", artifact, ["below"], base),
@@ -60,7 +62,9 @@ def test_a_new_folder_of_a_hub_model_is_named_by_its_last_part() -> None:
     assert lines[-1] == "mlx-slim export owner/name --to gguf -o name-gguf"
 
 
-def test_the_block_is_short_aligned_and_on_standard_error(capsys) -> None:
+def test_the_block_is_short_aligned_and_on_standard_error(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     show_next(step("talk", "mlx-slim", "chat", "a b"), NextStep("merge it", "mlx-slim fuse"))
     captured = capsys.readouterr()
     assert captured.out == ""

@@ -59,7 +59,7 @@ def test_smoothing_is_a_mean_from_the_first_point_on() -> None:
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (3.1, 5.9), (0, 7e9), (1e-5, 3e-4), (-2, 2)])
-def test_ticks_are_few_round_and_inside(low, high) -> None:
+def test_ticks_are_few_round_and_inside(low: float, high: float) -> None:
     values = ticks(low, high)
     assert 2 <= len(values) <= 6
     assert all(low - 1e-9 <= value <= high + 1e-9 for value in values)

@@ -6,6 +6,7 @@ Needs the extra ``bench``: ``make parity``.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -15,8 +16,9 @@ from mlx_slim.evaluation.scoring.loglikelihood import LoglikelihoodScorer
 from mlx_slim.evaluation.scoring.perplexity import windows
 from mlx_slim.evaluation.scoring.requests import RequestEncoder, max_length
 from mlx_slim.export.model import export_hf
-from mlx_slim.models.load import load
+from mlx_slim.models.load import Loaded, load
 from tests.parity.torch_side import needed, transformers
+from tests.support.tiny import TinyModels
 
 instances = needed("lm_eval.api.instance")
 huggingface = needed("lm_eval.models.huggingface")
@@ -30,10 +32,11 @@ PAIRS = [
 ]
 TEXT = "Bits per byte of a text that is longer than one window of the model. " * 3
 LONGEST = 96
+Sides = tuple[Any, Loaded]  # the model of the harness, and ours
 
 
 @pytest.fixture(scope="module")
-def sides(tiny, tmp_path_factory):
+def sides(tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Sides:
     """Return the harness's model, and ours, of the same weights."""
     folder = tmp_path_factory.mktemp("harness") / "hf"
     export_hf(tiny("llama"), folder)
@@ -54,7 +57,7 @@ def asked(kind: str, arguments: list[tuple]) -> list:
     ]
 
 
-def test_log_likelihoods_are_those_of_the_harness(sides):
+def test_log_likelihoods_are_those_of_the_harness(sides: Sides) -> None:
     theirs, ours = sides
     expected = theirs.loglikelihood(asked("loglikelihood", PAIRS), disable_tqdm=True)
     encoder = RequestEncoder(ours.tokenizer, LONGEST)
@@ -65,7 +68,7 @@ def test_log_likelihoods_are_those_of_the_harness(sides):
     assert encoder.truncated == 1
 
 
-def test_perplexity_is_that_of_the_harness(sides):
+def test_perplexity_is_that_of_the_harness(sides: Sides) -> None:
     theirs, ours = sides
     requests = asked("loglikelihood_rolling", [(TEXT,)])
     (expected,) = theirs.loglikelihood_rolling(requests, disable_tqdm=True)
@@ -76,7 +79,7 @@ def test_perplexity_is_that_of_the_harness(sides):
     assert found == pytest.approx(expected, abs=1e-2)
 
 
-def test_greedy_answers_are_those_of_the_harness(sides):
+def test_greedy_answers_are_those_of_the_harness(sides: Sides) -> None:
     theirs, ours = sides
     contexts = [context for context, _ in PAIRS if context]
     options = {"until": ["zzz"], "max_gen_toks": 8, "do_sample": False}

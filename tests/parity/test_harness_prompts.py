@@ -117,7 +117,7 @@ def write_task_rows(folder: Path, name: str) -> dict[str, list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("name", list(TASKS))
-def test_examples_and_prompts(tmp_path, name):
+def test_examples_and_prompts(tmp_path: Path, name: str) -> None:
     shots = TASKS[name][3]
     rows = write_task_rows(tmp_path, name)
     task = find_task(name)
@@ -160,7 +160,7 @@ def _harness_model(tokenizer: Any) -> Any:
 @pytest.mark.parametrize("multiturn", [True, False])
 @pytest.mark.parametrize("template", list(TEMPLATES))
 @pytest.mark.parametrize("name", list(TASKS))
-def test_chat_prompts(tmp_path, name, template, multiturn):
+def test_chat_prompts(tmp_path: Path, name: str, template: str, multiturn: bool) -> None:
     tokenizer = _tokenizer(tmp_path, template)
     hf = unwrap(tokenizer)
     theirs = _harness_model(hf)
@@ -186,7 +186,9 @@ def test_chat_prompts(tmp_path, name, template, multiturn):
 @pytest.mark.parametrize("multiturn", [True, False])
 @pytest.mark.parametrize("template", ["chatml", "bos", "mistral"])
 @pytest.mark.parametrize("name", ["openbookqa", "mmlu_anatomy"])  # without and with a description
-def test_system_messages(tmp_path, name, template, multiturn, system):
+def test_system_messages(
+    tmp_path: Path, name: str, template: str, multiturn: bool, system: str
+) -> None:
     hf = unwrap(_tokenizer(tmp_path, template))
     rows = write_task_rows(tmp_path, name)
     task = find_task(name)
@@ -223,7 +225,7 @@ LISTED = [
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_lists_of_right_choices(tmp_path, number):
+def test_lists_of_right_choices(tmp_path: Path, number: int) -> None:
     theirs = _harness_task(
         LISTED,
         output_type="multiple_choice",
@@ -242,7 +244,7 @@ def test_lists_of_right_choices(tmp_path, number):
 
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("ignore_case", [True, False])
-def test_lists_of_right_texts(tmp_path, number, ignore_case):
+def test_lists_of_right_texts(tmp_path: Path, number: int, ignore_case: bool) -> None:
     metric = {"metric": "exact_match", "ignore_case": ignore_case, "regexes_to_ignore": [r"\."]}
     theirs = _harness_task(
         LISTED,

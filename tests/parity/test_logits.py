@@ -152,7 +152,7 @@ def gap(theirs: Any, ours: Any, length: int) -> float:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_logits_are_those_of_transformers(tmp_path, name):
+def test_logits_are_those_of_transformers(tmp_path: Path, name: str) -> None:
     kind, changes, right = CASES[name]
     theirs = torch_model(kind, changes, tmp_path / "m")
     loaded = load(tmp_path / "m", dtype=mx.float32)
@@ -167,7 +167,9 @@ def test_logits_are_those_of_transformers(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", BY_LENGTH)
-def test_rotations_that_depend_on_the_length_are_those_of_transformers(tmp_path, name):
+def test_rotations_that_depend_on_the_length_are_those_of_transformers(
+    tmp_path: Path, name: str
+) -> None:
     kind, changes, boundary = BY_LENGTH[name]
     theirs = torch_model(kind, changes, tmp_path / "m")
     loaded = load(tmp_path / "m", dtype=mx.float32)
@@ -177,7 +179,7 @@ def test_rotations_that_depend_on_the_length_are_those_of_transformers(tmp_path,
         assert gap(theirs, loaded.model, length) < TOLERANCE, length
 
 
-def test_generation_past_the_original_context_is_that_of_transformers(tmp_path):
+def test_generation_past_the_original_context_is_that_of_transformers(tmp_path: Path) -> None:
     from mlx_slim.evaluation.chat import open_session
 
     theirs = torch_model("phi3", {"rope_parameters": LONGROPE}, tmp_path / "m")

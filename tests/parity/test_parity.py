@@ -5,7 +5,9 @@ Needs PyTorch; skipped without it. Run: ``make parity``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,11 +27,11 @@ from tests.parity.torch_side import (
     transformers,
 )
 from tests.support.adapters import write_adapter, write_quantized
-from tests.support.tiny import byte_tokenizer
+from tests.support.tiny import TinyModels, byte_tokenizer
 
 
 @pytest.fixture(scope="module")
-def base(tiny, tmp_path_factory):
+def base(tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return a function: architecture -> a tiny model in Hugging Face's format."""
     made_here: dict[str, Path] = {}
 
@@ -56,7 +58,13 @@ TO_PEFT = [
 
 
 @pytest.mark.parametrize(("architecture", "settings", "dora"), TO_PEFT)
-def test_an_exported_adapter_answers_alike_in_peft(base, tmp_path, architecture, settings, dora):
+def test_an_exported_adapter_answers_alike_in_peft(
+    base: Callable[[str], Path],
+    tmp_path: Path,
+    architecture: str,
+    settings: dict[str, Any],
+    dora: bool,
+) -> None:
     folder = base(architecture)
     adapter = write_adapter(tmp_path / "a", folder, dora=dora, **settings)
     export_peft(adapter, tmp_path / "peft")
@@ -86,7 +94,9 @@ FROM_PEFT = [
 
 
 @pytest.mark.parametrize(("architecture", "settings"), FROM_PEFT)
-def test_an_adapter_of_peft_answers_alike_here(base, tmp_path, architecture, settings):
+def test_an_adapter_of_peft_answers_alike_here(
+    base: Callable[[str], Path], tmp_path: Path, architecture: str, settings: dict[str, Any]
+) -> None:
     folder = base(architecture)
     torch.manual_seed(0)
     config = peft.LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 16, **settings})
@@ -107,7 +117,9 @@ def test_an_adapter_of_peft_answers_alike_here(base, tmp_path, architecture, set
 
 @pytest.mark.parametrize("bits", [None, 4, 8])
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied", "mistral", "phi", "qwen2"])
-def test_exported_models_load_in_transformers(tiny, tmp_path, architecture, bits):
+def test_exported_models_load_in_transformers(
+    tiny: TinyModels, tmp_path: Path, architecture: str, bits: int | None
+) -> None:
     source = tiny(architecture)
     source = write_quantized(tmp_path / "q", source, bits) if bits else source
     export_hf(source, tmp_path / "hf")
@@ -122,7 +134,7 @@ def test_exported_models_load_in_transformers(tiny, tmp_path, architecture, bits
 
 
 @pytest.mark.parametrize("kind", sorted(CLASSES))
-def test_every_architecture_keeps_names_and_values(tmp_path, kind):
+def test_every_architecture_keeps_names_and_values(tmp_path: Path, kind: str) -> None:
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(kind, **TINY)
     if hasattr(config, "head_dim"):
@@ -142,7 +154,7 @@ def test_every_architecture_keeps_names_and_values(tmp_path, kind):
     assert gap(torch_logits(model), mlx_logits(tmp_path / "hf")) < 1e-4
 
 
-def test_a_fused_model_is_what_peft_merges(base, tmp_path):
+def test_a_fused_model_is_what_peft_merges(base: Callable[[str], Path], tmp_path: Path) -> None:
     folder = base("llama")
     adapter = write_adapter(tmp_path / "a", folder, dora=True)
     fuse(folder, adapter, tmp_path / "fused", FuseOptions(samples=1, length=32))

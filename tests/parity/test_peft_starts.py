@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,18 +27,21 @@ from tests.parity.torch_side import (
     torch,
     torch_logits,
 )
+from tests.support.tiny import TinyModels
 
 EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 
 
 @pytest.fixture(scope="module")
-def base(tiny, tmp_path_factory) -> Path:
+def base(tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hf") / "llama"
     export_hf(tiny("llama"), folder)
     return folder
 
 
-def tuned(folder: Path, out: Path, start, convert: bool = False, **settings) -> np.ndarray:
+def tuned(
+    folder: Path, out: Path, start: Any, convert: bool = False, **settings: Any
+) -> np.ndarray:
     """Start an adapter in peft, move it as training would, save it; return its logits."""
     torch.manual_seed(0)
     settings = {"r": 4, "lora_alpha": 12, "target_modules": EVERY, **settings}
@@ -72,7 +76,9 @@ STARTS = [
 
 
 @pytest.mark.parametrize(("start", "settings"), STARTS)
-def test_a_start_gives_the_logits_of_peft(base, tmp_path, start, settings):
+def test_a_start_gives_the_logits_of_peft(
+    base: Path, tmp_path: Path, start: Any, settings: dict[str, Any]
+) -> None:
     expected = tuned(base, tmp_path / "peft", start, **settings)
     loaded = peft.PeftModel.from_pretrained(in_torch(base), tmp_path / "peft")
     assert gap(expected, torch_logits(loaded)) < 1e-4
@@ -81,7 +87,9 @@ def test_a_start_gives_the_logits_of_peft(base, tmp_path, start, settings):
     assert gap(expected, mlx_logits(base)) > 1e-2
 
 
-def test_a_start_that_cannot_be_computed_again_goes_the_way_the_error_names(base, tmp_path):
+def test_a_start_that_cannot_be_computed_again_goes_the_way_the_error_names(
+    base: Path, tmp_path: Path
+) -> None:
     expected = tuned(base, tmp_path / "changed", "pissa_niter_4")
     with pytest.raises(SlimError, match="computes another model") as caught:
         import_peft(tmp_path / "changed", tmp_path / "a", base=str(base))
@@ -97,7 +105,7 @@ def test_a_start_that_cannot_be_computed_again_goes_the_way_the_error_names(base
     assert gap(expected, mlx_logits(base, tmp_path / "c")) < 1e-4
 
 
-def test_the_layers_that_the_settings_name_are_those_of_peft(tiny):
+def test_the_layers_that_the_settings_name_are_those_of_peft(tiny: TinyModels) -> None:
     from peft.tuners.tuners_utils import check_target_module_exists
 
     places, seen = sites(load(tiny("llama")).model), set()
@@ -111,7 +119,7 @@ def test_the_layers_that_the_settings_name_are_those_of_peft(tiny):
     assert seen == {True, False}
 
 
-def test_peft_leaves_out_tensors_beyond_the_target_modules(base, tmp_path):
+def test_peft_leaves_out_tensors_beyond_the_target_modules(base: Path, tmp_path: Path) -> None:
     """Which is why an import refuses them: with them it would be another model."""
     expected = tuned(base, tmp_path / "peft", True)
     settings = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())

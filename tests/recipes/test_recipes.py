@@ -14,6 +14,7 @@ from mlx_slim.config import library
 from mlx_slim.config.load import load_recipe
 from mlx_slim.planner.memory import predict
 from mlx_slim.planner.shipped_models import SHIPPED_CONFIGS, model_config
+from tests.support.tiny import TinyModels
 
 # Those on Alpaca; recipes on tasks: test_task_recipes.py.
 NAMES = [
@@ -30,7 +31,7 @@ ARCHITECTURE = {
 }
 
 
-def test_the_promised_recipes_exist():
+def test_the_promised_recipes_exist() -> None:
     methods = {
         "tinyllama": "full lora qlora",
         "phi2": "full lora qlora",
@@ -43,7 +44,7 @@ def test_the_promised_recipes_exist():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_header_and_planner_agree(name: str):
+def test_header_and_planner_agree(name: str) -> None:
     text = library.find("recipes", name).read_text(encoding="utf-8")
     assert plan.cost_header(name) in text, f"the header should say:\n{plan.cost_header(name)}"
     command = "distill" if name in TAUGHT else "train"
@@ -52,7 +53,7 @@ def test_header_and_planner_agree(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pinned_named_and_known(name: str):
+def test_pinned_named_and_known(name: str) -> None:
     recipe = load_recipe(name).recipe
     kind = name.rsplit("-", 1)[1]
     expected = "full" if name in TAUGHT or kind == "qat" else kind
@@ -64,7 +65,7 @@ def test_pinned_named_and_known(name: str):
     assert recipe.model in SHIPPED_CONFIGS
 
 
-def test_all_recipes_see_the_same_rows_in_steps_of_the_same_size():
+def test_all_recipes_see_the_same_rows_in_steps_of_the_same_size() -> None:
     found = [load_recipe(name).recipe for name in NAMES]
     first = found[0]
     for recipe in found:
@@ -94,7 +95,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", TUNED)
-def test_three_steps_end_to_end(name: str, tiny, rows: Path, tmp_path: Path):
+def test_three_steps_end_to_end(name: str, tiny: TinyModels, rows: Path, tmp_path: Path) -> None:
     from mlx_lm import load
 
     from mlx_slim.events import Broadcast
@@ -124,7 +125,9 @@ def test_three_steps_end_to_end(name: str, tiny, rows: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", TAUGHT)
-def test_three_steps_with_a_teacher_through_the_command(name, tiny, rows: Path, tmp_path: Path):
+def test_three_steps_with_a_teacher_through_the_command(
+    name: str, tiny: TinyModels, rows: Path, tmp_path: Path
+) -> None:
     from mlx_lm import load
 
     from mlx_slim.cli import distill
@@ -150,7 +153,7 @@ def test_three_steps_with_a_teacher_through_the_command(name, tiny, rows: Path, 
     assert 'teachers: [{"model"' in dry.output
 
 
-def test_list_show_and_copy(tmp_path: Path):
+def test_list_show_and_copy(tmp_path: Path) -> None:
     run = CliRunner().invoke
     listed = run(recipes.command, [])
     assert all(name in listed.output for name in NAMES)
@@ -167,7 +170,7 @@ def test_list_show_and_copy(tmp_path: Path):
     assert run(recipes.command, ["--copy", str(path)]).exit_code != 0
 
 
-def test_plan_prints_fits_and_the_cheapest_knob():
+def test_plan_prints_fits_and_the_cheapest_knob() -> None:
     run = CliRunner().invoke
     result = run(plan.command, ["tinyllama-lora", "train.dtype=bfloat16", "--json"])
     found = json.loads(result.output)
@@ -185,7 +188,7 @@ def test_plan_prints_fits_and_the_cheapest_knob():
     assert "no recipe is named" in str(run(plan.command, []).exception)
 
 
-def test_a_suggestion_is_an_override_that_keeps_its_promise():
+def test_a_suggestion_is_an_override_that_keeps_its_promise() -> None:
     recipe = load_recipe("tinyllama-lora").recipe
     config, _ = model_config(recipe)
     found = predict(config, recipe, gpu=True, budget=int(4e9))

@@ -12,6 +12,7 @@ import pytest
 from mlx_slim.cli import plan
 from mlx_slim.config import library
 from mlx_slim.config.load import load_recipe
+from mlx_slim.config.schema import Recipe
 from mlx_slim.distillation.run import distill
 from mlx_slim.evaluation.tasks.rows import load_rows
 from mlx_slim.evaluation.tasks.spec import find_task
@@ -20,7 +21,7 @@ from mlx_slim.finetuning.run import finetune
 from mlx_slim.planner.run import plan as planned
 from mlx_slim.planner.shipped_models import SHIPPED_CONFIGS
 from tests.support.runs import Recorder
-from tests.support.tiny import fixed_answer_model
+from tests.support.tiny import TinyModels, fixed_answer_model
 
 TASKS = ("arc-challenge", "arc-easy", "bioasq", "hellaswag", "openbookqa", "pubmedqa")
 TAILORED = [f"tailored-{task}" for task in TASKS]
@@ -42,7 +43,7 @@ def scored(name: str) -> tuple[str, int | None]:
 
 
 @pytest.fixture(scope="module")
-def mirror(tmp_path_factory) -> Path:
+def mirror(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small rows of every task, in every split that the hub has."""
     folder = tmp_path_factory.mktemp("mirror")
     for task in (name.replace("-", "_") for name in TASKS):
@@ -70,7 +71,7 @@ def mirror(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def speakers(tmp_path_factory) -> list[Path]:
+def speakers(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("speakers")
     return [
         fixed_answer_model(folder / "flows", "It flows."),
@@ -78,12 +79,12 @@ def speakers(tmp_path_factory) -> list[Path]:
     ]
 
 
-def test_the_promised_recipes_exist():
+def test_the_promised_recipes_exist() -> None:
     assert set(TAILORED + TINYLLM) <= set(library.names("recipes"))
 
 
 @pytest.mark.parametrize("name", TAILORED + TINYLLM)
-def test_header_and_planner_agree(name):
+def test_header_and_planner_agree(name: str) -> None:
     text = text_of(name)
     assert plan.cost_header(name) in text, f"the header should say:\n{plan.cost_header(name)}"
     command = "distill" if name in TINYLLM else "train"
@@ -94,14 +95,14 @@ def test_header_and_planner_agree(name):
 
 
 @pytest.mark.parametrize("name", TAILORED)
-def test_fifty_shots(name):
+def test_fifty_shots(name: str) -> None:
     (source,) = load_recipe(name).recipe.data.sources
     assert source.limit == 50
     assert source.task == scored(name)[0]
 
 
 @pytest.mark.parametrize("name", TINYLLM)
-def test_teachers_give_reasons(name):
+def test_teachers_give_reasons(name: str) -> None:
     config = load_recipe(name).recipe.distill
     assert config is not None
     assert config.method == "rationales"
@@ -112,7 +113,9 @@ def test_teachers_give_reasons(name):
 
 
 @pytest.mark.parametrize("name", TAILORED + TINYLLM)
-def test_it_can_be_planned_with_its_rows(name, mirror, monkeypatch):
+def test_it_can_be_planned_with_its_rows(
+    name: str, mirror: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MLX_SLIM_DATA", str(mirror))
     recipe = load_recipe(name).recipe
     found, _ = planned(recipe, mac="m2-16gb")
@@ -123,14 +126,18 @@ def test_it_can_be_planned_with_its_rows(name, mirror, monkeypatch):
 
 
 @pytest.mark.parametrize("name", TAILORED + TINYLLM)
-def test_no_row_is_trained_on_and_scored(name, mirror, monkeypatch, tmp_path):
+def test_no_row_is_trained_on_and_scored(
+    name: str, mirror: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("MLX_SLIM_DATA", str(mirror))
     task, limit = scored(name)
     assert not trained(load_recipe(name).recipe, tmp_path) & asked(task, limit)
 
 
 @pytest.mark.parametrize("name", sorted({*TAILORED, *TINYLLM} - {"tailored-bioasq"}))
-def test_nor_with_the_test_split_alone(name, data_mirror, monkeypatch, tmp_path):
+def test_nor_with_the_test_split_alone(
+    name: str, data_mirror: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("MLX_SLIM_DATA", str(data_mirror))
     task, limit = scored(name)
     overrides = []
@@ -141,7 +148,7 @@ def test_nor_with_the_test_split_alone(name, data_mirror, monkeypatch, tmp_path)
     assert trained(recipe, tmp_path) <= asked(task, None)
 
 
-def trained(recipe, folder: Path) -> set[str]:
+def trained(recipe: Recipe, folder: Path) -> set[str]:
     find = finder(folder)
     keys = {raw.value["key"] for source in recipe.data.sources for raw in find(source)}
     assert keys
@@ -157,7 +164,9 @@ OVERRIDES = ["revision=null", "train.steps=3", "train.max_length=256", "train.ba
 
 
 @pytest.mark.parametrize("name", TAILORED)
-def test_three_steps_of_tailoring(name, mirror, tiny, monkeypatch, tmp_path):
+def test_three_steps_of_tailoring(
+    name: str, mirror: Path, tiny: TinyModels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("MLX_SLIM_DATA", str(mirror))
     out = tmp_path / "run"
     overrides = [f"model={tiny('llama-tied')}", *OVERRIDES]
@@ -169,7 +178,14 @@ def test_three_steps_of_tailoring(name, mirror, tiny, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", TINYLLM)
-def test_three_steps_of_teaching(name, mirror, tiny, speakers, monkeypatch, tmp_path):
+def test_three_steps_of_teaching(
+    name: str,
+    mirror: Path,
+    tiny: TinyModels,
+    speakers: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
     monkeypatch.setenv("MLX_SLIM_DATA", str(mirror))
     out = tmp_path / "run"
     teachers = ", ".join(f"{{model: {folder}}}" for folder in speakers)
