@@ -88,9 +88,9 @@ def new_folder(out: Path, command: str, inputs: dict[str, Any]) -> Iterator[None
             work = stack.enter_context(locks.hold(out))
         record = {"schema_version": SCHEMA_VERSION, "command": command}
         if os.path.lexists(out):  # a link to nothing too: it can't be renamed over
-            known = _record_of(out)
-            weights, files = known.pop("weights", None), known.pop("files", ())
-            if known == {**record, "made_of": _print(inputs, out)}:
+            existing = _record_of(out)
+            weights, files = existing.pop("weights", None), existing.pop("files", ())
+            if existing == {**record, "made_of": _print(inputs, out)}:
                 missing = [name for name in files if not (out / name).is_file()]
                 if missing:
                     raise exists_already(out, f"{missing[0]} was removed from it")
@@ -117,10 +117,10 @@ def held(path: Path) -> Iterator[None]:
 
 def _record_of(out: Path) -> dict[str, Any]:
     try:
-        known = read_json(out / RECORD_FILE)
+        existing = read_json(out / RECORD_FILE)
     except SlimError:
         return {}
-    return known if isinstance(known, dict) else {}
+    return existing if isinstance(existing, dict) else {}
 
 
 def _print(inputs: dict[str, Any], out: Path) -> str:
@@ -171,14 +171,14 @@ def _sampled(file: Path) -> str:
     Reading 14 GB of weights to say that nothing is to do would take a quarter of a minute. The time
     tells of a change between the blocks; a copy with another one counts as changed.
     """
-    known = file.stat()
-    size = known.st_size
+    status = file.stat()
+    size = status.st_size
     digest = hashlib.sha256(str(size).encode())
     with file.open("rb") as handle:
         if size <= _SAMPLES * _BLOCK:
             digest.update(handle.read())
         else:
-            digest.update(f" {known.st_mtime_ns}".encode())
+            digest.update(f" {status.st_mtime_ns}".encode())
             for number in range(_SAMPLES):
                 handle.seek(number * (size - _BLOCK) // (_SAMPLES - 1))
                 digest.update(handle.read(_BLOCK))

@@ -41,7 +41,7 @@ FLOORS = (
     {"console", "trackers", "compare", "bench"},
     {"cli"},
 )
-FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}
+FLOOR = {part: number for number, floor in enumerate(FLOORS) for part in floor}
 MOST_LINES = 400
 HEAVY = {"mlx", "mlx_lm", "transformers", "datasets", "numpy", "matplotlib", "huggingface_hub"}
 MARKER = "<!-- tree -->"
@@ -53,7 +53,7 @@ HOME = re.compile(r"(?<![\w.$}~])/(?:home|Users|root|work|opt|mnt)/\w+")
 
 
 @cache
-def tree_of(path: Path) -> ast.Module:
+def syntax_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
@@ -72,9 +72,9 @@ def part_of(path: Path) -> str:
 
 def imports(path: Path, *, top_level: bool = False) -> Iterator[tuple[int, str]]:
     """Yield (line, dotted name) of every import; ``from a import b`` gives ``a.b``."""
-    tree = tree_of(path)
+    syntax = syntax_of(path)
     package = (*path.relative_to(ROOT).parent.parts,)
-    for node in tree.body if top_level else ast.walk(tree):
+    for node in syntax.body if top_level else ast.walk(syntax):
         if isinstance(node, ast.Import):
             for name in node.names:
                 yield node.lineno, name.name
@@ -115,7 +115,7 @@ def _module(path: Path) -> str:
 def test_no_circles_between_files() -> None:
     """Inside a folder too, and for imports inside functions: each file can be read by itself."""
     files = {_module(path): path for path in sources()}
-    wanted = {
+    needed = {
         module: {
             name if name in files else name.rpartition(".")[0] for _, name in imports(path)
         }.intersection(files)
@@ -123,7 +123,7 @@ def test_no_circles_between_files() -> None:
         for module, path in files.items()
     }
     try:
-        TopologicalSorter(wanted).prepare()
+        TopologicalSorter(needed).prepare()
     except CycleError as error:
         pytest.fail(f"a circle: {' → '.join(error.args[1])}")
 
@@ -138,7 +138,7 @@ def test_only_the_console_and_the_cli_talk_to_the_terminal() -> None:
                 offences.append(f"{short(path)}:{line}: {name} below the console")
         offences += [
             f"{short(path)}:{node.lineno}: print; notify an observer instead"
-            for node in ast.walk(tree_of(path))
+            for node in ast.walk(syntax_of(path))
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"
         ]
     assert not offences, listed(offences)
@@ -158,13 +158,13 @@ def test_a_command_imports_what_is_heavy_inside_its_function() -> None:
 def test_every_module_says_what_it_is_for() -> None:
     offences = []
     for path in sources():
-        text = ast.get_docstring(tree_of(path)) or ""
+        text = ast.get_docstring(syntax_of(path)) or ""
         if len(text) < 20 or "TBD" in text:
             offences.append(f"{short(path)}: a docstring that says what it is for")
     offences += [
         f"{short(path)}: a module docstring"
         for path in sorted((ROOT / "tests").rglob("*.py"))
-        if path.stat().st_size and not ast.get_docstring(tree_of(path))
+        if path.stat().st_size and not ast.get_docstring(syntax_of(path))
     ]
     assert not offences, listed(offences)
 
@@ -184,11 +184,11 @@ def test_nothing_names_a_place_on_one_machine() -> None:
     files += [*ROOT.glob("docs/*.md"), *ROOT.glob("docs/*.py"), ROOT / "mkdocs.yml"]
     files += [ROOT / name for name in ("Makefile", "README.md", "pyproject.toml", "CHANGELOG.md")]
     offences = [
-        f"{short(path)}:{number}: {found[0]}"
+        f"{short(path)}:{number}: {match[0]}"
         for path in files
         if path.exists() and path != Path(__file__)
         for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-        if (found := HOME.search(text))
+        if (match := HOME.search(text))
     ]
     assert not offences, listed(offences)
 
@@ -208,17 +208,17 @@ def test_what_is_imported_is_declared_and_extras_stay_optional() -> None:
             root = name.split(".")[0]
             if root in sys.stdlib_module_names or root in {"mlx_slim", *BROUGHT_ALONG}:
                 continue
-            wanted = DISTRIBUTION.get(root, root).lower()
-            if wanted in needed:
+            distribution = DISTRIBUTION.get(root, root).lower()
+            if distribution in needed:
                 continue
-            if wanted not in optional:
+            if distribution not in optional:
                 offences.append(f"{short(path)}:{line}: {root} is not in pyproject.toml")
             elif line in always:
                 offences.append(f"{short(path)}:{line}: {root} is an extra: import it when used")
     assert not offences, listed(offences)
 
 
-def documented_tree(text: str) -> list[tuple[int, str, str]]:
+def documented_layout(text: str) -> list[tuple[int, str, str]]:
     """Return (column, name, what it says) of each line of the block after ``MARKER``."""
     block = re.search(re.escape(MARKER) + r"\s*```\w*\n(.*?)```", text, re.DOTALL)
     assert block, (
@@ -230,14 +230,14 @@ def documented_tree(text: str) -> list[tuple[int, str, str]]:
     entries = []
     for line in block[1].splitlines():
         plain = re.sub(r"[│├└─]", " ", line)
-        if found := re.match(r"(\s*)(\S+)(?:\s+(.*))?$", plain):
-            entries.append((len(found[1]), found[2], (found[3] or "").strip()))
+        if match := re.match(r"(\s*)(\S+)(?:\s+(.*))?$", plain):
+            entries.append((len(match[1]), match[2], (match[3] or "").strip()))
     return entries
 
 
 def test_the_documented_tree_is_the_tree_on_disk() -> None:
     page = ROOT / "docs" / "architecture.md"
-    entries = documented_tree(page.read_text(encoding="utf-8"))
+    entries = documented_layout(page.read_text(encoding="utf-8"))
     start = next((i for i, (_, name, _) in enumerate(entries) if name == "mlx_slim/"), None)
     assert start is not None, "the tree has no line `mlx_slim/`"
     base = entries[start][0]

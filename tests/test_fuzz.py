@@ -28,7 +28,7 @@ _ENVIRONMENT = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"
 
 def _shown(failures: list[dict]) -> str:
     return "\n\n".join(
-        f"case {one['case']} ({one['target']}), {one['outcome']}: {one['said']}\n{one['problem']}"
+        f"case {one['case']} ({one['target']}), {one['outcome']}: {one['edits']}\n{one['problem']}"
         for one in failures[:10]
     )
 
@@ -51,7 +51,7 @@ def _through_the_command_line(case: int, valid: Path, scratch: Path) -> str:
     """Run the command of one mutated input; return what is wrong with how it ended."""
     only = [target for target in targets() if target.command]
     scratch.mkdir()
-    target, said = mutated(SEED + 1, case, valid, scratch, only)
+    target, edits = mutated(SEED + 1, case, valid, scratch, only)
     before = {path.relative_to(scratch).as_posix() for path in scratch.rglob("*")}
     assert target.command
     words = target.command(scratch / "in", scratch / "out")
@@ -72,53 +72,53 @@ def _through_the_command_line(case: int, valid: Path, scratch: Path) -> str:
         problem = "an output of an input that was refused"
     elif left := leftovers(scratch, before):
         problem = f"left behind: {left}"
-    return f"case {case} ({target.name}), {said}: {problem}" if problem else ""
+    return f"case {case} ({target.name}), {edits}: {problem}" if problem else ""
 
 
 def test_mutations_through_the_command_line(tmp_path: Path) -> None:
     fuzz_run.make_valid(tmp_path / "valid")
     with ThreadPoolExecutor(2) as pool:
-        found = pool.map(
+        problems = pool.map(
             lambda case: _through_the_command_line(
                 case, tmp_path / "valid", tmp_path / f"case-{case}"
             ),
             range(COMMANDS),
         )
-        problems = [problem for problem in found if problem]
+        problems = [problem for problem in problems if problem]
     assert not problems, "\n\n".join(problems)
 
 
 # ------------------------------ the harness itself
 
 
-def _refuse(given: Path, out: Path) -> None:
+def _refuse(source: Path, out: Path) -> None:
     raise SlimError("no")
 
 
-def _raise(given: Path, out: Path) -> None:
+def _raise(source: Path, out: Path) -> None:
     raise KeyError("key")
 
 
-def _hang(given: Path, out: Path) -> None:
+def _hang(source: Path, out: Path) -> None:
     import time
 
     time.sleep(60)
 
 
-def _die(given: Path, out: Path) -> None:
+def _die(source: Path, out: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _leave(given: Path, out: Path) -> None:
-    (given / "temporary").touch()
+def _leave(source: Path, out: Path) -> None:
+    (source / "temporary").touch()
 
 
-def _half(given: Path, out: Path) -> None:
+def _half(source: Path, out: Path) -> None:
     out.mkdir()
     raise SlimError("no")
 
 
-def _write(given: Path, out: Path) -> None:
+def _write(source: Path, out: Path) -> None:
     out.mkdir()
 
 
@@ -141,9 +141,9 @@ def test_the_harness_notices(
     (tmp_path / "valid" / "one").mkdir(parents=True)
     (tmp_path / "valid" / "one" / "a.json").write_text('{"a": [1, 2]}')
     target = Target("one", lambda folder: None, ("*.json",), use)
-    found = fuzz_run.run(SEED, [0, 1, 2], tmp_path / "valid", tmp_path / "scratch", [target])
-    assert [record["case"] for record in found] == [0, 1, 2]
-    for record in found:
+    records = fuzz_run.run(SEED, [0, 1, 2], tmp_path / "valid", tmp_path / "scratch", [target])
+    assert [record["case"] for record in records] == [0, 1, 2]
+    for record in records:
         assert record["outcome"] == outcome
         assert problem in record["problem"]
         assert bool(problem) == bool(record["problem"])

@@ -73,11 +73,11 @@ def test_a_damaged_line_is_named_and_those_before_it_are_read(
 
 def test_metrics_are_rewound_to_the_same_bytes(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "metrics.jsonl")
-    kept = as_lines([{"event": "step", "step": i, "note": TEXT} for i in (1, 2)])
-    file.path.write_bytes(kept + as_lines([{"event": "step", "step": 3}]))
+    retained = as_lines([{"event": "step", "step": i, "note": TEXT} for i in (1, 2)])
+    file.path.write_bytes(retained + as_lines([{"event": "step", "step": 3}]))
     saved = Saved(2, "checkpoints/step-2")
     file.rewind(saved)
-    assert file.path.read_bytes() == kept + (json.dumps(saved.as_record()) + "\n").encode()
+    assert file.path.read_bytes() == retained + (json.dumps(saved.as_record()) + "\n").encode()
 
 
 def test_answers_of_teachers(tmp_path: Path) -> None:

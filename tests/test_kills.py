@@ -38,5 +38,5 @@ def test_a_command_that_is_none_is_named_before_anything_runs(
     with pytest.raises(SystemExit) as caught:
         kill_commands.main([str(tmp_path / "out"), "--only", "convert", "trian"])
     assert caught.value.code == 2 and not list(tmp_path.iterdir())
-    said = capfd.readouterr().err
-    assert "'trian'" in said and "'train lora'" in said
+    message = capfd.readouterr().err
+    assert "'trian'" in message and "'train lora'" in message

@@ -33,10 +33,10 @@ def test_holds_the_package_the_recipes_and_the_evals(wheel: Any) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     for kind in ("recipes", "evals"):
         ours = [path for path in (ROOT / kind).rglob("*") if path.is_file()]
-        wanted = {
+        expected = {
             f"mlx_slim/{path.relative_to(ROOT)}" for path in ours if "__pycache__" not in str(path)
         }
-        assert wanted and wanted <= names
+        assert expected and expected <= names
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "mlx_slim").rglob("*.py")}
     assert modules <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -103,7 +103,7 @@ def notes() -> ModuleType:
 
 
 @pytest.fixture
-def release(tmp_path: Path) -> Path:
+def release_folder(tmp_path: Path) -> Path:
     """The files that a release of 1.2.3 needs."""
     (tmp_path / "pyproject.toml").write_text('[project]\nversion = "1.2.3"\n')
     (tmp_path / "CITATION.cff").write_text("version: 1.2.3\n")
@@ -114,22 +114,22 @@ def release(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_release_prints_its_changes(notes: ModuleType, release: Path) -> None:
-    assert notes.problems("v1.2.3", release) == []
-    assert notes.notes("1.2.3", release) == "### Memory\n\n- Less of it."
+def test_a_release_prints_its_changes(notes: ModuleType, release_folder: Path) -> None:
+    assert notes.problems("v1.2.3", release_folder) == []
+    assert notes.notes("1.2.3", release_folder) == "### Memory\n\n- Less of it."
 
 
 def test_a_release_that_is_not_ready_says_everything_at_once(
-    notes: ModuleType, release: Path
+    notes: ModuleType, release_folder: Path
 ) -> None:
-    lines = "\n".join(notes.problems("v1.3.0", release))
+    lines = "\n".join(notes.problems("v1.3.0", release_folder))
     assert lines.count("\n") == 2
     for name in ("pyproject.toml has version 1.2.3", "CITATION.cff has version 1.2.3", "## 1.3.0"):
         assert name in lines
-    changelog = release / "CHANGELOG.md"
+    changelog = release_folder / "CHANGELOG.md"
     changelog.write_text(changelog.read_text().replace("Unreleased\n", "Unreleased\n\n- New.\n"))
-    assert "under '## Unreleased'" in "\n".join(notes.problems("v1.2.3", release))
-    assert "is not v and a version" in "\n".join(notes.problems("1.2.3", release))
+    assert "under '## Unreleased'" in "\n".join(notes.problems("v1.2.3", release_folder))
+    assert "is not v and a version" in "\n".join(notes.problems("1.2.3", release_folder))
 
 
 def test_versions_agree(notes: ModuleType) -> None:

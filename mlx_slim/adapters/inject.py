@@ -271,7 +271,7 @@ def inject(
     )
     for path, adapter in placed:
         if path in below:
-            adapter.lie_on(*below[path])
+            adapter.stack_on(*below[path])
         if path not in chosen_paths:
             adapter.freeze()
     placed = [(path, adapter) for path, adapter in placed if path in chosen_paths]

@@ -73,7 +73,7 @@ class Adapter(nn.Module):
         self.start_a, self.start_b = mx.array(a_IR), mx.array(b_RO)
         self.freeze(keys=["start_a", "start_b"], recurse=False)
 
-    def lie_on(self, a_IR: mx.array, b_RO: mx.array) -> None:
+    def stack_on(self, a_IR: mx.array, b_RO: mx.array) -> None:
         """Apply the frozen update A B below this one, without dropout, for ever after."""
         self.under_a, self.under_b = a_IR, b_RO
         self.freeze(keys=["under_a", "under_b"], recurse=False)

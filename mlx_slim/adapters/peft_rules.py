@@ -68,7 +68,7 @@ _KINDS = {
     "lora_magnitude_vector.weight": "m",
 }
 # Starts (init_lora_weights) that leave the base as it is, and those that are taken out of it.
-_BASE_KEPT = (True, False, None, "gaussian", "eva", "mica", "orthogonal")
+_BASE_UNCHANGED = (True, False, None, "gaussian", "eva", "mica", "orthogonal")
 _BASE_COMPUTED = ("pissa", "olora")
 _BASE_CHANGED = re.compile(r"pissa_niter_.*|corda.*|lora_ga|loftq")
 
@@ -147,7 +147,7 @@ def _start_of(settings: dict[str, Any]) -> Any:
 def _check_start(path: Path, settings: dict[str, Any]) -> None:
     """Refuse an adapter of a base that is not the one it names, unless that can be computed."""
     start = _start_of(settings)
-    if isinstance(start, bool | str | None) and start in (*_BASE_KEPT, *_BASE_COMPUTED):
+    if isinstance(start, bool | str | None) and start in (*_BASE_UNCHANGED, *_BASE_COMPUTED):
         return
     setting = f"{path}: init_lora_weights is {shown(start)}"
     if not isinstance(start, str) or not _BASE_CHANGED.fullmatch(start):

@@ -124,14 +124,14 @@ def combined(model: nn.Module, stack: Sequence[Weighted]) -> Factors:
     }
     factors: Factors = {}
     for path, (inputs, outputs) in shapes.items():
-        a_parts, b_parts = [], []
+        a_factors, b_factors = [], []
         for one, stored in read:
             a_IR, b_RO = mx.zeros((inputs, stored.rank)), mx.zeros((stored.rank, outputs))
             if f"{path}.lora_a" in stored.tensors:
                 a_IR, b_RO = (stored.tensors[f"{path}.lora_{x}"].astype(mx.float32) for x in "ab")
-            a_parts.append(a_IR)
-            b_parts.append(one.weight * stored.scale * b_RO)
-        factors[path] = mx.concatenate(a_parts, axis=1), mx.concatenate(b_parts, axis=0)
+            a_factors.append(a_IR)
+            b_factors.append(one.weight * stored.scale * b_RO)
+        factors[path] = mx.concatenate(a_factors, axis=1), mx.concatenate(b_factors, axis=0)
     mx.eval(factors)
     return factors
 

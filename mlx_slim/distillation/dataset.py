@@ -32,7 +32,7 @@ FOLDER, RECORD = "dataset", "dataset.json"
 OLD_FOLDER, OLD_RECORD = "taught", "teaching.json"
 _VALIDATION = "validation.jsonl"
 # attribute of ``DatasetRecord`` -> key on disk, where they differ
-_KEYS = {"rows_read": "rows_given", "validation_rows": "rows_held_out"}
+_KEYS = {"rows_read": "rows_given", "validation_rows": "rows_held_out", "files": "parts"}
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,11 @@ class DatasetRecord:
         method: ``sequence`` or ``rationales``.
         rows_read: Rows of all sources.
         rows_dropped: Reason → rows.
-        validation_rows: Rows that no teacher is asked about.
-        rows_without_a_question: Training rows that cannot be asked about (plain text).
+        validation_rows: Rows that no teacher sees.
+        rows_without_a_question: Training rows that make no request (plain text).
         answers: The file of responses.
         teachers: One report a teacher.
-        parts: Files of training rows.
+        files: Files of training rows; ``parts`` on disk.
         answers_sha256: Hash of the file of responses.
     """
 
@@ -113,7 +113,7 @@ class DatasetRecord:
     rows_without_a_question: int
     answers: str
     teachers: list[TeacherReport]
-    parts: list[RowFile]
+    files: list[RowFile]
     answers_sha256: str
 
     def write(self, out: Path) -> None:
@@ -138,9 +138,9 @@ def read_record(out: Path) -> tuple[DatasetRecord, Path] | None:
         for entry in values["teachers"]:
             dropped = {why: DroppedResponses(**part) for why, part in entry["dropped"].items()}
             teachers.append(TeacherReport(**{**entry, "dropped": dropped}))
-        parts = [RowFile(**part) for part in values["parts"]]
-        counts = {name: values.pop(key) for name, key in _KEYS.items()}
-        return DatasetRecord(**{**values, **counts, "teachers": teachers, "parts": parts}), file
+        renamed = {name: values.pop(key) for name, key in _KEYS.items()}
+        files = [RowFile(**entry) for entry in renamed["files"]]
+        return DatasetRecord(**{**values, **renamed, "teachers": teachers, "files": files}), file
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def dataset_from_record(record: DatasetRecord, recipe: Recipe, out: Path) -> Dis
     """Return what the student trains on in the run folder ``out``."""
     config = recipe.distill
     assert config is not None
-    files, weights = record.parts, [teacher.weight for teacher in config.teachers]
+    files, weights = record.files, [teacher.weight for teacher in config.teachers]
     if record.method == "rationales":
         loss_weights = [1.0, *weights]
     else:
@@ -220,7 +220,7 @@ def write_dataset(
         out: The run folder.
         queries: All usable rows.
         validation: Numbers of the validation rows among them.
-        asking: The rows that teachers were asked about.
+        asking: The rows that were sent to the teachers.
         texts: For each teacher, its response to each of them; None where it is not used.
     """
     distill = recipe.distill

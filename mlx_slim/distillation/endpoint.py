@@ -42,7 +42,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 class _Transient(Exception):
-    """Worth another try; ``wait``: seconds that the server asked for, or None."""
+    """Worth another try; ``wait``: seconds that the server demands, or None."""
 
     def __init__(self, what: str, wait: float | None = None) -> None:
         super().__init__(what)
@@ -86,7 +86,7 @@ class EndpointTeacher:
         backoff: float = 1.0,
     ) -> None:
         self.name, self.truncated = name, 0
-        parts = _checked_url(base_url)
+        address = _checked_url(base_url)
         self._url = f"{base_url.rstrip('/')}/chat/completions"
         self._key_name, self._key = api_key_env, _key(api_key_env)
         self._concurrency, self._timeout = concurrency, timeout
@@ -99,7 +99,7 @@ class EndpointTeacher:
         }
         self._stop = threading.Event()
         handlers: list[Any] = [_NoRedirect()]
-        if parts.hostname in _LOOPBACK:  # a proxy cannot reach it
+        if address.hostname in _LOOPBACK:  # a proxy cannot reach it
             handlers.append(urllib.request.ProxyHandler({}))
         self._opener = urllib.request.build_opener(*handlers)
 
@@ -271,21 +271,21 @@ def _is_cut(reply: http.client.HTTPResponse, data: bytes) -> bool:
 
 def _checked_url(base_url: str) -> SplitResult:
     try:
-        parts = urlsplit(base_url)
-        _ = parts.port
+        address = urlsplit(base_url)
+        _ = address.port
     except ValueError as error:
         raise SlimError(f"base_url={base_url!r} is not a valid address: {error}") from error
-    if parts.username or parts.password or parts.query or parts.fragment:
+    if address.username or address.password or address.query or address.fragment:
         raise SlimError(
             "base_url must not contain a user, password or query",
             "put the key into an environment variable and set api_key_env to its name",
         )
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if address.scheme not in ("http", "https") or not address.hostname:
         raise SlimError(
             f"base_url={base_url!r} is not an http(s) address",
             "an example: http://127.0.0.1:8080/v1",
         )
-    return parts
+    return address
 
 
 def _key(variable: str | None) -> str:

@@ -1,10 +1,10 @@
 """Rows → requests → responses → training rows: the phase in which teachers write text.
 
-Invariant: validation rows are chosen first and no teacher is asked about them; teachers are asked
-one after the other, each freed before the next is loaded; every response is on disk before the next
-one. Every row and every response that is not used is counted with a reason in ``dataset.json``,
-which is written last: with it, the phase is complete, and a resume asks no teacher. Try it:
-``mlx-slim distill tinyllm-openbookqa -o runs/try``.
+Invariant: validation rows are chosen first and no teacher sees them; teachers answer one after the
+other, each freed before the next is loaded; every response is on disk before the next one. Every
+row and every response that is not used is counted with a reason in ``dataset.json``, which is
+written last: with it, the phase is complete, and a resume asks no teacher. Try it: ``mlx-slim
+distill tinyllm-openbookqa -o runs/try``.
 
 Files in the run folder: ``answers.jsonl`` (in ``distill.cache``, where that is set), ``dataset/``
 (rows of the data, of each teacher, and the validation rows), ``dataset.json``.
@@ -70,7 +70,7 @@ def generate_dataset(
         ready: Called when everything is checked, before the first request.
 
     Raises:
-        SlimError: Rows that cannot be asked about, or a teacher that does not answer; earlier
+        SlimError: Rows that make no request, or a teacher that does not answer; earlier
             responses stay.
     """
     config = recipe.distill
@@ -125,7 +125,7 @@ def generate_dataset(
         rows_without_a_question=len(train) - len(asking),
         answers=str(answers) if config.cache else ANSWERS,
         teachers=[result.report for result in results],
-        parts=files,
+        files=files,
         answers_sha256=hash_file(answers),
     )
     record.write(out)
@@ -142,7 +142,7 @@ def _complete(
     record, file = stored
     if record.key != key or record.answers_sha256 != hash_file(answers):
         return None
-    if not all((out / part.file).is_file() for part in record.parts):
+    if not all((out / part.file).is_file() for part in record.files):
         return None
     if file.name == OLD_RECORD:
         text = (

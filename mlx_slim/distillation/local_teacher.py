@@ -42,7 +42,7 @@ class Teacher(Protocol):
 
     Attributes:
         name: In the lines of ``answers.jsonl``.
-        chunk: Requests that are sent together.
+        chunk: Requests that are sent in one batch.
         batch_dependent: Responses may depend on what else is in the batch (by rounding).
         truncated: Prompts that were cut on the left so far.
     """

@@ -127,7 +127,7 @@ class MutualObjective:
         num_threads: Shards of a batch that are computed concurrently.
     """
 
-    parts: tuple[str, ...] = ("first", "second", "divergence")
+    metrics: tuple[str, ...] = ("first", "second", "divergence")
 
     def __init__(
         self,

@@ -37,7 +37,7 @@ class DistillationObjective(CrossEntropy):
         model, chunk, vocabulary, num_threads: As ``CrossEntropy``.
     """
 
-    parts: tuple[str, ...] = ("cross_entropy", "divergence")
+    metrics: tuple[str, ...] = ("cross_entropy", "divergence")
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class DistillationObjective(CrossEntropy):
 class DistillationValidation(DistillationObjective):
     """Cross-entropy of validation rows; the divergence from the teachers is reported with it."""
 
-    parts: tuple[str, ...] = ("divergence",)
+    metrics: tuple[str, ...] = ("divergence",)
 
     def __call__(self, model: nn.Module, arrays: Arrays, *, gradient: bool) -> mx.array:
         """Return Σ CE and Σ divergence, float32 (2,), nats."""

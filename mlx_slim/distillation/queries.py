@@ -28,7 +28,7 @@ from mlx_slim.errors import SlimError
 
 @dataclass(frozen=True)
 class TeacherQuery:
-    """One training row that a teacher can be asked about.
+    """One training row that a request to a teacher can be made of.
 
     Attributes:
         id: The row's ``id``, else its file and line.

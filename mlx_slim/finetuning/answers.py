@@ -68,7 +68,7 @@ class Answered:
 
 
 def write_answers(out: Path, rows: Sequence[Answered]) -> None:
-    """Write ``answers.json`` of a run whose held-out rows were answered elsewhere."""
+    """Write ``answers.json`` of a run whose validation rows were answered elsewhere."""
     record = {"schema_version": SCHEMA_VERSION, "max_tokens": MAX_TOKENS, "skipped": None}
     write_json(out / ANSWERS_FILE, {**record, "rows": [asdict(row) for row in rows]})
 
@@ -137,7 +137,7 @@ def _why_none(rows: TokenStore | None, count: int, chosen: Sequence[object]) -> 
     if not count:
         return "report_answers is 0"
     if rows is None:
-        return "no rows are held out (data.validation is 0)"
+        return "there are no validation rows (data.validation is 0)"
     return f"every validation row has a prompt of more than {LONGEST_PROMPT} tokens"
 
 

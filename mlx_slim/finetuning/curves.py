@@ -24,7 +24,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Series:
-    """Points that belong together.
+    """Points of one line.
 
     Attributes:
         label: In the legend; empty for none.
@@ -124,10 +124,10 @@ def chart(
     def up(value: float) -> float:
         return _HEIGHT - _BOTTOM - (value - y0) / (y1 - y0) * (_HEIGHT - _TOP - _BOTTOM)
 
-    parts = [*_axes((x0, x1), (y0, y1), across, up, y, x_label)]
+    elements = [*_axes((x0, x1), (y0, y1), across, up, y, x_label)]
     for level in levels:
         at = up(level.value)
-        parts.append(
+        elements.append(
             f'<path d="M{_LEFT} {at:.1f}H{_WIDTH - _RIGHT}" stroke="var(--soft)" '
             f'stroke-dasharray="5 4" fill="none"/>'
             f'<text x="{_WIDTH - _RIGHT}" y="{at - 4:.1f}" text-anchor="end" '
@@ -135,11 +135,11 @@ def chart(
         )
     for one, points in drawn:
         spots = [(across(px), up(py)) for px, py in thinned(points)]
-        parts += _drawn(one, spots)
-    parts += _legend([one for one, points in drawn if one.label and points])
+        elements += _drawn(one, spots)
+    elements += _legend([one for one, points in drawn if one.label and points])
     return Markup(
         f'<svg class="chart" role="img" aria-label="{escape(name)}" '
-        f'viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" font-size="12">{"".join(parts)}</svg>'
+        f'viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" font-size="12">{"".join(elements)}</svg>'
     )
 
 
@@ -152,26 +152,26 @@ def _axes(
     x_label: str,
 ) -> list[str]:
     """Return grid, tick labels and the name of the x axis."""
-    parts = []
+    elements = []
     for value in ticks(*ys):
         at = up(value)
-        parts.append(
+        elements.append(
             f'<path d="M{_LEFT} {at:.1f}H{_WIDTH - _RIGHT}" stroke="var(--line)"/>'
             f'<text x="{_LEFT - 7}" y="{at + 4:.1f}" text-anchor="end" '
             f'fill="var(--soft)">{escape(y(value))}</text>'
         )
     whole = [value for value in ticks(*xs, count=5) if value == int(value)]
     bottom = _HEIGHT - _BOTTOM
-    parts += [
+    elements += [
         f'<text x="{across(value):.1f}" y="{bottom + 16}" text-anchor="middle" '
         f'fill="var(--soft)">{value:,.0f}</text>'
         for value in whole
     ]
-    parts.append(
+    elements.append(
         f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2:.1f}" y="{_HEIGHT - 5}" text-anchor="middle" '
         f'fill="var(--soft)">{escape(x_label)}</text>'
     )
-    return parts
+    return elements
 
 
 def _drawn(one: Series, spots: Sequence[Point]) -> list[str]:
@@ -189,11 +189,11 @@ def _drawn(one: Series, spots: Sequence[Point]) -> list[str]:
 
 def _legend(series: Sequence[Series]) -> list[str]:
     """Return the names of the series above the picture."""
-    parts, at = [], _LEFT
+    elements, at = [], _LEFT
     for one in series if len(series) > 1 else ():
-        parts.append(
+        elements.append(
             f'<circle cx="{at + 4:.1f}" cy="9" r="4" fill="var({one.color})"/>'
             f'<text x="{at + 13:.1f}" y="13" fill="var(--ink)">{escape(one.label)}</text>'
         )
         at += 30 + 6.6 * len(one.label)
-    return parts
+    return elements

@@ -53,5 +53,5 @@ def demo_steps(run: Path) -> list[NextStep]:
         look_at(run / "report.html"),
         step("try it on a message", "mlx-slim", "generate", model, *on, *message),
         *use_model(model, adapters, name=run),
-        step("teach it your rows", "mlx-slim", "train", "smollm2-lora", *yours),
+        step("train it on your rows", "mlx-slim", "train", "smollm2-lora", *yours),
     ]

@@ -252,7 +252,7 @@ def _memory(
 def _commands(
     out: Path, state: Mapping[str, Any], result: Mapping[str, Any] | None
 ) -> list[NextStep]:
-    """Return what one would type next: to use the run, or to go on with it."""
+    """Return what one would type next: to use the run, or to resume it."""
     source = str(state.get("given") or state.get("name") or "RECIPE")
     if result is None:
         recipe = Recipe.model_validate(current_recipe(state["recipe"]))

@@ -67,7 +67,7 @@ from mlx_slim.training.loop import Loop
 from mlx_slim.training.metrics import MetricsFile
 from mlx_slim.training.optim import Extended, trainable
 
-_CACHE_SHARE = 8  # MLX may keep 1/8 of the budget as free buffers
+_CACHE_DIVISOR = 8  # MLX may keep 1/8 of the budget as free buffers
 
 
 def finetune(
@@ -121,7 +121,7 @@ def _run(
     if is_complete(out, recipe):
         return _finished(out, observer)
     budget = memory_budget(recipe.memory.budget)
-    mx.set_cache_limit(budget // _CACHE_SHARE)
+    mx.set_cache_limit(budget // _CACHE_DIVISOR)
     metrics = MetricsFile(out / "metrics.jsonl")
     listeners = events.Broadcast([metrics, observer] if world().rank() == 0 else [])
     newest = rotation.latest(out / "checkpoints") if started else None

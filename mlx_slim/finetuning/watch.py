@@ -1,4 +1,4 @@
-"""The page of a run served on this machine while the run goes on.
+"""The page of a run served on this machine while the run is in progress.
 
 Invariant: it listens on 127.0.0.1 alone, answers only who asks for it by that name, reads the run
 folder and writes nothing. The open page asks every two seconds whether the folder has changed, and

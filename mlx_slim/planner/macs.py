@@ -2,7 +2,7 @@
 
 Invariant: a Mac's limit is the working set that Metal recommends
 (``MTLDevice.recommendedMaxWorkingSetSize``): two thirds of memory below 36 GB and three quarters
-from there on. That rule gives the sizes that programs log on such machines to the megabyte:
+from there on. These fractions give the sizes that programs log on such machines to the megabyte:
 10,923 MiB of 16 GB, 21,845 of 32 (llama.cpp issue 2011), 49,152 of 64 (issue 1870), 73,728 of 96
 (issue 3213); newer systems allow more (107.5 GiB of 128 on macOS 26), never less. Bandwidths and
 memory sizes are Apple's technical specifications of each chip, in GB/s (1e9) and GB (2^30); of a

@@ -83,7 +83,7 @@ class Prediction:
         dtype: Of computation.
         tokens: Real tokens of the whole run.
         tokens_basis: How they were counted, as text.
-        rules_of_thumb: Two common rules in bytes, for comparison: ``inference_formula``,
+        rules_of_thumb: Two common formulas in bytes, for comparison: ``inference_formula``,
             M = P·4/(32/Q)·1.2, and ``twelve_times``, 12 x the model, for full fine-tuning.
         measured: Of ``--probe``; None without.
         suggestions: Settings that need less: those that fit first, then by cost.
@@ -201,7 +201,7 @@ def _dtype(recipe: Recipe, gpu: bool) -> mx.Dtype:
 
 
 def rules_of_thumb(shapes: TrainingShapes, recipe: Recipe, dtype: mx.Dtype) -> dict[str, int]:
-    """Return the estimates of two common rules, in bytes; neither is the need of training.
+    """Return the estimates of two common formulas, in bytes; neither is the need of training.
 
     ``inference_formula``: M = P · 4 / (32 / Q) · 1.2 with P parameters loaded at Q bits: weights
     and a fifth more, for inference. ``twelve_times``: 12 x the weights, for full fine-tuning.

@@ -35,8 +35,8 @@ class Block:
     Attributes:
         width: d, the residual stream.
         norms: Normalisation layers.
-        queries: All query heads together.
-        keys: All key heads together (values are as many).
+        queries: The sum over query heads.
+        keys: The sum over key heads (values are as many).
         heads: Query heads.
         inner: The widest layer, f; in a mixture of experts, of all experts of one token.
         inputs: Σ inputs of the adapted layers.
@@ -291,9 +291,9 @@ def _loading_bytes(
 
     rest = dict(retained)
     for path in quantized:
-        parts = [rest.pop(f"{path}.{part}", 0) for part in ("weight", "scales", "biases")]
-        read(f"{path}.weight", sum(parts))
-        loaded += sum(parts)
+        sizes = [rest.pop(f"{path}.{part}", 0) for part in ("weight", "scales", "biases")]
+        read(f"{path}.weight", sum(sizes))
+        loaded += sum(sizes)
     for name, size in rest.items():
         read(name, 0)
         loaded += size

@@ -49,9 +49,9 @@ def _variants(recipe: Recipe) -> list[tuple[Overrides, str]]:
     train = recipe.train
     options: list[tuple[Overrides, str]] = []
 
-    def smaller(parts: int) -> Overrides:
-        """Return the same step in ``parts`` times as many micro-batches."""
-        tokens = max(train.max_length, train.batch_tokens // parts)
+    def smaller(factor: int) -> Overrides:
+        """Return the same step in ``factor`` times as many micro-batches."""
+        tokens = max(train.max_length, train.batch_tokens // factor)
         times = -(-train.batch_tokens // tokens)
         return {"train.batch_tokens": tokens, "train.accumulate": train.accumulate * times}
 

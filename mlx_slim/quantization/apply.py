@@ -138,8 +138,8 @@ def _quantized(module: nn.Module, settings: dict[str, Any]) -> nn.Module:
         for start in range(0, len(rows_RI), step):
             pieces.append(mx.quantize(rows_RI[start : start + step], **settings))
             mx.eval(pieces[-1])
-        for name, parts in zip(("weight", "scales"), zip(*pieces, strict=True), strict=True):
-            layer[name] = mx.concatenate(list(parts)).reshape(*weight.shape[:-1], -1)
+        for name, chunks in zip(("weight", "scales"), zip(*pieces, strict=True), strict=True):
+            layer[name] = mx.concatenate(list(chunks)).reshape(*weight.shape[:-1], -1)
     mx.eval(layer.parameters())
     return layer
 
@@ -157,13 +157,13 @@ def rounded(
         mode: ``affine``, ``mxfp4``, ``mxfp8`` or ``nvfp4``.
     """
     settings: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": mode}
-    codes, *parts = (
+    codes, *constants = (
         value.astype(stored).astype(weight.dtype)
         if mx.issubdtype(value.dtype, mx.floating)
         else value
         for value in mx.quantize(weight, **settings)
     )
-    scales, biases = parts[0], parts[1] if len(parts) > 1 else None
+    scales, biases = constants[0], constants[1] if len(constants) > 1 else None
     if on_gpu():
         return mx.dequantize(codes, scales, biases, **settings).astype(weight.dtype)
     return dequantize(codes, scales, biases, **settings).astype(weight.dtype)

@@ -109,12 +109,12 @@ class RankBudget(UpdateHook):
         """Return the score of every triplet (L·R,), layer after layer."""
         scores = []
         for path in self._layers:
-            parts = []
+            components = []
             for name in _NAMES:
                 key = f"{path}.{name}"
                 score = self._mean[key] * self._spread[key]
-                parts.append(score.mean(axis=_AXIS[name]) if _AXIS[name] else score)
-            scores.append(sum(parts[1:], parts[0]))
+                components.append(score.mean(axis=_AXIS[name]) if _AXIS[name] else score)
+            scores.append(sum(components[1:], components[0]))
         return mx.concatenate(scores)
 
     def updated(self, step: int) -> None:

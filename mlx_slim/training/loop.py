@@ -339,7 +339,7 @@ class Loop:
                     grad_norm=norm,
                     active_memory_bytes=mx.get_active_memory(),
                     peak_memory_bytes=mx.get_peak_memory(),
-                    metrics=result.parts or None,
+                    metrics=result.metrics or None,
                 )
             )
 
@@ -350,7 +350,7 @@ class Loop:
         at = self.state
         began = time.perf_counter()
         with computing(self.callbacks):
-            loss, parts, supervised = validation_loss(self.scorer, self.validation)
+            loss, metrics, supervised = validation_loss(self.scorer, self.validation)
         settled = all(hook.settled(at.step) for hook in self._update_hooks)
         better = math.isfinite(loss) and (at.best_loss is None or loss < at.best_loss)
         best = settled and better
@@ -360,7 +360,7 @@ class Loop:
             at.since_best += settled
         seconds = time.perf_counter() - began
         self.observer.notify(
-            events.ValidationDone(at.step, loss, supervised, seconds, best, parts or None)
+            events.ValidationDone(at.step, loss, supervised, seconds, best, metrics or None)
         )
         return best
 

@@ -154,7 +154,7 @@ class _Group:
 class Optimizer:
     """Groups of parameters, each with an mlx optimizer and a multiple of the learning rate.
 
-    Trees are flat here, ``path -> array``, so that any subset of parameters is a tree.
+    Parameters are flat here, ``path -> array``, so that any subset of them can be passed.
 
     Args:
         model: Its trainable parameters are what is optimized.

@@ -29,13 +29,13 @@ from mlx_slim.training.chunk_size import chunk_size
 from mlx_slim.training.losses import NLL, TokenLoss, linear_loss
 from mlx_slim.training.optim import set_trainable, trainable
 
-PART_TOKENS = 256  # below this a part of a batch is not worth its overhead
+PART_TOKENS = 256  # below this a shard of a batch is not worth its overhead
 
 
 def part_count(num_threads: int, tokens: int) -> int:
-    """Return into how many parts ``num_threads`` threads cut a batch of ``tokens`` positions.
+    """Return into how many shards ``num_threads`` threads cut a batch of ``tokens`` positions.
 
-    Two parts a thread, where they are worth it: then half of the batch is in memory at a time.
+    Two shards a thread, where they are worth it: then half of the batch is in memory at a time.
     """
     return 1 if num_threads == 1 else min(2 * num_threads, max(num_threads, tokens // PART_TOKENS))
 
@@ -48,17 +48,17 @@ class Objective(Protocol):
     """What a loop minimises: Σ loss over the supervised positions of a batch, in nats.
 
     Attributes:
-        parts: Names of what it reports besides the loss, sums of the same kind.
+        metrics: Names of what it reports besides the loss, sums of the same kind.
     """
 
-    parts: tuple[str, ...]
+    metrics: tuple[str, ...]
 
     def arrays(self, batch: Batch) -> Arrays:
         """Return what the loss of ``batch`` needs: ``batch_arrays``, and a teacher's after them."""
         ...
 
     def __call__(self, model: nn.Module, arrays: Arrays, *, gradient: bool) -> mx.array:
-        """Return float32: a scalar, or with ``parts`` a vector of the loss and them.
+        """Return float32: a scalar, or with ``metrics`` a vector of the loss and them.
 
         Only the loss is differentiated; ``gradient`` says whether it will be.
         """
@@ -77,7 +77,7 @@ class CrossEntropy:
             None is 1 for all.
     """
 
-    parts: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
     token_loss: TokenLoss = NLL()
 
     def __init__(
@@ -96,7 +96,7 @@ class CrossEntropy:
 
     @contextlib.contextmanager
     def sharing(self) -> Iterator[None]:
-        """Inside, all parts of a batch use one dense copy of a quantized head (on a CPU)."""
+        """Inside, all shards of a batch use one dense copy of a quantized head (on a CPU)."""
         module = self.split.head.module if self.split else None
         if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)) and not on_gpu():
             self._dense_VD = dequantize_weight(module)
@@ -181,7 +181,7 @@ class StepResult:
         supervised: Σ supervised tokens.
         tokens: Σ real tokens.
         computed: Σ positions computed.
-        parts: What the objective reports besides, per supervised token too.
+        metrics: What the objective reports besides, per supervised token too.
     """
 
     loss: float
@@ -189,27 +189,27 @@ class StepResult:
     supervised: int
     tokens: int
     computed: int
-    parts: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 def per_token(
     objective: Objective, sums: mx.array | np.ndarray, weight: float
 ) -> tuple[float, dict[str, float]]:
-    """Return the loss and the parts of ``objective`` per supervised token, from their sums.
+    """Return the loss and the metrics of ``objective`` per supervised token, from their sums.
 
     ``weight`` is the sum of the tokens' loss weights: ``Batch.total_weight``.
     """
     first, *others = [float(value) for value in np.array(sums).reshape(-1)]
-    parts = zip(objective.parts, others, strict=True)
-    return first / weight, {name: value / weight for name, value in parts}
+    metrics = zip(objective.metrics, others, strict=True)
+    return first / weight, {name: value / weight for name, value in metrics}
 
 
 def total_weight(weight: float) -> float:
     """Return the sum over all ranks, exact where weights are counts."""
     whole = int(weight)
-    parts = mx.array([whole >> 20, whole & 0xFFFFF, weight - whole], dtype=mx.float32)
+    terms = mx.array([whole >> 20, whole & 0xFFFFF, weight - whole], dtype=mx.float32)
     high, low, rest = (
-        float(part) for part in np.array(mx.distributed.all_sum(parts, group=world()))
+        float(term) for term in np.array(mx.distributed.all_sum(terms, group=world()))
     )
     return high * (1 << 20) + low + rest
 
@@ -259,11 +259,11 @@ class Stepper:
 
     def micro(self, batch: Batch) -> tuple[mx.array, dict[str, mx.array]]:
         """Return the sums of one micro-batch and the gradient of its loss, evaluated."""
-        parts = batch.shards(part_count(self._num_threads, batch.computed_tokens))
-        if len(parts) == 1:
+        shards = batch.shards(part_count(self._num_threads, batch.computed_tokens))
+        if len(shards) == 1:
             return self._part(batch, None)
         # Dropout is drawn from a seed of the chunk, whichever chunk is built first.
-        work = [(part, int(to_float(mx.random.randint(0, 2**31 - 1)))) for part in parts]
+        work = [(shard, int(to_float(mx.random.randint(0, 2**31 - 1)))) for shard in shards]
         mx.eval(self.model.parameters())  # a thread cannot evaluate what another one began
         sharing = getattr(self.objective, "sharing", contextlib.nullcontext)
         with blas.single_threaded(), sharing():
@@ -290,7 +290,7 @@ class Stepper:
     def step(self, batches: Iterable[Batch]) -> StepResult:
         """Return loss and gradient over ``batches`` (those of this rank; there may be none)."""
         gradients: dict[str, mx.array] = {}
-        sums = mx.zeros((1 + len(self.objective.parts),), dtype=mx.float32)
+        sums = mx.zeros((1 + len(self.objective.metrics),), dtype=mx.float32)
         supervised = tokens = computed = 0
         weight = 0.0
         for batch in batches:
@@ -318,12 +318,12 @@ class Stepper:
                 for count in (supervised, tokens, computed)
             )
             weight = total_weight(weight)
-        loss, parts = per_token(self.objective, sums, weight)
+        loss, metrics = per_token(self.objective, sums, weight)
         return StepResult(
             loss=loss,
             gradients={path: value / weight for path, value in gradients.items()},
             supervised=supervised,
             tokens=tokens,
             computed=computed,
-            parts=parts,
+            metrics=metrics,
         )

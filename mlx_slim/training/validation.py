@@ -55,7 +55,7 @@ class LossScorer:
 
 
 def validation_loss(scorer: LossScorer, batcher: Batcher) -> tuple[float, dict[str, float], int]:
-    """Return Σ loss / Σ supervised tokens of all rows (nats), the parts, the supervised tokens.
+    """Return Σ loss / Σ supervised tokens of all rows (nats), the metrics, the supervised tokens.
 
     Weighted where rows weigh their turns. The rows and their order are fixed; each rank
     computes some of the micro-batches.
@@ -63,7 +63,7 @@ def validation_loss(scorer: LossScorer, batcher: Batcher) -> tuple[float, dict[s
     model, objective = scorer.model, scorer.objective
     model.eval()
     # Summed in Python: thousands of batches would lose digits in float32.
-    sums, supervised, weight = np.zeros(1 + len(objective.parts)), 0, 0.0
+    sums, supervised, weight = np.zeros(1 + len(objective.metrics)), 0, 0.0
     plan = batcher.plan(0)[world().rank() :: world().size()]
     for groups in tracked(plan, "validating", "micro-batches"):
         batch = batcher.batch(groups)

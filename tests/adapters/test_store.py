@@ -90,19 +90,19 @@ def test_the_config_tells_people_and_tools_what_it_is(tiny: TinyModels, tmp_path
     config = AdapterConfig(rank=4, alpha=8, targets=["v_proj", "q_proj"], layers=2)
     model, injected = trained(tiny("llama"), config)
     save_adapter(tmp_path / "a", model, config, injected, dora=False, base="org/base")
-    written = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    assert written["fine_tune_type"] == "lora"
-    assert written["num_layers"] == 2
-    assert written["lora_parameters"] == {
+    stored = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert stored["fine_tune_type"] == "lora"
+    assert stored["num_layers"] == 2
+    assert stored["lora_parameters"] == {
         "rank": 4,
         "scale": 2.0,
         "dropout": 0.0,
         "keys": ["self_attn.q_proj", "self_attn.v_proj"],
     }
-    assert written["model"] == "org/base"
-    assert written["alpha"] == 8
-    assert written["schema_version"] == 1
-    assert written["paths"] == injected.paths
+    assert stored["model"] == "org/base"
+    assert stored["alpha"] == 8
+    assert stored["schema_version"] == 1
+    assert stored["paths"] == injected.paths
     assert sorted(file.name for file in (tmp_path / "a").iterdir()) == [
         "adapter_config.json",
         "adapters.safetensors",

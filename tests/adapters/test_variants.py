@@ -66,9 +66,9 @@ def test_a_long_matrix_makes_no_square_of_its_long_side(
     real = np.linalg.svd
 
     def svd(matrix: mx.array, *rest: Any, **settings: Any):
-        parts = real(matrix, *rest, **settings)
-        largest.append(max(part.size for part in (matrix, *parts)))
-        return parts
+        factors = real(matrix, *rest, **settings)
+        largest.append(max(part.size for part in (matrix, *factors)))
+        return factors
 
     monkeypatch.setattr(np.linalg, "svd", svd)
     weight = mx.random.normal(shape)

@@ -30,7 +30,7 @@ class Parrot:
     ) -> None:
         self.name, self.chunk, self.batch_dependent = name, chunk, batch_dependent
         self.settings = settings or {"model": "parrot"}
-        self.asked: list[str] = []
+        self.prompts: list[str] = []
         self._fail = fail
 
     def answer(self, prompts: Sequence[list[Message]]) -> Iterator[tuple[str, str]]:
@@ -38,7 +38,7 @@ class Parrot:
             text = prompt[-1]["content"]
             if text == self._fail:
                 raise SlimError("the parrot is dead")
-            self.asked.append(text)
+            self.prompts.append(text)
             yield f"{text}, says {self.name}", "eos"
 
     def close(self) -> None:
@@ -64,7 +64,7 @@ def test_every_question_is_asked_once_and_the_lines_can_be_read(tmp_path: Path) 
     ]
     again = Parrot()
     assert AnswerFile(path).collect(again, questions()) == first
-    assert again.asked == []
+    assert again.prompts == []
 
 
 def test_two_teachers_in_one_file(tmp_path: Path) -> None:
@@ -92,10 +92,10 @@ def test_a_torn_last_line_is_repaired(tmp_path: Path, cut: int) -> None:
     straight, path = tmp_path / "straight.jsonl", tmp_path / "answers.jsonl"
     AnswerFile(straight).collect(Parrot(), questions())
     path.write_bytes(straight.read_bytes()[:-cut])
-    asked = Parrot()
-    AnswerFile(path).collect(asked, questions())
+    parrot = Parrot()
+    AnswerFile(path).collect(parrot, questions())
     assert path.read_bytes() == straight.read_bytes()
-    assert len(asked.asked) == (0 if cut == 1 else 1)  # without its newline the line is whole
+    assert len(parrot.prompts) == (0 if cut == 1 else 1)  # without its newline the line is whole
 
 
 def test_a_batch_dependent_teacher_answers_a_whole_chunk_again(tmp_path: Path) -> None:
@@ -103,9 +103,9 @@ def test_a_batch_dependent_teacher_answers_a_whole_chunk_again(tmp_path: Path) -
     AnswerFile(path).collect(Parrot(), questions())
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines[:3], lines[4]]))
-    asked = Parrot(batch_dependent=True)
-    AnswerFile(path).collect(asked, questions())
-    assert asked.asked == ["q2", "q3"]
+    parrot = Parrot(batch_dependent=True)
+    AnswerFile(path).collect(parrot, questions())
+    assert parrot.prompts == ["q2", "q3"]
     assert len(path.read_text().splitlines()) == 5
 
 
@@ -116,9 +116,9 @@ def test_an_edited_answer_is_used_and_counted(tmp_path: Path) -> None:
     lines[1]["generation"] = "By hand, and better."
     text = "\n".join(json.dumps(line, indent=None) for line in lines)
     path.write_text(f"\n{text}")  # an editor's blank line, and no newline at the end
-    asked = Parrot()
-    responses = AnswerFile(path).collect(asked, questions(3))
-    assert asked.asked == []
+    parrot = Parrot()
+    responses = AnswerFile(path).collect(parrot, questions(3))
+    assert parrot.prompts == []
     assert [(w.generation, w.edited) for w in responses] == [
         ("q0, says parrot", False), ("By hand, and better.", True), ("q2, says parrot", False),
     ]  # fmt: skip
@@ -128,12 +128,12 @@ def test_what_changed_is_asked_again_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     AnswerFile(path).collect(Parrot(), questions(3))
     changed = [*questions(2), *questions(3, suffix="!")[2:]]
-    asked = Parrot()
-    AnswerFile(path).collect(asked, changed)
-    assert asked.asked == ["q2!"]
+    parrot = Parrot()
+    AnswerFile(path).collect(parrot, changed)
+    assert parrot.prompts == ["q2!"]
     other = Parrot(settings={"model": "parrot", "max_tokens": 9})
     AnswerFile(path).collect(other, questions(3))
-    assert other.asked == ["q0", "q1", "q2"]
+    assert other.prompts == ["q0", "q1", "q2"]
     assert AnswerFile(path).collect(Parrot(), questions(3))[2].generation == "q2, says parrot"
 
 

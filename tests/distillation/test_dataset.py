@@ -32,7 +32,7 @@ def record(folder: str = "dataset") -> DatasetRecord:
         rows_without_a_question=0,
         answers="answers.jsonl",
         teachers=[TeacherReport("t", 7, 6, 0, 0, {"empty": DroppedResponses(1, ["a"])})],
-        parts=[RowFile(f"{folder}/0-1-t.jsonl", 1, 1.0, None)],
+        files=[RowFile(f"{folder}/0-1-t.jsonl", 1, 1.0, None)],
         answers_sha256="h",
     )
 

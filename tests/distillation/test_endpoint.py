@@ -175,14 +175,14 @@ def test_the_key_is_sent_and_in_no_message(
 
     caplog.set_level("DEBUG")
     with serving(script) as served:
-        asked = teacher(served.base_url, api_key_env="TEACHER_KEY")
+        client = teacher(served.base_url, api_key_env="TEACHER_KEY")
         with pytest.raises(SlimError) as caught:
-            list(asked.answer(chats("one")))
+            list(client.answer(chats("one")))
     assert served.requests[0]["authorization"] == f"Bearer {KEY}"
     assert "401 Unauthorized: bad key ***, begone" in caught.value.message
     assert "TEACHER_KEY" in caught.value.hint
     text = "".join(traceback.format_exception(caught.value)) + caplog.text
-    assert KEY not in text + json.dumps(asked.settings) + caught.value.hint
+    assert KEY not in text + json.dumps(client.settings) + caught.value.hint
     assert len(served.requests) == 1
 
 

@@ -70,12 +70,12 @@ def test_rationales_of_two_teachers_stand_behind_their_prefixes(rows: Path, tmp_
         assert one["prompt"] == f"[rationale 1] {data['prompt']}"
         assert two["prompt"] == f"[rationale 2] {data['prompt']}"
         assert one["completion"].startswith("Because it has")
-    asked = [request["messages"][0]["content"] for request in served.requests]
-    assert len(asked) == 18
+    sent = [request["messages"][0]["content"] for request in served.requests]
+    assert len(sent) == 18
     for row in validation:  # no teacher was asked about these, no student learns them
-        assert not [text for text in asked if text.startswith(row["prompt"] + "\n")]
+        assert not [text for text in sent if text.startswith(row["prompt"] + "\n")]
         assert row["id"] not in {data["id"] for data in from_data}
-    assert all(f"Correct answer: {row['completion']}" in "".join(asked) for row in from_data)
+    assert all(f"Correct answer: {row['completion']}" in "".join(sent) for row in from_data)
 
 
 def test_sequences_take_the_place_of_answers(rows: Path, tmp_path: Path) -> None:
@@ -90,8 +90,8 @@ def test_sequences_take_the_place_of_answers(rows: Path, tmp_path: Path) -> None
     from_data, first, _ = (lines(tmp_path / "run" / part.file) for part in dataset.files)
     assert [row["prompt"] for row in first] == [row["prompt"] for row in from_data]
     assert all(row["completion"].startswith("Because") for row in first)
-    asked = [request["messages"] for request in served.requests[:9]]
-    assert sorted(m[0]["content"] for m in asked) == sorted(row["prompt"] for row in from_data)
+    sent = [request["messages"] for request in served.requests[:9]]
+    assert sorted(m[0]["content"] for m in sent) == sorted(row["prompt"] for row in from_data)
 
 
 def test_with_weight_one_only_the_teacher_counts(rows: Path, tmp_path: Path) -> None:

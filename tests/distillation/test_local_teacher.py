@@ -36,8 +36,8 @@ def flows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_answers_end_where_the_model_ends_them(flows: Path) -> None:
-    asked = teacher(flows)
-    assert list(asked.answer(chats("Why?", "And why is that so?"))) == [(FLOWS, "eos")] * 2
+    local = teacher(flows)
+    assert list(local.answer(chats("Why?", "And why is that so?"))) == [(FLOWS, "eos")] * 2
     assert list(teacher(flows, until=["ow"]).answer(chats("Why?"))) == [("It fl", "until")]
     assert list(teacher(flows, 5).answer(chats("Why?"))) == [("It fl", "length")]
 
@@ -46,41 +46,41 @@ def test_the_model_reads_its_chat_template_and_answers_like_a_plain_loop(
     tiny: Callable[..., Path],
 ) -> None:
     folder = tiny("qwen2")
-    asked = teacher(folder)
+    local = teacher(folder)
     chat = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]
-    text = asked.text(chat)
+    text = local.text(chat)
     assert text == (
         "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
     )
     loaded = load(str(folder), dtype=mx.float32)
     ids = loaded.tokenizer.encode(text, add_special_tokens=False)
-    assert list(asked.answer([chat])) == [plain_generate(loaded.model, loaded.tokenizer, ids, 12)]
+    assert list(local.answer([chat])) == [plain_generate(loaded.model, loaded.tokenizer, ids, 12)]
 
 
 def test_a_base_model_reads_the_bare_question(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "base", chat_template=None, bos=True)
-    asked = teacher(folder)
-    assert asked.text(chats("Water is")[0]) == "Water is"
+    local = teacher(folder)
+    assert local.text(chats("Water is")[0]) == "Water is"
     loaded = load(str(folder), dtype=mx.float32)
     ids = loaded.tokenizer.encode("Water is")
-    answers_ = list(asked.answer(chats("Water is")))
+    answers_ = list(local.answer(chats("Water is")))
     assert answers_ == [plain_generate(loaded.model, loaded.tokenizer, ids, 12)]
 
 
 def test_the_model_is_loaded_for_the_first_answer_and_freed_by_close(flows: Path) -> None:
-    asked = teacher(flows)
-    assert asked._model is None
-    list(asked.answer(chats("Why?")))
-    assert asked._model is not None
-    asked.close()
-    assert asked._model is None
-    assert list(asked.answer(chats("Why?"))) == [(FLOWS, "eos")]
+    local = teacher(flows)
+    assert local._model is None
+    list(local.answer(chats("Why?")))
+    assert local._model is not None
+    local.close()
+    assert local._model is None
+    assert list(local.answer(chats("Why?"))) == [(FLOWS, "eos")]
 
 
 def test_prompts_that_are_cut_are_counted(flows: Path) -> None:
-    asked = teacher(flows)
-    list(asked.answer(chats("short", "x" * 600)))
-    assert asked.truncated == 1
+    local = teacher(flows)
+    list(local.answer(chats("short", "x" * 600)))
+    assert local.truncated == 1
 
 
 def test_settings_follow_what_decides_the_answers(flows: Path, tmp_path: Path) -> None:

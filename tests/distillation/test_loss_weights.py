@@ -24,7 +24,7 @@ GROUPS = np.array([0, 1, 2, 0, 1, 2, 2])
 LOSS_WEIGHTS = [1.0, 0.5, 3.0]
 
 
-def written_out(model: nn.Module, rows: MemoryRows) -> mx.array:
+def reference_loss(model: nn.Module, rows: MemoryRows) -> mx.array:
     """L = Σ_g a_g · mean over the targets of g of −log softmax(logits)[target], row by row."""
     total = mx.array(0.0)
     for group, loss_weight in enumerate(LOSS_WEIGHTS):
@@ -51,7 +51,7 @@ def test_one_batch_of_all_rows_gives_the_formula_and_its_gradient(
     stepper = Stepper(model, CrossEntropy(model, chunk=8, weights_S=weights_S))
     order = [[3], [6], [0], [5], [1], [2], [4]]  # weights follow the targets, not the order
     measured = stepper.step([collate(rows, order, isolate=False)])
-    expected, gradients = nn.value_and_grad(model, lambda: written_out(model, rows))()
+    expected, gradients = nn.value_and_grad(model, lambda: reference_loss(model, rows))()
     assert measured.loss == pytest.approx(expected.item(), rel=1e-5)
     flat = dict(tree_flatten(gradients))
     assert set(measured.gradients) == set(trainable(model))
@@ -69,10 +69,10 @@ def test_micro_batches_give_the_same_step(tiny: Callable[..., Path]) -> None:
         model, CrossEntropy(model, weights_S=target_weights(rows.supervised, GROUPS, LOSS_WEIGHTS))
     )
     whole = stepper.step([collate(rows, [[i] for i in range(7)], isolate=False)])
-    parts = stepper.step(
+    in_micro_batches = stepper.step(
         [collate(rows, [[4], [1]], isolate=False), collate(rows, [[6, 0, 3], [2, 5]], isolate=True)]
     )
-    assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
+    assert in_micro_batches.loss == pytest.approx(whole.loss, rel=1e-5)
 
 
 def test_a_group_counts_by_its_loss_weight_not_its_size() -> None:

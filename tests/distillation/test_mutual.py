@@ -79,9 +79,9 @@ def test_what_is_reported(pair: ModelPair) -> None:
     loss, first, second, apart = (to_float(value) for value in training)
     assert loss == pytest.approx(first + second + 2 * 0.5 * 4 * apart, rel=1e-5)
     validation = MutualValidation(pair, "forward", 2.0, 0.5, vocabulary=VOCAB)
-    mean, *parts = (to_float(value) for value in validation(pair, arrays, gradient=False))
+    mean, *metrics = (to_float(value) for value in validation(pair, arrays, gradient=False))
     assert mean == pytest.approx((first + second) / 2, rel=1e-6)
-    assert parts == [first, second, apart]
+    assert metrics == [first, second, apart]
 
 
 def test_a_pair_looks_like_a_model(pair: ModelPair) -> None:

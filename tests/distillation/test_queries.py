@@ -38,9 +38,9 @@ ALPACA = {"instruction": "Add.", "input": "1 1", "output": "2", "text": "ignored
 
 def test_the_default_request_shows_options_and_the_right_answer() -> None:
     (query,) = queries(QUESTION)
-    asked = query.rationale(compile_text(QueryConfig().prompt))
-    assert asked.id == "q/7"
-    assert asked.messages == [
+    request = query.rationale(compile_text(QueryConfig().prompt))
+    assert request.id == "q/7"
+    assert request.messages == [
         {
             "role": "user",
             "content": "Water is\nOptions:\n- wet\n- dry\nCorrect answer: wet\n\n"

@@ -40,7 +40,7 @@ def _key(shape: TargetLayout, rows: MemoryRows = ROWS, temperature: float = 1.0)
     return cache_key({"weights": "a"}, "tokenizer", rows, shape, temperature)
 
 
-def _written(
+def _stored_targets(
     folder: Path,
     model: nn.Module,
     shape: TargetLayout,
@@ -72,7 +72,7 @@ def test_targets_are_read_back_by_number(
     model: Any = load(str(tiny(architecture)))[0]
     for k, temperature in ((7, 1.0), (VOCAB, 2.0)):
         shape = target_layout(ROWS, k, VOCAB)
-        cache = _written(tmp_path / f"{k}", model, shape, temperature, num_threads)
+        cache = _stored_targets(tmp_path / f"{k}", model, shape, temperature, num_threads)
         for row in range(len(LENGTHS)):
             batch = collate(ROWS, [[row]], isolate=False)
             ids, top_logs, rest = cache.columns(batch.sources_N)
@@ -107,7 +107,7 @@ def test_through_the_disk_more_tokens_come_nearer_from_below(
     token_loss = DistillationLoss(divergence)
     values = []
     for k in (1, 4, 16, 64, VOCAB):
-        cache = _written(tmp_path / f"{k}", teacher, target_layout(ROWS, k, VOCAB))
+        cache = _stored_targets(tmp_path / f"{k}", teacher, target_layout(ROWS, k, VOCAB))
         sums = token_loss.value(logits, no_targets, *cache.columns(everything))
         values.append(sums[2].item())
     assert values == sorted(values)
@@ -120,13 +120,13 @@ def test_a_kill_loses_at_most_a_batch_and_the_rest_is_not_asked_again(
 ) -> None:
     model: Any = load(str(tiny("llama")))[0]
     shape = target_layout(ROWS, 6, VOCAB)
-    straight = _written(tmp_path / "straight", model, shape)
-    generator, asked = TargetGenerator(model, shape, 1.0, 1), []
+    straight = _stored_targets(tmp_path / "straight", model, shape)
+    generator, computed = TargetGenerator(model, shape, 1.0, 1), []
 
     def dies(batch: Batch):
-        if len(asked) == 2:
+        if len(computed) == 2:
             raise KeyboardInterrupt
-        asked.append(batch.rows)
+        computed.append(batch.rows)
         return generator(batch)
 
     folder = tmp_path / "killed"
@@ -140,7 +140,7 @@ def test_a_kill_loses_at_most_a_batch_and_the_rest_is_not_asked_again(
         return generator(batch)
 
     list(target_cache.write(folder, _key(shape), shape, _batcher(), counts))
-    assert sum(asked) + sum(rest) == len(ROWS)
+    assert sum(computed) + sum(rest) == len(ROWS)
     whole = open_complete(folder, shape)
     assert whole is not None
     everything = np.arange(shape.targets)
@@ -189,7 +189,7 @@ def test_another_key_in_the_folder_is_not_gone_on_with(
 ) -> None:
     model: Any = load(str(tiny("llama")))[0]
     shape = target_layout(ROWS, 6, VOCAB)
-    _written(tmp_path / "c", model, shape)
+    _stored_targets(tmp_path / "c", model, shape)
     generator = TargetGenerator(model, shape, 3.0, 1)
     key = _key(shape, temperature=3.0)
     writing = target_cache.write(tmp_path / "c", key, shape, _batcher(), generator)
@@ -206,7 +206,7 @@ def test_the_size_is_what_is_written_and_a_small_disk_is_refused(
     shape = target_layout(ROWS, 6, VOCAB)
     folder = tmp_path / "c"
     assert target_cache.missing_bytes(folder, shape) == shape.nbytes
-    _written(folder, model, shape)
+    _stored_targets(folder, model, shape)
     assert sum(file.stat().st_size for file in folder.glob("*.bin")) == shape.nbytes
     assert target_cache.missing_bytes(folder, shape) == 0
     monkeypatch.setattr(
@@ -221,7 +221,7 @@ def test_the_size_is_what_is_written_and_a_small_disk_is_refused(
 def test_a_cut_file_is_not_taken_for_complete(tiny: Callable[..., Path], tmp_path: Path) -> None:
     model: Any = load(str(tiny("llama")))[0]
     shape = target_layout(ROWS, 6, VOCAB)
-    _written(tmp_path / "c", model, shape)
+    _stored_targets(tmp_path / "c", model, shape)
     with (tmp_path / "c" / "kept.bin").open("r+b") as handle:
         handle.truncate(100)
     assert open_complete(tmp_path / "c", shape) is None

@@ -11,8 +11,8 @@ from mlx_slim.finetuning.curves import Level, Series, chart, smooth, thinned, ti
 
 
 def circles(svg: str) -> list[tuple[float, float]]:
-    found = re.findall(r'cx="([\d.]+)" cy="([\d.]+)" r="3.6"', svg)
-    return [(float(x), float(y)) for x, y in found]
+    matches = re.findall(r'cx="([\d.]+)" cy="([\d.]+)" r="3.6"', svg)
+    return [(float(x), float(y)) for x, y in matches]
 
 
 def test_higher_is_higher_and_later_is_to_the_right() -> None:

@@ -52,8 +52,8 @@ def test_all_methods_then_nothing_left_to_do(tiny: Callable[..., Path], tmp_path
     assert by_method["full"].trainable == by_method["full"].total
     assert by_method["qlora"].base_bytes < by_method["lora"].base_bytes
     assert by_method["lora"].before == by_method["dora"].before
-    written = json.loads((out / "results.json").read_text())
-    assert list(written["methods"]) == methods
+    record = json.loads((out / "results.json").read_text())
+    assert list(record["methods"]) == methods
     report = (out / "report.md").read_text()
     assert all(f"| {method} |" in report for method in methods)
     answers = (out / "scores" / "qlora" / "samples_demo_exact_match.jsonl").read_text().splitlines()
@@ -70,10 +70,10 @@ def test_prompts_are_the_training_prompts(tiny: Callable[..., Path]) -> None:
     recipe = workflow.demo_recipe(
         "lora", tiny(), (*SMALL, f"data.path={workflow.data_files()[1]}")
     ).recipe
-    (asked,) = read_tasks([workflow.TASK], EvalOptions())
+    (task,) = read_tasks([workflow.TASK], EvalOptions())
     longest = max_length(loaded.config, loaded.tokenizer)
     limit = row_limit(loaded.config)
-    job = _task_job(asked, EvalOptions(), loaded.tokenizer, longest, limit, [])
+    job = _task_job(task, EvalOptions(), loaded.tokenizer, longest, limit, [])
     questions = job.questions
     prompts = [job.encoder.prompt(question.context, 1) for question in questions]
     assert len(questions) == 100

@@ -189,9 +189,9 @@ def test_the_planner_counts_the_rounded_copy(tiny: TinyModels, tmp_path: Path) -
     small = qat_recipe(tiny("llama"), data, "lora").recipe
     loaded = load(tiny("llama"))
     plain = small.model_copy(update={"quantize": QuantizeConfig()})
-    parts = [predict(loaded.config, r, gpu=False).breakdown["weights"] for r in (small, plain)]
+    peaks = [predict(loaded.config, r, gpu=False).breakdown["weights"] for r in (small, plain)]
     layers = [m for _, m in loaded.model.named_modules() if hasattr(m, "to_quantized")]
-    assert parts[0] - parts[1] == sum(layer.weight.nbytes for layer in layers)
+    assert peaks[0] - peaks[1] == sum(layer.weight.nbytes for layer in layers)
     shown = predict(loaded.config, small, gpu=False, budget=1)
     assert not any("qlora" in each.set for each in shown.suggestions)
 

@@ -177,7 +177,7 @@ def test_without_validation_rows_it_says_why(tiny: TinyModels, tmp_path: Path) -
     record["data"]["validation"] = 0
     changed = type(values.recipe).model_validate(record)
     finetune(Resolved(changed, {}, "small", "test"), tmp_path / "run", observer=Recorder())
-    assert "no rows are held out" in (tmp_path / "run/report.html").read_text()
+    assert "there are no validation rows" in (tmp_path / "run/report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -226,8 +226,8 @@ def test_it_opens_in_a_browser_with_curves_and_answers(
         text=True,
         timeout=120,
     )
-    found = json.loads(re.search(r"<title>(\{.*?\})</title>", dumped.stdout)[1])  # type: ignore[index]
-    assert found["plots"] == 4
-    assert (found["wide"], found["bad"], found["empty"]) == (False, 0, 0)
+    layout = json.loads(re.search(r"<title>(\{.*?\})</title>", dumped.stdout)[1])  # type: ignore[index]
+    assert layout["plots"] == 4
+    assert (layout["wide"], layout["bad"], layout["empty"]) == (False, 0, 0)
     assert dumped.stdout.count("after training") == 3
     assert "CONSOLE" not in dumped.stderr

@@ -58,8 +58,8 @@ def test_weighted_rows_resume_bit_for_bit(
     write_chats(data, 0.25)
     finetune(recipe(model, data, batching=batching), out, observer=Recorder(), resume=True)
     assert losses(out) == losses(straight)
-    said = [event.message for event in recorder.events if isinstance(event, Notice)]
-    assert said[0].endswith("tools that the template leaves out: 1 (first: rows.jsonl, line 4)")
+    messages = [event.message for event in recorder.events if isinstance(event, Notice)]
+    assert messages[0].endswith("tools that the template leaves out: 1 (first: rows.jsonl, line 4)")
 
 
 def test_weight_0_is_what_learning_the_last_answer_is(

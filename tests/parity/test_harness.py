@@ -50,7 +50,7 @@ def sides(tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Sides:
     return theirs, load(folder, dtype=mx.float32)
 
 
-def asked(kind: str, arguments: list[tuple]) -> list:
+def harness_requests(kind: str, arguments: list[tuple]) -> list:
     return [
         instances.Instance(request_type=kind, doc={}, arguments=pair, idx=index)
         for index, pair in enumerate(arguments)
@@ -59,10 +59,10 @@ def asked(kind: str, arguments: list[tuple]) -> list:
 
 def test_log_likelihoods_are_those_of_the_harness(sides: Sides) -> None:
     theirs, ours = sides
-    expected = theirs.loglikelihood(asked("loglikelihood", PAIRS), disable_tqdm=True)
+    expected = theirs.loglikelihood(harness_requests("loglikelihood", PAIRS), disable_tqdm=True)
     encoder = RequestEncoder(ours.tokenizer, LONGEST)
-    found = LoglikelihoodScorer(ours.model).score([encoder.request(*pair) for pair in PAIRS])
-    for (value, greedy), score in zip(expected, found, strict=True):
+    actual = LoglikelihoodScorer(ours.model).score([encoder.request(*pair) for pair in PAIRS])
+    for (value, greedy), score in zip(expected, actual, strict=True):
         assert score.loglikelihood == pytest.approx(value, abs=1e-3)
         assert score.greedy == greedy
     assert encoder.truncated == 1
@@ -70,23 +70,27 @@ def test_log_likelihoods_are_those_of_the_harness(sides: Sides) -> None:
 
 def test_perplexity_is_that_of_the_harness(sides: Sides) -> None:
     theirs, ours = sides
-    requests = asked("loglikelihood_rolling", [(TEXT,)])
+    requests = harness_requests("loglikelihood_rolling", [(TEXT,)])
     (expected,) = theirs.loglikelihood_rolling(requests, disable_tqdm=True)
     encoder = RequestEncoder(ours.tokenizer, LONGEST)
-    parts = windows(encoder.document(TEXT), encoder.prefix(), LONGEST)
-    assert len(parts) > 2
-    found = math.fsum(score.loglikelihood for score in LoglikelihoodScorer(ours.model).score(parts))
-    assert found == pytest.approx(expected, abs=1e-2)
+    chunks = windows(encoder.document(TEXT), encoder.prefix(), LONGEST)
+    assert len(chunks) > 2
+    actual = math.fsum(
+        score.loglikelihood for score in LoglikelihoodScorer(ours.model).score(chunks)
+    )
+    assert actual == pytest.approx(expected, abs=1e-2)
 
 
 def test_greedy_answers_are_those_of_the_harness(sides: Sides) -> None:
     theirs, ours = sides
     contexts = [context for context, _ in PAIRS if context]
     options = {"until": ["zzz"], "max_gen_toks": 8, "do_sample": False}
-    requests = asked("generate_until", [(context, dict(options)) for context in contexts])
+    requests = harness_requests(
+        "generate_until", [(context, dict(options)) for context in contexts]
+    )
     expected = theirs.generate_until(requests, disable_tqdm=True)
     encoder = RequestEncoder(ours.tokenizer, max_length=LONGEST)
     assert max_length(ours.config, ours.tokenizer) >= LONGEST
     prompts = [encoder.prompt(context, 8) for context in contexts]
-    found = generate_batch(ours.model, ours.tokenizer, prompts, 8, stops=("zzz",))
-    assert [answer.text for answer in found] == expected
+    actual = generate_batch(ours.model, ours.tokenizer, prompts, 8, stops=("zzz",))
+    assert [answer.text for answer in actual] == expected

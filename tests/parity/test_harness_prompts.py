@@ -97,10 +97,10 @@ def _theirs(name: str, shots: int, rows: dict[str, list[dict]], **chat: Any) -> 
     task.set_config("num_fewshot", shots)
     task.set_fewshot_seed(1234)
     task.build_all_requests(**chat)
-    found: dict[int, str] = {}
+    contexts: dict[int, str] = {}
     for instance in task.instances:
-        found.setdefault(instance.doc_id, instance.args[0])
-    return [found[number] for number in range(ROWS)]
+        contexts.setdefault(instance.doc_id, instance.args[0])
+    return [contexts[number] for number in range(ROWS)]
 
 
 def write_task_rows(folder: Path, name: str) -> dict[str, list[dict[str, Any]]]:
@@ -237,9 +237,9 @@ def test_lists_of_right_choices(tmp_path: Path, number: int) -> None:
     task = write_task(tmp_path, keys + "target: '{{ places }}'\n")
     question = build_questions(task, TaskRows(LISTED, [], "", ""))[number]
     for values in ([-1.0, -9.0, -9.0], [-9.0, -1.0, -9.0], [-9.0, -9.0, -1.0], [-2.0, -2.0, -2.0]):
-        found = record_choice(task, question, values, [False] * 3)
+        actual = record_choice(task, question, values, [False] * 3)
         expected = theirs.process_results(LISTED[number], [(value, False) for value in values])
-        assert {key: found[key] for key in ("acc", "acc_norm")} == expected
+        assert {key: actual[key] for key in ("acc", "acc_norm")} == expected
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -257,5 +257,7 @@ def test_lists_of_right_texts(tmp_path: Path, number: int, ignore_case: bool) ->
     task = write_task(tmp_path, f"{keys}ignore_case: {str(ignore_case).lower()}\n")
     question = build_questions(task, TaskRows(LISTED, [], "", ""))[number]
     for text in ("Paris", "paris", "PARIS.", "Lyon", "lyon", ""):
-        found = record_generation(task, question, text, "eos")
-        assert found["exact_match"] == theirs.process_results(LISTED[number], [text])["exact_match"]
+        actual = record_generation(task, question, text, "eos")
+        assert (
+            actual["exact_match"] == theirs.process_results(LISTED[number], [text])["exact_match"]
+        )

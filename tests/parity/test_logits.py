@@ -147,8 +147,8 @@ def gap(theirs: Any, ours: Any, length: int) -> float:
     ids = [(7 * i * i + 3 * i + 5) % 250 for i in range(length)]
     with torch.no_grad():
         expected = theirs(torch.tensor([ids])).logits[0].numpy()
-    found = np.array(ours(mx.array([ids]))[0])
-    return float(np.abs(expected - found).max() / np.abs(expected).max())
+    actual = np.array(ours(mx.array([ids]))[0])
+    return float(np.abs(expected - actual).max() / np.abs(expected).max())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -192,6 +192,6 @@ def test_generation_past_the_original_context_is_that_of_transformers(tmp_path: 
     speaker = open_session(tmp_path / "m", tell=notes.append)
     for _ in speaker.stream(ids, max_tokens=20, temperature=0.0):
         pass
-    found = speaker._cached_ids
-    assert found == expected[: len(found)] and speaker.last.stop_reason in ("length", "stop")
-    assert len(found) > ORIGINAL + 4 and not notes
+    actual = speaker._cached_ids
+    assert actual == expected[: len(actual)] and speaker.last.stop_reason in ("length", "stop")
+    assert len(actual) > ORIGINAL + 4 and not notes

@@ -33,14 +33,14 @@ from tests.support.tiny import TinyModels, byte_tokenizer
 @pytest.fixture(scope="module")
 def base(tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return a function: architecture -> a tiny model in Hugging Face's format."""
-    made_here: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
 
     def get(architecture: str) -> Path:
-        if architecture not in made_here:
+        if architecture not in folders:
             folder = tmp_path_factory.mktemp("hf") / architecture
             export_hf(tiny(architecture), folder)
-            made_here[architecture] = folder
-        return made_here[architecture]
+            folders[architecture] = folder
+        return folders[architecture]
 
     return get
 
@@ -147,9 +147,9 @@ def test_every_architecture_keeps_names_and_values(tmp_path: Path, kind: str) ->
     export_hf(tmp_path / "source", tmp_path / "hf")
     again = in_torch(tmp_path / "hf")
     expected = model.state_dict()
-    found = again.state_dict()
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    actual = again.state_dict()
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
     assert gap(torch_logits(model), torch_logits(again)) < 1e-5
     assert gap(torch_logits(model), mlx_logits(tmp_path / "hf")) < 1e-4
 

@@ -110,7 +110,7 @@ def assert_peaks_agree(
         stepper.micro(rows)
         measured = mx.get_peak_memory() - before
     prediction = predict(config, plan, gpu=False, budget=1, suggest=False)
-    parts = prediction.breakdown
-    moving = parts["activations"] + parts["logits"] + parts["gradients"]
-    assert weights <= parts["weights"]
+    breakdown = prediction.breakdown
+    moving = breakdown["activations"] + breakdown["logits"] + breakdown["gradients"]
+    assert weights <= breakdown["weights"]
     assert moving == pytest.approx(measured, rel=rel)

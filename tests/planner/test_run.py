@@ -61,8 +61,8 @@ def test_rules_of_thumb(tiny: Callable[..., Path], tmp_path: Path) -> None:
         "twelve_times": 12 * 2 * prediction.parameters,
     }
     quantized = recipe(tiny("llama"), Path("someone/absent"), "qlora").recipe
-    rule = plan(quantized, mac="m2-16gb")[0].rules_of_thumb["inference_formula"]
-    assert rule == int(prediction.parameters * 4 / (32 / 4) * 1.2)
+    estimate = plan(quantized, mac="m2-16gb")[0].rules_of_thumb["inference_formula"]
+    assert estimate == int(prediction.parameters * 4 / (32 / 4) * 1.2)
 
 
 def test_the_command(tiny: Callable[..., Path], tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from tests.support.tiny import TinyModels
 NAMES = [
     name for name in library.names("recipes") if not name.startswith(("tailored-", "tinyllm-"))
 ]
-TAUGHT = [name for name in NAMES if name.startswith("distill-")]
-TUNED = [name for name in NAMES if name not in TAUGHT]
+DISTILLED = [name for name in NAMES if name.startswith("distill-")]
+TUNED = [name for name in NAMES if name not in DISTILLED]
 ARCHITECTURE = {
     "tinyllama": "llama",
     "llama2": "llama-mha",
@@ -40,14 +40,14 @@ def test_the_promised_recipes_exist() -> None:
         "smollm2": "full lora qlora dora qat",
     }
     assert sorted(f"{m}-{k}" for m, kinds in methods.items() for k in kinds.split()) == TUNED
-    assert TAUGHT == ["distill-smollm2"]
+    assert DISTILLED == ["distill-smollm2"]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_header_and_planner_agree(name: str) -> None:
     text = library.find("recipes", name).read_text(encoding="utf-8")
     assert plan.cost_header(name) in text, f"the header should say:\n{plan.cost_header(name)}"
-    command = "distill" if name in TAUGHT else "train"
+    command = "distill" if name in DISTILLED else "train"
     assert f"mlx-slim {command} {name}" in text
     assert text.startswith("# ")
 
@@ -56,7 +56,7 @@ def test_header_and_planner_agree(name: str) -> None:
 def test_pinned_named_and_known(name: str) -> None:
     recipe = load_recipe(name).recipe
     kind = name.rsplit("-", 1)[1]
-    expected = "full" if name in TAUGHT or kind == "qat" else kind
+    expected = "full" if name in DISTILLED or kind == "qat" else kind
     assert recipe.method == expected
     assert recipe.quantize.qat == (kind == "qat")
     teachers = recipe.distill.teachers if recipe.distill else []
@@ -66,9 +66,9 @@ def test_pinned_named_and_known(name: str) -> None:
 
 
 def test_all_recipes_see_the_same_rows_in_steps_of_the_same_size() -> None:
-    found = [load_recipe(name).recipe for name in NAMES]
-    first = found[0]
-    for recipe in found:
+    every = [load_recipe(name).recipe for name in NAMES]
+    first = every[0]
+    for recipe in every:
         assert recipe.data == first.data
         assert recipe.train.max_length == first.train.max_length
         assert recipe.train.epochs == first.train.epochs
@@ -124,7 +124,7 @@ def test_three_steps_end_to_end(name: str, tiny: TinyModels, rows: Path, tmp_pat
         load(str(model), adapter_path=str(out / "adapters"))
 
 
-@pytest.mark.parametrize("name", TAUGHT)
+@pytest.mark.parametrize("name", DISTILLED)
 def test_three_steps_with_a_teacher_through_the_command(
     name: str, tiny: TinyModels, rows: Path, tmp_path: Path
 ) -> None:
@@ -173,15 +173,15 @@ def test_list_show_and_copy(tmp_path: Path) -> None:
 def test_plan_prints_fits_and_the_cheapest_knob() -> None:
     run = CliRunner().invoke
     result = run(plan.command, ["tinyllama-lora", "train.dtype=bfloat16", "--json"])
-    found = json.loads(result.output)
-    assert set(found) >= {
+    record = json.loads(result.output)
+    assert set(record) >= {
         *("predicted_peak_bytes", "budget_bytes", "fits", "predicted_seconds", "disk_bytes"),
         *("breakdown", "suggestions"),
     }
-    assert set(found["breakdown"]) == {
+    assert set(record["breakdown"]) == {
         *("weights", "gradients", "optimizer", "activations", "logits", "loading"),
     }
-    assert sum(found["breakdown"].values()) == found["predicted_peak_bytes"]
+    assert sum(record["breakdown"].values()) == record["predicted_peak_bytes"]
     result = run(plan.command, ["tinyllama-lora", "--budget", "7GB"])
     assert "does NOT fit in 7.00 GB" in result.output
     assert "to make it fit, cheapest first" in result.output
@@ -191,10 +191,10 @@ def test_plan_prints_fits_and_the_cheapest_knob() -> None:
 def test_a_suggestion_is_an_override_that_keeps_its_promise() -> None:
     recipe = load_recipe("tinyllama-lora").recipe
     config, _ = model_config(recipe)
-    found = predict(config, recipe, gpu=True, budget=int(4e9))
-    assert not found.fits
-    assert found.suggestions[0].predicted_peak_bytes <= 4e9
-    for suggestion in found.suggestions[:3]:
+    prediction = predict(config, recipe, gpu=True, budget=int(4e9))
+    assert not prediction.fits
+    assert prediction.suggestions[0].predicted_peak_bytes <= 4e9
+    for suggestion in prediction.suggestions[:3]:
         changed = load_recipe("tinyllama-lora", suggestion.set.split()).recipe
         again = predict(config, changed, gpu=True, budget=int(4e9), suggest=False)
         assert again.predicted_peak_bytes == suggestion.predicted_peak_bytes

@@ -118,11 +118,11 @@ def test_it_can_be_planned_with_its_rows(
 ) -> None:
     monkeypatch.setenv("MLX_SLIM_DATA", str(mirror))
     recipe = load_recipe(name).recipe
-    found, _ = planned(recipe, mac="m2-16gb")
-    assert found.fits
+    prediction, _ = planned(recipe, mac="m2-16gb")
+    assert prediction.fits
     # Some are held out; the others are learned with an answer and two reasons each.
     rows = 50 if name in TAILORED else 3 * (60 - 32)
-    assert f"{rows} rows of about" in found.tokens_basis
+    assert f"{rows} rows of about" in prediction.tokens_basis
 
 
 @pytest.mark.parametrize("name", TAILORED + TINYLLM)
@@ -131,7 +131,7 @@ def test_no_row_is_trained_on_and_scored(
 ) -> None:
     monkeypatch.setenv("MLX_SLIM_DATA", str(mirror))
     task, limit = scored(name)
-    assert not trained(load_recipe(name).recipe, tmp_path) & asked(task, limit)
+    assert not trained(load_recipe(name).recipe, tmp_path) & scored_questions(task, limit)
 
 
 @pytest.mark.parametrize("name", sorted({*TAILORED, *TINYLLM} - {"tailored-bioasq"}))
@@ -144,8 +144,8 @@ def test_nor_with_the_test_split_alone(
     if way := re.search(r"# Mirror: .*?'(data\.path=.*)'\n#.*--limit (\d+)", text_of(name)):
         overrides, limit = [way[1]], int(way[2])
     recipe = load_recipe(name, overrides).recipe
-    assert not trained(recipe, tmp_path) & asked(task, limit)
-    assert trained(recipe, tmp_path) <= asked(task, None)
+    assert not trained(recipe, tmp_path) & scored_questions(task, limit)
+    assert trained(recipe, tmp_path) <= scored_questions(task, None)
 
 
 def trained(recipe: Recipe, folder: Path) -> set[str]:
@@ -155,7 +155,7 @@ def trained(recipe: Recipe, folder: Path) -> set[str]:
     return keys
 
 
-def asked(task: str, limit: int | None) -> set[str]:
+def scored_questions(task: str, limit: int | None) -> set[str]:
     spec = find_task(task)
     return set(question_keys(spec, load_rows(spec), limit))
 

@@ -168,8 +168,8 @@ def _chatml(messages: Messages) -> Pieces:
 
 
 def _tools(messages: Messages) -> Pieces:
-    said, first = _system(messages)
-    pieces: Pieces = [(f"<|im_start|>system\n{said or 'You help.'}{EOT}\n", None)]
+    system, first = _system(messages)
+    pieces: Pieces = [(f"<|im_start|>system\n{system or 'You help.'}{EOT}\n", None)]
     for i in range(first, len(messages)):
         m = messages[i]
         if m["role"] == "tool":
@@ -183,11 +183,11 @@ def _tools(messages: Messages) -> Pieces:
 
 
 def _thinking(messages: Messages, opened: bool = False) -> Pieces:
-    asked = [
+    questions = [
         i for i, m in enumerate(messages)
         if m["role"] == "user" and not m["content"].startswith("<tool_response>")
     ]  # fmt: skip
-    last = max(asked, default=-1)
+    last = max(questions, default=-1)
     pieces: Pieces = []
     for i, m in enumerate(messages):
         if m["role"] == "tool":
@@ -223,13 +223,13 @@ def _cut_thoughts(messages: Messages) -> Pieces:
 
 
 def _folded(messages: Messages) -> Pieces:
-    said, first = _system(messages)
+    system, first = _system(messages)
     last = max(i for i, m in enumerate(messages) if m["role"] == "user")
     pieces: Pieces = [("<|im_start|>", None)]
     for i in range(first, len(messages)):
         m = messages[i]
         if m["role"] == "user":
-            text = f"{said}\n\n" if said is not None and i == last else ""
+            text = f"{system}\n\n" if system is not None and i == last else ""
             pieces.append((f"[INST] {text}{m['content']}[/INST]", None))
         else:
             pieces.append((f" {m['content'].strip()}{EOT}", i))
@@ -246,13 +246,13 @@ def _headers(messages: Messages) -> Pieces:
 
 
 def _renamed(messages: Messages) -> Pieces:
-    said, first = _system(messages)
+    system, first = _system(messages)
     pieces: Pieces = [("<|im_start|>", None)]
     for i in range(first, len(messages)):
         m = messages[i]
         answer = i if m["role"] == "assistant" else None
         role = "model" if m["role"] == "assistant" else m["role"]
-        lead = f"{said}\n\n" if said is not None and i == first else ""
+        lead = f"{system}\n\n" if system is not None and i == first else ""
         pieces.append((f"<start_of_turn>{role}\n{lead}", None))
         pieces.append((f"{m['content'].strip()}{EOT}\n", answer))
     return pieces

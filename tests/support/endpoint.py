@@ -21,9 +21,9 @@ def completion(text: Any, reason: str = "stop") -> dict[str, Any]:
                          "finish_reason": reason}]}  # fmt: skip
 
 
-def answers(number: int, asked: dict[str, Any]) -> Reply:
+def answers(number: int, body: dict[str, Any]) -> Reply:
     """Answer with the length of the question, so that answers can be told apart."""
-    question = asked["messages"][-1]["content"]
+    question = body["messages"][-1]["content"]
     return 200, completion(f"Because it has {len(question)} characters: {question[-12:]!r}."), {}
 
 

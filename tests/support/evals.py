@@ -125,11 +125,11 @@ def score_in_process(
 
 def result_files(out: Path) -> dict[str, bytes]:
     """Return the samples of a folder by name, and ``results.json`` without its seconds."""
-    found = {path.name: path.read_bytes() for path in sorted(out.glob("samples_*.jsonl"))}
+    contents = {path.name: path.read_bytes() for path in sorted(out.glob("samples_*.jsonl"))}
     results = json.loads((out / "results.json").read_text())
     for section in [*results["tasks"].values(), results.get("perplexity", {})]:
         section.pop("seconds", None)
-    return {**found, "results.json": json.dumps(results).encode()}
+    return {**contents, "results.json": json.dumps(results).encode()}
 
 
 def samples_of(out: Path, task: str) -> list[dict]:
@@ -142,11 +142,11 @@ def differences(out: Path, loaded: Any, tasks: Any) -> list[str]:
     questions = build_questions(task, load_rows(task), 0)
     encoder = RequestEncoder(loaded.tokenizer, 512)
     samples = samples_of(out, "toy_choice")
-    found = []
+    offences = []
     for question, sample in list(zip(questions, samples, strict=True))[::7]:
         for choice, value in zip(question.choices, sample["loglikelihoods"], strict=True):
             request = encoder.request(question.context, choice)
             expected, _ = plain_score(loaded.model, request.ids, request.start)
             if sample["doc_id"] != question.doc_id or not abs(value - expected) <= 1e-3:
-                found.append(f"{question.doc_id}{choice}: {value}, expected {expected}")
-    return found
+                offences.append(f"{question.doc_id}{choice}: {value}, expected {expected}")
+    return offences

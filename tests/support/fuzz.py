@@ -70,29 +70,29 @@ def hostile_json(random: Random, text: str) -> tuple[str, str]:
         raws.append(token)
         return _MARK.format(len(raws) - 1)
 
-    said = []
+    edits = []
     for _ in range(random.choice((1, 1, 1, 2, 4))):
         holder = {"": value}
-        said.append(_change(random, holder, raw))
+        edits.append(_change(random, holder, raw))
         value = holder[""]
     out = json.dumps(value)
     out = _MARKED.sub(lambda match: raws[int(match[1])], out)
-    return out, "; ".join(said)
+    return out, "; ".join(edits)
 
 
 def _places(holder: dict, limit: int = 4000) -> list[tuple[Any, Any, str]]:
     """Return (container, key, path) of every value, outer ones first."""
-    found: list[tuple[Any, Any, str]] = []
+    places: list[tuple[Any, Any, str]] = []
     queue: list[tuple[Any, str]] = [(holder, "")]
-    while queue and len(found) < limit:
+    while queue and len(places) < limit:
         node, path = queue.pop(0)
         items = node.items() if isinstance(node, dict) else enumerate(node)
         for key, child in items:
             place = f"{path}.{key}" if path else str(key)
-            found.append((node, key, place))
+            places.append((node, key, place))
             if isinstance(child, (dict, list)):
                 queue.append((child, place))
-    return found
+    return places
 
 
 def _change(random: Random, holder: dict, raw: Callable[[str], str]) -> str:
@@ -138,9 +138,9 @@ def hostile_lines(random: Random, data: bytes) -> tuple[bytes, str]:
     if what == 2:
         random.shuffle(lines)
         return b"".join(lines), "lines shuffled"
-    text, said = hostile_json(random, lines[index].decode())
+    text, edits = hostile_json(random, lines[index].decode())
     lines[index] = text.encode("utf-8", "surrogatepass") + b"\n"
-    return b"".join(lines), f"line {index}: {said}"
+    return b"".join(lines), f"line {index}: {edits}"
 
 
 # --------------------------------------------------------------------------- binary containers
@@ -149,10 +149,10 @@ def hostile_lines(random: Random, data: bytes) -> tuple[bytes, str]:
 def hostile_safetensors(random: Random, data: bytes) -> tuple[bytes, str]:
     """Return a file with another header, its length right or wrong."""
     length = int.from_bytes(data[:8], "little")
-    text, said = hostile_json(random, data[8 : 8 + length].decode())
+    text, edits = hostile_json(random, data[8 : 8 + length].decode())
     header = text.encode()
     size = random.choice((len(header),) * 6 + (0, len(header) + 1, 2**31, 2**63, 2**64 - 1))
-    return struct.pack("<Q", size) + header + data[8 + length :], f"header of {size}: {said}"
+    return struct.pack("<Q", size) + header + data[8 + length :], f"header of {size}: {edits}"
 
 
 _WORDS = [struct.pack("<Q", n) for n in (0, 1, 3, 2**31, 2**40, 2**63 - 1, 2**63, 2**64 - 1)]
@@ -166,18 +166,18 @@ def hostile_gguf(random: Random, data: bytes) -> tuple[bytes, str]:
     """Return a file with other numbers in its header: counts, types, lengths, places, values."""
     changed = bytearray(data)
     keys = [match.start() for match in _KEYS.finditer(data)]
-    said = []
+    edits = []
     for _ in range(random.choice((1, 1, 2, 4))):
         near = random.choice(keys) + random.randrange(-12, 48)
         at = random.choice((near, near, near, random.randrange(4, 24), random.randrange(len(data))))
         word = random.choice(_WORDS)
         if random.random() < 0.2:
             changed[at:at] = word
-            said.append(f"{word!r} put in at {at}")
+            edits.append(f"{word!r} put in at {at}")
         else:
             changed[at : at + len(word)] = word
-            said.append(f"{word!r} at {at}")
-    return bytes(changed), "; ".join(said)
+            edits.append(f"{word!r} at {at}")
+    return bytes(changed), "; ".join(edits)
 
 
 # --------------------------------------------------------------------------------------- text
@@ -226,8 +226,8 @@ def hostile_packed(random: Random, data: bytes) -> tuple[bytes, str]:
     """Return a packed file of other JSON lines, or of far more."""
     if random.random() < 0.05:
         return gzip.compress(b" " * (66 << 20), 1, mtime=0), "66 MB of spaces"
-    changed, said = hostile_lines(random, gzip.decompress(data))
-    return gzip.compress(changed), said
+    changed, edits = hostile_lines(random, gzip.decompress(data))
+    return gzip.compress(changed), edits
 
 
 # -------------------------------------------------------------------------------------- files
@@ -247,8 +247,8 @@ _BY_SUFFIX: dict[str, Callable[[Random, bytes], tuple[bytes, str]]] = {
 
 
 def _json_bytes(random: Random, data: bytes) -> tuple[bytes, str]:
-    text, said = hostile_json(random, data.decode())
-    return text.encode("utf-8", "surrogatepass"), said
+    text, edits = hostile_json(random, data.decode())
+    return text.encode("utf-8", "surrogatepass"), edits
 
 
 def mutate(random: Random, path: Path) -> str:
@@ -259,9 +259,9 @@ def mutate(random: Random, path: Path) -> str:
     change = _BY_SUFFIX.get(path.suffix, _json_bytes)
     if random.random() < 0.15:
         change = hostile_bytes
-    changed, said = change(random, data)
+    changed, edits = change(random, data)
     path.write_bytes(changed)
-    return f"{path.name}: {said}"
+    return f"{path.name}: {edits}"
 
 
 def _no_file(random: Random, path: Path) -> str:

@@ -140,10 +140,10 @@ def _only(suffix: str) -> Callable[[Path], None]:
     return make
 
 
-def _preview(given: Path, out: Path, name: str = "rows.jsonl") -> list[str]:
-    words = ["data", "preview", "smollm2-lora", f"model={given / _BASE}", "revision=null"]
-    template = [f"data.template={given / 'mine.jinja'}"] * (given / "mine.jinja").is_file()
-    return [*words, f"data.path={given / name}", *template]
+def _preview(source: Path, out: Path, name: str = "rows.jsonl") -> list[str]:
+    words = ["data", "preview", "smollm2-lora", f"model={source / _BASE}", "revision=null"]
+    template = [f"data.template={source / 'mine.jinja'}"] * (source / "mine.jinja").is_file()
+    return [*words, f"data.path={source / name}", *template]
 
 
 def make_template(folder: Path) -> None:
@@ -224,7 +224,7 @@ def use_reply(folder: Path, out: Path) -> None:
     from tests.support.endpoint import serving
 
     data = read_bytes(folder / "reply.json")
-    with serving(lambda number, asked: (200, data, {})) as served:
+    with serving(lambda number, body: (200, data, {})) as served:
         teacher = EndpointTeacher(
             "t", served.base_url, "m", max_tokens=4, timeout=2, retries=1, backoff=0.01
         )
@@ -252,7 +252,7 @@ TARGETS = [
         make_recipe,
         ("mine.yaml", "parent.yaml"),
         use_recipe,
-        lambda given, out: ["train", str(given / "mine.yaml"), "--dry-run", "-o", str(out)],
+        lambda source, out: ["train", str(source / "mine.yaml"), "--dry-run", "-o", str(out)],
         weight=3,
     ),
     Target("matrix", make_matrix, ("mine.yaml",), use_matrix, weight=2),

@@ -209,7 +209,7 @@ TARGETS = [
         make_model,
         ("config.json",) * 4 + ("generation_config.json", "*.index.json", "model-*.safetensors"),
         use_model,
-        lambda given, out: ["generate", str(given), "--prompt", "a", "--max-tokens", "2"],
+        lambda source, out: ["generate", str(source), "--prompt", "a", "--max-tokens", "2"],
         weight=5,
     ),
     Target(
@@ -217,7 +217,14 @@ TARGETS = [
         make_quantized,
         ("model/config.json",) * 2 + ("model/*.safetensors",),
         use_quantized,
-        lambda given, out: ["generate", str(given / "model"), "--prompt", "a", "--max-tokens", "2"],
+        lambda source, out: [
+            "generate",
+            str(source / "model"),
+            "--prompt",
+            "a",
+            "--max-tokens",
+            "2",
+        ],
         weight=2,
     ),
     Target(
@@ -225,14 +232,14 @@ TARGETS = [
         make_model,
         ("*.json", "*.safetensors"),
         use_convert,
-        lambda given, out: ["convert", str(given), "-o", str(out)],
+        lambda source, out: ["convert", str(source), "-o", str(out)],
     ),
     Target(
         "tokenizer",
         make_model,
         ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*.jinja"),
         use_tokenizer,
-        lambda given, out: ["generate", str(given), "--prompt", "a", "--max-tokens", "2"],
+        lambda source, out: ["generate", str(source), "--prompt", "a", "--max-tokens", "2"],
         weight=3,
     ),
     Target(
@@ -240,7 +247,7 @@ TARGETS = [
         make_gguf,
         ("model.gguf",),
         use_gguf,
-        lambda given, out: ["convert", str(given / "model.gguf"), "-o", str(out)],
+        lambda source, out: ["convert", str(source / "model.gguf"), "-o", str(out)],
         weight=5,
     ),
     Target(
@@ -248,11 +255,11 @@ TARGETS = [
         make_adapter,
         ("adapter/*.json", "adapter/*.safetensors"),
         use_adapter,
-        lambda given, out: [
+        lambda source, out: [
             "generate",
-            str(given / _BASE),
+            str(source / _BASE),
             "--adapter",
-            str(given / "adapter"),
+            str(source / "adapter"),
             *("--prompt", "a", "--max-tokens", "2"),
         ],
         weight=3,
@@ -262,11 +269,11 @@ TARGETS = [
         make_peft,
         ("peft/*.json", "peft/*.safetensors"),
         use_peft,
-        lambda given, out: [
+        lambda source, out: [
             "import",
-            str(given / "peft"),
+            str(source / "peft"),
             "--model",
-            str(given / _BASE),
+            str(source / _BASE),
             "-o",
             str(out),
         ],

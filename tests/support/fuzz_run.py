@@ -75,9 +75,9 @@ def mutated(seed: int, case: int, valid: Path, scratch: Path, only: list[Target]
     """Put the mutated input of a case into ``scratch/in``; return its target and what was done."""
     random = Random(f"{seed}/{case}")
     target = random.choices(only, [one.weight for one in only])[0]
-    given = scratch / "in"
-    shutil.copytree(valid / target.name, given, symlinks=True)
-    files = [path for pattern in target.files for path in sorted(given.glob(pattern))]
+    source = scratch / "in"
+    shutil.copytree(valid / target.name, source, symlinks=True)
+    files = [path for pattern in target.files for path in sorted(source.glob(pattern))]
     return target, mutate(random, random.choice(files))
 
 
@@ -110,7 +110,7 @@ def one_case(seed: int, case: int, valid: Path, scratch: Path, only: list[Target
     shutil.rmtree(scratch, ignore_errors=True)
     (scratch / "tmp").mkdir(parents=True)
     tempfile.tempdir = str(scratch / "tmp")
-    target, said = mutated(seed, case, valid, scratch, only)
+    target, edits = mutated(seed, case, valid, scratch, only)
     before = {path.relative_to(scratch).as_posix() for path in _walk(scratch)}
     peak, began = _peak_bytes(), time.perf_counter()
     problem = ""
@@ -121,7 +121,7 @@ def one_case(seed: int, case: int, valid: Path, scratch: Path, only: list[Target
         outcome = "refused"
         if len(error.message) > _LONGEST or not error.message.strip():
             problem = f"a refusal of {len(error.message)} characters: {error.message[:200]}"
-        said += f" [{str(error)[:300]}]"
+        edits += f" [{str(error)[:300]}]"
     except BaseException:
         outcome, problem = "raised", traceback.format_exc()[-3000:]
     if not problem and (left := leftovers(scratch, before)):
@@ -133,7 +133,7 @@ def one_case(seed: int, case: int, valid: Path, scratch: Path, only: list[Target
     return {
         "case": case,
         "target": target.name,
-        "said": said,
+        "edits": edits,
         "outcome": outcome,
         "problem": problem,
         "seconds": round(time.perf_counter() - began, 3),
@@ -145,12 +145,12 @@ def _work(
 ) -> None:
     for case in cases:
         os.write(out, (json.dumps({"begin": case}) + "\n").encode())
-        found = one_case(seed, case, valid, scratch, only)
-        os.write(out, (json.dumps(found) + "\n").encode("utf-8", "replace"))
+        record = one_case(seed, case, valid, scratch, only)
+        os.write(out, (json.dumps(record) + "\n").encode("utf-8", "replace"))
 
 
 @dataclass
-class _Lane:
+class _Worker:
     """A worker, what it still has to do, and since when it is at its case."""
 
     cases: list[int]
@@ -162,64 +162,70 @@ class _Lane:
     since: float = 0.0
 
 
-def _start(lane: _Lane, seed: int, valid: Path, only: list[Target], quiet: bool) -> None:
-    lane.pipe, other = os.pipe()
-    lane.since, lane.case = time.monotonic(), None
-    lane.process = os.fork()
-    if lane.process == 0:
+def _start(worker: _Worker, seed: int, valid: Path, only: list[Target], quiet: bool) -> None:
+    worker.pipe, other = os.pipe()
+    worker.since, worker.case = time.monotonic(), None
+    worker.process = os.fork()
+    if worker.process == 0:
         code = 1
         try:
-            os.close(lane.pipe)
+            os.close(worker.pipe)
             if quiet:  # Rust's panics and warnings of libraries
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, 1)
                 os.dup2(null, 2)
-            _work(seed, lane.cases, valid, lane.scratch, only, other)
+            _work(seed, worker.cases, valid, worker.scratch, only, other)
             code = 0
         finally:
             os._exit(code)
     os.close(other)
 
 
-def _failed(lane: _Lane, why: str, found: list[dict]) -> None:
-    found.append({"case": lane.case, "target": "?", "said": "", "outcome": "died", "problem": why})
-    lane.cases = [case for case in lane.cases if lane.case is not None and case != lane.case]
+def _failed(worker: _Worker, why: str, records: list[dict]) -> None:
+    records.append(
+        {"case": worker.case, "target": "?", "edits": "", "outcome": "died", "problem": why}
+    )
+    worker.cases = [
+        case for case in worker.cases if worker.case is not None and case != worker.case
+    ]
 
 
 def run(
     seed: int, cases: list[int], valid: Path, scratch: Path, only: list[Target], workers: int = 2
 ) -> list[dict[str, Any]]:
     """Use all cases; return a record of each."""
-    found: list[dict[str, Any]] = []
-    lanes = [_Lane(cases[k::workers], scratch / str(k)) for k in range(workers)]
-    for lane in lanes:
-        _start(lane, seed, valid, only, quiet=True)
-    while running := [lane for lane in lanes if lane.pipe >= 0]:
-        ready, _, _ = select.select([lane.pipe for lane in running], [], [], 0.2)
-        for lane in running:
-            data = os.read(lane.pipe, 1 << 20) if lane.pipe in ready else b""
-            lane.buffer += data
-            *lines, lane.buffer = lane.buffer.split(b"\n")
+    records: list[dict[str, Any]] = []
+    pool = [_Worker(cases[k::workers], scratch / str(k)) for k in range(workers)]
+    for worker in pool:
+        _start(worker, seed, valid, only, quiet=True)
+    while running := [worker for worker in pool if worker.pipe >= 0]:
+        ready, _, _ = select.select([worker.pipe for worker in running], [], [], 0.2)
+        for worker in running:
+            data = os.read(worker.pipe, 1 << 20) if worker.pipe in ready else b""
+            worker.buffer += data
+            *lines, worker.buffer = worker.buffer.split(b"\n")
             for record in map(json.loads, lines):
-                lane.since = time.monotonic()
-                lane.case = record.get("begin")
-                if lane.case is None:
-                    found.append(record)
-                    lane.cases.remove(record["case"])
-            ended = lane.pipe in ready and not data
-            hangs = lane.case is not None and time.monotonic() - lane.since > SECONDS
+                worker.since = time.monotonic()
+                worker.case = record.get("begin")
+                if worker.case is None:
+                    records.append(record)
+                    worker.cases.remove(record["case"])
+            ended = worker.pipe in ready and not data
+            hangs = worker.case is not None and time.monotonic() - worker.since > SECONDS
             if not (ended or hangs):
                 continue
             if hangs:
-                os.kill(lane.process, signal.SIGKILL)
-            code = os.waitstatus_to_exitcode(os.waitpid(lane.process, 0)[1])
-            os.close(lane.pipe)
-            lane.pipe, lane.buffer = -1, b""
-            if lane.cases:
-                _failed(lane, f"hung for {SECONDS:g} s" if hangs else f"ended with {code}", found)
-            if lane.cases:
-                _start(lane, seed, valid, only, quiet=True)
-    return sorted(found, key=lambda record: record["case"])
+                os.kill(worker.process, signal.SIGKILL)
+            code = os.waitstatus_to_exitcode(os.waitpid(worker.process, 0)[1])
+            os.close(worker.pipe)
+            worker.pipe, worker.buffer = -1, b""
+            if worker.cases:
+                _failed(
+                    worker, f"hung for {SECONDS:g} s" if hangs else f"ended with {code}", records
+                )
+            if worker.cases:
+                _start(worker, seed, valid, only, quiet=True)
+    return sorted(records, key=lambda record: record["case"])
 
 
 def main() -> int:
@@ -246,8 +252,8 @@ def main() -> int:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(maker, 0)[1]) == 0
     if arguments.case is not None:
-        found = one_case(arguments.seed, arguments.case, valid, arguments.folder / "one", only)
-        print(json.dumps(found, indent=1).replace("\\n", "\n"))
+        record = one_case(arguments.seed, arguments.case, valid, arguments.folder / "one", only)
+        print(json.dumps(record, indent=1).replace("\\n", "\n"))
         return 0
     began = time.monotonic()
     records = run(

@@ -9,7 +9,7 @@ from tests.support.fuzz_run import Target
 from tests.support.matrix import write_matrix
 
 _TASKS = {"pubmedqa": 6, "gsm8k": 4}
-_ASKED = ("pubmedqa", "gsm8k", "held_out")
+_NAMES = ("pubmedqa", "gsm8k", "held_out")
 
 
 def make_matrix(folder: Path) -> None:
@@ -40,7 +40,7 @@ def use_scores(folder: Path, out: Path) -> None:
     """Compare the two on each."""
     from mlx_slim.evaluation.comparison import compare
 
-    for name in _ASKED:
+    for name in _NAMES:
         compare(folder / "toy0-base" / name, folder / "toy0-lora-s0" / name, draws=50)
 
 
@@ -54,17 +54,17 @@ TARGETS = [
             *("toy/cells/*/run/*.json*", "toy/cells/*/eval/*/*.json*"),
         ),
         use_report,
-        lambda given, out: ["report", str(given / "toy"), "--verify"],
+        lambda source, out: ["report", str(source / "toy"), "--verify"],
     ),
     Target(
         "comparison",
         make_scores,
         ("*/*/results.json", "*/*/samples_*.jsonl"),
         use_scores,
-        lambda given, out: [
+        lambda source, out: [
             "eval",
             "--compare",
-            *(str(given / cell / "gsm8k") for cell in ("toy0-base", "toy0-lora-s0")),
+            *(str(source / cell / "gsm8k") for cell in ("toy0-base", "toy0-lora-s0")),
             *("-o", str(out)),
         ],
         weight=2,

@@ -162,7 +162,7 @@ _RUNS = {
     ),
     "compare": Command(["compare", "toy.yaml", "--quiet"], state="matrix.json"),
 }
-_MADE = {
+_ONE_SHOT = {
     "convert": ["convert", "source", "--dtype", "float16"],
     "quantize": ["quantize", "source", "--group-size", "32", "--calibration", "text.txt"],
     "prune": _PRUNE,
@@ -173,7 +173,7 @@ _MADE = {
     "import": ["import", "peft"],
     "analyze": ["analyze", "intruders", "source", "--adapter", "tuned/adapters", "--no-cache"],
 }
-ALL = {**_RUNS, **{name: Command(words, resumes=False) for name, words in _MADE.items()}}
+ALL = {**_RUNS, **{name: Command(words, resumes=False) for name, words in _ONE_SHOT.items()}}
 
 # ---------------------------------------------------------------------------------- one command
 
@@ -195,12 +195,12 @@ class Trial:
 
     Attributes:
         name: Of the command.
-        given: Folder of models and rows.
+        inputs: Folder of models and rows.
         work: Holds the output and nothing else; the same place for every run.
     """
 
     name: str
-    given: Path
+    inputs: Path
     work: Path
     expected: dict[str, Any] = field(default_factory=dict)
     moments: list[str] = field(default_factory=list)
@@ -216,7 +216,7 @@ class Trial:
         return self.work / "deep" / "out"
 
     def _run(self, resume: bool, limit: int | None, number: int, log: Path) -> None:
-        os.chdir(self.given)
+        os.chdir(self.inputs)
         os.fsync = lambda descriptor: None  # a kill loses nothing that was written
         os.environ["HF_HUB_OFFLINE"] = "1"
         with log.open("w") as handle:
@@ -247,15 +247,15 @@ class Trial:
         assert code == 0, f"{self.name}: exit code {code}\n{self.log.read_text()}"
         self.moments = (self.log.parent / "moments").read_text().splitlines()
         import_modules(self.log.parent / "modules")
-        self.expected = self._found()
+        self.expected = self._contents()
         assert not temporaries(self.expected), f"{self.name}: {temporaries(self.expected)}"
         if not self.command.resumes:
             again = self._fork(False)
             told = self.log.read_text()
             assert again == 0 and "complete: nothing to do" in told, f"{self.name}: {told}"
-            assert self._found() == self.expected
+            assert self._contents() == self.expected
 
-    def _found(self) -> dict[str, Any]:
+    def _contents(self) -> dict[str, Any]:
         return {name: comparable(name, content) for name, content in contents(self.work).items()}
 
     def _resume(self, moment: int) -> bool:
@@ -285,53 +285,53 @@ class Trial:
         code = self._fork(self._resume(moment))
         if code:
             return f"does not go on, exit code {code}: {self.log.read_text()[-2000:]}"
-        found = self._found()
-        names = sorted(set(found) ^ set(self.expected))
+        actual = self._contents()
+        names = sorted(set(actual) ^ set(self.expected))
         if names:
             return f"names that only one of the two has: {names}"
-        other = [name for name in found if found[name] != self.expected[name]]
-        return f"other contents: {[_shown(found[n], self.expected[n], n) for n in other]}" * bool(
+        other = [name for name in actual if actual[name] != self.expected[name]]
+        return f"other contents: {[_shown(actual[n], self.expected[n], n) for n in other]}" * bool(
             other
         )
 
 
-def _shown(found: Any, expected: Any, name: str) -> str:
-    if isinstance(found, bytes):
+def _shown(actual: Any, expected: Any, name: str) -> str:
+    if isinstance(actual, bytes):
         return name
-    return f"{name}: {str(found)[:1500]} instead of {str(expected)[:1500]}"
+    return f"{name}: {str(actual)[:1500]} instead of {str(expected)[:1500]}"
 
 
 # ------------------------------------------------------------------------------------- the whole
 
 
-def prepare(given: Path) -> None:
+def prepare(inputs: Path) -> None:
     """Write models, rows, a task, a text, a recipe and a matrix; tune and export one adapter."""
-    shutil.rmtree(given, ignore_errors=True)
-    given.mkdir(parents=True)
-    tiny_model(given / "source", seed=0)
-    tiny_model(given / "other", seed=1)
-    fixed_answer_model(given / "speaker", "By me!")
-    write_rows(given / "rows.jsonl", 16)
-    (given / "toytask.yaml").write_text(yaml.safe_dump(TASK, sort_keys=False))
+    shutil.rmtree(inputs, ignore_errors=True)
+    inputs.mkdir(parents=True)
+    tiny_model(inputs / "source", seed=0)
+    tiny_model(inputs / "other", seed=1)
+    fixed_answer_model(inputs / "speaker", "By me!")
+    write_rows(inputs / "rows.jsonl", 16)
+    (inputs / "toytask.yaml").write_text(yaml.safe_dump(TASK, sort_keys=False))
     rows = [
         {"question": f"Number {i} is", "choices": ["odd", "even", "prime"], "answer": i % 3}
         for i in range(12)
     ]
-    (given / "toy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (given / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 12)
-    (given / "small.yaml").write_text(yaml.safe_dump({"model": "source", **TRAIN}))
-    (given / "toy.yaml").write_text(yaml.safe_dump(MATRIX, sort_keys=False))
-    os.chdir(given)
+    (inputs / "toy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (inputs / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 12)
+    (inputs / "small.yaml").write_text(yaml.safe_dump({"model": "source", **TRAIN}))
+    (inputs / "toy.yaml").write_text(yaml.safe_dump(MATRIX, sort_keys=False))
+    os.chdir(inputs)
     assert run(["train", "small.yaml", "-o", "tuned", "--quiet"]) == 0
     assert run(["export", "tuned", "--to", "peft", "-o", "peft"]) == 0
-    name_modules(given / "modules")
+    name_modules(inputs / "modules")
 
 
 def trial(name: str, base: Path) -> Trial:
     """Return a command that was run undisturbed."""
-    made = Trial(name, base / "given", base / name.replace(" ", "-") / "work")
-    made.undisturbed()
-    return made
+    prepared = Trial(name, base / "given", base / name.replace(" ", "-") / "work")
+    prepared.undisturbed()
+    return prepared
 
 
 def every_moment(names: list[str], base: Path, tell: Callable[[str], None], every: int) -> int:
@@ -381,16 +381,16 @@ def main(words: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=ALL, default=list(ALL))
-    asked = parser.parse_args(words)
+    arguments = parser.parse_args(words)
     for module, _ in COMMANDS.values():
         importlib.import_module(f"mlx_slim.cli.{module}")
-    base = asked.folder.resolve()
+    base = arguments.folder.resolve()
     assert run_forked(partial(prepare, base / "given")) == 0
     import_modules(base / "given" / "modules")
     tell = partial(print, flush=True)
-    if asked.points is None:
-        return every_moment(asked.only, base, tell, asked.every)
-    return some_moments(asked.only, asked.points, asked.seed, base, tell)
+    if arguments.points is None:
+        return every_moment(arguments.only, base, tell, arguments.every)
+    return some_moments(arguments.only, arguments.points, arguments.seed, base, tell)
 
 
 if __name__ == "__main__":

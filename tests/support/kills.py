@@ -130,7 +130,7 @@ def comparable(name: str, content: bytes | None) -> Any:
     if name.rsplit("/", 1)[-1] in _PAGES:
         return "a page"
     if name.endswith("models/hashes.json"):  # it knows files by their time besides
-        return {key: known["sha256"] for key, known in json.loads(content).items()}
+        return {key: entry["sha256"] for key, entry in json.loads(content).items()}
     if name.endswith(".json"):
         return _without_times(json.loads(content))
     if name.endswith("metrics.jsonl"):

@@ -56,11 +56,11 @@ def write_matrix(
 ) -> Path:
     """Write a finished matrix: every file that ``mlx-slim report`` reads."""
     counts = questions or {"hellaswag": 200, "gsm8k": 20, "mmlu": 60}
-    asked = {task: _questions(task, count) for task, count in counts.items()}
+    by_task = {task: _questions(task, count) for task, count in counts.items()}
     stored = folder / "questions"
     stored.mkdir(parents=True)
-    for task, own in asked.items():
-        lines = [json.dumps({**vars(q), "prompt": q.context}) for q in own]
+    for task, rows in by_task.items():
+        lines = [json.dumps({**vars(q), "prompt": q.context}) for q in rows]
         (stored / f"{task}.jsonl").write_text("".join(line + "\n" for line in lines))
     (stored / "held_out.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")
     definitions = {
@@ -76,7 +76,7 @@ def write_matrix(
         for method in methods:
             trains = method not in ("base", "quantized")
             runs: list[int | None] = list(range(seeds)) if trains else [None]
-            names += [_cell(folder, f"toy{index}", method, seed, asked) for seed in runs]
+            names += [_cell(folder, f"toy{index}", method, seed, by_task) for seed in runs]
     for method in ("lora", "qlora"):
         _sweep(folder, "toy0", method)
     write_json(
@@ -99,7 +99,7 @@ def write_matrix(
             "refused": [["toy0-qlroa", "no method 'qlroa': did you mean 'qlora'?"]],
             "omitted": [{"model": "toy0", "method": "huge", "why": "does not fit"}],
             "asked": {
-                **{task: _asked(task, own) for task, own in asked.items()},
+                **{task: _request(task, rows) for task, rows in by_task.items()},
                 "held_out": {"text_sha256": read_texts(stored / "held_out.jsonl").sha256},
             },
             "questions_sha256": {f.stem: hash_file(f) for f in sorted(stored.glob("*.jsonl"))},
@@ -112,24 +112,24 @@ def write_matrix(
 
 
 def _questions(task: str, count: int) -> list[Question]:
-    parts = find_task(task).subtasks
-    found = []
+    subtasks = find_task(task).subtasks
+    questions = []
     for i in range(count):
-        written = task == "gsm8k"
-        found.append(
+        is_text = task == "gsm8k"
+        questions.append(
             Question(
                 doc_id=i,
-                subject=parts[i % len(parts)] if parts else None,
+                subject=subtasks[i % len(subtasks)] if subtasks else None,
                 context=f'Question {i} of {task}: <b>x</b> & "y"?',
-                choices=() if written else tuple(CHOICES),
-                lengths=() if written else (3, 25, 5, 4),
-                target=f"So it is.\n#### {i}" if written else i % 4,
+                choices=() if is_text else tuple(CHOICES),
+                lengths=() if is_text else (3, 25, 5, 4),
+                target=f"So it is.\n#### {i}" if is_text else i % 4,
             )
         )
-    return found
+    return questions
 
 
-def _asked(task: str, questions: list[Question]) -> dict[str, Any]:
+def _request(task: str, questions: list[Question]) -> dict[str, Any]:
     shots = 5 if task != "hellaswag" else 0
     return definition_record(
         find_task(task), shots, len(questions), "0" * 64, "1" * 64 if shots else None
@@ -137,16 +137,16 @@ def _asked(task: str, questions: list[Question]) -> dict[str, Any]:
 
 
 def _cell(
-    folder: Path, model: str, method: str, seed: int | None, asked: dict[str, list[Question]]
+    folder: Path, model: str, method: str, seed: int | None, by_task: dict[str, list[Question]]
 ) -> str:
     name = f"{model}-{method}" + ("" if seed is None else f"-s{seed}")
     cell = folder / "cells" / name
     kind = method if method in ("base", "quantized", "fused") else "tuned"
     draw = random.Random(name)
-    for task, questions in asked.items():
+    for task, questions in by_task.items():
         answers = [_record(task, q, ACCURACIES.get(method, 0.43), draw) for q in questions]
-        write_evaluation(cell / "eval" / task, task, _asked(task, questions), answers)
-    _held_out(folder, cell / "eval" / "held_out", draw)
+        write_evaluation(cell / "eval" / task, task, _request(task, questions), answers)
+    _text(folder, cell / "eval" / "held_out", draw)
     recipe = {
         "method": method if kind == "tuned" else "lora",
         "adapter": {"rank": 8},
@@ -163,9 +163,9 @@ def _cell(
     if kind == "fused":
         effect = {"kl": 0.001, "top1": 0.99, "tokens": 512, "kept": 0.999}
         write_json(cell / "model" / "fuse.json", {"effect": effect})
-    found = as_json(measured(cell))
-    if found["train"]:
-        found["train"]["predicted_seconds"] = 210.0
+    measurements = as_json(measured(cell))
+    if measurements["train"]:
+        measurements["train"]["predicted_seconds"] = 210.0
     write_json(
         cell / "cell.json",
         {
@@ -178,9 +178,9 @@ def _cell(
             "parent": f"{model}-qlora-s{seed}" if kind == "fused" else None,
             "recipe": recipe,
             "dtype": "float32",
-            "tasks": list(asked),
-            "disk": {"model": 270_000_000, "adapter": 9_000_000 if found["train"] else 0},
-            **found,
+            "tasks": list(by_task),
+            "disk": {"model": 270_000_000, "adapter": 9_000_000 if measurements["train"] else 0},
+            **measurements,
             "intruders": INTRUDERS if kind == "tuned" else None,
             "keys": {},
             "weights_sha256": WEIGHTS,
@@ -228,10 +228,10 @@ def _run(run: Path, recipe: dict[str, Any], draw: random.Random) -> None:
 
 
 def write_evaluation(
-    out: Path, task: str, asked: dict[str, Any], records: list[dict[str, Any]]
+    out: Path, task: str, request: dict[str, Any], records: list[dict[str, Any]]
 ) -> None:
     """Write a finished evaluation with these answers."""
-    _finish(out, task, asked, summarize(find_task(task), records), records)
+    _finish(out, task, request, summarize(find_task(task), records), records)
 
 
 def answer(folder: Path, cell: str, task: str, right: int) -> None:
@@ -240,23 +240,23 @@ def answer(folder: Path, cell: str, task: str, right: int) -> None:
     draw = random.Random(0)
     records = [_record(task, q, float(i < right), draw) for i, q in enumerate(questions)]
     out = folder / "cells" / cell / "eval" / task
-    write_evaluation(out, task, _asked(task, questions), records)
+    write_evaluation(out, task, _request(task, questions), records)
 
 
-def _held_out(folder: Path, out: Path, draw: random.Random) -> None:
+def _text(folder: Path, out: Path, draw: random.Random) -> None:
     texts = read_texts(folder / "questions" / "held_out.jsonl")
     records = [
         {"doc_id": 0, "window": i, "tokens": 90, "loglikelihood": -round(290 + draw.random(), 6)}
         for i in range(3)
     ]
-    asked = {"file": texts.name, "text_sha256": texts.sha256, "window": 512, "windows": 3}
-    _finish(out, "perplexity", asked, summarize_text(texts, records), records)
+    request = {"file": texts.name, "text_sha256": texts.sha256, "window": 512, "windows": 3}
+    _finish(out, "perplexity", request, summarize_text(texts, records), records)
 
 
 def _finish(
     out: Path,
     task: str,
-    asked: dict[str, Any],
+    request: dict[str, Any],
     summary: dict[str, Any],
     records: list[dict[str, Any]],
 ) -> None:
@@ -269,18 +269,18 @@ def _finish(
     (out / "progress.jsonl").write_text(json.dumps(vars(entries[0])) + "\n")
     settings = {"schema_version": SCHEMA_VERSION, "model": "toy", "seed": 0, "max_length": 512}
     settings |= {"weights_sha256": WEIGHTS, "adapter_sha256": None}
-    write_json(out / "eval.json", {**settings, "code": 1, "tasks": {task: asked}})
-    found = section(asked, summary, entries, samples)
-    results = {"tasks": {}, task: found} if task == "perplexity" else {"tasks": {task: found}}
+    write_json(out / "eval.json", {**settings, "code": 1, "tasks": {task: request}})
+    result = section(request, summary, entries, samples)
+    results = {"tasks": {}, task: result} if task == "perplexity" else {"tasks": {task: result}}
     timings = {"schema_version": SCHEMA_VERSION, "ranks": 1, "tasks": {task: timing(entries)}}
     Folder(out).finish({**settings, **results}, timings)
 
 
-def _record(task: str, question: Question, share: float, draw: random.Random) -> dict[str, Any]:
-    right = int(draw.random() < share)
+def _record(task: str, question: Question, accuracy: float, draw: random.Random) -> dict[str, Any]:
+    right = int(draw.random() < accuracy)
     if not question.choices:
-        said = str(question.doc_id) if right else draw.choice(["none", "777"])
-        text = f" so the answer is <i>{said}</i>\n#### {said}"
+        number = str(question.doc_id) if right else draw.choice(["none", "777"])
+        text = f" so the answer is <i>{number}</i>\n#### {number}"
         return record_generation(
             find_task(task), question, text, draw.choice(["until", "length", "eos"])
         )

@@ -76,20 +76,20 @@ def _returns_an_error(node: ast.AST) -> bool:
 
 def messages(path: Path) -> Iterator[Message]:
     """Yield what a file says to users, in the order of its lines."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    syntax = ast.parse(path.read_text(encoding="utf-8"))
     constants = {
         target.id: node.value
-        for node in tree.body
+        for node in syntax.body
         if isinstance(node, ast.Assign)
         for target in node.targets
         if isinstance(target, ast.Name)
     }
     helpers = {
         node.name
-        for node in ast.walk(tree)
+        for node in ast.walk(syntax)
         if isinstance(node, ast.FunctionDef) and node.returns and _returns_an_error(node)
     }
-    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Call | ast.FunctionDef)]
+    nodes = [node for node in ast.walk(syntax) if isinstance(node, ast.Call | ast.FunctionDef)]
     for node in sorted(nodes, key=lambda node: (node.lineno, node.col_offset)):
         if isinstance(node, ast.FunctionDef):
             if any("command" in ast.unparse(each) for each in node.decorator_list):

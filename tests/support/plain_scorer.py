@@ -49,8 +49,8 @@ def plain_generate(
             return tokenizer.decode(ids, skip_special_tokens=True), "eos"
         ids.append(best)
         text = tokenizer.decode(ids)
-        found = [text.find(stop) for stop in stops if stop in text]
-        if found:
+        ends = [text.find(stop) for stop in stops if stop in text]
+        if ends:
             text = tokenizer.decode(ids, skip_special_tokens=True)
             cut = [text.find(stop) for stop in stops if stop in text]
             return text[: min(cut, default=None)], "until"

@@ -35,7 +35,7 @@ def file_replaced(folder: Path) -> None:
         temporary.write_text("new " * 2000)
 
 
-def folder_made(folder: Path) -> None:
+def folder_created(folder: Path) -> None:
     """An atomic folder under a new parent, made by a command that says when it is complete."""
 
     @makes_folder("try")
@@ -145,7 +145,7 @@ class _Step(Notice):
 
 PRIMITIVES = (
     file_replaced,
-    folder_made,
+    folder_created,
     folder_replaced,
     folder_removed,
     run_claimed,
@@ -204,9 +204,9 @@ def every_moment(work: Callable[[Path], None], base: Path) -> int:
         assert run_forked(partial(work, folder)) == 0, (
             f"{work.__name__}: moment {moment} does not go on"
         )
-        found = contents(folder)
-        assert found == expected, (
-            f"{work.__name__}: moment {moment}: {sorted(found.items() ^ expected.items())}"
+        actual = contents(folder)
+        assert actual == expected, (
+            f"{work.__name__}: moment {moment}: {sorted(actual.items() ^ expected.items())}"
         )
         moment += 1
 

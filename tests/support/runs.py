@@ -72,13 +72,13 @@ def talk_command(result: Result) -> str:
 
 def losses(run: Path) -> dict[int, float]:
     """Return step -> loss of a run's ``metrics.jsonl``; every step may stand there once."""
-    found: dict[int, float] = {}
+    by_step: dict[int, float] = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
         if record["event"] == "step":
-            assert record["step"] not in found
-            found[record["step"]] = record["loss"]
-    return found
+            assert record["step"] not in by_step
+            by_step[record["step"]] = record["loss"]
+    return by_step
 
 
 KILL_SCRIPT = """

@@ -172,11 +172,11 @@ def fixed_answer_model(folder: Path, text: str) -> Path:
     assert len(set(text)) == len(text)
     tiny_model(folder, shards=1, hidden_size=288, num_hidden_layers=1)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    said = [*tokenizer.encode(text).ids, tokenizer.token_to_id(SPECIALS[2])]
-    following = dict(pairwise(said))
+    ids = [*tokenizer.encode(text).ids, tokenizer.token_to_id(SPECIALS[2])]
+    following = dict(pairwise(ids))
     head = mx.zeros((VOCAB, 288))
     for token in range(VOCAB):
-        head[following.get(token, said[0]), token] = 1.0
+        head[following.get(token, ids[0]), token] = 1.0
     file = folder / "model-00001-of-00001.safetensors"
     weights = dict(mx.load(str(file)))  # type: ignore[arg-type]
     weights["model.embed_tokens.weight"] = mx.eye(VOCAB, 288)

@@ -77,12 +77,12 @@ def test_gradients_importance_and_cuts_are_those_of_a_plain_reference(tiny: Tiny
         ours = budget.gradients(arrays)
         for path in paths:
             a, b = weights[f"{path}.lora_a"], weights[f"{path}.lora_b"]
-            parts = {
+            components = {
                 "lora_e": np.zeros(rank),
                 "lora_a": 0.4 * a @ (a.T @ a - np.eye(rank)),
                 "lora_b": 0.4 * (b @ b.T - np.eye(rank)) @ b,
             }
-            for name, penalty in parts.items():
+            for name, penalty in components.items():
                 key = f"{path}.{name}"
                 gradient = np.array(arrays[key], np.float64) + penalty
                 np.testing.assert_allclose(np.array(ours[key]), gradient, atol=1e-4)
@@ -97,7 +97,7 @@ def test_gradients_importance_and_cuts_are_those_of_a_plain_reference(tiny: Tiny
         if step in (7, 22, 24):
             scores = {}
             for path in paths:
-                score = {n: mean[f"{path}.{n}"] * spread[f"{path}.{n}"] for n in parts}
+                score = {n: mean[f"{path}.{n}"] * spread[f"{path}.{n}"] for n in components}
                 for i in range(rank):
                     scores[path, i] = (
                         score["lora_e"][i]

@@ -18,7 +18,7 @@ LATER = [ValidationDone(4, 1.2, 10, 0.1, True), Saved(4, "checkpoints/step-4")]
 DONE = Done(4, "complete", 10, 1.0, 0, None, None)
 
 
-def written(path: Path) -> list[str]:
+def event_names(path: Path) -> list[str]:
     return [json.loads(line)["event"] for line in path.read_text().splitlines()]
 
 
@@ -46,7 +46,7 @@ def test_a_resume_repeats_no_line_and_misses_none(tmp_path: Path) -> None:
             assert [line for line in lines if '"resumed"' not in line] == (
                 whole.read_text().splitlines()
             )
-            assert written(file).count("resumed") == 1
+            assert event_names(file).count("resumed") == 1
 
 
 def test_a_start_without_lines_of_steps_is_kept(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_a_start_without_lines_of_steps_is_kept(tmp_path: Path) -> None:
     for event in BEFORE:
         metrics.notify(event)
     metrics.rewind(SAVED)
-    assert written(metrics.path) == ["notice", "started", "saved"]
+    assert event_names(metrics.path) == ["notice", "started", "saved"]
 
 
 def test_a_run_from_its_first_step_keeps_nothing(tmp_path: Path) -> None:

@@ -94,11 +94,13 @@ def test_compiled_equals_eager(tiny: TinyModels, isolate: bool) -> None:
 
 def test_loss_is_the_token_mean_not_a_mean_of_means(tiny: TinyModels) -> None:
     model, _ = load(str(tiny("llama")))
-    parts = [
+    micro_batches = [
         Stepper(model, CrossEntropy(model)).step([collate(ROWS, g, isolate=False)]) for g in GROUPED
     ]
     whole = _result(tiny("llama"), GROUPED)
-    total = sum(p.loss * p.supervised for p in parts) / sum(p.supervised for p in parts)
+    total = sum(p.loss * p.supervised for p in micro_batches) / sum(
+        p.supervised for p in micro_batches
+    )
     assert whole.loss == pytest.approx(total, rel=1e-6)
     assert whole.supervised == int(ROWS.supervised.sum())
     assert whole.tokens == sum(LENGTHS)
