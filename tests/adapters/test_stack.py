@@ -145,7 +145,7 @@ def test_fuse_adds_up_and_keeps_the_sum_beside_its_base(
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied"])
-def test_a_new_adapter_lies_on_the_old_ones(
+def test_a_new_adapter_is_stacked_on_the_old_ones(
     tiny: TinyModels, tmp_path: Path, architecture: str
 ) -> None:
     base = tiny(architecture)

@@ -91,7 +91,7 @@ def test_rows_of_max_length_fill_the_budget() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("seed", range(12))
-def test_worst_bounds_every_epoch(mode: Mode, seed: int) -> None:
+def test_largest_batch_bounds_every_epoch(mode: Mode, seed: int) -> None:
     lengths, max_length, budget = _random_lengths(seed)
     batcher = Batcher(MemoryRows(lengths.tolist()), budget, max_length, mode, seed)
     largest = batcher.largest_batch()
@@ -103,7 +103,7 @@ def test_worst_bounds_every_epoch(mode: Mode, seed: int) -> None:
         assert largest.computed_tokens < max(areas) + rows * BUCKET
 
 
-def test_worst_of_few_packed_rows_is_not_a_full_batch() -> None:
+def test_largest_batch_of_few_packed_rows_is_not_a_full_one() -> None:
     batcher = Batcher(MemoryRows([40, 40]), 4096, 512, "packed", 0)
     assert batcher.largest_batch().tokens_BT.shape == (1, 78)
 

@@ -210,7 +210,7 @@ def texts(store: TokenStore) -> Any:
     return [bytes(store.row(i)[0].astype(np.uint16)) for i in range(len(store))]
 
 
-def test_validation_share_count_and_path(make: Any, tmp_path: Path) -> None:
+def test_validation_fraction_count_and_path(make: Any, tmp_path: Path) -> None:
     fraction = make(ROWS, validation=0.1)
     assert (len(fraction.train), len(fraction.validation)) == (36, 4)
     assert not set(texts(fraction.train)) & set(texts(fraction.validation))
@@ -241,7 +241,7 @@ def test_the_split_depends_on_the_seed_alone(tmp_path: Path, tokens: Any) -> Non
     assert split(0, "a") == split(0, "b") != split(1, "c")
 
 
-def test_one_row_and_an_empty_share(make: Any) -> None:
+def test_one_row_and_an_empty_fraction(make: Any) -> None:
     for rows in (ROWS[:1], ROWS[:5]):
         prepared = make(rows, validation=0.02)
         assert len(prepared.train) == len(rows)

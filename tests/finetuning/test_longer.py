@@ -244,7 +244,7 @@ def test_ranks_that_were_laid_out_over_fewer_steps_do_not_grow(
     assert (tmp_path / "run" / "run.json").exists()
 
 
-def test_a_warm_up_that_is_another_share_is_said(
+def test_a_warm_up_that_is_another_fraction_is_reported(
     tiny: TinyModels, rows: Path, tmp_path: Path
 ) -> None:
     out, recorder, train = tmp_path / "run", Recorder(), {"schedule": "constant", "warmup": 0.3}

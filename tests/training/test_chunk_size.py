@@ -16,7 +16,7 @@ def test_chunk_size_bounds_the_logits() -> None:
 
 @pytest.mark.parametrize("vocabulary", [32_000, 49_152, 152_064, 262_144])
 @pytest.mark.parametrize("memory_gb", [8, 16, 64, 128])
-def test_a_gpus_chunk_reads_the_head_seldom_and_holds_a_share_of_its_memory(
+def test_a_gpus_chunk_reads_the_head_seldom_and_holds_a_fraction_of_its_memory(
     vocabulary: int, memory_gb: int
 ) -> None:
     memory = working_set(memory_gb)

@@ -55,7 +55,7 @@ def _rates(total: int = 100, **values: Any) -> list[float]:
     return [rate(step) for step in range(total)]
 
 
-def test_warmup_is_a_share_or_a_count() -> None:
+def test_warmup_is_a_fraction_or_a_count() -> None:
     assert warmup_steps(_config(warmup=0.1), 100) == 10
     assert warmup_steps(_config(warmup=0.03), 10) == 1
     assert warmup_steps(_config(warmup=7), 100) == 7
@@ -82,7 +82,7 @@ def test_cosine_is_half_a_cosine() -> None:
     )
 
 
-def test_wsd_is_stable_then_falls_in_the_last_share() -> None:
+def test_wsd_is_stable_then_falls_in_the_last_fraction() -> None:
     rates = _rates(100, warmup=0, schedule="wsd", decay=0.2)
     assert rates[:81] == pytest.approx([1.0] * 81)
     assert rates[80:] == pytest.approx([1 - k / 20 for k in range(20)])
@@ -240,7 +240,7 @@ def test_a_checkpoint_without_exemptions_has_the_same_names() -> None:
         assert set(old.state()) == set(new.state())
 
 
-def test_what_muon_does_not_take_has_a_rate_of_its_own() -> None:
+def test_what_muon_does_not_take_has_another_rate() -> None:
     moved = {}
     for fallback in (None, 2e-3):
         model = Small()
