@@ -270,9 +270,10 @@ def prune_options(matrix: MatrixSpec, method: str) -> PruneOptions:
         options = TypeAdapter(PruneOptions).validate_python(values)
     except ValidationError as error:
         problems += [(".".join(map(str, e["loc"])), e["msg"]) for e in error.errors()]
-    if problems:
-        raise SlimError("; ".join(f"methods.{method}.prune.{key}: {why}" for key, why in problems))
-    return options
+    else:
+        if not problems:
+            return options
+    raise SlimError("; ".join(f"methods.{method}.prune.{key}: {why}" for key, why in problems))
 
 
 def located(recipe: dict[str, Any]) -> dict[str, Any]:

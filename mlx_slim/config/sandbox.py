@@ -39,7 +39,10 @@ _Result = TypeVar("_Result")
 class _Counting(CodeGenerator):
     """Compiles templates so that they count what they do."""
 
-    def blockvisit(self, nodes_: Iterable[nodes.Node], frame: Frame) -> None:
+    # Jinja calls it by position; its name of the argument, `nodes`, would hide the module.
+    def blockvisit(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, nodes_: Iterable[nodes.Node], frame: Frame
+    ) -> None:
         body = list(nodes_)
         texts = (
             len(data.data)

@@ -200,7 +200,7 @@ def use_fast_matmul(model: nn.Module) -> int:
 class _FastToBe(nn.Linear):
     """``nn.Linear`` that is quantized into a layer with the CPU forward."""
 
-    def to_quantized(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def to_quantized(self, *args: Any, **kwargs: Any) -> FastQuantizedLinear:
         """Return a ``FastQuantizedLinear``."""
         layer: Any = super().to_quantized(*args, **kwargs)
         layer.__class__ = FastQuantizedLinear

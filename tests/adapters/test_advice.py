@@ -8,7 +8,7 @@ import pytest
 
 from mlx_slim import events
 from mlx_slim.adapters.advice import rank_advice
-from mlx_slim.config.schema import AdapterConfig, Recipe
+from mlx_slim.config.schema import AdapterConfig, Method, Recipe
 from mlx_slim.finetuning.run import finetune
 from tests.support.runs import Recorder, recipe, write_rows
 from tests.support.tiny import TinyModels
@@ -26,7 +26,7 @@ from tests.support.tiny import TinyModels
         ("full", 8, 1000, False),
     ],
 )
-def test_where_it_applies(method: str, rank: int, steps: int | None, applies: bool) -> None:
+def test_where_it_applies(method: Method, rank: int, steps: int | None, applies: bool) -> None:
     text = rank_advice(Recipe(model="m", method=method, adapter=AdapterConfig(rank=rank)), steps)
     assert bool(text) == applies
     assert "\n" not in text

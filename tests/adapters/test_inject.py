@@ -13,6 +13,7 @@ from mlx_lm.utils import _get_classes
 from mlx_slim.adapters.inject import Site, inject, sites
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError
+from mlx_slim.training.optim import trainable
 from tests.adapters.support import IDS, stock_model
 from tests.support.tiny import TinyModels
 
@@ -73,8 +74,7 @@ def test_parameter_counts_of_the_real_shapes(name: str, targets: str) -> None:
     model = unallocated(config)
     injected = inject(model, AdapterConfig(rank=8, targets=targets), dora=False)
     assert injected.parameters == (everything if targets == "all-linear" else query_value)
-    trainable = tree_flatten(model.trainable_parameters())
-    assert sum(value.size for _, value in trainable) == injected.parameters
+    assert sum(value.size for value in trainable(model).values()) == injected.parameters
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied", "phi", "mistral", "qwen2"])

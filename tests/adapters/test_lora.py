@@ -9,6 +9,7 @@ import pytest
 
 from mlx_slim.adapters.lora import Adapter, LoRAEmbedding, LoRALinear, dimensions
 from mlx_slim.models.structure import Head
+from mlx_slim.runtime import to_float
 from mlx_slim.training.grad_checkpoint import checkpointed
 from mlx_slim.training.losses import linear_cross_entropy
 from tests.adapters.support import dense, linear, relative_error, shake
@@ -75,7 +76,7 @@ def test_gradients_at_the_start_and_of_the_formula() -> None:
 
     grad_a, grad_b = mx.grad(loss, argnums=(0, 1))(adapter.lora_a, adapter.lora_b)
     assert mx.all(grad_a == 0)
-    assert mx.linalg.norm(grad_b).item() > 1
+    assert to_float(mx.linalg.norm(grad_b)) > 1
     shake(adapter)
     factors = adapter.lora_a, adapter.lora_b
     for value, expected in zip(
@@ -153,7 +154,7 @@ def test_checkpointed_dropout_has_the_gradient_of_its_own_forward_pass() -> None
     def loss(step: float, direction: mx.array) -> float:
         block.inner.lora_a = start + step * direction
         mx.random.seed(3)
-        return (block(x) ** 2).sum().item()
+        return to_float((block(x) ** 2).sum())
 
     start = block.inner.lora_a
     with checkpointed([block]):

@@ -124,7 +124,8 @@ def test_a_start_that_is_none_is_refused(tiny: TinyModels, rows: Path, tmp_path:
     for folder in (tmp_path / "none", tmp_path):
         with pytest.raises(SlimError, match=r"is no adapter folder|does not exist"):
             prepare_model(start_recipe(tiny("llama"), rows, folder).recipe)
-    for adapter in ({"init": "pissa"}, {"adaptive": {"target_rank": 2}}):
+    adapters: list[dict[str, Any]] = [{"init": "pissa"}, {"adaptive": {"target_rank": 2}}]
+    for adapter in adapters:
         with pytest.raises(SlimError, match="are both a start"):
             start_recipe(tiny("llama"), rows, tmp_path, **adapter)
     with pytest.raises(SlimError, match=r"adapter.init_from is set, and method=full"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -114,7 +115,8 @@ def test_qlora_starts_from_the_dequantized_base(tiny: TinyModels, tmp_path: Path
     (tmp_path / "run" / "run.json").write_text(json.dumps({"recipe": recipe}))
     through = find_intruders(str(tiny("llama")), adapter=adapter)  # quantized as its run did
     assert through.overall() == pytest.approx(direct.overall())
-    weight = dequantize_weight(load(four_bit).model.layers[0].self_attn.q_proj)
+    model: Any = load(four_bit).model
+    weight = dequantize_weight(model.layers[0].self_attn.q_proj)
     assert direct.matrices[0].sigma[0] == pytest.approx(
         float(np.linalg.norm(np.array(weight), 2)), rel=0.01
     )

@@ -254,4 +254,5 @@ def test_threads_are_the_physical_cores_unless_the_user_says_otherwise(original:
     chosen, cores = python("-c", code, **threads).stdout.split()
     assert chosen == cores
     assert 1 <= int(cores) <= len(os.sched_getaffinity(0))
-    assert python("-c", code, **threads | {"OPENBLAS_NUM_THREADS": "1"}).stdout.split()[0] == "1"
+    threads["OPENBLAS_NUM_THREADS"] = "1"
+    assert python("-c", code, **threads).stdout.split()[0] == "1"

@@ -87,6 +87,7 @@ def test_ranges_and_choices_are_those_of_the_type(words: str) -> None:
 @pytest.mark.parametrize("name", list(OWNERS))
 def test_a_command_has_every_declared_option_with_the_default_of_its_class(name: str) -> None:
     command = entry.command.get_command(click.Context(entry.command), name)  # type: ignore[attr-defined]
+    assert command is not None
     params = {param.name: param for param in command.params}
     for one in fields(OWNERS[name]):
         if (line := one.metadata.get(KEY)) is None:

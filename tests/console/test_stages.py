@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console as RichConsole
 
-from mlx_slim.console import Console
+from mlx_slim.console import Console, Mode
 from mlx_slim.console.scoring import Scoring
 from mlx_slim.console.stages import Stages
 from mlx_slim.console.training import TrainingProgress
@@ -101,7 +101,7 @@ def test_a_slow_step_and_slow_questions_are_named(plain: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", ["json", "quiet"])
-def test_other_modes_stay_as_they_are(mode: str) -> None:
+def test_other_modes_stay_as_they_are(mode: Mode) -> None:
     file = io.StringIO()
     console = Console(mode, rank=0, output=RichConsole(file=file))
     console.notify(stage(1))

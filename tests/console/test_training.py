@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from typing import Any, Never
+from typing import Any
 
 import pytest
 from rich.console import Console as RichConsole
@@ -123,7 +123,7 @@ def test_the_live_view_shows_the_numbers_at_any_width(width: int) -> None:
     assert text.rindex(SHOW_CURSOR) > text.rindex(HIDE_CURSOR)
 
 
-def test_the_cursor_comes_back_after_a_failure() -> Never:
+def test_the_cursor_comes_back_after_a_failure() -> None:
     file = io.StringIO()
     output = RichConsole(file=file, force_terminal=True, width=80, height=30)
     with pytest.raises(ValueError, match="the loop failed"), Console(rank=0, output=output) as c:

@@ -9,6 +9,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_slim import events
+from mlx_slim.artifacts import load_tensors
 from mlx_slim.config.load import from_values
 from mlx_slim.config.schema import ForgettingConfig
 from mlx_slim.errors import Interrupted, SlimError
@@ -46,7 +47,7 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_figure_is_that_of_eval(tiny: TinyModels, tmp_path: Path, text: str) -> None:
+def test_the_figure_is_that_of_eval(tiny: TinyModels, tmp_path: Path, text: Path) -> None:
     data, out = write_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
     result = finetune(_watched(tiny("llama"), data, text), out, observer=Recorder())
     measured = _measured(out)
@@ -64,7 +65,7 @@ def test_the_figure_is_that_of_eval(tiny: TinyModels, tmp_path: Path, text: str)
 
 
 def test_a_run_that_forgets_stops_and_keeps_what_was_within(
-    tiny: TinyModels, tmp_path: Path, text: str
+    tiny: TinyModels, tmp_path: Path, text: Path
 ) -> None:
     data, out = write_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
     text.write_text("@#$%ZXQ~{}" * 40)  # nothing of it in the rows
@@ -80,14 +81,14 @@ def test_a_run_that_forgets_stops_and_keeps_what_was_within(
     result = finetune(strict, out, observer=recorder)
     assert result.done.reason == "forgetting" and result.done.step == over
     result_step = result.done.result_step
-    assert result_step < over and rises[result_step] <= limit
-    saved = mx.load(str(out / "model" / "model.safetensors"))
-    expected = mx.load(str(out / "checkpoints" / f"step-{result_step}" / "weights.safetensors"))
+    assert result_step is not None and result_step < over and rises[result_step] <= limit
+    saved = load_tensors(out / "model" / "model.safetensors")
+    expected = load_tensors(out / "checkpoints" / f"step-{result_step}" / "weights.safetensors")
     assert all(mx.array_equal(saved[name], expected[name]) for name in expected)
     assert any(isinstance(e, events.ForgettingMeasured) and not e.within for e in recorder.events)
 
 
-def test_resumed_equals_uninterrupted(tiny: TinyModels, tmp_path: Path, text: str) -> None:
+def test_resumed_equals_uninterrupted(tiny: TinyModels, tmp_path: Path, text: Path) -> None:
     data, out = write_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
     small = _watched(tiny("llama"), data, text)
     finetune(small, tmp_path / "straight", observer=Recorder())

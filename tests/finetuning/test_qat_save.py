@@ -9,11 +9,11 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from mlx_lm import load as stock_load
 
 from mlx_slim import events
 from mlx_slim.adapters.lora import LoRALinear
 from mlx_slim.adapters.merge import merge
+from mlx_slim.artifacts import load_tensors
 from mlx_slim.config.load import Resolved, from_values
 from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import Interrupted, SlimError
@@ -26,6 +26,7 @@ from mlx_slim.quantization.apply import quantize_model
 from tests.finetuning.test_resume import CtrlC
 from tests.support.adapters import write_quantized
 from tests.support.runs import Recorder, losses, recipe, write_rows
+from tests.support.stock import stock_load
 from tests.support.tiny import TinyModels, tiny_model
 
 
@@ -61,7 +62,7 @@ def test_16_bit_sources_are_stored_as_they_came(tmp_path: Path) -> None:
     out = tmp_path / "run"
     data = write_rows(tmp_path / "rows.jsonl")
     result = finetune(qat_recipe(source, data, "full"), out, observer=Recorder())
-    weights = mx.load(str(out / "model" / "model.safetensors"))
+    weights = load_tensors(out / "model" / "model.safetensors")
     assert weights["model.layers.0.mlp.up_proj.scales"].dtype == mx.bfloat16
     again = validate(qat_recipe(out / "model", data, "full").recipe)
     assert again.loss == pytest.approx(result.done.best_validation, rel=1e-3)
@@ -87,7 +88,7 @@ def test_what_is_saved_is_what_was_trained_in_any_dtype(
     base = tiny_model(tmp_path / "base", dtype=stored)
     finetune(qat_recipe(base, data, method, dtype=dtype, steps=4), out, observer=Recorder())
     assert (out / "run.json").exists()
-    weights = mx.load(str(out / "model" / "model.safetensors"))
+    weights = load_tensors(out / "model" / "model.safetensors")
     assert weights["model.norm.weight"].dtype == stored
 
 
@@ -137,14 +138,14 @@ def test_resumed_equals_uninterrupted_and_checkpoints_are_floats(
     out = tmp_path / "stopped"
     with pytest.raises(Interrupted):
         finetune(small, out, observer=CtrlC())
-    saved = mx.load(str(out / "checkpoints" / "step-3" / "weights.safetensors"))
+    saved = load_tensors(out / "checkpoints" / "step-3" / "weights.safetensors")
     if method == "full":
         weight = saved["model.layers.0.mlp.up_proj.weight"]
         assert len(set(weight[0, :32].tolist())) > 8  # three bits have eight values in a group
     finetune(small, out, observer=Recorder(), resume=True)
     assert losses(out) == losses(tmp_path / "straight")
     files = [
-        mx.load(str(run / "model" / "model.safetensors")) for run in (out, tmp_path / "straight")
+        load_tensors(run / "model" / "model.safetensors") for run in (out, tmp_path / "straight")
     ]
     assert all(mx.array_equal(files[0][name], files[1][name]) for name in files[1])
 
@@ -152,17 +153,16 @@ def test_resumed_equals_uninterrupted_and_checkpoints_are_floats(
 def test_it_beats_quantizing_afterwards(tiny: TinyModels, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", 48)
     steps = {"steps": 60, "learning_rate": 3e-3, "validate_every": 60, "save_every": 60}
-    two = {"bits": 2, "group_size": 32}
     best_losses = {}
     for name, is_qat in (("qat", True), ("afterwards", False)):
         values = qat_recipe(tiny("llama"), data, "full", **steps).recipe.model_dump(mode="json")
-        values["quantize"] |= {**two, "qat": is_qat}
+        values["quantize"] |= {"bits": 2, "group_size": 32, "qat": is_qat}
         values = {key: value for key, value in values.items() if value is not None}
         out = tmp_path / name
         done = finetune(from_values(values, name, "test"), out, observer=Recorder()).done
         best_losses[name] = done.best_validation
     loaded = load(tmp_path / "afterwards" / "model")
-    quantize_model(loaded.model, loaded.config, QuantizeConfig(**two))
+    quantize_model(loaded.model, loaded.config, QuantizeConfig(bits=2, group_size=32))
     from mlx_slim.models.save import save_model
 
     save_model(tmp_path / "rounded", loaded.model, loaded.tokenizer, loaded.config)
@@ -201,7 +201,7 @@ def test_a_reloaded_model_that_is_another_one_is_caught_in_bfloat16(
     tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     def off(*arguments: Any):
-        model = load_tuned(*arguments)
+        model: Any = load_tuned(*arguments)
         layer = model.layers[1].mlp.down_proj
         layer = layer.linear if "linear" in layer else layer
         layer.weight = 0.8 * layer.weight

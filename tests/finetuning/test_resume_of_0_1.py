@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from mlx_slim.artifacts import load_tensors
 from mlx_slim.config.load import Resolved, from_values
 from mlx_slim.errors import Interrupted
 from mlx_slim.events import Notice
@@ -52,7 +53,7 @@ def _as_0_1_wrote_it(run: Path) -> None:
     for step in (run / "checkpoints").iterdir():
         texts: dict[Path, bytes] = {}
         _rewrite(step / "state.json", old_state)
-        arrays = mx.load(str(step / "callbacks.safetensors"))
+        arrays = load_tensors(step / "callbacks.safetensors")
         old = {name.replace("adalora/", "1/"): array for name, array in arrays.items()}
         old["2/text"] = mx.array(list(texts[step]), mx.uint8)
         mx.save_safetensors(str(step / "companions.safetensors"), old)

@@ -10,13 +10,14 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from mlx_lm import load as stock_load
 
 from mlx_slim import events
+from mlx_slim.artifacts import load_tensors
 from mlx_slim.errors import ResourceError, SlimError
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.training.loop import Loop
 from tests.support.runs import Recorder, losses, recipe, run_script, write_rows
+from tests.support.stock import stock_load
 from tests.support.tiny import TinyModels
 
 
@@ -59,6 +60,7 @@ def test_the_best_validation_step_is_what_is_saved(tiny: TinyModels, tmp_path: P
     scored = {e.step: e.loss for e in recorder.events if isinstance(e, events.ValidationDone)}
     assert result.done.best_step == min(scored, key=lambda step: scored[step])
     if result.done.reason == "early_stopping":
+        assert result.done.best_step is not None
         assert result.done.step == result.done.best_step + 2
 
 
@@ -70,7 +72,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
 
     def poisoned(self: Loop, *args: Any) -> None:
         if self.state.step == 4:
-            head = self.stepper.objective.split.head.module
+            objective: Any = self.stepper.objective
+            head = objective.split.head.module
             head.weight = head.weight * float("nan")
         original(self, *args)
 
@@ -78,7 +81,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
     with pytest.raises(SlimError, match="step 5: loss nan") as caught:
         finetune(recipe(tiny("llama"), data), out, observer=Recorder())
     assert "step-4" in caught.value.hint
-    saved = mx.load(str(out / "checkpoints" / "step-4" / "weights.safetensors"))
+    saved = load_tensors(out / "checkpoints" / "step-4" / "weights.safetensors")
     assert all(mx.isfinite(value).all().item() for value in saved.values())
     assert max(losses(out)) == 4
 

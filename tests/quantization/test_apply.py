@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx_lm import load as stock_load
 from mlx_lm.utils import load_config
 
 from mlx_slim.config.schema import QuantizeConfig
@@ -15,6 +15,7 @@ from mlx_slim.errors import SlimError
 from mlx_slim.models.quantized import is_quantized
 from mlx_slim.quantization.apply import quantize_model
 from mlx_slim.quantization.policy import RECIPES, make_policy
+from tests.support.stock import stock_load
 from tests.support.tiny import TinyModels
 
 # Relative Frobenius error on Gaussian weights: bfloat16, group 64 for the affine formats.
@@ -29,13 +30,14 @@ ERRORS = [
     ("mxfp8", 8, 32, 0.0266),
     ("nvfp4", 4, 16, 0.103),
 ]
+Source = Callable[..., tuple[Any, dict[str, Any]]]
 
 
 @pytest.fixture
-def source(tiny: TinyModels) -> Path:
+def source(tiny: TinyModels) -> Source:
     """Return a function: architecture -> (fresh dense model, config)."""
 
-    def get(architecture: str = "llama"):
+    def get(architecture: str = "llama") -> tuple[Any, dict[str, Any]]:
         folder = tiny(architecture)
         model, _ = stock_load(str(folder))
         return model, load_config(folder)
@@ -56,8 +58,10 @@ def test_relative_error_and_bits_per_weight(
     model = Model()
     weight = (0.02 * mx.random.normal((512, 1024))).astype(mx.bfloat16)
     model.linear.weight = weight
-    result = quantize_model(model, {}, QuantizeConfig(mode=mode, bits=bits, group_size=group))
-    layer = model.linear
+    result = quantize_model(
+        model, {}, QuantizeConfig.model_validate({"mode": mode, "bits": bits, "group_size": group})
+    )
+    layer: Any = model.linear
     dense = mx.dequantize(
         layer.weight,
         layer.scales,
@@ -77,7 +81,7 @@ def test_relative_error_and_bits_per_weight(
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied", "phi", "qwen2"])
-def test_every_layer_is_quantized_or_explained(source: Path, architecture: str) -> None:
+def test_every_layer_is_quantized_or_explained(source: Source, architecture: str) -> None:
     model, config = source(architecture)
     names = {path for path, _ in model.named_modules()}
     result = quantize_model(model, config, QuantizeConfig(bits=4, group_size=32))
@@ -91,7 +95,7 @@ def test_every_layer_is_quantized_or_explained(source: Path, architecture: str) 
     assert mx.isfinite(model(mx.array([[1, 2, 3, 4, 5]]))).all()
 
 
-def test_a_width_that_the_group_does_not_divide_is_listed(source: Path) -> None:
+def test_a_width_that_the_group_does_not_divide_is_listed(source: Source) -> None:
     model, config = source()
     result = quantize_model(model, config, QuantizeConfig(bits=4, group_size=128))
     assert result.quantized == {"4-bit affine, group 128": 3}  # down_proj: 128 inputs
@@ -101,7 +105,7 @@ def test_a_width_that_the_group_does_not_divide_is_listed(source: Path) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_mixed_recipes(source: Path, recipe: str) -> None:
+def test_mixed_recipes(source: Source, recipe: str) -> None:
     low, high = (int(part) for part in recipe.split("_")[1:])
     model, config = source()
     result = quantize_model(model, config, QuantizeConfig(group_size=32), recipe)
@@ -111,7 +115,7 @@ def test_mixed_recipes(source: Path, recipe: str) -> None:
     assert per_layer.get("model.layers.1.self_attn.q_proj", per_layer)["bits"] == low
 
 
-def test_refusals(source: Path) -> None:
+def test_refusals(source: Source) -> None:
     model, config = source("phi")
     with pytest.raises(SlimError, match="does not fit phi"):
         make_policy(model, QuantizeConfig(), "mixed_3_6")

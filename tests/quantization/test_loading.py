@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_slim.artifacts import load_tensors
 from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import ResourceError
 from mlx_slim.finetuning import build as prepare
@@ -20,17 +21,24 @@ from mlx_slim.finetuning.run import finetune
 from mlx_slim.models.load import load, read_config
 from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.planner.memory import predict
+from mlx_slim.planner.shapes import leaves
 from mlx_slim.quantization.apply import _PIECE, load_quantized, quantize_model
 from tests.support.runs import Recorder, recipe, write_rows
 from tests.support.tiny import tiny_model
 
 # Most of it is the table of 4,096 tokens: 2 MB in float32, the blocks 1.3 MB each.
-SHAPE = {"hidden_size": 128, "intermediate_size": 512, "vocab_size": 4096, "num_hidden_layers": 6}
+SHAPE: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "vocab_size": 4096,
+    "num_hidden_layers": 6,
+}
 # Allocations are rounded up to pages; nothing else may exist besides.
 SLACK = 1 << 16
+T = TypeVar("T")
 
 
-def peak_of(work: Callable[[], Any]) -> int:
+def peak_of(work: Callable[[], T]) -> tuple[T, int]:
     """Return what ``work`` gives, and the bytes that MLX held at most while it worked."""
     mx.clear_cache()
     before = mx.get_active_memory()  # other tests' models may still be alive
@@ -39,7 +47,7 @@ def peak_of(work: Callable[[], Any]) -> int:
 
 
 def held(model: nn.Module) -> int:
-    return sum(value.nbytes for _, value in tree_flatten(model.parameters()))
+    return sum(value.nbytes for _, value in leaves(model))
 
 
 @pytest.mark.parametrize("compute", [mx.float32, mx.bfloat16], ids=str)
@@ -78,7 +86,7 @@ def test_a_float_format_is_rounded_in_pieces_and_gives_the_same_codes(tmp_path: 
     assert peak <= report.bytes_after + 2 * 600 * 256 * 2 + 40 * _PIECE
     weight = load(folder).model["model"]["embed_tokens"]["weight"]
     assert weight.nbytes > _PIECE, "more than one piece"
-    codes, scales = mx.quantize(weight, group_size=32, bits=4, mode="mxfp4")
+    codes, scales, *_ = mx.quantize(weight, group_size=32, bits=4, mode="mxfp4")
     layer = loaded.model["model"]["embed_tokens"]
     assert mx.array_equal(layer["weight"], codes).item()
     assert mx.array_equal(layer["scales"], scales).item()
@@ -88,7 +96,7 @@ def test_a_float_format_is_rounded_in_pieces_and_gives_the_same_codes(tmp_path: 
 def test_a_head_that_repeats_the_embedding_is_compared_unread(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "m", "llama", dtype=mx.bfloat16, shards=1, **SHAPE)
     file = next(folder.glob("*.safetensors"))
-    weights = dict(mx.load(str(file)))
+    weights = load_tensors(file)
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     mx.eval(weights)
     mx.save_safetensors(str(file), weights)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm import load as stock_load
 from mlx_lm.utils import load_config
 
 from mlx_slim.config.schema import QuantizeConfig
@@ -16,16 +16,18 @@ from mlx_slim.errors import ResourceError, SlimError
 from mlx_slim.models.save import saved_config
 from mlx_slim.quantization import methods
 from mlx_slim.quantization.methods import check_method, quantize_with
+from tests.support.stock import stock_load
 from tests.support.tiny import TinyModels
 
 TOKENS = mx.random.randint(0, 256, (4, 16), key=mx.random.key(0)).astype(mx.int32)
+Source = Callable[..., tuple[Any, dict[str, Any]]]
 
 
 @pytest.fixture
-def source(tiny: TinyModels) -> Path:
+def source(tiny: TinyModels) -> Source:
     """Return a function: architecture -> (fresh dense model, config)."""
 
-    def get(architecture: str = "llama"):
+    def get(architecture: str = "llama") -> tuple[Any, dict[str, Any]]:
         folder = tiny(architecture)
         return stock_load(str(folder))[0], load_config(folder)
 
@@ -35,7 +37,7 @@ def source(tiny: TinyModels) -> Path:
 @pytest.mark.parametrize("method", methods.CALIBRATED)
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied", "phi"])
 def test_method_quantizes_every_matrix(
-    source: Path, method: str, architecture: str, capfd: pytest.CaptureFixture[str]
+    source: Source, method: str, architecture: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     if method == "awq" and architecture == "phi":
         pytest.skip("mlx-lm's AWQ does not know phi: see test_refusals")
@@ -53,14 +55,14 @@ def test_method_quantizes_every_matrix(
     assert captured.out == "" and captured.err == ""
 
 
-def test_dynamic_lands_between_its_two_widths(source: Path) -> None:
+def test_dynamic_lands_between_its_two_widths(source: Source) -> None:
     model, config = source()
     result = quantize_with(model, config, QuantizeConfig(bits=4, group_size=32), "dynamic", TOKENS)
     assert set(result.quantized) == {"4-bit affine, group 32", "5-bit affine, group 32"}
     assert 6.0 < result.bits_per_weight < 7.1  # float32 scales: two more bits a weight
 
 
-def test_dwq_learns_scales_only(source: Path) -> None:
+def test_dwq_learns_scales_only(source: Source) -> None:
     model, config = source()
     plain, _ = source()
     methods.quantize_model(plain, config, QuantizeConfig(group_size=32))
@@ -70,7 +72,7 @@ def test_dwq_learns_scales_only(source: Path) -> None:
     assert changed and {name.rsplit(".", 1)[-1] for name in changed} <= {"scales", "biases"}
 
 
-def test_refusals(source: Path) -> None:
+def test_refusals(source: Source) -> None:
     quantize = QuantizeConfig
     for arguments, message in [
         (("awqq", quantize()), "unknown method 'awqq'"),
@@ -95,7 +97,7 @@ def test_refusals(source: Path) -> None:
     assert type(model.layers[0].self_attn.q_proj) is nn.Linear
 
 
-def test_gptq_hessians_that_do_not_fit(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gptq_hessians_that_do_not_fit(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     model, config = source()
     monkeypatch.setattr(methods, "device_memory", lambda: 1000)
     with pytest.raises(ResourceError, match="Hessian"):

@@ -236,7 +236,7 @@ def check_the_peak(
 
 
 def test_the_worked_example_of_the_logits_gradient_is_what_the_code_computes() -> None:
-    (example,) = doctest.DocTestFinder().find(losses.LogitsGradient, globs=vars(losses))[:1]
+    (example,) = doctest.DocTestFinder().find(losses.LogitsGradient, globs=dict(vars(losses)))[:1]
     failed, attempted = doctest.DocTestRunner().run(example)
     assert (failed, attempted) == (0, 8)
 

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from mlx_slim.adapters.variants import learning_rate_scale
+from mlx_slim.artifacts import load_tensors
 from mlx_slim.config.schema import AdapterConfig, TrainConfig
+from mlx_slim.runtime import to_float
 from mlx_slim.training.optim import Optimizer, schedule, trainable, warmup_steps
 
 OPTIMIZERS = ["adamw", "adam", "adafactor", "lion", "muon", "sgd"]
@@ -137,7 +139,7 @@ def test_every_optimizer_goes_down_a_quadratic(name: str) -> None:
     model = Small()
 
     def distance() -> float:
-        return float(sum(mx.square(v - 0.5).sum() for v in trainable(model).values()).item())
+        return sum(to_float(mx.square(v - 0.5).sum()) for v in trainable(model).values())
 
     even = {"fallback_learning_rate": 1e-2} if name == "muon" else {}
     optimizer = Optimizer(model, _config(optimizer=name, **even))
@@ -153,13 +155,13 @@ def test_small_updates_add_up_whatever_the_dtype(name: str, dtype: mx.Dtype) -> 
     model = Small(dtype)
     model.norm["weight"] = mx.full((5,), 0.02, dtype=dtype)
     optimizer = Optimizer(model, _config(optimizer=name))
-    start = float(model.norm["weight"][0].item())
+    start = to_float(model.norm["weight"][0])
     assert mx.array(start, dtype=mx.bfloat16) - mx.array(1e-5, dtype=mx.bfloat16) == start
     gradients = {p: mx.ones(v.shape) for p, v in trainable(model).items()}
     rate = 1e-5 if name != "sgd" else 1e-6  # momentum 0.9 makes ten of one
     for _ in range(200):
         optimizer.update(gradients, rate)
-    moved = start - float(model.norm["weight"][0].item())
+    moved = start - to_float(model.norm["weight"][0])
     assert moved == pytest.approx(2e-3, rel=0.1)
     assert model.norm["weight"].dtype == dtype
     assert set(optimizer.masters) == (set() if dtype == mx.float32 else set(trainable(model)))
@@ -185,7 +187,7 @@ def test_state_round_trip_is_bit_for_bit(name: str, dtype: mx.Dtype, tmp_path: P
     resumed = Small(dtype)
     again = Optimizer(resumed, config)
     resumed.load_weights(list(weights.items()))
-    again.load_state(dict(mx.load(str(tmp_path / "state.safetensors")).items()))
+    again.load_state(load_tensors(tmp_path / "state.safetensors"))
     run(resumed, again, range(3, 6))
     for path, value in trainable(straight).items():
         assert mx.array_equal(trainable(resumed)[path], value), path
@@ -250,9 +252,7 @@ def test_what_muon_does_not_take_has_another_rate() -> None:
         # Half of the peak: both are scheduled alike.
         half = min(range(3, 100), key=lambda step: abs(rate(step) - 0.01))
         optimizer.update({p: mx.ones(v.shape) for p, v in before.items()}, rate(half))
-        moved[fallback] = {
-            p: float((before[p] - v).max().item()) for p, v in trainable(model).items()
-        }
+        moved[fallback] = {p: to_float((before[p] - v).max()) for p, v in trainable(model).items()}
         progress = rate(half) / 0.02
         for path in ("embed_tokens.weight", "norm.weight", "lm_head.weight"):
             assert moved[fallback][path] == pytest.approx((fallback or 3e-4) * progress, rel=1e-3)
@@ -270,7 +270,7 @@ def test_lora_plus_gives_b_a_multiple_of_the_rate() -> None:
     optimizer = Optimizer(model, _config(), lambda path: learning_rate_scale(path, adapter))
     before = dict(trainable(model))
     optimizer.update({p: mx.ones(v.shape) for p, v in before.items()}, 1e-3)
-    moved = {p: float((before[p] - v).max().item()) for p, v in trainable(model).items()}
+    moved = {p: to_float((before[p] - v).max()) for p, v in trainable(model).items()}
     assert moved["up_proj.lora_b"] == pytest.approx(16e-3, rel=1e-3)
     assert moved["up_proj.lora_a"] == pytest.approx(1e-3, rel=1e-3)
     assert moved["lm_head.weight"] == pytest.approx(1e-3, rel=1e-3)

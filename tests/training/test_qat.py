@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import pytest
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from mlx_slim.adapters.inject import inject
 from mlx_slim.adapters.merge import merge
 from mlx_slim.config.schema import AdapterConfig, QuantizeConfig
-from mlx_slim.data.batches import Batch, collate
+from mlx_slim.data.batches import collate
 from mlx_slim.models import structure
 from mlx_slim.models.load import Loaded, load
+from mlx_slim.planner.shapes import leaves
 from mlx_slim.quantization.apply import quantize_model, rounded
 from mlx_slim.quantization.policy import make_policy
 from mlx_slim.training.grad_checkpoint import checkpointed
@@ -68,15 +69,15 @@ CASES = [
 def test_what_it_computes_is_the_quantized_model(
     tiny: TinyModels, architecture: str, method: str, settings: dict[str, Any], bits: int
 ) -> None:
-    config = QuantizeConfig(bits=bits, group_size=32)
+    config = QuantizeConfig.model_validate({"bits": bits, "group_size": 32})
     loaded, rounding = qat_model(tiny(architecture), method, config, **settings)
     model = loaded.model
-    before = {k: mx.array(v) for k, v in tree_flatten(model.parameters())}
+    before = {k: mx.array(v) for k, v in leaves(model)}
     plain = model(IDS)
     with rounding.computing():
         ours = model(IDS)
         mx.eval(ours)
-    after = dict(tree_flatten(model.parameters()))
+    after = dict(leaves(model))
     assert all(mx.array_equal(before[name], after[name]) for name in before)
     assert mx.allclose(model(IDS), plain, rtol=1e-6, atol=1e-6)
     merge(model)
@@ -89,9 +90,9 @@ def test_other_formats_and_16_bit_scales() -> None:
     mx.random.seed(0)
     weight = mx.random.normal((8, 64))
     for mode, bits, group in (("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)):
-        settings = {"bits": bits, "group_size": group, "mode": mode}
-        codes, *scales = mx.quantize(weight, **settings)
-        expected = mx.dequantize(codes, *scales, **settings).astype(mx.float32)
+        settings: dict[str, Any] = {"bits": bits, "group_size": group, "mode": mode}
+        codes, scales, *_ = mx.quantize(weight, **settings)
+        expected = mx.dequantize(codes, scales, **settings).astype(mx.float32)
         assert mx.array_equal(rounded(weight, mx.bfloat16, **settings), expected)
     codes, scales, biases = mx.quantize(weight, group_size=32, bits=3)
     halves = [x.astype(mx.bfloat16).astype(mx.float32) for x in (scales, biases)]
@@ -102,7 +103,7 @@ def test_other_formats_and_16_bit_scales() -> None:
 
 
 def _straight_through(
-    folder: Path, method: str, batches: Sequence[Batch], **settings: Any
+    folder: Path, method: str, batches: Sequence[Sequence[Sequence[int]]], **settings: Any
 ) -> dict[str, mx.array]:
     """The slow way: w + stop_gradient(dequantize(quantize(w)) − w) in every layer, full logits."""
     loaded, _ = qat_model(folder, method, **settings)
@@ -166,7 +167,7 @@ TIED = ("llama-tied", "lora", {"targets": ["all-linear", "embed_tokens"]})
     ],
 )
 def test_gradients_are_the_straight_through_ones(
-    tiny: TinyModels, architecture: str, method: str, settings: dict[str, Any], way: str
+    tiny: TinyModels, architecture: str, method: str, settings: dict[str, Any], way: dict[str, Any]
 ) -> None:
     expected = _straight_through(tiny(architecture), method, BATCHES, **settings)
     loaded, rounding = qat_model(tiny(architecture), method, **settings)
@@ -191,7 +192,7 @@ def test_doras_lengths_get_the_derivative_of_the_rounded_loss(tiny: TinyModels) 
     loaded, rounding = qat_model(tiny("llama"), "dora")
     model, objective = loaded.model, CrossEntropy(loaded.model, chunk=16)
     batch = collate(ROWS, BATCHES[1], isolate=False)
-    adapter = model.layers[1].mlp.up_proj
+    adapter = cast(Any, model).layers[1].mlp.up_proj
     m_O = adapter.m
     with rounding.computing():
         result = Stepper(model, objective).step([batch])

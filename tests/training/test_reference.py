@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def setting(
     return Setting(loaded.model, prepared.train, reference)
 
 
-def _step(setting: Setting, batches: Sequence[Batch]) -> StepResult:
+def _step(setting: Setting, batches: Iterable[Batch]) -> StepResult:
     return Stepper(setting.model, CrossEntropy(setting.model)).step(batches)
 
 
