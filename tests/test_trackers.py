@@ -1,5 +1,7 @@
 """Trackers: the numbers arrive, a missing package is one line, nothing is lost on a failure."""
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import sys

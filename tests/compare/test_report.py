@@ -207,7 +207,9 @@ def test_opens_in_a_browser_without_errors_or_overflow(
     dumped = subprocess.run(
         [*base, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120
     )
-    layout = json.loads(re.search(r"<title>(\{.*?\})</title>", dumped.stdout)[1])
+    title = re.search(r"<title>(\{.*?\})</title>", dumped.stdout)
+    assert title is not None
+    layout = json.loads(title[1])
     assert layout["plots"] >= 6
     assert (layout["wide"], layout["bad"], layout["empty"]) == (False, 0, 0)
     shot = subprocess.run(

@@ -61,7 +61,8 @@ def test_a_row_without_its_answer_is_dropped_and_a_system_prompt_is_one(
 
 
 def test_names_that_were_read_stay_what_they_were() -> None:
-    assert recognised(["instruction", "input", "response"])["input"] == "input"
+    columns = recognised(["instruction", "input", "response"])
+    assert columns is not None and columns["input"] == "input"
     for names in (
         ["question", "choices", "answer"],
         ["question", "answer", "response"],

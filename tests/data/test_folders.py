@@ -80,7 +80,7 @@ def test_saved_data_sets(tmp_path: Path, make: Any) -> None:
     data.select([4, 1]).save_to_disk(str(tmp_path / "chosen"))
     assert read(tmp_path / "chosen") == [ROWS[4], ROWS[1]]
     splits = {"train": data.select(range(4)), "validation": data.select([4, 5])}
-    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "splits"))
+    datasets.DatasetDict(splits.items()).save_to_disk(str(tmp_path / "splits"))
     assert read(tmp_path / "splits") == ROWS[:4]
     assert read(tmp_path / "splits", split="valid") == ROWS[4:]
     with pytest.raises(SlimError, match="no split 'test', only train, validation"):

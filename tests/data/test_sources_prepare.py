@@ -258,7 +258,7 @@ def test_duplicates_are_counted_and_never_on_both_sides(make: Any) -> None:
 
 def test_weights_repeat_and_halve(make: Any, tmp_path: Path) -> None:
     a, b = jsonl(tmp_path / "a.jsonl", ROWS[:10]), jsonl(tmp_path / "b.jsonl", ROWS[10:30])
-    mix = [{"path": str(a), "weight": 2.5}, {"path": str(b), "weight": 0.5}]
+    mix: Any = [{"path": str(a), "weight": 2.5}, {"path": str(b), "weight": 0.5}]
 
     def go(**settings: Any) -> Any:
         return prepare(

@@ -58,7 +58,7 @@ def test_spaces_before_the_border_belong_to_the_prompt() -> None:
     tokenizer = byte_level()
     row = Rendered("Q:   yes", [(5, 8)])
     ids, supervised, _ = RowEncoder(tokenizer, mask_prompt=True).encode([row])[0]
-    assert tokenizer.convert_ids_to_tokens(ids) == ["Q", ":", "ĠĠ", "Ġyes", "</s>"]
+    assert tokenizer.convert_ids_to_tokens(ids.tolist()) == ["Q", ":", "ĠĠ", "Ġyes", "</s>"]
     assert supervised.tolist() == [False, False, False, True, True]
 
 

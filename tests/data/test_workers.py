@@ -46,7 +46,9 @@ def alive(pid: int) -> bool:
 
 def _mixed_rows() -> list[dict[str, Any]]:
     """Rows that are used, too long, without an answer, equal to others."""
-    rows = [{"prompt": f"question {n % 50}", "completion": f"answer {n % 50}"} for n in range(90)]
+    rows: list[dict[str, Any]] = [
+        {"prompt": f"question {n % 50}", "completion": f"answer {n % 50}"} for n in range(90)
+    ]
     rows[3]["completion"] = "long " * 40
     rows[11]["prompt"] = "long " * 40
     rows[12]["completion"] = " "

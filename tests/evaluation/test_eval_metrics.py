@@ -51,15 +51,16 @@ def test_any_metric_alone_or_first(
     monkeypatch.setattr(jobs, "CHOICE_CHUNK", CHUNK)
     task = _task(tmp_path / "task", metrics, grouped)
     recorder = Recorder()
-    for number, model in enumerate(("llama", "mistral")):
-        out = tmp_path / f"out{number}"
+    outs = [tmp_path / "out0", tmp_path / "out1"]
+    for out, model in zip(outs, ("llama", "mistral"), strict=True):
         evaluate(tiny(model), [str(task)], out, EvalOptions(), observer=recorder)
+    out = outs[-1]
     section = json.loads((out / "results.json").read_text())["tasks"]["toy_choice"]
     assert list(section["metrics"]) == metrics
     seen = [event for event in recorder.events if isinstance(event, EvalProgress)]
     assert {event.metric for event in seen} == {first}
     assert seen[-1].value == pytest.approx(section["metrics"][first]["value"])
-    rows = compare(tmp_path / "out0", tmp_path / "out1").rows
+    rows = compare(*outs).rows
     assert [row.metric for row in rows] == paired
     assert rows[0].verdict
     right_N = load_answers(out, "toy_choice").right_N

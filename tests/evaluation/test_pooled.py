@@ -19,6 +19,13 @@ from mlx_slim.evaluation.pooled import (
 from mlx_slim.evaluation.stats import detectable_difference, mcnemar, standard_error
 
 
+def _ratio(first: list[Any], second: list[Any], *chance: float) -> Any:
+    """Return a ratio that is defined, and its interval."""
+    result = ratio(first, second, *chance)
+    assert result is not None
+    return result
+
+
 def test_one_task_is_mcnemars_test_and_its_error_and_power() -> None:
     rng = np.random.default_rng(0)
     differences = rng.choice([-1.0, 0.0, 1.0], 150, p=[0.1, 0.7, 0.2])
@@ -86,6 +93,7 @@ def test_the_stated_power_is_reached(sizes: Any, fraction: float) -> None:
         pairs = round(fraction * len(x))
         x[:pairs] = np.resize([1.0, -1.0], pairs)
     delta = detectable_pooled(expected, 3)
+    assert delta is not None
     runs = 300
     flagged = sum(sign_flip(drawn(delta), draws=4_000) <= 0.05 / 3 for _ in range(runs))
     assert flagged / runs > 0.74
@@ -100,12 +108,12 @@ def test_ratios_cover_what_is_true_and_chance_is_taken_off() -> None:
         first = (easy < 0.6).astype(float)
         second = ((easy < 0.5) | (rng.random(300) < 0.1)).astype(float)
         true = (0.5 + 0.1 * 0.5) / 0.6
-        _, (low, high) = ratio([first], [second])
+        _, (low, high) = _ratio([first], [second])
         hits += low <= true <= high
     assert 0.91 < hits / runs < 0.98
     one, two = np.array([1.0, 1.0, 1.0, 0.0]), np.array([1.0, 1.0, 0.0, 0.0])
-    assert ratio([one], [two])[0] == pytest.approx(0.5 / 0.75)
-    assert ratio([one], [two], 0.25)[0] == pytest.approx(0.25 / 0.5)
+    assert _ratio([one], [two])[0] == pytest.approx(0.5 / 0.75)
+    assert _ratio([one], [two], 0.25)[0] == pytest.approx(0.25 / 0.5)
     assert ratio([two], [one], 0.5) is None
-    low, high = ratio([one], [one])[1]
+    low, high = _ratio([one], [one])[1]
     assert low < 1 < high

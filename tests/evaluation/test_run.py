@@ -21,7 +21,7 @@ from mlx_slim.evaluation import jobs
 from mlx_slim.evaluation.run import EvalOptions, evaluate
 from mlx_slim.evaluation.scoring import perplexity
 from mlx_slim.evaluation.scoring.requests import max_length
-from mlx_slim.events import EvalDone, EvalProgress, EvalStarted, TaskDone
+from mlx_slim.events import EvalDone, EvalProgress, EvalStarted, Notice, TaskDone
 from mlx_slim.models.load import load
 from mlx_slim.models.save import save_model
 from mlx_slim.quantization.apply import quantize_model
@@ -259,7 +259,8 @@ def test_a_finished_folder_is_left_alone(tiny: Tiny, tasks: Files, whole: Path) 
     result = _score(tiny("llama"), tasks, whole, resume=True, observer=recorder)
     assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
     assert result == json.loads((whole / "results.json").read_text())
-    assert "nothing to do" in recorder.events[-1].message
+    last = recorder.events[-1]
+    assert isinstance(last, Notice) and "nothing to do" in last.message
 
 
 @pytest.mark.parametrize(
@@ -312,7 +313,8 @@ def test_a_folder_with_results_needs_resume_and_a_new_one_needs_none(
         _score(tiny("llama"), tasks, whole)
     recorder = Recorder()
     _score(tiny("llama"), tasks, tmp_path / "new", resume=True, observer=recorder)
-    assert "holds no results to resume: starting" in recorder.events[0].message
+    first = recorder.events[0]
+    assert isinstance(first, Notice) and "holds no results to resume: starting" in first.message
     assert result_files(tmp_path / "new") == result_files(whole)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine").write_text("keep")

@@ -1,5 +1,7 @@
 """Few-shot examples: the first rows, or the harness's own draws, whatever the limit."""
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import importlib.util

@@ -10,9 +10,11 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from mlx_slim.artifacts import load_tensors
 from mlx_slim.cli.main import run
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.run import EvalOptions, evaluate
+from mlx_slim.events import Notice
 from tests.support.evals import write_tasks
 from tests.support.runs import Recorder
 from tests.support.tiny import tiny_model
@@ -53,7 +55,9 @@ def test_prompts_that_were_cut_are_reported(
         )
         cut = result["tasks"][name]["truncated"]
         assert 0 < cut < num_questions
-        warnings = [e.message for e in recorder.events if getattr(e, "level", "") == "warning"]
+        warnings = [
+            e.message for e in recorder.events if isinstance(e, Notice) and e.level == "warning"
+        ]
         assert warnings == [f"{name}: {cut} of {num_questions} {words}"]
 
 
@@ -109,7 +113,7 @@ def test_a_choice_that_the_tokenizer_does_not_see_is_named(
 def test_a_score_that_is_no_number_leaves_nothing(tasks: tuple[Path, Path], tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model", shards=1)
     file = next(model.glob("*.safetensors"))
-    tensors = dict(mx.load(str(file)).items())
+    tensors = load_tensors(file)
     tensors["model.norm.weight"] = mx.full(tensors["model.norm.weight"].shape, 3e38)  # overflows
     mx.save_safetensors(str(file), tensors)
     with pytest.raises(SlimError, match="question 0"):

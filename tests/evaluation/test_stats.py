@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,17 +57,23 @@ def test_the_standard_error_is_the_closed_form() -> None:
     assert result.second - result.first == pytest.approx(result.delta)
 
 
+def _detectable(discordant: int, n: int, tests: int = 1) -> float:
+    difference = detectable_difference(discordant, n, tests)
+    assert difference is not None
+    return difference
+
+
 def test_the_minimum_detectable_difference_is_near_the_formula_of_many_pairs() -> None:
     for discordant, n in ((1004, 10042), (3000, 14042), (60, 300)):
         formula = 2.80 * math.sqrt(discordant / n / n)
-        assert formula < detectable_difference(discordant, n) < 1.08 * formula
-    assert detectable_difference(300, 1000, tests=20) > detectable_difference(300, 1000)
+        assert formula < _detectable(discordant, n) < 1.08 * formula
+    assert _detectable(300, 1000, tests=20) > _detectable(300, 1000)
 
 
 @pytest.mark.parametrize(("discordant", "n", "tests"), [(1, 100, 1), (0, 40, 1), (2, 60, 12)])
 def test_a_detectable_difference_can_be_flagged(discordant: int, n: int, tests: int) -> None:
     """One discordant pair of 100 shows nothing: the test needs six that point one way."""
-    detectable = detectable_difference(discordant, n, tests)
+    detectable = _detectable(discordant, n, tests)
     assert mcnemar(math.floor(detectable * n), 0) <= 0.05 / tests
     most = next(m for m in range(n) if mcnemar(m, 0) <= 0.05 / tests)
     assert detectable > most / n
@@ -90,7 +97,7 @@ def test_the_stated_power_is_the_power_after_holm(n: int, discordant: int, tests
     """Simulated: one true difference of the stated size in a family without any other."""
     rng = np.random.default_rng(n + tests)
     runs, fraction = 1_500, discordant / n
-    delta = detectable_difference(discordant, n, tests)
+    delta = _detectable(discordant, n, tests)
     true = _drawn(rng, n, fraction, delta, runs)
     null = np.array(_drawn(rng, n, fraction, 0.0, runs * (tests - 1))).reshape(runs, tests - 1, 2)
     p_of = functools.cache(mcnemar)
@@ -107,8 +114,10 @@ def test_the_power_of_a_t_test_is_as_stated_for_few_documents() -> None:
         shape = rng.normal(0, 1, n)
         shape = (shape - shape.mean()) / shape.std(ddof=1)  # a spread of exactly 1
         delta = detectable_mean(shape, tests)
+        assert delta is not None
         samples = rng.normal(delta, 1, (4_000, n))
-        flagged = (ttest_1samp(samples, 0, axis=1).pvalue <= 0.05 / tests).mean()
+        tested: Any = ttest_1samp(samples, 0, axis=1)
+        flagged = (tested.pvalue <= 0.05 / tests).mean()
         assert 0.78 < flagged < 0.82
     assert detectable_mean(np.ones(1)) is None and detectable_mean(np.ones(4)) == 0
 
@@ -166,6 +175,7 @@ def test_holm_steps_down() -> None:
 
 def test_no_difference_is_never_called_equal() -> None:
     same = paired(*_pair(50, 5, 5, 40))
+    assert same.detectable is not None
     words = verdict(same.delta, same.p_value, same.detectable)
     assert words == f"no detectable difference (MDE {100 * same.detectable:.2g} points)"
     assert verdict(0.031, 0.001, 0.01) == "higher by 3.1 points"
@@ -186,7 +196,8 @@ def test_one_question_bears_no_interval() -> None:
 
 def test_the_interval_over_few_documents_is_students() -> None:
     first, second = np.zeros(4), np.array([0.1, 0.3, -0.1, 0.2])
-    result = paired(first, second)
+    result = paired(first.tolist(), second.tolist())
+    assert result.interval is not None
     low, high = result.interval
     half = 3.182446305284263 * second.std(ddof=1) / 2  # t of 3 degrees of freedom
     assert (low, high) == pytest.approx((second.mean() - half, second.mean() + half))

@@ -9,7 +9,6 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from mlx_lm import load as stock_load
 
 from mlx_slim.adapters.inject import adapters_of
 from mlx_slim.cli.main import run
@@ -17,8 +16,10 @@ from mlx_slim.errors import ResourceError, SlimError
 from mlx_slim.export.fuse import FuseOptions, fuse
 from mlx_slim.export.fuse_audit import effect
 from mlx_slim.models.load import load
+from mlx_slim.runtime import to_float
 from tests.adapters.support import IDS
 from tests.support.adapters import tuned_logits, write_adapter, write_quantized
+from tests.support.stock import stock_load
 from tests.support.tiny import tiny_model
 
 OPTIONS = FuseOptions(samples=2, length=32)
@@ -48,7 +49,9 @@ def test_fused_is_base_plus_adapter(
     assert result.mode == ("dequantize" if bits else "merge")
     expected = tuned_logits(base, adapter)
     model, _ = stock_load(str(tmp_path / "out"))
-    assert mx.allclose(model(IDS), expected, rtol=1e-3, atol=1e-4 * mx.abs(expected).max())
+    assert mx.allclose(
+        model(IDS), expected, rtol=1e-3, atol=1e-4 * to_float(mx.abs(expected).max())
+    )
     assert result.effect.retained == pytest.approx(1, abs=0.02) and result.effect.top1 > 0.95
     assert result.weights_retained == pytest.approx(1, abs=0.02)
     record = json.loads((tmp_path / "out" / "fuse.json").read_text())
@@ -80,7 +83,7 @@ def test_requantizing_a_large_tune_is_allowed(tiny: Callable[..., Path], tmp_pat
     adapter = write_adapter(tmp_path / "a", base, size=0.3)
     result = fuse(base, adapter, tmp_path / "out", FuseOptions("requantize", samples=2, length=32))
     assert result.lost == "" and result.effect.retained > 0.9 and result.weights_retained > 0.9
-    model = load(tmp_path / "out").model
+    model: Any = load(tmp_path / "out").model
     assert all("scales" in layer.mlp.up_proj for layer in model.layers)
 
 

@@ -150,7 +150,8 @@ def test_a_copy_of_a_base_layer_must_be_the_base_s(
     tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     export_peft(write_adapter(tmp_path / "a", tiny("llama"), targets=["lm_head"]), tmp_path / "p")
-    weight = load(tiny("llama")).model.lm_head.weight
+    model: Any = load(tiny("llama")).model
+    weight = model.lm_head.weight
     tensors = load_tensors(tmp_path / "p" / peft_rules.WEIGHTS)
     mx.eval(tensors)
     tensors["base_model.model.lm_head.base_layer.weight"] = weight.astype(mx.bfloat16)
@@ -222,7 +223,8 @@ def test_gguf_reads_back_here_and_with_the_reader_of_gguf(
     reader = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
     down = reader["blk.1.ffn_down.weight"]
     assert down.tensor_type.name == kind.upper()
-    weight = np.array(source.model.layers[1].mlp.down_proj.weight)
+    model: Any = source.model
+    weight = np.array(model.layers[1].mlp.down_proj.weight)
     value = dequantize(down.data, down.tensor_type)
     error = np.linalg.norm(value - weight) / np.linalg.norm(weight)
     assert error < {"f16": 0.001, "q8_0": 0.01}.get(kind, 0.12)

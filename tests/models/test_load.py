@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
+from mlx_slim.artifacts import load_tensors
 from mlx_slim.errors import SlimError
 from mlx_slim.models.load import load, read_config, resolve
 from mlx_slim.models.normalize import normalize_config
@@ -99,7 +100,7 @@ def test_tied_model_without_the_key_is_tied(tiny: Callable[..., Path], tmp_path:
 def test_tied_head_that_repeats_the_embedding_stays_tied(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "m", "llama-tied", shards=1)
     file = folder / "model-00001-of-00001.safetensors"
-    weights = mx.load(str(file))
+    weights = load_tensors(file)
     mx.eval(weights)
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 0
     mx.save_safetensors(str(file), weights)
@@ -160,7 +161,7 @@ def test_dtype_casts_floats_and_scales_but_not_codes(
     ours = load(tiny("llama"))
     nn.quantize(ours.model, 32, 4)
     save_model(tmp_path / "q", ours.model, ours.tokenizer, ours.config)
-    model = load(tmp_path / "q", dtype=mx.bfloat16).model
+    model: Any = load(tmp_path / "q", dtype=mx.bfloat16).model
     layer = model.layers[0].self_attn.q_proj
     assert layer.weight.dtype == mx.uint32
     assert layer.scales.dtype == layer.biases.dtype == mx.bfloat16
@@ -219,7 +220,7 @@ def test_config_that_disagrees_with_the_shapes(broken: Any) -> None:
 def test_missing_and_extra_tensors_are_listed_together(broken: Any) -> None:
     (broken / "model.safetensors.index.json").unlink()
     file = broken / "model-00001-of-00002.safetensors"
-    weights = mx.load(str(file))
+    weights = load_tensors(file)
     mx.eval(weights)
     name = next(name for name in weights if "down_proj" in name)
     weights["model.stray.weight"] = weights.pop(name)

@@ -17,6 +17,8 @@ from mlx_slim.models import structure
 from mlx_slim.models.convert import convert
 from mlx_slim.models.load import load
 from mlx_slim.models.rope import LengthRoPE, ScaledRoPE, make_rope, set_length
+from mlx_slim.runtime import to_float
+from tests.support.stock import stock_load
 from tests.support.tiny import tiny_model
 
 DIMS, THETA, ORIGINAL, POSITIONS = 16, 10000.0, 64, 256
@@ -51,9 +53,10 @@ KINDS = {
 }
 
 
-def reference(rope: dict, length: int) -> tuple[list[float], float]:
+def reference(rope: dict[str, Any], length: int) -> tuple[list[float], float]:
     """Inverse frequencies and attention factor, pair by pair, as transformers words them."""
-    kind, factor = rope["rope_type"], rope.get("factor")
+    kind: str = rope["rope_type"]
+    factor: Any = rope.get("factor")
     base = THETA
     if kind == "dynamic":
         seen = max(length, POSITIONS)
@@ -61,7 +64,7 @@ def reference(rope: dict, length: int) -> tuple[list[float], float]:
     inverse = [1 / base ** (2 * i / DIMS) for i in range(DIMS // 2)]
     if kind == "linear":
         inverse = [value / factor for value in inverse]
-    scale = 1.0
+    scale: Any = 1.0
     if kind == "llama3":
         for i, value in enumerate(inverse):
             wave = 2 * math.pi / value
@@ -163,7 +166,7 @@ def test_in_bfloat16_the_scale_is_not_rounded_before_it_is_used() -> None:
     scale = 0.1 * math.log(4.0) + 1  # 1.13863; the nearest bfloat16 number is 1.140625
     ours = created({**YARN, "attention_factor": scale})
     x = mx.array(features(4096, rows=1)).astype(mx.bfloat16)
-    norms = [float(mx.square(y.astype(mx.float32)).sum().item()) for y in (ours(x), x)]
+    norms = [to_float(mx.square(y.astype(mx.float32)).sum()) for y in (ours(x), x)]
     assert norms[0] / norms[1] == pytest.approx(scale**2, rel=4e-4)
 
 
@@ -185,8 +188,9 @@ def test_parameters_that_cannot_be_are_refused(rope: Any, word: Any) -> None:
 # ------------------------------------------------------------------------------ in a model
 
 
-def ropes(folder: Path) -> list[nn.Module]:
-    return [block.self_attn.rope for block in structure.blocks(load(folder).model)]
+def ropes(folder: Path) -> list[Any]:
+    blocks: list[Any] = structure.blocks(load(folder).model)
+    return [block.self_attn.rope for block in blocks]
 
 
 def logits(folder: Path, length: int = 90) -> np.ndarray:
@@ -263,12 +267,10 @@ def test_a_converted_model_loads_the_same_way(tmp_path: Path) -> None:
 def test_it_is_said_where_mlx_lm_by_itself_computes_otherwise(
     tmp_path: Path, architecture: str, rope: Any, message: bool
 ) -> None:
-    import mlx_lm
-
     folder = tiny_model(tmp_path / "m", architecture, rope_scaling=rope)
     loaded = load(folder)
     assert any("mlx-lm by itself does not" in note for note in loaded.notes) == message
-    stock, _ = mlx_lm.load(str(folder))
+    stock, _ = stock_load(str(folder))
     ids = mx.arange(20)[None]
     assert bool(mx.allclose(stock(ids), loaded.model(ids), atol=1e-5).item()) != message
 

@@ -3,6 +3,8 @@
 Needs the extra ``bench``; skipped without it. Run: ``python -m pytest tests/parity``.
 """
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import json

@@ -193,5 +193,6 @@ def test_generation_past_the_original_context_is_that_of_transformers(tmp_path: 
     for _ in speaker.stream(ids, max_tokens=20, temperature=0.0):
         pass
     actual = speaker._cached_ids
-    assert actual == expected[: len(actual)] and speaker.last.stop_reason in ("length", "stop")
+    assert actual == expected[: len(actual)]
+    assert speaker.last is not None and speaker.last.stop_reason in ("length", "stop")
     assert len(actual) > ORIGINAL + 4 and not notes

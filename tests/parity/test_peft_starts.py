@@ -3,6 +3,8 @@
 Needs PyTorch; skipped without it. Run: ``make parity``.
 """
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import json

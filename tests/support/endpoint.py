@@ -69,7 +69,7 @@ def serving(script: Script = answers, *, slow: float = 0.0, port: int = 0) -> It
             self.end_headers()
             self.wfile.write(data)
 
-        def log_message(self, *_: Any) -> None:
+        def log_message(self, format: str, *args: Any) -> None:
             pass
 
         def handle(self) -> None:

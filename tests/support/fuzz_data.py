@@ -120,7 +120,8 @@ def use_rows(folder: Path, out: Path, name: str = "rows.jsonl") -> None:
     from mlx_slim.models.load import load_tokenizer
 
     template = folder / "mine.jinja"
-    named = {"template": str(template)} if template.is_symlink() or template.exists() else {}
+    given = template.is_symlink() or template.exists()
+    named: dict[str, Any] = {"template": str(template)} if given else {}
     data = DataConfig(path=str(folder / name), **named)
     pipeline = Pipeline(data, load_tokenizer(folder / _BASE), max_length=256)
     for config in data.sources:
@@ -193,7 +194,7 @@ def use_matrix(folder: Path, out: Path) -> None:
     layout = load_matrix(str(folder / "mine.yaml"))
     for cell in layout.cells:
         if cell.kind == "tuned":
-            cell_recipe(layout, cell)
+            cell_recipe(layout.matrix, cell.model, cell.method, cell.seed, cell.name)
 
 
 def make_overrides(folder: Path) -> None:

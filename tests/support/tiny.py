@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -145,7 +145,8 @@ def tiny_model(
     mx.random.seed(seed)
     model = model_class(args_class.from_dict(config))
     mx.eval(model.parameters())
-    weights = {key: value.astype(dtype) for key, value in tree_flatten(model.parameters())}
+    parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    weights = {key: value.astype(dtype) for key, value in parameters.items()}
     byte_tokenizer(folder, chat_template=chat_template, bos=bos)
     names = sorted(weights)
     index: dict[str, str] = {}
@@ -178,7 +179,7 @@ def fixed_answer_model(folder: Path, text: str) -> Path:
     for token in range(VOCAB):
         head[following.get(token, ids[0]), token] = 1.0
     file = folder / "model-00001-of-00001.safetensors"
-    weights = dict(mx.load(str(file)))  # type: ignore[arg-type]
+    weights = cast(dict[str, mx.array], mx.load(str(file)))
     weights["model.embed_tokens.weight"] = mx.eye(VOCAB, 288)
     weights["lm_head.weight"] = head
     for name in ("self_attn.o_proj", "mlp.down_proj"):

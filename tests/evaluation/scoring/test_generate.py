@@ -8,7 +8,6 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from mlx_lm import load
 
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.scoring import generate
@@ -19,7 +18,9 @@ from mlx_slim.evaluation.scoring.answer_cache import (
     supports_shared_prefix,
 )
 from mlx_slim.evaluation.scoring.generate import GenerationCounts, generate_batch
-from mlx_slim.models.load import load as load_ours
+from mlx_slim.models.load import load
+from mlx_slim.runtime import to_float
+from tests.support.stock import stock_load
 from tests.support.tiny import MIXTURES, fixed_answer_model, tiny_model
 
 # Models that mlx-lm batches otherwise: masks of another shape, states that padding would enter.
@@ -69,7 +70,7 @@ OTHERS = {
 def _reference(model: Any, prompt: list[int], max_tokens: int, stops: set[int]) -> list[int]:
     ids = list(prompt)
     while len(ids) < len(prompt) + max_tokens:
-        token = int(mx.argmax(model(mx.array([ids]))[0, -1]).item())
+        token = int(to_float(mx.argmax(model(mx.array([ids]))[0, -1])))
         if token in stops:
             break
         ids.append(token)
@@ -87,7 +88,7 @@ def _prompts(tokenizer: Any, shared: str) -> list[list[int]]:
 def test_equals_one_at_a_time(
     tiny: Callable[..., Path], architecture: str, shared: str, batch_size: int
 ) -> None:
-    model, tokenizer = load(str(tiny(architecture)))
+    model, tokenizer = stock_load(str(tiny(architecture)))
     prompts = _prompts(tokenizer, shared)
     first = _reference(model, prompts[1], 12, set())
     stops = {first[7]}  # a token that does come up
@@ -101,7 +102,7 @@ def test_equals_one_at_a_time(
 
 
 def test_stops_at_the_tokenizers_eos_by_default(tiny: Callable[..., Path]) -> None:
-    model, tokenizer = load(str(tiny()))
+    model, tokenizer = stock_load(str(tiny()))
     prompts = _prompts(tokenizer, "")
     tokenizer.eos_token_ids = {_reference(model, prompts[0], 1, set())[0]}
     assert generate_batch(model, tokenizer, prompts[:1], 5)[0].ids == []
@@ -110,7 +111,7 @@ def test_stops_at_the_tokenizers_eos_by_default(tiny: Callable[..., Path]) -> No
 def test_identical_prompts_have_all_but_their_last_token_in_common(
     tiny: Callable[..., Path],
 ) -> None:
-    model, tokenizer = load(str(tiny()))
+    model, tokenizer = stock_load(str(tiny()))
     prompt = tokenizer.encode("twice the same prompt", add_special_tokens=False)
     one, two = generate_batch(model, tokenizer, [prompt, prompt], 6, ())
     assert one == two
@@ -118,7 +119,7 @@ def test_identical_prompts_have_all_but_their_last_token_in_common(
 
 
 def test_no_prompts_and_empty_prompt(tiny: Callable[..., Path]) -> None:
-    model, tokenizer = load(str(tiny()))
+    model, tokenizer = stock_load(str(tiny()))
     assert generate_batch(model, tokenizer, [], 5) == []
     with pytest.raises(SlimError, match="prompt 1 has no tokens"):
         generate_batch(model, tokenizer, [[5], []], 5)
@@ -132,7 +133,7 @@ def _cut(text: str, stops: tuple[str, ...]) -> str:
 def test_stop_strings_end_an_answer_wherever_tokens_cut_them(
     tiny: Callable[..., Path], batch_size: int
 ) -> None:
-    model, tokenizer = load(str(tiny()))
+    model, tokenizer = stock_load(str(tiny()))
     prompts = _prompts(tokenizer, "the same beginning: ")
     plain = generate_batch(model, tokenizer, prompts, 24, ())
     text = plain[1].text
@@ -151,7 +152,7 @@ def test_stop_strings_end_an_answer_wherever_tokens_cut_them(
 
 
 def test_the_tally_counts_what_the_model_computed(tiny: Callable[..., Path]) -> None:
-    model, tokenizer = load(str(tiny()))
+    model, tokenizer = stock_load(str(tiny()))
     prompts = [[5, 6, 7, 8], [5, 6, 7, 9]]
     tally = GenerationCounts()
     generate_batch(model, tokenizer, prompts, 3, (), tally=tally)
@@ -168,7 +169,7 @@ def _many(tokenizer: Any) -> list[list[int]]:
 def test_memory_stays_within_the_budget_and_answers_are_the_same(
     tiny: Callable[..., Path], architecture: str, budget: float
 ) -> None:
-    model, tokenizer = load(str(tiny(architecture)))
+    model, tokenizer = stock_load(str(tiny(architecture)))
     prompts = _many(tokenizer)
     expected = [_reference(model, prompts[i], 4, set()) for i in (0, 11, 23)]
     mx.clear_cache()
@@ -188,7 +189,7 @@ def _unlike(tokenizer: Any) -> list[list[int]]:
 @pytest.mark.parametrize("name", list(OTHERS))
 def test_prompts_beside_it_change_no_answer(tmp_path: Path, name: Any, budget: Any) -> None:
     folder = tiny_model(tmp_path / "m", "llama", **OTHERS[name])
-    loaded = load_ours(folder, dtype=mx.float32)
+    loaded = load(folder, dtype=mx.float32)
     prompts = _unlike(loaded.tokenizer)
     answers = generate_batch(
         loaded.model, loaded.tokenizer, prompts, 5, (), cache_bytes=budget, batch_size=8
@@ -201,7 +202,7 @@ def test_prompts_beside_it_change_no_answer(tmp_path: Path, name: Any, budget: A
 def test_the_prefix_is_held_once(
     tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, tokenizer = load(str(tiny("llama-mha")))
+    model, tokenizer = stock_load(str(tiny("llama-mha")))
     prompts = _many(tokenizer)
     peaks = []
     for shared in (True, False):
@@ -219,7 +220,7 @@ def test_windows_are_copied_and_bounded(tmp_path: Path) -> None:
     changes = {"sliding_window": 64, "sliding_window_pattern": 2, "head_dim": 16}
     changes |= {"query_pre_attn_scalar": 16, "rope_local_base_freq": 1e4}
     folder = tiny_model(tmp_path / "g", "llama", **{**changes, "model_type": "gemma3_text"})
-    model, tokenizer = load(str(folder))
+    model, tokenizer = stock_load(str(folder))
     assert not supports_shared_prefix(model)
     prompts = _many(tokenizer)[:8]
     one, many = (generate_batch(model, tokenizer, prompts, 4, (), batch_size=n) for n in (1, 8))
@@ -234,15 +235,16 @@ def test_windows_are_copied_and_bounded(tmp_path: Path) -> None:
 def test_mlx_lm_attends_as_before_afterwards(tiny: Callable[..., Path]) -> None:
     from mlx_lm.models import base, llama
 
-    model, tokenizer = load(str(tiny()))
+    model, tokenizer = stock_load(str(tiny()))
     assert supports_shared_prefix(model)
     generate_batch(model, tokenizer, _prompts(tokenizer, "the same beginning: "), 2, ())
-    assert llama.scaled_dot_product_attention is base.scaled_dot_product_attention
+    attention = base.scaled_dot_product_attention
+    assert llama.scaled_dot_product_attention is attention  # pyright: ignore[reportPrivateImportUsage]
 
 
 def test_special_tokens_leave_the_text_and_still_stop_it(tmp_path: Path) -> None:
     folder = fixed_answer_model(tmp_path / "m", "ab")
-    model, tokenizer = load(str(folder))
+    model, tokenizer = stock_load(str(folder))
     prompt, special = tokenizer.encode("x"), tokenizer.convert_tokens_to_ids("<|im_start|>")
     (plain,) = generate_batch(model, tokenizer, [prompt], 3, ())
     model.lm_head.weight[special] = 2 * mx.eye(264, 288)[prompt[0]]  # first of all a special token

@@ -18,6 +18,7 @@ from mlx_slim.evaluation.scoring.loglikelihood import LoglikelihoodScorer
 from mlx_slim.evaluation.scoring.requests import Request
 from mlx_slim.models.load import load
 from mlx_slim.models.quantized import densify
+from mlx_slim.runtime import to_float
 from tests.support.plain_scorer import plain_score
 
 SHOTS = tuple(random.Random(5).randint(3, 200) for _ in range(40))
@@ -53,7 +54,7 @@ def _differences(scores: Any, model: Any, requests: Any) -> list[str]:
 def _greedy_request(model: Any, context: tuple[int, ...], length: int) -> Request:
     ids = list(context)
     for _ in range(length):
-        ids.append(int(mx.argmax(model(mx.array([ids]))[0, -1]).item()))
+        ids.append(int(to_float(mx.argmax(model(mx.array([ids]))[0, -1]))))
     return Request(tuple(ids), len(context))
 
 

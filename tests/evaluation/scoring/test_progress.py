@@ -9,7 +9,6 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm import load
 
 from mlx_slim.evaluation.run import EvalOptions, evaluate
 from mlx_slim.evaluation.scoring import loglikelihood
@@ -22,6 +21,7 @@ from mlx_slim.models.recorded_logits import RecordedLogits
 from mlx_slim.progress import listening
 from tests.support.evals import write_tasks
 from tests.support.runs import Recorder
+from tests.support.stock import stock_load
 
 
 def stages(recorder: Recorder, name: str) -> list[StageProgress]:
@@ -29,7 +29,7 @@ def stages(recorder: Recorder, name: str) -> list[StageProgress]:
 
 
 def test_an_event_with_every_token_of_an_answer(tiny: Callable[..., Path]) -> None:
-    model, tokenizer = load(str(tiny()))
+    model, tokenizer = stock_load(str(tiny()))
     prompts = [tokenizer.encode(text, add_special_tokens=False) for text in ("abc", "defg", "h")]
     recorder = Recorder()
     with listening(recorder):
@@ -46,7 +46,7 @@ def test_an_event_with_every_batch_of_log_likelihoods(
     tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
     monkeypatch.setattr(loglikelihood, "default_num_threads", lambda: threads)
-    model, _ = load(str(tiny()))
+    model, _ = stock_load(str(tiny()))
     scorer = LoglikelihoodScorer(model, batch_tokens=64)
     numbers = np.random.default_rng(0).integers(5, 200, (40, 24))
     requests = [Request(tuple(map(int, row)), 20) for row in numbers]
@@ -77,7 +77,7 @@ def test_an_evaluation_tells_of_its_questions_between_what_is_on_disk(
 def test_a_comparison_tells_of_each_row_that_either_model_reads(
     tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
-    model, _ = load(str(tiny()))
+    model, _ = stock_load(str(tiny()))
     rows_NT = mx.array(np.random.default_rng(0).integers(5, 200, (5, 16)))
     recorder = Recorder()
     with listening(recorder):

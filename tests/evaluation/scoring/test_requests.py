@@ -109,7 +109,8 @@ class _Merging:
 def test_a_merge_across_the_border_is_cut_by_length() -> None:
     # context "c a" is [3, 0], the whole "c ab" is [3, 2]: nothing is left after two ids, so the
     # last one is scored; with "bc" the harness's cut by length leaves [3].
-    encoder = RequestEncoder(_Merging(), 100)
+    merging: Any = _Merging()
+    encoder = RequestEncoder(merging, 100)
     assert encoder.request("c a", "b") == Request((3, 2), 1)
     assert encoder.request("c a", "b c") == Request((3, 2, 3), 2)
 
@@ -144,7 +145,8 @@ def test_the_longest_input_comes_from_config_or_tokenizer(plain: Any) -> None:
     assert max_length({"max_position_embeddings": 77}, plain) == 77
     assert max_length({"text_config": {"n_ctx": 5}}, plain) == 5
     assert max_length({}, plain) == 512
-    assert max_length({"max_position_embeddings": None}, _Merging()) == 2048
+    merging: Any = _Merging()
+    assert max_length({"max_position_embeddings": None}, merging) == 2048
 
 
 def test_common_prefix_is_of_inputs() -> None:

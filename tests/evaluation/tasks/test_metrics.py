@@ -31,12 +31,16 @@ def _question(texts: Any, target: Any = 0, subject: Any = None, doc_id: Any = 0)
 
 def test_a_record_has_the_agreed_shape() -> None:
     question = _question(["a" * 10, "b" * 40, "cc"], target=1)
-    record = record_choice(find_task("hellaswag"), question, [-10.0, -20.0, -9.0], [0, 0, 1])
+    record = record_choice(
+        find_task("hellaswag"), question, [-10.0, -20.0, -9.0], [False, False, True]
+    )
     assert record == {
         "doc_id": 0, "loglikelihoods": [-10.0, -20.0, -9.0], "greedy": [False, False, True],
         "prediction": 2, "target": 1, "acc": 0, "acc_norm": 1,
     }  # fmt: skip
-    record = record_choice(find_task("mmlu"), _question("ab", 0, "anatomy", 3), [-1, -2], [1, 0])
+    record = record_choice(
+        find_task("mmlu"), _question("ab", 0, "anatomy", 3), [-1, -2], [True, False]
+    )
     assert (record["doc_id"], record["subject"], record["acc"]) == (3, "anatomy", 1)
     assert "acc_norm" not in record
 
@@ -47,23 +51,32 @@ def test_acc_norm_divides_by_characters_not_bytes() -> None:
     assert (record["acc"], record["acc_norm"]) == (1, 0)  # -1.5 against -1.33
     record = record_choice(find_task("arc_easy"), question, [-3.0, -5.0], [False, False])
     assert record["acc_norm"] == 1  # by bytes it would be wrong: -0.75 against -1.67 either way
-    record = record_choice(find_task("arc_easy"), _question(["éé", "abc"], 1), [-3.0, -4.0], [0, 0])
+    record = record_choice(
+        find_task("arc_easy"), _question(["éé", "abc"], 1), [-3.0, -4.0], [False, False]
+    )
     assert record["acc_norm"] == 1  # by bytes -0.75 would win
 
 
 def test_the_first_of_equals_wins() -> None:
-    record = record_choice(find_task("mmlu"), _question("abcd", 1), [-2, -1, -1, -1], [0] * 4)
+    record = record_choice(find_task("mmlu"), _question("abcd", 1), [-2, -1, -1, -1], [False] * 4)
     assert (record["prediction"], record["acc"]) == (1, 1)
     infinite = [float("-inf")] * 2
-    assert record_choice(find_task("mmlu"), _question("ab"), infinite, [0, 0])["prediction"] == 0
+    assert (
+        record_choice(find_task("mmlu"), _question("ab"), infinite, [False, False])["prediction"]
+        == 0
+    )
 
 
 def test_any_of_several_right_choices_counts() -> None:
     question = replace(_question(["a" * 10, "b" * 40, "cc"], target=1), others=(2,))
-    record = record_choice(find_task("hellaswag"), question, [-10.0, -20.0, -9.0], [0, 0, 1])
+    record = record_choice(
+        find_task("hellaswag"), question, [-10.0, -20.0, -9.0], [False, False, True]
+    )
     assert (record["prediction"], record["acc"], record["acc_norm"]) == (2, 1, 1)
     assert json.loads(json.dumps(record)) == record and record["target"] == [1, 2]
-    record = record_choice(find_task("hellaswag"), question, [-1.0, -20.0, -9.0], [1, 0, 0])
+    record = record_choice(
+        find_task("hellaswag"), question, [-1.0, -20.0, -9.0], [True, False, False]
+    )
     assert (record["acc"], record["acc_norm"]) == (0, 0)
 
 
@@ -88,9 +101,11 @@ def test_any_of_several_right_values_counts(tmp_path: Path) -> None:
 
 def test_nan_is_refused() -> None:
     with pytest.raises(SlimError, match="question 7: a log-likelihood is not a number"):
-        record_choice(find_task("mmlu"), _question("ab", doc_id=7), [-1, float("nan")], [0, 0])
+        record_choice(
+            find_task("mmlu"), _question("ab", doc_id=7), [-1, float("nan")], [False, False]
+        )
     with pytest.raises(ValueError, match="1 log-likelihoods for 2"):
-        record_choice(find_task("mmlu"), _question("ab"), [-1], [0])
+        record_choice(find_task("mmlu"), _question("ab"), [-1], [False])
 
 
 def test_stderr_is_the_sample_s() -> None:

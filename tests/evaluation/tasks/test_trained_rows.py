@@ -16,6 +16,7 @@ from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.run import EvalOptions, evaluate
 from mlx_slim.evaluation.tasks.spec import find_task
 from mlx_slim.evaluation.tasks.training_rows import finder
+from mlx_slim.events import Notice
 from mlx_slim.export.fuse import FuseOptions, fuse
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.models.lineage import trained_keys
@@ -114,7 +115,9 @@ def test_scoring_counts_the_questions_that_were_trained_on(
         (result,) = evaluate(
             model, "openbookqa", tmp_path / name, EvalOptions(**options), observer=seen
         )
-        warnings = [e.message for e in seen.events if getattr(e, "level", "") == "warning"]
+        warnings = [
+            e.message for e in seen.events if isinstance(e, Notice) and e.level == "warning"
+        ]
         return result["tasks"]["openbookqa"], warnings
 
     section, warnings = score("all", adapter=out / "adapters")

@@ -29,6 +29,7 @@ def test_choices_are_asked_and_answered_as_they_are_scored(tmp_path: Path) -> No
     assert [row["id"] for row in rows] == [f"toy_choice/test/{n}" for n in (3, 4, 5, 6)]
     for row, question in zip(rows, questions, strict=True):
         assert row["prompt"] == question.context
+        assert isinstance(question.target, int)
         assert row["completion"] == question.choices[question.target]
         assert row["answer"] == row["completion"][1:]
         assert [" " + text for text in row["choices"]] == list(question.choices)
@@ -66,6 +67,7 @@ def test_real_rows_are_the_scorer_s_to_the_byte(data_mirror: Path, name: str) ->
     for row, question in zip(training_rows(task, task_rows, 0, 80), questions, strict=True):
         assert row["prompt"] == question.context
         if task.kind == "multiple_choice":
+            assert isinstance(question.target, int)
             assert row["completion"] == question.choices[question.target]
         else:
             assert row["completion"] == " " + task_rows.rows[question.doc_id]["answer"]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx_lm
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -22,6 +21,7 @@ from mlx_slim.models.gguf.load import import_gguf
 from mlx_slim.models.gguf.tokenizer import build_tokenizer
 from mlx_slim.models.load import load
 from mlx_slim.models.save import quantization_of
+from tests.support.stock import stock_load
 
 IDS = mx.array([[5, 9, 200, 31, 77, 3, 250, 12]])
 HEADS = {"llama": (4, 2), "llama-tied": (4, 2), "qwen2": (4, 2), "phi": (4, 4)}
@@ -83,8 +83,11 @@ def write_gguf(
     writer.add_eos_token_id(vocab["<|im_end|>"])
     writer.add_chat_template(loaded.tokenizer.chat_template)
     for key, value in meta.items():
-        add = writer.add_string if isinstance(value, str) else writer.add_uint32
-        add(key.replace("__", "."), value)
+        name = key.replace("__", ".")
+        if isinstance(value, str):
+            writer.add_string(name, value)
+        else:
+            writer.add_uint32(name, value)
     kinds = kinds or {}
     rounded = {}
     heads, kv_heads = HEADS[architecture]
@@ -139,7 +142,7 @@ def test_float_files_give_the_same_logits(
     report = convert(tmp_path / "m.gguf", tmp_path / "out")
     assert report.exact
     expected = load(tiny(architecture))
-    model, tokenizer = mlx_lm.load(str(tmp_path / "out"))
+    model, tokenizer = stock_load(str(tmp_path / "out"))
     # On a CPU ours goes through another, equal form of SwiGLU.
     assert mx.allclose(model(IDS), expected.model(IDS), rtol=1e-4, atol=1e-5)
     text = "Hé <|im_start|>x 12"
@@ -154,7 +157,8 @@ def test_float_files_give_the_same_logits(
 def test_blocks_stay_code_for_code(tiny: Callable[..., Path], tmp_path: Path, kind: str) -> None:
     path = tmp_path / "m.gguf"
     rounded = write_gguf(path, tiny("llama"), "llama", {"*": kind})
-    stored, _ = mx.load(str(path), return_metadata=True)
+    loaded: Any = mx.load(str(path), return_metadata=True)
+    stored: dict[str, mx.array] = loaded[0]
     file = read_gguf(path)
     for name in file.tensors:
         for part, value in file.read(name).items():
@@ -180,7 +184,7 @@ def test_mixed_formats_are_written_per_layer(tiny: Callable[..., Path], tmp_path
     write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama", kinds)
     report = convert(tmp_path / "m.gguf", tmp_path / "out")
     assert report.exact
-    for model in (mlx_lm.load(str(tmp_path / "out"))[0], load(tmp_path / "out").model):
+    for model in (stock_load(str(tmp_path / "out"))[0], load(tmp_path / "out").model):
         quantization = quantization_of(model)
         assert quantization is not None
         assert (quantization["bits"], quantization["group_size"]) == (4, 32)
@@ -193,7 +197,8 @@ def test_other_blocks_are_dequantized_and_said(tiny: Callable[..., Path], tmp_pa
     rounded = write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama", {"down_proj": "Q5_1"})
     imported = import_gguf(tmp_path / "m.gguf")
     assert "Q5_1 tensors dequantized to float16" in imported.notes
-    weight = np.array(imported.model.layers[0].mlp.down_proj.weight)
+    model: Any = imported.model
+    weight = np.array(model.layers[0].mlp.down_proj.weight)
     assert weight.dtype == np.float16
     assert np.allclose(weight, rounded["model.layers.0.mlp.down_proj.weight"], atol=1e-3)
 
@@ -213,7 +218,8 @@ def test_converted_tiny_model_keeps_codes_under_a_dtype(
 ) -> None:
     write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama", {"*": "Q4_0"})
     report = convert(tmp_path / "m.gguf", tmp_path / "out", dtype=mx.float32)
-    layer = load(tmp_path / "out").model.layers[0].self_attn.q_proj
+    model: Any = load(tmp_path / "out").model
+    layer = model.layers[0].self_attn.q_proj
     assert (report.dtype, layer.weight.dtype, layer.scales.dtype) == (
         "float32",
         mx.uint32,
