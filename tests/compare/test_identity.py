@@ -189,7 +189,7 @@ def test_a_folder_that_an_older_version_prepared_is_one_line(files: Path) -> Non
     out = files / "out"
     cell = runner.prepare(layout, out, False)[0]
     record = read_json(out / "matrix.json")
-    del record["requests"]
+    del record["asked"]
     write_json(out / "matrix.json", record)
     with pytest.raises(SlimError, match="prepared by another version"):
         cells.CellRun(MatrixRun(layout, out, Recorder()), cell).run()
