@@ -184,7 +184,8 @@ def test_mixed_formats_are_written_per_layer(tiny: Callable[..., Path], tmp_path
     write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama", kinds)
     report = convert(tmp_path / "m.gguf", tmp_path / "out")
     assert report.exact
-    for model in (stock_load(str(tmp_path / "out"))[0], load(tmp_path / "out").model):
+    read: list[Any] = [stock_load(str(tmp_path / "out"))[0], load(tmp_path / "out").model]
+    for model in read:
         quantization = quantization_of(model)
         assert quantization is not None
         assert (quantization["bits"], quantization["group_size"]) == (4, 32)
