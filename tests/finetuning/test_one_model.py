@@ -136,7 +136,9 @@ def test_the_report_of_a_pruned_model(
     dense: Path, size: int, peak: Callable[[], int], tmp_path: Path
 ) -> None:
     one = prune_report._Candidate(str(dense))
-    models = dict.fromkeys(("original", "pruned", "recovered"), one)
+    models: dict[str, prune_report._Candidate] = dict.fromkeys(
+        ("original", "pruned", "recovered"), one
+    )
     figures = prune_report._compare(models, mx.arange(64).reshape(2, 32), tmp_path)
     assert figures.keys() == models.keys()
     assert all(each.kl == 0 and each.top1 == 1 for each in figures.values())
