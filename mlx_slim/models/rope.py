@@ -164,9 +164,9 @@ def set_length(model: nn.Module, length: int | None) -> bool:
     same = True
     for module in model.modules():
         if isinstance(module, LengthRoPE):
-            length = module.length
-            same &= length == length or (
-                length is not None and length is not None and module.alike(length, length)
+            before = module.length
+            same &= before == length or (
+                before is not None and length is not None and module.alike(before, length)
             )
             module.length = length
     return same

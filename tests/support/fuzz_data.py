@@ -67,7 +67,7 @@ models:
   small: {source: base}
 methods:
   base: {kind: base}
-  lora: {kind: tuned, recipe: {method: lora, adapter.rank: 4}}
+  lora: {kind: tuned, recipe: {method: lora, adapter: {rank: 4}}}
   fused: {kind: fused, of: lora}
 recipe: {data: {path: rows.jsonl}, train: {steps: 2}}
 tasks: [{task: arc_easy, limit: 5}]
