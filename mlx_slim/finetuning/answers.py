@@ -24,7 +24,7 @@ from mlx_slim.data.store import TokenStore
 from mlx_slim.data.tokenize import unwrap
 from mlx_slim.evaluation.scoring.generate import generate_batch
 from mlx_slim.progress import stage
-from mlx_slim.reading import read_object
+from mlx_slim.reading import field, read_object, short
 
 ANSWERS_FILE = "answers.json"
 MAX_TOKENS = 64  # of an answer
@@ -123,6 +123,7 @@ def answer_after(
     file = out / ANSWERS_FILE
     if rows is None or not file.exists() or not (record := read_object(file, rows=list))["rows"]:
         return
+    field(record, short(file), "rows", list, of=dict)
     chosen = choose(rows, len(record["rows"]))
     answers, trouble = _answers("after training", model, tokenizer, chosen, budget)
     record["skipped"] = trouble

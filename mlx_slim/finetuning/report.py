@@ -7,14 +7,16 @@ Try it: ``mlx-slim report runs/try``.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from mlx_slim.artifacts import write_text
+from mlx_slim.artifacts import json_lines, write_text
 from mlx_slim.config.load import Resolved
 from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError
@@ -31,6 +33,16 @@ from mlx_slim.runtime import byte_unit
 PAGE_FILE, METRICS_FILE, LEDGER_FILE = "report.html", "metrics.jsonl", "data_ledger.json"
 _TEMPLATES = Path(__file__).with_name("templates")
 _HIDDEN = ("model", "data", "distill")  # settings that stand elsewhere, or hold paths of teachers
+_BLOCK, _MOST = 1_024, 1 << 63  # lines that are parsed at once; more than any number of a run
+_NUMBERS: dict[str, dict[str, type]] = {
+    "predicted": {"predicted_peak_bytes": int},
+    "started": {"total_steps": int, "budget_bytes": int},
+    "step": {
+        **{"step": int, "epoch": float, "loss": float, "learning_rate": float},
+        **{"tokens_per_second": float, "active_memory_bytes": int, "peak_memory_bytes": int},
+    },
+    "validation": {"step": int, "loss": float},
+}
 
 
 def write_page(out: Path, record: Mapping[str, Any] | None = None) -> Path:
@@ -69,23 +81,49 @@ def render(out: Path, record: Mapping[str, Any] | None = None, *, script: str = 
     with library_errors(f"{short(out)}: a record in it is damaged", "start a new run"):
         values = _values(out, record)
         page = environment(_TEMPLATES).get_template("run.html.j2")
-        return page.render(**values, script=Markup(script))
+        text = page.render(**values, script=Markup(script))
+    return text.encode(errors="replace").decode()  # of a path that is not UTF-8
 
 
 def events_of(out: Path) -> list[dict[str, Any]]:
-    """Return the lines of ``metrics.jsonl``; a last one that a kill cut off is left out."""
+    """Return the events of ``metrics.jsonl``.
+
+    Lines that are none are left out: one that a kill cut off, numbers that no step can have.
+    """
     file = out / METRICS_FILE
     if not file.is_file():
         return []
-    records = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = parse_json(line, short(file), halves=True)
+    records: list[Any] = []
+    lines = json_lines(file)
+    while block := [line for _, line in islice(lines, _BLOCK)]:
+        try:  # many at once: faster than one after the other
+            records += parse_json(b"[" + b",".join(block) + b"]", "")
         except SlimError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
+            for line in block:
+                with contextlib.suppress(SlimError):
+                    records.append(parse_json(line, ""))
+    return [one for one in records if isinstance(one, dict) and _is_event(one)]
+
+
+def _is_event(record: Mapping[str, Any]) -> bool:
+    """Return whether an event has the numbers that the page shows, in their range."""
+    name = record.get("event")
+    needed = _NUMBERS.get(name, {}) if isinstance(name, str) else {}
+    values = [(record.get(key), kind) for key, kind in needed.items()]
+    if name == "predicted":
+        parts = record.get("breakdown")
+        if not isinstance(parts, dict):
+            return False
+        values += [(size, int) for size in parts.values()]
+    return all(_fits(value, kind) for value, kind in values)
+
+
+def _fits(value: Any, kind: type) -> bool:
+    """Return whether a value can be a count (``int``) or a measurement (``float``: NaN too)."""
+    if kind is int:
+        return type(value) is int and 0 <= value < _MOST
+    finite = type(value) is int or (type(value) is float and math.isfinite(value))
+    return type(value) is float if not finite else abs(value) < _MOST
 
 
 def _values(out: Path, record: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -180,7 +180,10 @@ def _run(
             if first:
                 responder = strategy.student.responder(tuned.model)
                 count = recipe.report_answers
+                peak = mx.get_peak_memory()
                 answer_before(out, responder, tokenizer, validation, count, budget)
+                if mx.get_peak_memory() > peak:  # what is reported is the training's
+                    loop.preflight()
         done = loop.run()
     if done.reason == "interrupted":
         raise Interrupted(f"stopped after step {done.step} of {loop.total}; the state is saved")
@@ -206,9 +209,15 @@ def _run(
             strategy.student.save(recipe, tuned, out)
         with stage(f"loading {result.artifact} again and comparing"):
             again = _verify(recipe, strategy.student, tuned, result)
-        answer_after(out, strategy.student.responder(again), tokenizer, validation, budget)
         record = _record(resolved, strategy, result, budget, resume_plan.extended)
-        write_page(out, record)
+        try:
+            answer_after(out, strategy.student.responder(again), tokenizer, validation, budget)
+            write_page(out, record)
+        except ResourceError:
+            raise
+        except SlimError as error:  # the run is worth more than its page
+            text = f"the run is complete, its page was not written: {error.message}"
+            observer.notify(events.Notice(text, "warning"))
         write_json(out / RECORD, record)
     return result
 

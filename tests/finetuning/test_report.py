@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from mlx_slim import locks
@@ -156,6 +157,18 @@ def test_answers_change_no_step_and_survive_a_resume(
     assert read_json(tmp_path / "run" / "answers.json") == read_json(complete / "answers.json")
 
 
+def test_the_peak_is_that_of_training(
+    tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hungry(*_: object) -> None:
+        mx.eval(mx.zeros((64, 1024, 1024)))  # 256 MiB
+
+    monkeypatch.setattr("mlx_slim.finetuning.run.answer_before", hungry)
+    resolved = recipe(tiny("llama"), rows(tmp_path / "rows.jsonl"), steps=1)
+    result = finetune(resolved, tmp_path / "run", observer=Recorder())
+    assert result.done.peak_memory_bytes < 64 << 20
+
+
 def test_full_tuning_answers_before_it_has_learned(
     tiny: TinyModels, complete: Path, tmp_path: Path
 ) -> None:
@@ -206,6 +219,49 @@ def test_a_damaged_record_is_one_line(copy: Path, capsys: pytest.CaptureFixture[
     (copy / "data_ledger.json").write_text('{"totals": 3}')
     assert run(["report", str(copy)]) == 2
     assert "damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss": "x"},
+        {"step": None},
+        {"step": 10**60},
+        {"loss": -1e308},
+        {"peak_memory_bytes": float("inf")},
+        {"epoch": "\ud800"},
+    ],
+)
+def test_a_step_that_cannot_be_is_left_out(copy: Path, changes: dict[str, object]) -> None:
+    page = render(copy)
+    lines = (copy / "metrics.jsonl").read_text().splitlines()
+    last = json.loads([line for line in lines if '"event": "step"' in line][-1])
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({**last, **changes}) + "\n" + '{"event": "predicted"}\n')
+    assert render(copy) == page
+
+
+def test_a_loss_that_is_not_a_number_stays(copy: Path) -> None:
+    text = (copy / "metrics.jsonl").read_text()
+    (copy / "metrics.jsonl").write_text(re.sub(r'"loss": [\d.]+', '"loss": NaN', text))
+    assert "nan" in render(copy) and render(copy).count('<svg class="chart"') == 3
+
+
+def test_a_name_that_is_not_utf_8_can_be_written(copy: Path) -> None:
+    place = copy.rename(copy.with_name("run\udcff"))
+    assert "run?" in render(place)
+
+
+def test_a_run_is_worth_more_than_its_page(tiny: TinyModels, copy: Path) -> None:
+    data = json.loads((copy / "recipe.json").read_text())["recipe"]["data"]["path"]
+    resolved = with_answers(recipe(tiny("llama"), Path(data), steps=6, validate_every=2))
+    (copy / "run.json").unlink()
+    answers = {**read_json(copy / "answers.json"), "rows": [1]}
+    (copy / "answers.json").write_text(json.dumps(answers))
+    told = Recorder()
+    finetune(resolved, copy, observer=told, resume=True)
+    assert (copy / "run.json").exists()
+    assert any("its page was not written" in getattr(event, "message", "") for event in told.events)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
