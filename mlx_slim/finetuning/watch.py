@@ -7,7 +7,9 @@ then takes the new contents in place. Try it: ``mlx-slim report RUN --watch``.
 
 from __future__ import annotations
 
+import os
 import secrets
+import sys
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,24 +28,39 @@ _FILES = (STATE_FILE, METRICS_FILE, LEDGER_FILE, ANSWERS_FILE, RECORD)
 
 _SCRIPT = """<script nonce="{nonce}">
 let seen = {version};
-setInterval(async () => {{
+async function look() {{
   try {{
     const version = await (await fetch("/version")).text();
-    if (version === seen) return;
-    const text = await (await fetch("/")).text();
-    const next = new DOMParser().parseFromString(text, "text/html");
-    for (const tag of ["header", "main", "footer", "title"])
-      document.querySelector(tag).innerHTML = next.querySelector(tag).innerHTML;
-    seen = version;
+    if (version !== seen) {{
+      const text = await (await fetch("/")).text();
+      const next = new DOMParser().parseFromString(text, "text/html");
+      for (const tag of ["header", "main", "footer", "title"])
+        document.querySelector(tag).innerHTML = next.querySelector(tag).innerHTML;
+      seen = version;
+    }}
   }} catch (error) {{ document.title = "not served any more"; }}
-}}, 2000);
+  setTimeout(look, 2000);
+}}
+setTimeout(look, 2000);
 </script>"""
 
 
 def version(out: Path) -> str:
     """Return a word that changes whenever a record of the run in ``out`` does."""
-    stats = [path.stat() if (path := out / name).is_file() else None for name in _FILES]
+    stats: list[os.stat_result | None] = []
+    for name in _FILES:
+        try:
+            stats.append((out / name).stat())
+        except OSError:  # not there yet, or not any more
+            stats.append(None)
     return hash_json([stat and (stat.st_size, stat.st_mtime_ns) for stat in stats])[:16]
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of who asks and leaves."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 def server(out: Path, port: int = 0) -> ThreadingHTTPServer:
@@ -58,7 +75,7 @@ def server(out: Path, port: int = 0) -> ThreadingHTTPServer:
     """
     handler = _handler(lambda: version(out), lambda script: render(out, script=script))
     try:
-        return ThreadingHTTPServer((HOST, port), handler)
+        return _Server((HOST, port), handler)
     except OSError as error:
         raise SlimError(
             f"port {port} cannot be listened on: {error.strerror}",
@@ -72,7 +89,7 @@ def _handler(now: Callable[[], str], page: Callable[[str], str]) -> type[BaseHTT
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             """Answer with the page, or with the word that says whether it changed."""
-            host = (self.headers.get("Host") or "").rpartition(":")[0]
+            host = (self.headers.get("Host") or "").partition(":")[0]  # port 80 is left out
             if host not in (HOST, "localhost"):  # a page of elsewhere that found a name for us
                 self._answer(HTTPStatus.FORBIDDEN, "text/plain", "not here\n")
             elif self.path == VERSION_PATH:

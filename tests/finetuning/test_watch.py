@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -91,6 +93,31 @@ def test_another_host_name_and_another_path_get_nothing(run: Path) -> None:
         connection.request("GET", "/", headers={"Host": "evil.example:80"})
         assert connection.getresponse().status == 403
         connection.close()
+
+
+def test_a_browser_leaves_port_80_out(run: Path) -> None:
+    with served(run) as address:
+        connection = HTTPConnection(HOST, int(address.rpartition(":")[2]), timeout=20)
+        connection.request("GET", "/version", headers={"Host": HOST})
+        assert connection.getresponse().status == 200
+        connection.close()
+
+
+def test_a_folder_that_vanishes_and_who_leaves_are_no_traceback(
+    run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with served(run) as address:
+        run.rename(run.with_name("elsewhere"))
+        assert fetch(f"{address}/version")
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            fetch(address)
+        for _ in range(3):  # a reset in place of reading the answer
+            probe = socket.create_connection((HOST, int(address.rpartition(":")[2])))
+            probe.sendall(b"GET / HTTP/1.0\r\n")
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            probe.close()
+        assert fetch(f"{address}/version")
+    assert capfd.readouterr().err == ""
 
 
 def test_a_port_that_is_taken_is_one_line(run: Path) -> None:
