@@ -26,6 +26,7 @@ from mlx_slim.adapters.inject import adapters_of
 from mlx_slim.config.adapter import AdaptiveConfig
 from mlx_slim.errors import SlimError
 from mlx_slim.training.callbacks import CallbackState, UpdateHook
+from mlx_slim.training.optim import check_arrays
 
 _NAMES = ("lora_e", "lora_a", "lora_b")  # λ, Q, P
 _AXIS = {"lora_e": (), "lora_a": (0,), "lora_b": (1,)}  # axes of the entries of one triplet
@@ -148,8 +149,7 @@ class RankBudget(UpdateHook):
             KeyError: If the arrays are those of other layers.
         """
         arrays = state.arrays
-        if difference := arrays.keys() ^ self.state().arrays.keys():
-            raise KeyError(min(difference))
+        check_arrays(arrays, self.state().arrays)
         self._mean = {key: arrays[f"mean/{key}"] for key in self._mean}
         self._spread = {key: arrays[f"spread/{key}"] for key in self._spread}
         self._mask = arrays["mask"]

@@ -18,6 +18,7 @@ import mlx.optimizers as mlx_optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_slim.config.schema import TrainConfig
+from mlx_slim.errors import SlimError
 
 Schedule = Callable[[int], float]
 
@@ -120,6 +121,23 @@ def decays(path: str, parameter: mx.array) -> bool:
 def trainable(model: nn.Module) -> dict[str, mx.array]:
     """Return the trainable parameters, flat: path -> array."""
     return dict(tree_flatten(model.trainable_parameters()))
+
+
+def check_arrays(given: dict[str, mx.array], expected: dict[str, mx.array]) -> None:
+    """Refuse arrays of a checkpoint that have other names or shapes than those expected.
+
+    Raises:
+        KeyError: A name that is in only one of the two.
+        SlimError: If a shape is another one.
+    """
+    if difference := given.keys() ^ expected.keys():
+        raise KeyError(min(difference))
+    for name, array in given.items():
+        if array.shape != expected[name].shape:
+            raise SlimError(
+                f"checkpoint: {name} has the shape {array.shape}, expected {expected[name].shape}",
+                "resume from an older checkpoint, or start a new run",
+            )
 
 
 def set_trainable(model: nn.Module, values: dict[str, mx.array]) -> None:
@@ -244,8 +262,7 @@ class Optimizer:
         Raises:
             KeyError: If the arrays belong to another optimizer or to other parameters.
         """
-        if difference := set(flat) ^ set(self.state()):
-            raise KeyError(min(difference))
+        check_arrays(flat, self.state())
         self.masters = {path: flat[f"master/{path}"] for path in self.masters}
         for group, optimizer in self._optimizers.items():
             state = cast(dict[str, Any], optimizer.state)

@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
+from mlx_slim.artifacts import load_tensors, save_tensors
 from mlx_slim.config.schema import TrainConfig
 from mlx_slim.errors import SlimError
 from mlx_slim.training.checkpoint import load, load_callbacks, save
@@ -56,6 +57,15 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
         load(path, *_trained(1, bias=True), [Counter(0)])
     with pytest.raises(SlimError, match="belongs to another recipe: 'counter'"):
         load_callbacks(path, [])
+
+
+def test_an_array_of_another_shape_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, TrainState(step=1), *_trained(0))
+    arrays = load_tensors(path / "optimizer.safetensors")
+    name = next(name for name, array in arrays.items() if array.shape == (3, 4))
+    save_tensors(path / "optimizer.safetensors", {**arrays, name: mx.zeros((1, 4))})
+    with pytest.raises(SlimError, match=r"has the shape \(1, 4\), expected \(3, 4\)"):
+        load(path, *_trained(1))
 
 
 def test_a_checkpoint_without_callbacks_has_no_file_of_them(tmp_path: Path) -> None:
