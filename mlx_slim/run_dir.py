@@ -100,6 +100,12 @@ class RunDir:
             if out.exists() and not out.is_dir():
                 raise SlimError(f"{out} is a file", f"choose a folder for the {kind.holds}")
             check_writable(out)
+        try:
+            str(out).encode()
+        except UnicodeEncodeError as error:
+            raise SlimError(
+                f"{str(out)!r} is no name in UTF-8, expected one", "choose another output folder"
+            ) from error
         if not out.exists():
             return False
         if self.started:

@@ -95,3 +95,10 @@ def test_match_refuses_a_run_that_was_started_otherwise_also_when_nested(tmp_pat
         assert claimed.started and not claimed.nested
         with run.claim(resume=True) as inner:
             assert inner.nested and inner.descriptor == claimed.descriptor
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_refused_before_any_work(tmp_path: Path) -> None:
+    out = tmp_path / "run\udcff"
+    with pytest.raises(SlimError, match="no name in UTF-8"), RunDir(out, KIND).claim(resume=False):
+        pass
+    assert list(tmp_path.iterdir()) == []
