@@ -111,10 +111,10 @@ def _is_event(record: Mapping[str, Any]) -> bool:
     needed = _NUMBERS.get(name, {}) if isinstance(name, str) else {}
     values = [(record.get(key), kind) for key, kind in needed.items()]
     if name == "predicted":
-        parts = record.get("breakdown")
-        if not isinstance(parts, dict):
+        breakdown = record.get("breakdown")
+        if not isinstance(breakdown, dict):
             return False
-        values += [(size, int) for size in parts.values()]
+        values += [(size, int) for size in breakdown.values()]
     return all(_fits(value, kind) for value, kind in values)
 
 

@@ -123,16 +123,16 @@ def trainable(model: nn.Module) -> dict[str, mx.array]:
     return dict(tree_flatten(model.trainable_parameters()))
 
 
-def check_arrays(given: dict[str, mx.array], expected: dict[str, mx.array]) -> None:
+def check_arrays(arrays: dict[str, mx.array], expected: dict[str, mx.array]) -> None:
     """Refuse arrays of a checkpoint that have other names or shapes than those expected.
 
     Raises:
         KeyError: A name that is in only one of the two.
         SlimError: If a shape is another one.
     """
-    if difference := given.keys() ^ expected.keys():
+    if difference := arrays.keys() ^ expected.keys():
         raise KeyError(min(difference))
-    for name, array in given.items():
+    for name, array in arrays.items():
         if array.shape != expected[name].shape:
             raise SlimError(
                 f"checkpoint: {name} has the shape {array.shape}, expected {expected[name].shape}",
