@@ -93,7 +93,7 @@ def test_a_config_that_cannot_be(model: Path, changes: dict[str, Any], expected:
         ("[]", "not a JSON object"),
         (nested(5000), "nested deeper"),
         ('{"a": ' + "9" * 6000 + "}", "6,000 digits"),
-        ('{"a": "\\ud800"}', "half a character"),
+        ('{"a": "\\ud800"}', "half of a character"),
     ],
     ids=["list", "deep", "digits", "half"],
 )

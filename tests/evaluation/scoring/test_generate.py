@@ -206,7 +206,7 @@ def test_the_prefix_is_held_once(
     prompts = _many(tokenizer)
     peaks = []
     for shared in (True, False):
-        monkeypatch.setattr(generate, "shares", lambda model, shared=shared: shared)
+        monkeypatch.setattr(generate, "supports_shared_prefix", lambda model, shared=shared: shared)
         before = mx.get_active_memory()
         mx.reset_peak_memory()
         answers = generate_batch(model, tokenizer, prompts, 3, ())
