@@ -92,7 +92,9 @@ def _text(resolved: Resolved, prediction: Prediction, note: str) -> str:
     tokens = "length unknown: the rows are on a hub, or too long to use"
     if prediction.tokens:
         tokens = f"{prediction.tokens:,} tokens, {prediction.tokens_basis}"
-    download = f"model download {human_bytes(prediction.download_bytes)}"
+    disk = f"run folder up to {human_bytes(prediction.disk_bytes)}"
+    if prediction.download_bytes:
+        disk += f"; model download {human_bytes(prediction.download_bytes)}"
     peak = f"{human_bytes(prediction.predicted_peak_bytes)}, {fits} in {budget}"
     formulas = prediction.rules_of_thumb
     rows = [
@@ -115,7 +117,9 @@ def _text(resolved: Resolved, prediction: Prediction, note: str) -> str:
         ("to load it", f"{human_bytes(prediction.loading_peak_bytes)}, a tensor at a time"),
         (
             "time",
-            f"about {time} on this device ({tokens})" if prediction.predicted_seconds else tokens,
+            f"about {time} on this device ({tokens})"
+            if prediction.predicted_seconds
+            else f"not predicted ({tokens})",
         ),
     ]
     if measured:
@@ -123,9 +127,9 @@ def _text(resolved: Resolved, prediction: Prediction, note: str) -> str:
         pace += f" for {measured.batch_tokens:,} positions"
         rows.append(("  measured", f"{pace}, {measured.steps} steps of the largest batch"))
     rows += [
-        ("disk", f"run folder up to {human_bytes(prediction.disk_bytes)}; {download}"),
+        ("disk", disk),
         (
-            "formulas",
+            "for comparison",
             f"M = P*4/(32/Q)*1.2 (inference) says {human_bytes(formulas['inference_formula'])}; "
             f"12 x the model (full fine-tuning) {human_bytes(formulas['twelve_times'])}",
         ),
@@ -135,7 +139,7 @@ def _text(resolved: Resolved, prediction: Prediction, note: str) -> str:
         steps = prediction.tokens // (recipe.train.batch_tokens * recipe.train.accumulate)
     if advice := rank_advice(recipe, steps):
         rows.append(("rank", advice))
-    lines = [f"{label:<14}{text}" for label, text in rows]
+    lines = [f"{label:<15}{text}" for label, text in rows]
     if prediction.suggestions:
         title = "to use less" if prediction.fits else "to make it fit"
         lines += ["", f"{title}, cheapest first:"]

@@ -33,7 +33,8 @@ def _list() -> None:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         click.echo("  ".join(cells).rstrip())
     click.echo(
-        "\nmemory: predicted peak on a Mac (bfloat16); for this machine: mlx-slim plan RECIPE"
+        "\nmemory: predicted peak on the smallest Mac that holds it (bfloat16); "
+        "for this machine: mlx-slim plan RECIPE"
     )
     show_next(
         step("read one", "mlx-slim", "recipes", rows[1][0]),

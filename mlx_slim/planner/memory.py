@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -75,7 +76,7 @@ class Prediction:
         predicted_seconds: Wall time of training; None without a speed or without rows to count.
         disk_bytes: The run folder at its largest (adapter or model, its checkpoints, and the base
             if the run quantizes it).
-        download_bytes: The model's 16-bit weights, if they come from a hub.
+        download_bytes: The model's 16-bit weights; 0 if it is a local folder.
         breakdown: Bytes of the peak by kind: weights, gradients, optimizer, activations, logits,
             and ``loading``: what loading needs besides the weights where that is the peak.
         parameters: Numbers of the dense base.
@@ -175,7 +176,7 @@ def predict(
         fits=peak <= limit,
         predicted_seconds=cost_of(recipe)[1] if speed and work else None,
         disk_bytes=_disk(shapes, recipe, work),
-        download_bytes=2 * shapes.parameters,
+        download_bytes=0 if Path(recipe.model).expanduser().exists() else 2 * shapes.parameters,
         breakdown=by_kind,
         parameters=shapes.parameters,
         trainable_parameters=shapes.trainable_parameters,

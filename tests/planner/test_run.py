@@ -48,6 +48,7 @@ def test_for_a_mac(tiny: Callable[..., Path], tmp_path: Path) -> None:
     assert prediction.dtype == "bfloat16"
     assert prediction.budget_bytes == int(int(16 * 2**30 * 2 / 3) * 0.9)
     assert prediction.predicted_seconds is None
+    assert prediction.download_bytes == 0  # the model is a local folder
     assert note.endswith("for m2-16gb")
     assert plan(small, mac="m2-16gb", budget="1MB")[0].budget_bytes == 10**6
     with pytest.raises(SlimError, match="a probe measures this machine"):
@@ -70,6 +71,7 @@ def test_the_command(tiny: Callable[..., Path], tmp_path: Path) -> None:
     words = ["smollm2-lora", f"model={tiny('llama')}", "revision=null", "train.steps=2"]
     text = run(command.command, [*words, "--for", "m4-max-64gb"]).output
     assert "fits in 46.4 GB" in text and "12 x the model" in text
+    assert "not predicted (" in text and "download" not in text
     rows = write_rows(tmp_path / "rows.jsonl")
     words += [f"data.path={rows}", "data.format=auto", "train.max_length=512"]
     words += ["train.batch_tokens=512", "train.accumulate=1"]
