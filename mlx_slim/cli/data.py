@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @click.group(epilog="Example: mlx-slim data preview smollm2-lora")
 def command() -> None:
-    """Look at data as the training loop will see it."""
+    """Show rows as the model will read them, and find overlaps."""
 
 
 @command.command(epilog="Example: mlx-slim data preview smollm2-lora data.path=rows.jsonl")

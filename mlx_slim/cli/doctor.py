@@ -170,7 +170,7 @@ def _blas_line(blas: dict[str, Any]) -> str:
 @click.command(epilog="Example: mlx-slim doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
 def command(as_json: bool) -> None:
-    """Check this machine: device, memory, speed, hub; how to mend it."""
+    """Check this machine: device, memory, speed, hub; how to fix it."""
     with alive(), stage("measuring this machine and contacting the hub"):
         facts = examine()
     if as_json:
@@ -193,7 +193,7 @@ def command(as_json: bool) -> None:
         console.print(table)
     for warning in facts["warnings"]:
         line = Text.assemble(("warning: ", "yellow"), warning["problem"])
-        console.print(line.append("\n  mend: ", "green").append(warning["mend"]), soft_wrap=True)
+        console.print(line.append("\n  fix: ", "green").append(warning["mend"]), soft_wrap=True)
     if not facts["warnings"]:
         console.print(Text("all is well", style="green"))
     show_next(

@@ -46,8 +46,8 @@ def command(
 ) -> None:
     """Merge an adapter into MODEL (a folder or hub id) and write a new folder.
 
-    Of several adapters it is the weighted sum. A dense base is merged; a quantized one becomes
-    dense unless --requantize (refused where rounding would undo the tuning) or --keep.
+    With several adapters, their weighted sum is merged. A dense base is merged; a quantized one
+    becomes dense unless --requantize (refused where rounding would undo the tuning) or --keep.
     """
     from rich.console import Console as RichConsole
 

@@ -38,11 +38,11 @@ from mlx_slim.errors import (
 # Heading of --help -> its commands, in the order of use.
 GROUPS: dict[str, tuple[str, ...]] = {
     "Start": ("doctor", "demo", "recipes", "tasks"),
-    "Look": ("data", "plan", "generate", "chat", "analyze"),
+    "Inspect": ("data", "plan", "generate", "chat", "analyze"),
     "Make smaller": ("convert", "quantize", "prune"),
     "Train": ("train", "distill"),
-    "Prove": ("eval", "compare", "report", "bench"),
-    "Hand over": ("fuse", "export", "import", "upload"),
+    "Measure": ("eval", "compare", "report", "bench"),
+    "Share": ("fuse", "export", "import", "upload"),
 }
 COMPLETION = """\b
 Tab completion, one line in the start-up file of your shell:
@@ -56,7 +56,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("demo", "Fine-tune a real model on bundled data, and score before and after."),
     "recipes": ("recipes", "List, show and copy the run configurations."),
     "tasks": ("tasks", "List and show the evaluation tasks."),
-    "data": ("data", "Look at data as the training loop will see it."),
+    "data": ("data", "Show rows as the model will read them, and find overlaps."),
     "convert": ("convert", "Turn a hub model, an HF folder or a GGUF into an MLX folder."),
     "quantize": ("quantize", "Quantize a model, and measure what it lost."),
     "plan": ("plan", "Predict peak memory, time and disk of a recipe."),
@@ -64,14 +64,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("eval", "Score a model on evaluation tasks."),
     "generate": ("generate", "Complete one prompt."),
     "chat": ("chat", "Chat with a model."),
-    "fuse": ("fuse", "Merge an adapter into its model, with an audit."),
+    "fuse": ("fuse", "Merge an adapter into its model, and check what was kept."),
     "export": ("export", "Write an adapter or a model for another toolkit."),
     "import": ("import_", "Read an adapter of another toolkit."),
     "upload": ("upload", "Put a folder on the hub: private, and a dry run by default."),
     "prune": ("prune", "Remove the least important layers, heads or neurons."),
     "distill": ("distill", "Train a small model on the outputs of a larger one."),
-    "compare": ("compare", "Run a matrix of experiments."),
-    "report": ("report", "Draw the page of a run, also live, or of an experiment matrix."),
+    "compare": ("compare", "Run models x methods x tasks as one experiment matrix."),
+    "report": ("report", "Write the HTML report of a run, also live, or of an experiment matrix."),
     "analyze": ("analyze", "See what tuning did to the weights, and where memory goes."),
     "bench": ("bench", "Measure speed and memory side by side with mlx-lm."),
 }

@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 @click.command("report", epilog="Example: mlx-slim report runs/smollm2-lora --watch")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--verify", is_flag=True, help="Of a matrix: recompute every number; no page.")
-@click.option("--watch", is_flag=True, help="Of a run: serve the page live, on this machine only.")
-@click.option("--port", type=Whole(0, 65535), default=0, help="Of --watch [a free one].")
+@click.option("--verify", is_flag=True, help="For a matrix: recompute every number, write nothing.")
+@click.option("--watch", is_flag=True, help="For a run: serve the page live, on this machine only.")
+@click.option("--port", type=Whole(0, 65535), default=0, help="Port of --watch [a free one].")
 def command(folder: Path, verify: bool, watch: bool, port: int) -> None:
-    """Write the page of the run or matrix in FOLDER: report.html.
+    """Write the page of the run or experiment matrix in FOLDER: report.html.
 
-    Of a run (train, distill, prune --recover; complete, running or killed): curves, memory, rows,
-    answers before and after. Of a matrix: also report.md and results.json.
+    For a run (train, distill, prune --recover; complete, running or killed): curves, memory, rows,
+    answers before and after. For a matrix (compare): also report.md and results.json.
     """
     run = _run_of(folder)
     if verify and run is not None:

@@ -47,7 +47,7 @@ def test_what_is_slow_or_absent_comes_with_a_way_out(
     text = capsys.readouterr().out
     for part in ("3 GFLOP/s, which is slow", "hub does not answer", "no g++", "/no/such/folder"):
         assert part in text
-    assert text.count("mend: ") == 4
+    assert text.count("fix: ") == 4
 
 
 def test_offline_by_choice_is_not_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
