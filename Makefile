@@ -44,7 +44,7 @@ help:
 	@echo "make wheel               build the wheel, install it with pip and uv, run it"
 	@echo "make check               formatting, lint and types"
 	@echo "make docs                the documentation, as a site in site/"
-	@echo "make format              mend formatting and imports"
+	@echo "make format              fix formatting and imports"
 	@echo "make setup               create $(VENV) with everything the tests and checks need"
 	@echo "make clean               remove $(VENV), $(PARITY) and caches; runs/ stays"
 
