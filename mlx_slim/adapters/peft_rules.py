@@ -109,7 +109,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     settings = read_object(path)
     if "peft_type" not in settings:
         raise SlimError(
-            f"{path} has no peft_type: it is no adapter of PEFT",
+            f"{path} has no peft_type: it is not a PEFT adapter",
             "adapters of mlx-slim and mlx-lm need no import: give them with --adapter",
         )
     for key, plain in _PLAIN.items():

@@ -175,7 +175,9 @@ def save_adapter(
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
     if not folder.is_dir():
-        raise SlimError(f"{folder} is no adapter folder", f"it should hold {WEIGHTS} and {CONFIG}")
+        raise SlimError(
+            f"{folder} is not an adapter folder", f"it should hold {WEIGHTS} and {CONFIG}"
+        )
     if not (folder / CONFIG).is_file():
         raise SlimError(
             f"{folder / CONFIG} does not exist",

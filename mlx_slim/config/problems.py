@@ -168,7 +168,7 @@ class Words:
             hint = did_you_mean(dotted, every)
             if not hint.startswith("did you mean"):
                 hint = f"known: {', '.join(sorted(siblings or self._valid_keys(())))}"
-        return f"{dotted} ({_origin(path, origins)}) is no key: {hint}"
+        return f"{dotted} ({_origin(path, origins)}) is not a key: {hint}"
 
     def screen(self, values: dict[str, Any], origins: Origins) -> tuple[dict[str, Any], list[str]]:
         """Return ``values`` without what the schema's types let slip, and a message for each.

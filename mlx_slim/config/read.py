@@ -135,7 +135,9 @@ class _Builder:
         try:
             value = self._loader.construct_object(node)
         except (ValueError, OverflowError, LookupError) as error:  # "!!int x", "!!bool x"
-            self._fail(node, f"{shown(node.value)} is no {node.tag.rsplit(':', 1)[-1]}", error)
+            self._fail(
+                node, f"{shown(node.value)} is not of type {node.tag.rsplit(':', 1)[-1]}", error
+            )
         if isinstance(value, int) and value.bit_length() > 4 * MAX_DIGITS:
             self._fail(node, f"an integer of more than {MAX_DIGITS} digits")
         return value

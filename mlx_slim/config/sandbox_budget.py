@@ -117,7 +117,7 @@ class Budget:
         elif isinstance(value, range):
             return len(value), 0
         elif isinstance(value, Namespace):
-            raise TooMuch("a namespace is no value: name one of its attributes")
+            raise TooMuch("a namespace is not a value: name one of its attributes")
         else:
             return (0 if isinstance(value, Undefined) else 30), 0
         cached = self._sizes.get(id(value))

@@ -293,7 +293,7 @@ class Recipe(Section):
             problems.append("adapter.adaptive changes ranks of LoRA: use method lora, not dora")
         if self.method == "dora" and self.adapter.on:
             problems.append(
-                "adapter.on adds updates up, and a DoRA is no sum: use method=lora, or fuse the "
+                "adapter.on adds updates up, and a DoRA is not a sum: use method=lora, or fuse the "
                 "adapters below into the base first"
             )
         if self.distill is not None and self.distill.method == "mutual":

@@ -128,7 +128,7 @@ def apply_chat_template(tokenizer: Any, messages: list[dict[str, Any]], **names:
 def _with_reasoning(message: Mapping[str, Any]) -> Mapping[str, Any]:
     """Name a turn's reasoning as every template reads it."""
     if not isinstance(message, Mapping):
-        raise TemplateRuntimeError("a turn is no object")
+        raise TemplateRuntimeError("a turn is not an object")
     values = (message[name] for name in _REASONING if message.get(name) is not None)
     reasoning = next(values, None)
     if reasoning is None:

@@ -83,7 +83,7 @@ def check_columns(columns: Mapping[str, str]) -> None:
     for ours, theirs in columns.items():
         if ours not in COLUMNS:
             raise SlimError(
-                f"data.columns: {ours!r} is no column of any format", did_you_mean(ours, COLUMNS)
+                f"data.columns: {ours!r} is not a column of any format", did_you_mean(ours, COLUMNS)
             )
         if twins := [other for other in columns if other != ours and columns[other] == theirs]:
             raise SlimError(

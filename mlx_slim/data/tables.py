@@ -93,7 +93,7 @@ def read_arrow(path: Path, progress: ReadStatus) -> Iterator[tuple[int, Any]]:
     progress.unit = "row"
     number = 0
     open_regular(path).close()
-    what = f"{path.name} is no readable Arrow file"
+    what = f"{path.name} is not a readable Arrow file"
     with library_errors(what), pyarrow.OSFile(str(path)) as source:
         for batch in _batches(source):
             check_names(list(batch.schema), path.name)

@@ -239,7 +239,7 @@ class EndpointTeacher:
             choice = parse_json(data, "the reply")["choices"][0]
             text, reason = choice["message"]["content"], choice.get("finish_reason")
             if not isinstance(text, str | None) or not isinstance(reason, str | None):
-                raise TypeError("content or finish_reason is no text")
+                raise TypeError("content or finish_reason is not text")
         except (SlimError, ValueError, LookupError, TypeError, AttributeError):
             text = self._safe(data[:4096].decode("utf-8", "replace"))
             raise SlimError(

@@ -265,13 +265,15 @@ def load_results(out: Path) -> dict[str, Any]:
     path = out / RESULTS_FILE
     results = read_object(path)
     if not isinstance(results.get("tasks"), dict):
-        raise SlimError(f"{path} is no result of mlx-slim eval", "give the folder of one model")
+        raise SlimError(f"{path} is not a result of mlx-slim eval", "give the folder of one model")
     where = short(path)
     field(results, where, "model", str)
     field(results, where, "tasks", dict, of=dict)
     for task, section in results["tasks"].items():
         if task != Path(task).name:
-            raise SlimError(f"{where}: {shown(task)} is no name of a task", "score the model again")
+            raise SlimError(
+                f"{where}: {shown(task)} is not the name of a task", "score the model again"
+            )
         field(section, f"{where}: {shown(task)}", "n", int, low=1)
         field(section, f"{where}: {shown(task)}", "metrics", dict)
     return results

@@ -140,7 +140,7 @@ def find_adapter(folder: Path) -> Path:
         if (candidate / CONFIG).is_file():
             return candidate
     raise SlimError(
-        f"{folder} is no adapter folder: it has no {CONFIG}",
+        f"{folder} is not an adapter folder: it has no {CONFIG}",
         "give the adapters/ of a run, or a folder that mlx_lm.lora wrote",
     )
 

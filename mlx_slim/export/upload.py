@@ -77,9 +77,9 @@ def upload(
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise SlimError(f"{repo!r} is no repository name", "write it as owner/name") from error
+        raise SlimError(f"{repo!r} is not a repository name", "write it as owner/name") from error
     if repo.count("/") != 1:
-        raise SlimError(f"{repo!r} is no repository name", "write it as owner/name")
+        raise SlimError(f"{repo!r} is not a repository name", "write it as owner/name")
     files = _files(folder)
     notes = _notes(folder, files)
     if yes:
@@ -90,7 +90,7 @@ def upload(
 
 def _files(folder: Path) -> list[tuple[str, int]]:
     if not folder.is_dir():
-        raise SlimError(f"{folder} is no folder", "give the folder of a model or an adapter")
+        raise SlimError(f"{folder} is not a folder", "give the folder of a model or an adapter")
     if (folder / _BULK).is_dir() or (folder / "metrics.jsonl").exists():
         inner = next((n for n in ("adapters", "model") if (folder / n).is_dir()), "adapters")
         raise SlimError(

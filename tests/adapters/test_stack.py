@@ -108,7 +108,7 @@ def test_names_and_weights(tmp_path: Path) -> None:
     assert (parsed.folder, parsed.weight, str(parsed)) == (odd, 0.25, f"{odd}=0.25")
     assert parse_adapters(None) == []
     for wrong in ("a=much", "a=nan", "a=inf", "a="):
-        with pytest.raises(SlimError, match="is no weight"):
+        with pytest.raises(SlimError, match="is not a weight"):
             parse_adapters([wrong])
 
 
@@ -201,12 +201,12 @@ def test_eval_scores_the_sum_and_names_it(tiny: TinyModels, tmp_path: Path) -> N
 
 def test_what_does_not_stack_is_one_error(tiny: TinyModels, tmp_path: Path) -> None:
     base, data = tiny("llama"), write_rows(tmp_path / "rows.jsonl")
-    for method, text in (("dora", "a DoRA is no sum"), ("full", "trains no adapter")):
+    for method, text in (("dora", "a DoRA is not a sum"), ("full", "trains no adapter")):
         values = recipe(base, data, method).recipe.model_dump(mode="json", exclude_none=True)
         values["adapter"] |= {"on": ["somewhere"]}
         with pytest.raises(SlimError, match=text):
             from_values(values, "second", "test")
     values["method"] = "lora"
-    with pytest.raises(SlimError, match="somewhere is no adapter folder"):
+    with pytest.raises(SlimError, match="somewhere is not an adapter folder"):
         finetune(from_values(values, "second", "test"), tmp_path / "run", observer=Recorder())
     assert not (tmp_path / "run").exists()

@@ -122,7 +122,7 @@ def test_another_adapter_than_the_recipe_trains_is_refused(
 
 def test_a_start_that_is_none_is_refused(tiny: TinyModels, rows: Path, tmp_path: Path) -> None:
     for folder in (tmp_path / "none", tmp_path):
-        with pytest.raises(SlimError, match=r"is no adapter folder|does not exist"):
+        with pytest.raises(SlimError, match=r"is not an adapter folder|does not exist"):
             prepare_model(start_recipe(tiny("llama"), rows, folder).recipe)
     adapters: list[dict[str, Any]] = [{"init": "pissa"}, {"adaptive": {"target_rank": 2}}]
     for adapter in adapters:

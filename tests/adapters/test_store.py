@@ -241,7 +241,7 @@ def test_another_base_is_named(stored: Path, tiny: TinyModels, tmp_path: Path) -
 
 def test_unusable_folders(stored: Path, tiny: TinyModels, tmp_path: Path) -> None:
     model = stock_model(tiny("llama"))
-    assert "no adapter folder" in refused(tmp_path / "nowhere", model).message
+    assert "not an adapter folder" in refused(tmp_path / "nowhere", model).message
 
     def broken(name: str) -> Path:
         shutil.copytree(stored, tmp_path / name)

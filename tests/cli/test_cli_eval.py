@@ -114,7 +114,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(
         ([*start, "--dtype", "float31", "-o", out], "did you mean 'float32'"),
         ([*start, "--max-length", "9999", "-o", out], "reads 512 tokens"),
         ([*start, "--batch-tokens", "x", "-o", out], "batch-tokens"),
-        ([*start, "--adapter", tmp_path / "no", "-o", out], "no adapter folder"),
+        ([*start, "--adapter", tmp_path / "no", "-o", out], "not an adapter folder"),
         ([*start, "--perplexity", tmp_path / "no.txt", "-o", out], "no.txt does not exist"),
         ([*start, "--json", "--quiet", "-o", out], "exclude each other"),
         ([*start, "-o", text], "is a file"),

@@ -136,7 +136,7 @@ def test_adapters_are_summed_and_switched(
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1] != outputs[2]
     assert run([*words, "--adapter", f"{other}=x"]) == 2
-    assert "is no weight" in capsys.readouterr().err
+    assert "is not a weight" in capsys.readouterr().err
     lines = ["hello", "/reset", f"/adapter {one}", "hello", "/reset", "/adapter none", "hello"]
     lines = "\n".join([*lines, "/adapter nowhere\n"])
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
@@ -144,7 +144,7 @@ def test_adapters_are_summed_and_switched(
     captured = capsys.readouterr()
     answers = captured.out
     assert captured.err.count("the conversation continues") == 2
-    assert "nowhere is no adapter folder" in captured.err
+    assert "nowhere is not an adapter folder" in captured.err
     alone = outputs_of_chat(base, monkeypatch, capsys)
     assert answers.startswith(alone) and answers.endswith(alone)
     assert answers != alone * 3

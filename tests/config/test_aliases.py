@@ -47,9 +47,9 @@ def test_a_file_and_the_command_line_are_layers_of_one_key(tmp_path: Path) -> No
 def test_both_names_in_one_place_and_unknown_keys_are_errors() -> None:
     with pytest.raises(SlimError, match=r"held_out \(test\) and forgetting are the same key"):
         from_values({**OLD, "forgetting": {"path": "b"}}, "old", "test")
-    with pytest.raises(SlimError, match=r"held_outt.path .* is no key"):
+    with pytest.raises(SlimError, match=r"held_outt.path .* is not a key"):
         from_values({"model": "m", "held_outt": {"path": "b"}}, "old", "test")
-    with pytest.raises(SlimError, match=r"quantize.awar .* is no key"):
+    with pytest.raises(SlimError, match=r"quantize.awar .* is not a key"):
         from_values({"model": "m", "quantize": {"awar": True}}, "old", "test")
 
 

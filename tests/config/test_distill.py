@@ -53,8 +53,8 @@ def test_one_override_makes_the_section_with_the_students_own_origin_as_teacher(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("distill.temprature=2", "no key: did you mean 'distill.temperature'"),
-        ("divergence=reverse", "no key: did you mean 'distill.divergence'"),
+        ("distill.temprature=2", "not a key: did you mean 'distill.temperature'"),
+        ("divergence=reverse", "not a key: did you mean 'distill.divergence'"),
         ("distill.teachers=[{modle: a}]", "did you mean 'distill.teachers.0.model'"),
         ("distill.teachers=[]", "expected a list of at least 1"),
         ("distill.teachers=[{weight: 0}]", "expected a number .above 0."),

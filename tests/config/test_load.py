@@ -137,16 +137,16 @@ def test_all_problems_at_once_each_with_key_value_range_and_origin(load: Any) ->
     assert "11 problems" in shown.splitlines()[0]
     assert len(shown.splitlines()) == 12
     for expected in (
-        "mehtod (r.yaml:2) is no key: did you mean 'method'?",
-        "train.stpes (r.yaml:5) is no key: did you mean 'train.steps'?",
+        "mehtod (r.yaml:2) is not a key: did you mean 'method'?",
+        "train.stpes (r.yaml:5) is not a key: did you mean 'train.steps'?",
         "train.clip (r.yaml:4) is -1: expected a number (at least 0 and at most 1e+09)",
         "adapter.rank (r.yaml:6) is 0: expected a whole number (at least 1 and at most 1e+09)",
         "train.warmup (command line) is 'soon': expected a number (at least 0 and at most 1e+09)",
-        "trian.steps (command line) is no key: did you mean 'train.steps'?",
-        "epochs (command line) is no key: did you mean 'train.epochs'?",
+        "trian.steps (command line) is not a key: did you mean 'train.steps'?",
+        "epochs (command line) is not a key: did you mean 'train.epochs'?",
         "train.batch_tokens (command line) is true: "
         "expected a whole number (at least 8 and at most 1e+09)",
-        "data.path.0.weigth (command line) is no key: did you mean 'data.path.0.weight'?",
+        "data.path.0.weigth (command line) is not a key: did you mean 'data.path.0.weight'?",
         "'nonsense' (command line) is not an override: write key=value",
         "train.learning_rate (command line) is NaN: expected a number (above 0 and below 10)",
     ):
@@ -224,7 +224,7 @@ def test_byte_order_mark_and_a_directory(tmp_path: Path) -> None:
 def test_from_values_names_its_origin() -> None:
     resolved = from_values({"model": "x", "train": {"steps": 3}}, "demo", "demo")
     assert resolved.origins["train.steps"] == "demo"
-    with pytest.raises(SlimError, match=r"train.stpes \(demo\) is no key"):
+    with pytest.raises(SlimError, match=r"train.stpes \(demo\) is not a key"):
         from_values({"model": "x", "train": {"stpes": 3}}, "demo", "demo")
 
 

@@ -99,7 +99,7 @@ def test_arrow_files(tmp_path: Path, stream: bool) -> None:
     with new(path, table.schema) as writer:
         writer.write_table(table, max_chunksize=1100)
     assert [row.value for row in rows(Path(path))] == [AB, CD] * 1500
-    with pytest.raises(SlimError, match=r"b\.arrow is no readable Arrow file"):
+    with pytest.raises(SlimError, match=r"b\.arrow is not a readable Arrow file"):
         rows(write(tmp_path / "b.arrow", Path(path).read_bytes()[:100]))
 
 

@@ -80,7 +80,7 @@ def test_an_adapter_changes_the_answer(tiny: Callable[..., Path], tmp_path: Path
     plain, tuned = open_session(tiny("llama")), open_session(tiny("llama"), tmp_path / "adapter")
     ids = plain.text_ids("hello there")
     assert answer(plain, ids) != answer(tuned, ids)
-    with pytest.raises(SlimError, match="no adapter folder"):
+    with pytest.raises(SlimError, match="not an adapter folder"):
         open_session(tiny("llama"), tmp_path / "absent")
 
 

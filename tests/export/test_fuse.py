@@ -146,7 +146,7 @@ def test_the_retained_fraction_is_a_projection() -> None:
     [
         (["--adapter", "{other}"], "model.layers.0.mlp.down_proj.lora_a is (96, 4), expected"),
         (["--adapter", "{adapter}", "--requantize"], "is not quantized"),
-        (["--adapter", "{nothing}"], "is no adapter folder"),
+        (["--adapter", "{nothing}"], "is not an adapter folder"),
         (["--adapter", "{adapter}", "--calibration", "{nothing}"], "nothing"),
     ],
 )

@@ -310,7 +310,7 @@ def test_an_interrupted_export_leaves_nothing(
         (["{llama}", "--to", "hf", "--type", "q8_0"], "--type is not used with --to hf"),
         (["{adapter}", "--to", "hf"], "is an adapter, not a model"),
         (["{adapter}", "--to", "gguf"], "is an adapter, not a model"),
-        (["{llama}", "--to", "peft"], "is no adapter folder"),
+        (["{llama}", "--to", "peft"], "is not an adapter folder"),
         (["{nowhere}", "--to", "hf"], "does not exist"),
     ],
 )

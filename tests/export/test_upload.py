@@ -122,9 +122,9 @@ def test_what_cannot_be_uploaded(
 ) -> None:
     hub()
     for name in ("noslash", "a/b/c", "me/bad name", "--x/y"):
-        with pytest.raises(SlimError, match="no repository name"):
+        with pytest.raises(SlimError, match="not a repository name"):
             upload(folder, name)
-    with pytest.raises(SlimError, match="is no folder"):
+    with pytest.raises(SlimError, match="is not a folder"):
         upload(tmp_path / "nothing", "me/thing")
     (tmp_path / "empty").mkdir()
     with pytest.raises(SlimError, match="holds no weights"):

@@ -36,7 +36,7 @@ def vocabulary(tokenizer: Any, config: dict[str, Any]) -> dict[str, Any]:
     fast = getattr(tokenizer, "_tokenizer", tokenizer)
     backend = getattr(fast, "backend_tokenizer", None)
     if backend is None:
-        raise _refused("it is no fast tokenizer (tokenizer.json)")
+        raise _refused("it is not a fast tokenizer (tokenizer.json)")
     definition = json.loads(backend.to_str())
     model = definition["model"]
     if model.get("type") != "BPE":

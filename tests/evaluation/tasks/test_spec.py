@@ -103,8 +103,8 @@ def test_a_users_task_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (CHOICE + "promt: x\n", r"promt \(mine.yaml:6\) is no key: did you mean 'prompt'"),
-        (CHOICE + "data2: {pth: x}\n", r"data2.pth \(mine.yaml:6\) is no key: did you mean"),
+        (CHOICE + "promt: x\n", r"promt \(mine.yaml:6\) is not a key: did you mean 'prompt'"),
+        (CHOICE + "data2: {pth: x}\n", r"data2.pth \(mine.yaml:6\) is not a key: did you mean"),
         (CHOICE + "num_fewshot: many\n", r"num_fewshot \(mine.yaml:6\) is 'many': expected"),
         (CHOICE + "version: 0\n", "at least 1"),
         (CHOICE + "metrics: [f1]\n", "no metric 'f1' for multiple_choice: known are acc"),
