@@ -123,11 +123,11 @@ def test_generate_and_eval_compute_with_it(
 ) -> None:
     run = qlora_run[0].out
     (tmp_path / "text.txt").write_text("alpha beta gamma delta epsilon " * 8)
-    notices, scored = [], []
+    answers, scored = [], []
     for number, source in enumerate([run / "base", dense]):
         words = [str(source), "--adapter", str(run), "--prompt", "alpha", "--max-tokens", "8"]
         result = CliRunner().invoke(generate, words)
-        notices.append(result.stdout)
+        answers.append(result.stdout)
         assert ("was trained over" in result.stderr) == (source == dense)
         options = EvalOptions(adapter=run, perplexity=tmp_path / "text.txt")
         heard = Recorder()
@@ -135,7 +135,7 @@ def test_generate_and_eval_compute_with_it(
         scored.append(computed["perplexity"]["metrics"])
         notices = [getattr(event, "message", "") for event in heard.events]
         assert sum("was trained over" in text for text in notices) == (source == dense)
-    assert notices[0] == notices[1] and scored[0] == scored[1]
+    assert answers[0] == answers[1] and scored[0] == scored[1]
 
 
 def test_fuse_starts_from_it_and_stores_what_the_dense_model_is_stored_in(
