@@ -65,8 +65,8 @@ def test_stop_reasons_and_an_answer_without_text() -> None:
 
 @pytest.mark.parametrize("status", [429, 503])
 def test_busy_then_well(status: int) -> None:
-    def script(to_float: int, body: dict[str, Any]):
-        return (status, {}, {"Retry-After": "0"}) if to_float < 2 else answers(to_float, body)
+    def script(number: int, body: dict[str, Any]):
+        return (status, {}, {"Retry-After": "0"}) if number < 2 else answers(number, body)
 
     with serving(script) as served:
         assert len(list(teacher(served.base_url).answer(chats("one")))) == 1
@@ -83,8 +83,8 @@ def test_broken_for_ever_is_one_line_after_a_bounded_number_of_tries() -> None:
 
 
 def test_the_answers_before_a_failure_are_yielded() -> None:
-    def script(to_float: int, body: dict[str, Any]):
-        return (400, b"no", {}) if "bad" in str(body) else answers(to_float, body)
+    def script(number: int, body: dict[str, Any]):
+        return (400, b"no", {}) if "bad" in str(body) else answers(number, body)
 
     replies = []
     with serving(script) as served, pytest.raises(SlimError, match="400 Bad Request: no"):

@@ -126,7 +126,7 @@ def test_a_complete_phase_asks_no_teacher_again(rows: Path, tmp_path: Path) -> N
 
 
 def test_useless_answers_are_counted_and_not_learned(rows: Path, tmp_path: Path) -> None:
-    def script(to_float: int, body: dict[str, Any]):
+    def script(number: int, body: dict[str, Any]):
         text = body["messages"][0]["content"]
         if "1: " in text:
             return 200, completion("  "), {}
@@ -134,7 +134,7 @@ def test_useless_answers_are_counted_and_not_learned(rows: Path, tmp_path: Path)
             return 200, completion("and so on", "length"), {}
         if "3: " in text:
             return 200, completion("so it is because " * 20), {}
-        return answers(to_float, body)
+        return answers(number, body)
 
     seen = Recorder()
     with serving(script) as served:

@@ -18,7 +18,7 @@ DATA = DataConfig()
 
 
 def queries(*rows: Any, system: str | None = None, data: DataConfig = DATA) -> list[TeacherQuery]:
-    raws = [RawRow("a.jsonl", to_float, row, "line") for to_float, row in enumerate(rows, 1)]
+    raws = [RawRow("a.jsonl", number, row, "line") for number, row in enumerate(rows, 1)]
     ledger = SourceLedger("a.jsonl", "file", 1.0, [])
     return list(read_queries(raws, 0, SourceConfig(path="x", system=system), data, ledger))
 

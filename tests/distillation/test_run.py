@@ -201,8 +201,8 @@ def test_killed_while_asking_and_while_learning_equals_uninterrupted(
     run = recipe_with_teachers(tiny("llama"), data, [{"model": str(teacher)}])
     straight, out = tmp_path / "straight", tmp_path / "killed"
     distill(run, straight, observer=Recorder())
-    for to_float, (moment, count) in enumerate([("cache", 7), ("step", 5)]):
-        words = [tiny("llama"), data, teacher, out, moment, count, int(to_float > 0)]
+    for number, (moment, count) in enumerate([("cache", 7), ("step", 5)]):
+        words = [tiny("llama"), data, teacher, out, moment, count, int(number > 0)]
         run_until_killed(KILL_SCRIPT, *words)
         complete = list(out.glob("targets/*/complete.json"))
         assert len(complete) == (2 if moment == "step" else 0)

@@ -117,8 +117,8 @@ def test_a_teacher_that_fails_leaves_its_answers_and_the_run_resumes(
     out = tmp_path / "run"
     broken = {"after": 4}
 
-    def script(to_float: int, body: dict[str, Any]):
-        return (500, b"", {}) if to_float >= broken["after"] else answers(to_float, body)
+    def script(number: int, body: dict[str, Any]):
+        return (500, b"", {}) if number >= broken["after"] else answers(number, body)
 
     with serving(script) as served:
         teachers = [{"model": "m", "name": "t", "base_url": served.base_url}]

@@ -353,9 +353,7 @@ def test_an_architecture_with_other_names_is_refused(
     folder = Path(shutil.copytree(tiny("llama"), tmp_path / "m"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "mixtral"}))
-    with pytest.raises(
-        SlimError, match="cannot be exported to the Hugging Face format"
-    ):
+    with pytest.raises(SlimError, match="cannot be exported to the Hugging Face format"):
         export_hf(folder, tmp_path / "out")
     with pytest.raises(SlimError, match="mixtral models cannot be exported to GGUF"):
         export_gguf(folder, tmp_path / "out")
