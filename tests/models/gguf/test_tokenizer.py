@@ -92,11 +92,11 @@ def test_whole_files_are_rebuilt() -> None:
             "no tokenizer.ggml.tokens, which a tokenizer of type 'gpt2' needs",
         ),
         (byte_level(merges=[]), "no tokenizer.ggml.merges"),
-        (byte_level(merges=["Ġ t", "h e"]), "merges do not make 2 of its 4 longer tokens, such as"),
+        (byte_level(merges=["Ġ t", "h e"]), "merges do not produce 2 of its 4 longer tokens, such as"),
         (byte_level(merges=["Ġ t", "h e", "Ġthe", "i n"]), "merge 'Ġthe' is not a pair of tokens"),
         (byte_level(merges=["Ġ t", "h e", "Ġt he", "i n", "q qq"]), "cannot be rebuilt"),
         (byte_level(token_type=None), "no tokenizer.ggml.token_type, which a tokenizer of type"),
-        (byte_level(token_type=np.array([1])), "has 261 tokens and the types of 1"),
+        (byte_level(token_type=np.array([1])), "has 261 tokens but 1 types"),
         (byte_level(eos_token_id=999), "eos_token_id is 999, it has 261 tokens"),
         (pieces(scores=None), "no tokenizer.ggml.scores, which a tokenizer of type 'llama' needs"),
         (pieces(scores=np.zeros(3)), "has 272 tokens and the scores of 3"),
@@ -246,7 +246,7 @@ def test_split_files_are_one_model_given_any_part(
     [
         ({"1": {"no": 0}}, "00002-of-00003.gguf is not part 2 of 3: it says 0 of 3"),
         ({"2": {"count": 4}}, "00003-of-00003.gguf is not part 3 of 3: it says 2 of 4"),
-        ({"0": {"tensors": 99}}, "hold 30 tensors, they promise 99"),
+        ({"0": {"tensors": 99}}, "have 30 tensors, expected 99"),
         ({"1": {"again": True}}, "is not part 2 of 3: it holds .* again"),
     ],
 )
@@ -264,7 +264,7 @@ def test_missing_parts_are_named(tiny: Callable[..., Path], tmp_path: Path) -> N
     first, second, third = split_in(tmp_path / "m.gguf", 3)
     third.unlink()
     for part in (first, second):
-        with pytest.raises(SlimError, match=r"one of 3 parts .* without m-00003-of-00003\.gguf"):
+        with pytest.raises(SlimError, match=r"one of 3 shards .* without m-00003-of-00003\.gguf"):
             import_gguf(part)
     second.rename(tmp_path / "other.gguf")
     with pytest.raises(SlimError, match="its name does not say which") as error:
