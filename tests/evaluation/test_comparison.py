@@ -166,7 +166,7 @@ def test_what_is_not_there_or_damaged_is_one_line(tmp_path: Path) -> None:
         compare(tmp_path / "half", a)
     c = finished(tmp_path / "c", {"toy": answers("10")})
     (c / "results.json").write_text('{"models": 1}')
-    with pytest.raises(SlimError, match="no result of"):
+    with pytest.raises(SlimError, match="is not a result of"):
         compare(a, c)
     d = finished(tmp_path / "d", {"toy": answers("10")})
     samples = d / "samples_toy.jsonl"
@@ -210,7 +210,7 @@ def test_answers_that_cannot_be_counted_are_refused(tmp_path: Path, record: Any,
         ({"tasks": {"toy": []}}, "tasks.'toy'. is .., expected an object"),
         ({"tasks": {"toy": {"metrics": {}}}}, "'toy' has no 'n'"),
         ({"tasks": {"toy": {"n": 2, "metrics": 3}}}, "metrics is 3"),
-        ({"tasks": {"../toy": {"n": 2, "metrics": {}}}}, "no name of a task"),
+        ({"tasks": {"../toy": {"n": 2, "metrics": {}}}}, "is not the name of a task"),
         ({"perplexity": []}, "perplexity is"),
         ({"perplexity": {"n": 1, "bytes": 0}}, "bytes is 0, expected a whole number from 1"),
     ],
