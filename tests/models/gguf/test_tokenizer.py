@@ -92,7 +92,10 @@ def test_whole_files_are_rebuilt() -> None:
             "no tokenizer.ggml.tokens, which a tokenizer of type 'gpt2' needs",
         ),
         (byte_level(merges=[]), "no tokenizer.ggml.merges"),
-        (byte_level(merges=["Ġ t", "h e"]), "merges do not produce 2 of its 4 longer tokens, such as"),
+        (
+            byte_level(merges=["Ġ t", "h e"]),
+            "merges do not produce 2 of its 4 longer tokens, such as",
+        ),
         (byte_level(merges=["Ġ t", "h e", "Ġthe", "i n"]), "merge 'Ġthe' is not a pair of tokens"),
         (byte_level(merges=["Ġ t", "h e", "Ġt he", "i n", "q qq"]), "cannot be rebuilt"),
         (byte_level(token_type=None), "no tokenizer.ggml.token_type, which a tokenizer of type"),
