@@ -120,8 +120,8 @@ def use_rows(folder: Path, out: Path, name: str = "rows.jsonl") -> None:
     from mlx_slim.models.load import load_tokenizer
 
     template = folder / "mine.jinja"
-    given = template.is_symlink() or template.exists()
-    named: dict[str, Any] = {"template": str(template)} if given else {}
+    has_template = template.is_symlink() or template.exists()
+    named: dict[str, Any] = {"template": str(template)} if has_template else {}
     data = DataConfig(path=str(folder / name), **named)
     pipeline = Pipeline(data, load_tokenizer(folder / _BASE), max_length=256)
     for config in data.sources:

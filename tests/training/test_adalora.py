@@ -68,7 +68,7 @@ def test_gradients_importance_and_cuts_are_those_of_a_plain_reference(tiny: Tiny
     shake(model, 0.1)
     paths = [path for path, _ in adapters_of(model)]
     rank, rng = 5, np.random.default_rng(0)
-    parts = ("lora_e", "lora_a", "lora_b")
+    factors = ("lora_e", "lora_a", "lora_b")
     mean: dict[str, np.ndarray] = {}
     spread: dict[str, np.ndarray] = {}
     for step in range(1, 31):
@@ -99,7 +99,7 @@ def test_gradients_importance_and_cuts_are_those_of_a_plain_reference(tiny: Tiny
         if step in (7, 22, 24):
             scores = {}
             for path in paths:
-                score = {n: mean[f"{path}.{n}"] * spread[f"{path}.{n}"] for n in parts}
+                score = {n: mean[f"{path}.{n}"] * spread[f"{path}.{n}"] for n in factors}
                 for i in range(rank):
                     scores[path, i] = (
                         score["lora_e"][i]
