@@ -11,6 +11,7 @@ import json
 import os
 import queue
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -161,6 +162,12 @@ def device_memory() -> int:
     if Path("/proc/meminfo").exists():
         return _linux_memory()
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_disk(place: Path) -> int:
+    """Return the free bytes of the disk that holds ``place``, which need not exist yet."""
+    folder = next(each for each in (place, *place.absolute().parents) if each.exists())
+    return shutil.disk_usage(folder).free
 
 
 def parse_size(text: str | int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,25 @@ import click
 
 from mlx_slim.cli.options import SHOTS, Whole, alive, show_next
 from mlx_slim.next_steps import step
+
+_DTYPE = click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="Of the computation; auto is bfloat16 on a GPU, float32 on a CPU.",
+)
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print the whole record as JSON.")
+
+
+def _rounds(default: int) -> Callable[[Any], Any]:
+    return click.option(
+        "--rounds",
+        type=Whole(1),
+        default=default,
+        show_default=True,
+        help="Alternating runs; medians count.",
+    )
 
 
 @click.group("bench", epilog="Example: mlx-slim bench train models/mine")
@@ -41,17 +61,9 @@ def command() -> None:
 @click.option(
     "--max-length", type=Whole(16), default=512, show_default=True, help="Longest row, tokens."
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="Of the computation; auto is bfloat16 on a GPU, float32 on a CPU.",
-)
-@click.option(
-    "--rounds", type=Whole(1), default=2, show_default=True, help="Alternating runs; medians count."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the whole record as JSON.")
+@_DTYPE
+@_rounds(2)
+@_JSON
 def train(model: str, against: str, as_json: bool, **work: Any) -> None:
     """Train one epoch of the same rows on both sides, alternating, and compare."""
     if against == work["method"]:
@@ -94,17 +106,9 @@ def train(model: str, against: str, as_json: bool, **work: Any) -> None:
     show_default=True,
     help="The other side: mlx-lm's scorer.",
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="Of the computation; auto is bfloat16 on a GPU, float32 on a CPU.",
-)
-@click.option(
-    "--rounds", type=Whole(1), default=1, show_default=True, help="Alternating runs; medians count."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the whole record as JSON.")
+@_DTYPE
+@_rounds(1)
+@_JSON
 def evaluate(model: str, against: str, as_json: bool, **work: Any) -> None:
     """Score the same questions on both sides, alternating, and compare."""
     from mlx_slim.bench.evaluate import bench_eval
@@ -142,7 +146,7 @@ def evaluate(model: str, against: str, as_json: bool, **work: Any) -> None:
     type=click.Path(path_type=Path),
     help="File of finished cases, which are not run again.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the whole record as JSON.")
+@_JSON
 def plan(model: str, output: Path | None, as_json: bool) -> None:
     """Compare predicted with measured peak memory over 32 small runs (a quarter of an hour).
 

@@ -33,7 +33,7 @@ from mlx_slim.data.batches import Batch, Batcher, RowStore
 from mlx_slim.distillation.losses import top
 from mlx_slim.errors import ResourceError
 from mlx_slim.models import structure
-from mlx_slim.runtime import human_bytes, run_in_threads
+from mlx_slim.runtime import free_disk, human_bytes, run_in_threads
 from mlx_slim.training.chunk_size import chunk_size
 from mlx_slim.training.step import batch_arrays, part_count, supervised_rows
 
@@ -191,8 +191,7 @@ def check_disk(cache: Path, needed: int) -> None:
     Raises:
         ResourceError: Says how much is needed and free.
     """
-    place = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(place).free
+    free = free_disk(cache)
     if free < needed:
         raise ResourceError(
             f"the targets of the teachers need {human_bytes(needed)} in {cache}, "

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 import re
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -327,11 +326,10 @@ def _trained_on(
 def _check_disk(out: Path, jobs: list[ScoringJob]) -> None:
     """Refuse a disk that cannot hold the samples."""
     needed = _MIN_DISK + sum(_SAMPLE_BYTES * job.chunks[-1].stop for job in jobs)
-    parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(parent).free
+    free = runtime.free_disk(out)
     if free < needed:
         raise ResourceError(
-            f"the disk has {runtime.human_bytes(free)} free at {parent}, "
+            f"the disk has {runtime.human_bytes(free)} free for {out}, "
             f"the results need about {runtime.human_bytes(needed)}",
             "free some space, or choose another output folder",
         )

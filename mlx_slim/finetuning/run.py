@@ -9,7 +9,6 @@ behind. Try it: ``mlx-slim train smollm2-lora -o runs/try``.
 from __future__ import annotations
 
 import gc
-import shutil
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -55,6 +54,7 @@ from mlx_slim.progress import stage
 from mlx_slim.reading import library_errors, read_object, short
 from mlx_slim.runtime import (
     dtype_name,
+    free_disk,
     from_first_rank,
     human_bytes,
     memory_budget,
@@ -283,7 +283,7 @@ def _finished(out: Path, observer: events.Observer) -> Result:
 
 def _check_disk(out: Path, prediction: Prediction) -> None:
     """Refuse to start when the disk cannot hold the run."""
-    free = shutil.disk_usage(out).free
+    free = free_disk(out)
     if free < prediction.disk_bytes:
         raise ResourceError(
             f"{out} will need {human_bytes(prediction.disk_bytes)} of disk, "

@@ -9,12 +9,13 @@ of the config's own keys. Try it: ``mlx-slim prune MODEL -o DIR --ratio 0.2 --dr
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_slim.errors import SlimError
+from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.models import rope_install, structure
 from mlx_slim.models.activations import use_tanh_gelu
 from mlx_slim.models.reference import reference_of
@@ -125,6 +126,28 @@ def widths_of(model: nn.Module) -> list[dict[str, int]]:
             }
         )
     return widths
+
+
+def refuse_unnamed(
+    config: dict[str, Any], kinds: Collection[str], format_name: str, way_out: str
+) -> None:
+    """Refuse a model type for whose tensors ``format_name`` has no names here.
+
+    Args:
+        config: Of the model.
+        kinds: The model types that can be written.
+        format_name: As the message calls it.
+        way_out: What to do instead, or why; the nearest of ``kinds`` stands before it.
+
+    Raises:
+        SlimError: With what would work.
+    """
+    kind = config.get("model_type", "")
+    if kind not in kinds:
+        raise SlimError(
+            f"{kind} models cannot be exported to {format_name}",
+            f"{did_you_mean(kind, kinds)}; {way_out}",
+        )
 
 
 def refuse_varied(config: dict[str, Any], format_name: str) -> None:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from mlx_slim.errors import SlimError, did_you_mean
-from mlx_slim.models.build import refuse_varied
+from mlx_slim.models.build import refuse_unnamed, refuse_varied
 
 # Model type -> class. mlx-lm renames or reshapes the tensors of the others while loading.
 CLASSES = {
@@ -41,12 +40,8 @@ def check_writable_as_hf(config: dict[str, Any]) -> None:
         SlimError: With what would work.
     """
     refuse_varied(config, "Hugging Face's format")
-    kind = config.get("model_type", "")
-    if kind not in CLASSES:
-        raise SlimError(
-            f"{kind} models cannot be exported to the Hugging Face format",
-            f"{did_you_mean(kind, CLASSES)}; mlx-lm stores their tensors under other names",
-        )
+    names = "mlx-lm stores their tensors under other names"
+    refuse_unnamed(config, CLASSES, "the Hugging Face format", names)
 
 
 def hf_config(config: dict[str, Any]) -> dict[str, Any]:

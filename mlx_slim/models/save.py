@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 
 from mlx_slim.artifacts import atomic_folder
 from mlx_slim.errors import ResourceError, SlimError
-from mlx_slim.runtime import dtype_name, human_bytes
+from mlx_slim.runtime import dtype_name, free_disk, human_bytes
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -53,7 +53,7 @@ def save_model(
 
     needed = sum(value.nbytes for value in _arrays(model)) + _SLACK
     with atomic_folder(folder) as temporary:
-        free = shutil.disk_usage(temporary).free
+        free = free_disk(temporary)
         if free < needed:
             raise ResourceError(
                 f"{folder} needs {human_bytes(needed)}, the disk has {human_bytes(free)} left",

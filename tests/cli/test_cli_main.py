@@ -17,6 +17,7 @@ import pytest
 from mlx_slim import __version__
 from mlx_slim.cli import main as entry
 from mlx_slim.errors import ResourceError, SlimError
+from tests.support.imports import imported_by
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,19 +55,8 @@ def raising(error: BaseException) -> Callable[[], None]:
 
 
 def test_help_lists_the_commands_and_imports_nothing_heavy() -> None:
-    code = (
-        "import sys; from mlx_slim.cli.main import run; run(['--help']);"
-        "heavy = {'mlx.core', 'mlx_lm', 'transformers', 'datasets', 'rich', 'numpy'};"
-        "print(heavy & set(sys.modules), file=sys.stderr)"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert "doctor" in result.stdout
-    assert result.stderr == "set()\n"
+    out, heavy = imported_by("from mlx_slim.cli.main import run; run(['--help'])")
+    assert "doctor" in out and heavy == "set()\n"
 
 
 @pytest.mark.parametrize("name", list(entry.available()))

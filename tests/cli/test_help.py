@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import click
 import pytest
 
 from mlx_slim.cli import main as entry
-from tests.cli.test_cli_main import ROOT, slim
+from tests.cli.test_cli_main import slim
+from tests.support.imports import imported_by
 
 
 def leaves(command: click.Command, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
@@ -102,19 +100,11 @@ def test_what_a_shell_is_offered(typed: str, offered: Any) -> None:
 
 
 def test_a_shell_that_completes_waits_for_no_heavy_import() -> None:
-    code = (
-        "import os, sys; from mlx_slim.cli import main;"
+    out, heavy = imported_by(
+        "import os; from mlx_slim.cli import main\n"
         "os.environ.update(_MLX_SLIM_COMPLETE='bash_complete', COMP_WORDS='mlx-slim ', "
-        "COMP_CWORD='1');\n"
+        "COMP_CWORD='1')\n"
         "try: main.run([])\n"
-        "except SystemExit: pass\n"
-        "heavy = {'mlx.core', 'mlx_lm', 'transformers', 'datasets', 'rich', 'numpy'}\n"
-        "print(heavy & set(sys.modules), file=sys.stderr)"
+        "except SystemExit: pass"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert "doctor" in result.stdout and result.stderr == "set()\n"
+    assert "doctor" in out and heavy == "set()\n"

@@ -17,8 +17,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_slim.errors import SlimError, did_you_mean
-from mlx_slim.models.build import refuse_varied
+from mlx_slim.errors import SlimError
+from mlx_slim.models.build import refuse_unnamed, refuse_varied
 from mlx_slim.models.gguf.file import pack_blocks
 from mlx_slim.models.gguf.load import ARCHITECTURES, llama3_factors
 from mlx_slim.models.gguf.vocab import vocabulary
@@ -39,12 +39,7 @@ def check_writable_as_gguf(config: dict[str, Any]) -> None:
         SlimError: With what would work.
     """
     refuse_varied(config, "GGUF")
-    kind = config.get("model_type", "")
-    if kind not in WRITES:
-        raise SlimError(
-            f"{kind} models cannot be exported to GGUF",
-            f"{did_you_mean(kind, WRITES)}; or export --to hf and use llama.cpp's converter",
-        )
+    refuse_unnamed(config, WRITES, "GGUF", "or export --to hf and use llama.cpp's converter")
     scaling = config.get("rope_scaling") or {}
     rope = scaling.get("rope_type") or scaling.get("type") or "default"
     if rope not in ("default", "linear", "yarn", "llama3"):
