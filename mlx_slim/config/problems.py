@@ -154,14 +154,25 @@ class Words:
                 keys += self._every_key(choice, here)
         return keys
 
+    def _first_unknown(self, path: Keys) -> int:
+        """Return the place in ``path`` of its first part that is not a key; the last if unsure."""
+        for place, part in enumerate(path):
+            valid = self._valid_keys(path[:place])
+            if valid and part not in valid:
+                return place
+        return len(path) - 1
+
     def _unknown(self, path: Keys, origins: Origins) -> str:
         siblings = self._valid_keys(path[:-1])
         every = [".".join(key) for key in self._every_key(self.root)]
-        close = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.6)
+        wrong = self._first_unknown(path)  # a section's name may be what is mistyped
+        close = difflib.get_close_matches(
+            path[wrong], self._valid_keys(path[:wrong]), n=1, cutoff=0.6
+        )
         elsewhere = [key for key in every if key.rsplit(".", 1)[-1] == path[-1]]
         dotted = ".".join(path)
         if close:
-            hint = f"did you mean {'.'.join((*path[:-1], close[0]))!r}?"
+            hint = f"did you mean {'.'.join((*path[:wrong], close[0], *path[wrong + 1 :]))!r}?"
         elif elsewhere:
             hint = f"did you mean {elsewhere[0]!r}?"
         else:

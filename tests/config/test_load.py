@@ -121,6 +121,12 @@ def test_numbers_do_not_depend_on_what_others_did_to_yaml(load: Any) -> None:
     assert load("model: x\ntrain: {learning_rate: 1e-5}\n").recipe.train.learning_rate == 1e-5
 
 
+def test_a_mistyped_section_is_corrected_before_its_keys(load: Any) -> None:
+    """``data.path`` ends as ``forgeting.path`` does, but it is the section that is mistyped."""
+    with pytest.raises(SlimError, match=r"did you mean 'forgetting\.path'\?"):
+        load("model: x\n", "forgeting.path=text.txt")
+
+
 def test_all_problems_at_once_each_with_key_value_range_and_origin(load: Any) -> None:
     with pytest.raises(SlimError) as error:
         load(
