@@ -122,13 +122,6 @@ def blocks_path(model: nn.Module) -> str:
     raise SlimError(f"{type(model).__module__} hides its blocks from named_modules")
 
 
-def linear_names(block: nn.Module) -> list[str]:
-    """Return the paths of the linear layers inside one block, sorted."""
-    return sorted(
-        path for path, module in block.named_modules() if isinstance(module, LINEAR_TYPES)
-    )
-
-
 def _candidates(model: nn.Module) -> list[Split]:
     """Return the ways ``model`` might split, without scale or cap; a probe decides."""
     pairs: list[Split] = []
