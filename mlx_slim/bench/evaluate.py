@@ -12,31 +12,19 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
+from mlx_slim.bench.options import BenchEvalOptions
 from mlx_slim.bench.rounds import record, run_side
 from mlx_slim.errors import SlimError
 
 
 def bench_eval(
-    model: str,
-    *,
-    task: str,
-    limit: int,
-    num_fewshot: int | None,
-    data_dir: str | None,
-    dtype: str,
-    rounds: int,
-    progress: Callable[[str], None],
+    model: str, options: BenchEvalOptions, progress: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Measure our scorer against mlx-lm's on the first ``limit`` questions of a task.
+    """Measure our scorer against mlx-lm's on the first questions of a task.
 
     Args:
         model: Hub id or folder.
-        task: Name or file of a task.
-        limit: Questions (of each subject, where a task has subjects).
-        num_fewshot: Solved examples; None takes the task's own number.
-        data_dir: Data mirror; None takes ``MLX_SLIM_DATA``, else the hub.
-        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
-        rounds: Times each side runs, alternating.
+        options: Which questions, and how often.
         progress: Called with a line before each run.
 
     Returns:
@@ -53,25 +41,25 @@ def bench_eval(
         )
     work = {
         "model": model,
-        "task": task,
-        "limit": limit,
-        "num_fewshot": num_fewshot,
-        "data_dir": data_dir,
-        "dtype": dtype,
+        "task": options.task,
+        "limit": options.limit,
+        "num_fewshot": options.num_fewshot,
+        "data_dir": None if options.data_dir is None else str(options.data_dir),
+        "dtype": options.dtype,
     }
     results: list[dict[str, Any]] = []
     answers: dict[str, Any] = {}
-    for number in range(rounds):
+    for number in range(options.rounds):
         sides: dict[str, Any] = {}
         for name, side in (("ours", "ours"), ("mlx_lm", "mlx-lm")):
-            progress(f"round {number + 1}/{rounds}: {side}")
+            progress(f"round {number + 1}/{options.rounds}: {side}")
             sides[name] = run_side("eval_sides", side, work)
             answers[name] = sides[name].pop("answers")
             minimum = sides["ours"]["tokens_minimum"]  # the same work for both
             sides[name]["tokens_per_second"] = minimum / sides[name]["seconds"]
             progress(f"  {sides[name]['questions_per_second']:.3f} questions/s")
         results.append(sides)
-    result = record({**work, "against": "mlx-lm"}, "mlx_lm", results)
+    result = record({**work, "against": options.against}, "mlx_lm", results)
     result["ratio"]["computed_to_minimum"] = (
         result["ours"]["tokens_computed"] / result["ours"]["tokens_minimum"]
     )

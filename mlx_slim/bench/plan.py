@@ -20,8 +20,8 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_slim.artifacts import read_records, write_text
+from mlx_slim.bench.options import METHODS
 from mlx_slim.bench.rounds import run_side
-from mlx_slim.bench.train import METHODS
 from mlx_slim.claims import held
 from mlx_slim.errors import SlimError
 from mlx_slim.models.build import build

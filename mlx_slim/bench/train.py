@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mlx_slim.bench.options import BenchTrainOptions
 from mlx_slim.bench.rounds import record, run_side
 from mlx_slim.config.schema import DataConfig
 from mlx_slim.data.ledger import SourceLedger
@@ -20,8 +21,6 @@ from mlx_slim.data.pipeline import Pipeline
 from mlx_slim.data.sources import find
 from mlx_slim.errors import SlimError
 from mlx_slim.models.load import load_tokenizer
-
-METHODS = ("lora", "qlora", "dora", "full")
 
 
 def _rows(path: str, model: str, count: int, max_length: int, out: Path) -> int:
@@ -44,50 +43,34 @@ def _rows(path: str, model: str, count: int, max_length: int, out: Path) -> int:
 
 
 def bench_train(
-    model: str,
-    *,
-    data: str,
-    method: str,
-    against: str,
-    rows: int,
-    batch: int,
-    max_length: int,
-    dtype: str,
-    rounds: int,
-    progress: Callable[[str], None],
+    model: str, options: BenchTrainOptions, progress: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Measure our training of ``method`` against mlx-lm's, or against another method of ours.
+    """Measure our training of a method against mlx-lm's, or against another method of ours.
 
     Args:
         model: Hub id or folder.
-        data: Alpaca rows: hub id, mirror or file.
-        method: ``lora``, ``qlora``, ``dora`` or ``full``.
-        against: ``mlx-lm``, or another method.
-        rows: Rows of the epoch (the first step is not timed).
-        batch: mlx-lm's rows per step; ours gets the token budget ``batch`` · ``max_length``.
-        max_length: Longest row, tokens.
-        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
-        rounds: Times each side runs, alternating.
+        options: What is trained, on which rows, and how often.
         progress: Called with a line before each run.
 
     Returns:
         The record that DESIGN.md calls ``bench … --json``.
     """
+    method, against = options.method, options.against
     other = "mlx_lm" if against == "mlx-lm" else against
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
-        tokens = _rows(data, model, rows, max_length, file)
+        tokens = _rows(options.data, model, options.rows, options.max_length, file)
         work = {
             "model": model,
             "rows": str(file),
             "method": method,
-            "batch": batch,
-            "max_length": max_length,
-            "dtype": dtype,
+            "batch": options.batch,
+            "max_length": options.max_length,
+            "dtype": options.dtype,
         }
         results: list[dict[str, Any]] = []
-        for number in range(rounds):
-            progress(f"round {number + 1}/{rounds}: {method}")
+        for number in range(options.rounds):
+            progress(f"round {number + 1}/{options.rounds}: {method}")
             ours = run_side("sides", "ours", work)
             progress(f"  {ours['tokens_per_second']:.1f} tokens/s; against {against}")
             if against == "mlx-lm":
@@ -97,5 +80,6 @@ def bench_train(
             progress(f"  {theirs['tokens_per_second']:.1f} tokens/s")
             results.append({"ours": ours, other: theirs})
     described = {key: value for key, value in work.items() if key != "rows"}
-    described |= {"data": data, "rows": rows, "real_tokens": tokens, "against": against}
+    described |= {"data": options.data, "rows": options.rows, "real_tokens": tokens}
+    described["against"] = against
     return record(described, other, results)

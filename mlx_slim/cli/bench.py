@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mlx_slim.cli.options import SHOTS, Whole, alive, show_next
+from mlx_slim.bench.options import BenchEvalOptions, BenchTrainOptions
+from mlx_slim.cli.options import alive, options_of, show_next
 from mlx_slim.next_steps import step
 
-_DTYPE = click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="Of the computation; auto is bfloat16 on a GPU, float32 on a CPU.",
-)
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print the whole record as JSON.")
-
-
-def _rounds(default: int) -> Callable[[Any], Any]:
-    return click.option(
-        "--rounds",
-        type=Whole(1),
-        default=default,
-        show_default=True,
-        help="Alternating runs; medians count.",
-    )
 
 
 @click.group("bench", epilog="Example: mlx-slim bench train models/mine")
@@ -39,34 +22,13 @@ def command() -> None:
 
 @command.command("train", epilog="Example: mlx-slim bench train models/mine --against mlx-lm")
 @click.argument("model")
-@click.option("--data", default="tatsu-lab/alpaca", show_default=True, help="Alpaca rows.")
-@click.option(
-    "--method",
-    type=click.Choice(["lora", "qlora", "dora", "full"]),
-    default="lora",
-    show_default=True,
-    help="What is trained.",
-)
-@click.option(
-    "--against",
-    type=click.Choice(["mlx-lm", "lora", "qlora", "dora", "full"]),
-    default="mlx-lm",
-    show_default=True,
-    help="mlx-lm's trainer, or another method of mlx-slim.",
-)
-@click.option("--rows", type=Whole(12), default=48, show_default=True, help="Training rows.")
-@click.option(
-    "--batch", type=Whole(1), default=4, show_default=True, help="Rows of a batch of mlx-lm."
-)
-@click.option(
-    "--max-length", type=Whole(16), default=512, show_default=True, help="Longest row, tokens."
-)
-@_DTYPE
-@_rounds(2)
+@options_of(BenchTrainOptions)
 @_JSON
-def train(model: str, against: str, as_json: bool, **work: Any) -> None:
+def train(model: str, as_json: bool, **options: Any) -> None:
     """Train one epoch of the same rows on both sides, alternating, and compare."""
-    if against == work["method"]:
+    work = BenchTrainOptions(**options)
+    against = work.against
+    if against == work.method:
         raise click.UsageError(f"--against {against} is the method itself")
     from mlx_slim.bench.train import bench_train
     from mlx_slim.runtime import human_bytes
@@ -75,7 +37,7 @@ def train(model: str, against: str, as_json: bool, **work: Any) -> None:
         click.echo(line, err=True)
 
     with alive():
-        record = bench_train(model, against=against, progress=progress, **work)
+        record = bench_train(model, work, progress)
     if as_json:
         click.echo(json.dumps(record, indent=2))
         return
@@ -95,21 +57,9 @@ def train(model: str, against: str, as_json: bool, **work: Any) -> None:
     "eval", epilog="Example: mlx-slim bench eval models/mine --task hellaswag --limit 50"
 )
 @click.argument("model")
-@click.option("--task", default="hellaswag", show_default=True, help="Name or file of a task.")
-@click.option("--limit", type=Whole(1), default=100, show_default=True, help="Questions.")
-@click.option("--num-fewshot", type=SHOTS, help="Examples; the task's own by default.")
-@click.option("--data-dir", type=click.Path(), help="Data mirror; MLX_SLIM_DATA by default.")
-@click.option(
-    "--against",
-    type=click.Choice(["mlx-lm"]),
-    default="mlx-lm",
-    show_default=True,
-    help="The other side: mlx-lm's scorer.",
-)
-@_DTYPE
-@_rounds(1)
+@options_of(BenchEvalOptions)
 @_JSON
-def evaluate(model: str, against: str, as_json: bool, **work: Any) -> None:
+def evaluate(model: str, as_json: bool, **options: Any) -> None:
     """Score the same questions on both sides, alternating, and compare."""
     from mlx_slim.bench.evaluate import bench_eval
     from mlx_slim.runtime import human_bytes
@@ -118,7 +68,7 @@ def evaluate(model: str, against: str, as_json: bool, **work: Any) -> None:
         click.echo(line, err=True)
 
     with alive():
-        record = bench_eval(model, progress=progress, **work)
+        record = bench_eval(model, BenchEvalOptions(**options), progress)
     if as_json:
         click.echo(json.dumps(record, indent=2))
         return

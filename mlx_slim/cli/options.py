@@ -62,13 +62,15 @@ def options_of(owner: type, *names: str) -> Callable[[Command], Command]:
 
     Args:
         owner: Its fields are declared with ``config.options.option``.
-        names: Of the fields; the command gets their values under these names.
+        names: Of the fields; the command gets their values under these names. None named: every
+            field that is declared as an option.
     """
     fields = {field.name: field for field in dataclasses.fields(owner)}
     hints = get_type_hints(owner, include_extras=True)
 
     def add(command: Command) -> Command:
-        for name in reversed(names):
+        declared = [name for name, field in fields.items() if KEY in field.metadata]
+        for name in reversed(names or declared):
             command = _option(fields[name], hints[name])(command)
         return command
 

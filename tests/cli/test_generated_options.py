@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 from pydantic import Field
 
+from mlx_slim.bench.options import BenchEvalOptions, BenchTrainOptions
 from mlx_slim.cli import main as entry
 from mlx_slim.cli.options import options_of
 from mlx_slim.config.options import KEY, option
@@ -20,6 +21,8 @@ from mlx_slim.pruning.options import PruneOptions
 from mlx_slim.quantization.options import CompressOptions
 
 OWNERS = {
+    "bench eval": BenchEvalOptions,
+    "bench train": BenchTrainOptions,
     "eval": EvalOptions,
     "fuse": FuseOptions,
     "prune": PruneOptions,
@@ -47,7 +50,7 @@ def _values(*words: str) -> dict[str, Any]:
     taken: dict[str, Any] = {}
 
     @click.command()
-    @options_of(Oven, *(one.name for one in fields(Oven)))
+    @options_of(Oven)
     def bake(**values: Any) -> None:
         taken.update(values)
 
@@ -86,7 +89,10 @@ def test_ranges_and_choices_are_those_of_the_type(words: str) -> None:
 
 @pytest.mark.parametrize("name", list(OWNERS))
 def test_a_command_has_every_declared_option_with_the_default_of_its_class(name: str) -> None:
-    command = entry.command.get_command(click.Context(entry.command), name)  # type: ignore[attr-defined]
+    command: click.Command | None = entry.command
+    for word in name.split():
+        assert isinstance(command, click.Group)
+        command = command.get_command(click.Context(command), word)
     assert command is not None
     params = {param.name: param for param in command.params}
     for one in fields(OWNERS[name]):

@@ -1,0 +1,83 @@
+"""What to measure: the values that ``mlx-slim bench train`` and ``bench eval`` take.
+
+Invariant: the only home of these defaults; nothing heavy is imported. Try it:
+``mlx-slim bench train --help``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field
+
+from mlx_slim.config.options import option
+from mlx_slim.config.section import MOST, PositiveInt
+from mlx_slim.config.task import MOST_SHOTS
+
+Method = Literal["lora", "qlora", "dora", "full"]
+METHODS: tuple[Method, ...] = get_args(Method)
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+_DTYPE = option("Of the computation; auto is bfloat16 on a GPU, float32 on a CPU.")
+_ROUNDS = option("Alternating runs; medians count.")
+
+
+@dataclass(frozen=True)
+class BenchTrainOptions:
+    """What both sides train, and how often.
+
+    Attributes:
+        data: Alpaca rows: hub id, mirror or file.
+        method: What is trained.
+        against: ``mlx-lm``, or another method of mlx-slim.
+        rows: Rows of the epoch (the first step is not timed).
+        batch: mlx-lm's rows per step; ours gets the token budget ``batch`` · ``max_length``.
+        max_length: Longest row, tokens.
+        dtype: Of the computation; ``auto`` is bfloat16 on a GPU, float32 on a CPU.
+        rounds: Times each side runs, alternating.
+    """
+
+    data: str = field(default="tatsu-lab/alpaca", metadata=option("Alpaca rows."))
+    method: Method = field(default="lora", metadata=option("What is trained."))
+    against: Literal["mlx-lm", "lora", "qlora", "dora", "full"] = field(
+        default="mlx-lm", metadata=option("mlx-lm's trainer, or another method of mlx-slim.")
+    )
+    rows: Annotated[int, Field(ge=12, le=MOST)] = field(
+        default=48, metadata=option("Training rows.")
+    )
+    batch: PositiveInt = field(default=4, metadata=option("Rows of a batch of mlx-lm."))
+    max_length: Annotated[int, Field(ge=16, le=MOST)] = field(
+        default=512, metadata=option("Longest row, tokens.")
+    )
+    dtype: Dtype = field(default="auto", metadata=_DTYPE)
+    rounds: PositiveInt = field(default=2, metadata=_ROUNDS)
+
+
+@dataclass(frozen=True)
+class BenchEvalOptions:
+    """What both sides answer, and how often.
+
+    Attributes:
+        task: Name or file of a task.
+        limit: Questions (of each subject, where a task has subjects).
+        num_fewshot: Solved examples; None takes the task's own number.
+        data_dir: Data mirror; None takes ``MLX_SLIM_DATA``, else the hub.
+        against: The other side.
+        dtype: Of the computation; ``auto`` is bfloat16 on a GPU, float32 on a CPU.
+        rounds: Times each side runs, alternating.
+    """
+
+    task: str = field(default="hellaswag", metadata=option("Name or file of a task."))
+    limit: PositiveInt = field(default=100, metadata=option("Questions."))
+    num_fewshot: Annotated[int, Field(ge=0, le=MOST_SHOTS)] | None = field(
+        default=None, metadata=option("Examples; the task's own by default.")
+    )
+    data_dir: Path | None = field(
+        default=None, metadata=option("Data mirror; MLX_SLIM_DATA by default.")
+    )
+    against: Literal["mlx-lm"] = field(
+        default="mlx-lm", metadata=option("The other side: mlx-lm's scorer.")
+    )
+    dtype: Dtype = field(default="auto", metadata=_DTYPE)
+    rounds: PositiveInt = field(default=1, metadata=_ROUNDS)
