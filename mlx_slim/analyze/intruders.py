@@ -24,6 +24,7 @@ from mlx_slim.adapters.dora import DoRALinear
 from mlx_slim.adapters.inject import adapters_of, sites
 from mlx_slim.adapters.lora import Adapter, LoRAEmbedding
 from mlx_slim.adapters.store import load_adapter
+from mlx_slim.analyze.options import IntruderOptions
 from mlx_slim.analyze.spectrum import (
     Spectrum,
     cached_spectrum,
@@ -271,10 +272,10 @@ def model_pairs(source: str, tuned: str) -> tuple[str, Iterator[Pair]]:
 def find_intruders(
     base: str,
     *,
-    adapter: Path | None = None,
-    tuned: str | None = None,
-    k: int = 10,
-    epsilon: float = 0.5,
+    adapter: Path | None = IntruderOptions.adapter,
+    tuned: str | None = IntruderOptions.tuned,
+    k: int = IntruderOptions.k,
+    epsilon: float = IntruderOptions.epsilon,
     cache: Path | None = None,
     progress: Callable[[MatrixSpectra], None] = lambda matrix: None,
 ) -> Intruders:

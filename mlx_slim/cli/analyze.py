@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_slim.cli.options import Real, Whole, alive, show_next
+from mlx_slim.analyze.options import IntruderOptions
+from mlx_slim.cli.options import alive, options_of, show_next
 from mlx_slim.next_steps import step
 
 if TYPE_CHECKING:
@@ -29,35 +30,17 @@ def command() -> None:
     epilog="Example: mlx-slim analyze intruders models/mine --adapter runs/mine/adapters -o out",
 )
 @click.argument("base")
-@click.option("--adapter", type=click.Path(path_type=Path), help="Adapter folder.")
-@click.option("--tuned", help="A whole tuned model: folder or hub id.")
-@click.option("--k", default=10, show_default=True, type=Whole(1), help="Directions.")
-@click.option(
-    "--epsilon",
-    default=0.5,
-    show_default=True,
-    type=Real(0, 1, min_open=True),
-    help="A direction whose cosine to all of the base's is below this is an intruder.",
-)
+@options_of(IntruderOptions, "adapter", "tuned", "k", "epsilon")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="New folder.")
-@click.option("--no-cache", is_flag=True, help="Do not cache the base's spectra on disk.")
+@options_of(IntruderOptions, "no_cache")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
-def intruders(
-    base: str,
-    adapter: Path | None,
-    tuned: str | None,
-    k: int,
-    epsilon: float,
-    output: Path,
-    no_cache: bool,
-    as_json: bool,
-) -> None:
+def intruders(base: str, output: Path, no_cache: bool, as_json: bool, **options: Any) -> None:
     """Count the singular directions that tuning added to the weights of BASE (arXiv 2410.21228).
 
     Writes intruders.json and intruders.svg. An adapter that a QLoRA run trained is compared with
     the quantized base that it was trained on.
     """
-    if (adapter is None) == (tuned is None):
+    if (options["adapter"] is None) == (options["tuned"] is None):
         raise click.UsageError("give either --adapter DIR or --tuned MODEL")
     from mlx_slim.analyze.intruder_plot import plot
     from mlx_slim.analyze.intruders import find_intruders
@@ -75,16 +58,12 @@ def intruders(
         if not as_json:
             click.echo(_line(matrix), err=True)
 
-    inputs = {"base": base, "adapter": adapter, "tuned": tuned, "k": k, "epsilon": epsilon}
-    with alive(), new_folder(output, "analyze intruders", inputs):
+    with alive(), new_folder(output, "analyze intruders", {"base": base, **options}):
         result = find_intruders(
             base,
-            adapter=adapter,
-            tuned=tuned,
-            k=k,
-            epsilon=epsilon,
             cache=None if no_cache else cache_folder(),
             progress=progress,
+            **options,
         )
         record = {
             "schema_version": SCHEMA_VERSION,

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_slim.cli.options import show_next, speaker_options
+from mlx_slim.cli.options import options_of, show_next
 from mlx_slim.cli.speaker import open_and_tell
 from mlx_slim.errors import SlimError, did_you_mean
+from mlx_slim.evaluation.options import ChatOptions
 from mlx_slim.interrupts import Terminated
 from mlx_slim.next_steps import train_on, use_model
 
@@ -39,26 +40,19 @@ def _switch(speaker: ChatSession, names: list[str]) -> None:
 
 
 @click.command(epilog="Example: mlx-slim chat models/mine --adapter runs/mine/adapters")
-@speaker_options(max_tokens=512, temp=0.7)
-def command(
-    model: str,
-    adapter: tuple[str, ...],
-    system: str | None,
-    max_tokens: int,
-    temp: float,
-    seed: int,
-    revision: str | None,
-    trust_remote_code: bool,
-) -> None:
+@click.argument("model")
+@options_of(ChatOptions)
+def command(model: str, **chosen: Any) -> None:
     """Chat with MODEL (a folder or a hub id).
 
     /reset starts a new conversation, /adapter switches adapters, /exit or Ctrl-D leaves.
     """
     import mlx.core as mx
 
-    speaker = open_and_tell(model, adapter, revision, trust_remote_code)
-    mx.random.seed(seed)
-    start = [{"role": "system", "content": system}] if system else []
+    options = ChatOptions(**chosen)
+    speaker = open_and_tell(model, options)
+    mx.random.seed(options.seed)
+    start = [{"role": "system", "content": options.system}] if options.system else []
     speaker.chat_ids([*start, {"role": "user", "content": "hello"}])  # refuse before the first turn
     messages = list(start)
     interactive = sys.stdin.isatty()
@@ -88,7 +82,9 @@ def command(
         pieces: list[str] = []
         try:
             ids = speaker.chat_ids(messages)
-            for piece in speaker.stream(ids, max_tokens=max_tokens, temperature=temp):
+            for piece in speaker.stream(
+                ids, max_tokens=options.max_tokens, temperature=options.temp
+            ):
                 pieces.append(piece)
                 click.echo(piece, nl=False)
         except Terminated:
@@ -102,4 +98,4 @@ def command(
         click.echo()
         messages.append({"role": "assistant", "content": "".join(pieces)})
     if interactive:
-        show_next(*use_model(model, adapter)[1:], train_on(model))
+        show_next(*use_model(model, options.adapter)[1:], train_on(model))

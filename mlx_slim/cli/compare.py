@@ -10,11 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_slim.cli.options import Whole
+from mlx_slim.cli.options import options_of
+from mlx_slim.compare.options import CompareOptions
 from mlx_slim.errors import Interrupted, SlimError, did_you_mean, without_secrets
 from mlx_slim.interrupts import SignalFlag
 
@@ -28,20 +29,14 @@ _POLL = 0.05  # seconds between polls of a running cell
 @click.argument("matrix", required=False)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder [runs/MATRIX].")
-@click.option("--resume", is_flag=True, help="Resume: compute what is missing or has changed.")
-@click.option("--dry-run", is_flag=True, help="Print cells, predicted memory and time; do nothing.")
-@click.option("--limit", type=Whole(1), help="At most N questions of each task.")
-@click.option("--only", metavar="CELL", help="Run one cell of a prepared folder in this process.")
+@options_of(CompareOptions)
 @click.option("--quiet", is_flag=True, help="Warnings and the end only.")
 def command(
     matrix: str | None,
     overrides: tuple[str, ...],
     out: Path | None,
-    resume: bool,
-    dry_run: bool,
-    limit: int | None,
-    only: str | None,
     quiet: bool,
+    **chosen: Any,
 ) -> None:
     """Run MATRIX (a name or a .yaml file): models × methods × tasks, and write one report.
 
@@ -54,20 +49,23 @@ def command(
         return
     from mlx_slim.compare.matrix import load_matrix
 
-    layout = load_matrix(matrix, overrides, limit=limit)
-    for notice in layout.notices if only is None else ():  # the cells' processes read it too
+    options = CompareOptions(**chosen)
+    layout = load_matrix(matrix, overrides, limit=options.limit)
+    for notice in (
+        layout.notices if options.only is None else ()
+    ):  # the cells' processes read it too
         click.echo(f"note: {notice}", err=True)
     folder = out or Path("runs") / layout.name
-    if dry_run:
+    if options.dry_run:
         _show_plan(layout)
         return
-    if only is not None:
-        _one(layout, folder, only, quiet)
+    if options.only is not None:
+        _one(layout, folder, options.only, quiet)
         return
     words = ["compare", matrix, *overrides]
-    words += [] if limit is None else ["--limit", str(limit)]
+    words += [] if options.limit is None else ["--limit", str(options.limit)]
     words += ["--quiet"] if quiet else []
-    _run(layout, folder, words, resume)
+    _run(layout, folder, words, options.resume)
 
 
 def _run(layout: MatrixPlan, folder: Path, words: list[str], resume: bool) -> None:

@@ -6,10 +6,12 @@ Try it: ``mlx-slim convert model.gguf -o model-mlx``.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from mlx_slim.cli.options import alive, show_next
+from mlx_slim.cli.options import alive, options_of, show_next
+from mlx_slim.models.options import ConvertOptions
 from mlx_slim.next_steps import step, train_on
 
 
@@ -18,22 +20,8 @@ from mlx_slim.next_steps import step, train_on
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write."
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Cast floating weights; quantized codes stay.",
-)
-@click.option("--dequantize", is_flag=True, help="Write dense weights instead of quantized codes.")
-@click.option("--revision", help="Branch, tag or commit of a hub id.")
-@click.option("--trust-remote-code", is_flag=True, help="Run Python files the repository brings.")
-def command(
-    source: str,
-    output: Path,
-    dtype: str | None,
-    dequantize: bool,
-    revision: str | None,
-    trust_remote_code: bool,
-) -> None:
+@options_of(ConvertOptions)
+def command(source: str, output: Path, dtype: str | None, **options: Any) -> None:
     """Convert SOURCE (hub id, folder or .gguf) to an MLX folder, reload it and compare."""
     from mlx_slim.models.convert import convert
     from mlx_slim.runtime import human_bytes, resolve_dtype
@@ -43,9 +31,7 @@ def command(
             source,
             output,
             dtype=resolve_dtype(dtype) if dtype else None,
-            dequantize=dequantize,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
+            **options,
         )
     click.echo(f"{report.path}: {report.parameters:,} parameters in {report.tensors} tensors")
     click.echo(

@@ -10,30 +10,19 @@ from typing import Any
 
 import click
 
-from mlx_slim.cli.options import Whole, output_mode, show_next
+from mlx_slim.cli.options import options_of, output_mode, show_next
+from mlx_slim.finetuning.options import DemoOptions
 
 
 @click.command("demo", epilog='Example: mlx-slim demo --methods "lora qlora"')
-@click.option("--model", help="Hub id or folder. Default: SmolLM2-135M-Instruct, no hub needed.")
-@click.option(
-    "--methods",
-    default="qlora",
-    show_default=True,
-    help='Any of "lora qlora dora full", separated by spaces.',
-)
+@options_of(DemoOptions, "model", "methods")
 @click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path, file_okay=False),
     help="The demo's folder. Default: runs/demo, or runs/demo-MODEL.",
 )
-@click.option(
-    "--limit",
-    type=Whole(1, 100),
-    default=64,  # one batch of answers
-    show_default=True,
-    help="Score the first N of 100 validation rows.",
-)
+@options_of(DemoOptions, "limit")
 @output_mode("Events and results as JSON lines.", "Warnings and the table only.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def command(
@@ -60,7 +49,7 @@ def command(
     out = output or Path("runs") / name
     rows = workflow.demo(
         out,
-        methods.split() or ["qlora"],
+        (methods or DemoOptions.methods).split(),
         model=model,
         limit=limit,
         overrides=overrides,

@@ -5,21 +5,19 @@ Try it: ``mlx-slim export fused --to gguf --type q8_0 -o gguf``.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
+from mlx_slim.cli.options import options_of
 from mlx_slim.errors import SlimError
+from mlx_slim.export.options import GgufOptions, HfOptions, PeftOptions
 
-# option -> the targets that know it
-_ONLY = {
-    "model": ("peft",),
-    "base_name": ("peft",),
-    "kind": ("gguf",),
-    "calibration": ("gguf",),
-    "dtype": ("hf",),
-    "revision": ("hf", "gguf"),
-}
+# target -> the options that it knows
+_TARGETS = {"peft": PeftOptions, "hf": HfOptions, "gguf": GgufOptions}
 
 
 @click.command(
@@ -31,34 +29,34 @@ _ONLY = {
     "--to",
     "target",
     required=True,
-    type=click.Choice(["peft", "hf", "gguf"]),
+    type=click.Choice(list(_TARGETS)),
     help="peft: an adapter; hf: a model for transformers and MLX-LM; gguf: for llama.cpp.",
 )
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="New folder.")
-@click.option("--type", "kind", help="gguf: f16 (default), q8_0, q4_0 or q4_1.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="hf: dtype.")
-@click.option("--model", help="peft: the adapter's base, if it moved.")
-@click.option("--base-name", help="peft: what base_model_name_or_path says.")
-@click.option("--calibration", help="gguf: text to compare on; default Alpaca.")
-@click.option("--revision", help="Commit or tag of a hub model.")
-def command(source: str, target: str, output: Path, **options: str | None) -> None:
+@options_of(GgufOptions, "kind")
+@options_of(HfOptions, "dtype")
+@options_of(PeftOptions, "base", "base_name")
+@options_of(GgufOptions, "calibration", "revision")
+@click.pass_context
+def command(context: click.Context, source: str, target: str, output: Path, **options: Any) -> None:
     """Write SOURCE (an adapter or run folder, a model folder or hub id) for another toolkit."""
-    set_options = {name: value for name, value in options.items() if value is not None}
-    for name in set_options:
-        if target not in _ONLY[name]:
-            flag = "--type" if name == "kind" else f"--{name.replace('_', '-')}"
-            raise SlimError(f"{flag} is not used with --to {target}", f"it is for {_ONLY[name][0]}")
+    flags = {param.name: param.opts[0] for param in context.command.params}
+    known = {name: {one.name for one in fields(owner)} for name, owner in _TARGETS.items()}
+    for name in options.keys() - known[target]:
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            others = " or ".join(other for other, names in known.items() if name in names)
+            raise SlimError(f"{flags[name]} is not used with --to {target}", f"it is for {others}")
+    settings = {name: options[name] for name in known[target]}
     from mlx_slim.console import Console
     from mlx_slim.export import model as export
     from mlx_slim.export.peft import export_peft
 
     with Console("plain") as console:
         if target == "peft":
-            base = set_options.pop("model", None)
-            done = export_peft(Path(source), output, base=base, observer=console, **set_options)
+            done = export_peft(Path(source), output, observer=console, **settings)
         elif target == "hf":
-            done = export.export_hf(source, output, observer=console, **set_options)
+            done = export.export_hf(source, output, observer=console, **settings)
         else:
-            done = export.export_gguf(source, output, observer=console, **set_options)
+            done = export.export_gguf(source, output, observer=console, **settings)
     for line in done.lines():
         click.echo(line)

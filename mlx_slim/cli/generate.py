@@ -7,12 +7,14 @@ error. Try it: ``mlx-slim generate MODEL --prompt "Name three fruits." --max-tok
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import click
 
-from mlx_slim.cli.options import show_next, speaker_options
+from mlx_slim.cli.options import options_of, show_next
 from mlx_slim.cli.speaker import open_and_tell
 from mlx_slim.errors import SlimError
+from mlx_slim.evaluation.options import GenerateOptions
 from mlx_slim.next_steps import step, train_on
 
 
@@ -24,25 +26,17 @@ def _read() -> str:
 
 
 @click.command(epilog='Example: mlx-slim generate models/mine --prompt "Name three fruits."')
-@speaker_options(max_tokens=256, temp=0.0)
+@click.argument("model")
+@options_of(GenerateOptions)
 @click.option("--prompt", required=True, metavar="TEXT", help="The prompt; - reads it from stdin.")
 @click.option("--no-chat-template", is_flag=True, help="Continue the prompt as plain text.")
-def command(
-    model: str,
-    adapter: tuple[str, ...],
-    prompt: str,
-    system: str | None,
-    max_tokens: int,
-    temp: float,
-    seed: int,
-    no_chat_template: bool,
-    revision: str | None,
-    trust_remote_code: bool,
-) -> None:
+def command(model: str, prompt: str, no_chat_template: bool, **chosen: Any) -> None:
     """Complete one prompt with MODEL (a folder or a hub id).
 
     An instruct model answers in its chat template; a base model continues the text.
     """
+    options = GenerateOptions(**chosen)
+    system = options.system
     if system is not None and no_chat_template:
         raise SlimError("--system needs the chat template", "leave --no-chat-template out")
     text = _read() if prompt == "-" else prompt
@@ -52,15 +46,15 @@ def command(
 
     from mlx_slim.runtime import human_bytes
 
-    speaker = open_and_tell(model, adapter, revision, trust_remote_code)
-    mx.random.seed(seed)
+    speaker = open_and_tell(model, options)
+    mx.random.seed(options.seed)
     as_chat = not no_chat_template and speaker.tokenizer.has_chat_template
     if as_chat or system is not None:
         messages = [{"role": "system", "content": system}] if system is not None else []
         ids = speaker.chat_ids([*messages, {"role": "user", "content": text}])
     else:
         ids = speaker.text_ids(text)
-    for piece in speaker.stream(ids, max_tokens=max_tokens, temperature=temp):
+    for piece in speaker.stream(ids, max_tokens=options.max_tokens, temperature=options.temp):
         click.echo(piece, nl=False)
     click.echo()
     if reply := speaker.last:
@@ -70,5 +64,5 @@ def command(
             f"peak memory {human_bytes(reply.peak_memory_bytes)}, end: {reply.stop_reason}",
             err=True,
         )
-    on = [word for one in adapter for word in ("--adapter", one)]
+    on = [word for one in options.adapter for word in ("--adapter", one)]
     show_next(step("talk with it", "mlx-slim", "chat", model, *on), train_on(model))

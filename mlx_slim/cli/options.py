@@ -53,10 +53,6 @@ class Real(click.FloatRange):
         return number
 
 
-SEED = Whole(0, 2**32 - 1)
-SHOTS = Whole(0, 100)
-
-
 def options_of(owner: type, *names: str) -> Callable[[Command], Command]:
     """Add the options of fields of a dataclass, in this order.
 
@@ -187,45 +183,3 @@ def run_options(command: Command) -> Command:
     ):
         command = add(command)
     return command
-
-
-def speaker_options(max_tokens: int, temp: float) -> Callable[[Command], Command]:
-    """Add the options of ``generate`` and ``chat``: model, adapters, sampling.
-
-    Args:
-        max_tokens: Default of ``--max-tokens``.
-        temp: Default of ``--temp``.
-    """
-    adapters = "Adapter folder to put on the model; of several the weighted sum."
-
-    def with_options(command: Command) -> Command:
-        for add in (
-            click.option(
-                "--trust-remote-code", is_flag=True, help="Run the repository's Python files."
-            ),
-            click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model."),
-            click.option(
-                "--seed", type=SEED, default=0, show_default=True, help="Of the sampling."
-            ),
-            click.option(
-                "--temp",
-                type=Real(0, 100),
-                default=temp,
-                show_default=True,
-                help="0: greedy.",
-            ),
-            click.option(
-                "--max-tokens",
-                type=Whole(1),
-                default=max_tokens,
-                show_default=True,
-                help="Longest answer, tokens.",
-            ),
-            click.option("--system", metavar="TEXT", help="System message (of a chat template)."),
-            click.option("--adapter", multiple=True, metavar="DIR[=WEIGHT]", help=adapters),
-            click.argument("model"),
-        ):
-            command = add(command)
-        return command
-
-    return with_options

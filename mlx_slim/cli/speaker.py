@@ -13,11 +13,10 @@ from mlx_slim.cli.options import alive
 
 if TYPE_CHECKING:
     from mlx_slim.evaluation.chat import ChatSession
+    from mlx_slim.evaluation.options import GenerateOptions
 
 
-def open_and_tell(
-    model: str, adapter: tuple[str, ...], revision: str | None, trust_remote_code: bool
-) -> ChatSession:
+def open_and_tell(model: str, options: GenerateOptions) -> ChatSession:
     """Return the opened model, its notes printed; later ones are printed as they come.
 
     Raises:
@@ -28,9 +27,9 @@ def open_and_tell(
     with alive():
         speaker = open_session(
             model,
-            adapter,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
+            options.adapter,
+            revision=options.revision,
+            trust_remote_code=options.trust_remote_code,
             tell=lambda text: click.echo(f"\nnote: {text}", err=True),
         )
     for note in speaker.notes:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_slim.cli.options import SHOTS, show_next
+from mlx_slim.cli.options import Whole, show_next
+from mlx_slim.config.task import MOST_SHOTS
 from mlx_slim.errors import SlimError
 from mlx_slim.next_steps import score, step
 
@@ -156,7 +157,7 @@ def _print_question(question: Question, shots: int) -> None:
 @click.command(epilog="Example: mlx-slim tasks openbookqa")
 @click.argument("name", required=False)
 @click.option("--data-dir", metavar="DIR", help="Evaluation data (default: MLX_SLIM_DATA).")
-@click.option("--num-fewshot", type=SHOTS, help="Examples in the prompt shown.")
+@click.option("--num-fewshot", type=Whole(0, MOST_SHOTS), help="Examples in the prompt shown.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def command(name: str | None, data_dir: str | None, num_fewshot: int | None, as_json: bool) -> None:
     """List the evaluation tasks; show task NAME (or a .yaml file) with its first prompt."""

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from mlx_slim.compare.matrix_spec import MatrixSpec
+from mlx_slim.compare.options import CompareOptions
 from mlx_slim.compare.records import Kind
 from mlx_slim.config import library
 from mlx_slim.config.load import Resolved, checked, from_layers, read_layers
@@ -75,7 +76,7 @@ class MatrixPlan:
 
 
 def load_matrix(
-    name_or_path: str, overrides: Sequence[str] = (), *, limit: int | None = None
+    name_or_path: str, overrides: Sequence[str] = (), *, limit: int | None = CompareOptions.limit
 ) -> MatrixPlan:
     """Return the cells that a file asks for.
 

@@ -1,4 +1,4 @@
-"""How to score: the values that ``mlx-slim eval`` takes.
+"""How to score and to answer: the values that ``mlx-slim eval``, ``generate`` and ``chat`` take.
 
 Invariant: the only home of these defaults; nothing heavy is imported. Try it:
 ``mlx-slim eval --help``.
@@ -16,6 +16,8 @@ from pydantic import Field
 from mlx_slim.config.options import option
 from mlx_slim.config.section import MOST, PositiveInt, Seed
 from mlx_slim.config.task import MOST_SHOTS
+
+Temperature = Annotated[float, Field(ge=0, le=100)]
 
 
 @dataclass(frozen=True)
@@ -85,3 +87,52 @@ class EvalOptions:
     trust_remote_code: bool = field(
         default=False, metadata=option("Run Python files of the model repository.")
     )
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """With which adapters, and how, ``mlx-slim generate`` answers.
+
+    Attributes:
+        adapter: Adapter folders (``DIR`` or ``DIR=WEIGHT``); of several the weighted sum.
+        system: System message of the conversation; None has none.
+        max_tokens: Longest answer, tokens.
+        temp: Temperature of the sampling; 0 is greedy.
+        seed: Of the sampling.
+        revision: Branch, tag or commit of a hub model.
+        trust_remote_code: Run Python files that the repository brings.
+    """
+
+    adapter: tuple[str, ...] = field(
+        default=(),
+        metadata=option(
+            "Adapter folder to put on the model; of several the weighted sum.",
+            metavar="DIR[=WEIGHT]",
+            multiple=True,
+        ),
+    )
+    system: str | None = field(
+        default=None, metadata=option("System message (of a chat template).", metavar="TEXT")
+    )
+    max_tokens: PositiveInt = field(default=256, metadata=option("Longest answer, tokens."))
+    temp: Temperature = field(default=0.0, metadata=option("0: greedy."))
+    seed: Seed = field(default=0, metadata=option("Of the sampling."))
+    revision: str | None = field(
+        default=None, metadata=option("Branch, tag or commit of a hub model.", metavar="REV")
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata=option("Run the repository's Python files.")
+    )
+
+
+@dataclass(frozen=True)
+class ChatOptions(GenerateOptions):
+    """With which adapters, and how, ``mlx-slim chat`` answers.
+
+    Attributes:
+        max_tokens: Longest answer, tokens.
+        temp: Temperature of the sampling; 0 is greedy.
+    """
+
+    max_tokens: PositiveInt = field(default=512, metadata=option("Longest answer, tokens."))
+    temp: Temperature = field(default=0.7, metadata=option("0: greedy."))

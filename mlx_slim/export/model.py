@@ -24,6 +24,7 @@ from mlx_slim.errors import SlimError
 from mlx_slim.events import Notice, Observer
 from mlx_slim.export.audit_text import audit_tokens
 from mlx_slim.export.card import Card, describe
+from mlx_slim.export.options import GgufOptions, HfOptions
 from mlx_slim.models import fidelity
 from mlx_slim.models.gguf.load import import_gguf
 from mlx_slim.models.gguf.write import TYPES, check_writable_as_gguf, write_gguf
@@ -90,8 +91,8 @@ def export_hf(
     source: str | Path,
     out: Path,
     *,
-    dtype: str | None = None,
-    revision: str | None = None,
+    dtype: str | None = HfOptions.dtype,
+    revision: str | None = HfOptions.revision,
     observer: Observer | None = None,
 ) -> Exported:
     """Write a model as a folder that transformers loads; a quantized one dequantized.
@@ -148,9 +149,9 @@ def export_gguf(
     source: str | Path,
     out: Path,
     *,
-    kind: str = "f16",
-    calibration: str | None = None,
-    revision: str | None = None,
+    kind: str = GgufOptions.kind,
+    calibration: str | None = GgufOptions.calibration,
+    revision: str | None = GgufOptions.revision,
     observer: Observer | None = None,
 ) -> Exported:
     """Write a model as a GGUF file with an Ollama ``Modelfile`` and a card beside it.

@@ -1,4 +1,4 @@
-"""How to fuse: the values that ``mlx-slim fuse`` takes.
+"""How to fuse and to export: the values that ``mlx-slim fuse`` and ``mlx-slim export`` take.
 
 Invariant: the only home of these defaults; nothing heavy is imported. Try it:
 ``mlx-slim fuse --help``.
@@ -14,6 +14,7 @@ from pydantic import Field
 from mlx_slim.config.options import option
 from mlx_slim.config.section import MOST, PositiveInt
 
+Dtype = Literal["float32", "bfloat16", "float16"]
 Mode = Literal["auto", "merge", "keep", "dequantize", "requantize"]
 
 
@@ -34,7 +35,7 @@ class FuseOptions:
     """
 
     mode: Mode = "auto"
-    dtype: Literal["float32", "bfloat16", "float16"] | None = field(
+    dtype: Dtype | None = field(
         default=None, metadata=option("Of the weights on disk; default the base's.")
     )
     force: bool = field(default=False, metadata=option("Write it even if the tune is lost."))
@@ -44,5 +45,54 @@ class FuseOptions:
     samples: PositiveInt = field(default=4, metadata=option("Its rows."))
     length: Annotated[int, Field(ge=8, le=MOST)] = field(
         default=256, metadata=option("Tokens of a row.")
+    )
+    revision: str | None = field(default=None, metadata=option("Commit or tag of a hub model."))
+
+
+@dataclass(frozen=True)
+class PeftOptions:
+    """How to write an adapter for PEFT.
+
+    Attributes:
+        base: Folder or hub id of the adapter's base; None takes the one that it names.
+        base_name: What ``base_model_name_or_path`` says; None repeats the base.
+    """
+
+    base: str | None = field(
+        default=None, metadata=option("peft: the adapter's base, if it moved.", flag="--model")
+    )
+    base_name: str | None = field(
+        default=None, metadata=option("peft: what base_model_name_or_path says.")
+    )
+
+
+@dataclass(frozen=True)
+class HfOptions:
+    """How to write a model for transformers.
+
+    Attributes:
+        dtype: Of the weights; None keeps the source's (of its scales, if quantized).
+        revision: Commit or tag of a hub model.
+    """
+
+    dtype: Dtype | None = field(default=None, metadata=option("hf: dtype."))
+    revision: str | None = field(default=None, metadata=option("Commit or tag of a hub model."))
+
+
+@dataclass(frozen=True)
+class GgufOptions:
+    """How to write a model for llama.cpp.
+
+    Attributes:
+        kind: ``f16``, ``q8_0``, ``q4_0`` or ``q4_1``.
+        calibration: Text on which the file is compared with its source; None takes Alpaca.
+        revision: Commit or tag of a hub model.
+    """
+
+    kind: str = field(
+        default="f16", metadata=option("gguf: f16, q8_0, q4_0 or q4_1.", flag="--type")
+    )
+    calibration: str | None = field(
+        default=None, metadata=option("gguf: text to compare on; default Alpaca.")
     )
     revision: str | None = field(default=None, metadata=option("Commit or tag of a hub model."))

@@ -25,6 +25,7 @@ from mlx_slim.events import Observer
 from mlx_slim.export.card import Card, describe
 from mlx_slim.export.fuse import find_adapter
 from mlx_slim.export.model import Exported, add_versions, stage_notifier
+from mlx_slim.export.options import PeftOptions
 from mlx_slim.models.load import Loaded, read_config
 from mlx_slim.models.logits_close import Change, logits_close, rounding
 from mlx_slim.models.structure import blocks
@@ -60,8 +61,8 @@ def export_peft(
     source: Path,
     out: Path,
     *,
-    base: str | None = None,
-    base_name: str | None = None,
+    base: str | None = PeftOptions.base,
+    base_name: str | None = PeftOptions.base_name,
     observer: Observer | None = None,
 ) -> Exported:
     """Write an adapter folder as a PEFT adapter.

@@ -34,6 +34,7 @@ from mlx_slim.evaluation.run import evaluate
 from mlx_slim.evaluation.tasks.spec import find_task
 from mlx_slim.events import Notice, Observer
 from mlx_slim.finetuning.demo_page import write_answered_page
+from mlx_slim.finetuning.options import DemoOptions
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.finetuning.run_dir import STATE_FILE
 from mlx_slim.models.convert import convert
@@ -97,10 +98,10 @@ class DemoRow:
 
 def demo(
     out: Path,
-    methods: Sequence[str] = ("qlora",),
+    methods: Sequence[str] = (DemoOptions.methods,),
     *,
-    model: str | None = None,
-    limit: int | None = None,
+    model: str | None = DemoOptions.model,
+    limit: int | None = DemoOptions.limit,
     overrides: Sequence[str] = (),
     watch: Callable[[str], AbstractContextManager[Observer]],
 ) -> list[DemoRow]:

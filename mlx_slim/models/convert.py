@@ -24,6 +24,7 @@ from mlx_slim.models.activations import use_fast_swiglu
 from mlx_slim.models.gguf.load import import_gguf
 from mlx_slim.models.load import cast, load, read_weights
 from mlx_slim.models.logits import kl_divergence
+from mlx_slim.models.options import ConvertOptions
 from mlx_slim.models.quantized import densify, is_quantized, use_fast_matmul
 from mlx_slim.models.save import save_model, saved_config
 from mlx_slim.models.tokenizer import description
@@ -70,9 +71,9 @@ def convert(
     out: Path,
     *,
     dtype: mx.Dtype | None = None,
-    dequantize: bool = False,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
+    dequantize: bool = ConvertOptions.dequantize,
+    revision: str | None = ConvertOptions.revision,
+    trust_remote_code: bool = ConvertOptions.trust_remote_code,
 ) -> ConvertReport:
     """Convert a hub id, a Hugging Face folder or a ``.gguf`` file to an MLX folder.
 
