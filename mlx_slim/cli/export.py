@@ -41,12 +41,12 @@ _TARGETS = {"peft": PeftOptions, "hf": HfOptions, "gguf": GgufOptions}
 def command(context: click.Context, source: str, target: str, output: Path, **options: Any) -> None:
     """Write SOURCE (an adapter or run folder, a model folder or hub id) for another toolkit."""
     flags = {param.name: param.opts[0] for param in context.command.params}
-    known = {name: {one.name for one in fields(owner)} for name, owner in _TARGETS.items()}
-    for name in options.keys() - known[target]:
+    names = {to: {one.name for one in fields(owner)} for to, owner in _TARGETS.items()}
+    for name in options.keys() - names[target]:
         if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
-            others = " or ".join(other for other, names in known.items() if name in names)
+            others = " or ".join(to for to, its in names.items() if name in its)
             raise SlimError(f"{flags[name]} is not used with --to {target}", f"it is for {others}")
-    settings = {name: options[name] for name in known[target]}
+    settings = {name: options[name] for name in names[target]}
     from mlx_slim.console import Console
     from mlx_slim.export import model as export
     from mlx_slim.export.peft import export_peft

@@ -148,7 +148,7 @@ def test_every_default_is_that_of_an_options_class() -> None:
         for path, command in _commands(entry.command)
         for param in command.params
         if isinstance(param, click.Option) and not param.is_flag
-        if param.get_default(click.Context(command)) not in (None, ())
+        if isinstance(param.get_default(click.Context(command)), (str, int, float))
     }
     owned = {(name, one.name) for name, owner in OWNERS for one in fields(owner)}
     rest = {text for key, text in defaults.items() if key not in owned}

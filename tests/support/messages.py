@@ -74,6 +74,17 @@ def _returns_an_error(node: ast.AST) -> bool:
     )
 
 
+def _fields(syntax: ast.Module) -> dict[ast.expr, str]:
+    """Return each ``option(...)`` of a field of an options class -> its name on a command line."""
+    return {
+        call: f"--{node.target.id.replace('_', '-')}"
+        for node in ast.walk(syntax)
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value
+        for call in ast.walk(node.value)
+        if isinstance(call, ast.Call) and _called(call) == "option"
+    }
+
+
 def messages(path: Path) -> Iterator[Message]:
     """Yield what a file says to users, in the order of its lines."""
     syntax = ast.parse(path.read_text(encoding="utf-8"))
@@ -89,6 +100,7 @@ def messages(path: Path) -> Iterator[Message]:
         for node in ast.walk(syntax)
         if isinstance(node, ast.FunctionDef) and node.returns and _returns_an_error(node)
     }
+    fields = _fields(syntax)
     nodes = [node for node in ast.walk(syntax) if isinstance(node, ast.Call | ast.FunctionDef)]
     for node in sorted(nodes, key=lambda node: (node.lineno, node.col_offset)):
         if isinstance(node, ast.FunctionDef):
@@ -102,6 +114,10 @@ def messages(path: Path) -> Iterator[Message]:
             option = text_of(node.args[0], constants) if node.args else ""
             text = text_of(named["help"], constants)
             yield Message("help", f"{option}: {text}" if option else text, "")
+        elif isinstance(node.func, ast.Name) and name == "option" and values:
+            flag = text_of(named.get("flag"), constants) or fields.get(node, "")
+            text = text_of(values[0], constants)
+            yield Message("help", f"{flag}: {text}" if flag else text, "")
         elif name in ERRORS | USAGE | OTHERS.keys():
             text = text_of(values[0], constants) if values else ""
             rest = values[1] if len(values) > 1 and name != "Notice" else None
