@@ -29,6 +29,12 @@ from typing import Any, BinaryIO, cast
 
 from mlx_slim.errors import SlimError
 
+# A JSON object whose keys this package does not decide: another tool's file (``config.json``,
+# ``tokenizer.json``, an adapter's settings, metadata of GGUF), a user's row, variables of a chat
+# template; or one on its way to a file, as a record's ``as_json`` gives it. A structure that is
+# known is a frozen record instead.
+JsonObject = dict[str, Any]
+
 MAX_BYTES = 256 << 20  # of a file that is read as a whole; the largest tokenizers have 40 MB
 MAX_DEPTH = 64  # objects and lists inside one another
 MAX_DIGITS = 64  # of an integer; transformers itself writes one of 31 (model_max_length)
@@ -233,7 +239,7 @@ def _integer(text: str) -> int:
     return int(text)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: list[tuple[str, Any]]) -> JsonObject:
     values = dict(pairs)
     if len(values) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -273,7 +279,7 @@ def read_json(path: Path, *, unique: bool = False) -> Any:
     return parse_json(read_bytes(path), short(path), unique=unique)
 
 
-def read_object(path: Path, **kinds: type) -> dict[str, Any]:
+def read_object(path: Path, **kinds: type) -> JsonObject:
     """Return the JSON object of a file.
 
     Args:

@@ -110,10 +110,10 @@ def show(folder: Path) -> None:
 
     with alive(), stage(f"drawing the report of {folder}"):
         done = report(folder)
-    for line in done.results["headline"]:
+    for line in done.record.headline:
         click.echo(line)
-    for item in done.results["failed"]:
-        click.echo(f"warning: {item['cell']}: {item['why']}", err=True)
+    for item in done.record.failed:
+        click.echo(f"warning: {item.cell}: {item.why}", err=True)
     click.echo(f"report: {done.page}")
     show_next(
         look_at(done.page),

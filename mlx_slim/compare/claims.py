@@ -7,16 +7,14 @@ beside it; there is no ratio to a model that guesses. Try it: ``mlx-slim report 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
+from mlx_slim.compare.report_records import Interval, ReportTask
 from mlx_slim.compare.store import StoredCell, StoredMatrix
 from mlx_slim.evaluation import pooled, stats
-from mlx_slim.evaluation.comparison import COMPARED_KEYS
-
-Interval = tuple[float, float]
+from mlx_slim.reading import JsonObject
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class MethodScore:
     above_chance: bool
 
 
-@dataclass
+@dataclass(frozen=True)
 class MethodComparison:
     """One comparison of two methods of a model; every difference is second minus first.
 
@@ -95,24 +93,30 @@ class MethodComparison:
         """Whether there is a difference that the corrected test flags."""
         return self.p_holm < 1 - stats.LEVEL
 
-    def judge(self, p_holm: float, tests: int) -> None:
-        """Take the corrected p value and the size of the family, and set the verdict."""
-        self.p_holm, self.tests = p_holm, tests
-        self.interval = pooled.mean_interval(self.differences, pooled.PAIRS, tests)
-        self.ratio = pooled.ratio(self.before, self.after, tests=tests)
+    def judged(self, p_holm: float, tests: int) -> MethodComparison:
+        """Return it with the corrected p value, the size of the family, and the verdict."""
+        above, chance = self.ratio_above_chance, self.first.chance
         if self.first.above_chance:
-            chance = self.first.chance
-            self.ratio_above_chance = pooled.ratio(self.before, self.after, chance, tests=tests)
-        self.detectable = pooled.detectable_pooled(self.differences, tests)
-        self.verdict = stats.verdict(self.delta, p_holm, self.detectable)
+            above = pooled.ratio(self.before, self.after, chance, tests=tests)
+        detectable = pooled.detectable_pooled(self.differences, tests)
+        return replace(
+            self,
+            p_holm=p_holm,
+            tests=tests,
+            interval=pooled.mean_interval(self.differences, pooled.PAIRS, tests),
+            ratio=pooled.ratio(self.before, self.after, tests=tests),
+            ratio_above_chance=above,
+            detectable=detectable,
+            verdict=stats.verdict(self.delta, p_holm, detectable),
+        )
 
-    def record(self) -> dict[str, Any]:
-        """Return the claim as JSON."""
+    def as_json(self) -> JsonObject:
+        """Return the object of ``claims``."""
         values = {key: value for key, value in vars(self).items() if key not in ("before", "after")}
-        return {**values, "first": vars(self.first), "second": vars(self.second)}
+        return {**values, "first": asdict(self.first), "second": asdict(self.second)}
 
 
-def claims(stored: StoredMatrix, tasks: list[dict[str, Any]]) -> list[MethodComparison]:
+def claims(stored: StoredMatrix, tasks: list[ReportTask]) -> list[MethodComparison]:
     """Return the comparisons that the headline is made of, not corrected yet."""
     comparisons: list[MethodComparison | None] = []
     for model in dict.fromkeys(cell.model for cell in stored.cells):
@@ -157,11 +161,11 @@ def _small_and_large(
     return (ways["qlora"], large) if "qlora" in ways and large else None
 
 
-def score_of(cells: list[StoredCell], tasks: list[dict[str, Any]]) -> MethodScore:
+def score_of(cells: list[StoredCell], tasks: list[ReportTask]) -> MethodScore:
     """Return the mean of one method's cells over ``tasks``, all of which they answered."""
     values = [_values(cells, task) for task in tasks]
     value = float(np.mean([x.mean() for x in values]))
-    levels = [cells[0].answers[task["task"]].chance for task in tasks]
+    levels = [cells[0].answers[task.task].chance for task in tasks]
     chance = float(np.mean(levels))
     if len(values) == 1:
         above = stats.above_chance(value * len(values[0]), len(values[0]), chance)
@@ -173,31 +177,30 @@ def score_of(cells: list[StoredCell], tasks: list[dict[str, Any]]) -> MethodScor
     return MethodScore(cells[0].method, names, value, interval, chance, above)
 
 
-def _values(cells: list[StoredCell], task: dict[str, Any]) -> np.ndarray:
+def _values(cells: list[StoredCell], task: ReportTask) -> np.ndarray:
     """Return each question's fraction of right answers over the seeds."""
-    columns = [cell.answers[task["task"]].right_N[task["metric"]] for cell in cells]
+    columns = [cell.answers[task.task].right_N[task.metric] for cell in cells]
     return np.mean(np.stack(columns), axis=0, dtype=float)
 
 
-def shared_tasks(cells: list[StoredCell], tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def shared_tasks(cells: list[StoredCell], tasks: list[ReportTask]) -> list[ReportTask]:
     """Return the tasks that all ``cells`` answered, on the same questions."""
-    return [task for task in tasks if _same_questions(cells, task["task"])]
+    return [task for task in tasks if _same_questions(cells, task.task)]
 
 
 def _same_questions(cells: list[StoredCell], task: str) -> bool:
     if not all(task in cell.answers for cell in cells):
         return False
     first, *others = (cell.answers[task] for cell in cells)
-    request = {key: first.section.get(key) for key in COMPARED_KEYS}
     return all(
-        {key: other.section.get(key) for key in COMPARED_KEYS} == request
+        other.section.questions == first.section.questions
         and np.array_equal(first.doc_ids_N, other.doc_ids_N)
         for other in others
     )
 
 
 def _claim(
-    what: str, first: list[StoredCell], second: list[StoredCell], tasks: list[dict[str, Any]]
+    what: str, first: list[StoredCell], second: list[StoredCell], tasks: list[ReportTask]
 ) -> MethodComparison | None:
     """Return a claim; None if the two have no task in common."""
     common = shared_tasks([*first, *second], tasks)
@@ -210,7 +213,7 @@ def _claim(
     return MethodComparison(
         model=first[0].model,
         what=what,
-        tasks=[task["task"] for task in common],
+        tasks=[task.task for task in common],
         first=scores[0],
         second=scores[1],
         delta=float(np.mean([x.mean() for x in differences])),
@@ -220,7 +223,7 @@ def _claim(
     )
 
 
-def means(stored: StoredMatrix, tasks: list[dict[str, Any]]) -> dict[str, list[MethodScore]]:
+def means(stored: StoredMatrix, tasks: list[ReportTask]) -> dict[str, list[MethodScore]]:
     """Return the mean over tasks and seeds of each method, by model; without any task, none."""
     scores: dict[str, list[MethodScore]] = {}
     for model in dict.fromkeys(cell.model for cell in stored.cells):

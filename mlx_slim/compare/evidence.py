@@ -7,6 +7,7 @@ shots and metric agree (a subset of the rows is labelled as one). Try it: ``mlx-
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,16 @@ from typing import Any
 import numpy as np
 
 from mlx_slim.artifacts import read_records
+from mlx_slim.compare.report_records import (
+    Extraction,
+    Flip,
+    PublishedScore,
+    ReportTask,
+    Row,
+    Settings,
+)
 from mlx_slim.compare.store import StoredCell, StoredMatrix
-from mlx_slim.reading import read_object
+from mlx_slim.reading import JsonObject, read_object
 
 FLIPS = 2  # of each direction, cell and task
 TEXT = 1_200  # characters of a prompt or answer that are shown
@@ -61,18 +70,18 @@ ROWS = {"hellaswag": 10_042, "mmlu": 14_042, "gsm8k": 1_319, "arc_easy": 2_376}
 ROWS |= {"arc_challenge": 1_172, "openbookqa": 500}
 
 
-def published(stored: StoredMatrix, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def published(stored: StoredMatrix, rows: list[Row]) -> list[PublishedScore]:
     """Return our base scores beside published ones of the same task, shots and metric."""
     comparisons = []
     for row in rows:
-        if row["kind"] != "base":
+        if row.kind != "base":
             continue
-        model = stored.record.models[row["model"]]
+        model = stored.record.models[row.model]
         figures = PUBLISHED.get(model.hub_id or model.source, {})
-        cell = next(cell for cell in stored.cells if cell.name == row["name"])
+        cell = next(cell for cell in stored.cells if cell.name == row.name)
         for (task, shots, metric), value in figures.items():
             answers = cell.answers.get(task)
-            if answers is None or answers.section.get("num_fewshot") != shots:
+            if answers is None or answers.section.questions.num_fewshot != shots:
                 continue
             right_N = answers.right_N.get(metric)
             if right_N is None:
@@ -80,49 +89,52 @@ def published(stored: StoredMatrix, rows: list[dict[str, Any]]) -> list[dict[str
             ours, n = float(right_N.mean()), len(right_N)
             error = (ours * (1 - ours) / max(1, n - 1)) ** 0.5
             comparisons.append(
-                {
-                    "model": row["model"],
-                    "task": task,
-                    "num_fewshot": shots,
-                    "metric": metric,
-                    "published": value / 100,
-                    "ours": ours,
-                    "stderr": error,
-                    "n": n,
-                    "all_rows": n == ROWS[task],
-                    "rows": ROWS[task],
-                    "within": abs(ours - value / 100) <= 1.96 * error,
-                }
+                PublishedScore(
+                    model=row.model,
+                    task=task,
+                    num_fewshot=shots,
+                    metric=metric,
+                    published=value / 100,
+                    ours=ours,
+                    stderr=error,
+                    n=n,
+                    all_rows=n == ROWS[task],
+                    rows=ROWS[task],
+                    within=abs(ours - value / 100) <= 1.96 * error,
+                )
             )
     return comparisons
 
 
-def curves(cell: StoredCell) -> dict[str, Any] | None:
-    """Return the training and validation loss of a cell: ``[[step, loss], …]`` each."""
+@dataclass(frozen=True)
+class LossCurves:
+    """Loss of a cell in training, nats a token: (step, loss) of steps and of validations."""
+
+    cell: str
+    train: list[tuple[int, float]]
+    validation: list[tuple[int, float]]
+
+
+def curves(cell: StoredCell) -> LossCurves | None:
+    """Return the training and validation loss of a cell; None where nothing was trained."""
     file = cell.folder / "run" / "metrics.jsonl"
     if not file.is_file():
         return None
-    train: list[list[float]] = []
-    validation: list[list[float]] = []
+    train: list[tuple[int, float]] = []
+    validation: list[tuple[int, float]] = []
     for record in read_records(file):
         if record["event"] == "step":
-            train.append([record["step"], record["loss"]])
+            train.append((record["step"], record["loss"]))
         elif record["event"] == "validation":
-            validation.append([record["step"], record["loss"]])
+            validation.append((record["step"], record["loss"]))
     every = max(1, len(train) // CURVE_POINTS)
-    return {"cell": cell.name, "train": train[::every], "validation": validation}
+    return LossCurves(cell.name, train[::every], validation)
 
 
-def extraction(stored: StoredMatrix) -> list[dict[str, Any]]:
+def extraction(stored: StoredMatrix) -> list[Extraction]:
     """Return, for generated answers, in how many no number could be read, and how they ended."""
     return [
-        {
-            "cell": cell.name,
-            "task": task,
-            "n": answers.n,
-            "unextracted": answers.unextracted,
-            "stopped": answers.stopped,
-        }
+        Extraction(cell.name, task, answers.n, answers.unextracted, answers.stopped)
         for cell in stored.cells
         for task, answers in cell.answers.items()
         if answers.unextracted
@@ -132,11 +144,11 @@ def extraction(stored: StoredMatrix) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------------- flips
 
 
-def flips(stored: StoredMatrix, tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def flips(stored: StoredMatrix, tasks: list[ReportTask]) -> list[Flip]:
     """Return questions to read: the first that each cell gained and lost against its base."""
-    changed: list[dict[str, Any]] = []
+    changed: list[Flip] = []
     for task in tasks:
-        questions = _Questions(stored.folder / "questions" / f"{task['task']}.jsonl")
+        questions = _Questions(stored.folder / "questions" / f"{task.task}.jsonl")
         for cell in stored.cells:
             base = next(
                 (c for c in stored.cells if c.model == cell.model and c.kind == "base"), None
@@ -153,7 +165,7 @@ class _Questions:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def at(self, indices: set[int]) -> dict[int, dict[str, Any]]:
+    def at(self, indices: set[int]) -> dict[int, JsonObject]:
         """Return the questions at the positions ``indices``."""
         if not indices or not self.path.is_file():
             return {}
@@ -162,9 +174,9 @@ class _Questions:
 
 
 def _flips(
-    base: StoredCell, cell: StoredCell, task: dict[str, Any], questions: _Questions
-) -> list[dict[str, Any]]:
-    name, metric = task["task"], task["metric"]
+    base: StoredCell, cell: StoredCell, task: ReportTask, questions: _Questions
+) -> list[Flip]:
+    name, metric = task.task, task.metric
     a, b = base.answers.get(name), cell.answers.get(name)
     if a is None or b is None or not np.array_equal(a.doc_ids_N, b.doc_ids_N):
         return []
@@ -177,30 +189,30 @@ def _flips(
     shown = questions.at(selected)
     ours, theirs = (_records(answers.samples, selected) for answers in (a, b))
     return [
-        {
-            "cell": cell.name,
-            "base": base.name,
-            "task": name,
-            "direction": direction,
-            "doc_id": ours[index]["doc_id"],
-            "prompt": _cut(shown[index]["prompt"], end=True) if index in shown else None,
-            "target": _shown(ours[index]["target"], shown.get(index)),
-            "before": _answer(ours[index], shown.get(index), metric),
-            "after": _answer(theirs[index], shown.get(index), metric),
-        }
+        Flip(
+            cell=cell.name,
+            base=base.name,
+            task=name,
+            direction=direction,
+            doc_id=ours[index]["doc_id"],
+            prompt=_cut(shown[index]["prompt"], end=True) if index in shown else None,
+            target=_shown(ours[index]["target"], shown.get(index)),
+            before=_answer(ours[index], shown.get(index), metric),
+            after=_answer(theirs[index], shown.get(index), metric),
+        )
         for direction, indices in chosen.items()
         for index in indices
     ]
 
 
-def _records(path: Path, indices: set[int]) -> dict[int, dict[str, Any]]:
+def _records(path: Path, indices: set[int]) -> dict[int, JsonObject]:
     if not indices:
         return {}
     rows = enumerate(islice(read_records(path), max(indices) + 1))
     return {i: row for i, row in rows if i in indices}
 
 
-def _answer(record: dict[str, Any], question: dict[str, Any] | None, metric: str) -> str:
+def _answer(record: JsonObject, question: JsonObject | None, metric: str) -> str:
     """Return what a model answered: its text, or the ending that is likeliest."""
     if "generation" in record:
         return _cut(record["generation"])
@@ -213,7 +225,7 @@ def _answer(record: dict[str, Any], question: dict[str, Any] | None, metric: str
     return _shown(record["prediction"], question)
 
 
-def _shown(value: Any, question: dict[str, Any] | None) -> str:
+def _shown(value: Any, question: JsonObject | None) -> str:
     """Return a choice's text for its number; of a list, each."""
     if isinstance(value, list):
         return _cut(" or ".join(_shown(one, question) for one in value))
@@ -232,26 +244,26 @@ def _cut(text: str, *, end: bool = False) -> str:
 # ------------------------------------------------------------------------------------- settings
 
 
-def differences(stored: StoredMatrix) -> dict[str, Any]:
+def differences(stored: StoredMatrix) -> Settings:
     """Return what all tuned cells have in common and what differs, by recipe key."""
     flat = {cell.name: _flat(cell.record.recipe) for cell in stored.cells if cell.kind == "tuned"}
     if not flat:
-        return {"common": {}, "own": {}}
+        return Settings({}, {})
     keys = list(dict.fromkeys(key for values in flat.values() for key in values))
     first = next(iter(flat.values()))
     same = {key for key in keys if all(v.get(key) == first.get(key) for v in flat.values())}
-    return {
-        "common": {key: first.get(key) for key in keys if key in same},
-        "own": {
+    return Settings(
+        common={key: first.get(key) for key in keys if key in same},
+        own={
             key: {name: values.get(key) for name, values in flat.items()}
             for key in keys
             if key not in same
         },
-    }
+    )
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _flat(values: JsonObject, prefix: str = "") -> JsonObject:
+    flat: JsonObject = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:
             flat |= _flat(value, f"{prefix}{key}.")
@@ -260,7 +272,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def machine_of(stored: StoredMatrix) -> dict[str, Any]:
+def machine_of(stored: StoredMatrix) -> JsonObject:
     """Return provenance: the matrix's, and a line for each cell made elsewhere."""
     provenance = stored.record.provenance
     others = [
@@ -269,7 +281,7 @@ def machine_of(stored: StoredMatrix) -> dict[str, Any]:
     return {**provenance, "cells_made_elsewhere": others}
 
 
-def ledger(cell: StoredCell) -> dict[str, Any] | None:
+def ledger(cell: StoredCell) -> JsonObject | None:
     """Return rows given, used, cut and dropped by a cell's training."""
     file = cell.folder / "run" / "data_ledger.json"
     return read_object(file)["totals"] if file.is_file() else None

@@ -10,20 +10,20 @@ Try it: ``mlx-slim report DIR``.
 from __future__ import annotations
 
 from statistics import mean, median
-from typing import Any
 
 from mlx_slim.compare.claims import MethodComparison, MethodScore
+from mlx_slim.compare.report_records import Contrast, ReportTask, Row
 from mlx_slim.evaluation.stats import LEVEL
 
 _WAYS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA", "dora": "DoRA"}
 
 
 def headline(
-    rows: list[dict[str, Any]],
-    contrasts: list[dict[str, Any]],
+    rows: list[Row],
+    contrasts: list[Contrast],
     pooled: list[MethodComparison],
     scores: dict[str, list[MethodScore]],
-    tasks: list[dict[str, Any]],
+    tasks: list[ReportTask],
 ) -> list[str]:
     """Return the sentences.
 
@@ -37,7 +37,7 @@ def headline(
     lines: list[str] = []
     several = len(scores) > 1
     for model, methods in scores.items():
-        cells = [row for row in rows if row["model"] == model]
+        cells = [row for row in rows if row.model == model]
         claims = [claim for claim in pooled if claim.model == model]
         sentences = _of_model(cells, claims, methods)
         if several:
@@ -50,7 +50,7 @@ def headline(
 
 
 def _of_model(
-    rows: list[dict[str, Any]], claims: list[MethodComparison], scores: list[MethodScore]
+    rows: list[Row], claims: list[MethodComparison], scores: list[MethodScore]
 ) -> list[str]:
     by_what: dict[str, list[MethodComparison]] = {}
     for claim in claims:
@@ -61,12 +61,12 @@ def _of_model(
     if gains := by_what.get("gain"):
         lines.append(_gain(max(gains, key=lambda claim: claim.second.value), len(gains)))
     if lines:
-        if not any(row["kind"] == "base" for row in rows):
+        if not any(row.kind == "base" for row in rows):
             lines.append(
                 "this matrix has no untrained base, so the effect of tuning cannot be measured."
             )
         return lines
-    base = [row["method"] for row in rows if row["kind"] == "base"]
+    base = [row.method for row in rows if row.kind == "base"]
     shown = [s for s in scores if s.method in base] or scores
     lines = [f"{_way(score.method)} has {_alone(score)}." for score in shown]
     if not base:
@@ -74,10 +74,10 @@ def _of_model(
     return lines
 
 
-def _retention(claim: MethodComparison, rows: list[dict[str, Any]]) -> str:
+def _retention(claim: MethodComparison, rows: list[Row]) -> str:
     """Say how much of full fine-tuning's (or LoRA's) score QLoRA keeps."""
     small, large = (_rows_of(rows, score) for score in (claim.second, claim.first))
-    bits = small[0]["train"].get("bits")
+    bits = small[0].train.bits if small[0].train else None
     who = f"{f'{bits}-bit ' if bits else ''}{_way(claim.second.method)}"
     other = _way(claim.first.method)
     return f"{_ratio(claim, who, other)}{_memory(small, large)}."
@@ -119,12 +119,11 @@ def _gain(claim: MethodComparison, methods: int) -> str:
     )
 
 
-def _pruned(
-    claim: MethodComparison, recovered: list[MethodComparison], rows: list[dict[str, Any]]
-) -> str:
+def _pruned(claim: MethodComparison, recovered: list[MethodComparison], rows: list[Row]) -> str:
     """Say what a pruned model retains, and what each recovery method regains."""
-    cut = _rows_of(rows, claim.second)[0]["pruned"]
-    size = cut["parameters_after"] / cut["parameters_before"]
+    cut = _rows_of(rows, claim.second)[0].pruned
+    assert cut is not None  # of a pruned cell
+    size = cut.parameters_after / cut.parameters_before
     back = [
         f"{_points(other.second.value)} after {other.second.method}"
         for other in recovered
@@ -153,16 +152,19 @@ def _difference(claim: MethodComparison) -> str:
     return f"no detectable difference, {delta}, MDE {_points(claim.detectable)})"
 
 
-def _memory(small: list[dict[str, Any]], large: list[dict[str, Any]]) -> str:
+def _memory(small: list[Row], large: list[Row]) -> str:
     """Return the fraction of training memory, as predicted: a measured one differs between runs."""
-    peaks = [[row["train"]["predicted_peak_bytes"] for row in side] for side in (small, large)]
-    if not all(size for side in peaks for size in side):
+    peaks = [
+        [row.train.predicted_peak_bytes for row in side if row.train] for side in (small, large)
+    ]
+    sizes = [[size for size in side if size] for side in peaks]
+    if sizes != peaks:
         return ""
-    return f"; {mean(peaks[0]) / mean(peaks[1]):.0%} of the training memory, as predicted"
+    return f"; {mean(sizes[0]) / mean(sizes[1]):.0%} of the training memory, as predicted"
 
 
-def _rows_of(rows: list[dict[str, Any]], score: MethodScore) -> list[dict[str, Any]]:
-    return [row for row in rows if row["name"] in score.cells]
+def _rows_of(rows: list[Row], score: MethodScore) -> list[Row]:
+    return [row for row in rows if row.name in score.cells]
 
 
 def _alone(score: MethodScore) -> str:
@@ -176,16 +178,16 @@ def _alone(score: MethodScore) -> str:
     )
 
 
-def _resolution(contrasts: list[dict[str, Any]], tasks: list[dict[str, Any]]) -> str:
+def _resolution(contrasts: list[Contrast], tasks: list[ReportTask]) -> str:
     """Say how small a true difference can be detected, for each task."""
     texts = []
     for task in tasks:
-        sizes = [row["detectable"] for row in contrasts if row["task"] == task["task"]]
+        sizes = [row.detectable for row in contrasts if row.task == task.task]
         finite = [size for size in sizes if size is not None]
         if sizes:
             size = f"{_points(median(finite))} points" if finite else "none"
-            texts.append(f"{size} on {task['task']} (n={task['n']:,})")
-    tests = max(row["family"] for row in contrasts)
+            texts.append(f"{size} on {task.task} (n={task.questions.n:,})")
+    tests = max(row.family for row in contrasts)
     level = f"{100 * (1 - LEVEL):.0f}%" + (f" over {tests} comparisons" if tests > 1 else "")
     return (
         f"Tests and intervals of differences are held to {level}. MDE, the true difference that "

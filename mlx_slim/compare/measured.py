@@ -7,14 +7,20 @@ and checked against it. Try it: ``mlx-slim report DIR --verify``.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from mlx_slim.compare.records import FORGETTING, FuseFidelity, Measured, PruneSummary, TrainingCost
+from mlx_slim.compare.records import (
+    FORGETTING,
+    FuseFidelity,
+    Measured,
+    PrunedDistance,
+    PruneSummary,
+    TrainingCost,
+)
 from mlx_slim.export.fuse import RECORD as FUSE_FILE
 from mlx_slim.pruning.run import RECORD_FILE as PRUNE_FILE
-from mlx_slim.reading import read_object
+from mlx_slim.reading import JsonObject, read_object
 
-_PRUNED = ("axis", "method", "parameters_before", "parameters_after", "fidelity")
+_PRUNED = ("axis", "method", "parameters_before", "parameters_after")
 _FUSED = ("kl", "top1", "tokens")
 
 
@@ -43,16 +49,22 @@ def measured(folder: Path) -> Measured:
         eval_seconds=sum(timing["seconds"] for timing in timings) or None,
         eval_peak_memory_bytes=max((t["peak_memory_bytes"] for t in timings), default=None),
         fidelity=_fidelity(effect) if effect else None,
-        pruned=PruneSummary(**{key: cut[key] for key in _PRUNED}) if cut else None,
+        pruned=_pruned(cut) if cut else None,
     )
 
 
-def _fidelity(effect: dict[str, Any]) -> FuseFidelity:
+def _fidelity(effect: JsonObject) -> FuseFidelity:
     """Return the fidelity of a fused model, from its ``fuse.json``."""
     return FuseFidelity(retained=effect["kept"], **{key: effect[key] for key in _FUSED})
 
 
-def _train(record: dict[str, Any]) -> TrainingCost:
+def _pruned(cut: JsonObject) -> PruneSummary:
+    """Return what pruning removed, from its ``prune.json``."""
+    distance = PrunedDistance(**cut["fidelity"]) if cut["fidelity"] else None
+    return PruneSummary(**{key: cut[key] for key in _PRUNED}, fidelity=distance)
+
+
+def _train(record: JsonObject) -> TrainingCost:
     """Return what a training run cost, from its ``run.json``."""
     recipe, result, done = record["recipe"], record["result"], record["result"]["done"]
     return TrainingCost(

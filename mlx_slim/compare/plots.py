@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from mlx_slim.compare.plot_records import Axis, Curve, Dot, Level, Panel, Point, Predicted
+
 SERIES = 8
 # Placeholder → CSS variable of report.css.
 _INK, _SOFT, _LINE = "#0b0b01", "#0b0b02", "#0b0b03"
@@ -97,46 +99,38 @@ def _in(unit: float) -> Callable[[float, Any], str]:
 # ------------------------------------------------------------------------------------- pareto
 
 
-def pareto(
-    points: Sequence[dict[str, Any]], lines: Sequence[dict[str, Any]], axis: dict[str, Any]
-) -> str:
-    """Return a scatter of score against a cost, with the points that nothing beats joined.
-
-    Args:
-        points: ``x``, ``y`` (a fraction), ``label``, ``series``.
-        lines: Levels without a cost: ``y``, ``label``.
-        axis: ``name``, ``label``, ``unit`` (x is divided by it), ``less`` (less is better).
-    """
-    with _figure(3.7, 3.1, f"pareto-{axis['name']}") as (ax, svgs):
-        best = _front(points, axis["less"])
+def pareto(points: Sequence[Point], lines: Sequence[Level], axis: Axis) -> str:
+    """Return a scatter of score against a cost, with the points that nothing beats joined."""
+    with _figure(3.7, 3.1, f"pareto-{axis.name}") as (ax, svgs):
+        best = _front(points, axis.less)
         if len(best) > 1:
             xs, ys = zip(*best, strict=True)
-            where = "post" if axis["less"] else "pre"
+            where = "post" if axis.less else "pre"
             ax.step(xs, ys, where=where, color=_SOFT, linewidth=1, linestyle=(0, (1, 2)))
         for point in points:
-            tint = color(point["series"])
-            ax.plot(point["x"], point["y"], "o", color=tint, markersize=7, alpha=0.95)
-        right = max((p["x"] for p in points), default=1)
-        levels = sorted(lines, key=lambda line: -line["y"])
+            tint = color(point.series)
+            ax.plot(point.x, point.y, "o", color=tint, markersize=7, alpha=0.95)
+        right = max((p.x for p in points), default=1)
+        levels = sorted(lines, key=lambda line: -line.y)
         for number, line in enumerate(levels):
-            ax.axhline(line["y"], color=_SOFT, linewidth=0.9, linestyle=(0, (4, 3)))
-            _note(ax, right, line["y"], line["label"], above=number == 0)
+            ax.axhline(line.y, color=_SOFT, linewidth=0.9, linestyle=(0, (4, 3)))
+            _note(ax, right, line.y, line.label, above=number == 0)
         ax.margins(x=0.22, y=0.2)
         _labels(ax, points)
-        ax.set_xlabel(axis["label"])
+        ax.set_xlabel(axis.label)
         ax.set_ylabel("mean score, points")
-        ax.xaxis.set_major_formatter(_in(axis["unit"]))
+        ax.xaxis.set_major_formatter(_in(axis.unit))
         ax.yaxis.set_major_formatter(_points)
     return svgs[0]
 
 
-def _front(points: Sequence[dict[str, Any]], less: bool) -> list[tuple[float, float]]:
+def _front(points: Sequence[Point], less: bool) -> list[tuple[float, float]]:
     """Return the points that no other one beats in both directions, by x."""
     sign = 1 if less else -1
     best: list[tuple[float, float]] = []
-    for point in sorted(points, key=lambda p: (sign * p["x"], -p["y"])):
-        if not best or point["y"] > best[-1][1]:
-            best.append((point["x"], point["y"]))
+    for point in sorted(points, key=lambda p: (sign * p.x, -p.y)):
+        if not best or point.y > best[-1][1]:
+            best.append((point.x, point.y))
     return sorted(best)
 
 
@@ -149,17 +143,17 @@ def _note(ax: Any, x: float, y: float, text: str, *, above: bool) -> None:
         ax.annotate(text, (x, y), (0, -3), va="top", **style)
 
 
-def _labels(ax: Any, points: Sequence[dict[str, Any]], most: int = 24) -> None:
+def _labels(ax: Any, points: Sequence[Point], most: int = 24) -> None:
     """Write each point's name beside it, moved up or down where two would overlap."""
     if len(points) > most:
         return
     (x0, x1), (y0, y1) = ax.get_xlim(), ax.get_ylim()
     taken: list[tuple[float, float, float]] = []
-    for point in sorted(points, key=lambda p: -p["y"]):
-        across = (point["x"] - x0) / (x1 - x0)
-        up = (point["y"] - y0) / (y1 - y0)
+    for point in sorted(points, key=lambda p: -p.y):
+        across = (point.x - x0) / (x1 - x0)
+        up = (point.y - y0) / (y1 - y0)
         left = across > 0.6
-        width = 0.024 * len(point["label"])
+        width = 0.024 * len(point.label)
         start = across - width - 0.03 if left else across + 0.03
         place = up
         while any(
@@ -169,8 +163,8 @@ def _labels(ax: Any, points: Sequence[dict[str, Any]], most: int = 24) -> None:
             place -= 0.012
         taken.append((start, start + width, place))
         ax.annotate(
-            point["label"],
-            (point["x"], point["y"]),
+            point.label,
+            (point.x, point.y),
             (-7 if left else 7, (place - up) * 175 - 3),
             textcoords="offset points",
             ha="right" if left else "left",
@@ -182,21 +176,16 @@ def _labels(ax: Any, points: Sequence[dict[str, Any]], most: int = 24) -> None:
 # ------------------------------------------------------------------------------------- curves
 
 
-def losses(curves: Sequence[dict[str, Any]], name: str) -> str:
-    """Return training loss (smoothed, the raw one behind it) and validation loss (dots).
-
-    Args:
-        curves: ``label``, ``series``, ``train`` and ``validation`` as [step, loss].
-        name: For ids.
-    """
+def losses(curves: Sequence[Curve], name: str) -> str:
+    """Return training loss (smoothed, the raw one behind it) and validation loss (dots)."""
     with _figure(5.4, 3.1, f"loss-{name}") as (ax, svgs):
         for curve in curves:
-            tint = color(curve["series"])
-            steps, values = _columns(curve["train"])
+            tint = color(curve.series)
+            steps, values = _columns(curve.train)
             ax.plot(steps, values, color=tint, linewidth=0.6, alpha=0.28)
-            ax.plot(steps, _smooth(values), color=tint, label=curve["label"])
-            if curve["validation"]:
-                at, loss = _columns(curve["validation"])
+            ax.plot(steps, _smooth(values), color=tint, label=curve.label)
+            if curve.validation:
+                at, loss = _columns(curve.validation)
                 ax.plot(at, loss, "o", color=tint, markersize=4.5, markeredgecolor="#0b0b04")
         ax.set_xlabel("optimizer step")
         ax.set_ylabel("loss, nats per supervised token")
@@ -223,11 +212,11 @@ def _smooth(values: Sequence[float]) -> list[float]:
 # ------------------------------------------------------------------------------------- rows of dots
 
 
-def dumbbells(rows: Sequence[dict[str, Any]], name: str, label: str, unit: float) -> str:
+def dumbbells(rows: Sequence[Predicted], name: str, label: str, unit: float) -> str:
     """Return predicted (ring) against measured (disc), a line a cell.
 
     Args:
-        rows: ``label``, ``series``, ``predicted``, ``measured``.
+        rows: A line each.
         name: For ids.
         label: Of the x axis.
         unit: Values are divided by it.
@@ -235,30 +224,30 @@ def dumbbells(rows: Sequence[dict[str, Any]], name: str, label: str, unit: float
     with _figure(5.4, 0.75 + 0.27 * len(rows), name) as (ax, svgs):
         places = range(len(rows), 0, -1)
         for place, row in zip(places, rows, strict=True):
-            tint = color(row["series"])
-            both = [row["predicted"], row["measured"]]
+            tint = color(row.series)
+            both = [row.predicted, row.measured]
             ax.plot(both, [place, place], color=tint, linewidth=1.4, alpha=0.5)
             ax.plot(both[0], place, "o", color=tint, markersize=7.5, markerfacecolor="#0b0b04")
             ax.plot(both[1], place, "o", color=tint, markersize=6.5)
-        _named(ax, places, rows)
-        ax.set_xlim(0, 1.06 * max(max(row["predicted"], row["measured"]) for row in rows))
+        _named(ax, places, [row.label for row in rows])
+        ax.set_xlim(0, 1.06 * max(max(row.predicted, row.measured) for row in rows))
         ax.set_xlabel(label)
         ax.xaxis.set_major_formatter(_in(unit))
     return svgs[0]
 
 
-def _named(ax: Any, places: Sequence[int], rows: Sequence[dict[str, Any]]) -> None:
-    ax.set_yticks(list(places), [row["label"] for row in rows])
+def _named(ax: Any, places: Sequence[int], labels: list[str]) -> None:
+    ax.set_yticks(list(places), labels)
     ax.tick_params(axis="y", labelcolor=_INK)
-    ax.set_ylim(0.4, len(rows) + 0.6)
+    ax.set_ylim(0.4, len(labels) + 0.6)
     ax.grid(axis="y", visible=False)
 
 
-def dots(rows: Sequence[dict[str, Any]], name: str, label: str, level: float | None) -> str:
+def dots(rows: Sequence[Dot], name: str, label: str, level: float | None) -> str:
     """Return one dot a cell on a common scale, with the base's level as a line.
 
     Args:
-        rows: ``label``, ``series``, ``value``.
+        rows: A line each.
         name: For ids.
         label: Of the x axis.
         level: Of the base; None for no line.
@@ -268,24 +257,18 @@ def dots(rows: Sequence[dict[str, Any]], name: str, label: str, level: float | N
         if level is not None:
             ax.axvline(level, color=_SOFT, linewidth=1, linestyle=(0, (4, 3)))
         for place, row in zip(places, rows, strict=True):
-            tint = color(row["series"])
+            tint = color(row.series)
             if level is not None:
-                ax.plot([level, row["value"]], [place, place], color=tint, linewidth=1.4, alpha=0.5)
-            ax.plot(row["value"], place, "o", color=tint, markersize=6.5)
-        _named(ax, places, rows)
+                ax.plot([level, row.value], [place, place], color=tint, linewidth=1.4, alpha=0.5)
+            ax.plot(row.value, place, "o", color=tint, markersize=6.5)
+        _named(ax, places, [row.label for row in rows])
         ax.margins(x=0.12)
         ax.set_xlabel(label)
     return svgs[0]
 
 
-def forest(panels: Sequence[dict[str, Any]], labels: Sequence[str]) -> str:
-    """Return paired differences with their intervals: a panel a task, a line a cell.
-
-    Args:
-        panels: ``task`` and ``rows``: ``delta``, ``low``, ``high`` (fractions), ``series``,
-            ``sure`` (the corrected p is under 5%), or None where there is no comparison.
-        labels: Of the lines.
-    """
+def forest(panels: Sequence[Panel], labels: Sequence[str]) -> str:
+    """Return paired differences with their intervals: a panel a task, a line a cell."""
     count = len(panels)
     width = 1.5 + 1.75 * count
     size = (min(width, 9.2), 0.9 + 0.27 * len(labels))
@@ -293,15 +276,15 @@ def forest(panels: Sequence[dict[str, Any]], labels: Sequence[str]) -> str:
         places = range(len(labels), 0, -1)
         for ax, panel in zip(grid[0], panels, strict=True):
             ax.axvline(0, color=_SOFT, linewidth=1)
-            for place, row in zip(places, panel["rows"], strict=True):
+            for place, row in zip(places, panel.rows, strict=True):
                 if row is None:
                     continue
-                tint = color(row["series"])
-                ends = [row["low"], row["high"]]
+                tint = color(row.series)
+                ends = [row.low, row.high]
                 ax.plot(ends, [place, place], color=tint, linewidth=1.6, alpha=0.75)
-                face = tint if row["sure"] else "#0b0b04"
-                ax.plot(row["delta"], place, "o", color=tint, markersize=6, markerfacecolor=face)
-            ax.set_title(panel["task"], fontsize=9.5)
+                face = tint if row.significant else "#0b0b04"
+                ax.plot(row.delta, place, "o", color=tint, markersize=6, markerfacecolor=face)
+            ax.set_title(panel.task, fontsize=9.5)
             ax.xaxis.set_major_formatter(_points)
             ax.margins(x=0.1)
             ax.grid(axis="y", visible=False)
@@ -313,14 +296,14 @@ def forest(panels: Sequence[dict[str, Any]], labels: Sequence[str]) -> str:
     return svgs[0]
 
 
-def agreement(points: Sequence[dict[str, Any]], name: str, label: str, unit: float) -> str:
+def agreement(points: Sequence[Predicted], name: str, label: str, unit: float) -> str:
     """Return measured against predicted as a scatter with its diagonal, for many cells."""
     with _figure(3.7, 3.4, name) as (ax, svgs):
-        high = max(max(p["predicted"], p["measured"]) for p in points) * 1.08
+        high = max(max(p.predicted, p.measured) for p in points) * 1.08
         ax.plot([0, high], [0, high], color=_SOFT, linewidth=1)
         for point in points:
-            spot = (point["predicted"], point["measured"])
-            ax.plot(*spot, "o", color=color(point["series"]), markersize=4, alpha=0.8)
+            spot = (point.predicted, point.measured)
+            ax.plot(*spot, "o", color=color(point.series), markersize=4, alpha=0.8)
         ax.set_xlabel(f"predicted, {label}")
         ax.set_ylabel(f"measured, {label}")
         ax.xaxis.set_major_formatter(_in(unit))

@@ -10,14 +10,16 @@ disk. Files:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from mlx_slim.artifacts import SCHEMA_VERSION
 from mlx_slim.errors import SlimError
-from mlx_slim.reading import read_object, short
+from mlx_slim.models.fidelity import Fidelity
+from mlx_slim.reading import JsonObject, read_object, short
 
 FORGETTING = "held_out"  # the text's name in files and folders of a matrix
 Kind = Literal["base", "quantized", "pruned", "tuned", "fused"]
@@ -76,6 +78,14 @@ class FuseFidelity:
 
 
 @dataclass(frozen=True)
+class PrunedDistance(Fidelity):
+    """Distance of a pruned model from its source, with the perplexity of each."""
+
+    perplexity_before: float
+    perplexity_after: float
+
+
+@dataclass(frozen=True)
 class PruneSummary:
     """What pruning removed: parameters before and after, and the fidelity of the result."""
 
@@ -83,7 +93,7 @@ class PruneSummary:
     method: str
     parameters_before: int
     parameters_after: int
-    fidelity: dict[str, Any] | None
+    fidelity: PrunedDistance | None
 
 
 @dataclass(frozen=True)
@@ -155,14 +165,14 @@ class CellRecord(Measured):
     seed: int | None
     parent: str | None = None
     keys: dict[str, str]
-    recipe: dict[str, Any]
+    recipe: JsonObject
     dtype: str
     tasks: list[str]
     disk: DiskUse
     intruders: IntruderCounts | None = None
     weights_sha256: str
     code: str | None = None
-    provenance: dict[str, Any] | None = None
+    provenance: JsonObject | None = None
 
 
 @dataclass(frozen=True)
@@ -218,7 +228,7 @@ class MatrixRecord:
     name: str
     title: str
     note: str = ""
-    matrix: dict[str, Any] | None = None
+    matrix: JsonObject | None = None
     models: dict[str, ModelRecord]
     methods: list[str]
     tasks: list[str]
@@ -226,8 +236,8 @@ class MatrixRecord:
     refused: list[tuple[str, str]]
     omitted: list[OmittedCell]
     code: str | None = None
-    provenance: dict[str, Any]
-    requests: Annotated[dict[str, dict[str, Any]] | None, Field(alias="asked")] = None
+    provenance: JsonObject
+    requests: Annotated[dict[str, JsonObject] | None, Field(alias="asked")] = None
     questions_sha256: dict[str, str] = field(default_factory=dict)
     forgetting: Annotated[ForgettingText | None, Field(alias=FORGETTING)] = None
 
@@ -254,9 +264,14 @@ class SweepRecord:
     keys: dict[str, str] = field(default_factory=dict)
 
 
-def as_json(record: object) -> dict[str, Any]:
+@lru_cache(maxsize=64)
+def _adapter(kind: type[_Record]) -> TypeAdapter[_Record]:
+    return TypeAdapter(kind)
+
+
+def as_json(record: object) -> JsonObject:
     """Return the JSON object of a record, under the keys on disk."""
-    return TypeAdapter(type(record)).dump_python(record, by_alias=True)
+    return _adapter(type(record)).dump_python(record, by_alias=True)
 
 
 def read_record(file: Path, kind: type[_Record]) -> _Record:
@@ -274,7 +289,7 @@ def read_record(file: Path, kind: type[_Record]) -> _Record:
             "report it with the version that made it, or run the matrix again",
         )
     try:
-        return TypeAdapter(kind).validate_python(values)
+        return _adapter(kind).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

@@ -11,20 +11,21 @@ Folder: ``matrix.json``, ``questions/<task>.jsonl`` (the questions), ``cells/<na
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mlx_slim.artifacts import SCHEMA_VERSION, read_records
 from mlx_slim.compare.records import CellRecord, Kind, MatrixRecord, SweepRecord, read_record
 from mlx_slim.errors import SlimError
+from mlx_slim.evaluation.records import TaskSection
 from mlx_slim.evaluation.results import check_sample
 from mlx_slim.evaluation.tasks.metrics import counted
-from mlx_slim.reading import library_errors, read_object, short
+from mlx_slim.reading import field, library_errors, read_object, short
 
 AGAIN = "run the matrix again with --resume"
 
@@ -48,15 +49,15 @@ class Answers:
         stopped: How generations ended, counted.
     """
 
-    section: dict[str, Any]
+    section: TaskSection
     samples: Path
     doc_ids_N: np.ndarray
     right_N: dict[str, np.ndarray]
     subjects_N: np.ndarray | None = None
-    subjects: list[str] = field(default_factory=list)
+    subjects: list[str] = dataclasses.field(default_factory=list)
     chance: float = 0.0
-    unextracted: dict[str, int] = field(default_factory=dict)
-    stopped: dict[str, int] = field(default_factory=dict)
+    unextracted: dict[str, int] = dataclasses.field(default_factory=dict)
+    stopped: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def n(self) -> int:
@@ -70,7 +71,7 @@ class StoredCell:
 
     folder: Path
     record: CellRecord
-    answers: dict[str, Answers] = field(default_factory=dict)
+    answers: dict[str, Answers] = dataclasses.field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -167,17 +168,17 @@ def load_cell(folder: Path) -> StoredCell:
     return cell
 
 
-def task_section(out: Path, task: str) -> dict[str, Any]:
-    """Return a task's part of ``results.json``.
+def task_section(out: Path, task: str) -> TaskSection:
+    """Return a task's section of ``results.json``.
 
     Raises:
         SlimError: If it is missing or damaged.
     """
-    results = read_object(out / "results.json")
-    try:
-        return results["tasks"][task]
-    except (KeyError, TypeError) as error:
-        raise SlimError(f"{out}/results.json has no task {task}") from error
+    path = out / "results.json"
+    sections = field(read_object(path), short(path), "tasks", dict, of=dict)
+    if task not in sections:
+        raise SlimError(f"{path} has no task {task}")
+    return TaskSection.read(sections[task], f"{short(path)}: {task}")
 
 
 def load_answers(out: Path, task: str) -> Answers:
@@ -188,16 +189,18 @@ def load_answers(out: Path, task: str) -> Answers:
     """
     section = task_section(out, task)
     path = out / f"samples_{task}.jsonl"
-    names = list(section["metrics"])
+    names = list(section.metrics)
     doc_ids: list[int] = []
     right: dict[str, bytearray] = {}
     subjects: dict[str, int] = {}
     where: list[int] = []
-    generated: list[dict[str, Any]] = []
     records = read_records(path)
     first = next(records, {})
     right = {name: bytearray() for name in (counted(names, first) if first else ())}
     choices: Counter[int] = Counter()
+    filters = [name.removesuffix("_match") for name in names if name.endswith("_match")]
+    unextracted = {name: 0 for name in filters if name in first}
+    stopped: Counter[str] = Counter()
     for number, record in enumerate(chain([first] if first else [], records), 1):
         check_sample(record, f"{short(path)}, line {number}", right)
         doc_ids.append(record["doc_id"])
@@ -208,16 +211,11 @@ def load_answers(out: Path, task: str) -> Answers:
         if "loglikelihoods" in record:
             choices[len(record["loglikelihoods"])] += 1
         if "stop_reason" in record:
-            generated.append(record)
-    filters = [name.removesuffix("_match") for name in names if name.endswith("_match")]
-    unextracted = {
-        name: sum(record[name] in (None, "", "[invalid]") for record in generated)
-        for name in filters
-        if name in first
-    }
-    stopped = dict(Counter(record["stop_reason"] for record in generated))
-    if len(doc_ids) != section["n"]:
-        raise SlimError(f"{path} holds {len(doc_ids)} questions, results.json says {section['n']}")
+            stopped[record["stop_reason"]] += 1
+            for name in unextracted:
+                unextracted[name] += record[name] in (None, "", "[invalid]")
+    if len(doc_ids) != (n := section.questions.n):
+        raise SlimError(f"{path} holds {len(doc_ids)} questions, results.json says {n}")
     return Answers(
         section=section,
         samples=path,
@@ -227,5 +225,5 @@ def load_answers(out: Path, task: str) -> Answers:
         subjects=list(subjects),
         chance=sum(count / many for many, count in choices.items()) / max(1, len(doc_ids)),
         unextracted=unextracted,
-        stopped=stopped,
+        stopped=dict(stopped),
     )

@@ -10,11 +10,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mlx_slim.compare import store
 from mlx_slim.compare.recount import Ledger, differing_texts, recount
-from mlx_slim.compare.report import build, pages
+from mlx_slim.compare.report import MatrixReport, build, pages
 from mlx_slim.errors import SlimError
 from mlx_slim.reading import library_errors, read_object, short
 
@@ -42,8 +41,8 @@ def verify(folder: Path) -> Verified:
             "verify its numbers",
             f"complete it with: mlx-slim compare MATRIX -o {folder} --resume",
         )
-    ledger, results = count_again(stored)
-    ledger.problems += differing_texts(folder, pages(stored, results))
+    ledger, record = count_again(stored)
+    ledger.problems += differing_texts(folder, pages(stored, record))
     if ledger.problems:
         raise SlimError(
             f"{folder}: {len(ledger.problems)} numbers are not what the stored answers give",
@@ -56,8 +55,8 @@ def verify(folder: Path) -> Verified:
     return Verified(len(stored.cells), questions, ledger.numbers, stored.failed)
 
 
-def count_again(stored: store.StoredMatrix) -> tuple[Ledger, dict[str, Any]]:
-    """Return the comparison of all numbers, and ``results.json`` as it should be.
+def count_again(stored: store.StoredMatrix) -> tuple[Ledger, MatrixReport]:
+    """Return the comparison of all numbers, and the report as it should be.
 
     Raises:
         SlimError: If nothing was published.
@@ -66,13 +65,12 @@ def count_again(stored: store.StoredMatrix) -> tuple[Ledger, dict[str, Any]]:
     ledger = Ledger()
     with library_errors(f"{short(stored.folder)}: a record in it is damaged", store.AGAIN):
         recount(stored, ledger)
-    results = build(stored)
-    ledger.compare("results.json", claimed, json.loads(json.dumps(results)))
-    for row in results["rows"]:
-        for task, score in row["scores"].items():
-            what = f"{row['name']} {task}"
-            ledger.problems += whole(what, score["value"], score["k"], score["n"])
-    return ledger, results
+    record = build(stored)
+    ledger.compare("results.json", claimed, json.loads(json.dumps(record.as_json())))
+    for row in record.rows:
+        for task, score in row.scores.items():
+            ledger.problems += whole(f"{row.name} {task}", score.value, score.k, score.n)
+    return ledger, record
 
 
 def whole(what: str, value: float, k: int, n: int) -> list[str]:

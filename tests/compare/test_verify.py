@@ -107,7 +107,7 @@ def test_everything_is_counted_again(matrix: Path) -> None:
 
 def test_no_number_of_the_report_can_be_changed(matrix: Path) -> None:
     claimed = read_json(matrix / "results.json")
-    again = json.loads(json.dumps(build(store.load(matrix))))
+    again = json.loads(json.dumps(build(store.load(matrix)).as_json()))
     paths = list(leaves(claimed))
     assert len(paths) > 200
     for path in paths:
@@ -198,7 +198,7 @@ def test_forged_hashes_do_not_hide_what_contradicts_itself(copy: Path) -> None:
 def test_a_report_after_the_change_does_not_hide_it(copy: Path, file: str, path: Any) -> None:
     target = copy / CELL / file
     write_json(target, changed(read_json(target), path))
-    write_json(copy / "results.json", build(store.load(copy)))
+    write_json(copy / "results.json", build(store.load(copy)).as_json())
     assert count_again(store.load(copy))[0].problems
 
 
