@@ -76,6 +76,17 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def _time(prediction: Prediction) -> str:
+    from mlx_slim.runtime import human_duration
+
+    if between := prediction.time_range:
+        low, high = human_duration(between.low), human_duration(between.high)
+        return f"between {low} and {high}, an estimate from {prediction.time_basis}"
+    if prediction.predicted_seconds:
+        return f"about {human_duration(prediction.predicted_seconds)} on this device"
+    return "not predicted"
+
+
 def _text(resolved: Resolved, prediction: Prediction, note: str) -> str:
     from mlx_slim.adapters.advice import rank_advice
     from mlx_slim.runtime import human_bytes, human_duration
@@ -84,11 +95,6 @@ def _text(resolved: Resolved, prediction: Prediction, note: str) -> str:
     fits = "fits" if prediction.fits else "does NOT fit"
     budget = human_bytes(prediction.budget_bytes)
     percent = 100 * prediction.trainable_parameters / max(1, prediction.parameters)
-    time = (
-        "unknown"
-        if prediction.predicted_seconds is None
-        else human_duration(prediction.predicted_seconds)
-    )
     tokens = "length unknown: the rows are on a hub, or too long to use"
     if prediction.tokens:
         tokens = f"{prediction.tokens:,} tokens, {prediction.tokens_basis}"
@@ -115,12 +121,7 @@ def _text(resolved: Resolved, prediction: Prediction, note: str) -> str:
     rows += [
         *((f"  {name}", human_bytes(size)) for name, size in prediction.breakdown.items()),
         ("to load it", f"{human_bytes(prediction.loading_peak_bytes)}, a tensor at a time"),
-        (
-            "time",
-            f"about {time} on this device ({tokens})"
-            if prediction.predicted_seconds
-            else f"not predicted ({tokens})",
-        ),
+        ("time", f"{_time(prediction)} ({tokens})"),
     ]
     if measured:
         pace = human_duration(measured.seconds_per_batch)

@@ -1,41 +1,71 @@
-"""The Macs that a run can be planned for: memory, bandwidth, and the working set of the GPU.
+"""The Macs that a run can be planned for: memory, bandwidth, GPU, and the GPU's working set.
 
 Invariant: a Mac's limit is the working set that Metal recommends
 (``MTLDevice.recommendedMaxWorkingSetSize``): two thirds of memory below 36 GB and three quarters
 from there on. These fractions give the sizes that programs log on such machines to the megabyte:
 10,923 MiB of 16 GB, 21,845 of 32 (llama.cpp issue 2011), 49,152 of 64 (issue 1870), 73,728 of 96
-(issue 3213); newer systems allow more (107.5 GiB of 128 on macOS 26), never less. Bandwidths and
-memory sizes are Apple's technical specifications of each chip, in GB/s (1e9) and GB (2^30); of a
-chip with two bandwidths the higher one is listed. Try it: ``mlx-slim plan --macs``.
+(issue 3213); newer systems allow more (107.5 GiB of 128 on macOS 26), never less. Bandwidths,
+memory sizes and GPU cores are Apple's technical specifications of each chip, in GB/s (1e9) and GB
+(2^30); of a chip with two bandwidths the higher one is listed. Apple publishes no GPU clocks: those
+of M1 and M2 are philipturner/metal-benchmarks', those of M3, M4 and M5 hmc-tech.com/gpu's, M5 Pro
+and Max have M5's. A core has 128 float32 units, so they give 2.6 TFLOP/s for M1, 3.6 for M2, 14.3
+for M3 Max, as the Hugging Face hub lists (huggingface.js, ``hardware.ts``; for M4 and M5 it lists
+7% to 28% more). An M5 without a fan ran at 1,578 MHz (michaelstinkerings.org, its roofline).
+16-bit floats are counted as no faster, M5's neural accelerators not at all. Try it:
+``mlx-slim plan --macs``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.runtime import AUTO_FRACTION, human_bytes
 
 SIZES = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128)
 
-# chip: (bandwidth in GB/s, memory sizes in GB)
-CHIPS: dict[str, tuple[int, tuple[int, ...]]] = {
-    "m1": (68, (8, 16)),
-    "m1-pro": (200, (16, 32)),
-    "m1-max": (400, (32, 64)),
-    "m1-ultra": (800, (64, 128)),
-    "m2": (100, (8, 16, 24)),
-    "m2-pro": (200, (16, 32)),
-    "m2-max": (400, (32, 64, 96)),
-    "m2-ultra": (800, (64, 128, 192)),
-    "m3": (100, (8, 16, 24)),
-    "m3-pro": (150, (18, 36)),
-    "m3-max": (400, (36, 48, 64, 96, 128)),
-    "m3-ultra": (819, (96, 256, 512)),
-    "m4": (120, (16, 24, 32)),
-    "m4-pro": (273, (24, 48, 64)),
-    "m4-max": (546, (36, 48, 64, 128)),
-    "m5": (153, (16, 24, 32)),
+
+class Chip(NamedTuple):
+    """One chip.
+
+    Attributes:
+        bandwidth: Of its memory, GB/s.
+        cores: Of the GPU, fewest and most.
+        megahertz: Of the GPU, at most.
+        memory: Sizes that it was sold with, GB.
+    """
+
+    bandwidth: int
+    cores: tuple[int, int]
+    megahertz: int
+    memory: tuple[int, ...]
+
+    @property
+    def tflops(self) -> float:
+        """Of the GPU with most cores, 1e12 float32 operations a second: 128 FMA units a core."""
+        return self.cores[1] * 128 * 2 * self.megahertz / 1e6
+
+
+CHIPS: dict[str, Chip] = {
+    "m1": Chip(68, (7, 8), 1278, (8, 16)),
+    "m1-pro": Chip(200, (14, 16), 1296, (16, 32)),
+    "m1-max": Chip(400, (24, 32), 1296, (32, 64)),
+    "m1-ultra": Chip(800, (48, 64), 1296, (64, 128)),
+    "m2": Chip(100, (8, 10), 1398, (8, 16, 24)),
+    "m2-pro": Chip(200, (16, 19), 1398, (16, 32)),
+    "m2-max": Chip(400, (30, 38), 1398, (32, 64, 96)),
+    "m2-ultra": Chip(800, (60, 76), 1398, (64, 128, 192)),
+    "m3": Chip(100, (8, 10), 1398, (8, 16, 24)),
+    "m3-pro": Chip(150, (14, 18), 1398, (18, 36)),
+    "m3-max": Chip(400, (30, 40), 1398, (36, 48, 64, 96, 128)),
+    "m3-ultra": Chip(819, (60, 80), 1398, (96, 256, 512)),
+    "m4": Chip(120, (8, 10), 1578, (16, 24, 32)),
+    "m4-pro": Chip(273, (16, 20), 1578, (24, 48, 64)),
+    "m4-max": Chip(546, (32, 40), 1678, (36, 48, 64, 128)),
+    "m5": Chip(153, (8, 10), 1740, (16, 24, 32)),
+    "m5-pro": Chip(307, (16, 20), 1740, (24, 48, 64)),
+    "m5-max": Chip(614, (32, 40), 1740, (36, 48, 64, 128)),
 }
 
 
@@ -46,13 +76,15 @@ class Mac:
     Attributes:
         name: ``m2-16gb``, ``m4-max-64gb``.
         memory_gb: Unified memory, GB of 2^30 bytes.
-        bandwidth: Of that memory, GB/s.
+        chip_name: ``m2``, ``m4-max``.
+        chip: Bandwidth and GPU.
         working_set_bytes: Memory that MLX may use.
     """
 
     name: str
     memory_gb: int
-    bandwidth: int
+    chip_name: str
+    chip: Chip
     working_set_bytes: int
 
 
@@ -75,9 +107,9 @@ def smallest_that_fits(peak_bytes: int) -> int | None:
 def macs() -> list[Mac]:
     """Return every configuration, oldest chip first."""
     return [
-        Mac(f"{chip}-{size}gb", size, bandwidth, working_set(size))
-        for chip, (bandwidth, sizes) in CHIPS.items()
-        for size in sizes
+        Mac(f"{name}-{size}gb", size, name, chip, working_set(size))
+        for name, chip in CHIPS.items()
+        for size in chip.memory
     ]
 
 
@@ -98,9 +130,10 @@ def find_mac(name: str) -> Mac:
 
 def markdown() -> str:
     """Return the table of all configurations."""
-    lines = ["| Mac | memory | bandwidth | GPU working set |", "|---|---|---|---|"]
+    lines = ["| Mac | memory | bandwidth | GPU | GPU working set |", "|---|---|---|---|---|"]
     lines += [
-        f"| {m.name} | {m.memory_gb} GB | {m.bandwidth} GB/s | {human_bytes(m.working_set_bytes)} |"
+        f"| {m.name} | {m.memory_gb} GB | {m.chip.bandwidth} GB/s | {m.chip.tflops:.1f} TFLOP/s | "
+        f"{human_bytes(m.working_set_bytes)} |"
         for m in macs()
     ]
     return "\n".join(lines)

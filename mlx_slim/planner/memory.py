@@ -8,6 +8,7 @@ computed in ``peak.py``. Try it: ``mlx-slim plan tinyllama-lora --budget 16GB``.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +22,15 @@ from mlx_slim.models.build import build
 from mlx_slim.planner.peak import breakdown
 from mlx_slim.planner.shapes import TrainingShapes, leaves, to_dtype, training_shapes
 from mlx_slim.planner.suggest import Suggestion, suggestions
-from mlx_slim.planner.work import Speed, TrainingWork, expected_work, predicted_seconds
+from mlx_slim.planner.time import Machine, Range, estimate
+from mlx_slim.planner.work import (
+    Operations,
+    Speed,
+    TrainingWork,
+    expected_work,
+    operations,
+    predicted_seconds,
+)
 from mlx_slim.runtime import (
     AUTO_FRACTION,
     DTYPES,
@@ -74,6 +83,8 @@ class Prediction:
         budget_bytes: Memory that it may use.
         fits: Whether the peak is within the budget.
         predicted_seconds: Wall time of training; None without a speed or without rows to count.
+        time_range: An estimate of it from a machine's peak; None without one or without rows.
+        time_basis: What that estimate assumes, as text; empty without a machine.
         disk_bytes: The run folder at its largest (adapter or model, its checkpoints, and the base
             if the run quantizes it).
         download_bytes: The model's 16-bit weights; 0 if it is a local folder.
@@ -105,6 +116,8 @@ class Prediction:
     tokens_basis: str
     rules_of_thumb: dict[str, int]
     measured: Measurement | None = None
+    time_range: Range | None = None
+    time_basis: str = ""
     suggestions: list[Suggestion] = field(default_factory=list)
 
     def as_record(self) -> dict[str, Any]:
@@ -121,6 +134,7 @@ def predict(
     gpu: bool | None = None,
     gpu_bytes: int | None = None,
     speed: Speed | None = None,
+    machine: Machine | None = None,
     work: TrainingWork | None = None,
     local: bool = True,
     suggest: bool = True,
@@ -136,6 +150,7 @@ def predict(
         gpu_bytes: Memory of that GPU; None takes this machine's, or that whose default budget is
             ``budget``.
         speed: Of the device; None leaves ``predicted_seconds`` out.
+        machine: Whose peak rates estimate the time (``planner.time``); None leaves it out.
         work: Tokens of the run; None estimates them from the recipe's rows, if they can be read.
         local: Read the rows on this machine; else the hub's are meant.
         suggest: Look for cheaper settings.
@@ -162,19 +177,27 @@ def predict(
         shapes, size = shapes_of(recipe), _dtype(recipe, gpu).size
         return _largest(shapes, breakdown(shapes, recipe, size, lengths, gpu, gpu_bytes))
 
-    def cost_of(recipe: Recipe) -> tuple[int, float]:
+    def operations_of(recipe: Recipe) -> Operations:
         tokens = work or TrainingWork(1 << 20, 1 << 20, recipe.train.max_length, "")
-        seconds = predicted_seconds(shapes_of(recipe), recipe, tokens, speed or _ANY_SPEED, gpu=gpu)
+        return operations(shapes_of(recipe), recipe, tokens, size=_dtype(recipe, gpu).size)
+
+    def cost_of(recipe: Recipe) -> tuple[int, float]:
+        run = operations_of(recipe)
+        if machine is None:
+            seconds = predicted_seconds(run, speed or _ANY_SPEED, gpu=gpu)
+        else:
+            time = estimate(run, machine)
+            seconds = math.sqrt(time.low * time.high)
         return sum(breakdown_of(recipe).values()), seconds
 
     shapes, by_kind = shapes_of(recipe), breakdown_of(recipe)
-    peak = sum(by_kind.values())
+    peak, run = sum(by_kind.values()), operations_of(recipe)
     return Prediction(
         predicted_peak_bytes=peak,
         loading_peak_bytes=shapes.loading_bytes,
         budget_bytes=limit,
         fits=peak <= limit,
-        predicted_seconds=cost_of(recipe)[1] if speed and work else None,
+        predicted_seconds=predicted_seconds(run, speed, gpu=gpu) if speed and work else None,
         disk_bytes=_disk(shapes, recipe, work),
         download_bytes=0 if Path(recipe.model).expanduser().exists() else 2 * shapes.parameters,
         breakdown=by_kind,
@@ -184,6 +207,8 @@ def predict(
         tokens=work.tokens if work else None,
         tokens_basis=work.basis if work else "the rows are not counted yet",
         rules_of_thumb=rules_of_thumb(shapes, recipe, _dtype(recipe, gpu)),
+        time_range=estimate(run, machine) if machine and work else None,
+        time_basis=machine.basis if machine else "",
         suggestions=suggestions(recipe, limit, cost_of) if suggest else [],
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError
-from mlx_slim.planner import macs
+from mlx_slim.planner import macs, time
 from mlx_slim.planner.memory import Measurement, Prediction, predict
 from mlx_slim.planner.shapes import training_shapes
 from mlx_slim.planner.shipped_models import model_config
@@ -24,6 +24,7 @@ from mlx_slim.planner.work import (
     TrainingWork,
     expected_work,
     measure_speed,
+    operations,
     predicted_seconds,
 )
 from mlx_slim.runtime import on_gpu, parse_size, resolve_dtype
@@ -62,7 +63,8 @@ def plan(
     Args:
         recipe: Checked recipe.
         budget: Bytes or a size such as ``16GB``; None takes the Mac's, or ``memory.budget``.
-        mac: Plan for this Mac (``m2-16gb``) instead of this machine; its time is not predicted.
+        mac: Plan for this Mac (``m2-16gb``) instead of this machine; its time is a range, estimated
+            from its published peak.
         probe: Takes real steps of the largest batch on this machine; None only predicts.
 
     Raises:
@@ -87,17 +89,19 @@ def plan(
         target = macs.find_mac(mac)
         if limit is None:
             limit = macs.budget(target.memory_gb)
-        gpu = {"gpu": True, "gpu_bytes": target.working_set_bytes}
+        machine = time.apple(target.chip_name, target.chip)
+        gpu = {"gpu": True, "gpu_bytes": target.working_set_bytes, "machine": machine}
         return prediction(**gpu), f"{note}; for {target.name}"
     dtype = resolve_dtype(recipe.train.dtype)
     speed = measure_speed(dtype)
-    if probe is None:
-        return prediction(speed), note
+    if probe is None:  # a GPU reaches a part of its rates only, which is a range
+        machine = time.this_machine(dtype) if on_gpu() else None
+        return prediction(speed, machine=machine), note
     measured = probe(recipe)
     predicted = predict(config, recipe, lengths=measured.lengths, budget=limit, speed=speed)
     batch = TrainingWork(int(measured.computed_tokens * FILLED), 0, measured.length, "")
     shapes = training_shapes(config, recipe, dtype)
-    seconds = predicted_seconds(shapes, recipe, batch, speed, gpu=on_gpu())
+    seconds = predicted_seconds(operations(shapes, recipe, batch), speed, gpu=on_gpu())
     return _corrected(predicted, measured, measured.seconds_per_batch / seconds), note
 
 

@@ -80,12 +80,16 @@ def combined(first: Prediction, second: Prediction) -> Prediction:
     seconds = None
     if first.predicted_seconds is not None and second.predicted_seconds is not None:
         seconds = first.predicted_seconds + second.predicted_seconds
+    time_range = None
+    if first.time_range is not None and second.time_range is not None:
+        time_range = first.time_range + second.time_range
     return replace(
         first,
         predicted_peak_bytes=peak,
         loading_peak_bytes=first.loading_peak_bytes + second.loading_peak_bytes,
         fits=peak <= first.budget_bytes,
         predicted_seconds=seconds,
+        time_range=time_range,
         disk_bytes=first.disk_bytes + second.disk_bytes,
         download_bytes=first.download_bytes + second.download_bytes,
         breakdown={key: size + second.breakdown[key] for key, size in first.breakdown.items()},

@@ -2,8 +2,9 @@
 
 Invariant: time is operations divided by rates that are measured first (matrix products,
 exponentials and memory passes, which on a CPU cost more than the products); an estimate of the rows
-is marked as one. Legend: P numbers of the blocks' matrices, T row length, V vocabulary, d width.
-Try it: ``mlx-slim plan smollm2-lora``.
+is marked as one. ``time.py`` has the time on a machine of which only the peak is known. Legend: P
+numbers of the blocks' matrices, T row length, V vocabulary, d width. Try it:
+``mlx-slim plan smollm2-lora``.
 """
 
 from __future__ import annotations
@@ -41,6 +42,27 @@ class TrainingWork:
     length: int
     basis: str
     supervised: float = SUPERVISED
+
+
+@dataclass(frozen=True)
+class Operations:
+    """What a run computes in training; a teacher's passes are not counted.
+
+    Attributes:
+        flops: Of matrix products.
+        exponentials: Of activations, attention and loss.
+        elements: Numbers that elementwise passes over activations touch.
+        unpacked: Numbers of weights that a CPU unpacks from a quantized base.
+        moved_bytes: Bytes of weights, gradients, moments and activations that are read or written.
+        batch_tokens: Positions of a full micro-batch.
+    """
+
+    flops: float
+    exponentials: float
+    elements: float
+    unpacked: float
+    moved_bytes: float
+    batch_tokens: int
 
 
 @dataclass(frozen=True)
@@ -108,16 +130,23 @@ def expected_work(
     return TrainingWork(int(per_epoch * train.epochs), per_epoch, length, basis, supervised)
 
 
-def predicted_seconds(
-    shapes: TrainingShapes, recipe: Recipe, work: TrainingWork, speed: Speed, *, gpu: bool
-) -> float:
-    """Return the wall time of training in seconds, without loading, validation and saving.
+def operations(
+    shapes: TrainingShapes, recipe: Recipe, work: TrainingWork, *, size: int = 2
+) -> Operations:
+    """Return what training computes, without loading, validation and saving.
 
     Matrix products: 2P forward and 2P backward for each token, 2P more for weight gradients of
     full fine-tuning and for recomputation; 12·T·q for attention; 4·V·d for a supervised token.
+
+    Args:
+        shapes: Of the model under this recipe.
+        recipe: Checked recipe.
+        work: Tokens of the run.
+        size: Bytes of a number of the computation.
     """
+    train = recipe.train
     full = recipe.method == "full"
-    recomputed = 1 if recipe.train.grad_checkpoint else 0
+    recomputed = 1 if train.grad_checkpoint else 0
     linear = sum(block.linear for block in shapes.blocks)
     adapters = 0 if full else shapes.trainable_parameters
     fraction = work.supervised if recipe.data.mask_prompt else 1.0
@@ -134,12 +163,31 @@ def predicted_seconds(
         6 * block.width + 2 * block.queries + 5 * block.inner + block.heads * work.length
         for block in shapes.blocks
     )
-    seconds = flops / speed.flops
-    seconds += exponentials * speed.exponential
-    seconds += activations * PASSES * (1 + recomputed / 2) * speed.element
+    elements = activations * PASSES * (1 + recomputed / 2)
     computed = work.tokens / FILLED
-    total = computed * seconds
-    if shapes.quantized and not gpu:  # each micro-batch dequantizes each layer again
-        batches = computed / recipe.train.batch_tokens
-        total += batches * (linear + head) * (2 + recomputed) * 2 * speed.element
-    return total
+    batches = computed / train.batch_tokens
+    # Each micro-batch reads the weights; each step reads and writes all that is trained.
+    update = shapes.trainable_bytes + shapes.gradient_bytes + shapes.optimizer_bytes
+    weights = batches * (shapes.base_bytes * passes + 2 * update / train.accumulate)
+    return Operations(
+        flops=computed * flops,
+        exponentials=computed * exponentials,
+        elements=computed * elements,
+        unpacked=batches * (linear + head) * (2 + recomputed) * 2 if shapes.quantized else 0.0,
+        moved_bytes=weights + computed * elements * size,
+        batch_tokens=max(1, min(train.batch_tokens, int(computed))),
+    )
+
+
+def predicted_seconds(work: Operations, speed: Speed, *, gpu: bool) -> float:
+    """Return the wall time of training in seconds at measured rates.
+
+    Args:
+        work: What is computed.
+        speed: Of the device.
+        gpu: Whether it computes with the quantized weights; a CPU unpacks them in each micro-batch.
+    """
+    seconds = work.flops / speed.flops
+    seconds += work.exponentials * speed.exponential
+    seconds += work.elements * speed.element
+    return seconds if gpu else seconds + work.unpacked * speed.element

@@ -22,9 +22,9 @@ def test_working_sets_are_those_that_metal_reports() -> None:
 
 def test_macs_by_name() -> None:
     mac = find_mac("M2 16GB")
-    assert (mac.name, mac.memory_gb, mac.bandwidth) == ("m2-16gb", 16, 100)
+    assert (mac.name, mac.memory_gb, mac.chip.bandwidth) == ("m2-16gb", 16, 100)
     assert mac.working_set_bytes == working_set(16)
-    assert find_mac("m4-max-128gb").bandwidth == 546
+    assert find_mac("m4-max-128gb").chip.bandwidth == 546
     assert len({mac.name for mac in macs()}) == len(macs())
     assert markdown().count("\n") == len(macs()) + 1
     with pytest.raises(SlimError, match="no Mac 'm2-17gb'") as caught:

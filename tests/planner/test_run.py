@@ -71,7 +71,7 @@ def test_the_command(tiny: Callable[..., Path], tmp_path: Path) -> None:
     words = ["smollm2-lora", f"model={tiny('llama')}", "revision=null", "train.steps=2"]
     text = run(command.command, [*words, "--for", "m4-max-64gb"]).output
     assert "fits in 46.4 GB" in text and "12 x the model" in text
-    assert "not predicted (" in text and "download" not in text
+    assert "an estimate from 20% to 60%" in text and "download" not in text
     rows = write_rows(tmp_path / "rows.jsonl")
     words += [f"data.path={rows}", "data.format=auto", "train.max_length=512"]
     words += ["train.batch_tokens=512", "train.accumulate=1"]
@@ -80,4 +80,4 @@ def test_the_command(tiny: Callable[..., Path], tmp_path: Path) -> None:
     record = json.loads(run(command.command, [*words, "--probe", "--json"]).output)
     assert record["measured"]["batch_tokens"] <= 512
     table = run(command.command, ["--macs"]).output
-    assert "| m2-16gb | 16 GB | 100 GB/s | 11.5 GB |" in table
+    assert "| m2-16gb | 16 GB | 100 GB/s | 3.6 TFLOP/s | 11.5 GB |" in table
