@@ -72,7 +72,8 @@ class GGUFFile:
 
         Returns:
             ``{"weight": (R, C)}`` for dense tensors (K-quants and the like in float16), or
-            ``weight`` (R, C·bits/32) uint32 with ``scales`` and ``biases`` (R, G) float16.
+            ``weight`` (R, C·bits/32) uint32 with ``scales`` and ``biases`` (R, G) float16; of the
+            experts of a mixture with an axis of experts before.
 
         Raises:
             SlimError: If the block format cannot be dequantized.
@@ -85,13 +86,10 @@ class GGUFFile:
         path = self.shards.get(name, self.path)
         data = np.memmap(path, np.uint8, "r", tensor.offset, (tensor.nbytes,))
         if tensor.kind in _PACKED:
-            raw = np.asarray(data).reshape(tensor.shape[0], tensor.shape[1] // _GROUP, -1)
-            weight, scales, biases = _PACKED[tensor.kind](raw)
-            return {
-                "weight": mx.array(weight),
-                "scales": mx.array(scales),
-                "biases": mx.array(biases),
-            }
+            rows = math.prod(tensor.shape[:-1])  # those of all experts, where there are several
+            raw = np.asarray(data).reshape(rows, tensor.shape[-1] // _GROUP, -1)
+            parts = zip(("weight", "scales", "biases"), _PACKED[tensor.kind](raw), strict=True)
+            return {part: mx.array(v.reshape(*tensor.shape[:-1], -1)) for part, v in parts}
         if tensor.kind in ("F32", "F16"):
             dtype = np.dtype("<f4" if tensor.kind == "F32" else "<f2")
             return {"weight": mx.array(data.view(dtype).reshape(tensor.shape))}

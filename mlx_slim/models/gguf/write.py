@@ -20,7 +20,8 @@ from mlx.utils import tree_flatten
 from mlx_slim.errors import SlimError
 from mlx_slim.models.build import refuse_unnamed, refuse_varied
 from mlx_slim.models.gguf.file import pack_blocks
-from mlx_slim.models.gguf.load import ARCHITECTURES, llama3_factors
+from mlx_slim.models.gguf.architectures import ARCHITECTURES, Architecture
+from mlx_slim.models.gguf.settings import llama3_factors
 from mlx_slim.models.gguf.vocab import vocabulary
 from mlx_slim.models.quantized import dequantize_weight
 
@@ -71,9 +72,9 @@ def write_gguf(
     from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 
     check_writable_as_gguf(config)
-    architecture = WRITES[config["model_type"]]
+    architecture = ARCHITECTURES[WRITES[config["model_type"]]]
     places = _places(model, config, architecture)
-    writer = GGUFWriter(path, architecture)
+    writer = GGUFWriter(path, architecture.name)
     try:
         writer.add_name(name)
         writer.add_file_type(LlamaFileType[_FILE_TYPES[kind]])
@@ -105,10 +106,9 @@ def write_gguf(
 
 
 def _places(
-    model: nn.Module, config: dict[str, Any], architecture: str
+    model: nn.Module, config: dict[str, Any], architecture: Architecture
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return GGUF name -> (parameter path, dense shape), in the model's order."""
-    back = {path: short for short, path in ARCHITECTURES[architecture].names.items()}
     modules = dict(model.named_modules())
     places: dict[str, tuple[str, tuple[int, ...]]] = {}
     unknown = []
@@ -117,18 +117,15 @@ def _places(
         path, leaf = full.rsplit(".", 1)
         if leaf in ("scales", "biases") and "scales" in modules[path]:
             continue
-        prefix, short = "", path
-        if path.startswith("model.layers."):
-            number, short = path.removeprefix("model.layers.").split(".", 1)
-            prefix = f"blk.{number}."
-        if short not in back or leaf not in ("weight", "bias"):
+        name = architecture.tensor_of(path)
+        if name is None or leaf not in ("weight", "bias"):
             unknown.append(full)
             continue
         shape = tuple(value.shape)
         if leaf == "weight" and "scales" in modules[path]:
             module: Any = modules[path]
             shape = (shape[0], module.scales.shape[-1] * module.group_size)
-        places[f"{prefix}{back[short]}.{leaf}"] = (full, shape)
+        places[f"{name}.{leaf}"] = (full, shape)
     if unknown:
         raise SlimError(
             f"{len(unknown)} tensors of this {config['model_type']} model have no place in GGUF: "
@@ -155,7 +152,7 @@ def _promise(writer: Any, name: str, shape: tuple[int, ...], block: Any) -> None
 
 
 def _array(
-    model: nn.Module, full: str, config: dict[str, Any], architecture: str, block: Any
+    model: nn.Module, full: str, config: dict[str, Any], architecture: Architecture, block: Any
 ) -> np.ndarray:
     """Return one parameter, rows in GGUF's order: float32, or the blocks themselves (uint8)."""
     path, leaf = full.rsplit(".", 1)
@@ -168,13 +165,7 @@ def _array(
     if array is None:
         dense = dequantize_weight(module) if leaf == "weight" else module[leaf]
         array = np.array(dense.astype(mx.float32))
-    if ARCHITECTURES[architecture].permuted and path.endswith(("q_proj", "k_proj")):
-        heads = config["num_attention_heads"]
-        if path.endswith("k_proj"):
-            heads = config.get("num_key_value_heads") or heads
-        halves = array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:])
-        array = halves.swapaxes(1, 2).reshape(array.shape)
-    return np.ascontiguousarray(array)
+    return np.ascontiguousarray(architecture.to_gguf(array, path, leaf, config))
 
 
 def _encoded(array: np.ndarray, block: Any) -> np.ndarray:
@@ -194,7 +185,7 @@ def _encoded(array: np.ndarray, block: Any) -> np.ndarray:
     return array if block == GGMLQuantizationType.F32 else quantize(array, block)
 
 
-def _settings(writer: Any, config: dict[str, Any], architecture: str) -> None:
+def _settings(writer: Any, config: dict[str, Any], architecture: Architecture) -> None:
     heads, width = config["num_attention_heads"], config["hidden_size"]
     head_dim = config.get("head_dim") or width // heads
     writer.add_context_length(config.get("max_position_embeddings") or 2048)
@@ -213,7 +204,7 @@ def _settings(writer: Any, config: dict[str, Any], architecture: str) -> None:
     scaling = config.get("rope_scaling") or {}
     kind = scaling.get("rope_type") or scaling.get("type")
     if kind in ("linear", "yarn"):
-        writer.add_string(f"{architecture}.rope.scaling.type", kind)
+        writer.add_string(f"{architecture.name}.rope.scaling.type", kind)
         writer.add_rope_scaling_factor(float(scaling["factor"]))
         if original := scaling.get("original_max_position_embeddings"):
             writer.add_rope_scaling_orig_ctx_len(int(original))

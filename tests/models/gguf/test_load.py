@@ -268,7 +268,7 @@ def test_unknown_architecture_and_pre_tokenizer(tiny: Callable[..., Path], tmp_p
 @pytest.mark.parametrize(
     ("meta", "word"),
     [
-        ({"llama__expert_count": 8}, "mixture of experts"),
+        ({"llama__expert_count": 8, "llama__expert_used_count": 2}, "mixtral model has no place"),
         ({"split__count": 3}, "one of 3 shards"),
         ({"llama__rope__scaling__type": "longrope"}, "'longrope'"),
         ({"llama__rope__dimension_count": 8}, "rotates 8 of 16"),
