@@ -14,7 +14,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from functools import lru_cache
@@ -28,7 +28,11 @@ from mlx_slim import blas
 from mlx_slim.errors import SlimError
 
 HUB_SECONDS = 3.0
-AUTO_FRACTION = 0.9  # of what the device can hold: the budget of a run that names none
+# Of what the device can hold: the budget of a run that names none. mlx-lm warns above the same
+# share of Metal's working set.
+AUTO_FRACTION = 0.9
+_CACHE_DIVISOR = 8  # MLX may keep 1/8 of a budget as free buffers
+_WORKING_SET = "max_recommended_working_set_size"  # only Metal reports it
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _SIZES = ("B", "kB", "MB", "GB", "TB", "PB", "EB")
 _UNITS = {"": 1, **{name.lower(): 1000**n for n, name in enumerate(_SIZES[:5])}}
@@ -156,12 +160,38 @@ def device_memory() -> int:
     if on_gpu():
         info = mx.device_info()
         # Metal's working set, CUDA's card; the last is the whole of a Mac's memory.
-        for key in ("max_recommended_working_set_size", "total_memory", "memory_size"):
+        for key in (_WORKING_SET, "total_memory", "memory_size"):
             if size := info.get(key):
                 return int(size)
     if Path("/proc/meminfo").exists():
         return _linux_memory()
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@contextlib.contextmanager
+def memory_limits(budget: int | None = None) -> Iterator[None]:
+    """Inside, Metal keeps the working set resident, and MLX few free buffers; then as before.
+
+    Without a wired limit macOS may page or compress weights between two steps (mlx#3186). The
+    limit is the recommended working set, which mlx-lm takes; other devices report none. It is
+    also a decorator. Limits are of the process: contexts may nest, threads share them.
+
+    Args:
+        budget: Bytes that the work may take; None is the memory of the device.
+    """
+    limit = device_memory() if budget is None else budget
+    working_set = mx.device_info().get(_WORKING_SET)
+    before = mx.set_cache_limit(limit // _CACHE_DIVISOR)
+    wired = None
+    try:
+        if working_set:
+            wired = mx.set_wired_limit(int(working_set))
+        yield
+    finally:
+        mx.set_cache_limit(before)
+        if wired is not None:
+            mx.synchronize()  # the wired limit must not change while arrays are computed
+            mx.set_wired_limit(wired)
 
 
 def free_disk(place: Path) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import mlx_slim  # noqa: F401  # first: it puts the fast BLAS under MLX, as every command does
+from tests.support.gpu import gpu_path
 from tests.support.tiny import TinyModels, tiny_model
 
 
@@ -31,6 +33,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
         return created[architecture]
 
     return get
+
+
+@pytest.fixture
+def as_on_gpu() -> Iterator[None]:
+    """Take the branches of a GPU, in every module, while MLX computes on the CPU."""
+    with gpu_path():
+        yield
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Run a test twice: as on this machine, and on a GPU's path."""
+    if request.param == "gpu":
+        request.getfixturevalue("as_on_gpu")
+    return request.param
 
 
 def _folder_of(variable: str) -> Path:

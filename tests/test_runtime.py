@@ -125,10 +125,9 @@ def test_nothing_else_rounds_a_size() -> None:
     ids=["metal", "cuda"],
 )
 def test_the_budget_on_a_gpu_is_that_of_the_gpu(
-    info: dict[str, Any], size: int, monkeypatch: pytest.MonkeyPatch
+    info: dict[str, Any], size: int, as_on_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The keys are those that MLX 0.32.4 reports on either; the host's memory counts on neither."""
-    monkeypatch.setattr(runtime, "on_gpu", lambda: True)
     monkeypatch.setattr(runtime.mx, "device_info", lambda: info)
     assert runtime.device_memory() == size
 

@@ -44,6 +44,7 @@ def ours(work: dict[str, Any]) -> dict[str, Any]:
     from mlx_slim import events
     from mlx_slim.config.load import from_values
     from mlx_slim.finetuning.build import build_loop, prepare_data, prepare_model
+    from mlx_slim.runtime import memory_limits
 
     values = {
         "model": work["model"],
@@ -69,7 +70,7 @@ def ours(work: dict[str, Any]) -> dict[str, Any]:
                 timed.append((event.tokens, event.tokens / event.tokens_per_second))
                 computed += event.computed_tokens
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, memory_limits():
         tuned = prepare_model(recipe)
         data = prepare_data(recipe, tuned, Path(folder), unchanged=False)
         loop = build_loop(recipe, tuned, data, Path(folder), Timer(), budget=0)

@@ -45,12 +45,13 @@ from mlx_slim.distillation.queries import TeacherQuery, read_queries
 from mlx_slim.distillation.teachers import name_of
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.tasks.training_rows import finder
-from mlx_slim.runtime import resolve_dtype
+from mlx_slim.runtime import memory_limits, resolve_dtype
 
 ANSWERS = "answers.jsonl"
 _FIRST = 5  # ids named for each reason
 
 
+@memory_limits()
 def generate_dataset(
     recipe: Recipe,
     teachers: Sequence[TeacherConfig],

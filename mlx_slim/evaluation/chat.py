@@ -140,6 +140,10 @@ class ChatSession:
         Raises:
             SlimError: If the prompt is empty, or has a token outside the model's vocabulary.
         """
+        with runtime.memory_limits():
+            yield from self._stream(ids, max_tokens, temperature)
+
+    def _stream(self, ids: list[int], max_tokens: int, temperature: float) -> Iterator[str]:
         from mlx_lm.generate import stream_generate
         from mlx_lm.sample_utils import make_sampler
 

@@ -27,7 +27,6 @@ from mlx_slim.quantization.base import load_base
 from mlx_slim.run_dir import RunDir
 
 NOT_TOLD = ("tasks", "code", "cache_bytes")  # of the state, in results.json
-_CACHE_FRACTION = 8  # MLX may keep 1/8 of the memory as free buffers
 
 
 @dataclass
@@ -67,6 +66,7 @@ class Target:
     trained_on: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
+@runtime.memory_limits()
 def score(target: Target, observer: events.Observer) -> dict[str, Any]:
     """Score one model; write its folder on rank 0.
 
@@ -137,7 +137,6 @@ def _load(target: Target, observer: events.Observer) -> Engine:
     Whether to dequantize, and the bytes of caches, are decided once and kept for a resume.
     """
     observer.notify(events.Notice(f"loading {target.source}"))
-    mx.set_cache_limit(runtime.device_memory() // _CACHE_FRACTION)
     loaded = load_base(
         target.source,
         used_folders(target.stack),

@@ -54,6 +54,7 @@ from mlx_slim.runtime import (
     device_memory,
     dtype_name,
     human_bytes,
+    memory_limits,
     on_gpu,
     resolve_dtype,
     to_float,
@@ -146,6 +147,7 @@ def find_adapter(folder: Path) -> Path:
 
 
 @makes_folder("fuse")
+@memory_limits()
 def fuse(
     source: str | Path,
     adapter: Adapters,
@@ -294,7 +296,7 @@ def _fold(model: nn.Module, mode: str, stored: mx.Dtype) -> tuple[dict[str, floa
         remove_adapters(model)
     else:
         if mode == "dequantize":
-            densify(model)
+            densify(model, None if wide else stored)  # on a GPU a float32 model is a second one
         for dtype in filter(None, (stored, compute)):
             cast(model, dtype)
             read_weights(model)

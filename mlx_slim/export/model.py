@@ -202,8 +202,8 @@ def export_gguf(
                 f"{_ROUNDING[kind]:g} is rounding; it was not kept",
                 "please report it",
             )
-        densify(again)
-        if (compute := compute_dtype()) is not None:
+        if (compute := compute_dtype()) is not None:  # a GPU reads the codes as they are
+            densify(again)
             cast(again, compute)
         say(f"comparing with the source on {tokens_NT.size:,} tokens")
         agreement = fidelity.compare(original, again, tokens_NT)

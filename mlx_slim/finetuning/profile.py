@@ -16,11 +16,13 @@ from mlx_slim.config.schema import Recipe
 from mlx_slim.finetuning.build import build_loop, prepare_data, prepare_model
 from mlx_slim.models import structure
 from mlx_slim.planner.run import Probe
+from mlx_slim.runtime import memory_limits
 from mlx_slim.training.grad_checkpoint import checkpointed
 
 STEPS = 3
 
 
+@memory_limits()
 def probe(recipe: Recipe, observer: events.Observer | None = None, *, steps: int = STEPS) -> Probe:
     """Load the model and the rows of ``recipe`` and take ``steps`` steps of its largest batch.
 

@@ -58,6 +58,7 @@ from mlx_slim.runtime import (
     from_first_rank,
     human_bytes,
     memory_budget,
+    memory_limits,
     resolve_dtype,
     world,
 )
@@ -66,8 +67,6 @@ from mlx_slim.training.grad_checkpoint import checkpointed
 from mlx_slim.training.loop import Loop
 from mlx_slim.training.metrics import MetricsFile
 from mlx_slim.training.optim import Extended, trainable
-
-_CACHE_DIVISOR = 8  # MLX may keep 1/8 of the budget as free buffers
 
 
 def finetune(
@@ -105,6 +104,7 @@ def finetune(
     with (
         claim(out, recipe, observer, resume=resume) as started,
         run_dir(out).resumable(partial(command_words, resolved)),
+        memory_limits(memory_budget(recipe.memory.budget)),
     ):
         return _run(resolved, out, observer, strategy, started)
 
@@ -121,7 +121,6 @@ def _run(
     if is_complete(out, recipe):
         return _finished(out, observer)
     budget = memory_budget(recipe.memory.budget)
-    mx.set_cache_limit(budget // _CACHE_DIVISOR)
     metrics = MetricsFile(out / "metrics.jsonl")
     listeners = events.Broadcast([metrics, observer] if world().rank() == 0 else [])
     newest = rotation.latest(out / "checkpoints") if started else None

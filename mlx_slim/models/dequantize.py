@@ -1,7 +1,8 @@
-"""Dense weights out of packed ones, fast on a CPU.
+"""Dense float32 weights out of packed ones.
 
-Invariant: bit for bit what ``mx.dequantize`` returns in float32, 1.6 to 8 times as fast: MLX has no
-CPU kernel for it and composes it from 32-bit operations, here most passes run over bytes. Try it:
+Invariant: bit for bit what ``mx.dequantize`` returns in float32. On a CPU, for which MLX has no
+kernel and composes it from 32-bit operations, most passes run over bytes here, 1.6 to 8 times as
+fast; on a GPU it is MLX's kernel, which needs no memory besides its result. Try it:
 ``python -m pytest tests/models/test_quantized.py -k dense_weight``.
 
 Shapes: O output width, I input width, Q packed input width (32-bit words), N groups, G group size.
@@ -10,6 +11,8 @@ Shapes: O output width, I input width, Q packed input width (32-bit words), N gr
 from __future__ import annotations
 
 import mlx.core as mx
+
+from mlx_slim.runtime import on_gpu
 
 # Codes that fill a whole number of bytes, for the bit widths that do not divide a byte.
 _CODES_PER_RUN = {3: 8, 5: 8, 6: 4}
@@ -34,6 +37,12 @@ def dequantize(
         bits: Bits a code.
         mode: ``affine``, ``mxfp4``, ``mxfp8`` or ``nvfp4``.
     """
+    if on_gpu():
+        if biases_ON is not None:  # the codes are scaled in the dtype of the scales
+            scales_ON, biases_ON = scales_ON.astype(mx.float32), biases_ON.astype(mx.float32)
+        return mx.dequantize(
+            weight_OQ, scales_ON, biases_ON, group_size, bits, mode, dtype=mx.float32
+        )
     outer = weight_OQ.shape[:-1]
     grouped = (*outer, -1, group_size)
     if mode == "affine":

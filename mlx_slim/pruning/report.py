@@ -46,7 +46,7 @@ from mlx_slim.pruning.records import (
 from mlx_slim.pruning.run import validation_rows
 from mlx_slim.quantization.base import load_base
 from mlx_slim.quantization.calibration import DEFAULT_SOURCE, read_calibration
-from mlx_slim.runtime import human_bytes
+from mlx_slim.runtime import human_bytes, memory_limits
 
 MODEL, RECOVER, SCORES = "model", "recover", "scores"
 _PREFERRED = ("acc_norm", "acc")  # of a task's metrics, in the table
@@ -86,6 +86,7 @@ class _Candidate:
     revision: str | None = None
 
 
+@memory_limits()
 def make_report(
     source: str | Path,
     out: Path,

@@ -52,7 +52,7 @@ from mlx_slim.pruning.records import (
 )
 from mlx_slim.quantization.apply import refuse_quantized
 from mlx_slim.quantization.calibration import DEFAULT_SOURCE, read_calibration
-from mlx_slim.runtime import memory_budget, on_gpu
+from mlx_slim.runtime import memory_budget, memory_limits, on_gpu
 
 __all__ = ["PruneOptions", "Pruned", "prune", "validation_rows"]
 
@@ -87,6 +87,7 @@ class Pruned:
 
 
 @makes_folder("prune", "scores_at")
+@memory_limits()
 def prune(
     source: str | Path,
     out: Path,

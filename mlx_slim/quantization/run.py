@@ -48,7 +48,13 @@ from mlx_slim.quantization.apply import (
 from mlx_slim.quantization.calibration import DEFAULT_SOURCE, Calibration, read_calibration
 from mlx_slim.quantization.methods import check_method, quantize_with
 from mlx_slim.quantization.options import CompressOptions
-from mlx_slim.runtime import device_memory, human_bytes, human_duration, on_gpu
+from mlx_slim.runtime import (
+    device_memory,
+    human_bytes,
+    human_duration,
+    memory_limits,
+    on_gpu,
+)
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,7 @@ def _short(paths: list[str]) -> list[str]:
 
 
 @makes_folder("quantize")
+@memory_limits()
 def compress(
     source: str | Path, out: Path, options: CompressOptions, observer: Observer | None = None
 ) -> Compressed:

@@ -20,11 +20,8 @@ from tests.training.test_losses import (
     V,
     _head,
     _value_and_gradients,
-    as_on_gpu,
     check_the_peak,
 )
-
-__all__ = ["as_on_gpu"]
 
 KINDS_OF_DIVERGENCE = ["forward", "reverse", "symmetric"]
 

@@ -16,9 +16,8 @@ from mlx_slim.errors import Interrupted, SlimError
 from mlx_slim.evaluation.run import EvalOptions, evaluate
 from mlx_slim.finetuning.forgetting import read_texts_of
 from mlx_slim.finetuning.run import finetune
-from tests.finetuning.test_resume import CtrlC
 from tests.support.evals import write_tasks
-from tests.support.runs import Recorder, losses, recipe, write_rows
+from tests.support.runs import CtrlC, Recorder, losses, recipe, write_rows
 from tests.support.tiny import TinyModels
 
 

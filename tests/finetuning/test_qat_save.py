@@ -23,9 +23,8 @@ from mlx_slim.finetuning.validate import validate
 from mlx_slim.models.load import load
 from mlx_slim.planner.memory import predict
 from mlx_slim.quantization.apply import quantize_model
-from tests.finetuning.test_resume import CtrlC
 from tests.support.adapters import write_quantized
-from tests.support.runs import Recorder, losses, recipe, write_rows
+from tests.support.runs import CtrlC, Recorder, losses, recipe, write_rows
 from tests.support.stock import stock_load
 from tests.support.tiny import TinyModels, tiny_model
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +16,9 @@ import pytest
 from mlx_slim.artifacts import load_tensors
 from mlx_slim.config.load import load_recipe
 from mlx_slim.errors import Interrupted, SlimError
-from mlx_slim.events import Event, StepDone
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.finetuning.run_dir import command_words, run_dir
-from tests.support.runs import Recorder, losses, recipe, run_and_kill, write_rows
+from tests.support.runs import CtrlC, Recorder, losses, recipe, run_and_kill, write_rows
 from tests.support.tiny import TinyModels
 
 KILLS = {
@@ -52,15 +50,6 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert (straight / "base").is_dir() == (method == "qlora")
     for file in (straight / "base").glob("*"):
         assert file.read_bytes() == (out / "base" / file.name).read_bytes()
-
-
-class CtrlC(Recorder):
-    """Sends this process SIGINT after a step."""
-
-    def notify(self, event: Event) -> None:
-        super().notify(event)
-        if isinstance(event, StepDone) and event.step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_ctrl_c_saves_and_prints_the_resume_command(tiny: TinyModels, tmp_path: Path) -> None:

@@ -17,8 +17,7 @@ from mlx_slim.config.load import Resolved, from_values
 from mlx_slim.errors import Interrupted
 from mlx_slim.events import Notice
 from mlx_slim.finetuning.run import finetune
-from tests.finetuning.test_resume import CtrlC
-from tests.support.runs import Recorder, losses, recipe, write_rows
+from tests.support.runs import CtrlC, Recorder, losses, recipe, write_rows
 
 
 def _recipe(model: Path, data: Path, text: Path) -> Resolved:

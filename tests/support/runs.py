@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_slim.config.load import Resolved, from_values
-from mlx_slim.events import Event
+from mlx_slim.events import Event, StepDone
 from mlx_slim.finetuning.run_dir import Result, steps_after
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
@@ -61,6 +61,19 @@ class Recorder:
 
     def notify(self, event: Event) -> None:
         self.events.append(event)
+
+
+class CtrlC(Recorder):
+    """Sends this process SIGINT after a step."""
+
+    def __init__(self, step: int = 3) -> None:
+        super().__init__()
+        self._step = step
+
+    def notify(self, event: Event) -> None:
+        super().notify(event)
+        if isinstance(event, StepDone) and event.step == self._step:
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def talk_command(result: Result) -> str:

@@ -23,8 +23,7 @@ from mlx_slim.models.load import load
 from mlx_slim.training.adalora import RankBudget
 from mlx_slim.training.optim import set_trainable, trainable
 from tests.adapters.support import IDS, linear, relative_error, shake
-from tests.finetuning.test_resume import CtrlC
-from tests.support.runs import Recorder, losses, recipe, write_rows
+from tests.support.runs import CtrlC, Recorder, losses, recipe, write_rows
 from tests.support.stock import stock_load
 from tests.support.tiny import TinyModels
 

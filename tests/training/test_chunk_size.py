@@ -30,7 +30,6 @@ def test_a_gpus_chunk_reads_the_head_seldom_and_holds_a_fraction_of_its_memory(
         assert 2 * -(-3000 // chunk) <= 20
 
 
-def test_this_machines_device_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlx_slim.training.chunk_size.on_gpu", lambda: True)
+def test_this_machines_device_decides(as_on_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlx_slim.training.chunk_size.device_memory", lambda: working_set(16))
     assert chunk_size(152_064, None) == chunk_size(152_064, None, gpu_bytes=working_set(16)) > 110

@@ -151,12 +151,6 @@ def test_only_one_chunk_of_logits_is_alive() -> None:
     assert mx.get_peak_memory() - before < all_logits / 4
 
 
-@pytest.fixture
-def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("training.losses", "models.quantized", "models.logits", "models.activations"):
-        monkeypatch.setattr(f"mlx_slim.{module}.on_gpu", lambda: True)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("chunk", [5, 1000])
 def test_what_a_gpu_computes_equals_plain(kind: str, chunk: int, as_on_gpu: None) -> None:

@@ -1,0 +1,78 @@
+"""A GPU's path through the package while MLX computes on the CPU, and Metal's memory calls.
+
+Inside ``gpu_path()`` every ``on_gpu()`` is true: bfloat16, compiled steps, one thread,
+``quantized_matmul``, and what only a CPU may do is an error. ``Metal`` stands in for the limits
+that MLX has on macOS only. Try it: ``python -m pytest tests/test_gpu_path.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlx_slim import blas, runtime
+from mlx_slim.models import dequantize
+
+
+def _refuse(*_: Any, **__: Any) -> Any:
+    raise AssertionError("only a CPU does this")
+
+
+@contextlib.contextmanager
+def gpu_path() -> Iterator[None]:
+    """Take the branches of a GPU inside, in every module; one process at a time.
+
+    MLX builds the kernels of ``mx.compile`` with the C++ compiler in ``$TMPDIR/mlx``, which all
+    processes share: one that finds a kernel half written by another one fails.
+    """
+    with pytest.MonkeyPatch.context() as patch, _kernels():
+        # The code, not the name: many modules have imported the function by its name.
+        patch.setattr(runtime.on_gpu, "__code__", (lambda: True).__code__)
+        patch.setattr(blas, "single_threaded", _refuse)
+        patch.setattr(mx, "disable_compile", _refuse)
+        patch.setattr(dequantize, "_codes", _refuse)
+        yield
+
+
+@contextlib.contextmanager
+def _kernels() -> Iterator[None]:
+    """Hold the folder of compiled kernels; the lock ends with its process."""
+    with (Path(tempfile.gettempdir()) / "mlx-kernels.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class Metal:
+    """MLX's memory limits as a Mac has them.
+
+    Attributes:
+        wired: The wired limit now, bytes.
+        cache: The limit of free buffers now, bytes.
+        history: Each wired limit that was set.
+    """
+
+    WORKING_SET = 12 << 30
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.wired, self.cache = 0, 77
+        self.history: list[int] = []
+        info = {"max_recommended_working_set_size": self.WORKING_SET, "memory_size": 16 << 30}
+        patch.setattr(mx, "device_info", lambda: info)
+        patch.setattr(mx, "set_wired_limit", self._set_wired)
+        patch.setattr(mx, "set_cache_limit", self._set_cache)
+
+    def _set_wired(self, limit: int) -> int:
+        before, self.wired = self.wired, limit
+        self.history.append(limit)
+        return before
+
+    def _set_cache(self, limit: int) -> int:
+        before, self.cache = self.cache, limit
+        return before
