@@ -217,6 +217,21 @@ def parse_size(text: str | int) -> int:
     return int(size)
 
 
+def parse_duration(text: str) -> float:
+    """Return the seconds of ``90m``, ``2h``, ``1h30m``, ``45 min`` or ``3600s``.
+
+    Raises:
+        SlimError: If ``text`` is no time, or none at all.
+    """
+    units = {"d": 86400, "h": 3600, "m": 60, "min": 60, "s": 1}
+    pieces = re.findall(r"\s*(\d+(?:\.\d+)?)\s*(d|h|min|m|s)\s*", text.lower())
+    whole = re.fullmatch(r"(?:\s*\d+(?:\.\d+)?\s*(?:d|h|min|m|s)\s*)+", text.lower())
+    seconds = sum(float(number) * units[unit] for number, unit in pieces)
+    if not whole or not 0 < seconds <= 1e8:
+        raise SlimError(f"time {text[:40]!r} is not a duration", "write it as 90m, 2h or 1h30m")
+    return seconds
+
+
 def memory_budget(setting: str | int) -> int:
     """Return the budget in bytes of a recipe's ``memory.budget``: ``auto`` is 90% of the device."""
     if setting == "auto":

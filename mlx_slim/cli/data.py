@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from itertools import islice, pairwise
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,10 +19,7 @@ from mlx_slim.next_steps import step
 from mlx_slim.progress import tracked
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
     from mlx_slim.config.schema import DataConfig
-    from mlx_slim.data.pipeline import PreparedRow
 
 
 @click.group(epilog="Example: mlx-slim data preview smollm2-lora")
@@ -42,6 +39,7 @@ def preview(recipe: str, overrides: tuple[str, ...], rows: int) -> None:
     from rich.console import Console
 
     from mlx_slim.config.load import load_recipe
+    from mlx_slim.console.rows import legend, row_text
     from mlx_slim.data.formats import check_renamed
     from mlx_slim.data.ledger import SourceLedger, notes
     from mlx_slim.data.pipeline import Pipeline
@@ -60,7 +58,7 @@ def preview(recipe: str, overrides: tuple[str, ...], rows: int) -> None:
         f"longer rows: {resolved.data.truncation}",
         markup=False,
     )
-    console.print(_legend(*marks))
+    console.print(legend(*marks))
     with TemporaryDirectory() as folder:
         find = finder(Path(folder))
         seen: set[str] = set()
@@ -69,7 +67,7 @@ def preview(recipe: str, overrides: tuple[str, ...], rows: int) -> None:
             ledger = SourceLedger(source.name, source.kind, config.weight, source.ignored)
             console.rule(f"{source.name} ({source.kind}, weight {config.weight:g})")
             for row in islice(pipeline.rows(source, config, ledger), rows):
-                console.print(_row(row, unwrap(tokenizer), *marks))
+                console.print(row_text(row, unwrap(tokenizer), *marks))
             read = f"of the first {ledger.rows_read:,} rows"
             dropped = "; ".join(ledger.reasons()) or "none"
             console.print(f"{read}, dropped: {dropped}", style="dim", markup=False)
@@ -82,40 +80,6 @@ def preview(recipe: str, overrides: tuple[str, ...], rows: int) -> None:
         step("see what it costs", "mlx-slim", "plan", *words),
         step("train on it", "mlx-slim", "train", *words, "-o", "runs/mine"),
     )
-
-
-def _legend(opening: str, closing: str) -> Text:
-    from rich.text import Text
-
-    return Text.assemble(
-        ("dim text: context, without loss", "dim"),
-        "; ",
-        (f"{opening}supervised: the loss counts these tokens{closing}", "bold green"),
-    )
-
-
-def _row(row: PreparedRow, tokenizer: Any, opening: str, closing: str) -> Text:
-    """One row: a heading with its counts, then its text in runs of equal supervision."""
-    import numpy as np
-    from rich.text import Text
-
-    ids, supervised, weights = row.tokens
-    heading = f"\n{row.raw.place} · {row.example.kind} · {len(ids)} tokens"
-    heading += f", {int(supervised.sum())} supervised"
-    if weights is not None:
-        least, most = weights[supervised].min(), weights[supervised].max()
-        heading += f" (weights {least:g} to {most:g})"
-    if row.length > len(ids):
-        heading += f" · TRUNCATED from {row.length}"
-    text = Text(heading + "\n", style="")
-    edges = [0, *(np.flatnonzero(np.diff(supervised)) + 1).tolist(), len(ids)]
-    for start, end in pairwise(edges):
-        piece = tokenizer.decode(ids[start:end].tolist(), clean_up_tokenization_spaces=False)
-        if supervised[start]:
-            text.append(f"{opening}{piece}{closing}", style="bold green")
-        else:
-            text.append(piece, style="dim")
-    return text
 
 
 @command.command(epilog="Example: mlx-slim data overlap rows.jsonl")

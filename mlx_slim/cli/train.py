@@ -1,4 +1,4 @@
-"""``mlx-slim train``: run or resume a recipe."""
+"""``mlx-slim train``: run or resume a recipe, or train a model on rows without one."""
 
 from __future__ import annotations
 
@@ -6,22 +6,30 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from mlx_slim.cli.options import alive, run_options, show_next
 from mlx_slim.config.load import Resolved, load_recipe, render
+from mlx_slim.config.schema import Method
+from mlx_slim.errors import SlimError
 
 if TYPE_CHECKING:
     from mlx_slim.finetuning.run_dir import Result
+    from mlx_slim.planner.choose import Chosen
 
 
 @click.command(
     "train",
-    epilog="Example: mlx-slim train smollm2-lora data.path=rows.jsonl train.steps=50 -o runs/mine",
+    epilog="Example: mlx-slim train smollm2-lora data.path=rows.jsonl train.steps=50 -o runs/mine; "
+    "mlx-slim train MODEL --data rows.jsonl -o runs/mine",
 )
 @run_options
+@click.option("--data", metavar="ROWS", help="Train a model on these rows, without a recipe.")
+@click.option("--method", type=click.Choice(get_args(Method)), help="With --data: this method.")
+@click.option("--budget", metavar="SIZE", help="With --data: fit this much memory, as in 12GB.")
+@click.option("--time", metavar="TIME", help="With --data: take about so long at most, as in 2h.")
 @click.option(
     "--validate", is_flag=True, help="Only score MODEL, untrained, on the validation rows."
 )
@@ -31,25 +39,128 @@ def command(
     out: Path | None,
     resume: bool,
     dry_run: bool,
+    data: str | None,
+    method: str | None,
+    budget: str | None,
+    time: str | None,
     validate: bool,
     mode: str,
 ) -> None:
-    """Fine-tune with RECIPE: a shipped recipe's name or a YAML file.
+    """Fine-tune with RECIPE: a shipped recipe's name or a YAML file; with --data a model.
 
     Any key can be set: mlx-slim train smollm2-lora train.steps=50 data.path=rows.jsonl -o runs/a
+
+    With --data, RECIPE is a hub id or a folder, and what is not set is chosen to fit the rows and
+    this machine. Each choice is printed with its reason; RUN/recipe.yaml has them all, to change and
+    run again.
     """
-    resolved = load_recipe(recipe, overrides)
+    if validate and (out is not None or resume):
+        raise click.UsageError("--validate writes nothing: leave -o and --resume out")
+    limits = {"--method": method, "--budget": budget, "--time": time}
+    if data is None:
+        if used := [name for name, value in limits.items() if value is not None]:
+            raise SlimError(
+                f"{used[0]} is for training a model on rows, and no --data is there",
+                "a recipe has keys: method=lora, memory.budget=12GB, train.epochs=1",
+            )
+        resolved = load_recipe(recipe, overrides)
+    else:
+        out = out or Path("runs") / (Path(data).stem or "run")
+        resolved = _for_rows(recipe, data, out, limits, overrides, resume, mode)
     if dry_run:
-        click.echo(render(resolved))
+        if data is None:
+            click.echo(render(resolved))
         return
     if validate:
-        if out is not None or resume:
-            raise click.UsageError("--validate writes nothing: leave -o and --resume out")
         _validate(resolved, mode == "json")
         return
     from mlx_slim.finetuning.run import finetune
 
     go(finetune, resolved, out, resume=resume, mode=mode)
+
+
+def _for_rows(
+    model: str,
+    data: str,
+    out: Path,
+    limits: dict[str, str | None],
+    overrides: tuple[str, ...],
+    resume: bool,
+    mode: str,
+) -> Resolved:
+    """Return the recipe for a model and rows: chosen and shown, or that of the run to resume."""
+    from mlx_slim.config import library
+    from mlx_slim.finetuning.run_dir import RECIPE_FILE, run_dir
+    from mlx_slim.planner.choose import choose
+    from mlx_slim.runtime import world
+
+    if model in library.names("recipes") or model.endswith((".yaml", ".yml")):
+        raise SlimError(
+            f"{model} is a recipe, and --data trains a model without one",
+            f"name a model, or leave --data out: mlx-slim train {model} data.path={data}",
+        )
+    if run_dir(out).check(resume=resume):
+        file = out / RECIPE_FILE
+        if not file.exists():
+            raise SlimError(
+                f"{out} holds a run that was not started with --data",
+                "resume it with the recipe that started it",
+            )
+        resolved = load_recipe(str(file), overrides)
+        recipe = resolved.recipe
+        names = {"model": model, "data.path": data, "method": limits["--method"]}
+        started = {"model": recipe.model, "data.path": recipe.data.path, "method": recipe.method}
+        for key, value in names.items():
+            if value not in (None, started[key]):
+                raise SlimError(
+                    f"{out} was started with {key}={started[key]}, not {value}",
+                    "resume it with what it was started with, or choose another output folder",
+                )
+        if mode == "auto" and world().rank() == 0:
+            click.echo(f"resuming with {file}: nothing is chosen again")
+        return resolved
+    with alive():
+        chosen = choose(
+            model,
+            data,
+            out=out,
+            method=limits["--method"],
+            budget=limits["--budget"],
+            time=limits["--time"],
+            overrides=overrides,
+        )
+    if world().rank() == 0:
+        _show(chosen, mode)
+    return chosen.resolved
+
+
+def _show(chosen: Chosen, mode: str) -> None:
+    """Print one example and the choices: lines, or JSON lines; nothing in quiet mode."""
+    from rich.console import Console
+
+    from mlx_slim.console.rows import legend, row_text, segments
+    from mlx_slim.data.tokenize import unwrap
+
+    row, tokenizer = chosen.example, unwrap(chosen.tokenizer)
+    if mode == "json":
+        runs = [{"text": text, "learned": learned} for text, learned in segments(row, tokenizer)]
+        example = {"place": row.raw.place, "format": row.example.kind, "segments": runs}
+        click.echo(json.dumps({"event": "example", **example}, ensure_ascii=False))
+        for one in chosen.choices:
+            click.echo(json.dumps({"event": "choice", **asdict(one)}, ensure_ascii=False))
+        cost = {
+            "predicted_peak_bytes": chosen.prediction.predicted_peak_bytes,
+            "budget_bytes": chosen.budget,
+            "predicted_seconds": chosen.seconds,
+        }
+        click.echo(json.dumps({"event": "cost", **cost}))
+    elif mode == "auto":
+        console = Console(highlight=False, soft_wrap=True)
+        marks = ("", "") if console.color_system else ("⟦", "⟧")
+        console.print(row_text(row, tokenizer, *marks))
+        console.print(legend(*marks))
+        for line in ("", *(one.line for one in chosen.choices), chosen.cost_line, ""):
+            click.echo(line)
 
 
 def go(

@@ -48,6 +48,8 @@ class Resolved:
         name: The recipe's name, or the stem of its file.
         source: What the user wrote: the recipe's name, or the path of its file.
         notices: One line for each key that was given under an old name.
+        text: The recipe as a YAML file, for one that no file holds yet; a run puts it into its
+            folder.
     """
 
     recipe: Recipe
@@ -55,6 +57,12 @@ class Resolved:
     name: str
     source: str
     notices: tuple[str, ...] = ()
+    text: str = ""
+
+    @property
+    def overridden(self) -> set[str]:
+        """The keys that the command line set."""
+        return {key for key, origin in self.origins.items() if origin == COMMAND_LINE}
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Resolved:
@@ -136,13 +144,16 @@ def from_values(values: dict[str, Any], name: str, origin: str) -> Resolved:
     return from_layers([(values, origin)], name)
 
 
-def from_layers(layers: Sequence[tuple[dict[str, Any] | str, str]], name: str) -> Resolved:
+def from_layers(
+    layers: Sequence[tuple[dict[str, Any] | str, str]], name: str, overrides: Sequence[str] = ()
+) -> Resolved:
     """Return the recipe made of layers, the later one wins.
 
     Args:
         layers: Nested values and where they are from; or the name of a shipped recipe or part
             (its lines are the origins then).
         name: Of the recipe.
+        overrides: Assignments of the command line, over all layers.
 
     Raises:
         SlimError: As ``load_recipe``.
@@ -153,6 +164,7 @@ def from_layers(layers: Sequence[tuple[dict[str, Any] | str, str]], name: str) -
             _apply_file(library.find("recipes", values), merged, ())
         else:
             merged.add(values, lambda _, origin=origin: origin)
+    _apply_overrides(overrides, merged, words_for(Recipe))
     return _check(merged, name, name)
 
 

@@ -32,8 +32,8 @@ from mlx_slim.finetuning.longer import ResumePlan, plan_resume
 from mlx_slim.finetuning.report import write_page
 from mlx_slim.finetuning.run_dir import (
     RECORD,
-    STATE_FILE,
     Result,
+    begin,
     claim,
     command_words,
     is_complete,
@@ -143,7 +143,9 @@ def _run(
                 strategy.targets.check_disk(out)
         _preflight(built.loop, built.prediction, budget)
 
-    from_first_rank(partial(_begin, resolved, out, built.data, resume_plan, started))
+    fresh = not started or resume_plan.grown
+    state = state_record(resolved, built.data, resume_plan.extended) if fresh else None
+    from_first_rank(partial(begin, out, state, "" if started else resolved.text))
     if strategy.targets is not None and strategy.targets.missing():  # the student makes room
         del built
         gc.collect()
@@ -219,15 +221,6 @@ def _run(
             observer.notify(events.Notice(text, "warning"))
         write_json(out / RECORD, record)
     return result
-
-
-def _begin(
-    resolved: Resolved, out: Path, data: Prepared, resume_plan: ResumePlan, started: bool
-) -> None:
-    """Record in the folder that the run can start, or that it takes more steps now."""
-    if not started or resume_plan.grown:
-        write_json(out / STATE_FILE, state_record(resolved, data, resume_plan.extended))
-    (out / RECORD).unlink(missing_ok=True)  # of the run that was shorter
 
 
 @dataclass

@@ -2,10 +2,11 @@
 
 Invariant: a folder that cannot start a run is left as it was; a resume needs the same recipe, but
 for more steps (and, in ``data/prepare.py``, the same rows); ``run.json`` means complete. Files:
-``recipe.json`` (at the start), ``metrics.jsonl``, ``tokens/``, ``data_ledger.json``,
-``checkpoints/``, then ``adapters/`` (and ``base/``, if the run quantized it) or ``model/``, then
-``run.json``. A run that is given more steps gets another ``recipe.json`` when it can start, and
-loses its ``run.json`` then; its adapters or model stay until the end.
+``recipe.json`` (at the start; beside it ``recipe.yaml``, if the recipe was chosen),
+``metrics.jsonl``, ``tokens/``, ``data_ledger.json``, ``checkpoints/``, then ``adapters/`` (and
+``base/``, if the run quantized it) or ``model/``, then ``run.json``. A run that is given more steps
+gets another ``recipe.json`` when it can start, and loses its ``run.json`` then; its adapters or
+model stay until the end.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pydantic import ValidationError
 from mlx_slim import events
 from mlx_slim.adapters.stack import parse_adapters
 from mlx_slim.adapters.store import adapter_hash
-from mlx_slim.artifacts import SCHEMA_VERSION
+from mlx_slim.artifacts import SCHEMA_VERSION, write_json, write_text
 from mlx_slim.config.aliases import RECIPE, rename
 from mlx_slim.config.load import COMMAND_LINE, Resolved
 from mlx_slim.config.schema import Recipe, TrainConfig
@@ -37,11 +38,15 @@ from mlx_slim.runtime import from_first_rank, human_bytes, human_seconds
 from mlx_slim.training.optim import Extended
 
 STATE_FILE, RECORD = "recipe.json", "run.json"
+RECIPE_FILE = "recipe.yaml"  # of a run whose recipe was chosen, not read: to change and run again
 RUN = RunKind(
     command="train",
     holds="run",
     state=STATE_FILE,
-    before=("tokens", "data_ledger.json", "metrics.jsonl", "task_rows", "training_rows.json"),
+    before=(
+        *("tokens", "data_ledger.json", "metrics.jsonl", "task_rows", "training_rows.json"),
+        RECIPE_FILE,
+    ),
 )
 # Changing these on a resume cannot change the trajectory.
 _FREE_ON_RESUME = (
@@ -237,6 +242,21 @@ def state_record(
         **({"extended": asdict(extended)} if extended else {}),
         **({"adapters": adapters} if (adapters := adapter_hashes(resolved.recipe)) else {}),
     }
+
+
+def begin(out: Path, state: dict[str, Any] | None, text: str) -> None:
+    """Record in the folder ``out`` that a run can start, or that it takes more steps now.
+
+    Args:
+        out: The folder.
+        state: ``recipe.json``; None leaves it.
+        text: ``recipe.yaml``; empty for none.
+    """
+    if text:
+        write_text(out / RECIPE_FILE, text)
+    if state is not None:
+        write_json(out / STATE_FILE, state)
+    (out / RECORD).unlink(missing_ok=True)  # of the run that was shorter
 
 
 def command_words(resolved: Resolved) -> list[str]:

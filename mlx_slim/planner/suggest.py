@@ -43,6 +43,11 @@ class Suggestion:
     time: float = 1.0
     cost: str = ""
 
+    @property
+    def changes_result(self) -> bool:
+        """Whether the run learns something else with it; without, it only takes longer."""
+        return self.cost != _NOTHING
+
 
 def _variants(recipe: Recipe) -> list[tuple[Overrides, str]]:
     """Return changes that may lower the peak, each with its cost besides time."""
@@ -77,7 +82,8 @@ def _variants(recipe: Recipe) -> list[tuple[Overrides, str]]:
     return unique
 
 
-def _changed(recipe: Recipe, change: Overrides) -> Recipe:
+def changed(recipe: Recipe, change: Overrides) -> Recipe:
+    """Return ``recipe`` with other values, unchecked."""
     values: dict[str, object] = {}
     sections: dict[str, Overrides] = {}
     for key, value in change.items():
@@ -104,7 +110,7 @@ def suggestions(
     peak, seconds = cost_of(recipe)
     options: list[tuple[Overrides, Suggestion]] = []
     for change, cost in _variants(recipe):
-        lower, longer = cost_of(_changed(recipe, change))
+        lower, longer = cost_of(changed(recipe, change))
         if lower < WORTH * peak:
             text = " ".join(f"{name}={_yaml(value)}" for name, value in change.items())
             time = round(longer / max(seconds, 1e-9), 2)

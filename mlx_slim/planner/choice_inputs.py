@@ -1,0 +1,192 @@
+"""What a recipe is chosen from: what the user set, the model's config, and the rows, counted.
+
+Invariant: no weights are read. The rows are tokenised by the pipeline of training, so that their
+counts are exact; nothing of it stays on the disk. ``choose.py`` goes from here to a recipe. Try it:
+``mlx-slim train MODEL --data rows.jsonl --dry-run``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from mlx_slim.config.load import COMMAND_LINE, Resolved, from_layers
+from mlx_slim.config.schema import SourceConfig
+from mlx_slim.config.section import MOST
+from mlx_slim.data.ledger import SourceLedger
+from mlx_slim.data.pipeline import Pipeline, PreparedRow
+from mlx_slim.data.prepare import prepare
+from mlx_slim.data.sources import find_local
+from mlx_slim.data.split import choose_validation
+from mlx_slim.errors import SlimError
+from mlx_slim.evaluation.scoring.requests import max_length as longest_input
+from mlx_slim.evaluation.tasks.training_rows import finder
+from mlx_slim.models.load import load_tokenizer, read_config
+from mlx_slim.models.row_limits import shortest_limit
+from mlx_slim.models.tokenizer import keep_within
+from mlx_slim.planner import hyperparameters
+from mlx_slim.planner.shapes import training_shapes
+from mlx_slim.planner.suggest import changed
+from mlx_slim.planner.work import Speed, measure_speed
+from mlx_slim.runtime import from_first_rank, memory_budget, resolve_dtype
+
+
+@dataclass(frozen=True)
+class ChoiceInputs:
+    """What is chosen for: all that does not depend on a choice.
+
+    Attributes:
+        base: What the user set.
+        overrides: Of the command line.
+        config: Of the model.
+        lengths: Tokens of each usable row, int64 (N,).
+        supervised: Supervised ones of them, int64 (N,).
+        validation: Setting, its rows' tokens, and the reason.
+        data: Reason of ``data.path``.
+        longest: Tokens that the model reads at most.
+        width: Of the model.
+        parameters_per_rank: Trainable numbers of an adapter of rank 1.
+        budget: Bytes.
+        speed: Of this machine.
+    """
+
+    base: Resolved
+    overrides: Sequence[str]
+    config: dict[str, Any]
+    lengths: np.ndarray
+    supervised: np.ndarray
+    validation: tuple[float | str, int, str]
+    data: str
+    longest: int
+    width: int
+    parameters_per_rank: int
+    budget: int
+    speed: Speed
+
+    def is_fixed(self, key: str) -> bool:
+        """Whether the user set ``key``."""
+        return key in self.base.overridden
+
+
+def nested(key: str, value: Any, origin: str) -> tuple[dict[str, Any], str]:
+    """Return a dotted key and its value as a layer of ``from_layers``."""
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value, origin
+
+
+def user_recipe(
+    model: str, data: str, method: str | None, budget: str | None, overrides: Sequence[str]
+) -> Resolved:
+    """Return what the user set, checked, with wide limits for what is chosen.
+
+    Raises:
+        SlimError: If a value is set twice, or cannot be used.
+    """
+    options = {
+        "model": ("MODEL", model),
+        "data.path": ("--data", data),
+        "method": ("--method", method),
+        "memory.budget": ("--budget", budget),
+    }
+    keys = {override.partition("=")[0].strip() for override in overrides}
+    for key, (option, value) in options.items():
+        if value is not None and key in keys:
+            raise SlimError(f"{key} is set, and {option} says it too", f"drop {key}=…")
+    wide = {"batch_tokens": MOST, "max_length": 8}
+    layers = [({"train": wide}, "default")]
+    layers += [
+        nested(key, value, "option" if key in ("model", "data.path") else COMMAND_LINE)
+        for key, (_, value) in options.items()
+        if value is not None
+    ]
+    return from_layers(layers, Path(data).stem or "run", overrides)
+
+
+def read_inputs(base: Resolved, overrides: Sequence[str]) -> tuple[ChoiceInputs, PreparedRow, Any]:
+    """Read model config, tokenizer and rows; return the task, its first row and the tokenizer."""
+    recipe = base.recipe
+    config = read_config(recipe.model, recipe.revision)
+    tokenizer = load_tokenizer(recipe.model, revision=recipe.revision)
+    keep_within(tokenizer, [config])
+    longest = longest_input(config, tokenizer)
+    if limit := shortest_limit([config]):
+        longest = min(longest, limit.tokens)
+    if "train.max_length" in base.overridden:
+        longest = recipe.train.max_length
+    source = SourceConfig(path=str(recipe.data.path), format=recipe.data.format)
+    separate = None if "data.validation" in base.overridden else _separate(source)
+    data = recipe.data.model_copy(update={"validation": separate or 0})
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        stored = prepare(
+            data,
+            tokenizer,
+            max_length=longest,
+            seed=recipe.train.seed,
+            folder=folder,
+            find=finder(folder),
+        )
+        lengths, supervised = np.array(stored.train.lengths), np.array(stored.train.supervised)
+        separate_tokens = int(stored.validation.lengths.sum()) if stored.validation else 0
+        pipeline = Pipeline(data, tokenizer, max_length=longest)
+        rows = pipeline.rows(finder(folder)(source), source, SourceLedger("", "", 1.0, []), 4096)
+        example = next(iter(rows), None)
+    assert example is not None, "prepare refuses rows of which none can be used"
+    setting, reason = separate, "the validation rows beside the training rows"
+    if setting is None:
+        fixed = recipe.data.validation if "data.validation" in base.overridden else None
+        setting = hyperparameters.validation_rows(len(lengths)) if fixed is None else fixed
+        reason = f"a tenth of {len(lengths):,} rows, at least 8 and at most 256; not trained on"
+    validation_tokens = separate_tokens
+    if not isinstance(setting, str):
+        index = choose_validation(setting, len(lengths), recipe.train.seed)
+        validation_tokens = int(lengths[index].sum())
+        lengths, supervised = np.delete(lengths, index), np.delete(supervised, index)
+    dtype = resolve_dtype(recipe.train.dtype)
+    adapted = changed(recipe, {"method": "lora"})
+    shapes = training_shapes(config, adapted, dtype)
+    task = ChoiceInputs(
+        base=base,
+        overrides=overrides,
+        config=config,
+        lengths=lengths,
+        supervised=supervised,
+        validation=(setting, validation_tokens, reason),
+        data=f"{_counted(stored.ledger)}; template: {pipeline.template.name}",
+        longest=longest,
+        width=shapes.width,
+        parameters_per_rank=shapes.trainable_parameters // adapted.adapter.rank,
+        budget=from_first_rank(lambda: memory_budget(recipe.memory.budget)),
+        speed=Speed(**from_first_rank(lambda: asdict(measure_speed(dtype)))),
+    )
+    return task, example, tokenizer
+
+
+def _separate(source: SourceConfig) -> str | None:
+    """Return the path again, if it is a folder with validation rows in files of their own."""
+    if not Path(source.path).expanduser().is_dir():
+        return None
+    with contextlib.suppress(SlimError):
+        train = find_local(source)
+        validation = find_local(source.model_copy(update={"split": "validation"}))
+        if train and validation and not {*train.files} & {*validation.files}:
+            return source.path
+    return None
+
+
+def _counted(ledger: dict[str, Any]) -> str:
+    """Return what the rows are, and how many are used and dropped."""
+    totals, source = ledger["totals"], ledger["sources"][0]
+    used, total = totals["rows_used"], totals["rows_given"]
+    text = f"{used:,} of {total:,} rows ({', '.join(source['formats'])}) can be used"
+    if dropped := source["rows_dropped"]:
+        reasons = (f"{entry['count']:,} {reason}" for reason, entry in dropped.items())
+        text += f", dropped: {'; '.join(reasons)}"
+    return f"{text}: {totals['tokens']:,} tokens, {totals['supervised_tokens']:,} learned"
