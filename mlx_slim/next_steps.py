@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 YOUR_ROWS = "your-rows.jsonl"
+YOUR_TASK = "your-task.yaml"  # docs/scoring.md says what it holds
+GENERAL_TASK = "openbookqa"  # of a model that was trained on no task in particular
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,20 @@ def train_on(model: str | Path, recipe: str = "smollm2-lora") -> NextStep:
 
 
 def score(
-    model: str | Path, adapters: Sequence[str | Path] = (), *, out: str, task: str = "openbookqa"
+    model: str | Path, adapters: Sequence[str | Path] = (), *, out: str, task: str = GENERAL_TASK
 ) -> NextStep:
-    """Return how to score a model into the folder ``out``."""
+    """Return how to score a model on ``task`` into the folder ``out``."""
     on = [word for adapter in adapters for word in ("--adapter", adapter)]
     words = ["mlx-slim", "eval", model, *on, "--task", task, "--limit", 100, "-o", out]
-    return step("score it", *words)
+    return step("score it on your task" if task == YOUR_TASK else "score it", *words)
 
 
 def use_model(
-    model: str | Path, adapters: Sequence[str | Path] = (), *, name: str | Path = ""
+    model: str | Path,
+    adapters: Sequence[str | Path] = (),
+    *,
+    name: str | Path = "",
+    task: str = GENERAL_TASK,
 ) -> list[NextStep]:
     """Return what one does with a model and the adapters on it: talk, score, send to Ollama.
 
@@ -63,12 +69,13 @@ def use_model(
         model: Hub id or folder.
         adapters: Folders (``DIR`` or ``DIR=WEIGHT``).
         name: New folders beside it begin so; the model's path by default.
+        task: Names or file of the tasks that it is scored on.
     """
     on = [word for adapter in adapters for word in ("--adapter", adapter)]
     name = name or (model if Path(model).exists() else Path(model).name)
     steps = [
         step("talk with it", "mlx-slim", "chat", model, *on),
-        score(model, adapters, out=f"{name}-scores"),
+        score(model, adapters, out=f"{name}-scores", task=task),
     ]
     source: str | Path = model
     if adapters:
@@ -86,6 +93,7 @@ def after_run(
     artifact: str,
     on: Sequence[str] = (),
     base: str | None = None,
+    task: str = GENERAL_TASK,
 ) -> list[NextStep]:
     """Return what one does with a complete run.
 
@@ -97,13 +105,14 @@ def after_run(
         artifact: ``adapters`` or ``model``, inside the folder.
         on: Adapters below the new one.
         base: Folder inside of a base that the run quantized, or None.
+        task: Names or file of the tasks that concern what it was trained on.
     """
     tuned = out / artifact
     adapted = (tuned / "adapter_config.json").exists()
     if adapted:
-        steps = use_model(out / base if base else model, [*on, tuned], name=out)
+        steps = use_model(out / base if base else model, [*on, tuned], name=out, task=task)
     else:
-        steps = use_model(tuned, name=out)
+        steps = use_model(tuned, name=out, task=task)
     yours = step(
         "your own rows",
         *("mlx-slim", command, recipe, f"data.path={YOUR_ROWS}", "-o", out.with_name("yours")),

@@ -11,7 +11,19 @@ import pytest
 from mlx_slim.artifacts import write_json
 from mlx_slim.cli.main import command
 from mlx_slim.cli.options import show_next
-from mlx_slim.next_steps import NextStep, after_run, look_at, score, step, train_on, use_model
+from mlx_slim.finetuning.demo import data_files
+from mlx_slim.finetuning.run_dir import task_to_score
+from mlx_slim.next_steps import (
+    GENERAL_TASK,
+    YOUR_TASK,
+    NextStep,
+    after_run,
+    look_at,
+    score,
+    step,
+    train_on,
+    use_model,
+)
 
 
 def parsed(words: list[str]) -> click.Context:
@@ -55,6 +67,31 @@ def test_paths_are_real_and_quoted(tmp_path: Path) -> None:
     assert all(shlex.join(shlex.split(line)) == line for line in commands)
     qlora = after_run(out, "train", "r", "m", "adapters", (), "base")
     assert any(f"chat '{out / 'base'}'" in one.command for one in qlora)
+
+
+@pytest.mark.parametrize(
+    ("rows", "task"),
+    [
+        (["mine.jsonl"], YOUR_TASK),
+        (["tatsu-lab/alpaca", "tickets.csv"], YOUR_TASK),
+        (["task:arc_easy", "task:hellaswag"], "arc_easy,hellaswag"),
+        ([str(data_files()[0])], "demo_exact_match"),
+        (["tatsu-lab/alpaca"], GENERAL_TASK),
+    ],
+)
+def test_a_run_is_scored_on_a_task_that_concerns_its_rows(
+    tmp_path: Path, rows: list[str], task: str
+) -> None:
+    assert task_to_score(rows) == task
+    out = run_folder(tmp_path / "run", "adapters")
+    steps = after_run(out, "train", "r", "owner/name", "adapters", task=task_to_score(rows))
+    scoring = [shlex.split(one.command) for one in steps if " eval " in one.command]
+    assert [words[words.index("--task") + 1] for words in scoring] == [task]
+
+
+def test_own_rows_in_a_folder_are_scored_on_a_task_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    assert task_to_score([str(tmp_path / "rows")]) == YOUR_TASK
 
 
 def test_a_new_folder_of_a_hub_model_is_named_by_its_last_part() -> None:

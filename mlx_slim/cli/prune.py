@@ -14,7 +14,7 @@ import click
 
 from mlx_slim.cli.options import Whole, options_of, show_next
 from mlx_slim.errors import SlimError
-from mlx_slim.next_steps import NextStep, step, train_on, use_model
+from mlx_slim.next_steps import GENERAL_TASK, NextStep, step, train_on, use_model
 from mlx_slim.pruning.options import PruneOptions
 
 _PATH = click.Path(path_type=Path)
@@ -114,24 +114,29 @@ def command(
         report = prune_and_recover(model, out, options, after, console, resume=resume)
     click.echo(json.dumps(report.as_json()) if as_json else "\n".join(report_lines(report)))
     if not as_json:
-        show_next(*_after(out))
+        show_next(*_after(out, tasks))
 
 
-def _after(out: Path) -> list[NextStep]:
+def _after(out: Path, tasks: tuple[str, ...]) -> list[NextStep]:
     """Return the suggested commands after a run with --recover or --task."""
+    from mlx_slim.finetuning.run_dir import STATE_FILE, sources_of, task_to_score
     from mlx_slim.pruning.report import MODEL, RECOVER
     from mlx_slim.reading import read_object
 
     record = out / RECOVER / "run.json"
+    task = ",".join(tasks) or GENERAL_TASK
     if not record.is_file():
-        return [*use_model(out / MODEL), train_on(out / MODEL)]
+        return [*use_model(out / MODEL, task=task), train_on(out / MODEL)]
     result = read_object(record, result=dict)["result"]
+    if not tasks:
+        state = read_object(out / RECOVER / STATE_FILE, recipe=dict)
+        task = task_to_score(sources_of(state["recipe"]))
     tuned = out / RECOVER / result["artifact"]
     page = step("look at its page", "mlx-slim", "report", out)
     if result["artifact"] == "model":
-        return [page, *use_model(tuned, name=out)]
+        return [page, *use_model(tuned, name=out, task=task)]
     base = out / RECOVER / result["base"] if result.get("base") else out / MODEL
-    return [page, *use_model(base, [tuned], name=out)]
+    return [page, *use_model(base, [tuned], name=out, task=task)]
 
 
 def _count(text: str) -> int:

@@ -189,7 +189,8 @@ def go(
         console.summary(f"{resolved.name}: done", summary_rows(result))
     if mode == "auto" and world().rank() == 0:
         command = "train" if resolved.recipe.distill is None else "distill"
-        show_next(*steps_after(result, command, resolved.source))
+        rows = [one.path for one in resolved.recipe.data.sources]
+        show_next(*steps_after(result, command, resolved.source, rows))
 
 
 def _validate(resolved: Resolved, as_json: bool) -> None:

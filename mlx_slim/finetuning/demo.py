@@ -33,7 +33,7 @@ from mlx_slim.evaluation.results import TIMINGS_FILE, samples_name
 from mlx_slim.evaluation.run import evaluate
 from mlx_slim.evaluation.tasks.spec import find_task
 from mlx_slim.events import Notice, Observer
-from mlx_slim.finetuning.demo_page import write_answered_page
+from mlx_slim.finetuning.demo_page import TASK, write_answered_page
 from mlx_slim.finetuning.options import DemoOptions
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.finetuning.run_dir import STATE_FILE
@@ -45,7 +45,6 @@ from mlx_slim.quantization.apply import load_quantized
 from mlx_slim.reading import read_object
 from mlx_slim.runtime import dtype_name, human_bytes, human_duration, resolve_dtype
 
-TASK = "demo_exact_match"  # as in `mlx-slim eval --task`
 METHODS: tuple[str, ...] = get_args(Method)
 _FULL_RATE = 2.0e-4  # full fine-tuning changes every weight: a tenth of the adapters' rate
 

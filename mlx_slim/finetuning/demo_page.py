@@ -15,6 +15,7 @@ from mlx_slim.finetuning.run_dir import RECORD, STATE_FILE
 from mlx_slim.next_steps import YOUR_ROWS, NextStep, look_at, step, use_model
 from mlx_slim.reading import read_object
 
+TASK = "demo_exact_match"  # as in `mlx-slim eval --task`
 _SHOWN = 3  # answers
 _MESSAGE = "pls log vitamins on wednesday, 20,55chf with jonas"
 
@@ -52,6 +53,6 @@ def demo_steps(run: Path) -> list[NextStep]:
     return [
         look_at(run / "report.html"),
         step("try it on a message", "mlx-slim", "generate", model, *on, *message),
-        *use_model(model, adapters, name=run),
+        *use_model(model, adapters, name=run, task=TASK),
         step("train it on your rows", "mlx-slim", "train", "smollm2-lora", *yours),
     ]

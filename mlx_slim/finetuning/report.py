@@ -22,7 +22,14 @@ from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError
 from mlx_slim.finetuning.answers import ANSWERS_FILE
 from mlx_slim.finetuning.curves import Level, Series, chart, smooth
-from mlx_slim.finetuning.run_dir import RECORD, STATE_FILE, command_words, current_recipe
+from mlx_slim.finetuning.run_dir import (
+    RECORD,
+    STATE_FILE,
+    command_words,
+    current_recipe,
+    sources_of,
+    task_to_score,
+)
 from mlx_slim.locks import is_locked
 from mlx_slim.next_steps import NextStep, after_run, step
 from mlx_slim.pages import environment
@@ -307,6 +314,7 @@ def _commands(
         artifact=result["artifact"],
         on=result.get("on") or (),
         base=result.get("base"),
+        task=task_to_score(sources_of(state["recipe"])),
     )
 
 

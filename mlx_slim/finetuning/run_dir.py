@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,12 @@ from mlx_slim.config.aliases import RECIPE, rename
 from mlx_slim.config.load import COMMAND_LINE, Resolved
 from mlx_slim.config.schema import Recipe, TrainConfig
 from mlx_slim.data.prepare import Prepared
+from mlx_slim.data.readers import is_data
 from mlx_slim.errors import SlimError
+from mlx_slim.evaluation.tasks.training_rows import tasks_of
 from mlx_slim.finetuning.build import started_from
-from mlx_slim.next_steps import NextStep, after_run
-from mlx_slim.reading import field, library_errors, read_object, short
+from mlx_slim.next_steps import GENERAL_TASK, YOUR_TASK, NextStep, after_run
+from mlx_slim.reading import exists, field, library_errors, read_object, short
 from mlx_slim.run_dir import RunDir, RunKind
 from mlx_slim.runtime import from_first_rank, human_bytes, human_seconds
 from mlx_slim.training.optim import Extended
@@ -273,10 +275,36 @@ def command_words(resolved: Resolved) -> list[str]:
     return words
 
 
-def steps_after(result: Result, command: str, recipe: str) -> list[NextStep]:
-    """Return what one would type after ``mlx-slim COMMAND RECIPE`` gave ``result``."""
+def steps_after(
+    result: Result, command: str, recipe: str, rows: Sequence[str] = ()
+) -> list[NextStep]:
+    """Return what one would type after ``mlx-slim COMMAND RECIPE`` gave ``result``.
+
+    Args:
+        result: Of the run.
+        command: ``train`` or ``distill``.
+        recipe: Its name or file.
+        rows: The sources of its rows, as ``data.path`` names them.
+    """
     named = result.model, result.artifact, result.on, result.base
-    return after_run(result.out, command, recipe, *named)
+    return after_run(result.out, command, recipe, *named, task=task_to_score(rows))
+
+
+def sources_of(recipe: Mapping[str, Any]) -> list[str]:
+    """Return the sources of rows that the recipe in a run's record names."""
+    path = recipe["data"]["path"]
+    return [path] if isinstance(path, str) else [one["path"] for one in path]
+
+
+def task_to_score(rows: Sequence[str]) -> str:
+    """Return the task that shows what a run on these rows learned.
+
+    Rows of tasks: those tasks; files of the user: a task file of the user; else a general task.
+    """
+    if tasks := tasks_of(rows):
+        return ",".join(tasks)
+    local = any(is_data(path) or exists(Path(path)) for path in rows)
+    return YOUR_TASK if local else GENERAL_TASK
 
 
 def summary_rows(result: Result) -> dict[str, str]:

@@ -16,6 +16,7 @@ from mlx_slim.config import library
 from mlx_slim.config.read import read_mapping
 from mlx_slim.config.task import MOST_SHOTS, TaskSpec, read_task
 from mlx_slim.errors import SlimError, did_you_mean
+from mlx_slim.reading import exists
 
 __all__ = ["Selection", "Task", "TaskSpec", "expand", "find_task", "list_tasks", "suites"]
 
@@ -116,6 +117,11 @@ def find_task(name: str | Path) -> Task:
     text = str(name)
     if text.endswith((".yaml", ".yml")) or "/" in text:
         file = Path(text).expanduser()
+        if not exists(file):
+            raise SlimError(
+                f"{file} does not exist",
+                "a task is a YAML file beside its rows; mlx-slim tasks arc_easy shows one",
+            )
         return Task(read_task(file), file)
     task_name = text.replace("-", "_")
     shipped = library.names("evals")
