@@ -90,7 +90,8 @@ def load_matrix(
     """
     text = str(name_or_path)
     layers = read_layers(text, overrides, MatrixSpec, "matrices")
-    matrix = checked(MatrixSpec, layers.values, layers.origins, layers.problems, f"matrix {text}")
+    what, problems = f"matrix {text}", layers.problems
+    matrix = checked(MatrixSpec, layers.values, layers.origins, problems, what, layers.aliases)
     if limit is not None:
         tasks = [t.model_copy(update={"limit": min(limit, t.limit or limit)}) for t in matrix.tasks]
         matrix = matrix.model_copy(update={"tasks": tasks})

@@ -169,7 +169,8 @@ def from_layers(
 
 
 def _check(layers: Layers, name: str, title: str) -> Resolved:
-    recipe = checked(Recipe, layers.values, layers.origins, layers.problems, f"recipe {title}")
+    what, problems = f"recipe {title}", layers.problems
+    recipe = checked(Recipe, layers.values, layers.origins, problems, what, RECIPE)
     origins = _all_origins(recipe, layers.origins)
     return Resolved(recipe, origins, name, title, tuple(layers.notices))
 
@@ -178,7 +179,12 @@ Checked = TypeVar("Checked", bound=Section)
 
 
 def checked(
-    schema: type[Checked], values: dict[str, Any], origins: Origins, problems: list[str], what: str
+    schema: type[Checked],
+    values: dict[str, Any],
+    origins: Origins,
+    problems: list[str],
+    what: str,
+    aliases: Aliases | None = None,
 ) -> Checked:
     """Return ``values`` as ``schema``, or raise one error with all ``problems`` and more.
 
@@ -188,11 +194,12 @@ def checked(
         origins: Where each value came from.
         problems: Found so far, one line each.
         what: What it is, for the message: ``recipe NAME``.
+        aliases: Old keys that are still read: a mistyped one is corrected to today's.
 
     Raises:
         SlimError: With several problems the message counts them and ``details`` lists them.
     """
-    words = words_for(schema)
+    words = words_for(schema, tuple((aliases or {}).items()))
     accepted, rejected = words.screen(values, origins)
     problems = problems + rejected
     result = None

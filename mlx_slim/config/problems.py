@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -75,10 +76,11 @@ class Words:
 
     Args:
         model: The schema; unknown keys are errors at every depth.
+        renamed: Path of an old key -> the new name of its last part: old names are corrected too.
     """
 
-    def __init__(self, model: type[BaseModel]) -> None:
-        self.model = model
+    def __init__(self, model: type[BaseModel], renamed: Mapping[Keys, str]) -> None:
+        self.model, self.renamed = model, renamed
         self.root = model.model_json_schema()
 
     def _follow(self, schema: dict[str, Any]) -> dict[str, Any]:
@@ -166,15 +168,16 @@ class Words:
         siblings = self._valid_keys(path[:-1])
         every = [".".join(key) for key in self._every_key(self.root)]
         wrong = self._first_unknown(path)  # a section's name may be what is mistyped
-        close = difflib.get_close_matches(
-            path[wrong], self._valid_keys(path[:wrong]), n=1, cutoff=0.6
-        )
+        names = {key: key for key in self._valid_keys(path[:wrong])}
+        names |= {old[-1]: new for old, new in self.renamed.items() if old[:-1] == path[:wrong]}
+        close = difflib.get_close_matches(path[wrong], names, n=1, cutoff=0.6)
         elsewhere = [key for key in every if key.rsplit(".", 1)[-1] == path[-1]]
         dotted = ".".join(path)
         if close:
-            hint = f"did you mean {'.'.join((*path[:wrong], close[0], *path[wrong + 1 :]))!r}?"
+            corrected = (*path[:wrong], names[close[0]], *path[wrong + 1 :])
+            hint = f"did you mean {'.'.join(corrected)!r}?"
         elif elsewhere:
-            hint = f"did you mean {elsewhere[0]!r}?"
+            hint = f"did you mean {' or '.join(map(repr, elsewhere[:3]))}?"
         else:
             hint = did_you_mean(dotted, every)
             if not hint.startswith("did you mean"):
@@ -239,6 +242,6 @@ class Words:
 
 
 @lru_cache(maxsize=8)
-def words_for(model: type[BaseModel]) -> Words:
-    """Return the words of a schema, made once."""
-    return Words(model)
+def words_for(model: type[BaseModel], renamed: tuple[tuple[Keys, str], ...] = ()) -> Words:
+    """Return the words of a schema, made once; ``renamed`` as pairs, see ``Words``."""
+    return Words(model, dict(renamed))

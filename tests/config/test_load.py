@@ -121,10 +121,21 @@ def test_numbers_do_not_depend_on_what_others_did_to_yaml(load: Any) -> None:
     assert load("model: x\ntrain: {learning_rate: 1e-5}\n").recipe.train.learning_rate == 1e-5
 
 
-def test_a_mistyped_section_is_corrected_before_its_keys(load: Any) -> None:
-    """``data.path`` ends as ``forgeting.path`` does, but it is the section that is mistyped."""
-    with pytest.raises(SlimError, match=r"did you mean 'forgetting\.path'\?"):
-        load("model: x\n", "forgeting.path=text.txt")
+@pytest.mark.parametrize(
+    ("key", "correction"),
+    [
+        ("forgeting.path", "'forgetting.path'"),  # not data.path, which ends alike
+        ("held_outt.path", "'forgetting.path'"),  # the old name of the section
+        ("quantize.awaer", "'quantize.qat'"),
+        ("texts.path", "'data.path' or 'forgetting.path'"),  # two keys end so: both are named
+    ],
+)
+def test_a_mistyped_section_is_corrected_before_its_keys(
+    load: Any, key: str, correction: str
+) -> None:
+    with pytest.raises(SlimError) as refused:
+        load("model: x\n", f"{key}=text.txt")
+    assert refused.value.message.endswith(f"is not a key: did you mean {correction}?")
 
 
 def test_all_problems_at_once_each_with_key_value_range_and_origin(load: Any) -> None:
