@@ -44,6 +44,11 @@ def on_gpu() -> bool:
     return mx.default_device().type == mx.DeviceType.gpu
 
 
+def on_metal() -> bool:
+    """Return whether MLX computes on a Mac's GPU."""
+    return on_gpu() and mx.metal.is_available()
+
+
 def default_num_threads() -> int:
     """Return how many shards of a batch to compute in parallel: one a core, at most four.
 

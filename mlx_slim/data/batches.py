@@ -186,6 +186,8 @@ def choose_mode(
     seed: int,
     balance: float,
     limit: int | None = None,
+    *,
+    packed_balance: float | None = None,
 ) -> Mode:
     """Return ``grouped`` or ``packed``, whichever costs less for these rows.
 
@@ -196,10 +198,11 @@ def choose_mode(
         seed: Of the shuffles.
         balance: The length T at which a token's attention costs as much as all else in it.
         limit: Most shapes, padded to; None for none.
+        packed_balance: That length under the mask of packed sequences; None is the same.
     """
     costs: dict[Mode, float] = {}
-    modes: tuple[Mode, Mode] = ("grouped", "packed")
-    for mode in modes:
+    balances: dict[Mode, float] = {"grouped": balance, "packed": packed_balance or balance}
+    for mode in balances:
         total, squares = Batcher(rows, batch_tokens, max_length, mode, seed, limit).computed()
-        costs[mode] = total + squares / balance
+        costs[mode] = total + squares / balances[mode]
     return min(costs, key=lambda mode: costs[mode])

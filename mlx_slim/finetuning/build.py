@@ -29,6 +29,7 @@ from mlx_slim.data.store import TokenStore
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.tasks.training_rows import finder
 from mlx_slim.models import structure
+from mlx_slim.models.attention import attention_balance, fused_here
 from mlx_slim.models.load import Loaded, load, read_config
 from mlx_slim.models.quantized import is_quantized
 from mlx_slim.models.rope import boundary_of
@@ -233,9 +234,10 @@ def build_loop(
     length = min(config.max_length, boundary_of(model) or config.max_length)
 
     def cheaper(rows: TokenStore, limit: int | None) -> Mode:
-        balance = structure.attention_balance(model, on_gpu())
+        balance = attention_balance(model, length, gpu=on_gpu(), fused=fused_here())
         sizes = config.batch_tokens, length, config.seed
-        return choose_mode(rows, *sizes, balance, limit)
+        masked = balance.masked
+        return choose_mode(rows, *sizes, balance.causal, limit, packed_balance=masked)
 
     # Of few shapes, those of rows of like length are padded most.
     validation_mode: Mode = "grouped"

@@ -248,9 +248,11 @@ def _build(
     data = strategy.rows(recipe, tuned, out, unchanged=unchanged)
     if data.note:
         observer.notify(events.Notice(data.note))
-    prediction = strategy.student.predict(recipe, tuned, data.train.lengths.tolist())
     tuned.callbacks += measure_forgetting(recipe, tuned, observer)
     loop = build_loop(recipe, tuned, data, out, observer, budget, strategy.objectives)
+    train = recipe.train.model_copy(update={"batching": loop.batcher.mode})
+    resolved = recipe.model_copy(update={"train": train})
+    prediction = strategy.student.predict(resolved, tuned, data.train.lengths.tolist())
     return _Built(tuned, data, prediction, loop)
 
 

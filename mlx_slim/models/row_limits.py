@@ -4,23 +4,19 @@ Some classes of mlx-lm attend to the whole row where the config asks for a slidi
 rotary embedding may change with the length of the row (longrope, dynamic NTK), which packed rows
 and shared prefixes cannot follow. Invariant: up to the limit every row is computed right, packed,
 padded or by itself; longer rows are refused in training and scoring, and generation says so.
-What a class does is looked at, not listed: its graph is built, never computed, with caches that
-note which window each layer asks for. Try it: ``python -m pytest tests/models/test_limits.py``.
+Which window each layer keeps to is looked at, not listed (``attention.py``). Try it:
+``python -m pytest tests/models/test_row_limits.py``.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
-
 from mlx_slim.errors import RowLimit
-from mlx_slim.models import structure
+from mlx_slim.models.attention import attention_of
 from mlx_slim.models.build import build
 from mlx_slim.models.reference import reference_of
 from mlx_slim.models.rope import boundary_of
@@ -56,7 +52,8 @@ def _limit(config_json: str, restarts: bool) -> RowLimit | None:
     limits = []
     reference = reference_of(config)
     if any(reference.windows):
-        seen = _windows(model)
+        attention = attention_of(model)
+        seen = attention and [layer.window for layer in attention]
         wrong = [
             min(width for width in pair if width)
             for pair in zip(
@@ -74,88 +71,3 @@ def _limit(config_json: str, restarts: bool) -> RowLimit | None:
         text = f"the RoPE of this model changes for rows longer than {boundary:,} tokens"
         limits.append(RowLimit(boundary, text))
     return min(limits, key=lambda limit: limit.tokens, default=None)
-
-
-class _MaskLog:
-    """The masks that were requested: which window, and by which layer."""
-
-    def __init__(self) -> None:
-        self.window_of: dict[int, int | None] = {}  # id of a mask -> its window
-        self.masks: list[mx.array] = []  # so that no id is used twice
-        self.layer: int | None = None
-        self.windows: dict[int, int | None] = {}
-
-    def make(self, length: int, window: int | None) -> mx.array:
-        mask = mx.zeros((length, length), dtype=mx.bool_)
-        self.masks.append(mask)
-        self.window_of[id(mask)] = window
-        if self.layer is not None:
-            self.windows[self.layer] = window
-        return mask
-
-
-class _Cache:
-    """A key-value cache that records nothing but the masks requested of it."""
-
-    offset = 0
-    keys = values = None
-
-    def __init__(self, masks: _MaskLog) -> None:
-        self._masks = masks
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        return keys, values
-
-    def make_mask(
-        self, N: int, return_array: bool = False, window_size: int | None = None, **_: Any
-    ) -> mx.array:
-        return self._masks.make(N, window_size)
-
-
-class _Watched:
-    """A block that notes the mask it is given, then does what it does."""
-
-    def __init__(self, block: Any, index: int, masks: _MaskLog) -> None:
-        self._block, self._index, self._masks = block, index, masks
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._block, name)
-
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
-        masks = self._masks
-        for value in (*arguments, *named.values()):
-            if id(value) in masks.window_of:
-                masks.windows[self._index] = masks.window_of[id(value)]
-        masks.layer = self._index
-        try:
-            return self._block(*arguments, **named)
-        finally:
-            masks.layer = None
-
-
-def _windows(model: nn.Module) -> list[int | None] | None:
-    """Return the window that each layer of ``model`` keeps to; None if that cannot be seen."""
-    masks = _MaskLog()
-    blocks = structure.blocks(model)
-    caches = [_Cache(masks) for _ in blocks]
-    try:
-        with _watching(model, masks):
-            model(mx.zeros((1, 4), dtype=mx.int32), cache=caches)  # type: ignore[operator]
-    except (TypeError, ValueError, AttributeError, KeyError, IndexError):
-        return None  # wants caches of another kind
-    return [masks.windows.get(index) for index in range(len(blocks))]
-
-
-@contextmanager
-def _watching(model: nn.Module, masks: _MaskLog) -> Iterator[None]:
-    """Put watchers around the blocks, where the model itself looks for them."""
-    *path, name = structure.blocks_path(model).split(".")
-    owner: Any = model
-    for part in path:
-        owner = owner[part]
-    blocks = owner[name]
-    owner[name] = [_Watched(block, index, masks) for index, block in enumerate(blocks)]
-    try:
-        yield
-    finally:
-        owner[name] = blocks

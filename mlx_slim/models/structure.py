@@ -37,7 +37,6 @@ _SCALES: dict[tuple[str, ...], Callable[..., float]] = {
 _CAP = "final_logit_softcapping"
 _FIXED_CAP = 15.0  # nanochat: a constant of its code
 GATED_MLP = ("gate_proj", "up_proj", "down_proj")
-CPU_ATTENTION = 0.26  # measured: docs/lab-log.md
 LINEAR_TYPES = (nn.Linear, nn.QuantizedLinear)
 HEADS, MLP = "heads", "mlp"
 _ATTENTION, _QUERIES, _KEYS = "self_attn", "q_proj", ("k_proj", "v_proj")
@@ -201,25 +200,6 @@ def split(model: nn.Module, vocabulary: int = 8) -> Split | None:
                 if difference.gap == 0:
                     return best[1]
     return best[1]
-
-
-def attention_balance(model: nn.Module, gpu: bool) -> float:
-    """Return the length T at which attention over T positions costs as much as a block's matmuls.
-
-    A token costs 2·P operations in the P weights of a block's linear layers and 4·D·T in unfused
-    attention. On a CPU the exponentials of the softmax weigh more than their count.
-    """
-    linears = [m for m in blocks(model)[0].modules() if isinstance(m, LINEAR_TYPES)]
-    shapes = [(m.weight.shape[0], _input_width(m)) for m in linears]
-    width = min(size for _, size in shapes)
-    weights = sum(outputs * inputs for outputs, inputs in shapes)
-    return weights / (2 * width) * (1.0 if gpu else CPU_ATTENTION)
-
-
-def _input_width(linear: nn.Module) -> int:
-    if isinstance(linear, nn.QuantizedLinear):
-        return linear["scales"].shape[-1] * linear.group_size
-    return linear["weight"].shape[-1]
 
 
 class SegmentCache:

@@ -18,6 +18,7 @@ import mlx.core as mx
 
 from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError
+from mlx_slim.models.attention import fused_here, has_fused_backward
 from mlx_slim.models.build import build
 from mlx_slim.planner.peak import breakdown
 from mlx_slim.planner.shapes import TrainingShapes, leaves, to_dtype, training_shapes
@@ -146,7 +147,7 @@ def predict(
         recipe: Checked recipe.
         lengths: Tokens of each training row, if they are counted already.
         budget: Bytes; None takes ``memory.budget``.
-        gpu: Plan for a GPU (True), a CPU (False) or this machine (None).
+        gpu: Plan for a Mac's GPU (True), a CPU (False) or this machine (None).
         gpu_bytes: Memory of that GPU; None takes this machine's, or that whose default budget is
             ``budget``.
         speed: Of the device; None leaves ``predicted_seconds`` out.
@@ -158,6 +159,7 @@ def predict(
     Raises:
         SlimError: If the model cannot be built or a target matches nothing.
     """
+    fused = fused_here() if gpu is None else gpu and has_fused_backward()
     gpu = on_gpu() if gpu is None else gpu
     limit = memory_budget(recipe.memory.budget) if budget is None else budget
     if gpu_bytes is None:
@@ -173,13 +175,18 @@ def predict(
             cached[key] = training_shapes(config, recipe, _dtype(recipe, gpu))
         return cached[key]
 
+    def is_fused(recipe: Recipe) -> bool:
+        return fused and recipe.train.batching != "packed"  # whose mask of segments is an array
+
     def breakdown_of(recipe: Recipe) -> dict[str, int]:
         shapes, size = shapes_of(recipe), _dtype(recipe, gpu).size
-        return _largest(shapes, breakdown(shapes, recipe, size, lengths, gpu, gpu_bytes))
+        device = gpu, gpu_bytes, is_fused(recipe)
+        return _largest(shapes, breakdown(shapes, recipe, size, lengths, *device))
 
     def operations_of(recipe: Recipe) -> Operations:
         tokens = work or TrainingWork(1 << 20, 1 << 20, recipe.train.max_length, "")
-        return operations(shapes_of(recipe), recipe, tokens, size=_dtype(recipe, gpu).size)
+        size = _dtype(recipe, gpu).size
+        return operations(shapes_of(recipe), recipe, tokens, size=size, fused=is_fused(recipe))
 
     def cost_of(recipe: Recipe) -> tuple[int, float]:
         run = operations_of(recipe)

@@ -3,8 +3,10 @@
 Invariant: weights, gradients and optimizer state are exact (``shapes.py``). Activations are counted
 from what autodiff stores of a block, each factor one array of that size; the others were fitted.
 Both were checked against measured peaks (``mlx-slim bench plan``; ``docs/lab-log.md`` has the
-figures). On a GPU nothing was measured: MLX's unfused attention and activations are counted,
-``mx.compile`` may need less. Try it: ``mlx-slim analyze memory smollm2-lora``.
+figures). Attention stores the scores of all pairs of positions, but where Metal's fused backward
+pass takes it (``models/attention.py``): an array as a mask, as packed rows have, is not taken. On a
+GPU nothing was measured by this project: unfused activations are counted, ``mx.compile`` may need
+less. Try it: ``mlx-slim analyze memory smollm2-lora``.
 
 Numbers are per token unless a name says bytes.
 """
@@ -31,6 +33,9 @@ STORED_DORA = 1.0  # of the outputs of adapted layers: before they are scaled
 STORED_CHECKPOINTED = 1.4  # of the width: the input of a checkpointed block is stored
 # Fitted: other arrays that exist while one block is differentiated.
 TRANSIENT = {"width": 1.3, "queries": 5.4, "keys": 3.1, "inner": 3.2, "scores": 1.8}
+# Where attention is fused: 0.68 GiB were measured for one layer of 8,192 positions with 32 and 8
+# heads of 128, and 12.5 GiB unfused (mlx-train-perf, M1 Max).
+TRANSIENT_FUSED = {"queries": 7.6}
 RECOMPUTED = 1.4  # of a block's activations, when it is recomputed
 LOGITS = 3.0  # float32 copies of one chunk of logits
 LOGITS_AHEAD = 3.0  # more on a CPU with one thread, where MLX allocates ahead of the computation
@@ -67,24 +72,24 @@ def largest_batch(recipe: Recipe, lengths: Sequence[int] | None) -> tuple[int, i
     return longest, max(1, min(tokens, rows))
 
 
-def _numbers(block: Block, factors: dict[str, float], length: int) -> float:
-    """Σ factor · quantity: numbers per token of one block. ``scores`` are heads · length."""
+def _numbers(block: Block, factors: dict[str, float], scores: int) -> float:
+    """Σ factor · quantity: numbers per token of one block."""
     quantities = {
         "width": block.width,
         "norms": block.norms * block.width,
         "queries": block.queries,
         "keys": block.keys,
         "inner": block.inner,
-        "scores": block.heads * length,
+        "scores": scores,
     }
     return sum(factor * quantities[name] for name, factor in factors.items())
 
 
-def _stored(block: Block, recipe: Recipe, length: int, gpu: bool) -> float:
+def _stored(block: Block, recipe: Recipe, scores: int, gpu: bool) -> float:
     """Numbers per token that are stored for the backward pass of a block."""
     kind = "other" if not block.gated else "gated" if gpu else "fast"
     residuals = (block.norms - 1) * block.width  # each sublayer after the first stores its input
-    numbers = _numbers(block, STORED, length) + residuals + STORED_INNER[kind] * block.inner
+    numbers = _numbers(block, STORED, scores) + residuals + STORED_INNER[kind] * block.inner
     if recipe.method != "full" and recipe.adapter.dropout > 0:
         # The copies replace the inputs themselves, which several layers use.
         shared = block.norms * block.width + block.queries + block.inner
@@ -92,6 +97,11 @@ def _stored(block: Block, recipe: Recipe, length: int, gpu: bool) -> float:
     if recipe.method == "dora":
         numbers += STORED_DORA * block.outputs
     return numbers
+
+
+def transient_numbers(block: Block, scores: int) -> float:
+    """Numbers per token that exist while a block is differentiated, besides what is stored."""
+    return _numbers(block, TRANSIENT if scores else {**TRANSIENT, **TRANSIENT_FUSED}, scores)
 
 
 def _logit_copies(recipe: Recipe, capped: bool) -> float:
@@ -130,6 +140,7 @@ def breakdown(
     lengths: Sequence[int] | None,
     gpu: bool,
     gpu_bytes: int,
+    fused: bool,
 ) -> dict[str, int]:
     """Return the bytes of each kind at the moment of the peak.
 
@@ -147,6 +158,7 @@ def breakdown(
         lengths: Tokens of each training row, if they are counted already.
         gpu: Whether it runs on a GPU.
         gpu_bytes: Memory of that GPU.
+        fused: Whether its backward pass of attention is fused, and the rows need no array mask.
     """
     train, full = recipe.train, recipe.method == "full"
     length, tokens = largest_batch(recipe, lengths)
@@ -156,15 +168,20 @@ def breakdown(
     rows, more = divmod(max(1, tokens // length), shards)  # the first shards have one row more
     shard = (rows + (more > 0)) * length
     alive = (rows * num_threads + min(more, num_threads)) * length
-    widest = max(shapes.blocks, key=lambda block: _stored(block, recipe, length, gpu))
+
+    def stored_of(block: Block) -> float:
+        return _stored(block, recipe, block.scores(length, fused), gpu)
+
+    widest = max(shapes.blocks, key=stored_of)
     if train.grad_checkpoint:
         stored = sum(STORED_CHECKPOINTED * block.width for block in shapes.blocks)
-        recomputed = RECOMPUTED * _stored(widest, recipe, length, gpu)
+        recomputed = RECOMPUTED * stored_of(widest)
     else:
-        stored = sum(_stored(block, recipe, length, gpu) for block in shapes.blocks)
+        stored = sum(map(stored_of, shapes.blocks))
         recomputed = 0.0
     activation_bytes = stored * alive * size
-    transient_one = (recomputed + _numbers(widest, TRANSIENT, length)) * shard * size
+    transient = transient_numbers(widest, widest.scores(length, fused))
+    transient_one = (recomputed + transient) * shard * size
     transient_bytes = transient_one * (1 + OVERLAP * (num_threads - 1))
     chunk = min(
         chunk_size(

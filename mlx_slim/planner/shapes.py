@@ -18,6 +18,7 @@ from mlx_slim.adapters.inject import Site, choose, sites
 from mlx_slim.adapters.lora import dimensions
 from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError
+from mlx_slim.models.attention import Attention, attention_of
 from mlx_slim.models.build import WIDTHS, build
 from mlx_slim.models.quantized import is_quantized
 from mlx_slim.models.structure import GATED_MLP, has_candidates, is_capped
@@ -44,6 +45,8 @@ class Block:
         largest: Numbers of the largest weight matrix.
         linear: Numbers of all weight matrices.
         gated: Whether the MLP is gated by SiLU (SwiGLU).
+        fused_length: Positions of the longest row whose attention Metal's fused backward pass
+            takes; 0 for none.
     """
 
     width: int
@@ -57,6 +60,16 @@ class Block:
     largest: int
     linear: int
     gated: bool
+    fused_length: int = 0
+
+    def scores(self, length: int, fused: bool) -> int:
+        """Return the attention scores that are stored for each position of a row.
+
+        Args:
+            length: Positions of the row.
+            fused: Whether the device has a fused backward pass and the rows need no array mask.
+        """
+        return 0 if fused and length <= self.fused_length else self.heads * length
 
 
 @dataclass(frozen=True)
@@ -135,6 +148,7 @@ def _blocks(model: Any, config: dict[str, Any], chosen: list[Site], width: int) 
     experts = _first(config, "num_experts_per_tok", default=1)
     silu = config.get("hidden_act", "silu") in ("silu", "swish")
     everything = sites(model)
+    attention = attention_of(model) or [Attention()] * len(model.layers)
     varied = config.get(WIDTHS) or [{}] * len(model.layers)
     result = []
     for index, block in enumerate(model.layers):
@@ -155,6 +169,7 @@ def _blocks(model: Any, config: dict[str, Any], chosen: list[Site], width: int) 
                 largest=max((s[-1] * s[-2] for s in sides), default=0),
                 linear=sum(s[-1] * s[-2] * (experts if len(s) == 3 else 1) for s in sides),
                 gated=silu and any(s.inside.endswith(GATED_MLP[0]) for s in inside),
+                fused_length=attention[index].fused_length,
             )
         )
     return result

@@ -64,6 +64,8 @@ def _variants(recipe: Recipe) -> list[tuple[Overrides, str]]:
     pieces = [p for p in (2, 4, 8) if train.batch_tokens // p >= train.max_length]
     options += [(smaller(p), _NOTHING) for p in pieces]
     options.append((checkpoint, _NOTHING))
+    if train.batching == "packed":  # its mask of segments costs a Mac the fused attention
+        options.append(({"train.batching": "grouped"}, _NOTHING))
     options += [({**checkpoint, **smaller(p)}, _NOTHING) for p in pieces]
     if train.max_length > 256:
         least = {"train.max_length": 256, "train.batch_tokens": min(train.batch_tokens, 512)}

@@ -131,18 +131,25 @@ def expected_work(
 
 
 def operations(
-    shapes: TrainingShapes, recipe: Recipe, work: TrainingWork, *, size: int = 2
+    shapes: TrainingShapes,
+    recipe: Recipe,
+    work: TrainingWork,
+    *,
+    size: int = 2,
+    fused: bool = False,
 ) -> Operations:
     """Return what training computes, without loading, validation and saving.
 
     Matrix products: 2P forward and 2P backward for each token, 2P more for weight gradients of
-    full fine-tuning and for recomputation; 12·T·q for attention; 4·V·d for a supervised token.
+    full fine-tuning and for recomputation; 4·V·d for a supervised token. Attention: 12·T·q, and
+    4·T·q to recompute; fused, 14·T·q and 4·T·q of which a causal mask leaves half.
 
     Args:
         shapes: Of the model under this recipe.
         recipe: Checked recipe.
         work: Tokens of the run.
         size: Bytes of a number of the computation.
+        fused: As for ``peak.breakdown``.
     """
     train = recipe.train
     full = recipe.method == "full"
@@ -151,17 +158,21 @@ def operations(
     adapters = 0 if full else shapes.trainable_parameters
     fraction = work.supervised if recipe.data.mask_prompt else 1.0
     passes = 2 + recomputed + (1 if full else 0)
-    attention = sum((12 + 4 * recomputed) * work.length * block.queries for block in shapes.blocks)
+    length = train.max_length if train.batching == "packed" else work.length
+    scores = [block.scores(length, fused) for block in shapes.blocks]
+    attention = sum(
+        (12 + 4 * recomputed if stored else 7 + 2 * recomputed) * length * block.queries
+        for block, stored in zip(shapes.blocks, scores, strict=True)
+    )
     head = shapes.vocabulary * shapes.width
     flops = 2 * linear * passes + 6 * adapters + attention
     flops += fraction * head * (6 if full else 4)
     exponentials = sum(
-        (1 + recomputed) * (block.inner + block.heads * work.length) for block in shapes.blocks
+        (1 + recomputed) * (block.inner + block.heads * length) for block in shapes.blocks
     )
     exponentials += fraction * shapes.vocabulary
-    activations = sum(
-        6 * block.width + 2 * block.queries + 5 * block.inner + block.heads * work.length
-        for block in shapes.blocks
+    activations = sum(scores) + sum(
+        6 * block.width + 2 * block.queries + 5 * block.inner for block in shapes.blocks
     )
     elements = activations * PASSES * (1 + recomputed / 2)
     computed = work.tokens / FILLED

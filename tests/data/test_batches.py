@@ -167,6 +167,7 @@ def test_packing_is_chosen_where_attention_is_cheap() -> None:
     short = Lengths([*range(8, 40), 500])
     assert choose_mode(short, 512, 512, 0, balance=1e9) == "packed"
     assert choose_mode(short, 512, 512, 0, balance=50.0) == "grouped"
+    assert choose_mode(short, 512, 512, 0, balance=1e9, packed_balance=50.0) == "grouped"
 
 
 class _Counted(np.ndarray):

@@ -24,7 +24,8 @@ def test_every_knob_turns_the_right_way() -> None:
     static = bytes_of(batch_tokens=512) - (bytes_of(batch_tokens=1024) - bytes_of(batch_tokens=512))
     assert bytes_of(batch_tokens=2048) - static == pytest.approx((base - static) / 2, rel=0.05)
     assert bytes_of(grad_checkpoint=True) < 0.5 * base
-    assert bytes_of(max_length=256) < base
+    assert bytes_of(max_length=256) == base  # its attention is fused on a Mac
+    assert bytes_of(max_length=256, gpu=False) < bytes_of(gpu=False)
     assert bytes_of("qlora") < base < bytes_of("dora") < bytes_of("full")
     assert (
         bytes_of("full", optimizer="adafactor")

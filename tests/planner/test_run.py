@@ -77,7 +77,7 @@ def test_the_command(tiny: Callable[..., Path], tmp_path: Path) -> None:
     words += ["train.batch_tokens=512", "train.accumulate=1"]
     text = run(command.command, [*words, "--probe", "--budget", "1GB"]).output
     assert "(measured)" in text and "steps of the largest batch" in text
-    record = json.loads(run(command.command, [*words, "--probe", "--json"]).output)
+    record = json.loads(run(command.command, [*words, "--probe", "--json"]).stdout)
     assert record["measured"]["batch_tokens"] <= 512
     table = run(command.command, ["--macs"]).output
     assert "| m2-16gb | 16 GB | 100 GB/s | 3.6 TFLOP/s | 11.5 GB |" in table

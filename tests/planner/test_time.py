@@ -192,7 +192,7 @@ def test_plan_says_how_long_a_mac_takes(tiny: Callable[..., Path], tmp_path: Pat
     record = json.loads(
         CliRunner()
         .invoke(command.command, ["smollm2-lora", *words, "--for", "m2-16gb", "--json"])
-        .output
+        .stdout
     )
     assert 0 < record["time_range"]["low"] < record["time_range"]["high"]
 
