@@ -154,10 +154,12 @@ def probe(work: dict[str, Any]) -> dict[str, Any]:
     from mlx_slim.finetuning.profile import probe as take_steps
     from mlx_slim.models.load import read_config
     from mlx_slim.planner.memory import predict
+    from mlx_slim.planner.suggest import changed
 
     recipe = from_values(work, "bench", "bench").recipe
     measured = take_steps(recipe, events.Broadcast([]), steps=2)
     config = read_config(recipe.model)
+    recipe = changed(recipe, {"train.batching": measured.batching})
     predicted = predict(config, recipe, lengths=measured.lengths, suggest=False)
     return {
         "predicted_peak_bytes": predicted.predicted_peak_bytes,

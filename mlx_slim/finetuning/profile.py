@@ -42,5 +42,6 @@ def probe(recipe: Recipe, observer: events.Observer | None = None, *, steps: int
             computed_tokens=positions,
             length=loop.batcher.largest_batch().tokens_BT.shape[1],
             peak_memory_bytes=peak,
+            batching=loop.batcher.mode,
             lengths=data.train.lengths.tolist(),
         )

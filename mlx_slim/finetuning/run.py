@@ -50,6 +50,7 @@ from mlx_slim.models import structure
 from mlx_slim.models.logits_close import Change, logits_close, rounding
 from mlx_slim.models.recorded_logits import free_weights
 from mlx_slim.planner.memory import Prediction
+from mlx_slim.planner.suggest import changed
 from mlx_slim.progress import stage
 from mlx_slim.reading import library_errors, read_object, short
 from mlx_slim.runtime import (
@@ -250,9 +251,8 @@ def _build(
         observer.notify(events.Notice(data.note))
     tuned.callbacks += measure_forgetting(recipe, tuned, observer)
     loop = build_loop(recipe, tuned, data, out, observer, budget, strategy.objectives)
-    train = recipe.train.model_copy(update={"batching": loop.batcher.mode})
-    resolved = recipe.model_copy(update={"train": train})
-    prediction = strategy.student.predict(resolved, tuned, data.train.lengths.tolist())
+    batched = changed(recipe, {"train.batching": loop.batcher.mode})  # memory depends on it
+    prediction = strategy.student.predict(batched, tuned, data.train.lengths.tolist())
     return _Built(tuned, data, prediction, loop)
 
 

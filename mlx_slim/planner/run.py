@@ -18,6 +18,7 @@ from mlx_slim.planner.memory import Measurement, Prediction, predict
 from mlx_slim.planner.shapes import training_shapes
 from mlx_slim.planner.shipped_models import model_config
 from mlx_slim.planner.students import predict_run
+from mlx_slim.planner.suggest import changed
 from mlx_slim.planner.work import (
     FILLED,
     Speed,
@@ -40,6 +41,7 @@ class Probe:
         computed_tokens: Positions of that micro-batch.
         length: Positions of its longest sequence.
         peak_memory_bytes: MLX peak of the steps, weights and optimizer included.
+        batching: What ``train.batching`` came to.
         lengths: Tokens of each training row.
     """
 
@@ -48,6 +50,7 @@ class Probe:
     computed_tokens: int
     length: int
     peak_memory_bytes: int
+    batching: str
     lengths: list[int]
 
 
@@ -98,6 +101,7 @@ def plan(
         machine = time.this_machine(dtype) if on_gpu() else None
         return prediction(speed, machine=machine), note
     measured = probe(recipe)
+    recipe = changed(recipe, {"train.batching": measured.batching})
     predicted = predict(config, recipe, lengths=measured.lengths, budget=limit, speed=speed)
     batch = TrainingWork(int(measured.computed_tokens * FILLED), 0, measured.length, "")
     shapes = training_shapes(config, recipe, dtype)
