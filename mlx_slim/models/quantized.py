@@ -37,16 +37,11 @@ def dequantize_weight(module: nn.Module) -> mx.array:
         module: ``nn.QuantizedLinear``, ``nn.QuantizedEmbedding`` or their dense counterparts.
 
     Returns:
-        The weight (O, I): float32 on a CPU, the dtype of the scales on a GPU (float formats:
-        bfloat16); a dense module's own weight as it is.
+        The weight (O, I): float32, unrounded; a dense module's own weight as it is.
     """
     if not isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
         return module["weight"]
-    if not on_gpu():
-        return _dense(module, module["weight"])
-    return mx.dequantize(
-        module["weight"], module["scales"], module.get("biases"), **_format(module)
-    )
+    return _dense(module, module["weight"])
 
 
 @dataclass(frozen=True)

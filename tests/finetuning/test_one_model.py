@@ -29,7 +29,9 @@ from tests.support.tiny import tiny_model
 
 # 3.9 million weights in 16 blocks: no tensor is more than 2% of the model.
 SHAPE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 16}
-ONE = 1.35  # of a model: activations, one row's logits, one tensor compared
+# Besides one model, as a fraction of it in float32: activations, one row's logits, a few tensors of
+# one layer, which are float32 on a GPU too.
+SLACK = 0.35
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +39,20 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("dense") / "m", dtype=mx.bfloat16, **SHAPE)
 
 
-@pytest.fixture(scope="module")
-def size(dense: Path) -> int:
-    """Bytes of the model in float32, which a CPU computes in."""
-    return sum(2 * value.nbytes for _, value in leaves(load(dense).model))
+@pytest.fixture
+def size(dense: Path, device: str) -> int:
+    """Bytes of the model in what it is computed in: float32 on a CPU, as stored on a GPU."""
+    return (1 if device == "gpu" else 2) * _stored(dense)
+
+
+@pytest.fixture
+def wide(dense: Path) -> int:
+    """Bytes of the model in float32."""
+    return 2 * _stored(dense)
+
+
+def _stored(dense: Path) -> int:
+    return sum(value.nbytes for _, value in leaves(load(dense).model))
 
 
 @pytest.fixture
@@ -51,7 +63,7 @@ def text(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def peak() -> Callable[[], int]:
+def peak(device: str) -> Callable[[], int]:
     """Return the most that MLX held since the test began, besides what was there before."""
     mx.clear_cache()
     before = mx.get_active_memory()
@@ -60,23 +72,24 @@ def peak() -> Callable[[], int]:
 
 
 def test_quantize(
-    dense: Path, size: int, text: str, peak: Callable[[], int], tmp_path: Path
+    dense: Path, size: int, wide: int, text: str, peak: Callable[[], int], tmp_path: Path
 ) -> None:
     settings = CompressOptions(QuantizeConfig(), calibration=text, length=32, fidelity_samples=2)
     assert compress(dense, tmp_path / "q", settings).fidelity is not None
-    assert 0.9 * size < peak() < ONE * size
+    assert 0.9 * size < peak() < size + SLACK * wide
 
 
 def test_quantize_without_a_comparison_never_holds_the_dense_model(
-    dense: Path, size: int, peak: Callable[[], int], tmp_path: Path
+    dense: Path, size: int, wide: int, peak: Callable[[], int], tmp_path: Path
 ) -> None:
     compress(dense, tmp_path / "q", CompressOptions(QuantizeConfig(), fidelity_samples=0))
-    assert peak() < 0.3 * size
+    assert peak() < 0.3 * wide
 
 
 def test_quantize_a_model_that_does_not_fit_dense(
     dense: Path,
     size: int,
+    wide: int,
     text: str,
     peak: Callable[[], int],
     tmp_path: Path,
@@ -86,7 +99,7 @@ def test_quantize_a_model_that_does_not_fit_dense(
     heard = Recorder()
     settings = CompressOptions(QuantizeConfig(), calibration=text, length=32)
     assert compress(dense, tmp_path / "q", settings, heard).fidelity is None
-    assert peak() < 0.3 * size
+    assert peak() < 0.3 * wide
     assert any(
         "fidelity is not measured: the dense" in e.message
         for e in heard.events
@@ -96,44 +109,65 @@ def test_quantize_a_model_that_does_not_fit_dense(
 
 @pytest.mark.parametrize("mode", ["merge", "keep"])
 def test_fuse(
-    dense: Path, size: int, text: str, peak: Callable[[], int], tmp_path: Path, mode: Mode
+    dense: Path,
+    size: int,
+    wide: int,
+    text: str,
+    peak: Callable[[], int],
+    tmp_path: Path,
+    mode: Mode,
 ) -> None:
     adapter = write_adapter(tmp_path / "a", dense)
     mx.reset_peak_memory()
     fuse(dense, adapter, tmp_path / "f", FuseOptions(mode=mode, calibration=text, length=32))
-    assert peak() < ONE * size
+    assert peak() < size + SLACK * wide
 
 
 @pytest.mark.parametrize("mode", ["dequantize", "requantize"])
 def test_fuse_over_a_quantized_base(
-    dense: Path, size: int, text: str, peak: Callable[[], int], tmp_path: Path, mode: Mode
+    dense: Path,
+    size: int,
+    wide: int,
+    text: str,
+    peak: Callable[[], int],
+    tmp_path: Path,
+    mode: Mode,
 ) -> None:
     base = write_quantized(tmp_path / "q", dense, 4)
-    adapter = write_adapter(tmp_path / "a", base)
+    # Layers without an adapter become dense too: all but these.
+    adapter = write_adapter(tmp_path / "a", base, targets=["q_proj"])
     mx.reset_peak_memory()
     options = FuseOptions(mode=mode, calibration=text, length=32, force=True)
     fuse(base, adapter, tmp_path / "f", options)
-    assert peak() < (ONE if mode == "dequantize" else 0.5) * size
+    assert peak() < (size + SLACK * wide if mode == "dequantize" else 0.5 * wide)
 
 
-def test_export(dense: Path, size: int, text: str, peak: Callable[[], int], tmp_path: Path) -> None:
+def test_export(
+    dense: Path, size: int, wide: int, text: str, peak: Callable[[], int], tmp_path: Path
+) -> None:
     export_hf(dense, tmp_path / "hf")
-    assert peak() < ONE * size
+    assert peak() < size + SLACK * wide
     export_gguf(dense, tmp_path / "gguf", kind="q8_0", calibration=text)
-    assert peak() < ONE * size
+    assert peak() < size + SLACK * wide
 
 
 @pytest.mark.parametrize("how", [{"method": "l2", "ratio": 0.2}, {"layers": "3-4"}], ids=str)
 def test_prune(
-    dense: Path, size: int, text: str, peak: Callable[[], int], tmp_path: Path, how: dict[str, Any]
+    dense: Path,
+    size: int,
+    wide: int,
+    text: str,
+    peak: Callable[[], int],
+    tmp_path: Path,
+    how: dict[str, Any],
 ) -> None:
     options = PruneOptions(calibration=text, samples=2, length=32, held_out=128, **how)
     assert prune(dense, tmp_path / "p", options).record["fidelity"]
-    assert peak() < ONE * size
+    assert peak() < size + SLACK * wide
 
 
 def test_the_report_of_a_pruned_model(
-    dense: Path, size: int, peak: Callable[[], int], tmp_path: Path
+    dense: Path, size: int, wide: int, peak: Callable[[], int], tmp_path: Path
 ) -> None:
     one = prune_report._Candidate(str(dense))
     models: dict[str, prune_report._Candidate] = dict.fromkeys(
@@ -142,13 +176,14 @@ def test_the_report_of_a_pruned_model(
     figures = prune_report._compare(models, mx.arange(64).reshape(2, 32), tmp_path)
     assert figures.keys() == models.keys()
     assert all(each.kl == 0 and each.top1 == 1 for each in figures.values())
-    assert peak() < ONE * size
+    assert peak() < size + SLACK * wide
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "qlora"])
 def test_the_end_of_a_fine_tune(
     dense: Path,
     size: int,
+    wide: int,
     peak: Callable[[], int],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -166,8 +201,8 @@ def test_the_end_of_a_fine_tune(
     before = mx.get_active_memory()
     resolved = recipe(dense, write_rows(tmp_path / "rows.jsonl"), method, steps=2)
     finetune(resolved, tmp_path / "run", observer=Recorder())
-    assert held[0] - before < 1.15 * size, "the optimizer is still there"
-    assert peak() < (0.5 if method == "qlora" else ONE) * size
+    assert held[0] - before < size + 0.15 * wide, "the optimizer is still there"
+    assert peak() < (0.5 * wide if method == "qlora" else size + SLACK * wide)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)

@@ -20,9 +20,23 @@ import pytest
 from mlx_slim import blas, runtime
 from mlx_slim.models import dequantize
 
+_MATMUL = mx.quantized_matmul
+
 
 def _refuse(*_: Any, **__: Any) -> Any:
     raise AssertionError("only a CPU does this")
+
+
+def _quantized_matmul(
+    x: mx.array, codes: mx.array, scales: mx.array, biases: mx.array | None = None, **words: Any
+) -> mx.array:
+    """Sum in float32, as Metal and CUDA do; MLX's CPU kernel sums 16-bit products in 16 bits."""
+    floats = mx.issubdtype(scales.dtype, mx.floating)  # those of mxfp4 are bytes
+    constants = [
+        part.astype(mx.float32) if floats and part is not None else part
+        for part in (scales, biases)
+    ]
+    return _MATMUL(x.astype(mx.float32), codes, *constants, **words).astype(x.dtype)
 
 
 @contextlib.contextmanager
@@ -38,6 +52,7 @@ def gpu_path() -> Iterator[None]:
         patch.setattr(blas, "single_threaded", _refuse)
         patch.setattr(mx, "disable_compile", _refuse)
         patch.setattr(dequantize, "_codes", _refuse)
+        patch.setattr(mx, "quantized_matmul", _quantized_matmul)
         yield
 
 
