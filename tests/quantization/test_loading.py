@@ -54,7 +54,7 @@ def held(model: nn.Module) -> int:
 @pytest.mark.parametrize("stored", [mx.float32, mx.bfloat16, mx.float16], ids=str)
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied"])
 def test_a_base_is_loaded_one_tensor_at_a_time(
-    architecture: str, stored: mx.Dtype, compute: mx.Dtype, tmp_path: Path
+    architecture: str, stored: mx.Dtype, compute: mx.Dtype, device: str, tmp_path: Path
 ) -> None:
     folder = tiny_model(tmp_path / "m", architecture, dtype=stored, shards=3, **SHAPE)
     largest = max(tensor.nbytes for tensor in folder_tensors(folder).values())

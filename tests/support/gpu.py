@@ -73,10 +73,10 @@ class Metal:
         history: Each wired limit that was set.
     """
 
-    WORKING_SET = 12 << 30
+    WORKING_SET, CACHE = 12 << 30, 77
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.wired, self.cache = 0, 77
+        self.wired, self.cache = 0, self.CACHE
         self.history: list[int] = []
         info = {"max_recommended_working_set_size": self.WORKING_SET, "memory_size": 16 << 30}
         patch.setattr(mx, "device_info", lambda: info)
