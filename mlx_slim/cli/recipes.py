@@ -51,30 +51,72 @@ def _copy(name: str, path: Path) -> None:
     """
     import yaml
 
-    from mlx_slim.artifacts import write_text
     from mlx_slim.config import library
     from mlx_slim.config.load import load_recipe
 
-    if path.suffix not in (".yaml", ".yml"):
-        raise SlimError(f"{path} is not a .yaml file", f"try --copy {path}.yaml")
-    if path.exists():
-        raise SlimError(f"{path} exists already", "choose another name")
     recipe = load_recipe(name).recipe
     source = library.find("recipes", name).read_text(encoding="utf-8")
     header = [line for line in source.splitlines() if line.startswith("#")]
     values = recipe.model_dump(exclude_unset=True)
     body = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
-    write_text(path, "\n".join(header) + "\n" + body, replace=False)
+    _write(path, "\n".join(header) + "\n" + body)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a recipe to a new file.
+
+    Raises:
+        SlimError: If ``path`` exists, or is not a ``.yaml`` file.
+    """
+    from mlx_slim.artifacts import write_text
+
+    if path.suffix not in (".yaml", ".yml"):
+        raise SlimError(f"{path} is not a .yaml file", f"try {path}.yaml")
+    if path.exists():
+        raise SlimError(f"{path} exists already", "choose another name")
+    write_text(path, text, replace=False)
+
+
+def _convert(file: Path, path: Path | None) -> None:
+    """Print the recipe of an mlx_lm.lora configuration, or write it and print what differs."""
+    from mlx_slim.finetuning.mlx_lm_config import read_mlx_lm
+
+    _, text, translation = read_mlx_lm(file)
+    if path is None:
+        click.echo(text.rstrip())
+    else:
+        _write(path, text)
+        for line in translation.differences:
+            click.echo(f"differs: {line}")
+        for line in translation.absent:
+            click.echo(f"no counterpart: {line}")
+    name = path or "FILE.yaml"
+    show_next(step("see what it costs", "mlx-slim", "plan", name))
 
 
 @click.command(epilog="Example: mlx-slim recipes smollm2-lora --copy mine.yaml")
 @click.argument("name", required=False)
-@click.option("--copy", "path", type=click.Path(path_type=Path), help="Write it to a .yaml file.")
-def command(name: str | None, path: Path | None) -> None:
+@click.option(
+    "--copy", "-o", "path", type=click.Path(path_type=Path), help="Write it to a .yaml file."
+)
+@click.option(
+    "--from-mlx-lm",
+    "foreign",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Read a configuration of mlx_lm.lora as a recipe, and say what differs.",
+)
+def command(name: str | None, path: Path | None, foreign: Path | None) -> None:
     """List the recipes; show recipe NAME, or copy it to a file of your own."""
     from mlx_slim.config import library
 
-    if name is None:
+    if foreign is not None:
+        if name is not None:
+            raise SlimError(
+                f"{name} and --from-mlx-lm {foreign} are two recipes", "name one of them"
+            )
+        _convert(foreign, path)
+    elif name is None:
         if path is not None:
             raise SlimError("--copy needs the name of a recipe", "mlx-slim recipes lists them")
         _list()

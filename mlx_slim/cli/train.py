@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from mlx_slim.artifacts import is_hub_id
 from mlx_slim.cli.options import alive, run_options, show_next
 from mlx_slim.config.load import Resolved, load_recipe, render
 from mlx_slim.config.schema import Method
@@ -51,8 +53,8 @@ def command(
     Any key can be set: mlx-slim train smollm2-lora train.steps=50 data.path=rows.jsonl -o runs/a
 
     With --data, RECIPE is a hub id or a folder, and what is not set is chosen to fit the rows and
-    this machine. Each choice is printed with its reason; RUN/recipe.yaml has them all, to change and
-    run again.
+    this machine. Each choice is printed with its reason; RUN/recipe.yaml has them all, to change
+    and run again.
     """
     if validate and (out is not None or resume):
         raise click.UsageError("--validate writes nothing: leave -o and --resume out")
@@ -63,10 +65,13 @@ def command(
                 f"{used[0]} is for training a model on rows, and no --data is there",
                 "a recipe has keys: method=lora, memory.budget=12GB, train.epochs=1",
             )
+        _refuse_model(recipe)
         resolved = load_recipe(recipe, overrides)
     else:
         out = out or Path("runs") / (Path(data).stem or "run")
-        resolved = _for_rows(recipe, data, out, limits, overrides, resume, mode)
+        words = recipe, data, out, overrides, limits
+        resolved = None if dry_run or validate else _started(*words, resume, mode)
+        resolved = resolved or _chosen(*words, mode)
     if dry_run:
         if data is None:
             click.echo(render(resolved))
@@ -79,18 +84,71 @@ def command(
     go(finetune, resolved, out, resume=resume, mode=mode)
 
 
-def _for_rows(
+def _refuse_model(name: str) -> None:
+    """Refuse a model where a recipe belongs.
+
+    Raises:
+        SlimError: With what trains it.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return
+    if Path(name).expanduser().is_dir() or ("/" in name and is_hub_id(name)):
+        raise SlimError(
+            f"{name} is a model, not a recipe",
+            f"train it on rows: mlx-slim train {shlex.quote(name)} --data ROWS -o RUN",
+        )
+
+
+def _started(
     model: str,
     data: str,
     out: Path,
-    limits: dict[str, str | None],
     overrides: tuple[str, ...],
+    limits: dict[str, str | None],
     resume: bool,
     mode: str,
-) -> Resolved:
-    """Return the recipe for a model and rows: chosen and shown, or that of the run to resume."""
-    from mlx_slim.config import library
+) -> Resolved | None:
+    """Return the recipe of the run in ``out`` that is to be resumed; None if there is none yet.
+
+    Raises:
+        SlimError: If the folder cannot be used, or was started with something else.
+    """
     from mlx_slim.finetuning.run_dir import RECIPE_FILE, run_dir
+    from mlx_slim.runtime import world
+
+    if not run_dir(out).check(resume=resume):
+        return None
+    file = out / RECIPE_FILE
+    if not file.exists():
+        raise SlimError(
+            f"{out} holds a run that was not started with --data",
+            "resume it with the recipe that started it",
+        )
+    resolved = load_recipe(str(file), overrides)
+    recipe = resolved.recipe
+    started = {"model": recipe.model, "data.path": recipe.data.path, "method": recipe.method}
+    names = {"model": model, "data.path": data, "method": limits["--method"]}
+    for key, value in names.items():
+        if value not in (None, started[key]):
+            raise SlimError(
+                f"{out} was started with {key}={started[key]}, not {value}",
+                "resume it with what it was started with, or choose another output folder",
+            )
+    if mode == "auto" and world().rank() == 0:
+        click.echo(f"resuming with {file}: nothing is chosen again")
+    return resolved
+
+
+def _chosen(
+    model: str,
+    data: str,
+    out: Path,
+    overrides: tuple[str, ...],
+    limits: dict[str, str | None],
+    mode: str,
+) -> Resolved:
+    """Return a recipe for a model and rows, after it was shown."""
+    from mlx_slim.config import library
     from mlx_slim.planner.choose import choose
     from mlx_slim.runtime import world
 
@@ -99,36 +157,9 @@ def _for_rows(
             f"{model} is a recipe, and --data trains a model without one",
             f"name a model, or leave --data out: mlx-slim train {model} data.path={data}",
         )
-    if run_dir(out).check(resume=resume):
-        file = out / RECIPE_FILE
-        if not file.exists():
-            raise SlimError(
-                f"{out} holds a run that was not started with --data",
-                "resume it with the recipe that started it",
-            )
-        resolved = load_recipe(str(file), overrides)
-        recipe = resolved.recipe
-        names = {"model": model, "data.path": data, "method": limits["--method"]}
-        started = {"model": recipe.model, "data.path": recipe.data.path, "method": recipe.method}
-        for key, value in names.items():
-            if value not in (None, started[key]):
-                raise SlimError(
-                    f"{out} was started with {key}={started[key]}, not {value}",
-                    "resume it with what it was started with, or choose another output folder",
-                )
-        if mode == "auto" and world().rank() == 0:
-            click.echo(f"resuming with {file}: nothing is chosen again")
-        return resolved
+    options = {name.removeprefix("--"): value for name, value in limits.items()}
     with alive():
-        chosen = choose(
-            model,
-            data,
-            out=out,
-            method=limits["--method"],
-            budget=limits["--budget"],
-            time=limits["--time"],
-            overrides=overrides,
-        )
+        chosen = choose(model, data, out=out, overrides=overrides, **options)
     if world().rank() == 0:
         _show(chosen, mode)
     return chosen.resolved

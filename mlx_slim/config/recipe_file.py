@@ -40,7 +40,7 @@ def recipe_text(recipe: Recipe, reasons: Mapping[str, str], header: Sequence[str
         header: Lines of a comment at the top.
     """
     values = recipe.model_dump(mode="json", exclude_unset=True)
-    lines = [f"# {printable(line)}" for line in header]
+    lines = [f"# {printable(line)}".rstrip() for line in header]
     for key, value in values.items():
         if isinstance(getattr(recipe, key), list) or not isinstance(value, dict):
             lines += _entry(key, key, value, reasons, "")

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_slim.config.load import COMMAND_LINE, Resolved, from_layers
+from mlx_slim.config.load import DEFAULT, Resolved, from_layers
 from mlx_slim.config.schema import SourceConfig
 from mlx_slim.config.section import MOST
 from mlx_slim.data.ledger import SourceLedger
@@ -83,8 +83,8 @@ def nested(key: str, value: Any, origin: str) -> tuple[dict[str, Any], str]:
 
 def user_recipe(
     model: str, data: str, method: str | None, budget: str | None, overrides: Sequence[str]
-) -> Resolved:
-    """Return what the user set, checked, with wide limits for what is chosen.
+) -> tuple[Resolved, list[str]]:
+    """Return what the user set, checked, with wide limits for what is chosen; and all overrides.
 
     Raises:
         SlimError: If a value is set twice, or cannot be used.
@@ -99,14 +99,11 @@ def user_recipe(
     for key, (option, value) in options.items():
         if value is not None and key in keys:
             raise SlimError(f"{key} is set, and {option} says it too", f"drop {key}=…")
+    words = [*overrides]
+    words += [f"{key}={options[key][1]}" for key in ("method", "memory.budget") if options[key][1]]
     wide = {"batch_tokens": MOST, "max_length": 8}
-    layers = [({"train": wide}, "default")]
-    layers += [
-        nested(key, value, "option" if key in ("model", "data.path") else COMMAND_LINE)
-        for key, (_, value) in options.items()
-        if value is not None
-    ]
-    return from_layers(layers, Path(data).stem or "run", overrides)
+    values = {"model": model, "data": {"path": data}, "train": wide}
+    return from_layers([(values, DEFAULT)], Path(data).stem or "run", words), words
 
 
 def read_inputs(base: Resolved, overrides: Sequence[str]) -> tuple[ChoiceInputs, PreparedRow, Any]:

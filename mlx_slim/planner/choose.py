@@ -103,13 +103,13 @@ def choose(
         ResourceError: If nothing fits the budget.
     """
     seconds = None if time is None else parse_duration(time)
-    base = user_recipe(model, data, method, budget, overrides)
+    base, every_override = user_recipe(model, data, method, budget, overrides)
     if seconds is not None and (long := {"train.epochs", "train.steps"} & base.overridden):
         raise SlimError(f"--time and {long.pop()} both say how long it trains", "keep one of them")
     limits = {"--method": method, "--budget": budget, "--time": time}
     options = [word for name, value in limits.items() if value for word in (name, value)]
     words = ["mlx-slim", "train", model, "--data", data, *options, *overrides, "-o", str(out)]
-    task, example, tokenizer = read_inputs(base, overrides)
+    task, example, tokenizer = read_inputs(base, every_override)
     chosen = _fitting(task, None)
     if seconds is not None:
         chosen = _within(task, chosen, seconds, str(time))

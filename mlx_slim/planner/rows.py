@@ -40,12 +40,14 @@ class RowEstimate(NamedTuple):
         length: Of the row that a token is in, averaged over tokens.
         basis: How they were counted, as text.
         supervised: Fraction of the tokens that is supervised, where prompts are masked.
+        rows: How many.
     """
 
     tokens: int
     length: int
     basis: str
     supervised: float
+    rows: int
 
 
 def expected_rows(recipe: Recipe, *, local: bool) -> RowEstimate | None:
@@ -92,7 +94,7 @@ def expected_rows(recipe: Recipe, *, local: bool) -> RowEstimate | None:
         return None
     count, mean = round(sum(trained)), tokens / sum(trained)
     basis = f"{count:,} rows of about {mean:.0f} tokens"
-    return RowEstimate(int(tokens), int(squares / tokens), basis, supervised)
+    return RowEstimate(int(tokens), int(squares / tokens), basis, supervised, count)
 
 
 def _total(trained: list[float], sizes: list[np.ndarray]) -> float:
