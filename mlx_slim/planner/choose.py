@@ -38,7 +38,7 @@ BITS = (8, 4)  # of a base that does not fit otherwise, best first
 QUANTILES = (1.0, 0.99, 0.95, 0.9, 0.75, 0.5)  # of the lengths of rows, for the longest one
 FORWARD = 1 / 3  # time of a validated token, as a fraction of a trained one's
 LEAST_STEPS = 10  # of a run that a limit of time shortens
-_ORDER = (
+ORDER = (
     *("data.path", "data.validation", "method", "quantize.bits", "memory.budget"),
     *("adapter.rank", "adapter.alpha", "train.max_length", "train.epochs", "train.batch_tokens"),
     *("train.accumulate", "train.grad_checkpoint", "train.learning_rate", "train.schedule"),
@@ -114,7 +114,7 @@ def choose(
     if seconds is not None:
         chosen = _within(task, chosen, seconds, str(time))
     draft, prediction, total = chosen
-    choices = [draft.choices[key] for key in _ORDER if key in draft.choices]
+    choices = [draft.choices[key] for key in ORDER if key in draft.choices]
     resolved = draft.resolved()
     reasons = {one.key: one.reason for one in choices}
     source = out / "recipe.yaml"

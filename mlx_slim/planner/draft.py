@@ -70,8 +70,7 @@ def start(task: ChoiceInputs, length: int, most_epochs: float | None, why: str) 
     if longer:
         longest += f"; {longer:,} of {len(task.lengths):,} rows are longer than fits, and dropped"
     draft.pick("train.max_length", length, longest)
-    epochs = hyperparameters.epochs(tokens, len(lengths))
-    reason = "3 up to 1 million tokens, 1 from 10 million"
+    epochs, reason = hyperparameters.epochs(tokens, len(lengths))
     if most_epochs is not None and most_epochs < epochs:
         epochs, reason = most_epochs, why
         if epochs < 1:
@@ -86,7 +85,7 @@ def start(task: ChoiceInputs, length: int, most_epochs: float | None, why: str) 
     supervised, one = int(task.supervised.sum()), task.parameters_per_rank
     rank = hyperparameters.rank(supervised, one)
     bits = hyperparameters.capacity(rank, one)
-    reason = f"stores {bits:,} bits, the rows bring about {supervised:,}"
+    reason = f"it can store {bits:,} bits, {supervised:,} learned tokens bring about one each"
     draft.pick("adapter.rank", rank, reason)
     if not task.is_fixed("adapter.scale"):
         reason = "LoRA Without Regret, with the learning rate"
@@ -126,4 +125,4 @@ def complete(
         draft.pick("train.validate_every", every, "steps: three times an epoch; the best is saved")
         draft.pick("train.save_every", every, "as often as it validates")
         patience = hyperparameters.PER_EPOCH
-        draft.pick("train.early_stopping", patience, "validations without a new best: an epoch")
+        draft.pick("train.early_stopping", patience, "validations in a row without a new best end it")

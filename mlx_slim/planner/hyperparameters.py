@@ -70,15 +70,18 @@ def learning_rate(method: str, width: int, model_type: str) -> tuple[float, str]
     return rate, f"{times}{BASE_RATE:g} x ({WIDTH} / {width})^{power:g}, as LoRA Without Regret"
 
 
-def epochs(tokens: int, rows: int) -> float:
-    """Return the passes over the training rows: 3 up to a million tokens, 1 from ten million.
+def epochs(tokens: int, rows: int) -> tuple[float, str]:
+    """Return the passes over the training rows, and why: 3 up to a million tokens, 1 from ten.
 
     Between them they fall with the logarithm, in tenths. Fewer than 32 rows are repeated, at most
     ten times, until they give 24 steps of four rows.
     """
     fraction = math.log(max(tokens, 1) / SMALL) / math.log(LARGE / SMALL)
     usual = MOST_EPOCHS - (MOST_EPOCHS - 1) * min(1.0, max(0.0, fraction))
-    return round(max(usual, min(FEW_EPOCHS, FEW_STEPS * LEAST_ROWS / max(rows, 1))), 1)
+    few = min(FEW_EPOCHS, FEW_STEPS * LEAST_ROWS / max(rows, 1))
+    if few > usual:
+        return round(few, 1), f"{rows} rows are few: repeated until they give {FEW_STEPS} steps"
+    return round(usual, 1), f"{MOST_EPOCHS} up to 1 million tokens, 1 from 10 million"
 
 
 def batch_size(tokens: int, mean_length: float, max_length: int) -> BatchSize:
