@@ -1,14 +1,13 @@
-"""``mlx-slim doctor``: device, speed and problems of this machine.
+"""``mlx-slim doctor``: device, speed and problems of this machine; whether it computes right.
 
-Invariant: it reads and measures for a few seconds and writes nothing; every warning has a
-remedy. ``--json`` has the same facts under stable names. Try it: ``mlx-slim doctor``.
+Invariant: without ``--self-test`` it reads and measures for a few seconds and writes nothing; every
+warning has a remedy. ``--json`` has the same facts under stable names. Try it: ``mlx-slim doctor``.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import sys
 from pathlib import Path
@@ -16,25 +15,13 @@ from typing import Any
 
 import click
 
+from mlx_slim.bench.machine import device, speed, total_memory
+from mlx_slim.cli.measurements import measured
 from mlx_slim.cli.options import alive, show_next
 from mlx_slim.next_steps import step
 from mlx_slim.progress import stage
 
 SLOW_GFLOPS = 25.0  # float32 on a CPU: the reference BLAS gives 2-5, OpenBLAS 50 and more a core
-
-
-def speed() -> dict[str, Any]:
-    """Return the measured rates; bfloat16 on a CPU, which is slow, on a small product."""
-    import mlx.core as mx
-
-    from mlx_slim import runtime
-
-    small = 1024 if runtime.on_gpu() else 256
-    return {
-        "matmul_float32_gflops": round(runtime.matmul_gflops(), 1),
-        "matmul_bfloat16_gflops": round(runtime.matmul_gflops(mx.bfloat16, small, 4), 1),
-        "exp_ns": round(runtime.exp_nanoseconds(), 2),
-    }
 
 
 def hub() -> dict[str, Any]:
@@ -68,22 +55,14 @@ def compiler() -> dict[str, Any]:
 
 def examine() -> dict[str, Any]:
     """Return all facts, and ``warnings`` as a list of ``problem`` and ``mend``."""
-    import mlx.core as mx
-
     from mlx_slim import artifacts, blas, runtime
 
-    info = mx.device_info()
     status = blas.status()
     facts: dict[str, Any] = {
         "schema_version": artifacts.SCHEMA_VERSION,
-        "device": {
-            "type": "gpu" if runtime.on_gpu() else "cpu",
-            "name": str(info.get("device_name") or platform.processor() or platform.machine()),
-            "cores": os.cpu_count(),
-            "dtype": runtime.dtype_name(runtime.resolve_dtype("auto")),
-        },
+        "device": device(),
         "memory": {
-            "total_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "total_bytes": total_memory(),
             "available_bytes": runtime.device_memory(),
             "budget_bytes": runtime.memory_budget("auto"),
         },
@@ -168,9 +147,32 @@ def _blas_line(blas: dict[str, Any]) -> str:
 
 
 @click.command(epilog="Example: mlx-slim doctor")
-@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
-def command(as_json: bool) -> None:
-    """Check this machine: device, memory, speed, hub; how to fix it."""
+@click.option("--self-test", is_flag=True, help="Check that this machine computes right: minutes.")
+@click.option("--json", "as_json", is_flag=True, help="Print the facts, or the checks, as JSON.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="File for the record of --self-test, without names and paths.",
+)
+def command(self_test: bool, as_json: bool, output: Path | None) -> int:
+    """Check this machine: device, memory, speed, hub; how to fix it.
+
+    With --self-test a small random model is trained and scored on the default device, and compared
+    with the plain computation in float32 on the CPU; the exit code is 1 if something is off.
+    """
+    if self_test:
+        from mlx_slim.bench import self_test as test
+
+        return measured(test.self_test, output, as_json)
+    if output is not None:
+        raise click.UsageError("-o is for the record of --self-test")
+    _show_facts(as_json)
+    return 0
+
+
+def _show_facts(as_json: bool) -> None:
+    """Examine the machine and print what is there and what is wrong."""
     with alive(), stage("measuring this machine and contacting the hub"):
         facts = examine()
     if as_json:

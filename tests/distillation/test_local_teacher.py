@@ -13,8 +13,8 @@ import pytest
 from mlx_slim.config.distill import TeacherConfig
 from mlx_slim.distillation.local_teacher import LocalTeacher
 from mlx_slim.errors import SlimError
+from mlx_slim.evaluation.scoring.plain import plain_generate
 from mlx_slim.models.load import load
-from tests.support.plain_scorer import plain_generate
 from tests.support.tiny import fixed_answer_model, tiny_model
 
 FLOWS = "It flows."

@@ -20,6 +20,7 @@ from mlx_slim.errors import SlimError
 from mlx_slim.evaluation import jobs
 from mlx_slim.evaluation.run import EvalOptions, evaluate
 from mlx_slim.evaluation.scoring import perplexity
+from mlx_slim.evaluation.scoring.plain import plain_generate, plain_score
 from mlx_slim.evaluation.scoring.requests import max_length
 from mlx_slim.events import EvalDone, EvalProgress, EvalStarted, Notice, TaskDone
 from mlx_slim.models.load import load
@@ -34,7 +35,6 @@ from tests.support.evals import (
     score_in_process,
     write_tasks,
 )
-from tests.support.plain_scorer import plain_generate, plain_score
 from tests.support.runs import Recorder
 from tests.support.tiny import tiny_model
 

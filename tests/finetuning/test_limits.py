@@ -153,9 +153,9 @@ def test_scores_below_the_original_context_do_not_depend_on_what_stands_beside(
     import mlx.core as mx
 
     from mlx_slim.evaluation.scoring.loglikelihood import LoglikelihoodScorer
+    from mlx_slim.evaluation.scoring.plain import plain_score
     from mlx_slim.evaluation.scoring.requests import Request
     from mlx_slim.models.load import load
-    from tests.support.plain_scorer import plain_score
 
     model = load(stretched, dtype=mx.float32).model
     root = tuple(range(1, 17))

@@ -14,12 +14,12 @@ from mlx_lm.models.switch_layers import SwiGLU, SwitchGLU
 
 from mlx_slim.config.load import from_values
 from mlx_slim.evaluation.run import EvalOptions, evaluate
+from mlx_slim.evaluation.scoring.plain import plain_generate
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.models.activations import use_fast_swiglu
 from mlx_slim.models.load import load
 from mlx_slim.runtime import on_gpu, to_float
 from tests.support.evals import WORDS, differences, samples_of, write_tasks
-from tests.support.plain_scorer import plain_generate
 from tests.support.runs import Recorder, losses, recipe, write_rows
 from tests.support.stock import stock_load
 from tests.support.tiny import MIXTURES, VOCAB, TinyModels

@@ -10,11 +10,11 @@ from typing import Any
 import yaml
 
 from mlx_slim.evaluation.results import read_samples
+from mlx_slim.evaluation.scoring.plain import plain_score
 from mlx_slim.evaluation.scoring.requests import RequestEncoder
 from mlx_slim.evaluation.tasks.prompts import build_questions
 from mlx_slim.evaluation.tasks.rows import load_rows
 from mlx_slim.evaluation.tasks.spec import find_task
-from tests.support.plain_scorer import plain_score
 from tests.support.runs import run_script
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]

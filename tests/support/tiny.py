@@ -14,13 +14,10 @@ from typing import Any, Protocol, cast
 import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer
 
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+from mlx_slim.bench.small_model import CHATML, SPECIALS, byte_tokenizer
+
 VOCAB = 256 + len(SPECIALS) + 5  # five spare ids: a real head is wider than its tokenizer
 
 _LLAMA = {
@@ -86,35 +83,6 @@ MIXTURES: dict[str, dict[str, Any]] = {
     },
     "olmoe": {"model_type": "olmoe", **_LLAMA, "num_experts": 4, "num_experts_per_tok": 2},
 }
-
-
-def byte_tokenizer(folder: Path, *, chat_template: str | None = CHATML, bos: bool = False) -> None:
-    """Write ``tokenizer.json`` and ``tokenizer_config.json``: one token a byte, three specials."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {character: index for index, character in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIALS)
-    if bos:
-        from tokenizers.processors import TemplateProcessing
-
-        tokenizer.post_processor = TemplateProcessing(
-            single=f"{SPECIALS[1]} $A",
-            special_tokens=[(SPECIALS[1], tokenizer.token_to_id(SPECIALS[1]))],
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": SPECIALS[1],
-        "eos_token": SPECIALS[2] if chat_template else SPECIALS[0],
-        "pad_token": SPECIALS[0],
-        "model_max_length": 512,
-    }
-    if chat_template:
-        config["chat_template"] = chat_template
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 class TinyModels(Protocol):

@@ -15,11 +15,11 @@ from mlx_lm.utils import _get_classes
 from mlx_slim.evaluation.run import EvalOptions, evaluate
 from mlx_slim.evaluation.scoring import loglikelihood
 from mlx_slim.evaluation.scoring.loglikelihood import LoglikelihoodScorer
+from mlx_slim.evaluation.scoring.plain import plain_score
 from mlx_slim.evaluation.scoring.requests import Request
 from mlx_slim.models.load import load
 from mlx_slim.models.quantized import densify
 from mlx_slim.runtime import to_float
-from tests.support.plain_scorer import plain_score
 
 SHOTS = tuple(random.Random(5).randint(3, 200) for _ in range(40))
 
