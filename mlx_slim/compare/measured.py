@@ -16,9 +16,11 @@ from mlx_slim.compare.records import (
     PruneSummary,
     TrainingCost,
 )
+from mlx_slim.evaluation.records import Timing
+from mlx_slim.evaluation.results import RESULTS_FILE, load_results
 from mlx_slim.export.fuse import RECORD as FUSE_FILE
 from mlx_slim.pruning.run import RECORD_FILE as PRUNE_FILE
-from mlx_slim.reading import JsonObject, read_object
+from mlx_slim.reading import JsonObject, read_object, short
 
 _PRUNED = ("axis", "method", "parameters_before", "parameters_after")
 _FUSED = ("kl", "top1", "tokens")
@@ -31,12 +33,12 @@ def measured(folder: Path) -> Measured:
         SlimError: If a file is missing or no JSON.
     """
     timings = [
-        timing
+        Timing.read(timing, short(path))
         for path in sorted(folder.glob("eval/*/timings.json"))
-        for timing in read_object(path)["tasks"].values()
+        for timing in read_object(path, tasks=dict)["tasks"].values()
     ]
-    text = folder / "eval" / FORGETTING / "results.json"
-    figures = read_object(text)["perplexity"]["metrics"] if text.is_file() else None
+    scored = folder / "eval" / FORGETTING
+    text = load_results(scored).text if (scored / RESULTS_FILE).is_file() else None
     fused, pruned = (folder / "model" / name for name in (FUSE_FILE, PRUNE_FILE))
     effect = read_object(fused)["effect"] if fused.is_file() else None
     cut = read_object(pruned) if pruned.is_file() else None
@@ -45,9 +47,9 @@ def measured(folder: Path) -> Measured:
     return Measured(
         train=_train(record) if record else None,
         learning_rate=record["recipe"]["train"]["learning_rate"] if record else None,
-        bits_per_byte=figures["bits_per_byte"]["value"] if figures else None,
-        eval_seconds=sum(timing["seconds"] for timing in timings) or None,
-        eval_peak_memory_bytes=max((t["peak_memory_bytes"] for t in timings), default=None),
+        bits_per_byte=text.metrics["bits_per_byte"].value if text else None,
+        eval_seconds=sum(timing.seconds for timing in timings) or None,
+        eval_peak_memory_bytes=max((t.peak_memory_bytes for t in timings), default=None),
         fidelity=_fidelity(effect) if effect else None,
         pruned=_pruned(cut) if cut else None,
     )

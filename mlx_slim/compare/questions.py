@@ -116,7 +116,7 @@ def _forgetting(entry: ForgettingEntry) -> tuple[_Stored, ForgettingText]:
     return stored, ForgettingText(f"{name}, {len(texts)} texts", size)
 
 
-def stored_task(folder: Path, name: str, definition_sha256: str) -> Task:
+def stored_task(folder: Path, name: str, definition_sha256: str | None) -> Task:
     """Return a task as it was scored, from ``tasks.json`` in ``folder``.
 
     Raises:

@@ -20,6 +20,7 @@ import contextlib
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,21 @@ from mlx_slim.compare.records import FORGETTING, MatrixRecord, SweepRecord, as_j
 from mlx_slim.compare.store import StoredCell, StoredMatrix
 from mlx_slim.config.aliases import MATRIX, rename
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluation.results import PROGRESS_FILE, STATE_FILE, samples_name, whole_chunks
+from mlx_slim.evaluation.records import TEXT, Summary
+from mlx_slim.evaluation.results import (
+    PROGRESS_FILE,
+    STATE_FILE,
+    load_results,
+    samples_name,
+    whole_chunks,
+)
 from mlx_slim.evaluation.score import NOT_TOLD, section, timing
-from mlx_slim.evaluation.scoring.perplexity import NAME as TEXT
 from mlx_slim.evaluation.scoring.perplexity import read_texts, summarize_text
 from mlx_slim.evaluation.tasks.metrics import record_choice, record_generation, summarize
 from mlx_slim.evaluation.tasks.prompts import Question
 from mlx_slim.evaluation.tasks.spec import Task
 from mlx_slim.models.load import model_hash
-from mlx_slim.reading import read_object
+from mlx_slim.reading import JsonObject, read_object
 
 _NEAR = 1e-9
 # Keys of the recipe that the manifest takes from the matrix, without paths of this machine.
@@ -151,12 +158,12 @@ def _noted(ledger: Ledger) -> Iterator[None]:
 
 
 def _task(
-    ledger: Ledger, cell: StoredCell, name: str, folder: Path, request: dict[str, Any] | None
+    ledger: Ledger, cell: StoredCell, name: str, folder: Path, request: JsonObject | None
 ) -> None:
     out, where = cell.folder / "eval" / name, f"{cell.name} {name}"
-    published = read_object(out / "results.json")["tasks"][name]
+    published = load_results(out).tasks[name]
     records = list(read_records(out / samples_name(name)))
-    task = stored_task(folder, name, published["definition_sha256"])
+    task = stored_task(folder, name, published.questions.definition_sha256)
     questions = stored_questions(folder, name)
     if len(questions) != len(records):
         ledger.problems.append(f"{where}: {len(records)} answers to {len(questions)} questions")
@@ -164,32 +171,34 @@ def _task(
         place = f"{where}, question {question.doc_id}"
         ledger.compare(place, record, _record(task, question, record))
     _evaluation(ledger, out, name, where, summarize(task, records))
-    _same_request(ledger, where, published, request)
+    _same_request(ledger, where, published.compared(), request)
 
 
-def _record(task: Task, question: Question, record: dict[str, Any]) -> dict[str, Any]:
+def _record(task: Task, question: Question, record: JsonObject) -> JsonObject:
     """Return a record computed again from the model's output."""
     if task.kind == "generation":
         return record_generation(task, question, record["generation"], record["stop_reason"])
     return record_choice(task, question, record["loglikelihoods"], record["greedy"])
 
 
-def _text(ledger: Ledger, cell: StoredCell, folder: Path, request: dict[str, Any] | None) -> None:
+def _text(ledger: Ledger, cell: StoredCell, folder: Path, request: JsonObject | None) -> None:
     out, where = cell.folder / "eval" / FORGETTING, f"{cell.name} {FORGETTING}"
     texts = read_texts(folder / f"{FORGETTING}.jsonl")
     records = list(read_records(out / samples_name(TEXT)))
-    published = read_object(out / "results.json")[TEXT]
+    published = load_results(out).text
+    if published is None:
+        raise SlimError(f"{out} has no figures of the text")
     windows = [record["window"] for record in records]
     documents = [record["doc_id"] for record in records]
-    ledger.compare(f"{where} windows", windows, list(range(published["windows"])))
+    ledger.compare(f"{where} windows", windows, list(range(published.windows or 0)))
     order = sorted({*documents, *range(len(texts.documents))})
     ledger.compare(f"{where} documents", sorted(set(documents)), order)
-    ledger.compare(f"{where} text_sha256", published["text_sha256"], texts.sha256)
+    ledger.compare(f"{where} text_sha256", published.text_sha256, texts.sha256)
     _evaluation(ledger, out, TEXT, where, summarize_text(texts, records))
-    _same_request(ledger, where, published, request)
+    _same_request(ledger, where, published.compared(), request)
 
 
-def _evaluation(ledger: Ledger, out: Path, name: str, where: str, summary: dict[str, Any]) -> None:
+def _evaluation(ledger: Ledger, out: Path, name: str, where: str, summary: Summary) -> None:
     """Check ``results.json`` and ``timings.json`` of one evaluation."""
     results, state = read_object(out / "results.json"), read_object(out / STATE_FILE)
     chunks, length = whole_chunks(out)
@@ -206,11 +215,11 @@ def _evaluation(ledger: Ledger, out: Path, name: str, where: str, summary: dict[
     expected = {key: value for key, value in state.items() if key not in NOT_TOLD}
     ledger.compare(f"{where} settings", reported, expected)
     timings = read_object(out / "timings.json")["tasks"]
-    ledger.compare(f"{where} timings", timings, {name: timing(entries)})
+    ledger.compare(f"{where} timings", timings, {name: asdict(timing(entries))})
 
 
 def _same_request(
-    ledger: Ledger, where: str, published: dict[str, Any], request: dict[str, Any] | None
+    ledger: Ledger, where: str, published: JsonObject, request: JsonObject | None
 ) -> None:
     """Check that the request of a cell is the matrix's."""
     if request is None:
@@ -225,14 +234,11 @@ def _answered(ledger: Ledger, folder: Path, cell: StoredCell) -> None:
     names = [*cell.record.tasks]
     names += [FORGETTING] if (cell.folder / "eval" / FORGETTING).is_dir() else []
     for name in names:
-        results, where = (
-            read_object(cell.folder / "eval" / name / "results.json"),
-            f"{cell.name} {name}",
-        )
+        results, where = load_results(cell.folder / "eval" / name), f"{cell.name} {name}"
         if weights is not None:
-            ledger.compare(f"{where} weights_sha256", results["weights_sha256"], weights)
+            ledger.compare(f"{where} weights_sha256", results.weights_sha256, weights)
         if adapter is not None:
-            ledger.compare(f"{where} adapter_sha256", results["adapter_sha256"], adapter or None)
+            ledger.compare(f"{where} adapter_sha256", results.adapter_sha256, adapter or None)
 
 
 def _hashes(folder: Path, cell: StoredCell) -> tuple[str | None, str | None]:
@@ -300,7 +306,7 @@ def _run(ledger: Ledger, where: str, run: Path) -> None:
     ledger.compare(f"{where} rows", *_rows(read_object(run / "data_ledger.json")))
 
 
-def _rows(record: dict[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
+def _rows(record: JsonObject) -> tuple[dict[str, int], dict[str, int]]:
     """Return the published counts of rows, and the sums over the sources."""
     sources = record["sources"]
     sums = {

@@ -28,10 +28,9 @@ from mlx_slim.events import (
 from mlx_slim.runtime import human_bytes, human_seconds
 
 
-def figure(metric: dict[str, Any]) -> str:
+def figure(value: float, stderr: float | None) -> str:
     """Return a metric as text: ``0.4299 ± 0.0049``; without a standard error the value alone."""
-    error = metric.get("stderr")
-    return f"{metric['value']:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+    return f"{value:.4f}" + (f" ± {stderr:.4f}" if stderr is not None else "")
 
 
 class Scoring:
@@ -88,7 +87,10 @@ class Scoring:
                     f"peak {human_bytes(event.peak_memory_bytes)} eta {self.remaining()}"
                 )
             case TaskDone():
-                figures = [f"{name} {figure(value)}" for name, value in event.metrics.items()]
+                figures = [
+                    f"{name} {figure(one['value'], one.get('stderr'))}"
+                    for name, one in event.metrics.items()
+                ]
                 return f"{event.task}: {', '.join(figures)} ({human_seconds(event.seconds)})"
             case EvalDone():
                 return f"results in {event.path} ({human_seconds(event.seconds)})"

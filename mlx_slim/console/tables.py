@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console as Terminal
 from rich.markup import escape
@@ -17,13 +16,14 @@ from rich.text import Text
 
 from mlx_slim.console.scoring import figure
 from mlx_slim.evaluation.comparison import BITS, Comparison, MetricComparison
+from mlx_slim.evaluation.records import EvalResults, Figure, TaskSection, TextSection, Timing
 from mlx_slim.evaluation.results import TIMINGS_FILE
-from mlx_slim.reading import read_object
+from mlx_slim.reading import JsonObject, read_object, short
 from mlx_slim.runtime import human_bytes
 
 
 def show_results(
-    results: Sequence[dict[str, Any]], folders: Sequence[Path], *, terminal: Terminal | None = None
+    results: Sequence[JsonObject], folders: Sequence[Path], *, terminal: Terminal | None = None
 ) -> None:
     """Print one table a model: each task's metrics, counts, speed and peak memory.
 
@@ -33,22 +33,23 @@ def show_results(
         terminal: Where to print; standard output by default.
     """
     terminal = terminal or Terminal(highlight=False)
-    for result, folder in zip(results, folders, strict=True):
-        model = result["model"] + (f" + {result['adapter']}" if result["adapter"] else "")
-        chat = ", chat template" if result["chat_template"] else ""
-        chat += ", system message" if result.get("system_instruction") else ""
+    for values, folder in zip(results, folders, strict=True):
+        result = EvalResults.read(values, short(folder))
+        model = result.model + (f" + {result.adapter}" if result.adapter else "")
+        chat = ", chat template" if result.settings.chat_template else ""
+        chat += ", system message" if result.settings.system_instruction else ""
         table = Table(box=None, padding=(0, 1, 0, 0), title_justify="left", title_style="bold")
-        table.title = escape(f"{model} ({result['dtype']}{chat})")
+        table.title = escape(f"{model} ({result.settings.dtype}{chat})")
         for heading in ("task", "shots", "metric", "value ± stderr", "k/n", "tok/s", "peak"):
             side = "left" if heading in ("task", "metric") else "right"
             table.add_column(heading, justify=side, no_wrap=heading != "task", overflow="fold")
         timings = read_object(folder / TIMINGS_FILE, tasks=dict)["tasks"]
-        for name, section in _sections(result):
-            timing = timings[name]
-            speed = f"{timing['tokens_per_second']:,.0f}"
-            shots = section.get("num_fewshot")
+        for name, section in result.sections.items():
+            timing = Timing.read(timings[name], short(folder / TIMINGS_FILE))
+            speed = f"{timing.tokens_per_second:,.0f}"
+            shots = section.questions.num_fewshot if isinstance(section, TaskSection) else None
             first = [name, "–" if shots is None else str(shots)]
-            last = [speed, human_bytes(timing["peak_memory_bytes"])]
+            last = [speed, human_bytes(timing.peak_memory_bytes)]
             for label, metric, value, count in _figures(section):
                 if label:
                     first = [f"  {label}", ""]
@@ -58,27 +59,24 @@ def show_results(
         terminal.print(Text(f"{folder}", style="dim"), soft_wrap=True)
 
 
-def _sections(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    yield from result["tasks"].items()
-    if "perplexity" in result:
-        yield "perplexity", result["perplexity"]
-
-
-def _figures(section: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+def _figures(section: TaskSection | TextSection) -> Iterator[tuple[str, str, str, str]]:
     """Yield label of a category (empty for the task itself), metric, value and count."""
-    for metric, value in section["metrics"].items():
-        yield "", metric, figure(value), _count(value, section)
-    for metric, value in section.get("macro", {}).items():
-        yield "", f"{metric}, macro", figure(value), ""
-    for category, group in section.get("categories", {}).items():
-        for metric, value in group["micro"].items():
-            yield category, metric, figure(value), _count(value, group)
+    for metric, one in section.metrics.items():
+        size = section.bytes if isinstance(section, TextSection) else None
+        yield "", metric, figure(one.value, one.stderr), _count(one, section.n, size)
+    if isinstance(section, TextSection):
+        return
+    for metric, one in (section.macro or {}).items():
+        yield "", f"{metric}, macro", figure(one.value, one.stderr), ""
+    for category, group in section.categories.items():
+        for metric, one in group.micro.items():
+            yield category, metric, figure(one.value, one.stderr), _count(one, group.n)
 
 
-def _count(value: dict[str, Any], section: dict[str, Any]) -> str:
-    if value.get("k") is not None:
-        return f"{value['k']:,}/{section['n']:,}"
-    return f"{section['bytes']:,} B" if "bytes" in section else f"of {section['n']:,}"
+def _count(one: Figure, n: int, size: int | None = None) -> str:
+    if one.k is not None:
+        return f"{one.k:,}/{n:,}"
+    return f"of {n:,}" if size is None else f"{size:,} B"
 
 
 def show_comparison(comparison: Comparison, *, terminal: Terminal | None = None) -> None:

@@ -18,6 +18,7 @@ from mlx_slim.artifacts import SCHEMA_VERSION, hash_file
 from mlx_slim.data.fingerprint import fingerprint_difference
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation import stats
+from mlx_slim.evaluation.records import EvalResults, TaskSection, TextSection
 from mlx_slim.evaluation.results import (
     RESULTS_FILE,
     check_sample,
@@ -25,23 +26,9 @@ from mlx_slim.evaluation.results import (
     read_samples,
     samples_name,
 )
-from mlx_slim.evaluation.scoring.perplexity import NAME as TEXT
-from mlx_slim.evaluation.tasks.metrics import counted, first_metric
-from mlx_slim.reading import field, short
+from mlx_slim.evaluation.tasks.metrics import Record, counted, first_metric
+from mlx_slim.reading import JsonObject, field
 
-# What must be equal in two results that are compared.
-COMPARED_KEYS = (
-    "task_version",
-    "num_fewshot",
-    "limit",
-    "rows_sha256",
-    "shots_sha256",
-    "fewshot_sampling",
-    "definition_sha256",
-    "n",
-)
-_READ = ("text_sha256", "window", "n")
-_SETTINGS = ("dtype", "chat_template", "system_instruction", "max_length", "device")
 POINTS, BITS = "points", "bits/byte"
 
 
@@ -94,7 +81,7 @@ class Comparison:
     draws: int
     seed: int
 
-    def as_record(self) -> dict[str, Any]:
+    def as_record(self) -> JsonObject:
         """Return ``comparison.json``."""
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
 
@@ -113,10 +100,7 @@ def compare(out_a: Path, out_b: Path, *, draws: int = stats.DRAWS, seed: int = 0
             task was scored with other rows, shots or task versions.
     """
     results = [load_results(out) for out in (out_a, out_b)]
-    sections = [
-        _sections(result, short(out / RESULTS_FILE))
-        for out, result in zip((out_a, out_b), results, strict=True)
-    ]
+    sections = [result.sections for result in results]
     common = [name for name in sections[0] if name in sections[1]]
     if not common:
         held = [", ".join(names) for names in sections]
@@ -130,15 +114,14 @@ def compare(out_a: Path, out_b: Path, *, draws: int = stats.DRAWS, seed: int = 0
         for name in by_task
         if name not in common
     ]
-    settings = [{key: result.get(key) for key in _SETTINGS} for result in results]
+    settings = [asdict(result.settings) for result in results]
     notes += [
         f"settings differ: {line}" for line in fingerprint_difference(settings[0], settings[1], "")
     ]
     differing: list[str] = []
     for name in common:
-        keys = _READ if name == TEXT else COMPARED_KEYS
-        compared = [{key: by_task[name].get(key) for key in keys} for by_task in sections]
-        differing += fingerprint_difference(compared[0], compared[1], name)
+        first, second = (by_task[name].compared() for by_task in sections)
+        differing += fingerprint_difference(first, second, name)
     if differing:
         raise SlimError(
             f"{out_a} and {out_b} cannot be compared: {'; '.join(differing)}",
@@ -169,32 +152,22 @@ def _no_better_than_guessing(row: MetricComparison) -> str:
     return f"{row.task}: {who} detectably above {level}"
 
 
-def _sections(results: dict[str, Any], where: str) -> dict[str, Any]:
-    if TEXT not in results:
-        return results["tasks"]
-    text = field(results, where, TEXT, dict)
-    for key in ("n", "bytes"):
-        field(text, f"{where}: {TEXT}", key, int, low=1)
-    return {**results["tasks"], TEXT: text}
+def _who(results: EvalResults) -> str:
+    return f"{results.model} + {results.adapter}" if results.adapter else results.model
 
 
-def _who(results: dict[str, Any]) -> str:
-    adapter = results.get("adapter")
-    return f"{results['model']} + {adapter}" if adapter else str(results["model"])
-
-
-def _samples(out: Path, task: str, section: dict[str, Any]) -> list[dict[str, Any]]:
+def _samples(out: Path, task: str, section: TaskSection | TextSection) -> list[Record]:
     path = out / samples_name(task)
     samples = read_samples(path)
-    if hash_file(path) != section.get("samples_sha256"):
+    if hash_file(path) != section.samples_sha256:
         raise SlimError(f"{path} is not what {out} was scored on", "score the model again")
-    if len(samples) != section["n"]:
+    if len(samples) != section.n:
         raise SlimError(
-            f"{path} holds {len(samples)} questions, {RESULTS_FILE} says {section['n']}",
+            f"{path} holds {len(samples)} questions, {RESULTS_FILE} says {section.n}",
             "score the model again",
         )
-    text = task == TEXT
-    scores = () if text else counted(section["metrics"], samples[0])
+    text = isinstance(section, TextSection)
+    scores = () if text else counted(section.metrics, samples[0])
     for number, sample in enumerate(samples, 1):
         where = f"{path}, line {number}"
         check_sample(sample, where, scores)
@@ -208,8 +181,8 @@ def _samples(out: Path, task: str, section: dict[str, Any]) -> list[dict[str, An
 
 def _rows(
     task: str,
-    section: dict[str, Any],
-    samples: Sequence[list[dict[str, Any]]],
+    section: TaskSection | TextSection,
+    samples: Sequence[list[Record]],
     draws: int,
     seed: int,
     *,
@@ -221,23 +194,27 @@ def _rows(
             f"{task}: the two files hold different questions", "score both models again"
         )
     strata = [key[0] for key in keys[0]] if keys[0][0][0] is not None else None
-    if task == TEXT:  # scaled such that the mean over documents is bits per byte
+    text = isinstance(section, TextSection)
+    if isinstance(
+        section, TextSection
+    ):  # scaled such that the mean over documents is bits per byte
         samples = [_documents(side) for side in samples]
-        scale = -len(samples[0]) / math.log(2) / section["bytes"]
+        scale = -len(samples[0]) / math.log(2) / section.bytes
         values = {"bits_per_byte": [[s["loglikelihood"] * scale for s in x] for x in samples]}
     else:
-        metrics = counted(section["metrics"], samples[0][0])
+        metrics = counted(section.metrics, samples[0][0])
         values = {name: [[s[name] for s in side] for side in samples] for name in metrics}
     rows = []
     for metric, (a_N, b_N) in values.items():
         ids = [sample["doc_id"] for sample in samples[0]]
         changed = list(zip(ids, a_N, b_N, strict=True))
-        text = task == TEXT
         rows.append(
             MetricComparison(
                 task=task,
                 metric=metric,
-                num_fewshot=section.get("num_fewshot"),
+                num_fewshot=None
+                if isinstance(section, TextSection)
+                else section.questions.num_fewshot,
                 unit=BITS if text else POINTS,
                 paired=stats.paired(a_N, b_N, strata, draws=draws, seed=seed, tests=tests),
                 gained=[] if text else [i for i, a, b in changed if b > a],
@@ -248,7 +225,7 @@ def _rows(
     return rows
 
 
-def _documents(windows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _documents(windows: list[Record]) -> list[Record]:
     """Return one record a document: its windows are not independent.
 
     The bootstrap draws documents; a single document is drawn by its windows instead.

@@ -13,12 +13,13 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import mlx.nn as nn
 
 from mlx_slim.artifacts import hash_json
 from mlx_slim.errors import SlimError
+from mlx_slim.evaluation.records import Summary, TaskSummary
 from mlx_slim.evaluation.scoring.generate import MOST_ANSWERS, GenerationCounts, generate_batch
 from mlx_slim.evaluation.scoring.loglikelihood import LoglikelihoodScorer
 from mlx_slim.evaluation.scoring.requests import (
@@ -28,6 +29,7 @@ from mlx_slim.evaluation.scoring.requests import (
     shared_length,
 )
 from mlx_slim.evaluation.tasks.metrics import (
+    Record,
     figure,
     first_metric,
     record_choice,
@@ -36,6 +38,7 @@ from mlx_slim.evaluation.tasks.metrics import (
 )
 from mlx_slim.evaluation.tasks.prompts import Question
 from mlx_slim.evaluation.tasks.spec import FIRST, Task
+from mlx_slim.reading import JsonObject
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -77,7 +80,7 @@ class Computed:
         group: The subject, or the empty string: ``root`` counts once for each.
     """
 
-    records: list[dict[str, Any]]
+    records: list[Record]
     tokens_computed: int
     tokens_minimum: int
     truncated: int
@@ -111,15 +114,15 @@ class ScoringJob(Protocol):
         """Answer the questions of a chunk."""
         ...
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         """Return what a resume must match."""
         ...
 
-    def summarize(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Return ``n``, ``metrics`` and, for groups, ``subtasks``, ``macro`` and ``micro``."""
+    def summarize(self, records: Sequence[Record]) -> Summary:
+        """Return the figures over all records."""
         ...
 
-    def running(self, records: Sequence[dict[str, Any]]) -> tuple[str, float]:
+    def running(self, records: Sequence[Record]) -> tuple[str, float]:
         """Return the first metric and its value over the records so far."""
         ...
 
@@ -318,7 +321,7 @@ class TaskJob:
         ]
         return Computed(records, tally.computed, tally.minimum, self.encoder.truncated - cut)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         """Return what a resume must match."""
         definition = definition_record(
             self.task, self.num_fewshot, self.limit, self.checksum, self.shots_checksum
@@ -326,19 +329,19 @@ class TaskJob:
         sampling = self.sampling if self.num_fewshot else None
         return {**definition, "chat_template": self.chat, "fewshot_sampling": sampling}
 
-    def summarize(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def summarize(self, records: Sequence[Record]) -> TaskSummary:
         """Return the task's metrics over all records."""
         return summarize(self.task, records)
 
-    def running(self, records: Sequence[dict[str, Any]]) -> tuple[str, float]:
+    def running(self, records: Sequence[Record]) -> tuple[str, float]:
         """Return the first metric of the records and its mean so far."""
         name = first_metric(self.task.metrics)
-        return name, figure(name, records)["value"]
+        return name, figure(name, records).value
 
 
 def definition_record(
     task: Task, num_fewshot: int, limit: int | None, rows_sha256: str, shots_sha256: str | None
-) -> dict[str, Any]:
+) -> JsonObject:
     """Return what identifies the questions of a task, independent of the model.
 
     Args:

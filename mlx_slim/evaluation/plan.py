@@ -11,7 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ from mlx_slim.data.tokenize import unwrap
 from mlx_slim.errors import ResourceError, RowLimit, SlimError, did_you_mean
 from mlx_slim.evaluation.jobs import ScoringJob, TaskJob
 from mlx_slim.evaluation.options import EvalOptions
+from mlx_slim.evaluation.records import TEXT, EvalState, TrainedOn
 from mlx_slim.evaluation.results import RESULTS, STATE_FILE, Folder
 from mlx_slim.evaluation.score import Target
 from mlx_slim.evaluation.scoring.answer_cache import planned_footprint
-from mlx_slim.evaluation.scoring.perplexity import NAME as TEXT
 from mlx_slim.evaluation.scoring.perplexity import TextDocuments, TextJob, read_texts
 from mlx_slim.evaluation.scoring.requests import RequestEncoder, max_length
 from mlx_slim.evaluation.tasks.prompts import Chat, Question, build_questions
@@ -37,7 +37,7 @@ from mlx_slim.models.lineage import trained_keys
 from mlx_slim.models.load import load_tokenizer, model_hash, read_config, resolve
 from mlx_slim.models.row_limits import row_limit
 from mlx_slim.models.tensors import folder_tensors
-from mlx_slim.reading import read_object
+from mlx_slim.reading import JsonObject, field, read_object, short
 from mlx_slim.run_dir import RunDir
 
 CODE = 3  # raised when the same settings give other numbers: an older folder is not resumed
@@ -69,8 +69,12 @@ def find_targets(
         target.folder, target.started = folder, begun
         if begun:
             stored = read_object(folder / STATE_FILE)
-            for key in ("dense", "cache_bytes"):
-                target.state[key] = stored.get(key)
+            where = short(folder / STATE_FILE)
+            target.state = replace(
+                target.state,
+                dense=field(stored, where, "dense", bool, None),
+                cache_bytes=field(stored, where, "cache_bytes", int, None),
+            )
             Folder(folder).match(target.state)
         targets.append(target)
     _check_disk(out, [job for target in targets for job in target.jobs])
@@ -223,7 +227,7 @@ def _task_job(
 
 def _target(
     source: str,
-    config: dict[str, Any],
+    config: JsonObject,
     tasks: Sequence[TaskQuestions],
     texts: TextDocuments | None,
     options: EvalOptions,
@@ -263,31 +267,29 @@ def _target(
     _check_memory(needed + least, takes, "quantize it first, or choose a smaller --max-length")
     stack = parse_adapters(options.adapter)
     hashes = [adapter_hash(one.folder) for one in stack]
-    state = {
-        "schema_version": artifacts.SCHEMA_VERSION,
-        "code": CODE,
-        "model": source,
-        "revision": folder.name if folder.parent.name == "snapshots" else options.revision,
-        "weights_sha256": model_hash(folder),
-        "adapter": " + ".join(map(str, stack)) or None,
-        "adapter_sha256": "+".join(hashes) or None,
-        "dtype": runtime.dtype_name(dtype),
-        "dense": None,
-        "cache_bytes": None,
-        "device": "gpu" if runtime.on_gpu() else "cpu",
-        "seed": options.seed,
-        "chat_template": options.apply_chat_template,
-        "fewshot_as_multiturn": options.apply_chat_template and options.fewshot_as_multiturn,
-        "system_instruction": options.system,
-        "max_length": longest,
-        "batch_tokens": options.batch_tokens,
+    state = EvalState(
+        schema_version=artifacts.SCHEMA_VERSION,
+        code=CODE,
+        model=source,
+        revision=folder.name if folder.parent.name == "snapshots" else options.revision,
+        weights_sha256=model_hash(folder),
+        adapter=" + ".join(map(str, stack)) or None,
+        adapter_sha256="+".join(hashes) or None,
+        dtype=runtime.dtype_name(dtype),
+        device="gpu" if runtime.on_gpu() else "cpu",
+        seed=options.seed,
+        chat_template=options.apply_chat_template,
+        fewshot_as_multiturn=options.apply_chat_template and options.fewshot_as_multiturn,
+        system_instruction=options.system,
+        max_length=longest,
+        batch_tokens=options.batch_tokens,
         **artifacts.provenance(),
-        "tasks": {job.name: job.describe() for job in jobs},
-    }
+        tasks={job.name: job.describe() for job in jobs},
+    )
     return Target(
         source=source,
         revision=options.revision,
-        adapter=state["adapter"],
+        adapter=state.adapter,
         stack=stack,
         dtype=dtype,
         trust_remote_code=trust,
@@ -310,16 +312,16 @@ def _check_memory(needed: int, takes: str, hint: str) -> None:
 
 def _trained_on(
     artifacts: Sequence[Path], tasks: Sequence[TaskQuestions], options: EvalOptions
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, TrainedOn]:
     """Return task -> how many of its questions the model was trained on, and in which run."""
     trained = trained_keys(artifacts)
-    overlaps: dict[str, dict[str, Any]] = {}
+    overlaps: dict[str, TrainedOn] = {}
     for one_task in tasks if trained else []:
         task = one_task.selection.task
         keys = [key for key in question_keys(task, one_task.rows, options.limit) if key in trained]
         if keys:
             runs = sorted({Path(trained[key]).name for key in keys})
-            overlaps[task.name] = {"questions": len(keys), "runs": runs}
+            overlaps[task.name] = TrainedOn(len(keys), runs)
     return overlaps
 
 

@@ -8,8 +8,12 @@ with one line that names file and key, and reads what version 0.1 wrote. Try it:
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
-from mlx_slim.reading import JsonObject, field
+from mlx_slim.errors import SlimError
+from mlx_slim.reading import JsonObject, field, shown
+
+TEXT = "perplexity"  # key of the section of a text
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,126 @@ class GroupFigures:
 
 
 @dataclass(frozen=True)
+class SubtaskFigures:
+    """Figures of one subtask, and the category that it belongs to."""
+
+    n: int
+    metrics: Figures
+    category: str
+
+    def as_json(self) -> JsonObject:
+        """Return the object of ``subtasks``."""
+        return {"n": self.n, "metrics": figures_json(self.metrics), "category": self.category}
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Figures of a task with subtasks.
+
+    Attributes:
+        whole: Over all of them.
+        categories: Name -> figures over the subtasks of a category.
+        subtasks: Name -> figures.
+    """
+
+    whole: GroupFigures
+    categories: dict[str, GroupFigures]
+    subtasks: dict[str, SubtaskFigures]
+
+
+@dataclass(frozen=True)
+class TaskSummary:
+    """The figures over the records of a task.
+
+    Attributes:
+        n: Questions.
+        metrics: Over all questions.
+        groups: None of a task without subtasks.
+    """
+
+    n: int
+    metrics: Figures
+    groups: Groups | None = None
+
+    def as_json(self) -> JsonObject:
+        """Return what a section of ``results.json`` holds of it."""
+        values: JsonObject = {"n": self.n, "metrics": figures_json(self.metrics)}
+        if self.groups is not None:
+            values |= {
+                "micro": figures_json(self.groups.whole.micro),
+                "macro": figures_json(self.groups.whole.macro),
+                "categories": {k: v.as_json() for k, v in self.groups.categories.items()},
+                "subtasks": {k: v.as_json() for k, v in self.groups.subtasks.items()},
+            }
+        return values
+
+
+@dataclass(frozen=True)
+class TextSummary:
+    """The figures over the records of a text.
+
+    Attributes:
+        n: Windows.
+        documents: Of the text.
+        bytes: UTF-8, of all documents.
+        tokens: Predicted.
+        bits_per_byte: Of the text.
+        bits_per_token: Of the text.
+        perplexity: Of a token.
+    """
+
+    n: int
+    documents: int
+    bytes: int
+    tokens: int
+    bits_per_byte: float
+    bits_per_token: float
+    perplexity: float
+
+    def as_json(self) -> JsonObject:
+        """Return what the section of ``results.json`` holds of it."""
+        values = asdict(self)
+        metrics = ("bits_per_byte", "bits_per_token", "perplexity")
+        return {
+            **{key: value for key, value in values.items() if key not in metrics},
+            "metrics": {name: {"value": values[name]} for name in metrics},
+        }
+
+
+Summary = TaskSummary | TextSummary
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What differs from machine to machine: a task's section of ``timings.json``."""
+
+    seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+
+    @classmethod
+    def read(cls, values: JsonObject, where: str) -> Timing:
+        """Return the record of a section.
+
+        Raises:
+            SlimError: Names ``where``, the key and its value.
+        """
+        return cls(
+            field(values, where, "seconds", float),
+            field(values, where, "tokens_per_second", float),
+            field(values, where, "peak_memory_bytes", int),
+        )
+
+
+@dataclass(frozen=True)
+class TrainedOn:
+    """How many questions of a task the model was trained on, and the names of those runs."""
+
+    questions: int
+    runs: list[str]
+
+
+@dataclass(frozen=True)
 class TaskSection:
     """A task's section of ``results.json``, for those who read it.
 
@@ -174,3 +298,184 @@ class TaskSection:
             truncated=field(section, where, "truncated", int, 0),
             samples_sha256=field(section, where, "samples_sha256", str, None),
         )
+
+    @property
+    def n(self) -> int:
+        """Questions."""
+        return self.questions.n
+
+    def compared(self) -> JsonObject:
+        """Return what must be equal in two results that are compared."""
+        return self.questions.as_json()
+
+
+@dataclass(frozen=True)
+class TextSection:
+    """The section of a text in ``results.json``.
+
+    Attributes:
+        n: Windows.
+        bytes: UTF-8, of all documents.
+        text_sha256: Of the documents.
+        window: Tokens of a window.
+        windows: How many there are.
+        metrics: Name -> value.
+        samples_sha256: Of the file of records.
+    """
+
+    n: int
+    bytes: int
+    text_sha256: str | None
+    window: int | None
+    windows: int | None
+    metrics: Figures
+    samples_sha256: str | None
+
+    @classmethod
+    def read(cls, section: JsonObject, where: str) -> TextSection:
+        """Return the record of a section.
+
+        Raises:
+            SlimError: Names ``where``, the key and its value.
+        """
+        return cls(
+            n=field(section, where, "n", int, low=1),
+            bytes=field(section, where, "bytes", int, low=1),
+            text_sha256=field(section, where, "text_sha256", str, None),
+            window=field(section, where, "window", int, None),
+            windows=field(section, where, "windows", int, None),
+            metrics=_figures(section, where, "metrics") or {},
+            samples_sha256=field(section, where, "samples_sha256", str, None),
+        )
+
+    def compared(self) -> JsonObject:
+        """Return what must be equal in two results that are compared."""
+        return {"text_sha256": self.text_sha256, "window": self.window, "n": self.n}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model was scored; None where it is not recorded."""
+
+    dtype: str | None
+    chat_template: bool | None
+    system_instruction: str | None
+    max_length: int | None
+    device: str | None
+
+
+@dataclass(frozen=True)
+class EvalResults:
+    """``results.json``, for those who read it.
+
+    Attributes:
+        model: Folder or hub id.
+        adapter: Its adapters in words, or None.
+        settings: How it was scored.
+        weights_sha256: Of the model; None where it is not recorded.
+        adapter_sha256: Of its adapters, or None.
+        tasks: Name -> section.
+        text: Of a text that was scored, or None.
+    """
+
+    model: str
+    adapter: str | None
+    settings: Settings
+    weights_sha256: str | None
+    adapter_sha256: str | None
+    tasks: dict[str, TaskSection]
+    text: TextSection | None
+
+    @classmethod
+    def read(cls, results: JsonObject, where: str) -> EvalResults:
+        """Return the record of ``results.json``.
+
+        Args:
+            results: Its object.
+            where: Begins the message: the file.
+
+        Raises:
+            SlimError: Names ``where``, the key and its value.
+        """
+        model = field(results, where, "model", str)
+        sections = field(results, where, "tasks", dict, of=dict)
+        for task in sections:
+            if task != Path(task).name:
+                raise SlimError(
+                    f"{where}: {shown(task)} is not the name of a task", "score the model again"
+                )
+        text = field(results, where, TEXT, dict, None)
+        return cls(
+            model=model,
+            adapter=field(results, where, "adapter", str, None),
+            settings=Settings(
+                dtype=field(results, where, "dtype", str, None),
+                chat_template=field(results, where, "chat_template", bool, None),
+                system_instruction=field(results, where, "system_instruction", str, None),
+                max_length=field(results, where, "max_length", int, None),
+                device=field(results, where, "device", str, None),
+            ),
+            weights_sha256=field(results, where, "weights_sha256", str, None),
+            adapter_sha256=field(results, where, "adapter_sha256", str, None),
+            tasks={
+                task: TaskSection.read(section, f"{where}: {shown(task)}")
+                for task, section in sections.items()
+            },
+            text=None if text is None else TextSection.read(text, f"{where}: {TEXT}"),
+        )
+
+    @property
+    def sections(self) -> dict[str, TaskSection | TextSection]:
+        """The tasks, then the text."""
+        return {**self.tasks, **({} if self.text is None else {TEXT: self.text})}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalState:
+    """``eval.json``: what a resume must match, in the order of ``results.json``.
+
+    Attributes:
+        schema_version: Of the format.
+        code: Of the scoring: raised when the same settings give other numbers.
+        model: Folder or hub id, as given.
+        revision: Of a hub id.
+        weights_sha256: Of the model.
+        adapter: Its adapters in words, or None.
+        adapter_sha256: Of its adapters, or None.
+        dtype: Computed in.
+        dense: Whether quantized weights are dequantized; None until it is decided.
+        cache_bytes: Of the caches of answers; None likewise.
+        device: ``gpu`` or ``cpu``.
+        seed: Of the options.
+        chat_template: Whether prompts go through the model's.
+        fewshot_as_multiturn: Whether examples are turns.
+        system_instruction: The system message, or None.
+        max_length: Tokens of the longest input.
+        batch_tokens: Of a batch, or None.
+        python: Version.
+        system: Platform.
+        versions: Of packages.
+        tasks: Name -> what the job describes.
+    """
+
+    schema_version: int
+    code: int
+    model: str
+    revision: str | None
+    weights_sha256: str
+    adapter: str | None
+    adapter_sha256: str | None
+    dtype: str
+    dense: bool | None = None
+    cache_bytes: int | None = None
+    device: str
+    seed: int
+    chat_template: bool
+    fewshot_as_multiturn: bool
+    system_instruction: str | None
+    max_length: int
+    batch_tokens: int | None
+    python: str
+    system: str
+    versions: dict[str, str]
+    tasks: dict[str, JsonObject]

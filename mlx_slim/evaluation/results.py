@@ -31,7 +31,9 @@ from mlx_slim.artifacts import (
 )
 from mlx_slim.data.fingerprint import fingerprint_difference
 from mlx_slim.errors import SlimError
-from mlx_slim.reading import field, parse_json, read_bytes, read_object, short, shown
+from mlx_slim.evaluation.records import EvalResults, EvalState
+from mlx_slim.evaluation.tasks.metrics import Record
+from mlx_slim.reading import JsonObject, field, parse_json, read_bytes, read_object, short
 from mlx_slim.run_dir import RunDir, RunKind
 
 STATE_FILE = "eval.json"
@@ -77,13 +79,13 @@ def samples_name(task: str) -> str:
     return f"samples_{task}.jsonl"
 
 
-def encode(records: Sequence[dict[str, Any]]) -> bytes:
+def encode(records: Sequence[Record]) -> bytes:
     """Return records as JSON lines, UTF-8; floats as ``repr`` gives them, so nothing is rounded."""
     lines = [json.dumps(record, ensure_ascii=False, allow_nan=False) for record in records]
     return "".join(line + "\n" for line in lines).encode()
 
 
-def read_samples(path: Path) -> list[dict[str, Any]]:
+def read_samples(path: Path) -> list[Record]:
     """Return the records of a samples file.
 
     Raises:
@@ -112,7 +114,7 @@ class Folder:
         return (self.path / RESULTS_FILE).exists()
 
     @contextlib.contextmanager
-    def open(self, state: dict[str, Any], started: bool) -> Iterator[Folder]:
+    def open(self, state: EvalState, started: bool) -> Iterator[Folder]:
         """Hold the folder; write ``eval.json``, or match it and cut back to the last whole chunk.
 
         A folder that gets no chunk is removed again.
@@ -123,7 +125,7 @@ class Folder:
         with RunDir(self.path, RESULTS).claim(resume=started), disk_errors(self.path):
             try:
                 if not started:
-                    write_json(self.path / STATE_FILE, state)
+                    write_json(self.path / STATE_FILE, asdict(state))
                 self.match(state)
                 (self.path / PROGRESS_FILE).touch()
                 self._rewind()
@@ -133,14 +135,14 @@ class Folder:
                     (self.path / STATE_FILE).unlink(missing_ok=True)
                 raise
 
-    def match(self, state: dict[str, Any]) -> None:
+    def match(self, state: EvalState) -> None:
         """Refuse to mix two evaluations.
 
         Raises:
             SlimError: Names every difference.
         """
-        started_state = read_object(self.path / STATE_FILE)
-        if different := fingerprint_difference(started_state, json.loads(json.dumps(state)), ""):
+        started = read_object(self.path / STATE_FILE)
+        if different := fingerprint_difference(started, json.loads(json.dumps(asdict(state))), ""):
             raise SlimError(
                 f"{self.path} was started with other settings: {'; '.join(different)}",
                 "resume with the same values, or choose another output folder",
@@ -188,12 +190,12 @@ class Folder:
         entries.append(entry)
         return entry
 
-    def records(self, task: str) -> list[dict[str, Any]]:
+    def records(self, task: str) -> list[Record]:
         """Return the records of ``task`` that are on disk, in row order."""
         path = self.path / samples_name(task)
         return read_samples(path) if path.exists() else []
 
-    def finish(self, results: dict[str, Any], timings: dict[str, Any]) -> None:
+    def finish(self, results: JsonObject, timings: JsonObject) -> None:
         """Write ``timings.json``, then ``results.json``."""
         write_json(self.path / TIMINGS_FILE, timings)
         write_json(self.path / RESULTS_FILE, results)
@@ -252,8 +254,8 @@ def _part(path: Path, begin: int, end: int) -> bytes:
         return handle.read(max(0, end - begin))
 
 
-def load_results(out: Path) -> dict[str, Any]:
-    """Return ``results.json`` of a complete evaluation.
+def read_results(out: Path) -> JsonObject:
+    """Return the object of ``results.json`` of a complete evaluation.
 
     Raises:
         SlimError: If ``out`` holds none.
@@ -262,24 +264,22 @@ def load_results(out: Path) -> dict[str, Any]:
         if (out / STATE_FILE).exists():
             raise SlimError(f"{out} is not complete", "finish it first: mlx-slim eval … --resume")
         raise SlimError(f"{out} holds no {RESULTS_FILE}", "give the output folder of mlx-slim eval")
-    path = out / RESULTS_FILE
-    results = read_object(path)
+    return read_object(out / RESULTS_FILE)
+
+
+def load_results(out: Path) -> EvalResults:
+    """Return ``results.json`` of a complete evaluation.
+
+    Raises:
+        SlimError: If ``out`` holds none, or it is damaged.
+    """
+    path, results = out / RESULTS_FILE, read_results(out)
     if not isinstance(results.get("tasks"), dict):
         raise SlimError(f"{path} is not a result of mlx-slim eval", "give the folder of one model")
-    where = short(path)
-    field(results, where, "model", str)
-    field(results, where, "tasks", dict, of=dict)
-    for task, section in results["tasks"].items():
-        if task != Path(task).name:
-            raise SlimError(
-                f"{where}: {shown(task)} is not the name of a task", "score the model again"
-            )
-        field(section, f"{where}: {shown(task)}", "n", int, low=1)
-        field(section, f"{where}: {shown(task)}", "metrics", dict)
-    return results
+    return EvalResults.read(results, short(path))
 
 
-def check_sample(record: dict[str, Any], where: str, scores: Iterable[str]) -> None:
+def check_sample(record: Record, where: str, scores: Iterable[str]) -> None:
     """Refuse a per-question record that cannot be counted.
 
     Args:

@@ -11,14 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from mlx_slim import artifacts, events, runtime
 from mlx_slim.evaluation.options import EvalOptions
 from mlx_slim.evaluation.plan import find_targets, result_folders
+from mlx_slim.evaluation.records import TEXT
 from mlx_slim.evaluation.results import RESULTS
 from mlx_slim.evaluation.score import Target, score
-from mlx_slim.evaluation.scoring.perplexity import NAME as TEXT
+from mlx_slim.reading import JsonObject
 from mlx_slim.run_dir import RunDir, option_words
 
 __all__ = ["EvalOptions", "command_words", "evaluate", "result_folders"]
@@ -40,7 +41,7 @@ def evaluate(
     *,
     resume: bool = False,
     observer: events.Observer | None = None,
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """Score models on tasks; write ``results.json`` and ``samples_<task>.jsonl``.
 
     Args:
@@ -83,7 +84,7 @@ def _first_rank_first(work: Callable[[], _T]) -> _T:
     return done[0] if done else work()
 
 
-def _summary(targets: list[Target], results: list[dict[str, Any]]) -> dict[str, Any]:
+def _summary(targets: list[Target], results: list[JsonObject]) -> JsonObject:
     """Return ``summary.json``: each model's folder and metrics."""
     return {
         "schema_version": artifacts.SCHEMA_VERSION,
@@ -91,18 +92,12 @@ def _summary(targets: list[Target], results: list[dict[str, Any]]) -> dict[str, 
             target.folder.name: {
                 "model": target.source,
                 "adapter": target.adapter,
-                **{
-                    name: section["metrics"]
-                    for name, section in [*result["tasks"].items(), *_texts(result)]
-                },
+                **{name: result["tasks"][name]["metrics"] for name in result["tasks"]},
+                **({TEXT: result[TEXT]["metrics"]} if TEXT in result else {}),
             }
             for target, result in zip(targets, results, strict=True)
         },
     }
-
-
-def _texts(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    return [(TEXT, result[TEXT])] if TEXT in result else []
 
 
 def command_words(sources: Sequence[str], names: Sequence[str], options: EvalOptions) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,21 @@ import mlx.core as mx
 from mlx_slim import artifacts, events, progress, runtime
 from mlx_slim.adapters.stack import Weighted, load_adapters, used_folders
 from mlx_slim.evaluation.jobs import Computed, Engine, ScoringJob, TaskJob
-from mlx_slim.evaluation.results import RESULTS, Entry, Folder, encode, load_results, samples_name
+from mlx_slim.evaluation.records import (
+    TEXT,
+    EvalResults,
+    EvalState,
+    Summary,
+    Timing,
+    TrainedOn,
+)
+from mlx_slim.evaluation.results import RESULTS, Entry, Folder, encode, read_results, samples_name
 from mlx_slim.evaluation.scoring.answer_cache import joins
 from mlx_slim.evaluation.scoring.loglikelihood import MEMORY, LoglikelihoodScorer
-from mlx_slim.evaluation.scoring.perplexity import NAME as TEXT
+from mlx_slim.evaluation.tasks.metrics import Record
 from mlx_slim.models.quantized import densify, densify_pays
 from mlx_slim.quantization.base import load_base
+from mlx_slim.reading import JsonObject
 from mlx_slim.run_dir import RunDir
 
 NOT_TOLD = ("tasks", "code", "cache_bytes")  # of the state, in results.json
@@ -47,7 +56,7 @@ class Target:
         folder: Where the results go.
         started: Whether the folder holds an evaluation to resume (on rank 0).
         state: What a resume must match.
-        trained_on: Task -> how many of its questions the model was trained on, and in which runs.
+        trained_on: Task -> how many of its questions the model was trained on.
     """
 
     source: str
@@ -62,12 +71,12 @@ class Target:
     jobs: list[ScoringJob]
     folder: Path
     started: bool
-    state: dict[str, Any]
-    trained_on: dict[str, dict[str, Any]] = field(default_factory=dict)
+    state: EvalState
+    trained_on: dict[str, TrainedOn] = field(default_factory=dict)
 
 
 @runtime.memory_limits()
-def score(target: Target, observer: events.Observer) -> dict[str, Any]:
+def score(target: Target, observer: events.Observer) -> JsonObject:
     """Score one model; write its folder on rank 0.
 
     Args:
@@ -83,19 +92,19 @@ def score(target: Target, observer: events.Observer) -> dict[str, Any]:
     """
     first = runtime.world().rank() == 0
     folder = Folder(target.folder)
-    complete: dict[str, Any] = {}
+    complete: JsonObject = {}
     if first and folder.complete:
         with RunDir(target.folder, RESULTS).claim(resume=True):
             pass  # temporary files of a killed process are removed
         observer.notify(events.Notice(f"{target.folder} is complete: nothing to do"))
-        complete = load_results(target.folder)
+        complete = read_results(target.folder)
     if complete := _from_first_rank(complete):
         _say_cut(target, complete, observer)
         return complete
     for name, seen in target.trained_on.items():
         num_questions = next(job.chunks[-1].stop for job in target.jobs if job.name == name)
-        text = f"{name}: {seen['questions']} of the {num_questions} questions were trained on in "
-        observer.notify(events.Notice(text + ", ".join(seen["runs"]), level="warning"))
+        text = f"{name}: {seen.questions} of the {num_questions} questions were trained on in "
+        observer.notify(events.Notice(text + ", ".join(seen.runs), level="warning"))
     engine = _load(target, observer)
     if not first:
         done = _from_first_rank({})
@@ -119,10 +128,11 @@ def score(target: Target, observer: events.Observer) -> dict[str, Any]:
     return _from_first_rank(results)
 
 
-def _say_cut(target: Target, results: dict[str, Any], observer: events.Observer) -> None:
+def _say_cut(target: Target, results: JsonObject, observer: events.Observer) -> None:
     """Warn of each task whose prompts were cut to fit."""
+    sections = EvalResults.read(results, str(target.folder)).tasks
     for job in target.jobs:
-        if isinstance(job, TaskJob) and (truncated := results["tasks"][job.name]["truncated"]):
+        if isinstance(job, TaskJob) and (truncated := sections[job.name].truncated):
             observer.notify(events.Notice(job.cut_note(truncated), level="warning"))
 
 
@@ -144,19 +154,18 @@ def _load(target: Target, observer: events.Observer) -> Engine:
         dtype=target.dtype,
         trust_remote_code=target.trust_remote_code,
     )
-    if target.state["dense"] is None:
-        target.state["dense"] = densify_pays(loaded.model)
-    target.state["dense"] = _from_first_rank(target.state["dense"])
-    if target.state["dense"]:
+    dense = target.state.dense
+    dense = _from_first_rank(densify_pays(loaded.model) if dense is None else dense)
+    if dense:
         densify(loaded.model)
     if target.stack:
         load_adapters(loaded.model, target.stack)
-    if target.state["cache_bytes"] is None:
+    cache_bytes = target.state.cache_bytes
+    if cache_bytes is None:
         left = max(1, target.memory - mx.get_active_memory())
-        target.state["cache_bytes"] = 1 << (
-            left.bit_length() - 1
-        )  # a power of two: usually the same in every run
-    cache_bytes = target.state["cache_bytes"] = _from_first_rank(target.state["cache_bytes"])
+        cache_bytes = 1 << (left.bit_length() - 1)  # usually the same power of two in every run
+    cache_bytes = _from_first_rank(cache_bytes)
+    target.state = replace(target.state, dense=dense, cache_bytes=cache_bytes)
     scorer = LoglikelihoodScorer(
         loaded.model, batch_tokens=target.batch_tokens, memory=min(MEMORY, cache_bytes // 2)
     )
@@ -206,7 +215,7 @@ class _Watch:
         self._folder, self._observer, self._target = folder, observer, target
         self._weights = {job.name: list(map(job.weight, job.chunks)) for job in target.jobs}
         self._total = sum(map(sum, self._weights.values()))
-        self._records: list[dict[str, Any]] = []
+        self._records: list[Record] = []
         self._job: ScoringJob | None = None
         answered = sum(self._answered(job) for job in target.jobs)
         observer.notify(
@@ -280,17 +289,17 @@ class _Watch:
 
     def end(self, job: ScoringJob) -> None:
         """Report the score of a task."""
-        section = _section(job, self._folder)
+        summary = job.summarize(self._folder.records(job.name))
         measured = timing(self._folder.entries[job.name])
         self._observer.notify(
             events.TaskDone(
                 task=job.name,
-                num_fewshot=section.get("num_fewshot"),
-                n=section["n"],
-                metrics=section["metrics"],
-                seconds=section["seconds"],
-                tokens_per_second=measured["tokens_per_second"],
-                peak_memory_bytes=measured["peak_memory_bytes"],
+                num_fewshot=job.num_fewshot if isinstance(job, TaskJob) else None,
+                n=summary.n,
+                metrics=summary.as_json()["metrics"],
+                seconds=measured.seconds,
+                tokens_per_second=measured.tokens_per_second,
+                peak_memory_bytes=measured.peak_memory_bytes,
             )
         )
 
@@ -315,29 +324,25 @@ def _peak(folder: Folder) -> int:
     )
 
 
-def timing(entries: Sequence[Entry]) -> dict[str, Any]:
+def timing(entries: Sequence[Entry]) -> Timing:
     """Return what differs between runs."""
     seconds = sum(entry.seconds for entry in entries)
-    return {
-        "seconds": seconds,
-        "tokens_per_second": _tokens(entries)["tokens_computed"] / max(seconds, 1e-9),
-        "peak_memory_bytes": max(entry.peak_memory_bytes for entry in entries),
-    }
+    computed, _ = _tokens(entries)
+    peak = max(entry.peak_memory_bytes for entry in entries)
+    return Timing(seconds, computed / max(seconds, 1e-9), peak)
 
 
-def _tokens(entries: Sequence[Entry]) -> dict[str, int]:
-    """Return the tokens of a task; a subject's common prefix counts once."""
+def _tokens(entries: Sequence[Entry]) -> tuple[int, int]:
+    """Return tokens computed and the fewest possible; a subject's common prefix counts once."""
     roots: dict[str, int] = {}
     for entry in entries:
         roots[entry.group] = max(entry.root, roots.get(entry.group, 0))
     shared = sum(roots.values())
-    return {
-        "tokens_computed": sum(entry.tokens_computed for entry in entries) + shared,
-        "tokens_minimum": sum(entry.tokens_minimum for entry in entries) + shared,
-    }
+    computed = sum(entry.tokens_computed for entry in entries)
+    return computed + shared, sum(entry.tokens_minimum for entry in entries) + shared
 
 
-def _section(job: ScoringJob, folder: Folder) -> dict[str, Any]:
+def _section(job: ScoringJob, folder: Folder) -> JsonObject:
     """Return a task's part of ``results.json``."""
     summary = job.summarize(folder.records(job.name))
     samples = folder.path / samples_name(job.name)
@@ -345,8 +350,8 @@ def _section(job: ScoringJob, folder: Folder) -> dict[str, Any]:
 
 
 def section(
-    description: dict[str, Any], summary: dict[str, Any], entries: Sequence[Entry], samples: Path
-) -> dict[str, Any]:
+    description: JsonObject, summary: Summary, entries: Sequence[Entry], samples: Path
+) -> JsonObject:
     """Return a task's part of ``results.json`` from what is stored.
 
     Args:
@@ -355,30 +360,33 @@ def section(
         entries: Its chunks.
         samples: The file of its records.
     """
+    computed, fewest = _tokens(entries)
     return {
         **description,
-        **summary,
+        **summary.as_json(),
         "seconds": sum(entry.seconds for entry in entries),
-        **_tokens(entries),
+        "tokens_computed": computed,
+        "tokens_minimum": fewest,
         "truncated": sum(entry.truncated for entry in entries),
         "samples_sha256": artifacts.hash_file(samples),
     }
 
 
-def _results(target: Target, folder: Folder) -> dict[str, Any]:
+def _results(target: Target, folder: Folder) -> JsonObject:
     """Return ``results.json``: only ``seconds`` differs between runs."""
-    settings = {key: value for key, value in target.state.items() if key not in NOT_TOLD}
+    state = asdict(target.state)
+    settings = {key: value for key, value in state.items() if key not in NOT_TOLD}
     sections = {job.name: _section(job, folder) for job in target.jobs}
     for name, seen in target.trained_on.items():
-        sections[name]["trained_on"] = seen
+        sections[name]["trained_on"] = asdict(seen)
     texts = {name: sections.pop(name) for name in list(sections) if name == TEXT}
     return {**settings, "tasks": sections, **texts}
 
 
-def _timings(target: Target, folder: Folder) -> dict[str, Any]:
+def _timings(target: Target, folder: Folder) -> JsonObject:
     """Return ``timings.json``."""
     return {
         "schema_version": artifacts.SCHEMA_VERSION,
         "ranks": runtime.world().size(),
-        "tasks": {job.name: timing(folder.entries[job.name]) for job in target.jobs},
+        "tasks": {job.name: asdict(timing(folder.entries[job.name])) for job in target.jobs},
     }

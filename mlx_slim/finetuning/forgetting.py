@@ -105,7 +105,7 @@ def measure_forgetting(recipe: Recipe, tuned: Tuned, observer: events.Observer) 
             engine = Engine(model, tokenizer, LoglikelihoodScorer(model))
             records = [r for chunk in job.chunks for r in job.compute(chunk, engine).records]
         model.train(training)
-        return float(job.summarize(records)["metrics"]["bits_per_byte"]["value"])
+        return job.summarize(records).bits_per_byte
 
     return [Forgetting(config, measure, observer, job.texts.sha256)]
 

@@ -24,9 +24,11 @@ from mlx_slim.config.load import Resolved
 from mlx_slim.data.prepare import prepare
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.options import EvalOptions
+from mlx_slim.evaluation.records import EvalResults
 from mlx_slim.evaluation.results import STATE_FILE as EVAL_STATE
 from mlx_slim.evaluation.results import read_samples, samples_name
 from mlx_slim.evaluation.run import evaluate
+from mlx_slim.evaluation.tasks.metrics import Record
 from mlx_slim.events import Notice, Observer
 from mlx_slim.models import fidelity
 from mlx_slim.models.load import load, load_tokenizer, read_config
@@ -46,6 +48,7 @@ from mlx_slim.pruning.records import (
 from mlx_slim.pruning.run import validation_rows
 from mlx_slim.quantization.base import load_base
 from mlx_slim.quantization.calibration import DEFAULT_SOURCE, read_calibration
+from mlx_slim.reading import JsonObject, short
 from mlx_slim.runtime import human_bytes, memory_limits
 
 MODEL, RECOVER, SCORES = "model", "recover", "scores"
@@ -233,19 +236,19 @@ def _compare(models: dict[str, _Candidate], rows_NT: mx.array, out: Path) -> dic
     return figures
 
 
-def task_figures(results: dict[str, Any], folder: Path) -> dict[str, TaskFigures]:
+def task_figures(results: JsonObject, folder: Path) -> dict[str, TaskFigures]:
     """Return task -> figures, from a scored folder and its ``results.json``."""
     return {
         task: TaskFigures(
-            n=section["n"],
-            metrics={name: metric["value"] for name, metric in section["metrics"].items()},
+            n=section.n,
+            metrics={name: metric.value for name, metric in section.metrics.items()},
             chance=chance(read_samples(folder / samples_name(task))),
         )
-        for task, section in results["tasks"].items()
+        for task, section in EvalResults.read(results, short(folder)).tasks.items()
     }
 
 
-def chance(samples: list[dict[str, Any]]) -> float:
+def chance(samples: list[Record]) -> float:
     """Return the accuracy of guessing: the mean of 1 / choices; 0 for generated answers."""
     counts = [len(sample.get("loglikelihoods") or []) for sample in samples]
     return sum(1 / count for count in counts if count) / max(len(counts), 1)

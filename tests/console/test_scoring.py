@@ -126,7 +126,7 @@ def test_the_result_table_has_errors_counts_speed_and_memory(tmp_path: Path, wid
         },
         "perplexity": {"n": 3, "bytes": 12345, "metrics": {"bits_per_byte": {"value": 0.81234}}},
     }
-    timing = {"tokens_per_second": 1234.5, "peak_memory_bytes": 5_200_000_000}
+    timing = {"seconds": 61.0, "tokens_per_second": 1234.5, "peak_memory_bytes": 5_200_000_000}
     names = ("hellaswag", "mmlu", "perplexity")
     write_json(out / "timings.json", {"tasks": dict.fromkeys(names, timing)})
     file = io.StringIO()
@@ -167,8 +167,8 @@ def test_the_interval_over_few_documents_is_the_one_shown() -> None:
 
 
 def test_a_figure_without_an_error() -> None:
-    assert figure({"value": 0.5, "stderr": None}) == "0.5000"
-    assert figure(FIGURE) == "0.4299 ± 0.0049"
+    assert figure(0.5, None) == "0.5000"
+    assert figure(0.4299, 0.0049) == "0.4299 ± 0.0049"
 
 
 def test_the_folder_is_named_below_the_table(tmp_path: Path) -> None:

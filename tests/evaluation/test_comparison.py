@@ -25,7 +25,11 @@ def finished(out: Path, records: dict[str, list[dict[str, Any]]], **changes: Any
     for task, rows in records.items():
         (out / samples_name(task)).write_bytes(encode(rows))
         metrics = [name for name in ("acc", "acc_norm") if name in rows[0]]
-        section = {**COMPARED_KEYS, "n": len(rows), "metrics": {name: {} for name in metrics}}
+        section = {
+            **COMPARED_KEYS,
+            "n": len(rows),
+            "metrics": {name: {"value": 0.5} for name in metrics},
+        }
         section["samples_sha256"] = hash_file(out / samples_name(task))
         if task == "perplexity":
             results[task] = {**section, "bytes": 1000}

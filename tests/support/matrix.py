@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mlx_slim.compare.measured import measured
 from mlx_slim.compare.questions import stored_questions
 from mlx_slim.compare.records import as_json
 from mlx_slim.evaluation.jobs import definition_record
+from mlx_slim.evaluation.records import Summary
 from mlx_slim.evaluation.results import Entry, Folder, encode, samples_name
 from mlx_slim.evaluation.score import section, timing
 from mlx_slim.evaluation.scoring.perplexity import read_texts, summarize_text
@@ -257,7 +259,7 @@ def _finish(
     out: Path,
     task: str,
     request: dict[str, Any],
-    summary: dict[str, Any],
+    summary: Summary,
     records: list[dict[str, Any]],
 ) -> None:
     out.mkdir(parents=True, exist_ok=True)
@@ -272,7 +274,11 @@ def _finish(
     write_json(out / "eval.json", {**settings, "code": 1, "tasks": {task: request}})
     result = section(request, summary, entries, samples)
     results = {"tasks": {}, task: result} if task == "perplexity" else {"tasks": {task: result}}
-    timings = {"schema_version": SCHEMA_VERSION, "ranks": 1, "tasks": {task: timing(entries)}}
+    timings = {
+        "schema_version": SCHEMA_VERSION,
+        "ranks": 1,
+        "tasks": {task: asdict(timing(entries))},
+    }
     Folder(out).finish({**settings, **results}, timings)
 
 

@@ -19,7 +19,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mlx_slim.artifacts import hash_json
 from mlx_slim.config.schema import SourceConfig
@@ -28,10 +27,11 @@ from mlx_slim.data.readers import is_data, suffix_of
 from mlx_slim.data.sources import RawRow, find
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.jobs import Computed, Engine, check_finite
+from mlx_slim.evaluation.records import TEXT, TextSummary
 from mlx_slim.evaluation.scoring.requests import Request, RequestEncoder
+from mlx_slim.reading import JsonObject
 
 WINDOWS = 8  # of a chunk
-NAME = "perplexity"
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class TextJob:
         SlimError: If the model cannot read a document, or would compute a window wrong.
     """
 
-    name = NAME
+    name = TEXT
 
     def __init__(self, texts: TextDocuments, encoder: RequestEncoder) -> None:
         self.texts = texts
@@ -173,7 +173,7 @@ class TextJob:
         computed, minimum = scorer.tokens_computed, scorer.tokens_minimum
         return Computed(records, computed - before[0], minimum - before[1], 0)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         """Return what a resume must match."""
         return {
             "file": self.texts.name,
@@ -182,18 +182,18 @@ class TextJob:
             "windows": len(self._requests),
         }
 
-    def summarize(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def summarize(self, records: Sequence[JsonObject]) -> TextSummary:
         """Return bits per byte and per token over all records, and the counts behind them."""
         return summarize_text(self.texts, records)
 
-    def running(self, records: Sequence[dict[str, Any]]) -> tuple[str, float]:
+    def running(self, records: Sequence[JsonObject]) -> tuple[str, float]:
         """Return bits per token over the windows so far."""
         tokens = sum(record["tokens"] for record in records)
         nats = -math.fsum(record["loglikelihood"] for record in records)
         return "bits_per_token", nats / math.log(2) / tokens
 
 
-def summarize_text(texts: TextDocuments, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarize_text(texts: TextDocuments, records: Sequence[JsonObject]) -> TextSummary:
     """Return bits per byte and per token over all records, and the counts behind them.
 
     Args:
@@ -202,14 +202,12 @@ def summarize_text(texts: TextDocuments, records: Sequence[dict[str, Any]]) -> d
     """
     nats = -math.fsum(record["loglikelihood"] for record in records)
     tokens = sum(record["tokens"] for record in records)
-    return {
-        "n": len(records),
-        "documents": len(texts.documents),
-        "bytes": texts.size,
-        "tokens": tokens,
-        "metrics": {
-            "bits_per_byte": {"value": nats / math.log(2) / texts.size},
-            "bits_per_token": {"value": nats / math.log(2) / tokens},
-            "perplexity": {"value": math.exp(min(nats / tokens, 700.0))},
-        },
-    }
+    return TextSummary(
+        n=len(records),
+        documents=len(texts.documents),
+        bytes=texts.size,
+        tokens=tokens,
+        bits_per_byte=nats / math.log(2) / texts.size,
+        bits_per_token=nats / math.log(2) / tokens,
+        perplexity=math.exp(min(nats / tokens, 700.0)),
+    )

@@ -18,16 +18,27 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mlx_slim.errors import SlimError
+from mlx_slim.evaluation.records import (
+    Figure,
+    Figures,
+    GroupFigures,
+    Groups,
+    SubtaskFigures,
+    TaskSummary,
+)
 from mlx_slim.evaluation.tasks.extract import extract, normalize, same_json
 from mlx_slim.evaluation.tasks.prompts import Question
 from mlx_slim.evaluation.tasks.spec import Task
+from mlx_slim.reading import JsonObject
 
 _FIRST = ("acc_norm", "acc", "strict_match", "exact_match")
-Record = dict[str, Any]
-Figure = dict[str, Any]
+# The answer to one question: a line of ``samples_<task>.jsonl``. A mapping, because the task's own
+# definition names keys of it: its filters and its metrics.
+Record = JsonObject
 
 
 def record_choice(
@@ -148,78 +159,62 @@ def pooled_stderr(errors: Sequence[float | None], sizes: Sequence[int]) -> float
     return math.sqrt(spread / freedom / sum(sizes))
 
 
-def summarize(task: Task, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the figures over the records of one task.
-
-    Returns:
-        ``n`` and ``metrics`` (metric -> ``value``, ``stderr``, ``k``; ``k`` is None where a metric
-        counts nothing). A task with subtasks adds ``micro`` (the same figures) and ``macro``, the
-        same two for each of its ``categories``, and ``subtasks``.
-    """
+def summarize(task: Task, records: Sequence[Mapping[str, Any]]) -> TaskSummary:
+    """Return the figures over the records of one task; its groups too where it has subtasks."""
     if not task.subtasks:
-        return _plain(task, records)
+        return TaskSummary(len(records), {name: figure(name, records) for name in task.metrics})
     assert task.spec.subgroups is not None  # it has subtasks
     by_part: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
         by_part.setdefault(record["subject"], []).append(record)
     category = task.spec.subgroups.subtasks
-    summaries = {part: _plain(task, by_part[part]) for part in task.subtasks if part in by_part}
-    whole = _group(task, summaries, records)
+    subtasks = {
+        part: SubtaskFigures(
+            len(by_part[part]),
+            {name: figure(name, by_part[part]) for name in task.metrics},
+            category[part],
+        )
+        for part in task.subtasks
+        if part in by_part
+    }
+    group = _group(task, list(subtasks.values()), records)
     categories = {}
     for name in task.spec.subgroups.categories:
-        members = {part: summary for part, summary in summaries.items() if category[part] == name}
+        members = [part for part, summary in subtasks.items() if summary.category == name]
         if members:
             inside = [record for part in members for record in by_part[part]]
-            categories[name] = _group(task, members, inside)
-    subtasks = {
-        part: {**summary, "category": category[part]} for part, summary in summaries.items()
-    }
-    return {
-        "n": len(records),
-        "metrics": whole["micro"],
-        "micro": whole["micro"],
-        "macro": whole["macro"],
-        "categories": categories,
-        "subtasks": subtasks,
-    }
-
-
-def _plain(task: Task, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    return {
-        "n": len(records),
-        "metrics": {name: figure(name, records) for name in task.metrics},
-    }
+            categories[name] = _group(task, [subtasks[part] for part in members], inside)
+    return TaskSummary(len(records), group.micro, Groups(group, categories, subtasks))
 
 
 def figure(metric: str, records: Sequence[Mapping[str, Any]]) -> Figure:
-    """Return ``value``, ``stderr`` and ``k`` of a metric over records of one task."""
+    """Return a metric over records of one task."""
     if metric == "macro_f1":
         return _macro_f1([(record["target"], record["prediction"]) for record in records])
     k, n = sum(record[metric] for record in records), len(records)
-    return {"value": k / n if n else 0.0, "stderr": stderr(k, n), "k": k}
+    return Figure(k / n if n else 0.0, stderr(k, n), k)
 
 
 def _group(
-    task: Task, subtasks: Mapping[str, dict[str, Any]], records: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Return ``n``, ``micro`` and ``macro`` over several subtasks."""
-    micro: dict[str, Figure] = {}
-    macro: dict[str, Figure] = {}
-    sizes = [summary["n"] for summary in subtasks.values()]
+    task: Task, subtasks: Sequence[SubtaskFigures], records: Sequence[Mapping[str, Any]]
+) -> GroupFigures:
+    """Return the figures over several subtasks."""
+    micro: Figures = {}
+    macro: Figures = {}
+    sizes = [summary.n for summary in subtasks]
     for metric in task.metrics:
-        figures = [summary["metrics"][metric] for summary in subtasks.values()]
-        errors = [figure["stderr"] for figure in figures]
+        figures = [summary.metrics[metric] for summary in subtasks]
+        errors = [figure.stderr for figure in figures]
         micro[metric] = figure(metric, records)
-        if micro[metric]["k"] is not None:
-            micro[metric]["stderr"] = pooled_stderr(errors, sizes)
+        if micro[metric].k is not None:
+            micro[metric] = replace(micro[metric], stderr=pooled_stderr(errors, sizes))
         defined = [error for error in errors if error is not None]
         alone = len(defined) < len(errors) or not errors
-        macro[metric] = {
-            "value": math.fsum(figure["value"] for figure in figures) / max(len(figures), 1),
-            "stderr": None if alone else math.hypot(*defined) / len(defined),
-            "k": None,
-        }
-    return {"n": len(records), "micro": micro, "macro": macro}
+        macro[metric] = Figure(
+            math.fsum(figure.value for figure in figures) / max(len(figures), 1),
+            None if alone else math.hypot(*defined) / len(defined),
+        )
+    return GroupFigures(len(records), micro, macro)
 
 
 def _macro_f1(pairs: Sequence[tuple[int, int]]) -> Figure:
@@ -236,7 +231,7 @@ def _macro_f1(pairs: Sequence[tuple[int, int]]) -> Figure:
         mean = math.fsum(counts[cell] * without[cell] for cell in counts) / n
         spread = math.fsum(counts[cell] * (without[cell] - mean) ** 2 for cell in counts)
         error = math.sqrt((n - 1) / n * spread)
-    return {"value": value, "stderr": error, "k": None}
+    return Figure(value, error)
 
 
 def _f1(cells: Any) -> float:

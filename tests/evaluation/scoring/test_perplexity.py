@@ -49,11 +49,11 @@ def test_each_row_is_a_document(tiny: Callable[..., Path], tmp_path: Path) -> No
         {"doc_id": 1, "window": 1, "tokens": 11, "loglikelihood": -10.0},
     ]
     summary = job.summarize(records)
-    assert (summary["n"], summary["documents"], summary["tokens"]) == (2, 2, 18)
-    values = {name: value["value"] for name, value in summary["metrics"].items()}
-    assert values["bits_per_byte"] == pytest.approx(18 / math.log(2) / texts.size)
-    assert values["bits_per_token"] == pytest.approx(1 / math.log(2))
-    assert values["perplexity"] == pytest.approx(math.e)
+    assert (summary.n, summary.documents, summary.tokens) == (2, 2, 18)
+    assert summary.as_json()["metrics"]["perplexity"] == {"value": summary.perplexity}
+    assert summary.bits_per_byte == pytest.approx(18 / math.log(2) / texts.size)
+    assert summary.bits_per_token == pytest.approx(1 / math.log(2))
+    assert summary.perplexity == pytest.approx(math.e)
 
 
 @pytest.mark.parametrize(

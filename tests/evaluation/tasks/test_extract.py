@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mlx_slim.config.task import Filter
+from mlx_slim.evaluation.records import Figure
 from mlx_slim.evaluation.tasks.extract import NO_ANSWER, extract, normalize, same_json
 from mlx_slim.evaluation.tasks.metrics import record_generation, summarize
 from mlx_slim.evaluation.tasks.prompts import Question
@@ -67,9 +68,9 @@ def test_a_gsm8k_record_has_the_agreed_shape() -> None:
     right = record_generation(GSM8K, question, "It is 18.", "eos")
     assert (right["strict"], right["strict_match"], right["flexible_match"]) == (NO_ANSWER, 0, 1)
     summary = summarize(GSM8K, [record, right])
-    assert summary["n"] == 2
-    assert summary["metrics"]["flexible_match"] == {"value": 0.5, "stderr": 0.5, "k": 1}
-    assert summary["metrics"]["strict_match"]["k"] == 0
+    assert summary.n == 2
+    assert summary.metrics["flexible_match"] == Figure(0.5, 0.5, 1)
+    assert summary.metrics["strict_match"].k == 0
 
 
 def test_a_filter_takes_the_first_or_last_match_and_its_first_group() -> None:

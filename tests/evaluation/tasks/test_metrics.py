@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from mlx_slim.errors import SlimError
+from mlx_slim.evaluation.records import Figure
 from mlx_slim.evaluation.tasks.metrics import (
     pooled_stderr,
     record_choice,
@@ -144,35 +145,40 @@ def test_mmlu_is_pooled_by_subject_category_and_over_all() -> None:
         anatomy=[1, 1, 0, 1], astronomy=[0, 1], philosophy=[0, 0, 0], virology=[1, 0, 1, 0, 1]
     )
     summary = summarize(find_task("mmlu"), records)
-    assert summary["n"] == 14
-    assert list(summary["subtasks"]) == ["anatomy", "astronomy", "philosophy", "virology"]
-    anatomy = summary["subtasks"]["anatomy"]
-    assert (anatomy["n"], anatomy["category"], anatomy["metrics"]["acc"]["k"]) == (4, "stem", 3)
-    assert anatomy["metrics"]["acc"]["stderr"] == pytest.approx(0.25, abs=1e-15)
-    micro, macro = summary["micro"]["acc"], summary["macro"]["acc"]
-    assert (micro["k"], micro["value"]) == (7, 0.5)
-    assert summary["metrics"] == summary["micro"]
-    assert macro["value"] == pytest.approx((0.75 + 0.5 + 0 + 0.6) / 4, abs=1e-15)
-    errors = [s["metrics"]["acc"]["stderr"] for s in summary["subtasks"].values()]
-    assert micro["stderr"] == pooled_stderr(errors, [4, 2, 3, 5])
-    assert macro["stderr"] == pytest.approx(math.hypot(*errors) / 4, abs=1e-15)
-    stem = summary["categories"]["stem"]
-    assert (stem["n"], stem["micro"]["acc"]["k"]) == (6, 4)
-    assert stem["macro"]["acc"]["value"] == pytest.approx(0.625, abs=1e-15)
-    assert set(summary["categories"]) == {"stem", "humanities", "other"}
+    assert summary.n == 14
+    assert summary.groups is not None
+    subtasks, whole = summary.groups.subtasks, summary.groups.whole
+    assert list(subtasks) == ["anatomy", "astronomy", "philosophy", "virology"]
+    anatomy = subtasks["anatomy"]
+    assert (anatomy.n, anatomy.category, anatomy.metrics["acc"].k) == (4, "stem", 3)
+    assert anatomy.metrics["acc"].stderr == pytest.approx(0.25, abs=1e-15)
+    micro, macro = whole.micro["acc"], whole.macro["acc"]
+    assert (micro.k, micro.value) == (7, 0.5)
+    assert summary.metrics == whole.micro
+    assert macro.value == pytest.approx((0.75 + 0.5 + 0 + 0.6) / 4, abs=1e-15)
+    errors = [part.metrics["acc"].stderr or 0.0 for part in subtasks.values()]
+    assert micro.stderr == pooled_stderr(errors, [4, 2, 3, 5])
+    assert macro.stderr == pytest.approx(math.hypot(*errors) / 4, abs=1e-15)
+    stem = summary.groups.categories["stem"]
+    assert (stem.n, stem.micro["acc"].k) == (6, 4)
+    assert stem.macro["acc"].value == pytest.approx(0.625, abs=1e-15)
+    assert set(summary.groups.categories) == {"stem", "humanities", "other"}
 
 
 def test_one_question_a_subject_has_no_standard_error() -> None:
     summary = summarize(find_task("mmlu"), _mmlu(anatomy=[1], virology=[0]))
-    assert summary["micro"]["acc"] == {"value": 0.5, "stderr": None, "k": 1}
-    assert summary["macro"]["acc"]["stderr"] is None
-    assert summarize(find_task("mmlu"), [])["n"] == 0
+    assert summary.groups is not None
+    assert summary.groups.whole.micro["acc"] == Figure(0.5, None, 1)
+    assert summary.groups.whole.macro["acc"].stderr is None
+    assert summarize(find_task("mmlu"), []).n == 0
 
 
 def test_a_subject_alone_is_a_plain_task() -> None:
     summary = summarize(find_task("mmlu_anatomy"), _mmlu(anatomy=[1, 0]))
-    assert set(summary) == {"n", "metrics"}
-    assert summary["metrics"]["acc"] == {"value": 0.5, "stderr": 0.5, "k": 1}
+    assert summary.as_json() == {
+        "n": 2,
+        "metrics": {"acc": {"value": 0.5, "stderr": 0.5, "k": 1}},
+    }
 
 
 def _pairs(pairs: Any):
@@ -194,18 +200,18 @@ def _slow_f1(pairs: Any):
 def test_macro_f1_and_its_jackknife(seed: Any) -> None:
     rng = random.Random(seed)
     pairs = [(rng.choice([0, 0, 0, 1, 2]), rng.choice([0, 0, 1])) for _ in range(20)]
-    figure = summarize(find_task("pubmedqa"), _pairs(pairs))["metrics"]["macro_f1"]
-    assert figure["value"] == pytest.approx(_slow_f1(pairs), abs=1e-12)
+    figure = summarize(find_task("pubmedqa"), _pairs(pairs)).metrics["macro_f1"]
+    assert figure.value == pytest.approx(_slow_f1(pairs), abs=1e-12)
     without = [_slow_f1(pairs[:i] + pairs[i + 1 :]) for i in range(20)]
     mean = sum(without) / 20
     spread = math.sqrt(19 / 20 * sum((value - mean) ** 2 for value in without))
-    assert figure["stderr"] == pytest.approx(spread, abs=1e-12)
-    assert figure["k"] is None
+    assert figure.stderr == pytest.approx(spread, abs=1e-12)
+    assert figure.k is None
 
 
 def test_macro_f1_of_reference_cases() -> None:
     def value(pairs: Any):
-        return summarize(find_task("pubmedqa"), _pairs(pairs))["metrics"]["macro_f1"]["value"]
+        return summarize(find_task("pubmedqa"), _pairs(pairs)).metrics["macro_f1"].value
 
     assert value([(0, 0), (1, 1), (2, 2)]) == 1.0
     assert value([(0, 0), (1, 1)]) == 1.0  # a class that never occurs does not count
