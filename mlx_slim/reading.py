@@ -29,11 +29,12 @@ from typing import Any, BinaryIO, cast
 
 from mlx_slim.errors import SlimError
 
-# A JSON object whose keys this package does not decide: another tool's file (``config.json``,
-# ``tokenizer.json``, an adapter's settings, metadata of GGUF), a user's row, variables of a chat
-# template; or one on its way to a file, as a record's ``as_json`` gives it. A structure that is
-# known is a frozen record instead.
+# An object whose keys this package does not decide: another tool's file (``tokenizer.json``, an
+# adapter's settings), a user's row, variables of a chat template; or one on its way to a file, as
+# a record's ``as_json`` gives it. A structure that is known is a frozen record instead.
 JsonObject = dict[str, Any]
+# A model's ``config.json``: its architecture decides the keys, and all of them are carried along.
+ModelConfig = dict[str, Any]
 
 MAX_BYTES = 256 << 20  # of a file that is read as a whole; the largest tokenizers have 40 MB
 MAX_DEPTH = 64  # objects and lists inside one another

@@ -12,7 +12,6 @@ import shutil
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from mlx_slim import artifacts
 from mlx_slim.analyze.intruders import find_intruders
@@ -27,6 +26,7 @@ from mlx_slim.compare.records import FORGETTING, CellRecord, DiskUse, IntruderCo
 from mlx_slim.compare.store import MANIFEST
 from mlx_slim.config.load import Resolved
 from mlx_slim.errors import SlimError
+from mlx_slim.evaluation.records import TEXT, EvalResults
 from mlx_slim.evaluation.run import EvalOptions, evaluate
 from mlx_slim.export.fuse import FuseOptions, fuse
 from mlx_slim.pruning.run import prune
@@ -137,7 +137,7 @@ class CellRun:
 
     # ------------------------------------------------------------------------------ scoring
 
-    def _score(self, model: Path, adapter: Path | None) -> dict[str, dict[str, Any]]:
+    def _score(self, model: Path, adapter: Path | None) -> dict[str, EvalResults]:
         """Score every task into a folder of its own; return the results by task."""
         results = {}
         for entry in self.job.layout.matrix.tasks:
@@ -149,18 +149,18 @@ class CellRun:
             results[FORGETTING] = self._evaluated(FORGETTING, model, options)
         return results
 
-    def _evaluated(self, task: str, model: Path, options: EvalOptions) -> dict[str, Any]:
+    def _evaluated(self, task: str, model: Path, options: EvalOptions) -> EvalResults:
         name = FORGETTING if task == FORGETTING else task_name(task)
         out = self.folder / "eval" / name
         self.job.match(self.folder, {"key": self.keys[f"eval {name}"]}, f"eval-{name}.json", [out])
         tasks = [] if task == FORGETTING else [task]
         started = (out / "eval.json").exists()
         observer = self.job.observer
-        (results,) = evaluate(str(model), tasks, out, options, resume=started, observer=observer)
+        (values,) = evaluate(str(model), tasks, out, options, resume=started, observer=observer)
         free()
-        section = results["perplexity"] if task == FORGETTING else results["tasks"][name]
-        request = self.job.requests[name]
-        if any(section.get(key) != value for key, value in request.items()):
+        results = EvalResults.read(values, str(out))
+        section = results.sections[TEXT if task == FORGETTING else name].compared()
+        if any(section.get(key) != value for key, value in self.job.requests[name].items()):
             shutil.rmtree(out)
             raise SlimError(
                 f"{name}: its rows or its definition changed while the matrix was running",
@@ -171,7 +171,7 @@ class CellRun:
     # ------------------------------------------------------------------------------ the record
 
     def _record(
-        self, model: Path, adapter: Path | None, scored: dict[str, dict[str, Any]]
+        self, model: Path, adapter: Path | None, scored: dict[str, EvalResults]
     ) -> CellRecord:
         cell = self.cell
         recipe = self.resolved.recipe if cell.kind == "tuned" else cell.recipe.recipe
@@ -196,7 +196,7 @@ class CellRun:
             parent=cell.parent,
             keys=self.keys,
             recipe=recipe.model_copy(update=source).model_dump(mode="json"),
-            dtype=next(iter(scored.values()))["dtype"],
+            dtype=str(next(iter(scored.values())).settings.dtype),
             tasks=[name for name in scored if name != FORGETTING],
             disk=DiskUse(_size(model), _size(adapter) if adapter else 0),
             **vars(costs),

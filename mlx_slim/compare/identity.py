@@ -14,7 +14,6 @@ from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from mlx_slim import __version__
 from mlx_slim.adapters.stack import parse_adapters
@@ -29,6 +28,7 @@ from mlx_slim.finetuning.build import started_from
 from mlx_slim.finetuning.forgetting import read_texts_of
 from mlx_slim.pruning.options import PruneOptions
 from mlx_slim.quantization.calibration import DEFAULT_SOURCE
+from mlx_slim.reading import JsonObject
 from mlx_slim.runtime import on_gpu
 
 # Parts of the package that cannot change a trained weight or a score.
@@ -45,7 +45,7 @@ def code_version() -> str:
     return f"{__version__}+{whole[:12]}"
 
 
-def contents(recipe: Recipe) -> dict[str, Any]:
+def contents(recipe: Recipe) -> JsonObject:
     """Return what identifies the contents of all that a recipe names by path, its models aside.
 
     Training rows, a file of validation rows, a template's file, the text of ``forgetting``,
@@ -61,7 +61,7 @@ def contents(recipe: Recipe) -> dict[str, Any]:
         sources.append(SourceConfig.model_validate(validation))
     with TemporaryDirectory() as folder:
         find = finder(Path(folder))
-        hashes: dict[str, Any] = {"rows": [source_fingerprint(find(c), c) for c in sources]}
+        hashes: JsonObject = {"rows": [source_fingerprint(find(c), c) for c in sources]}
     if Path(data.template).is_file():
         hashes["template"] = hash_file(Path(data.template))
     if recipe.forgetting is not None:
@@ -74,7 +74,7 @@ def contents(recipe: Recipe) -> dict[str, Any]:
     return hashes
 
 
-def train_key(recipe: Recipe, weights: list[str], named: dict[str, Any]) -> str:
+def train_key(recipe: Recipe, weights: list[str], named: JsonObject) -> str:
     """Return the identity of a training run.
 
     Args:
@@ -105,12 +105,12 @@ def prune_key(weights: str, options: PruneOptions) -> str:
     return hash_json({**named, "weights": weights, "code": code_version()})
 
 
-def score_key(model: str, request: dict[str, Any]) -> str:
+def score_key(model: str, request: JsonObject) -> str:
     """Return the identity of an evaluation: the model (a key or a hash), and the request."""
     return hash_json({"model": model, "request": request, "code": code_version()})
 
 
-def machine() -> dict[str, Any]:
+def machine() -> JsonObject:
     """Return provenance with the machine in words; nothing about the user."""
     import os
     import platform

@@ -12,7 +12,6 @@ import shutil
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
@@ -35,7 +34,7 @@ from mlx_slim.models.load import model_files, model_hash, read_config
 from mlx_slim.models.save import save_model
 from mlx_slim.pruning.options import PruneOptions
 from mlx_slim.quantization.apply import load_quantized
-from mlx_slim.reading import read_object
+from mlx_slim.reading import JsonObject, read_object
 
 
 @dataclass
@@ -53,7 +52,7 @@ class MatrixRun:
     observer: Observer
 
     @cached_property
-    def requests(self) -> dict[str, dict[str, Any]]:
+    def requests(self) -> dict[str, JsonObject]:
         """The request of each evaluation, by content, as it was when the folder was prepared.
 
         Raises:
@@ -110,7 +109,9 @@ class MatrixRun:
         if "quantization" in read_config(dense):
             return dense
         settings = cell.recipe.recipe.quantize
-        name = rounded_name(cell.parent or cell.model, settings.model_dump())
+        name = rounded_name(
+            cell.parent or cell.model, settings.bits, settings.group_size, settings.mode
+        )
         folder, key = self.out / "models" / name, self.weights(dense)
         mark = folder / "source.json"
         if mark.exists() and read_object(mark).get("weights_sha256") == key:
@@ -165,7 +166,7 @@ class MatrixRun:
         tried: list[TriedRate] = []
         runs = []
         for rate in cell.rates:
-            changes: dict[str, Any] = {"learning_rate": rate, "seed": matrix.sweep.seed}
+            changes: JsonObject = {"learning_rate": rate, "seed": matrix.sweep.seed}
             if matrix.sweep.steps is not None:
                 changes["steps"] = matrix.sweep.steps
             name = f"{cell.model}-{cell.method}-{rate:g}"
@@ -206,18 +207,18 @@ class MatrixRun:
         """Return the best validation loss of a short run; None if it diverged."""
         self.match(run.parent, {run.name: key}, f"{run.name}.keys.json", [run])
         try:
-            done = self.train(resolved, run)
+            best = self.train(resolved, run)
         except SlimError as error:
             if "not finite" not in error.message and "nan" not in error.message:
                 raise
             self.say(f"diverged: {error.message}")
             return None
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
-        return done["done"]["best_validation"]
+        return best
 
     # ------------------------------------------------------------------------------ steps
 
-    def resolved(self, cell: Cell, name: str, changes: dict[str, Any]) -> Resolved:
+    def resolved(self, cell: Cell, name: str, changes: JsonObject) -> Resolved:
         """Return a recipe that runs here: over a folder, with ``changes``.
 
         Teachers that are not named are the unchanged model of the matrix; their targets are
@@ -256,13 +257,13 @@ class MatrixRun:
                 shutil.rmtree(path)
         write_json(mark, keys)
 
-    def train(self, resolved: Resolved, run: Path) -> dict[str, Any]:
-        """Fine-tune, resuming where a killed run stopped; return the result of ``run.json``."""
+    def train(self, resolved: Resolved, run: Path) -> float | None:
+        """Fine-tune, resuming where a killed run stopped; return the best validation loss."""
         started = (run / STATE_FILE).exists()
         learn = finetune if resolved.recipe.distill is None else distill
         learn(resolved, run, observer=self.observer, resume=started)
         free()
-        return read_object(run / "run.json")["result"]
+        return read_object(run / "run.json")["result"]["done"]["best_validation"]
 
 
 def whole(folder: Path) -> Path | None:
@@ -280,14 +281,16 @@ def adapters(folder: Path) -> Path:
     return first if first.is_dir() else folder / "run" / "adapters"
 
 
-def rounded_name(source: str, quantize: dict[str, Any]) -> str:
+def rounded_name(source: str, bits: int, group_size: int, mode: str) -> str:
     """Return the folder's name in ``models/`` of a rounded model.
 
     Args:
         source: What is rounded: a model of the matrix, or a cell.
-        quantize: ``bits``, ``group_size`` and ``mode``.
+        bits: Of a weight.
+        group_size: Weights that share a scale.
+        mode: ``affine`` or a floating-point format.
     """
-    return f"{source}-{quantize['bits']}bit-g{quantize['group_size']}-{quantize['mode']}"
+    return f"{source}-{bits}bit-g{group_size}-{mode}"
 
 
 def free() -> None:

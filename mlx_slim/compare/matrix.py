@@ -22,6 +22,7 @@ from mlx_slim.config import library
 from mlx_slim.config.load import Resolved, checked, from_layers, read_layers
 from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.pruning.options import PruneOptions
+from mlx_slim.reading import JsonObject
 
 # Kinds that leave a model of their own, which another method can start from.
 _WHOLE = ("pruned", "fused", "tuned")
@@ -226,7 +227,7 @@ def cell_recipe(
     method: str,
     seed: int | None,
     name: str,
-    changes: dict[str, Any] | None = None,
+    changes: JsonObject | None = None,
 ) -> Resolved:
     """Return the recipe of a cell: method's part, what all share, the method, the model, the seed.
 
@@ -242,7 +243,7 @@ def cell_recipe(
         SlimError: If a key or value is wrong.
     """
     entry, way = matrix.models[model], matrix.methods[method]
-    layers: list[tuple[dict[str, Any] | str, str]] = []
+    layers: list[tuple[JsonObject | str, str]] = []
     if way.extends is not None:
         layers.append((way.extends, way.extends))
     layers.append((located(matrix.recipe), "recipe"))
@@ -278,7 +279,7 @@ def prune_options(matrix: MatrixSpec, method: str) -> PruneOptions:
     raise SlimError("; ".join(f"methods.{method}.prune.{key}: {why}" for key, why in problems))
 
 
-def located(recipe: dict[str, Any]) -> dict[str, Any]:
+def located(recipe: JsonObject) -> JsonObject:
     """Return recipe values with ``evals/…`` data paths pointing at the shipped files."""
     data = recipe.get("data")
     if not isinstance(data, dict):

@@ -6,13 +6,14 @@ Invariant: only shapes and ranges are checked here; what concerns the whole matr
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
 from mlx_slim.compare.records import Kind
 from mlx_slim.config.section import Bytes, PositiveInt, Rate, Section, Seed
 from mlx_slim.config.task import MOST_SHOTS
+from mlx_slim.reading import JsonObject
 
 
 class ModelEntry(Section):
@@ -27,7 +28,7 @@ class ModelEntry(Section):
 
     source: str
     revision: str | None = None
-    recipe: dict[str, Any] = Field(default_factory=dict)
+    recipe: JsonObject = Field(default_factory=dict)
     methods: list[str] | None = None
 
 
@@ -48,9 +49,9 @@ class MethodEntry(Section):
 
     kind: Kind = "tuned"
     extends: str | None = None
-    recipe: dict[str, Any] = Field(default_factory=dict)
+    recipe: JsonObject = Field(default_factory=dict)
     learning_rates: list[Rate] = Field(default_factory=list)
-    prune: dict[str, Any] = Field(default_factory=dict)
+    prune: JsonObject = Field(default_factory=dict)
     of: str | None = None
 
 
@@ -128,7 +129,7 @@ class MatrixSpec(Section):
 
     title: str
     note: str = ""
-    recipe: dict[str, Any] = Field(default_factory=dict)
+    recipe: JsonObject = Field(default_factory=dict)
     models: Annotated[dict[str, ModelEntry], Field(min_length=1)]
     methods: Annotated[dict[str, MethodEntry], Field(min_length=1)]
     tasks: Annotated[list[TaskEntry], Field(min_length=1)]

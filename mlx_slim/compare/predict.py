@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 from mlx_slim.compare.matrix import Cell, Kind, MatrixPlan, MatrixSpec, prune_options
 from mlx_slim.compare.questions import plain_questions
@@ -28,6 +27,7 @@ from mlx_slim.planner.shipped_models import SHIPPED_CONFIGS, model_config
 from mlx_slim.planner.students import predict_run
 from mlx_slim.planner.work import Speed, TrainingWork, measure_speed
 from mlx_slim.pruning.plan import planned_config
+from mlx_slim.reading import ModelConfig
 from mlx_slim.runtime import human_bytes, memory_budget, resolve_dtype
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -65,13 +65,13 @@ def _speed(dtype: str) -> Speed:
     return measure_speed(resolve_dtype(dtype))
 
 
-def _config(recipe: Recipe) -> dict[str, Any]:
+def _config(recipe: Recipe) -> ModelConfig:
     if recipe.model == SMOLLM2_PACKAGE:
         return SHIPPED_CONFIGS[SMOLLM2]
     return model_config(recipe)[0]
 
 
-def _config_or_none(recipe: Recipe) -> dict[str, Any] | None:
+def _config_or_none(recipe: Recipe) -> ModelConfig | None:
     """Return the configuration of a recipe's model; None if it is not available."""
     try:
         return _config(recipe)
@@ -80,7 +80,7 @@ def _config_or_none(recipe: Recipe) -> dict[str, Any] | None:
 
 
 def predicted_run(
-    recipe: Recipe, budget: int | None = None, config: dict[str, Any] | None = None
+    recipe: Recipe, budget: int | None = None, config: ModelConfig | None = None
 ) -> Prediction | None:
     """Return the prediction of a run on this machine; None if the model's shapes are unknown.
 
@@ -102,7 +102,7 @@ def predicted_run(
 def plan(layout: MatrixPlan) -> list[Line]:
     """Return a line for every cell of the matrix, those that cannot run among them."""
     budget = memory_budget(layout.matrix.budget)
-    configs: dict[str, dict[str, Any]] = {}  # of the cells that leave other shapes
+    configs: dict[str, ModelConfig] = {}  # of the cells that leave other shapes
     lines: dict[str, Line] = {}
     for cell in layout.cells:  # a parent stands before its children
         line = _line(layout.matrix, cell, budget, configs)
@@ -112,7 +112,7 @@ def plan(layout: MatrixPlan) -> list[Line]:
     return list(lines.values())
 
 
-def _line(matrix: MatrixSpec, cell: Cell, budget: int, configs: dict[str, dict[str, Any]]) -> Line:
+def _line(matrix: MatrixSpec, cell: Cell, budget: int, configs: dict[str, ModelConfig]) -> Line:
     """Return the plan of a cell, and note its model's configuration in ``configs``."""
     recipe = cell.recipe.recipe
     config = source = configs.get(cell.parent or "")
@@ -153,7 +153,7 @@ def _line(matrix: MatrixSpec, cell: Cell, budget: int, configs: dict[str, dict[s
     return Line(cell.name, cell.kind, peak, train, scoring, _over(peak, budget))
 
 
-def _loaded(recipe: Recipe, kind: Kind, config: dict[str, Any] | None) -> int | None:
+def _loaded(recipe: Recipe, kind: Kind, config: ModelConfig | None) -> int | None:
     """Return the bytes of the weights that a cell which trains nothing loads; None if not known.
 
     Args:
@@ -179,7 +179,7 @@ def _over(peak: int, budget: int) -> str:
     return f"needs {human_bytes(peak)}, the budget is {human_bytes(budget)}"
 
 
-def _scoring(recipe: Recipe, tokens: int, config: dict[str, Any] | None) -> float:
+def _scoring(recipe: Recipe, tokens: int, config: ModelConfig | None) -> float:
     """Return the seconds that reading so many tokens takes: a fraction of a LoRA step each."""
     plain = recipe.model_copy(update={"method": "lora"})
     speed = _speed(recipe.train.dtype)

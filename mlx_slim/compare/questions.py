@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mlx_slim.artifacts import hash_bytes, hash_json, write_json, write_text
 from mlx_slim.compare.matrix_spec import ForgettingEntry, MatrixSpec, TaskEntry
@@ -22,7 +21,7 @@ from mlx_slim.evaluation.scoring.perplexity import read_texts
 from mlx_slim.evaluation.tasks.prompts import Chat, Question, build_questions
 from mlx_slim.evaluation.tasks.rows import TaskRows, load_rows, shots_checksum
 from mlx_slim.evaluation.tasks.spec import Task, find_task
-from mlx_slim.reading import read_object
+from mlx_slim.reading import JsonObject, read_object
 
 TASKS_FILE = "tasks.json"
 
@@ -51,23 +50,33 @@ def plain_questions(task: Task, limit: int | None, rows: TaskRows | None = None)
 class _Stored:
     """Lines of one file, and what identifies them for the keys of the cells."""
 
-    lines: list[dict[str, Any]]
-    request: dict[str, Any]
+    lines: list[JsonObject]
+    request: JsonObject
 
 
-def write_questions(matrix: MatrixSpec, folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class WrittenQuestions:
+    """What was written, for ``MatrixRecord``.
+
+    Attributes:
+        requests: What identifies each task's questions and the text, by content.
+        questions_sha256: Of each file.
+        forgetting: The text in words, or None.
+    """
+
+    requests: dict[str, JsonObject]
+    questions_sha256: dict[str, str]
+    forgetting: ForgettingText | None
+
+
+def write_questions(matrix: MatrixSpec, folder: Path) -> WrittenQuestions:
     """Write ``<task>.jsonl`` for each task, the forgetting text, and ``tasks.json``.
-
-    Returns:
-        Fields of ``MatrixRecord``: ``requests`` (what identifies each task's questions and the
-        text, by content), ``questions_sha256`` (of each file) and ``forgetting`` (the text in
-        words, or None).
 
     Raises:
         SlimError: If rows are not available, or ``forgetting`` names no text.
     """
     files: dict[str, _Stored] = {}  # all of them, before anything is written
-    tasks: dict[str, Any] = {}
+    tasks: JsonObject = {}
     for entry in matrix.tasks:
         task = find_task(entry.task)
         tasks[task.name] = {
@@ -85,11 +94,8 @@ def write_questions(matrix: MatrixSpec, folder: Path) -> dict[str, Any]:
         write_text(folder / f"{name}.jsonl", text)
         hashes[name] = hash_bytes(text.encode())
     write_json(folder / TASKS_FILE, tasks)
-    return {
-        "requests": {name: stored.request for name, stored in files.items()},
-        "questions_sha256": hashes,
-        "forgetting": described,
-    }
+    requests = {name: stored.request for name, stored in files.items()}
+    return WrittenQuestions(requests, hashes, described)
 
 
 def _of_task(task: Task, entry: TaskEntry) -> _Stored:
@@ -144,7 +150,7 @@ def stored_questions(folder: Path, name: str) -> list[Question]:
         raise SlimError(f"{path} is damaged, or of another version: {error!r}") from error
 
 
-def _line(question: Question) -> dict[str, Any]:
+def _line(question: Question) -> JsonObject:
     return {
         "doc_id": question.doc_id,
         "subject": question.subject,
@@ -155,7 +161,7 @@ def _line(question: Question) -> dict[str, Any]:
     }
 
 
-def _question(row: dict[str, Any]) -> Question:
+def _question(row: JsonObject) -> Question:
     target, *others = row["target"] if isinstance(row["target"], list) else [row["target"]]
     return Question(
         row["doc_id"],

@@ -253,7 +253,9 @@ def _hashes(folder: Path, cell: StoredCell) -> tuple[str | None, str | None]:
     place = adapters(cell.folder)
     adapter = (adapter_hash(place) if place.is_dir() else None) if tuned else ""
     if cell.kind == "quantized" or (tuned and record.recipe["method"] == "qlora"):
-        name = rounded_name(parent or record.model, record.recipe["quantize"])
+        quantize = record.recipe["quantize"]
+        keys = ("bits", "group_size", "mode")
+        name = rounded_name(parent or record.model, *(quantize[key] for key in keys))
         return _hash(folder / "models" / name), adapter
     if parent is None:
         return record.weights_sha256, adapter

@@ -58,7 +58,9 @@ def prepare(layout: MatrixPlan, out: Path, resume: bool) -> list[Cell]:
     cells = [cell for cell in layout.cells if not lines[cell.name].why_not]
     with RunDir(out, MATRIX).claim(resume=resume, match=lambda: _check_same(out, layout)):
         questions = write_questions(layout.matrix, out / "questions")
-        write_json(out / MATRIX_FILE, as_json(replace(_record(layout, cells, lines), **questions)))
+        write_json(
+            out / MATRIX_FILE, as_json(replace(_record(layout, cells, lines), **vars(questions)))
+        )
     return cells
 
 

@@ -23,6 +23,7 @@ from mlx_lm.models import base
 from mlx_lm.models.cache import BatchKVCache, KVCache, RotatingKVCache, make_prompt_cache
 
 from mlx_slim.models.logits_close import Change, logits_close
+from mlx_slim.reading import ModelConfig
 
 STEP = BatchKVCache.step  # positions by which a cache grows
 PREFILL_TOKENS = 512  # tokens of a prompt per forward pass
@@ -236,7 +237,7 @@ class Footprint:
         return max(1, int((budget - once) / (each + _LOGIT_BYTES * self.vocabulary)))
 
 
-def planned_footprint(config: dict[str, Any], itemsize: int) -> Footprint:
+def planned_footprint(config: ModelConfig, itemsize: int) -> Footprint:
     """Return what the caches of a model will hold, from its ``config.json``.
 
     Args:

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlx_slim.data.tokenize import check_ids, check_text, embedding_rows
 from mlx_slim.errors import RowLimit, SlimError
 from mlx_slim.evaluation.encoding import PrefixEncoder
+from mlx_slim.reading import ModelConfig
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -46,7 +47,7 @@ class Request:
         return self.ids[:-1]
 
 
-def max_length(config: dict[str, Any], tokenizer: TokenizerWrapper) -> int:
+def max_length(config: ModelConfig, tokenizer: TokenizerWrapper) -> int:
     """Return the most ids that the model may read at once.
 
     Args:

@@ -28,6 +28,7 @@ from mlx_slim.data.readers import count_lines, is_data
 from mlx_slim.data.sources import MIRROR_VARIABLE, RawRow, Source
 from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.evaluation.tasks.spec import FIRST, Task
+from mlx_slim.reading import JsonObject
 
 
 class RowsAbsent(SlimError):
@@ -46,8 +47,8 @@ class TaskRows:
         places: File and line of each row, for error messages.
     """
 
-    rows: Sequence[dict[str, Any]]
-    shots: Sequence[dict[str, Any]]
+    rows: Sequence[JsonObject]
+    shots: Sequence[JsonObject]
     checksum: str
     source: str
     places: Sequence[str] = ()
@@ -57,14 +58,14 @@ class TaskRows:
         return self.places[index] if index < len(self.places) else f"row {index + 1}"
 
 
-class _Shots(Sequence[dict[str, Any]]):
+class _Shots(Sequence[JsonObject]):
     """Few-shot rows that are read at first access."""
 
-    def __init__(self, read: Callable[[], list[dict[str, Any]]]) -> None:
+    def __init__(self, read: Callable[[], list[JsonObject]]) -> None:
         self._read = read
-        self._rows: list[dict[str, Any]] | None = None
+        self._rows: list[JsonObject] | None = None
 
-    def _loaded(self) -> list[dict[str, Any]]:
+    def _loaded(self) -> list[JsonObject]:
         if self._rows is None:
             self._rows = self._read()
         return self._rows
@@ -124,7 +125,7 @@ def load_rows(task: Task, data_dir: str | Path | None = None, sampling: str = FI
         )
     rows = [raw.value for raw in raws]
 
-    def shots() -> list[dict[str, Any]]:
+    def shots() -> list[JsonObject]:
         return _shots(task, mirror, raws, sampling)
 
     return TaskRows(
@@ -139,7 +140,7 @@ def shots_checksum(task: Task, task_rows: TaskRows, num_fewshot: int) -> str | N
 
 def _shots(
     task: Task, mirror: Path | None, scored: list[RawRow], sampling: str
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     data = task.spec.data
     if data.shots is None:
         raise SlimError(

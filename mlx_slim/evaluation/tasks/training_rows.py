@@ -14,7 +14,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from mlx_slim.artifacts import (
     SCHEMA_VERSION,
@@ -34,6 +33,7 @@ from mlx_slim.evaluation.tasks.prompts import Chat, Question, build_questions
 from mlx_slim.evaluation.tasks.rows import TaskRows, load_rows
 from mlx_slim.evaluation.tasks.spec import Task, find_task, list_tasks
 from mlx_slim.models.lineage import RECORD, entries_of
+from mlx_slim.reading import JsonObject
 
 _SYSTEM = Chat(lambda system, user: system)
 _USER = Chat(lambda system, user: user)
@@ -90,7 +90,7 @@ def question_keys(task: Task, task_rows: TaskRows, limit: int | None = None) -> 
 
 def training_rows(
     task: Task, task_rows: TaskRows, skip: int, limit: int | None
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """Return rows [skip, skip + limit) of a task as completions, or as chats.
 
     Args:
@@ -127,7 +127,7 @@ def training_rows(
     rows = []
     for number, question, system, user in zip(numbers, bare, systems, users, strict=True):
         answer = _answer(user, "" if task.spec.chat else task.spec.delimiter)
-        row: dict[str, Any] = {
+        row: JsonObject = {
             "id": f"{task.name}/{task.spec.data.split}/{number}",
             "prompt": user.context,
         }
