@@ -30,6 +30,7 @@ from mlx_slim.artifacts import (
     weight_sizes,
 )
 from mlx_slim.errors import Complete, SlimError
+from mlx_slim.reading import JsonObject
 
 LOCK_FILE = ".mlx-slim.lock"
 _SAMPLES, _BLOCK = 64, 1 << 16  # of a large file: blocks evenly spread over it, and their bytes
@@ -72,7 +73,7 @@ def makes_folder(command: str, *apart: str) -> Callable[[Callable[_P, _R]], Call
 
 
 @contextlib.contextmanager
-def new_folder(out: Path, command: str, inputs: dict[str, Any]) -> Iterator[None]:
+def new_folder(out: Path, command: str, inputs: JsonObject) -> Iterator[None]:
     """Hold ``out``, which ``artifacts.atomic_folder`` will make; refuse one that is there.
 
     Raises:
@@ -115,7 +116,7 @@ def held(path: Path) -> Iterator[None]:
         yield
 
 
-def _record_of(out: Path) -> dict[str, Any]:
+def _record_of(out: Path) -> JsonObject:
     try:
         existing = read_json(out / RECORD_FILE)
     except SlimError:
@@ -123,7 +124,7 @@ def _record_of(out: Path) -> dict[str, Any]:
     return existing if isinstance(existing, dict) else {}
 
 
-def _print(inputs: dict[str, Any], out: Path) -> str:
+def _print(inputs: JsonObject, out: Path) -> str:
     """Return a hash of ``inputs``; files and folders count by content, ``out`` inside one not."""
     return hash_json({name: _plain(value, out) for name, value in sorted(inputs.items())})
 

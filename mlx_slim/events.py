@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeVar
+
+from mlx_slim.reading import JsonObject
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Event:
     name: ClassVar[str] = ""
     record_keys: ClassVar[dict[str, str]] = {}
 
-    def as_record(self) -> dict[str, Any]:
+    def as_record(self) -> JsonObject:
         """Return the JSON object of this event, ``event`` first, unset fields left out."""
         fields = {
             self.record_keys.get(key, key): value
@@ -181,7 +183,7 @@ class Done(Event):
     result_step: int | None = None
 
     @classmethod
-    def from_record(cls, record: dict[str, Any]) -> Done:
+    def from_record(cls, record: JsonObject) -> Done:
         """Return the event of a ``run.json``; one of 0.1 had ``held_out_step``, no ``result_step``.
 
         Raises:
@@ -270,7 +272,7 @@ class TaskDone(Event):
     task: str
     num_fewshot: int | None
     n: int
-    metrics: dict[str, Any]
+    metrics: JsonObject
     seconds: float
     tokens_per_second: float
     peak_memory_bytes: int

@@ -31,7 +31,7 @@ from mlx_slim.artifacts import load_tensors
 from mlx_slim.errors import SlimError
 from mlx_slim.models.finite import check_finite
 from mlx_slim.models.tensors import few
-from mlx_slim.reading import field, read_object, short, shown
+from mlx_slim.reading import JsonObject, field, read_object, short, shown
 from mlx_slim.runtime import to_float
 
 PREFIX = "base_model.model."
@@ -94,7 +94,7 @@ class PeftFolder:
     start: bool | str | None
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
+def read_settings(folder: Path) -> JsonObject:
     """Return ``adapter_config.json`` of a PEFT folder whose every setting can be expressed here.
 
     Raises:
@@ -138,13 +138,13 @@ def _check_number(where: str, key: str, value: float) -> None:
         raise SlimError(f"{where}: {key} is {value!r}, expected a number above 0")
 
 
-def _start_of(settings: dict[str, Any]) -> Any:
+def _start_of(settings: JsonObject) -> Any:
     """Return ``init_lora_weights``: how the factors began, in lower case."""
     start = settings.get("init_lora_weights", True)
     return start.lower() if isinstance(start, str) else start
 
 
-def _check_start(path: Path, settings: dict[str, Any]) -> None:
+def _check_start(path: Path, settings: JsonObject) -> None:
     """Refuse an adapter of a base that is not the one it names, unless that can be computed."""
     start = _start_of(settings)
     if isinstance(start, bool | str | None) and start in (*_BASE_UNCHANGED, *_BASE_COMPUTED):
@@ -223,7 +223,7 @@ def read_folder(folder: Path, model: nn.Module, *, tied: bool = False) -> PeftFo
 
 
 def _misfits(
-    path: str, stored: _LayerTensors, settings: dict[str, Any], module: nn.Module, dora: bool
+    path: str, stored: _LayerTensors, settings: JsonObject, module: nn.Module, dora: bool
 ) -> list[str]:
     """Return what of a layer's tensors is missing, or has not the shape that PEFT gives it."""
     inputs, outputs = dimensions(module)
@@ -244,7 +244,7 @@ def _misfits(
     ]
 
 
-def _rank_and_scale(settings: dict[str, Any], path: str) -> tuple[int, float]:
+def _rank_and_scale(settings: JsonObject, path: str) -> tuple[int, float]:
     rank = int(of_layer(settings.get("rank_pattern"), path, settings["r"]))
     alpha = float(of_layer(settings.get("alpha_pattern"), path, settings["lora_alpha"]))
     return rank, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
@@ -307,7 +307,7 @@ def _tensors(folder: Path) -> tuple[dict[str, _LayerTensors], dict[str, mx.array
 def _check_copies(
     folder: Path,
     copies: dict[str, mx.array],
-    modules: dict[str, Any],
+    modules: dict[str, nn.Module],
     layers: dict[str, PeftLayer],
 ) -> None:
     """Refuse copies of base layers that are not those under the adapter: trained, or grown."""

@@ -15,7 +15,7 @@ from mlx_slim.adapters.inject import Site
 from mlx_slim.adapters.store import CONFIG
 from mlx_slim.config.patterns import compile_pattern
 from mlx_slim.errors import SlimError
-from mlx_slim.reading import shown
+from mlx_slim.reading import JsonObject, shown
 
 _TAKE = "take the config that PEFT wrote"
 _TARGETS = {
@@ -35,7 +35,7 @@ def _pattern_errors(where: str) -> Iterator[None]:
         raise SlimError(f"{where}: {getattr(error, 'message', error)}", _TAKE) from error
 
 
-def check_patterns(settings: dict[str, Any], where: str) -> None:
+def check_patterns(settings: JsonObject, where: str) -> None:
     """Refuse names of layers that are none.
 
     Args:
@@ -57,7 +57,7 @@ def check_patterns(settings: dict[str, Any], where: str) -> None:
             raise SlimError(f"{where}: {key} is {shown(value)}, expected {what}", _TAKE)
 
 
-def of_layer(patterns: dict[str, Any] | None, path: str, default: float) -> float:
+def of_layer(patterns: JsonObject | None, path: str, default: float) -> float:
     """Return the value that PEFT gives the layer at ``path``: that of the first key that fits."""
     for key, value in (patterns or {}).items():
         if _match(rf"(.*\.)?({key})$", path):
@@ -65,7 +65,7 @@ def of_layer(patterns: dict[str, Any] | None, path: str, default: float) -> floa
     return default
 
 
-def targeted(settings: dict[str, Any], site: Site) -> bool:
+def targeted(settings: JsonObject, site: Site) -> bool:
     """Return whether PEFT puts an adapter on a layer.
 
     Without ``target_modules`` PEFT has a default list for each model type: all are taken.
@@ -91,7 +91,7 @@ def targeted(settings: dict[str, Any], site: Site) -> bool:
     return False
 
 
-def target_settings(settings: dict[str, Any]) -> str:
+def target_settings(settings: JsonObject) -> str:
     """Return the settings that select the adapted layers, for a message."""
     return ", ".join(f"{key} {shown(settings[key])}" for key in _TARGETS if settings.get(key))
 

@@ -44,7 +44,7 @@ from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError
 from mlx_slim.models.finite import check_finite
 from mlx_slim.models.structure import blocks
-from mlx_slim.reading import field, read_object, short
+from mlx_slim.reading import JsonObject, ModelConfig, field, read_object, short
 
 WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
@@ -173,7 +173,7 @@ def save_adapter(
         write_json(temporary / CONFIG, description)
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
+def _read(folder: Path) -> tuple[JsonObject, dict[str, mx.array]]:
     if not folder.is_dir():
         raise SlimError(
             f"{folder} is not an adapter folder", f"it should hold {WEIGHTS} and {CONFIG}"
@@ -192,7 +192,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
 
 
 def _settings(
-    config: dict[str, Any], folder: Path
+    config: ModelConfig, folder: Path
 ) -> tuple[bool, int, float, float, int, list[str] | None]:
     """Return (dora, rank, scale, dropout, num_layers, keys) of a config, ours or mlx-lm's."""
     where = short(folder / CONFIG)

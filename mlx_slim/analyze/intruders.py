@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -41,7 +40,7 @@ from mlx_slim.models.structure import LINEAR_TYPES
 from mlx_slim.models.tensors import few
 from mlx_slim.quantization.apply import quantize_model
 from mlx_slim.quantization.base import load_base
-from mlx_slim.reading import library_errors, read_object, short
+from mlx_slim.reading import JsonObject, library_errors, read_object, short
 
 SWEEP_K = (1, 5, 10, 20)
 SWEEP_EPSILON = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -141,7 +140,7 @@ class Intruders:
         """Return the intruders among the k leading directions of every matrix."""
         return sum(sum(c < epsilon for c in m.cosine[:k]) for m in self.matrices)
 
-    def as_record(self) -> dict[str, Any]:
+    def as_record(self) -> JsonObject:
         """Return ``intruders.json`` without its provenance."""
         matrices = [asdict(m) for m in self.matrices]
         for record in matrices:

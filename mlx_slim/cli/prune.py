@@ -119,23 +119,22 @@ def command(
 
 def _after(out: Path, tasks: tuple[str, ...]) -> list[NextStep]:
     """Return the suggested commands after a run with --recover or --task."""
-    from mlx_slim.finetuning.run_dir import STATE_FILE, sources_of, task_to_score
+    from mlx_slim.finetuning.run_dir import STATE_FILE, read_result, sources_of, task_to_score
     from mlx_slim.pruning.report import MODEL, RECOVER
     from mlx_slim.reading import read_object
 
-    record = out / RECOVER / "run.json"
     task = ",".join(tasks) or GENERAL_TASK
-    if not record.is_file():
+    if not (out / RECOVER / "run.json").is_file():
         return [*use_model(out / MODEL, task=task), train_on(out / MODEL)]
-    result = read_object(record, result=dict)["result"]
+    result = read_result(out / RECOVER)
     if not tasks:
         state = read_object(out / RECOVER / STATE_FILE, recipe=dict)
         task = task_to_score(sources_of(state["recipe"]))
-    tuned = out / RECOVER / result["artifact"]
+    tuned = out / RECOVER / result.artifact
     page = step("look at its page", "mlx-slim", "report", out)
-    if result["artifact"] == "model":
+    if result.artifact == "model":
         return [page, *use_model(tuned, name=out, task=task)]
-    base = out / RECOVER / result["base"] if result.get("base") else out / MODEL
+    base = out / RECOVER / result.base if result.base else out / MODEL
     return [page, *use_model(base, [tuned], name=out, task=task)]
 
 

@@ -27,7 +27,7 @@ from mlx_slim.distillation.run import distill
 from mlx_slim.errors import SlimError
 from mlx_slim.events import Notice, Observer
 from mlx_slim.finetuning.run import finetune
-from mlx_slim.finetuning.run_dir import STATE_FILE
+from mlx_slim.finetuning.run_dir import STATE_FILE, read_result
 from mlx_slim.models.convert import convert
 from mlx_slim.models.hub import SMOLLM2_PACKAGE, bundled_smollm2, resolve
 from mlx_slim.models.load import model_files, model_hash, read_config
@@ -263,7 +263,7 @@ class MatrixRun:
         learn = finetune if resolved.recipe.distill is None else distill
         learn(resolved, run, observer=self.observer, resume=started)
         free()
-        return read_object(run / "run.json")["result"]["done"]["best_validation"]
+        return read_result(run).done.best_validation
 
 
 def whole(folder: Path) -> Path | None:

@@ -19,6 +19,7 @@ from mlx_slim.compare.records import (
 from mlx_slim.evaluation.records import Timing
 from mlx_slim.evaluation.results import RESULTS_FILE, load_results
 from mlx_slim.export.fuse import RECORD as FUSE_FILE
+from mlx_slim.finetuning.run_dir import Result, read_result
 from mlx_slim.pruning.run import RECORD_FILE as PRUNE_FILE
 from mlx_slim.reading import JsonObject, read_object, short
 
@@ -43,10 +44,10 @@ def measured(folder: Path) -> Measured:
     effect = read_object(fused)["effect"] if fused.is_file() else None
     cut = read_object(pruned) if pruned.is_file() else None
     run = folder / "run" / "run.json"
-    record = read_object(run) if run.is_file() else None
+    recipe = read_object(run, recipe=dict)["recipe"] if run.is_file() else None
     return Measured(
-        train=_train(record) if record else None,
-        learning_rate=record["recipe"]["train"]["learning_rate"] if record else None,
+        train=_train(recipe, read_result(run.parent)) if recipe else None,
+        learning_rate=recipe["train"]["learning_rate"] if recipe else None,
         bits_per_byte=text.metrics["bits_per_byte"].value if text else None,
         eval_seconds=sum(timing.seconds for timing in timings) or None,
         eval_peak_memory_bytes=max((t.peak_memory_bytes for t in timings), default=None),
@@ -66,19 +67,24 @@ def _pruned(cut: JsonObject) -> PruneSummary:
     return PruneSummary(**{key: cut[key] for key in _PRUNED}, fidelity=distance)
 
 
-def _train(record: JsonObject) -> TrainingCost:
-    """Return what a training run cost, from its ``run.json``."""
-    recipe, result, done = record["recipe"], record["result"], record["result"]["done"]
+def _train(recipe: JsonObject, result: Result) -> TrainingCost:
+    """Return what a training run cost.
+
+    Args:
+        recipe: Of the run, as its version wrote it.
+        result: Of the run.
+    """
+    done = result.done
     return TrainingCost(
         method=recipe["method"],
         bits=recipe["quantize"]["bits"] if recipe["method"] == "qlora" else None,
-        trainable=result["trainable"],
-        total=result["total"],
-        tokens=done["tokens"],
-        seconds=done["seconds"],
-        tokens_per_second=done["tokens"] / max(1e-9, done["seconds"]),
-        peak_memory_bytes=done["peak_memory_bytes"],
-        predicted_peak_bytes=result["predicted_peak_bytes"],
-        steps=done["step"],
-        best_validation=done["best_validation"],
+        trainable=result.trainable,
+        total=result.total,
+        tokens=done.tokens,
+        seconds=done.seconds,
+        tokens_per_second=done.tokens / max(1e-9, done.seconds),
+        peak_memory_bytes=done.peak_memory_bytes,
+        predicted_peak_bytes=result.predicted_peak_bytes,
+        steps=done.step,
+        best_validation=done.best_validation,
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 from mlx_slim.config.problems import Keys
 from mlx_slim.errors import SlimError
+from mlx_slim.reading import JsonObject
 
 Aliases = Mapping[Keys, str]  # path of the old key -> the new name of its last part
 RECIPE: Aliases = {("held_out",): "forgetting", ("quantize", "aware"): "qat"}
@@ -27,8 +28,8 @@ def current_path(path: Keys, aliases: Aliases) -> Keys:
 
 
 def rename(
-    values: dict[str, Any], aliases: Aliases, origin: Callable[[Keys], str] | None = None
-) -> tuple[dict[str, Any], list[str]]:
+    values: JsonObject, aliases: Aliases, origin: Callable[[Keys], str] | None = None
+) -> tuple[JsonObject, list[str]]:
     """Return ``values`` (nested) under today's keys, and a notice for each key that was renamed.
 
     Args:
@@ -58,7 +59,7 @@ def rename(
     return values, notices
 
 
-def _replaced(values: dict[str, Any], path: Keys, section: dict[str, Any]) -> dict[str, Any]:
+def _replaced(values: JsonObject, path: Keys, section: JsonObject) -> JsonObject:
     if not path:
         return section
     return {**values, path[0]: _replaced(values[path[0]], path[1:], section)}

@@ -24,7 +24,7 @@ from mlx_slim.config.problems import Keys, Origins, Words, words_for
 from mlx_slim.config.read import parse_scalar, read_mapping
 from mlx_slim.config.schema import Recipe, Section
 from mlx_slim.errors import SlimError
-from mlx_slim.reading import MAX_DEPTH, exists, short, shown
+from mlx_slim.reading import MAX_DEPTH, JsonObject, exists, short, shown
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
@@ -97,14 +97,14 @@ class Layers:
         notices: One line for each key that was given under an old name.
     """
 
-    values: dict[str, Any] = field(default_factory=dict)
+    values: JsonObject = field(default_factory=dict)
     origins: Origins = field(default_factory=dict)
     aliases: Aliases = field(default_factory=dict)
     file: Path = Path()
     problems: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
 
-    def add(self, values: dict[str, Any], origin: Callable[[Keys], str]) -> None:
+    def add(self, values: JsonObject, origin: Callable[[Keys], str]) -> None:
         """Lay ``values`` (nested) over what is there; ``origin`` says where a key stands."""
         values, notices = rename(values, self.aliases, origin)
         self.notices += [notice for notice in notices if notice not in self.notices]
@@ -135,7 +135,7 @@ def read_layers(
     return layers
 
 
-def from_values(values: dict[str, Any], name: str, origin: str) -> Resolved:
+def from_values(values: JsonObject, name: str, origin: str) -> Resolved:
     """Return the recipe made of ``values`` (nested), all of them from ``origin``.
 
     Raises:
@@ -145,7 +145,7 @@ def from_values(values: dict[str, Any], name: str, origin: str) -> Resolved:
 
 
 def from_layers(
-    layers: Sequence[tuple[dict[str, Any] | str, str]], name: str, overrides: Sequence[str] = ()
+    layers: Sequence[tuple[JsonObject | str, str]], name: str, overrides: Sequence[str] = ()
 ) -> Resolved:
     """Return the recipe made of layers, the later one wins.
 
@@ -180,7 +180,7 @@ Checked = TypeVar("Checked", bound=Section)
 
 def checked(
     schema: type[Checked],
-    values: dict[str, Any],
+    values: JsonObject,
     origins: Origins,
     problems: list[str],
     what: str,
@@ -291,9 +291,9 @@ def _apply_overrides(overrides: Sequence[str], layers: Layers, words: Words) -> 
 
 
 def _merge(
-    new: dict[str, Any],
+    new: JsonObject,
     path: Keys,
-    into: dict[str, Any],
+    into: JsonObject,
     origins: Origins,
     origin: Callable[[Keys], str],
 ) -> None:

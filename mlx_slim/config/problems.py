@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from mlx_slim.errors import did_you_mean
+from mlx_slim.reading import JsonObject
 
 Keys = tuple[str, ...]
 Origins = dict[Keys, str]
@@ -27,7 +28,7 @@ _TYPES = {
 }
 
 
-def _number(schema: dict[str, Any]) -> str:
+def _number(schema: JsonObject) -> str:
     words = "a whole number" if schema["type"] == "integer" else "a number"
     bounds = [
         f"{text} {schema[key]:g}"
@@ -83,22 +84,22 @@ class Words:
         self.model, self.renamed = model, renamed
         self.root = model.model_json_schema()
 
-    def _follow(self, schema: dict[str, Any]) -> dict[str, Any]:
+    def _follow(self, schema: JsonObject) -> JsonObject:
         while "$ref" in schema:
             schema = self.root["$defs"][schema["$ref"].rsplit("/", 1)[-1]]
         return schema
 
-    def _choices(self, schema: dict[str, Any]) -> list[dict[str, Any]]:
+    def _choices(self, schema: JsonObject) -> list[JsonObject]:
         schema = self._follow(schema)
         if "anyOf" in schema:
             return [choice for part in schema["anyOf"] for choice in self._choices(part)]
         return [schema]
 
-    def _at(self, path: tuple[str, ...]) -> dict[str, Any] | None:
+    def _at(self, path: tuple[str, ...]) -> JsonObject | None:
         """Return the JSON schema of the key at ``path``, None for an unknown one."""
         schemas = [self.root]
         for part in path:
-            inner: list[dict[str, Any]] = []
+            inner: list[JsonObject] = []
             for schema in schemas:
                 if part in schema.get("properties", {}):
                     inner += self._choices(schema["properties"][part])
@@ -113,14 +114,14 @@ class Words:
             schemas = inner
         return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
 
-    def _kinds(self, schema: dict[str, Any]) -> set[str]:
+    def _kinds(self, schema: JsonObject) -> set[str]:
         return {str(choice.get("type")) for choice in self._choices(schema)}
 
     def kinds_at(self, path: tuple[str, ...]) -> set[str]:
         """Return the JSON types that the key may hold (``string``…); none if unknown."""
         return self._kinds(self._at(path) or {})
 
-    def _allowed(self, schema: dict[str, Any]) -> str:
+    def _allowed(self, schema: JsonObject) -> str:
         pieces: list[str] = []
         for choice in self._choices(schema):
             if "enum" in choice:
@@ -147,7 +148,7 @@ class Words:
     def _valid_keys(self, path: Keys) -> list[str]:
         return [key for c in self._choices(self._at(path) or {}) for key in c.get("properties", {})]
 
-    def _every_key(self, schema: dict[str, Any], path: Keys = ()) -> list[Keys]:
+    def _every_key(self, schema: JsonObject, path: Keys = ()) -> list[Keys]:
         keys: list[Keys] = []
         for key, value in schema.get("properties", {}).items():
             here = (*path, key)
@@ -184,7 +185,7 @@ class Words:
                 hint = f"known: {', '.join(sorted(siblings or self._valid_keys(())))}"
         return f"{dotted} ({_origin(path, origins)}) is not a key: {hint}"
 
-    def screen(self, values: dict[str, Any], origins: Origins) -> tuple[dict[str, Any], list[str]]:
+    def screen(self, values: JsonObject, origins: Origins) -> tuple[JsonObject, list[str]]:
         """Return ``values`` without what the schema's types let slip, and a message for each.
 
         These are unknown keys at any depth, and true or false where a number belongs.
@@ -215,9 +216,7 @@ class Words:
 
         return walk(values, ()), problems
 
-    def explain(
-        self, error: ValidationError, values: dict[str, Any], origins: Origins
-    ) -> list[str]:
+    def explain(self, error: ValidationError, values: JsonObject, origins: Origins) -> list[str]:
         """Return one line for each key that failed validation."""
         lines: dict[Keys, str] = {}
         for item in error.errors(include_url=False):

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import yaml
 
 from mlx_slim.errors import SlimError
-from mlx_slim.reading import MAX_DEPTH, MAX_DIGITS, read_bytes, short, shown
+from mlx_slim.reading import MAX_DEPTH, MAX_DIGITS, JsonObject, read_bytes, short, shown
 
 Lines = dict[tuple[str, ...], int]
 _MAX_BYTES = 1 << 20  # of a file; a shipped one has 4,000
@@ -112,8 +112,8 @@ class _Builder:
             return self._mapping(node, path)
         return self._scalar(node)
 
-    def _mapping(self, node: yaml.MappingNode, path: tuple[str, ...]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
+    def _mapping(self, node: yaml.MappingNode, path: tuple[str, ...]) -> JsonObject:
+        result: JsonObject = {}
         for key_node, child in node.value:
             line = key_node.start_mark.line + 1
             place = f"{self._where}line {line}"
@@ -150,7 +150,7 @@ class _Builder:
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from cause
 
 
-def read_mapping(file: Path) -> tuple[dict[str, Any], Lines]:
+def read_mapping(file: Path) -> tuple[JsonObject, Lines]:
     """Return the mapping in ``file`` and the line of every key path.
 
     Raises:

@@ -204,7 +204,7 @@ def bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _size_of_filter(name: str, args: list[Any], kwargs: dict[str, Any]) -> int | None:
+def _size_of_filter(name: str, args: list[Any], kwargs: Mapping[str, Any]) -> int | None:
     """Return what a filter's result can have; None where it is about what it was given."""
     value = args[0] if args else ""
     more = (*args[1:], *kwargs.values())
@@ -238,17 +238,18 @@ def tojson(
     sort_keys: bool = False,
 ) -> str:
     """Return JSON as transformers' chat templates expect it: nothing escaped for HTML."""
-    options: dict[str, Any] = {
-        "ensure_ascii": ensure_ascii,
-        "separators": separators,
-        "sort_keys": sort_keys,
-    }
+    encoder = functools.partial(
+        json.JSONEncoder,
+        ensure_ascii=ensure_ascii,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
     if indent is None and separators is None:
-        return json.dumps(value, **options)
+        return encoder().encode(value)
     if (len(indent) if isinstance(indent, str) else indent or 0) > _WIDEST_INDENT:
         raise TooMuch(f"tojson(indent={indent}): at most {_WIDEST_INDENT}")
     pieces: list[str] = []  # one by one, because an indent can be much longer than the value
-    for part in json.JSONEncoder(**options, indent=indent).iterencode(value):
+    for part in encoder(indent=indent).iterencode(value):
         budget().step(0, len(part))
         pieces.append(part)
     return "".join(pieces)
@@ -300,7 +301,7 @@ def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-def bounded_globals() -> dict[str, Any]:
+def bounded_globals() -> dict[str, object]:
     """Return the functions that templates may use: those of transformers' chat templates."""
     return {
         "range": _range,

@@ -17,6 +17,7 @@ from mlx_slim.config.load import checked
 from mlx_slim.config.patterns import compile_pattern
 from mlx_slim.config.read import read_mapping
 from mlx_slim.config.schema import PositiveInt, Section
+from mlx_slim.reading import JsonObject
 
 FieldType = Literal["text", "texts", "integer", "number", "list", "object"]
 MOST_SHOTS = 100
@@ -228,7 +229,7 @@ def read_task(file: Path) -> TaskSpec:
     return checked(TaskSpec, _texts(values), origins, [], f"task {file}")
 
 
-def _texts(values: dict[str, Any]) -> dict[str, Any]:
+def _texts(values: JsonObject) -> JsonObject:
     """Let templates be written as YAML numbers: ``choices: [1, 2]`` are texts."""
     return values | {
         key: [_text(one) for one in value] if isinstance(value, list) else _text(value)

@@ -22,6 +22,7 @@ from mlx_slim.data.marks import MarkedChat, Messages, tags_of, ways
 from mlx_slim.data.rendered import Rendered
 from mlx_slim.data.spans import Borders, behind_newlines, unclear
 from mlx_slim.errors import SlimError
+from mlx_slim.reading import JsonObject
 
 TOOLS_LEFT_OUT = "tools that the template leaves out"
 
@@ -58,7 +59,7 @@ def left_out(example: Example, template: str) -> tuple[str, ...]:
     return (TOOLS_LEFT_OUT,) if example.extras.get("tools") else ()
 
 
-def _calls_refused(turn: int, call: dict[str, Any], template: str) -> SlimError:
+def _calls_refused(turn: int, call: JsonObject, template: str) -> SlimError:
     name = str(call["function"].get("name"))
     return SlimError(
         f"turn {turn + 1}: {template} leaves out the call of the tool {name!r}, so an answer "
@@ -73,7 +74,7 @@ class _Chat:
     """A conversation and its rendering: the spans are those of generation marks."""
 
     messages: Messages
-    extras: dict[str, Any]
+    extras: JsonObject
     text: str
     generated: list[Span]
 
@@ -121,7 +122,7 @@ class ChatTemplate:
     # ------------------------------------------------------------------ the text
 
     def _text(
-        self, messages: Messages, extras: dict[str, Any], prompt: bool = False
+        self, messages: Messages, extras: JsonObject, prompt: bool = False
     ) -> tuple[str, list[Span]]:
         try:
             return self._render(messages, add_generation_prompt=prompt, **extras)
@@ -131,13 +132,13 @@ class ChatTemplate:
                 "fix the row, or choose data.template=chatml, alpaca or plain",
             ) from error
 
-    def _tried(self, messages: Messages, extras: dict[str, Any], prompt: bool) -> str | None:
+    def _tried(self, messages: Messages, extras: JsonObject, prompt: bool) -> str | None:
         try:
             return self._text(messages, extras, prompt)[0]
         except SlimError:
             return None
 
-    def _chat(self, messages: Messages, extras: dict[str, Any]) -> _Chat:
+    def _chat(self, messages: Messages, extras: JsonObject) -> _Chat:
         """Render in the first form that the template understands: see ``_forms``."""
         tried = []
         for form in _forms(messages):
@@ -147,7 +148,7 @@ class ChatTemplate:
             tried.append(chat)
         raise tried[0]
 
-    def _in_form(self, form: Messages, extras: dict[str, Any]) -> _Chat | SlimError:
+    def _in_form(self, form: Messages, extras: JsonObject) -> _Chat | SlimError:
         try:
             chat = _Chat(form, extras, *self._text(form, extras))
             self._check_calls(chat)
@@ -286,7 +287,7 @@ def _missing(messages: Messages, borders: Borders) -> list[str]:
 # ---------------------------------------------------------------------- tool calls
 
 
-def _functions(messages: Messages) -> Iterator[dict[str, Any]]:
+def _functions(messages: Messages) -> Iterator[JsonObject]:
     for message in messages:
         for call in message.get("tool_calls", ()):
             yield call["function"]

@@ -17,7 +17,7 @@ from typing import Any
 
 from mlx_slim.data.sources import RawRow
 from mlx_slim.errors import SlimError
-from mlx_slim.reading import shown
+from mlx_slim.reading import JsonObject, shown
 
 _ROLES = {
     **{role: role for role in ("system", "developer", "user", "assistant", "tool", "ipython")},
@@ -34,7 +34,7 @@ _TEXT_FILES = re.compile(r"\.(json|jsonl|ndjson)(\.\w+)?$")  # whose nulls were 
 _NULLABLE = frozenset({"default", "const", "example"})  # of a schema: null is a value there
 _MOST_WEIGHT = 1e6
 
-Message = dict[str, Any]
+Message = JsonObject
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Conversation:
 
     messages: list[Message]
     weights: list[float]
-    tools: list[dict[str, Any]]
+    tools: list[JsonObject]
     notes: tuple[str, ...] = ()
 
 
@@ -71,7 +71,7 @@ def with_turns(value: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**value, **{k: v for k, v in parsed.items() if v}} if parsed["prompt"] else value
 
 
-def _turns_of(text: Any) -> list[dict[str, Any]] | None:
+def _turns_of(text: Any) -> list[JsonObject] | None:
     """Return the turns that a text is in JSON; None if it is none."""
     if not isinstance(text, str) or not text.lstrip().startswith("["):
         return None
@@ -185,7 +185,7 @@ class _Reader:
                 index, f"{what} is not JSON: {text[:40]!r}", "expected a name and its arguments"
             ) from error
 
-    def _calls(self, index: int, value: Any) -> list[dict[str, Any]]:
+    def _calls(self, index: int, value: Any) -> list[JsonObject]:
         """Return tool calls as ``{type, function: {name, arguments}}``."""
         value = self._json(index, value, "tool_calls")
         calls = []
@@ -209,7 +209,7 @@ class _Reader:
             calls.append({"type": "function", **call, "function": function})
         return calls
 
-    def _arguments(self, index: int, name: str, value: Any) -> dict[str, Any]:
+    def _arguments(self, index: int, name: str, value: Any) -> JsonObject:
         text = isinstance(value, str)
         for _ in range(2):  # an export of an export is quoted twice
             value = self._json(index, value or "{}", f"arguments of {name!r}")
@@ -226,7 +226,7 @@ class _Reader:
             k: v for k, v in value.items() if v is not None or parameters is None or k in parameters
         }
 
-    def weight(self, index: int, turn: dict[str, Any]) -> tuple[float, bool]:
+    def weight(self, index: int, turn: JsonObject) -> tuple[float, bool]:
         """Return the loss weight that a turn asks for, and whether it asks to be learned."""
         weight, marked = 1.0, False
         for name in _FLAGS:
@@ -268,7 +268,7 @@ def _parsed(row: RawRow, value: Any, what: str) -> Any:
         ) from error
 
 
-def _tools(row: RawRow, schemas: Any, padded: bool) -> list[dict[str, Any]]:
+def _tools(row: RawRow, schemas: Any, padded: bool) -> list[JsonObject]:
     """Return tool schemas as OpenAI's list of ``{type, function}``."""
     hint = "expected a list of schemas {type: function, function: {name, parameters}}"
 
@@ -291,7 +291,7 @@ def _tools(row: RawRow, schemas: Any, padded: bool) -> list[dict[str, Any]]:
     return tools
 
 
-def _declared(tools: list[dict[str, Any]]) -> dict[str, set[str]]:
+def _declared(tools: list[JsonObject]) -> dict[str, set[str]]:
     """Return the names of the parameters of each tool."""
     declared = {}
     for tool in tools:
@@ -307,7 +307,7 @@ def _declared(tools: list[dict[str, Any]]) -> dict[str, set[str]]:
 def with_text_arguments(messages: list[Message]) -> list[Message]:
     """Return a conversation with the arguments of tool calls as JSON text, as OpenAI sends them."""
 
-    def dumped(call: dict[str, Any]) -> dict[str, Any]:
+    def dumped(call: JsonObject) -> JsonObject:
         arguments = json.dumps(call["function"].get("arguments", {}), ensure_ascii=False)
         return {**call, "function": {**call["function"], "arguments": arguments}}
 

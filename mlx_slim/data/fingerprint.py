@@ -9,9 +9,10 @@ from typing import Any
 
 from mlx_slim.config.schema import SourceConfig
 from mlx_slim.data.sources import Source
+from mlx_slim.reading import JsonObject
 
 
-def source_fingerprint(source: Source, config: SourceConfig) -> dict[str, Any]:
+def source_fingerprint(source: Source, config: SourceConfig) -> JsonObject:
     """Return what identifies a source and how it is read."""
     return {
         **source.fingerprint(),
@@ -24,15 +25,13 @@ def source_fingerprint(source: Source, config: SourceConfig) -> dict[str, Any]:
     }
 
 
-def without_rows(fingerprint: dict[str, Any]) -> dict[str, Any]:
+def without_rows(fingerprint: JsonObject) -> JsonObject:
     """The fingerprint as it is known before the rows are read."""
     stripped = [{k: v for k, v in s.items() if k != "rows"} for s in fingerprint["sources"]]
     return {**fingerprint, "sources": stripped}
 
 
-def fingerprint_difference(
-    old: dict[str, Any], new: dict[str, Any], path: str = "data"
-) -> list[str]:
+def fingerprint_difference(old: JsonObject, new: JsonObject, path: str = "data") -> list[str]:
     """Return one readable line for each thing that differs; ``path`` is how the lines begin."""
     lines: list[str] = []
     _compare(path, old, new, lines)

@@ -16,7 +16,7 @@ from typing import Any
 
 from mlx_slim.data.readers import READERS, is_data, stem_of
 from mlx_slim.errors import SlimError, did_you_mean
-from mlx_slim.reading import read_json, read_object
+from mlx_slim.reading import JsonObject, read_json, read_object
 
 INFO = "dataset_info.json"
 _DICT, _STATE = "dataset_dict.json", "state.json"
@@ -25,7 +25,7 @@ _ABOUT = {INFO, "dataset_infos.json", _DICT, _STATE}  # JSON that is about data,
 _SPLITS = (("train", "training"), ("validation", "valid", "val", "dev"), ("test",))
 _SHARD = r"(-\d+-of-\d+)?"
 
-Change = Callable[[dict[str, Any]], dict[str, Any]]
+Change = Callable[[JsonObject], JsonObject]
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ _ROLES = {
 _TAGS = {"role_tag": "from", "content_tag": "value", **_ROLES}
 
 
-def _entries(folder: Path) -> dict[str, Any]:
+def _entries(folder: Path) -> JsonObject:
     """Return LLaMA-Factory's list of data sets; empty if the folder has none."""
     if not (folder / INFO).is_file():
         return {}
@@ -208,7 +208,7 @@ def _entries(folder: Path) -> dict[str, Any]:
     }
 
 
-def _listed(folder: Path, entries: dict[str, Any], name: str | None) -> FolderRows:
+def _listed(folder: Path, entries: JsonObject, name: str | None) -> FolderRows:
     if name is None and len(entries) > 1:
         first = next(iter(entries))
         raise SlimError(
@@ -262,9 +262,9 @@ def _check_entry(entry: Mapping[str, Any], where: str) -> None:
 
 
 def _renamed(
-    row: dict[str, Any], columns: Mapping[str, str], ours_of: Mapping[str, tuple[str, str | None]]
-) -> dict[str, Any]:
-    renamed: dict[str, Any] = {}
+    row: JsonObject, columns: Mapping[str, str], ours_of: Mapping[str, tuple[str, str | None]]
+) -> JsonObject:
+    renamed: JsonObject = {}
     for key, (ours, default) in ours_of.items():
         theirs = columns.get(key, default)
         if theirs in row:
@@ -280,7 +280,7 @@ def _renamed(
 def _alpaca(entry: Mapping[str, Any]) -> Change:
     columns = entry.get("columns", {})
 
-    def change(row: dict[str, Any]) -> dict[str, Any]:
+    def change(row: JsonObject) -> JsonObject:
         renamed = _renamed(row, columns, _ALPACA)
         if set(columns) == {"prompt"} and "output" not in renamed:
             return {"text": renamed["instruction"]}  # a prompt alone is text to continue
@@ -303,7 +303,7 @@ def _sharegpt(entry: Mapping[str, Any]) -> Change:
         role = roles.get(role, role) if isinstance(role, str) else role
         return {**rest, "from": role, "value": value.get(content_tag)}
 
-    def change(row: dict[str, Any]) -> dict[str, Any]:
+    def change(row: JsonObject) -> JsonObject:
         renamed = _renamed(row, columns, _SHAREGPT)
         turns = renamed.get("conversations")
         if isinstance(turns, list):

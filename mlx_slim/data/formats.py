@@ -16,6 +16,7 @@ from mlx_slim.data.columns import option, proposal, recognised
 from mlx_slim.data.conversations import is_prompt_list, read_conversation, with_turns
 from mlx_slim.data.sources import RawRow
 from mlx_slim.errors import SlimError, did_you_mean
+from mlx_slim.reading import JsonObject
 
 EXPECTED = {
     "alpaca": "instruction, output (and input, system)",
@@ -44,9 +45,9 @@ class Example:
     """
 
     kind: str
-    messages: list[dict[str, Any]] = field(default_factory=list)
+    messages: list[JsonObject] = field(default_factory=list)
     fields: dict[str, str] = field(default_factory=dict)
-    extras: dict[str, Any] = field(default_factory=dict)
+    extras: JsonObject = field(default_factory=dict)
     cut_turns: int = 0
     weights: list[float] | None = None
     notes: tuple[str, ...] = ()
@@ -178,7 +179,7 @@ def read_example(
     return Example(kind, _turns(system, prompt, answer), fields)
 
 
-def _recognized_names(row: RawRow, columns: dict[str, Any]) -> dict[str, str]:
+def _recognized_names(row: RawRow, columns: JsonObject) -> dict[str, str]:
     """Return the renames, ours to the row's, of a row whose columns mean a known format.
 
     Columns that are null count only where the others do not say it: a row without its answer.
@@ -205,7 +206,7 @@ def _recognized_names(row: RawRow, columns: dict[str, Any]) -> dict[str, str]:
     return {}
 
 
-def _under(row: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+def _under(row: JsonObject, names: Mapping[str, str]) -> JsonObject:
     """Return a row under other names, ours to its own."""
     gone = {*names, *names.values()}
     rest = {key: item for key, item in row.items() if key not in gone}
@@ -261,7 +262,7 @@ def _need(fields: Mapping[str, str], name: str, reason: str) -> None:
         raise Dropped(reason)
 
 
-def _turns(system: str | None, prompt: str, answer: str) -> list[dict[str, Any]]:
+def _turns(system: str | None, prompt: str, answer: str) -> list[JsonObject]:
     first = [{"role": "system", "content": system}] if system else []
     return [
         *first,
@@ -270,9 +271,9 @@ def _turns(system: str | None, prompt: str, answer: str) -> list[dict[str, Any]]
     ]
 
 
-def _history(row: RawRow, value: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _history(row: RawRow, value: Mapping[str, Any]) -> list[JsonObject]:
     """Return the turns before an Alpaca row, from its ``history`` of [question, answer] pairs."""
-    turns: list[dict[str, Any]] = []
+    turns: list[JsonObject] = []
     pairs = value.get("history") or []
     for pair in pairs if isinstance(pairs, list) else [pairs]:
         if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from mlx_slim.data.lines import CHUNK, LONGEST, ReadStatus, lines, not_utf8, one_line, open_data
 from mlx_slim.errors import SlimError
-from mlx_slim.reading import MAX_DEPTH, MAX_DIGITS, check_depth, shown
+from mlx_slim.reading import MAX_DEPTH, MAX_DIGITS, JsonObject, check_depth, shown
 
 # Keys under which files keep their list of rows: {"version": "1", "data": [...]}.
 WRAPPERS = {
@@ -29,7 +29,7 @@ _HINT = "a file of JSON holds an array of objects, or objects one after another"
 _UNFINISHED = 16  # characters: a fault this near to the end may be a value that goes on
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, Any]]) -> JsonObject:
     """Return an object; refuse a key that stands twice, of which one would be lost."""
     token = dict(pairs)
     if len(token) != len(pairs):
@@ -240,7 +240,7 @@ class _JsonStream:
 
     def first_object(self) -> Iterator[tuple[int, Any]]:
         """Yield the object that starts here, or the rows that it keeps under a known key."""
-        row: dict[str, Any] = {}
+        row: JsonObject = {}
         self.take("{")
         while self.peek() != "}":
             line = self.line

@@ -6,14 +6,15 @@ the first places where it struck.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
 from mlx_slim.data.formats import Example
 from mlx_slim.data.sources import RawRow
 from mlx_slim.data.store import TokenRows
+from mlx_slim.reading import JsonObject
+from mlx_slim.reading import field as value_of
 
 _FIRST = 5  # places named for each reason
 _SUMS = (
@@ -104,7 +105,7 @@ class SourceLedger:
         """Return ``12 empty answer`` for each reason."""
         return [f"{tally.count:,} {reason}" for reason, tally in self.dropped.items()]
 
-    def as_record(self) -> dict[str, Any]:
+    def as_record(self) -> JsonObject:
         """Return the JSON object of this source."""
         return {
             "path": self.path,
@@ -132,7 +133,40 @@ class SourceLedger:
         }
 
 
-def notes(ledger: dict[str, Any]) -> list[str]:
+@dataclass(frozen=True)
+class RowTotals:
+    """Sums over all sources: ``totals`` of ``data_ledger.json``.
+
+    Attributes:
+        rows_given: Rows that were read.
+        rows_used: Rows that are learned from.
+        rows_truncated: Of those, the ones that were cut.
+        rows_dropped: Rows that are left out.
+        tokens: Of the rows used.
+        supervised_tokens: Of those, the ones that a loss is computed on.
+        exact_duplicates: Rows used that are equal to another one.
+    """
+
+    rows_given: int
+    rows_used: int
+    rows_truncated: int
+    rows_dropped: int
+    tokens: int
+    supervised_tokens: int
+    exact_duplicates: int
+
+    @classmethod
+    def read(cls, ledger: JsonObject, where: str) -> RowTotals:
+        """Return the sums of a whole ledger.
+
+        Raises:
+            SlimError: Names ``where``, the key and its value.
+        """
+        values = value_of(ledger, where, "totals", dict)
+        return cls(**{key.name: value_of(values, where, key.name, int, 0) for key in fields(cls)})
+
+
+def notes(ledger: JsonObject) -> list[str]:
     """Return one line for each thing that rows have and that is left out, of a whole ledger."""
     return [
         f"{source['path']}: rows with {what}: {entry['count']:,} (first: {entry['first'][0]})"
@@ -141,22 +175,22 @@ def notes(ledger: dict[str, Any]) -> list[str]:
     ]
 
 
-def totals(ledgers: list[SourceLedger], hashes: np.ndarray) -> dict[str, Any]:
+def totals(ledgers: list[SourceLedger], hashes: np.ndarray) -> RowTotals:
     """Return the sums over all sources; ``hashes`` (uint64, one a used row) give duplicates."""
-    return {
-        "rows_given": sum(ledger.rows_read for ledger in ledgers),
-        "rows_used": sum(ledger.used for ledger in ledgers),
-        "rows_truncated": sum(ledger.truncated.count for ledger in ledgers),
-        "rows_dropped": sum(t.count for ledger in ledgers for t in ledger.dropped.values()),
-        "tokens": sum(ledger.tokens for ledger in ledgers),
-        "supervised_tokens": sum(ledger.supervised_tokens for ledger in ledgers),
-        "exact_duplicates": len(hashes) - len(np.unique(hashes)),
-    }
+    return RowTotals(
+        rows_given=sum(ledger.rows_read for ledger in ledgers),
+        rows_used=sum(ledger.used for ledger in ledgers),
+        rows_truncated=sum(ledger.truncated.count for ledger in ledgers),
+        rows_dropped=sum(t.count for ledger in ledgers for t in ledger.dropped.values()),
+        tokens=sum(ledger.tokens for ledger in ledgers),
+        supervised_tokens=sum(ledger.supervised_tokens for ledger in ledgers),
+        exact_duplicates=len(hashes) - len(np.unique(hashes)),
+    )
 
 
 def split_ledger(
     setting: float | str, train: np.ndarray, validation: np.ndarray, leaked: int
-) -> dict[str, Any]:
+) -> JsonObject:
     """Return how the rows were split; weights count (a row taken twice counts twice)."""
     return {
         "validation": setting,

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -28,6 +27,7 @@ from mlx_slim.config import library
 from mlx_slim.config.task import TaskSpec, read_task
 from mlx_slim.data.mirror import records, split_file
 from mlx_slim.data.sources import MIRROR_VARIABLE, RawRow, Source
+from mlx_slim.reading import JsonObject
 
 LONG, SHORT = 13, 8
 _FIRST = 5
@@ -123,7 +123,7 @@ class Checker:
     index: Index | None
     rows: int = 0
     overlapping: int = 0
-    questions: dict[str, dict[str, Any]] = field(default_factory=dict)
+    questions: dict[str, JsonObject] = field(default_factory=dict)
     _waiting: list[str] = field(default_factory=list)  # their places
     _codes: array[int] = field(default_factory=lambda: array("Q"))
     _ends: list[int] = field(default_factory=list)
@@ -193,7 +193,7 @@ class Checker:
             room = _FIRST - len(entry["first"])
             entry["first"] += [self._waiting[row] for row in rows[:room]]
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> JsonObject:
         """Return the ledger's section: per data set the rows and questions that overlap."""
         self._flush()
         if self.index is None:

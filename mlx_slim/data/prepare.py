@@ -10,7 +10,7 @@ from __future__ import annotations
 import filecmp
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from mlx_slim.data.split import choose_validation, quotas, weighted
 from mlx_slim.data.store import TokenStore, TokenWriter
 from mlx_slim.data.workers import Workers
 from mlx_slim.errors import RowLimit, SlimError
-from mlx_slim.reading import library_errors, read_object, short
+from mlx_slim.reading import JsonObject, library_errors, read_object, short
 
 __all__ = ["Prepared", "fingerprint_difference", "prepare"]
 
@@ -58,8 +58,8 @@ class Prepared:
 
     train: TokenStore
     validation: TokenStore | None
-    ledger: dict[str, Any]
-    fingerprint: dict[str, Any]
+    ledger: JsonObject
+    fingerprint: JsonObject
     note: str = ""
 
 
@@ -126,7 +126,7 @@ def prepare(
             write_json(folder / LEDGER_FILE, stored["ledger"])
         return _open(tokens, stored["fingerprint"], stored["ledger"])
 
-    def write(target: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    def write(target: Path) -> tuple[JsonObject, JsonObject]:
         checker = overlap.Checker.from_mirror()
         with Workers(ChunkTokenizer(pipeline, checker.index is not None), processes) as workers:
             return _write(
@@ -175,7 +175,7 @@ def _validation_source(
     return find(source), source
 
 
-def _as_of_today(fingerprint: dict[str, Any]) -> dict[str, Any]:
+def _as_of_today(fingerprint: JsonObject) -> JsonObject:
     """Return an older version's fingerprint with this version's number and settings.
 
     Settings that the older version did not have stand at what it did: it learned all answers.
@@ -196,7 +196,7 @@ def _same_rows(old: Path, new: Path) -> bool:
     )
 
 
-def _open(tokens: Path, fingerprint: dict[str, Any], ledger: dict[str, Any]) -> Prepared:
+def _open(tokens: Path, fingerprint: JsonObject, ledger: JsonObject) -> Prepared:
     key = hash_json(fingerprint)
     with library_errors(f"{short(tokens)} is damaged", "remove it: it is made again"):
         index, chosen = (np.load(tokens / f"{part}.npy") for part in ("train", "validation"))
@@ -213,12 +213,12 @@ def _write(
     checker: overlap.Checker,
     sources: list[tuple[Source, SourceConfig]],
     validation_source: tuple[Source, SourceConfig] | None,
-    settings: dict[str, Any],
+    settings: JsonObject,
     folder: Path,
     *,
     config: DataConfig,
     seed: int,
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[JsonObject, JsonObject]:
     """Read, tokenise, split; return the full fingerprint and the ledger."""
     writer = TokenWriter(folder / "rows")
     ledgers: list[SourceLedger] = []
@@ -282,7 +282,7 @@ def _write(
         "max_length": settings["settings"]["max_length"],
         "truncation": config.truncation,
         "sources": [ledger.as_record() for ledger in ledgers],
-        "totals": totals(ledgers, hashes),
+        "totals": asdict(totals(ledgers, hashes)),
         "split": split_ledger(config.validation, train, validation, int(leaked.sum())),
         "evaluation_overlap": checker.report(),
     }

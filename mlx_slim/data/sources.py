@@ -24,7 +24,7 @@ from mlx_slim.data.folders import INFO, FolderRows, find_in_folder, split_folder
 from mlx_slim.data.lines import one_line
 from mlx_slim.data.readers import READERS, is_data, suffix_of
 from mlx_slim.errors import SlimError, did_you_mean
-from mlx_slim.reading import exists
+from mlx_slim.reading import JsonObject, exists
 
 MIRROR_VARIABLE = "MLX_SLIM_DATA"
 _HUB_ID = re.compile(
@@ -37,7 +37,7 @@ class RawRow(NamedTuple):
 
     where: str
     number: int
-    value: dict[str, Any]
+    value: JsonObject
     unit: str = "row"
 
     @property
@@ -71,7 +71,7 @@ class Source:
     limit: int | None = None
     blank_lines: int = 0
     unit: str = "row"
-    change: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    change: Callable[[JsonObject], JsonObject] | None = None
     definition: str = ""
     _hub: Any = None
 
@@ -124,7 +124,7 @@ class Source:
         except SlimError as error:
             raise SlimError(f"{row.place}: {error.message}", error.hint) from error
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self) -> JsonObject:
         """Return ``{path, sha256}``: equal exactly when the content is equal."""
         if self.kind == "hub":
             return {"path": self.name, "sha256": hash_bytes(str(self._hub._fingerprint).encode())}

@@ -10,11 +10,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from mlx_slim.artifacts import is_hub_id, public_name, write_text
 from mlx_slim.export.fuse import RECORD
-from mlx_slim.reading import read_object
+from mlx_slim.reading import JsonObject, read_object
 from mlx_slim.runtime import human_bytes
 
 CARD = "README.md"
@@ -63,7 +62,7 @@ class Card:
         write_text(folder / CARD, self.text())
 
 
-def records_of(folder: Path) -> list[tuple[str, dict[str, Any]]]:
+def records_of(folder: Path) -> list[tuple[str, JsonObject]]:
     """Return (file name, content) of the records in ``folder`` or, of a run, above it."""
     records = []
     for name in ("run.json", RECORD, "results.json"):
@@ -85,7 +84,7 @@ def describe(folder: Path, card: Card) -> None:
             _results(record, card)
 
 
-def _run(record: dict[str, Any], card: Card) -> None:
+def _run(record: JsonObject, card: Card) -> None:
     recipe, done = record.get("recipe", {}), record.get("result", {}).get("done", {})
     train, data = recipe.get("train", {}), recipe.get("data", {})
     result = record.get("result", {})
@@ -119,7 +118,7 @@ def _run(record: dict[str, Any], card: Card) -> None:
     _versions(record, card)
 
 
-def _fuse(record: dict[str, Any], card: Card) -> None:
+def _fuse(record: JsonObject, card: Card) -> None:
     effect = record["effect"]
     card.metrics += [
         ("adapter's effect retained by the fuse", f"{effect['kept']:.1%}"),
@@ -137,7 +136,7 @@ def _fuse(record: dict[str, Any], card: Card) -> None:
     _versions(record, card)
 
 
-def _results(record: dict[str, Any], card: Card) -> None:
+def _results(record: JsonObject, card: Card) -> None:
     for task, scores in record.get("tasks", {}).items():
         for metric, value in scores.get("metrics", {}).items():
             error = f" ± {value['stderr']:.4f}" if value.get("stderr") is not None else ""
@@ -146,7 +145,7 @@ def _results(record: dict[str, Any], card: Card) -> None:
             card.metrics.append((f"{task}, {metric}", text))
 
 
-def _versions(record: dict[str, Any], card: Card) -> None:
+def _versions(record: JsonObject, card: Card) -> None:
     versions = record.get("provenance", {}).get("versions", {})
     if versions and not any(name == "versions" for name, _ in card.provenance):
         card.provenance.append(("versions", ", ".join(f"{k} {v}" for k, v in versions.items())))

@@ -48,7 +48,7 @@ from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.models.verified_save import compute_dtype, save_checked, stored_dtype
 from mlx_slim.quantization.apply import parameter_bytes
 from mlx_slim.quantization.base import load_base, recorded_base
-from mlx_slim.reading import read_object
+from mlx_slim.reading import JsonObject, read_object
 from mlx_slim.runtime import (
     DTYPES,
     device_memory,
@@ -92,7 +92,7 @@ class Fused:
     least_retained: tuple[str, float]
     lost: str
 
-    def as_record(self) -> dict[str, Any]:
+    def as_record(self) -> JsonObject:
         """Return what ``--json`` prints and ``fuse.json`` holds."""
         return {
             "schema_version": SCHEMA_VERSION,
@@ -338,7 +338,7 @@ def _requantized(dense: Any, former: Any) -> nn.Module:
     return layer
 
 
-def _record(result: Fused, source: str | Path, stack: list[Weighted]) -> dict[str, Any]:
+def _record(result: Fused, source: str | Path, stack: list[Weighted]) -> JsonObject:
     described = [_described(one) for one in stack]
     return {
         **result.as_record(),
@@ -349,7 +349,7 @@ def _record(result: Fused, source: str | Path, stack: list[Weighted]) -> dict[st
     }
 
 
-def _described(one: Weighted) -> dict[str, Any]:
+def _described(one: Weighted) -> JsonObject:
     settings = read_object(one.folder / CONFIG)
     keys = ("fine_tune_type", "lora_parameters", "trained_with", "model")
     if settings.get("model"):

@@ -18,7 +18,7 @@ from mlx_slim.artifacts import public_name
 from mlx_slim.errors import SlimError, printable, without_secrets
 from mlx_slim.export.card import CARD, Card, describe
 from mlx_slim.models.tensors import few
-from mlx_slim.reading import field, read_object
+from mlx_slim.reading import JsonObject, field, read_object
 from mlx_slim.runtime import hub_offline, human_bytes
 
 _BULK = "checkpoints"  # a run folder keeps its tokens and checkpoints in it
@@ -132,7 +132,7 @@ def _notes(folder: Path, files: list[tuple[str, int]]) -> list[str]:
     return notes
 
 
-def _base(settings: dict[str, Any], where: str) -> str:
+def _base(settings: JsonObject, where: str) -> str:
     keys = ("base_model_name_or_path", "model")
     return next((name for key in keys if (name := field(settings, where, key, str, ""))), "")
 

@@ -36,7 +36,7 @@ from mlx_slim.events import Notice, Observer
 from mlx_slim.finetuning.demo_page import TASK, write_answered_page
 from mlx_slim.finetuning.options import DemoOptions
 from mlx_slim.finetuning.run import finetune
-from mlx_slim.finetuning.run_dir import STATE_FILE
+from mlx_slim.finetuning.run_dir import STATE_FILE, read_result
 from mlx_slim.models.convert import convert
 from mlx_slim.models.hub import SMOLLM2_PACKAGE, bundled_smollm2, resolve
 from mlx_slim.models.load import read_config
@@ -308,20 +308,19 @@ def _score(
 
 
 def _row(method: str, base: Path, run: Path, before: Scored, after: Scored) -> DemoRow:
-    record = read_object(run / "run.json")
-    result = record["result"]
-    done = result["done"]
+    result = read_result(run)
+    done = result.done
     return DemoRow(
         method=method,
         before=before,
         after=after,
-        trainable=result["trainable"],
-        total=result["total"],
-        tokens_per_second=done["tokens"] / done["seconds"],
-        peak_memory_bytes=done["peak_memory_bytes"],
+        trainable=result.trainable,
+        total=result.total,
+        tokens_per_second=done.tokens / done.seconds,
+        peak_memory_bytes=done.peak_memory_bytes,
         base_bytes=sum(path.stat().st_size for path in base.glob("*.safetensors")),
-        tuned_bytes=record["artifact_bytes"],
-        minutes=done["seconds"] / 60,
+        tuned_bytes=read_object(run / "run.json", artifact_bytes=int)["artifact_bytes"],
+        minutes=done.seconds / 60,
     )
 
 

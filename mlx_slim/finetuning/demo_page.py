@@ -11,7 +11,7 @@ from pathlib import Path
 from mlx_slim.artifacts import read_records
 from mlx_slim.finetuning.answers import Answered, write_answers
 from mlx_slim.finetuning.report import write_page
-from mlx_slim.finetuning.run_dir import RECORD, STATE_FILE
+from mlx_slim.finetuning.run_dir import STATE_FILE, read_result
 from mlx_slim.next_steps import YOUR_ROWS, NextStep, look_at, step, use_model
 from mlx_slim.reading import read_object
 
@@ -43,10 +43,10 @@ def write_answered_page(run: Path, rows: Path, before: Path, after: Path) -> Non
 
 def demo_steps(run: Path) -> list[NextStep]:
     """Return what one would type after the demo, with the run of its best method."""
-    result = read_object(run / RECORD, result=dict)["result"]
+    result = read_result(run)
     system = read_object(run / STATE_FILE, recipe=dict)["recipe"]["data"]["system"] or ""
-    adapted = result["artifact"] == "adapters"
-    model, adapters = (result["model"], [run / "adapters"]) if adapted else (run / "model", [])
+    adapted = result.artifact == "adapters"
+    model, adapters = (result.model, [run / "adapters"]) if adapted else (run / "model", [])
     on = [word for one in adapters for word in ("--adapter", one)]
     message = ["--system", system, "--prompt", _MESSAGE]
     yours = [f"data.path={YOUR_ROWS}", "-o", "runs/mine"]

@@ -12,7 +12,6 @@ import gc
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -37,6 +36,7 @@ from mlx_slim.finetuning.run_dir import (
     claim,
     command_words,
     is_complete,
+    read_result,
     run_dir,
     state_record,
 )
@@ -52,7 +52,7 @@ from mlx_slim.models.recorded_logits import free_weights
 from mlx_slim.planner.memory import Prediction
 from mlx_slim.planner.suggest import changed
 from mlx_slim.progress import stage
-from mlx_slim.reading import library_errors, read_object, short
+from mlx_slim.reading import JsonObject
 from mlx_slim.runtime import (
     dtype_name,
     free_disk,
@@ -258,16 +258,7 @@ def _build(
 
 def _finished(out: Path, observer: events.Observer) -> Result:
     """Return the result of a run that is complete."""
-    file = out / RECORD
-    fields = read_object(file, result=dict)["result"]
-    ledger = read_object(out / "data_ledger.json")
-    with library_errors(f"{short(file)} is damaged", "start a new run"):
-        result = Result(
-            out=out,
-            done=events.Done.from_record(fields["done"]),
-            ledger=ledger,
-            **{key: value for key, value in fields.items() if key != "done"},
-        )
+    result = read_result(out)
     observer.notify(events.Notice(f"{out} is complete: nothing to do"))
     return result
 
@@ -364,7 +355,7 @@ def _record(
     result: Result,
     budget: int,
     extended: Extended | None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Return ``run.json``."""
     files = [p for p in (result.out / result.artifact).rglob("*") if p.is_file()]
     return {

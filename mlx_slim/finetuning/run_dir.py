@@ -28,13 +28,14 @@ from mlx_slim.artifacts import SCHEMA_VERSION, write_json, write_text
 from mlx_slim.config.aliases import RECIPE, rename
 from mlx_slim.config.load import COMMAND_LINE, Resolved
 from mlx_slim.config.schema import Recipe, TrainConfig
-from mlx_slim.data.prepare import Prepared
+from mlx_slim.data.ledger import RowTotals
+from mlx_slim.data.prepare import LEDGER_FILE, Prepared
 from mlx_slim.data.readers import is_data
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.tasks.training_rows import tasks_of
 from mlx_slim.finetuning.build import started_from
 from mlx_slim.next_steps import GENERAL_TASK, YOUR_TASK, NextStep, after_run
-from mlx_slim.reading import exists, field, library_errors, read_object, short
+from mlx_slim.reading import JsonObject, exists, field, library_errors, read_object, short
 from mlx_slim.run_dir import RunDir, RunKind
 from mlx_slim.runtime import from_first_rank, human_bytes, human_seconds
 from mlx_slim.training.optim import Extended
@@ -87,9 +88,22 @@ class Result:
     trainable: int
     total: int
     predicted_peak_bytes: int
-    ledger: dict[str, Any]
+    ledger: JsonObject
     on: list[str] = dataclasses.field(default_factory=list)
     base: str | None = None
+
+
+def read_result(out: Path) -> Result:
+    """Return the result of the complete run in ``out``.
+
+    Raises:
+        SlimError: If it is not complete, or its record is damaged.
+    """
+    file, ledger = out / RECORD, out / LEDGER_FILE
+    values = dict(read_object(file, result=dict)["result"])
+    with library_errors(f"{short(file)} is damaged", "start a new run"):
+        done = events.Done.from_record(values.pop("done"))
+        return Result(out=out, done=done, ledger=read_object(ledger), **values)
 
 
 def run_dir(out: Path) -> RunDir:
@@ -198,7 +212,7 @@ def adapter_hashes(recipe: Recipe) -> dict[str, str]:
     return {str(folder): adapter_hash(folder) for folder in (*below, *started_from(recipe))}
 
 
-def current_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
+def current_recipe(recipe: JsonObject) -> JsonObject:
     """Return the recipe of a run under today's keys, and with those that its version did not have.
 
     The latter get their defaults, except where that version computed otherwise: 0.1 decayed every
@@ -215,7 +229,7 @@ def current_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
     return {**recipe, "train": train}
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+def _differences(old: JsonObject, new: JsonObject, prefix: str = "") -> list[str]:
     """Return ``key: old → new`` for each value that a resume may not change."""
     lines: list[str] = []
     for key in sorted(set(old) | set(new)):
@@ -232,7 +246,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
 
 def state_record(
     resolved: Resolved, data: Prepared | None, extended: Extended | None = None
-) -> dict[str, Any]:
+) -> JsonObject:
     """Return ``recipe.json``: what a resume must match; ``data`` is None before there are rows."""
     return {
         "schema_version": SCHEMA_VERSION,
@@ -246,7 +260,7 @@ def state_record(
     }
 
 
-def begin(out: Path, state: dict[str, Any] | None, text: str) -> None:
+def begin(out: Path, state: JsonObject | None, text: str) -> None:
     """Record in the folder ``out`` that a run can start, or that it takes more steps now.
 
     Args:
@@ -309,10 +323,10 @@ def task_to_score(rows: Sequence[str]) -> str:
 
 def summary_rows(result: Result) -> dict[str, str]:
     """Return the closing summary as name -> text."""
-    done, totals = result.done, result.ledger["totals"]
+    done, totals = result.done, RowTotals.read(result.ledger, str(result.out))
     rows = {
-        "rows": f"{totals['rows_used']:,} used of {totals['rows_given']:,} given"
-        f" ({totals['rows_dropped']:,} dropped, {totals['rows_truncated']:,} cut)",
+        "rows": f"{totals.rows_used:,} used of {totals.rows_given:,} given"
+        f" ({totals.rows_dropped:,} dropped, {totals.rows_truncated:,} cut)",
         "steps": f"{done.step:,} ({done.reason.replace('_', ' ')})",
         "tokens": f"{done.tokens:,} at {done.tokens / max(done.seconds, 1e-9):,.0f} tokens/s",
         "time": human_seconds(done.seconds),

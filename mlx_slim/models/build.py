@@ -10,7 +10,7 @@ of the config's own keys. Try it: ``mlx-slim prune MODEL -o DIR --ratio 0.2 --dr
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,13 +20,13 @@ from mlx_slim.models import rope_install, structure
 from mlx_slim.models.activations import use_tanh_gelu
 from mlx_slim.models.reference import reference_of
 from mlx_slim.models.rope_support import support_of
-from mlx_slim.reading import library_errors
+from mlx_slim.reading import JsonObject, ModelConfig, library_errors
 
 WIDTHS = "mlx_slim_widths"
 _KEYS = {"heads", "kv_heads", "intermediate_size"}
 
 
-def build(config: dict[str, Any]) -> nn.Module:
+def build(config: ModelConfig) -> nn.Module:
     """Return the model of ``config``, quantized where the config says so, without evaluating it.
 
     Raises:
@@ -46,7 +46,7 @@ def build(config: dict[str, Any]) -> nn.Module:
     if quantization := config.get("quantization"):
         base = {k: quantization[k] for k in ("group_size", "bits", "mode") if k in quantization}
 
-        def decide(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        def decide(path: str, module: nn.Module) -> bool | JsonObject:
             if path in quantization:
                 return quantization[path]
             width = getattr(module, "weight", mx.zeros((1, 1))).shape[-1]
@@ -56,7 +56,7 @@ def build(config: dict[str, Any]) -> nn.Module:
     return model
 
 
-def construct(config: dict[str, Any]) -> nn.Module:
+def construct(config: ModelConfig) -> nn.Module:
     """Return the dense model of ``config``: its class, with our widths, RoPE and activation.
 
     Raises:
@@ -76,7 +76,7 @@ def construct(config: dict[str, Any]) -> nn.Module:
     return model
 
 
-def apply_widths(model: nn.Module, config: dict[str, Any]) -> None:
+def apply_widths(model: nn.Module, config: ModelConfig) -> None:
     """Give the blocks of a model that has no weights yet the widths of ``mlx_slim_widths``.
 
     Raises:
@@ -129,7 +129,7 @@ def widths_of(model: nn.Module) -> list[dict[str, int]]:
 
 
 def refuse_unnamed(
-    config: dict[str, Any], kinds: Collection[str], format_name: str, way_out: str
+    config: ModelConfig, kinds: Collection[str], format_name: str, way_out: str
 ) -> None:
     """Refuse a model type for whose tensors ``format_name`` has no names here.
 
@@ -150,7 +150,7 @@ def refuse_unnamed(
         )
 
 
-def refuse_varied(config: dict[str, Any], format_name: str) -> None:
+def refuse_varied(config: ModelConfig, format_name: str) -> None:
     """Refuse a model whose widths differ per layer, where ``format_name`` cannot say them.
 
     Raises:

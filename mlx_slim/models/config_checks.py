@@ -17,7 +17,7 @@ from typing import Any
 
 from mlx_slim.errors import SlimError
 from mlx_slim.models.tensors import Tensor
-from mlx_slim.reading import field, open_regular, read_object, read_text, short, shown
+from mlx_slim.reading import JsonObject, field, open_regular, read_object, read_text, short, shown
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -42,7 +42,7 @@ _MOST_TEMPLATE = 4 << 20  # bytes
 _MOST_ID = 1 << 31
 
 
-def read_configs(folder: Path) -> dict[str, Any]:
+def read_configs(folder: Path) -> JsonObject:
     """Return ``config.json`` of a model folder as it stands, its generation config checked too.
 
     Raises:
@@ -196,7 +196,7 @@ def _check_id(index: Any, what: str) -> None:
         raise SlimError(f"{what} is {shown(index)}, expected a token id", _ORIGINAL)
 
 
-def _check_fast(tokenizer: dict[str, Any] | None, where: str) -> None:
+def _check_fast(tokenizer: JsonObject | None, where: str) -> None:
     """Check what ``tokenizer.json`` allocates by; its model is checked by its own library."""
     if tokenizer is None:
         return
@@ -213,7 +213,7 @@ def _check_fast(tokenizer: dict[str, Any] | None, where: str) -> None:
                 raise _bad(where, path, value, f"a whole number of at most {MOST_WIDE:,}")
 
 
-def _check_settings(settings: dict[str, Any] | None, where: str) -> None:
+def _check_settings(settings: JsonObject | None, where: str) -> None:
     if settings is None:
         return
     for index, token in field(settings, where, "added_tokens_decoder", dict, {}).items():

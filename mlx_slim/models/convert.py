@@ -28,7 +28,7 @@ from mlx_slim.models.options import ConvertOptions
 from mlx_slim.models.quantized import densify, is_quantized, use_fast_matmul
 from mlx_slim.models.save import save_model, saved_config
 from mlx_slim.models.tokenizer import description
-from mlx_slim.reading import shown
+from mlx_slim.reading import JsonObject, ModelConfig, shown
 from mlx_slim.runtime import dtype_name, to_float
 
 # Largest KL divergence (nats a token) between source and output: rounding to bfloat16 costs 0.01 on
@@ -123,7 +123,7 @@ class _Conversion:
     """What remains of the source once its model is freed."""
 
     logits_LV: mx.array
-    tokenizer: dict[str, Any]
+    tokenizer: JsonObject
     same_dtypes: bool
     notes: list[str]
 
@@ -165,7 +165,7 @@ def _parameters(model: nn.Module) -> dict[str, mx.array]:
 
 
 def _report(
-    out: Path, model: nn.Module, config: dict[str, Any], kl: float, exact: bool, notes: list[str]
+    out: Path, model: nn.Module, config: ModelConfig, kl: float, exact: bool, notes: list[str]
 ) -> ConvertReport:
     from mlx_lm.utils import compute_bits_per_weight, get_total_parameters
 
@@ -183,7 +183,7 @@ def _report(
     )
 
 
-def _probe(model: nn.Module, config: dict[str, Any]) -> mx.array:
+def _probe(model: nn.Module, config: ModelConfig) -> mx.array:
     """Return float32 logits (L, V) on a few token ids spread over the vocabulary."""
     text = config.get("text_config")
     vocab = int(config.get("vocab_size") or (text or {}).get("vocab_size") or 256)

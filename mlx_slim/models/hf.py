@@ -8,9 +8,9 @@ Try it: ``mlx-slim export MODEL --to hf -o DIR``.
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 from mlx_slim.models.build import refuse_unnamed, refuse_varied
+from mlx_slim.reading import ModelConfig
 
 # Model type -> class. mlx-lm renames or reshapes the tensors of the others while loading.
 CLASSES = {
@@ -33,7 +33,7 @@ CLASSES = {
 }
 
 
-def check_writable_as_hf(config: dict[str, Any]) -> None:
+def check_writable_as_hf(config: ModelConfig) -> None:
     """Refuse an architecture whose tensors have other names there.
 
     Raises:
@@ -44,7 +44,7 @@ def check_writable_as_hf(config: dict[str, Any]) -> None:
     refuse_unnamed(config, CLASSES, "the Hugging Face format", names)
 
 
-def hf_config(config: dict[str, Any]) -> dict[str, Any]:
+def hf_config(config: ModelConfig) -> ModelConfig:
     """Return ``config`` for transformers: class, ``rope_parameters``, nothing of MLX's.
 
     Raises:

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from mlx_slim.artifacts import (
     SCHEMA_VERSION,
     write_json,
 )
-from mlx_slim.reading import read_object
+from mlx_slim.reading import JsonObject, read_object
 
 RECORD = "training_rows.json"
 
 
-def entries_of(record: Path) -> list[dict[str, Any]]:
+def entries_of(record: Path) -> list[JsonObject]:
     """Return the sources that a ``training_rows.json`` lists; none where there is no such file."""
     return read_object(record, sources=list)["sources"] if record.is_file() else []
 
@@ -47,7 +46,7 @@ def carry(folder: Path, artifacts: Iterable[Path]) -> None:
         write_json(folder / RECORD, {"schema_version": SCHEMA_VERSION, "sources": entries})
 
 
-def _declared(artifacts: Iterable[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
+def _declared(artifacts: Iterable[Path]) -> Iterator[tuple[Path, JsonObject]]:
     """Yield every entry of the records in and around folders, with the folder that has it."""
     for folder in artifacts:
         path = folder.absolute()

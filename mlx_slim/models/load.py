@@ -42,7 +42,7 @@ from mlx_slim.models.tensors import (
 )
 from mlx_slim.models.tokenizer import fit_tokenizer
 from mlx_slim.progress import stage, tracked
-from mlx_slim.reading import library_errors, short
+from mlx_slim.reading import ModelConfig, library_errors, short
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -80,7 +80,7 @@ _FILES = (
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 # Changes a model whose weights are not read yet (quantizes it), and returns its config.
-Transform = Callable[[nn.Module, dict[str, Any]], dict[str, Any]]
+Transform = Callable[[nn.Module, ModelConfig], ModelConfig]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Loaded:
 
     model: nn.Module
     tokenizer: TokenizerWrapper
-    config: dict[str, Any]
+    config: ModelConfig
     path: Path
     source: str
     revision: str | None
@@ -158,7 +158,7 @@ def load(
 
 def open_weights(
     folder: Path, *, dtype: mx.Dtype | None = None, trust_remote_code: bool = False
-) -> tuple[nn.Module, dict[str, Any], list[str]]:
+) -> tuple[nn.Module, ModelConfig, list[str]]:
     """Return the model of a folder with weights that MLX has not read yet, its config and notes.
 
     Evaluating a parameter reads it; a model that drops it then holds one tensor at a time.
@@ -202,7 +202,7 @@ def load_tokenizer(
     return _load_tokenizer(folder, config, trust_remote_code)[0]
 
 
-def read_config(source: str | Path, revision: str | None = None) -> dict[str, Any]:
+def read_config(source: str | Path, revision: str | None = None) -> ModelConfig:
     """Return the normalised config of a folder or hub id, without fetching or reading weights.
 
     Where the weights are here, ``dtype`` is what most of their floating bytes are stored in.
@@ -253,7 +253,7 @@ def cast(model: nn.Module, dtype: mx.Dtype) -> None:
     model.update(tree_map_with_path(one, model.parameters()))
 
 
-def _raw_config(folder: Path) -> dict[str, Any]:
+def _raw_config(folder: Path) -> ModelConfig:
     from mlx_lm.utils import load_config
 
     read_configs(folder)  # both of its files, before mlx-lm reads them
@@ -261,7 +261,7 @@ def _raw_config(folder: Path) -> dict[str, Any]:
 
 
 def _normalized(
-    folder: Path, raw: dict[str, Any], tensors: dict[str, Tensor] | None, names: set[str] | None
+    folder: Path, raw: ModelConfig, tensors: dict[str, Tensor] | None, names: set[str] | None
 ) -> Normalized:
     """Return the normalised config, held against the tensors of the folder before."""
     check_config(raw, folder, tensors)
@@ -271,7 +271,7 @@ def _normalized(
         return normalize_config(raw, names)
 
 
-def _names(config: dict[str, Any], tensors: dict[str, Tensor]) -> set[str]:
+def _names(config: ModelConfig, tensors: dict[str, Tensor]) -> set[str]:
     """Names of the tensors, less an ``lm_head`` that repeats the embedding of a tied model."""
     names = set(tensors)
     if config.get("tie_word_embeddings") is not True:
@@ -290,11 +290,11 @@ def _equal(tensors: dict[str, Tensor], one: str, other: str) -> bool:
     return same_bytes(a, b)
 
 
-def _build(folder: Path, normalized: Normalized, trust: bool) -> tuple[nn.Module, dict[str, Any]]:
+def _build(folder: Path, normalized: Normalized, trust: bool) -> tuple[nn.Module, ModelConfig]:
     from mlx_lm.utils import load_model
 
-    def classes(config: dict[str, Any]) -> tuple[Any, Any]:
-        def build(config: dict[str, Any]) -> nn.Module:
+    def classes(config: ModelConfig) -> tuple[Any, Any]:
+        def build(config: ModelConfig) -> nn.Module:
             model = construct(config)
             # All that does not fit in one error: the stock check stops at the first kind.
             object.__setattr__(
@@ -331,7 +331,7 @@ class _Config:
     """Stands for the class of arguments: ``construct`` reads the config itself."""
 
     @staticmethod
-    def from_dict(config: dict[str, Any]) -> dict[str, Any]:
+    def from_dict(config: ModelConfig) -> ModelConfig:
         """Return ``config``."""
         return config
 
@@ -360,7 +360,7 @@ def fill(model: nn.Module, folder: Path, tensors: dict[str, mx.array]) -> nn.Mod
 
 
 def _load_tokenizer(
-    folder: Path, config: dict[str, Any], trust: bool
+    folder: Path, config: ModelConfig, trust: bool
 ) -> tuple[TokenizerWrapper, list[str]]:
     """Return the tokenizer, fitted to its model, and what to say of it."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

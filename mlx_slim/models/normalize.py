@@ -16,13 +16,13 @@ from collections.abc import Collection
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from mlx_slim.errors import SlimError
 from mlx_slim.models.reference import reference_of
 from mlx_slim.models.rope import TYPES, is_positive
 from mlx_slim.models.rope_install import differs_in_stock, kind_of
 from mlx_slim.models.rope_support import support_of
+from mlx_slim.reading import JsonObject, ModelConfig
 
 _BASE_THETA = 10000.0
 _ORIGINAL = "use the original model's config"
@@ -38,12 +38,12 @@ class Normalized:
         notes: What was changed and why, a line each.
     """
 
-    config: dict[str, Any]
+    config: ModelConfig
     notes: list[str]
 
 
 def normalize_config(
-    config: dict[str, Any], tensor_names: Collection[str] | None = None
+    config: ModelConfig, tensor_names: Collection[str] | None = None
 ) -> Normalized:
     """Return ``config`` with RoPE, tied embeddings and dtype where mlx-lm looks for them.
 
@@ -75,7 +75,7 @@ def normalize_config(
     return Normalized(config, notes)
 
 
-def _note_stock(config: dict[str, Any], module: ModuleType, notes: list[str]) -> None:
+def _note_stock(config: ModelConfig, module: ModuleType, notes: list[str]) -> None:
     """Say where mlx-lm by itself would compute other logits of this config."""
     ropes = [rope for rope in reference_of(config).rope if rope and rope["rope_type"] in TYPES]
     support = support_of(module.__name__)
@@ -84,7 +84,7 @@ def _note_stock(config: dict[str, Any], module: ModuleType, notes: list[str]) ->
         notes.append(f"RoPE {names} is computed as transformers does; mlx-lm by itself does not")
 
 
-def model_module(config: dict[str, Any]) -> ModuleType:
+def model_module(config: ModelConfig) -> ModuleType:
     """Return the module of ``mlx_lm.models`` that implements ``config["model_type"]``.
 
     A config that brings its own ``model_file`` is checked by the loader, not here.
@@ -141,7 +141,7 @@ def _fields(module: ModuleType) -> set[str]:
 
 
 def _tie(
-    config: dict[str, Any],
+    config: ModelConfig,
     module: ModuleType,
     tensor_names: Collection[str] | None,
     notes: list[str],
@@ -157,7 +157,7 @@ def _tie(
 
 
 def _flatten_rope(
-    config: dict[str, Any], module: ModuleType, notes: list[str], *, strict: bool
+    config: ModelConfig, module: ModuleType, notes: list[str], *, strict: bool
 ) -> None:
     fields = _fields(module)
     scaling = config.get("rope_scaling")
@@ -202,7 +202,7 @@ def _flatten_rope(
         _lift_pattern(config, notes)
 
 
-def _lift_pattern(config: dict[str, Any], notes: list[str]) -> None:
+def _lift_pattern(config: ModelConfig, notes: list[str]) -> None:
     """Turn ``layer_types`` into the pattern that a class reads: each p-th layer sees all tokens."""
     types = config.get("layer_types")
     if not isinstance(types, list) or "sliding_window_pattern" in config:
@@ -220,8 +220,8 @@ def _lift_pattern(config: dict[str, Any], notes: list[str]) -> None:
 
 
 def _one_rope(
-    config: dict[str, Any], parameters: dict[str, Any], fields: set[str], notes: list[str]
-) -> dict[str, Any] | None:
+    config: ModelConfig, parameters: JsonObject, fields: set[str], notes: list[str]
+) -> JsonObject | None:
     """Return the main entry of per-layer-type parameters; the sliding one goes to its own key.
 
     None where the class cannot express them: ``rope_install.py`` puts them in, layer by layer.
@@ -247,7 +247,7 @@ def _one_rope(
     return main
 
 
-def _default_theta(config: dict[str, Any], notes: list[str]) -> None:
+def _default_theta(config: ModelConfig, notes: list[str]) -> None:
     """Write down the theta that a config leaves to transformers: mlx-lm's defaults are others."""
     reference = reference_of(config)
     pairs = zip(reference.windows, reference.rope, strict=True)
@@ -259,7 +259,7 @@ def _default_theta(config: dict[str, Any], notes: list[str]) -> None:
         notes.append(f"rope_theta {theta:g} is transformers' default for this model type")
 
 
-def _default_part(config: dict[str, Any], notes: list[str]) -> None:
+def _default_part(config: ModelConfig, notes: list[str]) -> None:
     """Write down the rotated part of a head that a config leaves to transformers."""
     if config.get("partial_rotary_factor") is None:
         ropes = [rope for rope in reference_of(config).rope if rope]
@@ -270,7 +270,7 @@ def _default_part(config: dict[str, Any], notes: list[str]) -> None:
 
 
 def _lift_rope(
-    config: dict[str, Any], parameters: dict[str, Any], fields: set[str], notes: list[str]
+    config: ModelConfig, parameters: JsonObject, fields: set[str], notes: list[str]
 ) -> None:
     parameters = dict(parameters)
     theta = parameters.pop("rope_theta", None)
@@ -296,9 +296,7 @@ def _lift_rope(
     notes.append(f"rope_scaling {kind} taken from rope_parameters")
 
 
-def _check_rope_type(
-    config: dict[str, Any], kind: str, module: ModuleType, fields: set[str]
-) -> None:
+def _check_rope_type(config: ModelConfig, kind: str, module: ModuleType, fields: set[str]) -> None:
     """Refuse a RoPE type that neither ``models/rope_install.py`` nor the class computes."""
     if kind == "default" or kind_of({"type": kind}) in TYPES:
         return
@@ -309,7 +307,7 @@ def _check_rope_type(
         )
 
 
-def _check_rope_values(config: dict[str, Any], fields: set[str]) -> None:
+def _check_rope_values(config: ModelConfig, fields: set[str]) -> None:
     """Refuse a theta or a rotated part that the class has no field for."""
     name = config["model_type"]
     if "text_config" in fields or isinstance(config.get("text_config"), dict):

@@ -22,6 +22,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_slim.models.dequantize import dequantize
+from mlx_slim.reading import JsonObject
 from mlx_slim.runtime import device_memory, on_gpu
 
 # Rows from which rebuilding the weight pays. Measured on two cores: 2 rows for 576 x 1536 affine,
@@ -110,7 +111,7 @@ def _dense(module: nn.Module, weight_OQ: mx.array) -> mx.array:
     return dequantize(weight_OQ, module["scales"], module.get("biases"), **_format(module))
 
 
-def _format(module: nn.Module) -> dict[str, Any]:
+def _format(module: nn.Module) -> JsonObject:
     return {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
 
 

@@ -13,6 +13,8 @@ import dataclasses
 import logging
 from typing import Any
 
+from mlx_slim.reading import JsonObject, ModelConfig
+
 # Keys of config.json that are about storage or tokens: transformers would only warn of them.
 _UNRELATED = (
     "architectures",
@@ -45,7 +47,7 @@ class Reference:
         from_transformers: transformers knows the model type; else the raw keys were read.
     """
 
-    rope: list[dict[str, Any] | None]
+    rope: list[JsonObject | None]
     windows: list[int | None]
     positions: int | None
     by_layer: bool
@@ -53,7 +55,7 @@ class Reference:
     from_transformers: bool
 
 
-def reference_of(config: dict[str, Any]) -> Reference:
+def reference_of(config: ModelConfig) -> Reference:
     """Return what transformers computes for ``config``, raw or normalised."""
     text = config.get("text_config")
     inner = text if isinstance(text, dict) else config
@@ -84,7 +86,7 @@ def reference_of(config: dict[str, Any]) -> Reference:
     )
 
 
-def _reference_config(config: dict[str, Any]) -> Any | None:
+def _reference_config(config: ModelConfig) -> Any | None:
     """Return transformers' text configuration object; None where it has none for ``config``."""
     from transformers import AutoConfig
 
@@ -108,7 +110,7 @@ def _reference_config(config: dict[str, Any]) -> Any | None:
         log.setLevel(level)
 
 
-def _rename(rope: Any, config: dict[str, Any]) -> None:
+def _rename(rope: Any, config: ModelConfig) -> None:
     """Give old names of a RoPE type their new ones, in place."""
     if not isinstance(rope, dict):
         return
@@ -144,7 +146,7 @@ def _windows(reference: Any, types: list[str] | None, layers: int) -> list[int |
     return [window if kind == _SLIDING else None for kind in types]
 
 
-def _raw(config: dict[str, Any], layers: int) -> Reference:
+def _raw(config: ModelConfig, layers: int) -> Reference:
     """Read the keys themselves."""
     rope = config.get("rope_scaling") or config.get("rope_parameters")
     rope = copy.deepcopy(rope) if isinstance(rope, dict) else None

@@ -21,6 +21,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_slim.errors import SlimError
+from mlx_slim.reading import JsonObject
 
 TYPES = ("linear", "dynamic", "yarn", "longrope", "llama3")
 _REQUIRED = {
@@ -187,7 +188,7 @@ def boundary_of(model: nn.Module, *, dynamic_only: bool = False) -> int | None:
 
 
 def make_rope(
-    rope: dict[str, Any], dims: int, *, positions: int | None, traditional: bool = False
+    rope: JsonObject, dims: int, *, positions: int | None, traditional: bool = False
 ) -> ScaledRoPE:
     """Return the rotary embedding of ``rope``.
 
@@ -230,7 +231,7 @@ def make_rope(
         raise _bad(kind, f"has a value that cannot be used: {error}") from error
 
 
-def check_values(rope: dict[str, Any]) -> None:
+def check_values(rope: JsonObject) -> None:
     """Refuse parameters of a type of ``TYPES`` that are missing or no numbers above 0.
 
     Raises:
@@ -262,7 +263,7 @@ def _bad(kind: str, what: str) -> SlimError:
     return SlimError(f"config.json: RoPE type {kind!r} {what}", "use the original model's config")
 
 
-def _llama3(rope: dict[str, Any], plain: np.ndarray, original: int) -> np.ndarray:
+def _llama3(rope: JsonObject, plain: np.ndarray, original: int) -> np.ndarray:
     factor = float(rope["factor"])
     low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
     turns = original / (2 * math.pi * plain)  # of each pair over the original context
@@ -270,9 +271,7 @@ def _llama3(rope: dict[str, Any], plain: np.ndarray, original: int) -> np.ndarra
     return 1.0 / ((1 - smooth) / (plain * factor) + smooth / plain)
 
 
-def _yarn(
-    rope: dict[str, Any], dims: int, theta: float, factor: float, original: int
-) -> np.ndarray:
+def _yarn(rope: JsonObject, dims: int, theta: float, factor: float, original: int) -> np.ndarray:
     def pair(turns: float) -> float:
         """Return the pair that makes so many turns over the original context."""
         return dims * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
@@ -287,7 +286,7 @@ def _yarn(
     return 1.0 / (ramp / (factor * plain) + (1 - ramp) / plain)
 
 
-def _yarn_scale(rope: dict[str, Any], factor: float) -> float:
+def _yarn_scale(rope: JsonObject, factor: float) -> float:
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
 
@@ -299,7 +298,7 @@ def _yarn_scale(rope: dict[str, Any], factor: float) -> float:
 
 
 def _longrope(
-    rope: dict[str, Any],
+    rope: JsonObject,
     plain: np.ndarray,
     dims: int,
     factor: float,

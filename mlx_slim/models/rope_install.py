@@ -20,12 +20,13 @@ from mlx_slim.models import structure
 from mlx_slim.models.reference import Reference
 from mlx_slim.models.rope import TYPES, check_values, make_rope
 from mlx_slim.models.rope_support import RopeSupport, support_of
+from mlx_slim.reading import JsonObject, ModelConfig
 
 _HINT = "loading it would give wrong logits; a newer mlx-lm may support it"
 _NAME = re.compile(r"(RoPE|RotaryEmbedding)$")  # of the classes of rotary embeddings
 
 
-def plain_config(config: dict[str, Any]) -> dict[str, Any]:
+def plain_config(config: ModelConfig) -> ModelConfig:
     """Return ``config`` without the scaling that ``install`` will put in.
 
     Some classes refuse or misread scaling that they do not know, at construction already.
@@ -48,7 +49,7 @@ def plain_config(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def differs_in_stock(rope: dict[str, Any], support: RopeSupport) -> bool:
+def differs_in_stock(rope: JsonObject, support: RopeSupport) -> bool:
     """Return whether mlx-lm's own class rotates otherwise than transformers does.
 
     Args:
@@ -78,7 +79,7 @@ def kind_of(rope: Any) -> str | None:
     return "longrope" if kind == "su" else kind
 
 
-def install(model: nn.Module, config: dict[str, Any], reference: Reference) -> None:
+def install(model: nn.Module, config: ModelConfig, reference: Reference) -> None:
     """Put the rotary embeddings of ``reference`` into a model that mlx-lm built, in place.
 
     Args:
@@ -113,7 +114,7 @@ def install(model: nn.Module, config: dict[str, Any], reference: Reference) -> N
 
 
 def _replacement(
-    rope: dict[str, Any], old: nn.Module, reference: Reference, replacements: dict[tuple, nn.Module]
+    rope: JsonObject, old: nn.Module, reference: Reference, replacements: dict[tuple, nn.Module]
 ) -> nn.Module | None:
     """Return the replacement of ``old``; None where ``old`` computes ``rope``."""
     kind = rope["rope_type"]
@@ -153,7 +154,7 @@ def _stock(module: nn.Module) -> bool:
     return isinstance(module, nn.RoPE) or type(module).__module__ == rope_utils.__name__
 
 
-def _check_embedding(rope: dict[str, Any], module: nn.Module) -> None:
+def _check_embedding(rope: JsonObject, module: nn.Module) -> None:
     """Refuse what the rotary embedding that only this model class has does not compute.
 
     Raises:

@@ -13,16 +13,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any
 
 from mlx_slim.errors import RowLimit
 from mlx_slim.models.attention import attention_of
 from mlx_slim.models.build import build
 from mlx_slim.models.reference import reference_of
 from mlx_slim.models.rope import boundary_of
+from mlx_slim.reading import ModelConfig
 
 
-def row_limit(config: dict[str, Any], *, restarts: bool = False) -> RowLimit | None:
+def row_limit(config: ModelConfig, *, restarts: bool = False) -> RowLimit | None:
     """Return the limit of the model of a normalised config; None if there is none.
 
     Args:
@@ -39,7 +39,7 @@ def row_limit(config: dict[str, Any], *, restarts: bool = False) -> RowLimit | N
     return _limit(json.dumps(dense, sort_keys=True), restarts)
 
 
-def shortest_limit(configs: Iterable[dict[str, Any]]) -> RowLimit | None:
+def shortest_limit(configs: Iterable[ModelConfig]) -> RowLimit | None:
     """Return the limit of rows that several models read, of their normalised configs."""
     limits = [limit for config in configs if (limit := row_limit(config))]
     return min(limits, key=lambda limit: limit.tokens, default=None)

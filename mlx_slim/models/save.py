@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten
 
 from mlx_slim.artifacts import atomic_folder
 from mlx_slim.errors import ResourceError, SlimError
+from mlx_slim.reading import JsonObject, ModelConfig
 from mlx_slim.runtime import dtype_name, free_disk, human_bytes
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def save_model(
     folder: Path,
     model: nn.Module,
     tokenizer: TokenizerWrapper,
-    config: dict[str, Any],
+    config: ModelConfig,
     *,
     code_from: Path | None = None,
 ) -> None:
@@ -77,7 +78,7 @@ def _arrays(model: nn.Module) -> list[Any]:
     return [value for _, value in tree_flatten(model.parameters())]
 
 
-def saved_config(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
+def saved_config(model: nn.Module, config: ModelConfig) -> ModelConfig:
     """Return ``config`` with the dtype and quantization that ``model`` really has."""
     config = copy.deepcopy(config)
     bytes_of: Counter[str] = Counter()
@@ -93,7 +94,7 @@ def saved_config(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def quantization_of(model: nn.Module) -> dict[str, Any] | None:
+def quantization_of(model: nn.Module) -> JsonObject | None:
     """Return the ``quantization`` entry of a config: the commonest setting, others by path.
 
     None if no layer is quantized.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_slim.errors import SlimError
 from mlx_slim.models.tensors import few
+from mlx_slim.reading import JsonObject, ModelConfig
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -29,7 +30,7 @@ PROBES = (
 )
 
 
-def fit_tokenizer(tokenizer: TokenizerWrapper, config: dict[str, Any], where: str) -> list[str]:
+def fit_tokenizer(tokenizer: TokenizerWrapper, config: ModelConfig, where: str) -> list[str]:
     """Complete a tokenizer from its model's config, and check that they match.
 
     Args:
@@ -66,7 +67,7 @@ def fit_tokenizer(tokenizer: TokenizerWrapper, config: dict[str, Any], where: st
     return notes
 
 
-def description(tokenizer: Any) -> dict[str, Any]:
+def description(tokenizer: Any) -> JsonObject:
     """Return what a copy of a tokenizer must do alike, by name; the values are compared only.
 
     Args:
@@ -84,7 +85,7 @@ def description(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def keep_within(tokenizer: TokenizerWrapper, configs: Iterable[dict[str, Any]]) -> None:
+def keep_within(tokenizer: TokenizerWrapper, configs: Iterable[ModelConfig]) -> None:
     """Let texts be checked against the smallest embedding of several models that read them.
 
     Args:
@@ -97,7 +98,7 @@ def keep_within(tokenizer: TokenizerWrapper, configs: Iterable[dict[str, Any]]) 
         inner.embedding_rows = least
 
 
-def embedding_rows(config: dict[str, Any]) -> int | None:
+def embedding_rows(config: ModelConfig) -> int | None:
     """Return the rows of the embedding that a config describes; None if it does not say."""
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
@@ -106,7 +107,7 @@ def embedding_rows(config: dict[str, Any]) -> int | None:
     return None
 
 
-def _end(inner: Any, vocabulary: dict[str, int], config: dict[str, Any]) -> list[str]:
+def _end(inner: Any, vocabulary: dict[str, int], config: ModelConfig) -> list[str]:
     """Give a tokenizer without an end token the config's; return what to say."""
     if inner.eos_token_id is not None:
         return []

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,6 +24,7 @@ from mlx_slim.models.logits_close import Change, logits_close
 from mlx_slim.models.recorded_logits import free_weights
 from mlx_slim.models.save import save_model
 from mlx_slim.models.tensors import FLOATS, Tensor, common_dtype
+from mlx_slim.reading import ModelConfig
 from mlx_slim.runtime import DTYPES, on_gpu
 
 _PROBE = 16  # tokens on which the saved model is compared
@@ -43,7 +43,7 @@ def stored_dtype(tensors: dict[str, Tensor]) -> mx.Dtype:
 def save_checked(
     out: Path,
     loaded: Loaded,
-    config: dict[str, Any],
+    config: ModelConfig,
     stored: mx.Dtype,
     beside: Callable[[Path], None] | None = None,
     adapters: Sequence[Path] = (),

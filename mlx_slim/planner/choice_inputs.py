@@ -19,9 +19,9 @@ import numpy as np
 from mlx_slim.config.load import DEFAULT, Resolved, from_layers
 from mlx_slim.config.schema import SourceConfig
 from mlx_slim.config.section import MOST
-from mlx_slim.data.ledger import SourceLedger
+from mlx_slim.data.ledger import RowTotals, SourceLedger
 from mlx_slim.data.pipeline import Pipeline, PreparedRow
-from mlx_slim.data.prepare import prepare
+from mlx_slim.data.prepare import LEDGER_FILE, prepare
 from mlx_slim.data.sources import find_local
 from mlx_slim.data.split import choose_validation
 from mlx_slim.errors import SlimError
@@ -34,6 +34,7 @@ from mlx_slim.planner import hyperparameters
 from mlx_slim.planner.shapes import training_shapes
 from mlx_slim.planner.suggest import changed
 from mlx_slim.planner.work import Speed, measure_speed
+from mlx_slim.reading import JsonObject, ModelConfig
 from mlx_slim.runtime import from_first_rank, memory_budget, resolve_dtype
 
 
@@ -58,7 +59,7 @@ class ChoiceInputs:
 
     base: Resolved
     overrides: Sequence[str]
-    config: dict[str, Any]
+    config: ModelConfig
     lengths: np.ndarray
     supervised: np.ndarray
     validation: tuple[float | str, int, str]
@@ -74,7 +75,7 @@ class ChoiceInputs:
         return key in self.base.overridden
 
 
-def nested(key: str, value: Any, origin: str) -> tuple[dict[str, Any], str]:
+def nested(key: str, value: Any, origin: str) -> tuple[JsonObject, str]:
     """Return a dotted key and its value as a layer of ``from_layers``."""
     for name in reversed(key.split(".")):
         value = {name: value}
@@ -178,12 +179,12 @@ def _separate(source: SourceConfig) -> str | None:
     return None
 
 
-def _counted(ledger: dict[str, Any]) -> str:
+def _counted(ledger: JsonObject) -> str:
     """Return what the rows are, and how many are used and dropped."""
-    totals, source = ledger["totals"], ledger["sources"][0]
-    used, total = totals["rows_used"], totals["rows_given"]
+    totals, source = RowTotals.read(ledger, LEDGER_FILE), ledger["sources"][0]
+    used, total = totals.rows_used, totals.rows_given
     text = f"{used:,} of {total:,} rows ({', '.join(source['formats'])}) can be used"
     if dropped := source["rows_dropped"]:
         reasons = (f"{entry['count']:,} {reason}" for reason, entry in dropped.items())
         text += f", dropped: {'; '.join(reasons)}"
-    return f"{text}: {totals['tokens']:,} tokens, {totals['supervised_tokens']:,} learned"
+    return f"{text}: {totals.tokens:,} tokens, {totals.supervised_tokens:,} learned"

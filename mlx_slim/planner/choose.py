@@ -31,6 +31,7 @@ from mlx_slim.planner.draft import Choice, Draft, complete, start
 from mlx_slim.planner.memory import Prediction, predict
 from mlx_slim.planner.suggest import Overrides, changed
 from mlx_slim.planner.work import FILLED
+from mlx_slim.reading import ModelConfig
 from mlx_slim.runtime import human_bytes, human_duration, parse_duration
 
 RESERVE = 1.1  # a prediction may be too low by this factor
@@ -193,7 +194,7 @@ def _methods(task: ChoiceInputs, recipe: Recipe) -> Iterator[tuple[Overrides, st
         yield {"method": "qlora", "quantize.bits": bits}, f"qlora with {bits} bits"
 
 
-def _bits(config: dict[str, Any]) -> int:
+def _bits(config: ModelConfig) -> int:
     return int(config["quantization"].get("bits", 0))
 
 

@@ -125,4 +125,6 @@ def complete(
         draft.pick("train.validate_every", every, "steps: three times an epoch; the best is saved")
         draft.pick("train.save_every", every, "as often as it validates")
         patience = hyperparameters.PER_EPOCH
-        draft.pick("train.early_stopping", patience, "validations in a row without a new best end it")
+        draft.pick(
+            "train.early_stopping", patience, "validations in a row without a new best end it"
+        )

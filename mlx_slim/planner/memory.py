@@ -12,7 +12,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
@@ -32,6 +31,7 @@ from mlx_slim.planner.work import (
     operations,
     predicted_seconds,
 )
+from mlx_slim.reading import JsonObject, ModelConfig
 from mlx_slim.runtime import (
     AUTO_FRACTION,
     DTYPES,
@@ -121,13 +121,13 @@ class Prediction:
     time_basis: str = ""
     suggestions: list[Suggestion] = field(default_factory=list)
 
-    def as_record(self) -> dict[str, Any]:
+    def as_record(self) -> JsonObject:
         """Return the JSON object of ``plan --json``."""
         return asdict(self)
 
 
 def predict(
-    config: dict[str, Any],
+    config: ModelConfig,
     recipe: Recipe,
     *,
     lengths: Sequence[int] | None = None,
@@ -272,7 +272,7 @@ def _target_bytes(shapes: TrainingShapes, recipe: Recipe, work: TrainingWork) ->
     return int(fraction * work.tokens_per_epoch) * a_token * len(distill.teachers)
 
 
-def weight_bytes(config: dict[str, Any]) -> dict[str, int]:
+def weight_bytes(config: ModelConfig) -> dict[str, int]:
     """Return the bytes of a model's weights by kind, in the dtypes of its config.
 
     Floating weights without a dtype in the config are bfloat16.

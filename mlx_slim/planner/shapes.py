@@ -23,6 +23,7 @@ from mlx_slim.models.build import WIDTHS, build
 from mlx_slim.models.quantized import is_quantized
 from mlx_slim.models.structure import GATED_MLP, has_candidates, is_capped
 from mlx_slim.quantization.policy import make_policy
+from mlx_slim.reading import JsonObject, ModelConfig
 from mlx_slim.runtime import DTYPES
 from mlx_slim.training.optim import Optimizer
 
@@ -136,11 +137,11 @@ def to_dtype(model: nn.Module, dtype: mx.Dtype) -> None:
     model.update(tree_map(one, model.parameters()))
 
 
-def _first(config: dict[str, Any], *keys: str, default: int) -> int:
+def _first(config: ModelConfig, *keys: str, default: int) -> int:
     return next((int(config[key]) for key in keys if config.get(key)), default)
 
 
-def _blocks(model: Any, config: dict[str, Any], chosen: list[Site], width: int) -> list[Block]:
+def _blocks(model: Any, config: ModelConfig, chosen: list[Site], width: int) -> list[Block]:
     config = {**config, **(config.get("text_config") or {})}
     heads = _first(config, "num_attention_heads", "n_head", "n_heads", default=max(1, width // 64))
     kv_heads = _first(config, "num_key_value_heads", "n_kv_heads", default=heads)
@@ -200,7 +201,7 @@ def refuse_quantized(recipe: Recipe) -> None:
         )
 
 
-def training_shapes(config: dict[str, Any], recipe: Recipe, dtype: mx.Dtype) -> TrainingShapes:
+def training_shapes(config: ModelConfig, recipe: Recipe, dtype: mx.Dtype) -> TrainingShapes:
     """Return the sizes of the model of ``config`` under ``recipe``.
 
     Args:
@@ -222,7 +223,7 @@ def training_shapes(config: dict[str, Any], recipe: Recipe, dtype: mx.Dtype) -> 
     if is_quantized(model):
         refuse_quantized(recipe)
     quantized_here = recipe.method == "qlora" and not is_quantized(model)
-    chosen_bits: dict[str, dict[str, Any]] = {}
+    chosen_bits: dict[str, JsonObject] = {}
     if quantized_here:
         chosen_bits = make_policy(model, recipe.quantize).chosen
         settings = recipe.quantize

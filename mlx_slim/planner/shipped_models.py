@@ -7,10 +7,9 @@ that uses them needs no network and reports them as its source. Try it:
 
 from __future__ import annotations
 
-from typing import Any
-
 from mlx_slim.config.schema import Recipe
 from mlx_slim.models.load import read_config
+from mlx_slim.reading import ModelConfig
 
 _LLAMA_1_2 = {
     "model_type": "llama",
@@ -22,7 +21,7 @@ _LLAMA_1_2 = {
     "vocab_size": 32000,
 }
 
-SHIPPED_CONFIGS: dict[str, dict[str, Any]] = {
+SHIPPED_CONFIGS: dict[str, ModelConfig] = {
     "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T": {
         **_LLAMA_1_2,
         "hidden_size": 2048,
@@ -78,7 +77,7 @@ SHIPPED_CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def model_config(recipe: Recipe) -> tuple[dict[str, Any], str]:
+def model_config(recipe: Recipe) -> tuple[ModelConfig, str]:
     """Return the config of the recipe's model, and its source as text.
 
     Raises:

@@ -19,7 +19,7 @@ from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError
 from mlx_slim.planner.memory import Prediction, predict
 from mlx_slim.planner.shipped_models import model_config
-from mlx_slim.reading import read_object
+from mlx_slim.reading import ModelConfig, read_object
 
 
 def with_model(teacher: TeacherConfig, recipe: Recipe) -> TeacherConfig:
@@ -51,9 +51,9 @@ def second_recipe(recipe: Recipe, second: TeacherConfig) -> Recipe:
 
 
 def predict_run(
-    config: dict[str, Any],
+    config: ModelConfig,
     recipe: Recipe,
-    look_up: Callable[[Recipe], dict[str, Any]] = lambda recipe: model_config(recipe)[0],
+    look_up: Callable[[Recipe], ModelConfig] = lambda recipe: model_config(recipe)[0],
     **settings: Any,
 ) -> Prediction:
     """Return the cost of a run: of one student, or of both if there are two.

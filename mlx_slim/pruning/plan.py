@@ -25,6 +25,7 @@ from mlx_slim.pruning.surgery import (
     says_head_dim,
 )
 from mlx_slim.pruning.width import Sizes, sizes_for, sizes_within
+from mlx_slim.reading import ModelConfig
 from mlx_slim.runtime import DTYPES, human_bytes
 
 _PROTECT = (4, 2, 32)  # first and last layers of how many (arXiv 2305.11627)
@@ -80,7 +81,7 @@ class Plan:
         return lines + [f"note       {note}" for note in self.notes]
 
 
-def plan(config: dict[str, Any], options: PruneOptions, itemsize: int) -> Plan:
+def plan(config: ModelConfig, options: PruneOptions, itemsize: int) -> Plan:
     """Return the plan for the model of ``config``.
 
     Args:
@@ -139,7 +140,7 @@ def plan(config: dict[str, Any], options: PruneOptions, itemsize: int) -> Plan:
     return _width(config, options, method, model, free, counts, target, notes)
 
 
-def planned_config(config: dict[str, Any], options: PruneOptions) -> dict[str, Any]:
+def planned_config(config: ModelConfig, options: PruneOptions) -> ModelConfig:
     """Return the configuration of the pruned model, as far as shapes determine it.
 
     The layers to remove are chosen by measuring; the last ones are taken in their place.
@@ -154,7 +155,7 @@ def planned_config(config: dict[str, Any], options: PruneOptions) -> dict[str, A
     return config_without_layers(config, planned.removed or range(total - planned.count, total))
 
 
-def weight_size(config: dict[str, Any]) -> int:
+def weight_size(config: ModelConfig) -> int:
     """Return the bytes of a stored weight by the config's dtype; 2 without one."""
     name = str(config.get("dtype") or config.get("torch_dtype"))
     return DTYPES.get(name, DTYPES["bfloat16"]).size
@@ -242,7 +243,7 @@ def _depth(
 
 
 def _width(
-    config: dict[str, Any],
+    config: ModelConfig,
     options: PruneOptions,
     method: str,
     model: Any,

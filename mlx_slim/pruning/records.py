@@ -8,10 +8,10 @@ read by ``mlx-slim compare`` and by users, so keys are only added. Try it:
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from mlx_slim.models.fidelity import Fidelity
 from mlx_slim.models.structure import HEADS
+from mlx_slim.reading import JsonObject
 from mlx_slim.runtime import human_bytes, human_duration
 
 _GROUPS = {HEADS: "kv heads"}  # kind -> name in texts; others are neurons
@@ -46,7 +46,7 @@ class PrunedFidelity:
     perplexity_before: float
     perplexity_after: float
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """Return one flat object."""
         return {
             **asdict(self.distance),
@@ -55,7 +55,7 @@ class PrunedFidelity:
         }
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> PrunedFidelity:
+    def from_json(cls, values: JsonObject) -> PrunedFidelity:
         """Return the record of such an object."""
         perplexities = ("perplexity_before", "perplexity_after")
         distance = {key: value for key, value in values.items() if key not in perplexities}
@@ -99,16 +99,16 @@ class LayerChange:
     step: int | None = None
     loss_after_step: float | None = None
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """Return the object of the ``layers`` list; what is None is absent."""
-        values: dict[str, Any] = {"layer": self.layer}
+        values: JsonObject = {"layer": self.layer}
         for key in ("removed", "score", "step", "loss_after_step"):
             if (value := getattr(self, key)) is not None:
                 values[key] = value
         return values | {kind: asdict(change) for kind, change in self.groups.items()}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> LayerChange:
+    def from_json(cls, values: JsonObject) -> LayerChange:
         """Return the record of such an object."""
         groups = {k: GroupChange(**v) for k, v in values.items() if isinstance(v, dict)}
         return cls(**{k: v for k, v in values.items() if k not in groups}, groups=groups)
@@ -164,7 +164,7 @@ class PruneRecord:
     revision: str | None
     axis: str
     method: str
-    options: dict[str, Any]
+    options: JsonObject
     calibration: CalibrationRows | None
     score: str
     layers: list[LayerChange]
@@ -175,11 +175,11 @@ class PruneRecord:
     stock_mlx_lm_reads_it: bool
     fidelity: PrunedFidelity | None
     notes: list[str]
-    provenance: dict[str, Any]
+    provenance: JsonObject
     seconds: float
     peak_memory_bytes: int
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """Return the object of ``prune.json``."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {
@@ -190,7 +190,7 @@ class PruneRecord:
         }
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> PruneRecord:
+    def from_json(cls, values: JsonObject) -> PruneRecord:
         """Return the record of the object of ``prune.json``."""
         calibration, fidelity = values["calibration"], values["fidelity"]
         typed = {
@@ -287,14 +287,14 @@ class ModelRow:
     tasks: dict[str, TaskFigures]
     text: TextFigures | None = None
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """Return the object of the ``rows`` list."""
         values = asdict(self)
         text = values.pop("text") or {}
         return {**values, **text}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> ModelRow:
+    def from_json(cls, values: JsonObject) -> ModelRow:
         """Return the record of such an object."""
         names = ("perplexity", "kl", "top1")
         text = TextFigures(*(values[name] for name in names)) if "kl" in values else None
@@ -336,14 +336,14 @@ class RecoveryReport:
 
     schema_version: int
     source: str
-    prune: dict[str, Any]
-    recipe: dict[str, Any] | None
+    prune: JsonObject
+    recipe: JsonObject | None
     validation: ValidationText
     limit: int | None
     rows: list[ModelRow]
-    provenance: dict[str, Any]
+    provenance: JsonObject
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """Return the object of ``report.json``."""
         return {
             "schema_version": self.schema_version,
@@ -357,7 +357,7 @@ class RecoveryReport:
         }
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> RecoveryReport:
+    def from_json(cls, values: JsonObject) -> RecoveryReport:
         """Return the record of the object of ``report.json``."""
         others = {key: value for key, value in values.items() if key != "held_out"}
         rows = [ModelRow.from_json(row) for row in values["rows"]]

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from mlx_slim.artifacts import SCHEMA_VERSION, write_json
 from mlx_slim.config.load import COMMAND_LINE, Resolved, load_recipe
@@ -32,7 +32,7 @@ from mlx_slim.pruning.plan import plan, weight_size
 from mlx_slim.pruning.records import PruneRecord, RecoveryReport
 from mlx_slim.pruning.report import MODEL, RECOVER, RecoverOptions, make_report
 from mlx_slim.pruning.run import RECORD_FILE, SCORES_FILE, prune
-from mlx_slim.reading import library_errors, read_object
+from mlx_slim.reading import JsonObject, library_errors, read_object
 from mlx_slim.run_dir import RunDir, RunKind, option_words
 
 __all__ = ["RecoverOptions", "prune_and_recover", "recovery_recipe", "run_recovery"]
@@ -157,7 +157,7 @@ def _run(
 _Record = TypeVar("_Record")
 
 
-def _read(file: Path, from_json: Callable[[dict[str, Any]], _Record]) -> _Record:
+def _read(file: Path, from_json: Callable[[JsonObject], _Record]) -> _Record:
     """Return the record in ``file``.
 
     Raises:
@@ -182,7 +182,7 @@ def _check_same(out: Path, source: str | Path, options: PruneOptions) -> None:
         )
 
 
-def _request(source: str | Path, options: PruneOptions) -> dict[str, Any]:
+def _request(source: str | Path, options: PruneOptions) -> JsonObject:
     return {"schema_version": SCHEMA_VERSION, "source": str(source), **asdict(options)}
 
 

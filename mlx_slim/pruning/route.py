@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -21,7 +22,15 @@ Forward = Callable[[mx.array], mx.array]
 Route = Callable[[int, Forward, mx.array], mx.array]
 
 
-def _routed_class(original: type, state: dict[str, Any]) -> type:
+@dataclass(frozen=True)
+class _Routing:
+    """Where a block's forward pass goes, and the number of each block by its ``id``."""
+
+    route: Route
+    index: dict[int, int]
+
+
+def _routed_class(original: type, routing: _Routing) -> type:
     class Routed(original):  # type: ignore[misc, valid-type]
         """The same block; ``route`` is called in its place."""
 
@@ -29,7 +38,7 @@ def _routed_class(original: type, state: dict[str, Any]) -> type:
             def forward(hidden_BTD: mx.array) -> mx.array:
                 return original.__call__(self, hidden_BTD, *args, **kwargs)
 
-            return state["route"](state["index"][id(self)], forward, hidden)
+            return routing.route(routing.index[id(self)], forward, hidden)
 
     Routed.__name__ = f"Routed{original.__name__}"
     return Routed
@@ -39,8 +48,8 @@ def _routed_class(original: type, state: dict[str, Any]) -> type:
 def routed(blocks: list[nn.Module], route: Route) -> Iterator[None]:
     """Call ``route`` in place of each of ``blocks`` inside the context, which may be nested."""
     originals = [type(block) for block in blocks]
-    state = {"route": route, "index": {id(block): i for i, block in enumerate(blocks)}}
-    classes = {original: _routed_class(original, state) for original in set(originals)}
+    routing = _Routing(route, {id(block): i for i, block in enumerate(blocks)})
+    classes = {original: _routed_class(original, routing) for original in set(originals)}
     for block, original in zip(blocks, originals, strict=True):
         block.__class__ = classes[original]
     try:

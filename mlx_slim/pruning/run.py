@@ -52,6 +52,7 @@ from mlx_slim.pruning.records import (
 )
 from mlx_slim.quantization.apply import refuse_quantized
 from mlx_slim.quantization.calibration import DEFAULT_SOURCE, read_calibration
+from mlx_slim.reading import JsonObject, ModelConfig
 from mlx_slim.runtime import memory_budget, memory_limits, on_gpu
 
 __all__ = ["PruneOptions", "Pruned", "prune", "validation_rows"]
@@ -76,7 +77,7 @@ class Pruned:
     details: PruneRecord
 
     @property
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """``prune.json``, as JSON."""
         return self.details.as_json()
 
@@ -312,7 +313,7 @@ def _meaning(planned: Plan) -> str:
 
 def _cut(
     loaded: Loaded, options: PruneOptions, planned: Plan, scores: Scores
-) -> tuple[nn.Module, dict[str, Any], list[LayerChange]]:
+) -> tuple[nn.Module, ModelConfig, list[LayerChange]]:
     """Return the pruned model, its config, and the change of each layer.
 
     ``loaded`` loses its weights, so that those that are cut off are freed.

@@ -11,7 +11,6 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,6 +26,7 @@ from mlx_slim.models.normalize import model_module
 from mlx_slim.models.recorded_logits import free_weights
 from mlx_slim.models.structure import HEADS, MLP
 from mlx_slim.pruning.width import RetainedGroups
+from mlx_slim.reading import ModelConfig
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "phi")
 _MODULES = ("llama", "qwen2", "qwen3", "phi")  # mlx-lm reads mistral with llama's class
@@ -34,7 +34,7 @@ _MODULES = ("llama", "qwen2", "qwen3", "phi")  # mlx-lm reads mistral with llama
 _BY_LAYER = ("layer_types", "no_rope_layers", WIDTHS)
 
 
-def check_supported(config: dict[str, Any]) -> None:
+def check_supported(config: ModelConfig) -> None:
     """Check that the architecture can be pruned.
 
     Raises:
@@ -47,13 +47,13 @@ def check_supported(config: dict[str, Any]) -> None:
         )
 
 
-def says_head_dim(config: dict[str, Any]) -> bool:
+def says_head_dim(config: ModelConfig) -> bool:
     """Return whether mlx-lm's class takes ``head_dim`` from the config, or derives it."""
     fields = dataclasses.fields(model_module(config).ModelArgs)
     return any(field.name == "head_dim" for field in fields)
 
 
-def heads_must_divide(config: dict[str, Any]) -> int | None:
+def heads_must_divide(config: ModelConfig) -> int | None:
     """Return what the number of query heads must divide in ``config``; None if it is unconstrained.
 
     transformers, which reads the tokenizer, refuses other llama configs (5.x), head_dim or not.
@@ -61,7 +61,7 @@ def heads_must_divide(config: dict[str, Any]) -> int | None:
     return config["hidden_size"] if config["model_type"] == "llama" else None
 
 
-def config_without_layers(config: dict[str, Any], layers: Sequence[int]) -> dict[str, Any]:
+def config_without_layers(config: ModelConfig, layers: Sequence[int]) -> ModelConfig:
     """Return ``config`` without ``layers``: their number, and every list with an entry a layer.
 
     Raises:
@@ -86,8 +86,8 @@ def config_without_layers(config: dict[str, Any], layers: Sequence[int]) -> dict
 
 
 def config_with_sizes(
-    config: dict[str, Any], sizes: dict[str, list[int]], *, uniform: bool
-) -> dict[str, Any]:
+    config: ModelConfig, sizes: dict[str, list[int]], *, uniform: bool
+) -> ModelConfig:
     """Return ``config`` with other numbers of groups in each layer.
 
     Args:
@@ -120,8 +120,8 @@ def config_with_sizes(
 
 
 def without_layers(
-    model: nn.Module, config: dict[str, Any], layers: Sequence[int]
-) -> tuple[nn.Module, dict[str, Any]]:
+    model: nn.Module, config: ModelConfig, layers: Sequence[int]
+) -> tuple[nn.Module, ModelConfig]:
     """Return a model without ``layers`` that reuses the weights of ``model``, and its config."""
     new = config_without_layers(config, layers)
     prefix = structure.blocks_path(model)
@@ -140,19 +140,19 @@ def without_layers(
 
 def with_groups(
     model: nn.Module,
-    config: dict[str, Any],
+    config: ModelConfig,
     retained: RetainedGroups,
     *,
     uniform: bool,
     donate: bool = False,
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[nn.Module, ModelConfig]:
     """Return a model of the groups ``retained`` (kind -> their numbers by layer), and its config.
 
     With ``donate``, ``model`` loses its weights: each is freed as soon as it is cut.
     """
     sizes = {kind: [len(numbers) for numbers in layers] for kind, layers in retained.items()}
     new = config_with_sizes(config, sizes, uniform=uniform)
-    weights: dict[str, Any] = dict(tree_flatten(model.parameters()))
+    weights: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     prefix = structure.blocks_path(model)
     blocks = structure.blocks(model)
     names = [[path for path, _ in tree_flatten(block.parameters())] for block in blocks]
@@ -177,7 +177,7 @@ def _take(value: mx.array, axis: int, count: int, groups: np.ndarray) -> mx.arra
     return mx.take(value, mx.array(rows), axis=axis)
 
 
-def _filled(config: dict[str, Any], weights: dict[str, Any]) -> nn.Module:
+def _filled(config: ModelConfig, weights: dict[str, mx.array]) -> nn.Module:
     model = fill(build(config), Path("the pruned model"), weights)
     use_fast_swiglu(model)
     model.eval()

@@ -19,8 +19,8 @@ from mlx.utils import tree_flatten
 
 from mlx_slim.errors import SlimError
 from mlx_slim.models.build import refuse_unnamed, refuse_varied
-from mlx_slim.models.gguf.file import pack_blocks
 from mlx_slim.models.gguf.architectures import ARCHITECTURES, Architecture
+from mlx_slim.models.gguf.file import pack_blocks
 from mlx_slim.models.gguf.settings import llama3_factors
 from mlx_slim.models.gguf.vocab import vocabulary
 from mlx_slim.models.quantized import dequantize_weight
