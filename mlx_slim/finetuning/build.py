@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -41,6 +40,7 @@ from mlx_slim.planner.shapes import refuse_quantized
 from mlx_slim.quantization.apply import quantize_model
 from mlx_slim.quantization.base import QuantizedBase, load_base, quantized_base, recorded_base
 from mlx_slim.quantization.policy import make_policy
+from mlx_slim.reading import ModelConfig
 from mlx_slim.runtime import default_num_threads, on_gpu, resolve_dtype, world
 from mlx_slim.training.adalora import RankBudget
 from mlx_slim.training.callbacks import Callback
@@ -65,7 +65,7 @@ class Tuned:
     """
 
     loaded: Loaded
-    config: dict[str, Any]
+    config: ModelConfig
     injected: Injected | None
     total: int
     base: QuantizedBase | None = None
@@ -105,7 +105,7 @@ def prepare_base(recipe: Recipe) -> tuple[Loaded, QuantizedBase | None]:
             "give quantize and train.dtype the values that it was trained with",
         )
 
-    def fit(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
+    def fit(model: nn.Module, config: ModelConfig) -> ModelConfig:
         quantized = is_quantized(model)
         if quantized:
             refuse_quantized(recipe)
@@ -114,10 +114,10 @@ def prepare_base(recipe: Recipe) -> tuple[Loaded, QuantizedBase | None]:
         return config
 
     dtype = resolve_dtype(recipe.train.dtype)
-    settings: dict[str, Any] = {"revision": recipe.revision, "dtype": dtype, "transform": fit}
+    revision = recipe.revision
     if quantized is not None:
-        return load(recipe.model, **settings), quantized
-    loaded = load_base(recipe.model, below, **settings)
+        return load(recipe.model, revision=revision, dtype=dtype, transform=fit), quantized
+    loaded = load_base(recipe.model, below, revision=revision, dtype=dtype, transform=fit)
     dense = "quantization" not in read_config(recipe.model, recipe.revision)
     return loaded, recorded[1] if recorded is not None and dense else None
 
@@ -158,7 +158,7 @@ def prepare_data(
     unchanged: bool,
     data: DataConfig | None = None,
     find: Callable[[SourceConfig], Source] | None = None,
-    readers: Sequence[dict[str, Any]] = (),
+    readers: Sequence[ModelConfig] = (),
 ) -> Prepared:
     """Tokenise the rows on rank 0, then open them on every rank.
 

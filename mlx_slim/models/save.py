@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from mlx.utils import tree_flatten
 
 from mlx_slim.artifacts import atomic_folder
 from mlx_slim.errors import ResourceError, SlimError
+from mlx_slim.models.quantized import format_of
 from mlx_slim.reading import JsonObject, ModelConfig
 from mlx_slim.runtime import dtype_name, free_disk, human_bytes
 
@@ -99,18 +101,13 @@ def quantization_of(model: nn.Module) -> JsonObject | None:
 
     None if no layer is quantized.
     """
-    settings = {
-        path: (module.group_size, module.bits, getattr(module, "mode", "affine"))
+    formats = {
+        path: format_of(module)
         for path, module in model.named_modules()
         if hasattr(module, "bits") and hasattr(module, "group_size") and "scales" in module
     }
-    if not settings:
+    if not formats:
         return None
-    keys = ("group_size", "bits", "mode")
-    common = Counter(settings.values()).most_common(1)[0][0]
-    overrides = {
-        path: dict(zip(keys, setting, strict=True))
-        for path, setting in settings.items()
-        if setting != common
-    }
-    return {**dict(zip(keys, common, strict=True)), **dict(sorted(overrides.items()))}
+    common = Counter(formats.values()).most_common(1)[0][0]
+    others = {path: asdict(one) for path, one in sorted(formats.items()) if one != common}
+    return {**asdict(common), **others}

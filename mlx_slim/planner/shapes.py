@@ -7,7 +7,7 @@ counts and bytes are exact. Try it: ``mlx-slim plan tinyllama-qlora --json``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -20,10 +20,10 @@ from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError
 from mlx_slim.models.attention import Attention, attention_of
 from mlx_slim.models.build import WIDTHS, build
-from mlx_slim.models.quantized import is_quantized
+from mlx_slim.models.quantized import LayerFormat, is_quantized
 from mlx_slim.models.structure import GATED_MLP, has_candidates, is_capped
 from mlx_slim.quantization.policy import make_policy
-from mlx_slim.reading import JsonObject, ModelConfig
+from mlx_slim.reading import ModelConfig
 from mlx_slim.runtime import DTYPES
 from mlx_slim.training.optim import Optimizer
 
@@ -223,16 +223,18 @@ def training_shapes(config: ModelConfig, recipe: Recipe, dtype: mx.Dtype) -> Tra
     if is_quantized(model):
         refuse_quantized(recipe)
     quantized_here = recipe.method == "qlora" and not is_quantized(model)
-    chosen_bits: dict[str, JsonObject] = {}
+    chosen_formats: dict[str, LayerFormat] = {}
     if quantized_here:
-        chosen_bits = make_policy(model, recipe.quantize).chosen
+        chosen_formats = make_policy(model, recipe.quantize).chosen
         settings = recipe.quantize
         nn.quantize(
             model,
             group_size=settings.group_size,
             bits=settings.bits,
             mode=settings.mode,
-            class_predicate=lambda path, module: chosen_bits.get(path, False),
+            class_predicate=lambda path, module: (
+                asdict(chosen_formats[path]) if path in chosen_formats else False
+            ),
         )
     retained = {path: value.nbytes for path, value in leaves(model)}
     modules = dict(model.named_modules())
@@ -269,7 +271,7 @@ def training_shapes(config: ModelConfig, recipe: Recipe, dtype: mx.Dtype) -> Tra
         parameters=parameters,
         quantized=is_quantized(model),
         base_bytes=sum(retained.values()),
-        loading_bytes=_loading_bytes(stored, cast, retained, list(chosen_bits)),
+        loading_bytes=_loading_bytes(stored, cast, retained, list(chosen_formats)),
         quantized_here=quantized_here,
         rounded_bytes=rounded_bytes,
         adapter_bytes=0 if recipe.method == "full" else one_copy + frozen,

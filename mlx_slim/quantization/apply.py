@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,8 +22,9 @@ from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import SlimError
 from mlx_slim.models.dequantize import dequantize
 from mlx_slim.models.load import Loaded, load, read_weights
-from mlx_slim.models.quantized import is_quantized, use_fast_matmul
+from mlx_slim.models.quantized import LayerFormat, format_of, is_quantized, use_fast_matmul
 from mlx_slim.quantization.policy import Skipped, leaves, make_policy
+from mlx_slim.reading import ModelConfig
 from mlx_slim.runtime import on_gpu
 
 _PIECE = 1 << 18  # bytes of the rows that are rounded to a float format at a time, on a CPU
@@ -43,7 +44,7 @@ class QuantizeReport:
         skipped: Layers left as they are, and why.
     """
 
-    config: dict[str, Any]
+    config: ModelConfig
     method: str
     bits_per_weight: float
     bytes_before: int
@@ -54,7 +55,7 @@ class QuantizeReport:
 
 def quantize_model(
     model: nn.Module,
-    config: dict[str, Any],
+    config: ModelConfig,
     quantize: QuantizeConfig,
     recipe: str | None = None,
 ) -> QuantizeReport:
@@ -79,9 +80,9 @@ def quantize_model(
             layer = _quantized(module, policy.chosen[path])
             model.update_modules(tree_unflatten([(path, layer)]))
     read_weights(model)
-    base = {"group_size": quantize.group_size, "bits": quantize.bits, "mode": quantize.mode}
-    others = {path: dict(chosen) for path, chosen in policy.chosen.items() if chosen != base}
-    settings = {**base, **others}
+    base = LayerFormat(quantize.group_size, quantize.bits, quantize.mode)
+    others = {path: asdict(chosen) for path, chosen in policy.chosen.items() if chosen != base}
+    settings = {**asdict(base), **others}
     new_config = {
         **copy.deepcopy(config),
         "quantization": settings,
@@ -108,7 +109,7 @@ def load_quantized(
     """
     reports: list[QuantizeReport] = []
 
-    def transform(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
+    def transform(model: nn.Module, config: ModelConfig) -> ModelConfig:
         reports.append(quantize_model(model, config, quantize, recipe))
         return reports[0].config
 
@@ -122,14 +123,15 @@ def load_quantized(
     return loaded, reports[0]
 
 
-def _quantized(module: nn.Module, settings: dict[str, Any]) -> nn.Module:
+def _quantized(module: nn.Module, chosen: LayerFormat) -> nn.Module:
     """Return ``module`` quantized and evaluated.
 
     On a CPU, MLX rounds to the float formats (mxfp4, nvfp4) through 20 to 40 copies of its input,
     so there a few rows are rounded at a time; each row is rounded by itself in every format.
     """
+    settings = asdict(chosen)
     layer = cast(Any, module).to_quantized(**settings)
-    if settings.get("mode", "affine") != "affine" and not on_gpu():
+    if chosen.mode != "affine" and not on_gpu():
         weight = module["weight"]
         mx.eval(weight)
         rows_RI = weight.reshape(-1, weight.shape[-1])
@@ -144,19 +146,15 @@ def _quantized(module: nn.Module, settings: dict[str, Any]) -> nn.Module:
     return layer
 
 
-def rounded(
-    weight: mx.array, stored: mx.Dtype, *, bits: int, group_size: int, mode: str
-) -> mx.array:
+def rounded(weight: mx.array, stored: mx.Dtype, chosen: LayerFormat) -> mx.array:
     """Return ``weight`` quantized and dequantized, in the same dtype.
 
     Args:
-        weight: (..., I), I divisible by ``group_size``.
+        weight: (..., I), I divisible by the group size.
         stored: Dtype of scales and biases on disk: they are rounded to it too.
-        bits: Bits per code.
-        group_size: Weights with one scale.
-        mode: ``affine``, ``mxfp4``, ``mxfp8`` or ``nvfp4``.
+        chosen: The format.
     """
-    settings: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": mode}
+    settings = asdict(chosen)
     codes, *constants = (
         value.astype(stored).astype(weight.dtype)
         if mx.issubdtype(value.dtype, mx.floating)
@@ -169,7 +167,7 @@ def rounded(
     return dequantize(codes, scales, biases, **settings).astype(weight.dtype)
 
 
-def refuse_quantized(model: nn.Module, config: dict[str, Any]) -> None:
+def refuse_quantized(model: nn.Module, config: ModelConfig) -> None:
     """Raise a ``SlimError`` if ``model`` is quantized already."""
     if is_quantized(model) or "quantization" in config:
         raise SlimError(
@@ -185,7 +183,7 @@ def parameter_bytes(model: nn.Module) -> int:
 
 def report(
     model: nn.Module,
-    config: dict[str, Any],
+    config: ModelConfig,
     method: str,
     bytes_before: int,
     skipped: list[Skipped],
@@ -196,7 +194,7 @@ def report(
     kinds: Counter[str] = Counter()
     for _, module in leaves(model):
         if "scales" in module:
-            kinds[f"{module.bits}-bit {module.mode}, group {module.group_size}"] += 1
+            kinds[str(format_of(module))] += 1
     use_fast_matmul(model)
     return QuantizeReport(
         config=copy.deepcopy(config),

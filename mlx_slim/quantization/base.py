@@ -13,15 +13,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
 from mlx_slim.config.schema import QuantizeConfig, Recipe
 from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.models.load import Loaded, Transform, cast, load, read_config, read_weights
+from mlx_slim.models.quantized import LayerFormat
 from mlx_slim.quantization.apply import load_quantized
-from mlx_slim.reading import field, library_errors, read_object, short, shown
+from mlx_slim.reading import JsonObject, field, library_errors, read_object, short, shown
 from mlx_slim.runtime import DTYPES, dtype_name, resolve_dtype
 
 CONFIG = "adapter_config.json"
@@ -35,7 +35,7 @@ class QuantizedBase:
     Attributes:
         model: The dense model, as the recipe named it.
         revision: Branch, tag or commit of a hub id.
-        quantize: ``bits``, ``group_size`` and ``mode``.
+        quantize: How it was rounded.
         dtype: That it was cast to before it was rounded.
         stored: What the dense model's weights are stored in.
         folder: The quantized model, relative to the adapter's folder; None if it is not stored.
@@ -43,7 +43,7 @@ class QuantizedBase:
 
     model: str
     revision: str | None
-    quantize: dict[str, Any]
+    quantize: LayerFormat
     dtype: str
     stored: str
     folder: str | None = None
@@ -54,8 +54,7 @@ class QuantizedBase:
 
     def __str__(self) -> str:
         """Return its format in words."""
-        q = self.quantize
-        return f"{q['bits']}-bit {q['mode']}, group {q['group_size']}"
+        return str(self.quantize)
 
 
 def quantized_base(recipe: Recipe) -> QuantizedBase | None:
@@ -73,7 +72,7 @@ def quantized_base(recipe: Recipe) -> QuantizedBase | None:
     return QuantizedBase(
         model=recipe.model,
         revision=recipe.revision,
-        quantize={"bits": settings.bits, "group_size": settings.group_size, "mode": settings.mode},
+        quantize=LayerFormat(settings.group_size, settings.bits, settings.mode),
         dtype=dtype_name(resolve_dtype(recipe.train.dtype)),
         stored=str(config.get("dtype") or config.get("torch_dtype")),
     )
@@ -103,7 +102,7 @@ def recorded_base(adapters: Sequence[Path]) -> tuple[Path, QuantizedBase] | None
     return recorded
 
 
-def _named(record: dict[str, Any], where: str) -> QuantizedBase:
+def _named(record: JsonObject, where: str) -> QuantizedBase:
     for key in ("model", "stored"):
         field(record, where, key, str)
     for key in ("revision", "folder"):
@@ -121,7 +120,7 @@ def _named(record: dict[str, Any], where: str) -> QuantizedBase:
         )
     with library_errors(f"{where} cannot be used", "copy it again"):
         QuantizeConfig(**settings)
-        return QuantizedBase(**record)
+        return QuantizedBase(**{**record, "quantize": LayerFormat(**settings)})
 
 
 def load_base(
@@ -149,10 +148,15 @@ def load_base(
     Raises:
         SlimError: As ``load``; if the adapters name different bases.
     """
-    source_options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     recorded = recorded_base(adapters)
     if recorded is None or "quantization" in read_config(source, revision):
-        return load(source, dtype=dtype, transform=transform, **source_options)
+        return load(
+            source,
+            revision=revision,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            transform=transform,
+        )
     adapter, named = recorded
     base_folder = None if named.folder is None else (adapter / named.folder).resolve()
     trained = f"{adapter} was trained over {source} in {named}"
@@ -164,8 +168,14 @@ def load_base(
         loaded = load(base_folder, dtype=dtype)
         note = f"{trained}: computing over {base_folder}"
     else:
-        settings = QuantizeConfig(**named.quantize)
-        loaded, _ = load_quantized(source, settings, dtype=DTYPES[named.dtype], **source_options)
+        settings = QuantizeConfig.model_validate(asdict(named.quantize))
+        loaded, _ = load_quantized(
+            source,
+            settings,
+            revision=revision,
+            dtype=DTYPES[named.dtype],
+            trust_remote_code=trust_remote_code,
+        )
         if dtype is not None and dtype != DTYPES[named.dtype]:
             cast(loaded.model, dtype)
             read_weights(loaded.model)
@@ -183,6 +193,8 @@ def _same(source: str | Path, revision: str | None, named: QuantizedBase) -> boo
     return str(source) == named.model
 
 
-def as_record(named: QuantizedBase, folder: str) -> dict[str, Any]:
+def as_record(named: QuantizedBase, folder: str) -> JsonObject:
     """Return the entry of ``adapter_config.json`` for a base that is stored in ``folder``."""
-    return {RECORD: asdict(replace(named, folder=folder))}
+    keys = ("bits", "group_size", "mode")  # in the order that is on disk
+    quantize = {key: getattr(named.quantize, key) for key in keys}
+    return {RECORD: {**asdict(named), "quantize": quantize, "folder": folder}}

@@ -16,14 +16,14 @@ import io
 import os
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import asdict
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import ResourceError, SlimError, did_you_mean
-from mlx_slim.models.quantized import quantize_into_fast, use_fast_matmul
+from mlx_slim.models.quantized import LayerFormat, quantize_into_fast, use_fast_matmul
 from mlx_slim.models.save import quantization_of
 from mlx_slim.progress import Stage, stage
 from mlx_slim.quantization.apply import (
@@ -33,7 +33,8 @@ from mlx_slim.quantization.apply import (
     refuse_quantized,
     report,
 )
-from mlx_slim.quantization.policy import RECIPES, Skipped, count, leaves, skip_reason
+from mlx_slim.quantization.policy import RECIPES, Decision, Skipped, count, leaves, skip_reason
+from mlx_slim.reading import ModelConfig
 from mlx_slim.runtime import device_memory, human_bytes, on_gpu
 
 METHODS = ("rtn", "awq", "gptq", "dwq", "dynamic")
@@ -94,7 +95,7 @@ def check_method(
 
 def quantize_with(
     model: nn.Module,
-    config: dict[str, Any],
+    config: ModelConfig,
     quantize: QuantizeConfig,
     method: str,
     tokens_NT: mx.array,
@@ -191,7 +192,7 @@ def _all_divisible(model: nn.Module, quantize: QuantizeConfig, method: str) -> N
 
 
 def _awq(
-    model: nn.Module, config: dict[str, Any], quantize: QuantizeConfig, tokens_NT: mx.array
+    model: nn.Module, config: ModelConfig, quantize: QuantizeConfig, tokens_NT: mx.array
 ) -> None:
     from mlx_lm.quant.awq import AWQ_MODEL_CONFIGS, awq_quantize
 
@@ -208,7 +209,7 @@ def _awq(
 
 
 def _gptq(
-    model: nn.Module, _config: dict[str, Any], quantize: QuantizeConfig, tokens_NT: mx.array
+    model: nn.Module, _config: ModelConfig, quantize: QuantizeConfig, tokens_NT: mx.array
 ) -> None:
     from mlx_lm.quant.gptq import gptq_quantize
 
@@ -232,7 +233,7 @@ def _gptq(
 
 
 def _dwq(
-    model: nn.Module, config: dict[str, Any], quantize: QuantizeConfig, tokens_NT: mx.array
+    model: nn.Module, config: ModelConfig, quantize: QuantizeConfig, tokens_NT: mx.array
 ) -> None:
     import mlx.optimizers as optim
     from mlx_lm.quant.dwq import dwq_quantize
@@ -260,7 +261,7 @@ def _dwq(
 
 
 def _dynamic(
-    model: nn.Module, config: dict[str, Any], quantize: QuantizeConfig, tokens_NT: mx.array
+    model: nn.Module, config: ModelConfig, quantize: QuantizeConfig, tokens_NT: mx.array
 ) -> None:
     from mlx_lm.quant.dynamic_quant import estimate_sensitivities, estimate_threshold
     from mlx_lm.utils import quantize_model as quantize_in_place
@@ -279,9 +280,9 @@ def _dynamic(
         high_group_size=group,
     )
 
-    def decide(path: str, _module: nn.Module) -> bool | dict[str, Any]:
+    def decide(path: str, _module: nn.Module) -> Decision:
         if sensitivities[path] > threshold:
-            return {"bits": high, "group_size": group, "mode": "affine"}
+            return asdict(LayerFormat(group, high))
         return True
 
     quantize_in_place(model, config, group, low, quant_predicate=decide)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import mlx.nn as nn
 from mlx.utils import tree_flatten
@@ -17,11 +17,14 @@ from pydantic import ValidationError
 
 from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import SlimError, did_you_mean
+from mlx_slim.models.quantized import LayerFormat
+from mlx_slim.reading import JsonObject
 
 MixedRecipe = Literal["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"]
 RECIPES: tuple[str, ...] = get_args(MixedRecipe)
 
-Decision = bool | dict[str, Any]
+# What a model's own policy answers for a layer: arguments of ``mx.quantize``, or whether at all.
+Decision = bool | JsonObject
 
 
 _DEFAULTS = {"affine": (4, 64), "mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
@@ -80,11 +83,11 @@ class Policy:
     """The decision for every layer of one model.
 
     Attributes:
-        chosen: Path -> ``{"bits", "group_size", "mode"}`` of each layer to quantize.
+        chosen: Path -> format of each layer to quantize.
         skipped: The layers left as they are.
     """
 
-    chosen: dict[str, dict[str, Any]]
+    chosen: dict[str, LayerFormat]
     skipped: list[Skipped]
 
 
@@ -100,8 +103,8 @@ def make_policy(model: nn.Module, config: QuantizeConfig, recipe: str | None = N
         SlimError: If the recipe is unknown or does not fit the model, or no layer fits.
     """
     decide = _decider(model, config, recipe)
-    base = {"group_size": config.group_size, "bits": config.bits, "mode": config.mode}
-    chosen: dict[str, dict[str, Any]] = {}
+    base = LayerFormat(config.group_size, config.bits, config.mode)
+    chosen: dict[str, LayerFormat] = {}
     skipped: list[Skipped] = []
     for path, module in leaves(model):
         parameters = count(module)
@@ -111,7 +114,7 @@ def make_policy(model: nn.Module, config: QuantizeConfig, recipe: str | None = N
         if not reason:
             decision = decide(path, module)
             if decision:
-                chosen[path] = decision if isinstance(decision, dict) else dict(base)
+                chosen[path] = LayerFormat(**decision) if isinstance(decision, dict) else base
                 continue
             reason = "the model's own policy keeps it in full precision"
         skipped.append(Skipped(path, reason, parameters))

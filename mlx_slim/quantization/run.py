@@ -48,6 +48,7 @@ from mlx_slim.quantization.apply import (
 from mlx_slim.quantization.calibration import DEFAULT_SOURCE, Calibration, read_calibration
 from mlx_slim.quantization.methods import check_method, quantize_with
 from mlx_slim.quantization.options import CompressOptions
+from mlx_slim.reading import JsonObject
 from mlx_slim.runtime import (
     device_memory,
     human_bytes,
@@ -77,7 +78,7 @@ class Compressed:
     seconds: float
     peak_memory_bytes: int
 
-    def as_record(self) -> dict[str, Any]:
+    def as_record(self) -> JsonObject:
         """Return what ``--json`` prints."""
         record = asdict(self.report)
         del record["config"]
@@ -155,13 +156,13 @@ def compress(
         refuse_quantized(nn.Module(), config)
     mx.reset_peak_memory()
     notify(f"loading {source}")
-    settings: dict[str, Any] = {"revision": options.revision, "dtype": compute_dtype()}
-    tensors = folder_tensors(resolve(source, options.revision))
+    revision, dtype = options.revision, compute_dtype()
+    tensors = folder_tensors(resolve(source, revision))
     stored = stored_dtype(tensors)
     tokenizer = load_tokenizer(source, revision=options.revision)
     calibration = _calibration(tokenizer, row_limit(config), options, notify)
     numbers = sum(math.prod(tensor.shape) for tensor in tensors.values())
-    needed = numbers * (compute_dtype() or stored).size
+    needed = numbers * (dtype or stored).size
     if calibration is not None and options.method == "rtn" and needed > device_memory():
         notify(
             f"fidelity is not measured: the dense model takes {human_bytes(needed)}, this device "
@@ -171,14 +172,16 @@ def compress(
         calibration = None
     dense = original = None
     if calibration is not None:
-        dense = load(source, **settings)
+        dense = load(source, revision=revision, dtype=dtype)
         refuse_quantized(dense.model, dense.config)
         original = RecordedLogits(dense.model, calibration.validation_NT, out)
 
     notify(f"quantizing: {options.method}, {_format(options)}")
     tic = time.perf_counter()
     if dense is None:
-        loaded, report = load_quantized(source, options.quantize, options.recipe, **settings)
+        loaded, report = load_quantized(
+            source, options.quantize, options.recipe, revision=revision, dtype=dtype
+        )
     elif options.method == "rtn":
         loaded = dense
         report = quantize_model(loaded.model, loaded.config, options.quantize, options.recipe)

@@ -19,12 +19,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_slim.adapters.lora import Adapter
+from mlx_slim.models.quantized import LayerFormat
 from mlx_slim.quantization.apply import rounded
 from mlx_slim.training.callbacks import ForwardHook
 
@@ -35,7 +36,7 @@ class _Site:
 
     layer: nn.Module
     adapter: Adapter | None
-    format: dict[str, Any]
+    format: LayerFormat
     fixed: mx.array | None = None  # the rounded weight of a layer that does not change
 
 
@@ -45,15 +46,13 @@ class FakeQuantizer(ForwardHook):
 
     Args:
         model: A dense model, with its adapters and with its trainable parameters unfrozen.
-        chosen: Path -> ``bits``, ``group_size`` and ``mode``: ``make_policy`` of the dense model.
+        chosen: Path -> format: ``make_policy`` of the dense model.
         stored: Dtype that scales and biases will be stored in.
     """
 
     name: ClassVar[str] = "qat"
 
-    def __init__(
-        self, model: nn.Module, chosen: dict[str, dict[str, Any]], stored: mx.Dtype
-    ) -> None:
+    def __init__(self, model: nn.Module, chosen: dict[str, LayerFormat], stored: mx.Dtype) -> None:
         modules = dict(model.named_modules())
         self._stored = stored
         self._sites = []
@@ -82,12 +81,12 @@ class FakeQuantizer(ForwardHook):
         weight = site.layer["weight"]
         if site.adapter is not None:
             target = rounded(
-                site.adapter.merged_weight().astype(weight.dtype), self._stored, **site.format
+                site.adapter.merged_weight().astype(weight.dtype), self._stored, site.format
             )
             return site.adapter.fake_quantize(target).astype(weight.dtype)
         if site.fixed is not None:
             return site.fixed
-        value = rounded(weight, self._stored, **site.format)
+        value = rounded(weight, self._stored, site.format)
         if "weight" in site.layer._no_grad:
             site.fixed = value
         return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from mlx_slim.config.schema import AdapterConfig, QuantizeConfig
 from mlx_slim.data.batches import collate
 from mlx_slim.models import structure
 from mlx_slim.models.load import Loaded, load
+from mlx_slim.models.quantized import LayerFormat
 from mlx_slim.planner.shapes import leaves
 from mlx_slim.quantization.apply import quantize_model, rounded
 from mlx_slim.quantization.policy import make_policy
@@ -90,14 +92,15 @@ def test_other_formats_and_16_bit_scales() -> None:
     mx.random.seed(0)
     weight = mx.random.normal((8, 64))
     for mode, bits, group in (("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)):
-        settings: dict[str, Any] = {"bits": bits, "group_size": group, "mode": mode}
+        chosen = LayerFormat(group, bits, mode)
+        settings = asdict(chosen)
         codes, scales, *_ = mx.quantize(weight, **settings)
         expected = mx.dequantize(codes, scales, **settings).astype(mx.float32)
-        assert mx.array_equal(rounded(weight, mx.bfloat16, **settings), expected)
+        assert mx.array_equal(rounded(weight, mx.bfloat16, chosen), expected)
     codes, scales, biases = mx.quantize(weight, group_size=32, bits=3)
     halves = [x.astype(mx.bfloat16).astype(mx.float32) for x in (scales, biases)]
     expected = mx.dequantize(codes, *halves, group_size=32, bits=3)
-    ours = rounded(weight, mx.bfloat16, group_size=32, bits=3, mode="affine")
+    ours = rounded(weight, mx.bfloat16, LayerFormat(32, 3))
     assert mx.allclose(ours, expected, atol=1e-6)
     assert not mx.allclose(ours, mx.dequantize(codes, scales, biases, group_size=32, bits=3))
 
