@@ -12,31 +12,54 @@ import itertools
 import json
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import mlx_slim  # noqa: F401  # before mlx.core: both sides get the same BLAS
+from mlx_slim.reading import JsonObject
 
 import mlx.core as mx  # isort: skip
 
 
-def _questions(work: dict[str, Any]) -> tuple[Any, Any, int]:
+@dataclass(frozen=True)
+class EvalWork:
+    """What a side answers.
+
+    Attributes:
+        model: Hub id or folder.
+        task: Its name.
+        limit: First rows only, or None.
+        num_fewshot: Solved examples before each question; None takes the task's own.
+        data_dir: Of the rows, or None.
+        dtype: Computed in.
+    """
+
+    model: str
+    task: str
+    limit: int | None
+    num_fewshot: int | None
+    data_dir: str | None
+    dtype: str
+
+
+def _questions(work: EvalWork) -> tuple[Any, Any, int]:
     """Return the task, its questions and the shots before each."""
     from mlx_slim.errors import SlimError
     from mlx_slim.evaluation.tasks.prompts import build_questions
     from mlx_slim.evaluation.tasks.rows import load_rows
     from mlx_slim.evaluation.tasks.spec import expand
 
-    selections = expand([work["task"]], work["num_fewshot"])
+    selections = expand([work.task], work.num_fewshot)
     if len(selections) != 1:
-        raise SlimError(f"{work['task']} is {len(selections)} tasks", "name one task")
+        raise SlimError(f"{work.task} is {len(selections)} tasks", "name one task")
     task, shots = selections[0].task, selections[0].num_fewshot
-    rows = load_rows(task, Path(work["data_dir"]) if work["data_dir"] else None)
-    return task, build_questions(task, rows, shots, work["limit"]), shots
+    rows = load_rows(task, Path(work.data_dir) if work.data_dir else None)
+    return task, build_questions(task, rows, shots, work.limit), shots
 
 
-def _summary(seconds: float, answers: list[Any], setup: dict[str, Any]) -> dict[str, Any]:
+def _summary(seconds: float, answers: list[Any], setup: JsonObject) -> JsonObject:
     return {
         "questions_per_second": len(answers) / seconds,
         "seconds": seconds,
@@ -47,7 +70,7 @@ def _summary(seconds: float, answers: list[Any], setup: dict[str, Any]) -> dict[
     }
 
 
-def ours(work: dict[str, Any]) -> dict[str, Any]:
+def ours(work: EvalWork) -> JsonObject:
     """Answer with our engine, chunk by chunk, as ``mlx-slim eval`` does."""
     from mlx_slim.evaluation.jobs import Engine, TaskJob
     from mlx_slim.evaluation.scoring.loglikelihood import LoglikelihoodScorer
@@ -57,11 +80,11 @@ def ours(work: dict[str, Any]) -> dict[str, Any]:
     from mlx_slim.runtime import resolve_dtype
 
     task, questions, shots = _questions(work)
-    loaded = load(work["model"], dtype=resolve_dtype(work["dtype"]))
+    loaded = load(work.model, dtype=resolve_dtype(work.dtype))
     engine = Engine(loaded.model, loaded.tokenizer, LoglikelihoodScorer(loaded.model))
     longest, limit = max_length(loaded.config, loaded.tokenizer), row_limit(loaded.config)
     encoder = RequestEncoder(loaded.tokenizer, longest, limit=limit)
-    job = TaskJob(task, "", shots, work["limit"], questions, encoder)
+    job = TaskJob(task, "", shots, work.limit, questions, encoder)
     mx.reset_peak_memory()
     begin = time.perf_counter()
     computed = [job.compute(chunk, engine) for chunk in job.chunks]
@@ -79,7 +102,7 @@ def ours(work: dict[str, Any]) -> dict[str, Any]:
     return _summary(seconds, [record[key] for record in records], setup)
 
 
-def mlx_lm(work: dict[str, Any]) -> dict[str, Any]:
+def mlx_lm(work: EvalWork) -> JsonObject:
     """Answer with the ``MLXLM`` class of ``mlx_lm.evaluate``, called directly."""
     from mlx_lm.evaluate import MLXLM
 
@@ -87,8 +110,8 @@ def mlx_lm(work: dict[str, Any]) -> dict[str, Any]:
     from mlx_slim.runtime import resolve_dtype
 
     task, questions, _ = _questions(work)
-    peer = MLXLM(work["model"], use_chat_template=False)
-    cast(peer._model, resolve_dtype(work["dtype"]))
+    peer = MLXLM(work.model, use_chat_template=False)
+    cast(peer._model, resolve_dtype(work.dtype))
     mx.eval(peer._model.parameters())
     pairs = [(q.context, choice) for q in questions for choice in q.choices]
     options = {"until": list(task.spec.until), "max_gen_toks": task.spec.max_tokens}
@@ -111,7 +134,7 @@ def main() -> None:
     """Run the side named first with the work given as JSON; print one line of JSON."""
     name, work = sys.argv[1], json.loads(sys.argv[2])
     with contextlib.redirect_stdout(sys.stderr):
-        result = {"ours": ours, "mlx-lm": mlx_lm}[name](work)
+        result = {"ours": ours, "mlx-lm": mlx_lm}[name](EvalWork(**work))
     print(json.dumps(result))
 
 

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
+from mlx_slim.bench.eval_sides import EvalWork
 from mlx_slim.bench.options import BenchEvalOptions
 from mlx_slim.bench.rounds import record, run_side
 from mlx_slim.errors import SlimError
+from mlx_slim.reading import JsonObject
 
 
 def bench_eval(
     model: str, options: BenchEvalOptions, progress: Callable[[str], None]
-) -> dict[str, Any]:
+) -> JsonObject:
     """Measure our scorer against mlx-lm's on the first questions of a task.
 
     Args:
@@ -39,27 +42,27 @@ def bench_eval(
             "mlx-lm's scorer needs lm-eval, which is not installed",
             "pip install 'mlx-slim[bench]' (lm-eval and PyTorch: large)",
         )
-    work = {
-        "model": model,
-        "task": options.task,
-        "limit": options.limit,
-        "num_fewshot": options.num_fewshot,
-        "data_dir": None if options.data_dir is None else str(options.data_dir),
-        "dtype": options.dtype,
-    }
-    results: list[dict[str, Any]] = []
-    answers: dict[str, Any] = {}
+    work = EvalWork(
+        model=model,
+        task=options.task,
+        limit=options.limit,
+        num_fewshot=options.num_fewshot,
+        data_dir=None if options.data_dir is None else str(options.data_dir),
+        dtype=options.dtype,
+    )
+    results: list[JsonObject] = []
+    answers: dict[str, list[Any]] = {}
     for number in range(options.rounds):
-        sides: dict[str, Any] = {}
+        sides: dict[str, JsonObject] = {}
         for name, side in (("ours", "ours"), ("mlx_lm", "mlx-lm")):
             progress(f"round {number + 1}/{options.rounds}: {side}")
-            sides[name] = run_side("eval_sides", side, work)
+            sides[name] = run_side("eval_sides", side, asdict(work))
             answers[name] = sides[name].pop("answers")
             minimum = sides["ours"]["tokens_minimum"]  # the same work for both
             sides[name]["tokens_per_second"] = minimum / sides[name]["seconds"]
             progress(f"  {sides[name]['questions_per_second']:.3f} questions/s")
         results.append(sides)
-    result = record({**work, "against": options.against}, "mlx_lm", results)
+    result = record({**asdict(work), "against": options.against}, "mlx_lm", results)
     result["ratio"]["computed_to_minimum"] = (
         result["ours"]["tokens_computed"] / result["ours"]["tokens_minimum"]
     )
@@ -67,7 +70,7 @@ def bench_eval(
     return result
 
 
-def agreement(ours: list[Any], theirs: list[Any]) -> dict[str, Any]:
+def agreement(ours: list[Any], theirs: list[Any]) -> JsonObject:
     """Compare the answers of two sides: texts, or log-likelihoods of each question's choices."""
     if isinstance(ours[0], str):
         same = sum(one == other for one, other in zip(ours, theirs, strict=True))

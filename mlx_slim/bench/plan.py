@@ -14,19 +14,21 @@ import os
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
 from mlx_slim.artifacts import read_records, write_text
 from mlx_slim.bench.options import METHODS
 from mlx_slim.bench.rounds import run_side
+from mlx_slim.bench.sides import Peaks
 from mlx_slim.claims import held
 from mlx_slim.errors import SlimError
 from mlx_slim.models.build import build
 from mlx_slim.models.load import load_tokenizer
 from mlx_slim.models.save import save_model
+from mlx_slim.reading import JsonObject, field
 from mlx_slim.runtime import human_bytes
 
 WITHIN = 0.15
@@ -69,7 +71,7 @@ def _rows(folder: Path, length: int, count: int) -> Path:
     return file
 
 
-def cases(model: str, random: Path, rows: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def cases(model: str, random: Path, rows: Path) -> Iterator[tuple[str, JsonObject]]:
     """Yield (name, recipe values) of every case."""
     for which, source in (("given", model), ("random", str(random))):
         for length, count in SHAPES[which]:
@@ -95,7 +97,45 @@ def cases(model: str, random: Path, rows: Path) -> Iterator[tuple[str, dict[str,
                     )
 
 
-def bench_plan(model: str, out: Path | None, progress: Callable[[str], None]) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Case(Peaks):
+    """A finished case: a line of the output file; ``error`` is predicted / measured − 1."""
+
+    case: str
+    error: float
+
+    @classmethod
+    def of(cls, case: str, peaks: Peaks) -> Case:
+        """Return the record of a case."""
+        error = peaks.predicted_peak_bytes / peaks.measured_peak_bytes - 1
+        return cls(case=case, error=round(error, 4), **vars(peaks))
+
+    @classmethod
+    def read(cls, values: JsonObject, where: str) -> Case:
+        """Return the record of a line.
+
+        Raises:
+            SlimError: If it is no finished case.
+        """
+        kinds = {"case": str, "breakdown": dict, "error": float, "seconds_per_batch": float}
+        keys = [one.name for one in fields(cls)]
+        if not set(keys) <= values.keys():
+            raise SlimError(f"{where} has other records than finished cases", "choose another file")
+        return cls(**{key: field(values, where, key, kinds.get(key, int)) for key in keys})
+
+    def as_json(self) -> JsonObject:
+        """Return the object of a line."""
+        first = {"case": self.case, "error": self.error}
+        return {**first, **{k: v for k, v in asdict(self).items() if k not in first}}
+
+    def line(self) -> str:
+        """Return the case as a line of text."""
+        predicted = human_bytes(self.predicted_peak_bytes)
+        measured = human_bytes(self.measured_peak_bytes)
+        return f"{self.case:36} {predicted:>9} {measured:>9} {self.error:+7.1%}"
+
+
+def bench_plan(model: str, out: Path | None, progress: Callable[[str], None]) -> JsonObject:
     """Measure every case.
 
     Args:
@@ -108,7 +148,7 @@ def bench_plan(model: str, out: Path | None, progress: Callable[[str], None]) ->
         ``within`` (fraction of the cases with an error of at most 15%), ``median_error``,
         ``worst_error``.
     """
-    done: dict[str, dict[str, Any]] = {}
+    done: dict[str, Case] = {}
     with contextlib.ExitStack() as stack:
         if out is not None:
             stack.enter_context(held(out))
@@ -118,32 +158,24 @@ def bench_plan(model: str, out: Path | None, progress: Callable[[str], None]) ->
         random = random_model(folder / "random", model)
         for case, work in cases(model, random, folder):
             if case not in done:
-                peaks = run_side("sides", "probe", work)
-                error = peaks["predicted_peak_bytes"] / peaks["measured_peak_bytes"] - 1
-                done[case] = {"case": case, "error": round(error, 4), **peaks}
+                done[case] = Case.of(case, Peaks(**run_side("sides", "probe", work)))
                 if out is not None:
-                    write_text(out, "".join(json.dumps(r) + "\n" for r in done.values()))
-            progress(_line(done[case]))
+                    lines = [json.dumps(one.as_json()) + "\n" for one in done.values()]
+                    write_text(out, "".join(lines))
+            progress(done[case].line())
     return summary(list(done.values()))
 
 
-def _finished(out: Path) -> dict[str, dict[str, Any]]:
+def _finished(out: Path) -> dict[str, Case]:
     """Return the cases in a file of an earlier call, none if it is not there."""
-    records = list(read_records(out)) if os.path.lexists(out) else []
-    if not all({"case", "error", "predicted_peak_bytes"} <= record.keys() for record in records):
-        raise SlimError(f"{out} has other records than finished cases", "choose another file")
-    return {record["case"]: record for record in records}
+    records = read_records(out) if os.path.lexists(out) else ()
+    finished = [Case.read(record, str(out)) for record in records]
+    return {case.case: case for case in finished}
 
 
-def _line(record: dict[str, Any]) -> str:
-    predicted = human_bytes(record["predicted_peak_bytes"])
-    measured = human_bytes(record["measured_peak_bytes"])
-    return f"{record['case']:36} {predicted:>9} {measured:>9} {record['error']:+7.1%}"
-
-
-def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(records: list[Case]) -> JsonObject:
     """Return what ``bench plan --json`` prints."""
-    errors = [abs(record["error"]) for record in records]
+    errors = [abs(case.error) for case in records]
     return {
         "schema_version": 1,
         "device": mx.default_device().type.name,
@@ -151,5 +183,5 @@ def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
         "within_15_percent": sum(error <= WITHIN for error in errors) / max(1, len(errors)),
         "median_error": statistics.median(errors),
         "worst_error": max(errors),
-        "cases": records,
+        "cases": [case.as_json() for case in records],
     }

@@ -11,15 +11,15 @@ import platform
 import statistics
 import subprocess
 import sys
-from typing import Any
 
 import mlx.core as mx
 
 from mlx_slim.errors import SlimError
+from mlx_slim.reading import JsonObject
 from mlx_slim.runtime import matmul_gflops
 
 
-def run_side(module: str, side: str, work: dict[str, Any]) -> dict[str, Any]:
+def run_side(module: str, side: str, work: JsonObject) -> JsonObject:
     """Return what ``side`` of ``mlx_slim.bench.<module>`` measured on ``work``.
 
     Raises:
@@ -33,7 +33,7 @@ def run_side(module: str, side: str, work: dict[str, Any]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def record(work: dict[str, Any], other: str, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+def record(work: JsonObject, other: str, rounds: list[JsonObject]) -> JsonObject:
     """Return the record that DESIGN.md calls ``bench … --json``.
 
     Args:
@@ -41,7 +41,7 @@ def record(work: dict[str, Any], other: str, rounds: list[dict[str, Any]]) -> di
         other: Name of the side beside ``ours``.
         rounds: For each round the figures of both sides.
     """
-    result: dict[str, Any] = {
+    result: JsonObject = {
         "device": f"{platform.system()} {platform.machine()}, {mx.default_device().type.name}",
         "matmul_gflops": round(matmul_gflops(), 1),
         "work": work,

@@ -14,10 +14,12 @@ import json
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import mlx_slim  # noqa: F401  # before mlx.core: both sides get the same BLAS
+from mlx_slim.reading import JsonObject
 
 import mlx.core as mx  # isort: skip
 
@@ -25,7 +27,28 @@ WARMUP_STEPS = 1
 RANK, SCALE = 8, 2.0
 
 
-def _summary(timed: list[tuple[int, float]], setup: dict[str, Any]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class TrainWork:
+    """What a side trains.
+
+    Attributes:
+        model: Hub id or folder.
+        rows: File of chat rows.
+        method: ``full``, ``lora``, ``qlora`` or ``dora``.
+        batch: Rows of a batch.
+        max_length: Tokens of a row, at most.
+        dtype: Computed in.
+    """
+
+    model: str
+    rows: str
+    method: str
+    batch: int
+    max_length: int
+    dtype: str
+
+
+def _summary(timed: list[tuple[int, float]], setup: JsonObject) -> JsonObject:
     """Return tokens/s over the timed (tokens, seconds) of each step, and the peak."""
     rest = timed[WARMUP_STEPS:]
     tokens, seconds = sum(t for t, _ in rest), sum(s for _, s in rest)
@@ -39,7 +62,7 @@ def _summary(timed: list[tuple[int, float]], setup: dict[str, Any]) -> dict[str,
     }
 
 
-def ours(work: dict[str, Any]) -> dict[str, Any]:
+def ours(work: TrainWork) -> JsonObject:
     """Train one epoch with our loop."""
     from mlx_slim import events
     from mlx_slim.config.load import from_values
@@ -47,16 +70,16 @@ def ours(work: dict[str, Any]) -> dict[str, Any]:
     from mlx_slim.runtime import memory_limits
 
     values = {
-        "model": work["model"],
-        "method": work["method"],
+        "model": work.model,
+        "method": work.method,
         "adapter": {"rank": RANK, "scale": SCALE},
-        "data": {"path": work["rows"], "validation": 0},
+        "data": {"path": work.rows, "validation": 0},
         "train": {
             "epochs": 1,
-            "batch_tokens": work["batch"] * work["max_length"],
-            "max_length": work["max_length"],
+            "batch_tokens": work.batch * work.max_length,
+            "max_length": work.max_length,
             "save_every": 10**9,
-            "dtype": work["dtype"],
+            "dtype": work.dtype,
         },
     }
     recipe = from_values(values, "bench", "bench").recipe
@@ -79,19 +102,19 @@ def ours(work: dict[str, Any]) -> dict[str, Any]:
     return _summary(timed, {"computed_tokens": computed, "batching": loop.batcher.mode})
 
 
-def _stock(work: dict[str, Any]) -> tuple[Any, Any]:
+def _stock(work: TrainWork) -> tuple[Any, Any]:
     """Return model and tokenizer as mlx-lm itself loads them, in the dtype of the benchmark."""
     from mlx_lm import load
 
     from mlx_slim.models.load import cast as cast_model
     from mlx_slim.runtime import resolve_dtype
 
-    model, tokenizer = load(work["model"])[:2]
-    cast_model(model, resolve_dtype(work["dtype"]))
+    model, tokenizer = load(work.model)[:2]
+    cast_model(model, resolve_dtype(work.dtype))
     return model, tokenizer
 
 
-def mlx_lm(work: dict[str, Any]) -> dict[str, Any]:
+def mlx_lm(work: TrainWork) -> JsonObject:
     """Train one epoch with mlx-lm's own trainer, data sets and adapters."""
     import mlx.optimizers as optim
     from mlx_lm.tuner.callbacks import TrainingCallback
@@ -104,8 +127,8 @@ def mlx_lm(work: dict[str, Any]) -> dict[str, Any]:
     model, tokenizer = _stock(work)
     model.freeze()
     settings = {"rank": RANK, "scale": SCALE, "dropout": 0.0}
-    linear_to_lora_layers(model, -1, settings, use_dora=work["method"] == "dora")
-    rows = list(read_records(Path(work["rows"])))
+    linear_to_lora_layers(model, -1, settings, use_dora=work.method == "dora")
+    rows = list(read_records(Path(work.rows)))
     lengths: list[int] = []
 
     class Recording(CacheDataset):
@@ -114,7 +137,7 @@ def mlx_lm(work: dict[str, Any]) -> dict[str, Any]:
             lengths.append(len(item[0]))
             return item
 
-    steps = len(rows) // work["batch"]
+    steps = len(rows) // work.batch
     moments = [0.0]
 
     class StepClock(TrainingCallback):
@@ -125,11 +148,11 @@ def mlx_lm(work: dict[str, Any]) -> dict[str, Any]:
     mx.eval(model.parameters())
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArgs(
-            batch_size=work["batch"],
+            batch_size=work.batch,
             iters=steps,
             steps_per_report=1,
             steps_per_save=10**9,
-            max_seq_length=work["max_length"],
+            max_seq_length=work.max_length,
             adapter_file=str(Path(folder) / "adapters.safetensors"),
         )
         mx.reset_peak_memory()
@@ -141,14 +164,33 @@ def mlx_lm(work: dict[str, Any]) -> dict[str, Any]:
             args=arguments,
             training_callback=StepClock(),
         )
-    batch = work["batch"]
+    batch = work.batch
     tokens = [sum(lengths[i * batch : (i + 1) * batch]) for i in range(steps)]
     seconds = [after - before for before, after in itertools.pairwise(moments)]
     return _summary(list(zip(tokens, seconds, strict=True)), {})
 
 
-def probe(work: dict[str, Any]) -> dict[str, Any]:
-    """Take two steps of a recipe's largest batch; return predicted and measured peak, bytes."""
+@dataclass(frozen=True)
+class Peaks:
+    """A few steps of a recipe's largest batch: predicted and measured.
+
+    Attributes:
+        predicted_peak_bytes: Of memory.
+        measured_peak_bytes: Of memory.
+        breakdown: The prediction's parts, bytes.
+        computed_tokens: Of a batch, padding included.
+        seconds_per_batch: Measured.
+    """
+
+    predicted_peak_bytes: int
+    measured_peak_bytes: int
+    breakdown: dict[str, int]
+    computed_tokens: int
+    seconds_per_batch: float
+
+
+def probe(values: JsonObject) -> Peaks:
+    """Take two steps of the largest batch of a recipe with these ``values``."""
     from mlx_slim import events
     from mlx_slim.config.load import from_values
     from mlx_slim.finetuning.profile import probe as take_steps
@@ -156,25 +198,28 @@ def probe(work: dict[str, Any]) -> dict[str, Any]:
     from mlx_slim.planner.memory import predict
     from mlx_slim.planner.suggest import changed
 
-    recipe = from_values(work, "bench", "bench").recipe
+    recipe = from_values(values, "bench", "bench").recipe
     measured = take_steps(recipe, events.Broadcast([]), steps=2)
     config = read_config(recipe.model)
     recipe = changed(recipe, {"train.batching": measured.batching})
     predicted = predict(config, recipe, lengths=measured.lengths, suggest=False)
-    return {
-        "predicted_peak_bytes": predicted.predicted_peak_bytes,
-        "measured_peak_bytes": measured.peak_memory_bytes,
-        "breakdown": predicted.breakdown,
-        "computed_tokens": measured.computed_tokens,
-        "seconds_per_batch": measured.seconds_per_batch,
-    }
+    return Peaks(
+        predicted_peak_bytes=predicted.predicted_peak_bytes,
+        measured_peak_bytes=measured.peak_memory_bytes,
+        breakdown=predicted.breakdown,
+        computed_tokens=measured.computed_tokens,
+        seconds_per_batch=measured.seconds_per_batch,
+    )
 
 
 def main() -> None:
     """Run the side named first with the work given as JSON; print one line of JSON."""
     name, work = sys.argv[1], json.loads(sys.argv[2])
     with contextlib.redirect_stdout(sys.stderr):
-        result = {"ours": ours, "mlx-lm": mlx_lm, "probe": probe}[name](work)
+        if name == "probe":
+            result = asdict(probe(work))
+        else:
+            result = {"ours": ours, "mlx-lm": mlx_lm}[name](TrainWork(**work))
     print(json.dumps(result))
 
 

@@ -10,17 +10,19 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from mlx_slim.bench.options import BenchTrainOptions
 from mlx_slim.bench.rounds import record, run_side
+from mlx_slim.bench.sides import TrainWork
 from mlx_slim.config.schema import DataConfig
 from mlx_slim.data.ledger import SourceLedger
 from mlx_slim.data.pipeline import Pipeline
 from mlx_slim.data.sources import find
 from mlx_slim.errors import SlimError
 from mlx_slim.models.load import load_tokenizer
+from mlx_slim.reading import JsonObject
 
 
 def _rows(path: str, model: str, count: int, max_length: int, out: Path) -> int:
@@ -44,7 +46,7 @@ def _rows(path: str, model: str, count: int, max_length: int, out: Path) -> int:
 
 def bench_train(
     model: str, options: BenchTrainOptions, progress: Callable[[str], None]
-) -> dict[str, Any]:
+) -> JsonObject:
     """Measure our training of a method against mlx-lm's, or against another method of ours.
 
     Args:
@@ -60,26 +62,26 @@ def bench_train(
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
         tokens = _rows(options.data, model, options.rows, options.max_length, file)
-        work = {
-            "model": model,
-            "rows": str(file),
-            "method": method,
-            "batch": options.batch,
-            "max_length": options.max_length,
-            "dtype": options.dtype,
-        }
-        results: list[dict[str, Any]] = []
+        work = TrainWork(
+            model=model,
+            rows=str(file),
+            method=method,
+            batch=options.batch,
+            max_length=options.max_length,
+            dtype=options.dtype,
+        )
+        results: list[JsonObject] = []
         for number in range(options.rounds):
             progress(f"round {number + 1}/{options.rounds}: {method}")
-            ours = run_side("sides", "ours", work)
+            ours = run_side("sides", "ours", asdict(work))
             progress(f"  {ours['tokens_per_second']:.1f} tokens/s; against {against}")
             if against == "mlx-lm":
-                theirs = run_side("sides", "mlx-lm", work)
+                theirs = run_side("sides", "mlx-lm", asdict(work))
             else:
-                theirs = run_side("sides", "ours", {**work, "method": against})
+                theirs = run_side("sides", "ours", asdict(replace(work, method=against)))
             progress(f"  {theirs['tokens_per_second']:.1f} tokens/s")
             results.append({"ours": ours, other: theirs})
-    described = {key: value for key, value in work.items() if key != "rows"}
+    described = {key: value for key, value in asdict(work).items() if key != "rows"}
     described |= {"data": options.data, "rows": options.rows, "real_tokens": tokens}
     described["against"] = against
     return record(described, other, results)
