@@ -205,6 +205,7 @@ def _run(run: Path, recipe: dict[str, Any], draw: random.Random) -> None:
             events.append({"event": "validation", "step": step, "loss": 2.4 / step**0.3})
     done = {
         "step": steps,
+        "reason": "steps",
         "tokens": 400 * steps,
         "seconds": 180.0 + draw.random() * 40,
         "peak_memory_bytes": int(1e9 * (1 + draw.random())),
@@ -214,6 +215,8 @@ def _run(run: Path, recipe: dict[str, Any], draw: random.Random) -> None:
     (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     result = {
         "done": done,
+        "model": "toy",
+        "artifact": "adapters",
         "trainable": 1000,
         "total": 50_000,
         "predicted_peak_bytes": int(1e9 * (1 + draw.random())),
