@@ -6,9 +6,10 @@ utilisation); both ends of the range come from stated utilisations, nothing is f
 Utilisation of an Apple GPU grows with the positions of a micro-batch: n / (n + 8·cores) of
 ``APPLE_UTILISATION``. Both are calibrated on published speeds of LoRA over 4-bit bases: on an M1
 Max, Qwen3-8B 33 tokens/s with one Alpaca row a batch and 99 packed, Llama-3.2-3B 77 and 226 (three
-times as fast: half of the utilisation at 256 positions; 30 to 33% of the peak when it is filled);
-on an M1, Qwen2.5-0.5B 240, Llama-3.2-3B 82, Qwen2.5-7B 33 tokens/s (21 to 47%, if a batch has four
-rows). The upper end is what prompt processing reaches on these GPUs, 60 to 77% of the peak.
+times as fast: half of the utilisation at 256 positions, if 2,048 are packed; 30 to 33% of the peak
+in a large micro-batch); on an M1, Qwen2.5-0.5B 240, Llama-3.2-3B 82, Qwen2.5-7B 33 tokens/s (21 to
+47%, if a batch has four rows). The upper end leaves room: a forward pass over a prompt reaches
+about 70% (mlx-lm#1569: Qwen3-4B, 615 tokens/s on an M3 Pro).
 
 Elsewhere the peak is a matrix product measured in a fraction of a second. On a CPU
 ``CPU_UTILISATION`` holds 31% to 49%, what this project's own training reached of it
