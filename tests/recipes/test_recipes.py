@@ -173,7 +173,7 @@ def test_list_show_and_copy(tmp_path: Path) -> None:
 def test_plan_prints_fits_and_the_cheapest_knob() -> None:
     run = CliRunner().invoke
     result = run(plan.command, ["tinyllama-lora", "train.dtype=bfloat16", "--json"])
-    record = json.loads(result.output)
+    record = json.loads(result.stdout)
     assert set(record) >= {
         *("predicted_peak_bytes", "budget_bytes", "fits", "predicted_seconds", "disk_bytes"),
         *("breakdown", "suggestions"),
@@ -183,8 +183,8 @@ def test_plan_prints_fits_and_the_cheapest_knob() -> None:
     }
     assert sum(record["breakdown"].values()) == record["predicted_peak_bytes"]
     result = run(plan.command, ["tinyllama-lora", "--budget", "7GB"])
-    assert "does NOT fit in 7.00 GB" in result.output
-    assert "to make it fit, cheapest first" in result.output
+    assert "does NOT fit in 7.00 GB" in result.stdout
+    assert "to make it fit, cheapest first" in result.stdout
     assert "no recipe is named" in str(run(plan.command, []).exception)
 
 
