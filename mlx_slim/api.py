@@ -22,6 +22,7 @@ from mlx_slim.evaluation.options import EvalOptions
 from mlx_slim.finetuning import profile
 from mlx_slim.finetuning import run as training
 from mlx_slim.finetuning.run_dir import Result
+from mlx_slim.planner import choose as choosing
 from mlx_slim.planner import run as planning
 from mlx_slim.planner.memory import Prediction
 from mlx_slim.pruning import run as pruning
@@ -95,6 +96,47 @@ def finetune(
         Interrupted: Ctrl-C; the state is saved.
     """
     return _learn(training.finetune, recipe, out, overrides, resume, observer)
+
+
+def choose(
+    model: Source,
+    data: Source,
+    out: Source,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    method: str | None = None,
+    budget: str | int | None = None,
+    time: str | None = None,
+) -> choosing.Chosen:
+    """Choose a recipe as ``mlx-slim train MODEL --data ROWS`` does; ``finetune`` runs it.
+
+    Args:
+        model: Folder or hub id.
+        data: Rows: a file, a folder or a hub id.
+        out: The folder that the run will have; nothing is put there.
+        overrides: As in ``finetune``: values that are not chosen.
+        method: ``full``, ``lora``, ``qlora`` or ``dora``; None chooses.
+        budget: Bytes, or a size such as ``12GB``; None is what the device can hold.
+        time: Longest predicted time, such as ``2h``; None is as long as the rows are worth.
+
+    Returns:
+        ``resolved`` for ``finetune``, and each choice with its reason.
+
+    Raises:
+        SlimError: Bad input, or too little time.
+        ResourceError: If nothing fits the budget.
+    """
+    words = [f"{key}={_text(value)}" for key, value in (overrides or {}).items()]
+    size = None if budget is None else str(budget)
+    return choosing.choose(
+        str(model),
+        str(data),
+        out=Path(out),
+        method=method,
+        budget=size,
+        time=time,
+        overrides=words,
+    )
 
 
 def distill(

@@ -389,8 +389,8 @@ def _batches(file: _File, result: Translation, recipe: Recipe) -> None:
         tokens, basis = max(longest, rows * mean), f"{rows} rows of about {mean:,} tokens"
     result.set("train.batch_tokens", tokens, f"batch_size: {basis}")
     result.differences.append(
-        f"batches: mlx-lm's have {rows} rows, whatever their length; here {tokens:,} tokens at most "
-        f"({basis}), many short rows or few long ones"
+        f"batches: mlx-lm's have {rows} rows, whatever their length; here {tokens:,} tokens are "
+        f"the most ({basis}), many short rows or few long ones"
     )
     if recipe.train.accumulate > 1:
         result.differences.append(

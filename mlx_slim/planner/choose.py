@@ -147,13 +147,15 @@ def _fitting(task: ChoiceInputs, most_epochs: float | None, why: str = "") -> _F
             trial = changed(recipe, change)
             limit = int(task.budget / RESERVE)
             prediction = predict(task.config, trial, lengths=lengths.tolist(), budget=limit)
+            peaks = []
             for step, peak in _variants(task, prediction):
-                least = min(least, peak)
+                peaks.append(peak)
                 if peak <= limit:
-                    final = changed(trial, step)
-                    complete(draft, final, change, step, [*tried, f"{label} fits"])
+                    tried.append(f"{label} fits: {human_bytes(peak)} of {human_bytes(task.budget)}")
+                    complete(draft, changed(trial, step), change, step, tried)
                     return _costed(task, draft, lengths)
-            tried.append(f"{label} needs {human_bytes(prediction.predicted_peak_bytes)}")
+            tried.append(f"{label} needs {human_bytes(min(peaks))}")
+            least = min(least, *peaks)
     raise ResourceError(
         f"{task.base.recipe.model} needs at least {human_bytes(least)} (predicted), the budget is "
         f"{human_bytes(task.budget)} with a tenth in reserve",

@@ -73,8 +73,8 @@ def learning_rate(method: str, width: int, model_type: str) -> tuple[float, str]
 def epochs(tokens: int, rows: int) -> tuple[float, str]:
     """Return the passes over the training rows, and why: 3 up to a million tokens, 1 from ten.
 
-    Between them they fall with the logarithm, in tenths. Fewer than 32 rows are repeated, at most
-    ten times, until they give 24 steps of four rows.
+    From one million to ten they fall with the logarithm, in tenths. Fewer than 32 rows are
+    repeated, at most ten times, until they give 24 steps of four rows.
     """
     fraction = math.log(max(tokens, 1) / SMALL) / math.log(LARGE / SMALL)
     usual = MOST_EPOCHS - (MOST_EPOCHS - 1) * min(1.0, max(0.0, fraction))

@@ -108,8 +108,9 @@ def test_memory_costs_time_first_then_bits_then_rows(wide: Path, tmp_path: Path)
     slower = at(peak)  # a tenth is in reserve
     assert values(slower)["method"] == "lora"
     assert slower.prediction.predicted_peak_bytes * module.RESERVE <= peak
-    assert values(slower)["train.batch_tokens"] < values(free)["train.batch_tokens"] or (
-        values(slower)["train.grad_checkpoint"]
+    assert (
+        values(slower)["train.batch_tokens"] < values(free)["train.batch_tokens"]
+        or (values(slower)["train.grad_checkpoint"])
     )
     eight = at(weights)
     assert (values(eight)["method"], values(eight)["quantize.bits"]) == ("qlora", 8)
@@ -126,7 +127,7 @@ def test_memory_costs_time_first_then_bits_then_rows(wide: Path, tmp_path: Path)
         overrides=["quantize.bits=4"],
     )
     assert values(fixed)["quantize.bits"] == 4
-    with pytest.raises(ResourceError, match="needs at least .* with a tenth in reserve"):
+    with pytest.raises(ResourceError, match="with a tenth in reserve"):
         at(0.1 * weights)
     with pytest.raises(ResourceError, match="needs at least"):  # lora, and no bits are given up
         choose(str(wide), str(data), out=tmp_path, method="lora", budget=str(weights))
