@@ -182,7 +182,7 @@ def _show(chosen: Chosen, mode: str) -> None:
         cost = {
             "predicted_peak_bytes": chosen.prediction.predicted_peak_bytes,
             "budget_bytes": chosen.budget,
-            "predicted_seconds": chosen.seconds,
+            "predicted_seconds": [chosen.time.low, chosen.time.high],
         }
         click.echo(json.dumps({"event": "cost", **cost}))
     elif mode == "auto":

@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
 from mlx_slim.config.load import DEFAULT, Resolved, from_layers
@@ -33,9 +34,10 @@ from mlx_slim.models.tokenizer import keep_within
 from mlx_slim.planner import hyperparameters
 from mlx_slim.planner.shapes import training_shapes
 from mlx_slim.planner.suggest import changed
+from mlx_slim.planner.time import Machine, this_machine
 from mlx_slim.planner.work import Speed, measure_speed
 from mlx_slim.reading import JsonObject, ModelConfig
-from mlx_slim.runtime import from_first_rank, memory_budget, resolve_dtype
+from mlx_slim.runtime import from_first_rank, memory_budget, on_gpu, resolve_dtype
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class ChoiceInputs:
         width: Of the model.
         parameters_per_rank: Trainable numbers of an adapter of rank 1.
         budget: Bytes.
-        speed: Of this machine.
+        speed: Of this machine, measured.
+        machine: Its peak rates, on a GPU, which reaches a part of its rates only; None on a CPU.
     """
 
     base: Resolved
@@ -69,6 +72,7 @@ class ChoiceInputs:
     parameters_per_rank: int
     budget: int
     speed: Speed
+    machine: Machine | None
 
     def is_fixed(self, key: str) -> bool:
         """Whether the user set ``key``."""
@@ -163,8 +167,15 @@ def read_inputs(base: Resolved, overrides: Sequence[str]) -> tuple[ChoiceInputs,
         parameters_per_rank=shapes.trainable_parameters // adapted.adapter.rank,
         budget=from_first_rank(lambda: memory_budget(recipe.memory.budget)),
         speed=Speed(**from_first_rank(lambda: asdict(measure_speed(dtype)))),
+        machine=_first_machine(dtype) if on_gpu() else None,
     )
     return task, example, tokenizer
+
+
+def _first_machine(dtype: mx.Dtype) -> Machine:
+    """Return the machine of the first rank: all ranks choose alike."""
+    fields = from_first_rank(lambda: asdict(this_machine(dtype)))
+    return Machine(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
 def _separate(source: SourceConfig) -> str | None:

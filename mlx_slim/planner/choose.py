@@ -30,6 +30,7 @@ from mlx_slim.planner.choice_inputs import ChoiceInputs, read_inputs, user_recip
 from mlx_slim.planner.draft import Choice, Draft, complete, start
 from mlx_slim.planner.memory import Prediction, predict
 from mlx_slim.planner.suggest import Overrides, changed
+from mlx_slim.planner.time import Range
 from mlx_slim.planner.work import FILLED
 from mlx_slim.reading import ModelConfig
 from mlx_slim.runtime import human_bytes, human_duration, parse_duration
@@ -58,7 +59,7 @@ class Chosen:
         tokenizer: Of the model.
         prediction: Cost of the recipe on this machine.
         budget: Bytes that it may use.
-        seconds: Predicted, of training and validation.
+        time: Predicted, of training and validation; on a GPU a range.
     """
 
     resolved: Resolved
@@ -67,13 +68,15 @@ class Chosen:
     tokenizer: Any
     prediction: Prediction
     budget: int
-    seconds: float
+    time: Range
 
     @property
     def cost_line(self) -> str:
         """Predicted memory and time."""
         peak, budget = map(human_bytes, (self.prediction.predicted_peak_bytes, self.budget))
-        return f"predicted: {peak} of {budget}, about {human_duration(self.seconds)}"
+        low, high = map(human_duration, (self.time.low, self.time.high))
+        between = f"about {high}" if low == high else f"{low} to {high}"
+        return f"predicted: {peak} of {budget}, {between}"
 
 
 def choose(
@@ -128,7 +131,7 @@ def choose(
     return Chosen(resolved, choices, example, tokenizer, prediction, task.budget, total)
 
 
-_Fitting = tuple[Draft, Prediction, float]
+_Fitting = tuple[Draft, Prediction, Range]
 
 
 def _fitting(task: ChoiceInputs, most_epochs: float | None, why: str = "") -> _Fitting:
@@ -218,13 +221,16 @@ def _costed(task: ChoiceInputs, draft: Draft, lengths: np.ndarray) -> _Fitting:
         lengths=lengths.tolist(),
         budget=task.budget,
         speed=task.speed,
+        machine=task.machine,
         suggest=False,
     )
     seconds, tokens = prediction.predicted_seconds or 0.0, prediction.tokens or 1
+    time = prediction.time_range or Range(seconds, seconds)
     validations = 0.0
     if task.validation[0]:
         validations = 1 + _steps(recipe, tokens) / recipe.train.validate_every
-    return draft, prediction, seconds * (1 + FORWARD * validations * task.validation[1] / tokens)
+    longer = 1 + FORWARD * validations * task.validation[1] / tokens
+    return draft, prediction, Range(longer * time.low, longer * time.high)
 
 
 def _steps(recipe: Recipe, tokens: int) -> float:
@@ -240,8 +246,9 @@ def _within(task: ChoiceInputs, fitting: _Fitting, limit: float, text: str) -> _
         SlimError: If that leaves too few steps.
     """
     why = f"as many as --time {text} is enough for, predicted"
-    while fitting[2] > limit:
-        draft, prediction, seconds = fitting
+    while fitting[2].high > limit:
+        draft, prediction, time = fitting
+        seconds = time.high
         epochs = draft.choices["train.epochs"].value * 0.98 * limit / seconds
         epochs = float(f"{epochs:.3g}")
         steps = _steps(draft.resolved().recipe, prediction.tokens or 1) * limit / seconds

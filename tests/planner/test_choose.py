@@ -12,6 +12,7 @@ from mlx_slim.config.load import COMMAND_LINE, load_recipe
 from mlx_slim.errors import ResourceError, SlimError
 from mlx_slim.planner import choose as module
 from mlx_slim.planner.choose import Chosen, choose
+from mlx_slim.planner.time import Machine
 from mlx_slim.planner.work import Speed
 from tests.support.runs import write_rows
 from tests.support.tiny import ARCHITECTURES, TinyModels, byte_tokenizer
@@ -163,9 +164,9 @@ def test_time_shortens_the_run_and_counts_what_it_leaves_out(
     whole = within(None)
     assert within("1d").resolved.recipe == whole.resolved.recipe  # enough changes nothing
     for fraction in (0.7, 0.15):
-        limit = fraction * whole.seconds
+        limit = fraction * whole.time.high
         chosen = within(f"{limit:.3f}s")
-        assert 0.5 * limit < chosen.seconds <= limit
+        assert 0.5 * limit < chosen.time.high <= limit
     epochs = values(chosen)["train.epochs"]
     assert 0 < epochs < 1
     used = round(epochs * 360)
@@ -197,3 +198,18 @@ def test_validation_rows_of_a_folder_are_used(tiny: TinyModels, tmp_path: Path) 
     write_rows(folder / "valid.jsonl", 4)
     chosen = choose(str(tiny("llama")), str(folder), out=tmp_path / "run")
     assert values(chosen)["data.validation"] == str(folder)
+
+
+def test_on_a_gpu_the_time_is_a_range_and_its_end_counts(
+    tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", 400)
+    machine = Machine("gpu", (1e9, 1e9), (0.2, 0.6), 0, None, "")
+    monkeypatch.setattr("mlx_slim.planner.choice_inputs.on_gpu", lambda: True)
+    monkeypatch.setattr("mlx_slim.planner.choice_inputs.this_machine", lambda dtype: machine)
+    whole = choose(str(tiny("llama")), str(data), out=tmp_path / "run")
+    assert whole.time.high == pytest.approx(3 * whole.time.low)
+    assert " to " in whole.cost_line
+    limit = 0.5 * whole.time.high
+    chosen = choose(str(tiny("llama")), str(data), out=tmp_path / "run", time=f"{limit:.3f}s")
+    assert 0.5 * limit < chosen.time.high <= limit
