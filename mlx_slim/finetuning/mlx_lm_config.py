@@ -134,7 +134,7 @@ class _File:
         """Return the refusal of a value."""
         value: Any = self.values
         for key in keys:
-            value = value[key]
+            value = value.get(key)
         text = f"{self.place(*keys)}: {'.'.join(keys)} is {shown(value)}, expected {expected}"
         return SlimError(text, hint)
 
