@@ -20,9 +20,9 @@ from mlx_slim.config.recipe_file import recipe_text
 from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.planner.rows import expected_rows
-from mlx_slim.reading import short, shown
+from mlx_slim.reading import JsonObject, short, shown
 
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: JsonObject = {
     "model": "Qwen/Qwen3-0.6b",
     "train": False,
     "fine_tune_type": "lora",
@@ -59,8 +59,8 @@ DEFAULTS: dict[str, Any] = {
     "project_name": None,
     "trust_remote_code": False,
 }
-LORA: dict[str, Any] = {"rank": 8, "dropout": 0.0, "scale": 20.0, "keys": None}
-SCHEDULE: dict[str, Any] = {"name": None, "arguments": None, "warmup": 0, "warmup_init": 0.0}
+LORA: JsonObject = {"rank": 8, "dropout": 0.0, "scale": 20.0, "keys": None}
+SCHEDULE: JsonObject = {"name": None, "arguments": None, "warmup": 0, "warmup_init": 0.0}
 SOURCE = (
     *("path", "config", "train_split", "valid_split", "test_split"),
     *("prompt_feature", "completion_feature", "text_feature", "chat_feature"),
@@ -98,7 +98,7 @@ class Translation:
         absent: One line for each key that has no counterpart.
     """
 
-    values: dict[str, Any] = field(default_factory=dict)
+    values: JsonObject = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     differences: list[str] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
@@ -122,7 +122,7 @@ class _File:
     """The keys of a file with mlx-lm's defaults; errors name file and line."""
 
     path: Path
-    values: dict[str, Any]
+    values: JsonObject
     lines: dict[Keys, int]
 
     def place(self, *keys: str) -> str:
@@ -145,7 +145,7 @@ class _File:
             raise self.error((key,), f"a whole number from {least}")
         return value
 
-    def inner(self, key: str, defaults: dict[str, Any]) -> dict[str, Any]:
+    def inner(self, key: str, defaults: JsonObject) -> JsonObject:
         """Return a mapping under ``key`` with defaults; unknown keys are refused."""
         value = self.values[key] or {}
         if not isinstance(value, dict):
@@ -234,7 +234,7 @@ def _adapter(file: _File, result: Translation) -> None:
 
 
 def _data(file: _File, result: Translation) -> None:
-    source: dict[str, Any] = {}
+    source: JsonObject = {}
     path = file.values["data"]
     if (dataset := file.values["hf_dataset"]) is not None:
         if isinstance(dataset, list) or not isinstance(dataset, dict) or "path" not in dataset:
