@@ -44,6 +44,19 @@ class EvalWork:
     dtype: str
 
 
+@dataclass(frozen=True)
+class GenerationWork:
+    """What is generated.
+
+    Attributes:
+        model: Hub id or folder.
+        max_tokens: Longest answer, tokens.
+    """
+
+    model: str
+    max_tokens: int
+
+
 def _questions(work: EvalWork) -> tuple[Any, Any, int]:
     """Return the task, its questions and the shots before each."""
     from mlx_slim.errors import SlimError
@@ -130,11 +143,33 @@ def mlx_lm(work: EvalWork) -> JsonObject:
     return _summary(seconds, answers, {})
 
 
+def generation(work: GenerationWork) -> JsonObject:
+    """Answer one prompt as ``mlx-slim generate`` does, once to warm up and once for the clock."""
+    from mlx_slim.evaluation.chat import open_session
+
+    session = open_session(work.model)
+    ids = session.text_ids("A long story of a fox who learned to read, from the beginning:\n\n")
+    for limit in (4, work.max_tokens):
+        mx.reset_peak_memory()
+        for _ in session.stream(ids, max_tokens=limit, temperature=0.0):
+            pass
+    reply = session.last
+    assert reply is not None
+    return {
+        "tokens_per_second": reply.tokens_per_second,
+        "tokens": reply.tokens,
+        "peak_memory_bytes": reply.peak_memory_bytes,
+    }
+
+
 def main() -> None:
     """Run the side named first with the work given as JSON; print one line of JSON."""
     name, work = sys.argv[1], json.loads(sys.argv[2])
     with contextlib.redirect_stdout(sys.stderr):
-        result = {"ours": ours, "mlx-lm": mlx_lm}[name](EvalWork(**work))
+        if name == "generation":
+            result = generation(GenerationWork(**work))
+        else:
+            result = {"ours": ours, "mlx-lm": mlx_lm}[name](EvalWork(**work))
     print(json.dumps(result))
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import platform
-from typing import Any
+
+from mlx_slim.reading import JsonObject
 
 
 def speed() -> dict[str, float]:
@@ -25,7 +26,7 @@ def speed() -> dict[str, float]:
     }
 
 
-def device() -> dict[str, Any]:
+def device() -> JsonObject:
     """Return the kind of device, its name, its cores and the dtype that it computes in."""
     import mlx.core as mx
 
@@ -45,7 +46,7 @@ def total_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def machine() -> dict[str, Any]:
+def machine() -> JsonObject:
     """Return the machine as a record that can be published has it."""
     from mlx_slim import artifacts, blas
 

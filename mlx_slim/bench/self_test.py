@@ -24,6 +24,7 @@ from mlx_slim.bench.self_checks import CHECKS, Difference, Place
 from mlx_slim.bench.small_model import write_rows, write_small_model
 from mlx_slim.errors import SlimError
 from mlx_slim.progress import stage
+from mlx_slim.reading import JsonObject
 from mlx_slim.runtime import on_gpu
 
 OK, OFF, SKIPPED, REPORTED = "ok", "off", "skipped", ""
@@ -51,7 +52,7 @@ class CheckResult:
     note: str = ""
 
 
-def self_test(report: Callable[[str], None]) -> dict[str, Any]:
+def self_test(report: Callable[[str], None]) -> JsonObject:
     """Run every check on the default device; return the record of ``doctor --self-test --json``.
 
     Args:
@@ -88,8 +89,8 @@ def _run(
     report: Callable[[str], None],
 ) -> list[CheckResult]:
     """Return the lines of one check; an error is a line too."""
-    if title == "compiled step" and not on_gpu() and shutil.which("c++") is None:
-        return [CheckResult(title, None, None, "", SKIPPED, "no C++ compiler")]
+    if title == "compiled step" and not on_gpu() and shutil.which("g++") is None:
+        return [CheckResult(title, None, None, "", SKIPPED, "no g++")]
     results: list[CheckResult] = []
     try:
         results += (_judged(one) for one in check(place))

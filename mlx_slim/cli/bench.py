@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from mlx_slim.bench.options import BenchEvalOptions, BenchTrainOptions
+from mlx_slim.cli.measurements import measured
 from mlx_slim.cli.options import alive, options_of, show_next
 from mlx_slim.next_steps import step
 
@@ -116,3 +117,22 @@ def plan(model: str, output: Path | None, as_json: bool) -> None:
         f"{record['median_error']:.1%}, largest {record['worst_error']:.1%}"
     )
     show_next(step("measure training", "mlx-slim", "bench", "train", model))
+
+
+@command.command("suite", epilog="Example: mlx-slim bench suite -o bench/results/my-machine.json")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="File for the record, without names and paths.",
+)
+@_JSON
+def suite(output: Path | None, as_json: bool) -> int:
+    """Self-test, then speeds of this machine: train, eval, generate (ten minutes on 2 cores).
+
+    The model is SmolLM2-135M from the package index, the rows are those of the demo: no data set is
+    needed, and every machine does the same work.
+    """
+    from mlx_slim.bench import suite as speeds
+
+    return measured(speeds.suite, output, as_json, speeds.speed_rows)

@@ -10,22 +10,22 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 
 from mlx_slim.artifacts import check_writable, exists_already, write_json
 from mlx_slim.cli.options import alive
+from mlx_slim.reading import JsonObject
 
 HEADINGS = ("check", "measured", "allowed", "", "")
 OFF_EXIT_CODE = 1
 
 
 def measured(
-    measure: Callable[[Callable[[str], None]], dict[str, Any]],
+    measure: Callable[[Callable[[str], None]], JsonObject],
     out: Path | None,
     as_json: bool,
-    rows: Callable[[dict[str, Any]], Sequence[Sequence[str]]] | None = None,
+    rows: Callable[[JsonObject], Sequence[Sequence[str]]] | None = None,
 ) -> int:
     """Measure, show the record, write it; return the exit code.
 
@@ -60,7 +60,7 @@ def measured(
     return 0 if record["ok"] else OFF_EXIT_CODE
 
 
-def _cells(check: dict[str, Any]) -> tuple[str, ...]:
+def _cells(check: JsonObject) -> tuple[str, ...]:
     """Return the line of one check."""
     value, limit, unit = check["measured"], check["allowed"], check["unit"]
     figure = "–" if value is None else f"{value:,.4g} {unit}".rstrip()
@@ -73,7 +73,7 @@ def _cells(check: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _machine(machine: dict[str, Any]) -> str:
+def _machine(machine: JsonObject) -> str:
     device = machine["device"]
     versions = machine["versions"]
     return f"{device['name']}, {device['type']}, {device['dtype']}, MLX {versions['mlx']}"
