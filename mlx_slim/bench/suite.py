@@ -21,9 +21,8 @@ from mlx_slim.bench.eval_sides import EvalWork, GenerationWork
 from mlx_slim.bench.rounds import run_side
 from mlx_slim.bench.self_test import self_test
 from mlx_slim.bench.sides import TrainWork
-from mlx_slim.bench.train import METHODS
 from mlx_slim.config import library
-from mlx_slim.finetuning.demo import data_files
+from mlx_slim.finetuning.demo import METHODS, data_files
 from mlx_slim.models.convert import convert
 from mlx_slim.models.hub import SMOLLM2_PACKAGE, bundled_smollm2
 from mlx_slim.progress import stage
