@@ -18,8 +18,8 @@ RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "machines.md"
 HEAD = """# Machines
 
-What `mlx-slim bench suite` measured, a column a machine: [how to send yours](#send-yours). Made from
-`bench/results/` by `python docs/machines.py`: add a record, not a line.
+What `mlx-slim bench suite` measured, a column a machine: [how to send yours](#send-yours).
+Made from `bench/results/` by `python docs/machines.py`: add a record, not a line.
 """
 TAIL = """## What was measured
 
@@ -28,10 +28,10 @@ TAIL = """## What was measured
   plain computation: dense weights, float32, on the CPU, one row at a time, full logits. A figure is
   the largest relative difference unless it has a unit.
 - **Speeds** are those of SmolLM2-135M-Instruct, whose weights the package index has, each in a
-  process of its own: an epoch of 64 rows of the demo by four methods, the first step not timed; three
-  tasks over the demo's rows (`category`: eight examples shared by all questions; `line`: answers of
-  many tokens; `demo_exact_match`: generated answers); 64 tokens generated after a short prompt in 4
-  bits.
+  process of its own: an epoch of 32 rows of the demo by four methods, the first step not timed;
+  three tasks over the demo's rows (`category`: eight examples shared by all questions; `line`:
+  answers of many tokens; `demo_exact_match`: generated answers); an answer of 48 tokens to a short
+  prompt, in 4 bits.
 
 A machine that is used for something else meanwhile is slower: compare figures within a column.
 

@@ -63,7 +63,7 @@ class StepDone(Event):
         tokens: Real (non-padding) tokens of the step, over all ranks.
         computed_tokens: Tokens computed, padding included.
         supervised_tokens: Tokens that the loss counted.
-        tokens_per_second: Real tokens per second of wall time.
+        tokens_per_second: Real tokens per second of computing, without pauses (``train.duty``).
         learning_rate: The rate that this step used.
         grad_norm: L2 norm of the gradient before clipping.
         active_memory_bytes: MLX memory in use after the step, bytes.
@@ -164,12 +164,14 @@ class Done(Event):
         reason: ``complete``, ``early_stopping``, ``forgetting``, ``interrupted`` or
             ``non_finite_loss``.
         tokens: Real tokens trained on, this run and the runs it resumed.
-        seconds: Wall time of the training steps, seconds.
+        seconds: Time of computing the training steps, without pauses and validations, seconds.
         best_validation: Lowest validation loss, nats per token; None without a validation split.
         best_step: The step it was reached at.
         peak_memory_bytes: MLX peak, bytes.
         result_step: The step whose weights are the result: the one of the lowest validation loss,
             unless a callback stopped the run and allows only an earlier one.
+        duty: Fraction of the time that the run computed, the rest were pauses; None if there were
+            none.
     """
 
     name: ClassVar[str] = "done"
@@ -181,6 +183,7 @@ class Done(Event):
     best_validation: float | None = None
     best_step: int | None = None
     result_step: int | None = None
+    duty: float | None = None
 
     @classmethod
     def from_record(cls, record: JsonObject) -> Done:

@@ -21,6 +21,15 @@ def interruptible() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def unwatched() -> Iterator[None]:
+    """Let no notice depend on the battery and the other programs of the machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("battery_percent", "memory_pressure"):
+            patch.setattr(f"mlx_slim.finetuning.conditions.{name}", lambda: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     """Return a function: architecture name -> folder of a tiny model, made once a session."""

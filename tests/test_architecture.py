@@ -28,7 +28,7 @@ FLOORS = (
     {"artifacts"},
     {"claims", "run_dir"},
     {"blas"},
-    {"config", "runtime"},
+    {"config", "runtime", "power"},
     {"pages"},
     {"data", "models"},
     {"adapters", "quantization"},

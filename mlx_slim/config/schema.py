@@ -164,6 +164,9 @@ class TrainConfig(Section):
         keep: Newest checkpoints kept; the best one is kept besides.
         early_stopping: Stop after this many validations without a new best; None never.
         loss_chunk: Supervised positions whose logits exist at one time; None chooses.
+        duty: Fraction of the time that the run computes; below 1 it pauses after each step, for
+            other programs and for a cooler machine. Results are the same; tokens/s count computing.
+        keep_awake: Prevent the machine's sleep while the run lasts (caffeinate, systemd-inhibit).
     """
 
     epochs: Factor = 3
@@ -192,6 +195,8 @@ class TrainConfig(Section):
     keep: PositiveInt = 3
     early_stopping: PositiveInt | None = None
     loss_chunk: PositiveInt | None = None
+    duty: Annotated[float, Field(ge=0.05, le=1)] = 1.0
+    keep_awake: bool = True
 
     @model_validator(mode="after")
     def _what_is_set_has_an_effect(self) -> TrainConfig:

@@ -26,6 +26,7 @@ from mlx_slim.data.prepare import Prepared
 from mlx_slim.errors import Interrupted, ResourceError, SlimError
 from mlx_slim.finetuning.answers import answer_after, answer_before
 from mlx_slim.finetuning.build import Tuned, build_loop
+from mlx_slim.finetuning.conditions import ConditionsWatch
 from mlx_slim.finetuning.forgetting import measure_forgetting
 from mlx_slim.finetuning.longer import ResumePlan, plan_resume
 from mlx_slim.finetuning.report import write_page
@@ -51,6 +52,7 @@ from mlx_slim.models.logits_close import Change, logits_close, rounding
 from mlx_slim.models.recorded_logits import free_weights
 from mlx_slim.planner.memory import Prediction
 from mlx_slim.planner.suggest import changed
+from mlx_slim.power import keep_awake
 from mlx_slim.progress import stage
 from mlx_slim.reading import JsonObject
 from mlx_slim.runtime import (
@@ -106,6 +108,7 @@ def finetune(
         claim(out, recipe, observer, resume=resume) as started,
         run_dir(out).resumable(partial(command_words, resolved)),
         memory_limits(memory_budget(recipe.memory.budget)),
+        keep_awake(recipe.train.keep_awake),
     ):
         return _run(resolved, out, observer, strategy, started)
 
@@ -123,7 +126,8 @@ def _run(
         return _finished(out, observer)
     budget = memory_budget(recipe.memory.budget)
     metrics = MetricsFile(out / "metrics.jsonl")
-    listeners = events.Broadcast([metrics, observer] if world().rank() == 0 else [])
+    watchers = [metrics, observer, ConditionsWatch(observer)]
+    listeners = events.Broadcast(watchers if world().rank() == 0 else [])
     newest = rotation.latest(out / "checkpoints") if started else None
     first = world().rank() == 0
     if first and newest is None and not (out / RECORD).exists():

@@ -59,6 +59,8 @@ _FREE_ON_RESUME = (
     "train.log_every",
     "train.save_every",
     "train.keep",
+    "train.duty",
+    "train.keep_awake",
 )
 # These may grow: the run then takes more steps (``finetune.py``).
 _LENGTH = ("train.steps", "train.epochs")
@@ -329,7 +331,8 @@ def summary_rows(result: Result) -> dict[str, str]:
         f" ({totals.rows_dropped:,} dropped, {totals.rows_truncated:,} cut)",
         "steps": f"{done.step:,} ({done.reason.replace('_', ' ')})",
         "tokens": f"{done.tokens:,} at {done.tokens / max(done.seconds, 1e-9):,.0f} tokens/s",
-        "time": human_seconds(done.seconds),
+        "time": human_seconds(done.seconds)
+        + (f" of computing, {done.duty:.0%} of the time (train.duty)" if done.duty else ""),
         "trained": f"{result.trainable:,} of {result.total:,} parameters "
         f"({result.trainable / result.total:.2%})",
         "peak memory": f"{human_bytes(done.peak_memory_bytes)} measured, "

@@ -204,7 +204,9 @@ def predict(
         loading_peak_bytes=shapes.loading_bytes,
         budget_bytes=limit,
         fits=peak <= limit,
-        predicted_seconds=predicted_seconds(run, speed, gpu=gpu) if speed and work else None,
+        predicted_seconds=(
+            predicted_seconds(run, speed, gpu=gpu) / recipe.train.duty if speed and work else None
+        ),
         disk_bytes=_disk(shapes, recipe, work),
         download_bytes=0 if Path(recipe.model).expanduser().exists() else 2 * shapes.parameters,
         breakdown=by_kind,
@@ -214,7 +216,9 @@ def predict(
         tokens=work.tokens if work else None,
         tokens_basis=work.basis if work else "the rows are not counted yet",
         rules_of_thumb=rules_of_thumb(shapes, recipe, _dtype(recipe, gpu)),
-        time_range=estimate(run, machine) if machine and work else None,
+        time_range=(
+            estimate(run, machine).scaled(1 / recipe.train.duty) if machine and work else None
+        ),
         time_basis=machine.basis if machine else "",
         suggestions=suggestions(recipe, limit, cost_of) if suggest else [],
     )

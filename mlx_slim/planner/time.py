@@ -47,6 +47,10 @@ class Range:
         """Return the time of one after the other."""
         return Range(self.low + other.low, self.high + other.high)
 
+    def scaled(self, factor: float) -> Range:
+        """Return ``factor`` times as long."""
+        return Range(factor * self.low, factor * self.high)
+
 
 @dataclass(frozen=True)
 class Machine:

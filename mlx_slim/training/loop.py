@@ -34,6 +34,7 @@ from mlx_slim.training.callbacks import (
     combine,
     computing,
 )
+from mlx_slim.training.duty import pause
 from mlx_slim.training.extension import newest, reopen, steps_before_decay
 from mlx_slim.training.optim import Extended, Optimizer, schedule
 from mlx_slim.training.state import TrainState, read_state
@@ -200,6 +201,7 @@ class Loop:
             reason = "early_stopping"
         with StopRequest() as stop:
             for epoch, fraction, plan in self._steps() if reason == "complete" else ():
+                began = time.perf_counter()
                 self._step(epoch, fraction, plan)
                 last = at.step == self.total
                 if last and at.step % self.config.validate_every:
@@ -217,8 +219,9 @@ class Loop:
                     reason = "complete" if last else reason
                 if verdict.action is Action.STOP:
                     reason = verdict.reason
-                if stopping or exhausted or verdict.action is Action.STOP:
+                if stopping or exhausted or last or verdict.action is Action.STOP:
                     break
+                pause(time.perf_counter() - began, self.config.duty, lambda: stop.requested)
         done = events.Done(
             step=at.step,
             reason=reason,
@@ -228,6 +231,7 @@ class Loop:
             best_validation=at.best_loss,
             best_step=at.best_step,
             result_step=self._result_step(verdict),
+            duty=self.config.duty if self.config.duty < 1 else None,
         )
         self.observer.notify(done)
         return done
