@@ -29,6 +29,7 @@ from mlx_slim.pruning import run as pruning
 from mlx_slim.pruning.options import PruneOptions
 from mlx_slim.quantization import run as compress
 from mlx_slim.quantization.policy import quantize_config
+from mlx_slim.reading import JsonObject
 
 Source = str | Path
 # A shipped recipe's name, the path of a YAML file, a recipe's values, or a resolved recipe.
@@ -49,7 +50,7 @@ def _text(value: Any) -> str:
     return str(value) if isinstance(value, (str, Path)) else json.dumps(value)
 
 
-def _laid(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+def _laid(values: JsonObject, overrides: Mapping[str, Any]) -> JsonObject:
     """Return ``values`` with dotted ``overrides`` laid over them."""
     for key, value in overrides.items():
         *sections, name = key.split(".")
@@ -288,7 +289,7 @@ def evaluate(
     options: EvalOptions | None = None,
     resume: bool = False,
     observer: events.Observer | None = None,
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """Score models on tasks as ``mlx-slim eval`` does; return the results of each.
 
     Args:

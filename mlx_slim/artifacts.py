@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from mlx_slim import locks, reading
 from mlx_slim.errors import DISK_FULL, ResourceError, SlimError
@@ -28,8 +28,12 @@ from mlx_slim.hashing import hash_bytes as hash_bytes
 from mlx_slim.hashing import hash_file as hash_file
 from mlx_slim.hashing import hash_files as hash_files
 from mlx_slim.hashing import hash_json as hash_json
+from mlx_slim.reading import JsonObject
 from mlx_slim.reading import read_json as read_json  # what ``write_json`` wrote
 from mlx_slim.tensor_files import safetensors_header
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 SCHEMA_VERSION = 1
 RECORD_FILE = ".mlx-slim.json"  # in a folder that one command made: which, and of what
@@ -260,7 +264,7 @@ def write_json(path: Path, value: Any, *, replace: bool = True) -> None:
     write_text(path, text, replace=replace)
 
 
-def save_tensors(path: Path, tensors: dict[str, Any]) -> None:
+def save_tensors(path: Path, tensors: dict[str, mx.array]) -> None:
     """Write arrays (float or integer, evaluated here) as safetensors; not atomic by itself.
 
     The same arrays give the same bytes, in whatever order they come.
@@ -286,7 +290,7 @@ def save_tensors(path: Path, tensors: dict[str, Any]) -> None:
         ) from error
 
 
-def load_tensors(path: Path) -> dict[str, Any]:
+def load_tensors(path: Path) -> dict[str, mx.array]:
     """Return the arrays of a safetensors file, unread until they are evaluated.
 
     Raises:
@@ -296,7 +300,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
 
     safetensors_header(path)
     with reading.library_errors(f"{path} is damaged"):
-        return cast(dict[str, Any], mx.load(str(path)))
+        return cast("dict[str, mx.array]", mx.load(str(path)))
 
 
 def json_lines(source: Path | bytes) -> Iterator[tuple[int, bytes]]:
@@ -311,7 +315,7 @@ def json_lines(source: Path | bytes) -> Iterator[tuple[int, bytes]]:
         yield from enumerate(handle, 1)
 
 
-def read_records(path: Path) -> Iterator[dict[str, Any]]:
+def read_records(path: Path) -> Iterator[JsonObject]:
     """Yield the objects of a file of JSON lines that this package wrote, one a line.
 
     Raises:
@@ -332,7 +336,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
             yield from records
 
 
-def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
+def _record(path: Path, number: int, line: bytes) -> JsonObject:
     record = reading.parse_json(
         line, f"{reading.short(path)}, line {number} is damaged: it", halves=True
     )
@@ -353,7 +357,7 @@ def public_name(source: str | Path) -> str:
     return str(source) if is_hub_id(str(source)) else Path(source).name
 
 
-def provenance() -> dict[str, Any]:
+def provenance() -> JsonObject:
     """Return the versions and the platform that made an artifact; nothing about the user."""
     versions: dict[str, str] = {}
     for package in _PACKAGES:

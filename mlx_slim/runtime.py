@@ -26,6 +26,7 @@ import numpy as np
 
 from mlx_slim import blas
 from mlx_slim.errors import SlimError
+from mlx_slim.reading import JsonObject
 
 HUB_SECONDS = 3.0
 # Of what the device can hold: the budget of a run that names none. mlx-lm warns above the same
@@ -126,7 +127,7 @@ def from_first_rank(work: Callable[[], Any]) -> Any:
     if world().size() == 1:
         return work()
     if world().rank() == 0:
-        answer: dict[str, Any] = {"code": 1}
+        answer: JsonObject = {"code": 1}
         try:
             answer = {"value": work()}
         except SlimError as error:

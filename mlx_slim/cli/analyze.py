@@ -15,6 +15,7 @@ import click
 from mlx_slim.analyze.options import IntruderOptions
 from mlx_slim.cli.options import alive, options_of, show_next
 from mlx_slim.next_steps import step
+from mlx_slim.reading import JsonObject
 
 if TYPE_CHECKING:
     from mlx_slim.analyze.intruders import Intruders, MatrixSpectra
@@ -135,7 +136,7 @@ def _is_recipe(name: str) -> bool:
     return name in library.names("recipes") or name.endswith((".yaml", ".yml"))
 
 
-def _breakdown(name: str, overrides: tuple[str, ...]) -> dict[str, Any]:
+def _breakdown(name: str, overrides: tuple[str, ...]) -> JsonObject:
     from mlx_slim.config.load import load_recipe
     from mlx_slim.models.load import read_config
     from mlx_slim.planner.memory import predict, weight_bytes

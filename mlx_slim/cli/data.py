@@ -17,6 +17,7 @@ from mlx_slim.cli.options import Whole, alive, show_next
 from mlx_slim.errors import SlimError
 from mlx_slim.next_steps import step
 from mlx_slim.progress import tracked
+from mlx_slim.reading import JsonObject
 
 if TYPE_CHECKING:
     from mlx_slim.config.schema import DataConfig
@@ -151,7 +152,7 @@ def _texts(config: DataConfig) -> Iterator[tuple[Any, list[str]]]:
     check_renamed(config.columns, seen)
 
 
-def _print_report(report: dict[str, Any]) -> None:
+def _print_report(report: JsonObject) -> None:
     from rich.console import Console
     from rich.table import Table
 

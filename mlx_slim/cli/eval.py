@@ -8,6 +8,7 @@ Invariant: user errors are reported before any weight is read. Try it:
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def _compare(
     out: Path | None,
     seed: int,
     as_json: bool,
-    options: dict[str, Any],
+    options: Mapping[str, Any],
 ) -> None:
     """Compare two folders; write ``comparison.json`` if ``-o`` is given."""
     defaults = {field.name: field.default for field in fields(EvalOptions)}

@@ -8,6 +8,7 @@ minimum and a maximum. Try it: ``mlx-slim train --help``.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 from collections.abc import Callable
@@ -77,16 +78,17 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> Callable[[Command], Com
     """Return one option: a flag, a pair of flags, or a value of the field's type."""
     line: CommandLine = field.metadata[KEY]
     flag = line.flag or f"--{field.name.replace('_', '-')}"
-    words: dict[str, Any] = {"help": line.help, "metavar": line.metavar}
+    option = functools.partial(click.option, help=line.help, metavar=line.metavar)
     if line.multiple:
-        return click.option(flag, field.name, multiple=True, **words)
+        return option(flag, field.name, multiple=True)
     kind = _bare(hint)
     if kind is bool and field.default is False:
-        return click.option(flag, field.name, is_flag=True, **words)
-    words |= {"default": field.default, "show_default": field.default is not None}
+        return option(flag, field.name, is_flag=True)
+    shown = field.default is not None
+    option = functools.partial(option, default=field.default, show_default=shown)
     if kind is bool:
-        return click.option(f"{flag}/--no-{flag[2:]}", field.name, **words)
-    return click.option(flag, field.name, type=_type(kind), **words)
+        return option(f"{flag}/--no-{flag[2:]}", field.name)
+    return option(flag, field.name, type=_type(kind))
 
 
 def _bare(hint: Any) -> Any:

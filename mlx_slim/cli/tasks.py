@@ -8,7 +8,7 @@ Try it: ``mlx-slim tasks``, ``mlx-slim tasks mmlu_anatomy --num-fewshot 1``.
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,6 +16,7 @@ from mlx_slim.cli.options import Whole, show_next
 from mlx_slim.config.task import MOST_SHOTS
 from mlx_slim.errors import SlimError
 from mlx_slim.next_steps import score, step
+from mlx_slim.reading import JsonObject
 
 if TYPE_CHECKING:
     from mlx_slim.evaluation.tasks.prompts import Chat, Question
@@ -76,7 +77,7 @@ def _list(data_dir: str | None, as_json: bool) -> None:
     )
 
 
-def _record(task: Task) -> dict[str, Any]:
+def _record(task: Task) -> JsonObject:
     spec = task.spec.model_dump(exclude_defaults=True, mode="json")
     properties = {"name": task.name, "version": task.version, "kind": task.kind}
     properties |= {"num_fewshot": task.num_fewshot, "metrics": list(task.metrics)}
@@ -134,7 +135,7 @@ def _roles(task: Task) -> Chat | None:
     return Chat(lambda system, user: f"<system>\n{system}\n<user>\n{user}\n<assistant>")
 
 
-def _first(question: Question, shots: int) -> dict[str, Any]:
+def _first(question: Question, shots: int) -> JsonObject:
     return {
         "num_fewshot": shots,
         "context": question.context,

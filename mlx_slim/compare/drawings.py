@@ -16,12 +16,12 @@ from mlx_slim.compare.evidence import LossCurves
 from mlx_slim.compare.plot_records import (
     Axis,
     Curve,
-    Difference,
+    DifferenceBar,
     Dot,
-    Level,
     Panel,
     Point,
-    Predicted,
+    PredictedCost,
+    ScoreLine,
 )
 from mlx_slim.compare.records import TrainingCost
 from mlx_slim.compare.report_records import Contrast, ReportTask, Row
@@ -59,12 +59,12 @@ def drawings(
     cells = [_Cell(row, label[row.name], series(row)) for row in rows]
     trained = [(cell, cell.row.train) for cell in cells if cell.row.train is not None]
     memory = [
-        Predicted(cell.label, cell.series, cost.predicted_peak_bytes, cost.peak_memory_bytes)
+        PredictedCost(cell.label, cell.series, cost.predicted_peak_bytes, cost.peak_memory_bytes)
         for cell, cost in trained
         if cost.predicted_peak_bytes
     ]
     time = [
-        Predicted(cell.label, cell.series, cost.predicted_seconds / 60, cost.seconds / 60)
+        PredictedCost(cell.label, cell.series, cost.predicted_seconds / 60, cost.seconds / 60)
         for cell, cost in trained
         if cost.predicted_seconds
     ]
@@ -130,7 +130,7 @@ def _paretos(
 ) -> list[tuple[str, str]]:
     one = len({cell.row.model for cell in cells}) == 1
     levels = [
-        Level(cell.row.mean, cell.label)
+        ScoreLine(cell.row.mean, cell.label)
         for cell in cells
         if one and cell.row.kind in ("base", "quantized") and cell.row.mean is not None
     ]
@@ -159,7 +159,7 @@ def _paretos(
     return plotted
 
 
-def _predicted(rows: list[Predicted], name: str, label: str, unit: float) -> str | None:
+def _predicted(rows: list[PredictedCost], name: str, label: str, unit: float) -> str | None:
     if not rows:
         return None
     if len(rows) > FEW:
@@ -186,12 +186,12 @@ def _forest(contrasts: list[Contrast], tasks: list[ReportTask], cells: list[_Cel
     if not shown or len(shown) > FEW:
         return None
 
-    def difference(cell: _Cell, task: ReportTask) -> Difference | None:
+    def difference(cell: _Cell, task: ReportTask) -> DifferenceBar | None:
         contrast = against.get((cell.row.name, task.task))
         if contrast is None:
             return None
         low, high = contrast.interval
-        return Difference(contrast.delta, low, high, cell.series, contrast.p_holm < 0.05)
+        return DifferenceBar(contrast.delta, low, high, cell.series, contrast.p_holm < 0.05)
 
     panels = [Panel(task.task, [difference(cell, task) for cell in shown]) for task in tasks]
     return plots.forest(panels, [cell.label for cell in shown])

@@ -19,9 +19,9 @@ from mlx_slim.compare.report_records import (
     Extraction,
     Flip,
     PublishedScore,
+    RecipeSettings,
     ReportTask,
     Row,
-    Settings,
 )
 from mlx_slim.compare.store import StoredCell, StoredMatrix
 from mlx_slim.reading import JsonObject, read_object
@@ -244,15 +244,15 @@ def _cut(text: str, *, end: bool = False) -> str:
 # ------------------------------------------------------------------------------------- settings
 
 
-def differences(stored: StoredMatrix) -> Settings:
+def differences(stored: StoredMatrix) -> RecipeSettings:
     """Return what all tuned cells have in common and what differs, by recipe key."""
     flat = {cell.name: _flat(cell.record.recipe) for cell in stored.cells if cell.kind == "tuned"}
     if not flat:
-        return Settings({}, {})
+        return RecipeSettings({}, {})
     keys = list(dict.fromkeys(key for values in flat.values() for key in values))
     first = next(iter(flat.values()))
     same = {key for key in keys if all(v.get(key) == first.get(key) for v in flat.values())}
-    return Settings(
+    return RecipeSettings(
         common={key: first.get(key) for key in keys if key in same},
         own={
             key: {name: values.get(key) for name, values in flat.items()}

@@ -20,7 +20,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Level:
+class ScoreLine:
     """A score without a cost: a line across."""
 
     y: float
@@ -55,7 +55,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Predicted:
+class PredictedCost:
     """What was predicted of a cell, and what was measured."""
 
     label: str
@@ -74,7 +74,7 @@ class Dot:
 
 
 @dataclass(frozen=True)
-class Difference:
+class DifferenceBar:
     """A paired difference with its interval, fractions.
 
     Attributes:
@@ -97,4 +97,4 @@ class Panel:
     """The differences of a task, a line a cell; None where there is no comparison."""
 
     task: str
-    rows: list[Difference | None]
+    rows: list[DifferenceBar | None]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from mlx_slim.compare.plot_records import Axis, Curve, Dot, Level, Panel, Point, Predicted
+from mlx_slim.compare.plot_records import Axis, Curve, Dot, Panel, Point, PredictedCost, ScoreLine
 
 SERIES = 8
 # Placeholder → CSS variable of report.css.
@@ -99,7 +99,7 @@ def _in(unit: float) -> Callable[[float, Any], str]:
 # ------------------------------------------------------------------------------------- pareto
 
 
-def pareto(points: Sequence[Point], lines: Sequence[Level], axis: Axis) -> str:
+def pareto(points: Sequence[Point], lines: Sequence[ScoreLine], axis: Axis) -> str:
     """Return a scatter of score against a cost, with the points that nothing beats joined."""
     with _figure(3.7, 3.1, f"pareto-{axis.name}") as (ax, svgs):
         best = _front(points, axis.less)
@@ -212,7 +212,7 @@ def _smooth(values: Sequence[float]) -> list[float]:
 # ------------------------------------------------------------------------------------- rows of dots
 
 
-def dumbbells(rows: Sequence[Predicted], name: str, label: str, unit: float) -> str:
+def dumbbells(rows: Sequence[PredictedCost], name: str, label: str, unit: float) -> str:
     """Return predicted (ring) against measured (disc), a line a cell.
 
     Args:
@@ -296,7 +296,7 @@ def forest(panels: Sequence[Panel], labels: Sequence[str]) -> str:
     return svgs[0]
 
 
-def agreement(points: Sequence[Predicted], name: str, label: str, unit: float) -> str:
+def agreement(points: Sequence[PredictedCost], name: str, label: str, unit: float) -> str:
     """Return measured against predicted as a scatter with its diagonal, for many cells."""
     with _figure(3.7, 3.4, name) as (ax, svgs):
         high = max(max(p.predicted, p.measured) for p in points) * 1.08

@@ -34,7 +34,8 @@ from mlx_slim.compare.records import FORGETTING, MatrixRecord, SweepRecord, as_j
 from mlx_slim.compare.store import StoredCell, StoredMatrix
 from mlx_slim.config.aliases import MATRIX, rename
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluation.records import TEXT, Summary
+from mlx_slim.evaluation.figures import Summary
+from mlx_slim.evaluation.records import TEXT
 from mlx_slim.evaluation.results import (
     PROGRESS_FILE,
     STATE_FILE,

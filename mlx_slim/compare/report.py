@@ -24,11 +24,11 @@ from mlx_slim.compare.report_records import (
     FailedCell,
     Flip,
     PublishedScore,
+    RecipeSettings,
     ReportModel,
     ReportTask,
     Row,
     SeedSpread,
-    Settings,
 )
 from mlx_slim.errors import SlimError
 from mlx_slim.pages import environment as page_environment
@@ -76,7 +76,7 @@ class MatrixReport:
     sweeps: list[SweepRecord]
     extraction: list[Extraction]
     flips: list[Flip]
-    settings: Settings
+    settings: RecipeSettings
     ledgers: dict[str, JsonObject]
     failed: list[FailedCell]
     provenance: JsonObject

@@ -20,7 +20,8 @@ from mlx_slim.compare.records import (
     TrainingCost,
     as_json,
 )
-from mlx_slim.evaluation.records import Figures, QuestionSet, figures_json
+from mlx_slim.evaluation.figures import Figures, figures_json
+from mlx_slim.evaluation.records import QuestionSet
 from mlx_slim.reading import JsonObject
 
 Interval = tuple[float, float]
@@ -264,7 +265,7 @@ class Flip:
 
 
 @dataclass(frozen=True)
-class Settings:
+class RecipeSettings:
     """Recipes of the tuned cells by recipe key: equal values, and those that differ by cell."""
 
     common: JsonObject

@@ -16,7 +16,8 @@ from rich.text import Text
 
 from mlx_slim.console.scoring import figure
 from mlx_slim.evaluation.comparison import BITS, Comparison, MetricComparison
-from mlx_slim.evaluation.records import EvalResults, Figure, TaskSection, TextSection, Timing
+from mlx_slim.evaluation.figures import Figure
+from mlx_slim.evaluation.records import EvalResults, TaskSection, TextSection, Timing
 from mlx_slim.evaluation.results import TIMINGS_FILE
 from mlx_slim.reading import JsonObject, read_object, short
 from mlx_slim.runtime import human_bytes

@@ -117,13 +117,22 @@ def _questions(file: Path, spec: TaskSpec) -> Iterator[str]:
 
 
 @dataclass
+class _Overlap:
+    """What rows share with one data set: how many, which questions, and the first rows."""
+
+    rows: int = 0
+    questions: set[int] = field(default_factory=set)
+    first: list[str] = field(default_factory=list)
+
+
+@dataclass
 class Checker:
     """Counts the rows that hold a question; without a mirror it only says so."""
 
     index: Index | None
     rows: int = 0
     overlapping: int = 0
-    questions: dict[str, JsonObject] = field(default_factory=dict)
+    questions: dict[str, _Overlap] = field(default_factory=dict)
     _waiting: list[str] = field(default_factory=list)  # their places
     _codes: array[int] = field(default_factory=lambda: array("Q"))
     _ends: list[int] = field(default_factory=list)
@@ -184,14 +193,12 @@ class Checker:
         datasets_P = np.searchsorted(self.index.edges, questions_P, "right") - 1
         for number in np.unique(datasets_P):
             mine = datasets_P == number
-            entry = self.questions.setdefault(
-                self.index.datasets[number], {"rows": 0, "questions": set(), "first": []}
-            )
+            entry = self.questions.setdefault(self.index.datasets[number], _Overlap())
             rows = np.unique(rows_P[mine])
-            entry["rows"] += len(rows)
-            entry["questions"].update(questions_P[mine].tolist())
-            room = _FIRST - len(entry["first"])
-            entry["first"] += [self._waiting[row] for row in rows[:room]]
+            entry.rows += len(rows)
+            entry.questions.update(questions_P[mine].tolist())
+            room = _FIRST - len(entry.first)
+            entry.first += [self._waiting[row] for row in rows[:room]]
 
     def report(self) -> JsonObject:
         """Return the ledger's section: per data set the rows and questions that overlap."""
@@ -200,14 +207,14 @@ class Checker:
             return {"checked": False, "why": f"no evaluation data under {MIRROR_VARIABLE}"}
         datasets = {}
         for number, name in enumerate(self.index.datasets):
-            entry = self.questions.get(name, {"rows": 0, "questions": set(), "first": []})
+            entry = self.questions.get(name, _Overlap())
             edges = self.index.edges
             datasets[name] = {
                 "questions": int(edges[number + 1] - edges[number]),
                 "questions_too_short_to_check": self.index.too_short[number],
-                "questions_found": len(entry["questions"]),
-                "rows_overlapping": entry["rows"],
-                "first": entry["first"],
+                "questions_found": len(entry.questions),
+                "rows_overlapping": entry.rows,
+                "first": entry.first,
             }
         return {
             "checked": True,

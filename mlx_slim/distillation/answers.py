@@ -20,7 +20,7 @@ from typing import Any
 from mlx_slim.artifacts import disk_errors, fsync, hash_bytes, json_lines
 from mlx_slim.distillation.local_teacher import Message, Teacher, UnreadableRequest
 from mlx_slim.errors import SlimError
-from mlx_slim.reading import parse_json
+from mlx_slim.reading import JsonObject, parse_json
 
 _DIGITS = 16  # characters of a hash in a line: enough to differ, short enough to skip
 _REPEATED = 0.5  # below this fraction of distinct runs of words a text repeats itself
@@ -101,7 +101,7 @@ class AnswerFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lines: dict[tuple[str, str, str, str], dict[str, Any]] = {}
+        self._lines: dict[tuple[str, str, str, str], JsonObject] = {}
         self._repair()
         for number, raw in json_lines(path) if path.exists() else ():
             if raw.strip():
@@ -123,7 +123,7 @@ class AnswerFile:
             except SlimError:
                 handle.truncate(start)
 
-    def _take(self, line: dict[str, Any]) -> None:
+    def _take(self, line: JsonObject) -> None:
         key = (line["id"], line["teacher"], line["prompt_hash"], line["settings_hash"])
         self._lines[key] = line
 
@@ -207,7 +207,7 @@ class AnswerFile:
         return [response for response in stored if response is not None]
 
 
-def _parsed(path: Path, number: int, raw: bytes) -> dict[str, Any]:
+def _parsed(path: Path, number: int, raw: bytes) -> JsonObject:
     where = f"{path}, line {number}"
     line = parse_json(raw, where)
     wrong = _KEYS if not isinstance(line, dict) else [

@@ -13,7 +13,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,7 +24,7 @@ from mlx_slim.data.prepare import Prepared
 from mlx_slim.data.sources import Source
 from mlx_slim.distillation.loss_weights import target_weights
 from mlx_slim.distillation.queries import TeacherQuery, prefix_of
-from mlx_slim.reading import library_errors, read_object, short
+from mlx_slim.reading import JsonObject, library_errors, read_object, short
 
 FOLDER, RECORD = "dataset", "dataset.json"
 # mlx-slim 0.1 called it this, with the files in ``taught/``; a run that began so is resumed.
@@ -225,7 +224,7 @@ def write_dataset(
     """
     distill = recipe.distill
     assert distill is not None
-    rows: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    rows: dict[tuple[int, int], list[JsonObject]] = {}
     if method == "rationales" or distill.weight < 1:
         for i, query in enumerate(queries):
             if i not in validation:
@@ -268,7 +267,7 @@ def _group_name(group: int, distill: DistillConfig) -> str:
     return f"{group}-" + "".join(c if c.isalnum() or c in "-_." else "-" for c in label)
 
 
-def _write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+def _write_rows(file: Path, rows: Sequence[JsonObject]) -> None:
     with file.open("w", encoding="utf-8", errors="replace") as handle:
         for row in rows:
             handle.write(json.dumps(row, ensure_ascii=False) + "\n")

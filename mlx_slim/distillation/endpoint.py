@@ -25,7 +25,7 @@ from urllib.parse import SplitResult, urlsplit
 from mlx_slim.data.conversations import with_text_arguments
 from mlx_slim.distillation.local_teacher import Message
 from mlx_slim.errors import SlimError
-from mlx_slim.reading import parse_json
+from mlx_slim.reading import JsonObject, parse_json
 
 _LARGEST_REPLY = 1 << 24  # bytes
 _LONGEST_WAIT = 30.0  # seconds between two tries
@@ -104,7 +104,7 @@ class EndpointTeacher:
         self._opener = urllib.request.build_opener(*handlers)
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> JsonObject:
         """Address, model, ``max_tokens`` and ``until``."""
         return self._settings
 
@@ -146,7 +146,7 @@ class EndpointTeacher:
         self._stop.set()
 
     def _ask(self, messages: list[Message], stop: threading.Event) -> tuple[str, str]:
-        payload: dict[str, Any] = {
+        payload: JsonObject = {
             "model": self._settings["model"],
             "messages": with_text_arguments(messages),
             "max_tokens": self._settings["max_tokens"],

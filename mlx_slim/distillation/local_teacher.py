@@ -25,8 +25,9 @@ from mlx_slim.evaluation.scoring.generate import generate_batch
 from mlx_slim.evaluation.scoring.requests import RequestEncoder, max_length
 from mlx_slim.models.load import load_tokenizer, read_config
 from mlx_slim.models.row_limits import row_limit
+from mlx_slim.reading import JsonObject
 
-Message = dict[str, Any]
+Message = JsonObject
 
 
 class UnreadableRequest(SlimError):
@@ -53,7 +54,7 @@ class Teacher(Protocol):
     truncated: int
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> JsonObject:
         """What decides the answers, as JSON."""
         ...
 
@@ -115,7 +116,7 @@ class LocalTeacher:
         }
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> JsonObject:
         """Hashes of weights, adapter and template; dtype, ``max_tokens``, ``until``."""
         return self._settings
 

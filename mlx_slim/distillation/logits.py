@@ -11,7 +11,7 @@ import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -36,6 +36,7 @@ from mlx_slim.finetuning.build import Tuned, prepare_data
 from mlx_slim.finetuning.strategy import SingleModel
 from mlx_slim.models.load import read_config
 from mlx_slim.planner.memory import weight_bytes
+from mlx_slim.reading import JsonObject
 from mlx_slim.runtime import (
     default_num_threads,
     dtype_name,
@@ -62,7 +63,7 @@ class _TargetSet:
     """
 
     shape: TargetLayout
-    key: dict[str, Any]
+    key: JsonObject
     folder: Path
     batcher: Batcher
 
@@ -119,7 +120,7 @@ class LogitDistillation:
                     "take a smaller or a quantized teacher",
                 )
 
-    def _config(self, teacher: TeacherConfig) -> dict[str, Any]:
+    def _config(self, teacher: TeacherConfig) -> JsonObject:
         assert teacher.model is not None
         return read_config(teacher.model, teacher.revision)
 
@@ -145,7 +146,7 @@ class LogitDistillation:
                 )
 
     def _target_set(
-        self, recipe: Recipe, teacher: dict[str, Any], rows: RowStore, shared: int
+        self, recipe: Recipe, teacher: JsonObject, rows: RowStore, shared: int
     ) -> _TargetSet:
         train = recipe.train
         shape = target_cache.target_layout(rows, self.config.top_k, shared)
@@ -260,7 +261,7 @@ class LogitDistillation:
         gc.collect()
         mx.clear_cache()
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """Return the teachers and their targets, for ``run.json``."""
         return {
             "distill": {

@@ -33,6 +33,7 @@ from mlx_slim.models.load import read_config
 from mlx_slim.models.logits import logsumexp, row_sums
 from mlx_slim.planner.memory import Prediction, predict
 from mlx_slim.planner.students import combined, predict_run, second_recipe
+from mlx_slim.reading import JsonObject
 from mlx_slim.training.chunk_size import chunk_size
 from mlx_slim.training.losses import NLL, LogitsGradient, linear_loss, weighted_sum
 from mlx_slim.training.step import Arrays, Objective, batch_arrays, supervised_rows, target_weights
@@ -321,7 +322,7 @@ class MutualDistillation:
         pair = cast(ModelPair, model)
         return MutualObjective(pair, *settings), MutualValidation(pair, *settings)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """Return the second student and the folders, for ``run.json``."""
         second = public_name(self.second.model or "")
         return {"distill": {"method": "mutual", "second": second, "folders": [FIRST, SECOND]}}

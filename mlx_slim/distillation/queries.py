@@ -24,6 +24,7 @@ from mlx_slim.data.ledger import SourceLedger
 from mlx_slim.data.sources import RawRow
 from mlx_slim.distillation.answers import TeacherRequest
 from mlx_slim.errors import SlimError
+from mlx_slim.reading import JsonObject
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class TeacherQuery:
                 f"the row has {', '.join(fields)}",
             ) from error
 
-    def row(self, answer: str | None = None, prefix: str = "") -> dict[str, Any]:
+    def row(self, answer: str | None = None, prefix: str = "") -> JsonObject:
         """Return the row for training, with another answer and behind ``prefix`` if given."""
         example, fields = self.example, self.example.fields
         if example.kind == "text":

@@ -33,6 +33,7 @@ from mlx_slim.data.batches import Batch, Batcher, RowStore
 from mlx_slim.distillation.losses import top
 from mlx_slim.errors import ResourceError
 from mlx_slim.models import structure
+from mlx_slim.reading import JsonObject
 from mlx_slim.runtime import free_disk, human_bytes, run_in_threads
 from mlx_slim.training.chunk_size import chunk_size
 from mlx_slim.training.step import batch_arrays, part_count, supervised_rows
@@ -100,8 +101,8 @@ def rows_print(rows: RowStore) -> str:
 
 
 def cache_key(
-    teacher: dict[str, Any], tokenizer: str, rows: RowStore, shape: TargetLayout, temperature: float
-) -> dict[str, Any]:
+    teacher: JsonObject, tokenizer: str, rows: RowStore, shape: TargetLayout, temperature: float
+) -> JsonObject:
     """Return what the numbers depend on.
 
     Args:
@@ -160,7 +161,7 @@ class PlaceholderTargets:
         return ids_NK, top_NK, top_NK[:, 0]
 
 
-def folder_of(cache: Path, key: dict[str, Any]) -> Path:
+def folder_of(cache: Path, key: JsonObject) -> Path:
     """Return the folder of a key inside ``cache``."""
     return cache / hash_json(key)[:16]
 
@@ -213,7 +214,7 @@ def _put(handle: BinaryIO, numbers: np.ndarray, values: np.ndarray) -> None:
 
 def write(
     folder: Path,
-    key: dict[str, Any],
+    key: JsonObject,
     shape: TargetLayout,
     batcher: Batcher,
     answer: Callable[[Batch], TeacherTargets],

@@ -22,6 +22,7 @@ from mlx_slim.errors import SlimError
 from mlx_slim.models.load import load, resolve
 from mlx_slim.models.quantized import densify, densify_pays
 from mlx_slim.models.tensors import WEIGHTS
+from mlx_slim.reading import JsonObject
 from mlx_slim.runtime import dtype_name
 
 # Scripts, spaces, digits, code, signs: where tokenizers of one vocabulary still differ.
@@ -109,7 +110,7 @@ def name_of(teacher: TeacherConfig) -> str:
     return teacher.name or public_name(teacher.model or "teacher")
 
 
-def fingerprint(teacher: TeacherConfig, dtype: mx.Dtype) -> dict[str, Any]:
+def fingerprint(teacher: TeacherConfig, dtype: mx.Dtype) -> JsonObject:
     """Return what decides a teacher's logits: hashes of its files, and the dtype.
 
     Raises:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -45,6 +45,7 @@ from mlx_slim.finetuning.run_dir import (
 )
 from mlx_slim.finetuning.strategy import CrossEntropyStrategy, SingleModel
 from mlx_slim.models.load import load_tokenizer, read_config
+from mlx_slim.reading import JsonObject
 from mlx_slim.runtime import world
 from mlx_slim.training.step import CrossEntropy, Objective
 
@@ -156,7 +157,7 @@ class TextDistillation:
             CrossEntropy(model, chunk, vocabulary, num_threads),
         )
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """Return the method, the teachers and their loss weights, for ``run.json``."""
         answer_weight, *weights = self.dataset.loss_weights
         teachers = [

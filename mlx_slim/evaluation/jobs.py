@@ -19,7 +19,7 @@ import mlx.nn as nn
 
 from mlx_slim.artifacts import hash_json
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluation.records import Summary, TaskSummary
+from mlx_slim.evaluation.figures import Summary, TaskSummary
 from mlx_slim.evaluation.scoring.generate import MOST_ANSWERS, GenerationCounts, generate_batch
 from mlx_slim.evaluation.scoring.loglikelihood import LoglikelihoodScorer
 from mlx_slim.evaluation.scoring.requests import (

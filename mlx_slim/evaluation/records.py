@@ -1,4 +1,4 @@
-"""Records of an evaluation: figures, and a task's section of ``results.json``.
+"""Records of an evaluation: sections of ``results.json``, its state and its timings.
 
 Invariant: ``as_json`` is what stands in the file, key by key; ``read`` refuses what cannot be used
 with one line that names file and key, and reads what version 0.1 wrote. Try it:
@@ -11,51 +11,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from mlx_slim.errors import SlimError
+from mlx_slim.evaluation.figures import Figures, GroupFigures, read_figures
 from mlx_slim.reading import JsonObject, field, shown
 
 TEXT = "perplexity"  # key of the section of a text
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A metric over questions.
-
-    Attributes:
-        value: Of the metric.
-        stderr: Its standard error; None where none is defined.
-        k: Right answers; None where the metric counts nothing.
-    """
-
-    value: float
-    stderr: float | None = None
-    k: int | None = None
-
-    @classmethod
-    def read(cls, values: JsonObject, where: str) -> Figure:
-        """Return the figure of a JSON object.
-
-        Raises:
-            SlimError: Names ``where``, the key and its value.
-        """
-        value = field(values, where, "value", float)
-        error = field(values, where, "stderr", float, None)
-        return cls(value, error, field(values, where, "k", int, None))
-
-
-Figures = dict[str, Figure]  # by metric
-
-
-def figures_json(figures: Figures) -> JsonObject:
-    """Return figures as they stand in ``results.json``."""
-    return {name: asdict(figure) for name, figure in figures.items()}
-
-
-def _figures(values: JsonObject, where: str, key: str) -> Figures | None:
-    """Return the figures under ``key``; None where there are none."""
-    objects = field(values, where, key, dict, None, of=dict)
-    if objects is None:
-        return None
-    return {name: Figure.read(one, f"{where}: {key}.{name}") for name, one in objects.items()}
 
 
 @dataclass(frozen=True)
@@ -107,115 +66,6 @@ class QuestionSet:
     def as_json(self) -> JsonObject:
         """Return one flat object."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class GroupFigures:
-    """Figures over several subtasks.
-
-    Attributes:
-        n: Questions.
-        micro: All questions alike.
-        macro: All subtasks alike.
-    """
-
-    n: int
-    micro: Figures
-    macro: Figures
-
-    def as_json(self) -> JsonObject:
-        """Return the object of ``categories``."""
-        return {"n": self.n, "micro": figures_json(self.micro), "macro": figures_json(self.macro)}
-
-
-@dataclass(frozen=True)
-class SubtaskFigures:
-    """Figures of one subtask, and the category that it belongs to."""
-
-    n: int
-    metrics: Figures
-    category: str
-
-    def as_json(self) -> JsonObject:
-        """Return the object of ``subtasks``."""
-        return {"n": self.n, "metrics": figures_json(self.metrics), "category": self.category}
-
-
-@dataclass(frozen=True)
-class Groups:
-    """Figures of a task with subtasks.
-
-    Attributes:
-        whole: Over all of them.
-        categories: Name -> figures over the subtasks of a category.
-        subtasks: Name -> figures.
-    """
-
-    whole: GroupFigures
-    categories: dict[str, GroupFigures]
-    subtasks: dict[str, SubtaskFigures]
-
-
-@dataclass(frozen=True)
-class TaskSummary:
-    """The figures over the records of a task.
-
-    Attributes:
-        n: Questions.
-        metrics: Over all questions.
-        groups: None of a task without subtasks.
-    """
-
-    n: int
-    metrics: Figures
-    groups: Groups | None = None
-
-    def as_json(self) -> JsonObject:
-        """Return what a section of ``results.json`` holds of it."""
-        values: JsonObject = {"n": self.n, "metrics": figures_json(self.metrics)}
-        if self.groups is not None:
-            values |= {
-                "micro": figures_json(self.groups.whole.micro),
-                "macro": figures_json(self.groups.whole.macro),
-                "categories": {k: v.as_json() for k, v in self.groups.categories.items()},
-                "subtasks": {k: v.as_json() for k, v in self.groups.subtasks.items()},
-            }
-        return values
-
-
-@dataclass(frozen=True)
-class TextSummary:
-    """The figures over the records of a text.
-
-    Attributes:
-        n: Windows.
-        documents: Of the text.
-        bytes: UTF-8, of all documents.
-        tokens: Predicted.
-        bits_per_byte: Of the text.
-        bits_per_token: Of the text.
-        perplexity: Of a token.
-    """
-
-    n: int
-    documents: int
-    bytes: int
-    tokens: int
-    bits_per_byte: float
-    bits_per_token: float
-    perplexity: float
-
-    def as_json(self) -> JsonObject:
-        """Return what the section of ``results.json`` holds of it."""
-        values = asdict(self)
-        metrics = ("bits_per_byte", "bits_per_token", "perplexity")
-        return {
-            **{key: value for key, value in values.items() if key not in metrics},
-            "metrics": {name: {"value": values[name]} for name in metrics},
-        }
-
-
-Summary = TaskSummary | TextSummary
 
 
 @dataclass(frozen=True)
@@ -284,14 +134,14 @@ class TaskSection:
         categories = field(section, where, "categories", dict, {}, of=dict)
         return cls(
             questions=QuestionSet.read(section, where),
-            metrics=_figures(section, where, "metrics") or {},
-            micro=_figures(section, where, "micro"),
-            macro=_figures(section, where, "macro"),
+            metrics=read_figures(section, where, "metrics") or {},
+            micro=read_figures(section, where, "micro"),
+            macro=read_figures(section, where, "macro"),
             categories={
                 name: GroupFigures(
                     field(group, f"{where}: {name}", "n", int),
-                    _figures(group, f"{where}: {name}", "micro") or {},
-                    _figures(group, f"{where}: {name}", "macro") or {},
+                    read_figures(group, f"{where}: {name}", "micro") or {},
+                    read_figures(group, f"{where}: {name}", "macro") or {},
                 )
                 for name, group in categories.items()
             },
@@ -344,7 +194,7 @@ class TextSection:
             text_sha256=field(section, where, "text_sha256", str, None),
             window=field(section, where, "window", int, None),
             windows=field(section, where, "windows", int, None),
-            metrics=_figures(section, where, "metrics") or {},
+            metrics=read_figures(section, where, "metrics") or {},
             samples_sha256=field(section, where, "samples_sha256", str, None),
         )
 
@@ -354,7 +204,7 @@ class TextSection:
 
 
 @dataclass(frozen=True)
-class Settings:
+class ScoringSettings:
     """How a model was scored; None where it is not recorded."""
 
     dtype: str | None
@@ -380,7 +230,7 @@ class EvalResults:
 
     model: str
     adapter: str | None
-    settings: Settings
+    settings: ScoringSettings
     weights_sha256: str | None
     adapter_sha256: str | None
     tasks: dict[str, TaskSection]
@@ -408,7 +258,7 @@ class EvalResults:
         return cls(
             model=model,
             adapter=field(results, where, "adapter", str, None),
-            settings=Settings(
+            settings=ScoringSettings(
                 dtype=field(results, where, "dtype", str, None),
                 chat_template=field(results, where, "chat_template", bool, None),
                 system_instruction=field(results, where, "system_instruction", str, None),

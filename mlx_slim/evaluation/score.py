@@ -17,15 +17,9 @@ import mlx.core as mx
 
 from mlx_slim import artifacts, events, progress, runtime
 from mlx_slim.adapters.stack import Weighted, load_adapters, used_folders
+from mlx_slim.evaluation.figures import Summary
 from mlx_slim.evaluation.jobs import Computed, Engine, ScoringJob, TaskJob
-from mlx_slim.evaluation.records import (
-    TEXT,
-    EvalResults,
-    EvalState,
-    Summary,
-    Timing,
-    TrainedOn,
-)
+from mlx_slim.evaluation.records import TEXT, EvalResults, EvalState, Timing, TrainedOn
 from mlx_slim.evaluation.results import RESULTS, Entry, Folder, encode, read_results, samples_name
 from mlx_slim.evaluation.scoring.answer_cache import joins
 from mlx_slim.evaluation.scoring.loglikelihood import MEMORY, LoglikelihoodScorer

@@ -24,7 +24,7 @@ from mlx_slim.data.store import TokenStore
 from mlx_slim.data.tokenize import unwrap
 from mlx_slim.evaluation.scoring.generate import generate_batch
 from mlx_slim.progress import stage
-from mlx_slim.reading import field, read_object, short
+from mlx_slim.reading import JsonObject, field, read_object, short
 
 ANSWERS_FILE = "answers.json"
 MAX_TOKENS = 64  # of an answer
@@ -94,7 +94,7 @@ def answer_before(
         budget: Memory that the run may use, bytes.
     """
     chosen = choose(rows, count) if rows is not None else []
-    record: dict[str, Any] = {
+    record: JsonObject = {
         "schema_version": SCHEMA_VERSION,
         "max_tokens": MAX_TOKENS,
         "skipped": _why_none(rows, count, chosen),

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 from mlx_slim import events
 from mlx_slim.artifacts import hash_json
@@ -31,7 +31,7 @@ from mlx_slim.evaluation.tasks.rows import load_rows
 from mlx_slim.evaluation.tasks.spec import find_task
 from mlx_slim.finetuning.build import Tuned
 from mlx_slim.models.row_limits import row_limit
-from mlx_slim.reading import field
+from mlx_slim.reading import JsonObject, field
 from mlx_slim.training.callbacks import (
     Action,
     CallbackState,
@@ -240,6 +240,6 @@ class Forgetting(Monitor):
         self._open = None if opened is None else _read_limit(opened, f"{where}: open")
 
 
-def _read_limit(values: dict[str, Any], where: str) -> Limit:
+def _read_limit(values: JsonObject, where: str) -> Limit:
     step = field(values, where, "step", int, None, low=0)
     return Limit(step, field(values, where, "over", int, 0, low=0))

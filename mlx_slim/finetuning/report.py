@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from mlx_slim.finetuning.run_dir import (
 from mlx_slim.locks import is_locked
 from mlx_slim.next_steps import NextStep, after_run, step
 from mlx_slim.pages import environment
-from mlx_slim.reading import library_errors, parse_json, read_object, short
+from mlx_slim.reading import JsonObject, library_errors, parse_json, read_object, short
 from mlx_slim.run_dir import LOCK_FILE
 from mlx_slim.runtime import byte_unit
 
@@ -92,7 +93,7 @@ def render(out: Path, record: Mapping[str, Any] | None = None, *, script: str = 
     return text.encode(errors="replace").decode()  # of a path that is not UTF-8
 
 
-def events_of(out: Path) -> list[dict[str, Any]]:
+def events_of(out: Path) -> list[JsonObject]:
     """Return the events of ``metrics.jsonl``.
 
     Lines that are none are left out: one that a kill cut off, numbers that no step can have.
@@ -133,7 +134,7 @@ def _fits(value: Any, kind: type) -> bool:
     return type(value) is float if not finite else abs(value) < _MOST
 
 
-def _values(out: Path, record: Mapping[str, Any] | None) -> dict[str, Any]:
+def _values(out: Path, record: Mapping[str, Any] | None) -> JsonObject:
     """Return what the template shows."""
     state = read_object(out / STATE_FILE, recipe=dict)
     if record is None and (out / RECORD).is_file():
@@ -274,24 +275,47 @@ def _charts(
     return [(title, picture) for title, picture in drawn if picture is not None]
 
 
+@dataclass(frozen=True)
+class _Memory:
+    """Bytes, each None where it is not known.
+
+    Attributes:
+        predicted: The peak, before the run.
+        measured: The peak.
+        budget: Allowed.
+        breakdown: Parts of the prediction.
+    """
+
+    predicted: int | None
+    measured: int | None
+    budget: int | None
+    breakdown: dict[str, int]
+
+    @property
+    def off(self) -> float | None:
+        """How far the prediction is off, a fraction of what was measured."""
+        if not self.predicted or not self.measured:
+            return None
+        return self.predicted / self.measured - 1
+
+
 def _memory(
     steps: Sequence[Mapping[str, Any]],
     result: Mapping[str, Any] | None,
     predicted: Mapping[str, Any] | None,
     started: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    """Return predicted, measured and allowed bytes, each None where it is not known."""
+) -> _Memory:
+    """Return predicted, measured and allowed bytes."""
     measured = max((e["peak_memory_bytes"] for e in steps), default=None)
     if result is not None:
         measured = result["done"]["peak_memory_bytes"]
     expected = predicted["predicted_peak_bytes"] if predicted else None
-    return {
-        "predicted": expected,
-        "measured": measured,
-        "budget": started["budget_bytes"] if started else None,
-        "off": expected / measured - 1 if expected and measured else None,
-        "breakdown": {k: v for k, v in predicted["breakdown"].items() if v} if predicted else {},
-    }
+    return _Memory(
+        predicted=expected,
+        measured=measured,
+        budget=started["budget_bytes"] if started else None,
+        breakdown={k: v for k, v in predicted["breakdown"].items() if v} if predicted else {},
+    )
 
 
 def _commands(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, final
+from typing import Protocol, final
 
 import mlx.nn as nn
 
@@ -28,6 +28,7 @@ from mlx_slim.models.load import load, read_config
 from mlx_slim.models.save import save_model
 from mlx_slim.planner.memory import Prediction, predict
 from mlx_slim.quantization.base import as_record, load_base
+from mlx_slim.reading import JsonObject, ModelConfig
 from mlx_slim.runtime import resolve_dtype
 from mlx_slim.training.step import Objective
 
@@ -124,7 +125,7 @@ class TrainingStrategy(Protocol):
         """Return what is minimised, and what validation rows are measured by (None: the same)."""
         ...
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """Return the keys of ``run.json`` that describe the strategy."""
         ...
 
@@ -190,12 +191,12 @@ class CrossEntropyStrategy:
         """Return cross-entropy, for training and for validation."""
         return from_rows(model, chunk, vocabulary, num_threads)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """Return nothing: the recipe describes it."""
         return {}
 
 
-def planned_config(recipe: Recipe, tuned: Tuned) -> dict[str, Any]:
+def planned_config(recipe: Recipe, tuned: Tuned) -> ModelConfig:
     """Return the config that a plan starts from: of the dense model, where it is quantized here."""
     if recipe.method == "qlora":
         return read_config(recipe.model, recipe.revision)

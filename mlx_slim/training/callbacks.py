@@ -14,9 +14,11 @@ import enum
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import mlx.core as mx
+
+from mlx_slim.reading import JsonObject
 
 
 class Action(enum.IntEnum):
@@ -60,7 +62,7 @@ class CallbackState:
     """
 
     arrays: dict[str, mx.array] = field(default_factory=dict)
-    values: dict[str, Any] = field(default_factory=dict)
+    values: JsonObject = field(default_factory=dict)
 
 
 class Callback(ABC):

@@ -12,14 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_slim.artifacts import atomic_folder, load_tensors, save_tensors, write_json
 from mlx_slim.errors import SlimError
-from mlx_slim.reading import field, read_object, short
+from mlx_slim.reading import JsonObject, field, read_object, short
 from mlx_slim.training.callbacks import Callback, CallbackState, collect_states, restore_states
 from mlx_slim.training.legacy import is_legacy, upgrade_arrays, upgrade_state
 from mlx_slim.training.optim import Optimizer, set_trainable, trainable
@@ -84,9 +83,7 @@ def load_callbacks(path: Path, callbacks: Sequence[Callback]) -> TrainState:
     arrays = load_tensors(file) if file.exists() else {}
     if legacy:
         record = upgrade_state(record)
-    values: dict[str, dict[str, Any]] = field(
-        record, short(path / STATE), CALLBACKS, dict, {}, of=dict
-    )
+    values: dict[str, JsonObject] = field(record, short(path / STATE), CALLBACKS, dict, {}, of=dict)
     try:
         if legacy:
             arrays, values = upgrade_arrays(arrays, values)
@@ -100,7 +97,7 @@ def load_callbacks(path: Path, callbacks: Sequence[Callback]) -> TrainState:
 
 
 def _by_callback(
-    arrays: dict[str, mx.array], values: dict[str, dict[str, Any]]
+    arrays: dict[str, mx.array], values: dict[str, JsonObject]
 ) -> dict[str, CallbackState]:
     names = {*values, *(key.partition("/")[0] for key in arrays)}
     return {

@@ -9,22 +9,23 @@ tests/training/test_legacy.py``.
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
+
+from mlx_slim.reading import JsonObject
 
 FORGETTING, ADALORA = "forgetting", "adalora"  # names of the callbacks that had a state in 0.1
 _MARKS = {"text": FORGETTING, "mask": ADALORA}  # an array that only this callback stored
 _OLD = "held_out_"
 
 
-def is_legacy(record: dict[str, Any]) -> bool:
+def is_legacy(record: JsonObject) -> bool:
     """Return whether a ``state.json`` was written by version 0.1."""
     return "required" not in record
 
 
-def upgrade_state(record: dict[str, Any]) -> dict[str, Any]:
+def upgrade_state(record: JsonObject) -> JsonObject:
     """Return a ``state.json`` of 0.1 in today's form."""
     opened = record.get("open")
     opened = opened if isinstance(opened, dict) else {}
@@ -41,8 +42,8 @@ def upgrade_state(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def upgrade_arrays(
-    arrays: dict[str, mx.array], values: dict[str, dict[str, Any]]
-) -> tuple[dict[str, mx.array], dict[str, dict[str, Any]]]:
+    arrays: dict[str, mx.array], values: dict[str, JsonObject]
+) -> tuple[dict[str, mx.array], dict[str, JsonObject]]:
     """Return arrays and values of the callbacks under their names instead of their numbers.
 
     Args:
@@ -57,7 +58,7 @@ def upgrade_arrays(
         number, _, name = key.partition("/")
         groups[number][name] = array
     upgraded: dict[str, mx.array] = {}
-    present: dict[str, dict[str, Any]] = {}
+    present: dict[str, JsonObject] = {}
     for number, group in groups.items():
         callback = next((_MARKS[name] for name in group if name in _MARKS), None)
         if callback is None:

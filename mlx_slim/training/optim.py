@@ -265,7 +265,7 @@ class Optimizer:
         check_arrays(flat, self.state())
         self.masters = {path: flat[f"master/{path}"] for path in self.masters}
         for group, optimizer in self._optimizers.items():
-            state = cast(dict[str, Any], optimizer.state)
+            state = cast(dict[str, mx.array | dict[str, mx.array]], optimizer.state)
             for path, value in state.items():
                 key = group.key(path)
                 if isinstance(value, dict):

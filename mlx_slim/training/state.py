@@ -9,10 +9,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mlx_slim.errors import SlimError
-from mlx_slim.reading import field, library_errors, read_object, short
+from mlx_slim.reading import JsonObject, field, library_errors, read_object, short
 from mlx_slim.training.legacy import is_legacy, upgrade_state
 from mlx_slim.training.rotation import STATE
 
@@ -48,7 +47,7 @@ class TrainState:
     best_step: int | None = None
     since_best: int = 0
     total: int | None = None
-    open: dict[str, Any] = dataclasses.field(default_factory=dict)
+    open: JsonObject = dataclasses.field(default_factory=dict)
     required: list[int] = dataclasses.field(default_factory=list)
 
     def keep_open(self) -> None:

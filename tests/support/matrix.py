@@ -15,8 +15,8 @@ from mlx_slim.artifacts import SCHEMA_VERSION, hash_bytes, hash_file, provenance
 from mlx_slim.compare.measured import measured
 from mlx_slim.compare.questions import stored_questions
 from mlx_slim.compare.records import as_json
+from mlx_slim.evaluation.figures import Summary
 from mlx_slim.evaluation.jobs import definition_record
-from mlx_slim.evaluation.records import Summary
 from mlx_slim.evaluation.results import Entry, Folder, encode, samples_name
 from mlx_slim.evaluation.score import section, timing
 from mlx_slim.evaluation.scoring.perplexity import read_texts, summarize_text

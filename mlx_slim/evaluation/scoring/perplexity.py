@@ -26,8 +26,9 @@ from mlx_slim.data.lines import open_data
 from mlx_slim.data.readers import is_data, suffix_of
 from mlx_slim.data.sources import RawRow, find
 from mlx_slim.errors import SlimError
+from mlx_slim.evaluation.figures import TextSummary
 from mlx_slim.evaluation.jobs import Computed, Engine, check_finite
-from mlx_slim.evaluation.records import TEXT, TextSummary
+from mlx_slim.evaluation.records import TEXT
 from mlx_slim.evaluation.scoring.requests import Request, RequestEncoder
 from mlx_slim.reading import JsonObject
 

@@ -22,7 +22,7 @@ from dataclasses import replace
 from typing import Any
 
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluation.records import (
+from mlx_slim.evaluation.figures import (
     Figure,
     Figures,
     GroupFigures,

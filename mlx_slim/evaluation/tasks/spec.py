@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from mlx_slim.config import library
 from mlx_slim.config.read import read_mapping
@@ -98,14 +97,26 @@ def _shipped(name: str) -> Task:
 
 def suites() -> dict[str, dict[str, int]]:
     """Return suite -> task -> its number of shots."""
+    return {name: suite.shots for name, suite in _suites().items()}
+
+
+@dataclass(frozen=True)
+class _Suite:
+    """Tasks with the number of shots of each, and how examples are chosen."""
+
+    shots: dict[str, int]
+    sampling: str
+
+
+def _suites() -> dict[str, _Suite]:
+    file = read_mapping(library.find("evals", _SUITES))[0]
     return {
-        name: {task: shots for task, shots in members.items() if task != _SAMPLING}
-        for name, members in _suites_file().items()
+        name: _Suite(
+            {task: shots for task, shots in members.items() if task != _SAMPLING},
+            members.get(_SAMPLING, FIRST),
+        )
+        for name, members in file.items()
     }
-
-
-def _suites_file() -> dict[str, dict[str, Any]]:
-    return read_mapping(library.find("evals", _SUITES))[0]
 
 
 def find_task(name: str | Path) -> Task:
@@ -158,21 +169,20 @@ def expand(names: Sequence[str], num_fewshot: int | None = None) -> list[Selecti
         raise SlimError(
             f"num_fewshot is {num_fewshot}: expected a whole number from 0 to {MOST_SHOTS}"
         )
-    shots_of = suites()
+    every_suite = _suites()
     chosen: dict[str, Selection] = {}
     for name in (part.strip() for text in names for part in str(text).split(",")):
         if not name:
             continue
-        if name in shots_of:
+        if (suite := every_suite.get(name)) is not None:
             if num_fewshot is not None:
                 raise SlimError(
                     f"the suite {name} has its own shots, but num_fewshot={num_fewshot} is given",
-                    f"leave it out, or name the tasks: {','.join(shots_of[name])}",
+                    f"leave it out, or name the tasks: {','.join(suite.shots)}",
                 )
-            sampling = _suites_file()[name].get(_SAMPLING, FIRST)
             selections = [
-                Selection(find_task(task), shots, sampling)
-                for task, shots in shots_of[name].items()
+                Selection(find_task(task), shots, suite.sampling)
+                for task, shots in suite.shots.items()
             ]
         else:
             task = find_task(name)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mlx_slim.config.task import Filter
-from mlx_slim.evaluation.records import Figure
+from mlx_slim.evaluation.figures import Figure
 from mlx_slim.evaluation.tasks.extract import NO_ANSWER, extract, normalize, same_json
 from mlx_slim.evaluation.tasks.metrics import record_generation, summarize
 from mlx_slim.evaluation.tasks.prompts import Question

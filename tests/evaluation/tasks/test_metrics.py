@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluation.records import Figure
+from mlx_slim.evaluation.figures import Figure
 from mlx_slim.evaluation.tasks.metrics import (
     pooled_stderr,
     record_choice,
