@@ -35,6 +35,8 @@ from mlx_slim.errors import SlimError
 JsonObject = dict[str, Any]
 # A model's ``config.json``: its architecture decides the keys, and all of them are carried along.
 ModelConfig = dict[str, Any]
+# Metadata of a GGUF file: its writer and its architecture decide the keys; lists are arrays.
+GGUFMetadata = dict[str, Any]
 
 MAX_BYTES = 256 << 20  # of a file that is read as a whole; the largest tokenizers have 40 MB
 MAX_DEPTH = 64  # objects and lists inside one another

@@ -44,6 +44,8 @@ FLOORS = (
 FLOOR = {part: number for number, floor in enumerate(FLOORS) for part in floor}
 MOST_LINES = 400
 HEAVY = {"mlx", "mlx_lm", "transformers", "datasets", "numpy", "matplotlib", "huggingface_hub"}
+# Where the names of open mappings stand; a structure that is known is a frozen record.
+OPEN_MAPPINGS = "mlx_slim/reading.py"
 MARKER = "<!-- tree -->"
 # imported name -> distribution, where they differ
 DISTRIBUTION = {"yaml": "pyyaml", "huggingface_hub": "huggingface-hub", "mlx_lm": "mlx-lm"}
@@ -198,6 +200,22 @@ def test_nothing_names_a_place_on_one_machine() -> None:
         if (match := HOME.search(text))
     ]
     assert not offences, listed(offences)
+
+
+def test_what_is_known_is_a_record_and_what_is_open_has_a_name() -> None:
+    """``dict[str, Any]`` says nothing of its keys: its few aliases do, each with a reason."""
+    anything = {"dict[str, Any]", "Dict[str, Any]"}
+    offences = [
+        f"{short(path)}:{node.lineno}: a frozen record, or an alias of {OPEN_MAPPINGS}"
+        for path in sources()
+        if short(path) != OPEN_MAPPINGS
+        for node in ast.walk(syntax_of(path))
+        if isinstance(node, ast.Subscript) and ast.unparse(node) in anything
+    ]
+    assert not offences, listed(offences)
+    named = (ROOT / OPEN_MAPPINGS).read_text(encoding="utf-8")
+    aliases = re.findall(r"(#.*)\n(\w+) = dict\[str, Any\]", named)
+    assert len(aliases) == named.count("= dict[str, Any]"), "each alias has its reason above it"
 
 
 def _requirements(lines: list[str]) -> set[str]:

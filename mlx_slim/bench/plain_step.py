@@ -9,7 +9,7 @@ Legend: B sequences, T positions, N supervised positions, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import mlx.core as mx
@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import _get_classes
 
 from mlx_slim.data.batches import Batch
+from mlx_slim.reading import ModelConfig
 
 _ADAPTER = ("lora_a", "lora_b")
 
@@ -65,7 +66,7 @@ class PlainModel:
         scale: s of its adapters' updates s · A B.
     """
 
-    def __init__(self, config: dict[str, Any], model: nn.Module, scale: float = 0.0) -> None:
+    def __init__(self, config: ModelConfig, model: nn.Module, scale: float = 0.0) -> None:
         dense = {key: value for key, value in config.items() if "quantization" not in key}
         model_class, args_class = _get_classes(dense)
         self._model: Any = model_class(args_class.from_dict(dense))
@@ -129,7 +130,9 @@ def _cross_entropy(logits_NV: np.ndarray, targets_N: np.ndarray) -> tuple[np.nda
     return np.log(sums[:, 0]) - shifted[rows, targets_N], derivative
 
 
-def largest_difference(actual: dict[str, Any], expected: dict[str, Any]) -> tuple[float, str]:
+def largest_difference(
+    actual: Mapping[str, mx.array], expected: Mapping[str, mx.array | np.ndarray]
+) -> tuple[float, str]:
     """Return the largest ‖a − e‖ / ‖e‖ over the tensors of two gradients, and its path.
 
     Raises:

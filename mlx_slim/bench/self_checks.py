@@ -36,6 +36,7 @@ from mlx_slim.finetuning.run import finetune
 from mlx_slim.models.load import load
 from mlx_slim.models.logits_close import Change, logits_close
 from mlx_slim.quantization.apply import quantize_model
+from mlx_slim.reading import JsonObject
 from mlx_slim.runtime import resolve_dtype
 from mlx_slim.training.loop import Loop
 from mlx_slim.training.optim import set_trainable, trainable
@@ -154,7 +155,7 @@ def gradients(place: Place) -> Iterator[Difference]:
         )
 
 
-def _same_step(what: str, place: Place, one: dict[str, Any], other: dict[str, Any]) -> Difference:
+def _same_step(what: str, place: Place, one: JsonObject, other: JsonObject) -> Difference:
     """Compare loss and gradients of one step that is computed in two ways."""
     with _loop(place, "qlora", **one) as (_, loop):
         loss, actual = _step(loop)

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_slim.models.build import build
+from mlx_slim.reading import ModelConfig
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
@@ -24,7 +24,7 @@ CHATML = (
 )
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # Heads of 64 (for which Metal has fused attention), grouped queries, a head wider than the bytes.
-CONFIG: dict[str, Any] = {
+CONFIG: ModelConfig = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 256,
@@ -61,7 +61,7 @@ def byte_tokenizer(folder: Path, *, chat_template: str | None = CHATML, bos: boo
         )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config: dict[str, Any] = {
+    config: ModelConfig = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": SPECIALS[1],
         "eos_token": SPECIALS[2] if chat_template else SPECIALS[0],

@@ -11,7 +11,6 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -20,17 +19,18 @@ from mlx_slim.cli.measurements import measured
 from mlx_slim.cli.options import alive, show_next
 from mlx_slim.next_steps import step
 from mlx_slim.progress import stage
+from mlx_slim.reading import JsonObject
 
 SLOW_GFLOPS = 25.0  # float32 on a CPU: the reference BLAS gives 2-5, OpenBLAS 50 and more a core
 
 
-def hub() -> dict[str, Any]:
+def hub() -> JsonObject:
     """Return the hub's state: ``reachable``, ``unreachable`` or ``offline by choice``."""
     from huggingface_hub import constants
 
     from mlx_slim import runtime
 
-    answer: dict[str, Any] = {"endpoint": constants.ENDPOINT}
+    answer: JsonObject = {"endpoint": constants.ENDPOINT}
     if constants.is_offline_mode():
         return {**answer, "state": "offline by choice"}
     if trouble := runtime.hub_error():
@@ -38,7 +38,7 @@ def hub() -> dict[str, Any]:
     return {**answer, "state": "reachable"}
 
 
-def data_mirror() -> dict[str, Any]:
+def data_mirror() -> JsonObject:
     """Return the folder of ``MLX_SLIM_DATA`` and its data sets (``<name>/<split>.jsonl``)."""
     value = os.environ.get("MLX_SLIM_DATA", "")
     folder = Path(value).expanduser()
@@ -47,18 +47,18 @@ def data_mirror() -> dict[str, Any]:
     return {"folder": value or None, "found": exists, "datasets": names}
 
 
-def compiler() -> dict[str, Any]:
+def compiler() -> JsonObject:
     """Return the C++ compiler that ``mx.compile`` calls on a Linux CPU."""
     needed = sys.platform.startswith("linux")
     return {"needed": needed, "path": shutil.which("g++") if needed else None}
 
 
-def examine() -> dict[str, Any]:
+def examine() -> JsonObject:
     """Return all facts, and ``warnings`` as a list of ``problem`` and ``mend``."""
     from mlx_slim import artifacts, blas, runtime
 
     status = blas.status()
-    facts: dict[str, Any] = {
+    facts: JsonObject = {
         "schema_version": artifacts.SCHEMA_VERSION,
         "device": device(),
         "memory": {
@@ -77,7 +77,7 @@ def examine() -> dict[str, Any]:
     return facts
 
 
-def _warnings(facts: dict[str, Any]) -> list[tuple[str, str]]:
+def _warnings(facts: JsonObject) -> list[tuple[str, str]]:
     """Return (problem, what to do) of each problem."""
     problems = []
     rate, blas = facts["speed"]["matmul_float32_gflops"], facts["blas"]
@@ -103,7 +103,7 @@ def _warnings(facts: dict[str, Any]) -> list[tuple[str, str]]:
     return problems
 
 
-def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+def _rows(facts: JsonObject) -> list[tuple[str, str]]:
     """Return (name, value) lines of the table."""
     from mlx_slim.runtime import human_bytes
 
@@ -138,7 +138,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _blas_line(blas: dict[str, Any]) -> str:
+def _blas_line(blas: JsonObject) -> str:
     if blas["library"]:
         return f"{blas['source']}: {blas['library']}"
     if blas["source"] == "platform":

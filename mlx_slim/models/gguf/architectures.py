@@ -14,6 +14,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_slim.reading import ModelConfig
+
 _GATED = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -89,7 +91,7 @@ class Architecture:
         name = next((name for name, other in self.names.items() if other == inside), None)
         return name if name is None or match is None else f"blk.{match[1]}.{name}"
 
-    def to_gguf(self, array: np.ndarray, path: str, leaf: str, config: dict[str, Any]) -> Any:
+    def to_gguf(self, array: np.ndarray, path: str, leaf: str, config: ModelConfig) -> Any:
         """Return rows of mlx-lm's ``path`` as GGUF stores them; dense, or B (O, R) of an update."""
         if self.norm_shift and leaf == "weight" and path.endswith("norm"):
             return array + np.float32(self.norm_shift)
@@ -98,7 +100,7 @@ class Architecture:
             return halves.swapaxes(1, 2).reshape(array.shape)
         return array
 
-    def from_gguf(self, value: mx.array, path: str, leaf: str, config: dict[str, Any]) -> mx.array:
+    def from_gguf(self, value: mx.array, path: str, leaf: str, config: ModelConfig) -> mx.array:
         """Undo ``to_gguf``."""
         if self.norm_shift and leaf == "weight" and path.endswith("norm"):
             return value - self.norm_shift
@@ -107,7 +109,7 @@ class Architecture:
             return split.swapaxes(1, 2).reshape(value.shape)
         return value
 
-    def _interleaved(self, path: str, config: dict[str, Any]) -> int:
+    def _interleaved(self, path: str, config: ModelConfig) -> int:
         """Return the number of heads whose rows are interleaved; 0 if they are not."""
         if not self.permuted or not path.endswith(("q_proj", "k_proj")):
             return 0

@@ -21,7 +21,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_slim.errors import SlimError
-from mlx_slim.reading import exists, field, library_errors, open_regular, short, shown
+from mlx_slim.reading import GGUFMetadata, exists, field, library_errors, open_regular, short, shown
 from mlx_slim.tensor_files import check_apart
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"}
@@ -63,7 +63,7 @@ class GGUFFile:
     """
 
     path: Path
-    metadata: dict[str, Any]
+    metadata: GGUFMetadata
     tensors: dict[str, GGUFTensor]
     shards: dict[str, Path] = dataclasses.field(default_factory=dict)
 
@@ -217,7 +217,7 @@ class _Cursor:
         return [self.value(inner, depth + 1) for _ in range(count)]
 
 
-def _check_metadata(metadata: dict[str, Any], path: Path) -> None:
+def _check_metadata(metadata: GGUFMetadata, path: Path) -> None:
     """Check the types of what the container and its tokenizer say of themselves."""
     where = short(path)
     for key, kind in _KINDS.items():
@@ -270,7 +270,7 @@ def read_gguf(path: Path) -> GGUFFile:
     cursor = _Cursor(np.memmap(path, np.uint8, "r"), path)
     cursor.take(8)
     tensor_count, value_count = cursor.scalar("Q"), cursor.scalar("Q")
-    metadata: dict[str, Any] = {}
+    metadata: GGUFMetadata = {}
     for _ in range(value_count):
         key = cursor.string()
         if key in metadata:

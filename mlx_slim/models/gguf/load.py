@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,7 +23,7 @@ from mlx_slim.models.gguf.settings import ROPE_TENSORS, read_settings
 from mlx_slim.models.gguf.split import open_gguf
 from mlx_slim.models.gguf.tokenizer import build_tokenizer
 from mlx_slim.models.tensors import few
-from mlx_slim.reading import field, library_errors, short
+from mlx_slim.reading import ModelConfig, field, library_errors, short
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -35,7 +35,7 @@ class GGUFModel:
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerFast
-    config: dict[str, Any]
+    config: ModelConfig
     notes: list[str]
 
 
@@ -107,7 +107,7 @@ def _bits(weights: dict[str, mx.array], scales: str) -> int:
 
 
 def _weights(
-    file: GGUFFile, architecture: Architecture, config: dict[str, Any]
+    file: GGUFFile, architecture: Architecture, config: ModelConfig
 ) -> dict[str, mx.array]:
     weights: dict[str, mx.array] = {}
     unknown = []
@@ -132,7 +132,7 @@ def _weights(
 
 
 def _place(
-    path: str, leaf: str, value: mx.array, architecture: Architecture, config: dict[str, Any]
+    path: str, leaf: str, value: mx.array, architecture: Architecture, config: ModelConfig
 ) -> dict[str, mx.array]:
     """Return ``value`` under its Hugging Face name, rows in Hugging Face's order."""
     if path.endswith(".qkv"):

@@ -17,7 +17,7 @@ from mlx_slim.errors import SlimError
 from mlx_slim.models.config_checks import MOST_WIDE
 from mlx_slim.models.gguf.architectures import Architecture
 from mlx_slim.models.gguf.file import GGUFFile, GGUFTensor
-from mlx_slim.reading import field, short, shown
+from mlx_slim.reading import JsonObject, ModelConfig, field, short, shown
 
 _HINT = "convert the original Hugging Face folder instead"
 _NONE = GGUFTensor("", (), 0, 0)
@@ -52,7 +52,7 @@ class _Metadata:
         return f"{self.prefix}.{key}" in self.file.metadata
 
 
-def read_settings(file: GGUFFile, architecture: Architecture, notes: list[str]) -> dict[str, Any]:
+def read_settings(file: GGUFFile, architecture: Architecture, notes: list[str]) -> ModelConfig:
     """Return the config of the model in ``file``.
 
     Args:
@@ -74,7 +74,7 @@ def read_settings(file: GGUFFile, architecture: Architecture, notes: list[str]) 
     head_dim = count("attention.key_length", width // heads)
     rotated = count("rope.dimension_count", head_dim)
     names = file.tensors.keys()
-    config: dict[str, Any] = {
+    config: ModelConfig = {
         "model_type": kind,
         "architectures": [architecture.hf_class],
         "hidden_size": width,
@@ -121,7 +121,7 @@ def read_settings(file: GGUFFile, architecture: Architecture, notes: list[str]) 
     return config
 
 
-def _family(config: dict[str, Any], meta: _Metadata) -> None:
+def _family(config: ModelConfig, meta: _Metadata) -> None:
     """Add the keys that only some model types have."""
     kind = config["model_type"]
     if kind in ("qwen3_moe", "mixtral"):
@@ -165,7 +165,7 @@ def _family(config: dict[str, Any], meta: _Metadata) -> None:
         config["sliding_window"] = window or None
 
 
-def softmax_width(config: dict[str, Any]) -> float:
+def softmax_width(config: ModelConfig) -> float:
     """Return the d of Gemma's softmax scale 1/√d, which llama.cpp knows by the number of layers."""
     largest = {"gemma2": 46, "gemma3_text": 62}[config["model_type"]]
     if config["num_hidden_layers"] == largest:  # the 27B
@@ -178,9 +178,7 @@ def _rounded(value: Any) -> float:
     return float(str(np.float32(value)))
 
 
-def _rope_scaling(
-    meta: _Metadata, config: dict[str, Any], notes: list[str]
-) -> dict[str, Any] | None:
+def _rope_scaling(meta: _Metadata, config: ModelConfig, notes: list[str]) -> JsonObject | None:
     file, model_type = meta.file, config["model_type"]
     kind = field(file.metadata, meta.where, f"{meta.prefix}.rope.scaling.type", str, "none")
     factor = meta.number("rope.scaling.factor", 0.0)
@@ -214,8 +212,8 @@ def _rope_scaling(
 
 
 def _longrope(
-    meta: _Metadata, config: dict[str, Any], original: int | None, notes: list[str]
-) -> dict[str, Any]:
+    meta: _Metadata, config: ModelConfig, original: int | None, notes: list[str]
+) -> JsonObject:
     """Return Phi-3's scaling: one divisor a frequency for short rows, one for long ones."""
     file = meta.file
     if config["model_type"] != "phi3" or original is None or not {LONG, SHORT} <= set(file.tensors):
@@ -229,7 +227,7 @@ def _longrope(
         for key, name in (("long_factor", LONG), ("short_factor", SHORT))
     }
     config["original_max_position_embeddings"] = original
-    scaling: dict[str, Any] = {"rope_type": "longrope", "type": "longrope", **lists}
+    scaling: JsonObject = {"rope_type": "longrope", "type": "longrope", **lists}
     longer = config["max_position_embeddings"] / original
     usual = math.sqrt(1 + math.log(longer) / math.log(original)) if longer > 1 else 1.0
     stored = meta.number("rope.scaling.attn_factor", usual)
@@ -239,7 +237,7 @@ def _longrope(
     return scaling
 
 
-def _llama3_scaling(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
+def _llama3_scaling(file: GGUFFile, config: ModelConfig) -> JsonObject:
     """Recover Llama 3's four numbers from the per-frequency factors that GGUF keeps instead."""
     factors = np.array(file.read("rope_freqs.weight")["weight"], np.float32)
     scaling = {
@@ -260,7 +258,7 @@ def _llama3_scaling(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
     return scaling
 
 
-def llama3_factors(scaling: dict[str, Any], head_dim: int, theta: float) -> np.ndarray:
+def llama3_factors(scaling: JsonObject, head_dim: int, theta: float) -> np.ndarray:
     """Return what Llama 3's scaling divides each rotary frequency by (head_dim / 2,)."""
     factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.models.gguf.probe import check_rebuilt
-from mlx_slim.reading import library_errors
+from mlx_slim.reading import GGUFMetadata, library_errors
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -52,7 +52,7 @@ PRE_TOKENIZERS = {
 }
 
 
-def build_tokenizer(metadata: dict[str, Any], notes: list[str]) -> PreTrainedTokenizerFast:
+def build_tokenizer(metadata: GGUFMetadata, notes: list[str]) -> PreTrainedTokenizerFast:
     """Return the tokenizer described by ``tokenizer.ggml.*``, with its chat template.
 
     Args:
@@ -103,12 +103,12 @@ def build_tokenizer(metadata: dict[str, Any], notes: list[str]) -> PreTrainedTok
     return fast
 
 
-def _id(metadata: dict[str, Any], role: str) -> int | None:
+def _id(metadata: GGUFMetadata, role: str) -> int | None:
     value = metadata.get(f"tokenizer.ggml.{role}_token_id")
     return None if value is None else int(value)
 
 
-def _types(metadata: dict[str, Any], tokens: list[str]) -> list[int]:
+def _types(metadata: GGUFMetadata, tokens: list[str]) -> list[int]:
     """Return what kind of token each is; without it control tokens would be cut into letters."""
     types = metadata.get("tokenizer.ggml.token_type")
     if types is None:
@@ -118,7 +118,7 @@ def _types(metadata: dict[str, Any], tokens: list[str]) -> list[int]:
     return [int(kind) for kind in types]
 
 
-def _lacks(key: str, metadata: dict[str, Any]) -> SlimError:
+def _lacks(key: str, metadata: GGUFMetadata) -> SlimError:
     kind = metadata["tokenizer.ggml.model"]
     return SlimError(
         f"the GGUF file has no tokenizer.ggml.{key}, which a tokenizer of type {kind!r} needs",
@@ -126,7 +126,7 @@ def _lacks(key: str, metadata: dict[str, Any]) -> SlimError:
     )
 
 
-def _valid_ids(metadata: dict[str, Any], tokens: list[str], notes: list[str]) -> dict[str, Any]:
+def _valid_ids(metadata: GGUFMetadata, tokens: list[str], notes: list[str]) -> GGUFMetadata:
     """Return the metadata without ids that are no token's, where nothing hangs on them."""
     checked = dict(metadata)
     for key in _SPECIAL:
@@ -144,7 +144,7 @@ def _valid_ids(metadata: dict[str, Any], tokens: list[str], notes: list[str]) ->
     return checked
 
 
-def _template(metadata: dict[str, Any]) -> str | dict[str, str] | None:
+def _template(metadata: GGUFMetadata) -> str | dict[str, str] | None:
     """Return the chat template, or all of them by name where there are several."""
     default = metadata.get(TEMPLATE)
     named = {
@@ -161,7 +161,7 @@ def _template(metadata: dict[str, Any]) -> str | dict[str, str] | None:
 
 
 def _bpe(
-    metadata: dict[str, Any], tokens: list[str], types: list[int], notes: list[str]
+    metadata: GGUFMetadata, tokens: list[str], types: list[int], notes: list[str]
 ) -> tuple[Tokenizer, Best]:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -201,7 +201,7 @@ def _bpe(
 
 
 def _read_merges(
-    metadata: dict[str, Any], tokens: list[str], types: list[int], notes: list[str]
+    metadata: GGUFMetadata, tokens: list[str], types: list[int], notes: list[str]
 ) -> list[tuple[str, str]]:
     """Return the merges; refuse a list from which the longer tokens cannot be made."""
     lines = metadata.get("tokenizer.ggml.merges", [])
@@ -225,7 +225,7 @@ def _read_merges(
     return merges
 
 
-def _spm(metadata: dict[str, Any], tokens: list[str], types: list[int]) -> tuple[Tokenizer, Best]:
+def _spm(metadata: GGUFMetadata, tokens: list[str], types: list[int]) -> tuple[Tokenizer, Best]:
     """SentencePiece BPE: pieces are merged best score first, unknown characters become bytes."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
@@ -281,7 +281,7 @@ def _merges(
 
 
 def _add_special_tokens(
-    tokenizer: Tokenizer, metadata: dict[str, Any], tokens: list[str], types: list[int]
+    tokenizer: Tokenizer, metadata: GGUFMetadata, tokens: list[str], types: list[int]
 ) -> list[int]:
     """Make control tokens and the user's own known; return the ids of the control tokens."""
     from tokenizers import AddedToken
@@ -303,7 +303,7 @@ def _add_special_tokens(
 
 
 def _add_post_processor(
-    tokenizer: Tokenizer, metadata: dict[str, Any], tokens: list[str], kind: str
+    tokenizer: Tokenizer, metadata: GGUFMetadata, tokens: list[str], kind: str
 ) -> None:
     """Put BOS before and EOS after, where the file says so (BOS is SentencePiece's default)."""
     from tokenizers import processors

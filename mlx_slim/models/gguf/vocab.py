@@ -18,12 +18,13 @@ import numpy as np
 from mlx_slim.errors import SlimError
 from mlx_slim.models.gguf.tokenizer import TEMPLATE, build_tokenizer
 from mlx_slim.models.tokenizer import PROBES
+from mlx_slim.reading import GGUFMetadata, JsonObject, ModelConfig
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _PRE = ("gpt-2", "smollm", "starcoder", "llama-bpe", "qwen2")
 
 
-def vocabulary(tokenizer: Any, config: dict[str, Any]) -> dict[str, Any]:
+def vocabulary(tokenizer: Any, config: ModelConfig) -> GGUFMetadata:
     """Return ``tokenizer.ggml.*`` and the chat template of ``tokenizer``.
 
     Args:
@@ -56,7 +57,7 @@ def _refused(reason: str) -> SlimError:
     )
 
 
-def _tokens(definition: dict[str, Any], size: int, pieces: bool) -> dict[str, Any]:
+def _tokens(definition: JsonObject, size: int, pieces: bool) -> GGUFMetadata:
     vocab: dict[str, int] = dict(definition["model"]["vocab"])
     added = {entry["id"]: entry for entry in definition.get("added_tokens", [])}
     for index, entry in added.items():
@@ -80,7 +81,7 @@ def _tokens(definition: dict[str, Any], size: int, pieces: bool) -> dict[str, An
             types[index] = _BYTE
         if pieces and token == unknown:
             types[index] = _UNKNOWN
-    metadata: dict[str, Any] = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+    metadata: GGUFMetadata = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
     if pieces:
         # SentencePiece merges the pair whose result scores best: the rank of a piece's first merge.
         scores = np.zeros(size, np.float32)
@@ -94,20 +95,20 @@ def _tokens(definition: dict[str, Any], size: int, pieces: bool) -> dict[str, An
     return metadata
 
 
-def _templates(template: str | dict[str, str] | None) -> dict[str, Any]:
+def _templates(template: str | dict[str, str] | None) -> GGUFMetadata:
     """Return the chat template, or of several all: the default's key and one for each other."""
     if not isinstance(template, dict):
         return {} if template is None else {TEMPLATE: template}
     names = {name: re.sub(r"[^A-Za-z0-9]", "_", name) for name in template if name != "default"}
     if len(set(names.values())) < len(names):
         raise _refused(f"of its chat templates {', '.join(names)} two have one name there")
-    templates: dict[str, Any] = {f"{TEMPLATE}.{names[name]}": template[name] for name in names}
+    templates: GGUFMetadata = {f"{TEMPLATE}.{names[name]}": template[name] for name in names}
     if names:
         templates[f"{TEMPLATE}s"] = list(names.values())
     return templates | ({TEMPLATE: template["default"]} if "default" in template else {})
 
 
-def _roles(metadata: dict[str, Any], fast: Any, config: dict[str, Any]) -> None:
+def _roles(metadata: GGUFMetadata, fast: Any, config: ModelConfig) -> None:
     for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         index = getattr(fast, f"{role}_token_id")
         if index is not None:
@@ -123,7 +124,7 @@ def _roles(metadata: dict[str, Any], fast: Any, config: dict[str, Any]) -> None:
     metadata["tokenizer.ggml.add_eos_token"] = eos is not None and ids[-1:] == [eos]
 
 
-def _named(metadata: dict[str, Any], fast: Any, pieces: bool) -> dict[str, Any]:
+def _named(metadata: GGUFMetadata, fast: Any, pieces: bool) -> GGUFMetadata:
     """Return ``metadata`` with the pre-tokenizer under which it reads back as ``fast``."""
     expected = [fast.encode(text) for text in PROBES]
     for pre, space in itertools.product(("default",) if pieces else _PRE, (pieces, not pieces)):

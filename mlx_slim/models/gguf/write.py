@@ -24,6 +24,7 @@ from mlx_slim.models.gguf.file import pack_blocks
 from mlx_slim.models.gguf.settings import llama3_factors
 from mlx_slim.models.gguf.vocab import vocabulary
 from mlx_slim.models.quantized import dequantize_weight
+from mlx_slim.reading import ModelConfig
 
 TYPES = ("f16", "q8_0", "q4_0", "q4_1")
 # Model type -> GGUF architecture. Phi's fused qkv is read here but not written.
@@ -33,7 +34,7 @@ _FILE_TYPES = {"f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"
 _FILE_TYPES["q4_1"] = "MOSTLY_Q4_1"
 
 
-def check_writable_as_gguf(config: dict[str, Any]) -> None:
+def check_writable_as_gguf(config: ModelConfig) -> None:
     """Refuse a model that cannot be stored in GGUF, before its weights are read.
 
     Raises:
@@ -51,7 +52,7 @@ def check_writable_as_gguf(config: dict[str, Any]) -> None:
 
 
 def write_gguf(
-    path: Path, model: nn.Module, tokenizer: Any, config: dict[str, Any], kind: str, name: str
+    path: Path, model: nn.Module, tokenizer: Any, config: ModelConfig, kind: str, name: str
 ) -> list[str]:
     """Write ``model`` to ``path``; not atomic by itself.
 
@@ -106,7 +107,7 @@ def write_gguf(
 
 
 def _places(
-    model: nn.Module, config: dict[str, Any], architecture: Architecture
+    model: nn.Module, config: ModelConfig, architecture: Architecture
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return GGUF name -> (parameter path, dense shape), in the model's order."""
     modules = dict(model.named_modules())
@@ -152,7 +153,7 @@ def _promise(writer: Any, name: str, shape: tuple[int, ...], block: Any) -> None
 
 
 def _array(
-    model: nn.Module, full: str, config: dict[str, Any], architecture: Architecture, block: Any
+    model: nn.Module, full: str, config: ModelConfig, architecture: Architecture, block: Any
 ) -> np.ndarray:
     """Return one parameter, rows in GGUF's order: float32, or the blocks themselves (uint8)."""
     path, leaf = full.rsplit(".", 1)
@@ -185,7 +186,7 @@ def _encoded(array: np.ndarray, block: Any) -> np.ndarray:
     return array if block == GGMLQuantizationType.F32 else quantize(array, block)
 
 
-def _settings(writer: Any, config: dict[str, Any], architecture: Architecture) -> None:
+def _settings(writer: Any, config: ModelConfig, architecture: Architecture) -> None:
     heads, width = config["num_attention_heads"], config["hidden_size"]
     head_dim = config.get("head_dim") or width // heads
     writer.add_context_length(config.get("max_position_embeddings") or 2048)
@@ -210,7 +211,7 @@ def _settings(writer: Any, config: dict[str, Any], architecture: Architecture) -
             writer.add_rope_scaling_orig_ctx_len(int(original))
 
 
-def _rope_factors(config: dict[str, Any]) -> np.ndarray | None:
+def _rope_factors(config: ModelConfig) -> np.ndarray | None:
     """Return Llama 3's divisors of the rotary frequencies, which GGUF keeps as a tensor."""
     scaling = config.get("rope_scaling") or {}
     if (scaling.get("rope_type") or scaling.get("type")) != "llama3":
