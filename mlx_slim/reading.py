@@ -35,6 +35,8 @@ from mlx_slim.errors import SlimError
 JsonObject = dict[str, Any]
 # A model's ``config.json``: its architecture decides the keys, and all of them are carried along.
 ModelConfig = dict[str, Any]
+# A turn of a conversation: ``role``, ``content`` and whatever else a model's chat template reads.
+ChatMessage = dict[str, Any]
 # Metadata of a GGUF file: its writer and its architecture decide the keys; lists are arrays.
 GGUFMetadata = dict[str, Any]
 

@@ -44,7 +44,7 @@ from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError
 from mlx_slim.models.finite import check_finite
 from mlx_slim.models.structure import blocks
-from mlx_slim.reading import JsonObject, ModelConfig, field, read_object, short
+from mlx_slim.reading import JsonObject, field, read_object, short
 
 WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
@@ -191,10 +191,32 @@ def _read(folder: Path) -> tuple[JsonObject, dict[str, mx.array]]:
     return config, load_tensors(folder / WEIGHTS)
 
 
-def _settings(
-    config: ModelConfig, folder: Path
-) -> tuple[bool, int, float, float, int, list[str] | None]:
-    """Return (dora, rank, scale, dropout, num_layers, keys) of a config, ours or mlx-lm's."""
+@dataclass(frozen=True)
+class _Settings:
+    """What ``adapter_config.json`` says, ours or mlx-lm's.
+
+    Attributes:
+        dora: Whether it is a DoRA.
+        rank: Of the update.
+        scale: s in ΔWᵀ = s · A B.
+        dropout: Of the adapter's inputs in training.
+        num_layers: Last blocks that it adapts; -1 for all.
+        keys: Layers of a block; None for mlx-lm's choice.
+        model: The base, as it was given; None where it is not recorded.
+        base_sample: Numbers that tell bases of one shape apart; None likewise.
+    """
+
+    dora: bool
+    rank: int
+    scale: float
+    dropout: float
+    num_layers: int
+    keys: list[str] | None
+    model: str | None
+    base_sample: list[float] | None
+
+
+def _settings(config: JsonObject, folder: Path) -> _Settings:
     where = short(folder / CONFIG)
     if not isinstance(config.get("lora_parameters"), dict):
         raise SlimError(
@@ -207,14 +229,16 @@ def _settings(
             "full fine-tunes are whole models: load the folder that holds the model",
         )
     lora = config["lora_parameters"]
-    rank = field(lora, where, "rank", int, low=1, high=_MOST)
-    scale = float(field(lora, where, "scale", float))
-    dropout = float(field(lora, where, "dropout", float, 0.0, low=0, below=1))
-    num_layers = field(config, where, "num_layers", int, low=-1, high=_MOST)
-    keys = field(lora, where, "keys", list, None, of=str)
-    field(config, where, "base_sample", list, None, of=float)
-    field(config, where, "model", str, None)
-    return kind == "dora", rank, scale, dropout, num_layers, keys
+    return _Settings(
+        dora=kind == "dora",
+        rank=field(lora, where, "rank", int, low=1, high=_MOST),
+        scale=float(field(lora, where, "scale", float)),
+        dropout=float(field(lora, where, "dropout", float, 0.0, low=0, below=1)),
+        num_layers=field(config, where, "num_layers", int, low=-1, high=_MOST),
+        keys=field(lora, where, "keys", list, None, of=str),
+        model=field(config, where, "model", str, None),
+        base_sample=field(config, where, "base_sample", list, None, of=float),
+    )
 
 
 def adapter_hash(folder: Path) -> str:
@@ -290,21 +314,23 @@ def read_adapter(model: nn.Module, folder: Path) -> StoredAdapter:
         SlimError: As ``load_adapter``.
     """
     config, tensors = _read(folder)
-    dora, rank, scale, dropout, num_layers, keys = _settings(config, folder)
-    base_note = f"the adapter was made for {config['model']}" if config.get("model") else ""
-    selected = _selected(model, num_layers, keys)
+    settings = _settings(config, folder)
+    base_note = f"the adapter was made for {settings.model}" if settings.model else ""
+    selected = _selected(model, settings.num_layers, settings.keys)
     chosen = [site for site in sites(model) if site.path in selected]
-    problems = _differences(chosen, tensors, rank, dora)
+    problems = _differences(chosen, tensors, settings.rank, settings.dora)
     if problems:
         raise SlimError(f"{folder} does not fit this model: {_listed(problems)}", base_note)
     check_finite(tensors.items(), str(folder))
-    ours, theirs = base_sample(model), config.get("base_sample")
+    ours, theirs = base_sample(model), settings.base_sample
     if theirs and not _same_base(ours, theirs):
         raise SlimError(
             f"{folder} was trained on another base of the same shape",
             f"{base_note}: load that base" if base_note else "load the base it was trained on",
         )
-    return StoredAdapter(chosen, tensors, rank, scale, dropout, dora)
+    return StoredAdapter(
+        chosen, tensors, settings.rank, settings.scale, settings.dropout, settings.dora
+    )
 
 
 def _differences(

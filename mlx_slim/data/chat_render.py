@@ -17,7 +17,7 @@ from jinja2.ext import Extension, loopcontrols
 
 from mlx_slim.config.sandbox import BoundedEnvironment, BoundedTemplate, guarded
 from mlx_slim.config.sandbox_budget import budget
-from mlx_slim.reading import JsonObject
+from mlx_slim.reading import ChatMessage
 
 Spans = list[tuple[int, int]]
 # The first is what templates read; the others are older names of it (as in transformers).
@@ -67,7 +67,7 @@ def parse_chat(source: str, *, strict: bool = False) -> nodes.Template:
 
 
 def render_chat(
-    source: str, messages: list[JsonObject], *, strict: bool = False, **names: Any
+    source: str, messages: list[ChatMessage], *, strict: bool = False, **names: Any
 ) -> tuple[str, Spans]:
     """Return the text of a chat, and what its ``{% generation %}`` marks enclose.
 
@@ -94,7 +94,7 @@ def none_default(templates: Iterable[str]) -> str:
     return f"the model has several chat templates ({names}), none called default"
 
 
-def apply_chat_template(tokenizer: Any, messages: list[JsonObject], **names: Any) -> str:
+def apply_chat_template(tokenizer: Any, messages: list[ChatMessage], **names: Any) -> str:
     """Return the prompt of a chat up to where the answer begins.
 
     Args:

@@ -17,7 +17,7 @@ from typing import Any
 
 from mlx_slim.data.sources import RawRow
 from mlx_slim.errors import SlimError
-from mlx_slim.reading import JsonObject, shown
+from mlx_slim.reading import ChatMessage, JsonObject, shown
 
 _ROLES = {
     **{role: role for role in ("system", "developer", "user", "assistant", "tool", "ipython")},
@@ -34,8 +34,6 @@ _TEXT_FILES = re.compile(r"\.(json|jsonl|ndjson)(\.\w+)?$")  # whose nulls were 
 _NULLABLE = frozenset({"default", "const", "example"})  # of a schema: null is a value there
 _MOST_WEIGHT = 1e6
 
-Message = JsonObject
-
 
 @dataclass(frozen=True)
 class Conversation:
@@ -48,7 +46,7 @@ class Conversation:
         notes: What is not done as the row says, for the ledger.
     """
 
-    messages: list[Message]
+    messages: list[ChatMessage]
     weights: list[float]
     tools: list[JsonObject]
     notes: tuple[str, ...] = ()
@@ -139,7 +137,7 @@ class _Reader:
     def _wrong(self, index: int, text: str, hint: str = "") -> SlimError:
         return SlimError(f"{self.row.place}, turn {index}: {text}", hint)
 
-    def message(self, index: int, turn: Any) -> Message:
+    def message(self, index: int, turn: Any) -> ChatMessage:
         """Return one turn as ``{role, content, …}``, whichever of the dialects it is in."""
         if not isinstance(turn, dict):
             raise self._wrong(index, f"{type(turn).__name__}, expected an object")
@@ -304,7 +302,7 @@ def _declared(tools: list[JsonObject]) -> dict[str, set[str]]:
     return declared
 
 
-def with_text_arguments(messages: list[Message]) -> list[Message]:
+def with_text_arguments(messages: list[ChatMessage]) -> list[ChatMessage]:
     """Return a conversation with the arguments of tool calls as JSON text, as OpenAI sends them."""
 
     def dumped(call: JsonObject) -> JsonObject:

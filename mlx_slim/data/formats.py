@@ -16,7 +16,7 @@ from mlx_slim.data.columns import option, proposal, recognised
 from mlx_slim.data.conversations import is_prompt_list, read_conversation, with_turns
 from mlx_slim.data.sources import RawRow
 from mlx_slim.errors import SlimError, did_you_mean
-from mlx_slim.reading import JsonObject
+from mlx_slim.reading import ChatMessage, JsonObject
 
 EXPECTED = {
     "alpaca": "instruction, output (and input, system)",
@@ -45,7 +45,7 @@ class Example:
     """
 
     kind: str
-    messages: list[JsonObject] = field(default_factory=list)
+    messages: list[ChatMessage] = field(default_factory=list)
     fields: dict[str, str] = field(default_factory=dict)
     extras: JsonObject = field(default_factory=dict)
     cut_turns: int = 0
@@ -262,7 +262,7 @@ def _need(fields: Mapping[str, str], name: str, reason: str) -> None:
         raise Dropped(reason)
 
 
-def _turns(system: str | None, prompt: str, answer: str) -> list[JsonObject]:
+def _turns(system: str | None, prompt: str, answer: str) -> list[ChatMessage]:
     first = [{"role": "system", "content": system}] if system else []
     return [
         *first,
@@ -271,9 +271,9 @@ def _turns(system: str | None, prompt: str, answer: str) -> list[JsonObject]:
     ]
 
 
-def _history(row: RawRow, value: Mapping[str, Any]) -> list[JsonObject]:
+def _history(row: RawRow, value: Mapping[str, Any]) -> list[ChatMessage]:
     """Return the turns before an Alpaca row, from its ``history`` of [question, answer] pairs."""
-    turns: list[JsonObject] = []
+    turns: list[ChatMessage] = []
     pairs = value.get("history") or []
     for pair in pairs if isinstance(pairs, list) else [pairs]:
         if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:

@@ -20,9 +20,9 @@ from enum import Enum
 from itertools import product
 from typing import Any, NamedTuple
 
-from mlx_slim.reading import JsonObject
+from mlx_slim.reading import ChatMessage
 
-Messages = list[JsonObject]
+Messages = list[ChatMessage]
 
 _FIRST, _LAST = 0xF0000, 0xFFFFD  # a plane of private use
 MARKS = re.compile(f"[{chr(_FIRST)}-{chr(_LAST)}]")
@@ -94,7 +94,7 @@ class MarkedChat:
         self.marks.append(Mark(turn, kind))
         return chr(_FIRST + len(self.marks) - 1)
 
-    def _message(self, turn: int, message: JsonObject) -> JsonObject:
+    def _message(self, turn: int, message: ChatMessage) -> ChatMessage:
         if message["role"] != "assistant":
             return self._anchored(turn, message) if self._depth is Depth.ALL else message
         marked = {**message}
@@ -109,7 +109,7 @@ class MarkedChat:
             marked["tool_calls"] = [self._leaves(turn, call) for call in message["tool_calls"]]
         return marked
 
-    def _anchored(self, turn: int, message: JsonObject) -> JsonObject:
+    def _anchored(self, turn: int, message: ChatMessage) -> ChatMessage:
         text = message["content"]
         core = text.strip()
         tags = [m.span() for m in TAG.finditer(core) if m.group() in self._tags]

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_slim.artifacts import disk_errors, fsync, hash_bytes, json_lines
-from mlx_slim.distillation.local_teacher import Message, Teacher, UnreadableRequest
+from mlx_slim.distillation.local_teacher import Teacher, UnreadableRequest
 from mlx_slim.errors import SlimError
-from mlx_slim.reading import JsonObject, parse_json
+from mlx_slim.reading import ChatMessage, JsonObject, parse_json
 
 _DIGITS = 16  # characters of a hash in a line: enough to differ, short enough to skip
 _REPEATED = 0.5  # below this fraction of distinct runs of words a text repeats itself
@@ -40,7 +40,7 @@ class TeacherRequest:
     """
 
     id: str
-    messages: list[Message]
+    messages: list[ChatMessage]
     answer: str
     place: str
 

@@ -23,9 +23,8 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from mlx_slim.data.conversations import with_text_arguments
-from mlx_slim.distillation.local_teacher import Message
 from mlx_slim.errors import SlimError
-from mlx_slim.reading import JsonObject, parse_json
+from mlx_slim.reading import ChatMessage, JsonObject, parse_json
 
 _LARGEST_REPLY = 1 << 24  # bytes
 _LONGEST_WAIT = 30.0  # seconds between two tries
@@ -108,7 +107,7 @@ class EndpointTeacher:
         """Address, model, ``max_tokens`` and ``until``."""
         return self._settings
 
-    def answer(self, prompts: Sequence[list[Message]]) -> Iterator[tuple[str, str]]:
+    def answer(self, prompts: Sequence[list[ChatMessage]]) -> Iterator[tuple[str, str]]:
         """Yield the answers in order, a few requests ahead.
 
         Raises:
@@ -145,7 +144,7 @@ class EndpointTeacher:
         """Send no further request."""
         self._stop.set()
 
-    def _ask(self, messages: list[Message], stop: threading.Event) -> tuple[str, str]:
+    def _ask(self, messages: list[ChatMessage], stop: threading.Event) -> tuple[str, str]:
         payload: JsonObject = {
             "model": self._settings["model"],
             "messages": with_text_arguments(messages),

@@ -25,9 +25,7 @@ from mlx_slim.evaluation.scoring.generate import generate_batch
 from mlx_slim.evaluation.scoring.requests import RequestEncoder, max_length
 from mlx_slim.models.load import load_tokenizer, read_config
 from mlx_slim.models.row_limits import row_limit
-from mlx_slim.reading import JsonObject
-
-Message = JsonObject
+from mlx_slim.reading import ChatMessage, JsonObject
 
 
 class UnreadableRequest(SlimError):
@@ -58,7 +56,7 @@ class Teacher(Protocol):
         """What decides the answers, as JSON."""
         ...
 
-    def answer(self, prompts: Sequence[list[Message]]) -> Iterator[tuple[str, str]]:
+    def answer(self, prompts: Sequence[list[ChatMessage]]) -> Iterator[tuple[str, str]]:
         """Yield (text, stop reason: ``eos``, ``until`` or ``length``) for each chat, in order.
 
         Raises:
@@ -120,7 +118,7 @@ class LocalTeacher:
         """Hashes of weights, adapter and template; dtype, ``max_tokens``, ``until``."""
         return self._settings
 
-    def answer(self, prompts: Sequence[list[Message]]) -> Iterator[tuple[str, str]]:
+    def answer(self, prompts: Sequence[list[ChatMessage]]) -> Iterator[tuple[str, str]]:
         """Yield the greedy answers, computed as one batch."""
         if self._model is None:
             self._model = load_teacher(self._config, self._dtype)
@@ -138,13 +136,13 @@ class LocalTeacher:
         for answer in answers:
             yield answer.text, answer.stop_reason
 
-    def _read(self, index: int, chat: list[Message]) -> list[int]:
+    def _read(self, index: int, chat: list[ChatMessage]) -> list[int]:
         try:
             return self._encoder.prompt(self.text(chat), self._max_tokens)
         except SlimError as error:
             raise UnreadableRequest(index, error) from error
 
-    def text(self, chat: list[Message]) -> str:
+    def text(self, chat: list[ChatMessage]) -> str:
         """Return the prompt that the model reads.
 
         Raises:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from mlx_slim.distillation.answers import AnswerFile, TeacherRequest, TeacherResponse
-from mlx_slim.distillation.local_teacher import Message
 from mlx_slim.errors import SlimError
+from mlx_slim.reading import ChatMessage
 
 
 class Parrot:
@@ -33,7 +33,7 @@ class Parrot:
         self.prompts: list[str] = []
         self._fail = fail
 
-    def answer(self, prompts: Sequence[list[Message]]) -> Iterator[tuple[str, str]]:
+    def answer(self, prompts: Sequence[list[ChatMessage]]) -> Iterator[tuple[str, str]]:
         for prompt in prompts:
             text = prompt[-1]["content"]
             if text == self._fail:
