@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from mlx_slim.artifacts import read_records
+from mlx_slim.compare.questions import StoredQuestion
 from mlx_slim.compare.report_records import (
     Extraction,
     Flip,
@@ -24,6 +25,7 @@ from mlx_slim.compare.report_records import (
     Row,
 )
 from mlx_slim.compare.store import StoredCell, StoredMatrix
+from mlx_slim.evaluation.tasks.metrics import Record
 from mlx_slim.reading import JsonObject, read_object
 
 FLIPS = 2  # of each direction, cell and task
@@ -165,12 +167,12 @@ class _Questions:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def at(self, indices: set[int]) -> dict[int, JsonObject]:
+    def at(self, indices: set[int]) -> dict[int, StoredQuestion]:
         """Return the questions at the positions ``indices``."""
         if not indices or not self.path.is_file():
             return {}
         rows = enumerate(islice(read_records(self.path), max(indices) + 1))
-        return {i: row for i, row in rows if i in indices}
+        return {i: StoredQuestion.read(row) for i, row in rows if i in indices}
 
 
 def _flips(
@@ -195,7 +197,7 @@ def _flips(
             task=name,
             direction=direction,
             doc_id=ours[index]["doc_id"],
-            prompt=_cut(shown[index]["prompt"], end=True) if index in shown else None,
+            prompt=_cut(shown[index].prompt, end=True) if index in shown else None,
             target=_shown(ours[index]["target"], shown.get(index)),
             before=_answer(ours[index], shown.get(index), metric),
             after=_answer(theirs[index], shown.get(index), metric),
@@ -205,31 +207,31 @@ def _flips(
     ]
 
 
-def _records(path: Path, indices: set[int]) -> dict[int, JsonObject]:
+def _records(path: Path, indices: set[int]) -> dict[int, Record]:
     if not indices:
         return {}
     rows = enumerate(islice(read_records(path), max(indices) + 1))
     return {i: row for i, row in rows if i in indices}
 
 
-def _answer(record: JsonObject, question: JsonObject | None, metric: str) -> str:
+def _answer(record: Record, question: StoredQuestion | None, metric: str) -> str:
     """Return what a model answered: its text, or the ending that is likeliest."""
     if "generation" in record:
         return _cut(record["generation"])
-    if metric == "acc_norm" and question and question.get("lengths"):
+    if metric == "acc_norm" and question and question.lengths:
         scores = [
             score / max(1, length)
-            for score, length in zip(record["loglikelihoods"], question["lengths"], strict=True)
+            for score, length in zip(record["loglikelihoods"], question.lengths, strict=True)
         ]
         return _shown(int(np.argmax(scores)), question)
     return _shown(record["prediction"], question)
 
 
-def _shown(value: Any, question: JsonObject | None) -> str:
+def _shown(value: Any, question: StoredQuestion | None) -> str:
     """Return a choice's text for its number; of a list, each."""
     if isinstance(value, list):
         return _cut(" or ".join(_shown(one, question) for one in value))
-    choices = question.get("choices") if question else None
+    choices = question.choices if question else None
     if choices and isinstance(value, int) and 0 <= value < len(choices):
         return _cut(str(choices[value]).strip())
     return _cut(str(value))

@@ -8,7 +8,7 @@ task's definition (``tasks.json``) every score can be counted again. Used by ``c
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mlx_slim.artifacts import hash_bytes, hash_json, write_json, write_text
@@ -44,6 +44,76 @@ def plain_questions(task: Task, limit: int | None, rows: TaskRows | None = None)
     """
     chat = Chat(lambda system, user: f"{system}\n\n{user}".strip()) if task.spec.chat else None
     return build_questions(task, rows or load_rows(task), 0, limit, chat=chat)
+
+
+@dataclass(frozen=True)
+class StoredQuestion:
+    """A question for a reader: a line of ``<task>.jsonl``.
+
+    Attributes:
+        doc_id: Its row's number.
+        subject: Its subtask; None where a task has none.
+        prompt: Without solved examples and without chat markup.
+        choices: None of them where the answer is a text.
+        lengths: Characters of each choice.
+        target: Place of the right choice, or the right text; where several are right, a list. None
+            in a folder made by version 0.1.
+    """
+
+    doc_id: int
+    subject: str | None
+    prompt: str
+    choices: list[str]
+    lengths: list[int]
+    target: int | str | list[int | str] | None
+
+    @classmethod
+    def of(cls, question: Question) -> StoredQuestion:
+        """Return the line of a question."""
+        several = bool(question.others)
+        return cls(
+            doc_id=question.doc_id,
+            subject=question.subject,
+            prompt=question.context,
+            choices=list(question.choices),
+            lengths=list(question.lengths),
+            target=list(question.targets) if several else question.target,
+        )
+
+    @classmethod
+    def read(cls, row: JsonObject) -> StoredQuestion:
+        """Return the record of a line.
+
+        Raises:
+            KeyError: If it is none.
+        """
+        return cls(
+            doc_id=row["doc_id"],
+            subject=row.get("subject"),
+            prompt=row["prompt"],
+            choices=row.get("choices", []),
+            lengths=row.get("lengths", []),
+            target=row.get("target"),
+        )
+
+    def question(self) -> Question:
+        """Return the question, to be counted again.
+
+        Raises:
+            ValueError: If the right answer is not stored.
+        """
+        if self.target is None:
+            raise ValueError("no right answer")
+        target, *others = self.target if isinstance(self.target, list) else [self.target]
+        return Question(
+            self.doc_id,
+            self.subject,
+            self.prompt,
+            tuple(self.choices),
+            tuple(self.lengths),
+            target,
+            tuple(others),
+        )
 
 
 @dataclass(frozen=True)
@@ -101,7 +171,9 @@ def write_questions(matrix: MatrixSpec, folder: Path) -> WrittenQuestions:
 def _of_task(task: Task, entry: TaskEntry) -> _Stored:
     rows = load_rows(task)
     shots = task.num_fewshot if entry.num_fewshot is None else entry.num_fewshot
-    lines = [_line(question) for question in plain_questions(task, entry.limit, rows)]
+    lines = [
+        asdict(StoredQuestion.of(question)) for question in plain_questions(task, entry.limit, rows)
+    ]
     shots_sha256 = shots_checksum(task, rows, shots)
     return _Stored(lines, definition_record(task, shots, entry.limit, rows.checksum, shots_sha256))
 
@@ -143,32 +215,8 @@ def stored_questions(folder: Path, name: str) -> list[Question]:
     path = folder / f"{name}.jsonl"
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        return [_question(row) for row in rows]
+        return [StoredQuestion.read(row).question() for row in rows]
     except FileNotFoundError as error:
         raise SlimError(f"{path} does not exist") from error
     except (ValueError, KeyError, TypeError) as error:
         raise SlimError(f"{path} is damaged, or of another version: {error!r}") from error
-
-
-def _line(question: Question) -> JsonObject:
-    return {
-        "doc_id": question.doc_id,
-        "subject": question.subject,
-        "prompt": question.context,
-        "choices": list(question.choices),
-        "lengths": list(question.lengths),
-        "target": list(question.targets) if question.others else question.target,
-    }
-
-
-def _question(row: JsonObject) -> Question:
-    target, *others = row["target"] if isinstance(row["target"], list) else [row["target"]]
-    return Question(
-        row["doc_id"],
-        row["subject"],
-        row["prompt"],
-        tuple(row["choices"]),
-        tuple(row["lengths"]),
-        target,
-        tuple(others),
-    )
