@@ -25,8 +25,9 @@ from mlx_slim.adapters.variants import start_pissa
 from mlx_slim.config.patterns import compile_pattern
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError, did_you_mean
-from mlx_slim.models.structure import LINEAR_TYPES, blocks
+from mlx_slim.models.structure import blocks, is_linear
 
+_LEAST = 8  # smaller side of a layer that all-linear takes: a gate or a few coefficients have less
 EMBEDDING_TYPES = (nn.Embedding, nn.QuantizedEmbedding)
 
 
@@ -64,7 +65,7 @@ def sites(model: Any) -> list[Site]:
     """
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-    types = (*LINEAR_TYPES, *EMBEDDING_TYPES, SwitchLinear, QuantizedSwitchLinear)
+    types = (*EMBEDDING_TYPES, SwitchLinear, QuantizedSwitchLinear)
     transformer = blocks(model)
     indices = {id(block): index for index, block in enumerate(transformer)}
     names = {id(module): path for path, module in model.named_modules() if id(module) in indices}
@@ -72,7 +73,7 @@ def sites(model: Any) -> list[Site]:
     carried = {id(adapter.base): path for path, adapter in adapters_of(model)}
     matching = []
     for path, module in in_order(model):
-        if isinstance(module, types):
+        if is_linear(module) or isinstance(module, types):
             path = carried.get(id(module), path)
             prefix, block = next((p for p in prefixes if path.startswith(p[0])), ("", None))
             matching.append(Site(block, path[len(prefix) :], path, module))
@@ -122,7 +123,9 @@ def _matches(target: str, candidates: Iterable[Site]) -> list[Site]:
         return [
             s
             for s in candidates
-            if s.block is not None and not isinstance(s.module, EMBEDDING_TYPES)
+            if s.block is not None
+            and not isinstance(s.module, EMBEDDING_TYPES)
+            and not (is_linear(s.module) and min(dimensions(s.module)) < _LEAST)
         ]
     if target.startswith("re:"):
         try:
@@ -171,7 +174,7 @@ def _check_rank(chosen: list[Site], rank: int) -> None:
 def _check_kinds(chosen: list[Site], dora: bool, adaptive: bool) -> None:
     special = "AdaLoRA" if adaptive else "DoRA" if dora else ""
     for site in chosen:
-        if not isinstance(site.module, LINEAR_TYPES + EMBEDDING_TYPES):
+        if not (is_linear(site.module) or isinstance(site.module, EMBEDDING_TYPES)):
             raise SlimError(
                 f"{site.path} is an expert layer ({type(site.module).__name__}): adapters on "
                 "experts are not supported",

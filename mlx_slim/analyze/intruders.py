@@ -36,7 +36,7 @@ from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import SlimError
 from mlx_slim.models.load import load
 from mlx_slim.models.quantized import dequantize_weight, is_quantized
-from mlx_slim.models.structure import LINEAR_TYPES
+from mlx_slim.models.structure import is_linear
 from mlx_slim.models.tensors import few
 from mlx_slim.quantization.apply import quantize_model
 from mlx_slim.quantization.base import load_base
@@ -249,8 +249,7 @@ def model_pairs(source: str, tuned: str) -> tuple[str, Iterator[Pair]]:
         for name in (source, tuned)
     )
     before, after = (
-        {path: m for path, m in side.items() if isinstance(m, LINEAR_TYPES)}
-        for side in (before, after)
+        {path: m for path, m in side.items() if is_linear(m)} for side in (before, after)
     )
     if other := sorted(before.keys() ^ after.keys()):
         raise SlimError(f"{tuned} has other layers than {source}: {few(other)}")

@@ -89,6 +89,37 @@ def evaluate(model: str, as_json: bool, **options: Any) -> None:
     show_next(step("measure training too", "mlx-slim", "bench", "train", model))
 
 
+@command.command(
+    "models", epilog="Example: mlx-slim bench models --type qwen3 --type gemma3 --column LoRA"
+)
+@click.option("--type", "types", multiple=True, help="A model type of mlx-lm; all by default.")
+@click.option("--column", "columns", multiple=True, help="Of the table; all by default.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="File for the record as JSON; the page is written beside it, as Markdown.",
+)
+@_JSON
+def models(
+    types: tuple[str, ...], columns: tuple[str, ...], output: Path | None, as_json: bool
+) -> None:
+    """Try what works for each model type of mlx-lm, on small random models (half an hour)."""
+    from mlx_slim.artifacts import write_json, write_text
+    from mlx_slim.bench.model_page import page
+    from mlx_slim.bench.models import bench_models
+
+    with alive():
+        record = bench_models(types, columns, lambda line: click.echo(line, err=as_json))
+    if output is not None:
+        write_json(output, record)
+        write_text(output.with_suffix(".md"), page(record))
+    if as_json:
+        click.echo(json.dumps(record, indent=2))
+        return
+    show_next(step("see the table of all types", "open", "docs/models.md"))
+
+
 @command.command("plan", epilog="Example: mlx-slim bench plan models/mine")
 @click.argument("model")
 @click.option(

@@ -48,6 +48,7 @@ from mlx_slim.finetuning.strategy import (
     base_folder,
 )
 from mlx_slim.models import structure
+from mlx_slim.models.class_errors import class_errors
 from mlx_slim.models.logits_close import Change, logits_close, rounding
 from mlx_slim.models.recorded_logits import free_weights
 from mlx_slim.planner.memory import Prediction
@@ -146,7 +147,9 @@ def _run(
             _check_disk(out, built.prediction)
             if strategy.targets is not None:
                 strategy.targets.check_disk(out)
-        _preflight(built.loop, built.prediction, budget)
+        kind = built.tuned.config["model_type"]
+        with class_errors(f"{kind} models cannot be trained with method={recipe.method}"):
+            _preflight(built.loop, built.prediction, budget)
 
     fresh = not started or resume_plan.grown
     state = state_record(resolved, built.data, resume_plan.extended) if fresh else None

@@ -21,7 +21,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_slim.models import structure
-from mlx_slim.models.structure import LINEAR_TYPES
 from mlx_slim.runtime import on_metal
 
 UNBOUNDED = 2**31 - 1  # rows of any length
@@ -114,10 +113,10 @@ def attention_balance(model: nn.Module, length: int, *, gpu: bool, fused: bool) 
         gpu: Whether it runs on a GPU.
         fused: Whether that has the fused backward pass.
     """
-    linears = [m for m in structure.blocks(model)[0].modules() if isinstance(m, LINEAR_TYPES)]
+    linears = [m for m in structure.blocks(model)[0].modules() if structure.is_linear(m)]
     shapes = [(m.weight.shape[0], _input_width(m)) for m in linears]
     weights = sum(outputs * inputs for outputs, inputs in shapes)
-    width = min(size for _, size in shapes)
+    width = min((size for _, size in shapes), default=1)  # a class may have layers of its own
     layers = [layer for layer in attention_of(model) or [] if layer.head_width] if fused else []
     if not layers:
         balance = weights / (2 * width) * (1.0 if gpu else _CPU_ATTENTION)
@@ -178,13 +177,18 @@ class _Cache:
     """A key-value cache that records nothing but the masks requested of it."""
 
     offset = 0
-    keys = values = None
+    keys: Any = None
+    values: Any = None
 
     def __init__(self, log: _Log) -> None:
         self._log = log
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        self.keys, self.values = keys, values
         return keys, values
+
+    def keys_and_values(self) -> tuple[Any, Any]:
+        return self.keys, self.values
 
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None, **_: Any

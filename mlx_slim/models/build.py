@@ -18,6 +18,7 @@ import mlx.nn as nn
 from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.models import rope_install, structure
 from mlx_slim.models.activations import use_tanh_gelu
+from mlx_slim.models.quantized import has_quantized_form
 from mlx_slim.models.reference import reference_of
 from mlx_slim.models.rope_support import support_of
 from mlx_slim.reading import JsonObject, ModelConfig, library_errors
@@ -50,7 +51,7 @@ def build(config: ModelConfig) -> nn.Module:
             if path in quantization:
                 return quantization[path]
             width = getattr(module, "weight", mx.zeros((1, 1))).shape[-1]
-            return hasattr(module, "to_quantized") and width % base["group_size"] == 0
+            return has_quantized_form(module) and width % base["group_size"] == 0
 
         nn.quantize(model, **base, class_predicate=decide)
     return model

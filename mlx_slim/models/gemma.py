@@ -1,4 +1,4 @@
-"""What mlx-lm's Gemma 2 and Gemma 3 compute otherwise than they should, put right.
+"""What mlx-lm's Gemma 2, 3 and 3n compute otherwise than they should, put right.
 
 Gemma 3: mlx-lm rounds the scale √D of the embeddings to bfloat16 in every dtype (25.298 becomes
 25.25 at 640), which shifts log-likelihoods by up to 0.09 nats. transformers rounds it to the dtype
@@ -7,6 +7,10 @@ of the weights, so bfloat16 agrees as it is.
 Gemma 2: mlx-lm adds masks (B, 1, T, S) to scores (B, key-value heads, queries of each, T, S). The
 mask of row b then falls on the b-th key-value head of every row where there are as many rows as
 heads, and fits nothing where there are not.
+
+Gemma 3n: its last layers attend to keys and values that an earlier layer wrote. mlx-lm finds these
+in a cache only, and without one lets them compute their own, from weights that were never trained.
+And its forward pass clips weights by writing them: no two threads can compute it.
 
 Invariant: parameters and base classes stay.
 Try it: ``python -m pytest tests/models/test_gemma.py``.
@@ -52,6 +56,58 @@ def _exact(kind: type) -> type:
         return kind.__call__(self, inputs, cache, hidden)  # type: ignore[operator]
 
     return type(f"Exact{kind.__name__}", (kind,), {"__call__": call})
+
+
+def use_shared_keys(model: nn.Module) -> bool:
+    """Let a Gemma 3n share keys and values without a cache too, and leave its weights, in place.
+
+    Returns:
+        Whether ``model`` holds such a body that was not changed before.
+    """
+    from mlx_lm.models.gemma3n import Gemma3nAltUp, LanguageModel
+
+    changed = False
+    for module in model.modules():
+        if type(module) is LanguageModel:
+            module.__class__ = _shared(LanguageModel)
+            changed = True
+        elif type(module) is Gemma3nAltUp:
+            module.__class__ = _unwritten(Gemma3nAltUp)
+    return changed
+
+
+def _unwritten(kind: type) -> type:
+    def predict(self: Any, x: mx.array) -> mx.array:
+        weight = self.prediction_coefs.weight
+        try:
+            return kind.predict(self, x)  # type: ignore[attr-defined]
+        finally:
+            self.prediction_coefs.weight = weight
+
+    def correct(self: Any, predictions: mx.array, activated: mx.array) -> mx.array:
+        weight = self.correction_coefs.weight
+        try:
+            return kind.correct(self, predictions, activated)  # type: ignore[attr-defined]
+        finally:
+            self.correction_coefs.weight = weight
+
+    return type(f"Unwritten{kind.__name__}", (kind,), {"predict": predict, "correct": correct})
+
+
+def _shared(kind: type) -> type:
+    def call(
+        self: Any,
+        inputs: mx.array,
+        cache: Any = None,
+        input_embeddings: mx.array | None = None,
+    ) -> mx.array:
+        from mlx_lm.models.cache import ConcatenateKVCache
+
+        if cache is None:
+            cache = [ConcatenateKVCache() for _ in self.make_cache()]
+        return kind.__call__(self, inputs, cache, input_embeddings)  # type: ignore[operator]
+
+    return type(f"Shared{kind.__name__}", (kind,), {"__call__": call})
 
 
 def use_row_masks(model: nn.Module) -> bool:

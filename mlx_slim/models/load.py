@@ -25,7 +25,8 @@ from mlx_slim.models.activations import use_fast_swiglu
 from mlx_slim.models.build import construct
 from mlx_slim.models.config_checks import CONFIG, check_config, check_tokenizer, read_configs
 from mlx_slim.models.finite import check_finite
-from mlx_slim.models.gemma import use_exact_scale, use_row_masks
+from mlx_slim.models.gated_delta import use_fast_gated_delta
+from mlx_slim.models.gemma import use_exact_scale, use_row_masks, use_shared_keys
 from mlx_slim.models.hub import resolve, resolve_config
 from mlx_slim.models.normalize import Normalized, normalize_config
 from mlx_slim.models.quantized import use_fast_matmul
@@ -138,12 +139,15 @@ def load(
             if transform is not None:
                 config = transform(model, config)
             read_weights(model, short(folder))
+            mx.eval(_constants(model))
     with library_errors(f"{short(folder)} does not compute", "take the config of the original"):
         model(mx.zeros((1, 2), mx.int32))  # type: ignore[operator]  # shapes only: not evaluated
     use_fast_matmul(model)
     use_fast_swiglu(model)
     use_exact_scale(model)
     use_row_masks(model)
+    use_shared_keys(model)
+    use_fast_gated_delta(model)
     tokenizer, more = _load_tokenizer(folder, config, trust_remote_code)
     return Loaded(
         model=model,
@@ -187,6 +191,15 @@ def read_weights(model: nn.Module, where: str = "the weights") -> None:
     """
     tensors: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
     check_finite(tracked(tensors, f"reading {where}", "tensors"), where)
+
+
+def _constants(model: nn.Module) -> list[mx.array]:
+    """Return the arrays of ``model`` that are no parameters, such as a scale of its code.
+
+    They are evaluated where the model is loaded: another thread could not.
+    """
+    private = [v for m in model.modules() for name, v in m.items() if name.startswith("_")]
+    return [value for _, value in tree_flatten(private) if isinstance(value, mx.array)]
 
 
 def load_tokenizer(

@@ -12,6 +12,7 @@ Shapes: M rows, I input width, O output width, Q packed input width.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -296,6 +297,18 @@ def densify_pays(model: nn.Module) -> bool:
     from mlx_lm.utils import get_total_parameters
 
     return 4 * get_total_parameters(model) < DENSE_FRACTION * device_memory()
+
+
+def has_quantized_form(module: nn.Module) -> bool:
+    """Return whether ``module`` is a dense layer that can be quantized in any mode.
+
+    A model class may have a layer whose ``to_quantized`` takes no mode (afm7); stock mlx-lm cannot
+    quantize such a model at all, and here that layer is left out.
+    """
+    if "weight" not in module or not hasattr(module, "to_quantized"):
+        return False
+    parameters = inspect.signature(module.to_quantized).parameters.values()  # type: ignore[arg-type]
+    return any(one.name == "mode" or one.kind is one.VAR_KEYWORD for one in parameters)
 
 
 def is_quantized(model: nn.Module) -> bool:

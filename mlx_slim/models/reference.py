@@ -88,7 +88,7 @@ def reference_of(config: ModelConfig) -> Reference:
 
 def _reference_config(config: ModelConfig) -> Any | None:
     """Return transformers' text configuration object; None where it has none for ``config``."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     values = {key: value for key, value in copy.deepcopy(config).items() if key not in _UNRELATED}
     kind = values.pop("model_type", None)
@@ -103,7 +103,7 @@ def _reference_config(config: ModelConfig) -> Any | None:
         reference = AutoConfig.for_model(str(kind), **values).get_text_config()
         if hasattr(reference, "standardize_rope_params"):  # again, with what is an extra key of its
             reference.standardize_rope_params()  # class, as transformers does where it rotates
-        return reference
+        return reference if isinstance(reference, PreTrainedConfig) else None  # no part's raw keys
     except Exception:  # each class validates in its own way; the raw keys are read then
         return None
     finally:

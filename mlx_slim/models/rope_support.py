@@ -36,8 +36,8 @@ class RopeSupport:
 
     @property
     def reads_scaling(self) -> bool:
-        """Whether scaling changes more than a shared rotary embedding."""
-        return self.scales_softmax or bool(self.embedding_types)
+        """Whether scaling changes more than a shared rotary embedding, or is needed to build."""
+        return self.types is None or self.scales_softmax or bool(self.embedding_types)
 
     def computes(self, kind: str) -> bool:
         """Return whether the class does something for RoPE type ``kind``."""

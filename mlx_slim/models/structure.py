@@ -8,6 +8,7 @@ still do not split are trained through these. Legend: B rows, T positions, D wid
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -37,7 +38,8 @@ _SCALES: dict[tuple[str, ...], Callable[..., float]] = {
 _CAP = "final_logit_softcapping"
 _FIXED_CAP = 15.0  # nanochat: a constant of its code
 GATED_MLP = ("gate_proj", "up_proj", "down_proj")
-LINEAR_TYPES = (nn.Linear, nn.QuantizedLinear)
+_LINEAR_TYPES = (nn.Linear, nn.QuantizedLinear)
+_OWN_TYPES = ("mlx", "mlx_slim")  # packages whose linear layers return W x + b
 HEADS, MLP = "heads", "mlp"
 _ATTENTION, _QUERIES, _KEYS = "self_attn", "q_proj", ("k_proj", "v_proj")
 _OUTPUTS = ("o_proj", "dense")
@@ -202,11 +204,22 @@ def split(model: nn.Module, vocabulary: int = 8) -> Split | None:
     return best[1]
 
 
+def is_linear(module: Any) -> bool:
+    """Return whether ``module`` is a linear layer, dense or quantized, that returns W x + b.
+
+    A subclass that a model class defines may return something else: afm7's returns a list.
+    """
+    return isinstance(module, _LINEAR_TYPES) and type(module).__module__.partition(".")[0] in (
+        _OWN_TYPES
+    )
+
+
 class SegmentCache:
     """Packed rows kept apart, in the shape of a key-value cache that models already ask for a mask.
 
     Attention is causal inside a segment and blind across segments; rotary positions need no reset
-    because attention is relative. One instance serves all blocks.
+    because attention is relative. A block that reads what another one wrote finds it in the cache
+    of that block, so each has its own (``segment_caches``).
     """
 
     offset = 0
@@ -218,8 +231,13 @@ class SegmentCache:
         self._mask = same & (self._distance >= 0)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Return keys and values unchanged: nothing is remembered between calls."""
+        """Return keys and values unchanged: nothing is remembered between passes."""
+        self._latest = keys, values
         return keys, values
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """Return the keys and values that the block of this cache wrote."""
+        return self._latest
 
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None, **_: Any
@@ -228,6 +246,14 @@ class SegmentCache:
         if window_size is None:
             return self._mask
         return self._mask & (self._distance < window_size)
+
+
+def segment_caches(model: nn.Module, segments_BT: mx.array) -> list[SegmentCache]:
+    """Return the caches of one pass over packed rows, as many as ``model`` makes; one mask."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    first = SegmentCache(segments_BT)
+    return [copy.copy(first) for _ in make_prompt_cache(model)]
 
 
 def supports_packing(model: nn.Module) -> bool:
@@ -240,8 +266,7 @@ def supports_packing(model: nn.Module) -> bool:
     begins = (5, 7)
     segments_BT = mx.array([[0] * begin + [1] * (12 - begin) for begin in begins])
     try:
-        cache = SegmentCache(segments_BT)
-        both = model(tokens_BT, [cache] * len(blocks(model)))
+        both = model(tokens_BT, segment_caches(model, segments_BT))
         rows = list(enumerate(begins))
         packed = mx.concatenate([both[row, begin:] for row, begin in rows])
         alone = mx.concatenate([model(tokens_BT[row : row + 1, begin:])[0] for row, begin in rows])

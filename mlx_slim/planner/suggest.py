@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mlx_slim.config.schema import Recipe
+from mlx_slim.errors import SlimError
 
 # Costs of a change besides time, in ascending order.
 COSTS = (
@@ -112,7 +113,10 @@ def suggestions(
     peak, seconds = cost_of(recipe)
     options: list[tuple[Overrides, Suggestion]] = []
     for change, cost in _variants(recipe):
-        lower, longer = cost_of(changed(recipe, change))
+        try:
+            lower, longer = cost_of(changed(recipe, change))
+        except SlimError:  # this model cannot be trained that way: no layer to adapt or to quantize
+            continue
         if lower < WORTH * peak:
             text = " ".join(f"{name}={_yaml(value)}" for name, value in change.items())
             time = round(longer / max(seconds, 1e-9), 2)

@@ -23,7 +23,12 @@ import mlx.nn as nn
 
 from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import ResourceError, SlimError, did_you_mean
-from mlx_slim.models.quantized import LayerFormat, quantize_into_fast, use_fast_matmul
+from mlx_slim.models.quantized import (
+    LayerFormat,
+    has_quantized_form,
+    quantize_into_fast,
+    use_fast_matmul,
+)
 from mlx_slim.models.save import quantization_of
 from mlx_slim.progress import Stage, stage
 from mlx_slim.quantization.apply import (
@@ -183,7 +188,7 @@ def _all_divisible(model: nn.Module, quantize: QuantizeConfig, method: str) -> N
     """Refuse a group size that some layer's input is not divisible by: mlx-lm would crash late."""
     group = quantize.group_size
     for path, module in leaves(model):
-        if hasattr(module, "to_quantized") and module["weight"].shape[-1] % group:
+        if has_quantized_form(module) and module["weight"].shape[-1] % group:
             raise SlimError(
                 f"method {method} quantizes every layer, but the input width of {path}, "
                 f"{module['weight'].shape[-1]}, is not divisible by group_size={group}",
@@ -239,7 +244,7 @@ def _dwq(
     from mlx_lm.quant.dwq import dwq_quantize
 
     teacher = copy.deepcopy(model)
-    dtype = next(m["weight"].dtype for _, m in leaves(model) if hasattr(m, "to_quantized"))
+    dtype = next(m["weight"].dtype for _, m in leaves(model) if has_quantized_form(m))
     quantize_model(model, config, quantize)
     model.freeze()
     use_fast_matmul(model)  # trainable scales take the differentiable way through BLAS
@@ -268,7 +273,7 @@ def _dynamic(
 
     low, high, group = quantize.bits, _HIGHER[quantize.bits], quantize.group_size
     sensitivities = dict(estimate_sensitivities(model, tokens_NT, low, group, high, group))
-    scale = next(m["weight"] for _, m in leaves(model) if hasattr(m, "to_quantized"))
+    scale = next(m["weight"] for _, m in leaves(model) if has_quantized_form(m))
     overhead = 2 * 8 * scale.itemsize / group  # a scale and a bias a group
     threshold = estimate_threshold(
         model,

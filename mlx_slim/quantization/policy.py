@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import SlimError, did_you_mean
-from mlx_slim.models.quantized import LayerFormat
+from mlx_slim.models.quantized import LayerFormat, has_quantized_form
 from mlx_slim.reading import JsonObject
 
 MixedRecipe = Literal["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"]
@@ -119,7 +119,7 @@ def make_policy(model: nn.Module, config: QuantizeConfig, recipe: str | None = N
             reason = "the model's own policy keeps it in full precision"
         skipped.append(Skipped(path, reason, parameters))
     if not chosen:
-        widths = sorted({m["weight"].shape[-1] for _, m in leaves(model) if _is_matrix(m)})
+        widths = sorted({m["weight"].shape[-1] for _, m in leaves(model) if has_quantized_form(m)})
         raise SlimError(
             f"no layer can be quantized with group_size={config.group_size}: "
             f"the input widths are {', '.join(map(str, widths)) or 'none'}",
@@ -138,13 +138,9 @@ def leaves(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)  # pyright: ignore
 
 
-def _is_matrix(module: nn.Module) -> bool:
-    return hasattr(module, "to_quantized") and "weight" in module
-
-
 def skip_reason(module: nn.Module, group_size: int) -> str:
     """Return why ``module`` cannot be quantized with ``group_size``, or an empty string."""
-    if not _is_matrix(module):
+    if not has_quantized_form(module):
         kind = type(module).__name__
         is_norm = "norm" in kind.lower()
         return f"a norm ({kind})" if is_norm else f"{kind} has no quantized form"

@@ -80,10 +80,15 @@ class BranchCache:
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Return the keys and values (R, H, L + T, D) that the rows may attend to."""
         self.keys, self.values = keys, values
-        if self._past is None:
-            return keys, values
-        keys_PHD, values_PHD, path_RL = self._past
-        return _behind(keys_PHD, path_RL, keys), _behind(values_PHD, path_RL, values)
+        if self._past is not None:
+            keys_PHD, values_PHD, path_RL = self._past
+            keys, values = _behind(keys_PHD, path_RL, keys), _behind(values_PHD, path_RL, values)
+        self._latest = keys, values
+        return keys, values
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """Return the same to a layer that reads what the layer of this cache wrote."""
+        return self._latest
 
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None, **_: Any
