@@ -133,7 +133,7 @@ def _disturbed(value: mx.array) -> mx.array:
 
 def _logits(model: Any, cache: Any = None) -> mx.array:
     """Return float32 logits (1, T, V) on token ids below 256, -inf left out."""
-    logits = model(mx.arange(40)[None] * 7 % 256, cache).astype(mx.float32)
+    logits = model(mx.arange(40)[None] * 7 % 256, cache=cache).astype(mx.float32)
     return mx.where(mx.isinf(logits) & (logits < 0), 0.0, logits)
 
 

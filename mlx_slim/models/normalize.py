@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import importlib
 import pkgutil
+import re
 from collections.abc import Collection
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +27,8 @@ from mlx_slim.reading import JsonObject, ModelConfig
 
 _BASE_THETA = 10000.0
 _ORIGINAL = "use the original model's config"
+# The tensor of an output layer, by the names that it has in mlx-lm and on the hub; none of a block.
+_HEAD = re.compile(r"(?:[a-z_]+\.)*(?:lm_head|output|embed_out)\.q?weight")
 _ROTATED = {"partial_rotary_factor", "rotary_pct", "rotary_dim"}
 
 
@@ -148,11 +151,13 @@ def _tie(
 ) -> None:
     if not tensor_names or "tie_word_embeddings" not in _fields(module):
         return
-    tied = not any(n.endswith(("lm_head.weight", "lm_head.qweight")) for n in tensor_names)
+    heads = [name for name in tensor_names if _HEAD.fullmatch(name)]
+    tied = not heads
     if config.get("tie_word_embeddings") is not tied:
         was = config.get("tie_word_embeddings", "absent")
         state = "absent: tied" if tied else "present: not tied"
-        notes.append(f"lm_head.weight is {state} (tie_word_embeddings was {was})")
+        name = heads[0] if heads else "lm_head.weight"
+        notes.append(f"{name} is {state} (tie_word_embeddings was {was})")
     config["tie_word_embeddings"] = tied
 
 

@@ -91,7 +91,7 @@ class Split:
     """A model as body and head.
 
     Attributes:
-        body: tokens_BT, cache -> hidden_BTD, after the last norm and the scale of the logits.
+        body: tokens_BT, cache= -> hidden_BTD, after the last norm and the scale of the logits.
         head: hidden -> logits.
     """
 
@@ -174,7 +174,7 @@ def _finishes(model: nn.Module) -> list[tuple[float, float | None]]:
 def _scaled(body: _Body, scale: float) -> _Body:
     if scale == 1:
         return body
-    return lambda *arguments: body(*arguments) * scale
+    return lambda *arguments, **named: body(*arguments, **named) * scale
 
 
 def split(model: nn.Module, vocabulary: int = 8) -> Split | None:
@@ -189,7 +189,7 @@ def split(model: nn.Module, vocabulary: int = 8) -> Split | None:
     best: tuple[float, Split | None] = (math.inf, None)
     for candidate in _candidates(model):
         try:
-            linear = candidate.head(candidate.body(tokens_BT, None))
+            linear = candidate.head(candidate.body(tokens_BT, cache=None))
             same = linear.shape == expected.shape
         except (TypeError, ValueError, AttributeError):
             continue  # a body that wants other arguments, a head of another width
@@ -266,7 +266,7 @@ def supports_packing(model: nn.Module) -> bool:
     begins = (5, 7)
     segments_BT = mx.array([[0] * begin + [1] * (12 - begin) for begin in begins])
     try:
-        both = model(tokens_BT, segment_caches(model, segments_BT))
+        both = model(tokens_BT, cache=segment_caches(model, segments_BT))
         rows = list(enumerate(begins))
         packed = mx.concatenate([both[row, begin:] for row, begin in rows])
         alone = mx.concatenate([model(tokens_BT[row : row + 1, begin:])[0] for row, begin in rows])

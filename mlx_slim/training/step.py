@@ -142,7 +142,7 @@ def supervised_rows(
     cache = None
     if segments_BT is not None:
         cache = structure.segment_caches(model, segments_BT)
-    rows_BTX = (split.body if split else model)(tokens_BT, cache)
+    rows_BTX = (split.body if split else model)(tokens_BT, cache=cache)
     return rows_BTX.reshape(-1, rows_BTX.shape[-1])[positions_N]
 
 

@@ -215,8 +215,10 @@ class LoglikelihoodScorer:
         caches = None
         if self.sharing:
             sharing = self._sharing
-            caches = branch_caches(sharing.layers, paths, length, pool, sharing.dtype)
-        hidden_RTD = self._body(mx.array(tokens_RT), caches)
+            caches = branch_caches(
+                sharing.layers, paths, length, pool, sharing.dtype, additive=sharing.additive
+            )
+        hidden_RTD = self._body(mx.array(tokens_RT), cache=caches)
         part: Pool = []
         if caches and nodes[0].inner:
             flat = np.flatnonzero(

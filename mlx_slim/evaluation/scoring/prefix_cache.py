@@ -23,13 +23,15 @@ from mlx_slim.runtime import on_gpu
 
 Pool = list[tuple[mx.array, mx.array]]  # of each layer: keys and values (P, H, D)
 _PROBE = (7, 4, 5)  # lengths of two prefixes, and of what follows each
+_PROBE_TOKENS = ((5, 3, 1, 2, 6, 4, 0, 2, 1, 5, 3, 6), (1, 4, 6, 3, 3, 0, 5, 2, 4, 6, 1, 2))
 
 
 class _PathMasks:
     """The mask of a batch, computed once for all layers of one window size."""
 
-    def __init__(self, offsets_R: np.ndarray, length: int, dtype: mx.Dtype) -> None:
+    def __init__(self, offsets_R: np.ndarray, length: int, dtype: mx.Dtype, additive: bool) -> None:
         self._offsets_R, self._length, self._dtype = offsets_R, length, dtype
+        self._additive = additive
         self._masks: dict[int | None, mx.array] = {}
 
     def __call__(self, window: int | None) -> mx.array:
@@ -52,7 +54,7 @@ class _PathMasks:
         if window is not None:
             seen_RTS &= distance_RTS < window
         mask = mx.array(seen_RTS[:, None].view(np.uint8)).astype(mx.bool_)
-        if on_gpu():  # the fused kernel is fastest with booleans; on a CPU adding is cheaper
+        if not self._additive:
             return mask
         return mx.where(mask, 0.0, mx.finfo(self._dtype).min).astype(self._dtype)
 
@@ -103,7 +105,13 @@ def _behind(pool_PHD: mx.array, path_RL: mx.array, new_RHTD: mx.array) -> mx.arr
 
 
 def branch_caches(
-    layers: int, paths: Sequence[np.ndarray], length: int, pool: Pool, dtype: mx.Dtype
+    layers: int,
+    paths: Sequence[np.ndarray],
+    length: int,
+    pool: Pool,
+    dtype: mx.Dtype,
+    *,
+    additive: bool,
 ) -> list[BranchCache]:
     """Return the caches of a batch, one a layer.
 
@@ -113,9 +121,10 @@ def branch_caches(
         length: T, positions of a row, padding included.
         pool: Keys and values computed so far; empty if no row has a path.
         dtype: What attention computes in.
+        additive: Whether masks are 0 and -inf, to be added; else booleans.
     """
     offsets_R = np.array([len(path) for path in paths])
-    masks = _PathMasks(offsets_R, length, dtype)
+    masks = _PathMasks(offsets_R, length, dtype, additive)
     same = bool((offsets_R == offsets_R[0]).all())
     offset = int(offsets_R[0]) if same else mx.array(offsets_R.astype(np.int32))
     before = int(offsets_R.max())
@@ -168,12 +177,14 @@ class Sharing:
         layers: Caches that the model expects.
         position_bytes: Bytes of keys and values of one position.
         dtype: What the hidden states and the masks are in.
+        additive: Whether masks are added; some attention only takes booleans.
     """
 
     reason: str
     layers: int
     position_bytes: int
     dtype: mx.Dtype
+    additive: bool
 
 
 def probe(model: nn.Module, body: Callable[..., mx.array]) -> Sharing:
@@ -186,29 +197,42 @@ def probe(model: nn.Module, body: Callable[..., mx.array]) -> Sharing:
     from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
     caches = make_prompt_cache(model)
-    first, second, more = _PROBE
-    tokens_RT = mx.array(
-        [[5, 3, 1, 2, 6, 4, 0, 2, 1, 5, 3, 6], [1, 4, 6, 3, 3, 0, 5, 2, 4, 6, 1, 2]]
-    )
-    alone = body(tokens_RT, None)
-    refused = Sharing("", len(caches), 0, alone.dtype)
+    tokens_RT = mx.array(_PROBE_TOKENS)
+    alone = body(tokens_RT, cache=None)
+    # The fused kernel of a GPU is fastest with booleans; on a CPU adding is cheaper.
+    first, *others = [False] if on_gpu() else [True, False]
+    sharing = Sharing("", len(caches), 0, alone.dtype, first)
     if not all(isinstance(cache, (KVCache, RotatingKVCache)) for cache in caches):
         kinds = " and a ".join(sorted({type(cache).__name__ for cache in caches}))
-        return replace(refused, reason=f"its cache is a {kinds}")
+        return replace(sharing, reason=f"its cache is a {kinds}")
+    sharing = _tried(sharing, body, alone)
+    for additive in others if sharing.reason else ():
+        sharing = _tried(replace(sharing, reason="", additive=additive), body, alone)
+    return sharing
+
+
+def _tried(sharing: Sharing, body: Callable[..., mx.array], alone: mx.array) -> Sharing:
+    """Return ``sharing`` with the bytes of a position, or with the reason why it cannot be."""
+    first, second, more = _PROBE
+    tokens_RT = mx.array(_PROBE_TOKENS)
+
+    def caches(paths: Sequence[np.ndarray], length: int, pool: Pool) -> list[BranchCache]:
+        layers, dtype = sharing.layers, sharing.dtype
+        return branch_caches(layers, paths, length, pool, dtype, additive=sharing.additive)
+
     try:
         empty = np.zeros(0, dtype=np.int32)
-        roots = branch_caches(len(caches), [empty, empty], first, [], alone.dtype)
-        body(tokens_RT[:, :first], roots)
+        roots = caches([empty, empty], first, [])
+        body(tokens_RT[:, :first], cache=roots)
         pool = batch_pool(roots, np.arange(2 * first))
-        paths = [np.arange(first), first + np.arange(second)]
-        suffixes = branch_caches(len(caches), paths, more, pool, alone.dtype)
+        suffixes = caches([np.arange(first), first + np.arange(second)], more, pool)
         rows = [tokens_RT[0, first : first + more], tokens_RT[1, second : second + more]]
-        branched = body(mx.stack(rows), suffixes)
+        branched = body(mx.stack(rows), cache=suffixes)
     except (TypeError, ValueError, AttributeError, AssertionError) as error:
         reason = f"it does not accept a shared cache ({' '.join(str(error).split())[:120]})"
-        return replace(refused, reason=reason)
+        return replace(sharing, reason=reason)
     expected = mx.stack([alone[0, first : first + more], alone[1, second : second + more]])
     if not logits_close(branched, expected, Change.SHAPES).close:
-        return replace(refused, reason="with a shared cache its hidden states differ")
+        return replace(sharing, reason="with a shared cache its hidden states differ")
     size = sum(keys.nbytes + values.nbytes for keys, values in pool) // (2 * first)
-    return replace(refused, position_bytes=size)
+    return replace(sharing, position_bytes=size)
