@@ -15,22 +15,20 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from mlx_slim.adapters.inject import adapters_of, inject
 from mlx_slim.adapters.stack import load_adapters, parse_adapters
 from mlx_slim.adapters.store import save_adapter
+from mlx_slim.bench.model_case import TEXT, Case, build_case
 from mlx_slim.bench.models import COLUMNS, NOT_SMALL, OK
-from mlx_slim.bench.small_configs import small_config
-from mlx_slim.bench.small_model import byte_tokenizer
 from mlx_slim.config.load import from_values
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError
@@ -42,7 +40,6 @@ from mlx_slim.export.fuse import fuse
 from mlx_slim.export.model import export_gguf
 from mlx_slim.export.options import FuseOptions
 from mlx_slim.finetuning.run import finetune
-from mlx_slim.models.build import build
 from mlx_slim.models.convert import convert
 from mlx_slim.models.gguf.load import ARCHITECTURES
 from mlx_slim.models.load import load
@@ -54,78 +51,11 @@ from mlx_slim.quantization.policy import quantize_config
 from mlx_slim.quantization.run import compress
 
 _STEPS = 6
-_TEXT = "The quick brown fox reads seven old books about ships, and then it sleeps until noon. "
 _TOLERANCE = 2e-3  # of logits and losses in float32, relative to the largest
 
 
 class _Differs(Exception):
     """A check that did not hold: a fault of ours or of the model class."""
-
-
-@dataclass
-class Case:
-    """A small model of one type on disk, and what its checks share.
-
-    Attributes:
-        model_type: Module of ``mlx_lm.models``.
-        folder: Where everything is; removed by the caller.
-        config: ``config.json``.
-        exported: The GGUF file, once it was written.
-    """
-
-    model_type: str
-    folder: Path
-    config: dict[str, Any]
-    exported: Path | None = None
-    _made: int = field(default=0)
-
-    @property
-    def model(self) -> Path:
-        """The model's folder."""
-        return self.folder / "model"
-
-    def new(self) -> Path:
-        """Return a path that does not exist yet."""
-        self._made += 1
-        return self.folder / f"out-{self._made}"
-
-    def text(self) -> str:
-        """Return the path of a text to calibrate on."""
-        return str(self.folder / "text.txt")
-
-
-def build_case(model_type: str, folder: Path) -> Case:
-    """Write a random model of ``model_type`` with a byte tokenizer, rows and a text.
-
-    Raises:
-        Exception: Whatever its class raises where it does not build.
-    """
-    config = small_config(model_type)
-    model = build(config)
-    mx.random.seed(0)
-    weights = tree_map(_disturbed, model.parameters())
-    byte_tokenizer(folder / "model")
-    mx.save_safetensors(
-        str(folder / "model/model.safetensors"),
-        dict(tree_flatten(weights)),  # type: ignore[arg-type]
-        metadata={"format": "mlx"},
-    )
-    (folder / "model/config.json").write_text(json.dumps({**config, "torch_dtype": "float32"}))
-    (folder / "text.txt").write_text(_TEXT * 40)
-    words = _TEXT.split()
-    rows = [
-        {"prompt": " ".join(words[i : i + 2 + i % 3]), "completion": " ".join(words[-1 - i % 4 :])}
-        for i in range(6)
-    ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Case(model_type, folder, config)
-
-
-def _disturbed(value: mx.array) -> mx.array:
-    """Return ``value`` with some noise: nothing is 0 or 1 everywhere, so each tensor matters."""
-    if not mx.issubdtype(value.dtype, mx.floating):
-        return value
-    return value + 0.02 * mx.random.normal(value.shape)
 
 
 # ------------------------------------------------------------------------------------- comparing
@@ -226,7 +156,7 @@ def _split_head(case: Case) -> None:
 
 
 def _requests() -> list[Request]:
-    root = [int(byte) for byte in _TEXT.encode()[:24]]
+    root = [int(byte) for byte in TEXT.encode()[:24]]
     return [
         Request((*root, *context, *answer), len(root) + len(context))
         for context in ([10, 20, 30, 40, 50], [11, 21, 31])

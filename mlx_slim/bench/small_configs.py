@@ -15,10 +15,9 @@ import sys
 from types import ModuleType
 from typing import Any
 
-LAYERS = 4
-WIDTH = 64
+from mlx_slim.bench.small_special import HEAD_DIM, LAYERS, MIXED, SPECIAL, WIDTH
+
 VOCABULARY = 272  # bytes, special tokens, spare ids: a real head is wider than its tokenizer
-_HEAD_DIM = 16
 _MOE = 32  # inputs of an expert's second layer: one group of a quantized layer
 
 # Field -> value; a field that is not here keeps the default of its class.
@@ -56,16 +55,16 @@ _SIZES: dict[str, Any] = {
             "linear_key_head_dim",
             "linear_value_head_dim",
         ),
-        _HEAD_DIM,
+        HEAD_DIM,
     ),
-    "global_head_dim": 2 * _HEAD_DIM,
+    "global_head_dim": 2 * HEAD_DIM,
     "qk_rope_head_dim": 8,
     "rotary_dim": 8,
     "rope_theta": 10000.0,
     "partial_rotary_factor": 0.5,
     "moe_hidden_size": WIDTH,
     "hidden_size_per_layer_input": 32,
-    "query_pre_attn_scalar": _HEAD_DIM,
+    "query_pre_attn_scalar": HEAD_DIM,
     **dict.fromkeys(("vocab_size", "num_vocab", "vocab_size_per_layer_input"), VOCABULARY),
     **dict.fromkeys(
         (
@@ -185,7 +184,6 @@ _SIZES: dict[str, Any] = {
         512,
     ),
 }
-_MIXED = ["sliding_attention", "full_attention"] * (LAYERS // 2)
 # What a field without a default gets where its name says nothing of it, by the last part of it.
 _ENDS: dict[str, Any] = {
     "_eps": 1e-5,
@@ -199,7 +197,7 @@ _ENDS: dict[str, Any] = {
 }
 # The same by its whole name: needed by some classes, better left to the others.
 _NEEDED: dict[str, Any] = {
-    "layer_types": _MIXED,
+    "layer_types": MIXED,
     "logits_scaling": 4.0,
 }
 _BY_TYPE: dict[str, Any] = {
@@ -211,126 +209,6 @@ _BY_TYPE: dict[str, Any] = {
     "dict": {},
 }
 
-_ALTERNATING = [1, 0] * (LAYERS // 2)
-_DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-_LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "original_max_position_embeddings": 256,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-}
-_YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 2.0,
-    "original_max_position_embeddings": 256,
-}
-_KDA = {
-    "kda_layers": [1, 3],
-    "full_attn_layers": [2, 4],
-    "num_heads": 4,
-    "head_dim": _HEAD_DIM,
-    "short_conv_kernel_size": 4,
-}
-_NAS_BLOCK = {"attention": {"n_heads_in_group": 2}, "ffn": {"ffn_mult": 1.5}}
-# Model type -> what names do not tell; "text_config" is laid over the nested object.
-_SPECIAL: dict[str, dict[str, Any]] = {
-    "afmoe": {"layer_types": _MIXED},
-    "apertus": {"rope_scaling": _LLAMA3},
-    "baichuan_m1": {"conv_window": 2, "sliding_window": 256, "sliding_window_layers": [0, 2]},
-    "deepseek_v41": {"sliding_window": 256},
-    "dbrx": {
-        "ffn_config": {"ffn_hidden_size": 2 * WIDTH, "moe_num_experts": 4, "moe_top_k": 2},
-        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
-    },
-    "deepseek_v2": {"rope_scaling": {**_YARN, "type": "yarn", "mscale_all_dim": 0.707}},
-    "exaone4": {
-        "sliding_window_pattern": "LG",
-        "layer_types": _MIXED,
-        "rope_scaling": {"rope_type": "default"},
-    },
-    "exaone_moe": {"is_moe_layer": [False, True] * (LAYERS // 2)},
-    "falcon_h1": {"mamba_d_ssm": WIDTH},
-    "gemma3n": {
-        "text_config": {
-            "activation_sparsity_pattern": [0.5, 0.0] * (LAYERS // 2),
-            "altup_num_inputs": 2,
-            "altup_coef_clip": 120.0,
-            "altup_active_idx": 0,
-            "laurel_rank": 8,
-            "final_logit_softcapping": 30.0,
-        }
-    },
-    "gemma4_text": {"layer_types": _MIXED},
-    "glm": {"partial_rotary_factor": 1.0},
-    "glm_moe_dsa": {"topk_method": "noaux_tc", "rope_parameters": _DEFAULT_ROPE},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * (LAYERS // 2)},
-    "hunyuan": {"rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}},
-    "jamba": {
-        "attn_layer_offset": 1,
-        "attn_layer_period": 2,
-        "expert_layer_offset": 1,
-        "expert_layer_period": 2,
-        "mamba_expand": 2,
-    },
-    "kimi_k3": {"text_config": {"linear_attn_config": _KDA}},
-    "kimi_linear": {"linear_attn_config": _KDA},
-    "lfm2": {
-        "block_dim": WIDTH,
-        "layer_types": ["conv", "full_attention"] * (LAYERS // 2),
-        "block_multiple_of": 32,
-    },
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * (LAYERS // 2)},
-    "llama4": {"text_config": {"num_experts_per_tok": 1, "attention_chunk_size": 16}},
-    "llama4_text": {"no_rope_layers": [1, 0] * (LAYERS // 2)},
-    **{
-        name: {
-            "mla_scale_q_lora": True,
-            "mla_scale_kv_lora": True,
-            "zero_expert_type": "identity",
-        }
-        for name in ("longcat_flash", "longcat_flash_ngram")
-    },
-    "mamba2": {"num_heads": 8, "time_step_limit": [0.0, 1e6]},
-    "mellum": {"rope_parameters": dict.fromkeys(set(_MIXED), _DEFAULT_ROPE)},
-    "mimo_v2_flash": {
-        "topk_method": "noaux_tc",
-        "moe_layer_freq": _ALTERNATING,
-        "hybrid_layer_pattern": _ALTERNATING,
-    },
-    "minicpm3": {
-        "rope_scaling": {
-            "rope_type": "longrope",
-            "short_factor": [1.0] * 4,
-            "long_factor": [1.0] * 4,
-            "original_max_position_embeddings": 512,
-        }
-    },
-    "minimax_m3_vl": {"text_config": {"moe_layer_freq": _ALTERNATING}},
-    "ministral3": {"rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.1}},
-    "mistral4": {"rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.1}},
-    "muse_spark": {
-        "text_config": {
-            "num_shared_experts": 0,
-            "rope_parameters": _DEFAULT_ROPE,
-            "layer_rope_theta": [10000.0, 0.0] * (LAYERS // 2),
-            "final_logit_softcapping": 20.0,
-        }
-    },
-    "nemotron-nas": {"block_configs": [_NAS_BLOCK] * LAYERS},
-    "nemotron_h": {"hybrid_override_pattern": list("M*E-"), "routed_scaling_factor": 1.0},
-    "phi3small": {"vocab_size": 100352, "dense_attention_every_n_layers": 2},  # ids in its code
-    "qwen3_5": {"text_config": {"num_experts": 0}},
-    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
-    "spark2_5": {"rope_parameters": dict.fromkeys(set(_MIXED), _DEFAULT_ROPE)},
-    "openelm": {
-        "num_query_heads": [4] * LAYERS,
-        "num_kv_heads": [2] * LAYERS,
-        "ffn_multipliers": [1.5] * LAYERS,
-        "ffn_dim_divisor": 32,
-    },
-}
 # Model type -> the type whose class reads its text_config, where its own module has none.
 _TEXT = {
     "gemma3": "gemma3_text",
@@ -355,7 +233,7 @@ def small_config(model_type: str) -> dict[str, Any]:
     config = {**_fields(module.ModelArgs), "model_type": model_type}
     if "text_config" in config:
         config["text_config"] = _text_config(model_type, module)
-    special = copy.deepcopy(_SPECIAL.get(model_type, {}))
+    special = copy.deepcopy(SPECIAL.get(model_type, {}))
     config.get("text_config", {}).update(special.pop("text_config", {}))
     return {**config, **special}
 

@@ -24,6 +24,7 @@ _Map = Callable[[mx.array], mx.array]
 _Body = Callable[..., mx.array]
 _HEADS = ("lm_head", "output", "head", "embed_out")
 _EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "word_embeddings", "embedding")
+_EMBEDDINGS += ("token_embeddings", "embeddings")
 _WRAPPERS = ("language_model", "text_model")
 _BODIES = ("model", "transformer", "backbone", "gpt_neox")
 # Settings -> by what the logits of the classes that have them are scaled.

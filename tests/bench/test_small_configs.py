@@ -8,7 +8,8 @@ import importlib
 import pytest
 
 from mlx_slim.bench import small_configs
-from mlx_slim.bench.small_configs import LAYERS, WIDTH, small_config
+from mlx_slim.bench.small_configs import small_config
+from mlx_slim.bench.small_special import LAYERS, SPECIAL, WIDTH
 from mlx_slim.models.normalize import architectures
 
 
@@ -39,7 +40,7 @@ def test_every_type_gets_its_required_fields() -> None:
 
 
 def test_the_table_of_special_cases_names_types_of_the_installed_mlx_lm() -> None:
-    special = {*small_configs._SPECIAL, *small_configs._TEXT, *small_configs._TEXT.values()}
+    special = {*SPECIAL, *small_configs._TEXT, *small_configs._TEXT.values()}
     assert special <= set(architectures())
 
 
