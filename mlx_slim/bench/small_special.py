@@ -67,7 +67,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * (LAYERS // 2), "mamba_n_heads": 8},
     "llama": {"sliding_window": None},
     "muse_glimmer": {"layer_types": MIXED},
-    "olmo3": {"layer_types": MIXED},
+    "olmo3": {"layer_types": MIXED, "rope_theta": 500000.0},
     "glm": {"partial_rotary_factor": 1.0},
     "glm_moe_dsa": {"topk_method": "noaux_tc", "rope_parameters": _DEFAULT_ROPE},
     "hunyuan": {"rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}},
@@ -100,6 +100,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "mellum": {"rope_parameters": dict.fromkeys(set(MIXED), _DEFAULT_ROPE)},
     "mimo_v2_flash": {
         "topk_method": "noaux_tc",
+        "layer_types": MIXED,
+        "rope_parameters": dict.fromkeys(
+            set(MIXED), {**_DEFAULT_ROPE, "partial_rotary_factor": 0.5}
+        ),
         "moe_layer_freq": _ALTERNATING,
         "hybrid_layer_pattern": _ALTERNATING,
     },
@@ -112,7 +116,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         }
     },
     "minimax_m3_vl": {"text_config": {"moe_layer_freq": _ALTERNATING}},
-    "ministral3": {"layer_types": MIXED, "rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.1}},
+    "ministral3": {"sliding_window": None, "rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.1}},
     "mistral4": {"rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.1}},
     "muse_spark": {
         "text_config": {

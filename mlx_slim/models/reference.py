@@ -60,7 +60,10 @@ def reference_of(config: ModelConfig) -> Reference:
     text = config.get("text_config")
     inner = text if isinstance(text, dict) else config
     reference = _reference_config(config)
-    layers = inner.get("num_hidden_layers") if reference is None else reference.num_hidden_layers
+    layers = inner.get("num_hidden_layers")
+    if reference is not None and layers not in (None, reference.num_hidden_layers):
+        reference = None  # of another part: transformers nests the language model, this config not
+    layers = layers if reference is None else reference.num_hidden_layers
     layers = layers if isinstance(layers, int) else 0
     if reference is None:
         return _raw(inner, layers)

@@ -22,7 +22,8 @@ from mlx_slim.models.logits_close import Change, logits_close
 from mlx_slim.runtime import on_gpu
 
 Pool = list[tuple[mx.array, mx.array]]  # of each layer: keys and values (P, H, D)
-_PROBE = (7, 4, 5)  # lengths of two prefixes, and of what follows each
+_PROBE = (7, 4)  # lengths of two prefixes
+_MORE = (5, 1)  # of what follows each: some attention computes one position in another way
 _PROBE_TOKENS = ((5, 3, 1, 2, 6, 4, 0, 2, 1, 5, 3, 6), (1, 4, 6, 3, 3, 0, 5, 2, 4, 6, 1, 2))
 
 
@@ -213,7 +214,7 @@ def probe(model: nn.Module, body: Callable[..., mx.array]) -> Sharing:
 
 def _tried(sharing: Sharing, body: Callable[..., mx.array], alone: mx.array) -> Sharing:
     """Return ``sharing`` with the bytes of a position, or with the reason why it cannot be."""
-    first, second, more = _PROBE
+    first, second = _PROBE
     tokens_RT = mx.array(_PROBE_TOKENS)
 
     def caches(paths: Sequence[np.ndarray], length: int, pool: Pool) -> list[BranchCache]:
@@ -225,14 +226,17 @@ def _tried(sharing: Sharing, body: Callable[..., mx.array], alone: mx.array) -> 
         roots = caches([empty, empty], first, [])
         body(tokens_RT[:, :first], cache=roots)
         pool = batch_pool(roots, np.arange(2 * first))
-        suffixes = caches([np.arange(first), first + np.arange(second)], more, pool)
-        rows = [tokens_RT[0, first : first + more], tokens_RT[1, second : second + more]]
-        branched = body(mx.stack(rows), cache=suffixes)
+        paths = [np.arange(first), first + np.arange(second)]
+        pairs = []
+        for more in _MORE:
+            spans = [(0, first, first + more), (1, second, second + more)]
+            rows = mx.stack([tokens_RT[row, begin:end] for row, begin, end in spans])
+            expected = mx.stack([alone[row, begin:end] for row, begin, end in spans])
+            pairs.append((body(rows, cache=caches(paths, more, pool)), expected))
     except (TypeError, ValueError, AttributeError, AssertionError) as error:
         reason = f"it does not accept a shared cache ({' '.join(str(error).split())[:120]})"
         return replace(sharing, reason=reason)
-    expected = mx.stack([alone[0, first : first + more], alone[1, second : second + more]])
-    if not logits_close(branched, expected, Change.SHAPES).close:
+    if not all(logits_close(*pair, Change.SHAPES).close for pair in pairs):
         return replace(sharing, reason="with a shared cache its hidden states differ")
     size = sum(keys.nbytes + values.nbytes for keys, values in pool) // (2 * first)
     return replace(sharing, position_bytes=size)
