@@ -78,17 +78,17 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> Callable[[Command], Com
     """Return one option: a flag, a pair of flags, or a value of the field's type."""
     line: CommandLine = field.metadata[KEY]
     flag = line.flag or f"--{field.name.replace('_', '-')}"
-    option = functools.partial(click.option, help=line.help, metavar=line.metavar)
+    declare = functools.partial(click.option, help=line.help, metavar=line.metavar)
     if line.multiple:
-        return option(flag, field.name, multiple=True)
+        return declare(flag, field.name, multiple=True)
     kind = _bare(hint)
     if kind is bool and field.default is False:
-        return option(flag, field.name, is_flag=True)
+        return declare(flag, field.name, is_flag=True)
     shown = field.default is not None
-    option = functools.partial(option, default=field.default, show_default=shown)
+    declare = functools.partial(declare, default=field.default, show_default=shown)
     if kind is bool:
-        return option(f"{flag}/--no-{flag[2:]}", field.name)
-    return option(flag, field.name, type=_type(kind))
+        return declare(f"{flag}/--no-{flag[2:]}", field.name)
+    return declare(flag, field.name, type=_type(kind))
 
 
 def _bare(hint: Any) -> Any:
