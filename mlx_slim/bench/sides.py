@@ -177,7 +177,7 @@ class Peaks:
     Attributes:
         predicted_peak_bytes: Of memory.
         measured_peak_bytes: Of memory.
-        breakdown: The prediction's parts, bytes.
+        breakdown: The prediction, component by component, bytes.
         computed_tokens: Of a batch, padding included.
         seconds_per_batch: Measured.
     """

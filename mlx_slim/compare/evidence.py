@@ -256,7 +256,7 @@ def differences(stored: StoredMatrix) -> RecipeSettings:
     same = {key for key in keys if all(v.get(key) == first.get(key) for v in flat.values())}
     return RecipeSettings(
         common={key: first.get(key) for key in keys if key in same},
-        own={
+        differing={
             key: {name: values.get(key) for name, values in flat.items()}
             for key in keys
             if key not in same

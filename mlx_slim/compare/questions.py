@@ -125,7 +125,7 @@ class _Stored:
 
 
 @dataclass(frozen=True)
-class WrittenQuestions:
+class SavedQuestions:
     """What was written, for ``MatrixRecord``.
 
     Attributes:
@@ -139,7 +139,7 @@ class WrittenQuestions:
     forgetting: ForgettingText | None
 
 
-def write_questions(matrix: MatrixSpec, folder: Path) -> WrittenQuestions:
+def write_questions(matrix: MatrixSpec, folder: Path) -> SavedQuestions:
     """Write ``<task>.jsonl`` for each task, the forgetting text, and ``tasks.json``.
 
     Raises:
@@ -165,7 +165,7 @@ def write_questions(matrix: MatrixSpec, folder: Path) -> WrittenQuestions:
         hashes[name] = hash_bytes(text.encode())
     write_json(folder / TASKS_FILE, tasks)
     requests = {name: stored.request for name, stored in files.items()}
-    return WrittenQuestions(requests, hashes, described)
+    return SavedQuestions(requests, hashes, described)
 
 
 def _of_task(task: Task, entry: TaskEntry) -> _Stored:

@@ -102,7 +102,7 @@ class MatrixReport:
             FORGETTING: as_json(record.forgetting) if record.forgetting else None,
             "extraction": list(map(asdict, self.extraction)),
             "flips": list(map(asdict, self.flips)),
-            "settings": asdict(self.settings),
+            "settings": self.settings.as_json(),
             "ledgers": self.ledgers,
             "omitted": list(map(asdict, record.omitted)),
             "failed": list(map(asdict, self.failed)),

@@ -269,7 +269,11 @@ class RecipeSettings:
     """Recipes of the tuned cells by recipe key: equal values, and those that differ by cell."""
 
     common: JsonObject
-    own: dict[str, JsonObject]
+    differing: dict[str, JsonObject]
+
+    def as_json(self) -> JsonObject:
+        """Return the object of ``settings``."""
+        return {"common": self.common, "own": self.differing}
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,9 @@ def corrected(
     judged_claims: dict[int, MethodComparison] = {}
     for model in dict.fromkeys([*(row.model for row in rows), *(c.model for c in pooled)]):
         members = [place for place, row in enumerate(rows) if row.model == model]
-        of_pair = {(rows[i].first, rows[i].second, rows[i].task): i for i in members}
+        of_pair: dict[tuple[str, ...], int] = {
+            (rows[i].first, rows[i].second, rows[i].task): i for i in members
+        }
         claims = [place for place, claim in enumerate(pooled) if claim.model == model]
         further = [place for place in claims if pooled[place].pair not in of_pair]
         tests = len(members) + len(further)

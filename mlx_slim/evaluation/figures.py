@@ -1,6 +1,6 @@
 """Figures over the records of an evaluation: of a task, of its groups, of a text.
 
-Invariant: ``as_json`` is what stands in ``results.json``, key by key. Used by
+Invariant: ``as_json`` is the content of ``results.json``, key by key. Used by
 ``evaluation/tasks/metrics.py``, which computes them, and ``evaluation/records.py``, which reads
 them.
 """
@@ -42,7 +42,7 @@ Figures = dict[str, Figure]  # by metric
 
 
 def figures_json(figures: Figures) -> JsonObject:
-    """Return figures as they stand in ``results.json``."""
+    """Return figures as ``results.json`` holds them."""
     return {name: asdict(figure) for name, figure in figures.items()}
 
 

@@ -1,6 +1,6 @@
 """Records of an evaluation: sections of ``results.json``, its state and its timings.
 
-Invariant: ``as_json`` is what stands in the file, key by key; ``read`` refuses what cannot be used
+Invariant: ``as_json`` is the content of the file, key by key; ``read`` refuses what cannot be used
 with one line that names file and key, and reads what version 0.1 wrote. Try it:
 ``mlx-slim eval MODEL --task openbookqa -o OUT``, then look into ``OUT/results.json``.
 """

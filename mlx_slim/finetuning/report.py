@@ -283,7 +283,7 @@ class _Memory:
         predicted: The peak, before the run.
         measured: The peak.
         budget: Allowed.
-        breakdown: Parts of the prediction.
+        breakdown: Components of the prediction.
     """
 
     predicted: int | None

@@ -127,7 +127,7 @@ def test_answers_that_no_field_declares_count_too(files: Path) -> None:
     layout = load_matrix(str(files / "toy.yaml"))
 
     def request() -> dict:
-        return write_questions(layout.matrix, files / "questions")["requests"]["toytask"]
+        return write_questions(layout.matrix, files / "questions").requests["toytask"]
 
     before = request()
     (files / "toy.jsonl").write_text(

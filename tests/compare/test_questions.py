@@ -33,7 +33,7 @@ def test_several_right_answers_are_stored_and_judged_again(tmp_path: Path, text:
             "tasks": [{"task": str(task.file)}],
         }
     )
-    request = write_questions(matrix, tmp_path / "questions")["requests"]["mine"]
+    request = write_questions(matrix, tmp_path / "questions").requests["mine"]
     again = stored_task(tmp_path / "questions", "mine", request["definition_sha256"])
     questions = stored_questions(tmp_path / "questions", "mine")
     assert questions == build_questions(task, load_rows(task))

@@ -108,6 +108,7 @@ def use_gguf(folder: Path, out: Path) -> None:
 
 
 def make_adapter(folder: Path) -> None:
+    from mlx_slim.models.quantized import LayerFormat
     from mlx_slim.quantization.base import QuantizedBase, as_record
     from tests.support.adapters import write_adapter
 
@@ -117,7 +118,7 @@ def make_adapter(folder: Path) -> None:
     named = QuantizedBase(
         model=str(folder / _BASE),
         revision=None,
-        quantize={"bits": 4, "group_size": 32, "mode": "affine"},
+        quantize=LayerFormat(group_size=32, bits=4),
         dtype="float32",
         stored="float32",
     )
