@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -39,8 +40,9 @@ def has_fused_backward() -> bool:
 
     ``MLX_SDPA_VJP_FALLBACK`` turns it off.
     """
-    version = tuple(int(part) for part in mx.__version__.split(".")[:3] if part.isdigit())
-    return version >= _FUSED_SINCE and not os.environ.get("MLX_SDPA_VJP_FALLBACK")
+    numbers = version("mlx").split(".")[:3]
+    new = tuple(int(number) for number in numbers if number.isdigit()) >= _FUSED_SINCE
+    return new and not os.environ.get("MLX_SDPA_VJP_FALLBACK")
 
 
 def fused_here() -> bool:

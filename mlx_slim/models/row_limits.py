@@ -53,7 +53,7 @@ def _limit(config_json: str, restarts: bool) -> RowLimit | None:
     reference = reference_of(config)
     if any(reference.windows):
         attention = attention_of(model)
-        seen = attention and [layer.window for layer in attention]
+        seen = None if attention is None else [layer.window for layer in attention]
         wrong = [
             min(width for width in pair if width)
             for pair in zip(

@@ -107,7 +107,7 @@ def this_machine(dtype: mx.Dtype) -> Machine:
     basis = f"{low:.0%} to {high:.0%} of a matrix product's {gflops:,.0f} GFLOP/s, measured here"
     if on_gpu():
         basis += f"; {name} is not in the table of chips"
-    return Machine(name, (gflops * 1e9,) * 2, utilisation, 0, None, basis)
+    return Machine(name, (gflops * 1e9, gflops * 1e9), utilisation, 0, None, basis)
 
 
 def estimate(work: Operations, machine: Machine) -> Range:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ def test_auto_counts_the_mask_of_packed_rows(
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = tiny_model(tmp_path / "model", head_dim=64)
-    train = {"max_length": 512, "batch_tokens": 512}
+    train: dict[str, Any] = {"max_length": 512, "batch_tokens": 512}
     small = recipe(model, data, **train).recipe
     strategy = CrossEntropyStrategy()
     built = run._build(
