@@ -175,7 +175,8 @@ def read_inputs(base: Resolved, overrides: Sequence[str]) -> tuple[ChoiceInputs,
 def _first_machine(dtype: mx.Dtype) -> Machine:
     """Return the machine of the first rank: all ranks choose alike."""
     fields = from_first_rank(lambda: asdict(this_machine(dtype)))
-    return Machine(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    values: JsonObject = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    return Machine(**values)
 
 
 def _separate(source: SourceConfig) -> str | None:

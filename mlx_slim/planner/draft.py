@@ -122,7 +122,11 @@ def complete(
         a_step = FILLED * recipe.train.batch_tokens * recipe.train.accumulate
         an_epoch = max(1.0, int(task.lengths.sum()) / a_step)
         every = hyperparameters.validate_every(an_epoch, recipe.train.epochs)
-        draft.pick("train.validate_every", every, "steps: three times an epoch; the best is saved")
+        draft.pick(
+            "train.validate_every",
+            every,
+            "steps: three times an epoch or a shorter run; the best is saved",
+        )
         draft.pick("train.save_every", every, "as often as it validates")
         patience = hyperparameters.PER_EPOCH
         draft.pick(
