@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_slim.bench.small_configs import small_config
 from mlx_slim.bench.small_model import byte_tokenizer
+from mlx_slim.events import StepDone
 from mlx_slim.models.build import build
+from mlx_slim.reading import ModelConfig
 
 TEXT = "The quick brown fox reads seven old books about ships, and then it sleeps until noon. "
 
@@ -30,12 +31,14 @@ class Case:
         folder: Where everything is; removed by the caller.
         config: ``config.json``.
         exported: The GGUF file, once it was written.
+        separate: The first step over separate rows, once it was taken.
     """
 
     model_type: str
     folder: Path
-    config: dict[str, Any]
+    config: ModelConfig
     exported: Path | None = None
+    separate: StepDone | None = None
     _made: int = field(default=0)
 
     @property

@@ -35,11 +35,13 @@ from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.scoring.loglikelihood import LoglikelihoodScorer
 from mlx_slim.evaluation.scoring.plain import plain_score
 from mlx_slim.evaluation.scoring.requests import Request
-from mlx_slim.events import Event, Notice, StepDone
+from mlx_slim.events import Event, StepDone
 from mlx_slim.export.fuse import fuse
 from mlx_slim.export.model import export_gguf
 from mlx_slim.export.options import FuseOptions
+from mlx_slim.finetuning.build import full_logits_notice
 from mlx_slim.finetuning.run import finetune
+from mlx_slim.models import structure
 from mlx_slim.models.convert import convert
 from mlx_slim.models.gguf.load import ARCHITECTURES
 from mlx_slim.models.load import load
@@ -50,7 +52,7 @@ from mlx_slim.quantization.options import CompressOptions
 from mlx_slim.quantization.policy import quantize_config
 from mlx_slim.quantization.run import compress
 
-_STEPS = 6
+_STEPS = 4
 _TOLERANCE = 2e-3  # of logits and losses in float32, relative to the largest
 
 
@@ -76,17 +78,14 @@ def _check_close(one: mx.array, other: mx.array, what: str, tolerance: float = _
 
 
 class _Steps:
-    """An observer that keeps steps and warnings."""
+    """An observer that keeps steps."""
 
     def __init__(self) -> None:
         self.steps: list[StepDone] = []
-        self.warnings: list[str] = []
 
     def notify(self, event: Event) -> None:
         if isinstance(event, StepDone):
             self.steps.append(event)
-        elif isinstance(event, Notice) and event.level == "warning":
-            self.warnings.append(event.message)
 
 
 def _train(case: Case, method: str, **train: Any) -> _Steps:
@@ -139,9 +138,15 @@ def _trains(method: str) -> Callable[[Case], None]:
     return lambda case: _check_learns(_train(case, method).steps)
 
 
+def _full(case: Case) -> None:
+    steps = _train(case, "full").steps
+    _check_learns(steps)
+    case.separate = steps[0]
+
+
 def _packed(case: Case) -> None:
     packed = _train(case, "full", batching="packed", steps=1).steps[0]
-    separate = _train(case, "full", steps=1).steps[0]
+    separate = case.separate or _train(case, "full", steps=1).steps[0]
     for one, other, what in (
         (packed.loss, separate.loss, "losses"),
         (packed.grad_norm, separate.grad_norm, "gradients"),
@@ -150,9 +155,9 @@ def _packed(case: Case) -> None:
 
 
 def _split_head(case: Case) -> None:
-    steps = _train(case, "full", steps=1)
-    if whole := [text for text in steps.warnings if "do not split" in text]:
-        raise SlimError(whole[0])
+    loaded = load(case.model)
+    if structure.split(loaded.model, loaded.config.get("vocab_size", 8)) is None:
+        raise SlimError(full_logits_notice(loaded.config))
 
 
 def _requests() -> list[Request]:
@@ -271,7 +276,7 @@ _CHECKS: dict[str, Callable[[Case], None]] = {
     "load": _load,
     "LoRA": _trains("lora"),
     "QLoRA": _trains("qlora"),
-    "full": _trains("full"),
+    "full": _full,
     "packed": _packed,
     "split head": _split_head,
     "eval": _eval,

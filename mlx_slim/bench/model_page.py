@@ -1,15 +1,14 @@
 """The page of what works for which model type, and what of it another run contradicts.
 
-Invariant: the page is a function of the record of ``bench models`` alone; a reason stands once,
+Invariant: the page is a function of the table alone; a reason stands once,
 under a number. Try it: ``mlx-slim bench models -o docs/models.json``.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
 
-from mlx_slim.bench.models import COLUMNS, NOT_SMALL, OK, Table
+from mlx_slim.bench.models import COLUMNS, NOT_SMALL, OK, ModelTable, Table
 
 _HEAD = """# Model types
 
@@ -23,7 +22,7 @@ is read with llama's, Phi-4 with phi3's).
 """
 _MEANINGS = {
     "load": "the logits are those of mlx-lm's own loader.",
-    "LoRA": "and **QLoRA**, **full**: six steps on a few rows, each row in a sequence of its own; "
+    "LoRA": "and **QLoRA**, **full**: four steps on a few rows, each row in a sequence of its own; "
     "gradients are finite and not zero, the loss falls, and what was saved computes what was "
     "trained.",
     "packed": "rows packed into one sequence have the loss and the gradient of separate ones.",
@@ -38,10 +37,9 @@ _MEANINGS = {
 }
 
 
-def page(record: dict[str, Any]) -> str:
-    """Return the page of a record of ``bench models``."""
-    models: Table = record["models"]
-    columns: list[str] = record["columns"]
+def page(table: ModelTable) -> str:
+    """Return the page of a table."""
+    models, columns = table.models, table.columns
     numbers: dict[str, int] = {}
     rows = []
     for name, row in models.items():
@@ -51,7 +49,9 @@ def page(record: dict[str, Any]) -> str:
     counts = " · ".join(f"{column} {sum(row[column] == OK for row in built)}" for column in columns)
     parts = [
         _HEAD.format(
-            **record, counts=f"{len(built)} of {len(models)} types build small; of these: {counts}."
+            mlx_lm=table.mlx_lm,
+            mlx=table.mlx,
+            counts=f"{len(built)} of {len(models)} types build small; of these: {counts}.",
         ),
         "\n".join(f"- **{name}**: {_MEANINGS[name]}" for name in COLUMNS if name in _MEANINGS),
         f"| model type | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}\n" + "\n".join(rows),
@@ -79,16 +79,16 @@ def _escaped(text: str) -> str:
     return re.sub(r"([\[\]<>*_`|])", r"\\\1", text)
 
 
-def disagreements(recorded: dict[str, Any], table: Table) -> list[str]:
+def disagreements(recorded: Table, table: Table) -> list[str]:
     """Return a line for each cell of ``table`` that ``recorded`` has otherwise.
 
     Numbers in reasons are measured (a gap of logits) and do not count.
     """
     return [
-        f"{name}, {column}: {cell!r}, recorded: {recorded['models'].get(name, {}).get(column)!r}"
+        f"{name}, {column}: {cell!r}, recorded: {recorded.get(name, {}).get(column)!r}"
         for name, row in table.items()
         for column, cell in row.items()
-        if _plain(cell) != _plain(recorded["models"].get(name, {}).get(column, ""))
+        if _plain(cell) != _plain(recorded.get(name, {}).get(column, ""))
     ]
 
 

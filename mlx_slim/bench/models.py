@@ -15,11 +15,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from importlib import metadata
-from typing import IO, Any
+from pathlib import Path
+from typing import IO
 
 from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.models.normalize import architectures
+from mlx_slim.reading import JsonObject, read_object
 
 # In the order of the table; ``model_cells.COLUMNS`` has the check of each.
 COLUMNS = (
@@ -48,12 +51,43 @@ Job = tuple[str, list[str]]  # model type and the columns to compute
 Table = dict[str, dict[str, str]]  # model type -> column -> cell
 
 
+@dataclass(frozen=True)
+class ModelTable:
+    """What works, and of which versions.
+
+    Attributes:
+        mlx_lm: Version.
+        mlx: Version.
+        columns: Of ``COLUMNS``.
+        models: Model type -> column -> cell.
+    """
+
+    mlx_lm: str
+    mlx: str
+    columns: list[str]
+    models: Table
+
+    def as_json(self) -> JsonObject:
+        """Return what ``bench models --json`` prints."""
+        return {"schema_version": 1, **asdict(self)}
+
+
+def read_table(path: Path) -> ModelTable:
+    """Return a table that ``bench models -o`` wrote.
+
+    Raises:
+        SlimError: If it is none.
+    """
+    values = read_object(path, mlx_lm=str, mlx=str, columns=list, models=dict)
+    return ModelTable(*(values[one.name] for one in fields(ModelTable)))
+
+
 def bench_models(
     types: Sequence[str] = (),
     columns: Sequence[str] = (),
     progress: Callable[[str], None] = lambda line: None,
     seconds: float = SECONDS,
-) -> dict[str, Any]:
+) -> ModelTable:
     """Compute a table.
 
     Args:
@@ -61,9 +95,6 @@ def bench_models(
         columns: Of ``COLUMNS``; none means all.
         progress: Called with a line after each model type.
         seconds: Longest time of a cell.
-
-    Returns:
-        ``mlx_lm`` and ``mlx`` (versions), ``columns``, ``models`` (type -> column -> cell).
 
     Raises:
         SlimError: If a type or a column is unknown.
@@ -75,18 +106,8 @@ def bench_models(
                 raise SlimError(f"unknown {what} {word!r}", did_you_mean(word, choices))
     wanted = [column for column in COLUMNS if column in (columns or COLUMNS)]
     jobs = [(model_type, list(wanted)) for model_type in types or known]
-    return record(compute(jobs, progress, seconds), wanted)
-
-
-def record(table: Table, columns: Sequence[str]) -> dict[str, Any]:
-    """Return what ``bench models --json`` prints."""
-    return {
-        "schema_version": 1,
-        "mlx_lm": metadata.version("mlx-lm"),
-        "mlx": metadata.version("mlx"),
-        "columns": list(columns),
-        "models": table,
-    }
+    versions = metadata.version("mlx-lm"), metadata.version("mlx")
+    return ModelTable(*versions, wanted, compute(jobs, progress, seconds))
 
 
 def compute(

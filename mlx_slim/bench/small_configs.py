@@ -16,12 +16,13 @@ from types import ModuleType
 from typing import Any
 
 from mlx_slim.bench.small_special import HEAD_DIM, LAYERS, MIXED, SPECIAL, WIDTH
+from mlx_slim.reading import JsonObject, ModelConfig
 
 VOCABULARY = 272  # bytes, special tokens, spare ids: a real head is wider than its tokenizer
 _MOE = 32  # inputs of an expert's second layer: one group of a quantized layer
 
 # Field -> value; a field that is not here keeps the default of its class.
-_SIZES: dict[str, Any] = {
+_SIZES: JsonObject = {
     **dict.fromkeys(
         ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "num_transformer_layers"), LAYERS
     ),
@@ -185,7 +186,7 @@ _SIZES: dict[str, Any] = {
     ),
 }
 # What a field without a default gets where its name says nothing of it, by the last part of it.
-_ENDS: dict[str, Any] = {
+_ENDS: JsonObject = {
     "_eps": 1e-5,
     "_epsilon": 1e-5,
     "theta": 10000.0,
@@ -196,11 +197,11 @@ _ENDS: dict[str, Any] = {
     "_scaling": None,
 }
 # The same by its whole name: needed by some classes, better left to the others.
-_NEEDED: dict[str, Any] = {
+_NEEDED: JsonObject = {
     "layer_types": MIXED,
     "logits_scaling": 4.0,
 }
-_BY_TYPE: dict[str, Any] = {
+_BY_TYPE: JsonObject = {
     "bool": False,
     "float": 1.0,
     "int": 1,
@@ -223,7 +224,7 @@ _TEXT = {
 _TEXT_CLASSES = ("TextArgs", "TextConfig", "TextModelArgs")
 
 
-def small_config(model_type: str) -> dict[str, Any]:
+def small_config(model_type: str) -> ModelConfig:
     """Return a ``config.json`` of ``model_type`` with some 10^5 parameters.
 
     Raises:
@@ -245,7 +246,7 @@ def _module(model_type: str) -> ModuleType:
         raise ImportError(f"mlx_lm.models.{model_type} ends the process") from error
 
 
-def _text_config(model_type: str, module: ModuleType) -> dict[str, Any]:
+def _text_config(model_type: str, module: ModuleType) -> ModelConfig:
     if inner := _TEXT.get(model_type):
         return small_config(inner)
     bases = (*module.ModelArgs.__mro__, *module.Model.__mro__)
@@ -254,9 +255,9 @@ def _text_config(model_type: str, module: ModuleType) -> dict[str, Any]:
     return _fields(next(getattr(each, name) for each, name in places if hasattr(each, name)))
 
 
-def _fields(args: Any) -> dict[str, Any]:
+def _fields(args: Any) -> ModelConfig:
     """Return field -> value of the fields of a class that need one, or have a size by name."""
-    values: dict[str, Any] = {}
+    values: ModelConfig = {}
     for each in dataclasses.fields(args):
         needed = each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
         if each.name in _SIZES:

@@ -6,7 +6,7 @@ mlx-lm. Try it: ``python -m pytest tests/bench/test_small_configs.py``.
 
 from __future__ import annotations
 
-from typing import Any
+from mlx_slim.reading import ModelConfig
 
 LAYERS = 4
 WIDTH = 64
@@ -14,6 +14,7 @@ HEAD_DIM = 16
 MIXED = ["sliding_attention", "full_attention"] * (LAYERS // 2)
 _ALTERNATING = [1, 0] * (LAYERS // 2)
 _DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_HALF_ROPE = {**_DEFAULT_ROPE, "partial_rotary_factor": 0.5}
 _LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -36,7 +37,7 @@ _KDA = {
 }
 _NAS_BLOCK = {"attention": {"n_heads_in_group": 2}, "ffn": {"ffn_mult": 1.5}}
 # Model type -> what names do not tell; "text_config" is laid over the nested object.
-SPECIAL: dict[str, dict[str, Any]] = {
+SPECIAL: dict[str, ModelConfig] = {
     "afmoe": {"layer_types": MIXED},
     "apertus": {"rope_scaling": _LLAMA3},
     "baichuan_m1": {"conv_window": 2, "sliding_window": 256, "sliding_window_layers": [0, 2]},
@@ -101,9 +102,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "mimo_v2_flash": {
         "topk_method": "noaux_tc",
         "layer_types": MIXED,
-        "rope_parameters": dict.fromkeys(
-            set(MIXED), {**_DEFAULT_ROPE, "partial_rotary_factor": 0.5}
-        ),
+        "rope_parameters": dict.fromkeys(set(MIXED), _HALF_ROPE),
         "moe_layer_freq": _ALTERNATING,
         "hybrid_layer_pattern": _ALTERNATING,
     },
@@ -116,7 +115,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
         }
     },
     "minimax_m3_vl": {"text_config": {"moe_layer_freq": _ALTERNATING}},
-    "ministral3": {"sliding_window": None, "rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.1}},
+    "ministral3": {
+        "sliding_window": None,
+        "rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.1},
+    },
     "mistral4": {"rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.1}},
     "muse_spark": {
         "text_config": {

@@ -110,14 +110,15 @@ def models(
     from mlx_slim.bench.models import bench_models
 
     with alive():
-        record = bench_models(types, columns, lambda line: click.echo(line, err=as_json))
+        table = bench_models(types, columns, lambda line: click.echo(line, err=as_json))
     if output is not None:
-        write_json(output, record)
-        write_text(output.with_suffix(".md"), page(record))
+        write_json(output, table.as_json())
+        write_text(output.with_suffix(".md"), page(table))
     if as_json:
-        click.echo(json.dumps(record, indent=2))
+        click.echo(json.dumps(table.as_json(), indent=2))
         return
-    show_next(step("see the table of all types", "open", "docs/models.md"))
+    if output is not None:
+        show_next(step("see the table", "less", output.with_suffix(".md")))
 
 
 @command.command("plan", epilog="Example: mlx-slim bench plan models/mine")

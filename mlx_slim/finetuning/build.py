@@ -195,6 +195,11 @@ def from_rows(
     return CrossEntropy(model, chunk, vocabulary, num_threads), None
 
 
+def full_logits_notice(config: ModelConfig) -> str:
+    """Return what is said of a model that does not split into body and head."""
+    return f"{config['model_type']}: body and head do not split; full logits are computed"
+
+
 def build_loop(
     recipe: Recipe,
     tuned: Tuned,
@@ -249,8 +254,7 @@ def build_loop(
     vocabulary = tuned.config.get("vocab_size", 8)
     objective, validation_objective = objectives(model, config.loss_chunk, vocabulary, num_threads)
     if isinstance(objective, CrossEntropy) and objective.split is None:
-        text = f"{tuned.config['model_type']}: body and head do not split; full logits are computed"
-        observer.notify(events.Notice(text, level="warning"))
+        observer.notify(events.Notice(full_logits_notice(tuned.config), level="warning"))
 
     def batcher(rows: TokenStore, mode: Mode, limit: int | None) -> Batcher:
         return Batcher(rows, config.batch_tokens, length, mode, config.seed, limit)

@@ -9,6 +9,7 @@ behind. Try it: ``mlx-slim train smollm2-lora -o runs/try``.
 from __future__ import annotations
 
 import gc
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -147,8 +148,7 @@ def _run(
             _check_disk(out, built.prediction)
             if strategy.targets is not None:
                 strategy.targets.check_disk(out)
-        kind = built.tuned.config["model_type"]
-        with class_errors(f"{kind} models cannot be trained with method={recipe.method}"):
+        with _training(recipe, built.tuned):
             _preflight(built.loop, built.prediction, budget)
 
     fresh = not started or resume_plan.grown
@@ -241,6 +241,12 @@ class _Built:
     loop: Loop
 
 
+def _training(recipe: Recipe, tuned: Tuned) -> AbstractContextManager[None]:
+    """Let what a model class cannot do in training be one line."""
+    kind = tuned.config["model_type"]
+    return class_errors(f"{kind} models cannot be trained here with method={recipe.method}")
+
+
 def _build(
     recipe: Recipe,
     strategy: TrainingStrategy,
@@ -257,7 +263,8 @@ def _build(
     if data.note:
         observer.notify(events.Notice(data.note))
     tuned.callbacks += measure_forgetting(recipe, tuned, observer)
-    loop = build_loop(recipe, tuned, data, out, observer, budget, strategy.objectives)
+    with _training(recipe, tuned):
+        loop = build_loop(recipe, tuned, data, out, observer, budget, strategy.objectives)
     batched = changed(recipe, {"train.batching": loop.batcher.mode})  # memory depends on it
     prediction = strategy.student.predict(batched, tuned, data.train.lengths.tolist())
     return _Built(tuned, data, prediction, loop)

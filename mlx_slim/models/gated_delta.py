@@ -43,7 +43,7 @@ def use_fast_gated_delta(model: nn.Module) -> bool:
     return bool(kinds)
 
 
-def _rebound(function: Any, names: dict[str, Any]) -> Any:
+def _rebound(function: Any, names: dict[str, object]) -> Any:
     """Return ``function`` with other values for some of the global names that it uses."""
     copy = FunctionType(
         function.__code__,

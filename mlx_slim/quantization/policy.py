@@ -114,9 +114,13 @@ def make_policy(model: nn.Module, config: QuantizeConfig, recipe: str | None = N
         if not reason:
             decision = decide(path, module)
             if decision:
-                chosen[path] = LayerFormat(**decision) if isinstance(decision, dict) else base
-                continue
-            reason = "the model's own policy keeps it in full precision"
+                layer = _format(decision, base)
+                reason = skip_reason(module, layer.group_size)
+                if not reason:
+                    chosen[path] = layer
+                    continue
+            else:
+                reason = "the model's own policy keeps it in full precision"
         skipped.append(Skipped(path, reason, parameters))
     if not chosen:
         widths = sorted({m["weight"].shape[-1] for _, m in leaves(model) if has_quantized_form(m)})
@@ -126,6 +130,14 @@ def make_policy(model: nn.Module, config: QuantizeConfig, recipe: str | None = N
             "choose a group size that divides them",
         )
     return Policy(chosen, skipped)
+
+
+def _format(decision: Decision, base: LayerFormat) -> LayerFormat:
+    """Return the format that a model's own policy asks for; what it leaves open is of ``base``."""
+    if not isinstance(decision, dict):
+        return base
+    group = {"group_size": base.group_size} if base.mode == "affine" else {}
+    return LayerFormat(**{**group, **decision})
 
 
 def count(module: nn.Module) -> int:
