@@ -84,8 +84,8 @@ def attention_of(model: nn.Module) -> list[Attention] | None:
     try:
         with _watching(model, log):
             model(mx.zeros((1, 4), dtype=mx.int32), cache=caches)  # type: ignore[operator]
-    except (TypeError, ValueError, AttributeError, KeyError, IndexError):
-        return None  # wants caches of another kind
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError):
+        return None  # wants caches of another kind, or a device that is not here
     return [log.attention(index) for index in range(len(blocks))]
 
 

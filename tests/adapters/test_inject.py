@@ -11,8 +11,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
 from mlx_slim.adapters.inject import Site, inject, sites
+from mlx_slim.bench.small_configs import small_config
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError
+from mlx_slim.models.build import build
 from mlx_slim.training.optim import trainable
 from tests.adapters.support import IDS, stock_model
 from tests.support.tiny import TinyModels
@@ -177,6 +179,16 @@ def test_errors_change_nothing(case: str, tiny: TinyModels) -> None:
     assert hint in caught.value.hint
     assert "\n" not in str(caught.value)
     assert [name for name, _ in tree_flatten(model.parameters())] == before
+
+
+def test_what_returns_a_list_and_what_is_a_few_numbers_is_no_target() -> None:
+    fused = build(small_config("afm7"))
+    chosen = inject(fused, AdapterConfig(), dora=False).paths
+    assert chosen
+    assert not any("qkv" in path for path in chosen)  # a class of afm7's own, which splits
+    assert fused(mx.zeros((1, 3), mx.int32)).shape == (1, 3, 272)  # type: ignore[operator]
+    gated = build(small_config("gemma3n"))
+    assert not any("coefs" in path for path in inject(gated, AdapterConfig(), dora=False).paths)
 
 
 def test_twice_is_an_error(tiny: TinyModels) -> None:

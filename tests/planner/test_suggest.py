@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mlx_slim.config.schema import Recipe
+from mlx_slim.errors import SlimError
 from mlx_slim.planner.suggest import COSTS, suggestions
 
 
@@ -50,6 +51,18 @@ def test_no_change_with_a_part_that_does_as_much() -> None:
     assert both in [s.set for s in suggestions(recipe, 10**6, price)]
     prediction = [s.set for s in suggestions(recipe, 10**6, pieces_cost)]
     assert "train.grad_checkpoint=true" in prediction and both not in prediction
+
+
+def test_what_a_model_cannot_do_is_not_suggested() -> None:
+    def priced(recipe: Recipe) -> tuple[int, float]:
+        if recipe.method != "full":
+            raise SlimError("no layer to adapt")
+        return price(recipe)
+
+    recipe = Recipe(model="x", method="full")  # pyright: ignore[reportCallIssue]
+    changes = [one.set for one in suggestions(recipe, 0, priced)]
+    assert changes
+    assert not any("method=" in change for change in changes)
 
 
 def test_a_recipe_that_is_small_already_gets_no_empty_advice() -> None:

@@ -10,8 +10,10 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.utils import load_config
 
+from mlx_slim.bench.small_configs import small_config
 from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import SlimError
+from mlx_slim.models.build import build
 from mlx_slim.models.quantized import is_quantized
 from mlx_slim.quantization.apply import quantize_model
 from mlx_slim.quantization.policy import RECIPES, make_policy
@@ -126,6 +128,19 @@ def test_refusals(source: Source) -> None:
     quantize_model(model, config, QuantizeConfig(group_size=32))
     with pytest.raises(SlimError, match="quantized already"):
         quantize_model(model, config, QuantizeConfig(group_size=32))
+
+
+def test_a_layer_that_takes_no_mode_is_left_out() -> None:
+    policy = make_policy(build(small_config("afm7")), QuantizeConfig(group_size=32))
+    reasons = {skipped.path: skipped.reason for skipped in policy.skipped}
+    assert reasons["model.layers.0.self_attn.qkv_proj"] == "FusedLinear has no quantized form"
+    assert "model.layers.0.mlp.up_proj" in policy.chosen
+
+
+def test_what_a_policy_leaves_open_is_as_asked_for() -> None:
+    policy = make_policy(build(small_config("rwkv7")), QuantizeConfig(group_size=32))
+    formats = {(each.bits, each.group_size) for each in policy.chosen.values()}
+    assert formats == {(4, 32), (8, 32)}  # its class asks for 8 bits, and for no group size
 
 
 def test_no_layer_fits() -> None:

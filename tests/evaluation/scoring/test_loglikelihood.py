@@ -12,6 +12,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.utils import _get_classes
 
+from mlx_slim.bench.model_case import build_case
 from mlx_slim.evaluation.run import EvalOptions, evaluate
 from mlx_slim.evaluation.scoring import loglikelihood
 from mlx_slim.evaluation.scoring.loglikelihood import LoglikelihoodScorer
@@ -190,6 +191,22 @@ def test_a_model_that_ignores_its_cache_is_detected(tiny: Callable[..., Path]) -
     forgetful = Forgetful()
     assert probe(model, model).reason == ""
     assert probe(model, forgetful).reason  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("model_type", ["mistral4", "glm4_moe_lite", "gemma3n"])
+def test_attention_that_takes_booleans_or_shares_keys(model_type: str, tmp_path: Path) -> None:
+    """Also answers of one token, which some attention computes in another way."""
+    model = load(build_case(model_type, tmp_path).model).model
+    scorer = LoglikelihoodScorer(model)
+    assert scorer.sharing
+    assert scorer.score([]) == []
+    root = tuple(range(60, 84))
+    requests = [
+        Request((*root, *context, *answer), len(root) + len(context))
+        for context in ((10, 20, 30, 40, 50), (11, 21, 31))
+        for answer in ((65, 66), (67,), (65, 68, 69, 70))
+    ]
+    assert _differences(scorer.score(requests, root), model, requests) == []
 
 
 def test_nothing_to_score(tiny: Callable[..., Path]) -> None:
