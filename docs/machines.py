@@ -37,6 +37,7 @@ A machine that is used for something else meanwhile is slower: compare figures w
 
 ## Send yours
 
+<!-- needs: time -->
 ```bash
 mlx-slim bench suite -o bench/results/my-machine.json
 python docs/machines.py
