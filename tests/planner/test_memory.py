@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from mlx_slim.planner.macs import CHIPS
 from mlx_slim.planner.memory import predict
 from mlx_slim.planner.shipped_models import SHIPPED_CONFIGS
+from mlx_slim.planner.time import apple
 from mlx_slim.planner.work import Speed, expected_work
 from tests.support.planner import config_of, recipe
 
@@ -55,6 +57,13 @@ def test_time_needs_a_speed_and_rows(tmp_path: Path) -> None:
     longer = predict(config, again, gpu=False, budget=1, speed=speed).predicted_seconds
     assert seconds is not None and longer is not None
     assert 2 * seconds < longer < 4 * seconds
+    half = recipe(data={"path": "nobody/nothing"}, train={"steps": 10, "duty": 0.5})
+    paused = predict(config, half, gpu=False, budget=1, speed=speed).predicted_seconds
+    assert paused == pytest.approx(2 * seconds)
+    machine = apple("m2", CHIPS["m2"])
+    ranges = [predict(config, one, gpu=True, budget=1, machine=machine) for one in (steps, half)]
+    whole, slowed = (one.time_range for one in ranges)
+    assert whole is not None and slowed == whole.scaled(2)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a b c d", "completion": "e f g h"}\n' * 50)
     work = expected_work(recipe(data={"path": str(rows), "validation": 4}), None)
