@@ -9,7 +9,7 @@ same, is one line that names file and key. Try it: ``mlx-slim generate FOLDER --
 * ``open_regular``, ``read_bytes``, ``read_text``: files;
 * ``parse_json``, ``read_json``, ``read_object``: JSON, and objects that must have certain keys;
 * ``check_depth``: the same bound for values that another parser made (YAML, Parquet);
-* ``field``: one value of an object, by type and range;
+* ``field``: one value of an object, by type and range; ``check_fields``: values deep inside;
 * ``library_errors``: around the call of a library.
 """
 
@@ -354,6 +354,35 @@ def field(
         what = _NAMES[kind] + span
         raise SlimError(f"{where}: {key} is {shown(value)}, expected {what}", _AGAIN)
     return value
+
+
+def check_fields(values: Mapping[str, Any], where: str, kinds: Mapping[str, type]) -> None:
+    """Check values inside an object, by their dotted keys; ``*`` is every element.
+
+    Args:
+        values: An object.
+        where: Begins the message: the file.
+        kinds: Dotted key -> its type: ``{"result.done.step": int, "sources.*.path": str}``.
+
+    Raises:
+        SlimError: Names the first key that is missing or of another type (see ``field``).
+    """
+    for path, kind in kinds.items():
+        _check_inside(values, where, path.split("."), kind)
+
+
+def _check_inside(values: Mapping[str, Any], where: str, path: list[str], kind: type) -> None:
+    key, *rest = path
+    if not rest:
+        field(values, where, key, kind)
+        return
+    if rest[0] != "*":
+        _check_inside(field(values, where, key, dict), f"{where}: {key}", rest, kind)
+        return
+    many = field(values, where, key, list if type(values.get(key)) is list else dict)
+    for name, one in many.items() if type(many) is dict else enumerate(many):
+        place = f"{key}[{shown(name)}]"
+        _check_inside({place: one}, where, [place, *rest[1:]], kind)
 
 
 def _is(value: Any, kind: type) -> bool:

@@ -26,7 +26,7 @@ from mlx_slim.compare.report_records import (
 )
 from mlx_slim.compare.store import StoredCell, StoredMatrix
 from mlx_slim.evaluation.tasks.metrics import Record
-from mlx_slim.reading import JsonObject, read_object
+from mlx_slim.reading import JsonObject, field, read_object, short
 
 FLIPS = 2  # of each direction, cell and task
 TEXT = 1_200  # characters of a prompt or answer that are shown
@@ -122,13 +122,12 @@ def curves(cell: StoredCell) -> LossCurves | None:
     file = cell.folder / "run" / "metrics.jsonl"
     if not file.is_file():
         return None
-    train: list[tuple[int, float]] = []
-    validation: list[tuple[int, float]] = []
-    for record in read_records(file):
-        if record["event"] == "step":
-            train.append((record["step"], record["loss"]))
-        elif record["event"] == "validation":
-            validation.append((record["step"], record["loss"]))
+    series: dict[str, list[tuple[int, float]]] = {"step": [], "validation": []}
+    for number, record in enumerate(read_records(file), 1):
+        place = f"{short(file)}, line {number}"
+        if (event := field(record, place, "event", str)) in series:
+            series[event].append((field(record, place, "step", int), record["loss"]))
+    train, validation = series.values()
     every = max(1, len(train) // CURVE_POINTS)
     return LossCurves(cell.name, train[::every], validation)
 
@@ -286,4 +285,4 @@ def machine_of(stored: StoredMatrix) -> JsonObject:
 def ledger(cell: StoredCell) -> JsonObject | None:
     """Return rows given, used, cut and dropped by a cell's training."""
     file = cell.folder / "run" / "data_ledger.json"
-    return read_object(file)["totals"] if file.is_file() else None
+    return read_object(file, totals=dict)["totals"] if file.is_file() else None

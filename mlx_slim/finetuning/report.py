@@ -34,7 +34,14 @@ from mlx_slim.finetuning.run_dir import (
 from mlx_slim.locks import is_locked
 from mlx_slim.next_steps import NextStep, after_run, step
 from mlx_slim.pages import environment
-from mlx_slim.reading import JsonObject, library_errors, parse_json, read_object, short
+from mlx_slim.reading import (
+    JsonObject,
+    check_fields,
+    library_errors,
+    parse_json,
+    read_object,
+    short,
+)
 from mlx_slim.run_dir import LOCK_FILE
 from mlx_slim.runtime import byte_unit
 
@@ -42,6 +49,25 @@ PAGE_FILE, METRICS_FILE, LEDGER_FILE = "report.html", "metrics.jsonl", "data_led
 _TEMPLATES = Path(__file__).with_name("templates")
 _HIDDEN = ("model", "data", "distill")  # settings that stand elsewhere, or hold paths of teachers
 _BLOCK, _MOST = 1_024, 1 << 63  # lines that are parsed at once; more than any number of a run
+# What the page shows of each record.
+_STATE = {"recipe.model": str, "recipe.method": str, "recipe.data": dict}
+_RESULT = {
+    **{f"result.{key}": str for key in ("model", "artifact")},
+    **{f"result.{key}": int for key in ("trainable", "total", "predicted_peak_bytes")},
+    **{f"result.done.{key}": int for key in ("tokens", "peak_memory_bytes")},
+    **{"result.done.seconds": float, "provenance.system": str, "provenance.python": str},
+    "provenance.versions": dict,
+}
+_TOTALS = ("given", "used", "dropped", "truncated")
+_LEDGER = {
+    **{f"totals.rows_{key}": int for key in _TOTALS},
+    **{f"totals.{key}": int for key in ("tokens", "supervised_tokens")},
+    **{f"split.{key}": int for key in ("train_rows", "validation_rows")},
+    **{f"sources.*.rows_{key}": int for key in ("given", "used")},
+    **{"template": str, "sources.*.path": str},
+    **{"sources.*.rows_dropped.*.count": int, "sources.*.rows_dropped.*.first": list},
+}
+_ANSWERS = {"max_tokens": int, "rows": list, "rows.*.prompt": str, "rows.*.reference": str}
 _NUMBERS: dict[str, dict[str, type]] = {
     "predicted": {"predicted_peak_bytes": int},
     "started": {"total_steps": int, "budget_bytes": int},
@@ -136,11 +162,10 @@ def _fits(value: Any, kind: type) -> bool:
 
 def _values(out: Path, record: Mapping[str, Any] | None) -> JsonObject:
     """Return what the template shows."""
-    state = read_object(out / STATE_FILE, recipe=dict)
-    if record is None and (out / RECORD).is_file():
-        record = read_object(out / RECORD, result=dict)
-    ledger = read_object(out / LEDGER_FILE) if (out / LEDGER_FILE).is_file() else None
-    answers = read_object(out / ANSWERS_FILE) if (out / ANSWERS_FILE).is_file() else None
+    state = _read(out / STATE_FILE, _STATE) or {}
+    if record is None:
+        record = _read(out / RECORD, _RESULT)
+    ledger, answers = _read(out / LEDGER_FILE, _LEDGER), _read(out / ANSWERS_FILE, _ANSWERS)
     told = events_of(out)
     result = record["result"] if record else None
     recipe = state["recipe"]
@@ -171,6 +196,15 @@ def _values(out: Path, record: Mapping[str, Any] | None) -> JsonObject:
         "settings": _settings(state, recipe),
         "provenance": record["provenance"] if record else None,
     }
+
+
+def _read(file: Path, shown: Mapping[str, type]) -> dict[str, Any] | None:
+    """Return a record that has what is ``shown`` of it; None where there is no file."""
+    if not file.is_file():
+        return None
+    values = read_object(file)
+    check_fields(values, short(file), shown)
+    return values
 
 
 def _headline(

@@ -6,16 +6,18 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
 
 from mlx_slim import locks
-from mlx_slim.artifacts import read_json
+from mlx_slim.artifacts import read_json, write_json
 from mlx_slim.cli.main import run
 from mlx_slim.config.load import Resolved
-from mlx_slim.errors import Interrupted
+from mlx_slim.errors import Interrupted, SlimError
 from mlx_slim.events import Event
 from mlx_slim.finetuning.report import render
 from mlx_slim.finetuning.run import finetune
@@ -215,10 +217,61 @@ def test_bad_input_is_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_damaged_record_is_one_line(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (copy / "data_ledger.json").write_text('{"totals": 3}')
+@pytest.mark.parametrize(
+    ("name", "path", "value"),
+    [
+        ("recipe.json", "recipe.method", None),
+        ("run.json", "result.done.seconds", "soon"),
+        ("run.json", "result.trainable", None),
+        ("run.json", "provenance.versions", []),
+        ("data_ledger.json", "totals", 3),
+        ("data_ledger.json", "sources.0.rows_given", None),
+        ("answers.json", "rows.0.prompt", 7),
+    ],
+)
+def test_a_damaged_record_is_one_line_that_names_file_and_key(
+    copy: Path, capsys: pytest.CaptureFixture[str], name: str, path: str, value: object
+) -> None:
+    """A key is removed (None), or holds another type."""
+    record = read_json(copy / name)
+    *sections, key = path.split(".")
+    inside = record
+    for section in sections:
+        inside = inside[int(section)] if section.isdigit() else inside[section]
+    inside[key] = value
+    if value is None:
+        del inside[key]
+    write_json(copy / name, record)
     assert run(["report", str(copy)]) == 2
-    assert "damaged" in capsys.readouterr().err
+    (error, _) = capsys.readouterr().err.splitlines()
+    assert f"{copy.name}/{name}" in error and key in error
+
+
+def _leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the place of every value in a record."""
+    children = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in children:
+        yield (*path, key)
+        if isinstance(inner, (dict, list)):
+            yield from _leaves(inner, (*path, key))
+
+
+@pytest.mark.parametrize("name", ["run.json", "data_ledger.json", "answers.json"])
+def test_whatever_is_missing_the_file_is_named_or_the_page_does_without(
+    copy: Path, name: str
+) -> None:
+    whole = read_json(copy / name)
+    for place in _leaves({k: v for k, v in whole.items() if k not in ("recipe", "origins")}):
+        record = json.loads(json.dumps(whole))
+        inside = record
+        for part in place[:-1]:
+            inside = inside[part]
+        del inside[place[-1]]
+        write_json(copy / name, record)
+        try:
+            render(copy)
+        except SlimError as error:
+            assert name in error.message, place
 
 
 @pytest.mark.parametrize(
