@@ -25,6 +25,7 @@ from mlx_slim.config.task import TaskSpec
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mlx_slim"
@@ -423,6 +424,22 @@ PAGES: dict[str, Callable[[], str]] = {
     "reference/files.md": files_page,
     "reference/papers.md": papers_page,
 }
+
+
+def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
+    """Link each section of ``reference.md`` to its generated page (called by mkdocs).
+
+    The file itself has no such links: the pages are not in the repository.
+    """
+    if page.file.src_uri != "reference.md":
+        return markdown
+    for path, make in PAGES.items():
+        title = make().partition("\n")[0].removeprefix("# ")
+        heading = f"## {title}\n"
+        if heading not in markdown:
+            raise ValueError(f"docs/reference.md has no section {title!r}")
+        markdown = markdown.replace(heading, f"{heading}\n[{title}]({path}).")
+    return markdown
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

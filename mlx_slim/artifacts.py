@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from mlx_slim import locks, reading
-from mlx_slim.errors import DISK_FULL, ResourceError, SlimError
+from mlx_slim.errors import SlimError, disk_full, file_size_limit
 from mlx_slim.hashing import hash_bytes as hash_bytes
 from mlx_slim.hashing import hash_file as hash_file
 from mlx_slim.hashing import hash_files as hash_files
@@ -48,10 +48,8 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in DISK_FULL:
-            raise ResourceError(
-                f"the disk is full while writing {path}", "free some space; nothing was replaced"
-            ) from error
+        if full := disk_full(error.errno, f" while writing {path}", "nothing was replaced"):
+            raise full from error
         if error.errno == errno.ENAMETOOLONG:
             raise SlimError(
                 f"cannot write {path}: {error.strerror}",
@@ -279,11 +277,12 @@ def save_tensors(path: Path, tensors: dict[str, mx.array]) -> None:
         mx.save_safetensors(str(path), dict(sorted(tensors.items())), metadata={"format": "mlx"})
     except RuntimeError as error:  # MLX's writer names no errno
         needed = sum(value.nbytes for value in tensors.values())
+        number = errno.EFBIG if needed > (file_size_limit() or needed) else None
         if shutil.disk_usage(path.parent).free < needed:
-            raise ResourceError(
-                f"the disk is full while writing {path.name} ({needed} bytes)",
-                "free some space; nothing was replaced",
-            ) from error
+            number = errno.ENOSPC
+        place = f" while writing {path.name} ({needed:,} bytes)"
+        if full := disk_full(number, place, "nothing was replaced"):
+            raise full from error
         raise SlimError(
             f"cannot write {path.name}: {' '.join(str(error).split())}",
             "check the disk's free space and that it is writable",

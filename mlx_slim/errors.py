@@ -12,11 +12,11 @@ import difflib
 import errno
 import os
 import re
+import resource
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, a limit of the shell's
 _TEMPORARY = ("TMPDIR", "TMP", "TEMP", "TEMPDIR")  # as C++ looks for them
 _LONGEST = 2000  # characters of a message
 _SECRETS = re.compile(
@@ -69,6 +69,34 @@ class ResourceError(SlimError):
     """Not enough memory or disk: raised before anything starts."""
 
     exit_code = 3
+
+
+def disk_full(number: int | None, place: str = "", hint: str = "") -> ResourceError | None:
+    """Return the refusal of a file that has no room; None for an error of another kind.
+
+    Args:
+        number: ``errno`` of the error.
+        place: What was written: `` while writing FILE``.
+        hint: What else holds, after the advice.
+    """
+    advice = "free some space"
+    if number == errno.EFBIG:
+        limit = file_size_limit()
+        text = "the file system takes no larger file"
+        if limit is not None:
+            text = f"a file may have at most {limit:,} bytes in this shell"
+        advice = "raise it with ulimit -f" if limit is not None else "choose another disk"
+    elif number in (errno.ENOSPC, errno.EDQUOT):
+        text = "the disk is full" if number == errno.ENOSPC else "the quota of the disk is used up"
+    else:
+        return None
+    return ResourceError(f"{text}{place}", f"{advice}; {hint}" if hint else advice)
+
+
+def file_size_limit() -> int | None:
+    """Return the most bytes that this process may write to a file (``ulimit -f``), if limited."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 class Interrupted(SlimError):

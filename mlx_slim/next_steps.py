@@ -32,7 +32,21 @@ class NextStep:
 
 def step(why: str, *words: object) -> NextStep:
     """Return a step whose command is ``words``, quoted."""
-    return NextStep(why, shlex.join(map(str, words)))
+    return NextStep(why, " ".join(_quoted(str(word)) for word in words))
+
+
+def _quoted(word: str) -> str:
+    """Return a word as a shell reads it; what a terminal would obey as escapes (bash, zsh)."""
+    if word.isprintable():
+        return shlex.quote(word)
+    plain = {ord(c): f"\\{c}" for c in "\\'"}
+    escaped = (
+        c.translate(plain)
+        if c.isprintable()
+        else "".join(f"\\x{byte:02x}" for byte in c.encode(errors="surrogateescape"))
+        for c in word
+    )
+    return f"$'{''.join(escaped)}'"
 
 
 def look_at(page: Path) -> NextStep:

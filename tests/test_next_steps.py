@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import click
@@ -92,6 +95,15 @@ def test_a_run_is_scored_on_a_task_that_concerns_its_rows(
 def test_own_rows_in_a_folder_are_scored_on_a_task_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "rows").mkdir()
     assert task_to_score([str(tmp_path / "rows")]) == YOUR_TASK
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
+@pytest.mark.parametrize("name", ["a\nb", "it's\t\\1", "\x1b[2Jgone", "é\n", os.fsdecode(b"\xff")])
+def test_what_a_terminal_would_obey_is_escaped_for_the_shell(name: str) -> None:
+    command = step("", "printf", "%s", name).command
+    assert command.isprintable()
+    printed = subprocess.run(["bash", "-c", command], capture_output=True, check=True)
+    assert os.fsdecode(printed.stdout) == name
 
 
 def test_a_new_folder_of_a_hub_model_is_named_by_its_last_part() -> None:

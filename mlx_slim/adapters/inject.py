@@ -26,6 +26,7 @@ from mlx_slim.config.patterns import compile_pattern
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.models.structure import blocks, is_linear
+from mlx_slim.progress import tracked
 
 _LEAST = 8  # smaller side of a layer that all-linear takes: a gate or a few coefficients have less
 EMBEDDING_TYPES = (nn.Embedding, nn.QuantizedEmbedding)
@@ -279,6 +280,6 @@ def inject(
             adapter.freeze()
     placed = [(path, adapter) for path, adapter in placed if path in chosen_paths]
     if config.init == "pissa":
-        for _, adapter in placed:
+        for _, adapter in tracked(placed, "decomposing weights for PiSSA", "layers"):
             start_pissa(adapter)
     return summary(placed, scale, config.resolved_alpha)

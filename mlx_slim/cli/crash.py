@@ -16,10 +16,10 @@ from pathlib import Path
 
 from mlx_slim.artifacts import provenance
 from mlx_slim.errors import (
-    DISK_FULL,
     ResourceError,
     SlimError,
     check_working_folder,
+    disk_full,
     without_secrets,
 )
 from mlx_slim.reading import no_such_name
@@ -41,9 +41,10 @@ def explained(error: BaseException, words: Sequence[str]) -> SlimError:
     if isinstance(error, OSError) and (refusal := no_such_name(error)):
         return refusal
     reason = without_secrets(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
-    if isinstance(error, OSError) and error.errno in DISK_FULL:
+    if isinstance(error, OSError):
         place = f" while writing {error.filename}" if error.filename else ""
-        return ResourceError(f"the disk is full{place}", "free some space")
+        if full := disk_full(error.errno, place):
+            return full
     if isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))
     ):

@@ -13,6 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
+from mlx_slim import artifacts, errors
 from mlx_slim.adapters.inject import inject
 from mlx_slim.adapters.store import load_adapter, save_adapter
 from mlx_slim.artifacts import load_tensors
@@ -305,6 +306,14 @@ def test_a_full_disk_is_one_line_and_keeps_the_former_adapter(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(ResourceError, match="disk is full"):
         save_adapter(stored, model, config, injected, dora=False, base="tiny")
+    monkeypatch.setattr(artifacts, "file_size_limit", lambda: 512)
+    monkeypatch.setattr(errors, "file_size_limit", lambda: 512)
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40)
+    )
+    with pytest.raises(ResourceError, match="at most 512 bytes in this shell") as limited:
+        save_adapter(stored, model, config, injected, dora=False, base="tiny")
+    assert "ulimit -f" in limited.value.hint
     assert (stored / "adapters.safetensors").read_bytes() == before
     assert [entry.name for entry in stored.parent.iterdir()] == ["a"]
 

@@ -189,7 +189,8 @@ def test_without_a_temporary_folder_the_mistake_is_still_one_line(
     ("error", "text"),
     [
         (OSError(errno.ENOSPC, "no space", "a/b"), "the disk is full while writing a/b"),
-        (OSError(errno.EFBIG, "too large", "a/b"), "the disk is full while writing a/b"),
+        (OSError(errno.EDQUOT, "quota", "a/b"), "the quota of the disk is used up while writing"),
+        (OSError(errno.EFBIG, "too large", "a/b"), "the file system takes no larger file while"),
         (MemoryError(), "not enough memory: MemoryError"),
         (RuntimeError("[malloc] Unable to allocate 9 bytes."), "not enough memory"),
         (RuntimeError("[METAL] Command buffer failed: Insufficient Memory"), "not enough memory"),
@@ -294,6 +295,11 @@ def test_closed_streams_and_a_working_folder_that_is_gone(tmp_path: Path) -> Non
             check=False,
         )
 
+    limited = shell("ulimit -f 0; mlx-slim recipes smollm2-lora --copy mine.yaml")
+    assert limited.returncode == 3
+    assert "a file may have at most 0 bytes in this shell while writing mine.yaml" in limited.stderr
+    assert "hint: raise it with ulimit -f; nothing was replaced" in limited.stderr
+    assert list(tmp_path.iterdir()) == []
     assert shell("mlx-slim tasks <&- >&-").returncode == 0
     assert shell("mlx-slim docter >&- 2>&-").returncode == 2
     full = shell("mlx-slim tasks > /dev/full")

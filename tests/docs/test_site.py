@@ -164,3 +164,15 @@ def test_the_architecture_walks_five_files_each() -> None:
         walk = text.split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
         steps = re.findall(r"^\d\. \*\*`(mlx_slim/[\w/]+\.py)::", walk, re.MULTILINE)
         assert len(steps) == len(set(steps)) == 5, (heading, steps)
+
+
+def test_links_between_pages_lead_to_files_of_the_repository(site: Path) -> None:
+    """Pages that are generated with the site are reached through ``reference.md``."""
+    dead = [
+        f"{page.name}: {target}"
+        for page in [*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text("utf-8"))
+        if "://" not in target and not (page.parent / target).exists()
+    ]
+    assert not dead, f"dead on GitHub: {dead}"
+    assert 'href="reference/recipe.html"' in (site / "reference.html").read_text("utf-8")
