@@ -8,12 +8,14 @@ import re
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.fork_server import serve
 from tests.support.tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,6 +35,7 @@ EXPECTED = {
     "10_compare_matrix.sh": (["report.html"], "all agree"),
     "11_chat_with_tools.sh": (["adapters", "run.json"], "<tool_call>"),
 }
+REAL = {"05_custom_task.sh", "06_resume_after_a_crash.sh"}  # start the program itself; one kills it
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +47,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         tiny_model(folder / "student", **long),
         tiny_model(folder / "teacher", seed=1, **long),
     )
+
+
+@pytest.fixture(scope="module")
+def program() -> Iterator[Path]:
+    """A folder whose ``mlx-slim`` starts in milliseconds."""
+    with tempfile.TemporaryDirectory() as folder, serve(Path(folder)) as path:
+        yield path
 
 
 @pytest.fixture
@@ -60,10 +70,16 @@ def out(models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPat
     return tmp_path
 
 
-def shell(path: Path) -> str:
-    """Run a shell script; return what it printed."""
+def shell(path: Path, program: Path | None) -> str:
+    """Run a shell script with the ``mlx-slim`` in ``program``, or the real one; return the text."""
+    first = f"{program}{os.pathsep}" if program else ""
     done = subprocess.run(
-        ["bash", str(path)], capture_output=True, text=True, check=False, timeout=900
+        ["bash", str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+        env={**os.environ, "PATH": f"{first}{os.environ['PATH']}"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -80,11 +96,13 @@ def notebook(path: Path) -> None:
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_runs_and_leaves_what_it_says(
-    out: Path, name: str, capfd: pytest.CaptureFixture[str]
+    out: Path, name: str, capfd: pytest.CaptureFixture[str], program: Path
 ) -> None:
-    path = FOLDER / name
-    run: dict[str, Callable[[Path], object]] = {".ipynb": notebook, ".py": _script, ".sh": shell}
-    printed = str(run[path.suffix](path) or "")
+    path, printed = FOLDER / name, ""
+    if path.suffix == ".sh":
+        printed = shell(path, None if name in REAL else program)
+    else:
+        (notebook if path.suffix == ".ipynb" else _script)(path)
     seen = capfd.readouterr()
     files, words = EXPECTED[name]
     folder = out / name[:2]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -17,9 +18,11 @@ from mlx_lm import load as stock_load
 
 from mlx_slim.adapters.store import load_adapter
 from mlx_slim.api import distill, finetune
+from mlx_slim.cli import compare as compare_command
 from mlx_slim.cli.main import run as command
 from mlx_slim.errors import SlimError
 from mlx_slim.models.load import load
+from tests.support.kill_commands import Here
 from tests.support.runs import Recorder, losses
 
 FIXTURES = Path(__file__).parent / "fixtures" / "v0_1"
@@ -120,7 +123,11 @@ def scores(files: Path) -> list[dict]:
     return [row["scores"] for row in rows]
 
 
-def test_a_matrix_reports_resumes_and_verifies(files: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_matrix_reports_resumes_and_verifies(
+    files: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = SimpleNamespace(Popen=Here)  # in this process: a start takes seconds
+    monkeypatch.setattr(compare_command, "subprocess", cells)
     published = scores(files)
     assert command(["report", "matrix"]) == 0
     assert scores(files) == published

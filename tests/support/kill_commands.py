@@ -178,7 +178,7 @@ ALL = {**_RUNS, **{name: Command(words, resumes=False) for name, words in _ONE_S
 # ---------------------------------------------------------------------------------- one command
 
 
-class _Here:
+class Here:
     """Stands for the process of a cell: runs it in this one, so that a kill ends both."""
 
     def __init__(self, command: list[str], **_: Any) -> None:
@@ -222,7 +222,7 @@ class Trial:
         with log.open("w") as handle:
             os.dup2(handle.fileno(), 1)
             os.dup2(handle.fileno(), 2)
-        compare_command.subprocess = type("processes", (), {"Popen": _Here})  # type: ignore[assignment]
+        compare_command.subprocess = type("processes", (), {"Popen": Here})  # type: ignore[assignment]
         watch = Watch([self.work], limit, number)
         announce_events(watch)
         words = [*self.command.words, "-o", str(self.out)]
