@@ -30,9 +30,11 @@ def command(folder: Path, verify: bool, watch: bool, port: int) -> None:
     """Write the page of the run or experiment matrix in FOLDER: report.html.
 
     For a run (train, distill, prune --recover; complete, running or killed): curves, memory, rows,
-    answers before and after. For a matrix (compare): also report.md and results.json.
+    answers before and after. For a matrix (compare): also report.md and results.json. Of a pruned
+    model, what was cut and what it cost.
     """
     run = _run_of(folder)
+    facts = _pruning_facts(folder)
     if verify and run is not None:
         raise SlimError(f"{folder} is a run: --verify is for a matrix", "leave --verify out")
     if watch and run is None:
@@ -42,6 +44,9 @@ def command(folder: Path, verify: bool, watch: bool, port: int) -> None:
     if watch:
         assert run is not None
         _watch(run, port)
+    elif run is None and facts:
+        for line in facts:
+            click.echo(line)
     elif run is None and not (folder / "matrix.json").exists():
         raise SlimError(
             f"{folder} holds neither a run (recipe.json) nor a matrix (matrix.json)",
@@ -50,7 +55,9 @@ def command(folder: Path, verify: bool, watch: bool, port: int) -> None:
     elif run is not None:
         from mlx_slim.finetuning.report import write_page
 
-        page = write_page(run)
+        page = write_page(run, facts=facts)
+        for line in facts:
+            click.echo(line)
         click.echo(f"report: {page}")
         show_next(
             look_at(page),
@@ -70,6 +77,15 @@ def command(folder: Path, verify: bool, watch: bool, port: int) -> None:
         )
     else:
         show(folder)
+
+
+def _pruning_facts(folder: Path) -> list[str]:
+    """Return what pruning says of a folder that it made; nothing for others."""
+    if not (folder / "prune.json").is_file():
+        return []
+    from mlx_slim.pruning.report import facts
+
+    return facts(folder)
 
 
 def _run_of(folder: Path) -> Path | None:

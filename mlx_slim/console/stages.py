@@ -23,7 +23,7 @@ from mlx_slim.events import (
 from mlx_slim.runtime import human_bytes, human_seconds
 
 OFTEN, _SELDOM = 2.0, 10.0  # seconds of silence
-_WORKING = "working"
+_STARTING = "loading libraries and checking the input"
 _FIRST = 60.0  # seconds of a stage with frequent lines
 
 
@@ -37,11 +37,11 @@ class _Open:
 
 
 class Stages:
-    """The open stages, innermost last; the latest notice where there is none."""
+    """The open stages, innermost last; where there is none, the latest notice or what ended."""
 
     def __init__(self, now: float) -> None:
         self._open: list[_Open] = []
-        self._label, self._since, self._steps = "starting", now, 0
+        self._label, self._since, self._steps = _STARTING, now, 0
 
     def update(self, event: Event, now: float) -> None:
         """Take one event that happened at ``now``, seconds of a monotonic clock."""
@@ -60,7 +60,7 @@ class Stages:
             case Notice():
                 self._label = event.message
             case _:
-                self._label = _WORKING
+                self._label = f"after {event.name.replace('_', ' ')}"
         self._since = now
 
     def _advance(self, event: StageProgress, now: float) -> None:
@@ -68,7 +68,7 @@ class Stages:
         if event.finished:
             if event.stage in names:  # and the stages still open inside it
                 del self._open[len(names) - 1 - names[::-1].index(event.stage) :]
-            self._label = _WORKING
+            self._label = f"after {event.stage}"
             return
         if event.stage not in names:
             self._open.append(_Open(event, now))

@@ -27,7 +27,7 @@ from mlx_slim.progress import stage
 from mlx_slim.reading import JsonObject, field, read_object, short
 
 ANSWERS_FILE = "answers.json"
-MAX_TOKENS = 64  # of an answer
+MAX_TOKENS = 64  # of an answer, at most
 LONGEST_PROMPT = 512  # tokens: a longer row is passed over
 
 
@@ -96,13 +96,14 @@ def answer_before(
     chosen = choose(rows, count) if rows is not None else []
     record: JsonObject = {
         "schema_version": SCHEMA_VERSION,
-        "max_tokens": MAX_TOKENS,
+        "max_tokens": _most_tokens(chosen),
         "skipped": _why_none(rows, count, chosen),
         "rows": [],
     }
     if chosen:
         decode = unwrap(tokenizer).decode
-        answers, trouble = _answers("before training", model, tokenizer, chosen, budget)
+        most = record["max_tokens"]
+        answers, trouble = _answers("before training", model, tokenizer, chosen, budget, most)
         record["skipped"] = trouble
         record["rows"] = [
             {
@@ -125,11 +126,17 @@ def answer_after(
         return
     field(record, short(file), "rows", list, of=dict)
     chosen = choose(rows, len(record["rows"]))
-    answers, trouble = _answers("after training", model, tokenizer, chosen, budget)
+    most = field(record, short(file), "max_tokens", int, MAX_TOKENS, low=1)
+    answers, trouble = _answers("after training", model, tokenizer, chosen, budget, most)
     record["skipped"] = trouble
     for row, answer in zip(record["rows"], answers, strict=False):
         row["after"] = answer
     write_json(file, record)
+
+
+def _most_tokens(chosen: Sequence[tuple[list[int], list[int]]]) -> int:
+    """Return how long an answer may get: twice its reference, so that short tasks stay cheap."""
+    return min(MAX_TOKENS, 8 + 2 * max((len(reference) for _, reference in chosen), default=0))
 
 
 def _why_none(rows: TokenStore | None, count: int, chosen: Sequence[object]) -> str | None:
@@ -148,13 +155,14 @@ def _answers(
     tokenizer: Any,
     chosen: Sequence[tuple[list[int], list[int]]],
     budget: int,
+    most_tokens: int,
 ) -> tuple[list[str], str | None]:
     """Return one text a prompt, or why there is none."""
     prompts = [prompt for prompt, _ in chosen]
     room = max(1, budget - mx.get_active_memory())
     try:
-        with _unchanged(model), stage(f"answering validation rows {when}"):
-            answers = generate_batch(model, tokenizer, prompts, MAX_TOKENS, cache_bytes=room)
+        with _unchanged(model), stage(f"answering {len(prompts)} validation rows {when}"):
+            answers = generate_batch(model, tokenizer, prompts, most_tokens, cache_bytes=room)
     except Exception as error:  # of a model that cannot generate: not worth a run
         return [], " ".join(f"the model gave no answer: {type(error).__name__}: {error}".split())
     return [one.text for one in answers], None

@@ -79,18 +79,21 @@ _NUMBERS: dict[str, dict[str, type]] = {
 }
 
 
-def write_page(out: Path, record: Mapping[str, Any] | None = None) -> Path:
+def write_page(
+    out: Path, record: Mapping[str, Any] | None = None, *, facts: Sequence[str] = ()
+) -> Path:
     """Write ``report.html`` of the run in ``out``; return its path.
 
     Args:
         out: The run folder.
         record: ``run.json`` that is about to be written; None reads it, if it is there.
+        facts: Of what was done to the model before, a fact a line.
 
     Raises:
         SlimError: If ``out`` holds no run, or a record in it is damaged.
     """
     page = out / PAGE_FILE
-    write_text(page, render(out, record))
+    write_text(page, render(out, record, facts=facts))
     return page
 
 
@@ -99,12 +102,19 @@ def is_run(folder: Path) -> bool:
     return (folder / STATE_FILE).is_file()
 
 
-def render(out: Path, record: Mapping[str, Any] | None = None, *, script: str = "") -> str:
+def render(
+    out: Path,
+    record: Mapping[str, Any] | None = None,
+    *,
+    facts: Sequence[str] = (),
+    script: str = "",
+) -> str:
     """Return the page; the arguments are ``write_page``'s.
 
     Args:
         out: The run folder.
         record: ``run.json``, or None.
+        facts: Of what was done to the model before.
         script: Put into the page; of a page that is served.
     """
     if not is_run(out):
@@ -115,7 +125,7 @@ def render(out: Path, record: Mapping[str, Any] | None = None, *, script: str = 
     with library_errors(f"{short(out)}: a record in it is damaged", "start a new run"):
         values = _values(out, record)
         page = environment(_TEMPLATES).get_template("run.html.j2")
-        text = page.render(**values, script=Markup(script))
+        text = page.render(**values, facts=facts, script=Markup(script))
     return text.encode(errors="replace").decode()  # of a path that is not UTF-8
 
 

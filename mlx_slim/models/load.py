@@ -148,7 +148,8 @@ def load(
     use_row_masks(model)
     use_shared_keys(model)
     use_fast_gated_delta(model)
-    tokenizer, more = _load_tokenizer(folder, config, trust_remote_code)
+    with stage(f"loading the tokenizer of {public_name(source)}"):
+        tokenizer, more = _load_tokenizer(folder, config, trust_remote_code)
     return Loaded(
         model=model,
         tokenizer=tokenizer,

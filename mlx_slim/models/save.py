@@ -21,6 +21,7 @@ from mlx.utils import tree_flatten
 from mlx_slim.artifacts import atomic_folder
 from mlx_slim.errors import ResourceError, SlimError
 from mlx_slim.models.quantized import format_of
+from mlx_slim.progress import stage
 from mlx_slim.reading import JsonObject, ModelConfig
 from mlx_slim.runtime import dtype_name, free_disk, human_bytes
 
@@ -63,7 +64,8 @@ def save_model(
                 "free some space or choose another output",
             )
         try:
-            write_weights(temporary, model, donate_model=False)
+            with stage(f"writing {human_bytes(needed - _SLACK)} of weights"):
+                write_weights(temporary, model, donate_model=False)
         except RuntimeError as error:  # MLX's writer names no errno
             raise SlimError(
                 f"cannot write the weights to {folder}: {' '.join(str(error).split())}",

@@ -30,14 +30,14 @@ from mlx_slim.models.load import read_config
 from mlx_slim.pruning.options import PruneOptions
 from mlx_slim.pruning.plan import plan, weight_size
 from mlx_slim.pruning.records import PruneRecord, RecoveryReport
-from mlx_slim.pruning.report import MODEL, RECOVER, RecoverOptions, make_report
+from mlx_slim.pruning.report import MODEL, RECOVER, REPORT_FILE, RecoverOptions, make_report
 from mlx_slim.pruning.run import RECORD_FILE, SCORES_FILE, prune
 from mlx_slim.reading import JsonObject, library_errors, read_object
 from mlx_slim.run_dir import RunDir, RunKind, option_words
 
 __all__ = ["RecoverOptions", "prune_and_recover", "recovery_recipe", "run_recovery"]
 
-STATE_FILE, REPORT_FILE = "request.json", "report.json"
+STATE_FILE = "request.json"
 RUN = RunKind(
     command="prune",
     holds="run",

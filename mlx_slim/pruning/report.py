@@ -45,13 +45,14 @@ from mlx_slim.pruning.records import (
     TextFigures,
     ValidationText,
 )
-from mlx_slim.pruning.run import validation_rows
+from mlx_slim.pruning.run import RECORD_FILE, validation_rows
 from mlx_slim.quantization.base import load_base
 from mlx_slim.quantization.calibration import DEFAULT_SOURCE, read_calibration
-from mlx_slim.reading import JsonObject, short
+from mlx_slim.reading import JsonObject, library_errors, read_object, short
 from mlx_slim.runtime import human_bytes, memory_limits
 
 MODEL, RECOVER, SCORES = "model", "recover", "scores"
+REPORT_FILE = "report.json"
 _PREFERRED = ("acc_norm", "acc")  # of a task's metrics, in the table
 
 
@@ -281,6 +282,27 @@ def _recovery(figures: TaskFigures, base: TaskFigures) -> dict[str, Recovery]:
 
 def _percentage(value: float, base: float, floor: float) -> float | None:
     return 100 * (value - floor) / (base - floor) if base > floor else None
+
+
+def facts(folder: Path) -> list[str]:
+    """Return what was cut from a model and what it cost, a fact a line.
+
+    Args:
+        folder: A pruned model, or the folder of ``prune --recover``.
+
+    Raises:
+        SlimError: If a record is damaged; names the file.
+    """
+    lines: list[str] = []
+    records = ((RECORD_FILE, PruneRecord), (REPORT_FILE, RecoveryReport))
+    for name, kind in records:
+        if not (file := folder / name).is_file():
+            continue
+        values = read_object(file)
+        with library_errors(f"{short(file)} is damaged", "prune again into a new folder"):
+            record = kind.from_json(values)
+        lines += record.lines() if isinstance(record, PruneRecord) else report_lines(record)
+    return lines
 
 
 def report_lines(report: RecoveryReport) -> list[str]:

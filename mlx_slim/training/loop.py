@@ -22,6 +22,7 @@ from mlx_slim.config.schema import TrainConfig
 from mlx_slim.data.batches import Batch, Batcher
 from mlx_slim.errors import SlimError
 from mlx_slim.interrupts import SignalFlag
+from mlx_slim.progress import stage
 from mlx_slim.runtime import to_float, world
 from mlx_slim.training import checkpoint, rotation
 from mlx_slim.training.callbacks import (
@@ -160,7 +161,7 @@ class Loop:
         self.model.train()
         mx.eval(self.optimizer.arrays())
         mx.reset_peak_memory()
-        with computing(self.callbacks):
+        with computing(self.callbacks), stage("compiling and trying the largest batch"):
             self.stepper.micro(self.batcher.largest_batch())
         return mx.get_peak_memory()
 

@@ -23,7 +23,7 @@ def stage(done: float, total: float | None = 8, *, finished: bool = False) -> St
 
 def test_a_line_names_the_stage_its_rate_and_its_end() -> None:
     stages = Stages(0.0)
-    assert stages.line(1.0) == "starting (0:01)"
+    assert stages.line(1.0) == "loading libraries and checking the input (0:01)"
     stages.update(Notice("loading x"), 2.0)
     assert stages.line(5.0) == "loading x (0:03)"
     stages.update(stage(0), 10.0)
@@ -31,7 +31,7 @@ def test_a_line_names_the_stage_its_rate_and_its_end() -> None:
     stages.update(stage(2), 14.0)
     assert stages.line(15.0) == "comparing: 2 of 8 rows, 0.5 rows/s, 0:11 left"
     stages.update(stage(2, finished=True), 16.0)
-    assert stages.line(18.0) == "working (0:02)"
+    assert stages.line(18.0) == "after comparing (0:02)"
 
 
 def test_the_innermost_stage_is_shown_and_the_outer_one_again_after_it() -> None:
@@ -49,7 +49,7 @@ def test_an_outer_stage_that_ends_closes_what_was_left_open_in_it() -> None:
     stages.update(stage(0), 0.0)
     stages.update(StageProgress("loading x"), 1.0)
     stages.update(stage(8, finished=True), 2.0)
-    assert stages.line(2.0) == "working (0:00)"
+    assert stages.line(2.0) == "after comparing (0:00)"
 
 
 @pytest.fixture

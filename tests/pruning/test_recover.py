@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import shlex
@@ -24,7 +25,7 @@ from mlx_slim.pruning.records import RecoveryReport
 from mlx_slim.pruning.recover import RecoverOptions, prune_and_recover
 from mlx_slim.pruning.report import report_lines
 from tests.support.evals import write_tasks
-from tests.support.runs import Recorder, losses, run_until_killed, write_rows
+from tests.support.runs import Recorder, losses, run_script, write_rows
 
 
 @pytest.fixture
@@ -42,7 +43,8 @@ def setting(tiny: Callable[..., Path], tmp_path: Path) -> tuple[Path, PruneOptio
     return tiny(), options, after
 
 
-# Does what the command does, and kills itself where it is told to.
+# Does what the command does, once for each moment, in a fork that kills itself there: everything
+# is imported once. Prints after each how the fork ended and what the folder holds.
 KILL_SCRIPT = """
 import json, os, signal, sys
 from pathlib import Path
@@ -53,48 +55,50 @@ from mlx_slim.pruning import report
 from mlx_slim.pruning import run as prune
 from mlx_slim.pruning.options import PruneOptions
 from mlx_slim.pruning.recover import RecoverOptions, prune_and_recover
+from tests.support.kills import run_forked
 
-model, out, options, after, moment, resume = sys.argv[1:7]
+model, out, options, after, moments = sys.argv[1:6]
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
 class Observer:
+    def __init__(self, moment):
+        self.moment = moment
     def notify(self, event):
-        if moment == "step" and event.name == "step" and event.step == 5:
+        if self.moment == "step" and event.name == "step" and event.step == 5:
             die()
 
-if moment == "importance":
-    importance._block_gradients = die
-if moment == "cutting":
-    prune._cut = die
-if moment == "saving":
-    verified_save._same = die
-if moment == "scoring":
-    append, calls = results.Folder.append, []
-    def killing(self, task, data, **measured):
-        calls.append(task)
-        if len(calls) == 2:  # the pruned model's
-            die()
-        return append(self, task, data, **measured)
-    results.Folder.append = killing
-if moment == "report":
-    report._compare = die
 after = json.loads(after)
 after = {k: tuple(v) if isinstance(v, list) else v for k, v in after.items()}
-prune_and_recover(
-    model, Path(out), PruneOptions(**json.loads(options)), RecoverOptions(**after), Observer(),
-    resume=resume == "1",
-)
+
+def run(moment, resume):
+    if moment == "importance":
+        importance._block_gradients = die
+    if moment == "cutting":
+        prune._cut = die
+    if moment == "saving":
+        verified_save._same = die
+    if moment == "scoring":
+        append, calls = results.Folder.append, []
+        def killing(self, task, data, **measured):
+            calls.append(task)
+            if len(calls) == 2:  # the pruned model's
+                die()
+            return append(self, task, data, **measured)
+        results.Folder.append = killing
+    if moment == "report":
+        report._compare = die
+    options_, after_ = PruneOptions(**json.loads(options)), RecoverOptions(**after)
+    prune_and_recover(model, Path(out), options_, after_, Observer(moment), resume=resume)
+
+ends = []
+for number, moment in enumerate(json.loads(moments)):
+    end = run_forked(lambda: run(moment, number > 0))
+    names = ("report.json", "prune_scores.safetensors", "model")
+    ends.append([moment, end, *((Path(out) / name).exists() for name in names)])
+print(json.dumps(ends))
 """
-
-
-def _kill(
-    setting: tuple[Path, PruneOptions, RecoverOptions], out: Path, moment: str, *, resume: bool
-) -> None:
-    model, options, after = setting
-    words = [model, out, json.dumps(vars(options)), json.dumps(vars(after)), moment, int(resume)]
-    run_until_killed(KILL_SCRIPT, *words)
 
 
 def _report(out: Path) -> dict:
@@ -104,7 +108,9 @@ def _report(out: Path) -> dict:
 
 
 def test_a_report_of_three_rows(
-    setting: tuple[Path, PruneOptions, RecoverOptions], tmp_path: Path
+    setting: tuple[Path, PruneOptions, RecoverOptions],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     model, options, after = setting
     out = tmp_path / "run"
@@ -129,6 +135,13 @@ def test_a_report_of_three_rows(
     assert read_json(out / "prune.json") == read_json(out / "model" / "prune.json")
     lines = report_lines(record)
     assert len(lines) == 5 and "above chance" in lines[0] and lines[3].startswith("recovered")
+    assert run(["report", str(out)]) == 0
+    text = capsys.readouterr().out
+    page = (out / "recover" / "report.html").read_text()
+    for fact in (f"{original['parameters']:,} -> {pruned['parameters']:,}", lines[2]):
+        assert fact in text and fact in html.unescape(page)
+    assert run(["report", str(out / "model")]) == 0
+    assert f"-> {pruned['parameters']:,}" in capsys.readouterr().out
     adapted = load(out / "model").model
     load_adapter(adapted, out / "recover" / "adapters")
     again = Recorder()
@@ -194,11 +207,13 @@ def test_killed_in_every_phase_and_resumed_equals_uninterrupted(
     straight, out = tmp_path / "straight", tmp_path / "killed"
     prune_and_recover(model, straight, options, after, Recorder())
     moments = ["importance", "cutting", "saving", "step", "scoring", "report"]
-    for number, moment in enumerate(moments):
-        _kill(setting, out, moment, resume=number > 0)
-        assert not (out / "report.json").exists()
-        assert (out / "prune_scores.safetensors").exists() is (moment != "importance")
-        assert (out / "model").exists() is (number > 2)
+    words = [model, out, json.dumps(vars(options)), json.dumps(vars(after)), json.dumps(moments)]
+    done = run_script(KILL_SCRIPT, *words)
+    # moment, how it ended, whether the report, the scores of importance and the model are there
+    assert json.loads(done.stdout.splitlines()[-1]) == [
+        [moment, -signal.SIGKILL, False, moment != "importance", number > 2]
+        for number, moment in enumerate(moments)
+    ]
     heard = Recorder()
     prune_and_recover(model, out, options, after, heard, resume=True)
     assert not any(isinstance(event, StepDone) for event in heard.events)  # it was complete

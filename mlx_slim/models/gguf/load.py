@@ -23,6 +23,7 @@ from mlx_slim.models.gguf.settings import ROPE_TENSORS, read_settings
 from mlx_slim.models.gguf.split import open_gguf
 from mlx_slim.models.gguf.tokenizer import build_tokenizer
 from mlx_slim.models.tensors import few
+from mlx_slim.progress import stage
 from mlx_slim.reading import ModelConfig, field, library_errors, short
 
 if TYPE_CHECKING:
@@ -47,8 +48,11 @@ def import_gguf(path: Path) -> GGUFModel:
             ``ARCHITECTURES``, or its tensors are not exactly those of the model.
     """
     file = open_gguf(path)
-    with library_errors(
-        f"{short(path)} cannot be imported", "convert the original Hugging Face folder instead"
+    with (
+        library_errors(
+            f"{short(path)} cannot be imported", "convert the original Hugging Face folder instead"
+        ),
+        stage(f"reading {path.name}"),
     ):
         return _import(file)
 
