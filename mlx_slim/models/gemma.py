@@ -18,6 +18,7 @@ Try it: ``python -m pytest tests/models/test_gemma.py``.
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, cast
 
@@ -77,19 +78,18 @@ def use_shared_keys(model: nn.Module) -> bool:
 
 
 def _unwritten(kind: type) -> type:
+    def borrowed(module: Any) -> Any:
+        """Return a module with the weights of ``module``, and places of its own to write them."""
+        twin = copy.copy(module)
+        for name in ("prediction_coefs", "correction_coefs"):
+            twin[name] = copy.copy(module[name])
+        return twin
+
     def predict(self: Any, x: mx.array) -> mx.array:
-        weight = self.prediction_coefs.weight
-        try:
-            return kind.predict(self, x)  # type: ignore[attr-defined]
-        finally:
-            self.prediction_coefs.weight = weight
+        return kind.predict(borrowed(self), x)  # type: ignore[attr-defined]
 
     def correct(self: Any, predictions: mx.array, activated: mx.array) -> mx.array:
-        weight = self.correction_coefs.weight
-        try:
-            return kind.correct(self, predictions, activated)  # type: ignore[attr-defined]
-        finally:
-            self.correction_coefs.weight = weight
+        return kind.correct(borrowed(self), predictions, activated)  # type: ignore[attr-defined]
 
     return type(f"Unwritten{kind.__name__}", (kind,), {"predict": predict, "correct": correct})
 
