@@ -110,11 +110,7 @@ def _fuse(model: Path, folder: Path, watching: Watching) -> None:
     fuse(model, write_adapter(folder / "a", model), folder / "out", options, watching)
 
 
-@pytest.mark.parametrize(
-    "work",
-    [_train, _probe, _score, _chat, _prune, _quantize, _fuse],
-    ids=lambda work: work.__name__,
-)
+@pytest.mark.parametrize("work", [_train, _score, _chat, _prune, _quantize, _fuse])
 def test_every_command_that_computes_is_inside(
     tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: Callable[..., None]
 ) -> None:
