@@ -39,16 +39,15 @@ def principal_factors(weight_IO: mx.array, rank: int, scale: float) -> tuple[mx.
     same factors, and the global random state is not touched.
     """
     weight_IO = weight_IO.astype(mx.float32)
-    cpu = mx.cpu  # MLX has QR on the CPU only
     width = rank + _OVERSAMPLE
     if 4 * width >= min(weight_IO.shape):
         u_IK, sigma_K, vt_KO = _thin_svd(weight_IO)
     else:
         basis_IK = weight_IO @ mx.random.normal((weight_IO.shape[1], width), key=mx.random.key(0))
         for _ in range(_ITERATIONS):
-            basis_IK = mx.linalg.qr(basis_IK, stream=cpu)[0]
+            basis_IK = mx.linalg.qr(basis_IK, stream=mx.cpu)[0]  # no GPU has it
             basis_IK = weight_IO @ (weight_IO.T @ basis_IK)
-        basis_IK = mx.linalg.qr(basis_IK, stream=cpu)[0]
+        basis_IK = mx.linalg.qr(basis_IK, stream=mx.cpu)[0]
         u_KK, sigma_K, vt_KO = _thin_svd(basis_IK.T @ weight_IO)
         u_IK = basis_IK @ u_KK
     root_R = mx.sqrt(sigma_K[:rank] / scale)
