@@ -30,7 +30,8 @@ class BenchTrainOptions:
     Attributes:
         data: Alpaca rows: hub id, mirror or file.
         method: What is trained.
-        against: ``mlx-lm``, or another method of mlx-slim.
+        against: ``mlx-lm``, another method of mlx-slim, or ``eager``: the same method compiled
+            against not compiled, the second of two epochs timed.
         rows: Rows of the epoch (the first step is not timed).
         batch: mlx-lm's rows per step; ours gets the token budget ``batch`` · ``max_length``.
         max_length: Longest row, tokens.
@@ -40,8 +41,12 @@ class BenchTrainOptions:
 
     data: str = field(default="tatsu-lab/alpaca", metadata=option("Alpaca rows."))
     method: Method = field(default="lora", metadata=option("What is trained."))
-    against: Literal["mlx-lm", "lora", "qlora", "dora", "full"] = field(
-        default="mlx-lm", metadata=option("mlx-lm's trainer, or another method of mlx-slim.")
+    against: Literal["mlx-lm", "lora", "qlora", "dora", "full", "eager"] = field(
+        default="mlx-lm",
+        metadata=option(
+            "mlx-lm's trainer; another method of mlx-slim; or eager: train.compile=true against "
+            "false, once each shape of a batch was met."
+        ),
     )
     rows: Annotated[int, Field(ge=12, le=MOST)] = field(
         default=48, metadata=option("Training rows.")

@@ -38,6 +38,7 @@ class TrainWork:
         batch: Rows of a batch.
         max_length: Tokens of a row, at most.
         dtype: Computed in.
+        compile: ``train.compile``; None is what the device does by default.
     """
 
     model: str
@@ -46,24 +47,24 @@ class TrainWork:
     batch: int
     max_length: int
     dtype: str
+    compile: bool | None = None
 
 
 def _summary(timed: list[tuple[int, float]], setup: JsonObject) -> JsonObject:
-    """Return tokens/s over the timed (tokens, seconds) of each step, and the peak."""
-    rest = timed[WARMUP_STEPS:]
-    tokens, seconds = sum(t for t, _ in rest), sum(s for _, s in rest)
+    """Return tokens/s over the (tokens, seconds) of the timed steps, and the peak."""
+    tokens, seconds = sum(t for t, _ in timed), sum(s for _, s in timed)
     return {
         "tokens_per_second": tokens / seconds,
         "tokens": tokens,
         "seconds": seconds,
-        "steps": len(rest),
+        "steps": len(timed),
         "peak_memory_bytes": mx.get_peak_memory(),
         **setup,
     }
 
 
 def ours(work: TrainWork) -> JsonObject:
-    """Train one epoch with our loop."""
+    """Train with our loop: an epoch, or (``work.compile`` is set) two, the second timed."""
     from mlx_slim import events
     from mlx_slim.config.load import from_values
     from mlx_slim.finetuning.build import build_loop, prepare_data, prepare_model
@@ -75,7 +76,8 @@ def ours(work: TrainWork) -> JsonObject:
         "adapter": {"rank": RANK, "scale": SCALE},
         "data": {"path": work.rows, "validation": 0},
         "train": {
-            "epochs": 1,
+            "epochs": 1 if work.compile is None else 2,
+            "compile": "auto" if work.compile is None else work.compile,
             "batch_tokens": work.batch * work.max_length,
             "max_length": work.max_length,
             "save_every": 10**9,
@@ -99,7 +101,21 @@ def ours(work: TrainWork) -> JsonObject:
         loop = build_loop(recipe, tuned, data, Path(folder), Timer(), budget=0)
         mx.reset_peak_memory()
         loop.run()
-    return _summary(timed, {"computed_tokens": computed, "batching": loop.batcher.mode})
+    setup: JsonObject = {"computed_tokens": computed, "batching": loop.batcher.mode}
+    if work.compile is None:
+        return _summary(timed[WARMUP_STEPS:], setup)
+    plans = [loop.batcher.plan(epoch) for epoch in (0, 1)]
+    batches = [loop.batcher.batch(groups) for plan in plans for groups in plan]
+    shapes = [(*batch.tokens_BT.shape, len(batch.targets_N)) for batch in batches]
+    setup["shapes"] = len(set(shapes))
+    setup["first_epoch_seconds"] = sum(seconds for _, seconds in timed[: len(plans[0])])
+    # A compiled step that meets its shape for the first time is traced.
+    warm = [
+        pair
+        for index, pair in enumerate(timed)
+        if index >= len(plans[0]) and (not work.compile or shapes[index] in shapes[:index])
+    ]
+    return _summary(warm, setup)
 
 
 def _stock(work: TrainWork) -> tuple[Any, Any]:
@@ -167,7 +183,7 @@ def mlx_lm(work: TrainWork) -> JsonObject:
     batch = work.batch
     tokens = [sum(lengths[i * batch : (i + 1) * batch]) for i in range(steps)]
     seconds = [after - before for before, after in itertools.pairwise(moments)]
-    return _summary(list(zip(tokens, seconds, strict=True)), {})
+    return _summary(list(zip(tokens, seconds, strict=True))[WARMUP_STEPS:], {})
 
 
 @dataclass(frozen=True)

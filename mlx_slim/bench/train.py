@@ -47,7 +47,7 @@ def _rows(path: str, model: str, count: int, max_length: int, out: Path) -> int:
 def bench_train(
     model: str, options: BenchTrainOptions, progress: Callable[[str], None]
 ) -> JsonObject:
-    """Measure our training of a method against mlx-lm's, or against another method of ours.
+    """Measure our training of a method against mlx-lm's, another method, or itself not compiled.
 
     Args:
         model: Hub id or folder.
@@ -59,6 +59,8 @@ def bench_train(
     """
     method, against = options.method, options.against
     other = "mlx_lm" if against == "mlx-lm" else against
+    eager = against == "eager"
+    changed: JsonObject = {"compile": False} if eager else {"method": against}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
         tokens = _rows(options.data, model, options.rows, options.max_length, file)
@@ -69,6 +71,7 @@ def bench_train(
             batch=options.batch,
             max_length=options.max_length,
             dtype=options.dtype,
+            compile=True if eager else None,
         )
         results: list[JsonObject] = []
         for number in range(options.rounds):
@@ -78,7 +81,7 @@ def bench_train(
             if against == "mlx-lm":
                 theirs = run_side("sides", "mlx-lm", asdict(work))
             else:
-                theirs = run_side("sides", "ours", asdict(replace(work, method=against)))
+                theirs = run_side("sides", "ours", asdict(replace(work, **changed)))
             progress(f"  {theirs['tokens_per_second']:.1f} tokens/s")
             results.append({"ours": ours, other: theirs})
     described = {key: value for key, value in asdict(work).items() if key != "rows"}

@@ -32,7 +32,7 @@ def train(model: str, as_json: bool, **options: Any) -> None:
     if against == work.method:
         raise click.UsageError(f"--against {against} is the method itself")
     from mlx_slim.bench.train import bench_train
-    from mlx_slim.runtime import human_bytes
+    from mlx_slim.runtime import human_bytes, human_duration
 
     def progress(line: str) -> None:
         click.echo(line, err=True)
@@ -51,6 +51,12 @@ def train(model: str, as_json: bool, **options: Any) -> None:
         )
     ratio = record["ratio"]
     click.echo(f"ratio    {ratio['speed']:.2f} x speed, {ratio['peak_memory']:.2f} x peak memory")
+    if against == "eager":
+        first = [human_duration(record[side]["first_epoch_seconds"]) for side in ("ours", other)]
+        click.echo(
+            f"shapes   {record['ours']['shapes']} are compiled; the first epoch took {first[0]}, "
+            f"not compiled {first[1]}"
+        )
     show_next(step("measure scoring too", "mlx-slim", "bench", "eval", model))
 
 
