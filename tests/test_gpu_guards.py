@@ -31,23 +31,23 @@ def sources() -> Iterator[tuple[str, ast.Module]]:
 
 def dotted(node: ast.expr) -> str:
     """Return ``mx.linalg.qr`` for that expression; empty for others."""
-    parts = []
+    names = []
     while isinstance(node, ast.Attribute):
-        parts.append(node.attr)
+        names.append(node.attr)
         node = node.value
-    return ".".join([node.id, *reversed(parts)]) if isinstance(node, ast.Name) else ""
+    return ".".join([node.id, *reversed(names)]) if isinstance(node, ast.Name) else ""
 
 
 def last_name(call: ast.Call) -> str:
     return dotted(call.func).rpartition(".")[2]
 
 
-def wrong_linalg(tree: ast.Module) -> list[int]:
+def wrong_linalg(module: ast.Module) -> list[int]:
     """Return the lines that call what MLX has for a CPU only without ``stream=mx.cpu``."""
     wrong = []
-    for node in ast.walk(tree):
+    for node in ast.walk(module):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mlx.core"):
-            wrong.append(node.lineno)  # under another name it would not be found
+            wrong.append(node.lineno)  # under another name it would not be offenders
         if isinstance(node, ast.Import):
             wrong += [
                 node.lineno
@@ -63,30 +63,32 @@ def wrong_linalg(tree: ast.Module) -> list[int]:
     return wrong
 
 
-def wide_numbers(tree: ast.Module) -> list[int]:
+def wide_numbers(module: ast.Module) -> list[int]:
     """Return the lines that name ``mx.float64``, which no GPU has."""
     return [
         node.lineno
-        for node in ast.walk(tree)
+        for node in ast.walk(module)
         if isinstance(node, ast.Attribute) and dotted(node) == "mx.float64"
     ]
 
 
-def unguarded(tree: ast.Module) -> list[int]:
+def unguarded(module: ast.Module) -> list[int]:
     """Return the lines of tricks in functions that did not ask for the device before."""
     wrong: list[int] = []
     outermost = [
         each
-        for node in ast.walk(tree)
+        for node in ast.walk(module)
         for each in ast.iter_child_nodes(node)
         if isinstance(each, ast.FunctionDef) and not isinstance(node, ast.FunctionDef)
     ]
     for function in outermost:
         calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
-        asked = min((call.lineno for call in calls if last_name(call) in QUESTIONS), default=10**9)
-        wrong += [call.lineno for call in calls if _is_trick(call) and call.lineno < asked]
+        first_question = min(
+            (call.lineno for call in calls if last_name(call) in QUESTIONS), default=10**9
+        )
+        wrong += [call.lineno for call in calls if _is_trick(call) and call.lineno < first_question]
         if (
-            re.search("(use|into)_fast", function.name) and asked == 10**9
+            re.search("(use|into)_fast", function.name) and first_question == 10**9
         ):  # gives layers another forward
             wrong.append(function.lineno)
     return wrong
@@ -94,11 +96,11 @@ def unguarded(tree: ast.Module) -> list[int]:
 
 def _is_trick(call: ast.Call) -> bool:
     values = [*call.args, *(word.value for word in call.keywords)]
-    wide = any("mx.float32" in {dotted(each), *_branches(each)} for each in values)
+    wide = any("mx.float32" in {dotted(each), *_alternatives(each)} for each in values)
     return last_name(call) in TRICKS or (last_name(call) in WIDENING and wide)
 
 
-def _branches(node: ast.expr) -> set[str]:
+def _alternatives(node: ast.expr) -> set[str]:
     return {dotted(node.body), dotted(node.orelse)} if isinstance(node, ast.IfExp) else set()
 
 
@@ -107,8 +109,8 @@ Check = Callable[[ast.Module], list[int]]
 
 @pytest.mark.parametrize("check", [wrong_linalg, wide_numbers, unguarded])
 def test_the_package_asks_a_gpu_for_nothing_it_lacks(check: Check) -> None:
-    found = [f"{name}:{line}" for name, tree in sources() for line in check(tree)]
-    assert found == []
+    offenders = [f"{name}:{line}" for name, module in sources() for line in check(module)]
+    assert offenders == []
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ One tiny architecture, one set of rows: the kernels that one test compiles serve
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -215,11 +216,15 @@ def test_an_evaluation_and_a_chat_answer_as_the_plain_forward_pass(
     files: Files, scored: Path, tmp_path: Path
 ) -> None:
     choice, answers, text = write_tasks(tmp_path / "tasks", 6)
+    text.write_text(text.read_text()[:200])
     evaluate(scored, [str(choice), str(answers)], tmp_path / "out", EvalOptions(perplexity=text))
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["dtype"] == "bfloat16" and results["dense"] is False
     loaded = load(scored, dtype=mx.bfloat16)
-    ids = [loaded.tokenizer.bos_token_id, *loaded.tokenizer.encode(text.read_text()[:300])]
+    ids = [loaded.tokenizer.bos_token_id, *loaded.tokenizer.encode(text.read_text())]
+    nats = -plain_score(loaded.model, ids, 1)[0] / (len(ids) - 1)
+    bits = results["perplexity"]["metrics"]["bits_per_token"]["value"]
+    assert abs(bits * math.log(2) - nats) < NATS
     prompts = [ids[:12], ids[:40], ids[20:70]]
     generations = [each.ids for each in generate_batch(loaded.model, loaded.tokenizer, prompts, 6)]
     session = open_session(scored)
