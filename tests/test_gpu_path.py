@@ -29,6 +29,7 @@ from mlx_slim.evaluation.chat import open_session
 from mlx_slim.evaluation.run import EvalOptions, evaluate
 from mlx_slim.evaluation.scoring.generate import generate_batch
 from mlx_slim.evaluation.scoring.loglikelihood import LoglikelihoodScorer
+from mlx_slim.evaluation.scoring.plain import log_softmax, plain_logits, plain_score
 from mlx_slim.evaluation.scoring.requests import Request
 from mlx_slim.export.fuse import FuseOptions, fuse
 from mlx_slim.export.model import export_gguf, export_hf
@@ -41,7 +42,6 @@ from mlx_slim.quantization.run import CompressOptions, compress
 from mlx_slim.training import step
 from tests.support.evals import write_tasks
 from tests.support.gpu import gpu_path
-from tests.support.plain_scorer import log_softmax, plain_logits, plain_score
 from tests.support.runs import CtrlC, Recorder, losses, recipe, write_rows
 from tests.support.tiny import tiny_model
 
