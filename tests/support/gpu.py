@@ -8,10 +8,7 @@ that MLX has on macOS only. Try it: ``python -m pytest tests/test_gpu_path.py``.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -41,26 +38,18 @@ def _quantized_matmul(
 
 @contextlib.contextmanager
 def gpu_path() -> Iterator[None]:
-    """Take the branches of a GPU inside, in every module; one process at a time.
+    """Take the branches of a GPU inside, in every module.
 
     MLX builds the kernels of ``mx.compile`` with the C++ compiler in ``$TMPDIR/mlx``, which all
-    processes share: one that finds a kernel half written by another one fails.
+    processes share: each is built under a name of its own and renamed.
     """
-    with pytest.MonkeyPatch.context() as patch, _kernels():
+    with pytest.MonkeyPatch.context() as patch:
         # The code, not the name: many modules have imported the function by its name.
         patch.setattr(runtime.on_gpu, "__code__", (lambda: True).__code__)
         patch.setattr(blas, "single_threaded", _refuse)
         patch.setattr(mx, "disable_compile", _refuse)
         patch.setattr(dequantize, "_codes", _refuse)
         patch.setattr(mx, "quantized_matmul", _quantized_matmul)
-        yield
-
-
-@contextlib.contextmanager
-def _kernels() -> Iterator[None]:
-    """Hold the folder of compiled kernels; the lock ends with its process."""
-    with (Path(tempfile.gettempdir()) / "mlx-kernels.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
