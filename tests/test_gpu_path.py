@@ -103,8 +103,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 def _resolved(files: Files, name: str) -> Resolved:
-    small = {"steps": 3, "save_every": 1, "validate_every": 3}
-    values = recipe(files.model, files.rows, **small).recipe.model_dump(exclude_unset=True)
+    small = recipe(files.model, files.rows, steps=3, save_every=1, validate_every=3)
+    values = small.recipe.model_dump(exclude_unset=True)
     for key, value in METHODS[name].items():
         values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
     if "distill" in values:

@@ -28,12 +28,9 @@ def _quantized_matmul(
     x: mx.array, codes: mx.array, scales: mx.array, biases: mx.array | None = None, **words: Any
 ) -> mx.array:
     """Sum in float32, as Metal and CUDA do; MLX's CPU kernel sums 16-bit products in 16 bits."""
-    floats = mx.issubdtype(scales.dtype, mx.floating)  # those of mxfp4 are bytes
-    constants = [
-        part.astype(mx.float32) if floats and part is not None else part
-        for part in (scales, biases)
-    ]
-    return _MATMUL(x.astype(mx.float32), codes, *constants, **words).astype(x.dtype)
+    if biases is not None:  # the scales of float formats are bytes
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    return _MATMUL(x.astype(mx.float32), codes, scales, biases, **words).astype(x.dtype)
 
 
 @contextlib.contextmanager
