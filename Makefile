@@ -6,7 +6,7 @@
 
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Of make parity: PyTorch, peft and the reference harness, for the CPU.
+# Of make parity: PyTorch, peft, the reference harness and llama.cpp, for the CPU.
 PARITY ?= .venv-parity
 # Where pip also looks for PyTorch: on Linux the package index has it for CUDA (gigabytes);
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu has it for the CPU.
@@ -39,7 +39,7 @@ help:
 	@echo "make test                set up and run the tests"
 	@echo "make kills               end every command at each of its file operations and events, and go on: an hour"
 	@echo "     ARGS=\"--only eval\"  one command; --points 24 --seed 1: so many moments of all"
-	@echo "make parity              logits, adapters and scores against PyTorch, in $(PARITY)"
+	@echo "make parity              logits, adapters, scores against PyTorch, llama.cpp: $(PARITY)"
 	@echo "make reference-losses    compute the committed losses of tiny runs again"
 	@echo "make wheel               build the wheel, install it with pip and uv, run it"
 	@echo "make check               formatting, lint and types"
@@ -121,11 +121,11 @@ $(VENV)/.dev: pyproject.toml tests/requirements.lock | $(BIN)/python
 	@touch $(VENV)/.base $@
 
 $(PARITY)/.done: pyproject.toml tests/requirements.lock tests/parity/requirements.lock | $(PARITY)/bin/python
-	@echo "installing mlx-slim, PyTorch, peft and lm-eval into $(PARITY) (two minutes, 1.5 GB)"
+	@echo "installing mlx-slim, PyTorch, peft, lm-eval and llama.cpp into $(PARITY) (two minutes, 1.5 GB)"
 	@$(PARITY)/bin/python $(INSTALL) --constraint tests/parity/requirements.lock \
 		$(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") \
 		--editable ".[test,parity,bench]" || { \
-		echo "error: PyTorch or what stands on it could not be installed: no parity was tested" >&2; \
+		echo "error: PyTorch or another peer could not be installed: no parity was tested" >&2; \
 		exit 1; }
 	@touch $@
 

@@ -84,7 +84,7 @@ def test_the_lock_covers_every_dependency() -> None:
     assert not [line for line in lines if "://" in line or line.startswith("-")]
     beside = (ROOT / "tests" / "parity" / "requirements.lock").read_text().splitlines()
     pinned = {line.split("==")[0].lower() for line in beside if not line.startswith("#")}
-    assert {"torch", "peft", "accelerate", "lm-eval"} <= pinned and not pinned & locked
+    assert {"torch", "peft", "accelerate", "lm-eval", "xllamacpp"} <= pinned and not pinned & locked
     assert not [line for line in beside if "://" in line or line.startswith("-")]
 
 

@@ -14,10 +14,11 @@ from click.core import ParameterSource
 
 from mlx_slim.cli.options import options_of
 from mlx_slim.errors import SlimError
-from mlx_slim.export.options import GgufOptions, HfOptions, PeftOptions
+from mlx_slim.export.options import GgufAdapterOptions, GgufOptions, HfOptions, PeftOptions
 
 # target -> the options that it knows
 _TARGETS = {"peft": PeftOptions, "hf": HfOptions, "gguf": GgufOptions}
+_TARGETS["gguf-adapter"] = GgufAdapterOptions
 
 
 @click.command(
@@ -30,7 +31,8 @@ _TARGETS = {"peft": PeftOptions, "hf": HfOptions, "gguf": GgufOptions}
     "target",
     required=True,
     type=click.Choice(list(_TARGETS)),
-    help="peft: an adapter; hf: a model for transformers and MLX-LM; gguf: for llama.cpp.",
+    help="peft: an adapter; hf: a model for transformers and MLX-LM; gguf, gguf-adapter: a model, "
+    "an adapter for llama.cpp.",
 )
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="New folder.")
 @options_of(GgufOptions, "kind")
@@ -49,11 +51,14 @@ def command(context: click.Context, source: str, target: str, output: Path, **op
     settings = {name: options[name] for name in names[target]}
     from mlx_slim.console import Console
     from mlx_slim.export import model as export
+    from mlx_slim.export.gguf_adapter import export_gguf_adapter
     from mlx_slim.export.peft import export_peft
 
     with Console("plain") as console:
         if target == "peft":
             done = export_peft(Path(source), output, observer=console, **settings)
+        elif target == "gguf-adapter":
+            done = export_gguf_adapter(Path(source), output, observer=console, **settings)
         elif target == "hf":
             done = export.export_hf(source, output, observer=console, **settings)
         else:

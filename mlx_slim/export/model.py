@@ -38,7 +38,7 @@ from mlx_slim.models.verified_save import compute_dtype, save_checked, stored_dt
 from mlx_slim.runtime import dtype_name, human_bytes, resolve_dtype, to_float
 
 # Relative error of a tensor that a block format may cause; a wrong row order causes 1.4.
-_ROUNDING = {"f16": 0.002, "q8_0": 0.02, "q4_0": 0.3, "q4_1": 0.3}
+_ROUNDING = {"f32": 1e-6, "f16": 0.002, "q8_0": 0.02, "q4_0": 0.3, "q4_1": 0.3}
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ def _model_folder(source: str | Path) -> str | Path:
         if (candidate / CONFIG).is_file() and not (folder / "config.json").is_file():
             raise SlimError(
                 f"{candidate} is an adapter, not a model",
-                "fuse it first (mlx-slim fuse MODEL --adapter DIR -o FUSED), or export --to peft",
+                "fuse it first (mlx-slim fuse MODEL --adapter DIR -o FUSED), or export the adapter "
+                "itself: --to peft, --to gguf-adapter",
             )
     return source
 
@@ -159,7 +160,7 @@ def export_gguf(
     Args:
         source: Folder or hub id, or the run folder of a full fine-tune.
         out: The folder; must not exist.
-        kind: ``f16``, ``q8_0``, ``q4_0`` or ``q4_1``.
+        kind: ``f32``, ``f16``, ``q8_0``, ``q4_0`` or ``q4_1``.
         calibration: Text on which the file is compared with its source.
         revision: Commit or tag of a hub model.
         observer: Gets a ``Notice`` for each stage.

@@ -59,11 +59,22 @@ class PeftOptions:
     """
 
     base: str | None = field(
-        default=None, metadata=option("peft: the adapter's base, if it moved.", flag="--model")
+        default=None, metadata=option("Of an adapter: its base, if it moved.", flag="--model")
     )
     base_name: str | None = field(
         default=None, metadata=option("peft: what base_model_name_or_path says.")
     )
+
+
+@dataclass(frozen=True)
+class GgufAdapterOptions:
+    """How to write an adapter for llama.cpp.
+
+    Attributes:
+        base: Folder or hub id of the adapter's base; None takes the one that it names.
+    """
+
+    base: str | None = PeftOptions.base
 
 
 @dataclass(frozen=True)
@@ -84,13 +95,13 @@ class GgufOptions:
     """How to write a model for llama.cpp.
 
     Attributes:
-        kind: ``f16``, ``q8_0``, ``q4_0`` or ``q4_1``.
+        kind: ``f32``, ``f16``, ``q8_0``, ``q4_0`` or ``q4_1``.
         calibration: Text on which the file is compared with its source; None takes Alpaca.
         revision: Commit or tag of a hub model.
     """
 
     kind: str = field(
-        default="f16", metadata=option("gguf: f16, q8_0, q4_0 or q4_1.", flag="--type")
+        default="f16", metadata=option("gguf: f32, f16, q8_0, q4_0 or q4_1.", flag="--type")
     )
     calibration: str | None = field(
         default=None, metadata=option("gguf: text to compare on; default Alpaca.")

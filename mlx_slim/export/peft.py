@@ -8,8 +8,10 @@ that the adapter does not fit, is one line, and nothing is written. Try it:
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -37,16 +39,23 @@ from mlx_slim.reading import field, read_object
 _PROBE = 16  # tokens on which what was written is compared
 
 
-def _base_of(adapter: str | Path, recorded: str | None, requested: str | None) -> str:
+def base_of(adapter: str | Path, recorded: str | None, requested: str | None) -> str:
+    """Return the base of an adapter: the one that is asked for, else the one that it names.
+
+    Raises:
+        SlimError: If there is neither.
+    """
     base = requested or recorded
     if not base:
         raise SlimError(f"{adapter} names no base model", "give it with --model")
     return base
 
 
-def _load_base(adapter: Path, base: str, requested: bool) -> Loaded:
+@contextlib.contextmanager
+def base_errors(adapter: Path, requested: bool) -> Iterator[None]:
+    """Say of which adapter a base is that cannot be read, unless it was ``requested``."""
     try:
-        return load_base(base, [adapter], dtype=compute_dtype())
+        yield
     except SlimError as error:
         if requested:
             raise
@@ -54,6 +63,11 @@ def _load_base(adapter: Path, base: str, requested: bool) -> Loaded:
             f"the base of {adapter} cannot be loaded: {error.message}",
             "if it moved, give its new place with --model",
         ) from error
+
+
+def _load_base(adapter: Path, base: str, requested: bool) -> Loaded:
+    with base_errors(adapter, requested):
+        return load_base(base, [adapter], dtype=compute_dtype())
 
 
 @makes_folder("export --to peft")
@@ -83,7 +97,7 @@ def export_peft(
     settings = read_object(source / CONFIG)
     if "peft_type" in settings:
         raise SlimError(f"{source} is a PEFT adapter already", "no export is needed")
-    place = _base_of(source, field(settings, str(source / CONFIG), "model", str, None), base)
+    place = base_of(source, field(settings, str(source / CONFIG), "model", str, None), base)
     say(f"loading {place}")
     loaded = _load_base(source, place, base is not None)
     tuned = copy.deepcopy(loaded.model)
@@ -149,7 +163,7 @@ def import_peft(
     """
     say = stage_notifier(observer)
     settings = read_settings(source)
-    place = _base_of(source, settings.get("base_model_name_or_path"), base)
+    place = base_of(source, settings.get("base_model_name_or_path"), base)
     say(f"loading {place}")
     loaded = _load_base(source, place, base is not None)
     tuned = copy.deepcopy(loaded.model)

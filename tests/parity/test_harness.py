@@ -17,7 +17,8 @@ from mlx_slim.evaluation.scoring.perplexity import windows
 from mlx_slim.evaluation.scoring.requests import RequestEncoder, max_length
 from mlx_slim.export.model import export_hf
 from mlx_slim.models.load import Loaded, load
-from tests.parity.torch_side import needed, transformers
+from tests.parity.optional import needed
+from tests.parity.torch_side import transformers
 from tests.support.tiny import TinyModels
 
 instances = needed("lm_eval.api.instance")

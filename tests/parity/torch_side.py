@@ -1,29 +1,17 @@
-"""PyTorch and what stands on it; ``make parity`` fails where they are missing, other runs skip."""
+"""PyTorch and what stands on it, and what they compute."""
 
 from __future__ import annotations
 
-import importlib
-import os
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-import pytest
 
 from mlx_slim.adapters.store import load_adapter
 from mlx_slim.models.load import load
+from tests.parity.optional import needed
 from tests.support.tiny import VOCAB
-
-WHY = "needs PyTorch and peft: make parity"
-
-
-def needed(name: str) -> Any:
-    """Return a module of the extra ``parity``."""
-    if os.environ.get("MLX_SLIM_PARITY") == "required":
-        return importlib.import_module(name)
-    return pytest.importorskip(name, reason=WHY)
-
 
 torch = needed("torch")
 peft = needed("peft")

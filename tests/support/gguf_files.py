@@ -7,6 +7,7 @@ that it stores.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ FAMILIES: dict[str, tuple[MODEL_ARCH, dict[str, Any]]] = {
         {
             "model_type": "phi3",
             "rope_scaling": LONGROPE,
-            "original_max_position_embeddings": 128,
+            "original_max_position_embeddings": 256,
         },
     ),
     "gemma2": (
@@ -103,9 +104,12 @@ def write_family(path: Path, folder: Path, family: str, kind: str = "F32") -> No
     names = get_tensor_name_map(arch, config["num_hidden_layers"])
     writer = GGUFWriter(path, MODEL_ARCH_NAMES[arch])
     _settings(writer, arch, config)
-    _tokenizer(writer, loaded.tokenizer)
+    _tokenizer(writer, loaded.tokenizer, config["vocab_size"])
     if arch == MODEL_ARCH.PHI3 and (scaling := config.get("rope_scaling")):
-        writer.add_rope_scaling_orig_ctx_len(config["original_max_position_embeddings"])
+        original = config["original_max_position_embeddings"]
+        longer = config["max_position_embeddings"] / original
+        writer.add_rope_scaling_orig_ctx_len(original)
+        writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(longer) / math.log(original)))
         for part in ("long", "short"):
             factors = np.array(scaling[f"{part}_factor"], np.float32)
             writer.add_tensor(f"rope_factors_{part}.weight", factors)
@@ -166,14 +170,17 @@ def _settings(writer: GGUFWriter, arch: MODEL_ARCH, config: dict[str, Any]) -> N
         writer.add_rope_scaling_factor(scaling["factor"])
 
 
-def _tokenizer(writer: GGUFWriter, tokenizer: Any) -> None:
+def _tokenizer(writer: GGUFWriter, tokenizer: Any, size: int) -> None:
+    """Write the bytes as tokens, one merge, without which llama.cpp reads none, and pads."""
     vocab = tokenizer.get_vocab()
-    tokens = sorted(vocab, key=lambda token: vocab[token])
+    tokens = [*sorted(vocab, key=lambda token: vocab[token]), "ab"]
+    pads = [f"[PAD{index}]" for index in range(len(tokens), size)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])
-    writer.add_token_merges([])
+    writer.add_token_list(tokens + pads)
+    kinds = [3 if token.startswith("<|") else 1 for token in tokens]
+    writer.add_token_types(kinds + [5] * len(pads))
+    writer.add_token_merges(["a b"])
     writer.add_bos_token_id(vocab["<|im_start|>"])
     writer.add_eos_token_id(vocab["<|im_end|>"])
     writer.add_chat_template(tokenizer.chat_template)

@@ -230,7 +230,7 @@ def _longrope(
     scaling: JsonObject = {"rope_type": "longrope", "type": "longrope", **lists}
     longer = config["max_position_embeddings"] / original
     usual = math.sqrt(1 + math.log(longer) / math.log(original)) if longer > 1 else 1.0
-    stored = meta.number("rope.scaling.attn_factor", usual)
+    stored = meta.number("rope.scaling.attn_factor", 1.0)  # llama.cpp's default
     if not math.isclose(stored, usual, rel_tol=1e-4):
         scaling["attention_factor"] = _rounded(stored)
     notes.append(f"RoPE scaling longrope, beyond {original:,} tokens")

@@ -26,12 +26,11 @@ from mlx_slim.models.gguf.vocab import vocabulary
 from mlx_slim.models.quantized import dequantize_weight
 from mlx_slim.reading import ModelConfig
 
-TYPES = ("f16", "q8_0", "q4_0", "q4_1")
+TYPES = ("f32", "f16", "q8_0", "q4_0", "q4_1")
 # Model type -> GGUF architecture. Phi's fused qkv is read here but not written.
 WRITES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _BLOCK = 32
-_FILE_TYPES = {"f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
-_FILE_TYPES["q4_1"] = "MOSTLY_Q4_1"
+_FILE_TYPES = {kind: f"{'ALL' if kind == 'f32' else 'MOSTLY'}_{kind.upper()}" for kind in TYPES}
 
 
 def check_writable_as_gguf(config: ModelConfig) -> None:
@@ -61,7 +60,7 @@ def write_gguf(
         model: Dense or quantized layers; not changed.
         tokenizer: mlx-lm's wrapper or the Hugging Face tokenizer.
         config: The model's, normalised.
-        kind: ``f16``, ``q8_0``, ``q4_0`` or ``q4_1``; vectors are float32.
+        kind: One of ``TYPES``; vectors are float32.
         name: The model's name in the metadata.
 
     Returns:
@@ -141,7 +140,8 @@ def _block_type(kind: str, shape: tuple[int, ...]) -> Any:
 
     if len(shape) == 1:
         return GGMLQuantizationType.F32
-    return GGMLQuantizationType[kind.upper() if shape[1] % _BLOCK == 0 else "F16"]
+    fits = kind == "f32" or shape[1] % _BLOCK == 0
+    return GGMLQuantizationType[kind.upper() if fits else "F16"]
 
 
 def _promise(writer: Any, name: str, shape: tuple[int, ...], block: Any) -> None:
