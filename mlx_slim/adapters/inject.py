@@ -20,7 +20,8 @@ from mlx.utils import tree_unflatten
 
 from mlx_slim.adapters.adalora import AdaLoRALinear
 from mlx_slim.adapters.dora import DoRALinear
-from mlx_slim.adapters.lora import Adapter, LoRAEmbedding, LoRALinear, dimensions
+from mlx_slim.adapters.experts import LoRASwitchLinear
+from mlx_slim.adapters.lora import Adapter, LoRAEmbedding, LoRALinear, dimensions, is_experts
 from mlx_slim.adapters.variants import start_pissa
 from mlx_slim.config.patterns import compile_pattern
 from mlx_slim.config.schema import AdapterConfig
@@ -168,23 +169,24 @@ def _check_rank(chosen: list[Site], rank: int) -> None:
         if rank > smallest:
             raise SlimError(
                 f"adapter.rank={rank} is above the smaller side of {site.path}, {smallest}",
-                f"use a rank of at most {smallest}",
+                f"use a rank of at most {smallest}, or leave it out of adapter.targets",
             )
 
 
-def _check_kinds(chosen: list[Site], dora: bool, adaptive: bool) -> None:
+def _check_kinds(chosen: list[Site], dora: bool, adaptive: bool, pissa: bool = False) -> None:
     special = "AdaLoRA" if adaptive else "DoRA" if dora else ""
     for site in chosen:
-        if not (is_linear(site.module) or isinstance(site.module, EMBEDDING_TYPES)):
+        experts = is_experts(site.module)
+        if special and (experts or isinstance(site.module, EMBEDDING_TYPES)):
+            what = "holds the experts of a mixture" if experts else "is an embedding"
             raise SlimError(
-                f"{site.path} is an expert layer ({type(site.module).__name__}): adapters on "
-                "experts are not supported",
-                "name other layers in adapter.targets, e.g. [q_proj, k_proj, v_proj, o_proj]",
-            )
-        if special and isinstance(site.module, EMBEDDING_TYPES):
-            raise SlimError(
-                f"{site.path} is an embedding: {special} works on linear layers",
+                f"{site.path} {what}: {special} works on linear layers",
                 "use a plain method: lora, or leave it out of adapter.targets",
+            )
+        if pissa and experts:
+            raise SlimError(
+                f"{site.path} holds the experts of a mixture, which PiSSA has no start for",
+                "set adapter.init=standard, or leave it out of adapter.targets",
             )
 
 
@@ -209,8 +211,11 @@ def place(
     model.freeze()
     placed: list[tuple[str, Adapter]] = []
     for site in chosen:
+        kind: type[LoRALinear] | type[LoRAEmbedding] | type[LoRASwitchLinear]
         if isinstance(site.module, EMBEDDING_TYPES):
-            kind: type[LoRALinear] | type[LoRAEmbedding] = LoRAEmbedding
+            kind = LoRAEmbedding
+        elif is_experts(site.module):
+            kind = LoRASwitchLinear
         else:
             kind = AdaLoRALinear if adaptive else DoRALinear if dora else LoRALinear
         adapter = kind(site.module, rank, scale, dropout)
@@ -260,12 +265,12 @@ def inject(
 
     Raises:
         SlimError: A target that matches nothing, a block out of range, a rank above a layer's size,
-            an expert layer, an embedding with DoRA, a model that has adapters already.
+            experts or an embedding with DoRA, a model that has adapters already.
     """
     scale = config.resolved_scale
     chosen = choose(model, config)
     adaptive = config.adaptive is not None
-    _check_kinds(chosen, dora, adaptive)
+    _check_kinds(chosen, dora, adaptive, config.init == "pissa")
     _check_rank(chosen, config.rank)
     below = below or {}
     chosen_paths = {site.path for site in chosen}

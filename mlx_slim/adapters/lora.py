@@ -6,7 +6,7 @@ bit for bit. Parameters have mlx-lm's names and shapes (``lora_a``, ``lora_b``, 
 the products are computed in the dtype of the activations.
 
 Shapes: N rows of activations (any leading axes), I inputs, O outputs, V vocabulary, D width,
-R rank (twice the rank when a frozen start pair is subtracted, see ``variants``).
+E experts, R rank (twice the rank when a frozen start pair is subtracted, see ``variants``).
 
 Try it: ``python -m pytest tests/adapters/test_lora.py``.
 """
@@ -24,28 +24,50 @@ from mlx_slim.models.quantized import dequantize_weight
 
 
 def dimensions(module: Any) -> tuple[int, int]:
-    """Return (inputs, outputs) of a linear layer, or (vocabulary, width) of an embedding.
+    """Return (inputs, outputs) of a linear layer or expert, (vocabulary, width) of an embedding.
 
     Quantized weights are packed: their width is counted in scales, right for every bit width.
     """
-    rows, width = module.weight.shape
-    if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+    rows, width = module.weight.shape[-2:]
+    if "scales" in module:
         width = module.scales.shape[-1] * module.group_size
-    return (width, rows) if isinstance(module, nn.Linear | nn.QuantizedLinear) else (rows, width)
+    embeds = isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
+    return (rows, width) if embeds else (width, rows)
+
+
+def is_experts(module: Any) -> bool:
+    """Return whether a layer holds the weights of all experts of a mixture (E, O, I)."""
+    return hasattr(module, "num_experts")
+
+
+def rank_axes(module: Any) -> tuple[int, int]:
+    """Return the axes of the rank in A and in B of an adapter on ``module``."""
+    return (-2, -1) if is_experts(module) else (-1, -2)
+
+
+def factor_shapes(module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of A and B on ``module``: (I, R), (R, O); (E, R, I), (E, O, R) of experts.
+
+    They are mlx-lm's.
+    """
+    inputs, outputs = dimensions(module)
+    if is_experts(module):
+        return (module.num_experts, rank, inputs), (module.num_experts, outputs, rank)
+    return (inputs, rank), (rank, outputs)
 
 
 class Adapter(nn.Module):
     """The two factors, and what is common to all adapters.
 
     Args:
-        shape: (I, O) of a linear layer, (V, D) of an embedding.
+        module: The layer that is adapted; only its shape is read.
         rank: R.
         scale: s in ΔWᵀ = s · A B.
         dropout: Fraction of the adapter's inputs dropped in training.
 
     Attributes:
-        lora_a: A (I, R), float32, uniform in ±1/√I.
-        lora_b: B (R, O), float32, zero.
+        lora_a: A (I, R), float32, uniform in ±1/√I; on experts (E, R, I).
+        lora_b: B (R, O), float32, zero; on experts (E, O, R).
         start_a, start_b: Frozen factors whose product is subtracted (PiSSA); absent otherwise.
         under_a, under_b: Frozen adapters below this one, their scale in B; absent otherwise.
     """
@@ -53,14 +75,15 @@ class Adapter(nn.Module):
     base_name = "linear"
     trainable = ("lora_a", "lora_b")
 
-    def __init__(self, shape: tuple[int, int], rank: int, scale: float, dropout: float) -> None:
+    def __init__(self, module: Any, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
         self.dropout = dropout
         self.scale = float(scale)
         self.rank = rank
-        bound = 1 / math.sqrt(shape[0])
-        self.lora_a = mx.random.uniform(-bound, bound, (shape[0], rank))
-        self.lora_b = mx.zeros((rank, shape[1]))
+        bound = 1 / math.sqrt(dimensions(module)[0])
+        shape_a, shape_b = factor_shapes(module, rank)
+        self.lora_a = mx.random.uniform(-bound, bound, shape_a)
+        self.lora_b = mx.zeros(shape_b)
 
     @property
     def base(self) -> nn.Module:
@@ -86,6 +109,11 @@ class Adapter(nn.Module):
             mx.concatenate([self.lora_a, self.start_a], axis=1),
             mx.concatenate([self.lora_b, -self.start_b], axis=0),
         )
+
+    @property
+    def stored_rank(self) -> int:
+        """The rank of ``factors``, the start included."""
+        return self.factors()[0].shape[rank_axes(self.base)[0]]
 
     def merged_weight(self) -> mx.array:
         """Return the adapted weight, laid out as the base's, in float32."""
@@ -131,7 +159,7 @@ class LoRALinear(Adapter):
     """
 
     def __init__(self, linear: Any, rank: int, scale: float, dropout: float = 0.0) -> None:
-        super().__init__(dimensions(linear), rank, scale, dropout)
+        super().__init__(linear, rank, scale, dropout)
         self.linear = linear
 
     def __call__(self, x_NI: mx.array) -> mx.array:
@@ -165,7 +193,7 @@ class LoRAEmbedding(Adapter):
     base_name = "embedding"
 
     def __init__(self, embedding: Any, rank: int, scale: float, dropout: float = 0.0) -> None:
-        super().__init__(dimensions(embedding), rank, scale, dropout)
+        super().__init__(embedding, rank, scale, dropout)
         self.embedding = embedding
 
     def __call__(self, ids: mx.array) -> mx.array:

@@ -14,7 +14,8 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_slim.adapters.inject import adapters_of
-from mlx_slim.adapters.lora import Adapter, LoRAEmbedding
+from mlx_slim.adapters.lora import Adapter
+from mlx_slim.models.quantized import dense_layer
 
 
 def _dtype(base: nn.Module) -> mx.Dtype:
@@ -28,13 +29,7 @@ def _dtype(base: nn.Module) -> mx.Dtype:
 def merged_layer(adapter: Adapter, dtype: mx.Dtype | None) -> nn.Module:
     """Return the plain dense layer with the outputs of ``adapter``, evaluated."""
     base = adapter.base
-    if isinstance(adapter, LoRAEmbedding):
-        merged: nn.Module = nn.Embedding(1, 1)
-    else:
-        merged = nn.Linear(1, 1, bias="bias" in base)
-        if "bias" in base:
-            merged["bias"] = base["bias"]
-    merged["weight"] = adapter.merged_weight().astype(dtype or _dtype(base))
+    merged = dense_layer(base, adapter.merged_weight().astype(dtype or _dtype(base)))
     mx.eval(merged.parameters())  # one layer at a time: float32 copies must not pile up
     merged.freeze()
     return merged.train(adapter.training)

@@ -21,7 +21,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_slim.adapters.inject import Injected, adapters_of, sites
-from mlx_slim.adapters.lora import LoRAEmbedding
+from mlx_slim.adapters.lora import LoRAEmbedding, is_experts
 from mlx_slim.adapters.peft_plain import PeftLayer, PlainLayer
 from mlx_slim.adapters.peft_rules import CONFIG, PREFIX, WEIGHTS, PeftFolder
 from mlx_slim.adapters.store import StoredAdapter, put
@@ -62,6 +62,12 @@ def write_peft(
     rank = 0
     for path, adapter in adapters_of(model):
         name = PREFIX + path
+        if is_experts(adapter.base):
+            raise SlimError(
+                f"{path} holds the experts of a mixture, which transformers keeps in one array "
+                "that PEFT adapts otherwise: it has no place for this adapter",
+                "fuse it (mlx-slim fuse) and export the model: --to hf, or use --to gguf-adapter",
+            )
         a_IR, b_RO = adapter.factors()
         rank = a_IR.shape[1]
         if isinstance(adapter, LoRAEmbedding):

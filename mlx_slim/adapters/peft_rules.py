@@ -22,7 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_slim.adapters.inject import EMBEDDING_TYPES, sites
-from mlx_slim.adapters.lora import dimensions
+from mlx_slim.adapters.lora import dimensions, is_experts
 from mlx_slim.adapters.peft_plain import PeftLayer, base_weight, taken_out
 from mlx_slim.adapters.peft_targets import check_patterns, of_layer, target_settings, targeted
 from mlx_slim.adapters.store import CONFIG
@@ -226,6 +226,8 @@ def _misfits(
     path: str, stored: _LayerTensors, settings: JsonObject, module: nn.Module, dora: bool
 ) -> list[str]:
     """Return what of a layer's tensors is missing, or has not the shape that PEFT gives it."""
+    if is_experts(module):
+        return [f"{path} holds the experts of a mixture, which PEFT keeps in another form"]
     inputs, outputs = dimensions(module)
     expected_kinds = {"a", "b", "m"} if dora and not stored.embedding else {"a", "b"}
     present = stored.factors.keys()

@@ -6,7 +6,7 @@ by side, [A₁ A₂ …] and [w₁s₁B₁; w₂s₂B₂; …], whatever their r
 the whole weight and is no sum: it cannot be combined, and its weight is 1. Try it:
 ``mlx-slim generate MODEL --adapter runs/a/adapters=0.7 --adapter runs/b/adapters=0.3 --prompt Hi``.
 
-Shapes: I inputs, O outputs, R the sum of all ranks.
+Shapes: I inputs, O outputs, R the sum of all ranks; of experts see ``experts``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_slim.adapters.inject import Injected, place, sites, summary
-from mlx_slim.adapters.store import CONFIG, StoredAdapter, load_adapter, read_adapter
+from mlx_slim.adapters.lora import factor_shapes, rank_axes
+from mlx_slim.adapters.store import CONFIG, load_adapter, read_adapter
 from mlx_slim.errors import SlimError
 
 # One adapter or several, each DIR or DIR=WEIGHT.
@@ -98,7 +99,7 @@ def load_adapters(model: nn.Module, stack: Sequence[Weighted]) -> Injected:
     placed = place(model, chosen, 1, 1.0, 0.0, dora=False)
     for path, adapter in placed:
         adapter.lora_a, adapter.lora_b = factors[path]
-        adapter.rank = adapter.lora_a.shape[1]
+        adapter.rank = adapter.stored_rank
     return summary(placed, 1.0, float(max(adapter.rank for _, adapter in placed)))
 
 
@@ -117,24 +118,17 @@ def combined(model: nn.Module, stack: Sequence[Weighted]) -> Factors:
             "or weighted",
             "use it alone, or fuse it into the base: mlx-slim fuse MODEL --adapter DIR -o OUT",
         )
-    shapes = {
-        site.path: (stored.tensors[f"{site.path}.lora_a"].shape[0], _outputs(stored, site.path))
-        for _, stored in read
-        for site in stored.chosen
-    }
+    modules = {site.path: site.module for _, stored in read for site in stored.chosen}
     factors: Factors = {}
-    for path, (inputs, outputs) in shapes.items():
+    for path, module in modules.items():
         a_factors, b_factors = [], []
         for one, stored in read:
-            a_IR, b_RO = mx.zeros((inputs, stored.rank)), mx.zeros((stored.rank, outputs))
+            a_IR, b_RO = (mx.zeros(shape) for shape in factor_shapes(module, stored.rank))
             if f"{path}.lora_a" in stored.tensors:
                 a_IR, b_RO = (stored.tensors[f"{path}.lora_{x}"].astype(mx.float32) for x in "ab")
             a_factors.append(a_IR)
             b_factors.append(one.weight * stored.scale * b_RO)
-        factors[path] = mx.concatenate(a_factors, axis=1), mx.concatenate(b_factors, axis=0)
+        axis_a, axis_b = rank_axes(module)
+        factors[path] = mx.concatenate(a_factors, axis_a), mx.concatenate(b_factors, axis_b)
     mx.eval(factors)
     return factors
-
-
-def _outputs(stored: StoredAdapter, path: str) -> int:
-    return stored.tensors[f"{path}.lora_b"].shape[1]

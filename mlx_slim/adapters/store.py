@@ -31,7 +31,7 @@ from mlx_slim.adapters.inject import (
     sites,
     summary,
 )
-from mlx_slim.adapters.lora import dimensions
+from mlx_slim.adapters.lora import dimensions, factor_shapes, rank_axes
 from mlx_slim.artifacts import (
     SCHEMA_VERSION,
     atomic_folder,
@@ -144,7 +144,7 @@ def save_adapter(
             a_IR, b_RO = adapter.plain_factors(max(1, *ranks.values()))
         else:
             a_IR, b_RO = adapter.factors()
-        rank = a_IR.shape[1]
+        rank = a_IR.shape[rank_axes(adapter.base)[0]]
         tensors |= {f"{path}.lora_a": a_IR, f"{path}.lora_b": b_RO}
         if dora:
             tensors[f"{path}.m"] = adapter["m"]
@@ -282,7 +282,8 @@ class StoredAdapter:
 
     Attributes:
         chosen: The model's layers that it adapts.
-        tensors: ``PATH.lora_a`` (I, R), ``PATH.lora_b`` (R, O), and ``PATH.m`` of a DoRA.
+        tensors: ``PATH.lora_a`` (I, R), ``PATH.lora_b`` (R, O), of experts (E, R, I) and (E, O, R),
+            and ``PATH.m`` of a DoRA.
         rank: R.
         scale: s in ΔWᵀ = s · A B.
         dropout: Of the adapter's inputs in training.
@@ -339,10 +340,10 @@ def _differences(
     """Return what the file lacks, has too much, or has in another shape."""
     expected: dict[str, tuple[int, ...]] = {}
     for site in chosen:
-        inputs, outputs = dimensions(site.module)
-        expected |= {f"{site.path}.lora_a": (inputs, rank), f"{site.path}.lora_b": (rank, outputs)}
+        shapes = zip(("lora_a", "lora_b"), factor_shapes(site.module, rank), strict=True)
+        expected |= {f"{site.path}.{name}": shape for name, shape in shapes}
         if dora:
-            expected[f"{site.path}.m"] = (outputs,)
+            expected[f"{site.path}.m"] = dimensions(site.module)[1:]
     missing = [f"missing {name} {shape}" for name, shape in expected.items() if name not in tensors]
     extra = [
         f"not in the model {name} {tensor.shape}"

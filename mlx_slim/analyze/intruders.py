@@ -21,7 +21,7 @@ import numpy as np
 
 from mlx_slim.adapters.dora import DoRALinear
 from mlx_slim.adapters.inject import adapters_of, sites
-from mlx_slim.adapters.lora import Adapter, LoRAEmbedding
+from mlx_slim.adapters.lora import Adapter, LoRAEmbedding, is_experts
 from mlx_slim.adapters.store import load_adapter
 from mlx_slim.analyze.options import IntruderOptions
 from mlx_slim.analyze.spectrum import (
@@ -202,7 +202,23 @@ def _numpy(weight: mx.array) -> np.ndarray:
     return np.array(weight.astype(mx.float32))
 
 
-def _adapted(adapter: Adapter, path: str) -> Pair:
+def _of_experts(adapter: Adapter, path: str) -> Iterator[Pair]:
+    """Yield the weight of each expert of a layer before and after."""
+    base, merged = (_numpy(w) for w in (dequantize_weight(adapter.base), adapter.merged_weight()))
+    a_ERI, b_EOR = (_numpy(factor) for factor in adapter.factors())
+    for expert in range(len(base)):
+        factors = adapter.scale * b_EOR[expert], a_ERI[expert]
+        yield Pair(f"{path}.{expert}", base[expert], merged[expert], factors)
+
+
+def _adapted(adapter: Adapter, path: str) -> Iterator[Pair]:
+    if is_experts(adapter.base):
+        yield from _of_experts(adapter, path)
+    else:
+        yield _of_layer(adapter, path)
+
+
+def _of_layer(adapter: Adapter, path: str) -> Pair:
     base = _numpy(dequantize_weight(adapter.base))
     factors = None
     if not isinstance(adapter, DoRALinear):
@@ -235,7 +251,7 @@ def adapter_pairs(source: str, adapter: Path) -> tuple[str, Iterator[Pair]]:
     load_adapter(loaded.model, adapter)
     adapters = adapters_of(loaded.model)
     kind = "dora" if any(isinstance(a, DoRALinear) for _, a in adapters) else "lora"
-    return kind, (_adapted(module, path) for path, module in adapters)
+    return kind, (pair for path, module in adapters for pair in _adapted(module, path))
 
 
 def model_pairs(source: str, tuned: str) -> tuple[str, Iterator[Pair]]:

@@ -21,7 +21,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_slim.adapters.inject import adapters_of
-from mlx_slim.adapters.lora import Adapter, LoRAEmbedding
+from mlx_slim.adapters.lora import Adapter, LoRAEmbedding, is_experts
 from mlx_slim.adapters.store import CONFIG, load_adapter
 from mlx_slim.artifacts import atomic_folder, public_name
 from mlx_slim.claims import makes_folder
@@ -88,7 +88,7 @@ def export_gguf_adapter(
     if injected.scale == 0:  # llama.cpp takes an alpha of 0 for a scale of 1
         raise SlimError(f"{source} has the scale 0: it changes nothing", "no export is needed")
     adapters = adapters_of(model)
-    rank = adapters[0][1].factors()[0].shape[-2 if _of_experts(adapters[0][1]) else -1]
+    rank = adapters[0][1].stored_rank
     tied = not any(path.endswith("lm_head") for path, _ in model.named_modules())
     tensors = _tensors(adapters, architecture, config, tied)
     name = _name(source)
@@ -131,10 +131,6 @@ def _name(source: Path) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", folder.name) or "adapter"
 
 
-def _of_experts(adapter: Adapter) -> bool:
-    return adapter.lora_a.ndim == 3
-
-
 def _factors(adapter: Adapter) -> tuple[np.ndarray, np.ndarray]:
     """Return (A, B), float32, as llama.cpp multiplies them.
 
@@ -142,7 +138,7 @@ def _factors(adapter: Adapter) -> tuple[np.ndarray, np.ndarray]:
     (V, R), whose rows are looked up, and B (D, R).
     """
     a, b = (np.array(factor.astype(mx.float32)) for factor in adapter.factors())
-    if _of_experts(adapter):
+    if is_experts(adapter.base):
         return a, b
     return (a if isinstance(adapter, LoRAEmbedding) else a.T), b.T
 

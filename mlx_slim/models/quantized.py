@@ -22,6 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_slim.errors import SlimError
 from mlx_slim.models.dequantize import dequantize
 from mlx_slim.runtime import device_memory, on_gpu
 
@@ -55,13 +56,23 @@ def dequantize_weight(module: nn.Module) -> mx.array:
     """Return the dense weight (out, in) of a linear layer or embedding, quantized or not.
 
     Args:
-        module: ``nn.QuantizedLinear``, ``nn.QuantizedEmbedding`` or their dense counterparts.
+        module: ``nn.QuantizedLinear``, ``nn.QuantizedEmbedding``, mlx-lm's
+            ``QuantizedSwitchLinear`` or their dense counterparts.
 
     Returns:
-        The weight (O, I): float32, unrounded; a dense module's own weight as it is.
+        The weight (O, I), of experts (E, O, I): float32, unrounded; a dense module's own weight as
+        it is.
+
+    Raises:
+        SlimError: If experts have an nvfp4 scale each beside their groups'.
     """
-    if not isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+    if "scales" not in module:
         return module["weight"]
+    if module.get("global_scale") is not None and module["weight"].ndim == 3:
+        raise SlimError(
+            "these experts have a tensor scale each (nvfp4), which is not dequantized here",
+            "take a copy of the model in another format",
+        )
     return _dense(module, module["weight"])
 
 
@@ -235,6 +246,27 @@ def quantize_into_fast(model: nn.Module) -> None:
                 module.__class__ = _FastToBe
 
 
+def dense_layer(former: nn.Module, weight: mx.array) -> nn.Module:
+    """Return a layer of the kind of ``former`` with a dense weight, and the bias of ``former``."""
+    from mlx_lm.models.switch_layers import SwitchLinear
+
+    bias = "bias" in former
+    if isinstance(former, (nn.Embedding, nn.QuantizedEmbedding)):
+        dense: nn.Module = nn.Embedding(1, 1)
+    else:
+        dense = SwitchLinear(1, 1, 1, bias) if weight.ndim == 3 else nn.Linear(1, 1, bias)
+    if bias:
+        dense["bias"] = former["bias"]
+    dense["weight"] = weight
+    return dense
+
+
+def _quantized_types() -> tuple[type, ...]:
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear
+
+    return nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear
+
+
 def densify(model: nn.Module, dtype: mx.Dtype | None = None) -> int:
     """Replace quantized layers by dense ones with the same outputs, in place, one at a time.
 
@@ -248,19 +280,15 @@ def densify(model: nn.Module, dtype: mx.Dtype | None = None) -> int:
     Returns:
         The number of layers replaced.
     """
-    kinds = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+    kinds = _quantized_types()
     waiting = [(path, each) for path, each in model.named_modules() if isinstance(each, kinds)]
     count = len(waiting)
     while waiting:  # popped, so that each quantized layer is freed as soon as it is replaced
         path, module = waiting.pop()
         weight = _dense(module, module["weight"]).astype(dtype or mx.float32)
-        if isinstance(module, nn.QuantizedEmbedding):
-            dense: nn.Module = nn.Embedding(1, 1)
-        else:
-            dense = nn.Linear(1, 1, bias="bias" in module)
-            if "bias" in module:
-                dense["bias"] = module["bias"].astype(dtype or module["bias"].dtype)
-        dense["weight"] = weight
+        dense = dense_layer(module, weight)
+        if "bias" in dense and dtype is not None:
+            dense["bias"] = dense["bias"].astype(dtype)
         mx.eval(dense.parameters())
         dense.freeze()
         dense.train(module.training)
@@ -276,7 +304,7 @@ def dense_parameters(model: nn.Module) -> dict[str, Callable[[], mx.array]]:
     flat = dict(tree_flatten(model.parameters()))
     parameters: dict[str, Callable[[], mx.array]] = {}
     for path, module in model.named_modules():
-        if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+        if isinstance(module, _quantized_types()):
             weight, scales, biases = (
                 flat.pop(f"{path}.{part}", None) for part in ("weight", "scales", "biases")
             )

@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_slim.adapters.inject import Site, choose, sites
-from mlx_slim.adapters.lora import dimensions
+from mlx_slim.adapters.lora import dimensions, factor_shapes, is_experts
 from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError
 from mlx_slim.models.attention import Attention, attention_of
@@ -41,8 +41,8 @@ class Block:
         keys: The sum over key heads (values are as many).
         heads: Query heads.
         inner: The widest layer, f; in a mixture of experts, of all experts of one token.
-        inputs: Σ inputs of the adapted layers.
-        outputs: Σ outputs of the adapted layers.
+        inputs: Σ inputs of the adapted layers; of experts, of all of one token.
+        outputs: Σ outputs of the adapted layers, likewise.
         largest: Numbers of the largest weight matrix.
         linear: Numbers of all weight matrices.
         gated: Whether the MLP is gated by SiLU (SwiGLU).
@@ -155,7 +155,7 @@ def _blocks(model: Any, config: ModelConfig, chosen: list[Site], width: int) -> 
     for index, block in enumerate(model.layers):
         inside = [s for s in everything if s.block == index]
         sides = [_sides(s.module) for s in inside]
-        ours = [_sides(s.module)[-2:] for s in chosen if s.block == index]
+        ours = [_sides(s.module) for s in chosen if s.block == index]
         mixed = any(len(side) == 3 for side in sides)
         result.append(
             Block(
@@ -165,8 +165,8 @@ def _blocks(model: Any, config: ModelConfig, chosen: list[Site], width: int) -> 
                 keys=varied[index].get("kv_heads", kv_heads) * head_dim,
                 heads=varied[index].get("heads", heads),
                 inner=max((max(s[-2:]) for s in sides), default=width) * (experts if mixed else 1),
-                inputs=sum(i for i, _ in ours),
-                outputs=sum(o for _, o in ours),
+                inputs=sum(s[-2] * (experts if len(s) == 3 else 1) for s in ours),
+                outputs=sum(s[-1] * (experts if len(s) == 3 else 1) for s in ours),
                 largest=max((s[-1] * s[-2] for s in sides), default=0),
                 linear=sum(s[-1] * s[-2] * (experts if len(s) == 3 else 1) for s in sides),
                 gated=silu and any(s.inside.endswith(GATED_MLP[0]) for s in inside),
@@ -178,12 +178,8 @@ def _blocks(model: Any, config: ModelConfig, chosen: list[Site], width: int) -> 
 
 def _sides(module: Any) -> tuple[int, ...]:
     """(inputs, outputs) of a linear layer; (experts, inputs, outputs) of an expert layer."""
-    if module.weight.ndim == 3:
-        experts, outputs, inputs = module.weight.shape
-        if "scales" in module:
-            inputs = module.scales.shape[-1] * module.group_size
-        return experts, inputs, outputs
-    return dimensions(module)
+    inside = dimensions(module)
+    return (module.num_experts, *inside) if is_experts(module) else inside
 
 
 def refuse_quantized(recipe: Recipe) -> None:
@@ -248,9 +244,10 @@ def training_shapes(config: ModelConfig, recipe: Recipe, dtype: mx.Dtype) -> Tra
         chosen = choose(model, recipe.adapter)
         trainable, rank = {}, recipe.adapter.rank
         for site in chosen:
-            inputs, outputs = _sides(site.module)[-2:]
-            trainable[f"{site.path}.lora_a"] = ((inputs, rank), mx.float32)
-            trainable[f"{site.path}.lora_b"] = ((rank, outputs), mx.float32)
+            inputs, outputs = dimensions(site.module)
+            shape_a, shape_b = factor_shapes(site.module, rank)
+            trainable[f"{site.path}.lora_a"] = (shape_a, mx.float32)
+            trainable[f"{site.path}.lora_b"] = (shape_b, mx.float32)
             if recipe.adapter.adaptive is not None:
                 trainable[f"{site.path}.lora_e"] = ((rank,), mx.float32)
                 frozen += 2 * (inputs + outputs + 1) * rank * FULL_PRECISION_BYTES

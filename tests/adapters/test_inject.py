@@ -198,11 +198,14 @@ def test_twice_is_an_error(tiny: TinyModels) -> None:
         inject(model, AdapterConfig(), dora=False)
 
 
-def test_experts_are_refused_by_name_of_the_layer() -> None:
+def test_a_rank_above_a_router_is_refused_and_experts_are_adapted() -> None:
     config = LLAMA | {"model_type": "mixtral", "hidden_size": 64, "num_hidden_layers": 1}
     config |= {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     config |= {"vocab_size": 64, "num_local_experts": 2, "num_experts_per_tok": 1}
     model = unallocated(config)
-    with pytest.raises(SlimError, match="expert layer"):
+    with pytest.raises(SlimError, match=r"smaller side of .*block_sparse_moe.gate, 2") as caught:
         inject(model, AdapterConfig(), dora=False)
-    assert len(inject(model, AdapterConfig(targets=["q_proj", "o_proj"]), dora=False).paths) == 2
+    assert "leave it out of adapter.targets" in caught.value.hint
+    placed = inject(model, AdapterConfig(targets=["q_proj", "down_proj"]), dora=False)
+    assert [path.rsplit(".", 1)[-1] for path in placed.paths] == ["q_proj", "down_proj"]
+    assert placed.parameters == 8 * (64 + 64) + 2 * 8 * (64 + 64)  # a pair of factors an expert
