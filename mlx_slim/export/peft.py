@@ -40,7 +40,7 @@ _PROBE = 16  # tokens on which what was written is compared
 
 
 def base_of(adapter: str | Path, recorded: str | None, requested: str | None) -> str:
-    """Return the base of an adapter: the one that is asked for, else the one that it names.
+    """Return the base of an adapter: the requested one, else the one that it names.
 
     Raises:
         SlimError: If there is neither.

@@ -88,8 +88,8 @@ class GGUFFile:
         if tensor.kind in _PACKED:
             rows = math.prod(tensor.shape[:-1])  # those of all experts, where there are several
             raw = np.asarray(data).reshape(rows, tensor.shape[-1] // _GROUP, -1)
-            parts = zip(("weight", "scales", "biases"), _PACKED[tensor.kind](raw), strict=True)
-            return {part: mx.array(v.reshape(*tensor.shape[:-1], -1)) for part, v in parts}
+            arrays = zip(("weight", "scales", "biases"), _PACKED[tensor.kind](raw), strict=True)
+            return {leaf: mx.array(v.reshape(*tensor.shape[:-1], -1)) for leaf, v in arrays}
         if tensor.kind in ("F32", "F16"):
             dtype = np.dtype("<f4" if tensor.kind == "F32" else "<f2")
             return {"weight": mx.array(data.view(dtype).reshape(tensor.shape))}
