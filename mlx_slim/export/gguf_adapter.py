@@ -33,7 +33,7 @@ from mlx_slim.export.model import Exported, add_versions, stage_notifier
 from mlx_slim.export.options import GgufAdapterOptions
 from mlx_slim.export.peft import base_errors, base_of
 from mlx_slim.models.build import refuse_unnamed, refuse_varied
-from mlx_slim.models.gguf.architectures import BY_MODEL_TYPE, Architecture
+from mlx_slim.models.gguf.architectures import BY_MODEL_TYPE, Architecture, inner_path
 from mlx_slim.models.gguf.file import read_gguf
 from mlx_slim.models.hub import resolve
 from mlx_slim.models.load import open_weights
@@ -200,15 +200,15 @@ def _check(
 ) -> None:
     """Raise unless ``file``, read by the importer's table, holds the factors of ``adapters``."""
     stored = read_gguf(file)
-    expected = dict(adapters)
+    expected = {inner_path(path): adapter for path, adapter in adapters}
     wrong = []
     for tensor in stored.tensors:
         name, _, leaf = tensor.rpartition(".")
         place = architecture.module_of(name)
-        adapter = expected.get(place[0]) if place else None
-        if place is None or adapter is None:
+        if place is None or place[0] not in expected:
             wrong.append(tensor)
             continue
+        adapter = expected[place[0]]
         value = stored.read(tensor)["weight"]
         if leaf == "lora_b":
             value = architecture.from_gguf(value, place[0], leaf, config)

@@ -27,7 +27,7 @@ from mlx_slim.export.card import Card, describe
 from mlx_slim.export.options import GgufOptions, HfOptions
 from mlx_slim.models import fidelity
 from mlx_slim.models.gguf.load import import_gguf
-from mlx_slim.models.gguf.write import TYPES, check_writable_as_gguf, write_gguf
+from mlx_slim.models.gguf.write import TYPES, check_writable_as_gguf, language_model, write_gguf
 from mlx_slim.models.hf import check_writable_as_hf, hf_config
 from mlx_slim.models.load import cast, load, open_weights, read_config
 from mlx_slim.models.quantized import dense_parameters, densify, is_quantized
@@ -196,7 +196,7 @@ def export_gguf(
         say("reading it back")
         again = import_gguf(temporary / file).model
         unread = open_weights(loaded.path, dtype=compute_dtype())[0]
-        error, path = _largest_error(unread, again)
+        error, path = _largest_error(language_model(unread), again)
         if not error <= _ROUNDING[kind]:
             raise SlimError(
                 f"{file}: {path} reads back with a relative error of {error:.2g}, at most "

@@ -66,6 +66,7 @@ def test_the_base_with_its_adapter_is_the_fused_model(
         changed[name] = changed[name] + facts["adapter.lora.alpha"] / b.shape[-1] * change
     for name, value in expected.items():
         assert np.allclose(changed[name], value, atol=1e-6), name
+    assert all(value.dtype == np.float32 for value in (one.data for one in reader.tensors))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "--lora run-lora.gguf" in card and str(tmp_path) not in card
 

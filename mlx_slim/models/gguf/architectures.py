@@ -47,7 +47,13 @@ _PHI = {
     "ffn_down": "mlp.fc2",
 }
 _TENSOR = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)")
+_WRAPPER = "language_model."  # of models with a vision part
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+
+
+def inner_path(path: str) -> str:
+    """Return a path inside the language model of a model that wraps one."""
+    return path.removeprefix(_WRAPPER)
 
 
 def _mixture(router: str, experts: str) -> dict[str, str]:
@@ -86,8 +92,8 @@ class Architecture:
 
     def tensor_of(self, path: str) -> str | None:
         """Return GGUF's name of the module at ``path``, without its leaf; None if it has none."""
-        match = _LAYER.fullmatch(path)
-        inside = match[2] if match else path
+        match = _LAYER.fullmatch(inner_path(path))
+        inside = match[2] if match else inner_path(path)
         name = next((name for name, other in self.names.items() if other == inside), None)
         return name if name is None or match is None else f"blk.{match[1]}.{name}"
 

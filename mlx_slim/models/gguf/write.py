@@ -9,6 +9,8 @@ written one at a time, never all in memory. Try it:
 
 from __future__ import annotations
 
+import copy
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,12 @@ from mlx_slim.errors import SlimError
 from mlx_slim.models.build import refuse_unnamed, refuse_varied
 from mlx_slim.models.gguf.architectures import ARCHITECTURES, Architecture
 from mlx_slim.models.gguf.file import pack_blocks
-from mlx_slim.models.gguf.settings import llama3_factors
+from mlx_slim.models.gguf.settings import (
+    LOCAL_BASE,
+    WINDOW_PATTERN,
+    llama3_factors,
+    softmax_width,
+)
 from mlx_slim.models.gguf.vocab import vocabulary
 from mlx_slim.models.quantized import dequantize_weight
 from mlx_slim.reading import ModelConfig
@@ -29,6 +36,7 @@ from mlx_slim.reading import ModelConfig
 TYPES = ("f32", "f16", "q8_0", "q4_0", "q4_1")
 # Model type -> GGUF architecture. Phi's fused qkv is read here but not written.
 WRITES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+WRITES |= {"gemma3_text": "gemma3", "gemma3": "gemma3"}
 _BLOCK = 32
 _FILE_TYPES = {kind: f"{'ALL' if kind == 'f32' else 'MOSTLY'}_{kind.upper()}" for kind in TYPES}
 
@@ -41,13 +49,53 @@ def check_writable_as_gguf(config: ModelConfig) -> None:
     """
     refuse_varied(config, "GGUF")
     refuse_unnamed(config, WRITES, "GGUF", "or export --to hf and use llama.cpp's converter")
+    gemma3 = WRITES[config["model_type"]] == "gemma3"
+    config = text_config(config)
     scaling = config.get("rope_scaling") or {}
     rope = scaling.get("rope_type") or scaling.get("type") or "default"
-    if rope not in ("default", "linear", "yarn", "llama3"):
+    if gemma3:
+        _check_gemma3(config)
+    if rope not in (("default", "linear") if gemma3 else ("default", "linear", "yarn", "llama3")):
         raise SlimError(
             f"RoPE scaling {rope!r} cannot be exported to GGUF",
             "export --to hf and use llama.cpp's converter",
         )
+
+
+def _check_gemma3(config: dict[str, Any]) -> None:
+    """Refuse a Gemma 3 whose settings are not those in llama.cpp's code, where GGUF has no key."""
+    expected = {
+        "query_pre_attn_scalar": softmax_width(config),
+        "sliding_window_pattern": WINDOW_PATTERN,
+        "rope_local_base_freq": LOCAL_BASE,
+        "rope_parameters": None,  # by layer type: those that the class has no keys for
+    }
+    for key, value in expected.items():
+        if config.get(key) != value:
+            raise SlimError(
+                f"this Gemma 3 has {key} {config.get(key)!r}, which cannot be exported to GGUF: "
+                f"llama.cpp computes with {value!r}",
+                "no file of it would be read right there; export --to hf",
+            )
+
+
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of the language model in ``config``, with the defaults of a Gemma 3."""
+    from mlx_lm.models import gemma3, gemma3_text
+
+    kind = config["model_type"]
+    if kind not in ("gemma3", "gemma3_text"):
+        return config
+    text = copy.deepcopy(config)
+    if kind == "gemma3":
+        text = gemma3.ModelArgs.from_dict(text).text_config  # with its numbers of heads
+    shape = asdict(gemma3_text.ModelArgs.from_dict({**text, "model_type": "gemma3_text"}))
+    return {**config, "rope_parameters": text.get("rope_parameters"), **shape}
+
+
+def language_model(model: nn.Module) -> nn.Module:
+    """Return the part of ``model`` that reads text: ``model`` itself, or what a Gemma 3 wraps."""
+    return model.get("language_model", model)
 
 
 def write_gguf(
@@ -73,6 +121,7 @@ def write_gguf(
 
     check_writable_as_gguf(config)
     architecture = ARCHITECTURES[WRITES[config["model_type"]]]
+    model, config = language_model(model), text_config(config)
     places = _places(model, config, architecture)
     writer = GGUFWriter(path, architecture.name)
     try:
@@ -199,7 +248,9 @@ def _settings(writer: Any, config: ModelConfig, architecture: Architecture) -> N
     writer.add_rope_freq_base(config.get("rope_theta", 10000.0))
     writer.add_vocab_size(config["vocab_size"])
     writer.add_rope_dimension_count(head_dim)
-    if head_dim * heads != width:
+    if architecture.name == "gemma3":
+        writer.add_sliding_window(config["sliding_window"])
+    if head_dim * heads != width or architecture.name == "gemma3":
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
     scaling = config.get("rope_scaling") or {}
