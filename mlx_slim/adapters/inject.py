@@ -10,7 +10,7 @@ Try it: ``python -m pytest tests/adapters/test_inject.py``.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,14 +120,20 @@ def _ends_with(path: str, name: str) -> bool:
     return path == name or path.endswith("." + name)
 
 
-def _matches(target: str, candidates: Iterable[Site]) -> list[Site]:
+def _matches(target: str, candidates: Collection[Site], rank: int) -> list[Site]:
     if target == "all-linear":
+        mixtures = {s.block for s in candidates if is_experts(s.module)}
+
+        def least(s: Site) -> int:
+            """A router has as many outputs as experts: below the rank, it is none to adapt."""
+            return max(_LEAST, rank) if s.block in mixtures else _LEAST
+
         return [
             s
             for s in candidates
             if s.block is not None
             and not isinstance(s.module, EMBEDDING_TYPES)
-            and not (is_linear(s.module) and min(dimensions(s.module)) < _LEAST)
+            and not (is_linear(s.module) and min(dimensions(s.module)) < least(s))
         ]
     if target.startswith("re:"):
         try:
@@ -150,7 +156,7 @@ def choose(model: Any, config: AdapterConfig) -> list[Site]:
     targets = [config.targets] if isinstance(config.targets, str) else config.targets
     selected: set[str] = set()
     for target in targets:
-        matched = _matches(target, candidates)
+        matched = _matches(target, candidates, config.rank)
         if not matched:
             names = {s.inside for s in everything}
             if "." not in target:

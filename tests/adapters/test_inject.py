@@ -204,8 +204,11 @@ def test_a_rank_above_a_router_is_refused_and_experts_are_adapted() -> None:
     config |= {"vocab_size": 64, "num_local_experts": 2, "num_experts_per_tok": 1}
     model = unallocated(config)
     with pytest.raises(SlimError, match=r"smaller side of .*block_sparse_moe.gate, 2") as caught:
-        inject(model, AdapterConfig(), dora=False)
+        inject(model, AdapterConfig(targets=["gate"]), dora=False)
     assert "leave it out of adapter.targets" in caught.value.hint
-    placed = inject(model, AdapterConfig(targets=["q_proj", "down_proj"]), dora=False)
-    assert [path.rsplit(".", 1)[-1] for path in placed.paths] == ["q_proj", "down_proj"]
-    assert placed.parameters == 8 * (64 + 64) + 2 * 8 * (64 + 64)  # a pair of factors an expert
+    placed = inject(model, AdapterConfig(), dora=False)
+    names = [path.rsplit(".", 1)[-1] for path in placed.paths]
+    attention, experts = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj"]
+    assert names == [*attention, *experts, "down_proj"]  # all-linear without the router
+    sides = 8 * (64 + 64)
+    assert placed.parameters == 2 * sides + 2 * 8 * (64 + 32) + 3 * 2 * sides  # two experts each

@@ -60,7 +60,7 @@ def test_training(tiny: TinyModels, tmp_path: Path, architecture: str, method: s
     settings = recipe(tiny(architecture), rows, method, steps=4, validate_every=9, save_every=9)
     if method != "full":
         values = settings.recipe.model_dump(exclude_unset=True)
-        values["adapter"] = {"targets": ["q_proj", "v_proj", "o_proj"]}
+        values["adapter"] = {"rank": 4, "targets": "all-linear"}  # the experts too
         settings = from_values(values, "small", "test")
     finetune(settings, tmp_path / "run", observer=Recorder())
     trained_losses = losses(tmp_path / "run")
