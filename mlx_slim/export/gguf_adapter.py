@@ -212,8 +212,7 @@ def _check(
         value = stored.read(tensor)["weight"]
         if leaf == "lora_b":
             value = architecture.from_gguf(value, place[0], leaf, config)
-        factor = dict(zip(("lora_a", "lora_b"), _factors(adapter), strict=True))[leaf]
-        if not np.array_equal(np.array(value), factor):
+        if not np.array_equal(np.array(value), _factors(adapter)[leaf == "lora_b"]):
             wrong.append(tensor)
     if wrong or len(stored.tensors) != 2 * len(adapters):
         raise SlimError(

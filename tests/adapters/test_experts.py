@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.lora import LoRASwitchLinear as StockLoRA
 from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -94,7 +95,7 @@ def test_a_layer_computes_what_mlx_lm_s_does(bits: int | None, sort: bool) -> No
 def test_half_precision_computes_in_it() -> None:
     """Looked at only: MLX has no half-precision product of experts on a CPU."""
     base = layer(None)
-    base.update(nn.utils.tree_map(lambda v: v.astype(mx.bfloat16), base.parameters()))
+    base.update(tree_map(lambda v: v.astype(mx.bfloat16), base.parameters()))
     base.freeze()
     adapter = LoRASwitchLinear(base, 4, 1.0, dropout=0.5)
     shake(adapter)
@@ -126,7 +127,7 @@ def test_folders_are_mlx_lm_s_both_ways(
     (tmp_path / "b").mkdir()
     tensors = {
         path: mx.random.normal(value.shape, key=mx.random.key(len(path))) * 0.1
-        for path, value in nn.utils.tree_flatten(theirs.parameters())
+        for path, value in tree_flatten(theirs.parameters())
         if ".lora_" in path
     }
     mx.save_safetensors(str(tmp_path / "b" / "adapters.safetensors"), tensors)

@@ -47,7 +47,8 @@ def test_blocks_of_experts_and_of_gemma_stay_code_for_code(tmp_path: Path, famil
     model = load(tmp_path / "out").model
     modules: dict[str, Any] = dict(model.named_modules())
     rounded = 0
-    for path, expected in tree_flatten(load(source).model.parameters()):
+    parameters: Any = tree_flatten(load(source).model.parameters())
+    for path, expected in parameters:
         layer = modules[path.rsplit(".", 1)[0]]
         if "scales" not in layer:
             assert mx.allclose(layer[path.rsplit(".", 1)[1]], expected, atol=1e-6)
