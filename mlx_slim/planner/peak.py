@@ -90,6 +90,7 @@ def _stored(block: Block, recipe: Recipe, scores: int, gpu: bool) -> float:
     kind = "other" if not block.gated else "gated" if gpu else "fast"
     residuals = (block.norms - 1) * block.width  # each sublayer after the first stores its input
     numbers = _numbers(block, STORED, scores) + residuals + STORED_INNER[kind] * block.inner
+    numbers += block.routed
     if recipe.method != "full" and recipe.adapter.dropout > 0:
         # The copies replace the inputs themselves, which several layers use.
         shared = block.norms * block.width + block.queries + block.inner

@@ -43,6 +43,7 @@ class Block:
         inner: The widest layer, f; in a mixture of experts, of all experts of one token.
         inputs: Σ inputs of the adapted layers; of experts, of all of one token.
         outputs: Σ outputs of the adapted layers, likewise.
+        routed: The copies of a token that adapted experts read, sorted by expert; 0 without.
         largest: Numbers of the largest weight matrix.
         linear: Numbers of all weight matrices.
         gated: Whether the MLP is gated by SiLU (SwiGLU).
@@ -58,6 +59,7 @@ class Block:
     inner: int
     inputs: int
     outputs: int
+    routed: int
     largest: int
     linear: int
     gated: bool
@@ -167,6 +169,7 @@ def _blocks(model: Any, config: ModelConfig, chosen: list[Site], width: int) -> 
                 inner=max((max(s[-2:]) for s in sides), default=width) * (experts if mixed else 1),
                 inputs=sum(s[-2] * (experts if len(s) == 3 else 1) for s in ours),
                 outputs=sum(s[-1] * (experts if len(s) == 3 else 1) for s in ours),
+                routed=experts * width * any(len(s) == 3 and s[-2] == width for s in ours),
                 largest=max((s[-1] * s[-2] for s in sides), default=0),
                 linear=sum(s[-1] * s[-2] * (experts if len(s) == 3 else 1) for s in sides),
                 gated=silu and any(s.inside.endswith(GATED_MLP[0]) for s in inside),

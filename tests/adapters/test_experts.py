@@ -229,3 +229,5 @@ def test_the_planner_counts_what_is_trained(mixture: Any, method: str) -> None:
     assert shapes.trainable == counted
     assert shapes.trainable_parameters == sum(v.size for v in trainable(loaded.model).values())
     assert any(len(shape) == 3 for shape in counted.values())
+    # two experts a token in blocks 0 and 2, none in block 1
+    assert [block.routed for block in shapes.blocks] == [2 * 64, 0, 2 * 64]

@@ -92,6 +92,7 @@ def test_attention_on_a_mac_is_near_what_was_measured(how: str) -> None:
         inner=0,
         inputs=0,
         outputs=0,
+        routed=0,
         largest=0,
         linear=0,
         gated=True,
