@@ -47,7 +47,7 @@ class AdapterConfig(Section):
         alpha: ΔW = alpha/r · BA (alpha/√r with rslora, arXiv 2312.03732).
         scale: The factor itself instead of ``alpha``: ΔW = scale · BA, as mlx-lm stores it.
         dropout: Share of the adapter's inputs dropped in training.
-        targets: ``all-linear`` (of a mixture the experts too, but no router that has fewer experts
+        targets: ``all-linear`` (of a mixture the experts too, but no router that has fewer outputs
             than the rank), or module names (``q_proj``, ``self_attn.q_proj``), or ``re:PATTERN``
             matched against the whole path inside a block.
         layers: ``all``, the last N blocks, or a list of block indices.
