@@ -53,6 +53,7 @@ from mlx_slim.quantization.policy import quantize_config
 from mlx_slim.quantization.run import compress
 
 _STEPS = 4
+_INTERNAL = "internal error: "
 _TOLERANCE = 2e-3  # of logits and losses in float32, relative to the largest
 
 
@@ -261,7 +262,7 @@ def _foreign_gguf(case: Case) -> None:
     """Write the head of a GGUF file of this type: what refuses it is the reader."""
     from gguf import GGUFWriter
 
-    if case.model_type in {one.model_type for one in ARCHITECTURES.values()}:
+    if case.model_type in {*ARCHITECTURES, *(one.model_type for one in ARCHITECTURES.values())}:
         raise SlimError("read, but not written: there is no file here to read back")
     file = case.folder / "foreign.gguf"
     writer = GGUFWriter(str(file), case.model_type)
@@ -300,7 +301,7 @@ def cells(model_type: str, columns: Sequence[str]) -> Iterator[tuple[str, str]]:
         try:
             case = build_case(model_type, folder)
         except Exception as error:
-            reason = f"{NOT_SMALL}: {_line(error, folder)}"
+            reason = f"{NOT_SMALL}: {_line(error, folder).removeprefix(_INTERNAL)}"
             yield from ((column, reason) for column in columns)
             return
         for column in columns:
@@ -325,7 +326,7 @@ def _line(error: Exception, folder: Path) -> str:
     """Return what the command prints of an error, without the path of the temporary folder."""
     message = error.message if isinstance(error, SlimError) else f"{type(error).__name__}: {error}"
     text = " ".join(message.split()).replace(f"{folder}/", "").replace(str(folder), "")
-    return text if isinstance(error, SlimError) else f"internal error: {text[:200]}"
+    return text if isinstance(error, SlimError) else f"{_INTERNAL}{text[:200]}"
 
 
 def main() -> None:

@@ -64,6 +64,7 @@ SPECIAL: dict[str, ModelConfig] = {
             "final_logit_softcapping": 30.0,
         }
     },
+    "gemma3_text": {"num_hidden_layers": 6, "sliding_window_pattern": 6},  # all that GGUF stores
     "gemma4_text": {"layer_types": MIXED},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * (LAYERS // 2), "mamba_n_heads": 8},
     "llama": {"sliding_window": None},

@@ -70,11 +70,19 @@ def construct(config: ModelConfig) -> nn.Module:
     reads_scaling = support_of(model_class.__module__).reads_scaling
     arguments = config if reads_scaling else rope_install.plain_config(config)
     model = model_class(args_class.from_dict(arguments))
+    _initialise(model)
     apply_widths(model, config)
     reference = reference_of(config)
     rope_install.install(model, config, reference)
     use_tanh_gelu(model, reference.activation)
     return model
+
+
+def _initialise(model: nn.Module) -> None:
+    """Give a module whose class forgets to call ``nn.Module.__init__`` what that sets."""
+    for module in model.modules():
+        if not hasattr(module, "_no_grad"):  # recurrent_gemma
+            module._no_grad, module._training = set(), True
 
 
 def apply_widths(model: nn.Module, config: ModelConfig) -> None:

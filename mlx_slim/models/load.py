@@ -140,14 +140,14 @@ def load(
                 config = transform(model, config)
             read_weights(model, short(folder))
             mx.eval(_constants(model))
-    use_fast_matmul(model)
-    use_fast_swiglu(model)
     use_exact_scale(model)
     use_row_masks(model)
     use_shared_keys(model)
     use_fast_gated_delta(model)
     with library_errors(f"{short(folder)} does not compute", "take the config of the original"):
         model(mx.zeros((1, 2), mx.int32))  # type: ignore[operator]  # shapes only: not evaluated
+    use_fast_matmul(model)
+    use_fast_swiglu(model)
     with stage(f"loading the tokenizer of {public_name(source)}"):
         tokenizer, more = _load_tokenizer(folder, config, trust_remote_code)
     return Loaded(

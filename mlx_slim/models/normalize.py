@@ -143,6 +143,14 @@ def _fields(module: ModuleType) -> set[str]:
     return {f.name for f in dataclasses.fields(args)} if dataclasses.is_dataclass(args) else set()
 
 
+def _text_fields(module: ModuleType) -> set[str]:
+    """Return the fields of the class of ``module`` that reads a nested configuration, if any."""
+    kinds = (getattr(module, name, None) for name in ("TextArgs", "TextConfig", "TextModelArgs"))
+    return {
+        f.name for kind in kinds if dataclasses.is_dataclass(kind) for f in dataclasses.fields(kind)
+    }
+
+
 def _tie(
     config: ModelConfig,
     module: ModuleType,
@@ -164,7 +172,7 @@ def _tie(
 def _flatten_rope(
     config: ModelConfig, module: ModuleType, notes: list[str], *, strict: bool
 ) -> None:
-    fields = _fields(module)
+    fields = _fields(module) if strict else _fields(module) | _text_fields(module)
     scaling = config.get("rope_scaling")
     if scaling is not None and not isinstance(scaling, dict):
         raise SlimError(f"config.json: rope_scaling is {scaling!r}, expected an object", _ORIGINAL)

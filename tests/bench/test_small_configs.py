@@ -22,7 +22,7 @@ def test_sizes_follow_the_names_of_the_fields() -> None:
 
 
 def test_a_nested_configuration_is_that_of_the_class_that_reads_it() -> None:
-    assert small_config("gemma3")["text_config"]["num_hidden_layers"] == LAYERS
+    assert small_config("qwen3_vl")["text_config"]["num_hidden_layers"] == LAYERS
     assert small_config("kimi_k3")["text_config"]["linear_attn_config"]["num_heads"] == 4
 
 
