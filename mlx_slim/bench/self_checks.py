@@ -58,7 +58,7 @@ ALLOWED: dict[str, tuple[float, float]] = {
 }
 
 
-class Difference(NamedTuple):
+class Deviation(NamedTuple):
     """One difference.
 
     Attributes:
@@ -139,7 +139,7 @@ def _step(loop: Loop) -> tuple[float, dict[str, mx.array]]:
     return result.loss, result.gradients
 
 
-def gradients(place: Place) -> Iterator[Difference]:
+def gradients(place: Place) -> Iterator[Deviation]:
     """Compare a step with the plain one, in float32 on the CPU."""
     for method, name in METHODS.items():
         with _loop(place, method) as (tuned, loop):
@@ -148,14 +148,14 @@ def gradients(place: Place) -> Iterator[Difference]:
             expected_loss, expected = plain.step(_single_rows(loop), trainable(tuned.model))
             loss, actual = _step(loop)
         relative = abs(loss - expected_loss) / expected_loss
-        yield Difference(f"loss, {name}: = float32 on the CPU", relative, allowed("loss"))
+        yield Deviation(f"loss, {name}: = float32 on the CPU", relative, allowed("loss"))
         value, path = largest_difference(actual, expected)
-        yield Difference(
+        yield Deviation(
             f"gradients, {name}: = float32 on the CPU", value, allowed("gradient"), where=path
         )
 
 
-def _same_step(what: str, place: Place, one: JsonObject, other: JsonObject) -> Difference:
+def _same_step(what: str, place: Place, one: JsonObject, other: JsonObject) -> Deviation:
     """Compare loss and gradients of one step that is computed in two ways."""
     with _loop(place, "qlora", **one) as (_, loop):
         loss, actual = _step(loop)
@@ -165,16 +165,16 @@ def _same_step(what: str, place: Place, one: JsonObject, other: JsonObject) -> D
     relative = abs(loss - expected_loss) / expected_loss
     if not relative <= value:
         value, path = relative, "loss"
-    return Difference(what, value, allowed("same step"), where=path)
+    return Deviation(what, value, allowed("same step"), where=path)
 
 
-def packed(place: Place) -> Iterator[Difference]:
+def packed(place: Place) -> Iterator[Deviation]:
     """Compare rows that share a sequence with rows apart."""
     ways = ({"batching": mode, "compile": False} for mode in ("packed", "grouped"))
     yield _same_step("step, rows packed = apart", place, *ways)
 
 
-def compiled(place: Place) -> Iterator[Difference]:
+def compiled(place: Place) -> Iterator[Deviation]:
     """Compare a compiled step with one that is not."""
     ways = ({"batching": "grouped", "compile": fused} for fused in (True, False))
     yield _same_step("step, compiled = eager", place, *ways)
@@ -199,7 +199,7 @@ def _losses(run: Path) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in records if record["event"] == "step"}
 
 
-def resumed(place: Place) -> Iterator[Difference]:
+def resumed(place: Place) -> Iterator[Deviation]:
     """Compare a run that was ended and resumed with one that was not: losses and weights."""
     recipe = place.recipe("qlora", steps=RESUME_STEPS, save_every=2)
     nobody = events.Broadcast([])
@@ -220,13 +220,13 @@ def resumed(place: Place) -> Iterator[Difference]:
         for path, value in tensors.items()
         if path in others
     )
-    yield Difference("run, resumed = uninterrupted", float(count), 0.0, "differ")
+    yield Deviation("run, resumed = uninterrupted", float(count), 0.0, "differ")
 
 
 # -------------------------------------------------------------------------------------- scoring
 
 
-def quantized(place: Place) -> Iterator[Difference]:
+def quantized(place: Place) -> Iterator[Deviation]:
     """Compare the logits of quantized layers with those of dense float32 ones on the CPU."""
     tokens_BT = mx.array([[(7 * t) % 250 for t in range(96)]])
     for bits in (4, 8):
@@ -240,7 +240,7 @@ def quantized(place: Place) -> Iterator[Difference]:
             mx.eval(expected)
         close = logits_close(actual, expected, Change.SHAPES)
         ratio = close.gap / close.largest
-        yield Difference(f"logits, {bits} bits: = dequantized", ratio, allowed("logits"))
+        yield Deviation(f"logits, {bits} bits: = dequantized", ratio, allowed("logits"))
 
 
 def _requests(seed: int = 0) -> list[Request]:
@@ -258,7 +258,7 @@ def _requests(seed: int = 0) -> list[Request]:
     return requests
 
 
-def scorers(place: Place) -> Iterator[Difference]:
+def scorers(place: Place) -> Iterator[Deviation]:
     """Compare the scorers with one plain pass a request."""
     loaded = load(place.model, dtype=resolve_dtype("auto"))
     requests = _requests()
@@ -267,7 +267,7 @@ def scorers(place: Place) -> Iterator[Difference]:
         abs(score.loglikelihood - plain_score(loaded.model, request.ids, request.start)[0])
         for score, request in zip(scores, requests, strict=True)
     ]
-    yield Difference("log-likelihoods = plain scorer", _largest(gaps), allowed("nats"), "nats")
+    yield Deviation("log-likelihoods = plain scorer", _largest(gaps), allowed("nats"), "nats")
     prompts = [list(request.ids) for request in requests[::3]]
     answers = generate_batch(loaded.model, loaded.tokenizer, prompts, NEW_TOKENS, ())
     behind = []
@@ -276,7 +276,7 @@ def scorers(place: Place) -> Iterator[Difference]:
         logits_TV = plain_logits(loaded.model, [*prompt, *answer.ids])[len(prompt) - 1 : -1]
         best, chosen = logits_TV.max(-1), logits_TV[np.arange(len(answer.ids)), answer.ids]
         behind.append(float((best - chosen).max() / np.abs(logits_TV).max()))
-    yield Difference("generated tokens = plain scorer", _largest(behind), allowed("logits"))
+    yield Deviation("generated tokens = plain scorer", _largest(behind), allowed("logits"))
 
 
 def _largest(values: list[float]) -> float:
@@ -287,19 +287,19 @@ def _largest(values: list[float]) -> float:
 # -------------------------------------------------------------------------------- memory, speed
 
 
-def memory(place: Place) -> Iterator[Difference]:
+def memory(place: Place) -> Iterator[Deviation]:
     """Compare predicted with measured peaks of real steps, in processes of their own."""
     for method in MEMORY_METHODS:
         values = place.recipe(method).recipe.model_dump(mode="json", exclude_unset=True)
         peaks = run_side("sides", "probe", json.loads(json.dumps(values)))
         ratio = peaks["predicted_peak_bytes"] / peaks["measured_peak_bytes"]
         name = f"peak memory, {method}: predicted = measured"
-        yield Difference(name, abs(ratio - 1), allowed("memory"), where=f"predicted {ratio:.2f} x")
+        yield Deviation(name, abs(ratio - 1), allowed("memory"), where=f"predicted {ratio:.2f} x")
         speed = peaks["computed_tokens"] / peaks["seconds_per_batch"]
-        yield Difference(f"training speed, {method}", speed, None, "tokens/s")
+        yield Deviation(f"training speed, {method}", speed, None, "tokens/s")
 
 
-CHECKS: dict[str, Callable[[Place], Iterator[Difference]]] = {
+CHECKS: dict[str, Callable[[Place], Iterator[Deviation]]] = {
     "gradients": gradients,
     "packed rows": packed,
     "compiled step": compiled,

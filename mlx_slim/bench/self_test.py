@@ -20,7 +20,7 @@ import mlx.core as mx
 
 from mlx_slim.artifacts import SCHEMA_VERSION
 from mlx_slim.bench.machine import machine
-from mlx_slim.bench.self_checks import CHECKS, Difference, Place
+from mlx_slim.bench.self_checks import CHECKS, Deviation, Place
 from mlx_slim.bench.small_model import write_rows, write_small_model
 from mlx_slim.errors import SlimError
 from mlx_slim.progress import stage
@@ -101,9 +101,9 @@ def _run(
     return results
 
 
-def _judged(difference: Difference) -> CheckResult:
+def _judged(deviation: Deviation) -> CheckResult:
     """Return the line of a difference; NaN is off."""
-    what, value, allowed, unit, where = difference
+    what, value, allowed, unit, where = deviation
     if math.isnan(value):
         return CheckResult(what, None, allowed, unit, OFF, "NaN")
     status = REPORTED if allowed is None else OK if value <= allowed else OFF

@@ -1,4 +1,4 @@
-"""What slows a run from outside: battery, heat, other programs' memory; each is said once.
+"""What slows a run from outside: battery, heat, other programs' memory; each is reported once.
 
 Invariant: it listens and reports and changes nothing of the run; what it says depends on the
 machine, so it goes to the console and not into ``metrics.jsonl``, which a resumed run repeats. Try

@@ -13,7 +13,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_slim.bench import self_checks, self_test, small_model
-from mlx_slim.bench.self_checks import CHECKS, Difference, Place
+from mlx_slim.bench.self_checks import CHECKS, Deviation, Place
 from mlx_slim.cli.main import run
 from mlx_slim.evaluation.scoring import loglikelihood
 from mlx_slim.models import quantized, structure
@@ -122,9 +122,9 @@ def test_a_broken_piece_is_off(place: Place, title: str, monkeypatch: pytest.Mon
 def test_not_a_number_is_off_and_an_error_is_a_line(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def check(_: Place) -> Iterator[Difference]:
-        yield Difference("nothing", float("nan"), 1.0)
-        yield Difference("speed", float("nan"), None, "tokens/s")
+    def check(_: Place) -> Iterator[Deviation]:
+        yield Deviation("nothing", float("nan"), 1.0)
+        yield Deviation("speed", float("nan"), None, "tokens/s")
         raise ValueError(f"cannot read {place.model}")
 
     lines: list[str] = []
