@@ -14,7 +14,7 @@ from mlx_slim.bench.small_configs import small_config
 from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import SlimError
 from mlx_slim.models.build import build
-from mlx_slim.models.quantized import is_quantized
+from mlx_slim.models.quantized import LayerFormat, is_quantized
 from mlx_slim.quantization.apply import quantize_model
 from mlx_slim.quantization.policy import RECIPES, make_policy
 from tests.support.stock import stock_load
@@ -147,3 +147,23 @@ def test_no_layer_fits() -> None:
     model = nn.Sequential(nn.Linear(24, 8))
     with pytest.raises(SlimError, match="input widths are 24"):
         quantize_model(model, {}, QuantizeConfig(group_size=32))
+
+
+def test_a_models_own_policy_may_name_bits_alone(source: Source) -> None:
+    """The rest is MLX's default, whatever the other layers have, in the config too."""
+    model, config = source()
+    name = "lm_head"
+    type(model).quant_predicate = property(  # type: ignore[attr-defined]
+        lambda _: lambda path, _module: {"bits": 8} if path == name else True
+    )
+    try:
+        assert make_policy(model, QuantizeConfig(bits=4, group_size=32)).chosen[name] == (
+            LayerFormat(group_size=64, bits=8, mode="affine")
+        )
+        report = quantize_model(model, config, QuantizeConfig(bits=4, group_size=32))
+    finally:
+        del type(model).quant_predicate
+    settings = report.config["quantization"]
+    assert settings[name] == {"group_size": 64, "bits": 8, "mode": "affine"}
+    assert (settings["group_size"], settings["bits"]) == (32, 4)
+    assert (model.lm_head.group_size, model.lm_head.bits) == (64, 8)
