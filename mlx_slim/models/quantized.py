@@ -144,7 +144,8 @@ def _dense(module: nn.Module, weight_OQ: mx.array) -> mx.array:
 
 def format_of(module: nn.Module) -> LayerFormat:
     """Return the format of a quantized ``module``."""
-    return LayerFormat(module.group_size, module.bits, getattr(module, "mode", "affine"))
+    layer = cast(Any, module)
+    return LayerFormat(layer.group_size, layer.bits, getattr(layer, "mode", "affine"))
 
 
 def _matmul(module: nn.Module, x_MI: mx.array) -> mx.array:

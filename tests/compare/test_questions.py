@@ -10,7 +10,12 @@ import pytest
 
 from mlx_slim.compare.evidence import _shown
 from mlx_slim.compare.matrix import MatrixSpec
-from mlx_slim.compare.questions import stored_questions, stored_task, write_questions
+from mlx_slim.compare.questions import (
+    StoredQuestion,
+    stored_questions,
+    stored_task,
+    write_questions,
+)
 from mlx_slim.compare.recount import Ledger, _record
 from mlx_slim.evaluation.tasks.metrics import record_choice, record_generation
 from mlx_slim.evaluation.tasks.prompts import build_questions
@@ -57,5 +62,6 @@ def test_several_right_answers_are_stored_and_judged_again(tmp_path: Path, text:
 
 
 def test_a_reader_sees_all_that_is_right() -> None:
-    assert _shown([1, 0], {"choices": [" a", " b"]}) == "b or a"
+    question = StoredQuestion(0, None, "c", [" a", " b"], [1, 1], [1, 0])
+    assert _shown([1, 0], question) == "b or a"
     assert _shown(["x", "y"], None) == "x or y"
