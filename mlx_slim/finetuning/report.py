@@ -208,7 +208,7 @@ def _values(out: Path, record: Mapping[str, Any] | None) -> JsonObject:
     }
 
 
-def _read(file: Path, shown: Mapping[str, type]) -> dict[str, Any] | None:
+def _read(file: Path, shown: Mapping[str, type]) -> JsonObject | None:
     """Return a record that has what is ``shown`` of it; None where there is no file."""
     if not file.is_file():
         return None
