@@ -8,7 +8,7 @@ import click
 import pytest
 
 from mlx_slim.cli import main as entry
-from tests.cli.test_cli_main import slim
+from tests.cli.test_main import slim
 from tests.support.imports import imported_by
 
 

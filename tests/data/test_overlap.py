@@ -11,7 +11,7 @@ import pytest
 
 from mlx_slim.data.overlap import Checker, build_index
 from mlx_slim.data.sources import RawRow
-from tests.data.test_sources_prepare import ROWS, jsonl
+from tests.data.test_sources import ROWS, jsonl
 
 QUESTION = "How many of the nine brown hens that live in the old red barn lay eggs?"
 

@@ -154,7 +154,7 @@ def test_an_internal_error_is_one_line_and_a_traceback_in_a_file(
     assert hint.startswith(f"hint: please report it, with the traceback in {temporary}/mlx-slim")
     text = traceback_of(hint)
     assert "Traceback (most recent call last)" in text and "in raising" not in text
-    assert "test_cli_main.py" in text and "mlx-slim" in text
+    assert "test_main.py" in text and "mlx-slim" in text
     assert "opensesame" not in text and "hf_a" not in text
 
 
