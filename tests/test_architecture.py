@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import mirror
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mlx_slim"
 FLOORS = (
@@ -299,12 +301,16 @@ def test_what_ships_in_the_wheel_exists(folder: str) -> None:
 
 
 def test_tests_mirror_the_package() -> None:
-    """A module has a test file of its own name, or ``tests/mirror.txt`` says which file reaches it."""
+    """A module has a test file of its name, or ``tests/mirror.txt`` says which file reaches it."""
     assert not mirror.lacking(), f"no test file: {mirror.lacking()}; {mirror.__doc__}"
     lines = mirror.table()
-    named = [one for one in lines if (mirror.TESTS / mirror.own_test(one)).exists()]
+    named = [one for one in lines if (mirror.TESTS / mirror.test_of(one)).exists()]
     assert not named, f"mirror.txt: these have a test file of their own name: {named}"
     gone = [one for one in lines if one not in mirror.modules()]
     assert not gone, f"mirror.txt: these define no function: {gone}"
-    apart = [f"{test} does not reach {one}" for one, test in lines.items() if not mirror.reaches(test, one)]
+    apart = [
+        f"{test} does not reach {one}"
+        for one, test in lines.items()
+        if not mirror.reaches(test, one)
+    ]
     assert not apart, apart

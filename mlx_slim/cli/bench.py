@@ -54,8 +54,8 @@ def train(model: str, as_json: bool, **options: Any) -> None:
     if against == "eager":
         first = [human_duration(record[side]["first_epoch_seconds"]) for side in ("ours", other)]
         click.echo(
-            f"shapes   {record['ours']['shapes']:.0f} are compiled; the first epoch took {first[0]}, "
-            f"not compiled {first[1]}"
+            f"shapes   {record['ours']['shapes']:.0f} are compiled; the first epoch took "
+            f"{first[0]}, not compiled {first[1]}"
         )
     show_next(step("measure scoring too", "mlx-slim", "bench", "eval", model))
 
