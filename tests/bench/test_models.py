@@ -16,6 +16,7 @@ from mlx_slim.bench.model_page import disagreements, page
 from mlx_slim.bench.models import COLUMNS, NOT_SMALL, OK, ModelTable, compute, read_table
 from mlx_slim.errors import SlimError
 from mlx_slim.models.normalize import architectures
+from mlx_slim.runtime import on_gpu
 
 RECORD = Path(__file__).parents[2] / "docs" / "models.json"
 AGAIN = "mlx-slim bench models -o docs/models.json"
@@ -33,6 +34,7 @@ FAMILIES = (
     "qwen3_moe",
     "smollm3",
 )
+UNSTEADY = ("phi3small",)  # its class writes past arrays on a CPU: at times the process dies
 NEEDED = ("load", "LoRA", "eval", "quantize", "fuse")
 
 
@@ -56,9 +58,9 @@ def test_unknown_words_are_refused() -> None:
 
 
 def test_a_page_has_a_reason_once() -> None:
-    row = {"load": OK, "fuse": "one models cannot be fused"}
+    row: dict[str, str] = {"load": OK, "fuse": "one models cannot be fused"}
     other = {"load": OK, "fuse": "two models cannot be fused"}
-    none = dict.fromkeys(("load", "fuse"), f"{NOT_SMALL}: it cannot")
+    none = {column: f"{NOT_SMALL}: it cannot" for column in row}
     text = page(
         ModelTable("1.0", "2.0", ["load", "fuse"], {"one": row, "two": other, "three": none})
     )
@@ -96,6 +98,8 @@ def test_what_people_use_works(name: str) -> None:
 
 
 def _check(jobs: list[tuple[str, list[str]]]) -> None:
+    if on_gpu():
+        pytest.skip("the table is that of a CPU; a GPU has kernels that it lacks")
     wrong = disagreements(read_table(RECORD).models, compute(jobs))
     assert not wrong, "\n".join([*wrong, f"write the table again: {AGAIN}"])
 
@@ -108,8 +112,8 @@ def test_families_are_as_recorded(half: int) -> None:
 def test_others_are_as_recorded() -> None:
     day = datetime.date.today().isoformat()
     chance = random.Random(day)
-    others = sorted(set(architectures()) - set(FAMILIES))
-    columns = chance.sample(COLUMNS, 2)
+    others = sorted(set(architectures()) - {*FAMILIES, *UNSTEADY})
+    columns: list[str] = chance.sample(list(COLUMNS), 2)
     types = chance.sample(others, len(others) // 3)
     print(f"chosen by the date {day}: {', '.join(columns)} of {', '.join(types)}")
     _check([(name, columns) for name in types])
