@@ -15,7 +15,6 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -38,7 +37,7 @@ from mlx_slim.models.gguf.file import read_gguf
 from mlx_slim.models.hub import resolve
 from mlx_slim.models.load import open_weights
 from mlx_slim.models.tensors import few
-from mlx_slim.reading import field, read_object
+from mlx_slim.reading import ModelConfig, field, read_object
 from mlx_slim.runtime import human_bytes
 
 Tensors = dict[str, np.ndarray]
@@ -146,7 +145,7 @@ def _factors(adapter: Adapter) -> tuple[np.ndarray, np.ndarray]:
 def _tensors(
     adapters: list[tuple[str, Adapter]],
     architecture: Architecture,
-    config: dict[str, Any],
+    config: ModelConfig,
     tied: bool,
 ) -> Tensors:
     tensors: Tensors = {}
@@ -196,7 +195,7 @@ def _check(
     file: Path,
     adapters: list[tuple[str, Adapter]],
     architecture: Architecture,
-    config: dict[str, Any],
+    config: ModelConfig,
 ) -> None:
     """Raise unless ``file``, read by the importer's table, holds the factors of ``adapters``."""
     stored = read_gguf(file)

@@ -125,9 +125,10 @@ def test_folders_are_mlx_lm_s_both_ways(
     linear_to_lora_layers(theirs, 2, {"rank": 4, "scale": 2.0, "dropout": 0.0})
     assert any(isinstance(one, StockLoRA) for one in theirs.modules())
     (tmp_path / "b").mkdir()
+    parameters: Any = tree_flatten(theirs.parameters())
     tensors = {
         path: mx.random.normal(value.shape, key=mx.random.key(len(path))) * 0.1
-        for path, value in tree_flatten(theirs.parameters())
+        for path, value in parameters
         if ".lora_" in path
     }
     mx.save_safetensors(str(tmp_path / "b" / "adapters.safetensors"), tensors)

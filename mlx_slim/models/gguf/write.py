@@ -62,7 +62,7 @@ def check_writable_as_gguf(config: ModelConfig) -> None:
         )
 
 
-def _check_gemma3(config: dict[str, Any]) -> None:
+def _check_gemma3(config: ModelConfig) -> None:
     """Refuse a Gemma 3 whose settings are not those in llama.cpp's code, where GGUF has no key."""
     expected = {
         "query_pre_attn_scalar": softmax_width(config),
@@ -79,7 +79,7 @@ def _check_gemma3(config: dict[str, Any]) -> None:
             )
 
 
-def text_config(config: dict[str, Any]) -> dict[str, Any]:
+def text_config(config: ModelConfig) -> ModelConfig:
     """Return the config of the language model in ``config``, with the defaults of a Gemma 3."""
     from mlx_lm.models import gemma3, gemma3_text
 
