@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mlx_slim.bench import eval_sides as scoring
 from mlx_slim.bench import self_test, suite
+from mlx_slim.bench import sides as training
 from mlx_slim.bench.self_checks import CHECKS
 from mlx_slim.cli.main import run
 from tests.support.tiny import TinyModels
@@ -18,9 +19,15 @@ from tests.support.tiny import TinyModels
 @pytest.fixture
 def here(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure tiny models, in this process."""
+    sides: dict[tuple[str, str], tuple[Any, type]] = {
+        ("sides", "ours"): (training.ours, training.TrainWork),
+        ("eval_sides", "ours"): (scoring.ours, scoring.EvalWork),
+        ("eval_sides", "generation"): (scoring.generation, scoring.GenerationWork),
+    }
 
     def side(module: str, name: str, work: dict[str, Any]) -> dict[str, Any]:
-        return getattr(importlib.import_module(f"mlx_slim.bench.{module}"), name)(work)
+        measure, kind = sides[module, name]
+        return json.loads(json.dumps(measure(kind(**work))))
 
     monkeypatch.setattr(suite, "run_side", side)
     monkeypatch.setattr(suite, "packaged_models", lambda folder: (tiny("llama"), tiny("llama")))
