@@ -23,7 +23,7 @@ TEXT = "The quick brown fox reads seven old books about ships, and then it sleep
 
 
 @dataclass
-class Case:
+class ModelCase:
     """A small model of one type on disk, and what its checks share.
 
     Attributes:
@@ -39,7 +39,7 @@ class Case:
     config: ModelConfig
     exported: Path | None = None
     separate: StepDone | None = None
-    _made: int = field(default=0)
+    _count: int = field(default=0)
 
     @property
     def model(self) -> Path:
@@ -48,15 +48,15 @@ class Case:
 
     def new(self) -> Path:
         """Return a path that does not exist yet."""
-        self._made += 1
-        return self.folder / f"out-{self._made}"
+        self._count += 1
+        return self.folder / f"out-{self._count}"
 
     def text(self) -> str:
         """Return the path of a text to calibrate on."""
         return str(self.folder / "text.txt")
 
 
-def build_case(model_type: str, folder: Path) -> Case:
+def build_case(model_type: str, folder: Path) -> ModelCase:
     """Write a random model of ``model_type`` with a byte tokenizer, rows and a text.
 
     Raises:
@@ -80,7 +80,7 @@ def build_case(model_type: str, folder: Path) -> Case:
         for i in range(6)
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Case(model_type, folder, config)
+    return ModelCase(model_type, folder, config)
 
 
 def _disturbed(value: mx.array) -> mx.array:

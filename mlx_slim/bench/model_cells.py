@@ -27,7 +27,7 @@ from mlx_lm.utils import load_model
 from mlx_slim.adapters.inject import adapters_of, inject
 from mlx_slim.adapters.stack import load_adapters, parse_adapters
 from mlx_slim.adapters.store import save_adapter
-from mlx_slim.bench.model_case import TEXT, Case, build_case
+from mlx_slim.bench.model_case import TEXT, ModelCase, build_case
 from mlx_slim.bench.models import COLUMNS, NOT_SMALL, OK
 from mlx_slim.config.load import from_values
 from mlx_slim.config.schema import AdapterConfig
@@ -89,7 +89,7 @@ class _Steps:
             self.steps.append(event)
 
 
-def _train(case: Case, method: str, **train: Any) -> _Steps:
+def _train(case: ModelCase, method: str, **train: Any) -> _Steps:
     """Run ``mlx-slim train`` on the rows; one step is one pass over them."""
     values = {
         "model": str(case.model),
@@ -124,7 +124,7 @@ def _check_learns(steps: Sequence[StepDone]) -> None:
 # ---------------------------------------------------------------------------------------- checks
 
 
-def _load(case: Case) -> None:
+def _load(case: ModelCase) -> None:
     loaded = load(case.model)
     stock: Any
     if any("mlx-lm by itself" in note for note in loaded.notes):
@@ -135,17 +135,17 @@ def _load(case: Case) -> None:
     _check_close(_logits(loaded.model), cached, "our logits and mlx-lm's with a cache")
 
 
-def _trains(method: str) -> Callable[[Case], None]:
+def _trains(method: str) -> Callable[[ModelCase], None]:
     return lambda case: _check_learns(_train(case, method).steps)
 
 
-def _full(case: Case) -> None:
+def _full(case: ModelCase) -> None:
     steps = _train(case, "full").steps
     _check_learns(steps)
     case.separate = steps[0]
 
 
-def _packed(case: Case) -> None:
+def _packed(case: ModelCase) -> None:
     packed = _train(case, "full", batching="packed", steps=1).steps[0]
     separate = case.separate or _train(case, "full", steps=1).steps[0]
     for one, other, what in (
@@ -155,7 +155,7 @@ def _packed(case: Case) -> None:
         _check_close(mx.array(one), mx.array(other), f"{what} of packed and separate rows")
 
 
-def _split_head(case: Case) -> None:
+def _split_head(case: ModelCase) -> None:
     loaded = load(case.model)
     if structure.split(loaded.model, loaded.config.get("vocab_size", 8)) is None:
         raise SlimError(full_logits_notice(loaded.config))
@@ -170,7 +170,7 @@ def _requests() -> list[Request]:
     ]
 
 
-def _scored(case: Case) -> LoglikelihoodScorer:
+def _scored(case: ModelCase) -> LoglikelihoodScorer:
     model = load(case.model).model
     scorer = LoglikelihoodScorer(model)
     requests = _requests()
@@ -184,17 +184,17 @@ def _scored(case: Case) -> LoglikelihoodScorer:
     return scorer
 
 
-def _eval(case: Case) -> None:
+def _eval(case: ModelCase) -> None:
     _scored(case)
 
 
-def _shared(case: Case) -> None:
+def _shared(case: ModelCase) -> None:
     scorer = _scored(case)
     if not scorer.sharing:
         raise SlimError(next(note for note in scorer.notes if "shared" in note))
 
 
-def _quantize(case: Case) -> None:
+def _quantize(case: ModelCase) -> None:
     out = case.new()
     done = compress(
         case.model, out, CompressOptions(quantize=quantize_config(4, 32), fidelity_samples=0)
@@ -206,25 +206,25 @@ def _quantize(case: Case) -> None:
     _check_close(_logits(quantized), _logits(dense), "logits of quantized and dequantized layers")
 
 
-def _prune(case: Case, options: PruneOptions) -> None:
+def _prune(case: ModelCase, options: PruneOptions) -> None:
     out = case.new()
-    text = {"calibration": case.text(), "samples": 2, "length": 32, "held_out": 64}
-    done = prune(case.model, out, replace(options, **text))
+    options = replace(options, calibration=case.text(), samples=2, length=32, held_out=64)
+    done = prune(case.model, out, options)
     if not done.details.parameters_after < done.details.parameters_before:
         raise _Differs("nothing was removed")
     if not bool(mx.isfinite(_logits(load(out).model)).all()):
         raise _Differs("the pruned model's logits are not finite")
 
 
-def _depth(case: Case) -> None:
+def _depth(case: ModelCase) -> None:
     _prune(case, PruneOptions(axis="depth", ratio=0.25))
 
 
-def _width(case: Case) -> None:
+def _width(case: ModelCase) -> None:
     _prune(case, PruneOptions(axis="width", ratio=0.5))
 
 
-def _fuse(case: Case) -> None:
+def _fuse(case: ModelCase) -> None:
     adapter, out = case.new(), case.new()
     loaded = load(case.model)
     settings = AdapterConfig(rank=4)
@@ -239,13 +239,13 @@ def _fuse(case: Case) -> None:
     _check_close(_logits(load(out).model), _logits(tuned), "logits of fused and base + adapter")
 
 
-def _gguf_out(case: Case) -> None:
+def _gguf_out(case: ModelCase) -> None:
     out = case.new()
     export_gguf(case.model, out, calibration=case.text())
     case.exported = next(out.glob("*.gguf"))
 
 
-def _gguf_in(case: Case) -> None:
+def _gguf_in(case: ModelCase) -> None:
     if case.exported is None:
         try:
             _gguf_out(case)
@@ -258,7 +258,7 @@ def _gguf_in(case: Case) -> None:
     _check_close(_logits(again), _logits(model), "logits of the model and of its F16 file", 0.03)
 
 
-def _foreign_gguf(case: Case) -> None:
+def _foreign_gguf(case: ModelCase) -> None:
     """Write the head of a GGUF file of this type: what refuses it is the reader."""
     from gguf import GGUFWriter
 
@@ -273,7 +273,7 @@ def _foreign_gguf(case: Case) -> None:
     case.exported = file
 
 
-_CHECKS: dict[str, Callable[[Case], None]] = {
+_CHECKS: dict[str, Callable[[ModelCase], None]] = {
     "load": _load,
     "LoRA": _trains("lora"),
     "QLoRA": _trains("qlora"),
@@ -310,7 +310,7 @@ def cells(model_type: str, columns: Sequence[str]) -> Iterator[tuple[str, str]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _cell(check: Callable[[Case], None], case: Case) -> str:
+def _cell(check: Callable[[ModelCase], None], case: ModelCase) -> str:
     try:
         check(case)
     except _Differs as wrong:

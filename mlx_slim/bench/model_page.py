@@ -47,7 +47,7 @@ def page(table: ModelTable) -> str:
         rows.append(f"| {name} | " + " | ".join(cells) + " |")
     built = [row for row in models.values() if not _not_small(row[columns[0]])]
     counts = " · ".join(f"{column} {sum(row[column] == OK for row in built)}" for column in columns)
-    parts = [
+    sections = [
         _HEAD.format(
             mlx_lm=table.mlx_lm,
             mlx=table.mlx,
@@ -58,7 +58,7 @@ def page(table: ModelTable) -> str:
         "## Reasons",
         "\n".join(f"{number}. {_escaped(reason)}" for reason, number in numbers.items()),
     ]
-    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+    return "\n\n".join(part.strip() for part in sections if part) + "\n"
 
 
 def _not_small(cell: str) -> bool:

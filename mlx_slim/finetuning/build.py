@@ -196,7 +196,7 @@ def from_rows(
 
 
 def full_logits_notice(config: ModelConfig) -> str:
-    """Return what is said of a model that does not split into body and head."""
+    """Return the notice for a model that does not split into body and head."""
     return f"{config['model_type']}: body and head do not split; full logits are computed"
 
 
