@@ -53,7 +53,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         if error.errno == errno.ENAMETOOLONG:
             raise SlimError(
                 f"cannot write {path}: {error.strerror}",
-                "choose a shorter name: a temporary beside it needs some 20 bytes more",
+                "choose a shorter name: it is written under a temporary name about 20 bytes longer",
             ) from error
         if error.errno in _REFUSED or _of_its_place(error, path):
             raise SlimError(
@@ -141,7 +141,7 @@ def atomic_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
                 try:
                     _place(temporary, path)
                 except FileExistsError as error:
-                    raise exists_already(path, "it appeared while this one was made") from error
+                    raise exists_already(path, "another command created it meanwhile") from error
             _fsync(path.parent)
 
 
@@ -205,7 +205,7 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
                 new.rename(path)  # never replaces a file, or a folder with anything in it
             except OSError as error:
                 if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                    raise exists_already(path, "it appeared while this one was made") from error
+                    raise exists_already(path, "another command created it meanwhile") from error
                 raise
             _fsync(path.parent)
         finally:

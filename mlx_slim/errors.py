@@ -149,7 +149,7 @@ def check_temporary_folder() -> None:
     if name and not (Path(os.environ[name]).is_dir() and os.access(os.environ[name], os.W_OK)):
         raise SlimError(
             f"{name} is {os.environ[name]!r}, expected a folder that can be written",
-            f"make it, or unset {name}",
+            f"create it, or unset {name}",
         )
 
 

@@ -210,7 +210,7 @@ def _begin(path: Path) -> TemporaryFolder:
         if not lock.works and {entry.name for entry in folder.iterdir()} != {_LOCK}:
             lock.release()
             raise SlimError(
-                f"{folder} is there, and without file locks its process may still be running",
+                f"{folder} exists, and without file locks a process may still be writing it",
                 f"remove it if no other command writes {path}",
             )
         settle(work)

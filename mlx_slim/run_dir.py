@@ -104,7 +104,7 @@ class RunDir:
             str(out).encode()
         except UnicodeEncodeError as error:
             raise SlimError(
-                f"{str(out)!r} is no name in UTF-8, expected one", "choose another output folder"
+                f"{str(out)!r} is not valid UTF-8", "choose another output folder"
             ) from error
         if not out.exists():
             return False
@@ -276,8 +276,8 @@ def _begin(out: Path, kind: RunKind, lock: locks.Lock) -> None:
     entries = _leftovers(out, kind)
     if entries and not lock.works:
         raise SlimError(
-            f"{out} holds the beginning of {kind.article}{kind.holds}, and without locks nobody "
-            "knows whether its process lives",
+            f"{out} holds the beginning of {kind.article}{kind.holds}, and without file "
+            "locks a process may still be writing it",
             "remove it if no other command writes it, or choose another output folder",
         )
     for path in entries:

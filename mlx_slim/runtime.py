@@ -214,7 +214,7 @@ def parse_size(text: str | int) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*", str(text).lower())
     if not match or match[2] not in _UNITS:
-        raise SlimError(f"memory size {text!r} is not a size", "write it as 16GB or 16GiB")
+        raise SlimError(f"{text!r} is not a memory size", "write it as 16GB or 16GiB")
     size = float(match[1]) * _UNITS[match[2]]
     if not 1 <= size <= 2**60:
         raise SlimError(

@@ -49,7 +49,7 @@ def safetensors_header(path: Path) -> dict[str, TensorEntry]:
         length = int.from_bytes(handle.read(8), "little")
         where = f"{short(path)} is corrupt or no safetensors file: its header"
         if size < 8 or length > min(_MAX_HEADER, size - 8):
-            raise SlimError(f"{where} would take {length:,} of {size:,} bytes", _AGAIN)
+            raise SlimError(f"{where} needs {length:,} bytes, the file has {size:,}", _AGAIN)
         header = parse_json(handle.read(length), where, unique=True)
     if type(header) is not dict:
         raise SlimError(f"{where} is not an object: {shown(header)}", _AGAIN)

@@ -217,7 +217,7 @@ def test_a_run_that_is_there_needs_resume(tmp_path: Path) -> None:
 
 def test_a_folder_that_appears_meanwhile_stays(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(SlimError, match="appeared while"), atomic_folder(out) as temporary:
+    with pytest.raises(SlimError, match="created it meanwhile"), atomic_folder(out) as temporary:
         (temporary / "ours").touch()
         out.mkdir()
         (out / "theirs").write_text("keep")
@@ -325,7 +325,10 @@ def test_without_locks_one_line_says_so_and_nothing_is_removed(
             pass
         assert (other / "tokens").is_dir()
         (tmp_path / ".b.mlx-slim-tmp" / "new").mkdir(parents=True)
-        with pytest.raises(SlimError, match="may still be running"), atomic_folder(tmp_path / "b"):
+        with (
+            pytest.raises(SlimError, match="may still be writing it"),
+            atomic_folder(tmp_path / "b"),
+        ):
             pass
         locks.remove_dead(tmp_path)
         assert (tmp_path / ".b.mlx-slim-tmp" / "new").is_dir()

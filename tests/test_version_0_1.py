@@ -76,7 +76,7 @@ def test_rows_that_this_version_reads_otherwise_are_refused(files: Path) -> None
     data = bytearray(before[ids])
     data[0] ^= 1
     ids.write_bytes(data)
-    with pytest.raises(SlimError, match=r"older version .* makes other tokens"):
+    with pytest.raises(SlimError, match=r"older version .* tokenizes or masks"):
         finetune("forgetting.yaml", run, resume=True)
     after = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     assert {name for name in before if after[name] != before[name]} == {ids}

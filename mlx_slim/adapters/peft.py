@@ -73,7 +73,7 @@ def write_peft(
         if isinstance(adapter, LoRAEmbedding):
             if tied:
                 raise SlimError(
-                    f"{path} is adapted and is the head of this model too: not supported by PEFT",
+                    f"{path} is adapted and tied to the output head, which PEFT does not support",
                     "fuse the adapter (mlx-slim fuse) and export the model: --to hf",
                 )
             tensors[f"{name}.lora_embedding_A"] = a_IR.T
@@ -150,7 +150,7 @@ def place_peft(model: nn.Module, folder: PeftFolder) -> ImportedAdapter:
         notes.append(f"layers of smaller rank padded with zeros to rank {rank}")
     if any(layer.scale != folder.scale for layer in folder.layers.values()):
         notes.append(f"layers of another scale brought to {folder.scale:g}: B takes the ratio")
-    with library_errors(f"{CONFIG} cannot be imported", "take the config that PEFT wrote"):
+    with library_errors(f"{CONFIG} cannot be imported", "use the config that PEFT wrote"):
         config = AdapterConfig(
             rank=rank,
             alpha=folder.scale * (math.sqrt(rank) if folder.rslora else rank),

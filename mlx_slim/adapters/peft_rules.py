@@ -35,7 +35,7 @@ from mlx_slim.reading import JsonObject, field, read_object, short, shown
 from mlx_slim.runtime import to_float
 
 PREFIX = "base_model.model."
-_TAKE = "take the config that PEFT wrote"
+_TAKE = "use the config that PEFT wrote"
 _MERGE = "merge it with PEFT (merge_and_unload) and convert that"
 _CONVERT = (
     "in PEFT make it an adapter of the original base: save_pretrained(..., "
@@ -104,7 +104,8 @@ def read_settings(folder: Path) -> JsonObject:
     path = folder / CONFIG
     if not folder.is_dir() or not path.exists():
         raise SlimError(
-            f"{folder} is no PEFT folder: it has no {CONFIG}", "give the adapter folder"
+            f"{folder} is not a PEFT folder: it has no {CONFIG}",
+            "give the folder that PEFT's save_pretrained wrote",
         )
     settings = read_object(path)
     if "peft_type" not in settings:
@@ -151,10 +152,12 @@ def _check_start(path: Path, settings: JsonObject) -> None:
         return
     setting = f"{path}: init_lora_weights is {shown(start)}"
     if not isinstance(start, str) or not _BASE_CHANGED.fullmatch(start):
-        raise SlimError(f"{setting}, an unknown initialization: it may change the base", _MERGE)
+        raise SlimError(
+            f"{setting}, an unknown initialization that may have changed the base", _MERGE
+        )
     raise SlimError(
-        f"{setting}: PEFT changed the base before training, so that over the original one this "
-        "adapter computes another model",
+        f"{setting}: PEFT changed the base before training, so this adapter gives wrong results "
+        "on the original base",
         _MERGE if start == "loftq" else _CONVERT,
     )
 
@@ -188,15 +191,15 @@ def read_folder(folder: Path, model: nn.Module, *, tied: bool = False) -> PeftFo
         )
     if beyond := [p for p, site in places.items() if p in stored and not targeted(settings, site)]:
         raise SlimError(
-            f"{folder} holds tensors of {few(beyond)}, which PEFT leaves out: its {CONFIG} has "
+            f"{folder} holds tensors for {few(beyond)}, which PEFT ignores: its {CONFIG} has "
             f"{target_settings(settings)}",
             "name these layers in target_modules if they belong to the adapter, else remove them",
         )
     embeddings = [path for path in modules if path in stored and stored[path].embedding]
     if embeddings and tied:
         raise SlimError(
-            f"{folder} adapts {few(embeddings)}, which is the head of this model too: PEFT leaves "
-            "the head as it was, which is not supported",
+            f"{folder} adapts {few(embeddings)}, which is tied to the output head: PEFT does not "
+            "adapt the head with it, which is not supported here",
             _MERGE,
         )
     start = _start_of(settings)
@@ -298,7 +301,7 @@ def _tensors(folder: Path) -> tuple[dict[str, _LayerTensors], dict[str, mx.array
         layers[match[1]] = _LayerTensors(factors, embedding)
     if unknown or not layers:
         raise SlimError(
-            f"{file} holds tensors that are no part of a LoRA or DoRA: {few(unknown)}"
+            f"{file} holds tensors that do not belong to a LoRA or DoRA: {few(unknown)}"
             if unknown
             else f"{file} holds no tensors",
             _MERGE,
@@ -321,7 +324,7 @@ def _check_copies(
             if to_float(mx.linalg.norm(here - there)) <= rounding * to_float(mx.linalg.norm(there)):
                 continue
         raise SlimError(
-            f"{folder} brings a {path} of its own, {value.shape}, that is not the base's", _MERGE
+            f"{folder} contains {path}, {value.shape}, which differs from the base's", _MERGE
         )
 
 
@@ -336,16 +339,16 @@ def _taken_out(
     setting = f"{folder}: init_lora_weights is {start!r}"
     if "scales" in module:
         raise SlimError(
-            f"{setting}: what it took out of the base can be computed from the base's own weights "
-            f"only, and {path} is quantized here",
-            "give the dense base with --model; what is imported works over both",
+            f"{setting}: PEFT subtracted a part of the base, which needs unquantized weights, "
+            f"and {path} is quantized here",
+            "give the unquantized base with --model; the imported adapter works on both",
         )
     factors = taken_out(start, module["weight"], layer.a_RI.shape[0], layer.scale)
     if factors is None:
         raise SlimError(
-            f"{setting}, and the base does not determine what it took out of {path}: "
+            f"{setting}: what PEFT subtracted from {path} cannot be computed again: the "
             + ("singular values" if start == "pissa" else "first columns")
-            + f" around rank {layer.a_RI.shape[0]} are too much alike",
+            + f" around rank {layer.a_RI.shape[0]} are too close to each other",
             _CONVERT,
         )
     return factors

@@ -17,7 +17,7 @@ from mlx_slim.config.patterns import compile_pattern
 from mlx_slim.errors import SlimError
 from mlx_slim.reading import JsonObject, shown
 
-_TAKE = "take the config that PEFT wrote"
+_TAKE = "use the config that PEFT wrote"
 _TARGETS = {
     "target_modules": str,
     "exclude_modules": str,

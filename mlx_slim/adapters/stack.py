@@ -63,7 +63,9 @@ def _parse(text: str) -> Weighted:
     except ValueError:
         weight = math.nan
     if not math.isfinite(weight):
-        raise SlimError(f"--adapter {text}: {number!r} is not a weight", "write DIR or DIR=0.7")
+        raise SlimError(
+            f"--adapter {text}: the weight {number!r} is not a number", "write DIR or DIR=0.7"
+        )
     return Weighted(adapter_folder(Path(name)), weight)
 
 

@@ -72,9 +72,9 @@ def start_from(
         problems.append(f"it does not adapt {few(less)} (adapter.targets, adapter.layers)")
     if problems:
         raise SlimError(
-            f"adapter.init_from={config.init_from} is not what this recipe trains: "
+            f"adapter.init_from={config.init_from} does not match this recipe: "
             + "; ".join(problems),
-            "give the recipe the values of that adapter, or stack a new one on it: adapter.on",
+            "set these keys to the values of that adapter, or train a new one on top: adapter.on",
         )
     for path, adapter in adapters_of(model):
         if path in ours:

@@ -245,7 +245,9 @@ def adapter_pairs(source: str, adapter: Path) -> tuple[str, Iterator[Pair]]:
     record = adapter.parent / "run.json"
     recipe = read_object(record, recipe=dict)["recipe"] if record.is_file() else {}
     if recipe.get("method") == "qlora" and not is_quantized(loaded.model):
-        with library_errors(f"{short(record)}: recipe cannot be used", "copy the run again"):
+        with library_errors(
+            f"{short(record)}: recipe cannot be used", "copy the run again, or repeat it"
+        ):
             settings = QuantizeConfig(**recipe["quantize"])
         quantize_model(loaded.model, loaded.config, settings)
     load_adapter(loaded.model, adapter)

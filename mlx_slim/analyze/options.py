@@ -32,7 +32,9 @@ class IntruderOptions:
     tuned: str | None = field(
         default=None, metadata=option("A whole tuned model: folder or hub id.")
     )
-    k: PositiveInt = field(default=10, metadata=option("Directions."))
+    k: PositiveInt = field(
+        default=10, metadata=option("Top singular directions of each weight to examine.")
+    )
     epsilon: Annotated[float, Field(gt=0, le=1)] = field(
         default=0.5,
         metadata=option(

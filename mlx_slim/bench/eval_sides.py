@@ -66,7 +66,7 @@ def _questions(work: EvalWork) -> tuple[Any, Any, int]:
 
     selections = expand([work.task], work.num_fewshot)
     if len(selections) != 1:
-        raise SlimError(f"{work.task} is {len(selections)} tasks", "name one task")
+        raise SlimError(f"{work.task} stands for {len(selections)} tasks", "name one of them")
     task, shots = selections[0].task, selections[0].num_fewshot
     rows = load_rows(task, Path(work.data_dir) if work.data_dir else None)
     return task, build_questions(task, rows, shots, work.limit), shots

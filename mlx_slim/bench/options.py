@@ -19,8 +19,8 @@ from mlx_slim.config.task import MOST_SHOTS
 Method = Literal["lora", "qlora", "dora", "full"]
 METHODS: tuple[Method, ...] = get_args(Method)
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-_DTYPE = option("Of the computation; auto is bfloat16 on a GPU, float32 on a CPU.")
-_ROUNDS = option("Alternating runs; medians count.")
+_DTYPE = option("Dtype of the computation; auto is bfloat16 on a GPU, float32 on a CPU.")
+_ROUNDS = option("Alternating runs of each side; their medians are reported.")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,9 @@ class BenchTrainOptions:
         rounds: Times each side runs, alternating.
     """
 
-    data: str = field(default="tatsu-lab/alpaca", metadata=option("Alpaca rows."))
+    data: str = field(
+        default="tatsu-lab/alpaca", metadata=option("Rows to train on, in the format of Alpaca.")
+    )
     method: Method = field(default="lora", metadata=option("What is trained."))
     against: Literal["mlx-lm", "lora", "qlora", "dora", "full", "eager"] = field(
         default="mlx-lm",
@@ -49,11 +51,11 @@ class BenchTrainOptions:
         ),
     )
     rows: Annotated[int, Field(ge=12, le=MOST)] = field(
-        default=48, metadata=option("Training rows.")
+        default=48, metadata=option("Number of training rows.")
     )
-    batch: PositiveInt = field(default=4, metadata=option("Rows of a batch of mlx-lm."))
+    batch: PositiveInt = field(default=4, metadata=option("Rows in a batch of mlx-lm."))
     max_length: Annotated[int, Field(ge=16, le=MOST)] = field(
-        default=512, metadata=option("Longest row, tokens.")
+        default=512, metadata=option("Tokens of the longest row.")
     )
     dtype: Dtype = field(default="auto", metadata=_DTYPE)
     rounds: PositiveInt = field(default=2, metadata=_ROUNDS)
@@ -74,12 +76,12 @@ class BenchEvalOptions:
     """
 
     task: str = field(default="hellaswag", metadata=option("Name or file of a task."))
-    limit: PositiveInt = field(default=100, metadata=option("Questions."))
+    limit: PositiveInt = field(default=100, metadata=option("Number of questions."))
     num_fewshot: Annotated[int, Field(ge=0, le=MOST_SHOTS)] | None = field(
-        default=None, metadata=option("Examples; the task's own by default.")
+        default=None, metadata=option("Examples in a prompt; the task's own by default.")
     )
     data_dir: Path | None = field(
-        default=None, metadata=option("Data mirror; MLX_SLIM_DATA by default.")
+        default=None, metadata=option("Folder of evaluation data; MLX_SLIM_DATA by default.")
     )
     against: Literal["mlx-lm"] = field(
         default="mlx-lm", metadata=option("The other side: mlx-lm's scorer.")

@@ -88,8 +88,8 @@ def evaluate(model: str, as_json: bool, **options: Any) -> None:
     ratio, ours = record["ratio"], record["ours"]
     click.echo(f"ratio    {ratio['speed']:.2f} x speed, {ratio['peak_memory']:.2f} x peak memory")
     click.echo(
-        f"tokens   {ours['tokens_computed_per_question']:.1f} computed a question, "
-        f"{ratio['computed_to_minimum']:.3f} x the fewest possible"
+        f"tokens   {ours['tokens_computed_per_question']:.1f} computed per question, "
+        f"{ratio['computed_to_minimum']:.3f} x the minimum"
     )
     click.echo("answers  " + ", ".join(f"{k} {v}" for k, v in record["agreement"].items()))
     show_next(step("measure training too", "mlx-slim", "bench", "train", model))
@@ -99,7 +99,7 @@ def evaluate(model: str, as_json: bool, **options: Any) -> None:
     "models", epilog="Example: mlx-slim bench models --type qwen3 --type gemma3 --column LoRA"
 )
 @click.option("--type", "types", multiple=True, help="A model type of mlx-lm; all by default.")
-@click.option("--column", "columns", multiple=True, help="Of the table; all by default.")
+@click.option("--column", "columns", multiple=True, help="A column of the table; all by default.")
 @click.option(
     "-o",
     "--output",
@@ -133,7 +133,7 @@ def models(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
-    help="File of finished cases, which are not run again.",
+    help="File that collects the cases; those in it are not run again.",
 )
 @_JSON
 def plan(model: str, output: Path | None, as_json: bool) -> None:

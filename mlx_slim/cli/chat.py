@@ -34,7 +34,7 @@ def _switch(speaker: ChatSession, names: list[str]) -> None:
     try:
         speaker.use(None if names in ([], ["none"]) else names)
     except SlimError as error:
-        click.echo(f"error: {error}; no adapter now", err=True)
+        click.echo(f"error: {error}; continuing without an adapter", err=True)
         return
     click.echo(f"adapter: {' '.join(names) or 'none'}; the conversation continues", err=True)
 

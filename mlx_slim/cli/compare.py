@@ -30,7 +30,7 @@ _POLL = 0.05  # seconds between polls of a running cell
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder [runs/MATRIX].")
 @options_of(CompareOptions)
-@click.option("--quiet", is_flag=True, help="Warnings and the end only.")
+@click.option("--quiet", is_flag=True, help="Print only warnings and the last lines.")
 def command(
     matrix: str | None,
     overrides: tuple[str, ...],

@@ -121,7 +121,9 @@ def _data_config(source: str, overrides: tuple[str, ...]) -> DataConfig:
     path = Path(source).expanduser()
     if is_data(path) or path.is_dir():
         if overrides:
-            raise SlimError(f"{source} is data: KEY=VALUE is for recipes", "leave them out")
+            raise SlimError(
+                f"{source} is data, and KEY=VALUE needs a recipe", "leave out KEY=VALUE"
+            )
         return DataConfig(path=source)
     return load_recipe(source, overrides).recipe.data
 

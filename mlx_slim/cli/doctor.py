@@ -147,7 +147,7 @@ def _blas_line(blas: JsonObject) -> str:
 
 
 @click.command(epilog="Example: mlx-slim doctor")
-@click.option("--self-test", is_flag=True, help="Check that this machine computes right: minutes.")
+@click.option("--self-test", is_flag=True, help="Check (in minutes) that results here are correct.")
 @click.option("--json", "as_json", is_flag=True, help="Print the facts, or the checks, as JSON.")
 @click.option(
     "-o",
@@ -156,10 +156,10 @@ def _blas_line(blas: JsonObject) -> str:
     help="File for the record of --self-test, without names and paths.",
 )
 def command(self_test: bool, as_json: bool, output: Path | None) -> int:
-    """Check this machine: device, memory, speed, hub; how to fix it.
+    """Check this machine (device, memory, speed, hub) and say what to fix.
 
     With --self-test a small random model is trained and scored on the default device, and compared
-    with the plain computation in float32 on the CPU; the exit code is 1 if something is off.
+    with the plain computation in float32 on the CPU; the exit code is 1 if a check fails.
     """
     if self_test:
         from mlx_slim.bench import self_test as test

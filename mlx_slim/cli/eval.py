@@ -77,7 +77,7 @@ def command(
         _compare(compare, models, tasks, out, seed, mode == "json", {**options, "resume": resume})
         return
     if out is None:
-        raise click.UsageError("-o OUT is missing: where the results go")
+        raise click.UsageError("-o OUT is missing: the folder for the results")
     from mlx_slim import runtime
     from mlx_slim.console import Console
     from mlx_slim.console.scoring import Scoring

@@ -26,13 +26,15 @@ from mlx_slim.next_steps import use_model
     required=True,
     multiple=True,
     metavar="DIR[=WEIGHT]",
-    help="Adapter or run folder; several are added up with their weights.",
+    help="Adapter or run folder; several are summed with their weights.",
 )
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="New folder.")
-@click.option("--keep", "mode", flag_value="keep", help="Base and adapter in one folder.")
-@click.option("--dequantize", "mode", flag_value="dequantize", help="A dense model.")
 @click.option(
-    "--requantize", "mode", flag_value="requantize", help="Each layer in the format it had."
+    "--keep", "mode", flag_value="keep", help="Do not merge: base and adapter in one folder."
+)
+@click.option("--dequantize", "mode", flag_value="dequantize", help="Write an unquantized model.")
+@click.option(
+    "--requantize", "mode", flag_value="requantize", help="Quantize each layer again as it was."
 )
 @options_of(FuseOptions, "dtype", "force", "calibration", "samples", "length", "revision")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")

@@ -137,7 +137,7 @@ def output_mode(
         @wraps(command)
         def with_mode(*args: Any, as_json: bool, is_quiet: bool, **kwargs: Any) -> Any:
             if as_json and is_quiet:
-                raise click.UsageError("--json and --quiet exclude each other")
+                raise click.UsageError("give --json or --quiet, not both")
             mode = "json" if as_json else "quiet" if is_quiet else "auto"
             return command(*args, mode=mode, **kwargs)
 

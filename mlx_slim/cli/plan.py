@@ -159,9 +159,9 @@ def _text(resolved: Resolved, prediction: Prediction, note: str) -> str:
 @click.option("--budget", metavar="SIZE", help="Plan for this much memory, e.g. 16GB.")
 @click.option("--for", "mac", metavar="MAC", help="Plan for a Mac, e.g. m2-16gb (see --macs).")
 @click.option("--probe", is_flag=True, help="Measure three real steps of the largest batch here.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-@click.option("--table", "as_table", is_flag=True, help="All shipped recipes against all Macs.")
-@click.option("--macs", "as_macs", is_flag=True, help="List the Macs of --for.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--table", "as_table", is_flag=True, help="Show which recipes fit which Macs.")
+@click.option("--macs", "as_macs", is_flag=True, help="List the Macs that --for takes.")
 def command(
     recipe: str | None,
     overrides: tuple[str, ...],

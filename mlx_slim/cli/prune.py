@@ -49,11 +49,13 @@ _PATH = click.Path(path_type=Path)
     "revision",
 )
 @click.option(
-    "--recover", metavar="RECIPE", help="Tune it afterwards; KEY=VALUE change the recipe."
+    "--recover", metavar="RECIPE", help="Then train it with RECIPE; KEY=VALUE changes a key."
 )
-@click.option("--task", "tasks", multiple=True, metavar="NAMES", help="Score before and after.")
-@click.option("--limit", type=Whole(1), metavar="N", help="First N rows of a task.")
-@click.option("--data-dir", type=_PATH, metavar="DIR", help="Data mirror [MLX_SLIM_DATA].")
+@click.option(
+    "--task", "tasks", multiple=True, metavar="NAMES", help="Tasks to score before and after."
+)
+@click.option("--limit", type=Whole(1), metavar="N", help="Score the first N rows only.")
+@click.option("--data-dir", type=_PATH, metavar="DIR", help="Evaluation data [MLX_SLIM_DATA].")
 @click.option("--resume", is_flag=True, help="Resume a run that has --recover or --task.")
 @click.option("--dry-run", is_flag=True, help="Print the counts and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object at the end.")
@@ -72,7 +74,7 @@ def command(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Prune MODEL (a dense folder or hub id): layers, attention heads, MLP neurons.
+    """Remove layers, attention heads or MLP neurons of MODEL (a folder or hub id, not quantized).
 
     Give one of --ratio, --target-params, --target-bytes and --layers. With --recover or --task, DIR
     is a run folder: DIR/model is pruned, DIR/recover tuned, DIR/report.json compares.
@@ -95,7 +97,7 @@ def command(
         unused = [*overrides, *(["--resume"] if resume else []), *(["--limit"] if limit else [])]
         if unused:
             raise SlimError(
-                f"{', '.join(unused)}: without --recover and --task, pruning is one step",
+                f"{', '.join(unused)} can be given only with --recover or --task",
                 "leave it out, or give --recover RECIPE",
             )
         from mlx_slim.pruning.run import prune

@@ -122,7 +122,7 @@ def command(name: str | None, path: Path | None, foreign: Path | None) -> None:
         _list()
     elif path is not None:
         _copy(name, path)
-        click.echo(f"{path}: change it, then mlx-slim train {path} -o RUN")
+        click.echo(f"wrote {path}: edit it, then mlx-slim train {path} -o RUN")
     else:
         click.echo(library.find("recipes", name).read_text(encoding="utf-8").rstrip())
         show_next(step("run it", "mlx-slim", "train", name, "-o", f"runs/{name}"))

@@ -147,7 +147,7 @@ def _first(question: Question, shots: int) -> JsonObject:
 def _print_question(question: Question, shots: int) -> None:
     click.echo(f"\n--- first prompt, {shots} shots ---\n{question.context}")
     if question.choices:
-        click.echo("--- continuations (* is right) ---")
+        click.echo("--- continuations (* marks a right one) ---")
         for index, choice in enumerate(question.choices):
             click.echo(f"{'*' if index in question.targets else ' '} {choice!r}")
     else:

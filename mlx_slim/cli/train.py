@@ -29,9 +29,11 @@ if TYPE_CHECKING:
 )
 @run_options
 @click.option("--data", metavar="ROWS", help="Train a model on these rows, without a recipe.")
-@click.option("--method", type=click.Choice(get_args(Method)), help="With --data: this method.")
-@click.option("--budget", metavar="SIZE", help="With --data: fit this much memory, as in 12GB.")
-@click.option("--time", metavar="TIME", help="With --data: take about so long at most, as in 2h.")
+@click.option(
+    "--method", type=click.Choice(get_args(Method)), help="With --data: the method to use."
+)
+@click.option("--budget", metavar="SIZE", help="With --data: memory not to exceed, e.g. 12GB.")
+@click.option("--time", metavar="TIME", help="With --data: time to stay within, roughly, e.g. 2h.")
 @click.option(
     "--validate", is_flag=True, help="Only score MODEL, untrained, on the validation rows."
 )
@@ -62,8 +64,8 @@ def command(
     if data is None:
         if used := [name for name, value in limits.items() if value is not None]:
             raise SlimError(
-                f"{used[0]} is for training a model on rows, and no --data is there",
-                "a recipe has keys: method=lora, memory.budget=12GB, train.epochs=1",
+                f"{used[0]} can be given only with --data",
+                "with a recipe, set its keys: method=lora, memory.budget=12GB, train.epochs=1",
             )
         _refuse_model(recipe)
         resolved = load_recipe(recipe, overrides)
@@ -132,10 +134,10 @@ def _started(
         if value not in (None, started[key]):
             raise SlimError(
                 f"{out} was started with {key}={started[key]}, not {value}",
-                "resume it with what it was started with, or choose another output folder",
+                "resume it with the same values, or choose another output folder",
             )
     if mode == "auto" and world().rank() == 0:
-        click.echo(f"resuming with {file}: nothing is chosen again")
+        click.echo(f"resuming with the settings in {file}")
     return resolved
 
 

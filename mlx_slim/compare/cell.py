@@ -164,7 +164,7 @@ class CellRun:
             shutil.rmtree(out)
             raise SlimError(
                 f"{name}: its rows or its definition changed while the matrix was running",
-                "run the same command with --resume: what they change is scored again",
+                "run the same command with --resume: it scores the affected cells again",
             )
         return results
 

@@ -61,7 +61,7 @@ class MatrixRun:
         requests = read_record(self.out / MATRIX_FILE, MatrixRecord).requests
         if requests is None:
             raise SlimError(
-                f"{self.out} was prepared by another version",
+                f"{self.out} was prepared by another version of mlx-slim",
                 "run the whole matrix again with --resume",
             )
         return requests

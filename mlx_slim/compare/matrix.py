@@ -192,7 +192,10 @@ def _parent(layout: MatrixPlan, model: str, method: str, seed: int | None) -> st
     methods = layout.matrix.methods
     entry, fuses = methods[method], methods[method].kind == "fused"
     if entry.kind == "base":
-        raise SlimError(f"methods.{method}.of: a base is the model as it is", "remove the key")
+        raise SlimError(
+            f"methods.{method}.of: kind: base is the model itself, made from no other",
+            "remove the key",
+        )
     above = list(methods)[: list(methods).index(method)]
     kinds = ("tuned",) if fuses else _WHOLE
     if entry.of not in above or methods[entry.of].kind not in kinds:
@@ -209,7 +212,7 @@ def _parent(layout: MatrixPlan, model: str, method: str, seed: int | None) -> st
     if fuses and whole:
         raise SlimError(f"{parent} is tuned in full: it has no adapters to fuse")
     if not fuses and start.kind == "tuned" and not whole:
-        raise SlimError(f"{parent} is adapters over another model", "fuse it first: kind: fused")
+        raise SlimError(f"{parent} is an adapter, not a whole model", "fuse it first: kind: fused")
     return parent
 
 

@@ -187,7 +187,9 @@ def _forgetting(entry: ForgettingEntry) -> tuple[_Stored, ForgettingText]:
         texts = [question.context for question in plain_questions(task, entry.rows)]
         name = f"the prompts of {task.name}"
     else:
-        raise SlimError("forgetting names no text", "give forgetting.path or forgetting.task")
+        raise SlimError(
+            "forgetting has no text to measure", "give forgetting.path or forgetting.task"
+        )
     texts = [text for text in texts if text.strip()]  # as the scorer reads them
     size = sum(len(text.encode()) for text in texts)
     stored = _Stored([{"text": text} for text in texts], {"text_sha256": hash_json(texts)})
@@ -202,7 +204,7 @@ def stored_task(folder: Path, name: str, definition_sha256: str | None) -> Task:
     """
     entry = read_object(folder / TASKS_FILE).get(name)
     if entry is None or hash_json(entry["definition"]) != definition_sha256:
-        raise SlimError(f"{folder / TASKS_FILE} is not the definition of {name} that was scored")
+        raise SlimError(f"{folder / TASKS_FILE} does not define {name} as it was scored")
     return Task(TaskSpec.model_validate(entry["definition"]), folder / TASKS_FILE, entry["part"])
 
 

@@ -188,7 +188,7 @@ def _text(ledger: Ledger, cell: StoredCell, folder: Path, request: JsonObject | 
     records = list(read_records(out / samples_name(TEXT)))
     published = load_results(out).text
     if published is None:
-        raise SlimError(f"{out} has no figures of the text")
+        raise SlimError(f"{out} has no results for the text of forgetting")
     windows = [record["window"] for record in records]
     documents = [record["doc_id"] for record in records]
     ledger.compare(f"{where} windows", windows, list(range(published.windows or 0)))

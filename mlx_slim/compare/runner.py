@@ -135,7 +135,7 @@ def run(
         code, why = launch(cell)
         note = out / "failed" / f"{cell.name}.json"
         if code == INTERRUPTED:
-            raise Interrupted(f"stopped in {cell.name}; what is complete stays")
+            raise Interrupted(f"stopped in {cell.name}; complete cells are kept")
         if code == 0 and (out / "cells" / cell.name / MANIFEST).exists():
             note.unlink(missing_ok=True)
             ran.complete.append(cell.name)

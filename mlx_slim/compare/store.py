@@ -126,7 +126,7 @@ def load(folder: Path) -> StoredMatrix:
     """
     file = folder / MATRIX_FILE
     if not file.is_file():
-        raise SlimError(f"{folder} holds no {MATRIX_FILE}", "give the folder of mlx-slim compare")
+        raise SlimError(f"{folder} holds no {MATRIX_FILE}", "give the folder that compare wrote")
     record = read_record(file, MatrixRecord)
     stored = StoredMatrix(folder, record, [], list(record.refused), [])
     for name in (Path(name).name for name in record.cells):

@@ -45,7 +45,7 @@ def verify(folder: Path) -> Verified:
     ledger.problems += differing_texts(folder, pages(stored, record))
     if ledger.problems:
         raise SlimError(
-            f"{folder}: {len(ledger.problems)} numbers are not what the stored answers give",
+            f"{folder}: {len(ledger.problems)} numbers do not match the stored answers",
             "a file was changed after the report: mlx-slim report DIR writes the pages again; to "
             "score or train a cell again, remove its folder in cells/ and run mlx-slim compare "
             "--resume",

@@ -77,7 +77,9 @@ class AdapterConfig(Section):
     def _keys_fit(self) -> AdapterConfig:
         if self.init_from is not None and (self.init != "standard" or self.adaptive):
             other = f"init={self.init}" if self.init != "standard" else "adaptive"
-            raise ValueError(f"init_from={self.init_from} and {other} are both a start: drop one")
+            raise ValueError(
+                f"init_from={self.init_from} and {other} both set the starting weights: drop one"
+            )
         if self.alpha is not None and self.scale is not None:
             raise ValueError(
                 f"alpha={self.alpha} and scale={self.scale} are both set: give one, "
@@ -92,7 +94,7 @@ class AdapterConfig(Section):
         if self.adaptive.target_rank > self.rank:
             raise ValueError(
                 f"adaptive.target_rank={self.adaptive.target_rank} is above rank={self.rank}, "
-                "where ranks start: they only fall"
+                "from which ranks are only lowered"
             )
         return self
 

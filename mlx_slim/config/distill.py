@@ -53,7 +53,7 @@ class TeacherConfig(Section):
         if self.base_url is None:
             if self.api_key_env is not None:
                 raise ValueError(
-                    f"api_key_env={self.api_key_env} has no base_url: a key is for an endpoint"
+                    f"api_key_env={self.api_key_env} needs base_url: a key is for an endpoint"
                 )
             return self
         if self.model is None:
@@ -143,7 +143,7 @@ class DistillConfig(Section):
             return self
         if len(self.teachers) != 1:
             raise ValueError(
-                f"method=mutual has one second student, not {len(self.teachers)} teachers"
+                f"method=mutual has {len(self.teachers)} teachers: expected one, the second student"
             )
         if self.teachers[0].base_url is not None or self.teachers[0].adapter is not None:
             raise ValueError(

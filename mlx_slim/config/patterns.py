@@ -42,10 +42,10 @@ class Pattern:
     def __init__(self, source: str) -> None:
         if len(source) > _LONGEST:
             raise ValueError(
-                f"a pattern of {len(source)} characters: at most {_LONGEST} are compiled"
+                f"the pattern has {len(source)} characters, expected at most {_LONGEST}"
             )
         if source.count("[") > _MOST_SETS:
-            raise ValueError(f"{_short(source)} has more than {_MOST_SETS} sets")
+            raise ValueError(f"{_short(source)} has more than {_MOST_SETS} sets [...]")
         try:
             flags = re.compile(source).flags
             self._compiled = regex.compile(_Translation(source, flags).text, regex.V0)

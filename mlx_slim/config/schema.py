@@ -56,7 +56,7 @@ class QuantizeConfig(Section):
         if self.mode in fixed and (self.bits, self.group_size) != fixed[self.mode]:
             bits, group = fixed[self.mode]
             raise ValueError(
-                f"mode {self.mode} has bits={bits} and group_size={group}, "
+                f"mode {self.mode} requires bits={bits} and group_size={group}, "
                 f"not bits={self.bits} and group_size={self.group_size}"
             )
         if self.mode == "affine" and self.group_size == 16:

@@ -62,8 +62,8 @@ def left_out(example: Example, template: str) -> tuple[str, ...]:
 def _calls_refused(turn: int, call: JsonObject, template: str) -> SlimError:
     name = str(call["function"].get("name"))
     return SlimError(
-        f"turn {turn + 1}: {template} leaves out the call of the tool {name!r}, so an answer "
-        "without it would be learned",
+        f"turn {turn + 1}: {template} does not write the call of the tool {name!r}, so the "
+        "model would learn to answer without it",
         "use a model whose chat template writes tool calls, a template of your own "
         "(data.template=FILE), or rows without tool calls",
     )

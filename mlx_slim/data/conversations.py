@@ -240,7 +240,7 @@ class _Reader:
         if turn.get("mask") is not None:
             raise self._wrong(
                 index,
-                f"mask is {shown(turn['mask'])}, which some read as learned and some as hidden",
+                f"mask is {shown(turn['mask'])}, which has opposite meanings in other tools",
                 "say train: true or train: false for each turn instead",
             )
         factor = turn.get("weight")
@@ -276,7 +276,7 @@ def _tools(row: RawRow, schemas: Any, padded: bool) -> list[JsonObject]:
     for each in whole if isinstance(whole, list) else [whole]:
         tool = _parsed(row, each, "a tool")
         if not isinstance(tool, dict):
-            raise SlimError(f"{row.place}: a tool is {str(tool)[:40]!r}", hint)
+            raise SlimError(f"{row.place}: {str(tool)[:40]!r} is not a tool", hint)
         if not isinstance(schemas, str) and not isinstance(each, str):
             tool = without_nulls(tool, frozenset() if padded else _NULLABLE)
         if "function" not in tool and "name" in tool:
@@ -284,7 +284,7 @@ def _tools(row: RawRow, schemas: Any, padded: bool) -> list[JsonObject]:
             tool = {"type": "function", "function": bare}
         function = tool.get("function")
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise SlimError(f"{row.place}: a tool is {str(tool)[:40]!r}", hint)
+            raise SlimError(f"{row.place}: {str(tool)[:40]!r} is not a tool", hint)
         tools.append(tool)
     return tools
 

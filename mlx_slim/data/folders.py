@@ -138,8 +138,8 @@ def _saved(folder: Path) -> list[Path]:
     state = read_object(folder / _STATE)
     if state.get("_indices_data_files"):
         raise SlimError(
-            f"{folder} keeps its rows' order in a file of its own (an old version of datasets)",
-            "load it with datasets and save it again",
+            f"{folder} stores the order of its rows in an indices file, which is not supported",
+            "load it with datasets, call flatten_indices() and save it again",
         )
     listed = state.get("_data_files")
     names = [entry.get("filename") for entry in listed or [] if isinstance(entry, dict)]
@@ -271,7 +271,8 @@ def _renamed(
             renamed[ours] = row[theirs]
         elif key in columns:
             raise SlimError(
-                f"{INFO} calls the {key} {theirs!r}, the row has {', '.join(row) or 'no column'}",
+                f"{INFO} takes the {key} from column {theirs!r}, "
+                f"the row has {', '.join(row) or 'none'}",
                 "fix the entry's columns",
             )
     return renamed

@@ -88,7 +88,8 @@ def check_columns(columns: Mapping[str, str]) -> None:
             )
         if twins := [other for other in columns if other != ours and columns[other] == theirs]:
             raise SlimError(
-                f"data.columns: {ours} and {twins[0]} are both {theirs!r}", "give each its own"
+                f"data.columns: {ours} and {twins[0]} both map to {theirs!r}",
+                "give each its own column",
             )
 
 
@@ -196,9 +197,10 @@ def _recognized_names(row: RawRow, columns: JsonObject) -> dict[str, str]:
             texts = [str(names[theirs] or "").strip() for theirs in renames.values()]
             if beside and not all(part in str(names["text"]) for part in texts):
                 raise SlimError(
-                    f"{row.place}: 'text' stands beside {', '.join(renames.values())}; which is "
-                    "learned, the text or the answer?",
-                    f"data.format=text, or {shlex.quote(option(renames))} without it",
+                    f"{row.place} has both 'text' and {', '.join(renames.values())}: it is unclear "
+                    "which one to train on",
+                    f"data.format=text trains on the text, {shlex.quote(option(renames))} on the "
+                    "answer",
                 )
             return renames
         if beside:

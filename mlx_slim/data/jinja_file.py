@@ -93,7 +93,7 @@ def _by_fields(example: Example, render: Render) -> Rendered:
     before, matched, _ = marked.partition(_MARKER)
     if not matched or not full.startswith(before):
         raise SlimError(
-            "the answer does not come out of the template where 'output' or 'completion' stands"
+            "the template does not write the answer unchanged where it has 'output' or 'completion'"
         )
     weights = [example.turn_weights[-1]]
     return Rendered(full, [(len(before), len(full))], weights=weights, notes=notes)

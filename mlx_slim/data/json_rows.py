@@ -25,7 +25,7 @@ WRAPPERS = {
     *("dataset", "questions", "train", "training", "validation", "valid", "dev", "test"),
 }
 _SPACE = re.compile(r"[ \t\r\n]*")
-_HINT = "a file of JSON holds an array of objects, or objects one after another"
+_HINT = "a JSON file must hold an array of objects, or one object after another"
 _UNFINISHED = 16  # characters: a fault this near to the end may be a value that goes on
 
 
@@ -78,7 +78,7 @@ def refuse_halves(value: Any, place: str, key: str = "") -> None:
             raise SlimError(
                 f"{place}: {key or 'the value'} holds {half} at character {error.start + 1}, half "
                 "of a character (a lone surrogate)",
-                "write the whole character, or leave it out",
+                "replace it with the whole character, or remove it",
             ) from error
     elif isinstance(value, dict):
         for name, item in value.items():
@@ -116,7 +116,7 @@ def read_jsonl(path: Path, progress: ReadStatus) -> Iterator[tuple[int, Any]]:
             raise SlimError(
                 f"{path.name}, line {number}{at}: malformed JSON: "
                 + ("a comma after the object" if comma else what),
-                "take the commas at the ends of the lines away"
+                "remove the commas at the ends of the lines"
                 if comma
                 else "every line of a .jsonl file is one JSON object",
             ) from error

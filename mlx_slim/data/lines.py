@@ -85,7 +85,7 @@ class _Unpacked(gzip.GzipFile):
             raise SlimError(
                 f"{self._title} unpacks to more than {self.tell() >> 20} MB, and has "
                 f"{self._packed:,} bytes",
-                "unpack it, if it should be read",
+                "if that is right, unpack it and give the unpacked file",
             )
         return block
 
@@ -131,7 +131,8 @@ def _split(handle: BinaryIO, name: str) -> Iterator[bytes]:
         number += not waiting
         if len(waiting) > LONGEST:
             raise SlimError(
-                f"{name}, line {number + 1} has more than {LONGEST >> 20} MB", "break it up"
+                f"{name}, line {number + 1} has more than {LONGEST >> 20} MB",
+                "split it into shorter rows",
             )
         yield from whole
     if waiting:

@@ -17,7 +17,7 @@ from mlx_slim.data.lines import UNPACKED, UNPACKED_RATIO, ReadStatus
 from mlx_slim.errors import SlimError
 from mlx_slim.reading import MAX_DEPTH, library_errors, open_regular, shown
 
-_HINT = "write it again: row groups of 1,000 rows, columns that hold what a row says and no more"
+_HINT = "write it again: row groups of 1,000 rows, only the columns to train on"
 _AGAIN = "download or copy it again"
 _MAGIC = b"PAR1"
 _MOST_FOOTER = 64 << 20  # bytes
@@ -53,7 +53,9 @@ def _rows(path: Path, handle: BinaryIO, size: int) -> Iterator[tuple[int, Any]]:
         columns = [plain.schema.column(index) for index in range(len(plain.schema))]
     check_names(list(schema), name)
     if about.num_rows > max(_ROWS, _ROWS_RATIO * size):
-        raise SlimError(f"{name} has {about.num_rows:,} rows in {size:,} bytes", _HINT)
+        raise SlimError(
+            f"{name} has {about.num_rows:,} rows, too many for a file of {size:,} bytes", _HINT
+        )
     texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
     number = unpacked = 0
     with pyarrow.parquet.ParquetFile(path, metadata=about, read_dictionary=texts) as file:
@@ -157,7 +159,7 @@ def _check_footer(handle: BinaryIO, name: str) -> int:
     length = int.from_bytes(tail[:4], "little")
     if size < 12 or tail[4:] != _MAGIC:
         raise SlimError(
-            f"{name} is not a readable Parquet file: not complete, or another kind", _AGAIN
+            f"{name} is not a readable Parquet file: incomplete, or of another kind", _AGAIN
         )
     if length > min(size - 12, _MOST_FOOTER):
         raise SlimError(f"{name} is damaged: its footer would take {length:,} bytes of {size:,}")

@@ -153,7 +153,7 @@ def prepare(
             if not _same_rows(tokens, Path(scratch)):
                 raise SlimError(
                     f"{folder} was started by an older version (data.version {version}), and this "
-                    "one makes other tokens or targets of its rows",
+                    "one tokenizes or masks its rows differently",
                     "finish it with the version that started it, or start a new run",
                 )
         prepared = _open(tokens, stored["fingerprint"], stored["ledger"])

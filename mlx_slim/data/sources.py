@@ -168,7 +168,7 @@ def find_local(config: SourceConfig) -> Source | None:
     if config.task is not None:
         raise SlimError(
             f"{config.path} is a task, but rows of a file or a data set are expected here",
-            "train and distill read tasks",
+            "only train and distill can read tasks",
         )
     path = Path(config.path).expanduser()
     files = _data_files(path, config.split)

@@ -27,7 +27,7 @@ _NEWLINES = re.compile(r"\n*")
 def unclear(turn: int) -> SlimError:
     """Return the refusal of a row whose turn (from 0) has no certain borders."""
     return SlimError(
-        f"the chat template rewrites what stands before turn {turn + 1}, "
+        f"the chat template changes the text before turn {turn + 1}, "
         "so the answer cannot be told from the prompt",
         "use a template with {% generation %} marks, or data.template=chatml",
     )

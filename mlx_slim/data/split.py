@@ -45,5 +45,7 @@ def weighted(
         indices += [rows] * whole + [some]
     train = np.concatenate(indices)
     if not len(train):
-        raise SlimError(f"weights {weights} leave no training row", "raise data.path weights")
+        raise SlimError(
+            f"the weights {weights} select no training row", "raise the weights in data.path"
+        )
     return train

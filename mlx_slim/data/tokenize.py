@@ -72,7 +72,7 @@ def check_ids(tokenizer: Any, ids: Sequence[int] | np.ndarray, what: str) -> Non
     token = unwrap(tokenizer).convert_ids_to_tokens(most)
     raise SlimError(
         f"{what}: the token {token!r} has the id {most}, the model's embedding has {rows:,} rows",
-        "take the tokenizer files of this very model, or leave that token out of the text",
+        "use this model's own tokenizer files, or remove the token from the text",
     )
 
 
@@ -90,7 +90,7 @@ def check_text(text: str, what: str) -> None:
         raise SlimError(
             f"{what}: {text[error.start]!a} at character {error.start + 1} is half of a "
             "character (a lone surrogate)",
-            "write the whole character, or leave it out",
+            "replace it with the whole character, or remove it",
         ) from error
 
 

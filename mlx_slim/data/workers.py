@@ -162,7 +162,7 @@ class _Process:
         except (EOFError, OSError, pickle.UnpicklingError) as error:
             raise SlimError(
                 f"a process that tokenises rows died ({_ending(self._process.wait())})",
-                "was it killed for want of memory? free some and start again",
+                "it may have run out of memory: close other programs and start again",
             ) from error
         if isinstance(answer, _Failure):
             raise RuntimeError(answer.what) from RuntimeError(answer.told)

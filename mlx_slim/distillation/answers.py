@@ -215,7 +215,7 @@ def _parsed(path: Path, number: int, raw: bytes) -> JsonObject:
     ]  # fmt: skip
     if wrong:
         raise SlimError(
-            f"{where}: no text under {', '.join(wrong)}",
+            f"{where} has no text for {', '.join(wrong)}",
             "correct the line, or remove it to request it again",
         )
     return line

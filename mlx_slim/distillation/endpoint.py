@@ -242,7 +242,7 @@ class EndpointTeacher:
         except (SlimError, ValueError, LookupError, TypeError, AttributeError):
             text = self._safe(data[:4096].decode("utf-8", "replace"))
             raise SlimError(
-                f"teacher {self.name}: {self._url} answered no chat completion: "
+                f"teacher {self.name}: {self._url} did not return a chat completion: "
                 f"{text or 'nothing'}",
                 "check base_url: it should end in /v1",
             ) from None

@@ -282,7 +282,7 @@ def _writer(config: TeacherConfig, recipe: Recipe) -> Teacher:
 def _check_names(names: Sequence[str]) -> None:
     if twice := [name for name in names if names.count(name) > 1]:
         raise SlimError(
-            f"two teachers are called {twice[0]}, and one file holds the answers of all",
+            f"two teachers are called {twice[0]}, but answers are stored by name",
             "give each a name: distill.teachers=[{model: …, name: …}, …]",
         )
 

@@ -256,7 +256,7 @@ class LogitDistillation:
             if stop.requested:
                 break
         peak = human_bytes(mx.get_peak_memory())
-        observer.notify(events.Notice(f"teacher {name} is freed; peak memory {peak}"))
+        observer.notify(events.Notice(f"teacher {name} is unloaded; peak memory {peak}"))
         del model
         gc.collect()
         mx.clear_cache()

@@ -297,7 +297,7 @@ class MutualDistillation:
         same = (self.second.model, self.second.revision) == (recipe.model, recipe.revision)
         if same and recipe.method == "full":
             raise SlimError(
-                f"both students are {recipe.model} under method=full: they would stay equal",
+                f"both students are {recipe.model} with method=full: they would stay identical",
                 "set another model with distill.teachers=[{model: …}], or method=lora",
             )
 

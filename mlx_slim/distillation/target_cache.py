@@ -195,9 +195,9 @@ def check_disk(cache: Path, needed: int) -> None:
     free = free_disk(cache)
     if free < needed:
         raise ResourceError(
-            f"the targets of the teachers need {human_bytes(needed)} in {cache}, "
+            f"the teachers' logits need {human_bytes(needed)} in {cache}, "
             f"{human_bytes(free)} are free",
-            "store fewer logits with distill.top_k, or set distill.cache to a larger disk",
+            "store fewer logits with distill.top_k, or choose a larger disk with distill.cache",
         )
 
 

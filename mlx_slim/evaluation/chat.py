@@ -93,8 +93,8 @@ class ChatSession:
         if stack := parse_adapters(adapter):
             if self.dense and _over(stack) != self.over:
                 raise SlimError(
-                    f"{stack[0].folder} was trained over {_over(stack) or 'the dense model'}, "
-                    f"loaded is {self.over or 'the dense model'}",
+                    f"{stack[0].folder} was trained on {_over(stack) or 'the unquantized model'}, "
+                    f"but {self.over or 'the unquantized model'} is loaded",
                     "start a chat with that adapter: mlx-slim chat MODEL --adapter DIR",
                 )
             load_adapters(self.model, stack)

@@ -160,7 +160,7 @@ def _samples(out: Path, task: str, section: TaskSection | TextSection) -> list[R
     path = out / samples_name(task)
     samples = read_samples(path)
     if hash_file(path) != section.samples_sha256:
-        raise SlimError(f"{path} is not what {out} was scored on", "score the model again")
+        raise SlimError(f"{path} was changed after {out} was scored", "score the model again")
     if len(samples) != section.n:
         raise SlimError(
             f"{path} holds {len(samples)} questions, {RESULTS_FILE} says {section.n}",

@@ -369,6 +369,6 @@ def check_finite(values: Sequence[float], where: str) -> None:
     """
     if not all(map(math.isfinite, values)):
         raise SlimError(
-            f"{where}: log-likelihoods {list(values)}",
+            f"{where}: log-likelihoods are {list(values)}, expected finite numbers",
             "the model overflows in this dtype: try --dtype float32",
         )

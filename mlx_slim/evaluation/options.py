@@ -47,7 +47,7 @@ class EvalOptions:
     adapter: str | Path | Sequence[str | Path] | None = field(
         default=None,
         metadata=option(
-            "Put this adapter (of several the weighted sum) on every model.",
+            "Adapter for every model; several are summed with their weights.",
             metavar="DIR[=WEIGHT]",
             multiple=True,
         ),
@@ -56,13 +56,13 @@ class EvalOptions:
         default=None, metadata=option("Solved examples before a question.", metavar="K")
     )
     limit: PositiveInt | None = field(
-        default=None, metadata=option("First N rows (of a subject).", metavar="N")
+        default=None, metadata=option("Score the first N rows (of each subject).", metavar="N")
     )
     data_dir: Path | None = field(
-        default=None, metadata=option("Data mirror [MLX_SLIM_DATA].", metavar="DIR")
+        default=None, metadata=option("Folder of evaluation data [MLX_SLIM_DATA].", metavar="DIR")
     )
     perplexity: Path | None = field(
-        default=None, metadata=option("Bits per byte of a text file.", metavar="FILE")
+        default=None, metadata=option("Measure bits per byte of this text file.", metavar="FILE")
     )
     dtype: str = field(default="auto", metadata=option("auto, float32, bfloat16, float16."))
     apply_chat_template: bool = field(
@@ -72,15 +72,15 @@ class EvalOptions:
         default=True, metadata=option("With a chat template, examples are separate turns.")
     )
     system: str | None = field(
-        default=None, metadata=option("System message (of a chat template).", metavar="TEXT")
+        default=None, metadata=option("System message, for the chat template.", metavar="TEXT")
     )
     max_length: Annotated[int, Field(ge=2, le=MOST)] | None = field(
-        default=None, metadata=option("Longest input, tokens.", metavar="N")
+        default=None, metadata=option("Tokens of the longest input.", metavar="N")
     )
     batch_tokens: PositiveInt | None = field(
-        default=None, metadata=option("Tokens of a batch.", metavar="N")
+        default=None, metadata=option("Most tokens in a batch.", metavar="N")
     )
-    seed: Seed = field(default=0, metadata=option("Of the bootstrap; recorded."))
+    seed: Seed = field(default=0, metadata=option("Seed of the bootstrap intervals."))
     revision: str | None = field(
         default=None, metadata=option("Branch, tag or commit of hub models.", metavar="REV")
     )
@@ -106,17 +106,17 @@ class GenerateOptions:
     adapter: tuple[str, ...] = field(
         default=(),
         metadata=option(
-            "Adapter folder to put on the model; of several the weighted sum.",
+            "Adapter folder; several are summed with their weights.",
             metavar="DIR[=WEIGHT]",
             multiple=True,
         ),
     )
     system: str | None = field(
-        default=None, metadata=option("System message (of a chat template).", metavar="TEXT")
+        default=None, metadata=option("System message, for the chat template.", metavar="TEXT")
     )
-    max_tokens: PositiveInt = field(default=256, metadata=option("Longest answer, tokens."))
-    temp: Temperature = field(default=0.0, metadata=option("0: greedy."))
-    seed: Seed = field(default=0, metadata=option("Of the sampling."))
+    max_tokens: PositiveInt = field(default=256, metadata=option("Tokens of the longest answer."))
+    temp: Temperature = field(default=0.0, metadata=option("Sampling temperature; 0: greedy."))
+    seed: Seed = field(default=0, metadata=option("Seed of the sampling."))
     revision: str | None = field(
         default=None, metadata=option("Branch, tag or commit of a hub model.", metavar="REV")
     )
@@ -134,5 +134,5 @@ class ChatOptions(GenerateOptions):
         temp: Temperature of the sampling; 0 is greedy.
     """
 
-    max_tokens: PositiveInt = field(default=512, metadata=option("Longest answer, tokens."))
-    temp: Temperature = field(default=0.7, metadata=option("0: greedy."))
+    max_tokens: PositiveInt = field(default=512, metadata=option("Tokens of the longest answer."))
+    temp: Temperature = field(default=0.7, metadata=option("Sampling temperature; 0: greedy."))

@@ -89,15 +89,17 @@ def _check_options(sources: list[str], names: list[str], options: EvalOptions) -
     if not names and options.perplexity is None:
         raise SlimError("nothing to score", "give --task NAMES, --perplexity FILE, or both")
     if options.system is not None and not options.system.strip():
-        raise SlimError(f"the system message is {options.system!r}", "leave --system out for none")
+        raise SlimError(
+            f"the system message {options.system!r} is empty", "leave --system out for none"
+        )
     if options.system is not None and not names:
         raise SlimError(
-            "--system begins the prompts of tasks, and no task is named",
+            "--system is used only in prompts of tasks, and no task is named",
             "add --task, or leave it out",
         )
     if options.dtype not in ("auto", *runtime.DTYPES):
         choices = ("auto", *runtime.DTYPES)
-        raise SlimError(f"no dtype {options.dtype!r}", did_you_mean(options.dtype, choices))
+        raise SlimError(f"unknown dtype {options.dtype!r}", did_you_mean(options.dtype, choices))
     for name in ("limit", "max_length", "batch_tokens"):
         value = getattr(options, name)
         if value is not None and value < 1:

@@ -207,7 +207,9 @@ def fuse(
     audit = effect(base, tuned, tuned if mode == "keep" else model, tokens_NT)
     lost = audit.lost()
     if lost and not options.force:
-        raise SlimError(f"this fuse loses the tune: {lost}; nothing was written", _way_out(mode))
+        raise SlimError(
+            f"fusing would lose the fine-tuning: {lost}; nothing was written", _way_out(mode)
+        )
 
     result = Fused(
         path=out,
@@ -318,8 +320,8 @@ def _check_memory(model: nn.Module, mode: str, itemsize: int) -> None:
     free = device_memory() - (mx.get_active_memory() if on_gpu() else 0)
     if mode != "keep" and needed > free:
         raise ResourceError(
-            f"fusing needs {human_bytes(needed)} beside the base, {human_bytes(free)} are free",
-            "close other programs, or use --keep, which makes no dense layers",
+            f"fusing needs {human_bytes(needed)} more than the base, {human_bytes(free)} are free",
+            "close other programs, or use --keep, which dequantizes no layers",
         )
 
 

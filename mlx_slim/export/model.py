@@ -199,8 +199,8 @@ def export_gguf(
         error, path = _largest_error(language_model(unread), again)
         if not error <= _ROUNDING[kind]:
             raise SlimError(
-                f"{file}: {path} reads back with a relative error of {error:.2g}, at most "
-                f"{_ROUNDING[kind]:g} is rounding; it was not kept",
+                f"{file}: {path} reads back with a relative error of {error:.2g}, expected at "
+                f"most {_ROUNDING[kind]:g} from rounding; the file was removed",
                 "please report it",
             )
         if (compute := compute_dtype()) is not None:  # a GPU reads the codes as they are

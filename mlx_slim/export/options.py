@@ -36,13 +36,13 @@ class FuseOptions:
 
     mode: Mode = "auto"
     dtype: Dtype | None = field(
-        default=None, metadata=option("Of the weights on disk; default the base's.")
+        default=None, metadata=option("Dtype of the weights on disk; default the base's.")
     )
-    force: bool = field(default=False, metadata=option("Write it even if the tune is lost."))
+    force: bool = field(default=False, metadata=option("Write it even if the fine-tuning is lost."))
     calibration: str | None = field(
         default=None, metadata=option("Text file or data set to compare on; default Alpaca.")
     )
-    samples: PositiveInt = field(default=4, metadata=option("Its rows."))
+    samples: PositiveInt = field(default=4, metadata=option("Rows of the calibration text."))
     length: Annotated[int, Field(ge=8, le=MOST)] = field(
         default=256, metadata=option("Tokens of a row.")
     )
@@ -62,7 +62,7 @@ class PeftOptions:
         default=None, metadata=option("Of an adapter: its base, if it moved.", flag="--model")
     )
     base_name: str | None = field(
-        default=None, metadata=option("peft: what base_model_name_or_path says.")
+        default=None, metadata=option("peft: the value of base_model_name_or_path.")
     )
 
 
@@ -86,7 +86,7 @@ class HfOptions:
         revision: Commit or tag of a hub model.
     """
 
-    dtype: Dtype | None = field(default=None, metadata=option("hf: dtype."))
+    dtype: Dtype | None = field(default=None, metadata=option("hf: dtype of the weights."))
     revision: str | None = field(default=None, metadata=option("Commit or tag of a hub model."))
 
 

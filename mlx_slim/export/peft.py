@@ -205,8 +205,8 @@ def _check(out: Path, loaded: Loaded, tuned: nn.Module, peft: PeftFolder) -> Non
     difference = logits_close(logits, expected, Change.WEIGHTS, tolerance=tolerance)
     if wrong or not difference.close:
         raise SlimError(
-            f"{out}: what was written is not what PEFT computes: {difference}"
+            f"{out}: the exported adapter computes other logits: {difference}"
             + (f", layers that differ: {few(wrong)}" if wrong else "")
-            + "; it was not kept",
+            + "; it was removed",
             "please report it",
         )

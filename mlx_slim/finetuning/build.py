@@ -230,7 +230,7 @@ def build_loop(
     if mode != "grouped" and not structure.supports_packing(model):
         if mode == "packed":
             raise SlimError(
-                f"rows packed into one sequence do not stay apart in {tuned.config['model_type']}",
+                f"{tuned.config['model_type']} models cannot keep packed rows apart",
                 "set train.batching=grouped",
             )
         mode = "grouped"

@@ -184,7 +184,8 @@ class Forgetting(Monitor):
             return Verdict()
         if self.latest.step is None:
             raise SlimError(
-                f"the text of forgetting.path costs {rise:.1%} more bits after step {step} "
+                f"the text of forgetting.path needs {rise:.1%} more bits per byte "
+                f"after step {step} "
                 f"(limit {self.config.max_rise:.1%}), and no earlier step was within the limit",
                 f"lower train.learning_rate, or measure earlier: forgetting.every below "
                 f"{self.config.every}",

@@ -68,13 +68,13 @@ def plan_resume(out: Path, recipe: Recipe, loop: Loop, reached: Path | None) -> 
     extended = extended_run(out)
     if grown:
         if recipe.adapter.adaptive:
-            raise _cannot(out, f"adapter.adaptive laid its ranks out over {before:,} steps")
+            raise _cannot(out, f"adapter.adaptive scheduled its ranks for {before:,} steps")
         warmup = extended.warmup if extended else warmup_steps(recipe.train, before)
         extended = Extended(warmup, (*(extended.totals if extended else ()), before))
     loop.extend(extended)
     start = loop.newest()
     if start is None:
-        raise _cannot(out, "no checkpoint is left from before its decay")
+        raise _cannot(out, "no checkpoint is left from before its learning rate decayed")
     if extended is None:
         return ResumePlan(start)
     if read_state(start).total == loop.total:  # of the longer run already

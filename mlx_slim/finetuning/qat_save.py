@@ -56,6 +56,6 @@ def save_quantized(target: Path, recipe: Recipe, tuned: Tuned) -> None:
     difference = logits_close(saved, trained, Change.WEIGHTS, tolerance=tolerance)
     if not difference.close:
         raise SlimError(
-            f"{target}: against training, quantized {difference}",
+            f"{target}: the quantized model differs from the trained one: {difference}",
             "this is a bug: please report it with run.json",
         )

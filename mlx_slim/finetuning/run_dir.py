@@ -172,7 +172,7 @@ def is_complete(out: Path, recipe: Recipe) -> bool:
 def fewer_steps(out: Path, before: str, after: str) -> SlimError:
     """Return the refusal of a resume that would end before the run did, or was to."""
     return SlimError(
-        f"{out} is a run of {before}, {after} are fewer: a run cannot take steps back",
+        f"{out} is a run of {before}, {after} are fewer: a run cannot be shortened",
         "resume with as many or more, or start a new run",
     )
 

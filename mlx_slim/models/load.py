@@ -144,7 +144,7 @@ def load(
     use_row_masks(model)
     use_shared_keys(model)
     use_fast_gated_delta(model)
-    with library_errors(f"{short(folder)} does not compute", "take the config of the original"):
+    with library_errors(f"{short(folder)} cannot be run", "use the original model's config"):
         model(mx.zeros((1, 2), mx.int32))  # type: ignore[operator]  # shapes only: not evaluated
     use_fast_matmul(model)
     use_fast_swiglu(model)

@@ -100,7 +100,7 @@ def model_module(config: ModelConfig) -> ModuleType:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise SlimError(
-            "config.json has no model_type", "give the folder of a language model saved for HF"
+            "config.json has no model_type", "give a language model in Hugging Face format"
         )
     if config.get("model_file"):
         return importlib.import_module("mlx_lm.models.base")
@@ -225,7 +225,7 @@ def _lift_pattern(config: ModelConfig, notes: list[str]) -> None:
     if full != [(layer + 1) % pattern == 0 for layer in range(len(full))]:
         raise SlimError(
             f"layer_types of {config['model_type']!r} are no regular pattern of sliding and full "
-            "attention, the only one that the mlx-lm class can do",
+            "attention, which the mlx-lm class requires",
             "loading it would give wrong logits; a newer mlx-lm may support it",
         )
     config["sliding_window_pattern"] = pattern

@@ -24,11 +24,9 @@ class ConvertOptions:
     """
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = field(
-        default=None, metadata=option("Cast floating weights; quantized codes stay.")
+        default=None, metadata=option("Cast the weights; quantized ones stay as they are.")
     )
-    dequantize: bool = field(
-        default=False, metadata=option("Write dense weights instead of quantized codes.")
-    )
+    dequantize: bool = field(default=False, metadata=option("Write unquantized weights."))
     revision: str | None = field(
         default=None, metadata=option("Branch, tag or commit of a hub id.")
     )

@@ -315,7 +315,7 @@ def _longrope(
     if rope.get("short_mscale") is not None:  # Phi-3.5-MoE names the factor of each side
         scale = rope["short_mscale"]
         if rope.get("long_mscale", scale) != scale:
-            raise _bad("longrope", "has a short_mscale that is not its long_mscale")
+            raise _bad("longrope", "has a short_mscale that differs from its long_mscale")
     if scale is None:
         scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     short, long = stretched

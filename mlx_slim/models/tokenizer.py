@@ -56,7 +56,7 @@ def fit_tokenizer(tokenizer: TokenizerWrapper, config: ModelConfig, where: str) 
         raise SlimError(
             f"{where}: {what} {token!r} has the id {outside[token]}, the model's embedding has "
             f"{rows:,} rows",
-            "take the tokenizer files of this very model, or the model whose tokenizer this is",
+            "use this model's own tokenizer files, or the model that this tokenizer belongs to",
         )
     inner.embedding_rows = rows
     names = few([repr(token) for token in sorted(outside, key=lambda token: outside[token])])

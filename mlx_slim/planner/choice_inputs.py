@@ -103,7 +103,7 @@ def user_recipe(
     keys = {override.partition("=")[0].strip() for override in overrides}
     for key, (option, value) in options.items():
         if value is not None and key in keys:
-            raise SlimError(f"{key} is set, and {option} says it too", f"drop {key}=…")
+            raise SlimError(f"{key} and {option} set the same thing", f"drop {key}=…")
     words = [*overrides]
     words += [f"{key}={options[key][1]}" for key in ("method", "memory.budget") if options[key][1]]
     wide = {"batch_tokens": MOST, "max_length": 8}

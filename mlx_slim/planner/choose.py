@@ -109,7 +109,7 @@ def choose(
     seconds = None if time is None else parse_duration(time)
     base, every_override = user_recipe(model, data, method, budget, overrides)
     if seconds is not None and (long := {"train.epochs", "train.steps"} & base.overridden):
-        raise SlimError(f"--time and {long.pop()} both say how long it trains", "keep one of them")
+        raise SlimError(f"--time and {long.pop()} both limit the training", "keep one of them")
     limits = {"--method": method, "--budget": budget, "--time": time}
     options = [word for name, value in limits.items() if value for word in (name, value)]
     words = ["mlx-slim", "train", model, "--data", data, *options, *overrides, "-o", str(out)]

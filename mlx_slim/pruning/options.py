@@ -57,7 +57,8 @@ class PruneOptions:
     """
 
     axis: Literal["depth", "width"] | None = field(
-        default=None, metadata=option("Follows from the method.")
+        default=None,
+        metadata=option("depth: layers; width: heads, neurons. Default: by the method."),
     )
     method: str | None = field(
         default=None, metadata=option(f"Width: {_WIDTH} [taylor]. Depth: {_DEPTH} [{_BEST}].")
@@ -78,13 +79,13 @@ class PruneOptions:
     )
     ranking: Literal["layer", "global"] = field(
         default="layer",
-        metadata=option("Groups compete inside their layer, or with all (with --no-uniform)."),
+        metadata=option("Rank groups within a layer, or over all (with --no-uniform)."),
     )
     protect_first: Annotated[int, Field(ge=0, le=MOST, strict=True)] | None = field(
-        default=None, metadata=option("First layers that stay [4 of 32].")
+        default=None, metadata=option("Never remove the first N layers [4 of 32].")
     )
     protect_last: Annotated[int, Field(ge=0, le=MOST, strict=True)] | None = field(
-        default=None, metadata=option("Last layers that stay [2 of 32].")
+        default=None, metadata=option("Never remove the last N layers [2 of 32].")
     )
     calibration: str | None = field(
         default=None, metadata=option("Text file or data set; default Alpaca.", metavar="TEXT")
@@ -96,10 +97,10 @@ class PruneOptions:
         default=None, metadata=option("Tokens of a row [64, forward only 256].")
     )
     held_out: Annotated[int, Field(ge=16, le=MOST, strict=True)] = field(
-        default=2048, metadata=option("Tokens that the result is judged on.")
+        default=2048, metadata=option("Validation tokens to measure the effect on.")
     )
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = field(
-        default=0, metadata=option("Of --method random.")
+        default=0, metadata=option("Seed of --method random.")
     )
     revision: str | None = field(default=None, metadata=option("Commit or tag of a hub model."))
 

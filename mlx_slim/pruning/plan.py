@@ -99,7 +99,7 @@ def plan(config: ModelConfig, options: PruneOptions, itemsize: int) -> Plan:
     check_supported(config)
     if "quantization" in config:
         raise SlimError(
-            "the model is quantized: only dense models can be pruned",
+            "the model is quantized, and quantized weights cannot be pruned",
             "dequantize it first: mlx-slim convert MODEL -o DIR --dequantize",
         )
     model = build(config)

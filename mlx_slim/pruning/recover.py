@@ -59,7 +59,7 @@ def recovery_recipe(
     if after.recipe is None:
         if after.overrides:
             raise SlimError(
-                f"{after.overrides[0]!r} is an override, and there is no recipe",
+                f"{after.overrides[0]!r} changes a recipe, and none is given",
                 "set --recover RECIPE",
             )
         return None
@@ -177,7 +177,7 @@ def _check_same(out: Path, source: str | Path, options: PruneOptions) -> None:
     ]
     if changed:
         raise SlimError(
-            f"{out} was started with another pruning: {'; '.join(changed)}",
+            f"{out} was started with other pruning options: {'; '.join(changed)}",
             "resume with the same values, or start a new run",
         )
 

@@ -172,7 +172,7 @@ def refuse_quantized(model: nn.Module, config: ModelConfig) -> None:
     if is_quantized(model) or "quantization" in config:
         raise SlimError(
             "the model is quantized already",
-            "make it dense first: mlx-slim convert MODEL -o DIR --dequantize",
+            "dequantize it first: mlx-slim convert MODEL -o DIR --dequantize",
         )
 
 

@@ -94,9 +94,9 @@ def recorded_base(adapters: Sequence[Path]) -> tuple[Path, QuantizedBase] | None
         named = _named(record, f"{short(file)}: {RECORD}")
         if recorded is not None and not recorded[1].same_weights(named):
             raise SlimError(
-                f"{recorded[0]} was trained over {recorded[1]} in {recorded[1].dtype}, "
-                f"{folder} over {named} in {named.dtype}",
-                "adapters add up over one base only: leave one of them out",
+                f"{recorded[0]} was trained on {recorded[1]} in {recorded[1].dtype}, "
+                f"{folder} on {named} in {named.dtype}",
+                "adapters can be summed only on the same base: leave one of them out",
             )
         recorded = recorded or (folder, named)
     return recorded

@@ -306,7 +306,8 @@ class Loop:
         if not (math.isfinite(result.loss) and math.isfinite(norm)):
             newest = rotation.latest(self.checkpoints)
             raise SlimError(
-                f"step {at.step + 1}: loss {result.loss} with gradient norm {norm}; not updated",
+                f"step {at.step + 1}: loss {result.loss} with gradient norm {norm}; "
+                "weights not updated",
                 f"lower train.learning_rate; the last good state is "
                 f"{f'{newest.parent.name}/{newest.name}' if newest else 'the base model'}",
             )

@@ -49,7 +49,7 @@ def remove_after(folder: Path, step: int) -> None:
     """
     for later, path in sorted(_folders(folder).items(), reverse=True):
         if later > step and (path / STATE).exists() and not remove_folder(path, FILES):
-            raise SlimError(f"{path} holds files that are none of a checkpoint", "move them away")
+            raise SlimError(f"{path} holds files that belong to no checkpoint", "move them away")
 
 
 def rotate(folder: Path, keep: int, required: Collection[int]) -> None:

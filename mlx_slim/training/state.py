@@ -91,6 +91,8 @@ def read_state(path: Path) -> TrainState:
         kind = float if key == "best_loss" else int
         field(opened, f"{where}: open", key, kind, None, low=None if kind is float else 0)
     if unknown := opened.keys() - {*_VALIDATED}:
-        raise SlimError(f"{where}: open names {min(unknown)}", "resume from an older checkpoint")
+        raise SlimError(
+            f"{where}: open has the unknown key {min(unknown)}", "resume from an older checkpoint"
+        )
     with library_errors(f"{where} is damaged", "resume from an older checkpoint"):
         return TrainState(**values)

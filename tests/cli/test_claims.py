@@ -100,7 +100,7 @@ def test_an_output_that_appears_meanwhile_stays(
     monkeypatch.setattr(Path, "rename", late)
     assert run([*command, "-o", str(out)]) == 2
     error = capfd.readouterr().err
-    assert f"error: {out} exists already: it appeared while this one was made" in error
+    assert f"error: {out} exists already: another command created it meanwhile" in error
     assert contents(out) == {"mine.txt": b"keep"}
     assert not temporaries(contents(tmp_path))
 
@@ -118,7 +118,7 @@ def test_a_file_that_appears_meanwhile_stays(
 
         monkeypatch.setattr(Path, "hardlink_to", none)
     with (
-        pytest.raises(SlimError, match="appeared while"),
+        pytest.raises(SlimError, match="created it meanwhile"),
         atomic_file(out, replace=False) as temporary,
     ):
         temporary.write_text("ours")

@@ -35,7 +35,7 @@ def test_a_run_its_file_and_a_second_run_are_the_same(
     assert origins["train.learning_rate"].startswith("10 x 5e-05")
     capfd.readouterr()
     assert run([*words, "train.epochs=1", "-o", str(out), "--resume"]) == 0  # complete
-    assert "nothing is chosen again" in capfd.readouterr().out
+    assert "resuming with the settings in" in capfd.readouterr().out
 
 
 def test_an_interrupted_run_resumes_with_its_choices(words: list[str], tmp_path: Path) -> None:

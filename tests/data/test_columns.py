@@ -155,7 +155,7 @@ def read(value: Any, **settings: Any) -> Any:
 
 def test_a_passage_beside_question_and_answer_is_neither_learned_alone_nor_left_out() -> None:
     row = {"question": "When?", "answer": "In 1912."}
-    with pytest.raises(SlimError, match="'text' stands beside question, answer") as refused:
+    with pytest.raises(SlimError, match="has both 'text' and question, answer") as refused:
         read({**row, "text": "The ship was built in 1912."})
     assert "data.columns={prompt: question, completion: answer}" in refused.value.hint
     renamed = read({**row, "text": "x"}, columns={"prompt": "question", "completion": "answer"})

@@ -86,7 +86,7 @@ def test_a_template_that_hides_its_prompt_is_refused(make: Any, tmp_path: Path) 
     template = "{{ messages|length }}{% for m in messages %}{{ m.content|length }}{{ m.content }}"
     template += "|{% endfor %}"
     tokenizer = load_bytes(tmp_path / "hides", chat_template=template)
-    with pytest.raises(SlimError, match=r"rows.jsonl, line 1: the chat template rewrites") as error:
+    with pytest.raises(SlimError, match=r"rows.jsonl, line 1: the chat template changes") as error:
         make([CHAT], tokenizer=tokenizer)
     assert "chatml" in error.value.hint
 

@@ -121,7 +121,7 @@ def test_a_system_message_changes_the_scores_and_is_recorded(
     ("options", "text"),
     [
         ({"system": "Be brief."}, "toy_choice does not use one"),
-        ({"system": " ", "apply_chat_template": True}, "the system message is ' '"),
+        ({"system": " ", "apply_chat_template": True}, "the system message ' ' is empty"),
         ({"system": "Be brief.", "tasks": []}, "no task is named"),
     ],
 )

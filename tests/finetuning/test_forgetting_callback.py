@@ -59,7 +59,9 @@ def test_patience_counts_measurements_in_a_row_and_the_end_has_none() -> None:
 
 def test_a_run_that_never_was_within_the_limit_is_an_error() -> None:
     forgetting, _ = _forgetting([1.0, 1.5])
-    with pytest.raises(SlimError, match=r"50.0% more bits after step 2 .limit 10.0%.") as caught:
+    with pytest.raises(
+        SlimError, match=r"50.0% more bits per byte after step 2 .limit 10.0%."
+    ) as caught:
         _run(forgetting, 20)
     assert "learning_rate" in caught.value.hint
 

@@ -239,7 +239,7 @@ def test_ranks_that_were_laid_out_over_fewer_steps_do_not_grow(
         return from_values(values, "small", "test")
 
     finetune(adaptive(6), tmp_path / "run", observer=Recorder())
-    with pytest.raises(SlimError, match="laid its ranks out over 6 steps"):
+    with pytest.raises(SlimError, match="scheduled its ranks for 6 steps"):
         finetune(adaptive(12), tmp_path / "run", observer=Recorder(), resume=True)
     assert (tmp_path / "run" / "run.json").exists()
 

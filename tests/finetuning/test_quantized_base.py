@@ -191,14 +191,14 @@ def test_adapters_over_different_bases_are_not_mixed(
     qlora_run: tuple[Result, Resolved], dense: Path, tmp_path: Path
 ) -> None:
     other, _ = trained(tmp_path, "eight", dense, quantize={"bits": 8})
-    with pytest.raises(SlimError, match="add up over one base only"):
+    with pytest.raises(SlimError, match="summed only on the same base"):
         logits(dense, [qlora_run[0].out, other.out])
     session = open_session(dense, qlora_run[0].out)
     assert len(session.notes) == 1
     session.use(None)
-    with pytest.raises(SlimError, match=r"8-bit .* loaded is 4-bit"):
+    with pytest.raises(SlimError, match=r"8-bit .* but .*4-bit.* is loaded"):
         session.use(other.out)
-    with pytest.raises(SlimError, match="loaded is the dense model"):
+    with pytest.raises(SlimError, match="but the unquantized model is loaded"):
         open_session(dense).use(qlora_run[0].out)
     open_session(qlora_run[0].out / "base").use(
         qlora_run[0].out

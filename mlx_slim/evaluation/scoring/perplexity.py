@@ -86,7 +86,7 @@ def _text(row: RawRow) -> str:
     if not isinstance(text, str):
         raise SlimError(
             f"{row.place} has {', '.join(row.value) or 'no column'}, expected a string 'text'",
-            "rename it",
+            "rename the column that holds the text",
         )
     return text
 

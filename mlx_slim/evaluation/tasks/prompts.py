@@ -222,7 +222,7 @@ class _Writer:
                     place,
                     f"{key} is the text {text!r} for every row, and the row has a field of that "
                     "name",
-                    f'for what the field holds write "{{{{ {text} }}}}"',
+                    f'to insert the field write "{{{{ {text} }}}}"',
                 )
         description = self._run(self._description, "description", row, place)
         if self._chat:

@@ -228,13 +228,15 @@ def _check_metadata(metadata: GGUFMetadata, path: Path) -> None:
     tokens = field(metadata, where, "tokenizer.ggml.tokens", list, [], of=str)
     field(metadata, where, "tokenizer.ggml.merges", list, [], of=str)
     if (longest := max(map(len, tokens), default=0)) > _MAX_TOKEN:
-        raise SlimError(f"{where}: a token has {longest:,} characters, of {_MAX_TOKEN:,}", _AGAIN)
+        raise SlimError(f"{where}: a token has {longest:,} characters, over {_MAX_TOKEN:,}", _AGAIN)
     for key, kinds in (("scores", "iuf"), ("token_type", "iu")):
         values = metadata.get(f"tokenizer.ggml.{key}")
         if values is None:
             continue
         if not isinstance(values, np.ndarray) or values.dtype.kind not in kinds:
-            raise SlimError(f"{where}: tokenizer.ggml.{key} is {shown(values)}, no numbers", _AGAIN)
+            raise SlimError(
+                f"{where}: tokenizer.ggml.{key} is {shown(values)}, expected numbers", _AGAIN
+            )
         if len(values) != len(tokens) or not np.isfinite(values).all():
             raise SlimError(
                 f"{where}: tokenizer.ggml.{key} has {len(values):,} values, NaN among them or not "
@@ -282,7 +284,11 @@ def read_gguf(path: Path) -> GGUFFile:
         name = cursor.string()
         dimensions = cursor.scalar("I")
         if dimensions > _MAX_DIMENSIONS:
-            raise SlimError(f"{path}: tensor {shown(name)} has {dimensions:,} dimensions", _AGAIN)
+            raise SlimError(
+                f"{path}: tensor {shown(name)} has {dimensions:,} dimensions, "
+                f"over {_MAX_DIMENSIONS}",
+                _AGAIN,
+            )
         shape = tuple(cursor.scalar("Q") for _ in range(dimensions))[::-1]
         kind, offset = cursor.scalar("I"), cursor.scalar("Q")
         try:

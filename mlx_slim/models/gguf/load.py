@@ -99,7 +99,7 @@ def _architecture(file: GGUFFile) -> Architecture:
             return MIXTRAL
         if "ffn_gate_inp" not in architecture.names:
             raise SlimError(
-                f"{file.path} is a mixture of experts, which {name} cannot be here",
+                f"{file.path} is a {name} mixture of experts, which cannot be imported",
                 "convert the original Hugging Face folder instead",
             )
     return architecture

@@ -101,7 +101,7 @@ def read_settings(file: GGUFFile, architecture: Architecture, notes: list[str]) 
     elif rotated != head_dim:
         raise SlimError(
             f"{file.path} rotates {rotated} of {head_dim} dimensions, which mlx-lm's {kind} class "
-            "cannot",
+            "does not support",
             _HINT,
         )
     if kind in ("qwen2", "phi3", "mixtral") and head_dim * heads != width:
@@ -157,7 +157,7 @@ def _family(config: ModelConfig, meta: _Metadata) -> None:
             if config[key] is not None:
                 raise SlimError(
                     f"{meta.where} caps its logits ({key} {config[key]:g}), which mlx-lm's "
-                    "gemma3_text class cannot",
+                    "gemma3_text class does not support",
                     _HINT,
                 )
     elif kind == "phi3":
@@ -206,7 +206,7 @@ def _rope_scaling(meta: _Metadata, config: ModelConfig, notes: list[str]) -> Jso
             _HINT,
         )
     if model_type in ("phi", "gemma2"):
-        raise SlimError(f"{file.path} scales RoPE, which mlx-lm's {model_type} class cannot")
+        raise SlimError(f"{file.path} scales RoPE, which mlx-lm's {model_type} class does not do")
     notes.append(f"RoPE scaling {scaling['rope_type']}, factor {scaling['factor']:g}")
     return scaling
 
@@ -218,7 +218,7 @@ def _longrope(
     file = meta.file
     if config["model_type"] != "phi3" or original is None or not {LONG, SHORT} <= set(file.tensors):
         raise SlimError(
-            f"{file.path} has RoPE factors for long rows without what they belong to: "
+            f"{file.path} has RoPE factors for long rows that cannot be used: "
             f"architecture {shown(meta.prefix)}, original context {shown(original)}",
             _HINT,
         )

@@ -122,7 +122,7 @@ def _lacks(key: str, metadata: GGUFMetadata) -> SlimError:
     kind = metadata["tokenizer.ggml.model"]
     return SlimError(
         f"the GGUF file has no tokenizer.ggml.{key}, which a tokenizer of type {kind!r} needs",
-        "it was not converted whole: take another file, or convert the Hugging Face folder",
+        "the file is incomplete: use another one, or convert the Hugging Face folder",
     )
 
 
@@ -218,7 +218,7 @@ def _read_merges(
         raise SlimError(
             f"the GGUF file's merges do not produce {len(unmade):,} of its {len(longer):,} longer "
             f"tokens, such as {unmade[0]!r}",
-            "it was not converted whole: take another file, or convert the Hugging Face folder",
+            "the file is incomplete: use another one, or convert the Hugging Face folder",
         )
     if unmade:
         notes.append(f"no merge makes {len(unmade):,} tokens, such as {unmade[0]!r}")

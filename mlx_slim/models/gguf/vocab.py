@@ -101,7 +101,7 @@ def _templates(template: str | dict[str, str] | None) -> GGUFMetadata:
         return {} if template is None else {TEMPLATE: template}
     names = {name: re.sub(r"[^A-Za-z0-9]", "_", name) for name in template if name != "default"}
     if len(set(names.values())) < len(names):
-        raise _refused(f"of its chat templates {', '.join(names)} two have one name there")
+        raise _refused(f"two of its chat templates {', '.join(names)} would get the same name")
     templates: GGUFMetadata = {f"{TEMPLATE}.{names[name]}": template[name] for name in names}
     if names:
         templates[f"{TEMPLATE}s"] = list(names.values())
