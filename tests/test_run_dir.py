@@ -99,6 +99,9 @@ def test_match_refuses_a_run_that_was_started_otherwise_also_when_nested(tmp_pat
 
 def test_a_folder_whose_name_is_not_utf_8_is_refused_before_any_work(tmp_path: Path) -> None:
     out = tmp_path / "run\udcff"
-    with pytest.raises(SlimError, match="no name in UTF-8"), RunDir(out, KIND).claim(resume=False):
+    with (
+        pytest.raises(SlimError, match="is not valid UTF-8"),
+        RunDir(out, KIND).claim(resume=False),
+    ):
         pass
     assert list(tmp_path.iterdir()) == []

@@ -205,7 +205,7 @@ def _check(out: Path, loaded: Loaded, tuned: nn.Module, peft: PeftFolder) -> Non
     difference = logits_close(logits, expected, Change.WEIGHTS, tolerance=tolerance)
     if wrong or not difference.close:
         raise SlimError(
-            f"{out}: the exported adapter computes other logits: {difference}"
+            f"{out}: the written adapter computes other logits than PEFT: {difference}"
             + (f", layers that differ: {few(wrong)}" if wrong else "")
             + "; it was removed",
             "please report it",

@@ -126,7 +126,7 @@ def test_a_start_that_is_none_is_refused(tiny: TinyModels, rows: Path, tmp_path:
             prepare_model(start_recipe(tiny("llama"), rows, folder).recipe)
     adapters: list[dict[str, Any]] = [{"init": "pissa"}, {"adaptive": {"target_rank": 2}}]
     for adapter in adapters:
-        with pytest.raises(SlimError, match="are both a start"):
+        with pytest.raises(SlimError, match="both set the starting weights"):
             start_recipe(tiny("llama"), rows, tmp_path, **adapter)
     with pytest.raises(SlimError, match=r"adapter.init_from is set, and method=full"):
         start_recipe(tiny("llama"), rows, tmp_path, "full")

@@ -136,7 +136,7 @@ def test_adapters_are_summed_and_switched(
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1] != outputs[2]
     assert run([*words, "--adapter", f"{other}=x"]) == 2
-    assert "is not a weight" in capsys.readouterr().err
+    assert "is not a number" in capsys.readouterr().err
     lines = ["hello", "/reset", f"/adapter {one}", "hello", "/reset", "/adapter none", "hello"]
     lines = "\n".join([*lines, "/adapter nowhere\n"])
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))

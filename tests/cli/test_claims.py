@@ -168,7 +168,7 @@ def test_a_checkpoint_with_a_file_of_somebody_else_stays(tmp_path: Path) -> None
     assert latest(tmp_path) == tmp_path / "step-3"
     remove_after(tmp_path, 1)
     assert latest(tmp_path) == tmp_path / "step-1"
-    with pytest.raises(SlimError, match="step-1 holds files that are none of a checkpoint"):
+    with pytest.raises(SlimError, match="step-1 holds files that belong to no checkpoint"):
         remove_after(tmp_path, 0)
     assert (tmp_path / "step-7" / "mine.txt").exists()
 

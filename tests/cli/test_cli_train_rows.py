@@ -65,7 +65,7 @@ def test_what_is_refused(words: list[str], tmp_path: Path, fails: Fails) -> None
     out = tmp_path / "run"
     text = fails("train", "smollm2-lora", *words[2:], "-o", out)
     assert "smollm2-lora is a recipe, and --data trains a model without one" in text
-    assert "is for training a model on rows" in fails("train", "smollm2-lora", "--time", "2h")
+    assert "can be given only with --data" in fails("train", "smollm2-lora", "--time", "2h")
     text = fails("train", words[1], "-o", out)
     assert "is a model, not a recipe" in text and "--data ROWS" in text
     assert "is a model, not a recipe" in fails("train", "owner/name", "-o", out)

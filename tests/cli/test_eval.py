@@ -116,7 +116,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(
         ([*start, "--batch-tokens", "x", "-o", out], "batch-tokens"),
         ([*start, "--adapter", tmp_path / "no", "-o", out], "not an adapter folder"),
         ([*start, "--perplexity", tmp_path / "no.txt", "-o", out], "no.txt does not exist"),
-        ([*start, "--json", "--quiet", "-o", out], "exclude each other"),
+        ([*start, "--json", "--quiet", "-o", out], "not both"),
         ([*start, "-o", text], "is a file"),
         ([*start, "-o", text / "out"], "text.txt is a file"),
         (["eval", "--compare", tmp_path, tmp_path], "holds no results.json"),

@@ -225,7 +225,7 @@ def test_cells_that_start_from_another_cell(tmp_path: Path) -> None:
         ({"of": "base"}, "no pruned, fused or tuned method above it"),
         ({"of": "later"}, "no pruned, fused or tuned method above it"),
         ({"of": "lora"}, "fuse it first"),
-        ({"kind": "base", "of": "small"}, "a base is the model as it is"),
+        ({"kind": "base", "of": "small"}, "kind: base is the model itself"),
     ],
 )
 def test_what_nothing_can_start_from(tmp_path: Path, child: Any, message: str) -> None:

@@ -210,7 +210,7 @@ def test_pages_sweeps_questions_and_missing_files(copy: Path) -> None:
     text = page.read_text()
     page.write_text(text.replace("100", "101", 1))
     assert not problems()
-    with pytest.raises(SlimError, match="1 numbers are not what the stored answers give") as caught:
+    with pytest.raises(SlimError, match="1 numbers do not match the stored answers") as caught:
         verify(copy)
     assert caught.value.details == ["report.md differs from what the stored answers give"]
     page.write_text(text)
@@ -233,7 +233,7 @@ def test_pages_sweeps_questions_and_missing_files(copy: Path) -> None:
 def test_a_removed_cell_is_reported(copy: Path) -> None:
     """Before the report is made again its numbers are missed; afterwards the cell itself is."""
     shutil.rmtree(copy / CELL)
-    with pytest.raises(SlimError, match="numbers are not what the stored answers give") as caught:
+    with pytest.raises(SlimError, match="numbers do not match the stored answers") as caught:
         verify(copy)
     assert any("rows: 2 published, 1 found" in line for line in caught.value.details)
     report(copy)

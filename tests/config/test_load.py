@@ -178,7 +178,7 @@ def test_all_problems_at_once_each_with_key_value_range_and_origin(load: Any) ->
         ("train=3", r"train \(command line\) is 3: expected a section"),
         ("train.steps.x=3", r"train.steps \(command line\) is"),
         ("quantize.bits=7", "expected one of 2, 3, 4, 5, 6, 8"),
-        ("quantize.mode=mxfp4", "mode mxfp4 has bits=4 and group_size=32"),
+        ("quantize.mode=mxfp4", "mode mxfp4 requires bits=4 and group_size=32"),
         ("train.batch_tokens=100", r"batch_tokens=100 is below max_length=512"),
         ("extends=other", "only a recipe file can extend another"),
         ("adapter.layers=[1,-2]", "adapter.layers"),

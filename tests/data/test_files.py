@@ -109,7 +109,7 @@ def test_arrow_files(tmp_path: Path, stream: bool) -> None:
         ("a.jsonl", ONE.encode("utf-16"), "a.jsonl is UTF-16", "iconv -f UTF-16"),
         ("a.jsonl", ONE.encode("utf-16-le"), "a.jsonl is UTF-16", "iconv"),
         ("a.csv", "prompt,completion\na,b".encode("utf-32"), "a.csv is UTF-32", "iconv"),
-        ("a.jsonl", f"{ONE},\n{TWO},\n", "line 1.*a comma after the object", "take the commas"),
+        ("a.jsonl", f"{ONE},\n{TWO},\n", "line 1.*a comma after the object", "remove the commas"),
         ("a.json", f"[{ONE},]", "line 1: .*a comma before the ']'", ""),
         ("a.jsonl", f'{ONE}\n{ONE[:-1]}, "completion": "c"}}', "line 2: .*'completion' stands", ""),
         ("a.json", f'[{ONE[:-1]}, "prompt": "c"}}]', "line 1.*'prompt' stands twice", ""),

@@ -209,7 +209,7 @@ def test_jinja_file_over_fields_and_over_messages(
         ("a\n{% if %}", "t.jinja, line 2"),
         ("a\n{{ instructoin }}", "t.jinja, line 2: undefined variable 'instructoin'"),
         ("{% for m in messages %}{{ m.contents }}{% endfor %}", "contents"),
-        ("nothing", "the answer does not come out"),
+        ("nothing", "does not write the answer"),
     ],
 )
 def test_bad_jinja(make: Any, tmp_path: Path, source: str, message: str) -> None:

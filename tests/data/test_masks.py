@@ -211,7 +211,7 @@ def test_text_beside_calls_that_is_left_out_is_counted(make: Any, tmp_path: Path
 def test_a_template_that_drops_calls_is_refused(make: Any, setting: str, content: str) -> None:
     """A plain ChatML template ignores ``tool_calls``: the answer would be empty, or half of it."""
     turns = row(USER, {**CALL, "content": content}, {"role": "tool", "content": "dry"}, DONE)
-    with pytest.raises(SlimError, match=r"rows.jsonl, line 1: turn 2: .*leaves out") as error:
+    with pytest.raises(SlimError, match=r"rows.jsonl, line 1: turn 2: .*does not write") as error:
         make([turns], template=setting)
     assert "'look'" in error.value.message
     assert "tool calls" in error.value.hint

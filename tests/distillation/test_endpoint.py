@@ -106,7 +106,7 @@ def test_the_answers_before_a_failure_are_yielded() -> None:
 def test_a_reply_that_is_no_completion(reply: Any) -> None:
     with (
         serving(lambda *_: (200, reply, {})) as served,
-        pytest.raises(SlimError, match="no chat completion") as caught,
+        pytest.raises(SlimError, match="did not return a chat completion") as caught,
     ):
         list(teacher(served.base_url).answer(chats("one")))
     assert (reply.decode() or "nothing") in caught.value.message

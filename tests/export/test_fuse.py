@@ -114,7 +114,7 @@ def test_too_little_memory_is_refused_before_the_work(
 ) -> None:
     adapter = write_adapter(tmp_path / "a", tiny("llama"))
     monkeypatch.setattr("mlx_slim.export.fuse.device_memory", lambda: 1000)
-    with pytest.raises(ResourceError, match=r"beside the base, 1\.00 kB are free") as caught:
+    with pytest.raises(ResourceError, match=r"more than the base, 1\.00 kB are free") as caught:
         fuse(tiny("llama"), adapter, tmp_path / "out", OPTIONS)
     assert caught.value.exit_code == 3 and not (tmp_path / "out").exists()
 

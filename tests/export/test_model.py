@@ -141,7 +141,7 @@ def test_an_adapter_of_another_base_lists_names_and_shapes(
         import_peft(tmp_path / "p", tmp_path / "out")
     tensors["base_model.model.odd.lora_C.weight"] = mx.zeros((2, 2))
     save_tensors(tmp_path / "p" / peft_rules.WEIGHTS, tensors)
-    with pytest.raises(SlimError, match="no part of a LoRA"):
+    with pytest.raises(SlimError, match="do not belong to a LoRA"):
         import_peft(tmp_path / "p", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -161,7 +161,7 @@ def test_a_copy_of_a_base_layer_must_be_the_base_s(
     assert mx.allclose(tuned_logits(tiny("llama"), tmp_path / "back"), expected)
     tensors["base_model.model.lm_head.base_layer.weight"] = weight * 1.1
     save_tensors(tmp_path / "p" / peft_rules.WEIGHTS, tensors)
-    with pytest.raises(SlimError, match="a lm_head of its own"):
+    with pytest.raises(SlimError, match="contains lm_head"):
         import_peft(tmp_path / "p", tmp_path / "other")
 
 

@@ -84,7 +84,7 @@ def test_what_is_set_stays_and_the_rest_follows(tiny: TinyModels, tmp_path: Path
         ({"overrides": ["train.stpes=3"]}, "train.stpes .command line. is not a key"),
         ({"time": "soon"}, "time 'soon' is not a duration"),
         ({"time": "1h", "overrides": ["train.steps=3"]}, "--time and train.steps both say"),
-        ({"budget": "much"}, "memory size 'much' is not a size"),
+        ({"budget": "much"}, "'much' is not a memory size"),
         ({"time": "1s"}, "--time 1s is enough for 3 steps of .*, at least 10 are needed"),
     ],
 )

@@ -180,7 +180,7 @@ def test_command_line(
         (["--bits", "7"], "bits=7"),
         (["--group-size", "48"], "group_size=48"),
         (["--mode", "nf4"], "unknown mode 'nf4'"),
-        (["--mode", "mxfp4", "--bits", "8"], "mode mxfp4 has bits=4"),
+        (["--mode", "mxfp4", "--bits", "8"], "mode mxfp4 requires bits=4"),
         (["--method", "magic"], "unknown method"),
     ]:
         assert run(["quantize", str(tiny()), "-o", str(tmp_path / "c"), *wrong]) == 2
