@@ -159,14 +159,14 @@ def load_base(
         )
     adapter, named = recorded
     base_folder = None if named.folder is None else (adapter / named.folder).resolve()
-    trained = f"{adapter} was trained over {source} in {named}"
+    trained = f"{adapter} was trained on {source} in {named}"
     if (
         base_folder is not None
         and (base_folder / "config.json").is_file()
         and _same(source, revision, named)
     ):
         loaded = load(base_folder, dtype=dtype)
-        note = f"{trained}: computing over {base_folder}"
+        note = f"{trained}: computing with {base_folder}"
     else:
         settings = QuantizeConfig.model_validate(asdict(named.quantize))
         loaded, _ = load_quantized(

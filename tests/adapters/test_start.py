@@ -93,7 +93,7 @@ def test_a_qlora_adapter_brings_its_base(tiny: TinyModels, rows: Path, tmp_path:
     assert tuned.base is not None and "quantization" in tuned.config
     other = start_recipe(base, rows, first, "qlora").recipe
     other = other.model_copy(update={"quantize": other.quantize.model_copy(update={"bits": 8})})
-    with pytest.raises(SlimError, match=r"adapter.init_from: .* was trained over"):
+    with pytest.raises(SlimError, match=r"adapter.init_from: .* was trained on"):
         prepare_model(other)
 
 

@@ -188,7 +188,7 @@ def test_an_interrupted_matrix_prints_the_command_that_goes_on(
         patch.setattr(subprocess, "Popen", lambda command, pass_fds: cell)
         assert command(["compare", "toy.yaml", "-o", "my out", "seeds=[1]", "--limit", "3"]) == 130
     error, hint = capsys.readouterr().err.splitlines()
-    assert error == "error: stopped in toy-base; what is complete stays"
+    assert error == "error: stopped in toy-base; complete cells are kept"
     words = shlex.split(hint.removeprefix("hint: resume with: "))
     assert words[:2] == ["mlx-slim", "compare"] and words[-1] == "--resume"
     layout = load_matrix("toy.yaml", ["seeds=[1]"], limit=3)

@@ -286,7 +286,7 @@ def test_tools_that_are_quoted_twice_or_flat_are_read_and_what_is_no_schema_is_r
     flat = {"type": "function", **SCHEMA}
     assert read({"messages": [USER, DONE], "tools": [flat]}).extras == {"tools": [TOOL]}
     for wrong in ({"look": SCHEMA}, [{"function": "look"}], [{"type": "function"}], '{"look": 1}'):
-        with pytest.raises(SlimError, match="row 1: .* is not a tool"):
+        with pytest.raises(SlimError, match=r"row 1: .* is not a tool"):
             read({"messages": [USER, DONE], "tools": wrong})
 
 

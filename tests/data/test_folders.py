@@ -181,7 +181,10 @@ def test_the_entry_is_part_of_the_fingerprint(factory: Any) -> None:
         ({"formatting": "chatml"}, "unknown formatting 'chatml'"),
         ({"columns": {"images": "i"}}, "columns.images is not supported"),
         ({"columns": {"prompt": 3}}, "columns is .*expected names"),
-        ({"columns": {"prompt": "nope"}}, "row 1: .* calls the prompt 'nope', the row has frage"),
+        (
+            {"columns": {"prompt": "nope"}},
+            "row 1: .* takes the prompt from column 'nope', the row has frage",
+        ),
         ({"file_name": "../german.json"}, "is outside the folder"),
         ({"file_name": "absent.json"}, "file_name 'absent.json' does not exist"),
         ({"file_name": 3}, "file_name is 3"),

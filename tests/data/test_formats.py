@@ -181,7 +181,7 @@ def test_a_rename_that_no_row_has_is_refused(make: Any) -> None:
     with pytest.raises(SlimError, match="no row has the column 'rolle'") as error:
         make(rows, columns={"system": "rolle"})
     assert error.value.hint == "did you mean 'role'?"
-    with pytest.raises(SlimError, match="prompt and completion are both 'prompt'"):
+    with pytest.raises(SlimError, match="prompt and completion both map to 'prompt'"):
         make(rows, columns={"prompt": "prompt", "completion": "prompt"})
 
 

@@ -1,4 +1,4 @@
-"""Fused models answer as base + adapter do, and a fuse that loses the tune is refused."""
+"""Fused models answer as base + adapter do, and a fuse that would lose the fine-tuning is refused."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_requantizing_a_small_tune_is_refused_and_leaves_nothing(
     adapter = write_adapter(tmp_path / "a", base, size=0.004)
     before = {path.name for path in tmp_path.iterdir()}
     options = FuseOptions(mode="requantize", samples=2, length=32)
-    with pytest.raises(SlimError, match="loses the tune") as caught:
+    with pytest.raises(SlimError, match="would lose the fine-tuning") as caught:
         fuse(base, adapter, tmp_path / "out", options)
     assert caught.value.exit_code == 2 and "--force" in caught.value.hint
     assert {path.name for path in tmp_path.iterdir()} == before
@@ -102,7 +102,7 @@ def test_an_adapter_stored_beside_the_base_changes_nothing(
 def test_a_delta_that_16_bits_swallow_is_refused(tmp_path: Path) -> None:
     base = tiny_model(tmp_path / "base", dtype=mx.bfloat16)
     adapter = write_adapter(tmp_path / "a", base, size=0.0001)
-    with pytest.raises(SlimError, match="loses the tune") as caught:
+    with pytest.raises(SlimError, match="would lose the fine-tuning") as caught:
         fuse(base, adapter, tmp_path / "out", OPTIONS)
     assert "--dtype float32" in caught.value.hint
     wide = FuseOptions(dtype="float32", samples=2, length=32)

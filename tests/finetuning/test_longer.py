@@ -210,13 +210,13 @@ def test_what_cannot_grow_is_refused_and_left_as_it_was(
     wsd = {"steps": 6, **EXACT["wsd"]}
     cases = {
         "train.early_stopping stopped it after": stopped,
-        "before its decay": wsd,
+        "before its learning rate decayed": wsd,
         "checkpoints were removed": {"steps": 4, "schedule": "constant"},
     }
     for number, (why, train) in enumerate(cases.items()):
         out = tmp_path / str(number)
         finetune(small_recipe(tiny("llama"), rows, **train), out, observer=Recorder())
-        if why == "before its decay":
+        if why == "before its learning rate decayed":
             for path in (out / "checkpoints").glob("step-[!6]"):
                 shutil.rmtree(path)
         elif train is not stopped:

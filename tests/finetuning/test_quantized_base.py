@@ -1,4 +1,4 @@
-"""An adapter of a QLoRA run computes over the quantized base that it was trained over."""
+"""An adapter of a QLoRA run computes over the quantized base that it was trained on."""
 
 from __future__ import annotations
 
@@ -128,13 +128,13 @@ def test_generate_and_eval_compute_with_it(
         words = [str(source), "--adapter", str(run), "--prompt", "alpha", "--max-tokens", "8"]
         result = CliRunner().invoke(generate, words)
         answers.append(result.stdout)
-        assert ("was trained over" in result.stderr) == (source == dense)
+        assert ("was trained on" in result.stderr) == (source == dense)
         options = EvalOptions(adapter=run, perplexity=tmp_path / "text.txt")
         heard = Recorder()
         (computed,) = evaluate(str(source), [], tmp_path / f"e{number}", options, observer=heard)
         scored.append(computed["perplexity"]["metrics"])
         notices = [getattr(event, "message", "") for event in heard.events]
-        assert sum("was trained over" in text for text in notices) == (source == dense)
+        assert sum("was trained on" in text for text in notices) == (source == dense)
     assert answers[0] == answers[1] and scored[0] == scored[1]
 
 

@@ -79,11 +79,14 @@ def test_what_is_set_stays_and_the_rest_follows(tiny: TinyModels, tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"overrides": ["data.path=x"]}, "data.path is set, and --data says it too"),
-        ({"method": "lora", "overrides": ["method=full"]}, "method is set, and --method says it"),
+        ({"overrides": ["data.path=x"]}, "data.path and --data set the same thing"),
+        (
+            {"method": "lora", "overrides": ["method=full"]},
+            "method and --method set the same thing",
+        ),
         ({"overrides": ["train.stpes=3"]}, "train.stpes .command line. is not a key"),
         ({"time": "soon"}, "time 'soon' is not a duration"),
-        ({"time": "1h", "overrides": ["train.steps=3"]}, "--time and train.steps both say"),
+        ({"time": "1h", "overrides": ["train.steps=3"]}, "--time and train.steps both limit"),
         ({"budget": "much"}, "'much' is not a memory size"),
         ({"time": "1s"}, "--time 1s is enough for 3 steps of .*, at least 10 are needed"),
     ],

@@ -206,7 +206,9 @@ def _rope_scaling(meta: _Metadata, config: ModelConfig, notes: list[str]) -> Jso
             _HINT,
         )
     if model_type in ("phi", "gemma2"):
-        raise SlimError(f"{file.path} scales RoPE, which mlx-lm's {model_type} class does not do")
+        raise SlimError(
+            f"{file.path} scales RoPE, which mlx-lm's {model_type} class does not support"
+        )
     notes.append(f"RoPE scaling {scaling['rope_type']}, factor {scaling['factor']:g}")
     return scaling
 

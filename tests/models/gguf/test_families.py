@@ -97,7 +97,7 @@ def changed(path: Path, meta: dict[str, Any]) -> str:
     ("family", "meta", "says"),
     [
         ("gemma3", {"gemma3.final_logit_softcapping": 30.0}, "caps its logits"),
-        ("gemma2", {"gemma2.rope.scaling.type": "linear"}, "gemma2 class cannot"),
+        ("gemma2", {"gemma2.rope.scaling.type": "linear"}, "gemma2 class does not support"),
         ("qwen3moe", {"qwen3moe.expert_used_count": None}, "qwen3moe.expert_used_count"),
         ("qwen3", {"qwen3.expert_count": 4}, "mixture of experts"),
         ("phi3-long", {"phi3.rope.scaling.original_context_length": None}, "RoPE factors"),
