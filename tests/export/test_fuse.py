@@ -1,4 +1,4 @@
-"""Fused models answer as base + adapter do, and a fuse that would lose the fine-tuning is refused."""
+"""Fused models answer as base + adapter do; a fuse that loses the tune is refused."""
 
 from __future__ import annotations
 
