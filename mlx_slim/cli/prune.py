@@ -74,7 +74,7 @@ def command(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Remove layers, attention heads or MLP neurons of MODEL (a folder or hub id, not quantized).
+    """Prune layers, attention heads or MLP neurons of MODEL (a folder or hub id, not quantized).
 
     Give one of --ratio, --target-params, --target-bytes and --layers. With --recover or --task, DIR
     is a run folder: DIR/model is pruned, DIR/recover tuned, DIR/report.json compares.
