@@ -1,4 +1,4 @@
-r"""Which characters of a rendered conversation are an answer, from where its turns come out.
+r"""Find the characters of a rendered conversation that are an answer, by comparing renderings.
 
 Invariant: a span begins where the model takes over from the prompt and ends behind what closes the
 turn; it is read off renderings, never searched for by its text. Used by ``chat_template.py``:
