@@ -3,9 +3,9 @@
 Invariant: a rendering ends in about a second and keeps to tens of megabytes beyond its inputs,
 whatever the template says: every block that runs, every value that is made and every text that is
 written is counted against a ``Budget``, and an operation whose result can be far larger than its
-arguments (a repetition, a padding, a power, a format) is counted before it runs. Everything that goes wrong
-leaves as ``jinja2.TemplateError``. No signal is used, so that worker threads are bounded too. Try
-it: ``mlx-slim data preview smollm2-lora data.template=mine.jinja``.
+arguments (a repetition, a padding, a power, a format) is counted before it runs. Everything that
+goes wrong leaves as ``jinja2.TemplateError``. No signal is used, so that worker threads are bounded
+too. Try it: ``mlx-slim data preview smollm2-lora data.template=mine.jinja``.
 """
 
 from __future__ import annotations
