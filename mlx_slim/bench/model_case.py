@@ -39,7 +39,7 @@ class ModelCase:
     config: ModelConfig
     exported: Path | None = None
     separate: StepDone | None = None
-    _count: int = field(default=0)
+    _outputs: int = field(default=0)
 
     @property
     def model(self) -> Path:
@@ -48,8 +48,8 @@ class ModelCase:
 
     def new(self) -> Path:
         """Return a path that does not exist yet."""
-        self._count += 1
-        return self.folder / f"out-{self._count}"
+        self._outputs += 1
+        return self.folder / f"out-{self._outputs}"
 
     def text(self) -> str:
         """Return the path of a text to calibrate on."""

@@ -208,8 +208,9 @@ def _quantize(case: ModelCase) -> None:
 
 def _prune(case: ModelCase, options: PruneOptions) -> None:
     out = case.new()
-    options = replace(options, calibration=case.text(), samples=2, length=32, held_out=64)
-    done = prune(case.model, out, options)
+    text = case.text()
+    settings = replace(options, calibration=text, samples=2, length=32, held_out=64)
+    done = prune(case.model, out, settings)
     if not done.details.parameters_after < done.details.parameters_before:
         raise _Differs("nothing was removed")
     if not bool(mx.isfinite(_logits(load(out).model)).all()):

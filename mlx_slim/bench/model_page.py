@@ -58,7 +58,7 @@ def page(table: ModelTable) -> str:
         "## Reasons",
         "\n".join(f"{number}. {_escaped(reason)}" for reason, number in numbers.items()),
     ]
-    return "\n\n".join(part.strip() for part in sections if part) + "\n"
+    return "\n\n".join(section.strip() for section in sections if section) + "\n"
 
 
 def _not_small(cell: str) -> bool:

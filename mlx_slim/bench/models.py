@@ -1,7 +1,7 @@
 """What works for each model type of the installed mlx-lm: a table, measured.
 
 Invariant: a cell is computed in a child process, which a cell that takes too long or kills it does
-not outlive; the child that follows it continues with the next cell. The table names the version that
+not outlive; the child that follows it computes the next cell. The table names the version that
 it is of, and ``docs/models.md`` is made of it alone. Try it:
 ``mlx-slim bench models --type qwen3 --type gemma3``.
 """
@@ -104,10 +104,10 @@ def bench_models(
         for word in words:
             if word not in choices:
                 raise SlimError(f"unknown {what} {word!r}", did_you_mean(word, choices))
-    selected = [column for column in COLUMNS if column in (columns or COLUMNS)]
-    jobs = [(model_type, list(selected)) for model_type in types or installed]
+    chosen = [column for column in COLUMNS if column in (columns or COLUMNS)]
+    jobs = [(model_type, list(chosen)) for model_type in types or installed]
     versions = metadata.version("mlx-lm"), metadata.version("mlx")
-    return ModelTable(*versions, selected, compute(jobs, progress, seconds))
+    return ModelTable(*versions, chosen, compute(jobs, progress, seconds))
 
 
 def compute(

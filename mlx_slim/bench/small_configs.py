@@ -1,8 +1,8 @@
 """A small configuration for each model type of the installed mlx-lm, from the class that reads it.
 
 Invariant: a field gets its size from its name, wherever a model type has it; what names do not tell
-(lists with an entry a layer, nested objects) is in one short table. So a model type that a
-newer mlx-lm brings is built in the same way, or is reported as one that does not build. Try it:
+(lists with an entry a layer, nested objects) is in one short table. So a model type that a newer
+mlx-lm brings is built in the same way, or the table shows that it does not build. Try it:
 ``python -c "from mlx_slim.bench.small_configs import small_config; print(small_config('qwen3'))"``.
 """
 

@@ -110,7 +110,7 @@ def evaluate(model: str, as_json: bool, **options: Any) -> None:
 def models(
     types: tuple[str, ...], columns: tuple[str, ...], output: Path | None, as_json: bool
 ) -> None:
-    """Try what works for each model type of mlx-lm, on small random models (half an hour)."""
+    """Check what works for each model type of mlx-lm, on small random models (half an hour)."""
     from mlx_slim.artifacts import write_json, write_text
     from mlx_slim.bench.model_page import page
     from mlx_slim.bench.models import bench_models

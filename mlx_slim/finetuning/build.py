@@ -100,7 +100,7 @@ def prepare_base(recipe: Recipe) -> tuple[Loaded, QuantizedBase | None]:
     if quantized is not None and recorded is not None and not quantized.same_weights(recorded[1]):
         key = "init_from" if [recorded[0]] == started_from(recipe) else "on"
         raise SlimError(
-            f"adapter.{key}: {recorded[0]} was trained on {recorded[1]} in "
+            f"adapter.{key}: {recorded[0]} was trained over {recorded[1]} in "
             f"{recorded[1].dtype}, this recipe quantizes to {quantized} in {quantized.dtype}",
             "give quantize and train.dtype the values that it was trained with",
         )
@@ -196,7 +196,7 @@ def from_rows(
 
 
 def full_logits_notice(config: ModelConfig) -> str:
-    """Return the notice for a model that does not split into body and head."""
+    """Return the warning about a model that does not split into body and head."""
     return f"{config['model_type']}: body and head do not split; full logits are computed"
 
 
@@ -230,7 +230,7 @@ def build_loop(
     if mode != "grouped" and not structure.supports_packing(model):
         if mode == "packed":
             raise SlimError(
-                f"{tuned.config['model_type']} models cannot keep packed rows apart",
+                f"rows packed into one sequence do not stay apart in {tuned.config['model_type']}",
                 "set train.batching=grouped",
             )
         mode = "grouped"

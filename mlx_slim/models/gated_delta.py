@@ -1,4 +1,4 @@
-"""The gated delta rule of Qwen3.5 and its relatives, with MLX's own function where it pays.
+"""The gated delta update of Qwen3.5 and its relatives, with MLX's own function where it pays.
 
 mlx-lm computes it by a loop over the positions wherever its Metal kernel, which has no gradient,
 cannot be used: in training, and on a CPU. ``mx.fast.gated_delta_update`` computes the same in
@@ -18,7 +18,7 @@ _UPDATE, _LOOP = "gated_delta_update", "gated_delta_ops"
 
 
 def use_fast_gated_delta(model: nn.Module) -> bool:
-    """Let the layers of ``model`` that have a gated delta rule compute it in chunks, in place.
+    """Let the layers of ``model`` that have a gated delta update compute it in chunks, in place.
 
     Returns:
         Whether ``model`` holds such a layer that was not changed before.

@@ -40,7 +40,7 @@ _CAP = "final_logit_softcapping"
 _FIXED_CAP = 15.0  # nanochat: a constant of its code
 GATED_MLP = ("gate_proj", "up_proj", "down_proj")
 _LINEAR_TYPES = (nn.Linear, nn.QuantizedLinear)
-_PLAIN_PACKAGES = ("mlx", "mlx_slim")  # packages whose linear layers return W x + b
+_PACKAGES = ("mlx", "mlx_slim")  # packages whose linear layers return W x + b
 HEADS, MLP = "heads", "mlp"
 _ATTENTION, _QUERIES, _KEYS = "self_attn", "q_proj", ("k_proj", "v_proj")
 _OUTPUTS = ("o_proj", "dense")
@@ -211,7 +211,7 @@ def is_linear(module: Any) -> bool:
     A subclass that a model class defines may return something else: afm7's returns a list.
     """
     return isinstance(module, _LINEAR_TYPES) and type(module).__module__.partition(".")[0] in (
-        _PLAIN_PACKAGES
+        _PACKAGES
     )
 
 

@@ -114,7 +114,7 @@ def make_policy(model: nn.Module, config: QuantizeConfig, recipe: str | None = N
         if not reason:
             decision = decide(path, module)
             if decision:
-                layer = _format(decision, base)
+                layer = LayerFormat(**decision) if isinstance(decision, dict) else base
                 reason = skip_reason(module, layer.group_size)
                 if not reason:
                     chosen[path] = layer
@@ -130,14 +130,6 @@ def make_policy(model: nn.Module, config: QuantizeConfig, recipe: str | None = N
             "choose a group size that divides them",
         )
     return Policy(chosen, skipped)
-
-
-def _format(decision: Decision, base: LayerFormat) -> LayerFormat:
-    """Return the format that a model's own policy asks for; what it leaves open is of ``base``."""
-    if not isinstance(decision, dict):
-        return base
-    group = {"group_size": base.group_size} if base.mode == "affine" else {}
-    return LayerFormat(**{**group, **decision})
 
 
 def count(module: nn.Module) -> int:

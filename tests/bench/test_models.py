@@ -60,7 +60,7 @@ def test_unknown_words_are_refused() -> None:
 def test_a_page_has_a_reason_once() -> None:
     row: dict[str, str] = {"load": OK, "fuse": "one models cannot be fused"}
     other = {"load": OK, "fuse": "two models cannot be fused"}
-    none = dict.fromkeys(row, f"{NOT_SMALL}: it cannot")
+    none: dict[str, str] = dict.fromkeys(row, f"{NOT_SMALL}: it cannot")
     text = page(
         ModelTable("1.0", "2.0", ["load", "fuse"], {"one": row, "two": other, "three": none})
     )

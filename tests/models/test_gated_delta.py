@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_slim.bench.small_configs import small_config
 from mlx_slim.models.build import build
 from mlx_slim.models.gated_delta import use_fast_gated_delta
+from mlx_slim.runtime import to_float
 
 pytestmark = pytest.mark.skipif(
     not hasattr(mx.fast, "gated_delta_update"), reason="this MLX has no mx.fast.gated_delta_update"
@@ -38,7 +39,7 @@ def loss_and_gradients(model: Any) -> tuple[float, dict[str, mx.array]]:
 
     value, gradients = mx.value_and_grad(loss)(model.trainable_parameters())
     mx.eval(value, gradients)
-    return value.item(), cast(dict, tree_flatten(gradients, destination={}))
+    return to_float(value), cast(dict, tree_flatten(gradients, destination={}))
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_5", "qwen3_next", "olmo_hybrid"])

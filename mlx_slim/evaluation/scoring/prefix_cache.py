@@ -236,7 +236,7 @@ def _tried(sharing: Sharing, body: Callable[..., mx.array], alone: mx.array) -> 
     except (TypeError, ValueError, AttributeError, AssertionError) as error:
         reason = f"it does not accept a shared cache ({' '.join(str(error).split())[:120]})"
         return replace(sharing, reason=reason)
-    if not all(logits_close(*pair, Change.SHAPES).close for pair in pairs):
+    if not all(logits_close(one, other, Change.SHAPES).close for one, other in pairs):
         return replace(sharing, reason="with a shared cache its hidden states differ")
     size = sum(keys.nbytes + values.nbytes for keys, values in pool) // (2 * first)
     return replace(sharing, position_bytes=size)
