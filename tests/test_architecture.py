@@ -308,5 +308,9 @@ def test_tests_mirror_the_package() -> None:
     assert not named, f"mirror.txt: these have a test file of their own name: {named}"
     gone = [one for one in lines if one not in mirror.modules()]
     assert not gone, f"mirror.txt: these define no function: {gone}"
-    apart = [f"{test} does not reach {one}" for one, test in lines.items() if not mirror.reaches(test, one)]
+    apart = [
+        f"{test} does not reach {one}"
+        for one, test in lines.items()
+        if not mirror.reaches(test, one)
+    ]
     assert not apart, apart
