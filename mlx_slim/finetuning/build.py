@@ -28,7 +28,7 @@ from mlx_slim.data.store import TokenStore
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.tasks.training_rows import finder
 from mlx_slim.models import structure
-from mlx_slim.models.attention import attention_balance, fused_here
+from mlx_slim.models.attention import attention_balance, fused_here, reads_other_blocks
 from mlx_slim.models.load import Loaded, load, read_config
 from mlx_slim.models.quantized import is_quantized
 from mlx_slim.models.rope import boundary_of
@@ -225,6 +225,12 @@ def build_loop(
     if limit is not None and recipe.distill is not None:
         limit -= (
             1  # of the largest batch, tried before targets are generated and the model is rebuilt
+        )
+    if config.grad_checkpoint and reads_other_blocks(model):
+        raise SlimError(
+            f"blocks of {tuned.config['model_type']} attend to keys of other blocks: their "
+            "gradient is lost by checkpointing",
+            "set train.grad_checkpoint=false",
         )
     mode = config.batching
     if mode != "grouped" and not structure.supports_packing(model):

@@ -78,15 +78,28 @@ class Attention:
 
 def attention_of(model: nn.Module) -> list[Attention] | None:
     """Return the attention of each block of ``model``; None where that cannot be seen."""
+    log = _watched_pass(model)
+    return log and [log.attention(index) for index in range(len(structure.blocks(model)))]
+
+
+def reads_other_blocks(model: nn.Module) -> bool:
+    """Return whether a block attends to keys that another one wrote into its cache (Gemma 3n)."""
+    log = _watched_pass(model)
+    return log is not None and log.reads_other_blocks
+
+
+def _watched_pass(model: nn.Module) -> _Log | None:
+    """Return what a forward pass asks for; None where the model does not run with such caches."""
+    from mlx_lm.models.cache import make_prompt_cache
+
     log = _Log()
-    blocks = structure.blocks(model)
-    caches = [_Cache(log) for _ in blocks]
+    caches = [_Cache(log) for _ in make_prompt_cache(model)]
     try:
         with _watching(model, log):
             model(mx.zeros((1, 4), dtype=mx.int32), cache=caches)  # type: ignore[operator]
     except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError):
         return None  # wants caches of another kind, or a device that is not here
-    return [log.attention(index) for index in range(len(blocks))]
+    return log
 
 
 class Balance(NamedTuple):
@@ -144,6 +157,7 @@ class _Log:
     def __init__(self) -> None:
         self.masks: dict[int, tuple[int | None, bool]] = {}  # id -> its window, always an array
         self.block: int | None = None
+        self.reads_other_blocks = False
         self.windows: dict[int, int | None] = {}
         self.calls: dict[int, Attention] = {}
         self._alive: list[mx.array] = []  # so that no id is used twice
@@ -190,6 +204,7 @@ class _Cache:
         return keys, values
 
     def keys_and_values(self) -> tuple[Any, Any]:
+        self._log.reads_other_blocks = True
         return self.keys, self.values
 
     def make_mask(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,11 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_slim.bench.model_case import build_case
 from mlx_slim.bench.small_configs import small_config
+from mlx_slim.config.load import from_values
+from mlx_slim.errors import SlimError
+from mlx_slim.events import Broadcast
+from mlx_slim.finetuning.run import finetune
+from mlx_slim.models.attention import reads_other_blocks
 from mlx_slim.models.build import build
 from mlx_slim.models.load import load
 from mlx_slim.models.reference import reference_of
@@ -49,6 +55,24 @@ def test_caches_reach_the_blocks_that_ask_for_them(model_type: str, tmp_path: Pa
     cached = model(IDS, cache=make_prompt_cache(model))
     assert mx.allclose(model(IDS), cached, atol=1e-5)
     assert supports_packing(model) is (model_type != "iquestloopcoder")
+
+
+@pytest.mark.parametrize("model_type", ["gemma3n", "afm7", "gemma4", "llama"])
+def test_blocks_that_read_keys_of_others_are_not_checkpointed(
+    model_type: str, tmp_path: Path
+) -> None:
+    case = build_case(model_type, tmp_path)
+    values = {
+        "model": str(case.model),
+        "method": "full",
+        "data": {"path": str(tmp_path / "rows.jsonl"), "validation": 0},
+        "train": {"steps": 1, "grad_checkpoint": True},
+        "report_answers": 0,
+    }
+    refuses = model_type in ("gemma3n", "afm7")
+    assert reads_other_blocks(load(case.model).model) is refuses
+    with pytest.raises(SlimError, match="lost by checkpointing") if refuses else nullcontext():
+        finetune(from_values(values, "small", "test"), case.new(), observer=Broadcast([]))
 
 
 def test_a_forward_pass_writes_no_weights_and_runs_in_threads(tmp_path: Path) -> None:
