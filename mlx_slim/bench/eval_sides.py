@@ -126,7 +126,7 @@ def mlx_lm(work: EvalWork) -> JsonObject:
     peer = MLXLM(work.model, use_chat_template=False)
     cast(peer._model, resolve_dtype(work.dtype))
     mx.eval(peer._model.parameters())
-    pairs = [(q.context, choice) for q in questions for choice in q.choices]
+    pairs = [pair for q in questions for pair in q.pairs]
     options = {"until": list(task.spec.until), "max_gen_toks": task.spec.max_tokens}
     requests: list[Any] = [SimpleNamespace(args=pair) for pair in pairs]
     mx.reset_peak_memory()

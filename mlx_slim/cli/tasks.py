@@ -139,7 +139,7 @@ def _first(question: Question, shots: int) -> JsonObject:
     return {
         "num_fewshot": shots,
         "context": question.context,
-        "choices": list(question.choices),
+        "choices": list(question.readable),
         "target": list(question.targets) if question.others else question.target,
     }
 
@@ -148,8 +148,10 @@ def _print_question(question: Question, shots: int) -> None:
     click.echo(f"\n--- first prompt, {shots} shots ---\n{question.context}")
     if question.choices:
         click.echo("--- continuations (* marks a right one) ---")
-        for index, choice in enumerate(question.choices):
+        for index, choice in enumerate(question.readable):
             click.echo(f"{'*' if index in question.targets else ' '} {choice!r}")
+        if question.contexts:
+            click.echo(f"only {question.choices[0]!r} is scored, after each context")
     else:
         heading = "right answers, any counts" if question.others else "right answer"
         click.echo("\n".join([f"--- {heading} ---", *map(str, question.targets)]))

@@ -199,7 +199,7 @@ def _positions(name: str, limit: int | None) -> int:
     task = find_task(name)
     if count_rows(task) is None:
         return _UNKNOWN_ROWS[1]
-    read = max(len(q.context) + sum(map(len, q.choices)) for q in plain_questions(task, limit))
+    read = max(len(q.context) + sum(map(len, q.readable)) for q in plain_questions(task, limit))
     generated = task.spec.max_tokens if task.kind == "generation" else 0
     return int(read / CHARACTERS_PER_TOKEN) + generated
 
@@ -212,7 +212,7 @@ def _tokens(name: str, limit: int | None) -> int:
         count, length = _UNKNOWN_ROWS
         return (limit or count) * length
     questions = plain_questions(task, limit)
-    read = sum(len(q.context) + sum(map(len, q.choices)) for q in questions)
+    read = sum(len(q.context) + sum(map(len, q.readable)) for q in questions)
     generated = (
         GENERATED_TOKENS * GENERATION_COST * len(questions) if task.kind == "generation" else 0
     )

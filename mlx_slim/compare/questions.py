@@ -75,7 +75,7 @@ class StoredQuestion:
             doc_id=question.doc_id,
             subject=question.subject,
             prompt=question.context,
-            choices=list(question.choices),
+            choices=list(question.readable),
             lengths=list(question.lengths),
             target=list(question.targets) if several else question.target,
         )

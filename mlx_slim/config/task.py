@@ -120,6 +120,8 @@ class TaskSpec(Section):
         target: The right answer, or a list of them of which any counts: a choice's place or text
             (``evaluation/targets.py`` says how); for generation the text. Templates, or one
             expression.
+        continuation: The text that is scored after every choice, which is then the end of the
+            prompt: the likeliest context wins (WinoGrande).
         delimiter: Between prompt and answer.
         separator: Between examples.
         metrics: The figures kept; the kind's own unless given.
@@ -146,6 +148,7 @@ class TaskSpec(Section):
     prompt: str
     choices: str | list[str] | None = None
     target: str | list[str]
+    continuation: str | None = None
     delimiter: str = " "
     separator: str = "\n\n"
     metrics: list[str] = Field(default_factory=list)
@@ -156,10 +159,10 @@ class TaskSpec(Section):
     ignore: list[str] = Field(default_factory=list)
     ignore_case: bool = False
 
-    @field_validator("description", "prompt")
+    @field_validator("description", "prompt", "continuation")
     @classmethod
-    def _is_a_template(cls, value: str) -> str:
-        compile_text(value)
+    def _is_a_template(cls, value: str | None) -> str | None:
+        compile_text(value or "")
         return value
 
     @field_validator("target", "choices")
@@ -181,8 +184,8 @@ class TaskSpec(Section):
                 raise ValueError("kind multiple_choice needs choices: templates, or an expression")
             if idle := sorted(_GENERATION_KEYS & self.model_fields_set):
                 raise ValueError(f"kind multiple_choice does not use {', '.join(idle)}")
-        elif self.choices:
-            raise ValueError("kind generation does not use choices")
+        elif idle := [key for key in ("choices", "continuation") if getattr(self, key)]:
+            raise ValueError(f"kind generation does not use {', '.join(idle)}")
         if self.target == []:
             raise ValueError("target is an empty list: expected at least one right answer")
         metrics = self._metrics_of_kind

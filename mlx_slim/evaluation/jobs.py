@@ -181,9 +181,7 @@ class TaskJob:
     def positions(self) -> int:
         """Approximate positions of the longest question (in characters), its answer included."""
         cut = self.encoder.truncated
-        longest = max(
-            self.questions, key=lambda q: len(q.context) + max(map(len, q.choices or " "))
-        )
+        longest = max(self.questions, key=lambda q: sum(map(len, q.longest)))
         if self.generates:
             positions = len(self._prompt(longest)) + self.task.spec.max_tokens
         else:
@@ -196,7 +194,7 @@ class TaskJob:
         questions = [self.questions[i] for i in chunk]
         first, last = min(q.context for q in questions), max(q.context for q in questions)
         shared = shared_length(first, last)
-        distinct = sum(len(q.context) - shared + sum(map(len, q.choices)) for q in questions)
+        distinct = sum(len(q.context) - shared + sum(map(len, q.readable)) for q in questions)
         # A generated token costs about as much as ten prompt tokens: one forward pass each.
         answers = len(questions) * 40 * (self.task.spec.max_tokens if self.generates else 0)
         return shared + distinct + answers
@@ -211,8 +209,8 @@ class TaskJob:
             return
         cut, reserve = self.encoder.truncated, self.task.spec.max_tokens
         for question in self.questions:
-            longest = max(question.choices, key=len, default="x" * reserve)
-            if self.encoder.fits(question.context + longest):
+            context, answer = question.longest
+            if self.encoder.fits(context + (answer or "x" * reserve)):
                 continue
             if question.choices:
                 self._requests([question])
@@ -260,7 +258,7 @@ class TaskJob:
         requests = []
         for question in questions:
             with self._named(question):
-                requests += [self.encoder.request(question.context, c) for c in question.choices]
+                requests += [self.encoder.request(*pair) for pair in question.pairs]
         return requests
 
     def _prompt(self, question: Question) -> list[int]:

@@ -71,7 +71,7 @@ def read_texts_of(config: ForgettingConfig) -> TextDocuments:
 def _document(question: Question) -> str:
     """Return a question with its right answer."""
     if isinstance(question.target, int):
-        return question.context + question.choices[question.target]
+        return "".join(question.pairs[question.target])
     return f"{question.context} {question.target}"
 
 

@@ -18,6 +18,7 @@ from mlx_slim.data.tokenize import unwrap
 from mlx_slim.evaluation.scoring.requests import RequestEncoder
 from mlx_slim.evaluation.tasks.metrics import record_choice, record_generation
 from mlx_slim.evaluation.tasks.prompts import Chat, build_questions
+from mlx_slim.evaluation.tasks.question import Question
 from mlx_slim.evaluation.tasks.rows import TaskRows, load_rows
 from mlx_slim.evaluation.tasks.spec import HARNESS, find_task
 from tests.evaluation.support import write_task
@@ -75,17 +76,48 @@ def _mmlu(number: int) -> dict[str, Any]:
     }
 
 
+def _boolq(number: int) -> dict[str, Any]:
+    passage = f"The river of {number} flows north. It is long."
+    return {"question": f"is {number} north", "passage": passage, "label": number % 2}
+
+
+def _piqa(number: int) -> dict[str, Any]:
+    goal, first = f"To open box {number},", f"pull {number} times"
+    return {"goal": goal, "sol1": first, "sol2": "sing", "label": number % 2}
+
+
+def _winogrande(number: int) -> dict[str, Any]:
+    sentence = f"The cup of {number} did not fit into the box because the _ was too large_{number}."
+    return {
+        "sentence": sentence,
+        "option1": "cup",
+        "option2": f"box {number}",
+        "answer": "12"[number % 2],
+    }
+
+
 TASKS = {
     "gsm8k": ("gsm8k/gsm8k.yaml", _gsm8k, "test", 5),
     "arc_challenge": ("arc/arc_easy.yaml", _arc, "test", 25),
     "hellaswag": ("hellaswag/hellaswag.yaml", _hellaswag, "validation", 10),
     "openbookqa": ("openbookqa/openbookqa.yaml", _openbookqa, "test", 5),
+    "boolq": ("super_glue/boolq/default.yaml", _boolq, "validation", 3),
+    "piqa": ("piqa/piqa.yaml", _piqa, "validation", 3),
+    "winogrande": ("winogrande/default.yaml", _winogrande, "validation", 3),
     "mmlu_anatomy": ("mmlu/default/mmlu_anatomy.yaml", _mmlu, "test", 5),  # it has a description
 }
 
 
-def _theirs(name: str, shots: int, rows: dict[str, list[dict]], **chat: Any) -> list[str]:
-    """Return the context of each question, built by the harness."""
+Pairs = list[list[tuple[str, str]]]
+
+
+def _ours(questions: list[Question]) -> Pairs:
+    """Return context and continuation of each choice of each question."""
+    return [question.pairs or [(question.context, "")] for question in questions]
+
+
+def _theirs(name: str, shots: int, rows: dict[str, list[dict]], **chat: Any) -> Pairs:
+    """Return the same, built by the harness; a generated answer's continuation is empty."""
     import datasets
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks._yaml_loader import load_yaml
@@ -99,10 +131,13 @@ def _theirs(name: str, shots: int, rows: dict[str, list[dict]], **chat: Any) -> 
     task.set_config("num_fewshot", shots)
     task.set_fewshot_seed(1234)
     task.build_all_requests(**chat)
-    contexts: dict[int, str] = {}
+    pairs: dict[int, list[tuple[str, str]]] = {}
     for instance in task.instances:
-        contexts.setdefault(instance.doc_id, instance.args[0])
-    return [contexts[number] for number in range(ROWS)]
+        before, after = instance.args
+        pairs.setdefault(instance.doc_id, []).append(
+            (before, after if isinstance(after, str) else "")
+        )
+    return [pairs[number] for number in range(ROWS)]
 
 
 def write_task_rows(folder: Path, name: str) -> dict[str, list[dict[str, Any]]]:
@@ -124,7 +159,7 @@ def test_examples_and_prompts(tmp_path: Path, name: str) -> None:
     rows = write_task_rows(tmp_path, name)
     task = find_task(name)
     ours = build_questions(task, load_rows(task, tmp_path, HARNESS), shots, sampling=HARNESS)
-    assert [question.context for question in ours] == _theirs(name, shots, rows)
+    assert _ours(ours) == _theirs(name, shots, rows)
 
 
 TEMPLATES = {
@@ -178,7 +213,7 @@ def test_chat_prompts(tmp_path: Path, name: str, template: str, multiturn: bool)
         fewshot_as_multiturn=multiturn,
         chat_template=theirs.apply_chat_template,
     )
-    assert [question.context for question in ours] == expected
+    assert _ours(ours) == expected
     encoder = RequestEncoder(tokenizer, 10_000)
     for question in ours[:2]:
         assert list(encoder.encode(question.context)) == theirs.tok_encode(question.context)
@@ -205,7 +240,7 @@ def test_system_messages(
         fewshot_as_multiturn=multiturn,
         chat_template=_harness_model(hf).apply_chat_template,
     )
-    assert [question.context for question in ours] == expected
+    assert _ours(ours) == expected
 
 
 def _harness_task(rows: list[dict[str, Any]], **keys: Any) -> Any:

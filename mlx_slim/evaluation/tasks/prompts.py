@@ -8,6 +8,10 @@ the question's subtask), and a question is never among its own examples: the nex
 Try it: ``mlx-slim tasks mmlu_anatomy``.
 
     description + (prompt + delimiter + answer + separator) × shots + prompt | delimiter + choice
+
+With a ``continuation`` the choices are contexts, and the last part is
+
+    prompt + choice | delimiter + continuation
 """
 
 from __future__ import annotations
@@ -26,39 +30,12 @@ from mlx_slim.data.formats import Example
 from mlx_slim.data.templates import Rendered, Template
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.targets import read_choices, right_places, right_texts
+from mlx_slim.evaluation.tasks.question import Question
 from mlx_slim.evaluation.tasks.rows import TaskRows
 from mlx_slim.evaluation.tasks.spec import FIRST, HARNESS, Task
 
 _SEED = 1234  # of the harness's draws
 _PLACEHOLDER = "answer"  # what comes before an answer does not depend on it
-
-
-@dataclass(frozen=True)
-class Question:
-    """One question, ready to be encoded.
-
-    Attributes:
-        doc_id: Its row's number in the task's own rows, from 0.
-        subject: Its subtask, None where a task has none.
-        context: The whole prompt, without a delimiter at the end.
-        choices: Continuations as scored, delimiter included; none for generation.
-        lengths: Characters of each choice without its delimiter.
-        target: Place of the right choice, or the right text; where several are right, the first.
-        others: The other right ones.
-    """
-
-    doc_id: int
-    subject: str | None
-    context: str
-    choices: tuple[str, ...]
-    lengths: tuple[int, ...]
-    target: int | str
-    others: tuple[int | str, ...] = ()
-
-    @property
-    def targets(self) -> tuple[int | str, ...]:
-        """All right answers."""
-        return (self.target, *self.others)
 
 
 @dataclass(frozen=True)
@@ -205,6 +182,8 @@ class _Writer:
         self._description = compile_text(spec.description)
         self._prompt = compile_text(spec.prompt)
         self._target = _compiled(spec.target)
+        after = spec.continuation
+        self._continuation = None if after is None else compile_text(after)
         choices = spec.choices or []
         self._one = compile_value(choices) if isinstance(choices, str) else None
         self._each = [] if isinstance(choices, str) else [compile_text(text) for text in choices]
@@ -228,29 +207,32 @@ class _Writer:
         if self._chat:
             description = _joined(self._chat.system, description, self._task.spec.separator)
         prompt_text = self._run(self._prompt, "prompt", row, place)
-        if self._chat and self._chat.turns:
-            pairs = [self._pair(index) for index in self._chosen(part, row)]
-            context = self._chat.turns(description, pairs, prompt_text)
-        else:
-            prompt = self._prefix(part, row) + prompt_text
-            context = self._chat.render(description, prompt) if self._chat else description + prompt
+        examples = [self._pair(index) for index in self._chosen(part, row)]
         choices = self._choices(row, place)
         target, *others = self._answers(row, choices, place)
+        after, contexts = choices, []
+        if self._continuation is not None:
+            after = [self._run(self._continuation, "continuation", row, place)] * len(choices)
+            contexts = [prompt_text + choice for choice in choices]
         return Question(
             doc_id=doc_id,
             subject=part,
-            context=context,
-            choices=tuple(self._delimiter + choice for choice in choices),
-            lengths=tuple(len(choice) for choice in choices),
+            context=self._context(description, examples, prompt_text),
+            choices=tuple(self._delimiter + text for text in after),
+            lengths=tuple(map(len, contexts or choices)),
             target=target,
             others=tuple(others),
+            contexts=tuple(self._context(description, examples, text) for text in contexts),
         )
 
-    def _prefix(self, part: str | None, row: Mapping[str, Any]) -> str:
-        """Return the examples before a question, each with the separator after it."""
+    def _context(self, description: str, examples: list[tuple[str, str]], prompt: str) -> str:
+        """Return description, examples and a prompt as the model reads them."""
+        if self._chat and self._chat.turns:
+            return self._chat.turns(description, examples, prompt)
         spec = self._task.spec
-        pairs = [self._pair(index) for index in self._chosen(part, row)]
-        return "".join(f"{prompt}{spec.delimiter}{text}{spec.separator}" for prompt, text in pairs)
+        shots = (f"{before}{spec.delimiter}{text}{spec.separator}" for before, text in examples)
+        whole = "".join(shots) + prompt
+        return self._chat.render(description, whole) if self._chat else description + whole
 
     def _chosen(self, part: str | None, row: Mapping[str, Any]) -> list[int]:
         """Return the examples of a question: their places among the few-shot rows."""
@@ -314,7 +296,10 @@ class _Writer:
         prompt = self._run(self._prompt, "prompt", row, place)
         choices = self._choices(row, place)
         answer, *_ = self._answers(row, choices, place)
-        return prompt, choices[answer] if isinstance(answer, int) else answer
+        text = choices[answer] if isinstance(answer, int) else answer
+        if self._continuation is None:
+            return prompt, text
+        return prompt + text, self._run(self._continuation, "continuation", row, place)
 
     def _choices(self, row: Mapping[str, Any], place: str) -> list[str]:
         if self._one is None:

@@ -73,7 +73,7 @@ def tasks_of(paths: Sequence[str]) -> list[str]:
 
 def question_key(question: Question) -> str:
     """Return a hash of a bare question's words, without case and punctuation."""
-    text = " ".join([question.context, *question.choices])
+    text = " ".join([question.context, *question.readable])
     return hash_bytes(" ".join(words(text)).encode())
 
 
@@ -129,13 +129,13 @@ def training_rows(
         answer = _answer(user, "" if task.spec.chat else task.spec.delimiter)
         row: JsonObject = {
             "id": f"{task.name}/{task.spec.data.split}/{number}",
-            "prompt": user.context,
+            "prompt": _prompt(user),
         }
         if task.spec.chat:
             first = [{"role": "system", "content": system.context}] if system.context else []
             row["messages"] = [
                 *first,
-                {"role": "user", "content": user.context},
+                {"role": "user", "content": _prompt(user)},
                 {"role": "assistant", "content": answer},
             ]
         else:
@@ -143,10 +143,17 @@ def training_rows(
         row["answer"] = answer.removeprefix("" if task.spec.chat else task.spec.delimiter)
         if question.choices:
             row["choices"] = [
-                choice.removeprefix(task.spec.delimiter) for choice in question.choices
+                choice.removeprefix(task.spec.delimiter) for choice in question.readable
             ]
         rows.append({**row, "key": question_key(question)})
     return rows
+
+
+def _prompt(question: Question) -> str:
+    """Return what the model reads before the right answer."""
+    if question.contexts and isinstance(question.target, int):
+        return question.contexts[question.target]
+    return question.context
 
 
 def _answer(question: Question, delimiter: str) -> str:

@@ -17,7 +17,8 @@ from tests.evaluation.support import CHOICE, GENERATION, mmlu_row, quiz, write_r
 
 SIZES = {
     "arc_challenge": 1172, "arc_easy": 2376, "gsm8k": 1319, "hellaswag": 10042, "mmlu": 14042,
-    "openbookqa": 500, "pubmedqa": 1000, "demo_exact_match": 100,
+    "openbookqa": 500, "pubmedqa": 1000, "demo_exact_match": 100, "boolq": 3270, "piqa": 1838,
+    "winogrande": 1267,
 }  # fmt: skip
 
 
@@ -57,9 +58,13 @@ def test_every_task_renders_every_row_of_the_mirror(data_mirror: Path, name: Any
             assert question.choices == question.lengths == () and isinstance(question.target, str)
         else:
             assert question.target in range(len(question.choices))
+            assert all(choice[0] == " " for choice in question.choices)
+            if question.contexts:
+                assert len(set(question.contexts)) > len(set(question.choices)) == 1
+                assert question.lengths == tuple(map(len, question.contexts))
+                continue
             lengths = tuple(len(choice) - 1 for choice in question.choices)
             assert question.lengths == lengths
-            assert all(choice[0] == " " for choice in question.choices)
             assert question.context == question.context.rstrip(" ")
 
 

@@ -13,8 +13,8 @@ from mlx_slim.evaluation.tasks.spec import expand, find_task, list_tasks, suites
 from tests.evaluation.support import CHOICE, GENERATION, write_task
 
 SHIPPED = {
-    "arc_challenge", "arc_easy", "bioasq", "demo_exact_match", "gsm8k", "hellaswag", "mmlu",
-    "openbookqa", "pubmedqa",
+    "arc_challenge", "arc_easy", "bioasq", "boolq", "demo_exact_match", "gsm8k", "hellaswag",
+    "mmlu", "openbookqa", "piqa", "pubmedqa", "winogrande",
 }  # fmt: skip
 
 
@@ -52,6 +52,11 @@ def test_suites_define_their_shots() -> None:
     assert [(s.task.name, s.num_fewshot) for s in chosen] == [
         ("hellaswag", 0), ("gsm8k", 5), ("mmlu", 5),
     ]  # fmt: skip
+    chosen = expand(["pruning-7"])
+    assert [s.task.name for s in chosen] == [
+        "boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa",
+    ]  # fmt: skip
+    assert {s.num_fewshot for s in chosen} == {0}
     for members in suites().values():
         assert set(members) <= SHIPPED
 
@@ -113,6 +118,8 @@ def test_a_users_task_file(tmp_path: Path) -> None:
         (CHOICE.replace("{{ options }}", "{{ options"), "choices .*not a Jinja template"),
         (CHOICE.replace("A:", "{% if %}"), "prompt .*not a Jinja template"),
         (GENERATION + "choices: [a]\n", "generation does not use choices"),
+        (GENERATION + "continuation: a\n", "generation does not use continuation"),
+        (CHOICE + "continuation: '{{ a'\n", "continuation .*not a Jinja template"),
         (GENERATION + "ignore: ['(']\n", "ignore .*not a valid regular expression"),
         (GENERATION + "filters: {a: {pattern: '['}}\n", "not a valid regular expression"),
         (GENERATION + "metrics: [strict_match]\n", "no metric 'strict_match' for generation"),
