@@ -17,6 +17,7 @@ from mlx_slim.claims import held
 from mlx_slim.compare import claims, evidence, headline, store, tables
 from mlx_slim.compare.claims import MethodComparison, MethodScore
 from mlx_slim.compare.drawings import drawings
+from mlx_slim.compare.pruning_papers import ProtocolRow, protocol
 from mlx_slim.compare.records import FORGETTING, MatrixRecord, SweepRecord, as_json
 from mlx_slim.compare.report_records import (
     Contrast,
@@ -53,6 +54,7 @@ class MatrixReport:
         contrasts: Paired comparisons, corrected.
         notes: A line for each comparison that could not be made.
         published: Scores beside published ones.
+        protocol: Scores beside those of the pruning papers, where their tasks were scored.
         sweeps: How learning rates were chosen.
         extraction: Generated answers that could not be read.
         flips: Questions to read.
@@ -73,6 +75,7 @@ class MatrixReport:
     contrasts: list[Contrast]
     notes: list[str]
     published: list[PublishedScore]
+    protocol: list[ProtocolRow]
     sweeps: list[SweepRecord]
     extraction: list[Extraction]
     flips: list[Flip]
@@ -98,6 +101,7 @@ class MatrixReport:
             "contrasts": list(map(asdict, self.contrasts)),
             "notes": self.notes,
             "published": list(map(asdict, self.published)),
+            **({"protocol": list(map(asdict, self.protocol))} if self.protocol else {}),
             "sweeps": list(map(asdict, self.sweeps)),
             FORGETTING: as_json(record.forgetting) if record.forgetting else None,
             "extraction": list(map(asdict, self.extraction)),
@@ -201,6 +205,7 @@ def _build(stored: store.StoredMatrix) -> MatrixReport:
         contrasts=contrasts,
         notes=notes,
         published=evidence.published(stored, rows),
+        protocol=protocol(stored),
         sweeps=stored.sweeps,
         extraction=evidence.extraction(stored),
         flips=evidence.flips(stored, tasks),

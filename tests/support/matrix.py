@@ -132,7 +132,7 @@ def _questions(task: str, count: int) -> list[Question]:
 
 
 def _request(task: str, questions: list[Question]) -> dict[str, Any]:
-    shots = 5 if task != "hellaswag" else 0
+    shots = find_task(task).num_fewshot
     return definition_record(
         find_task(task), shots, len(questions), "0" * 64, "1" * 64 if shots else None
     )
