@@ -57,7 +57,7 @@ class ProtocolRow:
 
 def protocol(stored: StoredMatrix) -> list[ProtocolRow]:
     """Return the papers' rows, then ours; none where no cell answered all seven tasks."""
-    scores = {cell.name: found for cell in stored.cells if (found := _scores(cell))}
+    scores = {cell.name: answered for cell in stored.cells if (answered := _scores(cell))}
     if not scores:
         return []
     bases = {
@@ -68,9 +68,9 @@ def protocol(stored: StoredMatrix) -> list[ProtocolRow]:
     dense = sum(PAPERS[_DENSE]) / len(METRICS) / 100
     rows = []
     for name, values in PAPERS.items():
-        shares = {task: value / 100 for task, value in zip(METRICS, values, strict=True)}
-        drop = None if name == _DENSE else dense - _mean(shares)
-        rows.append(ProtocolRow(name, True, shares, _mean(shares), drop, {}))
+        fractions = {task: value / 100 for task, value in zip(METRICS, values, strict=True)}
+        drop = None if name == _DENSE else dense - _mean(fractions)
+        rows.append(ProtocolRow(name, True, fractions, _mean(fractions), drop, {}))
     rows.append(ProtocolRow(_LAMINI[0], True, {}, _LAMINI[1], dense - _LAMINI[1], {}))
     for cell in stored.cells:
         if cell.name in scores:
