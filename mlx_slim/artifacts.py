@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from mlx_slim import locks, reading
-from mlx_slim.errors import SlimError, disk_full, file_size_limit
+from mlx_slim.errors import SlimError, file_size_limit, refuse_full_disk
 from mlx_slim.hashing import hash_bytes as hash_bytes
 from mlx_slim.hashing import hash_file as hash_file
 from mlx_slim.hashing import hash_files as hash_files
@@ -48,8 +48,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if full := disk_full(error.errno, f" while writing {path}", "nothing was replaced"):
-            raise full from error
+        refuse_full_disk(error, f" while writing {path}", "nothing was replaced")
         if error.errno == errno.ENAMETOOLONG:
             raise SlimError(
                 f"cannot write {path}: {error.strerror}",
@@ -281,8 +280,8 @@ def save_tensors(path: Path, tensors: dict[str, mx.array]) -> None:
         if shutil.disk_usage(path.parent).free < needed:
             number = errno.ENOSPC
         place = f" while writing {path.name} ({needed:,} bytes)"
-        if full := disk_full(number, place, "nothing was replaced"):
-            raise full from error
+        if number is not None:
+            refuse_full_disk(OSError(number, str(error)), place, "nothing was replaced")
         raise SlimError(
             f"cannot write {path.name}: {' '.join(str(error).split())}",
             "check the disk's free space and that it is writable",

@@ -93,6 +93,19 @@ def disk_full(number: int | None, place: str = "", hint: str = "") -> ResourceEr
     return ResourceError(f"{text}{place}", f"{advice}; {hint}" if hint else advice)
 
 
+def refuse_full_disk(error: OSError, place: str, hint: str) -> None:
+    """Raise what ``disk_full`` says of an error, if it is one of its kind.
+
+    It raises here: a caller that held the refusal in a variable would be held by it, and what that
+    caller has open would stay open.
+
+    Raises:
+        ResourceError: The disk is full, or the file may not be as large.
+    """
+    if disk_full(error.errno):
+        raise disk_full(error.errno, place, hint) from error  # type: ignore[misc]  # it is one
+
+
 def file_size_limit() -> int | None:
     """Return the most bytes that this process may write to a file (``ulimit -f``), if limited."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
