@@ -96,14 +96,19 @@ def disk_full(number: int | None, place: str = "", hint: str = "") -> ResourceEr
 def refuse_full_disk(error: OSError, place: str, hint: str) -> None:
     """Raise what ``disk_full`` says of an error, if it is one of its kind.
 
-    It raises here: a caller that held the refusal in a variable would be held by it, and what that
-    caller has open would stay open.
+    A variable that held the refusal would form a circle with its traceback, and what the frames
+    have open would stay open until the garbage collector comes.
 
     Raises:
         ResourceError: The disk is full, or the file may not be as large.
     """
-    if disk_full(error.errno):
-        raise disk_full(error.errno, place, hint) from error  # type: ignore[misc]  # it is one
+    refusal = disk_full(error.errno, place, hint)
+    if refusal is None:
+        return
+    try:
+        raise refusal from error
+    finally:
+        del refusal
 
 
 def file_size_limit() -> int | None:

@@ -166,7 +166,7 @@ def plan(model: str, output: Path | None, as_json: bool) -> None:
 )
 @_JSON
 def suite(output: Path | None, as_json: bool) -> int:
-    """Self-test, then speeds of this machine: train, eval, generate (three minutes on 2 cores).
+    """Run the self-test, then measure train, eval, generation (three minutes on 2 cores).
 
     The model is SmolLM2-135M from the package index, the rows are those of the demo: no data set is
     needed, and every machine does the same work.

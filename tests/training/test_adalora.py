@@ -179,7 +179,7 @@ def test_killed_and_resumed_repeats_it_bit_for_bit(tiny: TinyModels, tmp_path: P
     with pytest.raises(Interrupted):
         finetune(text, out, observer=CtrlC())
     state = load_tensors(out / "checkpoints" / "step-3" / "callbacks.safetensors")
-    assert any(value.max().item() > 0 for name, value in state.items() if "mean/" in name)
+    assert any(np.array(value).max() > 0 for name, value in state.items() if "mean/" in name)
     finetune(text, out, observer=Recorder(), resume=True)
     assert losses(out) == losses(tmp_path / "straight")
     files = [
