@@ -100,7 +100,7 @@ def prepare_base(recipe: Recipe) -> tuple[Loaded, QuantizedBase | None]:
     if quantized is not None and recorded is not None and not quantized.same_weights(recorded[1]):
         key = "init_from" if [recorded[0]] == started_from(recipe) else "on"
         raise SlimError(
-            f"adapter.{key}: {recorded[0]} was trained over {recorded[1]} in "
+            f"adapter.{key}: {recorded[0]} was trained on {recorded[1]} in "
             f"{recorded[1].dtype}, this recipe quantizes to {quantized} in {quantized.dtype}",
             "give quantize and train.dtype the values that it was trained with",
         )
