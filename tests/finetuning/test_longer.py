@@ -134,7 +134,9 @@ class Observer:
             die()
 
 if moment == "record":  # recipe.json says the new length, run.json is still there
-    module.write_json = lambda path, value, write=module.write_json: (write(path, value), die())
+    from mlx_slim.finetuning import run_dir
+    write = run_dir.write_json
+    run_dir.write_json = lambda path, value: (write(path, value), die())
 if moment == "rewind":
     module.MetricsFile.rewind = lambda *_: die()
 if moment == "remove":
