@@ -304,7 +304,7 @@ def test_tests_mirror_the_package() -> None:
     """A module has a test file of its name, or ``tests/mirror.txt`` says which file reaches it."""
     assert not mirror.lacking(), f"no test file: {mirror.lacking()}; {mirror.__doc__}"
     lines = mirror.table()
-    named = [one for one in lines if (mirror.TESTS / mirror.test_of(one)).exists()]
+    named = [one for one in lines if (mirror.TESTS / mirror.path_of_test(one)).exists()]
     assert not named, f"mirror.txt: these have a test file of their own name: {named}"
     gone = [one for one in lines if one not in mirror.modules()]
     assert not gone, f"mirror.txt: these define no function: {gone}"

@@ -111,10 +111,14 @@ def models(
     types: tuple[str, ...], columns: tuple[str, ...], output: Path | None, as_json: bool
 ) -> None:
     """Check what works for each model type of mlx-lm, on small random models (half an hour)."""
-    from mlx_slim.artifacts import write_json, write_text
+    from mlx_slim.artifacts import check_writable, write_json, write_text
     from mlx_slim.bench.model_page import page
     from mlx_slim.bench.models import bench_models
 
+    if output is not None:  # before half an hour of work
+        if output.suffix != ".json":
+            raise click.UsageError(f"-o {output}: expected a name that ends in .json")
+        check_writable(output.parent)
     with alive():
         table = bench_models(types, columns, lambda line: click.echo(line, err=as_json))
     if output is not None:

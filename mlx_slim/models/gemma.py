@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import mlx.core as mx
@@ -34,12 +35,7 @@ def use_exact_scale(model: nn.Module) -> bool:
     """
     from mlx_lm.models.gemma3_text import Gemma3Model
 
-    changed = False
-    for module in model.modules():
-        if type(module) is Gemma3Model:
-            module.__class__ = _exact(Gemma3Model)
-            changed = True
-    return changed
+    return _replace_classes(model, {Gemma3Model: _exact})
 
 
 def _exact(kind: type) -> type:
@@ -67,13 +63,16 @@ def use_shared_keys(model: nn.Module) -> bool:
     """
     from mlx_lm.models.gemma3n import Gemma3nAltUp, LanguageModel
 
+    return _replace_classes(model, {LanguageModel: _shared, Gemma3nAltUp: _unwritten})
+
+
+def _replace_classes(model: nn.Module, subclasses: dict[type, Callable[[type], type]]) -> bool:
+    """Give modules of exactly these classes a subclass, in place; return whether one had it."""
     changed = False
     for module in model.modules():
-        if type(module) is LanguageModel:
-            module.__class__ = _shared(LanguageModel)
+        if subclass := subclasses.get(type(module)):
+            module.__class__ = subclass(type(module))
             changed = True
-        elif type(module) is Gemma3nAltUp:
-            module.__class__ = _unwritten(Gemma3nAltUp)
     return changed
 
 

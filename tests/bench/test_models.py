@@ -14,6 +14,7 @@ import pytest
 from mlx_slim.bench import models
 from mlx_slim.bench.model_page import disagreements, page
 from mlx_slim.bench.models import COLUMNS, NOT_SMALL, OK, ModelTable, compute, read_table
+from mlx_slim.cli.main import run
 from mlx_slim.errors import SlimError
 from mlx_slim.models.normalize import architectures
 from mlx_slim.runtime import on_gpu
@@ -57,6 +58,16 @@ def test_unknown_words_are_refused() -> None:
         models.bench_models(types=["qwen3"], columns=["lora"])
 
 
+@pytest.mark.parametrize("output", ["table.md", "file/table.json"])
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    monkeypatch.setattr(models, "bench_models", lambda *_: pytest.fail("it began to work"))
+    assert run(["bench", "models", "-o", output]) == 2
+
+
 def test_a_page_has_a_reason_once() -> None:
     row: dict[str, str] = {"load": OK, "fuse": "one models cannot be fused"}
     other = {"load": OK, "fuse": "two models cannot be fused"}
@@ -97,16 +108,16 @@ def test_what_people_use_works(name: str) -> None:
     assert {column: row[column] for column in NEEDED} == dict.fromkeys(NEEDED, OK)
 
 
-def _check(jobs: list[tuple[str, list[str]]]) -> None:
+def _different(jobs: list[tuple[str, list[str]]]) -> list[str]:
     if on_gpu():
         pytest.skip("the table is that of a CPU; a GPU has kernels that it lacks")
-    wrong = disagreements(read_table(RECORD).models, compute(jobs))
-    assert not wrong, "\n".join([*wrong, f"write the table again: {AGAIN}"])
+    return disagreements(read_table(RECORD).models, compute(jobs))
 
 
 @pytest.mark.parametrize("half", [0, 1])
 def test_families_are_as_recorded(half: int) -> None:
-    _check([(name, list(COLUMNS)) for name in FAMILIES[half::2]])
+    different = _different([(name, list(COLUMNS)) for name in FAMILIES[half::2]])
+    assert not different, f"write the table again: {AGAIN}"
 
 
 def test_others_are_as_recorded() -> None:
@@ -116,4 +127,5 @@ def test_others_are_as_recorded() -> None:
     columns: list[str] = chance.sample(list(COLUMNS), 2)
     types = chance.sample(others, len(others) // 5)
     print(f"chosen by the date {day}: {', '.join(columns)} of {', '.join(types)}")
-    _check([(name, columns) for name in types])
+    different = _different([(name, columns) for name in types])
+    assert not different, f"write the table again: {AGAIN}"

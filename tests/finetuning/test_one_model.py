@@ -107,7 +107,7 @@ def test_quantize_a_model_that_does_not_fit_dense(
     )
 
 
-@pytest.mark.parametrize("mode", ["merge", "keep"])
+@pytest.mark.parametrize("mode", ["merge", "keep", "dequantize", "requantize"])
 def test_fuse(
     dense: Path,
     size: int,
@@ -117,29 +117,15 @@ def test_fuse(
     tmp_path: Path,
     mode: Mode,
 ) -> None:
-    adapter = write_adapter(tmp_path / "a", dense)
+    quantized = mode in ("dequantize", "requantize")
+    base = write_quantized(tmp_path / "q", dense, 4) if quantized else dense
+    # Layers without an adapter become dense too: with a quantized base all but these.
+    targets = ["q_proj"] if quantized else ["all-linear"]
+    adapter = write_adapter(tmp_path / "a", base, targets=targets)
     mx.reset_peak_memory()
-    fuse(dense, adapter, tmp_path / "f", FuseOptions(mode=mode, calibration=text, length=32))
-    assert peak() < size + SLACK * wide
-
-
-@pytest.mark.parametrize("mode", ["dequantize", "requantize"])
-def test_fuse_over_a_quantized_base(
-    dense: Path,
-    size: int,
-    wide: int,
-    text: str,
-    peak: Callable[[], int],
-    tmp_path: Path,
-    mode: Mode,
-) -> None:
-    base = write_quantized(tmp_path / "q", dense, 4)
-    # Layers without an adapter become dense too: all but these.
-    adapter = write_adapter(tmp_path / "a", base, targets=["q_proj"])
-    mx.reset_peak_memory()
-    options = FuseOptions(mode=mode, calibration=text, length=32, force=True)
+    options = FuseOptions(mode=mode, calibration=text, length=32, force=quantized)
     fuse(base, adapter, tmp_path / "f", options)
-    assert peak() < (size + SLACK * wide if mode == "dequantize" else 0.5 * wide)
+    assert peak() < (0.5 * wide if mode == "requantize" else size + SLACK * wide)
 
 
 def test_export(

@@ -28,7 +28,7 @@ def modules() -> list[str]:
     ]
 
 
-def test_of(module: str) -> str:
+def path_of_test(module: str) -> str:
     """Return the test file of a module's own name, in ``tests/``."""
     folder, _, name = module.rpartition("/")
     return f"{folder}/test_{name}".lstrip("/")
@@ -80,7 +80,9 @@ def reaches(test: str, module: str) -> bool:
 def lacking() -> list[str]:
     """Return the modules that have neither a test file of their own name nor a line."""
     lines = table()
-    return [one for one in modules() if not (TESTS / test_of(one)).exists() and one not in lines]
+    return [
+        one for one in modules() if not (TESTS / path_of_test(one)).exists() and one not in lines
+    ]
 
 
 def _proposal(module: str) -> str:
