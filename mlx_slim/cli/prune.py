@@ -37,6 +37,10 @@ _PATH = click.Path(path_type=Path)
     PruneOptions,
     "heads",
     "mlp",
+    "hidden",
+    "hidden_size",
+    "intermediate_size",
+    "kv_heads",
     "uniform",
     "ranking",
     "protect_first",
@@ -74,10 +78,11 @@ def command(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Prune layers, attention heads or MLP neurons of MODEL (a folder or hub id, not quantized).
+    """Prune layers, heads, MLP neurons or hidden size of MODEL (folder or hub id, not quantized).
 
-    Give one of --ratio, --target-params, --target-bytes and --layers. With --recover or --task, DIR
-    is a run folder: DIR/model is pruned, DIR/recover tuned, DIR/report.json compares.
+    Give one of --ratio, --target-params, --target-bytes and --layers, or the sizes themselves:
+    --hidden-size, --intermediate-size, --kv-heads. With --recover or --task, DIR is a run folder:
+    DIR/model is pruned, DIR/recover tuned, DIR/report.json compares.
     """
     from rich.console import Console as RichConsole
 

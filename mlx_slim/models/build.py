@@ -18,6 +18,7 @@ import mlx.nn as nn
 from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.models import rope_install, structure
 from mlx_slim.models.activations import use_tanh_gelu
+from mlx_slim.models.normalize import HEAD_BY_FILE
 from mlx_slim.models.quantized import has_quantized_form
 from mlx_slim.models.reference import reference_of
 from mlx_slim.models.rope_support import support_of
@@ -42,6 +43,7 @@ def build(config: ModelConfig) -> nn.Module:
             "the config.json must be that of a model that mlx-lm knows",
         ):
             model = construct(config)
+            _tie_head(model, config)
     finally:
         mx.random.seed(high << 32 | low)  # a key is its seed in two words: the caller's, as it was
     if quantization := config.get("quantization"):
@@ -55,6 +57,14 @@ def build(config: ModelConfig) -> nn.Module:
 
         nn.quantize(model, **base, class_predicate=decide)
     return model
+
+
+def _tie_head(model: nn.Module, config: ModelConfig) -> None:
+    """Drop the head that a class builds until it sees that the file of a tied model has none."""
+    text, owner = config.get("text_config", config), model.get("language_model", model)
+    module = type(owner).__module__.rpartition(".")[2]
+    if module in HEAD_BY_FILE and text.get("tie_word_embeddings", True):
+        owner.sanitize({})
 
 
 def construct(config: ModelConfig) -> nn.Module:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_slim.errors import SlimError
+from mlx_slim.models.gemma import EMBEDDING_SIZE
 from mlx_slim.models.tensors import Tensor
 from mlx_slim.reading import JsonObject, field, open_regular, read_object, read_text, short, shown
 
@@ -30,6 +31,7 @@ _LAYERS = re.compile(r"(num|n)(_hidden|_decoder)?_layers?")
 _WIDE = re.compile(r"(?!mscale).*_(size|dim|heads?|experts|rank|embd)|d_model|dim|n_head|n_heads")
 _TOKENS = re.compile(r".*(window|chunk|position|context|batch|block|length|cache|kernel).*")
 _NEEDED = ("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads")
+_NEEDED += (EMBEDDING_SIZE,)
 _SMALL = re.compile(r".*_(eps|epsilon)")
 _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_cache", "use_sliding_window")
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -2,7 +2,8 @@
 
 Gemma 3: mlx-lm rounds the scale √D of the embeddings to bfloat16 in every dtype (25.298 becomes
 25.25 at 640), which shifts log-likelihoods by up to 0.09 nats. transformers rounds it to the dtype
-of the weights, so bfloat16 agrees as it is.
+of the weights, so bfloat16 agrees as it is. A model whose width was pruned has the ratio of both
+rounded roots in its embedding: its rounding error is still that of the width that it had.
 
 Gemma 2: mlx-lm adds masks (B, 1, T, S) to scores (B, key-value heads, queries of each, T, S). The
 mask of row b then falls on the b-th key-value head of every row where there are as many rows as
@@ -21,24 +22,35 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_slim.reading import ModelConfig
 
-def use_exact_scale(model: nn.Module) -> bool:
+EMBEDDING_SIZE = "mlx_slim_embedding_size"
+
+
+def use_exact_scale(model: nn.Module, config: ModelConfig) -> bool:
     """Let a Gemma 3 in float32 scale its embeddings exactly, in place.
+
+    Args:
+        model: Any.
+        config: Its config; ``mlx_slim_embedding_size`` is the width that its embedding was made
+            for.
 
     Returns:
         Whether ``model`` holds such a body that was not changed before.
     """
     from mlx_lm.models.gemma3_text import Gemma3Model
 
-    return _replace_classes(model, {Gemma3Model: _exact})
+    width = config.get("text_config", config).get(EMBEDDING_SIZE)
+    return _replace_classes(model, {Gemma3Model: partial(_exact, width)})
 
 
-def _exact(kind: type) -> type:
+def _exact(width: int | None, kind: type) -> type:
     def call(
         self: Any,
         inputs: mx.array,
@@ -47,7 +59,7 @@ def _exact(kind: type) -> type:
     ) -> mx.array:
         hidden = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
         if hidden.dtype == mx.float32:  # mlx-lm multiplies by the rounded root afterwards
-            root = math.sqrt(self.args.hidden_size)
+            root = math.sqrt(width or self.args.hidden_size)
             rounded = cast(float, mx.array(root, mx.bfloat16).astype(mx.float32).item())
             hidden = hidden * (root / rounded)
         return kind.__call__(self, inputs, cache, hidden)  # type: ignore[operator]

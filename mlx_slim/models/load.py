@@ -140,7 +140,7 @@ def load(
                 config = transform(model, config)
             read_weights(model, short(folder))
             mx.eval(_constants(model))
-    use_exact_scale(model)
+    use_exact_scale(model, config)
     use_row_masks(model)
     use_shared_keys(model)
     use_fast_gated_delta(model)

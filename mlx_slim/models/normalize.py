@@ -29,6 +29,8 @@ _BASE_THETA = 10000.0
 _ORIGINAL = "use the original model's config"
 # The tensor of an output layer, by the names that it has in mlx-lm and on the hub; none of a block.
 _HEAD = re.compile(r"(?:[a-z_]+\.)*(?:lm_head|output|embed_out)\.q?weight")
+# Modules of mlx-lm whose classes have a head unless the file has none, whatever the config says.
+HEAD_BY_FILE = ("gemma3_text", "recurrent_gemma")
 _ROTATED = {"partial_rotary_factor", "rotary_pct", "rotary_dim"}
 
 
@@ -157,9 +159,11 @@ def _tie(
     tensor_names: Collection[str] | None,
     notes: list[str],
 ) -> None:
+    heads = [name for name in tensor_names or () if _HEAD.fullmatch(name)]
+    if heads and module.__name__.rpartition(".")[2] in HEAD_BY_FILE:
+        config["tie_word_embeddings"] = False
     if not tensor_names or "tie_word_embeddings" not in _fields(module):
         return
-    heads = [name for name in tensor_names if _HEAD.fullmatch(name)]
     tied = not heads
     if config.get("tie_word_embeddings") is not tied:
         was = config.get("tie_word_embeddings", "absent")

@@ -41,7 +41,7 @@ _FIXED_CAP = 15.0  # nanochat: a constant of its code
 GATED_MLP = ("gate_proj", "up_proj", "down_proj")
 _LINEAR_TYPES = (nn.Linear, nn.QuantizedLinear)
 _PACKAGES = ("mlx", "mlx_slim")  # packages whose linear layers return W x + b
-HEADS, MLP = "heads", "mlp"
+HEADS, MLP, HIDDEN = "heads", "mlp", "hidden"
 _ATTENTION, _QUERIES, _KEYS = "self_attn", "q_proj", ("k_proj", "v_proj")
 _OUTPUTS = ("o_proj", "dense")
 _HEAD_COUNTS = ("n_heads", "num_heads", "num_attention_heads")
@@ -281,16 +281,17 @@ class Coupled:
     """Groups that can only be removed as a whole (arXiv 2305.11627).
 
     A group of ``heads`` is one key-value head, its query heads and the output columns that read
-    them; one of ``mlp`` is a neuron: its rows and its column.
+    them; one of ``mlp`` is a neuron: its rows and its column; one of ``hidden`` is a channel of the
+    residual stream, in all blocks at once (``residual.py``).
 
     Attributes:
-        kind: ``heads`` or ``mlp``.
+        kind: ``heads``, ``mlp`` or ``hidden``.
         count: Groups.
         queries_per_group: Query heads of a group; 1 for neurons.
         width: Inputs of the output layer that a group owns.
         members: (path inside the block, axis) of each tensor; the axis is ``count`` equal slices in
-            the order of the groups.
-        output: Path of the layer that reads the groups.
+            the order of the groups. Paths of ``hidden`` begin at the model.
+        output: Path of the layer that reads the groups; empty for ``hidden``.
     """
 
     kind: str

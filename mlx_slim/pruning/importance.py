@@ -22,7 +22,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_slim.data.batches import Batch, collate
 from mlx_slim.errors import SlimError
 from mlx_slim.models import structure
-from mlx_slim.models.structure import Coupled
+from mlx_slim.models.residual import residual
+from mlx_slim.models.structure import HIDDEN, Coupled
 from mlx_slim.progress import tracked
 from mlx_slim.pruning.route import Forward, routed, watched
 from mlx_slim.runtime import human_bytes
@@ -32,13 +33,13 @@ GRADIENT = ("taylor", "taylor2", "vector")
 METHODS = (*GRADIENT, "activation", "l2", "random")
 _BATCH_TOKENS = 2048  # tokens that go through a block together
 
-# "LAYER.KIND" -> scores (G,), float32; more is more important
+# "LAYER.KIND", or "hidden" -> scores (G,), float32; more is more important
 Scores = dict[str, np.ndarray]
 
 
 def name_of(layer: int, kind: str) -> str:
-    """Return the key of a block's family in ``Scores``."""
-    return f"{layer}.{kind}"
+    """Return the key of a block's family in ``Scores``; all blocks have the same channels."""
+    return kind if kind == HIDDEN else f"{layer}.{kind}"
 
 
 def group_importance(
@@ -50,7 +51,7 @@ def group_importance(
     seed: int = 0,
     budget: int | None = None,
 ) -> Scores:
-    """Score every group of ``kinds`` in every block.
+    """Score every group of ``kinds`` in every block, and every channel of the residual stream.
 
     * ``taylor``: Σ |w · g| over the weights of a group, g the gradient of the mean loss
       (arXiv 2305.11627, element-wise first order);
@@ -58,13 +59,14 @@ def group_importance(
       diagonal of the empirical Fisher matrix);
     * ``vector``: |Σ w · g|: the first-order change of the loss when the group is scaled;
     * ``activation``: L2 over the rows, mean over the positions, of the group's input to the output
-      layer (arXiv 2407.14679, forward only);
+      layer; of a channel, of what the norms send to attention and MLP, summed over the blocks
+      (arXiv 2407.14679, 2408.11796; forward only);
     * ``l2``: √Σ w²; ``random``: seeded; both controls.
 
     Args:
         model: Dense, evaluated.
         method: One of ``METHODS``.
-        kinds: Families: ``heads``, ``mlp``.
+        kinds: Families: ``heads``, ``mlp``, ``hidden``; the last one not by a gradient.
         rows_NT: Calibration token ids; None for ``l2`` and ``random``.
         seed: Of ``random``.
         budget: Bytes that activations may take; None does not check.
@@ -86,9 +88,15 @@ def group_importance(
                     stream = np.random.default_rng([seed, layer, kinds.index(kind)])
                     values = stream.random(family.count, np.float32)
                 else:
-                    weights = _members(block, family)
-                    values = np.sqrt(_sums({p: mx.square(w) for p, w in weights.items()}, family))
+                    values = _l2(block, family)
                 scores[name_of(layer, kind)] = values
+        if HIDDEN in kinds:
+            channels = residual(model).channels
+            if method == "random":
+                stream = np.random.default_rng([seed, len(structure.blocks(model))])
+                scores[HIDDEN] = stream.random(channels.count, np.float32)
+            else:
+                scores[HIDDEN] = _l2(model, channels)
     wrong = [name for name, values in scores.items() if not np.isfinite(values).all()]
     if wrong:
         raise SlimError(
@@ -111,9 +119,25 @@ def _sums(values: dict[str, mx.array], family: Coupled) -> np.ndarray:
     """Return Σ of ``values`` (shaped like the members) over each group (G,), float32."""
     total_G = mx.zeros(family.count)
     for path, axis in family.members:
-        grouped = mx.moveaxis(values[path], axis, 0).reshape(family.count, -1)
-        total_G = total_G + grouped.sum(axis=1)
+        total_G = total_G + _by_group(values[path], axis, family.count)
     return np.array(total_G)
+
+
+def _by_group(value: mx.array, axis: int, count: int) -> mx.array:
+    """Return Σ of ``value`` over each of the ``count`` equal slices along ``axis``, (G,)."""
+    grouped = value.reshape(*value.shape[:axis], count, -1, *value.shape[axis + 1 :])
+    return grouped.sum(axis=[i for i in range(grouped.ndim) if i != axis])
+
+
+def _l2(owner: nn.Module, family: Coupled) -> np.ndarray:
+    """Return √Σ w² of each group (G,), float32; one tensor at a time."""
+    parameters: dict[str, mx.array] = dict(tree_flatten(owner.parameters()))  # pyright: ignore
+    total_G = mx.zeros(family.count)
+    for path, axis in family.members:
+        square = mx.square(parameters[path].astype(mx.float32))
+        total_G = total_G + _by_group(square, axis, family.count)
+        mx.eval(total_G)
+    return np.array(mx.sqrt(total_G))
 
 
 class _CalibrationRows:
@@ -301,18 +325,22 @@ def _block_gradients(
 def _by_activation(model: nn.Module, kinds: tuple[str, ...], rows_NT: mx.array) -> Scores:
     blocks = structure.blocks(model)
     squares: dict[str, mx.array] = {}  # Σ over rows of the squared norm, (T, G)
+    channels = residual(model) if HIDDEN in kinds else None
     with contextlib.ExitStack() as stack:
+
+        def watch(block: nn.Module, path: str, name: str, count: int) -> None:
+            def look(x_BTI: mx.array) -> None:
+                grouped = x_BTI.astype(mx.float32).reshape(*x_BTI.shape[:2], count, -1)
+                total_TG = mx.square(grouped).sum(axis=(0, 3))
+                squares[name] = squares[name] + total_TG if name in squares else total_TG
+
+            stack.enter_context(watched(block, path, look))
+
         for layer, block in enumerate(blocks):
             for kind, family in _families(block, kinds).items():
-
-                def look(
-                    x_BTI: mx.array, name: str = name_of(layer, kind), family: Coupled = family
-                ) -> None:
-                    grouped = x_BTI.astype(mx.float32).reshape(*x_BTI.shape[:2], family.count, -1)
-                    total_TG = mx.square(grouped).sum(axis=(0, 3))
-                    squares[name] = squares[name] + total_TG if name in squares else total_TG
-
-                stack.enter_context(watched(block, family.output, look))
+                watch(block, family.output, name_of(layer, kind), family.count)
+            for path in channels.readers[layer] if channels else ():
+                watch(block, path, f"{layer}.{path}", channels.channels.count)
 
         def route(index: int, forward: Forward, hidden_BTD: mx.array) -> mx.array:
             out = forward(hidden_BTD)
@@ -322,4 +350,8 @@ def _by_activation(model: nn.Module, kinds: tuple[str, ...], rows_NT: mx.array) 
         stack.enter_context(routed(blocks, route))
         for batch in tracked(batches_of(rows_NT), "measuring activation", "batches"):
             model(mx.array(batch.tokens_BT))
-    return {name: np.array(mx.sqrt(total_TG).mean(axis=0)) for name, total_TG in squares.items()}
+    scores = {name: np.array(mx.sqrt(total_TG).mean(axis=0)) for name, total_TG in squares.items()}
+    if channels:
+        names = [f"{i}.{path}" for i, paths in enumerate(channels.readers) for path in paths]
+        scores[HIDDEN] = np.sum([scores.pop(name) for name in names], axis=0)
+    return scores

@@ -14,11 +14,13 @@ from pydantic import Field
 from mlx_slim.config.options import option
 from mlx_slim.config.section import MOST
 from mlx_slim.errors import SlimError, did_you_mean
-from mlx_slim.models.structure import HEADS, MLP
+from mlx_slim.models.structure import HEADS, HIDDEN, MLP
 from mlx_slim.pruning import depth, importance
+from mlx_slim.pruning.width import SIZE_FLAGS
 
 NAMED = "named"
 _DEFAULT = {"depth": "block-influence", "width": "taylor"}
+_DEFAULT_OF_CHANNELS = "activation"
 _METHODS = {"depth": depth.METHODS, "width": importance.METHODS}
 # Rows of calibration text x tokens: as in arXiv 2305.11627 for gradients; forward passes and
 # similarities are cheaper and noisier.
@@ -27,6 +29,7 @@ _GRADIENT_ROWS, _FORWARD_ROWS = (10, 64), (32, 256)
 
 _WIDTH = "taylor, taylor2, vector, activation, l2, random"
 _DEPTH, _BEST = "block-influence, angular, perplexity, random", "block-influence"
+_Width = Annotated[int, Field(ge=1, le=MOST, strict=True)]
 _Size = Annotated[int, Field(ge=1, le=2**60, strict=True)]
 
 
@@ -35,8 +38,10 @@ class PruneOptions:
     """What to remove, and the calibration text; the only place of these defaults.
 
     Attributes:
-        axis: ``depth`` (layers) or ``width`` (heads and neurons); None follows from the method.
-        method: Of ``depth.METHODS`` or ``importance.METHODS``; None is block influence or taylor.
+        axis: ``depth`` (layers) or ``width`` (heads, neurons and channels); None follows from the
+            method.
+        method: Of ``depth.METHODS`` or ``importance.METHODS``; None is block influence, taylor,
+            or activation where the residual stream is pruned.
         layers: Layers by number, such as ``21-29,31``, instead of a method and a size.
         ratio: Fraction of the layers, or (at most) of the groups of each layer that is not
             protected.
@@ -44,6 +49,10 @@ class PruneOptions:
         target_bytes: Upper limit of the remaining bytes of weights.
         heads: Prune attention heads; None does where the config can express the widths.
         mlp: Prune MLP neurons; None does.
+        hidden: Prune channels of the residual stream, the same in all layers.
+        hidden_size: Channels of the residual stream that remain, instead of a ratio or target.
+        intermediate_size: Neurons of each layer that remain, the same.
+        kv_heads: Key-value heads of each layer that remain, the same.
         uniform: The same widths in every layer.
         ranking: ``layer`` or ``global``: groups are ranked within their layer, or over all layers.
         protect_first: First layers that are unchanged; None scales 4 of 32.
@@ -58,10 +67,13 @@ class PruneOptions:
 
     axis: Literal["depth", "width"] | None = field(
         default=None,
-        metadata=option("depth: layers; width: heads, neurons. Default: by the method."),
+        metadata=option("depth: layers; width: heads, neurons, channels. Default: by the method."),
     )
     method: str | None = field(
-        default=None, metadata=option(f"Width: {_WIDTH} [taylor]. Depth: {_DEPTH} [{_BEST}].")
+        default=None,
+        metadata=option(
+            f"Width: {_WIDTH} [taylor; of channels activation]. Depth: {_DEPTH} [{_BEST}]."
+        ),
     )
     layers: str | None = field(
         default=None, metadata=option("Remove these layers, counted from 0.", metavar="A-B,C")
@@ -71,6 +83,19 @@ class PruneOptions:
     target_bytes: _Size | None = None
     heads: bool | None = field(default=None, metadata=option("Prune attention heads (KV groups)."))
     mlp: bool | None = field(default=None, metadata=option("Prune MLP neurons."))
+    hidden: bool = field(
+        default=False,
+        metadata=option("Prune channels of the residual stream too, the same in every layer."),
+    )
+    hidden_size: _Width | None = field(
+        default=None, metadata=option("Channels of the residual stream to leave.", metavar="N")
+    )
+    intermediate_size: _Width | None = field(
+        default=None, metadata=option("Neurons of each layer to leave.", metavar="N")
+    )
+    kv_heads: _Width | None = field(
+        default=None, metadata=option("Key-value heads of each layer to leave.", metavar="N")
+    )
     uniform: bool = field(
         default=True,
         metadata=option(
@@ -104,6 +129,17 @@ class PruneOptions:
     )
     revision: str | None = field(default=None, metadata=option("Commit or tag of a hub model."))
 
+    @property
+    def named_sizes(self) -> dict[str, int]:
+        """Kind -> groups of a layer that remain, where the options name their number."""
+        sizes = {HEADS: self.kv_heads, MLP: self.intermediate_size, HIDDEN: self.hidden_size}
+        return {kind: size for kind, size in sizes.items() if size is not None}
+
+    @property
+    def prunes_channels(self) -> bool:
+        """Whether the residual stream is pruned."""
+        return self.hidden or self.hidden_size is not None
+
 
 def one_error(problems: list[tuple[str, str]]) -> SlimError:
     """Return all problems, (message, hint) each, as one error."""
@@ -120,6 +156,8 @@ def method_of(options: PruneOptions) -> tuple[str, str]:
         return axis or "depth", method or NAMED
     if method is None:
         axis = axis or "width"
+        if axis == "width" and options.prunes_channels:
+            return axis, _DEFAULT_OF_CHANNELS
         return axis, _DEFAULT[axis]
     for candidate in [axis] if axis else ["width", "depth"]:
         if method in _METHODS[candidate]:
@@ -130,7 +168,7 @@ def method_of(options: PruneOptions) -> tuple[str, str]:
     raise SlimError(f"no method {method!r}" + (f" of axis {axis}" if axis else ""), hint)
 
 
-def conflicts(options: PruneOptions, axis: str) -> list[tuple[str, str]]:
+def conflicts(options: PruneOptions, axis: str, method: str) -> list[tuple[str, str]]:
     """Return (message, hint) of all options that exclude each other."""
     problems: list[tuple[str, str]] = []
     sizes = [
@@ -139,9 +177,18 @@ def conflicts(options: PruneOptions, axis: str) -> list[tuple[str, str]]:
         if getattr(options, name) is not None
     ]
     flags = [f"--{name.replace('_', '-')}" for name in sizes]
-    if len(sizes) != 1:
-        problem = "no size is set" if not sizes else f"{' and '.join(flags)} exclude each other"
-        problems.append((problem, "set one of --ratio, --target-params, --target-bytes, --layers"))
+    named = [SIZE_FLAGS[kind] for kind in options.named_sizes]
+    flags += [", ".join(named)] if named else []
+    if len(flags) != 1:
+        problem = "no size is set" if not flags else f"{' and '.join(flags)} exclude each other"
+        choices = ", ".join(SIZE_FLAGS.values())
+        problems.append(
+            (
+                problem,
+                "set one of --ratio, --target-params, --target-bytes, --layers; or some of "
+                f"{choices}",
+            )
+        )
     if options.layers is not None and (axis != "depth" or options.method is not None):
         problems.append(("--layers lists the layers: it excludes --method and --axis width", ""))
     if options.ratio is not None and not 0 < options.ratio < 1:
@@ -161,6 +208,7 @@ def conflicts(options: PruneOptions, axis: str) -> list[tuple[str, str]]:
         wide = [f"--{'' if value else 'no-'}{kind}" for kind, value in _kinds(options).items()]
         wide += [] if options.uniform else ["--no-uniform"]
         wide += [] if options.ranking == "layer" else ["--ranking"]
+        wide += named
         if wide:
             problems.append((f"{', '.join(wide)}: only for width pruning", "set --axis width"))
     else:
@@ -169,15 +217,31 @@ def conflicts(options: PruneOptions, axis: str) -> list[tuple[str, str]]:
             problems.append(
                 (f"{', '.join(uneven)}: --uniform gives all layers one width", "set --no-uniform")
             )
-        if options.heads is False and options.mlp is False:
+        kinds = [f"--{'' if value else 'no-'}{kind}" for kind, value in _kinds(options).items()]
+        if options.heads is False and options.mlp is False and not options.prunes_channels:
             problems.append(("--no-heads and --no-mlp leave nothing to prune", ""))
+        if named and kinds:
+            problems.append(
+                (f"{', '.join(kinds)}: {', '.join(named)} say what is pruned", "leave it out")
+            )
+        same = named + (["--hidden"] if options.hidden else [])
+        if same and not options.uniform:
+            problems.append((f"{', '.join(same)}: one width of all layers", "set --uniform"))
+        if options.prunes_channels and method in importance.GRADIENT:
+            problems.append(
+                (
+                    f"--method {method} does not score channels of the residual stream: it "
+                    "differentiates one block at a time",
+                    "set --method activation, l2 or random",
+                )
+            )
     if options.layers is not None and protected:
         problems.append((f"{', '.join(protected)}: --layers lists the layers to remove", ""))
     return problems
 
 
 def _kinds(options: PruneOptions) -> dict[str, bool]:
-    kinds = {HEADS: options.heads, MLP: options.mlp}
+    kinds = {HEADS: options.heads, MLP: options.mlp, HIDDEN: options.hidden or None}
     return {kind: value for kind, value in kinds.items() if value is not None}
 
 

@@ -14,17 +14,29 @@ from typing import Any
 from mlx_slim.errors import SlimError
 from mlx_slim.models import structure
 from mlx_slim.models.build import WIDTHS, build
-from mlx_slim.models.structure import HEADS, MLP
+from mlx_slim.models.residual import residual
+from mlx_slim.models.structure import HEADS, HIDDEN, MLP
 from mlx_slim.pruning.counts import Counts, count
 from mlx_slim.pruning.options import NAMED, PruneOptions, conflicts, method_of, one_error, rows_of
+from mlx_slim.pruning.records import GROUPS
 from mlx_slim.pruning.surgery import (
     check_supported,
     config_with_sizes,
     config_without_layers,
-    heads_must_divide,
-    says_head_dim,
+    global_every,
+    limits_of,
+    text_part,
 )
-from mlx_slim.pruning.width import Sizes, sizes_for, sizes_within
+from mlx_slim.pruning.width import (
+    ANY,
+    MULTIPLE,
+    SIZE_FLAGS,
+    Sizes,
+    WidthLimits,
+    sizes_for,
+    sizes_named,
+    sizes_within,
+)
 from mlx_slim.reading import ModelConfig
 from mlx_slim.runtime import DTYPES, human_bytes
 
@@ -71,10 +83,10 @@ class Plan:
         )
         lines = [f"removes    {what}: {self.method}"]
         for kind, sizes in self.sizes.items():
-            name = "kv heads" if kind == HEADS else "neurons"
             first = self.layers[0]
+            where = "in all layers" if kind == HIDDEN else "a layer"
             lines.append(
-                f"{name:<10} {self.before.sizes[kind][first]:,} -> {sizes[first]:,} a layer"
+                f"{GROUPS[kind]:<10} {self.before.sizes[kind][first]:,} -> {sizes[first]:,} {where}"
             )
         before, after = self.before.total, self.parameters
         lines.append(f"parameters {before:,} -> {after:,} ({after / before:.1%} remain)")
@@ -93,7 +105,7 @@ def plan(config: ModelConfig, options: PruneOptions, itemsize: int) -> Plan:
         SlimError: All problems of the options, or an unsupported model.
     """
     axis, method = method_of(options)
-    problems = conflicts(options, axis)
+    problems = conflicts(options, axis, method)
     if problems:
         raise one_error(problems)
     check_supported(config)
@@ -136,6 +148,12 @@ def plan(config: ModelConfig, options: PruneOptions, itemsize: int) -> Plan:
             "set a smaller target",
         )
     if axis == "depth":
+        if every := global_every(config):
+            raise SlimError(
+                f"every {every}th layer of a gemma3 has full attention, by its number: no method "
+                "may choose the layers",
+                f"name {every} in a row, or a multiple: --layers 0-{every - 1}",
+            )
         return _depth(options, method, free, counts, target, notes)
     return _width(config, options, method, model, free, counts, target, notes)
 
@@ -151,7 +169,7 @@ def planned_config(config: ModelConfig, options: PruneOptions) -> ModelConfig:
     planned = plan(config, options, weight_size(config))
     if planned.axis == "width":
         return config_with_sizes(config, planned.sizes, uniform=options.uniform)
-    total = config["num_hidden_layers"]
+    total = text_part(config)["num_hidden_layers"]
     return config_without_layers(config, planned.removed or range(total - planned.count, total))
 
 
@@ -257,50 +275,86 @@ def _width(
         raise SlimError(
             "this model's widths differ per layer already", "prune it further with --no-uniform"
         )
-    heads = options.heads is not False
-    if heads and options.uniform and not says_head_dim(config):
-        if options.heads:
-            raise SlimError(
-                f"mlx-lm derives the head size of {kind} from its number of heads: fewer heads "
-                "cannot be written to a config with --uniform",
-                "leave out --heads, or set --no-uniform (only mlx-slim reads such models)",
-            )
-        heads = False
-        notes.append(
-            f"heads are not pruned: mlx-lm derives the head size of {kind} from their number "
-            "(--no-uniform prunes them; only mlx-slim reads such models)"
-        )
-    kinds = ((HEADS,) if heads else ()) + ((MLP,) if options.mlp is not False else ())
-    if not kinds:
-        raise SlimError(
-            f"--uniform cannot prune heads of {kind}, and --no-mlp leaves nothing to prune",
-            "leave out --no-mlp",
-        )
-    families = [structure.coupled(block) for block in structure.blocks(model)]
-    divided = heads_must_divide(config) if options.uniform else None
-    if options.ratio is not None:
-        sizes = sizes_for(families, options.ratio, kinds, free, divided)
+    limits = limits_of(config, hidden=options.prunes_channels) if options.uniform else ANY
+    families = [
+        {**structure.coupled(block), HIDDEN: residual(model).channels}
+        for block in structure.blocks(model)
+    ]
+    if options.named_sizes:
+        sizes = sizes_named(families, options.named_sizes, limits)
+        kinds = tuple(sizes)
     else:
-        assert target is not None
-        sizes = sizes_within(families, target, kinds, free, counts, divided)
-    if all(sizes[k] == counts.sizes[k] for k in kinds):
-        raise SlimError(
-            f"--ratio {options.ratio:g} removes nothing: MLP widths change in steps of 64, heads "
-            "in whole groups",
-            "set a larger ratio",
-        )
+        kinds = _kinds(config, options, limits, notes)
+        if options.ratio is not None:
+            sizes = sizes_for(families, options.ratio, kinds, free, limits)
+        else:
+            assert target is not None
+            sizes = sizes_within(families, target, kinds, free, counts, limits)
     still = [k for k in kinds if sizes[k] == counts.sizes[k]]
-    if options.ratio is not None and still:
-        name = "heads" if still == [HEADS] else "neurons"
-        step = "the next number of KV groups" if still == [HEADS] else "64 of them"
-        if still == [HEADS] and divided:
-            step += f" whose heads divide hidden_size={divided}"
-        notes.append(f"{name} are not pruned: a ratio of {options.ratio:g} does not reach {step}")
+    if len(still) == len(kinds):
+        flags = ", ".join(SIZE_FLAGS[k] for k in options.named_sizes)
+        raise SlimError(
+            f"{flags or f'--ratio {options.ratio:g}'} removes nothing: MLP and residual stream "
+            "change in steps of 64, heads in whole groups",
+            "set a smaller size" if flags else "set a larger ratio",
+        )
+    if options.ratio is not None:
+        notes += [_unchanged(k, options.ratio, config, limits) for k in still]
+    if HIDDEN in kinds:
+        notes.append("the norms are rescaled: they divide by the number of channels")
     if not options.uniform:
         notes.append(
             "widths differ per layer: only mlx-slim reads the result, stock mlx-lm does not"
         )
-    config_with_sizes(config, sizes, uniform=options.uniform)
+    new = config_with_sizes(config, sizes, uniform=options.uniform)
+    if new["model_type"] != kind:
+        notes.append(
+            f"config.json says {new['model_type']}, which computes the same: transformers refuses "
+            f"a {kind} whose {text_part(new)['num_attention_heads']} heads do not divide its width"
+        )
     stays = counts.with_sizes(sizes)
     rows = rows_of(options, method)
     return Plan("width", method, free, [], 0, kinds, sizes, counts, stays, rows, notes)
+
+
+def _kinds(
+    config: ModelConfig, options: PruneOptions, limits: WidthLimits, notes: list[str]
+) -> tuple[str, ...]:
+    """Return the kinds of groups to prune by a ratio or target; what is left out is noted."""
+    kind, hidden = config.get("model_type"), options.hidden
+    heads = options.heads is not False
+    if limits.head_dim_is_derived and hidden and not heads:
+        raise SlimError(
+            f"mlx-lm derives the head size of {kind} from hidden_size and heads: the residual "
+            "stream is pruned with whole heads or not at all",
+            "leave out --no-heads",
+        )
+    if limits.head_dim_is_derived and heads and not hidden:
+        if options.heads:
+            raise SlimError(
+                f"mlx-lm derives the head size of {kind} from its number of heads: fewer heads "
+                "cannot be written to a config with --uniform",
+                "leave out --heads, add --hidden (the residual stream shrinks too), or set "
+                "--no-uniform (only mlx-slim reads such models)",
+            )
+        heads = False
+        notes.append(
+            f"heads are not pruned: mlx-lm derives the head size of {kind} from their number "
+            "(--hidden prunes them with the residual stream; --no-uniform too, but only mlx-slim "
+            "reads such models)"
+        )
+    chosen = {HEADS: heads, MLP: options.mlp is not False, HIDDEN: hidden}
+    if kinds := tuple(name for name, prunes in chosen.items() if prunes):
+        return kinds
+    raise SlimError(
+        f"--uniform cannot prune heads of {kind}, and --no-mlp leaves nothing to prune",
+        "leave out --no-mlp",
+    )
+
+
+def _unchanged(kind: str, ratio: float, config: ModelConfig, limits: WidthLimits) -> str:
+    """Return the note that ``ratio`` is too small to prune ``kind``."""
+    step = f"{MULTIPLE} of them" if kind != HEADS else "the next number of KV groups"
+    if kind == HEADS and limits.heads_divide_hidden:
+        step += f" whose heads divide hidden_size={text_part(config)['hidden_size']}"
+    return f"{GROUPS[kind]} are not pruned: a ratio of {ratio:g} does not reach {step}"

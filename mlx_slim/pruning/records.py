@@ -10,11 +10,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 
 from mlx_slim.models.fidelity import Fidelity
-from mlx_slim.models.structure import HEADS
+from mlx_slim.models.structure import HEADS, HIDDEN, MLP
 from mlx_slim.reading import JsonObject
 from mlx_slim.runtime import human_bytes, human_duration
 
-_GROUPS = {HEADS: "kv heads"}  # kind -> name in texts; others are neurons
+# Kind -> name in texts.
+GROUPS = {HEADS: "kv heads", MLP: "neurons", HIDDEN: "channels"}
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,12 @@ class PrunedFidelity:
 
 @dataclass(frozen=True)
 class GroupChange:
-    """Groups of one kind in one layer.
+    """Groups of one kind in one layer; channels of the residual stream in all of them.
 
     Attributes:
         before: Groups in the source.
         after: Groups that remain.
-        importance_removed: Fraction of the layer's summed importance in the removed groups.
+        importance_removed: Fraction of their summed importance in the removed groups.
         removed: Numbers of the removed groups, such as ``3,5-9``.
     """
 
@@ -77,6 +78,13 @@ class GroupChange:
     after: int
     importance_removed: float
     removed: str
+
+    def text(self, kind: str) -> str:
+        """Return what changed, for groups of ``kind``."""
+        return (
+            f"{self.before:,} -> {self.after:,} {GROUPS[kind]} "
+            f"({self.importance_removed:.1%} of importance)"
+        )
 
 
 @dataclass(frozen=True)
@@ -121,11 +129,12 @@ class LayerChange:
         """
         if self.removed is None:
             changes = [
-                f"{change.before:,} -> {change.after:,} {_GROUPS.get(kind, 'neurons')} "
-                f"({change.importance_removed:.1%} of importance)"
+                change.text(kind)
                 for kind, change in self.groups.items()
                 if change.before != change.after
             ]
+            if not self.groups:
+                return None
             return f"layer {self.layer:>3}  {', '.join(changes) or 'unchanged'}"
         if not self.removed and self.score is None:
             return None
@@ -157,6 +166,7 @@ class PruneRecord:
         provenance: Versions and machine.
         seconds: Wall time.
         peak_memory_bytes: MLX peak.
+        hidden: Channels of the residual stream; None where it is unchanged.
     """
 
     schema_version: int
@@ -178,6 +188,7 @@ class PruneRecord:
     provenance: JsonObject
     seconds: float
     peak_memory_bytes: int
+    hidden: GroupChange | None = None
 
     def as_json(self) -> JsonObject:
         """Return the object of ``prune.json``."""
@@ -187,22 +198,27 @@ class PruneRecord:
             "calibration": None if self.calibration is None else asdict(self.calibration),
             "layers": [layer.as_json() for layer in self.layers],
             "fidelity": None if self.fidelity is None else self.fidelity.as_json(),
+            "hidden": None if self.hidden is None else asdict(self.hidden),
         }
 
     @classmethod
     def from_json(cls, values: JsonObject) -> PruneRecord:
         """Return the record of the object of ``prune.json``."""
         calibration, fidelity = values["calibration"], values["fidelity"]
+        hidden = values.get("hidden")  # no earlier version wrote it
         typed = {
             "calibration": None if calibration is None else CalibrationRows(**calibration),
             "layers": [LayerChange.from_json(layer) for layer in values["layers"]],
             "fidelity": None if fidelity is None else PrunedFidelity.from_json(fidelity),
+            "hidden": None if hidden is None else GroupChange(**hidden),
         }
         return cls(**{**values, **typed})
 
     def lines(self) -> list[str]:
         """Return a summary, a fact a line."""
         lines = [line for layer in self.layers if (line := layer.line(self.score)) is not None]
+        if self.hidden is not None:
+            lines.insert(0, f"all layers {self.hidden.text(HIDDEN)}")
         before, after = self.parameters_before, self.parameters_after
         sizes = f"{human_bytes(self.bytes_before)} -> {human_bytes(self.bytes_after)}"
         lines += [

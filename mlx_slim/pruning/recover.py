@@ -169,7 +169,8 @@ def _read(file: Path, from_json: Callable[[JsonObject], _Record]) -> _Record:
 
 
 def _check_same(out: Path, source: str | Path, options: PruneOptions) -> None:
-    old, new = read_object(out / STATE_FILE), _request(source, options)
+    old = {**_request(source, PruneOptions()), **read_object(out / STATE_FILE)}
+    new = _request(source, options)
     changed = [
         f"{key}: {old.get(key)!r} → {new.get(key)!r}"
         for key in sorted({*old, *new})

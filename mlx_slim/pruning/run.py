@@ -37,6 +37,7 @@ from mlx_slim.models.build import WIDTHS
 from mlx_slim.models.load import Loaded, cast, load, read_config, read_weights, resolve
 from mlx_slim.models.recorded_logits import RecordedLogits, free_weights
 from mlx_slim.models.row_limits import row_limit
+from mlx_slim.models.structure import HIDDEN
 from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.models.verified_save import compute_dtype, save_checked, stored_dtype
 from mlx_slim.pruning import importance, surgery, width
@@ -136,7 +137,7 @@ def prune(
         if scores_at is not None:
             _save(scores_at, scores)
     original = None if validation_NT is None else RecordedLogits(loaded.model, validation_NT, out)
-    small, new_config, layers = _cut(loaded, options, planned, scores)
+    small, new_config, changes = _cut(loaded, options, planned, scores)
     if not on_gpu():  # measured below are the weights as they will be stored
         for dtype in (stored, mx.float32):
             cast(small, dtype)
@@ -155,7 +156,7 @@ def prune(
         options={**asdict(options), "calibration": _named(options.calibration)},
         calibration=_calibration(options, planned),
         score=_meaning(planned),
-        layers=layers,
+        layers=changes.layers,
         parameters_before=planned.before.total,
         parameters_after=parameters,
         bytes_before=sum(tensor.nbytes for tensor in tensors.values()),
@@ -166,6 +167,7 @@ def prune(
         provenance=provenance(),
         seconds=0.0,
         peak_memory_bytes=0,
+        hidden=changes.hidden,
     )
     notify(f"saving {out} and reading it back")
     after = Loaded(small, loaded.tokenizer, new_config, loaded.path, loaded.source, loaded.revision)
@@ -311,10 +313,18 @@ def _meaning(planned: Plan) -> str:
 # --------------------------------------------------------------------------------------- cutting
 
 
+@dataclass(frozen=True)
+class _Changes:
+    """What a model lost: of each layer, and of the residual stream."""
+
+    layers: list[LayerChange]
+    hidden: GroupChange | None = None
+
+
 def _cut(
     loaded: Loaded, options: PruneOptions, planned: Plan, scores: Scores
-) -> tuple[nn.Module, ModelConfig, list[LayerChange]]:
-    """Return the pruned model, its config, and the change of each layer.
+) -> tuple[nn.Module, ModelConfig, _Changes]:
+    """Return the pruned model, its config, and what changed.
 
     ``loaded`` loses its weights, so that those that are cut off are freed.
     """
@@ -322,26 +332,27 @@ def _cut(
         removed = [int(i) for i in scores[_LAYERS]]
         model, config = surgery.without_layers(loaded.model, loaded.config, removed)
         free_weights(loaded.model)
-        return model, config, _removed_layers(planned, removed, scores)
+        return model, config, _Changes(_removed_layers(planned, removed, scores))
     families = [structure.coupled(block) for block in structure.blocks(loaded.model)]
     retained = width.retain(families, scores, planned.sizes, planned.layers, options.ranking)
     model, config = surgery.with_groups(
         loaded.model, loaded.config, retained, uniform=options.uniform, donate=True
     )
-    layers = []
+    changes: list[dict[str, GroupChange]] = []
     for layer in range(len(families)):
-        groups = {}
+        changes.append({})
         for kind, numbers in retained.items():
             values = scores[importance.name_of(layer, kind)]
             removed = np.setdiff1d(np.arange(len(values)), numbers[layer])
-            groups[kind] = GroupChange(
+            changes[-1][kind] = GroupChange(
                 before=len(values),
                 after=len(numbers[layer]),
                 importance_removed=float(values[removed].sum() / max(values.sum(), 1e-30)),
                 removed=ranges(removed.tolist()),
             )
-        layers.append(LayerChange(layer, groups))
-    return model, config, layers
+    channels = [groups.pop(HIDDEN, None) for groups in changes]
+    layers = [LayerChange(layer, groups) for layer, groups in enumerate(changes)]
+    return model, config, _Changes(layers, channels[0])
 
 
 def _removed_layers(planned: Plan, removed: list[int], scores: Scores) -> list[LayerChange]:

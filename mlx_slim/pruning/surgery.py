@@ -1,6 +1,7 @@
 """Removes layers and groups from a model and its config.
 
-Invariant: the remaining weights are copied bit for bit, in order; removing groups whose weights are
+Invariant: the remaining weights are copied bit for bit, in order, but for the norms that fewer
+channels of the residual stream correct (``models/residual.py``); removing groups whose weights are
 zero changes no logit. The new model is built from the new config by the code that loads models, so
 it is measured as it will be read back. Try it: ``mlx-slim prune MODEL -o DIR --layers 21-29``.
 """
@@ -21,17 +22,25 @@ from mlx_slim.errors import SlimError
 from mlx_slim.models import structure
 from mlx_slim.models.activations import use_fast_swiglu
 from mlx_slim.models.build import WIDTHS, build, widths_of
+from mlx_slim.models.gemma import EMBEDDING_SIZE, use_exact_scale
 from mlx_slim.models.load import fill
 from mlx_slim.models.normalize import model_module
 from mlx_slim.models.recorded_logits import free_weights
-from mlx_slim.models.structure import HEADS, MLP
-from mlx_slim.pruning.width import RetainedGroups
+from mlx_slim.models.residual import corrected, residual
+from mlx_slim.models.structure import HEADS, HIDDEN, MLP
+from mlx_slim.pruning.width import RetainedGroups, WidthLimits
 from mlx_slim.reading import ModelConfig
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "phi")
-_MODULES = ("llama", "qwen2", "qwen3", "phi")  # mlx-lm reads mistral with llama's class
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "phi")
+# mlx-lm reads mistral with llama's class; gemma3 holds a gemma3_text.
+_MODULES = ("llama", "qwen2", "qwen3", "gemma3", "gemma3_text", "phi")
 # Config lists with an entry for each layer.
 _BY_LAYER = ("layer_types", "no_rope_layers", WIDTHS)
+
+
+def module_name(config: ModelConfig) -> str:
+    """Return the name of the module of mlx-lm that reads ``config``."""
+    return model_module(config).__name__.rsplit(".", 1)[-1]
 
 
 def check_supported(config: ModelConfig) -> None:
@@ -40,25 +49,41 @@ def check_supported(config: ModelConfig) -> None:
     Raises:
         SlimError: With the supported ones.
     """
-    if model_module(config).__name__.rsplit(".", 1)[-1] not in _MODULES:
+    if module_name(config) not in _MODULES:
         raise SlimError(
             f"{config.get('model_type')} models cannot be pruned",
             f"supported: {', '.join(SUPPORTED)}",
         )
 
 
-def says_head_dim(config: ModelConfig) -> bool:
-    """Return whether mlx-lm's class takes ``head_dim`` from the config, or derives it."""
-    fields = dataclasses.fields(model_module(config).ModelArgs)
-    return any(field.name == "head_dim" for field in fields)
+def text_part(config: ModelConfig) -> ModelConfig:
+    """Return the object in ``config`` that holds the widths: itself, or that of its text model."""
+    return config.get("text_config", config)
 
 
-def heads_must_divide(config: ModelConfig) -> int | None:
-    """Return what the number of query heads must divide in ``config``; None if it is unconstrained.
+def limits_of(config: ModelConfig, *, hidden: bool) -> WidthLimits:
+    """Return which widths ``config`` can express, the same in all layers.
 
-    transformers, which reads the tokenizer, refuses other llama configs (5.x), head_dim or not.
+    transformers, which reads the tokenizer, refuses a llama or a gemma3 (5.x) whose heads do not
+    divide hidden_size, head_dim or not. A llama that is as well a mistral can be called one.
+
+    Args:
+        config: Of the source.
+        hidden: Whether the residual stream is pruned too.
     """
-    return config["hidden_size"] if config["model_type"] == "llama" else None
+    fields = dataclasses.fields(model_module(config).ModelArgs)
+    derived = all(field.name not in ("head_dim", "text_config") for field in fields)
+    kind = config["model_type"]
+    divides = kind in ("llama", "gemma3", "gemma3_text")
+    if hidden and kind == "llama" and _is_mistral(config):
+        divides = False
+    return WidthLimits(head_dim_is_derived=derived, heads_divide_hidden=divides)
+
+
+def _is_mistral(config: ModelConfig) -> bool:
+    """Return whether ``config`` of a llama describes a model that mistral's class computes too."""
+    biased = config.get("attention_bias") or config.get("mlp_bias")
+    return not biased and config.get("sliding_window") is None
 
 
 def config_without_layers(config: ModelConfig, layers: Sequence[int]) -> ModelConfig:
@@ -68,21 +93,39 @@ def config_without_layers(config: ModelConfig, layers: Sequence[int]) -> ModelCo
         SlimError: If mlx-lm cannot build the remaining model.
     """
     config = copy.deepcopy(config)
-    stays = [i for i in range(config["num_hidden_layers"]) if i not in set(layers)]
+    part = text_part(config)
+    stays = [i for i in range(part["num_hidden_layers"]) if i not in set(layers)]
     for key in _BY_LAYER:
-        if isinstance(config.get(key), list):
-            config[key] = [config[key][i] for i in stays]
-    windowed = config.get("max_window_layers")
+        if isinstance(part.get(key), list):
+            part[key] = [part[key][i] for i in stays]
+    windowed = part.get("max_window_layers")
     if isinstance(windowed, int):
-        config["max_window_layers"] = sum(i < windowed for i in stays)
-    config["num_hidden_layers"] = len(stays)
-    kinds = config.get("layer_types")
+        part["max_window_layers"] = sum(i < windowed for i in stays)
+    part["num_hidden_layers"] = len(stays)
+    kinds = part.get("layer_types")
     if isinstance(kinds, list) and "full_attention" not in kinds:
         raise SlimError(
             f"none of the {len(stays)} remaining layers has full attention",
             "leave one of them: mlx-lm cannot build a model without it",
         )
+    every = global_every(config)
+    if every and (len(stays) < every or any((i - new) % every for new, i in enumerate(stays))):
+        raise SlimError(
+            f"every {every}th layer of a gemma3 has full attention, by its number: without these "
+            "layers others would have it",
+            f"remove {every} layers in a row, or a multiple, and leave {every}: --layers 0-"
+            f"{every - 1}",
+        )
     return config
+
+
+def global_every(config: ModelConfig) -> int | None:
+    """Return n where every n-th layer has full attention by its number; None for other models."""
+    if not module_name(config).startswith("gemma3"):
+        return None
+    from mlx_lm.models.gemma3_text import ModelArgs
+
+    return ModelArgs.from_dict({"model_type": "", **text_part(config)}).sliding_window_pattern
 
 
 def config_with_sizes(
@@ -92,30 +135,39 @@ def config_with_sizes(
 
     Args:
         config: Of a dense model.
-        sizes: ``heads`` (key-value heads) and ``mlp`` (neurons): numbers by layer; an absent kind
-            is unchanged.
+        sizes: ``heads`` (key-value heads), ``mlp`` (neurons) and ``hidden`` (channels of the
+            residual stream, one number): by layer; an absent kind is unchanged.
         uniform: Use the config's standard keys: the numbers must be equal in all layers.
     """
     config = copy.deepcopy(config)
     model = build(config)
     widths = widths_of(model)
-    queries_per_group = structure.coupled(structure.blocks(model)[0])[HEADS].queries_per_group
+    heads = structure.coupled(structure.blocks(model)[0])[HEADS]
     for layer, entry in enumerate(widths):
         if HEADS in sizes:
             entry["kv_heads"] = sizes[HEADS][layer]
-            entry["heads"] = queries_per_group * sizes[HEADS][layer]
+            entry["heads"] = heads.queries_per_group * sizes[HEADS][layer]
         if MLP in sizes:
             entry["intermediate_size"] = sizes[MLP][layer]
     if not uniform:
         return {**config, WIDTHS: widths}
     assert all(entry == widths[0] for entry in widths)
     config.pop(WIDTHS, None)
-    heads = config["num_attention_heads"]
-    if HEADS in sizes and heads != widths[0]["heads"]:
-        config["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
-        config["num_attention_heads"] = widths[0]["heads"]
-        config["num_key_value_heads"] = widths[0]["kv_heads"]
-    config["intermediate_size"] = widths[0]["intermediate_size"]
+    part = text_part(config)
+    stream = residual(model)
+    before = heads.count, stream.channels.count
+    after = widths[0]["kv_heads"], sizes.get(HIDDEN, before[1:])[0]
+    if after != before:
+        part["head_dim"] = heads.width // heads.queries_per_group
+        part["num_attention_heads"] = widths[0]["heads"]
+        part["num_key_value_heads"] = widths[0]["kv_heads"]
+        part["hidden_size"] = after[1]
+        if stream.scaled:
+            part.setdefault(EMBEDDING_SIZE, before[1])
+    part["intermediate_size"] = widths[0]["intermediate_size"]
+    if config["model_type"] == "llama" and after[1] % widths[0]["heads"]:
+        config.update(model_type="mistral", architectures=["MistralForCausalLM"])
+        config["sliding_window"] = None  # transformers' mistral has one where it is not set
     return config
 
 
@@ -154,19 +206,30 @@ def with_groups(
     new = config_with_sizes(config, sizes, uniform=uniform)
     weights: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     prefix = structure.blocks_path(model)
-    blocks = structure.blocks(model)
-    names = [[path for path, _ in tree_flatten(block.parameters())] for block in blocks]
-    coupled = [structure.coupled(block) for block in blocks]
+    cuts: list[tuple[str, int, int, np.ndarray]] = []  # path, axis, groups, those that remain
+    for layer, block in enumerate(structure.blocks(model)):
+        for kind, family in structure.coupled(block).items():
+            if kind in retained:
+                cuts += [
+                    (f"{prefix}.{layer}.{path}", axis, family.count, retained[kind][layer])
+                    for path, axis in family.members
+                ]
+    changes = {}
+    if HIDDEN in retained:
+        stream, channels = residual(model), retained[HIDDEN][0]
+        cuts += [
+            (path, axis, stream.channels.count, channels) for path, axis in stream.channels.members
+        ]
+        changes = corrected(stream, len(channels))
     if donate:
         free_weights(model)
-    for layer, families in enumerate(coupled):
-        for kind, family in families.items():
-            if kind not in retained or len(retained[kind][layer]) == family.count:
-                continue
-            for path, axis in family.members:
-                name = f"{prefix}.{layer}.{path}"
-                weights[name] = _take(weights[name], axis, family.count, retained[kind][layer])
-        mx.eval([weights[f"{prefix}.{layer}.{path}"] for path in names[layer]])
+    for path, axis, count, groups in cuts:
+        if len(groups) < count:
+            weights[path] = _take(weights[path], axis, count, groups)
+            mx.eval(weights[path])
+    for path, change in changes.items():
+        weights[path] = change(weights[path])
+        mx.eval(weights[path])
     return _filled(new, weights), new
 
 
@@ -178,7 +241,9 @@ def _take(value: mx.array, axis: int, count: int, groups: np.ndarray) -> mx.arra
 
 
 def _filled(config: ModelConfig, weights: dict[str, mx.array]) -> nn.Module:
-    model = fill(build(config), Path("the pruned model"), weights)
+    model = build(config)
+    fill(model, Path("the pruned model"), weights)
+    use_exact_scale(model, config)
     use_fast_swiglu(model)
     model.eval()
     return model

@@ -1,21 +1,26 @@
 """Width pruning: the new width of each layer, and the groups that it retains.
 
-Invariant: MLP widths stay multiples of 64, and so do heads · head_dim where a number of heads
-allows it, so that a pruned model can be quantized; a layer retains at least one group. With
+Invariant: the widths of the MLP and of the residual stream stay multiples of 64, and so do
+heads · head_dim where a number of heads allows it, so that a pruned model can be quantized; a layer
+retains at least one group. With
 ``uniform`` every layer gets the same widths, which any toolkit reads; otherwise protected layers
 are unchanged. Try it: ``mlx-slim prune MODEL -o DIR --ratio 0.2 --no-uniform``.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import numpy as np
 
 from mlx_slim.errors import SlimError
-from mlx_slim.models.structure import HEADS, MLP, Coupled
+from mlx_slim.models.structure import HEADS, HIDDEN, MLP, Coupled
 from mlx_slim.pruning.counts import Counts
 from mlx_slim.pruning.importance import Scores, name_of
 
 MULTIPLE = 64  # the group size of quantization
+SIZE_FLAGS = {HEADS: "--kv-heads", MLP: "--intermediate-size", HIDDEN: "--hidden-size"}
 
 # kind -> number of remaining groups, by layer
 Sizes = dict[str, list[int]]
@@ -23,23 +28,60 @@ Sizes = dict[str, list[int]]
 RetainedGroups = dict[str, list[np.ndarray]]
 
 
-def allowed_sizes(family: Coupled, divided: int | None = None) -> list[int]:
+@dataclass(frozen=True)
+class WidthLimits:
+    """What a config with the same widths in all layers can express.
+
+    Attributes:
+        head_dim_is_derived: The size of a head is hidden_size ÷ heads: the residual stream and the
+            heads shrink together or not at all.
+        heads_divide_hidden: The number of query heads must divide hidden_size.
+    """
+
+    head_dim_is_derived: bool = False
+    heads_divide_hidden: bool = False
+
+
+ANY = WidthLimits()
+
+
+def allowed_sizes(
+    families: dict[str, Coupled], kind: str, kinds: tuple[str, ...], limits: WidthLimits = ANY
+) -> list[int]:
     """Return the numbers of groups that may remain, descending, the present one first.
 
     Args:
-        family: Of one layer.
-        divided: A number that query heads must divide; None without that constraint.
+        families: Of one layer.
+        kind: That of the groups.
+        kinds: All kinds that shrink.
+        limits: Of the config.
     """
-    if family.kind == MLP:
+    family = families[kind]
+    if kind != HEADS:
         whole = range(family.count // MULTIPLE * MULTIPLE, 0, -MULTIPLE)
         return [family.count, *(size for size in whole if size != family.count)]
-    smaller = [
-        n
-        for n in range(1, family.count)
-        if not divided or divided % (n * family.queries_per_group) == 0
-    ]
-    smaller = [n for n in smaller if n * family.width % MULTIPLE == 0] or smaller
-    return [family.count, *reversed(smaller)]
+    smaller = list(range(family.count - 1, 0, -1))
+    if limits.heads_divide_hidden:
+        hidden = families[HIDDEN].count
+        smaller = [n for n in smaller if hidden % (n * family.queries_per_group) == 0]
+    whole = [n for n in smaller if n * family.width % MULTIPLE == 0]
+    if limits.head_dim_is_derived and HIDDEN in kinds:
+        return [family.count, *whole]
+    return [family.count, *(whole or smaller)]
+
+
+def hidden_sizes(families: dict[str, Coupled], groups: int, limits: WidthLimits) -> list[int]:
+    """Return the widths that the residual stream may have beside ``groups`` key-value heads.
+
+    Descending; the present width is the first one where it is possible.
+    """
+    heads, width = families[HEADS], families[HIDDEN].count
+    if limits.head_dim_is_derived:
+        return [groups * heads.width]
+    step = MULTIPLE
+    if limits.heads_divide_hidden:
+        step = math.lcm(step, groups * heads.queries_per_group)
+    return [width, *(size for size in range(width // step * step, 0, -step) if size != width)]
 
 
 def at_least(allowed: list[int], minimum: float) -> int:
@@ -52,21 +94,52 @@ def sizes_for(
     ratio: float,
     kinds: tuple[str, ...],
     layers: list[int],
-    divided: int | None = None,
+    limits: WidthLimits = ANY,
 ) -> Sizes:
     """Return the sizes of all layers when at most ``ratio`` of the groups of ``layers`` is removed.
 
-    ``divided``: see ``allowed_sizes``.
+    The residual stream has one width: it is that of all layers.
     """
     sizes: Sizes = {}
-    for kind in kinds:
+    for kind in (kind for kind in kinds if kind != HIDDEN):
         sizes[kind] = [family_of[kind].count for family_of in families]
         for layer in layers:
-            family = families[layer][kind]
-            sizes[kind][layer] = at_least(
-                allowed_sizes(family, divided), family.count * (1 - ratio)
-            )
+            allowed = allowed_sizes(families[layer], kind, kinds, limits)
+            sizes[kind][layer] = at_least(allowed, sizes[kind][layer] * (1 - ratio))
+    if HIDDEN in kinds:
+        first = families[0]
+        groups = sizes[HEADS][0] if HEADS in sizes else first[HEADS].count
+        allowed = hidden_sizes(first, groups, limits)
+        sizes[HIDDEN] = [at_least(allowed, first[HIDDEN].count * (1 - ratio))] * len(families)
     return sizes
+
+
+def sizes_named(
+    families: list[dict[str, Coupled]], named: dict[str, int], limits: WidthLimits
+) -> Sizes:
+    """Return the sizes of all layers that have ``named`` groups: kind -> their number.
+
+    Raises:
+        SlimError: If the model has fewer, or the config cannot express the number.
+    """
+    first, kinds = families[0], tuple(named)
+    groups = named.get(HEADS, first[HEADS].count)
+    allowed = {kind: allowed_sizes(first, kind, kinds, limits) for kind in named}
+    if HIDDEN in named:
+        allowed[HIDDEN] = hidden_sizes(first, groups, limits)
+        if limits.head_dim_is_derived and HEADS not in named:  # heads follow
+            width = first[HEADS].width
+            allowed[HIDDEN] = [n * width for n in allowed_sizes(first, HEADS, kinds, limits)]
+            named = {**named, HEADS: named[HIDDEN] // width}
+    for kind, sizes in allowed.items():
+        if named[kind] not in sizes:
+            nearest = sorted(sorted(sizes, key=lambda size: abs(size - named[kind]))[:2])
+            raise SlimError(
+                f"{SIZE_FLAGS[kind]} {named[kind]:,} is not possible: the model has "
+                f"{first[kind].count:,}",
+                f"the nearest that are: {', '.join(f'{size:,}' for size in nearest)}",
+            )
+    return {kind: [number] * len(families) for kind, number in named.items()}
 
 
 def sizes_within(
@@ -75,23 +148,23 @@ def sizes_within(
     kinds: tuple[str, ...],
     layers: list[int],
     counts: Counts,
-    divided: int | None = None,
+    limits: WidthLimits = ANY,
 ) -> Sizes:
-    """Return the largest sizes of at most ``target`` parameters, heads and neurons in proportion.
+    """Return the largest sizes of at most ``target`` parameters, all kinds in proportion.
 
     Raises:
         SlimError: If even one group a layer is more.
     """
-    guide = MLP if MLP in kinds else HEADS
-    first = families[layers[0]][guide]
-    allowed = allowed_sizes(first, divided)
+    guide = next(kind for kind in (MLP, HIDDEN, HEADS) if kind in kinds)
+    first = families[layers[0]]
+    allowed = allowed_sizes(first, guide, kinds, limits)
     sizes: Sizes = {}
     for stays in allowed:
-        sizes = sizes_for(families, 1 - stays / first.count, kinds, layers, divided)
+        sizes = sizes_for(families, 1 - stays / first[guide].count, kinds, layers, limits)
         if counts.with_sizes(sizes) <= target:
             break
     else:
-        sizes = sizes_for(families, 1.0, kinds, layers, divided)
+        sizes = sizes_for(families, 1.0, kinds, layers, limits)
         if counts.with_sizes(sizes) > target:
             raise SlimError(
                 f"{target:,} parameters cannot be reached: the smallest of this kind has "
@@ -102,7 +175,7 @@ def sizes_within(
         for stays in allowed:
             wider = {**sizes, MLP: [*sizes[MLP]]}
             for layer in layers:
-                wider[MLP][layer] = at_least(allowed_sizes(families[layer][MLP]), stays)
+                wider[MLP][layer] = at_least(allowed_sizes(families[layer], MLP, kinds), stays)
             if counts.with_sizes(wider) <= target:
                 return wider
     return sizes
@@ -148,7 +221,7 @@ def _spread(
     A layer goes from one allowed size to the next; the step whose groups have the lowest mean
     score is taken first.
     """
-    steps = {layer: allowed_sizes(families[layer][kind]) for layer in layers}
+    steps = {layer: allowed_sizes(families[layer], kind, (kind,)) for layer in layers}
     ascending = {layer: np.sort(scores[name_of(layer, kind)]) for layer in layers}
     at = dict.fromkeys(layers, 0)
     spread = [family_of[kind].count for family_of in families]

@@ -49,7 +49,7 @@ def _first_input(body: Any, ids: mx.array) -> mx.array:
 def test_the_first_block_reads_embeddings_times_the_root(tmp_path: Path, dtype: Any) -> None:
     folder = tiny_model(tmp_path / "g", "llama", **SETTINGS)
     model: Any = load(folder, dtype=dtype).model
-    assert not use_exact_scale(model)  # loading did it
+    assert not use_exact_scale(model, SETTINGS)  # loading did it
     ids = mx.array([[3, 1, 4]])
     weights = np.array(model.model.embed_tokens(ids).astype(mx.float32), dtype=np.float64)
     actual = np.array(_first_input(model.model, ids).astype(mx.float32))
@@ -63,7 +63,7 @@ def test_the_library_alone_is_off(tmp_path: Path) -> None:
     ids = mx.array([[3, 1, 4, 1, 5]])
     ours = load(folder, dtype=mx.float32).model
     assert to_float(mx.abs(ours(ids) - stock(ids)).max()) > 0
-    assert use_exact_scale(stock)
+    assert use_exact_scale(stock, SETTINGS)
     assert to_float(mx.abs(ours(ids) - stock(ids)).max()) < 1e-5
 
 

@@ -77,7 +77,7 @@ def _import(file: GGUFFile) -> GGUFModel:
     model.eval()
     fill(model, path, weights)
     read_weights(model, str(path))
-    use_exact_scale(model)
+    use_exact_scale(model, config)
     use_row_masks(model)
     dense = {t.kind for t in file.tensors.values()} - {*BITS, "F32", "F16", "BF16"}
     if dense:
