@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mlx_slim.models.build import build
-from mlx_slim.models.structure import HEADS, MLP
+from mlx_slim.models.structure import HEADS, HIDDEN, MLP
 from mlx_slim.planner.shapes import leaves
 from mlx_slim.planner.shipped_models import SHIPPED_CONFIGS
 from mlx_slim.pruning.counts import count
@@ -59,3 +59,45 @@ def test_the_closed_form_is_what_is_built(config: dict[str, Any]) -> None:
     assert counts.with_sizes(sizes) == _total({**config, "intermediate_size": 1024})
     fewer = {**config, "num_hidden_layers": config["num_hidden_layers"] - 2}
     assert counts.without_layers([0, 7]) == _total(fewer)
+
+
+GEMMA = {"model_type": "gemma3_text", "hidden_size": 640, "num_hidden_layers": 6,
+         "intermediate_size": 2048, "num_attention_heads": 4, "num_key_value_heads": 1,
+         "head_dim": 256, "vocab_size": 1000}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TINYLLAMA,
+        SMOL,
+        GEMMA,
+        {**GEMMA, "tie_word_embeddings": False},
+        {**SMOL, "attention_bias": True},
+    ],
+)
+def test_the_width_of_the_residual_stream_is_counted_exactly(config: dict[str, Any]) -> None:
+    counts = count(build(config))
+    layers, width = config["num_hidden_layers"], config["hidden_size"]
+    kv_heads, neurons = config["num_key_value_heads"], config["intermediate_size"]
+    for stays in ({HIDDEN: width - 64}, {HIDDEN: 64, MLP: 512}, {HIDDEN: 128, HEADS: 1}):
+        sizes = {kind: [size] * layers for kind, size in stays.items()}
+        size_of_head = config.get("head_dim") or width // config["num_attention_heads"]
+        groups = config["num_attention_heads"] // kv_heads
+        fewer = {
+            "hidden_size": stays[HIDDEN],
+            "head_dim": size_of_head,
+            "intermediate_size": stays.get(MLP, neurons),
+            "num_key_value_heads": stays.get(HEADS, kv_heads),
+            "num_attention_heads": stays.get(HEADS, kv_heads) * groups,
+        }
+        assert counts.with_sizes(sizes) == _total({**config, **fewer})
+        assert _total(config_with_sizes(config, sizes, uniform=True)) == counts.with_sizes(sizes)
+
+
+def test_a_channel_of_a_llama_in_closed_form() -> None:
+    """Embedding, head and last norm; two norms a layer; q, k, v, o; gate, up, down."""
+    counts = count(build(TINYLLAMA))
+    assert counts.channel == 2 * 32_000 + 1 + 22 * (2 + 2 * 2048 + 2 * 256 + 3 * 5632)
+    planned = plan(TINYLLAMA, PruneOptions(hidden_size=1536), 2)
+    assert planned.parameters == counts.total - 512 * counts.channel

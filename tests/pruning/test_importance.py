@@ -12,10 +12,19 @@ from mlx.utils import tree_flatten
 
 from mlx_slim.errors import SlimError
 from mlx_slim.models import structure
-from mlx_slim.models.structure import HEADS, MLP
+from mlx_slim.models.residual import residual
+from mlx_slim.models.structure import HEADS, HIDDEN, MLP
 from mlx_slim.pruning.importance import METHODS, group_importance, name_of
+from mlx_slim.pruning.route import watched
 from mlx_slim.runtime import to_float
-from tests.support.prune import ROWS, layer_of, load_tiny, scale_groups
+from tests.support.prune import (
+    ROWS,
+    draw_norms,
+    layer_of,
+    load_tiny,
+    scale_groups,
+    zero_channels,
+)
 
 KINDS = (HEADS, MLP)
 TESTED = ["llama", "qwen2", "phi"]
@@ -107,6 +116,32 @@ def test_activation_is_what_a_group_sends_to_the_output_layer(
         grouped = np.array(seen[0]).reshape(len(ROWS), ROWS.shape[1] - 1, family.count, -1)
         expected = np.sqrt((grouped**2).sum(axis=(0, 3))).mean(axis=0)
         np.testing.assert_allclose(scores[name_of(1, kind)], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi", "gemma3_text"])
+def test_a_channel_is_worth_what_norms_send_of_it(tmp_path: Path, architecture: str) -> None:
+    model = load_tiny(tmp_path, architecture).model
+    draw_norms(model)
+    scores = group_importance(model, "activation", (MLP, HIDDEN), ROWS)
+    assert sorted(scores) == ["0.mlp", "1.mlp", "2.mlp", HIDDEN]
+    stream = residual(model)
+    expected = np.zeros(64)
+    for layer, block in enumerate(structure.blocks(model)):
+        for path in stream.readers[layer]:
+            inputs: list[mx.array] = []
+            with watched(block, path, inputs.append):
+                model(ROWS[:, :-1])
+            expected += np.sqrt((np.array(inputs[0]) ** 2).sum(axis=0)).mean(axis=0)
+    np.testing.assert_allclose(scores[HIDDEN], expected, rtol=1e-4)
+    l2 = group_importance(model, "l2", (HIDDEN,), None)[HIDDEN]
+    zero_channels(model, [5, 40])
+    zeros = group_importance(model, "activation", (HIDDEN,), ROWS)[HIDDEN]
+    assert np.flatnonzero(zeros < 1e-6).tolist() == [5, 40]
+    rest = np.setdiff1d(np.arange(64), [5, 40])
+    after = group_importance(model, "l2", (HIDDEN,), None)[HIDDEN]
+    np.testing.assert_allclose(l2[rest], after[rest], rtol=1e-5)
+    one, other = (group_importance(model, "random", (HIDDEN,), None, seed=i) for i in (1, 2))
+    assert not np.array_equal(one[HIDDEN], other[HIDDEN])
 
 
 def test_groups_of_zeros_are_worth_nothing(tmp_path: Path) -> None:

@@ -59,6 +59,18 @@ def test_a_prune_record_is_read_back() -> None:
     assert PruneRecord.from_json(json.loads(json.dumps(bare.as_json()))) == bare
 
 
+def test_channels_of_the_residual_stream_are_one_entry_of_all_layers() -> None:
+    channels = GroupChange(before=576, after=512, importance_removed=0.05, removed="3,9-71")
+    record = replace(RECORD, hidden=channels, layers=[LayerChange(0), LayerChange(1)])
+    values = json.loads(json.dumps(record.as_json()))
+    assert PruneRecord.from_json(values) == record
+    assert values["hidden"]["removed"] == "3,9-71" and values["layers"][1] == {"layer": 1}
+    assert record.lines()[0] == "all layers 576 -> 512 channels (5.0% of importance)"
+    assert not any(line.startswith("layer ") for line in record.lines())
+    del values["hidden"]  # as earlier versions wrote it
+    assert PruneRecord.from_json(values).hidden is None
+
+
 def test_removed_layers_are_read_back_without_what_a_method_does_not_give() -> None:
     layers = [
         LayerChange(0, removed=False),

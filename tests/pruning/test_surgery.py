@@ -13,9 +13,21 @@ import pytest
 from mlx_slim.errors import SlimError
 from mlx_slim.models import structure
 from mlx_slim.models.build import WIDTHS, build, widths_of
-from mlx_slim.models.structure import HEADS, MLP
+from mlx_slim.models.load import Loaded
+from mlx_slim.models.structure import HEADS, HIDDEN, MLP
+from mlx_slim.planner.shapes import leaves
 from mlx_slim.pruning import surgery
-from tests.support.prune import layer_of, load_tiny, make_identity, relative_gap, scale_groups
+from mlx_slim.pruning.counts import count
+from tests.support.prune import (
+    draw_norms,
+    layer_of,
+    load_tiny,
+    make_identity,
+    relative_gap,
+    scale_groups,
+    stock_of,
+    zero_channels,
+)
 from tests.support.tiny import ARCHITECTURES
 
 # uniform heads need a head_dim that the config can say; the others are read by our own loader
@@ -74,6 +86,119 @@ def test_slicing_equals_masking(tmp_path: Path, architecture: str, kind: str) ->
         weight[:, columns] = 0.0
         output.weight = mx.array(weight)
     assert relative_gap(source.model, small) < 1e-5
+
+
+STREAMS = ["llama", "llama-tied", "mistral", "qwen3", "gemma3_text"]
+
+
+def _wide(tmp_path: Path, architecture: str, **changes: Any) -> Loaded:
+    source = load_tiny(tmp_path, architecture, **{"hidden_size": 192, "head_dim": 16, **changes})
+    draw_norms(source.model)
+    return source
+
+
+def _channels(count: int, stays: int) -> np.ndarray:
+    return np.sort(np.random.default_rng(5).permutation(count)[:stays])
+
+
+@pytest.mark.parametrize("architecture", STREAMS)
+def test_removed_channels_equal_zeroed_channels(tmp_path: Path, architecture: str) -> None:
+    """In our classes and in those of mlx-lm, which scale a Gemma 3 otherwise."""
+    source = _wide(tmp_path, architecture)
+    stays = _channels(192, 128)
+    retained = {HIDDEN: [stays] * 3}
+    small, config = surgery.with_groups(source.model, source.config, retained, uniform=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(surgery, "corrected", lambda *_: {})
+        plain, _ = surgery.with_groups(source.model, source.config, retained, uniform=True)
+    zero_channels(source.model, np.setdiff1d(np.arange(192), stays))
+    assert config["hidden_size"] == 128 and config["head_dim"] == 16
+    assert relative_gap(source.model, small) < 1e-3
+    assert relative_gap(source.model, plain) > 0.1
+    zeroed = stock_of(source.config, source.model)
+    assert relative_gap(zeroed, stock_of(config, small)) < 1e-3
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_channels_go_with_heads_and_neurons(tmp_path: Path, architecture: str) -> None:
+    source = _wide(tmp_path, architecture, hidden_size=128, intermediate_size=192)
+    removed = {HEADS: [[1], [0], [1]], MLP: [[*range(64)]] * 3}
+    for kind, layers in removed.items():
+        for block, groups in zip(structure.blocks(source.model), layers, strict=True):
+            scale_groups(block, kind, groups, 0.0)
+    stays = _channels(128, 64)
+    retained = {**_retained(source.model, removed), HIDDEN: [stays] * 3}
+    small, config = surgery.with_groups(source.model, source.config, retained, uniform=True)
+    zero_channels(source.model, np.setdiff1d(np.arange(128), stays))
+    assert relative_gap(source.model, small) < 1e-3
+    sizes = {kind: [len(groups) for groups in layers] for kind, layers in retained.items()}
+    numbers = sum(value.size for _, value in leaves(small))
+    assert numbers == count(build(source.config)).with_sizes(sizes)
+    assert (config["num_attention_heads"], config["hidden_size"]) == (2, 64)
+
+
+class _NormOfChannels(nn.Module):
+    """A LayerNorm whose mean and variance are those of some channels; the others are zero."""
+
+    def __init__(self, norm: Any, channels: np.ndarray) -> None:
+        super().__init__()
+        self._norm, self._channels = norm, mx.array(channels)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        part = mx.take(x, self._channels, axis=-1)
+        mean, variance = part.mean(-1, keepdims=True), part.var(-1, keepdims=True)
+        return (x - mean) / mx.sqrt(variance + self._norm.eps) * self._norm.weight + self._norm.bias
+
+
+def test_phi_and_qwen2_lose_channels_with_whole_heads(tmp_path: Path) -> None:
+    for architecture, kv_heads in (("phi", 4), ("qwen2", 2)):
+        source = load_tiny(tmp_path, architecture, hidden_size=128, num_key_value_heads=kv_heads)
+        draw_norms(source.model)
+        stays = _channels(128, 64)
+        heads = [
+            [*range(kv_heads // 2)],
+            [*range(kv_heads // 2, kv_heads)],
+            [*range(kv_heads // 2)],
+        ]
+        for block, groups in zip(structure.blocks(source.model), heads, strict=True):
+            scale_groups(block, HEADS, groups, 0.0)
+        retained = {**_retained(source.model, {HEADS: heads}), HIDDEN: [stays] * 3}
+        small, config = surgery.with_groups(source.model, source.config, retained, uniform=True)
+        zero_channels(source.model, np.setdiff1d(np.arange(128), stays))
+        if architecture == "phi":
+            body: Any = source.model["model"]
+            for block in structure.blocks(source.model):
+                block.input_layernorm = _NormOfChannels(block.input_layernorm, stays)
+            body.final_layernorm = _NormOfChannels(body.final_layernorm, stays)
+        assert relative_gap(source.model, small) < 1e-3
+        assert relative_gap(small, stock_of(config, small)) < 1e-5
+        assert (config["hidden_size"], config["num_attention_heads"]) == (64, 2)
+
+
+def test_a_llama_whose_heads_do_not_divide_its_width_is_a_mistral(tmp_path: Path) -> None:
+    """Transformers refuses to read the config of such a llama, and with it the tokenizer."""
+    source = _wide(tmp_path, "llama", num_attention_heads=3, num_key_value_heads=3)
+    retained = {HIDDEN: [_channels(192, 128)] * 3}
+    small, config = surgery.with_groups(source.model, source.config, retained, uniform=True)
+    assert config["model_type"] == "mistral" and config["sliding_window"] is None
+    assert relative_gap(small, stock_of(config, small)) < 1e-5
+    biased = {**source.config, "attention_bias": True}
+    assert surgery.limits_of(biased, hidden=True).heads_divide_hidden
+    assert not surgery.limits_of(source.config, hidden=True).heads_divide_hidden
+    assert surgery.limits_of(source.config, hidden=False).heads_divide_hidden
+
+
+def test_gemma_3_loses_layers_in_its_pattern_only(tmp_path: Path) -> None:
+    source = load_tiny(tmp_path, "gemma3_text", num_hidden_layers=6)
+    for block in structure.blocks(source.model)[2:4]:
+        block.post_attention_layernorm.weight = mx.full((64,), -1.0)
+        block.post_feedforward_layernorm.weight = mx.full((64,), -1.0)
+    small, config = surgery.without_layers(source.model, source.config, [2, 3])
+    assert config["num_hidden_layers"] == 4
+    assert relative_gap(source.model, small) < 1e-6
+    for layers in ([1], [0, 1, 2, 3, 4]):
+        with pytest.raises(SlimError, match="every 2th layer of a gemma3 has full attention"):
+            surgery.without_layers(source.model, source.config, layers)
 
 
 def test_something_else_is_something_else(tmp_path: Path) -> None:

@@ -54,6 +54,18 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
+# Every other layer has full attention; the embedding is scaled by the root of the width.
+GEMMA_3: dict[str, Any] = {
+    "gemma3_text": {
+        "model_type": "gemma3_text",
+        **_LLAMA,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,
+        "sliding_window_pattern": 2,
+        "tie_word_embeddings": True,
+    }
+}
 # Mixtures of experts; a row of 64 and more choices is sorted by expert, a shorter one is not.
 MIXTURES: dict[str, dict[str, Any]] = {
     "mixtral": {
@@ -106,9 +118,9 @@ def tiny_model(
 ) -> Path:
     """Write a random model; return its folder.
 
-    ``architecture`` is a key of ``ARCHITECTURES`` or ``MIXTURES``.
+    ``architecture`` is a key of ``ARCHITECTURES``, ``MIXTURES`` or ``GEMMA_3``.
     """
-    config = {**(ARCHITECTURES | MIXTURES)[architecture], **changes}
+    config = {**(ARCHITECTURES | MIXTURES | GEMMA_3)[architecture], **changes}
     model_class, args_class = _get_classes(config)
     mx.random.seed(seed)
     model = model_class(args_class.from_dict(config))
