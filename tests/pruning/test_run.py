@@ -25,7 +25,8 @@ from mlx_slim.models.build import WIDTHS, widths_of
 from mlx_slim.models.load import load
 from mlx_slim.planner.run import plan as plan_cost
 from mlx_slim.planner.shapes import leaves
-from mlx_slim.pruning.run import PruneOptions, prune
+from mlx_slim.pruning.plan import planned_config
+from mlx_slim.pruning.run import PruneOptions, prune, ranges
 from mlx_slim.quantization.run import CompressOptions, compress
 from tests.support.prune import relative_gap
 from tests.support.runs import Recorder, recipe, write_rows
@@ -246,3 +247,48 @@ def test_the_command_prints_what_went_and_writes_nothing_on_a_dry_run(
     assert run(["prune", *common, "-o", str(tmp_path / "b"), *words]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["score"] == "block influence" and len(record["layers"]) == 3
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3_text", "qwen2", "phi"])
+def test_the_residual_stream_of_every_architecture(
+    tmp_path: Path, options: Callable[..., PruneOptions], architecture: str
+) -> None:
+    derived = architecture in ("qwen2", "phi")
+    size_of_head = {} if derived else {"head_dim": 16}
+    source = tiny_model(tmp_path / "source", architecture, hidden_size=128, **size_of_head)
+    result = prune(source, tmp_path / "out", options(hidden_size=64))
+    record, stock = result.details, stock_load(str(tmp_path / "out"))[0]
+    ours = load(tmp_path / "out")
+    assert ours.config["hidden_size"] == 64
+    assert relative_gap(ours.model, stock) < (1e-2 if architecture == "gemma3_text" else 1e-5)
+    assert record.method == "activation" and record.stock_mlx_lm_reads_it
+    assert record.hidden is not None and (record.hidden.before, record.hidden.after) == (128, 64)
+    assert all((layer.groups.keys() == {"heads"}) is derived for layer in record.layers)
+    assert record.parameters_after == sum(value.size for _, value in leaves(ours.model))
+    assert record.fidelity is not None and record.fidelity.distance.kl > 0
+    planned = planned_config(load(source).config, options(hidden_size=64))
+    for key in ("hidden_size", "head_dim", "num_attention_heads", "intermediate_size"):
+        assert planned.get(key) == ours.config.get(key)
+    scores = load_tensors(tmp_path / "out" / "prune_scores.safetensors")["hidden"]
+    removed = set(range(128)) - set(np.argsort(-np.array(scores), kind="stable")[:64].tolist())
+    assert record.hidden.removed == ranges(sorted(removed))
+
+
+def test_what_a_residual_stream_cannot_be_is_one_line(
+    tiny: Callable[..., Path], tmp_path: Path, options: Callable[..., PruneOptions]
+) -> None:
+    for architecture, changes, message in (
+        ("qwen2", {"hidden": True, "heads": False, "ratio": 0.5}, "with whole heads or not at all"),
+        ("qwen2", {"hidden_size": 32}, "--hidden-size 32 is not possible: the model has 64"),
+        ("llama", {"hidden": True, "mlp": False, "heads": False, "ratio": 0.5}, "removes nothing"),
+        ("llama", {"hidden_size": 64}, "--hidden-size removes nothing"),
+        ("llama", {"hidden_size": 64, "method": "taylor"}, "does not score channels"),
+    ):
+        with pytest.raises(SlimError, match=message):
+            prune(tiny(architecture), tmp_path / "out", options(**changes))
+    assert not (tmp_path / "out").exists()
+    gemma = tiny_model(tmp_path / "gemma", "gemma3_text", num_hidden_layers=4)
+    with pytest.raises(SlimError, match="no method may choose the layers") as caught:
+        prune(gemma, tmp_path / "out", options(axis="depth", ratio=0.5))
+    assert "--layers 0-1" in caught.value.hint
+    assert prune(gemma, tmp_path / "out", options(layers="0-1")).details.parameters_after
