@@ -41,6 +41,7 @@ _PATH = click.Path(path_type=Path)
     "hidden_size",
     "intermediate_size",
     "kv_heads",
+    "experts",
     "uniform",
     "ranking",
     "protect_first",
@@ -78,11 +79,11 @@ def command(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Prune layers, heads, MLP neurons or hidden size of MODEL (folder or hub id, not quantized).
+    """Prune layers, heads, neurons, hidden size or experts of MODEL (folder or hub id, in floats).
 
     Give one of --ratio, --target-params, --target-bytes and --layers, or the sizes themselves:
-    --hidden-size, --intermediate-size, --kv-heads. With --recover or --task, DIR is a run folder:
-    DIR/model is pruned, DIR/recover tuned, DIR/report.json compares.
+    --hidden-size, --intermediate-size, --kv-heads, --experts. With --recover or --task, DIR is a
+    run folder: DIR/model is pruned, DIR/recover tuned, DIR/report.json compares.
     """
     from rich.console import Console as RichConsole
 

@@ -140,10 +140,7 @@ def load(
                 config = transform(model, config)
             read_weights(model, short(folder))
             mx.eval(_constants(model))
-    use_exact_scale(model, config)
-    use_row_masks(model)
-    use_shared_keys(model)
-    use_fast_gated_delta(model)
+    correct_classes(model, config)
     with library_errors(f"{short(folder)} cannot be run", "use the original model's config"):
         model(mx.zeros((1, 2), mx.int32))  # type: ignore[operator]  # shapes only: not evaluated
     use_fast_matmul(model)
@@ -159,6 +156,14 @@ def load(
         revision=folder.name if folder.parent.name == "snapshots" else revision,
         notes=[*notes, *more],
     )
+
+
+def correct_classes(model: nn.Module, config: ModelConfig) -> None:
+    """Replace what classes of mlx-lm compute otherwise than they should, in place."""
+    use_exact_scale(model, config)
+    use_row_masks(model)
+    use_shared_keys(model)
+    use_fast_gated_delta(model)
 
 
 def open_weights(

@@ -9,7 +9,6 @@ have in common is counted once. Try it: ``mlx-slim prune MODEL -o DIR --ratio 0.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -17,20 +16,22 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_slim.models import structure
-from mlx_slim.models.residual import residual
+from mlx_slim.models.mixtures import Mixture
 from mlx_slim.models.structure import HIDDEN
+from mlx_slim.pruning.families import families_of
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameters of a dense model.
+    """Parameters of a model.
 
     Attributes:
         total: Of the whole model.
         blocks: Of each layer.
         groups: Kind -> parameters of one group, by layer.
         sizes: Kind -> groups of each layer.
-        channel: Parameters of one channel of the residual stream, in the whole model.
+        channel: Parameters of one channel of the residual stream, in the whole model; 0 of a
+            mixture, whose channels are not pruned.
         crossing: Kind -> parameters that one group and one channel have in common, by layer.
     """
 
@@ -62,29 +63,37 @@ class Counts:
         return total
 
 
-def count(model: nn.Module) -> Counts:
+def count(model: nn.Module, mixture: Mixture | None = None) -> Counts:
     """Count ``model``, whose weights need not be there (``models.build.build``)."""
     leaves: dict[str, mx.array] = dict(tree_flatten(model.parameters()))  # pyright: ignore
-    stream = residual(model).channels
-    numbers = {path: leaves[path].size for path, _ in stream.members}
+    families = families_of(model, mixture)
     prefix = structure.blocks_path(model)
-    blocks, groups, sizes, crossing = [], {}, {HIDDEN: []}, {}
-    for layer, block in enumerate(structure.blocks(model)):
-        shapes = {path: value.shape for path, value in tree_flatten(block.parameters())}  # pyright: ignore
-        blocks.append(sum(math.prod(shape) for shape in shapes.values()))
-        sizes[HIDDEN].append(stream.count)
-        for kind, family in structure.coupled(block).items():
-            paths = [path for path, _ in family.members]
-            size = sum(math.prod(shapes[path]) for path in paths)
-            common = sum(numbers.get(f"{prefix}.{layer}.{path}", 0) for path in paths)
-            groups.setdefault(kind, []).append(size // family.count)
-            crossing.setdefault(kind, []).append(common // family.count // stream.count)
-            sizes.setdefault(kind, []).append(family.count)
+    stream = families[0].get(HIDDEN)
+    numbers = {path: leaves[path].size for path, _ in stream.members} if stream else {}
+    width = stream.count if stream else 1
+    blocks = [0] * len(families)
+    for path, value in leaves.items():
+        if path.startswith(f"{prefix}."):
+            blocks[int(path[len(prefix) + 1 :].partition(".")[0])] += value.size
+    kinds = dict.fromkeys(kind for of_block in families for kind in of_block)
+    groups: dict[str, list[int]] = {kind: [] for kind in kinds}
+    sizes: dict[str, list[int]] = {kind: [] for kind in kinds}
+    crossing: dict[str, list[int]] = {kind: [] for kind in kinds}
+    for layer, of_block in enumerate(families):
+        for kind in kinds:
+            family = of_block.get(kind)
+            sizes[kind].append(family.count if family else 0)
+            paths = [f"{prefix}.{layer}.{path}" for path, _ in family.members] if family else []
+            if kind == HIDDEN or family is None:
+                paths = []
+            per_group = max(sizes[kind][-1], 1)
+            groups[kind].append(sum(leaves[path].size for path in paths) // per_group)
+            crossing[kind].append(sum(numbers.get(p, 0) for p in paths) // per_group // width)
     return Counts(
         total=sum(value.size for value in leaves.values()),
         blocks=blocks,
         groups=groups,
         sizes=sizes,
-        channel=sum(numbers.values()) // stream.count,
+        channel=sum(numbers.values()) // width,
         crossing=crossing,
     )

@@ -19,27 +19,22 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_slim.data.batches import Batch, collate
 from mlx_slim.errors import SlimError
 from mlx_slim.models import structure
+from mlx_slim.models.mixtures import Mixture
 from mlx_slim.models.residual import residual
 from mlx_slim.models.structure import HIDDEN, Coupled
 from mlx_slim.progress import tracked
+from mlx_slim.pruning.families import families_of
+from mlx_slim.pruning.reap import reap
 from mlx_slim.pruning.route import Forward, routed, watched
+from mlx_slim.pruning.scores import Scores, batches_of, name_of
 from mlx_slim.runtime import human_bytes
 from mlx_slim.training.step import Arrays, CrossEntropy
 
 GRADIENT = ("taylor", "taylor2", "vector")
-METHODS = (*GRADIENT, "activation", "l2", "random")
-_BATCH_TOKENS = 2048  # tokens that go through a block together
-
-# "LAYER.KIND", or "hidden" -> scores (G,), float32; more is more important
-Scores = dict[str, np.ndarray]
-
-
-def name_of(layer: int, kind: str) -> str:
-    """Return the key of a block's family in ``Scores``; all blocks have the same channels."""
-    return kind if kind == HIDDEN else f"{layer}.{kind}"
+OF_EXPERTS = ("reap", "l2", "random")
+METHODS = (*GRADIENT, "activation", "reap", "l2", "random")
 
 
 def group_importance(
@@ -50,6 +45,7 @@ def group_importance(
     *,
     seed: int = 0,
     budget: int | None = None,
+    mixture: Mixture | None = None,
 ) -> Scores:
     """Score every group of ``kinds`` in every block, and every channel of the residual stream.
 
@@ -61,15 +57,18 @@ def group_importance(
     * ``activation``: L2 over the rows, mean over the positions, of the group's input to the output
       layer; of a channel, of what the norms send to attention and MLP, summed over the blocks
       (arXiv 2407.14679, 2408.11796; forward only);
+    * ``reap``, of experts: mean over the tokens that the router sends to it of the router's weight
+      times the L2 of the expert's output (arXiv 2510.13999, forward only);
     * ``l2``: √Σ w²; ``random``: seeded; both controls.
 
     Args:
-        model: Dense, evaluated.
+        model: Evaluated.
         method: One of ``METHODS``.
-        kinds: Families: ``heads``, ``mlp``, ``hidden``; the last one not by a gradient.
+        kinds: Families: ``heads``, ``mlp``, ``hidden`` (not by a gradient); or ``experts``.
         rows_NT: Calibration token ids; None for ``l2`` and ``random``.
         seed: Of ``random``.
         budget: Bytes that activations may take; None does not check.
+        mixture: The experts of ``model``.
 
     Raises:
         SlimError: If the activations exceed the budget, or a score is not finite.
@@ -80,10 +79,17 @@ def group_importance(
     elif method == "activation":
         assert rows_NT is not None
         scores = _by_activation(model, kinds, rows_NT)
+    elif method == "reap":
+        assert rows_NT is not None and mixture is not None
+        scores = reap(model, mixture, rows_NT)
     else:
         scores = {}
-        for layer, block in enumerate(structure.blocks(model)):
-            for kind, family in _families(block, kinds).items():
+        blocks = structure.blocks(model)
+        for layer, of_block in enumerate(families_of(model, mixture)):
+            block = blocks[layer]
+            for kind, family in of_block.items():
+                if kind not in kinds or kind == HIDDEN:
+                    continue
                 if method == "random":
                     stream = np.random.default_rng([seed, layer, kinds.index(kind)])
                     values = stream.random(family.count, np.float32)
@@ -93,7 +99,7 @@ def group_importance(
         if HIDDEN in kinds:
             channels = residual(model).channels
             if method == "random":
-                stream = np.random.default_rng([seed, len(structure.blocks(model))])
+                stream = np.random.default_rng([seed, len(blocks)])
                 scores[HIDDEN] = stream.random(channels.count, np.float32)
             else:
                 scores[HIDDEN] = _l2(model, channels)
@@ -138,40 +144,6 @@ def _l2(owner: nn.Module, family: Coupled) -> np.ndarray:
         total_G = total_G + _by_group(square, axis, family.count)
         mx.eval(total_G)
     return np.array(mx.sqrt(total_G))
-
-
-class _CalibrationRows:
-    """Calibration rows as ``Rows``: every token but the first is a target."""
-
-    def __init__(self, rows_NT: np.ndarray) -> None:
-        self._rows_NT = rows_NT
-        count, length = rows_NT.shape
-        self._mask_T = np.arange(length) > 0
-        self.lengths = np.full(count, length)
-        self.supervised = np.full(count, length - 1)
-
-    def __len__(self) -> int:
-        return len(self._rows_NT)
-
-    def row(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return ids int32 (T,) and the mask bool (T,)."""
-        return self._rows_NT[i], self._mask_T
-
-    def weights(self, i: int) -> None:
-        """Return None: all targets have weight 1."""
-
-
-def batches_of(rows_NT: mx.array, *, single: bool = False) -> list[Batch]:
-    """Return the rows as batches for next-token loss, in order; nothing is padded.
-
-    Args:
-        rows_NT: Token ids.
-        single: A row a batch.
-    """
-    rows = _CalibrationRows(np.array(rows_NT, np.int32))
-    count = 1 if single else max(1, _BATCH_TOKENS // rows_NT.shape[1])
-    groups = [range(i, min(i + count, len(rows))) for i in range(0, len(rows), count)]
-    return [collate(rows, [[i] for i in group], isolate=False) for group in groups]
 
 
 @contextlib.contextmanager

@@ -14,20 +14,20 @@ from pydantic import Field
 from mlx_slim.config.options import option
 from mlx_slim.config.section import MOST
 from mlx_slim.errors import SlimError, did_you_mean
-from mlx_slim.models.structure import HEADS, HIDDEN, MLP
+from mlx_slim.models.structure import EXPERTS, HEADS, HIDDEN, MLP
 from mlx_slim.pruning import depth, importance
 from mlx_slim.pruning.width import SIZE_FLAGS
 
 NAMED = "named"
 _DEFAULT = {"depth": "block-influence", "width": "taylor"}
-_DEFAULT_OF_CHANNELS = "activation"
+_DEFAULT_OF_CHANNELS, _DEFAULT_OF_EXPERTS = "activation", "reap"
 _METHODS = {"depth": depth.METHODS, "width": importance.METHODS}
 # Rows of calibration text x tokens: as in arXiv 2305.11627 for gradients; forward passes and
 # similarities are cheaper and noisier.
 _GRADIENT_ROWS, _FORWARD_ROWS = (10, 64), (32, 256)
 
 
-_WIDTH = "taylor, taylor2, vector, activation, l2, random"
+_WIDTH = "taylor, taylor2, vector, activation, l2, random; of experts reap"
 _DEPTH, _BEST = "block-influence, angular, perplexity, random", "block-influence"
 _Width = Annotated[int, Field(ge=1, le=MOST, strict=True)]
 _Size = Annotated[int, Field(ge=1, le=2**60, strict=True)]
@@ -53,6 +53,7 @@ class PruneOptions:
         hidden_size: Channels of the residual stream that remain, instead of a ratio or target.
         intermediate_size: Neurons of each layer that remain, the same.
         kv_heads: Key-value heads of each layer that remain, the same.
+        experts: Experts of each layer of a mixture that remain, the same.
         uniform: The same widths in every layer.
         ranking: ``layer`` or ``global``: groups are ranked within their layer, or over all layers.
         protect_first: First layers that are unchanged; None scales 4 of 32.
@@ -96,6 +97,9 @@ class PruneOptions:
     kv_heads: _Width | None = field(
         default=None, metadata=option("Key-value heads of each layer to leave.", metavar="N")
     )
+    experts: _Width | None = field(
+        default=None, metadata=option("Experts of each layer of a mixture to leave.", metavar="N")
+    )
     uniform: bool = field(
         default=True,
         metadata=option(
@@ -132,7 +136,12 @@ class PruneOptions:
     @property
     def named_sizes(self) -> dict[str, int]:
         """Kind -> groups of a layer that remain, where the options name their number."""
-        sizes = {HEADS: self.kv_heads, MLP: self.intermediate_size, HIDDEN: self.hidden_size}
+        sizes = {
+            HEADS: self.kv_heads,
+            MLP: self.intermediate_size,
+            HIDDEN: self.hidden_size,
+            EXPERTS: self.experts,
+        }
         return {kind: size for kind, size in sizes.items() if size is not None}
 
     @property
@@ -158,6 +167,8 @@ def method_of(options: PruneOptions) -> tuple[str, str]:
         axis = axis or "width"
         if axis == "width" and options.prunes_channels:
             return axis, _DEFAULT_OF_CHANNELS
+        if axis == "width" and options.experts is not None:
+            return axis, _DEFAULT_OF_EXPERTS
         return axis, _DEFAULT[axis]
     for candidate in [axis] if axis else ["width", "depth"]:
         if method in _METHODS[candidate]:
@@ -238,6 +249,36 @@ def conflicts(options: PruneOptions, axis: str, method: str) -> list[tuple[str, 
     if options.layers is not None and protected:
         problems.append((f"{', '.join(protected)}: --layers lists the layers to remove", ""))
     return problems
+
+
+def check_experts(options: PruneOptions, axis: str, method: str, *, mixture: bool) -> None:
+    """Check that a mixture loses experts, by a method that scores them, and a dense model none.
+
+    Raises:
+        SlimError: With the option to change.
+    """
+    if not mixture:
+        if method == _DEFAULT_OF_EXPERTS or options.experts is not None:
+            flag = "--experts" if options.experts is not None else f"--method {method}"
+            raise SlimError(
+                f"{flag}: the model is no mixture of experts that can be pruned",
+                "leave it out: heads, neurons, channels or layers can be pruned",
+            )
+        return
+    others = [SIZE_FLAGS[kind] for kind in options.named_sizes if kind != EXPERTS]
+    others += [f"--{'' if value else 'no-'}{kind}" for kind, value in _kinds(options).items()]
+    others += [] if options.uniform else ["--no-uniform"]
+    if axis == "depth":
+        others.append(f"--method {method}" if options.layers is None else "--layers")
+    elif method not in importance.OF_EXPERTS:
+        others.append(f"--method {method}")
+    if others:
+        raise SlimError(
+            f"{', '.join(others)}: of a mixture of experts only experts can be pruned, as many in "
+            "every layer",
+            f"set --method {' or '.join(importance.OF_EXPERTS)}, and --ratio, --experts or a "
+            "target",
+        )
 
 
 def _kinds(options: PruneOptions) -> dict[str, bool]:

@@ -8,16 +8,24 @@ Try it: ``mlx-slim prune MODEL -o DIR --ratio 0.2 --dry-run``.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 from mlx_slim.errors import SlimError
-from mlx_slim.models import structure
 from mlx_slim.models.build import WIDTHS, build
-from mlx_slim.models.residual import residual
-from mlx_slim.models.structure import HEADS, HIDDEN, MLP
+from mlx_slim.models.mixtures import Mixture, mixture_of
+from mlx_slim.models.structure import EXPERTS, HEADS, HIDDEN, MLP
 from mlx_slim.pruning.counts import Counts, count
-from mlx_slim.pruning.options import NAMED, PruneOptions, conflicts, method_of, one_error, rows_of
+from mlx_slim.pruning.families import families_of
+from mlx_slim.pruning.options import (
+    NAMED,
+    PruneOptions,
+    check_experts,
+    conflicts,
+    method_of,
+    one_error,
+    rows_of,
+)
+from mlx_slim.pruning.planned import Plan
 from mlx_slim.pruning.records import GROUPS
 from mlx_slim.pruning.surgery import (
     check_supported,
@@ -31,10 +39,10 @@ from mlx_slim.pruning.width import (
     ANY,
     MULTIPLE,
     SIZE_FLAGS,
-    Sizes,
     WidthLimits,
     sizes_for,
     sizes_named,
+    sizes_of_experts,
     sizes_within,
 )
 from mlx_slim.reading import ModelConfig
@@ -43,61 +51,11 @@ from mlx_slim.runtime import DTYPES, human_bytes
 _PROTECT = (4, 2, 32)  # first and last layers of how many (arXiv 2305.11627)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A pruning that is possible.
-
-    Attributes:
-        axis: ``depth`` or ``width``.
-        method: Resolved; ``named`` for layers given by number.
-        layers: Layers that may be removed or narrowed.
-        removed: Layers to remove, where the options name them.
-        count: Number of layers to remove.
-        kinds: Kinds of groups to remove.
-        sizes: Remaining groups, by kind and layer.
-        before: Counts of the source.
-        parameters: Remaining parameters.
-        rows: Calibration rows and their tokens; (0, 0) if the method needs none.
-        notes: For the user, a line each.
-    """
-
-    axis: str
-    method: str
-    layers: list[int]
-    removed: list[int]
-    count: int
-    kinds: tuple[str, ...]
-    sizes: Sizes
-    before: Counts
-    parameters: int
-    rows: tuple[int, int]
-    notes: list[str]
-
-    def lines(self) -> list[str]:
-        """Return a summary, a fact a line."""
-        total = len(self.before.blocks)
-        what = (
-            f"{self.count} of {total} layers"
-            if self.axis == "depth"
-            else f"{', '.join(self.kinds)} of {len(self.layers)} of {total} layers"
-        )
-        lines = [f"removes    {what}: {self.method}"]
-        for kind, sizes in self.sizes.items():
-            first = self.layers[0]
-            where = "in all layers" if kind == HIDDEN else "a layer"
-            lines.append(
-                f"{GROUPS[kind]:<10} {self.before.sizes[kind][first]:,} -> {sizes[first]:,} {where}"
-            )
-        before, after = self.before.total, self.parameters
-        lines.append(f"parameters {before:,} -> {after:,} ({after / before:.1%} remain)")
-        return lines + [f"note       {note}" for note in self.notes]
-
-
 def plan(config: ModelConfig, options: PruneOptions, itemsize: int) -> Plan:
     """Return the plan for the model of ``config``.
 
     Args:
-        config: Normalised, of a dense model.
+        config: Normalised.
         options: The user's.
         itemsize: Bytes of a stored weight, for ``target_bytes``.
 
@@ -108,34 +66,54 @@ def plan(config: ModelConfig, options: PruneOptions, itemsize: int) -> Plan:
     problems = conflicts(options, axis, method)
     if problems:
         raise one_error(problems)
-    check_supported(config)
+    mixture = mixture_of(config)
+    check_experts(options, axis, method, mixture=mixture is not None)
+    if mixture is None:
+        check_supported(config)
     if "quantization" in config:
         raise SlimError(
             "the model is quantized, and quantized weights cannot be pruned",
             "dequantize it first: mlx-slim convert MODEL -o DIR --dequantize",
         )
     model = build(config)
-    counts = count(model)
+    counts = count(model, mixture)
     total = len(counts.blocks)
     if options.layers is not None:
         removed = parse_layers(options.layers, total)
         config_without_layers(config, removed)
         stays = counts.without_layers(removed)
         return Plan(axis, NAMED, removed, removed, len(removed), (), {}, counts, stays, (0, 0), [])
+    target = _target(options, counts, itemsize)
+    if mixture is not None:
+        return _experts(options, method, mixture, counts, target)
     first, last = _protection(options, total)
     free = list(range(first, total - last))
     notes: list[str] = []
     if axis == "width" and options.uniform:
         free = list(range(total))
-        notes.append(
-            "all layers get the same widths, so none is protected (--no-uniform protects the first "
-            "and last; only mlx-slim reads such models)"
-        )
+        if not options.prunes_channels and not options.named_sizes:
+            notes.append(
+                "all layers get the same widths, so none is protected (--no-uniform protects the "
+                "first and last; only mlx-slim reads such models)"
+            )
     if not free:
         raise SlimError(
             f"all {total} layers are protected: {first} first and {last} last",
             "set a smaller --protect-first or --protect-last",
         )
+    if axis == "depth":
+        if every := global_every(config):
+            raise SlimError(
+                f"every {every}th layer of a gemma3 has full attention, by its number: no method "
+                "may choose the layers",
+                f"name {every} in a row, or a multiple: --layers 0-{every - 1}",
+            )
+        return _depth(options, method, free, counts, target, notes)
+    return _width(config, options, method, model, free, counts, target, notes)
+
+
+def _target(options: PruneOptions, counts: Counts, itemsize: int) -> int | None:
+    """Return the most parameters that may remain; None without a target."""
     target = options.target_params
     if options.target_bytes is not None:
         target = options.target_bytes // itemsize
@@ -147,15 +125,30 @@ def plan(config: ModelConfig, options: PruneOptions, itemsize: int) -> Plan:
             f"the model has {counts.total:,} parameters already, the target is {size}",
             "set a smaller target",
         )
-    if axis == "depth":
-        if every := global_every(config):
-            raise SlimError(
-                f"every {every}th layer of a gemma3 has full attention, by its number: no method "
-                "may choose the layers",
-                f"name {every} in a row, or a multiple: --layers 0-{every - 1}",
-            )
-        return _depth(options, method, free, counts, target, notes)
-    return _width(config, options, method, model, free, counts, target, notes)
+    return target
+
+
+def _experts(
+    options: PruneOptions, method: str, mixture: Mixture, counts: Counts, target: int | None
+) -> Plan:
+    sizes = sizes_of_experts(
+        mixture, counts, ratio=options.ratio, target=target, named=options.experts
+    )
+    if sizes[EXPERTS] == counts.sizes[EXPERTS]:
+        sized = f"--ratio {options.ratio:g}" if options.ratio else f"--experts {options.experts}"
+        raise SlimError(
+            f"{sized} removes none of {mixture.count} experts: a token is sent to "
+            f"{mixture.per_token}, and {len(mixture.sizes) - 1} smaller numbers are possible",
+            "set a larger --ratio or fewer --experts",
+        )
+    layers = [layer for layer, family in enumerate(mixture.families) if family]
+    notes = []
+    if len(layers) < len(mixture.families):
+        notes.append(f"{len(mixture.families) - len(layers)} layers have no experts: unchanged")
+    if mixture.groups > 1:
+        notes.append(f"the router ranks {mixture.groups} groups of experts: each loses as many")
+    stays, rows = counts.with_sizes(sizes), rows_of(options, method)
+    return Plan("width", method, layers, [], 0, (EXPERTS,), sizes, counts, stays, rows, notes)
 
 
 def planned_config(config: ModelConfig, options: PruneOptions) -> ModelConfig:
@@ -276,10 +269,7 @@ def _width(
             "this model's widths differ per layer already", "prune it further with --no-uniform"
         )
     limits = limits_of(config, hidden=options.prunes_channels) if options.uniform else ANY
-    families = [
-        {**structure.coupled(block), HIDDEN: residual(model).channels}
-        for block in structure.blocks(model)
-    ]
+    families = families_of(model)
     if options.named_sizes:
         sizes = sizes_named(families, options.named_sizes, limits)
         kinds = tuple(sizes)

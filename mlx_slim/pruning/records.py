@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 
 from mlx_slim.models.fidelity import Fidelity
-from mlx_slim.models.structure import HEADS, HIDDEN, MLP
+from mlx_slim.models.structure import EXPERTS, HEADS, HIDDEN, MLP
 from mlx_slim.reading import JsonObject
 from mlx_slim.runtime import human_bytes, human_duration
 
 # Kind -> name in texts.
-GROUPS = {HEADS: "kv heads", MLP: "neurons", HIDDEN: "channels"}
+GROUPS = {HEADS: "kv heads", MLP: "neurons", HIDDEN: "channels", EXPERTS: "experts"}
 
 
 @dataclass(frozen=True)

@@ -74,15 +74,22 @@ class Watched(nn.Module):
 
 
 @contextlib.contextmanager
-def watched(block: nn.Module, path: str, look: Callable[[mx.array], None]) -> Iterator[None]:
-    """Pass the inputs of the layer at ``path`` inside ``block`` to ``look``."""
+def replaced(block: nn.Module, path: str, make: Callable[[nn.Module], nn.Module]) -> Iterator[None]:
+    """Put ``make`` of the layer at ``path`` inside ``block`` in its place."""
     *names, leaf = path.split(".")
     parent: Any = block
     for name in names:
         parent = parent[name]
     layer = parent[leaf]
-    parent[leaf] = Watched(layer, look)
+    parent[leaf] = make(layer)
     try:
         yield
     finally:
         parent[leaf] = layer
+
+
+def watched(
+    block: nn.Module, path: str, look: Callable[[mx.array], None]
+) -> contextlib.AbstractContextManager[None]:
+    """Pass the inputs of the layer at ``path`` inside ``block`` to ``look``."""
+    return replaced(block, path, lambda layer: Watched(layer, look))

@@ -1,4 +1,4 @@
-"""Prunes a dense model by depth or width: plan, measure, cut, compare, save, verify.
+"""Prunes a model by depth, width or experts: plan, measure, cut, compare, save, verify.
 
 Invariant: the output folder appears only when its model computes exactly what was measured, in the
 dtype of the stored source; ``prune.json`` next to the weights lists what was removed and why,
@@ -35,6 +35,7 @@ from mlx_slim.events import Notice, Observer
 from mlx_slim.models import fidelity, structure
 from mlx_slim.models.build import WIDTHS
 from mlx_slim.models.load import Loaded, cast, load, read_config, read_weights, resolve
+from mlx_slim.models.mixtures import mixture_of
 from mlx_slim.models.recorded_logits import RecordedLogits, free_weights
 from mlx_slim.models.row_limits import row_limit
 from mlx_slim.models.structure import HIDDEN
@@ -42,8 +43,10 @@ from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.models.verified_save import compute_dtype, save_checked, stored_dtype
 from mlx_slim.pruning import importance, surgery, width
 from mlx_slim.pruning.depth import choose_layers
+from mlx_slim.pruning.families import families_of
 from mlx_slim.pruning.options import NAMED, PruneOptions
-from mlx_slim.pruning.plan import Plan, plan, weight_size
+from mlx_slim.pruning.plan import plan, weight_size
+from mlx_slim.pruning.planned import Plan
 from mlx_slim.pruning.records import (
     CalibrationRows,
     GroupChange,
@@ -51,6 +54,7 @@ from mlx_slim.pruning.records import (
     PrunedFidelity,
     PruneRecord,
 )
+from mlx_slim.pruning.scores import Scores, name_of
 from mlx_slim.quantization.apply import refuse_quantized
 from mlx_slim.quantization.calibration import DEFAULT_SOURCE, read_calibration
 from mlx_slim.reading import JsonObject, ModelConfig
@@ -61,8 +65,6 @@ __all__ = ["PruneOptions", "Pruned", "prune", "validation_rows"]
 RECORD_FILE, SCORES_FILE = "prune.json", "prune_scores.safetensors"
 VALIDATION_LENGTH = 256  # tokens of a row of validation text
 _LAYERS, _STARTS, _STEPS, _LOSSES = "layers.removed", "layers.score", "steps.layer", "steps.loss"
-
-Scores = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def prune(
     """Prune ``source`` into the new folder ``out``.
 
     Args:
-        source: MLX or Hugging Face folder, or hub id, of a dense model.
+        source: MLX or Hugging Face folder, or hub id; not quantized.
         out: Must not exist.
         options: See ``PruneOptions``.
         observer: Gets a ``Notice`` for each stage.
@@ -281,7 +283,13 @@ def _measure(
     if planned.axis == "width":
         budget = memory_budget("auto") - mx.get_active_memory()
         return importance.group_importance(
-            loaded.model, planned.method, planned.kinds, seen_NT, seed=options.seed, budget=budget
+            loaded.model,
+            planned.method,
+            planned.kinds,
+            seen_NT,
+            seed=options.seed,
+            budget=budget,
+            mixture=mixture_of(loaded.config),
         )
     removal = choose_layers(
         loaded.model,
@@ -333,8 +341,16 @@ def _cut(
         model, config = surgery.without_layers(loaded.model, loaded.config, removed)
         free_weights(loaded.model)
         return model, config, _Changes(_removed_layers(planned, removed, scores))
-    families = [structure.coupled(block) for block in structure.blocks(loaded.model)]
-    retained = width.retain(families, scores, planned.sizes, planned.layers, options.ranking)
+    mixture = mixture_of(loaded.config)
+    families = families_of(loaded.model, mixture)
+    retained = width.retain(
+        families,
+        scores,
+        planned.sizes,
+        planned.layers,
+        options.ranking,
+        runs=mixture.groups if mixture else 1,
+    )
     model, config = surgery.with_groups(
         loaded.model, loaded.config, retained, uniform=options.uniform, donate=True
     )
@@ -342,7 +358,9 @@ def _cut(
     for layer in range(len(families)):
         changes.append({})
         for kind, numbers in retained.items():
-            values = scores[importance.name_of(layer, kind)]
+            if not len(numbers[layer]):  # a layer without experts
+                continue
+            values = scores[name_of(layer, kind)]
             removed = np.setdiff1d(np.arange(len(values)), numbers[layer])
             changes[-1][kind] = GroupChange(
                 before=len(values),

@@ -22,12 +22,14 @@ from mlx_slim.errors import SlimError
 from mlx_slim.models import structure
 from mlx_slim.models.activations import use_fast_swiglu
 from mlx_slim.models.build import WIDTHS, build, widths_of
-from mlx_slim.models.gemma import EMBEDDING_SIZE, use_exact_scale
-from mlx_slim.models.load import fill
+from mlx_slim.models.gemma import EMBEDDING_SIZE
+from mlx_slim.models.load import correct_classes, fill
+from mlx_slim.models.mixtures import mixture_of
 from mlx_slim.models.normalize import model_module
 from mlx_slim.models.recorded_logits import free_weights
 from mlx_slim.models.residual import corrected, residual
-from mlx_slim.models.structure import HEADS, HIDDEN, MLP
+from mlx_slim.models.structure import EXPERTS, HEADS, HIDDEN, MLP
+from mlx_slim.pruning.families import families_of
 from mlx_slim.pruning.width import RetainedGroups, WidthLimits
 from mlx_slim.reading import ModelConfig
 
@@ -52,7 +54,7 @@ def check_supported(config: ModelConfig) -> None:
     if module_name(config) not in _MODULES:
         raise SlimError(
             f"{config.get('model_type')} models cannot be pruned",
-            f"supported: {', '.join(SUPPORTED)}",
+            f"supported: {', '.join(SUPPORTED)}; of mixtures of experts, the experts",
         )
 
 
@@ -136,10 +138,16 @@ def config_with_sizes(
     Args:
         config: Of a dense model.
         sizes: ``heads`` (key-value heads), ``mlp`` (neurons) and ``hidden`` (channels of the
-            residual stream, one number): by layer; an absent kind is unchanged.
+            residual stream, one number): by layer; an absent kind is unchanged. Of a mixture
+            ``experts``, one number in the layers that have some.
         uniform: Use the config's standard keys: the numbers must be equal in all layers.
     """
     config = copy.deepcopy(config)
+    if EXPERTS in sizes:
+        mixture = mixture_of(config)
+        assert mixture is not None
+        text_part(config).update(dict.fromkeys(mixture.keys, max(sizes[EXPERTS])))
+        return config
     model = build(config)
     widths = widths_of(model)
     heads = structure.coupled(structure.blocks(model)[0])[HEADS]
@@ -207,20 +215,18 @@ def with_groups(
     weights: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     prefix = structure.blocks_path(model)
     cuts: list[tuple[str, int, int, np.ndarray]] = []  # path, axis, groups, those that remain
-    for layer, block in enumerate(structure.blocks(model)):
-        for kind, family in structure.coupled(block).items():
-            if kind in retained:
+    families = families_of(model, mixture_of(config))
+    for layer, of_block in enumerate(families):
+        for kind, family in of_block.items():
+            if kind in retained and (kind != HIDDEN or not layer):
+                place = "" if kind == HIDDEN else f"{prefix}.{layer}."
                 cuts += [
-                    (f"{prefix}.{layer}.{path}", axis, family.count, retained[kind][layer])
+                    (f"{place}{path}", axis, family.count, retained[kind][layer])
                     for path, axis in family.members
                 ]
     changes = {}
     if HIDDEN in retained:
-        stream, channels = residual(model), retained[HIDDEN][0]
-        cuts += [
-            (path, axis, stream.channels.count, channels) for path, axis in stream.channels.members
-        ]
-        changes = corrected(stream, len(channels))
+        changes = corrected(residual(model), len(retained[HIDDEN][0]))
     if donate:
         free_weights(model)
     for path, axis, count, groups in cuts:
@@ -243,7 +249,7 @@ def _take(value: mx.array, axis: int, count: int, groups: np.ndarray) -> mx.arra
 def _filled(config: ModelConfig, weights: dict[str, mx.array]) -> nn.Module:
     model = build(config)
     fill(model, Path("the pruned model"), weights)
-    use_exact_scale(model, config)
+    correct_classes(model, config)
     use_fast_swiglu(model)
     model.eval()
     return model

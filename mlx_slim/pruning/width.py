@@ -15,12 +15,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlx_slim.errors import SlimError
-from mlx_slim.models.structure import HEADS, HIDDEN, MLP, Coupled
+from mlx_slim.models.mixtures import Mixture
+from mlx_slim.models.structure import EXPERTS, HEADS, HIDDEN, MLP, Coupled
 from mlx_slim.pruning.counts import Counts
-from mlx_slim.pruning.importance import Scores, name_of
+from mlx_slim.pruning.scores import Scores, name_of
 
 MULTIPLE = 64  # the group size of quantization
-SIZE_FLAGS = {HEADS: "--kv-heads", MLP: "--intermediate-size", HIDDEN: "--hidden-size"}
+SIZE_FLAGS = {
+    HEADS: "--kv-heads",
+    MLP: "--intermediate-size",
+    HIDDEN: "--hidden-size",
+    EXPERTS: "--experts",
+}
 
 # kind -> number of remaining groups, by layer
 Sizes = dict[str, list[int]]
@@ -132,14 +138,51 @@ def sizes_named(
             allowed[HIDDEN] = [n * width for n in allowed_sizes(first, HEADS, kinds, limits)]
             named = {**named, HEADS: named[HIDDEN] // width}
     for kind, sizes in allowed.items():
-        if named[kind] not in sizes:
-            nearest = sorted(sorted(sizes, key=lambda size: abs(size - named[kind]))[:2])
-            raise SlimError(
-                f"{SIZE_FLAGS[kind]} {named[kind]:,} is not possible: the model has "
-                f"{first[kind].count:,}",
-                f"the nearest that are: {', '.join(f'{size:,}' for size in nearest)}",
-            )
+        _check_named(kind, named[kind], sizes, first[kind].count)
     return {kind: [number] * len(families) for kind, number in named.items()}
+
+
+def _check_named(kind: str, number: int, allowed: list[int], present: int) -> None:
+    if number not in allowed:
+        nearest = sorted(sorted(allowed, key=lambda size: abs(size - number))[:2])
+        raise SlimError(
+            f"{SIZE_FLAGS[kind]} {number:,} is not possible: the model has {present:,}",
+            f"the nearest that are: {', '.join(f'{size:,}' for size in nearest)}",
+        )
+
+
+def sizes_of_experts(
+    mixture: Mixture,
+    counts: Counts,
+    *,
+    ratio: float | None,
+    target: int | None,
+    named: int | None,
+) -> Sizes:
+    """Return the number of experts of each layer, by one of ``ratio``, ``target`` and ``named``.
+
+    Raises:
+        SlimError: If fewer than the router chooses would remain, or the number is not possible.
+    """
+
+    def sizes(number: int) -> Sizes:
+        return {EXPERTS: [number if family else 0 for family in mixture.families]}
+
+    allowed = mixture.sizes
+    if named is not None:
+        _check_named(EXPERTS, named, allowed, mixture.count)
+        return sizes(named)
+    if ratio is not None:
+        return sizes(at_least(allowed, mixture.count * (1 - ratio)))
+    assert target is not None
+    for number in allowed:
+        if counts.with_sizes(sizes(number)) <= target:
+            return sizes(number)
+    raise SlimError(
+        f"{target:,} parameters cannot be reached: with {allowed[-1]} experts a layer there are "
+        f"{counts.with_sizes(sizes(allowed[-1])):,}, and a token needs {mixture.per_token}",
+        "set a larger target",
+    )
 
 
 def sizes_within(
@@ -187,6 +230,7 @@ def retain(
     sizes: Sizes,
     layers: list[int],
     ranking: str,
+    runs: int = 1,
 ) -> RetainedGroups:
     """Choose the groups that remain: those with the highest scores.
 
@@ -197,6 +241,7 @@ def retain(
         layers: Those that may shrink.
         ranking: ``layer`` retains exactly ``sizes``; ``global`` ranks the groups of all ``layers``
             in one list: as many are removed in total, those with the lowest scores.
+        runs: Equal runs of groups, each of which retains as many.
     """
     retained: RetainedGroups = {}
     for kind, counts in sizes.items():
@@ -204,8 +249,13 @@ def retain(
             counts = _spread(kind, families, scores, counts, layers)
         retained[kind] = []
         for layer, stays in enumerate(counts):
-            order = np.argsort(-scores[name_of(layer, kind)], kind="stable")
-            retained[kind].append(np.sort(order[:stays]))
+            if not stays:  # a layer without experts
+                retained[kind].append(np.zeros(0, np.int64))
+                continue
+            by_run = scores[name_of(layer, kind)].reshape(runs, -1)
+            order = np.argsort(-by_run, axis=1, kind="stable")[:, : stays // runs]
+            order = order + by_run.shape[1] * np.arange(runs)[:, None]
+            retained[kind].append(np.sort(order.reshape(-1)))
     return retained
 
 

@@ -14,9 +14,10 @@ from mlx_slim.models.build import build
 from mlx_slim.models.load import load
 from mlx_slim.models.residual import corrected, residual
 from mlx_slim.runtime import to_float
-from tests.support.tiny import ARCHITECTURES, GEMMA_3, tiny_model
+from tests.support.tiny import ARCHITECTURES, OTHERS, tiny_model
 
-CONFIGS = {**ARCHITECTURES, **GEMMA_3}
+GEMMA_3 = OTHERS["gemma3_text"]
+CONFIGS = {**ARCHITECTURES, "gemma3_text": GEMMA_3}
 
 
 @pytest.mark.parametrize("architecture", list(CONFIGS))
@@ -43,7 +44,7 @@ def test_channels_are_in_every_tensor_that_another_width_changes(architecture: s
 
 
 def test_a_gemma_3_is_tied_unless_its_config_or_file_says_otherwise(tmp_path: Path) -> None:
-    config = GEMMA_3["gemma3_text"]
+    config = GEMMA_3
     unsaid = {key: value for key, value in config.items() if key != "tie_word_embeddings"}
     assert residual(build(config)).tied and residual(build(unsaid)).tied
     assert not residual(build({**config, "tie_word_embeddings": False})).tied
@@ -53,7 +54,7 @@ def test_a_gemma_3_is_tied_unless_its_config_or_file_says_otherwise(tmp_path: Pa
 
 
 def test_norms_grow_by_the_root_of_the_ratio_and_the_embedding_by_that_of_rounded_roots() -> None:
-    stream = residual(build({**GEMMA_3["gemma3_text"], "hidden_size": 640}))
+    stream = residual(build({**GEMMA_3, "hidden_size": 640}))
     changes = corrected(stream, 576)
     weight = mx.array([0.5, -1.0])  # a norm multiplies by 1 + w
     scale = 25.25 / 24  # √640 in bfloat16, √576
@@ -69,9 +70,7 @@ def test_norms_grow_by_the_root_of_the_ratio_and_the_embedding_by_that_of_rounde
     assert len(changes) == 3 * 4 + 2
     half = changes["model.norm.weight"](weight.astype(mx.bfloat16))
     assert half.dtype == mx.bfloat16
-    untied = residual(
-        build({**GEMMA_3["gemma3_text"], "hidden_size": 640, "tie_word_embeddings": False})
-    )
+    untied = residual(build({**GEMMA_3, "hidden_size": 640, "tie_word_embeddings": False}))
     last = corrected(untied, 576)["model.norm.weight"](weight)
     assert to_float(last[0]) == pytest.approx(1.5 * math.sqrt(640 / 576) - 1, rel=1e-6)
 

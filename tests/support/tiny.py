@@ -54,9 +54,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
-# Every other layer has full attention; the embedding is scaled by the root of the width.
-GEMMA_3: dict[str, Any] = {
-    "gemma3_text": {
+# Architectures that only the tests of pruning go through.
+OTHERS: dict[str, dict[str, Any]] = {
+    "gemma3_text": {  # every other layer has full attention
         "model_type": "gemma3_text",
         **_LLAMA,
         "head_dim": 16,
@@ -64,7 +64,36 @@ GEMMA_3: dict[str, Any] = {
         "sliding_window": 8,
         "sliding_window_pattern": 2,
         "tie_word_embeddings": True,
-    }
+    },
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        **_LLAMA,
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,
+        "rope_scaling": {"rope_type": "default"},
+    },
+    "deepseek_v3": {
+        "model_type": "deepseek_v3",
+        **_LLAMA,
+        "num_key_value_heads": 4,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 64,
+        "first_k_dense_replace": 1,
+        "moe_layer_freq": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.5,
+        "q_lora_rank": None,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+    },
 }
 # Mixtures of experts; a row of 64 and more choices is sorted by expert, a shorter one is not.
 MIXTURES: dict[str, dict[str, Any]] = {
@@ -118,9 +147,9 @@ def tiny_model(
 ) -> Path:
     """Write a random model; return its folder.
 
-    ``architecture`` is a key of ``ARCHITECTURES``, ``MIXTURES`` or ``GEMMA_3``.
+    ``architecture`` is a key of ``ARCHITECTURES``, ``MIXTURES`` or ``OTHERS``.
     """
-    config = {**(ARCHITECTURES | MIXTURES | GEMMA_3)[architecture], **changes}
+    config = {**(ARCHITECTURES | MIXTURES | OTHERS)[architecture], **changes}
     model_class, args_class = _get_classes(config)
     mx.random.seed(seed)
     model = model_class(args_class.from_dict(config))
