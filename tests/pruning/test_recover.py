@@ -8,7 +8,9 @@ import os
 import shlex
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -26,6 +28,7 @@ from mlx_slim.pruning.recover import RecoverOptions, prune_and_recover
 from mlx_slim.pruning.report import report_lines
 from tests.support.evals import write_tasks
 from tests.support.runs import Recorder, losses, run_script, write_rows
+from tests.support.tiny import tiny_model
 
 
 @pytest.fixture
@@ -291,3 +294,51 @@ def test_a_text_that_is_too_short_leaves_nothing(
     with pytest.raises(SlimError, match="tokens"):
         prune_and_recover(model, tmp_path / "deep" / "run", wrong, after, Recorder())
     assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "cut", "line"),
+    [
+        ("llama", {"hidden_size": 128}, {"hidden_size": 64}, "all layers 128 -> 64 channels"),
+        ("mixtral", {}, {"method": "reap", "experts": 3}, "layer   1  4 -> 3 experts"),
+    ],
+)
+def test_a_model_with_fewer_channels_or_experts_recovers(
+    setting: tuple[Path, PruneOptions, RecoverOptions],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    architecture: str,
+    changes: dict[str, int],
+    cut: dict[str, Any],
+    line: str,
+) -> None:
+    _, options, after = setting
+    source = tiny_model(tmp_path / "source", architecture, **changes)
+    recover = RecoverOptions(after.recipe, ("train.steps=2",))
+    out = tmp_path / "run"
+    report = prune_and_recover(
+        source, out, replace(options, ratio=None, **cut), recover, Recorder()
+    )
+    original, pruned, recovered = report.rows
+    assert original.parameters > pruned.parameters == recovered.parameters
+    assert pruned.text and recovered.text
+    assert recovered.text.perplexity != pruned.text.perplexity
+    assert report.prune["method"] in ("activation", "reap")
+    assert run(["report", str(out)]) == 0
+    assert line in capsys.readouterr().out
+
+
+def test_a_run_of_a_version_without_an_option_is_resumed(
+    setting: tuple[Path, PruneOptions, RecoverOptions], tmp_path: Path
+) -> None:
+    model, options, _ = setting
+    out = tmp_path / "run"
+    prune_and_recover(model, out, options, RecoverOptions(), Recorder())
+    request = read_json(out / "request.json")
+    del request["hidden"], request["experts"]
+    (out / "request.json").write_text(json.dumps(request))
+    (out / "report.json").unlink()
+    prune_and_recover(model, out, options, RecoverOptions(), Recorder(), resume=True)
+    with pytest.raises(SlimError, match="other pruning options: hidden: False → True"):
+        wider = replace(options, hidden=True)
+        prune_and_recover(model, out, wider, RecoverOptions(), Recorder(), resume=True)
