@@ -39,7 +39,7 @@ from mlx_slim.errors import (
 GROUPS: dict[str, tuple[str, ...]] = {
     "Start": ("doctor", "demo", "recipes", "tasks"),
     "Inspect": ("data", "plan", "generate", "chat", "analyze"),
-    "Make smaller": ("convert", "quantize", "prune"),
+    "Make smaller": ("convert", "quantize", "prune", "slim"),
     "Train": ("train", "distill"),
     "Measure": ("eval", "compare", "report", "bench"),
     "Share": ("fuse", "export", "import", "upload"),
@@ -69,6 +69,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "import": ("import_", "Read an adapter of another toolkit."),
     "upload": ("upload", "Put a folder on the hub: private, and a dry run by default."),
     "prune": ("prune", "Remove the least important layers, heads or neurons."),
+    "slim": ("slim", "Search for the smallest model that keeps its score, and prove it."),
     "distill": ("distill", "Train a small model on the outputs of a larger one."),
     "compare": ("compare", "Run models x methods x tasks as one experiment matrix."),
     "report": ("report", "Write the HTML report of a run, also live, or of an experiment matrix."),

@@ -23,16 +23,21 @@ if TYPE_CHECKING:
 
 @click.command("report", epilog="Example: mlx-slim report runs/smollm2-lora --watch")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--verify", is_flag=True, help="For a matrix: recompute every number, write nothing.")
+@click.option("--verify", is_flag=True, help="Of a matrix or a search: recompute its numbers.")
 @click.option("--watch", is_flag=True, help="For a run: serve the page live, on this machine only.")
 @click.option("--port", type=Whole(0, 65535), default=0, help="Port of --watch [a free one].")
 def command(folder: Path, verify: bool, watch: bool, port: int) -> None:
-    """Write the page of the run or experiment matrix in FOLDER: report.html.
+    """Write the page of the run, search or experiment matrix in FOLDER: report.html.
 
     For a run (train, distill, prune --recover; complete, running or killed): curves, memory, rows,
     answers before and after. For a matrix (compare): also report.md and results.json. Of a pruned
     model, what was cut and what it cost.
     """
+    from mlx_slim.slimming.report import is_search
+
+    if is_search(folder):
+        _search(folder, verify, watch or bool(port))
+        return
     run = _run_of(folder)
     facts = _pruning_facts(folder)
     if verify and run is not None:
@@ -77,6 +82,27 @@ def command(folder: Path, verify: bool, watch: bool, port: int) -> None:
         )
     else:
         show(folder)
+
+
+def _search(folder: Path, verify: bool, live: bool) -> None:
+    """Write the page of a search, or count it again."""
+    from mlx_slim.slimming.report import write_page
+    from mlx_slim.slimming.run import read_report
+    from mlx_slim.slimming.verify import verify as check
+
+    if live:
+        raise SlimError(f"{folder} is a finished search", "leave --watch and --port out")
+    if verify:
+        counted = check(folder)
+        click.echo(
+            f"{counted.numbers:,} numbers of {counted.candidates} scored candidates recomputed "
+            f"from {counted.answers:,} answers: all agree"
+        )
+        return
+    page = write_page(folder)
+    click.echo(read_report(folder).headline)
+    click.echo(f"report: {page}")
+    show_next(look_at(page), step("recompute it", "mlx-slim", "report", folder, "--verify"))
 
 
 def _pruning_facts(folder: Path) -> list[str]:

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from mlx_slim.compare import plots
+from mlx_slim import plots
 from mlx_slim.compare.evidence import LossCurves
-from mlx_slim.compare.plot_records import (
+from mlx_slim.compare.records import TrainingCost
+from mlx_slim.compare.report_records import Contrast, ReportTask, Row
+from mlx_slim.plot_records import (
     Axis,
     Curve,
     DifferenceBar,
@@ -23,8 +25,6 @@ from mlx_slim.compare.plot_records import (
     PredictedCost,
     ScoreLine,
 )
-from mlx_slim.compare.records import TrainingCost
-from mlx_slim.compare.report_records import Contrast, ReportTask, Row
 from mlx_slim.runtime import byte_unit
 
 FEW = 30  # cells that a plot names one by one

@@ -131,13 +131,7 @@ def prune(
     refuse_quantized(loaded.model, loaded.config)
     loaded.model.eval()
     seen_NT, validation_NT = _text(loaded, options, planned, notify)
-    if scores_at is not None and scores_at.exists():
-        notify(f"scores read from {scores_at}")
-        scores = {name: np.array(value) for name, value in load_tensors(scores_at).items()}
-    else:
-        scores = _measure(loaded, options, planned, seen_NT, notify)
-        if scores_at is not None:
-            _save(scores_at, scores)
+    scores = _scores(loaded, options, planned, seen_NT, notify, scores_at)
     original = None if validation_NT is None else RecordedLogits(loaded.model, validation_NT, out)
     small, new_config, changes = _cut(loaded, options, planned, scores)
     if not on_gpu():  # measured below are the weights as they will be stored
@@ -184,6 +178,47 @@ def prune(
 
     save_checked(out, after, new_config, stored, add_files)
     return Pruned(out, record)
+
+
+def prune_loaded(loaded: Loaded, options: PruneOptions, *, scores_at: Path | None = None) -> Loaded:
+    """Prune a model in memory, as ``prune`` does; ``loaded`` loses its weights.
+
+    Args:
+        loaded: A dense model.
+        options: See ``PruneOptions``; of the text only the calibration rows are used.
+        scores_at: As for ``prune``.
+
+    Raises:
+        SlimError: If the model or an option cannot be used.
+    """
+
+    def ignore(*_: str) -> None:
+        """Say nothing: the caller tells which models it measures."""
+
+    refuse_quantized(loaded.model, loaded.config)
+    planned = plan(loaded.config, options, weight_size(loaded.config))
+    seen_NT, _ = _text(loaded, options, planned, ignore)
+    scores = _scores(loaded, options, planned, seen_NT, ignore, scores_at)
+    model, config, _ = _cut(loaded, options, planned, scores)
+    return replace(loaded, model=model, config=config)
+
+
+def _scores(
+    loaded: Loaded,
+    options: PruneOptions,
+    planned: Plan,
+    seen_NT: mx.array | None,
+    notify: Callable[..., None],
+    scores_at: Path | None,
+) -> Scores:
+    """Return the scores in the file ``scores_at``; measure them, into it, where it is not there."""
+    if scores_at is not None and scores_at.exists():
+        notify(f"scores read from {scores_at}")
+        return {name: np.array(value) for name, value in load_tensors(scores_at).items()}
+    scores = _measure(loaded, options, planned, seen_NT, notify)
+    if scores_at is not None:
+        _save(scores_at, scores)
+    return scores
 
 
 def _arrays(model: Any) -> list[mx.array]:

@@ -1,7 +1,7 @@
 """What the plots of the report draw.
 
 Invariant: ``series`` is the number of a colour; a score is a fraction. Used by
-``compare/drawings.py`` and ``compare/plots.py``.
+``compare/drawings.py`` and ``plots.py``.
 """
 
 from __future__ import annotations

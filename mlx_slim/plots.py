@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from mlx_slim.compare.plot_records import Axis, Curve, Dot, Panel, Point, PredictedCost, ScoreLine
+from mlx_slim.plot_records import Axis, Curve, Dot, Panel, Point, PredictedCost, ScoreLine
 
 SERIES = 8
 # Placeholder → CSS variable of report.css.

@@ -1,0 +1,246 @@
+"""Candidates in memory, to rank them, and on disk, recovered: cut, learn from the original, round.
+
+Invariant: one model is in memory at a time. A step that is complete on disk is not repeated:
+``pruned-N``, ``recover`` (a run folder with its recipe), ``model``. What is ranked and what is made
+are cut by the same scores. Try it: ``mlx-slim slim MODEL -o DIR --disk 200MB --task arc_easy``.
+
+Shapes: N rows, T tokens a row.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_slim.artifacts import write_text
+from mlx_slim.config.load import Resolved, load_recipe
+from mlx_slim.distillation.run import distill
+from mlx_slim.errors import ResourceError
+from mlx_slim.events import Notice, Observer
+from mlx_slim.export.fuse import fuse
+from mlx_slim.export.options import FuseOptions
+from mlx_slim.finetuning.run_dir import STATE_FILE
+from mlx_slim.models import fidelity
+from mlx_slim.models.load import load, read_config
+from mlx_slim.models.recorded_logits import RecordedLogits, free_weights
+from mlx_slim.models.verified_save import compute_dtype
+from mlx_slim.planner.choose import choose
+from mlx_slim.pruning.run import prune, prune_loaded
+from mlx_slim.quantization.apply import quantize_model
+from mlx_slim.quantization.options import CompressOptions
+from mlx_slim.quantization.run import compress
+from mlx_slim.runtime import memory_limits
+from mlx_slim.slimming.candidates import Candidate, Cut
+from mlx_slim.slimming.records import Speed
+
+ROWS = 2000  # that a recovery learns from without a limit of time
+FEWEST_BITS = 5  # a model of so many, and not cut, is not recovered: rounding costs nearly nothing
+_SPEED_PROMPT, _SPEED_ANSWER, _SPEED_ROUNDS = 512, 64, 3
+
+
+@dataclass(frozen=True)
+class Material:
+    """What candidates are made of.
+
+    Attributes:
+        source: The original.
+        revision: Of a hub model.
+        data: Rows to recover on and to calibrate with; None is the Alpaca mirror.
+        folder: Of the search: importance scores and targets of the teacher are shared in it.
+    """
+
+    source: str
+    revision: str | None
+    data: str | None
+    folder: Path
+
+    def scores_at(self, candidate: Candidate, index: int) -> Path | None:
+        """Return the file of the scores of a cut; only those of the original are shared."""
+        cut = candidate.cuts[index]
+        name = f"depth-{cut.layers}" if cut.axis == "depth" else "width"
+        return self.folder / f"importance-{name}.safetensors" if index == 0 else None
+
+
+@memory_limits()
+def distance(
+    material: Material, candidate: Candidate, original: RecordedLogits, rows_NT: mx.array
+) -> fidelity.Fidelity:
+    """Return the distance of an unrecovered candidate from the original."""
+    loaded = load(material.source, revision=material.revision, dtype=compute_dtype())
+    loaded.model.eval()
+    for index, cut in enumerate(candidate.cuts):
+        options = cut.options(loaded.config["num_hidden_layers"], material.data, material.revision)
+        loaded = prune_loaded(loaded, options, scores_at=material.scores_at(candidate, index))
+    if candidate.quantize is not None:
+        quantize_model(loaded.model, loaded.config, candidate.quantize)
+    measured = fidelity.compare(original, loaded.model, rows_NT)
+    free_weights(loaded.model)
+    return measured
+
+
+def make(
+    material: Material,
+    candidate: Candidate,
+    folder: Path,
+    observer: Observer,
+    *,
+    seconds: float | None = None,
+) -> str:
+    """Make ``folder/model``; return the method of its recovery, empty without one.
+
+    Args:
+        material: What it is made of.
+        candidate: What it is.
+        folder: Of this candidate.
+        observer: Gets every event.
+        seconds: Of the recovery; None learns from ``ROWS`` rows.
+
+    Raises:
+        ResourceError: If memory or disk do not suffice.
+        SlimError: As ``prune``, ``distill`` and ``compress`` do.
+    """
+    recovers = bool(candidate.cuts) or (candidate.bits or 16) < FEWEST_BITS
+    if not (folder / "model").exists():
+        dense = _pruned(material, candidate, folder, observer)
+        if not recovers:
+            quantize = candidate.quantize
+            assert quantize is not None, "the original is no candidate"
+            compress(dense, folder / "model", compress_options(material, candidate), observer)
+        else:
+            _recover(material, candidate, dense, folder, observer, seconds)
+    return recovery_of(folder).recipe.method if recovers else ""
+
+
+def compress_options(material: Material, candidate: Candidate) -> CompressOptions:
+    """Return how a candidate that is not recovered is quantized."""
+    assert candidate.quantize is not None
+    return CompressOptions(
+        candidate.quantize,
+        calibration=material.data,
+        fidelity_samples=0,
+        revision=material.revision,
+    )
+
+
+def _pruned(material: Material, candidate: Candidate, folder: Path, observer: Observer) -> str:
+    """Return the dense model after all cuts; the original where there are none."""
+    source = material.source
+    for index, cut in enumerate(candidate.cuts):
+        out = folder / f"pruned-{index + 1}"
+        if not out.exists():
+            options = _cut_options(material, cut, source, index)
+            scores_at = material.scores_at(candidate, index)
+            prune(source, out, options, observer, scores_at=scores_at)
+        source = str(out)
+    return source
+
+
+def _cut_options(material: Material, cut: Cut, source: str, index: int):
+    revision = material.revision if index == 0 else None
+    config = read_config(source, revision)
+    return cut.options(config["num_hidden_layers"], material.data, revision)
+
+
+def recovery_of(folder: Path) -> Resolved:
+    """Return the recipe of a candidate's recovery."""
+    return load_recipe(str(folder / "recover.yaml"), [])
+
+
+def _recover(
+    material: Material,
+    candidate: Candidate,
+    dense: str,
+    folder: Path,
+    observer: Observer,
+    seconds: float | None,
+) -> None:
+    run = folder / "recover"
+    if not (folder / "recover.yaml").exists():
+        chosen = _recipe(material, candidate, dense, run, seconds)
+        assert chosen.text is not None
+        write_text(folder / "recover.yaml", chosen.text)
+    resolved = recovery_of(folder)
+    observer.notify(Notice(f"recovering {candidate.key}: {resolved.recipe.method}"))
+    if not (run / "run.json").exists():
+        distill(resolved, run, observer=observer, resume=(run / STATE_FILE).exists())
+    if (run / "model").exists():
+        (run / "model").rename(folder / "model")
+    elif (run / "adapters").exists():
+        fuse(dense, str(run / "adapters"), folder / "model", FuseOptions(calibration=material.data))
+
+
+def _recipe(
+    material: Material, candidate: Candidate, dense: str, run: Path, seconds: float | None
+) -> Resolved:
+    """Return how a candidate learns from the original: all weights where they fit, else LoRA."""
+    teacher = {"model": material.source, "revision": material.revision}
+    overrides = [
+        f"distill.teachers={json.dumps([teacher])}",
+        "distill.method=logits",
+        "distill.weight=1.0",
+        f"distill.cache={material.folder / 'targets'}",
+        "report_answers=0",
+        "train.keep=1",
+    ]
+    if candidate.bits is not None:
+        overrides += ["quantize.qat=true", f"quantize.bits={candidate.bits}"]
+    if material.revision is not None and not candidate.cuts:
+        overrides.append(f"revision={material.revision}")
+    if seconds is None:
+        overrides.append(f"data.max_rows={ROWS}")
+    data = material.data or "tatsu-lab/alpaca"
+    time_limit = None if seconds is None else f"{max(1, int(seconds))}s"
+    try:
+        return choose(
+            dense, data, out=run, method="full", time=time_limit, overrides=overrides
+        ).resolved
+    except ResourceError:
+        return choose(
+            dense, data, out=run, method="lora", time=time_limit, overrides=overrides
+        ).resolved
+
+
+@memory_limits()
+def speed_beside(original: str, model: Path, revision: str | None) -> Speed:
+    """Measure a model between two measurements of the original, on this machine.
+
+    Returns:
+        Tokens per second, medians of three rounds; ratios to the mean of the original's two.
+    """
+    before = _speed(original, revision)
+    prefill, generation = _speed(str(model), None)
+    after = _speed(original, revision)
+    return Speed(
+        prefill,
+        generation,
+        2 * prefill / (before[0] + after[0]),
+        2 * generation / (before[1] + after[1]),
+    )
+
+
+def _speed(source: str, revision: str | None) -> tuple[float, float]:
+    """Return tokens per second of reading a prompt and of writing an answer."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    loaded = load(source, revision=revision, dtype=compute_dtype())
+    loaded.model.eval()
+    vocabulary = loaded.model(mx.array([[0]])).shape[-1]
+    prompt_1T = (mx.arange(_SPEED_PROMPT) * 7919 % vocabulary)[None]
+    rounds = []
+    for _ in range(_SPEED_ROUNDS + 1):  # the first one warms up
+        cache = make_prompt_cache(loaded.model)
+        tic = time.perf_counter()
+        token = mx.argmax(loaded.model(prompt_1T, cache=cache)[:, -1:], axis=-1)
+        mx.eval(token)
+        read = time.perf_counter()
+        for _ in range(_SPEED_ANSWER):
+            token = mx.argmax(loaded.model(token, cache=cache), axis=-1)
+            mx.eval(token)
+        rounds.append((_SPEED_PROMPT / (read - tic), _SPEED_ANSWER / (time.perf_counter() - read)))
+    free_weights(loaded.model)
+    prefill, generation = (sorted(values)[1] for values in zip(*rounds[1:], strict=True))
+    return prefill, generation

@@ -1,0 +1,332 @@
+"""Which smaller models are worth measuring: bits, layers, heads and neurons, and mixtures.
+
+Invariant: every candidate meets the budget by its counted bytes, and none is listed that another
+beats in every respect: of the same cut, only the most bits that fit. The counts are those of the
+model that is made. Try it: ``mlx-slim slim MODEL -o DIR --disk 200MB --task arc_easy --dry-run``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+
+import mlx.core as mx
+
+from mlx_slim.config.schema import QuantizeConfig
+from mlx_slim.errors import SlimError
+from mlx_slim.pruning.options import PruneOptions
+from mlx_slim.pruning.plan import plan
+from mlx_slim.pruning.surgery import config_with_sizes, config_without_layers
+from mlx_slim.reading import JsonObject, ModelConfig
+from mlx_slim.runtime import human_bytes
+from mlx_slim.slimming.cost import Cost, cost
+from mlx_slim.slimming.options import SlimOptions
+
+BITS = (8, 6, 5, 4, 3, 2)
+GROUP = 64
+FLOOR = 0.4  # of the parameters: below it nothing recovers in the time that this takes
+STEPS = 64  # widths between all and none
+LEVELS = 3  # formats with more bits than fit whole, that are cut until they fit
+# Sizes, as fractions of the original's folder, that a search without a budget goes down.
+LADDER = (0.8, 0.65, 0.55, 0.45, 0.36, 0.3, 0.25, 0.2, 0.15)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One pruning.
+
+    Attributes:
+        axis: ``depth`` or ``width``.
+        layers: Layers to remove (depth).
+        target: Most parameters that remain (width).
+    """
+
+    axis: str
+    layers: int = 0
+    target: int = 0
+
+    def options(self, total: int, calibration: str | None, revision: str | None) -> PruneOptions:
+        """Return the options of ``mlx-slim prune`` that make it.
+
+        Args:
+            total: Layers of the model that is cut.
+            calibration: Text to measure importance on.
+            revision: Of the source.
+        """
+        if self.axis == "depth":
+            made = PruneOptions(axis="depth", ratio=self.layers / total)
+        else:
+            made = PruneOptions(axis="width", target_params=self.target)
+        return replace(made, calibration=calibration, revision=revision)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A smaller model.
+
+    Attributes:
+        bits: Of a weight; None stays as stored.
+        cuts: Prunings, one after the other, before it is quantized.
+        layers: Layers that remain.
+        kv_heads: Key-value heads of a layer that remain; 0 where the config has none.
+        neurons: Neurons of a layer that remain; 0 likewise.
+        cost: Counted.
+    """
+
+    bits: int | None
+    cuts: tuple[Cut, ...]
+    layers: int
+    kv_heads: int
+    neurons: int
+    cost: Cost
+
+    @property
+    def key(self) -> str:
+        """A name for folders: equal for equal models."""
+        parts = ["dense" if self.bits is None else f"{self.bits}bit"]
+        if self.cuts:
+            parts += [f"{self.layers}l", f"{self.kv_heads}h", f"{self.neurons}n"]
+        return "-".join(parts)
+
+    @property
+    def kind(self) -> str:
+        """What was cut: ``bits``, ``depth``, ``width`` or ``depth+width``."""
+        return "+".join(cut.axis for cut in self.cuts) or "bits"
+
+    def name(self, original: Candidate) -> str:
+        """Return what differs from the original, in words."""
+        parts = ["as stored" if self.bits is None else f"{self.bits} bits"]
+        for label, mine, its in (
+            ("layers", self.layers, original.layers),
+            ("kv heads", self.kv_heads, original.kv_heads),
+            ("neurons", self.neurons, original.neurons),
+        ):
+            if mine != its:
+                parts.append(f"{mine:,} of {its:,} {label}")
+        return ", ".join(parts)
+
+    @property
+    def quantize(self) -> QuantizeConfig | None:
+        """The format of its weights."""
+        return None if self.bits is None else format_of(self.bits)
+
+    @classmethod
+    def from_json(cls, values: JsonObject) -> Candidate:
+        """Return the candidate that ``asdict`` made ``values`` of."""
+        cuts = tuple(Cut(**cut) for cut in values["cuts"])
+        return cls(**{**values, "cuts": cuts, "cost": Cost(**values["cost"])})
+
+
+def format_of(bits: int) -> QuantizeConfig:
+    """Return the format that a number of bits means here."""
+    return QuantizeConfig.model_validate({"bits": bits, "group_size": GROUP})
+
+
+def cut_config(config: ModelConfig, cut: Cut, size: int) -> ModelConfig:
+    """Return the config of the model of ``config`` after ``cut``.
+
+    Args:
+        config: Of a dense model.
+        cut: Its layers are counted; which of them go is measured later.
+        size: Bytes of a stored number.
+
+    Raises:
+        SlimError: If the model cannot be cut so.
+    """
+    options = cut.options(config["num_hidden_layers"], None, None)
+    planned = plan(config, options, size)
+    if cut.axis == "depth":
+        return config_without_layers(config, planned.layers[-planned.count :])
+    return config_with_sizes(config, planned.sizes, uniform=True)
+
+
+class Space:
+    """The smaller models of one original.
+
+    Args:
+        config: Of the original.
+        dtype: That its weights are stored in.
+        options: Context and cache of ``memory``.
+        others: Bytes of the folder's other files.
+    """
+
+    def __init__(
+        self, config: ModelConfig, dtype: mx.Dtype, options: SlimOptions, others: int
+    ) -> None:
+        self._config, self._dtype = config, dtype
+        self._cost = partial(
+            cost, dtype=dtype, context=options.context, kv_bits=options.kv_bits, others=others
+        )
+        self.candidate = lru_cache(maxsize=None)(self._candidate)
+        self.original = self.candidate(None, ())
+        self.prunable = self._can(Cut("depth", layers=1))
+        self.narrowable = self._can(Cut("width", target=round(0.9 * self.original.cost.parameters)))
+
+    def _can(self, cut: Cut) -> bool:
+        try:
+            cut_config(self._config, cut, self._dtype.size)
+        except SlimError:
+            return False
+        return True
+
+    def _candidate(self, bits: int | None, cuts: tuple[Cut, ...]) -> Candidate:
+        config = self._config
+        for cut in cuts:
+            config = cut_config(config, cut, self._dtype.size)
+        text = {**config, **(config.get("text_config") or {})}
+        quantize = None if bits is None else format_of(bits)
+        heads = text.get("num_key_value_heads") or text.get("num_attention_heads") or 0
+        return Candidate(
+            bits=bits,
+            cuts=cuts,
+            layers=int(text.get("num_hidden_layers") or 0),
+            kv_heads=int(heads),
+            neurons=int(text.get("intermediate_size") or 0),
+            cost=self._cost(config, quantize=quantize),
+        )
+
+    def within(self, fits: Callable[[Cost], bool], levels: int = LEVELS) -> list[Candidate]:
+        """Return the candidates of a budget: whole at the most bits that fit, cut at more bits.
+
+        Args:
+            fits: Whether a cost meets it; a smaller model of the same kind costs no more.
+            levels: How many formats with more bits than fit whole are cut.
+        """
+        found: list[Candidate] = []
+        for bits in (*reversed(BITS), None):
+            whole = self._try(bits, ())
+            if whole is None:
+                continue
+            if fits(whole.cost):  # fewer bits of the same model are worse
+                found = [whole]
+                continue
+            if not levels:
+                break
+            levels -= 1
+            found += self._cut_to(bits, fits)
+        return [one for one in found if one != self.original]
+
+    def smallest(self) -> Candidate:
+        """Return the candidate of the fewest bytes."""
+        made = [c for bits in BITS if (c := self._try(bits, ()))]
+        made += [c for bits in BITS for c in self._cut_to(bits, lambda _: False, last=True)]
+        return min(made or [self.original], key=lambda one: one.cost.disk_bytes)
+
+    def _try(self, bits: int | None, cuts: tuple[Cut, ...]) -> Candidate | None:
+        try:
+            return self.candidate(bits, cuts)
+        except SlimError:  # such widths or formats do not exist
+            return None
+
+    def _cut_to(
+        self, bits: int | None, fits: Callable[[Cost], bool], *, last: bool = False
+    ) -> Iterator[Candidate]:
+        """Yield the mildest cut of each kind that fits; with ``last`` the hardest of each."""
+        depth = self._mildest(bits, (), self._depths(), fits, last) if self.prunable else None
+        if depth is not None:
+            yield depth
+        if not self.narrowable:
+            return
+        total = self.original.cost.parameters
+        narrow = self._mildest(bits, (), self._widths(total), fits, last)
+        if narrow is not None:
+            yield narrow
+        if depth is not None and depth.cuts[0].layers >= 2:
+            half = (Cut("depth", layers=depth.cuts[0].layers // 2),)
+            shorter = self._try(None, half)
+            if shorter is not None:
+                both = self._mildest(bits, half, self._widths(shorter.cost.parameters), fits, last)
+                if both is not None:
+                    yield both
+
+    def _depths(self) -> list[Cut]:
+        most = int((1 - FLOOR) * self.original.layers)
+        return [Cut("depth", layers=count) for count in range(1, most + 1)]
+
+    def _widths(self, total: int) -> list[Cut]:
+        least = FLOOR * self.original.cost.parameters
+        targets = [round(total * (1 - i / STEPS)) for i in range(1, STEPS)]
+        return [Cut("width", target=target) for target in targets if target >= least]
+
+    def _mildest(
+        self,
+        bits: int | None,
+        before: tuple[Cut, ...],
+        cuts: Sequence[Cut],
+        fits: Callable[[Cost], bool],
+        last: bool,
+    ) -> Candidate | None:
+        """Return the first of ever harder ``cuts`` that fits, by bisection; None if none does."""
+        for cut in reversed(cuts) if last else ():  # the hardest that exists
+            made = self._try(bits, (*before, cut))
+            if made is not None and made.cost.parameters >= FLOOR * self.original.cost.parameters:
+                return made
+        low, high, best = 0, len(cuts) - 1, None
+        while low <= high and not last:
+            middle = (low + high) // 2
+            made = self._try(bits, (*before, cuts[middle]))
+            if made is not None and fits(made.cost):
+                best, high = made, middle - 1
+            else:
+                low = middle + 1
+        if best is None or best.cost.parameters < FLOOR * self.original.cost.parameters:
+            return None
+        return best
+
+
+def budget(options: SlimOptions, original: Cost) -> Callable[[Cost], bool]:
+    """Return whether a cost meets the budget of ``options``.
+
+    A demanded speed is counted as that of reading the weights, which generation waits for; it is
+    measured later.
+    """
+
+    def fits(one: Cost) -> bool:
+        return (
+            (options.memory is None or one.memory_bytes <= options.memory)
+            and (options.disk is None or one.disk_bytes <= options.disk)
+            and (options.speed is None or one.weight_bytes * options.speed <= original.weight_bytes)
+        )
+
+    return fits
+
+
+def listed(space: Space, options: SlimOptions) -> list[Candidate]:
+    """Return all candidates of the search, each once, largest first.
+
+    Raises:
+        SlimError: If nothing meets the budget, with the nearest.
+    """
+    if options.has_budget:
+        found = space.within(budget(options, space.original.cost))
+        if not found and not budget(options, space.original.cost)(space.original.cost):
+            raise SlimError(*_nothing(space, options))
+    else:
+        whole = space.original.cost.disk_bytes
+        found = []
+        for fraction in LADDER:
+            found += space.within(lambda one, most=fraction * whole: one.disk_bytes <= most, 1)
+    by_key = {one.key: one for one in found}
+    return sorted(by_key.values(), key=lambda one: -one.cost.disk_bytes)
+
+
+def _nothing(space: Space, options: SlimOptions) -> tuple[str, str]:
+    nearest = space.smallest()
+    asked, has = [], []
+    if options.disk is not None:
+        asked.append(f"--disk {human_bytes(options.disk)}")
+        has.append(f"{human_bytes(nearest.cost.disk_bytes)} on disk")
+    if options.memory is not None:
+        asked.append(f"--memory {human_bytes(options.memory)}")
+        has.append(f"{human_bytes(nearest.cost.memory_bytes)} in memory")
+    if options.speed is not None:
+        asked.append(f"--speed {options.speed:g}x")
+        has.append(
+            f"{nearest.cost.weight_bytes / space.original.cost.weight_bytes:.0%} of the weights"
+        )
+    return (
+        f"no smaller model meets {' and '.join(asked)}: the nearest is "
+        f"{nearest.name(space.original)}, {', '.join(has)}",
+        "set a larger budget, or begin with a smaller model",
+    )

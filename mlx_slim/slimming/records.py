@@ -1,0 +1,165 @@
+"""Records of a search: every candidate, why it fell, and the claim about the winner.
+
+Invariant: ``as_json`` is ``slim.json``; every figure is one of a file beside it or follows from
+such files (``verify.py``). Try it: ``mlx-slim report DIR`` on the folder of a finished search.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from mlx_slim.reading import JsonObject
+from mlx_slim.slimming.candidates import Candidate
+from mlx_slim.slimming.proof import Share
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second, and as a multiple of the original's in the same minutes."""
+
+    prefill: float
+    generation: float
+    prefill_ratio: float
+    generation_ratio: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """A candidate and what was measured of it.
+
+    Attributes:
+        candidate: What it is, and its counted cost.
+        name: In words.
+        kl: KL(original ‖ candidate) before recovery, nats a token; None if it was not measured.
+        top1: Share of positions with the same likeliest token, likewise.
+        recovered: Method of the recovery (``full``, ``lora``), empty without.
+        selection: Share kept on the selection questions; None if it was not scored.
+        speed: None if not measured.
+        disk_bytes: Of its folder; None if it was not made.
+        verdict: Why it was chosen, or fell.
+    """
+
+    candidate: Candidate
+    name: str
+    kl: float | None = None
+    top1: float | None = None
+    recovered: str = ""
+    selection: Share | None = None
+    speed: Speed | None = None
+    disk_bytes: int | None = None
+    verdict: str = ""
+
+    @classmethod
+    def from_json(cls, values: JsonObject) -> Row:
+        """Return the row that ``asdict`` made ``values`` of."""
+        share, speed = values["selection"], values["speed"]
+        return cls(
+            **{
+                **values,
+                "candidate": Candidate.from_json(values["candidate"]),
+                "selection": None if share is None else share_from_json(share),
+                "speed": None if speed is None else Speed(**speed),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class TaskClaim:
+    """A task's part of the claim.
+
+    Attributes:
+        task: Its name.
+        metric: What is counted.
+        n: Claim questions.
+        first: Accuracy of the original.
+        second: Of the winner.
+        delta: ``second - first``, paired.
+        interval: 95%, of ``delta``.
+        chance: Expected accuracy of guessing.
+    """
+
+    task: str
+    metric: str
+    n: int
+    first: float
+    second: float
+    delta: float
+    interval: tuple[float, float]
+    chance: float
+
+
+@dataclass(frozen=True)
+class SlimReport:
+    """``slim.json``.
+
+    Attributes:
+        schema_version: Of the file.
+        source: The original, without its place.
+        revision: Of a hub model.
+        options: What was asked for.
+        original: Its cost.
+        questions: Task -> (selection, claim) questions.
+        provable: Largest share that the claim questions can show.
+        rows: Every candidate.
+        winner: Its key; None if none was chosen.
+        claim: Share of the score that the winner keeps on questions that chose nothing.
+        tasks: The claim by task.
+        kept: Whether ``keep`` is shown; None if it was not asked for.
+        headline: The result in one line.
+        forgotten: Bits per byte of a text of another kind, original and winner; None if not
+            measured.
+        forgotten_text: Its name.
+        commands: What makes the winner again.
+        notes: A line each.
+        provenance: Versions and machine.
+    """
+
+    schema_version: int
+    source: str
+    revision: str | None
+    options: JsonObject
+    original: Candidate
+    questions: dict[str, tuple[int, int]]
+    provable: float
+    rows: list[Row]
+    winner: str | None
+    claim: Share | None
+    tasks: list[TaskClaim]
+    kept: bool | None
+    headline: str
+    forgotten: tuple[float, float] | None
+    forgotten_text: str
+    commands: list[list[str]]
+    notes: list[str] = field(default_factory=list)
+    provenance: JsonObject = field(default_factory=dict)
+
+    def as_json(self) -> JsonObject:
+        """Return the file's content."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: JsonObject) -> SlimReport:
+        """Return the report that ``as_json`` gave."""
+        forgotten: Any = values["forgotten"]
+        claim = values["claim"]
+        return cls(
+            **{
+                **values,
+                "original": Candidate.from_json(values["original"]),
+                "questions": {name: tuple(parts) for name, parts in values["questions"].items()},
+                "rows": [Row.from_json(row) for row in values["rows"]],
+                "claim": None if claim is None else share_from_json(claim),
+                "tasks": [
+                    TaskClaim(**{**task, "interval": tuple(task["interval"])})
+                    for task in values["tasks"]
+                ],
+                "forgotten": None if forgotten is None else tuple(forgotten),
+            }
+        )
+
+
+def share_from_json(values: JsonObject) -> Share:
+    """Return the share that ``asdict`` made ``values`` of."""
+    interval = values["interval"]
+    return Share(**{**values, "interval": None if interval is None else tuple(interval)})

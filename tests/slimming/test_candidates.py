@@ -1,0 +1,93 @@
+"""What is listed meets the budget, is made as it is counted, and grows with the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlx_slim.errors import SlimError
+from mlx_slim.models.load import read_config
+from mlx_slim.pruning.run import prune
+from mlx_slim.quantization.apply import parameter_bytes
+from mlx_slim.slimming.candidates import FLOOR, Candidate, Cut, Space, budget, listed
+from mlx_slim.slimming.cost import other_bytes
+from mlx_slim.slimming.options import SlimOptions
+
+
+@pytest.fixture
+def space(tiny: Callable[..., Path]) -> Space:
+    options = SlimOptions(context=256)
+    return Space(read_config(tiny()), mx.float32, options, other_bytes(tiny()))
+
+
+def test_every_candidate_meets_the_budget(space: Space) -> None:
+    for options in (
+        SlimOptions(disk=150_000),
+        SlimOptions(memory=space.original.cost.memory_bytes - 400_000, context=256),
+        SlimOptions(disk=300_000, speed=2.0),
+    ):
+        found = listed(space, options)
+        fits = budget(options, space.original.cost)
+        assert found and all(fits(one.cost) for one in found)
+        least = FLOOR * space.original.cost.parameters
+        assert all(one.cost.parameters >= least for one in found)
+        assert len({one.key for one in found}) == len(found)
+
+
+def test_more_bytes_never_give_less(space: Space) -> None:
+    """The most parameters, and the most bits of an uncut model, grow with the budget."""
+    most, bits = 0, 0
+    for size in range(60_000, 600_000, 60_000):
+        found = listed(space, SlimOptions(disk=size))
+        whole = max(((one.bits or 32) for one in found if not one.cuts), default=0)
+        largest = max(one.cost.parameters * (one.bits or 32) for one in found)
+        if space.original.cost.disk_bytes > size:
+            assert whole >= bits and largest >= 0.9 * most
+        most, bits = max(most, largest), max(bits, whole)
+
+
+def test_a_budget_that_nothing_meets_names_the_nearest(space: Space) -> None:
+    with pytest.raises(SlimError, match=r"--disk 10\.0 kB: the nearest is 2 bits, 2 of 3 layers"):
+        listed(space, SlimOptions(disk=10_000))
+
+
+def test_without_a_budget_sizes_go_down(space: Space) -> None:
+    found = listed(space, SlimOptions(keep=90))
+    sizes = [one.cost.disk_bytes for one in found]
+    assert sizes == sorted(sizes, reverse=True)
+    assert {one.kind for one in found} >= {"bits", "depth", "width"}
+
+
+def test_a_model_that_cannot_be_cut_still_has_bits(tiny: Callable[[str], Path]) -> None:
+    config = {**read_config(tiny("llama")), "model_type": "olmo2"}
+    space = Space(config, mx.float32, SlimOptions(), 0)
+    assert {one.kind for one in listed(space, SlimOptions(disk=200_000))} == {"bits"}
+
+
+def test_cuts_are_made_as_they_are_counted(
+    space: Space, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat and looked at the dog. " * 60)
+    total = space.original.cost.parameters
+    for number, cut in enumerate((Cut("depth", layers=1), Cut("width", target=int(0.8 * total)))):
+        options = cut.options(3, str(text), None)
+        made = prune(tiny(), tmp_path / str(number), options)
+        assert made.details.parameters_after == space.candidate(None, (cut,)).cost.parameters
+    whole = space.candidate(8, ())
+    assert whole.cost.weight_bytes < parameter_bytes_of(tiny())
+
+
+def parameter_bytes_of(model: Path) -> int:
+    from mlx_slim.models.load import load
+
+    return parameter_bytes(load(model).model)
+
+
+def test_candidates_are_read_as_they_were_written(space: Space) -> None:
+    for one in listed(space, SlimOptions(disk=200_000)):
+        assert Candidate.from_json(asdict(one)) == one

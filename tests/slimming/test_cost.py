@@ -1,0 +1,57 @@
+"""Counted costs against those of models that are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlx_slim.evaluation.scoring.answer_cache import footprint
+from mlx_slim.models.load import load, read_config
+from mlx_slim.quantization.options import CompressOptions
+from mlx_slim.quantization.run import compress
+from mlx_slim.slimming.candidates import format_of
+from mlx_slim.slimming.cost import Cost, cost, other_bytes
+
+
+def counted(model: Path, bits: int | None, context: int = 512, kv_bits: int | None = None) -> Cost:
+    return cost(
+        read_config(model),
+        mx.float32,
+        None if bits is None else format_of(bits),
+        context=context,
+        kv_bits=kv_bits,
+        others=other_bytes(model),
+    )
+
+
+@pytest.mark.parametrize(("architecture", "bits"), [("llama", 4), ("qwen2", 3), ("phi", 8)])
+def test_bytes_are_those_of_the_folder(
+    tiny: Callable[[str], Path], tmp_path: Path, architecture: str, bits: int
+) -> None:
+    out = tmp_path / "out"
+    compress(tiny(architecture), out, CompressOptions(format_of(bits), fidelity_samples=0))
+    tensors = sum(
+        value.nbytes
+        for file in out.glob("*.safetensors")
+        for value in mx.load(str(file)).values()  # pyright: ignore
+    )
+    one = counted(tiny(architecture), bits)
+    assert one.weight_bytes == tensors
+    size = sum(path.stat().st_size for path in out.iterdir())
+    assert one.disk_bytes == pytest.approx(size, rel=0.05)
+
+
+def test_cache_is_that_of_mlx_lm(tiny: Callable[..., Path]) -> None:
+    real = footprint(load(tiny(), dtype=mx.bfloat16).model).cache_bytes(700)
+    assert counted(tiny(), None, context=700).cache_bytes == real
+    # 4 bits, and 16 + 16 bits of scale and bias for 64 numbers
+    assert counted(tiny(), None, 700, 4).cache_bytes == pytest.approx(real * 4.5 / 16, abs=1)
+
+
+def test_fewer_bits_and_shorter_contexts_cost_less(tiny: Callable[..., Path]) -> None:
+    sizes = [counted(tiny(), bits).memory_bytes for bits in (None, 8, 6, 5, 4, 3, 2)]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
+    assert counted(tiny(), 4, 4096).memory_bytes > counted(tiny(), 4, 512).memory_bytes

@@ -1,0 +1,218 @@
+"""A whole search on a tiny model: what it chooses, claims and refuses; every phase killed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_slim.artifacts import read_json
+from mlx_slim.cli.main import run
+from mlx_slim.errors import SlimError
+from mlx_slim.events import Notice
+from mlx_slim.models.load import read_config
+from mlx_slim.slimming.options import SlimOptions
+from mlx_slim.slimming.run import REPORT_FILE, SlimReport, read_report, slim
+from mlx_slim.slimming.verify import verify
+from tests.support.evals import write_tasks
+from tests.support.runs import Recorder, run_script, write_rows
+
+Setting = tuple[Path, SlimOptions]
+
+
+@pytest.fixture(autouse=True)
+def _no_general_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLX_SLIM_DATA", raising=False)
+
+
+@pytest.fixture(scope="module")
+def setting(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    """A model and a budget that bits, depth and width can meet."""
+    folder = tmp_path_factory.mktemp("setting")
+    rows = write_rows(folder / "rows.jsonl")
+    choice, _, _ = write_tasks(folder / "tasks", 24)
+    options = SlimOptions(disk=150_000, tasks=(str(choice),), data=str(rows), limit=24)
+    return tiny(), options
+
+
+@pytest.fixture(scope="module")
+def finished(setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished search; tests that change it copy it."""
+    out = tmp_path_factory.mktemp("search") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLX_SLIM_DATA", raising=False)
+        slim(setting[0], out, setting[1], Recorder())
+    return out
+
+
+def test_the_best_within_a_budget(
+    setting: Setting, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (model, options), out = setting, finished
+    report = read_report(out)
+    assert report == SlimReport.from_json(read_json(out / REPORT_FILE))
+    assert {row.candidate.kind for row in report.rows} == {"bits", "depth", "width"}
+    assert all(row.candidate.cost.disk_bytes <= 150_000 for row in report.rows)
+    scored = [row for row in report.rows if row.selection is not None]
+    best = max(row.selection.second for row in scored if row.selection)
+    winner = next(row for row in report.rows if row.candidate.key == report.winner)
+    assert winner.selection and winner.selection.second == best
+    assert winner.disk_bytes and winner.disk_bytes <= 150_000
+    assert report.questions == {"toy_choice": (12, 8)}
+    assert report.claim and report.claim.n == 8 and report.kept is None
+    assert read_config(out / "model")["quantization"]["bits"] == winner.candidate.bits
+    assert not list(out.glob("candidates/*/model")) and not (out / "targets").exists()
+    assert verify(out).candidates == len(scored)
+    assert run(["report", str(out)]) == 0
+    page = (out / "report.html").read_text()
+    assert report.headline in capsys.readouterr().out and winner.name in page
+    heard = Recorder()
+    assert slim(model, out, options, heard, resume=True) == report
+    assert any(isinstance(e, Notice) and e.message.endswith("nothing to do") for e in heard.events)
+    with pytest.raises(SlimError, match=r"other demands: limit: 24 → 20"):
+        slim(model, out, replace(options, limit=20), Recorder(), resume=True)
+
+
+def test_a_changed_report_is_refused(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    report = read_report(out)
+    values = report.as_json()
+    values["claim"]["second"] += 0.125
+    (out / REPORT_FILE).write_text(json.dumps(values))
+    with pytest.raises(SlimError, match="claim is .* counted again it is"):
+        verify(out)
+    (out / REPORT_FILE).write_text(json.dumps(report.as_json()))
+    samples = next((out / "scores" / "original").glob("*/samples_*.jsonl"))
+    samples.write_text(samples.read_text().replace('"acc": 1', '"acc": 0', 1))
+    with pytest.raises(SlimError, match=r"differs from its results\.json"):
+        verify(out)
+
+
+def test_keep_all_returns_the_original(setting: Setting, tmp_path: Path) -> None:
+    model, options = setting
+    report = slim(model, tmp_path / "out", replace(options, disk=None, keep=100.0), Recorder())
+    assert report.winner is None and report.kept is False and report.claim is None
+    assert "is shown to keep 100%" in report.headline and "the original stays" in report.headline
+    assert not (tmp_path / "out" / "model").exists()
+    assert verify(tmp_path / "out").numbers > 0
+
+
+def test_a_share_that_cannot_be_shown_is_refused(setting: Setting, tmp_path: Path) -> None:
+    model, options = setting
+    with pytest.raises(SlimError, match=r"--keep 99 cannot be shown with 8 claim questions") as no:
+        slim(model, tmp_path / "out", replace(options, keep=99.0), Recorder())
+    assert "--limit" in no.value.hint and "--keep" in no.value.hint
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--disk", "1KB"], "no smaller model meets --disk 1.00 kB: the nearest is 2 bits"),
+        (["--disk", "150KB", "--task", "no_such"], "no_such"),
+        (["--speed", "fast"], "--speed 'fast' is not a factor"),
+        ([], "nothing is demanded"),
+    ],
+)
+def test_one_line_and_nothing_left(
+    setting: Setting,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    message: str,
+) -> None:
+    model, options = setting
+    task = [] if "--task" in words else ["--task", options.tasks[0]]
+    out = tmp_path / "out"
+    data = ["--data", str(options.data)]
+    assert run(["slim", str(model), "-o", str(out), *data, *task, *words]) == 2
+    assert message in capsys.readouterr().err and not out.exists()
+
+
+def test_dry_run_lists_and_writes_nothing(
+    setting: Setting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, options = setting
+    words = ["slim", str(model), "--disk", "150KB", "--task", options.tasks[0], "--dry-run"]
+    assert run(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("the original") and "8 bits, 2 of 3 layers" in lines[3]
+    assert run([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["bits"] is None
+
+
+KILL_SCRIPT = """
+import json, os, signal, sys
+from pathlib import Path
+from mlx_slim.distillation import logits
+from mlx_slim.slimming import build, run as search
+from mlx_slim.slimming.options import SlimOptions
+from tests.support.kills import run_forked
+
+model, out, options, moments = sys.argv[1:5]
+options = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(options).items()}
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def after(function, count):
+    calls = []
+    def counting(*words, **named):
+        calls.append(0)
+        if len(calls) > count:
+            die()
+        return function(*words, **named)
+    return counting
+
+class Observer:
+    def __init__(self, moment):
+        self.moment = moment
+    def notify(self, event):
+        if self.moment == "recovering" and event.name == "step" and event.step == 3:
+            die()
+
+def run(moment, resume):
+    if moment == "original":
+        search.answer = after(search.answer, 0)
+    if moment == "ranking":
+        build.distance = after(build.distance, 1)
+    if moment == "cut":
+        build.prune = die
+    if moment == "scoring":
+        search.answer = after(search.answer, 3)
+    if moment == "claim":
+        search._Search._conclude = die
+    if moment == "written":
+        search.finish = die
+    search.slim(model, Path(out), SlimOptions(**options), Observer(moment), resume=resume)
+
+ends = []
+for number, moment in enumerate(json.loads(moments)):
+    end = run_forked(lambda: run(moment, number > 0))
+    ends.append([moment, end, (Path(out) / "slim.json").exists()])
+print(json.dumps(ends))
+"""
+
+
+def test_killed_in_every_phase_the_page_is_the_same(
+    setting: Setting, finished: Path, tmp_path: Path
+) -> None:
+    model, options = setting
+    values: dict[str, Any] = {k: v for k, v in asdict(options).items() if v is not None}
+    moments = ["original", "ranking", "cut", "recovering", "scoring", "claim", "written", "none"]
+    words = [str(model), str(tmp_path / "killed"), json.dumps(values), json.dumps(moments)]
+    done = run_script(KILL_SCRIPT, *words)
+    ends = json.loads(done.stdout.splitlines()[-1])
+    killed = -signal.SIGKILL
+    assert [end[1] for end in ends] == [killed] * (len(moments) - 1) + [0]
+    assert [end[2] for end in ends] == [False] * (len(moments) - 2) + [True, True]
+    whole, resumed = read_report(finished), read_report(tmp_path / "killed")
+    assert replace(whole, commands=[]) == replace(resumed, commands=[])
+    weights = "model/model.safetensors"
+    assert (finished / weights).read_bytes() == (tmp_path / "killed" / weights).read_bytes()
