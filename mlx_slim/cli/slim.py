@@ -76,7 +76,8 @@ def command(
     if out is None:
         raise SlimError("no output folder", "set -o DIR")
     from mlx_slim.slimming.report import write_page
-    from mlx_slim.slimming.run import MODEL, slim
+    from mlx_slim.slimming.run import slim
+    from mlx_slim.slimming.search import MODEL
 
     output = RichConsole(highlight=False, stderr=as_json)
     with Console("quiet" if as_json else "plain", output=output) as console:
@@ -85,9 +86,9 @@ def command(
     click.echo(json.dumps(report.as_json()) if as_json else report.headline)
     if not as_json:
         click.echo(f"report: {page}")
-        found = use_model(out / MODEL, task=",".join(options.tasks)) if report.winner else []
+        steps = use_model(out / MODEL, task=",".join(options.tasks)) if report.winner else []
         show_next(
-            look_at(page), *found, step("count it again", "mlx-slim", "report", out, "--verify")
+            look_at(page), *steps, step("count it again", "mlx-slim", "report", out, "--verify")
         )
     if report.kept is False or report.winner is None:
         raise SystemExit(1)
@@ -106,7 +107,7 @@ def _dry_run(model: str, options: SlimOptions, as_json: bool) -> None:
     from mlx_slim.runtime import human_bytes
     from mlx_slim.slimming.candidates import listed
     from mlx_slim.slimming.options import check
-    from mlx_slim.slimming.run import space_of
+    from mlx_slim.slimming.request import space_of
 
     check(options)
     space = space_of(model, options)

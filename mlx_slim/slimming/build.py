@@ -35,7 +35,7 @@ from mlx_slim.quantization.options import CompressOptions
 from mlx_slim.quantization.run import compress
 from mlx_slim.runtime import memory_limits
 from mlx_slim.slimming.candidates import Candidate, Cut
-from mlx_slim.slimming.records import Speed
+from mlx_slim.slimming.records import MeasuredSpeed
 
 ROWS = 2000  # that a recovery learns from without a limit of time
 FEWEST_BITS = 5  # a model of so many, and not cut, is not recovered: rounding costs nearly nothing
@@ -205,7 +205,7 @@ def _recipe(
 
 
 @memory_limits()
-def speed_beside(original: str, model: Path, revision: str | None) -> Speed:
+def speed_beside(original: str, model: Path, revision: str | None) -> MeasuredSpeed:
     """Measure a model between two measurements of the original, on this machine.
 
     Returns:
@@ -214,7 +214,7 @@ def speed_beside(original: str, model: Path, revision: str | None) -> Speed:
     before = _speed(original, revision)
     prefill, generation = _speed(str(model), None)
     after = _speed(original, revision)
-    return Speed(
+    return MeasuredSpeed(
         prefill,
         generation,
         2 * prefill / (before[0] + after[0]),

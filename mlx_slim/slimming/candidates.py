@@ -2,7 +2,8 @@
 
 Invariant: every candidate meets the budget by its counted bytes, and none is listed that another
 beats in every respect: of the same cut, only the most bits that fit. The counts are those of the
-model that is made. Try it: ``mlx-slim slim MODEL -o DIR --disk 200MB --task arc_easy --dry-run``.
+model that is made. Try it:
+``mlx-slim slim MODEL -o DIR --disk 200MB --task arc_easy --dry-run``.
 """
 
 from __future__ import annotations
@@ -55,10 +56,10 @@ class Cut:
             revision: Of the source.
         """
         if self.axis == "depth":
-            made = PruneOptions(axis="depth", ratio=self.layers / total)
+            options = PruneOptions(axis="depth", ratio=self.layers / total)
         else:
-            made = PruneOptions(axis="width", target_params=self.target)
-        return replace(made, calibration=calibration, revision=revision)
+            options = PruneOptions(axis="width", target_params=self.target)
+        return replace(options, calibration=calibration, revision=revision)
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,10 @@ class Candidate:
     @property
     def key(self) -> str:
         """A name for folders: equal for equal models."""
-        parts = ["dense" if self.bits is None else f"{self.bits}bit"]
+        words = ["dense" if self.bits is None else f"{self.bits}bit"]
         if self.cuts:
-            parts += [f"{self.layers}l", f"{self.kv_heads}h", f"{self.neurons}n"]
-        return "-".join(parts)
+            words += [f"{self.layers}l", f"{self.kv_heads}h", f"{self.neurons}n"]
+        return "-".join(words)
 
     @property
     def kind(self) -> str:
@@ -96,15 +97,15 @@ class Candidate:
 
     def name(self, original: Candidate) -> str:
         """Return what differs from the original, in words."""
-        parts = ["as stored" if self.bits is None else f"{self.bits} bits"]
+        words = ["as stored" if self.bits is None else f"{self.bits} bits"]
         for label, mine, its in (
             ("layers", self.layers, original.layers),
             ("kv heads", self.kv_heads, original.kv_heads),
             ("neurons", self.neurons, original.neurons),
         ):
             if mine != its:
-                parts.append(f"{mine:,} of {its:,} {label}")
-        return ", ".join(parts)
+                words.append(f"{mine:,} of {its:,} {label}")
+        return ", ".join(words)
 
     @property
     def quantize(self) -> QuantizeConfig | None:
@@ -113,7 +114,7 @@ class Candidate:
 
     @classmethod
     def from_json(cls, values: JsonObject) -> Candidate:
-        """Return the candidate that ``asdict`` made ``values`` of."""
+        """Return the candidate that ``asdict`` candidate ``values`` of."""
         cuts = tuple(Cut(**cut) for cut in values["cuts"])
         return cls(**{**values, "cuts": cuts, "cost": Cost(**values["cost"])})
 
@@ -193,25 +194,25 @@ class Space:
             fits: Whether a cost meets it; a smaller model of the same kind costs no more.
             levels: How many formats with more bits than fit whole are cut.
         """
-        found: list[Candidate] = []
+        fitting: list[Candidate] = []
         for bits in (*reversed(BITS), None):
             whole = self._try(bits, ())
             if whole is None:
                 continue
             if fits(whole.cost):  # fewer bits of the same model are worse
-                found = [whole]
+                fitting = [whole]
                 continue
             if not levels:
                 break
             levels -= 1
-            found += self._cut_to(bits, fits)
-        return [one for one in found if one != self.original]
+            fitting += self._cut_to(bits, fits)
+        return [one for one in fitting if one != self.original]
 
     def smallest(self) -> Candidate:
         """Return the candidate of the fewest bytes."""
-        made = [c for bits in BITS if (c := self._try(bits, ()))]
-        made += [c for bits in BITS for c in self._cut_to(bits, lambda _: False, last=True)]
-        return min(made or [self.original], key=lambda one: one.cost.disk_bytes)
+        hardest = [c for bits in BITS if (c := self._try(bits, ()))]
+        hardest += [c for bits in BITS for c in self._cut_to(bits, lambda _: False, last=True)]
+        return min(hardest or [self.original], key=lambda one: one.cost.disk_bytes)
 
     def _try(self, bits: int | None, cuts: tuple[Cut, ...]) -> Candidate | None:
         try:
@@ -258,19 +259,23 @@ class Space:
         last: bool,
     ) -> Candidate | None:
         """Return the first of ever harder ``cuts`` that fits, by bisection; None if none does."""
+        least = FLOOR * self.original.cost.parameters
         for cut in reversed(cuts) if last else ():  # the hardest that exists
-            made = self._try(bits, (*before, cut))
-            if made is not None and made.cost.parameters >= FLOOR * self.original.cost.parameters:
-                return made
+            candidate = self._try(bits, (*before, cut))
+            if (
+                candidate is not None
+                and candidate.cost.parameters >= FLOOR * self.original.cost.parameters
+            ):
+                return candidate
         low, high, best = 0, len(cuts) - 1, None
         while low <= high and not last:
             middle = (low + high) // 2
-            made = self._try(bits, (*before, cuts[middle]))
-            if made is not None and fits(made.cost):
-                best, high = made, middle - 1
+            candidate = self._try(bits, (*before, cuts[middle]))
+            if candidate is not None and fits(candidate.cost):
+                best, high = candidate, middle - 1
             else:
                 low = middle + 1
-        if best is None or best.cost.parameters < FLOOR * self.original.cost.parameters:
+        if best is None or best.cost.parameters < least:
             return None
         return best
 
@@ -299,34 +304,34 @@ def listed(space: Space, options: SlimOptions) -> list[Candidate]:
         SlimError: If nothing meets the budget, with the nearest.
     """
     if options.has_budget:
-        found = space.within(budget(options, space.original.cost))
-        if not found and not budget(options, space.original.cost)(space.original.cost):
+        fitting = space.within(budget(options, space.original.cost))
+        if not fitting and not budget(options, space.original.cost)(space.original.cost):
             raise SlimError(*_nothing(space, options))
     else:
         whole = space.original.cost.disk_bytes
-        found = []
+        fitting = []
         for fraction in LADDER:
-            found += space.within(lambda one, most=fraction * whole: one.disk_bytes <= most, 1)
-    by_key = {one.key: one for one in found}
+            fitting += space.within(lambda one, most=fraction * whole: one.disk_bytes <= most, 1)
+    by_key = {one.key: one for one in fitting}
     return sorted(by_key.values(), key=lambda one: -one.cost.disk_bytes)
 
 
 def _nothing(space: Space, options: SlimOptions) -> tuple[str, str]:
     nearest = space.smallest()
-    asked, has = [], []
+    demands, has = [], []
     if options.disk is not None:
-        asked.append(f"--disk {human_bytes(options.disk)}")
+        demands.append(f"--disk {human_bytes(options.disk)}")
         has.append(f"{human_bytes(nearest.cost.disk_bytes)} on disk")
     if options.memory is not None:
-        asked.append(f"--memory {human_bytes(options.memory)}")
+        demands.append(f"--memory {human_bytes(options.memory)}")
         has.append(f"{human_bytes(nearest.cost.memory_bytes)} in memory")
     if options.speed is not None:
-        asked.append(f"--speed {options.speed:g}x")
+        demands.append(f"--speed {options.speed:g}x")
         has.append(
             f"{nearest.cost.weight_bytes / space.original.cost.weight_bytes:.0%} of the weights"
         )
     return (
-        f"no smaller model meets {' and '.join(asked)}: the nearest is "
+        f"no smaller model meets {' and '.join(demands)}: the nearest is "
         f"{nearest.name(space.original)}, {', '.join(has)}",
         "set a larger budget, or begin with a smaller model",
     )

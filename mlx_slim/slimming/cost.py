@@ -39,7 +39,7 @@ class Cost:
         parameters: Numbers of the dense model.
         weight_bytes: Of all tensors, scales and biases included.
         disk_bytes: Of the folder: tensors, their headers, tokenizer and config.
-        cache_bytes: Of keys and values at the context asked for.
+        cache_bytes: Of keys and values at the context of the budget.
         working_bytes: Activations of a piece of the prompt, and the logits of a token.
     """
 

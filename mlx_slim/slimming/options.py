@@ -1,4 +1,4 @@
-"""What ``mlx-slim slim`` is asked for: a budget, a share of the score to keep, and tasks.
+"""What ``mlx-slim slim`` has to find: a budget, a share of the score to keep, and tasks.
 
 Invariant: the only home of these defaults; all problems are reported at once, before any model is
 read. Try it: ``mlx-slim slim MODEL -o DIR --disk 200MB --task arc_easy``.
@@ -78,7 +78,7 @@ class SlimOptions:
         return any(value is not None for value in (self.memory, self.disk, self.speed))
 
     @property
-    def share(self) -> float | None:
+    def keep_fraction(self) -> float | None:
         """``keep`` as a fraction."""
         return None if self.keep is None else self.keep / 100
 

@@ -2,11 +2,11 @@
 
 Invariant: everything is paired, question by question. The score is the mean of the tasks'
 accuracies; the share is the second model's score over the first's, and its interval is Fieller's:
-all shares s for which the mean of (second − s · first) is within 1.96 standard errors of 0. Try it:
-``mlx-slim slim MODEL -o DIR --keep 95 --task arc_easy``.
+all fractions s for which the mean of (second − s · first) is within 1.96 standard errors of 0. Try
+it: ``mlx-slim slim MODEL -o DIR --keep 95 --task arc_easy``.
 
 Legend: N questions of a task, a_N and b_N right (1) or wrong (0) of the first and second model,
-D share of the questions that only one of two models answers right.
+D fraction of the questions that only one of two models answers right.
 Source: Fieller 1954. n ≥ D (1.96 / ((1 − x) · score))² questions show that x is kept.
 """
 
@@ -48,7 +48,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Share:
+class Retention:
     """How much of the score stays.
 
     Attributes:
@@ -72,12 +72,12 @@ class Share:
         """The lower end of the interval; minus infinity without one."""
         return -math.inf if self.interval is None else self.interval[0]
 
-    def keeps(self, share: float) -> bool:
-        """Return whether it is shown that at least ``share`` stays."""
-        return self.least >= share - 1e-12
+    def keeps(self, fraction: float) -> bool:
+        """Return whether it is shown that at least ``fraction`` stays."""
+        return self.least >= fraction - 1e-12
 
 
-def share_kept(pairs: Sequence[Pair]) -> Share:
+def retention(pairs: Sequence[Pair]) -> Retention:
     """Return the share of the first model's mean score that the second has."""
     tasks = len(pairs)
     first = float(np.mean([pair.first_N.mean() for pair in pairs]))
@@ -88,7 +88,7 @@ def share_kept(pairs: Sequence[Pair]) -> Share:
         both = np.stack([pair.first_N, pair.second_N]).astype(float)
         moments += np.cov(both, bias=True) / both.shape[1] / tasks**2
     corrected = (second - chance) / (first - chance) if first > chance else None
-    return Share(
+    return Retention(
         n=sum(len(pair.first_N) for pair in pairs),
         first=first,
         second=second,
@@ -120,10 +120,10 @@ def provable(pairs: Sequence[Pair], questions: Sequence[int]) -> float:
     return max(0.0, 1 - Z * math.sqrt(spread) / score) if score else 0.0
 
 
-def needed(pairs: Sequence[Pair], share: float) -> int:
-    """Return the questions of each task, for the claim alone, that can show ``share``."""
+def needed(pairs: Sequence[Pair], fraction: float) -> int:
+    """Return the questions of each task, for the claim alone, that can show ``fraction``."""
     spread = sum(_discordance(pair) for pair in pairs) / len(pairs) ** 2
-    return math.ceil(spread * (Z / ((1 - share) * max(_score(pairs), 1e-9))) ** 2)
+    return math.ceil(spread * (Z / ((1 - fraction) * max(_score(pairs), 1e-9))) ** 2)
 
 
 def _score(pairs: Sequence[Pair]) -> float:

@@ -30,7 +30,7 @@ class Published:
     source: str
 
     @property
-    def share(self) -> float:
+    def retained(self) -> float:
         """``second / first``."""
         return self.second / self.first
 

@@ -30,7 +30,7 @@ from mlx_slim.slimming.proof import Pair
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """How many questions of a task are asked.
+    """How many questions of a task there are.
 
     Attributes:
         task: As ``--task`` takes it.
@@ -57,8 +57,8 @@ def plan_questions(options: SlimOptions) -> list[TaskPlan]:
     """
     plans: list[TaskPlan] = []
     for name in options.tasks:
-        asked = EvalOptions(limit=options.limit, data_dir=options.data_dir)
-        expanded = read_tasks([name], asked)
+        settings = EvalOptions(limit=options.limit, data_dir=options.data_dir)
+        expanded = read_tasks([name], settings)
         for one in expanded:
             task = one.selection.task
             subjects = Counter(question.subject for question in one.questions)
@@ -119,12 +119,12 @@ def answer(
         whole: Ask the claim questions too.
         revision: Of a hub model.
     """
-    asked = EvalOptions(
+    settings = EvalOptions(
         limit=plan.limit if whole else plan.half, data_dir=options.data_dir, revision=revision
     )
     if not (folder / "results.json").exists():
         resume = (folder / STATE_FILE).exists()
-        evaluate([str(model)], [plan.task], folder, asked, resume=resume, observer=observer)
+        evaluate([str(model)], [plan.task], folder, settings, resume=resume, observer=observer)
     return read_answers(folder, plan)
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 from mlx_slim.reading import JsonObject
 from mlx_slim.slimming.candidates import Candidate
-from mlx_slim.slimming.proof import Share
+from mlx_slim.slimming.proof import Retention
 
 
 @dataclass(frozen=True)
-class Speed:
+class MeasuredSpeed:
     """Tokens per second, and as a multiple of the original's in the same minutes."""
 
     prefill: float
@@ -32,9 +32,9 @@ class Row:
         candidate: What it is, and its counted cost.
         name: In words.
         kl: KL(original ‖ candidate) before recovery, nats a token; None if it was not measured.
-        top1: Share of positions with the same likeliest token, likewise.
+        top1: Retention of positions with the same likeliest token, likewise.
         recovered: Method of the recovery (``full``, ``lora``), empty without.
-        selection: Share kept on the selection questions; None if it was not scored.
+        selection: Retention kept on the selection questions; None if it was not scored.
         speed: None if not measured.
         disk_bytes: Of its folder; None if it was not made.
         verdict: Why it was chosen, or fell.
@@ -45,21 +45,21 @@ class Row:
     kl: float | None = None
     top1: float | None = None
     recovered: str = ""
-    selection: Share | None = None
-    speed: Speed | None = None
+    selection: Retention | None = None
+    speed: MeasuredSpeed | None = None
     disk_bytes: int | None = None
     verdict: str = ""
 
     @classmethod
     def from_json(cls, values: JsonObject) -> Row:
         """Return the row that ``asdict`` made ``values`` of."""
-        share, speed = values["selection"], values["speed"]
+        selection, speed = values["selection"], values["speed"]
         return cls(
             **{
                 **values,
                 "candidate": Candidate.from_json(values["candidate"]),
-                "selection": None if share is None else share_from_json(share),
-                "speed": None if speed is None else Speed(**speed),
+                "selection": None if selection is None else retention_from_json(selection),
+                "speed": None if speed is None else MeasuredSpeed(**speed),
             }
         )
 
@@ -103,7 +103,7 @@ class SlimReport:
         provable: Largest share that the claim questions can show.
         rows: Every candidate.
         winner: Its key; None if none was chosen.
-        claim: Share of the score that the winner keeps on questions that chose nothing.
+        claim: Retention of the score that the winner keeps on questions that chose nothing.
         tasks: The claim by task.
         kept: Whether ``keep`` is shown; None if it was not asked for.
         headline: The result in one line.
@@ -124,7 +124,7 @@ class SlimReport:
     provable: float
     rows: list[Row]
     winner: str | None
-    claim: Share | None
+    claim: Retention | None
     tasks: list[TaskClaim]
     kept: bool | None
     headline: str
@@ -149,7 +149,7 @@ class SlimReport:
                 "original": Candidate.from_json(values["original"]),
                 "questions": {name: tuple(parts) for name, parts in values["questions"].items()},
                 "rows": [Row.from_json(row) for row in values["rows"]],
-                "claim": None if claim is None else share_from_json(claim),
+                "claim": None if claim is None else retention_from_json(claim),
                 "tasks": [
                     TaskClaim(**{**task, "interval": tuple(task["interval"])})
                     for task in values["tasks"]
@@ -159,7 +159,7 @@ class SlimReport:
         )
 
 
-def share_from_json(values: JsonObject) -> Share:
+def retention_from_json(values: JsonObject) -> Retention:
     """Return the share that ``asdict`` made ``values`` of."""
     interval = values["interval"]
-    return Share(**{**values, "interval": None if interval is None else tuple(interval)})
+    return Retention(**{**values, "interval": None if interval is None else tuple(interval)})

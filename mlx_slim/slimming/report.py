@@ -17,7 +17,8 @@ from mlx_slim.plot_records import Axis, Point, ScoreLine
 from mlx_slim.plots import pareto
 from mlx_slim.slimming.published import PUBLISHED
 from mlx_slim.slimming.records import Row, SlimReport
-from mlx_slim.slimming.run import MODEL, REPORT_FILE, read_report
+from mlx_slim.slimming.run import REPORT_FILE, read_report
+from mlx_slim.slimming.search import MODEL
 
 PAGE = "report.html"
 _KINDS = ("bits", "depth", "width", "depth+width")  # the colours of the plot

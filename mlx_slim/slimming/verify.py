@@ -15,9 +15,11 @@ from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.results import samples_name
 from mlx_slim.reading import read_object
 from mlx_slim.slimming import proof
+from mlx_slim.slimming.conclusion import task_claim
 from mlx_slim.slimming.questions import Answers, TaskPlan, paired, read_answers
 from mlx_slim.slimming.records import SlimReport, TaskClaim
-from mlx_slim.slimming.run import MODEL, read_report, task_claim
+from mlx_slim.slimming.run import read_report
+from mlx_slim.slimming.search import MODEL
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,14 @@ def verify(folder: Path) -> Verified:
             continue
         its = _answers(folder / "scores" / row.candidate.key, plans)
         answers += sum(len(one.right_N) for one in its)
-        share = proof.share_kept(paired(original, its, selection=True))
-        _same(folder, f"share of {row.name}", row.selection, share)
+        retention = proof.retention(paired(original, its, selection=True))
+        _same(folder, f"share of {row.name}", row.selection, retention)
         counted, numbers = counted + 1, numbers + 6
     if report.winner is not None:
         its = _answers(folder / "claim" / report.winner, plans)
         answers += sum(len(one.right_N) for one in its)
         pairs = paired(original, its, selection=False)
-        _same(folder, "claim", report.claim, proof.share_kept(pairs))
+        _same(folder, "claim", report.claim, proof.retention(pairs))
         claims: list[TaskClaim] = [task_claim(pair) for pair in pairs]
         _same(folder, "claim by task", report.tasks, claims)
         numbers += 6 + 5 * len(claims)

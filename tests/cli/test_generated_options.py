@@ -24,6 +24,7 @@ from mlx_slim.finetuning.options import DemoOptions
 from mlx_slim.models.options import ConvertOptions
 from mlx_slim.pruning.options import PruneOptions
 from mlx_slim.quantization.options import CompressOptions
+from mlx_slim.slimming.options import SlimOptions
 
 OWNERS = [
     ("analyze intruders", IntruderOptions),
@@ -31,6 +32,7 @@ OWNERS = [
     ("bench train", BenchTrainOptions),
     ("chat", ChatOptions),
     ("compare", CompareOptions),
+    ("slim", SlimOptions),
     ("convert", ConvertOptions),
     ("demo", DemoOptions),
     ("eval", EvalOptions),

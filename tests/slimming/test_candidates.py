@@ -30,21 +30,21 @@ def test_every_candidate_meets_the_budget(space: Space) -> None:
         SlimOptions(memory=space.original.cost.memory_bytes - 400_000, context=256),
         SlimOptions(disk=300_000, speed=2.0),
     ):
-        found = listed(space, options)
+        fitting = listed(space, options)
         fits = budget(options, space.original.cost)
-        assert found and all(fits(one.cost) for one in found)
+        assert fitting and all(fits(one.cost) for one in fitting)
         least = FLOOR * space.original.cost.parameters
-        assert all(one.cost.parameters >= least for one in found)
-        assert len({one.key for one in found}) == len(found)
+        assert all(one.cost.parameters >= least for one in fitting)
+        assert len({one.key for one in fitting}) == len(fitting)
 
 
 def test_more_bytes_never_give_less(space: Space) -> None:
     """The most parameters, and the most bits of an uncut model, grow with the budget."""
     most, bits = 0, 0
     for size in range(60_000, 600_000, 60_000):
-        found = listed(space, SlimOptions(disk=size))
-        whole = max(((one.bits or 32) for one in found if not one.cuts), default=0)
-        largest = max(one.cost.parameters * (one.bits or 32) for one in found)
+        fitting = listed(space, SlimOptions(disk=size))
+        whole = max(((one.bits or 32) for one in fitting if not one.cuts), default=0)
+        largest = max(one.cost.parameters * (one.bits or 32) for one in fitting)
         if space.original.cost.disk_bytes > size:
             assert whole >= bits and largest >= 0.9 * most
         most, bits = max(most, largest), max(bits, whole)
@@ -56,10 +56,10 @@ def test_a_budget_that_nothing_meets_names_the_nearest(space: Space) -> None:
 
 
 def test_without_a_budget_sizes_go_down(space: Space) -> None:
-    found = listed(space, SlimOptions(keep=90))
-    sizes = [one.cost.disk_bytes for one in found]
+    fitting = listed(space, SlimOptions(keep=90))
+    sizes = [one.cost.disk_bytes for one in fitting]
     assert sizes == sorted(sizes, reverse=True)
-    assert {one.kind for one in found} >= {"bits", "depth", "width"}
+    assert {one.kind for one in fitting} >= {"bits", "depth", "width"}
 
 
 def test_a_model_that_cannot_be_cut_still_has_bits(tiny: Callable[[str], Path]) -> None:
@@ -76,8 +76,8 @@ def test_cuts_are_made_as_they_are_counted(
     total = space.original.cost.parameters
     for number, cut in enumerate((Cut("depth", layers=1), Cut("width", target=int(0.8 * total)))):
         options = cut.options(3, str(text), None)
-        made = prune(tiny(), tmp_path / str(number), options)
-        assert made.details.parameters_after == space.candidate(None, (cut,)).cost.parameters
+        pruned = prune(tiny(), tmp_path / str(number), options)
+        assert pruned.details.parameters_after == space.candidate(None, (cut,)).cost.parameters
     whole = space.candidate(8, ())
     assert whole.cost.weight_bytes < parameter_bytes_of(tiny())
 

@@ -1,4 +1,4 @@
-"""The share of a score that is kept: its interval, and how many questions a claim needs."""
+"""The kept_fraction of a score that is kept: its interval, and how many questions a claim needs."""
 
 from __future__ import annotations
 
@@ -15,48 +15,52 @@ def pair(first: np.ndarray, second: np.ndarray, chance: float = 0.25) -> Pair:
     return Pair("task", "acc", first.astype(np.int8), second.astype(np.int8), chance)
 
 
-def drawn(rng: np.random.Generator, n: int, accuracy: float, share: float) -> Pair:
-    """Answers of a model of ``accuracy`` and of one that keeps ``share`` of it, correlated."""
+def drawn(rng: np.random.Generator, n: int, accuracy: float, kept_fraction: float) -> Pair:
+    """Answers of a model of ``accuracy`` and of one that keeps a fraction of it, correlated."""
     first = rng.random(n) < accuracy
-    stays = rng.random(n) < 0.9 * share
-    gained = rng.random(n) < accuracy * (share - 0.9 * share) / (1 - accuracy)
+    stays = rng.random(n) < 0.9 * kept_fraction
+    gained = rng.random(n) < accuracy * (kept_fraction - 0.9 * kept_fraction) / (1 - accuracy)
     return pair(first, np.where(first, stays, gained))
 
 
 def test_equal_answers_keep_everything() -> None:
     answers = np.array([1, 0, 1, 1, 0, 1])
-    share = proof.share_kept([pair(answers, answers)])
-    assert share.value == 1 and share.interval == pytest.approx((1, 1)) and share.corrected == 1
-    assert share.keeps(1.0)
+    retention = proof.retention([pair(answers, answers)])
+    assert (
+        retention.value == 1
+        and retention.interval == pytest.approx((1, 1))
+        and retention.corrected == 1
+    )
+    assert retention.keeps(1.0)
 
 
 def test_ends_are_where_the_paired_difference_is_two_errors_from_zero() -> None:
     rng = np.random.default_rng(0)
     pairs = [drawn(rng, 300, 0.6, 0.9), drawn(rng, 150, 0.4, 0.9)]
-    share = proof.share_kept(pairs)
-    assert share.interval is not None
-    for end in share.interval:
+    retention = proof.retention(pairs)
+    assert retention.interval is not None and retention.value is not None
+    for end in retention.interval:
         rests = [p.second_N - end * p.first_N for p in pairs]
         mean = np.mean([rest.mean() for rest in rests])
         error = math.sqrt(sum(rest.var() / len(rest) for rest in rests)) / len(rests)
         assert abs(mean) == pytest.approx(proof.Z * error, rel=1e-6)
-    assert share.interval[0] < share.value < share.interval[1]
+    assert retention.interval[0] < retention.value < retention.interval[1]
 
 
 def test_interval_holds_the_true_share_about_95_times_of_100() -> None:
     rng = np.random.default_rng(1)
     held = 0
     for _ in range(600):
-        share = proof.share_kept([drawn(rng, 400, 0.5, 0.92)])
-        assert share.interval is not None
-        held += share.interval[0] <= 0.92 <= share.interval[1]
+        retention = proof.retention([drawn(rng, 400, 0.5, 0.92)])
+        assert retention.interval is not None
+        held += retention.interval[0] <= 0.92 <= retention.interval[1]
     assert 0.92 < held / 600 < 0.98
 
 
 def test_no_interval_without_a_score() -> None:
-    share = proof.share_kept([pair(np.array([0, 0, 1, 0]), np.array([0, 1, 0, 0]))])
-    assert share.interval is None and share.least == -math.inf and not share.keeps(0.01)
-    nothing = proof.share_kept([pair(np.zeros(4), np.zeros(4))])
+    retention = proof.retention([pair(np.array([0, 0, 1, 0]), np.array([0, 1, 0, 0]))])
+    assert retention.interval is None and retention.least == -math.inf and not retention.keeps(0.01)
+    nothing = proof.retention([pair(np.zeros(4), np.zeros(4))])
     assert nothing.value is None and nothing.corrected is None
 
 

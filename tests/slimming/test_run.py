@@ -18,7 +18,8 @@ from mlx_slim.errors import SlimError
 from mlx_slim.events import Notice
 from mlx_slim.models.load import read_config
 from mlx_slim.slimming.options import SlimOptions
-from mlx_slim.slimming.run import REPORT_FILE, SlimReport, read_report, slim
+from mlx_slim.slimming.records import SlimReport
+from mlx_slim.slimming.run import REPORT_FILE, read_report, slim
 from mlx_slim.slimming.verify import verify
 from tests.support.evals import write_tasks
 from tests.support.runs import Recorder, run_script, write_rows
@@ -86,7 +87,7 @@ def test_a_changed_report_is_refused(finished: Path, tmp_path: Path) -> None:
     values = report.as_json()
     values["claim"]["second"] += 0.125
     (out / REPORT_FILE).write_text(json.dumps(values))
-    with pytest.raises(SlimError, match="claim is .* counted again it is"):
+    with pytest.raises(SlimError, match=r"claim is .* counted again it is"):
         verify(out)
     (out / REPORT_FILE).write_text(json.dumps(report.as_json()))
     samples = next((out / "scores" / "original").glob("*/samples_*.jsonl"))
@@ -151,7 +152,7 @@ KILL_SCRIPT = """
 import json, os, signal, sys
 from pathlib import Path
 from mlx_slim.distillation import logits
-from mlx_slim.slimming import build, run as search
+from mlx_slim.slimming import build, run as whole, search
 from mlx_slim.slimming.options import SlimOptions
 from tests.support.kills import run_forked
 
@@ -187,10 +188,10 @@ def run(moment, resume):
     if moment == "scoring":
         search.answer = after(search.answer, 3)
     if moment == "claim":
-        search._Search._conclude = die
+        whole.conclude = die
     if moment == "written":
-        search.finish = die
-    search.slim(model, Path(out), SlimOptions(**options), Observer(moment), resume=resume)
+        whole.finish = die
+    whole.slim(model, Path(out), SlimOptions(**options), Observer(moment), resume=resume)
 
 ends = []
 for number, moment in enumerate(json.loads(moments)):
@@ -213,6 +214,8 @@ def test_killed_in_every_phase_the_page_is_the_same(
     assert [end[1] for end in ends] == [killed] * (len(moments) - 1) + [0]
     assert [end[2] for end in ends] == [False] * (len(moments) - 2) + [True, True]
     whole, resumed = read_report(finished), read_report(tmp_path / "killed")
+    for row, again in zip(whole.rows, resumed.rows, strict=True):
+        assert row == again
     assert replace(whole, commands=[]) == replace(resumed, commands=[])
     weights = "model/model.safetensors"
     assert (finished / weights).read_bytes() == (tmp_path / "killed" / weights).read_bytes()

@@ -1,0 +1,159 @@
+"""The end of a search: the claim on questions that chose nothing, its headline, its commands.
+
+Invariant: only the original and the winner answer the claim questions, once. Used by
+``slimming/run.py``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlx_slim.artifacts import SCHEMA_VERSION, provenance, public_name
+from mlx_slim.slimming import proof
+from mlx_slim.slimming.candidates import Candidate
+from mlx_slim.slimming.forgotten import bits_per_byte, general_text
+from mlx_slim.slimming.questions import paired
+from mlx_slim.slimming.records import SlimReport, TaskClaim
+from mlx_slim.slimming.request import request_of
+from mlx_slim.slimming.search import MODEL, Search, percent
+
+
+def conclude(search: Search, winner: Candidate | None) -> SlimReport:
+    """Test the claim about the winner, and return the report.
+
+    Args:
+        search: Whose candidates are scored on the selection questions.
+        winner: The chosen candidate; None if none meets the demands.
+    """
+    notes: list[str] = []
+    claim, tasks, forgotten, commands = None, [], None, []
+    text = general_text(search.options.data_dir)
+    if winner is not None:
+        answers = search.scored(winner, whole=True)
+        pairs = paired(search.base, answers, selection=False)
+        claim, tasks = proof.retention(pairs), [task_claim(pair) for pair in pairs]
+        if text is None:
+            notes.append(
+                "what was forgotten is not measured: the data mirror has no general text (wikitext)"
+            )
+        else:
+            forgotten = _forgotten(search, winner, text)
+        commands = _commands(search, winner)
+        search.note(winner, verdict="chosen")
+    kept = None
+    if search.options.keep_fraction is not None:
+        kept = claim is not None and claim.keeps(search.options.keep_fraction)
+    return SlimReport(
+        schema_version=SCHEMA_VERSION,
+        source=public_name(search.material.source),
+        revision=search.options.revision,
+        options={
+            **request_of("", search.options),
+            "source": None,
+            "data": None if search.options.data is None else public_name(search.options.data),
+            "keep": search.options.keep,
+            "questions": {plan.name: (plan.limit, plan.half) for plan in search.tasks},
+        },
+        original=search.original,
+        questions={plan.name: (plan.selection, plan.claim) for plan in search.tasks},
+        provable=search.provable,
+        rows=[search.rows[one.key] for one in search.listed],
+        winner=None if winner is None else winner.key,
+        claim=claim,
+        tasks=tasks,
+        kept=kept,
+        headline=_headline(search, winner, claim, kept),
+        forgotten=forgotten,
+        forgotten_text="" if text is None else text.name,
+        commands=commands,
+        notes=notes,
+        provenance=provenance(),
+    )
+
+
+def _headline(
+    search: Search, winner: Candidate | None, claim: proof.Retention | None, kept: bool | None
+) -> str:
+    if winner is None or claim is None:
+        scored = [row for row in search.rows.values() if row.selection is not None]
+        if not scored:
+            return "no candidate is smaller than the original"
+        nearest = max(scored, key=lambda row: row.selection.least if row.selection else 0)
+        assert nearest.selection is not None
+        what = "the demanded speed" if search.options.speed else f"{search.options.keep:g}%"
+        return (
+            f"none of the {len(search.rows)} candidates is shown to keep {what}: the nearest is "
+            f"{nearest.name}, {percent(nearest.selection)}; the original stays"
+        )
+    row = search.rows[winner.key]
+    ratio = (row.disk_bytes or winner.cost.disk_bytes) / search.original.cost.disk_bytes
+    text = (
+        f"{row.name}: {ratio:.0%} of the bytes, {percent(claim)} of the score on "
+        f"{claim.n:,} questions that chose nothing"
+    )
+    if kept is None:
+        return text
+    verb = "keeps" if kept else "is not shown to keep"
+    return f"{text}: {verb} {search.options.keep:g}%"
+
+
+def _forgotten(search: Search, winner: Candidate, text: Path) -> tuple[float, float]:
+    """Return bits per byte of the general text, of the original and of the winner."""
+    places = (
+        ("original", search.material.source, search.options.revision),
+        (winner.key, str(search.folder(winner) / MODEL), None),
+    )
+    before, after = (
+        bits_per_byte(model, text, search.out / "text" / name, search.observer, revision)
+        for name, model, revision in places
+    )
+    return before, after
+
+
+def _commands(search: Search, winner: Candidate) -> list[list[str]]:
+    """Return the command lines that make the winner again."""
+    words, source, folder = [], search.material.source, search.folder(winner)
+    layers = search.original.layers
+    calibration = ["--calibration", search.options.data] if search.options.data else []
+    for index, cut in enumerate(winner.cuts):
+        out = str(folder / f"pruned-{index + 1}")
+        size = ["--target-params", str(cut.target)]
+        if cut.axis == "depth":
+            size = ["--ratio", f"{cut.layers / layers:.6g}"]
+        words.append(
+            ["mlx-slim", "prune", source, "-o", out, "--axis", cut.axis, *size, *calibration]
+        )
+        source = out
+    if (folder / "recover.yaml").exists():
+        words.append(
+            ["mlx-slim", "distill", str(folder / "recover.yaml"), "-o", str(search.out / "again")]
+        )
+    elif winner.bits is not None:
+        words.append(
+            [
+                "mlx-slim",
+                "quantize",
+                source,
+                "--bits",
+                str(winner.bits),
+                "-o",
+                str(search.out / "again"),
+            ]
+        )
+    return words
+
+
+def task_claim(pair: proof.Pair) -> TaskClaim:
+    """Return one task's part of the claim."""
+    statistics = proof.paired(pair)
+    interval = statistics.interval or (-1.0, 1.0)
+    return TaskClaim(
+        pair.task,
+        pair.metric,
+        statistics.n,
+        statistics.first,
+        statistics.second,
+        statistics.delta,
+        interval,
+        pair.chance,
+    )

@@ -1,0 +1,299 @@
+"""The phases of a search: score the original, rank candidates, recover and score the nearest.
+
+Invariant: what is complete on disk is not repeated; verdicts are noted in ``rows`` as they fall.
+Used by ``slimming/run.py``.
+
+Shapes: N rows, T tokens a row.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from mlx_slim.artifacts import write_json
+from mlx_slim.config.schema import SourceConfig
+from mlx_slim.data.sources import find
+from mlx_slim.errors import SlimError
+from mlx_slim.events import Notice, Observer
+from mlx_slim.models.load import load, load_tokenizer, read_config
+from mlx_slim.models.recorded_logits import RecordedLogits, free_weights
+from mlx_slim.models.row_limits import row_limit
+from mlx_slim.models.verified_save import compute_dtype
+from mlx_slim.pruning.run import VALIDATION_LENGTH
+from mlx_slim.quantization.calibration import DEFAULT_SOURCE, read_calibration
+from mlx_slim.reading import read_object
+from mlx_slim.runtime import human_bytes
+from mlx_slim.slimming import build, proof
+from mlx_slim.slimming.candidates import BITS, Candidate, listed
+from mlx_slim.slimming.options import SlimOptions
+from mlx_slim.slimming.questions import Answers, TaskPlan, answer, paired, plan_questions
+from mlx_slim.slimming.records import MeasuredSpeed, Row
+from mlx_slim.slimming.request import STATE_FILE, request_of, space_of
+
+MODEL = "model"
+FEW = 3  # candidates that are recovered under a budget
+_RANK_ROWS = 8  # of VALIDATION_LENGTH tokens
+_FAILURES = 2  # sizes in a row at which the score is not kept, that end a search without a budget
+_CLAIM_TIME = 0.15  # of the time that is left: for scoring
+
+
+class Search:
+    """One search: what its phases share."""
+
+    def __init__(self, source: str, out: Path, options: SlimOptions, observer: Observer) -> None:
+        self.out, self.options, self.observer = out, options, observer
+        self.began = time.perf_counter()
+        self.space = space_of(source, options)
+        self.original = self.space.original
+        find(SourceConfig(path=options.data or DEFAULT_SOURCE))
+        self.tasks = plan_questions(options)
+        self.listed = listed(self.space, options)
+        self.rows: dict[str, Row] = {
+            one.key: Row(one, one.name(self.original)) for one in self.listed
+        }
+        self.material = build.Material(source, options.revision, options.data, out)
+        self.base: list[Answers] = []
+        self.provable = 0.0
+        if not (out / STATE_FILE).exists():
+            write_json(out / STATE_FILE, request_of(source, options))
+
+    # ------------------------------------------------------------------------------------ phases
+
+    def choose(self) -> Candidate | None:
+        """Return the winner on the selection questions; None if no candidate meets the demands.
+
+        Raises:
+            SlimError: If the claim questions cannot show the demanded fraction.
+        """
+        self.say(f"{len(self.listed)} candidates; the original has {self._size(self.original)}")
+        self.base = [self._original(plan) for plan in self.tasks]
+        self.provable = self._provable()
+        self._rank()
+        return self._best_within() if self.options.has_budget else self._smallest_kept()
+
+    def say(self, text: str, level: str = "info") -> None:
+        """Tell the observer."""
+        self.observer.notify(Notice(text, level))
+
+    def _size(self, one: Candidate) -> str:
+        cost = one.cost
+        return f"{human_bytes(cost.disk_bytes)} on disk, {human_bytes(cost.memory_bytes)} in memory"
+
+    def _original(self, plan: TaskPlan) -> Answers:
+        folder = self.out / "scores" / "original" / plan.name
+        return answer(
+            self.material.source,
+            plan,
+            folder,
+            self.options,
+            self.observer,
+            whole=True,
+            revision=self.options.revision,
+        )
+
+    def _provable(self) -> float:
+        """Say, and return, what the claim questions can show; refuse more.
+
+        Raises:
+            SlimError: With the questions that would do.
+        """
+        rounded = self.space.candidate(BITS[0], ())
+        pairs = paired(self.base, self.scored(rounded), selection=True)
+        questions = [plan.claim for plan in self.tasks]
+        provable = proof.provable(pairs, questions)
+        score, named = 100 * proof.retention(pairs).first, " + ".join(map(str, questions))
+        self.say(
+            f"the original scores {score:.1f}% on the selection; {named} claim questions can "
+            f"show {100 * provable:.1f}% of it at best, for a model as good as its 8-bit rounding"
+        )
+        fraction = self.options.keep_fraction
+        if fraction is not None and provable < fraction < 1:
+            least = proof.needed(pairs, fraction)
+            raise SlimError(
+                f"--keep {self.options.keep:g} cannot be shown with {named} claim questions, at "
+                f"most {100 * provable:.1f}% can",
+                f"ask {least:,} of each task for the claim (--limit {2 * least}) in a new folder, "
+                f"or demand less (--keep {int(100 * provable)})",
+            )
+        return provable
+
+    def _rank(self) -> None:
+        """Measure the distance of every candidate from the original, before any recovery."""
+        missing = [one for one in self.listed if not self._ranked(one).exists()]
+        if missing:
+            source = self.options.data or DEFAULT_SOURCE
+            revision = self.options.revision
+            config = read_config(self.material.source, revision)
+            rows_NT = read_calibration(
+                source,
+                load_tokenizer(self.material.source, revision=revision),
+                length=min(VALIDATION_LENGTH, limit.tokens)
+                if (limit := row_limit(config))
+                else VALIDATION_LENGTH,
+                seen=0,
+                validation=_RANK_ROWS,
+                limit=limit,
+            ).validation_NT
+            dense = load(self.material.source, revision=revision, dtype=compute_dtype())
+            dense.model.eval()
+            original = RecordedLogits(dense.model, rows_NT, self.out)
+            free_weights(dense.model)
+            del dense
+            for number, one in enumerate(missing, 1):
+                measured = build.distance(self.material, one, original, rows_NT)
+                write_json(self._ranked(one), {"kl": measured.kl, "top1": measured.top1})
+                self.say(
+                    f"{number} of {len(missing)}: {self.rows[one.key].name}: "
+                    f"KL {measured.kl:.3f} nats before recovery"
+                )
+        for one in self.listed:
+            values = read_object(self._ranked(one), kl=float, top1=float)
+            self.note(one, kl=values["kl"], top1=values["top1"])
+
+    def _ranked(self, one: Candidate) -> Path:
+        return self.out / "ranked" / f"{one.key}.json"
+
+    def note(self, one: Candidate, **values: object) -> None:
+        """Set fields of the candidate's row."""
+        self.rows[one.key] = replace(self.rows[one.key], **values)
+
+    def _by_distance(self, among: Iterable[Candidate]) -> list[Candidate]:
+        return sorted(among, key=lambda one: (self.rows[one.key].kl, one.key))
+
+    def _best_within(self) -> Candidate | None:
+        """Return the best scored candidate of the budget: the nearest of each kind, recovered."""
+        ranked = self._by_distance(self.listed)
+        nearest = {one.kind: one for one in reversed(ranked)}
+        chosen = self._by_distance(nearest.values())[:FEW]
+        chosen += [one for one in ranked if one not in chosen][: FEW - len(chosen)]
+        for one in ranked:
+            if one not in chosen:
+                self.note(one, verdict=f"not among the {len(chosen)} nearest before recovery")
+        fitting = []
+        for number, one in enumerate(chosen):
+            self._score(one, len(chosen) - number)
+            row = self.rows[one.key]
+            if row.speed and row.speed.generation_ratio < (self.options.speed or 0):
+                self.note(one, verdict=f"{row.speed.generation_ratio:.2f} x the original's speed")
+            elif self._too_large(row):
+                self.note(one, verdict="its folder is over the budget")
+            else:
+                fitting.append(one)
+        if not fitting:
+            return None
+        near = {one.key: -number for number, one in enumerate(ranked)}
+        best = max(fitting, key=lambda one: (self._selected(one).second, near[one.key]))
+        for one in fitting:
+            if one != best:
+                self.note(one, verdict="scores lower than the winner on the selection")
+        return best
+
+    def _too_large(self, row: Row) -> bool:
+        disk = self.options.disk
+        return disk is not None and row.disk_bytes is not None and row.disk_bytes > disk
+
+    def _smallest_kept(self) -> Candidate | None:
+        """Return the smallest candidate that keeps the share on the selection questions.
+
+        Sizes are tried from the largest down, the nearest to the original at each, until the share
+        is not kept at two of them in a row.
+        """
+        fraction, best, failures = self.options.keep_fraction, None, 0
+        assert fraction is not None
+        for rung in _rungs(self.listed, self.original):
+            one = self._by_distance(rung)[0]
+            for other in rung:
+                if other != one:
+                    self.note(other, verdict="farther from the original than another of its size")
+            if failures == _FAILURES:
+                self.note(one, verdict="smaller than two that do not keep the share")
+                continue
+            self._score(one, 1)
+            if self._selected(one).keeps(fraction):
+                if best is not None:
+                    self.note(best, verdict="keeps the share; a smaller one does too")
+                best, failures = one, 0
+            else:
+                failures += 1
+                least = self._selected(one).least
+                self.note(one, verdict=f"only {100 * least:.1f}% is shown on the selection")
+        return best
+
+    def _score(self, one: Candidate, left: int) -> None:
+        """Make a candidate and score it on the selection questions; ``left`` share the time."""
+        answers = self.scored(one, left)
+        retention = proof.retention(paired(self.base, answers, selection=True))
+        self.note(one, selection=retention)
+        folder = self.folder(one)
+        if (folder / "recover.yaml").exists():
+            self.note(one, recovered=build.recovery_of(folder).recipe.method)
+        size = read_object(folder / "size.json", disk_bytes=int)["disk_bytes"]
+        self.note(one, disk_bytes=size)
+        if self.options.speed is not None:
+            file = folder / "speed.json"
+            if not file.exists():
+                speed = build.speed_beside(
+                    self.material.source, folder / MODEL, self.options.revision
+                )
+                write_json(file, asdict(speed))
+            self.note(one, speed=MeasuredSpeed(**read_object(file)))
+        self.say(
+            f"{self.rows[one.key].name}: {100 * retention.second:.1f}% on the selection, "
+            f"{percent(retention)} of the original's"
+        )
+
+    def _selected(self, one: Candidate) -> proof.Retention:
+        retention = self.rows[one.key].selection
+        assert retention is not None
+        return retention
+
+    def folder(self, one: Candidate) -> Path:
+        """Return the folder that the candidate is made in."""
+        return self.out / "candidates" / one.key
+
+    def scored(self, one: Candidate, left: int = 1, *, whole: bool = False) -> list[Answers]:
+        """Return a candidate's answers, made and scored where that was not done."""
+        folder = self.folder(one)
+        scores = self.out / ("claim" if whole else "scores") / one.key
+        complete = all((scores / plan.name / "results.json").exists() for plan in self.tasks)
+        if not (complete and (folder / "size.json").exists()):
+            folder.mkdir(parents=True, exist_ok=True)
+            build.make(self.material, one, folder, self.observer, seconds=self._seconds(left))
+            files = [path for path in (folder / MODEL).iterdir() if path.is_file()]
+            size = sum(path.stat().st_size for path in files)
+            write_json(folder / "size.json", {"disk_bytes": size})
+        return [
+            answer(
+                folder / MODEL, plan, scores / plan.name, self.options, self.observer, whole=whole
+            )
+            for plan in self.tasks
+        ]
+
+    def _seconds(self, left: int) -> float | None:
+        """Return the time of one of ``left`` recoveries; None without a limit."""
+        if self.options.time is None:
+            return None
+        remaining = self.options.time - (time.perf_counter() - self.began)
+        return max(60.0, remaining * (1 - _CLAIM_TIME) / left)
+
+
+def _rungs(candidates: list[Candidate], original: Candidate) -> list[list[Candidate]]:
+    """Return candidates of about a size together, the largest first."""
+    rungs: list[list[Candidate]] = []
+    for one in candidates:  # largest first
+        if rungs and one.cost.disk_bytes > 0.9 * rungs[-1][0].cost.disk_bytes:
+            rungs[-1].append(one)
+        else:
+            rungs.append([one])
+    return rungs
+
+
+def percent(retention: proof.Retention) -> str:
+    """Return a retention with its interval, in words."""
+    if retention.value is None or retention.interval is None:
+        return "an unknown share"
+    low, high = retention.interval
+    return f"{100 * retention.value:.1f}% [{100 * low:.1f}, {100 * high:.1f}]"
