@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mlx_slim import events
 from mlx_slim.config.load import Resolved, from_values, load_recipe
@@ -202,6 +202,9 @@ def quantize(
     length: int = compress.CompressOptions.length,
     fidelity_samples: int = compress.CompressOptions.fidelity_samples,
     revision: str | None = None,
+    target_bytes: int | None = None,
+    bits_per_weight: float | None = None,
+    sensitivity: Literal["rules", "measured"] | None = None,
     observer: events.Observer | None = None,
 ) -> compress.Compressed:
     """Quantize ``model`` into the new folder ``out`` as ``mlx-slim quantize`` does.
@@ -218,20 +221,27 @@ def quantize(
         length: Tokens of a calibration row.
         fidelity_samples: Rows, not used for calibration, that the result is compared on; 0: none.
         revision: Commit or tag of a hub model.
+        target_bytes: Most bytes of the files of weights: each layer gets bits of its own.
+        bits_per_weight: The same as bits of all parameters for each weight.
+        sensitivity: For such a size: ``measured`` (None too), one layer at a time, or ``rules``.
         observer: Hears a notice for each stage.
 
     Raises:
         SlimError: If anything given cannot be used.
         ResourceError: If memory or disk do not suffice.
     """
+    sized = target_bytes is not None or bits_per_weight is not None
     options = compress.CompressOptions(
-        quantize=quantize_config(bits, group_size, mode),
+        quantize=quantize_config(bits, group_size, mode, sized=sized),
         method=method,
         calibration=calibration,
         samples=samples,
         length=length,
         fidelity_samples=fidelity_samples,
         revision=revision,
+        target_bytes=target_bytes,
+        bits_per_weight=bits_per_weight,
+        sensitivity=sensitivity,
     )
     return compress.compress(model, Path(out), options, observer)
 

@@ -40,6 +40,12 @@ from mlx_slim.quantization.options import CompressOptions
     "fidelity_samples",
     "revision",
 )
+@click.option(
+    "--target-bytes",
+    metavar="SIZE",
+    help="Choose the bits of each layer: files of weights of at most SIZE (300MB).",
+)
+@options_of(CompressOptions, "bits_per_weight", "sensitivity", "sensitivity_samples")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def command(
     model: str,
@@ -47,21 +53,31 @@ def command(
     bits: int | None,
     group_size: int | None,
     mode: str,
+    target_bytes: str | None,
+    bits_per_weight: float | None,
     as_json: bool,
     **settings: Any,
 ) -> None:
     """Quantize MODEL (a folder or hub id) into a new MLX folder.
 
     Prints bits per weight, sizes, the layers left out and why, and the fidelity to the source: mean
-    KL divergence and top-1 agreement.
+    KL divergence and top-1 agreement. With --target-bytes or --bits-per-weight each layer gets bits
+    of its own.
     """
     from rich.console import Console as RichConsole
 
     from mlx_slim.console import Console
     from mlx_slim.quantization.policy import quantize_config
     from mlx_slim.quantization.run import compress
+    from mlx_slim.runtime import parse_size
 
-    options = CompressOptions(quantize_config(bits, group_size, mode), **settings)
+    sized = target_bytes is not None or bits_per_weight is not None
+    options = CompressOptions(
+        quantize_config(bits, group_size, mode, sized=sized),
+        target_bytes=None if target_bytes is None else parse_size(target_bytes),
+        bits_per_weight=bits_per_weight,
+        **settings,
+    )
     output_of_notices = RichConsole(highlight=False, stderr=as_json)
     with Console("quiet" if as_json else "plain", output=output_of_notices) as console:
         result = compress(model, output, options, console)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -48,6 +49,8 @@ _HEAD_COUNTS = ("n_heads", "num_heads", "num_attention_heads")
 _KV_COUNTS = ("n_kv_heads", "num_kv_heads", "num_key_value_heads")
 _FEED_FORWARD = "mlp"
 _MLP_LAYERS = (GATED_MLP, ("fc1", "fc2"))  # the last one reads what the others write
+# Values, and what leaves the MLP: these layers lose most in few bits.
+SENSITIVE = (_KEYS[1], *(names[-1] for names in _MLP_LAYERS))
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,13 @@ def blocks_path(model: nn.Module) -> str:
         if module is first:
             return path.rsplit(".", 1)[0]
     raise SlimError(f"{type(model).__module__} hides its blocks from named_modules")
+
+
+def block_numbers(model: nn.Module, paths: Iterable[str]) -> dict[str, int]:
+    """Return path -> number of its block, counted from 0, of the layers inside of blocks."""
+    inside = re.compile(re.escape(blocks_path(model)) + r"\.(\d+)\.")
+    matches = {path: inside.match(path) for path in paths}
+    return {path: int(match[1]) for path, match in matches.items() if match}
 
 
 def _candidates(model: nn.Module) -> list[Split]:

@@ -18,9 +18,9 @@ import numpy as np
 
 from mlx_slim.errors import SlimError
 from mlx_slim.models import structure
+from mlx_slim.models.route import Forward, routed
 from mlx_slim.progress import tracked
 from mlx_slim.pruning.importance import BlockInputs
-from mlx_slim.pruning.route import Forward, routed
 from mlx_slim.pruning.scores import batches_of
 from mlx_slim.runtime import to_float
 from mlx_slim.training.step import Arrays, CrossEntropy

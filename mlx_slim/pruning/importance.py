@@ -23,11 +23,11 @@ from mlx_slim.errors import SlimError
 from mlx_slim.models import structure
 from mlx_slim.models.mixtures import Mixture
 from mlx_slim.models.residual import residual
+from mlx_slim.models.route import Forward, routed, watched
 from mlx_slim.models.structure import HIDDEN, Coupled
 from mlx_slim.progress import tracked
 from mlx_slim.pruning.families import families_of
 from mlx_slim.pruning.reap import reap
-from mlx_slim.pruning.route import Forward, routed, watched
 from mlx_slim.pruning.scores import Scores, batches_of, name_of
 from mlx_slim.runtime import human_bytes
 from mlx_slim.training.step import Arrays, CrossEntropy

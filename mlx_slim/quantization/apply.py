@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -58,6 +59,7 @@ def quantize_model(
     config: ModelConfig,
     quantize: QuantizeConfig,
     recipe: str | None = None,
+    formats: Mapping[str, LayerFormat | None] | None = None,
 ) -> QuantizeReport:
     """Quantize ``model`` in place by rounding to nearest; on a CPU its layers become fast ones.
 
@@ -66,12 +68,13 @@ def quantize_model(
         config: Its ``config.json``.
         quantize: Bits, group size and mode.
         recipe: One of mlx-lm's mixed recipes (``policy.RECIPES``), or None.
+        formats: As ``policy.make_policy`` takes them.
 
     Raises:
         SlimError: If the model is quantized already, or no layer fits.
     """
     refuse_quantized(model, config)
-    policy = make_policy(model, quantize, recipe)
+    policy = make_policy(model, quantize, recipe, formats)
     before = parameter_bytes(model)
     waiting = leaves(model)[::-1]
     while waiting:  # popped, so that each dense layer is freed as soon as it is replaced
@@ -95,6 +98,7 @@ def load_quantized(
     source: str | Path,
     quantize: QuantizeConfig,
     recipe: str | None = None,
+    formats: Mapping[str, LayerFormat | None] | None = None,
     *,
     revision: str | None = None,
     dtype: mx.Dtype | None = None,
@@ -110,7 +114,7 @@ def load_quantized(
     reports: list[QuantizeReport] = []
 
     def transform(model: nn.Module, config: ModelConfig) -> ModelConfig:
-        reports.append(quantize_model(model, config, quantize, recipe))
+        reports.append(quantize_model(model, config, quantize, recipe, formats))
         return reports[0].config
 
     loaded = load(
@@ -181,6 +185,13 @@ def parameter_bytes(model: nn.Module) -> int:
     return sum(value.nbytes for _, value in tree_flatten(model.parameters()))  # pyright: ignore
 
 
+def bits_per_weight(model: nn.Module) -> float:
+    """Return the bytes of all parameters × 8 / number of weights, quantized ones counted dense."""
+    from mlx_lm.utils import get_total_parameters
+
+    return 8 * parameter_bytes(model) / get_total_parameters(model)
+
+
 def report(
     model: nn.Module,
     config: ModelConfig,
@@ -189,8 +200,6 @@ def report(
     skipped: list[Skipped],
 ) -> QuantizeReport:
     """Count what a quantized ``model`` holds, and give it the fast CPU layers."""
-    from mlx_lm.utils import compute_bits_per_weight
-
     kinds: Counter[str] = Counter()
     for _, module in leaves(model):
         if "scales" in module:
@@ -199,9 +208,9 @@ def report(
     return QuantizeReport(
         config=copy.deepcopy(config),
         method=method,
-        bits_per_weight=float(compute_bits_per_weight(model)),
+        bits_per_weight=bits_per_weight(model),
         bytes_before=bytes_before,
         bytes_after=parameter_bytes(model),
-        quantized=dict(kinds),
+        quantized=dict(sorted(kinds.items())),
         skipped=skipped,
     )

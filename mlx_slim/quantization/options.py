@@ -7,13 +7,13 @@ Invariant: the only home of these defaults; nothing heavy is imported. Try it:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from mlx_slim.config.options import option
 from mlx_slim.config.schema import QuantizeConfig
-from mlx_slim.config.section import MOST, Count, PositiveInt
+from mlx_slim.config.section import MOST, Bytes, Count, PositiveInt
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,11 @@ class CompressOptions:
         length: Tokens of a calibration row.
         fidelity_samples: Validation rows that the result is compared on; 0: no comparison.
         revision: Commit or tag of a hub model.
+        target_bytes: Most bytes that the files of weights may take: the bits of each layer are
+            chosen.
+        bits_per_weight: The same as bits of all parameters for each weight.
+        sensitivity: How a layer's loss in fewer bits is told; None is measured.
+        sensitivity_samples: Calibration rows that it is measured on, at most.
     """
 
     quantize: QuantizeConfig
@@ -58,3 +63,27 @@ class CompressOptions:
         ),
     )
     revision: str | None = field(default=None, metadata=option("Commit or tag of a hub model."))
+    target_bytes: Bytes | None = None
+    bits_per_weight: Annotated[float, Field(gt=0, le=32)] | None = field(
+        default=None,
+        metadata=option("Choose the bits of each layer: at most N for a weight.", metavar="N"),
+    )
+    sensitivity: Literal["rules", "measured"] | None = field(
+        default=None,
+        metadata=option(
+            "Of the layers, for such a size: measured one by one [measured], or rules."
+        ),
+    )
+    sensitivity_samples: PositiveInt = field(
+        default=2, metadata=option("Calibration rows that it is measured on.")
+    )
+
+    @property
+    def sized(self) -> bool:
+        """Whether the result has a size to meet, and each layer bits of its own."""
+        return self.target_bytes is not None or self.bits_per_weight is not None
+
+    @property
+    def measures(self) -> bool:
+        """Whether the loss of each layer is measured."""
+        return self.sized and self.sensitivity != "rules"

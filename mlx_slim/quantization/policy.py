@@ -7,7 +7,7 @@ with a reason; mlx-lm leaves layers out without a word. Try it:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -31,13 +31,29 @@ _DEFAULTS = {"affine": (4, 64), "mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4,
 
 
 def quantize_config(
-    bits: int | None = None, group_size: int | None = None, mode: str = "affine"
+    bits: int | None = None,
+    group_size: int | None = None,
+    mode: str = "affine",
+    *,
+    sized: bool = False,
 ) -> QuantizeConfig:
     """Return a checked config; what is None takes the default of ``mode``.
 
+    Args:
+        bits: Of every layer.
+        group_size: Weights that share a scale.
+        mode: ``affine``, ``mxfp4``, ``mxfp8`` or ``nvfp4``.
+        sized: A size is set, from which the bits of each layer follow.
+
     Raises:
-        SlimError: If the mode is unknown or does not have these bits and this group size.
+        SlimError: If the mode is unknown or does not have these bits and this group size, or
+            ``bits`` are set beside a size.
     """
+    if sized and bits is not None:
+        raise SlimError(
+            f"bits={bits} and a size exclude each other: the bits of each layer follow from it",
+            "leave out --bits, or --target-bytes and --bits-per-weight",
+        )
     if mode not in _DEFAULTS:
         raise SlimError(f"unknown mode {mode!r}", did_you_mean(mode, _DEFAULTS))
     default_bits, default_group = _DEFAULTS[mode]
@@ -91,17 +107,25 @@ class Policy:
     skipped: list[Skipped]
 
 
-def make_policy(model: nn.Module, config: QuantizeConfig, recipe: str | None = None) -> Policy:
+def make_policy(
+    model: nn.Module,
+    config: QuantizeConfig,
+    recipe: str | None = None,
+    formats: Mapping[str, LayerFormat | None] | None = None,
+) -> Policy:
     """Decide for every layer of ``model``.
 
     Args:
         model: A dense model.
         config: Bits, group size and mode of a layer that the mixed-precision recipe does not name.
         recipe: One of ``RECIPES`` (mlx-lm's mixed precision, affine only), or None.
+        formats: Layer -> its format, None for full precision, of layers that are decided already
+            (``budget.Space.choose``).
 
     Raises:
         SlimError: If the recipe is unknown or does not fit the model, or no layer fits.
     """
+    formats = formats or {}
     decide = _decider(model, config, recipe)
     base = LayerFormat(config.group_size, config.bits, config.mode)
     chosen: dict[str, LayerFormat] = {}
@@ -111,7 +135,12 @@ def make_policy(model: nn.Module, config: QuantizeConfig, recipe: str | None = N
         if not parameters:
             continue
         reason = skip_reason(module, config.group_size)
-        if not reason:
+        if not reason and path in formats:
+            if (decided := formats[path]) is not None:
+                chosen[path] = decided
+                continue
+            reason = "the size allows full precision"
+        elif not reason:
             decision = decide(path, module)
             if decision:
                 layer = LayerFormat(**decision) if isinstance(decision, dict) else base

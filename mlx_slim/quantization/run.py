@@ -30,24 +30,29 @@ from mlx_slim.models.load import (
     cast,
     load,
     load_tokenizer,
+    open_weights,
     read_config,
     read_weights,
     resolve,
 )
 from mlx_slim.models.recorded_logits import RecordedLogits
 from mlx_slim.models.row_limits import row_limit
-from mlx_slim.models.tensors import folder_tensors
+from mlx_slim.models.tensors import Tensor, folder_tensors
 from mlx_slim.models.verified_save import compute_dtype, save_checked, stored_dtype
 from mlx_slim.quantization.apply import (
     QuantizeReport,
+    bits_per_weight,
     load_quantized,
     parameter_bytes,
     quantize_model,
     refuse_quantized,
 )
+from mlx_slim.quantization.budget import check_size, space_of
 from mlx_slim.quantization.calibration import DEFAULT_SOURCE, Calibration, read_calibration
+from mlx_slim.quantization.heuristics import heuristic_losses
 from mlx_slim.quantization.methods import check_method, quantize_with
 from mlx_slim.quantization.options import CompressOptions
+from mlx_slim.quantization.sensitivity import measured_losses
 from mlx_slim.reading import JsonObject
 from mlx_slim.runtime import (
     device_memory,
@@ -59,12 +64,34 @@ from mlx_slim.runtime import (
 
 
 @dataclass(frozen=True)
+class Sized:
+    """How a size was met.
+
+    Attributes:
+        limit_bytes: Of all parameters, by the size that was set.
+        sensitivity: ``measured`` or ``rules``.
+        loss: Sum of the losses of single layers, nats a token; None where they are not measured.
+    """
+
+    limit_bytes: int
+    sensitivity: str
+    loss: float | None
+
+    def line(self, nbytes: int) -> str:
+        """Return it for a person; ``nbytes`` is the size of all parameters."""
+        used = f"{human_bytes(nbytes)} of {human_bytes(self.limit_bytes)}"
+        loss = "" if self.loss is None else f", the losses of single layers add to {self.loss:.4f}"
+        return f"parameters {used}; bits of each layer: {self.sensitivity}{loss}"
+
+
+@dataclass(frozen=True)
 class Compressed:
     """What came out.
 
     Attributes:
         path: The folder.
         report: Sizes, layers quantized and layers left out.
+        sized: How the size was met; None if none was set.
         fidelity: Distance from the source on validation text; None if there was no text.
         method_seconds: Wall time of the quantization itself, seconds.
         seconds: Wall time of everything, seconds.
@@ -73,6 +100,7 @@ class Compressed:
 
     path: Path
     report: QuantizeReport
+    sized: Sized | None
     fidelity: fidelity.Fidelity | None
     method_seconds: float
     seconds: float
@@ -86,6 +114,7 @@ class Compressed:
             "schema_version": SCHEMA_VERSION,
             "path": str(self.path),
             **record,
+            "sized": asdict(self.sized) if self.sized else None,
             "fidelity": asdict(self.fidelity) if self.fidelity else None,
             "method_seconds": self.method_seconds,
             "seconds": self.seconds,
@@ -101,6 +130,8 @@ class Compressed:
             f"size       {human_bytes(report.bytes_before)} -> {human_bytes(report.bytes_after)} "
             f"({ratio:.2f} x smaller)",
         ]
+        if self.sized is not None:
+            lines.append(self.sized.line(report.bytes_after))
         lines += [f"quantized  {n} layers: {kind}" for kind, n in report.quantized.items()]
         by_reason: dict[str, list[str]] = {}
         for skip in report.skipped:
@@ -149,6 +180,7 @@ def compress(
             observer.notify(Notice(message, level))
 
     start = time.perf_counter()
+    check_size(options)
     check_method(options.method, options.quantize, options.recipe)
     config = read_config(source, options.revision)  # refuse what cannot work before the weights
     check_method(options.method, options.quantize, options.recipe, config.get("model_type"))
@@ -157,34 +189,53 @@ def compress(
     mx.reset_peak_memory()
     notify(f"loading {source}")
     revision, dtype = options.revision, compute_dtype()
-    tensors = folder_tensors(resolve(source, revision))
+    folder = resolve(source, revision)
+    tensors = folder_tensors(folder)
     stored = stored_dtype(tensors)
+    space = limit = None
+    if options.sized:
+        space = space_of(open_weights(folder)[0], options.quantize, stored)
+        limit = space.limit(options)
     tokenizer = load_tokenizer(source, revision=options.revision)
     calibration = _calibration(tokenizer, row_limit(config), options, notify)
-    numbers = sum(math.prod(tensor.shape) for tensor in tensors.values())
-    needed = numbers * (dtype or stored).size
-    if calibration is not None and options.method == "rtn" and needed > device_memory():
-        notify(
-            f"fidelity is not measured: the dense model takes {human_bytes(needed)}, this device "
-            f"holds {human_bytes(device_memory())}",
-            "warning",
-        )
-        calibration = None
     dense = original = None
-    if calibration is not None:
+    if _fits_dense(tensors, dtype or stored, calibration, options, notify):
         dense = load(source, revision=revision, dtype=dtype)
         refuse_quantized(dense.model, dense.config)
-        original = RecordedLogits(dense.model, calibration.validation_NT, out)
+        if options.fidelity_samples:
+            assert calibration is not None
+            original = RecordedLogits(dense.model, calibration.validation_NT, out)
 
-    notify(f"quantizing: {options.method}, {_format(options)}")
     tic = time.perf_counter()
+    formats = sized = None
+    if space is not None and limit is not None:
+        losses = (
+            measured_losses(
+                folder,
+                space.shapes,
+                space.group_size,
+                calibration.seen_NT,
+                stored,
+                None if dense is None else dense.model,
+                notify,
+            )
+            if options.measures and calibration is not None
+            else heuristic_losses(space.shapes, space.blocks)
+        )
+        choices = space.choose(losses, limit)
+        formats = {path: choice.format for path, choice in choices.items()}
+        loss = sum(choice.loss for choice in choices.values()) if options.measures else None
+        sized = Sized(limit, "measured" if options.measures else "rules", loss)
+    notify(f"quantizing: {options.method}, {_format(options)}")
     if dense is None:
         loaded, report = load_quantized(
-            source, options.quantize, options.recipe, revision=revision, dtype=dtype
+            source, options.quantize, options.recipe, formats, revision=revision, dtype=dtype
         )
     elif options.method == "rtn":
         loaded = dense
-        report = quantize_model(loaded.model, loaded.config, options.quantize, options.recipe)
+        report = quantize_model(
+            loaded.model, loaded.config, options.quantize, options.recipe, formats
+        )
     else:
         assert calibration is not None
         loaded = dense
@@ -208,6 +259,7 @@ def compress(
     return Compressed(
         path=out,
         report=report,
+        sized=sized,
         fidelity=measured,
         method_seconds=method_seconds,
         seconds=time.perf_counter() - start,
@@ -215,9 +267,33 @@ def compress(
     )
 
 
+def _fits_dense(
+    tensors: dict[str, Tensor],
+    computed: mx.Dtype,
+    calibration: Calibration | None,
+    options: CompressOptions,
+    notify: Callable[..., None],
+) -> bool:
+    """Return whether the dense model is to be held: it is looked at, and fits where it need not."""
+    if calibration is None:
+        return False
+    needed = sum(math.prod(tensor.shape) for tensor in tensors.values()) * computed.size
+    if options.method != "rtn" or needed <= device_memory():
+        return True
+    if options.fidelity_samples:
+        notify(
+            f"fidelity is not measured: the dense model takes {human_bytes(needed)}, this device "
+            f"holds {human_bytes(device_memory())}",
+            "warning",
+        )
+    return False
+
+
 def _format(options: CompressOptions) -> str:
     if options.recipe:
         return options.recipe
+    if options.sized:
+        return f"affine, group {options.quantize.group_size}, each layer in bits of its own"
     quantize = options.quantize
     return f"{quantize.bits}-bit {quantize.mode}, group {quantize.group_size}"
 
@@ -227,6 +303,8 @@ def _calibration(
 ) -> Calibration | None:
     """Return calibration rows; None if nothing needs them, or the default is not to be had."""
     seen = 0 if options.method == "rtn" else options.samples
+    if options.measures:
+        seen = options.sensitivity_samples
     if not seen and not options.fidelity_samples:
         return None
     source = options.calibration or DEFAULT_SOURCE
@@ -248,11 +326,9 @@ def _calibration(
 
 def _sizes(model: nn.Module, report: QuantizeReport, bytes_before: int) -> QuantizeReport:
     """Return ``report`` with the sizes of ``model`` as it will be stored."""
-    from mlx_lm.utils import compute_bits_per_weight
-
     return replace(
         report,
         bytes_before=bytes_before,
         bytes_after=parameter_bytes(model),
-        bits_per_weight=float(compute_bits_per_weight(model)),
+        bits_per_weight=bits_per_weight(model),
     )

@@ -13,9 +13,9 @@ from mlx.utils import tree_flatten
 from mlx_slim.errors import SlimError
 from mlx_slim.models import structure
 from mlx_slim.models.residual import residual
+from mlx_slim.models.route import watched
 from mlx_slim.models.structure import HEADS, HIDDEN, MLP
 from mlx_slim.pruning.importance import METHODS, group_importance
-from mlx_slim.pruning.route import watched
 from mlx_slim.pruning.scores import name_of
 from mlx_slim.runtime import to_float
 from tests.support.prune import (
