@@ -205,6 +205,7 @@ def quantize(
     target_bytes: int | None = None,
     bits_per_weight: float | None = None,
     sensitivity: Literal["rules", "measured"] | None = None,
+    compensate: int | None = None,
     observer: events.Observer | None = None,
 ) -> compress.Compressed:
     """Quantize ``model`` into the new folder ``out`` as ``mlx-slim quantize`` does.
@@ -224,6 +225,7 @@ def quantize(
         target_bytes: Most bytes of the files of weights: each layer gets bits of its own.
         bits_per_weight: The same as bits of all parameters for each weight.
         sensitivity: For such a size: ``measured`` (None too), one layer at a time, or ``rules``.
+        compensate: Rank of an adapter in ``out/adapters`` that corrects the error, untrained.
         observer: Hears a notice for each stage.
 
     Raises:
@@ -242,6 +244,7 @@ def quantize(
         target_bytes=target_bytes,
         bits_per_weight=bits_per_weight,
         sensitivity=sensitivity,
+        compensate=compensate,
     )
     return compress.compress(model, Path(out), options, observer)
 

@@ -45,7 +45,7 @@ from mlx_slim.quantization.options import CompressOptions
     metavar="SIZE",
     help="Choose the bits of each layer: files of weights of at most SIZE (300MB).",
 )
-@options_of(CompressOptions, "bits_per_weight", "sensitivity", "sensitivity_samples")
+@options_of(CompressOptions, "bits_per_weight", "sensitivity", "sensitivity_samples", "compensate")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def command(
     model: str,
@@ -68,7 +68,7 @@ def command(
 
     from mlx_slim.console import Console
     from mlx_slim.quantization.policy import quantize_config
-    from mlx_slim.quantization.run import compress
+    from mlx_slim.quantization.run import ADAPTERS, compress
     from mlx_slim.runtime import parse_size
 
     sized = target_bytes is not None or bits_per_weight is not None
@@ -86,4 +86,5 @@ def command(
         return
     for line in result.lines():
         click.echo(line)
-    show_next(*use_model(output), train_on(output, "smollm2-qlora"))
+    adapters = [] if result.compensated is None else [output / ADAPTERS]
+    show_next(*use_model(output, adapters), train_on(output, "smollm2-qlora"))

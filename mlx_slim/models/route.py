@@ -2,7 +2,8 @@
 
 Invariant: inside ``routed`` the model's forward pass calls a function in place of each block, which
 may read the hidden states, skip the block or replace its output; masks, caches, norms and head are
-computed by the model, and the blocks are restored afterwards. Try it:
+computed by the model, and the blocks are restored afterwards. ``FromBlock`` passes rows through a
+model a block at a time. Try it:
 ``mlx-slim prune MODEL -o DIR --method block-influence --ratio 0.1``.
 Legend: B rows, T positions, D width.
 """
@@ -16,6 +17,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+
+from mlx_slim.models import structure
+from mlx_slim.models.attention import reads_other_blocks
+from mlx_slim.models.logits_close import Change, logits_close
 
 Forward = Callable[[mx.array], mx.array]
 # (index of the block, its forward pass with its own mask, hidden_BTD) -> hidden_BTD
@@ -93,3 +98,65 @@ def watched(
 ) -> contextlib.AbstractContextManager[None]:
     """Pass the inputs of the layer at ``path`` inside ``block`` to ``look``."""
     return replaced(block, path, lambda layer: Watched(layer, look))
+
+
+class FromBlock:
+    """A model from one of its blocks on: what comes before is computed once.
+
+    Args:
+        model: Its blocks map hidden states to hidden states.
+        rows_NT: Token ids.
+    """
+
+    def __init__(self, model: nn.Module, rows_NT: mx.array) -> None:
+        self._model: Any = model
+        self._rows_NT = rows_NT
+        self._blocks = structure.blocks(model)
+        self._begin = 0
+        self._entering: list[mx.array] = []  # hidden_1TD of block _begin, by row
+
+    def advance(self, block: int) -> None:
+        """Begin at ``block``, which is not before the present one, with its layers as they are."""
+        if block > self._begin:
+            entering = []
+            for number in range(len(self._rows_NT)):
+                entering.append(self._pass(number, block)[1])
+                mx.eval(entering[-1])  # the blocks after it, and the logits, are never computed
+            self._begin, self._entering = block, entering
+
+    def logits(self, number: int) -> mx.array:
+        """Return the logits (T, V) of a row."""
+        return self._pass(number, self._begin)[0][0]
+
+    def _pass(self, number: int, block: int) -> tuple[mx.array, mx.array]:
+        """Return the logits of a row and the hidden states that enter ``block``."""
+        seen: list[mx.array] = []
+
+        def route(index: int, forward: Forward, hidden_1TD: mx.array) -> mx.array:
+            if index < self._begin:
+                return hidden_1TD
+            if index == self._begin and self._entering:
+                hidden_1TD = self._entering[number]
+            if index == block:
+                seen.append(hidden_1TD)
+            return forward(hidden_1TD)
+
+        with routed(self._blocks, route):
+            logits_1TV = self._model(self._rows_NT[number][None])
+        return logits_1TV, seen[0]
+
+
+def splits_at_blocks(model: nn.Module, row_1T: mx.array) -> bool:
+    """Return whether the last block computes the same from its hidden states alone.
+
+    Blocks that read keys of other blocks, or hand on more than hidden states, do not.
+    """
+    if reads_other_blocks(model):  # it may find the right ones, of a pass before
+        return False
+    try:
+        last = FromBlock(model, row_1T)
+        expected = last.logits(0)
+        last.advance(len(structure.blocks(model)) - 1)
+        return logits_close(last.logits(0), expected, Change.NOTHING).close
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError):
+        return False

@@ -24,8 +24,8 @@ from mlx_slim.models.logits_close import Change, logits_close
 _Map = Callable[[mx.array], mx.array]
 _Body = Callable[..., mx.array]
 _HEADS = ("lm_head", "output", "head", "embed_out")
-_EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "word_embeddings", "embedding")
-_EMBEDDINGS += ("token_embeddings", "embeddings")
+EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "word_embeddings", "embedding")
+EMBEDDINGS += ("token_embeddings", "embeddings")
 _WRAPPERS = ("language_model", "text_model")
 _BODIES = ("model", "transformer", "backbone", "gpt_neox")
 # Settings -> by what the logits of the classes that have them are scaled.
@@ -49,8 +49,10 @@ _HEAD_COUNTS = ("n_heads", "num_heads", "num_attention_heads")
 _KV_COUNTS = ("n_kv_heads", "num_kv_heads", "num_key_value_heads")
 _FEED_FORWARD = "mlp"
 _MLP_LAYERS = (GATED_MLP, ("fc1", "fc2"))  # the last one reads what the others write
-# Values, and what leaves the MLP: these layers lose most in few bits.
+# Of the layers of a block, those that lose most in few bits (values, and what leaves the MLP) and
+# those that lose least (what only decides where attention looks).
 SENSITIVE = (_KEYS[1], *(names[-1] for names in _MLP_LAYERS))
+ROBUST = (_QUERIES, _KEYS[0])
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def _candidates(model: nn.Module) -> list[Split]:
         body = outer[name]
         for owner in (outer, body):
             pairs += [Split(body, Head(owner[key], tied=False)) for key in _HEADS if key in owner]
-        pairs += [Split(body, Head(body[key], tied=True)) for key in _EMBEDDINGS if key in body]
+        pairs += [Split(body, Head(body[key], tied=True)) for key in EMBEDDINGS if key in body]
     return pairs
 
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from mlx_slim.models.structure import SENSITIVE
+from mlx_slim.models.structure import EMBEDDINGS, ROBUST, SENSITIVE
 from mlx_slim.quantization.sensitivity import Losses
 
 # Bits -> ‖W − rounded W‖ / ‖W‖ of normal weights, affine, groups of 64, 16-bit scales; other groups
 # scale all of them alike.
 _ERRORS = {2: 0.396, 3: 0.190, 4: 0.091, 5: 0.0445, 6: 0.022, 8: 0.0083}
-_OUTSIDE = 50.0  # head and embedding, which is both where they are tied
+# By what a layer loses more than the others, of SmolLM2-135M and Qwen2.5-0.5B (docs/lab-log.md).
+_TIED = 100.0  # an embedding that is the head, too
+_HEAD, _EMBEDDING = 50.0, 4.0
 _EDGE = 2.0  # first and last block
-_SENSITIVE = 2.0  # values and what leaves the MLP
+_SENSITIVE, _ROBUST = 2.0, 0.5
 
 
 def heuristic_losses(paths: Collection[str], blocks: Mapping[str, int]) -> Losses:
@@ -28,12 +30,15 @@ def heuristic_losses(paths: Collection[str], blocks: Mapping[str, int]) -> Losse
         blocks: Path -> number of its block, of those inside of blocks.
     """
     edges = {min(blocks.values(), default=0), max(blocks.values(), default=0)}
+    outside = [path for path in paths if path not in blocks]
 
     def factor(path: str) -> float:
+        name = path.rsplit(".", 1)[-1]
         if path not in blocks:
-            return _OUTSIDE
-        edge = _EDGE if blocks[path] in edges else 1.0
-        return edge * (_SENSITIVE if path.rsplit(".", 1)[-1] in SENSITIVE else 1.0)
+            embeds = name in EMBEDDINGS
+            return _TIED if embeds and len(outside) == 1 else _EMBEDDING if embeds else _HEAD
+        kind = _SENSITIVE if name in SENSITIVE else _ROBUST if name in ROBUST else 1.0
+        return kind * (_EDGE if blocks[path] in edges else 1.0)
 
     return {
         path: {bits: factor(path) * error**2 for bits, error in _ERRORS.items()} for path in paths

@@ -34,6 +34,7 @@ class CompressOptions:
         bits_per_weight: The same as bits of all parameters for each weight.
         sensitivity: How a layer's loss in fewer bits is told; None is measured.
         sensitivity_samples: Calibration rows that it is measured on, at most.
+        compensate: Rank of adapters that make up for the error; None makes none.
     """
 
     quantize: QuantizeConfig
@@ -76,6 +77,13 @@ class CompressOptions:
     )
     sensitivity_samples: PositiveInt = field(
         default=2, metadata=option("Calibration rows that it is measured on.")
+    )
+
+    compensate: PositiveInt | None = field(
+        default=None,
+        metadata=option(
+            "Make an adapter that corrects the error, without training (EoRA).", metavar="RANK"
+        ),
     )
 
     @property

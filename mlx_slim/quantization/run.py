@@ -11,18 +11,21 @@ Shapes: N rows, T tokens a row.
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_unflatten
 
-from mlx_slim.artifacts import SCHEMA_VERSION
+from mlx_slim.adapters.inject import Injected, adapters_of, remove_adapters
+from mlx_slim.adapters.store import save_adapter
+from mlx_slim.artifacts import public_name
 from mlx_slim.claims import makes_folder
+from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import RowLimit, SlimError
 from mlx_slim.events import Notice, Observer
 from mlx_slim.models import fidelity
@@ -49,112 +52,19 @@ from mlx_slim.quantization.apply import (
 )
 from mlx_slim.quantization.budget import check_size, space_of
 from mlx_slim.quantization.calibration import DEFAULT_SOURCE, Calibration, read_calibration
+from mlx_slim.quantization.compensation import compensate
 from mlx_slim.quantization.heuristics import heuristic_losses
 from mlx_slim.quantization.methods import check_method, quantize_with
 from mlx_slim.quantization.options import CompressOptions
+from mlx_slim.quantization.policy import leaves
+from mlx_slim.quantization.result import ADAPTERS, Compensation, Compressed, Sized
 from mlx_slim.quantization.sensitivity import measured_losses
-from mlx_slim.reading import JsonObject
 from mlx_slim.runtime import (
     device_memory,
     human_bytes,
-    human_duration,
     memory_limits,
     on_gpu,
 )
-
-
-@dataclass(frozen=True)
-class Sized:
-    """How a size was met.
-
-    Attributes:
-        limit_bytes: Of all parameters, by the size that was set.
-        sensitivity: ``measured`` or ``rules``.
-        loss: Sum of the losses of single layers, nats a token; None where they are not measured.
-    """
-
-    limit_bytes: int
-    sensitivity: str
-    loss: float | None
-
-    def line(self, nbytes: int) -> str:
-        """Return it for a person; ``nbytes`` is the size of all parameters."""
-        used = f"{human_bytes(nbytes)} of {human_bytes(self.limit_bytes)}"
-        loss = "" if self.loss is None else f", the losses of single layers add to {self.loss:.4f}"
-        return f"parameters {used}; bits of each layer: {self.sensitivity}{loss}"
-
-
-@dataclass(frozen=True)
-class Compressed:
-    """What came out.
-
-    Attributes:
-        path: The folder.
-        report: Sizes, layers quantized and layers left out.
-        sized: How the size was met; None if none was set.
-        fidelity: Distance from the source on validation text; None if there was no text.
-        method_seconds: Wall time of the quantization itself, seconds.
-        seconds: Wall time of everything, seconds.
-        peak_memory_bytes: MLX peak, bytes.
-    """
-
-    path: Path
-    report: QuantizeReport
-    sized: Sized | None
-    fidelity: fidelity.Fidelity | None
-    method_seconds: float
-    seconds: float
-    peak_memory_bytes: int
-
-    def as_record(self) -> JsonObject:
-        """Return what ``--json`` prints."""
-        record = asdict(self.report)
-        del record["config"]
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "path": str(self.path),
-            **record,
-            "sized": asdict(self.sized) if self.sized else None,
-            "fidelity": asdict(self.fidelity) if self.fidelity else None,
-            "method_seconds": self.method_seconds,
-            "seconds": self.seconds,
-            "peak_memory_bytes": self.peak_memory_bytes,
-        }
-
-    def lines(self) -> list[str]:
-        """Return what a person reads, one fact a line."""
-        report, fidelity = self.report, self.fidelity
-        ratio = report.bytes_before / report.bytes_after
-        lines = [
-            f"{self.path}: {report.bits_per_weight:.3f} bits per weight",
-            f"size       {human_bytes(report.bytes_before)} -> {human_bytes(report.bytes_after)} "
-            f"({ratio:.2f} x smaller)",
-        ]
-        if self.sized is not None:
-            lines.append(self.sized.line(report.bytes_after))
-        lines += [f"quantized  {n} layers: {kind}" for kind, n in report.quantized.items()]
-        by_reason: dict[str, list[str]] = {}
-        for skip in report.skipped:
-            by_reason.setdefault(skip.reason, []).append(skip.path)
-        for reason, paths in by_reason.items():
-            lines.append(f"left out   {len(paths)} layers: {reason}: {', '.join(_short(paths))}")
-        if fidelity is not None:
-            lines.append(
-                f"fidelity   KL {fidelity.kl:.4f} nats, same top-1 token {fidelity.top1:.1%}, "
-                f"perplexity {math.exp(fidelity.nll_source):.2f} -> "
-                f"{math.exp(fidelity.nll_model):.2f} ({fidelity.tokens:,} validation tokens)"
-            )
-        lines.append(
-            f"took       {human_duration(self.seconds)} "
-            f"({report.method} {human_duration(self.method_seconds)}), "
-            f"peak memory {human_bytes(self.peak_memory_bytes)}"
-        )
-        return lines
-
-
-def _short(paths: list[str]) -> list[str]:
-    """Return paths with block numbers merged: ``layers.*.mlp.down_proj``, each once."""
-    return list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", path) for path in paths))
 
 
 @makes_folder("quantize")
@@ -181,6 +91,11 @@ def compress(
 
     start = time.perf_counter()
     check_size(options)
+    if options.compensate is not None and options.method == "awq":
+        raise SlimError(
+            "--compensate corrects the error of each weight, and awq scales the weights besides",
+            "use --method rtn, gptq, dwq or dynamic",
+        )
     check_method(options.method, options.quantize, options.recipe)
     config = read_config(source, options.revision)  # refuse what cannot work before the weights
     check_method(options.method, options.quantize, options.recipe, config.get("model_type"))
@@ -209,19 +124,19 @@ def compress(
     tic = time.perf_counter()
     formats = sized = None
     if space is not None and limit is not None:
-        losses = (
-            measured_losses(
+        if options.measures:
+            assert calibration is not None
+            losses = measured_losses(
                 folder,
                 space.shapes,
                 space.group_size,
-                calibration.seen_NT,
+                calibration.seen_NT[: options.sensitivity_samples],
                 stored,
                 None if dense is None else dense.model,
                 notify,
             )
-            if options.measures and calibration is not None
-            else heuristic_losses(space.shapes, space.blocks)
-        )
+        else:
+            losses = heuristic_losses(space.shapes, space.blocks)
         choices = space.choose(losses, limit)
         formats = {path: choice.format for path, choice in choices.items()}
         loss = sum(choice.loss for choice in choices.values()) if options.measures else None
@@ -254,17 +169,46 @@ def compress(
     if calibration is not None and original is not None:
         notify(f"comparing with the source on {calibration.validation_NT.size:,} validation tokens")
         measured = fidelity.compare(original, loaded.model, calibration.validation_NT)
+    compensation, add_adapter = None, None
+    if options.compensate is not None:
+        assert calibration is not None
+        originals = dict(leaves(open_weights(folder, dtype=mx.float32)[0]))
+        adapted = compensate(
+            loaded.model, originals, calibration.seen_NT, options.compensate, stored
+        )
+        better = None
+        if original is not None:
+            better = fidelity.compare(original, loaded.model, calibration.validation_NT)
+        compensation = Compensation.of(adapted, options.compensate, stored, better)
+        add_adapter = _adapter_writer(loaded.model, adapted.injected, options.compensate, out)
     notify(f"saving {out} and reading it back")
-    save_checked(out, loaded, report.config, stored)
+    save_checked(out, loaded, report.config, stored, add_adapter)
     return Compressed(
         path=out,
         report=report,
         sized=sized,
         fidelity=measured,
+        compensated=compensation,
         method_seconds=method_seconds,
         seconds=time.perf_counter() - start,
         peak_memory_bytes=mx.get_peak_memory(),
     )
+
+
+def _adapter_writer(
+    model: nn.Module, injected: Injected, rank: int, out: Path
+) -> Callable[[Path], None]:
+    """Take the adapters off ``model``, and return what writes them beside it."""
+    adapters = adapters_of(model)
+    remove_adapters(model)
+
+    def write(folder: Path) -> None:
+        model.update_modules(tree_unflatten(adapters))  # pyright: ignore[reportArgumentType]
+        config = AdapterConfig(rank=rank, alpha=rank)
+        name = public_name(out)
+        save_adapter(folder / ADAPTERS, model, config, injected, dora=False, base=name)
+
+    return write
 
 
 def _fits_dense(
@@ -302,9 +246,9 @@ def _calibration(
     tokenizer: Any, limit: RowLimit | None, options: CompressOptions, notify: Callable[..., None]
 ) -> Calibration | None:
     """Return calibration rows; None if nothing needs them, or the default is not to be had."""
-    seen = 0 if options.method == "rtn" else options.samples
+    seen = 0 if options.method == "rtn" and options.compensate is None else options.samples
     if options.measures:
-        seen = options.sensitivity_samples
+        seen = max(seen, options.sensitivity_samples)
     if not seen and not options.fidelity_samples:
         return None
     source = options.calibration or DEFAULT_SOURCE

@@ -29,15 +29,13 @@ from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import ResourceError, SlimError
 from mlx_slim.models import structure
 from mlx_slim.models.activations import exp
-from mlx_slim.models.attention import reads_other_blocks
 from mlx_slim.models.fidelity import CHUNK
 from mlx_slim.models.hub import cache_folder
 from mlx_slim.models.load import model_hash, open_weights
 from mlx_slim.models.logits import logsumexp, row_sums
-from mlx_slim.models.logits_close import Change, logits_close
 from mlx_slim.models.quantized import LayerFormat
 from mlx_slim.models.recorded_logits import RecordedLogits
-from mlx_slim.models.route import Forward, routed
+from mlx_slim.models.route import FromBlock, splits_at_blocks
 from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.models.verified_save import compute_dtype
 from mlx_slim.progress import tracked
@@ -149,8 +147,8 @@ def _measure(
         opened: The weights were opened and not read: each is dropped once it is measured.
     """
     original = _recorded(model, rows_NT, Path(file.name))
-    partial = _Partial(model, rows_NT)
-    blocks = structure.block_numbers(model, layers) if _splits(model, rows_NT[:1]) else {}
+    partial = FromBlock(model, rows_NT)
+    blocks = structure.block_numbers(model, layers) if splits_at_blocks(model, rows_NT[:1]) else {}
     in_place = dict(leaves(model))
     order = sorted(layers, key=lambda path: blocks.get(path, -1))  # stable: the model's order
     for path in tracked(order, "measuring the loss of each layer", "layers"):
@@ -181,68 +179,6 @@ def _measure(
         os.fsync(file.fileno())
 
 
-class _Partial:
-    """Logits of a model from a block on: what comes before is computed once.
-
-    Args:
-        model: Its blocks map hidden states to hidden states.
-        rows_NT: Token ids.
-    """
-
-    def __init__(self, model: nn.Module, rows_NT: mx.array) -> None:
-        self._model: Any = model
-        self._rows_NT = rows_NT
-        self._blocks = structure.blocks(model)
-        self._begin = 0
-        self._entering: list[mx.array] = []  # hidden_1TD of block _begin, by row
-
-    def advance(self, block: int) -> None:
-        """Let ``logits`` begin at ``block``, which is not before the present one."""
-        if block > self._begin:
-            entering = []
-            for number in range(len(self._rows_NT)):
-                entering.append(self._pass(number, block)[1])
-                mx.eval(entering[-1])  # the blocks after it, and the logits, are never computed
-            self._begin, self._entering = block, entering
-
-    def logits(self, number: int) -> mx.array:
-        """Return the logits (T, V) of a row."""
-        return self._pass(number, self._begin)[0][0]
-
-    def _pass(self, number: int, block: int) -> tuple[mx.array, mx.array]:
-        """Return the logits of a row and the hidden states that enter ``block``."""
-        seen: list[mx.array] = []
-
-        def route(index: int, forward: Forward, hidden_1TD: mx.array) -> mx.array:
-            if index < self._begin:
-                return hidden_1TD
-            if index == self._begin and self._entering:
-                hidden_1TD = self._entering[number]
-            if index == block:
-                seen.append(hidden_1TD)
-            return forward(hidden_1TD)
-
-        with routed(self._blocks, route):
-            logits_1TV = self._model(self._rows_NT[number][None])
-        return logits_1TV, seen[0]
-
-
-def _splits(model: nn.Module, row_1T: mx.array) -> bool:
-    """Return whether the last block computes the same from its hidden states alone.
-
-    Blocks that read keys of other blocks, or hand on more than hidden states, do not.
-    """
-    if reads_other_blocks(model):  # it may find the right ones, of a pass before
-        return False
-    try:
-        last = _Partial(model, row_1T)
-        expected = last.logits(0)
-        last.advance(len(structure.blocks(model)) - 1)
-        return logits_close(last.logits(0), expected, Change.NOTHING).close
-    except (TypeError, ValueError, AttributeError, KeyError, IndexError):
-        return False
-
-
 def _recorded(model: Any, rows_NT: mx.array, beside: Path) -> RecordedLogits:
     """Return the model's logits and probabilities (2, T, V) of each row, on disk."""
 
@@ -253,7 +189,7 @@ def _recorded(model: Any, rows_NT: mx.array, beside: Path) -> RecordedLogits:
     return RecordedLogits(both, rows_NT, beside)
 
 
-def _mean_kl(original: RecordedLogits, partial: _Partial, rows_NT: mx.array) -> float:
+def _mean_kl(original: RecordedLogits, partial: FromBlock, rows_NT: mx.array) -> float:
     """Return the mean KL(p ‖ q) of all positions, nats: p of the original, q as it is now.
 
     With d = logits of p − logits of q it is Σ p d + log Σ p exp(−d): one exponential a logit, and

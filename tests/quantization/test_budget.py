@@ -88,11 +88,14 @@ def test_rules_give_more_to_what_loses_more(tiny: TinyModels) -> None:
     for path, by_bits in losses.items():
         assert [by_bits[bits] for bits in BITS] == sorted(by_bits.values(), reverse=True), path
     inner = losses["model.layers.1.mlp.up_proj"][4]
-    for path in ("model.layers.1.mlp.down_proj", "model.layers.1.self_attn.v_proj"):
-        assert losses[path][4] > inner
-    for path in ("model.layers.0.mlp.up_proj", "model.layers.2.mlp.up_proj"):
-        assert losses[path][4] > inner
-    assert min(losses["lm_head"][4], losses["model.embed_tokens"][4]) > 2 * inner
+    more = ["layers.1.mlp.down_proj", "layers.1.self_attn.v_proj", "layers.0.mlp.up_proj"]
+    for path in (*more, "layers.2.mlp.up_proj", "embed_tokens"):
+        assert losses[f"model.{path}"][4] > inner
+    assert losses["model.layers.1.self_attn.k_proj"][4] < inner
+    assert losses["lm_head"][4] > losses["model.embed_tokens"][4]
+    tied = _space(tiny("llama-tied"))
+    both = heuristic_losses(tied.shapes, tied.blocks)["model.embed_tokens"][4]
+    assert both > losses["lm_head"][4], "an embedding that is the head, too"
 
 
 def test_a_size_that_nothing_meets_is_refused_before_weights_are_read(

@@ -18,6 +18,7 @@ from mlx_slim.models import fidelity
 from mlx_slim.models.build import build
 from mlx_slim.models.load import load
 from mlx_slim.models.quantized import LayerFormat
+from mlx_slim.models.route import splits_at_blocks
 from mlx_slim.quantization import sensitivity
 from mlx_slim.quantization.apply import rounded
 from mlx_slim.quantization.policy import leaves
@@ -53,7 +54,7 @@ def _by_definition(folder: Path, path: str, bits: int) -> float:
 
 def test_losses_are_those_of_the_definition(tiny: TinyModels) -> None:
     model = load(tiny()).model
-    before: list[Any] = tree_flatten(model.parameters())
+    before: Any = tree_flatten(model.parameters())
     losses = _measure(tiny(), model)
     for path in PATHS:
         for bits in (2, 4):
@@ -72,7 +73,7 @@ def test_blocks_that_read_other_blocks_are_passed_as_a_whole() -> None:
     for model_type, alone in (("llama", True), ("gemma3n", False)):
         model = build(small_config(model_type)).eval()
         mx.eval(model.parameters())
-        assert sensitivity._splits(model, ROWS[:1]) is alone
+        assert splits_at_blocks(model, ROWS[:1]) is alone
 
 
 def test_a_killed_measurement_resumes_with_the_layer_it_lost(
