@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from mlx_slim.adapters.dora import DoRALinear
@@ -173,7 +174,7 @@ def examine(
         added_OR = pair.factors[0] if pair.factors else delta_OI[:, :0]
         nearby = [added_OR, base.left_OK[:, : 2 * count]]
         top = leading(pair.tuned_OI, count, np.concatenate(nearby, axis=1))
-        cosine = np.minimum(np.abs(base.left_OK.T @ top.left_OK).max(axis=0), 1.0)
+        cosine = nearest_cosine(base, top)
         values = (
             product_singular_values(*pair.factors) if pair.factors else singular_values(delta_OI)
         )
@@ -191,6 +192,11 @@ def examine(
         energies=energies,
         seconds=round(time.perf_counter() - began, 3),
     )
+
+
+def nearest_cosine(base: Spectrum, tuned: Spectrum) -> np.ndarray:
+    """Return (J,) the largest |cosine| of each direction of ``tuned`` with one of ``base``."""
+    return np.minimum(np.abs(base.left_OK.T @ tuned.left_OK).max(axis=0), 1.0)
 
 
 def _square(weight_OI: np.ndarray) -> float:
@@ -211,7 +217,8 @@ def _of_experts(adapter: Adapter, path: str) -> Iterator[Pair]:
         yield Pair(f"{path}.{expert}", base[expert], merged[expert], factors)
 
 
-def _adapted(adapter: Adapter, path: str) -> Iterator[Pair]:
+def pairs_of(adapter: Adapter, path: str) -> Iterator[Pair]:
+    """Yield what an adapter changes: one weight, or that of each expert of its layer."""
     if is_experts(adapter.base):
         yield from _of_experts(adapter, path)
     else:
@@ -232,8 +239,8 @@ def _of_layer(adapter: Adapter, path: str) -> Pair:
     return Pair(path, base, _numpy(adapter.merged_weight()), factors)
 
 
-def adapter_pairs(source: str, adapter: Path) -> tuple[str, Iterator[Pair]]:
-    """Return (kind, pairs) of a base and an adapter folder.
+def adapted_model(source: str, adapter: Path) -> nn.Module:
+    """Return the base of an adapter folder with the adapter on it.
 
     A dense base is quantized first where the adapter's run did so (QLoRA); runs of earlier versions
     record it in ``run.json`` only.
@@ -251,9 +258,18 @@ def adapter_pairs(source: str, adapter: Path) -> tuple[str, Iterator[Pair]]:
             settings = QuantizeConfig(**recipe["quantize"])
         quantize_model(loaded.model, loaded.config, settings)
     load_adapter(loaded.model, adapter)
-    adapters = adapters_of(loaded.model)
+    return loaded.model
+
+
+def adapter_pairs(source: str, adapter: Path) -> tuple[str, Iterator[Pair]]:
+    """Return (kind, pairs) of a base and an adapter folder.
+
+    Raises:
+        SlimError: As ``adapted_model``.
+    """
+    adapters = adapters_of(adapted_model(source, adapter))
     kind = "dora" if any(isinstance(a, DoRALinear) for _, a in adapters) else "lora"
-    return kind, (pair for path, module in adapters for pair in _adapted(module, path))
+    return kind, (pair for path, module in adapters for pair in pairs_of(module, path))
 
 
 def model_pairs(source: str, tuned: str) -> tuple[str, Iterator[Pair]]:

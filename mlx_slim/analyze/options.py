@@ -25,6 +25,7 @@ class IntruderOptions:
         tuned: a whole tuned model: one of both.
         k: Leading directions of each matrix.
         epsilon: Largest cosine of an intruder to the directions of the base.
+        repair: Share of each intruder that a repaired adapter keeps; None repairs none.
         no_cache: Do not keep the spectra of the base on disk.
     """
 
@@ -40,6 +41,10 @@ class IntruderOptions:
         metadata=option(
             "A direction whose cosine to all of the base's is below this is an intruder."
         ),
+    )
+    repair: Annotated[float, Field(ge=0, le=1)] | None = field(
+        default=None,
+        metadata=option("Write the adapter with this share of each intruder left.", metavar="KEEP"),
     )
     no_cache: bool = field(
         default=False, metadata=option("Do not cache the base's spectra on disk.")

@@ -19,6 +19,7 @@ from mlx_slim.reading import JsonObject
 
 if TYPE_CHECKING:
     from mlx_slim.analyze.intruders import Intruders, MatrixSpectra
+    from mlx_slim.analyze.repair import Repaired
 
 
 @click.group("analyze", epilog="Example: mlx-slim analyze memory tinyllama-lora")
@@ -31,20 +32,26 @@ def command() -> None:
     epilog="Example: mlx-slim analyze intruders models/mine --adapter runs/mine/adapters -o out",
 )
 @click.argument("base")
-@options_of(IntruderOptions, "adapter", "tuned", "k", "epsilon")
+@options_of(IntruderOptions, "adapter", "tuned", "k", "epsilon", "repair")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="New folder.")
 @options_of(IntruderOptions, "no_cache")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
-def intruders(base: str, output: Path, no_cache: bool, as_json: bool, **options: Any) -> None:
+def intruders(
+    base: str, output: Path, repair: float | None, no_cache: bool, as_json: bool, **options: Any
+) -> None:
     """Count the singular directions that tuning added to the weights of BASE (arXiv 2410.21228).
 
     Writes intruders.json and intruders.svg. An adapter that a QLoRA run trained is compared with
-    the quantized base that it was trained on.
+    the quantized base that it was trained on. With --repair the folder is an adapter of the same
+    rank too, with that share of each intruder left: less is forgotten, and less is learned.
     """
     if (options["adapter"] is None) == (options["tuned"] is None):
         raise click.UsageError("give either --adapter DIR or --tuned MODEL")
+    if repair is not None and options["adapter"] is None:
+        raise click.UsageError("--repair takes --adapter DIR: a whole model is not repaired")
     from mlx_slim.analyze.intruder_plot import plot
     from mlx_slim.analyze.intruders import find_intruders
+    from mlx_slim.analyze.repair import repair_intruders
     from mlx_slim.analyze.spectrum import cache_folder
     from mlx_slim.artifacts import (
         SCHEMA_VERSION,
@@ -59,28 +66,50 @@ def intruders(base: str, output: Path, no_cache: bool, as_json: bool, **options:
         if not as_json:
             click.echo(_line(matrix), err=True)
 
-    with alive(), new_folder(output, "analyze intruders", {"base": base, **options}):
-        result = find_intruders(
-            base,
-            cache=None if no_cache else cache_folder(),
-            progress=progress,
-            **options,
-        )
+    inputs = {"base": base, **options, **({} if repair is None else {"repair": repair})}
+    cache, repaired = None if no_cache else cache_folder(), None
+    with alive(), new_folder(output, "analyze intruders", inputs):
+        if repair is None:
+            result = find_intruders(base, cache=cache, progress=progress, **options)
+        else:
+            del options["tuned"]
+            repaired = repair_intruders(
+                base, keep=repair, cache=cache, progress=progress, **options
+            )
+            result = repaired.before
         record = {
             "schema_version": SCHEMA_VERSION,
             **result.as_record(),
+            **({} if repaired is None else {"repair": repaired.as_record()}),
             "provenance": provenance(),
         }
         with atomic_folder(output) as temporary:
             write_text(temporary / "intruders.svg", plot(result))
             write_json(temporary / "intruders.json", record)
+            if repaired is not None:
+                repaired.write(temporary)
     if as_json:
         click.echo(json.dumps(record))
         return
     for line in _summary(result):
         click.echo(line)
+    if repaired is not None:
+        click.echo(_repair_line(repaired))
     click.echo(f"written    {output}")
-    show_next(step("see them", "less", output / "intruders.json"))
+    if repaired is None:
+        show_next(step("see them", "less", output / "intruders.json"))
+    else:
+        show_next(step("try it", "mlx-slim", "generate", base, "--adapter", output))
+
+
+def _repair_line(repaired: Repaired) -> str:
+    record, before, after = repaired.as_record(), repaired.before, repaired.after
+    return (
+        f"repaired   {len(record['repaired'])} of {len(before.matrices)} matrices, "
+        f"{repaired.keep:g} of each intruder kept: {before.overall()['intruders']} intruders now "
+        f"{after.overall()['intruders']}, |dW|/|W| {before.overall()['delta_norm']:.4f} now "
+        f"{after.overall()['delta_norm']:.4f}"
+    )
 
 
 def _line(matrix: MatrixSpectra) -> str:
