@@ -68,6 +68,8 @@ def _questions(work: EvalWork) -> tuple[Any, Any, int]:
     if len(selections) != 1:
         raise SlimError(f"{work.task} stands for {len(selections)} tasks", "name one of them")
     task, shots = selections[0].task, selections[0].num_fewshot
+    if task.kind == "perplexity":
+        raise SlimError(f"{task.name} predicts a text, it has no questions", "name another task")
     rows = load_rows(task, Path(work.data_dir) if work.data_dir else None)
     return task, build_questions(task, rows, shots, work.limit), shots
 

@@ -124,6 +124,9 @@ def _show(task: Task, data_dir: str | None, num_fewshot: int | None, as_json: bo
         click.echo(f"missing   {line}")
     if question:
         _print_question(question, shots)
+        if task.kind == "perplexity":
+            words, size = question.lengths
+            click.echo(f"--- all of it is predicted: {words:,} words, {size:,} bytes ---")
 
 
 def _roles(task: Task) -> Chat | None:
@@ -152,7 +155,7 @@ def _print_question(question: Question, shots: int) -> None:
             click.echo(f"{'*' if index in question.targets else ' '} {choice!r}")
         if question.contexts:
             click.echo(f"only {question.choices[0]!r} is scored, after each context")
-    else:
+    elif question.target != "":
         heading = "right answers, any counts" if question.others else "right answer"
         click.echo("\n".join([f"--- {heading} ---", *map(str, question.targets)]))
 

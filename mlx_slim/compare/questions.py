@@ -169,6 +169,12 @@ def write_questions(matrix: MatrixSpec, folder: Path) -> SavedQuestions:
 
 
 def _of_task(task: Task, entry: TaskEntry) -> _Stored:
+    if not task.spec.counts_answers:
+        raise SlimError(
+            f"{task.name} counts no right answers ({', '.join(task.metrics)}): a matrix compares "
+            "tasks that do",
+            "score it with mlx-slim eval, or predict its texts: forgetting: {task: wikitext}",
+        )
     rows = load_rows(task)
     shots = task.num_fewshot if entry.num_fewshot is None else entry.num_fewshot
     lines = [

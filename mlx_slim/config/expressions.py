@@ -47,11 +47,17 @@ def _place_in(answer: Any, labels: Sequence[Any]) -> int:
     return allowed.index(label)
 
 
+def _places_of(values: Sequence[Any], value: Any) -> list[int]:
+    """Return the places at which a list holds a value."""
+    return [place for place, one in enumerate(values) if one == value]
+
+
 @lru_cache(maxsize=1)
 def _environment() -> BoundedEnvironment:
     environment = BoundedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
     environment.filters["regex_replace"] = bounded("regex_replace", _regex_replace)
     environment.filters["place_in"] = bounded("place_in", _place_in)
+    environment.filters["places_of"] = bounded("places_of", _places_of)
     environment.filters["tojson"] = bounded("tojson", do_tojson)  # as the harness has it
     environment.policies["json.dumps_function"] = partial(tojson, ensure_ascii=True)
     return environment

@@ -21,9 +21,13 @@ from mlx_slim.reading import JsonObject
 
 FieldType = Literal["text", "texts", "integer", "number", "list", "object"]
 MOST_SHOTS = 100
-_CHOICE_METRICS = ("acc", "acc_norm", "macro_f1")
+_CHOICE_METRICS = ("acc", "acc_norm", "macro_f1", "mc2")
+_DOCUMENT_METRICS = ("word_perplexity", "byte_perplexity", "bits_per_byte")
+_BLOCK_METRICS = ("perplexity", "bits_per_token")
+_FRACTIONS = {"mc2"}  # of one question: anything from 0 to 1
 _WHOLE_METRICS = ("exact_match", "json_match")
 _GENERATION_KEYS = {"until", "max_tokens", "filters", "ignore", "ignore_case"}
+_ANSWER_KEYS = {"choices", "target", "continuation", "example", "description", "chat", "subgroups"}
 
 
 class TaskData(Section):
@@ -104,7 +108,8 @@ class TaskSpec(Section):
     Attributes:
         name: What ``--task`` calls it; the file's name unless given.
         version: Raised whenever the same model could get another score.
-        kind: ``multiple_choice`` (the likeliest continuation wins) or ``generation``.
+        kind: ``multiple_choice`` (the likeliest continuation wins), ``generation``, or
+            ``perplexity`` (the prompt itself is predicted, from its first token on).
         about: What it asks, one line.
         licence: Of the rows.
         source: The paper.
@@ -120,10 +125,14 @@ class TaskSpec(Section):
         target: The right answer, or a list of them of which any counts: a choice's place or text
             (``evaluation/targets.py`` says how); for generation the text. Templates, or one
             expression.
+        example: The answer in a solved example, where that is not the target (a worked solution).
         continuation: The text that is scored after every choice, which is then the end of the
             prompt: the likeliest context wins (WinoGrande).
         delimiter: Between prompt and answer.
         separator: Between examples.
+        raw: The text whose words and bytes the perplexities divide by; the prompt unless given.
+        block: Tokens of a block: the rows, joined by the separator, are one text, cut into whole
+            blocks, in each of which the first token is not predicted (GPTQ and its successors).
         metrics: The figures kept; the kind's own unless given.
         chat: The prompt always goes through the model's chat template.
         until: Texts that end an answer.
@@ -135,7 +144,7 @@ class TaskSpec(Section):
 
     name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
     version: PositiveInt = 1
-    kind: Literal["multiple_choice", "generation"]
+    kind: Literal["multiple_choice", "generation", "perplexity"]
     about: str = ""
     licence: str = ""
     source: str = ""
@@ -147,8 +156,11 @@ class TaskSpec(Section):
     description: str = ""
     prompt: str
     choices: str | list[str] | None = None
-    target: str | list[str]
+    target: str | list[str] = ""
+    example: str | None = None
     continuation: str | None = None
+    raw: str | None = None
+    block: Annotated[int, Field(ge=2)] | None = None
     delimiter: str = " "
     separator: str = "\n\n"
     metrics: list[str] = Field(default_factory=list)
@@ -159,7 +171,7 @@ class TaskSpec(Section):
     ignore: list[str] = Field(default_factory=list)
     ignore_case: bool = False
 
-    @field_validator("description", "prompt", "continuation")
+    @field_validator("description", "prompt", "example", "continuation", "raw")
     @classmethod
     def _is_a_template(cls, value: str | None) -> str | None:
         compile_text(value or "")
@@ -184,8 +196,18 @@ class TaskSpec(Section):
                 raise ValueError("kind multiple_choice needs choices: templates, or an expression")
             if idle := sorted(_GENERATION_KEYS & self.model_fields_set):
                 raise ValueError(f"kind multiple_choice does not use {', '.join(idle)}")
-        elif idle := [key for key in ("choices", "continuation") if getattr(self, key)]:
-            raise ValueError(f"kind generation does not use {', '.join(idle)}")
+        elif self.kind == "generation":
+            if idle := [key for key in ("choices", "continuation") if getattr(self, key)]:
+                raise ValueError(f"kind generation does not use {', '.join(idle)}")
+        elif idle := sorted((_GENERATION_KEYS | _ANSWER_KEYS) & self.model_fields_set):
+            raise ValueError(f"kind perplexity does not use {', '.join(idle)}")
+        elif self.block and self.raw:
+            raise ValueError("a task with block counts tokens: leave raw out")
+        if self.kind != "perplexity":
+            if "target" not in self.model_fields_set:
+                raise ValueError(f"kind {self.kind} needs target: the right answer")
+            if idle := [key for key in ("raw", "block") if getattr(self, key) is not None]:
+                raise ValueError(f"kind {self.kind} does not use {', '.join(idle)}")
         if self.target == []:
             raise ValueError("target is an empty list: expected at least one right answer")
         metrics = self._metrics_of_kind
@@ -203,6 +225,8 @@ class TaskSpec(Section):
     def _metrics_of_kind(self) -> tuple[str, ...]:
         if self.kind == "multiple_choice":
             return _CHOICE_METRICS
+        if self.kind == "perplexity":
+            return _BLOCK_METRICS if self.block else _DOCUMENT_METRICS
         return (*(f"{name}_match" for name in self.filters), *_WHOLE_METRICS)
 
     @property
@@ -212,7 +236,14 @@ class TaskSpec(Section):
             return tuple(dict.fromkeys(self.metrics))
         if self.kind == "multiple_choice":
             return ("acc", "acc_norm")
+        if self.kind == "perplexity":
+            return self._metrics_of_kind
         return tuple(f"{name}_match" for name in self.filters) or ("exact_match",)
+
+    @property
+    def counts_answers(self) -> bool:
+        """Whether every metric counts right answers, or is made of such counts."""
+        return self.kind != "perplexity" and not _FRACTIONS & set(self.scores)
 
 
 def _pattern(value: str) -> str:

@@ -29,7 +29,7 @@ from mlx_slim.evaluation.results import (
 from mlx_slim.evaluation.tasks.metrics import Record, counted, first_metric
 from mlx_slim.reading import JsonObject, field
 
-POINTS, BITS = "points", "bits/byte"
+POINTS, BITS, BITS_TOKEN = "points", "bits/byte", "bits/token"
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class MetricComparison:
 
     Attributes:
         task: The task.
-        metric: ``acc_norm``, …, or ``bits_per_byte``, where lower is better.
+        metric: ``acc_norm``, …, or ``bits_per_byte`` and ``bits_per_token``, where lower is better.
         num_fewshot: Solved examples before each question; None for text.
-        unit: ``points`` (hundredths) or ``bits/byte``.
+        unit: ``points`` (hundredths), ``bits/byte`` or ``bits/token``.
         paired: The statistics; fractions of the questions, or bits per byte.
         gained: ``doc_id`` of the questions where only the second is right.
         lost: ``doc_id`` of the questions where only the first is right.
@@ -166,7 +166,7 @@ def _samples(out: Path, task: str, section: TaskSection | TextSection) -> list[R
             f"{path} holds {len(samples)} questions, {RESULTS_FILE} says {section.n}",
             "score the model again",
         )
-    text = isinstance(section, TextSection)
+    text = _predicts(section, samples)
     scores = () if text else counted(section.metrics, samples[0])
     for number, sample in enumerate(samples, 1):
         where = f"{path}, line {number}"
@@ -174,6 +174,8 @@ def _samples(out: Path, task: str, section: TaskSection | TextSection) -> list[R
         if text:
             field(sample, where, "loglikelihood", float)
             field(sample, where, "window", int, None)
+            for key in ("bytes", "tokens"):
+                field(sample, where, key, int, 1, low=1)
     if len({sample.get("subject") is None for sample in samples}) > 1:
         raise SlimError(f"{path}: some questions have a subject, others none", "score it again")
     return samples
@@ -194,13 +196,14 @@ def _rows(
             f"{task}: the two files hold different questions", "score both models again"
         )
     strata = [key[0] for key in keys[0]] if keys[0][0][0] is not None else None
-    text = isinstance(section, TextSection)
-    if isinstance(
-        section, TextSection
-    ):  # scaled such that the mean over documents is bits per byte
+    text, unit = _predicts(section, samples[0]), POINTS
+    if (
+        text
+    ):  # scaled such that the mean over documents is bits per byte, over blocks bits per token
+        metric, unit, size = _measure(task, section, samples)
         samples = [_documents(side) for side in samples]
-        scale = -len(samples[0]) / math.log(2) / section.bytes
-        values = {"bits_per_byte": [[s["loglikelihood"] * scale for s in x] for x in samples]}
+        scale = -len(samples[0]) / math.log(2) / size
+        values = {metric: [[s["loglikelihood"] * scale for s in x] for x in samples]}
     else:
         metrics = counted(section.metrics, samples[0][0])
         values = {name: [[s[name] for s in side] for side in samples] for name in metrics}
@@ -215,14 +218,40 @@ def _rows(
                 num_fewshot=None
                 if isinstance(section, TextSection)
                 else section.questions.num_fewshot,
-                unit=BITS if text else POINTS,
+                unit=unit,
                 paired=stats.paired(a_N, b_N, strata, draws=draws, seed=seed, tests=tests),
                 gained=[] if text else [i for i, a, b in changed if b > a],
                 lost=[] if text else [i for i, a, b in changed if b < a],
-                chance=None if text else stats.chance_level(samples[0]),
+                chance=None if text or metric == "mc2" else stats.chance_level(samples[0]),
             )
         )
     return rows
+
+
+def _predicts(section: TaskSection | TextSection, samples: Sequence[Record]) -> bool:
+    """Return whether the records are of texts that were predicted, not of answers."""
+    return isinstance(section, TextSection) or "loglikelihood" in samples[0]
+
+
+def _measure(
+    task: str, section: TaskSection | TextSection, samples: Sequence[list[Record]]
+) -> tuple[str, str, int]:
+    """Return metric, unit and how many units the texts have.
+
+    Raises:
+        SlimError: If blocks of the two sides hold other tokens.
+    """
+    if isinstance(section, TextSection):
+        return "bits_per_byte", BITS, section.bytes
+    if "bytes" in samples[0][0]:
+        return "bits_per_byte", BITS, sum(record["bytes"] for record in samples[0])
+    blocks = [[record.get("ids_sha256") for record in side] for side in samples]
+    if blocks[0] != blocks[1]:
+        raise SlimError(
+            f"{task}: the two models cut the text into other tokens: bits per token do not compare",
+            "compare bits per byte: --task wikitext",
+        )
+    return "bits_per_token", BITS_TOKEN, sum(record["tokens"] for record in samples[0])
 
 
 def _documents(windows: list[Record]) -> list[Record]:

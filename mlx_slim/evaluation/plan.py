@@ -27,6 +27,7 @@ from mlx_slim.evaluation.records import TEXT, EvalState, TrainedOn
 from mlx_slim.evaluation.results import RESULTS, STATE_FILE, Folder
 from mlx_slim.evaluation.score import Target
 from mlx_slim.evaluation.scoring.answer_cache import planned_footprint
+from mlx_slim.evaluation.scoring.documents import DocumentsJob
 from mlx_slim.evaluation.scoring.perplexity import TextDocuments, TextJob, read_texts
 from mlx_slim.evaluation.scoring.requests import RequestEncoder, max_length
 from mlx_slim.evaluation.tasks.prompts import Chat, Question, build_questions
@@ -185,10 +186,12 @@ def _task_job(
     longest: int,
     limit: RowLimit | None,
     notes: list[str],
-) -> TaskJob:
+) -> ScoringJob:
     """Return a task as the model with that tokenizer reads it."""
     selection = task_questions.selection
     task, shots, questions = selection.task, selection.num_fewshot, task_questions.questions
+    if task.kind == "perplexity":
+        return _documents_job(task_questions, options, tokenizer, longest, limit)
     chat = None
     if task.spec.chat:  # rendered as training rows are
         chat = Chat.of(load_template("auto", tokenizer))
@@ -225,6 +228,30 @@ def _task_job(
     )
     job.check_questions()
     return job
+
+
+def _documents_job(
+    task_questions: TaskQuestions,
+    options: EvalOptions,
+    tokenizer: Any,
+    longest: int,
+    limit: RowLimit | None,
+) -> DocumentsJob:
+    selection, rows = task_questions.selection, task_questions.rows
+    unused = {
+        "--apply-chat-template": options.apply_chat_template,
+        "--system": options.system is not None,
+        "--num-fewshot": bool(selection.num_fewshot),
+    }
+    if named := [option for option, is_set in unused.items() if is_set]:
+        raise SlimError(
+            f"{selection.task.name} predicts a text as it is, without {', '.join(named)}",
+            "score it in a run of its own, with its own -o",
+        )
+    encoder = RequestEncoder(tokenizer, longest, limit=limit)
+    return DocumentsJob(
+        selection.task, rows.checksum, options.limit, task_questions.questions, encoder
+    )
 
 
 def _target(

@@ -46,8 +46,8 @@ def dense(base: np.ndarray, tuned: np.ndarray, keep: float, rank: int) -> np.nda
     before = np.linalg.svd(base, full_matrices=False)[0]
     u, s, vt = np.linalg.svd(tuned, full_matrices=False)
     intruding = np.abs(before.T @ u[:, :10]).max(axis=0) < 0.5
-    parts = (u[:, :10] * s[:10])[:, intruding] @ vt[:10][intruding]
-    u, s, vt = np.linalg.svd(tuned + (keep - 1) * parts - base, full_matrices=False)
+    intruders = (u[:, :10] * s[:10])[:, intruding] @ vt[:10][intruding]
+    u, s, vt = np.linalg.svd(tuned + (keep - 1) * intruders - base, full_matrices=False)
     return (u[:, :rank] * s[:rank]) @ vt[:rank]
 
 

@@ -7,6 +7,8 @@ errors are those of the harness: √(p(1−p)/(n−1)), and for a task with subt
 pooled by size. Where none is defined (n = 1) it is None. Try it:
 ``mlx-slim eval MODEL --task mmlu --limit 5 -o out``.
 
+    mc2         probability of the right choices, of the sum over all: a fraction of each question;
+                its standard error is that of a mean
     macro F1    mean over the classes that occur (as answer or prediction) of 2·TP/(2·TP + FP + FN);
                 its standard error is the jackknife's
     micro       all questions alike: Σk / Σn
@@ -77,7 +79,31 @@ def record_choice(
     if "acc_norm" in task.metrics:
         per_character = [v / length for v, length in zip(values, question.lengths, strict=True)]
         record["acc_norm"] = int(_first_best(per_character) in question.targets)
+    if "mc2" in task.metrics:
+        largest = max(values)  # subtracted, so that not all of them underflow
+        chances = [math.exp(value - largest) for value in values]
+        right = math.fsum(chances[int(place)] for place in question.targets)
+        record["mc2"] = right / math.fsum(chances)
     return record
+
+
+def record_document(
+    question: Question, loglikelihood: float, tokens: int, **more: int | str
+) -> Record:
+    """Return the record of a text that was predicted.
+
+    Args:
+        question: The text, or the block.
+        loglikelihood: Of all its tokens that are predicted, natural logarithm.
+        tokens: How many those are.
+        more: Further keys: ``words`` and ``bytes`` of a document, ``ids_sha256`` of a block.
+    """
+    return {
+        "doc_id": question.doc_id,
+        "loglikelihood": loglikelihood,
+        "tokens": tokens,
+        **more,
+    }
 
 
 def record_generation(task: Task, question: Question, text: str, stop_reason: str) -> Record:
@@ -161,6 +187,10 @@ def pooled_stderr(errors: Sequence[float | None], sizes: Sequence[int]) -> float
 
 def summarize(task: Task, records: Sequence[Mapping[str, Any]]) -> TaskSummary:
     """Return the figures over the records of one task; its groups too where it has subtasks."""
+    if task.kind == "perplexity":
+        return TaskSummary(
+            len(records), {name: Figure(perplexity(name, records)) for name in task.metrics}
+        )
     if not task.subtasks:
         return TaskSummary(len(records), {name: figure(name, records) for name in task.metrics})
     assert task.spec.subgroups is not None  # it has subtasks
@@ -191,8 +221,21 @@ def figure(metric: str, records: Sequence[Mapping[str, Any]]) -> Figure:
     """Return a metric over records of one task."""
     if metric == "macro_f1":
         return _macro_f1([(record["target"], record["prediction"]) for record in records])
-    k, n = sum(record[metric] for record in records), len(records)
+    values, n = [record[metric] for record in records], len(records)
+    if any(isinstance(value, float) for value in values):
+        mean = math.fsum(values) / n
+        spread = math.fsum((value - mean) ** 2 for value in values)
+        return Figure(mean, math.sqrt(spread / (n - 1) / n) if n > 1 else None)
+    k = sum(values)
     return Figure(k / n if n else 0.0, stderr(k, n), k)
+
+
+def perplexity(metric: str, records: Sequence[Mapping[str, Any]]) -> float:
+    """Return a metric over the texts of a task, each of its units alike."""
+    nats = -math.fsum(record["loglikelihood"] for record in records)
+    unit = {"word_perplexity": "words", "byte_perplexity": "bytes", "bits_per_byte": "bytes"}
+    each = nats / sum(record[unit.get(metric, "tokens")] for record in records)
+    return each / math.log(2) if metric.startswith("bits_per_") else math.exp(min(each, 700.0))
 
 
 def _group(
@@ -206,7 +249,7 @@ def _group(
         figures = [summary.metrics[metric] for summary in subtasks]
         errors = [figure.stderr for figure in figures]
         micro[metric] = figure(metric, records)
-        if micro[metric].k is not None:
+        if metric != "macro_f1":
             micro[metric] = replace(micro[metric], stderr=pooled_stderr(errors, sizes))
         defined = [error for error in errors if error is not None]
         alone = len(defined) < len(errors) or not errors

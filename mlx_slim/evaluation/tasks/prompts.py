@@ -9,7 +9,8 @@ Try it: ``mlx-slim tasks mmlu_anatomy``.
 
     description + (prompt + delimiter + answer + separator) × shots + prompt | delimiter + choice
 
-With a ``continuation`` the choices are contexts, and the last part is
+The answer of an example is ``example`` where the task has that. With a ``continuation`` the choices
+are contexts, and the last part is
 
     prompt + choice | delimiter + continuation
 """
@@ -17,6 +18,7 @@ With a ``continuation`` the choices are contexts, and the last part is
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -182,8 +184,10 @@ class _Writer:
         self._description = compile_text(spec.description)
         self._prompt = compile_text(spec.prompt)
         self._target = _compiled(spec.target)
-        after = spec.continuation
-        self._continuation = None if after is None else compile_text(after)
+        self._solved, self._continuation, self._raw = (
+            None if text is None else compile_text(text)
+            for text in (spec.example, spec.continuation, spec.raw)
+        )
         choices = spec.choices or []
         self._one = compile_value(choices) if isinstance(choices, str) else None
         self._each = [] if isinstance(choices, str) else [compile_text(text) for text in choices]
@@ -208,6 +212,8 @@ class _Writer:
             description = _joined(self._chat.system, description, self._task.spec.separator)
         prompt_text = self._run(self._prompt, "prompt", row, place)
         examples = [self._pair(index) for index in self._chosen(part, row)]
+        if self._task.kind == "perplexity":
+            return self._document(doc_id, row, part, prompt_text, place)
         choices = self._choices(row, place)
         target, *others = self._answers(row, choices, place)
         after, contexts = choices, []
@@ -224,6 +230,19 @@ class _Writer:
             others=tuple(others),
             contexts=tuple(self._context(description, examples, text) for text in contexts),
         )
+
+    def _document(
+        self, doc_id: int, row: Mapping[str, Any], part: str | None, text: str, place: str
+    ) -> Question:
+        """Return a text that is predicted; words are what white space separates, as in the harness.
+
+        An empty text at an end counts as a word there.
+        """
+        if not text.strip() and self._task.spec.block is None:
+            raise self._error(place, "the prompt is empty: there is nothing to predict")
+        raw = text if self._raw is None else self._run(self._raw, "raw", row, place)
+        lengths = (len(re.split(r"\s+", raw)), len(raw.encode("utf-8", "surrogatepass")))
+        return Question(doc_id, part, text, (), lengths, "")
 
     def _context(self, description: str, examples: list[tuple[str, str]], prompt: str) -> str:
         """Return description, examples and a prompt as the model reads them."""
@@ -294,6 +313,8 @@ class _Writer:
     def _example(self, index: int, row: Mapping[str, Any]) -> tuple[str, str]:
         place = f"few-shot row {index + 1} of split {self._task.spec.data.shots!r}"
         prompt = self._run(self._prompt, "prompt", row, place)
+        if self._solved is not None:
+            return prompt, self._run(self._solved, "example", row, place)
         choices = self._choices(row, place)
         answer, *_ = self._answers(row, choices, place)
         text = choices[answer] if isinstance(answer, int) else answer

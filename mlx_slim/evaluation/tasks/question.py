@@ -23,7 +23,8 @@ class Question:
         context: The whole prompt, without a delimiter at the end.
         choices: Continuations as scored, delimiter included; none for generation.
         lengths: Characters that ``acc_norm`` divides by: of each choice without its delimiter, or
-            of each context without description and examples.
+            of each context without description and examples. Of a text that is predicted: its words
+            and its UTF-8 bytes, which perplexities divide by.
         target: Place of the right choice, or the right text; where several are right, the first.
         others: The other right ones.
         contexts: Of each choice its own prompt; none where ``context`` stands before all.

@@ -343,7 +343,8 @@ def _checksum(task: Task, rows: Sequence[Mapping[str, Any]]) -> str:
     spec = task.spec
     names = sorted({path.split(".")[0] for path in spec.fields})
     if names:
-        templates = [spec.description, spec.prompt, spec.continuation or ""]
+        optional = (spec.continuation, spec.example, spec.raw)
+        templates = [spec.description, spec.prompt, *(text or "" for text in optional)]
         for one in (spec.target, spec.choices or []):
             templates += [one] if isinstance(one, str) else one
         read = [names_in(text) for text in templates]

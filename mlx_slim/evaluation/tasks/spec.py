@@ -39,8 +39,10 @@ class Task:
 
     @property
     def name(self) -> str:
-        """``mmlu``, ``mmlu_anatomy``."""
-        return self.spec.name if self.part is None else f"{self.spec.name}_{self.part}"
+        """``mmlu``, ``mmlu_anatomy``; spaces of a subtask are written as ``_``."""
+        if self.part is None:
+            return self.spec.name
+        return f"{self.spec.name}_{_word(self.part)}"
 
     @property
     def version(self) -> int:
@@ -49,7 +51,7 @@ class Task:
 
     @property
     def kind(self) -> str:
-        """``multiple_choice`` or ``generation``."""
+        """``multiple_choice``, ``generation`` or ``perplexity``."""
         return self.spec.kind
 
     @property
@@ -67,6 +69,10 @@ class Task:
         """The subtasks that this task's figures are pooled from; none for a plain task."""
         grouped = self.spec.subgroups is not None and self.part is None
         return tuple(self.spec.subgroups.subtasks) if grouped and self.spec.subgroups else ()
+
+
+def _word(part: str) -> str:
+    return part.replace(" ", "_")
 
 
 @dataclass(frozen=True)
@@ -141,9 +147,10 @@ def find_task(name: str | Path) -> Task:
     every = [*shipped, *suites()]
     for whole in shipped:
         if task_name.startswith(f"{whole}_") and (subtasks := _shipped(whole).subtasks):
-            if (part := task_name.removeprefix(f"{whole}_")) in subtasks:
-                return replace(_shipped(whole), part=part)
-            every += [f"{whole}_{part}" for part in subtasks]
+            parts = {_word(part): part for part in subtasks}
+            if (part := task_name.removeprefix(f"{whole}_")) in parts:
+                return replace(_shipped(whole), part=parts[part])
+            every += [f"{whole}_{part}" for part in parts]
     if text in suites():
         names = ", ".join(suites()[text])
         raise SlimError(f"{text} is a suite, not a task", f"its tasks are {names}")

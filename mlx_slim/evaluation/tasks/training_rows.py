@@ -107,6 +107,11 @@ def training_rows(
     Raises:
         SlimError: As ``build_questions``, and if ``skip`` leaves nothing.
     """
+    if task.kind == "perplexity":
+        raise SlimError(
+            f"task:{task.name} has texts, no questions to learn the answers of",
+            "give its rows as a file with a text column",
+        )
     numbers = range(len(task_rows.rows))[skip : None if limit is None else skip + limit]
     if not numbers:
         raise SlimError(

@@ -14,7 +14,8 @@ from tests.evaluation.support import CHOICE, GENERATION, write_task
 
 SHIPPED = {
     "arc_challenge", "arc_easy", "bioasq", "boolq", "demo_exact_match", "gsm8k", "hellaswag",
-    "mmlu", "openbookqa", "piqa", "pubmedqa", "winogrande",
+    "mmlu", "mmlu_pro", "openbookqa", "piqa", "pubmedqa", "truthfulqa_mc2", "wikitext",
+    "wikitext_blocks", "winogrande",
 }  # fmt: skip
 
 
@@ -23,10 +24,12 @@ def test_the_shipped_tasks_are_pinned_and_licensed() -> None:
     assert set(tasks) == SHIPPED
     for task in tasks.values():
         assert task.version >= 1 and task.spec.licence and task.spec.about
-        assert task.metrics and task.spec.data.shots
+        without = task.kind == "perplexity" or task.name == "truthfulqa_mc2"
+        assert task.metrics and (task.spec.data.shots is None) == without
         if task.spec.data.path and "/" in task.spec.data.path and task.name != "demo_exact_match":
             assert len(task.spec.data.revision or "") == 40
-            assert task.spec.fields and task.spec.overlap
+            # The rows of the blocks are lines on the hub, pages in a mirror.
+            assert (task.spec.fields and task.spec.overlap) or task.name == "wikitext_blocks"
 
 
 def test_mmlu_has_57_parts_in_4_categories_each_a_task() -> None:
@@ -41,6 +44,15 @@ def test_mmlu_has_57_parts_in_4_categories_each_a_task() -> None:
         assert (task.name, task.part, task.subtasks) == (f"mmlu_{part}", part, ())
     assert find_task("mmlu-us-foreign-policy").name == "mmlu_us_foreign_policy"
     assert find_task("demo-exact-match") == find_task("demo_exact_match")
+
+
+def test_a_subtask_of_two_words_is_named_with_an_underscore() -> None:
+    task = find_task("mmlu_pro_computer_science")
+    assert (task.name, task.part) == ("mmlu_pro_computer_science", "computer science")
+    assert find_task("mmlu-pro-math").part == "math"
+    assert len(find_task("mmlu_pro").subtasks) == 14
+    with pytest.raises(SlimError, match="no task is called 'mmlu_pro_computer'"):
+        find_task("mmlu_pro_computer")
 
 
 def test_suites_define_their_shots() -> None:
@@ -105,6 +117,9 @@ def test_a_users_task_file(tmp_path: Path) -> None:
     assert write_task(tmp_path, filters).metrics == ("word_match",)
 
 
+TEXTS = "kind: perplexity\ndata: {path: rows.jsonl}\nprompt: '{{ text }}'\n"
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -119,13 +134,20 @@ def test_a_users_task_file(tmp_path: Path) -> None:
         (CHOICE.replace("A:", "{% if %}"), "prompt .*not a Jinja template"),
         (GENERATION + "choices: [a]\n", "generation does not use choices"),
         (GENERATION + "continuation: a\n", "generation does not use continuation"),
+        (CHOICE.replace("target", "example"), "kind multiple_choice needs target"),
+        (CHOICE + "block: 8\n", "multiple_choice does not use block"),
+        (TEXTS + "target: a\n", "perplexity does not use target"),
+        (TEXTS + "until: [a]\n", "perplexity does not use until"),
+        (TEXTS + "block: 8\nraw: a\n", "leave raw out"),
+        (TEXTS + "block: 1\n", "at least 2"),
+        (TEXTS + "metrics: [perplexity]\n", "no metric 'perplexity' for perplexity: known are w"),
         (CHOICE + "continuation: '{{ a'\n", "continuation .*not a Jinja template"),
         (GENERATION + "ignore: ['(']\n", "ignore .*not a valid regular expression"),
         (GENERATION + "filters: {a: {pattern: '['}}\n", "not a valid regular expression"),
         (GENERATION + "metrics: [strict_match]\n", "no metric 'strict_match' for generation"),
         (GENERATION.replace(", shots: rows.jsonl", "") + "num_fewshot: 2\n", "data.shots names no"),
         (GENERATION.replace("kind: generation", "kind: ranking"), "one of multiple_choice, gen"),
-        ("prompt: x\n", "3 problems|kind is missing"),
+        ("prompt: x\n", "kind is missing"),
         ("- a\n", "holds a list"),
         ("", "empty"),
     ],
