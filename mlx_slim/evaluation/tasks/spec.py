@@ -147,10 +147,10 @@ def find_task(name: str | Path) -> Task:
     every = [*shipped, *suites()]
     for whole in shipped:
         if task_name.startswith(f"{whole}_") and (subtasks := _shipped(whole).subtasks):
-            parts = {_word(part): part for part in subtasks}
-            if (part := task_name.removeprefix(f"{whole}_")) in parts:
-                return replace(_shipped(whole), part=parts[part])
-            every += [f"{whole}_{part}" for part in parts]
+            by_word = {_word(part): part for part in subtasks}
+            if (part := by_word.get(task_name.removeprefix(f"{whole}_"))) is not None:
+                return replace(_shipped(whole), part=part)
+            every += [f"{whole}_{word}" for word in by_word]
     if text in suites():
         names = ", ".join(suites()[text])
         raise SlimError(f"{text} is a suite, not a task", f"its tasks are {names}")

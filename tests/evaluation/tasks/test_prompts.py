@@ -73,7 +73,7 @@ def test_every_task_renders_every_row_of_the_mirror(data_mirror: Path, name: Any
 
 def test_all_shipped_tasks_are_rendered_above() -> None:
     assert {task.name for task in list_tasks()} - set(SIZES) == {
-        "bioasq", "mmlu_pro", "truthfulqa_mc2",  # over rows of our own: test_own_rows.py
+        "bioasq", "mmlu_pro", "truthfulqa_mc2",  # over rows of our own: test_exam_rows.py
     }  # fmt: skip
 
 

@@ -164,10 +164,14 @@ def test_mc2_of_truthfulqa(sides: Sides) -> None:
     for question, row, record, scores in zip(questions, rows, records, expected, strict=True):
         assert record["loglikelihoods"] == pytest.approx([ll for ll, _ in scores], abs=1e-2)
         assert record["mc2"] == pytest.approx(theirs.process_results(row, scores)["acc"], abs=1e-3)
-        made = [-noise.uniform(0, 30) for _ in scores]
-        ours_made = record_choice(task, question, made, [False] * len(made))["mc2"]
-        theirs_made = theirs.process_results(row, [(value, False) for value in made])["acc"]
-        assert ours_made == pytest.approx(theirs_made, abs=1e-9)
+        random_values = [-noise.uniform(0, 30) for _ in scores]
+        our_fraction = record_choice(task, question, random_values, [False] * len(random_values))[
+            "mc2"
+        ]
+        their_fraction = theirs.process_results(row, [(value, False) for value in random_values])[
+            "acc"
+        ]
+        assert our_fraction == pytest.approx(their_fraction, abs=1e-9)
     mean = theirs.aggregation()["acc"](
         [theirs.process_results(r, s)["acc"] for r, s in zip(rows, expected, strict=True)]
     )
