@@ -48,7 +48,10 @@ The record names the chip, its memory, the versions and the figures: no user, no
 
 
 def records(folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """Return the records of all machines, in the order of their files' names."""
+    """Return the records of all machines, in the order of their files' names.
+
+    Those of ``doctor --self-test`` have no speeds.
+    """
     return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
 
 
@@ -97,7 +100,7 @@ def page(machines: list[dict[str, Any]]) -> str:
         "time of all": [human_duration(one["seconds"]) for one in machines],
     }
     head = ["", *(device["name"] for device in names)]
-    speeds = [_speeds(one["suite"]) for one in machines]
+    speeds = [_speeds(one["suite"]) if "suite" in one else {} for one in machines]
     checks = [{check["check"]: check for check in one["checks"]} for one in machines]
     return (
         "\n\n".join(

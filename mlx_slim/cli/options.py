@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import shlex
 import types
 from collections.abc import Callable
 from functools import wraps
@@ -27,7 +28,10 @@ from typing import (
 
 import click
 
+from mlx_slim.artifacts import is_hub_id
+from mlx_slim.config import library
 from mlx_slim.config.options import KEY, CommandLine
+from mlx_slim.errors import SlimError
 from mlx_slim.next_steps import NextStep
 
 if TYPE_CHECKING:
@@ -161,6 +165,21 @@ def show_next(*steps: NextStep) -> None:
     click.echo("next:", err=True)
     for one in steps:
         click.echo(f"  {one.why:<{width}}  {one.command}", err=True)
+
+
+def refuse_model(name: str) -> None:
+    """Refuse a model where a recipe belongs; a folder that is called like a recipe is no model.
+
+    Raises:
+        SlimError: With what trains it.
+    """
+    if name.endswith((".yaml", ".yml")) or name in library.names("recipes"):
+        return
+    if Path(name).expanduser().is_dir() or ("/" in name and is_hub_id(name)):
+        raise SlimError(
+            f"{name} is a model, not a recipe",
+            f"train it on rows: mlx-slim train {shlex.quote(name)} --data ROWS -o RUN",
+        )
 
 
 def recipe_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mlx_slim.cli.options import alive, recipe_names, show_next
+from mlx_slim.cli.options import alive, recipe_names, refuse_model, show_next
 from mlx_slim.errors import SlimError
 from mlx_slim.next_steps import step
 
 if TYPE_CHECKING:
     from mlx_slim.config.load import Resolved
     from mlx_slim.planner.memory import Prediction
+    from mlx_slim.planner.suggest import Suggestion
 
 
 def on_a_mac(name: str) -> tuple[Prediction, int | None]:
@@ -147,7 +148,7 @@ def _text(resolved: Resolved, prediction: Prediction, note: str) -> str:
         width = max(len(s.set) for s in prediction.suggestions)
         for s in prediction.suggestions:
             cost = ", ".join(filter(None, [f"{s.time:.2f} x the time", s.cost]))
-            over = "" if s.predicted_peak_bytes <= prediction.budget_bytes else "  (still too much)"
+            over = "" if _fits(s, prediction) else "  (still too much)"
             size = human_bytes(s.predicted_peak_bytes)
             lines.append(f"  {s.set:<{width}}  {size:>8}  {cost}{over}")
     return "\n".join(lines)
@@ -174,9 +175,9 @@ def command(
 ) -> None:
     """Predict peak memory, time and disk of RECIPE (a name or a .yaml file)."""
     if as_macs:
-        from mlx_slim.planner.macs import markdown
+        from mlx_slim.planner.macs import as_records, markdown
 
-        click.echo(markdown())
+        click.echo(json.dumps(as_records(), indent=2) if as_json else markdown())
         return
     if as_table:
         with alive():
@@ -189,6 +190,7 @@ def command(
     from mlx_slim.finetuning.profile import probe as take_steps
     from mlx_slim.planner.run import plan
 
+    refuse_model(recipe)
     resolved = load_recipe(recipe, overrides)
     steps = take_steps if probe else None
     with alive():
@@ -201,4 +203,13 @@ def command(
         click.echo(_text(resolved, prediction, note))
         command = "train" if resolved.recipe.distill is None else "distill"
         words = ["mlx-slim", command, recipe, *overrides]
+        if not prediction.fits:
+            fitting = [s for s in prediction.suggestions if _fits(s, prediction)]
+            if not fitting:
+                return
+            words += fitting[0].set.split()
         show_next(step("run it", *words, "-o", f"runs/{resolved.name}"))
+
+
+def _fits(suggestion: Suggestion, prediction: Prediction) -> bool:
+    return suggestion.predicted_peak_bytes <= prediction.budget_bytes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -11,8 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from mlx_slim.artifacts import is_hub_id
-from mlx_slim.cli.options import alive, run_options, show_next
+from mlx_slim.cli.options import alive, refuse_model, run_options, show_next
 from mlx_slim.config.load import Resolved, load_recipe, render
 from mlx_slim.config.schema import Method
 from mlx_slim.errors import SlimError
@@ -28,7 +26,13 @@ if TYPE_CHECKING:
     "mlx-slim train MODEL --data rows.jsonl -o runs/mine",
 )
 @run_options
-@click.option("--data", metavar="ROWS", help="Train a model on these rows, without a recipe.")
+@click.option(
+    "--data",
+    metavar="ROWS",
+    multiple=True,
+    callback=lambda _context, _parameter, values: _one_source(values),
+    help="Train a model on these rows, without a recipe.",
+)
 @click.option(
     "--method", type=click.Choice(get_args(Method)), help="With --data: the method to use."
 )
@@ -67,7 +71,7 @@ def command(
                 f"{used[0]} can be given only with --data",
                 "with a recipe, set its keys: method=lora, memory.budget=12GB, train.epochs=1",
             )
-        _refuse_model(recipe)
+        refuse_model(recipe)
         resolved = load_recipe(recipe, overrides)
     else:
         out = out or Path("runs") / (Path(data).stem or "run")
@@ -86,19 +90,18 @@ def command(
     go(finetune, resolved, out, resume=resume, mode=mode)
 
 
-def _refuse_model(name: str) -> None:
-    """Refuse a model where a recipe belongs.
+def _one_source(values: tuple[str, ...]) -> str | None:
+    """Return the value of ``--data``.
 
     Raises:
-        SlimError: With what trains it.
+        SlimError: If it is given more than once: click would take the last one only.
     """
-    if name.endswith((".yaml", ".yml")):
-        return
-    if Path(name).expanduser().is_dir() or ("/" in name and is_hub_id(name)):
+    if len(values) > 1:
         raise SlimError(
-            f"{name} is a model, not a recipe",
-            f"train it on rows: mlx-slim train {shlex.quote(name)} --data ROWS -o RUN",
+            f"--data is given {len(values)} times: {', '.join(values)}",
+            "name a folder that holds the files, or list them under data.path in a recipe",
         )
+    return values[0] if values else None
 
 
 def _started(

@@ -58,6 +58,19 @@ def recognised(names: Iterable[str]) -> dict[str, str] | None:
     return names | ({"input": contexts[0]} if contexts else {})
 
 
+def answers(value: Mapping[str, Any]) -> list[str]:
+    """Return the columns of a row that are called like an answer and hold a text, number or flag.
+
+    >>> answers({"text": "Too slow.", "label": 0, "id": 7})
+    ['label']
+    """
+    return [
+        name
+        for name, item in value.items()
+        if name.lower() in _MORE_ANSWER and isinstance(item, str | int | float)
+    ]
+
+
 def proposal(value: Mapping[str, Any], format: str = "auto") -> str:
     """Return what to do with a row whose columns are not known: the option that reads it.
 

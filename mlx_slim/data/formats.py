@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_slim.data.columns import option, proposal, recognised
+from mlx_slim.data.columns import answers, option, proposal, recognised
 from mlx_slim.data.conversations import is_prompt_list, read_conversation, with_turns
 from mlx_slim.data.sources import RawRow
 from mlx_slim.errors import SlimError, did_you_mean
@@ -141,6 +141,8 @@ def read_example(
     renamed = _under(renamed, recognized)
     value = {key: item for key, item in renamed.items() if item is not None}
     kind = _kind(value) if format == "auto" else format
+    if value.get("label") is False and kind in ("alpaca", "completions"):
+        raise Dropped("label false: an answer that is not wanted")  # as TRL's KTOTrainer reads it
     if kind == "completions":
         value = with_turns(value)
     if kind == "chat" or (kind == "completions" and is_prompt_list(value)):
@@ -186,7 +188,8 @@ def _recognized_names(row: RawRow, columns: JsonObject) -> dict[str, str]:
     Columns that are null count only where the others do not say it: a row without its answer.
 
     Raises:
-        SlimError: If ``text`` stands beside a question and its answer, and is not both of them.
+        SlimError: If ``text`` stands beside an answer, or a question and its answer, and does not
+            hold them.
     """
     value = {key: item for key, item in columns.items() if item is not None}
     for names in (value, columns):
@@ -194,18 +197,31 @@ def _recognized_names(row: RawRow, columns: JsonObject) -> dict[str, str]:
         if _complete(names) and not beside:
             return {}
         if (renames := recognised(name for name in names if name != "text")) is not None:
-            texts = [str(names[theirs] or "").strip() for theirs in renames.values()]
-            if beside and not all(part in str(names["text"]) for part in texts):
-                raise SlimError(
-                    f"{row.place} has both 'text' and {', '.join(renames.values())}: it is unclear "
-                    "which one to train on",
-                    f"data.format=text trains on the text, {shlex.quote(option(renames))} on the "
-                    "answer",
-                )
+            if beside:
+                _refuse_beside(row, names["text"], names, renames)
             return renames
         if beside:
+            for theirs in answers(names):
+                _refuse_beside(row, names["text"], names, {"prompt": "text", "completion": theirs})
             return {}
     return {}
+
+
+def _refuse_beside(
+    row: RawRow, text: Any, value: Mapping[str, Any], renames: Mapping[str, str]
+) -> None:
+    """Refuse a row of which ``text`` does not hold the other texts that it could be read as.
+
+    Raises:
+        SlimError: With the option for either.
+    """
+    others = [theirs for theirs in renames.values() if theirs != "text"]
+    if all(isinstance(value[one], str) and value[one].strip() in str(text) for one in others):
+        return
+    raise SlimError(
+        f"{row.place} has both 'text' and {', '.join(others)}: it is unclear which one to train on",
+        f"data.format=text trains on the text, {shlex.quote(option(renames))} on the answer",
+    )
 
 
 def _under(row: JsonObject, names: Mapping[str, str]) -> JsonObject:

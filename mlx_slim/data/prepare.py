@@ -30,7 +30,7 @@ from mlx_slim.data.pipeline import (
     tokenize_source,
 )
 from mlx_slim.data.sources import Source
-from mlx_slim.data.split import choose_validation, quotas, weighted
+from mlx_slim.data.split import no_row_left, quotas, split_rows, weighted
 from mlx_slim.data.store import TokenStore, TokenWriter
 from mlx_slim.data.workers import Workers
 from mlx_slim.errors import RowLimit, SlimError
@@ -254,18 +254,13 @@ def _write(
             raise SlimError(
                 f"no row of the validation file {validation_source[0].name} can be used"
             )
-        validation, candidates = np.arange(len(held_hashes)), np.arange(len(hashes))
+        validation, candidates = np.arange(len(held_hashes)), len(hashes)
+        remaining = np.flatnonzero(~np.isin(hashes, held_hashes))
     else:
-        validation = choose_validation(config.validation, len(hashes), seed)
-        held_hashes = hashes[validation]
-        candidates = np.setdiff1d(np.arange(len(hashes)), validation)
-    leaked = np.isin(hashes[candidates], held_hashes)
-    remaining = candidates[~leaked]
+        validation, remaining = split_rows(config.validation, hashes, seed)
+        candidates = len(hashes) - len(validation)
     if not len(remaining):
-        raise SlimError(
-            f"no training row is left: all {len(candidates):,} are in the validation set too",
-            "set data.validation=0, or give other rows",
-        )
+        raise no_row_left(candidates)
     train = weighted(remaining, bounds, [source.weight for _, source in sources], seed)
     np.save(folder / "train.npy", train)
     np.save(folder / "validation.npy", validation)
@@ -283,7 +278,7 @@ def _write(
         "truncation": config.truncation,
         "sources": [ledger.as_record() for ledger in ledgers],
         "totals": asdict(totals(ledgers, hashes)),
-        "split": split_ledger(config.validation, train, validation, int(leaked.sum())),
+        "split": split_ledger(config.validation, train, validation, candidates - len(remaining)),
         "evaluation_overlap": checker.report(),
     }
     if validation_ledger:

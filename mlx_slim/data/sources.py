@@ -170,6 +170,10 @@ def find_local(config: SourceConfig) -> Source | None:
             f"{config.path} is a task, but rows of a file or a data set are expected here",
             "only train and distill can read tasks",
         )
+    if not config.path.strip():  # an unset variable of a shell: as a path it is the working folder
+        raise SlimError(
+            "the path of the rows is empty", "name a file, a folder or a data set of the hub"
+        )
     path = Path(config.path).expanduser()
     files = _data_files(path, config.split)
     if files is None and (listed := split_folder(config.path)) is not None:

@@ -32,6 +32,32 @@ def choose_validation(setting: float | str, rows: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng([seed, 1]).permutation(rows)[:count])
 
 
+def no_row_left(candidates: int) -> SlimError:
+    """Return the refusal of ``candidates`` training rows that are all validation rows too."""
+    return SlimError(
+        f"no training row is left: all {candidates:,} are in the validation set too",
+        "set data.validation=0, or give other rows",
+    )
+
+
+def split_rows(
+    setting: float | str, hashes: np.ndarray, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the indices of the validation rows, and of those that are left to train on.
+
+    Args:
+        setting: ``data.validation``, a fraction below 1 or a count.
+        hashes: Of each row's tokens, (N,): a row that equals a validation row is not trained on.
+        seed: Of the recipe.
+
+    Raises:
+        SlimError: If there are not more rows than a count asks for.
+    """
+    validation = choose_validation(setting, len(hashes), seed)
+    others = np.setdiff1d(np.arange(len(hashes)), validation)
+    return validation, others[~np.isin(hashes[others], hashes[validation])]
+
+
 def weighted(
     rows_left: np.ndarray, bounds: list[int], weights: list[float], seed: int
 ) -> np.ndarray:

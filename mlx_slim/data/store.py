@@ -176,6 +176,10 @@ class TokenStore:
         span = slice(start, start + int(self.lengths[i]))
         return self._ids[span], self._mask[span]
 
+    def hashes(self) -> np.ndarray:
+        """Return a hash of every row's ids, uint64 (N,): equal rows have equal hashes."""
+        return np.array([_hash(self.row(i)[0]) for i in range(len(self))], np.uint64)
+
     def weights(self, i: int) -> np.ndarray | None:
         """Return the loss weights of row ``i``, float32 (T,); None where all targets' are 1."""
         if self._weights is None:

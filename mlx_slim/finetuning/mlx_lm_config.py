@@ -2,8 +2,8 @@
 
 Invariant: every key of the file is translated, or listed as one without a counterpart, or refused;
 keys that the file leaves out have mlx-lm's defaults, so the recipe is the run that mlx-lm would
-make, but for the differences that are listed. Defaults and keys are those of mlx-lm 0.32
-(``mlx_lm/lora.py``). Try it: ``mlx-slim recipes --from-mlx-lm lora_config.yaml``.
+make, but for the differences that are listed. Try it:
+``mlx-slim recipes --from-mlx-lm lora_config.yaml``.
 """
 
 from __future__ import annotations
@@ -14,57 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from mlx_slim.config.load import Resolved, from_layers
-from mlx_slim.config.problems import Keys
-from mlx_slim.config.read import read_mapping
 from mlx_slim.config.recipe_file import recipe_text
 from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError, did_you_mean
+from mlx_slim.finetuning.mlx_lm_file import DEFAULTS, LORA, SCHEDULE, SOURCE, ConfigFile, read_file
 from mlx_slim.planner.rows import expected_rows
-from mlx_slim.reading import JsonObject, short, shown
+from mlx_slim.reading import JsonObject
 
-DEFAULTS: JsonObject = {
-    "model": "Qwen/Qwen3-0.6b",
-    "train": False,
-    "fine_tune_type": "lora",
-    "optimizer": "adam",
-    "optimizer_config": {},
-    "data": "mlx-community/WikiSQL",
-    "hf_dataset": None,
-    "prompt_feature": None,
-    "completion_feature": None,
-    "text_feature": None,
-    "chat_feature": None,
-    "seed": 0,
-    "num_layers": 16,
-    "batch_size": 4,
-    "iters": 1000,
-    "val_batches": 25,
-    "learning_rate": 1e-5,
-    "steps_per_report": 10,
-    "steps_per_eval": 200,
-    "resume_adapter_file": None,
-    "adapter_path": "adapters",
-    "save_every": 100,
-    "test": False,
-    "test_batches": 500,
-    "max_seq_length": 2048,
-    "config": None,
-    "grad_checkpoint": False,
-    "grad_accumulation_steps": 1,
-    "clear_cache_threshold": 0,
-    "lr_schedule": None,
-    "lora_parameters": {},
-    "mask_prompt": False,
-    "report_to": None,
-    "project_name": None,
-    "trust_remote_code": False,
-}
-LORA: JsonObject = {"rank": 8, "dropout": 0.0, "scale": 20.0, "keys": None}
-SCHEDULE: JsonObject = {"name": None, "arguments": None, "warmup": 0, "warmup_init": 0.0}
-SOURCE = (
-    *("path", "config", "train_split", "valid_split", "test_split"),
-    *("prompt_feature", "completion_feature", "text_feature", "chat_feature"),
-)
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
 _OPTIONS = ("betas", "eps", "weight_decay", "bias_correction")
 # of mlx's classes, where they have one
@@ -117,49 +73,6 @@ class Translation:
         return from_layers([(self.values, "mlx_lm.lora")], name)
 
 
-@dataclass(frozen=True)
-class _File:
-    """The keys of a file with mlx-lm's defaults; errors name file and line."""
-
-    path: Path
-    values: JsonObject
-    lines: dict[Keys, int]
-
-    def place(self, *keys: str) -> str:
-        """Return file and line of a key."""
-        line = self.lines.get(keys)
-        return f"{short(self.path)}, line {line}" if line else short(self.path)
-
-    def error(self, keys: Keys, expected: str, hint: str = "") -> SlimError:
-        """Return the refusal of a value."""
-        value: Any = self.values
-        for key in keys:
-            value = value.get(key)
-        text = f"{self.place(*keys)}: {'.'.join(keys)} is {shown(value)}, expected {expected}"
-        return SlimError(text, hint)
-
-    def whole(self, key: str, least: int = 1) -> int:
-        """Return a whole number of at least ``least``."""
-        value = self.values[key]
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise self.error((key,), f"a whole number from {least}")
-        return value
-
-    def inner(self, key: str, defaults: JsonObject) -> JsonObject:
-        """Return a mapping under ``key`` with defaults; unknown keys are refused."""
-        value = self.values[key] or {}
-        if not isinstance(value, dict):
-            raise self.error((key,), "`key: value` lines")
-        for name in value:
-            if name not in defaults:
-                hint = did_you_mean(name, defaults)
-                if (key, name) == ("lora_parameters", "alpha"):
-                    hint = "mlx-lm has scale instead: alpha / rank"
-                where = self.place(key, name)
-                raise SlimError(f"{where}: {key}.{name} is not a key of mlx_lm.lora", hint)
-        return {**defaults, **value}
-
-
 def read_mlx_lm(path: Path) -> tuple[Recipe, str, Translation]:
     """Return the recipe of an ``mlx_lm.lora`` configuration, its file, and what differs.
 
@@ -169,22 +82,11 @@ def read_mlx_lm(path: Path) -> tuple[Recipe, str, Translation]:
     Raises:
         SlimError: If it cannot be read, or holds a key or a value that mlx-lm does not know.
     """
-    content, lines = read_mapping(path)
-    for key in content:
-        if key not in DEFAULTS:
-            place = f"{short(path)}, line {lines[(key,)]}"
-            raise SlimError(
-                f"{place}: {key} is not a key of mlx_lm.lora", did_you_mean(key, DEFAULTS)
-            )
-    values = {
-        key: content[key] if content.get(key) is not None else default
-        for key, default in DEFAULTS.items()
-    }
-    file, result = _File(path, values, lines), Translation()
+    file, result = read_file(path), Translation()
     for translate in (_model, _adapter, _data, _optimizer, _schedule, _steps, _others):
         translate(file, result)
     for key, instead in _ABSENT.items():
-        if key in content and content[key] not in (None, False, DEFAULTS[key]):
+        if file.values[key] not in (False, DEFAULTS[key]):
             result.absent.append(f"{key}: {instead}")
     resolved = result.resolved(path.stem)
     _batches(file, result, resolved.recipe)
@@ -196,7 +98,7 @@ def read_mlx_lm(path: Path) -> tuple[Recipe, str, Translation]:
     return recipe, recipe_text(recipe, result.reasons, header), result
 
 
-def _model(file: _File, result: Translation) -> None:
+def _model(file: ConfigFile, result: Translation) -> None:
     kind = file.values["fine_tune_type"]
     if kind not in ("lora", "dora", "full"):
         raise file.error(("fine_tune_type",), "lora, dora or full")
@@ -207,7 +109,7 @@ def _model(file: _File, result: Translation) -> None:
         result.absent.append("train: false, which only tests; this recipe trains")
 
 
-def _adapter(file: _File, result: Translation) -> None:
+def _adapter(file: ConfigFile, result: Translation) -> None:
     layers = file.whole("num_layers", -1)
     if file.values["fine_tune_type"] == "full":
         if layers > 0:
@@ -233,7 +135,7 @@ def _adapter(file: _File, result: Translation) -> None:
     )
 
 
-def _data(file: _File, result: Translation) -> None:
+def _data(file: ConfigFile, result: Translation) -> None:
     source: JsonObject = {}
     path = file.values["data"]
     if (dataset := file.values["hf_dataset"]) is not None:
@@ -274,7 +176,7 @@ def _data(file: _File, result: Translation) -> None:
     )
 
 
-def _optimizer(file: _File, result: Translation) -> None:
+def _optimizer(file: ConfigFile, result: Translation) -> None:
     name = file.values["optimizer"]
     if name not in OPTIMIZERS:
         raise file.error(("optimizer",), "one of " + ", ".join(OPTIMIZERS))
@@ -286,7 +188,7 @@ def _optimizer(file: _File, result: Translation) -> None:
     decay = options.get("weight_decay", _DECAY[name])
     result.set("train.weight_decay", decay, f"of mlx's {name}")
     if decay:
-        result.differences.append("weight decay: mlx decays vectors too, here matrices only")
+        result.set("train.decay_all", True, "mlx decays vectors too")
     result.set("train.clip", 0.0, "mlx-lm does not clip gradients")
     if name in ("adam", "adamw") and not options.get("bias_correction", False):
         result.differences.append(
@@ -298,20 +200,15 @@ def _optimizer(file: _File, result: Translation) -> None:
             result.absent.append(f"optimizer_config.{name}.{key}: mlx's default is used")
 
 
-def _schedule(file: _File, result: Translation) -> None:
+def _schedule(file: ConfigFile, result: Translation) -> None:
     rate, kind, warmup, floor = file.values["learning_rate"], "constant", 0, 0.0
     if file.values["lr_schedule"] is not None:
         chosen = file.inner("lr_schedule", SCHEDULE)
         arguments = chosen["arguments"]
-        if (
-            not isinstance(arguments, list)
-            or not all(
-                isinstance(one, int | float) and not isinstance(one, bool) for one in arguments
-            )
-            or not arguments
-            or arguments[0] <= 0
-        ):
-            raise file.error(("lr_schedule", "arguments"), "a list of numbers, the rate first")
+        if not _is_schedule(arguments):
+            expected = "a list of numbers, the first one, the rate, above 0"
+            hint = "a rise from 0 is lr_schedule.warmup: STEPS"
+            raise file.error(("lr_schedule", "arguments"), expected, hint)
         rate, warmup = arguments[0], chosen["warmup"]
         kind, floor = _shape(file, chosen["name"], arguments, result)
         if chosen["warmup_init"]:
@@ -325,12 +222,22 @@ def _schedule(file: _File, result: Translation) -> None:
     result.set("train.min_lr_ratio", floor, "of the end of lr_schedule")
 
 
+def _is_schedule(arguments: Any) -> bool:
+    """Return whether these are the arguments of a schedule that begins at a rate above 0."""
+    if not isinstance(arguments, list) or not arguments:
+        return False
+    numbers = all(isinstance(one, int | float) and one is not True for one in arguments)
+    return numbers and arguments[0] > 0
+
+
 def _shape(
-    file: _File, name: Any, arguments: list[float], result: Translation
+    file: ConfigFile, name: Any, arguments: list[float], result: Translation
 ) -> tuple[str, float]:
     """Return our schedule for one of mlx's, and the final rate as a fraction of the first."""
     if name == "cosine_decay":
-        steps, end = (*arguments[1:3], 0.0, 0.0)[:2] if len(arguments) < 3 else arguments[1:3]
+        if len(arguments) < 2:
+            raise file.error(("lr_schedule", "arguments"), "the rate and the steps of its decay")
+        steps, end = (*arguments[1:3], 0.0)[:2]
         kind = "cosine"
     elif name == "linear_schedule" and len(arguments) == 3 and arguments[1] <= arguments[0]:
         kind, end, steps = "linear", arguments[1], arguments[2]
@@ -348,7 +255,7 @@ def _shape(
     return kind, float(f"{end / arguments[0]:.6g}")
 
 
-def _steps(file: _File, result: Translation) -> None:
+def _steps(file: ConfigFile, result: Translation) -> None:
     pieces = file.whole("grad_accumulation_steps")
     iterations = file.whole("iters")
     steps = max(1, iterations // pieces)
@@ -363,7 +270,7 @@ def _steps(file: _File, result: Translation) -> None:
         result.set(f"train.{ours}", every, f"{theirs}, in optimizer steps")
 
 
-def _others(file: _File, result: Translation) -> None:
+def _others(file: ConfigFile, result: Translation) -> None:
     result.set("train.max_length", file.whole("max_seq_length"), "max_seq_length")
     result.set("train.grad_checkpoint", file.values["grad_checkpoint"], "grad_checkpoint")
     trackers = [name.strip() for name in str(file.values["report_to"] or "").split(",")]
@@ -375,24 +282,44 @@ def _others(file: _File, result: Translation) -> None:
         result.set("adapter.init_from", str(folder), "the folder of resume_adapter_file")
 
 
-def _batches(file: _File, result: Translation, recipe: Recipe) -> None:
-    """Set the tokens of a micro-batch, from its rows and their length where they can be read."""
-    rows, longest = file.whole("batch_size"), recipe.train.max_length
+def _batches(file: ConfigFile, result: Translation, recipe: Recipe) -> None:
+    """Set the tokens of a micro-batch, from its rows and their length where they can be read.
+
+    A micro-batch holds the longest row at least. Where that is more than mlx-lm's rows have, fewer
+    micro-batches are accumulated, and what a step has more even so is said.
+    """
+    rows, pieces, longest = (
+        file.whole("batch_size"),
+        recipe.train.accumulate,
+        recipe.train.max_length,
+    )
     estimate = None
     with contextlib.suppress(SlimError):  # the data may be on another machine
         estimate = expected_rows(recipe, local=True)
+    mean = longest if estimate is None else max(1, round(estimate.tokens / estimate.rows))
+    tokens = max(longest, rows * mean)
+    basis = f"{rows} rows of about {mean:,} tokens"
     if estimate is None:
-        tokens = rows * longest
         basis = f"{rows} rows of {longest:,} tokens: the data is not here to count them"
-    else:
-        mean = max(1, round(estimate.tokens / estimate.rows))
-        tokens, basis = max(longest, rows * mean), f"{rows} rows of about {mean:,} tokens"
+    elif tokens > rows * mean:
+        basis += f"; as large as the longest row (max_seq_length={longest:,})"
+    accumulate = max(1, round(pieces * rows * mean / tokens))
     result.set("train.batch_tokens", tokens, f"batch_size: {basis}")
+    if accumulate < pieces:
+        why = f"grad_accumulation_steps={pieces}, of smaller batches"
+        result.set("train.accumulate", accumulate, why)
     result.differences.append(
         f"batches: mlx-lm's have {rows} rows, whatever their length; here {tokens:,} tokens are "
         f"the most ({basis}), many short rows or few long ones"
     )
-    if recipe.train.accumulate > 1:
+    ours, theirs = round(accumulate * tokens / mean), pieces * rows
+    if ours > 1.2 * theirs:
+        result.differences.append(
+            f"rows of a step: about {ours:,}, mlx-lm's has {theirs:,}, so that the same steps "
+            f"train on {ours / theirs:.1f} times the rows; with a lower train.max_length (longer "
+            "rows are cut) train.batch_tokens can be lower too"
+        )
+    if pieces > 1:
         result.differences.append(
             "accumulation: mlx-lm averages the means of the batches; here every token counts alike"
         )

@@ -58,6 +58,8 @@ def resolve_config(source: str | Path, revision: str | None = None) -> Path:
 
 def _resolve(source: str | Path, revision: str | None, patterns: list[str]) -> Path:
     text = str(source)
+    if not text.strip():  # as a path it is the working folder
+        raise SlimError("the name of the model is empty", "name a folder or a model of the hub")
     path = Path(text).expanduser()
     exists(path)  # a name that no file can have is refused here
     if path.is_dir():

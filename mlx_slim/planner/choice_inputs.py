@@ -24,7 +24,7 @@ from mlx_slim.data.ledger import RowTotals, SourceLedger
 from mlx_slim.data.pipeline import Pipeline, PreparedRow
 from mlx_slim.data.prepare import LEDGER_FILE, prepare
 from mlx_slim.data.sources import find_local
-from mlx_slim.data.split import choose_validation
+from mlx_slim.data.split import no_row_left, split_rows
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.scoring.requests import max_length as longest_input
 from mlx_slim.evaluation.tasks.training_rows import finder
@@ -136,6 +136,7 @@ def read_inputs(base: Resolved, overrides: Sequence[str]) -> tuple[ChoiceInputs,
             find=finder(folder),
         )
         lengths, supervised = np.array(stored.train.lengths), np.array(stored.train.supervised)
+        stored_hashes = stored.train.hashes()
         separate_tokens = int(stored.validation.lengths.sum()) if stored.validation else 0
         pipeline = Pipeline(data, tokenizer, max_length=longest)
         rows = pipeline.rows(finder(folder)(source), source, SourceLedger("", "", 1.0, []), 4096)
@@ -143,14 +144,22 @@ def read_inputs(base: Resolved, overrides: Sequence[str]) -> tuple[ChoiceInputs,
     assert example is not None, "prepare refuses rows of which none can be used"
     setting, reason = separate, "the validation rows beside the training rows"
     if setting is None:
-        fixed = recipe.data.validation if "data.validation" in base.overridden else None
-        setting = hyperparameters.validation_rows(len(lengths)) if fixed is None else fixed
-        reason = f"a tenth of {len(lengths):,} rows, at least 8 and at most 256; not trained on"
+        setting, reason = recipe.data.validation, ""
+        if "data.validation" not in base.overridden:
+            setting, reason = hyperparameters.validation_rows(len(lengths))
     validation_tokens = separate_tokens
     if not isinstance(setting, str):
-        index = choose_validation(setting, len(lengths), recipe.train.seed)
-        validation_tokens = int(lengths[index].sum())
-        lengths, supervised = np.delete(lengths, index), np.delete(supervised, index)
+        held, trained = split_rows(setting, stored_hashes, recipe.train.seed)
+        twins = len(lengths) - len(held) - len(trained)
+        if not len(trained):
+            if "data.validation" in base.overridden:
+                raise no_row_left(twins)
+            setting, reason, twins = 0, "no row differs from the ones to hold out", 0
+            held, trained = held[:0], np.arange(len(lengths))
+        if len(held):
+            reason += "; not trained on" + f", nor are {twins:,} rows that equal one" * (twins > 0)
+        validation_tokens = int(lengths[held].sum())
+        lengths, supervised = lengths[trained], supervised[trained]
     dtype = resolve_dtype(recipe.train.dtype)
     adapted = changed(recipe, {"method": "lora"})
     shapes = training_shapes(config, adapted, dtype)

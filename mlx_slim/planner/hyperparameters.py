@@ -122,9 +122,20 @@ def capacity(rank: int, parameters_per_rank: int) -> int:
     return BITS_PER_PARAMETER * rank * parameters_per_rank
 
 
-def validation_rows(rows: int) -> int:
-    """Return how many of ``rows`` validate: a tenth, at least 8 (a quarter of few), at most 256."""
-    return min(max(round(rows / 10), min(FEW_VALIDATION, rows // 4)), MOST_VALIDATION)
+def validation_rows(rows: int) -> tuple[int, str]:
+    """Return how many of ``rows`` validate, and why.
+
+    A tenth, at least 8 (a quarter of fewer than 32), at most 256.
+    """
+    count = min(max(round(rows / 10), min(FEW_VALIDATION, rows // 4)), MOST_VALIDATION)
+    if not count:
+        return 0, f"{rows} rows are too few to hold any out: the last step is saved"
+    if count < FEW_VALIDATION:
+        return count, f"a quarter of {rows} rows, which are few"
+    return (
+        count,
+        f"a tenth of {rows:,} rows, at least {FEW_VALIDATION} and at most {MOST_VALIDATION}",
+    )
 
 
 def validate_every(steps_per_epoch: float, epochs: float) -> int:

@@ -6,13 +6,13 @@ from there on. These fractions give the sizes that programs log on such machines
 10,923 MiB of 16 GB, 21,845 of 32 (llama.cpp issue 2011), 49,152 of 64 (issue 1870), 73,728 of 96
 (issue 3213); newer systems allow more (107.5 GiB of 128 on macOS 26), never less. Bandwidths,
 memory sizes and GPU cores are Apple's technical specifications of each chip, in GB/s (1e9) and GB
-(2^30); of a chip with two bandwidths the higher one is listed. Apple publishes no GPU clocks: those
-of M1 and M2 are philipturner/metal-benchmarks', those of M3, M4 and M5 hmc-tech.com/gpu's, M5 Pro
-and Max have M5's. A core has 128 float32 units, so they give 2.6 TFLOP/s for M1, 3.6 for M2, 14.3
-for M3 Max, as the Hugging Face hub lists (huggingface.js, ``hardware.ts``; for M4 and M5 it lists
-7% to 28% more). An M5 without a fan ran at 1,578 MHz (michaelstinkerings.org, its roofline).
-16-bit floats are counted as no faster, M5's neural accelerators not at all. Try it:
-``mlx-slim plan --macs``.
+(2^30); the smaller GPU of a Max from M3 on has slower memory in sizes of its own, so the size tells
+which one it is. Apple publishes no GPU clocks: those of M1 and M2 are
+philipturner/metal-benchmarks', those of M3, M4 and M5 hmc-tech.com/gpu's, M5 Pro and Max have M5's.
+A core has 128 float32 units, so they give 2.6 TFLOP/s for M1, 3.6 for M2, 14.3 for M3 Max, as the
+Hugging Face hub lists (huggingface.js, ``hardware.ts``; for M4 and M5 it lists 7% to 28% more). An
+M5 without a fan ran at 1,578 MHz (michaelstinkerings.org, its roofline). 16-bit floats are counted
+as no faster, M5's neural accelerators not at all. Try it: ``mlx-slim plan --macs``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mlx_slim.errors import SlimError, did_you_mean
+from mlx_slim.reading import JsonObject
 from mlx_slim.runtime import AUTO_FRACTION, human_bytes
 
 SIZES = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128)
@@ -68,6 +69,21 @@ CHIPS: dict[str, Chip] = {
     "m5-max": Chip(614, (32, 40), 1740, (36, 48, 64, 128)),
 }
 
+# Of the smaller GPU of a chip: bandwidth, and the sizes of memory that it alone is sold with.
+_SMALLER = {"m3-max": (300, (36, 96)), "m4-max": (410, (36,)), "m5-max": (460, (36,))}
+
+
+def chip_with(name: str, memory_gb: int) -> Chip:
+    """Return a chip of the table as it is sold with ``memory_gb`` of memory."""
+    chip = CHIPS[name]
+    if name not in _SMALLER or memory_gb not in chip.memory:
+        return chip
+    bandwidth, sizes = _SMALLER[name]
+    fewest, most = chip.cores
+    if memory_gb in sizes:
+        return chip._replace(bandwidth=bandwidth, cores=(fewest, fewest))
+    return chip._replace(cores=(most, most))
+
 
 @dataclass(frozen=True)
 class Mac:
@@ -107,7 +123,7 @@ def smallest_that_fits(peak_bytes: int) -> int | None:
 def macs() -> list[Mac]:
     """Return every configuration, oldest chip first."""
     return [
-        Mac(f"{name}-{size}gb", size, name, chip, working_set(size))
+        Mac(f"{name}-{size}gb", size, name, chip_with(name, size), working_set(size))
         for name, chip in CHIPS.items()
         for size in chip.memory
     ]
@@ -124,8 +140,24 @@ def find_mac(name: str) -> Mac:
     if key not in by_name:
         close = did_you_mean(key, by_name)
         hint = close if close.startswith("did") else "mlx-slim plan --macs lists them"
+        if key in CHIPS:
+            hint = "with its memory: " + ", ".join(m.name for m in macs() if m.chip_name == key)
         raise SlimError(f"no Mac {name!r} in the table", hint)
     return by_name[key]
+
+
+def as_records() -> list[JsonObject]:
+    """Return all configurations as ``plan --macs --json`` has them."""
+    return [
+        {
+            "mac": mac.name,
+            "memory_gb": mac.memory_gb,
+            "bandwidth_gb_per_second": mac.chip.bandwidth,
+            "gpu_tflops": round(mac.chip.tflops, 1),
+            "working_set_bytes": mac.working_set_bytes,
+        }
+        for mac in macs()
+    ]
 
 
 def markdown() -> str:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_slim.planner.macs import CHIPS, Chip
+from mlx_slim.planner.macs import CHIPS, Chip, chip_with
 from mlx_slim.planner.work import Operations
 from mlx_slim.runtime import matmul_gflops, on_gpu
 
@@ -78,13 +78,16 @@ def apple(name: str, chip: Chip) -> Machine:
     fewest, most = chip.cores
     peak = chip.tflops * 1e12
     (low, high), (slow, fast) = APPLE_UTILISATION, BANDWIDTH_UTILISATION
+    speeds = f"{chip.tflops:.1f}"
+    if fewest < most:
+        speeds = f"{chip.tflops * fewest / most:.1f} to {speeds}"
     return Machine(
         name,
         (peak * fewest / most, peak),
         APPLE_UTILISATION,
         TOKENS_PER_CORE * most,
         chip.bandwidth * 1e9,
-        f"{low:.0%} to {high:.0%} of the {chip.tflops:.1f} TFLOP/s of {name}, "
+        f"{low:.0%} to {high:.0%} of the {speeds} TFLOP/s of {name}, "
         f"{slow:.0%} to {fast:.0%} of its {chip.bandwidth} GB/s",
     )
 
@@ -100,7 +103,8 @@ def this_machine(dtype: mx.Dtype) -> Machine:
     name = str(mx.device_info().get("device_name", "this machine"))
     key = name.lower().removeprefix("apple ").replace(" ", "-")
     if on_gpu() and key in CHIPS:
-        return apple(key, CHIPS[key])
+        memory = int(mx.device_info().get("memory_size", 0))
+        return apple(key, chip_with(key, round(memory / 2**30)))
     gflops = matmul_gflops(dtype, 2048 if on_gpu() else 512, 4)
     utilisation = GPU_UTILISATION if on_gpu() else CPU_UTILISATION
     low, high = utilisation

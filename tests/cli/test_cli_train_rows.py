@@ -69,6 +69,13 @@ def test_what_is_refused(words: list[str], tmp_path: Path, fails: Fails) -> None
     text = fails("train", words[1], "-o", out)
     assert "is a model, not a recipe" in text and "--data ROWS" in text
     assert "is a model, not a recipe" in fails("train", "owner/name", "-o", out)
+    assert "is a model, not a recipe" in fails("plan", words[1])
+    (tmp_path / "smollm2-lora").mkdir()  # called like a recipe
+    assert run(["train", "smollm2-lora", "--dry-run"]) == 0
+    text = fails(*words, "--data", "more.jsonl", "-o", out)
+    assert "--data is given 2 times" in text and "name a folder" in text
+    assert "the path of the rows is empty" in fails(*words[:3], "", "-o", out)
+    assert "the name of the model is empty" in fails("train", "", *words[2:], "-o", out)
     assert "nothing.jsonl does not exist" in fails(*words[:3], "nothing.jsonl", "-o", out)
     assert "needs at least" in fails(*words, "--budget", "1MB", "-o", out, code=3)
     assert run([*words, "train.steps=1", "-o", str(out), "--quiet"]) == 0

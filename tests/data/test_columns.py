@@ -10,7 +10,7 @@ import pytest
 
 from mlx_slim.config.load import load_recipe
 from mlx_slim.data.columns import recognised
-from mlx_slim.data.formats import read_example
+from mlx_slim.data.formats import Dropped, read_example
 from mlx_slim.data.prepare import prepare
 from mlx_slim.data.sources import RawRow
 from mlx_slim.errors import SlimError
@@ -162,7 +162,6 @@ def test_a_passage_beside_question_and_answer_is_neither_learned_alone_nor_left_
     assert renamed.fields["completion"] == "In 1912."
     # The text that was made of both, as the hub's Alpaca has it.
     assert read({**row, "text": "Q: When?\nA: In 1912."}).fields["completion"] == "In 1912."
-    assert read({"text": "x", "answer": "In 1912."}).kind == "text"
     for name in ("contexts", "passages", "story", "evidence"):
         with pytest.raises(SlimError, match="the whole question in one"):
             read({**row, name: ["The ship was built in 1912."]})
@@ -199,3 +198,40 @@ def test_the_way_out_fits_why_no_row_can_be_used(make: Any) -> None:
     with pytest.raises(SlimError, match="no answer to learn: weight 0") as refused:
         make([{"messages": turns}])
     assert refused.value.hint == "see them with: mlx-slim data preview"
+
+
+@pytest.mark.parametrize(
+    ("beside", "name"),
+    [
+        ({"label": 0}, "label"),  # imdb
+        ({"label": "positive"}, "label"),
+        ({"title": "An act", "summary": "It amends."}, "summary"),  # billsum
+        ({"Target": True, "id": 7}, "Target"),
+    ],
+)
+def test_a_text_beside_its_label_is_not_trained_on_alone(beside: dict[str, Any], name: str) -> None:
+    row = RawRow("rows.jsonl", 1, {"text": "Too slow.", **beside})
+    with pytest.raises(SlimError, match=f"has both 'text' and {name}") as refused:
+        read_example(row, "auto", columns={}, system=None)
+    assert f"data.columns={{prompt: text, completion: {name}}}" in refused.value.hint
+    example = read_example(row, "text", columns={}, system=None)
+    assert example.kind == "text" and example.fields == {"text": "Too slow."}
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [{"label": "slow"}, {"label": None}, {"source": "web"}, {"answers": ["a"]}, {"meta": {"a": 1}}],
+)
+def test_a_text_that_holds_its_answer_or_has_none_is_a_text(beside: dict[str, Any]) -> None:
+    row = RawRow("rows.jsonl", 1, {"text": "Too slow.", **beside})
+    assert read_example(row, "auto", columns={}, system=None).kind == "text"
+
+
+@pytest.mark.parametrize("names", [("prompt", "completion"), ("instruction", "output")])
+def test_an_answer_that_is_not_wanted_is_dropped(names: tuple[str, str]) -> None:
+    """TRL's unpaired preferences: training on a rejected answer would teach it."""
+    row = dict.fromkeys(names, "text")
+    for label in (True, None, 0, "false"):
+        read_example(RawRow("f", 1, {**row, "label": label}), "auto", columns={}, system=None)
+    with pytest.raises(Dropped, match="label false"):
+        read_example(RawRow("f", 1, {**row, "label": False}), "auto", columns={}, system=None)

@@ -46,3 +46,11 @@ def test_what_is_off_is_bold_and_a_line_that_a_machine_lacks_is_a_dash(
     assert "| self-test | ok | **off** |" in text
     assert re.search(rf"\| {re.escape(check['check'])} \| \S+ \| 0\.5 \*\*off\*\* \|", text)
     assert re.search(r"\| step, compiled = eager \| \S+ \| – \|", text)
+
+
+def test_a_record_of_the_self_test_alone_has_no_speeds(machines: ModuleType) -> None:
+    (record, *_) = machines.records()
+    alone = {key: value for key, value in record.items() if key != "suite"}
+    text = machines.page([record, alone])
+    assert re.search(r"\| train, lora \| \S+ tokens/s, .* \| – \|", text)
+    assert re.search(r"\| loss, full: = float32 on the CPU \| (\S+) \| \1 \|", text)

@@ -11,7 +11,8 @@ from mlx_lm.lora import CONFIG_DEFAULTS
 from mlx_slim.cli.main import run
 from mlx_slim.config.load import load_recipe
 from mlx_slim.errors import SlimError
-from mlx_slim.finetuning.mlx_lm_config import DEFAULTS, LORA, Translation, read_mlx_lm
+from mlx_slim.finetuning.mlx_lm_config import Translation, read_mlx_lm
+from mlx_slim.finetuning.mlx_lm_file import DEFAULTS, LORA
 from tests.support.runs import losses, write_rows
 from tests.support.tiny import TinyModels
 
@@ -81,6 +82,7 @@ def test_the_example_becomes_a_recipe_that_runs(tiny: TinyModels, tmp_path: Path
     train = recipe.train
     assert (train.steps, train.warmup, train.schedule, train.min_lr_ratio) == (12, 3, "cosine", 0.1)
     assert (train.learning_rate, train.weight_decay, train.clip) == (1e-3, 0.01, 0)
+    assert train.decay_all  # as mlx's AdamW
     assert train.batch_tokens == 256  # four rows of about 50 tokens, and the longest row
     assert recipe.data.validation == str(data) and not recipe.data.mask_prompt
     words = ["train", str(target), "train.steps=2", "train.log_every=1", "-o", str(tmp_path / "r")]
@@ -134,6 +136,16 @@ def test_methods_and_data_of_the_hub(tmp_path: Path) -> None:
         ("lr_schedule: {name: cosine, arguments: [1e-4]}", "name is 'cosine', .*mlx.optimizers"),
         ("lr_schedule: {name: cosine_decay}", "arguments is None, expected a list of numbers"),
         ("- a", "holds a list"),
+        ("lora_layers: 16", "lora_layers is not a key of mlx_lm.lora .mlx-lm calls it num_layers"),
+        ("use_dora: true", "use_dora is not a key .*has fine_tune_type: dora"),
+        (
+            "lr_schedule: {name: linear_schedule, arguments: [0.0, 1e-5, 100]}",
+            r"arguments is \[0.0, 1e-05, 100\], .*the rate, above 0 .*lr_schedule.warmup: STEPS",
+        ),
+        (
+            "lr_schedule: {name: cosine_decay, arguments: [1e-4]}",
+            "expected the rate and the steps of its decay",
+        ),
     ],
 )
 def test_what_mlx_lm_does_not_have_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -147,3 +159,23 @@ def test_two_recipes_at_once_and_an_existing_file_are_refused(tmp_path: Path) ->
     assert run(["recipes", "smollm2-lora", "--from-mlx-lm", str(file)]) == 2
     assert run(["recipes", "--from-mlx-lm", str(file), "-o", str(file)]) == 2
     assert run(["recipes", "--from-mlx-lm", str(tmp_path / "absent.yaml")]) == 2
+
+
+def test_short_rows_fill_a_step_with_as_many_as_mlx_lms_where_they_can(tmp_path: Path) -> None:
+    """A micro-batch holds the longest row: it is accumulated less often, or the rows are told."""
+    data = tmp_path / "data"
+    data.mkdir()
+    write_rows(data / "train.jsonl", 24)  # of about 50 tokens
+    text = f"train: true\nmodel: m\ndata: {data}\nmax_seq_length: 400\nbatch_size: 2\n"
+    eight = read(tmp_path, text + "grad_accumulation_steps: 8\n")
+    train = eight.values["train"]
+    assert train["batch_tokens"] == 400 and train["accumulate"] == 2  # 16 rows of 50
+    assert "of smaller batches" in eight.reasons["train.accumulate"]
+    assert not any(line.startswith("rows of a step") for line in eight.differences)
+    one = read(tmp_path, text)
+    assert one.values["train"]["accumulate"] == 1
+    assert "as large as the longest row" in one.reasons["train.batch_tokens"]
+    (told,) = [line for line in one.differences if line.startswith("rows of a step")]
+    assert re.search(r"about [789], mlx-lm's has 2, .* on [34].\d times the rows", told)
+    long = read(tmp_path, text.replace("400", "64").replace("batch_size: 2", "batch_size: 4"))
+    assert not any(line.startswith("rows of a step") for line in long.differences)

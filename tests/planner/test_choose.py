@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mlx_slim.config.load import COMMAND_LINE, load_recipe
+from mlx_slim.data.prepare import prepare
 from mlx_slim.errors import ResourceError, SlimError
 from mlx_slim.planner import choose as module
 from mlx_slim.planner.choose import Chosen, choose
@@ -216,3 +218,40 @@ def test_on_a_gpu_the_time_is_a_range_and_its_end_counts(
     limit = 0.5 * whole.time.high
     chosen = choose(str(tiny("llama")), str(data), out=tmp_path / "run", time=f"{limit:.3f}s")
     assert 0.5 * limit < chosen.time.high <= limit
+
+
+def test_rows_that_equal_a_validation_row_are_not_counted(tiny: TinyModels, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    rows = [json.dumps({"prompt": f"{i % 20}", "completion": "yes"}) + "\n" for i in range(40)]
+    data.write_text("".join(rows))
+    chosen = choose(str(tiny("llama")), str(data), out=tmp_path / "run")
+    reason = chosen.resolved.origins["data.validation"]
+    told = re.search(r"not trained on, nor are (\d) rows that equal one", reason)
+    assert told
+    prepared = prepare(
+        chosen.resolved.recipe.data,
+        chosen.tokenizer,
+        max_length=chosen.resolved.recipe.train.max_length,
+        seed=0,
+        folder=tmp_path / "prepared",
+    )
+    key = "removed_from_train_as_duplicates_of_validation"
+    assert prepared.ledger["split"][key] == int(told[1])
+    trained = int(prepared.train.lengths.sum())
+    epochs = chosen.resolved.recipe.train.epochs
+    assert chosen.prediction.tokens == pytest.approx(epochs * trained, rel=0.01)
+
+
+@pytest.mark.parametrize(("count", "why"), [(24, "no row differs"), (3, "3 rows are too few")])
+def test_where_nothing_can_be_held_out_all_rows_train(
+    tiny: TinyModels, tmp_path: Path, count: int, why: str
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n' * count)
+    chosen = choose(str(tiny("llama")), str(data), out=tmp_path / "run")
+    assert chosen.resolved.recipe.data.validation == 0
+    assert chosen.resolved.origins["data.validation"].startswith(why)
+    if count == 24:
+        with pytest.raises(SlimError, match="no training row is left: all 20"):
+            words = ["data.validation=4"]
+            choose(str(tiny("llama")), str(data), out=tmp_path / "run", overrides=words)

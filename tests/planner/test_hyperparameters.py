@@ -63,7 +63,10 @@ def test_the_rank_holds_what_the_rows_bring() -> None:
 
 def test_validation_takes_a_tenth_of_many_rows_and_none_of_three() -> None:
     rows = [3, 4, 16, 32, 50, 160, 1000, 10**6]
-    assert [validation_rows(n) for n in rows] == [0, 1, 4, 8, 8, 16, 100, 256]
+    assert [validation_rows(n)[0] for n in rows] == [0, 1, 4, 8, 8, 16, 100, 256]
+    assert "too few" in validation_rows(3)[1]
+    assert validation_rows(31)[1] == "a quarter of 31 rows, which are few"
+    assert validation_rows(32)[1] == "a tenth of 32 rows, at least 8 and at most 256"
 
 
 def test_three_validations_an_epoch_and_never_too_rarely() -> None:

@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 
 from mlx_slim.errors import SlimError
-from mlx_slim.planner.macs import SIZES, find_mac, macs, markdown, smallest_that_fits, working_set
+from mlx_slim.planner.macs import (
+    CHIPS,
+    SIZES,
+    as_records,
+    chip_with,
+    find_mac,
+    macs,
+    markdown,
+    smallest_that_fits,
+    working_set,
+)
 
 
 def test_working_sets_are_those_that_metal_reports() -> None:
@@ -33,3 +43,17 @@ def test_macs_by_name() -> None:
     with pytest.raises(SlimError) as caught:
         find_mac("quantum")
     assert "--macs" in caught.value.hint
+    with pytest.raises(SlimError) as caught:
+        find_mac("M2")
+    assert caught.value.hint == "with its memory: m2-8gb, m2-16gb, m2-24gb"
+
+
+def test_memory_tells_which_gpu_a_max_has() -> None:
+    """Apple's specifications: 30 cores at 300 GB/s in 36 and 96 GB, 40 at 400 in the others."""
+    small, large = find_mac("m3-max-36gb").chip, find_mac("m3-max-48gb").chip
+    assert (small.bandwidth, small.cores) == (300, (30, 30))
+    assert (large.bandwidth, large.cores) == (400, (40, 40))
+    assert small.tflops == pytest.approx(0.75 * large.tflops)
+    assert find_mac("m4-max-36gb").chip.bandwidth == 410
+    assert chip_with("m3-max", 17) == CHIPS["m3-max"] and chip_with("m1-max", 64).cores == (24, 32)
+    assert [one["mac"] for one in as_records()] == [mac.name for mac in macs()]

@@ -180,7 +180,7 @@ def test_plan_says_how_long_a_mac_takes(tiny: Callable[..., Path], tmp_path: Pat
     assert between is not None and 0 < between.low < between.high
     assert prediction.predicted_seconds is None  # a range only
     assert prediction.as_record()["time_range"] == {"low": between.low, "high": between.high}
-    assert "3.6 TFLOP/s of m2" in prediction.time_basis
+    assert "20% to 60% of the 2.9 to 3.6 TFLOP/s of m2" in prediction.time_basis
     assert (
         plan(tiny_recipe(tiny("llama"), Path("a/b"), steps=None).recipe, mac="m2-16gb")[
             0
