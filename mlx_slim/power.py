@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -45,13 +46,18 @@ def keep_awake(enabled: bool = True) -> Iterator[None]:
         return
     silent = subprocess.DEVNULL
     # A session of its own: Ctrl-C is for the run, which saves its state before it ends.
-    child = subprocess.Popen(
-        command, stdin=silent, stdout=silent, stderr=silent, start_new_session=True
-    )
+    try:
+        child = subprocess.Popen(
+            command, stdin=silent, stdout=silent, stderr=silent, start_new_session=True
+        )
+    except OSError:  # a program that cannot be run
+        yield
+        return
     try:
         yield
     finally:
-        child.terminate()
+        with contextlib.suppress(ProcessLookupError):  # it ended before
+            os.killpg(child.pid, signal.SIGTERM)  # systemd-inhibit, and what it waits for
         child.wait()
 
 

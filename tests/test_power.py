@@ -88,6 +88,33 @@ def test_the_child_lives_as_long_as_the_block(
         pass
 
 
+def test_a_program_that_cannot_be_run_stops_no_training(
+    programs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (programs / "awake").write_bytes(b"\x7fELF nothing")
+    (programs / "awake").chmod(0o755)
+    monkeypatch.setattr(power, "inhibitor", lambda pid: ["awake"])
+    with power.keep_awake():
+        pass
+    _program(programs, "awake", "exit 1")  # it may have ended before the block does
+    with power.keep_awake():
+        time.sleep(0.2)
+
+
+def test_what_the_child_started_ends_with_the_block(
+    programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As systemd-inhibit does: it is not the one that waits."""
+    note = tmp_path / "pid"
+    _program(programs, "awake", f"sleep 600 &\necho $! > {note}\nwait")
+    monkeypatch.setattr(power, "inhibitor", lambda pid: ["awake"])
+    with power.keep_awake():
+        assert _eventually(lambda: note.exists() and note.read_text().strip())
+        child = int(note.read_text())
+        assert _exists(child)
+    assert _eventually(lambda: not _exists(child))
+
+
 def test_the_child_ends_after_sigkill_too(programs: Path, tmp_path: Path) -> None:
     note = tmp_path / "pid"
     # As systemd-inhibit does: holds the inhibition while its command runs.

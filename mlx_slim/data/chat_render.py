@@ -21,7 +21,7 @@ from mlx_slim.reading import ChatMessage
 
 Spans = list[tuple[int, int]]
 # The first is what templates read; the others are older names of it (as in transformers).
-_REASONING = ("reasoning_content", "thinking", "reasoning")
+REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class _Generation(Extension):
@@ -130,7 +130,7 @@ def _with_reasoning(message: Mapping[str, Any]) -> Mapping[str, Any]:
     """Name a turn's reasoning as every template reads it."""
     if not isinstance(message, Mapping):
         raise TemplateRuntimeError("a turn is not an object")
-    values = (message[name] for name in _REASONING if message.get(name) is not None)
+    values = (message[name] for name in REASONING if message.get(name) is not None)
     reasoning = next(values, None)
     if reasoning is None:
         return message

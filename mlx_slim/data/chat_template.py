@@ -1,9 +1,9 @@
 """Rows through a chat template in Jinja: the text, and exactly which characters are answers.
 
 Invariant: the template is the model's own, and nothing that a row has is lost in it unsaid: a tool
-call or an answer that does not come out is refused, tools and system messages are counted. Spans
-come from the template's ``{% generation %}`` marks where it has them, else from renderings
-(``spans.py``); a row whose answers cannot be told from the rest is refused. Try it:
+call or an answer that does not come out is refused, tools, system messages and reasoning are
+counted. Spans come from the template's ``{% generation %}`` marks where it has them, else from
+renderings (``spans.py``); a row whose answers cannot be told from the rest is refused. Try it:
 ``mlx-slim data preview smollm2-lora``.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from mlx_slim.data.chat_render import render_chat
+from mlx_slim.data.chat_render import REASONING, render_chat
 from mlx_slim.data.conversations import with_text_arguments
 from mlx_slim.data.formats import Example
 from mlx_slim.data.marks import MarkedChat, Messages, tags_of, ways
@@ -25,6 +25,7 @@ from mlx_slim.errors import SlimError
 from mlx_slim.reading import JsonObject
 
 TOOLS_LEFT_OUT = "tools that the template leaves out"
+REASONING_LEFT_OUT = "reasoning that the template leaves out"
 
 Span = tuple[int, int]
 # Messages and names -> the text, and the spans of its generation marks.
@@ -56,7 +57,15 @@ def left_out(example: Example, template: str) -> tuple[str, ...]:
     for turn, message in enumerate(example.messages):
         for call in message.get("tool_calls", ()):
             raise _calls_refused(turn, call, template)
-    return (TOOLS_LEFT_OUT,) if example.extras.get("tools") else ()
+    tools = (TOOLS_LEFT_OUT,) if example.extras.get("tools") else ()
+    return (*tools, *_reasoning_left_out(example.messages, ""))
+
+
+def _reasoning_left_out(messages: Messages, text: str) -> list[str]:
+    """Return a note if the reasoning of an answer is not in the rendered text."""
+    thoughts = [m.get(n) for m in messages if m["role"] == "assistant" for n in REASONING]
+    lost = any(isinstance(one, str) and one.strip() not in text for one in thoughts)
+    return [REASONING_LEFT_OUT] if lost else []
 
 
 def _calls_refused(turn: int, call: JsonObject, template: str) -> SlimError:
@@ -101,7 +110,7 @@ class ChatTemplate:
                 an answer cannot be told from what stands around it.
         """
         chat = self._chat(example.messages, example.extras)
-        notes = self._left_out(chat)
+        notes = [*self._left_out(chat), *_reasoning_left_out(chat.messages, chat.text)]
         borders = self._borders(chat)
         if borders is not None:
             notes += _missing(chat.messages, borders)

@@ -164,6 +164,13 @@ class _Reader:
         if isinstance(content, list):  # the parts of the OpenAI API
             pieces = [piece.get("text") if isinstance(piece, dict) else piece for piece in content]
             texts = [piece for piece in pieces if isinstance(piece, str)]
+            if len(texts) < len(pieces) and role != "tool":
+                kinds = {p.get("type") for p in content if isinstance(p, dict) and "text" not in p}
+                raise self._wrong(
+                    index,
+                    f"content is not text alone: {', '.join(map(str, kinds)) or content}",
+                    "only text is trained on: remove the rest, or the rows that need it",
+                )
             content = "".join(texts) if len(texts) == len(pieces) else content
         if content is None:
             return ""

@@ -45,6 +45,7 @@ from mlx_slim.finetuning.run_dir import (
 )
 from mlx_slim.finetuning.strategy import CrossEntropyStrategy, SingleModel
 from mlx_slim.models.load import load_tokenizer, read_config
+from mlx_slim.power import keep_awake
 from mlx_slim.reading import JsonObject
 from mlx_slim.runtime import world
 from mlx_slim.training.step import CrossEntropy, Objective
@@ -87,7 +88,10 @@ def learn_from_texts(
 
         _check_student(recipe)
         message = "stopped while the teachers generated answers; those so far are saved"
-        with run_dir(out).resumable(partial(command_words, resolved), message):
+        with (
+            run_dir(out).resumable(partial(command_words, resolved), message),
+            keep_awake(recipe.train.keep_awake),
+        ):
             dataset = _prepare_dataset(recipe, teachers, method, out, observer, ready)
         strategy = TextDistillation(dataset, teachers)
         return finetune(resolved, out, observer=observer, resume=True, strategy=strategy)

@@ -286,13 +286,10 @@ def _batches(file: ConfigFile, result: Translation, recipe: Recipe) -> None:
     """Set the tokens of a micro-batch, from its rows and their length where they can be read.
 
     A micro-batch holds the longest row at least. Where that is more than mlx-lm's rows have, fewer
-    micro-batches are accumulated, and what a step has more even so is said.
+    micro-batches are accumulated; rows that a step has more even so are a difference.
     """
-    rows, pieces, longest = (
-        file.whole("batch_size"),
-        recipe.train.accumulate,
-        recipe.train.max_length,
-    )
+    rows, pieces = file.whole("batch_size"), recipe.train.accumulate
+    longest = recipe.train.max_length
     estimate = None
     with contextlib.suppress(SlimError):  # the data may be on another machine
         estimate = expected_rows(recipe, local=True)

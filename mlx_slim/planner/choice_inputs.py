@@ -208,4 +208,6 @@ def _counted(ledger: JsonObject) -> str:
     if dropped := source["rows_dropped"]:
         reasons = (f"{entry['count']:,} {reason}" for reason, entry in dropped.items())
         text += f", dropped: {'; '.join(reasons)}"
+    for what, entry in source.get("rows_noted", {}).items():
+        text += f", {entry['count']:,} with {what}"
     return f"{text}: {totals.tokens:,} tokens, {totals.supervised_tokens:,} learned"

@@ -248,6 +248,11 @@ def test_unknown_and_missing_templates(make: Any, base_tokens: Any) -> None:
         ({"messages": [{"role": "usr", "content": "a"}]}, {}, "turn 1: role 'usr'"),
         ({"messages": [{"content": "a"}]}, {}, "turn 1: keys content"),
         ({"messages": [{"role": "user", "content": 3}]}, {}, "turn 1: content is int"),
+        (
+            {"messages": [{"role": "user", "content": [{"text": "a"}, {"type": "image_url"}]}]},
+            {},
+            "turn 1: content is not text alone: image_url .only text is trained on",
+        ),
     ],
 )
 def test_wrong_rows_are_named(

@@ -246,6 +246,16 @@ def test_what_a_template_leaves_out_is_counted(make: Any, tmp_path: Path) -> Non
     record = make([row(system, USER, DONE)], tokenizer=tokenizer).ledger["sources"][0]
     assert list(record["rows_noted"]) == ["system messages that the template leaves out"]
     assert record["rows_used"] == 1
+    thought = {**DONE, "reasoning_content": "Let me see."}
+    rows = [row(USER, DONE), row(USER, thought)]
+    notes = "reasoning that the template leaves out"
+    for setting in ("model", "chatml", "plain"):
+        noted = make(rows, template=setting).ledger["sources"][0]["rows_noted"]
+        assert noted == {notes: {"count": 1, "first": ["rows.jsonl, line 2"]}}
+    thinks = "{% for m in messages %}{{ m.reasoning_content or '' }}{{ m.content }}<|im_end|>"
+    tokenizer = load_bytes(tmp_path / "u", chat_template=thinks + "{% endfor %}")
+    record = make(rows, tokenizer=tokenizer).ledger["sources"][0]
+    assert "rows_noted" not in record or not record["rows_noted"]
 
 
 # ------------------------------------------------------------------------------- the rest
