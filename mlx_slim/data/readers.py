@@ -6,6 +6,8 @@ and line. Names count in any case; text formats may be gzipped. Used by ``data/s
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from mlx_slim.data.json_rows import read_json, read_jsonl
 from mlx_slim.data.lines import ReadStatus, lines
 from mlx_slim.data.parquet import read_parquet
 from mlx_slim.data.tables import read_arrow, read_csv, read_tsv
+from mlx_slim.errors import SlimError
 
 
 def _read_text(path: Path, progress: ReadStatus) -> Iterator[tuple[int, Any]]:
@@ -21,6 +24,11 @@ def _read_text(path: Path, progress: ReadStatus) -> Iterator[tuple[int, Any]]:
     progress.unit = "line"
     first, previous, paragraph = 0, 0, []
     for number, text in lines(path, progress):
+        if not first and _is_json_row(text):
+            raise SlimError(
+                f"{path.name} holds rows in JSON, and is named as plain text",
+                f"name it {path.name.partition('.txt')[0]}.jsonl",
+            )
         if paragraph and number > previous + 1:
             yield first, {"text": "".join(paragraph).strip("\r\n")}
             paragraph = []
@@ -30,6 +38,12 @@ def _read_text(path: Path, progress: ReadStatus) -> Iterator[tuple[int, Any]]:
         previous = number
     if paragraph:
         yield first, {"text": "".join(paragraph).strip("\r\n")}
+
+
+def _is_json_row(line: str) -> bool:
+    with contextlib.suppress(ValueError, RecursionError):
+        return line.startswith("{") and bool(json.loads(line))
+    return False
 
 
 Reader = Callable[[Path, ReadStatus], Iterator[tuple[int, Any]]]

@@ -112,7 +112,10 @@ def complete(
         draft.pick("memory.budget", None, "")
     if recipe.method == "full":
         for key in ("adapter.rank", "adapter.alpha"):
-            draft.choices.pop(key, None)
+            choice = draft.choices.pop(key, None)
+            if choice and task.is_fixed(key):
+                reason = f"{COMMAND_LINE}; method=full trains no adapter"
+                draft.choices[key] = Choice(key, choice.value, reason)
     kind = str(task.config.get("model_type"))
     rate, reason = hyperparameters.learning_rate(recipe.method, task.width, kind)
     draft.pick("train.learning_rate", rate, reason)

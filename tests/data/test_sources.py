@@ -149,6 +149,7 @@ def test_a_hub_data_set_is_pinned_and_streams(
         ("a.parquet", b"nonsense", "a.parquet is not a readable Parquet file"),
         ("a.xls", b"a,b", "unknown extension '.xls'"),
         ("a.txt", b"ok\n\xff", "a.txt, line 2: byte 0xff at byte offset 3"),
+        ("a.txt", b'\n{"text": "x"}\n', "a.txt holds rows in JSON, .* .name it a.jsonl"),
     ],
 )
 def test_bad_files_are_one_clear_line(

@@ -119,6 +119,9 @@ def test_the_command_and_its_refusals(
     printed = capfd.readouterr().out
     assert "trained over a quantized base" in printed and "--lora" in printed
     assert "alpha 16, F32" in printed
+    (file,) = Path(out).glob("*.gguf")
+    assert run(["convert", str(file), "-o", str(tmp_path / "model")]) == 2
+    assert "is an adapter, not a model" in capfd.readouterr().err
 
 
 def test_another_row_order_is_not_kept(

@@ -74,6 +74,12 @@ def test_what_is_set_stays_and_the_rest_follows(tiny: TinyModels, tmp_path: Path
     assert recipe.adapter.scale == 4 and "adapter.rank" not in picked  # full trains no adapter
     assert recipe.train.learning_rate == pytest.approx(7.4e-4)  # a tenth of an adapter's
     assert "dropped: " in chosen.choices[0].reason and "longer than 50" in chosen.choices[0].reason
+    words = ["adapter.rank=4"]
+    unused = choose(
+        str(tiny("llama")), str(data), out=tmp_path / "run", method="full", overrides=words
+    )
+    (rank,) = [one for one in unused.choices if one.key == "adapter.rank"]
+    assert rank.value == 4 and "method=full trains no adapter" in rank.reason
     by_user = {one.key for one in chosen.choices if one.reason == COMMAND_LINE}
     assert by_user == {"method", "train.max_length", "train.epochs", "data.validation"}
 

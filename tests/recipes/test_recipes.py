@@ -185,6 +185,10 @@ def test_plan_prints_fits_and_the_cheapest_knob() -> None:
     result = run(plan.command, ["tinyllama-lora", "--budget", "7GB"])
     assert "does NOT fit in 7.00 GB" in result.stdout
     assert "to make it fit, cheapest first" in result.stdout
+    # What is proposed next fits.
+    assert re.search(
+        r"mlx-slim train tinyllama-lora (train|method)\S*=\S+ .*-o runs/", result.stderr
+    )
     assert "no recipe is named" in str(run(plan.command, []).exception)
 
 

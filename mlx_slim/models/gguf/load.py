@@ -87,6 +87,11 @@ def _import(file: GGUFFile) -> GGUFModel:
 
 def _architecture(file: GGUFFile) -> Architecture:
     """Return the row of ``file``; Mixtral is llama with experts."""
+    if file.metadata.get("general.type") == "adapter":
+        raise SlimError(
+            f"{file.path} is an adapter, not a model",
+            "llama.cpp adds it to its base: llama-cli -m BASE.gguf --lora FILE",
+        )
     name = file.metadata.get("general.architecture")
     if name not in ARCHITECTURES:
         raise SlimError(
