@@ -191,7 +191,7 @@ def _task_job(
     selection = task_questions.selection
     task, shots, questions = selection.task, selection.num_fewshot, task_questions.questions
     if task.kind == "perplexity":
-        return _documents_job(task_questions, options, tokenizer, longest, limit)
+        return _documents_job(task_questions, options, tokenizer, longest, limit, notes)
     chat = None
     if task.spec.chat:  # rendered as training rows are
         chat = Chat.of(load_template("auto", tokenizer))
@@ -236,6 +236,7 @@ def _documents_job(
     tokenizer: Any,
     longest: int,
     limit: RowLimit | None,
+    notes: list[str],
 ) -> DocumentsJob:
     selection, rows = task_questions.selection, task_questions.rows
     unused = {
@@ -249,9 +250,11 @@ def _documents_job(
             "score it in a run of its own, with its own -o",
         )
     encoder = RequestEncoder(tokenizer, longest, limit=limit)
-    return DocumentsJob(
+    job = DocumentsJob(
         selection.task, rows.checksum, options.limit, task_questions.questions, encoder
     )
+    notes.append(job.cut_note())
+    return job
 
 
 def _target(

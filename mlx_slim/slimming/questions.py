@@ -53,7 +53,8 @@ def plan_questions(options: SlimOptions) -> list[TaskPlan]:
     """Return the tasks, each with its questions dealt.
 
     Raises:
-        SlimError: If a task is unknown, its rows are not there, or it has too few.
+        SlimError: If a task is unknown, counts no right answers, its rows are not there, or it has
+            too few.
     """
     plans: list[TaskPlan] = []
     for name in options.tasks:
@@ -61,6 +62,8 @@ def plan_questions(options: SlimOptions) -> list[TaskPlan]:
         expanded = read_tasks([name], settings)
         for one in expanded:
             task = one.selection.task
+            if not task.spec.counts_answers:
+                raise _counts_none(task.name)
             subjects = Counter(question.subject for question in one.questions)
             each = max(2, -(-options.limit // len(subjects)))
             sizes = [min(each, size) for size in subjects.values()]
@@ -77,6 +80,13 @@ def plan_questions(options: SlimOptions) -> list[TaskPlan]:
             single = name if len(expanded) == 1 else task.name  # a file's path stays
             plans.append(TaskPlan(single, task.name, max(sizes), half, selection, claim))
     return plans
+
+
+def _counts_none(task: str) -> SlimError:
+    return SlimError(
+        f"{task} counts no right answers, so no share of them can be kept",
+        "choose a task with right and wrong answers, such as arc_easy",
+    )
 
 
 @dataclass(frozen=True)
@@ -139,10 +149,7 @@ def read_answers(folder: Path, plan: TaskPlan) -> Answers:
     metrics = counted(section["metrics"], records[0])
     chance = stats.chance_level(records)
     if not metrics or chance is None:
-        raise SlimError(
-            f"{plan.name} counts no right answers, so no share of them can be kept",
-            "choose a task with right and wrong answers, such as arc_easy",
-        )
+        raise _counts_none(plan.name)
     metric = first_metric(metrics)
     seen: Counter[str] = Counter()
     selects = []

@@ -123,8 +123,8 @@ def test_stored_answers_of_mmlu_pro_are_read_alike(subject: str) -> None:
             read = instance.filtered_resps["custom-extract"]
             expected = theirs.process_results(row, [read])["exact_match"]
             record = record_generation(task, question, text, "eos")
-            assert record["custom_extract"] == read.lower()
-            assert record["custom_extract_match"] == expected, text
+            assert record["letter"] == read.lower()
+            assert record["letter_match"] == expected, text
             right.add(expected)
     assert right == {0.0, 1.0}
 

@@ -119,6 +119,16 @@ class DocumentsJob:
         computed, minimum = scorer.tokens_computed, scorer.tokens_minimum
         return Computed(records, computed - before[0], minimum - before[1], 0)
 
+    def cut_note(self) -> str:
+        """Return into what the texts are cut: figures of other lengths do not compare."""
+        count, block = sum(len(piece.requests) for piece in self._pieces), self.task.spec.block
+        if block is not None:
+            return f"{self.name}: {count:,} blocks of {block:,} tokens"
+        texts = len(self._pieces)
+        return (
+            f"{self.name}: {texts:,} texts in {count:,} windows of at most {self._window:,} tokens"
+        )
+
     def describe(self) -> JsonObject:
         """Return what a resume must match."""
         definition = definition_record(self.task, 0, self._limit, self._checksum, None)

@@ -27,6 +27,8 @@ from mlx_slim.evaluation.tasks.rows import TaskRows, load_rows
 from mlx_slim.evaluation.tasks.spec import find_task
 from mlx_slim.evaluation.tasks.training_rows import training_rows
 from mlx_slim.models.load import load, load_tokenizer
+from mlx_slim.slimming.options import SlimOptions
+from mlx_slim.slimming.questions import plan_questions
 from tests.evaluation.support import write_rows
 from tests.support.tiny import tiny_model
 
@@ -180,6 +182,12 @@ def test_short_and_empty_texts_are_refused(tiny: Tiny, tmp_path: Path) -> None:
     encoder = RequestEncoder(load_tokenizer(tiny("llama")), 512)
     with pytest.raises(SlimError, match="fewer than a block of 64"):
         DocumentsJob(task, "", None, build_questions(task, load_rows(task)), encoder)
+    write_rows(tmp_path / "rows.jsonl", ROWS)
+    for limit, words in ((3, "blocks of 64 tokens"), (None, "windows of at most 512 tokens")):
+        one = task if limit else find_task("wikitext")
+        questions = build_questions(one, TaskRows(ROWS, [], "", ""), 0, limit)
+        note = DocumentsJob(one, "", limit, questions, encoder).cut_note()
+        assert note.startswith(f"{one.name}: ") and note.endswith(words)
     (tmp_path / "texts.yaml").write_text(BLOCK.replace("block: 64\n", ""))
     task = find_task(tmp_path / "texts.yaml")
     with pytest.raises(SlimError, match="the prompt is empty"):
@@ -193,6 +201,8 @@ def test_a_text_has_no_answers_to_train_on_or_to_count(blocks: Path) -> None:
     for name in ("wikitext", "truthfulqa_mc2"):
         with pytest.raises(SlimError, match="counts no right answers"):
             _of_task(find_task(name), TaskEntry(task=name))
+    with pytest.raises(SlimError, match="counts no right answers, so no share of them"):
+        plan_questions(SlimOptions(tasks=(str(blocks),)))
 
 
 def test_its_first_text_is_shown(

@@ -64,9 +64,9 @@ def test_an_answer_of_mmlu_pro_is_read_after_the_thinking(mirror: Path) -> None:
     texts += ["answer is (B) or the answer is (C)", "answer is C", "the answer is (D)", "c", ""]
     texts += ["the answer is (K)"]
     records = records_of(task, mirror, texts)
-    assert [record["custom_extract_match"] for record in records] == [1, 1, 0, 0, 1, 1, 1, 0, 0, 0]
+    assert [record["letter_match"] for record in records] == [1, 1, 0, 0, 1, 1, 1, 0, 0, 0]
     figures = summarize(task, records)
-    assert figures.metrics["custom_extract_match"].k == 5
+    assert figures.metrics["letter_match"].k == 5
     assert figures.groups is not None
     assert {name: part.n for name, part in figures.groups.subtasks.items()} == {
         "computer science": 5,
