@@ -111,14 +111,18 @@ def models(
     types: tuple[str, ...], columns: tuple[str, ...], output: Path | None, as_json: bool
 ) -> None:
     """Check what works for each model type of mlx-lm, on small random models (half an hour)."""
-    from mlx_slim.artifacts import check_writable, write_json, write_text
+    from mlx_slim.artifacts import check_writable, exists_already, write_json, write_text
     from mlx_slim.bench.model_page import page
-    from mlx_slim.bench.models import bench_models
+    from mlx_slim.bench.models import bench_models, read_table
 
     if output is not None:  # before half an hour of work
         if output.suffix != ".json":
             raise click.UsageError(f"-o {output}: expected a name that ends in .json")
         check_writable(output.parent)
+        if output.exists():
+            read_table(output)  # another file is not replaced
+        elif output.with_suffix(".md").exists():
+            raise exists_already(output.with_suffix(".md"))
     with alive():
         table = bench_models(types, columns, lambda line: click.echo(line, err=as_json))
     if output is not None:

@@ -58,14 +58,18 @@ def test_unknown_words_are_refused() -> None:
         models.bench_models(types=["qwen3"], columns=["lora"])
 
 
-@pytest.mark.parametrize("output", ["table.md", "file/table.json"])
+@pytest.mark.parametrize("output", ["table.md", "file/table.json", "self-test.json", "README.json"])
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
+    Path("self-test.json").write_text('{"schema_version": 1, "checks": []}')
+    Path("README.md").touch()
     monkeypatch.setattr(models, "bench_models", lambda *_: pytest.fail("it began to work"))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     assert run(["bench", "models", "-o", output]) == 2
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_page_has_a_reason_once() -> None:
