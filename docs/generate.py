@@ -57,9 +57,11 @@ PAPERS = {
     "2404.06395": "Warm-up, stable, decay schedule (MiniCPM)",
     "2406.01775": "OLoRA",
     "2407.14679": "Minitron: activation importance, distillation after pruning",
+    "2408.11796": "Minitron in practice: channels of the residual stream",
     "2410.19185": "Tailored LLaMA: recovery of a pruned model for one task",
     "2410.21228": "Intruder dimensions",
     "2411.09009": "Loss over the vocabulary without full logits",
+    "2510.13999": "REAP: experts by router-weighted activation",
 }
 
 

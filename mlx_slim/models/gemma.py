@@ -33,6 +33,13 @@ from mlx_slim.reading import ModelConfig
 EMBEDDING_SIZE = "mlx_slim_embedding_size"
 
 
+def correct_gemma(model: nn.Module, config: ModelConfig) -> None:
+    """Put right what is said above in ``model`` of ``config``, in place; others are left alone."""
+    use_exact_scale(model, config)
+    use_row_masks(model)
+    use_shared_keys(model)
+
+
 def use_exact_scale(model: nn.Module, config: ModelConfig) -> bool:
     """Let a Gemma 3 in float32 scale its embeddings exactly, in place.
 

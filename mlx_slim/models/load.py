@@ -26,7 +26,7 @@ from mlx_slim.models.build import construct
 from mlx_slim.models.config_checks import CONFIG, check_config, check_tokenizer, read_configs
 from mlx_slim.models.finite import check_finite
 from mlx_slim.models.gated_delta import use_fast_gated_delta
-from mlx_slim.models.gemma import use_exact_scale, use_row_masks, use_shared_keys
+from mlx_slim.models.gemma import correct_gemma
 from mlx_slim.models.hub import resolve, resolve_config
 from mlx_slim.models.normalize import Normalized, normalize_config
 from mlx_slim.models.quantized import use_fast_matmul
@@ -140,7 +140,8 @@ def load(
                 config = transform(model, config)
             read_weights(model, short(folder))
             mx.eval(_constants(model))
-    correct_classes(model, config)
+    correct_gemma(model, config)
+    use_fast_gated_delta(model)
     with library_errors(f"{short(folder)} cannot be run", "use the original model's config"):
         model(mx.zeros((1, 2), mx.int32))  # type: ignore[operator]  # shapes only: not evaluated
     use_fast_matmul(model)
@@ -156,14 +157,6 @@ def load(
         revision=folder.name if folder.parent.name == "snapshots" else revision,
         notes=[*notes, *more],
     )
-
-
-def correct_classes(model: nn.Module, config: ModelConfig) -> None:
-    """Replace what classes of mlx-lm compute otherwise than they should, in place."""
-    use_exact_scale(model, config)
-    use_row_masks(model)
-    use_shared_keys(model)
-    use_fast_gated_delta(model)
 
 
 def open_weights(

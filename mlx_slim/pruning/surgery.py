@@ -22,8 +22,9 @@ from mlx_slim.errors import SlimError
 from mlx_slim.models import structure
 from mlx_slim.models.activations import use_fast_swiglu
 from mlx_slim.models.build import WIDTHS, build, widths_of
-from mlx_slim.models.gemma import EMBEDDING_SIZE
-from mlx_slim.models.load import correct_classes, fill
+from mlx_slim.models.gated_delta import use_fast_gated_delta
+from mlx_slim.models.gemma import EMBEDDING_SIZE, correct_gemma
+from mlx_slim.models.load import fill
 from mlx_slim.models.mixtures import mixture_of
 from mlx_slim.models.normalize import model_module
 from mlx_slim.models.recorded_logits import free_weights
@@ -249,7 +250,8 @@ def _take(value: mx.array, axis: int, count: int, groups: np.ndarray) -> mx.arra
 def _filled(config: ModelConfig, weights: dict[str, mx.array]) -> nn.Module:
     model = build(config)
     fill(model, Path("the pruned model"), weights)
-    correct_classes(model, config)
+    correct_gemma(model, config)
+    use_fast_gated_delta(model)
     use_fast_swiglu(model)
     model.eval()
     return model

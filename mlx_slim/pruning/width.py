@@ -39,8 +39,8 @@ class WidthLimits:
     """What a config with the same widths in all layers can express.
 
     Attributes:
-        head_dim_is_derived: The size of a head is hidden_size ÷ heads: the residual stream and the
-            heads shrink together or not at all.
+        head_dim_is_derived: The size of a head is hidden_size ÷ heads: the residual stream shrinks
+            with whole heads or not at all.
         heads_divide_hidden: The number of query heads must divide hidden_size.
     """
 
