@@ -308,7 +308,7 @@ def test_a_model_with_fewer_channels_or_experts_recovers(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     architecture: str,
-    changes: dict[str, int],
+    changes: dict[str, Any],
     cut: dict[str, Any],
     line: str,
 ) -> None:

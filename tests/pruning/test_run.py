@@ -254,7 +254,7 @@ def test_the_residual_stream_of_every_architecture(
     tmp_path: Path, options: Callable[..., PruneOptions], architecture: str
 ) -> None:
     derived = architecture in ("qwen2", "phi")
-    size_of_head = {} if derived else {"head_dim": 16}
+    size_of_head: dict[str, Any] = {} if derived else {"head_dim": 16}
     source = tiny_model(tmp_path / "source", architecture, hidden_size=128, **size_of_head)
     result = prune(source, tmp_path / "out", options(hidden_size=64))
     record, stock = result.details, stock_load(str(tmp_path / "out"))[0]
