@@ -43,6 +43,7 @@ _PATH = click.Path(path_type=Path)
     "kv_heads",
     "experts",
     "uniform",
+    "compensate",
     "ranking",
     "protect_first",
     "protect_last",

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -127,6 +128,32 @@ class FromBlock:
     def logits(self, number: int) -> mx.array:
         """Return the logits (T, V) of a row."""
         return self._pass(number, self._begin)[0][0]
+
+    def second_moments(self, block: int, layers: list[str]) -> dict[str, mx.array]:
+        """Return layer -> E[x xᵀ] (I, I), float32, of its I inputs over all tokens.
+
+        Args:
+            block: Not before the one begun at.
+            layers: Paths inside the block.
+        """
+        moments: dict[str, mx.array] = {}
+        latest: list[mx.array] = []  # the last input and its product: q, k and v read the same
+
+        def look(x_1TI: mx.array, layer: str) -> None:
+            if not latest or latest[0] is not x_1TI:
+                x_TI = x_1TI.reshape(-1, x_1TI.shape[-1]).astype(mx.float32)
+                latest[:] = [x_1TI, x_TI.T @ x_TI / self._rows_NT.size]
+            moments[layer] = moments[layer] + latest[1] if layer in moments else latest[1]
+
+        with contextlib.ExitStack() as stack:
+            for layer in layers:
+                look_there = partial(look, layer=layer)
+                stack.enter_context(watched(self._blocks[block], layer, look_there))
+            for number in range(len(self._rows_NT)):
+                self._pass(number, block)
+                latest.clear()
+                mx.eval(moments)  # the blocks after it are never computed
+        return moments
 
     def _pass(self, number: int, block: int) -> tuple[mx.array, mx.array]:
         """Return the logits of a row and the hidden states that enter ``block``."""

@@ -24,7 +24,7 @@ _DEFAULT_OF_CHANNELS, _DEFAULT_OF_EXPERTS = "activation", "reap"
 _METHODS = {"depth": depth.METHODS, "width": importance.METHODS}
 # Rows of calibration text x tokens: as in arXiv 2305.11627 for gradients; forward passes and
 # similarities are cheaper and noisier.
-_GRADIENT_ROWS, _FORWARD_ROWS = (10, 64), (32, 256)
+_GRADIENT_ROWS, FORWARD_ROWS = (10, 64), (32, 256)
 
 
 _WIDTH = "taylor, taylor2, vector, activation, l2, random; of experts reap"
@@ -64,6 +64,7 @@ class PruneOptions:
         held_out: Tokens of validation text, about.
         seed: Of the random controls.
         revision: Commit or tag of a hub model.
+        compensate: Refit the layers that read pruned groups, by least squares.
     """
 
     axis: Literal["depth", "width"] | None = field(
@@ -132,6 +133,10 @@ class PruneOptions:
         default=0, metadata=option("Seed of --method random.")
     )
     revision: str | None = field(default=None, metadata=option("Commit or tag of a hub model."))
+    compensate: bool = field(
+        default=False,
+        metadata=option("Width: refit what reads the pruned groups, by least squares."),
+    )
 
     @property
     def named_sizes(self) -> dict[str, int]:
@@ -220,6 +225,7 @@ def conflicts(options: PruneOptions, axis: str, method: str) -> list[tuple[str, 
         wide += [] if options.uniform else ["--no-uniform"]
         wide += [] if options.ranking == "layer" else ["--ranking"]
         wide += named
+        wide += ["--compensate"] if options.compensate else []
         if wide:
             problems.append((f"{', '.join(wide)}: only for width pruning", "set --axis width"))
     else:
@@ -268,6 +274,7 @@ def check_experts(options: PruneOptions, axis: str, method: str, *, mixture: boo
     others = [SIZE_FLAGS[kind] for kind in options.named_sizes if kind != EXPERTS]
     others += [f"--{'' if value else 'no-'}{kind}" for kind, value in _kinds(options).items()]
     others += [] if options.uniform else ["--no-uniform"]
+    others += ["--compensate"] if options.compensate else []
     if axis == "depth":
         others.append(f"--method {method}" if options.layers is None else "--layers")
     elif method not in importance.OF_EXPERTS:
@@ -290,5 +297,5 @@ def rows_of(options: PruneOptions, method: str) -> tuple[int, int]:
     """Return calibration rows and their tokens; (0, 0) for a method that needs none."""
     if method in ("l2", "random", NAMED):
         return 0, 0
-    samples, length = _GRADIENT_ROWS if method in importance.GRADIENT else _FORWARD_ROWS
+    samples, length = _GRADIENT_ROWS if method in importance.GRADIENT else FORWARD_ROWS
     return options.samples or samples, options.length or length

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ from mlx_slim.pruning.records import (
     PrunedFidelity,
     PruneRecord,
 )
+from mlx_slim.pruning.refit import refit, refit_rows
 from mlx_slim.pruning.scores import Scores, name_of
 from mlx_slim.quantization.apply import refuse_quantized
 from mlx_slim.quantization.calibration import DEFAULT_SOURCE, read_calibration
@@ -133,7 +134,10 @@ def prune(
     seen_NT, validation_NT = _text(loaded, options, planned, notify)
     scores = _scores(loaded, options, planned, seen_NT, notify, scores_at)
     original = None if validation_NT is None else RecordedLogits(loaded.model, validation_NT, out)
-    small, new_config, changes = _cut(loaded, options, planned, scores)
+    refit_NT = None
+    if options.compensate:
+        refit_NT = refit_rows(loaded, options, 0 if validation_NT is None else validation_NT.size)
+    small, new_config, changes = _cut(loaded, options, planned, scores, refit_NT)
     if not on_gpu():  # measured below are the weights as they will be stored
         for dtype in (stored, mx.float32):
             cast(small, dtype)
@@ -159,7 +163,7 @@ def prune(
         bytes_after=parameters * stored.size,
         stock_mlx_lm_reads_it=WIDTHS not in new_config,
         fidelity=_fidelity(measured),
-        notes=planned.notes,
+        notes=[*planned.notes, *changes.notes],
         provenance=provenance(),
         seconds=0.0,
         peak_memory_bytes=0,
@@ -199,7 +203,7 @@ def prune_loaded(loaded: Loaded, options: PruneOptions, *, scores_at: Path | Non
     planned = plan(loaded.config, options, weight_size(loaded.config))
     seen_NT, _ = _text(loaded, options, planned, ignore)
     scores = _scores(loaded, options, planned, seen_NT, ignore, scores_at)
-    model, config, _ = _cut(loaded, options, planned, scores)
+    model, config, _ = _cut(loaded, options, planned, scores, None)
     return replace(loaded, model=model, config=config)
 
 
@@ -358,18 +362,24 @@ def _meaning(planned: Plan) -> str:
 
 @dataclass(frozen=True)
 class _Changes:
-    """What a model lost: of each layer, and of the residual stream."""
+    """What a model lost: of each layer, and of the residual stream; notes for the user."""
 
     layers: list[LayerChange]
     hidden: GroupChange | None = None
+    notes: Sequence[str] = ()
 
 
 def _cut(
-    loaded: Loaded, options: PruneOptions, planned: Plan, scores: Scores
+    loaded: Loaded,
+    options: PruneOptions,
+    planned: Plan,
+    scores: Scores,
+    refit_NT: mx.array | None,
 ) -> tuple[nn.Module, ModelConfig, _Changes]:
     """Return the pruned model, its config, and what changed.
 
-    ``loaded`` loses its weights, so that those that are cut off are freed.
+    ``loaded`` loses its weights, so that those that are cut off are freed. What reads the pruned
+    groups is refitted on ``refit_NT``, where there are such rows.
     """
     if planned.axis == "depth":
         removed = [int(i) for i in scores[_LAYERS]]
@@ -386,6 +396,12 @@ def _cut(
         options.ranking,
         runs=mixture.groups if mixture else 1,
     )
+    notes: list[str] = []
+    if refit_NT is not None and (left := refit(loaded.model, retained, refit_NT)):
+        notes.append(
+            f"{len(left)} layers refitted on {refit_NT.size:,} tokens: "
+            f"{sum(left) / len(left):.1%} of their square error is left"
+        )
     model, config = surgery.with_groups(
         loaded.model, loaded.config, retained, uniform=options.uniform, donate=True
     )
@@ -405,7 +421,7 @@ def _cut(
             )
     channels = [groups.pop(HIDDEN, None) for groups in changes]
     layers = [LayerChange(layer, groups) for layer, groups in enumerate(changes)]
-    return model, config, _Changes(layers, channels[0])
+    return model, config, _Changes(layers, channels[0], notes)
 
 
 def _removed_layers(planned: Plan, removed: list[int], scores: Scores) -> list[LayerChange]:

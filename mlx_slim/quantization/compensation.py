@@ -11,7 +11,6 @@ Shapes: N rows, T tokens a row, I inputs, O outputs, R rank, K directions that t
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +24,7 @@ from mlx_slim.adapters.lora import Adapter, dimensions
 from mlx_slim.errors import SlimError
 from mlx_slim.models import structure
 from mlx_slim.models.quantized import dequantize_weight
-from mlx_slim.models.route import FromBlock, splits_at_blocks, watched
+from mlx_slim.models.route import FromBlock, splits_at_blocks
 from mlx_slim.progress import tracked
 
 _NONE = 1e-12  # of the largest eigenvalue: a direction that the inputs do not have
@@ -150,7 +149,7 @@ def compensate(
     for block in tracked(sorted(by_block), "compensating for the error of each block", "blocks"):
         if apart:
             passing.advance(block)
-        moments = _second_moments(model, block, by_block[block], passing, rows_NT)
+        moments = passing.second_moments(block, [site.inside for site in by_block[block]])
         for site in by_block[block]:
             original: Any = originals[site.path]
             error = original["weight"].astype(mx.float32) - dequantize_weight(site.module)
@@ -170,33 +169,3 @@ def _set(adapter: Adapter, factors: Factors, stored: mx.Dtype) -> None:
     adapter.lora_a = mx.array(factors.a_RI.T.astype(np.float32)).astype(stored)
     adapter.lora_b = mx.array(factors.b_OR.T.astype(np.float32)).astype(stored)
     mx.eval(adapter.lora_a, adapter.lora_b)
-
-
-def _second_moments(
-    model: nn.Module, block: int, layers: list[Site], passing: FromBlock, rows_NT: mx.array
-) -> dict[str, mx.array]:
-    """Return path inside the block -> E[x xᵀ] (I, I), float32, of its inputs."""
-    moments: dict[str, mx.array] = {}
-    latest: list[mx.array] = []  # the last input and its product: q, k and v read the same
-
-    def look(x_1TI: mx.array, inside: str) -> None:
-        if not latest or latest[0] is not x_1TI:
-            x_TI = x_1TI.reshape(-1, x_1TI.shape[-1]).astype(mx.float32)
-            latest[:] = [x_1TI, x_TI.T @ x_TI / rows_NT.size]
-        moments[inside] = moments[inside] + latest[1] if inside in moments else latest[1]
-
-    with contextlib.ExitStack() as stack:
-        for site in layers:
-            inside = site.inside
-            stack.enter_context(
-                watched(
-                    structure.blocks(model)[block],
-                    inside,
-                    lambda x_1TI, inside=inside: look(x_1TI, inside),
-                )
-            )
-        for number in range(len(rows_NT)):
-            passing.logits(number)  # lazy: only what the moments need is computed
-            latest.clear()
-            mx.eval(moments)
-    return moments
