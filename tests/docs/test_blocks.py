@@ -33,6 +33,7 @@ def offline(places: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterato
     monkeypatch.setenv("HF_HUB_CACHE", str(places["hub"]))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("MLX_SLIM_DATA", str(places["data"]))
+    monkeypatch.setenv("MLX_SLIM_CACHE", str(places["hub"] / "cache"))
     monkeypatch.setenv("COLUMNS", "100")
     yield
 

@@ -102,7 +102,7 @@ def test_a_killed_measurement_resumes_with_the_layer_it_lost(
 
 
 def test_without_room_for_the_dense_model_the_others_are_in_eight_bits(
-    tiny: TinyModels, monkeypatch: pytest.MonkeyPatch
+    tiny: TinyModels, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense = _measure(tiny(), load(tiny()).model)
     held: list[bool] = []
