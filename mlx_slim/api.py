@@ -197,6 +197,7 @@ def quantize(
     group_size: int | None = None,
     mode: str = "affine",
     method: str = "rtn",
+    embed_bits: Literal[2, 3, 4, 5, 6, 8] | None = None,
     calibration: str | None = None,
     samples: int = compress.CompressOptions.samples,
     length: int = compress.CompressOptions.length,
@@ -216,7 +217,8 @@ def quantize(
         bits: 2, 3, 4, 5, 6 or 8; None is 4 (8 for mxfp8).
         group_size: Weights that share a scale; None is 64, or what the mode fixes.
         mode: ``affine``, ``mxfp4``, ``mxfp8`` or ``nvfp4``.
-        method: ``rtn``, ``awq``, ``gptq``, ``dwq`` or ``dynamic``.
+        method: ``rtn``, ``awq``, ``gptq``, ``dwq``, ``dynamic`` or ``blockwise``.
+        embed_bits: Bits of embedding and head; None is the method's choice.
         calibration: Text or data set to calibrate and judge on; None is Alpaca.
         samples: Calibration rows, at most.
         length: Tokens of a calibration row.
@@ -236,6 +238,7 @@ def quantize(
     options = compress.CompressOptions(
         quantize=quantize_config(bits, group_size, mode, sized=sized),
         method=method,
+        embed_bits=embed_bits,
         calibration=calibration,
         samples=samples,
         length=length,

@@ -257,7 +257,7 @@ def test_pruned_and_recovered(files: Files, tmp_path: Path) -> None:
     assert all(row.text is not None and np.isfinite(row.text.kl) for row in report.rows)
 
 
-@pytest.mark.parametrize("method", ["awq", "gptq", "dwq", "dynamic"])
+@pytest.mark.parametrize("method", ["awq", "gptq", "dwq", "dynamic", "blockwise"])
 def test_quantized_with_calibration(files: Files, tmp_path: Path, method: str) -> None:
     settings = QuantizeConfig(group_size=32)
     options = CompressOptions(

@@ -22,6 +22,7 @@ from mlx_slim.adapters.adalora import AdaLoRALinear
 from mlx_slim.adapters.dora import DoRALinear
 from mlx_slim.adapters.experts import LoRASwitchLinear
 from mlx_slim.adapters.lora import Adapter, LoRAEmbedding, LoRALinear, dimensions, is_experts
+from mlx_slim.adapters.pooled import PooledLoRALinear, check_pooled
 from mlx_slim.adapters.variants import start_pissa
 from mlx_slim.config.patterns import compile_pattern
 from mlx_slim.config.schema import AdapterConfig
@@ -205,8 +206,11 @@ def place(
     *,
     dora: bool,
     adaptive: bool = False,
+    pooled: mx.Dtype | None = None,
 ) -> list[tuple[str, Adapter]]:
     """Freeze ``model``, wrap the ``chosen`` layers, leave only the adapters trainable.
+
+    ``pooled`` is the dtype of the base's stored biases, where the adapters shall fold into them.
 
     Raises:
         SlimError: If a layer cannot carry the adapter, or the model has adapters already.
@@ -217,6 +221,12 @@ def place(
     model.freeze()
     placed: list[tuple[str, Adapter]] = []
     for site in chosen:
+        if pooled is not None:
+            check_pooled(site.path, site.module)
+            adapter = PooledLoRALinear(site.module, rank, scale, dropout, pooled)
+            adapter.train(model.training)
+            placed.append((site.path, adapter))
+            continue
         kind: type[LoRALinear] | type[LoRAEmbedding] | type[LoRASwitchLinear]
         if isinstance(site.module, EMBEDDING_TYPES):
             kind = LoRAEmbedding
@@ -260,6 +270,7 @@ def inject(
     *,
     dora: bool,
     below: Mapping[str, tuple[mx.array, mx.array]] | None = None,
+    stored: mx.Dtype | None = None,
 ) -> Injected:
     """Freeze ``model`` and put trainable adapters on the layers that ``config`` selects.
 
@@ -268,6 +279,7 @@ def inject(
         config: Rank, scale, targets, layers, start.
         dora: DoRA instead of LoRA.
         below: path -> (A, B) of frozen adapters that stay under the new ones (``stack.combined``).
+        stored: Dtype of the base's biases on disk, for adapters that fold into them.
 
     Raises:
         SlimError: A target that matches nothing, a block out of range, a rank above a layer's size,
@@ -282,7 +294,14 @@ def inject(
     chosen_paths = {site.path for site in chosen}
     carrying = [site for site in sites(model) if site.path in chosen_paths or site.path in below]
     placed = place(
-        model, carrying, config.rank, scale, config.dropout, dora=dora, adaptive=adaptive
+        model,
+        carrying,
+        config.rank,
+        scale,
+        config.dropout,
+        dora=dora,
+        adaptive=adaptive,
+        pooled=stored if config.pooled else None,
     )
     for path, adapter in placed:
         if path in below:

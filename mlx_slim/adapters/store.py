@@ -32,6 +32,7 @@ from mlx_slim.adapters.inject import (
     summary,
 )
 from mlx_slim.adapters.lora import dimensions, factor_shapes, rank_axes
+from mlx_slim.adapters.pooled import PooledLoRALinear, grouped, takes_pooled
 from mlx_slim.artifacts import (
     SCHEMA_VERSION,
     atomic_folder,
@@ -41,13 +42,16 @@ from mlx_slim.artifacts import (
     write_json,
 )
 from mlx_slim.config.schema import AdapterConfig
-from mlx_slim.errors import SlimError
+from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.models.finite import check_finite
+from mlx_slim.models.quantized import format_of
 from mlx_slim.models.structure import blocks
-from mlx_slim.reading import JsonObject, field, read_object, short
+from mlx_slim.reading import JsonObject, field, read_object, short, shown
+from mlx_slim.runtime import DTYPES, dtype_name
 
 WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
+POOLED = "biases_rounded_to"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 _SAMPLES = 64
 _MOST = 1 << 20  # of a rank or a number of layers
@@ -137,6 +141,7 @@ def save_adapter(
     """
     tensors: dict[str, mx.array] = {}
     rank = config.rank
+    rounded: mx.Dtype | None = None
     adapters = [(p, each) for p, each in adapters_of(model) if p in set(injected.paths)]
     ranks = {path: each.active for path, each in adapters if isinstance(each, AdaLoRALinear)}
     for path, adapter in adapters:
@@ -144,6 +149,8 @@ def save_adapter(
             a_IR, b_RO = adapter.plain_factors(max(1, *ranks.values()))
         else:
             a_IR, b_RO = adapter.factors()
+        if isinstance(adapter, PooledLoRALinear):
+            rounded = adapter.stored
         rank = a_IR.shape[rank_axes(adapter.base)[0]]
         tensors |= {f"{path}.lora_a": a_IR, f"{path}.lora_b": b_RO}
         if dora:
@@ -166,6 +173,7 @@ def save_adapter(
         "parameters": injected.parameters,
         "base_sample": base_sample(model),
         **({"ranks": ranks} if ranks else {}),
+        **({POOLED: dtype_name(rounded)} if rounded else {}),
         **(more or {}),
     }
     with atomic_folder(folder, replace=True) as temporary:
@@ -204,6 +212,7 @@ class _Settings:
         keys: Layers of a block; None for mlx-lm's choice.
         model: The base, as it was given; None where it is not recorded.
         base_sample: Numbers that tell bases of one shape apart; None likewise.
+        pooled: What its biases were rounded to in training, if it folds into them.
     """
 
     dora: bool
@@ -214,6 +223,7 @@ class _Settings:
     keys: list[str] | None
     model: str | None
     base_sample: list[float] | None
+    pooled: mx.Dtype | None
 
 
 def _settings(config: JsonObject, folder: Path) -> _Settings:
@@ -238,7 +248,15 @@ def _settings(config: JsonObject, folder: Path) -> _Settings:
         keys=field(lora, where, "keys", list, None, of=str),
         model=field(config, where, "model", str, None),
         base_sample=field(config, where, "base_sample", list, None, of=float),
+        pooled=_pooled(config, where),
     )
+
+
+def _pooled(config: JsonObject, where: str) -> mx.Dtype | None:
+    name = field(config, where, POOLED, str, None)
+    if name is not None and name not in DTYPES:
+        raise SlimError(f"{where}: {POOLED} is {shown(name)}", did_you_mean(name, DTYPES))
+    return None if name is None else DTYPES[name]
 
 
 def adapter_hash(folder: Path) -> str:
@@ -288,6 +306,8 @@ class StoredAdapter:
         scale: s in ΔWᵀ = s · A B.
         dropout: Of the adapter's inputs in training.
         dora: Whether it is a DoRA.
+        pooled: What the biases of the base were rounded to in training, if it folds into them and
+            the model has these; None computes as an ordinary LoRA.
     """
 
     chosen: list[Site]
@@ -296,14 +316,25 @@ class StoredAdapter:
     scale: float
     dropout: float
     dora: bool
+    pooled: mx.Dtype | None = None
 
 
 def put(model: nn.Module, stored: StoredAdapter) -> Injected:
     """Put ``stored`` on ``model``, which it was read for and which has no adapters yet."""
     placed = place(
-        model, stored.chosen, stored.rank, stored.scale, stored.dropout, dora=stored.dora
+        model,
+        stored.chosen,
+        stored.rank,
+        stored.scale,
+        stored.dropout,
+        dora=stored.dora,
+        pooled=stored.pooled,
     )
-    model.load_weights(list(stored.tensors.items()), strict=False)
+    tensors = dict(stored.tensors)
+    for path, adapter in placed:
+        if isinstance(adapter, PooledLoRALinear):
+            tensors[f"{path}.lora_a"] = tensors[f"{path}.lora_a"][:: adapter.group_size]
+    model.load_weights(list(tensors.items()), strict=False)
     mx.eval([adapter.parameters() for _, adapter in placed])
     return summary(placed, stored.scale, stored.scale * stored.rank)
 
@@ -329,8 +360,18 @@ def read_adapter(model: nn.Module, folder: Path) -> StoredAdapter:
             f"{folder} was trained on another base of the same shape",
             f"{base_note}: load that base" if base_note else "load the base it was trained on",
         )
+    pooled = settings.pooled
+    if pooled is not None and not all(_folds(site, tensors) for site in chosen):
+        pooled = None  # over a base without such groups it is the ordinary adapter that is stored
     return StoredAdapter(
-        chosen, tensors, settings.rank, settings.scale, settings.dropout, settings.dora
+        chosen, tensors, settings.rank, settings.scale, settings.dropout, settings.dora, pooled
+    )
+
+
+def _folds(site: Site, tensors: dict[str, mx.array]) -> bool:
+    """Return whether the adapter of ``site`` is constant inside the groups of its base."""
+    return takes_pooled(site.module) and (
+        grouped(tensors[f"{site.path}.lora_a"], format_of(site.module).group_size) is not None
     )
 
 

@@ -48,8 +48,10 @@ def command(
 ) -> None:
     """Merge an adapter into MODEL (a folder or hub id) and write a new folder.
 
-    With several adapters, their weighted sum is merged. A dense base is merged; a quantized one
-    becomes dense unless --requantize (refused where rounding would undo the tuning) or --keep.
+    With several adapters, their weighted sum is merged. A dense base is merged. An adapter trained
+    with adapter.pooled=true goes into the biases of its quantized base, which stays quantized; with
+    another one the model becomes dense unless --requantize (refused where rounding would undo the
+    tuning) or --keep.
     """
     from rich.console import Console as RichConsole
 

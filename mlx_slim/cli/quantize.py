@@ -33,6 +33,7 @@ from mlx_slim.quantization.options import CompressOptions
 @options_of(
     CompressOptions,
     "method",
+    "embed_bits",
     "recipe",
     "calibration",
     "samples",

@@ -54,6 +54,9 @@ class AdapterConfig(Section):
         scaling: ``standard`` (alpha/r) or ``rslora`` (alpha/√r).
         init: ``standard`` (A uniform, B zero) or ``pissa`` (top-r SVD of W, arXiv 2404.02948).
         lora_plus_ratio: lr(B) / lr(A) (LoRA+, arXiv 2402.12354).
+        pooled: Sum the inputs of each quantization group before A, over a base quantized in mode
+            affine, so that ``fuse`` folds the adapter into its biases without loss (QA-LoRA,
+            arXiv 2309.14717).
         adaptive: Ranks that change during training (AdaLoRA); None leaves them.
         on: Adapter folders, each ``DIR`` or ``DIR=WEIGHT``, that lie frozen under this one.
         init_from: Folder of an adapter (ours, mlx-lm's or PEFT's) of the same rank, scale and
@@ -69,6 +72,7 @@ class AdapterConfig(Section):
     scaling: Literal["standard", "rslora"] = "standard"
     init: Literal["standard", "pissa"] = "standard"
     lora_plus_ratio: Annotated[float, Field(ge=1.0, le=LARGEST)] = 1.0
+    pooled: bool = False
     adaptive: AdaptiveConfig | None = None
     on: list[str] = Field(default_factory=list)
     init_from: str | None = None
@@ -79,6 +83,14 @@ class AdapterConfig(Section):
             other = f"init={self.init}" if self.init != "standard" else "adaptive"
             raise ValueError(
                 f"init_from={self.init_from} and {other} both set the starting weights: drop one"
+            )
+        if self.pooled and (self.init != "standard" or self.adaptive or self.on or self.init_from):
+            other = next(
+                key for key in ("adaptive", "on", "init_from", "init") if getattr(self, key)
+            )
+            raise ValueError(
+                f"pooled=true trains one LoRA whose A starts at random, and {other} is set too: "
+                "drop one of them"
             )
         if self.alpha is not None and self.scale is not None:
             raise ValueError(

@@ -294,6 +294,11 @@ class Recipe(Section):
         if self.method == "full" and (adapter.adaptive or adapter.on or adapter.init_from):
             key = "adaptive" if adapter.adaptive else "on" if adapter.on else "init_from"
             problems.append(f"adapter.{key} is set, and method=full trains no adapter: use lora")
+        if adapter.pooled and self.method not in ("lora", "qlora"):
+            problems.append(
+                f"adapter.pooled is a LoRA over a quantized base, and method={self.method}: use "
+                "qlora"
+            )
         if self.method == "dora" and self.adapter.adaptive:
             problems.append("adapter.adaptive changes ranks of LoRA: use method lora, not dora")
         if self.method == "dora" and self.adapter.on:

@@ -8,11 +8,14 @@ unless forced. ``fuse.json`` in the output holds the audit. Try it:
 ``mlx-slim fuse MODEL --adapter runs/mine/adapters -o fused``.
 
 A change of 2% of a 4-bit weight is less than a rounding step: requantizing retains about a seventh
-of it. So a quantized base is dequantized by default; ``--keep`` stores the adapter beside it.
+of it. So a quantized base is dequantized by default; ``--keep`` stores the adapter beside it. An
+adapter that is constant inside the quantization groups (``adapter.pooled``) is added to the biases:
+codes, scales, dtypes and bytes stay.
 """
 
 from __future__ import annotations
 
+import copy
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +26,9 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_slim.adapters.inject import adapters_of, remove_adapters
+from mlx_slim.adapters.lora import Adapter
 from mlx_slim.adapters.merge import merged_layer
+from mlx_slim.adapters.pooled import folded_biases
 from mlx_slim.adapters.stack import Adapters, Weighted, load_adapters, parse_adapters, used_folders
 from mlx_slim.adapters.store import CONFIG, save_adapter
 from mlx_slim.artifacts import (
@@ -37,7 +42,7 @@ from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import ResourceError, SlimError
 from mlx_slim.events import Notice, Observer
 from mlx_slim.export.audit_text import audit_tokens
-from mlx_slim.export.fuse_audit import Effect, effect, weight_retention
+from mlx_slim.export.fuse_audit import MIN_SHARE, Effect, effect, weight_retention
 from mlx_slim.export.options import FuseOptions, Mode
 from mlx_slim.models.lineage import carry
 from mlx_slim.models.load import Loaded, cast, read_weights
@@ -70,7 +75,7 @@ class Fused:
 
     Attributes:
         path: The folder.
-        mode: What was done: ``merge``, ``keep``, ``dequantize`` or ``requantize``.
+        mode: What was done: ``merge``, ``biases``, ``keep``, ``dequantize`` or ``requantize``.
         layers: Adapted layers.
         dtype: Of the floating weights.
         bytes: Size of the weights on disk.
@@ -120,6 +125,17 @@ class Fused:
             f"weights    {self.weights_retained:.1%} of the change kept, least in {path}: "
             f"{fraction:.1%}",
         ]
+        if self.mode == "biases":
+            lines.append(
+                f"lossless   codes and scales as they were; {audit.share:.2%} of the adapter's "
+                "effect on the logits kept"
+            )
+            if audit.share < MIN_SHARE:
+                lines.append(
+                    f"warning: rounding the biases to {self.dtype} loses {1 - audit.share:.1%}; "
+                    "--dtype float32 keeps it (5 bits a weight at 4, and activations in float32), "
+                    "and adapter.pooled=true trains with rounded biases"
+                )
         if self.lost:
             lines.append(f"warning: the tune is lost: {self.lost}; written because of --force")
         if self.mode == "keep":
@@ -183,13 +199,7 @@ def fuse(
     )
     for note in loaded.notes:
         say(note)
-    mode = _mode(options.mode, loaded)
     stored = stored_dtype(folder_tensors(loaded.path))
-    named = recorded_base(used_folders(stack))
-    if named is not None and mode != "keep":  # not that of the scales, which QLoRA computes in
-        stored = DTYPES.get(named[1].stored, stored)
-    if options.dtype is not None and mode != "keep":
-        stored = resolve_dtype(options.dtype)
     tokens_NT, text = audit_tokens(
         loaded.tokenizer,
         options.calibration,
@@ -200,6 +210,12 @@ def fuse(
     model = loaded.model.eval()
     base = RecordedLogits(model, tokens_NT, out)
     injected = load_adapters(model, stack)
+    mode = _mode(options.mode, loaded)
+    named = recorded_base(used_folders(stack))
+    if named is not None and mode not in ("keep", "biases"):  # not what QLoRA computes in
+        stored = DTYPES.get(named[1].stored, stored)
+    if options.dtype is not None and mode != "keep":
+        stored = resolve_dtype(options.dtype)
     tuned = RecordedLogits(model.eval(), tokens_NT, out)
     say(f"folding {len(injected.paths)} layers: {mode}")
     fractions, overall = _fold(model, mode, stored)
@@ -256,14 +272,18 @@ def _mode(mode: Mode, loaded: Loaded) -> str:
             f"{loaded.source} is not quantized: there is no format to quantize it back to",
             "fuse it without --requantize, then: mlx-slim quantize FUSED -o DIR",
         )
-    if mode == "keep" or (quantized and mode == "requantize"):
-        return mode
+    if mode in ("keep", "dequantize") or (quantized and mode == "requantize"):
+        return mode if quantized or mode == "keep" else "merge"
+    if all(folded_biases(adapter) is not None for _, adapter in adapters_of(loaded.model)):
+        return "biases"
     return "dequantize" if quantized else "merge"
 
 
 def _way_out(mode: str) -> str:
     if mode == "requantize":
         return "use --dequantize or --keep, or --force to write it anyway"
+    if mode == "biases":
+        return "use --dtype float32, --dequantize or --keep, or --force to write it anyway"
     return "use --dtype float32 or --keep, or --force to write it anyway"
 
 
@@ -284,7 +304,10 @@ def _fold(model: nn.Module, mode: str, stored: mx.Dtype) -> tuple[dict[str, floa
         base, merged = dequantize_weight(adapter.base), adapter.merged_weight()
         now = merged
         if mode != "keep":
-            layer = merged_layer(adapter, mx.float32 if wide else stored)
+            if mode == "biases":
+                layer = _with_biases(adapter)
+            else:
+                layer = merged_layer(adapter, mx.float32 if wide else stored)
             if mode == "requantize":
                 layer = _requantized(layer, adapter.base)
             for dtype in filter(None, (stored, compute)):
@@ -328,6 +351,13 @@ def _check_memory(model: nn.Module, mode: str, itemsize: int) -> None:
 def _dense_size(layer: Any) -> int:
     """Return the numbers of the weight of a linear layer or embedding, quantized or not."""
     return layer["scales"].size * layer.group_size if "scales" in layer else layer["weight"].size
+
+
+def _with_biases(adapter: Adapter) -> nn.Module:
+    """Return the base layer of ``adapter`` with biases that hold its update, float32."""
+    layer = copy.copy(adapter.base)  # codes and scales are the same arrays
+    layer["biases"] = folded_biases(adapter)
+    return layer
 
 
 def _requantized(dense: Any, former: Any) -> nn.Module:

@@ -11,6 +11,7 @@ Shapes: N rows, T tokens a row, C positions compared at a time, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
@@ -22,6 +23,7 @@ from mlx_slim.models.logits import kl_divergence, logsumexp, row_sums
 from mlx_slim.runtime import to_float
 
 MIN_RETAINED = 0.5
+MIN_SHARE = 0.99  # of a fold into biases that counts as without loss
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,12 @@ class Effect:
 
     Attributes:
         retained: Fraction of the adapter's effect on the log-probabilities that the fused model
-        has, as a
-            projection weighted by the tuned model's probabilities: 1 is all, 0 none. 1 for an
-            adapter without an effect.
+            has, as a projection weighted by the tuned model's probabilities: 1 is all, 0 none. 1
+            for an adapter without an effect.
         kl: Mean KL(tuned ‖ fused), nats a token.
         kl_base: Mean KL(tuned ‖ base), nats a token: the size of the effect.
+        share: 1 − ‖fused − tuned‖ / ‖tuned − base‖ over all logits, in which noise counts as loss;
+            1 for an adapter without an effect.
         top1: Fraction of positions where tuned and fused model have the same most likely token.
         tokens: Positions compared.
     """
@@ -42,6 +45,7 @@ class Effect:
     retained: float
     kl: float
     kl_base: float
+    share: float
     top1: float
     tokens: int
 
@@ -75,7 +79,7 @@ def effect(base: Model, tuned: Model, fused: Model, tokens_NT: mx.array) -> Effe
     Raises:
         SlimError: If a logit is not finite.
     """
-    sums = [0.0] * 5
+    sums = [0.0] * 7
     for row_T in tokens_NT:
         rows = [model(row_T[None])[0] for model in (base, tuned, fused)]
         mx.eval(rows)
@@ -86,7 +90,7 @@ def effect(base: Model, tuned: Model, fused: Model, tokens_NT: mx.array) -> Effe
                 for total, chunk_sum in zip(sums, chunk_sums, strict=True)
             ]
     tokens = tokens_NT.size
-    along, size, kl, kl_base, agree = sums
+    along, size, kl, kl_base, agree, lost, moved = sums
     if not mx.isfinite(mx.array(sums)).all():
         raise SlimError(
             "a logit is not finite: the comparison is not valid",
@@ -94,12 +98,24 @@ def effect(base: Model, tuned: Model, fused: Model, tokens_NT: mx.array) -> Effe
         )
     retained = along / size if size / tokens > 1e-12 else 1.0
     return Effect(
-        retained, max(0.0, kl / tokens), max(0.0, kl_base / tokens), agree / tokens, tokens
+        retained=retained,
+        kl=max(0.0, kl / tokens),
+        kl_base=max(0.0, kl_base / tokens),
+        share=1 - math.sqrt(lost / moved) if moved > 0 else 1.0,
+        top1=agree / tokens,
+        tokens=tokens,
     )
 
 
 def _chunk(base_CV: mx.array, tuned_CV: mx.array, fused_CV: mx.array) -> tuple[mx.array, ...]:
-    """Return the sums ⟨fused, tuned⟩, ⟨tuned, tuned⟩ (changes), KL, KL of the base, agreement."""
+    """Return sums over C positions.
+
+    They are ⟨fused, tuned⟩, ⟨tuned, tuned⟩ (changes), KL, KL of the base, agreement, and of logits
+    ‖fused − tuned‖², ‖tuned − base‖².
+    """
+    base32_CV, tuned32_CV, fused32_CV = (
+        x_CV.astype(mx.float32) for x_CV in (base_CV, tuned_CV, fused_CV)
+    )
     log_base_CV, log_tuned_CV, log_fused_CV = (
         x_CV.astype(mx.float32) - logsumexp(x_CV) for x_CV in (base_CV, tuned_CV, fused_CV)
     )
@@ -111,6 +127,8 @@ def _chunk(base_CV: mx.array, tuned_CV: mx.array, fused_CV: mx.array) -> tuple[m
         kl_divergence(tuned_CV, fused_CV).sum(),
         kl_divergence(tuned_CV, base_CV).sum(),
         (tuned_CV.argmax(-1) == fused_CV.argmax(-1)).sum(),
+        row_sums(mx.square(fused32_CV - tuned32_CV)).sum(),
+        row_sums(mx.square(tuned32_CV - base32_CV)).sum(),
     )
 
 

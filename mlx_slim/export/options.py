@@ -24,8 +24,8 @@ class FuseOptions:
 
     Attributes:
         mode: ``keep`` puts the adapter beside its base; ``dequantize`` makes a dense model;
-            ``requantize`` returns each layer to the format it had; ``auto`` merges a dense base
-            and dequantizes a quantized one.
+            ``requantize`` returns each layer to the format it had; ``auto`` merges a dense base,
+            folds a pooled adapter into the biases of a quantized one, and dequantizes for another.
         dtype: Of the floating weights on disk; None is the base's.
         force: Write the result even if it lost the tune.
         calibration: Text to compare on; None takes Alpaca or the demo's rows.

@@ -41,7 +41,7 @@ from mlx_slim.quantization.apply import quantize_model
 from mlx_slim.quantization.base import QuantizedBase, load_base, quantized_base, recorded_base
 from mlx_slim.quantization.policy import make_policy
 from mlx_slim.reading import ModelConfig
-from mlx_slim.runtime import default_num_threads, on_gpu, resolve_dtype, world
+from mlx_slim.runtime import default_num_threads, dtype_name, on_gpu, resolve_dtype, world
 from mlx_slim.training.adalora import RankBudget
 from mlx_slim.training.callbacks import Callback
 from mlx_slim.training.loop import Loop
@@ -122,6 +122,30 @@ def prepare_base(recipe: Recipe) -> tuple[Loaded, QuantizedBase | None]:
     return loaded, recorded[1] if recorded is not None and dense else None
 
 
+def _stored_biases(recipe: Recipe, loaded: Loaded) -> mx.Dtype | None:
+    """Return the dtype of the base's biases on disk for ``adapter.pooled``, None without it.
+
+    Raises:
+        SlimError: If the base is not stored quantized, or the run's dtype rounds its biases.
+    """
+    if not recipe.adapter.pooled:
+        return None
+    if "quantization" not in read_config(loaded.path):
+        raise SlimError(
+            f"adapter.pooled=true folds into the biases of a quantized model, {recipe.model} is "
+            "not quantized",
+            f"quantize it first: mlx-slim quantize {recipe.model} -o DIR, then model=DIR",
+        )
+    stored, computed = stored_dtype(folder_tensors(loaded.path)), resolve_dtype(recipe.train.dtype)
+    if computed not in (stored, mx.float32):
+        raise SlimError(
+            f"adapter.pooled=true: {recipe.model} stores its biases in {dtype_name(stored)}, "
+            f"which {dtype_name(computed)} would round",
+            f"set train.dtype={dtype_name(stored)}",
+        )
+    return stored
+
+
 def prepare_model(recipe: Recipe) -> Tuned:
     """Return the base of ``recipe`` with its trainable parameters chosen: adapters, or all."""
     loaded, base = prepare_base(recipe)
@@ -137,7 +161,8 @@ def prepare_model(recipe: Recipe) -> Tuned:
         below = combined(loaded.model, parse_adapters(recipe.adapter.on))
         tied = bool(loaded.config.get("tie_word_embeddings"))
         start = [read_start(loaded.model, one, tied=tied) for one in started_from(recipe)]
-        injected = inject(loaded.model, recipe.adapter, dora=dora, below=below)
+        stored_as = _stored_biases(recipe, loaded)
+        injected = inject(loaded.model, recipe.adapter, dora=dora, below=below, stored=stored_as)
         for stored in start:
             start_from(loaded.model, stored, recipe.adapter, injected, dora=dora)
     mx.eval(loaded.model.parameters())

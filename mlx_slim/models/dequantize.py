@@ -1,4 +1,4 @@
-"""Dense float32 weights out of packed ones.
+"""Dense float32 weights out of packed ones, and codes into packed ones.
 
 Invariant: bit for bit what ``mx.dequantize`` returns in float32. On a CPU, for which MLX has no
 kernel and composes it from 32-bit operations, most passes run over bytes here, 1.6 to 8 times as
@@ -77,6 +77,22 @@ def _codes(weight_OQ: mx.array, bits: int) -> mx.array:
             code = code | (run[..., byte + 1] << (8 - shift))
         codes.append(code & mask)
     return mx.stack(codes, -1)
+
+
+def pack(codes_OI: mx.array, bits: int) -> mx.array:
+    """Return codes packed into uint32 words (O, I · bits / 32), as ``mx.quantize`` packs them.
+
+    The codes of a row are one stream of bits, the lowest bit of each code first. (``mx.quantize``
+    itself cannot take trained codes: it moves the grid so that 0 is on it.)
+
+    Args:
+        codes_OI: uint8, below 2 ** bits; I · bits divisible by 32; leading axes are kept.
+        bits: Bits a code.
+    """
+    shifts = mx.arange(bits, dtype=mx.uint8)
+    stream = ((codes_OI[..., None] >> shifts) & 1).reshape(*codes_OI.shape[:-1], -1, 8)
+    bytes_ = (stream << mx.arange(8, dtype=mx.uint8)).sum(axis=-1).astype(mx.uint8)
+    return bytes_.view(mx.uint32)
 
 
 def _e2m1_doubled(codes: mx.array) -> mx.array:

@@ -136,12 +136,12 @@ def load(
             folder, dtype=dtype, trust_remote_code=trust_remote_code
         )
         with library_errors(f"{short(folder)}: its weights cannot be read"):
+            correct_gemma(model, config)
+            use_fast_gated_delta(model)
             if transform is not None:
                 config = transform(model, config)
             read_weights(model, short(folder))
             mx.eval(_constants(model))
-    correct_gemma(model, config)
-    use_fast_gated_delta(model)
     with library_errors(f"{short(folder)} cannot be run", "use the original model's config"):
         model(mx.zeros((1, 2), mx.int32))  # type: ignore[operator]  # shapes only: not evaluated
     use_fast_matmul(model)

@@ -52,6 +52,14 @@ MIN_ROWS = 4
 DENSE_FRACTION = 0.5  # of the memory, that a dequantized model may take
 
 
+def as_stored(value: mx.array, stored: mx.Dtype) -> mx.array:
+    """Return float32 ``value`` rounded to ``stored``, in float32; its gradient is 1.
+
+    The sum is exact: a float and its rounding are so near that their difference is a float too.
+    """
+    return value + mx.stop_gradient(value.astype(stored).astype(mx.float32) - value)
+
+
 def dequantize_weight(module: nn.Module) -> mx.array:
     """Return the dense weight (out, in) of a linear layer or embedding, quantized or not.
 

@@ -3,7 +3,8 @@
 Invariant: inside ``routed`` the model's forward pass calls a function in place of each block, which
 may read the hidden states, skip the block or replace its output; masks, caches, norms and head are
 computed by the model, and the blocks are restored afterwards. ``FromBlock`` passes rows through a
-model a block at a time. Try it:
+model a block at a time; ``enter`` and ``leave`` are what the model computes before its first block
+and after its last one. Try it:
 ``mlx-slim prune MODEL -o DIR --method block-influence --ratio 0.1``.
 Legend: B rows, T positions, D width.
 """
@@ -19,6 +20,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_slim.errors import SlimError
 from mlx_slim.models import structure
 from mlx_slim.models.attention import reads_other_blocks
 from mlx_slim.models.logits_close import Change, logits_close
@@ -63,6 +65,58 @@ def routed(blocks: list[nn.Module], route: Route) -> Iterator[None]:
     finally:
         for block, original in zip(blocks, originals, strict=True):
             block.__class__ = original
+
+
+def refuse_entangled(model: nn.Module) -> None:
+    """Raise a ``SlimError`` unless each block reads what the block before it returned, and no more.
+
+    Nothing is computed: no weight is read.
+    """
+    kind, count = type(model).__module__.rsplit(".", 1)[-1], len(structure.blocks(model))
+    reason = ""
+    if reads_other_blocks(model):
+        reason = "attend to keys of other blocks"
+    else:
+        try:
+            passed = [hidden for _, hidden in _visits(model, mx.zeros((1, 4), mx.int32))]
+        except (TypeError, ValueError):
+            passed = []  # a block that returns more than hidden states
+        if len(passed) != count or any(one is not passed[0] for one in passed):
+            reason = "pass on more than hidden states"
+    if reason:
+        raise SlimError(
+            f"blocks of {kind} {reason}: they cannot be computed one at a time",
+            "use another --method",
+        )
+
+
+def _visits(model: nn.Module, tokens_BT: mx.array) -> list[tuple[Forward, mx.array]]:
+    """Return (forward pass, hidden states given to it) of each block; no block is computed."""
+    visits: list[tuple[Forward, mx.array]] = []
+
+    def route(_index: int, forward: Forward, hidden_BTD: mx.array) -> mx.array:
+        visits.append((forward, hidden_BTD))
+        return hidden_BTD
+
+    with routed(structure.blocks(model), route):
+        model(tokens_BT)  # type: ignore[operator]  # logits are never computed
+    return visits
+
+
+def enter(model: nn.Module, tokens_BT: mx.array) -> tuple[mx.array, list[Forward]]:
+    """Return the hidden states (B, T, D) that enter the first block, and each block's forward.
+
+    A forward keeps the masks of these rows; it computes with the layers that the block has when it
+    is called.
+    """
+    visits = _visits(model, tokens_BT)
+    return visits[0][1], [forward for forward, _ in visits]
+
+
+def leave(model: nn.Module, tokens_BT: mx.array, hidden_BTD: mx.array) -> mx.array:
+    """Return the logits (B, T, V) of the hidden states that the last block returned."""
+    with routed(structure.blocks(model), lambda *_: hidden_BTD):
+        return model(tokens_BT)  # type: ignore[operator]
 
 
 class Watched(nn.Module):

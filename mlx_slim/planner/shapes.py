@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_slim.adapters.inject import Site, choose, sites
 from mlx_slim.adapters.lora import dimensions, factor_shapes, is_experts
+from mlx_slim.adapters.pooled import check_pooled
 from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError
 from mlx_slim.models.attention import Attention, attention_of
@@ -249,6 +250,9 @@ def training_shapes(config: ModelConfig, recipe: Recipe, dtype: mx.Dtype) -> Tra
         for site in chosen:
             inputs, outputs = dimensions(site.module)
             shape_a, shape_b = factor_shapes(site.module, rank)
+            if recipe.adapter.pooled:
+                check_pooled(site.path, site.module)
+                shape_a = (site.module["scales"].shape[-1], rank)
             trainable[f"{site.path}.lora_a"] = (shape_a, mx.float32)
             trainable[f"{site.path}.lora_b"] = (shape_b, mx.float32)
             if recipe.adapter.adaptive is not None:

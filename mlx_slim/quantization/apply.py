@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,7 +38,7 @@ class QuantizeReport:
 
     Attributes:
         config: The model config with ``quantization`` filled in; the argument is not changed.
-        method: ``rtn``, ``awq``, ``gptq``, ``dwq`` or ``dynamic``.
+        method: One of ``methods.METHODS``.
         bits_per_weight: Bytes of all parameters × 8 / number of weights, norms and scales included.
         bytes_before: Bytes of all parameters of the source.
         bytes_after: Bytes of all parameters now.
@@ -80,7 +81,7 @@ def quantize_model(
     while waiting:  # popped, so that each dense layer is freed as soon as it is replaced
         path, module = waiting.pop()
         if path in policy.chosen:
-            layer = _quantized(module, policy.chosen[path])
+            layer = quantize_layer(module, policy.chosen[path])
             model.update_modules(tree_unflatten([(path, layer)]))
     read_weights(model)
     base = LayerFormat(quantize.group_size, quantize.bits, quantize.mode)
@@ -94,11 +95,13 @@ def quantize_model(
     return report(model, new_config, "rtn", before, policy.skipped)
 
 
+# Quantizes a model whose weights are not read yet.
+Quantizer = Callable[[nn.Module, ModelConfig], QuantizeReport]
+
+
 def load_quantized(
     source: str | Path,
-    quantize: QuantizeConfig,
-    recipe: str | None = None,
-    formats: Mapping[str, LayerFormat | None] | None = None,
+    quantizer: QuantizeConfig | Quantizer,
     *,
     revision: str | None = None,
     dtype: mx.Dtype | None = None,
@@ -106,15 +109,27 @@ def load_quantized(
 ) -> tuple[Loaded, QuantizeReport]:
     """Load a dense model and quantize each layer as it is read; return it and what was done.
 
-    The numbers are those of ``load`` and ``quantize_model``; the dense model never exists.
+    The numbers are those of ``load`` and of the quantizer; the dense model never exists.
+
+    Args:
+        source: Folder or hub id.
+        quantizer: What quantizes it; a format stands for ``quantize_model``.
+        revision: As ``load`` takes it.
+        dtype: As ``load`` takes it.
+        trust_remote_code: As ``load`` takes it.
 
     Raises:
-        SlimError: As ``load`` and ``quantize_model`` do.
+        SlimError: As ``load`` and the quantizer do.
     """
     reports: list[QuantizeReport] = []
+    quantize = (
+        partial(quantize_model, quantize=quantizer)
+        if isinstance(quantizer, QuantizeConfig)
+        else quantizer
+    )
 
     def transform(model: nn.Module, config: ModelConfig) -> ModelConfig:
-        reports.append(quantize_model(model, config, quantize, recipe, formats))
+        reports.append(quantize(model, config))
         return reports[0].config
 
     loaded = load(
@@ -127,7 +142,7 @@ def load_quantized(
     return loaded, reports[0]
 
 
-def _quantized(module: nn.Module, chosen: LayerFormat) -> nn.Module:
+def quantize_layer(module: nn.Module, chosen: LayerFormat) -> nn.Module:
     """Return ``module`` quantized and evaluated.
 
     On a CPU, MLX rounds to the float formats (mxfp4, nvfp4) through 20 to 40 copies of its input,

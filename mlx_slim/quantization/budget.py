@@ -46,6 +46,7 @@ def check_size(options: CompressOptions) -> None:
         return
     wrong = [f"--recipe {options.recipe}"] if options.recipe is not None else []
     wrong += [f"--method {options.method}"] if options.method != "rtn" else []
+    wrong += [] if options.embed_bits is None else [f"--embed-bits {options.embed_bits}"]
     wrong += [f"--mode {options.quantize.mode}"] if options.quantize.mode != "affine" else []
     if wrong:
         raise SlimError(

@@ -1,4 +1,4 @@
-"""The calibrated methods of mlx-lm: AWQ, GPTQ, DWQ and dynamic precision, on calibration tokens.
+"""The calibrated methods: AWQ, GPTQ, DWQ and dynamic precision of mlx-lm, and ours (blockwise).
 
 Invariant: what a method cannot do is an error before anything is loaded or computed; the model is
 changed in place and what was left out is listed, as with plain rounding. Try it:
@@ -38,20 +38,42 @@ from mlx_slim.quantization.apply import (
     refuse_quantized,
     report,
 )
-from mlx_slim.quantization.policy import RECIPES, Decision, Skipped, count, leaves, skip_reason
+from mlx_slim.quantization.policy import (
+    RECIPES,
+    Decision,
+    Skipped,
+    count,
+    embed_formats,
+    leaves,
+    skip_reason,
+)
 from mlx_slim.reading import ModelConfig
 from mlx_slim.runtime import device_memory, human_bytes, on_gpu
 
-METHODS = ("rtn", "awq", "gptq", "dwq", "dynamic")
+METHODS = ("rtn", "awq", "gptq", "dwq", "dynamic", "blockwise")
 CALIBRATED = METHODS[1:]
 _GPTQ_BITS = (2, 4, 8)
+_EMBED_BITS = {"awq": 4, "gptq": 6, "blockwise": 6}  # at least
 _HIGHER = {2: 4, 3: 4, 4: 5, 5: 6, 6: 8}
 _DWQ_RATE = 1e-6  # mlx-lm's default, Adam
 _DWQ_BATCH = 4
 
 
+def embed_bits(method: str, quantize: QuantizeConfig, given: int | None = None) -> int | None:
+    """Return the bits of embedding and head that ``method`` takes: those ``given``, or its own.
+
+    None are those of ``quantize``. A wrong embedding is wrong in every block.
+    """
+    least = _EMBED_BITS.get(method)
+    return given if given is not None or least is None else max(least, quantize.bits)
+
+
 def check_method(
-    method: str, quantize: QuantizeConfig, recipe: str | None = None, model_type: str | None = None
+    method: str,
+    quantize: QuantizeConfig,
+    recipe: str | None = None,
+    model_type: str | None = None,
+    embed_bits: int | None = None,
 ) -> None:
     """Refuse what ``method`` cannot do.
 
@@ -60,6 +82,7 @@ def check_method(
         quantize: Bits, group size and mode.
         recipe: A mixed recipe, or None.
         model_type: Of the model's config; None leaves that check out.
+        embed_bits: Bits asked for embedding and head, or None.
 
     Raises:
         SlimError: With what would work.
@@ -68,6 +91,13 @@ def check_method(
         raise SlimError(f"unknown method {method!r}", did_you_mean(method, METHODS))
     if recipe is not None and recipe not in RECIPES:
         raise SlimError(f"unknown recipe {recipe!r}", did_you_mean(recipe, RECIPES))
+    if embed_bits is not None and (
+        method == "dynamic" or recipe is not None or quantize.mode != "affine"
+    ):
+        raise SlimError(
+            f"embed_bits={embed_bits} is for one number of bits in all blocks, of mode affine",
+            "drop --embed-bits, or the mode, recipe or method dynamic",
+        )
     if method == "rtn":
         return
     if recipe is not None:
@@ -84,7 +114,7 @@ def check_method(
         raise SlimError(
             f"method gptq has 2, 4 or 8 bits, not {quantize.bits}", "use another method, or --bits"
         )
-    if method in ("dwq", "dynamic") and quantize.bits == 8:
+    if method in ("dwq", "dynamic", "blockwise") and quantize.bits == 8:
         raise SlimError(
             f"method {method} needs fewer than 8 bits", "use --method rtn: 8 bits lose next to none"
         )
@@ -104,21 +134,23 @@ def quantize_with(
     quantize: QuantizeConfig,
     method: str,
     tokens_NT: mx.array,
+    embed: int | None = None,
 ) -> QuantizeReport:
-    """Quantize ``model`` in place by a calibrated method; on a CPU its layers become fast ones.
+    """Quantize ``model`` in place by a method of mlx-lm; on a CPU its layers become fast ones.
 
     Args:
         model: A dense model.
         config: Its ``config.json``.
         quantize: Bits and group size (mode affine); ``dynamic`` gives sensitive layers more bits.
-        method: One of ``CALIBRATED``.
+        method: One of ``CALIBRATED`` but ``blockwise`` (``quantize_blockwise``).
         tokens_NT: Calibration rows, int32.
+        embed: Bits of embedding and head; None is the method's choice.
 
     Raises:
         ResourceError: If GPTQ's Hessians do not fit in memory.
         SlimError: If the method cannot do it, or the model is quantized already.
     """
-    check_method(method, quantize, None, config.get("model_type"))
+    check_method(method, quantize, None, config.get("model_type"), embed)
     refuse_quantized(model, config)
     if not tokens_NT.size:
         raise SlimError(f"method {method} needs calibration text", "give --calibration FILE")
@@ -129,9 +161,10 @@ def quantize_with(
         "dynamic": _dynamic,
     }
     _all_divisible(model, quantize, method)
+    around = embed_bits(method, quantize, embed)
     before = parameter_bytes(model)
     with _as_library():
-        run[method](model, config, quantize, tokens_NT)
+        run[method](model, config, quantize, tokens_NT, around)
     model.freeze()
     model.eval()
     mx.eval(model.parameters())
@@ -197,10 +230,15 @@ def _all_divisible(model: nn.Module, quantize: QuantizeConfig, method: str) -> N
 
 
 def _awq(
-    model: nn.Module, config: ModelConfig, quantize: QuantizeConfig, tokens_NT: mx.array
+    model: nn.Module,
+    config: ModelConfig,
+    quantize: QuantizeConfig,
+    tokens_NT: mx.array,
+    embed: int | None,
 ) -> None:
     from mlx_lm.quant.awq import AWQ_MODEL_CONFIGS, awq_quantize
 
+    assert embed is not None
     quantize_into_fast(model)  # every block runs twice in its quantized form
     awq_quantize(
         model,
@@ -208,13 +246,17 @@ def _awq(
         AWQ_MODEL_CONFIGS[config["model_type"]],
         bits=quantize.bits,
         group_size=quantize.group_size,
-        embed_bits=max(4, quantize.bits),
+        embed_bits=embed,
         embed_group_size=min(32, quantize.group_size),
     )
 
 
 def _gptq(
-    model: nn.Module, _config: ModelConfig, quantize: QuantizeConfig, tokens_NT: mx.array
+    model: nn.Module,
+    _config: ModelConfig,
+    quantize: QuantizeConfig,
+    tokens_NT: mx.array,
+    embed: int | None,
 ) -> None:
     from mlx_lm.quant.gptq import gptq_quantize
 
@@ -231,21 +273,25 @@ def _gptq(
         tokens_NT,
         quantize.bits,
         quantize.group_size,
-        fallback_bits=max(6, quantize.bits),
+        fallback_bits=embed,
         fallback_group_size=quantize.group_size,
         batch_size=_DWQ_BATCH,
     )
 
 
 def _dwq(
-    model: nn.Module, config: ModelConfig, quantize: QuantizeConfig, tokens_NT: mx.array
+    model: nn.Module,
+    config: ModelConfig,
+    quantize: QuantizeConfig,
+    tokens_NT: mx.array,
+    embed: int | None,
 ) -> None:
     import mlx.optimizers as optim
     from mlx_lm.quant.dwq import dwq_quantize
 
     teacher = copy.deepcopy(model)
     dtype = next(m["weight"].dtype for _, m in leaves(model) if has_quantized_form(m))
-    quantize_model(model, config, quantize)
+    quantize_model(model, config, quantize, None, embed_formats(model, quantize, embed))
     model.freeze()
     use_fast_matmul(model)  # trainable scales take the differentiable way through BLAS
     # One row in eight, one batch at least, measures the progress that mlx-lm reports.
@@ -266,7 +312,11 @@ def _dwq(
 
 
 def _dynamic(
-    model: nn.Module, config: ModelConfig, quantize: QuantizeConfig, tokens_NT: mx.array
+    model: nn.Module,
+    config: ModelConfig,
+    quantize: QuantizeConfig,
+    tokens_NT: mx.array,
+    _embed: int | None,
 ) -> None:
     from mlx_lm.quant.dynamic_quant import estimate_sensitivities, estimate_threshold
     from mlx_lm.utils import quantize_model as quantize_in_place

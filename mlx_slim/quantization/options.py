@@ -23,6 +23,7 @@ class CompressOptions:
     Attributes:
         quantize: Bits, group size and mode.
         method: ``rtn`` (rounding to nearest) or a calibrated method of ``quantization.methods``.
+        embed_bits: Bits of embedding and head (``methods.embed_bits``); None is the method's.
         recipe: A mixed recipe of mlx-lm, with ``rtn`` only.
         calibration: Text or data set to calibrate and judge on; None is the Alpaca mirror.
         samples: Calibration rows, at most.
@@ -38,7 +39,16 @@ class CompressOptions:
     """
 
     quantize: QuantizeConfig
-    method: str = field(default="rtn", metadata=option("rtn, awq, gptq, dwq or dynamic."))
+    method: str = field(
+        default="rtn", metadata=option("rtn, awq, gptq, dwq, dynamic or blockwise.")
+    )
+    embed_bits: Literal[2, 3, 4, 5, 6, 8] | None = field(
+        default=None,
+        metadata=option(
+            "Bits of embedding and head; default --bits, or more: blockwise 6, gptq 6 and awq 4 "
+            "for the embedding."
+        ),
+    )
     recipe: str | None = field(
         default=None,
         metadata=option(
@@ -50,9 +60,7 @@ class CompressOptions:
     )
     samples: PositiveInt = field(
         default=32,
-        metadata=option(
-            "Rows that awq, gptq, dwq and dynamic look at.", flag="--calibration-samples"
-        ),
+        metadata=option("Rows that all methods but rtn look at.", flag="--calibration-samples"),
     )
     length: Annotated[int, Field(ge=8, le=MOST)] = field(
         default=256, metadata=option("Tokens of a row.", flag="--calibration-length")

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.models.quantized import LayerFormat, has_quantized_form
+from mlx_slim.models.structure import blocks_path
 from mlx_slim.reading import JsonObject
 
 MixedRecipe = Literal["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"]
@@ -159,6 +160,25 @@ def make_policy(
             "choose a group size that divides them",
         )
     return Policy(chosen, skipped)
+
+
+def embed_formats(
+    model: nn.Module, config: QuantizeConfig, bits: int | None
+) -> dict[str, LayerFormat | None]:
+    """Return layer -> format of what is outside the blocks, embedding and head, in ``bits``.
+
+    Empty where ``bits`` is None; a layer that the model's own policy decides is left to it.
+    """
+    if bits is None:
+        return {}
+    inside, decide = blocks_path(model) + ".", _decider(model, config, None)
+    return {
+        path: LayerFormat(config.group_size, bits, config.mode)
+        for path, module in leaves(model)
+        if not path.startswith(inside)
+        and not skip_reason(module, config.group_size)
+        and decide(path, module) is True
+    }
 
 
 def count(module: nn.Module) -> int:

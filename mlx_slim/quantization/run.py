@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,13 @@ from mlx_slim.models.load import (
     read_weights,
     resolve,
 )
+from mlx_slim.models.quantized import LayerFormat
 from mlx_slim.models.recorded_logits import RecordedLogits
 from mlx_slim.models.row_limits import row_limit
 from mlx_slim.models.tensors import Tensor, folder_tensors
 from mlx_slim.models.verified_save import compute_dtype, save_checked, stored_dtype
 from mlx_slim.quantization.apply import (
+    Quantizer,
     QuantizeReport,
     bits_per_weight,
     load_quantized,
@@ -50,15 +53,17 @@ from mlx_slim.quantization.apply import (
     quantize_model,
     refuse_quantized,
 )
+from mlx_slim.quantization.blockwise import quantize_blockwise
 from mlx_slim.quantization.budget import check_size, space_of
 from mlx_slim.quantization.calibration import DEFAULT_SOURCE, Calibration, read_calibration
 from mlx_slim.quantization.compensation import compensate
 from mlx_slim.quantization.heuristics import heuristic_losses
-from mlx_slim.quantization.methods import check_method, quantize_with
+from mlx_slim.quantization.methods import check_method, embed_bits, quantize_with
 from mlx_slim.quantization.options import CompressOptions
-from mlx_slim.quantization.policy import leaves
+from mlx_slim.quantization.policy import embed_formats, leaves
 from mlx_slim.quantization.result import ADAPTERS, Compensation, Compressed, Sized
 from mlx_slim.quantization.sensitivity import measured_losses
+from mlx_slim.reading import ModelConfig
 from mlx_slim.runtime import (
     device_memory,
     human_bytes,
@@ -91,14 +96,17 @@ def compress(
 
     start = time.perf_counter()
     check_size(options)
-    if options.compensate is not None and options.method == "awq":
+    others = {"awq": "scales", "blockwise": "trains"}
+    if options.compensate is not None and options.method in others:
         raise SlimError(
-            "--compensate corrects the error of each weight, and awq scales the weights besides",
+            f"--compensate corrects the error of each weight, and {options.method} "
+            f"{others[options.method]} the weights besides",
             "use --method rtn, gptq, dwq or dynamic",
         )
-    check_method(options.method, options.quantize, options.recipe)
+    how = options.method, options.quantize, options.recipe
+    check_method(*how, None, options.embed_bits)
     config = read_config(source, options.revision)  # refuse what cannot work before the weights
-    check_method(options.method, options.quantize, options.recipe, config.get("model_type"))
+    check_method(*how, config.get("model_type"), options.embed_bits)
     if "quantization" in config:
         refuse_quantized(nn.Module(), config)
     mx.reset_peak_memory()
@@ -114,12 +122,17 @@ def compress(
     tokenizer = load_tokenizer(source, revision=options.revision)
     calibration = _calibration(tokenizer, row_limit(config), options, notify)
     dense = original = None
+
+    def record(source: fidelity.Model) -> None:
+        nonlocal original
+        assert calibration is not None
+        original = RecordedLogits(source, calibration.validation_NT, out)
+
     if _fits_dense(tensors, dtype or stored, calibration, options, notify):
         dense = load(source, revision=revision, dtype=dtype)
         refuse_quantized(dense.model, dense.config)
         if options.fidelity_samples:
-            assert calibration is not None
-            original = RecordedLogits(dense.model, calibration.validation_NT, out)
+            record(dense.model)
 
     tic = time.perf_counter()
     formats = sized = None
@@ -142,21 +155,11 @@ def compress(
         loss = sum(choice.loss for choice in choices.values()) if options.measures else None
         sized = Sized(limit, "measured" if options.measures else "rules", loss)
     notify(f"quantizing: {options.method}, {_format(options)}")
+    quantizer = _quantizer(options, calibration, stored, formats, record)
     if dense is None:
-        loaded, report = load_quantized(
-            source, options.quantize, options.recipe, formats, revision=revision, dtype=dtype
-        )
-    elif options.method == "rtn":
-        loaded = dense
-        report = quantize_model(
-            loaded.model, loaded.config, options.quantize, options.recipe, formats
-        )
+        loaded, report = load_quantized(source, quantizer, revision=revision, dtype=dtype)
     else:
-        assert calibration is not None
-        loaded = dense
-        report = quantize_with(
-            loaded.model, loaded.config, options.quantize, options.method, calibration.seen_NT
-        )
+        loaded, report = dense, quantizer(dense.model, dense.config)
     method_seconds = time.perf_counter() - tic
     cast(loaded.model, stored)  # what is measured below is what will be stored
     read_weights(loaded.model)
@@ -195,6 +198,43 @@ def compress(
     )
 
 
+def _quantizer(
+    options: CompressOptions,
+    calibration: Calibration | None,
+    stored: mx.Dtype,
+    formats: Mapping[str, LayerFormat | None] | None,
+    record: Callable[[fidelity.Model], None],
+) -> Quantizer:
+    """Return what quantizes a model as ``options`` say."""
+    quantize = options.quantize
+    embed = embed_bits(options.method, quantize, options.embed_bits)
+    if options.method == "rtn":
+
+        def rounding(model: nn.Module, config: ModelConfig) -> QuantizeReport:
+            decided = {**embed_formats(model, quantize, embed), **(formats or {})}
+            return quantize_model(model, config, quantize, options.recipe, decided)
+
+        return rounding
+    assert calibration is not None
+    if options.method == "blockwise":
+        return partial(
+            quantize_blockwise,
+            quantize=quantize,
+            tokens_NT=calibration.seen_NT,
+            stored=stored,
+            embed_bits=embed,
+            judged_NT=calibration.validation_NT if options.fidelity_samples else None,
+            judge=record,
+        )
+    return partial(
+        quantize_with,
+        quantize=quantize,
+        method=options.method,
+        tokens_NT=calibration.seen_NT,
+        embed=options.embed_bits,
+    )
+
+
 def _adapter_writer(
     model: nn.Module, injected: Injected, rank: int, out: Path
 ) -> Callable[[Path], None]:
@@ -219,7 +259,7 @@ def _fits_dense(
     notify: Callable[..., None],
 ) -> bool:
     """Return whether the dense model is to be held: it is looked at, and fits where it need not."""
-    if calibration is None:
+    if calibration is None or options.method == "blockwise":
         return False
     needed = sum(math.prod(tensor.shape) for tensor in tensors.values()) * computed.size
     if options.method != "rtn" or needed <= device_memory():

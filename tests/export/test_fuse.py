@@ -9,13 +9,16 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 
 from mlx_slim.adapters.inject import adapters_of
+from mlx_slim.artifacts import load_tensors
 from mlx_slim.cli.main import run
 from mlx_slim.errors import ResourceError, SlimError
 from mlx_slim.export.fuse import FuseOptions, fuse
 from mlx_slim.export.fuse_audit import effect
 from mlx_slim.models.load import load
+from mlx_slim.models.quantized import dequantize_weight
 from mlx_slim.runtime import to_float
 from tests.adapters.support import IDS
 from tests.support.adapters import tuned_logits, write_adapter, write_quantized
@@ -189,3 +192,87 @@ def test_the_command_prints_and_stores_the_audit(
     record = json.loads(capfd.readouterr().out)
     stored = json.loads((tmp_path / "out" / "fuse.json").read_text())
     assert record["effect"] == stored["effect"] and record["layers"] == 21
+
+
+def _small(tmp_path: Path, source: Path, dtype: mx.Dtype, size: float, pooled: bool = True) -> Any:
+    """Return base and adapter folders: ‖ΔW‖ / ‖W‖ near ``size``, constant inside the groups."""
+    base = write_quantized(tmp_path / f"q-{dtype}", source, dtype=dtype)
+    adapter = write_adapter(
+        tmp_path / f"a-{dtype}", base, size=0.0, stored=dtype, pooled=True, rank=4, alpha=4
+    )
+    weights = load_tensors(adapter / "adapters.safetensors")
+    model: Any = load(base, dtype=mx.float32).model
+    modules = dict(model.named_modules())
+    for name in [name for name in weights if name.endswith("lora_b")]:
+        b_RO = mx.random.normal(weights[name].shape, key=mx.random.key(len(name)))
+        path = name.removesuffix(".lora_b")
+        update = mx.linalg.norm(weights[f"{path}.lora_a"] @ b_RO)
+        weights[name] = b_RO * size * mx.linalg.norm(dequantize_weight(modules[path])) / update
+    mx.eval(weights)
+    mx.save_safetensors(str(adapter / "adapters.safetensors"), weights)
+    if not pooled:  # as if trained elsewhere, without rounding
+        file = adapter / "adapter_config.json"
+        config = json.loads(file.read_text())
+        del config["biases_rounded_to"]
+        file.write_text(json.dumps(config))
+    return base, adapter
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+def test_a_pooled_adapter_folds_into_biases_without_loss(
+    tiny: Callable[..., Path], tmp_path: Path, dtype: mx.Dtype
+) -> None:
+    base, adapter = _small(tmp_path, tiny("llama"), dtype, 0.005)
+    result = fuse(base, adapter, tmp_path / "out", OPTIONS)
+    assert result.mode == "biases" and result.effect.share > 0.99, result.lines()
+    assert any("lossless" in line for line in result.lines())
+    assert not any("warning" in line for line in result.lines())
+    before, after = (
+        dict(tree_flatten(stock_load(str(folder))[0].parameters()))
+        for folder in (base, tmp_path / "out")
+    )
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert value.dtype == after[name].dtype, name
+        changed = not mx.array_equal(value, after[name]).item()
+        adapted = name.endswith("_proj.biases")
+        assert changed == adapted, name
+    stock, _ = stock_load(str(tmp_path / "out"))
+    assert stock(IDS).dtype == dtype
+    sizes = [
+        sum(f.stat().st_size for f in d.glob("*.safetensors")) for d in (base, tmp_path / "out")
+    ]
+    assert abs(sizes[0] - sizes[1]) < 1000
+    assert load(tmp_path / "out").config["quantization"] == load(base).config["quantization"]
+    record = json.loads((tmp_path / "out" / "fuse.json").read_text())
+    assert record["mode"] == "biases" and record["effect"]["share"] == result.effect.share
+
+
+def test_biases_that_were_not_rounded_in_training_say_what_they_lose(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    base, adapter = _small(tmp_path, tiny("llama"), mx.bfloat16, 0.005, pooled=False)
+    result = fuse(base, adapter, tmp_path / "out", OPTIONS)
+    assert result.mode == "biases" and 0.2 < result.effect.share < 0.95
+    (warning,) = [line for line in result.lines() if "warning" in line]
+    assert f"loses {1 - result.effect.share:.1%}" in warning and "--dtype float32" in warning
+    wide = FuseOptions(samples=2, length=32, dtype="float32")
+    result = fuse(base, adapter, tmp_path / "wide", wide)
+    assert result.mode == "biases" and result.effect.share > 0.99
+    assert not any("warning" in line for line in result.lines())
+    codes = [dict(tree_flatten(load(d).model.parameters())) for d in (base, tmp_path / "wide")]
+    for name, value in codes[0].items():
+        if value.dtype == mx.uint32:
+            assert mx.array_equal(value, codes[1][name]).item()
+
+
+def test_a_sum_of_pooled_adapters_folds_and_dequantize_is_obeyed(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    base, adapter = _small(tmp_path, tiny("llama"), mx.float16, 0.02)
+    half = f"{adapter}=0.5"
+    result = fuse(base, [half, half], tmp_path / "sum", OPTIONS)
+    assert result.mode == "biases" and result.effect.share > 0.95
+    dense = FuseOptions(mode="dequantize", samples=2, length=32)
+    assert fuse(base, adapter, tmp_path / "dense", dense).mode == "dequantize"
+    assert "quantization" not in load(tmp_path / "dense").config

@@ -121,6 +121,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     )
     for more, message in [
         (["--compensate", "8", "--method", "awq"], "awq scales the weights"),
+        (["--compensate", "8", "--method", "blockwise"], "blockwise trains the weights"),
         (["--compensate", "0"], "not in the range"),
         (["--compensate", "900", "--group-size", "32"], "none takes that rank"),
     ]:

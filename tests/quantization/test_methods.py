@@ -34,7 +34,7 @@ def source(tiny: TinyModels) -> Source:
     return get
 
 
-@pytest.mark.parametrize("method", methods.CALIBRATED)
+@pytest.mark.parametrize("method", ["awq", "gptq", "dwq", "dynamic"])
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied", "phi"])
 def test_method_quantizes_every_matrix(
     source: Source, method: str, architecture: str, capfd: pytest.CaptureFixture[str]
@@ -72,6 +72,24 @@ def test_dwq_learns_scales_only(source: Source) -> None:
     assert changed and {name.rsplit(".", 1)[-1] for name in changed} <= {"scales", "biases"}
 
 
+@pytest.mark.parametrize("method", ["rtn", "awq", "gptq", "dwq"])
+@pytest.mark.parametrize("given", [None, 5])
+def test_bits_of_embedding_and_head(source: Source, method: str, given: int | None) -> None:
+    model, config = source()
+    quantize = QuantizeConfig(bits=3 if method != "gptq" else 2, group_size=32)
+    if method == "rtn":
+        formats = methods.embed_formats(model, quantize, given)
+        methods.quantize_model(model, config, quantize, None, formats)
+    else:
+        quantize_with(model, config, quantize, method, TOKENS, given)
+    least = {"awq": 4, "gptq": 6}.get(method, 3)
+    assert model.model.embed_tokens.bits == (given or least)
+    # Where the head is a linear layer, mlx-lm's GPTQ treats it as one of the blocks.
+    head = {"gptq": 2, "awq": 4 if given is None else given}.get(method, given or 3)
+    assert model.lm_head.bits == head
+    assert model.layers[0].mlp.up_proj.bits == quantize.bits
+
+
 def test_refusals(source: Source) -> None:
     quantize = QuantizeConfig
     for arguments, message in [
@@ -82,7 +100,11 @@ def test_refusals(source: Source) -> None:
         (("gptq", quantize(bits=3)), "2, 4 or 8 bits, not 3"),
         (("dwq", quantize(bits=8)), "fewer than 8 bits"),
         (("dynamic", quantize(bits=8)), "fewer than 8 bits"),
+        (("blockwise", quantize(mode="mxfp4", group_size=32)), "needs mode affine"),
         (("awq", quantize(), None, "phi"), "does not support phi"),
+        (("dynamic", quantize(), None, None, 6), "embed_bits=6 is for one number of bits"),
+        (("rtn", quantize(), "mixed_3_6", None, 6), "embed_bits=6 is for one number of bits"),
+        (("rtn", quantize(mode="mxfp4", group_size=32), None, None, 6), "embed_bits=6"),
     ]:
         with pytest.raises(SlimError, match=message) as caught:
             check_method(*arguments)

@@ -59,7 +59,7 @@ def test_stock_mlx_lm_loads_every_format(
     assert result.report.bytes_after < result.report.bytes_before
 
 
-@pytest.mark.parametrize("method", ["awq", "gptq", "dwq", "dynamic", "mixed_3_6"])
+@pytest.mark.parametrize("method", ["awq", "gptq", "dwq", "dynamic", "blockwise", "mixed_3_6"])
 def test_methods_and_recipes_load_too(
     tiny: TinyModels, tmp_path: Path, text: Path, method: str
 ) -> None:

@@ -17,20 +17,31 @@ from tests.adapters.support import IDS, shake
 
 
 def write_adapter(
-    folder: Path, base: Path, *, dora: bool = False, size: float = 0.05, **settings: Any
+    folder: Path,
+    base: Path,
+    *,
+    dora: bool = False,
+    size: float = 0.05,
+    stored: mx.Dtype | None = None,
+    **settings: Any,
 ) -> Path:
-    """Write an adapter folder for ``base``, moved away from its start; return it."""
-    loaded = load(base)
+    """Write an adapter folder for ``base``, moved away from its start; return it.
+
+    ``stored`` is the dtype of the base's biases, for a pooled adapter.
+    """
+    loaded = load(base, dtype=mx.float32)
     config = AdapterConfig(**{"rank": 4, **settings})
-    injected = inject(loaded.model, config, dora=dora)
+    injected = inject(loaded.model, config, dora=dora, stored=stored)
     shake(loaded.model, size)
     save_adapter(folder, loaded.model, config, injected, dora=dora, base=str(base))
     return folder
 
 
-def write_quantized(folder: Path, source: Path, bits: int = 4) -> Path:
-    """Write ``source`` quantized in groups of 32; return the folder."""
-    loaded = load(source)
+def write_quantized(
+    folder: Path, source: Path, bits: int = 4, dtype: mx.Dtype | None = None
+) -> Path:
+    """Write ``source``, cast to ``dtype``, quantized in groups of 32; return the folder."""
+    loaded = load(source, dtype=dtype)
     nn.quantize(loaded.model, 32, bits)
     save_model(folder, loaded.model, loaded.tokenizer, loaded.config)
     return folder
