@@ -123,8 +123,7 @@ def load(
         dtype: Floating weights are cast to it, scales and biases of quantized layers too, so that
             the whole model computes in one dtype; None keeps what is stored.
         trust_remote_code: Run Python files that the repository brings.
-        transform: Changes the model while none of its weights is read, cast to ``dtype`` already,
-            and returns its config (``quantize.apply.load_quantized``).
+        transform: Changes the model before its weights are read, and returns its config.
 
     Raises:
         SlimError: If the source is absent, incomplete or corrupt, its type unknown, or its tensors
