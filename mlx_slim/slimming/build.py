@@ -25,12 +25,17 @@ from mlx_slim.export.fuse import fuse
 from mlx_slim.export.options import FuseOptions
 from mlx_slim.finetuning.run_dir import STATE_FILE
 from mlx_slim.models import fidelity
-from mlx_slim.models.load import load, read_config
+from mlx_slim.models.load import Loaded, load, read_config
+from mlx_slim.models.quantized import LayerFormat
 from mlx_slim.models.recorded_logits import RecordedLogits, free_weights
-from mlx_slim.models.verified_save import compute_dtype
+from mlx_slim.models.tensors import folder_tensors
+from mlx_slim.models.verified_save import compute_dtype, stored_dtype
 from mlx_slim.planner.choose import choose
+from mlx_slim.pruning.options import PruneOptions
 from mlx_slim.pruning.run import prune, prune_loaded
 from mlx_slim.quantization.apply import quantize_model
+from mlx_slim.quantization.budget import space_of
+from mlx_slim.quantization.heuristics import heuristic_losses
 from mlx_slim.quantization.options import CompressOptions
 from mlx_slim.quantization.run import compress
 from mlx_slim.runtime import memory_limits
@@ -61,7 +66,7 @@ class Material:
     def scores_at(self, candidate: Candidate, index: int) -> Path | None:
         """Return the file of the scores of a cut; only those of the original are shared."""
         cut = candidate.cuts[index]
-        name = f"depth-{cut.layers}" if cut.axis == "depth" else "width"
+        name = f"depth-{cut.layers}" if cut.axis == "depth" else cut.axis
         return self.folder / f"importance-{name}.safetensors" if index == 0 else None
 
 
@@ -73,13 +78,29 @@ def distance(
     loaded = load(material.source, revision=material.revision, dtype=compute_dtype())
     loaded.model.eval()
     for index, cut in enumerate(candidate.cuts):
-        options = cut.options(loaded.config["num_hidden_layers"], material.data, material.revision)
+        total = text_part(loaded.config)["num_hidden_layers"]
+        options = cut.options(total, material.data, material.revision)
         loaded = prune_loaded(loaded, options, scores_at=material.scores_at(candidate, index))
     if candidate.quantize is not None:
-        quantize_model(loaded.model, loaded.config, candidate.quantize)
+        formats = _formats(material, candidate, loaded)
+        quantize_model(loaded.model, loaded.config, candidate.quantize, formats=formats)
     measured = fidelity.compare(original, loaded.model, rows_NT)
     free_weights(loaded.model)
     return measured
+
+
+def _formats(
+    material: Material, candidate: Candidate, loaded: Loaded
+) -> dict[str, LayerFormat | None] | None:
+    """Return the formats of a candidate whose layers have bits of their own; None of another."""
+    if candidate.bits_per_weight is None:
+        return None
+    options = compress_options(material, candidate)
+    stored = stored_dtype(folder_tensors(loaded.path))
+    space = space_of(loaded.model, options.quantize, stored)
+    losses = heuristic_losses(space.shapes, space.blocks)
+    choices = space.choose(losses, space.limit(options))
+    return {path: choice.format for path, choice in choices.items()}
 
 
 def make(
@@ -103,7 +124,8 @@ def make(
         ResourceError: If memory or disk do not suffice.
         SlimError: As ``prune``, ``distill`` and ``compress`` do.
     """
-    recovers = bool(candidate.cuts) or (candidate.bits or 16) < FEWEST_BITS
+    mixed = candidate.bits_per_weight is not None
+    recovers = bool(candidate.cuts) or (not mixed and (candidate.bits or 16) < FEWEST_BITS)
     if not (folder / "model").exists():
         dense = _pruned(material, candidate, folder, observer)
         if not recovers:
@@ -123,6 +145,8 @@ def compress_options(material: Material, candidate: Candidate) -> CompressOption
         calibration=material.data,
         fidelity_samples=0,
         revision=material.revision,
+        bits_per_weight=candidate.bits_per_weight,
+        sensitivity=None if candidate.bits_per_weight is None else "rules",
     )
 
 
@@ -139,10 +163,11 @@ def _pruned(material: Material, candidate: Candidate, folder: Path, observer: Ob
     return source
 
 
-def _cut_options(material: Material, cut: Cut, source: str, index: int):
+def _cut_options(material: Material, cut: Cut, source: str, index: int) -> PruneOptions:
+    """Return the options of a cut of the model in ``source``."""
     revision = material.revision if index == 0 else None
     config = read_config(source, revision)
-    return cut.options(config["num_hidden_layers"], material.data, revision)
+    return cut.options(text_part(config)["num_hidden_layers"], material.data, revision)
 
 
 def recovery_of(folder: Path) -> Resolved:

@@ -8,6 +8,7 @@ model that is made. Try it:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -28,6 +29,8 @@ BITS = (8, 6, 5, 4, 3, 2)
 GROUP = 64
 FLOOR = 0.4  # of the parameters: below it nothing recovers in the time that this takes
 STEPS = 64  # widths between all and none
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_HEADER = 120  # bytes, about: a million parameters have two tensors more when they are quantized
 LEVELS = 3  # formats with more bits than fit whole, that are cut until they fit
 # Sizes, as fractions of the original's folder, that a search without a budget goes down.
 LADDER = (0.8, 0.65, 0.55, 0.45, 0.36, 0.3, 0.25, 0.2, 0.15)
@@ -38,9 +41,10 @@ class Cut:
     """One pruning.
 
     Attributes:
-        axis: ``depth`` or ``width``.
+        axis: ``depth``; ``width``, heads and neurons; ``hidden``, the residual stream too; or
+            ``experts`` of a mixture.
         layers: Layers to remove (depth).
-        target: Most parameters that remain (width).
+        target: Most parameters that remain (else).
     """
 
     axis: str
@@ -57,8 +61,12 @@ class Cut:
         """
         if self.axis == "depth":
             options = PruneOptions(axis="depth", ratio=self.layers / total)
+        elif self.axis == "experts":
+            options = PruneOptions(method="reap", target_params=self.target)
         else:
-            options = PruneOptions(axis="width", target_params=self.target)
+            options = PruneOptions(
+                axis="width", target_params=self.target, hidden=self.axis == "hidden"
+            )
         return replace(options, calibration=calibration, revision=revision)
 
 
@@ -72,7 +80,11 @@ class Candidate:
         layers: Layers that remain.
         kv_heads: Key-value heads of a layer that remain; 0 where the config has none.
         neurons: Neurons of a layer that remain; 0 likewise.
+        channels: Of the residual stream that remain.
+        experts: Of a layer that remain; 0 without a mixture.
         cost: Counted.
+        bits_per_weight: Of a model whose layers have bits of their own, all parameters counted;
+            None gives each layer ``bits``.
     """
 
     bits: int | None
@@ -80,28 +92,39 @@ class Candidate:
     layers: int
     kv_heads: int
     neurons: int
+    channels: int
+    experts: int
     cost: Cost
+    bits_per_weight: float | None = None
 
     @property
     def key(self) -> str:
         """A name for folders: equal for equal models."""
+        if self.bits_per_weight is not None:
+            return f"mixed-{self.bits_per_weight:.2f}bit"
         words = ["dense" if self.bits is None else f"{self.bits}bit"]
         if self.cuts:
             words += [f"{self.layers}l", f"{self.kv_heads}h", f"{self.neurons}n"]
+            words += [f"{self.channels}d"] + ([f"{self.experts}e"] if self.experts else [])
         return "-".join(words)
 
     @property
     def kind(self) -> str:
-        """What was cut: ``bits``, ``depth``, ``width`` or ``depth+width``."""
-        return "+".join(cut.axis for cut in self.cuts) or "bits"
+        """What was done: ``bits``, ``mixed`` bits, or the axes that were cut, such as ``depth``."""
+        whole = "bits" if self.bits_per_weight is None else "mixed"
+        return "+".join(cut.axis for cut in self.cuts) or whole
 
     def name(self, original: Candidate) -> str:
         """Return what differs from the original, in words."""
         words = ["as stored" if self.bits is None else f"{self.bits} bits"]
+        if self.bits_per_weight is not None:
+            words = [f"{self.bits_per_weight:.2f} bits a weight, by layer"]
         for label, mine, its in (
             ("layers", self.layers, original.layers),
             ("kv heads", self.kv_heads, original.kv_heads),
             ("neurons", self.neurons, original.neurons),
+            ("channels", self.channels, original.channels),
+            ("experts", self.experts, original.experts),
         ):
             if mine != its:
                 words.append(f"{mine:,} of {its:,} {label}")
@@ -135,7 +158,8 @@ def cut_config(config: ModelConfig, cut: Cut, size: int) -> ModelConfig:
     Raises:
         SlimError: If the model cannot be cut so.
     """
-    options = cut.options(config["num_hidden_layers"], None, None)
+    text = {**config, **(config.get("text_config") or {})}
+    options = cut.options(text["num_hidden_layers"], None, None)
     planned = plan(config, options, size)
     if cut.axis == "depth":
         return config_without_layers(config, planned.layers[-planned.count :])
@@ -161,8 +185,10 @@ class Space:
         )
         self.candidate = lru_cache(maxsize=None)(self._candidate)
         self.original = self.candidate(None, ())
-        self.prunable = self._can(Cut("depth", layers=1))
-        self.narrowable = self._can(Cut("width", target=round(0.9 * self.original.cost.parameters)))
+        self.shortens = self._can(Cut("depth", layers=1))
+        target = round(0.8 * self.original.cost.parameters)
+        axes = ("experts",) if self.original.experts else ("width", "hidden")
+        self.axes = [axis for axis in axes if self._can(Cut(axis, target=target))]
 
     def _can(self, cut: Cut) -> bool:
         try:
@@ -184,6 +210,8 @@ class Space:
             layers=int(text.get("num_hidden_layers") or 0),
             kv_heads=int(heads),
             neurons=int(text.get("intermediate_size") or 0),
+            channels=int(text.get("hidden_size") or 0),
+            experts=next((int(text[key]) for key in _EXPERTS if text.get(key)), 0),
             cost=self._cost(config, quantize=quantize),
         )
 
@@ -206,7 +234,23 @@ class Space:
                 break
             levels -= 1
             fitting += self._cut_to(bits, fits)
+        whole = [one for one in fitting if not one.cuts]
+        if whole and whole[0].bits is not None:  # bits of their own fill what is left
+            fitting += self._mixed(fits, whole[0])
         return [one for one in fitting if one != self.original]
+
+    def _mixed(self, fits: Callable[[Cost], bool], whole: Candidate) -> Iterator[Candidate]:
+        """Yield the model whose layers have bits of their own, as many as fit."""
+        cost, parameters = self.original.cost, self.original.cost.parameters
+        least = math.ceil(800 * whole.cost.weight_bytes / parameters)
+        for hundredths in range(800 * cost.weight_bytes // parameters - 1, least, -1):
+            size = math.floor(hundredths * parameters / 800)
+            saved = cost.weight_bytes - size
+            others = cost.disk_bytes - cost.weight_bytes + 2 * _HEADER * parameters // 10**6
+            cheaper = replace(cost, weight_bytes=size, disk_bytes=size + others)
+            if saved > 0 and fits(cheaper):
+                yield replace(self.original, bits=4, cost=cheaper, bits_per_weight=hundredths / 100)
+                return
 
     def smallest(self) -> Candidate:
         """Return the candidate of the fewest bytes."""
@@ -224,20 +268,20 @@ class Space:
         self, bits: int | None, fits: Callable[[Cost], bool], *, last: bool = False
     ) -> Iterator[Candidate]:
         """Yield the mildest cut of each kind that fits; with ``last`` the hardest of each."""
-        depth = self._mildest(bits, (), self._depths(), fits, last) if self.prunable else None
+        depth = self._mildest(bits, (), self._depths(), fits, last) if self.shortens else None
         if depth is not None:
             yield depth
-        if not self.narrowable:
-            return
         total = self.original.cost.parameters
-        narrow = self._mildest(bits, (), self._widths(total), fits, last)
-        if narrow is not None:
-            yield narrow
-        if depth is not None and depth.cuts[0].layers >= 2:
+        for axis in self.axes:
+            narrow = self._mildest(bits, (), self._widths(axis, total), fits, last)
+            if narrow is not None:
+                yield narrow
+        if depth is not None and depth.cuts[0].layers >= 2 and self.axes:
             half = (Cut("depth", layers=depth.cuts[0].layers // 2),)
             shorter = self._try(None, half)
             if shorter is not None:
-                both = self._mildest(bits, half, self._widths(shorter.cost.parameters), fits, last)
+                widths = self._widths(self.axes[0], shorter.cost.parameters)
+                both = self._mildest(bits, half, widths, fits, last)
                 if both is not None:
                     yield both
 
@@ -245,10 +289,10 @@ class Space:
         most = int((1 - FLOOR) * self.original.layers)
         return [Cut("depth", layers=count) for count in range(1, most + 1)]
 
-    def _widths(self, total: int) -> list[Cut]:
+    def _widths(self, axis: str, total: int) -> list[Cut]:
         least = FLOOR * self.original.cost.parameters
         targets = [round(total * (1 - i / STEPS)) for i in range(1, STEPS)]
-        return [Cut("width", target=target) for target in targets if target >= least]
+        return [Cut(axis, target=target) for target in targets if target >= least]
 
     def _mildest(
         self,

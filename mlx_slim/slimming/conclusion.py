@@ -17,6 +17,13 @@ from mlx_slim.slimming.records import SlimReport, TaskClaim
 from mlx_slim.slimming.request import request_of
 from mlx_slim.slimming.search import MODEL, Search, percent
 
+_KIND = {
+    "depth": ("--axis", "depth"),
+    "width": ("--axis", "width"),
+    "hidden": ("--axis", "width", "--hidden"),
+    "experts": ("--method", "reap"),
+}
+
 
 def conclude(search: Search, winner: Candidate | None) -> SlimReport:
     """Test the claim about the winner, and return the report.
@@ -121,7 +128,7 @@ def _commands(search: Search, winner: Candidate) -> list[list[str]]:
         if cut.axis == "depth":
             size = ["--ratio", f"{cut.layers / layers:.6g}"]
         words.append(
-            ["mlx-slim", "prune", source, "-o", out, "--axis", cut.axis, *size, *calibration]
+            ["mlx-slim", "prune", source, "-o", out, *_KIND[cut.axis], *size, *calibration]
         )
         source = out
     if (folder / "recover.yaml").exists():
@@ -134,8 +141,7 @@ def _commands(search: Search, winner: Candidate) -> list[list[str]]:
                 "mlx-slim",
                 "quantize",
                 source,
-                "--bits",
-                str(winner.bits),
+                *_bits(winner),
                 "-o",
                 str(search.out / "again"),
             ]
@@ -157,3 +163,10 @@ def task_claim(pair: proof.Pair) -> TaskClaim:
         interval,
         pair.chance,
     )
+
+
+def _bits(winner: Candidate) -> list[str]:
+    """Return the options of ``quantize`` that give the winner's bits."""
+    if winner.bits_per_weight is None:
+        return ["--bits", str(winner.bits)]
+    return ["--bits-per-weight", f"{winner.bits_per_weight:g}", "--sensitivity", "rules"]

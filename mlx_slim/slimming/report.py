@@ -21,7 +21,16 @@ from mlx_slim.slimming.run import REPORT_FILE, read_report
 from mlx_slim.slimming.search import MODEL
 
 PAGE = "report.html"
-_KINDS = ("bits", "depth", "width", "depth+width")  # the colours of the plot
+# The colours of the plot.
+_KINDS = (
+    "bits",
+    "depth",
+    "width",
+    "hidden",
+    "mixed",
+    "depth+width",
+    "experts",
+)  # the colours of the plot
 
 
 def is_search(folder: Path) -> bool:
