@@ -11,19 +11,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
 
 from mlx_slim.artifacts import (
     SCHEMA_VERSION,
-    atomic_file,
-    load_tensors,
     provenance,
     public_name,
     save_tensors,
@@ -32,40 +28,32 @@ from mlx_slim.artifacts import (
 from mlx_slim.claims import makes_folder
 from mlx_slim.errors import RowLimit, SlimError
 from mlx_slim.events import Notice, Observer
-from mlx_slim.models import fidelity, structure
+from mlx_slim.models import fidelity
 from mlx_slim.models.build import WIDTHS
 from mlx_slim.models.load import Loaded, cast, load, read_config, read_weights, resolve
-from mlx_slim.models.mixtures import mixture_of
-from mlx_slim.models.recorded_logits import RecordedLogits, free_weights
+from mlx_slim.models.recorded_logits import RecordedLogits
 from mlx_slim.models.row_limits import row_limit
-from mlx_slim.models.structure import HIDDEN
 from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.models.verified_save import compute_dtype, save_checked, stored_dtype
-from mlx_slim.pruning import importance, surgery, width
-from mlx_slim.pruning.depth import choose_layers
-from mlx_slim.pruning.families import families_of
-from mlx_slim.pruning.options import NAMED, PruneOptions
+from mlx_slim.pruning import cutting
+from mlx_slim.pruning.options import PruneOptions
 from mlx_slim.pruning.plan import plan, weight_size
 from mlx_slim.pruning.planned import Plan
 from mlx_slim.pruning.records import (
     CalibrationRows,
-    GroupChange,
-    LayerChange,
     PrunedFidelity,
     PruneRecord,
 )
-from mlx_slim.pruning.refit import refit, refit_rows
-from mlx_slim.pruning.scores import Scores, name_of
+from mlx_slim.pruning.refit import refit_rows
 from mlx_slim.quantization.apply import refuse_quantized
 from mlx_slim.quantization.calibration import DEFAULT_SOURCE, read_calibration
-from mlx_slim.reading import JsonObject, ModelConfig
-from mlx_slim.runtime import memory_budget, memory_limits, on_gpu
+from mlx_slim.reading import JsonObject
+from mlx_slim.runtime import memory_limits, on_gpu
 
 __all__ = ["PruneOptions", "Pruned", "prune", "validation_rows"]
 
 RECORD_FILE, SCORES_FILE = "prune.json", "prune_scores.safetensors"
 VALIDATION_LENGTH = 256  # tokens of a row of validation text
-_LAYERS, _STARTS, _STEPS, _LOSSES = "layers.removed", "layers.score", "steps.layer", "steps.loss"
 
 
 @dataclass(frozen=True)
@@ -132,12 +120,12 @@ def prune(
     refuse_quantized(loaded.model, loaded.config)
     loaded.model.eval()
     seen_NT, validation_NT = _text(loaded, options, planned, notify)
-    scores = _scores(loaded, options, planned, seen_NT, notify, scores_at)
+    scores = cutting.score(loaded, options, planned, seen_NT, notify, scores_at)
     original = None if validation_NT is None else RecordedLogits(loaded.model, validation_NT, out)
     refit_NT = None
     if options.compensate:
         refit_NT = refit_rows(loaded, options, 0 if validation_NT is None else validation_NT.size)
-    small, new_config, changes = _cut(loaded, options, planned, scores, refit_NT)
+    small, new_config, changes = cutting.cut(loaded, options, planned, scores, refit_NT)
     if not on_gpu():  # measured below are the weights as they will be stored
         for dtype in (stored, mx.float32):
             cast(small, dtype)
@@ -155,7 +143,7 @@ def prune(
         method=planned.method,
         options={**asdict(options), "calibration": _named(options.calibration)},
         calibration=_calibration(options, planned),
-        score=_meaning(planned),
+        score=cutting.meaning(planned),
         layers=changes.layers,
         parameters_before=planned.before.total,
         parameters_after=parameters,
@@ -202,38 +190,15 @@ def prune_loaded(loaded: Loaded, options: PruneOptions, *, scores_at: Path | Non
     refuse_quantized(loaded.model, loaded.config)
     planned = plan(loaded.config, options, weight_size(loaded.config))
     seen_NT, _ = _text(loaded, options, planned, ignore)
-    scores = _scores(loaded, options, planned, seen_NT, ignore, scores_at)
-    model, config, _ = _cut(loaded, options, planned, scores, None)
+    scores = cutting.score(loaded, options, planned, seen_NT, ignore, scores_at)
+    model, config, _ = cutting.cut(loaded, options, planned, scores, None)
     return replace(loaded, model=model, config=config)
-
-
-def _scores(
-    loaded: Loaded,
-    options: PruneOptions,
-    planned: Plan,
-    seen_NT: mx.array | None,
-    notify: Callable[..., None],
-    scores_at: Path | None,
-) -> Scores:
-    """Return the scores in the file ``scores_at``; measure them, into it, where it is not there."""
-    if scores_at is not None and scores_at.exists():
-        notify(f"scores read from {scores_at}")
-        return {name: np.array(value) for name, value in load_tensors(scores_at).items()}
-    scores = _measure(loaded, options, planned, seen_NT, notify)
-    if scores_at is not None:
-        _save(scores_at, scores)
-    return scores
 
 
 def _arrays(model: Any) -> list[mx.array]:
     from mlx.utils import tree_flatten
 
     return [value for _, value in tree_flatten(model.parameters())]  # pyright: ignore
-
-
-def _save(path: Path, scores: Scores) -> None:
-    with atomic_file(path) as temporary:
-        save_tensors(temporary, {name: mx.array(value) for name, value in scores.items()})
 
 
 # ----------------------------------------------------------------------------------------- text
@@ -302,149 +267,3 @@ def _fidelity(measured: fidelity.Fidelity | None) -> PrunedFidelity | None:
         return None
     before, after = (math.exp(min(nll, 700.0)) for nll in (measured.nll_source, measured.nll_model))
     return PrunedFidelity(measured, before, after)
-
-
-# ------------------------------------------------------------------------------------- measuring
-
-
-def _measure(
-    loaded: Loaded,
-    options: PruneOptions,
-    planned: Plan,
-    seen_NT: mx.array | None,
-    notify: Callable[..., None],
-) -> Scores:
-    """Return every score; of a depth method also the layers that it removes."""
-    if planned.method == NAMED:
-        return {_LAYERS: np.array(planned.removed, np.int32)}
-    rows = "" if seen_NT is None else f" on {len(seen_NT)} rows of {seen_NT.shape[1]} tokens"
-    notify(f"measuring {planned.method}{rows}")
-    if planned.axis == "width":
-        budget = memory_budget("auto") - mx.get_active_memory()
-        return importance.group_importance(
-            loaded.model,
-            planned.method,
-            planned.kinds,
-            seen_NT,
-            seed=options.seed,
-            budget=budget,
-            mixture=mixture_of(loaded.config),
-        )
-    removal = choose_layers(
-        loaded.model,
-        planned.method,
-        planned.count,
-        planned.layers,
-        seen_NT,
-        seed=options.seed,
-        special=set(getattr(loaded.tokenizer, "all_special_ids", []) or []),
-    )
-    total = len(structure.blocks(loaded.model))
-    scores = np.array([removal.scores.get(i, math.nan) for i in range(total)], np.float32)
-    result: Scores = {_LAYERS: np.array(removal.layers, np.int32), _STARTS: scores}
-    if removal.steps:
-        result[_STEPS] = np.array([layer for layer, _ in removal.steps], np.int32)
-        result[_LOSSES] = np.array([loss for _, loss in removal.steps], np.float32)
-    return result
-
-
-def _meaning(planned: Plan) -> str:
-    """Return the meaning of the scores of ``planned``."""
-    return {
-        "block-influence": "block influence",
-        "angular": f"angle/π over {planned.count} layers from here",
-        "perplexity": "nats a token without it",
-    }.get(planned.method, planned.method)
-
-
-# --------------------------------------------------------------------------------------- cutting
-
-
-@dataclass(frozen=True)
-class _Changes:
-    """What a model lost: of each layer, and of the residual stream; notes for the user."""
-
-    layers: list[LayerChange]
-    hidden: GroupChange | None = None
-    notes: Sequence[str] = ()
-
-
-def _cut(
-    loaded: Loaded,
-    options: PruneOptions,
-    planned: Plan,
-    scores: Scores,
-    refit_NT: mx.array | None,
-) -> tuple[nn.Module, ModelConfig, _Changes]:
-    """Return the pruned model, its config, and what changed.
-
-    ``loaded`` loses its weights, so that those that are cut off are freed. What reads the pruned
-    groups is refitted on ``refit_NT``, where there are such rows.
-    """
-    if planned.axis == "depth":
-        removed = [int(i) for i in scores[_LAYERS]]
-        model, config = surgery.without_layers(loaded.model, loaded.config, removed)
-        free_weights(loaded.model)
-        return model, config, _Changes(_removed_layers(planned, removed, scores))
-    mixture = mixture_of(loaded.config)
-    families = families_of(loaded.model, mixture)
-    retained = width.retain(
-        families,
-        scores,
-        planned.sizes,
-        planned.layers,
-        options.ranking,
-        runs=mixture.groups if mixture else 1,
-    )
-    notes: list[str] = []
-    if refit_NT is not None and (left := refit(loaded.model, retained, refit_NT)):
-        notes.append(
-            f"{len(left)} layers refitted on {refit_NT.size:,} tokens: "
-            f"{sum(left) / len(left):.1%} of their square error is left"
-        )
-    model, config = surgery.with_groups(
-        loaded.model, loaded.config, retained, uniform=options.uniform, donate=True
-    )
-    changes: list[dict[str, GroupChange]] = []
-    for layer in range(len(families)):
-        changes.append({})
-        for kind, numbers in retained.items():
-            if not len(numbers[layer]):  # a layer without experts
-                continue
-            values = scores[name_of(layer, kind)]
-            removed = np.setdiff1d(np.arange(len(values)), numbers[layer])
-            changes[-1][kind] = GroupChange(
-                before=len(values),
-                after=len(numbers[layer]),
-                importance_removed=float(values[removed].sum() / max(values.sum(), 1e-30)),
-                removed=ranges(removed.tolist()),
-            )
-    channels = [groups.pop(HIDDEN, None) for groups in changes]
-    layers = [LayerChange(layer, groups) for layer, groups in enumerate(changes)]
-    return model, config, _Changes(layers, channels[0], notes)
-
-
-def _removed_layers(planned: Plan, removed: list[int], scores: Scores) -> list[LayerChange]:
-    values = scores.get(_STARTS)
-    order = [int(i) for i in scores.get(_STEPS, np.array([]))]
-    layers = []
-    for layer in range(len(planned.before.blocks)):
-        change = LayerChange(layer, removed=layer in removed)
-        if values is not None and not math.isnan(values[layer]):
-            change = replace(change, score=float(values[layer]))
-        if layer in order:
-            step = order.index(layer)
-            change = replace(change, step=step + 1, loss_after_step=float(scores[_LOSSES][step]))
-        layers.append(change)
-    return layers
-
-
-def ranges(numbers: list[int]) -> str:
-    """Return ``3,5-9`` for ascending ``[3, 5, 6, 7, 8, 9]``."""
-    ranges: list[list[int]] = []
-    for number in numbers:
-        if ranges and ranges[-1][-1] == number - 1:
-            ranges[-1][1:] = [number]
-        else:
-            ranges.append([number])
-    return ",".join("-".join(map(str, part)) for part in ranges)

@@ -33,6 +33,7 @@ from mlx_slim.models.verified_save import compute_dtype, stored_dtype
 from mlx_slim.planner.choose import choose
 from mlx_slim.pruning.options import PruneOptions
 from mlx_slim.pruning.run import prune, prune_loaded
+from mlx_slim.pruning.surgery import text_part
 from mlx_slim.quantization.apply import quantize_model
 from mlx_slim.quantization.budget import space_of
 from mlx_slim.quantization.heuristics import heuristic_losses

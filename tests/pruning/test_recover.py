@@ -55,7 +55,7 @@ from mlx_slim.evaluation import results
 from mlx_slim.pruning import importance
 from mlx_slim.models import verified_save
 from mlx_slim.pruning import report
-from mlx_slim.pruning import run as prune
+from mlx_slim.pruning import cutting
 from mlx_slim.pruning.options import PruneOptions
 from mlx_slim.pruning.recover import RecoverOptions, prune_and_recover
 from tests.support.kills import run_forked
@@ -79,7 +79,7 @@ def run(moment, resume):
     if moment == "importance":
         importance._block_gradients = die
     if moment == "cutting":
-        prune._cut = die
+        cutting.cut = die
     if moment == "saving":
         verified_save._same = die
     if moment == "scoring":

@@ -25,8 +25,9 @@ from mlx_slim.models.build import WIDTHS, widths_of
 from mlx_slim.models.load import load
 from mlx_slim.planner.run import plan as plan_cost
 from mlx_slim.planner.shapes import leaves
+from mlx_slim.pruning.cutting import ranges
 from mlx_slim.pruning.plan import planned_config
-from mlx_slim.pruning.run import PruneOptions, prune, ranges
+from mlx_slim.pruning.run import PruneOptions, prune
 from mlx_slim.quantization.run import CompressOptions, compress
 from tests.support.prune import relative_gap
 from tests.support.runs import Recorder, recipe, write_rows
