@@ -57,7 +57,7 @@ def check_size(options: CompressOptions) -> None:
 
 
 @dataclass(frozen=True)
-class Space:
+class LayerSizes:
     """The sizes that a model can have.
 
     Attributes:
@@ -148,7 +148,7 @@ class Space:
         return allocate(choices, limit - self.other_bytes)
 
 
-def space_of(model: nn.Module, quantize: QuantizeConfig, stored: mx.Dtype) -> Space:
+def space_of(model: nn.Module, quantize: QuantizeConfig, stored: mx.Dtype) -> LayerSizes:
     """Return the sizes that ``model`` can have; no weight is read.
 
     Args:
@@ -186,4 +186,4 @@ def space_of(model: nn.Module, quantize: QuantizeConfig, stored: mx.Dtype) -> Sp
             other_bytes += layer_bytes(value.shape, policy.chosen[path], stored.size)
     numbers = get_total_parameters(model)
     blocks = block_numbers(model, shapes)
-    return Space(shapes, blocks, quantize.group_size, other_bytes, names, numbers, stored.size)
+    return LayerSizes(shapes, blocks, quantize.group_size, other_bytes, names, numbers, stored.size)

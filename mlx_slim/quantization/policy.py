@@ -121,7 +121,7 @@ def make_policy(
         config: Bits, group size and mode of a layer that the mixed-precision recipe does not name.
         recipe: One of ``RECIPES`` (mlx-lm's mixed precision, affine only), or None.
         formats: Layer -> its format, None for full precision, of layers that are decided already
-            (``budget.Space.choose``).
+            (``budget.LayerSizes.choose``).
 
     Raises:
         SlimError: If the recipe is unknown or does not fit the model, or no layer fits.

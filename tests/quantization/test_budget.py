@@ -13,7 +13,7 @@ from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import SlimError
 from mlx_slim.models.load import open_weights
 from mlx_slim.models.quantized import format_of
-from mlx_slim.quantization.budget import Space, space_of
+from mlx_slim.quantization.budget import LayerSizes, space_of
 from mlx_slim.quantization.heuristics import heuristic_losses
 from mlx_slim.quantization.policy import leaves
 from mlx_slim.quantization.run import Compressed, CompressOptions, compress
@@ -24,7 +24,7 @@ from tests.support.tiny import TinyModels, tiny_model
 QUANTIZE = QuantizeConfig(group_size=32)
 
 
-def _space(folder: Path, stored: mx.Dtype = mx.float32) -> Space:
+def _space(folder: Path, stored: mx.Dtype = mx.float32) -> LayerSizes:
     return space_of(open_weights(folder)[0], QUANTIZE, stored)
 
 
