@@ -42,7 +42,7 @@ from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import ResourceError, SlimError
 from mlx_slim.events import Notice, Observer
 from mlx_slim.export.audit_text import audit_tokens
-from mlx_slim.export.fuse_audit import MIN_SHARE, Effect, effect, weight_retention
+from mlx_slim.export.fuse_audit import MIN_LOGIT_FRACTION, Effect, effect, weight_retention
 from mlx_slim.export.options import FuseOptions, Mode
 from mlx_slim.models.lineage import carry
 from mlx_slim.models.load import Loaded, cast, read_weights
@@ -127,13 +127,14 @@ class Fused:
         ]
         if self.mode == "biases":
             lines.append(
-                f"lossless   codes and scales as they were; {audit.share:.2%} of the adapter's "
-                "effect on the logits kept"
+                f"lossless   codes and scales as they were; {audit.logit_fraction:.2%} of the "
+                "adapter's effect on the logits kept"
             )
-            if audit.share < MIN_SHARE:
+            if audit.logit_fraction < MIN_LOGIT_FRACTION:
                 lines.append(
-                    f"warning: rounding the biases to {self.dtype} loses {1 - audit.share:.1%}; "
-                    "--dtype float32 keeps it (5 bits a weight at 4, and activations in float32), "
+                    f"warning: rounding the biases to {self.dtype} loses "
+                    f"{1 - audit.logit_fraction:.1%}; --dtype float32 keeps it (5 bits a weight at "
+                    "4, and activations in float32), "
                     "and adapter.pooled=true trains with rounded biases"
                 )
         if self.lost:

@@ -23,7 +23,7 @@ from mlx_slim.models.logits import kl_divergence, logsumexp, row_sums
 from mlx_slim.runtime import to_float
 
 MIN_RETAINED = 0.5
-MIN_SHARE = 0.99  # of a fold into biases that counts as without loss
+MIN_LOGIT_FRACTION = 0.99  # of a fold into biases that counts as without loss
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Effect:
             for an adapter without an effect.
         kl: Mean KL(tuned ‖ fused), nats a token.
         kl_base: Mean KL(tuned ‖ base), nats a token: the size of the effect.
-        share: 1 − ‖fused − tuned‖ / ‖tuned − base‖ over all logits, in which noise counts as loss;
-            1 for an adapter without an effect.
+        logit_fraction: 1 − ‖fused − tuned‖ / ‖tuned − base‖ over all logits, in which noise counts
+            as loss; 1 for an adapter without an effect.
         top1: Fraction of positions where tuned and fused model have the same most likely token.
         tokens: Positions compared.
     """
@@ -45,7 +45,7 @@ class Effect:
     retained: float
     kl: float
     kl_base: float
-    share: float
+    logit_fraction: float
     top1: float
     tokens: int
 
@@ -101,7 +101,7 @@ def effect(base: Model, tuned: Model, fused: Model, tokens_NT: mx.array) -> Effe
         retained=retained,
         kl=max(0.0, kl / tokens),
         kl_base=max(0.0, kl_base / tokens),
-        share=1 - math.sqrt(lost / moved) if moved > 0 else 1.0,
+        logit_fraction=1 - math.sqrt(lost / moved) if moved > 0 else 1.0,
         top1=agree / tokens,
         tokens=tokens,
     )

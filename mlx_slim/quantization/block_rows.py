@@ -46,7 +46,7 @@ class Training:
 
 
 @dataclass
-class Batch:
+class BlockBatch:
     """Rows on their way through the blocks: ``hidden_BTD`` enters the next one."""
 
     tokens_BT: mx.array
@@ -59,12 +59,12 @@ class Batch:
         mx.eval(self.hidden_BTD)
 
 
-def batches_of(model: nn.Module, tokens_NT: mx.array, size: int) -> list[Batch]:
+def batches_of(model: nn.Module, tokens_NT: mx.array, size: int) -> list[BlockBatch]:
     """Return the rows, ``size`` a batch, at the first block of ``model``."""
     batches = []
     for start in range(0, len(tokens_NT), size):
         tokens_BT = tokens_NT[start : start + size]
-        batches.append(Batch(tokens_BT, *enter(model, tokens_BT)))
+        batches.append(BlockBatch(tokens_BT, *enter(model, tokens_BT)))
         mx.eval(batches[-1].hidden_BTD)
     return batches
 

@@ -1,4 +1,4 @@
-"""Quantization-aware training a block at a time, then of all scales together (EfficientQAT).
+"""Quantized weights trained a block at a time, then all scales (EfficientQAT).
 
 First each block in turn learns weights, scales and biases so that, rounded, it returns what the
 float block returned; it reads what the quantized blocks before it return. Then the scales and
@@ -35,7 +35,7 @@ from mlx_slim.quantization.apply import (
     quantize_layer,
     report,
 )
-from mlx_slim.quantization.block_rows import Batch, Outside, Training, adam, batches_of, orders
+from mlx_slim.quantization.block_rows import BlockBatch, Outside, Training, adam, batches_of, orders
 from mlx_slim.quantization.fake import CONSTANTS, FakeQuantized, Values
 from mlx_slim.quantization.policy import Policy, embed_formats, leaves, make_policy
 from mlx_slim.quantization.scale_training import EndToEnd
@@ -147,7 +147,7 @@ def _replace_outside(model: nn.Module, policy: Policy) -> Outside:
     return Outside(floats, quantized)
 
 
-def _answers(model: nn.Module, judged: list[Batch]) -> Logits:
+def _answers(model: nn.Module, judged: list[BlockBatch]) -> Logits:
     """Return the float model as a function of the rows that it has read."""
     by_row = {np.array(batch.tokens_BT).tobytes(): batch for batch in judged}
 
@@ -157,22 +157,24 @@ def _answers(model: nn.Module, judged: list[Batch]) -> Logits:
     return logits
 
 
-def _error(made_BTD: mx.array, wanted_BTD: mx.array) -> mx.array:
-    """Return Σ over tokens of ‖made − wanted‖² / ‖wanted‖², float32.
+def _error(output_BTD: mx.array, target_BTD: mx.array) -> mx.array:
+    """Return Σ over tokens of ‖output − target‖² / ‖target‖², float32.
 
     Relative to each token: the few that carry massive activations would else be all that counts,
     and the norm that reads the sum divides by that length anyway.
     """
-    wanted, made = (x.astype(mx.float32).reshape(-1, x.shape[-1]) for x in (wanted_BTD, made_BTD))
-    return (row_sums(mx.square(made - wanted)) / (row_sums(mx.square(wanted)) + 1e-12)).sum()
+    target, output = (
+        x.astype(mx.float32).reshape(-1, x.shape[-1]) for x in (target_BTD, output_BTD)
+    )
+    return (row_sums(mx.square(output - target)) / (row_sums(mx.square(target)) + 1e-12)).sum()
 
 
 def _train_block(
     block: nn.Module,
     index: int,
     chosen: dict[str, LayerFormat],
-    floats: list[Batch],
-    batches: list[Batch],
+    floats: list[BlockBatch],
+    batches: list[BlockBatch],
     stored: mx.Dtype,
     training: Training,
 ) -> None:
@@ -184,10 +186,10 @@ def _train_block(
     layers = {path: FakeQuantized(modules[path], one, stored) for path, one in chosen.items()}
     values = {path: layer.start for path, layer in layers.items()}
 
-    def loss(values: dict[str, Values], batch: Batch, wanted_BTD: mx.array) -> mx.array:
+    def loss(values: dict[str, Values], batch: BlockBatch, target_BTD: mx.array) -> mx.array:
         for path, layer in layers.items():
             layer.put(values[path])
-        return _error(batch.forwards[index](batch.hidden_BTD), wanted_BTD)
+        return _error(batch.forwards[index](batch.hidden_BTD), target_BTD)
 
     steps = training.epochs * len(batches)
     rates = {"weight": training.weight_rate, **dict.fromkeys(CONSTANTS, training.scale_rate)}

@@ -59,8 +59,8 @@ class FakeQuantized:
         nearest = mx.stop_gradient(mx.round(places))
         codes = mx.clip(nearest, 0, 2**self.format.bits - 1)
         # Added is 0: the gradient of a place on the grid. (That of ``mx.clip`` is 0 at its ends.)
-        slope = mx.where(nearest == codes, places - mx.stop_gradient(places), 0.0)
-        return codes + slope, scales, biases
+        gradient = mx.where(nearest == codes, places - mx.stop_gradient(places), 0.0)
+        return codes + gradient, scales, biases
 
     def put(self, values: Values) -> None:
         """Let the layer compute with the weight that ``values`` stand for."""

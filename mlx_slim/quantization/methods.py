@@ -59,13 +59,13 @@ _DWQ_RATE = 1e-6  # mlx-lm's default, Adam
 _DWQ_BATCH = 4
 
 
-def embed_bits(method: str, quantize: QuantizeConfig, given: int | None = None) -> int | None:
-    """Return the bits of embedding and head that ``method`` takes: those ``given``, or its own.
+def embed_bits(method: str, quantize: QuantizeConfig, embed: int | None = None) -> int | None:
+    """Return the bits of embedding and head that ``method`` takes: those of ``embed``, or its own.
 
     None are those of ``quantize``. A wrong embedding is wrong in every block.
     """
     least = _EMBED_BITS.get(method)
-    return given if given is not None or least is None else max(least, quantize.bits)
+    return embed if embed is not None or least is None else max(least, quantize.bits)
 
 
 def check_method(
@@ -82,7 +82,7 @@ def check_method(
         quantize: Bits, group size and mode.
         recipe: A mixed recipe, or None.
         model_type: Of the model's config; None leaves that check out.
-        embed_bits: Bits asked for embedding and head, or None.
+        embed_bits: Bits of embedding and head, or None for the choice of the method.
 
     Raises:
         SlimError: With what would work.

@@ -21,7 +21,7 @@ from mlx_slim.models.logits import kl_divergence
 from mlx_slim.models.quantized import as_stored
 from mlx_slim.models.route import Forward, enter, leave
 from mlx_slim.progress import Stage, stage
-from mlx_slim.quantization.block_rows import Batch, Outside, Training, adam, orders
+from mlx_slim.quantization.block_rows import BlockBatch, Outside, Training, adam, orders
 from mlx_slim.quantization.fake import CONSTANTS, Values
 from mlx_slim.quantization.policy import leaves
 
@@ -75,8 +75,8 @@ class EndToEnd:
     def __init__(
         self,
         model: nn.Module,
-        batches: list[Batch],
-        floats: list[Batch],
+        batches: list[BlockBatch],
+        floats: list[BlockBatch],
         outside: Outside,
         stored: mx.Dtype,
         training: Training,
@@ -97,7 +97,7 @@ class EndToEnd:
             for number in orders(len(self.batches), epochs, self.training.seed):
                 self._step(self.batches[number], self.floats[number].hidden_BTD, opened)
 
-    def _step(self, batch: Batch, whole_BTD: mx.array, opened: Stage) -> None:
+    def _step(self, batch: BlockBatch, whole_BTD: mx.array, opened: Stage) -> None:
         entering = [enter(self.model, batch.tokens_BT)[0]]
         for forward in batch.forwards:
             entering.append(forward(entering[-1]))
@@ -132,14 +132,14 @@ class EndToEnd:
         def loss(last_1TD: mx.array, values: dict[str, Values], row: int) -> mx.array:
             self.around.put(values)
             model_TV = leave(self.model, tokens_BT[row : row + 1], last_1TD)[0]
-            return kl_divergence(wanted_TV, model_TV).sum()
+            return kl_divergence(target_TV, model_TV).sum()
 
         upstream: list[mx.array] = []
         total: dict[str, Values] = {}
         for row in range(len(tokens_BT)):
             with self.outside.as_it_was(self.model):
-                wanted_TV = leave(self.model, tokens_BT[row : row + 1], whole_BTD[row : row + 1])[0]
-                mx.eval(wanted_TV)
+                target_TV = leave(self.model, tokens_BT[row : row + 1], whole_BTD[row : row + 1])[0]
+                mx.eval(target_TV)
             upstream_1TD, gradients = mx.grad(loss, argnums=(0, 1))(
                 last_BTD[row : row + 1], self.around.values, row
             )

@@ -59,8 +59,8 @@ def test_a_fresh_one_is_its_base_and_a_trained_one_its_folded_layer(stored: mx.D
     biases = folded_biases(adapter)
     assert biases is not None
     assert mx.array_equal(biases.astype(stored).astype(mx.float32), biases).item()
-    wanted = adapter.linear["biases"] + 0.7 * (adapter.lora_a @ adapter.lora_b).T
-    assert mx.array_equal(biases, wanted.astype(stored).astype(mx.float32)).item()
+    target = adapter.linear["biases"] + 0.7 * (adapter.lora_a @ adapter.lora_b).T
+    assert mx.array_equal(biases, target.astype(stored).astype(mx.float32)).item()
     folded = _base(stored)
     folded["biases"] = biases
     assert mx.allclose(adapter(X), folded(X), atol=2e-5).item()
@@ -210,7 +210,7 @@ def test_a_run_trains_it_and_its_adapter_folds(tiny: Callable[..., Path], tmp_pa
     assert config["parameters"] == 4 * sum(sides)  # r(in/g + out)
     options = FuseOptions(samples=2, length=32)
     fused = fuse(base, tmp_path / "run", tmp_path / "fused", options)
-    assert fused.mode == "biases" and fused.effect.share > 0.99
+    assert fused.mode == "biases" and fused.effect.logit_fraction > 0.99
     again: Any = load(tmp_path / "fused").model
     for name in ("weight", "scales"):
         before, after = (each.layers[0].mlp.up_proj[name] for each in (model, again))

@@ -224,7 +224,7 @@ def test_a_pooled_adapter_folds_into_biases_without_loss(
 ) -> None:
     base, adapter = _small(tmp_path, tiny("llama"), dtype, 0.005)
     result = fuse(base, adapter, tmp_path / "out", OPTIONS)
-    assert result.mode == "biases" and result.effect.share > 0.99, result.lines()
+    assert result.mode == "biases" and result.effect.logit_fraction > 0.99, result.lines()
     assert any("lossless" in line for line in result.lines())
     assert not any("warning" in line for line in result.lines())
     before, after = (
@@ -245,7 +245,10 @@ def test_a_pooled_adapter_folds_into_biases_without_loss(
     assert abs(sizes[0] - sizes[1]) < 1000
     assert load(tmp_path / "out").config["quantization"] == load(base).config["quantization"]
     record = json.loads((tmp_path / "out" / "fuse.json").read_text())
-    assert record["mode"] == "biases" and record["effect"]["share"] == result.effect.share
+    assert (
+        record["mode"] == "biases"
+        and record["effect"]["logit_fraction"] == result.effect.logit_fraction
+    )
 
 
 def test_biases_that_were_not_rounded_in_training_say_what_they_lose(
@@ -253,12 +256,14 @@ def test_biases_that_were_not_rounded_in_training_say_what_they_lose(
 ) -> None:
     base, adapter = _small(tmp_path, tiny("llama"), mx.bfloat16, 0.005, pooled=False)
     result = fuse(base, adapter, tmp_path / "out", OPTIONS)
-    assert result.mode == "biases" and 0.2 < result.effect.share < 0.95
+    assert result.mode == "biases" and 0.2 < result.effect.logit_fraction < 0.95
     (warning,) = [line for line in result.lines() if "warning" in line]
-    assert f"loses {1 - result.effect.share:.1%}" in warning and "--dtype float32" in warning
+    assert (
+        f"loses {1 - result.effect.logit_fraction:.1%}" in warning and "--dtype float32" in warning
+    )
     wide = FuseOptions(samples=2, length=32, dtype="float32")
     result = fuse(base, adapter, tmp_path / "wide", wide)
-    assert result.mode == "biases" and result.effect.share > 0.99
+    assert result.mode == "biases" and result.effect.logit_fraction > 0.99
     assert not any("warning" in line for line in result.lines())
     codes = [dict(tree_flatten(load(d).model.parameters())) for d in (base, tmp_path / "wide")]
     for name, value in codes[0].items():
@@ -272,7 +277,7 @@ def test_a_sum_of_pooled_adapters_folds_and_dequantize_is_obeyed(
     base, adapter = _small(tmp_path, tiny("llama"), mx.float16, 0.02)
     half = f"{adapter}=0.5"
     result = fuse(base, [half, half], tmp_path / "sum", OPTIONS)
-    assert result.mode == "biases" and result.effect.share > 0.95
+    assert result.mode == "biases" and result.effect.logit_fraction > 0.95
     dense = FuseOptions(mode="dequantize", samples=2, length=32)
     assert fuse(base, adapter, tmp_path / "dense", dense).mode == "dequantize"
     assert "quantization" not in load(tmp_path / "dense").config

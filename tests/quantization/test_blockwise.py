@@ -89,11 +89,14 @@ def test_gradients_block_by_block_are_those_of_the_whole(
 ) -> None:
     folder = tiny("llama-tied")
     original, _ = _opened(folder)
-    made: dict[int, Any] = {}
+    collected: dict[int, Any] = {}
     monkeypatch.setattr(
         scale_training.Constants,
         "step",
-        lambda self, gradients: (made.update({id(self): (self, gradients)}), self.put(self.values)),
+        lambda self, gradients: (
+            collected.update({id(self): (self, gradients)}),
+            self.put(self.values),
+        ),
     )
     model, _ = _trained(folder, Training(epochs=0, end_epochs=1, batch=8), stored=mx.float32)
     layers = {path: one for path, one in leaves(model) if "scales" in one}
@@ -101,14 +104,14 @@ def test_gradients_block_by_block_are_those_of_the_whole(
         layer.unfreeze(keys=list(CONSTANTS), recurse=False)
 
     def loss(model: Any) -> mx.array:
-        wanted, given = (f(SEEN).reshape(-1, original.args.vocab_size) for f in (original, model))
-        return kl_divergence(wanted, given).sum()
+        target, output = (f(SEEN).reshape(-1, original.args.vocab_size) for f in (original, model))
+        return kl_divergence(target, output).sum()
 
     _, whole = nn.value_and_grad(model, loss)(model)
     expected = dict(tree_flatten(whole))
     ours = {
         id(layer): (gradients[path], owner.units[path])
-        for owner, gradients in made.values()
+        for owner, gradients in collected.values()
         for path, layer in owner.layers.items()
     }
     assert len(ours) == len(layers) == len(expected) / 2
@@ -177,6 +180,6 @@ def test_refusals(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_massive_tokens_do_not_decide_alone() -> None:
-    wanted = mx.ones((1, 2, 4)) * mx.array([1.0, 1000.0])[None, :, None]
-    one = to_float(blockwise._error(wanted * 1.1, wanted))
+    target = mx.ones((1, 2, 4)) * mx.array([1.0, 1000.0])[None, :, None]
+    one = to_float(blockwise._error(target * 1.1, target))
     assert one == pytest.approx(0.02, rel=1e-4)

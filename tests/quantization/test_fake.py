@@ -100,11 +100,11 @@ def test_gradients_of_weight_scale_and_bias() -> None:
     for place, (code, inside) in enumerate([(0.0, 1), (1.0, 1), (0.0, 0), (3.0, 0)]):
         value = one(values, place).item()
         assert value == code + 0.25
-        slopes = mx.grad(one)(values, place)
+        gradients = mx.grad(one)(values, place)
         x = weight[0, place].item() - 0.25  # type: ignore[operator]
-        assert slopes["weight"][0, place].item() == inside
-        assert slopes["scales"].item() == pytest.approx(code - x if inside else code, abs=1e-6)
-        assert slopes["biases"].item() == pytest.approx(0 if inside else 1, abs=1e-6)
+        assert gradients["weight"][0, place].item() == inside
+        assert gradients["scales"].item() == pytest.approx(code - x if inside else code, abs=1e-6)
+        assert gradients["biases"].item() == pytest.approx(0 if inside else 1, abs=1e-6)
 
 
 def test_a_scale_that_underflows_gives_the_bias() -> None:
@@ -128,5 +128,5 @@ def test_rounding_in_the_loop_is_exact_and_has_slope_one() -> None:
         assert mx.array_equal(
             as_stored(values, stored), values.astype(stored).astype(mx.float32)
         ).item()
-        slope = mx.grad(lambda x: (as_stored(x, stored) * 3).sum())(values)  # noqa: B023
-        assert mx.array_equal(slope, mx.full(values.shape, 3.0)).item()
+        gradient = mx.grad(lambda x: (as_stored(x, stored) * 3).sum())(values)  # noqa: B023
+        assert mx.array_equal(gradient, mx.full(values.shape, 3.0)).item()

@@ -73,19 +73,19 @@ def test_dwq_learns_scales_only(source: Source) -> None:
 
 
 @pytest.mark.parametrize("method", ["rtn", "awq", "gptq", "dwq"])
-@pytest.mark.parametrize("given", [None, 5])
-def test_bits_of_embedding_and_head(source: Source, method: str, given: int | None) -> None:
+@pytest.mark.parametrize("embed", [None, 5])
+def test_bits_of_embedding_and_head(source: Source, method: str, embed: int | None) -> None:
     model, config = source()
     quantize = QuantizeConfig(bits=3 if method != "gptq" else 2, group_size=32)
     if method == "rtn":
-        formats = methods.embed_formats(model, quantize, given)
+        formats = methods.embed_formats(model, quantize, embed)
         methods.quantize_model(model, config, quantize, None, formats)
     else:
-        quantize_with(model, config, quantize, method, TOKENS, given)
+        quantize_with(model, config, quantize, method, TOKENS, embed)
     least = {"awq": 4, "gptq": 6}.get(method, 3)
-    assert model.model.embed_tokens.bits == (given or least)
+    assert model.model.embed_tokens.bits == (embed or least)
     # Where the head is a linear layer, mlx-lm's GPTQ treats it as one of the blocks.
-    head = {"gptq": 2, "awq": 4 if given is None else given}.get(method, given or 3)
+    head = {"gptq": 2, "awq": 4 if embed is None else embed}.get(method, embed or 3)
     assert model.lm_head.bits == head
     assert model.layers[0].mlp.up_proj.bits == quantize.bits
 
