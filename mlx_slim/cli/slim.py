@@ -90,7 +90,7 @@ def command(
         show_next(
             look_at(page), *steps, step("count it again", "mlx-slim", "report", out, "--verify")
         )
-    if report.kept is False or report.winner is None:
+    if report.demand_met is False or report.winner is None:
         raise SystemExit(1)
 
 

@@ -166,7 +166,7 @@ def cut_config(config: ModelConfig, cut: Cut, size: int) -> ModelConfig:
     return config_with_sizes(config, planned.sizes, uniform=True)
 
 
-class Space:
+class SearchSpace:
     """The smaller models of one original.
 
     Args:
@@ -341,7 +341,7 @@ def budget(options: SlimOptions, original: Cost) -> Callable[[Cost], bool]:
     return fits
 
 
-def listed(space: Space, options: SlimOptions) -> list[Candidate]:
+def listed(space: SearchSpace, options: SlimOptions) -> list[Candidate]:
     """Return all candidates of the search, each once, largest first.
 
     Raises:
@@ -360,7 +360,7 @@ def listed(space: Space, options: SlimOptions) -> list[Candidate]:
     return sorted(by_key.values(), key=lambda one: -one.cost.disk_bytes)
 
 
-def _nothing(space: Space, options: SlimOptions) -> tuple[str, str]:
+def _nothing(space: SearchSpace, options: SlimOptions) -> tuple[str, str]:
     nearest = space.smallest()
     demands, has = [], []
     if options.disk is not None:

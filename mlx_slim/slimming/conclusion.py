@@ -47,9 +47,9 @@ def conclude(search: Search, winner: Candidate | None) -> SlimReport:
             forgotten = _forgotten(search, winner, text)
         commands = _commands(search, winner)
         search.note(winner, verdict="chosen")
-    kept = None
+    demand_met = None
     if search.options.keep_fraction is not None:
-        kept = claim is not None and claim.keeps(search.options.keep_fraction)
+        demand_met = claim is not None and claim.keeps(search.options.keep_fraction)
     return SlimReport(
         schema_version=SCHEMA_VERSION,
         source=public_name(search.material.source),
@@ -68,8 +68,8 @@ def conclude(search: Search, winner: Candidate | None) -> SlimReport:
         winner=None if winner is None else winner.key,
         claim=claim,
         tasks=tasks,
-        kept=kept,
-        headline=_headline(search, winner, claim, kept),
+        demand_met=demand_met,
+        headline=_headline(search, winner, claim, demand_met),
         forgotten=forgotten,
         forgotten_text="" if text is None else text.name,
         commands=commands,
@@ -79,7 +79,7 @@ def conclude(search: Search, winner: Candidate | None) -> SlimReport:
 
 
 def _headline(
-    search: Search, winner: Candidate | None, claim: proof.Retention | None, kept: bool | None
+    search: Search, winner: Candidate | None, claim: proof.Retention | None, demand_met: bool | None
 ) -> str:
     if winner is None or claim is None:
         scored = [row for row in search.rows.values() if row.selection is not None]
@@ -98,9 +98,9 @@ def _headline(
         f"{row.name}: {ratio:.0%} of the bytes, {percent(claim)} of the score on "
         f"{claim.n:,} questions that chose nothing"
     )
-    if kept is None:
+    if demand_met is None:
         return text
-    verb = "keeps" if kept else "is not shown to keep"
+    verb = "keeps" if demand_met else "is not shown to keep"
     return f"{text}: {verb} {search.options.keep:g}%"
 
 
@@ -149,7 +149,7 @@ def _commands(search: Search, winner: Candidate) -> list[list[str]]:
     return words
 
 
-def task_claim(pair: proof.Pair) -> TaskClaim:
+def task_claim(pair: proof.PairedAnswers) -> TaskClaim:
     """Return one task's part of the claim."""
     statistics = proof.paired(pair)
     interval = statistics.interval or (-1.0, 1.0)

@@ -24,8 +24,8 @@ Z = 1.959963984540054  # two-sided 95%
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Answers of two models to the same questions of a task.
+class PairedAnswers:
+    """ModelAnswers of two models to the same questions of a task.
 
     Attributes:
         task: Its name.
@@ -77,7 +77,7 @@ class Retention:
         return self.least >= fraction - 1e-12
 
 
-def retention(pairs: Sequence[Pair]) -> Retention:
+def retention(pairs: Sequence[PairedAnswers]) -> Retention:
     """Return the share of the first model's mean score that the second has."""
     tasks = len(pairs)
     first = float(np.mean([pair.first_N.mean() for pair in pairs]))
@@ -108,7 +108,7 @@ def _fieller(a: float, b: float, moments: np.ndarray) -> tuple[float, float] | N
     return (linear - root) / square, (linear + root) / square
 
 
-def provable(pairs: Sequence[Pair], questions: Sequence[int]) -> float:
+def provable(pairs: Sequence[PairedAnswers], questions: Sequence[int]) -> float:
     """Return the largest share below 1 that ``questions`` of each task can show.
 
     Args:
@@ -120,21 +120,21 @@ def provable(pairs: Sequence[Pair], questions: Sequence[int]) -> float:
     return max(0.0, 1 - Z * math.sqrt(spread) / score) if score else 0.0
 
 
-def needed(pairs: Sequence[Pair], fraction: float) -> int:
+def needed(pairs: Sequence[PairedAnswers], fraction: float) -> int:
     """Return the questions of each task, for the claim alone, that can show ``fraction``."""
     spread = sum(_discordance(pair) for pair in pairs) / len(pairs) ** 2
     return math.ceil(spread * (Z / ((1 - fraction) * max(_score(pairs), 1e-9))) ** 2)
 
 
-def _score(pairs: Sequence[Pair]) -> float:
+def _score(pairs: Sequence[PairedAnswers]) -> float:
     return float(np.mean([pair.first_N.mean() for pair in pairs]))
 
 
-def _discordance(pair: Pair) -> float:
+def _discordance(pair: PairedAnswers) -> float:
     """Return D, at least that of one question: none seen is not none."""
     return max(pair.discordant, 1 / len(pair.first_N))
 
 
-def paired(pair: Pair) -> stats.Paired:
+def paired(pair: PairedAnswers) -> stats.Paired:
     """Return the paired statistics of one task."""
     return stats.paired(pair.first_N.tolist(), pair.second_N.tolist(), tests=None)

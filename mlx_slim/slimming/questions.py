@@ -25,7 +25,7 @@ from mlx_slim.evaluation.tasks.metrics import counted, first_metric
 from mlx_slim.events import Observer
 from mlx_slim.reading import read_object
 from mlx_slim.slimming.options import SlimOptions
-from mlx_slim.slimming.proof import Pair
+from mlx_slim.slimming.proof import PairedAnswers
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _counts_none(task: str) -> SlimError:
 
 
 @dataclass(frozen=True)
-class Answers:
+class ModelAnswers:
     """Right and wrong answers of one model to a task's questions, in their order.
 
     Attributes:
@@ -117,7 +117,7 @@ def answer(
     *,
     whole: bool,
     revision: str | None = None,
-) -> Answers:
+) -> ModelAnswers:
     """Score a model on a task, resumed where it was begun; return its answers.
 
     Args:
@@ -138,7 +138,7 @@ def answer(
     return read_answers(folder, plan)
 
 
-def read_answers(folder: Path, plan: TaskPlan) -> Answers:
+def read_answers(folder: Path, plan: TaskPlan) -> ModelAnswers:
     """Return the answers in a folder of scores.
 
     Raises:
@@ -158,10 +158,12 @@ def read_answers(folder: Path, plan: TaskPlan) -> Answers:
         selects.append(seen[subject] < plan.half)
         seen[subject] += 1
     right_N = np.array([record[metric] for record in records], np.int8)
-    return Answers(plan.name, metric, right_N, np.array(selects), chance)
+    return ModelAnswers(plan.name, metric, right_N, np.array(selects), chance)
 
 
-def paired(first: list[Answers], second: list[Answers], *, selection: bool) -> list[Pair]:
+def paired(
+    first: list[ModelAnswers], second: list[ModelAnswers], *, selection: bool
+) -> list[PairedAnswers]:
     """Return the answers of two models to the selection or to the claim questions, by task."""
     pairs = []
     for a, b in zip(first, second, strict=True):
@@ -171,5 +173,5 @@ def paired(first: list[Answers], second: list[Answers], *, selection: bool) -> l
                 f"{a.task}: {len(a_N)} and {len(b_N)} questions cannot be paired",
                 "the scores in the folder were changed: start a new search",
             )
-        pairs.append(Pair(a.task, a.metric, a_N, b_N, a.chance))
+        pairs.append(PairedAnswers(a.task, a.metric, a_N, b_N, a.chance))
     return pairs

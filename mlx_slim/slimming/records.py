@@ -25,7 +25,7 @@ class MeasuredSpeed:
 
 
 @dataclass(frozen=True)
-class Row:
+class CandidateRow:
     """A candidate and what was measured of it.
 
     Attributes:
@@ -51,7 +51,7 @@ class Row:
     verdict: str = ""
 
     @classmethod
-    def from_json(cls, values: JsonObject) -> Row:
+    def from_json(cls, values: JsonObject) -> CandidateRow:
         """Return the row that ``asdict`` made ``values`` of."""
         selection, speed = values["selection"], values["speed"]
         return cls(
@@ -97,7 +97,7 @@ class SlimReport:
         schema_version: Of the file.
         source: The original, without its place.
         revision: Of a hub model.
-        options: What was asked for.
+        options: What was demanded.
         original: Its cost.
         questions: Task -> (selection, claim) questions.
         provable: Largest share that the claim questions can show.
@@ -105,7 +105,7 @@ class SlimReport:
         winner: Its key; None if none was chosen.
         claim: Retention of the score that the winner keeps on questions that chose nothing.
         tasks: The claim by task.
-        kept: Whether ``keep`` is shown; None if it was not asked for.
+        demand_met: Whether ``keep`` is shown; None if it was not demanded.
         headline: The result in one line.
         forgotten: Bits per byte of a text of another kind, original and winner; None if not
             measured.
@@ -122,11 +122,11 @@ class SlimReport:
     original: Candidate
     questions: dict[str, tuple[int, int]]
     provable: float
-    rows: list[Row]
+    rows: list[CandidateRow]
     winner: str | None
     claim: Retention | None
     tasks: list[TaskClaim]
-    kept: bool | None
+    demand_met: bool | None
     headline: str
     forgotten: tuple[float, float] | None
     forgotten_text: str
@@ -147,8 +147,8 @@ class SlimReport:
             **{
                 **values,
                 "original": Candidate.from_json(values["original"]),
-                "questions": {name: tuple(parts) for name, parts in values["questions"].items()},
-                "rows": [Row.from_json(row) for row in values["rows"]],
+                "questions": {name: tuple(sizes) for name, sizes in values["questions"].items()},
+                "rows": [CandidateRow.from_json(row) for row in values["rows"]],
                 "claim": None if claim is None else retention_from_json(claim),
                 "tasks": [
                     TaskClaim(**{**task, "interval": tuple(task["interval"])})

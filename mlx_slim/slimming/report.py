@@ -16,7 +16,7 @@ from mlx_slim.pages import environment
 from mlx_slim.plot_records import Axis, Point, ScoreLine
 from mlx_slim.plots import pareto
 from mlx_slim.slimming.published import PUBLISHED
-from mlx_slim.slimming.records import Row, SlimReport
+from mlx_slim.slimming.records import CandidateRow, SlimReport
 from mlx_slim.slimming.run import REPORT_FILE, read_report
 from mlx_slim.slimming.search import MODEL
 
@@ -61,13 +61,13 @@ def render(report: SlimReport, name: str) -> str:
         plots=_plots(report, scored),
         commands=commands,
         published=PUBLISHED,
-        selection=sum(parts[0] for parts in report.questions.values()),
-        claim_n=sum(parts[1] for parts in report.questions.values()),
+        selection=sum(sizes[0] for sizes in report.questions.values()),
+        claim_n=sum(sizes[1] for sizes in report.questions.values()),
         model=MODEL,
     )
 
 
-def _plots(report: SlimReport, scored: list[Row]) -> list[tuple[str, Markup]]:
+def _plots(report: SlimReport, scored: list[CandidateRow]) -> list[tuple[str, Markup]]:
     """Return (title, SVG) of selection score against each cost that was counted or measured."""
     if not scored:
         return []
@@ -105,9 +105,9 @@ def _plots(report: SlimReport, scored: list[Row]) -> list[tuple[str, Markup]]:
     return drawn
 
 
-def _series(row: Row) -> int:
+def _series(row: CandidateRow) -> int:
     return 1 + _KINDS.index(row.candidate.kind) if row.candidate.kind in _KINDS else 0
 
 
-def _short(row: Row) -> str:
+def _short(row: CandidateRow) -> str:
     return row.candidate.key

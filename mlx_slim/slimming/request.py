@@ -19,7 +19,7 @@ from mlx_slim.models.verified_save import stored_dtype
 from mlx_slim.quantization.apply import refuse_quantized
 from mlx_slim.reading import JsonObject, read_object
 from mlx_slim.run_dir import RunKind
-from mlx_slim.slimming.candidates import Space
+from mlx_slim.slimming.candidates import SearchSpace
 from mlx_slim.slimming.cost import other_bytes
 from mlx_slim.slimming.options import SlimOptions
 
@@ -28,7 +28,7 @@ RUN = RunKind(command="slim", holds="search", state=STATE_FILE)
 _FIXED = ("context", "kv_bits", "tasks", "limit", "data", "revision", "memory", "disk", "speed")
 
 
-def space_of(source: str | Path, options: SlimOptions) -> Space:
+def space_of(source: str | Path, options: SlimOptions) -> SearchSpace:
     """Return the smaller models of ``source``; no weight is read.
 
     Raises:
@@ -38,7 +38,7 @@ def space_of(source: str | Path, options: SlimOptions) -> Space:
     if "quantization" in config:
         refuse_quantized(nn.Module(), config)
     folder = resolve(source, options.revision)
-    return Space(config, stored_dtype(folder_tensors(folder)), options, other_bytes(folder))
+    return SearchSpace(config, stored_dtype(folder_tensors(folder)), options, other_bytes(folder))
 
 
 def command_words(source: str | Path, options: SlimOptions) -> list[str]:

@@ -29,8 +29,8 @@ from mlx_slim.runtime import human_bytes
 from mlx_slim.slimming import build, proof
 from mlx_slim.slimming.candidates import BITS, Candidate, listed
 from mlx_slim.slimming.options import SlimOptions
-from mlx_slim.slimming.questions import Answers, TaskPlan, answer, paired, plan_questions
-from mlx_slim.slimming.records import MeasuredSpeed, Row
+from mlx_slim.slimming.questions import ModelAnswers, TaskPlan, answer, paired, plan_questions
+from mlx_slim.slimming.records import CandidateRow, MeasuredSpeed
 from mlx_slim.slimming.request import STATE_FILE, request_of, space_of
 
 MODEL = "model"
@@ -51,11 +51,11 @@ class Search:
         find(SourceConfig(path=options.data or DEFAULT_SOURCE))
         self.tasks = plan_questions(options)
         self.listed = listed(self.space, options)
-        self.rows: dict[str, Row] = {
-            one.key: Row(one, one.name(self.original)) for one in self.listed
+        self.rows: dict[str, CandidateRow] = {
+            one.key: CandidateRow(one, one.name(self.original)) for one in self.listed
         }
         self.material = build.Material(source, options.revision, options.data, out)
-        self.base: list[Answers] = []
+        self.base: list[ModelAnswers] = []
         self.provable = 0.0
         if not (out / STATE_FILE).exists():
             write_json(out / STATE_FILE, request_of(source, options))
@@ -72,7 +72,7 @@ class Search:
         self.base = [self._original(plan) for plan in self.tasks]
         self.provable = self._provable()
         self._rank()
-        return self._best_within() if self.options.has_budget else self._smallest_kept()
+        return self._best_within() if self.options.has_budget else self._smallest_sufficient()
 
     def say(self, text: str, level: str = "info") -> None:
         """Tell the observer."""
@@ -82,7 +82,7 @@ class Search:
         cost = one.cost
         return f"{human_bytes(cost.disk_bytes)} on disk, {human_bytes(cost.memory_bytes)} in memory"
 
-    def _original(self, plan: TaskPlan) -> Answers:
+    def _original(self, plan: TaskPlan) -> ModelAnswers:
         folder = self.out / "scores" / "original" / plan.name
         return answer(
             self.material.source,
@@ -191,11 +191,11 @@ class Search:
                 self.note(one, verdict="scores lower than the winner on the selection")
         return best
 
-    def _too_large(self, row: Row) -> bool:
+    def _too_large(self, row: CandidateRow) -> bool:
         disk = self.options.disk
         return disk is not None and row.disk_bytes is not None and row.disk_bytes > disk
 
-    def _smallest_kept(self) -> Candidate | None:
+    def _smallest_sufficient(self) -> Candidate | None:
         """Return the smallest candidate that keeps the share on the selection questions.
 
         Sizes are tried from the largest down, the nearest to the original at each, until the share
@@ -254,7 +254,7 @@ class Search:
         """Return the folder that the candidate is made in."""
         return self.out / "candidates" / one.key
 
-    def scored(self, one: Candidate, left: int = 1, *, whole: bool = False) -> list[Answers]:
+    def scored(self, one: Candidate, left: int = 1, *, whole: bool = False) -> list[ModelAnswers]:
         """Return a candidate's answers, made and scored where that was not done."""
         folder = self.folder(one)
         scores = self.out / ("claim" if whole else "scores") / one.key
@@ -281,7 +281,7 @@ class Search:
 
 
 def _rungs(candidates: list[Candidate], original: Candidate) -> list[list[Candidate]]:
-    """Return candidates of about a size together, the largest first."""
+    """Return groups of candidates of about a size, the largest first."""
     rungs: list[list[Candidate]] = []
     for one in candidates:  # largest first
         if rungs and one.cost.disk_bytes > 0.9 * rungs[-1][0].cost.disk_bytes:

@@ -16,14 +16,14 @@ from mlx_slim.evaluation.results import samples_name
 from mlx_slim.reading import read_object
 from mlx_slim.slimming import proof
 from mlx_slim.slimming.conclusion import task_claim
-from mlx_slim.slimming.questions import Answers, TaskPlan, paired, read_answers
+from mlx_slim.slimming.questions import ModelAnswers, TaskPlan, paired, read_answers
 from mlx_slim.slimming.records import SlimReport, TaskClaim
 from mlx_slim.slimming.run import read_report
 from mlx_slim.slimming.search import MODEL
 
 
 @dataclass(frozen=True)
-class Verified:
+class RecountedSearch:
     """How much was counted again."""
 
     numbers: int
@@ -31,7 +31,7 @@ class Verified:
     candidates: int
 
 
-def verify(folder: Path) -> Verified:
+def verify(folder: Path) -> RecountedSearch:
     """Count the report in ``folder`` again.
 
     Raises:
@@ -59,25 +59,25 @@ def verify(folder: Path) -> Verified:
         _same(folder, "claim by task", report.tasks, claims)
         numbers += 6 + 5 * len(claims)
         keep = report.options["keep"]
-        kept = None if keep is None else bool(report.claim and report.claim.keeps(keep / 100))
-        _same(folder, "verdict", report.kept, kept)
+        demand_met = None if keep is None else bool(report.claim and report.claim.keeps(keep / 100))
+        _same(folder, "verdict", report.demand_met, demand_met)
         row = next(row for row in report.rows if row.candidate.key == report.winner)
         files = [path for path in (folder / MODEL).iterdir() if path.is_file()]
         size = sum(path.stat().st_size for path in files)
         _same(folder, "size of the model's folder", row.disk_bytes, size)
         numbers += 2
-    return Verified(numbers, answers, counted)
+    return RecountedSearch(numbers, answers, counted)
 
 
 def _plans(report: SlimReport) -> list[TaskPlan]:
     limits = report.options["questions"]
     return [
-        TaskPlan(name, name, limits[name][0], limits[name][1], *parts)
-        for name, parts in report.questions.items()
+        TaskPlan(name, name, limits[name][0], limits[name][1], *sizes)
+        for name, sizes in report.questions.items()
     ]
 
 
-def _answers(folder: Path, plans: list[TaskPlan]) -> list[Answers]:
+def _answers(folder: Path, plans: list[TaskPlan]) -> list[ModelAnswers]:
     for plan in plans:
         where = folder / plan.name
         section = read_object(where / "results.json", tasks=dict)["tasks"].get(plan.name, {})

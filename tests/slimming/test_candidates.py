@@ -13,18 +13,18 @@ from mlx_slim.errors import SlimError
 from mlx_slim.models.load import read_config
 from mlx_slim.pruning.run import prune
 from mlx_slim.quantization.apply import parameter_bytes
-from mlx_slim.slimming.candidates import FLOOR, Candidate, Cut, Space, budget, listed
+from mlx_slim.slimming.candidates import FLOOR, Candidate, Cut, SearchSpace, budget, listed
 from mlx_slim.slimming.cost import other_bytes
 from mlx_slim.slimming.options import SlimOptions
 
 
 @pytest.fixture
-def space(tiny: Callable[..., Path]) -> Space:
+def space(tiny: Callable[..., Path]) -> SearchSpace:
     options = SlimOptions(context=256)
-    return Space(read_config(tiny()), mx.float32, options, other_bytes(tiny()))
+    return SearchSpace(read_config(tiny()), mx.float32, options, other_bytes(tiny()))
 
 
-def test_every_candidate_meets_the_budget(space: Space) -> None:
+def test_every_candidate_meets_the_budget(space: SearchSpace) -> None:
     for options in (
         SlimOptions(disk=150_000),
         SlimOptions(memory=space.original.cost.memory_bytes - 400_000, context=256),
@@ -38,7 +38,7 @@ def test_every_candidate_meets_the_budget(space: Space) -> None:
         assert len({one.key for one in fitting}) == len(fitting)
 
 
-def test_more_bytes_never_give_less(space: Space) -> None:
+def test_more_bytes_never_give_less(space: SearchSpace) -> None:
     """The most parameters, and the most bits of an uncut model, grow with the budget."""
     most, bits = 0, 0
     for size in range(60_000, 600_000, 60_000):
@@ -50,12 +50,12 @@ def test_more_bytes_never_give_less(space: Space) -> None:
         most, bits = max(most, largest), max(bits, whole)
 
 
-def test_a_budget_that_nothing_meets_names_the_nearest(space: Space) -> None:
+def test_a_budget_that_nothing_meets_names_the_nearest(space: SearchSpace) -> None:
     with pytest.raises(SlimError, match=r"--disk 10\.0 kB: the nearest is 2 bits, 2 of 3 layers"):
         listed(space, SlimOptions(disk=10_000))
 
 
-def test_without_a_budget_sizes_go_down(space: Space) -> None:
+def test_without_a_budget_sizes_go_down(space: SearchSpace) -> None:
     fitting = listed(space, SlimOptions(keep=90))
     sizes = [one.cost.disk_bytes for one in fitting]
     assert sizes == sorted(sizes, reverse=True)
@@ -64,12 +64,12 @@ def test_without_a_budget_sizes_go_down(space: Space) -> None:
 
 def test_a_model_that_cannot_be_cut_still_has_bits(tiny: Callable[[str], Path]) -> None:
     config = {**read_config(tiny("llama")), "model_type": "olmo2"}
-    space = Space(config, mx.float32, SlimOptions(), 0)
+    space = SearchSpace(config, mx.float32, SlimOptions(), 0)
     assert {one.kind for one in listed(space, SlimOptions(disk=200_000))} == {"bits"}
 
 
 def test_cuts_are_made_as_they_are_counted(
-    space: Space, tiny: Callable[..., Path], tmp_path: Path
+    space: SearchSpace, tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat and looked at the dog. " * 60)
@@ -88,6 +88,6 @@ def parameter_bytes_of(model: Path) -> int:
     return parameter_bytes(load(model).model)
 
 
-def test_candidates_are_read_as_they_were_written(space: Space) -> None:
+def test_candidates_are_read_as_they_were_written(space: SearchSpace) -> None:
     for one in listed(space, SlimOptions(disk=200_000)):
         assert Candidate.from_json(asdict(one)) == one

@@ -1,4 +1,4 @@
-"""The kept_fraction of a score that is kept: its interval, and how many questions a claim needs."""
+"""The fraction of a score that is kept: its interval, and how many questions a claim needs."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 
 from mlx_slim.slimming import proof
-from mlx_slim.slimming.proof import Pair
+from mlx_slim.slimming.proof import PairedAnswers
 
 
-def pair(first: np.ndarray, second: np.ndarray, chance: float = 0.25) -> Pair:
-    return Pair("task", "acc", first.astype(np.int8), second.astype(np.int8), chance)
+def pair(first: np.ndarray, second: np.ndarray, chance: float = 0.25) -> PairedAnswers:
+    return PairedAnswers("task", "acc", first.astype(np.int8), second.astype(np.int8), chance)
 
 
-def drawn(rng: np.random.Generator, n: int, accuracy: float, kept_fraction: float) -> Pair:
-    """Answers of a model of ``accuracy`` and of one that keeps a fraction of it, correlated."""
+def drawn(rng: np.random.Generator, n: int, accuracy: float, fraction: float) -> PairedAnswers:
+    """Two models, the first of ``accuracy``, the second keeps a fraction of it; correlated."""
     first = rng.random(n) < accuracy
-    stays = rng.random(n) < 0.9 * kept_fraction
-    gained = rng.random(n) < accuracy * (kept_fraction - 0.9 * kept_fraction) / (1 - accuracy)
+    stays = rng.random(n) < 0.9 * fraction
+    gained = rng.random(n) < accuracy * (fraction - 0.9 * fraction) / (1 - accuracy)
     return pair(first, np.where(first, stays, gained))
 
 

@@ -66,7 +66,7 @@ def test_the_best_within_a_budget(
     assert winner.selection and winner.selection.second == best
     assert winner.disk_bytes and winner.disk_bytes <= 150_000
     assert report.questions == {"toy_choice": (12, 8)}
-    assert report.claim and report.claim.n == 8 and report.kept is None
+    assert report.claim and report.claim.n == 8 and report.demand_met is None
     assert read_config(out / "model")["quantization"]["bits"] == winner.candidate.bits
     assert not list(out.glob("candidates/*/model")) and not (out / "targets").exists()
     assert verify(out).candidates == len(scored)
@@ -99,7 +99,7 @@ def test_a_changed_report_is_refused(finished: Path, tmp_path: Path) -> None:
 def test_keep_all_returns_the_original(setting: Setting, tmp_path: Path) -> None:
     model, options = setting
     report = slim(model, tmp_path / "out", replace(options, disk=None, keep=100.0), Recorder())
-    assert report.winner is None and report.kept is False and report.claim is None
+    assert report.winner is None and report.demand_met is False and report.claim is None
     assert "is shown to keep 100%" in report.headline and "the original stays" in report.headline
     assert not (tmp_path / "out" / "model").exists()
     assert verify(tmp_path / "out").numbers > 0
