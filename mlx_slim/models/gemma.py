@@ -34,7 +34,7 @@ EMBEDDING_SIZE = "mlx_slim_embedding_size"
 
 
 def correct_gemma(model: nn.Module, config: ModelConfig) -> None:
-    """Put right what is said above in ``model`` of ``config``, in place; others are left alone."""
+    """Correct all of the above in ``model``, of ``config``, in place; other models stay."""
     use_exact_scale(model, config)
     use_row_masks(model)
     use_shared_keys(model)
