@@ -30,6 +30,9 @@ from mlx_slim.pruning.options import PruneOptions
 from mlx_slim.quantization import run as compress
 from mlx_slim.quantization.policy import quantize_config
 from mlx_slim.reading import JsonObject
+from mlx_slim.slimming import run as slimming
+from mlx_slim.slimming.options import SlimOptions
+from mlx_slim.slimming.records import SlimReport
 
 Source = str | Path
 # A shipped recipe's name, the path of a YAML file, a recipe's values, or a resolved recipe.
@@ -335,3 +338,31 @@ def evaluate(
     chosen = {key: value for key, value in chosen_options.items() if value is not None}
     settings = replace(options or EvalOptions(), **chosen)
     return scoring.evaluate(model, tasks, Path(out), settings, resume=resume, observer=observer)
+
+
+def slim(
+    model: Source,
+    out: Source,
+    options: SlimOptions,
+    *,
+    resume: bool = False,
+    observer: events.Observer | None = None,
+) -> SlimReport:
+    """Search for a smaller model that keeps its score, as ``mlx-slim slim`` does.
+
+    Args:
+        model: MLX or Hugging Face folder, or hub id, not quantized.
+        out: The folder of the search; must be new unless ``resume``.
+        options: Budget, demand and tasks.
+        resume: Continue a search that was interrupted.
+        observer: Hears of every event.
+
+    Returns:
+        What ``slim.json`` says; the chosen model is in ``out/model``.
+
+    Raises:
+        SlimError: Bad input, a budget that nothing meets, or a share that cannot be shown.
+        ResourceError: If memory or disk do not suffice.
+    """
+    listener = observer or events.Broadcast([])
+    return slimming.slim(model, Path(out), options, listener, resume=resume)

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 def test_the_guide_shows_every_function() -> None:
     """Its examples run in ``tests/docs/test_blocks.py``."""
     text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
-    for name in ("choose", "distill", "evaluate", "finetune", "plan", "prune", "quantize"):
+    for name in ("choose", "distill", "evaluate", "finetune", "plan", "prune", "quantize", "slim"):
         assert f"{name}(" in text, name
 
 

@@ -44,7 +44,8 @@ from mlx_slim.finetuning.run import finetune
 from mlx_slim.models import structure
 from mlx_slim.models.convert import convert
 from mlx_slim.models.gguf.load import ARCHITECTURES
-from mlx_slim.models.load import load
+from mlx_slim.models.load import load, read_config
+from mlx_slim.models.mixtures import mixture_of
 from mlx_slim.models.quantized import densify
 from mlx_slim.pruning.options import PruneOptions
 from mlx_slim.pruning.run import prune
@@ -222,7 +223,10 @@ def _depth(case: ModelCase) -> None:
 
 
 def _width(case: ModelCase) -> None:
-    _prune(case, PruneOptions(axis="width", ratio=0.5))
+    if mixture_of(read_config(case.model)) is not None:
+        _prune(case, PruneOptions(method="reap", ratio=0.5))
+    else:
+        _prune(case, PruneOptions(axis="width", ratio=0.5))
 
 
 def _fuse(case: ModelCase) -> None:
