@@ -1,9 +1,10 @@
 """Refits the columns that stay when others are pruned: least squares, no adapter, no bytes.
 
 Invariant: for W x of a layer that reads pruned groups, the columns W_k of those that stay become
-W_k + W_r C_rk (C_kk + εI)⁻¹, where C = E[x xᵀ] in the original model, r are the columns to go and ε
-is 1e-4 of the mean diagonal of C_kk: the least mean square of W x − W_k x_k, with a ridge that
-keeps W_k where the text says nothing. One block's second moments are in memory. Try it:
+W_k + W_r C_rk (C_kk + εI)⁻¹, where C = E[x xᵀ], r are the columns to go and ε is 1e-4 of the mean
+diagonal of C_kk: the least mean square of W x − W_k x_k, with a ridge that keeps W_k where the text
+says nothing. Blocks are passed in order, the inputs x come from pruned and refitted ones; one
+block's second moments are in memory. Try it:
 ``mlx-slim prune MODEL -o DIR --ratio 0.2 --compensate``.
 
 Shapes: N rows, T tokens a row, I inputs, O outputs, K columns that stay.
@@ -54,7 +55,7 @@ def refitted(
 
 
 def refit(model: nn.Module, retained: RetainedGroups, rows_NT: mx.array) -> list[float]:
-    """Refit every layer of ``model`` that reads groups that go; these are still there afterwards.
+    """Refit every layer of ``model`` that reads groups that go; it reads zeros of them afterwards.
 
     Args:
         model: The original.
@@ -74,8 +75,6 @@ def refit(model: nn.Module, retained: RetainedGroups, rows_NT: mx.array) -> list
             if kind in retained and len(retained[kind][number]) < family.count
         ]
         moments = passing.second_moments(number, [family.output for family in families])
-        if number + 1 < len(blocks):
-            passing.advance(number + 1)  # with the weights of the original
         for family in families:
             layer: Any = blocks[number]
             for name in family.output.split("."):
@@ -85,10 +84,13 @@ def refit(model: nn.Module, retained: RetainedGroups, rows_NT: mx.array) -> list
             weight = layer["weight"]
             weight_OI = np.array(weight.astype(mx.float32))
             columns_OK, remaining = refitted(weight_OI, np.array(moments[family.output]), stays_K)
+            weight_OI[:] = 0  # as if pruned already, for the blocks behind
             weight_OI[:, stays_K] = columns_OK
             layer["weight"] = mx.array(weight_OI).astype(weight.dtype)
             mx.eval(layer["weight"])
             left.append(remaining)
+        if number + 1 < len(blocks):
+            passing.advance(number + 1)
     return left
 
 
