@@ -311,8 +311,9 @@ def _by_activation(model: nn.Module, kinds: tuple[str, ...], rows_NT: mx.array) 
         for layer, block in enumerate(blocks):
             for kind, family in _families(block, kinds).items():
                 watch(block, family.output, name_of(layer, kind), family.count)
-            for path in channels.readers[layer] if channels else ():
-                watch(block, path, f"{layer}.{path}", channels.channels.count)
+            if channels is not None:
+                for path in channels.readers[layer]:
+                    watch(block, path, f"{layer}.{path}", channels.channels.count)
 
         def route(index: int, forward: Forward, hidden_BTD: mx.array) -> mx.array:
             out = forward(hidden_BTD)

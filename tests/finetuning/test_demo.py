@@ -16,6 +16,7 @@ from mlx_slim.data import sources
 from mlx_slim.data.ledger import SourceLedger
 from mlx_slim.data.pipeline import Pipeline
 from mlx_slim.errors import SlimError
+from mlx_slim.evaluation.jobs import TaskJob
 from mlx_slim.evaluation.plan import EvalOptions, _task_job, read_tasks
 from mlx_slim.evaluation.scoring.requests import max_length
 from mlx_slim.events import Notice
@@ -74,6 +75,7 @@ def test_prompts_are_the_training_prompts(tiny: Callable[..., Path]) -> None:
     longest = max_length(loaded.config, loaded.tokenizer)
     limit = row_limit(loaded.config)
     job = _task_job(task, EvalOptions(), loaded.tokenizer, longest, limit, [])
+    assert isinstance(job, TaskJob)
     questions = job.questions
     prompts = [job.encoder.prompt(question.context, 1) for question in questions]
     assert len(questions) == 100

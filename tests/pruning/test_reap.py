@@ -163,7 +163,7 @@ def options(tmp_path: Path) -> Callable[..., PruneOptions]:
 def test_a_mixture_from_folder_to_folder(
     tmp_path: Path, options: Callable[..., PruneOptions], architecture: str
 ) -> None:
-    changes = {"num_hidden_layers": 2} if architecture == "gpt_oss" else {}
+    changes: dict[str, Any] = {"num_hidden_layers": 2} if architecture == "gpt_oss" else {}
     source = tiny_model(tmp_path / "source", architecture, **changes)
     result = prune(source, tmp_path / "out", options(method="reap", ratio=0.3))
     stock: Any = stock_load(str(tmp_path / "out"))[0]

@@ -216,13 +216,13 @@ def test_taylor_removes_less_that_matters_than_its_opposite(
     tiny: Callable[..., Path], tmp_path: Path, options: Callable[..., PruneOptions]
 ) -> None:
     """Not a proof of worth (the model is random), but of the right end of the ranking."""
-    from mlx_slim.pruning import run as module
+    from mlx_slim.pruning import importance
 
     result = prune(tiny(), tmp_path / "a", options(ratio=0.5, heads=False))
-    honest = module.importance.group_importance
+    honest = importance.group_importance
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            module.importance,
+            importance,
             "group_importance",
             lambda *a, **k: {name: -value for name, value in honest(*a, **k).items()},
         )

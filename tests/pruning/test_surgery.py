@@ -190,6 +190,7 @@ def test_a_llama_whose_heads_do_not_divide_its_width_is_a_mistral(tmp_path: Path
 
 def test_gemma_3_loses_layers_in_its_pattern_only(tmp_path: Path) -> None:
     source = load_tiny(tmp_path, "gemma3_text", num_hidden_layers=6)
+    block: Any
     for block in structure.blocks(source.model)[2:4]:
         block.post_attention_layernorm.weight = mx.full((64,), -1.0)
         block.post_feedforward_layernorm.weight = mx.full((64,), -1.0)
