@@ -62,6 +62,7 @@ PAPERS = {
     "2408.11796": "Minitron in practice: channels of the residual stream",
     "2410.19185": "Tailored LLaMA: recovery of a pruned model for one task",
     "2410.21228": "Intruder dimensions",
+    "2410.21271": "EoRA: compensation of rounding without training",
     "2411.09009": "Loss over the vocabulary without full logits",
     "2510.13999": "REAP: experts by router-weighted activation",
 }

@@ -17,6 +17,7 @@ from mlx_slim.config.load import checked
 from mlx_slim.config.patterns import compile_pattern
 from mlx_slim.config.read import read_mapping
 from mlx_slim.config.schema import PositiveInt, Section
+from mlx_slim.config.section import MOST
 from mlx_slim.reading import JsonObject
 
 FieldType = Literal["text", "texts", "integer", "number", "list", "object"]
@@ -160,7 +161,7 @@ class TaskSpec(Section):
     example: str | None = None
     continuation: str | None = None
     raw: str | None = None
-    block: Annotated[int, Field(ge=2)] | None = None
+    block: Annotated[int, Field(ge=2, le=MOST)] | None = None
     delimiter: str = " "
     separator: str = "\n\n"
     metrics: list[str] = Field(default_factory=list)

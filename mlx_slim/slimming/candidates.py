@@ -30,7 +30,6 @@ GROUP = 64
 FLOOR = 0.4  # of the parameters: below it nothing recovers in the time that this takes
 STEPS = 64  # widths between all and none
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-_HEADER = 120  # bytes, about: a million parameters have two tensors more when they are quantized
 LEVELS = 3  # formats with more bits than fit whole, that are cut until they fit
 # Sizes, as fractions of the original's folder, that a search without a budget goes down.
 LADDER = (0.8, 0.65, 0.55, 0.45, 0.36, 0.3, 0.25, 0.2, 0.15)
@@ -246,7 +245,7 @@ class SearchSpace:
         for hundredths in range(800 * cost.weight_bytes // parameters - 1, least, -1):
             size = math.floor(hundredths * parameters / 800)
             saved = cost.weight_bytes - size
-            others = cost.disk_bytes - cost.weight_bytes + 2 * _HEADER * parameters // 10**6
+            others = whole.cost.disk_bytes - whole.cost.weight_bytes
             cheaper = replace(cost, weight_bytes=size, disk_bytes=size + others)
             if saved > 0 and fits(cheaper):
                 yield replace(self.original, bits=4, cost=cheaper, bits_per_weight=hundredths / 100)
@@ -274,7 +273,8 @@ class SearchSpace:
         total = self.original.cost.parameters
         for axis in self.axes:
             narrow = self._mildest(bits, (), self._widths(axis, total), fits, last)
-            if narrow is not None:
+            same = narrow is not None and narrow.channels == self.original.channels
+            if narrow is not None and not (axis == "hidden" and same):
                 yield narrow
         if depth is not None and depth.cuts[0].layers >= 2 and self.axes:
             half = (Cut("depth", layers=depth.cuts[0].layers // 2),)

@@ -28,7 +28,7 @@ from mlx_slim.reading import ModelConfig
 _PREFILL = 2048  # tokens that mlx-lm reads at a time
 _KV_GROUP = 64  # numbers of a quantized cache that share a scale and a bias
 _ITEM = 2  # bytes of a number while answering, on the machines that this is for
-_HEADER = 120  # bytes of a tensor's entry in a safetensors file, about
+_HEADER = 200  # bytes of a tensor's entries in a safetensors file and its index, at most about
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ VERBS = [
     "Predict",
     "Prune",
     "Quantize",
+    "Search",
     "Read",
     "Run",
     "Score",
