@@ -14,7 +14,7 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -227,6 +227,15 @@ def option_words(options: Any) -> list[str]:
         for item in value if isinstance(value, (list, tuple)) else [value]:
             words += [f"--{name}", str(item)]
     return words
+
+
+def changed_values(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return ``key: old → new`` of every value that differs, for the refusal of a resume."""
+    return [
+        f"{key}: {old.get(key)!r} → {new.get(key)!r}"
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key)
+    ]
 
 
 def _lock(out: Path) -> locks.Lock:

@@ -94,11 +94,14 @@ def test_a_program_that_cannot_be_run_stops_no_training(
     (programs / "awake").write_bytes(b"\x7fELF nothing")
     (programs / "awake").chmod(0o755)
     monkeypatch.setattr(power, "inhibitor", lambda pid: ["awake"])
+    trained = []
     with power.keep_awake():
-        pass
+        trained.append("it is no program")
     _program(programs, "awake", "exit 1")  # it may have ended before the block does
     with power.keep_awake():
         time.sleep(0.2)
+        trained.append("it ended")
+    assert trained == ["it is no program", "it ended"]
 
 
 def test_what_the_child_started_ends_with_the_block(

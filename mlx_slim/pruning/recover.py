@@ -33,7 +33,7 @@ from mlx_slim.pruning.records import PruneRecord, RecoveryReport
 from mlx_slim.pruning.report import MODEL, RECOVER, REPORT_FILE, RecoverOptions, make_report
 from mlx_slim.pruning.run import RECORD_FILE, SCORES_FILE, prune
 from mlx_slim.reading import JsonObject, library_errors, read_object
-from mlx_slim.run_dir import RunDir, RunKind, option_words
+from mlx_slim.run_dir import RunDir, RunKind, changed_values, option_words
 
 __all__ = ["RecoverOptions", "prune_and_recover", "recovery_recipe", "run_recovery"]
 
@@ -171,12 +171,7 @@ def _read(file: Path, from_json: Callable[[JsonObject], _Record]) -> _Record:
 def _check_same(out: Path, source: str | Path, options: PruneOptions) -> None:
     old = {**_request(source, PruneOptions()), **read_object(out / STATE_FILE)}
     new = _request(source, options)
-    changed = [
-        f"{key}: {old.get(key)!r} → {new.get(key)!r}"
-        for key in sorted({*old, *new})
-        if old.get(key) != new.get(key)
-    ]
-    if changed:
+    if changed := changed_values(old, new):
         raise SlimError(
             f"{out} was started with other pruning options: {'; '.join(changed)}",
             "resume with the same values, or start a new run",

@@ -18,7 +18,7 @@ from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.models.verified_save import stored_dtype
 from mlx_slim.quantization.apply import refuse_quantized
 from mlx_slim.reading import JsonObject, read_object
-from mlx_slim.run_dir import RunKind
+from mlx_slim.run_dir import RunKind, changed_values
 from mlx_slim.slimming.candidates import SearchSpace
 from mlx_slim.slimming.cost import other_bytes
 from mlx_slim.slimming.options import SlimOptions
@@ -78,12 +78,7 @@ def check_same(out: Path, source: str | Path, options: SlimOptions) -> None:
         SlimError: With what differs.
     """
     old, new = read_object(out / STATE_FILE), request_of(source, options)
-    changed = [
-        f"{key}: {old.get(key)!r} → {new.get(key)!r}"
-        for key in sorted({*old, *new})
-        if old.get(key) != new.get(key)
-    ]
-    if changed:
+    if changed := changed_values(old, new):
         raise SlimError(
             f"{out} was started with other demands: {'; '.join(changed)}",
             "resume with the same values, or start a new search",

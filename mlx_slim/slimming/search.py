@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import mlx.core as mx
+
 from mlx_slim.artifacts import write_json
 from mlx_slim.config.schema import SourceConfig
 from mlx_slim.data.sources import find
@@ -36,7 +38,7 @@ from mlx_slim.slimming.request import STATE_FILE, request_of, space_of
 MODEL = "model"
 FEW = 3  # candidates that are recovered under a budget
 _RANK_ROWS = 8  # of VALIDATION_LENGTH tokens
-_FAILURES = 2  # sizes in a row at which the score is not kept, that end a search without a budget
+_FAILURES = 2  # sizes in a row that fall short of the score, which end a search without a budget
 _CLAIM_TIME = 0.15  # of the time that is left: for scoring
 
 
@@ -57,6 +59,7 @@ class Search:
         self.material = build.Material(source, options.revision, options.data, out)
         self.base: list[ModelAnswers] = []
         self.provable = 0.0
+        self._rank_rows()  # unusable text is refused before anything is scored
         if not (out / STATE_FILE).exists():
             write_json(out / STATE_FILE, request_of(source, options))
 
@@ -120,23 +123,24 @@ class Search:
             )
         return provable
 
+    def _rank_rows(self) -> mx.array:
+        """Return the rows (N, T) on which candidates are compared with the original."""
+        source, revision = self.material.source, self.options.revision
+        limit = row_limit(read_config(source, revision))
+        return read_calibration(
+            self.options.data or DEFAULT_SOURCE,
+            load_tokenizer(source, revision=revision),
+            length=min(VALIDATION_LENGTH, limit.tokens) if limit else VALIDATION_LENGTH,
+            seen=0,
+            validation=_RANK_ROWS,
+            limit=limit,
+        ).validation_NT
+
     def _rank(self) -> None:
         """Measure the distance of every candidate from the original, before any recovery."""
         missing = [one for one in self.listed if not self._ranked(one).exists()]
         if missing:
-            source = self.options.data or DEFAULT_SOURCE
-            revision = self.options.revision
-            config = read_config(self.material.source, revision)
-            rows_NT = read_calibration(
-                source,
-                load_tokenizer(self.material.source, revision=revision),
-                length=min(VALIDATION_LENGTH, limit.tokens)
-                if (limit := row_limit(config))
-                else VALIDATION_LENGTH,
-                seen=0,
-                validation=_RANK_ROWS,
-                limit=limit,
-            ).validation_NT
+            revision, rows_NT = self.options.revision, self._rank_rows()
             dense = load(self.material.source, revision=revision, dtype=compute_dtype())
             dense.model.eval()
             original = RecordedLogits(dense.model, rows_NT, self.out)
