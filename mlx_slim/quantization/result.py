@@ -28,19 +28,24 @@ class Sized:
 
     Attributes:
         limit_bytes: Of all parameters, by the size that was set.
-        sensitivity: ``measured`` or ``rules``.
-        loss: Sum of the losses of single layers, nats a token; None where they are not measured.
+        sensitivity: What chose the bits, ``measured`` or ``rules``.
+        loss: Sum of the losses of single layers in the measured mix, nats a token; None where they
+            are not measured.
+        distances: KL divergence from the source of the mix that each chooses, nats a token, on
+            calibration text that no loss was measured on; None where only one was made.
     """
 
     limit_bytes: int
     sensitivity: str
     loss: float | None
+    distances: dict[str, float] | None = None
 
     def line(self, nbytes: int) -> str:
         """Return it for a person; ``nbytes`` is the size of all parameters."""
         used = f"{human_bytes(nbytes)} of {human_bytes(self.limit_bytes)}"
-        loss = "" if self.loss is None else f", the losses of single layers add to {self.loss:.4f}"
-        return f"parameters {used}; bits of each layer: {self.sensitivity}{loss}"
+        tried = ", ".join(f"{name} {kl:.4f}" for name, kl in (self.distances or {}).items())
+        why = f" (KL on calibration text: {tried})" if tried else ""
+        return f"parameters {used}; bits of each layer: {self.sensitivity}{why}"
 
 
 @dataclass(frozen=True)

@@ -31,12 +31,10 @@ from mlx_slim.errors import RowLimit, SlimError
 from mlx_slim.events import Notice, Observer
 from mlx_slim.models import fidelity
 from mlx_slim.models.load import (
-    cast,
     load,
     load_tokenizer,
     open_weights,
     read_config,
-    read_weights,
     resolve,
 )
 from mlx_slim.models.quantized import LayerFormat
@@ -57,18 +55,16 @@ from mlx_slim.quantization.blockwise import quantize_blockwise
 from mlx_slim.quantization.budget import check_size, space_of
 from mlx_slim.quantization.calibration import DEFAULT_SOURCE, Calibration, read_calibration
 from mlx_slim.quantization.compensation import compensate
-from mlx_slim.quantization.heuristics import heuristic_losses
 from mlx_slim.quantization.methods import check_method, embed_bits, quantize_with
+from mlx_slim.quantization.mixes import CHOICE_ROWS, choose_mix, compute_with, round_to
 from mlx_slim.quantization.options import CompressOptions
 from mlx_slim.quantization.policy import embed_formats, leaves
-from mlx_slim.quantization.result import ADAPTERS, Compensation, Compressed, Sized
-from mlx_slim.quantization.sensitivity import measured_losses
+from mlx_slim.quantization.result import ADAPTERS, Compensation, Compressed
 from mlx_slim.reading import ModelConfig
 from mlx_slim.runtime import (
     device_memory,
     human_bytes,
     memory_limits,
-    on_gpu,
 )
 
 
@@ -137,23 +133,10 @@ def compress(
     tic = time.perf_counter()
     formats = sized = None
     if space is not None and limit is not None:
-        if options.measures:
-            assert calibration is not None
-            losses = measured_losses(
-                folder,
-                space.shapes,
-                space.group_size,
-                calibration.seen_NT[: options.sensitivity_samples],
-                stored,
-                None if dense is None else dense.model,
-                notify,
-            )
-        else:
-            losses = heuristic_losses(space.shapes, space.blocks)
-        choices = space.choose(losses, limit)
-        formats = {path: choice.format for path, choice in choices.items()}
-        loss = sum(choice.loss for choice in choices.values()) if options.measures else None
-        sized = Sized(limit, "measured" if options.measures else "rules", loss)
+        formats, sized = choose_mix(
+            folder, space, limit, options, calibration, dense and dense.model, stored, notify, out
+        )
+        dense = None if options.measures else dense  # its weights are freed
     notify(f"quantizing: {options.method}, {_format(options)}")
     quantizer = _quantizer(options, calibration, stored, formats, record)
     if dense is None:
@@ -161,12 +144,9 @@ def compress(
     else:
         loaded, report = dense, quantizer(dense.model, dense.config)
     method_seconds = time.perf_counter() - tic
-    cast(loaded.model, stored)  # what is measured below is what will be stored
-    read_weights(loaded.model)
+    round_to(loaded.model, stored)  # what is measured below is what will be stored
     report = _sizes(loaded.model, report, sum(tensor.nbytes for tensor in tensors.values()))
-    if not on_gpu():
-        cast(loaded.model, mx.float32)
-        read_weights(loaded.model)
+    compute_with(loaded.model)
 
     measured = None
     if calibration is not None and original is not None:
@@ -288,7 +268,7 @@ def _calibration(
     """Return calibration rows; None if nothing needs them, or the default is not to be had."""
     seen = 0 if options.method == "rtn" and options.compensate is None else options.samples
     if options.measures:
-        seen = max(seen, options.sensitivity_samples)
+        seen = max(seen, options.sensitivity_samples + CHOICE_ROWS)
     if not seen and not options.fidelity_samples:
         return None
     source = options.calibration or DEFAULT_SOURCE

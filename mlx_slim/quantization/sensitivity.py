@@ -96,7 +96,7 @@ def measured_losses(
             notify(f"losses of {measured} of {len(paths)} layers were measured before: {cache}")
         waiting = [path for path in paths if path not in losses]
         if waiting:
-            model = dense or _in_eight_bits(folder, group_size)
+            model = dense or in_eight_bits(folder, group_size)
             modules = dict(leaves(dense or open_weights(folder, dtype=compute_dtype())[0]))
             with cache.open("a") as file:
                 _measure(
@@ -112,8 +112,16 @@ def measured_losses(
     return {path: losses[path] for path in paths}
 
 
-def _in_eight_bits(folder: Path, group_size: int) -> nn.Module:
-    """Return the model in 8 bits, each layer quantized as it is read."""
+def in_eight_bits(folder: Path, group_size: int) -> nn.Module:
+    """Return the model in 8 bits, each layer quantized as it is read.
+
+    Args:
+        folder: Of the dense model.
+        group_size: Of the format.
+
+    Raises:
+        ResourceError: If it does not fit.
+    """
     needed = sum(math.prod(tensor.shape) for tensor in folder_tensors(folder).values())
     if needed > device_memory():
         raise ResourceError(
