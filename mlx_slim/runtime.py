@@ -32,7 +32,9 @@ HUB_SECONDS = 3.0
 # Of what the device can hold: the budget of a run that names none. mlx-lm warns above the same
 # share of Metal's working set.
 AUTO_FRACTION = 0.9
-_CACHE_DIVISOR = 8  # MLX may keep 1/8 of a budget as free buffers
+# On a GPU MLX may keep 1/8 of a budget as free buffers. On a CPU it keeps none: malloc is as fast,
+# and the process stays at what is in use (docs/lab-log.md).
+_CACHE_DIVISOR = 8
 _WORKING_SET = "max_recommended_working_set_size"  # only Metal reports it
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _SIZES = ("B", "kB", "MB", "GB", "TB", "PB", "EB")
@@ -176,7 +178,7 @@ def device_memory() -> int:
 
 @contextlib.contextmanager
 def memory_limits(budget: int | None = None) -> Iterator[None]:
-    """Inside, Metal keeps the working set resident, and MLX few free buffers; then as before.
+    """Inside, Metal keeps the working set resident, and MLX few or no free buffers; then as before.
 
     Without a wired limit macOS may page or compress weights between two steps (mlx#3186). The
     limit is the recommended working set, which mlx-lm takes; other devices report none. It is
@@ -187,7 +189,7 @@ def memory_limits(budget: int | None = None) -> Iterator[None]:
     """
     limit = device_memory() if budget is None else budget
     working_set = mx.device_info().get(_WORKING_SET)
-    before = mx.set_cache_limit(limit // _CACHE_DIVISOR)
+    before = mx.set_cache_limit(limit // _CACHE_DIVISOR if on_gpu() else 0)
     wired = None
     try:
         if working_set:

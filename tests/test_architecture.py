@@ -53,7 +53,12 @@ HEAVY = {"mlx", "mlx_lm", "transformers", "datasets", "numpy", "matplotlib", "hu
 OPEN_MAPPINGS = "mlx_slim/reading.py"
 MARKER = "<!-- tree -->"
 # imported name -> distribution, where they differ
-DISTRIBUTION = {"yaml": "pyyaml", "huggingface_hub": "huggingface-hub", "mlx_lm": "mlx-lm"}
+DISTRIBUTION = {
+    "lm_eval": "lm-eval",
+    "yaml": "pyyaml",
+    "huggingface_hub": "huggingface-hub",
+    "mlx_lm": "mlx-lm",
+}
 # What a declared dependency cannot be without, in a version that suits it: mlx-lm's, datasets'.
 BROUGHT_ALONG = {"transformers", "tokenizers", "pyarrow"}
 HOME = re.compile(r"(?<![\w.$}~])/(?:home|Users|root|work|opt|mnt)/\w+")

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import mlx_slim  # noqa: F401  # before mlx.core: both sides get the same BLAS
+from mlx_slim.bench.rounds import process_peak_bytes, reset_process_peak
 from mlx_slim.reading import JsonObject
 
 import mlx.core as mx  # isort: skip
@@ -57,8 +58,12 @@ class GenerationWork:
     max_tokens: int
 
 
-def _questions(work: EvalWork) -> tuple[Any, Any, int]:
-    """Return the task, its questions and the shots before each."""
+def read_questions(work: EvalWork) -> tuple[Any, Any, int]:
+    """Return the task, its questions and the shots before each.
+
+    Raises:
+        SlimError: If the name stands for several tasks, or for a text.
+    """
     from mlx_slim.errors import SlimError
     from mlx_slim.evaluation.tasks.prompts import build_questions
     from mlx_slim.evaluation.tasks.rows import load_rows
@@ -80,6 +85,7 @@ def _summary(seconds: float, answers: list[Any], setup: JsonObject) -> JsonObjec
         "seconds": seconds,
         "questions": len(answers),
         "peak_memory_bytes": mx.get_peak_memory(),
+        "process_peak_bytes": process_peak_bytes(),
         "answers": answers,
         **setup,
     }
@@ -94,13 +100,14 @@ def ours(work: EvalWork) -> JsonObject:
     from mlx_slim.models.row_limits import row_limit
     from mlx_slim.runtime import resolve_dtype
 
-    task, questions, shots = _questions(work)
+    task, questions, shots = read_questions(work)
     loaded = load(work.model, dtype=resolve_dtype(work.dtype))
     engine = Engine(loaded.model, loaded.tokenizer, LoglikelihoodScorer(loaded.model))
     longest, limit = max_length(loaded.config, loaded.tokenizer), row_limit(loaded.config)
     encoder = RequestEncoder(loaded.tokenizer, longest, limit=limit)
     job = TaskJob(task, "", shots, work.limit, questions, encoder)
     mx.reset_peak_memory()
+    reset_process_peak()
     begin = time.perf_counter()
     computed = [job.compute(chunk, engine) for chunk in job.chunks]
     seconds = time.perf_counter() - begin
@@ -124,7 +131,7 @@ def mlx_lm(work: EvalWork) -> JsonObject:
     from mlx_slim.models.load import cast
     from mlx_slim.runtime import resolve_dtype
 
-    task, questions, _ = _questions(work)
+    task, questions, _ = read_questions(work)
     peer = MLXLM(work.model, use_chat_template=False)
     cast(peer._model, resolve_dtype(work.dtype))
     mx.eval(peer._model.parameters())
@@ -132,6 +139,7 @@ def mlx_lm(work: EvalWork) -> JsonObject:
     options = {"until": list(task.spec.until), "max_gen_toks": task.spec.max_tokens}
     requests: list[Any] = [SimpleNamespace(args=pair) for pair in pairs]
     mx.reset_peak_memory()
+    reset_process_peak()
     begin = time.perf_counter()
     if pairs:
         scores = iter(peer.loglikelihood(requests))

@@ -1,4 +1,4 @@
-"""Scoring speed and memory side by side: our engine against the scorer of ``mlx_lm.evaluate``.
+"""Scoring speed and memory side by side: our engine against mlx-lm's scorer, or the harness.
 
 Invariant: both sides answer the same questions with the same shots and the same limit of new
 tokens, each in a fresh process; time begins with the texts, model loaded, and ends with the last
@@ -8,7 +8,6 @@ answer; the answers are compared. Try it:
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -16,14 +15,14 @@ from typing import Any
 from mlx_slim.bench.eval_sides import EvalWork
 from mlx_slim.bench.options import BenchEvalOptions
 from mlx_slim.bench.rounds import record, run_side
-from mlx_slim.errors import SlimError
+from mlx_slim.bench.torch_sides import check_installed
 from mlx_slim.reading import JsonObject
 
 
 def bench_eval(
     model: str, options: BenchEvalOptions, progress: Callable[[str], None]
 ) -> JsonObject:
-    """Measure our scorer against mlx-lm's on the first questions of a task.
+    """Measure our scorer against a peer's on the first questions of a task.
 
     Args:
         model: Hub id or folder.
@@ -35,13 +34,11 @@ def bench_eval(
         per second; ``agreement`` compares the answers of the two sides.
 
     Raises:
-        SlimError: If mlx-lm's scorer cannot be imported, or a side fails.
+        SlimError: If lm-eval is not installed, or a side fails.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise SlimError(
-            "mlx-lm's scorer needs lm-eval, which is not installed",
-            "pip install 'mlx-slim[bench]' (lm-eval and PyTorch: large)",
-        )
+    against = options.against
+    other = against.replace("-", "_")
+    check_installed("lm-eval")  # mlx-lm's scorer is a class of lm-eval too
     work = EvalWork(
         model=model,
         task=options.task,
@@ -54,19 +51,20 @@ def bench_eval(
     answers: dict[str, list[Any]] = {}
     for number in range(options.rounds):
         sides: dict[str, JsonObject] = {}
-        for name, side in (("ours", "ours"), ("mlx_lm", "mlx-lm")):
+        for name, side in (("ours", "ours"), (other, against)):
             progress(f"round {number + 1}/{options.rounds}: {side}")
-            sides[name] = run_side("eval_sides", side, asdict(work))
+            module = "torch_sides" if side == "lm-eval" else "eval_sides"
+            sides[name] = run_side(module, side, asdict(work))
             answers[name] = sides[name].pop("answers")
             minimum = sides["ours"]["tokens_minimum"]  # the same work for both
             sides[name]["tokens_per_second"] = minimum / sides[name]["seconds"]
             progress(f"  {sides[name]['questions_per_second']:.3f} questions/s")
         results.append(sides)
-    result = record({**asdict(work), "against": options.against}, "mlx_lm", results)
+    result = record({**asdict(work), "against": against}, other, results)
     result["ratio"]["computed_to_minimum"] = (
         result["ours"]["tokens_computed"] / result["ours"]["tokens_minimum"]
     )
-    result["agreement"] = agreement(answers["ours"], answers["mlx_lm"])
+    result["agreement"] = agreement(answers["ours"], answers[other])
     return result
 
 

@@ -30,10 +30,11 @@ class BenchTrainOptions:
     Attributes:
         data: Alpaca rows: hub id, mirror or file.
         method: What is trained.
-        against: ``mlx-lm``, another method of mlx-slim, or ``eager``: the same method compiled
-            against not compiled, the second of two epochs timed.
+        against: ``mlx-lm``; ``peft``, which is transformers and PEFT on PyTorch; another method of
+            mlx-slim; or ``eager``: the same method compiled against not compiled, the second of two
+            epochs timed.
         rows: Rows of the epoch (the first step is not timed).
-        batch: mlx-lm's rows per step; ours gets the token budget ``batch`` · ``max_length``.
+        batch: The peer's rows per step; ours gets the token budget ``batch`` · ``max_length``.
         max_length: Longest row, tokens.
         dtype: Of the computation; ``auto`` is bfloat16 on a GPU, float32 on a CPU.
         rounds: Times each side runs, alternating.
@@ -43,17 +44,17 @@ class BenchTrainOptions:
         default="tatsu-lab/alpaca", metadata=option("Rows to train on, in the format of Alpaca.")
     )
     method: Method = field(default="lora", metadata=option("What is trained."))
-    against: Literal["mlx-lm", "lora", "qlora", "dora", "full", "eager"] = field(
+    against: Literal["mlx-lm", "peft", "lora", "qlora", "dora", "full", "eager"] = field(
         default="mlx-lm",
         metadata=option(
-            "mlx-lm's trainer; another method of mlx-slim; or eager: train.compile=true against "
-            "false, once each shape of a batch was met."
+            "mlx-lm's trainer; peft: transformers and PEFT on PyTorch; another method of mlx-slim; "
+            "or eager: train.compile=true against false, once each shape of a batch was met."
         ),
     )
     rows: Annotated[int, Field(ge=12, le=MOST)] = field(
         default=48, metadata=option("Number of training rows.")
     )
-    batch: PositiveInt = field(default=4, metadata=option("Rows in a batch of mlx-lm."))
+    batch: PositiveInt = field(default=4, metadata=option("Rows in a batch of the other side."))
     max_length: Annotated[int, Field(ge=16, le=MOST)] = field(
         default=512, metadata=option("Tokens of the longest row.")
     )
@@ -83,8 +84,9 @@ class BenchEvalOptions:
     data_dir: Path | None = field(
         default=None, metadata=option("Folder of evaluation data; MLX_SLIM_DATA by default.")
     )
-    against: Literal["mlx-lm"] = field(
-        default="mlx-lm", metadata=option("The other side: mlx-lm's scorer.")
+    against: Literal["mlx-lm", "lm-eval"] = field(
+        default="mlx-lm",
+        metadata=option("mlx-lm's scorer; or lm-eval: the reference harness on PyTorch."),
     )
     dtype: Dtype = field(default="auto", metadata=_DTYPE)
     rounds: PositiveInt = field(default=1, metadata=_ROUNDS)

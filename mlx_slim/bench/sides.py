@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import mlx_slim  # noqa: F401  # before mlx.core: both sides get the same BLAS
+from mlx_slim.bench.rounds import process_peak_bytes, reset_process_peak
 from mlx_slim.reading import JsonObject
 
 import mlx.core as mx  # isort: skip
+from mlx.utils import tree_flatten  # isort: skip
 
 WARMUP_STEPS = 1
 RANK, SCALE = 8, 2.0
@@ -59,6 +61,7 @@ def _summary(timed: list[tuple[int, float]], setup: JsonObject) -> JsonObject:
         "seconds": seconds,
         "steps": len(timed),
         "peak_memory_bytes": mx.get_peak_memory(),
+        "process_peak_bytes": process_peak_bytes(),
         **setup,
     }
 
@@ -99,9 +102,16 @@ def ours(work: TrainWork) -> JsonObject:
         tuned = prepare_model(recipe)
         data = prepare_data(recipe, tuned, Path(folder), unchanged=False)
         loop = build_loop(recipe, tuned, data, Path(folder), Timer(), budget=0)
+        trainable: dict[str, mx.array] = dict(tree_flatten(tuned.model.trainable_parameters()))
+        trained = sum(parameter.size for parameter in trainable.values())
         mx.reset_peak_memory()
+        reset_process_peak()
         loop.run()
-    setup: JsonObject = {"computed_tokens": computed, "batching": loop.batcher.mode}
+    setup: JsonObject = {
+        "computed_tokens": computed,
+        "batching": loop.batcher.mode,
+        "trained_parameters": trained,
+    }
     if work.compile is None:
         return _summary(timed[WARMUP_STEPS:], setup)
     plans = [loop.batcher.plan(epoch) for epoch in (0, 1)]
@@ -172,6 +182,7 @@ def mlx_lm(work: TrainWork) -> JsonObject:
             adapter_file=str(Path(folder) / "adapters.safetensors"),
         )
         mx.reset_peak_memory()
+        reset_process_peak()
         moments[0] = time.perf_counter()
         train(
             model,

@@ -1,4 +1,4 @@
-"""Training speed and memory side by side: ours against mlx-lm, or one method against another.
+"""Training speed and memory side by side: ours against a peer, or one method against another.
 
 Invariant: each side runs in a fresh process, the sides alternate, and what is quoted are medians
 over the rounds, as ratios. Try it:
@@ -16,6 +16,7 @@ from pathlib import Path
 from mlx_slim.bench.options import BenchTrainOptions
 from mlx_slim.bench.rounds import record, run_side
 from mlx_slim.bench.sides import TrainWork
+from mlx_slim.bench.torch_sides import check_installed
 from mlx_slim.config.schema import DataConfig
 from mlx_slim.data.ledger import SourceLedger
 from mlx_slim.data.pipeline import Pipeline
@@ -47,7 +48,7 @@ def _rows(path: str, model: str, count: int, max_length: int, out: Path) -> int:
 def bench_train(
     model: str, options: BenchTrainOptions, progress: Callable[[str], None]
 ) -> JsonObject:
-    """Measure our training of a method against mlx-lm's, another method, or itself not compiled.
+    """Measure our training of a method against a peer's, another method, or itself not compiled.
 
     Args:
         model: Hub id or folder.
@@ -56,9 +57,14 @@ def bench_train(
 
     Returns:
         The record that DESIGN.md calls ``bench … --json``.
+
+    Raises:
+        SlimError: If there are too few rows, PEFT is not installed, or a side fails.
     """
     method, against = options.method, options.against
-    other = "mlx_lm" if against == "mlx-lm" else against
+    other = against.replace("-", "_")
+    if against == "peft":
+        check_installed("peft")
     eager = against == "eager"
     changed: JsonObject = {"compile": False} if eager else {"method": against}
     with tempfile.TemporaryDirectory() as folder:
@@ -78,8 +84,9 @@ def bench_train(
             progress(f"round {number + 1}/{options.rounds}: {method}")
             ours = run_side("sides", "ours", asdict(work))
             progress(f"  {ours['tokens_per_second']:.1f} tokens/s; against {against}")
-            if against == "mlx-lm":
-                theirs = run_side("sides", "mlx-lm", asdict(work))
+            if against in ("mlx-lm", "peft"):
+                module = "sides" if against == "mlx-lm" else "torch_sides"
+                theirs = run_side(module, against, asdict(work))
             else:
                 theirs = run_side("sides", "ours", asdict(replace(work, **changed)))
             progress(f"  {theirs['tokens_per_second']:.1f} tokens/s")

@@ -1,4 +1,4 @@
-"""``mlx-slim bench``: speed and memory against mlx-lm; predicted against measured memory."""
+"""``mlx-slim bench``: speed and memory against peers; predicted against measured memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print the whole re
 
 @click.group("bench", epilog="Example: mlx-slim bench train models/mine")
 def command() -> None:
-    """Measure speed and memory side by side with mlx-lm, each side in its own process."""
+    """Measure speed and memory side by side with peers, each side in its own process."""
 
 
 @command.command("train", epilog="Example: mlx-slim bench train models/mine --against mlx-lm")
@@ -31,6 +31,7 @@ def train(model: str, as_json: bool, **options: Any) -> None:
     against = work.against
     if against == work.method:
         raise click.UsageError(f"--against {against} is the method itself")
+    from mlx_slim.bench.rounds import peak_key
     from mlx_slim.bench.train import bench_train
     from mlx_slim.runtime import human_bytes, human_duration
 
@@ -42,12 +43,13 @@ def train(model: str, as_json: bool, **options: Any) -> None:
     if as_json:
         click.echo(json.dumps(record, indent=2))
         return
-    other = "mlx_lm" if against == "mlx-lm" else against
+    other = against.replace("-", "_")
+    peak = peak_key(record[other])
     for side in ("ours", other):
         numbers = record[side]
         click.echo(
             f"{side:8} {numbers['tokens_per_second']:8.1f} tokens/s   "
-            f"peak {human_bytes(numbers['peak_memory_bytes'])}"
+            f"peak {human_bytes(numbers[peak])}"
         )
     ratio = record["ratio"]
     click.echo(f"ratio    {ratio['speed']:.2f} x speed, {ratio['peak_memory']:.2f} x peak memory")
@@ -69,6 +71,7 @@ def train(model: str, as_json: bool, **options: Any) -> None:
 def evaluate(model: str, as_json: bool, **options: Any) -> None:
     """Score the same questions on both sides, alternating, and compare."""
     from mlx_slim.bench.evaluate import bench_eval
+    from mlx_slim.bench.rounds import peak_key
     from mlx_slim.runtime import human_bytes
 
     def progress(line: str) -> None:
@@ -79,11 +82,13 @@ def evaluate(model: str, as_json: bool, **options: Any) -> None:
     if as_json:
         click.echo(json.dumps(record, indent=2))
         return
-    for side in ("ours", "mlx_lm"):
+    other = record["work"]["against"].replace("-", "_")
+    peak = peak_key(record[other])
+    for side in ("ours", other):
         numbers = record[side]
         click.echo(
             f"{side:8} {numbers['questions_per_second']:8.3f} questions/s   "
-            f"peak {human_bytes(numbers['peak_memory_bytes'])}"
+            f"peak {human_bytes(numbers[peak])}"
         )
     ratio, ours = record["ratio"], record["ours"]
     click.echo(f"ratio    {ratio['speed']:.2f} x speed, {ratio['peak_memory']:.2f} x peak memory")
