@@ -107,6 +107,33 @@ def test_keep_all_returns_the_original(setting: Setting, tmp_path: Path) -> None
     assert verify(tmp_path / "out").numbers > 0
 
 
+def test_a_speed_is_measured_and_what_is_slower_falls(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models without a layer write 2.5 times as fast here, all others 1.2 times."""
+
+    def speed(source: str, _revision: str | None) -> tuple[float, float]:
+        if Path(source) == setting[0]:
+            return 400.0, 10.0
+        layers = read_config(Path(source))["num_hidden_layers"]
+        return 500.0, 25.0 if layers < read_config(setting[0])["num_hidden_layers"] else 12.0
+
+    monkeypatch.setattr("mlx_slim.slimming.build._speed", speed)
+    out = tmp_path / "out"
+    report = slim(setting[0], out, replace(setting[1], speed=1.5), Recorder())
+    measured = [row for row in report.rows if row.speed]
+    assert len(measured) > 1
+    for row in measured:
+        assert row.speed and row.speed.prefill_ratio == 1.25
+        fast = row.candidate.kind == "depth"
+        assert row.speed.generation_ratio == (2.5 if fast else 1.2)
+        assert fast == (row.verdict != "1.20 x the original's speed")
+    winner = next(row for row in report.rows if row.candidate.key == report.winner)
+    assert winner.candidate.kind == "depth" and verify(out).candidates == len(measured)
+    assert run(["report", str(out)]) == 0
+    assert "Score and speed" in (out / "report.html").read_text()
+
+
 def test_a_share_that_cannot_be_shown_is_refused(setting: Setting, tmp_path: Path) -> None:
     model, options = setting
     with pytest.raises(SlimError, match=r"--keep 99 cannot be shown with 8 claim questions") as no:
