@@ -1,7 +1,7 @@
 """Make a language model smaller and better at your task on one laptop, and know what it cost.
 
-``from mlx_slim import finetune, evaluate, quantize, prune, distill, slim, plan, choose`` are the
-commands as functions (``mlx_slim/api.py``). Invariant: importing this package does two things
+``from mlx_slim import finetune, evaluate, quantize, prune, distill, slim, sweep, plan, choose``
+are the commands as functions (``mlx_slim/api.py``). Invariant: importing this package does two things
 besides defining names, both of which work only before ``mlx.core`` is imported: on Linux it puts a
 fast BLAS under it (see ``mlx_slim.blas``; opt out with ``MLX_SLIM_BLAS=off``), and float32 products
 are computed in float32, not in TF32 (``MLX_ENABLE_TF32=1`` wins). It stands here so that the
@@ -24,7 +24,17 @@ from typing import TYPE_CHECKING, Any
 from mlx_slim import blas
 
 if TYPE_CHECKING:
-    from mlx_slim.api import choose, distill, evaluate, finetune, plan, prune, quantize, slim
+    from mlx_slim.api import (
+        choose,
+        distill,
+        evaluate,
+        finetune,
+        plan,
+        prune,
+        quantize,
+        slim,
+        sweep,
+    )
 
 __all__ = [
     "__version__",
@@ -36,6 +46,7 @@ __all__ = [
     "prune",
     "quantize",
     "slim",
+    "sweep",
 ]
 __version__ = "0.1.0"
 

@@ -8,14 +8,13 @@ this: it is imported when one of them is used. Try it:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from mlx_slim import events
-from mlx_slim.config.load import Resolved, from_values, load_recipe
+from mlx_slim.config.python import AnyRecipe, override_text, resolved_recipe
 from mlx_slim.distillation import run as teaching
 from mlx_slim.evaluation import run as scoring
 from mlx_slim.evaluation.options import EvalOptions
@@ -33,36 +32,10 @@ from mlx_slim.reading import JsonObject
 from mlx_slim.slimming import run as slimming
 from mlx_slim.slimming.options import SlimOptions
 from mlx_slim.slimming.records import SlimReport
+from mlx_slim.sweeping.options import SweepOptions
+from mlx_slim.sweeping.records import SweepReport
 
 Source = str | Path
-# A shipped recipe's name, the path of a YAML file, a recipe's values, or a resolved recipe.
-AnyRecipe = str | Path | Mapping[str, Any] | Resolved
-
-
-def _resolved(recipe: AnyRecipe, overrides: Mapping[str, Any] | None) -> Resolved:
-    if isinstance(recipe, Resolved):
-        values, name = recipe.recipe.model_dump(mode="json"), recipe.name
-        return recipe if not overrides else from_values(_laid(values, overrides), name, "Python")
-    if isinstance(recipe, Mapping):
-        return from_values(_laid(dict(recipe), overrides or {}), "recipe", "Python")
-    return load_recipe(str(recipe), [f"{k}={_text(v)}" for k, v in (overrides or {}).items()])
-
-
-def _text(value: Any) -> str:
-    """Return ``value`` as the YAML of an override."""
-    return str(value) if isinstance(value, (str, Path)) else json.dumps(value)
-
-
-def _laid(values: JsonObject, overrides: Mapping[str, Any]) -> JsonObject:
-    """Return ``values`` with dotted ``overrides`` laid over them."""
-    for key, value in overrides.items():
-        *sections, name = key.split(".")
-        inside = values
-        for section in sections:
-            inside[section] = dict(inside.get(section) or {})
-            inside = inside[section]
-        inside[name] = value
-    return values
 
 
 def _learn(
@@ -74,7 +47,7 @@ def _learn(
     observer: events.Observer | None,
 ) -> Result:
     listener = observer or events.Broadcast([])
-    return workflow(_resolved(recipe, overrides), Path(out), observer=listener, resume=resume)
+    return workflow(resolved_recipe(recipe, overrides), Path(out), observer=listener, resume=resume)
 
 
 def finetune(
@@ -130,7 +103,7 @@ def choose(
         SlimError: Bad input, or too little time.
         ResourceError: If nothing fits the budget.
     """
-    words = [f"{key}={_text(value)}" for key, value in (overrides or {}).items()]
+    words = [f"{key}={override_text(value)}" for key, value in (overrides or {}).items()]
     size = None if budget is None else str(budget)
     return choosing.choose(
         str(model),
@@ -188,7 +161,7 @@ def plan(
     Raises:
         SlimError: Bad input.
     """
-    chosen = _resolved(recipe, overrides).recipe
+    chosen = resolved_recipe(recipe, overrides).recipe
     return planning.plan(chosen, budget=budget, mac=mac, probe=profile.probe if probe else None)[0]
 
 
@@ -366,3 +339,50 @@ def slim(
     """
     listener = observer or events.Broadcast([])
     return slimming.slim(model, Path(out), options, listener, resume=resume)
+
+
+def sweep(
+    recipe: AnyRecipe,
+    space: Source,
+    out: Source,
+    options: SweepOptions | None = None,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    observer: events.Observer | None = None,
+) -> SweepReport:
+    """Search the hyperparameters of a recipe, as ``mlx-slim sweep`` does.
+
+    One worker trains in this process; of several each trial has its own.
+
+    Args:
+        recipe: As in ``finetune``.
+        space: A shipped space's name, or the path of a ``.yaml`` file: dotted recipe keys, each a
+            list of choices or ``{low, high, log, step}``.
+        out: The folder of the sweep; must be new unless ``resume``.
+        options: Trials, objectives, pruner, seeds and workers; None takes the defaults.
+        overrides: As in ``finetune``.
+        resume: Continue a sweep that was interrupted, or try more.
+        observer: Hears of every event.
+
+    Returns:
+        What ``sweep.json`` says; the best trial's recipe is ``out/winner.yaml``.
+
+    Raises:
+        SlimError: Bad input, or no trial is complete.
+        ResourceError: Out of disk.
+        Interrupted: Ctrl-C; what has ended is kept, and the states of running trials.
+    """
+    from mlx_slim.sweeping import run as sweeping  # Optuna takes a second
+
+    chosen = options or SweepOptions()
+    listener = observer or events.Broadcast([])
+    return sweeping.sweep(
+        resolved_recipe(recipe, overrides),
+        str(space),
+        Path(out),
+        chosen,
+        listener,
+        resume=resume,
+        processes=chosen.workers > 1,
+    )

@@ -65,6 +65,10 @@ class SlimError(Exception):
         return "\n  ".join([first, *self.details])
 
 
+class DivergedError(SlimError):
+    """Training met a loss or a gradient that is not finite; nothing was updated with it."""
+
+
 class ResourceError(SlimError):
     """Not enough memory or disk: raised before anything starts."""
 

@@ -98,3 +98,40 @@ class Panel:
 
     task: str
     rows: list[DifferenceBar | None]
+
+
+@dataclass(frozen=True)
+class TrialPoint:
+    """A trial of a sweep: its number, its loss, and whether it took all its steps."""
+
+    number: int
+    loss: float
+    complete: bool
+
+
+@dataclass(frozen=True)
+class Coordinate:
+    """An axis of parallel coordinates.
+
+    Attributes:
+        label: Under it.
+        ticks: (height from 0 to 1, text).
+    """
+
+    label: str
+    ticks: list[tuple[float, str]]
+
+
+@dataclass(frozen=True)
+class CoordinateLine:
+    """A trial as a line.
+
+    Attributes:
+        heights: On each axis, from 0 to 1.
+        series: Its colour.
+        strong: Whether it stands out.
+    """
+
+    heights: list[float]
+    series: int
+    strong: bool

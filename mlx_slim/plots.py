@@ -13,7 +13,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from mlx_slim.plot_records import Axis, Curve, Dot, Panel, Point, PredictedCost, ScoreLine
+from mlx_slim.plot_records import (
+    Axis,
+    Coordinate,
+    CoordinateLine,
+    Curve,
+    Dot,
+    Panel,
+    Point,
+    PredictedCost,
+    ScoreLine,
+    TrialPoint,
+)
 
 SERIES = 8
 # Placeholder → CSS variable of report.css.
@@ -308,4 +319,56 @@ def agreement(points: Sequence[PredictedCost], name: str, label: str, unit: floa
         ax.set_ylabel(f"measured, {label}")
         ax.xaxis.set_major_formatter(_in(unit))
         ax.yaxis.set_major_formatter(_in(unit))
+    return svgs[0]
+
+
+# ------------------------------------------------------------------------------------- sweeps
+
+
+def trial_history(points: Sequence[TrialPoint]) -> str:
+    """Return losses by trial, rings for those that were pruned, and the best so far as a line."""
+    with _figure(5.4, 3.1, "history") as (ax, svgs):
+        best, steps = float("inf"), []
+        for point in points:
+            face = color(2) if point.complete else "#0b0b04"
+            ax.plot(
+                point.number, point.loss, "o", color=color(2), markersize=6, markerfacecolor=face
+            )
+            if point.complete:
+                best = min(best, point.loss)
+            if best < float("inf"):
+                steps.append((point.number, best))
+        if len(steps) > 1:
+            xs, ys = _columns(steps)
+            ax.step(xs, ys, where="post", color=_SOFT, linewidth=1, linestyle=(0, (4, 3)))
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set_xlabel("trial")
+        ax.set_ylabel("validation loss, nats per token")
+    return svgs[0]
+
+
+def parallel_coordinates(axes: Sequence[Coordinate], lines: Sequence[CoordinateLine]) -> str:
+    """Return a line a trial over axes from 0 to 1; the last lines are drawn on top."""
+    with _figure(max(5.4, 1.25 * len(axes)), 3.4, "coordinates") as (ax, svgs):
+        places = range(len(axes))
+        for line in lines:
+            width, alpha = (2.4, 1.0) if line.strong else (1.0, 0.55)
+            ax.plot(places, line.heights, color=color(line.series), linewidth=width, alpha=alpha)
+        for place, one in zip(places, axes, strict=True):
+            ax.axvline(place, color=_SOFT, linewidth=0.9)
+            for height, text in one.ticks:
+                ax.annotate(
+                    text,
+                    (place, height),
+                    (4, 0),
+                    textcoords="offset points",
+                    va="center",
+                    color=_INK,
+                    fontsize=8,
+                )
+        ax.set_xticks(list(places), [one.label for one in axes])
+        ax.set_yticks([])
+        ax.set_ylim(-0.06, 1.06)
+        ax.margins(x=0.1)
+        ax.grid(visible=False)
     return svgs[0]

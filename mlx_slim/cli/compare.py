@@ -6,23 +6,19 @@ Try it: ``mlx-slim compare matrix-tiny --dry-run``.
 
 from __future__ import annotations
 
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_slim.children import Children
 from mlx_slim.cli.options import options_of
 from mlx_slim.compare.options import CompareOptions
 from mlx_slim.errors import Interrupted, SlimError, did_you_mean, without_secrets
-from mlx_slim.interrupts import SignalFlag
 
 if TYPE_CHECKING:
     from mlx_slim.compare.matrix import Cell, MatrixPlan
-
-_POLL = 0.05  # seconds between polls of a running cell
 
 
 @click.command("compare", epilog="Example: mlx-slim compare matrix-tiny -o runs/matrix-tiny")
@@ -96,8 +92,7 @@ def _run(layout: MatrixPlan, folder: Path, words: list[str], resume: bool) -> No
             ]
             note = folder / "failed" / f"{cell.name}.json"
             note.unlink(missing_ok=True)
-            if (code := _exit_code(command, claimed.descriptor)) is None:
-                return runner.INTERRUPTED, ""
+            code = _exit_code(cell.name, command, claimed.descriptor)
             return code, read_object(note, reason=str)["reason"] if note.exists() else ""
 
         def begun(number: int, cell: Cell) -> None:
@@ -117,24 +112,14 @@ def _run(layout: MatrixPlan, folder: Path, words: list[str], resume: bool) -> No
         )
 
 
-def _exit_code(command: list[str], descriptor: int) -> int | None:
-    """Run a cell's process, which holds the folder's lock too; return None if a signal stopped it.
-
-    The signal is forwarded to the process, which saves its state.
-    """
-    with SignalFlag() as stop:
-        process = subprocess.Popen(command, pass_fds=[descriptor])
-        forwarded = False
+def _exit_code(name: str, command: list[str], descriptor: int) -> int:
+    """Run a cell's process, which holds the folder's lock too."""
+    with Children(descriptor) as children:
+        children.start(name, command)
         try:
-            while (code := process.poll()) is None:
-                if stop.requested and not forwarded:
-                    process.terminate()
-                    forwarded = True
-                time.sleep(_POLL)
-        except KeyboardInterrupt:  # a second signal: at once
-            process.terminate()
-            raise
-    return None if stop.requested else code
+            return children.wait()[1]
+        except Interrupted as stop:
+            return stop.exit_code
 
 
 def _one(layout: MatrixPlan, folder: Path, name: str, quiet: bool) -> None:

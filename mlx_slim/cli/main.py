@@ -40,7 +40,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Start": ("doctor", "demo", "recipes", "tasks"),
     "Inspect": ("data", "plan", "generate", "chat", "analyze"),
     "Make smaller": ("convert", "quantize", "prune", "slim"),
-    "Train": ("train", "distill"),
+    "Train": ("train", "distill", "sweep"),
     "Measure": ("eval", "compare", "report", "bench"),
     "Share": ("fuse", "export", "import", "upload"),
 }
@@ -71,6 +71,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "prune": ("prune", "Remove the least important layers, heads or neurons."),
     "slim": ("slim", "Search for the smallest model that keeps its score, and prove it."),
     "distill": ("distill", "Train a small model on the outputs of a larger one."),
+    "sweep": ("sweep", "Search the hyperparameters of a recipe, on validation loss."),
     "compare": ("compare", "Run models x methods x tasks as one experiment matrix."),
     "report": ("report", "Write the HTML report of a run, also live, or of an experiment matrix."),
     "analyze": ("analyze", "See what tuning did to the weights, and where memory goes."),

@@ -26,6 +26,7 @@ from mlx_slim.distillation.mutual import FIRST
 from mlx_slim.distillation.run import distill
 from mlx_slim.errors import SlimError
 from mlx_slim.events import Notice, Observer
+from mlx_slim.finetuning.contents import contents
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.finetuning.run_dir import STATE_FILE, read_result
 from mlx_slim.models.convert import convert
@@ -243,7 +244,7 @@ class MatrixRun:
             for teacher in (recipe.distill.teachers if recipe.distill else [])
             if teacher.model is not None and Path(teacher.model).is_dir()
         ]
-        named = identity.contents(recipe)
+        named = contents(recipe)
         return identity.train_key(recipe, [self.weights(self.base(cell)), *teachers], named)
 
     def match(self, folder: Path, keys: dict[str, str], file: str, stale: list[Path]) -> None:

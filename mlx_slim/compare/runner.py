@@ -8,14 +8,13 @@ runs/tiny``.
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mlx_slim.artifacts import SCHEMA_VERSION, write_json
+from mlx_slim.children import exit_reason
 from mlx_slim.compare import identity
 from mlx_slim.compare.matrix import Cell, MatrixPlan
 from mlx_slim.compare.predict import Line, plan
@@ -140,18 +139,8 @@ def run(
             note.unlink(missing_ok=True)
             ran.complete.append(cell.name)
             continue
-        reason = why or _reason(code)
+        reason = why or exit_reason(code)
         write_json(note, {"cell": cell.name, "reason": reason, "exit_code": code})
         ran.failed.append((cell.name, reason))
     ran.seconds = time.monotonic() - began
     return ran
-
-
-def _reason(code: int) -> str:
-    """Return why a process ended without an error message."""
-    if code < 0:
-        with contextlib.suppress(ValueError):
-            name = signal.Signals(-code).name
-            memory = " (out of memory?)" if name == "SIGKILL" else ""
-            return f"killed by {name}{memory}"
-    return f"ended with exit code {code}"

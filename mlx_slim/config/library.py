@@ -2,8 +2,8 @@
 
 Invariant: a checkout uses its top-level ``recipes/`` and ``evals/``, an installed wheel the copy
 inside the package; callers see names only. Files that begin with an underscore are shared bases:
-found by name (``extends: _alpaca``), never listed; matrices lie among the recipes, and their names
-begin with ``matrix-``. Try it: ``mlx-slim recipes``.
+found by name (``extends: _alpaca``), never listed. Matrices and spaces of a sweep are among the
+recipes; their names begin with ``matrix-`` and ``space-``. Try it: ``mlx-slim recipes``.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from typing import Literal
 from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.reading import exists, shown
 
-Kind = Literal["recipes", "evals", "matrices"]
-_SINGULAR = {"recipes": "recipe", "evals": "task", "matrices": "matrix"}
+Kind = Literal["recipes", "evals", "matrices", "spaces"]
+_SINGULAR = {"recipes": "recipe", "evals": "task", "matrices": "matrix", "spaces": "space"}
 _LIST_COMMAND = {
     "recipes": "mlx-slim recipes",
     "evals": "mlx-slim tasks",
     "matrices": "mlx-slim compare",
+    "spaces": "mlx-slim sweep",
 }
-_FOLDER = {"matrices": "recipes"}
-_MATRIX = "matrix-"
+_FOLDER = {"matrices": "recipes", "spaces": "recipes"}
+_PREFIX = {"matrices": "matrix-", "spaces": "space-"}
 
 
 def folder(kind: Kind) -> Path:
@@ -48,7 +49,9 @@ def names(kind: Kind) -> list[str]:
 
 
 def _is_of(kind: Kind, name: str) -> bool:
-    return kind == "evals" or name.startswith(_MATRIX) == (kind == "matrices")
+    if kind in _PREFIX:
+        return name.startswith(_PREFIX[kind])
+    return kind == "evals" or not name.startswith(tuple(_PREFIX.values()))
 
 
 def find(kind: Kind, name: str) -> Path:

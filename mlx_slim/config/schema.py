@@ -106,6 +106,8 @@ class DataConfig(Section):
         truncation: What to do with rows longer than ``train.max_length``; ``left`` cuts behind the
             BOS of a row that begins with one.
         validation: Share of rows (below 1), number of rows, or the path of a validation file.
+        seed: Decides which rows validate, and which ones a fractional weight takes; None is
+            ``train.seed``. Set it to compare seeds of training on the same validation rows.
         system: System message for rows that bring none.
         columns: Renames, ours to the file's: ``{prompt: question, completion: answer}``.
         max_rows: Use only the first N rows of the mix, for trying.
@@ -118,6 +120,7 @@ class DataConfig(Section):
     learn: Literal["all", "last"] = "all"
     truncation: Literal["error", "drop", "left", "right"] = "drop"
     validation: Steps | str = 0.02
+    seed: Seed | None = None
     system: str | None = None
     columns: dict[str, str] = Field(default_factory=dict)
     max_rows: PositiveInt | None = None
@@ -281,6 +284,11 @@ class Recipe(Section):
     memory: MemoryConfig = MemoryConfig()
     report_answers: Annotated[int, Field(ge=0, le=16)] = 3
     report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+
+    @property
+    def rows_seed(self) -> int:
+        """The seed that splits and draws rows."""
+        return self.train.seed if self.data.seed is None else self.data.seed
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Recipe:

@@ -76,10 +76,11 @@ def generate_dataset(
     """
     config = recipe.distill
     assert config is not None
-    data, seed = recipe.data, recipe.train.seed
+    data, seed = recipe.data, recipe.rows_seed
     answers = Path(config.cache or out) / ANSWERS
-    # mlx-slim 0.1 learned all answers and had no key for it: its datasets have the same hash.
-    unset = {"learn"} if data.learn == "all" else None
+    # Keys that mlx-slim 0.1 did not have, at what it did: its datasets have the same hash.
+    defaults = {"learn": "all", "seed": None}
+    unset = {key for key, value in defaults.items() if getattr(data, key) == value}
     key = hash_json(
         {
             "method": method,

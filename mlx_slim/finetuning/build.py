@@ -198,7 +198,7 @@ def prepare_data(
             data or recipe.data,
             tuned.loaded.tokenizer,
             max_length=recipe.train.max_length,
-            seed=recipe.train.seed,
+            seed=recipe.rows_seed,
             folder=out,
             unchanged=unchanged,
             find=find or finder(out),

@@ -52,7 +52,7 @@ RUN = RunKind(
     ),
 )
 # Changing these on a resume cannot change the trajectory.
-_FREE_ON_RESUME = (
+FREE_ON_RESUME = (
     "memory",
     "report_to",
     "report_answers",
@@ -237,7 +237,7 @@ def _differences(old: JsonObject, new: JsonObject, prefix: str = "") -> list[str
     for key in sorted(set(old) | set(new)):
         path = f"{prefix}{key}"
         before, after = old.get(key), new.get(key)
-        if before == after or path in (*_FREE_ON_RESUME, *_LENGTH):
+        if before == after or path in (*FREE_ON_RESUME, *_LENGTH):
             continue
         if isinstance(before, dict) and isinstance(after, dict) and prefix == "":
             lines += _differences(before, after, f"{path}.")

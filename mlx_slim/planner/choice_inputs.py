@@ -131,7 +131,7 @@ def read_inputs(base: Resolved, overrides: Sequence[str]) -> tuple[ChoiceInputs,
             data,
             tokenizer,
             max_length=longest,
-            seed=recipe.train.seed,
+            seed=recipe.rows_seed,
             folder=folder,
             find=finder(folder),
         )
@@ -149,7 +149,7 @@ def read_inputs(base: Resolved, overrides: Sequence[str]) -> tuple[ChoiceInputs,
             setting, reason = hyperparameters.validation_rows(len(lengths))
     validation_tokens = separate_tokens
     if not isinstance(setting, str):
-        held, trained = split_rows(setting, stored_hashes, recipe.train.seed)
+        held, trained = split_rows(setting, stored_hashes, recipe.rows_seed)
         twins = len(lengths) - len(held) - len(trained)
         if not len(trained):
             if "data.validation" in base.overridden:

@@ -151,7 +151,7 @@ def _validation_rows(
             recipe.data,
             tokenizer,
             max_length=recipe.train.max_length,
-            seed=recipe.train.seed,
+            seed=recipe.rows_seed,
             folder=out / RECOVER,
             unchanged=True,
             limit=limit,

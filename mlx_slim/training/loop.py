@@ -20,7 +20,7 @@ import numpy as np
 from mlx_slim import events
 from mlx_slim.config.schema import TrainConfig
 from mlx_slim.data.batches import Batch, Batcher
-from mlx_slim.errors import SlimError
+from mlx_slim.errors import DivergedError
 from mlx_slim.interrupts import SignalFlag
 from mlx_slim.progress import stage
 from mlx_slim.runtime import to_float, world
@@ -187,7 +187,7 @@ class Loop:
         """Train to the end and return how it ended.
 
         Raises:
-            SlimError: If loss or gradient is not finite; nothing was updated with it.
+            DivergedError: If loss or gradient is not finite; nothing was updated with it.
         """
         at = self.state
         self.observer.notify(
@@ -305,7 +305,7 @@ class Loop:
         norm = to_float(gradient_norm(gradients))
         if not (math.isfinite(result.loss) and math.isfinite(norm)):
             newest = rotation.latest(self.checkpoints)
-            raise SlimError(
+            raise DivergedError(
                 f"step {at.step + 1}: loss {result.loss} with gradient norm {norm}; "
                 "weights not updated",
                 f"lower train.learning_rate; the last good state is "

@@ -18,6 +18,7 @@ from mlx_slim.compare.questions import write_questions
 from mlx_slim.compare.report import report
 from mlx_slim.config.load import from_values
 from mlx_slim.errors import SlimError
+from mlx_slim.finetuning.contents import contents
 from mlx_slim.models.load import model_hash
 from tests.support.matrix_run import TASK, run_all, write_yaml
 from tests.support.runs import Recorder, write_rows
@@ -160,10 +161,10 @@ def test_files_that_a_recipe_names_count_by_content(files: Path, named: str) -> 
     }[named]
     file = {"validation": "validation.jsonl", "template": "template.jinja"}.get(named, "text.txt")
     resolved = from_values({"model": "x", **recipe}, "toy", "test")
-    before = identity.contents(resolved.recipe)
-    assert identity.contents(resolved.recipe) == before
+    before = contents(resolved.recipe)
+    assert contents(resolved.recipe) == before
     (files / file).write_text((files / file).read_text() + "\n" + (files / file).read_text())
-    assert identity.contents(resolved.recipe) != before
+    assert contents(resolved.recipe) != before
 
 
 def test_changed_rows_weights_or_code_change_the_key(
