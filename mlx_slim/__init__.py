@@ -1,11 +1,11 @@
 """Make a language model smaller and better at your task on one laptop, and know what it cost.
 
 ``from mlx_slim import finetune, evaluate, quantize, prune, distill, slim, sweep, plan, choose``
-are the commands as functions (``mlx_slim/api.py``). Invariant: importing this package does two things
-besides defining names, both of which work only before ``mlx.core`` is imported: on Linux it puts a
-fast BLAS under it (see ``mlx_slim.blas``; opt out with ``MLX_SLIM_BLAS=off``), and float32 products
-are computed in float32, not in TF32 (``MLX_ENABLE_TF32=1`` wins). It stands here so that the
-command line, the Python API and the tests all get it. Try it: ``python -m mlx_slim doctor``.
+are the commands as functions (``mlx_slim/api.py``). Invariant: importing this package does two
+things besides defining names, both of which work only before ``mlx.core`` is imported: on Linux it
+puts a fast BLAS under it (see ``mlx_slim.blas``; opt out with ``MLX_SLIM_BLAS=off``), and float32
+products are computed in float32, not in TF32 (``MLX_ENABLE_TF32=1`` wins). It stands here so that
+the command line, the Python API and the tests all get it. Try it: ``python -m mlx_slim doctor``.
 """
 
 import os

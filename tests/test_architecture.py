@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mlx_slim"
 FLOORS = (
     {"errors", "interrupts"},
-    {"locks", "reading"},
+    {"children", "locks", "reading"},
     {"tensor_files"},
     {"events", "next_steps"},
     {"progress"},
@@ -41,7 +41,7 @@ FLOORS = (
     {"finetuning"},
     {"distillation"},
     {"pruning"},
-    {"slimming"},
+    {"slimming", "sweeping"},
     {"api"},
     {"console", "trackers", "compare", "bench"},
     {"cli"},

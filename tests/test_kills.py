@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 # teacher's targets, a second student), a run of several steps, scores, a folder that appears whole.
 # ``make kills`` takes all commands.
 KILLED = (
-    *("train qlora", "distill sequence", "distill mutual", "prune recover", "eval"),
+    *("train qlora", "distill sequence", "distill mutual", "prune recover", "eval", "sweep"),
     *("quantize", "fuse", "export gguf"),
 )
 POINTS = 12

@@ -45,7 +45,7 @@ def command(
     objective: tuple[str, ...],
     **chosen: Any,
 ) -> None:
-    """Search the hyperparameters of RECIPE for the lowest validation loss.
+    r"""Search the hyperparameters of RECIPE for the lowest validation loss.
 
     FILE names keys of the recipe, each a list of choices or a range:
 

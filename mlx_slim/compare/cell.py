@@ -17,7 +17,7 @@ from mlx_slim import artifacts
 from mlx_slim.analyze.intruders import find_intruders
 from mlx_slim.artifacts import SCHEMA_VERSION, write_json
 from mlx_slim.compare import identity
-from mlx_slim.compare.jobs import MatrixRun, adapters, free, whole
+from mlx_slim.compare.jobs import MatrixRun, adapters, whole
 from mlx_slim.compare.matrix import Cell
 from mlx_slim.compare.measured import measured
 from mlx_slim.compare.predict import predicted_run
@@ -31,6 +31,7 @@ from mlx_slim.evaluation.run import EvalOptions, evaluate
 from mlx_slim.export.fuse import FuseOptions, fuse
 from mlx_slim.pruning.run import prune
 from mlx_slim.reading import read_object
+from mlx_slim.sweeping.trial import free
 
 KEYS_FILE = "keys.json"
 

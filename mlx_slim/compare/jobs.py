@@ -7,7 +7,6 @@ Try it: ``mlx-slim compare matrix-tiny -o DIR --only smollm2-base``.
 
 from __future__ import annotations
 
-import gc
 import shutil
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -23,12 +22,9 @@ from mlx_slim.compare.records import MatrixRecord, SweepRecord, TriedRate, read_
 from mlx_slim.compare.store import MANIFEST, MATRIX_FILE
 from mlx_slim.config.load import Resolved
 from mlx_slim.distillation.mutual import FIRST
-from mlx_slim.distillation.run import distill
-from mlx_slim.errors import SlimError
+from mlx_slim.errors import DivergedError, SlimError
 from mlx_slim.events import Notice, Observer
 from mlx_slim.finetuning.contents import contents
-from mlx_slim.finetuning.run import finetune
-from mlx_slim.finetuning.run_dir import STATE_FILE, read_result
 from mlx_slim.models.convert import convert
 from mlx_slim.models.hub import SMOLLM2_PACKAGE, bundled_smollm2, resolve
 from mlx_slim.models.load import model_files, model_hash, read_config
@@ -36,6 +32,13 @@ from mlx_slim.models.save import save_model
 from mlx_slim.pruning.options import PruneOptions
 from mlx_slim.quantization.apply import load_quantized
 from mlx_slim.reading import JsonObject, read_object
+from mlx_slim.sweeping.launch import InProcess
+from mlx_slim.sweeping.options import SweepOptions
+from mlx_slim.sweeping.records import TrialOutcome
+from mlx_slim.sweeping.space import Parameter
+from mlx_slim.sweeping.trial import completed, train
+
+RATE = "train.learning_rate"
 
 
 @dataclass
@@ -164,23 +167,20 @@ class MatrixRun:
         """
         matrix = self.layout.matrix
         folder = self.out / "sweeps" / f"{cell.model}-{cell.method}"
-        tried: list[TriedRate] = []
-        runs = []
+        runs: dict[str, tuple[float, Resolved, str]] = {}  # by the name of the run's folder
         for rate in cell.rates:
             changes: JsonObject = {"learning_rate": rate, "seed": matrix.sweep.seed}
             if matrix.sweep.steps is not None:
                 changes["steps"] = matrix.sweep.steps
             name = f"{cell.model}-{cell.method}-{rate:g}"
             resolved = self.resolved(cell, name, {"train": changes})
-            runs.append((rate, resolved, self.train_key(cell, resolved)))
-        keys = {f"{rate:g}": key for rate, _, key in runs}
+            runs[f"{rate:g}"] = rate, resolved, self.train_key(cell, resolved)
+        keys = {name: key for name, (_, _, key) in runs.items()}
         mark = folder / "sweep.json"
         if mark.exists() and (stored := read_object(mark)).get("keys") == keys:
             return stored["chosen"]
-        for rate, resolved, key in runs:
-            self.say(f"learning rate {rate:g}")
-            loss = self._tried(folder / f"{rate:g}", resolved, key)
-            tried.append(TriedRate(rate, loss))
+        outcomes = self._search(folder, runs, keys)
+        tried = [TriedRate(runs[name][0], outcomes[name].loss) for name in runs]
         finite = {
             r.learning_rate: r.validation_loss for r in tried if r.validation_loss is not None
         }
@@ -190,7 +190,7 @@ class MatrixRun:
                 "set recipe.data.validation, or try lower learning_rates",
             )
         best = min(finite, key=finite.__getitem__)
-        recipe = runs[0][1].recipe
+        recipe = next(iter(runs.values()))[1].recipe
         record = SweepRecord(
             schema_version=SCHEMA_VERSION,
             model=cell.model,
@@ -204,18 +204,53 @@ class MatrixRun:
         write_json(mark, asdict(record))
         return best
 
-    def _tried(self, run: Path, resolved: Resolved, key: str) -> float | None:
-        """Return the best validation loss of a short run; None if it diverged."""
+    def _search(
+        self, folder: Path, runs: dict[str, tuple[float, Resolved, str]], keys: dict[str, str]
+    ) -> dict[str, TrialOutcome]:
+        """Try each rate once, as ``mlx-slim sweep`` tries what is queued; return name -> outcome.
+
+        Args:
+            folder: Of the sweep.
+            runs: Name -> rate, recipe and key.
+            keys: Of all runs: the study of other ones is made anew.
+        """
+        from mlx_slim.sweeping.search import search  # Optuna takes a second
+        from mlx_slim.sweeping.study import STUDY_FILE, StudyPlan, SweepStudy
+
+        options = SweepOptions(trials=len(runs), pruner="none")
+        rates = tuple(rate for rate, _, _ in runs.values())
+        queue = tuple({RATE: rate} for rate in rates)
+        self.match(folder, keys, "study.keys.json", [folder / STUDY_FILE])
+        if not (folder / STUDY_FILE).exists():
+            SweepStudy.create(folder / STUDY_FILE, options)
+        plan = StudyPlan((Parameter(RATE, choices=rates),), options, queue)
+        study = SweepStudy(folder / STUDY_FILE, plan)
+        names = list(runs)
+
+        def tried(name: str) -> TrialOutcome:
+            rate, resolved, key = runs[name]
+            self.say(f"learning rate {rate:g}")
+            return self._tried(folder / name, resolved, key)
+
+        search(
+            study,
+            len(runs),
+            InProcess(tried),
+            lambda proposal: (names[proposal.number], 0),
+            lambda number, outcome: None,
+        )
+        return {names[row.number]: row.outcome for row in study.rows()}
+
+    def _tried(self, run: Path, resolved: Resolved, key: str) -> TrialOutcome:
+        """Return how a short run ended; its weights stay."""
         self.match(run.parent, {run.name: key}, f"{run.name}.keys.json", [run])
         try:
-            best = self.train(resolved, run)
-        except SlimError as error:
-            if "not finite" not in error.message and "nan" not in error.message:
-                raise
+            self.train(resolved, run)
+        except DivergedError as error:
             self.say(f"diverged: {error.message}")
-            return None
+            return TrialOutcome("diverged", why=error.message)
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
-        return best
+        return completed(run)
 
     # ------------------------------------------------------------------------------ steps
 
@@ -255,16 +290,12 @@ class MatrixRun:
         for path in stale:
             if path.exists():
                 self.say(f"{path.relative_to(self.out)}: its inputs changed, computed again")
-                shutil.rmtree(path)
+                path.unlink() if path.is_file() else shutil.rmtree(path)
         write_json(mark, keys)
 
-    def train(self, resolved: Resolved, run: Path) -> float | None:
-        """Fine-tune, resuming where a killed run stopped; return the best validation loss."""
-        started = (run / STATE_FILE).exists()
-        learn = finetune if resolved.recipe.distill is None else distill
-        learn(resolved, run, observer=self.observer, resume=started)
-        free()
-        return read_result(run).done.best_validation
+    def train(self, resolved: Resolved, run: Path) -> None:
+        """Fine-tune, resuming where a killed run stopped."""
+        train(resolved, run, self.observer)
 
 
 def whole(folder: Path) -> Path | None:
@@ -292,9 +323,3 @@ def rounded_name(source: str, bits: int, group_size: int, mode: str) -> str:
         mode: ``affine`` or a floating-point format.
     """
     return f"{source}-{bits}bit-g{group_size}-{mode}"
-
-
-def free() -> None:
-    """Release memory between two models."""
-    gc.collect()
-    mx.clear_cache()

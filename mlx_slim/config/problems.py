@@ -174,7 +174,7 @@ class Words:
         close = difflib.get_close_matches(path[wrong], names, n=1, cutoff=0.6)
         elsewhere = [key for key in every if key.rsplit(".", 1)[-1] == path[-1]]
         dotted = ".".join(path)
-        if close:
+        if close and not (len(path) == 1 and elsewhere):  # a bare name is whole in a section
             corrected = (*path[:wrong], names[close[0]], *path[wrong + 1 :])
             hint = f"did you mean {'.'.join(corrected)!r}?"
         elif elsewhere:

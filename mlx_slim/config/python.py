@@ -1,7 +1,7 @@
 """Recipes and overrides as Python values: what the functions of ``mlx_slim`` take.
 
 Invariant: a value is checked as one from a file is. Try it:
-``python -c "import mlx_slim; print(mlx_slim.plan('smollm2-lora', overrides={'adapter.rank': 4}))"``.
+``python -c "import mlx_slim; mlx_slim.plan('smollm2-lora', overrides={'adapter.rank': 4})"``.
 """
 
 from __future__ import annotations

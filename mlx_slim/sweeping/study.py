@@ -109,7 +109,7 @@ class SweepStudy:
         with _storage_errors(file), atomic_file(file) as temporary:
             optuna.create_study(
                 study_name=_NAME,
-                storage=_storage(temporary),
+                storage=_storage(temporary, durable=False),
                 directions=["minimize"] * len(options.objective),
             )
 
@@ -321,9 +321,21 @@ def _decoded(one: Parameter, value: Any) -> Any:
     return value
 
 
-def _storage(file: Path) -> optuna.storages.RDBStorage:
-    """Return the storage in a file, whatever its name has in it that an URL would not."""
-    engine = {"creator": lambda: sqlite3.connect(file), "poolclass": NullPool}
+def _storage(file: Path, *, durable: bool = True) -> optuna.storages.RDBStorage:
+    """Return the storage in a file, whatever its name has in it that an URL would not.
+
+    Args:
+        file: Of the study.
+        durable: Wait for the storage medium after each transaction.
+    """
+
+    def connect() -> sqlite3.Connection:
+        connection = sqlite3.connect(file)
+        if not durable:
+            connection.execute("PRAGMA synchronous = OFF")
+        return connection
+
+    engine = {"creator": connect, "poolclass": NullPool}
     return optuna.storages.RDBStorage("sqlite://", engine_kwargs=engine)
 
 

@@ -18,7 +18,9 @@ from tests.support.tiny import TinyModels
 
 # Those on Alpaca; recipes on tasks: test_task_recipes.py.
 NAMES = [
-    name for name in library.names("recipes") if not name.startswith(("tailored-", "tinyllm-"))
+    name
+    for name in library.names("recipes")
+    if not name.startswith(("tailored-", "tinyllm-", "sweep-"))
 ]
 DISTILLED = [name for name in NAMES if name.startswith("distill-")]
 TUNED = [name for name in NAMES if name not in DISTILLED]

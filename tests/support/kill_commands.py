@@ -34,13 +34,13 @@ from typing import Any
 import yaml
 
 import mlx_slim  # noqa: F401  # first: it puts the fast BLAS under MLX
-from mlx_slim import api, trackers  # noqa: F401  # imported once, for all runs
-from mlx_slim.cli import compare as compare_command
+from mlx_slim import api, children, trackers  # noqa: F401  # imported once, for all runs
 from mlx_slim.cli.main import COMMANDS, run
 from mlx_slim.compare import cell, report, runner  # noqa: F401
 from mlx_slim.errors import Interrupted
 from mlx_slim.export import model as export  # noqa: F401
 from mlx_slim.pruning import recover  # noqa: F401
+from mlx_slim.sweeping import run as sweeping  # noqa: F401
 from tests.support.kills import (
     Watch,
     announce_events,
@@ -93,6 +93,11 @@ MATRIX = {
     "sweep": {"steps": 1},
     "intruders": False,
     "forgetting": {"path": "text.txt"},
+}
+
+SPACE = {
+    "adapter.rank": [1, 2],
+    "train.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True},
 }
 
 
@@ -161,6 +166,13 @@ _RUNS = {
         state="eval.json",
     ),
     "compare": Command(["compare", "toy.yaml", "--quiet"], state="matrix.json"),
+    "sweep": Command(
+        [
+            *("sweep", "small.yaml", *_SHORT, "train.validate_every=1", "--space", "space.yaml"),
+            *("--trials", "3", "--seeds", "1", "--quiet"),
+        ],
+        state="request.json",
+    ),
 }
 _ONE_SHOT = {
     "convert": ["convert", "source", "--dtype", "float16"],
@@ -179,13 +191,13 @@ ALL = {**_RUNS, **{name: Command(words, resumes=False) for name, words in _ONE_S
 
 
 class Here:
-    """Stands for the process of a cell: runs it in this one, so that a kill ends both."""
+    """Stands for the process of a cell or a trial: runs it here, so that a kill ends both."""
 
     def __init__(self, command: list[str], **_: Any) -> None:
         self.words = command[command.index("mlx_slim") + 1 :]
 
     def poll(self) -> int:
-        """Run the cell and return its exit code."""
+        """Run it and return its exit code."""
         return run(self.words)
 
 
@@ -222,7 +234,7 @@ class Trial:
         with log.open("w") as handle:
             os.dup2(handle.fileno(), 1)
             os.dup2(handle.fileno(), 2)
-        compare_command.subprocess = type("processes", (), {"Popen": Here})  # type: ignore[assignment]
+        children.subprocess = type("processes", (), {"Popen": Here})  # type: ignore[assignment]
         watch = Watch([self.work], limit, number)
         announce_events(watch)
         words = [*self.command.words, "-o", str(self.out)]
@@ -320,6 +332,7 @@ def prepare(inputs: Path) -> None:
     (inputs / "toy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (inputs / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 12)
     (inputs / "small.yaml").write_text(yaml.safe_dump({"model": "source", **TRAIN}))
+    (inputs / "space.yaml").write_text(yaml.safe_dump(SPACE, sort_keys=False))
     (inputs / "toy.yaml").write_text(yaml.safe_dump(MATRIX, sort_keys=False))
     os.chdir(inputs)
     assert run(["train", "small.yaml", "-o", "tuned", "--quiet"]) == 0

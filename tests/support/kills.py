@@ -117,7 +117,8 @@ def import_modules(file: Path) -> None:
 
 _TIMES = re.compile(
     r"(seconds|tokens_per_second|peak_memory_bytes|active_memory_bytes|\w*_seconds|minutes"
-    r"|eval_peak_memory_bytes|cache_bytes)"  # the last is the memory that was free, in powers of 2
+    r"|eval_peak_memory_bytes|attempts"  # of a trial: how often it was started
+    r"|cache_bytes)"  # the memory that was free, in powers of 2
 )
 # Pages and tables that are made of the cells' records, times among them.
 _PAGES = ("report.html", "report.md", "results.csv")
@@ -129,6 +130,8 @@ def comparable(name: str, content: bytes | None) -> Any:
         return content
     if name.rsplit("/", 1)[-1] in _PAGES:
         return "a page"
+    if name.endswith("study.db"):  # it knows what was killed; sweep.json says what came of it
+        return "a study"
     if name.endswith("models/hashes.json"):  # it knows files by their time besides
         return {key: entry["sha256"] for key, entry in json.loads(content).items()}
     if name.endswith(".json"):
