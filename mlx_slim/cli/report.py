@@ -6,6 +6,7 @@ Invariant: the kind of folder is detected; a page is a function of its records. 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,20 +24,24 @@ if TYPE_CHECKING:
 
 @click.command("report", epilog="Example: mlx-slim report runs/smollm2-lora --watch")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--verify", is_flag=True, help="Of a matrix or a search: recompute its numbers.")
+@click.option("--verify", is_flag=True, help="Of a matrix, a search or a sweep: recompute it.")
 @click.option("--watch", is_flag=True, help="For a run: serve the page live, on this machine only.")
 @click.option("--port", type=Whole(0, 65535), default=0, help="Port of --watch [a free one].")
 def command(folder: Path, verify: bool, watch: bool, port: int) -> None:
-    """Write the page of the run, search or experiment matrix in FOLDER: report.html.
+    """Write the page of the run, search, sweep or experiment matrix in FOLDER: report.html.
 
     For a run (train, distill, prune --recover; complete, running or killed): curves, memory, rows,
     answers before and after. For a matrix (compare): also report.md and results.json. Of a pruned
     model, what was cut and what it cost.
     """
     from mlx_slim.slimming.report import is_search
+    from mlx_slim.sweeping.records import is_sweep
 
     if is_search(folder):
         _search(folder, verify, watch or bool(port))
+        return
+    if is_sweep(folder):
+        _sweep(folder, verify, watch or bool(port))
         return
     run = _run_of(folder)
     facts = _pruning_facts(folder)
@@ -103,6 +108,36 @@ def _search(folder: Path, verify: bool, live: bool) -> None:
     click.echo(read_report(folder).headline)
     click.echo(f"report: {page}")
     show_next(look_at(page), step("recompute it", "mlx-slim", "report", folder, "--verify"))
+
+
+def _sweep(folder: Path, verify: bool, live: bool) -> None:
+    """Write the page of a sweep, or make its report anew and compare.
+
+    Raises:
+        SlimError: If they differ.
+    """
+    from mlx_slim.sweeping.conclusion import collect
+    from mlx_slim.sweeping.report import write_page
+    from mlx_slim.sweeping.run import WINNER, read_report, report_of
+
+    if live:
+        raise SlimError(f"{folder} is a sweep", "leave --watch and --port out")
+    if verify:
+        again, stored = collect(folder), read_report(folder)
+        if replace(again, provenance=stored.provenance) != stored:
+            raise SlimError(
+                f"{folder}/sweep.json is not what its trials give",
+                "remove it and resume the sweep: it is made anew",
+            )
+        click.echo(f"the report of {len(stored.rows)} trials follows from their records")
+        return
+    report = report_of(folder)
+    page = write_page(folder, report)
+    click.echo(report.headline)
+    click.echo(f"report: {page}")
+    winner = folder / WINNER
+    best = step("train with the best values", "mlx-slim", "train", winner, "-o", "runs/best")
+    show_next(look_at(page), *([best] if winner.exists() else []))
 
 
 def _pruning_facts(folder: Path) -> list[str]:

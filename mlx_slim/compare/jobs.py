@@ -34,7 +34,7 @@ from mlx_slim.quantization.apply import load_quantized
 from mlx_slim.reading import JsonObject, read_object
 from mlx_slim.sweeping.launch import InProcess
 from mlx_slim.sweeping.options import SweepOptions
-from mlx_slim.sweeping.records import TrialOutcome
+from mlx_slim.sweeping.records import STUDY_FILE, TrialOutcome
 from mlx_slim.sweeping.space import Parameter
 from mlx_slim.sweeping.trial import completed, train
 
@@ -215,7 +215,7 @@ class MatrixRun:
             keys: Of all runs: the study of other ones is made anew.
         """
         from mlx_slim.sweeping.search import search  # Optuna takes a second
-        from mlx_slim.sweeping.study import STUDY_FILE, StudyPlan, SweepStudy
+        from mlx_slim.sweeping.study import StudyPlan, SweepStudy
 
         options = SweepOptions(trials=len(runs), pruner="none")
         rates = tuple(rate for rate, _, _ in runs.values())

@@ -15,15 +15,17 @@ from mlx_slim.config.load import Resolved
 from mlx_slim.config.recipe_file import recipe_text, value_text
 from mlx_slim.sweeping.options import SweepOptions
 from mlx_slim.sweeping.records import (
+    STATE_FILE,
+    STUDY_FILE,
     SeedRow,
     SweepReport,
     TrialOutcome,
     TrialRow,
     read_json_record,
 )
-from mlx_slim.sweeping.request import STATE_FILE, SweepRequest
+from mlx_slim.sweeping.request import SweepRequest
 from mlx_slim.sweeping.space import Point, changed_recipe
-from mlx_slim.sweeping.study import STUDY_FILE, SweepStudy, objective_values
+from mlx_slim.sweeping.study import SweepStudy, objective_values
 from mlx_slim.sweeping.trial import OUTCOME
 
 SEEDS = "seeds"

@@ -26,6 +26,9 @@ from mlx_slim.sweeping import conclusion
 from mlx_slim.sweeping.launch import Launcher, launcher
 from mlx_slim.sweeping.options import SweepOptions, check
 from mlx_slim.sweeping.records import (
+    REPORT_FILE,
+    STATE_FILE,
+    STUDY_FILE,
     SweepReport,
     TrialOutcome,
     TrialRequest,
@@ -34,7 +37,6 @@ from mlx_slim.sweeping.records import (
 )
 from mlx_slim.sweeping.report import write_page
 from mlx_slim.sweeping.request import (
-    STATE_FILE,
     TRIALS,
     check_recipe,
     check_same,
@@ -45,10 +47,9 @@ from mlx_slim.sweeping.request import (
 )
 from mlx_slim.sweeping.search import InfeasibleError, UnusableInputError, search
 from mlx_slim.sweeping.space import SweepSpace, changed_recipe, load_space
-from mlx_slim.sweeping.study import STUDY_FILE, Proposal, SweepStudy
+from mlx_slim.sweeping.study import Proposal, SweepStudy
 from mlx_slim.sweeping.trial import OUTCOME, RECIPE, REQUEST, tidy
 
-REPORT_FILE = "sweep.json"
 WINNER = "winner.yaml"
 
 
@@ -126,11 +127,6 @@ def report_of(folder: Path) -> SweepReport:
     """
     finished = (folder / REPORT_FILE).is_file()
     return read_report(folder) if finished else conclusion.collect(folder)
-
-
-def is_sweep(folder: Path) -> bool:
-    """Return whether ``folder`` holds a sweep."""
-    return (folder / STATE_FILE).is_file() and (folder / STUDY_FILE).is_file()
 
 
 @dataclass

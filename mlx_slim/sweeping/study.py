@@ -48,7 +48,6 @@ from mlx_slim.sweeping.records import (
 )
 from mlx_slim.sweeping.space import Parameter, Point
 
-STUDY_FILE = "study.db"
 _NAME = "sweep"  # of the study: Hyperband draws a trial's bracket from it and the number
 _LEAST_FOR_IMPORTANCES = 8  # complete trials
 optuna.logging.set_verbosity(optuna.logging.ERROR)

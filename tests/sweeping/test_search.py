@@ -9,10 +9,10 @@ import pytest
 from mlx_slim.artifacts import write_json
 from mlx_slim.sweeping.launch import InProcess, InProcesses
 from mlx_slim.sweeping.options import SweepOptions
-from mlx_slim.sweeping.records import TrialOutcome, to_json
+from mlx_slim.sweeping.records import STUDY_FILE, TrialOutcome, to_json
 from mlx_slim.sweeping.search import InfeasibleError, UnusableInputError, search
 from mlx_slim.sweeping.space import Parameter
-from mlx_slim.sweeping.study import STUDY_FILE, Proposal, StudyPlan, SweepStudy
+from mlx_slim.sweeping.study import Proposal, StudyPlan, SweepStudy
 from mlx_slim.sweeping.trial import OUTCOME
 
 RANK = Parameter("adapter.rank", low=1, high=64, whole=True)
@@ -97,7 +97,9 @@ def test_parallel_trials_fit_the_budget_together(tmp_path: Path) -> None:
     """Peaks are 10, 20, … 60 bytes; one that fits alone only, or not at all, runs alone."""
     processes = launched(tmp_path, 3, 55, {})
     peaks = [sum(10 * (1 + int(name[7:])) for name in names) for names in processes.most]
-    assert all(peak <= 55 or len(names) == 1 for peak, names in zip(peaks, processes.most))
+    assert all(
+        peak <= 55 or len(names) == 1 for peak, names in zip(peaks, processes.most, strict=True)
+    )
     assert max(map(len, processes.most)) == 2  # 10 + 20, and 30 more would be over
     assert {"trials/5"} in processes.most
     assert [row.number for row in study_in(tmp_path).rows()] == list(range(6))

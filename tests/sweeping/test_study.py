@@ -11,9 +11,9 @@ import pytest
 
 from mlx_slim.errors import SlimError
 from mlx_slim.sweeping.options import SweepOptions, check
-from mlx_slim.sweeping.records import PastTrial, TrialOutcome, TrialRequest
+from mlx_slim.sweeping.records import STUDY_FILE, PastTrial, TrialOutcome, TrialRequest
 from mlx_slim.sweeping.space import Parameter, Point
-from mlx_slim.sweeping.study import STUDY_FILE, StudyPlan, SweepStudy, should_prune
+from mlx_slim.sweeping.study import StudyPlan, SweepStudy, should_prune
 
 PARAMETERS = (
     Parameter("adapter.rank", low=2, high=64, log=True, whole=True),
