@@ -41,6 +41,7 @@ PAPERS = {
     "2106.09685": "LoRA",
     "2210.17323": "GPTQ",
     "2303.10512": "AdaLoRA",
+    "2304.10255": "PED-ANOVA: importance of hyperparameters",
     "2305.11627": "LLM-Pruner: coupled groups, first-order importance, the pruning protocol",
     "2305.14314": "QLoRA",
     "2306.00978": "AWQ",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,16 +17,16 @@ ROOT = Path(__file__).parents[1]
 # teacher's targets, a second student), a run of several steps, scores, a folder that appears whole.
 # ``make kills`` takes all commands.
 KILLED = (
-    *("train qlora", "distill sequence", "distill mutual", "prune recover", "eval", "sweep"),
+    *("train qlora", "distill sequence", "distill mutual", "prune recover", "eval"),
     *("quantize", "fuse", "export gguf"),
 )
 POINTS = 12
 
 
-def test_killed_at_drawn_moments_every_command_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
-    """``make kills`` takes every moment. The seed stands here: a failure can be run again."""
-    command = ["-m", "tests.support.kill_commands", tmp_path, "--points", POINTS, "--seed", "0"]
-    command += ["--only", *KILLED]
+def kill(folder: Path, names: Sequence[str], points: int) -> None:
+    """Kill commands at ``points`` drawn moments; all must end as the undisturbed ones."""
+    command = ["-m", "tests.support.kill_commands", folder, "--points", points, "--seed", "0"]
+    command += ["--only", *names]
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=ROOT,
@@ -37,8 +38,20 @@ def test_killed_at_drawn_moments_every_command_ends_as_the_undisturbed_one(tmp_p
     )
     moments = [line for line in done.stdout.splitlines() if ", at " in line]
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(moments) == POINTS and all(line.endswith(": equal") for line in moments), moments
-    assert {line.partition(", at ")[0] for line in moments} == set(KILLED)
+    assert len(moments) == points and all(line.endswith(": equal") for line in moments), moments
+    assert {line.partition(", at ")[0] for line in moments} == set(names)
+
+
+def test_killed_at_drawn_moments_every_command_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
+    """``make kills`` takes every moment. The seed stands here: a failure can be run again."""
+    kill(tmp_path, KILLED, POINTS)
+
+
+def test_a_killed_sweep_has_the_trials_losses_and_winner_of_the_undisturbed_one(
+    tmp_path: Path,
+) -> None:
+    """Every file is compared: what is proposed after many trials, ``sweeping/test_study.py``."""
+    kill(tmp_path, ["sweep"], 3)
 
 
 def test_a_command_that_is_none_is_named_before_anything_runs(

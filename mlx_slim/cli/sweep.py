@@ -72,7 +72,9 @@ def command(
     from mlx_slim.sweeping.report import PAGE
     from mlx_slim.sweeping.run import WINNER, sweep
 
-    options = SweepOptions(**chosen, **({"objective": objective} if objective else {}))
+    if objective:
+        chosen["objective"] = objective
+    options = SweepOptions(**chosen)
     resolved = load_recipe(recipe, overrides)
     folder = out or Path("runs") / f"{resolved.name}-sweep"
     output = Terminal(highlight=False, stderr=as_json)

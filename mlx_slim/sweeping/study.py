@@ -109,7 +109,7 @@ class SweepStudy:
             optuna.create_study(
                 study_name=_NAME,
                 storage=_storage(temporary, durable=False),
-                directions=["minimize"] * len(options.objective),
+                directions=_directions(options),
             )
 
     # ------------------------------------------------------------------------------ the record
@@ -269,7 +269,7 @@ def _repeated(past: Sequence[PastTrial], plan: StudyPlan) -> optuna.Study:
     one_objective = len(plan.options.objective) == 1
     study = optuna.create_study(
         study_name=_NAME,
-        directions=["minimize"] * len(plan.options.objective),
+        directions=_directions(plan.options),
         sampler=optuna.samplers.RandomSampler(seed=0),  # every parameter is given
         pruner=_pruner(plan),
     )
@@ -286,6 +286,10 @@ def _repeated(past: Sequence[PastTrial], plan: StudyPlan) -> optuna.Study:
         elif one.state != "running":
             study.tell(trial, state=TrialState.PRUNED)
     return study
+
+
+def _directions(options: SweepOptions) -> list[optuna.study.StudyDirection]:
+    return [optuna.study.StudyDirection.MINIMIZE] * len(options.objective)
 
 
 def _pruner(plan: StudyPlan) -> optuna.pruners.BasePruner:

@@ -169,7 +169,7 @@ _RUNS = {
     "sweep": Command(
         [
             *("sweep", "small.yaml", *_SHORT, "train.validate_every=1", "--space", "space.yaml"),
-            *("--trials", "3", "--seeds", "1", "--quiet"),
+            *("--trials", "2", "--seeds", "1", "--quiet"),
         ],
         state="request.json",
     ),
@@ -316,8 +316,11 @@ def _shown(actual: Any, expected: Any, name: str) -> str:
 # ------------------------------------------------------------------------------------- the whole
 
 
-def prepare(inputs: Path) -> None:
-    """Write models, rows, a task, a text, a recipe and a matrix; tune and export one adapter."""
+def prepare(inputs: Path, names: list[str]) -> None:
+    """Write models, rows, a task, a text, a recipe, a space and a matrix.
+
+    Commands among ``names`` that read an adapter get one: it is tuned, and exported.
+    """
     shutil.rmtree(inputs, ignore_errors=True)
     inputs.mkdir(parents=True)
     tiny_model(inputs / "source", seed=0)
@@ -335,8 +338,9 @@ def prepare(inputs: Path) -> None:
     (inputs / "space.yaml").write_text(yaml.safe_dump(SPACE, sort_keys=False))
     (inputs / "toy.yaml").write_text(yaml.safe_dump(MATRIX, sort_keys=False))
     os.chdir(inputs)
-    assert run(["train", "small.yaml", "-o", "tuned", "--quiet"]) == 0
-    assert run(["export", "tuned", "--to", "peft", "-o", "peft"]) == 0
+    if any(word.startswith(("tuned", "peft")) for name in names for word in ALL[name].words):
+        assert run(["train", "small.yaml", "-o", "tuned", "--quiet"]) == 0
+        assert run(["export", "tuned", "--to", "peft", "-o", "peft"]) == 0
     name_modules(inputs / "modules")
 
 
@@ -398,7 +402,7 @@ def main(words: list[str]) -> int:
     for module, _ in COMMANDS.values():
         importlib.import_module(f"mlx_slim.cli.{module}")
     base = arguments.folder.resolve()
-    assert run_forked(partial(prepare, base / "given")) == 0
+    assert run_forked(partial(prepare, base / "given", arguments.only)) == 0
     import_modules(base / "given" / "modules")
     tell = partial(print, flush=True)
     if arguments.points is None:

@@ -48,7 +48,7 @@ def run(
     """Search; leave the study open in the middle of a trial as often as ``kills`` counts steps."""
     if not file.exists():
         SweepStudy.create(file, options)
-    moments = 0
+    moments, outcome = 0, TrialOutcome("running")
     study = SweepStudy(file, plan_of(options))
     study.fail_running()
     while (proposal := study.next(trials)) is not None:
