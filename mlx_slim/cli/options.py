@@ -84,7 +84,10 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> Callable[[Command], Com
     flag = line.flag or f"--{field.name.replace('_', '-')}"
     declare = functools.partial(click.option, help=line.help, metavar=line.metavar)
     if line.multiple:
-        return declare(flag, field.name, multiple=True)
+        default = field.default or None
+        return declare(
+            flag, field.name, multiple=True, default=default, show_default=default is not None
+        )
     kind = _bare(hint)
     if kind is bool and field.default is False:
         return declare(flag, field.name, is_flag=True)

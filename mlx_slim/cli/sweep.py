@@ -42,7 +42,6 @@ def command(
     only: str | None,
     as_json: bool,
     quiet: bool,
-    objective: tuple[str, ...],
     **chosen: Any,
 ) -> None:
     r"""Search the hyperparameters of RECIPE for the lowest validation loss.
@@ -72,8 +71,6 @@ def command(
     from mlx_slim.sweeping.report import PAGE
     from mlx_slim.sweeping.run import WINNER, sweep
 
-    if objective:
-        chosen["objective"] = objective
     options = SweepOptions(**chosen)
     resolved = load_recipe(recipe, overrides)
     folder = out or Path("runs") / f"{resolved.name}-sweep"

@@ -54,7 +54,7 @@ def collect(out: Path) -> SweepReport:
     options = plan.options
     space, train_seed = request.sweep_space, request.sweep_space.base.recipe.train.seed
     seeds = [] if best is None else _seeds(out, best.number)
-    own = next((row for row in rows if plan.queue and row.number == 0), None)
+    baseline = next((row for row in rows if plan.queue and row.number == 0), None)
     workers = study.workers()
     return SweepReport(
         schema_version=SCHEMA_VERSION,
@@ -68,10 +68,10 @@ def collect(out: Path) -> SweepReport:
         rows=rows,
         best=None if best is None else best.number,
         front=_front(rows, options),
-        own=None if own is None else own.number,
+        baseline=None if baseline is None else baseline.number,
         seeds=seeds,
         importances=study.importances(),
-        headline=_headline(rows, best, own, seeds),
+        headline=_headline(rows, best, baseline, seeds),
         notes=_notes(rows, best, seeds, options, workers),
         provenance=provenance(),
     )
@@ -138,7 +138,7 @@ def point_text(point: Point) -> str:
 def _headline(
     rows: Sequence[TrialRow],
     best: TrialRow | None,
-    own: TrialRow | None,
+    baseline: TrialRow | None,
     seeds: Sequence[SeedRow],
 ) -> str:
     if best is None:
@@ -153,8 +153,12 @@ def _headline(
             f"; on {len(losses)} seeds {statistics.mean(losses):.4f} ± "
             f"{statistics.stdev(losses):.4f}"
         )
-    if own is not None and own.outcome.state == "complete" and own.number != best.number:
-        text += f"; the recipe's own values: {_loss(own):.4f}"
+    if (
+        baseline is not None
+        and baseline.outcome.state == "complete"
+        and baseline.number != best.number
+    ):
+        text += f"; the recipe's own values: {_loss(baseline):.4f}"
     return text
 
 

@@ -1,7 +1,7 @@
 """Who runs trials: this process, one after the other, or a process each.
 
 Invariant: a trial is its folder: whoever runs it reads nothing else and leaves ``outcome.json``. A
-trial whose process was killed may go on from its checkpoint, as long as it gets further each time.
+trial whose process was killed may resume from its checkpoint, as long as it gets further each time.
 Used by ``sweeping/run.py``.
 """
 
@@ -91,13 +91,13 @@ class InProcess:
 
 @final
 class InProcesses:
-    """Runs each trial in a process, several where their predicted peaks fit the budget together.
+    """Runs each trial in a process, several where the sum of their predicted peaks fits the budget.
 
     Args:
         out: Folder of the sweep.
         children: Where they run.
         workers: At most so many at a time.
-        budget: Bytes that they may need together; one alone always begins.
+        budget: Bytes that all of them may need; one alone always begins.
         quiet: Let them print warnings only.
     """
 

@@ -1,4 +1,4 @@
-"""What ``mlx-slim sweep`` is asked for besides the recipe and its space.
+"""What ``mlx-slim sweep`` is given besides the recipe and its space.
 
 Invariant: the only home of these defaults; nothing heavy is imported. Try it:
 ``mlx-slim sweep --help``.

@@ -1,4 +1,4 @@
-"""Records of a sweep: what a trial is asked for, how it ended, and the report of all.
+"""Records of a sweep: what a trial is to do, how it ended, and the report of all.
 
 Invariant: each is a frozen class that reads and writes its JSON by one definition; ``sweep.json``
 is the last file of a finished sweep. Try it: ``mlx-slim report DIR`` on the folder of a sweep.
@@ -127,9 +127,9 @@ class SweepReport:
         rows: Every trial that has ended, by number.
         best: Number of the trial with the lowest validation loss; None if none is complete.
         front: Numbers of the trials that no other beats in all objectives, by loss.
-        own: Number of the trial with the recipe's own values; None if there is none.
+        baseline: Number of the trial with the recipe's own values; None if there is none.
         seeds: The best trial on other seeds.
-        importances: Key -> share of what explains the loss (PED-ANOVA, arXiv 2304.10255); empty
+        importances: Key -> fraction of what explains the loss (PED-ANOVA, arXiv 2304.10255); empty
             where too few trials are complete.
         headline: The result in one line.
         notes: A line each.
@@ -147,7 +147,7 @@ class SweepReport:
     rows: list[TrialRow]
     best: int | None
     front: list[int]
-    own: int | None
+    baseline: int | None
     seeds: list[SeedRow]
     importances: dict[str, float]
     headline: str

@@ -48,7 +48,7 @@ def render(report: SweepReport, name: str) -> str:
         name=name,
         report=report,
         best=best,
-        own=next((row for row in report.rows if row.number == report.own), None),
+        baseline=next((row for row in report.rows if row.number == report.baseline), None),
         spread=((statistics.mean(losses), statistics.stdev(losses)) if len(losses) > 1 else None),
         keys=[one["key"] for one in report.space],
         plots=_plots(report),
@@ -78,13 +78,15 @@ def _plots(report: SweepReport) -> list[tuple[str, str, Markup]]:
         )
     ]
     if report.importances:
-        shares = sorted(report.importances.items(), key=lambda item: -item[1])
+        ordered = sorted(report.importances.items(), key=lambda item: -item[1])
         drawn.append(
             (
                 "Importances",
                 "How much each key decides between good trials and all (PED-ANOVA, arXiv "
-                "2304.10255), shares of the complete trials only; few trials say little.",
-                dots([Dot(key, 2, share) for key, share in shares], "importances", "share", 0.0),
+                "2304.10255), of the complete trials only; few trials say little.",
+                dots(
+                    [Dot(key, 2, weight) for key, weight in ordered], "importances", "fraction", 0.0
+                ),
             )
         )
     if len(complete) > 1:

@@ -90,9 +90,9 @@ class SweepRequest:
 
 def plan_of(space: SweepSpace, options: SweepOptions) -> StudyPlan:
     """Return what decides the proposals: the recipe's own values are tried first."""
-    own: Point | None = space.own_point()
+    baseline: Point | None = space.baseline_point()
     every = space.base.recipe.train.validate_every
-    return StudyPlan(space.parameters, options, () if own is None else (own,), every)
+    return StudyPlan(space.parameters, options, () if baseline is None else (baseline,), every)
 
 
 def request_of(space: SweepSpace, options: SweepOptions) -> SweepRequest:

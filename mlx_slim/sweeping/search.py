@@ -16,7 +16,7 @@ from mlx_slim.sweeping.study import Proposal, SweepStudy
 
 
 class InfeasibleError(SlimError):
-    """The values of a trial do not go together."""
+    """The values of a trial exclude each other."""
 
 
 class UnusableInputError(SlimError):

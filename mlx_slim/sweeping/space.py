@@ -110,11 +110,11 @@ class SweepSpace:
         """Return the recipe with the values of ``point``.
 
         Raises:
-            SlimError: If they do not go together.
+            SlimError: If they exclude each other.
         """
         return changed_recipe(self.base, point, self.origin)
 
-    def own_point(self) -> Point | None:
+    def baseline_point(self) -> Point | None:
         """Return the recipe's own values, if they lie in the space."""
         values = self.base.recipe.model_dump(mode="json")
         point = {one.key: _at(values, one.key) for one in self.parameters}
@@ -130,7 +130,7 @@ def changed_recipe(base: Resolved, values: Point, origin: str) -> Resolved:
     """Return ``base`` with values of dotted keys laid over it.
 
     Raises:
-        SlimError: If they are wrong, or do not go together.
+        SlimError: If they are wrong, or exclude each other.
     """
     layers = [(base.recipe.model_dump(mode="json", exclude_unset=True), f"recipe {base.name}")]
     layers += [(_nested(key, value), origin) for key, value in values.items()]

@@ -230,15 +230,15 @@ class SweepStudy:
         return [past[other] for other in range(number)]
 
     def importances(self) -> dict[str, float]:
-        """Return key -> share of what explains the loss, none where too few trials are complete."""
+        """Return key -> fraction of what explains the loss; empty for few complete trials."""
         rows = [row for row in self.rows() if row.outcome.state == "complete"]
         varied = len({row.outcome.loss for row in rows}) > 1
         if len(rows) < _LEAST_FOR_IMPORTANCES or not varied:
             return {}
         plan = replace(self.plan, options=replace(self.plan.options, objective=(LOSS,)))
         past = self.past(1 + max(row.number for row in rows), plan.options)
-        shares = optuna.importance.get_param_importances(_repeated(past, plan))
-        return {key: float(share) for key, share in shares.items()}
+        fractions = optuna.importance.get_param_importances(_repeated(past, plan))
+        return {key: float(value) for key, value in fractions.items()}
 
 
 def objective_values(outcome: TrialOutcome, options: SweepOptions) -> list[float]:

@@ -25,6 +25,7 @@ from mlx_slim.models.options import ConvertOptions
 from mlx_slim.pruning.options import PruneOptions
 from mlx_slim.quantization.options import CompressOptions
 from mlx_slim.slimming.options import SlimOptions
+from mlx_slim.sweeping.options import SweepOptions
 
 OWNERS = [
     ("analyze intruders", IntruderOptions),
@@ -33,6 +34,7 @@ OWNERS = [
     ("chat", ChatOptions),
     ("compare", CompareOptions),
     ("slim", SlimOptions),
+    ("sweep", SweepOptions),
     ("convert", ConvertOptions),
     ("demo", DemoOptions),
     ("eval", EvalOptions),

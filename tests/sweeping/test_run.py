@@ -69,7 +69,7 @@ def test_a_sweep_from_its_first_trial_to_the_recipe_of_the_best(
     out = inputs / "out"
     assert [row.number for row in report.rows] == [0, 1, 2]
     # The recipe's own values are the first trial; each trial is a run that train would make.
-    assert report.own == 0 and report.rows[0].values == {
+    assert report.baseline == 0 and report.rows[0].values == {
         "adapter.rank": 2,
         "train.learning_rate": 1e-3,
     }
@@ -78,8 +78,8 @@ def test_a_sweep_from_its_first_trial_to_the_recipe_of_the_best(
     best = min(report.rows, key=lambda row: row.outcome.loss or 9.0)
     assert report.best == best.number and f"trial {best.number} of 3" in report.headline
     for row in report.rows:
-        kept = (out / f"trials/{row.number:03d}/run/adapters/adapters.safetensors").exists()
-        assert kept == (row.number == report.best)
+        present = (out / f"trials/{row.number:03d}/run/adapters/adapters.safetensors").exists()
+        assert present == (row.number == report.best)
         assert not (out / f"trials/{row.number:03d}/run/checkpoints").exists()
     winner = load_recipe("out/winner.yaml").recipe
     assert winner.adapter.rank == best.values["adapter.rank"]
@@ -101,8 +101,8 @@ def test_a_sweep_from_its_first_trial_to_the_recipe_of_the_best(
         assert text in page
     assert "Importances" not in page  # of three trials
     assert command(["report", "out"]) == command(["report", "out", "--verify"]) == 0
-    said = capsys.readouterr().out
-    assert report.headline in said and "3 trials follows from their records" in said
+    printed = capsys.readouterr().out
+    assert report.headline in printed and "3 trials follows from their records" in printed
     (out / "sweep.json").unlink()  # of one that is not finished
     assert command(["report", "out"]) == 0
     assert (out / "report.html").read_text() == page
@@ -145,10 +145,10 @@ def test_the_pruner_ends_a_trial_and_what_diverges_ends_no_sweep(
     inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the pruner of Optuna decides, test_study.py tests; here it says yes to the second."""
-    asked: list[tuple[int, int]] = []
+    decisions: list[tuple[int, int]] = []
 
     def decide(request: trial.TrialRequest, curve: trial.Curve) -> bool:
-        asked.append((len(request.past), len(curve)))
+        decisions.append((len(request.past), len(curve)))
         return len(request.past) == 1
 
     monkeypatch.setattr("mlx_slim.sweeping.study.should_prune", decide)
@@ -163,7 +163,7 @@ def test_the_pruner_ends_a_trial_and_what_diverges_ends_no_sweep(
     report = mlx_slim.sweep("base.yaml", "space.yaml", "out", SweepOptions(trials=4, seeds=0))
     states = [row.outcome.state for row in report.rows]
     assert states == ["complete", "pruned", "diverged", "complete"]
-    assert asked == [(0, 1), (1, 1), (3, 1)]  # never after the last step
+    assert decisions == [(0, 1), (1, 1), (3, 1)]  # never after the last step
     pruned = report.rows[1].outcome
     assert pruned.steps == 1 and pruned.why == "pruned after step 1" and pruned.loss is not None
     assert any("1 of 4 trials were pruned" in note for note in report.notes)

@@ -47,14 +47,14 @@ def test_a_point_is_a_recipe_and_kinds_follow_from_keys(tmp_path: Path) -> None:
     assert recipe.adapter.rank == 8 and recipe.adapter.targets == ["q_proj", "v_proj"]
     assert recipe.adapter.scale == 2 and recipe.adapter.alpha is None
     assert recipe.train.max_length == 128 and recipe.train.steps == 8
-    assert space.own_point() is None  # it has no scale
+    assert space.baseline_point() is None  # it has no scale
 
 
 def test_the_recipes_own_values_are_a_point_if_they_are_in_the_space(tmp_path: Path) -> None:
     inside = space_of(tmp_path, {"adapter.rank": [4, 8], "adapter.alpha": {"low": 8, "high": 32}})
-    assert inside.own_point() == {"adapter.rank": 4, "adapter.alpha": 16.0}
+    assert inside.baseline_point() == {"adapter.rank": 4, "adapter.alpha": 16.0}
     for content in ({"adapter.rank": [2, 8]}, {"adapter.rank": {"low": 1, "high": 9, "step": 4}}):
-        assert space_of(tmp_path, content).own_point() is None
+        assert space_of(tmp_path, content).baseline_point() is None
 
 
 def test_the_shipped_space_fits_the_shipped_recipe() -> None:
@@ -65,7 +65,7 @@ def test_the_shipped_space_fits_the_shipped_recipe() -> None:
         "adapter.targets",
         "train.learning_rate",
     ]
-    assert space.own_point() is not None
+    assert space.baseline_point() is not None
 
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
