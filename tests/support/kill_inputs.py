@@ -1,4 +1,4 @@
-"""The small runs that ``kill_commands`` kills: recipes, a task, a matrix, a space, command lines."""
+"""The small runs that ``kill_commands`` kills: recipes, a task, a matrix, a space, commands."""
 
 from __future__ import annotations
 
