@@ -16,9 +16,9 @@ import mlx.core as mx
 import pytest
 from mlx_lm import load as stock_load
 
+from mlx_slim import children
 from mlx_slim.adapters.store import load_adapter
 from mlx_slim.api import distill, finetune
-from mlx_slim.cli import compare as compare_command
 from mlx_slim.cli.main import run as command
 from mlx_slim.errors import SlimError
 from mlx_slim.models.load import load
@@ -127,7 +127,7 @@ def test_a_matrix_reports_resumes_and_verifies(
     files: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cells = SimpleNamespace(Popen=Here)  # in this process: a start takes seconds
-    monkeypatch.setattr(compare_command, "subprocess", cells)
+    monkeypatch.setattr(children, "subprocess", cells)
     published = scores(files)
     assert command(["report", "matrix"]) == 0
     assert scores(files) == published

@@ -23,6 +23,7 @@ from mlx_slim.sweeping import trial
 from mlx_slim.sweeping.options import SweepOptions
 from mlx_slim.sweeping.report import render
 from mlx_slim.sweeping.run import read_report
+from tests.support.imports import imported_by
 from tests.support.runs import CtrlC, Recorder, write_rows
 
 SPACE = {"adapter.rank": [2, 4], "train.learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}}
@@ -275,3 +276,10 @@ def test_the_command_lists_spaces_and_runs_trials_in_processes(
         ["--only", "trials/000"],
         ["--only", "seeds/000-seed-1"],
     ]
+
+
+def test_optuna_is_imported_by_a_sweep_alone() -> None:
+    _, heavy = imported_by(
+        "import mlx_slim.api, mlx_slim.cli.sweep, mlx_slim.cli.report, mlx_slim.compare.cell"
+    )
+    assert "'mlx.core'" in heavy and "optuna" not in heavy
