@@ -15,6 +15,7 @@ import click
 from mlx_slim.cli.options import options_of, recipe_names, refuse_model, show_next
 from mlx_slim.config.load import load_recipe
 from mlx_slim.errors import Interrupted, SlimError
+from mlx_slim.events import Event, Notice
 from mlx_slim.next_steps import look_at, step
 from mlx_slim.sweeping.options import SweepOptions
 
@@ -65,27 +66,22 @@ def command(
     refuse_model(recipe)
     if space is None:
         raise SlimError("no space to search", "set --space FILE; mlx-slim sweep --help shows one")
-    from rich.console import Console as Terminal
-
-    from mlx_slim.console import Console
     from mlx_slim.sweeping.report import PAGE
     from mlx_slim.sweeping.run import WINNER, sweep
 
-    options = SweepOptions(**chosen)
     resolved = load_recipe(recipe, overrides)
     folder = out or Path("runs") / f"{resolved.name}-sweep"
-    output = Terminal(highlight=False, stderr=as_json)
-    with Console("quiet" if quiet or as_json else "plain", output=output) as console:
-        report = sweep(
-            resolved,
-            space,
-            folder,
-            options,
-            console,
-            resume=resume,
-            processes=True,
-            quiet=quiet or as_json,
-        )
+    silent = quiet or as_json
+    report = sweep(
+        resolved,
+        space,
+        folder,
+        SweepOptions(**chosen),
+        _Lines(silent),
+        resume=resume,
+        processes=True,
+        quiet=silent,
+    )
     if as_json:
         from mlx_slim.sweeping.records import to_json
 
@@ -100,6 +96,20 @@ def command(
         look_at(folder / PAGE),
         step("train with the best values", "mlx-slim", "train", winner, "-o", "runs/best"),
     )
+
+
+class _Lines:
+    """An observer that prints notices; what a trial reports, its process prints."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+
+    def notify(self, event: Event) -> None:
+        """Print a notice."""
+        if isinstance(event, Notice) and event.level == "warning":
+            click.echo(f"warning: {event.message}", err=True)
+        elif isinstance(event, Notice) and not self._quiet:
+            click.echo(event.message)
 
 
 def _one(out: Path | None, name: str, quiet: bool) -> None:

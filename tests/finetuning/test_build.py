@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from mlx_slim.finetuning import build, run
 from mlx_slim.finetuning.strategy import CrossEntropyStrategy
 from mlx_slim.models.attention import Balance
 from mlx_slim.planner import memory
-from tests.support.runs import recipe
+from tests.support.runs import recipe, write_rows
 from tests.support.tiny import tiny_model
 
 
@@ -45,3 +46,24 @@ def test_auto_counts_the_mask_of_packed_rows(
         peaks[each] = prediction.predicted_peak_bytes
     assert peaks["grouped"] < peaks["packed"]
     assert built.prediction.predicted_peak_bytes == peaks[mode]
+
+
+def test_a_seed_of_the_data_keeps_the_validation_rows(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Seeds of training are compared on the same rows; None is the seed of training."""
+
+    def validation(name: str, seed: int, data_seed: int | None) -> list[int]:
+        small = recipe(tiny(), write_rows(tmp_path / "rows.jsonl", 24), seed=seed).recipe
+        data = small.data.model_copy(update={"seed": data_seed})
+        (tmp_path / name).mkdir()
+        chosen = small.model_copy(update={"data": data})
+        prepared = build.prepare_data(
+            chosen, build.prepare_model(chosen), tmp_path / name, unchanged=False
+        )
+        assert prepared.validation is not None
+        return prepared.validation.hashes().tolist()
+
+    first = validation("a", 0, None)
+    assert validation("b", 1, 0) == first
+    assert validation("c", 1, None) != first
