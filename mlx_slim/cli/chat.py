@@ -96,6 +96,8 @@ def command(model: str, **chosen: Any) -> None:
             messages.pop()
             continue
         click.echo()
+        if (reply := speaker.timed_without_draft()) and reply.draft is not None:
+            click.echo(str(reply.draft), err=True)
         messages.append({"role": "assistant", "content": "".join(pieces)})
     if interactive:
         show_next(*use_model(model, options.adapter)[1:], train_on(model))

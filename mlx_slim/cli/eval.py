@@ -42,6 +42,7 @@ _FOLDER = click.Path(path_type=Path)
     "dtype",
     "max_length",
     "batch_tokens",
+    "kv_bits",
     "seed",
     "revision",
     "trust_remote_code",

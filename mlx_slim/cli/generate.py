@@ -57,12 +57,14 @@ def command(model: str, prompt: str, no_chat_template: bool, **chosen: Any) -> N
     for piece in speaker.stream(ids, max_tokens=options.max_tokens, temperature=options.temp):
         click.echo(piece, nl=False)
     click.echo()
-    if reply := speaker.last:
+    if reply := speaker.timed_without_draft():
         click.echo(
             f"{reply.prompt_tokens} prompt tokens, {reply.tokens} tokens "
             f"at {reply.tokens_per_second:.1f} tokens/s, "
             f"peak memory {human_bytes(reply.peak_memory_bytes)}, end: {reply.stop_reason}",
             err=True,
         )
+        if reply.draft is not None:
+            click.echo(str(reply.draft), err=True)
     on = [word for one in options.adapter for word in ("--adapter", one)]
     show_next(step("talk with it", "mlx-slim", "chat", model, *on), train_on(model))

@@ -31,6 +31,9 @@ def open_and_tell(model: str, options: GenerateOptions) -> ChatSession:
             revision=options.revision,
             trust_remote_code=options.trust_remote_code,
             tell=lambda text: click.echo(f"\nnote: {text}", err=True),
+            kv_bits=options.kv_bits,
+            draft_model=options.draft_model,
+            num_draft_tokens=options.num_draft_tokens,
         )
     for note in speaker.notes:
         click.echo(note, err=True)

@@ -16,13 +16,10 @@ from mlx_slim import events
 from mlx_slim.config.distill import TeacherConfig
 from mlx_slim.config.load import Resolved
 from mlx_slim.config.schema import Recipe
+from mlx_slim.data.tokenizer_difference import TokenizerDifference, tokenizer_difference
 from mlx_slim.distillation.logits import LogitDistillation
 from mlx_slim.distillation.mutual import MutualDistillation
-from mlx_slim.distillation.teachers import (
-    TokenizerDifference,
-    name_of,
-    tokenizer_difference,
-)
+from mlx_slim.distillation.teachers import name_of
 from mlx_slim.distillation.text import learn_from_texts
 from mlx_slim.errors import SlimError
 from mlx_slim.finetuning.run import finetune

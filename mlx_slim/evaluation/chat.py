@@ -21,6 +21,8 @@ from mlx_slim.adapters.stack import Adapters, Weighted, load_adapters, parse_ada
 from mlx_slim.data.chat_render import apply_chat_template
 from mlx_slim.data.tokenize import check_ids, check_text, unwrap
 from mlx_slim.errors import RowLimit, SlimError
+from mlx_slim.evaluation.draft import DraftCount, DraftFigures, open_draft, seconds_without_draft
+from mlx_slim.models.kv_cache import QUANTIZED_PREFILL, quantize_cache
 from mlx_slim.models.load import read_config
 from mlx_slim.models.quantized import densify, densify_pays
 from mlx_slim.models.rope import boundary_of, set_length
@@ -42,6 +44,7 @@ class Reply:
         tokens_per_second: Of the answer, without the time of the prompt.
         peak_memory_bytes: MLX peak, bytes.
         stop_reason: ``stop`` (end of text), ``length`` (``max_tokens``) or ``interrupted``.
+        draft: What the draft was worth; None without one.
     """
 
     prompt_tokens: int
@@ -50,6 +53,7 @@ class Reply:
     tokens_per_second: float
     peak_memory_bytes: int
     stop_reason: str
+    draft: DraftFigures | None = None
 
 
 def _ignore(_: str) -> None:
@@ -69,6 +73,9 @@ class ChatSession:
         last: Figures of the last answer; None before the first.
         limit: The longest sequence that the model computes correctly.
         tell: Called once when it is exceeded.
+        draft: Drafts tokens for the model; None drafts none.
+        num_draft_tokens: At a time.
+        prefill_tokens: Of a prompt in one pass; None leaves it to mlx-lm.
     """
 
     model: Any
@@ -79,7 +86,11 @@ class ChatSession:
     last: Reply | None = None
     limit: RowLimit | None = None
     tell: Callable[[str], None] = _ignore
-    _cache: list[Any] | None = None
+    draft: Any = None
+    num_draft_tokens: int = 3
+    prefill_tokens: int | None = None
+    _plain_seconds: float | None = None  # of a token without the draft
+    _cache: list[Any] | None = None  # the model's, then the draft's
     _cached_ids: list[int] = field(default_factory=list)
 
     def use(self, adapter: Adapters | None) -> None:
@@ -143,6 +154,16 @@ class ChatSession:
         with runtime.memory_limits():
             yield from self._stream(ids, max_tokens, temperature)
 
+    def timed_without_draft(self) -> Reply | None:
+        """Return ``last`` with the speed-up: a few tokens are decoded without the draft, once."""
+        if self.draft is not None and self.last is not None and self.last.draft is not None:
+            if self._plain_seconds is None:
+                with runtime.memory_limits():
+                    self._plain_seconds = seconds_without_draft(self.model, self._cached_ids[-32:])
+            figures = replace(self.last.draft, plain_seconds=self._plain_seconds)
+            self.last = replace(self.last, draft=figures)
+        return self.last
+
     def _stream(self, ids: list[int], max_tokens: int, temperature: float) -> Iterator[str]:
         from mlx_lm.generate import stream_generate
         from mlx_lm.sample_utils import make_sampler
@@ -152,19 +173,29 @@ class ChatSession:
         check_ids(self.tokenizer, ids, "the prompt")
         reused: int | None = None
         generated: list[int] = []
+        figures = DraftFigures()
+        words: dict[str, Any] = {}
+        if self.prefill_tokens is not None:
+            words["prefill_step_size"] = self.prefill_tokens
+        if self.draft is not None:
+            words |= {"draft_model": self.draft, "num_draft_tokens": self.num_draft_tokens}
         try:
             while True:  # repeated where the sequence exceeds the length at which the RoPE changes
                 tokens, room = ids + generated, max_tokens - len(generated)
                 cached = self._keep_prefix(tokens)
                 reused = cached if reused is None else reused
                 part, response = self._part(len(tokens), room), None
-                for response in stream_generate(
-                    self.model,
-                    self.tokenizer,
-                    mx.array(tokens[cached:]),
-                    max_tokens=part,
-                    sampler=make_sampler(temp=temperature),
-                    prompt_cache=self._cache,
+                count = DraftCount(part, self.num_draft_tokens)
+                for response in count.watch(
+                    stream_generate(
+                        self.model,
+                        self.tokenizer,
+                        mx.array(tokens[cached:]),
+                        max_tokens=part,
+                        sampler=make_sampler(temp=temperature),
+                        prompt_cache=self._cache,
+                        **words,
+                    )
                 ):
                     generated.append(response.token)
                     self._check(len(ids) + len(generated))
@@ -175,10 +206,16 @@ class ChatSession:
                         tokens_per_second=response.generation_tps,
                         peak_memory_bytes=mx.get_peak_memory(),
                         stop_reason=response.finish_reason or "interrupted",
+                        draft=None if self.draft is None else figures + count.figures,
                     )
                     yield response.text
+                figures += count.figures
                 if response is None or response.finish_reason != "length" or part == room:
                     break
+        except KeyboardInterrupt:
+            if self.draft is not None:  # it may have come between the model's step and the draft's
+                self._cache = None
+            raise
         finally:
             self._cached_ids = ids + generated
 
@@ -198,19 +235,20 @@ class ChatSession:
 
     def _keep_prefix(self, ids: list[int]) -> int:
         """Cut the cache to a prefix of ``ids``, without the last token; return its length."""
-        from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+        from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
 
         if not set_length(self.model, len(ids)):
             self._cache = None
-        if self._cache is not None:
-            length = getattr(self._cache[0], "offset", None)
-            if isinstance(length, int) and can_trim_prompt_cache(self._cache):
-                cached = self._cached_ids[:length]
-                same = _shared(cached, ids[:-1])
-                extra = length - same
-                if length == len(cached) and trim_prompt_cache(self._cache, extra) == extra:
+        if self._cache is not None and can_trim_prompt_cache(self._cache):
+            lengths = [getattr(cache, "offset", None) for cache in self._cache]
+            if all(isinstance(n, int) and n <= len(self._cached_ids) for n in lengths):
+                same = _shared(self._cached_ids[: min(lengths)], ids[:-1])
+                cuts = [length - same for length in lengths]
+                if [c.trim(n) for c, n in zip(self._cache, cuts, strict=True)] == cuts:
                     return same
         self._cache = make_prompt_cache(self.model)
+        if self.draft is not None:
+            self._cache += make_prompt_cache(self.draft)
         return 0
 
 
@@ -241,6 +279,9 @@ def open_session(
     revision: str | None = None,
     trust_remote_code: bool = False,
     tell: Callable[[str], None] = _ignore,
+    kv_bits: int | None = None,
+    draft_model: str | Path | None = None,
+    num_draft_tokens: int = 3,
 ) -> ChatSession:
     """Load a model to chat with.
 
@@ -253,9 +294,13 @@ def open_session(
         revision: Branch, tag or commit of a hub id.
         trust_remote_code: Run Python files of the repository.
         tell: Called with notes for the user.
+        kv_bits: Bits of the cache's keys and values, 8 or 4; None keeps the model's dtype.
+        draft_model: Folder or hub id of a model that drafts tokens; None drafts none.
+        num_draft_tokens: Tokens that it drafts at a time.
 
     Raises:
-        SlimError: If the model or the adapter cannot be used.
+        SlimError: If the model, the adapter or the draft cannot be used, or the cache cannot be
+            quantized.
     """
     on_cpu = not runtime.on_gpu()
     stack = parse_adapters(adapter)
@@ -276,4 +321,10 @@ def open_session(
         loaded.model, loaded.tokenizer, notes, over, dense, limit=limit, tell=tell
     )
     speaker.use(adapter)
+    if kv_bits is not None:
+        quantize_cache(loaded.model, kv_bits, str(source))
+        speaker.prefill_tokens = QUANTIZED_PREFILL
+    if draft_model is not None:
+        speaker.num_draft_tokens = num_draft_tokens
+        speaker.draft = open_draft(draft_model, loaded.model, loaded.tokenizer, str(source))
     return speaker

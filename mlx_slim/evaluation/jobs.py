@@ -38,6 +38,7 @@ from mlx_slim.evaluation.tasks.metrics import (
 )
 from mlx_slim.evaluation.tasks.prompts import Question
 from mlx_slim.evaluation.tasks.spec import FIRST, Task
+from mlx_slim.models.kv_cache import KVFormat
 from mlx_slim.reading import JsonObject
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Engine:
         scorer: Log-likelihoods.
         cache_bytes: Limit of the caches of generated answers; None takes the device's budget.
         batch_tokens: Most positions of a batch of answers; None: only ``cache_bytes`` limits them.
+        kv_format: What keys and values of answers are rounded to; None leaves them.
     """
 
     model: nn.Module
@@ -65,6 +67,7 @@ class Engine:
     scorer: LoglikelihoodScorer
     cache_bytes: int | None = None
     batch_tokens: int | None = None
+    kv_format: KVFormat | None = None
 
 
 @dataclass(frozen=True)
@@ -312,6 +315,7 @@ class TaskJob:
             batch_size=batch,
             cache_bytes=engine.cache_bytes,
             tally=tally,
+            kv_format=engine.kv_format,
         )
         records = [
             record_generation(task, question, answer.text, answer.stop_reason)

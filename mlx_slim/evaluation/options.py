@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -18,6 +18,8 @@ from mlx_slim.config.section import MOST, PositiveInt, Seed
 from mlx_slim.config.task import MOST_SHOTS
 
 Temperature = Annotated[float, Field(ge=0, le=100)]
+KVBits = Literal[8, 4]
+DraftWidth = Annotated[int, Field(ge=1, le=16)]
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class EvalOptions:
         max_length: Longest input, tokens; None takes the model's.
         batch_tokens: Tokens of a batch, and of the caches of one batch of generated answers; None
             chooses by memory.
+        kv_bits: Bits that keys and values are rounded to, as a quantized cache rounds them; None
+            leaves them as they are.
         seed: Recorded; scoring itself is not random.
         revision: Branch, tag or commit of hub models.
         trust_remote_code: Run Python files that a repository brings.
@@ -80,6 +84,10 @@ class EvalOptions:
     batch_tokens: PositiveInt | None = field(
         default=None, metadata=option("Most tokens in a batch.", metavar="N")
     )
+    kv_bits: KVBits | None = field(
+        default=None,
+        metadata=option("Round keys and values to B bits [the model's].", metavar="B"),
+    )
     seed: Seed = field(default=0, metadata=option("Seed of the bootstrap intervals."))
     revision: str | None = field(
         default=None, metadata=option("Branch, tag or commit of hub models.", metavar="REV")
@@ -99,6 +107,9 @@ class GenerateOptions:
         max_tokens: Longest answer, tokens.
         temp: Temperature of the sampling; 0 is greedy.
         seed: Of the sampling.
+        kv_bits: Bits of the cache's keys and values; None keeps them in the model's dtype.
+        draft_model: Folder or hub id of a smaller model that drafts tokens; None drafts none.
+        num_draft_tokens: Tokens that it drafts at a time.
         revision: Branch, tag or commit of a hub model.
         trust_remote_code: Run Python files that the repository brings.
     """
@@ -117,6 +128,17 @@ class GenerateOptions:
     max_tokens: PositiveInt = field(default=256, metadata=option("Tokens of the longest answer."))
     temp: Temperature = field(default=0.0, metadata=option("Sampling temperature; 0: greedy."))
     seed: Seed = field(default=0, metadata=option("Seed of the sampling."))
+    kv_bits: KVBits | None = field(
+        default=None,
+        metadata=option("Keep keys and values in B bits [the model's].", metavar="B"),
+    )
+    draft_model: str | None = field(
+        default=None,
+        metadata=option("A smaller model of the same tokenizer that drafts.", metavar="MODEL"),
+    )
+    num_draft_tokens: DraftWidth = field(
+        default=3, metadata=option("Tokens that the draft proposes at a time.", metavar="N")
+    )
     revision: str | None = field(
         default=None, metadata=option("Branch, tag or commit of a hub model.", metavar="REV")
     )

@@ -34,6 +34,8 @@ from mlx_slim.evaluation.tasks.prompts import Chat, Question, build_questions
 from mlx_slim.evaluation.tasks.rows import TaskRows, load_rows, shots_checksum
 from mlx_slim.evaluation.tasks.spec import Selection, expand
 from mlx_slim.evaluation.tasks.training_rows import question_keys
+from mlx_slim.models.build import build
+from mlx_slim.models.kv_cache import cache_format
 from mlx_slim.models.lineage import trained_keys
 from mlx_slim.models.load import load_tokenizer, model_hash, read_config, resolve
 from mlx_slim.models.row_limits import row_limit
@@ -279,6 +281,8 @@ def _target(
     tokenizer = load_tokenizer(folder, trust_remote_code=trust)
     if options.apply_chat_template and not tokenizer.has_chat_template:
         raise SlimError(f"{source} has no chat template", "leave --apply-chat-template out")
+    if options.kv_bits is not None:
+        cache_format(build(config), options.kv_bits, source)
     longest = max_length(config, tokenizer)
     if options.max_length is not None and options.max_length > longest:
         raise SlimError(
@@ -315,6 +319,7 @@ def _target(
         system_instruction=options.system,
         max_length=longest,
         batch_tokens=options.batch_tokens,
+        kv_bits=options.kv_bits,
         **artifacts.provenance(),
         tasks={job.name: job.describe() for job in jobs},
     )

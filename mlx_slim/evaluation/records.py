@@ -212,6 +212,7 @@ class ScoringSettings:
     system_instruction: str | None
     max_length: int | None
     device: str | None
+    kv_bits: int | None
 
 
 @dataclass(frozen=True)
@@ -264,6 +265,7 @@ class EvalResults:
                 system_instruction=field(results, where, "system_instruction", str, None),
                 max_length=field(results, where, "max_length", int, None),
                 device=field(results, where, "device", str, None),
+                kv_bits=field(results, where, "kv_bits", int, None),
             ),
             weights_sha256=field(results, where, "weights_sha256", str, None),
             adapter_sha256=field(results, where, "adapter_sha256", str, None),
@@ -302,6 +304,7 @@ class EvalState:
         system_instruction: The system message, or None.
         max_length: Tokens of the longest input.
         batch_tokens: Of a batch, or None.
+        kv_bits: Bits that keys and values are rounded to, or None.
         python: Version.
         system: Platform.
         versions: Of packages.
@@ -325,6 +328,7 @@ class EvalState:
     system_instruction: str | None
     max_length: int
     batch_tokens: int | None
+    kv_bits: int | None = None
     python: str
     system: str
     versions: dict[str, str]

@@ -24,6 +24,7 @@ from mlx_slim.evaluation.results import RESULTS, Entry, Folder, encode, read_res
 from mlx_slim.evaluation.scoring.answer_cache import joins
 from mlx_slim.evaluation.scoring.loglikelihood import MEMORY, LoglikelihoodScorer
 from mlx_slim.evaluation.tasks.metrics import Record
+from mlx_slim.models.kv_cache import cache_format
 from mlx_slim.models.quantized import densify, densify_pays
 from mlx_slim.quantization.base import load_base
 from mlx_slim.reading import JsonObject
@@ -160,8 +161,13 @@ def _load(target: Target, observer: events.Observer) -> Engine:
         cache_bytes = 1 << (left.bit_length() - 1)  # usually the same power of two in every run
     cache_bytes = _from_first_rank(cache_bytes)
     target.state = replace(target.state, dense=dense, cache_bytes=cache_bytes)
+    bits = target.state.kv_bits
+    kv_format = None if bits is None else cache_format(loaded.model, bits, target.source)
     scorer = LoglikelihoodScorer(
-        loaded.model, batch_tokens=target.batch_tokens, memory=min(MEMORY, cache_bytes // 2)
+        loaded.model,
+        batch_tokens=target.batch_tokens,
+        memory=min(MEMORY, cache_bytes // 2),
+        kv_format=kv_format,
     )
     notes = [*target.notes, *loaded.notes, *scorer.notes]
     generates = any(isinstance(job, TaskJob) and job.generates for job in target.jobs)
@@ -171,7 +177,9 @@ def _load(target: Target, observer: events.Observer) -> Engine:
         )
     for note in notes:
         observer.notify(events.Notice(note))
-    return Engine(loaded.model, loaded.tokenizer, scorer, cache_bytes, target.batch_tokens)
+    return Engine(
+        loaded.model, loaded.tokenizer, scorer, cache_bytes, target.batch_tokens, kv_format
+    )
 
 
 def _rounds(job: ScoringJob, engine: Engine, done: int) -> Iterator[tuple[list[bytes], float]]:
@@ -370,6 +378,8 @@ def _results(target: Target, folder: Folder) -> JsonObject:
     """Return ``results.json``: only ``seconds`` differs between runs."""
     state = asdict(target.state)
     settings = {key: value for key, value in state.items() if key not in NOT_TOLD}
+    if settings["kv_bits"] is None:
+        del settings["kv_bits"]  # the file is as it was before there was a choice
     sections = {job.name: _section(job, folder) for job in target.jobs}
     for name, seen in target.trained_on.items():
         sections[name]["trained_on"] = asdict(seen)

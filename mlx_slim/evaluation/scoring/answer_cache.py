@@ -22,6 +22,7 @@ import mlx.nn as nn
 from mlx_lm.models import base
 from mlx_lm.models.cache import BatchKVCache, KVCache, RotatingKVCache, make_prompt_cache
 
+from mlx_slim.models.kv_cache import KVFormat
 from mlx_slim.models.logits_close import Change, logits_close
 from mlx_slim.reading import ModelConfig
 
@@ -72,6 +73,13 @@ class SuffixCache(BatchKVCache):
         super().__init__(left_padding)
         self.prefix = prefix
         self.offset = self.offset + prefix.length
+        self._kv_format: KVFormat | None = getattr(prefix.cache, "format", None)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Return the keys and values after the prefix, rounded as those of the prefix are."""
+        if self._kv_format is not None:
+            keys, values = self._kv_format.round(keys), self._kv_format.round(values)
+        return super().update_and_fetch(keys, values)
 
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None, **_: Any

@@ -31,6 +31,7 @@ from mlx_slim.evaluation.scoring.answer_cache import (
 )
 from mlx_slim.evaluation.scoring.prefix_tree import fewest_tokens
 from mlx_slim.evaluation.scoring.requests import Request, shared_length
+from mlx_slim.models.kv_cache import KVFormat, rounded_caches
 from mlx_slim.progress import stage
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def generate_batch(
     batch_size: int = MOST_ANSWERS,
     cache_bytes: int | None = None,
     tally: GenerationCounts | None = None,
+    kv_format: KVFormat | None = None,
 ) -> list[Generation]:
     """Return the greedy answer to each prompt, in order.
 
@@ -112,6 +114,7 @@ def generate_batch(
             where they would not fit, and at least 1. None takes what the
             device's memory budget leaves.
         tally: Counts the positions computed.
+        kv_format: What keys and values are rounded to; None leaves them.
 
     Raises:
         SlimError: If a prompt is empty.
@@ -135,7 +138,11 @@ def generate_batch(
         batch_size = min(batch_size, footprint(model).answers(cache_bytes, longest, shared, once))
     if batch_size > 1 and len(prompts) > 1 and not joins(model):
         batch_size = 1
-    prefix = _prefill(counted, list(prompts[0][:shared]), once) if shared else None
+    caches: list[list[Any]] | None = None
+    if shared:
+        caches = [_prefill(counted, list(prompts[0][:shared]), once, kv_format)] * len(prompts)
+    elif kv_format is not None:
+        caches = [rounded_caches(model, kv_format) for _ in prompts]
     prefill_batch = max(1, min(PREFILL, batch_size // 2))
     generator = BatchGenerator(
         cast(nn.Module, counted),
@@ -154,7 +161,7 @@ def generate_batch(
         uids = generator.insert(
             [list(prompts[index][shared:]) for index in order],
             max_tokens=[max_tokens] * len(order),
-            caches=[prefix] * len(order) if prefix else None,
+            caches=caches,
         )
         row_of = dict(zip(uids, order, strict=True))
         ids = {index: [] for index in order}
@@ -223,11 +230,11 @@ def _next(generator: Any, model: nn.Module, once: bool) -> list[Any]:
         return generator.next_generated()
 
 
-def _prefill(model: Any, ids: list[int], once: bool) -> list[Prefix]:
+def _prefill(model: Any, ids: list[int], once: bool, kv_format: KVFormat | None) -> list[Prefix]:
     """Return the prompt cache after ``ids``, to be shared or copied."""
     from mlx_lm.models.cache import make_prompt_cache
 
-    cache = make_prompt_cache(model)
+    cache = make_prompt_cache(model) if kv_format is None else rounded_caches(model, kv_format)
     for begin in range(0, len(ids), PREFILL_TOKENS):
         model(mx.array([ids[begin : begin + PREFILL_TOKENS]]), cache=cache)
         mx.eval([layer.state for layer in cache])

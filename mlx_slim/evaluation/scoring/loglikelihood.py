@@ -1,10 +1,11 @@
 """Log-likelihoods of continuations, with every shared prefix computed once.
 
 Invariant: a score is the one that a plain forward pass over the request alone gives, up to the
-rounding of float sums; and the scores of one call depend on its requests and on the scorer's
-settings only, never on earlier calls, so work that is split, resumed or distributed over machines
-gives the same bits. The head runs on scored positions only; answers of one token need one
-pass for all choices. Try it: ``mlx-slim bench eval MODEL --task hellaswag --against mlx-lm``.
+rounding of float sums (over rounded keys and values, where these are to be rounded); and the scores
+of one call depend on its requests and on the scorer's settings only, never on earlier calls, so
+work that is split, resumed or distributed over machines gives the same bits. The head runs on
+scored positions only; answers of one token need one pass for all choices. Try it:
+``mlx-slim bench eval MODEL --task hellaswag --against mlx-lm``.
 Legend: R rows, T positions, N scored positions, D width, V vocabulary.
 """
 
@@ -24,6 +25,7 @@ from mlx_slim.evaluation.scoring import prefix_tree
 from mlx_slim.evaluation.scoring.prefix_cache import Pool, batch_pool, branch_caches, grown, probe
 from mlx_slim.evaluation.scoring.requests import Request, common_prefix, shared_length
 from mlx_slim.models import structure
+from mlx_slim.models.kv_cache import KVFormat, rounded_caches
 from mlx_slim.models.logits import logsumexp
 from mlx_slim.models.rope import boundary_of, set_length
 from mlx_slim.progress import Stage, stage
@@ -58,6 +60,8 @@ class LoglikelihoodScorer:
         model: Any mlx-lm model; put into evaluation mode, otherwise unchanged.
         batch_tokens: Most positions of a batch, padding included; None chooses by device.
         memory: Bytes of keys and values that may be kept for sharing; None takes 1 GiB.
+        kv_format: What all keys and values are rounded to, also those of a request itself: as if
+            the model had read it token by token with a quantized cache. None leaves them.
 
     Attributes:
         tokens_computed: Positions that went through the model so far, padding included.
@@ -67,8 +71,14 @@ class LoglikelihoodScorer:
     """
 
     def __init__(
-        self, model: nn.Module, *, batch_tokens: int | None = None, memory: int | None = None
+        self,
+        model: nn.Module,
+        *,
+        batch_tokens: int | None = None,
+        memory: int | None = None,
+        kv_format: KVFormat | None = None,
     ) -> None:
+        self._model, self._kv_format = model, kv_format
         self.batch_tokens = batch_tokens or (4096 if on_gpu() else 512)
         self.memory = memory or MEMORY
         self.tokens_computed = self.tokens_minimum = self.tokens_root = 0
@@ -216,11 +226,19 @@ class LoglikelihoodScorer:
         if self.sharing:
             sharing = self._sharing
             caches = branch_caches(
-                sharing.layers, paths, length, pool, sharing.dtype, additive=sharing.additive
+                sharing.layers,
+                paths,
+                length,
+                pool,
+                sharing.dtype,
+                additive=sharing.additive,
+                kv_format=self._kv_format,
             )
+        elif self._kv_format is not None:
+            caches = rounded_caches(self._model, self._kv_format)
         hidden_RTD = self._body(mx.array(tokens_RT), cache=caches)
         part: Pool = []
-        if caches and nodes[0].inner:
+        if self.sharing and caches and nodes[0].inner:
             flat = np.flatnonzero(
                 np.arange(length) < np.array([[len(node.tokens)] for node in nodes])
             )

@@ -18,6 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_slim.models.kv_cache import KVFormat
 from mlx_slim.models.logits_close import Change, logits_close
 from mlx_slim.runtime import on_gpu
 
@@ -67,6 +68,7 @@ class BranchCache:
         past: Pool of this layer and the (R, L) places of each row's path in it; None for roots.
         offset: Positions before each row: an array (R,), or one number if all are the same.
         masks: The mask of the batch.
+        kv_format: What keys and values are rounded to; None leaves them.
     """
 
     def __init__(
@@ -74,14 +76,18 @@ class BranchCache:
         past: tuple[mx.array, mx.array, mx.array] | None,
         offset: mx.array | int,
         masks: _PathMasks,
+        kv_format: KVFormat | None,
     ) -> None:
         self.offset = offset
+        self._kv_format = kv_format
         self._past, self._masks = past, masks
         self.keys: mx.array | None = None  # of the batch itself (R, H, T, D), after the forward
         self.values: mx.array | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Return the keys and values (R, H, L + T, D) that the rows may attend to."""
+        if self._kv_format is not None:
+            keys, values = self._kv_format.round(keys), self._kv_format.round(values)
         self.keys, self.values = keys, values
         if self._past is not None:
             keys_PHD, values_PHD, path_RL = self._past
@@ -113,6 +119,7 @@ def branch_caches(
     dtype: mx.Dtype,
     *,
     additive: bool,
+    kv_format: KVFormat | None = None,
 ) -> list[BranchCache]:
     """Return the caches of a batch, one a layer.
 
@@ -123,6 +130,7 @@ def branch_caches(
         pool: Keys and values computed so far; empty if no row has a path.
         dtype: What attention computes in.
         additive: Whether masks are 0 and -inf, to be added; else booleans.
+        kv_format: What keys and values are rounded to; None leaves them.
     """
     offsets_R = np.array([len(path) for path in paths])
     masks = _PathMasks(offsets_R, length, dtype, additive)
@@ -130,12 +138,12 @@ def branch_caches(
     offset = int(offsets_R[0]) if same else mx.array(offsets_R.astype(np.int32))
     before = int(offsets_R.max())
     if not before:
-        return [BranchCache(None, 0, masks) for _ in range(layers)]
+        return [BranchCache(None, 0, masks, kv_format) for _ in range(layers)]
     path_RL = np.zeros((len(paths), before), dtype=np.int32)
     for row, path in enumerate(paths):
         path_RL[row, : len(path)] = path
     places = mx.array(path_RL)
-    return [BranchCache((keys, values, places), offset, masks) for keys, values in pool]
+    return [BranchCache((*pair, places), offset, masks, kv_format) for pair in pool]
 
 
 def batch_pool(caches: Sequence[BranchCache], real: np.ndarray) -> Pool:
