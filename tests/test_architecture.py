@@ -37,7 +37,7 @@ FLOORS = (
     {"adapters"},
     {"quantization"},
     {"training", "evaluation", "analyze", "export"},
-    {"planner"},
+    {"planner", "serving"},
     {"finetuning"},
     {"distillation"},
     {"pruning"},

@@ -38,7 +38,7 @@ from mlx_slim.errors import (
 # Heading of --help -> its commands, in the order of use.
 GROUPS: dict[str, tuple[str, ...]] = {
     "Start": ("doctor", "demo", "recipes", "tasks"),
-    "Inspect": ("data", "plan", "generate", "chat", "analyze"),
+    "Inspect": ("data", "plan", "generate", "chat", "serve", "analyze"),
     "Make smaller": ("convert", "quantize", "prune", "slim"),
     "Train": ("train", "distill", "sweep"),
     "Measure": ("eval", "compare", "report", "bench"),
@@ -64,6 +64,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("eval", "Score a model on evaluation tasks."),
     "generate": ("generate", "Complete one prompt."),
     "chat": ("chat", "Chat with a model."),
+    "serve": ("serve", "Serve a model and its adapters to clients of OpenAI's API."),
     "fuse": ("fuse", "Merge an adapter into its model, and check what was kept."),
     "export": ("export", "Write an adapter or a model for another toolkit."),
     "import": ("import_", "Read an adapter of another toolkit."),

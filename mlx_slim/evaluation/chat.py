@@ -22,13 +22,14 @@ from mlx_slim.data.chat_render import apply_chat_template
 from mlx_slim.data.tokenize import check_ids, check_text, unwrap
 from mlx_slim.errors import RowLimit, SlimError
 from mlx_slim.evaluation.draft import DraftCount, DraftFigures, open_draft, seconds_without_draft
+from mlx_slim.evaluation.scoring.requests import max_length
 from mlx_slim.models.kv_cache import QUANTIZED_PREFILL, quantize_cache
 from mlx_slim.models.load import read_config
 from mlx_slim.models.quantized import densify, densify_pays
 from mlx_slim.models.rope import boundary_of, set_length
 from mlx_slim.models.row_limits import row_limit
 from mlx_slim.quantization.base import QuantizedBase, load_base, recorded_base
-from mlx_slim.reading import library_errors
+from mlx_slim.reading import ChatMessage, library_errors
 
 LONGEST_PROMPT = 1 << 20  # characters: 250,000 tokens of English, whose attention takes minutes
 
@@ -76,6 +77,7 @@ class ChatSession:
         draft: Drafts tokens for the model; None drafts none.
         num_draft_tokens: At a time.
         prefill_tokens: Of a prompt in one pass; None leaves it to mlx-lm.
+        max_length: Tokens that the model reads by its config.
     """
 
     model: Any
@@ -89,6 +91,7 @@ class ChatSession:
     draft: Any = None
     num_draft_tokens: int = 3
     prefill_tokens: int | None = None
+    max_length: int | None = None
     _plain_seconds: float | None = None  # of a token without the draft
     _cache: list[Any] | None = None  # the model's, then the draft's
     _cached_ids: list[int] = field(default_factory=list)
@@ -111,8 +114,12 @@ class ChatSession:
             load_adapters(self.model, stack)
         self.model.eval()
 
-    def chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
-        """Return the prompt of a conversation (``role``, ``content``) in the model's template.
+    def chat_ids(self, messages: list[ChatMessage], **names: Any) -> list[int]:
+        """Return the prompt of a conversation in the model's template.
+
+        Args:
+            messages: The turns: ``role``, ``content`` and what else the template reads.
+            **names: ``tools`` and what else the template reads.
 
         Raises:
             SlimError: If the model has no chat template, or it refuses these messages.
@@ -123,9 +130,9 @@ class ChatSession:
                 "it is a base model: mlx-slim generate MODEL --prompt TEXT continues a text",
             )
         for message in messages:
-            _check_prompt(message["content"], f"the {message['role']}'s message")
+            _check_prompt(message.get("content") or "", f"the {message['role']}'s message")
         try:
-            text = apply_chat_template(self.tokenizer, messages)
+            text = apply_chat_template(self.tokenizer, messages, **names)
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
             raise SlimError(
@@ -240,7 +247,7 @@ class ChatSession:
         if not set_length(self.model, len(ids)):
             self._cache = None
         if self._cache is not None and can_trim_prompt_cache(self._cache):
-            lengths = [getattr(cache, "offset", None) for cache in self._cache]
+            lengths: list[Any] = [getattr(cache, "offset", None) for cache in self._cache]
             if all(isinstance(n, int) and n <= len(self._cached_ids) for n in lengths):
                 same = _shared(self._cached_ids[: min(lengths)], ids[:-1])
                 cuts = [length - same for length in lengths]
@@ -282,6 +289,7 @@ def open_session(
     kv_bits: int | None = None,
     draft_model: str | Path | None = None,
     num_draft_tokens: int = 3,
+    others: Sequence[str] = (),
 ) -> ChatSession:
     """Load a model to chat with.
 
@@ -297,13 +305,14 @@ def open_session(
         kv_bits: Bits of the cache's keys and values, 8 or 4; None keeps the model's dtype.
         draft_model: Folder or hub id of a model that drafts tokens; None drafts none.
         num_draft_tokens: Tokens that it drafts at a time.
+        others: Adapters that ``use`` will be given later: the base is theirs, too.
 
     Raises:
         SlimError: If the model, the adapter or the draft cannot be used, or the cache cannot be
             quantized.
     """
     on_cpu = not runtime.on_gpu()
-    stack = parse_adapters(adapter)
+    stack = [*parse_adapters(adapter), *parse_adapters(others)]
     dense = "quantization" not in read_config(source, revision)
     loaded = load_base(
         source,
@@ -318,7 +327,14 @@ def open_session(
     over = _over(stack) if dense else None
     limit = row_limit(loaded.config, restarts=True)
     speaker = ChatSession(
-        loaded.model, loaded.tokenizer, notes, over, dense, limit=limit, tell=tell
+        loaded.model,
+        loaded.tokenizer,
+        notes,
+        over,
+        dense,
+        limit=limit,
+        tell=tell,
+        max_length=max_length(loaded.config, loaded.tokenizer),
     )
     speaker.use(adapter)
     if kv_bits is not None:

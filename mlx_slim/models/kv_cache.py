@@ -110,8 +110,9 @@ def cache_format(model: nn.Module, bits: int, name: str = "the model") -> KVForm
         kinds = " and ".join(sorted(others)) or "recurrent state, without keys and values"
         raise SlimError(f"{name} cannot keep its cache in {bits} bits: it is a {kinds}", _HINT)
     try:
-        model(mx.array([_PROBE[0]]), cache=caches)  # type: ignore[operator]
-        widths = {x.shape[-1] for cache in growing for x in (cache.keys, cache.values)}  # type: ignore[union-attr]
+        _probed(model, caches)
+        pairs: list[tuple[Any, Any]] = [(cache.keys, cache.values) for cache in growing]
+        widths = {x.shape[-1] for pair in pairs for x in pair}
     except (TypeError, ValueError, AttributeError, IndexError) as error:
         raise _unsupported(name, bits, error) from error
     group_size = next((g for g in _GROUP_SIZES if all(w % g == 0 for w in widths)), None)

@@ -20,7 +20,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import base
-from mlx_lm.models.cache import BatchKVCache, KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import (
+    BatchKVCache,
+    KVCache,
+    QuantizedKVCache,
+    RotatingKVCache,
+    make_prompt_cache,
+)
 
 from mlx_slim.models.kv_cache import KVFormat
 from mlx_slim.models.logits_close import Change, logits_close
@@ -276,6 +282,9 @@ def footprint(model: Any) -> Footprint:
             pair: tuple[Any, Any] = (cache.keys, cache.values)
             size = sum(x.shape[1] * x.shape[3] * x.itemsize for x in pair)
             layers.append((size, getattr(cache, "max_size", None)))
+        elif isinstance(cache, QuantizedKVCache) and cache.keys is not None:
+            codes: tuple[Any, ...] = (*cache.keys, *cache.values)  # type: ignore[misc]
+            layers.append((sum(x.shape[1] * x.shape[3] * x.itemsize for x in codes), None))
         else:
-            fixed += cache.nbytes
+            fixed += int(cache.nbytes or 0)
     return Footprint(tuple(layers), fixed, logits.shape[-1])

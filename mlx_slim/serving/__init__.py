@@ -1,0 +1,1 @@
+"""mlx-lm's OpenAI-compatible server with this package's loading."""
