@@ -46,6 +46,24 @@ def test_a_seed_decides_what_is_sampled(
     assert outputs[0] == outputs[1] != outputs[2]
 
 
+def test_a_draft_and_a_quantized_cache_are_reported_and_keep_the_answer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = str(tiny_model(tmp_path / "model", head_dim=32))
+    words = ["generate", model, "--prompt", "hello", "--max-tokens", "9", "--kv-bits", "8"]
+    assert run(words) == 0
+    plain = capsys.readouterr()
+    assert "proposed tokens" not in plain.err
+    assert run([*words, "--draft-model", model, "--num-draft-tokens", "2"]) == 0
+    drafted = capsys.readouterr()
+    assert drafted.out == plain.out
+    assert "proposed tokens accepted (" in drafted.err
+    assert "x the speed without it" in drafted.err
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/exit\n"))
+    assert run(["chat", model, "--max-tokens", "9", "--draft-model", model]) == 0
+    assert "proposed tokens accepted (" in capsys.readouterr().err
+
+
 def test_generate_reads_standard_input(
     tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,6 +83,10 @@ def test_generate_reads_standard_input(
         (["--prompt", "x", "--max-tokens", "0"], "--max-tokens"),
         (["--prompt", "x", "--temp", "-1"], "--temp"),
         (["--prompt", "x", "--adapter", "no-such-folder"], "no-such-folder"),
+        (["--prompt", "x", "--kv-bits", "3"], "'--kv-bits': '3' is not one of '8', '4'"),
+        (["--prompt", "x", "--kv-bits", "8"], "expected a multiple of 32"),
+        (["--prompt", "x", "--draft-model", "no-such-folder"], "no-such-folder"),
+        (["--prompt", "x", "--num-draft-tokens", "0"], "--num-draft-tokens"),
         ([], "--prompt"),
     ],
 )

@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from mlx_lm.generate import generate_step
 
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.scoring import generate
@@ -18,6 +19,7 @@ from mlx_slim.evaluation.scoring.answer_cache import (
     supports_shared_prefix,
 )
 from mlx_slim.evaluation.scoring.generate import GenerationCounts, generate_batch
+from mlx_slim.models.kv_cache import cache_format, quantize_cache
 from mlx_slim.models.load import load
 from mlx_slim.runtime import to_float
 from tests.support.stock import stock_load
@@ -99,6 +101,31 @@ def test_equals_one_at_a_time(
         assert answer.text == tokenizer.decode(expected, skip_special_tokens=True)
         assert answer.stop_reason == ("length" if len(expected) == 12 else "eos")
     assert answers[1].stop_reason == "eos"
+
+
+@pytest.mark.parametrize("shared", ["", "the same beginning: "])
+@pytest.mark.parametrize("batch_size", [1, 64])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_next"])
+def test_rounded_keys_and_values_answer_as_a_quantized_cache(
+    tmp_path: Path, architecture: str, shared: str, batch_size: int
+) -> None:
+    changes = {**OTHERS.get(architecture, {}), "head_dim": 32}
+    loaded = load(tiny_model(tmp_path / "m", "llama", **changes), dtype=mx.float32)
+    prompts = _prompts(loaded.tokenizer, shared)[:3]
+    format = cache_format(loaded.model, 4)
+    plain, rounded = (
+        generate_batch(
+            loaded.model, loaded.tokenizer, prompts, 8, (), batch_size=batch_size, kv_format=kv
+        )
+        for kv in (None, format)
+    )
+    quantize_cache(loaded.model, 4)
+    expected = [
+        [token for token, _ in generate_step(mx.array(prompt), loaded.model, max_tokens=8)]
+        for prompt in prompts
+    ]
+    assert [answer.ids for answer in rounded] == expected
+    assert [answer.ids for answer in plain] != expected
 
 
 def test_stops_at_the_tokenizers_eos_by_default(tiny: Callable[..., Path]) -> None:

@@ -9,18 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
+from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
 from mlx_lm.utils import _get_classes
 
 from mlx_slim.bench.model_case import build_case
 from mlx_slim.evaluation.run import EvalOptions, evaluate
 from mlx_slim.evaluation.scoring import loglikelihood
 from mlx_slim.evaluation.scoring.loglikelihood import LoglikelihoodScorer
-from mlx_slim.evaluation.scoring.plain import plain_score
+from mlx_slim.evaluation.scoring.plain import log_softmax, plain_score
 from mlx_slim.evaluation.scoring.requests import Request
+from mlx_slim.models.kv_cache import KVFormat, cache_format
 from mlx_slim.models.load import load
 from mlx_slim.models.quantized import densify
 from mlx_slim.runtime import to_float
+from tests.evaluation.scoring.test_generate import OTHERS
+from tests.support.tiny import tiny_model
 
 SHOTS = tuple(random.Random(5).randint(3, 200) for _ in range(40))
 
@@ -97,6 +102,39 @@ def test_a_shared_root_is_computed_once_and_changes_nothing(
     )
     fresh = LoglikelihoodScorer(model, batch_tokens=64)
     assert fresh.score(requests[20:], SHOTS) == halves[1]  # to the bit: whatever came before
+
+
+def _over_codes(model: Any, request: Request, format: KVFormat) -> float:
+    """Return the score of a request read token by token with mlx-lm's quantized cache."""
+    caches = [
+        QuantizedKVCache(format.group_size, format.bits) if isinstance(cache, KVCache) else cache
+        for cache in make_prompt_cache(model)
+    ]
+    rows = [model(mx.array([[token]]), cache=caches)[0, 0] for token in request.inputs]
+    logp_TV = log_softmax(np.array(mx.stack(rows)).astype(np.float64))
+    return sum(logp_TV[i - 1, request.ids[i]] for i in range(request.start, len(request.ids)))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_next"])  # the other cannot share prefixes
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rounded_keys_and_values_score_as_a_quantized_cache(
+    tmp_path: Path, architecture: str, bits: int
+) -> None:
+    changes = OTHERS.get(architecture, {})
+    model = load(tiny_model(tmp_path / "m", "llama", **{**changes, "head_dim": 32})).model
+    format = cache_format(model, bits)
+    root = SHOTS[:20]
+    requests = [r for r in _questions(questions=3, root=root) if len(r.ids) < 50]
+    plain = LoglikelihoodScorer(model).score(requests, root)
+    scorer = LoglikelihoodScorer(model, batch_tokens=64, kv_format=format)
+    assert scorer.sharing == (architecture == "llama")
+    scores = [score.loglikelihood for score in scorer.score(requests, root)]
+    expected = [_over_codes(model, request, format) for request in requests[:5]]
+    assert scores[:5] == pytest.approx(expected, abs=1e-3)
+    again = LoglikelihoodScorer(model, batch_tokens=512, kv_format=format).score(requests)
+    assert scores == pytest.approx([score.loglikelihood for score in again], abs=1e-3)
+    gaps = [abs(a - b.loglikelihood) for a, b in zip(scores, plain, strict=True)]
+    assert max(gaps) > (1e-2 if bits == 4 else 1e-4)
 
 
 def test_little_memory_cuts_the_work_and_changes_no_score(tiny: Callable[..., Path]) -> None:
