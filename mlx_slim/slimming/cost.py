@@ -22,11 +22,11 @@ from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.evaluation.scoring.answer_cache import STEP, planned_footprint
 from mlx_slim.models.attention import attention_of
 from mlx_slim.models.build import build
+from mlx_slim.models.kv_cache import cache_format
 from mlx_slim.quantization.policy import make_policy
 from mlx_slim.reading import ModelConfig
 
 _PREFILL = 2048  # tokens that mlx-lm reads at a time
-_KV_GROUP = 64  # numbers of a quantized cache that share a scale and a bias
 _ITEM = 2  # bytes of a number while answering, on the machines that this is for
 _HEADER = 200  # bytes of a tensor's entries in a safetensors file and its index, at most about
 
@@ -83,8 +83,14 @@ def cost(
         context: Tokens of the cache.
         kv_bits: Bits of the cache; None is 16.
         others: Bytes of the other files of its folder (``other_bytes``).
+
+    Raises:
+        SlimError: If the cache of this model cannot be quantized.
     """
     model: Any = build(config)
+    item_bits = 8.0 * _ITEM
+    if kv_bits is not None:
+        item_bits = cache_format(model, kv_bits).bits_per_number(_ITEM)
     parameters = sum(value.size for _, value in tree_flatten(model.parameters()))  # pyright: ignore
     attention = attention_of(model)
     model.update(
@@ -104,7 +110,6 @@ def cost(
         )
     leaves = tree_flatten(model.parameters())
     weights = sum(value.nbytes for _, value in leaves)  # pyright: ignore
-    item_bits = 8 * _ITEM if kv_bits is None else kv_bits + 8 * 2 * _ITEM / _KV_GROUP
     whole = -(-context // STEP) * STEP
     layers = planned_footprint(config, _ITEM).layers
     windows = [one.window for one in attention] if attention else [None] * len(layers)

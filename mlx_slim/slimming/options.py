@@ -18,7 +18,6 @@ from mlx_slim.config.section import MOST, PositiveInt
 from mlx_slim.errors import SlimError
 
 QUESTIONS = 1000  # of a task, where it has as many
-KV_BITS = (2, 3, 4, 6, 8)  # of mlx-lm's quantized cache
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class SlimOptions:
     context: Annotated[int, Field(ge=1, le=MOST, strict=True)] = field(
         default=4096, metadata=option("Tokens of the cache that --memory counts.", metavar="N")
     )
-    kv_bits: Literal[2, 3, 4, 6, 8] | None = field(
+    kv_bits: Literal[2, 4, 8] | None = field(
         default=None, metadata=option("Bits of the cache [16].", metavar="B")
     )
     keep: Annotated[float, Field(gt=0, le=100)] | None = field(

@@ -8,12 +8,15 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.scoring.answer_cache import footprint
+from mlx_slim.models.kv_cache import quantize_cache
 from mlx_slim.models.load import load, read_config
 from mlx_slim.quantization.options import CompressOptions
 from mlx_slim.quantization.run import compress
 from mlx_slim.slimming.candidates import format_of
 from mlx_slim.slimming.cost import Cost, cost, other_bytes
+from tests.support.tiny import tiny_model
 
 
 def counted(model: Path, bits: int | None, context: int = 512, kv_bits: int | None = None) -> Cost:
@@ -44,11 +47,23 @@ def test_bytes_are_those_of_the_folder(
     assert one.disk_bytes == pytest.approx(size, rel=0.05)
 
 
-def test_cache_is_that_of_mlx_lm(tiny: Callable[..., Path]) -> None:
-    real = footprint(load(tiny(), dtype=mx.bfloat16).model).cache_bytes(700)
-    assert counted(tiny(), None, context=700).cache_bytes == real
-    # 4 bits, and 16 + 16 bits of scale and bias for 64 numbers
-    assert counted(tiny(), None, 700, 4).cache_bytes == pytest.approx(real * 4.5 / 16, abs=1)
+@pytest.mark.parametrize(("width", "bits"), [(64, 4.5), (32, 5.0)])
+def test_cache_is_that_of_mlx_lm(tmp_path: Path, width: int, bits: float) -> None:
+    folder = tiny_model(tmp_path / "m", head_dim=width)
+    model = load(folder, dtype=mx.bfloat16).model
+    real = footprint(model).cache_bytes(700)
+    assert counted(folder, None, context=700).cache_bytes == real
+    # 4 bits, and 16 + 16 bits of scale and bias for 64 numbers, or for the 32 of a narrow head
+    quantized = counted(folder, None, 700, 4).cache_bytes
+    assert quantized == pytest.approx(real * bits / 16, abs=1)
+    quantize_cache(model, 4)
+    assert quantized == footprint(model).cache_bytes(700)
+
+
+def test_a_cache_that_cannot_be_quantized_is_not_counted_as_if(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "m", "gemma3_text", head_dim=32)
+    with pytest.raises(SlimError, match="cannot keep its cache in 4 bits: it is a Rotating"):
+        counted(folder, 4, kv_bits=4)
 
 
 def test_fewer_bits_and_shorter_contexts_cost_less(tiny: Callable[..., Path]) -> None:
