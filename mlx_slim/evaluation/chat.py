@@ -31,6 +31,7 @@ from mlx_slim.models.row_limits import row_limit
 from mlx_slim.quantization.base import QuantizedBase, load_base, recorded_base
 from mlx_slim.reading import ChatMessage, library_errors
 
+PREFILL = 2048  # tokens of a prompt in one pass, as mlx-lm takes them
 LONGEST_PROMPT = 1 << 20  # characters: 250,000 tokens of English, whose attention takes minutes
 
 
@@ -76,7 +77,7 @@ class ChatSession:
         tell: Called once when it is exceeded.
         draft: Drafts tokens for the model; None drafts none.
         num_draft_tokens: At a time.
-        prefill_tokens: Of a prompt in one pass; None leaves it to mlx-lm.
+        prefill_tokens: Of a prompt in one pass.
         max_length: Tokens that the model reads by its config.
     """
 
@@ -90,7 +91,7 @@ class ChatSession:
     tell: Callable[[str], None] = _ignore
     draft: Any = None
     num_draft_tokens: int = 3
-    prefill_tokens: int | None = None
+    prefill_tokens: int = PREFILL
     max_length: int | None = None
     _plain_seconds: float | None = None  # of a token without the draft
     _cache: list[Any] | None = None  # the model's, then the draft's
@@ -181,11 +182,6 @@ class ChatSession:
         reused: int | None = None
         generated: list[int] = []
         figures = DraftFigures()
-        words: dict[str, Any] = {}
-        if self.prefill_tokens is not None:
-            words["prefill_step_size"] = self.prefill_tokens
-        if self.draft is not None:
-            words |= {"draft_model": self.draft, "num_draft_tokens": self.num_draft_tokens}
         try:
             while True:  # repeated where the sequence exceeds the length at which the RoPE changes
                 tokens, room = ids + generated, max_tokens - len(generated)
@@ -201,7 +197,9 @@ class ChatSession:
                         max_tokens=part,
                         sampler=make_sampler(temp=temperature),
                         prompt_cache=self._cache,
-                        **words,
+                        prefill_step_size=self.prefill_tokens,
+                        draft_model=self.draft,
+                        num_draft_tokens=self.num_draft_tokens,
                     )
                 ):
                     generated.append(response.token)

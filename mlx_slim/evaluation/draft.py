@@ -64,9 +64,9 @@ class DraftFigures:
 
     def __str__(self) -> str:
         """Return it in words."""
-        share = self.accepted / max(1, self.proposed)
+        rate = self.accepted / max(1, self.proposed)
         text = (
-            f"draft: {self.accepted:,} of {self.proposed:,} proposed tokens accepted ({share:.0%})"
+            f"draft: {self.accepted:,} of {self.proposed:,} proposed tokens accepted ({rate:.0%})"
         )
         speedup = self.speedup
         return text if speedup is None else f"{text}, {speedup:.2f} x the speed without it"

@@ -24,7 +24,7 @@ from mlx_slim import runtime
 from mlx_slim.adapters.store import adapter_hash
 from mlx_slim.data.tokenize import check_ids
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluation.chat import ChatSession, open_session
+from mlx_slim.evaluation.chat import PREFILL, ChatSession, open_session
 from mlx_slim.evaluation.draft import DraftCount, DraftFigures, seconds_without_draft
 from mlx_slim.evaluation.scoring.answer_cache import Footprint, footprint, joins
 from mlx_slim.models.kv_cache import QUANTIZED_PREFILL
@@ -33,11 +33,10 @@ from mlx_slim.reading import one_line, shown
 from mlx_slim.serving.names import ServedNames
 from mlx_slim.serving.options import ServeOptions
 
-_PREFILL = 2048  # tokens of a prompt in one pass
 _MOST_ANSWERS = 32  # at a time
 _MOST_PROMPTS = 8
 _CONTEXT = 4096  # tokens of an answer and its prompt, in the plan of how many fit at a time
-_KEPT = 10  # prompt caches
+_PROMPT_CACHES = 10
 _GENERATE = "stream_generate"
 
 
@@ -46,7 +45,7 @@ class Refused(BaseException):
 
     Args:
         status: Of HTTP.
-        error: What is said.
+        error: Its text is the answer.
     """
 
     def __init__(self, status: int, error: SlimError) -> None:
@@ -203,8 +202,8 @@ def _arguments(options: ServeOptions) -> Namespace:
         max_tokens=options.max_tokens,
         decode_concurrency=_MOST_ANSWERS,
         prompt_concurrency=_MOST_PROMPTS,
-        prefill_step_size=_PREFILL if options.kv_bits is None else QUANTIZED_PREFILL,
-        prompt_cache_size=_KEPT,
+        prefill_step_size=PREFILL if options.kv_bits is None else QUANTIZED_PREFILL,
+        prompt_cache_size=_PROMPT_CACHES,
         prompt_cache_bytes=None,
         # Quantized caches are the model's own (``models/kv_cache.py``): nothing to do for mlx-lm.
         kv_bits=None,
@@ -230,7 +229,7 @@ class Generator(ResponseGenerator):
         self._ready = threading.Event()
         self._failure: BaseException | None = None
         self._waiting: weakref.WeakSet[Queue[Any]] = weakref.WeakSet()
-        super().__init__(provider, PromptCache(_KEPT))
+        super().__init__(provider, PromptCache(_PROMPT_CACHES))
 
     def wait(self) -> None:
         """Wait until the model is loaded.

@@ -24,7 +24,7 @@ from mlx_slim.serving.requests import CHAT, MAX_BODY, TEXT, as_error, read_reque
 _MODELS = "/v1/models"
 
 
-class Handler(APIHandler):
+class CompletionHandler(APIHandler):
     """Answers one request; ``for_generator`` makes the class of a server."""
 
     timeout = 60  # seconds that a client may take for its next bytes
@@ -35,9 +35,9 @@ class Handler(APIHandler):
         super().__init__(self.generator, *arguments, system_fingerprint=self.server_version)
 
     @classmethod
-    def for_generator(cls, generator: Generator) -> type[Handler]:
+    def for_generator(cls, generator: Generator) -> type[CompletionHandler]:
         """Return the handler's class that asks ``generator``."""
-        return type("Handler", (cls,), {"generator": generator})
+        return type("CompletionHandler", (cls,), {"generator": generator})
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """Report a line of the access log."""

@@ -160,14 +160,14 @@ def _message(message: JsonObject, where: str) -> JsonObject:
     clean = {**message, "role": field(message, where, "role", str, low=1, high=64)}
     content = message.get("content")
     if isinstance(content, list):
-        parts = field(message, where, "content", list, of=dict, high=_MOST_ITEMS)
-        for part in parts:
-            if part.get("type") != "text":
+        pieces = field(message, where, "content", list, of=dict, high=_MOST_ITEMS)
+        for piece in pieces:
+            if piece.get("type") != "text":
                 raise SlimError(
-                    f"{where}: content of type {shown(part.get('type'))}, expected text"
+                    f"{where}: content of type {shown(piece.get('type'))}, expected text"
                 )
-            field(part, where, "text", str)
-        content = "".join(part["text"] for part in parts)
+            field(piece, where, "text", str)
+        content = "".join(piece["text"] for piece in pieces)
     clean["content"] = field({"content": content}, where, "content", str, "", high=LONGEST_PROMPT)
     for call in field(message, where, "tool_calls", list, [], of=dict, high=_MOST_ITEMS):
         function = field(call, f"{where}: tool_calls", "function", dict)

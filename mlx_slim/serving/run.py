@@ -19,7 +19,7 @@ from mlx_slim import runtime
 from mlx_slim.errors import SlimError
 from mlx_slim.reading import one_line
 from mlx_slim.serving.generator import Generator, Provider
-from mlx_slim.serving.handler import Handler
+from mlx_slim.serving.handler import CompletionHandler
 from mlx_slim.serving.names import ServedNames
 from mlx_slim.serving.options import ServeOptions
 
@@ -74,7 +74,7 @@ def listening(
         generator = Generator(provider)
         try:
             generator.wait()
-            server.RequestHandlerClass = Handler.for_generator(generator)
+            server.RequestHandlerClass = CompletionHandler.for_generator(generator)
             server.server_activate()
             if options.host not in _LOCAL:
                 tell(f"whoever reaches {options.host} can use this server: it asks for no key")
@@ -92,7 +92,7 @@ class Server(ThreadingHTTPServer):
         self, address: Any, family: socket.AddressFamily, tell: Callable[[str], None]
     ) -> None:
         self.address_family, self._tell = family, tell
-        super().__init__(address, Handler, bind_and_activate=False)
+        super().__init__(address, CompletionHandler, bind_and_activate=False)
 
     def server_bind(self) -> None:
         """Take the address, without looking up this machine's name."""

@@ -24,6 +24,7 @@ from mlx_slim.finetuning.options import DemoOptions
 from mlx_slim.models.options import ConvertOptions
 from mlx_slim.pruning.options import PruneOptions
 from mlx_slim.quantization.options import CompressOptions
+from mlx_slim.serving.options import ServeOptions
 from mlx_slim.slimming.options import SlimOptions
 from mlx_slim.sweeping.options import SweepOptions
 
@@ -45,6 +46,7 @@ OWNERS = [
     ("generate", GenerateOptions),
     ("prune", PruneOptions),
     ("quantize", CompressOptions),
+    ("serve", ServeOptions),
 ]
 
 

@@ -42,6 +42,7 @@ VERBS = [
     "Run",
     "Score",
     "See",
+    "Serve",
     "Show",
     "Train",
     "Upload",

@@ -51,19 +51,19 @@ def test_chat_completions_streams_and_adapters(client: tuple[Any, Running], file
         assert whole.model == name
         assert whole.choices[0].finish_reason == "length"
         assert whole.usage.completion_tokens == 8
-        parts = list(
+        chunks = list(
             api.chat.completions.create(
                 **words, stream=True, stream_options={"include_usage": True}
             )
         )
-        assert parts[-1].usage.completion_tokens == 8
-        streamed = "".join(p.choices[0].delta.content or "" for p in parts if p.choices)
+        assert chunks[-1].usage.completion_tokens == 8
+        streamed = "".join(p.choices[0].delta.content or "" for p in chunks if p.choices)
         texts[name] = whole.choices[0].message.content
         assert streamed == texts[name]
         words = {"model": name, "prompt": "once upon", "max_tokens": 5}
         text = api.completions.create(**words).choices[0].text
-        parts = api.completions.create(**words, stream=True)
-        assert "".join(part.choices[0].text for part in parts) == text
+        chunks = api.completions.create(**words, stream=True)
+        assert "".join(part.choices[0].text for part in chunks) == text
     assert texts[files.model] != texts[one]
     answers: list[str] = []
 
@@ -115,9 +115,9 @@ def test_tools_reach_the_template_and_a_call_comes_back(
     assert '"name": "weather"' in prompts[0]
     (choice,) = answer.choices
     assert choice.finish_reason in ("tool_calls", "length")
-    (made,) = choice.message.tool_calls
-    assert made.function.name == "weather"
-    assert json.loads(made.function.arguments) == {"city": "Bern"}
+    (call_back,) = choice.message.tool_calls
+    assert call_back.function.name == "weather"
+    assert json.loads(call_back.function.arguments) == {"city": "Bern"}
 
 
 def _say(

@@ -57,9 +57,9 @@ def test_what_passes_has_the_types_of_mlx_lm_and_nothing_else() -> None:
 
 
 def test_content_is_one_text() -> None:
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    content = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     answer = {"role": "assistant", "content": None, "tool_calls": [CALL]}
-    messages = chat(messages=[{"role": "user", "content": parts}, answer])["messages"]
+    messages = chat(messages=[{"role": "user", "content": content}, answer])["messages"]
     assert [message["content"] for message in messages] == ["ab", ""]
     assert messages[1]["tool_calls"] == [CALL]
 
