@@ -105,7 +105,7 @@ def write_hub(folder: Path) -> Path:
     Students are random; teachers answer everything with one word, and end it.
     """
     student = tiny_model(
-        folder / "student", "llama-tied", intermediate_size=320, num_hidden_layers=6
+        folder / "student", "llama-tied", intermediate_size=320, num_hidden_layers=6, head_dim=32
     )
     teacher = fixed_answer_model(folder / "teacher", "Paris")
     for name in library.names("recipes"):
