@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,7 +27,6 @@ from mlx_lm.models.cache import (
 from mlx_slim.errors import SlimError
 from mlx_slim.models.logits_close import Change, logits_close
 
-KVBits = Literal[8, 4]
 # A scale and a bias for so many numbers of a head: mlx-lm's own size first.
 _GROUP_SIZES = (64, 32)
 # Tokens of a prompt in one pass: attention over codes stores the scores of every pair of positions.
@@ -138,7 +137,7 @@ def _in_codes(caches: list[Any], format: KVFormat) -> list[Any]:
     ]
 
 
-def quantize_cache(model: nn.Module, bits: int, name: str = "the model") -> KVFormat:
+def quantize_cache(model: Any, bits: int, name: str = "the model") -> KVFormat:
     """Make every prompt cache of ``model`` a quantized one, whoever asks mlx-lm for it.
 
     Args:

@@ -10,6 +10,7 @@ import pytest
 
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.comparison import compare
+from mlx_slim.evaluation.options import KVBits
 from mlx_slim.evaluation.run import EvalOptions, evaluate
 from tests.support.evals import samples_of, write_tasks
 from tests.support.tiny import tiny_model
@@ -26,7 +27,8 @@ def test_kv_bits_change_the_scores_and_are_part_of_the_results(
     tasks: Files, tmp_path: Path
 ) -> None:
     model, names = tiny_model(tmp_path / "model", head_dim=32), [str(task) for task in tasks[:2]]
-    outs = {bits: tmp_path / f"out-{bits}" for bits in (None, 4)}
+    choices: tuple[KVBits | None, ...] = (None, 4)
+    outs = {bits: tmp_path / f"out-{bits}" for bits in choices}
     for bits, out in outs.items():
         evaluate(model, names, out, EvalOptions(limit=9, kv_bits=bits))
     results = {bits: json.loads((out / "results.json").read_text()) for bits, out in outs.items()}
