@@ -76,7 +76,7 @@ class Provider(ModelProvider):
         self.plain_seconds: float | None = None
         self._room = 0  # bytes that requests may take
         self._limit: int | None = None  # tokens of a prompt and its answer
-        self._footprint: Footprint | None = None
+        self._footprints: list[Footprint] = []  # of the model and the draft
         super().__init__(_arguments(options))
 
     def load_default(self) -> None:
@@ -106,12 +106,12 @@ class Provider(ModelProvider):
         limits = [session.max_length, boundary_of(model)]
         limits += [session.limit.tokens] if session.limit else []
         self._limit = min((n for n in limits if n is not None), default=None)
-        self._footprint = footprint(model)
-        self.vocabulary = self._footprint.vocabulary
+        self._footprints = [footprint(each) for each in (model, session.draft) if each is not None]
+        self.vocabulary = self._footprints[0].vocabulary
         left = max(0, runtime.memory_budget("auto") - mx.get_active_memory())
         self._room, self.cli_args.prompt_cache_bytes = left // 2, left // 4
         typical = min(_CONTEXT, self._limit or _CONTEXT)
-        answers = self._footprint.answers(self._room, typical, 0, shared=False)
+        answers = self._footprints[0].answers(self._room, typical, 0, shared=False)
         self.cli_args.decode_concurrency = min(_MOST_ANSWERS, answers)
         self.cli_args.prompt_concurrency = min(_MOST_PROMPTS, answers)
         self.model, self.tokenizer, self.draft_model = model, session.tokenizer, session.draft
@@ -173,8 +173,7 @@ class Provider(ModelProvider):
                     f"the prompt has {len(ids):,} tokens; with an answer, this model reads "
                     f"{self._limit:,}"
                 )
-        assert self._footprint is not None
-        needed = self._footprint.least(len(ids) + room)
+        needed = sum(each.least(len(ids) + room) for each in self._footprints)
         if needed > self._room:
             raise SlimError(
                 f"a prompt of {len(ids):,} tokens and an answer of {room:,} take "

@@ -45,7 +45,7 @@ class CompletionHandler(APIHandler):
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         """Report a request and its status."""
-        self.log_message("%s %s", shown(self.requestline)[1:-1], int(code))
+        self.log_message("%s %s", shown(self.requestline)[1:-1], getattr(code, "value", code))
 
     def do_GET(self) -> None:
         """Answer ``/v1/models``, one of them, or ``/health``."""
