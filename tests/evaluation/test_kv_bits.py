@@ -28,7 +28,7 @@ def test_kv_bits_change_the_scores_and_are_part_of_the_results(
 ) -> None:
     model, names = tiny_model(tmp_path / "model", head_dim=32), [str(task) for task in tasks[:2]]
     choices: tuple[KVBits | None, ...] = (None, 4)
-    outs = {bits: tmp_path / f"out-{bits}" for bits in choices}
+    outs: dict[KVBits | None, Path] = {bits: tmp_path / f"out-{bits}" for bits in choices}
     for bits, out in outs.items():
         evaluate(model, names, out, EvalOptions(limit=9, kv_bits=bits))
     results = {bits: json.loads((out / "results.json").read_text()) for bits, out in outs.items()}
