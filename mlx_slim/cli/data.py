@@ -21,6 +21,7 @@ from mlx_slim.reading import JsonObject
 
 if TYPE_CHECKING:
     from mlx_slim.config.schema import DataConfig
+    from mlx_slim.data.pipeline import Pipeline
 
 
 @click.group(epilog="Example: mlx-slim data preview smollm2-lora")
@@ -56,7 +57,7 @@ def preview(recipe: str, overrides: tuple[str, ...], rows: int) -> None:
     marks = ("", "") if console.color_system else ("⟦", "⟧")
     console.print(
         f"template: {pipeline.template.name}; at most {pipeline.max_length} tokens, "
-        f"longer rows: {resolved.data.truncation}",
+        f"longer rows: {resolved.data.truncation}, longer texts: {_longer_texts(pipeline)}",
         markup=False,
     )
     console.print(legend(*marks))
@@ -81,6 +82,13 @@ def preview(recipe: str, overrides: tuple[str, ...], rows: int) -> None:
         step("see what it costs", "mlx-slim", "plan", *words),
         step("train on it", "mlx-slim", "train", *words, "-o", "runs/mine"),
     )
+
+
+def _longer_texts(pipeline: Pipeline) -> str:
+    """Return what is done with rows of plain text that are too long."""
+    if pipeline.config.splits("text"):
+        return f"split (data.split), {pipeline.context} tokens of context"
+    return pipeline.config.truncation
 
 
 @command.command(epilog="Example: mlx-slim data overlap rows.jsonl")

@@ -105,6 +105,11 @@ class DataConfig(Section):
             ``train: false`` is never learned, any other ``weight`` weighs its tokens in the loss.
         truncation: What to do with rows longer than ``train.max_length``; ``left`` cuts behind the
             BOS of a row that begins with one.
+        split: Cut long rows into several of at most ``train.max_length`` tokens, each of which
+            begins with the last tokens of the one before as context: ``auto`` does so with rows of
+            format ``text`` unless ``truncation`` cuts or refuses them, true with all rows.
+        split_overlap: Tokens of that context, or their share of ``train.max_length`` when below 1;
+            at least the one that a row's first new token is predicted from.
         validation: Share of rows (below 1), number of rows, or the path of a validation file.
         seed: Decides which rows validate, and which ones a fractional weight takes; None is
             ``train.seed``. Set it to compare seeds of training on the same validation rows.
@@ -119,11 +124,28 @@ class DataConfig(Section):
     mask_prompt: bool = True
     learn: Literal["all", "last"] = "all"
     truncation: Literal["error", "drop", "left", "right"] = "drop"
+    split: Literal["auto"] | bool = "auto"
+    split_overlap: Steps = 0.125
     validation: Steps | str = 0.02
     seed: Seed | None = None
     system: str | None = None
     columns: dict[str, str] = Field(default_factory=dict)
     max_rows: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _one_rule_for_long_rows(self) -> DataConfig:
+        if self.split is True and self.truncation != "drop":
+            raise ValueError(
+                f"split=true leaves no row too long, and truncation={self.truncation} is set too: "
+                "drop one of them"
+            )
+        return self
+
+    def splits(self, kind: str) -> bool:
+        """Return whether long rows of a format (such as ``text``) are cut into several."""
+        return self.split is True or (
+            self.split == "auto" and kind == "text" and self.truncation == "drop"
+        )
 
     @property
     def sources(self) -> list[SourceConfig]:

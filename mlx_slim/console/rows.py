@@ -54,6 +54,8 @@ def row_text(row: PreparedRow, tokenizer: Any, opening: str, closing: str) -> Te
     if weights is not None:
         least, most = weights[supervised].min(), weights[supervised].max()
         heading += f" (weights {least:g} to {most:g})"
+    if row.pieces > 1:
+        heading += f" · piece {row.piece + 1} of {row.pieces}"
     if row.length > len(ids):
         heading += f" · TRUNCATED from {row.length}"
     text = Text(heading + "\n", style="")

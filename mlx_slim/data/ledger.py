@@ -20,6 +20,7 @@ _FIRST = 5  # places named for each reason
 _SUMS = (
     *("rows_read", "used", "tokens", "supervised_tokens"),
     *("cut_turns", "cut_tokens", "cut_characters"),
+    *("pieces", "repeated_tokens"),
 )
 
 
@@ -58,7 +59,10 @@ class SourceLedger:
     cut_turns: int = 0
     cut_tokens: int = 0
     cut_characters: int = 0  # of texts cut before they were tokenised
+    pieces: int = 0  # rows that the used ones became, whole or cut
+    repeated_tokens: int = 0  # of pieces: context, learned in the piece before
     truncated: RowCount = field(default_factory=RowCount)
+    split: RowCount = field(default_factory=RowCount)
     dropped: dict[str, RowCount] = field(default_factory=dict)
     formats: dict[str, int] = field(default_factory=dict)
     noted: dict[str, RowCount] = field(default_factory=dict)
@@ -77,6 +81,11 @@ class SourceLedger:
         self.truncated.add(raw)
         self.cut_tokens += tokens
 
+    def cut(self, raw: RawRow, repeated: int) -> None:
+        """Count a row that became several, which repeat ``repeated`` tokens as context."""
+        self.split.add(raw)
+        self.repeated_tokens += repeated
+
     def read(self, example: Example) -> None:
         """Count a row's format and the turns left out after its last answer."""
         self.formats[example.kind] = self.formats.get(example.kind, 0) + 1
@@ -84,7 +93,8 @@ class SourceLedger:
 
     def use(self, rows: TokenRows) -> None:
         """Count rows that are used."""
-        self.used += len(rows.lengths_R)
+        self.used += rows.texts
+        self.pieces += len(rows.lengths_R)
         self.tokens += int(rows.lengths_R.sum())
         self.supervised_tokens += int(rows.counts_R.sum())
 
@@ -93,6 +103,7 @@ class SourceLedger:
         for name in _SUMS:
             setattr(self, name, getattr(self, name) + getattr(later, name))
         self.truncated.merge(later.truncated)
+        self.split.merge(later.split)
         for reason, tally in later.dropped.items():
             self.dropped.setdefault(reason, RowCount()).merge(tally)
         for what, tally in later.noted.items():
@@ -116,6 +127,9 @@ class SourceLedger:
             "rows_used": self.used,
             "rows_truncated": {"count": self.truncated.count, "first": self.truncated.first},
             "tokens_cut": self.cut_tokens,
+            "rows_split": {"count": self.split.count, "first": self.split.first},
+            "rows_after_splitting": self.pieces,
+            "tokens_repeated_as_context": self.repeated_tokens,
             "characters_cut_before_tokenising": self.cut_characters,
             "rows_dropped": {
                 reason: {"count": tally.count, "first": tally.first}
@@ -145,6 +159,9 @@ class RowTotals:
         tokens: Of the rows used.
         supervised_tokens: Of those, the ones that a loss is computed on.
         exact_duplicates: Rows used that are equal to another one.
+        rows_split: Rows that were cut into several, each token of which is learned once.
+        rows_after_splitting: What the used rows became.
+        tokens_repeated_as_context: Of ``tokens``: at the beginnings of pieces, not learned again.
     """
 
     rows_given: int
@@ -154,6 +171,9 @@ class RowTotals:
     tokens: int
     supervised_tokens: int
     exact_duplicates: int
+    rows_split: int = 0
+    rows_after_splitting: int = 0
+    tokens_repeated_as_context: int = 0
 
     @classmethod
     def read(cls, ledger: JsonObject, where: str) -> RowTotals:
@@ -185,6 +205,9 @@ def totals(ledgers: list[SourceLedger], hashes: np.ndarray) -> RowTotals:
         tokens=sum(ledger.tokens for ledger in ledgers),
         supervised_tokens=sum(ledger.supervised_tokens for ledger in ledgers),
         exact_duplicates=len(hashes) - len(np.unique(hashes)),
+        rows_split=sum(ledger.split.count for ledger in ledgers),
+        rows_after_splitting=sum(ledger.pieces for ledger in ledgers),
+        tokens_repeated_as_context=sum(ledger.repeated_tokens for ledger in ledgers),
     )
 
 

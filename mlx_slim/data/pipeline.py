@@ -18,6 +18,7 @@ from mlx_slim.artifacts import public_name
 from mlx_slim.config.schema import DataConfig, SourceConfig
 from mlx_slim.data.formats import Dropped, Example, check_columns, read_example
 from mlx_slim.data.ledger import SourceLedger
+from mlx_slim.data.pieces import context_tokens, split
 from mlx_slim.data.rendered import Rendered
 from mlx_slim.data.sources import RawRow, Source
 from mlx_slim.data.store import TokenRows
@@ -40,6 +41,8 @@ class PreparedRow:
     rendered: Rendered
     tokens: Tokens
     length: int  # tokens before truncation
+    piece: int = 0  # number of the piece, where the row is cut into several,
+    pieces: int = 1  # of so many
 
 
 class Pipeline:
@@ -60,14 +63,15 @@ class Pipeline:
     ) -> None:
         check_columns(config.columns)
         self.config, self.max_length, self.limit = config, max_length, limit
+        self.context = context_tokens(config.split_overlap, max_length)
         self.template: Template = load_template(config.template, unwrap(tokenizer))
         self.encoder = RowEncoder(tokenizer, mask_prompt=config.mask_prompt)
 
     def __getstate__(self) -> tuple[Any, ...]:
-        return self.config, self.max_length, self.limit, self.encoder
+        return self.config, self.max_length, self.limit, self.context, self.encoder
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:  # in another process
-        self.config, self.max_length, self.limit, self.encoder = state
+        self.config, self.max_length, self.limit, self.context, self.encoder = state
         self.template = load_template(self.config.template, self.encoder.tokenizer)
 
     def rows(
@@ -104,12 +108,15 @@ class Pipeline:
                 ledger.drop(text, raw)
                 continue
             whole = next(encoded)
+            length = len(whole.ids_T)
             try:
+                if length > self.max_length and self.config.splits(text[0].kind):
+                    prepared += self._pieces(raw, *text, whole, ledger)
+                    continue
                 tokens = self._fit(raw, whole)
             except Dropped as dropped:
                 ledger.drop(dropped.reason, raw)
                 continue
-            length = len(whole.ids_T)
             if length > len(tokens.ids_T):
                 ledger.truncate(raw, length - len(tokens.ids_T))
             prepared.append(PreparedRow(raw, *text, tokens, length))
@@ -129,7 +136,9 @@ class Pipeline:
             system=config.system or self.config.system,
             learn=self.config.learn,
         )
-        rendered = self._clip(raw, self._render(raw, example), ledger)
+        rendered = self._render(raw, example)
+        if not self.config.splits(example.kind):
+            rendered = self._clip(raw, rendered, ledger)
         ledger.read(example)
         for note in (*example.notes, *rendered.notes):
             ledger.note(note, raw)
@@ -169,7 +178,7 @@ class Pipeline:
     def _too_long(self, raw: RawRow, size: str) -> SlimError:
         return SlimError(
             f"{raw.place}: {size}, longer than train.max_length={self.max_length} tokens",
-            "raise train.max_length, or choose data.truncation=drop, left or right",
+            "raise train.max_length, or choose data.truncation=drop, left or right, or data.split",
         )
 
     def _fit(self, raw: RawRow, row: Tokens) -> Tokens:
@@ -183,6 +192,23 @@ class Pipeline:
             hint = f"set train.max_length={self.limit.tokens}, which drops or cuts longer rows"
             self.limit.check(len(row.ids_T), raw.place, hint)
         return row
+
+    def _pieces(
+        self, raw: RawRow, example: Example, rendered: Rendered, row: Tokens, ledger: SourceLedger
+    ) -> list[PreparedRow]:
+        """Return a long row as several, those with nothing to learn left out."""
+        if not row.supervised_T.any():
+            raise Dropped("no supervised token left")
+        parts = split(row, self.max_length, self.context, self.encoder.bos)
+        learned = [part for part in parts if part.supervised_T.any()]
+        if len(learned) < len(parts):
+            ledger.note("pieces without a token to learn, left out", raw)
+        ledger.cut(raw, sum(len(part.ids_T) for part in parts) - len(row.ids_T))
+        fitted = [self._fit(raw, part) for part in learned]
+        return [
+            PreparedRow(raw, example, rendered, part, len(part.ids_T), number, len(fitted))
+            for number, part in enumerate(fitted)
+        ]
 
     def _cut(self, raw: RawRow, row: Tokens) -> Tokens:
         length, limit = len(row.ids_T), self.max_length
@@ -263,9 +289,12 @@ class ChunkTokenizer:
         """Tokenise one chunk."""
         ledger = SourceLedger("", "", 1.0, [])
         prepared = self.pipeline.chunk(task.rows, task.config, ledger)
-        tokens = TokenRows.of([row.tokens for row in prepared])
+        begins = [row.piece == 0 for row in prepared]
+        tokens = TokenRows.of([row.tokens for row in prepared], begins)
         ledger.use(tokens)
-        texts = [(row.raw._replace(value={}), row.example.texts) for row in prepared]
+        texts = [
+            (row.raw._replace(value={}), row.example.texts) for row in prepared if row.piece == 0
+        ]
         return TokenizedChunk(tokens, ledger, texts if self.texts else [])
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_slim.artifacts import atomic_folder, hash_json, write_json
+from mlx_slim.artifacts import atomic_folder, hash_json, remove_folder, write_json
 from mlx_slim.config.schema import DataConfig, SourceConfig
 from mlx_slim.data import overlap, sources
 from mlx_slim.data.fingerprint import fingerprint_difference, source_fingerprint, without_rows
@@ -41,7 +41,10 @@ __all__ = ["Prepared", "fingerprint_difference", "prepare"]
 LEDGER_FILE = "data_ledger.json"
 # Of the stored rows: raise one when the same settings would give other rows.
 # 2: with truncation=left the BOS stays in front. 3: weights of turns, tools, exact spans.
-_VERSION = 3
+# 4: long texts are split.
+_VERSION = 4
+_FILES = ("rows", "held_out", "train.npy", "validation.npy", "prepared.json")
+_SPLIT = ("split", "split_overlap")
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ def prepare(
             "max_length": max_length,
             "seed": seed,
             **config.model_dump(
-                include={"mask_prompt", "learn", "truncation", "system", "columns"}
+                include={"mask_prompt", "learn", "truncation", "system", "columns", *_SPLIT}
             ),
             "max_rows": config.max_rows,
             **({"limit": limit.tokens} if limit else {}),  # rows kept from before it was known
@@ -141,7 +144,7 @@ def prepare(
             )
 
     if stored is not None and unchanged:
-        lines = fingerprint_difference(_as_of_today(stored["fingerprint"]), settings)
+        lines = fingerprint_difference(_as_of_today(stored["fingerprint"], settings), settings)
         if lines:
             raise SlimError(
                 f"the data of {folder} changed since it was started: {'; '.join(lines)}",
@@ -162,6 +165,7 @@ def prepare(
     with atomic_folder(tokens, replace=True) as temporary:
         fingerprint, ledger = write(temporary)
         write_json(temporary / "prepared.json", {"fingerprint": fingerprint, "ledger": ledger})
+        remove_folder(tokens, _FILES)  # of other rows: no file of theirs may stand beside these
     write_json(folder / LEDGER_FILE, ledger)
     return _open(tokens, fingerprint, ledger)
 
@@ -175,13 +179,16 @@ def _validation_source(
     return find(source), source
 
 
-def _as_of_today(fingerprint: JsonObject) -> JsonObject:
+def _as_of_today(fingerprint: JsonObject, today: JsonObject) -> JsonObject:
     """Return an older version's fingerprint with this version's number and settings.
 
-    Settings that the older version did not have stand at what it did: it learned all answers.
+    Settings that the older version did not have stand at what it did: it learned all answers. It
+    split no text: whether there is one to split, the rows themselves say.
     """
     stored = without_rows(fingerprint)
-    return {**stored, "version": _VERSION, "settings": {"learn": "all", **stored["settings"]}}
+    split = {key: today["settings"][key] for key in _SPLIT}
+    settings = {"learn": "all", **split, **stored["settings"]}
+    return {**stored, "version": _VERSION, "settings": settings}
 
 
 def _same_rows(old: Path, new: Path) -> bool:
@@ -236,7 +243,7 @@ def _write(
     check_renamed(config.columns, set().union(*(ledger.columns for ledger in ledgers)))
     if not len(hashes):
         reasons = "; ".join(text for ledger in ledgers for text in ledger.reasons())
-        shorter = "raise train.max_length or cut rows with data.truncation=right; "
+        shorter = "raise train.max_length, or cut rows with data.split=true; "
         raise SlimError(
             f"no row can be used: {sum(ledger.rows_read for ledger in ledgers):,} given, {reasons}",
             shorter * ("longer than" in reasons) + "see them with: mlx-slim data preview",
@@ -257,7 +264,7 @@ def _write(
         validation, candidates = np.arange(len(held_hashes)), len(hashes)
         remaining = np.flatnonzero(~np.isin(hashes, held_hashes))
     else:
-        validation, remaining = split_rows(config.validation, hashes, seed)
+        validation, remaining = split_rows(config.validation, hashes, writer.texts(), seed)
         candidates = len(hashes) - len(validation)
     if not len(remaining):
         raise no_row_left(candidates)

@@ -41,19 +41,23 @@ def no_row_left(candidates: int) -> SlimError:
 
 
 def split_rows(
-    setting: float | str, hashes: np.ndarray, seed: int
+    setting: float | str, hashes: np.ndarray, texts: np.ndarray, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the indices of the validation rows, and of those that are left to train on.
 
+    A text that was cut into several rows is on one side with all of them.
+
     Args:
-        setting: ``data.validation``, a fraction below 1 or a count.
+        setting: ``data.validation``, a fraction below 1 or a count, of texts.
         hashes: Of each row's tokens, (N,): a row that equals a validation row is not trained on.
+        texts: Number of the text that each row is, or is a piece of, ascending (N,).
         seed: Of the recipe.
 
     Raises:
         SlimError: If there are not more rows than a count asks for.
     """
-    validation = choose_validation(setting, len(hashes), seed)
+    count = int(texts[-1]) + 1 if len(texts) else 0
+    validation = np.flatnonzero(np.isin(texts, choose_validation(setting, count, seed)))
     others = np.setdiff1d(np.arange(len(hashes)), validation)
     return validation, others[~np.isin(hashes[others], hashes[validation])]
 

@@ -5,7 +5,8 @@ stores: a ``TokenStore`` is an index into it, so weights and the validation spli
 
 Layout of a folder (N rows, S their tokens): ``ids.bin`` int32 (S,), ``supervised.bin`` uint8 (S,),
 ``offsets.npy`` int64 (N + 1,), ``counts.npy`` int64 (N,); where some targets count other than once,
-``weights.bin`` float32 (S,), 0 for what is no target.
+``weights.bin`` float32 (S,), 0 for what is no target; where some rows are pieces of one text,
+``texts.npy`` int64 (N,), the number of each row's text.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class TokenRows:
         counts_R: int64 supervised tokens of each row.
         hashes_R: uint64 hash of each row's ids.
         weights_S: float32 loss weights, None where every target's is 1.
+        begins_R: bool, whether each row begins a text; None where all do, none being a later piece.
     """
 
     ids_S: np.ndarray
@@ -44,10 +46,11 @@ class TokenRows:
     counts_R: np.ndarray
     hashes_R: np.ndarray
     weights_S: np.ndarray | None = None
+    begins_R: np.ndarray | None = None
 
     @classmethod
-    def of(cls, rows: Sequence[Tokens]) -> TokenRows:
-        """Join rows."""
+    def of(cls, rows: Sequence[Tokens], begins: Sequence[bool] | None = None) -> TokenRows:
+        """Join rows; ``begins`` says which ones begin a text, None that all do."""
         ids = [np.ascontiguousarray(row.ids_T, np.int32) for row in rows]
         return cls(
             np.concatenate([*ids, np.empty(0, np.int32)]),
@@ -58,7 +61,13 @@ class TokenRows:
             None
             if all(row.weights_T is None for row in rows)
             else np.concatenate([_weights(row) for row in rows]),
+            None if begins is None or all(begins) else np.array(begins, np.bool_),
         )
+
+    @property
+    def texts(self) -> int:
+        """How many texts they are made of."""
+        return len(self.lengths_R) if self.begins_R is None else int(self.begins_R.sum())
 
 
 def _weights(row: Tokens) -> np.ndarray:
@@ -82,6 +91,7 @@ class TokenWriter:
         self._lengths = array("q")
         self._counts = array("q")
         self._hashes = array("Q")
+        self._begins = array("b")
 
     def __len__(self) -> int:
         return len(self._counts)
@@ -98,6 +108,8 @@ class TokenWriter:
         self._lengths.frombytes(rows.lengths_R.tobytes())
         self._counts.frombytes(rows.counts_R.tobytes())
         self._hashes.frombytes(rows.hashes_R.tobytes())
+        begins = np.ones(len(rows.lengths_R), np.bool_) if rows.begins_R is None else rows.begins_R
+        self._begins.frombytes(begins.tobytes())
 
     def _from_the_first_row(self) -> BinaryIO:
         """Open ``weights.bin`` and write the weights of the rows so far: 1 for every target."""
@@ -118,7 +130,13 @@ class TokenWriter:
         np.cumsum(np.asarray(self._lengths, np.int64), out=offsets[1:])
         np.save(self.folder / "offsets.npy", offsets)
         np.save(self.folder / "counts.npy", np.asarray(self._counts, np.int64))
+        if not np.asarray(self._begins, np.bool_).all():
+            np.save(self.folder / "texts.npy", self.texts())
         return np.asarray(self._hashes, np.uint64)
+
+    def texts(self) -> np.ndarray:
+        """Return the number of the text that every row is of, int64 (N,)."""
+        return np.cumsum(np.asarray(self._begins, np.int64)) - 1
 
 
 class TokenStore:
@@ -128,6 +146,7 @@ class TokenStore:
         lengths: Tokens of each row, int64 (N,).
         supervised: Supervised targets of each row, int64 (N,).
         index: Number of each row among all rows of the folder, int64 (N,).
+        texts: Number of the text that each row is, or is a piece of, int64 (N,).
         fingerprint: Hash of what the rows were made from, and of which rows these are.
     """
 
@@ -144,6 +163,8 @@ class TokenStore:
             self._mask = np.memmap(folder / "supervised.bin", np.bool_, "r")
             weights = folder / "weights.bin"
             self._weights = np.memmap(weights, np.float32, "r") if weights.is_file() else None
+            pieces = folder / "texts.npy"
+            texts = np.load(pieces) if pieces.is_file() else np.arange(len(counts))
         except (OSError, ValueError) as error:
             raise SlimError(
                 f"the tokenised rows in {folder} cannot be read: {error}",
@@ -152,7 +173,7 @@ class TokenStore:
         sizes = {len(self._ids), len(self._mask), offsets[-1] if len(offsets) else -1}
         if self._weights is not None:
             sizes.add(len(self._weights))
-        if len(offsets) != len(counts) + 1 or len(sizes) > 1:
+        if len(offsets) != len(counts) + 1 or len(texts) != len(counts) or len(sizes) > 1:
             raise SlimError(
                 f"the tokenised rows in {folder} are damaged", "remove the folder; it is made again"
             )
@@ -162,6 +183,7 @@ class TokenStore:
         self._start = offsets[:-1][self.index]
         self.lengths: np.ndarray = np.diff(offsets)[self.index]
         self.supervised: np.ndarray = counts[self.index]
+        self.texts: np.ndarray = texts[self.index]
 
     def __len__(self) -> int:
         return len(self.index)

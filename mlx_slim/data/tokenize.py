@@ -1,10 +1,11 @@
 """Text to token ids, with an exact supervised flag for every token.
 
-Invariant: the ids are the tokenization of the whole text (never of pieces), BOS stands once, and
-the last answer ends in EOS. A token is supervised when its first non-space character lies in an
-answer: a token that straddles the border counts for the side that its word is on, whichever way a
-tokenizer reports offsets (byte-level ones trim the space, others do not). ``supervised[0]`` is
-always False: nothing stands before it to predict it from.
+Invariant: the ids are the tokenization of the whole text (a long one is read through windows that
+are joined where they agree, ``_windows``), BOS stands once, and the last answer ends in EOS. A
+token is supervised when its first non-space character lies in an answer: a token that straddles the
+border counts for the side that its word is on, whichever way a tokenizer reports offsets
+(byte-level ones trim the space, others do not). ``supervised[0]`` is always False: nothing stands
+before it to predict it from.
 
 A turn's loss weight is that of its tokens. Legend: T tokens of a row, C characters of its text.
 """
@@ -22,6 +23,8 @@ from mlx_slim.data.rendered import Rendered
 from mlx_slim.errors import SlimError
 
 _CHARACTERS = 1 << 20  # tokenized at once
+_MARGIN = 1 << 12  # characters that two windows of a long text have in common,
+_AGREE = 16  # where so many tokens in a row must be the same
 # Whether a character is a space, for every code up to the first behind the last space.
 _SPACES = np.array([chr(code).isspace() for code in range(0x3002)])
 
@@ -145,8 +148,15 @@ class RowEncoder:
         return tokens
 
     def _encode(self, rows: list[Rendered]) -> list[Tokens]:
+        if len(rows) == 1 and len(rows[0].text) > _CHARACTERS + _MARGIN:
+            return [self._row(rows[0], *self._windows(rows[0].text))]
+        found = self._placed([row.text for row in rows])
+        return [self._row(row, *placed) for row, placed in zip(rows, found, strict=True)]
+
+    def _placed(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return the ids of texts, int32 (T,), and the character that each token begins at."""
         batch = self.tokenizer(
-            [row.text for row in rows],
+            texts,
             add_special_tokens=False,
             return_offsets_mapping=True,
             return_attention_mask=False,
@@ -154,19 +164,48 @@ class RowEncoder:
             truncation=False,
             verbose=False,
         )
-        return [
-            self._row(row, ids, offsets)
-            for row, ids, offsets in zip(
-                rows, batch["input_ids"], batch["offset_mapping"], strict=True
-            )
-        ]
+        placed = []
+        for text, ids, offsets in zip(
+            texts, batch["input_ids"], batch["offset_mapping"], strict=True
+        ):
+            flat = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets))
+            begin_T = _first_characters(text, flat.reshape(-1, 2))
+            placed.append((np.asarray(ids, np.int32), begin_T))
+        return placed
 
-    def _row(self, row: Rendered, ids: list[int], offsets: list[tuple[int, int]]) -> Tokens:
-        ids_T = np.asarray(ids, np.int32)
+    def _windows(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return what ``_placed`` gives for a long text, whose tokens it never holds as objects.
+
+        Neighbouring windows have some characters in common, and are joined where they give the same
+        tokens for a while. Where they never do, more is tokenized at once.
+        """
+
+        def placed(start: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+            ids_T, begin_T = self._placed([text[start : start + size + _MARGIN]])[0]
+            return ids_T, begin_T + start
+
+        done: list[tuple[np.ndarray, np.ndarray]] = []
+        start, size, joined = 0, _CHARACTERS, 0  # joined: the character that is next
+        here = placed(start, size)
+        while start + size + _MARGIN < len(text):
+            later = placed(start + size, _CHARACTERS)
+            joint = _joint(here, later)
+            if joint is None:
+                size *= 2
+                here = placed(start, size)
+                continue
+            begin_T = here[1]
+            span = (begin_T >= joined) & (begin_T < joint)
+            done.append((here[0][span], begin_T[span]))
+            start, size, joined, here = start + size, _CHARACTERS, joint, later
+        rest = here[1] >= joined
+        done.append((here[0][rest], here[1][rest]))
+        ids, begins = zip(*done, strict=True)
+        return np.concatenate(ids), np.concatenate(begins)
+
+    def _row(self, row: Rendered, ids_T: np.ndarray, begin_T: np.ndarray) -> Tokens:
         weights_T = np.full(len(ids_T), 0.0 if self.mask_prompt else 1.0, np.float32)
         if (self.mask_prompt or row.weights) and len(ids_T):
-            flat = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets))
-            begin_T = _first_characters(row.text, flat.reshape(-1, 2))
             for start, end, weight in row.weighted:
                 weights_T[(begin_T >= start) & (begin_T < end)] = weight
         if self.adds_bos and not row.has_bos and (not len(ids_T) or ids_T[0] != self.bos):
@@ -191,6 +230,33 @@ class RowEncoder:
             if self.tokenizer.decode([token]).strip():
                 return False
         return False
+
+
+def _joint(here: tuple[np.ndarray, np.ndarray], later: tuple[np.ndarray, np.ndarray]) -> int | None:
+    """Return the character from which on two windows have the same tokens; None if there is none.
+
+    Args:
+        here: Ids of the first window and the character that each begins at; the last tokens may be
+            those of a cut word.
+        later: The same of the second window, whose first tokens may be.
+    """
+    ids_T, begin_T = here
+    later_T, later_begin_T = later
+    first: dict[int, int] = {}  # token that is the first of a character
+    for number in range(int(np.searchsorted(begin_T, later_begin_T[0])), len(ids_T)):
+        first.setdefault(int(begin_T[number]), number)
+    for number in range(1, len(later_T) - _AGREE):
+        begin = int(later_begin_T[number])
+        other = first.get(begin)
+        if other is None or later_begin_T[number - 1] == begin:
+            continue
+        if other + 2 * _AGREE > len(ids_T):
+            return None
+        a, b = slice(other, other + _AGREE), slice(number, number + _AGREE)
+        same = ids_T[a] == later_T[b], begin_T[a] == later_begin_T[b]
+        if np.logical_and(*same).all():
+            return begin
+    return None
 
 
 def _first_characters(text: str, offsets_T2: np.ndarray) -> np.ndarray:

@@ -169,7 +169,10 @@ class DistillationDataset:
 
     def weights(self, prepared: Prepared) -> np.ndarray:
         """Return the weight of every training target, float32, as ``target_weights``."""
-        used = [source["rows_used"] for source in prepared.ledger["sources"]]
+        used = [
+            source.get("rows_after_splitting", source["rows_used"])
+            for source in prepared.ledger["sources"]
+        ]
         bounds = np.cumsum([0, *used])
         file_R = np.searchsorted(bounds, prepared.train.index, "right") - 1
         groups_R = np.array([file.group for file in self.files])[file_R]

@@ -323,12 +323,18 @@ def task_to_score(rows: Sequence[str]) -> str:
     return YOUR_TASK if local else GENERAL_TASK
 
 
+def _split(totals: RowTotals) -> str:
+    if not totals.rows_split:
+        return ""
+    return f", {totals.rows_split:,} split: {totals.rows_after_splitting:,} rows in all"
+
+
 def summary_rows(result: Result) -> dict[str, str]:
     """Return the closing summary as name -> text."""
     done, totals = result.done, RowTotals.read(result.ledger, str(result.out))
     rows = {
         "rows": f"{totals.rows_used:,} used of {totals.rows_given:,} given"
-        f" ({totals.rows_dropped:,} dropped, {totals.rows_truncated:,} cut)",
+        f" ({totals.rows_dropped:,} dropped, {totals.rows_truncated:,} cut{_split(totals)})",
         "steps": f"{done.step:,} ({done.reason.replace('_', ' ')})",
         "tokens": f"{done.tokens:,} at {done.tokens / max(done.seconds, 1e-9):,.0f} tokens/s",
         "time": human_seconds(done.seconds)

@@ -18,11 +18,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_slim.config.load import DEFAULT, Resolved, from_layers
-from mlx_slim.config.schema import SourceConfig
+from mlx_slim.config.schema import DataConfig, SourceConfig
 from mlx_slim.config.section import MOST
 from mlx_slim.data.ledger import RowTotals, SourceLedger
+from mlx_slim.data.pieces import context_tokens, pieces
 from mlx_slim.data.pipeline import Pipeline, PreparedRow
-from mlx_slim.data.prepare import LEDGER_FILE, prepare
+from mlx_slim.data.prepare import LEDGER_FILE, Prepared, prepare
 from mlx_slim.data.sources import find_local
 from mlx_slim.data.split import no_row_left, split_rows
 from mlx_slim.errors import SlimError
@@ -50,6 +51,7 @@ class ChoiceInputs:
         config: Of the model.
         lengths: Tokens of each usable row, int64 (N,).
         supervised: Supervised ones of them, int64 (N,).
+        splits: Whether it is cut into several where it is too long, bool (N,).
         validation: Setting, its rows' tokens, and the reason.
         data: Reason of ``data.path``.
         longest: Tokens that the model reads at most.
@@ -65,6 +67,7 @@ class ChoiceInputs:
     config: ModelConfig
     lengths: np.ndarray
     supervised: np.ndarray
+    splits: np.ndarray
     validation: tuple[float | str, int, str]
     data: str
     longest: int
@@ -73,6 +76,17 @@ class ChoiceInputs:
     budget: int
     speed: Speed
     machine: Machine | None
+
+    def fitted(self, length: int) -> np.ndarray:
+        """Return the tokens of each row of at most ``length`` tokens that these rows give."""
+        whole = self.lengths[self.lengths <= length]
+        context = context_tokens(self.base.recipe.data.split_overlap, length)
+        cut = [
+            part.stop - part.start
+            for row in self.lengths[(self.lengths > length) & self.splits].tolist()
+            for part in pieces(row, length, context, 0)
+        ]
+        return np.concatenate([whole, np.array(cut, np.int64)])
 
     def is_fixed(self, key: str) -> bool:
         """Whether the user set ``key``."""
@@ -136,7 +150,8 @@ def read_inputs(base: Resolved, overrides: Sequence[str]) -> tuple[ChoiceInputs,
             find=finder(folder),
         )
         lengths, supervised = np.array(stored.train.lengths), np.array(stored.train.supervised)
-        stored_hashes = stored.train.hashes()
+        stored_hashes, texts = stored.train.hashes(), stored.train.texts
+        splits = _split_where_long(data, stored)
         separate_tokens = int(stored.validation.lengths.sum()) if stored.validation else 0
         pipeline = Pipeline(data, tokenizer, max_length=longest)
         rows = pipeline.rows(finder(folder)(source), source, SourceLedger("", "", 1.0, []), 4096)
@@ -146,10 +161,10 @@ def read_inputs(base: Resolved, overrides: Sequence[str]) -> tuple[ChoiceInputs,
     if setting is None:
         setting, reason = recipe.data.validation, ""
         if "data.validation" not in base.overridden:
-            setting, reason = hyperparameters.validation_rows(len(lengths))
+            setting, reason = hyperparameters.validation_rows(len(np.unique(texts)))
     validation_tokens = separate_tokens
     if not isinstance(setting, str):
-        held, trained = split_rows(setting, stored_hashes, recipe.rows_seed)
+        held, trained = split_rows(setting, stored_hashes, texts, recipe.rows_seed)
         twins = len(lengths) - len(held) - len(trained)
         if not len(trained):
             if "data.validation" in base.overridden:
@@ -159,7 +174,7 @@ def read_inputs(base: Resolved, overrides: Sequence[str]) -> tuple[ChoiceInputs,
         if len(held):
             reason += "; not trained on" + f", nor are {twins:,} rows that equal one" * (twins > 0)
         validation_tokens = int(lengths[held].sum())
-        lengths, supervised = lengths[trained], supervised[trained]
+        lengths, supervised, splits = lengths[trained], supervised[trained], splits[trained]
     dtype = resolve_dtype(recipe.train.dtype)
     adapted = changed(recipe, {"method": "lora"})
     shapes = training_shapes(config, adapted, dtype)
@@ -169,6 +184,7 @@ def read_inputs(base: Resolved, overrides: Sequence[str]) -> tuple[ChoiceInputs,
         config=config,
         lengths=lengths,
         supervised=supervised,
+        splits=splits,
         validation=(setting, validation_tokens, reason),
         data=f"{_counted(stored.ledger)}; template: {pipeline.template.name}",
         longest=longest,
@@ -188,6 +204,15 @@ def _first_machine(dtype: mx.Dtype) -> Machine:
     return Machine(**values)
 
 
+def _split_where_long(data: DataConfig, stored: Prepared) -> np.ndarray:
+    """Return which rows are cut where they are too long: of plain text, every token is learned."""
+    rows, formats = stored.train, [*stored.ledger["sources"][0]["formats"]]
+    if data.split is True or formats == ["text"]:
+        return np.full(len(rows), data.splits("text"))
+    plain = rows.supervised == rows.lengths - 1
+    return plain & (data.splits("text") and "text" in formats)
+
+
 def _separate(source: SourceConfig) -> str | None:
     """Return the path again, if it is a folder with validation rows in files of their own."""
     if not Path(source.path).expanduser().is_dir():
@@ -205,6 +230,8 @@ def _counted(ledger: JsonObject) -> str:
     totals, source = RowTotals.read(ledger, LEDGER_FILE), ledger["sources"][0]
     used, total = totals.rows_used, totals.rows_given
     text = f"{used:,} of {total:,} rows ({', '.join(source['formats'])}) can be used"
+    if totals.rows_split:
+        text += f", {totals.rows_split:,} of them split"
     if dropped := source["rows_dropped"]:
         reasons = (f"{entry['count']:,} {reason}" for reason, entry in dropped.items())
         text += f", dropped: {'; '.join(reasons)}"

@@ -37,6 +37,7 @@ from mlx_slim.runtime import human_bytes, human_duration, parse_duration
 
 RESERVE = 1.1  # a prediction may be too low by this factor
 BITS = (8, 4)  # of a base that does not fit otherwise, best first
+TEXT_ROWS = (2048, 1024, 512, 256)  # tokens of the rows that a long text is cut into
 QUANTILES = (1.0, 0.99, 0.95, 0.9, 0.75, 0.5)  # of the lengths of rows, for the longest one
 FORWARD = 1 / 3  # time of a validated token, as a fraction of a trained one's
 LEAST_STEPS = 10  # of a run that a limit of time shortens
@@ -143,7 +144,7 @@ def _fitting(task: ChoiceInputs, most_epochs: float | None, why: str = "") -> _F
     least = math.inf
     for length in _lengths(task):
         tried: list[str] = []
-        lengths = task.lengths[task.lengths <= length]
+        lengths = task.fitted(length)
         draft = start(task, length, most_epochs, why)
         recipe = draft.resolved().recipe
         for change, label in _methods(task, recipe):
@@ -171,12 +172,13 @@ def _lengths(task: ChoiceInputs) -> Iterator[int]:
     if task.is_fixed("train.max_length"):
         yield task.longest
         return
-    tried = set()
-    for quantile in QUANTILES:
-        tokens = float(np.quantile(task.lengths, quantile, method="inverted_cdf"))
-        length = min(task.longest, max(32, 16 * math.ceil(tokens / 16)))
-        if length not in tried:
-            tried.add(length)
+    sizes = np.where(task.splits, np.minimum(task.lengths, TEXT_ROWS[0]), task.lengths)
+    quantiles = [np.quantile(sizes, quantile, method="inverted_cdf") for quantile in QUANTILES]
+    least = math.inf
+    for tokens in [*quantiles, *TEXT_ROWS] if task.splits.any() else quantiles:
+        length = min(task.longest, max(32, 16 * math.ceil(float(tokens) / 16)))
+        if length < least:
+            least = length
             yield length
 
 

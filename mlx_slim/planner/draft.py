@@ -60,15 +60,18 @@ class Draft:
 def start(task: ChoiceInputs, length: int, most_epochs: float | None, why: str) -> Draft:
     """Return what follows from the rows and the width alone."""
     draft = Draft(task)
-    lengths = task.lengths[task.lengths <= length]
+    lengths = task.fitted(length)
     tokens = int(lengths.sum())
     setting, _, reason = task.validation
     draft.pick("data.path", task.base.recipe.data.path, task.data)
     draft.pick("data.validation", setting, reason)
-    longer = len(task.lengths) - len(lengths)
     longest = f"the longest row has {int(task.lengths.max()):,} tokens"
-    if longer:
-        longest += f"; {longer:,} of {len(task.lengths):,} rows are longer than fits, and dropped"
+    of = f"of {len(task.lengths):,} rows"
+    longer = task.lengths > length
+    if cut := int((longer & task.splits).sum()):
+        longest += f"; {cut:,} {of} are longer texts, and cut into several"
+    if dropped := int((longer & ~task.splits).sum()):
+        longest += f"; {dropped:,} {of} are longer than fits, and dropped"
     draft.pick("train.max_length", length, longest)
     epochs, reason = hyperparameters.epochs(tokens, len(lengths))
     if most_epochs is not None and most_epochs < epochs:

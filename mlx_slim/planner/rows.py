@@ -17,6 +17,7 @@ import numpy as np
 from mlx_slim.config.distill import DistillConfig
 from mlx_slim.config.schema import DataConfig, Recipe, SourceConfig
 from mlx_slim.data.formats import Dropped, read_example
+from mlx_slim.data.pieces import context_tokens, pieces
 from mlx_slim.data.readers import count_lines
 from mlx_slim.data.sources import RawRow, find_local
 from mlx_slim.data.split import quotas
@@ -63,6 +64,7 @@ def expected_rows(recipe: Recipe, *, local: bool) -> RowEstimate | None:
     data, limit = recipe.data, recipe.train.max_length
     quota_of = quotas(data.max_rows, [source.weight for source in data.sources])
     rows, lengths, weights, learned = [], [], [], []
+    texts = 0.0  # of which the rows are made
     for source, quota in zip(data.sources, quota_of, strict=True):
         counted = _local(source, data) if local else None
         if counted is None:
@@ -70,10 +72,12 @@ def expected_rows(recipe: Recipe, *, local: bool) -> RowEstimate | None:
                 return None
             count, length = _HUB_ROWS[source.path]
             count = max(0, min(count - source.skip, source.limit or count))
-            counted = count, np.array([[length, SUPERVISED * length]])
+            counted = count, np.array([[length, SUPERVISED * length, data.splits("alpaca")]])
         count, sample = counted
-        used, supervised = _fitted(sample, data, limit).T
-        rows.append(min(count, count if quota is None else quota) * len(used) / len(sample))
+        used, supervised, began = _fitted(sample, data, limit).T
+        share = min(count, count if quota is None else quota) / len(sample)
+        rows.append(share * len(used))
+        texts += share * began.sum()
         lengths.append(used)
         learned.append(supervised)
         weights.append(source.weight)
@@ -83,7 +87,7 @@ def expected_rows(recipe: Recipe, *, local: bool) -> RowEstimate | None:
             find_local(SourceConfig(path=data.validation))
     else:
         validation = float(data.validation)
-    fraction = validation if validation < 1 else min(1.0, validation / max(1.0, sum(rows)))
+    fraction = validation if validation < 1 else min(1.0, validation / max(1.0, texts))
     trained = [n * weight * (1 - fraction) for n, weight in zip(rows, weights, strict=True)]
     supervised = _total(trained, learned) / max(1.0, _total(trained, lengths))
     if recipe.distill is not None and recipe.distill.method in ("sequence", "rationales"):
@@ -117,15 +121,20 @@ def _with_texts(
 
 
 def _fitted(sample: np.ndarray, data: DataConfig, limit: int) -> np.ndarray:
-    """Return the sizes of the rows that are trained on: (rows, 2), tokens and supervised tokens."""
-    sample = sample[sample[:, 0] > 0]
-    if data.truncation in ("left", "right"):
-        return np.minimum(sample, limit)
-    return sample[sample[:, 0] <= limit]
+    """Return the rows that are trained on: (rows, 3), tokens, supervised, whether a text begins."""
+    fitted, context = [], context_tokens(data.split_overlap, limit)
+    for length, supervised, splits in sample[sample[:, 0] > 0].tolist():
+        if length > limit and splits:
+            for part in pieces(int(length), limit, context, 0):
+                size, share = part.stop - part.start, supervised / length
+                fitted.append((size, share * (size - part.context), part.start == 0))
+        elif length <= limit or data.truncation in ("left", "right"):
+            fitted.append((min(length, limit), min(supervised, limit), True))
+    return np.array(fitted, float).reshape(-1, 3)
 
 
 def _local(config: SourceConfig, data: DataConfig) -> tuple[int, np.ndarray] | None:
-    """Return the number of rows of a local source, and ``_length`` of the first ones (rows, 2)."""
+    """Return the number of rows of a local source, and ``_length`` of the first ones (rows, 3)."""
     extra = 1 if data.template == "plain" else TEMPLATE_TOKENS
     files: Sequence[Path] | None = None  # None: only counting tells how many rows there are
     if config.task is not None:
@@ -141,7 +150,7 @@ def _local(config: SourceConfig, data: DataConfig) -> tuple[int, np.ndarray] | N
         rows, files = source, source.files
     rest = iter(rows)
     first = list(islice(rest, SAMPLE))
-    sample = np.array([_length(row, config, data, extra) for row in first]).reshape(-1, 2)
+    sample = np.array([_length(row, config, data, extra) for row in first]).reshape(-1, 3)
     lines = [None] if files is None else [count_lines(file) for file in files]
     if None in lines:
         count = sum(1 for _ in chain(first, rest))
@@ -151,8 +160,10 @@ def _local(config: SourceConfig, data: DataConfig) -> tuple[int, np.ndarray] | N
     return count, sample
 
 
-def _length(row: RawRow, config: SourceConfig, data: DataConfig, extra: int) -> tuple[int, int]:
-    """Return a row's tokens and supervised tokens, estimated; 0 for a row that is dropped."""
+def _length(
+    row: RawRow, config: SourceConfig, data: DataConfig, extra: int
+) -> tuple[int, int, bool]:
+    """Return a row's tokens and supervised ones, estimated, 0 if it is dropped; if it is split."""
     try:
         example: Any = read_example(
             row,
@@ -162,10 +173,11 @@ def _length(row: RawRow, config: SourceConfig, data: DataConfig, extra: int) -> 
             learn=data.learn,
         )
     except Dropped:
-        return 0, 0
+        return 0, 0, False
     sizes = [len(text) / CHARACTERS_PER_TOKEN for text in example.texts]
     total = int(sum(sizes)) + extra
+    splits = data.splits(example.kind)
     if example.kind == "text":
-        return total, total
+        return total, total, splits
     weights = example.turn_weights
-    return total, int(sum(size for size, w in zip(sizes, weights, strict=True) if w))
+    return total, int(sum(size for size, w in zip(sizes, weights, strict=True) if w)), splits

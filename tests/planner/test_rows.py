@@ -84,3 +84,23 @@ def test_only_what_is_learned_is_counted_as_supervised(tmp_path: Path) -> None:
     assert work(*first).tokens == 8 * 401
     assert work(*three, *first, learn="last").tokens == 8 * 601
     assert work({"text": "t" * 430}, format="text").supervised == 1
+
+
+def test_texts_are_counted_as_the_rows_that_they_are_split_into(tmp_path: Path) -> None:
+    """100 tokens in rows of 32 with 8 of context: 32 and three of 32, the last shorter."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"text": "t" * 430}) + "\n" for _ in range(10)))
+
+    def work(**data: Any) -> TrainingWork | None:
+        values = {"path": str(file), "template": "plain", "validation": 0, **data}
+        train = {"max_length": 32, "epochs": 1}
+        return expected_work(recipe(data={"split_overlap": 8, **values}, train=train))
+
+    split = work()
+    assert split is not None
+    total = int(430 / 4.3) + 1
+    assert split.tokens == 10 * (total + 3 * 8)
+    assert split.supervised == pytest.approx(total / (total + 24))
+    assert work(split=False) is None  # all are dropped
+    held = work(validation=5)  # texts, not rows
+    assert held is not None and held.tokens == split.tokens // 2
