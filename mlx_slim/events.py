@@ -105,6 +105,23 @@ class ValidationDone(Event):
     metrics: dict[str, float] | None = None
 
 
+@dataclass(frozen=True)
+class TaskValidated(Event):
+    """Questions of a task that are not its test were answered after ``step``.
+
+    ``value`` is that of ``metric`` (such as ``acc``), ``best`` if it is the highest so far.
+    """
+
+    name: ClassVar[str] = "task_validation"
+    step: int
+    task: str
+    metric: str
+    value: float
+    questions: int
+    seconds: float
+    best: bool
+
+
 FORGETTING_OF_0_1 = "held_out"  # name of the next event in a ``metrics.jsonl`` of version 0.1
 
 
@@ -166,7 +183,8 @@ class Done(Event):
         tokens: Real tokens trained on, this run and the runs it resumed.
         seconds: Time of computing the training steps, without pauses and validations, seconds.
         best_validation: Lowest validation loss, nats per token; None without a validation split.
-        best_step: The step it was reached at.
+        best_step: The step of the best validation: by ``best_task`` if there is one, else by loss.
+        best_task: The best figure of ``train.validate_task``; None without one.
         peak_memory_bytes: MLX peak, bytes.
         result_step: The step whose weights are the result: the one of the lowest validation loss,
             unless a callback stopped the run and allows only an earlier one.
@@ -184,6 +202,7 @@ class Done(Event):
     best_step: int | None = None
     result_step: int | None = None
     duty: float | None = None
+    best_task: float | None = None
 
     @classmethod
     def from_record(cls, record: JsonObject) -> Done:

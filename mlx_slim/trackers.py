@@ -26,6 +26,7 @@ from mlx_slim.events import (
     Saved,
     Started,
     StepDone,
+    TaskValidated,
     ValidationDone,
 )
 
@@ -60,6 +61,8 @@ def scalars(event: Event) -> dict[str, float]:
         }
     if isinstance(event, ValidationDone):
         return {"validation/loss": event.loss, **_loss_metrics("validation", event.metrics)}
+    if isinstance(event, TaskValidated):
+        return {f"validation/{event.task}/{event.metric}": event.value}
     if isinstance(event, ForgettingMeasured):
         return {"forgetting/bits_per_byte": event.bits_per_byte}
     return {}

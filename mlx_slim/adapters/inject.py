@@ -23,6 +23,15 @@ from mlx_slim.adapters.dora import DoRALinear
 from mlx_slim.adapters.experts import LoRASwitchLinear
 from mlx_slim.adapters.lora import Adapter, LoRAEmbedding, LoRALinear, dimensions, is_experts
 from mlx_slim.adapters.pooled import PooledLoRALinear, check_pooled
+from mlx_slim.adapters.saved import (
+    EMBEDDING_TYPES,
+    choose_saved,
+    give_back,
+    in_order,
+    saved_modules,
+    saved_tensors,
+    train_in_full,
+)
 from mlx_slim.adapters.variants import start_pissa
 from mlx_slim.config.patterns import compile_pattern
 from mlx_slim.config.schema import AdapterConfig
@@ -31,7 +40,6 @@ from mlx_slim.models.structure import blocks, is_linear
 from mlx_slim.progress import tracked
 
 _LEAST = 8  # smaller side of a layer that all-linear takes: a gate or a few coefficients have less
-EMBEDDING_TYPES = (nn.Embedding, nn.QuantizedEmbedding)
 
 
 @dataclass(frozen=True)
@@ -43,12 +51,14 @@ class Injected:
         scale: s in ΔW = s · BA.
         alpha: The alpha that gives s at this rank and scaling.
         parameters: Trainable numbers.
+        saved: Modules that are trained in full, likewise.
     """
 
     paths: list[str]
     scale: float
     alpha: float
     parameters: int
+    saved: list[str]
 
 
 @dataclass(frozen=True)
@@ -81,14 +91,6 @@ def sites(model: Any) -> list[Site]:
             prefix, block = next((p for p in prefixes if path.startswith(p[0])), ("", None))
             matching.append(Site(block, path[len(prefix) :], path, module))
     return matching
-
-
-def in_order(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return (path, module) with the leaves in the order of their definition.
-
-    mlx lists modules from a stack, the last one first.
-    """
-    return list(reversed(model.named_modules()))
 
 
 def adapters_of(model: nn.Module) -> list[tuple[str, Adapter]]:
@@ -241,27 +243,32 @@ def place(
     return placed
 
 
-def summary(placed: list[tuple[str, Adapter]], scale: float, alpha: float) -> Injected:
-    """Return the adapters in the model."""
+def summary(
+    model: nn.Module, placed: list[tuple[str, Adapter]], scale: float, alpha: float
+) -> Injected:
+    """Return what is trained of ``model``: the adapters, and the modules beside them."""
     parameters = sum(adapter[name].size for _, adapter in placed for name in adapter.trainable)
-    return Injected([path for path, _ in placed], scale, alpha, parameters)
+    parameters += sum(value.size for value in saved_tensors(model).values())
+    saved = list(saved_modules(model))
+    return Injected([path for path, _ in placed], scale, alpha, parameters, saved)
 
 
 def remove_adapters(model: nn.Module) -> None:
     """Give ``model`` its base layers back, as they were."""
     bases = [(path, adapter.base) for path, adapter in adapters_of(model)]
     model.update_modules(tree_unflatten(bases))  # pyright: ignore[reportArgumentType]
+    give_back(model)
 
 
 @contextlib.contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
     """Give ``model`` its base layers back for a while."""
-    adapters = adapters_of(model)
+    trained = [*adapters_of(model), *saved_modules(model).items()]
     remove_adapters(model)
     try:
         yield
     finally:
-        model.update_modules(tree_unflatten(adapters))  # pyright: ignore[reportArgumentType]
+        model.update_modules(tree_unflatten(trained))  # pyright: ignore[reportArgumentType]
 
 
 def inject(
@@ -271,6 +278,7 @@ def inject(
     dora: bool,
     below: Mapping[str, tuple[mx.array, mx.array]] | None = None,
     stored: mx.Dtype | None = None,
+    keep: bool = False,
 ) -> Injected:
     """Freeze ``model`` and put trainable adapters on the layers that ``config`` selects.
 
@@ -280,9 +288,11 @@ def inject(
         dora: DoRA instead of LoRA.
         below: path -> (A, B) of frozen adapters that stay under the new ones (``stack.combined``).
         stored: Dtype of the base's biases on disk, for adapters that fold into them.
+        keep: Whether ``without_adapters`` shall find the base's modules in place of those that
+            ``modules_to_save`` trains in full; they stay in memory then.
 
     Raises:
-        SlimError: A target that matches nothing, a block out of range, a rank above a layer's size,
+        SlimError: A name that matches nothing, a block out of range, a rank above a layer's size,
             experts or an embedding with DoRA, a model that has adapters already.
     """
     scale = config.resolved_scale
@@ -290,6 +300,7 @@ def inject(
     adaptive = config.adaptive is not None
     _check_kinds(chosen, dora, adaptive, config.init == "pissa")
     _check_rank(chosen, config.rank)
+    saved = choose_saved(model, config.modules_to_save, [site.path for site in chosen])
     below = below or {}
     chosen_paths = {site.path for site in chosen}
     carrying = [site for site in sites(model) if site.path in chosen_paths or site.path in below]
@@ -312,4 +323,5 @@ def inject(
     if config.init == "pissa":
         for _, adapter in tracked(placed, "decomposing weights for PiSSA", "layers"):
             start_pissa(adapter)
-    return summary(placed, scale, config.resolved_alpha)
+    train_in_full(model, saved, keep=keep)
+    return summary(model, placed, scale, config.resolved_alpha)

@@ -15,21 +15,13 @@ from mlx.utils import tree_unflatten
 
 from mlx_slim.adapters.inject import adapters_of
 from mlx_slim.adapters.lora import Adapter
-from mlx_slim.models.quantized import dense_layer
-
-
-def _dtype(base: nn.Module) -> mx.Dtype:
-    """Return what the layer computes in: its weight's dtype, or that of its scales."""
-    for name in ("scales", "weight"):
-        if name in base and mx.issubdtype(base[name].dtype, mx.floating):
-            return base[name].dtype
-    return mx.bfloat16  # mxfp and nvfp scales are bytes
+from mlx_slim.models.quantized import dense_layer, layer_dtype
 
 
 def merged_layer(adapter: Adapter, dtype: mx.Dtype | None) -> nn.Module:
     """Return the plain dense layer with the outputs of ``adapter``, evaluated."""
     base = adapter.base
-    merged = dense_layer(base, adapter.merged_weight().astype(dtype or _dtype(base)))
+    merged = dense_layer(base, adapter.merged_weight().astype(dtype or layer_dtype(base)))
     mx.eval(merged.parameters())  # one layer at a time: float32 copies must not pile up
     merged.freeze()
     return merged.train(adapter.training)

@@ -23,7 +23,8 @@ from mlx.utils import tree_unflatten
 from mlx_slim.adapters.inject import Injected, adapters_of, sites
 from mlx_slim.adapters.lora import LoRAEmbedding, is_experts
 from mlx_slim.adapters.peft_plain import PeftLayer, PlainLayer
-from mlx_slim.adapters.peft_rules import CONFIG, PREFIX, WEIGHTS, PeftFolder
+from mlx_slim.adapters.peft_rules import CONFIG, PREFIX, TIED_HEAD, WEIGHTS, PeftFolder
+from mlx_slim.adapters.saved import saved_modules, saved_tensors, train_in_full
 from mlx_slim.adapters.store import StoredAdapter, put
 from mlx_slim.artifacts import save_tensors, write_json
 from mlx_slim.config.schema import AdapterConfig
@@ -84,6 +85,12 @@ def write_peft(
         if "m" in adapter:
             dora = True
             tensors[f"{name}.lora_magnitude_vector"] = adapter["m"]
+    whole = saved_tensors(model)
+    ties = tied and any(isinstance(one, nn.Embedding) for one in saved_modules(model).values())
+    if ties:  # PEFT keeps the matrix twice, and holds the two together where it is asked to
+        embedding = next(n for n, m in saved_modules(model).items() if isinstance(m, nn.Embedding))
+        whole[f"{TIED_HEAD}.weight"] = whole[f"{embedding}.weight"]
+    tensors |= {PREFIX + path: value for path, value in whole.items()}
     alpha = injected.scale * (math.sqrt(rank) if rslora else rank)
     save_tensors(folder / WEIGHTS, {name: mx.contiguous(value) for name, value in tensors.items()})
     write_json(
@@ -101,7 +108,8 @@ def write_peft(
             "bias": "none",
             "fan_in_fan_out": False,
             "init_lora_weights": True,
-            "modules_to_save": None,
+            "modules_to_save": injected.saved or None,
+            **({"ensure_weight_tying": True} if ties else {}),
             "target_modules": _target_modules(model, injected.paths),
         },
     )
@@ -157,6 +165,7 @@ def place_peft(model: nn.Module, folder: PeftFolder) -> ImportedAdapter:
             dropout=folder.dropout,
             scaling="rslora" if folder.rslora else "standard",
             targets=list(dict.fromkeys(site.inside for site in stored.chosen)),
+            modules_to_save=list(stored.saved),
         )
     return ImportedAdapter(put(model, stored), config, folder.dora, notes)
 
@@ -173,7 +182,11 @@ def as_stored(model: nn.Module, folder: PeftFolder) -> StoredAdapter:
         if layer.m_O is not None:
             tensors[f"{path}.m"] = layer.m_O
     chosen = [site for site in sites(model) if site.path in folder.layers]
-    return StoredAdapter(chosen, tensors, rank, folder.scale, folder.dropout, folder.dora)
+    tensors |= folder.saved
+    saved = tuple(dict.fromkeys(name.rpartition(".")[0] for name in folder.saved))
+    return StoredAdapter(
+        chosen, tensors, rank, folder.scale, folder.dropout, folder.dora, saved=saved
+    )
 
 
 def _rank(layer: PeftLayer) -> int:
@@ -196,6 +209,8 @@ def place_plain(model: nn.Module, folder: PeftFolder) -> None:
     modules = {site.path: site.module for site in sites(model)}
     plain = [(path, PlainLayer(modules[path], layer)) for path, layer in folder.layers.items()]
     model.update_modules(tree_unflatten(plain))
+    train_in_full(model, {name.rpartition(".")[0] for name in folder.saved}, keep=False)
+    model.load_weights(list(folder.saved.items()), strict=False)
 
 
 def differing(model: nn.Module, folder: PeftFolder) -> list[str]:
@@ -205,7 +220,11 @@ def differing(model: nn.Module, folder: PeftFolder) -> list[str]:
     float32 products round, and 1e-5 of the weight.
     """
     adapters = dict(adapters_of(model))
-    wrong = sorted(adapters.keys() ^ folder.layers.keys())
+    whole = saved_tensors(model)
+    wrong = sorted((adapters.keys() ^ folder.layers.keys()) | (whole.keys() ^ folder.saved.keys()))
+    for name in whole.keys() & folder.saved.keys():
+        if not mx.array_equal(whole[name], folder.saved[name].astype(whole[name].dtype)).item():
+            wrong.append(name)
     for path in adapters.keys() & folder.layers.keys():
         plain = PlainLayer(adapters[path].base, folder.layers[path])
         weight, change = plain.weight(), plain.change()

@@ -24,6 +24,7 @@ import mlx.nn as nn
 from mlx_slim.adapters.inject import EMBEDDING_TYPES, sites
 from mlx_slim.adapters.lora import dimensions, is_experts
 from mlx_slim.adapters.peft_plain import PeftLayer, base_weight, taken_out
+from mlx_slim.adapters.peft_saved import TIED_HEAD, saved_of
 from mlx_slim.adapters.peft_targets import check_patterns, of_layer, target_settings, targeted
 from mlx_slim.adapters.store import CONFIG
 from mlx_slim.adapters.store import PEFT_WEIGHTS as WEIGHTS
@@ -33,6 +34,8 @@ from mlx_slim.models.finite import check_finite
 from mlx_slim.models.tensors import few
 from mlx_slim.reading import JsonObject, field, read_object, short, shown
 from mlx_slim.runtime import to_float
+
+__all__ = ["CONFIG", "PREFIX", "TIED_HEAD", "WEIGHTS", "PeftFolder", "read_folder", "read_settings"]
 
 PREFIX = "base_model.model."
 _TAKE = "use the config that PEFT wrote"
@@ -52,7 +55,6 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None,),
     "trainable_token_indices": (None,),
     "target_parameters": (None, []),
-    "modules_to_save": (None, []),
     "megatron_config": (None,),
     "arrow_config": (None,),
     "kasa_config": (None,),
@@ -84,6 +86,7 @@ class PeftFolder:
         dropout: Of the adapters' inputs in training.
         dora: Whether it is DoRA.
         start: ``init_lora_weights``.
+        saved: ``PATH.weight`` and the like of modules that were trained in full, as stored.
     """
 
     layers: dict[str, PeftLayer]
@@ -92,6 +95,7 @@ class PeftFolder:
     dropout: float
     dora: bool
     start: bool | str | None
+    saved: dict[str, mx.array]
 
 
 def read_settings(folder: Path) -> JsonObject:
@@ -126,6 +130,8 @@ def read_settings(folder: Path) -> JsonObject:
     for key in ("use_rslora", "use_dora"):
         field(settings, where, key, bool, False)
     field(settings, where, "base_model_name_or_path", str, None)
+    field(settings, where, "modules_to_save", list, None, of=str)
+    field(settings, where, "ensure_weight_tying", bool, False)
     for key, kind in (("rank_pattern", int), ("alpha_pattern", float)):
         for name, value in field(settings, where, key, dict, {}, of=kind).items():
             _check_number(where, f"{key}[{shown(name)}]", value)
@@ -213,6 +219,7 @@ def read_folder(folder: Path, model: nn.Module, *, tied: bool = False) -> PeftFo
         if start in _BASE_COMPUTED and not layer.embedding:  # PEFT starts embeddings as usual
             layer = replace(layer, start=_taken_out(folder, start, path, layer, modules[path]))
         layers[path] = layer
+    saved, copies = saved_of(folder, copies, model, settings, tied=tied)
     _check_copies(folder, copies, modules, layers)
     common = {**settings, "rank_pattern": None, "alpha_pattern": None}
     return PeftFolder(
@@ -222,6 +229,7 @@ def read_folder(folder: Path, model: nn.Module, *, tied: bool = False) -> PeftFo
         dropout=float(settings.get("lora_dropout") or 0.0),
         dora=dora,
         start=start,
+        saved=saved,
     )
 
 
@@ -271,7 +279,8 @@ class _LayerTensors:
 def _tensors(folder: Path) -> tuple[dict[str, _LayerTensors], dict[str, mx.array]]:
     """Return path -> tensors of the adapted layers, and copies.
 
-    The copies, path -> weight, are of layers of the base: PEFT adds them to adapted embeddings.
+    The copies, name -> array, are of layers of the base: PEFT adds them to adapted embeddings, and
+    those of modules that were trained in full.
     """
     file = folder / WEIGHTS
     if not file.exists() and (folder / "adapter_model.bin").exists():
@@ -288,9 +297,9 @@ def _tensors(folder: Path) -> tuple[dict[str, _LayerTensors], dict[str, mx.array
         match = re.fullmatch(
             rf"{re.escape(PREFIX)}(.+?)\.({'|'.join(map(re.escape, _KINDS))})", name
         )
-        copied = re.fullmatch(rf"{re.escape(PREFIX)}(.+?)(\.base_layer)?\.weight", name)
+        copied = re.fullmatch(rf"{re.escape(PREFIX)}(.+?)(\.base_layer)?(\.weight|\.bias)", name)
         if match is None and copied is not None and "lora_" not in name:
-            copies[copied[1]] = value
+            copies[copied[1] + copied[3]] = value
             continue
         if match is None:
             unknown.append(f"{name} {tuple(value.shape)}")
@@ -316,7 +325,8 @@ def _check_copies(
     layers: dict[str, PeftLayer],
 ) -> None:
     """Refuse copies of base layers that are not those under the adapter: trained, or grown."""
-    for path, value in copies.items():
+    for name, value in copies.items():
+        path = name.removesuffix(".weight")
         here = base_weight(modules[path], layers.get(path)) if path in modules else None
         if here is not None and here.shape == value.shape:
             there = value.astype(mx.float32)

@@ -102,7 +102,7 @@ def load_adapters(model: nn.Module, stack: Sequence[Weighted]) -> Injected:
     for path, adapter in placed:
         adapter.lora_a, adapter.lora_b = factors[path]
         adapter.rank = adapter.stored_rank
-    return summary(placed, 1.0, float(max(adapter.rank for _, adapter in placed)))
+    return summary(model, placed, 1.0, float(max(adapter.rank for _, adapter in placed)))
 
 
 def combined(model: nn.Module, stack: Sequence[Weighted]) -> Factors:
@@ -118,6 +118,12 @@ def combined(model: nn.Module, stack: Sequence[Weighted]) -> Factors:
         raise SlimError(
             f"{', '.join(doras)}: a DoRA scales the whole weight, so it cannot be added to others "
             "or weighted",
+            "use it alone, or fuse it into the base: mlx-slim fuse MODEL --adapter DIR -o OUT",
+        )
+    if whole := [str(one.folder) for one, stored in read if stored.saved]:
+        raise SlimError(
+            f"{', '.join(whole)}: it holds modules that were trained in full (modules_to_save), so "
+            "it cannot be added to others or weighted",
             "use it alone, or fuse it into the base: mlx-slim fuse MODEL --adapter DIR -o OUT",
         )
     modules = {site.path: site.module for _, stored in read for site in stored.chosen}

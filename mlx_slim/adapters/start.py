@@ -17,6 +17,7 @@ import mlx.nn as nn
 from mlx_slim.adapters.inject import Injected, adapters_of
 from mlx_slim.adapters.peft import as_stored
 from mlx_slim.adapters.peft_rules import read_folder
+from mlx_slim.adapters.saved import saved_tensors
 from mlx_slim.adapters.store import CONFIG, StoredAdapter, read_adapter
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError
@@ -70,6 +71,9 @@ def start_from(
         problems.append(f"it adapts {few(more)} too (adapter.targets, adapter.layers)")
     if less := sorted(ours - theirs):
         problems.append(f"it does not adapt {few(less)} (adapter.targets, adapter.layers)")
+    if set(stored.saved) != set(injected.saved):
+        whole = few(sorted(stored.saved)) if stored.saved else "no module"
+        problems.append(f"it holds {whole} trained in full (adapter.modules_to_save)")
     if problems:
         raise SlimError(
             f"adapter.init_from={config.init_from} does not match this recipe: "
@@ -84,3 +88,5 @@ def start_from(
             adapter.lora_b = b_RO if same else b_RO * (stored.scale / injected.scale)
             if dora:
                 adapter["m"] = stored.tensors[f"{path}.m"].astype(mx.float32)
+    whole = saved_tensors(model).items()
+    model.load_weights([(n, stored.tensors[n].astype(v.dtype)) for n, v in whole], strict=False)

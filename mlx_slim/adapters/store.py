@@ -3,9 +3,9 @@
 Invariant: stock mlx-lm (``mlx_lm.generate --adapter-path``) loads what is written here and gives
 the same logits; what is loaded here matches its config tensor by tensor: missing, extra and wrongly
 shaped tensors, and a base that the adapter was not trained on, are errors. PiSSA is written as a
-plain adapter of twice the rank on the unmodified base, AdaLoRA as one of its largest rank. One
-exception, of mlx-lm's: its DoRA counts the inputs of 3, 5 and 6 bit layers wrong and refuses them;
-such adapters load here only.
+plain adapter of twice the rank on the unmodified base, AdaLoRA as one of its largest rank. Two
+exceptions, which stock mlx-lm refuses: its DoRA counts the inputs of 3, 5 and 6 bit layers wrong,
+and it knows no modules trained in full (``saved.py``); such adapters load here only.
 
 Try it: ``python -m pytest tests/adapters/test_store.py``.
 """
@@ -26,13 +26,20 @@ from mlx_slim.adapters.inject import (
     Injected,
     Site,
     adapters_of,
-    in_order,
     place,
     sites,
     summary,
 )
 from mlx_slim.adapters.lora import dimensions, factor_shapes, rank_axes
 from mlx_slim.adapters.pooled import PooledLoRALinear, grouped, takes_pooled
+from mlx_slim.adapters.saved import (
+    base_sample,
+    candidates,
+    saved_shapes,
+    saved_tensors,
+    train_in_full,
+)
+from mlx_slim.adapters.stock import selected, stock_selection
 from mlx_slim.artifacts import (
     SCHEMA_VERSION,
     atomic_folder,
@@ -45,31 +52,15 @@ from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.models.finite import check_finite
 from mlx_slim.models.quantized import format_of
-from mlx_slim.models.structure import blocks
 from mlx_slim.reading import JsonObject, field, read_object, short, shown
 from mlx_slim.runtime import DTYPES, dtype_name
 
 WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
 POOLED = "biases_rounded_to"
+SAVED = "modules_to_save"
 PEFT_WEIGHTS = "adapter_model.safetensors"
-_SAMPLES = 64
 _MOST = 1 << 20  # of a rank or a number of layers
-
-
-def base_sample(model: nn.Module) -> list[float]:
-    """Return 64 numbers of the input embedding at fixed places: which base is this?
-
-    They survive a cast and (within a few percent) quantization, so the same model in another format
-    is recognised. Empty for a model without an embedding.
-    """
-    for _, module in in_order(model):
-        if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)):
-            rows = mx.arange(_SAMPLES) * 7 % module.weight.shape[0]
-            some_RD = module(rows).astype(mx.float32)
-            columns = mx.arange(_SAMPLES) * 37 % some_RD.shape[1]
-            return np.array(some_RD[mx.arange(_SAMPLES), columns]).tolist()
-    return []
 
 
 def _same_base(ours: list[float], theirs: list[float]) -> bool:
@@ -78,40 +69,6 @@ def _same_base(ours: list[float], theirs: list[float]) -> bool:
         return False
     lengths = np.linalg.norm(a) * np.linalg.norm(b)
     return bool(lengths == 0 or a @ b / lengths > 0.8)
-
-
-def _stock_selection(model: Any, paths: list[str]) -> tuple[int, list[str]]:
-    """Return mlx-lm's (num_layers, keys) that select exactly ``paths``.
-
-    mlx-lm wraps a key in the last ``num_layers`` blocks when it is a path inside the block, and
-    anywhere when it is a full path. The last N blocks with the same layers in each take the short
-    form; any other choice is spelled out in full paths.
-    """
-    by_path = {site.path: site for site in sites(model)}
-    chosen = [by_path[path] for path in paths]
-    tuned = sorted({site.block for site in chosen if site.block is not None})
-    inside = {block: {s.inside for s in chosen if s.block == block} for block in tuned}
-    count = len(blocks(model))
-    uniform = len({frozenset(names) for names in inside.values()}) == 1
-    if tuned and uniform and tuned == list(range(count - len(tuned), count)):
-        keys = [s.inside for s in chosen if s.block in (None, tuned[-1])]
-        if _selected(model, len(tuned), keys) == set(paths):
-            return len(tuned), keys
-    return 1, list(paths)
-
-
-def _selected(model: Any, num_layers: int, keys: list[str] | None) -> set[str]:
-    """Return the full paths that mlx-lm wraps for this (num_layers, keys)."""
-    everything = sites(model)
-    if keys is None:
-        keys = sorted({site.inside for site in everything if site.block is not None})
-    first = len(blocks(model)) - num_layers if num_layers > 0 else 0
-    paths = set(keys)
-    return {
-        s.path
-        for s in everything
-        if s.path in paths or (s.block is not None and s.block >= first and s.inside in paths)
-    }
 
 
 def save_adapter(
@@ -155,7 +112,8 @@ def save_adapter(
         tensors |= {f"{path}.lora_a": a_IR, f"{path}.lora_b": b_RO}
         if dora:
             tensors[f"{path}.m"] = adapter["m"]
-    num_layers, keys = _stock_selection(model, injected.paths)
+    tensors |= saved_tensors(model)
+    num_layers, keys = stock_selection(model, injected.paths)
     description = {
         "fine_tune_type": "dora" if dora else "lora",
         "num_layers": num_layers,
@@ -173,6 +131,7 @@ def save_adapter(
         "parameters": injected.parameters,
         "base_sample": base_sample(model),
         **({"ranks": ranks} if ranks else {}),
+        **({SAVED: injected.saved} if injected.saved else {}),
         **({POOLED: dtype_name(rounded)} if rounded else {}),
         **(more or {}),
     }
@@ -213,6 +172,7 @@ class _Settings:
         model: The base, as it was given; None where it is not recorded.
         base_sample: Numbers that tell bases of one shape apart; None likewise.
         pooled: What its biases were rounded to in training, if it folds into them.
+        saved: Modules that were trained in full.
     """
 
     dora: bool
@@ -224,6 +184,7 @@ class _Settings:
     model: str | None
     base_sample: list[float] | None
     pooled: mx.Dtype | None
+    saved: list[str]
 
 
 def _settings(config: JsonObject, folder: Path) -> _Settings:
@@ -249,6 +210,7 @@ def _settings(config: JsonObject, folder: Path) -> _Settings:
         model=field(config, where, "model", str, None),
         base_sample=field(config, where, "base_sample", list, None, of=float),
         pooled=_pooled(config, where),
+        saved=field(config, where, SAVED, list, [], of=str),
     )
 
 
@@ -308,6 +270,7 @@ class StoredAdapter:
         dora: Whether it is a DoRA.
         pooled: What the biases of the base were rounded to in training, if it folds into them and
             the model has these; None computes as an ordinary LoRA.
+        saved: Modules that ``tensors`` hold whole, under the names of their parameters.
     """
 
     chosen: list[Site]
@@ -317,6 +280,7 @@ class StoredAdapter:
     dropout: float
     dora: bool
     pooled: mx.Dtype | None = None
+    saved: tuple[str, ...] = ()
 
 
 def put(model: nn.Module, stored: StoredAdapter) -> Injected:
@@ -330,13 +294,16 @@ def put(model: nn.Module, stored: StoredAdapter) -> Injected:
         dora=stored.dora,
         pooled=stored.pooled,
     )
+    train_in_full(model, stored.saved, keep=True)
     tensors = dict(stored.tensors)
+    for name, value in saved_tensors(model).items():
+        tensors[name] = tensors[name].astype(value.dtype)
     for path, adapter in placed:
         if isinstance(adapter, PooledLoRALinear):
             tensors[f"{path}.lora_a"] = tensors[f"{path}.lora_a"][:: adapter.group_size]
     model.load_weights(list(tensors.items()), strict=False)
-    mx.eval([adapter.parameters() for _, adapter in placed])
-    return summary(placed, stored.scale, stored.scale * stored.rank)
+    mx.eval([adapter.parameters() for _, adapter in placed], saved_tensors(model))
+    return summary(model, placed, stored.scale, stored.scale * stored.rank)
 
 
 def read_adapter(model: nn.Module, folder: Path) -> StoredAdapter:
@@ -348,9 +315,12 @@ def read_adapter(model: nn.Module, folder: Path) -> StoredAdapter:
     config, tensors = _read(folder)
     settings = _settings(config, folder)
     base_note = f"the adapter was made for {settings.model}" if settings.model else ""
-    selected = _selected(model, settings.num_layers, settings.keys)
-    chosen = [site for site in sites(model) if site.path in selected]
-    problems = _differences(chosen, tensors, settings.rank, settings.dora)
+    paths = selected(model, settings.num_layers, settings.keys)
+    chosen = [site for site in sites(model) if site.path in paths]
+    saved = [path for path in settings.saved if path in candidates(model)]
+    problems = [f"no module {path}" for path in settings.saved if path not in saved]
+    whole = saved_shapes(model, saved)
+    problems += _differences(chosen, whole, tensors, settings.rank, settings.dora)
     if problems:
         raise SlimError(f"{folder} does not fit this model: {_listed(problems)}", base_note)
     check_finite(tensors.items(), str(folder))
@@ -364,7 +334,14 @@ def read_adapter(model: nn.Module, folder: Path) -> StoredAdapter:
     if pooled is not None and not all(_folds(site, tensors) for site in chosen):
         pooled = None  # over a base without such groups it is the ordinary adapter that is stored
     return StoredAdapter(
-        chosen, tensors, settings.rank, settings.scale, settings.dropout, settings.dora, pooled
+        chosen,
+        tensors,
+        settings.rank,
+        settings.scale,
+        settings.dropout,
+        settings.dora,
+        pooled,
+        tuple(saved),
     )
 
 
@@ -376,10 +353,14 @@ def _folds(site: Site, tensors: dict[str, mx.array]) -> bool:
 
 
 def _differences(
-    chosen: list[Site], tensors: dict[str, mx.array], rank: int, dora: bool
+    chosen: list[Site],
+    whole: dict[str, tuple[int, ...]],
+    tensors: dict[str, mx.array],
+    rank: int,
+    dora: bool,
 ) -> list[str]:
     """Return what the file lacks, has too much, or has in another shape."""
-    expected: dict[str, tuple[int, ...]] = {}
+    expected = dict(whole)
     for site in chosen:
         shapes = zip(("lora_a", "lora_b"), factor_shapes(site.module, rank), strict=True)
         expected |= {f"{site.path}.{name}": shape for name, shape in shapes}

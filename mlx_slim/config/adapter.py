@@ -50,6 +50,8 @@ class AdapterConfig(Section):
         targets: ``all-linear`` (of a mixture the experts too, but no router that has fewer outputs
             than the rank), or module names (``q_proj``, ``self_attn.q_proj``), or ``re:PATTERN``
             matched against the whole path inside a block.
+        modules_to_save: Modules that are trained in full beside the adapter, by name or path, as in
+            PEFT: ``embed_tokens``, ``lm_head``, ``norm``. One that is quantized is made dense.
         layers: ``all``, the last N blocks, or a list of block indices.
         scaling: ``standard`` (alpha/r) or ``rslora`` (alpha/√r).
         init: ``standard`` (A uniform, B zero) or ``pissa`` (top-r SVD of W, arXiv 2404.02948).
@@ -68,6 +70,7 @@ class AdapterConfig(Section):
     scale: Factor | None = None
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     targets: str | list[str] = "all-linear"
+    modules_to_save: list[str] = Field(default_factory=list)
     layers: Literal["all"] | PositiveInt | list[Count] = "all"
     scaling: Literal["standard", "rslora"] = "standard"
     init: Literal["standard", "pissa"] = "standard"
@@ -91,6 +94,13 @@ class AdapterConfig(Section):
             raise ValueError(
                 f"pooled=true trains one LoRA whose A starts at random, and {other} is set too: "
                 "drop one of them"
+            )
+        if self.modules_to_save and (self.pooled or self.on):
+            other, why = "on", "adds updates up"
+            if self.pooled:
+                other, why = "pooled", "folds into the biases of a quantized base"
+            raise ValueError(
+                f"modules_to_save trains whole modules, and {other} {why}: drop one of them"
             )
         if self.alpha is not None and self.scale is not None:
             raise ValueError(

@@ -166,6 +166,8 @@ class TrainConfig(Section):
             sequence, isolated), or ``auto``: whichever costs less.
         accumulate: Micro-batches per optimizer step and rank.
         learning_rate: Peak rate.
+        layer_decay: Ratio of the learning rates of a block and the one above it; the last block
+            and the head have the full rate, the embedding the least (``training/layer_rates.py``).
         fallback_learning_rate: With ``muon``, the peak rate of AdamW for what Muon does not take
             (embeddings, head, norms, biases); None is 3e-4, as in Muon's reference code.
         schedule: ``constant``, ``linear``, ``cosine`` or ``wsd`` (warm-up, stable, decay).
@@ -185,9 +187,17 @@ class TrainConfig(Section):
         seed: Of everything random.
         log_every: Steps between reports of a step.
         validate_every: Steps between validations (one more at the end).
+        validate_task: Evaluation task, some questions of which are answered at each validation:
+            early stopping and the step that is kept follow its first metric, not the loss. Its test
+            questions, and those that are trained on, are left out.
+        validate_split: Split of that task, or file with rows of it; None takes ``validation``,
+            ``dev`` or ``train``, whichever is not scored and there.
+        validate_limit: Questions of that task that are asked.
         save_every: Steps between checkpoints (one more at the end).
         keep: Newest checkpoints kept; the best one is kept besides.
         early_stopping: Stop after this many validations without a new best; None never.
+        neftune_alpha: Noise on the input embeddings in training, uniform in ±alpha/√(L·d) for a row
+            of L tokens and the width d (NEFTune, arXiv 2310.05914, which uses 5 to 15); 0 none.
         loss_chunk: Supervised positions whose logits exist at one time; None chooses.
         duty: Fraction of the time that the run computes; below 1 it pauses after each step, for
             other programs and for a cooler machine. Results are the same; tokens/s count computing.
@@ -201,6 +211,7 @@ class TrainConfig(Section):
     batching: Literal["auto", "grouped", "packed"] = "auto"
     accumulate: PositiveInt = 1
     learning_rate: Rate = 2.0e-4
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     fallback_learning_rate: Rate | None = None
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     warmup: Steps = 0.03
@@ -216,9 +227,13 @@ class TrainConfig(Section):
     seed: Seed = 0
     log_every: PositiveInt = 1
     validate_every: PositiveInt = 200
+    validate_task: str | None = None
+    validate_split: str | None = None
+    validate_limit: PositiveInt = 100
     save_every: PositiveInt = 200
     keep: PositiveInt = 3
     early_stopping: PositiveInt | None = None
+    neftune_alpha: Annotated[float, Field(ge=0, le=LARGEST)] = 0.0
     loss_chunk: PositiveInt | None = None
     duty: Annotated[float, Field(ge=0.05, le=1)] = 1.0
     keep_awake: bool = True
@@ -228,6 +243,11 @@ class TrainConfig(Section):
         if self.optimizer == "adam" and self.weight_decay > 0:
             raise ValueError(
                 f"optimizer=adam ignores weight_decay={self.weight_decay}: use adamw, or 0"
+            )
+        if self.validate_split is not None and self.validate_task is None:
+            raise ValueError(
+                f"validate_split={self.validate_split} is of validate_task, which is not set: name "
+                "the task"
             )
         if self.fallback_learning_rate is not None and self.optimizer != "muon":
             raise ValueError(
@@ -312,6 +332,11 @@ class Recipe(Section):
         """The seed that splits and draws rows."""
         return self.train.seed if self.data.seed is None else self.data.seed
 
+    @property
+    def trains_weights(self) -> bool:
+        """Whether weights of the model are trained: all, or those of ``modules_to_save``."""
+        return self.method == "full" or bool(self.adapter.modules_to_save)
+
     @model_validator(mode="after")
     def _sections_fit(self) -> Recipe:
         problems = []
@@ -321,9 +346,16 @@ class Recipe(Section):
                 "full, lora or dora"
             )
         adapter = self.adapter
-        if self.method == "full" and (adapter.adaptive or adapter.on or adapter.init_from):
-            key = "adaptive" if adapter.adaptive else "on" if adapter.on else "init_from"
+        of_adapters = ("adaptive", "on", "init_from", "modules_to_save")
+        keys = [key for key in of_adapters if getattr(adapter, key)]
+        if self.method == "full" and keys:
+            key = keys[0]
             problems.append(f"adapter.{key} is set, and method=full trains no adapter: use lora")
+        if adapter.modules_to_save and self.quantize.qat:
+            problems.append(
+                "quantize.qat rounds the weights that it trains, adapter.modules_to_save trains "
+                "modules as they are: drop one of them"
+            )
         if adapter.pooled and self.method not in ("lora", "qlora"):
             problems.append(
                 f"adapter.pooled is a LoRA over a quantized base, and method={self.method}: use "

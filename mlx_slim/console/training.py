@@ -29,6 +29,7 @@ from mlx_slim.events import (
     StageProgress,
     Started,
     StepDone,
+    TaskValidated,
     ValidationDone,
 )
 
@@ -63,6 +64,10 @@ def _metrics(metrics: dict[str, float] | None) -> str:
     return f" ({', '.join(each)})"
 
 
+def _figure(event: TaskValidated) -> str:
+    return f"{event.metric} {event.value:.1%}"
+
+
 def _forgetting(event: ForgettingMeasured) -> str:
     return f"{event.bits_per_byte:.4f} bits/byte ({event.rise:+.2%})"
 
@@ -79,6 +84,8 @@ class TrainingProgress:
         self.validation: ValidationDone | None = None
         self.validating: float | None = None
         self.best: ValidationDone | None = None
+        self.task: TaskValidated | None = None
+        self.best_task: TaskValidated | None = None
         self.forgetting: ForgettingMeasured | None = None
         self.saved: Saved | Resumed | None = None
         self.done: Done | None = None
@@ -101,6 +108,10 @@ class TrainingProgress:
                 self.validation = event
                 if event.best:
                     self.best = event
+            case TaskValidated():
+                self.task = event
+                if event.best:
+                    self.best_task = event
             case ForgettingMeasured():
                 self.forgetting = event
             case Saved() | Resumed():
@@ -168,6 +179,12 @@ class TrainingProgress:
                 mark = " (best)" if event.best else ""
                 metrics = _metrics(event.metrics)
                 return f"validation at step {event.step}: loss {event.loss:.4f}{metrics}{mark}"
+            case TaskValidated():
+                mark = " (best)" if event.best else ""
+                return (
+                    f"{event.task} at step {event.step}: {_figure(event)} "
+                    f"({event.questions:,} questions){mark}"
+                )
             case ForgettingMeasured():
                 over = "" if event.within else ": over the limit"
                 return f"forgetting at step {event.step}: {_forgetting(event)}{over}"
@@ -225,9 +242,13 @@ class TrainingView:
             validation = f"{p.validating:.0%} of the rows …"
         elif p.validation:
             validation = f"{p.validation.loss:.4f}{_metrics(p.validation.metrics)}"
+        if p.task:
+            validation = f"{_figure(p.task)}" + f"  loss {validation}" * (validation != "–")
         if p.forgetting:
             validation += f"  forgetting {_forgetting(p.forgetting)}"
         best = f"{p.best.loss:.4f} at step {p.best.step}" if p.best else "–"
+        if p.best_task:
+            best = f"{_figure(p.best_task)} at step {p.best_task.step}"
         curve = sparkline(p.losses, max(0, width // 2 - 40 if wide else width - 40))
         cells = [
             ("loss", f"{p.smoothed:.4f}  last {step.loss:.4f}  {curve}" if step else "–"),

@@ -58,6 +58,9 @@ class Batch:
         rows: How many rows are inside.
         weights_N: float32 loss weight of each target, above 0, and 0 where positions, targets and
             sources are padded; None where every target's is 1 and nothing is padded.
+        lengths_BT: int32 inputs of the row that each position is in, 0 where padded.
+        entropy: Numbers that what is random in this batch alone is drawn from; empty in a batch
+            that is for measuring only.
     """
 
     tokens_BT: np.ndarray
@@ -67,7 +70,9 @@ class Batch:
     segments_BT: np.ndarray | None
     real_tokens: int
     rows: int
+    lengths_BT: np.ndarray
     weights_N: np.ndarray | None = None
+    entropy: tuple[int, ...] = ()
 
     def shards(self, count: int) -> list[Batch]:
         """Return up to ``count`` batches of neighbouring sequences that make up this one.
@@ -97,6 +102,8 @@ class Batch:
                 segments_BT=segments,
                 real_tokens=round(self.real_tokens * len(rows) / batch),
                 rows=round(self.rows * len(rows) / batch),
+                lengths_BT=self.lengths_BT[rows, :used],
+                entropy=(*self.entropy, len(shards)) if self.entropy else (),
                 weights_N=None if weights is None or (weights == 1).all() else weights,
             )
             shards.append(shard)
@@ -160,6 +167,7 @@ def collate(
     width = max(width, *(sum(len(ids) - 1 for ids, _, _ in sequence) for sequence in sequences))
     tokens_BT = np.zeros((len(sequences), width), dtype=np.int32)
     segments_BT = np.full((len(sequences), width), -1, dtype=np.int32)
+    lengths_BT = np.zeros((len(sequences), width), dtype=np.int32)
     positions: list[np.ndarray] = []
     targets: list[np.ndarray] = []
     sources: list[np.ndarray] = []
@@ -169,6 +177,7 @@ def collate(
             stop = start + len(ids) - 1
             tokens_BT[b, start:stop] = ids[:-1]
             segments_BT[b, start:stop] = number
+            lengths_BT[b, start:stop] = stop - start
             where = np.flatnonzero(supervised[1:])
             positions.append((b * width + start + where).astype(np.int32))
             targets.append(ids[1:][where].astype(np.int32))
@@ -182,6 +191,7 @@ def collate(
         segments_BT=segments_BT if isolate else None,
         real_tokens=real,
         rows=sum(len(group) for group in groups),
+        lengths_BT=lengths_BT,
         weights_N=_joined(weights),
     )
 
@@ -221,6 +231,7 @@ def padded(batch: Batch, shape: Shape) -> Batch:
         targets_N=np.pad(batch.targets_N, rest),
         sources_N=np.pad(batch.sources_N, rest, constant_values=-1),
         segments_BT=None if segments is None else np.pad(segments, sides, constant_values=-1),
+        lengths_BT=np.pad(batch.lengths_BT, sides),
         weights_N=np.pad(
             np.ones(targets, np.float32) if batch.weights_N is None else batch.weights_N, rest
         ),

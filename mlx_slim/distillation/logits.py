@@ -45,8 +45,8 @@ from mlx_slim.runtime import (
     resolve_dtype,
     world,
 )
-from mlx_slim.training.loop import StopRequest
 from mlx_slim.training.step import Objective
+from mlx_slim.training.stop import StopRequest
 
 CACHE_FOLDER = "targets"  # inside a run folder, unless distill.cache names another
 

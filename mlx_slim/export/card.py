@@ -92,7 +92,8 @@ def _run(record: JsonObject, card: Card) -> None:
         card.metrics.append(
             (
                 "validation loss",
-                f"{done['best_validation']:.4f} nats a token, step {done['best_step']}",
+                f"{done['best_validation']:.4f} nats a token"
+                + ("" if done.get("best_task") is not None else f", step {done['best_step']}"),
             )
         )
     if done:

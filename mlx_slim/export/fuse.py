@@ -29,6 +29,7 @@ from mlx_slim.adapters.inject import adapters_of, remove_adapters
 from mlx_slim.adapters.lora import Adapter
 from mlx_slim.adapters.merge import merged_layer
 from mlx_slim.adapters.pooled import folded_biases
+from mlx_slim.adapters.saved import former_modules, saved_modules
 from mlx_slim.adapters.stack import Adapters, Weighted, load_adapters, parse_adapters, used_folders
 from mlx_slim.adapters.store import CONFIG, save_adapter
 from mlx_slim.artifacts import (
@@ -77,6 +78,7 @@ class Fused:
         path: The folder.
         mode: What was done: ``merge``, ``biases``, ``keep``, ``dequantize`` or ``requantize``.
         layers: Adapted layers.
+        saved: Modules trained in full.
         dtype: Of the floating weights.
         bytes: Size of the weights on disk.
         text: Name of the text that was compared on.
@@ -89,6 +91,7 @@ class Fused:
     path: Path
     mode: str
     layers: int
+    saved: int
     dtype: str
     bytes: int
     text: str
@@ -104,6 +107,7 @@ class Fused:
             "path": self.path.name,
             "mode": self.mode,
             "layers": self.layers,
+            "modules_saved": self.saved,
             "dtype": self.dtype,
             "bytes": self.bytes,
             "text": self.text,
@@ -117,8 +121,9 @@ class Fused:
         """Return the summary, one fact a line."""
         audit, (path, fraction) = self.effect, self.least_retained
         lines = [
-            f"{self.path}: {self.mode}, {self.layers} layers, {self.dtype}, "
-            f"{human_bytes(self.bytes)}",
+            f"{self.path}: {self.mode}, {self.layers} layers"
+            + f" and {self.saved} modules trained in full" * (self.saved > 0)
+            + f", {self.dtype}, {human_bytes(self.bytes)}",
             f"audit      {audit.retained:.1%} of the adapter's effect kept, KL {audit.kl:.2g} nats "
             f"from base + adapter (the base: {audit.kl_base:.2g}), same top-1 token "
             f"{audit.top1:.1%} ({audit.tokens:,} tokens of {self.text})",
@@ -232,6 +237,7 @@ def fuse(
         path=out,
         mode=mode,
         layers=len(injected.paths),
+        saved=len(injected.saved),
         dtype=dtype_name(stored),
         bytes=0,
         text=text,
@@ -321,6 +327,10 @@ def _fold(model: nn.Module, mode: str, stored: mx.Dtype) -> tuple[dict[str, floa
     if mode == "keep":
         remove_adapters(model)
     else:
+        if mode == "requantize":
+            formers = former_modules(model)
+            layers = [(p, _requantized(m, formers[p])) for p, m in saved_modules(model).items()]
+            model.update_modules(tree_unflatten(layers))  # pyright: ignore[reportArgumentType]
         if mode == "dequantize":
             densify(model, None if wide else stored)  # on a GPU a float32 model is a second one
         for dtype in filter(None, (stored, compute)):

@@ -84,6 +84,12 @@ def export_gguf_adapter(
     refuse_unnamed(config, BY_MODEL_TYPE, "GGUF adapters", "or fuse it and use --to hf")
     architecture = BY_MODEL_TYPE[config["model_type"]]
     injected = load_adapter(model, source)
+    if injected.saved:
+        raise SlimError(
+            f"{source} holds {few(injected.saved)} trained in full, and llama.cpp's adapters hold "
+            "no such modules",
+            "fuse it (mlx-slim fuse) and export the model: --to gguf",
+        )
     if injected.scale == 0:  # llama.cpp takes an alpha of 0 for a scale of 1
         raise SlimError(f"{source} has the scale 0: it changes nothing", "no export is needed")
     adapters = adapters_of(model)

@@ -44,7 +44,10 @@ from mlx_slim.reading import ModelConfig
 from mlx_slim.runtime import default_num_threads, dtype_name, on_gpu, resolve_dtype, world
 from mlx_slim.training.adalora import RankBudget
 from mlx_slim.training.callbacks import Callback
+from mlx_slim.training.layer_rates import layer_multiples
 from mlx_slim.training.loop import Loop
+from mlx_slim.training.neftune import NoisyEmbeddings
+from mlx_slim.training.optim import trainable
 from mlx_slim.training.qat import FakeQuantizer
 from mlx_slim.training.step import CrossEntropy, Objective
 
@@ -162,7 +165,14 @@ def prepare_model(recipe: Recipe) -> Tuned:
         tied = bool(loaded.config.get("tie_word_embeddings"))
         start = [read_start(loaded.model, one, tied=tied) for one in started_from(recipe)]
         stored_as = _stored_biases(recipe, loaded)
-        injected = inject(loaded.model, recipe.adapter, dora=dora, below=below, stored=stored_as)
+        injected = inject(
+            loaded.model,
+            recipe.adapter,
+            dora=dora,
+            below=below,
+            stored=stored_as,
+            keep=base is not None,
+        )
         for stored in start:
             start_from(loaded.model, stored, recipe.adapter, injected, dora=dora)
     mx.eval(loaded.model.parameters())
@@ -281,11 +291,16 @@ def build_loop(
         validation_mode = cheaper(data.validation, validation_limit)
     mode = cheaper(data.train, limit) if mode == "auto" else mode
     # Each chunk has separate gradients: cheap for adapters, a second model for full tuning.
-    num_threads = 1 if recipe.method == "full" or compiled else default_num_threads()
+    num_threads = 1 if recipe.trains_weights or compiled else default_num_threads()
     vocabulary = tuned.config.get("vocab_size", 8)
     objective, validation_objective = objectives(model, config.loss_chunk, vocabulary, num_threads)
     if isinstance(objective, CrossEntropy) and objective.split is None:
         observer.notify(events.Notice(full_logits_notice(tuned.config), level="warning"))
+
+    multiples = layer_multiples(model, trainable(model), config.layer_decay)
+    if config.neftune_alpha:
+        validation_objective = validation_objective or objective
+        objective = NoisyEmbeddings(objective, model, config.neftune_alpha)
 
     def batcher(rows: TokenStore, mode: Mode, limit: int | None) -> Batcher:
         return Batcher(rows, config.batch_tokens, length, mode, config.seed, limit)
@@ -301,7 +316,7 @@ def build_loop(
         ),
         observer=observer,
         checkpoints=out / "checkpoints",
-        rate_scale=lambda path: learning_rate_scale(path, recipe.adapter),
+        rate_scale=lambda path: multiples[path] * learning_rate_scale(path, recipe.adapter),
         budget_bytes=budget,
         compiled=compiled,
         num_threads=num_threads,

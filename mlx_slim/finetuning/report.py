@@ -7,22 +7,21 @@ Try it: ``mlx-slim report runs/try``.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from mlx_slim.artifacts import json_lines, write_text
+from mlx_slim.artifacts import write_text
 from mlx_slim.config.load import Resolved
 from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError
 from mlx_slim.finetuning.answers import ANSWERS_FILE
 from mlx_slim.finetuning.curves import Level, Series, chart, smooth
+from mlx_slim.finetuning.logged import events_of
 from mlx_slim.finetuning.run_dir import (
     RECORD,
     STATE_FILE,
@@ -38,17 +37,15 @@ from mlx_slim.reading import (
     JsonObject,
     check_fields,
     library_errors,
-    parse_json,
     read_object,
     short,
 )
 from mlx_slim.run_dir import LOCK_FILE
 from mlx_slim.runtime import byte_unit
 
-PAGE_FILE, METRICS_FILE, LEDGER_FILE = "report.html", "metrics.jsonl", "data_ledger.json"
+PAGE_FILE, LEDGER_FILE = "report.html", "data_ledger.json"
 _TEMPLATES = Path(__file__).with_name("templates")
 _HIDDEN = ("model", "data", "distill")  # settings that stand elsewhere, or hold paths of teachers
-_BLOCK, _MOST = 1_024, 1 << 63  # lines that are parsed at once; more than any number of a run
 # What the page shows of each record.
 _STATE = {"recipe.model": str, "recipe.method": str, "recipe.data": dict}
 _RESULT = {
@@ -68,15 +65,6 @@ _LEDGER = {
     **{"sources.*.rows_dropped.*.count": int, "sources.*.rows_dropped.*.first": list},
 }
 _ANSWERS = {"max_tokens": int, "rows": list, "rows.*.prompt": str, "rows.*.reference": str}
-_NUMBERS: dict[str, dict[str, type]] = {
-    "predicted": {"predicted_peak_bytes": int},
-    "started": {"total_steps": int, "budget_bytes": int},
-    "step": {
-        **{"step": int, "epoch": float, "loss": float, "learning_rate": float},
-        **{"tokens_per_second": float, "active_memory_bytes": int, "peak_memory_bytes": int},
-    },
-    "validation": {"step": int, "loss": float},
-}
 
 
 def write_page(
@@ -129,47 +117,6 @@ def render(
     return text.encode(errors="replace").decode()  # of a path that is not UTF-8
 
 
-def events_of(out: Path) -> list[JsonObject]:
-    """Return the events of ``metrics.jsonl``.
-
-    Lines that are none are left out: one that a kill cut off, numbers that no step can have.
-    """
-    file = out / METRICS_FILE
-    if not file.is_file():
-        return []
-    records: list[Any] = []
-    lines = json_lines(file)
-    while block := [line for _, line in islice(lines, _BLOCK)]:
-        try:  # many at once: faster than one after the other
-            records += parse_json(b"[" + b",".join(block) + b"]", "")
-        except SlimError:
-            for line in block:
-                with contextlib.suppress(SlimError):
-                    records.append(parse_json(line, ""))
-    return [one for one in records if isinstance(one, dict) and _is_event(one)]
-
-
-def _is_event(record: Mapping[str, Any]) -> bool:
-    """Return whether an event has the numbers that the page shows, in their range."""
-    name = record.get("event")
-    needed = _NUMBERS.get(name, {}) if isinstance(name, str) else {}
-    values = [(record.get(key), kind) for key, kind in needed.items()]
-    if name == "predicted":
-        breakdown = record.get("breakdown")
-        if not isinstance(breakdown, dict):
-            return False
-        values += [(size, int) for size in breakdown.values()]
-    return all(_fits(value, kind) for value, kind in values)
-
-
-def _fits(value: Any, kind: type) -> bool:
-    """Return whether a value can be a count (``int``) or a measurement (``float``: NaN too)."""
-    if kind is int:
-        return type(value) is int and 0 <= value < _MOST
-    finite = type(value) is int or (type(value) is float and math.isfinite(value))
-    return type(value) is float if not finite else abs(value) < _MOST
-
-
 def _values(out: Path, record: Mapping[str, Any] | None) -> JsonObject:
     """Return what the template shows."""
     state = _read(out / STATE_FILE, _STATE) or {}
@@ -181,6 +128,7 @@ def _values(out: Path, record: Mapping[str, Any] | None) -> JsonObject:
     recipe = state["recipe"]
     steps = [event for event in told if event.get("event") == "step"]
     validations = [event for event in told if event.get("event") == "validation"]
+    asked = [event for event in told if event.get("event") == "task_validation"]
     started = next((e for e in reversed(told) if e.get("event") == "started"), None)
     status = "complete" if record else "running" if is_locked(out / LOCK_FILE) else "stopped"
     predicted = _predicted(told, result)
@@ -196,9 +144,12 @@ def _values(out: Path, record: Mapping[str, Any] | None) -> JsonObject:
         "best": min(
             (v for v in validations if v.get("best")), key=lambda v: v["loss"], default=None
         ),
+        "best_task": max(
+            (a for a in asked if a.get("best")), key=lambda one: one["value"], default=None
+        ),
         "seconds": result["done"]["seconds"] if result else None,
         "result": result,
-        "charts": _charts(steps, validations, predicted, started),
+        "charts": _charts(steps, validations, asked, predicted, started),
         "memory": _memory(steps, result, predicted, started),
         "ledger": ledger,
         "answers": answers,
@@ -255,6 +206,7 @@ def _points(events: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, 
 def _charts(
     steps: Sequence[Mapping[str, Any]],
     validations: Sequence[Mapping[str, Any]],
+    asked: Sequence[Mapping[str, Any]],
     predicted: Mapping[str, Any] | None,
     started: Mapping[str, Any] | None,
 ) -> list[tuple[str, Markup]]:
@@ -279,6 +231,14 @@ def _charts(
                     Series("validation", _points(validations, "loss"), "--c5", "dots"),
                 ],
                 y=lambda value: f"{value:.3g}",
+            ),
+        ),
+        (
+            f"Task: {asked[0].get('task')}, {asked[0].get('metric')}" if asked else "",
+            chart(
+                "metric of the validation task by step",
+                [Series("", _points(asked, "value"), "--c5", "dots")],
+                y=lambda value: f"{value:.0%}",
             ),
         ),
         (

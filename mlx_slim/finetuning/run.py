@@ -48,6 +48,7 @@ from mlx_slim.finetuning.strategy import (
     TrainingStrategy,
     base_folder,
 )
+from mlx_slim.finetuning.task_metric import validation_metric
 from mlx_slim.models import structure
 from mlx_slim.models.class_errors import class_errors
 from mlx_slim.models.logits_close import Change, logits_close, rounding
@@ -262,7 +263,8 @@ def _build(
     data = strategy.rows(recipe, tuned, out, unchanged=unchanged)
     if data.note:
         observer.notify(events.Notice(data.note))
-    tuned.callbacks += measure_forgetting(recipe, tuned, observer)
+    measured = measure_forgetting(recipe, tuned, observer)
+    tuned.callbacks += [*measured, *validation_metric(recipe, tuned, out, observer)]
     with _training(recipe, tuned):
         loop = build_loop(recipe, tuned, data, out, observer, budget, strategy.objectives)
     batched = changed(recipe, {"train.batching": loop.batcher.mode})  # memory depends on it

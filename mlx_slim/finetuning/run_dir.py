@@ -347,6 +347,10 @@ def summary_rows(result: Result) -> dict[str, str]:
     }
     if (result.out / "second").is_dir():
         rows["second student"] = f"{result.out / 'second'} (reloaded, same logits)"
-    if done.best_validation is not None:
+    if done.best_task is not None:
+        rows["best task"] = f"{done.best_task:.1%} at step {done.best_step} (train.validate_task)"
+        if done.best_validation is not None:
+            rows["lowest validation"] = f"{done.best_validation:.4f} nats/token"
+    elif done.best_validation is not None:
         rows["best validation"] = f"{done.best_validation:.4f} nats/token at step {done.best_step}"
     return rows

@@ -19,7 +19,8 @@ from typing import Any
 from mlx_slim.artifacts import hash_json
 from mlx_slim.errors import SlimError
 from mlx_slim.finetuning.answers import ANSWERS_FILE
-from mlx_slim.finetuning.report import LEDGER_FILE, METRICS_FILE, render
+from mlx_slim.finetuning.logged import METRICS_FILE
+from mlx_slim.finetuning.report import LEDGER_FILE, render
 from mlx_slim.finetuning.run_dir import RECORD, STATE_FILE
 
 HOST = "127.0.0.1"

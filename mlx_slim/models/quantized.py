@@ -255,6 +255,14 @@ def quantize_into_fast(model: nn.Module) -> None:
                 module.__class__ = _FastToBe
 
 
+def layer_dtype(layer: nn.Module) -> mx.Dtype:
+    """Return what a layer computes in: its weight's dtype, or that of its scales."""
+    for name in ("scales", "weight"):
+        if name in layer and mx.issubdtype(layer[name].dtype, mx.floating):
+            return layer[name].dtype
+    return mx.bfloat16  # mxfp and nvfp scales are bytes
+
+
 def dense_layer(former: nn.Module, weight: mx.array) -> nn.Module:
     """Return a layer of the kind of ``former`` with a dense weight, and the bias of ``former``."""
     from mlx_lm.models.switch_layers import SwitchLinear

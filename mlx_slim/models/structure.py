@@ -23,7 +23,7 @@ from mlx_slim.models.logits_close import Change, logits_close
 
 _Map = Callable[[mx.array], mx.array]
 _Body = Callable[..., mx.array]
-_HEADS = ("lm_head", "output", "head", "embed_out")
+HEAD_NAMES = ("lm_head", "output", "head", "embed_out")
 EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "word_embeddings", "embedding")
 EMBEDDINGS += ("token_embeddings", "embeddings")
 _WRAPPERS = ("language_model", "text_model")
@@ -145,7 +145,9 @@ def _candidates(model: nn.Module) -> list[Split]:
             continue
         body = outer[name]
         for owner in (outer, body):
-            pairs += [Split(body, Head(owner[key], tied=False)) for key in _HEADS if key in owner]
+            pairs += [
+                Split(body, Head(owner[key], tied=False)) for key in HEAD_NAMES if key in owner
+            ]
         pairs += [Split(body, Head(body[key], tied=True)) for key in EMBEDDINGS if key in body]
     return pairs
 
@@ -158,6 +160,23 @@ def has_candidates(model: nn.Module) -> bool:
 def is_capped(model: nn.Module) -> bool:
     """Return whether the configuration of ``model`` names a soft cap of its logits."""
     return bool(_values(_settings(model), _CAP))
+
+
+def input_embedding(model: nn.Module) -> nn.Module:
+    """Return the table that the ids of a batch are looked up in, without an adapter around it.
+
+    Raises:
+        SlimError: If none is known by name.
+    """
+    modules = reversed(model.named_modules())
+    for path, module in modules:
+        name = path.rsplit(".", 1)[-1]
+        if name in EMBEDDINGS and isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)):
+            return module
+    raise SlimError(
+        f"{type(model).__module__} has no input embedding of a known name",
+        f"known are {', '.join(EMBEDDINGS)}",
+    )
 
 
 def _settings(model: nn.Module) -> list[Any]:

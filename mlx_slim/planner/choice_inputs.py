@@ -177,6 +177,8 @@ def read_inputs(base: Resolved, overrides: Sequence[str]) -> tuple[ChoiceInputs,
         lengths, supervised, splits = lengths[trained], supervised[trained], splits[trained]
     dtype = resolve_dtype(recipe.train.dtype)
     adapted = changed(recipe, {"method": "lora"})
+    config_of_adapters = adapted.adapter.model_copy(update={"modules_to_save": []})
+    adapted = adapted.model_copy(update={"adapter": config_of_adapters})
     shapes = training_shapes(config, adapted, dtype)
     task = ChoiceInputs(
         base=base,

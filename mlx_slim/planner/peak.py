@@ -163,7 +163,7 @@ def breakdown(
     """
     train, full = recipe.train, recipe.method == "full"
     length, tokens = largest_batch(recipe, lengths)
-    num_threads = 1 if gpu or full else default_num_threads()
+    num_threads = 1 if gpu or recipe.trains_weights else default_num_threads()
     shards = min(part_count(num_threads, tokens), max(1, tokens // length))
     num_threads = min(num_threads, shards)
     rows, more = divmod(max(1, tokens // length), shards)  # the first shards have one row more
@@ -221,7 +221,11 @@ def breakdown(
             dense,
             shapes.trainable_bytes if full else 0,
         ),
-        "update": (update - 4 * shapes.largest, 0, 4 * shapes.largest) if full else (0, 0, 0),
+        "update": (
+            (update - 4 * shapes.largest, 0, 4 * shapes.largest)
+            if recipe.trains_weights
+            else (0, 0, 0)
+        ),
     }
     activations, logits, gradients = max(moments.values(), key=sum)
     # The sum over micro-batches is one more float32 gradient, and each finished shard has one.

@@ -7,6 +7,7 @@ counts and bytes are exact. Try it: ``mlx-slim plan tinyllama-qlora --json``.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,12 +18,19 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_slim.adapters.inject import Site, choose, sites
 from mlx_slim.adapters.lora import dimensions, factor_shapes, is_experts
 from mlx_slim.adapters.pooled import check_pooled
+from mlx_slim.adapters.saved import candidates, choose_saved, saved_shapes
 from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError
 from mlx_slim.models.attention import Attention, attention_of
 from mlx_slim.models.build import WIDTHS, build
-from mlx_slim.models.quantized import LayerFormat, is_quantized
-from mlx_slim.models.structure import GATED_MLP, has_candidates, is_capped
+from mlx_slim.models.quantized import LayerFormat, is_quantized, layer_dtype
+from mlx_slim.models.structure import (
+    EMBEDDINGS,
+    GATED_MLP,
+    HEAD_NAMES,
+    has_candidates,
+    is_capped,
+)
 from mlx_slim.quantization.policy import make_policy
 from mlx_slim.reading import ModelConfig
 from mlx_slim.runtime import DTYPES
@@ -263,6 +271,11 @@ def training_shapes(config: ModelConfig, recipe: Recipe, dtype: mx.Dtype) -> Tra
             if recipe.method == "dora":
                 trainable[f"{site.path}.m"] = ((outputs,), mx.float32)
                 frozen += outputs * FULL_PRECISION_BYTES  # the cached row norms of W
+        saved = choose_saved(model, recipe.adapter.modules_to_save, [s.path for s in chosen])
+        for name, shape in saved_shapes(model, saved).items():
+            trainable[name] = (shape, layer_dtype(modules[name.rpartition(".")[0]]))
+        # What is made dense stays beside it only where the base is saved with the run.
+        frozen -= 0 if quantized_here else sum(_bytes(modules[path]) for path in saved)
     bag = nn.Module()
     for path, (shape, kind) in trainable.items():
         bag[path] = mx.zeros(shape, dtype=kind)
@@ -286,11 +299,22 @@ def training_shapes(config: ModelConfig, recipe: Recipe, dtype: mx.Dtype) -> Tra
         blocks=_blocks(model, config, chosen, width),
         vocabulary=vocabulary,
         width=width,
-        head_trains=recipe.method == "full",
+        head_trains=recipe.method == "full" or _trains_head(model, trainable),
         capped=is_capped(model),
         splits=has_candidates(model),
         largest=max((value.size for _, value in leaves(bag)), default=0),
     )
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(value.nbytes for _, value in leaves(module))
+
+
+def _trains_head(model: nn.Module, trainable: Collection[str]) -> bool:
+    """Return whether the weight of the head is trained, be it the embedding."""
+    names = {path.rsplit(".", 1)[-1] for path in candidates(model)}
+    heads = HEAD_NAMES if names & set(HEAD_NAMES) else EMBEDDINGS
+    return any(path.rsplit(".", 2)[-2:] == [head, "weight"] for path in trainable for head in heads)
 
 
 def _loading_bytes(

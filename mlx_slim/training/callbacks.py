@@ -100,6 +100,31 @@ class StatefulCallback(Callback):
         """
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A figure of a model.
+
+    Attributes:
+        task: What was asked.
+        metric: Name of the figure.
+        value: The more the better.
+        questions: How many were asked.
+    """
+
+    task: str
+    metric: str
+    value: float
+    questions: int
+
+
+class ValidationMetric(StatefulCallback):
+    """Decides which validation is the best, in place of the loss; of several the first."""
+
+    @abstractmethod
+    def measure(self) -> Measured:
+        """Return the figure of the weights as they are, the same on all ranks."""
+
+
 class UpdateHook(StatefulCallback):
     """Changes gradients before, and parameters after, an optimizer step."""
 

@@ -62,7 +62,8 @@ def reopen(
     if state.step >= total:
         return set()
     undo = same_as_begun_longer(config)
-    undone = {events.ValidationDone.name} if state.reopen(undo) else set()
+    validated = {events.ValidationDone.name, events.TaskValidated.name}
+    undone = validated if state.reopen(undo) else set()
     return undone.union(*(monitor.reopen(undo) for monitor in monitors))
 
 

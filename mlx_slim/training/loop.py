@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -21,7 +21,6 @@ from mlx_slim import events
 from mlx_slim.config.schema import TrainConfig
 from mlx_slim.data.batches import Batch, Batcher
 from mlx_slim.errors import DivergedError
-from mlx_slim.interrupts import SignalFlag
 from mlx_slim.progress import stage
 from mlx_slim.runtime import to_float, world
 from mlx_slim.training import checkpoint, rotation
@@ -31,15 +30,17 @@ from mlx_slim.training.callbacks import (
     ForwardHook,
     Monitor,
     UpdateHook,
+    ValidationMetric,
     Verdict,
     combine,
     computing,
 )
 from mlx_slim.training.duty import pause
 from mlx_slim.training.extension import newest, reopen, steps_before_decay
-from mlx_slim.training.optim import Extended, Optimizer, schedule
+from mlx_slim.training.optim import Extended, Optimizer, gradient_norm, schedule
 from mlx_slim.training.state import TrainState, read_state
 from mlx_slim.training.step import Objective, Stepper, StepResult
+from mlx_slim.training.stop import StopRequest
 from mlx_slim.training.validation import LossScorer, validation_loss
 
 
@@ -59,25 +60,6 @@ def total_steps(config: TrainConfig, batcher: Batcher) -> tuple[int, float]:
         rest = steps_of_epoch(len(batcher.plan(whole)), config.accumulate)
         count.append(max(1, round(part * rest)))
     return sum(count), config.epochs
-
-
-def gradient_norm(gradients: dict[str, mx.array]) -> mx.array:
-    """Return the L2 norm over all gradients, a float32 scalar.
-
-    Dot products, not ``square().sum()``: see ``models/logits.py`` for what that loses on a CPU.
-    """
-    flat = (value.reshape(-1) for value in gradients.values())
-    return mx.sqrt(sum((value @ value for value in flat), mx.array(0.0)))
-
-
-class StopRequest(SignalFlag):
-    """Ctrl-C, SIGTERM or SIGHUP ends the run after the current step; a second one at once."""
-
-    def seen_by_any_rank(self) -> bool:
-        """Return whether any rank received a stop signal, the same answer on all."""
-        if world().size() == 1:
-            return self.requested
-        return to_float(mx.distributed.all_sum(mx.array(int(self.requested)), group=world())) > 0
 
 
 @dataclass
@@ -121,6 +103,7 @@ class Loop:
         """Build the optimizer and the schedule."""
         self.optimizer = Optimizer(self.model, self.config, self.rate_scale)
         self._monitors = [one for one in self.callbacks if isinstance(one, Monitor)]
+        self._metric = next((m for m in self.callbacks if isinstance(m, ValidationMetric)), None)
         self._update_hooks = [one for one in self.callbacks if isinstance(one, UpdateHook)]
         captured = [
             module
@@ -233,6 +216,7 @@ class Loop:
             best_step=at.best_step,
             result_step=self._result_step(verdict),
             duty=self.config.duty if self.config.duty < 1 else None,
+            best_task=at.best_score,
         )
         self.observer.notify(done)
         return done
@@ -268,7 +252,7 @@ class Loop:
         for index in range(world().rank(), len(plan), world().size()):
             entropy = [self.config.seed, self.state.step, index]
             mx.random.seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-            yield self.batcher.batch(plan[index])
+            yield replace(self.batcher.batch(plan[index]), entropy=tuple(entropy))
 
     def profile_steps(self, steps: int) -> tuple[list[float], int, int]:
         """Take real steps of the largest micro-batch; the model is changed, the train state is not.
@@ -350,23 +334,41 @@ class Loop:
             )
 
     def _validate(self) -> bool:
-        """Score the validation rows; return whether this is the best so far."""
-        if self.validation is None:
+        """Score the validation rows, then the task; return whether this is the best so far."""
+        if self.validation is None and self._metric is None:
             return False
         at = self.state
-        began = time.perf_counter()
-        with computing(self.callbacks):
-            loss, metrics, supervised = validation_loss(self.scorer, self.validation)
         settled = all(hook.settled(at.step) for hook in self._update_hooks)
-        better = math.isfinite(loss) and (at.best_loss is None or loss < at.best_loss)
-        best = settled and better
+        best = False
+        if self.validation is not None:
+            began = time.perf_counter()
+            with computing(self.callbacks):
+                loss, metrics, supervised = validation_loss(self.scorer, self.validation)
+            lower = math.isfinite(loss) and (at.best_loss is None or loss < at.best_loss)
+            best = settled and lower
+            at.best_loss = loss if best else at.best_loss
+            seconds = time.perf_counter() - began
+            self.observer.notify(
+                events.ValidationDone(at.step, loss, supervised, seconds, best, metrics or None)
+            )
+        if self._metric is not None:
+            best = self._measure(self._metric, settled)
         if best:
-            at.best_loss, at.best_step, at.since_best = loss, at.step, 0
+            at.best_step, at.since_best = at.step, 0
         else:
             at.since_best += settled
+        return best
+
+    def _measure(self, metric: ValidationMetric, settled: bool) -> bool:
+        """Measure the task; return whether this is the best so far."""
+        at, began = self.state, time.perf_counter()
+        found = metric.measure()
+        higher = at.best_score is None or found.value > at.best_score  # NaN is not
+        best = settled and higher and math.isfinite(found.value)
+        at.best_score = found.value if best else at.best_score
         seconds = time.perf_counter() - began
         self.observer.notify(
-            events.ValidationDone(at.step, loss, supervised, seconds, best, metrics or None)
+            events.TaskValidated(at.step, **asdict(found), seconds=seconds, best=best)
         )
         return best
 

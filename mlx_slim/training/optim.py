@@ -123,6 +123,15 @@ def trainable(model: nn.Module) -> dict[str, mx.array]:
     return dict(tree_flatten(model.trainable_parameters()))
 
 
+def gradient_norm(gradients: dict[str, mx.array]) -> mx.array:
+    """Return the L2 norm over all gradients, a float32 scalar.
+
+    Dot products, not ``square().sum()``: see ``models/logits.py`` for what that loses on a CPU.
+    """
+    flat = (value.reshape(-1) for value in gradients.values())
+    return mx.sqrt(sum((value @ value for value in flat), mx.array(0.0)))
+
+
 def check_arrays(arrays: dict[str, mx.array], expected: dict[str, mx.array]) -> None:
     """Refuse arrays of a checkpoint that have other names or shapes than those expected.
 

@@ -16,7 +16,7 @@ from mlx_slim.training.legacy import is_legacy, upgrade_state
 from mlx_slim.training.rotation import STATE
 
 CALLBACKS = "callbacks"  # in ``state.json``: name of a callback -> its JSON values
-_VALIDATED = ("best_loss", "best_step", "since_best")
+_VALIDATED = ("best_loss", "best_score", "best_step", "since_best")
 
 
 @dataclass
@@ -30,7 +30,8 @@ class TrainState:
         tokens: Real tokens trained on.
         seconds: Wall time of training steps.
         best_loss: Lowest validation loss so far, nats per token.
-        best_step: Step it was reached at.
+        best_score: Best figure of the metric that decides in place of the loss, if there is one.
+        best_step: Step that the better of these was reached at: of the metric, else of the loss.
         since_best: Validations since then.
         total: Steps that the run was to take when this was saved; None of version 0.1.
         open: The validation fields before the validation that only the last step made: a longer run
@@ -44,6 +45,7 @@ class TrainState:
     tokens: int = 0
     seconds: float = 0.0
     best_loss: float | None = None
+    best_score: float | None = None
     best_step: int | None = None
     since_best: int = 0
     total: int | None = None
@@ -64,7 +66,7 @@ class TrainState:
         return undone
 
     def best_steps(self) -> set[int]:
-        """Return the steps of the lowest validation loss: of this run, and of a longer one."""
+        """Return the steps of the best validation: of this run, and of a longer one."""
         steps = (self.best_step, self.open.get("best_step"))
         return {step for step in steps if step is not None}
 
@@ -82,13 +84,13 @@ def read_state(path: Path) -> TrainState:
     for key in ("step", "epoch", "taken", "tokens", "since_best"):
         field(values, where, key, int, 0, low=0)
     field(values, where, "best_step", int, None, low=0)
-    for key in ("seconds", "best_loss"):
+    for key in ("seconds", "best_loss", "best_score"):
         field(values, where, key, float, None)
     field(values, where, "total", int, None, low=1)
     field(values, where, "required", list, [], of=int)
     opened = field(values, where, "open", dict, {})
     for key in opened:
-        kind = float if key == "best_loss" else int
+        kind = float if key in ("best_loss", "best_score") else int
         field(opened, f"{where}: open", key, kind, None, low=None if kind is float else 0)
     if unknown := opened.keys() - {*_VALIDATED}:
         raise SlimError(

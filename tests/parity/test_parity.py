@@ -54,6 +54,8 @@ TO_PEFT = [
     ("llama", {"targets": ["all-linear", "embed_tokens", "lm_head"]}, False),
     ("mistral", {"init": "pissa"}, False),
     ("llama-tied", {"targets": ["q_proj", "down_proj"], "layers": [0, 2]}, False),
+    ("llama", {"modules_to_save": ["embed_tokens", "lm_head", "model.norm"]}, False),
+    ("llama-tied", {"modules_to_save": ["embed_tokens", "input_layernorm"]}, True),
 ]
 
 
@@ -90,6 +92,11 @@ FROM_PEFT = [
     ),
     ("qwen2", {"target_modules": EVERY, "layers_to_transform": [1]}),
     ("llama", {"target_modules": EVERY, "rank_pattern": {"k_proj": 2}, "use_dora": True}),
+    ("llama", {"target_modules": EVERY, "modules_to_save": ["norm", "lm_head"]}),
+    (
+        "llama-tied",
+        {"target_modules": EVERY, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
 ]
 
 

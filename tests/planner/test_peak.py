@@ -177,6 +177,7 @@ def assert_peaks_agree(
         None,
         count,
         batch[0],
+        np.full(batch, batch[1], np.int32),
     )
     stepper = Stepper(model, CrossEntropy(model, plan.train.loss_chunk))
     with checkpointed(structure.blocks(model), plan.train.grad_checkpoint):
