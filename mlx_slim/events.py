@@ -107,10 +107,7 @@ class ValidationDone(Event):
 
 @dataclass(frozen=True)
 class TaskValidated(Event):
-    """Questions of a task that are not its test were answered after ``step``.
-
-    ``value`` is that of ``metric`` (such as ``acc``), ``best`` if it is the highest so far.
-    """
+    """Questions of a task, none of its test, were answered; ``best`` if ``value`` is so far."""
 
     name: ClassVar[str] = "task_validation"
     step: int
@@ -183,13 +180,11 @@ class Done(Event):
         tokens: Real tokens trained on, this run and the runs it resumed.
         seconds: Time of computing the training steps, without pauses and validations, seconds.
         best_validation: Lowest validation loss, nats per token; None without a validation split.
-        best_step: The step of the best validation: by ``best_task`` if there is one, else by loss.
-        best_task: The best figure of ``train.validate_task``; None without one.
+        best_step: Of the best validation: by ``best_task`` (``train.validate_task``), else by loss.
         peak_memory_bytes: MLX peak, bytes.
-        result_step: The step whose weights are the result: the one of the lowest validation loss,
-            unless a callback stopped the run and allows only an earlier one.
-        duty: Fraction of the time that the run computed, the rest were pauses; None if there were
-            none.
+        result_step: The step whose weights are the result: the best, or an earlier one that a
+            callback allows.
+        duty: Fraction of the time that the run computed; None without pauses.
     """
 
     name: ClassVar[str] = "done"

@@ -1,4 +1,4 @@
-"""Modules that PEFT trained in full beside an adapter (``modules_to_save``), by PEFT's rules.
+"""Modules that PEFT trained in full beside an adapter (``modules_to_save``), as PEFT reads them.
 
 Invariant: a module counts as PEFT counts it: its path ends in one of the names, with a dot before
 it or not, so that ``norm`` means ``input_layernorm`` too. Where the head is the embedding, PEFT

@@ -67,7 +67,7 @@ def base_sample(model: nn.Module) -> list[float]:
     return []
 
 
-def _own(module: nn.Module) -> dict[str, mx.array]:
+def _parameters(module: nn.Module) -> dict[str, mx.array]:
     """Return the parameters of a module that are not those of a module in it."""
     return {
         name: value
@@ -78,7 +78,7 @@ def _own(module: nn.Module) -> dict[str, mx.array]:
 
 def candidates(model: nn.Module) -> dict[str, nn.Module]:
     """Return path -> module of all modules that hold parameters themselves."""
-    return {path: module for path, module in in_order(model) if path and _own(module)}
+    return {path: module for path, module in in_order(model) if path and _parameters(module)}
 
 
 def choose_saved(model: nn.Module, names: Collection[str], adapted: Collection[str]) -> list[str]:
@@ -86,7 +86,7 @@ def choose_saved(model: nn.Module, names: Collection[str], adapted: Collection[s
 
     Args:
         model: The base, without adapters.
-        names: Last parts of paths (``embed_tokens``, ``norm``), or whole paths.
+        names: Last names of paths (``embed_tokens``, ``norm``), or whole paths.
         adapted: Paths that carry an adapter.
 
     Raises:
@@ -123,7 +123,7 @@ def saved_tensors(model: nn.Module) -> dict[str, mx.array]:
     return {
         f"{path}.{name}": value
         for path, module in saved_modules(model).items()
-        for name, value in _own(module).items()
+        for name, value in _parameters(module).items()
     }
 
 
@@ -133,15 +133,15 @@ def saved_shapes(model: nn.Module, paths: Collection[str]) -> dict[str, tuple[in
     everything = candidates(model)
     for path in paths:
         module = everything[path]
-        own = {name: value.shape for name, value in _own(module).items()}
+        tensors = {name: value.shape for name, value in _parameters(module).items()}
         if "scales" in module:
-            own = {name: own[name] for name in own if name not in ("scales", "biases")}
+            tensors = {name: tensors[name] for name in tensors if name not in ("scales", "biases")}
             one, other = dimensions(module)
             embeds = isinstance(module, EMBEDDING_TYPES)
             rows = (one, other) if embeds else (other, one)
-            experts = own["weight"][:1] if is_experts(module) else ()
-            own["weight"] = (*experts, *rows)
-        shapes |= {f"{path}.{name}": shape for name, shape in own.items()}
+            experts = tensors["weight"][:1] if is_experts(module) else ()
+            tensors["weight"] = (*experts, *rows)
+        shapes |= {f"{path}.{name}": shape for name, shape in tensors.items()}
     return shapes
 
 

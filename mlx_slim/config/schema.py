@@ -133,7 +133,7 @@ class DataConfig(Section):
     max_rows: PositiveInt | None = None
 
     @model_validator(mode="after")
-    def _one_rule_for_long_rows(self) -> DataConfig:
+    def _long_rows_are_split_or_cut(self) -> DataConfig:
         if self.split is True and self.truncation != "drop":
             raise ValueError(
                 f"split=true leaves no row too long, and truncation={self.truncation} is set too: "
@@ -192,7 +192,7 @@ class TrainConfig(Section):
             questions, and those that are trained on, are left out.
         validate_split: Split of that task, or file with rows of it; None takes ``validation``,
             ``dev`` or ``train``, whichever is not scored and there.
-        validate_limit: Questions of that task that are asked.
+        validate_limit: Questions of that task, at most.
         save_every: Steps between checkpoints (one more at the end).
         keep: Newest checkpoints kept; the best one is kept besides.
         early_stopping: Stop after this many validations without a new best; None never.
@@ -375,6 +375,10 @@ class Recipe(Section):
                 "adapter.adaptive": self.adapter.adaptive,
                 "adapter.on": self.adapter.on,
                 "adapter.init_from": self.adapter.init_from,
+                "adapter.modules_to_save": self.adapter.modules_to_save,
+                "train.neftune_alpha": self.train.neftune_alpha,
+                "train.layer_decay": self.train.layer_decay < 1,
+                "train.validate_task": self.train.validate_task,
             }
             problems += [
                 f"{key} is for one student, and distill.method=mutual has two: drop one of them"

@@ -59,21 +59,21 @@ def pieces(length: int, max_length: int, context: int, head: int) -> list[Piece]
         head: 1 if the row begins with a BOS, which every piece repeats; else 0.
     """
     room = max_length - head
-    found = [Piece(head, min(length, max_length), 0)]
-    while found[-1].stop < length:
-        start = found[-1].stop - min(context, found[-1].stop - head)
-        found.append(Piece(start, min(length, start + room), found[-1].stop - start))
-    return found
+    cuts = [Piece(head, min(length, max_length), 0)]
+    while cuts[-1].stop < length:
+        start = cuts[-1].stop - min(context, cuts[-1].stop - head)
+        cuts.append(Piece(start, min(length, start + room), cuts[-1].stop - start))
+    return cuts
 
 
 def split(row: Tokens, max_length: int, context: int, bos: int | None) -> list[Tokens]:
     """Return the pieces of a row as rows."""
     head = int(bos is not None and len(row.ids_T) > 0 and row.ids_T[0] == bos)
-    parts = []
+    rows = []
     for piece in pieces(len(row.ids_T), max_length, context, head):
         span = np.r_[:head, piece.start : piece.stop]
         learned = np.arange(len(span)) >= head + piece.context
         supervised = row.supervised_T[span] & learned
         weights = None if row.weights_T is None else row.weights_T[span] * learned
-        parts.append(Tokens(row.ids_T[span], supervised, weights))
-    return parts
+        rows.append(Tokens(row.ids_T[span], supervised, weights))
+    return rows

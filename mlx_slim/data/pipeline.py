@@ -199,11 +199,11 @@ class Pipeline:
         """Return a long row as several, those with nothing to learn left out."""
         if not row.supervised_T.any():
             raise Dropped("no supervised token left")
-        parts = split(row, self.max_length, self.context, self.encoder.bos)
-        learned = [part for part in parts if part.supervised_T.any()]
-        if len(learned) < len(parts):
+        cut_rows = split(row, self.max_length, self.context, self.encoder.bos)
+        learned = [part for part in cut_rows if part.supervised_T.any()]
+        if len(learned) < len(cut_rows):
             ledger.note("pieces without a token to learn, left out", raw)
-        ledger.cut(raw, sum(len(part.ids_T) for part in parts) - len(row.ids_T))
+        ledger.cut(raw, sum(len(part.ids_T) for part in cut_rows) - len(row.ids_T))
         fitted = [self._fit(raw, part) for part in learned]
         return [
             PreparedRow(raw, example, rendered, part, len(part.ids_T), number, len(fitted))

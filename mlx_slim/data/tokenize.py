@@ -150,8 +150,8 @@ class RowEncoder:
     def _encode(self, rows: list[Rendered]) -> list[Tokens]:
         if len(rows) == 1 and len(rows[0].text) > _CHARACTERS + _MARGIN:
             return [self._row(rows[0], *self._windows(rows[0].text))]
-        found = self._placed([row.text for row in rows])
-        return [self._row(row, *placed) for row, placed in zip(rows, found, strict=True)]
+        tokenized = self._placed([row.text for row in rows])
+        return [self._row(row, *placed) for row, placed in zip(rows, tokenized, strict=True)]
 
     def _placed(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return the ids of texts, int32 (T,), and the character that each token begins at."""

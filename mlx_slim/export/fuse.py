@@ -32,12 +32,7 @@ from mlx_slim.adapters.pooled import folded_biases
 from mlx_slim.adapters.saved import former_modules, saved_modules
 from mlx_slim.adapters.stack import Adapters, Weighted, load_adapters, parse_adapters, used_folders
 from mlx_slim.adapters.store import CONFIG, save_adapter
-from mlx_slim.artifacts import (
-    SCHEMA_VERSION,
-    provenance,
-    public_name,
-    write_json,
-)
+from mlx_slim.artifacts import SCHEMA_VERSION, provenance, public_name, write_json
 from mlx_slim.claims import makes_folder
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import ResourceError, SlimError
@@ -120,10 +115,10 @@ class Fused:
     def lines(self) -> list[str]:
         """Return the summary, one fact a line."""
         audit, (path, fraction) = self.effect, self.least_retained
+        whole = f" and {self.saved} modules trained in full" * (self.saved > 0)
         lines = [
-            f"{self.path}: {self.mode}, {self.layers} layers"
-            + f" and {self.saved} modules trained in full" * (self.saved > 0)
-            + f", {self.dtype}, {human_bytes(self.bytes)}",
+            f"{self.path}: {self.mode}, {self.layers} layers{whole}, {self.dtype}, "
+            f"{human_bytes(self.bytes)}",
             f"audit      {audit.retained:.1%} of the adapter's effect kept, KL {audit.kl:.2g} nats "
             f"from base + adapter (the base: {audit.kl_base:.2g}), same top-1 token "
             f"{audit.top1:.1%} ({audit.tokens:,} tokens of {self.text})",
@@ -328,9 +323,9 @@ def _fold(model: nn.Module, mode: str, stored: mx.Dtype) -> tuple[dict[str, floa
         remove_adapters(model)
     else:
         if mode == "requantize":
-            formers = former_modules(model)
-            layers = [(p, _requantized(m, formers[p])) for p, m in saved_modules(model).items()]
-            model.update_modules(tree_unflatten(layers))  # pyright: ignore[reportArgumentType]
+            for path, former in former_modules(model).items():
+                layer = _requantized(saved_modules(model)[path], former)
+                model.update_modules(tree_unflatten([(path, layer)]))
         if mode == "dequantize":
             densify(model, None if wide else stored)  # on a GPU a float32 model is a second one
         for dtype in filter(None, (stored, compute)):

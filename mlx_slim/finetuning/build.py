@@ -44,7 +44,7 @@ from mlx_slim.reading import ModelConfig
 from mlx_slim.runtime import default_num_threads, dtype_name, on_gpu, resolve_dtype, world
 from mlx_slim.training.adalora import RankBudget
 from mlx_slim.training.callbacks import Callback
-from mlx_slim.training.layer_rates import layer_multiples
+from mlx_slim.training.layer_rates import described, layer_multiples
 from mlx_slim.training.loop import Loop
 from mlx_slim.training.neftune import NoisyEmbeddings
 from mlx_slim.training.optim import trainable
@@ -298,6 +298,10 @@ def build_loop(
         observer.notify(events.Notice(full_logits_notice(tuned.config), level="warning"))
 
     multiples = layer_multiples(model, trainable(model), config.layer_decay)
+    if config.layer_decay < 1:
+        places = described(model, trainable(model), config.layer_decay)
+        rates = ", ".join(f"{place} {multiple:.3g}" for place, multiple in places.items())
+        observer.notify(events.Notice(f"learning rates by depth, of the run's: {rates}"))
     if config.neftune_alpha:
         validation_objective = validation_objective or objective
         objective = NoisyEmbeddings(objective, model, config.neftune_alpha)

@@ -128,7 +128,7 @@ def _values(out: Path, record: Mapping[str, Any] | None) -> JsonObject:
     recipe = state["recipe"]
     steps = [event for event in told if event.get("event") == "step"]
     validations = [event for event in told if event.get("event") == "validation"]
-    asked = [event for event in told if event.get("event") == "task_validation"]
+    tasks = [event for event in told if event.get("event") == "task_validation"]
     started = next((e for e in reversed(told) if e.get("event") == "started"), None)
     status = "complete" if record else "running" if is_locked(out / LOCK_FILE) else "stopped"
     predicted = _predicted(told, result)
@@ -145,11 +145,13 @@ def _values(out: Path, record: Mapping[str, Any] | None) -> JsonObject:
             (v for v in validations if v.get("best")), key=lambda v: v["loss"], default=None
         ),
         "best_task": max(
-            (a for a in asked if a.get("best")), key=lambda one: one["value"], default=None
+            (a for a in tasks if a.get("best")),
+            key=lambda one: one["value"],
+            default=None,
         ),
         "seconds": result["done"]["seconds"] if result else None,
         "result": result,
-        "charts": _charts(steps, validations, asked, predicted, started),
+        "charts": _charts(steps, validations, tasks, predicted, started),
         "memory": _memory(steps, result, predicted, started),
         "ledger": ledger,
         "answers": answers,
@@ -206,7 +208,7 @@ def _points(events: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, 
 def _charts(
     steps: Sequence[Mapping[str, Any]],
     validations: Sequence[Mapping[str, Any]],
-    asked: Sequence[Mapping[str, Any]],
+    tasks: Sequence[Mapping[str, Any]],
     predicted: Mapping[str, Any] | None,
     started: Mapping[str, Any] | None,
 ) -> list[tuple[str, Markup]]:
@@ -234,10 +236,10 @@ def _charts(
             ),
         ),
         (
-            f"Task: {asked[0].get('task')}, {asked[0].get('metric')}" if asked else "",
+            f"Task: {tasks[0].get('task')}, {tasks[0].get('metric')}" if tasks else "",
             chart(
                 "metric of the validation task by step",
-                [Series("", _points(asked, "value"), "--c5", "dots")],
+                [Series("", _points(tasks, "value"), "--c5", "dots")],
                 y=lambda value: f"{value:.0%}",
             ),
         ),

@@ -2,7 +2,7 @@
 
 Invariant: no question is one that the task is scored on, and none is trained on, in this run or in
 what it starts from: both are left out by the hash of their words, and counted. The questions are a
-seeded choice from a split that is not scored, asked without examples, as ``task:NAME`` rows are
+seeded choice from a split that is not scored, posed without examples, as ``task:NAME`` rows are
 trained. Batches are a function of the recipe, so the same weights give the same figure. Try it:
 ``mlx-slim train smollm2-lora train.validate_task=arc_easy -o runs/try``.
 """
@@ -34,26 +34,26 @@ from mlx_slim.models.lineage import trained_keys
 from mlx_slim.models.row_limits import row_limit
 from mlx_slim.reading import field
 from mlx_slim.runtime import from_first_rank
-from mlx_slim.training.callbacks import CallbackState, Measured, ValidationMetric, computing
+from mlx_slim.training.callbacks import CallbackState, MetricValue, ValidationMetric, computing
 
 _SPLITS = ("validation", "dev", "train")  # tried in this order, those that are not scored
 _STREAM = 4  # parts the choice of questions from all else that is drawn from the seed
 _ANY = 1 << 62  # the batch is limited by its positions alone: free memory would vary
 
 
-def _split_of(task: Task, wanted: str | None) -> tuple[Task, TaskRows]:
+def _split_of(task: Task, named: str | None) -> tuple[Task, TaskRows]:
     """Return the task over a split that is not scored, with its rows.
 
     Raises:
-        SlimError: If the split that was asked for is scored, or no other one is here.
+        SlimError: If the named split is scored, or no other one is here.
     """
-    if wanted is not None:
-        if is_scored(task, wanted):
+    if named is not None:
+        if is_scored(task, named):
             raise SlimError(
-                f"train.validate_split={wanted} holds the rows that {task.name} is scored on",
+                f"train.validate_split={named} holds the rows that {task.name} is scored on",
                 "name another split, or a file with other rows of the task",
             )
-        over = with_split(task, wanted)
+        over = with_split(task, named)
         return over, load_rows(over)
     tried = [split for split in _SPLITS if not is_scored(task, split)]
     for split in tried:
@@ -70,7 +70,7 @@ def _split_of(task: Task, wanted: str | None) -> tuple[Task, TaskRows]:
 
 
 def _chosen(recipe: Recipe, task: Task, out: Path, say: Callable[[str], None]) -> TaskRows:
-    """Return the rows that are asked, in their order."""
+    """Return the rows of the questions, in their order."""
     config = recipe.train
     over, rows = _split_of(task, config.validate_split)
     scored = set(question_keys(task, load_rows(task)))
@@ -158,9 +158,9 @@ class TaskMetric(ValidationMetric):
 
     Args:
         task: Its name.
-        questions: How many are asked.
+        questions: How many there are.
         measure: Returns ``metric`` and ``value``; called on rank 0 alone.
-        identity: Hash of the questions: a resumed run must ask the same ones.
+        identity: Hash of the questions: a resumed run must have the same ones.
     """
 
     name: ClassVar[str] = "validate_task"
@@ -175,10 +175,10 @@ class TaskMetric(ValidationMetric):
         self.task, self.questions = task, questions
         self._measure, self._identity = measure, identity
 
-    def measure(self) -> Measured:
+    def measure(self) -> MetricValue:
         """Return the figure of the weights as they are; the more the better."""
-        found = from_first_rank(self._measure)
-        return Measured(self.task, found["metric"], float(found["value"]), self.questions)
+        measured = from_first_rank(self._measure)
+        return MetricValue(self.task, measured["metric"], float(measured["value"]), self.questions)
 
     def state(self) -> CallbackState:
         """Return the hash of the questions."""

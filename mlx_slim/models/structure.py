@@ -162,23 +162,6 @@ def is_capped(model: nn.Module) -> bool:
     return bool(_values(_settings(model), _CAP))
 
 
-def input_embedding(model: nn.Module) -> nn.Module:
-    """Return the table that the ids of a batch are looked up in, without an adapter around it.
-
-    Raises:
-        SlimError: If none is known by name.
-    """
-    modules = reversed(model.named_modules())
-    for path, module in modules:
-        name = path.rsplit(".", 1)[-1]
-        if name in EMBEDDINGS and isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)):
-            return module
-    raise SlimError(
-        f"{type(model).__module__} has no input embedding of a known name",
-        f"known are {', '.join(EMBEDDINGS)}",
-    )
-
-
 def _settings(model: nn.Module) -> list[Any]:
     """Return the objects that may hold the numbers of a model's head."""
     outer = next((model[name] for name in _WRAPPERS if name in model), model)

@@ -75,9 +75,9 @@ def expected_rows(recipe: Recipe, *, local: bool) -> RowEstimate | None:
             counted = count, np.array([[length, SUPERVISED * length, data.splits("alpaca")]])
         count, sample = counted
         used, supervised, began = _fitted(sample, data, limit).T
-        share = min(count, count if quota is None else quota) / len(sample)
-        rows.append(share * len(used))
-        texts += share * began.sum()
+        scale = min(count, count if quota is None else quota) / len(sample)
+        rows.append(scale * len(used))
+        texts += scale * began.sum()
         lengths.append(used)
         learned.append(supervised)
         weights.append(source.weight)
@@ -126,8 +126,8 @@ def _fitted(sample: np.ndarray, data: DataConfig, limit: int) -> np.ndarray:
     for length, supervised, splits in sample[sample[:, 0] > 0].tolist():
         if length > limit and splits:
             for part in pieces(int(length), limit, context, 0):
-                size, share = part.stop - part.start, supervised / length
-                fitted.append((size, share * (size - part.context), part.start == 0))
+                size, fraction = part.stop - part.start, supervised / length
+                fitted.append((size, fraction * (size - part.context), part.start == 0))
         elif length <= limit or data.truncation in ("left", "right"):
             fitted.append((min(length, limit), min(supervised, limit), True))
     return np.array(fitted, float).reshape(-1, 3)

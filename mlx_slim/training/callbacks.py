@@ -101,14 +101,14 @@ class StatefulCallback(Callback):
 
 
 @dataclass(frozen=True)
-class Measured:
+class MetricValue:
     """A figure of a model.
 
     Attributes:
-        task: What was asked.
+        task: Whose questions were answered.
         metric: Name of the figure.
         value: The more the better.
-        questions: How many were asked.
+        questions: How many.
     """
 
     task: str
@@ -121,7 +121,7 @@ class ValidationMetric(StatefulCallback):
     """Decides which validation is the best, in place of the loss; of several the first."""
 
     @abstractmethod
-    def measure(self) -> Measured:
+    def measure(self) -> MetricValue:
         """Return the figure of the weights as they are, the same on all ranks."""
 
 

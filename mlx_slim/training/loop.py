@@ -362,13 +362,13 @@ class Loop:
     def _measure(self, metric: ValidationMetric, settled: bool) -> bool:
         """Measure the task; return whether this is the best so far."""
         at, began = self.state, time.perf_counter()
-        found = metric.measure()
-        higher = at.best_score is None or found.value > at.best_score  # NaN is not
-        best = settled and higher and math.isfinite(found.value)
-        at.best_score = found.value if best else at.best_score
+        measured = metric.measure()
+        higher = at.best_score is None or measured.value > at.best_score  # NaN is not
+        best = settled and higher and math.isfinite(measured.value)
+        at.best_score = measured.value if best else at.best_score
         seconds = time.perf_counter() - began
         self.observer.notify(
-            events.TaskValidated(at.step, **asdict(found), seconds=seconds, best=best)
+            events.TaskValidated(at.step, **asdict(measured), seconds=seconds, best=best)
         )
         return best
 

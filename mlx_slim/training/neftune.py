@@ -22,10 +22,28 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_slim.data.batches import Batch
-from mlx_slim.models.structure import input_embedding
+from mlx_slim.errors import SlimError
+from mlx_slim.models.structure import EMBEDDINGS
 from mlx_slim.training.step import Arrays, Objective
 
 _STREAM = 2310  # parts this noise from all else that is drawn from the same numbers
+
+
+def input_embedding(model: nn.Module) -> nn.Module:
+    """Return the table that the ids of a batch are looked up in, without an adapter around it.
+
+    Raises:
+        SlimError: If none is known by name.
+    """
+    modules = reversed(model.named_modules())
+    for path, module in modules:
+        name = path.rsplit(".", 1)[-1]
+        if name in EMBEDDINGS and isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)):
+            return module
+    raise SlimError(
+        f"{type(model).__module__} has no input embedding of a known name",
+        f"known are {', '.join(EMBEDDINGS)}",
+    )
 
 
 @contextlib.contextmanager
@@ -38,12 +56,12 @@ def _noise(embedding: Any, scale_BT: mx.array, key: mx.array) -> Iterator[None]:
 
     class Noisy(plain):
         def __call__(self, ids: mx.array) -> mx.array:
-            found_BTD = super().__call__(ids)
+            embedded_BTD = super().__call__(ids)
             if ids.shape != scale_BT.shape:
-                return found_BTD
-            scale_BT1 = scale_BT[..., None] * found_BTD.shape[-1] ** -0.5
-            noise_BTD = scale_BT1 * mx.random.uniform(-1, 1, found_BTD.shape, key=key)
-            return found_BTD + noise_BTD.astype(found_BTD.dtype)
+                return embedded_BTD
+            scale_BT1 = scale_BT[..., None] * embedded_BTD.shape[-1] ** -0.5
+            noise_BTD = scale_BT1 * mx.random.uniform(-1, 1, embedded_BTD.shape, key=key)
+            return embedded_BTD + noise_BTD.astype(embedded_BTD.dtype)
 
     embedding.__class__ = Noisy
     try:

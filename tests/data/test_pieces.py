@@ -32,18 +32,18 @@ def test_every_supervised_token_is_in_one_piece(
     supervised = rng.random(length) < 0.7
     supervised[0] = False
     weights = np.where(supervised, rng.random(length) + 0.5, 0).astype(np.float32)
-    parts = split(Tokens(ids, supervised, weights), limit, context, bos)
-    pairs = [pair for p in parts for pair in zip(p.ids_T, p.weights_T, strict=True)]
+    cut_rows = split(Tokens(ids, supervised, weights), limit, context, bos)
+    pairs = [pair for p in cut_rows for pair in zip(p.ids_T, p.weights_T, strict=True)]
     learned = [(int(t), float(w)) for t, w in pairs if w]
     assert learned == [(int(t), float(w)) for t, w in zip(ids, weights, strict=True) if w]
-    for number, part in enumerate(parts):
+    for number, part in enumerate(cut_rows):
         assert len(part.ids_T) <= limit
         assert not part.supervised_T[0]
         head = int(bos is not None)
         assert bos is None or part.ids_T[0] == bos
         if number:  # the context, then what is new, as they stand in the row
             assert np.array_equal(np.diff(part.ids_T[head:]), np.ones(len(part.ids_T) - head - 1))
-            assert part.ids_T[head + context - 1] == parts[number - 1].ids_T[-1]
+            assert part.ids_T[head + context - 1] == cut_rows[number - 1].ids_T[-1]
 
 
 def test_pieces_have_the_context_of_the_docstring() -> None:
@@ -74,17 +74,17 @@ def test_an_epoch_learns_every_token_once(
 
 def test_the_ledger_counts_what_was_split(make: Any, tokens: Any) -> None:
     rows = [{"text": "a" * 200}, {"text": "b"}, {"prompt": "p" * 99, "completion": "c"}]
-    made = make(rows, max_length=64, split_overlap=8)
-    record = made.ledger["sources"][0]
+    prepared = make(rows, max_length=64, split_overlap=8)
+    record = prepared.ledger["sources"][0]
     whole = 201  # with the EOS
     assert record["rows_split"] == {"count": 1, "first": ["rows.jsonl, line 1"]}
     assert (record["rows_given"], record["rows_used"]) == (3, 2)
     assert record["rows_dropped"]["longer than 64 tokens"]["count"] == 1
-    assert record["rows_after_splitting"] == len(made.train) == 1 + 4
+    assert record["rows_after_splitting"] == len(prepared.train) == 1 + 4
     assert record["tokens_repeated_as_context"] == 3 * 8
-    assert record["tokens"] == int(made.train.lengths.sum()) == whole + 24 + 2
-    assert record["supervised_tokens"] == int(made.train.supervised.sum()) == whole - 1 + 1
-    assert made.ledger["totals"]["rows_split"] == 1
+    assert record["tokens"] == int(prepared.train.lengths.sum()) == whole + 24 + 2
+    assert record["supervised_tokens"] == int(prepared.train.supervised.sum()) == whole - 1 + 1
+    assert prepared.ledger["totals"]["rows_split"] == 1
 
 
 def test_what_is_split_and_what_is_not(make: Any) -> None:
@@ -95,10 +95,10 @@ def test_what_is_split_and_what_is_not(make: Any) -> None:
         make(text, max_length=64, truncation="error")
     chat = [{"prompt": "p" * 100, "completion": "c" * 200}, {"prompt": "a", "completion": "b"}]
     assert len(make(chat, max_length=64).train) == 1
-    made = make(chat, max_length=64, split=True)
+    prepared = make(chat, max_length=64, split=True)
     whole = make(chat).train
-    assert made.train.supervised.sum() == whole.supervised.sum()
-    (note,) = made.ledger["sources"][0]["rows_noted"]
+    assert prepared.train.supervised.sum() == whole.supervised.sum()
+    (note,) = prepared.ledger["sources"][0]["rows_noted"]
     assert note == "pieces without a token to learn, left out"
     with pytest.raises(ValueError, match="split=true leaves no row too long, and truncation=right"):
         DataConfig(split=True, truncation="right")
@@ -110,15 +110,15 @@ def test_what_is_split_and_what_is_not(make: Any) -> None:
 def test_pieces_of_a_text_are_on_one_side(make: Any, validation: float) -> None:
     """The first characters of each text say which one a piece is of."""
     rows = [{"text": chr(97 + i) * (150 + 10 * i)} for i in range(6)]
-    made = make(rows, max_length=32, validation=validation)
+    prepared = make(rows, max_length=32, validation=validation)
     sides = [
         {chr(store.row(i)[0][0]) for i in range(len(store))}
-        for store in (made.train, made.validation)
+        for store in (prepared.train, prepared.validation)
     ]
     assert not sides[0] & sides[1]
     assert len(sides[0] | sides[1]) == 6
     assert len(sides[1]) == (3 if validation == 0.5 else 2)
-    numbers = [set(store.texts.tolist()) for store in (made.train, made.validation)]
+    numbers = [set(store.texts.tolist()) for store in (prepared.train, prepared.validation)]
     assert not numbers[0] & numbers[1]
 
 

@@ -106,8 +106,8 @@ def test_the_kept_step_and_early_stopping_follow_the_figure(
     validated = [e for e in seen.events if isinstance(e, events.ValidationDone)]
     assert done.best_validation == min(e.loss for e in validated)
     saved = load_tensors(out / "adapters" / "adapters.safetensors")
-    kept = load_tensors(rotation.path_of(out / "checkpoints", 4) / "weights.safetensors")
-    assert all(mx.array_equal(saved[name], kept[name]).item() for name in saved)
+    best = load_tensors(rotation.path_of(out / "checkpoints", 4) / "weights.safetensors")
+    assert all(mx.array_equal(saved[name], best[name]).item() for name in saved)
     page = render(out)
     assert "60.0% at step 4, which is kept" in page
     assert "Task: openbookqa, acc" in page
@@ -129,13 +129,13 @@ def test_it_needs_no_validation_rows_and_resumes_bit_for_bit(
     finetune(resolved, out, observer=Recorder(), resume=True)
     assert losses(out) == losses(straight)
 
-    def asked(run: Path) -> list[tuple[int, float, bool]]:
+    def figures_of(run: Path) -> list[tuple[int, float, bool]]:
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        found = [line for line in lines if line["event"] == "task_validation"]
-        return [(line["step"], line["value"], line["best"]) for line in found]
+        lines = [line for line in lines if line["event"] == "task_validation"]
+        return [(line["step"], line["value"], line["best"]) for line in lines]
 
-    assert asked(out) == asked(straight)
-    assert [step for step, *_ in asked(out)] == [2, 4, 6, 8, 10]
+    assert figures_of(out) == figures_of(straight)
+    assert [step for step, *_ in figures_of(out)] == [2, 4, 6, 8, 10]
     with pytest.raises(Interrupted):
         finetune(resolved, tmp_path / "other", observer=CtrlC())
     rows = (mirror / "validation.jsonl").read_text().replace("thing", "matter")

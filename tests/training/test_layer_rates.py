@@ -10,9 +10,13 @@ import pytest
 
 from mlx_slim.adapters.inject import inject
 from mlx_slim.config.schema import AdapterConfig, TrainConfig
+from mlx_slim.errors import Interrupted
+from mlx_slim.events import Notice
+from mlx_slim.finetuning.run import finetune
 from mlx_slim.runtime import to_float
 from mlx_slim.training.layer_rates import described, layer_multiples
 from mlx_slim.training.optim import Optimizer, trainable
+from tests.support.runs import CtrlC, Recorder, losses, recipe, write_rows
 from tests.support.stock import stock_load
 from tests.support.tiny import TinyModels
 
@@ -70,3 +74,16 @@ def test_every_optimizer_moves_a_layer_by_its_rate(tiny: TinyModels, name: Any, 
         expected = multiples[path] * plain
         gap = to_float(mx.abs(moved[1][path] - expected).max())
         assert gap < 1e-3 * to_float(mx.abs(expected).max()) + 1e-7, path
+
+
+def test_a_run_says_its_rates_and_resumes_bit_for_bit(tiny: TinyModels, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl")
+    resolved = recipe(tiny("llama"), data, steps=6, layer_decay=DECAY)
+    seen, straight, out = Recorder(), tmp_path / "straight", tmp_path / "killed"
+    finetune(resolved, straight, observer=seen)
+    (told,) = [e for e in seen.events if isinstance(e, Notice) and "by depth" in e.message]
+    assert told.message.endswith("of the run's: block 1 0.25, block 2 0.5, block 3 1")
+    with pytest.raises(Interrupted):
+        finetune(resolved, out, observer=CtrlC())
+    finetune(resolved, out, observer=Recorder(), resume=True)
+    assert losses(out) == losses(straight)

@@ -14,9 +14,8 @@ from mlx_slim.config.load import load_recipe
 from mlx_slim.data.batches import Batch, collate
 from mlx_slim.errors import Interrupted, SlimError
 from mlx_slim.finetuning.run import finetune
-from mlx_slim.models.structure import input_embedding
 from mlx_slim.runtime import to_float
-from mlx_slim.training.neftune import NoisyEmbeddings
+from mlx_slim.training.neftune import NoisyEmbeddings, input_embedding
 from mlx_slim.training.step import CrossEntropy, Stepper
 from mlx_slim.training.validation import LossScorer
 from tests.support.rows import MemoryRows
@@ -36,10 +35,10 @@ def batch(groups: list[list[int]], *, isolate: bool = False, step: int = 0) -> B
 def noise_of(folder: Path, one: Batch, kind: str = "") -> np.ndarray:
     """Return what is added to the embeddings of a batch, (B, T, D)."""
     model, _ = stock_load(str(folder))
-    found: list[mx.array] = []
+    embedded: list[mx.array] = []
 
     def objective(model: Any, arrays: tuple[Any, ...], *, gradient: bool) -> mx.array:
-        found.append(input_embedding(model)(arrays[0]))
+        embedded.append(input_embedding(model)(arrays[0]))
         return mx.array(0.0)
 
     objective.metrics = ()  # type: ignore[attr-defined]
@@ -47,7 +46,7 @@ def noise_of(folder: Path, one: Batch, kind: str = "") -> np.ndarray:
     noisy = NoisyEmbeddings(objective, model, ALPHA)  # type: ignore[arg-type]
     for gradient in (True, False):
         noisy(model, noisy.arrays(one), gradient=gradient)
-    return np.array(found[0] - found[1])
+    return np.array(embedded[0] - embedded[1])
 
 
 def test_each_row_has_noise_of_its_own_length(tiny: TinyModels) -> None:
