@@ -33,7 +33,10 @@ def test_every_supervised_token_is_in_one_piece(
     supervised[0] = False
     weights = np.where(supervised, rng.random(length) + 0.5, 0).astype(np.float32)
     cut_rows = split(Tokens(ids, supervised, weights), limit, context, bos)
-    pairs = [pair for p in cut_rows for pair in zip(p.ids_T, p.weights_T, strict=True)]
+    pairs: list[tuple[int, float]] = []
+    for part in cut_rows:
+        assert part.weights_T is not None
+        pairs += zip(part.ids_T.tolist(), part.weights_T.tolist(), strict=True)
     learned = [(int(t), float(w)) for t, w in pairs if w]
     assert learned == [(int(t), float(w)) for t, w in zip(ids, weights, strict=True) if w]
     for number, part in enumerate(cut_rows):
