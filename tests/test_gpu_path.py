@@ -62,6 +62,11 @@ METHODS: dict[str, dict[str, Any]] = {
             "adaptive": {"target_rank": 3, "warmup": 1, "final": 1, "interval": 1},
         }
     },
+    "saved": {
+        "method": "qlora",
+        "adapter": {"modules_to_save": ["embed_tokens", "lm_head", "norm"]},
+        "train": {"neftune_alpha": 5, "layer_decay": 0.9},
+    },
     "distillation": {"distill": DISTILL},
     "mutual": {"distill": {"method": "mutual", **DISTILL}},
 }

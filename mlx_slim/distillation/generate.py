@@ -49,6 +49,7 @@ from mlx_slim.runtime import memory_limits, resolve_dtype
 
 ANSWERS = "answers.jsonl"
 _FIRST = 5  # ids named for each reason
+_LATER_KEYS = ("learn", "seed", "split", "split_overlap")  # of the data, since 0.1
 
 
 @memory_limits()
@@ -78,9 +79,9 @@ def generate_dataset(
     assert config is not None
     data, seed = recipe.data, recipe.rows_seed
     answers = Path(config.cache or out) / ANSWERS
-    # Keys that mlx-slim 0.1 did not have, at what it did: its datasets have the same hash.
-    defaults = {"learn": "all", "seed": None}
-    unset = {key for key, value in defaults.items() if getattr(data, key) == value}
+    # Older versions had no such keys: a dataset of theirs has the hash of the defaults.
+    defaults = {key: DataConfig.model_fields[key].default for key in _LATER_KEYS}
+    unset = {key for key, default in defaults.items() if getattr(data, key) == default}
     key = hash_json(
         {
             "method": method,
