@@ -24,7 +24,7 @@ from mlx_slim.adapters.inject import Injected, adapters_of, sites
 from mlx_slim.adapters.lora import LoRAEmbedding, is_experts
 from mlx_slim.adapters.peft_plain import PeftLayer, PlainLayer
 from mlx_slim.adapters.peft_rules import CONFIG, PREFIX, TIED_HEAD, WEIGHTS, PeftFolder
-from mlx_slim.adapters.saved import saved_modules, saved_tensors, train_in_full
+from mlx_slim.adapters.saved import saved_table, saved_tensors, train_in_full
 from mlx_slim.adapters.store import StoredAdapter, put
 from mlx_slim.artifacts import save_tensors, write_json
 from mlx_slim.config.schema import AdapterConfig
@@ -86,10 +86,9 @@ def write_peft(
             dora = True
             tensors[f"{name}.lora_magnitude_vector"] = adapter["m"]
     whole = saved_tensors(model)
-    ties = tied and any(isinstance(one, nn.Embedding) for one in saved_modules(model).values())
-    if ties:  # PEFT keeps the matrix twice, and holds the two together where it is asked to
-        embedding = next(n for n, m in saved_modules(model).items() if isinstance(m, nn.Embedding))
-        whole[f"{TIED_HEAD}.weight"] = whole[f"{embedding}.weight"]
+    table = saved_table(injected.saved) if tied else None
+    if table is not None:  # PEFT has the matrix twice, and one weight for both where it is told to
+        whole[f"{TIED_HEAD}.weight"] = whole[f"{table}.weight"]
     tensors |= {PREFIX + path: value for path, value in whole.items()}
     alpha = injected.scale * (math.sqrt(rank) if rslora else rank)
     save_tensors(folder / WEIGHTS, {name: mx.contiguous(value) for name, value in tensors.items()})
@@ -109,7 +108,7 @@ def write_peft(
             "fan_in_fan_out": False,
             "init_lora_weights": True,
             "modules_to_save": injected.saved or None,
-            **({"ensure_weight_tying": True} if ties else {}),
+            **({"ensure_weight_tying": True} if table is not None else {}),
             "target_modules": _target_modules(model, injected.paths),
         },
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_slim.adapters.saved import EMBEDDING_TYPES, candidates, saved_shapes
+from mlx_slim.adapters.saved import candidates, saved_shapes, saved_table
 from mlx_slim.errors import SlimError
 from mlx_slim.models.tensors import few
 from mlx_slim.reading import JsonObject
@@ -46,11 +46,11 @@ def saved_of(
         return {}, stored
     everything = candidates(model)
     chosen = [path for path in everything if path.endswith(names)]
-    embeddings = [path for path in chosen if isinstance(everything[path], EMBEDDING_TYPES)]
+    table = saved_table(chosen)
     head = stored.get(f"{TIED_HEAD}.weight") if tied else None
     rest = {name: value for name, value in stored.items() if head is None or value is not head}
-    if tied and (embeddings or head is not None):
-        there = stored.get(f"{embeddings[0]}.weight") if embeddings else None
+    if tied and (table is not None or head is not None):
+        there = stored.get(f"{table}.weight")
         if head is None or there is None or not bool(mx.array_equal(head, there).item()):
             raise SlimError(
                 f"{folder} trains one of embedding and head in full, and the base has one matrix "

@@ -118,6 +118,11 @@ def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in in_order(model) if hasattr(module, "replaced")}
 
 
+def saved_table(paths: Collection[str]) -> str | None:
+    """Return the path that is the tokens' embedding, None if it is not among ``paths``."""
+    return next((path for path in paths if path.rsplit(".", 1)[-1] in EMBEDDINGS), None)
+
+
 def saved_tensors(model: nn.Module) -> dict[str, mx.array]:
     """Return their parameters, ``PATH.weight`` and the like."""
     return {
