@@ -19,8 +19,10 @@ from mlx_slim.events import (
     Saved,
     Started,
     StepDone,
+    TaskValidated,
     ValidationDone,
 )
+from mlx_slim.trackers import scalars
 
 SHOW_CURSOR = "\x1b[?25h"
 HIDE_CURSOR = "\x1b[?25l"
@@ -176,3 +178,20 @@ def test_sparkline() -> None:
     assert sparkline([1.0, 1.0], 10) == "▁▁"
     assert len(sparkline([float(i) for i in range(1000)], 17)) == 17
     assert sparkline([1.0, math.nan, 2.0], 10) == "▁█"
+
+
+def test_the_metric_of_a_task_is_a_line_and_the_best_one_stands_in_the_view() -> None:
+    progress = TrainingProgress()
+    lines = []
+    for number, value, best in ((2, 0.5, True), (4, 0.25, False)):
+        event = TaskValidated(number, "gsm8k", "strict_match", value, 8, 1.0, best)
+        progress.update(event, 0.0)
+        lines.append(progress.plain(event))
+        assert scalars(event) == {"validation/gsm8k/strict_match": value}
+    assert lines[0] == "gsm8k at step 2: strict_match 50.0% (8 questions) (best)"
+    assert lines[1] == "gsm8k at step 4: strict_match 25.0% (8 questions)"
+    assert progress.best_task is not None and progress.best_task.step == 2
+    shown = io.StringIO()
+    RichConsole(file=shown, width=100).print(progress.view("run"))
+    assert "strict_match 25.0%" in shown.getvalue()
+    assert "strict_match 50.0% at step 2" in shown.getvalue()
