@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_slim import blas
 from mlx_slim.errors import SlimError
@@ -112,6 +111,8 @@ def all_gather_bytes(data: bytes) -> list[bytes]:
     group = world()
     if group.size() == 1:
         return [data]
+    import numpy as np  # slow to import, and needed by several ranks only
+
     lengths = np.array(mx.distributed.all_gather(mx.array([len(data)]), group=group, stream=mx.cpu))
     padded = np.zeros(max(1, int(lengths.max())), dtype=np.uint8)
     padded[: len(data)] = np.frombuffer(data, dtype=np.uint8)

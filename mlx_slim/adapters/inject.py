@@ -36,6 +36,7 @@ from mlx_slim.adapters.variants import start_pissa
 from mlx_slim.config.patterns import compile_pattern
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError, did_you_mean
+from mlx_slim.models.quantized import expert_types
 from mlx_slim.models.structure import blocks, is_linear
 from mlx_slim.progress import tracked
 
@@ -76,9 +77,7 @@ def sites(model: Any) -> list[Site]:
 
     A layer that has an adapter is listed as the layer itself, under its path without the adapter.
     """
-    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
-
-    types = (*EMBEDDING_TYPES, SwitchLinear, QuantizedSwitchLinear)
+    types = (*EMBEDDING_TYPES, *expert_types())
     transformer = blocks(model)
     indices = {id(block): index for index, block in enumerate(transformer)}
     names = {id(module): path for path, module in model.named_modules() if id(module) in indices}

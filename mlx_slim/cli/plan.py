@@ -187,12 +187,13 @@ def command(
     if recipe is None:
         raise SlimError("no recipe is named", "mlx-slim recipes lists them")
     from mlx_slim.config.load import load_recipe
-    from mlx_slim.finetuning.profile import probe as take_steps
     from mlx_slim.planner.run import plan
 
     refuse_model(recipe)
     resolved = load_recipe(recipe, overrides)
-    steps = take_steps if probe else None
+    steps = None
+    if probe:  # what trains imports mlx-lm
+        from mlx_slim.finetuning.profile import probe as steps
     with alive():
         prediction, note = plan(resolved.recipe, budget=budget, mac=mac, probe=steps)
     if as_json:

@@ -115,8 +115,8 @@ def command(
         if not as_json:
             show_next(*use_model(out), train_on(out))
         return
+    from mlx_slim.pruning.facts import report_lines
     from mlx_slim.pruning.recover import RecoverOptions, prune_and_recover
-    from mlx_slim.pruning.report import report_lines
 
     after = RecoverOptions(recover, overrides, tasks, limit, data_dir)
     with Console("quiet" if as_json else "plain", output=output) as console:
@@ -129,7 +129,7 @@ def command(
 def _after(out: Path, tasks: tuple[str, ...]) -> list[NextStep]:
     """Return the suggested commands after a run with --recover or --task."""
     from mlx_slim.finetuning.run_dir import STATE_FILE, read_result, sources_of, task_to_score
-    from mlx_slim.pruning.report import MODEL, RECOVER
+    from mlx_slim.pruning.records import MODEL, RECOVER
     from mlx_slim.reading import read_object
 
     task = ",".join(tasks) or GENERAL_TASK

@@ -34,7 +34,7 @@ def command(folder: Path, verify: bool, watch: bool, port: int) -> None:
     answers before and after. For a matrix (compare): also report.md and results.json. Of a pruned
     model, what was cut and what it cost.
     """
-    from mlx_slim.slimming.report import is_search
+    from mlx_slim.slimming.folder import is_search
     from mlx_slim.sweeping.records import is_sweep
 
     if is_search(folder):
@@ -144,7 +144,7 @@ def _pruning_facts(folder: Path) -> list[str]:
     """Return what pruning says of a folder that it made; nothing for others."""
     if not (folder / "prune.json").is_file():
         return []
-    from mlx_slim.pruning.report import facts
+    from mlx_slim.pruning.facts import facts
 
     return facts(folder)
 
@@ -152,12 +152,12 @@ def _pruning_facts(folder: Path) -> list[str]:
 def _run_of(folder: Path) -> Path | None:
     """Return the run folder that ``folder`` is, or that prune --recover wrote in it."""
     from mlx_slim.finetuning.report import is_run
-    from mlx_slim.pruning.report import RECOVER
 
-    for candidate in (folder, folder / RECOVER):
-        if is_run(candidate):
-            return candidate
-    return None
+    if is_run(folder):
+        return folder
+    from mlx_slim.pruning.records import RECOVER
+
+    return folder / RECOVER if is_run(folder / RECOVER) else None
 
 
 def _watch(run: Path, port: int) -> None:

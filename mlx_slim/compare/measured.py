@@ -20,7 +20,7 @@ from mlx_slim.evaluation.records import Timing
 from mlx_slim.evaluation.results import RESULTS_FILE, load_results
 from mlx_slim.export.fuse import RECORD as FUSE_FILE
 from mlx_slim.finetuning.run_dir import Result, read_result
-from mlx_slim.pruning.run import RECORD_FILE as PRUNE_FILE
+from mlx_slim.pruning.records import RECORD_FILE as PRUNE_FILE
 from mlx_slim.reading import JsonObject, read_object, short
 
 _PRUNED = ("axis", "method", "parameters_before", "parameters_after")

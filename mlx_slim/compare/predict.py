@@ -16,7 +16,7 @@ from mlx_slim.compare.matrix import Cell, Kind, MatrixPlan, MatrixSpec, prune_op
 from mlx_slim.compare.questions import plain_questions
 from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluation.scoring.answer_cache import planned_footprint
+from mlx_slim.evaluation.scoring.footprint import planned_footprint
 from mlx_slim.evaluation.tasks.rows import count_rows
 from mlx_slim.evaluation.tasks.spec import find_task
 from mlx_slim.models.hub import SMOLLM2_PACKAGE

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -82,7 +82,11 @@ class Words:
 
     def __init__(self, model: type[BaseModel], renamed: Mapping[Keys, str]) -> None:
         self.model, self.renamed = model, renamed
-        self.root = model.model_json_schema()
+
+    @cached_property
+    def root(self) -> JsonObject:
+        """The JSON schema, made when something is wrong or overridden."""
+        return self.model.model_json_schema()
 
     def _follow(self, schema: JsonObject) -> JsonObject:
         while "$ref" in schema:

@@ -7,15 +7,19 @@ the first places where it struck.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from mlx_slim.data.formats import Example
-from mlx_slim.data.sources import RawRow
-from mlx_slim.data.store import TokenRows
 from mlx_slim.reading import JsonObject
 from mlx_slim.reading import field as value_of
 
+if TYPE_CHECKING:  # the page of a run reads a ledger without what reads rows
+    import numpy as np
+
+    from mlx_slim.data.formats import Example
+    from mlx_slim.data.sources import RawRow
+    from mlx_slim.data.store import TokenRows
+
+LEDGER_FILE = "data_ledger.json"
 _FIRST = 5  # places named for each reason
 _SUMS = (
     *("rows_read", "used", "tokens", "supervised_tokens"),
@@ -204,7 +208,7 @@ def totals(ledgers: list[SourceLedger], hashes: np.ndarray) -> RowTotals:
         rows_dropped=sum(t.count for ledger in ledgers for t in ledger.dropped.values()),
         tokens=sum(ledger.tokens for ledger in ledgers),
         supervised_tokens=sum(ledger.supervised_tokens for ledger in ledgers),
-        exact_duplicates=len(hashes) - len(np.unique(hashes)),
+        exact_duplicates=len(hashes) - len(set(hashes.tolist())),
         rows_split=sum(ledger.split.count for ledger in ledgers),
         rows_after_splitting=sum(ledger.pieces for ledger in ledgers),
         tokens_repeated_as_context=sum(ledger.repeated_tokens for ledger in ledgers),
@@ -218,7 +222,7 @@ def split_ledger(
     return {
         "validation": setting,
         "train_rows": len(train),
-        "train_rows_distinct": len(np.unique(train)),
+        "train_rows_distinct": len(set(train.tolist())),
         "validation_rows": len(validation),
         "removed_from_train_as_duplicates_of_validation": leaked,
     }

@@ -21,7 +21,7 @@ from mlx_slim.config.schema import DataConfig, SourceConfig
 from mlx_slim.data import overlap, sources
 from mlx_slim.data.fingerprint import fingerprint_difference, source_fingerprint, without_rows
 from mlx_slim.data.formats import check_renamed
-from mlx_slim.data.ledger import SourceLedger, split_ledger, totals
+from mlx_slim.data.ledger import LEDGER_FILE, SourceLedger, split_ledger, totals
 from mlx_slim.data.pipeline import (
     ChunkTokenizer,
     Pipeline,
@@ -38,7 +38,6 @@ from mlx_slim.reading import JsonObject, library_errors, read_object, short
 
 __all__ = ["Prepared", "fingerprint_difference", "prepare"]
 
-LEDGER_FILE = "data_ledger.json"
 # Of the stored rows: raise one when the same settings would give other rows.
 # 2: with truncation=left the BOS stays in front. 3: weights of turns, tools, exact spans.
 # 4: long texts are split.

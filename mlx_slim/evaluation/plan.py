@@ -26,8 +26,8 @@ from mlx_slim.evaluation.options import EvalOptions
 from mlx_slim.evaluation.records import TEXT, EvalState, TrainedOn
 from mlx_slim.evaluation.results import RESULTS, STATE_FILE, Folder
 from mlx_slim.evaluation.score import Target
-from mlx_slim.evaluation.scoring.answer_cache import planned_footprint
 from mlx_slim.evaluation.scoring.documents import DocumentsJob
+from mlx_slim.evaluation.scoring.footprint import planned_footprint
 from mlx_slim.evaluation.scoring.perplexity import TextDocuments, TextJob, read_texts
 from mlx_slim.evaluation.scoring.requests import RequestEncoder, max_length
 from mlx_slim.evaluation.tasks.prompts import Chat, Question, build_questions

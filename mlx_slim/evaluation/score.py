@@ -21,7 +21,6 @@ from mlx_slim.evaluation.figures import Summary
 from mlx_slim.evaluation.jobs import Computed, Engine, ScoringJob, TaskJob
 from mlx_slim.evaluation.records import TEXT, EvalResults, EvalState, Timing, TrainedOn
 from mlx_slim.evaluation.results import RESULTS, Entry, Folder, encode, read_results, samples_name
-from mlx_slim.evaluation.scoring.answer_cache import joins
 from mlx_slim.evaluation.scoring.loglikelihood import MEMORY, LoglikelihoodScorer
 from mlx_slim.evaluation.tasks.metrics import Record
 from mlx_slim.models.kv_cache import cache_format
@@ -141,6 +140,8 @@ def _load(target: Target, observer: events.Observer) -> Engine:
 
     Whether to dequantize, and the bytes of caches, are decided once and kept for a resume.
     """
+    from mlx_slim.evaluation.scoring.answer_cache import joins  # imports mlx-lm
+
     observer.notify(events.Notice(f"loading {target.source}"))
     loaded = load_base(
         target.source,

@@ -13,20 +13,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from mlx_slim.artifacts import SCHEMA_VERSION, write_json
-from mlx_slim.data.store import TokenStore
-from mlx_slim.data.tokenize import unwrap
-from mlx_slim.evaluation.scoring.generate import generate_batch
+from mlx_slim.finetuning.run_dir import ANSWERS_FILE
 from mlx_slim.progress import stage
 from mlx_slim.reading import JsonObject, field, read_object, short
 
-ANSWERS_FILE = "answers.json"
+if TYPE_CHECKING:  # the page of a run is written without what trains one
+    from mlx_slim.data.store import TokenStore
+
 MAX_TOKENS = 64  # of an answer, at most
 LONGEST_PROMPT = 512  # tokens: a longer row is passed over
 
@@ -101,6 +101,8 @@ def answer_before(
         "rows": [],
     }
     if chosen:
+        from mlx_slim.data.tokenize import unwrap
+
         decode = unwrap(tokenizer).decode
         most = record["max_tokens"]
         answers, trouble = _answers("before training", model, tokenizer, chosen, budget, most)
@@ -158,6 +160,8 @@ def _answers(
     most_tokens: int,
 ) -> tuple[list[str], str | None]:
     """Return one text a prompt, or why there is none."""
+    from mlx_slim.evaluation.scoring.generate import generate_batch  # imports mlx-lm
+
     prompts = [prompt for prompt, _ in chosen]
     room = max(1, budget - mx.get_active_memory())
     try:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.utils import get_total_parameters
 
 from mlx_slim import events
 from mlx_slim.adapters.inject import Injected, inject
@@ -151,6 +150,8 @@ def _stored_biases(recipe: Recipe, loaded: Loaded) -> mx.Dtype | None:
 
 def prepare_model(recipe: Recipe) -> Tuned:
     """Return the base of ``recipe`` with its trainable parameters chosen: adapters, or all."""
+    from mlx_lm.utils import get_total_parameters
+
     loaded, base = prepare_base(recipe)
     total = get_total_parameters(loaded.model)
     qat = recipe.quantize.qat

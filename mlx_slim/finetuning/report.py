@@ -18,11 +18,12 @@ from markupsafe import Markup
 from mlx_slim.artifacts import write_text
 from mlx_slim.config.load import Resolved
 from mlx_slim.config.schema import Recipe
+from mlx_slim.data.ledger import LEDGER_FILE
 from mlx_slim.errors import SlimError
-from mlx_slim.finetuning.answers import ANSWERS_FILE
 from mlx_slim.finetuning.curves import Level, Series, chart, smooth
 from mlx_slim.finetuning.logged import events_of
 from mlx_slim.finetuning.run_dir import (
+    ANSWERS_FILE,
     RECORD,
     STATE_FILE,
     command_words,
@@ -43,7 +44,7 @@ from mlx_slim.reading import (
 from mlx_slim.run_dir import LOCK_FILE
 from mlx_slim.runtime import byte_unit
 
-PAGE_FILE, LEDGER_FILE = "report.html", "data_ledger.json"
+PAGE_FILE = "report.html"
 _TEMPLATES = Path(__file__).with_name("templates")
 _HIDDEN = ("model", "data", "distill")  # settings that stand elsewhere, or hold paths of teachers
 # What the page shows of each record.
@@ -55,14 +56,13 @@ _RESULT = {
     **{"result.done.seconds": float, "provenance.system": str, "provenance.python": str},
     "provenance.versions": dict,
 }
-_TOTALS = ("given", "used", "dropped", "truncated")
 _LEDGER = {
-    **{f"totals.rows_{key}": int for key in _TOTALS},
+    **{f"totals.rows_{key}": int for key in ("given", "used", "dropped", "truncated")},
     **{f"totals.{key}": int for key in ("tokens", "supervised_tokens")},
     **{f"split.{key}": int for key in ("train_rows", "validation_rows")},
     **{f"sources.*.rows_{key}": int for key in ("given", "used")},
-    **{"template": str, "sources.*.path": str},
-    **{"sources.*.rows_dropped.*.count": int, "sources.*.rows_dropped.*.first": list},
+    **{"template": str, "sources.*.path": str, "sources.*.rows_dropped.*.count": int},
+    "sources.*.rows_dropped.*.first": list,
 }
 _ANSWERS = {"max_tokens": int, "rows": list, "rows.*.prompt": str, "rows.*.reference": str}
 

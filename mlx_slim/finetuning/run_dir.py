@@ -17,30 +17,29 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from mlx_slim import events
-from mlx_slim.adapters.stack import parse_adapters
-from mlx_slim.adapters.store import adapter_hash
 from mlx_slim.artifacts import SCHEMA_VERSION, write_json, write_text
 from mlx_slim.config.aliases import RECIPE, rename
 from mlx_slim.config.load import COMMAND_LINE, Resolved
 from mlx_slim.config.schema import Recipe, TrainConfig
-from mlx_slim.data.ledger import RowTotals
-from mlx_slim.data.prepare import LEDGER_FILE, Prepared
+from mlx_slim.data.ledger import LEDGER_FILE, RowTotals
 from mlx_slim.data.readers import is_data
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluation.tasks.training_rows import tasks_of
-from mlx_slim.finetuning.build import started_from
 from mlx_slim.next_steps import GENERAL_TASK, YOUR_TASK, NextStep, after_run
 from mlx_slim.reading import JsonObject, exists, field, library_errors, read_object, short
 from mlx_slim.run_dir import RunDir, RunKind
 from mlx_slim.runtime import from_first_rank, human_bytes, human_seconds
-from mlx_slim.training.optim import Extended
+
+if TYPE_CHECKING:  # the page of a run is written without what trains one
+    from mlx_slim.data.prepare import Prepared
+    from mlx_slim.training.optim import Extended
 
 STATE_FILE, RECORD = "recipe.json", "run.json"
+ANSWERS_FILE = "answers.json"
 RECIPE_FILE = "recipe.yaml"  # of a run whose recipe was chosen, not read: to change and run again
 RUN = RunKind(
     command="train",
@@ -154,6 +153,8 @@ def extended_run(out: Path) -> Extended | None:
     if extended is None:
         return None
     with library_errors(f"{short(file)} is damaged", "start a new run"):
+        from mlx_slim.training.optim import Extended
+
         return Extended(int(extended["warmup"]), tuple(int(total) for total in extended["totals"]))
 
 
@@ -210,6 +211,10 @@ def _check_same(out: Path, recipe: Recipe) -> list[str]:
 
 def adapter_hashes(recipe: Recipe) -> dict[str, str]:
     """Return folder -> hash of the adapters that a run stacks on or starts from."""
+    from mlx_slim.adapters.stack import parse_adapters
+    from mlx_slim.adapters.store import adapter_hash
+    from mlx_slim.finetuning.build import started_from
+
     below = [one.folder for one in parse_adapters(recipe.adapter.on)]
     return {str(folder): adapter_hash(folder) for folder in (*below, *started_from(recipe))}
 
@@ -317,6 +322,8 @@ def task_to_score(rows: Sequence[str]) -> str:
 
     Rows of tasks: those tasks; files of the user: a task file of the user; else a general task.
     """
+    from mlx_slim.evaluation.tasks.training_rows import tasks_of
+
     if tasks := tasks_of(rows):
         return ",".join(tasks)
     local = any(is_data(path) or exists(Path(path)) for path in rows)

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_slim.artifacts import hash_json
+from mlx_slim.data.ledger import LEDGER_FILE
 from mlx_slim.errors import SlimError
-from mlx_slim.finetuning.answers import ANSWERS_FILE
 from mlx_slim.finetuning.logged import METRICS_FILE
-from mlx_slim.finetuning.report import LEDGER_FILE, render
-from mlx_slim.finetuning.run_dir import RECORD, STATE_FILE
+from mlx_slim.finetuning.report import render
+from mlx_slim.finetuning.run_dir import ANSWERS_FILE, RECORD, STATE_FILE
 
 HOST = "127.0.0.1"
 VERSION_PATH = "/version"

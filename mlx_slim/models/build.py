@@ -9,7 +9,8 @@ of the config's own keys. Try it: ``mlx-slim prune MODEL -o DIR --ratio 0.2 --dr
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Collection, Iterator
 from typing import cast
 
 import mlx.core as mx
@@ -28,24 +29,33 @@ WIDTHS = "mlx_slim_widths"
 _KEYS = {"heads", "kv_heads", "intermediate_size"}
 
 
+@contextlib.contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Put the caller's random state back afterwards: layers draw numbers when they are made."""
+    state = cast(list[mx.array], mx.random.state)
+    high, low = cast(list[int], state[0].tolist())
+    try:
+        yield
+    finally:
+        mx.random.seed(high << 32 | low)  # a key is its seed in two words
+
+
 def build(config: ModelConfig) -> nn.Module:
     """Return the model of ``config``, quantized where the config says so, without evaluating it.
 
     Raises:
         SlimError: If mlx-lm does not know the model type, or the config does not fit it.
     """
-    state = cast(list[mx.array], mx.random.state)
-    high, low = cast(list[int], state[0].tolist())  # building draws numbers
     kind = config.get("model_type")
-    try:
-        with library_errors(
+    with (
+        preserved_random_state(),
+        library_errors(
             f"no model can be built from this config (model_type {kind!r})",
             "the config.json must be that of a model that mlx-lm knows",
-        ):
-            model = construct(config)
-            _tie_head(model, config)
-    finally:
-        mx.random.seed(high << 32 | low)  # a key is its seed in two words: the caller's, as it was
+        ),
+    ):
+        model = construct(config)
+        _tie_head(model, config)
     if quantization := config.get("quantization"):
         base = {k: quantization[k] for k in ("group_size", "bits", "mode") if k in quantization}
 

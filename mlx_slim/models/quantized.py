@@ -13,6 +13,7 @@ Shapes: M rows, I input width, O output width, Q packed input width.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -278,10 +279,17 @@ def dense_layer(former: nn.Module, weight: mx.array) -> nn.Module:
     return dense
 
 
-def _quantized_types() -> tuple[type, ...]:
-    from mlx_lm.models.switch_layers import QuantizedSwitchLinear
+def expert_types() -> tuple[type, ...]:
+    """Return the classes of expert layers, dense and quantized.
 
-    return nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear
+    None where mlx-lm's module of them is not imported: then no model has such a layer.
+    """
+    module = sys.modules.get("mlx_lm.models.switch_layers")
+    return () if module is None else (module.SwitchLinear, module.QuantizedSwitchLinear)
+
+
+def _quantized_types() -> tuple[type, ...]:
+    return nn.QuantizedLinear, nn.QuantizedEmbedding, *expert_types()[1:]
 
 
 def densify(model: nn.Module, dtype: mx.Dtype | None = None) -> int:

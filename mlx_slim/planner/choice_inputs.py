@@ -20,10 +20,10 @@ import numpy as np
 from mlx_slim.config.load import DEFAULT, Resolved, from_layers
 from mlx_slim.config.schema import DataConfig, SourceConfig
 from mlx_slim.config.section import MOST
-from mlx_slim.data.ledger import RowTotals, SourceLedger
+from mlx_slim.data.ledger import LEDGER_FILE, RowTotals, SourceLedger
 from mlx_slim.data.pieces import context_tokens, pieces
 from mlx_slim.data.pipeline import Pipeline, PreparedRow
-from mlx_slim.data.prepare import LEDGER_FILE, Prepared, prepare
+from mlx_slim.data.prepare import Prepared, prepare
 from mlx_slim.data.sources import find_local
 from mlx_slim.data.split import no_row_left, split_rows
 from mlx_slim.errors import SlimError

@@ -21,7 +21,7 @@ from mlx_slim.adapters.pooled import check_pooled
 from mlx_slim.adapters.saved import candidates, choose_saved, saved_shapes
 from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError
-from mlx_slim.models.attention import Attention, attention_of
+from mlx_slim.models.attention import Attention
 from mlx_slim.models.build import WIDTHS, build
 from mlx_slim.models.quantized import LayerFormat, is_quantized, layer_dtype
 from mlx_slim.models.structure import (
@@ -31,6 +31,7 @@ from mlx_slim.models.structure import (
     has_candidates,
     is_capped,
 )
+from mlx_slim.planner.skeleton import modules_of
 from mlx_slim.quantization.policy import make_policy
 from mlx_slim.reading import ModelConfig
 from mlx_slim.runtime import DTYPES
@@ -152,7 +153,9 @@ def _first(config: ModelConfig, *keys: str, default: int) -> int:
     return next((int(config[key]) for key in keys if config.get(key)), default)
 
 
-def _blocks(model: Any, config: ModelConfig, chosen: list[Site], width: int) -> list[Block]:
+def _blocks(
+    model: Any, config: ModelConfig, chosen: list[Site], width: int, attention: list[Attention]
+) -> list[Block]:
     config = {**config, **(config.get("text_config") or {})}
     heads = _first(config, "num_attention_heads", "n_head", "n_heads", default=max(1, width // 64))
     kv_heads = _first(config, "num_key_value_heads", "n_kv_heads", default=heads)
@@ -160,7 +163,6 @@ def _blocks(model: Any, config: ModelConfig, chosen: list[Site], width: int) -> 
     experts = _first(config, "num_experts_per_tok", default=1)
     silu = config.get("hidden_act", "silu") in ("silu", "swish")
     everything = sites(model)
-    attention = attention_of(model) or [Attention()] * len(model.layers)
     varied = config.get(WIDTHS) or [{}] * len(model.layers)
     result = []
     for index, block in enumerate(model.layers):
@@ -221,7 +223,7 @@ def training_shapes(config: ModelConfig, recipe: Recipe, dtype: mx.Dtype) -> Tra
         SlimError: If the model cannot be built, a target matches nothing, or the recipe
             trains a quantized model in full.
     """
-    model = build(config)
+    model, attention = modules_of(config)
     dense = build({**config, "quantization": None}) if is_quantized(model) else model
     parameters = sum(value.size for _, value in leaves(dense))
     to_dtype(model, DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), mx.bfloat16))
@@ -296,7 +298,7 @@ def training_shapes(config: ModelConfig, recipe: Recipe, dtype: mx.Dtype) -> Tra
         trainable_bytes=one_copy,
         gradient_bytes=numbers * FULL_PRECISION_BYTES,
         optimizer_bytes=sum(value.nbytes for value in state.values()),
-        blocks=_blocks(model, config, chosen, width),
+        blocks=_blocks(model, config, chosen, width, attention),
         vocabulary=vocabulary,
         width=width,
         head_trains=recipe.method == "full" or _trains_head(model, trainable),

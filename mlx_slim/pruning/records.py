@@ -14,6 +14,8 @@ from mlx_slim.models.structure import EXPERTS, HEADS, HIDDEN, MLP
 from mlx_slim.reading import JsonObject
 from mlx_slim.runtime import human_bytes, human_duration
 
+RECORD_FILE, REPORT_FILE = "prune.json", "report.json"
+MODEL, RECOVER = "model", "recover"  # folders inside that of prune --recover
 # Kind -> name in texts.
 GROUPS = {HEADS: "kv heads", MLP: "neurons", HIDDEN: "channels", EXPERTS: "experts"}
 

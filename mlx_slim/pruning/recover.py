@@ -29,9 +29,16 @@ from mlx_slim.finetuning.run_dir import STATE_FILE as TUNE_STATE
 from mlx_slim.models.load import read_config
 from mlx_slim.pruning.options import PruneOptions
 from mlx_slim.pruning.plan import plan, weight_size
-from mlx_slim.pruning.records import PruneRecord, RecoveryReport
-from mlx_slim.pruning.report import MODEL, RECOVER, REPORT_FILE, RecoverOptions, make_report
-from mlx_slim.pruning.run import RECORD_FILE, SCORES_FILE, prune
+from mlx_slim.pruning.records import (
+    MODEL,
+    RECORD_FILE,
+    RECOVER,
+    REPORT_FILE,
+    PruneRecord,
+    RecoveryReport,
+)
+from mlx_slim.pruning.report import RecoverOptions, make_report
+from mlx_slim.pruning.run import SCORES_FILE, prune
 from mlx_slim.reading import JsonObject, library_errors, read_object
 from mlx_slim.run_dir import RunDir, RunKind, changed_values, option_words
 

@@ -40,6 +40,7 @@ from mlx_slim.pruning.options import PruneOptions
 from mlx_slim.pruning.plan import plan, weight_size
 from mlx_slim.pruning.planned import Plan
 from mlx_slim.pruning.records import (
+    RECORD_FILE,
     CalibrationRows,
     PrunedFidelity,
     PruneRecord,
@@ -52,7 +53,7 @@ from mlx_slim.runtime import memory_limits, on_gpu
 
 __all__ = ["PruneOptions", "Pruned", "prune", "validation_rows"]
 
-RECORD_FILE, SCORES_FILE = "prune.json", "prune_scores.safetensors"
+SCORES_FILE = "prune_scores.safetensors"
 VALIDATION_LENGTH = 256  # tokens of a row of validation text
 
 

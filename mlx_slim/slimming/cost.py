@@ -19,7 +19,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_slim.config.schema import QuantizeConfig
-from mlx_slim.evaluation.scoring.answer_cache import STEP, planned_footprint
+from mlx_slim.evaluation.scoring.footprint import STEP, planned_footprint
 from mlx_slim.models.attention import attention_of
 from mlx_slim.models.build import build
 from mlx_slim.models.kv_cache import cache_format

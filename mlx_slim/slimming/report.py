@@ -17,7 +17,7 @@ from mlx_slim.plot_records import Axis, Point, ScoreLine
 from mlx_slim.plots import pareto
 from mlx_slim.slimming.published import PUBLISHED
 from mlx_slim.slimming.records import CandidateRow, SlimReport
-from mlx_slim.slimming.run import REPORT_FILE, read_report
+from mlx_slim.slimming.run import read_report
 from mlx_slim.slimming.search import MODEL
 
 PAGE = "report.html"
@@ -31,11 +31,6 @@ _KINDS = (
     "depth+width",
     "experts",
 )  # the colours of the plot
-
-
-def is_search(folder: Path) -> bool:
-    """Return whether ``folder`` is that of a finished search."""
-    return (folder / REPORT_FILE).is_file()
 
 
 def write_page(folder: Path) -> Path:

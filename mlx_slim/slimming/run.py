@@ -18,12 +18,11 @@ from mlx_slim.reading import library_errors, read_object
 from mlx_slim.run_dir import RunDir
 from mlx_slim.runtime import human_seconds
 from mlx_slim.slimming.conclusion import conclude
+from mlx_slim.slimming.folder import REPORT_FILE
 from mlx_slim.slimming.options import SlimOptions, check
 from mlx_slim.slimming.records import SlimReport
 from mlx_slim.slimming.request import RUN, check_same, command_words
 from mlx_slim.slimming.search import MODEL, Search
-
-REPORT_FILE = "slim.json"
 
 
 def slim(

@@ -17,7 +17,7 @@ import pytest
 from mlx_slim import __version__
 from mlx_slim.cli import main as entry
 from mlx_slim.errors import ResourceError, SlimError
-from tests.support.imports import imported_by
+from tests.support.imports import SLOW, imported_by
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,6 +57,23 @@ def raising(error: BaseException) -> Callable[[], None]:
 def test_help_lists_the_commands_and_imports_nothing_heavy() -> None:
     out, heavy = imported_by("from mlx_slim.cli.main import run; run(['--help'])")
     assert "doctor" in out and heavy == "set()\n"
+
+
+def test_lists_and_help_import_neither_models_nor_data_sets() -> None:
+    """They start in under half a second: mlx-lm, which imports transformers, takes two."""
+    words = [["recipes"], ["tasks"], *([name, "--help"] for name in entry.available())]
+    code = f"from mlx_slim.cli.main import run; print([run(words) for words in {words!r}])"
+    out, heavy = imported_by(code)
+    assert str([0] * len(words)) in out and not any(f"'{name}'" in heavy for name in SLOW), heavy
+
+
+def test_plans_import_neither_models_nor_data_sets(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n' * 1000)
+    plans = (["mistral-qlora"], ["smollm2-lora", f"data.path={rows}"], ["phi2-lora", "--json"])
+    code = f"from mlx_slim.cli.main import run; print([run(['plan', *words]) for words in {plans}])"
+    out, heavy = imported_by(code)
+    assert "[0, 0, 0]" in out and not any(f"'{name}'" in heavy for name in SLOW), heavy
 
 
 @pytest.mark.parametrize("name", list(entry.available()))

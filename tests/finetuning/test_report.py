@@ -23,6 +23,7 @@ from mlx_slim.finetuning.report import render
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.run_dir import LOCK_FILE
 from tests.compare.test_report import CHROMIUM, PROBE
+from tests.support.imports import SLOW, imported_by
 from tests.support.runs import Recorder, losses, recipe
 from tests.support.tiny import TinyModels
 
@@ -68,6 +69,12 @@ def test_the_page_is_there_at_the_end_and_stands_alone(complete: Path) -> None:
     assert len(ids) == len(set(ids))
     assert "prefers-color-scheme: dark" in page and "@media print" in page
     assert page.count('<svg class="chart"') == 4
+
+
+def test_the_page_is_written_without_what_trains(copy: Path) -> None:
+    code = f"from mlx_slim.cli.main import run; run(['report', {str(copy)!r}])"
+    out, heavy = imported_by(code)
+    assert "report.html" in out and not any(f"'{name}'" in heavy for name in SLOW), heavy
 
 
 def test_the_page_says_what_the_records_say(complete: Path) -> None:

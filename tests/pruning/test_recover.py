@@ -22,10 +22,10 @@ from mlx_slim.cli.main import run
 from mlx_slim.errors import Interrupted, SlimError
 from mlx_slim.events import Event, Notice, StepDone
 from mlx_slim.models.load import load
+from mlx_slim.pruning.facts import report_lines
 from mlx_slim.pruning.options import PruneOptions
 from mlx_slim.pruning.records import RecoveryReport
 from mlx_slim.pruning.recover import RecoverOptions, prune_and_recover
-from mlx_slim.pruning.report import report_lines
 from tests.support.evals import write_tasks
 from tests.support.runs import Recorder, losses, run_script, write_rows
 from tests.support.tiny import tiny_model

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-HEAVY = {"mlx.core", "mlx_lm", "transformers", "datasets", "rich", "numpy", "optuna"}
+SLOW = {"mlx_lm", "transformers", "datasets"}  # seconds each
+HEAVY = SLOW | {"mlx.core", "rich", "numpy", "optuna"}
 
 
 def imported_by(code: str) -> tuple[str, str]:

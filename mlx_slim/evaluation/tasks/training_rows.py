@@ -33,7 +33,7 @@ from mlx_slim.evaluation.tasks.prompts import Chat, Question, build_questions
 from mlx_slim.evaluation.tasks.rows import TaskRows, load_rows
 from mlx_slim.evaluation.tasks.spec import Task, find_task, list_tasks
 from mlx_slim.models.lineage import RECORD, entries_of
-from mlx_slim.reading import JsonObject
+from mlx_slim.reading import JsonObject, exists
 
 _SYSTEM = Chat(lambda system, user: system)
 _USER = Chat(lambda system, user: user)
@@ -61,8 +61,9 @@ def is_scored(task: Task, split: str) -> bool:
 def tasks_of(paths: Sequence[str]) -> list[str]:
     """Return the tasks that sources of rows are of: ``task:NAME``, or a shipped task's examples."""
     names = [path.removeprefix(TASK) for path in paths if path.startswith(TASK)]
-    files = {Path(path).expanduser().absolute() for path in paths}
-    examples = {task.name: (task.file.parent, task.spec.data.shots) for task in list_tasks()}
+    files = {Path(path).expanduser().absolute() for path in paths if exists(Path(path))}
+    tasks = list_tasks() if files else []  # all are read
+    examples = {task.name: (task.file.parent, task.spec.data.shots) for task in tasks}
     names += [
         name
         for name, (folder, shots) in examples.items()

@@ -9,15 +9,16 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import BatchKVCache
 
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.scoring import generate
 from mlx_slim.evaluation.scoring.answer_cache import (
     footprint,
     joins,
-    planned_footprint,
     supports_shared_prefix,
 )
+from mlx_slim.evaluation.scoring.footprint import STEP, planned_footprint
 from mlx_slim.evaluation.scoring.generate import GenerationCounts, generate_batch
 from mlx_slim.models.kv_cache import cache_format, quantize_cache
 from mlx_slim.models.load import load
@@ -253,6 +254,7 @@ def test_windows_are_copied_and_bounded(tmp_path: Path) -> None:
     one, many = (generate_batch(model, tokenizer, prompts, 4, (), batch_size=n) for n in (1, 8))
     assert one == many
     memory = footprint(model)
+    assert BatchKVCache.step == STEP
     assert {window for _, window in memory.layers} == {64, None}
     assert memory.cache_bytes(1000) < planned_footprint({"hidden_size": 64, "head_dim": 16,
         "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}, 4,

@@ -1,0 +1,74 @@
+"""Bytes of the key-value caches of answers, from shapes: how many fit, and what one needs.
+
+Invariant: nothing is loaded and mlx-lm is not imported, so that plans are quick; caches grow by the
+steps of mlx-lm's, which a test compares. Try it:
+``mlx-slim eval MODEL --task gsm8k --limit 16 -o DIR``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mlx_slim.reading import ModelConfig
+
+STEP = 256  # positions by which a cache grows
+_GROWING = 1.5  # while a cache grows, a layer's old and new keys are both in memory
+_LOGIT_BYTES = 16  # logits, their logarithms, the step before: float32 each
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Memory of one answer's cache.
+
+    Attributes:
+        layers: (bytes of a position, most positions or None) of each layer.
+        fixed: Bytes that do not grow.
+        vocabulary: Logits of a position.
+    """
+
+    layers: tuple[tuple[int, int | None], ...]
+    fixed: int
+    vocabulary: int
+
+    def cache_bytes(self, positions: int) -> int:
+        """Return the bytes of keys and values of so many positions, in steps of 256."""
+        whole = -(-positions // STEP) * STEP
+        return self.fixed + sum(
+            size * (whole if window is None else min(whole, window)) for size, window in self.layers
+        )
+
+    def least(self, positions: int) -> int:
+        """Return the bytes that one request of ``positions`` needs in addition to the weights."""
+        return self.cache_bytes(positions) + _LOGIT_BYTES * self.vocabulary
+
+    def answers(self, budget: int, behind: int, before: int, shared: bool) -> int:
+        """Return the largest batch of answers that fits into ``budget`` bytes, at least one.
+
+        Args:
+            budget: For caches and logits.
+            behind: Positions after the prefix of the longest prompt and its answer.
+            before: Positions of the prefix.
+            shared: Whether the prefix is stored once.
+        """
+        once = self.cache_bytes(before) * (1 if shared else 2)
+        each = self.cache_bytes(behind + STEP if shared else before + behind + STEP) * _GROWING
+        return max(1, int((budget - once) / (each + _LOGIT_BYTES * self.vocabulary)))
+
+
+def planned_footprint(config: ModelConfig, itemsize: int) -> Footprint:
+    """Return what the caches of a model will hold, from its ``config.json``.
+
+    Args:
+        config: Of the model; windows are ignored, so this is an upper bound.
+        itemsize: Bytes of an element of the compute dtype.
+    """
+    text = {**config, **(config.get("text_config") or {})}
+
+    def first(*keys: str, default: int = 0) -> int:
+        return next((int(text[key]) for key in keys if text.get(key)), default)
+
+    width, heads = first("hidden_size", "n_embd"), first("num_attention_heads", "n_head", default=1)
+    pairs = 2 * first("num_key_value_heads", "n_kv_heads", default=heads)
+    size = pairs * first("head_dim", default=width // heads) * itemsize
+    blocks = first("num_hidden_layers", "n_layer", "n_layers")
+    return Footprint(((size, None),) * blocks, 0, first("vocab_size"))

@@ -1,0 +1,15 @@
+"""How the folder of a finished search is told from others, without importing what searches.
+
+Invariant: imports nothing of the package. Try it: ``mlx-slim report DIR``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+REPORT_FILE = "slim.json"
+
+
+def is_search(folder: Path) -> bool:
+    """Return whether ``folder`` is that of a finished search."""
+    return (folder / REPORT_FILE).is_file()
