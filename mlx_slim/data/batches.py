@@ -188,6 +188,7 @@ def choose_mode(
     limit: int | None = None,
     *,
     packed_balance: float | None = None,
+    grouped_share: float = 1.0,
 ) -> Mode:
     """Return ``grouped`` or ``packed``, whichever costs less for these rows.
 
@@ -199,10 +200,13 @@ def choose_mode(
         balance: The length T at which a token's attention costs as much as all else in it.
         limit: Most shapes, padded to; None for none.
         packed_balance: That length under the mask of packed sequences; None is the same.
+        grouped_share: Fraction of the cost of grouped rows that is left where these share their
+            beginnings.
     """
     costs: dict[Mode, float] = {}
     balances: dict[Mode, float] = {"grouped": balance, "packed": packed_balance or balance}
     for mode in balances:
         total, squares = Batcher(rows, batch_tokens, max_length, mode, seed, limit).computed()
         costs[mode] = total + squares / balances[mode]
+    costs["grouped"] *= grouped_share
     return min(costs, key=lambda mode: costs[mode])

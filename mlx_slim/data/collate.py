@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -35,6 +35,22 @@ class RowStore(Protocol):
         ...
 
 
+class Node(NamedTuple):
+    """A run of positions of a list of tokens that rows share (``data/shared.py``).
+
+    Attributes:
+        begin: Its first position in the list.
+        end: Behind its last one.
+        depth: Positions of its rows before it.
+        path: (begin, end) of the nodes that hold these, first to last.
+    """
+
+    begin: int
+    end: int
+    depth: int
+    path: tuple[tuple[int, int], ...]
+
+
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch: inputs, and which targets the loss counts at which positions.
@@ -58,9 +74,11 @@ class Batch:
         rows: How many rows are inside.
         weights_N: float32 loss weight of each target, above 0, and 0 where positions, targets and
             sources are padded; None where every target's is 1 and nothing is padded.
-        lengths_BT: int32 inputs of the row that each position is in, 0 where padded.
+        lengths_BT: int32 inputs of the row that each position is in, 0 where padded, and where
+            several rows share a position.
         entropy: Numbers that what is random in this batch alone is drawn from; empty in a batch
             that is for measuring only.
+        nodes: Of a batch whose rows share their beginnings: the one sequence is a list of nodes.
     """
 
     tokens_BT: np.ndarray
@@ -73,6 +91,7 @@ class Batch:
     lengths_BT: np.ndarray
     weights_N: np.ndarray | None = None
     entropy: tuple[int, ...] = ()
+    nodes: tuple[Node, ...] | None = None
 
     def shards(self, count: int) -> list[Batch]:
         """Return up to ``count`` batches of neighbouring sequences that make up this one.

@@ -18,10 +18,11 @@ from mlx_slim.adapters.inject import Injected, inject
 from mlx_slim.adapters.stack import adapter_folder, combined, parse_adapters, used_folders
 from mlx_slim.adapters.start import read_start, start_from
 from mlx_slim.adapters.variants import learning_rate_scale
-from mlx_slim.config.schema import DataConfig, Recipe, SourceConfig
+from mlx_slim.config.schema import DataConfig, Recipe, SourceConfig, TrainConfig
 from mlx_slim.data.batches import Batcher, Mode, choose_mode
 from mlx_slim.data.prepare import Prepared, prepare
 from mlx_slim.data.shapes import SHAPES, VALIDATION_SHAPES
+from mlx_slim.data.shared import LEAST_GAIN, shared_fraction
 from mlx_slim.data.sources import Source
 from mlx_slim.data.store import TokenStore
 from mlx_slim.errors import SlimError
@@ -29,6 +30,7 @@ from mlx_slim.evaluation.tasks.training_rows import finder
 from mlx_slim.models import structure
 from mlx_slim.models.attention import attention_balance, fused_here, reads_other_blocks
 from mlx_slim.models.load import Loaded, load, read_config
+from mlx_slim.models.prefix_attention import why_not
 from mlx_slim.models.quantized import is_quantized
 from mlx_slim.models.rope import boundary_of
 from mlx_slim.models.row_limits import shortest_limit
@@ -236,6 +238,31 @@ def full_logits_notice(config: ModelConfig) -> str:
     return f"{config['model_type']}: body and head do not split; full logits are computed"
 
 
+def _shares_prefixes(
+    config: TrainConfig,
+    model: nn.Module,
+    longest: int,
+    mode: str,
+    compiled: bool,
+    observer: events.Observer,
+) -> bool:
+    """Return whether micro-batches can share what rows begin with; say why they cannot."""
+    if config.share_prefixes is False:
+        return False
+    if compiled or mode == "packed":
+        if config.share_prefixes is True:
+            where = "a compiled step" if compiled else "packed sequences"
+            text = f"train.share_prefixes=true has no effect in {where}"
+            observer.notify(events.Notice(text, level="warning"))
+        return False
+    noisy = "each row has noise of its own (train.neftune_alpha)" if config.neftune_alpha else ""
+    reason = noisy or why_not(model, longest)
+    if reason:
+        text = f"rows that begin alike are computed one by one: {reason}"
+        observer.notify(events.Notice(text))
+    return not reason
+
+
 def build_loop(
     recipe: Recipe,
     tuned: Tuned,
@@ -280,17 +307,28 @@ def build_loop(
     # A RoPE that looks at the length sees that of the packed sequence: it may not pass the rows'.
     length = min(config.max_length, boundary_of(model) or config.max_length)
 
-    def cheaper(rows: TokenStore, limit: int | None) -> Mode:
+    def cheaper(rows: TokenStore, limit: int | None, shared: float = 1.0) -> Mode:
         balance = attention_balance(model, length, gpu=on_gpu(), fused=fused_here())
         sizes = config.batch_tokens, length, config.seed
         masked = balance.masked
-        return choose_mode(rows, *sizes, balance.causal, limit, packed_balance=masked)
+        return choose_mode(
+            rows, *sizes, balance.causal, limit, packed_balance=masked, grouped_share=shared
+        )
 
     # Of few shapes, those of rows of like length are padded most.
     validation_mode: Mode = "grouped"
     if compiled and data.validation and mode != "grouped":
         validation_mode = cheaper(data.validation, validation_limit)
-    mode = cheaper(data.train, limit) if mode == "auto" else mode
+    sharing = _shares_prefixes(config, model, length, mode, compiled, observer)
+    if sharing:
+        rows = Batcher(data.train, config.batch_tokens, length, "grouped", config.seed)
+        shared = shared_fraction(rows)
+        sharing = config.share_prefixes is True or shared < 1 - LEAST_GAIN
+    if mode == "auto":
+        mode = cheaper(data.train, limit, shared if sharing else 1.0)
+    if sharing and mode == "grouped":
+        text = f"rows share what they begin with: {1 - shared:.0%} fewer positions are computed"
+        observer.notify(events.Notice(text))
     # Each chunk has separate gradients: cheap for adapters, a second model for full tuning.
     num_threads = 1 if recipe.trains_weights or compiled else default_num_threads()
     vocabulary = tuned.config.get("vocab_size", 8)
@@ -325,5 +363,6 @@ def build_loop(
         budget_bytes=budget,
         compiled=compiled,
         num_threads=num_threads,
+        share_prefixes=sharing and mode == "grouped",
         callbacks=tuned.callbacks,
     )

@@ -79,6 +79,7 @@ class Loop:
         budget_bytes: Memory budget, reported with the start.
         compiled: Fuse the step with ``mx.compile``.
         num_threads: Threads that compute chunks of a micro-batch on a CPU.
+        share_prefixes: As ``Stepper``.
         callbacks: What else takes part (``training/callbacks.py``).
         extended: How the run began, if it was given more steps later (``extend``).
     """
@@ -94,6 +95,7 @@ class Loop:
     budget_bytes: int = 0
     compiled: bool = False
     num_threads: int = 1
+    share_prefixes: bool = False
     validation_objective: Objective | None = None
     callbacks: Sequence[Callback] = ()
     extended: Extended | None = None
@@ -117,6 +119,7 @@ class Loop:
             compiled=self.compiled,
             num_threads=self.num_threads,
             captured=captured,
+            share_prefixes=self.share_prefixes,
         )
         self.scorer = LossScorer(
             self.model,

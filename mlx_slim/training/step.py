@@ -22,7 +22,9 @@ from mlx.utils import tree_flatten
 
 from mlx_slim import blas
 from mlx_slim.data.batches import Batch
+from mlx_slim.data.shared import cheapest
 from mlx_slim.models import structure
+from mlx_slim.models.prefix_attention import prefix_attention
 from mlx_slim.models.quantized import dequantize_weight
 from mlx_slim.runtime import on_gpu, run_in_threads, to_float, world
 from mlx_slim.training.chunk_size import chunk_size
@@ -225,6 +227,8 @@ class Stepper:
         num_threads: Threads that compute chunks of a micro-batch side by side on a CPU; a compiled
             one stays whole.
         captured: Modules whose frozen arrays change between steps: inputs of a compiled step.
+        share_prefixes: Whether rows of a micro-batch share their beginnings where that is quicker;
+            a compiled step shares none, as each tree would be a trace of its own.
     """
 
     def __init__(
@@ -235,9 +239,11 @@ class Stepper:
         compiled: bool = False,
         num_threads: int = 1,
         captured: Sequence[dict] = (),
+        share_prefixes: bool = False,
     ) -> None:
         self.model = model
         self.objective = objective
+        self._share_prefixes = share_prefixes and not compiled
         self._num_threads = 1 if compiled else num_threads
         self._building = threading.Lock()
 
@@ -257,11 +263,18 @@ class Stepper:
                 self._value_and_grad, inputs=[*state, *captured], outputs=state
             )
 
+    def parts(self, batch: Batch) -> list[Batch]:
+        """Return what is computed of a micro-batch at a time: shards, or lists of shared rows."""
+        shards = batch.shards(part_count(self._num_threads, batch.computed_tokens))
+        return cheapest(batch, shards, self._num_threads) if self._share_prefixes else shards
+
     def micro(self, batch: Batch) -> tuple[mx.array, dict[str, mx.array]]:
         """Return the sums of one micro-batch and the gradient of its loss, evaluated."""
-        shards = batch.shards(part_count(self._num_threads, batch.computed_tokens))
+        return self._micro(self.parts(batch))
+
+    def _micro(self, shards: list[Batch]) -> tuple[mx.array, dict[str, mx.array]]:
         if len(shards) == 1:
-            return self._part(batch, None)
+            return self._part(shards[0], None)
         # Dropout is drawn from a seed of the chunk, whichever chunk is built first.
         work = [(shard, int(to_float(mx.random.randint(0, 2**31 - 1)))) for shard in shards]
         mx.eval(self.model.parameters())  # a thread cannot evaluate what another one began
@@ -282,7 +295,8 @@ class Stepper:
                 mx.random.seed(seed)
             parameters = trainable(self.model)
             arrays = self.objective.arrays(batch)
-            (_, sums), gradients = self._value_and_grad(parameters, *arrays)
+            with prefix_attention(batch.nodes):
+                (_, sums), gradients = self._value_and_grad(parameters, *arrays)
             set_trainable(self.model, parameters)
         mx.eval(sums, gradients)
         return sums, gradients
@@ -294,8 +308,9 @@ class Stepper:
         supervised = tokens = computed = 0
         weight = 0.0
         for batch in batches:
-            part, values = self.micro(batch)
-            sums = sums + part
+            parts = self.parts(batch)
+            micro_sums, values = self._micro(parts)
+            sums = sums + micro_sums
             for path, value in values.items():
                 value32 = value.astype(mx.float32)
                 gradients[path] = gradients[path] + value32 if path in gradients else value32
@@ -303,7 +318,7 @@ class Stepper:
             supervised += batch.supervised_tokens
             weight += batch.total_weight
             tokens += batch.real_tokens
-            computed += batch.computed_tokens
+            computed += sum(part.computed_tokens for part in parts)
         group = world()
         if group.size() > 1:
             for path, value in trainable(self.model).items():
