@@ -36,6 +36,7 @@ class BenchTrainOptions:
         rows: Rows of the epoch (the first step is not timed).
         batch: The peer's rows per step; ours gets the token budget ``batch`` · ``max_length``.
         max_length: Longest row, tokens.
+        system_tokens: Tokens of a system message before every row: what rows have in common.
         dtype: Of the computation; ``auto`` is bfloat16 on a GPU, float32 on a CPU.
         rounds: Times each side runs, alternating.
     """
@@ -57,6 +58,9 @@ class BenchTrainOptions:
     batch: PositiveInt = field(default=4, metadata=option("Rows in a batch of the other side."))
     max_length: Annotated[int, Field(ge=16, le=MOST)] = field(
         default=512, metadata=option("Tokens of the longest row.")
+    )
+    system_tokens: Annotated[int, Field(ge=0, le=MOST)] = field(
+        default=0, metadata=option("Tokens of one system message that stands before every row.")
     )
     dtype: Dtype = field(default="auto", metadata=_DTYPE)
     rounds: PositiveInt = field(default=2, metadata=_ROUNDS)

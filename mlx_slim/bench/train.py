@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlx_slim.bench.options import BenchTrainOptions
 from mlx_slim.bench.rounds import record, run_side
@@ -25,11 +26,39 @@ from mlx_slim.errors import SlimError
 from mlx_slim.models.load import load_tokenizer
 from mlx_slim.reading import JsonObject
 
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-def _rows(path: str, model: str, count: int, max_length: int, out: Path) -> int:
-    """Write the first ``count`` Alpaca rows that fit as chat rows; return their real tokens."""
-    config = DataConfig(path=path, validation=0)
-    pipeline = Pipeline(config, load_tokenizer(model), max_length=max_length)
+
+def _system_message(path: str, tokenizer: TokenizerWrapper, tokens: int) -> str:
+    """Return the first ``tokens`` tokens of the text of the rows.
+
+    Raises:
+        SlimError: If the rows have fewer.
+    """
+    ids: list[int] = []
+    for row in find(DataConfig(path=path).sources[0]):
+        text = " ".join(value for value in row.value.values() if isinstance(value, str))
+        ids += tokenizer.encode(text, add_special_tokens=False)
+        if len(ids) >= tokens:
+            return str(tokenizer.decode(ids[:tokens]))
+    raise SlimError(
+        f"{path} has {len(ids)} tokens, --system-tokens is {tokens}", "give fewer, or more rows"
+    )
+
+
+def _rows(
+    path: str, model: str, count: int, max_length: int, out: Path, system_tokens: int = 0
+) -> int:
+    """Write the first ``count`` Alpaca rows that fit as chat rows; return their real tokens.
+
+    Raises:
+        SlimError: If there are fewer, or too few for a system message of ``system_tokens``.
+    """
+    tokenizer = load_tokenizer(model)
+    system = _system_message(path, tokenizer, system_tokens) if system_tokens else None
+    config = DataConfig(path=path, validation=0, system=system)
+    pipeline = Pipeline(config, tokenizer, max_length=max_length)
     source_config = config.sources[0]
     source = find(source_config)
     ledger = SourceLedger(source.name, source.kind, 1.0, source.ignored)
@@ -69,7 +98,8 @@ def bench_train(
     changed: JsonObject = {"compile": False} if eager else {"method": against}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
-        tokens = _rows(options.data, model, options.rows, options.max_length, file)
+        system = options.system_tokens
+        tokens = _rows(options.data, model, options.rows, options.max_length, file, system)
         work = TrainWork(
             model=model,
             rows=str(file),
@@ -93,5 +123,6 @@ def bench_train(
             results.append({"ours": ours, other: theirs})
     described = {key: value for key, value in asdict(work).items() if key != "rows"}
     described |= {"data": options.data, "rows": options.rows, "real_tokens": tokens}
+    described["system_tokens"] = options.system_tokens
     described["against"] = against
     return record(described, other, results)

@@ -164,7 +164,7 @@ class TrainConfig(Section):
         max_length: Longest row, tokens.
         batching: ``grouped`` (rows of like length, padded right), ``packed`` (rows share a
             sequence, isolated), or ``auto``: whichever costs less.
-        share_prefixes: Compute what rows of a micro-batch begin with once (a template, a system
+        prefix_sharing: Compute what rows of a micro-batch begin with once (a template, a system
             message, examples): ``auto`` where that takes less time, ``true`` also where the gain
             is small. The loss is the same; dropout draws one mask for the shared part. Off in a
             compiled step (``compile``) and for models whose attention cannot share.
@@ -213,7 +213,7 @@ class TrainConfig(Section):
     batch_tokens: Annotated[int, Field(ge=8, le=MOST)] = 4096
     max_length: Annotated[int, Field(ge=8, le=MOST)] = 512
     batching: Literal["auto", "grouped", "packed"] = "auto"
-    share_prefixes: Literal["auto"] | bool = "auto"
+    prefix_sharing: Literal["auto"] | bool = "auto"
     accumulate: PositiveInt = 1
     learning_rate: Rate = 2.0e-4
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0

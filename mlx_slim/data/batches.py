@@ -188,7 +188,7 @@ def choose_mode(
     limit: int | None = None,
     *,
     packed_balance: float | None = None,
-    grouped_share: float = 1.0,
+    grouped_fraction: float = 1.0,
 ) -> Mode:
     """Return ``grouped`` or ``packed``, whichever costs less for these rows.
 
@@ -200,7 +200,7 @@ def choose_mode(
         balance: The length T at which a token's attention costs as much as all else in it.
         limit: Most shapes, padded to; None for none.
         packed_balance: That length under the mask of packed sequences; None is the same.
-        grouped_share: Fraction of the cost of grouped rows that is left where these share their
+        grouped_fraction: Fraction of the cost of grouped rows that is left where these share their
             beginnings.
     """
     costs: dict[Mode, float] = {}
@@ -208,5 +208,5 @@ def choose_mode(
     for mode in balances:
         total, squares = Batcher(rows, batch_tokens, max_length, mode, seed, limit).computed()
         costs[mode] = total + squares / balances[mode]
-    costs["grouped"] *= grouped_share
+    costs["grouped"] *= grouped_fraction
     return min(costs, key=lambda mode: costs[mode])

@@ -35,7 +35,7 @@ class RowStore(Protocol):
         ...
 
 
-class Node(NamedTuple):
+class TokenNode(NamedTuple):
     """A run of positions of a list of tokens that rows share (``data/shared.py``).
 
     Attributes:
@@ -91,7 +91,7 @@ class Batch:
     lengths_BT: np.ndarray
     weights_N: np.ndarray | None = None
     entropy: tuple[int, ...] = ()
-    nodes: tuple[Node, ...] | None = None
+    nodes: tuple[TokenNode, ...] | None = None
 
     def shards(self, count: int) -> list[Batch]:
         """Return up to ``count`` batches of neighbouring sequences that make up this one.

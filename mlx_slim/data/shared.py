@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mlx_slim.data.batches import Batcher
-from mlx_slim.data.collate import Batch, Node
+from mlx_slim.data.collate import Batch, TokenNode
 from mlx_slim.data.token_runs import ROW_COST, TokenRun, plan
 
 LEAST_GAIN = 0.03  # of the time, below which rows stay side by side
@@ -52,11 +52,11 @@ def _rows_of(batch: Batch) -> _Rows:
     targets = np.arange(len(batch.targets_N))
     if batch.weights_N is not None:
         targets = targets[batch.weights_N > 0]
-    row_N, position_N = np.divmod(batch.positions_N[targets], width)
+    row_N, column_N = np.divmod(batch.positions_N[targets], width)
     rows = []
     for row in np.unique(row_N):
         here = row_N == row
-        positions = position_N[here]
+        positions = column_N[here]
         ids = tuple(batch.tokens_BT[row, : int(positions.max()) + 1].tolist())
         rows.append((ids, targets[here], positions))
     rows.sort(key=lambda row: row[0])
@@ -67,7 +67,7 @@ def _listed(batch: Batch, rows: _Rows) -> Batch:
     """Return ``rows`` of ``batch`` as one list of tokens."""
     distinct = sorted(set(rows.inputs))
     places = [np.zeros(len(ids), dtype=np.int32) for ids in distinct]  # of a row in the list
-    nodes: list[Node] = []
+    nodes: list[TokenNode] = []
     tokens: list[int] = []
     waiting: list[tuple[TokenRun, tuple[tuple[int, int], ...]]]
     waiting = [(run, ()) for run in reversed(plan(distinct))]
@@ -77,7 +77,7 @@ def _listed(batch: Batch, rows: _Rows) -> Batch:
         tokens += distinct[run.low][run.begin : run.end]
         for row in range(run.low, run.high):
             places[row][run.begin : run.end] = np.arange(begin, end)
-        nodes.append(Node(begin, end, run.begin, path))
+        nodes.append(TokenNode(begin, end, run.begin, path))
         waiting += [(after, (*path, (begin, end))) for after in reversed(run.after)]
     number = {ids: row for row, ids in enumerate(distinct)}
     order = np.concatenate(rows.targets)
@@ -85,7 +85,7 @@ def _listed(batch: Batch, rows: _Rows) -> Batch:
         places[number[ids]][positions]
         for ids, positions in zip(rows.inputs, rows.positions, strict=True)
     ]
-    share = len(rows.inputs) / batch.rows
+    fraction = len(rows.inputs) / batch.rows
     weights = None if batch.weights_N is None else batch.weights_N[order]
     return replace(
         batch,
@@ -95,18 +95,18 @@ def _listed(batch: Batch, rows: _Rows) -> Batch:
         targets_N=batch.targets_N[order],
         sources_N=batch.sources_N[order],
         weights_N=None if weights is None or (weights == 1).all() else weights,
-        real_tokens=round(batch.real_tokens * share),
+        real_tokens=round(batch.real_tokens * fraction),
         rows=len(rows.inputs),
         nodes=tuple(nodes),
     )
 
 
 def list_rows(batch: Batch, counts: Sequence[int] = (1,)) -> list[list[Batch]]:
-    """Return ``batch`` cut into so many parts of rows that begin alike, for each of ``counts``.
+    """Return ``batch`` cut into so many shards of rows that begin alike, for each of ``counts``.
 
     Args:
         batch: Rows side by side, not packed.
-        counts: Most parts of each way.
+        counts: Most shards of each way.
     """
     rows = _rows_of(batch)
     ways = []
@@ -121,10 +121,10 @@ def cost(batch: Batch) -> int:
     return batch.computed_tokens + ROW_COST * len(batch.nodes or ())
 
 
-def seconds_per_token(costs: Sequence[int], num_threads: int) -> float:
-    """Return how long parts of these costs take, in the time of a token on one thread.
+def duration(costs: Sequence[int], num_threads: int) -> float:
+    """Return how long shards of these costs take, in the time of a token on one thread.
 
-    Parts run side by side on ``num_threads``; a single one has them for its matrix products only.
+    Shards run side by side on ``num_threads``; a single one has them for its matrix products only.
     """
     if len(costs) == 1:
         return costs[0] * (1 - _IN_BLAS + _IN_BLAS / num_threads)
@@ -132,15 +132,15 @@ def seconds_per_token(costs: Sequence[int], num_threads: int) -> float:
 
 
 def cheapest(batch: Batch, plain: list[Batch], num_threads: int) -> list[Batch]:
-    """Return the parts of a micro-batch that take the least time: ``plain``, or shared ones.
+    """Return the shards of a micro-batch that take the least time: ``plain``, or shared ones.
 
     A batch for measuring stays as it is. Shared ones hold no more tokens in memory at one time
     than ``plain``.
 
     Args:
         batch: The micro-batch, rows side by side.
-        plain: Its parts without sharing.
-        num_threads: Threads that compute parts side by side.
+        plain: Its shards without sharing.
+        num_threads: Threads that compute shards side by side.
     """
     measuring = (batch.sources_N < 0).all()  # the same row again and again
     if measuring or batch.segments_BT is not None or batch.tokens_BT.shape[0] == 1:
@@ -148,18 +148,18 @@ def cheapest(batch: Batch, plain: list[Batch], num_threads: int) -> list[Batch]:
     at_once = _at_once(plain, num_threads)
     best, least = (
         plain,
-        (1 - LEAST_GAIN) * seconds_per_token([cost(part) for part in plain], num_threads),
+        (1 - LEAST_GAIN) * duration([cost(part) for part in plain], num_threads),
     )
-    for parts in list_rows(batch, sorted({1, num_threads, len(plain)})):
-        seconds = seconds_per_token([cost(part) for part in parts], num_threads)
-        if seconds < least and _at_once(parts, num_threads) <= at_once:
-            best, least = parts, seconds
+    for shards in list_rows(batch, sorted({1, num_threads, len(plain)})):
+        seconds = duration([cost(part) for part in shards], num_threads)
+        if seconds < least and _at_once(shards, num_threads) <= at_once:
+            best, least = shards, seconds
     return best
 
 
-def _at_once(parts: list[Batch], num_threads: int) -> int:
+def _at_once(shards: list[Batch], num_threads: int) -> int:
     """Return the most positions that are in memory at one time."""
-    return sum(sorted((part.computed_tokens for part in parts), reverse=True)[:num_threads])
+    return sum(sorted((part.computed_tokens for part in shards), reverse=True)[:num_threads])
 
 
 def shared_fraction(batcher: Batcher) -> float:

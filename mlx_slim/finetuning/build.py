@@ -238,7 +238,7 @@ def full_logits_notice(config: ModelConfig) -> str:
     return f"{config['model_type']}: body and head do not split; full logits are computed"
 
 
-def _shares_prefixes(
+def _can_have_prefix_sharing(
     config: TrainConfig,
     model: nn.Module,
     longest: int,
@@ -247,12 +247,12 @@ def _shares_prefixes(
     observer: events.Observer,
 ) -> bool:
     """Return whether micro-batches can share what rows begin with; say why they cannot."""
-    if config.share_prefixes is False:
+    if config.prefix_sharing is False:
         return False
     if compiled or mode == "packed":
-        if config.share_prefixes is True:
+        if config.prefix_sharing is True:
             where = "a compiled step" if compiled else "packed sequences"
-            text = f"train.share_prefixes=true has no effect in {where}"
+            text = f"train.prefix_sharing=true has no effect in {where}"
             observer.notify(events.Notice(text, level="warning"))
         return False
     noisy = "each row has noise of its own (train.neftune_alpha)" if config.neftune_alpha else ""
@@ -312,18 +312,18 @@ def build_loop(
         sizes = config.batch_tokens, length, config.seed
         masked = balance.masked
         return choose_mode(
-            rows, *sizes, balance.causal, limit, packed_balance=masked, grouped_share=shared
+            rows, *sizes, balance.causal, limit, packed_balance=masked, grouped_fraction=shared
         )
 
     # Of few shapes, those of rows of like length are padded most.
     validation_mode: Mode = "grouped"
     if compiled and data.validation and mode != "grouped":
         validation_mode = cheaper(data.validation, validation_limit)
-    sharing = _shares_prefixes(config, model, length, mode, compiled, observer)
+    sharing = _can_have_prefix_sharing(config, model, length, mode, compiled, observer)
     if sharing:
         rows = Batcher(data.train, config.batch_tokens, length, "grouped", config.seed)
         shared = shared_fraction(rows)
-        sharing = config.share_prefixes is True or shared < 1 - LEAST_GAIN
+        sharing = config.prefix_sharing is True or shared < 1 - LEAST_GAIN
     if mode == "auto":
         mode = cheaper(data.train, limit, shared if sharing else 1.0)
     if sharing and mode == "grouped":
@@ -363,6 +363,6 @@ def build_loop(
         budget_bytes=budget,
         compiled=compiled,
         num_threads=num_threads,
-        share_prefixes=sharing and mode == "grouped",
+        prefix_sharing=sharing and mode == "grouped",
         callbacks=tuned.callbacks,
     )

@@ -3,7 +3,7 @@
 Inside ``prefix_attention`` a model computes a list (1, P) of nodes (``data/shared.py``): a node's
 queries see the keys and values of the nodes on its path, and its own causally; its rotary positions
 begin at its depth. All else in a model is computed position by position, so it runs over the list
-as it is. Differentiation adds up what the branches send back to what they share.
+as it is. Differentiation adds up the gradients of a shared position.
 
 Invariant: the hidden states of a position are those that it has in a row of its own, which
 ``why_not`` checks on a probe before a model is trained so. Dropout draws one mask for the shared
@@ -115,8 +115,8 @@ def _joined(x_BHPD: mx.array, spans: Sequence[tuple[int, int]]) -> mx.array:
             merged[-1][1] = end
         else:
             merged.append([begin, end])
-    parts = [x_BHPD[..., begin:end, :] for begin, end in merged]
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-2)
+    pieces = [x_BHPD[..., begin:end, :] for begin, end in merged]
+    return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=-2)
 
 
 class _Node(NamedTuple):

@@ -79,7 +79,7 @@ class Loop:
         budget_bytes: Memory budget, reported with the start.
         compiled: Fuse the step with ``mx.compile``.
         num_threads: Threads that compute chunks of a micro-batch on a CPU.
-        share_prefixes: As ``Stepper``.
+        prefix_sharing: As ``Stepper``.
         callbacks: What else takes part (``training/callbacks.py``).
         extended: How the run began, if it was given more steps later (``extend``).
     """
@@ -95,7 +95,7 @@ class Loop:
     budget_bytes: int = 0
     compiled: bool = False
     num_threads: int = 1
-    share_prefixes: bool = False
+    prefix_sharing: bool = False
     validation_objective: Objective | None = None
     callbacks: Sequence[Callback] = ()
     extended: Extended | None = None
@@ -119,7 +119,7 @@ class Loop:
             compiled=self.compiled,
             num_threads=self.num_threads,
             captured=captured,
-            share_prefixes=self.share_prefixes,
+            prefix_sharing=self.prefix_sharing,
         )
         self.scorer = LossScorer(
             self.model,

@@ -227,8 +227,8 @@ class Stepper:
         num_threads: Threads that compute chunks of a micro-batch side by side on a CPU; a compiled
             one stays whole.
         captured: Modules whose frozen arrays change between steps: inputs of a compiled step.
-        share_prefixes: Whether rows of a micro-batch share their beginnings where that is quicker;
-            a compiled step shares none, as each tree would be a trace of its own.
+        prefix_sharing: Whether rows of a micro-batch share their beginnings where that is quicker;
+            not in a compiled step, where each prefix tree would be a trace of its own.
     """
 
     def __init__(
@@ -239,11 +239,11 @@ class Stepper:
         compiled: bool = False,
         num_threads: int = 1,
         captured: Sequence[dict] = (),
-        share_prefixes: bool = False,
+        prefix_sharing: bool = False,
     ) -> None:
         self.model = model
         self.objective = objective
-        self._share_prefixes = share_prefixes and not compiled
+        self._prefix_sharing = prefix_sharing and not compiled
         self._num_threads = 1 if compiled else num_threads
         self._building = threading.Lock()
 
@@ -263,14 +263,14 @@ class Stepper:
                 self._value_and_grad, inputs=[*state, *captured], outputs=state
             )
 
-    def parts(self, batch: Batch) -> list[Batch]:
+    def cut(self, batch: Batch) -> list[Batch]:
         """Return what is computed of a micro-batch at a time: shards, or lists of shared rows."""
         shards = batch.shards(part_count(self._num_threads, batch.computed_tokens))
-        return cheapest(batch, shards, self._num_threads) if self._share_prefixes else shards
+        return cheapest(batch, shards, self._num_threads) if self._prefix_sharing else shards
 
     def micro(self, batch: Batch) -> tuple[mx.array, dict[str, mx.array]]:
         """Return the sums of one micro-batch and the gradient of its loss, evaluated."""
-        return self._micro(self.parts(batch))
+        return self._micro(self.cut(batch))
 
     def _micro(self, shards: list[Batch]) -> tuple[mx.array, dict[str, mx.array]]:
         if len(shards) == 1:
@@ -308,8 +308,8 @@ class Stepper:
         supervised = tokens = computed = 0
         weight = 0.0
         for batch in batches:
-            parts = self.parts(batch)
-            micro_sums, values = self._micro(parts)
+            shards = self.cut(batch)
+            micro_sums, values = self._micro(shards)
             sums = sums + micro_sums
             for path, value in values.items():
                 value32 = value.astype(mx.float32)
@@ -318,7 +318,7 @@ class Stepper:
             supervised += batch.supervised_tokens
             weight += batch.total_weight
             tokens += batch.real_tokens
-            computed += sum(part.computed_tokens for part in parts)
+            computed += sum(shard.computed_tokens for shard in shards)
         group = world()
         if group.size() > 1:
             for path, value in trainable(self.model).items():

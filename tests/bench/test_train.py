@@ -33,3 +33,18 @@ def test_too_few_rows_are_refused(tiny: Callable[..., Path], tmp_path: Path) -> 
     rows = write(tmp_path / "rows.jsonl", 3)
     with pytest.raises(SlimError, match="has 3 usable rows, the benchmark needs 12"):
         _rows(rows, str(tiny("llama")), 12, 512, tmp_path / "out.jsonl")
+
+
+def test_a_system_message_of_so_many_tokens_stands_before_every_row(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows, model = write(tmp_path / "rows.jsonl", 9), str(tiny("llama"))
+    out = tmp_path / "chats.jsonl"
+    plain = _rows(rows, model, 5, 512, out)
+    longer = _rows(rows, model, 5, 512, out, 60)
+    systems = [json.loads(line)["messages"][0] for line in out.read_text().splitlines()]
+    assert all(turn == systems[0] and turn["role"] == "system" for turn in systems)
+    assert len(systems[0]["content"]) == 60  # bytes are tokens here
+    assert longer >= plain + 5 * 60
+    with pytest.raises(SlimError, match="tokens, --system-tokens is 4000"):
+        _rows(rows, model, 5, 512, out, 4000)

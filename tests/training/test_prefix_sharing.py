@@ -21,7 +21,7 @@ from tests.support.tiny import TinyModels
 
 # Rows as beginnings: each letter is a run of tokens, the same wherever it stands.
 RUNS = {letter: 5 + 3 * number for number, letter in enumerate("abcdefgh")}
-TREES = {
+ROWS = {
     "one beginning": ["ab", "ac", "ad", "ae"],
     "nested": ["abc", "abd", "abe", "af", "ag", "h"],
     "none": ["a", "b", "c", "d"],
@@ -55,8 +55,8 @@ class BegunRows(MemoryRows):
         return np.linspace(0.5, 2, self.lengths[i], dtype=np.float32) if self._weighted else None
 
 
-def batch_of(tree: str, **kind: bool) -> Batch:
-    rows = BegunRows(TREES[tree], **kind)
+def batch_of(name: str, **kind: bool) -> Batch:
+    rows = BegunRows(ROWS[name], **kind)
     return collate(rows, [[i] for i in range(len(rows))], isolate=False)
 
 
@@ -73,17 +73,17 @@ def apart(ours: StepResult, plain: StepResult) -> float:
     return max(map(to_float, gaps)) / largest
 
 
-@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("architecture", ["llama", "phi", "qwen3", "mixtral"])
 def test_loss_and_gradients_are_those_of_rows_side_by_side(
-    tiny: TinyModels, architecture: str, tree: str
+    tiny: TinyModels, architecture: str, name: str
 ) -> None:
     model, _ = stock_load(str(tiny(architecture)))
-    batch = batch_of(tree)
-    shared = [parts for parts in list_rows(batch, (1, 2)) if parts]
+    batch = batch_of(name)
+    shared = [shards for shards in list_rows(batch, (1, 2)) if shards]
     plain = step(model, batch)
-    for parts in shared:
-        assert apart(step(model, *parts), plain) < 2e-5
+    for shards in shared:
+        assert apart(step(model, *shards), plain) < 2e-5
 
 
 @pytest.mark.parametrize("kind", ["everything", "weighted"])
@@ -94,16 +94,16 @@ def test_it_holds_for_whole_rows_weighted_turns_and_recomputed_blocks(
     model, _ = stock_load(str(tiny("llama")))
     batch = batch_of("nested", **{kind: True})
     with checkpointed(structure.blocks(model), checkpoint):
-        (parts,) = list_rows(batch)
-        assert apart(step(model, *parts), step(model, batch)) < 2e-5
+        (shards,) = list_rows(batch)
+        assert apart(step(model, *shards), step(model, batch)) < 2e-5
 
 
 def test_every_distinct_beginning_is_computed_once() -> None:
-    (parts,) = list_rows(batch_of("nested", everything=True))
+    (shards,) = list_rows(batch_of("nested", everything=True))
     sizes = sum(RUNS[letter] for letter in "abcdefgh")
     leaves = 6  # the last id of a row is a target only
-    assert parts[0].computed_tokens == sizes - leaves
-    assert parts[0].rows == 6 and parts[0].real_tokens == batch_of("nested").real_tokens
+    assert shards[0].computed_tokens == sizes - leaves
+    assert shards[0].rows == 6 and shards[0].real_tokens == batch_of("nested").real_tokens
 
 
 def test_sharing_is_chosen_where_it_takes_less_time_and_no_more_memory() -> None:
@@ -114,9 +114,9 @@ def test_sharing_is_chosen_where_it_takes_less_time_and_no_more_memory() -> None
     rows = BegunRows(["ha", "hb", "hc", "hd"] * 2)
     batch = collate(rows, [[i] for i in range(8)], isolate=False)
     shards = batch.shards(4)
-    parts = cheapest(batch, shards, 2)
-    assert len(parts) < len(shards) and all(part.nodes for part in parts)
-    assert sum(map(cost, parts)) < 0.7 * sum(map(cost, shards))
+    shared = cheapest(batch, shards, 2)
+    assert len(shared) < len(shards) and all(shard.nodes for shard in shared)
+    assert sum(map(cost, shared)) < 0.7 * sum(map(cost, shards))
     measuring = to_the_end(collate(rows, [[0]] * 8, isolate=False))
     assert cheapest(measuring, [measuring], 1)[0] is measuring
 
@@ -126,11 +126,11 @@ def test_a_stepper_shares_what_pays_and_counts_it(tiny: TinyModels) -> None:
     batch = batch_of("nested")
     objective = CrossEntropy(model, chunk=16)
     plain = Stepper(model, objective).step([batch])
-    shared = Stepper(model, objective, share_prefixes=True).step([batch])
-    threads = Stepper(model, objective, share_prefixes=True, num_threads=2).step([batch])
+    shared = Stepper(model, objective, prefix_sharing=True).step([batch])
+    threads = Stepper(model, objective, prefix_sharing=True, num_threads=2).step([batch])
     assert shared.computed < plain.computed and shared.tokens == plain.tokens
     assert apart(shared, plain) < 2e-5 and apart(threads, plain) < 2e-5
-    again = Stepper(model, objective, share_prefixes=True).step([batch])
+    again = Stepper(model, objective, prefix_sharing=True).step([batch])
     assert again.loss == shared.loss
     assert all(
         mx.array_equal(again.gradients[path], shared.gradients[path]) for path in trainable(model)
@@ -145,7 +145,7 @@ def test_memory_falls(tiny: TinyModels) -> None:
     batch = collate(rows, [[i] for i in range(4)], isolate=False)
     peaks = []
     for sharing in (False, True):
-        stepper = Stepper(model, CrossEntropy(model, chunk=16), share_prefixes=sharing)
+        stepper = Stepper(model, CrossEntropy(model, chunk=16), prefix_sharing=sharing)
         mx.reset_peak_memory()
         stepper.micro(batch)
         peaks.append(mx.get_peak_memory())
