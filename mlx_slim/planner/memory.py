@@ -185,6 +185,8 @@ def predict(
 
     def operations_of(recipe: Recipe) -> Operations:
         tokens = work or TrainingWork(1 << 20, 1 << 20, recipe.train.max_length, "")
+        if not gpu and recipe.train.compile is not True and _has_prefix_sharing(recipe):
+            tokens = tokens.sharing(recipe.train.batch_tokens)
         size = _dtype(recipe, gpu).size
         return operations(shapes_of(recipe), recipe, tokens, size=size, fused=is_fused(recipe))
 
@@ -230,6 +232,10 @@ def _largest(shapes: TrainingShapes, training: dict[str, int]) -> dict[str, int]
         return {**training, "loading": 0}
     more = shapes.loading_bytes - shapes.base_bytes
     return {**dict.fromkeys(training, 0), "weights": shapes.base_bytes, "loading": more}
+
+
+def _has_prefix_sharing(recipe: Recipe) -> bool:
+    return recipe.train.prefix_sharing is not False and recipe.train.batching != "packed"
 
 
 def _dtype(recipe: Recipe, gpu: bool) -> mx.Dtype:

@@ -42,6 +42,7 @@ class RowEstimate(NamedTuple):
         basis: How they were counted, as text.
         supervised: Fraction of the tokens that is supervised, where prompts are masked.
         rows: How many.
+        common: Tokens that all of them begin with, without those of a template.
     """
 
     tokens: int
@@ -49,6 +50,7 @@ class RowEstimate(NamedTuple):
     basis: str
     supervised: float
     rows: int
+    common: int = 0
 
 
 def expected_rows(recipe: Recipe, *, local: bool) -> RowEstimate | None:
@@ -63,7 +65,7 @@ def expected_rows(recipe: Recipe, *, local: bool) -> RowEstimate | None:
     """
     data, limit = recipe.data, recipe.train.max_length
     quota_of = quotas(data.max_rows, [source.weight for source in data.sources])
-    rows, lengths, weights, learned = [], [], [], []
+    rows, lengths, weights, learned, begins = [], [], [], [], []
     texts = 0.0  # of which the rows are made
     for source, quota in zip(data.sources, quota_of, strict=True):
         counted = _local(source, data) if local else None
@@ -72,8 +74,9 @@ def expected_rows(recipe: Recipe, *, local: bool) -> RowEstimate | None:
                 return None
             count, length = _HUB_ROWS[source.path]
             count = max(0, min(count - source.skip, source.limit or count))
-            counted = count, np.array([[length, SUPERVISED * length, data.splits("alpaca")]])
-        count, sample = counted
+            counted = count, np.array([[length, SUPERVISED * length, data.splits("alpaca")]]), ""
+        count, sample, begin = counted
+        begins.append(begin)
         used, supervised, began = _fitted(sample, data, limit).T
         scale = min(count, count if quota is None else quota) / len(sample)
         rows.append(scale * len(used))
@@ -98,7 +101,15 @@ def expected_rows(recipe: Recipe, *, local: bool) -> RowEstimate | None:
         return None
     count, mean = round(sum(trained)), tokens / sum(trained)
     basis = f"{count:,} rows of about {mean:.0f} tokens"
-    return RowEstimate(int(tokens), int(squares / tokens), basis, supervised, count)
+    common = int(len(_common_start(begins)) / CHARACTERS_PER_TOKEN)
+    return RowEstimate(int(tokens), int(squares / tokens), basis, supervised, count, common)
+
+
+def _common_start(texts: Sequence[str]) -> str:
+    """Return what all of ``texts`` begin with: what the first and the last in order do."""
+    first, last = min(texts, default=""), max(texts, default="")
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), None)
+    return first[:length]
 
 
 def _total(trained: list[float], sizes: list[np.ndarray]) -> float:
@@ -133,8 +144,12 @@ def _fitted(sample: np.ndarray, data: DataConfig, limit: int) -> np.ndarray:
     return np.array(fitted, float).reshape(-1, 3)
 
 
-def _local(config: SourceConfig, data: DataConfig) -> tuple[int, np.ndarray] | None:
-    """Return the number of rows of a local source, and ``_length`` of the first ones (rows, 3)."""
+def _local(config: SourceConfig, data: DataConfig) -> tuple[int, np.ndarray, str] | None:
+    """Return the number of rows of a local source, the sizes of the first ones, and their begin.
+
+    Sizes are (rows, 3): tokens, supervised tokens, whether the row is split; the begin is the text
+    that all begin with.
+    """
     extra = 1 if data.template == "plain" else TEMPLATE_TOKENS
     files: Sequence[Path] | None = None  # None: only counting tells how many rows there are
     if config.task is not None:
@@ -150,20 +165,22 @@ def _local(config: SourceConfig, data: DataConfig) -> tuple[int, np.ndarray] | N
         rows, files = source, source.files
     rest = iter(rows)
     first = list(islice(rest, SAMPLE))
-    sample = np.array([_length(row, config, data, extra) for row in first]).reshape(-1, 3)
+    measured = [_length(row, config, data, extra) for row in first]
+    sample = np.array([sizes for *sizes, _ in measured]).reshape(-1, 3)
+    begin = _common_start([text for tokens, *_, text in measured if tokens])
     lines = [None] if files is None else [count_lines(file) for file in files]
     if None in lines:
         count = sum(1 for _ in chain(first, rest))
     else:
         total = sum(number or 0 for number in lines)
         count = max(0, min(total - config.skip, config.limit or total))
-    return count, sample
+    return count, sample, begin
 
 
 def _length(
     row: RawRow, config: SourceConfig, data: DataConfig, extra: int
-) -> tuple[int, int, bool]:
-    """Return a row's tokens and supervised ones, estimated, 0 if it is dropped; if it is split."""
+) -> tuple[int, int, bool, str]:
+    """Return a row's tokens and supervised ones, estimated, 0 if dropped; if split; its text."""
     try:
         example: Any = read_example(
             row,
@@ -173,11 +190,13 @@ def _length(
             learn=data.learn,
         )
     except Dropped:
-        return 0, 0, False
-    sizes = [len(text) / CHARACTERS_PER_TOKEN for text in example.texts]
+        return 0, 0, False, ""
+    text = "".join(example.texts)
+    sizes = [len(part) / CHARACTERS_PER_TOKEN for part in example.texts]
     total = int(sum(sizes)) + extra
     splits = data.splits(example.kind)
     if example.kind == "text":
-        return total, total, splits
+        return total, total, splits, text
     weights = example.turn_weights
-    return total, int(sum(size for size, w in zip(sizes, weights, strict=True) if w)), splits
+    learned = sum(size for size, w in zip(sizes, weights, strict=True) if w)
+    return total, int(learned), splits, text

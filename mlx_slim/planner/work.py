@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
@@ -35,6 +35,7 @@ class TrainingWork:
         length: Typical row length, tokens.
         basis: How they were counted, as text.
         supervised: Fraction of the tokens that is supervised, where prompts are masked.
+        common: Tokens that all rows begin with.
     """
 
     tokens: int
@@ -42,6 +43,15 @@ class TrainingWork:
     length: int
     basis: str
     supervised: float = SUPERVISED
+    common: int = 0
+
+    def sharing(self, batch_tokens: int) -> TrainingWork:
+        """Return the work that is left where micro-batches compute the common tokens once."""
+        rows = max(1, batch_tokens // max(1, self.length))
+        common = min(self.common, self.length - 1)
+        fraction = (common + rows * (self.length - common)) / (rows * max(1, self.length))
+        supervised = self.supervised / fraction  # as many tokens as before
+        return replace(self, tokens=int(self.tokens * fraction), supervised=supervised)
 
 
 @dataclass(frozen=True)
@@ -114,6 +124,7 @@ def expected_work(
     rows = expected_rows(recipe, local=local) if lengths is None else None
     supervised = rows.supervised if rows else SUPERVISED
     per_epoch, length, basis = rows[:3] if rows else (None, train.max_length, "")
+    common = rows.common if rows else 0
     if lengths is not None:
         used = [min(n, train.max_length) for n in lengths]
         per_epoch, length = sum(used), int(sum(used) / max(1, len(used)))
@@ -121,13 +132,13 @@ def expected_work(
     if train.steps is not None:
         tokens = int(train.steps * train.accumulate * train.batch_tokens * FILLED)
         basis = f"{train.steps:,} full steps"
-        return TrainingWork(
-            tokens, tokens if per_epoch is None else per_epoch, length, basis, supervised
-        )
+        per_epoch = tokens if per_epoch is None else per_epoch
+        return TrainingWork(tokens, per_epoch, length, basis, supervised, common)
     if per_epoch is None:
         return None
     basis = f"{train.epochs:g} x {basis}"
-    return TrainingWork(int(per_epoch * train.epochs), per_epoch, length, basis, supervised)
+    tokens = int(per_epoch * train.epochs)
+    return TrainingWork(tokens, per_epoch, length, basis, supervised, common)
 
 
 def operations(

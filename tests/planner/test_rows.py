@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from mlx_slim.planner.work import TrainingWork, expected_work
+from mlx_slim.planner.memory import Prediction, predict
+from mlx_slim.planner.shipped_models import SHIPPED_CONFIGS
+from mlx_slim.planner.work import Speed, TrainingWork, expected_work
 from tests.support.planner import recipe
 
 
@@ -104,3 +106,24 @@ def test_texts_are_counted_as_the_rows_that_they_are_split_into(tmp_path: Path) 
     assert work(split=False) is None  # all are dropped
     held = work(validation=5)  # texts, not rows
     assert held is not None and held.tokens == split.tokens // 2
+
+
+def test_what_all_rows_begin_with_shortens_the_run_and_not_its_memory(tmp_path: Path) -> None:
+    def predicted(system: str | None, **train: object) -> Prediction:
+        file = tmp_path / "rows.jsonl"
+        row = {"completion": "yes", **({"system": system} if system else {})}
+        file.write_text("".join(json.dumps({**row, "prompt": f"{i}?"}) + "\n" for i in range(40)))
+        plan = recipe(data={"path": str(file), "validation": 0}, train={"epochs": 1, **train})
+        config = SHIPPED_CONFIGS["HuggingFaceTB/SmolLM2-135M-Instruct"]
+        speed = Speed(1e10, 1e-9, 1e-9)
+        return predict(config, plan, gpu=False, speed=speed, suggest=False)
+
+    words = "One of a thousand words. " * 60  # about 350 tokens
+    once, always = predicted(words), predicted(words, prefix_sharing=False)
+    assert once.tokens == always.tokens
+    assert once.predicted_peak_bytes == always.predicted_peak_bytes
+    assert (once.predicted_seconds or 0) < 0.5 * (always.predicted_seconds or 0)
+    packed = predicted(words, batching="packed").predicted_seconds or 0
+    assert packed > 1.5 * (once.predicted_seconds or 0)
+    plain = predicted(None, prefix_sharing=False)
+    assert predicted(None).predicted_seconds == plain.predicted_seconds
