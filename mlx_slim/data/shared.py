@@ -112,7 +112,7 @@ def list_rows(batch: Batch, counts: Sequence[int] = (1,)) -> list[list[Batch]]:
     ways = []
     for count in counts:
         cuts = np.array_split(np.arange(len(rows.inputs)), min(count, len(rows.inputs)))
-        ways.append([_listed(batch, rows.part(cut)) for cut in cuts])
+        ways.append([_listed(batch, rows.part(cut.tolist())) for cut in cuts])
     return ways
 
 

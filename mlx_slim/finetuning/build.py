@@ -320,12 +320,13 @@ def build_loop(
     if compiled and data.validation and mode != "grouped":
         validation_mode = cheaper(data.validation, validation_limit)
     sharing = _can_have_prefix_sharing(config, model, length, mode, compiled, observer)
+    shared = 1.0
     if sharing:
         rows = Batcher(data.train, config.batch_tokens, length, "grouped", config.seed)
         shared = shared_fraction(rows)
         sharing = config.prefix_sharing is True or shared < 1 - LEAST_GAIN
     if mode == "auto":
-        mode = cheaper(data.train, limit, shared if sharing else 1.0)
+        mode = cheaper(data.train, limit, shared)
     if sharing and mode == "grouped":
         text = f"rows share what they begin with: {1 - shared:.0%} fewer positions are computed"
         observer.notify(events.Notice(text))

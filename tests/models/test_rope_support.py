@@ -10,7 +10,7 @@ import mlx_lm.models
 import pytest
 from mlx_lm.models import rope_utils
 
-from mlx_slim.models.normalize import architectures
+from mlx_slim.models.normalize import HEAD_BY_FILE, architectures
 from mlx_slim.models.rope import TYPES
 from mlx_slim.models.rope_support import SHARED_TYPES, SUPPORT, RopeSupport, support_of
 
@@ -102,3 +102,9 @@ def test_code_that_a_model_brings_reads_its_own_config() -> None:
     assert support_of("custom_model").reads_scaling
     assert support_of("mlx_lm.models.llama").computes("yarn")
     assert not support_of("mlx_lm.models.stablelm").computes("yarn")
+
+
+def test_the_table_of_heads_that_the_file_decides_is_that_of_mlx_lm() -> None:
+    sources = {file.stem: file.read_text() for file in FOLDER.glob("*.py")}
+    popped = {name for name, text in sources.items() if 'self.pop("lm_head")' in text}
+    assert popped == set(HEAD_BY_FILE)
