@@ -53,7 +53,9 @@ def test_the_longer_run_resumes_before_the_rates_differ(
     assert path == tmp_path / f"step-{expected}"
 
 
-@pytest.mark.parametrize(("name", "undone"), [("constant", {"validation"}), ("cosine", set())])
+@pytest.mark.parametrize(
+    ("name", "undone"), [("constant", {"validation", "task_validation"}), ("cosine", set())]
+)
 def test_a_longer_run_has_not_made_the_validation_of_the_end(name: str, undone: set[str]) -> None:
     config = TrainConfig.model_validate({"schedule": name})
     state = TrainState(step=5, best_step=3)
