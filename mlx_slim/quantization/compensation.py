@@ -159,7 +159,7 @@ def compensate(
             remaining.append(factors.after / factors.before if factors.before else 0.0)
     taken = {site.path for site in chosen}
     return Compensated(
-        summary(list(placed.items()), 1.0, float(rank)),
+        summary(model, list(placed.items()), 1.0, float(rank)),
         sum(remaining) / len(remaining),
         [site.path for site in quantized if site.path not in taken],
     )

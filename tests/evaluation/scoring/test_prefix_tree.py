@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from mlx_slim.data import token_runs
 from mlx_slim.evaluation.scoring import prefix_tree
 from mlx_slim.evaluation.scoring.requests import Request
 
@@ -108,7 +109,7 @@ def _least_cost(sequences: list[tuple[int, ...]], begin: int = 0) -> int:
     """Return the least cost by trying both ways at every shared run, by plain recursion."""
     if len(sequences) == 1:
         left = len(sequences[0]) - begin
-        return left + prefix_tree.ROW_COST if left else 0
+        return left + token_runs.ROW_COST if left else 0
     end = begin
     while all(len(s) > end for s in sequences) and len({s[end] for s in sequences}) == 1:
         end += 1
@@ -117,7 +118,7 @@ def _least_cost(sequences: list[tuple[int, ...]], begin: int = 0) -> int:
         if len(sequence) > end:
             groups.setdefault(sequence[end], []).append(sequence)
     ended = any(len(sequence) == end for sequence in sequences)
-    row = end - begin + prefix_tree.ROW_COST if end > begin else 0
+    row = end - begin + token_runs.ROW_COST if end > begin else 0
     shared = row + sum(_least_cost(group, end) for group in groups.values())
     again = (row if ended else 0) + sum(_least_cost(group, begin) for group in groups.values())
     return min(shared, again)
@@ -129,7 +130,7 @@ def test_the_plan_is_the_cheapest_of_all(seed: Any) -> None:
     pending, cost = list(prefix_tree.plan(sequences)), 0
     while pending:
         run = pending.pop()
-        cost += run.end - run.begin + prefix_tree.ROW_COST
+        cost += run.end - run.begin + token_runs.ROW_COST
         pending += run.after
     assert cost == _least_cost(sequences)
 
