@@ -14,11 +14,17 @@ from click.core import ParameterSource
 
 from mlx_slim.cli.options import options_of
 from mlx_slim.errors import SlimError
-from mlx_slim.export.options import GgufAdapterOptions, GgufOptions, HfOptions, PeftOptions
+from mlx_slim.export.options import (
+    GgufAdapterOptions,
+    GgufOptions,
+    HfOptions,
+    OllamaOptions,
+    PeftOptions,
+)
 
 # target -> the options that it knows
 _TARGETS = {"peft": PeftOptions, "hf": HfOptions, "gguf": GgufOptions}
-_TARGETS["gguf-adapter"] = GgufAdapterOptions
+_TARGETS |= {"gguf-adapter": GgufAdapterOptions, "ollama": OllamaOptions}
 
 
 @click.command(
@@ -32,7 +38,7 @@ _TARGETS["gguf-adapter"] = GgufAdapterOptions
     required=True,
     type=click.Choice(list(_TARGETS)),
     help="peft: an adapter; hf: a model for transformers and MLX-LM; gguf, gguf-adapter: a model, "
-    "an adapter for llama.cpp.",
+    "an adapter for llama.cpp; ollama: a model, or an adapter in its base, for Ollama.",
 )
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="New folder.")
 @options_of(GgufOptions, "kind")
@@ -44,14 +50,15 @@ def command(context: click.Context, source: str, target: str, output: Path, **op
     """Write SOURCE (an adapter or run folder, a model folder or hub id) for another toolkit."""
     flags = {param.name: param.opts[0] for param in context.command.params}
     names = {to: {one.name for one in fields(owner)} for to, owner in _TARGETS.items()}
-    for name in options.keys() - names[target]:
-        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
-            others = " or ".join(to for to, its in names.items() if name in its)
-            raise SlimError(f"{flags[name]} is not used with --to {target}", f"it is for {others}")
-    settings = {name: options[name] for name in names[target]}
+    default = ParameterSource.DEFAULT  # each target has its own
+    settings = {k: v for k, v in options.items() if context.get_parameter_source(k) is not default}
+    for name in settings.keys() - names[target]:
+        others = " or ".join(to for to, its in names.items() if name in its)
+        raise SlimError(f"{flags[name]} is not used with --to {target}", f"it is for {others}")
     from mlx_slim.console import Console
     from mlx_slim.export import model as export
     from mlx_slim.export.gguf_adapter import export_gguf_adapter
+    from mlx_slim.export.ollama import export_ollama
     from mlx_slim.export.peft import export_peft
 
     with Console("plain") as console:
@@ -61,6 +68,8 @@ def command(context: click.Context, source: str, target: str, output: Path, **op
             done = export_gguf_adapter(Path(source), output, observer=console, **settings)
         elif target == "hf":
             done = export.export_hf(source, output, observer=console, **settings)
+        elif target == "ollama":
+            done = export_ollama(source, output, observer=console, **settings)
         else:
             done = export.export_gguf(source, output, observer=console, **settings)
     for line in done.lines():

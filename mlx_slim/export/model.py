@@ -27,9 +27,10 @@ from mlx_slim.export.card import Card, describe
 from mlx_slim.export.options import GgufOptions, HfOptions
 from mlx_slim.models import fidelity
 from mlx_slim.models.gguf.load import import_gguf
-from mlx_slim.models.gguf.write import TYPES, check_writable_as_gguf, language_model, write_gguf
+from mlx_slim.models.gguf.types import check_type
+from mlx_slim.models.gguf.write import check_writable_as_gguf, language_model, write_gguf
 from mlx_slim.models.hf import check_writable_as_hf, hf_config
-from mlx_slim.models.load import cast, load, open_weights, read_config
+from mlx_slim.models.load import Loaded, cast, load, open_weights, read_config
 from mlx_slim.models.quantized import dense_parameters, densify, is_quantized
 from mlx_slim.models.recorded_logits import RecordedLogits, free_weights
 from mlx_slim.models.row_limits import row_limit
@@ -38,7 +39,9 @@ from mlx_slim.models.verified_save import compute_dtype, save_checked, stored_dt
 from mlx_slim.runtime import dtype_name, human_bytes, resolve_dtype, to_float
 
 # Relative error of a tensor that a block format may cause; a wrong row order causes 1.4.
-_ROUNDING = {"f32": 1e-6, "f16": 0.002, "q8_0": 0.02, "q4_0": 0.3, "q4_1": 0.3}
+_ROUNDING = {"F32": 1e-6, "F16": 0.002, "Q8_0": 0.02, "Q6_K": 0.05}
+_ROUNDING |= dict.fromkeys(("Q5_0", "Q5_1", "Q5_K"), 0.15)
+_ROUNDING |= dict.fromkeys(("Q4_0", "Q4_1", "Q4_K"), 0.3)
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def add_versions(card: Card) -> None:
         card.provenance.append(("versions", ", ".join(f"{k} {v}" for k, v in versions.items())))
 
 
-def _model_folder(source: str | Path) -> str | Path:
+def model_folder(source: str | Path) -> str | Path:
     """Return the model that ``source`` is, or that its run holds; refuse an adapter."""
     folder = Path(source)
     if (folder / "model" / "config.json").is_file() and not (folder / "config.json").is_file():
@@ -110,7 +113,7 @@ def export_hf(
         SlimError: If the architecture has no equivalent there, or what is read back differs.
     """
     say = stage_notifier(observer)
-    source = _model_folder(source)
+    source = model_folder(source)
     check_writable_as_hf(read_config(source, revision))
     say(f"loading {source}")
     loaded = load(source, revision=revision, dtype=compute_dtype())
@@ -160,7 +163,7 @@ def export_gguf(
     Args:
         source: Folder or hub id, or the run folder of a full fine-tune.
         out: The folder; must not exist.
-        kind: ``f32``, ``f16``, ``q8_0``, ``q4_0`` or ``q4_1``.
+        kind: One of ``models.gguf.types.TYPES``.
         calibration: Text on which the file is compared with its source.
         revision: Commit or tag of a hub model.
         observer: Gets a ``Notice`` for each stage.
@@ -169,23 +172,56 @@ def export_gguf(
         ResourceError: If the disk is too small.
         SlimError: If GGUF cannot represent the model, or the file does not read back as the model.
     """
-    say = stage_notifier(observer)
+    check_gguf_output(out, kind)
+    source = model_folder(source)
+    check_writable_as_gguf(read_config(source, revision))
+    stage_notifier(observer)(f"loading {source}")
+    loaded = load(source, revision=revision, dtype=compute_dtype())
+    return write_gguf_folder(loaded, out, kind, calibration=calibration, observer=observer)
+
+
+def check_gguf_output(out: Path, kind: str) -> None:
+    """Refuse an output that names a file, and an unknown type."""
     if out.suffix == ".gguf":
         raise SlimError(
             f"{out} names a file: the output is a folder (GGUF, Modelfile, card)",
             f"use -o {out.with_suffix('')}",
         )
-    if kind not in TYPES:
-        raise SlimError(f"unknown GGUF type {kind!r}", f"known: {', '.join(TYPES)}")
-    source = _model_folder(source)
-    check_writable_as_gguf(read_config(source, revision))
-    say(f"loading {source}")
-    loaded = load(source, revision=revision, dtype=compute_dtype())
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", public_name(source).rsplit("/", 1)[-1]) or "model"
+    check_type(kind)
+
+
+def write_gguf_folder(
+    loaded: Loaded,
+    out: Path,
+    kind: str,
+    *,
+    name: str | None = None,
+    modelfile: str = "",
+    calibration: str | None = None,
+    observer: Observer | None = None,
+) -> Exported:
+    """Write ``loaded`` as a folder of a GGUF file, a ``Modelfile`` and a card; check the file.
+
+    Args:
+        loaded: The model, as it computes here; its weights are freed.
+        out: The folder; must not exist.
+        kind: One of ``models.gguf.types.TYPES``.
+        name: Of the model; None takes that of its source.
+        modelfile: What stands in the ``Modelfile`` after its first line.
+        calibration: Text on which the file is compared with its source.
+        observer: Gets a ``Notice`` for each stage.
+
+    Raises:
+        ResourceError: If the disk is too small.
+        SlimError: If GGUF cannot represent the model, or the file does not read back as the model.
+    """
+    say = stage_notifier(observer)
+    name = name or public_name(loaded.source).rsplit("/", 1)[-1]
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", name) or "model"
     file = f"{name}-{kind}.gguf"
     with atomic_folder(out) as temporary:
         say(f"writing {file}")
-        notes = write_gguf(
+        written = write_gguf(
             temporary / file, loaded.model, loaded.tokenizer, loaded.config, kind, name
         )
         tokens_NT, text = audit_tokens(
@@ -196,13 +232,7 @@ def export_gguf(
         say("reading it back")
         again = import_gguf(temporary / file).model
         unread = open_weights(loaded.path, dtype=compute_dtype())[0]
-        error, path = _largest_error(language_model(unread), again)
-        if not error <= _ROUNDING[kind]:
-            raise SlimError(
-                f"{file}: {path} reads back with a relative error of {error:.2g}, expected at "
-                f"most {_ROUNDING[kind]:g} from rounding; the file was removed",
-                "please report it",
-            )
+        error = _check_rounding(language_model(unread), again, written.formats, file)
         if (compute := compute_dtype()) is not None:  # a GPU reads the codes as they are
             densify(again)
             cast(again, compute)
@@ -212,11 +242,11 @@ def export_gguf(
             f"KL {agreement.kl:.2g} nats, same top-1 token {agreement.top1:.1%} "
             f"({agreement.tokens:,} tokens of {text})"
         )
-        (temporary / "Modelfile").write_text(f"FROM ./{file}\n", encoding="utf-8")
+        (temporary / "Modelfile").write_text(f"FROM ./{file}\n{modelfile}", encoding="utf-8")
         commands = gguf_commands(out, file, name)
         card = Card(
             title=f"{name}, GGUF {kind.upper()}",
-            base=str(source),
+            base=loaded.source,
             library="gguf",
             what=f"{name} for llama.cpp and Ollama, written by mlx-slim.",
             metrics=[(f"{kind.upper()} against its source", fact)],
@@ -227,8 +257,8 @@ def export_gguf(
         card.write(temporary)
     size = (out / file).stat().st_size
     facts = [
-        f"{out / file}: {kind.upper()}, {human_bytes(size)}",
-        *(f"note       {note}" for note in notes),
+        f"{out / file}: {kind.upper()}, {human_bytes(size)} ({written.counts()})",
+        *(f"note       {note}" for note in written.notes),
         f"checked    read back, largest rounding {error:.2g}; {fact}",
     ]
     return Exported(out, facts, commands)
@@ -244,19 +274,38 @@ def gguf_commands(folder: Path, file: str, name: str) -> list[str]:
     ]
 
 
-def _largest_error(model: nn.Module, again: nn.Module) -> tuple[float, str]:
-    """Return the largest ‖a − b‖ / ‖a‖ over the dense parameters, and where.
+def _check_rounding(
+    model: nn.Module, again: nn.Module, formats: dict[str, str], file: str
+) -> float:
+    """Return the largest ‖a − b‖ / ‖a‖ over the dense parameters.
 
     Both are compared a parameter at a time, and ``model`` is released as far as it is compared.
+
+    Raises:
+        SlimError: If one is beyond the rounding of its format, or there are others.
     """
     source, exported = dense_parameters(model), dense_parameters(again)
     if source.keys() != exported.keys():
-        return float("inf"), ", ".join(sorted(source.keys() ^ exported.keys())[:3])
+        raise _differs(
+            file, ", ".join(sorted(source.keys() ^ exported.keys())[:3]), float("inf"), 0
+        )
     free_weights(model)
-    largest = (0.0, "")
+    largest = 0.0
     while source:
         path, value = source.popitem()
         a, b = (dense().astype(mx.float32) for dense in (value, exported.pop(path)))
         size = to_float(mx.linalg.norm(a))
-        largest = max(largest, (to_float(mx.linalg.norm(a - b)) / size if size else 0.0, path))
+        error = to_float(mx.linalg.norm(a - b)) / size if size else 0.0
+        limit = _ROUNDING[formats[path]]
+        if not error <= limit:
+            raise _differs(file, path, error, limit)
+        largest = max(largest, error)
     return largest
+
+
+def _differs(file: str, path: str, error: float, limit: float) -> SlimError:
+    return SlimError(
+        f"{file}: {path} reads back with a relative error of {error:.2g}, expected at most "
+        f"{limit:g} from rounding; the file was removed",
+        "please report it",
+    )

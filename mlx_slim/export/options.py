@@ -95,15 +95,37 @@ class GgufOptions:
     """How to write a model for llama.cpp.
 
     Attributes:
-        kind: ``f32``, ``f16``, ``q8_0``, ``q4_0`` or ``q4_1``.
+        kind: One of ``models.gguf.types.TYPES``.
         calibration: Text on which the file is compared with its source; None takes Alpaca.
         revision: Commit or tag of a hub model.
     """
 
     kind: str = field(
-        default="f16", metadata=option("gguf: f32, f16, q8_0, q4_0 or q4_1.", flag="--type")
+        default="f16",
+        metadata=option(
+            "gguf, ollama: f32, f16, q8_0, q6_k, q5_k_m, q5_k, q5_1, q5_0, q4_k_m, q4_k, q4_1 or "
+            "q4_0; of ollama the default is q4_k_m.",
+            flag="--type",
+        ),
     )
     calibration: str | None = field(
-        default=None, metadata=option("gguf: text to compare on; default Alpaca.")
+        default=None, metadata=option("gguf, ollama: text to compare on; default Alpaca.")
     )
     revision: str | None = field(default=None, metadata=option("Commit or tag of a hub model."))
+
+
+@dataclass(frozen=True)
+class OllamaOptions:
+    """How to write a model for Ollama.
+
+    Attributes:
+        kind: One of ``models.gguf.types.TYPES``.
+        base: Of an adapter: folder or hub id of its base; None takes the one that it names.
+        calibration: Text on which models are compared; None takes Alpaca.
+        revision: Commit or tag of a hub model.
+    """
+
+    kind: str = "q4_k_m"
+    base: str | None = PeftOptions.base
+    calibration: str | None = GgufOptions.calibration
+    revision: str | None = GgufOptions.revision

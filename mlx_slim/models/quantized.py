@@ -85,6 +85,20 @@ def dequantize_weight(module: nn.Module) -> mx.array:
     return _dense(module, module["weight"])
 
 
+def dequantize_rows(module: nn.Module, rows: slice) -> mx.array:
+    """Return some rows of what ``dequantize_weight`` returns, without making the others.
+
+    Args:
+        module: A linear layer or embedding, quantized or not.
+        rows: Of its matrix (O, I).
+    """
+    if "scales" not in module:
+        return module["weight"][rows]
+    parts = (module["weight"], module["scales"], module.get("biases"))
+    weight, scales, biases = (None if part is None else part[rows] for part in parts)
+    return dequantize(weight, scales, biases, **vars(format_of(module)))
+
+
 @dataclass(frozen=True)
 class DenseWeight:
     """The matrix W (O, I) of a linear map."""

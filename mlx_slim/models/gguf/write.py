@@ -1,16 +1,17 @@
 """An mlx-lm model becomes a GGUF file for llama.cpp and Ollama.
 
-Invariant: the inverse of ``gguf.py``: the file read back here is the model, but for the rounding of
-its block format, and without any where MLX holds the same blocks already (4 or 8 bits, group 32);
-what GGUF or the reader cannot express (architecture, setting, tokenizer) is refused. Tensors are
-written one at a time, never all in memory. Try it:
+Invariant: the inverse of ``load.py``: the file read back here is the model, but for the rounding of
+its block formats, and without any where MLX holds the same blocks already (4 or 8 bits, group 32);
+what GGUF or the reader cannot express (architecture, setting, tokenizer) is refused. Beside the
+model there is one tensor as it is stored, and some rows of it in float32. Try it:
 ``mlx-slim export MODEL --to gguf --type q8_0 -o DIR``.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict
+from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +24,41 @@ from mlx_slim.errors import SlimError
 from mlx_slim.models.build import refuse_unnamed, refuse_varied
 from mlx_slim.models.gguf.architectures import ARCHITECTURES, Architecture
 from mlx_slim.models.gguf.file import pack_blocks
+from mlx_slim.models.gguf.kquants import quantize_k
 from mlx_slim.models.gguf.settings import (
     LOCAL_BASE,
     WINDOW_PATTERN,
     llama3_factors,
     softmax_width,
 )
+from mlx_slim.models.gguf.types import K_FORMATS, Shapes, block_formats, file_type
 from mlx_slim.models.gguf.vocab import vocabulary
-from mlx_slim.models.quantized import dequantize_weight
+from mlx_slim.models.quantized import dequantize_rows
+from mlx_slim.progress import tracked
 from mlx_slim.reading import ModelConfig
 
-TYPES = ("f32", "f16", "q8_0", "q4_0", "q4_1")
 # Model type -> GGUF architecture. Phi's fused qkv is read here but not written.
 WRITES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 WRITES |= {"gemma3_text": "gemma3", "gemma3": "gemma3"}
-_BLOCK = 32
-_FILE_TYPES = {kind: f"{'ALL' if kind == 'f32' else 'MOSTLY'}_{kind.upper()}" for kind in TYPES}
+_ROWS_BYTES = 32 << 20  # of rows that are in float32 at one time
+
+
+@dataclass(frozen=True)
+class Written:
+    """How a file was written.
+
+    Attributes:
+        formats: Parameter path -> block format.
+        notes: What was stored otherwise than its type says.
+    """
+
+    formats: dict[str, str]
+    notes: list[str]
+
+    def counts(self) -> str:
+        """Return how many tensors have which format, the most frequent first."""
+        counted = Counter(self.formats.values()).most_common()
+        return ", ".join(f"{count} {name}" for name, count in counted)
 
 
 def check_writable_as_gguf(config: ModelConfig) -> None:
@@ -100,7 +120,7 @@ def language_model(model: nn.Module) -> nn.Module:
 
 def write_gguf(
     path: Path, model: nn.Module, tokenizer: Any, config: ModelConfig, kind: str, name: str
-) -> list[str]:
+) -> Written:
     """Write ``model`` to ``path``; not atomic by itself.
 
     Args:
@@ -108,11 +128,8 @@ def write_gguf(
         model: Dense or quantized layers; not changed.
         tokenizer: mlx-lm's wrapper or the Hugging Face tokenizer.
         config: The model's, normalised.
-        kind: One of ``TYPES``; vectors are float32.
+        kind: One of ``types.TYPES``; vectors are float32.
         name: The model's name in the metadata.
-
-    Returns:
-        Notes on what was stored otherwise.
 
     Raises:
         SlimError: If the architecture, a setting, a tensor or the tokenizer cannot be written.
@@ -123,35 +140,43 @@ def write_gguf(
     architecture = ARCHITECTURES[WRITES[config["model_type"]]]
     model, config = language_model(model), text_config(config)
     places = _places(model, config, architecture)
+    shapes = {target: shape for target, (_, shape) in places.items()}
+    formats, notes = block_formats(kind, shapes, _shapes(config, architecture, shapes))
     writer = GGUFWriter(path, architecture.name)
     try:
         writer.add_name(name)
-        writer.add_file_type(LlamaFileType[_FILE_TYPES[kind]])
+        writer.add_file_type(LlamaFileType[file_type(kind)])
         writer.add_quantization_version(2)
         _settings(writer, config, architecture)
         for key, value in vocabulary(tokenizer, config).items():
             _add(writer, key, value)
-        notes = []
-        shapes: dict[str, GGMLQuantizationType] = {}
-        for target, (path_, shape) in places.items():
-            block = _block_type(kind, shape)
-            shapes[target] = block
-            if len(shape) == 2 and block.name.lower() != kind:
-                notes.append(f"{path_} is {shape[1]} wide, no multiple of {_BLOCK}: stored as F16")
-            _promise(writer, target, shape, block)
+        for target, shape in shapes.items():
+            _promise(writer, target, shape, GGMLQuantizationType[formats[target]])
         if (factors := _rope_factors(config)) is not None:
             _promise(writer, "rope_freqs.weight", factors.shape, GGMLQuantizationType.F32)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for target, (path_, _) in places.items():
-            array = _array(model, path_, config, architecture, shapes[target])
-            writer.write_tensor_data(_encoded(array, shapes[target]))
+        for target, (path_, _) in tracked(places.items(), "writing", "tensors", len(places)):
+            block = GGMLQuantizationType[formats[target]]
+            writer.write_tensor_data(_array(model, path_, config, architecture, block))
         if factors is not None:
             writer.write_tensor_data(factors)
     finally:
         writer.close()
-    return notes
+    return Written({path_: formats[target] for target, (path_, _) in places.items()}, notes)
+
+
+def _shapes(
+    config: ModelConfig, architecture: Architecture, tensors: dict[str, tuple[int, ...]]
+) -> Shapes:
+    layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+    grouped = architecture.name == "llama" and config.get("num_key_value_heads", heads) != heads
+    return Shapes(
+        layers=layers,
+        tied="output.weight" not in tensors,
+        shared_values=layers == 80 and (grouped or architecture.name == "qwen2"),
+    )
 
 
 def _places(
@@ -172,8 +197,7 @@ def _places(
             continue
         shape = tuple(value.shape)
         if leaf == "weight" and "scales" in modules[path]:
-            module: Any = modules[path]
-            shape = (shape[0], module.scales.shape[-1] * module.group_size)
+            shape = (shape[0], _columns(modules[path]))
         places[f"{name}.{leaf}"] = (full, shape)
     if unknown:
         raise SlimError(
@@ -182,15 +206,6 @@ def _places(
             "export --to hf and use llama.cpp's converter",
         )
     return places
-
-
-def _block_type(kind: str, shape: tuple[int, ...]) -> Any:
-    from gguf import GGMLQuantizationType
-
-    if len(shape) == 1:
-        return GGMLQuantizationType.F32
-    fits = kind == "f32" or shape[1] % _BLOCK == 0
-    return GGMLQuantizationType[kind.upper() if fits else "F16"]
 
 
 def _promise(writer: Any, name: str, shape: tuple[int, ...], block: Any) -> None:
@@ -204,7 +219,7 @@ def _promise(writer: Any, name: str, shape: tuple[int, ...], block: Any) -> None
 def _array(
     model: nn.Module, full: str, config: ModelConfig, architecture: Architecture, block: Any
 ) -> np.ndarray:
-    """Return one parameter, rows in GGUF's order: float32, or the blocks themselves (uint8)."""
+    """Return one parameter as it is stored, rows in GGUF's order: floats, or blocks (uint8)."""
     path, leaf = full.rsplit(".", 1)
     module: Any = model
     for part in path.split("."):
@@ -212,17 +227,37 @@ def _array(
     array = None
     if leaf == "weight" and "scales" in module:
         array = pack_blocks(block.name, module)
+    if array is None and leaf == "weight" and module[leaf].ndim == 2:
+        array = _encoded_rows(module, block)
     if array is None:
-        dense = dequantize_weight(module) if leaf == "weight" else module[leaf]
-        array = np.array(dense.astype(mx.float32))
+        array = np.array(module[leaf].astype(mx.float32))
+    # A row is encoded by itself, so rows are put in order afterwards.
     return np.ascontiguousarray(architecture.to_gguf(array, path, leaf, config))
+
+
+def _encoded_rows(module: nn.Module, block: Any) -> np.ndarray:
+    """Return a matrix as it is stored, encoded some rows at a time."""
+    rows, columns = module["weight"].shape[0], _columns(module)
+    step = max(1, _ROWS_BYTES // (4 * columns))
+    encoded = np.empty(0)
+    for start in range(0, rows, step):
+        chunk = slice(start, min(start + step, rows))
+        part = _encoded(np.array(dequantize_rows(module, chunk).astype(mx.float32)), block)
+        if start == 0:
+            encoded = np.empty((rows, part.shape[1]), part.dtype)
+        encoded[chunk] = part
+    return encoded
+
+
+def _columns(module: Any) -> int:
+    if "scales" not in module:
+        return module["weight"].shape[1]
+    return module["scales"].shape[-1] * module.group_size
 
 
 def _encoded(array: np.ndarray, block: Any) -> np.ndarray:
     from gguf import GGMLQuantizationType, quantize
 
-    if array.dtype == np.uint8:
-        return array
     if block == GGMLQuantizationType.F16:
         with np.errstate(over="ignore"):
             half = array.astype(np.float16)
@@ -232,7 +267,7 @@ def _encoded(array: np.ndarray, block: Any) -> np.ndarray:
                 "this model cannot be stored as F16",
             )
         return half
-    return array if block == GGMLQuantizationType.F32 else quantize(array, block)
+    return quantize_k(array, block.name) if block.name in K_FORMATS else quantize(array, block)
 
 
 def _settings(writer: Any, config: ModelConfig, architecture: Architecture) -> None:
