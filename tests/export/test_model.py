@@ -306,7 +306,7 @@ def test_an_interrupted_export_leaves_nothing(
     ("words", "says"),
     [
         (["{phi}", "--to", "gguf"], "phi models cannot be exported to GGUF"),
-        (["{llama}", "--to", "gguf", "--type", "q5_1"], "unknown GGUF type 'q5_1'"),
+        (["{llama}", "--to", "gguf", "--type", "q3_k"], "unknown GGUF type 'q3_k'"),
         (["{llama}", "--to", "hf", "--type", "q8_0"], "--type is not used with --to hf"),
         (["{adapter}", "--to", "hf"], "is an adapter, not a model"),
         (["{adapter}", "--to", "gguf"], "is an adapter, not a model"),

@@ -131,6 +131,7 @@ _ONE_SHOT = {
     "fuse": ["fuse", "source", "--adapter", "tuned", "--calibration", "text.txt", "--force"],
     "export hf": ["export", "source", "--to", "hf"],
     "export gguf": ["export", "source", "--to", "gguf", "--calibration", "text.txt"],
+    "export ollama": ["export", "tuned", "--to", "ollama", "--calibration", "text.txt"],
     "export peft": ["export", "tuned", "--to", "peft"],
     "import": ["import", "peft"],
     "analyze": ["analyze", "intruders", "source", "--adapter", "tuned/adapters", "--no-cache"],
