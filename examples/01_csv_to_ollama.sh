@@ -15,6 +15,5 @@ CSV=${CSV:-examples/data/support.csv}
 mlx-slim data preview examples/small.yaml model="$MODEL" data.path="$CSV"
 mlx-slim train examples/small.yaml model="$MODEL" data.path="$CSV" train.steps="$STEPS" -o "$OUT/run"
 mlx-slim generate "$MODEL" --adapter "$OUT/run/adapters" --max-tokens 40 --prompt "How large may a file be?"
-mlx-slim fuse "$MODEL" --adapter "$OUT/run/adapters" -o "$OUT/fused" --calibration examples/data/text.txt
-mlx-slim export "$OUT/fused" --to gguf --type q8_0 -o "$OUT/gguf" --calibration examples/data/text.txt
-echo "now: ollama create support -f $OUT/gguf/Modelfile && ollama run support"
+mlx-slim export "$OUT/run" --to ollama --type q8_0 -o "$OUT/ollama" --calibration examples/data/text.txt
+echo "now: ollama create support -f $OUT/ollama/Modelfile && ollama run support"

@@ -95,8 +95,8 @@ def use_model(
     if adapters:
         source = f"{name}-fused"
         steps.append(step("merge it", "mlx-slim", "fuse", model, *on, "-o", source))
-    gguf = f"{name}-gguf"
-    return [*steps, step("for Ollama", "mlx-slim", "export", source, "--to", "gguf", "-o", gguf)]
+    to = ("--to", "ollama", "-o", f"{name}-ollama")
+    return [*steps, step("for Ollama", "mlx-slim", "export", source, *to)]
 
 
 def after_run(

@@ -23,7 +23,7 @@ FOLDER = ROOT / "examples"
 EXAMPLES = sorted(path.name for path in FOLDER.glob("[0-9]*") if path.suffix != ".yaml")
 # Example -> what it leaves in its folder, and words that it prints.
 EXPECTED = {
-    "01_csv_to_ollama.sh": (["run/adapters", "gguf/Modelfile"], "now: ollama create support"),
+    "01_csv_to_ollama.sh": (["run/adapters", "ollama/Modelfile"], "now: ollama create support"),
     "02_4bit_against_float.sh": (["four-bit", "float", "rounded"], "capitals"),
     "03_prune_recover_prove.sh": (["model", "report.json"], "capitals"),
     "04_two_teachers.sh": (["adapters", "run.json"], "done after 4 steps"),

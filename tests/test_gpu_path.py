@@ -33,6 +33,7 @@ from mlx_slim.evaluation.scoring.plain import log_softmax, plain_logits, plain_s
 from mlx_slim.evaluation.scoring.requests import Request
 from mlx_slim.export.fuse import FuseOptions, fuse
 from mlx_slim.export.model import export_gguf, export_hf
+from mlx_slim.export.ollama import export_ollama
 from mlx_slim.export.peft import export_peft, import_peft
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.models.load import load
@@ -286,6 +287,7 @@ def test_fused_exported_and_read_again(
     fused = fuse(base, run, tmp_path / "fused", options)
     export_hf(fused.path, tmp_path / "hf")
     export_gguf(fused.path, tmp_path / "gguf", kind="q8_0", calibration=str(files.text))
+    export_ollama(fused.path, tmp_path / "ollama", calibration=str(files.text))
     export_peft(run, tmp_path / "peft", base=str(base))
     import_peft(tmp_path / "peft", tmp_path / "back", base=str(base))
     again = load(base, dtype=mx.bfloat16)

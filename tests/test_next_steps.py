@@ -108,7 +108,7 @@ def test_what_a_terminal_would_obey_is_escaped_for_the_shell(name: str) -> None:
 
 def test_a_new_folder_of_a_hub_model_is_named_by_its_last_part() -> None:
     lines = [one.command for one in use_model("owner/name")]
-    assert lines[-1] == "mlx-slim export owner/name --to gguf -o name-gguf"
+    assert lines[-1] == "mlx-slim export owner/name --to ollama -o name-ollama"
 
 
 def test_the_block_is_short_aligned_and_on_standard_error(

@@ -65,6 +65,10 @@ RECORD = "fuse.json"
 ADAPTER_FOLDER = "adapters"
 
 
+class FusingLoses(SlimError):
+    """A fused model would not answer as base + adapter do."""
+
+
 @dataclass(frozen=True)
 class Fused:
     """A fused model and its audit.
@@ -224,7 +228,7 @@ def fuse(
     audit = effect(base, tuned, tuned if mode == "keep" else model, tokens_NT)
     lost = audit.lost()
     if lost and not options.force:
-        raise SlimError(
+        raise FusingLoses(
             f"fusing would lose the fine-tuning: {lost}; nothing was written", _way_out(mode)
         )
 

@@ -85,7 +85,7 @@ def model_folder(source: str | Path) -> str | Path:
             raise SlimError(
                 f"{candidate} is an adapter, not a model",
                 "fuse it first (mlx-slim fuse MODEL --adapter DIR -o FUSED), or export the adapter "
-                "itself: --to peft, --to gguf-adapter",
+                "itself: --to peft, --to gguf-adapter; --to ollama takes both together",
             )
     return source
 

@@ -10,7 +10,6 @@ DIR/Modelfile``.
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from mlx_slim.data.tokenize import unwrap
 from mlx_slim.errors import SlimError
 from mlx_slim.events import Observer
 from mlx_slim.export.chat_format import ChatFormat, find_format
-from mlx_slim.export.fuse import ADAPTER_FOLDER, fuse
+from mlx_slim.export.fuse import ADAPTER_FOLDER, FusingLoses, fuse
 from mlx_slim.export.model import (
     Exported,
     check_gguf_output,
@@ -139,14 +138,33 @@ def _fused(
     if adapter is None:
         yield place
         return
-    with locks.hold(out) as work:
-        folder = work.folder / "fused"
-        options = FuseOptions(calibration=calibration, revision=revision)
-        try:
-            fuse(place, adapter, folder, options, observer)
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    with locks.hold(out) as work:  # its parts go with it, or with the next one after a kill
+        parts = work.folder / locks.PARTS
+        parts.mkdir()
+        folder = parts / "fused"
+        _fuse(
+            place,
+            adapter,
+            folder,
+            FuseOptions(calibration=calibration, revision=revision),
+            observer,
+        )
+        yield folder
+
+
+def _fuse(
+    place: str | Path,
+    adapter: Path,
+    folder: Path,
+    options: FuseOptions,
+    observer: Observer | None,
+) -> None:
+    try:
+        fuse(place, adapter, folder, options, observer)
+    except FusingLoses as error:
+        raise SlimError(
+            error.message, "fuse it yourself, as mlx-slim fuse --help says, and export that"
+        ) from error
 
 
 # ------------------------------------------------------------------- Modelfile
