@@ -94,9 +94,11 @@ def dequantize_rows(module: nn.Module, rows: slice) -> mx.array:
     """
     if "scales" not in module:
         return module["weight"][rows]
-    parts = (module["weight"], module["scales"], module.get("biases"))
-    weight, scales, biases = (None if part is None else part[rows] for part in parts)
-    return dequantize(weight, scales, biases, **vars(format_of(module)))
+    biases = module.get("biases")
+    biases = None if biases is None else biases[rows]
+    return dequantize(
+        module["weight"][rows], module["scales"][rows], biases, **vars(format_of(module))
+    )
 
 
 @dataclass(frozen=True)
